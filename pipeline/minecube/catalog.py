@@ -1,0 +1,363 @@
+"""What varies by site, provider, recipe or model, read from data files into frozen values; unknown keys are errors.
+
+The shipped catalogue (`catalog/` of the checkout, inside the wheel once installed) can be extended by a folder of the
+user's own with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.yaml`. `catalog/README.md` says every field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import geopandas as gpd
+import shapely
+import yaml
+from shapely.geometry.base import BaseGeometry
+
+from minecube.errors import CatalogError
+
+BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+"""The cube's bands, in the cube's order; B01, B09 and B10 are left out, as in EuroMineNet."""
+SCL = "SCL"
+"""Asset name of the Level-2A scene classification."""
+FIRST_YEAR = 2015
+"""Sentinel-2A was launched in June 2015."""
+
+T = TypeVar("T")
+
+
+class _FieldError(ValueError):
+    """A field that does not hold what it must; the loader adds file and entry."""
+
+
+def _need(condition: object, field: str, expected: str) -> None:
+    if not condition:
+        raise _FieldError(f"field {field!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One mine."""
+
+    id: str
+    country: str = ""
+    split: str | None = None
+    """train, val or test; None where no benchmark split names it."""
+    geometry: BaseGeometry | None = None
+    """Area of interest, EPSG:4326; None until it is known."""
+    years: tuple[int, ...] = ()
+    """Years for which the site has labels; empty where unknown."""
+    labels: str | None = None
+    """Where the labels come from."""
+
+    def __post_init__(self) -> None:
+        # The id names a Zarr group and files, so it is kept to letters that are safe in both.
+        _need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {self.id!r}")
+        _need(self.split in (None, "train", "val", "test"), "split", f"train, val, test or null, found {self.split!r}")
+        if self.geometry is not None:
+            kind = self.geometry.geom_type
+            _need(kind in ("Polygon", "MultiPolygon"), "geometry", f"a polygon, found {kind}")
+            _need(not self.geometry.is_empty, "geometry", "a polygon with area, found an empty one")
+            _need(self.geometry.is_valid, "geometry", f"a valid polygon, found {shapely.is_valid_reason(self.geometry)}")
+            west, south, east, north = self.geometry.bounds
+            in_degrees = west >= -180 and east <= 180 and south >= -90 and north <= 90
+            _need(in_degrees, "geometry", f"longitude and latitude in degrees, found bounds {self.geometry.bounds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offset:
+    """Whether a scene's pixels still carry BOA_ADD_OFFSET; decided by rule, never by acquisition date."""
+
+    value: int = -1000
+    """What to add to the digital numbers that carry it (Sentinel-2 PSD, BOA_ADD_OFFSET)."""
+    from_baseline: str = "04.00"
+    """First processing baseline whose products carry it."""
+    applied_flag: str | None = None
+    """Item property that is true where the provider has already removed it."""
+
+    def __post_init__(self) -> None:
+        _need(re.fullmatch(r"\d\d\.\d\d", self.from_baseline), "from_baseline", f"NN.NN, found {self.from_baseline!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A STAC API, or a stac-geoparquet file, and how to read what it lists."""
+
+    id: str
+    title: str
+    kind: str
+    """stac-api or stac-geoparquet."""
+    href: str
+    """URL of the API's landing page, or path or URL of the file (relative to the YAML file that names it)."""
+    collection: str
+    assets: Mapping[str, str]
+    """Band name (and SCL) -> asset key."""
+    resolution_m: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Band name -> pixel size, where an item's assets do not tell; the mission's own pixel sizes otherwise."""
+    offset: Offset = Offset()
+    href_prefix: str = ""
+    """Put before an asset's URL when it is opened (a GDAL file-system prefix); never stored."""
+    gdal: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """GDAL configuration options needed to read from there; credentials come from the environment."""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        kinds = ("stac-api", "stac-geoparquet")
+        _need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
+        _need(SCL in self.assets, "assets", f"an entry for {SCL} (the mask), found {', '.join(self.assets)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """Which SCL classes hide the ground, and how far their flags are mistrusted."""
+
+    classes: tuple[int, ...]
+    open_m: int = 0
+    """Flagged specks narrower than this are dropped first: roofs, bright roads."""
+    dilate_m: int = 0
+    """Then the rest grows by this radius: the halo that SCL misses."""
+
+    def __post_init__(self) -> None:
+        _need(self.classes and all(1 <= c <= 11 for c in self.classes), "classes", f"SCL 1..11, found {self.classes}")
+        _need(0 <= self.open_m <= 500 and 0 <= self.dilate_m <= 1000, "dilate_m", "open_m 0..500 and dilate_m 0..1000 metres")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrightOverride:
+    """When a pixel that SCL calls cloud is believed to be bright bare ground instead."""
+
+    classes: tuple[int, ...] = (8, 9)
+    """SCL classes that bright ground is mistaken for."""
+    flagged: float = 0.6
+    """Share of the dates that are clear around it on which the pixel is flagged nevertheless."""
+    around: float = 0.1
+    """A date is clear around a pixel where at most this share of its neighbourhood is flagged."""
+    window_m: int = 600
+    """Half width of the neighbourhood."""
+
+    def __post_init__(self) -> None:
+        _need(0 < self.flagged <= 1, "flagged", f"a share above 0 and up to 1, found {self.flagged}")
+        _need(0 <= self.around < 1, "around", f"a share from 0 to below 1, found {self.around}")
+        _need(0 < self.window_m <= 5000, "window_m", f"1..5000 metres, found {self.window_m}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a composite is made."""
+
+    id: str
+    title: str
+    bands: tuple[str, ...] = BANDS
+    months: tuple[int, ...] = tuple(range(1, 13))
+    """Calendar months whose scenes count."""
+    max_cloud_cover: float = 100.0
+    """Scenes cloudier than this over the whole tile (percent) are not read."""
+    mask: tuple[MaskRule, ...] = ()
+    bright_override: BrightOverride | None = None
+    reducer: str = "median"
+    """How the clear observations of a pixel become one."""
+    block_px: int = 512
+    """Side of a Dask block and of a Zarr shard; a multiple of chunk_px."""
+    chunk_px: int = 128
+    """Side of a Zarr chunk, the least that is read."""
+
+    def __post_init__(self) -> None:
+        unknown = [b for b in self.bands if b not in BANDS]
+        _need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
+        _need(list(self.bands) == [b for b in BANDS if b in self.bands], "bands", f"in the order {', '.join(BANDS)}, each once")
+        in_order = all(1 <= m <= 12 for m in self.months) and list(self.months) == sorted(set(self.months))
+        _need(self.months and in_order, "months", f"1..12, ascending, each once, found {list(self.months)}")
+        _need(0 < self.max_cloud_cover <= 100, "max_cloud_cover", f"percent above 0, found {self.max_cloud_cover}")
+        _need(self.reducer == "median", "reducer", f"median, found {self.reducer!r}")
+        _need(self.chunk_px > 0 and self.block_px % self.chunk_px == 0, "block_px", "a multiple of chunk_px")
+        _need(self.block_px % 8 == 0, "block_px", f"a multiple of 8, so that 20 m pixels are whole, found {self.block_px}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a network is, before and after training."""
+
+    id: str
+    title: str
+    architecture: str
+    task: str = "mapping"
+    bands: tuple[str, ...] = BANDS
+    """Input channels, in order."""
+    width: int = 16
+    """Channels of the first level; each level down has twice as many."""
+    depth: int = 3
+    """Times the image is halved; windows are multiples of 2 ** depth."""
+    window_px: int = 96
+    """Side of the windows it is trained on and applied to."""
+    licence: str = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        _need(self.architecture == "unet", "architecture", f"unet, found {self.architecture!r}")
+        _need(self.task == "mapping", "task", f"mapping, found {self.task!r}")
+        unknown = [b for b in self.bands if b not in BANDS]
+        _need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
+        _need(self.width > 0 and 1 <= self.depth <= 6, "depth", "width above 0 and depth 1..6")
+        fits = self.window_px > 0 and self.window_px % 2**self.depth == 0
+        _need(fits, "window_px", f"a multiple of {2**self.depth}, found {self.window_px}")
+
+
+def _catalog_dir() -> Path:
+    shipped = Path(__file__).parent / "_catalog"  # inside a wheel; a checkout keeps it at its top
+    return shipped if shipped.is_dir() else Path(__file__).parents[2] / "catalog"
+
+
+def load_sites(path: Path | None = None) -> list[Site]:
+    """The sites of a GeoJSON, GeoPackage, GeoParquet or Shapefile; the shipped EuroMineNet and demo sites by default.
+
+    A column `id` (or `name`, `site`) names each site; without one the rows are numbered `site_1` and on. Sites of one id
+    are one error, invalid polygons another.
+
+    Raises:
+        CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
+    """
+    path = path or _catalog_dir() / "sites.geojson"
+    try:
+        table = gpd.read_parquet(path) if path.suffix == ".parquet" else gpd.read_file(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
+    if table.empty:
+        raise CatalogError(f"{path}: holds no site; expected at least one polygon")
+    if table.crs is None:
+        raise CatalogError(f"{path}: has no CRS, so its coordinates cannot be placed; set one (ogr2ogr -a_srs) and retry")
+    table = table.to_crs(4326)
+    named = next((c for c in ("id", "name", "site") if c in table.columns), None)
+    sites = []
+    for number, row in enumerate(table.to_dict("records"), start=1):
+        site_id = str(row[named]) if named and row[named] is not None else f"site_{number}"
+        years = row.get("years")
+        known = {
+            "id": site_id.strip().replace(" ", "_"),
+            "country": row.get("country") or "",
+            "split": row.get("split") or None,
+            "geometry": row["geometry"],
+            "years": () if years is None or isinstance(years, float) else tuple(int(y) for y in years),
+            "labels": row.get("labels") or None,
+        }
+        try:
+            sites.append(Site(**known))
+        except ValueError as error:
+            raise CatalogError(f"{path}: site {site_id!r}: {error}") from error
+    _need_unique((s.id for s in sites), path, "site")
+    return sites
+
+
+def load_sources(path: Path | None = None) -> dict[str, Source]:
+    """The sources of a `sources.yaml`, by id; raises CatalogError as `load_sites` does."""
+    path = path or _catalog_dir() / "sources.yaml"
+    sources = _load_yaml(Source, path)
+    return {
+        # A file named in YAML lies beside it, wherever the command runs.
+        s.id: dataclasses.replace(s, href=str(path.parent / s.href)) if s.kind != "stac-api" and "://" not in s.href else s
+        for s in sources
+    }
+
+
+def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
+    """The recipes of a `recipes.yaml`, by id; raises CatalogError as `load_sites` does."""
+    return {r.id: r for r in _load_yaml(Recipe, path or _catalog_dir() / "recipes.yaml")}
+
+
+def load_models(path: Path | None = None) -> dict[str, ModelCard]:
+    """The model cards of a `models.yaml`, by id; raises CatalogError as `load_sites` does."""
+    return {m.id: m for m in _load_yaml(ModelCard, path or _catalog_dir() / "models.yaml")}
+
+
+def pick(known: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of that name; raises CatalogError naming what there is."""
+    if name not in known:
+        raise CatalogError(f"unknown {what} {name!r}; there is: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A catalogue value as plain JSON types, for provenance and hashing."""
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(value)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return shapely.to_wkt(value) if isinstance(value, BaseGeometry) else value
+
+
+def _load_yaml(cls: type[T], path: Path) -> list[T]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (OSError, yaml.YAMLError) as error:
+        raise CatalogError(f"{path}: cannot be read as a catalogue: {error}") from error
+    if not isinstance(content, Mapping):
+        raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
+    loaded = []
+    for name, entry in content.items():
+        try:
+            if not isinstance(entry, Mapping):
+                raise _FieldError(f"expected fields, found {type(entry).__name__}")
+            loaded.append(_build(cls, {"id": str(name), **entry}))
+        except ValueError as error:
+            raise CatalogError(f"{path}: entry {name!r}: {error}") from error
+    return loaded
+
+
+def _build(cls: type[T], entry: Mapping[str, Any]) -> T:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in entry:
+        _need(name in fields, name, f"one of {', '.join(f for f in fields if f != 'id')}")
+    required = {
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    for name in sorted(required - set(entry)):
+        raise _FieldError(f"field {name!r}: expected a value, found none")
+    return cls(**{name: _convert(hints[name], value, name) for name, value in entry.items()})
+
+
+def _convert(hint: Any, value: Any, field: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, field)
+    if dataclasses.is_dataclass(hint):
+        _need(isinstance(value, Mapping), field, f"fields of {getattr(hint, '__name__', '')}, found {value!r}")
+        return _build(typing.cast("type[Any]", hint), value)
+    if origin is tuple:
+        _need(isinstance(value, Sequence) and not isinstance(value, str), field, f"a list, found {value!r}")
+        return tuple(_convert(args[0], v, field) for v in value)
+    if origin is not None and issubclass(origin, Mapping):
+        _need(isinstance(value, Mapping), field, f"names and values, found {value!r}")
+        return {str(k): _convert(args[1], v, field) for k, v in value.items()}
+    fits = isinstance(value, int | float) if hint is float else isinstance(value, hint)
+    _need(fits and not (isinstance(value, bool) and hint is not bool), field, f"{hint.__name__}, found {value!r}")
+    return hint(value)
+
+
+def _need_unique(ids: Iterable[str], path: Path, what: str) -> None:
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise CatalogError(f"{path}: {what} {name!r} stands there twice; ids name groups of the cube, so keep one")
+        seen.add(name)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a repeated key is an error, not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)

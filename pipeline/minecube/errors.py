@@ -1,0 +1,33 @@
+"""The errors a user can meet: each says what was expected, what was found, why it matters and what to do."""
+
+
+class MinecubeError(Exception):
+    """Anything that went wrong in a way the user can act on; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class CatalogError(MinecubeError):
+    """A site, source, recipe or model is unknown, malformed or contradicts another."""
+
+
+class SceneError(MinecubeError):
+    """A search found nothing usable, or an item cannot be normalised."""
+
+
+class ReadError(MinecubeError):
+    """Pixels that were listed could not be read: the site-year is not committed."""
+
+    exit_code = 1
+
+
+class CubeError(MinecubeError):
+    """A store is not ours, was made by another recipe or grid, or cannot be written."""
+
+
+class LabelError(MinecubeError):
+    """Polygons that cannot be placed on the grid: no CRS, empty, elsewhere."""
+
+
+class ModelError(MinecubeError):
+    """A model does not fit the cube, or its file is not one of ours."""

@@ -1,0 +1,76 @@
+"""One site, one grid: its UTM zone, 10 m pixels, corners on multiples of 60 m.
+
+60 m is the coarsest Sentinel-2 pixel and tile corners are multiples of it, so scenes of the same zone fall on the grid
+at 10, 20 and 60 m without resampling (Sentinel-2 Products Specification Document, issue 14.9, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from affine import Affine
+from odc.geo import CRS, BoundingBox, Geometry
+from odc.geo.geobox import GeoBox
+from pyproj import CRS as ProjCRS
+
+from minecube.catalog import Site
+from minecube.errors import CatalogError
+
+PIXEL_M = 10
+ALIGN_M = 60  # coarsest native pixel
+Block = tuple[slice, slice]
+
+
+def grid_of(site: Site) -> GeoBox:
+    """The site's grid: UTM zone of its centroid, 10 m, grown outward to multiples of 60 m.
+
+    Raises:
+        CatalogError: the site has no area of interest, or one that no UTM zone holds.
+    """
+    if site.geometry is None:
+        raise CatalogError(
+            f"site {site.id!r} has no area of interest yet (geometry is null), so it has no grid: "
+            "give its polygon in a file of your own (--sites FILE)"
+        )
+    lonlat = Geometry(site.geometry, "EPSG:4326")
+    if not (-80 <= site.geometry.centroid.y <= 84):
+        raise CatalogError(
+            f"site {site.id!r} lies at latitude {site.geometry.centroid.y:.2f}; UTM, and with it the grid, spans -80..84"
+        )
+    crs = CRS.utm(lonlat)
+    box = lonlat.to_crs(crs, resolution=0.01).boundingbox
+    return _aligned(box, crs)
+
+
+def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:
+    # Half a millimetre of tolerance: a corner that is on 60 m before a round trip through degrees stays there.
+    eps = 0.0005
+    left, bottom = (int((v + eps) // ALIGN_M) * ALIGN_M for v in (box.left, box.bottom))
+    right, top = (-int((-v + eps) // ALIGN_M) * ALIGN_M for v in (box.right, box.top))
+    return GeoBox(((top - bottom) // PIXEL_M, (right - left) // PIXEL_M), Affine(PIXEL_M, 0, left, 0, -PIXEL_M, top), crs)
+
+
+def at_resolution(grid: GeoBox, resolution_m: int) -> GeoBox:
+    """The same extent with pixels of `resolution_m` (10, 20 or 60), sharing the grid's upper left corner."""
+    return grid if resolution_m == PIXEL_M else grid.zoom_out(resolution_m / PIXEL_M)
+
+
+def padded(grid: GeoBox, margin_m: int) -> GeoBox:
+    """The grid grown on all four sides by `margin_m` (a multiple of 60), so that neighbourhoods at its edge are whole."""
+    return grid.pad(margin_m // PIXEL_M)
+
+
+def blocks(grid: GeoBox, size_px: int) -> Iterator[Block]:
+    """The (y, x) slices that tile the grid, `size_px` a side, row by row; the last ones are shorter."""
+    height, width = grid.shape
+    for y in range(0, height, size_px):
+        for x in range(0, width, size_px):
+            yield slice(y, min(y + size_px, height)), slice(x, min(x + size_px, width))
+
+
+def equal_area_crs(grid: GeoBox) -> ProjCRS:
+    """The projection in which areas are stated: ETRS89-LAEA (EPSG:3035) in Europe, else Lambert's centred on the site."""
+    lon, lat = grid.geographic_extent.centroid.coords[0]
+    if -25 <= lon <= 45 and 33 <= lat <= 72:  # EPSG:3035's area of use, the Atlantic islands left out
+        return ProjCRS.from_epsg(3035)
+    return ProjCRS.from_proj4(f"+proj=laea +lat_0={lat:.4f} +lon_0={lon:.4f} +datum=WGS84 +units=m")

@@ -1,0 +1,181 @@
+"""Pixels land where they belong, unchanged, or the read fails."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import odc.stac
+import pytest
+import rasterio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyproj import Transformer
+from rasterio.enums import Resampling
+from scipy import ndimage
+
+from minecube import scenes
+from minecube.errors import ReadError
+from minecube.reader import read, remove_offset
+
+LEFT, TOP = 360000, 5600040
+
+
+def expected_nearest(pixels, file_grid, grid):
+    """By brute force: the file pixel in which each grid pixel's centre lies, 0 outside."""
+    out = np.zeros(grid.shape, dtype=pixels.dtype)
+    for row in range(grid.shape[0]):
+        for col in range(grid.shape[1]):
+            x, y = grid.transform @ (col + 0.5, row + 0.5)
+            c, r = ~file_grid.transform @ (x, y)
+            if 0 <= c < file_grid.shape[1] and 0 <= r < file_grid.shape[0]:
+                out[row, col] = pixels[int(r), int(c)]
+    return out
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ratio=st.sampled_from([1, 2, 6]),
+    dx=st.integers(-50, 90),
+    dy=st.integers(-50, 90),
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+)
+def test_any_window_of_a_nested_file_is_read_as_it_is(tmp_path_factory, make, ratio, dx, dy, width, height):
+    file_grid = make.grid(LEFT, TOP, 24, 18, size=10 * ratio)
+    path = tmp_path_factory.getbasetemp() / f"nested_{ratio}.tif"
+    pixels = make.unique(18, 24)
+    if not path.exists():
+        make.tif(path, pixels, file_grid)
+    grid = make.grid(LEFT + 10 * dx, TOP - 10 * dy, width, height)
+    np.testing.assert_array_equal(read(str(path), grid), expected_nearest(pixels, file_grid, grid))
+
+
+def test_the_file_is_trusted_not_the_item(real_data, make):
+    """The item of this scene says 10 m; its files are 100 m."""
+    path = real_data / "earthsearch_scene_29RKH_20200219" / "B04.tif"
+    with rasterio.open(path) as src:
+        pixels = src.read(1)
+    grid = make.grid(203400, 2790000, 90, 70, 32629)
+    rows = ((2800020 - (2790000 - 5 - 10 * np.arange(70))) // 100).astype(int)
+    columns = ((203405 + 10 * np.arange(90) - 199980) // 100).astype(int)
+    np.testing.assert_array_equal(read(str(path), grid), pixels[np.ix_(rows, columns)])
+
+
+@pytest.mark.parametrize("resampling", [Resampling.nearest, Resampling.bilinear])
+@pytest.mark.parametrize(
+    ("epsg", "left", "top", "size"),
+    [
+        (32632, 784000, 5607000, 10),  # the neighbouring zone
+        (32633, LEFT - 95, TOP + 105, 10),  # the same zone, half a pixel off: must not be read as if it were nested
+        (32633, LEFT - 100, TOP + 100, 10.2),  # pixels that are nearly 10 m
+    ],
+)
+def test_what_does_not_nest_is_warped_to_pixel_centres(tmp_path, make, resampling, epsg, left, top, size):
+    file_grid = make.grid(left, top, 300, 300, epsg, size=size)
+    row, column = np.mgrid[:300, :300]
+    pixels = (3000 + 10 * column + 7 * row + 500 * np.sin(column / 9.0)).astype(np.uint16)
+    make.tif(tmp_path / "band.tif", pixels, file_grid)
+    grid = make.grid(LEFT + 200, TOP - 200, 60, 50)
+    x, y = np.meshgrid(grid.coordinates["x"].values, grid.coordinates["y"].values)
+    x, y = Transformer.from_crs(32633, epsg, always_xy=True).transform(x, y)
+    at = np.array([(top - y) / size - 0.5, (x - left) / size - 0.5])
+    order = 1 if resampling is Resampling.bilinear else 0
+    expected = ndimage.map_coordinates(pixels.astype(float), at, order=order)
+    off = np.abs(read(str(tmp_path / "band.tif"), grid, resampling) - expected)
+    if resampling is Resampling.bilinear:
+        assert off.max() <= 1.5  # a hundredth of a pixel at 65 a pixel, and rounding
+    else:
+        assert np.mean(off > 0) < 0.03  # centres that fall between two pixels may go to either
+
+
+def test_a_warped_pixel_does_not_depend_on_the_window_it_is_read_in(tmp_path, make):
+    pixels = np.random.default_rng(0).integers(1, 9000, (400, 400)).astype(np.uint16)
+    make.tif(tmp_path / "band.tif", pixels, make.grid(784000, 5607000, 400, 400, 32632))
+    grid = make.grid(LEFT + 200, TOP - 200, 120, 90)
+    for resampling in (Resampling.nearest, Resampling.bilinear):
+        whole = read(str(tmp_path / "band.tif"), grid, resampling)
+        for rows, columns in ((slice(0, 30), slice(0, 50)), (slice(30, 90), slice(50, 120)), (slice(44, 45), slice(7, 113))):
+            part = read(str(tmp_path / "band.tif"), grid[rows, columns], resampling)
+            off = np.abs(part.astype(int) - whole[rows, columns])
+            assert off.max() <= (0 if resampling is Resampling.nearest else 5)
+            assert np.mean(off > 1) < 0.02
+
+
+def test_offset_is_removed_without_wrapping():
+    raw = np.arange(65536, dtype=np.uint16)
+    by_hand = [0 if v == 0 else max(v - 1000, 1) for v in range(65536)]
+    np.testing.assert_array_equal(remove_offset(raw, -1000), by_hand)
+    np.testing.assert_array_equal(remove_offset(raw, 0), raw)
+
+
+def test_stack_keeps_every_scene_in_the_order_given(archive, site, make):
+    """stackstac drops and reorders items by their metadata; a scene beside the grid must stay, as zeros."""
+    grid = scenes.grid_of(site)
+    there, beside = make.grid(LEFT, TOP, 240, 180), make.grid(LEFT + 60000, TOP, 240, 180)
+    listed = [
+        archive.scene("2020-07-05T10:00:00", there, {"B04": 500, "B11": 600}),
+        archive.scene("2020-05-05T10:00:00", beside, {"B04": 700, "B11": 800}),
+        archive.scene("2022-06-05T10:00:00", there, {"B04": 1900, "B11": 900}, baseline="04.00"),
+    ]
+    stacked = scenes.stack(listed, grid, ("B11", "SCL", "B04"))
+    assert stacked.shape == (3, 3, 180, 240)
+    assert stacked.dtype == np.uint16
+    assert list(stacked.id.values) == [s.id for s in listed]
+    values = stacked.values[:, :, 90, 120]
+    # 900 - 1000 is dark, not 65436; SCL carries no offset.
+    np.testing.assert_array_equal(values, [[600, 4, 500], [0, 0, 0], [1, 4, 900]])
+    assert stacked.y.values[0] == TOP - 5
+    assert stacked.x.values[0] == LEFT + 5
+
+
+def test_stack_agrees_with_odc_stac_and_plain_rasterio(archive, site, make):
+    grid = scenes.grid_of(site)
+    rng = np.random.default_rng(3)
+    raw, listed = [], []
+    for day in (3, 8):
+        where = make.grid(LEFT - 600 + 60 * day, TOP + 600, 260, 220)
+        pixels = {"B04": rng.integers(1, 9000, (220, 260)), "B11": rng.integers(1, 9000, (110, 130))}
+        raw.append(archive.item(f"2020-07-{day:02d}T10:00:00", where, pixels))
+        listed.append(scenes.normalise(raw[-1], archive.source))
+    ours = scenes.stack(listed, grid, ("B04", "B11")).values
+    theirs = odc.stac.load(raw, bands=["B04", "B11"], geobox=grid, dtype="uint16", nodata=0).to_dataarray("band")
+    np.testing.assert_array_equal(ours, theirs.transpose("time", "band", "y", "x").values)
+    with rasterio.open(raw[0].assets["B11"].href) as src:
+        x, y = float(ours.shape[3]) * 5 + LEFT, TOP - 300.0
+        (value,) = src.sample([(x, y)])
+    np.testing.assert_array_equal(ours[0, 1, 30, 120], value[0])
+
+
+def test_stack_does_not_mix_sources(archive, site, make):
+    one = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 240, 180), {"B04": 1, "B11": 1})
+    other = scenes.normalise(
+        archive.item("2020-07-06T10:00:00", make.grid(LEFT, TOP, 240, 180), {"B04": 1, "B11": 1}),
+        dataclasses.replace(archive.source, gdal={"AWS_NO_SIGN_REQUEST": "YES"}),
+    )
+    with pytest.raises(ReadError, match="different sources"):
+        scenes.stack([one, other], scenes.grid_of(site), ("B04",))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.7])
+def test_a_truncated_file_fails_loudly(tmp_path, make, keep):
+    grid = make.grid(LEFT, TOP, 500, 500)
+    whole = make.tif(tmp_path / "B04.tif", np.random.default_rng(0).integers(1, 9000, (500, 500)).astype(np.uint16), grid)
+    content = whole.read_bytes()
+    whole.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(ReadError, match=r"B04\.tif: cannot be read .* not written"):
+        read(str(whole), grid)
+
+
+def test_a_missing_file_fails_loudly_and_shows_no_signature(make):
+    with pytest.raises(ReadError) as caught:
+        read("/nowhere/B04.tif?sig=secret", make.grid(LEFT, TOP, 10, 10))
+    assert "secret" not in str(caught.value)
+    assert "/nowhere/B04.tif" in str(caught.value)
+
+
+def test_what_is_no_band_is_refused(tmp_path, make):
+    grid = make.grid(LEFT, TOP, 64, 64)
+    make.tif(tmp_path / "float.tif", np.ones((64, 64), np.float32), grid)
+    with pytest.raises(ReadError, match="found 1 of float32"):
+        read(str(tmp_path / "float.tif"), grid)
