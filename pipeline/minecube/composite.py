@@ -1,0 +1,296 @@
+"""Scenes + grid + recipe -> one cloud-free year, lazily; and the kernels that do it, plain numpy.
+
+One Dask task makes one block of one site-year, the block a Zarr shard: it reads SCL with a margin, masks, reads the bands
+of the dates at their own resolution, and reduces. The margin is as wide as any neighbourhood the mask looks at, so a
+pixel's value does not depend on how the site is cut into blocks.
+
+An observation is a solar day: overlapping tiles, granules of a split datatake and tiles of the neighbouring zone are
+mosaicked first, scenes of the grid's own zone before warped ones, so that an overpass counts once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import bottleneck
+import dask
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+import odc.geo.xr
+import pystac
+import shapely
+import xarray as xr
+from odc.geo.geobox import GeoBox
+from scipy import ndimage
+
+from minecube.catalog import SCL, BrightOverride, MaskRule, Recipe
+from minecube.errors import ReadError
+from minecube.grid import ALIGN_M, PIXEL_M, at_resolution, blocks, padded
+from minecube.reader import stack
+
+Bool = npt.NDArray[np.bool_]
+UInt8 = npt.NDArray[np.uint8]
+UInt16 = npt.NDArray[np.uint16]
+
+READ_THREADS = 16
+"""Reads in flight per block: they wait on disks and networks, not on cores."""
+QUALITY = ("no observation", "clear", "clear before the mask was grown", "thin cloud or shadow", "cloud in every observation")
+"""What the numbers of the `quality` layer mean; anything above 1 is a fallback, for want of a clear observation."""
+SCL_M = 20
+"""The mission's pixel size of SCL."""
+MARGIN_STEP_M = 240
+"""Margins are multiples of this: of 60 m, and of the four SCL pixels of which `persistently_bright` samples one."""
+_CLOUD, _NODATA = (8, 9), 0
+
+
+def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr.Dataset:
+    """One year of one site, lazy: nothing is read until it is computed or written.
+
+    Args:
+        scenes: normalised scenes of one year (`scenes.select`), in any order and any UTM zone.
+        grid: the site's grid.
+        recipe: bands, mask, reducer and block size.
+
+    Returns:
+        reflectance uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1; the median is rounded half to even.
+        clear_count uint16 [y, x]: solar days clear in every band. quality uint8 [y, x]: index into `QUALITY`.
+        Dask chunks are blocks of `recipe.block_px`, all bands in one.
+
+    Raises:
+        ReadError: no scenes, or one without a band of the recipe; when computed, a pixel that cannot be read.
+    """
+    if not scenes:
+        raise ReadError("no scenes to composite; expected at least one")
+    for scene in scenes:
+        missing = [b for b in (*recipe.bands, SCL) if b not in scene.assets]
+        if missing:
+            raise ReadError(f"scene {scene.id}: has no {', '.join(missing)}, which recipe {recipe.id!r} needs")
+    ordered = _in_mosaic_order(scenes, grid)
+    shared = dask.delayed(ordered, pure=False, traverse=False)
+    task = dask.delayed(composite_block, pure=False, traverse=False)
+    planes = len(recipe.bands) + 2
+    rows = []
+    for _, row in itertools.groupby(blocks(grid, recipe.block_px), key=lambda block: block[0].start):
+        boxes = [grid[block] for block in row]
+        rows.append([da.from_delayed(task(shared, box, recipe), (planes, *box.shape), dtype=np.uint16) for box in boxes])
+    packed = da.block(rows)
+    return xr.Dataset(
+        {
+            "reflectance": (("band", "y", "x"), packed[:-2]),
+            "clear_count": (("y", "x"), packed[-2]),
+            "quality": (("y", "x"), packed[-1].astype(np.uint8)),
+        },
+        coords={"band": list(recipe.bands), **odc.geo.xr.xr_coords(grid)},
+    )
+
+
+def composite_block(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> UInt16:
+    """One block, read and reduced: uint16 [bands..., clear_count, quality; y, x]. Scenes must be in mosaic order."""
+    scenes = _near(scenes, box)
+    if not scenes:
+        return np.zeros((len(recipe.bands) + 2, *box.shape), dtype=np.uint16)
+    days = _days(scenes)
+    size = scenes[0].assets[SCL].extra_fields["gsd"]
+    margin = _margin_m(recipe)
+    around = at_resolution(padded(box, margin), size)
+    scl = _read(scenes, around, (SCL,))[:, 0].astype(np.uint8)
+    owner, day_scl = mosaic(scl, days)
+    clear, lower = usable(day_scl, recipe, size)
+    inner = (..., *(slice(margin // size, margin // size + n) for n in at_resolution(box, size).shape))
+    use, quality = with_fallback(clear[inner], lower[inner], day_scl[inner] != _NODATA)
+    owner = owner[inner]
+
+    # Scenes in which no pixel is wanted are not read.
+    wanted = [i for i in range(len(scenes)) if (use & (owner == i)).any()]
+    out = np.zeros((len(recipe.bands) + 2, *box.shape), dtype=np.uint16)
+    seen = _finer(use, size)
+    for resolution, bands in _by_resolution(scenes, recipe.bands):
+        where = at_resolution(box, resolution)
+        pixels = _read([scenes[i] for i in wanted], where, bands) if wanted else np.zeros((0, len(bands), *where.shape), np.uint16)
+        pick = _owner_at(np.where(use, owner, -1), size, resolution)
+        for k, band in enumerate(bands):
+            observed = np.zeros((len(use), *where.shape), dtype=np.uint16)
+            for n, i in enumerate(wanted):
+                np.copyto(observed[days[i]], pixels[n, k], where=pick[days[i]] == i)
+            out[recipe.bands.index(band)] = _finer(median(observed), resolution)
+            seen &= _finer(observed != 0, resolution)
+    quality = _finer(quality, size)
+    # All bands or none: a pixel with one band missing is not an observation.
+    whole = (out[: len(recipe.bands)] != 0).all(axis=0) & (quality > 0)
+    out[: len(recipe.bands)] *= whole
+    out[-2] = seen.sum(axis=0) * (whole & (quality == 1))
+    out[-1] = quality * whole
+    return out
+
+
+def mosaic(scl: UInt8, days: Sequence[int]) -> tuple[npt.NDArray[np.int16], UInt8]:
+    """Which scene each day's pixel comes from, and the day's SCL.
+
+    The first scene of a day that has a pixel keeps it. Each scene loses the outermost pixel of its coverage first: there
+    20 m and 10 m pixels are partly outside the swath.
+
+    Args:
+        scl: uint8 [scene, y, x], 0 = no data; scenes of a day in order of preference.
+        days: index of each scene's day, 0..n-1.
+
+    Returns:
+        int16 [day, y, x], index of the scene, -1 = not observed; uint8 [day, y, x], 0 = not observed.
+    """
+    shape = (max(days) + 1, *scl.shape[1:])
+    owner, day_scl = np.full(shape, -1, dtype=np.int16), np.zeros(shape, dtype=np.uint8)
+    for i, day in enumerate(days):
+        inside = ndimage.binary_erosion(scl[i] != _NODATA, structure=np.ones((3, 3), bool), border_value=1)
+        free = inside & (owner[day] < 0)
+        owner[day][free] = i
+        day_scl[day][free] = scl[i][free]
+    return owner, day_scl
+
+
+def usable(scl: UInt8, recipe: Recipe, pixel_m: int) -> tuple[Bool, UInt8]:
+    """Which observations are clear, and how good the others are.
+
+    Args:
+        scl: uint8 [day, y, x] scene classification, 0 = not observed.
+        recipe: its mask rules and bright override.
+        pixel_m: pixel size of `scl`.
+
+    Returns:
+        clear: bool [day, y, x]. lower: uint8 [day, y, x], index into `QUALITY` (2..4) of observations that are not clear.
+    """
+    observed = scl != _NODATA
+    bright = persistently_bright(scl, recipe.bright_override, pixel_m) if recipe.bright_override else np.zeros_like(observed)
+    hidden, grown = np.zeros_like(observed), np.zeros_like(observed)
+    for rule in recipe.mask:
+        flagged = np.isin(scl, rule.classes) & ~bright
+        hidden |= flagged
+        grown |= grow(flagged, rule, pixel_m)
+    lower = np.where(hidden, 3, 2).astype(np.uint8)
+    lower[hidden & np.isin(scl, _CLOUD)] = 4
+    return observed & ~grown, lower
+
+
+def grow(flagged: Bool, rule: MaskRule, pixel_m: int) -> Bool:
+    """Flags [day, y, x] with specks narrower than `open_m` gone and the rest dilated by a disc of `dilate_m`."""
+    kept = flagged
+    if rule.open_m >= 2 * pixel_m:
+        size = rule.open_m // pixel_m
+        kept = ndimage.binary_opening(flagged, structure=np.ones((1, size, size), bool))
+    if rule.dilate_m < pixel_m:
+        return kept
+    out = np.empty_like(kept)
+    for day in range(len(kept)):  # the distance transform costs the same whatever the radius
+        near = ndimage.distance_transform_edt(~kept[day]) * pixel_m <= rule.dilate_m if kept[day].any() else kept[day]
+        out[day] = near
+    return out
+
+
+def persistently_bright(scl: UInt8, rule: BrightOverride, pixel_m: int) -> Bool:
+    """Observations [day, y, x] that SCL calls cloud although only the ground is bright.
+
+    A mine's bare ground is flagged on nearly every date. So pixels flagged clearly more often than their surroundings are
+    set aside; where the surroundings without them are clear, and a pixel is flagged on at least `rule.flagged` of such
+    dates, its flags on these dates are the ground's.
+    """
+    observed = scl != _NODATA
+    flagged = np.isin(scl, rule.classes) & observed
+    looks = np.maximum(observed.sum(axis=0), 1)
+    share = flagged.sum(axis=0) / looks
+    size = 2 * (rule.window_m // pixel_m) + 1
+    # The surroundings' own share: their lower quartile, on every fourth pixel for speed, so that a large mine, itself
+    # flagged nearly always, does not raise it.
+    typical = ndimage.percentile_filter(share[::4, ::4], 25, size=size // 4 | 1, mode="nearest")
+    typical = typical.repeat(4, axis=0).repeat(4, axis=1)[: share.shape[0], : share.shape[1]]
+    ordinary = observed & (share <= typical + 0.2)
+    clear_around = observed & (_window_sum(flagged & ordinary, size) <= rule.around * _window_sum(ordinary, size))
+    dates = clear_around.sum(axis=0)
+    often = (flagged & clear_around).sum(axis=0) >= np.maximum(rule.flagged * dates, 2)
+    return flagged & clear_around & often
+
+
+def with_fallback(clear: Bool, lower: UInt8, observed: Bool) -> tuple[Bool, UInt8]:
+    """The observations a pixel is made of: its clear ones or, where it has none, the best it has.
+
+    Returns:
+        use: bool [day, y, x]. quality: uint8 [y, x], index into `QUALITY`; 0 only where nothing was observed.
+    """
+    rank = np.where(clear, 1, np.where(observed, lower, 255)).astype(np.uint8)
+    best = rank.min(axis=0)
+    return (rank == best) & observed, np.where(best == 255, 0, best).astype(np.uint8)
+
+
+def median(observed: UInt16) -> UInt16:
+    """Median over days of the observations that are not 0: uint16 [y, x], halves rounded to even, 0 where there is none."""
+    if not len(observed):
+        return np.zeros(observed.shape[1:], dtype=np.uint16)
+    values = observed.astype(np.float32)  # exact for uint16 and the halves between them
+    values[observed == 0] = np.nan
+    middle = bottleneck.nanmedian(values, axis=0)
+    return np.rint(np.nan_to_num(middle, copy=False)).astype(np.uint16)
+
+
+def _in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item]:
+    """Scenes of the grid's zone first, since they need no resampling; then by time and id, so that any order in gives one out."""
+    own = f"EPSG:{grid.crs.epsg}"
+    return sorted(scenes, key=lambda s: (s.properties["proj:code"] != own, s.datetime, s.id))
+
+
+def _days(scenes: Sequence[pystac.Item]) -> list[int]:
+    days = [s.properties["minecube:solar_day"] for s in scenes]
+    index = {day: n for n, day in enumerate(sorted(set(days)))}
+    return [index[day] for day in days]
+
+
+def _by_resolution(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> list[tuple[int, tuple[str, ...]]]:
+    size = {b: min(s.assets[b].extra_fields["gsd"] for s in scenes) for b in bands}
+    by_size = itertools.groupby(sorted(bands, key=lambda b: size[b]), key=lambda b: size[b])
+    return [(resolution, tuple(group)) for resolution, group in by_size]
+
+
+def _read(scenes: Sequence[pystac.Item], box: GeoBox, bands: Sequence[str]) -> UInt16:
+    pixels: UInt16 = stack(scenes, box, bands, chunk_px=max(box.shape)).data.compute(scheduler="threads", num_workers=READ_THREADS)
+    return pixels
+
+
+def _near(scenes: Sequence[pystac.Item], box: GeoBox) -> list[pystac.Item]:
+    """The scenes whose footprint comes within a kilometre of the box; published footprints are that coarse."""
+    area = padded(box, 1000 // ALIGN_M * ALIGN_M).geographic_extent.geom
+    return [s for s in scenes if shapely.intersects(shapely.geometry.shape(s.geometry), area)]
+
+
+def _margin_m(recipe: Recipe) -> int:
+    """How far the mask of a pixel looks, in metres, rounded up so that every block samples the same pixels."""
+    reach = ALIGN_M + max((r.dilate_m + r.open_m for r in recipe.mask), default=0)
+    if recipe.bright_override:
+        reach += 2 * recipe.bright_override.window_m + 8 * SCL_M
+    return -(-reach // MARGIN_STEP_M) * MARGIN_STEP_M
+
+
+def _window_sum(flags: Bool, size: int) -> npt.NDArray[np.int32]:
+    """How many flags [day, y, x] stand in the square of `size` around each pixel, cut at the edges; exact integers."""
+    half = size // 2
+    total: npt.NDArray[np.int32] = flags.astype(np.int32)
+    for axis in (1, 2):
+        n = flags.shape[axis]
+        upto = np.insert(total.cumsum(axis=axis, dtype=np.int32), 0, 0, axis=axis)
+        low, high = np.clip(np.arange(n) - half, 0, n), np.clip(np.arange(n) + half + 1, 0, n)
+        total = upto.take(high, axis=axis) - upto.take(low, axis=axis)
+    return total
+
+
+def _finer(pixels: npt.NDArray[Any], from_m: int, to_m: int = PIXEL_M) -> npt.NDArray[Any]:
+    """The last two dimensions at a smaller (or the same) pixel size, by repetition."""
+    return pixels.repeat(from_m // to_m, axis=-2).repeat(from_m // to_m, axis=-1)
+
+
+def _owner_at(owner: npt.NDArray[np.int16], from_m: int, to_m: int) -> npt.NDArray[np.int16]:
+    """Which scene a pixel comes from, at another pixel size; where finer pixels disagree, none (-1)."""
+    if to_m <= from_m:
+        return _finer(owner, from_m, to_m)
+    step = to_m // from_m
+    day, height, width = owner.shape
+    groups = owner.reshape(day, height // step, step, width // step, step)
+    low = groups.min(axis=(2, 4))
+    return np.where(low == groups.max(axis=(2, 4)), low, -1)
