@@ -1,0 +1,120 @@
+"""The catalogue says what it holds, and every wrong entry is named by file, entry and field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import geopandas as gpd
+import pytest
+from shapely.geometry import Point, box
+
+from minecube import catalog
+from minecube.catalog import BANDS, load_models, load_recipes, load_sites, load_sources
+from minecube.errors import CatalogError
+
+README = Path(__file__).parents[1] / "catalog" / "README.md"
+
+
+def test_the_split_is_eurominenets(real_data):
+    facts = json.loads((real_data / "eurominenet_facts" / "facts.json").read_text())
+    ours = {s.id: s for s in load_sites() if not s.id.startswith("demo_")}
+    for split, names in facts["released_split"].items():
+        assert {i for i, s in ours.items() if s.split == split} == set(names)
+    assert len(ours) == 132
+    assert ours["Portuga_1"].country == "Portugal"
+    assert all(s.geometry is None for s in ours.values())
+    assert all(s.years == tuple(range(2015, 2025)) for s in ours.values())
+
+
+def test_the_shipped_entries():
+    assert set(load_sources()) == {"earth-search", "earth-search-c1", "planetary-computer", "cdse"}
+    assert load_recipes()["annual-median"].bands == BANDS
+    assert load_models()["unet-small"].bands == BANDS
+
+
+def test_the_readme_of_the_catalogue_names_every_field():
+    text = README.read_text()
+    for cls in (catalog.Site, catalog.Source, catalog.Offset, catalog.Recipe, catalog.MaskRule, catalog.BrightOverride, catalog.ModelCard):
+        for field in dataclasses.fields(cls):
+            assert f"`{field.name}`" in text, f"{cls.__name__}.{field.name}"
+
+
+SOURCE = "mine:\n  {title: t, kind: stac-api, href: 'http://x', collection: c, assets: {B04: red, SCL: scl}%s}\n"
+RECIPE = "mine: {title: t%s}\n"
+
+
+@pytest.mark.parametrize(
+    ("load", "text", "said"),
+    [
+        (load_sources, SOURCE % ", colour: red", "entry 'mine': field 'colour': expected one of title"),
+        (load_sources, SOURCE.replace("stac-api", "ftp") % "", "field 'kind': expected one of stac-api, stac-geoparquet, found 'ftp'"),
+        (load_sources, SOURCE.replace(", SCL: scl", "") % "", "field 'assets': expected an entry for SCL"),
+        (load_sources, SOURCE.replace("title: t, ", "") % "", "field 'title': expected a value"),
+        (load_sources, SOURCE % ", offset: {from_baseline: 4.0}", "field 'from_baseline': expected str, found 4.0"),
+        (load_sources, SOURCE % ", offset: {value: true}", "field 'value': expected int, found True"),
+        (load_sources, SOURCE % "" + SOURCE % "", "'mine' stands there twice"),
+        (load_sources, "- just\n- a list\n", "expected entries by id, found list"),
+        (load_sources, "mine: 3\n", "entry 'mine': expected fields, found int"),
+        (load_sources, "a: [", "cannot be read as a catalogue"),
+        (load_recipes, RECIPE % ", bands: [B02, B99]", "field 'bands': expected bands of B02.* found B99"),
+        (load_recipes, RECIPE % ", bands: [B03, B02]", "in the order B02"),
+        (load_recipes, RECIPE % ", months: [13]", r"field 'months': expected 1..12, ascending, each once, found \[13\]"),
+        (load_recipes, RECIPE % ", reducer: mean", "field 'reducer': expected median, found 'mean'"),
+        (load_recipes, RECIPE % ", mask: [{classes: [14]}]", "field 'classes': expected SCL 1..11"),
+        (load_recipes, RECIPE % ", block_px: 100, chunk_px: 100", "field 'block_px': expected a multiple of 8"),
+        (load_models, "m: {title: t, architecture: transformer}\n", "field 'architecture': expected unet"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, load, text, said):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(CatalogError, match=rf"own\.yaml.*{said}"):
+        load(path)
+
+
+def sites_file(tmp_path, geometries, crs=4326, suffix=".geojson", **columns):
+    path = tmp_path / f"own{suffix}"
+    table = gpd.GeoDataFrame(columns, geometry=geometries, crs=crs)
+    table.to_parquet(path) if suffix == ".parquet" else table.to_file(path)
+    return path
+
+
+MINE, OTHER = box(13.0, 50.0, 13.05, 50.03), box(14.0, 50.0, 14.05, 50.03)
+BOWTIE = gpd.GeoSeries.from_wkt(["POLYGON ((13 50, 13.1 50.1, 13.1 50, 13 50.1, 13 50))"])[0]
+
+
+@pytest.mark.parametrize("suffix", [".geojson", ".gpkg", ".parquet", ".shp"])
+def test_sites_of_ones_own_in_any_format_and_projection(tmp_path, suffix):
+    path = sites_file(tmp_path, gpd.GeoSeries([MINE, OTHER], crs=4326).to_crs(32633), 32633, suffix, name=["North pit", "B"])
+    if suffix == ".geojson":
+        gpd.read_file(path).to_crs(4326).to_file(path)
+    found = load_sites(path)
+    assert [s.id for s in found] == ["North_pit", "B"]
+    assert found[0].geometry.symmetric_difference(MINE).area < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("geometries", "columns", "said"),
+    [
+        ([MINE, OTHER], {"id": ["a", "a"]}, "site 'a' stands there twice"),
+        ([BOWTIE], {"id": ["a"]}, "site 'a': field 'geometry': expected a valid polygon, found Self-intersection"),
+        ([Point(13, 50)], {"id": ["a"]}, "site 'a': field 'geometry': expected a polygon, found Point"),
+        ([MINE], {"id": ["../../etc"]}, "field 'id': expected letters"),
+        ([MINE], {"id": ["a"], "split": ["dev"]}, "field 'split': expected train, val, test or null, found 'dev'"),
+    ],
+)
+def test_a_wrong_site_is_named(tmp_path, geometries, columns, said):
+    path = sites_file(tmp_path, geometries, **columns)
+    with pytest.raises(CatalogError, match=rf"own\.geojson: .*{said}"):
+        load_sites(path)
+
+
+def test_a_polygon_file_without_crs_or_without_polygons(tmp_path):
+    with pytest.raises(CatalogError, match="has no CRS"):
+        load_sites(sites_file(tmp_path, [MINE], None, ".parquet", id=["a"]))
+    path = tmp_path / "empty.geojson"
+    path.write_text('{"type": "FeatureCollection", "features": []}')
+    with pytest.raises(CatalogError, match=r"empty\.geojson: holds no site"):
+        load_sites(path)

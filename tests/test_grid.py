@@ -1,0 +1,97 @@
+"""Every site's grid is made of whole 60 m pixels of its zone and holds its polygon."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from odc.geo.geobox import GeoBox
+from pyproj import Geod, Transformer
+from shapely.geometry import box
+from shapely.ops import unary_union
+
+from minecube.catalog import Site, load_sites
+from minecube.errors import CatalogError
+from minecube.grid import at_resolution, blocks, equal_area_crs, grid_of, padded
+
+
+def site_at(lon, lat, width, height):
+    return Site(id="s", geometry=box(lon, lat, lon + width, lat + height))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lon=st.floats(-179, 178.5),
+    lat=st.floats(-79, 82),
+    width=st.floats(0.001, 0.2),
+    height=st.floats(0.001, 0.2),
+)
+def test_any_sites_grid(lon, lat, width, height):
+    site = site_at(lon, lat, width, height)
+    grid = grid_of(site)
+    left, bottom, right, top = grid.boundingbox
+    assert all(v == int(v) and v % 60 == 0 for v in (left, bottom, right, top))
+    assert (grid.resolution.x, grid.resolution.y) == (10, -10)
+    middle = lon + width / 2
+    assert grid.crs.epsg in (32600 + int((middle + 180) // 6) + 1, 32700 + int((middle + 180) // 6) + 1)
+    # The polygon's own corners, by another way, lie inside, and the grid reaches at most 60 m beyond its bulging edges.
+    x, y = Transformer.from_crs(4326, grid.crs.epsg, always_xy=True).transform(*np.array(site.geometry.exterior.coords).T)
+    assert left - 1e-3 <= min(x)
+    assert max(x) <= right + 1e-3
+    assert bottom - 1e-3 <= min(y)
+    assert max(y) <= top + 1e-3
+
+
+def test_the_demo_sites_are_384_pixels():
+    assert {tuple(grid_of(s).shape) for s in load_sites() if s.id.startswith("demo_")} == {(384, 384)}
+
+
+def test_a_grid_does_not_grow_when_its_own_corners_come_back():
+    """Through degrees and back a corner moves by micrometres; it must not take another 60 m with it."""
+    grid = grid_of(site_at(13.0, 50.0, 0.05, 0.03))
+    back = Transformer.from_crs(grid.crs.epsg, 4326, always_xy=True)
+    outline = box(*grid.boundingbox).segmentize(20)  # an edge that is straight in degrees would bulge beyond it
+    again = Site(id="s", geometry=shapely.transform(outline, back.transform, interleaved=False))
+    assert grid_of(again) == grid
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300).map(lambda n: n * 6), st.integers(1, 300).map(lambda n: n * 6), st.integers(1, 700))
+def test_blocks_tile_the_grid(height, width, size):
+    grid = grid_of(site_at(13.0, 50.0, 0.05, 0.03))[:6, :6]
+    grid = GeoBox((height, width), grid.transform, grid.crs)
+    if height * width > 500_000 or (height // size + 1) * (width // size + 1) > 2000:
+        return
+    hit = np.zeros((height, width), np.uint8)
+    for block in blocks(grid, size):
+        hit[block] += 1
+    assert (hit == 1).all()
+
+
+def test_coarser_and_padded_grids_share_corners():
+    grid = grid_of(site_at(13.0, 50.0, 0.05, 0.03))
+    for size in (10, 20, 60):
+        coarse = at_resolution(grid, size)
+        assert tuple(coarse.boundingbox) == tuple(grid.boundingbox)
+        assert coarse.resolution.x == size
+    wide = padded(grid, 240)
+    assert np.subtract(wide.boundingbox, grid.boundingbox).tolist() == [-240, -240, 240, 240]
+
+
+@pytest.mark.parametrize(("lon", "lat"), [(14.0, 51.0), (-70.0, -23.0), (118.0, -22.5), (24.0, 65.0)])
+def test_areas_agree_with_the_ellipsoids(lon, lat):
+    """The area of a projected polygon against its geodesic area."""
+    polygon = box(lon, lat, lon + 0.05, lat + 0.03).segmentize(0.001)
+    crs = equal_area_crs(grid_of(Site(id="s", geometry=polygon)))
+    flat = shapely.transform(polygon, Transformer.from_crs(4326, crs, always_xy=True).transform, interleaved=False)
+    true, _ = Geod(ellps="GRS80").geometry_area_perimeter(polygon)
+    assert abs(flat.area / abs(true) - 1) < 1e-5
+
+
+def test_sites_without_a_grid():
+    with pytest.raises(CatalogError, match="'s' has no area of interest yet"):
+        grid_of(Site(id="s"))
+    with pytest.raises(CatalogError, match="latitude 85"):
+        grid_of(Site(id="s", geometry=unary_union([box(10, 84.9, 11, 85.1)])))
