@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from minecube import scenes
-from minecube.catalog import BrightOverride, MaskRule, Recipe
-from minecube.composite import QUALITY, composite, grow, median, mosaic, persistently_bright, usable, with_fallback
+from minecube.catalog import BrightOverride, HazeTest, MaskRule, Recipe
+from minecube.composite import QUALITY, composite, grow, median, mosaic, persistently_bright, usable, with_fallback, without_haze
 from minecube.errors import ReadError
 from minecube.grid import grid_of
 
@@ -122,6 +122,44 @@ def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive, ma
         made = composite([listed[i] for i in order], grid, dataclasses.replace(recipe, block_px=block, chunk_px=8)).compute()
         for name in whole.data_vars:
             np.testing.assert_array_equal(made[name], whole[name], err_msg=f"{name}, blocks of {block}")
+
+
+def test_haze_goes_and_changed_ground_stays(archive, make):
+    """Seven dates: a veil over half of the third, unknown to SCL; a field bare from the sixth on, brighter in red than in blue."""
+    grid, where = make.grid(LEFT, TOP, 96, 64), make.grid(LEFT - 1200, TOP + 1200, 400, 400)
+    three = dataclasses.replace(archive, bands=("B02", "B04", "B11"))
+    recipe = dataclasses.replace(PLAIN, bands=("B02", "B04", "B11"), haze=HazeTest())
+    rng = np.random.default_rng(4)
+    listed = []
+    for day in range(7):
+        blue, red = rng.normal(400, 20, (400, 400)), rng.normal(500, 20, (400, 400))
+        if day >= 5:  # rows 20-40 of the grid, columns 10-30
+            blue[140:160, 130:150] += 500
+            red[140:160, 130:150] += 900
+        if day == 2:
+            blue[:, 168:] += 900
+            red[:, 168:] += 800
+        pixels = {"B02": blue.astype(int), "B04": red.astype(int), "B11": 2000 + day}
+        listed.append(three.scene(f"2020-06-{2 * day + 1:02d}T10:00:00", where, pixels))
+    made = composite(listed, grid, recipe).compute()
+    count = made.clear_count.values
+    assert (count[:, :44] == 7).all()  # the bare field too
+    assert (count[:, 52:] == 6).all()
+    assert (made.quality == 1).all()
+    cut = composite(listed, grid, dataclasses.replace(recipe, block_px=24, chunk_px=8)).compute()
+    for name in made.data_vars:
+        np.testing.assert_array_equal(made[name], cut[name], err_msg=name)
+
+
+def test_of_two_observations_the_hazy_one_goes():
+    use = np.ones((2, 9, 9), bool)
+    blue = np.full((2, 9, 9), 400 * 4)
+    red = np.full((2, 9, 9), 500 * 4)
+    blue[1] += 1000 * 4
+    kept, quality = without_haze(blue, red, use, np.ones((9, 9), np.uint8), HazeTest(), 20)
+    assert kept[0].all()
+    assert not kept[1].any()
+    assert (quality == 1).all()
 
 
 def test_overlapping_tiles_are_one_observation(archive, make):

@@ -148,6 +148,20 @@ class BrightOverride:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HazeTest:
+    """When a clear-looking observation is believed to be under thin cloud: blue brighter than red can explain."""
+
+    excess: float = 0.025
+    """By how much blue - red / 2 exceeds the pixel's own lower quartile of the year; reflectance."""
+    window_m: int = 60
+    """Side of the window over which the excess is averaged."""
+
+    def __post_init__(self) -> None:
+        _need(0 < self.excess < 1, "excess", f"a reflectance above 0 and below 1, found {self.excess}")
+        _need(0 < self.window_m <= 500, "window_m", f"1..500 metres, found {self.window_m}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a composite is made."""
 
@@ -160,6 +174,8 @@ class Recipe:
     """Scenes cloudier than this over the whole tile (percent) are not read."""
     mask: tuple[MaskRule, ...] = ()
     bright_override: BrightOverride | None = None
+    haze: HazeTest | None = None
+    """Needs B02 and B04 among the bands."""
     reducer: str = "median"
     """How the clear observations of a pixel become one."""
     block_px: int = 512
@@ -174,6 +190,7 @@ class Recipe:
         in_order = all(1 <= m <= 12 for m in self.months) and list(self.months) == sorted(set(self.months))
         _need(self.months and in_order, "months", f"1..12, ascending, each once, found {list(self.months)}")
         _need(0 < self.max_cloud_cover <= 100, "max_cloud_cover", f"percent above 0, found {self.max_cloud_cover}")
+        _need(not self.haze or {"B02", "B04"} <= set(self.bands), "haze", "B02 and B04 among the bands, or null")
         _need(self.reducer == "median", "reducer", f"median, found {self.reducer!r}")
         _need(self.chunk_px > 0 and self.block_px % self.chunk_px == 0, "block_px", "a multiple of chunk_px")
         _need(self.block_px % 8 == 0, "block_px", f"a multiple of 8, so that 20 m pixels are whole, found {self.block_px}")
