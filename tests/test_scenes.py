@@ -95,7 +95,7 @@ def test_real_items_in_the_projects_terms(real):
 def test_the_rule_agrees_with_product_metadata(real_data):
     """Where BOA_ADD_OFFSET really stands: the product's own XML."""
     for path in sorted((real_data / "safe_metadata").glob("*/MTD_MSIL2A.xml")):
-        root = ET.parse(path).getroot()  # noqa: S314
+        root = ET.parse(path).getroot()
         baseline = next(e.text for e in root.iter("PROCESSING_BASELINE"))
         stated = {int(e.text) for e in root.iter("BOA_ADD_OFFSET")} or {0}
         rule = load_sources()["cdse"].offset
@@ -318,7 +318,9 @@ def test_an_api_that_answers_html(api, searched):
 
 
 def test_an_empty_search_says_what_was_searched(api, searched):
-    with pytest.raises(SceneError, match=r"no scene of 2021 over Allgaeu \(west.*sentinel-2-l2a at http.*0 listed, 0 refused; try"):
+    with pytest.raises(
+        SceneError, match=r"no scene of 2021 over Allgaeu \(west.*sentinel-2-l2a at http.*0 listed, 0 refused; try"
+    ):
         scenes.search(searched[0], 2021, searched[1])
 
 

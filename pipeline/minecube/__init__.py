@@ -1,1 +1,50 @@
-"""minecube."""
+"""Cloud-free annual Sentinel-2 cubes of mines, aligned with their footprints, mapped and scored through time.
+
+    load_sites(path)                  -> [Site]
+    grid_of(site)                     -> GeoBox                     10 m UTM, corners on multiples of 60 m
+    search(site, year, source)        -> [pystac.Item]              normalised scenes
+    select(scenes, recipe)            -> [pystac.Item]              those the recipe uses
+    composite.composite(scenes, grid, recipe) -> Dataset[band, y, x]   lazy
+    cube.create / write_year / open_cube  -> Dataset[year, band, y, x] in Zarr
+    rasterize(polygons, grid, years)  -> DataArray[year, y, x]      1 mine, 0 not, 255 unknown
+    predict(trained, reflectance)     -> DataArray[year, y, x]      probability x 250
+    count(pred, truth, years)         -> Scores                     additive; finish() gives the formulas
+
+Names are loaded when they are first used: importing the package loads neither Dask nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Recipe": "catalog",
+    "Site": "catalog",
+    "Source": "catalog",
+    "count": "metrics",
+    "create": "cube",
+    "finish": "metrics",
+    "fit": "train",
+    "grid_of": "grid",
+    "load_recipes": "catalog",
+    "load_sites": "catalog",
+    "load_sources": "catalog",
+    "open_cube": "cube",
+    "predict": "models",
+    "rasterize": "labels",
+    "read_polygons": "labels",
+    "search": "scenes",
+    "select": "scenes",
+    "stack": "reader",
+    "vectorize": "labels",
+    "write_year": "cube",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minecube' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minecube.{_HOME[name]}"), name)

@@ -312,7 +312,7 @@ def _plain(value: Any) -> Any:
 
 def _load_yaml(cls: type[T], path: Path) -> list[T]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
     except (OSError, yaml.YAMLError) as error:
         raise CatalogError(f"{path}: cannot be read as a catalogue: {error}") from error
     if not isinstance(content, Mapping):
@@ -333,9 +333,7 @@ def _build(cls: type[T], entry: Mapping[str, Any]) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in entry:
         _need(name in fields, name, f"one of {', '.join(f for f in fields if f != 'id')}")
-    required = {
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     for name in sorted(required - set(entry)):
         raise _FieldError(f"field {name!r}: expected a value, found none")
     return cls(**{name: _convert(hints[name], value, name) for name, value in entry.items()})

@@ -216,7 +216,8 @@ def persistently_bright(scl: UInt8, rule: BrightOverride, pixel_m: int) -> Bool:
     clear_around = observed & (_window_sum(flagged & ordinary, size) <= rule.around * _window_sum(ordinary, size))
     dates = clear_around.sum(axis=0)
     often = (flagged & clear_around).sum(axis=0) >= np.maximum(rule.flagged * dates, 2)
-    return flagged & clear_around & often
+    bright: Bool = flagged & clear_around & often
+    return bright
 
 
 def with_fallback(clear: Bool, lower: UInt8, observed: Bool) -> tuple[Bool, UInt8]:
@@ -272,11 +273,12 @@ def median(observed: UInt16) -> UInt16:
     values = observed.astype(np.float32)  # exact for uint16 and the halves between them
     values[observed == 0] = np.nan
     middle = bottleneck.nanmedian(values, axis=0)
-    return np.rint(np.nan_to_num(middle, copy=False)).astype(np.uint16)
+    rounded: UInt16 = np.rint(np.nan_to_num(middle, copy=False)).astype(np.uint16)
+    return rounded
 
 
 def _in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item]:
-    """Scenes of the grid's zone first, since they need no resampling; then by time and id, so that any order in gives one out."""
+    """Scenes of the grid's zone first, since they need no resampling; then by time and id: any order in gives one out."""
     own = f"EPSG:{grid.crs.epsg}"
     return sorted(scenes, key=lambda s: (s.properties["proj:code"] != own, s.datetime, s.id))
 
@@ -294,7 +296,9 @@ def _by_resolution(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> list[
 
 
 def _read(scenes: Sequence[pystac.Item], box: GeoBox, bands: Sequence[str]) -> UInt16:
-    pixels: UInt16 = stack(scenes, box, bands, chunk_px=max(box.shape)).data.compute(scheduler="threads", num_workers=READ_THREADS)
+    pixels: UInt16 = stack(scenes, box, bands, chunk_px=max(box.shape)).data.compute(
+        scheduler="threads", num_workers=READ_THREADS
+    )
     return pixels
 
 
@@ -340,7 +344,8 @@ def _summed(pixels: UInt16, from_m: int, to_m: int) -> npt.NDArray[np.int32]:
     step = to_m // from_m
     day, height, width = pixels.shape
     groups = pixels.reshape(day, height // step, step, width // step, step).astype(np.int32)
-    return groups.sum(axis=(2, 4)) * (from_m // PIXEL_M) ** 2 * (groups != 0).all(axis=(2, 4))
+    summed: npt.NDArray[np.int32] = groups.sum(axis=(2, 4)) * (from_m // PIXEL_M) ** 2 * (groups != 0).all(axis=(2, 4))
+    return summed
 
 
 def _finer(pixels: npt.NDArray[Any], from_m: int, to_m: int = PIXEL_M) -> npt.NDArray[Any]:

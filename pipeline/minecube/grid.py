@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pyproj
 from affine import Affine
 from odc.geo import CRS, BoundingBox, Geometry
 from odc.geo.geobox import GeoBox
-from pyproj import CRS as ProjCRS
 
 from minecube.catalog import Site
 from minecube.errors import CatalogError
@@ -68,9 +68,9 @@ def blocks(grid: GeoBox, size_px: int) -> Iterator[Block]:
             yield slice(y, min(y + size_px, height)), slice(x, min(x + size_px, width))
 
 
-def equal_area_crs(grid: GeoBox) -> ProjCRS:
+def equal_area_crs(grid: GeoBox) -> pyproj.CRS:
     """The projection in which areas are stated: ETRS89-LAEA (EPSG:3035) in Europe, else Lambert's centred on the site."""
     lon, lat = grid.geographic_extent.centroid.coords[0]
     if -25 <= lon <= 45 and 33 <= lat <= 72:  # EPSG:3035's area of use, the Atlantic islands left out
-        return ProjCRS.from_epsg(3035)
-    return ProjCRS.from_proj4(f"+proj=laea +lat_0={lat:.4f} +lon_0={lon:.4f} +datum=WGS84 +units=m")
+        return pyproj.CRS.from_epsg(3035)
+    return pyproj.CRS.from_proj4(f"+proj=laea +lat_0={lat:.4f} +lon_0={lon:.4f} +datum=WGS84 +units=m")

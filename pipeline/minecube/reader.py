@@ -107,8 +107,8 @@ def read(href: str, grid: GeoBox, resampling: Resampling = Resampling.nearest) -
             return _read_nested(src, grid, *native) if native else _warp(src, grid, resampling)
     except rasterio.errors.RasterioError as error:
         raise ReadError(
-            f"{_shown(href)}: cannot be read ({_shown(str(error.__cause__ or error))}); its pixels would be missing from the composite, so the "
-            "site-year is not written; check that the file is there and whole, then run again"
+            f"{_shown(href)}: cannot be read ({_shown(str(error.__cause__ or error))}); its pixels would be missing from the "
+            "composite, so the site-year is not written; check that the file is there and whole, then run again"
         ) from error
 
 
@@ -131,9 +131,9 @@ class NativeReader:
         gdal_env: Mapping[str, str],
         errors_as_nodata: tuple[Exception, ...] = (),
     ) -> None:
-        if dtype != np.uint16 or fill_value != 0 or scale_offset != (1, 0) or errors_as_nodata:
-            raise ReadError("stackstac must be called with dtype uint16, fill_value 0, rescale False and no errors_as_nodata")
         self.url, self.spec, self.resampling, self.gdal = url, spec, resampling, gdal_env
+        if (dtype, fill_value, scale_offset, errors_as_nodata) != (np.dtype("uint16"), 0, (1, 0), ()):
+            raise ReadError("stackstac must be called with dtype uint16, fill_value 0, rescale False and no errors_as_nodata")
 
     def read(self, window: Window, **_: Any) -> UInt16:
         """The window of the grid, uint16 (y, x); raises ReadError."""
@@ -243,7 +243,8 @@ def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> 
         YSCALE=scale,
         tolerance=tolerance,
     ) as vrt:
-        return vrt.read(1).astype(np.uint16)
+        warped: UInt16 = vrt.read(1).astype(np.uint16)
+    return warped
 
 
 def _zero_nodata(pixels: npt.NDArray[Any], nodata: float | None) -> UInt16:

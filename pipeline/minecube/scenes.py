@@ -26,7 +26,7 @@ from shapely.geometry.base import BaseGeometry
 from urllib3 import Retry
 
 from minecube.catalog import FIRST_YEAR, Offset, Recipe, Site, Source
-from minecube.errors import SceneError
+from minecube.errors import CubeError, SceneError
 from minecube.grid import grid_of
 from minecube.reader import stack
 
@@ -168,8 +168,9 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     chosen = [s for s in in_season if s.properties["eo:cloud_cover"] <= recipe.max_cloud_cover]
     if not chosen:
         raise SceneError(
-            f"recipe {recipe.id!r} uses none of {len(scenes)} scenes: {len(in_season)} in months {list(recipe.months)}, none of "
-            f"those at most {recipe.max_cloud_cover:g} % cloudy; widen months or max_cloud_cover in a recipe of your own"
+            f"recipe {recipe.id!r} uses none of {len(scenes)} scenes: {len(in_season)} in months {list(recipe.months)}, "
+            f"none of those at most {recipe.max_cloud_cover:g} % cloudy; widen months or max_cloud_cover in a recipe "
+            "of your own"
         )
     return chosen
 
@@ -183,7 +184,7 @@ def solar_day(item: pystac.Item) -> str:
 
 
 def save(scenes: Sequence[pystac.Item], path: Path) -> None:
-    """Write scenes as stac-geoparquet, whole or not at all; raises SceneError where that cannot be written."""
+    """Write scenes as stac-geoparquet, whole or not at all; raises CubeError where that cannot be written."""
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow([_for_parquet(s) for s in scenes])
     part = path.with_name(path.name + ".part")
     try:
@@ -191,7 +192,9 @@ def save(scenes: Sequence[pystac.Item], path: Path) -> None:
         stac_geoparquet.arrow.to_parquet(table, part)
         part.replace(path)
     except OSError as error:
-        raise SceneError(f"{path}: the scene list cannot be written ({error.strerror or error}); choose another folder") from error
+        raise SceneError(
+            f"{path}: the scene list cannot be written ({error.strerror or error}); choose another folder"
+        ) from error
 
 
 def load(path: Path) -> list[pystac.Item]:
@@ -202,7 +205,9 @@ def load(path: Path) -> list[pystac.Item]:
     """
     items = _read_items(path)
     if any("minecube:offset" not in i.properties for i in items):
-        raise SceneError(f"{path}: holds STAC items, but no scenes saved by minecube; name it as a source of kind stac-geoparquet")
+        raise SceneError(
+            f"{path}: holds STAC items, but no scenes saved by minecube; name it as a source of kind stac-geoparquet"
+        )
     for item in items:
         # Parquet knows one struct for all rows; a mapping that differs by source travels as text.
         item.properties["minecube:gdal"] = json.loads(item.properties["minecube:gdal"])
@@ -329,7 +334,7 @@ def _pixel_size(asset: pystac.Asset) -> int | None:
         return round(abs(float(transform[0])))
     for band in asset.extra_fields.get("raster:bands") or []:
         if band.get("spatial_resolution"):
-            return round(band["spatial_resolution"])
+            return round(float(band["spatial_resolution"]))
     stated = asset.extra_fields.get("gsd")
     return round(float(stated)) if stated else None
 

@@ -1,0 +1,35 @@
+# Both targets do all their own set-up: a virtual environment in .venv, made anew when the requirements change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: the stages bring their own, and tests run beside each other's children.
+export MPLBACKEND := Agg
+
+.PHONY: demo test quick format clean
+
+demo: $(VENV)/installed
+	rm -rf build/demo
+	$(BIN)/minecube demo --out build/demo
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+# Everything but the tests that take minutes.
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,cluster,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,87 @@
+"""The command line: one subcommand a stage, and `demo` that runs them all. Here, and in workflows/, the stages meet.
+
+Exit codes: 0 done, 1 some site-years failed, 2 bad use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from minecube.errors import MinecubeError
+
+# Subcommand -> where it is, and its line in the list: `minecube --help` need not load a stage to show it.
+COMMANDS = {
+    "sites": ("minecube.cli.data", "List the sites of the catalogue, or of a file of your own."),
+    "simulate": ("minecube.cli.data", "Make a Sentinel-2 archive with known truth."),
+    "search": ("minecube.cli.data", "Find the scenes of sites and years, and save the list."),
+    "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
+    "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
+    "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
+    "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
+    "score": ("minecube.cli.results", "Score predictions against footprints."),
+    "export": ("minecube.cli.results", "Write COGs, GeoParquet, a STAC collection and pictures."),
+    "demo": ("minecube.cli.demo", "Run everything on a simulated world and score it against the truth."),
+}
+
+
+class _Stages(click.Group):
+    """Loads a subcommand when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click passes it
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        try:
+            module = importlib.import_module(COMMANDS[cmd_name][0])
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise click.UsageError(f"`minecube {cmd_name}` needs PyTorch: pip install 'minecube[torch]'") from error
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MinecubeError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is committed is safe, run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Stages, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="minecube")
+@click.option("-v", "--verbose", is_flag=True, help="Say more: which scenes were refused and why, what is resumed.")
+def cli(verbose: bool) -> None:
+    """Cloud-free annual Sentinel-2 cubes of mines, their footprints, and how they change.
+
+    \b
+    Example, the whole job on your own polygons:
+      minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr
+    )
+    if not verbose:
+        # Third-party deprecations are for those who develop this package, whose tests turn them into errors.
+        warnings.simplefilter("ignore")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    cli.main(args=argv, prog_name="minecube")

@@ -1,0 +1,147 @@
+"""What several subcommands share: options, the choice of sites and years, progress bars."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minecube import cube
+from minecube.catalog import ModelCard, Recipe, Site, Source, load_models, load_recipes, load_sites, load_sources
+from minecube.errors import CatalogError
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+SITE_FILES = (".geojson", ".json", ".gpkg", ".parquet", ".shp")
+
+store_option = click.option("--store", required=True, help="The cubes: a folder, or an object-store URL.")
+sites_option = click.option(
+    "--sites",
+    "wanted",
+    default="*",
+    show_default=True,
+    help="Sites by name, comma-separated, * allowed; or a file of polygons (GeoJSON, GeoPackage, GeoParquet, Shapefile).",
+)
+catalog_option = click.option(
+    "--catalog",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder with more sites.geojson, sources.yaml, recipes.yaml or models.yaml of your own.",
+)
+
+
+class Years(click.ParamType[tuple[int, ...]]):
+    """2019-2023, or 2019,2021, or both."""
+
+    name = "years"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Ascending years, each once."""
+        if isinstance(value, tuple):
+            return value
+        years: set[int] = set()
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(\d{4})(?:\s*-\s*(\d{4}))?\s*", part)
+            if not match or int(match.group(2) or match.group(1)) < int(match.group(1)):
+                self.fail(f"{value!r}: expected years such as 2019-2023 or 2019,2021", param, ctx)
+            years |= set(range(int(match.group(1)), int(match.group(2) or match.group(1)) + 1))
+        return tuple(sorted(years))
+
+
+years_option = click.option("--years", type=Years(), required=True, help="Years: 2019-2023, or 2019,2021.")
+
+
+def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
+    """The sites named, or all of the file named; raises CatalogError for names that match nothing."""
+    if Path(wanted).suffix.lower() in SITE_FILES:
+        if not Path(wanted).exists():
+            raise CatalogError(f"{wanted}: no such file; expected polygons of sites")
+        return load_sites(Path(wanted))
+    known = {s.id: s for s in load_sites()}
+    if catalog and (catalog / "sites.geojson").exists():
+        _merge(known, {s.id: s for s in load_sites(catalog / "sites.geojson")}, catalog, "site")
+    return [known[name] for name in _matching(wanted, list(known), "the catalogue")]
+
+
+def stored_sites(store: str, wanted: str) -> list[str]:
+    """Names of the sites in a store that match; raises CatalogError or CubeError."""
+    return _matching(wanted, cube.sites(store), store)
+
+
+def sources(catalog: Path | None) -> dict[str, Source]:
+    """The shipped sources and the user's."""
+    return _with_own(load_sources, catalog, "sources.yaml", "source")
+
+
+def recipes(catalog: Path | None) -> dict[str, Recipe]:
+    """The shipped recipes and the user's."""
+    return _with_own(load_recipes, catalog, "recipes.yaml", "recipe")
+
+
+def models(catalog: Path | None) -> dict[str, ModelCard]:
+    """The shipped model cards and the user's."""
+    return _with_own(load_models, catalog, "models.yaml", "model")
+
+
+def _with_own(load: Callable[..., dict[str, T]], catalog: Path | None, file: str, what: str) -> dict[str, T]:
+    known = load()
+    if catalog and (catalog / file).exists():
+        _merge(known, load(catalog / file), catalog, what)
+    return known
+
+
+def _merge(known: dict[str, T], own: dict[str, T], catalog: Path, what: str) -> None:
+    twice = sorted(set(known) & set(own))
+    if twice:
+        raise CatalogError(f"{catalog}: {what} {twice[0]!r} is in the shipped catalogue already; give yours another id")
+    known.update(own)
+
+
+def _matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
+    chosen: list[str] = []
+    for pattern in (p.strip() for p in wanted.split(",")):
+        found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+        if not found:
+            shown = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
+            raise CatalogError(f"unknown site {pattern!r}; {where} has {shown}")
+        chosen += [n for n in found if n not in chosen]
+    return chosen
+
+
+@contextmanager
+def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error, silent where that is no terminal; yields advance(n=1, note='')."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def advance(n: int = 1, note: str = "") -> None:
+            bar.update(task, advance=n, note=note)
+
+        yield advance
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain-text table, numbers to the right: readable in a log as well as on a terminal."""
+    text = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    widths = [max(len(r[i]) for r in [list(headings), *text]) for i in range(len(headings))]
+    right = [all(isinstance(r[i], int | float) for r in rows) for i in range(len(headings))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)).rstrip()
+
+    return "\n".join([line(headings), line(["-" * w for w in widths]), *map(line, text)])

@@ -1,0 +1,125 @@
+"""Subcommands that look at what was mapped: score, export."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+import geopandas as gpd
+import pandas as pd
+import xarray as xr
+
+from minecube import cube, labels, metrics, report, tracks
+from minecube import export as exporting
+from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.errors import LabelError
+
+SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
+model_option = click.option("--model", default="unet-small", show_default=True, help="Whose prediction: the model's name.")
+
+
+def score_site(store: str, name: str, model: str) -> metrics.Scores:
+    """Counts of a site's prediction against its footprints; raises LabelError where it has none."""
+    truth = cube.open_committed(store, name)["footprint"]
+    if bool((truth == labels.UNKNOWN).all()):
+        raise LabelError(
+            f"{store}: {name} has no footprint in any built year, so nothing can be scored; run `minecube label` first"
+        )
+    predicted = tracks.threshold(cube.open_probability(store, name, model)).sel(year=truth.year)
+    return metrics.count(predicted.values, truth.values, [int(y) for y in truth.year])
+
+
+@click.command()
+@store_option
+@sites_option
+@model_option
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all scores to this file.")
+def score(store: str, wanted: str, model: str, out: Path | None) -> None:
+    """Score a model's footprints against the labels: per site, per year and pooled (a ratio of sums, not a mean of ratios).
+
+    Score sites that the model was not trained on. What each score is: pipeline/minecube/metrics.py.
+
+    \b
+    Example:
+      minecube score --store cubes.zarr --sites Germany_2 --model unet-small
+    """
+    counted = {name: score_site(store, name, model) for name in stored_sites(store, wanted)}
+    pooled = sum(counted.values(), metrics.Scores())
+    finished = {name: metrics.finish(c) for name, c in [*counted.items(), ("pooled", pooled)]}
+    click.echo(table(("site", *SHOWN), [(name, *(f[k] for k in SHOWN)) for name, f in finished.items()]))
+    by_year = metrics.by_year(pooled)
+    click.echo(
+        "\n" + table(("year", *by_year.columns), [(y, *row) for y, row in zip(by_year.index, by_year.to_numpy(), strict=True)])
+    )
+    if out:
+        content = {
+            "model": model,
+            "ca_tiou_version": metrics.CA_TIOU_VERSION,
+            "sites": finished,
+            "by_year": {n: metrics.by_year(c).to_dict("index") for n, c in [*counted.items(), ("pooled", pooled)]},
+            "by_gap": {n: metrics.by_gap(c).to_dict("index") for n, c in [*counted.items(), ("pooled", pooled)]},
+        }
+        out.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
+
+
+@click.command()
+@store_option
+@sites_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
+@click.option("--model", help="Also export this model's probability and footprints.")
+def export(store: str, wanted: str, out: Path, model: str | None) -> None:
+    """Write what other tools open: COGs a year, footprints as GeoParquet, a STAC collection, and pictures.
+
+    \b
+    Example:
+      minecube export --store cubes.zarr --sites Germany_2 --model unet-small --out export
+    """
+    names = stored_sites(store, wanted)
+    with progress_bar("exporting", len(names)) as advance:
+        written = export_sites(store, names, out, model, lambda name: advance(note=name))
+    click.echo(f"{out}: {len(written)} images; open {out}/collection.json")
+
+
+def export_sites(
+    store: str, names: Sequence[str], out: Path, model: str | None, done: Callable[[str], None] = lambda _: None
+) -> list[Path]:
+    """Images, outlines, pictures and the collection of these sites; the paths of the images."""
+    cogs: list[Path] = []
+    outlines: dict[str, list[gpd.GeoDataFrame]] = {}
+    areas: dict[str, dict[str, pd.DataFrame]] = {}
+    for name in names:
+        opened = cube.open_committed(store, name).load()
+        grid = opened.odc.geobox
+        drawn: dict[str, xr.DataArray] = {}
+        if bool((opened["footprint"] != labels.UNKNOWN).any()):
+            drawn["labels"] = opened["footprint"]
+        if model:
+            probability = cube.open_probability(store, name, model).sel(year=opened.year).load()
+            opened = opened.assign(probability=probability)
+            drawn["mapped"] = tracks.threshold(probability)
+        cogs += exporting.write_cogs(opened, grid, out / name, name)
+        for kind, footprint in drawn.items():
+            outlines.setdefault(kind, []).append(labels.vectorize(footprint, grid, name).to_crs(4326))
+            areas.setdefault(kind, {})[name] = tracks.areas(footprint, grid)
+        report.strip(opened, drawn, out / name / f"{name}_strip.png", name)
+        done(name)
+    tables = {}
+    for kind, parts in outlines.items():
+        tables[f"footprints_{kind}"] = out / f"footprints_{kind}.parquet"
+        exporting.write_footprints(pd.concat(parts, ignore_index=True), tables[f"footprints_{kind}"])
+    if areas:
+        main = areas.get("mapped") or areas["labels"]
+        report.area_plot(main, out / "areas.png", areas["labels"] if "mapped" in areas and "labels" in areas else None)
+    recipe = cube.open_cube(store, names[0]).attrs["minecube"]["recipe"]["title"]
+    exporting.write_stac(out, cogs, tables, title="minecube export", about=f"Annual Sentinel-2 composites of mines. {recipe}.")
+    return cogs
+
+
+def _without_nan(value: object) -> object:
+    """JSON knows no NaN: a score with nothing to judge is null."""
+    if isinstance(value, dict):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

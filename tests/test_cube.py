@@ -1,0 +1,277 @@
+"""The store is written whole or not at all, resumes, refuses what does not fit, and opens unaided."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+
+import dask.array as da
+import numpy as np
+import odc.geo.xr
+import pyogrio
+import pytest
+import rasterio
+import rioxarray  # noqa: F401
+import xarray as xr
+import zarr
+
+from minecube import cube
+from minecube.catalog import Recipe
+from minecube.errors import CubeError, ReadError
+from minecube.grid import grid_of
+
+RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
+YEARS = (2019, 2020, 2021)
+PROVENANCE = {"site": "mine", "year": 2020, "grid": {}, "recipe": {}, "scenes": [{"id": "a"}], "version": "1"}
+
+
+def year_of(grid, recipe=RECIPE, seed=0):
+    """A composite whose pixels are known, in the recipe's blocks."""
+    rng = np.random.default_rng(seed)
+    shape, block = grid.shape, recipe.block_px
+    return xr.Dataset(
+        {
+            "reflectance": (
+                ("band", "y", "x"),
+                da.from_array(rng.integers(0, 9000, (2, *shape)).astype(np.uint16), chunks=(2, block, block)),
+            ),
+            "clear_count": (("y", "x"), da.from_array(rng.integers(0, 30, shape).astype(np.uint16), chunks=block)),
+            "quality": (("y", "x"), da.from_array(rng.integers(0, 5, shape).astype(np.uint8), chunks=block)),
+        }
+    )
+
+
+@pytest.fixture
+def grid(site):
+    return grid_of(site)
+
+
+@pytest.fixture
+def store(tmp_path, site, grid):
+    """A store with the site's template, nothing built."""
+    where = str(tmp_path / "cubes.zarr")
+    cube.create(where, site, grid, YEARS, RECIPE)
+    return where
+
+
+def test_what_is_written_is_what_is_read(store, grid):
+    made = year_of(grid)
+    assert cube.write_year(store, "mine", 2020, made, PROVENANCE, b"scene list")
+    opened = xr.open_zarr(store, group="mine", consolidated=False)
+    for name in made.data_vars:
+        assert opened[name].dtype == made[name].dtype  # no fill value that would turn integers into floats
+        np.testing.assert_array_equal(opened[name].sel(year=2020), made[name])
+        assert not opened[name].sel(year=[2019, 2021]).values.any()
+    assert (opened.footprint == 255).all()
+    assert opened.reflectance.dims == ("year", "band", "y", "x")
+    assert list(opened.band.values) == ["B04", "B11"]
+    by_zarr = zarr.open_group(store, mode="r")["mine"]
+    np.testing.assert_array_equal(by_zarr["reflectance"][1], made.reflectance)
+    assert by_zarr["reflectance"].shards == (1, 2, 64, 64)
+    assert by_zarr["reflectance"].chunks == (1, 2, 32, 32)
+    assert zarr.open_array(f"{store}/mine/builds/2020/scenes")[:].tobytes() == b"scene list"
+
+
+def test_it_is_georeferenced_unaided_to_the_centimetre(store, grid):
+    opened = xr.open_zarr(store, group="mine", consolidated=False)
+    assert opened.odc.geobox == grid
+    assert opened.reflectance.rio.crs.to_epsg() == 32633
+    assert tuple(opened.reflectance.rio.transform())[:6] == (10, 0, 360000, 0, -10, 5600040)
+    assert tuple(opened.reflectance.rio.bounds()) == tuple(grid.boundingbox)
+    assert (float(opened.x[0]), float(opened.y[0])) == pytest.approx((360005, 5600035), abs=0.01)
+    assert (float(opened.x[-1]), float(opened.y[-1])) == pytest.approx((362395, 5598245), abs=0.01)
+    attrs = zarr.open_group(f"{store}/mine", mode="r").attrs
+    assert attrs["proj:code"] == "EPSG:32633"
+    assert attrs["spatial:transform"] == [10, 0, 360000, 0, -10, 5600040]
+    assert attrs["spatial:bbox"] == list(grid.boundingbox)
+    assert {c["name"] for c in attrs["zarr_conventions"]} == {"proj:", "spatial:"}
+
+
+def test_gdal_reads_it_where_it_is_new_enough(store, grid):
+    newest = max(tuple(int(n) for n in v.split(".")[:2]) for v in (rasterio.__gdal_version__, pyogrio.__gdal_version_string__))
+    if newest < (3, 13):
+        pytest.skip(f"GDAL reads sharded Zarr v3 from 3.13 on, here is {newest}; COGs are the way for older ones")
+    cube.write_year(store, "mine", 2020, made := year_of(grid), PROVENANCE, b"")
+    with rasterio.open(f'ZARR:"{store}":/mine/clear_count:1') as src:
+        np.testing.assert_array_equal(src.read(1), made.clear_count)
+
+
+def test_a_rerun_does_nothing_and_another_build_is_refused(store, grid):
+    made = year_of(grid)
+    assert cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+
+    def fail():
+        raise AssertionError("a block was computed again")
+
+    lazy = made.map(lambda v: v.copy(data=da.map_blocks(lambda _: fail(), v.data, dtype=v.dtype, meta=np.array((), v.dtype))))
+    assert not cube.write_year(store, "mine", 2020, lazy, PROVENANCE, b"")
+    other = {**PROVENANCE, "scenes": [{"id": "b"}]}
+    with pytest.raises(CubeError, match=r"mine 2020 is build .* say --overwrite"):
+        cube.write_year(store, "mine", 2020, made, other, b"")
+    again = year_of(grid, seed=1)
+    assert cube.write_year(store, "mine", 2020, again, other, b"", overwrite=True)
+    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), again.reflectance)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def failing_after(made, blocks):
+    """The same composite, of which one block fails once `blocks` of them have been computed."""
+    count = iter(range(10_000))
+    seen = []
+
+    def block(pixels):
+        if next(count) >= blocks:
+            raise StoppedError
+        seen.append(1)
+        return pixels
+
+    counted = made.reflectance.copy(data=made.reflectance.data.map_blocks(block, dtype=np.uint16, meta=np.array((), np.uint16)))
+    return made.assign(reflectance=counted), seen
+
+
+def test_a_stopped_run_commits_nothing_and_resumes(store, grid):
+    """12 blocks; stopped in the tenth, the second run has to make at most those that were in hand."""
+    import dask
+
+    made = year_of(grid)
+    with dask.config.set(scheduler="synchronous"):
+        broken, first = failing_after(made, 9)
+        with pytest.raises(StoppedError):
+            cube.write_year(store, "mine", 2020, broken, PROVENANCE, b"")
+        assert cube.builds(store, "mine") == {}
+        with pytest.raises(CubeError, match="no committed year"):
+            cube.open_committed(store, "mine")
+        whole, second = failing_after(made, 10_000)
+        assert cube.write_year(store, "mine", 2020, whole, PROVENANCE, b"")
+    assert len(first) == 9
+    assert len(second) <= 12 - 8
+    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
+
+
+def test_leftovers_of_another_build_are_not_resumed(store, grid):
+    """A killed build's shards are not taken for this one's."""
+    old, new = year_of(grid, seed=1), year_of(grid, seed=2)
+    with pytest.raises(StoppedError):
+        cube.write_year(store, "mine", 2020, failing_after(old, 9)[0], {**PROVENANCE, "version": "0"}, b"")
+    assert cube.write_year(store, "mine", 2020, new, PROVENANCE, b"")
+    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), new.reflectance)
+
+
+def test_a_lost_read_keeps_the_year_uncommitted(store, grid):
+    def lost(_):
+        raise ReadError("B04.tif: cannot be read")
+
+    made = year_of(grid)
+    broken = made.assign(
+        reflectance=made.reflectance.copy(
+            data=made.reflectance.data.map_blocks(lost, dtype=np.uint16, meta=np.array((), np.uint16))
+        )
+    )
+    with pytest.raises(ReadError):
+        cube.write_year(store, "mine", 2020, broken, PROVENANCE, b"")
+    assert cube.builds(store, "mine") == {}
+
+
+@pytest.mark.parametrize("block", [32, 96, 128])
+def test_blocks_that_are_not_shards_are_refused(store, grid, block):
+    """Two of them would write one shard and lose pixels without an error."""
+    made = year_of(grid, dataclasses.replace(RECIPE, block_px=block))
+    with pytest.raises(CubeError, match=r"blocks of .* do not match shards of .* lose pixels"):
+        cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+
+
+def test_another_recipe_or_grid_is_refused(store, site, grid):
+    with pytest.raises(CubeError, match="made by recipe 'small', which differs from 'small' in months; years of"):
+        cube.create(store, site, grid, YEARS, dataclasses.replace(RECIPE, months=(6, 7)))
+    with pytest.raises(CubeError, match="lies on another grid"):
+        cube.create(store, site, grid.pad(6), YEARS, RECIPE)
+
+
+def test_later_years_are_added_earlier_ones_refused(store, site, grid):
+    made = year_of(grid)
+    cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+    cube.create(store, site, grid, [2020, 2023], RECIPE)
+    opened = cube.open_cube(store, "mine")
+    assert list(opened.year.values) == [2019, 2020, 2021, 2023]
+    np.testing.assert_array_equal(opened.reflectance.sel(year=2020), made.reflectance)
+    assert not opened.reflectance.sel(year=2023).values.any()
+    assert (opened.footprint.sel(year=2023) == 255).all()
+    with pytest.raises(CubeError, match=r"holds 2019\.\.2023; year 2016 would have to be put before"):
+        cube.create(store, site, grid, [2016], RECIPE)
+
+
+def test_footprints_and_probabilities_find_their_years(store, grid):
+    rng = np.random.default_rng(0)
+    masks = xr.DataArray(
+        rng.integers(0, 2, (2, *grid.shape)).astype(np.uint8),
+        dims=("year", "y", "x"),
+        coords={"year": [2021, 2019], **odc.geo.xr.xr_coords(grid)},
+    )
+    cube.write_footprint(store, "mine", masks, origin="a test")
+    opened = cube.open_cube(store, "mine")
+    np.testing.assert_array_equal(opened.footprint.sel(year=[2021, 2019]), masks)
+    assert (opened.footprint.sel(year=2020) == 255).all()
+    cube.write_probability(store, "mine", "net", masks.sortby("year"), {"id": "net"})
+    got = cube.open_probability(store, "mine", "net")
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got.sel(year=[2021, 2019]), masks)
+    shifted = masks.assign_coords(x=masks.x + 10)
+    for write in (
+        lambda: cube.write_footprint(store, "mine", shifted, "x"),
+        lambda: cube.write_probability(store, "mine", "n", shifted, {}),
+    ):
+        with pytest.raises(CubeError, match="another grid"):
+            write()
+
+
+def test_what_is_not_there_is_named(store):
+    with pytest.raises(CubeError, match="no site 'other'; it has mine"):
+        cube.open_cube(store, "other")
+    with pytest.raises(CubeError, match="no prediction of 'net' for mine"):
+        cube.open_probability(store, "mine", "net")
+    with pytest.raises(CubeError, match="there is no store"):
+        cube.sites(store + "x")
+
+
+def test_a_store_that_is_not_ours(tmp_path, site, grid):
+    where = str(tmp_path / "other.zarr")
+    zarr.create_group(where).create_group("mine")
+    with pytest.raises(CubeError, match="was not made by this version"):
+        cube.create(where, site, grid, YEARS, RECIPE)
+
+
+def test_a_disk_that_fills_up(store, tmp_path, site):
+    """In a process that may write files of 9 kB at most: a real error of the operating system."""
+    script = f"""
+        import resource, signal, sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import dask, numpy as np, xarray as xr, dask.array as da
+        from minecube import cube
+        from minecube.errors import CubeError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+        rng = np.random.default_rng(0)
+        a = lambda *s: da.from_array(rng.integers(0, 60000, s).astype(np.uint16), chunks=(*s[:-2], 64, 64))
+        made = xr.Dataset({{
+            "reflectance": (("band", "y", "x"), a(2, 180, 240)),
+            "clear_count": (("y", "x"), a(180, 240)),
+            "quality": (("y", "x"), a(180, 240).astype(np.uint8)),
+        }})
+        try:
+            cube.write_year({store!r}, "mine", 2020, made, {PROVENANCE!r}, b"")
+        except CubeError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert "cannot be written (File too large); what was committed before is unharmed" in done.stdout, done.stderr
+    assert cube.builds(store, "mine") == {}
+
+
+def test_a_folder_that_cannot_be_written(site, grid):
+    with pytest.raises(CubeError, match=r"/proc/cubes\.zarr: cannot be written"):
+        cube.create("/proc/cubes.zarr", site, grid, YEARS, RECIPE)

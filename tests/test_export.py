@@ -1,0 +1,329 @@
+"""Exports as other tools see them: GDAL, rio-cogeo, odc-stac, geopandas, pystac with the official schemas."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import geopandas as gpd
+import numpy as np
+import odc.stac
+import pyogrio
+import pystac
+import pystac.validation
+import pytest
+import rasterio
+import shapely
+import xarray as xr
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from odc.geo.xr import xr_coords
+from pyproj import Transformer
+from pystac.validation.stac_validator import JsonSchemaSTACValidator
+from rio_cogeo import cog_validate
+
+from minecube.catalog import BANDS
+from minecube.errors import CubeError
+from minecube.export import SPECTRUM, write_cogs, write_footprints, write_stac
+
+GRID = GeoBox((700, 1100), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
+SMALL = GeoBox((40, 60), GRID.affine, "EPSG:32633")
+SCHEMAS = Path(__file__).parent / "schemas"
+
+
+def cube_on(grid, years=(2020, 2021), probability=False):
+    height, width = grid.shape
+    rng = np.random.default_rng(0)
+    reflectance = rng.integers(0, 65535, (len(years), len(BANDS), height, width), dtype=np.uint16)
+    footprint = rng.choice(np.array([0, 1, 255], np.uint8), (len(years), height, width))
+    coords = {"year": list(years), "band": list(BANDS), **xr_coords(grid)}
+    cube = xr.Dataset(
+        {"reflectance": (("year", "band", "y", "x"), reflectance), "footprint": (("year", "y", "x"), footprint)}, coords
+    )
+    return cube.assign(probability=cube.footprint // 2) if probability else cube
+
+
+def footprints():
+    shapes = [shapely.box(399960 + 10 * n, 5699000, 400960, 5700000) for n in range(2)]
+    columns = {"site": ["pit"] * 2, "year": [2020, 2021], "area_m2": [1e6, 99e4]}
+    return gpd.GeoDataFrame(columns, geometry=shapes, crs="EPSG:32633")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    out = tmp_path_factory.mktemp("export")
+    cube = cube_on(GRID, probability=True)
+    cogs = write_cogs(cube, GRID, out / "pit", "pit")
+    write_footprints(footprints(), out / "footprints.parquet")
+    write_stac(out, cogs, {"truth": out / "footprints.parquet"}, title="Three pits", about="A test.")
+    return out, cube, cogs
+
+
+# --- COGs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_cog_is_one_and_holds_the_cubes_values(exported):
+    _, cube, cogs = exported
+    names = [f"pit_{y}_{v}.tif" for y in (2020, 2021) for v in ("reflectance", "footprint", "probability")]
+    assert [c.name for c in cogs] == names
+    for path in cogs:
+        valid, errors, warnings = cog_validate(path, strict=True)
+        assert (valid, errors, warnings) == (True, [], [])
+        _, year, variable = path.stem.split("_")
+        with rasterio.open(path) as src:
+            assert np.array_equal(src.read().squeeze(), cube[variable].sel(year=int(year)).values)
+            assert src.overviews(1) == [2, 4]
+            assert src.nodata == (0 if variable == "reflectance" else 255)
+
+
+def test_a_cog_lies_where_the_grid_lies(exported):
+    _, cube, cogs = exported
+    with rasterio.open(cogs[0]) as src:
+        assert src.crs.to_epsg() == 32633
+        assert src.xy(0, 0) == (399965, 5699995)  # centre of the first pixel
+        assert tuple(src.bounds) == (399960, 5700000 - 7000, 399960 + 11000, 5700000)
+        sampled = next(src.sample([(410955, 5693005)]))
+        assert src.descriptions == BANDS
+        assert src.scales == (1e-4,) * 10
+        assert src.profile["compress"] == "deflate"
+        assert src.tags(ns="IMAGE_STRUCTURE")["PREDICTOR"] == "2"
+
+    assert np.array_equal(sampled, cube.reflectance.sel(year=2020, x=410955, y=5693005).values)
+
+
+def test_footprint_overviews_hold_classes_only(exported):
+    with rasterio.open(exported[2][1]) as src:
+        assert set(np.unique(src.read(1, out_shape=(175, 275)))) <= {0, 1, 255}
+
+
+def test_years_without_a_value_and_variables_without_a_place_get_no_file(tmp_path):
+    cube = cube_on(SMALL)
+    cube.reflectance.loc[{"year": 2021}] = 0
+    cube.footprint[:] = 255
+    assert [p.name for p in write_cogs(cube, SMALL, tmp_path, "pit")] == ["pit_2020_reflectance.tif"]
+    assert [p.name for p in tmp_path.iterdir()] == ["pit_2020_reflectance.tif"]
+
+
+def test_the_same_cube_gives_the_same_bytes(tmp_path):
+    first, second = (write_cogs(cube_on(SMALL), SMALL, tmp_path / n, "pit") for n in "ab")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_a_cube_of_another_grid_is_refused(tmp_path):
+    shifted = SMALL.translate_pix(0.5, 0)
+    for cube in (cube_on(shifted), cube_on(GRID), cube_on(SMALL).isel(y=slice(None, None, -1))):
+        with pytest.raises(CubeError, match="not the grid's pixel centres"):
+            write_cogs(cube, SMALL, tmp_path, "pit")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["f.parquet", "f.gpkg"])
+@pytest.mark.parametrize("rows", [2, 0])
+def test_tables_come_back_whole(tmp_path, name, rows):
+    path = tmp_path / name
+    write_footprints(footprints()[:rows], path)
+    if name == "f.parquet":
+        back = gpd.read_parquet(path)
+    else:
+        assert pyogrio.list_layers(path)[0][0] == "footprints"
+        back = gpd.read_file(path)
+    assert back.crs.to_epsg() == 32633
+    assert back[["site", "year", "area_m2"]].to_dict("list") == footprints()[:rows][["site", "year", "area_m2"]].to_dict("list")
+    assert shapely.equals(back.geometry.values, footprints().geometry.values[:rows]).all()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_other_suffixes_are_refused(tmp_path):
+    with pytest.raises(CubeError, match=r"\.parquet or \.gpkg, found '\.csv'"):
+        write_footprints(footprints(), tmp_path / "f.csv")
+
+
+# --- STAC ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def validator(monkeypatch):
+    """pystac's validator with the extensions' official schemas from `tests/schemas`; the network is blocked."""
+    own = JsonSchemaSTACValidator()
+    for path in SCHEMAS.glob("*.json"):
+        name, version = path.stem.split("_")
+        own.schema_cache[f"https://stac-extensions.github.io/{name}/{version}/schema.json"] = json.loads(path.read_text())
+    monkeypatch.setattr(pystac.validation.RegisteredValidator, "_validator", own)
+    return own
+
+
+def test_the_collection_validates_with_every_extension_it_names(exported, validator, tmp_path):
+    moved = shutil.copytree(exported[0], tmp_path / "elsewhere")  # relative links: the folder can go anywhere
+    collection = pystac.Collection.from_file(str(moved / "collection.json"))
+    assert collection.validate_all() == 2
+    items = sorted(collection.get_items(), key=lambda i: i.id)
+    assert [i.id for i in items] == ["pit_2020", "pit_2021"]
+    named = set(collection.stac_extensions).union(*(i.stac_extensions for i in items))
+    assert named <= set(validator.schema_cache)
+    for asset in (*items[0].assets.values(), *collection.assets.values()):
+        assert Path(asset.get_absolute_href()).is_relative_to(moved)
+        assert Path(asset.get_absolute_href()).exists()
+    text = (moved / "collection.json").read_text() + "".join(p.read_text() for p in moved.glob("pit/*.json"))
+    assert str(exported[0]) not in text
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (("properties", "proj:code"), 32633),
+        (("properties", "proj:shape"), [1]),
+        (("assets", "reflectance", "raster:bands"), [{"data_type": "u2"}]),
+        (("assets", "reflectance", "eo:bands"), [{"name": "B02", "common_name": "bleu"}]),
+        (("assets", "reflectance", "file:checksum"), "XYZ"),
+        (("properties", "end_datetime"), None),
+    ],
+)
+def test_the_schemas_would_notice(exported, validator, place, wrong):
+    item = json.loads((exported[0] / "pit" / "pit_2020.json").read_text())
+    inner = item
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = wrong
+    with pytest.raises(pystac.STACValidationError):
+        validator.validate(item, "Feature", "1.1.0", item["stac_extensions"])
+
+
+def test_items_say_where_when_and_what(exported):
+    out, _, cogs = exported
+    item = pystac.Item.from_file(str(out / "pit" / "pit_2020.json"))
+    assert item.datetime is None
+    assert item.get_collection().id == item.get_root().id == item.get_parent().id == "three-pits"
+    assert (item.properties["start_datetime"], item.properties["end_datetime"]) == (
+        "2020-01-01T00:00:00Z",
+        "2020-12-31T23:59:59Z",
+    )
+    assert item.properties["proj:code"] == "EPSG:32633"
+    assert item.properties["proj:shape"] == [700, 1100]
+    assert item.properties["proj:transform"] == [10, 0, 399960, 0, -10, 5700000]
+    lon, lat = Transformer.from_crs(32633, 4326, always_xy=True).transform([399960, 410960] * 2, [5700000] * 2 + [5693000] * 2)
+    assert item.bbox == pytest.approx([min(lon), min(lat), max(lon), max(lat)], abs=1e-4)
+    assert shapely.equals_exact(
+        shapely.normalize(shapely.geometry.shape(item.geometry)),
+        shapely.normalize(shapely.convex_hull(shapely.multipoints(np.column_stack([lon, lat])))),
+        tolerance=1e-6,
+    )
+    asset = item.assets["reflectance"].to_dict()
+    assert asset["file:size"] == cogs[0].stat().st_size
+    assert asset["file:checksum"] == "1220" + hashlib.sha256(cogs[0].read_bytes()).hexdigest()
+    assert [b["name"] for b in asset["eo:bands"]] == list(BANDS)
+    assert asset["raster:bands"][0] == {"data_type": "uint16", "nodata": 0, "scale": 1e-4, "spatial_resolution": 10}
+
+
+def test_band_names_and_wavelengths_are_those_of_real_products(real_data):
+    item = json.loads((real_data / "stac_items" / "earthsearch_c1" / "S2B_T24MUA_20250731T130245_L2A.json").read_text())
+    theirs = {b["name"]: b["common_name"] for a in item["assets"].values() for b in a.get("eo:bands", [])}
+    assert {b: SPECTRUM[b][0] for b in BANDS} == {b: theirs[b] for b in BANDS}
+    (product,) = real_data.glob("safe_metadata/S2A_MSIL2A_2023*/MTD_MSIL2A.xml")
+    bands = ElementTree.parse(product).iter("Spectral_Information")
+    centres = {b.get("physicalBand"): float(b.findtext("Wavelength/CENTRAL")) / 1000 for b in bands}
+    for band in BANDS:
+        assert SPECTRUM[band][1] == pytest.approx(centres[band.replace("B0", "B")], abs=1e-9), band
+
+
+def test_odc_stac_loads_the_cube_back_from_the_collection(exported):
+    out, cube, _ = exported
+    items = list(pystac.Collection.from_file(str(out / "collection.json")).get_items())
+    loaded = odc.stac.load(items, bands=["B04", "B12"], groupby="id")
+    for band in ("B04", "B12"):
+        assert np.array_equal(loaded[band].values, cube.reflectance.sel(band=band).values)
+    assert loaded.odc.geobox == GRID
+
+
+def test_the_collection_carries_extent_licence_and_attribution(exported):
+    collection = pystac.Collection.from_file(str(exported[0] / "collection.json"))
+    assert collection.id == "three-pits"
+    assert [d.year for d in collection.extent.temporal.intervals[0]] == [2020, 2021]
+    assert collection.license == "other"
+    assert collection.get_single_link("license").href.startswith("https://sentinels.copernicus.eu/")
+    assert "Contains modified Copernicus Sentinel data 2020-2021." in collection.description
+    assert collection.providers[0].roles == ["producer", "licensor"]
+    assert collection.assets["truth"].media_type == "application/vnd.apache.parquet"
+
+
+def test_what_cannot_be_listed_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "pit_2020_reflectance.tif").write_text("no image")
+    stranger = tmp_path / "in" / "scene_2020_B04.tif"
+    profile = {"driver": "GTiff", "crs": "EPSG:32633", "transform": GRID.affine, "dtype": "uint8"}
+    with rasterio.open(stranger, "w", count=1, height=2, width=2, **profile) as dst:
+        dst.write(np.ones((1, 2, 2), np.uint8))
+    (cog,) = write_cogs(cube_on(SMALL, [2020])[["footprint"]], SMALL, tmp_path / "out", "pit")
+    for out, cogs, tables, says in [
+        (tmp_path / "in", [], {}, "no image to list"),
+        (tmp_path / "in", [cog], {}, "lies outside"),
+        (tmp_path / "in", [tmp_path / "in" / "pit_2020_reflectance.tif"], {}, "not an image that write_cogs made"),
+        (tmp_path / "in", [stranger], {}, "not an image that write_cogs made"),
+        (tmp_path / "out", [cog], {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
+    ]:
+        with pytest.raises(CubeError, match=says):
+            write_stac(out, cogs, tables, title="t", about="a")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+# --- full disk, read-only folder, killed --------------------------------------------------------------------------------
+
+
+def write_anything(name, out):
+    if name == "cog":
+        write_cogs(cube_on(SMALL), SMALL, out, "pit")
+    else:
+        write_footprints(footprints(), out / name)
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 3000 bytes: what a full disk does, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("name", ["cog", "f.parquet", "f.gpkg"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, small_disk, name):
+    with pytest.raises(CubeError, match="cannot be written") as error:
+        write_anything(name, tmp_path)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cog", "f.parquet", "f.gpkg"])
+def test_an_unwritable_folder_is_one_sentence(tmp_path, name):
+    (tmp_path / "file").write_text("a file where the folder should be")  # root ignores permissions, so they cannot be tested
+    with pytest.raises(CubeError, match="cannot be written"):
+        write_anything(name, tmp_path / "file")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["cog", "f.parquet", "f.gpkg"])
+def test_a_killed_export_leaves_no_half_file_and_the_next_one_tidies_up(tmp_path, name):
+    dies = (
+        "import os, signal, sys; from pathlib import Path; import importlib.util as u\n"
+        "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "spec = u.spec_from_file_location('me', sys.argv[1]); me = u.module_from_spec(spec); spec.loader.exec_module(me)\n"
+        "me.write_anything(sys.argv[2], Path(sys.argv[3]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", dies, __file__, name, str(tmp_path)], check=False, stderr=subprocess.DEVNULL)
+    assert ran.returncode == -signal.SIGKILL
+    left = list(tmp_path.iterdir())
+    assert left
+    assert all(p.name.startswith(".") for p in left)
+    write_anything(name, tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

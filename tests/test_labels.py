@@ -1,0 +1,368 @@
+"""Polygons to masks and back: areas, pixel centres, years, repair, and every bad file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+import xarray as xr
+from affine import Affine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from odc.geo.geobox import GeoBox
+from odc.geo.xr import xr_coords
+from pyproj import CRS, Geod, Transformer
+
+from minecube.catalog import Site
+from minecube.errors import LabelError
+from minecube.grid import grid_of
+from minecube.labels import rasterize, read_polygons, vectorize
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
+real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/mine_polygons is absent")
+
+LEFT, TOP = 399960, 5700000
+GRID = GeoBox((40, 60), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633")
+
+
+def table(shapes, crs="EPSG:32633", **columns):
+    return gpd.GeoDataFrame(columns, geometry=list(shapes), crs=crs)
+
+
+def px(row, col, height, width):
+    """The rectangle of whole pixels with that corner and size."""
+    return shapely.box(LEFT + 10 * col, TOP - 10 * (row + height), LEFT + 10 * (col + width), TOP - 10 * row)
+
+
+def centres(grid):
+    x, y = np.meshgrid(np.arange(grid.shape[1]) + 0.5, np.arange(grid.shape[0]) + 0.5)
+    a = grid.affine
+    return a.c + a.a * x, a.f + a.e * y
+
+
+def as_mask(array, grid=GRID, years=(2020,)):
+    coords = {"year": np.array(years), **xr_coords(grid)}
+    return xr.DataArray(np.asarray(array, np.uint8).reshape(len(years), *grid.shape), coords, ("year", "y", "x"))
+
+
+def written(tmp_path, polygons, name="mines.gpkg"):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        polygons.to_parquet(path)
+    else:
+        polygons.to_file(path)
+    return path
+
+
+# --- area and pixel centres ---------------------------------------------------------------------------------------------
+
+
+def real_polygons():
+    if not REAL.exists():
+        return []
+    mines = gpd.read_file(REAL)
+    mines = mines[mines["source"] != "tile_bbox"]
+    return [pytest.param(row, id=f"{row.site}-{row.source}") for row in mines.itertuples()]
+
+
+@real
+@pytest.mark.parametrize("row", real_polygons())
+def test_area_there_and_back_within_a_thousandth(row):
+    grid = grid_of(Site(id=row.site, geometry=shapely.envelope(row.geometry)))
+    polygon = table([row.geometry], "EPSG:4326")
+    footprint = rasterize(polygon, grid, [2019])
+    flat = polygon.to_crs(str(grid.crs)).area.sum()
+    assert footprint.sum().item() * 100 == pytest.approx(flat, rel=1e-3)
+    back = vectorize(footprint, grid, row.site)
+    assert back.area.sum() == pytest.approx(flat, rel=1e-3)
+    # Independent of any projection: the area on the ellipsoid.
+    on_ellipsoid = abs(Geod(ellps="WGS84").geometry_area_perimeter(row.geometry)[0])
+    assert back["area_m2"].sum() == pytest.approx(on_ellipsoid, rel=1e-3)
+    assert (rasterize(back, grid, [2019]) == footprint).all()
+
+
+@real
+@pytest.mark.parametrize("row", real_polygons()[:2])
+def test_every_pixel_is_decided_by_its_centre(row):
+    grid = grid_of(Site(id=row.site, geometry=shapely.envelope(row.geometry)))
+    polygon = table([row.geometry], "EPSG:4326").to_crs(str(grid.crs)).geometry[0]
+    x, y = centres(grid)
+    shapely.prepare(polygon)
+    inside = shapely.contains_xy(polygon, x, y)
+    assert 0.01 < inside.mean() < 0.9
+    assert np.array_equal(rasterize(table([polygon], str(grid.crs)), grid, [2019]).values[0], inside.astype(np.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(-100, 700), st.floats(-100, 500)), min_size=3, max_size=9))
+def test_any_polygon_is_decided_by_pixel_centres(corners):
+    polygon = shapely.convex_hull(shapely.MultiPoint([(LEFT + x, TOP - y) for x, y in corners]))
+    if polygon.geom_type != "Polygon" or not polygon.intersects(GRID.extent.geom):
+        return
+    x, y = centres(GRID)
+    decided = ~shapely.dwithin(polygon.boundary, shapely.points(x, y), 1e-6)  # a centre on the edge may go either way
+    expected = shapely.contains_xy(polygon, x, y)
+    assert np.array_equal(rasterize(table([polygon]), GRID, [2020]).values[0][decided], expected[decided])
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3035", "EPSG:3857"])
+def test_edges_are_straight_in_the_crs_they_were_drawn_in(crs):
+    # A box 40 km wide: projected by its corners alone, its edges would be off by some pixels of 10 m.
+    grid = GeoBox((3600, 400), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633")
+    to_drawn = Transformer.from_crs(32633, crs, always_xy=True)
+    left, top = to_drawn.transform(LEFT - 19000, TOP - 1000)
+    right, bottom = to_drawn.transform(LEFT + 22000, TOP - 34000)
+    drawn = shapely.box(left, bottom, right, top)
+    x, y = centres(grid)
+    expected = shapely.contains_xy(drawn, *to_drawn.transform(x[:, ::40], y[:, ::40]))
+    assert np.array_equal(rasterize(table([drawn], crs), grid, [2020]).values[0][:, ::40], expected)
+
+
+def test_coordinates_are_pixel_centres_and_georeferenced():
+    footprint = rasterize(table([px(3, 5, 2, 4)]), GRID, [2019, 2020])
+    assert footprint.dims == ("year", "y", "x")
+    assert footprint.dtype == np.uint8
+    assert footprint.odc.geobox == GRID
+    assert (footprint.x[0].item(), footprint.y[0].item()) == (LEFT + 5, TOP - 5)
+    expected = np.zeros(GRID.shape, np.uint8)
+    expected[3:5, 5:9] = 1
+    assert np.array_equal(footprint.values, [expected, expected])
+
+
+# --- years --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_year_without_rows_is_unknown_not_zero():
+    polygons = table([px(0, 0, 5, 5), px(0, 0, 9, 9)], year=[2018, 2020])
+    footprint = rasterize(polygons, GRID, [2018, 2019, 2020])
+    assert footprint.sel(year=2018).sum() == 25
+    assert (footprint.sel(year=2019) == 255).all()
+    assert footprint.sel(year=2020).sum() == 81
+
+
+def test_a_year_mapped_only_at_another_site_is_unknown_here():
+    elsewhere = shapely.box(LEFT + 50_000, TOP, LEFT + 51_000, TOP + 1000)
+    footprint = rasterize(table([px(0, 0, 5, 5), elsewhere], year=[2018, 2019]), GRID, [2018, 2019])
+    assert footprint.sel(year=2018).sum() == 25
+    assert (footprint.sel(year=2019) == 255).all()
+
+
+def test_rows_of_null_year_hold_for_all_years_and_do_not_make_a_year_known():
+    years = pd.array([None, 2019], dtype="Int64")
+    footprint = rasterize(table([px(0, 0, 5, 5), px(10, 10, 4, 4)], year=years), GRID, [2018, 2019])
+    assert footprint.sel(year=2019).sum() == 25 + 16
+    unmapped = footprint.sel(year=2018).values
+    assert (unmapped == 1).sum() == 25
+    assert (unmapped == 255).sum() == unmapped.size - 25
+    everywhere = rasterize(table([px(0, 0, 5, 5)], year=pd.array([None], dtype="Int64")), GRID, [2018, 2019])
+    assert (everywhere.sum(("y", "x")) == 25).all()
+
+
+def test_only_other_years_is_an_error():
+    with pytest.raises(LabelError, match=r"are of 2018, asked for was 2020\.\.2021"):
+        rasterize(table([px(0, 0, 5, 5)], year=[2018]), GRID, [2020, 2021])
+
+
+def test_overlaps_count_once_and_holes_stay_open():
+    ring = px(0, 0, 9, 9).difference(px(3, 3, 3, 3))
+    footprint = rasterize(table([ring, px(0, 0, 2, 2)]), GRID, [2020])
+    assert footprint.sum() == 81 - 9
+    assert footprint.max() == 1
+
+
+# --- elsewhere ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lon", "lat", "km"),
+    [(13.6, -51.4, 11400), (51.4, 13.6, 5300), (-166.4, 51.4, 8600), (13.8, 51.9, 50)],
+    ids=["southern hemisphere", "swapped", "other side", "next valley"],
+)
+def test_polygons_elsewhere_are_told_by_their_distance(lon, lat, km):
+    with pytest.raises(LabelError, match="no polygon reaches the grid") as error:
+        rasterize(table([shapely.box(lon, lat, lon + 0.1, lat + 0.1)], "EPSG:4326"), GRID, [2020])
+    assert float(str(error.value).split(" km")[0].split()[-1]) == pytest.approx(km, rel=0.1)
+
+
+def test_polygons_around_the_globe_do_not_hide_the_one_here():
+    lonlat = table([px(1, 1, 6, 7)]).to_crs(4326).geometry
+    world = [shapely.box(lon, lat, lon + 0.1, lat + 0.1) for lon in range(-180, 180, 30) for lat in (-89, 0, 51, 89)]
+    assert rasterize(table([*world, *lonlat], "EPSG:4326"), GRID, [2020]).sum() == 42
+
+
+@pytest.mark.parametrize("bounds", [(-180, -80, 180, 80), (-60, -80, 100, 85), (0, 40, 30, 60)])
+def test_a_polygon_larger_than_the_projection_still_covers_the_grid(bounds):
+    assert (rasterize(table([shapely.box(*bounds)], "EPSG:4326"), GRID, [2020]) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("polygons", "years", "says"),
+    [
+        (table([]), [2020], "there are none"),
+        (table([px(0, 0, 1, 1)], None), [2020], "no CRS"),
+        (table([px(0, 0, 1, 1)]), [], "no year"),
+        (table([shapely.box(1e20, 1e20, 2e20, 2e20)]), [2020], "cannot be placed on the globe"),
+    ],
+)
+def test_rasterize_refuses(polygons, years, says):
+    with pytest.raises(LabelError, match=says):
+        rasterize(polygons, GRID, years)
+
+
+# --- masks to polygons --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.uint8, (2, 7, 9), elements=st.sampled_from([0, 1, 1, 255])))
+def test_vectorized_masks_rasterize_to_themselves(masks):
+    grid = GeoBox((7, 9), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633")
+    polygons = vectorize(as_mask(masks, grid, (2019, 2020)), grid, "pit")
+    assert polygons.is_valid.all()
+    assert polygons.area.sum() == 100 * (masks == 1).sum()
+    for year, mask in zip((2019, 2020), masks, strict=True):
+        rows = polygons[polygons["year"] == year]
+        if rows.empty:
+            assert not (mask == 1).any()
+        else:
+            assert np.array_equal(rasterize(rows, grid, [year]).values[0], mask == 1)
+
+
+def test_regions_that_meet_at_a_corner_are_two_and_holes_are_kept():
+    mask = np.zeros(GRID.shape, np.uint8)
+    mask[1:6, 1:6] = 1
+    mask[3, 3] = 0
+    mask[6, 6] = 1
+    polygons = vectorize(as_mask(mask), GRID, "pit")
+    assert list(polygons.columns) == ["site", "year", "area_m2", "geometry"]
+    assert sorted(polygons.area) == [100, 2400]
+    assert [len(p.interiors) for p in polygons.geometry] == [1, 0]
+    assert polygons.crs == CRS(32633)
+    assert set(polygons["site"]) == {"pit"}
+    assert set(polygons["year"]) == {2020}
+
+
+@pytest.mark.parametrize(
+    ("epsg", "left", "top"), [(32633, 399960, 5700000), (32719, 500000, 7300020), (32633, 166020, 4000020)]
+)
+def test_area_is_the_ellipsoids_not_the_pixel_counts(epsg, left, top):
+    # On the central meridian a UTM pixel of 100 m2 covers 100.08 m2 of ground.
+    grid = GeoBox((600, 900), Affine(10, 0, left, 0, -10, top), f"EPSG:{epsg}")
+    polygons = vectorize(as_mask(np.ones(grid.shape), grid), grid, "pit")
+    lonlat = gpd.GeoSeries([grid.extent.geom], crs=epsg).segmentize(100).to_crs(4326)[0]
+    on_ellipsoid = abs(Geod(ellps="WGS84").geometry_area_perimeter(lonlat)[0])
+    assert polygons["area_m2"].item() == pytest.approx(on_ellipsoid, rel=1e-6)
+    assert abs(polygons["area_m2"].item() / 54e6 - 1) > 2e-4
+
+
+def test_a_footprint_without_mine_gives_an_empty_table_with_columns():
+    polygons = vectorize(as_mask(np.full(GRID.shape, 255)), GRID, "pit")
+    assert polygons.empty
+    assert list(polygons.columns) == ["site", "year", "area_m2", "geometry"]
+    assert polygons.crs == CRS(32633)
+    assert polygons["year"].dtype == np.int64
+
+
+def test_a_footprint_of_another_grid_is_refused():
+    with pytest.raises(LabelError, match="expected year, y, x with 40 x 60 px"):
+        vectorize(as_mask(np.zeros(GRID.shape))[:, :-1], GRID, "pit")
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m.geojson", "m.gpkg", "m.parquet", "m.shp"])
+def test_every_format_gives_the_same_mask(tmp_path, name):
+    drawn = table([px(0, 0, 5, 5), px(2, 2, 9, 9)], year=pd.array([2019, None], dtype="Int64"), Site=["a", "b"]).to_crs(4326)
+    polygons = read_polygons(written(tmp_path, drawn, name))
+    assert polygons["year"].dtype == "Int64"
+    assert polygons["year"].fillna(0).tolist() == [2019, 0]
+    assert polygons["site"].tolist() == ["a", "b"]
+    assert not polygons["repaired"].any()
+    assert rasterize(polygons, GRID, [2019]).sum() == 25 + 81 - 9
+
+
+def test_shouted_column_names_are_understood(tmp_path):
+    polygons = read_polygons(written(tmp_path, table([px(0, 0, 5, 5)], YEAR=[2018]), "m.shp"))
+    assert polygons["year"].tolist() == [2018]
+
+
+def test_geojson_without_crs_is_longitude_and_latitude(tmp_path):
+    path = tmp_path / "m.geojson"
+    feature = {
+        "type": "Feature",
+        "properties": {"year": "2020"},
+        "geometry": shapely.box(13.6, 51.4, 13.7, 51.5).__geo_interface__,
+    }
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    polygons = read_polygons(path)
+    assert polygons.crs == CRS(4326)
+    assert polygons["year"].tolist() == [2020]
+
+
+def test_invalid_polygons_are_repaired_and_reported(tmp_path, caplog):
+    bow_tie = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP - 100), (LEFT + 100, TOP), (LEFT, TOP - 100)])
+    # A shell that runs over itself: the overlap is mine, not a hole as the even-odd rule has it.
+    looped = shapely.from_wkt("POLYGON((0 0,0 30,20 30,20 10,10 10,10 20,30 20,30 0,0 0))")
+    looped = shapely.transform(looped, lambda c: c * [10, -10] + [LEFT + 200, TOP])
+    flat = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP), (LEFT + 50, TOP)])
+    path = written(tmp_path, table([px(30, 30, 2, 2), bow_tie, looped, flat, None]))
+    with caplog.at_level(logging.WARNING):
+        polygons = read_polygons(path)
+    assert polygons["repaired"].tolist() == [False, True, True]
+    assert polygons.is_valid.all()
+    assert set(polygons.geom_type) <= {"Polygon", "MultiPolygon"}
+    assert polygons.area.tolist() == [400, 5000, 80000]
+    assert "invalid polygons were repaired: rows 2, 3" in caplog.text
+    assert "rows without area were left out: rows 4, 5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("drawn", "says"),
+    [
+        (table([px(0, 0, 1, 1)], None), "has no CRS"),
+        (table([]), "holds no polygon"),
+        (table([None]), "holds no polygon with area"),
+        (table([px(0, 0, 1, 1), shapely.Point(LEFT, TOP)]), "expected polygons, found Point in row 2"),
+        (table([px(0, 0, 1, 1)], "EPSG:4326"), "look projected"),
+        (table([shapely.box(0, 0, np.inf, 1)]), "infinite"),
+        (table([px(0, 0, 1, 1)] * 2, year=["2019", "around 2020"]), "found around 2020 in row 2"),
+        (table([px(0, 0, 1, 1)], year=[2019.5]), "whole calendar years"),
+        (table([px(0, 0, 1, 1)], year=[20190]), "found 20190"),
+        (table([px(0, 0, 1, 1)], year=[True]), "found True"),
+        (table([px(0, 0, 1, 1)], year=pd.to_datetime(["2019-01-01"])), "whole calendar years"),
+        (table([px(0, 0, 1, 1)], year=[2019], Year=[2018]), "columns year, Year"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, drawn, says):
+    with pytest.raises(LabelError, match=says) as error:
+        read_polygons(written(tmp_path, drawn, "m.parquet"))
+    assert "m.parquet" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_shapefile_without_prj_has_no_crs(tmp_path):
+    path = written(tmp_path, table([px(0, 0, 1, 1)]), "m.shp")
+    path.with_suffix(".prj").unlink()
+    with pytest.raises(LabelError, match=r"missing \.prj"):
+        read_polygons(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("m.geojson", "{oops"), ("m.parquet", "oops"), ("m.gpkg", ""), ("m.csv", "year\n2019\n")]
+)
+def test_unreadable_files_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LabelError, match=r"cannot be read|holds no polygon"):
+        read_polygons(tmp_path / name)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(LabelError, match="cannot be read"):
+        read_polygons(tmp_path / "nowhere.gpkg")

@@ -1,0 +1,280 @@
+"""Pictures are read back: which colour stands where, and what is drawn of what is not known."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from affine import Affine
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from odc.geo.geobox import GeoBox
+from odc.geo.xr import xr_coords
+from scipy import ndimage
+
+from minecube.errors import CubeError
+from minecube.report import OUTLINES, area_plot, comparison, strip
+
+GRID = GeoBox((40, 60), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
+BANDS = ["B02", "B03", "B04", "B08"]
+RED, WHITE, GREY = (255, 0, 0), (255, 255, 255), (217, 217, 217)
+CYAN, MAGENTA = (tuple(round(255 * c) for c in to_rgb(colour)) for colour, _ in OUTLINES)
+
+
+def red_cube(years):
+    """All bright in B04 and dark in the others, so that the panels come out pure red."""
+    reflectance = np.ones((len(years), len(BANDS), *GRID.shape), np.uint16)
+    reflectance[:, BANDS.index("B04")] = 3000
+    coords = {"year": list(years), "band": BANDS, **xr_coords(GRID)}
+    clear = np.full((len(years), *GRID.shape), 9, np.uint16)
+    return xr.Dataset(
+        {"reflectance": (("year", "band", "y", "x"), reflectance), "clear_count": (("year", "y", "x"), clear)}, coords
+    )
+
+
+def square(years, rows, columns, value=1):
+    mask = np.zeros((len(years), *GRID.shape), np.uint8)
+    mask[:, rows, columns] = value
+    return xr.DataArray(mask, {"year": list(years), **xr_coords(GRID)}, ("year", "y", "x"))
+
+
+def read(path):
+    return np.round(imread(path)[..., :3] * 255).astype(int)
+
+
+def near(picture, colour, within=24):
+    return (np.abs(picture - np.array(colour)) <= within).all(axis=-1)
+
+
+def panels(picture, colour=RED):
+    """The (rows, columns) of each panel, by the colour that fills it."""
+    labels, count = ndimage.label(ndimage.binary_closing(near(picture, colour), iterations=3))
+    found = ndimage.find_objects(labels)
+    return [f for f, n in zip(found, ndimage.sum_labels(labels > 0, labels, range(1, count + 1)), strict=True) if n > 5000]
+
+
+def box_of(mask):
+    rows, columns = np.nonzero(mask)
+    return np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]) / np.repeat(mask.shape, 2)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved."""
+    saved = []
+    save = Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        saved.append(self)
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+# --- strip --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("years", "rows"), [(1, 1), (3, 1), (7, 2)])
+def test_a_panel_a_year_in_the_sites_proportions(tmp_path, years, rows):
+    strip(red_cube(range(2018, 2018 + years)), {}, tmp_path / "s.png", "pit")
+    found = panels(read(tmp_path / "s.png"))
+    assert len(found) == years
+    assert len({f[0].start for f in found}) == rows
+    for y, x in found:
+        assert (x.stop - x.start) / (y.stop - y.start) == pytest.approx(60 / 40, rel=0.03)
+
+
+def test_outlines_lie_on_the_edges_of_the_masks(tmp_path):
+    years = [2019, 2020]
+    truth, predicted = square(years, slice(10, 30), slice(6, 24)), square(years, slice(4, 12), slice(30, 60))
+    strip(red_cube(years), {"truth": truth, "predicted": predicted}, tmp_path / "s.png", "pit")
+    picture = read(tmp_path / "s.png")
+    assert len(panels(picture)) == 2
+    for y, x in panels(picture):
+        panel = picture[y, x]
+        assert box_of(near(panel, CYAN)) == pytest.approx(np.array([10 / 40, 30 / 40, 6 / 60, 24 / 60]), abs=0.02)
+        assert box_of(near(panel, MAGENTA)) == pytest.approx(np.array([4 / 40, 12 / 40, 30 / 60, 1]), abs=0.02)
+        middle = panel[panel.shape[0] // 2, int(15 / 60 * panel.shape[1])]
+        assert near(middle, RED)  # the mine itself stays visible
+
+
+def test_two_outlines_that_agree_are_both_seen(tmp_path):
+    mask = square([2020], slice(10, 30), slice(10, 50))
+    strip(red_cube([2020]), {"truth": mask, "predicted": mask}, tmp_path / "s.png", "pit")
+    picture = read(tmp_path / "s.png")
+    ((y, x),) = panels(picture)
+    assert near(picture[y, x], CYAN, 60).sum() > 200
+    assert near(picture[y, x], MAGENTA, 60).sum() > 100
+
+
+def test_unknown_pixels_and_years_have_no_outline(tmp_path):
+    unknown = square([2020], slice(10, 30), slice(10, 50), value=255)
+    other_year = square([2019], slice(10, 30), slice(10, 50))
+    strip(red_cube([2020]), {"truth": unknown, "predicted": other_year}, tmp_path / "s.png", "pit")
+    picture = read(tmp_path / "s.png")
+    ((y, x),) = panels(picture)
+    assert not near(picture[y, x], CYAN, 60).any()
+    assert not near(picture[y, x], MAGENTA, 60).any()
+
+
+def test_what_was_not_observed_is_hatched_grey(tmp_path):
+    cube = red_cube([2018, 2019, 2020])
+    cube.reflectance.loc[{"year": 2019}] = 0
+    cube.reflectance[2, :, :, :30] = 0
+    strip(cube, {}, tmp_path / "s.png", "pit")
+    picture = read(tmp_path / "s.png")
+    red = panels(picture)
+    assert len(red) == 2
+    full, half = (x.stop - x.start for _, x in sorted(red, key=lambda f: f[1].start))
+    assert half / full == pytest.approx(0.5, abs=0.03)
+    (y, x), _ = sorted(panels(picture, GREY), key=lambda f: f[1].start)
+    missing = picture[y, x]
+    assert near(missing, GREY).mean() > 0.3
+    assert (missing.mean(axis=-1) < 200).mean() > 0.05  # the hatch
+    assert missing.mean() > 150  # black would pass for water
+
+
+def test_all_years_missing_is_a_picture_all_the_same(tmp_path):
+    cube = red_cube([2018, 2019])
+    cube.reflectance[:] = 0
+    strip(cube, {}, tmp_path / "s.png", "pit")
+    assert len(panels(read(tmp_path / "s.png"), GREY)) == 2
+
+
+def test_all_years_share_one_stretch(tmp_path):
+    cube = red_cube([2019, 2020])
+    cube.reflectance[0] = 800
+    cube.reflectance[1] = 1600
+    cube.reflectance[1, :, :20] = 800
+    strip(cube, {}, tmp_path / "s.png", "pit")
+    picture = read(tmp_path / "s.png")
+    height, width = picture.shape[:2]
+    upper, lower = height // 3, 2 * height // 3
+    dark, same, bright = picture[upper, width // 4], picture[upper, 3 * width // 4], picture[lower, 3 * width // 4]
+    assert np.array_equal(dark, same)
+    assert bright.mean() > dark.mean() + 50
+
+
+def test_titles_say_year_and_clear_dates(tmp_path, figures):
+    cube = red_cube([2019, 2020])
+    cube.clear_count[0, :3] = 40  # the median is not moved by a few
+    cube.reflectance.loc[{"year": 2020}] = 0
+    strip(cube, {"truth": square([2019], slice(0, 5), slice(0, 5))}, tmp_path / "s.png", "Pit of Most")
+    (figure,) = figures
+    assert figure.get_suptitle() == "Pit of Most"
+    titles = [ax.get_title() for ax in figure.axes]
+    assert "2019" in titles[0]
+    assert "9 clear dates" in titles[0]
+    assert "2020" in titles[1]
+    assert "no observation" in titles[1]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["truth"]
+
+
+def test_the_scale_bar_is_as_long_as_it_says(tmp_path, figures):
+    strip(red_cube([2020]), {}, tmp_path / "s.png", "pit")
+    picture = read(tmp_path / "s.png")
+    ((y, x),) = panels(picture)
+    white = near(picture[y, x], WHITE, 2)
+    longest = max((white[row].sum() for row in range(int(0.92 * white.shape[0]), white.shape[0])), default=0)
+    assert longest / white.shape[1] == pytest.approx(200 / 600, abs=0.02)
+    assert "200 m" in [t.get_text() for t in figures[0].axes[0].texts]
+
+
+# --- comparison ---------------------------------------------------------------------------------------------------------
+
+
+def test_clouds_in_one_image_do_not_darken_the_others(tmp_path):
+    ground = red_cube([2020]).reflectance.sel(year=2020)
+    cloudy = ground.copy()
+    cloudy[:, :30] = 9000
+    comparison({"naive": cloudy, "composite": ground, "truth": ground}, tmp_path / "c.png", "pit, 2020")
+    picture = read(tmp_path / "c.png")
+    heights = sorted(y.stop - y.start for y, _ in panels(picture))  # of what is ground-coloured in each of the three
+    assert heights[1] == heights[2]
+    assert heights[0] / heights[1] == pytest.approx(1 / 4, abs=0.02)
+
+
+# --- areas --------------------------------------------------------------------------------------------------------------
+
+
+def areas(scale=1.0):
+    table = {"year": [2018, 2019, 2020], "area_m2": [4e4, 5e4, 6e4], "gain_m2": [np.nan, 2e4, 1e4], "loss_m2": [np.nan, 1e4, 0]}
+    return pd.DataFrame(table) * [1, scale, scale, scale]
+
+
+@pytest.mark.parametrize(("scale", "unit", "shown"), [(1, "ha", [4, 5, 6]), (100, "km²", [4, 5, 6])])
+def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown):
+    area_plot({"pit": areas(scale)}, tmp_path / "a.png", {"pit": areas(scale)})
+    above, below = figures[0].subfigs[0].axes
+    mapped, truth = above.lines
+    assert mapped.get_ydata() == pytest.approx(shown)
+    assert truth.get_linestyle() == "--"
+    assert above.get_ylabel() == f"mine area, {unit}"
+    assert above.get_ylim()[0] == 0
+    heights = [bar.get_height() for bar in below.patches]
+    assert np.nan_to_num(heights) == pytest.approx([0, 2, 1, 0, -1, 0])
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["mapped", "truth", "gain", "loss"]
+
+
+def test_years_that_are_mostly_unknown_break_the_line(tmp_path, figures):
+    table = areas().assign(area_m2=[4e4, 0, 6e4], unknown_m2=[0, 9e6, 100])
+    area_plot({"pit": table}, tmp_path / "a.png")
+    assert np.array_equal(figures[0].subfigs[0].axes[0].lines[0].get_ydata(), [4, np.nan, 6], equal_nan=True)
+
+
+def test_a_year_known_to_be_without_mine_is_zero(tmp_path, figures):
+    table = areas().assign(area_m2=[0, 0, 0], unknown_m2=[0, 0, 0])
+    area_plot({"pit": table}, tmp_path / "a.png")
+    assert list(figures[0].subfigs[0].axes[0].lines[0].get_ydata()) == [0, 0, 0]
+
+
+def test_many_sites_fill_a_grid(tmp_path, figures):
+    area_plot({f"pit_{n}": areas() for n in range(5)}, tmp_path / "a.png")
+    assert [s.axes[0].get_title() for s in figures[0].subfigs if s.axes] == [f"pit_{n}" for n in range(5)]
+    assert figures[0].get_size_inches()[0] < 12
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draw", "says"),
+    [
+        (lambda out: strip(red_cube([2020]).sel(band=["B02", "B08"]), {}, out, "pit"), "there is no B04, B03"),
+        (lambda out: strip(red_cube([2020]), {"truth": square([2020], 0, 0)[:, 1:]}, out, "pit"), "not of the cube's 40 x 60"),
+        (lambda out: area_plot({}, out), "no area to plot"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path, draw, says):
+    with pytest.raises(CubeError, match=says):
+        draw(tmp_path / "p.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_and_a_full_disk_leave_nothing(tmp_path):
+    (tmp_path / "file").write_text("a file where the folder should be")
+    with pytest.raises(CubeError, match="cannot be written"):
+        area_plot({"pit": areas()}, tmp_path / "file" / "a.png")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        with pytest.raises(CubeError, match="cannot be written"):
+            area_plot({"pit": areas()}, tmp_path / "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_global_state_of_pyplot_is_touched():
+    code = "import sys, minecube.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
