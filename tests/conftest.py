@@ -57,9 +57,24 @@ def unique(height: int, width: int, start: int = 1) -> np.ndarray:
 def write_tif(path: Path, pixels: np.ndarray, grid: GeoBox, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = pixels.shape
-    options = {"driver": "GTiff", "nodata": 0, "tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"} | options
+    options = {
+        "driver": "GTiff",
+        "nodata": 0,
+        "tiled": True,
+        "blockxsize": 64,
+        "blockysize": 64,
+        "compress": "deflate",
+    } | options
     with rasterio.open(
-        path, "w", height=height, width=width, count=1, dtype=pixels.dtype, crs=grid.crs.to_wkt(), transform=grid.transform, **options
+        path,
+        "w",
+        height=height,
+        width=width,
+        count=1,
+        dtype=pixels.dtype,
+        crs=grid.crs.to_wkt(),
+        transform=grid.transform,
+        **options,
     ) as out:
         out.write(pixels, 1)
     return path

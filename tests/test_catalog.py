@@ -36,7 +36,15 @@ def test_the_shipped_entries():
 
 def test_the_readme_of_the_catalogue_names_every_field():
     text = README.read_text()
-    for cls in (catalog.Site, catalog.Source, catalog.Offset, catalog.Recipe, catalog.MaskRule, catalog.BrightOverride, catalog.ModelCard):
+    for cls in (
+        catalog.Site,
+        catalog.Source,
+        catalog.Offset,
+        catalog.Recipe,
+        catalog.MaskRule,
+        catalog.BrightOverride,
+        catalog.ModelCard,
+    ):
         for field in dataclasses.fields(cls):
             assert f"`{field.name}`" in text, f"{cls.__name__}.{field.name}"
 
@@ -49,7 +57,11 @@ RECIPE = "mine: {title: t%s}\n"
     ("load", "text", "said"),
     [
         (load_sources, SOURCE % ", colour: red", "entry 'mine': field 'colour': expected one of title"),
-        (load_sources, SOURCE.replace("stac-api", "ftp") % "", "field 'kind': expected one of stac-api, stac-geoparquet, found 'ftp'"),
+        (
+            load_sources,
+            SOURCE.replace("stac-api", "ftp") % "",
+            "field 'kind': expected one of stac-api, stac-geoparquet, found 'ftp'",
+        ),
         (load_sources, SOURCE.replace(", SCL: scl", "") % "", "field 'assets': expected an entry for SCL"),
         (load_sources, SOURCE.replace("title: t, ", "") % "", "field 'title': expected a value"),
         (load_sources, SOURCE % ", offset: {from_baseline: 4.0}", "field 'from_baseline': expected str, found 4.0"),

@@ -105,6 +105,8 @@ def composite_block(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) 
     use, quality = with_fallback(clear, lower, day_scl != _NODATA)
     # Scenes in which no pixel is wanted are not read.
     wanted = [i for i in range(len(scenes)) if (use & (owner == i)).any()]
+    if not wanted:
+        return out
 
     def observations(bands: tuple[str, ...], resolution: int) -> UInt16:
         pick = _owner_at(np.where(use, owner, -1), size, resolution)
@@ -117,7 +119,7 @@ def composite_block(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) 
     groups = _by_resolution(scenes, recipe.bands)
     complete = np.ones((len(use), *box.shape), dtype=bool)
     for resolution, bands in groups:
-        seen = observations(bands, resolution) if wanted else np.zeros((len(bands), len(use), 0, 0), np.uint16)
+        seen = observations(bands, resolution)
         if recipe.haze and resolution == groups[0][0]:
             blue, red = (_summed(seen[bands.index(b)], resolution, size) for b in ("B02", "B04"))
             use, quality = without_haze(blue, red, use, quality, recipe.haze, size)

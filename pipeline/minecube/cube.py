@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -100,7 +100,7 @@ def write_year(
     scenes: bytes,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    scheduler: str | None = None,
 ) -> bool:
     """Compute a year's composite block by block into its place and commit it; False if that very build is there already.
 
@@ -112,7 +112,7 @@ def write_year(
         provenance: what the build is made of; `build_id` of it names the build.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
         overwrite: replace a committed year that was built from something else.
-        progress: called with (blocks done, blocks in all).
+        scheduler: which Dask scheduler computes the blocks, by its name; the one in force by default.
 
     Raises:
         CubeError: the year is committed with another build, blocks and shards do not match, or the store cannot be written.
@@ -145,9 +145,7 @@ def write_year(
         total = len(_blocks(arrays["clear_count"]))
         if len(todo) < total:
             log.info("%s %s: going on with block %d of %d", site_id, year, total - len(todo) + 1, total)
-        _compute_blocks(
-            composite, arrays, index, todo, lambda done: progress(total - len(todo) + done, total) if progress else None
-        )
+        _compute_blocks(composite, arrays, index, todo, scheduler)
         marker.create_array("scenes", data=np.frombuffer(scenes, dtype=np.uint8), overwrite=True)
         # The commit: one object, replaced as a whole.
         marker.attrs.put({**provenance, "build_id": build, "committed": datetime.now(tz=UTC).isoformat(timespec="seconds")})
@@ -389,7 +387,7 @@ def _compute_blocks(
     arrays: Mapping[str, zarr.Array],
     index: int,
     blocks: Sequence[tuple[int, int]],
-    done: Callable[[int], None],
+    scheduler: str | None,
 ) -> None:
     side = arrays["clear_count"].shards[-1]
 
@@ -407,8 +405,7 @@ def _compute_blocks(
     # A few blocks at a time: enough for every worker, few enough that an interruption costs little.
     step = 8
     for at in range(0, len(tasks), step):
-        dask.compute(*tasks[at : at + step])
-        done(min(at + step, len(tasks)))
+        dask.compute(*tasks[at : at + step], scheduler=scheduler)
 
 
 def _has(array: zarr.Array, block: Sequence[int]) -> bool:

@@ -192,7 +192,7 @@ def save(scenes: Sequence[pystac.Item], path: Path) -> None:
         stac_geoparquet.arrow.to_parquet(table, part)
         part.replace(path)
     except OSError as error:
-        raise SceneError(
+        raise CubeError(
             f"{path}: the scene list cannot be written ({error.strerror or error}); choose another folder"
         ) from error
 

@@ -78,7 +78,8 @@ def build_year(job: Job, site: Site, year: int) -> Outcome:
             scenes.save(chosen, Path(folder) / "scenes.parquet")
             listed = (Path(folder) / "scenes.parquet").read_bytes()
         lazy = composite(chosen, grid, job.recipe)
-        new = cube.write_year(job.store, site.id, year, lazy, provenance, listed, overwrite=job.overwrite)
+        # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
+        new = cube.write_year(job.store, site.id, year, lazy, provenance, listed, overwrite=job.overwrite, scheduler="threads")
     except MinecubeError as error:
         return _failed(site, year, error, time.monotonic() - start)
     days = len({s.properties["minecube:solar_day"] for s in chosen})

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import dask
 import odc.geo.xr  # noqa: F401  registers the .odc accessor
 
 from minecube import cube, labels, scenes
@@ -227,8 +226,7 @@ def _plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int]) -> st
 def _executor(scheduler: str | None) -> Iterator[Executor | None]:
     """The Dask scheduler's executor, or None for this machine's threads."""
     if scheduler is None:
-        with dask.config.set(scheduler="threads"):
-            yield None
+        yield None
         return
     try:
         from distributed import Client  # an extra: one machine needs none of it

@@ -1,0 +1,36 @@
+"""Build sites x years on a Dask cluster: processes of this machine, or workers behind a scheduler that is already there.
+
+    python workflows/cluster.py --workers 4 -- --sites my_mines.geojson --years 2019-2023 \\
+        --source earth-search --store cubes.zarr
+    python workflows/cluster.py --scheduler tcp://10.0.0.1:8786 -- --sites ...
+
+What follows `--` are the arguments of `minecube build`. Workers must see the same files: catalogue, scene lists and store.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from distributed import LocalCluster
+
+from minecube.cli import main as minecube
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `minecube build` on the cluster and exit with its code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--workers", type=int, help="start this many worker processes here")
+    where.add_argument("--scheduler", help="address of a Dask scheduler")
+    parser.add_argument("build", nargs="+", help="arguments of `minecube build`, after --")
+    asked = parser.parse_args(argv)
+    if asked.scheduler:
+        minecube(["build", *asked.build, "--scheduler", asked.scheduler])
+    # One task at a time in a worker: a site-year brings its own reading threads, and its memory is that of one.
+    with LocalCluster(n_workers=asked.workers, threads_per_worker=1, dashboard_address=None) as cluster:
+        minecube(["build", *asked.build, "--scheduler", cluster.scheduler_address])
+
+
+if __name__ == "__main__":
+    main()
