@@ -123,6 +123,13 @@ def test_a_wrong_site_is_named(tmp_path, geometries, columns, said):
         load_sites(path)
 
 
+def test_a_users_invalid_polygon_is_repaired_and_reported(tmp_path, caplog):
+    (site,) = load_sites(sites_file(tmp_path, [BOWTIE], id=["a"]), repair=True)
+    assert site.geometry.is_valid
+    assert site.geometry.area == pytest.approx(0.1 * 0.1 / 2, rel=1e-6)  # two triangles, by hand
+    assert "site a: its polygon was invalid (Self-intersection" in caplog.text
+
+
 def test_a_polygon_file_without_crs_or_without_polygons(tmp_path):
     with pytest.raises(CatalogError, match="has no CRS"):
         load_sites(sites_file(tmp_path, [MINE], None, ".parquet", id=["a"]))

@@ -51,7 +51,9 @@ def test_it_prints_the_summary_as_a_table(demo):
 def test_what_it_leaves_opens_in_other_tools(demo):
     out, _ = demo
     collection = pystac.Collection.from_file(str(out / "export" / "collection.json"))
-    assert {i.id for i in collection.get_items(recursive=True)} == {f"demo_{n}_{y}" for n in (1, 2, 3) for y in (2015, 2020, 2022)}
+    assert {i.id for i in collection.get_items(recursive=True)} == {
+        f"demo_{n}_{y}" for n in (1, 2, 3) for y in (2015, 2020, 2022)
+    }
     with rasterio.open(out / "export" / "demo_3" / "demo_3_2022_reflectance.tif") as src:
         cubes = xr.open_zarr(out / "cubes.zarr", group="demo_3", consolidated=False)
         assert (src.read() == cubes.reflectance.sel(year=2022).values).all()

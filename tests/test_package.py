@@ -22,7 +22,7 @@ CONDA = {"dask": "dask-core", "matplotlib": "matplotlib-base", "torch": "pytorch
 
 
 def split(requirement):
-    name, extras, versions = re.fullmatch(r"([A-Za-z0-9_.-]+)(\[.*\])?\s*([<>=!~].*)?", requirement).groups()
+    name, _, versions = re.fullmatch(r"([A-Za-z0-9_.-]+)(\[.*\])?\s*([<>=!~].*)?", requirement).groups()
     return name, versions or ""
 
 
@@ -79,9 +79,8 @@ def test_the_wheel_works_from_an_empty_folder(tmp_path):
             command, capture_output=True, text=True, check=True, cwd=empty, env={"PATH": "/usr/bin:/bin"}
         ).stdout
 
-    where = subprocess.run(
-        [python, "-c", "import minecube; print(minecube.__file__)"], capture_output=True, text=True, cwd=empty, check=True
-    )
+    asked = [python, "-c", "import minecube; print(minecube.__file__)"]
+    where = subprocess.run(asked, capture_output=True, text=True, cwd=empty, check=True)
     assert str(tmp_path) in where.stdout
     assert "Commands:" in run("--help")
     assert len(run("sites").splitlines()) == len(load_sites()) + 2

@@ -174,6 +174,11 @@ def test_a_missing_file_fails_loudly_and_shows_no_signature(make):
     assert "/nowhere/B04.tif" in str(caught.value)
 
 
+def test_a_prefix_is_not_shown_either(make):
+    with pytest.raises(ReadError, match=r"^http://127\.0\.0\.1:1/B04\.tif: cannot be read"):
+        read("/vsicurl?max_retry=0&url=http://127.0.0.1:1/B04.tif?sig=secret", make.grid(LEFT, TOP, 10, 10))
+
+
 def test_what_is_no_band_is_refused(tmp_path, make):
     grid = make.grid(LEFT, TOP, 64, 64)
     make.tif(tmp_path / "float.tif", np.ones((64, 64), np.float32), grid)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
+import subprocess
+import sys
 import threading
 import warnings
 import xml.etree.ElementTree as ET
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pystac
 import pytest
+import stac_geoparquet.arrow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -201,6 +207,33 @@ def test_solar_day_is_local(archive, make):
     assert scenes.solar_day(item) == "2020-07-06"
 
 
+@pytest.fixture
+def served(tmp_path):
+    """URL under which `tmp_path` is served with byte ranges."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    server.terminate()
+    server.communicate()
+
+
+def test_a_remote_file_of_items_and_its_images(archive, make, tmp_path, served):
+    """The index over HTTP, hrefs relative to it, pixels by range requests."""
+    grid = make.grid(LEFT, TOP, 60, 60)
+    item = archive.item("2020-07-05T10:00:00", grid, {"B04": make.unique(60, 60), "B11": 7})
+    for asset in item.assets.values():
+        asset.href = str(Path(asset.href).relative_to(tmp_path))
+    table = stac_geoparquet.arrow.parse_stac_items_to_arrow([item.to_dict(transform_hrefs=False)])
+    stac_geoparquet.arrow.to_parquet(table, tmp_path / "items.parquet")
+    source = dataclasses.replace(archive.source, href=f"{served}/items.parquet")
+    (scene,) = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, source)
+    assert scene.assets["B04"].href.startswith(served)
+    np.testing.assert_array_equal(scenes.stack([scene], grid, ["B04"]).values[0, 0], make.unique(60, 60))
+    with pytest.raises(SceneError, match="cannot be read as stac-geoparquet"):
+        scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, dataclasses.replace(source, href=f"{served}/none.parquet"))
+
+
 # A STAC API on loopback
 
 
@@ -282,8 +315,6 @@ def api(real_data):
 @pytest.fixture
 def searched(api, make):
     """A site in the recorded search's box, and Earth Search moved to loopback."""
-    import dataclasses
-
     source = dataclasses.replace(load_sources()["earth-search"], href=api.url)
     return Site(id="Allgaeu", geometry=make.site("x", 600000, 5280000, 400, 400, 32632).geometry), source
 

@@ -7,6 +7,7 @@ user's own with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import types
 import typing
@@ -30,6 +31,8 @@ FIRST_YEAR = 2015
 """Sentinel-2A was launched in June 2015."""
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class _FieldError(ValueError):
@@ -229,11 +232,14 @@ def _catalog_dir() -> Path:
     return shipped if shipped.is_dir() else Path(__file__).parents[2] / "catalog"
 
 
-def load_sites(path: Path | None = None) -> list[Site]:
+def load_sites(path: Path | None = None, *, repair: bool = False) -> list[Site]:
     """The sites of a GeoJSON, GeoPackage, GeoParquet or Shapefile; the shipped EuroMineNet and demo sites by default.
 
-    A column `id` (or `name`, `site`) names each site; without one the rows are numbered `site_1` and on. Sites of one id
-    are one error, invalid polygons another.
+    A column `id` (or `name`, `site`) names each site; without one the rows are numbered `site_1` and on.
+
+    Args:
+        path: the file.
+        repair: mend invalid polygons and log each; a catalogue's own are an error.
 
     Raises:
         CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
@@ -253,11 +259,11 @@ def load_sites(path: Path | None = None) -> list[Site]:
     for number, row in enumerate(table.to_dict("records"), start=1):
         site_id = str(row[named]) if named and row[named] is not None else f"site_{number}"
         years = row.get("years")
-        known = {
+        known: dict[str, Any] = {
             "id": site_id.strip().replace(" ", "_"),
             "country": row.get("country") or "",
             "split": row.get("split") or None,
-            "geometry": row["geometry"],
+            "geometry": _mended(row["geometry"], path, site_id) if repair else row["geometry"],
             "years": () if years is None or isinstance(years, float) else tuple(int(y) for y in years),
             "labels": row.get("labels") or None,
         }
@@ -267,6 +273,18 @@ def load_sites(path: Path | None = None) -> list[Site]:
             raise CatalogError(f"{path}: site {site_id!r}: {error}") from error
     _need_unique((s.id for s in sites), path, "site")
     return sites
+
+
+def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometry | None:
+    if shape is None or shape.is_valid:
+        return shape
+    parts = shapely.get_parts(shapely.make_valid(shape, method="structure"))
+    mended = shapely.union_all([p for p in parts if p.geom_type in ("Polygon", "MultiPolygon")])
+    reason = shapely.is_valid_reason(shape)
+    log.warning(
+        "%s: site %s: its polygon was invalid (%s) and has been repaired; compare it with what was meant", path, site_id, reason
+    )
+    return mended
 
 
 def load_sources(path: Path | None = None) -> dict[str, Source]:

@@ -187,7 +187,9 @@ def _light(item: pystac.Item, bands: list[str], grid: GeoBox, prefix: str) -> di
             raise ReadError(f"scene {item.id}: no asset for {band}; it has {', '.join(sorted(item.assets))}")
     place = {"proj:epsg": grid.crs.epsg, "proj:bbox": list(grid.boundingbox)}
     when = item.datetime.isoformat() if item.datetime else None
-    assets = {band: {"href": prefix + item.assets[band].href} for band in bands}
+    # GDAL's own name for S3: rasterio would look for boto3 first.
+    hrefs = {band: re.sub("^s3://", "/vsis3/", item.assets[band].href) for band in bands}
+    assets = {band: {"href": prefix + href} for band, href in hrefs.items()}
     return {"id": item.id, "properties": {"datetime": when, **place}, "assets": assets}
 
 
@@ -254,5 +256,5 @@ def _zero_nodata(pixels: npt.NDArray[Any], nodata: float | None) -> UInt16:
 
 
 def _shown(href: str) -> str:
-    """An href without its query, which may hold a signature that must not reach a log."""
-    return re.sub(r"\?[^\s'\"]*", "", href)
+    """An href without its query, which may hold a signature that must not reach a log, and without a GDAL prefix."""
+    return re.sub(r"\?[^\s'\"]*", "", re.sub(r"/vsicurl\?\S*?url=", "", href))

@@ -6,6 +6,7 @@ source, how to open it, the acquisition it belongs to, and the radiometric offse
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -17,11 +18,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pystac
 import pystac_client
+import requests
 import shapely
 import stac_geoparquet.arrow
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
-from requests.exceptions import RequestException
 from shapely.geometry.base import BaseGeometry
 from urllib3 import Retry
 
@@ -224,11 +225,18 @@ def _for_parquet(scene: pystac.Item) -> dict[str, Any]:
 
 def _read_items(path: Path | str) -> list[pystac.Item]:
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(_fetched(path) if str(path).startswith(("http://", "https://")) else path)
         found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(table)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # requests' errors are OSErrors
         raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
     return found
+
+
+def _fetched(url: Path | str) -> io.BytesIO:
+    """A remote file as a whole: an index of scenes is small beside one scene."""
+    answer = requests.get(str(url), timeout=60)
+    answer.raise_for_status()
+    return io.BytesIO(answer.content)
 
 
 def _search_file(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]:
@@ -265,7 +273,7 @@ def _search_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.It
                     "missing without a trace, so nothing is built; search again"
                 )
             by_id |= ids
-    except (APIError, RequestException, pystac.errors.STACError, ValueError, KeyError) as error:
+    except (APIError, requests.RequestException, pystac.errors.STACError, ValueError, KeyError) as error:
         raise SceneError(f"{source.href}: the search for {year} failed ({error}); check the URL and the network") from error
     return list(by_id.values())
 
