@@ -1,0 +1,94 @@
+"""The simulated world through every provider: what they list differs in all that does not matter, and the composites do not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from minecube import scenes
+from minecube.catalog import Offset, load_recipes, load_sources
+from minecube.composite import composite
+from minecube.grid import grid_of
+from minecube.simulate import World, simulate
+
+RECIPE = load_recipes()["annual-median"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make):
+    """(site, sources by id, truth) of 120 x 96 px listed by all three, 2020 and 2022."""
+    folder = tmp_path_factory.mktemp("world") / "archive"
+    site = make.site("pit", 360000, 5600040, 120, 96)
+    simulate([site], folder, World(years=(2020, 2022), dates_per_year=12, winter_dates=1))
+    truth = xr.open_zarr(folder / "truth.zarr", group="pit", consolidated=False).load()
+    return site, load_sources(folder / "sources.yaml"), truth
+
+
+def made(site, source, year, recipe=RECIPE):
+    return composite(scenes.select(scenes.search(site, year, source), recipe), grid_of(site), recipe).compute()
+
+
+def rmse(composite, truth, year):
+    off = composite.reflectance.values.astype(float) - truth.reflectance.sel(year=year).values
+    return np.sqrt((off**2).mean()) / 1e4
+
+
+def test_every_provider_gives_the_same_composite(world):
+    site, sources, _ = world
+    one, two, three = (made(site, sources[f"sim-{s}"], 2022) for s in ("earth-search", "planetary-computer", "cdse"))
+    xr.testing.assert_identical(one, two)
+    xr.testing.assert_identical(one, three)
+
+
+@pytest.mark.parametrize(
+    ("style", "rule"),
+    [
+        ("cdse", Offset(value=0)),  # the offset is not removed
+        ("earth-search", Offset()),  # the flag is not asked: it is removed twice
+        ("planetary-computer", Offset(from_baseline="99.99")),
+    ],
+)
+def test_a_wrong_offset_rule_is_seen_in_the_truth(world, style, rule):
+    site, sources, truth = world
+    source = sources[f"sim-{style}"]
+    right, wrong = made(site, source, 2022), made(site, dataclasses.replace(source, offset=rule), 2022)
+    assert rmse(right, truth, 2022) < 0.025
+    assert rmse(wrong, truth, 2022) > 0.05
+
+
+def test_old_baselines_are_dropped(world):
+    """Earth Search lists every acquisition of 2020 twice; the older copy is biased and shifted."""
+    site, sources, truth = world
+    found = scenes.search(site, 2020, sources["sim-earth-search"])
+    assert {s.properties["s2:processing_baseline"] for s in found} == {"05.00"}
+    keys = [
+        (s.properties["minecube:datatake"], s.properties["s2:mgrs_tile"], s.properties["minecube:granule_start"]) for s in found
+    ]
+    assert len(set(keys)) == len(keys)
+    assert len({k[:2] for k in keys}) < len(keys)  # a split datatake: two granules of one tile, both kept
+    assert {s.properties["proj:code"] for s in found} == {"EPSG:32633", "EPSG:32632"}
+
+
+@pytest.mark.parametrize("without", ["mask", "bright_override"])
+def test_each_step_of_the_mask_earns_its_place(world, without):
+    site, sources, truth = world
+    source = sources["sim-cdse"]
+    bare = dataclasses.replace(RECIPE, **{without: () if without == "mask" else None})
+    if without == "mask":
+        bare = dataclasses.replace(bare, bright_override=None)
+    mine = truth.footprint.values == 1
+
+    def errors(recipe):
+        full = [made(site, source, y, recipe) for y in (2020, 2022)]
+        off = np.stack([c.reflectance.values.astype(float) for c in full]) - truth.reflectance.values
+        return (off**2).mean(), np.mean([(c.quality.values[m] > 1).mean() for c, m in zip(full, mine, strict=True)])
+
+    (with_it, filled), (without_it, filled_without) = errors(RECIPE), errors(bare)
+    if without == "bright_override":
+        # Without it the mine's bright ground is cloud on every date, and only the fallback fills it.
+        assert filled_without > 10 * max(filled, 0.001)
+    else:
+        assert with_it < without_it
