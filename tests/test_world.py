@@ -61,7 +61,7 @@ def test_a_wrong_offset_rule_is_seen_in_the_truth(world, style, rule):
 
 def test_old_baselines_are_dropped(world):
     """Earth Search lists every acquisition of 2020 twice; the older copy is biased and shifted."""
-    site, sources, truth = world
+    site, sources, _ = world
     found = scenes.search(site, 2020, sources["sim-earth-search"])
     assert {s.properties["s2:processing_baseline"] for s in found} == {"05.00"}
     keys = [
