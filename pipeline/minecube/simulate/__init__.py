@@ -1,0 +1,199 @@
+"""A Sentinel-2 world with known truth: real files as a real archive has them, and beside them what was really there.
+
+    land (spectra, mine)  what lies where in a year, and its reflectance on a day
+    passes                when a satellite comes over, and which tiles its scene is cut into
+    sky, observe          cloud, haze, shadow, snow, noise; what the scene classification makes of it
+    granules, items       tiles and halves of datatakes, as each provider lists them
+    archive               COGs, STAC items, stac-geoparquet
+
+Everything is drawn from the seed, the site's id and the thing's own name, so a scene does not depend on which other sites,
+years or styles are made, or in which order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+from odc.geo.geobox import GeoBox
+
+from minecube.catalog import FIRST_YEAR, Site, Source, load_sources
+from minecube.errors import CatalogError
+from minecube.grid import grid_of, padded
+from minecube.simulate.archive import write_index, write_item, write_sources
+from minecube.simulate.granules import granules
+from minecube.simulate.items import STYLES, Item, products
+from minecube.simulate.land import Land, ground_of, land_of
+from minecube.simulate.mine import mine_of
+from minecube.simulate.noise import Draw, streams
+from minecube.simulate.observe import observe
+from minecube.simulate.passes import Tile, dates_possible, overpasses, tiles_of
+from minecube.simulate.truth import UInt8, footprint_of, reflectance_of, sky_seen, window, write_year
+
+__all__ = ["World", "simulate"]
+
+MARGIN_M = 300
+"""How far the scenes reach beyond the site."""
+_LEAST_PX = 48
+_WRITERS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What is to be simulated; a World that cannot be raises CatalogError."""
+
+    years: tuple[int, ...]
+    dates_per_year: int = 22
+    """Acquisition dates from April to October."""
+    sparse_dates: int = 7
+    """The same in a sparse year."""
+    sparse_years: tuple[int, ...] = (2015,)
+    winter_dates: int = 2
+    """Dates in December to February, with snow; on top of the others."""
+    styles: tuple[str, ...] = STYLES
+    """Providers whose archives are imitated."""
+    one_style_per_site: bool = False
+    """Each site is listed by one style, in turn; otherwise every site by every style."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        last = datetime.now(tz=UTC).year
+        wrong = [y for y in self.years if not FIRST_YEAR <= y <= last]
+        _need(self.years and not wrong, f"years within {FIRST_YEAR}..{last}", wrong or "none")
+        _need(len(set(self.years)) == len(self.years), "every year once", self.years)
+        _need(self.sparse_dates >= 1, "sparse_dates of at least 1", self.sparse_dates)
+        _need(self.dates_per_year >= 1, "dates_per_year of at least 1", self.dates_per_year)
+        _need(self.winter_dates >= 0, "winter_dates of at least 0", self.winter_dates)
+        unknown = [s for s in self.styles if s not in STYLES]
+        _need(self.styles and not unknown, f"styles of {', '.join(STYLES)}", ", ".join(unknown) or "none")
+        _need(len(set(self.styles)) == len(self.styles), "every style once", self.styles)
+        _need(self.seed >= 0, "a seed of at least 0", self.seed)
+        for year in self.years:
+            most = dates_possible(year)
+            _need(self.dates(year) <= most, f"at most {most} dates in {year}, the times Sentinel-2 passed", self.dates(year))
+
+    def dates(self, year: int) -> int:
+        """Acquisition dates of that year, winter left out."""
+        return self.sparse_dates if year in self.sparse_years else self.dates_per_year
+
+
+def _need(condition: object, expected: str, found: object) -> None:
+    if not condition:
+        raise CatalogError(f"cannot simulate: expected {expected}, found {found}")
+
+
+def simulate(sites: Sequence[Site], out: Path, world: World, *, progress: Callable[[str], None] | None = None) -> None:
+    """Write an archive of the sites, as `archive` lays it out, and the truth behind it.
+
+        truth.zarr                one group per site:
+            reflectance  uint16 (year, band, y, x), x 10000: the median over all April to October dates of what a sensor
+                         without noise sees through a clear sky; bands of 20 m are so at 20 m
+            footprint    uint8 (year, y, x): 1 mine, 0 not
+            sky          uint8 (time, y, x), by solar day: 0 not observed, 1 clear, 2 contaminated, which is where cloud, halo,
+                         thin cloud, haze, shadow or snow moves the reflectance of some band by more than 0.02
+        truth_footprints.parquet  the outlines behind `footprint`, EPSG:4326: site, year, geometry
+
+    Nothing of it is there before all of it is.
+
+    Raises:
+        CatalogError: a site has no area or is too small, ids repeat, `out` is not empty or cannot be written.
+    """
+    _need(sites, "at least one site", "none")
+    ids = [s.id for s in sites]
+    _need(len(set(ids)) == len(ids), "every site once", ", ".join(ids))
+    for site in sites:
+        height, width = grid_of(site).shape
+        _need(min(height, width) >= _LEAST_PX, f"{site.id} to be {_LEAST_PX} pixels a side or more", f"{width} x {height}")
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    _need(free, f"{out} to be a new or empty folder", "something there already; name another or remove it")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _simulate_all(sites, part, world, progress or (lambda _: None))
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except OSError as error:
+        raise CatalogError(f"{out}: cannot be written ({error}); free some space or name another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _simulate_all(sites: Sequence[Site], out: Path, world: World, progress: Callable[[str], None]) -> None:
+    items: dict[str, list[Item]] = {}
+    outlines = []
+    taken: set[str] = set()
+    known = load_sources()
+    for site, style in zip(sites, itertools.cycle(world.styles)):
+        place = _place(site, world, [known[s] for s in ((style,) if world.one_style_per_site else world.styles)], taken)
+        for year in sorted(world.years):
+            progress(f"{site.id} {year}")
+            for listed_by, made in _simulate_year(place, out, year, world).items():
+                items.setdefault(listed_by, []).extend(made)
+            mine = mine_of(place.grid, place.draw, year).footprint
+            outlines.append(
+                gpd.GeoDataFrame({"site": [site.id], "year": [year]}, geometry=[mine], crs=place.grid.crs).to_crs(4326)
+            )
+    for listed_by, made in items.items():
+        write_index(out, listed_by, made)
+    write_sources(out, {listed_by: known[listed_by] for listed_by in items})
+    pd.concat(outlines, ignore_index=True).to_parquet(out / "truth_footprints.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A site with all that does not change from year to year."""
+
+    site: Site
+    grid: GeoBox
+    canvas: GeoBox
+    draw: Draw
+    land: Land
+    tiles: list[Tile]
+    listed_by: Sequence[Source]
+
+
+def _place(site: Site, world: World, listed_by: Sequence[Source], taken: set[str]) -> _Place:
+    grid = grid_of(site)
+    canvas = padded(grid, MARGIN_M)
+    draw = streams(world.seed, site.id)
+    land, tiles = land_of(grid, canvas, draw), tiles_of(grid, canvas, taken)
+    return _Place(site=site, grid=grid, canvas=canvas, draw=draw, land=land, tiles=tiles, listed_by=listed_by)
+
+
+def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[str, list[Item]]:
+    """Write a site-year with its truth; what comes back are its items by style."""
+    ground = ground_of(place.land, year)
+    longitude = place.grid.geographic_extent.centroid.coords[0][0]
+    passes = overpasses(place.draw, longitude, year, world.dates(year), world.winter_dates)
+    sky: dict[np.datetime64, UInt8] = {}
+    items: dict[str, list[Item]] = {source.id: [] for source in place.listed_by}
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        writing: list[tuple[str, Future[Item]]] = []
+        for overpass in passes:
+            seen = observe(place.draw, place.grid, place.canvas, ground, overpass)
+            sky[np.datetime64(overpass.day, "ns")] = sky_seen(seen, overpass, place.tiles, place.grid, place.canvas)
+            cut = list(granules(seen, overpass, place.tiles, place.grid, place.canvas))
+            # One date is written while the next is computed, and no more are held.
+            for style, item in writing:
+                items[style].append(item.result())
+            writing = [
+                (source.id, writers.submit(write_item, out, source, granule, product))
+                for granule in cut
+                for source in place.listed_by
+                for product in products(source.id, granule)
+            ]
+        for style, item in writing:
+            items[style].append(item.result())
+    truth = reflectance_of(ground, passes, window(place.grid, place.canvas)), footprint_of(ground.mine, place.grid)
+    write_year(out / "truth.zarr", place.site.id, place.grid, year, truth, sky)
+    return items

@@ -1,0 +1,336 @@
+"""STAC items as Earth Search, Planetary Computer and CDSE write them, for pixels that are simulated.
+
+Ids, property names, extensions and asset keys are those of the providers' real items; a property `minecube:simulated` says
+what these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from typing import Any
+
+from minecube.catalog import BANDS, SCL
+from minecube.simulate.granules import Granule
+from minecube.simulate.passes import OFFSET_DAY, epsg
+
+Item = dict[str, Any]
+STYLES = ("earth-search", "planetary-computer", "cdse")
+"""Sources of the shipped catalogue whose ways are known."""
+_BASELINES = (
+    (date(2015, 1, 1), "02.14"),
+    (date(2021, 3, 30), "03.01"),
+    (OFFSET_DAY, "04.00"),
+    (date(2022, 12, 6), "05.09"),
+    (date(2023, 12, 13), "05.10"),
+    (date(2024, 7, 23), "05.11"),
+)
+_BAND = {  # common name, title, centre and width in micrometres, as Earth Search has them
+    "B02": ("blue", "Blue (band 2)", 0.49, 0.098),
+    "B03": ("green", "Green (band 3)", 0.56, 0.045),
+    "B04": ("red", "Red (band 4)", 0.665, 0.038),
+    "B05": ("rededge", "Red edge 1 (band 5)", 0.704, 0.019),
+    "B06": ("rededge", "Red edge 2 (band 6)", 0.74, 0.018),
+    "B07": ("rededge", "Red edge 3 (band 7)", 0.783, 0.028),
+    "B08": ("nir", "NIR 1 (band 8)", 0.842, 0.145),
+    "B8A": ("nir08", "NIR 2 (band 8A)", 0.865, 0.033),
+    "B11": ("swir16", "SWIR 1 (band 11)", 1.61, 0.143),
+    "B12": ("swir22", "SWIR 2 (band 12)", 2.19, 0.242),
+}
+_COG = "image/tiff; application=geotiff; profile=cloud-optimized"
+_SCL_NAMES = {  # SCL class -> Earth Search's and Planetary Computer's property s2:<name>_percentage
+    1: "saturated_defective_pixel",
+    2: "dark_features",
+    3: "cloud_shadow",
+    4: "vegetation",
+    5: "not_vegetated",
+    6: "water",
+    7: "unclassified",
+    8: "medium_proba_clouds",
+    9: "high_proba_clouds",
+    10: "thin_cirrus",
+    11: "snow_ice",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One processing of a granule, as one provider lists it."""
+
+    baseline: str
+    offset: int
+    """What its pixels carry on top of reflectance x 10000."""
+    generated: datetime
+    sequence: int = 0
+    facility: str = "2APS"
+    old: bool = False
+    """Pixels of the old processing: biased and misregistered."""
+
+
+def products(style: str, granule: Granule) -> list[Product]:
+    """The processings of a granule that a provider lists.
+
+    Earth Search has removed the offset and says so; it lists acquisitions from before the offset twice, as first processed
+    and in baseline 05.00. CDSE has reprocessed them and carries the offset throughout. Planetary Computer has the old
+    baseline alone; its pixels are clean here all the same, or nobody could come to the truth with that provider.
+    """
+    taken = granule.overpass
+    late = timedelta(minutes=7 * granule.part)  # tells the halves of a split datatake apart
+    fresh = taken.sensed + timedelta(hours=3, minutes=40) + late
+    again = datetime(2023, 3, 1) + (taken.sensed - datetime(2015, 1, 1)) / 20 + late
+    baseline = max(b for b in _BASELINES if b[0] <= taken.day)[1]
+    if taken.day >= OFFSET_DAY:
+        carried = 0 if style == "earth-search" else 1000
+        return [Product(baseline=baseline, offset=carried, generated=fresh, sequence=granule.part)]
+    if style == "planetary-computer":
+        return [Product(baseline="02.12", offset=0, generated=fresh + timedelta(days=90), facility="ESRI")]
+    if style == "cdse":
+        return [Product(baseline="05.00", offset=1000, generated=again, facility="S2RP")]
+    return [
+        Product(baseline=baseline, offset=0, generated=fresh, sequence=granule.part, facility="SGS_", old=True),
+        Product(baseline="05.00", offset=0, generated=again, sequence=granule.part + granule.parts, facility="S2RP"),
+    ]
+
+
+def item_of(style: str, granule: Granule, product: Product, assets: Mapping[str, str]) -> tuple[Item, dict[str, str]]:
+    """A provider's item, and the file name of each band in it. `assets` is the source's band -> asset key.
+
+    Hrefs are `./<file name>`: relative to the item.
+    """
+    make = {"earth-search": _earth_search, "planetary-computer": _planetary_computer, "cdse": _cdse}[style]
+    item = make(granule, product)
+    files = {band: _file_name(style, granule, band) for band in (*BANDS, SCL)}
+    describe = {"earth-search": _asset_earth_search, "planetary-computer": _asset_planetary_computer, "cdse": _asset_cdse}[
+        style
+    ]
+    item |= {
+        "type": "Feature",
+        "geometry": granule.geometry,
+        "bbox": granule.bbox,
+        "assets": {assets[b]: {"href": f"./{name}", "type": _COG, **describe(granule, b)} for b, name in files.items()},
+        "collection": "sentinel-2-l2a",
+        "links": [{"rel": "collection", "type": "application/json", "href": f"{_API[style]}/collections/sentinel-2-l2a"}],
+    }
+    item["properties"]["minecube:simulated"] = True
+    return item, files
+
+
+_API = {
+    "earth-search": "https://earth-search.aws.element84.com/v1",
+    "planetary-computer": "https://planetarycomputer.microsoft.com/api/stac/v1",
+    "cdse": "https://stac.dataspace.copernicus.eu/v1",
+}
+
+
+def _earth_search(granule: Granule, product: Product) -> Item:
+    tile = granule.tile.name
+    zone, band, square = int(tile[:2]), tile[2], tile[3:]
+    # Earth Search does not pad the zone.
+    name = f"{granule.overpass.satellite}_{zone}{band}{square}_{granule.sensed:%Y%m%d}_{product.sequence}_L2A"
+    listed = _stamp(product.generated + timedelta(hours=2))
+    return {
+        "stac_version": "1.0.0",
+        "stac_extensions": _extensions(
+            "eo/v1.1.0", "mgrs/v1.0.0", "grid/v1.0.0", "raster/v1.1.0", "view/v1.0.0", "projection/v1.1.0"
+        ),
+        "id": name,
+        "properties": {
+            "datetime": _stamp(granule.sensed),
+            "created": listed,
+            "updated": listed,
+            "platform": f"sentinel-{granule.overpass.satellite[1:].lower()}",
+            "constellation": "sentinel-2",
+            "instruments": ["msi"],
+            "eo:cloud_cover": granule.cloud_cover,
+            "proj:epsg": epsg(granule.tile.box),
+            "mgrs:utm_zone": zone,
+            "mgrs:latitude_band": band,
+            "mgrs:grid_square": square,
+            "grid:code": f"MGRS-{zone}{band}{square}",
+            "view:sun_azimuth": granule.azimuth,
+            "view:sun_elevation": granule.elevation,
+            **_s2(granule, product),
+            "s2:sequence": str(product.sequence),
+            "earthsearch:boa_offset_applied": product.baseline >= "04.00",
+        },
+    }
+
+
+def _planetary_computer(granule: Granule, product: Product) -> Item:
+    uri = _product_name(granule, product)
+    return {
+        "stac_version": "1.0.0",
+        "stac_extensions": _extensions("eo/v1.0.0", "sat/v1.0.0", "projection/v1.0.0"),
+        "id": uri.replace(f"_N{product.baseline.replace('.', '')}", ""),
+        "properties": {
+            "datetime": _stamp(granule.overpass.start),
+            "platform": f"Sentinel-{granule.overpass.satellite[1:]}",
+            "constellation": "Sentinel 2",
+            "instruments": ["msi"],
+            "eo:cloud_cover": granule.cloud_cover,
+            "proj:epsg": epsg(granule.tile.box),
+            "sat:orbit_state": "descending",
+            "sat:relative_orbit": granule.overpass.orbit,
+            "s2:mgrs_tile": granule.tile.name,
+            "s2:mean_solar_zenith": 90 - granule.elevation,
+            "s2:mean_solar_azimuth": granule.azimuth,
+            **_s2(granule, product),
+        },
+    }
+
+
+def _cdse(granule: Granule, product: Product) -> Item:
+    start = _stamp(granule.overpass.start)
+    return {
+        "stac_version": "1.1.0",
+        "stac_extensions": _extensions(
+            "eo/v2.0.0", "raster/v2.0.0", "sat/v1.0.0", "projection/v2.0.0", "grid/v1.1.0", "view/v1.0.0", "processing/v1.2.0"
+        ),
+        "id": _product_name(granule, product),
+        "properties": {
+            "gsd": 10,
+            "datetime": start,
+            "start_datetime": start,
+            "end_datetime": start,
+            "created": _stamp(product.generated + timedelta(days=1)),
+            "updated": _stamp(product.generated + timedelta(days=1)),
+            "platform": f"sentinel-{granule.overpass.satellite[1:].lower()}",
+            "constellation": "sentinel-2",
+            "instruments": ["msi"],
+            "grid:code": f"MGRS-{granule.tile.name}",
+            "eo:cloud_cover": granule.cloud_cover,
+            "eo:snow_cover": granule.percent(11),
+            "view:sun_azimuth": granule.azimuth,
+            "view:sun_elevation": granule.elevation,
+            "sat:orbit_state": "descending",
+            "sat:absolute_orbit": granule.overpass.absolute_orbit,
+            "sat:relative_orbit": granule.overpass.orbit,
+            "product:type": "S2MSI2A",
+            "processing:level": "L2",
+            "processing:version": product.baseline,
+            "processing:datetime": _stamp(product.generated),
+            "processing:facility": "ESA",
+            "eopf:datatake_id": _datatake(granule, product),
+            "eopf:datastrip_id": _datastrip(granule, product),
+            "eopf:instrument_mode": "INS-NOBS",
+        },
+    }
+
+
+def _s2(granule: Granule, product: Product) -> Item:
+    """What Earth Search and Planetary Computer both take from the product's metadata."""
+    made = f"{product.facility}_{product.generated:%Y%m%dT%H%M%S}_A{granule.overpass.absolute_orbit:06d}"
+    return {
+        "s2:degraded_msi_data_percentage": 0.0,
+        "s2:nodata_pixel_percentage": granule.percent(0),
+        **{f"s2:{name}_percentage": granule.percent(value) for value, name in _SCL_NAMES.items()},
+        "s2:product_type": "S2MSI2A",
+        "s2:processing_baseline": product.baseline,
+        "s2:product_uri": f"{_product_name(granule, product)}.SAFE",
+        "s2:generation_time": _stamp(product.generated),
+        "s2:datatake_id": _datatake(granule, product),
+        "s2:datatake_type": "INS-NOBS",
+        "s2:datastrip_id": _datastrip(granule, product),
+        "s2:granule_id": f"{granule.overpass.satellite}_OPER_MSI_L2A_TL_{made}_T{granule.tile.name}_N{product.baseline}",
+    }
+
+
+def _asset_earth_search(granule: Granule, band: str) -> Item:
+    size, shape, transform = granule.layout(band)
+    place = {"proj:shape": shape, "proj:transform": transform, "roles": ["data", "reflectance"]}
+    raster: Item = {"nodata": 0, "data_type": "uint8" if band == SCL else "uint16", "spatial_resolution": size}
+    if band == SCL:
+        return {"title": "Scene classification map (SCL)", "raster:bands": [raster], **place}
+    common, title, centre, width = _BAND[band]
+    about = {
+        "name": common,
+        "common_name": common,
+        "description": title,
+        "center_wavelength": centre,
+        "full_width_half_max": width,
+    }
+    # Declared although the pixels no longer carry it, as the provider does.
+    raster |= {"bits_per_sample": 15, "scale": 0.0001, "offset": -0.1}
+    return {"title": f"{title} - {size}m", "eo:bands": [about], "gsd": size, "raster:bands": [raster], **place}
+
+
+def _asset_planetary_computer(granule: Granule, band: str) -> Item:
+    size, shape, transform = granule.layout(band)
+    west, south, east, north = granule.tile.box.extent.boundingbox.bbox
+    place = {
+        "proj:shape": shape,
+        "proj:transform": transform,
+        "proj:bbox": [west, south, east, north],
+        "gsd": size,
+        "roles": ["data"],
+    }
+    if band == SCL:
+        return {"title": "Scene classfication map (SCL)", **place}
+    common, title, centre, width = _BAND[band]
+    about = {
+        "name": band,
+        "common_name": common,
+        "description": title,
+        "center_wavelength": centre,
+        "full_width_half_max": width,
+    }
+    return {"title": f"{title} - {size}m", "eo:bands": [about], **place}
+
+
+def _asset_cdse(granule: Granule, band: str) -> Item:
+    size, shape, transform = granule.layout(band)
+    place = {
+        "proj:code": f"EPSG:{epsg(granule.tile.box)}",
+        "proj:bbox": list(granule.tile.box.extent.boundingbox.bbox),
+        "proj:shape": shape,
+        "proj:transform": transform,
+        "gsd": size,
+        "nodata": 0,
+        "data_type": "uint8" if band == SCL else "uint16",
+    }
+    if band == SCL:
+        return {"title": "Scene classfication map (SCL) - 20m", "roles": ["data", f"gsd:{size}m"], **place}
+    common, title, centre, width = _BAND[band]
+    about = {"name": band, "eo:common_name": common, "eo:center_wavelength": centre, "eo:full_width_half_max": width}
+    scaled = {"raster:scale": 0.0001, "raster:offset": -0.1}
+    return {
+        "title": f"{title} - {size}m",
+        "bands": [about],
+        "roles": ["data", "reflectance", f"gsd:{size}m"],
+        **scaled,
+        **place,
+    }
+
+
+def _file_name(style: str, granule: Granule, band: str) -> str:
+    if style == "earth-search":
+        return f"{band}.tif"
+    return f"T{granule.tile.name}_{granule.overpass.start:%Y%m%dT%H%M%S}_{band}_{granule.layout(band)[0]}m.tif"
+
+
+def _product_name(granule: Granule, product: Product) -> str:
+    """S2A_MSIL2A_<datatake start>_N<baseline>_R<orbit>_T<tile>_<discriminator> (Sentinel-2 PSD 14.9, section 3.4)."""
+    p = granule.overpass
+    return (
+        f"{p.satellite}_MSIL2A_{p.start:%Y%m%dT%H%M%S}_N{product.baseline.replace('.', '')}_R{p.orbit:03d}"
+        f"_T{granule.tile.name}_{product.generated:%Y%m%dT%H%M%S}"
+    )
+
+
+def _datatake(granule: Granule, product: Product) -> str:
+    p = granule.overpass
+    return f"G{p.satellite}_{p.start:%Y%m%dT%H%M%S}_{p.absolute_orbit:06d}_N{product.baseline}"
+
+
+def _datastrip(granule: Granule, product: Product) -> str:
+    made = f"{product.facility}_{product.generated:%Y%m%dT%H%M%S}"
+    return f"{granule.overpass.satellite}_OPER_MSI_L2A_DS_{made}_S{granule.strip_start:%Y%m%dT%H%M%S}_N{product.baseline}"
+
+
+def _extensions(*names: str) -> list[str]:
+    return [f"https://stac-extensions.github.io/{name}/schema.json" for name in names]
+
+
+def _stamp(when: datetime) -> str:
+    return f"{when:%Y-%m-%dT%H:%M:%S.%f}Z"

@@ -1,0 +1,125 @@
+"""What lies between the ground and the sensor on one date, what it does to the pixels, and what SCL makes of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from minecube.simulate.land import Ground
+from minecube.simulate.noise import Draw, Float, fractal, halved
+from minecube.simulate.passes import SCL_M, Overpass
+from minecube.simulate.spectra import MATERIAL
+
+UInt8 = npt.NDArray[np.uint8]
+# How strongly thin cloud and haze scatter, and how dark a shadow is, by band: both fall with wavelength, since what lights
+# a shadow is the blue sky.
+_SCATTER = np.array([1.0, 0.92, 0.82, 0.76, 0.68, 0.63, 0.56, 0.5, 0.24, 0.15], dtype=np.float32)
+_SHADE = np.array([0.46, 0.52, 0.57, 0.6, 0.63, 0.65, 0.67, 0.68, 0.72, 0.74], dtype=np.float32)
+_MARGIN_PX = 100  # clouds this far outside still throw their shadow inside
+VISIBLE = 0.02
+"""A pixel is contaminated where cloud, halo, haze, shadow or snow moves its reflectance by more than this in any band."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sky:
+    """All at 20 m on the canvas, float32 [y, x], 0..1."""
+
+    cloud: Float
+    """Opacity of cloud with its halo."""
+    white: Float
+    """Brightness of that cloud, around 1."""
+    veil: Float
+    """Opacity of thin cloud and haze in the blue."""
+    shadow: Float
+    snow: Float
+    """Share of the ground under snow."""
+    veil_missed: bool
+    """SCL sees only the thickest of the veil on this date."""
+
+    def over(self, clean: Float, band: int) -> Float:
+        """The ground of one band, at 10 or 20 m, seen through this sky."""
+
+        def at(layer: Float) -> Float:
+            # Clouds are soft enough for repeated pixels.
+            return layer if layer.shape == clean.shape else layer.repeat(2, axis=0).repeat(2, axis=1)
+
+        cloud = MATERIAL["cloud"][band]
+        seen: Float = clean + at(self.snow) * (MATERIAL["snow"][band] - clean) if self.snow.any() else clean.copy()
+        seen *= 1 - _SHADE[band] * at(self.shadow)
+        if self.veil.any():
+            seen += _SCATTER[band] * at(self.veil) * (cloud - seen)
+        seen += at(self.cloud) * (cloud * at(self.white) - seen)
+        return seen
+
+
+def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: float, elevation: float) -> Sky:
+    """The sky over a canvas of `shape` 20 m pixels on one date; azimuth and elevation of the sun in degrees."""
+    rng = draw("sky", overpass.day)
+    m = _MARGIN_PX
+    wide = (shape[0] + 2 * m, shape[1] + 2 * m)
+    inner = (slice(m, -m), slice(m, -m))
+    field = fractal(rng, wide, rng.uniform(60, 160), slope=3.5)
+    cut = float(np.quantile(field[inner], 1 - overpass.cover))
+    if overpass.cover > 0.97:
+        cut = float(field.min()) - 0.5
+    dense = np.clip((field - cut) / 0.22 + 0.15, 0, 1)
+    dense[field < cut] = 0
+    halo = ndimage.gaussian_filter((dense > 0.4).astype(np.float32), 2.2) * np.float32(0.45)
+    cloud = np.maximum(dense * 0.96, halo)
+
+    # The shadow lies opposite the sun, as far off as the cloud is high.
+    reach = rng.uniform(500, 1500) / math.tan(math.radians(max(elevation, 15))) / SCL_M
+    down, right = (round(reach * f(math.radians(azimuth))) for f in (math.cos, lambda a: -math.sin(a)))
+    down, right = (int(np.clip(v, -m, m)) for v in (down, right))
+    shadow = ndimage.gaussian_filter(dense, 0.8)[m - down : m - down + shape[0], m - right : m - right + shape[1]]
+
+    thin = fractal(rng, shape, 120, slope=3.6)
+    strength = rng.uniform(0.10, 0.30) * (rng.random() < 0.4) * (overpass.cover > 0.02)
+    snow = fractal(rng, shape, 90) * 0.3 + 0.8 if overpass.snow else np.zeros(shape)
+    return Sky(
+        cloud=cloud[inner],
+        white=1 + np.float32(0.12) * fractal(rng, wide, 40, slope=2.6)[inner],
+        veil=np.clip(strength * (thin + 0.3), 0, 0.4).astype(np.float32),
+        shadow=shadow * (1 - cloud[inner]),
+        snow=np.clip(snow, 0, 0.97).astype(np.float32),
+        veil_missed=bool(rng.random() < 0.25),
+    )
+
+
+def classify(draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: dict[str, Float]) -> UInt8:
+    """The scene classification of one date as Sen2Cor would make it, errors included: uint8 [y, x] at 20 m, no 0.
+
+    It misses the halo of clouds and, on some dates, thin cloud; it calls dazzling mine ground cloud on nearly every date; it
+    takes some dark water for shadow and some shadow for dark ground.
+
+    Args:
+        draw: the site's generators.
+        ground: the year's ground.
+        sky: the date's sky.
+        overpass: the date.
+        clean: ground reflectance of B04 and B08 on that date, float32 [y, x] at 20 m.
+    """
+    rng = draw("scl", overpass.day)
+    noise = rng.random((2, *sky.cloud.shape), dtype=np.float32)
+    red, nir = clean["B04"], clean["B08"]
+    scl = np.where((nir - red) / (nir + red) > 0.4, 4, 5).astype(np.uint8)
+    scl[(nir < 0.07) & (red < 0.06)] = 2
+    scl[halved(ground.water) > 0.5] = 6
+    scl[(scl == 6) & (noise[0] < 0.01)] = 3
+    scl[noise[1] < 0.002] = 7
+    scl[sky.snow > 0.45] = 11
+    scl[(sky.shadow > 0.3) & (noise[0] > 0.03) & (scl != 6)] = 3
+    scl[(sky.shadow > 0.3) & (noise[0] <= 0.03)] = 2
+    scl[sky.veil > (0.15 if sky.veil_missed else 0.045)] = 10
+    # Whether the date is one of the few on which dazzling ground is seen for what it is; and the flicker of single pixels.
+    fooled = rng.random() < 0.97
+    dazzled = (halved(ground.dazzling) > 0.2) & (noise[1] < 0.97) & fooled
+    scl[dazzled] = np.where(halved(ground.shade)[dazzled] > 1, 9, 8)
+    scl[(sky.cloud > 0.14) & (noise[1] < 0.5)] = 7
+    scl[sky.cloud > 0.3] = 8
+    scl[sky.cloud > 0.6] = 9
+    return scl

@@ -1,0 +1,112 @@
+"""What was really there: kept beside the archive, on the site's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import bottleneck
+import numpy as np
+import numpy.typing as npt
+import odc.geo.xr
+import rasterio.features
+import xarray as xr
+from odc.geo.geobox import GeoBox
+from scipy import ndimage
+
+from minecube.catalog import BANDS
+from minecube.simulate.granules import listed, on_tile
+from minecube.simulate.land import Ground
+from minecube.simulate.mine import Mine
+from minecube.simulate.noise import Bool, Float, halved
+from minecube.simulate.observe import NATIVE_M, Observation
+from minecube.simulate.passes import SCL_M, SEASON, Overpass, Tile
+
+UInt8 = npt.NDArray[np.uint8]
+SKY = ("not observed", "clear", "contaminated")
+"""What the numbers of the `sky` layer mean."""
+
+
+def reflectance_of(ground: Ground, passes: Sequence[Overpass], inside: tuple[slice, slice]) -> npt.NDArray[np.uint16]:
+    """The year's clean reflectance: uint16 [band, y, x], x 10000, the median over the April to October dates.
+
+    What a sensor without noise would see through a clear sky: bands of 20 m are means over their own pixels, each of which
+    fills four of 10 m.
+
+    Args:
+        ground: the year's ground.
+        passes: the year's overpasses.
+        inside: the site's window of the canvas, even numbers.
+    """
+    days = [p.day for p in passes if SEASON[0] <= p.day.month <= SEASON[1]]
+    spectra = [ground.patches.spectra(day.timetuple().tm_yday) for day in days]
+    planes = []
+    for band, name in enumerate(BANDS):
+        dates: Float = np.stack([ground.reflectance(s[:, band])[inside] for s in spectra])
+        if NATIVE_M[name] == SCL_M:
+            middle = bottleneck.median(halved(dates), axis=0).repeat(2, axis=0).repeat(2, axis=1)
+        else:
+            middle = bottleneck.median(dates, axis=0)
+        planes.append(np.maximum(np.rint(middle * 10000), 1).astype(np.uint16))
+    return np.stack(planes)
+
+
+def footprint_of(mine: Mine, grid: GeoBox) -> UInt8:
+    """1 where the pixel's centre lies in the mine: uint8 [y, x]."""
+    burnt: UInt8 = rasterio.features.rasterize([mine.footprint], grid.shape, transform=grid.transform, dtype=np.uint8)
+    return burnt
+
+
+def sky_seen(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox) -> UInt8:
+    """Which pixels of the site were observed on the date, and clear: uint8 [y, x], index into `SKY`."""
+    inside = window(grid, canvas)
+    covered: Bool = np.zeros(grid.shape, dtype=np.bool_)
+    for tile in listed(tiles, overpass, grid):
+        if tile.warp is None:
+            columns = np.zeros(canvas.shape, dtype=np.bool_)
+            columns[:, tile.cols] = True
+            swath = (seen.scl != 0).repeat(2, axis=0).repeat(2, axis=1)
+            covered |= (columns & swath)[inside]
+        else:
+            there = on_tile(seen.scl, tile, SCL_M)
+            covered |= ndimage.map_coordinates(there, tile.warp.to_site, order=0, cval=0) != 0
+    return np.where(covered, np.where(seen.contaminated[inside], 2, 1), 0).astype(np.uint8)
+
+
+def window(grid: GeoBox, canvas: GeoBox) -> tuple[slice, slice]:
+    """The site on its canvas, which reaches equally far on all sides."""
+    margin = (canvas.shape[0] - grid.shape[0]) // 2
+    return slice(margin, margin + grid.shape[0]), slice(margin, margin + grid.shape[1])
+
+
+def write_year(
+    store: Path,
+    site: str,
+    grid: GeoBox,
+    year: int,
+    layers: tuple[npt.NDArray[np.uint16], UInt8],
+    sky: Mapping[np.datetime64, UInt8],
+) -> None:
+    """Add a year to a site's group: reflectance and footprint, and the sky of its dates."""
+    place = odc.geo.xr.xr_coords(grid)
+    reflectance, footprint = layers
+    of_year = xr.Dataset(
+        {
+            "reflectance": (("year", "band", "y", "x"), reflectance[None], {"scale": 1e-4, "nodata": 0}),
+            "footprint": (("year", "y", "x"), footprint[None], {"meaning": "1 mine, 0 not"}),
+        },
+        coords={"year": [year], "band": np.asarray(BANDS, dtype=object), **place},
+    )
+    of_dates = xr.Dataset(
+        {
+            "sky": (
+                ("time", "y", "x"),
+                np.stack(list(sky.values())),
+                {"meaning": ", ".join(f"{i} {m}" for i, m in enumerate(SKY))},
+            )
+        },
+        coords={"time": list(sky), **place},
+    )
+    first = not (store / site).exists()
+    for data, dim in ((of_year, "year"), (of_dates, "time")):
+        data.to_zarr(store, group=site, mode="a", append_dim=None if first else dim, zarr_format=3, consolidated=False)
