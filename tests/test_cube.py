@@ -17,6 +17,7 @@ import rioxarray  # noqa: F401
 import xarray as xr
 import zarr
 
+from minecube import composite as module
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.errors import CubeError, ReadError
@@ -113,6 +114,27 @@ def test_a_rerun_does_nothing_and_another_build_is_refused(store, grid):
     again = year_of(grid, seed=1)
     assert cube.write_year(store, "mine", 2020, again, other, b"", overwrite=True)
     np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), again.reflectance)
+
+
+def test_each_block_is_made_once(archive, make, tmp_path):
+    """Three variables come from one task a block."""
+    site = make.site("mine", 360000, 5600040, 60, 48)
+    recipe = dataclasses.replace(RECIPE, block_px=32)
+    scene = archive.scene("2020-06-01T10:00:00", make.grid(359400, 5600640, 180, 180), {"B04": 7, "B11": 9})
+    where, made = str(tmp_path / "cubes.zarr"), []
+    cube.create(where, site, grid_of(site), [2020], recipe)
+    block = module.composite_block
+
+    def counted(*args):
+        made.append(1)
+        return block(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "composite_block", counted)
+        lazy = module.composite([scene], grid_of(site), recipe)
+    cube.write_year(where, "mine", 2020, lazy, PROVENANCE, b"")
+    assert len(made) == 4
+    np.testing.assert_array_equal(cube.open_cube(where, "mine").reflectance[0, :, 5, 5], [7, 9])
 
 
 class StoppedError(Exception):

@@ -397,7 +397,8 @@ def _compute_blocks(
         for array, part in zip(arrays.values(), parts, strict=True):
             array[(index, ..., rows, columns)] = part
 
-    chunks = {name: composite[name].data.to_delayed() for name in arrays}
+    # Not optimised one by one: each would inline the task that makes the block, and the block would be made three times.
+    chunks = {name: composite[name].data.to_delayed(optimize_graph=False) for name in arrays}
     tasks = []
     for r, c in blocks:
         parts = [chunks[n][r, c] if chunks[n].ndim == 2 else chunks[n][0, r, c] for n in arrays]
