@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread a process: the stages bring their own, and tests run beside each other's children.
 export MPLBACKEND := Agg
+# torch's threads would spin while they wait; beside other processes that makes training several times slower.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test quick format clean
 

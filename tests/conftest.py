@@ -138,7 +138,8 @@ class Archive:
                 "proj:epsg": grid.crs.epsg,
                 "s2:mgrs_tile": tile,
                 "s2:processing_baseline": baseline,
-                "s2:datatake_id": f"GS2A_{stamp}_000123_N{baseline}",
+                # to the minute, so that tiles sensed seconds apart are of one overpass
+                "s2:datatake_id": f"GS2A_{stamp[:-2]}00_000123_N{baseline}",
                 "s2:datastrip_id": f"S2A_OPER_MSI_L2A_DS_MPS__{processed}_S{start}_N{baseline}",
                 "s2:product_uri": f"S2A_MSIL2A_{stamp}_N{baseline.replace('.', '')}_R022_T{tile}_{processed}.SAFE",
                 **properties,

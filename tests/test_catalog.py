@@ -8,11 +8,12 @@ from pathlib import Path
 
 import geopandas as gpd
 import pytest
-from shapely.geometry import Point, box
+from shapely.geometry import Point, Polygon, box
 
 from minecube import catalog
 from minecube.catalog import BANDS, load_models, load_recipes, load_sites, load_sources
 from minecube.errors import CatalogError
+from minecube.grid import grid_of
 
 README = Path(__file__).parents[1] / "catalog" / "README.md"
 
@@ -113,6 +114,8 @@ def test_sites_of_ones_own_in_any_format_and_projection(tmp_path, suffix):
         ([MINE, OTHER], {"id": ["a", "a"]}, "site 'a' stands there twice"),
         ([BOWTIE], {"id": ["a"]}, "site 'a': field 'geometry': expected a valid polygon, found Self-intersection"),
         ([Point(13, 50)], {"id": ["a"]}, "site 'a': field 'geometry': expected a polygon, found Point"),
+        ([MINE], {"id": ["a"], "contry": ["Austria"]}, "field 'contry': expected one of id, country"),
+        ([MINE], {"id": ["a"], "years": ["20x"]}, "field 'years': expected 2015-2024 or a list of years, found '20x'"),
         ([MINE], {"id": ["../../etc"]}, "field 'id': expected letters"),
         ([MINE], {"id": ["a"], "split": ["dev"]}, "field 'split': expected train, val, test or null, found 'dev'"),
     ],
@@ -120,11 +123,25 @@ def test_sites_of_ones_own_in_any_format_and_projection(tmp_path, suffix):
 def test_a_wrong_site_is_named(tmp_path, geometries, columns, said):
     path = sites_file(tmp_path, geometries, **columns)
     with pytest.raises(CatalogError, match=rf"own\.geojson: .*{said}"):
-        load_sites(path)
+        load_sites(path, catalogue=True)
+
+
+def test_what_users_files_hold(tmp_path):
+    """Z coordinates, numbers with a gap as ids, years as text or number, a geometry column of another name."""
+    high = Polygon([(13, 50, 300), (13.05, 50, 310), (13.05, 50.03, 320)])
+    table = gpd.GeoDataFrame(
+        {"id": [7, None], "years": ["2015-2017", "2020"], "note": ["x", "y"]}, geometry=[high, OTHER], crs=4326
+    )
+    table.rename_geometry("geom").to_parquet(tmp_path / "own.parquet")
+    first, second = load_sites(str(tmp_path / "own.parquet"))
+    assert (first.id, second.id) == ("7", "site_2")
+    assert (first.years, second.years) == ((2015, 2016, 2017), (2020,))
+    assert not first.geometry.has_z
+    assert grid_of(first)
 
 
 def test_a_users_invalid_polygon_is_repaired_and_reported(tmp_path, caplog):
-    (site,) = load_sites(sites_file(tmp_path, [BOWTIE], id=["a"]), repair=True)
+    (site,) = load_sites(sites_file(tmp_path, [BOWTIE], id=["a"]))
     assert site.geometry.is_valid
     assert site.geometry.area == pytest.approx(0.1 * 0.1 / 2, rel=1e-6)  # two triangles, by hand
     assert "site a: its polygon was invalid (Self-intersection" in caplog.text

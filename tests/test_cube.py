@@ -290,7 +290,7 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
             print(error)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    assert "cannot be written (File too large); what was committed before is unharmed" in done.stdout, done.stderr
+    assert "cannot be written (File too large); committed site-years are unharmed" in done.stdout, done.stderr
     assert cube.builds(store, "mine") == {}
 
 

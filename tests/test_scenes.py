@@ -157,7 +157,7 @@ def test_unusable_items_are_refused_by_name(real):
     reasons = {
         "no geometry": refused(no_geometry, item, source),
         "no asset 'nir'": refused(lambda c: c["assets"].pop("nir"), item, source),
-        "baseline ''": refused(without("s2:processing_baseline", "s2:product_uri"), item, source),
+        "names no processing baseline": refused(without("s2:processing_baseline", "s2:product_uri"), item, source),
         "do not name an acquisition": refused(without("s2:datastrip_id"), item, source),
         "expected one projection": refused(lambda c: c["properties"].update({"proj:epsg": None}), item, source),
         "names no MGRS tile": refused(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import geopandas as gpd
+import pandas as pd
 import shapely
 import yaml
 from shapely.geometry.base import BaseGeometry
@@ -102,7 +103,7 @@ class Source:
     assets: Mapping[str, str]
     """Band name (and SCL) -> asset key."""
     resolution_m: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Band name -> pixel size, where an item's assets do not tell; the mission's own pixel sizes otherwise."""
+    """Band name -> pixel size, where what an item's assets say of it, or the mission's own size, is wrong."""
     offset: Offset = Offset()
     href_prefix: str = ""
     """Put before an asset's URL when it is opened (a GDAL file-system prefix); never stored."""
@@ -113,6 +114,10 @@ class Source:
     def __post_init__(self) -> None:
         kinds = ("stac-api", "stac-geoparquet")
         _need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
+        names = {*BANDS, SCL}
+        _need(set(self.assets) <= names, "assets", f"bands of {', '.join([*BANDS, SCL])}, found {', '.join(self.assets)}")
+        sizes = set(self.resolution_m) <= names and set(self.resolution_m.values()) <= {10, 20}
+        _need(sizes, "resolution_m", f"10 or 20 metres by band, found {dict(self.resolution_m)}")
         _need(SCL in self.assets, "assets", f"an entry for {SCL} (the mask), found {', '.join(self.assets)}")
 
 
@@ -128,7 +133,9 @@ class MaskRule:
 
     def __post_init__(self) -> None:
         _need(self.classes and all(1 <= c <= 11 for c in self.classes), "classes", f"SCL 1..11, found {self.classes}")
-        _need(0 <= self.open_m <= 500 and 0 <= self.dilate_m <= 1000, "dilate_m", "open_m 0..500 and dilate_m 0..1000 metres")
+        for field, value, most in (("open_m", self.open_m, 500), ("dilate_m", self.dilate_m, 1000)):
+            fits = 0 <= value <= most and value % 20 == 0
+            _need(fits, field, f"multiples of the 20 m of SCL's pixels up to {most}, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +202,8 @@ class Recipe:
         _need(0 < self.max_cloud_cover <= 100, "max_cloud_cover", f"percent above 0, found {self.max_cloud_cover}")
         _need(not self.haze or {"B02", "B04"} <= set(self.bands), "haze", "B02 and B04 among the bands, or null")
         _need(self.reducer == "median", "reducer", f"median, found {self.reducer!r}")
-        _need(self.chunk_px > 0 and self.block_px % self.chunk_px == 0, "block_px", "a multiple of chunk_px")
+        fits = self.chunk_px > 0 and self.block_px > 0 and self.block_px % self.chunk_px == 0
+        _need(fits, "block_px", f"a multiple of chunk_px, both above 0, found {self.block_px} and {self.chunk_px}")
         _need(self.block_px % 8 == 0, "block_px", f"a multiple of 8, so that 20 m pixels are whole, found {self.block_px}")
 
 
@@ -232,47 +240,69 @@ def _catalog_dir() -> Path:
     return shipped if shipped.is_dir() else Path(__file__).parents[2] / "catalog"
 
 
-def load_sites(path: Path | None = None, *, repair: bool = False) -> list[Site]:
+def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> list[Site]:
     """The sites of a GeoJSON, GeoPackage, GeoParquet or Shapefile; the shipped EuroMineNet and demo sites by default.
 
     A column `id` (or `name`, `site`) names each site; without one the rows are numbered `site_1` and on.
 
     Args:
         path: the file.
-        repair: mend invalid polygons and log each; a catalogue's own are an error.
+        catalogue: hold it to a catalogue's rules: unknown columns and invalid polygons are errors. In a file of the user's
+            the first are passed over, the second repaired, each with a warning in the log.
 
     Raises:
         CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
     """
-    path = path or _catalog_dir() / "sites.geojson"
+    catalogue = catalogue or path is None
+    path = Path(path) if path else _catalog_dir() / "sites.geojson"
     try:
         table = gpd.read_parquet(path) if path.suffix == ".parquet" else gpd.read_file(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
+    if not isinstance(table, gpd.GeoDataFrame):
+        raise CatalogError(f"{path}: holds a table without geometry; expected polygons of sites")
+    unknown = sorted(set(table.columns) - {"id", "country", "split", "years", "labels", table.geometry.name})
+    if unknown and catalogue:
+        raise CatalogError(f"{path}: field {unknown[0]!r}: expected one of id, country, split, geometry, years, labels")
     if table.empty:
         raise CatalogError(f"{path}: holds no site; expected at least one polygon")
     if table.crs is None:
         raise CatalogError(f"{path}: has no CRS, so its coordinates cannot be placed; set one (ogr2ogr -a_srs) and retry")
     table = table.to_crs(4326)
+    table["geometry"] = shapely.force_2d(table.geometry.array)  # whatever that column was called
+    # Missing is None, whatever pandas made of it; a column of numbers with a gap is one of floats.
+    table = pd.DataFrame(table).convert_dtypes().astype(object)
+    table = table.where(table.notna(), None)
     named = next((c for c in ("id", "name", "site") if c in table.columns), None)
     sites = []
     for number, row in enumerate(table.to_dict("records"), start=1):
         site_id = str(row[named]) if named and row[named] is not None else f"site_{number}"
-        years = row.get("years")
         known: dict[str, Any] = {
             "id": site_id.strip().replace(" ", "_"),
             "country": row.get("country") or "",
             "split": row.get("split") or None,
-            "geometry": _mended(row["geometry"], path, site_id) if repair else row["geometry"],
-            "years": () if years is None or isinstance(years, float) else tuple(int(y) for y in years),
+            "geometry": row["geometry"] if catalogue else _mended(row["geometry"], path, site_id),
             "labels": row.get("labels") or None,
         }
         try:
-            sites.append(Site(**known))
+            sites.append(Site(**known, years=_years(row.get("years"))))
         except ValueError as error:
             raise CatalogError(f"{path}: site {site_id!r}: {error}") from error
     _need_unique((s.id for s in sites), path, "site")
     return sites
+
+
+def _years(value: Any) -> tuple[int, ...]:
+    """Years of a list, of one number, or of text such as 2015-2024 or 2015, 2020."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        spans = [re.fullmatch(r"\s*(\d{4})(?:\s*-\s*(\d{4}))?\s*", part) for part in value.strip("[]").split(",")]
+        _need(all(spans), "years", f"2015-2024 or a list of years, found {value!r}")
+        return tuple(y for s in spans if s for y in range(int(s[1]), int(s[2] or s[1]) + 1))
+    listed = value if isinstance(value, Iterable) else [value]
+    _need(all(float(y).is_integer() for y in listed), "years", f"whole years, found {value!r}")
+    return tuple(int(y) for y in listed)
 
 
 def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometry | None:
@@ -289,7 +319,7 @@ def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometr
 
 def load_sources(path: Path | None = None) -> dict[str, Source]:
     """The sources of a `sources.yaml`, by id; raises CatalogError as `load_sites` does."""
-    path = path or _catalog_dir() / "sources.yaml"
+    path = Path(path or _catalog_dir() / "sources.yaml").resolve()
     sources = _load_yaml(Source, path)
     return {
         # A file named in YAML lies beside it, wherever the command runs.
@@ -331,7 +361,7 @@ def _plain(value: Any) -> Any:
 def _load_yaml(cls: type[T], path: Path) -> list[T]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CatalogError(f"{path}: cannot be read as a catalogue: {error}") from error
     if not isinstance(content, Mapping):
         raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
@@ -389,7 +419,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", key_node.start_mark)
             seen.add(key)

@@ -4,8 +4,8 @@ One Dask task makes one block of one site-year, the block a Zarr shard: it reads
 of the dates at their own resolution, and reduces. The margin is as wide as any neighbourhood the mask looks at, so a
 pixel's value does not depend on how the site is cut into blocks.
 
-An observation is a solar day: overlapping tiles, granules of a split datatake and tiles of the neighbouring zone are
-mosaicked first, scenes of the grid's own zone before warped ones, so that an overpass counts once.
+An observation is an overpass: overlapping tiles, granules of a split datatake and tiles of the neighbouring zone are
+mosaicked first, scenes of the grid's own zone before warped ones, so that it counts once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr
 
     Returns:
         reflectance uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1; the median is rounded half to even.
-        clear_count uint16 [y, x]: solar days clear in every band. quality uint8 [y, x]: index into `QUALITY`.
+        clear_count uint16 [y, x]: overpasses clear and seen in every band. quality uint8 [y, x]: index into `QUALITY`.
         Dask chunks are blocks of `recipe.block_px`, all bands in one.
 
     Raises:
@@ -65,6 +65,11 @@ def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr
     if not scenes:
         raise ReadError("no scenes to composite; expected at least one")
     for scene in scenes:
+        sizes = {a.extra_fields["gsd"] for a in scene.assets.values()}
+        if not sizes <= {10, 20}:
+            raise ReadError(
+                f"scene {scene.id}: says its pixels are of {sorted(sizes)} m; a band of 10 or 20 m is needed for each"
+            )
         missing = [b for b in (*recipe.bands, SCL) if b not in scene.assets]
         if missing:
             raise ReadError(f"scene {scene.id}: has no {', '.join(missing)}, which recipe {recipe.id!r} needs")
@@ -92,49 +97,64 @@ def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr
 def composite_block(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> UInt16:
     """One block, read and reduced: uint16 [bands..., clear_count, quality; y, x]. Scenes must be in mosaic order."""
     out = np.zeros((len(recipe.bands) + 2, *box.shape), dtype=np.uint16)
-    scenes = _near(scenes, box)
+    fringe, margin = _margins_m(recipe)
+    scenes = _near(scenes, padded(box, margin))
     if not scenes:
         return out
     days = _days(scenes)
     size = scenes[0].assets[SCL].extra_fields["gsd"]
-    fringe, margin = _margins_m(recipe)
     scl = _read(scenes, at_resolution(padded(box, margin), size), (SCL,))[:, 0].astype(np.uint8)
     owner, day_scl = mosaic(scl, days)
     clear, lower = usable(day_scl, recipe, size)
     owner, day_scl, clear, lower = (_cropped(a, (margin - fringe) // size) for a in (owner, day_scl, clear, lower))
-    use, quality = with_fallback(clear, lower, day_scl != _NODATA)
-    # Scenes in which no pixel is wanted are not read.
-    wanted = [i for i in range(len(scenes)) if (use & (owner == i)).any()]
-    if not wanted:
-        return out
-
-    def observations(bands: tuple[str, ...], resolution: int) -> UInt16:
-        pick = _owner_at(np.where(use, owner, -1), size, resolution)
-        seen = np.zeros((len(bands), *pick.shape), dtype=np.uint16)
-        pixels = _read([scenes[i] for i in wanted], at_resolution(padded(box, fringe), resolution), bands)
-        for n, i in enumerate(wanted):
-            np.copyto(seen[:, days[i]], pixels[n], where=pick[days[i]] == i)
-        return seen
-
     groups = _by_resolution(scenes, recipe.bands)
-    complete = np.ones((len(use), *box.shape), dtype=bool)
+    seen = {
+        resolution: np.zeros((len(bands), len(clear), *at_resolution(padded(box, fringe), resolution).shape), np.uint16)
+        for resolution, bands in groups
+    }
+    # An observation is one in all bands. Where none of a pixel's turns out to be, the next best are read.
+    use, quality = with_fallback(clear, lower, observed := day_scl != _NODATA)
+    wanted, kept = use, np.zeros_like(use)
+    while wanted.any():
+        complete = np.ones_like(use)
+        for resolution, bands in groups:
+            _fill(seen[resolution], scenes, days, np.where(wanted, owner, -1), padded(box, fringe), resolution, bands)
+            for pixels in seen[resolution]:
+                complete &= _summed(pixels, resolution, size) != 0
+        kept |= wanted & complete
+        observed &= ~wanted | complete
+        lost = wanted.any(axis=0) & ~kept.any(axis=0)
+        use, again = with_fallback(clear & observed, lower, observed)
+        wanted, quality = use & lost, np.where(lost, again, quality)
+    if recipe.haze:
+        finest, bands = groups[0]
+        blue, red = (_summed(seen[finest][bands.index(b)], finest, size) for b in ("B02", "B04"))
+        kept, quality = without_haze(blue, red, kept, quality, recipe.haze, size)
     for resolution, bands in groups:
-        seen = observations(bands, resolution)
-        if recipe.haze and resolution == groups[0][0]:
-            blue, red = (_summed(seen[bands.index(b)], resolution, size) for b in ("B02", "B04"))
-            use, quality = without_haze(blue, red, use, quality, recipe.haze, size)
-        kept = _owner_at(use.astype(np.int16), size, resolution) == 1
-        for k, band in enumerate(bands):
-            values = _cropped(seen[k] * kept, fringe // resolution)
+        inside = _owner_at(kept.astype(np.int16), size, resolution) == 1
+        for band, pixels in zip(bands, seen[resolution], strict=True):
+            values = _cropped(pixels * inside, fringe // resolution)
             out[recipe.bands.index(band)] = _finer(median(values), resolution)
-            complete &= _finer(values != 0, resolution)
-    quality = _cropped(_finer(quality, size), fringe // PIXEL_M)
-    # All bands or none: a pixel with one band missing is not an observation.
-    whole = (out[: len(recipe.bands)] != 0).all(axis=0) & (quality > 0)
-    out[: len(recipe.bands)] *= whole
-    out[-2] = complete.sum(axis=0) * (whole & (quality == 1))
-    out[-1] = quality * whole
+    count = np.where(quality == 1, kept.sum(axis=0), 0)
+    out[-2], out[-1] = (_cropped(_finer(layer, size), fringe // PIXEL_M) for layer in (count, quality))
     return out
+
+
+def _fill(
+    seen: UInt16,
+    scenes: Sequence[pystac.Item],
+    days: Sequence[int],
+    owner: npt.NDArray[np.int16],
+    around: GeoBox,
+    resolution: int,
+    bands: tuple[str, ...],
+) -> None:
+    """Read bands into `seen` [band, day, y, x] where `owner` [day, y, x], at the mask's pixel size, names a scene."""
+    wanted = np.unique(owner[owner >= 0]).tolist()
+    pick = _owner_at(owner, around.shape[0] * PIXEL_M // owner.shape[1], resolution)
+    pixels = _read([scenes[i] for i in wanted], at_resolution(around, resolution), bands)
+    for n, i in enumerate(wanted):
+        np.copyto(seen[:, days[i]], pixels[n], where=pick[days[i]] == i)
 
 
 def mosaic(scl: UInt8, days: Sequence[int]) -> tuple[npt.NDArray[np.int16], UInt8]:
@@ -280,13 +300,19 @@ def median(observed: UInt16) -> UInt16:
 
 
 def _in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item]:
-    """Scenes of the grid's zone first, since they need no resampling; then by time and id: any order in gives one out."""
+    """Scenes of the grid's zone first, since they need no resampling; then newest baseline, time and id: one order for all."""
     own = f"EPSG:{grid.crs.epsg}"
-    return sorted(scenes, key=lambda s: (s.properties["proj:code"] != own, s.datetime, s.id))
+
+    def rank(scene: pystac.Item) -> tuple[Any, ...]:
+        baseline = float(scene.properties["s2:processing_baseline"])
+        return scene.properties["proj:code"] != own, -baseline, scene.datetime, scene.id
+
+    return sorted(scenes, key=rank)
 
 
 def _days(scenes: Sequence[pystac.Item]) -> list[int]:
-    days = [s.properties["minecube:solar_day"] for s in scenes]
+    """Index of each scene's overpass: its datatake, which all its tiles and granules share, and no other of that day."""
+    days = [s.properties["minecube:datatake"] for s in scenes]
     index = {day: n for n, day in enumerate(sorted(set(days)))}
     return [index[day] for day in days]
 
@@ -304,9 +330,9 @@ def _read(scenes: Sequence[pystac.Item], box: GeoBox, bands: Sequence[str]) -> U
     return pixels
 
 
-def _near(scenes: Sequence[pystac.Item], box: GeoBox) -> list[pystac.Item]:
-    """The scenes whose footprint comes within a kilometre of the box; published footprints are that coarse."""
-    area = padded(box, 1000 // ALIGN_M * ALIGN_M).geographic_extent.geom
+def _near(scenes: Sequence[pystac.Item], around: GeoBox) -> list[pystac.Item]:
+    """The scenes whose footprint comes within a kilometre; published footprints are that coarse."""
+    area = padded(around, 1000 // ALIGN_M * ALIGN_M).geographic_extent.geom
     return [s for s in scenes if shapely.intersects(shapely.geometry.shape(s.geometry), area)]
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask
 import numpy as np
@@ -34,14 +34,12 @@ from zarr.core.sync import sync
 from minecube.catalog import Recipe, Site, as_dict
 from minecube.errors import CubeError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the layout above; a store of another one is refused."""
 _NAMED = "minecube"
+_BEING_MADE = 0  # format of a group whose template is not whole yet; a run killed there begins anew
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
 
 
@@ -51,12 +49,12 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
     Raises:
         CubeError: the group was made by another recipe or on another grid, or a year would have to be put before existing ones.
     """
-    if not _exists(store, site.id):
+    if not _exists(store, site.id) or _group(store, site.id).attrs.get(_NAMED) == {"format": _BEING_MADE}:
         return False
     made = _site_group(store, site.id, mode="r").attrs[_NAMED]["recipe"]
     asked = as_dict(recipe)
-    if made != asked:
-        changed = ", ".join(k for k in asked if made.get(k) != asked[k])
+    changed = ", ".join(k for k in asked if k != "title" and made.get(k) != asked[k])
+    if changed:
         raise CubeError(
             f"{store}: {site.id} was made by recipe {made['id']!r}, which differs from {recipe.id!r} in {changed}; years of "
             "two recipes in one cube cannot be compared, so use another --store or the same recipe"
@@ -64,7 +62,7 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
     cube = open_cube(store, site.id)
     if cube.odc.geobox != grid:
         raise CubeError(f"{store}: {site.id} lies on another grid; its polygon has changed, so use another --store")
-    there = [int(y) for y in cube.year]
+    there = [int(y) for y in cube.year if y > 0]
     early = [y for y in years if y not in there and y < there[-1]]
     if early:
         raise CubeError(
@@ -85,10 +83,12 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
             _extend(_site_group(store, site.id, mode="r+"), years)
             return
         template = _template(grid, sorted(years), recipe)
-        template.attrs |= {_NAMED: {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe)}, **_geozarr(grid)}
+        template.attrs |= {_NAMED: {"format": _BEING_MADE}, **_geozarr(grid)}
         encoding = {str(n): _encoding(v, recipe) for n, v in template.data_vars.items()}
         target = _zarr_store(store)
-        template.to_zarr(target, group=site.id, mode="a", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
+        template.to_zarr(target, group=site.id, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
+        made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe)}
+        zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False).attrs[_NAMED] = made
 
 
 def write_year(
@@ -101,6 +101,8 @@ def write_year(
     *,
     overwrite: bool = False,
     scheduler: str | None = None,
+    workers: int = 4,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Compute a year's composite block by block into its place and commit it; False if that very build is there already.
 
@@ -111,11 +113,14 @@ def write_year(
         composite: lazy Dataset of `reflectance`, `clear_count`, `quality`, its Dask chunks the cube's shards.
         provenance: what the build is made of; `build_id` of it names the build.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
-        overwrite: replace a committed year that was built from something else.
+        overwrite: replace a committed year that was built from something else; the old one is gone when the new one begins.
         scheduler: which Dask scheduler computes the blocks, by its name; the one in force by default.
+        workers: blocks computed at a time.
+        stopped: asked between blocks; once true, the year is left as it is, to be resumed.
 
     Raises:
-        CubeError: the year is committed with another build, blocks and shards do not match, or the store cannot be written.
+        CubeError: the year is committed with another build, blocks and shards do not match, no pixel was observed, it was
+            stopped, or the store cannot be written.
         ReadError: a pixel could not be read; the year stays uncommitted.
     """
     build = build_id(provenance)
@@ -145,7 +150,16 @@ def write_year(
         total = len(_blocks(arrays["clear_count"]))
         if len(todo) < total:
             log.info("%s %s: going on with block %d of %d", site_id, year, total - len(todo) + 1, total)
-        _compute_blocks(composite, arrays, index, todo, scheduler)
+        for at in range(0, len(todo), workers):
+            if stopped():
+                raise CubeError(
+                    f"{site_id} {year}: stopped with {len(todo) - at} of {total} blocks to go; the same build goes on there"
+                )
+            _compute_blocks(composite, arrays, index, todo[at : at + workers], {"scheduler": scheduler, "num_workers": workers})
+        if not arrays["quality"][index].any():
+            raise CubeError(
+                f"{site_id} {year}: no scene has a pixel here; nothing is committed: check the polygon and the scene list"
+            )
         marker.create_array("scenes", data=np.frombuffer(scenes, dtype=np.uint8), overwrite=True)
         # The commit: one object, replaced as a whole.
         marker.attrs.put({**provenance, "build_id": build, "committed": datetime.now(tz=UTC).isoformat(timespec="seconds")})
@@ -154,7 +168,8 @@ def write_year(
 
 def build_id(provenance: Mapping[str, Any]) -> str:
     """The name of a build: a hash of its site, year, recipe, scenes and code version; 16 hexadecimal digits."""
-    made_of = {k: provenance[k] for k in ("site", "year", "grid", "recipe", "scenes", "version")}
+    made_of = {k: provenance[k] for k in ("site", "year", "grid", "scenes", "version")}
+    made_of["recipe"] = {k: v for k, v in provenance["recipe"].items() if k != "title"}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -205,7 +220,9 @@ def open_cube(store: str, site_id: str) -> xr.Dataset:
         CubeError: no such site, or a store that is not ours.
     """
     _site_group(store, site_id, mode="r")
-    opened: xr.Dataset = xr.open_zarr(_zarr_store(store), group=site_id, consolidated=False)
+    with _reading(store, site_id):
+        opened: xr.Dataset = xr.open_zarr(_zarr_store(store), group=site_id, consolidated=False)
+        opened["year"].load()
     return opened
 
 
@@ -254,7 +271,9 @@ def write_probability(store: str, site_id: str, model: str, probability: xr.Data
         )
     recipe = _site_group(store, site_id, mode="r").attrs[_NAMED]["recipe"]
     side, chunk = recipe["block_px"], recipe["chunk_px"]
-    attrs = {"long_name": "mine probability x 250", "nodata": 255, "grid_mapping": "spatial_ref", "model": dict(card)}
+    mapped_from = {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
+    attrs = {"long_name": "mine probability x 250", "nodata": 255, "grid_mapping": "spatial_ref"}
+    attrs |= {"model": dict(card), "builds": mapped_from}
     named = probability.rename("probability").drop_attrs().assign_attrs(attrs).to_dataset()
     named.attrs = _geozarr(cube.odc.geobox)
     encoding = {"probability": {"chunks": (1, chunk, chunk), "shards": (1, side, side), "fill_value": 255}}
@@ -270,11 +289,22 @@ def write_probability(store: str, site_id: str, model: str, probability: xr.Data
 
 
 def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
-    """A model's probability over a site, lazy uint8 [year, y, x]; raises CubeError where that model did not run."""
+    """A model's probability over a site, lazy uint8 [year, y, x].
+
+    Raises:
+        CubeError: that model did not run there, or ran on other builds than the cube now holds.
+    """
     if not _exists(store, f"{site_id}/predictions/{model}"):
         raise CubeError(f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first")
     opened: xr.Dataset = xr.open_zarr(_zarr_store(store), group=f"{site_id}/predictions/{model}", consolidated=False)
-    return opened["probability"]
+    probability = opened["probability"]
+    now = {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
+    changed = sorted(set(now.items()) ^ set(probability.attrs["builds"].items()))
+    if changed:
+        raise CubeError(
+            f"{store}: {model!r} mapped {site_id} before {changed[0][0]} was built as it is now; run `minecube predict` again"
+        )
+    return probability
 
 
 def _template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
@@ -345,15 +375,16 @@ def _geozarr(grid: GeoBox) -> dict[str, Any]:
 
 def _extend(group: zarr.Group, years: Sequence[int]) -> None:
     """Room for later years at the end, where it shifts no committed year."""
-    there = [int(y) for y in group["year"][:]]
+    # A run killed here may have left years of 0 at the end: room that has no name yet.
+    there = [int(y) for y in group["year"][:] if y > 0]
     new = sorted(set(years) - set(there))
-    if not new:
+    if not new and len(there) == len(group["year"][:]):
         return
     # The coordinate last: until it has grown, the longer arrays end in years that nobody can name.
     for name in ("reflectance", "clear_count", "quality", "footprint", "year"):
         array = group[name]
         array.resize((len(there) + len(new), *array.shape[1:]))
-    group["year"][len(there) :] = np.asarray(new)
+    group["year"][len(there) :] = np.asarray(new, dtype=np.int64)
 
 
 def _index(group: zarr.Group, year: int) -> int:
@@ -387,7 +418,7 @@ def _compute_blocks(
     arrays: Mapping[str, zarr.Array],
     index: int,
     blocks: Sequence[tuple[int, int]],
-    scheduler: str | None,
+    how: Mapping[str, Any],
 ) -> None:
     side = arrays["clear_count"].shards[-1]
 
@@ -403,10 +434,7 @@ def _compute_blocks(
     for r, c in blocks:
         parts = [chunks[n][r, c] if chunks[n].ndim == 2 else chunks[n][0, r, c] for n in arrays]
         tasks.append(write((r, c), parts))
-    # A few blocks at a time: enough for every worker, few enough that an interruption costs little.
-    step = 8
-    for at in range(0, len(tasks), step):
-        dask.compute(*tasks[at : at + step], scheduler=scheduler)
+    dask.compute(*tasks, **how)
 
 
 def _has(array: zarr.Array, block: Sequence[int]) -> bool:
@@ -431,18 +459,38 @@ def _zarr_store(store: str) -> Any:
 def _exists(store: str, path: str) -> bool:
     if "://" not in store and not Path(store).exists():
         return False
+    if Path(store).is_file():
+        raise CubeError(f"{store}: is a file; a store is a folder, or the URL of one")
     try:
-        zarr.open_group(_zarr_store(store), path=path, mode="r", use_consolidated=False)
+        _group(store, path)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         return False
     return True
+
+
+def _group(store: str, path: str, mode: str = "r") -> zarr.Group:
+    with _reading(store, path):
+        return zarr.open_group(_zarr_store(store), path=path, mode=mode, use_consolidated=False)
+
+
+@contextmanager
+def _reading(store: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise CubeError(
+            f"{store}: {path or 'the store'} cannot be read ({type(error).__name__}: {error}); it is damaged or not ours, so "
+            "remove that site's folder and build it again, or use another --store"
+        ) from error
 
 
 def _site_group(store: str, site_id: str, mode: str) -> zarr.Group:
     if not _exists(store, site_id):
         there = ", ".join(sites(store)) or "no site"
         raise CubeError(f"{store}: no site {site_id!r}; it has {there}")
-    group = zarr.open_group(_zarr_store(store), path=site_id, mode=mode, use_consolidated=False)
+    group = _group(store, site_id, mode)
     known = group.attrs.get(_NAMED, {})
     if known.get("format") != FORMAT:
         raise CubeError(f"{store}: group {site_id!r} was not made by this version of minecube; use another --store")
@@ -455,6 +503,6 @@ def _writing(store: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise CubeError(
-            f"{store}: cannot be written ({error.strerror or error}); what was committed before is unharmed; make room or "
+            f"{store}: cannot be written ({error.strerror or error}); committed site-years are unharmed; make room or "
             "choose another --store, then run the same command again"
         ) from error

@@ -18,6 +18,7 @@ from minecube.errors import CatalogError
 
 PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
+LARGEST_PX = 22000
 Block = tuple[slice, slice]
 
 
@@ -39,7 +40,13 @@ def grid_of(site: Site) -> GeoBox:
         )
     crs = CRS.utm(lonlat)
     box = lonlat.to_crs(crs, resolution=0.01).boundingbox
-    return _aligned(box, crs)
+    grid = _aligned(box, crs)
+    if max(grid.shape) > LARGEST_PX:
+        raise CatalogError(
+            f"site {site.id!r} is {grid.shape[1]} x {grid.shape[0]} pixels of {PIXEL_M} m; expected at most {LARGEST_PX} a "
+            "side, about two Sentinel-2 tiles, since one UTM zone serves no more: split it"
+        )
+    return grid
 
 
 def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:

@@ -42,7 +42,7 @@ MARGIN_PX = BOUNDARY_PX + 1
 """What a block's boundary pixels depend on around it."""
 
 Bits = NDArray[np.uint64]
-"""One bit per pixel: a hundred sets of pixels are compared in the time that one comparison of bytes takes."""
+"""One bit per pixel, 64 of them compared at once; (year, words), or (words) of one set of pixels."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Windows overlap by half and their logits, not their labels, are blended by weights that fall to zero at the windows' edges.
 The sums are kept in integers, which add up to the same value in any order, and on the CPU the network sees one window per
 call, because the libraries beneath choose their kernels by batch size and the last bits then differ (seen: 3e-8 between
-batches of one and of two). So on the CPU the result depends neither on `batch` nor on the order of the windows.
+batches of one and of two). So on the CPU the result depends neither on `batch` nor on the order of the windows. Another
+number of threads, or another machine, may still move the last bits of a logit.
 """
 
 from __future__ import annotations

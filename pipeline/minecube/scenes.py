@@ -21,8 +21,10 @@ import pystac_client
 import requests
 import shapely
 import stac_geoparquet.arrow
+from pystac_client.errors import ClientTypeError
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
+from pystac_client.warnings import DoesNotConformTo
 from shapely.geometry.base import BaseGeometry
 from urllib3 import Retry
 
@@ -31,13 +33,37 @@ from minecube.errors import CubeError, SceneError
 from minecube.grid import grid_of
 from minecube.reader import stack
 
-__all__ = ["acquisition", "check_years", "deduplicate", "load", "normalise", "save", "search", "select", "solar_day", "stack"]
+__all__ = [
+    "acquisition",
+    "belonging",
+    "check_years",
+    "deduplicate",
+    "load",
+    "normalise",
+    "save",
+    "search",
+    "select",
+    "solar_day",
+    "stack",
+]
 
 log = logging.getLogger(__name__)
 
 NATIVE_M = {"B02": 10, "B03": 10, "B04": 10, "B08": 10}
 """The mission's pixel sizes; every other band of the cube, and SCL, is 20 m."""
 # POST too: pystac-client searches with it, and urllib3 leaves it out by default.
+_API_FAULTS = (
+    APIError,
+    ClientTypeError,
+    DoesNotConformTo,
+    requests.RequestException,
+    pystac.errors.STACError,
+    # What the client makes of answers that are JSON, but no STAC.
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
 _RETRIES = Retry(total=5, backoff_factor=0.5, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
 
 
@@ -60,6 +86,9 @@ def search(site: Site, year: int, source: Source) -> list[pystac.Item]:
         except SceneError as error:
             refused += 1
             log.warning("%s", error)
+        except (TypeError, ValueError, AttributeError, shapely.errors.ShapelyError) as error:
+            refused += 1
+            log.warning("item %s: is malformed (%s: %s), so it is refused", item.id, type(error).__name__, error)
     scenes = deduplicate(s for s in scenes if shapely.intersects(shapely.geometry.shape(s.geometry), area))
     if not scenes:
         box = ", ".join(f"{v:.3f}" for v in area.bounds)
@@ -82,7 +111,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
     """The item in the project's own terms, with nothing left that belongs to one provider.
 
     Raises:
-        SceneError: it lacks geometry, time, projection, acquisition or a band, or is not Level-2A; names item and reason.
+        SceneError: it lacks geometry, time, projection, acquisition, baseline or a band; names item and reason.
     """
     day = solar_day(item)
     baseline = _baseline(item)
@@ -176,6 +205,25 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     return chosen
 
 
+def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, source: Source) -> list[pystac.Item]:
+    """The scenes of a saved list, which must be of that year, source and place; a list of another would come out as zeros.
+
+    Raises:
+        SceneError: it is not; says how.
+    """
+    area = grid_of(site).geographic_extent.geom
+    years = {s.datetime.year for s in scenes if s.datetime} - {year}
+    sources = {s.properties["minecube:source"] for s in scenes} - {source.id}
+    elsewhere = [s for s in scenes if not shapely.intersects(shapely.geometry.shape(s.geometry), area)]
+    wrong = [f"of {y}" for y in years] + [f"from {s}" for s in sources] + [f"elsewhere ({s.id})" for s in elsewhere]
+    if wrong:
+        raise SceneError(
+            f"the saved list for {site.id} {year} from {source.id} holds scenes {wrong[0]}; it belongs to something else, so "
+            "remove it or name another folder"
+        )
+    return list(scenes)
+
+
 def solar_day(item: pystac.Item) -> str:
     """The local solar date, YYYY-MM-DD: tiles and granules of one overpass share it, wherever on Earth midnight falls."""
     if item.datetime is None or item.geometry is None:
@@ -245,7 +293,7 @@ def _search_file(source: Source, area: BaseGeometry, year: int) -> list[pystac.I
         of_year = item.datetime is not None and item.datetime.year == year
         if of_year and item.geometry and shapely.intersects(shapely.geometry.shape(item.geometry), area):
             found.append(item)
-    folder = source.href.rpartition("/")[0]
+    folder = source.href.rpartition("/")[0]  # a local one is absolute: the catalogue's loader sees to it
     for item in found:
         for asset in item.assets.values():
             if "://" not in asset.href and not asset.href.startswith("/"):
@@ -256,7 +304,7 @@ def _search_file(source: Source, area: BaseGeometry, year: int) -> list[pystac.I
 def _search_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]:
     by_id: dict[str, pystac.Item] = {}
     try:
-        client = pystac_client.Client.open(source.href, stac_io=StacApiIO(max_retries=_RETRIES))
+        client = pystac_client.Client.open(source.href, stac_io=StacApiIO(max_retries=_RETRIES, timeout=60))
         for month in range(1, 13):
             asked = client.search(
                 collections=[source.collection],
@@ -273,7 +321,7 @@ def _search_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.It
                     "missing without a trace, so nothing is built; search again"
                 )
             by_id |= ids
-    except (APIError, requests.RequestException, pystac.errors.STACError, ValueError, KeyError) as error:
+    except _API_FAULTS as error:
         raise SceneError(f"{source.href}: the search for {year} failed ({error}); check the URL and the network") from error
     return list(by_id.values())
 
@@ -289,12 +337,17 @@ def _product(item: pystac.Item) -> str:
 
 def _baseline(item: pystac.Item) -> str:
     """NN.NN, from the properties or from the product's name (`_N0500_`)."""
-    stated = _first(item, "s2:processing_baseline", "processing:version")
+    stated = re.fullmatch(r"(\d{1,2})\.(\d{1,2})", _first(item, "s2:processing_baseline", "processing:version"))
     named = re.search(r"_N(\d\d)(\d\d)_", _product(item))
-    baseline = stated or (f"{named.group(1)}.{named.group(2)}" if named else "")
-    if not re.fullmatch(r"\d\d\.\d\d", baseline):
+    # 4.0 and 05.00 are both in use.
+    baseline = f"{stated[1]:0>2}.{stated[2]:0<2}" if stated else f"{named[1]}.{named[2]}" if named else ""
+    if baseline >= "99":
         raise SceneError(
-            f"item {item.id}: processing baseline {baseline!r} is not NN.NN, so whether its pixels carry the offset of -1000 "
+            f"item {item.id}: baseline {baseline} marks a provider's own reprocessing, which is to be withdrawn; refused"
+        )
+    if not baseline:
+        raise SceneError(
+            f"item {item.id}: names no processing baseline NN.NN, so whether its pixels carry the offset of -1000 "
             "cannot be told; it is refused"
         )
     return baseline
@@ -304,7 +357,7 @@ def _offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
     """What to add to the pixels, and why. What the item declares as raster offset is not asked: it is wrong where applied."""
     if baseline < rule.from_baseline:
         return 0, f"baseline {baseline} is older than {rule.from_baseline}"
-    if rule.applied_flag and item.properties.get(rule.applied_flag):
+    if rule.applied_flag and item.properties.get(rule.applied_flag) is True:
         return 0, f"baseline {baseline}, {rule.applied_flag} is true"
     return rule.value, f"baseline {baseline} from {rule.from_baseline} on"
 
@@ -328,9 +381,8 @@ def _epsg(item: pystac.Item, source: Source) -> str:
     shown += [item.assets[k].extra_fields for k in source.assets.values() if k in item.assets]
     codes = set()
     for fields in shown:
-        code = fields.get("proj:code") or fields.get("proj:epsg")
-        if code and str(code) != "EPSG:None":
-            codes.add(str(code).removeprefix("EPSG:"))
+        codes |= {str(fields.get(k)).removeprefix("EPSG:") for k in ("proj:code", "proj:epsg")}
+    codes -= {"None"}
     if len(codes) != 1:
         raise SceneError(f"item {item.id}: expected one projection, found {sorted(codes) or 'none'}; it is refused")
     return f"EPSG:{codes.pop()}"

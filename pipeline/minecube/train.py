@@ -42,7 +42,10 @@ def fit(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> Trained:
-    """The card's network trained on all labelled pixels of these cubes; same cubes, same seed, same network.
+    """The card's network trained on all labelled pixels of these cubes.
+
+    Same cubes, same seed, same number of threads: same network. (Threads split sums, so that last bits differ between
+    machines.)
 
     Args:
         cubes: Site id -> cube with `reflectance` (year, band, y, x) and `footprint` (year, y, x). Windows are read from

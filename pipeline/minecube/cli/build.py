@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
@@ -16,7 +17,7 @@ import pystac
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
 from minecube.composite import composite
-from minecube.errors import MinecubeError, SceneError
+from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
 
 log = logging.getLogger(__name__)
@@ -51,15 +52,16 @@ class Outcome:
 def known_scenes(site: Site, year: int, source: Source, folder: Path) -> list[pystac.Item]:
     """The site-year's scenes: from its saved list, else searched."""
     path = _list_path(site, year, source, folder)
-    return scenes.load(path) if path.exists() else scenes.search(site, year, source)
+    return scenes.belonging(scenes.load(path), site, year, source) if path.exists() else scenes.search(site, year, source)
 
 
-def snapshot(site: Site, year: int, source: Source, folder: Path) -> list[pystac.Item]:
-    """The same, saved before a pixel is read, so that a later run builds from the same list."""
-    found = known_scenes(site, year, source, folder)
+def snapshot(site: Site, year: int, source: Source, folder: Path, *, anew: bool = False) -> list[pystac.Item]:
+    """The same, saved before a pixel is read, so that a later run builds from the same list; `anew` searches in any case."""
     path = _list_path(site, year, source, folder)
-    if not path.exists():
-        scenes.save(found, path)
+    if path.exists() and not anew:
+        return known_scenes(site, year, source, folder)
+    found = scenes.search(site, year, source)
+    scenes.save(found, path)
     return found
 
 
@@ -67,7 +69,7 @@ def _list_path(site: Site, year: int, source: Source, folder: Path) -> Path:
     return folder / f"{site.id}_{year}_{source.id}.parquet"
 
 
-def build_year(job: Job, site: Site, year: int) -> Outcome:
+def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Callable[[], bool] = lambda: False) -> Outcome:
     """One site-year, committed or with the reason why not; the unit of work on every machine. Never raises MinecubeError."""
     start = time.monotonic()
     try:
@@ -79,7 +81,18 @@ def build_year(job: Job, site: Site, year: int) -> Outcome:
             listed = (Path(folder) / "scenes.parquet").read_bytes()
         lazy = composite(chosen, grid, job.recipe)
         # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
-        new = cube.write_year(job.store, site.id, year, lazy, provenance, listed, overwrite=job.overwrite, scheduler="threads")
+        new = cube.write_year(
+            job.store,
+            site.id,
+            year,
+            lazy,
+            provenance,
+            listed,
+            overwrite=job.overwrite,
+            scheduler="threads",
+            workers=workers,
+            stopped=stopped,
+        )
     except MinecubeError as error:
         return _failed(site, year, error, time.monotonic() - start)
     days = len({s.properties["minecube:solar_day"] for s in chosen})
@@ -99,10 +112,13 @@ def build(
     Everything is searched first, so that a site of which nothing can be built leaves nothing in the store.
 
     Raises:
-        MinecubeError: a year without Sentinel-2, a site without polygon, or one whose group in the store was made by
-            another recipe or on another grid; before anything is read or written for any site.
+        MinecubeError: a year without Sentinel-2, a source without a band of the recipe, a site without polygon, or one whose
+            group in the store was made by another recipe or on another grid; before anything is read or written.
     """
     scenes.check_years(years)
+    lacking = [b for b in job.recipe.bands if b not in job.source.assets]
+    if lacking:
+        raise CatalogError(f"source {job.source.id!r} has no {', '.join(lacking)}, which recipe {job.recipe.id!r} needs")
     for site in sites:
         cube.check(job.store, site, grid_of(site), years, job.recipe)
     outcomes, todo = [], []
@@ -124,18 +140,26 @@ def build(
 
 
 def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) -> Iterator[Outcome]:
-    pool = executor or ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
-    tasks = [pool.submit(build_year, job, site, year) for site, year in todo]
+    """Outcomes as they come. Interrupted, blocks in hand are finished, and no other is begun."""
+    cores, stop = os.cpu_count() or 1, threading.Event()
+    at_once = max(min(cores, len(todo)), 1)
+    pool = executor or ThreadPoolExecutor(max_workers=at_once)
+    # A site-year's blocks share the cores that the others leave, so that memory grows with the cores, not with their square.
+    local = () if executor else (max(cores // at_once, 1), stop.is_set)
+    tasks = {pool.submit(build_year, job, site, year, *local): (site, year) for site, year in todo}
     try:
         for task in as_completed(tasks):
-            yield task.result()
+            error = task.exception()
+            # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
+            yield _failed(*tasks[task], error, 0.0) if error else task.result()
     finally:
-        # Interrupted: blocks in hand are finished, the rest is not begun.
+        stop.set()
         for task in tasks:
             task.cancel()
         if executor is None:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _failed(site: Site, year: int, error: MinecubeError, seconds: float) -> Outcome:
-    return Outcome(site=site.id, year=year, state="failed", message=str(error), seconds=seconds)
+def _failed(site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
+    said = str(error) if isinstance(error, MinecubeError) else f"{type(error).__name__}: {error}"
+    return Outcome(site=site.id, year=year, state="failed", message=said, seconds=seconds)

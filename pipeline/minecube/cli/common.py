@@ -63,10 +63,10 @@ def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
     if Path(wanted).suffix.lower() in SITE_FILES:
         if not Path(wanted).exists():
             raise CatalogError(f"{wanted}: no such file; expected polygons of sites")
-        return load_sites(Path(wanted), repair=True)
+        return load_sites(wanted)
     known = {s.id: s for s in load_sites()}
     if catalog and (catalog / "sites.geojson").exists():
-        _merge(known, {s.id: s for s in load_sites(catalog / "sites.geojson")}, catalog, "site")
+        _merge(known, {s.id: s for s in load_sites(catalog / "sites.geojson", catalogue=True)}, catalog, "site")
     return [known[name] for name in _matching(wanted, list(known), "the catalogue")]
 
 

@@ -26,7 +26,7 @@ from minecube.cli.common import (
     table,
     years_option,
 )
-from minecube.errors import CatalogError, LabelError
+from minecube.errors import CatalogError, LabelError, SceneError
 from minecube.grid import grid_of
 from minecube.simulate import World
 from minecube.simulate import simulate as make_world
@@ -101,7 +101,7 @@ def search(wanted: str, years: tuple[int, ...], source_id: str, catalog: Path | 
     with progress_bar("searching", len(chosen) * len(years)) as advance:
         for site in chosen:
             for year in years:
-                found = building.snapshot(site, year, source, out)
+                found = building.snapshot(site, year, source, out, anew=True)
                 baselines = sorted({s.properties["s2:processing_baseline"] for s in found})
                 cloud = sum(s.properties["eo:cloud_cover"] for s in found) / len(found)
                 days = len({s.properties["minecube:solar_day"] for s in found})
@@ -125,7 +125,9 @@ def search(wanted: str, years: tuple[int, ...], source_id: str, catalog: Path | 
     help="Folder of scene lists, used where there and filled where not. [default: <store>-scenes]",
 )
 @click.option("--scheduler", help="Address of a Dask scheduler (tcp://host:8786); this machine's threads by default.")
-@click.option("--overwrite", is_flag=True, help="Replace site-years that were built from other scenes.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace site-years that were built from other scenes; the old are gone at once."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be built from which scenes; reads no pixel, writes nothing.")
 @click.pass_context
 def build(
@@ -211,15 +213,25 @@ def label(store: str, wanted: str, polygons: Path) -> None:
 
 def _plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int]) -> str:
     scenes.check_years(years)
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for site in chosen:
         cube.check(job.store, site, grid_of(site), years, job.recipe)
+        committed = cube.builds(job.store, site.id)
         for year in years:
-            listed = scenes.select(building.known_scenes(site, year, job.source, job.snapshots), job.recipe)
+            try:
+                listed = scenes.select(building.known_scenes(site, year, job.source, job.snapshots), job.recipe)
+            except SceneError as error:
+                click.echo(f"error: {site.id} {year}: {error}", err=True)
+                rows.append((site.id, year, "no scenes", 0, 0, 0))
+                continue
+            state = "to build"
+            if year in committed:
+                asked = cube.build_id(cube.provenance_of(site, year, grid_of(site), job.recipe, listed))
+                state = "committed" if committed[year]["build_id"] == asked else "committed from other scenes"
             days = len({s.properties["minecube:solar_day"] for s in listed})
-            there = "committed" if year in cube.builds(job.store, site.id) else "to build"
-            rows.append((site.id, year, there, len(listed), days, len(listed) * (len(job.recipe.bands) + 1)))
-    return table(("site", "year", "state", "scenes", "days", "reads at most"), rows) + "\ndry run: nothing was read or written"
+            rows.append((site.id, year, state, len(listed), days, len(listed) * (len(job.recipe.bands) + 1)))
+    headings = ("site", "year", "state", "scenes", "days", "reads a block at most")
+    return table(headings, rows) + "\ndry run: nothing was read or written"
 
 
 @contextmanager
@@ -233,7 +245,8 @@ def _executor(scheduler: str | None) -> Iterator[Executor | None]:
     except ModuleNotFoundError as error:
         raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
     try:
-        with Client(scheduler, timeout="10s") as client:  # type: ignore[no-untyped-call]
-            yield client.get_executor()
+        client = Client(scheduler, timeout="10s")  # type: ignore[no-untyped-call]
     except OSError as error:
         raise CatalogError(f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`") from error
+    with client:
+        yield client.get_executor()  # type: ignore[no-untyped-call]

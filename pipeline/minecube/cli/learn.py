@@ -62,10 +62,6 @@ def predict(store: str, wanted: str, file: Path, device: str) -> None:
                 device=device,
                 progress=lambda done, total: advance(n=0, note=f"{done} of {total} windows"),
             )
-        origin = {
-            **as_dict(trained.card),
-            "trained_on": list(trained.sites),
-            "builds": {str(y): b["build_id"] for y, b in cube.builds(store, name).items()},
-        }
+        origin = {**as_dict(trained.card), "trained_on": list(trained.sites)}
         cube.write_probability(store, name, trained.card.id, probability, origin)
         click.echo(f"{name}: {probability.sizes['year']} years mapped into {store}, group {name}/predictions/{trained.card.id}")

@@ -15,7 +15,7 @@ import xarray as xr
 from minecube import cube, labels, metrics, report, tracks
 from minecube import export as exporting
 from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
-from minecube.errors import LabelError
+from minecube.errors import CatalogError, LabelError
 
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
 model_option = click.option("--model", default="unet-small", show_default=True, help="Whose prediction: the model's name.")
@@ -62,7 +62,10 @@ def score(store: str, wanted: str, model: str, out: Path | None) -> None:
             "by_year": {n: metrics.by_year(c).to_dict("index") for n, c in [*counted.items(), ("pooled", pooled)]},
             "by_gap": {n: metrics.by_gap(c).to_dict("index") for n, c in [*counted.items(), ("pooled", pooled)]},
         }
-        out.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
+        try:
+            out.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CatalogError(f"{out}: the scores cannot be written ({error.strerror}); name another file") from error
 
 
 @click.command()
