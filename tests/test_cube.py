@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -73,6 +74,77 @@ def test_what_is_written_is_what_is_read(store, grid):
     assert by_zarr["reflectance"].shards == (1, 2, 64, 64)
     assert by_zarr["reflectance"].chunks == (1, 2, 32, 32)
     assert zarr.open_array(f"{store}/mine/builds/2020/scenes")[:].tobytes() == b"scene list"
+
+
+def test_an_object_store_holds_the_same(tmp_path, site, grid):
+    """Through a URL and the object-store client, here over a folder; opened as the folder that it is."""
+    (tmp_path / "cubes.zarr").mkdir()
+    url, made = f"file://{tmp_path}/cubes.zarr", year_of(grid)
+    cube.create(url, site, grid, YEARS, RECIPE)
+    assert cube.write_year(url, "mine", 2020, made, PROVENANCE, b"")
+    assert not cube.write_year(url, "mine", 2020, made, PROVENANCE, b"")
+    cube.create(url, site, grid, [2022], RECIPE)
+    opened = cube.open_committed(str(tmp_path / "cubes.zarr"), "mine")
+    np.testing.assert_array_equal(opened.reflectance[0], made.reflectance)
+    assert cube.sites(url) == ["mine"]
+    assert list(cube.open_cube(url, "mine").year.values) == [*YEARS, 2022]
+
+
+def test_a_template_killed_half_way_is_made_anew(store, site, grid):
+    group = zarr.open_group(f"{store}/mine", mode="r+")
+    group.attrs["minecube"] = {"format": 0}
+    shutil.rmtree(f"{store}/mine/quality")
+    cube.create(store, site, grid, YEARS, RECIPE)
+    assert cube.write_year(store, "mine", 2020, year_of(grid), PROVENANCE, b"")
+
+
+def test_years_killed_half_way_are_named_anew(store, site, grid):
+    """The arrays have grown and the year has no name yet."""
+    for name in ("reflectance", "clear_count", "quality", "footprint", "year"):
+        array = zarr.open_array(f"{store}/mine/{name}", mode="r+")
+        array.resize((4, *array.shape[1:]))
+    cube.create(store, site, grid, [2020, 2023], RECIPE)
+    assert list(cube.open_cube(store, "mine").year.values) == [*YEARS, 2023]
+
+
+def test_a_year_without_a_pixel_is_not_committed(store, grid):
+    empty = year_of(grid).map(lambda v: v.copy(data=da.zeros_like(v.data)))
+    with pytest.raises(CubeError, match="no scene has a pixel here, so nothing is committed"):
+        cube.write_year(store, "mine", 2020, empty, PROVENANCE, b"")
+    assert cube.builds(store, "mine") == {}
+
+
+def test_a_build_told_to_stop_stops_between_blocks_and_goes_on_later(store, grid):
+    asked = iter([False, False, True])
+    made = year_of(grid)
+    with pytest.raises(CubeError, match="stopped with 8 of 12 blocks to go"):
+        cube.write_year(store, "mine", 2020, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
+    again, blocks = failing_after(made, 10_000)
+    assert cube.write_year(store, "mine", 2020, again, PROVENANCE, b"")
+    assert len(blocks) == 8
+    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
+
+
+def test_a_prediction_of_another_build_is_refused(store, grid):
+    made = year_of(grid)
+    cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+    masks = xr.DataArray(
+        np.zeros((1, *grid.shape), np.uint8), dims=("year", "y", "x"), coords={"year": [2020], **odc.geo.xr.xr_coords(grid)}
+    )
+    cube.write_probability(store, "mine", "net", masks, {"id": "net"})
+    cube.open_probability(store, "mine", "net")
+    cube.write_year(store, "mine", 2021, made, {**PROVENANCE, "year": 2021}, b"")
+    with pytest.raises(CubeError, match="'net' mapped mine before 2021 was built as it is now; run `minecube predict` again"):
+        cube.open_probability(store, "mine", "net")
+
+
+def test_a_damaged_store_says_so(store, tmp_path):
+    (tmp_path / "cubes.zarr" / "mine" / "zarr.json").write_text("{")
+    with pytest.raises(CubeError, match=r"mine cannot be read .* damaged or not ours"):
+        cube.open_cube(store, "mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CubeError, match="is a file"):
+        cube.sites(str(tmp_path / "file"))
 
 
 def test_it_is_georeferenced_unaided_to_the_centimetre(store, grid):

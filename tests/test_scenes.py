@@ -184,6 +184,32 @@ def test_a_snapshot_gives_back_what_was_saved(real, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_list_of_another_place_year_or_source_is_refused(archive, make):
+    """It would be committed as a year of zeros."""
+    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    here, there = make.site("s", LEFT, TOP, 60, 60), make.site("s", LEFT + 50000, TOP, 60, 60)
+    assert scenes.belonging([scene], here, 2020, archive.source) == [scene]
+    other = dataclasses.replace(archive.source, id="other")
+    for site, year, source, said in (
+        (there, 2020, archive.source, "elsewhere"),
+        (here, 2022, archive.source, "of 2020"),
+        (here, 2020, other, "from test"),
+    ):
+        with pytest.raises(SceneError, match=f"holds scenes {said}"):
+            scenes.belonging([scene], site, year, source)
+
+
+def test_spellings_of_baselines(archive, make):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    item.properties["s2:product_uri"] = ""
+    for said, offset in (("4.0", -1000), ("05.00", -1000), ("3.01", 0), ("02.14", 0)):
+        item.properties["s2:processing_baseline"] = said
+        assert scenes.normalise(item, archive.source).properties["minecube:offset"] == offset
+    item.properties["s2:processing_baseline"] = "99.99"
+    with pytest.raises(SceneError, match="to be withdrawn; refused"):
+        scenes.normalise(item, archive.source)
+
+
 def test_a_file_that_is_no_snapshot(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 this is not it")
     with pytest.raises(SceneError, match=r"x\.parquet: cannot be read as stac-geoparquet"):

@@ -158,7 +158,7 @@ def write_year(
             _compute_blocks(composite, arrays, index, todo[at : at + workers], {"scheduler": scheduler, "num_workers": workers})
         if not arrays["quality"][index].any():
             raise CubeError(
-                f"{site_id} {year}: no scene has a pixel here; nothing is committed: check the polygon and the scene list"
+                f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
         marker.create_array("scenes", data=np.frombuffer(scenes, dtype=np.uint8), overwrite=True)
         # The commit: one object, replaced as a whole.
