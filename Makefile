@@ -6,7 +6,7 @@ export MPLBACKEND := Agg
 # torch's threads would spin while they wait; beside other processes that makes training several times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test quick format clean
+.PHONY: demo test real quick format clean
 
 demo: $(VENV)/installed
 	rm -rf build/demo
@@ -18,6 +18,10 @@ test: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# The main job on real products (an openEO extract, an Earth Search scene), where they lie in ../shared/data.
+real: $(VENV)/installed
+	$(BIN)/python -m pytest -v tests/test_real_input.py
 
 # Everything but the tests that take minutes.
 quick: $(VENV)/installed

@@ -13,12 +13,17 @@ import pytest
 import rasterio
 import shapely
 from affine import Affine
+from hypothesis import settings
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 from shapely.geometry import box, mapping
 
 from minecube import scenes
 from minecube.catalog import BANDS, Offset, Site, Source
+
+# The same examples each time: a run that fails can be repeated.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 NATIVE = {b: 10 if b in ("B02", "B03", "B04", "B08") else 20 for b in BANDS} | {"SCL": 20}

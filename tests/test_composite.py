@@ -84,7 +84,7 @@ def by_brute_force(listed, grid, recipe, files):  # noqa: C901  one long loop, a
     return out, count
 
 
-def year_of_scenes(archive, make, rng):
+def year_of_scenes(archive, make, rng, bright=False):
     """Six days: two tiles overlapping, a split datatake, offsets of both kinds, ragged swath edges, cloud."""
     listed, files = [], {}
 
@@ -93,6 +93,10 @@ def year_of_scenes(archive, make, rng):
         scl = rng.choice([4, 5], (h // 2, w // 2)).astype(np.uint8)
         y, x = rng.integers(0, h // 2 - 4), rng.integers(0, w // 2 - 4)
         scl[y : y + 4, x : x + 4] = rng.choice([3, 8, 9, 11])
+        if bright:  # ground at a fixed place that is called cloud each time, in a ragged shape
+            row, column = (round(v) for v in ((where.transform.f - TOP) / 20, (LEFT - where.transform.c) / 20))
+            for k in range(14):
+                scl[max(row + 8 + k, 0) : row + 9 + k, max(column + 8 - k % 3, 0) : column + 20 + k % 5] = 9
         scl[: rng.integers(0, 6)] = 0
         pixels = {"B04": rng.integers(1, 4000, (h, w)), "B11": rng.integers(1, 4000, (h // 2, w // 2))}
         listed.append(archive.scene(when, where, pixels, scl, **kwargs))
@@ -125,8 +129,10 @@ def test_against_brute_force(archive, make):
 def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive, make):
     grid = make.grid(LEFT, TOP, 72, 66)
     recipe = dataclasses.replace(MASKED, bright_override=BrightOverride(window_m=120))
-    listed, _ = year_of_scenes(archive, make, np.random.default_rng(2))
+    listed, _ = year_of_scenes(archive, make, np.random.default_rng(2), bright=True)
     whole = composite(listed, grid, dataclasses.replace(recipe, block_px=128, chunk_px=128)).compute()
+    plain = composite(listed, grid, dataclasses.replace(recipe, bright_override=None)).compute()
+    assert (whole.clear_count > plain.clear_count).any()  # so the override has something to do
     for block in (16, 24, 40):
         order = np.random.default_rng(block).permutation(len(listed))
         made = composite([listed[i] for i in order], grid, dataclasses.replace(recipe, block_px=block, chunk_px=8)).compute()

@@ -67,7 +67,8 @@ def test_the_file_is_trusted_not_the_item(real_data, make):
     ("epsg", "left", "top", "size"),
     [
         (32632, 784000, 5607000, 10),  # the neighbouring zone
-        (32633, LEFT - 95, TOP + 105, 10),  # the same zone, half a pixel off: must not be read as if it were nested
+        (32633, LEFT - 95, TOP + 100, 10),  # the same zone, half a pixel off: must not be read as if it were nested
+        (32633, LEFT - 100, TOP + 105, 10),
         (32633, LEFT - 100, TOP + 100, 10.2),  # pixels that are nearly 10 m
     ],
 )
