@@ -60,7 +60,7 @@ def store(tmp_path, site, grid):
 
 def test_what_is_written_is_what_is_read(store, grid):
     made = year_of(grid)
-    assert cube.write_year(store, "mine", 2020, made, PROVENANCE, b"scene list")
+    assert cube.write_year(store, made, PROVENANCE, b"scene list")
     opened = xr.open_zarr(store, group="mine", consolidated=False)
     for name in made.data_vars:
         assert opened[name].dtype == made[name].dtype  # no fill value that would turn integers into floats
@@ -81,8 +81,8 @@ def test_an_object_store_holds_the_same(tmp_path, site, grid):
     (tmp_path / "cubes.zarr").mkdir()
     url, made = f"file://{tmp_path}/cubes.zarr", year_of(grid)
     cube.create(url, site, grid, YEARS, RECIPE)
-    assert cube.write_year(url, "mine", 2020, made, PROVENANCE, b"")
-    assert not cube.write_year(url, "mine", 2020, made, PROVENANCE, b"")
+    assert cube.write_year(url, made, PROVENANCE, b"")
+    assert not cube.write_year(url, made, PROVENANCE, b"")
     cube.create(url, site, grid, [2022], RECIPE)
     opened = cube.open_committed(str(tmp_path / "cubes.zarr"), "mine")
     np.testing.assert_array_equal(opened.reflectance[0], made.reflectance)
@@ -95,7 +95,7 @@ def test_a_template_killed_half_way_is_made_anew(store, site, grid):
     group.attrs["minecube"] = {"format": 0}
     shutil.rmtree(f"{store}/mine/quality")
     cube.create(store, site, grid, YEARS, RECIPE)
-    assert cube.write_year(store, "mine", 2020, year_of(grid), PROVENANCE, b"")
+    assert cube.write_year(store, year_of(grid), PROVENANCE, b"")
 
 
 def test_years_killed_half_way_are_named_anew(store, site, grid):
@@ -110,7 +110,7 @@ def test_years_killed_half_way_are_named_anew(store, site, grid):
 def test_a_year_without_a_pixel_is_not_committed(store, grid):
     empty = year_of(grid).map(lambda v: v.copy(data=da.zeros_like(v.data)))
     with pytest.raises(CubeError, match="no scene has a pixel here, so nothing is committed"):
-        cube.write_year(store, "mine", 2020, empty, PROVENANCE, b"")
+        cube.write_year(store, empty, PROVENANCE, b"")
     assert cube.builds(store, "mine") == {}
 
 
@@ -118,22 +118,22 @@ def test_a_build_told_to_stop_stops_between_blocks_and_goes_on_later(store, grid
     asked = iter([False, False, True])
     made = year_of(grid)
     with pytest.raises(CubeError, match="stopped with 8 of 12 blocks to go"):
-        cube.write_year(store, "mine", 2020, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
+        cube.write_year(store, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
     again, blocks = failing_after(made, 10_000)
-    assert cube.write_year(store, "mine", 2020, again, PROVENANCE, b"")
+    assert cube.write_year(store, again, PROVENANCE, b"")
     assert len(blocks) == 8
     np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
 
 
 def test_a_prediction_of_another_build_is_refused(store, grid):
     made = year_of(grid)
-    cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+    cube.write_year(store, made, PROVENANCE, b"")
     masks = xr.DataArray(
         np.zeros((1, *grid.shape), np.uint8), dims=("year", "y", "x"), coords={"year": [2020], **odc.geo.xr.xr_coords(grid)}
     )
     cube.write_probability(store, "mine", "net", masks, {"id": "net"})
     cube.open_probability(store, "mine", "net")
-    cube.write_year(store, "mine", 2021, made, {**PROVENANCE, "year": 2021}, b"")
+    cube.write_year(store, made, {**PROVENANCE, "year": 2021}, b"")
     with pytest.raises(CubeError, match="'net' mapped mine before 2021 was built as it is now; run `minecube predict` again"):
         cube.open_probability(store, "mine", "net")
 
@@ -166,25 +166,25 @@ def test_gdal_reads_it_where_it_is_new_enough(store, grid):
     newest = max(tuple(int(n) for n in v.split(".")[:2]) for v in (rasterio.__gdal_version__, pyogrio.__gdal_version_string__))
     if newest < (3, 13):
         pytest.skip(f"GDAL reads sharded Zarr v3 from 3.13 on, here is {newest}; COGs are the way for older ones")
-    cube.write_year(store, "mine", 2020, made := year_of(grid), PROVENANCE, b"")
+    cube.write_year(store, made := year_of(grid), PROVENANCE, b"")
     with rasterio.open(f'ZARR:"{store}":/mine/clear_count:1') as src:
         np.testing.assert_array_equal(src.read(1), made.clear_count)
 
 
 def test_a_rerun_does_nothing_and_another_build_is_refused(store, grid):
     made = year_of(grid)
-    assert cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+    assert cube.write_year(store, made, PROVENANCE, b"")
 
     def fail():
         raise AssertionError("a block was computed again")
 
     lazy = made.map(lambda v: v.copy(data=da.map_blocks(lambda _: fail(), v.data, dtype=v.dtype, meta=np.array((), v.dtype))))
-    assert not cube.write_year(store, "mine", 2020, lazy, PROVENANCE, b"")
+    assert not cube.write_year(store, lazy, PROVENANCE, b"")
     other = {**PROVENANCE, "scenes": [{"id": "b"}]}
     with pytest.raises(CubeError, match=r"mine 2020 is build .* say --overwrite"):
-        cube.write_year(store, "mine", 2020, made, other, b"")
+        cube.write_year(store, made, other, b"")
     again = year_of(grid, seed=1)
-    assert cube.write_year(store, "mine", 2020, again, other, b"", overwrite=True)
+    assert cube.write_year(store, again, other, b"", overwrite=True)
     np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), again.reflectance)
 
 
@@ -204,7 +204,7 @@ def test_each_block_is_made_once(archive, make, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "composite_block", counted)
         lazy = module.composite([scene], grid_of(site), recipe)
-    cube.write_year(where, "mine", 2020, lazy, PROVENANCE, b"")
+    cube.write_year(where, lazy, PROVENANCE, b"")
     assert len(made) == 4
     np.testing.assert_array_equal(cube.open_cube(where, "mine").reflectance[0, :, 5, 5], [7, 9])
 
@@ -236,12 +236,12 @@ def test_a_stopped_run_commits_nothing_and_resumes(store, grid):
     with dask.config.set(scheduler="synchronous"):
         broken, first = failing_after(made, 9)
         with pytest.raises(StoppedError):
-            cube.write_year(store, "mine", 2020, broken, PROVENANCE, b"")
+            cube.write_year(store, broken, PROVENANCE, b"")
         assert cube.builds(store, "mine") == {}
         with pytest.raises(CubeError, match="no committed year"):
             cube.open_committed(store, "mine")
         whole, second = failing_after(made, 10_000)
-        assert cube.write_year(store, "mine", 2020, whole, PROVENANCE, b"")
+        assert cube.write_year(store, whole, PROVENANCE, b"")
     assert len(first) == 9
     assert len(second) <= 12 - 8
     np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
@@ -251,8 +251,8 @@ def test_leftovers_of_another_build_are_not_resumed(store, grid):
     """A killed build's shards are not taken for this one's."""
     old, new = year_of(grid, seed=1), year_of(grid, seed=2)
     with pytest.raises(StoppedError):
-        cube.write_year(store, "mine", 2020, failing_after(old, 9)[0], {**PROVENANCE, "version": "0"}, b"")
-    assert cube.write_year(store, "mine", 2020, new, PROVENANCE, b"")
+        cube.write_year(store, failing_after(old, 9)[0], {**PROVENANCE, "version": "0"}, b"")
+    assert cube.write_year(store, new, PROVENANCE, b"")
     np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), new.reflectance)
 
 
@@ -267,7 +267,7 @@ def test_a_lost_read_keeps_the_year_uncommitted(store, grid):
         )
     )
     with pytest.raises(ReadError):
-        cube.write_year(store, "mine", 2020, broken, PROVENANCE, b"")
+        cube.write_year(store, broken, PROVENANCE, b"")
     assert cube.builds(store, "mine") == {}
 
 
@@ -276,7 +276,7 @@ def test_blocks_that_are_not_shards_are_refused(store, grid, block):
     """Two of them would write one shard and lose pixels without an error."""
     made = year_of(grid, dataclasses.replace(RECIPE, block_px=block))
     with pytest.raises(CubeError, match=r"blocks of .* do not match shards of .* lose pixels"):
-        cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+        cube.write_year(store, made, PROVENANCE, b"")
 
 
 def test_another_recipe_or_grid_is_refused(store, site, grid):
@@ -288,7 +288,7 @@ def test_another_recipe_or_grid_is_refused(store, site, grid):
 
 def test_later_years_are_added_earlier_ones_refused(store, site, grid):
     made = year_of(grid)
-    cube.write_year(store, "mine", 2020, made, PROVENANCE, b"")
+    cube.write_year(store, made, PROVENANCE, b"")
     cube.create(store, site, grid, [2020, 2023], RECIPE)
     opened = cube.open_cube(store, "mine")
     assert list(opened.year.values) == [2019, 2020, 2021, 2023]
@@ -357,7 +357,7 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
             "quality": (("y", "x"), a(180, 240).astype(np.uint8)),
         }})
         try:
-            cube.write_year({store!r}, "mine", 2020, made, {PROVENANCE!r}, b"")
+            cube.write_year({store!r}, made, {PROVENANCE!r}, b"")
         except CubeError as error:
             print(error)
     """

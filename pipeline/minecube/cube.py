@@ -93,8 +93,6 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
 
 def write_year(
     store: str,
-    site_id: str,
-    year: int,
     composite: xr.Dataset,
     provenance: Mapping[str, Any],
     scenes: bytes,
@@ -108,10 +106,8 @@ def write_year(
 
     Args:
         store: local path or object-store URL.
-        site_id: group name; `create` has made it.
-        year: which year of the cube.
         composite: lazy Dataset of `reflectance`, `clear_count`, `quality`, its Dask chunks the cube's shards.
-        provenance: what the build is made of; `build_id` of it names the build.
+        provenance: what the build is made of (`provenance_of`): its site and year say where it goes, `build_id` names it.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
         overwrite: replace a committed year that was built from something else; the old one is gone when the new one begins.
         scheduler: which Dask scheduler computes the blocks, by its name; the one in force by default.
@@ -123,7 +119,7 @@ def write_year(
             stopped, or the store cannot be written.
         ReadError: a pixel could not be read; the year stays uncommitted.
     """
-    build = build_id(provenance)
+    site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
     committed = builds(store, site_id).get(year)
     if committed and committed["build_id"] == build:
         return False

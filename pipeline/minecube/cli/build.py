@@ -83,8 +83,6 @@ def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Calla
         # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
         new = cube.write_year(
             job.store,
-            site.id,
-            year,
             lazy,
             provenance,
             listed,
