@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import odc.stac
@@ -389,6 +390,20 @@ def test_an_observation_is_one_in_all_bands_and_the_next_best_takes_its_place(ar
         assert np.unique(made.reflectance.values[1][:, columns]) == [b11]
         assert np.unique(made.clear_count.values[:, columns]) == [count]
         assert np.unique(made.quality.values[:, columns]) == [quality]
+
+
+def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive, make):
+    """The mask decides first: the overcast scene's bands are gone, and nobody asks for them."""
+    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    listed = [
+        archive.scene("2020-06-01T10:00:00", where, {"B04": 8000, "B11": 8000}, 9),
+        archive.scene("2020-06-04T10:00:00", where, {"B04": 1000, "B11": 2000}, 4),
+    ]
+    for band in ("B04", "B11"):
+        Path(listed[0].assets[band].href).unlink()
+    assert np.unique(composite(listed, grid, MASKED).compute().reflectance.sel(band="B04")) == [1000]
+    with pytest.raises(ReadError, match="No such file"):
+        composite(listed, grid, PLAIN).compute()
 
 
 def test_two_overpasses_of_one_day_are_two_observations(archive, make):
