@@ -48,6 +48,13 @@ def test_the_list_of_commands():
     assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "] == list(COMMANDS)
 
 
+def test_the_list_of_sites_says_which_years():
+    out, _ = run_here("sites", "--sites", "demo_1,Austria_1")
+    demo, austria = (line.split() for line in out.splitlines()[2:])
+    assert demo == ["demo_1", "Simulated", "train", "2015,2020,2022", "EPSG:32633", "384", "x", "384", "px"]
+    assert austria == ["Austria_1", "Austria", "train", "2015-2024", "no", "polygon", "yet"]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, make):
     """A site of 120 x 96 px, two years, one provider; polygons of the site and of its mine."""

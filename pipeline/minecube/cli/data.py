@@ -53,7 +53,8 @@ def sites(wanted: str, catalog: Path | None) -> None:
     rows = []
     for site in choose_sites(wanted, catalog):
         grid = grid_of(site) if site.geometry is not None else None
-        years = f"{site.years[0]}-{site.years[-1]}" if site.years else "-"
+        whole = len(site.years) > 1 and site.years == tuple(range(site.years[0], site.years[-1] + 1))
+        years = f"{site.years[0]}-{site.years[-1]}" if whole else ",".join(map(str, site.years)) or "-"
         where = f"EPSG:{grid.crs.epsg} {grid.shape.x} x {grid.shape.y} px" if grid else "no polygon yet"
         rows.append((site.id, site.country or "-", site.split or "-", years, where))
     click.echo(table(("site", "country", "split", "years", "grid"), rows))
