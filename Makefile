@@ -6,18 +6,29 @@ export MPLBACKEND := Agg
 # torch's threads would spin while they wait; beside other processes that makes training several times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test real quick format clean
+.PHONY: demo test services real quick format clean
 
 demo: $(VENV)/installed
 	rm -rf build/demo
 	$(BIN)/minecube demo --out build/demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed services
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# What a real STAC API needs beside Python: Postgres with PostGIS. The tests start a server of their own; Debian would set one
+# up that runs on, which it is told not to where it has none yet.
+CLUSTERS := /etc/postgresql-common/createcluster.conf
+services: $(VENV)/installed
+	@if ! $(BIN)/python tests/pgstac_server.py 2>/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  install="apt-get install -y -qq --no-install-recommends"; export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && \
+	  { [ -e $(CLUSTERS) ] || { $$install postgresql-common && sed -i 's/^#* *\(create_main_cluster\).*/\1 = false/' $(CLUSTERS); }; } && \
+	  $$install postgresql-postgis; \
+	fi
+	@$(BIN)/python tests/pgstac_server.py || true
 
 # The main job on real products (an openEO extract, an Earth Search scene), where they lie in ../shared/data.
 real: $(VENV)/installed
@@ -33,7 +44,7 @@ format: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,cluster,publish,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,cluster,dev]'
 	touch $@
 
 clean:

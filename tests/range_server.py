@@ -1,40 +1,132 @@
-"""Serves a folder with byte ranges on a free loopback port, which it prints: `python range_server.py FOLDER`.
+"""Serves a folder with byte ranges on a free loopback port, which it prints: `python range_server.py FOLDER [trouble]`.
 
-A process of its own, since GDAL may hold the interpreter's lock while it waits for an answer.
+A process of its own, on one thread, so that it neither shares the interpreter's lock nor much of a core with its clients. It
+can be slow, fail, stop short, stall, and ask for tokens that expire; what it does to which request is drawn from a seed.
 """
 
+import argparse
+import asyncio
+import json
+import random
 import re
-import sys
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import secrets
+import time
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
-class Ranges(SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Server:
+    def __init__(self, asked):
+        self.asked, self.random, self.tokens = asked, random.Random(asked.seed), {}
+        self.counts = dict.fromkeys(("requests", "ok", "failed", "truncated", "stalled", "refused", "peak"), 0)
+        self.now = 0
 
-    def log_message(self, *args):
-        pass
+    async def client(self, reader, writer):
+        try:
+            while await self.answer(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
 
-    def do_GET(self):
-        path = Path(self.translate_path(self.path))
+    async def answer(self, reader, writer):
+        request = await reader.readline()
+        if not request.strip():
+            return False
+        headers = {}
+        while (line := await reader.readline()).strip():
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        method, target, _ = request.decode("latin-1").split(" ", 2)
+        parts = urlsplit(target)
+        if parts.path == "/counts":
+            return await self.send(writer, 200, json.dumps(self.counts).encode())
+        if parts.path.startswith("/token/"):
+            return await self.send(writer, 200, json.dumps(self.token()).encode())
+        self.counts["requests"] += 1
+        self.now += 1
+        self.counts["peak"] = max(self.counts["peak"], self.now)
+        try:
+            return await self.file(method, parts, headers, writer)
+        finally:
+            self.now -= 1
+
+    async def file(self, method, parts, headers, writer):
+        asked = self.asked
+        await asyncio.sleep(asked.delay)
+        if (
+            asked.token_life
+            and not parts.path.endswith(".parquet")
+            and not self.tokens.get(parse_qs(parts.query).get("sig", [""])[0], 0) > time.time()
+        ):
+            self.counts["refused"] += 1
+            return await self.send(writer, 403, b"<Error><Code>AuthenticationFailed</Code></Error>")
+        luck = self.random.random()
+        if luck < asked.fail:
+            self.counts["failed"] += 1
+            return await self.send(
+                writer, asked.status, b"busy", {"Retry-After": asked.retry_after} if asked.retry_after else {}
+            )
+        path = Path(asked.folder) / unquote(parts.path).lstrip("/")
         if not path.is_file():
-            self.send_error(404)
-            return
-        content = path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first = int(asked.group(1)) if asked else 0
-        part = content[first : int(asked.group(2)) + 1 if asked and asked.group(2) else None]
-        self.send_response(206 if asked else 200)
-        if asked:
-            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
+            return await self.send(writer, 404, b"no such key")
+        size = path.stat().st_size
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", "")) if not asked.no_ranges else None
+        first, last = (int(span[1]), min(int(span[2] or size), size - 1)) if span else (0, size - 1)
+        if first >= size:
+            return await self.send(writer, 416, b"", {"Content-Range": f"bytes */{size}"})
+        with path.open("rb") as file:
+            file.seek(first)
+            body = file.read(last - first + 1)
+        more = {"ETag": f'"{path.stat().st_mtime_ns}"', "Accept-Ranges": "bytes"}
+        if span:
+            more["Content-Range"] = f"bytes {first}-{last}/{size}"
+        luck -= asked.fail
+        if luck < asked.truncate:
+            self.counts["truncated"] += 1
+            # In turn: the connection breaks off; the answer is short and says so, as some proxies do.
+            if self.counts["truncated"] % 2:
+                await self.send(writer, 206 if span else 200, body[: len(body) // 2], more, length=len(body))
+                return False
+            return await self.send(writer, 206 if span else 200, body[: len(body) // 2], more)
+        if luck - asked.truncate < asked.stall:
+            self.counts["stalled"] += 1
+            await asyncio.sleep(asked.stall_s)
+        self.counts["ok"] += 1
+        return await self.send(writer, 206 if span else 200, b"" if method == "HEAD" else body, more, length=len(body))
+
+    def token(self):
+        token = secrets.token_hex(8)
+        self.tokens[token] = until = time.time() + self.asked.token_life
+        return {"msft:expiry": datetime.fromtimestamp(until, tz=UTC).isoformat(), "token": f"sv=1&sig={token}"}
+
+    async def send(self, writer, status, body, more=None, length=None):
+        lines = {"Content-Length": len(body) if length is None else length, "Content-Type": "application/octet-stream"}
+        head = "".join(f"{k}: {v}\r\n" for k, v in {**lines, **(more or {})}.items())
+        writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + body)
+        await writer.drain()
+        return True
+
+
+async def main(asked):
+    server = await asyncio.start_server(Server(asked).client, "127.0.0.1", 0, limit=2**20)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=sys.argv[1]))
-    print(server.server_port, flush=True)
-    server.serve_forever()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--delay", type=float, default=0, help="seconds before each answer")
+    parser.add_argument("--fail", type=float, default=0, help="share of requests that fail")
+    parser.add_argument("--status", type=int, default=503, help="how they fail")
+    parser.add_argument("--retry-after", default="", help="what failures say of when to come back")
+    parser.add_argument("--truncate", type=float, default=0, help="share of answers that stop short")
+    parser.add_argument("--stall", type=float, default=0, help="share of answers that come late")
+    parser.add_argument("--stall-s", type=float, default=10, help="how late")
+    parser.add_argument("--token-life", type=float, default=0, help="seconds; /token/* gives one, files need one")
+    parser.add_argument("--no-ranges", action="store_true", help="whole files, whatever was asked for")
+    parser.add_argument("--seed", type=int, default=0)
+    asyncio.run(main(parser.parse_args()))

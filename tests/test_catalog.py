@@ -41,6 +41,7 @@ def test_the_readme_of_the_catalogue_names_every_field():
         catalog.Site,
         catalog.Source,
         catalog.Offset,
+        catalog.Access,
         catalog.Recipe,
         catalog.MaskRule,
         catalog.BrightOverride,

@@ -6,11 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import rasterio
+import stac_geoparquet.arrow
 import xarray as xr
+import yaml
 from click.testing import CliRunner
 from shapely.geometry import box
 
@@ -114,7 +122,7 @@ def test_a_second_build_keeps_everything_and_needs_no_archive(world, built, tmp_
 
 def test_dry_run_writes_nothing(world, tmp_path):
     out, _ = run("build", *args(world, tmp_path / "new.zarr"), "--dry-run")
-    assert "dry run: nothing was read or written" in out
+    assert "nothing was read or written" in out
     assert "to build" in out
     assert list(tmp_path.iterdir()) == []
 
@@ -137,13 +145,14 @@ def test_train_predict_score_export(built, tmp_path):
 
 def test_other_scenes_are_refused_unless_told(world, built, tmp_path):
     """A scene list from which one scene is gone is another build."""
-    from minecube import scenes
+    from minecube.scenes import Found, snapshot
 
     (lists := tmp_path / "lists").mkdir()
     for path in (world / "cubes.zarr-scenes").glob("*.parquet"):
-        listed = scenes.load(path)
+        listed = snapshot.load(path).scenes
         summer = [s for s in listed if 4 <= s.datetime.month <= 10 and s.properties["eo:cloud_cover"] <= 90]
-        scenes.save([s for s in listed if "2020" not in path.name or s.id != summer[0].id], lists / path.name)
+        kept = [s for s in listed if "2020" not in path.name or s.id != summer[0].id]
+        snapshot.save(Found(scenes=tuple(kept), listed=len(kept)), lists / path.name)
     store = tmp_path / "cubes.zarr"
     shutil.copytree(built, store)
     out, err = run("build", *args(world, store), "--scenes", lists, ok=1)
@@ -269,3 +278,239 @@ def test_an_invalid_polygon_is_repaired_and_reported(world, built, tmp_path):
     shutil.copytree(built, tmp_path / "cubes.zarr")
     _, err = run("label", "--store", tmp_path / "cubes.zarr", "--polygons", tmp_path / "bowtie.gpkg")
     assert "repaired" in err
+
+
+def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
+    """The first source lists half of the acquisitions: those come from it, the others from the second, none from both."""
+    shutil.copytree(world / "archive", tmp_path / "archive")
+    shutil.copy(world / "sites.geojson", tmp_path)
+    known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
+    items = items_of(tmp_path / "archive" / "earth-search.parquet")
+    takes = sorted({i["properties"]["s2:datatake_id"][:25] for i in items})
+    half = [i for i in items if i["properties"]["s2:datatake_id"][:25] in takes[::2]]
+    write_items(half, tmp_path / "archive" / "half.parquet")
+    known["half"] = {**known["sim-earth-search"], "href": "half.parquet"}
+    (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
+    whole, mixed = tmp_path / "whole.zarr", tmp_path / "mixed.zarr"
+    run("build", *args(tmp_path, whole, years="2022"))
+    run("build", *args(tmp_path, mixed, years="2022", source="half,sim-earth-search"))
+    provenance = cube.builds(str(mixed), "pit")[2022]
+    by_source = {s: {x["id"] for x in provenance["scenes"] if x["source"] == s} for s in ("half", "sim-earth-search")}
+    assert all(by_source.values())
+    assert by_source["half"] == {x["id"] for x in provenance["scenes"]} & {i["id"] for i in half}
+    assert sorted(i for ids in by_source.values() for i in ids) == sorted(
+        x["id"] for x in cube.builds(str(whole), "pit")[2022]["scenes"]
+    )
+    one, other = (xr.open_zarr(s, group="pit", consolidated=False).drop_attrs() for s in (whole, mixed))
+    xr.testing.assert_identical(one.load(), other.load())
+
+
+def test_provenance_tells_the_reads(world, built):
+    """Planned and read agree with the scenes and bands of the composite, by hand."""
+    made, reads = cube.builds(str(built), "pit")[2022], cube.reads(str(built), "pit", 2022)
+    totals = made["reads"]
+    assert totals["completeness"] == 1
+    assert totals["lost"] == totals["retried"] == totals["requests"] == 0  # local files
+    assert totals["read"] == totals["planned"] == reads.planned.sum()
+    assert totals["bytes"] == reads.bytes.sum() > 0
+    ids = {s["id"] for s in made["scenes"]}
+    assert set(reads.scene) <= ids
+    assert set(reads[reads.band == "SCL"].scene) == ids  # the mask of every scene, the bands of those that are needed
+    assert (made["offset_conflicts"], made["refused"], made["on_offset_conflict"]) == ([], {}, "drop")
+    assert len(made["snapshot"]) == 64
+
+
+def test_a_plan_holds(world, tmp_path):
+    """What is read is at most what was planned, and not far from it; the plan writes nothing and works with the API gone."""
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("per_1000_requests: 0.0004\nper_gb: 0.09\ncurrency: EUR\n")
+    out, _ = run("plan", *args(world, tmp_path / "new.zarr"), "--prices", prices)
+    assert "cost EUR" in out
+    assert "nothing was read or written" in out
+    assert not (tmp_path / "new.zarr").exists()
+    rows = {line.split()[1]: line.split() for line in out.splitlines() if line.startswith("pit")}
+    out, _ = run("build", *args(world, tmp_path / "new.zarr"))
+    assert "planned, at most" in out
+    for year in ("2020", "2022"):
+        planned_reads = int(rows[year][rows[year].index("build") + 3])
+        totals = cube.builds(str(tmp_path / "new.zarr"), "pit")[int(year)]["reads"]
+        assert planned_reads / 3 < totals["planned"] <= planned_reads
+    out, _ = run("plan", *args(world, tmp_path / "new.zarr"))
+    assert out.count("committed") == 2
+    prices.write_text("per_gigabit: 1\n")
+    _, err = run("plan", *args(world, tmp_path / "new.zarr"), "--prices", prices, ok=2)
+    assert "prices.yaml: field 'per_gigabit': expected one of latency_s" in err
+
+
+def test_a_lost_read_may_be_allowed(world, tmp_path):
+    """One file gone: refused, then committed with what is there, and the cube says so."""
+    shutil.copytree(world / "archive", tmp_path / "archive")
+    shutil.copy(world / "sites.geojson", tmp_path)
+    sorted((tmp_path / "archive" / "earth-search").glob("*_20220[5-9]*/B11.tif"))[0].unlink()
+    store = tmp_path / "cubes.zarr"
+    run("build", *args(tmp_path, store), ok=1)
+    out, err = run("build", *args(tmp_path, store), "--min-read-completeness", "0.9")
+    assert (out.count("built"), out.count("kept")) == (1, 1), err
+    share = cube.builds(str(store), "pit")[2022]["reads"]["completeness"]
+    assert 0.9 < share < 1
+    assert xr.open_zarr(store, group="pit", consolidated=False).attrs["incomplete_reads"] == {"2022": share}
+    reads = cube.reads(str(store), "pit", 2022)
+    assert reads[reads.lost > 0].band.tolist() == ["B11"]
+    assert "No such file" in reads[reads.lost > 0].reason.item()
+    _, err = run("build", *args(tmp_path, store), ok=1)
+    assert "to build it anew say --overwrite" in err
+
+
+@pytest.mark.parametrize("policy", ["warn", "fix", "drop", "fail"])
+def test_a_wrong_flag(world, built, tmp_path, policy):
+    """A scene that says its offset is removed though it is not: all its numbers are 1000 too high."""
+    shutil.copytree(world / "archive", tmp_path / "archive")
+    shutil.copy(world / "sites.geojson", tmp_path)
+    items = gpd.read_parquet(tmp_path / "archive" / "earth-search.parquet")
+    clear = items[(items.datetime.dt.year == 2022) & items.datetime.dt.month.between(5, 9)].sort_values("eo:cloud_cover")
+    victim = clear.iloc[0]["id"]
+    for path in (tmp_path / "archive" / "earth-search" / victim).glob("B*.tif"):
+        with rasterio.open(path) as src:
+            profile, pixels = src.profile, src.read(1)
+        path.unlink()
+        with rasterio.open(path, "w", **{**profile, "driver": "GTiff"}) as out:
+            out.write(np.where(pixels == 0, 0, pixels + 1000).astype(np.uint16), 1)
+    store = tmp_path / "cubes.zarr"
+    out, err = run(
+        "build", *args(tmp_path, store, years="2022"), "--on-offset-conflict", policy, ok=1 if policy == "fail" else 0
+    )
+    if policy == "fail":
+        assert "1 of" in err
+        assert f"{victim}: offset 0 contradicts its pixels" in err
+        assert cube.builds(str(store), "pit") == {}
+        return
+    made = cube.builds(str(store), "pit")[2022]
+    (conflict,) = made["offset_conflicts"]
+    assert (conflict["scene"], conflict["offset"], conflict["should_be"]) == (victim, 0, -1000)
+    assert 850 < conflict["step"] < 1150
+    plain, got = (xr.open_zarr(s, group="pit", consolidated=False).reflectance.sel(year=2022).values for s in (built, store))
+    if policy == "fix":
+        np.testing.assert_array_equal(np.abs(got.astype(int) - plain) <= 1, True)  # what was 0 or 1 cannot be told any more
+    else:
+        assert (got != plain).any()
+
+
+LOUD = "import logging; logging.basicConfig(level=logging.DEBUG); from minecube.cli import main; main()"
+
+
+def test_no_signature_is_written(world, built, tmp_path):
+    """Tokens that expire during the build: nothing lost, and no file, log or line on the screen holds one."""
+    shutil.copytree(world / "archive", tmp_path / "archive")
+    shutil.copy(world / "sites.geojson", tmp_path)
+    server = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path / "archive")]
+    process = subprocess.Popen([*server, "--token-life", "0.5", "--delay", "0.02"], stdout=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
+        known["sim-earth-search"] |= {
+            "href": f"{url}/earth-search.parquet",
+            "access": {"kind": "planetary-computer", "href": f"{url}/token"},
+        }
+        (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
+        store = tmp_path / "cubes.zarr"
+        done = subprocess.run(
+            [sys.executable, "-c", LOUD, "-v", "build", *map(str, args(tmp_path, store))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        process.terminate()
+        process.communicate()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "127.0.0.1" in done.stderr  # the log tells requests
+    assert "sig=" not in done.stdout + done.stderr
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and "archive" not in p.parts]
+    assert len(written) > 20
+    assert not [p for p in written if b"sig=" in p.read_bytes()]
+    for year in (2020, 2022):
+        totals = cube.builds(str(store), "pit")[year]["reads"]
+        assert (totals["lost"], totals["completeness"]) == (0, 1)
+        assert totals["requests"] > 0
+    a, b = (xr.open_zarr(s, group="pit", consolidated=False).drop_vars("footprint") for s in (built, store))
+    xr.testing.assert_identical(a.drop_attrs().load(), b.drop_attrs().load())
+
+
+def test_bad_sources(world, tmp_path, monkeypatch):
+    """Each is one sentence, exit 2, and nothing written."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search"))
+    shutil.copy(world / "sites.geojson", tmp_path)
+    known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
+    raw = items_of(tmp_path / "archive" / "earth-search.parquet")[:4]
+    for item in raw:
+        item["properties"].pop("s2:datastrip_id")
+    write_items(raw, tmp_path / "archive" / "unusable.parquet")
+    with html_server() as url:
+        known["keyless"] = {**known["sim-earth-search"], "access": {"kind": "s3", "href": "https://eodata.example.org"}}
+        known["html"] = {**known["sim-earth-search"], "kind": "stac-api", "href": url}
+        known["unusable"] = {**known["sim-earth-search"], "href": "unusable.parquet"}
+        (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
+        for source, said in (
+            ("keyless", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY not set"),
+            ("html", "the search for 2020 failed"),
+            ("unusable", "names no acquisition"),
+            ("html,html", "expected each source once"),
+        ):
+            before = sorted(tmp_path.rglob("*"))
+            out, err = run("build", *args(tmp_path, tmp_path / "new.zarr", source=source), ok=2)
+            (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
+            assert said in line
+            assert out == ""
+            assert sorted(tmp_path.rglob("*")) == before
+    known["html"]["access"] = {"kind": "ftp"}
+    (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
+    _, err = run("build", *args(tmp_path, tmp_path / "new.zarr"), ok=2)
+    assert "sources.yaml: entry 'html': field 'kind': expected one of plain, planetary-computer, s3" in err
+
+
+def test_a_list_of_another_site(world, built, tmp_path, make):
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for year in (2020, 2022):
+        shutil.copy(
+            world / "cubes.zarr-scenes" / f"pit_{year}_sim-earth-search.parquet", lists / f"far_{year}_sim-earth-search.parquet"
+        )
+    far = make.site("far", 460000, 5600040, 60, 60)
+    gpd.GeoDataFrame({"id": ["far"]}, geometry=[far.geometry], crs=4326).to_file(tmp_path / "sites.geojson")
+    shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search"))
+    _, err = run("build", *args(tmp_path, tmp_path / "new.zarr"), "--scenes", lists, ok=2)
+    assert "the saved list for far 2020 from sim-earth-search holds scenes elsewhere" in err
+    assert not (tmp_path / "new.zarr").exists()
+
+
+def items_of(path):
+    return [dict(item) for item in stac_geoparquet.arrow.stac_table_to_items(pq.read_table(path))]
+
+
+def write_items(items, path):
+    stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(items), path)
+
+
+@contextmanager
+def html_server():
+    """Answers everything with a page."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>maintenance</html>")
+
+        do_POST = do_GET  # noqa: N815  what the server calls
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()

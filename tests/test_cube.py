@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import dask.array as da
 import numpy as np
 import odc.geo.xr
+import pandas as pd
 import pyogrio
 import pytest
 import rasterio
@@ -369,3 +371,81 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
 def test_a_folder_that_cannot_be_written(site, grid):
     with pytest.raises(CubeError, match=r"/proc/cubes\.zarr: cannot be written"):
         cube.create("/proc/cubes.zarr", site, grid, YEARS, RECIPE)
+
+
+class Counted:
+    """Counts of reads as a ledger has them: so many planned a block, of which the first are lost."""
+
+    def __init__(self, lost=0):
+        self.blocks, self.lost_reads = 0, lost
+
+    def totals(self):
+        planned = 10 * self.blocks
+        return {"planned": planned, "lost": self.lost_reads, "completeness": 1 - self.lost_reads / planned if planned else 1.0}
+
+    def lost(self):
+        return ["some_scene B04: HTTP 404"] if self.lost_reads else []
+
+    def to_parquet(self):
+        out = io.BytesIO()
+        pd.DataFrame({"planned": [10 * self.blocks]}).to_parquet(out)
+        return out.getvalue()
+
+    def over(self, made):
+        """The composite, each block of which is counted once."""
+
+        def count(block):
+            self.blocks += 1
+            return block
+
+        return made.assign(
+            quality=made.quality.copy(data=made.quality.data.map_blocks(count, dtype=np.uint8, meta=np.ndarray(())))
+        )
+
+
+def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
+    """12 blocks of 10 reads, 3 of them lost: 97.5 %."""
+    reads, made = Counted(lost=3), year_of(grid)
+    with pytest.raises(ReadError, match=r"mine 2020: 3 of 120 reads were lost, which leaves 97.50% .* asks for 100.00%.*404"):
+        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads)
+    assert cube.builds(store, "mine") == {}
+    assert "incomplete_reads" not in cube.open_cube(store, "mine").attrs
+    # All is read again: what was lost must not pass for done.
+    reads = Counted(lost=3)
+    assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, completeness=0.97)
+    assert reads.blocks == 12
+    assert cube.builds(store, "mine")[2020]["reads"] == {"planned": 120, "lost": 3, "completeness": 0.975}
+    assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {"2020": 0.975}
+    assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
+    assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.97)
+    with pytest.raises(CubeError, match=r"was built with 97.50% of its reads, asked for are 99.00%"):
+        cube.write_year(store, made, PROVENANCE, b"", completeness=0.99)
+    # Built anew with nothing lost, the cube no longer says so.
+    whole = Counted()
+    assert cube.write_year(store, whole.over(made), PROVENANCE, b"", reads=whole, completeness=0.99, overwrite=True)
+    assert cube.open_cube(store, "mine").attrs["incomplete_reads"] == {}
+
+
+def test_counts_of_an_interrupted_run_are_kept(store, grid):
+    reads, made = Counted(), year_of(grid)
+    asked = iter([False, False, True])
+    with pytest.raises(CubeError, match="stopped"):
+        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2, stopped=lambda: next(asked))
+    kept = cube.reads_so_far(store, PROVENANCE)
+    assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [40]
+    assert cube.reads_so_far(store, {**PROVENANCE, "version": "2"}) is None  # of another build
+    with pytest.raises(CubeError, match="no counts of reads for mine 2020"):
+        cube.reads(store, "mine", 2020)
+
+
+def test_another_way_with_conflicting_offsets_is_another_build(store, grid):
+    """Only where there was a conflict: else it would have come out the same."""
+    made, calm = year_of(grid), {**PROVENANCE, "on_offset_conflict": "drop", "offset_conflicts": []}
+    assert cube.write_year(store, made, calm, b"")
+    assert cube.is_committed(store, {**calm, "on_offset_conflict": "fix"})
+    torn = {**PROVENANCE, "year": 2021, "on_offset_conflict": "drop", "offset_conflicts": [{"scene": "a"}]}
+    assert cube.write_year(store, made, torn, b"")
+    assert cube.is_committed(store, torn)
+    with pytest.raises(CubeError, match="another way with offsets in conflict"):
+        cube.is_committed(store, {**torn, "on_offset_conflict": "fix"})
+    assert not cube.is_committed(store, {**torn, "on_offset_conflict": "fix"}, overwrite=True)

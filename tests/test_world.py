@@ -28,7 +28,7 @@ def world(tmp_path_factory, make):
 
 
 def made(site, source, year, recipe=RECIPE):
-    return composite(scenes.select(scenes.search(site, year, source), recipe), grid_of(site), recipe).compute()
+    return composite(scenes.select(scenes.search(site, year, source).scenes, recipe), grid_of(site), recipe).compute()
 
 
 def rmse(composite, truth, year):
@@ -62,7 +62,7 @@ def test_a_wrong_offset_rule_is_seen_in_the_truth(world, style, rule):
 def test_old_baselines_are_dropped(world):
     """Earth Search lists every acquisition of 2020 twice; the older copy is biased and shifted."""
     site, sources, _ = world
-    found = scenes.search(site, 2020, sources["sim-earth-search"])
+    found = scenes.search(site, 2020, sources["sim-earth-search"]).scenes
     assert {s.properties["s2:processing_baseline"] for s in found} == {"05.00"}
     keys = [
         (s.properties["minecube:datatake"], s.properties["s2:mgrs_tile"], s.properties["minecube:granule_start"]) for s in found

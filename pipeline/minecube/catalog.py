@@ -28,6 +28,13 @@ BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 """The cube's bands, in the cube's order; B01, B09 and B10 are left out, as in EuroMineNet."""
 SCL = "SCL"
 """Asset name of the Level-2A scene classification."""
+_COMMON_NAMES = ("blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "swir16", "swir22", "scl")
+NATIVE_M = {band: 10 if band in ("B02", "B03", "B04", "B08") else 20 for band in (*BANDS, SCL)}
+"""The mission's pixel sizes in metres."""
+ASSET_KEYS = {
+    band: (common, band, f"{band}_{NATIVE_M[band]}m") for band, common in zip((*BANDS, SCL), _COMMON_NAMES, strict=True)
+}
+"""Band -> asset keys in common use: Element 84's, Microsoft's and CDSE's, at the band's own pixel size."""
 FIRST_YEAR = 2015
 """Sentinel-2A was launched in June 2015."""
 
@@ -90,6 +97,30 @@ class Offset:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Access:
+    """What turns an asset's href into a request that is answered; nothing secret stands here."""
+
+    kind: str = "plain"
+    """plain: as it is; planetary-computer: a token by container; s3: a request signed with keys from the environment."""
+    href: str | None = None
+    """planetary-computer: the token service, asked for /<account>/<container>; s3: the endpoint, AWS's own by default."""
+    region: str | None = None
+    """s3 only; by default the environment's."""
+    anonymous: bool = False
+    """s3 only: public objects, nothing is signed."""
+    connections: int = 64
+    """Requests for pixels in flight at a time, a process."""
+
+    def __post_init__(self) -> None:
+        kinds = ("plain", "planetary-computer", "s3")
+        _need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
+        _need(self.kind != "planetary-computer" or self.href, "href", "the URL of the token service, found none")
+        _need(self.kind == "s3" or not (self.region or self.anonymous), "region", f"kind s3 beside it, found {self.kind!r}")
+        _need(not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}")
+        _need(1 <= self.connections <= 256, "connections", f"1..256, found {self.connections}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A STAC API, or a stac-geoparquet file, and how to read what it lists."""
 
@@ -100,15 +131,18 @@ class Source:
     href: str
     """URL of the API's landing page, or path or URL of the file (relative to the YAML file that names it)."""
     collection: str
-    assets: Mapping[str, str]
-    """Band name (and SCL) -> asset key."""
+    assets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Band name (and SCL) -> asset key; a band that is not named is looked for under the keys in common use (`ASSET_KEYS`)."""
     resolution_m: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Band name -> pixel size, where what an item's assets say of it, or the mission's own size, is wrong."""
     offset: Offset = Offset()
-    href_prefix: str = ""
-    """Put before an asset's URL when it is opened (a GDAL file-system prefix); never stored."""
-    gdal: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """GDAL configuration options needed to read from there; credentials come from the environment."""
+    access: Access = Access()
+    tile_px: int = 512
+    """Side of the tiles that its files are stored in; `plan` reckons with it."""
+    searches_per_s: float = 10.0
+    """Requests to the API a second, at most."""
+    since: str | None = None
+    """YYYY-MM: the first month that it lists; earlier ones are not asked for."""
     licence: str = ""
 
     def __post_init__(self) -> None:
@@ -116,9 +150,17 @@ class Source:
         _need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
         names = {*BANDS, SCL}
         _need(set(self.assets) <= names, "assets", f"bands of {', '.join([*BANDS, SCL])}, found {', '.join(self.assets)}")
+        _need(not self.assets or SCL in self.assets, "assets", f"an entry for {SCL} (the mask), found {', '.join(self.assets)}")
         sizes = set(self.resolution_m) <= names and set(self.resolution_m.values()) <= {10, 20}
         _need(sizes, "resolution_m", f"10 or 20 metres by band, found {dict(self.resolution_m)}")
-        _need(SCL in self.assets, "assets", f"an entry for {SCL} (the mask), found {', '.join(self.assets)}")
+        _need(self.tile_px > 0, "tile_px", f"pixels above 0, found {self.tile_px}")
+        _need(0 < self.searches_per_s <= 100, "searches_per_s", f"above 0 and up to 100, found {self.searches_per_s}")
+        fits = self.since is None or re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", self.since)
+        _need(fits, "since", f"a month YYYY-MM in quotes, found {self.since!r}")
+
+    def bands(self) -> tuple[str, ...]:
+        """The bands it is known to have; all of them where it does not say."""
+        return tuple(self.assets) or (*BANDS, SCL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +224,8 @@ class Recipe:
     """Calendar months whose scenes count."""
     max_cloud_cover: float = 100.0
     """Scenes cloudier than this over the whole tile (percent) are not read."""
+    min_dates: int = 1
+    """Fewest dates a year is made of; one with fewer is not built, and `audit` names it."""
     mask: tuple[MaskRule, ...] = ()
     bright_override: BrightOverride | None = None
     haze: HazeTest | None = None
@@ -200,6 +244,7 @@ class Recipe:
         in_order = all(1 <= m <= 12 for m in self.months) and list(self.months) == sorted(set(self.months))
         _need(self.months and in_order, "months", f"1..12, ascending, each once, found {list(self.months)}")
         _need(0 < self.max_cloud_cover <= 100, "max_cloud_cover", f"percent above 0, found {self.max_cloud_cover}")
+        _need(self.min_dates >= 1, "min_dates", f"1 or more, found {self.min_dates}")
         _need(not self.haze or {"B02", "B04"} <= set(self.bands), "haze", "B02 and B04 among the bands, or null")
         _need(self.reducer == "median", "reducer", f"median, found {self.reducer!r}")
         fits = self.chunk_px > 0 and self.block_px > 0 and self.block_px % self.chunk_px == 0

@@ -2,8 +2,9 @@
 
     cubes.zarr/
       Germany_1/                     one xarray dataset: reflectance, clear_count, quality, footprint
-        builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last,
-          scenes                     and its scene list, the bytes of a stac-geoparquet file
+        builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last;
+          scenes                     its scene list, the bytes of a stac-geoparquet file,
+          reads                      and what became of every read, the bytes of a Parquet file
         predictions/unet-small/      one xarray dataset a model: probability
 
 A site-year whose marker is missing is not there, whatever its pixels say. A run that was killed left shards behind and a
@@ -13,26 +14,30 @@ note of what it was building; the same build goes on from the first missing shar
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dask
 import numpy as np
 import odc.geo.xr  # registers the .odc accessor
+import pandas as pd
 import xarray as xr
 import zarr
 import zarr.errors
+from obstore.store import from_url
 from odc.geo.geobox import GeoBox
 from zarr.core.sync import sync
 
 from minecube.catalog import Recipe, Site, as_dict
-from minecube.errors import CubeError
+from minecube.errors import CubeError, ReadError
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +96,61 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False).attrs[_NAMED] = made
 
 
+class Account(Protocol):
+    """Counts of the reads behind a composite, complete once it has been computed (`reader.Ledger`)."""
+
+    def totals(self) -> Mapping[str, float]:
+        """planned, lost, completeness and others."""
+
+    def lost(self) -> Sequence[str]:
+        """A line for each lost read."""
+
+    def to_parquet(self) -> bytes:
+        """All counts, as the bytes of a Parquet file."""
+
+
+def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 1.0) -> bool:
+    """Whether that very build is there already; False too where another one is, that is to be replaced.
+
+    Args:
+        store: local path or object-store URL.
+        provenance: what the build is made of (`provenance_of`).
+        overwrite: whether another build of the year may be replaced.
+        completeness: share of its planned reads that it must have.
+
+    Raises:
+        CubeError: the year is committed with another build, or with fewer reads, and not to be replaced.
+    """
+    site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
+    there = builds(store, site_id).get(year)
+    if there is None:
+        return False
+    conflicts = there.get("offset_conflicts")
+    same = there["build_id"] == build and (not conflicts or there["on_offset_conflict"] == provenance["on_offset_conflict"])
+    has = there.get("reads", {}).get("completeness", 1.0)
+    if same and has >= completeness:
+        return True
+    if overwrite:
+        return False
+    if same:
+        raise CubeError(
+            f"{store}: {site_id} {year} was built with {has:.2%} of its reads, asked for are {completeness:.2%}; to build it "
+            "anew say --overwrite, to leave it as it is --min-read-completeness"
+        )
+    raise CubeError(
+        f"{store}: {site_id} {year} is build {there['build_id']}, asked for is {build} (other scenes, another version or "
+        "another way with offsets in conflict); to replace it say --overwrite"
+    )
+
+
 def write_year(
     store: str,
     composite: xr.Dataset,
     provenance: Mapping[str, Any],
     scenes: bytes,
     *,
+    reads: Account | None = None,
+    completeness: float = 1.0,
     overwrite: bool = False,
     scheduler: str | None = None,
     workers: int = 4,
@@ -109,25 +163,21 @@ def write_year(
         composite: lazy Dataset of `reflectance`, `clear_count`, `quality`, its Dask chunks the cube's shards.
         provenance: what the build is made of (`provenance_of`): its site and year say where it goes, `build_id` names it.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
+        reads: counts of the reads that computing makes.
+        completeness: share of the planned reads below which the year is not committed.
         overwrite: replace a committed year that was built from something else; the old one is gone when the new one begins.
         scheduler: which Dask scheduler computes the blocks, by its name; the one in force by default.
         workers: blocks computed at a time.
         stopped: asked between blocks; once true, the year is left as it is, to be resumed.
 
     Raises:
-        CubeError: the year is committed with another build, blocks and shards do not match, no pixel was observed, it was
-            stopped, or the store cannot be written.
-        ReadError: a pixel could not be read; the year stays uncommitted.
+        CubeError: as `is_committed`; blocks and shards do not match, no pixel was observed, it was stopped, or the store cannot
+            be written.
+        ReadError: pixels could not be read, more than `completeness` allows; the year stays uncommitted.
     """
-    site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
-    committed = builds(store, site_id).get(year)
-    if committed and committed["build_id"] == build:
+    if is_committed(store, provenance, overwrite=overwrite, completeness=completeness):
         return False
-    if committed and not overwrite:
-        raise CubeError(
-            f"{store}: {site_id} {year} is build {committed['build_id']}, asked for is {build} (other scenes or another "
-            "version); to replace it say --overwrite"
-        )
+    site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
     group = _site_group(store, site_id, mode="r+")
     names = ("reflectance", "quality", "clear_count")  # clear_count last: its shard says that the block is done
     index = _index(group, year)
@@ -138,10 +188,7 @@ def write_year(
         _check_alignment(composite, arrays)
         marker = zarr.open_group(_zarr_store(store), path=f"{site_id}/builds/{year}", mode="a", use_consolidated=False)
         if marker.attrs.get("building") != build:
-            marker.attrs.clear()
-            for block in _blocks(arrays["clear_count"]):
-                _delete(arrays["clear_count"], (index, *block))
-            marker.attrs["building"] = build
+            _begin(marker, arrays["clear_count"], index, build)
         todo = [b for b in _blocks(arrays["clear_count"]) if not _has(arrays["clear_count"], (index, *b))]
         total = len(_blocks(arrays["clear_count"]))
         if len(todo) < total:
@@ -152,14 +199,85 @@ def write_year(
                     f"{site_id} {year}: stopped with {len(todo) - at} of {total} blocks to go; the same build goes on there"
                 )
             _compute_blocks(composite, arrays, index, todo[at : at + workers], {"scheduler": scheduler, "num_workers": workers})
+            if reads:
+                _put_bytes(marker, "reads", reads.to_parquet())  # with the blocks it counts: a run that resumes adds to it
+        counts = dict(reads.totals()) if reads else {}
+        if counts.get("completeness", 1.0) < completeness:
+            marker.attrs.clear()  # so that the next run reads again what was lost
+            raise ReadError(_incomplete(site_id, year, counts, reads, completeness))
         if not arrays["quality"][index].any():
             raise CubeError(
                 f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
-        marker.create_array("scenes", data=np.frombuffer(scenes, dtype=np.uint8), overwrite=True)
-        # The commit: one object, replaced as a whole.
-        marker.attrs.put({**provenance, "build_id": build, "committed": datetime.now(tz=UTC).isoformat(timespec="seconds")})
+        _put_bytes(marker, "scenes", scenes)
+        made = {**provenance, "build_id": build, "committed": datetime.now(tz=UTC).isoformat(timespec="seconds")}
+        if counts:
+            made["reads"] = counts
+            note_incomplete(store, site_id, {str(year): counts["completeness"]})
+        marker.attrs.put(made)  # the commit: one object, replaced as a whole
     return True
+
+
+def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
+    """The counts of a run of that very build that was interrupted, as `write_year` was given them; None where there is none."""
+    path = f"{provenance['site']}/builds/{provenance['year']}"
+    if not _exists(store, path):
+        return None
+    marker = _group(store, path)
+    there = marker.attrs.get("building") == build_id(provenance) and "reads" in marker
+    return bytes(marker["reads"][:]) if there else None
+
+
+def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
+    """What became of every read of a committed site-year: one row a scene and band, columns as in `reader.ledger.COUNTS`.
+
+    Raises:
+        CubeError: the year is not committed, or its reads were not counted.
+    """
+    if year not in builds(store, site_id) or "reads" not in (marker := _group(store, f"{site_id}/builds/{year}")):
+        raise CubeError(f"{store}: there are no counts of reads for {site_id} {year}; build it first")
+    return pd.read_parquet(io.BytesIO(bytes(marker["reads"][:])))
+
+
+_NOTING = threading.Lock()  # threads of this process commit years of one site at a time
+
+
+def note_incomplete(store: str, site_id: str, pending: Mapping[str, float] | None = None) -> None:
+    """Say in the cube's own attributes which years were committed with reads lost: `incomplete_reads`, year -> share read.
+
+    Args:
+        store: local path or object-store URL.
+        site_id: the site.
+        pending: years about to be committed, and their shares.
+    """
+    with _NOTING:
+        shares = {str(y): made["reads"]["completeness"] for y, made in builds(store, site_id).items() if "reads" in made}
+        noted = {year: share for year, share in {**shares, **(pending or {})}.items() if share < 1}
+        group = _site_group(store, site_id, mode="r+")
+        if noted != group.attrs.get("incomplete_reads", {}):
+            group.attrs["incomplete_reads"] = noted
+
+
+def _begin(marker: zarr.Group, clear_count: zarr.Array, index: int, build: str) -> None:
+    """Forget what another build left of the year, its commit first."""
+    marker.attrs.clear()
+    for block in _blocks(clear_count):
+        _delete(clear_count, (index, *block))
+    if "reads" in marker:
+        del marker["reads"]
+    marker.attrs["building"] = build
+
+
+def _put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
+    group.create_array(name, data=np.frombuffer(content, dtype=np.uint8), overwrite=True)
+
+
+def _incomplete(site_id: str, year: int, counts: Mapping[str, float], reads: Account | None, completeness: float) -> str:
+    first = next(iter(reads.lost()), "") if reads else ""
+    return (
+        f"{site_id} {year}: {counts['lost']} of {counts['planned']} reads were lost, which leaves {counts['completeness']:.2%} "
+        f"where --min-read-completeness asks for {completeness:.2%}, so it is not committed; first {first}"
+    )
 
 
 def build_id(provenance: Mapping[str, Any]) -> str:
@@ -169,7 +287,7 @@ def build_id(provenance: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any]) -> dict[str, Any]:
+def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any], **more: Any) -> dict[str, Any]:
     """What a site-year is made of, as plain JSON: everything that `build_id` hashes, and what else a reader may ask."""
     listed = [
         {
@@ -189,6 +307,7 @@ def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: S
         "scenes": sorted(listed, key=lambda s: str(s["id"])),
         "version": metadata.version("minecube"),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        **more,
     }
 
 
@@ -443,13 +562,7 @@ def _delete(array: zarr.Array, block: Sequence[int]) -> None:
 
 
 def _zarr_store(store: str) -> Any:
-    if "://" not in store:
-        return store
-    try:
-        from obstore.store import from_url  # an extra: local stores need none of it
-    except ModuleNotFoundError as error:
-        raise CubeError(f"{store}: object stores need one package more: pip install 'minecube[publish]'") from error
-    return zarr.storage.ObjectStore(from_url(store))
+    return zarr.storage.ObjectStore(from_url(store)) if "://" in store else store
 
 
 def _exists(store: str, path: str) -> bool:

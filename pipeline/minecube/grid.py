@@ -7,11 +7,14 @@ at 10, 20 and 60 m without resampling (Sentinel-2 Products Specification Documen
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyproj
+import shapely
 from affine import Affine
 from odc.geo import CRS, BoundingBox, Geometry
 from odc.geo.geobox import GeoBox
+from shapely.geometry.base import BaseGeometry
 
 from minecube.catalog import Site
 from minecube.errors import CatalogError
@@ -81,3 +84,28 @@ def equal_area_crs(grid: GeoBox) -> pyproj.CRS:
     if -25 <= lon <= 45 and 33 <= lat <= 72:  # EPSG:3035's area of use, the Atlantic islands left out
         return pyproj.CRS.from_epsg(3035)
     return pyproj.CRS.from_proj4(f"+proj=laea +lat_0={lat:.4f} +lon_0={lon:.4f} +datum=WGS84 +units=m")
+
+
+def area_of(grid: GeoBox) -> BaseGeometry:
+    """The grid's extent in longitude and latitude, cut at the antimeridian."""
+    return split_at_antimeridian(grid.geographic_extent.geom)
+
+
+def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
+    """The footprint as GeoJSON has it (RFC 7946, 3.1.9): cut at 180 degrees where it spans half the world otherwise."""
+    west, _, east, _ = shape.bounds
+    if east - west <= 180:
+        return shape
+    # A footprint that is cut already has a part on either side and stays as it is.
+    parts = shapely.get_parts(shape)
+    if all(p.bounds[2] - p.bounds[0] <= 180 for p in parts):
+        return shape
+
+    def eastward(x: Any, y: Any) -> tuple[Any, Any]:
+        return x + 360 * (x < 0), y
+
+    whole = shapely.transform(shape, eastward, interleaved=False)
+    left = whole.intersection(shapely.box(0, -90, 180, 90))
+    right = shapely.transform(whole.intersection(shapely.box(180, -90, 360, 90)), lambda x, y: (x - 360, y), interleaved=False)
+    pieces = [p for half in (left, right) for p in shapely.get_parts(half) if p.area > 0]
+    return shapely.MultiPolygon(pieces)

@@ -1,4 +1,5 @@
-"""Pictures of what was built and mapped: a strip of years with outlines, area by year, composites side by side.
+"""Pictures of what was built and mapped: a strip of years with outlines, area by year, composites side by side; and, before
+anything is built, of what there is to build it from.
 
 All images of one picture share one stretch, so what looks brighter is brighter. What was not observed is hatched grey,
 never black: black would pass for water. Outlines are cyan and magenta, which differ in lightness as well as in hue, so that
@@ -17,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xarray as xr
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from minecube.errors import CubeError
@@ -32,6 +36,8 @@ MAPPED, TRUTH, GAIN, LOSS = "#222222", "#009e73", "#d55e00", "#0072b2"  # the la
 INK = "#333333"
 TRUE_COLOUR = ["B04", "B03", "B02"]
 PANEL_IN, DPI = 2.9, 120
+SHADES = "YlGnBu"  # of usable dates; ColorBrewer, safe for colour-blind eyes
+NONE_USABLE, TOO_FEW, MISSING, OUT_OF_SEASON, NO_PASS = "#f5b5d0", "#c2006b", "#d55e00", "#e9e9e9", "#f7f7f7"
 
 Image = npt.NDArray[np.uint16]
 
@@ -131,6 +137,159 @@ def area_plot(areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, 
     drawn = {name: line for box in boxes for ax in box.axes for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(drawn.values(), drawn, loc="outside lower center", ncols=len(drawn), fontsize=8, frameon=False)
     _save(fig, out)
+
+
+def coverage_map(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: str) -> None:
+    """Write a PNG of what there is to build from: a row a site and source, a cell a month, darker for more usable dates.
+
+    Pink where a month of the season has none. In each cell a bar as long as the share of passes that the source does not
+    list. Months out of season are hatched; years with too few usable dates are framed, those not audited crossed out.
+
+    Args:
+        months: site, year, month, source, usable, expected, missing (the last two may be NA) and state, as `scenes.coverage`
+            has them; sites and sources are drawn in their order.
+        years: site, year, source, usable and state; the last source of a site-year says whether it is framed.
+        out: path of the PNG.
+        title: stands above it.
+
+    Raises:
+        CubeError: there is no month to draw, or the file cannot be written.
+    """
+    if months.empty:
+        raise CubeError(f"{out}: there is no month to draw; audit a site and a year first")
+    table = _Table(months)
+    fig = Figure(figsize=(max(table.left + table.wide + 0.2, _LEGEND_IN), table.top + table.high + 0.35), dpi=DPI)
+    ax = fig.add_axes(_inches(fig, table.left, table.top, table.wide, table.high))
+    ax.set(xlim=(0, table.wide), ylim=(table.high, 0))
+    ax.set_axis_off()
+    shades = ScalarMappable(Normalize(0, max(float(months["usable"].max()), 4)), colormaps[SHADES])
+    _cells(ax, table, months, shades)
+    _site_years(ax, table, years)
+    _headings(ax, table)
+    fig.text(
+        0.1 / fig.get_figwidth(), 1 - 0.1 / fig.get_figheight(), title, va="top", fontsize=12, color=INK, fontweight="bold"
+    )
+    _coverage_legend(fig, shades)
+    _save(fig, out)
+
+
+_LEGEND_IN = 7.6
+
+
+class _Table:
+    """Where the rows and cells of a coverage map are, in inches; large where they are few."""
+
+    top = 1.15
+
+    def __init__(self, months: pd.DataFrame) -> None:
+        self.rows = list(months[["site", "source"]].drop_duplicates().itertuples(index=False, name=None))
+        sites = list(dict.fromkeys(site for site, _ in self.rows))
+        # A site's rows lie together, also where its years were listed by different sources.
+        self.rows.sort(key=lambda row: sites.index(row[0]))
+        self.years = sorted(months["year"].unique())
+        self.roomy = len(self.rows) * len(self.years) <= 250 and len(self.years) <= 4
+        self.cell = (0.25, 0.25) if self.roomy else (0.13, 0.16 if len(self.rows) <= 150 else 0.11)
+        self.year_in = 12 * self.cell[0] + (0.55 if self.roomy else 0.1)
+        between = 0.1 if len(self.rows) > len(sites) else 0
+        places = [n * self.cell[1] + sites.index(site) * between for n, (site, _) in enumerate(self.rows)]
+        self.y = dict(zip(self.rows, places, strict=True))
+        self.wide, self.high = self.year_in * len(self.years), places[-1] + self.cell[1]
+        self.sources_in = 0.2 + 0.068 * max(len(source) for _, source in self.rows)
+        self.left = 0.2 + 0.085 * max(map(len, sites)) + self.sources_in
+
+    def x(self, year: int, month: int = 1) -> float:
+        """The left edge of a month."""
+        return self.year_in * self.years.index(year) + self.cell[0] * (month - 1)
+
+
+def _inches(fig: Figure, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
+    wide, high = fig.get_size_inches()
+    return left / wide, 1 - (top + height) / high, width / wide, height / high
+
+
+def _cells(ax: Axes, table: _Table, months: pd.DataFrame, shades: ScalarMappable) -> None:
+    width, height = table.cell
+    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
+    left = np.array([table.x(y, m) for y, m in zip(months["year"], months["month"], strict=True)])
+    above = np.array([table.y[key] for key in zip(months["site"], months["source"], strict=True)])
+    boxes = np.stack([left, above], -1)[:, None] + corners * (width, height)
+    outside, idle = months["state"] == "out of season", months["state"].isin(["before launch", "to come"])
+    season = (~outside & ~idle).to_numpy()
+    usable = months["usable"].to_numpy(float)
+    colours = np.where(usable[:, None] > 0, shades.to_rgba(usable), to_rgba(NONE_USABLE))
+    colours[idle] = to_rgba(NO_PASS)
+    ax.add_collection(PolyCollection(list(boxes[~outside]), facecolors=colours[~outside], edgecolors="white", linewidths=0.6))
+    share = (months["missing"] / months["expected"]).astype("Float64").fillna(0.0).to_numpy(float)
+    marked, thick = season & (share > 0), (0.18 if table.roomy else 0.32) * height
+    bars = corners * np.stack([share * width * 0.84, np.full(share.shape, thick)], -1)[:, None]
+    bars += np.stack([left + 0.08 * width, above + 0.93 * height - thick], -1)[:, None]
+    ax.add_collection(PolyCollection(list(bars[marked]), facecolors=MISSING, edgecolors="white", linewidths=0.4))
+    if table.roomy:
+        for x, y, n in zip(left[season], above[season], usable[season], strict=True):
+            colour = "white" if n > 0.55 * (shades.get_clim()[1] or 1) else INK
+            ax.text(x + width / 2, y + 0.4 * height, f"{n:.0f}", color=colour, fontsize=7.5, ha="center", va="center")
+
+
+def _site_years(ax: Axes, table: _Table, years: pd.DataFrame) -> None:
+    """The ground that shows out of season, frames around too few dates, sums; crosses through those that are not there."""
+    width, height = table.cell
+    for site in dict.fromkeys(site for site, _ in table.rows):
+        own = [y for (s, _), y in table.y.items() if s == site]
+        for year in table.years:
+            rows = years[(years["site"] == site) & (years["year"] == year)]
+            # A little inside, so that frames above each other stay apart.
+            box = ((table.x(year) + 0.01, own[0] + 0.01), 12 * width - 0.02, own[-1] + height - own[0] - 0.02)
+            if rows.empty:
+                ax.add_patch(Rectangle(*box, facecolor="white", edgecolor="#888888", hatch="xx", lw=0.8))
+                continue
+            ax.add_patch(Rectangle(*box, facecolor=OUT_OF_SEASON, edgecolor="#c4c4c4", hatch="/////", lw=0, zorder=0))
+            if rows["state"].iloc[-1] != "ok":
+                ax.add_patch(Rectangle(*box, facecolor="none", edgecolor=TOO_FEW, lw=2 if table.roomy else 1.3, zorder=3))
+            for row in rows.itertuples() if table.roomy else ():
+                where = (table.x(year) + 12 * width + 0.3, table.y[site, row.source] + height / 2)
+                text = ax.text(*where, f"{row.usable}", fontsize=8, color=INK, ha="right", va="center")
+                if row.state != "ok":
+                    text.set(color=TOO_FEW, fontweight="bold")
+
+
+def _headings(ax: Axes, table: _Table) -> None:
+    """Years and months above, sites and sources to the left."""
+    width, height = table.cell
+    for year in table.years:
+        ax.text(table.x(year) + 6 * width, -0.2, str(year), fontsize=9, fontweight="bold", color=INK, ha="center", va="bottom")
+        for month, letter in enumerate("JFMAMJJASOND", start=1):
+            where = (table.x(year, month) + width / 2, -0.05)
+            ax.text(*where, letter, fontsize=7 if table.roomy else 5.5, color="#777777", ha="center", va="bottom")
+        if table.roomy:
+            ax.text(table.x(year) + 12 * width + 0.3, -0.05, "sum", fontsize=7, color="#777777", ha="right", va="bottom")
+        if table.high > 6:  # the headings above are out of sight
+            where = (table.x(year) + 6 * width, table.high + 0.05)
+            ax.text(*where, str(year), fontsize=9, fontweight="bold", color=INK, ha="center", va="top")
+    small = 7.5 if height > 0.12 else 6
+    named = set()
+    for (site, source), y in table.y.items():
+        ax.text(-0.08, y + height / 2, source, fontsize=small, color=INK, ha="right", va="center")
+        if site not in named:
+            named.add(site)
+            where = (0.1 - table.left, y + height / 2)
+            ax.text(*where, site, fontsize=min(small + 1, 8.5), fontweight="bold", color=INK, va="center")
+
+
+def _coverage_legend(fig: Figure, shades: ScalarMappable) -> None:
+    bar = fig.add_axes(_inches(fig, 0.12, 0.42, 1.3, 0.1))
+    fig.colorbar(shades, cax=bar, orientation="horizontal", ticks=MaxNLocator(integer=True, nbins=5))
+    bar.tick_params(labelsize=7, color=INK, labelcolor=INK, length=2, pad=1)
+    bar.set_title("usable dates", fontsize=7, color=INK, pad=2)
+    marks = [
+        Patch(facecolor=NONE_USABLE, label="no usable date"),
+        Patch(facecolor=MISSING, label="share of passes that is not listed"),
+        Patch(facecolor=OUT_OF_SEASON, edgecolor="#c4c4c4", hatch="/////", lw=0, label="out of season"),
+        Patch(facecolor=NO_PASS, edgecolor="#dddddd", label="before launch, or to come"),
+        Patch(facecolor="none", edgecolor=TOO_FEW, lw=1.8, label="too few usable dates for the recipe"),
+        Patch(facecolor="white", edgecolor="#888888", hatch="xxxx", lw=0.8, label="not audited"),
+    ]
+    where = (1.6 / fig.get_figwidth(), 1 - 0.32 / fig.get_figheight())
+    fig.legend(handles=marks, loc="upper left", bbox_to_anchor=where, ncols=3, fontsize=7, frameon=False, labelcolor=INK)
 
 
 def _known(table: pd.DataFrame) -> pd.Series:

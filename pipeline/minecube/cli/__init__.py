@@ -20,7 +20,9 @@ from minecube.errors import MinecubeError
 COMMANDS = {
     "sites": ("minecube.cli.data", "List the sites of the catalogue, or of a file of your own."),
     "simulate": ("minecube.cli.data", "Make a Sentinel-2 archive with known truth."),
-    "search": ("minecube.cli.data", "Find the scenes of sites and years, and save the list."),
+    "search": ("minecube.cli.survey", "Find the scenes of sites and years, and save the list."),
+    "audit": ("minecube.cli.survey", "Check what sources list of sites and years, against the satellites' orbits."),
+    "plan": ("minecube.cli.survey", "Say what a build would take, before a pixel is read."),
     "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.composite import composite
+from minecube.composite import composite, plan
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
+from minecube.reader import Ledger, check_credentials
+from minecube.scenes import offsets, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +27,15 @@ class Job:
     """One build: what is made of what, and where to."""
 
     store: str
-    source: Source
+    sources: tuple[Source, ...]
+    """In order of preference: each acquisition is read from the first that lists it."""
     recipe: Recipe
     snapshots: Path
     """Folder of scene lists; one that is there is used, so that a build can be repeated with the API gone."""
+    on_offset_conflict: str = "drop"
+    """One of `offsets.POLICIES`."""
+    min_read_completeness: float = 1.0
+    """Share of a site-year's planned reads below which it is not committed; below 1, lost pixels count as not observed."""
     overwrite: bool = False
 
 
@@ -45,57 +49,95 @@ class Outcome:
     """built, kept (that build was there already) or failed."""
     scenes: int = 0
     days: int = 0
+    conflicts: int = 0
+    """Scenes whose offset contradicts their pixels."""
+    planned: plan.Estimate | None = None
+    reads: Mapping[str, float] = field(default_factory=dict)
+    """What came of them, as `Ledger.totals` has it; empty where nothing was read."""
     seconds: float = 0.0
     message: str = ""
 
 
-def known_scenes(site: Site, year: int, source: Source, folder: Path) -> list[pystac.Item]:
+def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
     """The site-year's scenes: from its saved list, else searched."""
-    path = _list_path(site, year, source, folder)
-    return scenes.belonging(scenes.load(path), site, year, source) if path.exists() else scenes.search(site, year, source)
-
-
-def snapshot(site: Site, year: int, source: Source, folder: Path, *, anew: bool = False) -> list[pystac.Item]:
-    """The same, saved before a pixel is read, so that a later run builds from the same list; `anew` searches in any case."""
-    path = _list_path(site, year, source, folder)
-    if path.exists() and not anew:
-        return known_scenes(site, year, source, folder)
-    found = scenes.search(site, year, source)
-    scenes.save(found, path)
+    path = list_path(site, year, sources, folder)
+    if not path.exists():
+        return scenes.search(site, year, *sources)
+    found = snapshot.load(path)
+    scenes.belonging(found.scenes, site, year, sources)
     return found
 
 
-def _list_path(site: Site, year: int, source: Source, folder: Path) -> Path:
-    return folder / f"{site.id}_{year}_{source.id}.parquet"
+def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, anew: bool = False) -> scenes.Found:
+    """The same, saved before a pixel is read, so that a later run builds from the same list; `anew` searches in any case."""
+    path = list_path(site, year, sources, folder)
+    if path.exists() and not anew:
+        return known_scenes(site, year, sources, folder)
+    found = scenes.search(site, year, *sources)
+    snapshot.save(found, path)
+    return found
+
+
+def list_path(site: Site, year: int, sources: Sequence[Source], folder: Path) -> Path:
+    """Where the site-year's scene list is."""
+    return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
 
 
 def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Callable[[], bool] = lambda: False) -> Outcome:
     """One site-year, committed or with the reason why not; the unit of work on every machine. Never raises MinecubeError."""
     start = time.monotonic()
     try:
-        grid = grid_of(site)
-        chosen = scenes.select(snapshot(site, year, job.source, job.snapshots), job.recipe)
-        provenance = cube.provenance_of(site, year, grid, job.recipe, chosen)
-        with tempfile.TemporaryDirectory() as folder:
-            scenes.save(chosen, Path(folder) / "scenes.parquet")
-            listed = (Path(folder) / "scenes.parquet").read_bytes()
-        lazy = composite(chosen, grid, job.recipe)
-        # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
-        new = cube.write_year(
-            job.store,
-            lazy,
-            provenance,
-            listed,
-            overwrite=job.overwrite,
-            scheduler="threads",
-            workers=workers,
-            stopped=stopped,
-        )
+        return _built(job, site, year, workers, stopped)
     except MinecubeError as error:
         return _failed(site, year, error, time.monotonic() - start)
-    days = len({s.properties["minecube:solar_day"] for s in chosen})
-    state = "built" if new else "kept"
-    return Outcome(site=site.id, year=year, state=state, scenes=len(chosen), days=days, seconds=time.monotonic() - start)
+
+
+def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], bool]) -> Outcome:
+    start = time.monotonic()
+    grid = grid_of(site)
+    found = saved_scenes(site, year, job.sources, job.snapshots)
+    chosen = scenes.select(found.scenes, job.recipe)
+    provenance = cube.provenance_of(
+        site,
+        year,
+        grid,
+        job.recipe,
+        chosen,
+        snapshot=snapshot.digest(found.scenes),
+        refused=dict(found.refused),
+        on_offset_conflict=job.on_offset_conflict,
+    )
+    done = Outcome(site=site.id, year=year, state="kept", scenes=len(chosen), days=len(scenes.dates(chosen)))
+    if cube.is_committed(job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness):
+        return replace(done, seconds=time.monotonic() - start)
+    lossy = job.min_read_completeness < 1
+    looks = Ledger(lossy=lossy)
+    checks = offsets.check_offsets(chosen, grid, looks)
+    used = offsets.resolve(chosen, checks, job.on_offset_conflict)
+    provenance |= {"offset_conflicts": offsets.as_rows(checks), "offset_untold": [c.scene for c in checks if c.step is None]}
+    provenance["offset_check_reads"] = looks.totals()
+    ledger = Ledger(lossy=lossy, before=cube.reads_so_far(job.store, provenance))
+    # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
+    new = cube.write_year(
+        job.store,
+        composite(used, grid, job.recipe, ledger),
+        provenance,
+        snapshot.to_bytes(chosen),
+        reads=ledger,
+        completeness=job.min_read_completeness,
+        overwrite=job.overwrite,
+        scheduler="threads",
+        workers=workers,
+        stopped=stopped,
+    )
+    return replace(
+        done,
+        state="built" if new else "kept",
+        conflicts=sum(c.conflict for c in checks),
+        planned=plan.estimate(used, grid, job.recipe),
+        reads=ledger.totals(),
+        seconds=time.monotonic() - start,
+    )
 
 
 def build(
@@ -110,31 +152,48 @@ def build(
     Everything is searched first, so that a site of which nothing can be built leaves nothing in the store.
 
     Raises:
-        MinecubeError: a year without Sentinel-2, a source without a band of the recipe, a site without polygon, or one whose
-            group in the store was made by another recipe or on another grid; before anything is read or written.
+        MinecubeError: a year without Sentinel-2, a source without a band of the recipe or without its keys, a site without
+            polygon, or one whose group in the store was made by another recipe or on another grid, or no site-year that
+            can be begun, for other reasons than empty searches; before a pixel is read or anything written to the store.
     """
     scenes.check_years(years)
-    lacking = [b for b in job.recipe.bands if b not in job.source.assets]
-    if lacking:
-        raise CatalogError(f"source {job.source.id!r} has no {', '.join(lacking)}, which recipe {job.recipe.id!r} needs")
+    for source in job.sources:
+        lacking = [b for b in job.recipe.bands if b not in source.bands()]
+        if lacking:
+            raise CatalogError(f"source {source.id!r} has no {', '.join(lacking)}, which recipe {job.recipe.id!r} needs")
+        check_credentials(source.access, source.id)
     for site in sites:
         cube.check(job.store, site, grid_of(site), years, job.recipe)
-    outcomes, todo = [], []
-    for site in sites:
-        for year in years:
-            try:
-                scenes.select(snapshot(site, year, job.source, job.snapshots), job.recipe)
-            except SceneError as error:
-                outcomes.append(_failed(site, year, error, 0.0))
-                done(outcomes[-1])
-            else:
-                todo.append((site, year))
+    todo, outcomes = _searched(job, sites, years, done)
     for site in {s.id: s for s, _ in todo}.values():
         cube.create(job.store, site, grid_of(site), years, job.recipe)
     for outcome in _run(job, todo, executor):
         outcomes.append(outcome)
         done(outcome)
+    for site_id in {o.site for o in outcomes if o.state != "failed"}:
+        cube.note_incomplete(job.store, site_id)  # years that other processes committed at the same moment
     return sorted(outcomes, key=lambda o: (o.site, o.year))
+
+
+def _searched(
+    job: Job, sites: Sequence[Site], years: Sequence[int], done: Callable[[Outcome], None]
+) -> tuple[list[tuple[Site, int]], list[Outcome]]:
+    """Site-years that have their scenes, saved, and what became of the others; raises SceneError as `build` says."""
+    outcomes, todo, unusable = [], [], []
+    for site in sites:
+        for year in years:
+            try:
+                scenes.select(saved_scenes(site, year, job.sources, job.snapshots).scenes, job.recipe)
+            except SceneError as error:
+                outcomes.append(_failed(site, year, error, 0.0))
+                done(outcomes[-1])
+                if not isinstance(error, scenes.NothingFoundError) or error.found.refused:
+                    unusable.append(error)
+            else:
+                todo.append((site, year))
+    if unusable and not todo:
+        raise unusable[0]  # no site-year has failed: the source, or the list, is not what it was taken for
+    return todo, outcomes
 
 
 def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) -> Iterator[Outcome]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minecube import cube
-from minecube.catalog import ModelCard, Recipe, Site, Source, load_models, load_recipes, load_sites, load_sources
+from minecube.catalog import ModelCard, Recipe, Site, Source, load_models, load_recipes, load_sites, load_sources, pick
 from minecube.errors import CatalogError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,6 +34,24 @@ catalog_option = click.option(
     "--catalog",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A folder with more sites.geojson, sources.yaml, recipes.yaml or models.yaml of your own.",
+)
+
+
+source_option = click.option(
+    "--source",
+    "source_ids",
+    required=True,
+    help="Where scenes come from: earth-search, cdse, ... (catalog/sources.yaml); several in order of preference, "
+    "comma-separated: a later one has what the earlier lack.",
+)
+recipe_option = click.option(
+    "--recipe", "recipe_id", default="annual-median", show_default=True, help="How a composite is made (catalog/recipes.yaml)."
+)
+snapshots_option = click.option(
+    "--scenes",
+    "snapshots",
+    type=click.Path(path_type=Path),
+    help="Folder of scene lists, used where there and filled where not. [default: <store>-scenes]",
 )
 
 
@@ -78,6 +96,20 @@ def stored_sites(store: str, wanted: str) -> list[str]:
 def sources(catalog: Path | None) -> dict[str, Source]:
     """The shipped sources and the user's."""
     return _with_own(load_sources, catalog, "sources.yaml", "source")
+
+
+def choose_sources(ids: str, catalog: Path | None) -> tuple[Source, ...]:
+    """The sources named, in order of preference; raises CatalogError for one that is unknown or named twice."""
+    known, names = sources(catalog), [name.strip() for name in ids.split(",")]
+    if len(set(names)) < len(names):
+        raise CatalogError(f"--source {ids}: expected each source once")
+    return tuple(pick(known, name, "source") for name in names)
+
+
+def scenes_folder(snapshots: Path | None, store: str) -> Path:
+    """Where scene lists are: the folder named, or the one beside the store (here, where the store is far away)."""
+    name = store.rstrip("/")
+    return snapshots or Path(f"{name.rpartition('/')[2] if '://' in name else name}-scenes")
 
 
 def recipes(catalog: Path | None) -> dict[str, Recipe]:

@@ -1,4 +1,4 @@
-"""Subcommands that make data: sites, simulate, search, build, label."""
+"""Subcommands that make data: sites, simulate, build, label."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import odc.geo.xr  # noqa: F401  registers the .odc accessor
 
-from minecube import cube, labels, scenes
-from minecube.catalog import Site, pick
+from minecube import cube, labels
+from minecube.catalog import pick
 from minecube.cli import build as building
 from minecube.cli.common import (
     Years,
     catalog_option,
     choose_sites,
+    choose_sources,
     progress_bar,
+    recipe_option,
     recipes,
+    scenes_folder,
     sites_option,
-    sources,
+    snapshots_option,
+    source_option,
     store_option,
     stored_sites,
     table,
     years_option,
 )
-from minecube.errors import CatalogError, LabelError, SceneError
+from minecube.cli.survey import show_plan
+from minecube.composite import plan
+from minecube.errors import CatalogError, LabelError
 from minecube.grid import grid_of
+from minecube.scenes import offsets
 from minecube.simulate import World
 from minecube.simulate import simulate as make_world
-
-source_option = click.option(
-    "--source", "source_id", required=True, help="Where scenes come from: earth-search, cdse, ... (catalog/sources.yaml)."
-)
-recipe_option = click.option(
-    "--recipe", "recipe_id", default="annual-median", show_default=True, help="How a composite is made (catalog/recipes.yaml)."
-)
 
 
 @click.command()
@@ -85,64 +86,44 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
 @sites_option
 @years_option
 @source_option
-@catalog_option
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("scenes"), show_default=True, help="Folder for the scene lists."
-)
-def search(wanted: str, years: tuple[int, ...], source_id: str, catalog: Path | None, out: Path) -> None:
-    """Find the scenes of sites and years, and save each list as stac-geoparquet for `build --scenes`.
-
-    \b
-    Example:
-      minecube search --sites my_mines.geojson --years 2019-2023 --source earth-search --out scenes
-    """
-    source = pick(sources(catalog), source_id, "source")
-    chosen = choose_sites(wanted, catalog)
-    rows = []
-    with progress_bar("searching", len(chosen) * len(years)) as advance:
-        for site in chosen:
-            for year in years:
-                found = building.snapshot(site, year, source, out, anew=True)
-                baselines = sorted({s.properties["s2:processing_baseline"] for s in found})
-                cloud = sum(s.properties["eo:cloud_cover"] for s in found) / len(found)
-                days = len({s.properties["minecube:solar_day"] for s in found})
-                rows.append((site.id, year, len(found), days, f"{cloud:.0f}", ", ".join(baselines)))
-                advance(note=site.id)
-    click.echo(table(("site", "year", "scenes", "days", "cloud %", "baselines"), rows))
-    click.echo(f"saved in {out}")
-
-
-@click.command()
-@sites_option
-@years_option
-@source_option
 @store_option
 @recipe_option
 @catalog_option
-@click.option(
-    "--scenes",
-    "snapshots",
-    type=click.Path(path_type=Path),
-    help="Folder of scene lists, used where there and filled where not. [default: <store>-scenes]",
-)
+@snapshots_option
 @click.option("--scheduler", help="Address of a Dask scheduler (tcp://host:8786); this machine's threads by default.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace site-years that were built from other scenes; the old are gone at once."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be built from which scenes; reads no pixel, writes nothing.")
+@click.option(
+    "--on-offset-conflict",
+    type=click.Choice(offsets.POLICIES),
+    default="drop",
+    show_default=True,
+    help="What becomes of a scene whose radiometric offset contradicts its pixels: kept, read with the other offset, left "
+    "out, or the end of its site-year.",
+)
+@click.option(
+    "--min-read-completeness",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Share of a site-year's reads without which it is not committed; below 1, what is lost counts as not observed.",
+)
+@click.option("--dry-run", is_flag=True, help="The same as `minecube plan`: reads no pixel, writes nothing.")
 @click.pass_context
 def build(
     ctx: click.Context,
+    /,
     wanted: str,
     years: tuple[int, ...],
-    source_id: str,
+    source_ids: str,
     store: str,
     recipe_id: str,
     catalog: Path | None,
     snapshots: Path | None,
     scheduler: str | None,
-    overwrite: bool,
     dry_run: bool,
+    **how: Any,
 ) -> None:
     """Composite scenes into cloud-free annual cubes, one Zarr group a site.
 
@@ -151,23 +132,27 @@ def build(
     \b
     Examples:
       minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr
-      minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr --dry-run
+      minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search-c1,planetary-computer --store cubes.zarr
     """
-    source, recipe = pick(sources(catalog), source_id, "source"), pick(recipes(catalog), recipe_id, "recipe")
+    recipe = pick(recipes(catalog), recipe_id, "recipe")
+    folder = scenes_folder(snapshots, store)
+    job = building.Job(store=store, sources=choose_sources(source_ids, catalog), recipe=recipe, snapshots=folder, **how)
     chosen = choose_sites(wanted, catalog)
-    folder = snapshots or Path(f"{store.rstrip('/').rpartition('/')[2] if '://' in store else store.rstrip('/')}-scenes")
-    job = building.Job(store=store, source=source, recipe=recipe, snapshots=folder, overwrite=overwrite)
     if dry_run:
-        click.echo(_plan(job, chosen, years))
+        show_plan(job, chosen, years, plan.Terms())
         return
     with progress_bar("building", len(chosen) * len(years)) as advance, _executor(scheduler) as executor:
         outcomes = building.build(job, chosen, years, executor, lambda o: advance(note=f"{o.site} {o.year}"))
     click.echo(
         table(
-            ("site", "year", "state", "scenes", "days", "s"),
-            [(o.site, o.year, o.state, o.scenes, o.days, round(o.seconds, 1)) for o in outcomes],
+            ("site", "year", "state", "scenes", "days", "offsets in conflict", "lost reads", "s"),
+            [
+                (o.site, o.year, o.state, o.scenes, o.days, o.conflicts, o.reads.get("lost", 0), round(o.seconds, 1))
+                for o in outcomes
+            ],
         )
     )
+    _show_planned_and_actual(outcomes)
     failed = [o for o in outcomes if o.state == "failed"]
     for outcome in failed:
         click.echo(f"error: {outcome.site} {outcome.year}: {outcome.message}", err=True)
@@ -176,6 +161,23 @@ def build(
             f"{len(failed)} of {len(outcomes)} site-years failed and are not in {store}; run again to try just those", err=True
         )
         ctx.exit(1)
+
+
+def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
+    """What was planned of the site-years that were built, at most, and what it came to."""
+    built = [o for o in outcomes if o.planned]
+    if not built:
+        return
+    planned = sum((o.planned for o in built if o.planned), plan.Estimate())
+    actual = {name: sum(o.reads[name] for o in built) for name in ("planned", "requests", "bytes", "retried")}
+    rows = [
+        ("reads", planned.reads, int(actual["planned"])),
+        ("requests", planned.requests, int(actual["requests"])),
+        ("MB", round(planned.bytes / 1e6, 1), round(actual["bytes"] / 1e6, 1)),
+    ]
+    click.echo("\n" + table(("", "planned, at most", "actual"), rows))
+    if actual["retried"]:
+        click.echo(f"{int(actual['retried'])} requests were tried again")
 
 
 @click.command()
@@ -210,29 +212,6 @@ def label(store: str, wanted: str, polygons: Path) -> None:
             known = (mask != 255).any()
             rows.append((site_id, int(year), round(float((mask == 1).sum()) / 1e4, 3) if known else "unknown"))
     click.echo(table(("site", "year", "mine km2"), rows))
-
-
-def _plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int]) -> str:
-    scenes.check_years(years)
-    rows: list[tuple[object, ...]] = []
-    for site in chosen:
-        cube.check(job.store, site, grid_of(site), years, job.recipe)
-        committed = cube.builds(job.store, site.id)
-        for year in years:
-            try:
-                listed = scenes.select(building.known_scenes(site, year, job.source, job.snapshots), job.recipe)
-            except SceneError as error:
-                click.echo(f"error: {site.id} {year}: {error}", err=True)
-                rows.append((site.id, year, "no scenes", 0, 0, 0))
-                continue
-            state = "to build"
-            if year in committed:
-                asked = cube.build_id(cube.provenance_of(site, year, grid_of(site), job.recipe, listed))
-                state = "committed" if committed[year]["build_id"] == asked else "committed from other scenes"
-            days = len({s.properties["minecube:solar_day"] for s in listed})
-            rows.append((site.id, year, state, len(listed), days, len(listed) * (len(job.recipe.bands) + 1)))
-    headings = ("site", "year", "state", "scenes", "days", "reads a block at most")
-    return table(headings, rows) + "\ndry run: nothing was read or written"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from minecube.cli.results import SHOWN, export_sites, score_site
 from minecube.composite import composite
 from minecube.errors import CatalogError, MinecubeError
 from minecube.grid import grid_of
+from minecube.scenes import snapshot
 from minecube.simulate import World
 from minecube.simulate import simulate as make_world
 
@@ -110,7 +111,7 @@ def _build(sites: list[Site], world: Path, store: str, lists: Path) -> dict[str,
     listed_by: dict[str, str] = {}
     for source in known.values():
         own = [s for s in sites if _lists(source.href, s)]
-        job = building.Job(store=store, source=source, recipe=load_recipes()[RECIPE], snapshots=lists)
+        job = building.Job(store=store, sources=(source,), recipe=load_recipes()[RECIPE], snapshots=lists)
         for outcome in building.build(job, own, YEARS):
             if outcome.state == "failed":
                 raise MinecubeError(f"{outcome.site} {outcome.year}: {outcome.message}")
@@ -132,7 +133,7 @@ def _against_truth(sites: list[Site], world: Path, store: str, out: Path, listed
         for year in YEARS:
             clean = truth["reflectance"].sel(year=year).values.astype(np.float32)
             ours = made["reflectance"].sel(year=year).values
-            listed = scenes.load(out / "scenes" / f"{site.id}_{year}_{listed_by[site.id]}.parquet")
+            listed = snapshot.load(out / "scenes" / f"{site.id}_{year}_{listed_by[site.id]}.parquet").scenes
             everything = load_recipes()["naive-median"]
             naive = composite(scenes.select(listed, everything), grid_of(site), everything)["reflectance"].compute()
             mine = truth["footprint"].sel(year=year).values == 1

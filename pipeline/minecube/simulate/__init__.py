@@ -29,8 +29,8 @@ from minecube.catalog import FIRST_YEAR, Site, Source, load_sources
 from minecube.errors import CatalogError
 from minecube.grid import grid_of, padded
 from minecube.simulate.archive import write_index, write_item, write_sources
-from minecube.simulate.granules import granules
-from minecube.simulate.items import STYLES, Item, products
+from minecube.simulate.granules import Granule, granules
+from minecube.simulate.items import STYLES, Item, Product, misflagged, products
 from minecube.simulate.land import Land, ground_of, land_of
 from minecube.simulate.mine import mine_of
 from minecube.simulate.noise import Draw, streams
@@ -62,6 +62,8 @@ class World:
     """Providers whose archives are imitated."""
     one_style_per_site: bool = False
     """Each site is listed by one style, in turn; otherwise every site by every style."""
+    wrong_flags: float = 0.0
+    """Share of Earth Search's items, from baseline 04.00 on, whose flag says the wrong thing about the offset."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class World:
         unknown = [s for s in self.styles if s not in STYLES]
         _need(self.styles and not unknown, f"styles of {', '.join(STYLES)}", ", ".join(unknown) or "none")
         _need(len(set(self.styles)) == len(self.styles), "every style once", self.styles)
+        _need(0 <= self.wrong_flags <= 1, "wrong_flags as a share, 0..1", self.wrong_flags)
         _need(self.seed >= 0, "a seed of at least 0", self.seed)
         for year in self.years:
             most = dates_possible(year)
@@ -100,6 +103,8 @@ def simulate(sites: Sequence[Site], out: Path, world: World, *, progress: Callab
             sky          uint8 (time, y, x), by solar day: 0 not observed, 1 clear, 2 contaminated, which is where cloud, halo,
                          thin cloud, haze, shadow or snow moves the reflectance of some band by more than 0.02
         truth_footprints.parquet  the outlines behind `footprint`, EPSG:4326: site, year, geometry
+        truth_offsets.parquet     what the pixels of each item carry on top of reflectance x 10000: style, id, carried, and
+                                  whether its flag is wrong
 
     Nothing of it is there before all of it is.
 
@@ -130,15 +135,16 @@ def simulate(sites: Sequence[Site], out: Path, world: World, *, progress: Callab
 
 def _simulate_all(sites: Sequence[Site], out: Path, world: World, progress: Callable[[str], None]) -> None:
     items: dict[str, list[Item]] = {}
-    outlines = []
+    outlines, carried = [], []
     taken: set[str] = set()
     known = load_sources()
     for site, style in zip(sites, itertools.cycle(world.styles)):
         place = _place(site, world, [known[s] for s in ((style,) if world.one_style_per_site else world.styles)], taken)
         for year in sorted(world.years):
             progress(f"{site.id} {year}")
-            for listed_by, made in _simulate_year(place, out, year, world).items():
-                items.setdefault(listed_by, []).extend(made)
+            for listed_by, of_year in _simulate_year(place, out, year, world).items():
+                items.setdefault(listed_by, []).extend(item for item, _ in of_year)
+                carried += [(listed_by, item["id"], p.offset, p.flag is not None) for item, p in of_year]
             mine = mine_of(place.grid, place.draw, year).footprint
             outlines.append(
                 gpd.GeoDataFrame({"site": [site.id], "year": [year]}, geometry=[mine], crs=place.grid.crs).to_crs(4326)
@@ -147,6 +153,7 @@ def _simulate_all(sites: Sequence[Site], out: Path, world: World, progress: Call
         write_index(out, listed_by, made)
     write_sources(out, {listed_by: known[listed_by] for listed_by in items})
     pd.concat(outlines, ignore_index=True).to_parquet(out / "truth_footprints.parquet")
+    pd.DataFrame(carried, columns=["style", "id", "carried", "misflagged"]).to_parquet(out / "truth_offsets.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,30 +177,39 @@ def _place(site: Site, world: World, listed_by: Sequence[Source], taken: set[str
     return _Place(site=site, grid=grid, canvas=canvas, draw=draw, land=land, tiles=tiles, listed_by=listed_by)
 
 
-def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[str, list[Item]]:
-    """Write a site-year with its truth; what comes back are its items by style."""
+def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[str, list[tuple[Item, Product]]]:
+    """Write a site-year with its truth; what comes back are its items by style, each with the product it lists."""
     ground = ground_of(place.land, year)
     longitude = place.grid.geographic_extent.centroid.coords[0][0]
     passes = overpasses(place.draw, longitude, year, world.dates(year), world.winter_dates)
     sky: dict[np.datetime64, UInt8] = {}
-    items: dict[str, list[Item]] = {source.id: [] for source in place.listed_by}
+    items: dict[str, list[tuple[Item, Product]]] = {source.id: [] for source in place.listed_by}
     with ThreadPoolExecutor(_WRITERS) as writers:
-        writing: list[tuple[str, Future[Item]]] = []
+        writing: list[tuple[str, Product, Future[Item]]] = []
         for overpass in passes:
             seen = observe(place.draw, place.grid, place.canvas, ground, overpass)
             sky[np.datetime64(overpass.day, "ns")] = sky_seen(seen, overpass, place.tiles, place.grid, place.canvas)
             cut = list(granules(seen, overpass, place.tiles, place.grid, place.canvas))
             # One date is written while the next is computed, and no more are held.
-            for style, item in writing:
-                items[style].append(item.result())
+            for style, product, item in writing:
+                items[style].append((item.result(), product))
             writing = [
-                (source.id, writers.submit(write_item, out, source, granule, product))
+                (source.id, product, writers.submit(write_item, out, source, granule, product))
                 for granule in cut
                 for source in place.listed_by
-                for product in products(source.id, granule)
+                for product in _listed(place, source, granule, world.wrong_flags)
             ]
-        for style, item in writing:
-            items[style].append(item.result())
+        for style, product, item in writing:
+            items[style].append((item.result(), product))
     truth = reflectance_of(ground, passes, window(place.grid, place.canvas)), footprint_of(ground.mine, place.grid)
     write_year(out / "truth.zarr", place.site.id, place.grid, year, truth, sky)
     return items
+
+
+def _listed(place: _Place, source: Source, granule: Granule, wrong_flags: float) -> list[Product]:
+    made = []
+    for product in products(source.id, granule):
+        rng = place.draw("flag", granule.overpass.day, granule.tile.name, granule.part, product.baseline)
+        flagged = source.offset.applied_flag and product.baseline >= source.offset.from_baseline
+        made.append(misflagged(product, rng) if flagged and rng.random() < wrong_flags else product)
+    return made

@@ -7,9 +7,11 @@ what these are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from typing import Any
+
+import numpy as np
 
 from minecube.catalog import BANDS, SCL
 from minecube.simulate.granules import Granule
@@ -66,6 +68,8 @@ class Product:
     facility: str = "2APS"
     old: bool = False
     """Pixels of the old processing: biased and misregistered."""
+    flag: bool | None = None
+    """What Earth Search says of whether it has removed the offset; None where its item is right."""
 
 
 def products(style: str, granule: Granule) -> list[Product]:
@@ -91,6 +95,11 @@ def products(style: str, granule: Granule) -> list[Product]:
         Product(baseline=baseline, offset=0, generated=fresh, sequence=granule.part, facility="SGS_", old=True),
         Product(baseline="05.00", offset=0, generated=again, sequence=granule.part + granule.parts, facility="S2RP"),
     ]
+
+
+def misflagged(product: Product, rng: np.random.Generator) -> Product:
+    """The product with a flag that is wrong, in one of the two ways: removed but not said so, said so but not removed."""
+    return replace(product, flag=False) if rng.random() < 0.5 else replace(product, flag=True, offset=1000)
 
 
 def item_of(style: str, granule: Granule, product: Product, assets: Mapping[str, str]) -> tuple[Item, dict[str, str]]:
@@ -152,7 +161,7 @@ def _earth_search(granule: Granule, product: Product) -> Item:
             "view:sun_elevation": granule.elevation,
             **_s2(granule, product),
             "s2:sequence": str(product.sequence),
-            "earthsearch:boa_offset_applied": product.baseline >= "04.00",
+            "earthsearch:boa_offset_applied": product.baseline >= "04.00" if product.flag is None else product.flag,
         },
     }
 

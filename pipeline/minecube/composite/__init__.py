@@ -28,15 +28,13 @@ from scipy import ndimage
 
 from minecube.catalog import SCL, BrightOverride, HazeTest, MaskRule, Recipe
 from minecube.errors import ReadError
-from minecube.grid import ALIGN_M, PIXEL_M, at_resolution, blocks, padded
-from minecube.reader import stack
+from minecube.grid import ALIGN_M, PIXEL_M, area_of, at_resolution, blocks, padded
+from minecube.reader import Ledger, fetched, stack
 
 Bool = npt.NDArray[np.bool_]
 UInt8 = npt.NDArray[np.uint8]
 UInt16 = npt.NDArray[np.uint16]
 
-READ_THREADS = 16
-"""Reads in flight per block: they wait on disks and networks, not on cores."""
 QUALITY = ("no observation", "clear", "clear before the mask was grown", "thin cloud or shadow", "cloud in every observation")
 """What the numbers of the `quality` layer mean; anything above 1 is a fallback, for want of a clear observation."""
 SCL_M = 20
@@ -46,13 +44,14 @@ MARGIN_STEP_M = 240
 _CLOUD, _NODATA = (8, 9), 0
 
 
-def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr.Dataset:
+def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe, ledger: Ledger | None = None) -> xr.Dataset:
     """One year of one site, lazy: nothing is read until it is computed or written.
 
     Args:
         scenes: normalised scenes of one year (`scenes.select`), in any order and any UTM zone.
         grid: the site's grid.
         recipe: bands, mask, reducer and block size.
+        ledger: counts the reads, where they are made in this process, and says whether one may be lost.
 
     Returns:
         reflectance uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1; the median is rounded half to even.
@@ -73,7 +72,7 @@ def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr
         missing = [b for b in (*recipe.bands, SCL) if b not in scene.assets]
         if missing:
             raise ReadError(f"scene {scene.id}: has no {', '.join(missing)}, which recipe {recipe.id!r} needs")
-    if recipe.haze and not {"B02", "B04"} <= set(_by_resolution(scenes, recipe.bands)[0][1]):
+    if recipe.haze and not {"B02", "B04"} <= set(by_resolution(scenes, recipe.bands)[0][1]):
         raise ReadError(f"recipe {recipe.id!r} tests for haze, which needs B02 and B04 at the finest resolution of its bands")
     ordered = _in_mosaic_order(scenes, grid)
     shared = dask.delayed(ordered, pure=False, traverse=False)
@@ -82,7 +81,9 @@ def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr
     rows = []
     for _, row in itertools.groupby(blocks(grid, recipe.block_px), key=lambda block: block[0].start):
         boxes = [grid[block] for block in row]
-        rows.append([da.from_delayed(task(shared, box, recipe), (planes, *box.shape), dtype=np.uint16) for box in boxes])
+        rows.append(
+            [da.from_delayed(task(shared, box, recipe, ledger), (planes, *box.shape), dtype=np.uint16) for box in boxes]
+        )
     packed = da.block(rows)
     return xr.Dataset(
         {
@@ -94,20 +95,20 @@ def composite(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr
     )
 
 
-def composite_block(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> UInt16:
+def composite_block(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, ledger: Ledger | None = None) -> UInt16:
     """One block, read and reduced: uint16 [bands..., clear_count, quality; y, x]. Scenes must be in mosaic order."""
     out = np.zeros((len(recipe.bands) + 2, *box.shape), dtype=np.uint16)
-    fringe, margin = _margins_m(recipe)
-    scenes = _near(scenes, padded(box, margin))
+    fringe, margin = margins_m(recipe)
+    scenes = near(scenes, padded(box, margin))
     if not scenes:
         return out
     days = _days(scenes)
     size = scenes[0].assets[SCL].extra_fields["gsd"]
-    scl = _read(scenes, at_resolution(padded(box, margin), size), (SCL,))[:, 0].astype(np.uint8)
+    scl = _read(scenes, at_resolution(padded(box, margin), size), (SCL,), ledger)[:, 0].astype(np.uint8)
     owner, day_scl = mosaic(scl, days)
     clear, lower = usable(day_scl, recipe, size)
     owner, day_scl, clear, lower = (_cropped(a, (margin - fringe) // size) for a in (owner, day_scl, clear, lower))
-    groups = _by_resolution(scenes, recipe.bands)
+    groups = by_resolution(scenes, recipe.bands)
     seen = {
         resolution: np.zeros((len(bands), len(clear), *at_resolution(padded(box, fringe), resolution).shape), np.uint16)
         for resolution, bands in groups
@@ -118,7 +119,8 @@ def composite_block(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) 
     while wanted.any():
         complete = np.ones_like(use)
         for resolution, bands in groups:
-            _fill(seen[resolution], scenes, days, np.where(wanted, owner, -1), padded(box, fringe), resolution, bands)
+            asked = np.where(wanted, owner, -1)
+            _fill(seen[resolution], scenes, days, asked, padded(box, fringe), resolution, bands, ledger)
             for pixels in seen[resolution]:
                 complete &= _summed(pixels, resolution, size) != 0
         kept |= wanted & complete
@@ -148,11 +150,12 @@ def _fill(
     around: GeoBox,
     resolution: int,
     bands: tuple[str, ...],
+    ledger: Ledger | None,
 ) -> None:
     """Read bands into `seen` [band, day, y, x] where `owner` [day, y, x], at the mask's pixel size, names a scene."""
     wanted = np.unique(owner[owner >= 0]).tolist()
     pick = _owner_at(owner, around.shape[0] * PIXEL_M // owner.shape[1], resolution)
-    pixels = _read([scenes[i] for i in wanted], at_resolution(around, resolution), bands)
+    pixels = _read([scenes[i] for i in wanted], at_resolution(around, resolution), bands, ledger)
     for n, i in enumerate(wanted):
         np.copyto(seen[:, days[i]], pixels[n], where=pick[days[i]] == i)
 
@@ -317,26 +320,24 @@ def _days(scenes: Sequence[pystac.Item]) -> list[int]:
     return [index[day] for day in days]
 
 
-def _by_resolution(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> list[tuple[int, tuple[str, ...]]]:
+def by_resolution(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> list[tuple[int, tuple[str, ...]]]:
+    """Pixel sizes in metres, finest first, each with its bands in order."""
     size = {b: min(s.assets[b].extra_fields["gsd"] for s in scenes) for b in bands}
     by_size = itertools.groupby(sorted(bands, key=lambda b: size[b]), key=lambda b: size[b])
     return [(resolution, tuple(group)) for resolution, group in by_size]
 
 
-def _read(scenes: Sequence[pystac.Item], box: GeoBox, bands: Sequence[str]) -> UInt16:
-    pixels: UInt16 = stack(scenes, box, bands, chunk_px=max(box.shape)).data.compute(
-        scheduler="threads", num_workers=READ_THREADS
-    )
-    return pixels
+def _read(scenes: Sequence[pystac.Item], box: GeoBox, bands: Sequence[str], ledger: Ledger | None) -> UInt16:
+    return fetched(stack(scenes, box, bands, chunk_px=max(box.shape), ledger=ledger))
 
 
-def _near(scenes: Sequence[pystac.Item], around: GeoBox) -> list[pystac.Item]:
+def near(scenes: Sequence[pystac.Item], around: GeoBox) -> list[pystac.Item]:
     """The scenes whose footprint comes within a kilometre; published footprints are that coarse."""
-    area = padded(around, 1000 // ALIGN_M * ALIGN_M).geographic_extent.geom
+    area = area_of(padded(around, 1000 // ALIGN_M * ALIGN_M))
     return [s for s in scenes if shapely.intersects(shapely.geometry.shape(s.geometry), area)]
 
 
-def _margins_m(recipe: Recipe) -> tuple[int, int]:
+def margins_m(recipe: Recipe) -> tuple[int, int]:
     """How far beyond a block the haze test looks, and how far the whole mask does, in metres.
 
     The first is of whole 60 m pixels, the second such that every block samples the same ones.

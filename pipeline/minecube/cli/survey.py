@@ -1,0 +1,273 @@
+"""Subcommands that look before they build: search, audit, plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import click
+import pandas as pd
+
+from minecube import cube, report, scenes
+from minecube.catalog import Recipe, Site, Source, pick
+from minecube.cli import build as building
+from minecube.cli.common import (
+    catalog_option,
+    choose_sites,
+    choose_sources,
+    progress_bar,
+    recipe_option,
+    recipes,
+    scenes_folder,
+    sites_option,
+    snapshots_option,
+    source_option,
+    store_option,
+    table,
+    years_option,
+)
+from minecube.composite import plan as planning
+from minecube.errors import CubeError, SceneError
+from minecube.grid import grid_of
+from minecube.scenes import coverage
+
+_SEARCHES = 4
+"""At a time: an API takes its time to answer, whatever the cores."""
+_LAG = timedelta(days=2)
+"""A pass is not missing until its product had time to be made and listed, which takes about a day."""
+
+
+@click.command()
+@sites_option
+@years_option
+@source_option
+@catalog_option
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("scenes"), show_default=True, help="Folder for the scene lists."
+)
+def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path) -> None:
+    """Find the scenes of sites and years, and save each list as stac-geoparquet for `build --scenes`.
+
+    \b
+    Example:
+      minecube search --sites my_mines.geojson --years 2019-2023 --source earth-search --out scenes
+    """
+    chosen, sources = choose_sites(wanted, catalog), choose_sources(source_ids, catalog)
+    rows = []
+    with progress_bar("searching", len(chosen) * len(years)) as advance:
+        for site in chosen:
+            for year in years:
+                found = building.saved_scenes(site, year, sources, out, anew=True)
+                baselines = sorted({s.properties["s2:processing_baseline"] for s in found.scenes})
+                cloud = sum(s.properties["eo:cloud_cover"] for s in found.scenes) / len(found.scenes)
+                counts = (len(found.scenes), len(scenes.dates(found.scenes)), found.copies, len(found.refused))
+                rows.append((site.id, year, *counts, f"{cloud:.0f}", ", ".join(baselines)))
+                advance(note=site.id)
+    click.echo(table(("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines"), rows))
+    click.echo(f"saved in {out}")
+
+
+@click.command()
+@sites_option
+@years_option
+@source_option
+@recipe_option
+@catalog_option
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("audit"),
+    show_default=True,
+    help="Folder for audit.parquet (by month), audit.csv (by year) and audit.png.",
+)
+@click.pass_context
+def audit(
+    ctx: click.Context, /, wanted: str, years: tuple[int, ...], source_ids: str, recipe_id: str, catalog: Path | None, out: Path
+) -> None:
+    """Say what each source lists of sites and years, against what the satellites' orbits would have. Reads no pixel.
+
+    Exits with 1 where a site-year has fewer usable dates than the recipe asks for, or a source does not answer.
+
+    \b
+    Example:
+      minecube audit --sites my_mines.geojson --years 2015-2024 --source earth-search,planetary-computer --out audit
+    """
+    chosen, sources = choose_sites(wanted, catalog), choose_sources(source_ids, catalog)
+    recipe = pick(recipes(catalog), recipe_id, "recipe")
+    scenes.check_years(years)
+    for site in chosen:
+        grid_of(site)  # one without polygon ends it now, not after an hour of searching
+    until, parts = datetime.now(tz=UTC).date() - _LAG, []
+    with progress_bar("auditing", len(chosen) * len(years) * len(sources)) as advance:
+        for site in chosen:
+            listings = _listings(site, years, sources, lambda note: advance(note=note))
+            parts += [coverage.audit(listings, recipe, until)] if listings else []
+    unanswered = len(chosen) * len(years) - sum(by_year["year"].nunique() for _, by_year in parts)
+    few = 0
+    if parts:
+        by_month, by_year = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+        few = _show_audit(by_year, recipe)
+        _save_audit(by_month, by_year, out, recipe)
+    if few or unanswered:
+        click.echo(
+            f"of {len(chosen) * len(years)} site-years, {few} have too few usable dates and {unanswered} could not be audited",
+            err=True,
+        )
+        ctx.exit(1)
+
+
+def _listings(
+    site: Site, years: Sequence[int], sources: Sequence[Source], done: Callable[[str], None]
+) -> list[coverage.Listing]:
+    """What each source has of each year; a year of which one does not answer is left out, with an error line."""
+    listings: list[coverage.Listing] = []
+    pool = ThreadPoolExecutor(max_workers=_SEARCHES)
+    try:
+        tasks = {year: [pool.submit(_listing, site, year, source) for source in sources] for year in years}
+        for year, asked in tasks.items():
+            errors = []
+            for source, task in zip(sources, asked, strict=True):
+                error = task.exception()
+                if error and not isinstance(error, SceneError):
+                    raise error
+                errors += [f"{source.id}: {error}"] if error else []
+                done(f"{site.id} {year}")
+            for text in errors:
+                click.echo(f"error: {site.id} {year} is not audited, {text}", err=True)
+            listings += [] if errors else [task.result() for task in asked]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return listings
+
+
+def _listing(site: Site, year: int, source: Source) -> coverage.Listing:
+    try:
+        found = scenes.search(site, year, source)
+    except scenes.NothingFoundError as error:
+        found = error.found
+    return coverage.Listing(site=site.id, year=year, source=source.id, found=found)
+
+
+def _show_audit(by_year: pd.DataFrame, recipe: Recipe) -> int:
+    """Print the years, and the site-years under the recipe's minimum; how many those are."""
+    shown = ["site", "year", "source", "listed", "refused", "copies", "scenes"]
+    shown += ["days", "expected", "missing", "usable", "gap_days", "cloud", "baselines", "state"]
+    text = by_year.assign(cloud=["-" if pd.isna(c) else f"{c:.0f}" for c in by_year["cloud"]])[shown].astype(object)
+    rows = text.where(text.notna(), "?").to_numpy().tolist()
+    click.echo(table([name.replace("gap_days", "gap").replace("cloud", "cloud %") for name in shown], rows))
+    months = ", ".join(map(str, recipe.months))
+    click.echo(
+        f"days, expected, missing and usable are dates of months {months}; gap is the most days in a row without a usable one"
+    )
+    # The last row of a site-year is what its sources have together.
+    few = by_year.groupby(["site", "year"], sort=False).tail(1).query("state != 'ok'")
+    for row in few.itertuples():
+        click.echo(
+            f"error: {row.site} {row.year}: {row.usable} usable dates, and recipe {recipe.id!r} needs {row.needed}; "
+            f"the longest gap in season is {row.gap_days} days, {row.gap}",
+            err=True,
+        )
+    return len(few)
+
+
+def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe: Recipe) -> None:
+    """Each file whole or not at all; raises CubeError where one cannot be written."""
+    for path, write in ((out / "audit.parquet", by_month.to_parquet), (out / "audit.csv", by_year.to_csv)):
+        part = path.with_name(path.name + ".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write(part, index=False)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise CubeError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error
+    report.coverage_map(by_month, by_year, out / "audit.png", f"Usable dates by month, recipe {recipe.id}")
+    click.echo(f"saved in {out}")
+
+
+@click.command()
+@sites_option
+@years_option
+@source_option
+@store_option
+@recipe_option
+@catalog_option
+@snapshots_option
+@click.option(
+    "--prices",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML with any of latency_s, mb_per_s, cores, currency, per_1000_requests, per_gb, per_core_hour.",
+)
+def plan(
+    wanted: str,
+    years: tuple[int, ...],
+    source_ids: str,
+    store: str,
+    recipe_id: str,
+    catalog: Path | None,
+    snapshots: Path | None,
+    prices: Path | None,
+) -> None:
+    """Say what a build would take: scenes, requests, bytes, memory, time, cost. Reads no pixel, writes nothing.
+
+    From the saved scene lists where they are there, so that it works with the API gone; else it searches.
+
+    \b
+    Example:
+      minecube plan --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr --prices prices.yaml
+    """
+    job = building.Job(
+        store=store,
+        sources=choose_sources(source_ids, catalog),
+        recipe=pick(recipes(catalog), recipe_id, "recipe"),
+        snapshots=scenes_folder(snapshots, store),
+    )
+    show_plan(job, choose_sites(wanted, catalog), years, planning.Terms.load(prices) if prices else planning.Terms())
+
+
+def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], terms: planning.Terms) -> None:
+    """Print what each site-year would take at most, and all that is not committed yet together."""
+    scenes.check_years(years)
+    rows: list[tuple[object, ...]] = []
+    total = planning.Estimate()
+    for site in chosen:
+        grid = grid_of(site)
+        cube.check(job.store, site, grid, years, job.recipe)
+        committed = cube.builds(job.store, site.id)
+        for year in years:
+            try:
+                listed = scenes.select(building.known_scenes(site, year, job.sources, job.snapshots).scenes, job.recipe)
+            except SceneError as error:
+                click.echo(f"error: {site.id} {year}: {error}", err=True)
+                rows.append(_row(site.id, year, "no scenes", 0, planning.Estimate(), terms))
+                continue
+            state, needs = "to build", planning.estimate(listed, grid, job.recipe)
+            if year in committed:
+                asked = cube.build_id(cube.provenance_of(site, year, grid, job.recipe, listed))
+                state = "committed" if committed[year]["build_id"] == asked else "committed from other scenes"
+            if state == "committed":
+                needs = planning.Estimate(scenes=len(listed))
+            total += needs
+            rows.append(_row(site.id, year, state, len(scenes.dates(listed)), needs, terms))
+    if len(rows) > 1:
+        rows.append(_row("all", "", "", "", total, terms))
+    priced = ("cost " + terms.currency,) if total.cost(terms) is not None else ()
+    click.echo(table(("site", "year", "state", "days", "scenes", "reads", "requests", "MB", "MB a block", "s", *priced), rows))
+    assumed = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(terms).items() if value is not None)
+    click.echo(f"at most, with {assumed}; nothing was read or written")
+
+
+def _row(
+    site: str, year: object, state: str, days: object, needs: planning.Estimate, terms: planning.Terms
+) -> tuple[object, ...]:
+    cost = needs.cost(terms)
+    return (
+        *(site, year, state, days, needs.scenes, needs.reads, needs.requests),
+        *(round(needs.bytes / 1e6, 1), round(needs.block_bytes / 1e6), round(needs.seconds(terms), 1)),
+        *(() if cost is None else (f"{cost:.4f}",)),
+    )

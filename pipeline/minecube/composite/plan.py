@@ -1,0 +1,146 @@
+"""What a site-year will ask for, said before a pixel is read: from its scene list, its grid and its recipe alone.
+
+Per block, scene that comes near it and band: one request for the file's header, the first time, and one for each row of the
+file's tiles that the block's window touches; as many bytes as those tiles hold. That is the most: of a scene of which no clear
+pixel is wanted the bands are not read, and which those are only the pixels say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pystac
+import yaml
+from odc.geo.geobox import GeoBox
+
+from minecube.catalog import SCL, Recipe
+from minecube.composite import by_resolution, margins_m, near
+from minecube.errors import CatalogError
+from minecube.grid import at_resolution, blocks, padded
+
+_TILE_M = 109_800  # side of a Sentinel-2 tile
+_STORED = {10: 1.5, 20: 1.4, SCL: 0.06}
+"""Bytes a pixel takes in the files where the item does not say their size: of real Collection 1 items, 0.5 to 2.4, SCL 0.02 to
+0.09."""
+_OVERVIEWS = 0.75  # of a file's bytes are its full resolution, where it has overviews of a half, a quarter ...
+_CPU_S_PER_MPX = 0.06
+"""Core-seconds to decode, mask and reduce a million pixels read; measured by benchmarks/reading.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Where a build runs: how fast, and what it costs; `--prices FILE` has any of them."""
+
+    latency_s: float = 0.05
+    """From a request to the first byte of its answer."""
+    mb_per_s: float = 50.0
+    """Megabytes a second that the network brings."""
+    cores: int = 2
+    currency: str = "USD"
+    per_1000_requests: float | None = None
+    per_gb: float | None = None
+    """Of data read: what leaves a provider's region."""
+    per_core_hour: float | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Terms:
+        """Terms of a YAML file; raises CatalogError where it holds anything else."""
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise CatalogError(f"{path}: cannot be read as prices: {error}") from error
+        if not isinstance(content, Mapping):
+            raise CatalogError(f"{path}: expected names and values such as per_gb: 0.09, found {type(content).__name__}")
+        for name, value in content.items():
+            if name not in {f.name for f in fields(cls)}:
+                raise CatalogError(f"{path}: field {name!r}: expected one of {', '.join(f.name for f in fields(cls))}")
+            fits = isinstance(value, str) if name == "currency" else type(value) in (int, float) and value >= 0
+            if not fits or (name in ("mb_per_s", "cores") and not value):
+                raise CatalogError(f"{path}: field {name!r}: expected a number above 0 (currency: text), found {value!r}")
+        return cls(**content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one site-year, or several, take at most."""
+
+    scenes: int = 0
+    reads: int = 0
+    requests: int = 0
+    bytes: int = 0
+    pixels: int = 0
+    """Read, at their own sizes."""
+    block_bytes: int = 0
+    """Memory of the largest block in hand."""
+    connections: int = 64
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Both, one after the other."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        sums["block_bytes"] = max(self.block_bytes, other.block_bytes)
+        return Estimate(**{**sums, "connections": min(self.connections, other.connections)})
+
+    def seconds(self, terms: Terms) -> float:
+        """How long: as waiting, network or cores have it, whichever takes longest, for they go on at once."""
+        waiting = self.requests * terms.latency_s / self.connections
+        return max(waiting, self.bytes / 1e6 / terms.mb_per_s, self.pixels / 1e6 * _CPU_S_PER_MPX / terms.cores)
+
+    def cost(self, terms: Terms) -> float | None:
+        """In the terms' currency; None where they name no price."""
+        prices = (terms.per_1000_requests, terms.per_gb, terms.per_core_hour)
+        if prices == (None, None, None):
+            return None
+        core_hours = self.seconds(terms) * terms.cores / 3600
+        return sum((p or 0) * n for p, n in zip(prices, (self.requests / 1e3, self.bytes / 1e9, core_hours), strict=True))
+
+
+def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Estimate:
+    """The most that `composite` of these scenes on this grid will read, and the memory that a block takes."""
+    total, opened = Estimate(scenes=len(scenes)), set()
+    for block in blocks(grid, recipe.block_px):
+        box = grid[block]
+        fringe, margin = margins_m(recipe)
+        listed = near(scenes, padded(box, margin))
+        if not listed:
+            continue
+        for scene in listed:
+            for band in (SCL, *recipe.bands):
+                size = scene.assets[band].extra_fields["gsd"]
+                window = at_resolution(padded(box, margin if band == SCL else fringe), size).shape
+                href = scene.assets[band].href
+                total += _asset(scene, band, size, (window.y, window.x), first=href not in opened)
+                opened.add(href)
+        total += Estimate(block_bytes=_memory(listed, box, recipe))
+    return total
+
+
+def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool) -> Estimate:
+    tile = scene.properties["minecube:tile_px"]
+    side = _TILE_M // size_m
+    # On average a window begins anywhere in a tile, so it touches as many as it is long, and a part of one more.
+    rows, columns = (min(n / tile + (tile - 1) / tile, side / tile) for n in window)
+    stored = scene.assets[band].extra_fields.get("file:size")
+    per_pixel = stored * _OVERVIEWS / side**2 if stored else _STORED.get(band if band == SCL else size_m, 1.5)
+    return Estimate(
+        reads=1,
+        requests=math.ceil(rows) + first,
+        bytes=int(rows * columns * tile**2 * per_pixel) + 16384 * first,
+        pixels=window[0] * window[1],
+    )
+
+
+def _memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
+    """Bytes that `composite_block` holds at its height: the bands of a resolution twice (as read, as days), the rest once."""
+    fringe, margin = margins_m(recipe)
+    days = len({s.properties["minecube:datatake"] for s in scenes})
+    by_size = {
+        size: len(bands) * math.prod(at_resolution(padded(box, fringe), size).shape) * 2
+        for size, bands in by_resolution(scenes, recipe.bands)
+    }
+    kept = days * sum(by_size.values())
+    read = len(scenes) * max(by_size.values())
+    masks = (len(scenes) * 3 + days * 40) * math.prod(at_resolution(padded(box, margin), 20).shape)
+    return int(kept + read + masks)

@@ -1,0 +1,404 @@
+"""The one way pixels are read: one asset onto one grid, in its own pixels wherever they fall on the grid.
+
+`read` trusts the file, never the item. A file of the grid's zone whose pixels are the grid's, or whole multiples of them,
+is read as a plain window (a 20 m pixel is repeated, not interpolated); anything else, above all a scene of the
+neighbouring UTM zone, is warped. COG or JPEG 2000; a local path, http(s):// or s3://, of which `remote` fetches the bytes.
+A read that fails raises, or is lost in the `Ledger` that allows it: an error never becomes a zero unseen.
+
+A dataset is opened, read and closed by one thread, within one read. What is worth keeping, the header's bytes and the
+connection, is shared by all (`remote`), so that nothing is asked for twice.
+
+All of stackstac stays in this module. It is called in the only mode in which it was found correct pixel for pixel:
+explicit epsg, resolution and bounds, pixel-centre coordinates, no rescaling, integers with 0 as fill, on items that
+carry nothing but names, so that no metadata can shift or drop a read and no graph holds a URL.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+import odc.geo.xr
+import pystac
+import rasterio
+import stackstac
+import xarray as xr
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from rasterio.enums import Resampling
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_bounds
+from rasterio.windows import Window, from_bounds
+
+from minecube.catalog import SCL, Access
+from minecube.errors import ReadError
+from minecube.reader.ledger import Ledger
+from minecube.reader.remote import Opened, RequestError, Tally, check_credentials, remote_for
+
+__all__ = ["Asset", "Ledger", "NativeReader", "check_credentials", "fetched", "read", "remove_offset", "stack"]
+
+READ_THREADS = 64
+"""Reads in flight in a process: they wait on networks and disks, so it has nothing to do with Dask's threads or the cores."""
+UInt16 = npt.NDArray[np.uint16]
+_SAME = 1e-3  # corners that agree to a thousandth of a pixel are the same corner: they are whole metres in UTM
+_SAME_SIZE = 1e-6  # pixel sizes must agree far better: the difference adds up over 10980 pixels
+
+
+_PLAIN = Access()
+_GDAL = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no looking for sidecars, a request each
+    # Threads of GDAL's own do not know rasterio's Python files: JPEG 2000 then comes back as whatever lay in memory, without
+    # an error. The reads themselves are many at a time.
+    "GDAL_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file of a scene, and how to get at it."""
+
+    scene: str
+    band: str
+    href: str
+    access: Access = _PLAIN
+
+    @classmethod
+    def of(cls, scene: pystac.Item, band: str) -> Asset:
+        """The scene's file of that band; raises ReadError where it has none."""
+        if band not in scene.assets:
+            raise ReadError(f"scene {scene.id}: no asset for {band}; it has {', '.join(sorted(scene.assets))}")
+        access = Access(**json.loads(scene.properties["minecube:access"]))
+        return cls(scene=scene.id, band=band, href=scene.assets[band].href, access=access)
+
+    def read(self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None) -> UInt16:
+        """As `read`; counted in the ledger, which may allow that it is lost: then uint16 zeros."""
+        if ledger is None:
+            return read(self.href, grid, resampling, self.access)
+        tally, began = Tally(), time.perf_counter()
+        try:
+            pixels = read(self.href, grid, resampling, self.access, tally)
+        except ReadError as error:
+            self._count(ledger, tally, began, lost_because=str(error))
+            if not ledger.lossy:
+                raise
+            return np.zeros(grid.shape, dtype=np.uint16)
+        self._count(ledger, tally, began)
+        return pixels
+
+    def _count(self, ledger: Ledger, tally: Tally, began: float, lost_because: str = "") -> None:
+        ledger.add(
+            self.scene,
+            self.band,
+            reason=lost_because,
+            planned=1,
+            read=0 if lost_because else 1,
+            lost=1 if lost_because else 0,
+            requests=tally.requests,
+            retried=tally.retried,
+            bytes=tally.bytes,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def stack(
+    items: Sequence[pystac.Item], grid: GeoBox, bands: Sequence[str], *, chunk_px: int = 512, ledger: Ledger | None = None
+) -> xr.DataArray:
+    """The lazy view of scenes on a grid, one time step per item in the order given.
+
+    Args:
+        items: normalised scenes (`minecube.scenes`) of any sources and UTM zones.
+        grid: where the pixels go; its own resolution, whatever the files'.
+        bands: band names, or SCL, in the order wanted.
+        chunk_px: side of a Dask chunk.
+        ledger: counts the reads, where they are made in this process.
+
+    Returns:
+        uint16 [time, band, y, x]: surface reflectance x 10000 with the offset removed, valid pixels >= 1, 0 = no data;
+        SCL as its class numbers. Coordinates: `id` and `offset` per time, pixel centres for y and x, `spatial_ref`.
+
+    Raises:
+        ReadError: no items, or one without a band; when computed, a pixel that cannot be read.
+    """
+    if not items:
+        raise ReadError("no scenes to stack; expected at least one item")
+    offsets = np.array([i.properties["minecube:offset"] for i in items], dtype=np.int32)
+    layers = {}
+    for names, resampling in (([b for b in bands if b != SCL], Resampling.bilinear), ([SCL], Resampling.nearest)):
+        wanted = [b for b in names if b in bands]
+        if wanted:
+            raw = _stackstac(items, wanted, grid, resampling, chunk_px, ledger)
+            shift = da.from_array(offsets[:, None, None, None], chunks=(1, -1, -1, -1))
+            pixels = raw if wanted == [SCL] else da.map_blocks(remove_offset, raw, shift, dtype=np.uint16)
+            layers.update({b: pixels[:, k] for k, b in enumerate(wanted)})
+    data = da.stack([layers[b] for b in bands], axis=1)
+    coords: dict[str, Any] = {
+        **odc.geo.xr.xr_coords(grid),
+        "time": ("time", np.array([i.datetime.replace(tzinfo=None) for i in items if i.datetime], dtype="datetime64[ns]")),
+        "band": ("band", list(bands)),
+        "id": ("time", [i.id for i in items]),
+        "offset": ("time", offsets),
+    }
+    return xr.DataArray(data, dims=("time", "band", "y", "x"), coords=coords, name="reflectance")
+
+
+def fetched(stacked: xr.DataArray) -> UInt16:
+    """The pixels of a stack, read on `READ_THREADS` threads that all stacks of this process share."""
+    pixels: UInt16 = stacked.data.compute(scheduler="threads", pool=_threads())
+    return pixels
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READ_THREADS, thread_name_prefix="minecube-read")
+
+
+def remove_offset(raw: UInt16, offset: npt.NDArray[np.int32] | int) -> UInt16:
+    """Digital numbers with BOA_ADD_OFFSET added: uint16, valid pixels at least 1, nodata 0 stays 0.
+
+    Through int32, since uint16 would wrap: a dark 900 with offset -1000 must become 1, not 65436.
+    """
+    shifted = np.clip(raw.astype(np.int32) + offset, 1, 65535)
+    return np.where(raw == 0, 0, shifted).astype(np.uint16)
+
+
+def read(
+    href: str,
+    grid: GeoBox,
+    resampling: Resampling = Resampling.nearest,
+    access: Access | None = None,
+    tally: Tally | None = None,
+) -> UInt16:
+    """One single-band file on the grid: uint16 (y, x), 0 where the file has nothing.
+
+    Files in the grid's zone whose pixels nest in the grid are read without resampling; `resampling` is for the rest.
+
+    Args:
+        href: local path, http(s):// or s3:// URL (or GDAL's /vsicurl/ and /vsis3/ names for them).
+        grid: where the pixels go.
+        resampling: for files that have to be warped.
+        access: how requests are signed; not at all by default.
+        tally: counts requests and bytes.
+
+    Raises:
+        ReadError: the file is missing, truncated, has several bands or is not of unsigned integers up to 16 bits.
+    """
+    tally = tally or Tally()
+    url = re.sub("^/vsis3/", "s3://", href.removeprefix("/vsicurl/"))
+    try:
+        with rasterio.Env(**_GDAL), _open(url, access or _PLAIN, tally) as src:
+            if src.count != 1 or src.dtypes[0] not in ("uint8", "uint16"):
+                found = f"{src.count} of {src.dtypes[0]}"
+                raise ReadError(f"{_shown(href)}: expected one band of uint8 or uint16, found {found}; not a Sentinel-2 band")
+            native = _nested(src, grid)
+            pixels = _read_nested(src, grid, *native, tally) if native else _warp(src, grid, resampling, tally)
+            if tally.error:  # GDAL was given zeros for bytes that did not come
+                raise RequestError(str(tally.error)) from tally.error
+            return pixels
+    except (rasterio.errors.RasterioError, RequestError) as error:
+        why = error if isinstance(error, RequestError) else tally.error or error.__cause__ or error
+        raise ReadError(
+            f"{_shown(href)}: cannot be read ({_shown(str(why))}); its pixels would be missing from the "
+            "composite, so the site-year is not written; check that the file is there and whole, then run again"
+        ) from error
+
+
+def _open(url: str, access: Access, tally: Tally) -> rasterio.DatasetReader:
+    if not url.startswith(("http://", "https://", "s3://")):
+        return rasterio.open(url, sharing=False)
+    source = remote_for(access)
+    head = source.head(url, tally)
+    return rasterio.open("remote/image", sharing=False, opener=Opened(source, url, head, tally))
+
+
+class NativeReader:
+    """stackstac's reader protocol over `read`: a window of a stack is a window of the grid.
+
+    `stackstac.stack(items, reader=NativeReader, ...)` reads hrefs as they are; for those that have to be signed, give
+    `functools.partial(NativeReader, access=source.access)`. Nothing is kept open between reads, so a reader may be used from
+    any thread and pickled; each asset is read once a block anyway.
+
+    Args:
+        url: href of the asset, or its name among `assets`.
+        spec: stackstac's grid.
+        resampling: for files that have to be warped.
+        dtype: uint16, as `fill_value`, `scale_offset` and `errors_as_nodata` must be as `stack` gives them.
+        fill_value: 0.
+        scale_offset: (1, 0).
+        gdal_env: not used.
+        errors_as_nodata: none.
+        access: how requests are signed.
+        assets: assets by name, for stacks of several sources.
+        ledger: counts the reads.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        spec: Any,
+        resampling: Resampling,
+        dtype: np.dtype[Any],
+        fill_value: float,
+        scale_offset: tuple[float, float],
+        gdal_env: Any = None,
+        errors_as_nodata: tuple[Exception, ...] = (),
+        access: Access | None = None,
+        assets: Mapping[str, Asset] | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        del gdal_env
+        self.asset = assets[url] if assets else Asset(scene="", band="", href=url, access=access or _PLAIN)
+        self.spec, self.resampling, self.ledger = spec, resampling, ledger
+        if (dtype, fill_value, scale_offset, errors_as_nodata) != (np.dtype("uint16"), 0, (1, 0), ()):
+            raise ReadError("stackstac must be called with dtype uint16, fill_value 0, rescale False and no errors_as_nodata")
+
+    def read(self, window: Window, **_: Any) -> UInt16:
+        """The window of the grid, uint16 (y, x); raises ReadError."""
+        spec = self.spec
+        corner = spec.transform @ Affine.translation(window.col_off, window.row_off)
+        return self.asset.read(GeoBox((window.height, window.width), corner, spec.epsg), self.resampling, self.ledger)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _stackstac(
+    items: Sequence[pystac.Item],
+    bands: list[str],
+    grid: GeoBox,
+    resampling: Resampling,
+    chunk_px: int,
+    ledger: Ledger | None,
+) -> da.Array:
+    # stackstac is shown names, and the grid itself as each item's place, so that it neither skips nor drops.
+    assets = {f"{n}/{band}": Asset.of(item, band) for n, item in enumerate(items) for band in bands}
+    place = {"proj:epsg": grid.crs.epsg, "proj:bbox": list(grid.boundingbox)}
+    light = [
+        {
+            "id": item.id,
+            "properties": {"datetime": item.datetime.isoformat() if item.datetime else None, **place},
+            "assets": {band: {"href": f"{n}/{band}"} for band in bands},
+        }
+        for n, item in enumerate(items)
+    ]
+    with _STACKSTAC_LOCK:
+        stacked = stackstac.stack(
+            light,
+            assets=bands,
+            epsg=grid.crs.epsg,
+            resolution=abs(grid.resolution.x),
+            bounds=tuple(grid.boundingbox),
+            snap_bounds=False,
+            xy_coords="center",
+            sortby_date=False,
+            rescale=False,
+            dtype=np.dtype("uint16"),
+            fill_value=np.uint16(0),
+            chunksize=chunk_px,
+            resampling=resampling,
+            errors_as_nodata=(),  # its default turns a missing file into zeros
+            properties=False,
+            band_coords=False,
+            reader=functools.partial(NativeReader, assets=assets, ledger=ledger),
+        )
+    expected = (len(items), len(bands), *grid.shape)
+    same = stacked.shape == expected and np.array_equal(stacked.x, grid.coordinates["x"].values)
+    if not (same and np.array_equal(stacked.y, grid.coordinates["y"].values)):
+        raise ReadError(f"stackstac laid out {stacked.shape}, expected {expected} on the grid's coordinates")
+    return stacked.data
+
+
+_STACKSTAC_LOCK = threading.Lock()  # it caches projections in plain dictionaries
+
+
+def _nested(src: rasterio.DatasetReader, grid: GeoBox) -> tuple[int, int, int] | None:
+    """How the file's pixels nest in the grid: (grid pixels per file pixel, x and y distance of the corners in grid pixels)."""
+    t, size = src.transform, abs(grid.resolution.x)
+    if src.crs is None or grid.crs != src.crs or t.b or t.d or not np.isclose(t.a, -t.e):
+        return None
+    ratio, dx, dy = t.a / size, (grid.transform.c - t.c) / size, (t.f - grid.transform.f) / size
+    whole, left, top = round(ratio), round(dx), round(dy)
+    if whole < 1 or abs(ratio - whole) > _SAME_SIZE or abs(dx - left) > _SAME or abs(dy - top) > _SAME:
+        return None
+    return whole, left, top
+
+
+def _read_nested(src: rasterio.DatasetReader, grid: GeoBox, ratio: int, dx: int, dy: int, tally: Tally) -> UInt16:
+    height, width = grid.shape
+    out = np.zeros((height, width), dtype=np.uint16)
+    # First and last file pixel, both cut to the file: boundless reads would fill with whatever nodata the file declares.
+    x0, x1 = max(dx // ratio, 0), min(-(-(dx + width) // ratio), src.width)
+    y0, y1 = max(dy // ratio, 0), min(-(-(dy + height) // ratio), src.height)
+    if x0 >= x1 or y0 >= y1:
+        return out
+    window = Window(x0, y0, x1 - x0, y1 - y0)
+    pixels = _zero_nodata(src.read(1, window=window), src.nodata)
+    _count_stored(src, window, tally)
+    pixels = pixels.repeat(ratio, axis=0).repeat(ratio, axis=1)
+    top, left = y0 * ratio - dy, x0 * ratio - dx  # where the first file pixel falls on the grid; negative: cut
+    pixels = pixels[max(-top, 0) :, max(-left, 0) :][: height - max(top, 0), : width - max(left, 0)]
+    out[max(top, 0) :, max(left, 0) :][: pixels.shape[0], : pixels.shape[1]] = pixels
+    return out
+
+
+def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally) -> UInt16:
+    if src.crs is None:
+        raise ReadError(f"{_shown(src.name)}: the file has no CRS, so its pixels cannot be placed on the grid")
+    height, width = grid.shape
+    # How many source pixels a target pixel looks at. GDAL guesses it from the bounding box of the window, so that the same
+    # pixel differs by hundreds from window to window (its warp option XSCALE; "may vary among chunks").
+    scale = str(abs(src.transform.a) / abs(grid.resolution.x))
+    # Pixels by which a position may be off; GDAL's default is an eighth. Nearest is exact, so that the mask does not depend on
+    # the window; bilinear is off by less than a rounding step, exact would take four times as long.
+    tolerance = 1e-9 if resampling is Resampling.nearest else 1e-3
+    with WarpedVRT(
+        src,
+        crs=grid.crs.to_wkt(),
+        transform=grid.transform,
+        height=height,
+        width=width,
+        resampling=resampling,
+        src_nodata=src.nodata or 0,
+        nodata=0,
+        dtype=src.dtypes[0],
+        XSCALE=scale,
+        YSCALE=scale,
+        tolerance=tolerance,
+    ) as vrt:
+        warped: UInt16 = vrt.read(1).astype(np.uint16)
+    around = transform_bounds(grid.crs.to_wkt(), src.crs, *grid.boundingbox)
+    _count_stored(src, from_bounds(*around, transform=src.transform), tally)
+    return warped
+
+
+def _count_stored(src: rasterio.DatasetReader, window: Window, tally: Tally) -> None:
+    """Count the stored bytes of a window of a local GeoTIFF: its compressed tiles."""
+    if tally.bytes:
+        return  # a remote one, whose bytes were counted as they came
+    height, width = src.block_shapes[0]
+    x0, x1 = max(int(window.col_off), 0), min(int(window.col_off + window.width), src.width)
+    y0, y1 = max(int(window.row_off), 0), min(int(window.row_off + window.height), src.height)
+    for y in range(y0 // height, -(-y1 // height)):
+        for x in range(x0 // width, -(-x1 // width)):
+            tally.bytes += int(src.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1) or 0)
+
+
+def _zero_nodata(pixels: npt.NDArray[Any], nodata: float | None) -> UInt16:
+    if nodata:
+        pixels = np.where(pixels == nodata, 0, pixels)
+    return pixels.astype(np.uint16, copy=False)
+
+
+def _shown(href: str) -> str:
+    """Text without the queries of URLs, which may hold a signature that must not reach a log."""
+    return re.sub(r"\?[^\s'\"]*", "", href)

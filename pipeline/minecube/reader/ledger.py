@@ -1,0 +1,82 @@
+"""What became of every read: planned, read, retried, lost; bytes and seconds; by scene and band.
+
+Counts are additive: over blocks, over the runs of a build that was interrupted, over machines.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import Any
+
+import pandas as pd
+
+COUNTS = ("planned", "read", "lost", "requests", "retried", "bytes", "seconds")
+"""One read is one asset's window. requests: asked of the network (0 for local files); retried: those asked again; bytes: of
+the answers, or of the local file's compressed tiles; seconds: from the first request to the pixels, waiting included."""
+_KEY = ["scene", "band"]
+
+
+class Ledger:
+    """Counts of one site-year, for any thread of this process; a copy in another process counts there, for nobody.
+
+    Args:
+        lossy: whether a read that is lost leaves its pixels unobserved, instead of failing at once.
+        before: a table of counts to go on from, as `to_parquet` wrote it.
+    """
+
+    def __init__(self, *, lossy: bool = False, before: bytes | None = None) -> None:
+        self.lossy = lossy
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str], dict[str, float]] = {}
+        self._reasons: dict[tuple[str, str], str] = {}
+        for row in pd.read_parquet(io.BytesIO(before)).to_dict("records") if before else ():
+            self._counts[row["scene"], row["band"]] = {name: row[name] for name in COUNTS}
+            if row["reason"]:
+                self._reasons[row["scene"], row["band"]] = row["reason"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"lossy": self.lossy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __dask_tokenize__(self) -> int:
+        return id(self)
+
+    def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:
+        """Add counts of a read; `reason` says why one was lost."""
+        with self._lock:
+            row = self._counts.setdefault((scene, band), dict.fromkeys(COUNTS, 0))
+            for name, value in counts.items():
+                row[name] += value
+            if reason:
+                self._reasons[scene, band] = reason
+
+    def totals(self) -> dict[str, float]:
+        """Sums of all counts, and `completeness`: the share of planned reads that were read, 1 where none was planned."""
+        with self._lock:
+            sums = {name: sum(row[name] for row in self._counts.values()) for name in COUNTS}
+        whole = {name: value if name == "seconds" else int(value) for name, value in sums.items()}
+        whole["seconds"] = round(whole["seconds"], 3)
+        return {**whole, "completeness": (sums["planned"] - sums["lost"]) / sums["planned"] if sums["planned"] else 1.0}
+
+    def lost(self) -> list[str]:
+        """A line for each scene and band of which a read was lost, with the reason."""
+        return [f"{scene} {band}: {reason}" for (scene, band), reason in sorted(self._reasons.items())]
+
+    def table(self) -> pd.DataFrame:
+        """One row a scene and band: `COUNTS`, and why a read was lost."""
+        with self._lock:
+            rows = [
+                {"scene": scene, "band": band, **row, "reason": self._reasons.get((scene, band), "")}
+                for (scene, band), row in sorted(self._counts.items())
+            ]
+        types = {name: float if name == "seconds" else "int64" for name in COUNTS}
+        return pd.DataFrame(rows, columns=[*_KEY, *COUNTS, "reason"]).astype(types)
+
+    def to_parquet(self) -> bytes:
+        """The table as the bytes of a Parquet file."""
+        out = io.BytesIO()
+        self.table().to_parquet(out, index=False)
+        return out.getvalue()

@@ -1,0 +1,174 @@
+"""STAC search to normalised, deduplicated scenes, saved as a stac-geoparquet snapshot before a pixel is read.
+
+A scene is a `pystac.Item` whatever provider listed it: assets B02..B12 and SCL, `proj:code`, and under `minecube:` the
+source, how to get at its files, the acquisition it belongs to, and the radiometric offset its pixels still carry, with the
+reason.
+
+    find.py       APIs and files of items: every page, each item once
+    normalise.py  one provider's item -> a scene; copies told apart; sources in order of preference
+    snapshot.py   the list of a site-year on disk, with its hash
+    offsets.py    the offset that was decided, checked in the pixels
+    coverage.py   what was found against what the satellites' orbits would have it
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pystac
+import shapely
+
+from minecube.catalog import FIRST_YEAR, Recipe, Site, Source
+from minecube.errors import SceneError
+from minecube.grid import area_of, grid_of
+from minecube.reader import stack
+from minecube.scenes.find import items_of, over
+from minecube.scenes.normalise import acquisition, deduplicate, merge, normalise
+
+__all__ = [
+    "Found",
+    "NothingFoundError",
+    "acquisition",
+    "belonging",
+    "check_years",
+    "dates",
+    "deduplicate",
+    "merge",
+    "normalise",
+    "search",
+    "select",
+    "stack",
+    "usable",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search brought: the scenes, and what became of the other items."""
+
+    scenes: tuple[pystac.Item, ...]
+    """Normalised, one an acquisition and tile, ordered by time and id."""
+    listed: int = 0
+    """Items that the sources listed."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Id of an item that cannot be used -> why."""
+
+    @property
+    def copies(self) -> int:
+        """Items left out because a newer processing, or a preferred source, has the same acquisition."""
+        return self.listed - len(self.refused) - len(self.scenes)
+
+
+class NothingFoundError(SceneError):
+    """A search that was answered, and found nothing usable."""
+
+    def __init__(self, message: str, found: Found) -> None:
+        super().__init__(message)
+        self.found = found
+        """No scene, but what was listed, and why it was refused."""
+
+
+def search(site: Site, year: int, *sources: Source) -> Found:
+    """All usable scenes of one calendar year over a site, of the sources in order of preference.
+
+    Each acquisition comes from the first source that lists it, in its newest baseline. Searched month by month; ids are
+    counted once and compared with what the API says it has. Items that cannot be used are logged and kept with the reason.
+
+    Raises:
+        NothingFoundError: no source has a usable scene.
+        SceneError: the year lies outside the mission, a source does not answer, or pages were lost.
+    """
+    check_years([year])
+    area = area_of(grid_of(site))
+    listed, kept = 0, []
+    refused: dict[str, str] = {}
+    for source in sources:
+        items = [(item, _scene(item, source)) for item in items_of(source, area, year)]
+        there = [(item, scene) for item, scene in items if isinstance(scene, str) or over(scene, area)]
+        listed += len(there)
+        refused |= {item.id: scene for item, scene in there if isinstance(scene, str)}
+        kept.append(deduplicate(scene for _, scene in there if not isinstance(scene, str)))
+    found = Found(scenes=tuple(merge(kept)), listed=listed, refused=refused)
+    if not found.scenes:
+        box = ", ".join(f"{v:.3f}" for v in area.bounds)
+        where = " and ".join(f"{s.collection} at {s.href}" for s in sources)
+        why = f" ({next(iter(refused.values()))})" if refused else ""
+        raise NothingFoundError(
+            f"no scene of {year} over {site.id} (west, south, east, north {box}) in {where}: "
+            f"{listed} listed, {len(refused)} refused{why}; try another year or --source, or check the site's polygon",
+            found,
+        )
+    return found
+
+
+def _scene(item: pystac.Item, source: Source) -> pystac.Item | str:
+    """The item normalised, or why it is refused."""
+    try:
+        return normalise(item, source)
+    except SceneError as error:
+        reason = str(error)
+    except (TypeError, ValueError, AttributeError, KeyError, shapely.errors.ShapelyError) as error:
+        reason = f"item {item.id}: is malformed ({type(error).__name__}: {error}); it is refused"
+    log.warning("%s", reason)
+    return reason
+
+
+def check_years(years: Iterable[int]) -> None:
+    """Raises SceneError for a year in which Sentinel-2 took no image."""
+    last = datetime.now(tz=UTC).year
+    for year in years:
+        if not FIRST_YEAR <= year <= last:
+            raise SceneError(f"year {year}: expected {FIRST_YEAR}..{last}; Sentinel-2 has images of no other year")
+
+
+def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
+    """The scenes a recipe uses: those of its months and not cloudier than it allows.
+
+    Raises:
+        SceneError: they are of fewer dates than the recipe asks for; says how many there were and what to widen.
+    """
+    chosen = usable(scenes, recipe)
+    if len(dates(chosen)) < recipe.min_dates:
+        in_season = [s for s in scenes if s.datetime and s.datetime.month in recipe.months]
+        found = f"{len(chosen)} of {len(dates(chosen))} dates" if chosen else "none"
+        raise SceneError(
+            f"recipe {recipe.id!r} uses {found} of {len(scenes)} scenes, and needs {recipe.min_dates} dates: "
+            f"{len(in_season)} are in months {list(recipe.months)}, {len(chosen)} of those at most "
+            f"{recipe.max_cloud_cover:g} % cloudy; widen months, max_cloud_cover or min_dates in a recipe of your own, or "
+            "name one more --source"
+        )
+    return chosen
+
+
+def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
+    """The scenes of a recipe's months that are not cloudier than it allows, however few they are."""
+    in_season = [s for s in scenes if s.datetime and s.datetime.month in recipe.months]
+    return [s for s in in_season if s.properties["eo:cloud_cover"] <= recipe.max_cloud_cover]
+
+
+def dates(scenes: Iterable[pystac.Item]) -> list[str]:
+    """The solar days on which they were taken, YYYY-MM-DD, each once."""
+    return sorted({s.properties["minecube:solar_day"] for s in scenes})
+
+
+def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Sequence[Source]) -> None:
+    """Hold a saved list to a year, sources and place; a list of another would come out as zeros.
+
+    Raises:
+        SceneError: it is not of them; says how.
+    """
+    area, known = area_of(grid_of(site)), {s.id for s in sources}
+    years = {s.datetime.year for s in scenes if s.datetime} - {year}
+    foreign = {s.properties["minecube:source"] for s in scenes} - known
+    elsewhere = [s for s in scenes if not over(s, area)]
+    wrong = [f"of {y}" for y in years] + [f"from {s}" for s in foreign] + [f"elsewhere ({s.id})" for s in elsewhere]
+    if wrong:
+        raise SceneError(
+            f"the saved list for {site.id} {year} from {', '.join(sorted(known))} holds scenes {wrong[0]}; it belongs to "
+            "something else, so remove it or name another folder"
+        )

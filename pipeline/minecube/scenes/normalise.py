@@ -1,0 +1,247 @@
+"""An item of any provider in the project's own terms: one scene, with nothing left that belongs to the provider."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import pyproj
+import pystac
+import shapely
+
+from minecube.catalog import ASSET_KEYS, NATIVE_M, Offset, Source
+from minecube.errors import SceneError
+from minecube.grid import split_at_antimeridian
+
+_SAME_GRANULE_S = 2
+"""Starts of a granule differ by no more between processings; the parts of a split datatake start many seconds apart."""
+
+
+def normalise(item: pystac.Item, source: Source) -> pystac.Item:
+    """The item as a scene: STAC 1.0 or 1.1, whatever the provider calls its bands, projection and acquisition.
+
+    Raises:
+        SceneError: it lacks geometry, time, acquisition, baseline or a band, or contradicts itself; names item and reason.
+    """
+    if item.datetime is None or item.geometry is None:
+        raise _refused(item, f"has no {'geometry' if item.geometry is None else 'datetime'}")
+    baseline, tile = _baseline(item), _tile(item)
+    offset, reason = _offset(item, baseline, source.offset)
+    datatake, start = acquisition(item)
+    shape = shapely.geometry.shape(item.geometry)
+    footprint = split_at_antimeridian(shape)
+    return pystac.Item(
+        id=item.id,
+        geometry=item.geometry if footprint is shape else json.loads(shapely.to_geojson(footprint)),
+        bbox=list(footprint.bounds),
+        datetime=item.datetime,
+        properties={
+            "platform": str(item.properties.get("platform", "")).lower(),
+            "eo:cloud_cover": float(item.properties.get("eo:cloud_cover") or 0.0),
+            "proj:code": _projection(item, source, tile),
+            "s2:mgrs_tile": tile,
+            "s2:processing_baseline": baseline,
+            "sat:relative_orbit": _orbit(item),
+            "minecube:source": source.id,
+            "minecube:access": json.dumps(dataclasses.asdict(source.access), sort_keys=True),
+            "minecube:tile_px": source.tile_px,
+            "minecube:solar_day": solar_day(item.datetime, tile),
+            "minecube:datatake": datatake,
+            "minecube:granule_start": start,
+            "minecube:generated": _generated(item),
+            "minecube:offset": offset,
+            "minecube:offset_reason": reason,
+        },
+        assets=dict(_assets(item, source)),
+    )
+
+
+def acquisition(item: pystac.Item) -> tuple[str, str]:
+    """(datatake, start of its granule), equal for every processing and provider of the acquisition.
+
+    The datatake is `S2A_20200302T102021`: the satellite and when it began to look, of the datatake's or the product's name.
+    The start is the sensing start of the datastrip, which tells the two granules of a split datatake apart (Sentinel-2 PSD
+    14.9, section 3.4); where the item does not name the datastrip, it stands in the granule's folder too.
+    """
+    named = _first(item, "s2:datatake_id", "eopf:datatake_id") or _product(item)
+    take = re.match(r"G?(S2[A-D])_(?:MSIL2A_)?(\d{8}T\d{6})_", named)
+    strip = re.search(r"_S(\d{8}T\d{6})", _first(item, "s2:datastrip_id", "eopf:datastrip_id"))
+    hrefs = (asset.href for asset in item.assets.values())
+    folder = strip or next((m for m in (re.search(r"/L2A_T\w{5}_A\d{6}_(\d{8}T\d{6})/", h) for h in hrefs) if m), None)
+    start = folder or re.fullmatch(r"S2[A-D]_T\w{5}_(\d{8}T\d{6})_L2A", item.id)
+    if not take or not start:
+        raise _refused(item, f"names no acquisition (datatake {named!r}), so copies of it could be counted twice")
+    return f"{take[1]}_{take[2]}", start[1]
+
+
+def deduplicate(scenes: Iterable[pystac.Item]) -> list[pystac.Item]:
+    """One scene per acquisition and tile, whatever the order they come in: the newest baseline, then the newest processing.
+
+    The two granules of a split datatake start at different times and are both kept.
+    """
+    return [max(copies, key=_version) for copies in _by_acquisition(scenes)]
+
+
+def merge(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
+    """Scenes of several sources, in order of preference: of each acquisition the first source's, never two.
+
+    A later source's newer baseline does not count: within the first source's own the newest was chosen already.
+    """
+    ranked = [(rank, scene) for rank, listed in enumerate(lists) for scene in listed]
+    rank_of = {id(scene): rank for rank, scene in ranked}
+    groups = _by_acquisition(scene for _, scene in ranked)
+    return [min(copies, key=lambda s: rank_of[id(s)]) for copies in groups]
+
+
+def _by_acquisition(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:
+    """Groups of copies, ordered by time and id of their first."""
+    takes: dict[tuple[str, str], list[tuple[datetime, str, pystac.Item]]] = {}
+    for scene in scenes:
+        p = scene.properties
+        started = datetime.strptime(p["minecube:granule_start"], "%Y%m%dT%H%M%S")
+        takes.setdefault((p["minecube:datatake"], p["s2:mgrs_tile"]), []).append((started, scene.id, scene))
+    groups: list[list[pystac.Item]] = []
+    for copies in takes.values():
+        last = None
+        for started, _, scene in sorted(copies, key=lambda c: c[:2]):
+            if last is None or (started - last).total_seconds() > _SAME_GRANULE_S:
+                groups.append([])
+            groups[-1].append(scene)
+            last = started
+    return sorted(groups, key=lambda g: min((str(s.datetime), s.id) for s in g))
+
+
+def _version(scene: pystac.Item) -> tuple[str, str, str]:
+    p = scene.properties
+    return p["s2:processing_baseline"], p["minecube:generated"], scene.id
+
+
+def solar_day(when: datetime, tile: str) -> str:
+    """The local solar date, YYYY-MM-DD: tiles and granules of one overpass share it, wherever on Earth midnight falls.
+
+    By the middle of the tile's UTM zone, which, unlike a footprint's, does not jump at the antimeridian.
+    """
+    longitude = 6 * int(tile[:2]) - 183
+    return (when + timedelta(hours=longitude / 15)).date().isoformat()
+
+
+def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Asset]]:
+    for band in source.bands():
+        keys = (source.assets[band],) if band in source.assets else ASSET_KEYS[band]
+        asset = next((item.assets[k] for k in keys if k in item.assets), None)
+        if asset is None and source.assets:
+            raise _refused(item, f"has no asset {keys[0]!r} for {band}")
+        if asset is None:
+            continue  # the source does not say which bands it has; a recipe that needs this one will miss it
+        size = source.resolution_m.get(band) or _pixel_size(asset) or NATIVE_M[band]
+        fields = {"gsd": size, "file:size": int(asset.extra_fields.get("file:size") or 0)}
+        href = asset.get_absolute_href() or asset.href
+        yield band, pystac.Asset(href, media_type=asset.media_type, roles=asset.roles, extra_fields=fields)
+
+
+def _first(item: pystac.Item, *names: str) -> str:
+    return next((str(item.properties[n]) for n in names if item.properties.get(n)), "")
+
+
+def _product(item: pystac.Item) -> str:
+    """The product's name, S2A_MSIL2A_<start>_N<baseline>_R<orbit>_T<tile>_<made>; empty where the item does not tell."""
+    uri = _first(item, "s2:product_uri")
+    return uri or (item.id if item.id.startswith("S2") and "_MSIL" in item.id else "")
+
+
+def _baseline(item: pystac.Item) -> str:
+    """NN.NN, from the properties or from the product's name (`_N0500_`)."""
+    stated = re.fullmatch(r"(\d{1,2})\.(\d{1,2})", _first(item, "s2:processing_baseline", "processing:version"))
+    named = re.search(r"_N(\d\d)(\d\d)_", _product(item))
+    # 4.0 and 05.00 are both in use.
+    baseline = f"{stated[1]:0>2}.{stated[2]:0<2}" if stated else f"{named[1]}.{named[2]}" if named else ""
+    if baseline >= "99":
+        raise _refused(item, f"baseline {baseline} marks a provider's own reprocessing, which is to be withdrawn")
+    if not baseline:
+        raise _refused(
+            item, "names no processing baseline NN.NN, so whether its pixels carry the offset of -1000 cannot be told"
+        )
+    return baseline
+
+
+def _offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
+    """What to add to the pixels, and why. What the item declares as raster offset is not asked: it is wrong where applied."""
+    if baseline < rule.from_baseline:
+        return 0, f"baseline {baseline} is older than {rule.from_baseline}"
+    if rule.applied_flag and item.properties.get(rule.applied_flag) is True:
+        return 0, f"baseline {baseline}, {rule.applied_flag} is true"
+    flag = f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}" if rule.applied_flag else ""
+    return rule.value, f"baseline {baseline} from {rule.from_baseline} on{flag}"
+
+
+def _tile(item: pystac.Item) -> str:
+    tile = _first(item, "s2:mgrs_tile", "grid:code").removeprefix("MGRS-")
+    if not tile:
+        parts = [str(item.properties.get(f"mgrs:{p}", "")) for p in ("utm_zone", "latitude_band", "grid_square")]
+        tile = "".join(parts)
+    named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
+    tile = tile or (named.group(1) if named else "")
+    match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
+    if not match or not 1 <= int(match.group(1)) <= 60:
+        raise _refused(item, f"names no MGRS tile (found {tile!r}), so duplicates cannot be told")
+    return f"{int(match.group(1)):02d}{match.group(2)}"
+
+
+def _projection(item: pystac.Item, source: Source, tile: str) -> str:
+    """EPSG:NNNNN of the item or its assets, as code, WKT or PROJJSON; they and the tile must agree, which has only one."""
+    keys = {k for band in source.bands() for k in ([source.assets[band]] if band in source.assets else ASSET_KEYS[band])}
+    shown: list[Mapping[str, Any]] = [item.properties, *(item.assets[k].extra_fields for k in keys if k in item.assets)]
+    said = {code for fields in shown for code in _codes(fields)}
+    of_tile = f"EPSG:{32600 + 100 * (tile[2] < 'N') + int(tile[:2])}"
+    if said - {of_tile}:
+        raise _refused(item, f"expected one projection, {of_tile} of its tile {tile}, found {', '.join(sorted(said))}")
+    return of_tile
+
+
+def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
+    for name in ("proj:code", "proj:epsg"):
+        code = str(fields.get(name)).removeprefix("EPSG:")
+        if code != "None":
+            yield f"EPSG:{code}"
+    for name in ("proj:wkt2", "proj:projjson"):
+        if fields.get(name):
+            try:
+                epsg = pyproj.CRS.from_user_input(fields[name]).to_epsg()
+            except pyproj.exceptions.CRSError:
+                continue
+            if epsg:
+                yield f"EPSG:{epsg}"
+
+
+def _orbit(item: pystac.Item) -> int | None:
+    """Relative orbit, 1..143."""
+    named = re.search(r"_R(\d{3})_", _product(item))
+    stated = _first(item, "sat:relative_orbit") or (named[1] if named else "")
+    return int(stated) if stated.isdigit() else None
+
+
+def _pixel_size(asset: pystac.Asset) -> int | None:
+    fields = asset.extra_fields
+    if fields.get("proj:transform"):
+        return round(abs(float(fields["proj:transform"][0])))
+    bands = [*(fields.get("raster:bands") or []), *(fields.get("bands") or [])]
+    stated = [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
+    stated += [*(b.get("raster:spatial_resolution") for b in bands), *(b.get("gsd") for b in bands), fields.get("gsd")]
+    return next((round(float(s)) for s in stated if s), None)
+
+
+def _generated(item: pystac.Item) -> str:
+    """When the product was made, for telling two processings in one baseline apart; as text that sorts by time."""
+    named = re.search(r"_(\d{8}T\d{6})(?:\.SAFE)?$", _product(item))
+    if named:
+        return named.group(1)
+    stated = _first(item, "s2:generation_time", "processing:datetime", "created")
+    return re.sub(r"[^0-9T]", "", stated)[:15]
+
+
+def _refused(item: pystac.Item, reason: str) -> SceneError:
+    return SceneError(f"item {item.id}: {reason}; it is refused")

@@ -1,0 +1,380 @@
+"""Bytes from a server in trouble are those of the file, or the read is lost, and the ledger says which."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import stackstac
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rasterio.enums import Resampling
+
+from minecube import scenes
+from minecube.catalog import Access, Recipe
+from minecube.composite import composite
+from minecube.errors import CatalogError, ReadError
+from minecube.reader import Ledger, NativeReader, check_credentials, fetched, read
+from minecube.reader import remote as module
+from minecube.reader.remote import HEAD, Remote, RemoteFile, Tally
+
+LEFT, TOP = 360000, 5600040
+
+
+@contextmanager
+def served(folder, *trouble):
+    """URL of the folder on a loopback server of its own process."""
+    command = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(folder), *map(str, trouble)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    finally:
+        server.terminate()
+        server.communicate()
+
+
+def counts(url):
+    with urllib.request.urlopen(f"{url}/counts") as answer:
+        return json.load(answer)
+
+
+@pytest.fixture
+def band(tmp_path, make):
+    """A tiled file of 700 x 600 pixels no two of which are alike, its grid and pixels."""
+    grid, pixels = make.grid(LEFT, TOP, 700, 600), np.random.default_rng(0).integers(1, 9000, (600, 700)).astype(np.uint16)
+    as_cog = {"driver": "COG", "blocksize": 64, "overviews": "NONE", "tiled": None, "blockxsize": None, "blockysize": None}
+    make.tif(tmp_path / "files" / "B04.tif", pixels, grid, **as_cog)
+    return tmp_path / "files", grid, pixels
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_reads_of_a_remote_file_are_its_bytes(data, flaky_bytes):
+    """Seeks, reads and ranges in any order, under failures, short answers and stalls."""
+    url, content, source = flaky_bytes
+    tally = Tally()
+    file = RemoteFile(source, url, source.head(url, tally), tally)
+    for _ in range(data.draw(st.integers(1, 5))):
+        start = data.draw(st.integers(0, len(content)))
+        length = data.draw(st.integers(0, 200_000))
+        stop = min(start + length, len(content))
+        if data.draw(st.booleans()):
+            assert file.get_byte_ranges([start, 5], [stop - start, 10]) == [content[start:stop], content[5:15]]
+        else:
+            assert file.seek(start) == start
+            assert file.read(length) == content[start:stop]
+            assert file.tell() == stop
+    assert file.seek(-3, os.SEEK_END) == len(content) - 3
+    assert file.read() == content[-3:]
+    assert tally.error is None
+    assert [len(x) for x in file.get_byte_ranges([len(content) - 3], [10])] == [10]  # GDAL copies as many as it asked for
+    assert "it ends after 300001 bytes" in str(tally.error)
+
+
+@pytest.fixture(scope="module")
+def flaky_bytes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flaky")
+    content = np.random.default_rng(1).bytes(300_001)
+    (folder / "x.bin").write_bytes(content)
+    with served(folder, "--fail", 0.33, "--truncate", 0.1, "--stall", 0.02, "--stall-s", 0.1) as url:
+        yield f"{url}/x.bin", content, Remote(Access())
+        assert counts(url)["failed"] > 20
+        assert counts(url)["truncated"] > 5
+
+
+def test_a_window_from_a_server_in_trouble(band):
+    """503 one time in three, truncated one time in twenty, stalled longer than a try waits: the same pixels, all counted."""
+    folder, grid, pixels = band
+    with served(folder, "--fail", 0.333, "--truncate", 0.2, "--stall", 0.02, "--stall-s", 4) as url:
+        tallies = []
+        for y in range(0, 600, 60):
+            tallies.append(Tally())
+            window = grid[y : y + 60, 100:400]
+            np.testing.assert_array_equal(read(f"{url}/B04.tif", window, tally=tallies[-1]), pixels[y : y + 60, 100:400])
+        seen = counts(url)
+    assert sum(t.requests for t in tallies) == seen["requests"]
+    assert sum(t.retried for t in tallies) >= seen["failed"] + seen["truncated"] > 0
+
+
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (410, 1), (403, 1), (501, 1)])
+def test_what_is_final_is_not_asked_twice(band, status, tries):
+    folder, grid, _ = band
+    with served(folder, "--fail", 1, "--status", status) as url:
+        with pytest.raises(ReadError, match=rf"B04\.tif: cannot be read \(HTTP {status}.*not written"):
+            read(f"{url}/B04.tif", grid)
+        assert counts(url)["requests"] == tries
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+    folder, grid, _ = band
+    with served(folder, "--fail", 1, "--status", status) as url:
+        with pytest.raises(ReadError, match=rf"HTTP {status}, after \d+ tries in \d+ s"):
+            read(f"{url}/B04.tif", grid)
+        assert counts(url)["requests"] >= 4
+
+
+def test_a_server_that_is_not_there(monkeypatch, make):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
+    with pytest.raises(ReadError, match=r"^http://127\.0\.0\.1:1/B04\.tif: cannot be read .*after \d+ tries") as caught:
+        read("http://127.0.0.1:1/B04.tif?sig=secret", make.grid(LEFT, TOP, 10, 10))
+    assert "secret" not in str(caught.value)
+
+
+def test_the_server_says_when_to_come_back(band):
+    folder, grid, pixels = band
+    with served(folder, "--fail", 0.5, "--retry-after", 1, "--seed", 3) as url:
+        start, tally = time.monotonic(), Tally()
+        np.testing.assert_array_equal(read(f"{url}/B04.tif", grid, tally=tally), pixels)
+        assert tally.retried
+        assert time.monotonic() - start >= tally.retried
+
+
+def test_a_server_without_ranges_is_named(band):
+    folder, grid, _ = band
+    with served(folder, "--no-ranges") as url, pytest.raises(ReadError, match="does not answer byte ranges"):
+        read(f"{url}/B04.tif", grid)
+
+
+def test_a_file_that_changes_is_not_read_half_old_half_new(band, make):
+    folder, grid, pixels = band
+    with served(folder) as url:
+        np.testing.assert_array_equal(read(f"{url}/B04.tif", grid[:60, :60]), pixels[:60, :60])
+        changed = (pixels[::-1] // 2).astype(np.uint16)
+        make.tif(folder / "B04.tif", changed, grid)
+        with pytest.raises(ReadError, match="changed while it was read"):
+            read(f"{url}/B04.tif", grid[300:400, 300:400])
+        np.testing.assert_array_equal(read(f"{url}/B04.tif", grid), changed)
+
+
+def test_a_header_is_asked_for_once(band):
+    folder, grid, _ = band
+    with served(folder) as url:
+        first, second = Tally(), Tally()
+        read(f"{url}/B04.tif", grid[320:380, 320:380], tally=first)
+        read(f"{url}/B04.tif", grid[512:570, 320:380], tally=second)
+        assert (first.requests, second.requests) == (2, 1)
+        assert first.bytes > HEAD > second.bytes > 0
+
+
+def test_no_more_connections_than_allowed(band):
+    folder, grid, pixels = band
+    access = Access(connections=3)
+    with served(folder, "--delay", 0.02) as url:
+        with ThreadPoolExecutor(16) as threads:
+            windows = [grid[y : y + 20, 100:400] for y in range(0, 600, 20)]
+            got = list(threads.map(lambda w: read(f"{url}/B04.tif", w, access=access), windows))
+        np.testing.assert_array_equal(np.concatenate(got), pixels[:, 100:400])
+        assert counts(url)["peak"] == 3
+
+
+def test_tokens_that_expire_while_reading(band, caplog, capfd):
+    """Signed when asked, renewed before they expire or when refused; shown nowhere."""
+    folder, grid, pixels = band
+    caplog.set_level("DEBUG")
+    with served(folder, "--token-life", 0.5) as url:
+        access = Access(kind="planetary-computer", href=f"{url}/token")
+        href = f"{url}/B04.tif"
+        for y in range(0, 600, 40):
+            np.testing.assert_array_equal(read(href, grid[y : y + 40], access=access), pixels[y : y + 40])
+            time.sleep(0.1)
+        # The token is thought to be good for longer than it is, as where clocks differ.
+        source = module.remote_for(access)
+        (container,) = source._tokens
+        source._tokens[container] = ("sv=1&sig=stale", time.time() + 1000)
+        tally = Tally()
+        np.testing.assert_array_equal(read(href, grid[300:340], access=access, tally=tally), pixels[300:340])
+        assert tally.retried == 1
+        assert counts(url)["refused"] == 1
+    shown = caplog.text + "".join(capfd.readouterr())
+    assert "B04.tif" in shown
+    assert "sig=" not in shown
+
+
+def test_a_token_service_that_gives_none(band):
+    folder, grid, _ = band
+    with served(folder) as url, pytest.raises(ReadError, match=r"/nowhere gives no token for 127/B04\.tif: HTTP 404"):
+        read(f"{url}/B04.tif", grid, access=Access(kind="planetary-computer", href=f"{url}/nowhere"))
+
+
+def test_a_lost_read_fails_unless_the_ledger_allows_it(archive, make, site):
+    grid = make.grid(LEFT, TOP, 240, 180)
+    scene = archive.scene("2020-07-05T10:00:00", grid, {"B04": 5, "B11": 6})
+    Path(scene.assets["B04"].href).unlink()
+    strict, lossy = Ledger(), Ledger(lossy=True)
+    with pytest.raises(ReadError, match="No such file"):
+        fetched(scenes.stack([scene], scenes.grid_of(site), ("B04", "B11"), ledger=strict))
+    values = fetched(scenes.stack([scene], scenes.grid_of(site), ("B04", "B11"), ledger=lossy))
+    assert not values[0, 0].any()
+    assert (values[0, 1] == 6).all()
+    totals = lossy.totals()
+    assert (totals["planned"], totals["read"], totals["lost"], totals["completeness"]) == (2, 1, 1, 0.5)
+    assert strict.totals()["lost"] == 1
+    (line,) = lossy.lost()
+    assert line.startswith(f"{scene.id} B04: ")
+    assert "No such file" in line
+
+
+def test_what_is_lost_counts_as_not_observed(archive, make, site):
+    """A date of which one band is lost is as if it had not been."""
+    grid, rng = make.grid(LEFT, TOP, 240, 180), np.random.default_rng(0)
+    listed = [
+        archive.scene(
+            f"2020-07-{day:02d}T10:00:00",
+            grid,
+            {"B04": rng.integers(1, 9000, (180, 240)), "B11": rng.integers(1, 9000, (90, 120))},
+        )
+        for day in (1, 6, 11, 16)
+    ]
+    recipe = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
+    expected = composite(listed[1:], scenes.grid_of(site), recipe).compute()
+    Path(listed[0].assets["B11"].href).write_bytes(b"gone")
+    ledger = Ledger(lossy=True)
+    got = composite(listed, scenes.grid_of(site), recipe, ledger).compute()
+    assert expected.identical(got)
+    assert ledger.totals()["lost"] == 12  # blocks
+
+
+def test_a_ledger_goes_on_where_it_was(tmp_path):
+    """Sums of two runs, kept as Parquet between them, by hand."""
+    first = Ledger()
+    first.add("a", "B04", planned=2, read=1, lost=1, requests=5, retried=1, bytes=100, seconds=0.5, reason="why")
+    second = Ledger(before=first.to_parquet())
+    second.add("a", "B04", planned=1, read=1, requests=2, bytes=10, seconds=0.25)
+    second.add("b", "SCL", planned=1, read=1)
+    table = second.table().set_index(["scene", "band"])
+    assert table.loc[("a", "B04")].to_dict() == {
+        "planned": 3, "read": 2, "lost": 1, "requests": 7, "retried": 1, "bytes": 110, "seconds": 0.75, "reason": "why"
+    }  # fmt: skip
+    assert second.totals()["completeness"] == 0.75
+    assert second.lost() == ["a B04: why"]
+    assert Ledger().totals()["completeness"] == 1
+
+
+def test_bytes_of_a_local_file_are_those_of_its_tiles(band):
+    folder, grid, _ = band
+    tally = Tally()
+    read(str(folder / "B04.tif"), grid[64:128, 0:64], tally=tally)
+    with rasterio.open(folder / "B04.tif") as src:
+        assert tally.bytes == int(src.get_tag_item("BLOCK_SIZE_0_1", "TIFF", bidx=1))
+        assert src.block_shapes == [(64, 64)]
+
+
+def test_as_stackstacs_own_reader(band, make):
+    """`stackstac.stack(reader=)` by a user, on plain items."""
+    folder, grid, pixels = band
+    with served(folder) as url:
+        item = {
+            "id": "x",
+            "properties": {"datetime": "2020-07-05T10:00:00Z", "proj:epsg": 32633, "proj:bbox": list(grid.boundingbox)},
+            "assets": {"B04": {"href": f"{url}/B04.tif"}},
+        }
+        options = {"epsg": 32633, "resolution": 10, "bounds": tuple(grid.boundingbox), "snap_bounds": False}
+        options |= {"dtype": np.dtype("uint16"), "fill_value": np.uint16(0), "rescale": False, "errors_as_nodata": ()}
+        for reader in (NativeReader, functools.partial(NativeReader, access=Access())):
+            stacked = stackstac.stack([item], assets=["B04"], reader=reader, xy_coords="center", **options)
+            np.testing.assert_array_equal(stacked.values[0, 0], pixels)
+
+
+@pytest.fixture
+def jp2(tmp_path, make):
+    """Lossless JPEG 2000 of several tiles, as the products have it."""
+    grid, pixels = make.grid(LEFT, TOP, 700, 600), np.random.default_rng(0).integers(1, 4000, (600, 700)).astype(np.uint16)
+    path = tmp_path / "files" / "B04.jp2"
+    path.parent.mkdir()
+    options = {"driver": "JP2OpenJPEG", "REVERSIBLE": "YES", "QUALITY": "100", "BLOCKXSIZE": 256, "BLOCKYSIZE": 256}
+    with rasterio.open(
+        path, "w", height=600, width=700, count=1, dtype="uint16", crs="EPSG:32633", transform=grid.transform, **options
+    ) as out:
+        out.write(pixels, 1)
+    return path, grid, pixels
+
+
+def test_jpeg_2000_here_and_from_a_server_in_trouble(jp2, monkeypatch):
+    """Also where the user has told GDAL to use threads, which would read past Python's files without an error."""
+    monkeypatch.setenv("GDAL_NUM_THREADS", "ALL_CPUS")
+    path, grid, pixels = jp2
+    np.testing.assert_array_equal(read(str(path), grid[100:300, 200:500]), pixels[100:300, 200:500])
+    with served(path.parent, "--fail", 0.3, "--truncate", 0.1) as url:
+        np.testing.assert_array_equal(read(f"{url}/B04.jp2", grid[100:300, 200:500]), pixels[100:300, 200:500])
+        np.testing.assert_array_equal(read(f"/vsicurl/{url}/B04.jp2", grid), pixels)
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on loopback, and the keys it takes."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+def test_files_in_s3(s3, jp2, band):
+    """As CDSE has them: JPEG 2000 under s3:// hrefs at an endpoint of its own, requests signed when they are made."""
+    import obstore
+
+    (path, grid, pixels), (folder, _, tif_pixels) = jp2, band
+    urllib.request.urlopen(urllib.request.Request(f"{s3}/eodata", method="PUT"), timeout=20)
+    access = Access(kind="s3", href=s3, region="default")
+    bucket = module._bucket(access, "eodata")
+    obstore.put(bucket, "a/B04.jp2", path)
+    obstore.put(bucket, "a/B04.tif", folder / "B04.tif")
+    np.testing.assert_array_equal(
+        read("s3://eodata/a/B04.jp2", grid[100:300, 200:500], access=access), pixels[100:300, 200:500]
+    )
+    np.testing.assert_array_equal(read("/vsis3/eodata/a/B04.tif", grid, access=access), tif_pixels)
+    with pytest.raises(ReadError, match=r"^s3://eodata/a/none\.tif: cannot be read \(HTTP 404") as caught:
+        read("s3://eodata/a/none.tif", grid, access=access)
+    assert "ignature" not in str(caught.value)
+
+
+def test_public_objects_are_asked_for_without_a_signature(band):
+    folder, grid, pixels = band
+    with served(folder.parent) as url:
+        access = Access(kind="s3", href=url, anonymous=True)
+        np.testing.assert_array_equal(read("s3://files/B04.tif", grid, access=access), pixels)
+
+
+def test_requests_to_s3_are_signed(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    url, _ = Remote(Access(kind="s3", href="https://eodata.example.org", region="default"))._signed("s3://eodata/a b/x.jp2")
+    assert url.startswith("https://eodata.example.org/eodata/a%20b/x.jp2?")
+    assert "X-Amz-Signature=" in url
+    assert "very-secret" not in url
+
+
+def test_a_source_without_keys(monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with pytest.raises(CatalogError, match=r"'cdse' reads from https://x, which needs keys: AWS_ACCESS_KEY_ID not set"):
+        check_credentials(Access(kind="s3", href="https://x"), "cdse")
+    check_credentials(Access(kind="s3", href="https://x", anonymous=True), "cdse")
+    check_credentials(Access(), "plain")
+
+
+def test_a_read_that_gdal_makes_shows_no_url(band, caplog):
+    """What fails within GDAL is told by the request that failed, not by GDAL's name for the file."""
+    folder, grid, _ = band
+    content = (folder / "B04.tif").read_bytes()
+    (folder / "B04.tif").write_bytes(content[: len(content) // 2])  # the header promises tiles that are not there
+    with served(folder) as url, pytest.raises(ReadError, match=rf"^{url}/B04\.tif: cannot be read"):
+        read(f"{url}/B04.tif?sig=secret", grid, Resampling.nearest)
+    assert "secret" not in caplog.text
