@@ -150,13 +150,14 @@ def test_a_scene_that_contradicts_itself_is_not_accused():
 
 
 def test_neighbours_of_an_overpass_tell_what_is_under_cloud():
-    """Scene 4 is overcast but for its overlap with 5, which sees ground elsewhere; 6 and 7 are overcast; 8 has nobody."""
+    """Scene 4 has nothing but the cloud that 5 has too, beside ground; 6 and 7 are overcast; 8 has nobody."""
     numbers, scl = seen(9, ground())
     rng = np.random.default_rng(5)
     cloud = HIGH_CLOUD[:, None] * rng.uniform(0.8, 1.1, (1, 900))
     for n in (4, 6, 7, 8):
         numbers[n], scl[n] = cloud, CLOUD
     numbers[5, :, :300], scl[5, :300] = cloud[:, :300], CLOUD
+    numbers[4, :, 300:] = np.nan
     overpass = ["a", "b", "c", "d", "e", "e", "f", "f", "g"]
     carries = np.array([0, 0, 0, 0, 1000, 0, 1000, 0, 0])
     carried, above = told(numbers, scl, carries, [0] * 9, overpass)
