@@ -7,6 +7,7 @@ pixel is wanted the bands are not read, and which those are only the pixels say.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,14 +21,17 @@ from minecube.catalog import SCL, Recipe
 from minecube.composite import by_resolution, margins_m, near
 from minecube.errors import CatalogError
 from minecube.grid import at_resolution, blocks, padded
+from minecube.reader import READ_THREADS
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
 _STORED = {10: 1.5, 20: 1.4, SCL: 0.06}
 """Bytes a pixel takes in the files where the item does not say their size: of real Collection 1 items, 0.5 to 2.4, SCL 0.02 to
 0.09."""
 _OVERVIEWS = 0.75  # of a file's bytes are its full resolution, where it has overviews of a half, a quarter ...
-_CPU_S_PER_MPX = 0.06
-"""Core-seconds to decode, mask and reduce a million pixels read; measured by benchmarks/reading.py."""
+_CPU_S_PER_MB, _CPU_S_PER_MPX = 0.012, 0.07
+"""Core-seconds to inflate a megabyte, and to mask and reduce a million pixels: fitted to blocks of 256 to 1024 px of 20 and 40
+dates, which it meets within a fifth (a cloud server of 2026; the ratio to yours is anybody's guess)."""
+_BASE_BYTES = 150_000_000  # of the reading threads' own buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,8 @@ class Estimate:
     """Read, at their own sizes."""
     block_bytes: int = 0
     """Memory of the largest block in hand."""
-    connections: int = 64
+    connections: int = READ_THREADS
+    """Requests in flight, at most."""
 
     def __add__(self, other: Estimate) -> Estimate:
         """Both, one after the other."""
@@ -86,7 +91,8 @@ class Estimate:
     def seconds(self, terms: Terms) -> float:
         """How long: as waiting, network or cores have it, whichever takes longest, for they go on at once."""
         waiting = self.requests * terms.latency_s / self.connections
-        return max(waiting, self.bytes / 1e6 / terms.mb_per_s, self.pixels / 1e6 * _CPU_S_PER_MPX / terms.cores)
+        working = self.bytes / 1e6 * _CPU_S_PER_MB + self.pixels / 1e6 * _CPU_S_PER_MPX
+        return max(waiting, self.bytes / 1e6 / terms.mb_per_s, working / terms.cores)
 
     def cost(self, terms: Terms) -> float | None:
         """In the terms' currency; None where they name no price."""
@@ -99,7 +105,8 @@ class Estimate:
 
 def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Estimate:
     """The most that `composite` of these scenes on this grid will read, and the memory that a block takes."""
-    total, opened = Estimate(scenes=len(scenes)), set()
+    allowed = [json.loads(s.properties["minecube:access"])["connections"] for s in scenes]
+    total, opened = Estimate(scenes=len(scenes), connections=min([READ_THREADS, *allowed])), set()
     for block in blocks(grid, recipe.block_px):
         box = grid[block]
         fringe, margin = margins_m(recipe)
@@ -133,14 +140,16 @@ def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], 
 
 
 def _memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
-    """Bytes that `composite_block` holds at its height: the bands of a resolution twice (as read, as days), the rest once."""
+    """Bytes that `composite_block` takes at its height, within an eighth where measured: 256 to 1024 px, 20 and 40 dates.
+
+    The bands of all dates once, those of one resolution twice more while they are read, and about 60 bytes a pixel and date
+    of the mask's wide surroundings.
+    """
     fringe, margin = margins_m(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
-    by_size = {
-        size: len(bands) * math.prod(at_resolution(padded(box, fringe), size).shape) * 2
+    by_size = [
+        len(bands) * math.prod(at_resolution(padded(box, fringe), size).shape) * 2
         for size, bands in by_resolution(scenes, recipe.bands)
-    }
-    kept = days * sum(by_size.values())
-    read = len(scenes) * max(by_size.values())
-    masks = (len(scenes) * 3 + days * 40) * math.prod(at_resolution(padded(box, margin), 20).shape)
-    return int(kept + read + masks)
+    ]
+    masks = 60 * days * math.prod(at_resolution(padded(box, margin), 20).shape)
+    return int(days * sum(by_size) + 2 * len(scenes) * max(by_size) + masks + _BASE_BYTES)

@@ -51,6 +51,7 @@ _PIXELS = 40_000  # the place is looked at in no more: 20 m where it is 4 km wid
 _ALIKE = 300  # cloud that brightens B12 by 1000 brightens B02 by 2400
 _NEAR = 300  # 98 % of right steps lie from -60 to 300; in between lies thin cloud
 _ENOUGH = 20  # pixels that a comparison needs; with 10, two right scenes under cloud were accused
+_SHARE = 0.004
 _BLACK = -300  # reflectance x 10000; water and shade of correct products may be some way below 0
 _LEAF, _GREEN = 1000, 0.05  # vegetation is darker in blue or red; the share of the ground that has to be vegetation
 _MOST = 0.25  # share of decisions that may be wrong where nothing but they tells
@@ -204,17 +205,15 @@ def levels(stored: Float, clear: Bool, black: Bool, decided: Ints) -> tuple[Floa
     Begins with what was decided, and with nothing for what would be darker than black.
     """
     level = np.where(black, 0, decided).astype(np.float64)
-    basis = np.ones_like(black)
     for _ in range(_ROUNDS):
-        step = steps(_less(stored, level), clear & basis[:, None])
+        step = steps(_less(stored, level), clear)
         near = np.rint(step / OFFSET)
         told = (np.abs(near) <= 1) & (np.abs(step - OFFSET * near) <= _NEAR)
         moved = (
             told & (near > 0) if (told & (near > 0)).any() else told & (near < 0)
         )  # both, and two scenes would swap for ever
         level[moved] += near[moved]
-        basis, before = told if told.any() else basis, basis
-        if not moved.any() and (basis == before).all():
+        if not moved.any():
             break
     return np.where((np.abs(step) <= _NEAR) | (black & np.isnan(step)), level, np.nan), step
 
@@ -232,7 +231,7 @@ def steps(ground: Float, clear: Bool) -> Floats:
         theirs = np.where(clear[n], np.where(ours <= below, above, below), of_all)
         moved = ours - theirs
         alike = np.ptp(moved, axis=0) <= _ALIKE
-        if alike.sum() >= _ENOUGH:
+        if alike.sum() >= max(_ENOUGH, _SHARE * np.isfinite(ours[0]).sum()):
             found[n] = np.median(moved[:, alike].mean(axis=0))
     return found
 

@@ -1,0 +1,96 @@
+"""A plan says beforehand what a build reads at most: counted by hand, by loops over tiles, and against what was read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minecube.catalog import Recipe
+from minecube.composite import composite, plan
+from minecube.errors import CatalogError
+from minecube.grid import grid_of
+from minecube.reader import Ledger
+
+LEFT, TOP = 360000, 5600040
+RECIPE = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=120, chunk_px=60)
+
+
+@pytest.fixture
+def listed(archive, make):
+    grid, rng = make.grid(LEFT, TOP, 240, 180), np.random.default_rng(0)
+    return [
+        archive.scene(
+            f"2020-07-{day:02d}T10:00:00",
+            grid,
+            {"B04": rng.integers(1, 9000, (180, 240)), "B11": rng.integers(1, 9000, (90, 120))},
+        )
+        for day in (1, 6, 11)
+    ]
+
+
+def test_reads_are_those_that_are_made(listed, site):
+    """Every scene is needed here, so the most is also what happens: 4 blocks x 3 scenes x (2 bands and SCL)."""
+    ledger = Ledger()
+    composite(listed, grid_of(site), RECIPE, ledger).compute()
+    planned = plan.estimate(listed, grid_of(site), RECIPE)
+    assert planned.reads == ledger.totals()["planned"] == 4 * 3 * 3
+    assert planned.scenes == 3
+
+
+def test_scenes_elsewhere_are_not_planned(listed, site, archive, make):
+    far = archive.scene("2020-07-21T10:00:00", make.grid(LEFT + 50000, TOP, 240, 180), {"B04": 1, "B11": 1})
+    assert plan.estimate([*listed, far], grid_of(site), RECIPE).reads == plan.estimate(listed, grid_of(site), RECIPE).reads
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tile=st.sampled_from([64, 128, 512]), window=st.integers(1, 900))
+def test_tiles_touched_by_brute_force(listed, tile, window):
+    """The mean over every place a window can begin at, by counting tiles."""
+    scene = listed[0].clone()
+    scene.properties["minecube:tile_px"] = tile
+    scene.assets["B04"].extra_fields["file:size"] = 1_000_000_000
+    per_pixel = 0.75 * 1_000_000_000 / 10980**2
+    counted = np.mean([len({(start + k) // tile for k in range(window)}) for start in range(tile)])
+    got = plan._asset(scene, "B04", 10, (window, window), first=False)
+    assert got.bytes == pytest.approx(counted**2 * tile**2 * per_pixel, rel=1e-3)
+    assert got.requests == np.ceil(counted)
+    assert got.pixels == window**2
+
+
+def test_time_is_what_takes_longest_and_cost_is_counted():
+    """By hand: 6400 requests at 50 ms over 64 connections 5 s; 1000 MB at 50 MB/s 20 s; cores (12 + 7) / 2 s."""
+    asked = plan.Estimate(requests=6400, bytes=1_000_000_000, pixels=100_000_000)
+    terms = plan.Terms(per_1000_requests=0.5, per_gb=0.1, per_core_hour=0.36)
+    assert asked.seconds(terms) == pytest.approx(20)
+    assert asked.seconds(dataclasses.replace(terms, latency_s=1.0)) == pytest.approx(100)
+    assert asked.seconds(dataclasses.replace(terms, mb_per_s=1e6, cores=1)) == pytest.approx(19)
+    assert asked.cost(terms) == pytest.approx(6.4 * 0.5 + 1 * 0.1 + 20 * 2 / 3600 * 0.36)
+    assert asked.cost(plan.Terms()) is None
+
+
+def test_plans_add_up():
+    one = plan.Estimate(scenes=1, reads=2, requests=3, bytes=4, pixels=5, block_bytes=6, connections=4)
+    other = plan.Estimate(scenes=10, reads=20, requests=30, bytes=40, pixels=50, block_bytes=60)
+    both = plan.Estimate(scenes=11, reads=22, requests=33, bytes=44, pixels=55, block_bytes=60, connections=4)
+    assert one + other == other + one == both
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("per_gb: free", "field 'per_gb': expected a number"),
+        ("cores: 0", "field 'cores': expected a number above 0"),
+        ("per_gb: true", "found True"),
+        ("- 1", "expected names and values"),
+        ("a: [", "cannot be read as prices"),
+        ("colour: 1", "field 'colour': expected one of latency_s"),
+    ],
+)
+def test_bad_prices(tmp_path, text, said):
+    (tmp_path / "prices.yaml").write_text(text)
+    with pytest.raises(CatalogError, match=rf"prices\.yaml: {said}|{said}"):
+        plan.Terms.load(tmp_path / "prices.yaml")
