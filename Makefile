@@ -6,7 +6,7 @@ export MPLBACKEND := Agg
 # torch's threads would spin while they wait; beside other processes that makes training several times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test services real quick format clean
+.PHONY: demo test services real quick bench format clean
 
 demo: $(VENV)/installed
 	rm -rf build/demo
@@ -37,6 +37,10 @@ real: $(VENV)/installed
 # Everything but the tests that take minutes.
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
+
+# Reading far away, from servers in trouble, and with flags that are wrong: a quarter of an hour on a machine that does nothing else.
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/reading.py --json build/reading.json --plot build/offsets.png
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -64,6 +64,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:32} {value}")
     if asked.json:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
@@ -312,6 +313,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes.set(yscale="log", xlabel="step against the scenes around it (reflectance x 10000)", ylabel="scenes")
     axes.axvspan(-500, 500, color="0.92", zorder=0)
     axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 

@@ -130,7 +130,8 @@ class Archive:
             where = grid.zoom_out(self.resolution[band] / 10)
             full = np.broadcast_to(values, where.shape).astype(np.uint8 if band == "SCL" else np.uint16)
             path = write_tif(self.root / name / f"{band}.tif", full, where)
-            assets[band] = pystac.Asset(str(path), extra_fields={"gsd": self.resolution[band]})
+            place = {"gsd": self.resolution[band], "proj:shape": list(where.shape)}
+            assets[band] = pystac.Asset(str(path), extra_fields=place)
         footprint = to_lonlat(box(*grid.boundingbox), grid.crs.epsg)
         return pystac.Item(
             id=name,

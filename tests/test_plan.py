@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pystac
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,16 +50,22 @@ def test_scenes_elsewhere_are_not_planned(listed, site, archive, make):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tile=st.sampled_from([64, 128, 512]), window=st.integers(1, 900))
 def test_tiles_touched_by_brute_force(listed, tile, window):
-    """The mean over every place a window can begin at, by counting tiles."""
+    """The mean over every place a window can begin at, by counting tiles; in a file that is large, and known to be of 1 GB."""
     scene = listed[0].clone()
     scene.properties["minecube:tile_px"] = tile
-    scene.assets["B04"].extra_fields["file:size"] = 1_000_000_000
-    per_pixel = 0.75 * 1_000_000_000 / 10980**2
+    scene.assets["B04"] = pystac.Asset("https://x/B04.tif", extra_fields={"file:size": 10**9, "proj:shape": [10980, 10980]})
     counted = np.mean([len({(start + k) // tile for k in range(window)}) for start in range(tile)])
     got = plan._asset(scene, "B04", 10, (window, window), first=False)
-    assert got.bytes == pytest.approx(counted**2 * tile**2 * per_pixel, rel=1e-3)
+    assert got.bytes == pytest.approx(counted**2 * tile**2 * 0.75 * 10**9 / 10980**2, rel=1e-3)
     assert got.requests == np.ceil(counted)
     assert got.pixels == window**2
+    assert plan._asset(scene, "B04", 10, (window, window), first=True).requests == got.requests + 1
+
+
+def test_no_more_is_planned_than_a_file_has(listed):
+    """240 x 180 pixels of 1.5 bytes, on a disk: no requests."""
+    got = plan._asset(listed[0], "B04", 10, (5000, 5000), first=True)
+    assert (got.bytes, got.requests) == (240 * 180 * 1.5, 0)
 
 
 def test_time_is_what_takes_longest_and_cost_is_counted():

@@ -2,8 +2,8 @@
 
     load_sites(path)                  -> [Site]
     grid_of(site)                     -> GeoBox                     10 m UTM, corners on multiples of 60 m
-    search(site, year, source)        -> [pystac.Item]              normalised scenes
-    select(scenes, recipe)            -> [pystac.Item]              those the recipe uses
+    search(site, year, *sources)      -> Found                      normalised scenes, each acquisition once
+    select(found.scenes, recipe)      -> [pystac.Item]              those the recipe uses
     composite.composite(scenes, grid, recipe) -> Dataset[band, y, x]   lazy
     cube.create / write_year / open_cube  -> Dataset[year, band, y, x] in Zarr
     rasterize(polygons, grid, years)  -> DataArray[year, y, x]      1 mine, 0 not, 255 unknown

@@ -21,10 +21,9 @@ from minecube.catalog import SCL, Recipe
 from minecube.composite import by_resolution, margins_m, near
 from minecube.errors import CatalogError
 from minecube.grid import at_resolution, blocks, padded
-from minecube.reader import READ_THREADS
+from minecube.reader import HEAD, READ_THREADS
 
-_TILE_M = 109_800  # side of a Sentinel-2 tile
-_STORED = {10: 1.5, 20: 1.4, SCL: 0.06}
+_STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
 """Bytes a pixel takes in the files where the item does not say their size: of real Collection 1 items, 0.5 to 2.4, SCL 0.02 to
 0.09."""
 _OVERVIEWS = 0.75  # of a file's bytes are its full resolution, where it has overviews of a half, a quarter ...
@@ -125,16 +124,16 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
 
 
 def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool) -> Estimate:
-    tile = scene.properties["minecube:tile_px"]
-    side = _TILE_M // size_m
-    # On average a window begins anywhere in a tile, so it touches as many as it is long, and a part of one more.
-    rows, columns = (min(n / tile + (tile - 1) / tile, side / tile) for n in window)
-    stored = scene.assets[band].extra_fields.get("file:size")
-    per_pixel = stored * _OVERVIEWS / side**2 if stored else _STORED.get(band if band == SCL else size_m, 1.5)
+    tile, asset = scene.properties["minecube:tile_px"], scene.assets[band]
+    shape, stored = asset.extra_fields["proj:shape"], asset.extra_fields["file:size"]
+    per_pixel = stored * _OVERVIEWS / math.prod(shape) if stored else _STORED[band if band == SCL else size_m]
+    # A window begins anywhere in a tile, so on average it touches as many as it is long, and a part of one more.
+    height, width = (min(n + tile - 1, side) for n, side in zip(window, shape, strict=True))
+    remote = "://" in asset.href
     return Estimate(
         reads=1,
-        requests=math.ceil(rows) + first,
-        bytes=int(rows * columns * tile**2 * per_pixel) + 16384 * first,
+        requests=(math.ceil(height / tile) + first) * remote,
+        bytes=int(height * width * per_pixel) + HEAD * first * remote,
         pixels=window[0] * window[1],
     )
 

@@ -43,9 +43,20 @@ from rasterio.windows import Window, from_bounds
 from minecube.catalog import SCL, Access
 from minecube.errors import ReadError
 from minecube.reader.ledger import Ledger
-from minecube.reader.remote import Opened, RequestError, Tally, check_credentials, remote_for
+from minecube.reader.remote import HEAD, Opened, RequestError, Tally, check_credentials, remote_for
 
-__all__ = ["Asset", "Ledger", "NativeReader", "check_credentials", "fetched", "read", "remove_offset", "stack"]
+__all__ = [
+    "HEAD",
+    "READ_THREADS",
+    "Asset",
+    "Ledger",
+    "NativeReader",
+    "check_credentials",
+    "fetched",
+    "read",
+    "remove_offset",
+    "stack",
+]
 
 READ_THREADS = 64
 """Reads in flight in a process: they wait on networks and disks, so it has nothing to do with Dask's threads or the cores."""

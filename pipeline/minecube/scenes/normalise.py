@@ -17,6 +17,7 @@ from minecube.catalog import ASSET_KEYS, NATIVE_M, Offset, Source
 from minecube.errors import SceneError
 from minecube.grid import split_at_antimeridian
 
+_TILE_M = 109_800  # side of a Sentinel-2 tile
 _SAME_GRANULE_S = 2
 """Starts of a granule differ by no more between processings; the parts of a split datatake start many seconds apart."""
 
@@ -138,7 +139,9 @@ def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Ass
         if asset is None:
             continue  # the source does not say which bands it has; a recipe that needs this one will miss it
         size = source.resolution_m.get(band) or _pixel_size(asset) or NATIVE_M[band]
-        fields = {"gsd": size, "file:size": int(asset.extra_fields.get("file:size") or 0)}
+        told = asset.extra_fields
+        shape = [int(n) for n in told.get("proj:shape") or item.properties.get("proj:shape") or [_TILE_M // size] * 2]
+        fields = {"gsd": size, "file:size": int(told.get("file:size") or 0), "proj:shape": shape}
         href = asset.get_absolute_href() or asset.href
         yield band, pystac.Asset(href, media_type=asset.media_type, roles=asset.roles, extra_fields=fields)
 
