@@ -75,6 +75,10 @@ class Server:
         size = path.stat().st_size
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", "")) if not asked.no_ranges else None
         first, last = (int(span[1]), min(int(span[2] or size), size - 1)) if span else (0, size - 1)
+        if asked.redirect and "again" not in parse_qs(parts.query):
+            return await self.send(writer, 302, b"", {"Location": f"{parts.path}?{parts.query}&again=1"})
+        if asked.only_before and first >= asked.only_before:
+            return await self.send(writer, 404, b"no such key")
         if first >= size:
             return await self.send(writer, 416, b"", {"Content-Range": f"bytes */{size}"})
         with path.open("rb") as file:
@@ -127,6 +131,8 @@ if __name__ == "__main__":
     parser.add_argument("--stall", type=float, default=0, help="share of answers that come late")
     parser.add_argument("--stall-s", type=float, default=10, help="how late")
     parser.add_argument("--token-life", type=float, default=0, help="seconds; /token/* gives one, files need one")
+    parser.add_argument("--redirect", action="store_true", help="send every request elsewhere first")
+    parser.add_argument("--only-before", type=int, default=0, help="ranges from this byte on are not found")
     parser.add_argument("--no-ranges", action="store_true", help="whole files, whatever was asked for")
     parser.add_argument("--seed", type=int, default=0)
     asyncio.run(main(parser.parse_args()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -19,10 +20,12 @@ import rasterio
 import stac_geoparquet.arrow
 import xarray as xr
 import yaml
+import zarr
 from click.testing import CliRunner
 from shapely.geometry import box
 
 from minecube import cube
+from minecube.catalog import load_sites, load_sources
 from minecube.cli import COMMANDS, cli
 from minecube.simulate import World, simulate
 
@@ -147,12 +150,15 @@ def test_other_scenes_are_refused_unless_told(world, built, tmp_path):
     """A scene list from which one scene is gone is another build."""
     from minecube.scenes import Found, snapshot
 
+    (site,) = load_sites(world / "sites.geojson")
+    source = load_sources(world / "archive" / "sources.yaml")["sim-earth-search"]
     (lists := tmp_path / "lists").mkdir()
     for path in (world / "cubes.zarr-scenes").glob("*.parquet"):
         listed = snapshot.load(path).scenes
         summer = [s for s in listed if 4 <= s.datetime.month <= 10 and s.properties["eo:cloud_cover"] <= 90]
         kept = [s for s in listed if "2020" not in path.name or s.id != summer[0].id]
-        snapshot.save(Found(scenes=tuple(kept), listed=len(kept)), lists / path.name)
+        belongs = snapshot.belongs_to(site, int(path.name.split("_")[1]), [source])
+        snapshot.save(Found(scenes=tuple(kept), listed=len(kept)), lists / path.name, belongs)
     store = tmp_path / "cubes.zarr"
     shutil.copytree(built, store)
     out, err = run("build", *args(world, store), "--scenes", lists, ok=1)
@@ -428,6 +434,10 @@ def test_no_signature_is_written(world, built, tmp_path):
     written = [p for p in tmp_path.rglob("*") if p.is_file() and "archive" not in p.parts]
     assert len(written) > 20
     assert not [p for p in written if b"sig=" in p.read_bytes()]
+    for year in (2020, 2022):  # these are compressed
+        for name in ("scenes", "reads"):
+            content = zarr.open_array(store, path=f"pit/builds/{year}/{name}", mode="r")[:].tobytes()
+            assert not any(b"sig=" in str(row).encode() for row in pq.read_table(io.BytesIO(content)).to_pylist())
     for year in (2020, 2022):
         totals = cube.builds(str(store), "pit")[year]["reads"]
         assert (totals["lost"], totals["completeness"]) == (0, 1)
@@ -480,8 +490,9 @@ def test_a_list_of_another_site(world, built, tmp_path, make):
     far = make.site("far", 460000, 5600040, 60, 60)
     gpd.GeoDataFrame({"id": ["far"]}, geometry=[far.geometry], crs=4326).to_file(tmp_path / "sites.geojson")
     shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search"))
-    _, err = run("build", *args(tmp_path, tmp_path / "new.zarr"), "--scenes", lists, ok=2)
-    assert "the saved list for far 2020 from sim-earth-search holds scenes elsewhere" in err
+    for command in ("build", "plan"):
+        _, err = run(command, *args(tmp_path, tmp_path / "new.zarr"), "--scenes", lists, ok=2)
+        assert "the saved list for far 2020 from sim-earth-search holds scenes elsewhere" in err
     assert not (tmp_path / "new.zarr").exists()
 
 

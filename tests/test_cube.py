@@ -449,3 +449,40 @@ def test_another_way_with_conflicting_offsets_is_another_build(store, grid):
     with pytest.raises(CubeError, match="another way with offsets in conflict"):
         cube.is_committed(store, {**torn, "on_offset_conflict": "fix"})
     assert not cube.is_committed(store, {**torn, "on_offset_conflict": "fix"}, overwrite=True)
+
+
+def test_a_run_killed_before_its_counts_are_kept_does_those_blocks_again(store, grid):
+    """A lost read whose count died with the run must not pass for a read."""
+
+    class Dies(Counted):
+        def to_parquet(self):
+            if self.blocks == 4:
+                raise KeyboardInterrupt
+            return super().to_parquet()
+
+    made, reads = year_of(grid), Dies()
+    with pytest.raises(KeyboardInterrupt):
+        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2)
+    kept = cube.reads_so_far(store, PROVENANCE)
+    assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [20]  # of the first batch
+    again = Counted()
+    assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again, workers=2)
+    assert again.blocks == 12 - 2
+
+
+def test_blocks_of_another_policy_are_not_gone_on_with(store, grid):
+    """One scene is in conflict: kept in the first run, left out in the second."""
+    kept, dropped = year_of(grid, seed=1), year_of(grid, seed=2)
+    torn = {**PROVENANCE, "on_offset_conflict": "warn", "offset_conflicts": [{"scene": "a"}]}
+    asked = iter([False, True])
+    with pytest.raises(CubeError, match="stopped"):
+        cube.write_year(store, kept, torn, b"", workers=2, stopped=lambda: next(asked))
+    assert cube.write_year(store, dropped, {**torn, "on_offset_conflict": "drop"}, b"")
+    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), dropped.reflectance)
+
+
+def test_a_year_of_which_all_was_lost_says_so(store, grid):
+    empty, reads = year_of(grid).map(lambda v: v.copy(data=da.zeros_like(v.data))), Counted(lost=120)
+    with pytest.raises(ReadError, match="120 of 120 reads were lost, which leaves no pixel"):
+        cube.write_year(store, reads.over(empty), PROVENANCE, b"", reads=reads, completeness=0)
+    assert cube.reads_so_far(store, PROVENANCE) is None

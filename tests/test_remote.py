@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -368,6 +369,73 @@ def test_a_source_without_keys(monkeypatch):
         check_credentials(Access(kind="s3", href="https://x"), "cdse")
     check_credentials(Access(kind="s3", href="https://x", anonymous=True), "cdse")
     check_credentials(Access(), "plain")
+
+
+@pytest.mark.parametrize("kind", ["tif", "jp2"])
+def test_bytes_that_do_not_come_are_no_pixels(tmp_path, make, jp2, kind):
+    """Uncompressed, where zeros in place of bytes would pass for data; and JPEG 2000, where they decode to anything."""
+    path, grid, pixels = jp2
+    if kind == "tif":
+        path = make.tif(path.with_suffix(".tif"), pixels, grid, compress=None)
+    with served(path.parent, "--only-before", 20000) as url:
+        with pytest.raises(ReadError, match="HTTP 404"):
+            read(f"{url}/{path.name}", grid[300:400, 300:400])
+        with pytest.raises(ReadError, match="HTTP 404"):  # warped, too
+            read(f"{url}/{path.name}", make.grid(LEFT + 3005, TOP - 3000, 100, 100))
+    with served(path.parent) as url:
+        np.testing.assert_array_equal(read(f"{url}/{path.name}", grid), pixels)
+
+
+def test_a_file_of_the_same_size_that_changes(tmp_path, make):
+    """Told by its ETag: size and header are those of before."""
+    grid, pixels = make.grid(LEFT, TOP, 300, 300), make.unique(300, 300)
+    path = make.tif(tmp_path / "files" / "B04.tif", pixels, grid, compress=None)
+    with served(path.parent) as url:
+        read(f"{url}/B04.tif", grid[:10, :10])
+        make.tif(path, pixels[::-1].copy(), grid, compress=None)
+        with pytest.raises(ReadError, match="changed while it was read"):
+            read(f"{url}/B04.tif", grid[200:250, 200:250])
+
+
+def test_a_redirect_shows_no_signature(band, caplog):
+    folder, grid, pixels = band
+    caplog.set_level("DEBUG")
+    with served(folder, "--redirect", "--fail", 0.3) as url:
+        np.testing.assert_array_equal(read(f"{url}/B04.tif?sig=secret", grid), pixels)
+    assert "Redirecting" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_patience_begins_with_the_trouble(band, monkeypatch):
+    """Not while a request waits for a connection that others have."""
+    monkeypatch.setattr(module, "PATIENCE_S", 1.5)
+    folder, grid, pixels = band
+    access = Access(connections=1)
+    with served(folder, "--delay", 0.15, "--fail", 0.2) as url, ThreadPoolExecutor(12) as threads:
+        windows = [grid[y : y + 50, :] for y in range(0, 600, 50)]
+        got = list(threads.map(lambda w: read(f"{url}/B04.tif", w, access=access), windows))
+    np.testing.assert_array_equal(np.concatenate(got), pixels)
+
+
+def test_trouble_is_given_up_when_interrupted(band):
+    folder, grid, _ = band
+    with served(folder, "--fail", 1) as url, ThreadPoolExecutor(1) as thread:
+        reading, start = thread.submit(read, f"{url}/B04.tif", grid), time.monotonic()
+        time.sleep(0.5)
+        module.interrupted.set()
+        try:
+            with pytest.raises(ReadError, match="HTTP 503; interrupted"):
+                reading.result(timeout=20)
+        finally:
+            module.interrupted.clear()
+        assert time.monotonic() - start < 10
+
+
+def test_a_ledger_in_another_process_allows_no_loss(tmp_path):
+    """Nobody would hear of it."""
+    copy = pickle.loads(pickle.dumps(Ledger(lossy=True)))
+    assert not copy.lossy
+    assert copy.totals()["planned"] == 0
 
 
 def test_a_read_that_gdal_makes_shows_no_url(band, caplog):

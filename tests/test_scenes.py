@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minecube import scenes
-from minecube.catalog import Site, Source, load_recipes, load_sources
+from minecube.catalog import Offset, Site, Source, load_recipes, load_sources
 from minecube.errors import SceneError
 from minecube.scenes import snapshot
 from minecube.scenes.find import over
@@ -295,7 +295,7 @@ def test_twins_of_two_sources_are_one(real, take):
 def test_a_start_that_shifts_by_a_second_is_the_same_granule(archive, make):
     """Reprocessing rounds it anew; the parts of a split datatake are many seconds apart."""
     grid, when = make.grid(LEFT, TOP, 60, 60), "2020-07-05T10:00:00"
-    starts = {"old": "20200705T100100", "new": "20200705T100101", "other part": "20200705T100112"}
+    starts = {"old": "20200705T100100", "new": "20200705T100101", "other part": "20200705T100106"}
     baselines = {"old": "02.14", "new": "05.00", "other part": "05.00"}
     listed = {k: archive.scene(when, grid, {"B04": 1, "B11": 1}, start=starts[k], baseline=baselines[k]) for k in starts}
     for order in itertools.permutations(listed):
@@ -337,6 +337,82 @@ def test_what_is_refused_is_kept_with_the_reason(archive, make, tmp_path):
     assert "names no acquisition" in found.refused[nameless.id]
 
 
+def test_a_list_is_of_its_place_and_its_sources_rules(archive, make, tmp_path):
+    """Offsets and hrefs were decided when it was made: by a rule that has been corrected since it would be built wrong."""
+    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    here, path, source = make.site("s", LEFT, TOP, 60, 60), tmp_path / "s.parquet", archive.source
+    snapshot.save(scenes.Found(scenes=(scene,)), path, snapshot.belongs_to(here, 2020, [source]))
+    moved = dataclasses.replace(source, href="elsewhere.parquet", title="x", searches_per_s=1)
+    assert snapshot.load(path, snapshot.belongs_to(here, 2020, [moved])).scenes
+    for site, year, sources in (
+        (make.site("s", LEFT, TOP, 54, 60), 2020, [source]),
+        (make.site("t", LEFT, TOP, 60, 60), 2020, [source]),
+        (here, 2021, [source]),
+        (here, 2020, [source, dataclasses.replace(source, id="more")]),
+        (here, 2020, [dataclasses.replace(source, offset=Offset(value=0))]),
+        (here, 2020, [dataclasses.replace(source, resolution_m={"B04": 20})]),
+    ):
+        with pytest.raises(SceneError, match="was searched for another place, or by another rule"):
+            snapshot.load(path, snapshot.belongs_to(site, year, sources))
+
+
+def test_a_list_of_another_version_is_refused(real, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "FORMAT", 0)
+    snapshot.save(scenes.Found(scenes=(scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"]),)), tmp_path / "x.parquet")
+    monkeypatch.undo()
+    with pytest.raises(SceneError, match=r"x\.parquet: was saved by another version of minecube; search again"):
+        snapshot.load(tmp_path / "x.parquet")
+
+
+def test_signatures_of_hrefs_are_not_kept(archive, make):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    for asked, kept in (
+        ("https://x/a.tif?sv=1&sig=LEAKED&se=2", "https://x/a.tif"),
+        ("https://x/a.tif?version=7&X-Amz-Signature=LEAKED&X-Amz-Security-Token=t", "https://x/a.tif?version=7"),
+        ("https://x/a b+c.tif", "https://x/a b+c.tif"),
+    ):
+        item.assets["B04"].href = asked
+        assert scenes.normalise(item, archive.source).assets["B04"].href == kept
+
+
+def test_what_contradicts_itself_or_is_spelled_otherwise(real):
+    item, source = real["S2A_32TMT_20200302_1_L2A"]
+    expected = scenes.normalise(item, source).properties
+
+    def with_properties(**fields):
+        return lambda content: content["properties"].update({k.replace("__", ":"): v for k, v in fields.items()})
+
+    assert "says baseline 02.14, and its product's name N0500" in refused(
+        with_properties(s2__processing_baseline="02.14"), item, source
+    )
+    for fields in (
+        {"proj__epsg": 32632.0},
+        {"proj__epsg": float("nan")},
+        {"proj__code": "urn:ogc:def:crs:EPSG::32632", "proj__epsg": None},
+        {"grid__code": "MGRS-32tmt"},
+        {"s2__mgrs_tile": "T32TMT"},
+    ):
+        assert scenes.normalise(changed(item, with_properties(**fields)), source).properties == expected, fields
+    interval = changed(
+        item, with_properties(datetime=None, start_datetime="2020-03-02T10:27:44.564000Z", end_datetime="2020-03-02T10:28:00Z")
+    )
+    assert scenes.normalise(interval, source).properties == expected
+    empty = changed(item, lambda content: content.update(geometry={"type": "Polygon", "coordinates": []}))
+    with pytest.raises(SceneError, match="has no geometry"):
+        scenes.normalise(empty, source)
+
+
+def test_the_newer_of_two_processings_of_one_baseline(archive, make):
+    """By when it was made, not by its name."""
+    grid, when = make.grid(LEFT, TOP, 60, 60), "2020-07-05T10:00:00"
+    older, newer = (
+        archive.scene(when, grid, {"B04": 1, "B11": 1}, baseline="05.00", processed=p)
+        for p in ("20230101T000000", "20230601T000000")
+    )
+    older.id, newer.id = "z", "a"
+    assert [s.id for s in scenes.deduplicate([newer, older])] == [s.id for s in scenes.deduplicate([older, newer])] == ["a"]
+
+
 def test_a_snapshot_that_was_changed_is_refused(real, tmp_path):
     scene = scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"])
     path = tmp_path / "snapshot.parquet"
@@ -376,6 +452,7 @@ def test_a_list_of_another_place_year_or_source_is_refused(archive, make):
 def test_spellings_of_baselines(archive, make):
     item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     item.properties["s2:product_uri"] = ""
+    item.id = "a name that tells nothing"
     for said, offset in (("4.0", -1000), ("05.00", -1000), ("3.01", 0), ("02.14", 0)):
         item.properties["s2:processing_baseline"] = said
         assert scenes.normalise(item, archive.source).properties["minecube:offset"] == offset
@@ -441,7 +518,8 @@ class Api:
     """Answers POST /search from a list of items, ten a page; can misbehave."""
 
     def __init__(self, items):
-        self.items, self.posts, self.fail_first, self.lose, self.html, self.retry_after = items, 0, 0, False, False, ""
+        self.items, self.posts, self.fail_first, self.retry_after = items, 0, 0, ""
+        self.lose = self.html = self.old = False
         api = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -494,7 +572,8 @@ class Api:
                 # A page that repeats an item of the last one, as the recorded searches do.
                 again = match[at - 1 : at] if at else []
                 shown = page[:-1] if api.lose and not links else [*again, *page]
-                self.answer({"type": "FeatureCollection", "features": shown, "links": links, "numberMatched": len(match)})
+                told = {"context": {"matched": len(match)}} if api.old else {"numberMatched": len(match)}
+                self.answer({"type": "FeatureCollection", "features": shown, "links": links, **told})
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -537,8 +616,9 @@ def test_a_busy_api_is_asked_again(api, searched):
     assert api.posts >= 14
 
 
-def test_lost_items_are_not_passed_over(api, searched):
-    api.lose = True
+@pytest.mark.parametrize("old", [False, True], ids=["numberMatched", "context"])
+def test_lost_items_are_not_passed_over(api, searched, old):
+    api.lose, api.old = True, old
     with pytest.raises(SceneError, match="says 16 items match 2020-03, its pages held 15"):
         scenes.search(searched[0], 2020, searched[1])
 

@@ -7,8 +7,8 @@
           reads                      and what became of every read, the bytes of a Parquet file
         predictions/unet-small/      one xarray dataset a model: probability
 
-A site-year whose marker is missing is not there, whatever its pixels say. A run that was killed left shards behind and a
-note of what it was building; the same build goes on from the first missing shard, another one starts afresh.
+A site-year whose marker is missing is not there, whatever its pixels say. A run that was killed left blocks behind and a
+note of what it was building and which are done; the same run goes on from there, another one starts afresh.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ import zarr
 import zarr.errors
 from obstore.store import from_url
 from odc.geo.geobox import GeoBox
-from zarr.core.sync import sync
 
 from minecube.catalog import Recipe, Site, as_dict
 from minecube.errors import CubeError, ReadError
@@ -179,33 +178,37 @@ def write_year(
         return False
     site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
     group = _site_group(store, site_id, mode="r+")
-    names = ("reflectance", "quality", "clear_count")  # clear_count last: its shard says that the block is done
+    names = ("reflectance", "quality", "clear_count")
     index = _index(group, year)
     with _writing(store):
-        arrays = {
-            n: zarr.open_array(_zarr_store(store), path=f"{site_id}/{n}", config={"write_empty_chunks": True}) for n in names
-        }
+        arrays = {n: zarr.open_array(_zarr_store(store), path=f"{site_id}/{n}") for n in names}
         _check_alignment(composite, arrays)
         marker = zarr.open_group(_zarr_store(store), path=f"{site_id}/builds/{year}", mode="a", use_consolidated=False)
-        if marker.attrs.get("building") != build:
-            _begin(marker, arrays["clear_count"], index, build)
-        todo = [b for b in _blocks(arrays["clear_count"]) if not _has(arrays["clear_count"], (index, *b))]
-        total = len(_blocks(arrays["clear_count"]))
-        if len(todo) < total:
-            log.info("%s %s: going on with block %d of %d", site_id, year, total - len(todo) + 1, total)
+        if marker.attrs.get("building") != (run := _run_of(provenance)):
+            _begin(marker, run)
+        done = list(marker.attrs["blocks"])
+        blocks = _blocks(arrays["clear_count"])
+        todo = [b for b in blocks if f"{b[0]}/{b[1]}" not in done]
+        if len(todo) < len(blocks):
+            log.info("%s %s: going on with block %d of %d", site_id, year, len(blocks) - len(todo) + 1, len(blocks))
         for at in range(0, len(todo), workers):
             if stopped():
-                raise CubeError(
-                    f"{site_id} {year}: stopped with {len(todo) - at} of {total} blocks to go; the same build goes on there"
-                )
-            _compute_blocks(composite, arrays, index, todo[at : at + workers], {"scheduler": scheduler, "num_workers": workers})
+                left = f"{len(todo) - at} of {len(blocks)} blocks to go"
+                raise CubeError(f"{site_id} {year}: stopped with {left}; the same build goes on there")
+            batch = todo[at : at + workers]
+            _compute_blocks(composite, arrays, index, batch, {"scheduler": scheduler, "num_workers": workers})
+            # Pixels, then the counts of their reads, then that they are done: a run killed in between does them again, and so
+            # counts some reads twice, but no block is ever taken for done of which a lost read was not counted.
             if reads:
-                _put_bytes(marker, "reads", reads.to_parquet())  # with the blocks it counts: a run that resumes adds to it
+                _put_bytes(marker, "reads", reads.to_parquet())
+            done += [f"{row}/{column}" for row, column in batch]
+            marker.attrs["blocks"] = done
         counts = dict(reads.totals()) if reads else {}
-        if counts.get("completeness", 1.0) < completeness:
+        seen = bool(arrays["quality"][index].any())
+        if counts.get("completeness", 1.0) < completeness or (counts.get("lost") and not seen):
             marker.attrs.clear()  # so that the next run reads again what was lost
             raise ReadError(_incomplete(site_id, year, counts, reads, completeness))
-        if not arrays["quality"][index].any():
+        if not seen:
             raise CubeError(
                 f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
@@ -224,7 +227,7 @@ def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
     if not _exists(store, path):
         return None
     marker = _group(store, path)
-    there = marker.attrs.get("building") == build_id(provenance) and "reads" in marker
+    there = marker.attrs.get("building") == _run_of(provenance) and "reads" in marker
     return bytes(marker["reads"][:]) if there else None
 
 
@@ -258,14 +261,18 @@ def note_incomplete(store: str, site_id: str, pending: Mapping[str, float] | Non
             group.attrs["incomplete_reads"] = noted
 
 
-def _begin(marker: zarr.Group, clear_count: zarr.Array, index: int, build: str) -> None:
-    """Forget what another build left of the year, its commit first."""
+def _run_of(provenance: Mapping[str, Any]) -> str:
+    """What blocks of one year must have in common: the build, and what became of scenes whose offsets are in conflict."""
+    resolved = [provenance.get(name) for name in ("on_offset_conflict", "offset_conflicts")]
+    return hashlib.sha256(json.dumps([build_id(provenance), resolved], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _begin(marker: zarr.Group, run: str) -> None:
+    """Forget what another run left of the year, its commit first."""
     marker.attrs.clear()
-    for block in _blocks(clear_count):
-        _delete(clear_count, (index, *block))
     if "reads" in marker:
         del marker["reads"]
-    marker.attrs["building"] = build
+    marker.attrs.put({"building": run, "blocks": []})
 
 
 def _put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
@@ -274,10 +281,10 @@ def _put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
 
 def _incomplete(site_id: str, year: int, counts: Mapping[str, float], reads: Account | None, completeness: float) -> str:
     first = next(iter(reads.lost()), "") if reads else ""
-    return (
-        f"{site_id} {year}: {counts['lost']} of {counts['planned']} reads were lost, which leaves {counts['completeness']:.2%} "
-        f"where --min-read-completeness asks for {completeness:.2%}, so it is not committed; first {first}"
-    )
+    why = f"which leaves {counts['completeness']:.2%} where --min-read-completeness asks for {completeness:.2%}"
+    why = why if counts["completeness"] < completeness else "which leaves no pixel"
+    lost = f"{counts['lost']} of {counts['planned']} reads were lost"
+    return f"{site_id} {year}: {lost}, {why}, so it is not committed; first {first}"
 
 
 def build_id(provenance: Mapping[str, Any]) -> str:
@@ -550,15 +557,6 @@ def _compute_blocks(
         parts = [chunks[n][r, c] if chunks[n].ndim == 2 else chunks[n][0, r, c] for n in arrays]
         tasks.append(write((r, c), parts))
     dask.compute(*tasks, **how)
-
-
-def _has(array: zarr.Array, block: Sequence[int]) -> bool:
-    path = array.store_path / array.metadata.encode_chunk_key(tuple(block))
-    return bool(sync(path.exists()))
-
-
-def _delete(array: zarr.Array, block: Sequence[int]) -> None:
-    sync((array.store_path / array.metadata.encode_chunk_key(tuple(block))).delete())
 
 
 def _zarr_store(store: str) -> Any:

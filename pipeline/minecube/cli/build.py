@@ -16,7 +16,7 @@ from minecube.catalog import Recipe, Site, Source
 from minecube.composite import composite, plan
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
-from minecube.reader import Ledger, check_credentials
+from minecube.reader import Ledger, check_credentials, interrupted
 from minecube.scenes import offsets, snapshot
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Outcome:
     planned: plan.Estimate | None = None
     reads: Mapping[str, float] = field(default_factory=dict)
     """What came of them, as `Ledger.totals` has it; empty where nothing was read."""
+    looks: Mapping[str, float] = field(default_factory=dict)
+    """The same of the reads that checked offsets."""
     seconds: float = 0.0
     message: str = ""
 
@@ -65,7 +67,7 @@ def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path)
         return scenes.search(site, year, *sources)
     found = snapshot.load(path)
     scenes.belonging(found.scenes, site, year, sources)
-    return found
+    return snapshot.load(path, snapshot.belongs_to(site, year, sources))
 
 
 def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, anew: bool = False) -> scenes.Found:
@@ -74,7 +76,7 @@ def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path,
     if path.exists() and not anew:
         return known_scenes(site, year, sources, folder)
     found = scenes.search(site, year, *sources)
-    snapshot.save(found, path)
+    snapshot.save(found, path, snapshot.belongs_to(site, year, sources))
     return found
 
 
@@ -117,6 +119,7 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     provenance |= {"offset_conflicts": offsets.as_rows(checks), "offset_untold": [c.scene for c in checks if c.step is None]}
     provenance["offset_check_reads"] = looks.totals()
     ledger = Ledger(lossy=lossy, before=cube.reads_so_far(job.store, provenance))
+    planned = plan.estimate(used, grid, job.recipe)
     # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
     new = cube.write_year(
         job.store,
@@ -134,8 +137,9 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         done,
         state="built" if new else "kept",
         conflicts=sum(c.conflict for c in checks),
-        planned=plan.estimate(used, grid, job.recipe),
+        planned=planned,
         reads=ledger.totals(),
+        looks=looks.totals(),
         seconds=time.monotonic() - start,
     )
 
@@ -209,12 +213,16 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
             error = task.exception()
             # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
             yield _failed(*tasks[task], error, 0.0) if error else task.result()
+    except BaseException:
+        interrupted.set()  # no request in trouble is waited for
+        raise
     finally:
         stop.set()
         for task in tasks:
             task.cancel()
         if executor is None:
             pool.shutdown(wait=True, cancel_futures=True)
+        interrupted.clear()
 
 
 def _failed(site: Site, year: int, error: BaseException, seconds: float) -> Outcome:

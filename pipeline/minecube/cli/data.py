@@ -139,8 +139,7 @@ def build(
     job = building.Job(store=store, sources=choose_sources(source_ids, catalog), recipe=recipe, snapshots=folder, **how)
     chosen = choose_sites(wanted, catalog)
     if dry_run:
-        show_plan(job, chosen, years, plan.Terms())
-        return
+        ctx.exit(show_plan(job, chosen, years, plan.Terms()))
     with progress_bar("building", len(chosen) * len(years)) as advance, _executor(scheduler) as executor:
         outcomes = building.build(job, chosen, years, executor, lambda o: advance(note=f"{o.site} {o.year}"))
     click.echo(
@@ -176,6 +175,8 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
         ("MB", round(planned.bytes / 1e6, 1), round(actual["bytes"] / 1e6, 1)),
     ]
     click.echo("\n" + table(("", "planned, at most", "actual"), rows))
+    looks = {name: sum(o.looks[name] for o in built) for name in ("planned", "bytes")}
+    click.echo(f"and {int(looks['planned'])} coarse reads, {looks['bytes'] / 1e6:.1f} MB, to check offsets")
     if actual["retried"]:
         click.echo(f"{int(actual['retried'])} requests were tried again")
 

@@ -203,7 +203,10 @@ def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="YAML with any of latency_s, mb_per_s, cores, currency, per_1000_requests, per_gb, per_core_hour.",
 )
+@click.pass_context
 def plan(
+    ctx: click.Context,
+    /,
     wanted: str,
     years: tuple[int, ...],
     source_ids: str,
@@ -227,12 +230,20 @@ def plan(
         recipe=pick(recipes(catalog), recipe_id, "recipe"),
         snapshots=scenes_folder(snapshots, store),
     )
-    show_plan(job, choose_sites(wanted, catalog), years, planning.Terms.load(prices) if prices else planning.Terms())
+    ctx.exit(show_plan(job, choose_sites(wanted, catalog), years, planning.Terms.load(prices) if prices else planning.Terms()))
 
 
-def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], terms: planning.Terms) -> None:
-    """Print what each site-year would take at most, and all that is not committed yet together."""
+def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], terms: planning.Terms) -> int:
+    """Print what each site-year would take at most, and all that is not committed yet together.
+
+    Returns:
+        0, or 1 where a site-year has no scenes.
+
+    Raises:
+        SceneError: no site-year has, for other reasons than empty searches.
+    """
     scenes.check_years(years)
+    failed: list[SceneError] = []
     rows: list[tuple[object, ...]] = []
     total = planning.Estimate()
     for site in chosen:
@@ -243,7 +254,7 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
             try:
                 listed = scenes.select(building.known_scenes(site, year, job.sources, job.snapshots).scenes, job.recipe)
             except SceneError as error:
-                click.echo(f"error: {site.id} {year}: {error}", err=True)
+                failed.append(error)
                 rows.append(_row(site.id, year, "no scenes", 0, planning.Estimate(), terms))
                 continue
             state, needs = "to build", planning.estimate(listed, grid, job.recipe)
@@ -254,12 +265,17 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
                 needs = planning.Estimate(scenes=len(listed))
             total += needs
             rows.append(_row(site.id, year, state, len(scenes.dates(listed)), needs, terms))
+    if len(failed) == len(rows) and not all(isinstance(e, scenes.NothingFoundError) and not e.found.refused for e in failed):
+        raise failed[0]
+    for failure in failed:
+        click.echo(f"error: {failure}", err=True)
     if len(rows) > 1:
         rows.append(_row("all", "", "", "", total, terms))
     priced = ("cost " + terms.currency,) if total.cost(terms) is not None else ()
     click.echo(table(("site", "year", "state", "days", "scenes", "reads", "requests", "MB", "MB a block", "s", *priced), rows))
     assumed = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(terms).items() if value is not None)
     click.echo(f"at most, with {assumed}; nothing was read or written")
+    return 1 if failed else 0
 
 
 def _row(

@@ -43,7 +43,7 @@ from rasterio.windows import Window, from_bounds
 from minecube.catalog import SCL, Access
 from minecube.errors import ReadError
 from minecube.reader.ledger import Ledger
-from minecube.reader.remote import HEAD, Opened, RequestError, Tally, check_credentials, remote_for
+from minecube.reader.remote import HEAD, Opened, RequestError, Tally, check_credentials, interrupted, remote_for, without_query
 
 __all__ = [
     "HEAD",
@@ -53,6 +53,7 @@ __all__ = [
     "NativeReader",
     "check_credentials",
     "fetched",
+    "interrupted",
     "read",
     "remove_offset",
     "stack",
@@ -209,7 +210,9 @@ def read(
         with rasterio.Env(**_GDAL), _open(url, access or _PLAIN, tally) as src:
             if src.count != 1 or src.dtypes[0] not in ("uint8", "uint16"):
                 found = f"{src.count} of {src.dtypes[0]}"
-                raise ReadError(f"{_shown(href)}: expected one band of uint8 or uint16, found {found}; not a Sentinel-2 band")
+                raise ReadError(
+                    f"{without_query(href)}: expected one band of uint8 or uint16, found {found}; not a Sentinel-2 band"
+                )
             native = _nested(src, grid)
             pixels = _read_nested(src, grid, *native, tally) if native else _warp(src, grid, resampling, tally)
             if tally.error:  # GDAL was given zeros for bytes that did not come
@@ -218,7 +221,7 @@ def read(
     except (rasterio.errors.RasterioError, RequestError) as error:
         why = error if isinstance(error, RequestError) else tally.error or error.__cause__ or error
         raise ReadError(
-            f"{_shown(href)}: cannot be read ({_shown(str(why))}); its pixels would be missing from the "
+            f"{without_query(href)}: cannot be read ({without_query(str(why))}); its pixels would be missing from the "
             "composite, so the site-year is not written; check that the file is there and whole, then run again"
         ) from error
 
@@ -364,7 +367,7 @@ def _read_nested(src: rasterio.DatasetReader, grid: GeoBox, ratio: int, dx: int,
 
 def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally) -> UInt16:
     if src.crs is None:
-        raise ReadError(f"{_shown(src.name)}: the file has no CRS, so its pixels cannot be placed on the grid")
+        raise ReadError(f"{without_query(src.name)}: the file has no CRS, so its pixels cannot be placed on the grid")
     height, width = grid.shape
     # How many source pixels a target pixel looks at. GDAL guesses it from the bounding box of the window, so that the same
     # pixel differs by hundreds from window to window (its warp option XSCALE; "may vary among chunks").
@@ -408,8 +411,3 @@ def _zero_nodata(pixels: npt.NDArray[Any], nodata: float | None) -> UInt16:
     if nodata:
         pixels = np.where(pixels == nodata, 0, pixels)
     return pixels.astype(np.uint16, copy=False)
-
-
-def _shown(href: str) -> str:
-    """Text without the queries of URLs, which may hold a signature that must not reach a log."""
-    return re.sub(r"\?[^\s'\"]*", "", href)

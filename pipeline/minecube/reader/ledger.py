@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import threading
-from typing import Any
 
 import pandas as pd
 
@@ -18,7 +17,7 @@ _KEY = ["scene", "band"]
 
 
 class Ledger:
-    """Counts of one site-year, for any thread of this process; a copy in another process counts there, for nobody.
+    """Counts of one site-year, for any thread of this process; a copy in another process is new, and allows no loss.
 
     Args:
         lossy: whether a read that is lost leaves its pixels unobserved, instead of failing at once.
@@ -35,11 +34,8 @@ class Ledger:
             if row["reason"]:
                 self._reasons[row["scene"], row["band"]] = row["reason"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"lossy": self.lossy}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
+        return Ledger, ()  # strict: what is lost where nobody counts must fail
 
     def __dask_tokenize__(self) -> int:
         return id(self)
@@ -63,7 +59,8 @@ class Ledger:
 
     def lost(self) -> list[str]:
         """A line for each scene and band of which a read was lost, with the reason."""
-        return [f"{scene} {band}: {reason}" for (scene, band), reason in sorted(self._reasons.items())]
+        with self._lock:
+            return [f"{scene} {band}: {reason}" for (scene, band), reason in sorted(self._reasons.items())]
 
     def table(self) -> pd.DataFrame:
         """One row a scene and band: `COUNTS`, and why a read was lost."""

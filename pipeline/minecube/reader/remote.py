@@ -53,6 +53,10 @@ _UNSIGNED = {400, 401, 403}
 _SIGNED_FOR = timedelta(minutes=30)
 
 
+interrupted = threading.Event()
+"""Set while the process is to end: requests in trouble are then given up instead of tried again."""
+
+
 class RequestError(OSError):
     """A request that was not answered in the end; the message shows no signature."""
 
@@ -87,7 +91,8 @@ class Remote:
         self._heads: dict[str, Head] = {}
         self._tokens: dict[str, tuple[str, float]] = {}
         self._lock, self._signing = threading.Lock(), threading.Lock()
-        logging.getLogger("urllib3.connectionpool").addFilter(_without_queries)
+        for name in ("connectionpool", "poolmanager", "util.retry"):
+            logging.getLogger(f"urllib3.{name}").addFilter(_without_queries)
 
     def head(self, href: str, tally: Tally) -> Head:
         """The file's first bytes, its size and version; raises RequestError."""
@@ -108,7 +113,7 @@ class Remote:
         return self._fetch(href, start, stop - start, tally, head).data
 
     def _fetch(self, href: str, start: int, length: int, tally: Tally, head: Head | None) -> Head:
-        began, pause, stall, signatures, tried = time.monotonic(), _FIRST_PAUSE_S, _STALL_S, 0, 0
+        began, pause, stall, signatures, tried = 0.0, _FIRST_PAUSE_S, _STALL_S, 0, 0
         while True:
             tally.requests += 1
             asked_to_wait = 0.0
@@ -139,14 +144,19 @@ class Remote:
             except _IncompleteError as error:
                 problem = str(error)
             except urllib3.exceptions.HTTPError as error:
-                problem = _without_query(_reason(error))
+                problem = without_query(_reason(error))
+                if isinstance(error, urllib3.exceptions.LocationValueError) or "CERTIFICATE_VERIFY_FAILED" in problem:
+                    raise RequestError(problem) from error
+            began = began or time.monotonic()  # of the trouble: a request may have queued for its connection long before
             if time.monotonic() - began + asked_to_wait > PATIENCE_S:
                 raise RequestError(f"{problem}, after {tried + 1} tries in {time.monotonic() - began:.0f} s")
             tally.retried += 1
             tried += 1
-            log.debug("%s: %s; try %d", href, problem, tried + 1)
+            log.debug("%s: %s; try %d", without_query(href), problem, tried + 1)
             # All of it random: requests that failed together must not come back together.
-            time.sleep(max(asked_to_wait, random.uniform(0, pause)))  # noqa: S311  no secret depends on it
+            wait = max(asked_to_wait, random.uniform(0, pause))  # noqa: S311  no secret depends on it
+            if interrupted.wait(wait):
+                raise RequestError(f"{problem}; interrupted")
             pause, stall = min(2 * pause, _LONGEST_PAUSE_S), min(2 * stall, _LONGEST_STALL_S)
 
     def _checked(
@@ -183,7 +193,7 @@ class Remote:
             container = f"{parts.netloc.split('.')[0].split(':')[0]}/{parts.path.split('/')[1]}"
             token = self._token(container)
             return f"{href}{'&' if parts.query else '?'}{token}", container
-        if self.access.kind == "s3" or href.startswith("s3://"):
+        if href.startswith("s3://"):
             return self._presigned(href)
         return href, None
 
@@ -225,10 +235,16 @@ class Remote:
 _TOKEN_RETRIES = urllib3.Retry(total=5, backoff_factor=0.3, backoff_jitter=0.3, status_forcelist=_AGAIN)
 
 
-@functools.cache
+_REMOTES: dict[Access, Remote] = {}
+_MAKING = threading.Lock()  # two at once would have twice the connections
+
+
 def remote_for(access: Access) -> Remote:
     """The process's connections for one way of access."""
-    return Remote(access)
+    with _MAKING:
+        if access not in _REMOTES:
+            _REMOTES[access] = Remote(access)
+        return _REMOTES[access]
 
 
 @functools.cache
@@ -276,11 +292,12 @@ def _reason(error: BaseException) -> str:
 def _without_queries(record: logging.LogRecord) -> bool:
     """For urllib3's log, which tells every URL, and with it its signature."""
     if isinstance(record.args, tuple):
-        record.args = tuple(_without_query(a) if isinstance(a, str) else a for a in record.args)
+        record.args = tuple(without_query(a) if isinstance(a, str) else a for a in record.args)
     return True
 
 
-def _without_query(text: str) -> str:
+def without_query(text: str) -> str:
+    """Text without the queries of URLs, which may hold a signature that must not reach a log."""
     return re.sub(r"\?[^\s'\")]*", "", text)
 
 
@@ -318,9 +335,12 @@ class RemoteFile:
         stop = self._head.size if length < 0 else min(self._at + length, self._head.size)
         if stop <= self._at:
             return b""
-        if not self._start <= self._at <= stop <= self._start + len(self._buffer):
-            self._start, self._buffer = self._at, self._fetched(self._at, max(stop - self._at, _BLOCK))
-        data = self._buffer[self._at - self._start : stop - self._start]
+        if stop <= len(self._head.data):
+            data = self._head.data[self._at : stop]
+        else:
+            if not self._start <= self._at <= stop <= self._start + len(self._buffer):
+                self._start, self._buffer = self._at, self._fetched(self._at, max(stop - self._at, _BLOCK))
+            data = self._buffer[self._at - self._start : stop - self._start]
         self._at += len(data)
         return data
 

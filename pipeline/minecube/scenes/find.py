@@ -27,6 +27,7 @@ from urllib3 import Retry
 from minecube.catalog import Source
 from minecube.errors import SceneError
 from minecube.grid import split_at_antimeridian
+from minecube.scenes.normalise import taken
 
 log = logging.getLogger(__name__)
 
@@ -108,15 +109,9 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item
         for month in (f"{year}-{number:02d}" for number in range(1, 13)):
             if source.since and month < source.since:
                 continue
-            asked = client.search(
-                collections=[source.collection], intersects=shapely.geometry.mapping(area), datetime=month, limit=PAGE
-            )
-            # Not migrated to the newest STAC: `normalise` reads old and new, and migration warns about what it cannot move.
-            pages = list(asked.pages_as_dicts())
-            ids = {d["id"]: pystac.Item.from_dict(d, migrate=False) for page in pages for d in page["features"]}
-            # The first page tells; the client would ask for it once more.
-            context = pages[0].get("context") or {} if pages else {}
-            matched = pages[0].get("numberMatched", context.get("matched")) if pages else None
+            ids, matched = _month(client, source.collection, area, month)
+            if matched is not None and matched != len(ids):  # items may have been added between two pages
+                ids, matched = _month(client, source.collection, area, month)
             if matched is not None and matched != len(ids):
                 raise SceneError(
                     f"{source.href}: says {matched} items match {month}, its pages held {len(ids)}; scenes would be "
@@ -128,9 +123,22 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item
     return list(by_id.values())
 
 
+def _month(
+    client: pystac_client.Client, collection: str, area: BaseGeometry, month: str
+) -> tuple[dict[str, pystac.Item], int | None]:
+    """Items by id, and how many the API says match, where it does."""
+    asked = client.search(collections=[collection], intersects=shapely.geometry.mapping(area), datetime=month, limit=PAGE)
+    pages = list(asked.pages_as_dicts())
+    # Not migrated to the newest STAC: `normalise` reads old and new, and migration warns about what it cannot move.
+    ids = {d["id"]: pystac.Item.from_dict(d, migrate=False) for page in pages for d in page["features"]}
+    # The first page tells; the client would ask for it once more.
+    context = pages[0].get("context") or {} if pages else {}
+    return ids, pages[0].get("numberMatched", context.get("matched")) if pages else None
+
+
 def _from_file(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]:
-    found = [i for i in read_items(source.href) if i.datetime and i.datetime.year == year]
-    found = [i for i in found if i.geometry is None or over(i, area)]
+    found = [i for i in read_items(source.href) if (when := taken(i)) is None or when.year == year]
+    found = [i for i in found if not i.geometry or over(i, area)]
     folder = source.href.rpartition("/")[0]  # a local one is absolute: the catalogue's loader sees to it
     for item in found:
         for asset in item.assets.values():

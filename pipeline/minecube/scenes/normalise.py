@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pyproj
 import pystac
@@ -18,6 +19,11 @@ from minecube.errors import SceneError
 from minecube.grid import split_at_antimeridian
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
+_SIGNS = re.compile(
+    "sig|se|sp|sv|sr|st|sk[a-z]+|x-(amz|goog)-.*|signature|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid|.*token",
+    re.I,
+)
+"""Query keys of Azure's, AWS's, Google's and CloudFront's signatures."""
 _SAME_GRANULE_S = 2
 """Starts of a granule differ by no more between processings; the parts of a split datatake start many seconds apart."""
 
@@ -28,8 +34,9 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
     Raises:
         SceneError: it lacks geometry, time, acquisition, baseline or a band, or contradicts itself; names item and reason.
     """
-    if item.datetime is None or item.geometry is None:
-        raise _refused(item, f"has no {'geometry' if item.geometry is None else 'datetime'}")
+    when = taken(item)
+    if when is None or not item.geometry or not item.geometry.get("coordinates"):
+        raise _refused(item, f"has no {'geometry' if when else 'datetime'}")
     baseline, tile = _baseline(item), _tile(item)
     offset, reason = _offset(item, baseline, source.offset)
     datatake, start = acquisition(item)
@@ -39,10 +46,10 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         id=item.id,
         geometry=item.geometry if footprint is shape else json.loads(shapely.to_geojson(footprint)),
         bbox=list(footprint.bounds),
-        datetime=item.datetime,
+        datetime=when,
         properties={
-            "platform": str(item.properties.get("platform", "")).lower(),
-            "eo:cloud_cover": float(item.properties.get("eo:cloud_cover") or 0.0),
+            # Unknown is let through: the mask sees the clouds, this number only spares reading the worst.
+            "eo:cloud_cover": max(float(item.properties.get("eo:cloud_cover") or 0.0), 0.0),
             "proj:code": _projection(item, source, tile),
             "s2:mgrs_tile": tile,
             "s2:processing_baseline": baseline,
@@ -50,7 +57,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
             "minecube:source": source.id,
             "minecube:access": json.dumps(dataclasses.asdict(source.access), sort_keys=True),
             "minecube:tile_px": source.tile_px,
-            "minecube:solar_day": solar_day(item.datetime, tile),
+            "minecube:solar_day": solar_day(when, tile),
             "minecube:datatake": datatake,
             "minecube:granule_start": start,
             "minecube:generated": _generated(item),
@@ -59,6 +66,11 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         },
         assets=dict(_assets(item, source)),
     )
+
+
+def taken(item: pystac.Item) -> datetime | None:
+    """When it was taken: its datetime, or, where that is null, the start of its interval."""
+    return item.datetime or item.common_metadata.start_datetime
 
 
 def acquisition(item: pystac.Item) -> tuple[str, str]:
@@ -142,8 +154,24 @@ def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Ass
         told = asset.extra_fields
         shape = [int(n) for n in told.get("proj:shape") or item.properties.get("proj:shape") or [_TILE_M // size] * 2]
         fields = {"gsd": size, "file:size": int(told.get("file:size") or 0), "proj:shape": shape}
-        href = asset.get_absolute_href() or asset.href
-        yield band, pystac.Asset(href, media_type=asset.media_type, roles=asset.roles, extra_fields=fields)
+        yield (
+            band,
+            pystac.Asset(
+                _unsigned(asset.get_absolute_href() or asset.href),
+                media_type=asset.media_type,
+                roles=asset.roles,
+                extra_fields=fields,
+            ),
+        )
+
+
+def _unsigned(href: str) -> str:
+    """The href without what signs it: signatures are made when a file is read, and never kept."""
+    parts = urlsplit(href)
+    if not parts.query:
+        return href
+    kept = [(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not _SIGNS.fullmatch(k)]
+    return urlunsplit(parts._replace(query=urlencode(kept)))
 
 
 def _first(item: pystac.Item, *names: str) -> str:
@@ -161,6 +189,8 @@ def _baseline(item: pystac.Item) -> str:
     stated = re.fullmatch(r"(\d{1,2})\.(\d{1,2})", _first(item, "s2:processing_baseline", "processing:version"))
     named = re.search(r"_N(\d\d)(\d\d)_", _product(item))
     # 4.0 and 05.00 are both in use.
+    if stated and named and f"{stated[1]:0>2}{stated[2]:0<2}" != named[1] + named[2]:
+        raise _refused(item, f"says baseline {stated[0]}, and its product's name N{named[1]}{named[2]}")
     baseline = f"{stated[1]:0>2}.{stated[2]:0<2}" if stated else f"{named[1]}.{named[2]}" if named else ""
     if baseline >= "99":
         raise _refused(item, f"baseline {baseline} marks a provider's own reprocessing, which is to be withdrawn")
@@ -182,12 +212,12 @@ def _offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
 
 
 def _tile(item: pystac.Item) -> str:
-    tile = _first(item, "s2:mgrs_tile", "grid:code").removeprefix("MGRS-")
+    tile = _first(item, "s2:mgrs_tile", "grid:code")
     if not tile:
         parts = [str(item.properties.get(f"mgrs:{p}", "")) for p in ("utm_zone", "latitude_band", "grid_square")]
         tile = "".join(parts)
     named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
-    tile = tile or (named.group(1) if named else "")
+    tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
     match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
     if not match or not 1 <= int(match.group(1)) <= 60:
         raise _refused(item, f"names no MGRS tile (found {tile!r}), so duplicates cannot be told")
@@ -207,9 +237,10 @@ def _projection(item: pystac.Item, source: Source, tile: str) -> str:
 
 def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
     for name in ("proj:code", "proj:epsg"):
-        code = str(fields.get(name)).removeprefix("EPSG:")
-        if code != "None":
-            yield f"EPSG:{code}"
+        # EPSG:32632, 32632, 32632.0 from a table, urn:ogc:def:crs:EPSG::32632; "EPSG:None" is none.
+        code = re.search(r"(\d{4,6})(?:\.0)?$", str(fields.get(name)))
+        if code:
+            yield f"EPSG:{code[1]}"
     for name in ("proj:wkt2", "proj:projjson"):
         if fields.get(name):
             try:

@@ -12,10 +12,14 @@ import pyarrow.parquet as pq
 import pystac
 import stac_geoparquet.arrow
 
+from minecube.catalog import Site, Source, as_dict
 from minecube.errors import CubeError, SceneError
+from minecube.grid import grid_of
 from minecube.scenes import Found
 from minecube.scenes.find import read_items
 
+FORMAT = 1
+"""Version of what a saved scene holds; a list of another one is refused."""
 _KEY = b"minecube"  # of the file's own metadata
 
 
@@ -33,20 +37,34 @@ def to_bytes(scenes: Sequence[pystac.Item]) -> bytes:
         return path.read_bytes()
 
 
-def _write(found: Found, path: Path) -> None:
+def _write(found: Found, path: Path, belongs: str = "") -> None:
     listed = [s.to_dict(include_self_link=False) for s in found.scenes]
     stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(listed), path)
     table = pq.read_table(path)  # with the metadata that says it is GeoParquet, to which ours is added
-    about = {"listed": found.listed, "refused": dict(found.refused), "sha256": digest(found.scenes)}
+    about = {"format": FORMAT, "belongs_to": belongs, "listed": found.listed, "refused": dict(found.refused)}
+    about["sha256"] = digest(found.scenes)
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, _KEY: json.dumps(about)}), path)
 
 
-def save(found: Found, path: Path) -> None:
-    """Write a scene list, whole or not at all; raises CubeError where that cannot be written."""
+def belongs_to(site: Site, year: int, sources: Sequence[Source]) -> str:
+    """What a scene list was searched for, as a hash: place, year, and the sources' rules, which its scenes have taken on.
+
+    Not where a source is: its archive may have moved, and a list must do with the API gone.
+    """
+    grid = grid_of(site)
+    rules = [{k: v for k, v in as_dict(s).items() if k not in ("title", "href", "licence", "searches_per_s")} for s in sources]
+    for rule in rules:
+        rule["access"].pop("connections")
+    asked = {"site": site.id, "grid": [str(grid.crs), *grid.transform[:6], *grid.shape], "year": year, "sources": rules}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def save(found: Found, path: Path, belongs: str = "") -> None:
+    """Write a scene list, whole or not at all, with what it belongs to; raises CubeError where that cannot be written."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(found, part)
+        _write(found, part, belongs)
         part.replace(path)
     except OSError as error:
         raise CubeError(
@@ -54,11 +72,12 @@ def save(found: Found, path: Path) -> None:
         ) from error
 
 
-def load(path: Path) -> Found:
-    """A scene list, as `save` was given it.
+def load(path: Path, belongs: str = "") -> Found:
+    """A scene list, as `save` was given it, held to what it must belong to, where that is named.
 
     Raises:
-        SceneError: the file is missing, is no scene list, or its scenes are no longer those that were saved.
+        SceneError: the file is missing, is no scene list, belongs to something else, or its scenes are no longer those that
+            were saved.
     """
     items = read_items(path)
     about = (pq.read_schema(path).metadata or {}).get(_KEY)
@@ -67,7 +86,14 @@ def load(path: Path) -> Found:
             f"{path}: holds STAC items, but no scenes saved by minecube; name it as a source of kind stac-geoparquet"
         )
     said = json.loads(about)
+    if said.get("format") != FORMAT:
+        raise SceneError(f"{path}: was saved by another version of minecube; search again, or name another folder")
     if digest(items) != said["sha256"]:
         raise SceneError(f"{path}: its scenes are not those that were saved (their hash differs); search again")
+    if belongs and said["belongs_to"] != belongs:
+        raise SceneError(
+            f"{path}: was searched for another place, or by another rule of its source; remove it to search again, or name "
+            "another folder"
+        )
     scenes = tuple(sorted(items, key=lambda s: (s.datetime, s.id)))
     return Found(scenes=scenes, listed=said["listed"], refused=said["refused"])
