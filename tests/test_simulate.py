@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import odc.geo.xr  # noqa: F401 - the .odc accessor
+import pandas as pd
 import pyarrow.parquet as pq
 import pystac
 import pytest
@@ -660,7 +662,12 @@ def test_styles_take_turns_when_each_site_has_one(tmp_path: Path) -> None:
     simulate(sites, tmp_path / "out", world, progress=said.append)
     assert said == ["a 2023", "b 2023", "c 2023"]
     made = ["cdse", "cdse.parquet", "earth-search", "earth-search.parquet", "sources.yaml"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*made, "truth.zarr", "truth_footprints.parquet"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        *made,
+        "truth.zarr",
+        "truth_footprints.parquet",
+        "truth_offsets.parquet",
+    ]
     for style, of in (("cdse", (0, 2)), ("earth-search", (1,))):
         areas = [shape(i["geometry"]).centroid for i in items(tmp_path / "out", style)]
         nearest = {min(range(3), key=lambda k: p.distance(sites[k].geometry)) for p in areas}
@@ -715,3 +722,24 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     with pytest.raises(CatalogError, match="No space left"):
         simulate([site_of("a", 360000, 5600040, 48, 48)], tmp_path / "out", World(years=(2023,), dates_per_year=1))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_that_are_wrong_in_either_way(tmp_path: Path) -> None:
+    """Beside a world whose flags are right: the truth says what each item's pixels carry on top of that world's."""
+    site = site_of("a", 360000, 5600040, 48, 48)
+    right = World(years=(2022,), dates_per_year=6, winter_dates=0, styles=("earth-search",))
+    simulate([site], tmp_path / "right", right)
+    simulate([site], tmp_path / "wrong", dataclasses.replace(right, wrong_flags=1.0))
+    truth = pd.read_parquet(tmp_path / "wrong" / "truth_offsets.parquet").set_index("id")
+    assert truth.misflagged.all()
+    assert set(truth.carried) == {0, 1000}
+    for name, carried in truth.carried.items():
+        item = json.loads((tmp_path / "wrong" / "earth-search" / name / "item.json").read_text())
+        assert item["properties"]["earthsearch:boa_offset_applied"] is (carried == 1000)
+        pixels = []
+        for world in ("right", "wrong"):
+            with rasterio.open(tmp_path / world / "earth-search" / name / "B04.tif") as src:
+                pixels.append(src.read(1).astype(int))
+        seen = pixels[0] > 1  # noise below 0 was cut at 1, where nothing is on top
+        assert (pixels[1] - pixels[0])[seen].tolist() == [carried] * seen.sum()
+    assert not pd.read_parquet(tmp_path / "right" / "truth_offsets.parquet").misflagged.any()
