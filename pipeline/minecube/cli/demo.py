@@ -50,7 +50,7 @@ def demo(out: Path, epochs: int, seed: int) -> None:
     """Run everything on a simulated world and score it against the truth.
 
     Three mines, three years, each mine listed by another provider; a small U-Net learns on two and maps the third, unseen.
-    Writes cubes, exports, pictures and summary.json, and prints the table of it. Two minutes and 1.7 GB on two cores.
+    Writes cubes, exports, pictures and summary.json, and prints the table of it. Three minutes and 1.7 GB on two cores.
 
     \b
     Example:
