@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -194,8 +197,6 @@ def test_a_missing_and_a_truncated_file_fail_one_site_year_each_and_nothing_else
 def test_an_interrupted_build_goes_on(world, tmp_path):
     """Killed while it writes: what is committed stays, the rest is built by the same command."""
     import os
-    import signal
-    import time
 
     store = tmp_path / "cubes.zarr"
     command = [sys.executable, "-c", "from minecube.cli import main; main()", "build", *map(str, args(world, store))]
@@ -399,6 +400,45 @@ def test_a_wrong_flag(world, built, tmp_path, policy):
         np.testing.assert_array_equal(np.abs(got.astype(int) - plain) <= 1, True)  # what was 0 or 1 cannot be told any more
     else:
         assert (got != plain).any()
+
+
+def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
+    """Every image is answered with 503, which is waited out for minutes; not after Ctrl-C."""
+    shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("truth*"))
+    shutil.copy(world / "sites.geojson", tmp_path)
+    server = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path / "archive"), "--fail", "1"]
+    process = subprocess.Popen(server, stdout=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
+        known["sim-earth-search"]["href"] = f"{url}/earth-search.parquet"
+        (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
+        command = [sys.executable, "-c", "from minecube.cli import main; main()", "build"]
+        build = subprocess.Popen(
+            [*command, *map(str, args(tmp_path, tmp_path / "new.zarr"))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        failed = 0
+        while failed < 100 and build.poll() is None:  # it is in the midst of it
+            time.sleep(0.2)
+            with urllib.request.urlopen(f"{url}/counts") as answer:
+                failed = json.load(answer)["failed"]
+        build.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        try:
+            _, err = build.communicate(timeout=60)
+        finally:
+            build.kill()
+            build.communicate()
+    finally:
+        process.terminate()
+        process.communicate()
+    assert time.monotonic() - start < 30
+    assert build.returncode == 130, err
+    assert "interrupted; what is committed is safe" in err
+    assert cube.builds(str(tmp_path / "new.zarr"), "pit") == {}
 
 
 LOUD = "import logging; logging.basicConfig(level=logging.DEBUG); from minecube.cli import main; main()"

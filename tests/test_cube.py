@@ -486,3 +486,19 @@ def test_a_year_of_which_all_was_lost_says_so(store, grid):
     with pytest.raises(ReadError, match="120 of 120 reads were lost, which leaves no pixel"):
         cube.write_year(store, reads.over(empty), PROVENANCE, b"", reads=reads, completeness=0)
     assert cube.reads_so_far(store, PROVENANCE) is None
+
+
+def test_counts_of_another_build_are_not_gone_on_with(store, grid):
+    """The second build dies before it has counts of its own: the first one's are no beginning for it."""
+
+    class Dies(Counted):
+        def to_parquet(self):
+            raise KeyboardInterrupt
+
+    made, asked, other = year_of(grid), iter([False, True]), {**PROVENANCE, "version": "2"}
+    first, second = Counted(), Dies()
+    with pytest.raises(CubeError, match="stopped"):
+        cube.write_year(store, first.over(made), PROVENANCE, b"", reads=first, workers=2, stopped=lambda: next(asked))
+    with pytest.raises(KeyboardInterrupt):
+        cube.write_year(store, second.over(made), other, b"", reads=second, workers=2)
+    assert cube.reads_so_far(store, other) is None

@@ -202,6 +202,7 @@ def _searched(
 
 def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) -> Iterator[Outcome]:
     """Outcomes as they come. Interrupted, blocks in hand are finished, and no other is begun."""
+    interrupted.clear()  # here, not at the end: reads that a stopped build left in the queue are to give up, too
     cores, stop = os.cpu_count() or 1, threading.Event()
     at_once = max(min(cores, len(todo)), 1)
     pool = executor or ThreadPoolExecutor(max_workers=at_once)
@@ -222,7 +223,6 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
             task.cancel()
         if executor is None:
             pool.shutdown(wait=True, cancel_futures=True)
-        interrupted.clear()
 
 
 def _failed(site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
