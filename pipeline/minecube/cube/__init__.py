@@ -1,0 +1,342 @@
+"""The Zarr store: one group per site, template first, then blocks that are whole shards, the commit marker last.
+
+    cubes.zarr/
+      Germany_1/                     one xarray dataset: reflectance, clear_count, quality, footprint
+        builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last;
+          scenes                     its scene list, the bytes of a stac-geoparquet file,
+          reads                      and what became of every read, the bytes of a Parquet file
+        predictions/unet-small/      one xarray dataset a model: probability
+
+A site-year whose marker is missing is not there, whatever its pixels say. A run that was killed left blocks behind and a
+note of what it was building and which are done; the same run goes on from there, another one starts afresh.
+
+    store.py     opening stores and groups          template.py  a group before it has a pixel
+    builds.py    provenance, markers, counts of reads
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import dask
+import numpy as np
+import odc.geo.xr  # noqa: F401  registers the .odc accessor
+import xarray as xr
+import zarr
+from odc.geo.geobox import GeoBox
+
+from minecube.catalog import Recipe, Site, as_dict
+from minecube.cube.builds import (
+    Account,
+    begin,
+    build_id,
+    builds,
+    incomplete,
+    is_committed,
+    note_incomplete,
+    provenance_of,
+    put_bytes,
+    reads,
+    reads_so_far,
+    run_of,
+)
+from minecube.cube.store import FORMAT, NAMED, exists, group_of, reading, site_group, sites, writing, zarr_store
+from minecube.cube.template import encoding_of, extend, geozarr, template
+from minecube.errors import CubeError, ReadError
+
+__all__ = [
+    "build_id",
+    "builds",
+    "check",
+    "create",
+    "is_committed",
+    "note_incomplete",
+    "open_committed",
+    "open_cube",
+    "open_probability",
+    "provenance_of",
+    "reads",
+    "reads_so_far",
+    "sites",
+    "write_footprint",
+    "write_probability",
+    "write_year",
+]
+
+log = logging.getLogger(__name__)
+
+_BEING_MADE = 0  # format of a group whose template is not whole yet; a run killed there begins anew
+
+
+def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> bool:
+    """Whether the site's group is there already, and fit for these years, this grid and this recipe; writes nothing.
+
+    Raises:
+        CubeError: the group was made by another recipe or on another grid, or a year would have to be put before existing ones.
+    """
+    if not exists(store, site.id) or group_of(store, site.id).attrs.get(NAMED) == {"format": _BEING_MADE}:
+        return False
+    made = site_group(store, site.id, mode="r").attrs[NAMED]["recipe"]
+    asked = as_dict(recipe)
+    changed = ", ".join(k for k in asked if k != "title" and made.get(k) != asked[k])
+    if changed:
+        raise CubeError(
+            f"{store}: {site.id} was made by recipe {made['id']!r}, which differs from {recipe.id!r} in {changed}; years of "
+            "two recipes in one cube cannot be compared, so use another --store or the same recipe"
+        )
+    cube = open_cube(store, site.id)
+    if cube.odc.geobox != grid:
+        raise CubeError(f"{store}: {site.id} lies on another grid; its polygon has changed, so use another --store")
+    there = [int(y) for y in cube.year if y > 0]
+    early = [y for y in years if y not in there and y < there[-1]]
+    if early:
+        raise CubeError(
+            f"{store}: {site.id} holds {there[0]}..{there[-1]}; year {early[0]} would have to be put before existing years, so "
+            "name all years at the first build, or use another --store"
+        )
+    return True
+
+
+def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
+    """Make sure the site's group is there for these years: all metadata, no pixel. Existing years stay as they are.
+
+    Raises:
+        CubeError: as `check`, or the store cannot be written.
+    """
+    with writing(store):
+        if check(store, site, grid, years, recipe):
+            extend(site_group(store, site.id, mode="r+"), years)
+            return
+        empty = template(grid, sorted(years), recipe)
+        empty.attrs |= {NAMED: {"format": _BEING_MADE}, **geozarr(grid)}
+        encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
+        target = zarr_store(store)
+        empty.to_zarr(target, group=site.id, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
+        made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe)}
+        zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False).attrs[NAMED] = made
+
+
+def write_year(
+    store: str,
+    composite: xr.Dataset,
+    provenance: Mapping[str, Any],
+    scenes: bytes,
+    *,
+    reads: Account | None = None,
+    completeness: float = 1.0,
+    overwrite: bool = False,
+    scheduler: str | None = None,
+    workers: int = 4,
+    stopped: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Compute a year's composite block by block into its place and commit it; False if that very build is there already.
+
+    Args:
+        store: local path or object-store URL.
+        composite: lazy Dataset of `reflectance`, `clear_count`, `quality`, its Dask chunks the cube's shards.
+        provenance: what the build is made of (`provenance_of`): its site and year say where it goes, `build_id` names it.
+        scenes: the scene list, as the bytes of a stac-geoparquet file.
+        reads: counts of the reads that computing makes.
+        completeness: share of the planned reads below which the year is not committed.
+        overwrite: replace a committed year that was built from something else; the old one is gone when the new one begins.
+        scheduler: which Dask scheduler computes the blocks, by its name; the one in force by default.
+        workers: blocks computed at a time.
+        stopped: asked between blocks; once true, the year is left as it is, to be resumed.
+
+    Raises:
+        CubeError: as `is_committed`; blocks and shards do not match, no pixel was observed, it was stopped, or the store cannot
+            be written.
+        ReadError: pixels could not be read, more than `completeness` allows; the year stays uncommitted.
+    """
+    if is_committed(store, provenance, overwrite=overwrite, completeness=completeness):
+        return False
+    site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
+    group = site_group(store, site_id, mode="r+")
+    names = ("reflectance", "quality", "clear_count")
+    index = _index(group, year)
+    with writing(store):
+        arrays = {n: zarr.open_array(zarr_store(store), path=f"{site_id}/{n}") for n in names}
+        _check_alignment(composite, arrays)
+        marker = zarr.open_group(zarr_store(store), path=f"{site_id}/builds/{year}", mode="a", use_consolidated=False)
+        if marker.attrs.get("building") != (run := run_of(provenance)):
+            begin(marker, run)
+        done = list(marker.attrs["blocks"])
+        blocks = _blocks(arrays["clear_count"])
+        todo = [b for b in blocks if f"{b[0]}/{b[1]}" not in done]
+        if len(todo) < len(blocks):
+            log.info("%s %s: going on with block %d of %d", site_id, year, len(blocks) - len(todo) + 1, len(blocks))
+        for at in range(0, len(todo), workers):
+            if stopped():
+                left = f"{len(todo) - at} of {len(blocks)} blocks to go"
+                raise CubeError(f"{site_id} {year}: stopped with {left}; the same build goes on there")
+            batch = todo[at : at + workers]
+            _compute_blocks(composite, arrays, index, batch, {"scheduler": scheduler, "num_workers": workers})
+            # Pixels, then the counts of their reads, then that they are done: a run killed in between does them again, and so
+            # counts some reads twice, but no block is ever taken for done of which a lost read was not counted.
+            if reads:
+                put_bytes(marker, "reads", reads.to_parquet())
+            done += [f"{row}/{column}" for row, column in batch]
+            marker.attrs["blocks"] = done
+        counts = dict(reads.totals()) if reads else {}
+        seen = bool(arrays["quality"][index].any())
+        if counts.get("completeness", 1.0) < completeness or (counts.get("lost") and not seen):
+            marker.attrs.clear()  # so that the next run reads again what was lost
+            raise ReadError(incomplete(site_id, year, counts, reads, completeness))
+        if not seen:
+            raise CubeError(
+                f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
+            )
+        put_bytes(marker, "scenes", scenes)
+        made = {**provenance, "build_id": build, "committed": datetime.now(tz=UTC).isoformat(timespec="seconds")}
+        if counts:
+            made["reads"] = counts
+            note_incomplete(store, site_id, {str(year): counts["completeness"]})
+        marker.attrs.put(made)  # the commit: one object, replaced as a whole
+    return True
+
+
+def open_cube(store: str, site_id: str) -> xr.Dataset:
+    """A site's cube, lazy, as `xarray.open_zarr` gives it: see the module for variables, `design` section 4 for meanings.
+
+    Raises:
+        CubeError: no such site, or a store that is not ours.
+    """
+    site_group(store, site_id, mode="r")
+    with reading(store, site_id):
+        opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=site_id, consolidated=False)
+        opened["year"].load()
+    return opened
+
+
+def open_committed(store: str, site_id: str) -> xr.Dataset:
+    """The same, committed years only: what is to be learnt from, mapped or exported.
+
+    Raises:
+        CubeError: no such site, no committed year, or a store that is not ours.
+    """
+    years = list(builds(store, site_id))
+    cube = open_cube(store, site_id)
+    if not years:
+        raise CubeError(f"{store}: {site_id} has no committed year; run `minecube build` until it says built")
+    return cube.sel(year=years)
+
+
+def write_footprint(store: str, site_id: str, footprint: xr.DataArray, origin: str) -> None:
+    """Put yearly masks (uint8 [year, y, x]: 1 mine, 0 not, 255 unknown) in their years' places; `origin` says whence.
+
+    Raises:
+        CubeError: the masks lie on another grid or in years the cube has not, or the store cannot be written.
+    """
+    cube = open_cube(store, site_id)
+    if footprint.odc.geobox != cube.odc.geobox:
+        raise CubeError(
+            f"{store}: footprints of {site_id} lie on another grid than its cube; rasterise them on the cube's grid"
+        )
+    with writing(store):
+        group = site_group(store, site_id, mode="r+")
+        array = zarr.open_array(zarr_store(store), path=f"{site_id}/footprint", mode="r+")
+        for year in footprint.year.values:
+            array[_index(group, int(year))] = footprint.sel(year=year).values
+        array.attrs["origin"] = origin
+
+
+def write_probability(store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any]) -> None:
+    """Put a model's mine probability (uint8 [year, y, x], x 250, 255 = none) into its own group, replacing an older run's.
+
+    Raises:
+        CubeError: the probability lies on another grid than the cube, or the store cannot be written.
+    """
+    cube = open_cube(store, site_id)
+    if probability.odc.geobox != cube.odc.geobox:
+        raise CubeError(
+            f"{store}: the prediction for {site_id} lies on another grid than its cube; predict from the cube itself"
+        )
+    recipe = site_group(store, site_id, mode="r").attrs[NAMED]["recipe"]
+    side, chunk = recipe["block_px"], recipe["chunk_px"]
+    mapped_from = {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
+    attrs = {"long_name": "mine probability x 250", "nodata": 255, "grid_mapping": "spatial_ref"}
+    attrs |= {"model": dict(card), "builds": mapped_from}
+    named = probability.rename("probability").drop_attrs().assign_attrs(attrs).to_dataset()
+    named.attrs = geozarr(cube.odc.geobox)
+    encoding = {"probability": {"chunks": (1, chunk, chunk), "shards": (1, side, side), "fill_value": 255}}
+    with writing(store):
+        named.chunk({"year": 1, "y": side, "x": side}).to_zarr(
+            zarr_store(store),
+            group=f"{site_id}/predictions/{model}",
+            mode="w",
+            consolidated=False,
+            zarr_format=3,
+            encoding=encoding,
+        )
+
+
+def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
+    """A model's probability over a site, lazy uint8 [year, y, x].
+
+    Raises:
+        CubeError: that model did not run there, or ran on other builds than the cube now holds.
+    """
+    if not exists(store, f"{site_id}/predictions/{model}"):
+        raise CubeError(f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first")
+    opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=f"{site_id}/predictions/{model}", consolidated=False)
+    probability = opened["probability"]
+    now = {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
+    changed = sorted(set(now.items()) ^ set(probability.attrs["builds"].items()))
+    if changed:
+        raise CubeError(
+            f"{store}: {model!r} mapped {site_id} before {changed[0][0]} was built as it is now; run `minecube predict` again"
+        )
+    return probability
+
+
+def _index(group: zarr.Group, year: int) -> int:
+    there = [int(y) for y in group["year"][:]]
+    if year not in there:
+        raise CubeError(f"year {year} is not in the cube, which has {there[0]}..{there[-1]}; build it first")
+    return there.index(year)
+
+
+def _check_alignment(composite: xr.Dataset, arrays: Mapping[str, zarr.Array]) -> None:
+    """Blocks must be shards: two writers in one shard lose one's pixels without an error."""
+    for name, array in arrays.items():
+        data = composite[name]
+        want = tuple(
+            tuple(min(side, n - at) for at in range(0, n, side)) for n, side in zip(array.shape, array.shards, strict=True)
+        )
+        if data.shape != array.shape[1:] or data.chunks != want[1:]:
+            raise CubeError(
+                f"{name}: blocks of {data.chunks} do not match shards of {array.shards[1:]} over {array.shape[1:]}; two blocks "
+                "would write one shard and lose pixels, so composite with the recipe the cube was made by"
+            )
+
+
+def _blocks(array: zarr.Array) -> list[tuple[int, int]]:
+    rows, columns = (-(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True))
+    return [(r, c) for r in range(rows) for c in range(columns)]
+
+
+def _compute_blocks(
+    composite: xr.Dataset,
+    arrays: Mapping[str, zarr.Array],
+    index: int,
+    blocks: Sequence[tuple[int, int]],
+    how: Mapping[str, Any],
+) -> None:
+    side = arrays["clear_count"].shards[-1]
+
+    @dask.delayed(pure=False)  # type: ignore[untyped-decorator]
+    def write(block: tuple[int, int], parts: Sequence[np.ndarray[Any, Any]]) -> None:
+        rows, columns = (slice(i * side, (i + 1) * side) for i in block)
+        for array, part in zip(arrays.values(), parts, strict=True):
+            array[(index, ..., rows, columns)] = part
+
+    # Not optimised one by one: each would inline the task that makes the block, and the block would be made three times.
+    chunks = {name: composite[name].data.to_delayed(optimize_graph=False) for name in arrays}
+    tasks = []
+    for r, c in blocks:
+        parts = [chunks[n][r, c] if chunks[n].ndim == 2 else chunks[n][0, r, c] for n in arrays]
+        tasks.append(write((r, c), parts))
+    dask.compute(*tasks, **how)

@@ -1,0 +1,89 @@
+"""A store and its groups, opened: a local path or an object-store URL, and what is wrong with it in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import zarr
+import zarr.errors
+from obstore.store import from_url
+
+from minecube.errors import CubeError
+
+FORMAT = 1
+"""Version of the layout; a store of another one is refused."""
+NAMED = "minecube"
+"""Attribute under which a site's group says what it is."""
+
+
+def zarr_store(store: str) -> Any:
+    """What zarr opens under that name."""
+    return zarr.storage.ObjectStore(from_url(store)) if "://" in store else store
+
+
+def exists(store: str, path: str) -> bool:
+    """Whether there is a group at that path; raises CubeError where it is damaged, or the store is a file."""
+    if "://" not in store and not Path(store).exists():
+        return False
+    if Path(store).is_file():
+        raise CubeError(f"{store}: is a file; a store is a folder, or the URL of one")
+    try:
+        group_of(store, path)
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+        return False
+    return True
+
+
+def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
+    """The group at that path; raises CubeError where it is damaged, FileNotFoundError where there is none."""
+    with reading(store, path):
+        return zarr.open_group(zarr_store(store), path=path, mode=mode, use_consolidated=False)
+
+
+@contextmanager
+def reading(store: str, path: str) -> Iterator[None]:
+    """Turns what zarr raises on something damaged into a CubeError."""
+    try:
+        yield
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise CubeError(
+            f"{store}: {path or 'the store'} cannot be read ({type(error).__name__}: {error}); it is damaged or not ours, so "
+            "remove that site's folder and build it again, or use another --store"
+        ) from error
+
+
+def site_group(store: str, site_id: str, mode: str) -> zarr.Group:
+    """A site's group; raises CubeError where there is none, or one of another version."""
+    if not exists(store, site_id):
+        there = ", ".join(sites(store)) or "no site"
+        raise CubeError(f"{store}: no site {site_id!r}; it has {there}")
+    group = group_of(store, site_id, mode)
+    known = group.attrs.get(NAMED, {})
+    if known.get("format") != FORMAT:
+        raise CubeError(f"{store}: group {site_id!r} was not made by this version of minecube; use another --store")
+    return group
+
+
+def sites(store: str) -> list[str]:
+    """Names of the sites in a store; raises CubeError where there is no store of ours."""
+    if not exists(store, ""):
+        raise CubeError(f"{store}: there is no store; `minecube build` makes one")
+    root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
+    return sorted(name for name, group in root.groups() if NAMED in group.attrs)
+
+
+@contextmanager
+def writing(store: str) -> Iterator[None]:
+    """Turns a full disk or a forbidden folder into a CubeError."""
+    try:
+        yield
+    except OSError as error:
+        raise CubeError(
+            f"{store}: cannot be written ({error.strerror or error}); committed site-years are unharmed; make room or "
+            "choose another --store, then run the same command again"
+        ) from error

@@ -1,0 +1,97 @@
+"""A site's group before it has a pixel: variables, chunks, shards, coordinates, and the conventions that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask
+import numpy as np
+import odc.geo.xr  # registers the .odc accessor
+import xarray as xr
+import zarr
+from odc.geo.geobox import GeoBox
+
+from minecube.catalog import Recipe
+
+
+def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
+    """The site's dataset, lazy, without a pixel: footprint 255 (unknown), all else 0."""
+    shape, block = (len(years), *grid.shape), (1, recipe.block_px, recipe.block_px)
+    bands = len(recipe.bands)
+    mapped = {"grid_mapping": "spatial_ref"}
+
+    def empty(fill: int, dtype: str, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
+        return ("year", "y", "x"), dask.array.full(shape, fill, dtype=dtype, chunks=block), {**attrs, **mapped}
+
+    reflectance = dask.array.zeros((shape[0], bands, *shape[1:]), dtype="uint16", chunks=(1, bands, *block[1:]))
+    described = {"long_name": "surface reflectance x 10000", "units": "1e-4", "nodata": 0, **mapped}
+    quality = {"long_name": "how a pixel came about", "nodata": 0, "flag_values": [0, 1, 2, 3, 4]}
+    meanings = "no_observation clear clear_before_mask_was_grown thin_cloud_or_shadow cloud_in_every_observation"
+    coords = odc.geo.xr.xr_coords(grid)
+    return xr.Dataset(
+        {
+            "reflectance": (("year", "band", "y", "x"), reflectance, described),
+            "clear_count": empty(0, "uint16", {"long_name": "clear observations behind each pixel", "units": "1"}),
+            "quality": empty(0, "uint8", {**quality, "flag_meanings": meanings}),
+            "footprint": empty(
+                255,
+                "uint8",
+                {"long_name": "mine footprint: 1 mine, 0 not mine, 255 unknown", "nodata": 255, "flag_values": [0, 1]},
+            ),
+        },
+        # object, so that it becomes Zarr v3's `string`; fixed-length text has no specification there
+        coords={"year": np.asarray(years, dtype=np.int64), "band": np.asarray(recipe.bands, dtype=object), **coords},
+    )
+
+
+def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
+    """A variable's chunks, shards and fill value; a shard is one of the recipe's blocks, of all bands."""
+    lead = variable.shape[1:-2]
+    fill = 255 if variable.name == "footprint" else 0
+    return {
+        "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
+        "shards": (1, *lead, recipe.block_px, recipe.block_px),
+        "fill_value": fill,
+    }
+
+
+def geozarr(grid: GeoBox) -> dict[str, Any]:
+    """Group attributes of the GeoZarr conventions `proj:` and `spatial:` (zarr-conventions/geo-proj and /spatial, v1)."""
+
+    def convention(repository: str, name: str, uuid: str, about: str) -> dict[str, str]:
+        return {
+            "schema_url": f"https://raw.githubusercontent.com/zarr-conventions/{repository}/refs/tags/v1/schema.json",
+            "spec_url": f"https://github.com/zarr-conventions/{repository}/blob/v1/README.md",
+            "uuid": uuid,
+            "name": name,
+            "description": about,
+        }
+
+    return {
+        "zarr_conventions": [
+            convention(
+                "geo-proj", "proj:", "f17cb550-5864-4468-aeb7-f3180cfb622f", "Coordinate reference system of the arrays"
+            ),
+            convention("spatial", "spatial:", "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4", "From array indices to coordinates"),
+        ],
+        "proj:code": f"EPSG:{grid.crs.epsg}",
+        "spatial:dimensions": ["y", "x"],
+        "spatial:transform": list(grid.transform)[:6],
+        "spatial:shape": list(grid.shape),
+        "spatial:bbox": list(grid.boundingbox),
+    }
+
+
+def extend(group: zarr.Group, years: Sequence[int]) -> None:
+    """Room for later years at the end, where it shifts no committed year."""
+    # A run killed here may have left years of 0 at the end: room that has no name yet.
+    there = [int(y) for y in group["year"][:] if y > 0]
+    new = sorted(set(years) - set(there))
+    if not new and len(there) == len(group["year"][:]):
+        return
+    # The coordinate last: until it has grown, the longer arrays end in years that nobody can name.
+    for name in ("reflectance", "clear_count", "quality", "footprint", "year"):
+        array = group[name]
+        array.resize((len(there) + len(new), *array.shape[1:]))
+    group["year"][len(there) :] = np.asarray(new, dtype=np.int64)
