@@ -431,6 +431,19 @@ def test_trouble_is_given_up_when_interrupted(band):
         assert time.monotonic() - start < 10
 
 
+def test_a_lost_mask_takes_its_bands_with_it(archive, make):
+    """One date of four: a quarter is gone, though it is one read of ten a block."""
+    grid, where = make.grid(LEFT, TOP, 240, 180), make.grid(LEFT - 600, TOP + 600, 360, 300)
+    days = (1, 6, 11, 16)
+    listed = [archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 5, "B11": 6}) for day in days]
+    Path(listed[0].assets["SCL"].href).unlink()
+    ledger, recipe = Ledger(lossy=True), Recipe(id="r", title="t", bands=("B04", "B11"), block_px=240, chunk_px=120)
+    made = composite(listed, grid, recipe, ledger).compute()
+    assert (made.clear_count == 3).all()
+    totals = ledger.totals()
+    assert (totals["planned"], totals["lost"], totals["completeness"]) == (10, 1, 0.75)
+
+
 def test_a_ledger_in_another_process_allows_no_loss(tmp_path):
     """Nobody would hear of it."""
     copy = pickle.loads(pickle.dumps(Ledger(lossy=True)))

@@ -10,6 +10,8 @@ import threading
 
 import pandas as pd
 
+from minecube.catalog import SCL
+
 COUNTS = ("planned", "read", "lost", "requests", "retried", "bytes", "seconds")
 """One read is one asset's window. requests: asked of the network (0 for local files); retried: those asked again; bytes: of
 the answers, or of the local file's compressed tiles; seconds: from the first request to the pixels, waiting included."""
@@ -50,12 +52,18 @@ class Ledger:
                 self._reasons[scene, band] = reason
 
     def totals(self) -> dict[str, float]:
-        """Sums of all counts, and `completeness`: the share of planned reads that were read, 1 where none was planned."""
+        """Sums of all counts, and `completeness`: the share of planned reads that were read, 1 where none was planned.
+
+        With a mask, the bands of its scene are lost, too, which then nobody plans to read.
+        """
         with self._lock:
             sums = {name: sum(row[name] for row in self._counts.values()) for name in COUNTS}
+            masks = sum(row["lost"] for (_, band), row in self._counts.items() if band == SCL)
+            unasked = masks * len({band for _, band in self._counts} - {SCL})
         whole = {name: value if name == "seconds" else int(value) for name, value in sums.items()}
         whole["seconds"] = round(whole["seconds"], 3)
-        return {**whole, "completeness": (sums["planned"] - sums["lost"]) / sums["planned"] if sums["planned"] else 1.0}
+        wanted = sums["planned"] + unasked
+        return {**whole, "completeness": (sums["planned"] - sums["lost"]) / wanted if wanted else 1.0}
 
     def lost(self) -> list[str]:
         """A line for each scene and band of which a read was lost, with the reason."""
