@@ -244,7 +244,7 @@ def test_bad_use(case, tmp_path, monkeypatch):
     ("change", "said"),
     [
         ({"--years": "2012"}, "year 2012: expected 2015"),
-        ({"--recipe": "winter-mean"}, "unknown recipe 'winter-mean'; there is: annual-median"),
+        ({"--recipe": "winter-mean"}, "unknown recipe 'winter-mean'; there is: annual-geomedian, annual-median"),
         ({"--source": "nasa"}, "unknown source 'nasa'"),
         ({"--store": "/proc/cubes.zarr"}, "cannot be written"),
         ({"--sites": "Germany_1"}, "site 'Germany_1' has no area of interest yet"),

@@ -8,25 +8,13 @@ from pathlib import Path
 import numpy as np
 import odc.stac
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from minecube import scenes
-from minecube.catalog import BrightOverride, HazeTest, MaskRule, Recipe
-from minecube.composite import (
-    QUALITY,
-    composite,
-    grow,
-    median,
-    mosaic,
-    persistently_bright,
-    usable,
-    with_fallback,
-    without_haze,
-)
+from minecube.catalog import BestPixel, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion
+from minecube.composite import Tools, block, composite
 from minecube.errors import ReadError
 from minecube.grid import grid_of
+from minecube.reader import Ledger
 
 LEFT, TOP = 360000, 5600040
 PLAIN = Recipe(id="plain", title="no mask", bands=("B04", "B11"), block_px=64, chunk_px=32)
@@ -134,11 +122,11 @@ def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive, ma
     whole = composite(listed, grid, dataclasses.replace(recipe, block_px=128, chunk_px=128)).compute()
     plain = composite(listed, grid, dataclasses.replace(recipe, bright_override=None)).compute()
     assert (whole.clear_count > plain.clear_count).any()  # so the override has something to do
-    for block in (16, 24, 40):
-        order = np.random.default_rng(block).permutation(len(listed))
-        made = composite([listed[i] for i in order], grid, dataclasses.replace(recipe, block_px=block, chunk_px=8)).compute()
+    for side in (16, 24, 40):
+        order = np.random.default_rng(side).permutation(len(listed))
+        made = composite([listed[i] for i in order], grid, dataclasses.replace(recipe, block_px=side, chunk_px=8)).compute()
         for name in whole.data_vars:
-            np.testing.assert_array_equal(made[name], whole[name], err_msg=f"{name}, blocks of {block}")
+            np.testing.assert_array_equal(made[name], whole[name], err_msg=f"{name}, blocks of {side}")
 
 
 def test_haze_goes_and_changed_ground_stays(archive, make):
@@ -166,17 +154,6 @@ def test_haze_goes_and_changed_ground_stays(archive, make):
     cut = composite(listed, grid, dataclasses.replace(recipe, block_px=24, chunk_px=8)).compute()
     for name in made.data_vars:
         np.testing.assert_array_equal(made[name], cut[name], err_msg=name)
-
-
-def test_of_two_observations_the_hazy_one_goes():
-    use = np.ones((2, 9, 9), bool)
-    blue = np.full((2, 9, 9), 400 * 4)
-    red = np.full((2, 9, 9), 500 * 4)
-    blue[1] += 1000 * 4
-    kept, quality = without_haze(blue, red, use, np.ones((9, 9), np.uint8), HazeTest(), 20)
-    assert kept[0].all()
-    assert not kept[1].any()
-    assert (quality == 1).all()
 
 
 def test_overlapping_tiles_are_one_observation(archive, make):
@@ -265,101 +242,6 @@ def test_a_scene_without_a_band_is_named(archive, make):
         composite([scene], make.grid(LEFT, TOP, 60, 60), dataclasses.replace(PLAIN, bands=("B04", "B08", "B11")))
 
 
-# Kernels
-
-
-@settings(max_examples=80, deadline=None)
-@given(hnp.arrays(np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))))
-def test_median_is_numpys_of_what_was_observed(observed):
-    got = median(observed)
-    for index in np.ndindex(observed.shape[1:]):
-        values = observed[(slice(None), *index)]
-        values = values[values > 0]
-        assert got[index] == (np.rint(np.median(values)) if len(values) else 0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(hnp.arrays(bool, (2, 12, 13)), st.sampled_from([0, 20, 60, 100]), st.sampled_from([0, 40, 60]))
-def test_grow_opens_and_dilates_in_metres(flagged, dilate_m, open_m):
-    got = grow(flagged, MaskRule(classes=(8,), dilate_m=dilate_m, open_m=open_m), 20)
-    for day in range(2):
-        kept = np.zeros((12, 13), bool)
-        n = max(open_m // 20, 1)
-        # Opening: the union of all n x n squares that are flagged throughout.
-        for r in range(12 - n + 1):
-            for c in range(13 - n + 1):
-                if flagged[day, r : r + n, c : c + n].all():
-                    kept[r : r + n, c : c + n] = True
-        expected = np.zeros((12, 13), bool)
-        for r, c in zip(*np.nonzero(kept), strict=True):
-            yy, xx = np.mgrid[:12, :13]
-            expected |= np.hypot(yy - r, xx - c) * 20 <= dilate_m + 1e-9
-        np.testing.assert_array_equal(got[day], expected)
-
-
-def test_the_outermost_pixel_of_a_swath_is_not_trusted():
-    scl = np.full((1, 7, 7), 4, np.uint8)
-    scl[0, :, :2] = 0
-    owner, day = mosaic(scl, [0])
-    assert (owner[0, :, :3] == -1).all()  # two without data, one of border
-    assert (owner[0, :, 3:] == 0).all()  # the edge of the window is no border
-    assert (day[0, :, 3:] == 4).all()
-
-
-def mine_under_changing_sky(share_of_window, dates=14, side=60):
-    """SCL of 20 m in which a square of bare ground is called cloud on every date, and real clouds come and go."""
-    rng = np.random.default_rng(0)
-    scl = np.full((dates, side, side), 5, np.uint8)
-    half = int(side * np.sqrt(share_of_window) / 2)
-    mine = np.zeros((side, side), bool)
-    mine[side // 2 - half : side // 2 + half, side // 2 - half : side // 2 + half] = True
-    overcast = np.zeros(dates, bool)
-    overcast[rng.permutation(dates)[: dates // 2]] = True
-    scl[overcast] = 9
-    scl[:, mine] = rng.choice([8, 9], (dates, mine.sum()))
-    return scl, mine, overcast
-
-
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.35])
-def test_bright_ground_is_kept_and_clouds_over_it_are_not(share):
-    scl, mine, overcast = mine_under_changing_sky(share)
-    bright = persistently_bright(scl, BrightOverride(), 20)
-    assert bright[~overcast][:, mine].all()
-    assert not bright[overcast].any()
-    assert not bright[:, ~mine].any()
-
-
-def test_a_cloudy_year_is_not_mistaken_for_a_mine():
-    """Clouds that cover every pixel on nine dates of ten, each time elsewhere clear: nothing is persistent here."""
-    rng = np.random.default_rng(5)
-    scl = np.full((20, 60, 60), 4, np.uint8)
-    for day in range(20):
-        for _ in range(14):
-            y, x = rng.integers(-10, 60, 2)
-            scl[day, max(y, 0) : y + 22, max(x, 0) : x + 22] = 9
-    cloud = scl == 9
-    assert cloud.mean() > 0.7
-    assert persistently_bright(scl, BrightOverride(), 20).mean() < 0.005
-
-
-def test_usable_ranks_what_is_not_clear():
-    scl = np.array([[[4, 9, 3, 10, 0, 4, 4, 4, 4, 4]]], np.uint8)
-    recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,), dilate_m=20), MaskRule(classes=(3, 10))))
-    clear, lower = usable(scl, recipe, 20)
-    np.testing.assert_array_equal(clear[0, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
-    np.testing.assert_array_equal(lower[0, 0, :4], [2, 4, 3, 3])
-
-
-def test_fallback_leaves_no_hole_and_says_so():
-    clear = np.array([[[1, 0, 0, 0, 0]], [[1, 0, 0, 0, 0]]], bool)
-    lower = np.array([[[2, 2, 3, 4, 2]], [[2, 4, 4, 4, 2]]], np.uint8)
-    observed = np.array([[[1, 1, 1, 1, 0]], [[1, 1, 1, 0, 0]]], bool)
-    use, quality = with_fallback(clear, lower, observed)
-    np.testing.assert_array_equal(quality[0], [1, 2, 3, 4, 0])
-    np.testing.assert_array_equal(use[:, 0], [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
-    assert len(QUALITY) == 5
-
-
 def test_a_pixel_always_cloudy_is_filled_and_not_counted_clear(archive, make):
     grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
     scl = np.full((90, 90), 4, np.uint8)
@@ -422,3 +304,265 @@ def test_the_site_grid_is_the_cubes(site):
     grid = grid_of(site)
     assert grid.shape == (180, 240)
     assert tuple(grid.boundingbox) == (LEFT, TOP - 1800, LEFT + 2400, TOP)
+
+
+# Reducers, seasons, choices: through the whole engine
+
+
+EVERY = {
+    "median": {},
+    "percentile": {"percentile": 30.0},
+    "geomedian": {},
+    "medoid": {},
+    "best-pixel": {"best_pixel": BestPixel()},
+    "max-ndvi": {},
+}
+FOUR = ("B02", "B04", "B08", "B11")
+
+
+def four_bands(archive, make, rng, days=9, cloud=0.2):
+    """Dates of random pixels in four bands, clouds strewn about, a third of the dates in part outside the swath."""
+    where = make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    many, files = dataclasses.replace(archive, bands=FOUR), []
+    listed = []
+    for day in range(days):
+        scl = np.where(rng.random((160, 160)) < cloud, 9, 4).astype(np.uint8)
+        if day % 3 == 0:
+            scl[:, : rng.integers(60, 100)] = 0
+        pixels = {b: rng.integers(100, 4000, (320, 320) if b != "B11" else (160, 160)).astype(np.uint16) for b in FOUR}
+        listed.append(many.scene(f"2020-0{4 + day % 6}-{3 + 2 * day:02d}T10:00:00", where, pixels, scl))
+        files.append({**pixels, "SCL": scl})
+    return listed, files
+
+
+def spectra(files, row, column):
+    """(day, four bands) of one pixel of the grid, in plain numpy: of clear dates whose neighbours are inside the swath."""
+    y, x = row + 120, column + 120
+    kept = []
+    for day, content in enumerate(files):
+        scl = content["SCL"]
+        around = scl[y // 2 - 1 : y // 2 + 2, x // 2 - 1 : x // 2 + 2]
+        if around.all() and scl[y // 2, x // 2] == 4:
+            kept.append((day, [int(content[b][y, x]) if b != "B11" else int(content[b][y // 2, x // 2]) for b in FOUR]))
+    return kept
+
+
+@pytest.mark.parametrize("reducer", EVERY)
+def test_every_reducer_by_brute_force(archive, make, reducer):
+    grid = make.grid(LEFT, TOP, 48, 36)
+    recipe = dataclasses.replace(
+        PLAIN,
+        bands=FOUR,
+        mask=(MaskRule(classes=(9,)),),
+        fallback=(),
+        reducer=reducer,
+        **EVERY[reducer],
+        block_px=32,
+        chunk_px=16,
+    )
+    listed, files = four_bands(archive, make, np.random.default_rng(3))
+    made = composite(listed, grid, recipe).compute()
+    assert set(made.data_vars) == {"reflectance", *recipe.layers}
+    yearday = [s.datetime.timetuple().tm_yday for s in listed]
+    for row, column in np.random.default_rng(0).integers(0, (36, 48), (60, 2)):
+        kept = spectra(files, row, column)
+        got = made.reflectance.values[:, row, column].astype(int)
+        assert made.clear_count.values[row, column] == len(kept)
+        values = np.array([v for _, v in kept], dtype=float)
+        if reducer == "median":
+            np.testing.assert_array_equal(got, np.rint(np.median(values, axis=0)))
+        elif reducer == "percentile":
+            np.testing.assert_array_equal(got, np.rint(np.percentile(values, 30, axis=0)))
+        elif reducer == "geomedian":
+            middle = values.mean(axis=0)
+            for _ in range(2000):
+                weight = 1 / np.maximum(np.linalg.norm(values - middle, axis=1), 1e-9)
+                middle = (values * weight[:, None]).sum(axis=0) / weight.sum()
+            assert np.abs(got - middle).max() <= 0.7
+            euclidean = np.median(np.linalg.norm(values - middle, axis=1)) / 1e4
+            assert made.emad.values[row, column] == pytest.approx(euclidean, abs=2e-4)
+        else:
+            if reducer == "medoid":
+                score = [-np.linalg.norm(values - v, axis=1).sum() for v in values]
+            elif reducer == "max-ndvi":
+                score = [(v[2] - v[1]) / (v[2] + v[1]) for v in values]
+            else:
+                continue  # its score has tests of its own; that it is one date's pixels is tested below
+            day, chosen = kept[int(np.argmax(score))]
+            np.testing.assert_array_equal(got, chosen)
+            assert made.day_of_year.values[row, column] == yearday[day]
+
+
+@pytest.mark.parametrize("reducer", ["medoid", "best-pixel", "max-ndvi"])
+def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
+    """Each date's bands are its own number: whatever is chosen, all bands and the day of year are of the same date."""
+    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
+    many, rng = dataclasses.replace(archive, bands=FOUR), np.random.default_rng(8)
+    recipe = dataclasses.replace(PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer=reducer, **EVERY[reducer])
+    listed = []
+    for n in range(6):
+        scl = np.where(rng.random((200, 200)) < 0.3, 9, 4).astype(np.uint8)
+        pixels = {"B02": 1000 + n, "B04": 1100 + n, "B08": 2000 + int(rng.integers(0, 900)) // 10 * 10 + n, "B11": 3000 + n}
+        listed.append(many.scene(f"2020-07-{1 + 3 * n:02d}T10:00:00", where, pixels, scl))
+    made = composite(listed, grid, recipe).compute()
+    date = made.reflectance.sel(band="B02").values - 1000
+    assert len(np.unique(date)) > 1
+    for band, base in (("B04", 1100), ("B11", 3000)):
+        np.testing.assert_array_equal(made.reflectance.sel(band=band).values - base, date)
+    np.testing.assert_array_equal(made.reflectance.sel(band="B08").values % 10, date)
+    np.testing.assert_array_equal(made.day_of_year.values, 183 + 3 * date)  # 1 July 2020 is the 183rd day
+
+
+def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive, make):
+    grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 2400, TOP + 2400, 600, 600)
+    many = dataclasses.replace(archive, bands=FOUR)
+    rule = BestPixel(day=196, day_spread=20, opacity_weight=0, sharpness_weight=0, cloud_distance_m=300)
+    recipe = dataclasses.replace(
+        PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer="best-pixel", best_pixel=rule, block_px=48, chunk_px=48
+    )
+    scl = np.full((300, 300), 4, np.uint8)
+    scl[:, :124] = 9  # of the best date: cloud up to column 8 of the grid
+    listed = [
+        many.scene("2020-07-14T10:00:00", where, dict.fromkeys(FOUR, 1000), scl),  # the 196th day
+        many.scene("2020-07-24T10:00:00", where, dict.fromkeys(FOUR, 2000)),
+        many.scene("2020-09-20T10:00:00", where, dict.fromkeys(FOUR, 3000)),
+    ]
+    made = composite(listed, grid, recipe).compute()
+    # Ten days off its day costs 1 - exp(-1 / 8) = 0.1175 of a date, a cloud at d metres, up to 300, 1 - d / 300.
+    away = np.maximum((np.arange(48) // 2 * 2 - 8) * 10 + 20, 0)  # of 20 m pixels: from the last cloudy one
+    best = np.where((away > 0) & (np.minimum(away / 300, 1) > np.exp(-1 / 8)), 1000, 2000)
+    np.testing.assert_array_equal(made.reflectance.values[0], np.broadcast_to(best, (48, 48)))
+    np.testing.assert_array_equal(np.unique(made.day_of_year), [196, 206])
+
+
+def test_a_wider_season_and_a_neighbouring_year_fill_what_summer_leaves(archive, make):
+    """Left: clear in July; then clear in October only; then in the year before only; then never."""
+    grid, where = make.grid(LEFT, TOP, 80, 60), make.grid(LEFT - 600, TOP + 600, 200, 180)
+    recipe = dataclasses.replace(
+        MASKED,
+        mask=(MaskRule(classes=(9,)),),
+        months=(7,),
+        wider_months=(10,),
+        fallback=("wider-season", "neighbour-year", "thin", "cloud"),
+    )
+
+    def clear_in(first, last):
+        scl = np.full((90, 100), 9, np.uint8)
+        scl[:, 30 + first // 2 : 30 + last // 2] = 4
+        return scl
+
+    listed = [
+        archive.scene("2020-07-01T10:00:00", where, {"B04": 1000, "B11": 1000}, clear_in(0, 20)),
+        archive.scene("2020-10-01T10:00:00", where, {"B04": 2000, "B11": 2000}, clear_in(0, 40)),
+        archive.scene("2019-07-01T10:00:00", where, {"B04": 3000, "B11": 3000}, clear_in(0, 60)),
+        archive.scene("2019-10-01T10:00:00", where, {"B04": 4000, "B11": 4000}, 4),  # of no use
+    ]
+    made = composite(listed, grid, recipe, year=2020).compute()
+    expected = [
+        (slice(0, 20), 1000, 1, 1),
+        (slice(20, 40), 2000, 5, 1),
+        (slice(40, 60), 3000, 6, 1),
+        (slice(60, 80), 1000, 4, 0),
+    ]
+    for columns, value, quality, count in [*expected, (slice(60, 80), 1000, 4, 0)]:
+        assert np.unique(made.reflectance.values[:, :, columns]) == [value]
+        assert np.unique(made.quality.values[:, columns]) == [quality]
+        assert np.unique(made.clear_count.values[:, columns]) == [count]
+    with pytest.raises(ReadError, match=r"of 2019\.\.2020, of which a composite is of one year"):
+        composite(listed, grid, recipe)
+    two = dataclasses.replace(recipe, min_clear=2)
+    made = composite(listed, grid, two, year=2020).compute()
+    assert np.unique(made.reflectance.values[:, :, :20]) == [1500]  # the mean of July and October
+    assert np.unique(made.quality.values[:, :20]) == [5]
+
+
+def test_the_clearest_dates_are_read_and_no_hole_is_left(archive, make):
+    """Twelve dates, of which three clear ones are enough; one corner is clear on another date only."""
+    grid, where = make.grid(LEFT, TOP, 80, 80), make.grid(LEFT - 600, TOP + 600, 200, 200)
+    recipe = dataclasses.replace(MASKED, mask=(MaskRule(classes=(9,)),), max_clear_observations=3, block_px=96)
+    listed = []
+    for n in range(12):
+        scl = np.full((100, 100), 4, np.uint8)
+        if n % 2:
+            scl[:, :50] = 9
+        if n != 5:
+            scl[60:70, 60:70] = 9  # rows and columns 60-79 of the grid
+        listed.append(archive.scene(f"2020-06-{1 + 2 * n:02d}T10:00:00", where, {"B04": 1000 + n, "B11": 2000}, scl))
+    ledger = Ledger()
+    made = composite(listed, grid, recipe, ledger).compute()
+    np.testing.assert_array_equal(np.unique(made.clear_count), [1, 3])
+    assert np.unique(made.reflectance.values[0][60:80, 60:80]) == [1005]
+    table = ledger.table()
+    assert table[table.band == "B04"].scene.nunique() == 4
+    assert table[table.band == "SCL"].scene.nunique() == 12
+    everything = composite(listed, grid, dataclasses.replace(recipe, max_clear_observations=None)).compute()
+    assert ((everything.clear_count > 0) == (made.clear_count > 0)).all()
+
+
+@pytest.mark.parametrize("reducer", EVERY)
+def test_a_block_made_in_parts_is_the_same(archive, make, reducer, monkeypatch):
+    """So that memory has a bound whatever the number of dates."""
+    grid = make.grid(LEFT, TOP, 192, 144)
+    mask = (MaskRule(classes=(9,), dilate_m=40),)
+    override = BrightOverride(window_m=120, classes=(9,))
+    recipe = dataclasses.replace(
+        PLAIN,
+        bands=FOUR,
+        mask=mask,
+        bright_override=override,
+        haze=HazeTest(),
+        reducer=reducer,
+        **EVERY[reducer],
+        block_px=192,
+        chunk_px=96,
+    )
+    listed, _ = four_bands(archive, make, np.random.default_rng(5), cloud=0.05)
+    whole = composite(listed, grid, recipe).compute()
+    made, calls = block.composite_block, []
+    monkeypatch.setattr(block, "BLOCK_BYTES", 2_000_000)
+    monkeypatch.setattr(block, "composite_block", lambda *a: calls.append(a[1].shape) or made(*a))
+    parts = composite(listed, grid, recipe).compute()
+    assert len(calls) > 2
+    for name in whole.data_vars:
+        np.testing.assert_array_equal(parts[name], whole[name], err_msg=name)
+
+
+def test_a_second_opinion_is_asked_of_every_date(archive, make):
+    """A network that calls everything brighter than 3000 in the near infrared thin cloud, where SCL sees nothing."""
+    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    bands = ("B03", "B04", "B08")
+    second = SecondOpinion(weights=("net.pt",), dilate_m=0)
+    recipe = dataclasses.replace(PLAIN, bands=bands, second_opinion=second)
+    hazy = np.full((320, 320), 2000)
+    hazy[:, 150:] = 5000
+    listed = [
+        dataclasses.replace(archive, bands=bands).scene(f"2020-06-0{n}T10:00:00", where, {"B03": 500, "B04": 600, "B08": nir})
+        for n, nir in ((1, 2000), (3, hazy), (5, 2000))
+    ]
+    asked = []
+
+    def opinion(image):
+        asked.append(image.shape)
+        assert np.unique(image[0]) == [500]
+        return np.where(image[2] > 3000, 2, 0).astype(np.uint8)
+
+    made = composite(listed, grid, recipe, tools=Tools(opinion=opinion)).compute()
+    assert len(asked) == 3
+    np.testing.assert_array_equal(made.clear_count.values[0], np.where(np.arange(60) < 30, 3, 2))
+    with pytest.raises(ReadError, match="asks for second opinion on clouds, and none is given"):
+        composite(listed, grid, recipe)
+    with pytest.raises(ReadError, match="asks for no second opinion on clouds, and one is given"):
+        composite(listed, grid, dataclasses.replace(recipe, second_opinion=None), tools=Tools(opinion=opinion))
+
+
+def test_layers_without_an_observation(archive, make):
+    """A scene beside the grid: integers are 0 and deviations NaN, never a number that could be one."""
+    far = [archive.scene("2020-06-01T10:00:00", make.grid(LEFT + 90000, TOP, 60, 60), {"B04": 1, "B11": 1})]
+    near_by = [archive.scene("2020-06-01T10:00:00", make.grid(LEFT + 300, TOP, 60, 60), {"B04": 1, "B11": 1})]
+    recipe = dataclasses.replace(PLAIN, reducer="geomedian")
+    for listed, seen in ((far, False), (near_by, True)):
+        made = composite(listed, make.grid(LEFT, TOP, 60, 60), recipe).compute()
+        assert bool(made.reflectance.values.any()) is seen
+        assert not made.reflectance.values[:, :, :30].any()
+        assert np.isnan(made.emad.values[:, :30]).all()
+        assert np.isfinite(made.emad.values[:, 34:]).any() == seen

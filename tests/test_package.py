@@ -42,7 +42,16 @@ def test_every_requirement_is_pinned_for_the_tests():
 
 
 def test_all_extras_are_there():
-    assert set(PROJECT["optional-dependencies"]) == {"torch", "models", "cluster", "schedule", "publish", "all", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "torch",
+        "models",
+        "clouds",
+        "cluster",
+        "schedule",
+        "publish",
+        "all",
+        "dev",
+    }
 
 
 def test_importing_it_loads_neither_dask_nor_torch():

@@ -76,9 +76,7 @@ def test_old_baselines_are_dropped(world):
 def test_each_step_of_the_mask_earns_its_place(world, without):
     site, sources, truth = world
     source = sources["sim-cdse"]
-    bare = dataclasses.replace(RECIPE, **{without: () if without == "mask" else None})
-    if without == "mask":
-        bare = dataclasses.replace(bare, bright_override=None)
+    bare = dataclasses.replace(RECIPE, bright_override=None, **({"mask": ()} if without == "mask" else {}))
     mine = truth.footprint.values == 1
 
     def errors(recipe):

@@ -21,7 +21,7 @@ from minecube.errors import CatalogError
 
 PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
-LARGEST_PX = 22000
+LARGEST_PX = 100_000
 Block = tuple[slice, slice]
 
 
@@ -47,7 +47,7 @@ def grid_of(site: Site) -> GeoBox:
     if max(grid.shape) > LARGEST_PX:
         raise CatalogError(
             f"site {site.id!r} is {grid.shape[1]} x {grid.shape[0]} pixels of {PIXEL_M} m; expected at most {LARGEST_PX} a "
-            "side, about two Sentinel-2 tiles, since one UTM zone serves no more: split it"
+            "side, since farther from its meridian a UTM zone is no map any more: split it"
         )
     return grid
 

@@ -11,9 +11,11 @@ from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pystac
+
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.composite import composite, plan
+from minecube.composite import Tools, composite, plan, registration
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
 from minecube.reader import Ledger, check_credentials, interrupted
@@ -37,6 +39,8 @@ class Job:
     min_read_completeness: float = 1.0
     """Share of a site-year's planned reads below which it is not committed; below 1, lost pixels count as not observed."""
     overwrite: bool = False
+    tools: Tools = field(default_factory=Tools)
+    """What blocks are worked with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,26 @@ def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path,
     return found
 
 
+def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Found]) -> tuple[scenes.Found, list[pystac.Item]]:
+    """The year's scenes as `find` (`known_scenes`, `saved_scenes`) has them, and those that the recipe uses.
+
+    The latter with the neighbouring years' where the recipe falls back on them; a neighbour without scenes has none to give.
+
+    Raises:
+        SceneError: the year has no scenes, or too few for the recipe.
+    """
+    found = find(site, year, job.sources, job.snapshots)
+    chosen = scenes.select(found.scenes, job.recipe)
+    if "neighbour-year" in job.recipe.fallback:
+        for other in (year - 1, year + 1):
+            try:
+                scenes.check_years([other])
+                chosen += scenes.usable(find(site, other, job.sources, job.snapshots).scenes, job.recipe)
+            except SceneError as error:
+                log.info("%s %s: nothing to take from %s: %s", site.id, year, other, error)
+    return found, chosen
+
+
 def list_path(site: Site, year: int, sources: Sequence[Source], folder: Path) -> Path:
     """Where the site-year's scene list is."""
     return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
@@ -97,8 +121,7 @@ def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Calla
 def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], bool]) -> Outcome:
     start = time.monotonic()
     grid = grid_of(site)
-    found = saved_scenes(site, year, job.sources, job.snapshots)
-    chosen = scenes.select(found.scenes, job.recipe)
+    found, chosen = chosen_scenes(job, site, year, saved_scenes)
     provenance = cube.provenance_of(
         site,
         year,
@@ -118,12 +141,16 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
     provenance |= {"offset_conflicts": offsets.as_rows(checks), "offset_untold": [c.scene for c in checks if c.step is None]}
     provenance["offset_check_reads"] = looks.totals()
+    if job.recipe.registration:
+        moved = registration.shifts(used, grid, looks)
+        used = registration.registered(used, moved, job.recipe.registration)
+        provenance["shifts"] = registration.as_rows(moved)
     ledger = Ledger(lossy=lossy, before=cube.reads_so_far(job.store, provenance))
     planned = plan.estimate(used, grid, job.recipe)
     # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
     new = cube.write_year(
         job.store,
-        composite(used, grid, job.recipe, ledger),
+        composite(used, grid, job.recipe, ledger, year=year, tools=job.tools),
         provenance,
         snapshot.to_bytes(chosen),
         reads=ledger,
@@ -187,7 +214,7 @@ def _searched(
     for site in sites:
         for year in years:
             try:
-                scenes.select(saved_scenes(site, year, job.sources, job.snapshots).scenes, job.recipe)
+                chosen_scenes(job, site, year, saved_scenes)
             except SceneError as error:
                 outcomes.append(_failed(site, year, error, 0.0))
                 done(outcomes[-1])

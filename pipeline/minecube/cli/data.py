@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import click
 import odc.geo.xr  # noqa: F401  registers the .odc accessor
 
 from minecube import cube, labels
-from minecube.catalog import pick
+from minecube.catalog import Recipe, pick
 from minecube.cli import build as building
 from minecube.cli.common import (
     Years,
@@ -32,12 +34,15 @@ from minecube.cli.common import (
     years_option,
 )
 from minecube.cli.survey import show_plan
-from minecube.composite import plan
+from minecube.composite import Tools, plan
 from minecube.errors import CatalogError, LabelError
 from minecube.grid import grid_of
 from minecube.scenes import offsets
 from minecube.simulate import World
 from minecube.simulate import simulate as make_world
+
+LARGE_KM2 = 2500
+"""Largest site that is built without being asked for twice; the largest open pits of Europe have less than 100."""
 
 
 @click.command()
@@ -109,6 +114,8 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
     show_default=True,
     help="Share of a site-year's reads without which it is not committed; below 1, what is lost counts as not observed.",
 )
+@click.option("--device", default="cpu", show_default=True, help="Where observations are reduced: cpu, or a GPU (cuda).")
+@click.option("--yes", is_flag=True, help=f"Build sites of more than {LARGE_KM2} km2, too; otherwise their plan is shown.")
 @click.option("--dry-run", is_flag=True, help="The same as `minecube plan`: reads no pixel, writes nothing.")
 @click.pass_context
 def build(
@@ -122,6 +129,8 @@ def build(
     catalog: Path | None,
     snapshots: Path | None,
     scheduler: str | None,
+    device: str,
+    yes: bool,
     dry_run: bool,
     **how: Any,
 ) -> None:
@@ -140,6 +149,15 @@ def build(
     chosen = choose_sites(wanted, catalog)
     if dry_run:
         ctx.exit(show_plan(job, chosen, years, plan.Terms()))
+    large = [s for s in chosen if math.prod(grid_of(s).shape) > LARGE_KM2 * 10_000]
+    if large and not yes:
+        show_plan(job, large, years, plan.Terms())
+        named = ", ".join(f"{s.id} ({math.prod(grid_of(s).shape) / 1e4:,.0f} km2)" for s in large)
+        raise CatalogError(
+            f"{named}: larger than {LARGE_KM2} km2, which no mine is, so nothing was built; the table says what it would take: "
+            "check the polygon, or say --yes"
+        )
+    job = dataclasses.replace(job, tools=_tools(recipe, device, catalog))
     with progress_bar("building", len(chosen) * len(years)) as advance, _executor(scheduler) as executor:
         outcomes = building.build(job, chosen, years, executor, lambda o: advance(note=f"{o.site} {o.year}"))
     click.echo(
@@ -162,6 +180,34 @@ def build(
         ctx.exit(1)
 
 
+def _tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
+    """Reducers on the device, and the second mask that the recipe asks for.
+
+    Raises:
+        CatalogError: a package is missing; says how to install it.
+        ModelError: the device is not there, or weights cannot be loaded.
+    """
+    tools = Tools()
+    if device != "cpu":
+        try:
+            from minecube.composite.torch_reducers import TorchReducers  # an extra: the processor needs none of it
+        except ModuleNotFoundError as error:
+            raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
+        tools = Tools(reducers=TorchReducers(device))
+    if recipe.second_opinion:
+        try:
+            from minecube.composite.opinion import OmniCloudMask
+        except ModuleNotFoundError as error:
+            raise CatalogError(
+                f"recipe {recipe.id!r} asks for a second opinion on clouds, which needs a package more: "
+                "pip install 'minecube[clouds]'"
+            ) from error
+        beside = catalog or Path()
+        weights = [str(beside / w) for w in recipe.second_opinion.weights]
+        tools = Tools(reducers=tools.reducers, opinion=OmniCloudMask(weights, device))
+    return tools
+
+
 def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     """What was planned of the site-years that were built, at most, and what it came to."""
     built = [o for o in outcomes if o.planned]
@@ -176,7 +222,7 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     ]
     click.echo("\n" + table(("", "planned, at most", "actual"), rows))
     looks = {name: sum(o.looks[name] for o in built) for name in ("planned", "bytes")}
-    click.echo(f"and {int(looks['planned'])} coarse reads, {looks['bytes'] / 1e6:.1f} MB, to check offsets")
+    click.echo(f"and {int(looks['planned'])} reads, {looks['bytes'] / 1e6:.1f} MB, to check offsets and places")
     if actual["retried"]:
         click.echo(f"{int(actual['retried'])} requests were tried again")
 

@@ -252,7 +252,7 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
         committed = cube.builds(job.store, site.id)
         for year in years:
             try:
-                listed = scenes.select(building.known_scenes(site, year, job.sources, job.snapshots).scenes, job.recipe)
+                _, listed = building.chosen_scenes(job, site, year, building.known_scenes)
             except SceneError as error:
                 failed.append(error)
                 rows.append(_row(site.id, year, "no scenes", 0, planning.Estimate(), terms))

@@ -7,18 +7,20 @@ pixel is wanted the bands are not read, and which those are only the pixels say.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pystac
 import yaml
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import SCL, Recipe
-from minecube.composite import by_resolution, margins_m, near
+from minecube.composite.block import BLOCK_BYTES
+from minecube.composite.needs import connections, looked_at, margins_m, memory, near, size_of
 from minecube.errors import CatalogError
 from minecube.grid import at_resolution, blocks, padded
 from minecube.reader import HEAD, READ_THREADS
@@ -30,7 +32,7 @@ _OVERVIEWS = 0.75  # of a file's bytes are its full resolution, where it has ove
 _CPU_S_PER_MB, _CPU_S_PER_MPX = 0.012, 0.07
 """Core-seconds to inflate a megabyte, and to mask and reduce a million pixels: fitted to blocks of 256 to 1024 px of 20 and 40
 dates, which it meets within a fifth (a cloud server of 2026; the ratio to yours is anybody's guess)."""
-_BASE_BYTES = 150_000_000  # of the reading threads' own buffers
+_BASE_BYTES = 100_000_000  # of the reading threads' own buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,51 +106,44 @@ class Estimate:
 
 def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Estimate:
     """The most that `composite` of these scenes on this grid will read, and the memory that a block takes."""
-    allowed = [json.loads(s.properties["minecube:access"])["connections"] for s in scenes]
-    total, opened = Estimate(scenes=len(scenes), connections=min([READ_THREADS, *allowed])), set()
+    sums, most, opened = np.zeros(4, dtype=np.int64), 0, set()
     for block in blocks(grid, recipe.block_px):
         box = grid[block]
         fringe, margin = margins_m(recipe)
         listed = near(scenes, padded(box, margin))
         if not listed:
             continue
+        ahead = looked_at(recipe)
+        windows: dict[tuple[int, int], tuple[int, int]] = {}
+        for size, around in itertools.product((10, 20), {0, fringe, margin}):
+            shape = at_resolution(padded(box, around), size).shape
+            windows[size, around] = (shape.y, shape.x)
         for scene in listed:
             for band in (SCL, *recipe.bands):
-                size = scene.assets[band].extra_fields["gsd"]
-                window = at_resolution(padded(box, margin if band == SCL else fringe), size).shape
-                href = scene.assets[band].href
-                total += _asset(scene, band, size, (window.y, window.x), first=href not in opened)
+                size, href = size_of(band, [scene]), scene.assets[band].href
+                around = margin if band == SCL else fringe if band in ahead else 0
+                sums += _asset(scene, band, size, windows[size, around], first=href not in opened)
                 opened.add(href)
-        total += Estimate(block_bytes=_memory(listed, box, recipe))
-    return total
+        most = max(most, min(memory(listed, box, recipe), BLOCK_BYTES) + _BASE_BYTES)
+    reads, requests, read_bytes, pixels = sums.tolist()
+    return Estimate(
+        scenes=len(scenes),
+        reads=reads,
+        requests=requests,
+        bytes=read_bytes,
+        pixels=pixels,
+        block_bytes=most,
+        connections=connections(scenes, READ_THREADS),
+    )
 
 
-def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool) -> Estimate:
+def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool) -> tuple[int, int, int, int]:
+    """Reads, requests, bytes and pixels of a window."""
     tile, asset = scene.properties["minecube:tile_px"], scene.assets[band]
     shape, stored = asset.extra_fields["proj:shape"], asset.extra_fields["file:size"]
     per_pixel = stored * _OVERVIEWS / math.prod(shape) if stored else _STORED[band if band == SCL else size_m]
     # A window begins anywhere in a tile, so on average it touches as many as it is long, and a part of one more.
     height, width = (min(n + tile - 1, side) for n, side in zip(window, shape, strict=True))
     remote = "://" in asset.href
-    return Estimate(
-        reads=1,
-        requests=(math.ceil(height / tile) + first) * remote,
-        bytes=int(height * width * per_pixel) + HEAD * first * remote,
-        pixels=window[0] * window[1],
-    )
-
-
-def _memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
-    """Bytes that `composite_block` takes at its height, within an eighth where measured: 256 to 1024 px, 20 and 40 dates.
-
-    The bands of all dates once, those of one resolution twice more while they are read, and about 60 bytes a pixel and date
-    of the mask's wide surroundings.
-    """
-    fringe, margin = margins_m(recipe)
-    days = len({s.properties["minecube:datatake"] for s in scenes})
-    by_size = [
-        len(bands) * math.prod(at_resolution(padded(box, fringe), size).shape) * 2
-        for size, bands in by_resolution(scenes, recipe.bands)
-    ]
-    masks = 60 * days * math.prod(at_resolution(padded(box, margin), 20).shape)
-    return int(days * sum(by_size) + 2 * len(scenes) * max(by_size) + masks + _BASE_BYTES)
+    requests = (math.ceil(height / tile) + first) * remote
+    return 1, requests, int(height * width * per_pixel) + HEAD * first * remote, window[0] * window[1]

@@ -1,7 +1,7 @@
 """The Zarr store: one group per site, template first, then blocks that are whole shards, the commit marker last.
 
     cubes.zarr/
-      Germany_1/                     one xarray dataset: reflectance, clear_count, quality, footprint
+      Germany_1/                     one xarray dataset: reflectance, the recipe's layers, footprint
         builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last;
           scenes                     its scene list, the bytes of a stac-geoparquet file,
           reads                      and what became of every read, the bytes of a Parquet file
@@ -136,7 +136,7 @@ def write_year(
 
     Args:
         store: local path or object-store URL.
-        composite: lazy Dataset of `reflectance`, `clear_count`, `quality`, its Dask chunks the cube's shards.
+        composite: lazy Dataset of `reflectance` and the recipe's layers, its Dask chunks the cube's shards.
         provenance: what the build is made of (`provenance_of`): its site and year say where it goes, `build_id` names it.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
         reads: counts of the reads that computing makes.
@@ -155,7 +155,7 @@ def write_year(
         return False
     site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
     group = site_group(store, site_id, mode="r+")
-    names = ("reflectance", "quality", "clear_count")
+    names = [str(name) for name in composite.data_vars]
     index = _index(group, year)
     with writing(store):
         arrays = {n: zarr.open_array(zarr_store(store), path=f"{site_id}/{n}") for n in names}
@@ -333,7 +333,7 @@ def _compute_blocks(
         for array, part in zip(arrays.values(), parts, strict=True):
             array[(index, ..., rows, columns)] = part
 
-    # Not optimised one by one: each would inline the task that makes the block, and the block would be made three times.
+    # Not optimised one by one: each would inline the task that makes the block, which would be made once a layer.
     chunks = {name: composite[name].data.to_delayed(optimize_graph=False) for name in arrays}
     tasks = []
     for r, c in blocks:

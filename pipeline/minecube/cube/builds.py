@@ -130,9 +130,7 @@ def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(bytes(marker["reads"][:])))
 
 
-_NOTING = (
-    threading.Lock()
-)  # threads of this process commit years of one site at a time  # threads of this process commit years of one site at a time
+_NOTING = threading.Lock()  # threads of this process commit years of one site at a time
 
 
 def note_incomplete(store: str, site_id: str, pending: Mapping[str, float] | None = None) -> None:
@@ -152,8 +150,8 @@ def note_incomplete(store: str, site_id: str, pending: Mapping[str, float] | Non
 
 
 def run_of(provenance: Mapping[str, Any]) -> str:
-    """What blocks of one year must have in common: the build, and what became of scenes whose offsets are in conflict."""
-    resolved = [provenance.get(name) for name in ("on_offset_conflict", "offset_conflicts")]
+    """What blocks of one year must have in common: the build, and what became of scenes whose offset or place is in doubt."""
+    resolved = [provenance.get(name) for name in ("on_offset_conflict", "offset_conflicts", "shifts")]
     return hashlib.sha256(json.dumps([build_id(provenance), resolved], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ import xarray as xr
 import zarr
 from odc.geo.geobox import GeoBox
 
-from minecube.catalog import Recipe
+from minecube.catalog import QUALITY, Recipe
 
 
 def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
@@ -21,19 +21,25 @@ def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
     bands = len(recipe.bands)
     mapped = {"grid_mapping": "spatial_ref"}
 
-    def empty(fill: int, dtype: str, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
+    def empty(fill: float, dtype: str, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
         return ("year", "y", "x"), dask.array.full(shape, fill, dtype=dtype, chunks=block), {**attrs, **mapped}
 
     reflectance = dask.array.zeros((shape[0], bands, *shape[1:]), dtype="uint16", chunks=(1, bands, *block[1:]))
     described = {"long_name": "surface reflectance x 10000", "units": "1e-4", "nodata": 0, **mapped}
-    quality = {"long_name": "how a pixel came about", "nodata": 0, "flag_values": [0, 1, 2, 3, 4]}
-    meanings = "no_observation clear clear_before_mask_was_grown thin_cloud_or_shadow cloud_in_every_observation"
+    flags = {"flag_values": list(range(len(QUALITY))), "flag_meanings": " ".join(m.replace(" ", "_") for m in QUALITY)}
+    layers = {
+        name: empty(
+            fill_of(layer.dtype),
+            layer.dtype,
+            {"long_name": layer.long_name, "units": layer.units, **({"nodata": 0} | flags if name == "quality" else {})},
+        )
+        for name, layer in recipe.layers.items()
+    }
     coords = odc.geo.xr.xr_coords(grid)
     return xr.Dataset(
         {
             "reflectance": (("year", "band", "y", "x"), reflectance, described),
-            "clear_count": empty(0, "uint16", {"long_name": "clear observations behind each pixel", "units": "1"}),
-            "quality": empty(0, "uint8", {**quality, "flag_meanings": meanings}),
+            **layers,
             "footprint": empty(
                 255,
                 "uint8",
@@ -45,10 +51,15 @@ def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
     )
 
 
+def fill_of(dtype: Any) -> float:
+    """What stands where nothing was observed: NaN among floats, 0 among integers."""
+    return float("nan") if np.dtype(dtype).kind == "f" else 0
+
+
 def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
     """A variable's chunks, shards and fill value; a shard is one of the recipe's blocks, of all bands."""
     lead = variable.shape[1:-2]
-    fill = 255 if variable.name == "footprint" else 0
+    fill = 255 if variable.name == "footprint" else fill_of(variable.dtype)
     return {
         "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
         "shards": (1, *lead, recipe.block_px, recipe.block_px),
@@ -91,7 +102,8 @@ def extend(group: zarr.Group, years: Sequence[int]) -> None:
     if not new and len(there) == len(group["year"][:]):
         return
     # The coordinate last: until it has grown, the longer arrays end in years that nobody can name.
-    for name in ("reflectance", "clear_count", "quality", "footprint", "year"):
-        array = group[name]
+    for name, array in sorted(group.arrays(), key=lambda named: named[0] == "year"):
+        if name != "year" and array.ndim < 3:
+            continue
         array.resize((len(there) + len(new), *array.shape[1:]))
     group["year"][len(there) :] = np.asarray(new, dtype=np.int64)

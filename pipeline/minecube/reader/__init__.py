@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +52,20 @@ __all__ = [
     "Asset",
     "Ledger",
     "NativeReader",
+    "begin",
     "check_credentials",
     "fetched",
     "interrupted",
     "read",
+    "read_band",
     "remove_offset",
     "stack",
 ]
 
 READ_THREADS = 64
 """Reads in flight in a process: they wait on networks and disks, so it has nothing to do with Dask's threads or the cores."""
+LOCAL_THREADS = 2 * (os.cpu_count() or 1) + 2
+"""The same of local files, which wait for a core rather than for an answer; each holds a window more in memory."""
 UInt16 = npt.NDArray[np.uint16]
 _SAME = 1e-3  # corners that agree to a thousandth of a pixel are the same corner: they are whole metres in UTM
 _SAME_SIZE = 1e-6  # pixel sizes must agree far better: the difference adds up over 10980 pixels
@@ -92,18 +97,18 @@ class Asset:
         access = Access(**json.loads(scene.properties["minecube:access"]))
         return cls(scene=scene.id, band=band, href=scene.assets[band].href, access=access)
 
-    def read(self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None) -> UInt16:
+    def read(self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None, out: UInt16 | None = None) -> UInt16:
         """As `read`; counted in the ledger, which may allow that it is lost: then uint16 zeros."""
         if ledger is None:
-            return read(self.href, grid, resampling, self.access)
+            return read(self.href, grid, resampling, self.access, out=out)
         tally, began = Tally(), time.perf_counter()
         try:
-            pixels = read(self.href, grid, resampling, self.access, tally)
+            pixels = read(self.href, grid, resampling, self.access, tally, out)
         except ReadError as error:
             self._count(ledger, tally, began, lost_because=str(error))
             if not ledger.lossy:
                 raise
-            return np.zeros(grid.shape, dtype=np.uint16)
+            return _put(np.zeros(grid.shape, dtype=np.uint16), out)
         self._count(ledger, tally, began)
         return pixels
 
@@ -163,24 +168,49 @@ def stack(
     return xr.DataArray(data, dims=("time", "band", "y", "x"), coords=coords, name="reflectance")
 
 
+def read_band(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None) -> UInt16:
+    """One band of one scene on a grid, as `stack` has it, without a graph: uint16 [y, x]; in `out`, where that is given.
+
+    Raises:
+        ReadError: the scene has no such band, or its pixels cannot be read.
+    """
+    asset = Asset.of(scene, band)
+    if band == SCL:
+        return asset.read(grid, Resampling.nearest, ledger, out)
+    raw = asset.read(grid, Resampling.bilinear, ledger, out)
+    offset = scene.properties["minecube:offset"]
+    return _put(remove_offset(raw, offset), out) if offset else raw
+
+
+def begin(
+    scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None
+) -> Future[UInt16]:
+    """`read_band` on the threads that all reads of this process share: many for what is far away, few for local files."""
+    far = band in scene.assets and "://" in scene.assets[band].href
+    return _threads(READ_THREADS if far else LOCAL_THREADS).submit(read_band, scene, band, grid, ledger, out)
+
+
 def fetched(stacked: xr.DataArray) -> UInt16:
     """The pixels of a stack, read on `READ_THREADS` threads that all stacks of this process share."""
-    pixels: UInt16 = stacked.data.compute(scheduler="threads", pool=_threads())
+    pixels: UInt16 = stacked.data.compute(scheduler="threads", pool=_threads(READ_THREADS))
     return pixels
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(READ_THREADS, thread_name_prefix="minecube-read")
+def _threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, thread_name_prefix="minecube-read")
 
 
 def remove_offset(raw: UInt16, offset: npt.NDArray[np.int32] | int) -> UInt16:
     """Digital numbers with BOA_ADD_OFFSET added: uint16, valid pixels at least 1, nodata 0 stays 0.
 
-    Through int32, since uint16 would wrap: a dark 900 with offset -1000 must become 1, not 65436.
+    Cut before it is added, since uint16 would wrap: a dark 900 with offset -1000 must become 1, not 65436.
     """
-    shifted = np.clip(raw.astype(np.int32) + offset, 1, 65535)
-    return np.where(raw == 0, 0, shifted).astype(np.uint16)
+    down = np.clip(-np.asarray(offset, dtype=np.int32), -65534, 65534)
+    low, high = np.maximum(1 + down, 1).astype(np.uint16), np.minimum(65535 + down, 65535).astype(np.uint16)
+    shifted: UInt16 = np.clip(raw, low, high) - down.astype(np.uint16)  # of a negative `down` modulo 2 ** 16, as the sum is
+    shifted *= raw != 0
+    return shifted
 
 
 def read(
@@ -189,6 +219,7 @@ def read(
     resampling: Resampling = Resampling.nearest,
     access: Access | None = None,
     tally: Tally | None = None,
+    out: UInt16 | None = None,
 ) -> UInt16:
     """One single-band file on the grid: uint16 (y, x), 0 where the file has nothing.
 
@@ -200,6 +231,7 @@ def read(
         resampling: for files that have to be warped.
         access: how requests are signed; not at all by default.
         tally: counts requests and bytes.
+        out: where the pixels are put, so that nothing is copied; a new array by default.
 
     Raises:
         ReadError: the file is missing, truncated, has several bands or is not of unsigned integers up to 16 bits.
@@ -214,7 +246,7 @@ def read(
                     f"{without_query(href)}: expected one band of uint8 or uint16, found {found}; not a Sentinel-2 band"
                 )
             native = _nested(src, grid)
-            pixels = _read_nested(src, grid, *native, tally) if native else _warp(src, grid, resampling, tally)
+            pixels = _read_nested(src, grid, native, tally, out) if native else _put(_warp(src, grid, resampling, tally), out)
             if tally.error:  # GDAL was given zeros for bytes that did not come
                 raise RequestError(str(tally.error)) from tally.error
             return pixels
@@ -347,21 +379,34 @@ def _nested(src: rasterio.DatasetReader, grid: GeoBox) -> tuple[int, int, int] |
     return whole, left, top
 
 
-def _read_nested(src: rasterio.DatasetReader, grid: GeoBox, ratio: int, dx: int, dy: int, tally: Tally) -> UInt16:
+def _read_nested(
+    src: rasterio.DatasetReader, grid: GeoBox, native: tuple[int, int, int], tally: Tally, out: UInt16 | None
+) -> UInt16:
+    ratio, dx, dy = native
     height, width = grid.shape
-    out = np.zeros((height, width), dtype=np.uint16)
     # First and last file pixel, both cut to the file: boundless reads would fill with whatever nodata the file declares.
     x0, x1 = max(dx // ratio, 0), min(-(-(dx + width) // ratio), src.width)
     y0, y1 = max(dy // ratio, 0), min(-(-(dy + height) // ratio), src.height)
     if x0 >= x1 or y0 >= y1:
-        return out
+        return _put(np.zeros((height, width), dtype=np.uint16), out)
     window = Window(x0, y0, x1 - x0, y1 - y0)
-    pixels = _zero_nodata(src.read(1, window=window), src.nodata)
     _count_stored(src, window, tally)
+    if ratio == 1 and (window.height, window.width) == (height, width) and not src.nodata and src.dtypes[0] == "uint16":
+        whole: UInt16 = src.read(1, window=window, out=out)
+        return whole
+    pixels = _zero_nodata(src.read(1, window=window), src.nodata)
     pixels = pixels.repeat(ratio, axis=0).repeat(ratio, axis=1)
     top, left = y0 * ratio - dy, x0 * ratio - dx  # where the first file pixel falls on the grid; negative: cut
     pixels = pixels[max(-top, 0) :, max(-left, 0) :][: height - max(top, 0), : width - max(left, 0)]
-    out[max(top, 0) :, max(left, 0) :][: pixels.shape[0], : pixels.shape[1]] = pixels
+    made = np.zeros((height, width), dtype=np.uint16)
+    made[max(top, 0) :, max(left, 0) :][: pixels.shape[0], : pixels.shape[1]] = pixels
+    return _put(made, out)
+
+
+def _put(pixels: UInt16, out: UInt16 | None) -> UInt16:
+    if out is None or out is pixels:
+        return pixels
+    out[:] = pixels
     return out
 
 

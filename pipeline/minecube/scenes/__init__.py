@@ -127,10 +127,10 @@ def check_years(years: Iterable[int]) -> None:
 
 
 def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
-    """The scenes a recipe uses: those of its months and not cloudier than it allows.
+    """The scenes a recipe uses: those of its months, and of the wider season it falls back on, not cloudier than it allows.
 
     Raises:
-        SceneError: they are of fewer dates than the recipe asks for; says how many there were and what to widen.
+        SceneError: those of its months are of fewer dates than the recipe asks for; says how many there were and what to widen.
     """
     chosen = usable(scenes, recipe)
     if len(dates(chosen)) < recipe.min_dates:
@@ -142,12 +142,16 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
             f"{recipe.max_cloud_cover:g} % cloudy; widen months, max_cloud_cover or min_dates in a recipe of your own, or "
             "name one more --source"
         )
-    return chosen
+    return chosen + _of_months(scenes, recipe, recipe.wider_months)
 
 
 def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     """The scenes of a recipe's months that are not cloudier than it allows, however few they are."""
-    in_season = [s for s in scenes if s.datetime and s.datetime.month in recipe.months]
+    return _of_months(scenes, recipe, recipe.months)
+
+
+def _of_months(scenes: Iterable[pystac.Item], recipe: Recipe, months: Sequence[int]) -> list[pystac.Item]:
+    in_season = [s for s in scenes if s.datetime and s.datetime.month in months]
     return [s for s in in_season if s.properties["eo:cloud_cover"] <= recipe.max_cloud_cover]
 
 

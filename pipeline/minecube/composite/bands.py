@@ -1,0 +1,187 @@
+"""The bands of a block as its mask lets them through: read in their own pixels, ahead of what is made of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pystac
+from odc.geo.geobox import GeoBox
+
+from minecube.composite.masks import Bool, Int16, Int32, UInt8
+from minecube.composite.needs import AHEAD, MASK_M, size_of
+from minecube.grid import at_resolution
+from minecube.reader import Ledger, begin
+
+UInt16 = npt.NDArray[np.uint16]
+Window = tuple[slice, slice]
+
+
+class UnseenError(Exception):
+    """A band lacked pixels that the mask has seen; they are struck out of the mask, and what was made is to be made again."""
+
+
+class Bands:
+    """Bands one after the other, each [day, y, x] in its own pixels, 0 where it is not to be used.
+
+    Args:
+        scenes: in mosaic order.
+        day_of: of each scene, its day's index.
+        owner: int16 [day, y, x] at 20 m, the scene that each day's pixel comes from.
+        kind: uint8 [day, y, x] at 20 m, in which observations that turn out to be none become 0.
+        use: bool [day, y, x] at 20 m, the observations wanted. Days without any are left out of all that comes of this.
+        box: where, at 10 m.
+        ledger: counts the reads.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[pystac.Item],
+        day_of: Sequence[int],
+        owner: Int16,
+        kind: UInt8,
+        use: Bool,
+        box: GeoBox,
+        ledger: Ledger | None,
+    ) -> None:
+        self.days = np.flatnonzero(use.any(axis=(1, 2)))
+        """Those that are used, of all days."""
+        self.use = use[self.days]
+        self._scenes, self._box, self._ledger = scenes, box, ledger
+        self._owner, self._kind = owner, kind
+        index = {int(day): n for n, day in enumerate(self.days)}
+        self._day_of = [index.get(day) for day in day_of]
+        self._windows = self._wanted()
+        self._reading: deque[tuple[str, UInt16, deque[tuple[int, Window, Future[UInt16]]]]] = deque()
+        self._queue: deque[str] = deque()
+
+    def read(self, bands: Sequence[str]) -> None:
+        """Bands that `next` gives, after those that were named before."""
+        self._queue.extend(bands)
+        self._begin()
+
+    def next(self) -> UInt16:
+        """The next band; raises UnseenError where it lacks what is wanted, ReadError where it cannot be read."""
+        band, seen, reads = self._reading.popleft()
+        self._begin()
+        size = size_of(band, self._scenes)
+        while reads:
+            scene, window, read = reads.popleft()  # and so out of memory
+            pixels, day = read.result(), self._day(scene)
+            if not pixels.min():
+                lacking = self._where(scene, window) & ~_whole(pixels, size)
+                if lacking.any():
+                    self._kind[(self.days[day], *window)][lacking] = 0
+                    raise UnseenError
+            if self._alone(scene):
+                masked(seen[day], self.use[day], size, out=seen[day])
+            else:
+                seen[(day, *_scaled(window, size))] |= masked(pixels, self._where(scene, window), size, out=pixels)
+        return seen
+
+    def narrow(self, use: Bool) -> None:
+        """Fewer observations are wanted of the bands to come."""
+        self.use = use
+        self._windows = self._wanted()
+
+    def cancel(self) -> None:
+        """Read no more."""
+        for *_, reads in self._reading:
+            for *_, read in reads:
+                read.cancel()
+
+    def _begin(self) -> None:
+        while self._queue and len(self._reading) <= AHEAD:
+            band = self._queue.popleft()
+            size = size_of(band, self._scenes)
+            box = at_resolution(self._box, size)
+            seen = np.empty((len(self.days), *box.shape), dtype=np.uint16)
+            reads: deque[tuple[int, Window, Future[UInt16]]] = deque()
+            begun: set[int] = set()
+            for scene, window in self._windows:
+                day, place = self._day(scene), _scaled(window, size)
+                # Straight to its place, where no other scene has a pixel of that day.
+                out = seen[(day, *place)] if self._alone(scene) else None
+                if day not in begun and (out is None or out.shape != seen.shape[1:]):
+                    seen[day] = 0
+                begun.add(day)
+                reads.append((scene, window, begin(self._scenes[scene], band, box[place], self._ledger, out)))
+            for day in set(range(len(seen))) - begun:
+                seen[day] = 0
+            self._reading.append((band, seen, reads))
+
+    def _alone(self, scene: int) -> bool:
+        """Whether it is the only scene of its day, and so owns all that was seen."""
+        return self._day_of.count(self._day_of[scene]) == 1
+
+    def _wanted(self) -> list[tuple[int, Window]]:
+        """Scenes of which a pixel is used, and the smallest window that has all of them."""
+        found = []
+        whole = (slice(0, self.use.shape[1]), slice(0, self.use.shape[2]))
+        for scene, day in enumerate(self._day_of):
+            if day is not None and (where := self._where(scene, whole)).any():
+                found.append((scene, (_span(where, 1), _span(where, 0))))
+        return found
+
+    def _day(self, scene: int) -> int:
+        day = self._day_of[scene]
+        assert day is not None  # noqa: S101  only scenes of used days are read
+        return day
+
+    def _where(self, scene: int, window: Window) -> Bool:
+        """Flags in a window of 20 m pixels: of that scene, this is used."""
+        day = self._day(scene)
+        use = self.use[(day, *window)]
+        return use if self._alone(scene) else use & (self._owner[(int(self.days[day]), *window)] == scene)
+
+
+def _scaled(window: Window, size_m: int) -> Window:
+    """A window of 20 m pixels in pixels of that size."""
+    rows, columns = (slice(s.start * MASK_M // size_m, s.stop * MASK_M // size_m) for s in window)
+    return rows, columns
+
+
+def masked(pixels: UInt16, use: Bool, size_m: int, out: UInt16) -> UInt16:
+    """Pixels [..., y, x] of 10 or 20 m, and 0 where flags [..., y, x] of 20 m do not let them through; contiguous arrays."""
+    if size_m == MASK_M:
+        return np.multiply(pixels, use, out=out)
+    # Two pixels of 10 m are one of 32 bits, so that a flag is laid over both at once.
+    wide = use.astype(np.uint32) * np.uint32(0xFFFFFFFF)
+    *lead, height, width = use.shape
+    before, after = (np.ascontiguousarray(a).view(np.uint32).reshape(*lead, height, 2, width) for a in (pixels, out))
+    np.bitwise_and(before, wide[..., None, :], out=after)
+    return out
+
+
+def summed(pixels: UInt16, size_m: int) -> Int32:
+    """Pixels [day, y, x] of 10 or 20 m at 20 m, as sums of 10 m pixels; 0 where they are."""
+    if size_m == MASK_M:
+        return pixels.astype(np.int32) * 4
+    a, b = pixels[:, ::2].astype(np.int32), pixels[:, 1::2]
+    a += b
+    total: Int32 = a[:, :, ::2] + a[:, :, 1::2]
+    return total
+
+
+def finer(pixels: npt.NDArray[Any], size_m: int, to_m: int = 10) -> npt.NDArray[Any]:
+    """The last two dimensions at a smaller (or the same) pixel size, by repetition."""
+    scale = size_m // to_m
+    return pixels if scale == 1 else pixels.repeat(scale, axis=-2).repeat(scale, axis=-1)
+
+
+def _whole(pixels: UInt16, size_m: int) -> Bool:
+    """Where all of a 20 m pixel is seen."""
+    scale = MASK_M // size_m
+    height, width = pixels.shape
+    whole: Bool = (pixels != 0).reshape(height // scale, scale, width // scale, scale).all(axis=(1, 3))
+    return whole
+
+
+def _span(flags: Bool, over: int) -> slice:
+    """First to last row (or column) with a flag, over the other axis."""
+    first, last = np.flatnonzero(flags.any(axis=over))[[0, -1]]
+    return slice(int(first), int(last) + 1)

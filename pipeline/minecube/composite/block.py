@@ -1,0 +1,271 @@
+"""One block of one site-year: masked, read and reduced. All that is computed when a composite is.
+
+SCL comes first, with a margin as wide as any neighbourhood the mask looks at. It says which observations are wanted, and so
+which files, and which window of each. Bands are read in their own pixels on the I/O threads, two bands ahead of the one that is
+being reduced, and are gone once they are: memory is that of a few bands, not of all.
+
+An observation is one in all bands. That a band lacks a pixel which the mask has seen is rare, so it is noticed on the way;
+then that observation is struck out and the block is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pystac
+from odc.geo.geobox import GeoBox
+
+from minecube.catalog import FALLBACKS, SCL, Recipe
+from minecube.composite import masks, reducers
+from minecube.composite.bands import Bands, UInt16, UnseenError, finer, masked, summed
+from minecube.composite.masks import CLEAR, Bool, Int16, Int32, UInt8
+from minecube.composite.needs import MASK_M, OPINION_BANDS, days_of, looked_at, margins_m, memory, near, size_of
+from minecube.composite.reducers import Reducers
+from minecube.grid import PIXEL_M, at_resolution, padded
+from minecube.reader import Ledger, begin
+
+Layers = dict[str, npt.NDArray[Any]]
+Opinion = Callable[[UInt16], UInt8]
+"""A second mask of one date: B03, B04, B08, uint16 [3, y, x] at 10 m, x 10000 -> classes uint8 [y, x], 0 = clear."""
+BLOCK_BYTES = 1_000_000_000
+"""Memory a block may take; one that would take more, for the number of its dates, is made in parts."""
+_SMALLEST_PX = 48  # a block is not cut further
+_STRIP_PX = 32  # rows whose bands of all dates are laid side by side at a time
+_CLEAR_KINDS = (CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a block is worked with, if not with what is here: reducers for a GPU, a network that looks at clouds."""
+
+    reducers: Reducers = reducers
+    opinion: Opinion | None = None
+
+
+def composite_block(
+    scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, year: int, tools: Tools, ledger: Ledger | None = None
+) -> Layers:
+    """One block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x]. Scenes must be in mosaic order.
+
+    One of so many dates that it would take more than `BLOCK_BYTES` is made in parts.
+    """
+    scenes = near(scenes, padded(box, margins_m(recipe)[1]))
+    if not scenes:
+        return _empty(box, recipe)
+    if memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
+        axis = int(box.shape[1] >= box.shape[0])
+        at = box.shape[axis] // 2 // 8 * 8
+        halves = (box[:at], box[at:]) if axis == 0 else (box[:, :at], box[:, at:])
+        made = [composite_block(scenes, half, recipe, year, tools, ledger) for half in halves]
+        return {name: np.concatenate([m[name] for m in made], axis=axis - 2) for name in made[0]}
+    block = _Block.of(scenes, box, recipe, year, tools, ledger)
+    while True:
+        try:
+            return block.made()
+        except UnseenError:  # the mask has fewer observations now
+            continue
+
+
+def _empty(box: GeoBox, recipe: Recipe) -> Layers:
+    made: Layers = {"reflectance": np.zeros((len(recipe.bands), *box.shape), np.uint16)}
+    for name, layer in recipe.layers.items():
+        made[name] = np.full(box.shape, np.nan if layer.dtype.startswith("float") else 0, layer.dtype)
+    return made
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block whose mask is made. Arrays [day, y, x] are at 20 m and reach `fringe_m` beyond the block."""
+
+    scenes: Sequence[pystac.Item]
+    day_of: Sequence[int]
+    """Of each scene, its day's index."""
+    yeardays: npt.NDArray[np.int64]
+    """Of each day, its day of the year."""
+    box: GeoBox
+    fringe_m: int
+    recipe: Recipe
+    tools: Tools
+    ledger: Ledger | None
+    owner: Int16
+    """The scene that each day's pixel comes from, -1 = none."""
+    kind: UInt8
+    """What each observation is, as `masks.kinds` has it."""
+
+    @classmethod
+    def of(
+        cls, scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, year: int, tools: Tools, ledger: Ledger | None
+    ) -> _Block:
+        """Read SCL and make the mask."""
+        fringe, margin = margins_m(recipe)
+        wide = padded(box, margin)
+        reads = [begin(s, SCL, at_resolution(wide, MASK_M), ledger) for s in scenes]
+        try:
+            scl = np.stack([r.result().astype(np.uint8) for r in reads])
+        finally:
+            for read in reads:
+                read.cancel()
+        days = days_of(scenes)
+        owner, day_scl = masks.mosaic(scl, days)
+        del scl, reads
+        first = [scenes[days.index(day)] for day in range(max(days) + 1)]
+        when = [s.datetime for s in first if s.datetime]
+        opinion = _opinions(scenes, days, owner, wide, tools.opinion, ledger) if tools.opinion else None
+        kind = masks.kinds(day_scl, recipe, [w.month for w in when], [season(s, recipe, year) for s in first], opinion)
+        owner, kind = (_cropped(a, (margin - fringe) // MASK_M).copy() for a in (owner, kind))
+        yeardays = np.array([w.timetuple().tm_yday for w in when])
+        return cls(scenes, days, yeardays, box, fringe, recipe, tools, ledger, owner, kind)
+
+    def made(self) -> Layers:
+        """The block reduced; raises UnseenError."""
+        recipe, out = self.recipe, _empty(self.box, self.recipe)
+        use, quality = masks.chosen(self.kind, recipe)
+        if most := recipe.max_clear_observations:
+            enough = max(recipe.min_clear, -(-most // 3))
+            use &= masks.clearest(self.kind, most, enough, self.yeardays.tolist()) | (self.kind != CLEAR)
+        if not self.inside(use).any():
+            return out
+        first = [b for b in recipe.bands if b in looked_at(recipe)]
+        ahead = self._bands(self.owner, self.kind, use, padded(self.box, self.fringe_m))
+        bands = self._bands(self.inside(self.owner), self.inside(self.kind), self.inside(use), self.box)
+        try:
+            ahead.read(first)
+            bands.read([b for b in recipe.bands if b not in first])
+            seen = {band: ahead.next() for band in first}
+            excess = np.zeros(ahead.use.shape, dtype=np.int32)
+            if recipe.haze:
+                excess = 2 * summed(seen["B02"], self.size("B02")) - summed(seen["B04"], self.size("B04"))
+                left, quality, excess = masks.without_haze(excess, ahead.use, quality, recipe.haze)
+                ahead.narrow(left)
+                bands.narrow(self.inside(left[np.searchsorted(ahead.days, bands.days)]))
+            use = bands.use
+            count = np.where(np.isin(self.inside(quality), _CLEAR_KINDS), use.sum(axis=0), 0)
+            out["clear_count"][:], out["quality"][:] = finer(count, MASK_M), finer(self.inside(quality), MASK_M)
+            self._reduce(ahead, bands, seen, excess, out)
+        finally:
+            ahead.cancel()
+            bands.cancel()
+        return out
+
+    def _bands(self, owner: Int16, kind: UInt8, use: Bool, box: GeoBox) -> Bands:
+        return Bands(self.scenes, self.day_of, owner, kind, use, box, self.ledger)
+
+    def _reduce(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32, out: Layers) -> None:
+        how, percent, rows = self.tools.reducers, self.recipe.percentile, out["reflectance"]
+        if self.recipe.reducer in ("median", "percentile"):
+            for k, band, values in self._each(ahead, bands, seen):
+                made = how.median(values) if percent is None else how.percentile(values, percent)
+                rows[k] = finer(made, self.size(band))
+        elif self.recipe.reducer == "geomedian":
+            self._geomedian(list(self._each(ahead, bands, seen)), out)
+        elif self.recipe.reducer == "medoid":
+            everything = list(self._each(ahead, bands, seen))
+            index = np.concatenate([how.medoid(stack) for _, stack in self._strips(everything)])
+            self._taken(everything, index, bands, out)
+        else:
+            index = self._best(ahead, bands, seen, excess)
+            bands.narrow(bands.use & _where_chosen(index, len(bands.days)))
+            self._taken(self._each(ahead, bands, seen), index, bands, out)
+
+    def _each(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16]) -> Iterator[tuple[int, str, UInt16]]:
+        """Place, name and pixels [day, y, x] of each band, those first that were seen already."""
+        names = self.recipe.bands
+        same = np.searchsorted(ahead.days, bands.days)
+        for band in [*seen, *(b for b in names if b not in seen)]:
+            if band in seen:
+                inside = np.ascontiguousarray(self.inside(seen.pop(band), self.size(band))[same])
+                values = masked(inside, bands.use, self.size(band), out=inside)
+            else:
+                values = bands.next()
+            yield names.index(band), band, values
+
+    def _strips(self, everything: Sequence[tuple[int, str, UInt16]]) -> Iterator[tuple[slice, UInt16]]:
+        """Rows of the block, and all bands of them side by side: uint16 [band, day, y, x] at 10 m."""
+        height, width = self.box.shape
+        for top in range(0, height, _STRIP_PX):
+            rows = slice(top, min(top + _STRIP_PX, height))
+            stack = np.empty((len(everything), len(everything[0][2]), rows.stop - top, width), dtype=np.uint16)
+            for k, band, values in everything:
+                scale = self.size(band) // PIXEL_M
+                stack[k] = finer(values[:, top // scale : rows.stop // scale], self.size(band))
+            yield rows, stack
+
+    def _geomedian(self, everything: Sequence[tuple[int, str, UInt16]], out: Layers) -> None:
+        for rows, stack in self._strips(everything):
+            made = self.tools.reducers.geomedian(stack)
+            out["reflectance"][:, rows] = made.reflectance
+            for name in ("emad", "smad", "bcmad"):
+                out[name][rows] = getattr(made, name)
+
+    def _taken(self, each: Iterable[tuple[int, str, UInt16]], index: Int16, bands: Bands, out: Layers) -> None:
+        """Of each pixel the one day that was chosen."""
+        out["day_of_year"][:] = np.where(index >= 0, self.yeardays[bands.days][index], 0)
+        for k, band, values in each:
+            out["reflectance"][k] = self.tools.reducers.taken(finer(values, self.size(band)), index)
+
+    def _best(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32) -> Int16:
+        """Index of the best day of each pixel, int16 [y, x] at 10 m, -1 = none."""
+        how, rule = self.tools.reducers, self.recipe.best_pixel
+        same = np.searchsorted(ahead.days, bands.days)
+        if rule is None:
+            red, nir = (finer(self.inside(seen[b], self.size(b))[same], self.size(b)) for b in ("B04", "B08"))
+            return how.max_ndvi(red, nir)
+        away = masks.cloud_distance_m(self.kind[bands.days], rule.cloud_distance_m)
+        hazy = (excess[same] / 8e4).astype(np.float32)
+        sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
+        score = reducers.best_pixel_score(self.yeardays[bands.days], finer(away, MASK_M), finer(hazy, MASK_M), sharp, rule)
+        return how.best_pixel(self.inside(score, PIXEL_M), finer(bands.use, MASK_M))
+
+    def size(self, band: str) -> int:
+        """Pixel size in metres at which a band is read."""
+        return size_of(band, self.scenes)
+
+    def inside(self, pixels: npt.NDArray[Any], size_m: int = MASK_M) -> npt.NDArray[Any]:
+        """Pixels of that size without the fringe."""
+        return _cropped(pixels, self.fringe_m // size_m)
+
+
+def _where_chosen(index: Int16, days: int) -> Bool:
+    """Flags [day, y, x] at 20 m: some of its 10 m pixels take that day."""
+    height, width = (n // 2 for n in index.shape)
+    four = index.reshape(height, 2, width, 2)
+    return np.stack([(four == day).any(axis=(1, 3)) for day in range(days)])
+
+
+def season(scene: pystac.Item, recipe: Recipe, year: int) -> int:
+    """The kind of a scene's clear observations: clear, or the fallback that takes them; 255 where the recipe takes none."""
+    when = scene.datetime
+    if when and when.month in recipe.months:
+        neighbour = FALLBACKS["neighbour-year"] if "neighbour-year" in recipe.fallback else masks.UNUSABLE
+        return CLEAR if when.year == year else neighbour
+    wider = when and when.year == year and when.month in recipe.wider_months
+    return FALLBACKS["wider-season"] if wider else masks.UNUSABLE
+
+
+def _opinions(
+    scenes: Sequence[pystac.Item], days: Sequence[int], owner: Int16, wide: GeoBox, opinion: Opinion, ledger: Ledger | None
+) -> UInt8:
+    """The second mask of each day: uint8 [day, y, x] at 20 m, the highest class among its four pixels."""
+    reads = [[begin(s, b, wide, ledger) for b in OPINION_BANDS] for s in scenes]
+    out = np.zeros(owner.shape, dtype=np.uint8)
+    try:
+        for day, of_day in enumerate(owner):
+            image = np.zeros((len(OPINION_BANDS), *wide.shape), dtype=np.uint16)
+            for scene in (n for n, d in enumerate(days) if d == day):
+                where = finer(of_day == scene, MASK_M)
+                for layer, read in zip(image, reads[scene], strict=True):
+                    np.copyto(layer, read.result(), where=where)
+            out[day] = opinion(image).reshape(owner.shape[1], 2, owner.shape[2], 2).max(axis=(1, 3))
+    finally:
+        for read in (r for of_scene in reads for r in of_scene):
+            read.cancel()
+    return out
+
+
+def _cropped(pixels: npt.NDArray[Any], margin: int) -> npt.NDArray[Any]:
+    """The last two dimensions without `margin` pixels on each side."""
+    return pixels[..., margin:-margin, margin:-margin] if margin else pixels

@@ -1,0 +1,324 @@
+"""Which observations of a pixel are clear, and what it is made of where none is: numpy kernels on SCL's pixels of 20 m.
+
+Arrays are [day, y, x], a day being an overpass. All arithmetic is of integers and flags, and every neighbourhood is of fixed
+size, so that a pixel's value does not depend on how the site is cut into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from minecube.catalog import FALLBACKS, BrightOverride, HazeTest, MaskRule, Recipe
+from minecube.composite.reducers import lower_quartile
+
+Bool = npt.NDArray[np.bool_]
+UInt8 = npt.NDArray[np.uint8]
+Int16 = npt.NDArray[np.int16]
+Int32 = npt.NDArray[np.int32]
+
+PIXEL_M = 20
+"""Pixel size of all masks, the mission's of SCL."""
+CELL = 4
+"""Pixels a side of the cells on which the surroundings of bright ground are looked at: 80 m, against windows of 600 m."""
+CLEAR, UNUSABLE = 1, 255
+_CLOUD, _NODATA = (8, 9), 0
+
+
+def mosaic(scl: UInt8, days: Sequence[int]) -> tuple[Int16, UInt8]:
+    """Which scene each day's pixel comes from, and the day's SCL.
+
+    The first scene of a day that has a pixel keeps it. Each scene loses the outermost pixel of its coverage first: there
+    20 m and 10 m pixels are partly outside the swath.
+
+    Args:
+        scl: uint8 [scene, y, x], 0 = no data; scenes of a day in order of preference.
+        days: index of each scene's day, 0..n-1.
+
+    Returns:
+        int16 [day, y, x], index of the scene, -1 = not observed; uint8 [day, y, x], 0 = not observed.
+    """
+    shape = (max(days) + 1, *scl.shape[1:])
+    owner, day_scl = np.full(shape, -1, dtype=np.int16), np.zeros(shape, dtype=np.uint8)
+    for i, day in enumerate(days):
+        free = _inside(scl[i]) & (owner[day] < 0)
+        owner[day][free] = i
+        day_scl[day][free] = scl[i][free]
+    return owner, day_scl
+
+
+def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int], opinion: UInt8 | None = None) -> UInt8:
+    """What each observation is: an index into `QUALITY`, 0 = not observed, 255 = not to be used.
+
+    Args:
+        scl: uint8 [day, y, x] scene classification, 0 = not observed.
+        recipe: its mask rules and bright override.
+        months: calendar month of each day.
+        seasons: of each day, the kind of its clear observations: 1 in the recipe's months, or the fallback that has it.
+        opinion: uint8 [day, y, x], classes of a second mask, 0 = clear.
+
+    Returns:
+        uint8 [day, y, x].
+    """
+    observed = scl != _NODATA
+    ground = persistently_bright(scl, recipe.bright_override) if recipe.bright_override else None
+    out = np.empty_like(scl)
+    for day, layer in enumerate(scl):  # day by day, so that memory is that of the result
+        hidden, grown = np.zeros_like(observed[day]), np.zeros_like(observed[day])
+        for rule in (r for r in recipe.mask if months[day] in r.months):
+            flagged = _among(layer, rule.classes)
+            if ground is not None:
+                flagged &= ~ground[day]
+            hidden |= flagged
+            grown |= grow(flagged, rule)
+        if opinion is not None and recipe.second_opinion:
+            seen = _among(opinion[day], recipe.second_opinion.classes)
+            if ground is not None:
+                seen &= ~ground[day]
+            hidden |= seen
+            grown |= dilated(seen, recipe.second_opinion.dilate_m)
+        clear = observed[day] & ~grown
+        if seasons[day] != CLEAR:
+            out[day] = np.where(clear, seasons[day], np.where(observed[day], UNUSABLE, 0))
+            continue
+        kind = np.where(hidden, FALLBACKS["thin"], FALLBACKS["ungrown"]).astype(np.uint8)
+        kind[hidden & _among(layer, _CLOUD)] = FALLBACKS["cloud"]
+        kind[clear] = CLEAR
+        kind[~observed[day]] = 0
+        out[day] = kind
+    return out
+
+
+def grow(flagged: Bool, rule: MaskRule) -> Bool:
+    """Flags [y, x] with specks narrower than `open_m` gone and the rest dilated by a disc of `dilate_m`."""
+    size = rule.open_m // PIXEL_M
+    return dilated(opened(flagged, size) if size > 1 else flagged, rule.dilate_m)
+
+
+def opened(flagged: Bool, size: int) -> Bool:
+    """Flags [y, x] of which only what holds a square of `size` pixels is left."""
+    corner = _run(_run(~flagged, 0, 0, size - 1), 1, 0, size - 1)  # pixels from which the square would leave the flags
+    corner[1 - size :], corner[:, 1 - size :] = True, True
+    return _run(_run(~corner, 0, 1 - size, 0), 1, 1 - size, 0) & flagged
+
+
+def dilated(flagged: Bool, radius_m: int) -> Bool:
+    """Flags [y, x] and all within a disc of that radius, centre to centre."""
+    reach = radius_m // PIXEL_M
+    if not reach or not flagged.any():
+        return flagged
+    out = flagged.copy()
+    wide, half = flagged, 0
+    for dy in range(reach, -1, -1):  # the disc is rows, each shorter the farther it lies from the middle
+        width = int((reach**2 - dy**2) ** 0.5)
+        wide, half = _grown_sideways(wide, half, width), width
+        for step in {dy, -dy}:
+            _or_shifted(out, wide, step, 0)
+    return out
+
+
+def persistently_bright(scl: UInt8, rule: BrightOverride) -> Bool:
+    """Observations [day, y, x] that SCL calls cloud although only the ground is bright.
+
+    A mine's bare ground is flagged on nearly every date. So pixels flagged clearly more often than their surroundings are
+    set aside; where the surroundings without them are clear, and a pixel is flagged on at least `rule.flagged` of such
+    dates, its flags on these dates are the ground's.
+    """
+    observed = scl != _NODATA
+    flagged = _among(scl, rule.classes)
+    looks = observed.sum(axis=0, dtype=np.int32)
+    share = flagged.sum(axis=0, dtype=np.int32) / np.maximum(looks, 1)
+    # The surroundings' own share: their lower quartile, on one pixel of each cell, so that a large mine, itself flagged
+    # nearly always, does not raise it.
+    half = rule.window_m // (PIXEL_M * CELL)
+    typical = ndimage.percentile_filter(share[::CELL, ::CELL], 25, size=2 * half + 1, mode="nearest")
+    ordinary = share <= _of_cells(typical, share.shape) + 0.2
+    clear_around = np.empty_like(observed)
+    for day in range(len(scl)):
+        counted = observed[day] & ordinary
+        cells = [window_sum(_cell_sums(layer), half) for layer in (flagged[day] & counted, counted)]
+        clear_around[day] = _of_cells(cells[0] <= rule.around * cells[1], share.shape)
+    clear_around &= observed
+    flagged &= clear_around
+    dates = clear_around.sum(axis=0, dtype=np.int32)
+    often = flagged.sum(axis=0, dtype=np.int32) >= np.maximum(rule.flagged * dates, 2)
+    flagged &= often
+    return flagged
+
+
+def chosen(kind: UInt8, recipe: Recipe) -> tuple[Bool, UInt8]:
+    """The observations a pixel is made of: its clear ones and, where they are too few, what the recipe's fallbacks add.
+
+    Thin cloud and cloud are taken only where there is nothing else; steps that are clear, up to `min_clear`.
+
+    Args:
+        kind: uint8 [day, y, x], as `kinds` gives it.
+        recipe: its `fallback` and `min_clear`.
+
+    Returns:
+        use: bool [day, y, x]. quality: uint8 [y, x], index into `QUALITY` of the last step taken; 0 where there is nothing.
+    """
+    use = kind == CLEAR
+    count = use.sum(axis=0, dtype=np.int32)
+    quality = (count > 0).astype(np.uint8)
+    for step in recipe.fallback:
+        needy = count < (1 if step in ("thin", "cloud") else recipe.min_clear)
+        if not needy.any():
+            continue
+        added = (kind == FALLBACKS[step]) & needy
+        more = added.sum(axis=0, dtype=np.int32)
+        use |= added
+        count += more
+        quality[more > 0] = FALLBACKS[step]
+    return use, quality
+
+
+def clearest(kind: UInt8, most: int, enough: int, day_of_year: Sequence[int]) -> Bool:
+    """The clear observations worth reading: of the clearest days, spread over the season, and others only where they lack.
+
+    First up to `most` days, each time the one that adds most to pixels of fewer than `most`, less the nearer it is to one
+    that is chosen. Then, for pixels that have fewer than `enough`, more days, of which only those pixels are read.
+
+    Args:
+        kind: uint8 [day, y, x], as `kinds` gives it.
+        most: days.
+        enough: clear observations a pixel should have, where so many exist.
+        day_of_year: of each day.
+
+    Returns:
+        bool [day, y, x], a part of the clear ones.
+    """
+    clear = kind == CLEAR
+    use: Bool = np.zeros_like(clear)
+    count = np.zeros(clear.shape[1:], dtype=np.int32)
+    when = np.asarray(day_of_year, dtype=np.float64)
+    apart = max((when.max() - when.min()) / most, 1.0)  # days between dates if they were evenly spread
+    left, picked = [d for d in range(len(clear)) if clear[d].any()], list[int]()
+
+    def gains(needed: int) -> npt.NDArray[np.float64]:
+        return np.array([np.count_nonzero(clear[d] & (count < needed)) for d in left], dtype=np.float64)
+
+    while left and len(picked) < most and (gain := gains(most)).any():
+        if picked:
+            gap = np.abs(when[left][:, None] - when[picked]).min(axis=1)
+            gain *= 0.5 + 0.5 * np.minimum(gap / apart, 1)
+        picked.append(day := left.pop(int(gain.argmax())))
+        use[day] = clear[day]
+        count += use[day]
+    while left and (gain := gains(enough)).any():
+        day = left.pop(int(gain.argmax()))
+        use[day] = clear[day] & (count < enough)
+        count += use[day]
+    return use
+
+
+def without_haze(hot: Int32, use: Bool, quality: UInt8, rule: HazeTest) -> tuple[Bool, UInt8, Int32]:
+    """The observations that are not under thin cloud; where all are, they stay and the quality says so.
+
+    Over clear ground blue and red rise and fall together, over haze blue rises more (the haze optimised transform: Zhang,
+    Guindon and Cihlar 2002, Remote Sensing of Environment 82; coefficient of Zhu and Woodcock 2012, same journal 118). Against
+    the pixel's own lower quartile, a field that is ploughed or a pit that grows is no haze.
+
+    Args:
+        hot: int32 [day, y, x], 2 x blue - red, each the sum of reflectance x 10000 over the four 10 m pixels; used up.
+        use: bool [day, y, x], the observations it is of.
+        quality: uint8 [y, x], index into `QUALITY`.
+        rule: the threshold and the window.
+
+    Returns:
+        use and quality, changed; and the excess that was judged, int32 [day, y, x], reflectance x 80000.
+    """
+    # Integers throughout: a window's sum must not depend on where in the array it lies.
+    hot -= lower_quartile(hot, use)
+    hot *= use
+    half = rule.window_m // PIXEL_M // 2
+    for day, above in enumerate(hot):
+        seen = np.maximum(window_sum(use[day].astype(np.int32), half), 1)
+        above[:] = window_sum(above, half) // seen
+    hazy = use & (hot > rule.excess * 1e4 * 2 * 4)
+    left = use & ~hazy
+    some = left.any(axis=0)
+    worse = ~some & (quality == CLEAR)
+    return np.where(some, left, use), np.where(worse, FALLBACKS["thin"], quality).astype(np.uint8), hot
+
+
+def window_sum(values: Int32, half: int) -> Int32:
+    """Sums of integers [y, x] over the square of `2 * half + 1` pixels around each pixel, cut at the edges; exact."""
+    total = values
+    for axis in (0, 1):
+        n = total.shape[axis]
+        upto = np.zeros_like(total, shape=[s + (a == axis) for a, s in enumerate(total.shape)])
+        np.cumsum(total, axis=axis, out=upto[1:] if axis == 0 else upto[:, 1:])
+        low, high = np.clip(np.arange(n) - half, 0, n), np.clip(np.arange(n) + half + 1, 0, n)
+        total = upto.take(high, axis=axis) - upto.take(low, axis=axis)
+    return total
+
+
+def cloud_distance_m(kind: UInt8, most_m: int) -> npt.NDArray[np.float32]:
+    """Distance of each observation [day, y, x] from the nearest of its day that is not clear, in metres, up to `most_m`."""
+    out = np.full(kind.shape, most_m, dtype=np.float32)
+    for day, layer in enumerate(kind):
+        cloudy = ~np.isin(layer, (0, CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"]))
+        if cloudy.any():
+            out[day] = np.minimum(ndimage.distance_transform_edt(~cloudy) * PIXEL_M, most_m)
+    return out
+
+
+def _among(layer: UInt8, classes: Sequence[int]) -> Bool:
+    table = np.zeros(256, dtype=bool)
+    table[list(classes)] = True
+    found: Bool = table[layer]
+    return found
+
+
+def _inside(scl: UInt8) -> Bool:
+    """Where a scene has data, its outermost pixel left out; beyond the array it is taken to go on."""
+    seen: Bool = scl != _NODATA
+    if seen.all():
+        return seen
+    inside: Bool = np.logical_not(_run(_run(seen == 0, 0, -1, 1), 1, -1, 1))
+    return inside
+
+
+def _run(flags: Bool, axis: int, first: int, last: int) -> Bool:
+    """Whether any of the pixels `first`..`last` further along the axis is flagged; beyond the array none is."""
+    out = np.zeros_like(flags)
+    for step in range(first, last + 1):
+        _or_shifted(out, flags, *((-step, 0) if axis == 0 else (0, -step)))
+    return out
+
+
+def _or_shifted(out: Bool, flags: Bool, down: int, right: int) -> None:
+    """Add to `out` the flags moved by whole pixels."""
+    height, width = flags.shape
+    if abs(down) >= height or abs(right) >= width:
+        return
+    to = out[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
+    to |= flags[max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)]
+
+
+def _grown_sideways(flags: Bool, half: int, width: int) -> Bool:
+    """Flags that were grown by `half` pixels to the left and right, grown to `width`."""
+    out = flags
+    for _ in range(half, width):
+        flags, out = out, out.copy()
+        _or_shifted(out, flags, 0, 1)
+        _or_shifted(out, flags, 0, -1)
+    return out
+
+
+def _cell_sums(flags: Bool) -> Int32:
+    """Flagged pixels in each cell of `CELL` a side; the last ones may be cut."""
+    height, width = flags.shape
+    rows = np.add.reduceat(flags, np.arange(0, height, CELL), axis=0, dtype=np.int32)
+    sums: Int32 = np.add.reduceat(rows, np.arange(0, width, CELL), axis=1)
+    return sums
+
+
+def _of_cells(cells: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A value of each cell at all of its pixels."""
+    return cells.repeat(CELL, axis=0).repeat(CELL, axis=1)[: shape[0], : shape[1]]

@@ -1,0 +1,57 @@
+"""A second opinion on clouds: networks for omnicloudmask, which is an extra, with weights of the user's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import omnicloudmask
+import torch
+
+from minecube.errors import ModelError
+
+
+class OmniCloudMask:
+    """Red, green and near infrared of a date -> classes: 0 clear, 1 thick cloud, 2 thin cloud, 3 shadow.
+
+    What it says of a pixel depends a little on what else is in the block, so that blocks may differ at their seams.
+
+    Args:
+        weights: TorchScript files of networks [n, 3, y, x] -> [n, 4, y, x], whose votes are averaged.
+        device: for instance cuda.
+
+    Raises:
+        ModelError: a file is missing, or no TorchScript.
+    """
+
+    def __init__(self, weights: Sequence[str], device: str = "cpu") -> None:
+        self.weights, self.device = tuple(weights), device
+        self._models = [_loaded(path) for path in self.weights]
+
+    def __call__(self, image: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+        """Classes uint8 [y, x] of B03, B04 and B08, uint16 [3, y, x], reflectance x 10000, 0 = no data."""
+        if not image.any():
+            return np.zeros(image.shape[1:], dtype=np.uint8)
+        green, red, nir = image.astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a block is smaller than its default patch, which is how it is meant
+            seen = omnicloudmask.predict_from_array(
+                np.stack([red, green, nir]), custom_models=list(self._models), inference_device=self.device
+            )
+        return np.asarray(seen, dtype=np.uint8).reshape(image.shape[1:])
+
+    def __reduce__(self) -> tuple[type[OmniCloudMask], tuple[tuple[str, ...], str]]:
+        return OmniCloudMask, (self.weights, self.device)
+
+
+def _loaded(path: str) -> torch.nn.Module:
+    try:
+        model: torch.nn.Module = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{path}: expected a TorchScript file of a cloud mask (torch.jit.save), and it cannot be loaded ({error}); "
+            "check second_opinion.weights of the recipe"
+        ) from error
+    return model

@@ -1,0 +1,237 @@
+"""The reducers on a GPU, in torch: numpy in, numpy out, and the same results.
+
+Ranks, the medoid and the best dates are the same to the bit: they are of integers, or of single steps that IEEE 754 rounds in
+one way only. The geomedian sums in another order, and is within 1e-5 of reflectance of numpy's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from minecube.composite.reducers import CONVERGED, MOST_STEPS, STRIDE, Geomedian
+from minecube.errors import ModelError
+
+Bool = npt.NDArray[np.bool_]
+UInt16 = npt.NDArray[np.uint16]
+Int16 = npt.NDArray[np.int16]
+Float32 = npt.NDArray[np.float32]
+
+STRIP_VALUES = 2**26
+"""Values of a stack that are on the device at a time; at most 24 bytes each."""
+_ABOVE_ALL = 2**16
+_TINY = 1e-12
+
+
+class TorchReducers:
+    """`reducers` on a device.
+
+    Args:
+        device: cuda, cuda:1, cpu, ...
+
+    Raises:
+        ModelError: torch does not know the device, or sees no such GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = _device(device)
+
+    def median(self, observed: UInt16) -> UInt16:
+        """As `reducers.median`."""
+        return self.percentile(observed, 50)
+
+    def percentile(self, observed: UInt16, percent: float) -> UInt16:
+        """As `reducers.percentile`."""
+        days = len(observed)
+        out = np.zeros(observed.shape[1:], dtype=np.uint16)
+        if not days:
+            return out
+        exact = torch.arange(-1, days, dtype=torch.float64, device=self.device).clamp(min=0) * (percent / 100)
+        ranks = exact.floor().long()  # of 0..days observations
+        shares = exact - ranks
+        flat, result = observed.reshape(days, -1), out.reshape(-1)
+        for part in _strips(flat):
+            values = self._there(flat[:, part])
+            count = (values > 0).sum(0)
+            values = torch.where(values > 0, values, _ABOVE_ALL).sort(0).values
+            rank, share = ranks[count], shares[count]
+            low = values.gather(0, rank[None])[0].double()
+            high = values.gather(0, (rank + (share > 0))[None])[0].double()
+            between = high - low
+            value = torch.where(share < 0.5, low + between * share, high - between * (1 - share))
+            result[part] = torch.where(count > 0, value.round(), 0).cpu().numpy()
+        return out
+
+    def geomedian(self, stack: UInt16) -> Geomedian:
+        """As `reducers.geomedian`, within 1e-5 of reflectance."""
+        bands, days, *shape = stack.shape
+        flat = stack.reshape(bands, days, math.prod(shape))
+        middle = np.zeros((bands, flat.shape[2]), dtype=np.uint16)
+        away = np.full((3, flat.shape[2]), np.nan, dtype=np.float32)
+        for part in _strips(flat):
+            seen = torch.from_numpy(flat[0, :, part] > 0).to(self.device)
+            spectra = self._there(flat[:, :, part]).float() * 1e-4
+            made, deviations = _geomedian(spectra, seen)
+            stored = torch.where(seen.any(0), (made * 1e4).round().clamp(min=1), 0)
+            middle[:, part] = stored.cpu().numpy()
+            away[:, part] = deviations.cpu().numpy()
+        emad, smad, bcmad = away.reshape(3, *shape)
+        return Geomedian(middle.reshape(bands, *shape), emad, smad, bcmad)
+
+    def medoid(self, stack: UInt16) -> Int16:
+        """As `reducers.medoid`."""
+        bands, days, *shape = stack.shape
+        flat = stack.reshape(bands, days, math.prod(shape))
+        out = np.full(flat.shape[2], -1, dtype=np.int16)
+        for part in _strips(flat):
+            spectra = self._there(flat[:, :, part]).float()
+            seen = spectra[0] > 0
+            total = torch.full(seen.shape, torch.inf, dtype=torch.float64, device=self.device)
+            for day in range(days):
+                distance = _squared_distance(spectra, spectra[:, day]).sqrt().double() * seen
+                total[day] = torch.where(seen[day], distance.sum(0), torch.inf)
+            out[part] = _first_least(total).cpu().numpy()
+        return out.reshape(shape)
+
+    def max_ndvi(self, red: UInt16, nir: UInt16) -> Int16:
+        """As `reducers.max_ndvi`."""
+        out = np.full(red.shape[1:], -1, dtype=np.int16)
+        result, reds, nirs = out.reshape(-1), red.reshape(len(red), out.size), nir.reshape(len(nir), out.size)
+        for part in _strips(reds):
+            r, n = self._there(reds[:, part]), self._there(nirs[:, part])
+            # Two ratios of 16 bit numbers that differ do so in double precision, too.
+            result[part] = _first_least(torch.where(r > 0, -n.double() / r.double(), torch.inf)).cpu().numpy()
+        return out
+
+    def best_pixel(self, score: Float32, observed: Bool) -> Int16:
+        """As `reducers.best_pixel`."""
+        out = np.full(score.shape[1:], -1, dtype=np.int16)
+        result, scores, seen = out.reshape(-1), score.reshape(len(score), out.size), observed.reshape(len(score), out.size)
+        for part in _strips(scores):
+            there, flags = (torch.from_numpy(a[:, part]).to(self.device) for a in (scores, seen))
+            result[part] = _first_least(torch.where(flags, -there, torch.inf)).cpu().numpy()
+        return out
+
+    def taken(self, observed: UInt16, index: Int16) -> UInt16:
+        """As `reducers.taken`."""
+        days = len(observed)
+        out = np.zeros(index.shape, dtype=np.uint16)
+        result, flat, chosen = out.reshape(-1), observed.reshape(days, out.size), index.reshape(-1)
+        for part in _strips(flat):
+            at = torch.from_numpy(chosen[part].astype(np.int64)).to(self.device)
+            values = self._there(flat[:, part]).gather(0, at.clamp(min=0)[None])[0]
+            result[part] = torch.where(at >= 0, values, 0).cpu().numpy()
+        return out
+
+    def _there(self, values: UInt16) -> Tensor:
+        """The values as int32 on the device; they travel as 16 bits, of which torch knows the signed ones best."""
+        signed = torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).to(self.device)
+        return signed.to(torch.int32) & 0xFFFF
+
+
+def _device(name: str) -> torch.device:
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is not one that torch knows; expected cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"reducers on device {name!r} were asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs "
+            "here; run where there is one, with a torch built for CUDA, or leave the device out to reduce with numpy"
+        )
+    return place
+
+
+def _strips(values: npt.NDArray[Any]) -> Iterator[slice]:
+    """Runs of pixels, the last dimension, that are worth `STRIP_VALUES` values; none where there are no days."""
+    *lead, pixels = values.shape
+    each = int(np.prod(lead))
+    step = max(STRIP_VALUES // max(each, 1), 1)
+    return (slice(start, min(start + step, pixels)) for start in range(0, pixels if each else 0, step))
+
+
+def _first_least(values: Tensor) -> Tensor:
+    """Index of the least along days [pixel], the first of equal ones, -1 where all are infinite; argmin may take any."""
+    least = values.min(0).values
+    days = torch.arange(len(values), device=values.device)[:, None]
+    first = torch.where(values == least, days, len(values)).min(0).values
+    return torch.where(torch.isinf(least), -1, first)
+
+
+def _middle(values: Tensor, seen: Tensor) -> Tensor:
+    """Median of float32 [..., day, pixel] over the days seen [day, pixel], the mean of two if they are even; 0 where none."""
+    count = seen.sum(0)
+    ordered = torch.where(seen, values, torch.inf).sort(-2).values
+    ranks = torch.stack([(count - 1).clamp(min=0) // 2, count // 2])
+    ranks[1] = torch.where(count > 0, ranks[1], 0)
+    low, high = (ordered.gather(-2, r.expand(*values.shape[:-2], 1, -1)).squeeze(-2) for r in ranks)
+    return torch.where(count > 0, (low + high) * 0.5, 0)
+
+
+def _geomedian(spectra: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Geomedian [band, pixel] of reflectance float32 [band, day, pixel], and its deviations [3, pixel]: as numpy's."""
+    middle = _at_observations(spectra, seen, _weiszfeld(spectra, seen.float()))
+    apart = torch.stack([(v - m).abs() for v, m in zip(spectra, middle, strict=True)]).sum(0)
+    total = torch.stack([v + m for v, m in zip(spectra, middle, strict=True)]).sum(0)
+    lengths, length = _squared_distance(spectra, torch.zeros_like(middle)).sqrt(), (middle * middle).sum(0).sqrt()
+    directions, direction = spectra / lengths.clamp(min=_TINY), middle / length.clamp(min=_TINY)
+    away = [
+        _squared_distance(spectra, middle).sqrt(),
+        _squared_distance(directions, direction) / 2,
+        apart / total.clamp(min=_TINY),
+    ]
+    return middle, torch.where(seen.any(0), _middle(torch.stack(away), seen), torch.nan)
+
+
+def _weiszfeld(spectra: Tensor, there: Tensor) -> Tensor:
+    """As `reducers._weiszfeld`: pixels that have stopped are laid aside."""
+    out = torch.zeros_like(spectra[:, 0])
+    where = torch.arange(out.shape[1], device=out.device)
+    origin = spectra.sum(1) / there.sum(0).clamp(min=1)
+    spectra, middle = spectra - origin[:, None], torch.zeros_like(origin)
+    before, closer = torch.zeros_like(middle[0]), torch.zeros_like(middle[0], dtype=torch.bool)
+    for _ in range(MOST_STEPS):
+        weight = there / _squared_distance(spectra, middle).clamp(min=1e-16).sqrt()
+        pull = weight.sum(0)
+        step = torch.stack([(values * weight).sum(0) for values in spectra]) / pull.clamp(min=_TINY) - middle
+        step *= float(STRIDE)
+        now = step.abs().amax(0) * pull / (pull - weight.amax(0)).clamp(min=_TINY).maximum(1e-6 * pull)
+        middle = middle + step
+        close = now * now <= CONVERGED * (before - now)
+        going = ~((close & closer) | (now == 0))
+        out[:, where] = middle
+        if not going.any():
+            break
+        before, closer = now, close
+        if going.float().mean() < 0.5:
+            where, middle, there = where[going], middle[:, going], there[:, going]
+            before, closer = before[going], closer[going]
+            spectra = spectra[:, :, going]
+    return out + origin
+
+
+def _at_observations(spectra: Tensor, seen: Tensor, middle: Tensor) -> Tensor:
+    """As `reducers._at_observations`."""
+    away = torch.where(seen, _squared_distance(spectra, middle), torch.inf)
+    index = away.argmin(0)
+    nearest = spectra.gather(1, index.expand(len(spectra), 1, -1))[:, 0]
+    away = _squared_distance(spectra, nearest).sqrt()
+    unit = torch.where(seen & (away > 0), 1 / away.clamp(min=_TINY), 0)
+    pull = torch.stack([((values - at) * unit).sum(0) for values, at in zip(spectra, nearest, strict=True)])
+    best = (pull * pull).sum(0).sqrt() < ((away == 0) & seen).sum(0) * (1 - 1e-6)
+    return torch.where(best, nearest, middle)
+
+
+def _squared_distance(spectra: Tensor, to: Tensor) -> Tensor:
+    """float32 [day, pixel], of spectra [band, day, pixel] to one [band, pixel]; bands in their order, as numpy's."""
+    out = torch.zeros_like(spectra[0])
+    for values, middle in zip(spectra, to, strict=True):
+        apart = values - middle
+        out += apart * apart
+    return out
