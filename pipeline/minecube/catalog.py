@@ -351,7 +351,7 @@ class Recipe:
     """Of reducer percentile."""
     best_pixel: BestPixel | None = None
     """Of reducer best-pixel."""
-    block_px: int = 512
+    block_px: int = 1024
     """Side of a Dask block and of a Zarr shard; a multiple of chunk_px."""
     chunk_px: int = 128
     """Side of a Zarr chunk, the least that is read."""

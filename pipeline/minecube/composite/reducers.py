@@ -1,20 +1,19 @@
-"""Many observations of a pixel -> one: numpy kernels over days.
+"""Many observations of a year -> one, in numpy: ranks by sorting networks, spectral medians by iteration, dates by score.
 
-`observed` is uint16 [day, y, x], reflectance x 10000, 0 = not observed; `stack` is uint16 [band, day, y, x], of which a day
-has all bands at a pixel or none. A result depends on its own pixel's observations only, however the image is cut.
+`observed` is uint16 [day, y, x], a day being an overpass: reflectance x 10000, 0 = not observed, valid >= 1. `stack` is
+uint16 [band, day, y, x], 0 in all bands or in none. A pixel's result depends on its own values alone, bit by bit, and not on
+how the image is cut: sums run over days and bands in their order, never along pixels.
 
-Order statistics come from sorting networks: numbers are compared in an order that is the same for all pixels, so that each
-comparison is one instruction over thousands of them (Batcher 1968, Proc. AFIPS 32, odd-even merge sort; what the wanted ranks
-do not need is left out). That a pixel lacks days is no obstacle to a median: every other missing value is set to the least
-number and the rest to the greatest, which leaves the middle where it is.
+Ranks: a pixel misses some days, so that its median lies at another rank than its neighbour's. As many of its missing values
+as are needed are taken as lowest, the others as highest, until the rank is the same for all; then one sorting network
+(Batcher 1968, AFIPS 32), of which only what leads to that rank is left, serves a whole tile by minima and maxima of days.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,409 +22,541 @@ import numpy.typing as npt
 from minecube.catalog import BestPixel
 
 Bool = npt.NDArray[np.bool_]
-Float = npt.NDArray[np.float32]
+UInt16 = npt.NDArray[np.uint16]
 Int16 = npt.NDArray[np.int16]
 Int32 = npt.NDArray[np.int32]
-UInt16 = npt.NDArray[np.uint16]
+Float32 = npt.NDArray[np.float32]
+Pixels = npt.NDArray[Any]
 
-CONVERGED = 1e-6
-"""Reflectance by which a geomedian is expected to be off at most."""
-MOST_STEPS = 1000
-STRIDE = np.float32(1.2)  # of Weiszfeld's steps, which makes them a tenth to a fifth fewer; up to 2 converges (Ostresh 1978)
-_ORDER_TILE, _SPECTRA_TILE = 16384, 4096  # pixels at a time, such that what is worked on stays in the caches
-_FEW = 64  # pixels that are not worth laying aside, of which one alone would be summed in another order
+YEAR_DAYS = 365.25
+CLOSE = 0.003
+"""Stored units: steps shorter than this end the search for a geomedian, as a rule within 1e-5 of reflectance."""
+MOST_STEPS = 100
+MOST_AHEAD = 20
+"""How many of its own steps ahead of itself the search may leap."""
+TOUCHING = 1e-3
+"""Stored units: nearer to an observation than this is on it."""
+_TILE, _SPECTRAL_TILE = 16384, 4096  # pixels, such that what is worked on stays in the caches
+_TINY = np.float32(1e-30)
 
 
 class Geomedian(NamedTuple):
-    """The geometric median of each pixel, and the median distances of the observations from it (Roberts et al. 2018)."""
+    """The geomedian of a stack and how far its observations lie from it."""
 
     reflectance: UInt16
-    """[band, y, x], 0 = none."""
-    emad: Float
-    """[y, x], Euclidean, in reflectance; NaN = none, as in the others."""
-    smad: Float
-    """[y, x], one less the cosine of the angle."""
-    bcmad: Float
-    """[y, x], Bray-Curtis."""
+    """[band, y, x], x 10000, halves rounded to even, 0 = none."""
+    emad: Float32
+    """[y, x], median Euclidean distance in reflectance, NaN = none."""
+    smad: Float32
+    """[y, x], median cosine distance, NaN = none."""
+    bcmad: Float32
+    """[y, x], median Bray-Curtis distance, NaN = none."""
 
 
 class Reducers(Protocol):
-    """What a composite is reduced with: this module, or its like on a GPU."""
+    """What a block is reduced with: this module, or `torch_reducers.TorchReducers`."""
 
-    def median(self, observed: UInt16) -> UInt16: ...  # noqa: D102
-    def percentile(self, observed: UInt16, percent: float) -> UInt16: ...  # noqa: D102
-    def geomedian(self, stack: UInt16) -> Geomedian: ...  # noqa: D102
-    def medoid(self, stack: UInt16) -> Int16: ...  # noqa: D102
-    def max_ndvi(self, red: UInt16, nir: UInt16) -> Int16: ...  # noqa: D102
-    def best_pixel(self, score: Float, observed: Bool) -> Int16: ...  # noqa: D102
-    def taken(self, observed: UInt16, index: Int16) -> UInt16: ...  # noqa: D102
+    def median(self, observed: UInt16) -> UInt16:
+        """See the function of that name, like all here."""
+
+    def percentile(self, observed: UInt16, percent: float) -> UInt16:
+        """uint16 [y, x]."""
+
+    def geomedian(self, stack: UInt16) -> Geomedian:
+        """Geomedian and deviations."""
+
+    def medoid(self, stack: UInt16) -> Int16:
+        """int16 [y, x], index of a day."""
+
+    def max_ndvi(self, red: UInt16, nir: UInt16) -> Int16:
+        """int16 [y, x], index of a day."""
+
+    def best_pixel(self, score: Float32, observed: Bool) -> Int16:
+        """int16 [y, x], index of a day."""
+
+    def taken(self, observed: UInt16, index: Int16) -> UInt16:
+        """uint16 [y, x]."""
 
 
 def median(observed: UInt16) -> UInt16:
-    """Median of what is observed: uint16 [y, x], halves rounded to even, 0 where there is nothing."""
-    days = len(observed) + len(observed) % 2  # even, so that the two in the middle are the same for all
-    comparisons = _network(days, (days // 2 - 1, days // 2)) if days else ()
+    """Median of what is observed: uint16 [y, x], halves rounded to even, 0 = not observed.
+
+    Args:
+        observed: uint16 [day, y, x], 0 = not observed.
+    """
+    ranks = (np.arange(len(observed) + 1) - 1) // 2
     out = np.zeros(observed.shape[1:], dtype=np.uint16)
-    for part, values in _tiles(observed, days, _ORDER_TILE, out):
-        odd, tmp = np.zeros_like(part), np.empty_like(part)
-        for row in values:
-            missing = (row == 0).astype(np.uint16)
-            np.bitwise_and(missing, odd, out=tmp)
-            odd ^= missing
-            tmp *= 65535
-            row |= tmp
-        rows = _compared(values, comparisons)
-        low, high = rows[days // 2 - 1].astype(np.uint32), rows[days // 2]
-        twice = low + high
-        half = (twice >> 1) + ((twice & 1) & (twice >> 1 & 1))
-        # One missing value more that is least: the upper of the two is the middle one.
-        # Nothing but missing ones: half of them are 0.
-        part[:] = np.where(odd, high, np.where(low == 0, 0, half))
+    for part, rows, missing in _tiles(observed, out):
+        low, high, count = _at_rank(rows, missing, ranks)
+        odd = (count & 1).astype(bool)
+        total = low + np.where(odd, low, high).astype(np.uint32)
+        half = total >> 1
+        half += total & half & 1
+        half *= count > 0
+        part[:] = half
     return out
 
 
 def percentile(observed: UInt16, percent: float) -> UInt16:
-    """That percentile of what is observed, linear between two: uint16 [y, x], halves rounded to even, 0 where nothing is."""
-    days = len(observed)
+    """Percentile of what is observed, numpy's method "linear": uint16 [y, x], halves rounded to even, 0 = not observed.
+
+    Args:
+        observed: uint16 [day, y, x], 0 = not observed.
+        percent: 0..100.
+    """
+    exact = np.maximum(np.arange(len(observed) + 1) - 1, 0) * (percent / 100)  # of 0..days observations
+    ranks = np.floor(exact).astype(np.int64)
+    shares = exact - ranks
     out = np.zeros(observed.shape[1:], dtype=np.uint16)
-    for part, values in _tiles(observed, days, _ORDER_TILE, out):
-        count = (values != 0).sum(axis=0)
-        values[values == 0] = 65535
-        rows = _compared(values, _network(days, tuple(range(days))))
-        rank = np.maximum(count - 1, 0) * (percent / 100)
-        first = np.floor(rank).astype(np.int64)
-        low, high = (_at_rank(rows, r).astype(np.float64) for r in (first, np.minimum(first + 1, np.maximum(count - 1, 0))))
-        share = rank - first
-        # As numpy interpolates, from the nearer end.
-        between = np.where(share < 0.5, low + (high - low) * share, high - (high - low) * (1 - share))
-        part[:] = np.where(count > 0, np.rint(between), 0)
+    for part, rows, missing in _tiles(observed, out):
+        low, high, count = _at_rank(rows, missing, ranks)
+        share = shares[count]
+        high = np.where(share > 0, high, low)  # of the highest rank there is no next
+        between = high.astype(np.float64) - low
+        # From the nearer of both, as numpy does, so that rounding is the same.
+        value = np.where(share < 0.5, low + between * share, high - between * (1 - share))
+        part[:] = np.where(count > 0, np.rint(value), 0)
     return out
 
 
 def lower_quartile(values: Int32, known: Bool) -> Int32:
-    """The known value of rank (n - 1) // 4 over days, int32 [y, x]; 0 where none of [day, y, x] is known."""
-    days = len(values)
+    """The value at rank (n - 1) // 4 of the n known ones: int32 [y, x], 0 where none is known.
+
+    Args:
+        values: int32 [day, y, x].
+        known: bool [day, y, x].
+    """
     out = np.zeros(values.shape[1:], dtype=np.int32)
-    ranks = (days - 1) // 4 + 1 if days else 0
-    for (part, sorting), (_, there) in zip(
-        _tiles(values, days, _ORDER_TILE, out), _tiles(known, days, _ORDER_TILE, out), strict=True
-    ):
-        sorting[~there] = np.iinfo(np.int32).max
-        count = there.sum(axis=0)
-        rows = _compared(sorting, _network(days, tuple(range(ranks))))
-        part[:] = np.where(count > 0, _at_rank(rows[:ranks], np.maximum(count - 1, 0) // 4), 0)
+    ranks = np.maximum(np.arange(len(values) + 1) - 1, 0) // 4
+    for part, rows, missing in _tiles(values, out, known):
+        low, _, count = _at_rank(rows, missing, ranks, above=0)
+        np.multiply(low, count > 0, out=part)
     return out
 
 
 def geomedian(stack: UInt16) -> Geomedian:
-    """The geometric median, by Weiszfeld's steps until less than `CONVERGED` is left of the way, and its three deviations.
+    """The spectrum with the least sum of Euclidean distances to those observed, and the median deviations from it.
 
-    Of two observations it is their mean.
+    Roberts, Mueller and McIntyre 2017 (IEEE TGRS 55, high-dimensional pixel composites), Roberts, Dunn and Mueller 2018
+    (IGARSS, median absolute deviations). Weiszfeld's iteration, with Vardi and Zhang's (2000, PNAS 97) way off an observation
+    it lands on, from the median of each band; each step leaps ahead along the last two (Anderson acceleration of depth one)
+    unless the sum of distances rose. Of two observations any point between is a geomedian: it is the middle.
+
+    Args:
+        stack: uint16 [band, day, y, x], 0 = not observed, in all bands or in none.
     """
     bands, days, *shape = stack.shape
     flat = stack.reshape(bands, days, math.prod(shape))
-    if flat.shape[2] == 1:  # of a single pixel numpy would sum days in another order
-        twice = geomedian(np.repeat(stack, 2, axis=-1))
-        return Geomedian(twice.reflectance[..., :1], twice.emad[..., :1], twice.smad[..., :1], twice.bcmad[..., :1])
-    middle = np.zeros((bands, flat.shape[2]), dtype=np.uint16)
-    away = np.full((3, flat.shape[2]), np.nan, dtype=np.float32)
-    for part in _parts(flat.shape[2] if days else 0):
-        spectra = flat[:, :, part].astype(np.float32)
-        spectra *= np.float32(1e-4)
-        seen = flat[0, :, part] != 0
-        found = _at_observations(spectra, seen, _weiszfeld(spectra, seen))
-        some = seen.any(axis=0)
-        middle[:, part] = np.where(some, np.maximum(np.rint(found * np.float32(1e4)), 1), 0)
-        away[:, part] = np.where(some, _deviations(spectra, seen, found), np.nan)
+    pixels = flat.shape[2]
+    middle = np.zeros((bands, pixels), dtype=np.uint16)
+    away = np.full((3, pixels), np.nan, dtype=np.float32)
+    for start in range(0, pixels, _SPECTRAL_TILE):
+        tile = flat[:, :, start : start + _SPECTRAL_TILE]
+        seen = tile[0] != 0
+        used = seen.any(axis=1)
+        if not used.any():
+            continue
+        width = tile.shape[2]
+        if width == 1:  # numpy sums one column in another order than several
+            tile, seen = tile.repeat(2, axis=2), seen.repeat(2, axis=1)
+        made, deviations = _geomedian_tile(tile[:, used], seen[used])
+        middle[:, start : start + width] = np.rint(made)[:, :width]
+        away[:, start : start + width] = deviations[:, :width]
     emad, smad, bcmad = away.reshape(3, *shape)
     return Geomedian(middle.reshape(bands, *shape), emad, smad, bcmad)
 
 
 def medoid(stack: UInt16) -> Int16:
-    """The day nearest to all others, by the sum of Euclidean distances; of equals the first: int16 [y, x], -1 = none."""
+    """The day whose spectrum has the least sum of Euclidean distances to the others: int16 [y, x], -1 = not observed.
+
+    Of equal ones the earliest. Distances are of single precision and their sums exact, so that equal ones stay equal.
+
+    Args:
+        stack: uint16 [band, day, y, x], 0 = not observed, in all bands or in none.
+    """
     bands, days, *shape = stack.shape
     flat = stack.reshape(bands, days, math.prod(shape))
     out = np.full(flat.shape[2], -1, dtype=np.int16)
-    for part in _parts(len(out) if days else 0):
-        spectra = flat[:, :, part].astype(np.float32)
-        seen = spectra[0] != 0
-        total = np.zeros(seen.shape, dtype=np.float64)
-        tmp, apart = np.empty((2, 1, 1, seen.shape[1]), dtype=np.float32)[:, 0]
-        for one in range(days):
-            for other in range(one):
-                _squares(spectra[:, one, None], spectra[:, other], tmp, apart)
-                np.sqrt(apart, out=apart)
-                apart *= seen[one] & seen[other]
-                total[one] += apart[0]
-                total[other] += apart[0]
-        total[~seen] = np.inf
-        out[part] = np.where(seen.any(axis=0), total.argmin(axis=0), -1)
+    for start in range(0, len(out), _SPECTRAL_TILE):
+        tile = flat[:, :, start : start + _SPECTRAL_TILE]
+        seen = tile[0] != 0
+        used = seen.any(axis=1)
+        if used.any():
+            index = _medoid_tile(tile[:, used].astype(np.float32), seen[used])
+            out[start : start + len(index)] = np.where(index >= 0, np.flatnonzero(used)[index], -1)
     return out.reshape(shape)
 
 
 def max_ndvi(red: UInt16, nir: UInt16) -> Int16:
-    """The day of the highest vegetation index; of equals the first: int16 [y, x], -1 = none."""
-    best, out = np.full(red.shape[1:], -np.inf), np.full(red.shape[1:], -1, dtype=np.int16)
-    for day in range(len(red)):
-        r, n = red[day].astype(np.float64), nir[day].astype(np.float64)
-        index = np.where((r > 0) & (n > 0), (n - r) / np.maximum(n + r, 1), -np.inf)
-        out[index > best] = day
-        np.maximum(best, index, out=best)
+    """The day of highest NDVI: int16 [y, x], of equal ones the earliest, -1 = not observed.
+
+    Args:
+        red: uint16 [day, y, x], 0 = not observed.
+        nir: the same of near infrared.
+    """
+    out = np.full(red.shape[1:], -1, dtype=np.int16)
+    best_red, best_nir = np.ones(out.shape, dtype=np.uint32), np.zeros(out.shape, dtype=np.uint32)
+    for day, (r, n) in enumerate(zip(red, nir, strict=True)):
+        # NDVI rises with nir / red; products of two 16 bit numbers are exact.
+        better = (n * best_red > best_nir * r) & (r > 0)
+        out[better] = day
+        np.copyto(best_red, r, where=better)
+        np.copyto(best_nir, n, where=better)
     return out
 
 
-def best_pixel(score: Float, observed: Bool) -> Int16:
-    """The observed day of the highest score; of equals the first: int16 [y, x], -1 = none."""
-    if not len(score):
-        return np.full(score.shape[1:], -1, dtype=np.int16)
-    seen = np.where(observed, score, -np.inf)
-    return np.where(observed.any(axis=0), seen.argmax(axis=0), -1).astype(np.int16)
+def best_pixel(score: Float32, observed: Bool) -> Int16:
+    """The day of highest score: int16 [y, x], of equal ones the earliest, -1 = not observed.
+
+    Args:
+        score: float32 [day, y, x], finite where observed.
+        observed: bool [day, y, x].
+    """
+    out = np.full(score.shape[1:], -1, dtype=np.int16)
+    best = np.full(out.shape, -np.inf, dtype=np.float32)
+    for day, (of_day, seen) in enumerate(zip(score, observed, strict=True)):
+        better = (of_day > best) & seen
+        out[better] = day
+        np.copyto(best, of_day, where=better)
+    return out
 
 
 def best_pixel_score(
-    day_of_year: Sequence[int] | npt.NDArray[Any], cloud_distance_m: Float, opacity: Float, sharpness: Float, rule: BestPixel
-) -> Float:
-    """How good each observation is, float32 [day, y, x]: a weighted sum of parts from 0 to 1.
+    day_of_year: npt.NDArray[np.integer[Any]], cloud_distance_m: Float32, opacity: Float32, sharpness: Float32, rule: BestPixel
+) -> Float32:
+    """How good each observation is: float32 [day, y, x], the weighted sum of four parts from 0 to 1.
 
     After Griffiths et al. 2013 (IEEE JSTARS 6) and White et al. 2014 (Canadian Journal of Remote Sensing 40).
 
     Args:
-        day_of_year: of each day.
-        cloud_distance_m: [day, y, x] to the nearest cloud or shadow.
-        opacity: [day, y, x], excess of haze, reflectance.
-        sharpness: [day, y, x], 0..1.
-        rule: where each part is 1 or 0, and its weight.
+        day_of_year: of each day, 1..366.
+        cloud_distance_m: float32 [day, y, x], metres to the nearest cloud or shadow of that day.
+        opacity: float32 [day, y, x], excess of haze in reflectance.
+        sharpness: float32 [day, y, x], as `sharpness` gives it.
+        rule: the best day, where each part ends, and its weight.
     """
-    off = np.abs(np.asarray(day_of_year, dtype=np.float64) - rule.day)
-    off = np.minimum(off, 365.25 - off)  # the year is round
-    season = np.exp(-((off / rule.day_spread) ** 2) / 2).astype(np.float32)[:, None, None]
-    score: Float = np.float32(rule.day_weight) * season + np.float32(rule.sharpness_weight) * sharpness
-    score += np.float32(rule.cloud_weight) * np.minimum(cloud_distance_m / np.float32(rule.cloud_distance_m), 1)
-    score += np.float32(rule.opacity_weight) * (1 - np.clip(opacity / np.float32(rule.opacity), 0, 1))
+    apart = np.abs(day_of_year.astype(np.float64) - rule.day)
+    apart = np.minimum(apart, YEAR_DAYS - apart)
+    season = rule.day_weight * np.exp(-((apart / rule.day_spread) ** 2) / 2)
+    score: Float32 = np.clip(cloud_distance_m / np.float32(rule.cloud_distance_m), 0, 1)
+    score *= np.float32(rule.cloud_weight)
+    score += season.astype(np.float32)[:, None, None]
+    clear = 1 - np.clip(opacity / np.float32(rule.opacity), 0, 1)
+    clear *= np.float32(rule.opacity_weight)
+    score += clear
+    score += sharpness * np.float32(rule.sharpness_weight)
     return score
 
 
-def sharpness(band: UInt16) -> Float:
-    """Detail of each date against the sharpest of that pixel: float32 [day, y, x], 0..1; 1 where none has any, 0 not observed.
+def sharpness(band: UInt16) -> Float32:
+    """Local detail of each date relative to the pixel's sharpest date: float32 [day, y, x], 0..1; 0 = not observed.
 
-    The absolute Laplacian, averaged over those of 5 x 5 pixels that have one: whose four neighbours are observed, too.
+    Detail is the absolute Laplacian averaged over the pixels of a 5 x 5 window that have one: that are observed with their
+    four neighbours. It looks three pixels far; beyond the image nothing is observed. Where no date has any, all are 1.
+
+    Args:
+        band: uint16 [day, y, x], 0 = not observed.
     """
-    detail = np.zeros(band.shape, dtype=np.float64)
-    for day, image in enumerate(band.astype(np.int64)):
-        inner, around = image[1:-1, 1:-1], (image[:-2, 1:-1], image[2:, 1:-1], image[1:-1, :-2], image[1:-1, 2:])
-        whole = np.logical_and.reduce([a != 0 for a in (inner, *around)])
-        bent = np.where(whole, np.abs(4 * inner - sum(around)), 0)
-        total, count = (_sum_around(np.pad(a.astype(np.int64), 1)) for a in (bent, whole))
-        detail[day] = np.where(image != 0, total / np.maximum(count, 1), 0)
-    most = detail.max(axis=0, initial=0)
-    share = np.where(most > 0, detail / np.where(most > 0, most, 1), 1)
-    return np.where(band != 0, share, 0).astype(np.float32)
-
-
-def _sum_around(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Sums of integers [y, x] over 5 x 5 pixels, cut at the edges."""
-    total = np.pad(values, 2)
-    for axis in (0, 1):
-        length = total.shape[axis] - 4
-        total = np.sum([total.take(range(k, k + length), axis=axis) for k in range(5)], axis=0)
-    return total
+    out = np.zeros(band.shape, dtype=np.float32)
+    for of_day, detail in zip(band, out, strict=True):
+        ring = np.pad(of_day.astype(np.int32), 1)
+        around = (ring[:-2, 1:-1], ring[2:, 1:-1], ring[1:-1, :-2], ring[1:-1, 2:])
+        has = of_day > 0
+        for neighbour in around:
+            has &= neighbour > 0
+        bent = np.abs(4 * ring[1:-1, 1:-1] - sum(around)) * has
+        np.divide(_sum_5x5(bent), np.maximum(_sum_5x5(has.astype(np.int32)), 1), out=detail, casting="same_kind")
+        detail *= of_day > 0
+    sharpest = out.max(axis=0, initial=0)
+    for of_day, detail in zip(band, out, strict=True):
+        np.divide(detail, sharpest, out=detail, where=sharpest > 0)
+        detail[(sharpest == 0) & (of_day > 0)] = 1
+    return out
 
 
 def taken(observed: UInt16, index: Int16) -> UInt16:
-    """The observation of each pixel's chosen day, uint16 [y, x]; 0 where the index is -1."""
+    """The value of the day that was chosen: uint16 [y, x], 0 where the index is -1.
+
+    Args:
+        observed: uint16 [day, y, x], 0 = not observed.
+        index: int16 [y, x], -1 = none.
+    """
     if not len(observed):
         return np.zeros(index.shape, dtype=np.uint16)
-    chosen = np.take_along_axis(observed, np.maximum(index, 0)[None].astype(np.intp), axis=0)[0]
+    chosen = np.take_along_axis(observed, np.maximum(index, 0)[None], axis=0)[0]
     return np.where(index >= 0, chosen, 0).astype(np.uint16)
 
 
 @functools.cache
-def _network(n: int, wanted: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
-    """Comparisons that bring the wanted ranks of `n` numbers to their places: two rows, and of which the result is needed."""
-    pairs = []
-    p = 1
-    while p < n:
-        k = p
-        while k:
-            for j in range(k % p, n - k, 2 * k):
-                pairs += [(i, i + k) for i in range(j, min(j + k, n - k)) if i // (2 * p) == (i + k) // (2 * p)]
-            k //= 2
-        p *= 2
-    needed, kept = set(wanted), []
-    for low, high in reversed(pairs):
-        if low in needed or high in needed:
-            kept.append((low, high, low in needed, high in needed))
-            needed |= {low, high}
-    return tuple(reversed(kept))
+def _network(size: int, wanted: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Batcher's odd-even merge sort of `size` rows, without what does not lead to the wanted ranks.
 
-
-def _compared(values: npt.NDArray[Any], comparisons: Sequence[tuple[int, int, bool, bool]]) -> list[npt.NDArray[Any]]:
-    """The rows of `values` [day, pixel] in the order that a network puts them in; `values` is used up."""
-    rows = list(values)
-    spare = np.empty_like(values[:1])[0] if len(values) else values
-    for low, high, low_needed, high_needed in comparisons:
-        a, b = rows[low], rows[high]
-        if low_needed and high_needed:
-            np.minimum(a, b, out=spare)
-            np.maximum(a, b, out=b)
-            rows[low], spare = spare, a
-        elif low_needed:
-            np.minimum(a, b, out=a)
-        else:
-            np.maximum(a, b, out=b)
-    return rows
-
-
-def _at_rank(rows: Sequence[npt.NDArray[Any]], rank: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    out = np.zeros_like(rows[0])
-    for n, row in enumerate(rows):
-        np.copyto(out, row, where=rank == n)
-    return out
-
-
-def _tiles(
-    values: npt.NDArray[Any], days: int, pixels: int, out: npt.NDArray[Any]
-) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Parts of `out` [y, x], flat, and copies of their values [day, pixel], with days of 0 up to `days`."""
-    if not days:
-        return
-    flat, target = values.reshape(len(values), out.size), out.reshape(-1)
-    buffer = np.empty((days, min(pixels, max(len(target), 1))), dtype=values.dtype)
-    for at in range(0, len(target), pixels):
-        part = target[at : at + pixels]
-        tile = buffer[:, : len(part)]
-        tile[: len(values)] = flat[:, at : at + pixels]
-        tile[len(values) :] = 0
-        yield part, tile
-
-
-def _parts(pixels: int) -> Iterator[slice]:
-    """Slices of about `_SPECTRA_TILE` pixels, none of them small."""
-    edges = np.linspace(0, pixels, max(pixels // _SPECTRA_TILE, 1) + 1).astype(int).tolist()
-    yield from (slice(a, b) for a, b in itertools.pairwise(edges) if b > a)
-
-
-def _squares(spectra: Float, middle: Float, tmp: Float, out: Float) -> Float:
-    """Squared distance of each day [band, day, pixel] from one spectrum [band, pixel], band by band."""
-    for k, (values, m) in enumerate(zip(spectra, middle, strict=True)):
-        np.subtract(values, m, out=tmp)
-        np.multiply(tmp, tmp, out=tmp if k else out)
-        if k:
-            out += tmp
-    return out
-
-
-def _weiszfeld(spectra: Float, seen: Bool) -> Float:
-    """Geometric medians [band, pixel] of spectra [band, day, pixel]; each pixel stops for itself."""
-    out = np.zeros((spectra.shape[0], spectra.shape[2]), dtype=np.float32)
-    left, there = np.arange(spectra.shape[2]), seen.astype(np.float32)
-    # From the mean, since what is small has digits to spare.
-    origin = spectra.sum(axis=1) / np.maximum(there.sum(axis=0), 1)
-    spectra, middle = spectra - origin[:, None], np.zeros_like(origin)
-    done: Bool = np.logical_not(seen.any(axis=0))
-    before, closer = np.zeros(len(left), dtype=np.float32), np.zeros(len(left), dtype=bool)
-    weight, tmp = np.empty_like(there), np.empty_like(there)
-    for _ in range(MOST_STEPS):
-        if done.all():
-            break
-        if done.mean() > 0.5 and len(done) > _FEW:  # what is done need not be carried on
-            out[:, left] = middle
-            parts = (left, spectra, there, middle, before, closer, done)
-            left, spectra, there, middle, before, closer, done = (np.compress(~done, a, axis=-1) for a in parts)
-            weight, tmp = np.empty_like(there), np.empty_like(there)
-        _squares(spectra, middle, tmp, weight)
-        np.maximum(weight, 1e-16, out=weight)  # at an observation itself
-        np.sqrt(weight, out=weight)
-        np.divide(there, weight, out=weight)
-        step, pull = np.empty_like(middle), weight.sum(axis=0)
-        for values, total in zip(spectra, step, strict=True):
-            np.multiply(values, weight, out=tmp)
-            tmp.sum(axis=0, out=total)
-        step /= np.where(done, 1, pull)
-        step -= middle
-        step *= STRIDE
-        middle += np.where(done, 0, step)
-        # Beside an observation steps are short for its pull alone; without it they would be of this length.
-        now = (
-            np.abs(step).max(axis=0) * pull / np.maximum(pull - weight.max(axis=0), np.float32(1e-6) * pull + np.float32(1e-30))
-        )
-        # They shrink in a geometric series, of which the rest is still to come: now * r / (1 - r), r = now / before. Twice in a
-        # row, since two that cancel out can make one step short.
-        close = now * now <= CONVERGED * (before - now)
-        done |= (close & closer) | (now == 0)
-        closer = close
-        before = now
-    out[:, left] = middle
-    out += origin
-    return out
-
-
-def _at_observations(spectra: Float, seen: Bool, middle: Float) -> Float:
-    """The same, moved to the nearest observation where that is the geometric median itself: steps get there in the limit only.
-
-    It is where the unit vectors to the others sum up to no more than the number of its equals (Kuhn 1973, Mathematical
-    Programming 4).
+    Returns:
+        Pairs of rows, the first to take the minimum, and whether that and whether the maximum is of use.
     """
-    tmp, away = np.empty_like(seen, dtype=np.float32), np.empty_like(seen, dtype=np.float32)
-    _squares(spectra, middle, tmp, away)
-    away[~seen] = np.inf
-    nearest = np.take_along_axis(spectra, away.argmin(axis=0)[None, None], axis=1)[:, 0]
-    _squares(spectra, nearest, tmp, away)
-    np.sqrt(away, out=away)
-    equal = (away == 0) & seen
-    unit = np.where(seen & ~equal, 1 / np.where(away > 0, away, 1), 0).astype(np.float32)
-    pull = np.zeros(seen.shape[1], dtype=np.float32)
-    for values, at in zip(spectra, nearest, strict=True):
-        np.subtract(values, at, out=tmp)
-        np.multiply(tmp, unit, out=tmp)
-        pull += tmp.sum(axis=0) ** 2
-    # Where it is just as many, as between two observations, all the way to the next one is median, and the middle stays.
-    best = np.sqrt(pull) < equal.sum(axis=0) * np.float32(1 - 1e-6)
-    return np.where(best, nearest, middle)
+    pairs: list[tuple[int, int]] = []
+    run = 1
+    while run < size:
+        step = run
+        while step:
+            for j in range(step % run, size - step, 2 * step):
+                rows = range(j, j + min(step, size - j - step))
+                pairs += [(i, i + step) for i in rows if i // (2 * run) == (i + step) // (2 * run)]
+            step //= 2
+        run *= 2
+    needed, kept = set(wanted), []
+    for a, b in reversed(pairs):
+        if needed & {a, b}:
+            kept.append((a, b, a in needed, b in needed))
+            needed |= {a, b}
+    return tuple(kept[::-1])
 
 
-def _deviations(spectra: Float, seen: Bool, middle: Float) -> Float:
-    """emad, smad and bcmad, [3, pixel]: medians over days of the distances from the middle [band, pixel]."""
-    tmp, length, manhattan, total = (np.zeros(seen.shape, dtype=np.float32) for _ in range(4))
-    away = np.empty((3, *seen.shape), dtype=np.float32)
-    np.sqrt(_squares(spectra, middle, tmp, away[0]), out=away[0])
-    _squares(spectra, np.zeros_like(middle), tmp, length)
-    np.divide(1, np.maximum(np.sqrt(length, out=length), np.float32(1e-12), out=length), out=length)
-    direction = middle / np.maximum(np.sqrt((middle * middle).sum(axis=0)), np.float32(1e-12))
-    away[1] = 0
-    for values, m, d in zip(spectra, middle, direction, strict=True):
-        # One less the cosine is half the squared distance on the unit sphere, which keeps the digits of small angles.
-        np.multiply(values, length, out=tmp)
-        tmp -= d
-        np.multiply(tmp, tmp, out=tmp)
-        away[1] += tmp
-        np.subtract(values, m, out=tmp)
-        np.abs(tmp, out=tmp)
-        manhattan += tmp
-        np.add(values, m, out=tmp)
-        total += tmp
-    away[1] *= np.float32(0.5)
-    np.divide(manhattan, np.maximum(total, np.float32(1e-12), out=total), out=away[2])
-    return _medians(away, seen)
+def _tiles(values: Pixels, out: Pixels, known: Bool | None = None) -> Iterator[tuple[Pixels, Pixels, Pixels]]:
+    """Parts of `out` as 1-d views, each with its values [day + 1, pixel], 0 where missing, and missing [day, pixel], 0 or 1.
+
+    Both are of the values' type and used again for the next part; the last row of values is spare.
+    """
+    days, result = len(values), out.reshape(-1)
+    if not values.size:
+        return
+    flat = values.reshape(days, -1)
+    flags = None if known is None else known.reshape(days, -1)
+    width = min(_TILE, len(result))
+    rows, missing = np.empty((days + 1, width), values.dtype), np.empty((days, width), values.dtype)
+    for start in range(0, len(result), _TILE):
+        stop = min(start + _TILE, len(result))
+        row, miss, source = rows[:, : stop - start], missing[:, : stop - start], flat[:, start:stop]
+        if flags is None:
+            np.copyto(row[:-1], source)
+            np.copyto(miss, source == 0)
+        else:
+            np.multiply(source, flags[:, start:stop], out=row[:-1])
+            np.copyto(miss, ~flags[:, start:stop])
+        yield result[start:stop], row, miss
 
 
-def _medians(values: Float, seen: Bool) -> Float:
-    """Medians over days of what is seen, of several [n, day, pixel]: float32 [n, pixel]; NaN where nothing is."""
-    days = seen.shape[0] + seen.shape[0] % 2
-    least = np.empty((days, seen.shape[1]), dtype=bool)
-    greatest, odd = np.zeros_like(least), np.zeros(seen.shape[1], dtype=bool)
-    for day in range(days):
-        missing = ~seen[day] if day < len(seen) else np.ones_like(odd)
-        np.logical_and(missing, odd, out=greatest[day])
-        np.logical_and(missing, ~odd, out=least[day])
-        odd ^= missing
-    rows, out = np.empty(least.shape, dtype=np.float32), np.empty((len(values), seen.shape[1]), dtype=np.float32)
-    for each, middle in zip(values, out, strict=True):
-        rows[: len(each)] = each
-        np.copyto(rows, -np.inf, where=least)
-        np.copyto(rows, np.inf, where=greatest)
-        ordered = _compared(rows, _network(days, (days // 2 - 1, days // 2)))
-        low, high = ordered[days // 2 - 1], ordered[days // 2]
-        with np.errstate(invalid="ignore"):  # infinities of a pixel without any
-            middle[:] = np.where(odd, high, (low + high) / 2)
+def _at_rank(rows: Pixels, missing: Pixels, ranks: npt.NDArray[np.int64], above: int = 1) -> tuple[Pixels, Pixels, Pixels]:
+    """Of each pixel the value at the rank that belongs to its count, the next higher one, and the count.
+
+    Args:
+        rows: [day + 1, pixel], uint16 or int32, 0 where missing; the last row is spare. All are overwritten.
+        missing: the same type [day, pixel], 0 or 1.
+        ranks: of 0..days observations, the rank wanted; it never rises by more than one.
+        above: 0 where the next higher value is not needed; it is then the value again.
+    """
+    days, limits = len(missing), np.iinfo(rows.dtype)
+    *layers, spare = list(rows)
+    count = (days - missing.sum(axis=0, dtype=rows.dtype)).astype(np.int16)
+    # What is missing goes below the rank until it is that of a pixel that misses nothing, then above it.
+    left = (ranks[days] - ranks).astype(rows.dtype)[count]
+    low = np.empty_like(left)
+    for row, miss in zip(layers, missing, strict=True):
+        np.minimum(left, miss, out=low)
+        np.subtract(left, low, out=left)
+        np.subtract(miss, low, out=spare)
+        np.multiply(spare, rows.dtype.type(limits.max), out=spare)
+        np.add(row, spare, out=row)
+        if limits.min:
+            np.multiply(low, rows.dtype.type(limits.min), out=low)
+            np.add(row, low, out=row)
+    wanted = (int(ranks[days]), min(int(ranks[days]) + above, days - 1))
+    for a, b, lower, upper in _network(days, wanted):
+        if lower and upper:
+            np.minimum(layers[a], layers[b], out=spare)
+            np.maximum(layers[a], layers[b], out=layers[b])
+            layers[a], spare = spare, layers[a]
+        elif lower:
+            np.minimum(layers[a], layers[b], out=layers[a])
+        else:
+            np.maximum(layers[a], layers[b], out=layers[b])
+    return layers[wanted[0]], layers[wanted[1]], count
+
+
+def _middle(values: Pixels, seen: Bool) -> Float32:
+    """Median over days of what is seen, not rounded: float32 [row, pixel], 0 = none.
+
+    Args:
+        values: uint16 [day, row, pixel], or int32, then the bits of floats >= 0, whose order is the same; 0 where not seen.
+        seen: bool [day, pixel], the same for each row.
+    """
+    days, lines, width = values.shape
+    rows = np.empty((days + 1, lines * width), values.dtype)
+    rows[:-1] = values.reshape(days, -1)
+    missing = np.empty((days, lines, width), values.dtype)
+    missing[:] = ~seen[:, None]
+    low, high, count = _at_rank(rows, missing.reshape(days, -1), (np.arange(days + 1) - 1) // 2)
+    high = np.where(count & 1, low, high)
+    low, high = (np.where(count > 0, a, 0) for a in (low, high))  # the bits of what stands for missing are no number
+    if values.dtype == np.int32:
+        low, high = (a.astype(np.int32).view(np.float32) for a in (low, high))
+    middle: Float32 = (low.astype(np.float32) + high).astype(np.float32) * np.float32(0.5)
+    return middle.reshape(lines, width)
+
+
+class _Search(NamedTuple):
+    """Where the search for geomedians stands, float32 [band, pixel]; `cost` [pixel]."""
+
+    step: Float32
+    reached: Float32
+    cost: Float32
+
+
+def _geomedian_tile(tile: UInt16, seen: Bool) -> tuple[Float32, Float32]:
+    """Geomedian float32 [band, pixel] in stored units, 0 = none, and its deviations float32 [3, pixel], NaN = none."""
+    origin = _middle(tile.swapaxes(0, 1), seen)
+    # From the origin differences are small and, being halves of integers, exact.
+    spectra = tile.astype(np.float32)
+    spectra -= origin[:, None]
+    weight = seen.astype(np.float32)
+    at = _on_observation(spectra, weight, _searched(spectra, weight))
+    away = _deviations(spectra, weight, at, origin)
+    deviations = _middle(away.view(np.int32), seen)
+    deviations[:, ~seen.any(axis=0)] = np.nan
+    return origin + at, deviations
+
+
+def _searched(spectra: Float32, weight: Float32) -> Float32:
+    """Geomedian float32 [band, pixel] of spectra [band, day, pixel]; weight [day, pixel] is 1 where observed, else 0.
+
+    Each pixel stops by itself; those that have are laid aside when they are half.
+    """
+    at = np.zeros((len(spectra), spectra.shape[2]), dtype=np.float32)
+    out, where = at.copy(), np.arange(at.shape[1])
+    going = np.ones(len(where), dtype=bool)
+    before: _Search | None = None
+    for _ in range(MOST_STEPS):
+        now = _weiszfeld(spectra, weight, at)
+        ahead, before = _leap(now, before)
+        moved = np.maximum(_dot(ahead - at, ahead - at), _dot(now.step, now.step))
+        at = ahead
+        stops = going & (moved < CLOSE**2)
+        out[:, where[stops]] = at[:, stops]
+        going &= ~stops
+        left = np.count_nonzero(going)
+        if not left:
+            return out
+        if 1 < left <= len(where) // 2:  # not one: numpy sums one column in another order
+            spectra, weight, at = (np.compress(going, a, axis=-1) for a in (spectra, weight, at))
+            before = _Search(*(np.compress(going, a, axis=-1) for a in before))
+            where, going = where[going], going[going]
+    out[:, where[going]] = at[:, going]
     return out
+
+
+def _on_observation(spectra: Float32, weight: Float32, at: Float32) -> Float32:
+    """Geomedians [band, pixel], of which those that are the observation next to them are put there: steps near it are short.
+
+    It is one where the others pull no harder than it, or those equal to it, hold; between two they pull just as hard.
+    """
+    away = _squared_distance(spectra, at)
+    away[weight == 0] = np.inf
+    nearest = np.take_along_axis(spectra, away.argmin(axis=0)[None, None], axis=1)[:, 0]
+    distance = np.sqrt(_squared_distance(spectra, nearest))
+    equal = (distance == 0) & (weight > 0)
+    pull = np.divide(weight * ~equal, np.maximum(distance, np.float32(0.5)))
+    pulled, drawn = np.empty_like(at), np.empty_like(distance)
+    for band, values in enumerate(spectra):
+        np.subtract(values, nearest[band], out=drawn)
+        np.multiply(drawn, pull, out=drawn)
+        np.add.reduce(drawn, axis=0, out=pulled[band])
+    best = np.sqrt(_dot(pulled, pulled)) < equal.sum(axis=0, dtype=np.int32) * np.float32(1 - 1e-6)
+    return np.where(best, nearest, at)
+
+
+def _leap(now: _Search, before: _Search | None) -> tuple[Float32, _Search]:
+    """Where to go next, and what to remember: `now`, or `before` where the last leap made it worse, to go on from there."""
+    if before is None:
+        return now.reached, now
+    turn = now.step - before.step
+    ahead = _dot(now.step, turn) / np.maximum(_dot(turn, turn), _TINY)
+    ahead = np.where(ahead < 0.5, np.maximum(ahead, -MOST_AHEAD), 0)  # steps that grow are no sequence to see the end of
+    target = now.reached - ahead.astype(np.float32) * (now.reached - before.reached)
+    worse = now.cost > before.cost * np.float32(1 + 1e-6)
+    if not worse.any():
+        return target, now
+    back = _Search(*(np.where(worse, b, n) for n, b in zip(now, before, strict=True)))
+    return np.where(worse, before.reached, target), back
+
+
+def _weiszfeld(spectra: Float32, weight: Float32, at: Float32) -> _Search:
+    """One step of Weiszfeld's iteration from `at` [band, pixel], and the sum of distances there."""
+    distance = np.sqrt(_squared_distance(spectra, at))
+    touching = distance <= TOUCHING
+    touches = touching.any()
+    pull = np.divide(weight * ~touching if touches else weight, np.maximum(distance, TOUCHING))
+    cost = np.add.reduce(distance * weight, axis=0)
+    total = np.maximum(np.add.reduce(pull, axis=0), _TINY)
+    step, drawn = np.empty_like(at), np.empty_like(distance)
+    for band, values in enumerate(spectra):
+        np.multiply(values, pull, out=drawn)
+        np.add.reduce(drawn, axis=0, out=step[band])
+    step /= total
+    step -= at * (total > _TINY)
+    if touches:  # stay, unless the others pull harder than those it lies on
+        held = np.add.reduce(touching * weight, axis=0)
+        pulled = np.sqrt(_dot(step, step)) * total
+        step *= np.maximum(1 - held / np.maximum(pulled, _TINY), 0)
+    return _Search(step, at + step, cost)
+
+
+def _deviations(spectra: Float32, weight: Float32, at: Float32, origin: Float32) -> Float32:
+    """Euclidean, cosine and Bray-Curtis distance of each observation from the geomedian: float32 [day, 3, pixel], 0 = none.
+
+    The cosine's is (d² - (|a| - |b|)²) / 2|a||b|, d being the Euclidean: 1 - cos would lose its digits.
+    """
+    middle = origin + at
+    length, squared = np.sqrt(_dot(middle, middle)), _squared_distance(spectra, at)
+    lengths, apart, total = np.zeros_like(squared), np.zeros_like(squared), np.zeros_like(squared)
+    value = np.empty_like(squared)
+    for values, to, off in zip(spectra, at, origin, strict=True):
+        np.subtract(values, to, out=value)
+        apart += np.abs(value, out=value)
+        np.add(values, off, out=value)
+        total += value
+        value *= value
+        lengths += value
+    np.sqrt(lengths, out=lengths)
+    out = np.empty((len(weight), 3, at.shape[1]), dtype=np.float32)
+    out[:, 0] = np.sqrt(squared) / np.float32(1e4)
+    out[:, 1] = np.maximum(squared - (lengths - length) ** 2, 0) / np.maximum(2 * lengths * length, _TINY)
+    total += functools.reduce(np.add, middle)
+    out[:, 2] = apart / np.maximum(total, _TINY)
+    out *= weight[:, None]
+    return out
+
+
+def _medoid_tile(spectra: Float32, seen: Bool) -> npt.NDArray[np.int64]:
+    """Index of the medoid among the days [pixel], -1 = none; of spectra [band, day, pixel]."""
+    total, weight = np.zeros(seen.shape), seen.astype(np.float32)
+    for day in range(len(seen) - 1):
+        distance = np.sqrt(_squared_distance(spectra[:, day + 1 :], spectra[:, day]))
+        total[day + 1 :] += distance * weight[day]
+        distance *= weight[day + 1 :]
+        total[day] += distance.sum(axis=0, dtype=np.float64)
+    total[~seen] = np.inf
+    return np.where(seen.any(axis=0), total.argmin(axis=0), -1)
+
+
+def _squared_distance(spectra: Float32, to: Float32) -> Float32:
+    """float32 [day, pixel], of spectra [band, day, pixel] to one [band, pixel]."""
+    out, apart = np.zeros(spectra.shape[1:], dtype=np.float32), np.empty(spectra.shape[1:], dtype=np.float32)
+    for values, middle in zip(spectra, to, strict=True):
+        np.subtract(values, middle, out=apart)
+        np.multiply(apart, apart, out=apart)
+        np.add(out, apart, out=out)
+    return out
+
+
+def _dot(a: Float32, b: Float32) -> Float32:
+    """float32 [pixel], the inner product over bands, in their order."""
+    product: Float32 = functools.reduce(np.add, a * b)
+    return product
+
+
+def _sum_5x5(values: Int32) -> Int32:
+    """Sums over the 5 x 5 windows around each pixel; beyond the image there is 0."""
+    wide = np.pad(values, 2)
+    height, width = values.shape
+    rows = sum((wide[i : i + height] for i in range(1, 5)), wide[:height])
+    return sum((rows[:, i : i + width] for i in range(1, 5)), rows[:, :width])

@@ -1,7 +1,8 @@
 """The reducers on a GPU, in torch: numpy in, numpy out, and the same results.
 
 Ranks, the medoid and the best dates are the same to the bit: they are of integers, or of single steps that IEEE 754 rounds in
-one way only. The geomedian sums in another order, and is within 1e-5 of reflectance of numpy's.
+one way only. The geomedian is searched for in the same way in double precision, and is within 1e-5 of reflectance of numpy's
+but where the sum of distances is all but flat.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minecube.composite.reducers import CONVERGED, MOST_STEPS, STRIDE, Geomedian
+from minecube.composite.reducers import MOST_AHEAD, MOST_STEPS, Geomedian
 from minecube.errors import ModelError
 
 Bool = npt.NDArray[np.bool_]
@@ -25,6 +26,8 @@ Float32 = npt.NDArray[np.float32]
 
 STRIP_VALUES = 2**26
 """Values of a stack that are on the device at a time; at most 24 bytes each."""
+CLOSE, TOUCHING = 3e-8, 1e-8
+"""Reflectance: a step shorter than the first ends a search; what is nearer to an observation than the second is on it."""
 _ABOVE_ALL = 2**16
 _TINY = 1e-12
 
@@ -76,7 +79,7 @@ class TorchReducers:
         away = np.full((3, flat.shape[2]), np.nan, dtype=np.float32)
         for part in _strips(flat):
             seen = torch.from_numpy(flat[0, :, part] > 0).to(self.device)
-            spectra = self._there(flat[:, :, part]).float() * 1e-4
+            spectra = self._there(flat[:, :, part]).double() * 1e-4
             made, deviations = _geomedian(spectra, seen)
             stored = torch.where(seen.any(0), (made * 1e4).round().clamp(min=1), 0)
             middle[:, part] = stored.cpu().numpy()
@@ -175,8 +178,8 @@ def _middle(values: Tensor, seen: Tensor) -> Tensor:
 
 
 def _geomedian(spectra: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Geomedian [band, pixel] of reflectance float32 [band, day, pixel], and its deviations [3, pixel]: as numpy's."""
-    middle = _at_observations(spectra, seen, _weiszfeld(spectra, seen.float()))
+    """Geomedian [band, pixel] of reflectance float64 [band, day, pixel], and its deviations [3, pixel]."""
+    middle = _at_observations(spectra, seen, _searched(spectra, seen.double()))
     apart = torch.stack([(v - m).abs() for v, m in zip(spectra, middle, strict=True)]).sum(0)
     total = torch.stack([v + m for v, m in zip(spectra, middle, strict=True)]).sum(0)
     lengths, length = _squared_distance(spectra, torch.zeros_like(middle)).sqrt(), (middle * middle).sum(0).sqrt()
@@ -189,35 +192,54 @@ def _geomedian(spectra: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return middle, torch.where(seen.any(0), _middle(torch.stack(away), seen), torch.nan)
 
 
-def _weiszfeld(spectra: Tensor, there: Tensor) -> Tensor:
-    """As `reducers._weiszfeld`: pixels that have stopped are laid aside."""
-    out = torch.zeros_like(spectra[:, 0])
-    where = torch.arange(out.shape[1], device=out.device)
-    origin = spectra.sum(1) / there.sum(0).clamp(min=1)
-    spectra, middle = spectra - origin[:, None], torch.zeros_like(origin)
-    before, closer = torch.zeros_like(middle[0]), torch.zeros_like(middle[0], dtype=torch.bool)
+def _searched(spectra: Tensor, there: Tensor) -> Tensor:
+    """Geomedians [band, pixel] of spectra [band, day, pixel], `there` 1 where seen: the search of `reducers`, on the device."""
+    origin = _middle(spectra, there > 0)
+    spectra, at = spectra - origin[:, None], torch.zeros_like(origin)
+    out, where = torch.zeros_like(at), torch.arange(at.shape[1], device=at.device)
+    before: tuple[Tensor, Tensor, Tensor] | None = None
     for _ in range(MOST_STEPS):
-        weight = there / _squared_distance(spectra, middle).clamp(min=1e-16).sqrt()
-        pull = weight.sum(0)
-        step = torch.stack([(values * weight).sum(0) for values in spectra]) / pull.clamp(min=_TINY) - middle
-        step *= float(STRIDE)
-        now = step.abs().amax(0) * pull / (pull - weight.amax(0)).clamp(min=_TINY).maximum(1e-6 * pull)
-        middle = middle + step
-        close = now * now <= CONVERGED * (before - now)
-        going = ~((close & closer) | (now == 0))
-        out[:, where] = middle
+        now = _weiszfeld(spectra, there, at)
+        ahead, before = _leap(now, before)
+        moved = torch.maximum(((ahead - at) ** 2).sum(0), (now[0] ** 2).sum(0))
+        at, going = ahead, moved >= CLOSE**2
+        out[:, where] = at
         if not going.any():
             break
-        before, closer = now, close
-        if going.float().mean() < 0.5:
-            where, middle, there = where[going], middle[:, going], there[:, going]
-            before, closer = before[going], closer[going]
-            spectra = spectra[:, :, going]
+        if not going.all():
+            where, at, spectra, there = where[going], at[:, going], spectra[:, :, going], there[:, going]
+            before = (before[0][:, going], before[1][:, going], before[2][going])
     return out + origin
 
 
+def _leap(
+    now: tuple[Tensor, Tensor, Tensor], before: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    if before is None:
+        return now[1], now
+    turn = now[0] - before[0]
+    ahead = (now[0] * turn).sum(0) / (turn * turn).sum(0).clamp(min=1e-40)
+    ahead = torch.where(ahead < 0.5, ahead.clamp(min=-MOST_AHEAD), 0)
+    worse = now[2] > before[2] * (1 + 1e-9)
+    target = torch.where(worse, before[1], now[1] - ahead * (now[1] - before[1]))
+    step, reached, cost = (torch.where(worse, b, n) for n, b in zip(now, before, strict=True))
+    return target, (step, reached, cost)
+
+
+def _weiszfeld(spectra: Tensor, there: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step from `at` [band, pixel], where it leads, and the sum of distances at its start."""
+    distance = _squared_distance(spectra, at).sqrt()
+    touching = (distance <= TOUCHING) * there
+    pull = (there - touching) / distance.clamp(min=TOUCHING)
+    total = pull.sum(0)
+    step = torch.stack([(values * pull).sum(0) for values in spectra]) / total.clamp(min=_TINY) - at * (total > 0)
+    held, pulled = touching.sum(0), (step**2).sum(0).sqrt() * total
+    step = torch.where(held > 0, step * (1 - held / pulled.clamp(min=_TINY)).clamp(min=0), step)
+    return step, at + step, (distance * there).sum(0)
+
+
 def _at_observations(spectra: Tensor, seen: Tensor, middle: Tensor) -> Tensor:
-    """As `reducers._at_observations`."""
+    """The same, on the nearest observation where that is the geomedian itself (Kuhn 1973, Mathematical Programming 4)."""
     away = torch.where(seen, _squared_distance(spectra, middle), torch.inf)
     index = away.argmin(0)
     nearest = spectra.gather(1, index.expand(len(spectra), 1, -1))[:, 0]

@@ -171,10 +171,14 @@ def stack(
 def read_band(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None) -> UInt16:
     """One band of one scene on a grid, as `stack` has it, without a graph: uint16 [y, x]; in `out`, where that is given.
 
+    Of a scene that was found to lie beside the others (`minecube:shift_m`, east and north), as if it lay with them.
+
     Raises:
         ReadError: the scene has no such band, or its pixels cannot be read.
     """
     asset = Asset.of(scene, band)
+    if shift := scene.properties.get("minecube:shift_m"):
+        grid = GeoBox(grid.shape, Affine.translation(*shift) @ grid.transform, grid.crs)
     if band == SCL:
         return asset.read(grid, Resampling.nearest, ledger, out)
     raw = asset.read(grid, Resampling.bilinear, ledger, out)
