@@ -38,8 +38,10 @@ real: $(VENV)/installed
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# Reading far away, from servers in trouble, and with flags that are wrong: a quarter of an hour on a machine that does nothing else.
+# What composites cost and how good they are; reading far away, from servers in trouble, and with flags that are wrong: three
+# quarters of an hour on a machine that does nothing else.
 bench: $(VENV)/installed
+	$(BIN)/python benchmarks/composite.py --json build/composite.json --markdown build/performance.md --picture build/mine.png
 	$(BIN)/python benchmarks/reading.py --json build/reading.json --plot build/offsets.png
 
 format: $(VENV)/installed

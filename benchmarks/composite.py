@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -72,6 +73,7 @@ def main() -> None:
         return
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {pd.Timestamp.now():%Y-%m-%d}"
     print(machine, flush=True)
+    logging.disable(logging.WARNING)  # shifts of scenes, which the simulated world has many of
     rounds = 1 if asked.quick else 3
     figures: dict[str, Any] = {"machine": machine}
     texts: list[str] = []
@@ -206,7 +208,6 @@ def stackstac_xarray(folder: str, dates: int) -> np.ndarray[Any, Any]:
         dtype="uint16",
         fill_value=np.uint16(0),
         resampling=Resampling.nearest,
-        chunksize=512,
     )
     return _xarray_median(stacked.sel(band=SCL), stacked.sel(band=list(BANDS)))
 

@@ -244,6 +244,8 @@ def test_bad_use(case, tmp_path, monkeypatch):
     ("change", "said"),
     [
         ({"--years": "2012"}, "year 2012: expected 2015"),
+        ({"--years": "2099"}, "year 2099: expected 2015"),
+        ({"--device": "gpu7"}, "device 'gpu7' is not one that torch knows"),
         ({"--recipe": "winter-mean"}, "unknown recipe 'winter-mean'; there is: annual-geomedian, annual-median"),
         ({"--source": "nasa"}, "unknown source 'nasa'"),
         ({"--store": "/proc/cubes.zarr"}, "cannot be written"),
@@ -257,6 +259,54 @@ def test_a_bad_build(world, tmp_path, change, said, monkeypatch):
     _, err = run_here("build", *[v for pair in given.items() for v in pair], ok=2)
     assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers"),
+    [
+        ("annual-geomedian", {"emad": "float32", "smad": "float32", "bcmad": "float32"}),
+        ("summer-bap", {"day_of_year": "uint16"}),
+        ("eurominenet", {}),
+    ],
+)
+def test_every_recipe_is_built(world, built, tmp_path, recipe, layers):
+    """Its layers are in the cube, of both years, and later years find room for them."""
+    store = tmp_path / "cubes.zarr"
+    for years in ("2020", "2022"):
+        run_here("build", *args(world, store, years), "--recipe", recipe)
+    made, usual = (xr.open_zarr(s, group="pit", consolidated=False) for s in (store, built))
+    types, usual_types = ({name: str(v.dtype) for name, v in each.data_vars.items()} for each in (made, usual))
+    assert types == usual_types | layers
+    seen = made.reflectance.values.all(axis=1)
+    assert seen.mean() > 0.9
+    off = (made.reflectance.astype(float) - usual.reflectance.astype(float)).values.transpose(0, 2, 3, 1)[seen] / 1e4
+    assert np.sqrt((off**2).mean()) < 0.05
+    for name in layers:
+        values = made[name].values
+        assert (values[seen] >= 0).all()
+        assert np.isnan(values[~seen]).all() if layers[name] == "float32" else (values[~seen] == 0).all()
+    assert all("shifts" in made for made in cube.builds(str(store), "pit").values())
+
+
+def test_a_large_site_is_built_only_when_asked_twice(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("minecube.cli.data.LARGE_KM2", 1)
+    asked = args(world, tmp_path / "new.zarr", "2020")
+    out, err = run_here("build", *asked, ok=2)
+    assert "MB a block" in out  # the plan
+    assert "pit (1 km2): larger than 1 km2" in err
+    assert list(tmp_path.iterdir()) == []
+    assert "built" in run_here("build", *asked, "--yes")[0]
+
+
+def test_a_second_opinion_that_is_not_installed(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "omnicloudmask", None)
+    shutil.copytree(world / "archive", tmp_path / "own", ignore=shutil.ignore_patterns("earth-search", "truth*"))
+    text = "asks: {title: t, bands: [B03, B04, B08], second_opinion: {weights: [net.pt]}}\n"
+    (tmp_path / "own" / "recipes.yaml").write_text(text)
+    given = dict(zip(*[iter(args(world, tmp_path / "new.zarr"))] * 2, strict=True))
+    given |= {"--catalog": tmp_path / "own", "--recipe": "asks"}
+    _, err = run_here("build", *[v for pair in given.items() for v in pair], ok=2)
+    assert "pip install 'minecube[clouds]'" in err
 
 
 def test_an_empty_search_says_how_to_widen_it_and_leaves_nothing(world, tmp_path):

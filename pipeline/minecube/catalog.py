@@ -261,7 +261,7 @@ class SecondOpinion:
     """A network's mask beside SCL's: what either calls cloud or shadow is not clear."""
 
     weights: tuple[str, ...]
-    """TorchScript files of networks for omnicloudmask, neither of which is shipped; relative to `--catalog`."""
+    """Networks for omnicloudmask, exported by torch.export, neither of which is shipped; relative to `--catalog`."""
     classes: tuple[int, ...] = (1, 2, 3)
     """Of omnicloudmask, that hide the ground: 1 thick cloud, 2 thin cloud, 3 shadow."""
     dilate_m: int = 40

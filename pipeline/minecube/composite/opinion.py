@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,11 +21,11 @@ class OmniCloudMask:
     What it says of a pixel depends a little on what else is in the block, so that blocks may differ at their seams.
 
     Args:
-        weights: TorchScript files of networks [n, 3, y, x] -> [n, 4, y, x], whose votes are averaged.
+        weights: files of exported networks (torch.export.save), [n, 3, y, x] -> [n, 4, y, x], whose votes are averaged.
         device: for instance cuda.
 
     Raises:
-        ModelError: a file is missing, or no TorchScript.
+        ModelError: a file is missing, or no exported network.
     """
 
     def __init__(self, weights: Sequence[str], device: str = "cpu") -> None:
@@ -48,10 +50,9 @@ class OmniCloudMask:
 
 def _loaded(path: str) -> torch.nn.Module:
     try:
-        model: torch.nn.Module = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, RuntimeError) as error:
+        return torch.export.load(path).module()
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ModelError(
-            f"{path}: expected a TorchScript file of a cloud mask (torch.jit.save), and it cannot be loaded ({error}); "
-            "check second_opinion.weights of the recipe"
+            f"{path}: expected an exported network for clouds (torch.export.save), and it cannot be loaded ({error}); check "
+            "second_opinion.weights of the recipe"
         ) from error
-    return model
