@@ -29,6 +29,7 @@ from typing import Any
 import bottleneck
 import geomad
 import numpy as np
+import odc.geo.xr
 import odc.stac
 import pandas as pd
 import pystac
@@ -504,7 +505,7 @@ def quality(place: Path, worlds: int, picture: Path | None, say: Say) -> dict[st
     )
     if picture:
         year = next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1])
-        middle = {"dims": ("band", "y", "x"), "coords": {"band": list(BANDS)}}
+        middle = {"dims": ("band", "y", "x"), "coords": {"band": list(BANDS), **odc.geo.xr.xr_coords(year.grid)}}
         drawn = {name: xr.DataArray(ways[way](year), **middle) for name, way in PICTURED.items()}
         drawn["truth: no cloud, no noise"] = xr.DataArray(year.truth, **middle)
         report.comparison(drawn, picture, f"{year.name} {year.year}, simulated")
