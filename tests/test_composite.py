@@ -274,6 +274,20 @@ def test_an_observation_is_one_in_all_bands_and_the_next_best_takes_its_place(ar
         assert np.unique(made.quality.values[:, columns]) == [quality]
 
 
+def test_what_bands_lack_is_found_at_once(archive, make, monkeypatch):
+    """Six dates, each without a pixel in one band or the other: the block is made twice, not once more for each."""
+    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    listed = []
+    for n in range(6):
+        b04, b11 = np.full((180, 180), 1000 + n), np.full((90, 90), 2000 + n)
+        (b04 if n % 2 else b11)[70 // (2 - n % 2) : 80 // (2 - n % 2)] = 0
+        listed.append(archive.scene(f"2020-06-{1 + 2 * n:02d}T10:00:00", where, {"B04": b04, "B11": b11}))
+    rounds, made = [], block._Block.made
+    monkeypatch.setattr(block._Block, "made", lambda self: rounds.append(1) or made(self))
+    composite(listed, grid, PLAIN).compute()
+    assert len(rounds) == 2
+
+
 def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive, make):
     """The mask decides first: the overcast scene's bands are gone, and nobody asks for them."""
     grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)

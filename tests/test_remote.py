@@ -444,6 +444,19 @@ def test_a_lost_mask_takes_its_bands_with_it(archive, make):
     assert (totals["planned"], totals["lost"], totals["completeness"]) == (10, 1, 0.75)
 
 
+def test_a_lost_band_is_read_around_and_counted_once(archive, make):
+    """Its date is left out of all bands, for which the block is made again: what is read again was planned once."""
+    grid, where = make.grid(LEFT, TOP, 240, 180), make.grid(LEFT - 600, TOP + 600, 360, 300)
+    listed = [archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 100 * day, "B11": 6}) for day in (1, 6, 11, 16)]
+    Path(listed[2].assets["B11"].href).unlink()
+    ledger, recipe = Ledger(lossy=True), Recipe(id="r", title="t", bands=("B04", "B11"), block_px=240, chunk_px=120)
+    made = composite(listed, grid, recipe, ledger).compute()
+    assert (made.clear_count == 3).all()
+    assert np.unique(made.reflectance.sel(band="B04")) == [600]  # of 100, 600 and 1600
+    totals = ledger.totals()
+    assert (totals["planned"], totals["read"], totals["lost"], totals["completeness"]) == (12, 11, 1, 11 / 12)
+
+
 def test_a_ledger_in_another_process_allows_no_loss(tmp_path):
     """Nobody would hear of it."""
     copy = pickle.loads(pickle.dumps(Ledger(lossy=True)))

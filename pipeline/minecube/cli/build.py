@@ -59,7 +59,7 @@ class Outcome:
     reads: Mapping[str, float] = field(default_factory=dict)
     """What came of them, as `Ledger.totals` has it; empty where nothing was read."""
     looks: Mapping[str, float] = field(default_factory=dict)
-    """The same of the reads that checked offsets."""
+    """The same of the reads that checked offsets and places."""
     seconds: float = 0.0
     message: str = ""
 
@@ -90,16 +90,17 @@ def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Fo
     The latter with the neighbouring years' where the recipe falls back on them; a neighbour without scenes has none to give.
 
     Raises:
-        SceneError: the year has no scenes, or too few for the recipe.
+        SceneError: the year has no scenes, or too few for the recipe; or a search was not answered.
     """
     found = find(site, year, job.sources, job.snapshots)
     chosen = scenes.select(found.scenes, job.recipe)
     if "neighbour-year" in job.recipe.fallback:
         for other in (year - 1, year + 1):
+            if not scenes.has_images(other):
+                continue
             try:
-                scenes.check_years([other])
                 chosen += scenes.usable(find(site, other, job.sources, job.snapshots).scenes, job.recipe)
-            except SceneError as error:
+            except scenes.NothingFoundError as error:  # one that is not answered fails the year
                 log.info("%s %s: nothing to take from %s: %s", site.id, year, other, error)
     return found, chosen
 
@@ -140,11 +141,11 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     checks = offsets.check_offsets(chosen, grid, looks)
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
     provenance |= {"offset_conflicts": offsets.as_rows(checks), "offset_untold": [c.scene for c in checks if c.step is None]}
-    provenance["offset_check_reads"] = looks.totals()
     if job.recipe.registration:
         moved = registration.shifts(used, grid, looks)
         used = registration.registered(used, moved, job.recipe.registration)
         provenance["shifts"] = registration.as_rows(moved)
+    provenance["check_reads"] = looks.totals()
     ledger = Ledger(lossy=lossy, before=cube.reads_so_far(job.store, provenance))
     planned = plan.estimate(used, grid, job.recipe)
     # On threads, also inside a task of a cluster, which must not wait for tasks of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,40 +22,47 @@ UInt16 = npt.NDArray[np.uint16]
 Window = tuple[slice, slice]
 
 
-class UnseenError(Exception):
-    """A band lacked pixels that the mask has seen; they are struck out of the mask, and what was made is to be made again."""
+@dataclass(frozen=True)
+class Observations:
+    """Scenes, the days they make up, and what each pixel of a day is."""
+
+    scenes: Sequence[pystac.Item]
+    """In mosaic order."""
+    day_of: Sequence[int]
+    """Of each scene, its day's index."""
+    owner: Int16
+    """int16 [day, y, x] at 20 m, the scene that each day's pixel comes from, -1 = none."""
+    kind: UInt8
+    """uint8 [day, y, x] at 20 m, as `masks.kinds` has it; observations that turn out to be none become 0."""
+    asked: set[tuple[int, str]] = field(default_factory=set)
+    """Scenes and bands that were read once, which a second time must not count as planned."""
+
+    def inside(self, edge: int) -> Observations:
+        """The same without `edge` pixels on each side; views, so that what is struck out here is there."""
+        return replace(self, owner=cropped(self.owner, edge), kind=cropped(self.kind, edge))
 
 
 class Bands:
     """Bands one after the other, each [day, y, x] in its own pixels, 0 where it is not to be used.
 
+    An observation is one in all bands. Where a band lacks what the mask has seen, the observation is struck out and `lacked`
+    set: what is made of this is to be made again.
+
     Args:
-        scenes: in mosaic order.
-        day_of: of each scene, its day's index.
-        owner: int16 [day, y, x] at 20 m, the scene that each day's pixel comes from.
-        kind: uint8 [day, y, x] at 20 m, in which observations that turn out to be none become 0.
+        observations: what there is.
         use: bool [day, y, x] at 20 m, the observations wanted. Days without any are left out of all that comes of this.
         box: where, at 10 m.
         ledger: counts the reads.
     """
 
-    def __init__(
-        self,
-        scenes: Sequence[pystac.Item],
-        day_of: Sequence[int],
-        owner: Int16,
-        kind: UInt8,
-        use: Bool,
-        box: GeoBox,
-        ledger: Ledger | None,
-    ) -> None:
+    def __init__(self, observations: Observations, use: Bool, box: GeoBox, ledger: Ledger | None) -> None:
         self.days = np.flatnonzero(use.any(axis=(1, 2)))
         """Those that are used, of all days."""
         self.use = use[self.days]
-        self._scenes, self._box, self._ledger = scenes, box, ledger
-        self._owner, self._kind = owner, kind
+        self.lacked = False
+        self._of, self._box, self._ledger = observations, box, ledger
         index = {int(day): n for n, day in enumerate(self.days)}
-        self._day_of = [index.get(day) for day in day_of]
+        self._day_of = [index.get(day, -1) for day in observations.day_of]
         self._windows = self._wanted()
         self._reading: deque[tuple[str, UInt16, deque[tuple[int, Window, Future[UInt16]]]]] = deque()
         self._queue: deque[str] = deque()
@@ -65,18 +73,17 @@ class Bands:
         self._begin()
 
     def next(self) -> UInt16:
-        """The next band; raises UnseenError where it lacks what is wanted, ReadError where it cannot be read."""
+        """The next band; raises ReadError where it cannot be read."""
         band, seen, reads = self._reading.popleft()
         self._begin()
-        size = size_of(band, self._scenes)
+        size = size_of(band, self._of.scenes)
         while reads:
             scene, window, read = reads.popleft()  # and so out of memory
-            pixels, day = read.result(), self._day(scene)
+            pixels, day = read.result(), self._day_of[scene]
             if not pixels.min():
                 lacking = self._where(scene, window) & ~_whole(pixels, size)
-                if lacking.any():
-                    self._kind[(self.days[day], *window)][lacking] = 0
-                    raise UnseenError
+                self._of.kind[(self.days[day], *window)][lacking] = 0
+                self.lacked |= bool(lacking.any())
             if self._alone(scene):
                 masked(seen[day], self.use[day], size, out=seen[day])
             else:
@@ -97,19 +104,21 @@ class Bands:
     def _begin(self) -> None:
         while self._queue and len(self._reading) <= AHEAD:
             band = self._queue.popleft()
-            size = size_of(band, self._scenes)
+            size = size_of(band, self._of.scenes)
             box = at_resolution(self._box, size)
             seen = np.empty((len(self.days), *box.shape), dtype=np.uint16)
             reads: deque[tuple[int, Window, Future[UInt16]]] = deque()
             begun: set[int] = set()
             for scene, window in self._windows:
-                day, place = self._day(scene), _scaled(window, size)
+                day, place = self._day_of[scene], _scaled(window, size)
                 # Straight to its place, where no other scene has a pixel of that day.
                 out = seen[(day, *place)] if self._alone(scene) else None
                 if day not in begun and (out is None or out.shape != seen.shape[1:]):
                     seen[day] = 0
                 begun.add(day)
-                reads.append((scene, window, begin(self._scenes[scene], band, box[place], self._ledger, out)))
+                ledger = self._ledger.repeated() if self._ledger and (scene, band) in self._of.asked else self._ledger
+                self._of.asked.add((scene, band))
+                reads.append((scene, window, begin(self._of.scenes[scene], band, box[place], ledger, out)))
             for day in set(range(len(seen))) - begun:
                 seen[day] = 0
             self._reading.append((band, seen, reads))
@@ -123,20 +132,15 @@ class Bands:
         found = []
         whole = (slice(0, self.use.shape[1]), slice(0, self.use.shape[2]))
         for scene, day in enumerate(self._day_of):
-            if day is not None and (where := self._where(scene, whole)).any():
+            if day >= 0 and (where := self._where(scene, whole)).any():
                 found.append((scene, (_span(where, 1), _span(where, 0))))
         return found
 
-    def _day(self, scene: int) -> int:
-        day = self._day_of[scene]
-        assert day is not None  # noqa: S101  only scenes of used days are read
-        return day
-
     def _where(self, scene: int, window: Window) -> Bool:
         """Flags in a window of 20 m pixels: of that scene, this is used."""
-        day = self._day(scene)
+        day = self._day_of[scene]
         use = self.use[(day, *window)]
-        return use if self._alone(scene) else use & (self._owner[(int(self.days[day]), *window)] == scene)
+        return use if self._alone(scene) else use & (self._of.owner[(int(self.days[day]), *window)] == scene)
 
 
 def _scaled(window: Window, size_m: int) -> Window:
@@ -171,6 +175,11 @@ def finer(pixels: npt.NDArray[Any], size_m: int, to_m: int = 10) -> npt.NDArray[
     """The last two dimensions at a smaller (or the same) pixel size, by repetition."""
     scale = size_m // to_m
     return pixels if scale == 1 else pixels.repeat(scale, axis=-2).repeat(scale, axis=-1)
+
+
+def cropped(pixels: npt.NDArray[Any], margin: int) -> npt.NDArray[Any]:
+    """The last two dimensions without `margin` pixels on each side."""
+    return pixels[..., margin:-margin, margin:-margin] if margin else pixels
 
 
 def _whole(pixels: UInt16, size_m: int) -> Bool:

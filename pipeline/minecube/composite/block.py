@@ -5,7 +5,7 @@ which files, and which window of each. Bands are read in their own pixels on the
 being reduced, and are gone once they are: memory is that of a few bands, not of all.
 
 An observation is one in all bands. That a band lacks a pixel which the mask has seen is rare, so it is noticed on the way;
-then that observation is struck out and the block is made again.
+then those observations are struck out and the block is made again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import FALLBACKS, SCL, Recipe
 from minecube.composite import masks, reducers
-from minecube.composite.bands import Bands, UInt16, UnseenError, finer, masked, summed
+from minecube.composite.bands import Bands, Observations, UInt16, cropped, finer, masked, summed
 from minecube.composite.masks import CLEAR, Bool, Int16, Int32, UInt8
 from minecube.composite.needs import MASK_M, OPINION_BANDS, days_of, looked_at, margins_m, memory, near, size_of
 from minecube.composite.reducers import Reducers
@@ -63,11 +63,9 @@ def composite_block(
         made = [composite_block(scenes, half, recipe, year, tools, ledger) for half in halves]
         return {name: np.concatenate([m[name] for m in made], axis=axis - 2) for name in made[0]}
     block = _Block.of(scenes, box, recipe, year, tools, ledger)
-    while True:
-        try:
-            return block.made()
-        except UnseenError:  # the mask has fewer observations now
-            continue
+    while (layers := block.made()) is None:
+        pass  # there are fewer observations now
+    return layers
 
 
 def _empty(box: GeoBox, recipe: Recipe) -> Layers:
@@ -81,9 +79,7 @@ def _empty(box: GeoBox, recipe: Recipe) -> Layers:
 class _Block:
     """A block whose mask is made. Arrays [day, y, x] are at 20 m and reach `fringe_m` beyond the block."""
 
-    scenes: Sequence[pystac.Item]
-    day_of: Sequence[int]
-    """Of each scene, its day's index."""
+    of_mask: Observations
     yeardays: npt.NDArray[np.int64]
     """Of each day, its day of the year."""
     box: GeoBox
@@ -91,10 +87,6 @@ class _Block:
     recipe: Recipe
     tools: Tools
     ledger: Ledger | None
-    owner: Int16
-    """The scene that each day's pixel comes from, -1 = none."""
-    kind: UInt8
-    """What each observation is, as `masks.kinds` has it."""
 
     @classmethod
     def of(
@@ -116,22 +108,23 @@ class _Block:
         when = [s.datetime for s in first if s.datetime]
         opinion = _opinions(scenes, days, owner, wide, tools.opinion, ledger) if tools.opinion else None
         kind = masks.kinds(day_scl, recipe, [w.month for w in when], [season(s, recipe, year) for s in first], opinion)
-        owner, kind = (_cropped(a, (margin - fringe) // MASK_M).copy() for a in (owner, kind))
+        owner, kind = (cropped(a, (margin - fringe) // MASK_M).copy() for a in (owner, kind))
         yeardays = np.array([w.timetuple().tm_yday for w in when])
-        return cls(scenes, days, yeardays, box, fringe, recipe, tools, ledger, owner, kind)
+        return cls(Observations(scenes, days, owner, kind), yeardays, box, fringe, recipe, tools, ledger)
 
-    def made(self) -> Layers:
-        """The block reduced; raises UnseenError."""
+    def made(self) -> Layers | None:
+        """The block reduced; None where a band lacked observations that the mask has seen, which are struck out now."""
         recipe, out = self.recipe, _empty(self.box, self.recipe)
-        use, quality = masks.chosen(self.kind, recipe)
+        kind = self.of_mask.kind
+        use, quality = masks.chosen(kind, recipe)
         if most := recipe.max_clear_observations:
             enough = max(recipe.min_clear, -(-most // 3))
-            use &= masks.clearest(self.kind, most, enough, self.yeardays.tolist()) | (self.kind != CLEAR)
+            use &= masks.clearest(kind, most, enough, self.yeardays.tolist()) | (kind != CLEAR)
         if not self.inside(use).any():
             return out
         first = [b for b in recipe.bands if b in looked_at(recipe)]
-        ahead = self._bands(self.owner, self.kind, use, padded(self.box, self.fringe_m))
-        bands = self._bands(self.inside(self.owner), self.inside(self.kind), self.inside(use), self.box)
+        ahead = Bands(self.of_mask, use, padded(self.box, self.fringe_m), self.ledger)
+        bands = Bands(self.of_mask.inside(self.fringe_m // MASK_M), self.inside(use), self.box, self.ledger)
         try:
             ahead.read(first)
             bands.read([b for b in recipe.bands if b not in first])
@@ -149,10 +142,7 @@ class _Block:
         finally:
             ahead.cancel()
             bands.cancel()
-        return out
-
-    def _bands(self, owner: Int16, kind: UInt8, use: Bool, box: GeoBox) -> Bands:
-        return Bands(self.scenes, self.day_of, owner, kind, use, box, self.ledger)
+        return None if ahead.lacked or bands.lacked else out
 
     def _reduce(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32, out: Layers) -> None:
         how, percent, rows = self.tools.reducers, self.recipe.percentile, out["reflectance"]
@@ -214,7 +204,7 @@ class _Block:
         if rule is None:
             red, nir = (finer(self.inside(seen[b], self.size(b))[same], self.size(b)) for b in ("B04", "B08"))
             return how.max_ndvi(red, nir)
-        away = masks.cloud_distance_m(self.kind[bands.days], rule.cloud_distance_m)
+        away = masks.cloud_distance_m(self.of_mask.kind[bands.days], rule.cloud_distance_m)
         hazy = (excess[same] / 8e4).astype(np.float32)
         sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
         score = reducers.best_pixel_score(self.yeardays[bands.days], finer(away, MASK_M), finer(hazy, MASK_M), sharp, rule)
@@ -222,11 +212,11 @@ class _Block:
 
     def size(self, band: str) -> int:
         """Pixel size in metres at which a band is read."""
-        return size_of(band, self.scenes)
+        return size_of(band, self.of_mask.scenes)
 
     def inside(self, pixels: npt.NDArray[Any], size_m: int = MASK_M) -> npt.NDArray[Any]:
         """Pixels of that size without the fringe."""
-        return _cropped(pixels, self.fringe_m // size_m)
+        return cropped(pixels, self.fringe_m // size_m)
 
 
 def _where_chosen(index: Int16, days: int) -> Bool:
@@ -264,8 +254,3 @@ def _opinions(
         for read in (r for of_scene in reads for r in of_scene):
             read.cancel()
     return out
-
-
-def _cropped(pixels: npt.NDArray[Any], margin: int) -> npt.NDArray[Any]:
-    """The last two dimensions without `margin` pixels on each side."""
-    return pixels[..., margin:-margin, margin:-margin] if margin else pixels

@@ -51,6 +51,10 @@ class Ledger:
             if reason:
                 self._reasons[scene, band] = reason
 
+    def repeated(self) -> Ledger:
+        """The same account, for what was read before: it costs once more, and was planned once."""
+        return _Repeated(self)
+
     def totals(self) -> dict[str, float]:
         """Sums of all counts, and `completeness`: the share of planned reads that were read, 1 where none was planned.
 
@@ -85,3 +89,13 @@ class Ledger:
         out = io.BytesIO()
         self.table().to_parquet(out, index=False)
         return out.getvalue()
+
+
+class _Repeated(Ledger):
+    def __init__(self, of: Ledger) -> None:
+        super().__init__(lossy=of.lossy)
+        self._of = of
+
+    def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:
+        # One that is lost only now is read no longer.
+        self._of.add(scene, band, reason=reason, **{**counts, "planned": 0, "read": -counts.get("lost", 0)})

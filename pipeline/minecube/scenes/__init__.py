@@ -36,6 +36,7 @@ __all__ = [
     "check_years",
     "dates",
     "deduplicate",
+    "has_images",
     "merge",
     "normalise",
     "search",
@@ -120,10 +121,15 @@ def _scene(item: pystac.Item, source: Source) -> pystac.Item | str:
 
 def check_years(years: Iterable[int]) -> None:
     """Raises SceneError for a year in which Sentinel-2 took no image."""
-    last = datetime.now(tz=UTC).year
     for year in years:
-        if not FIRST_YEAR <= year <= last:
+        if not has_images(year):
+            last = datetime.now(tz=UTC).year
             raise SceneError(f"year {year}: expected {FIRST_YEAR}..{last}; Sentinel-2 has images of no other year")
+
+
+def has_images(year: int) -> bool:
+    """Whether Sentinel-2 took images in that year."""
+    return FIRST_YEAR <= year <= datetime.now(tz=UTC).year
 
 
 def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
