@@ -69,12 +69,12 @@ def test_no_more_is_planned_than_a_file_has(listed):
 
 
 def test_time_is_what_takes_longest_and_cost_is_counted():
-    """By hand: 6400 requests at 50 ms over 64 connections 5 s; 1000 MB at 50 MB/s 20 s; cores (12 + 7) / 2 s."""
+    """By hand: 6400 requests at 50 ms over 64 connections 5 s; 1000 MB at 50 MB/s 20 s; cores (9 + 1) / 2 s."""
     asked = plan.Estimate(requests=6400, bytes=1_000_000_000, pixels=100_000_000)
     terms = plan.Terms(per_1000_requests=0.5, per_gb=0.1, per_core_hour=0.36)
     assert asked.seconds(terms) == pytest.approx(20)
     assert asked.seconds(dataclasses.replace(terms, latency_s=1.0)) == pytest.approx(100)
-    assert asked.seconds(dataclasses.replace(terms, mb_per_s=1e6, cores=1)) == pytest.approx(19)
+    assert asked.seconds(dataclasses.replace(terms, mb_per_s=1e6, cores=1)) == pytest.approx(10)
     assert asked.cost(terms) == pytest.approx(6.4 * 0.5 + 1 * 0.1 + 20 * 2 / 3600 * 0.36)
     assert asked.cost(plan.Terms()) is None
 

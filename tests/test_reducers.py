@@ -513,7 +513,7 @@ def test_tiles_and_strips_do_not_show(monkeypatch):
 
 def test_a_device_that_is_not_there_is_said_to_be_missing():
     pytest.importorskip("torch")
-    with pytest.raises(ModelError, match=r"'cuda:99' were asked for, but torch .* sees \d+ GPUs here; run where there is one"):
+    with pytest.raises(ModelError, match=r"'cuda:99' was asked for, but torch .* sees \d+ GPUs here; use cpu"):
         TorchReducers("cuda:99")
     with pytest.raises(ModelError, match="'abacus' is not one that torch knows; expected cpu, cuda"):
         TorchReducers("abacus")

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minecube.catalog import ModelCard, as_dict
+from minecube.device import device_of
 from minecube.errors import ModelError
 
 NODATA = 255
@@ -189,7 +190,7 @@ def predict(
     Raises:
         ModelError: bands are missing or in another order than the card's, pixels are not uint16, the device is not there.
     """
-    place = _device(device)
+    place = device_of(device)
     cube = select_bands(reflectance, trained.card)
     years = cube if "year" in cube.dims else cube.expand_dims("year")
     network = copy.deepcopy(trained.network).to(place).eval()
@@ -285,16 +286,3 @@ def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
             f"{', '.join(found) or 'no names'}; it would take one band for another: build the cube with these bands"
         )
     return reflectance.transpose(*order).isel(band=[found.index(b) for b in card.bands])
-
-
-def _device(name: str) -> torch.device:
-    try:
-        place = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r} is not one that torch knows; expected cpu, cuda or cuda:N") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device {name!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
-            "use cpu, or install a CUDA build of torch"
-        )
-    return place

@@ -29,9 +29,10 @@ _STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
 """Bytes a pixel takes in the files where the item does not say their size: of real Collection 1 items, 0.5 to 2.4, SCL 0.02 to
 0.09."""
 _OVERVIEWS = 0.75  # of a file's bytes are its full resolution, where it has overviews of a half, a quarter ...
-_CPU_S_PER_MB, _CPU_S_PER_MPX = 0.012, 0.07
-"""Core-seconds to inflate a megabyte, and to mask and reduce a million pixels: fitted to blocks of 256 to 1024 px of 20 and 40
-dates, which it meets within a fifth (a cloud server of 2026; the ratio to yours is anybody's guess)."""
+_CPU_S_PER_MB, _CPU_S_PER_MPX = 0.009, 0.010
+"""Core-seconds to inflate a megabyte, and to mask and reduce a million pixels: fitted to medians of 1024 px of 20 and 40 dates,
+which it meets within a quarter (a cloud server of 2026; the ratio to yours is anybody's guess). Geomedians take several times
+as long."""
 _BASE_BYTES = 100_000_000  # of the reading threads' own buffers
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minecube.composite.reducers import MOST_AHEAD, MOST_STEPS, Geomedian
-from minecube.errors import ModelError
+from minecube.device import device_of
 
 Bool = npt.NDArray[np.bool_]
 UInt16 = npt.NDArray[np.uint16]
@@ -43,7 +43,7 @@ class TorchReducers:
     """
 
     def __init__(self, device: str) -> None:
-        self.device = _device(device)
+        self.device = device_of(device)
 
     def median(self, observed: UInt16) -> UInt16:
         """As `reducers.median`."""
@@ -136,19 +136,6 @@ class TorchReducers:
         """The values as int32 on the device; they travel as 16 bits, of which torch knows the signed ones best."""
         signed = torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).to(self.device)
         return signed.to(torch.int32) & 0xFFFF
-
-
-def _device(name: str) -> torch.device:
-    try:
-        place = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r} is not one that torch knows; expected cpu, cuda or cuda:N") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"reducers on device {name!r} were asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs "
-            "here; run where there is one, with a torch built for CUDA, or leave the device out to reduce with numpy"
-        )
-    return place
 
 
 def _strips(values: npt.NDArray[Any]) -> Iterator[slice]:

@@ -1,0 +1,21 @@
+"""Where torch computes."""
+
+from __future__ import annotations
+
+import torch
+
+from minecube.errors import ModelError
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; raises ModelError where torch does not know it, or sees no such GPU."""
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is not one that torch knows; expected cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {name!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
+            "use cpu, or install a CUDA build of torch"
+        )
+    return place
