@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -447,56 +448,16 @@ def two_workers(folder: Path, say: Say) -> dict[str, Any]:
 
 def quality(place: Path, worlds: int, picture: Path | None, say: Say) -> dict[str, Any]:
     """Every reducer, what others would run, and the recipe with each of its steps switched off."""
-    years = []
+    years: list[SiteYear] = []
     for seed in range(worlds):
         sites = [s for s in load_sites() if s.id.startswith("demo_")]
         simulate(sites, place / f"world{seed}", World(years=YEARS, one_style_per_site=True, seed=seed))
         years += site_years(place / f"world{seed}", sites)
-    known = load_recipes()
-    best = known["annual-median"]
-    reducers_ = {
-        "annual-median": best,
-        "annual-geomedian": known["annual-geomedian"],
-        "medoid": dataclasses.replace(best, reducer="medoid"),
-        "percentile 40": dataclasses.replace(best, reducer="percentile", percentile=40.0),
-        "best pixel": dataclasses.replace(best, reducer="best-pixel", best_pixel=BestPixel()),
-        "max-NDVI": dataclasses.replace(best, reducer="max-ndvi"),
-        "summer-bap": known["summer-bap"],
-        "eurominenet": known["eurominenet"],
-    }
-    undilated = tuple(dataclasses.replace(rule, dilate_m=0) for rule in best.mask)
-    unopened = tuple(dataclasses.replace(rule, open_m=0) for rule in best.mask)
-    without = {
-        "no haze test": dataclasses.replace(best, haze=None),
-        "no bright override": dataclasses.replace(best, bright_override=None),
-        "no dilation": dataclasses.replace(best, mask=undilated),
-        "no opening": dataclasses.replace(best, mask=unopened),
-        "no shadow rule": dataclasses.replace(best, mask=tuple(r for r in best.mask if r.classes != (3,))),
-        "no registration": dataclasses.replace(best, registration=None),
-        "no fallback": dataclasses.replace(best, fallback=()),
-        "K = 6": dataclasses.replace(best, max_clear_observations=6),
-    }
-    rows, measured = [], {}
-    ways: dict[str, Callable[[SiteYear], np.ndarray[Any, Any]]] = {
-        "median of everything": lambda y: made_by(y, known["naive-median"]),
-        "odc-stac, SCL mask and median": odc_mask_and_median,
-        **{name: (lambda y, r=recipe: made_by(y, r)) for name, recipe in (reducers_ | without).items()},
-        "no border erosion": _without_erosion,
-    }
-    drawn: dict[str, Any] = {}
-    for name, way in ways.items():
-        found = [measure(year, way(year)) for year in years]
-        total = {k: sum(f[k] for f in found) for k in found[0]}
-        measured[name] = scores(total)
-        rows.append((name, *(f"{v:.4f}" if k.startswith("rmse") else f"{v:.3f}" for k, v in measured[name].items())))
-    truly = {k: sum(measure(y, y.oracle)[k] for y in years) for k in measure(years[0], years[0].oracle)}
-    measured["median of what is truly clear"] = scores(truly)
-    rows.append(
-        (
-            "median of what is truly clear",
-            *(f"{v:.4f}" if k.startswith("rmse") else f"{v:.3f}" for k, v in scores(truly).items()),
-        )
-    )
+    measured = {name: scores([measure(year, way(year)) for year in years]) for name, way in WAYS.items()}
+    rows = [
+        (name, *(f"{v:.4f}" if k.startswith("rmse") else f"{v:.3f}" for k, v in found.items()))
+        for name, found in measured.items()
+    ]
     say(
         f"Against the truth of {len(years)} site-years of the simulated world",
         table(("", "RMSE", "on the mine", "elsewhere", "bright %", "cloud %", "cloud % of mine", "holes %"), rows)
@@ -504,12 +465,16 @@ def quality(place: Path, worlds: int, picture: Path | None, say: Say) -> dict[st
         "\nwhich has those by its scenes' displacement alone; holes: empty although a clear observation existed",
     )
     if picture:
-        year = next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1])
-        middle = {"dims": ("band", "y", "x"), "coords": {"band": list(BANDS), **odc.geo.xr.xr_coords(year.grid)}}
-        drawn = {name: xr.DataArray(ways[way](year), **middle) for name, way in PICTURED.items()}
-        drawn["truth: no cloud, no noise"] = xr.DataArray(year.truth, **middle)
-        report.comparison(drawn, picture, f"{year.name} {year.year}, simulated")
+        draw(next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1]), picture)
     return {"quality": measured, "residual_cloud_pct": measured["annual-median"]["cloud_pct"]}
+
+
+def draw(year: SiteYear, path: Path) -> None:
+    """One mine block under three composites, and the truth."""
+    middle = {"dims": ("band", "y", "x"), "coords": {"band": list(BANDS), **odc.geo.xr.xr_coords(year.grid)}}
+    drawn = {name: xr.DataArray(WAYS[way](year), **middle) for name, way in PICTURED.items()}
+    drawn["truth: no cloud, no noise"] = xr.DataArray(year.truth, **middle)
+    report.comparison(drawn, path, f"{year.name} {year.year}, simulated")
 
 
 PICTURED = {
@@ -627,8 +592,9 @@ CLOUDY = 300
 """Blue brighter by this (reflectance x 10000) is residual cloud."""
 
 
-def scores(total: dict[str, float]) -> dict[str, float]:
-    """What the sums come to."""
+def scores(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What the sums of all site-years come to."""
+    total = {name: sum(f[name] for f in found) for name in found[0]}
     rest = total["pixels"] - total["mine"]
     return {
         "rmse": round((total["squares"] / total["pixels"]) ** 0.5 / 1e4, 5),
@@ -639,6 +605,40 @@ def scores(total: dict[str, float]) -> dict[str, float]:
         "cloud_mine_pct": round(100 * total["cloud_mine"] / total["mine"], 4),
         "holes_pct": round(100 * total["holes"] / total["pixels"], 4),
     }
+
+
+def _ways() -> dict[str, Callable[[SiteYear], np.ndarray[Any, Any]]]:
+    """Composites by name."""
+    known = load_recipes()
+    best = known["annual-median"]
+    recipes = {
+        "median of everything": known["naive-median"],
+        "annual-median": best,
+        "annual-geomedian": known["annual-geomedian"],
+        "medoid": dataclasses.replace(best, reducer="medoid"),
+        "percentile 40": dataclasses.replace(best, reducer="percentile", percentile=40.0),
+        "best pixel": dataclasses.replace(best, reducer="best-pixel", best_pixel=BestPixel()),
+        "max-NDVI": dataclasses.replace(best, reducer="max-ndvi"),
+        "summer-bap": known["summer-bap"],
+        "eurominenet": known["eurominenet"],
+        "no haze test": dataclasses.replace(best, haze=None),
+        "no bright override": dataclasses.replace(best, bright_override=None),
+        "no dilation": dataclasses.replace(best, mask=tuple(dataclasses.replace(r, dilate_m=0) for r in best.mask)),
+        "no opening": dataclasses.replace(best, mask=tuple(dataclasses.replace(r, open_m=0) for r in best.mask)),
+        "no shadow rule": dataclasses.replace(best, mask=tuple(r for r in best.mask if r.classes != (3,))),
+        "no registration": dataclasses.replace(best, registration=None),
+        "no fallback": dataclasses.replace(best, fallback=()),
+        "K = 6": dataclasses.replace(best, max_clear_observations=6),
+    }
+    return {
+        "odc-stac, SCL mask and median": odc_mask_and_median,
+        **{name: functools.partial(made_by, recipe=recipe) for name, recipe in recipes.items()},
+        "no border erosion": _without_erosion,
+        "median of what is truly clear": lambda year: year.oracle,
+    }
+
+
+WAYS = _ways()
 
 
 def on_gpu(say: Say) -> dict[str, Any]:

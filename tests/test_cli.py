@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,9 +28,11 @@ import zarr
 from click.testing import CliRunner
 from shapely.geometry import box
 
-from minecube import cube
-from minecube.catalog import load_sites, load_sources
+from minecube import cube, scenes
+from minecube.catalog import load_recipes, load_sites, load_sources
 from minecube.cli import COMMANDS, cli
+from minecube.cli import build as building
+from minecube.errors import SceneError
 from minecube.simulate import World, simulate
 
 
@@ -286,6 +289,39 @@ def test_every_recipe_is_built(world, built, tmp_path, recipe, layers):
         assert (values[seen] >= 0).all()
         assert np.isnan(values[~seen]).all() if layers[name] == "float32" else (values[~seen] == 0).all()
     assert all("shifts" in made for made in cube.builds(str(store), "pit").values())
+
+
+def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, tmp_path):
+    """One without scenes has none to give; one that could not be searched fails the year, which it would change unseen."""
+    (site,) = load_sites(world / "sites.geojson")
+    (source,) = load_sources(world / "archive" / "sources.yaml").values()
+    recipe = load_recipes()["summer-bap"]
+    job = building.Job(store="none", sources=(source,), recipe=recipe, snapshots=tmp_path)
+    listed = {year: scenes.search(site, year, source) for year in (2020, 2022)}
+    asked = []
+
+    def find(_site, year, *_):
+        asked.append(year)
+        if year == 2021:
+            return listed[2020]
+        if year in listed:
+            return listed[year]
+        return scenes.search(site, year, source)  # which finds nothing
+
+    _, chosen = building.chosen_scenes(job, site, 2022, find)
+    assert asked == [2022, 2021, 2023]
+    summer = [s.id for s in listed[2020].scenes if s.datetime.month in recipe.months and s.properties["eo:cloud_cover"] <= 90]
+    assert {s.id for s in chosen if s.datetime.year == 2020} == set(summer) != set()
+    last = datetime.now(tz=UTC).year
+    assert not scenes.has_images(last + 1)
+
+    def fails(_site, year, *_):
+        if year == 2023:
+            raise SceneError("the API does not answer")
+        return listed[2022]
+
+    with pytest.raises(SceneError, match="does not answer"):
+        building.chosen_scenes(job, site, 2022, fails)
 
 
 def test_a_large_site_is_built_only_when_asked_twice(world, tmp_path, monkeypatch):

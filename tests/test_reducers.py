@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from minecube.catalog import BestPixel
 from minecube.composite import reducers
-from minecube.composite.reducers import Reducers, best_pixel_score, lower_quartile, sharpness
+from minecube.composite.ranks import lower_quartile
+from minecube.composite.reducers import Reducers, best_pixel_score, sharpness
 from minecube.errors import ModelError
 
 try:
@@ -486,6 +487,15 @@ def test_a_pixel_depends_on_nothing_but_itself(how):
         np.testing.assert_array_equal(how.medoid(part), medoid[box])
         np.testing.assert_array_equal(how.median(part[1]), median[box])
         np.testing.assert_array_equal(how.percentile(part[1], 20), low[box])
+
+
+def test_ranks_go_on_where_a_tile_ends():
+    rng = np.random.default_rng(6)
+    observed = rng.integers(1, 9000, (6, 211, 173)).astype(np.uint16)  # 36503 pixels, where a tile is of 32768
+    np.testing.assert_array_equal(reducers.median(observed), np.rint(np.median(observed, axis=0)))
+    np.testing.assert_array_equal(reducers.percentile(observed, 30), np.rint(np.percentile(observed, 30, axis=0)))
+    low = lower_quartile(observed.astype(np.int32), observed > 0)
+    np.testing.assert_array_equal(low, np.sort(observed, axis=0)[1])
 
 
 def test_tiles_and_strips_do_not_show(monkeypatch):

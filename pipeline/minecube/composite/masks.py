@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from minecube.catalog import FALLBACKS, BrightOverride, HazeTest, MaskRule, Recipe
-from minecube.composite.reducers import lower_quartile
+from minecube.composite.ranks import lower_quartile
 
 Bool = npt.NDArray[np.bool_]
 UInt8 = npt.NDArray[np.uint8]

@@ -1,0 +1,414 @@
+"""What varies by site, provider, recipe or model, read from data files into frozen values; unknown keys are errors.
+
+The shipped catalogue (`catalog/` of the checkout, inside the wheel once installed) can be extended by a folder of the
+user's own with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.yaml`. `catalog/README.md` says every field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import geopandas as gpd
+import pandas as pd
+import shapely
+import yaml
+from shapely.geometry.base import BaseGeometry
+
+from minecube.catalog.fields import BANDS, NATIVE_M, SCL, FieldError, need
+from minecube.catalog.recipe import (
+    FALLBACKS,
+    LAYERS,
+    QUALITY,
+    REDUCERS,
+    BestPixel,
+    BrightOverride,
+    HazeTest,
+    Layer,
+    MaskRule,
+    Recipe,
+    Registration,
+    SecondOpinion,
+)
+from minecube.errors import CatalogError
+
+__all__ = [
+    "ASSET_KEYS",
+    "BANDS",
+    "FALLBACKS",
+    "FIRST_YEAR",
+    "LAYERS",
+    "NATIVE_M",
+    "QUALITY",
+    "REDUCERS",
+    "SCL",
+    "Access",
+    "BestPixel",
+    "BrightOverride",
+    "HazeTest",
+    "Layer",
+    "MaskRule",
+    "ModelCard",
+    "Offset",
+    "Recipe",
+    "Registration",
+    "SecondOpinion",
+    "Site",
+    "Source",
+    "as_dict",
+    "load_models",
+    "load_recipes",
+    "load_sites",
+    "load_sources",
+    "pick",
+]
+
+_COMMON_NAMES = ("blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "swir16", "swir22", "scl")
+ASSET_KEYS = {
+    band: (common, band, f"{band}_{NATIVE_M[band]}m") for band, common in zip((*BANDS, SCL), _COMMON_NAMES, strict=True)
+}
+"""Band -> asset keys in common use: Element 84's, Microsoft's and CDSE's, at the band's own pixel size."""
+FIRST_YEAR = 2015
+"""Sentinel-2A was launched in June 2015."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One mine."""
+
+    id: str
+    country: str = ""
+    split: str | None = None
+    """train, val or test; None where no benchmark split names it."""
+    geometry: BaseGeometry | None = None
+    """Area of interest, EPSG:4326; None until it is known."""
+    years: tuple[int, ...] = ()
+    """Years for which the site has labels; empty where unknown."""
+    labels: str | None = None
+    """Where the labels come from."""
+
+    def __post_init__(self) -> None:
+        # The id names a Zarr group and files, so it is kept to letters that are safe in both.
+        need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {self.id!r}")
+        need(self.split in (None, "train", "val", "test"), "split", f"train, val, test or null, found {self.split!r}")
+        if self.geometry is not None:
+            kind = self.geometry.geom_type
+            need(kind in ("Polygon", "MultiPolygon"), "geometry", f"a polygon, found {kind}")
+            need(not self.geometry.is_empty, "geometry", "a polygon with area, found an empty one")
+            need(self.geometry.is_valid, "geometry", f"a valid polygon, found {shapely.is_valid_reason(self.geometry)}")
+            west, south, east, north = self.geometry.bounds
+            in_degrees = west >= -180 and east <= 180 and south >= -90 and north <= 90
+            need(in_degrees, "geometry", f"longitude and latitude in degrees, found bounds {self.geometry.bounds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offset:
+    """Whether a scene's pixels still carry BOA_ADD_OFFSET; decided by rule, never by acquisition date."""
+
+    value: int = -1000
+    """What to add to the digital numbers that carry it (Sentinel-2 PSD, BOA_ADD_OFFSET)."""
+    from_baseline: str = "04.00"
+    """First processing baseline whose products carry it."""
+    applied_flag: str | None = None
+    """Item property that is true where the provider has already removed it."""
+
+    def __post_init__(self) -> None:
+        need(re.fullmatch(r"\d\d\.\d\d", self.from_baseline), "from_baseline", f"NN.NN, found {self.from_baseline!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What turns an asset's href into a request that is answered; nothing secret stands here."""
+
+    kind: str = "plain"
+    """plain: as it is; planetary-computer: a token by container; s3: a request signed with keys from the environment."""
+    href: str | None = None
+    """planetary-computer: the token service, asked for /<account>/<container>; s3: the endpoint, AWS's own by default."""
+    region: str | None = None
+    """s3 only; by default the environment's."""
+    anonymous: bool = False
+    """s3 only: public objects, nothing is signed."""
+    connections: int = 64
+    """Requests for pixels in flight at a time, a process."""
+
+    def __post_init__(self) -> None:
+        kinds = ("plain", "planetary-computer", "s3")
+        need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
+        need(self.kind != "planetary-computer" or self.href, "href", "the URL of the token service, found none")
+        need(self.kind == "s3" or not (self.region or self.anonymous), "region", f"kind s3 beside it, found {self.kind!r}")
+        need(not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}")
+        need(1 <= self.connections <= 256, "connections", f"1..256, found {self.connections}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A STAC API, or a stac-geoparquet file, and how to read what it lists."""
+
+    id: str
+    title: str
+    kind: str
+    """stac-api or stac-geoparquet."""
+    href: str
+    """URL of the API's landing page, or path or URL of the file (relative to the YAML file that names it)."""
+    collection: str
+    assets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Band name (and SCL) -> asset key; a band that is not named is looked for under the keys in common use (`ASSET_KEYS`)."""
+    resolution_m: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Band name -> pixel size, where what an item's assets say of it, or the mission's own size, is wrong."""
+    offset: Offset = Offset()
+    access: Access = Access()
+    tile_px: int = 512
+    """Side of the tiles that its files are stored in; `plan` reckons with it."""
+    searches_per_s: float = 10.0
+    """Requests to the API a second, at most."""
+    since: str | None = None
+    """YYYY-MM: the first month that it lists; earlier ones are not asked for."""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        kinds = ("stac-api", "stac-geoparquet")
+        need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
+        names = {*BANDS, SCL}
+        need(set(self.assets) <= names, "assets", f"bands of {', '.join([*BANDS, SCL])}, found {', '.join(self.assets)}")
+        need(not self.assets or SCL in self.assets, "assets", f"an entry for {SCL} (the mask), found {', '.join(self.assets)}")
+        sizes = set(self.resolution_m) <= names and set(self.resolution_m.values()) <= {10, 20}
+        need(sizes, "resolution_m", f"10 or 20 metres by band, found {dict(self.resolution_m)}")
+        need(self.tile_px > 0, "tile_px", f"pixels above 0, found {self.tile_px}")
+        need(0 < self.searches_per_s <= 100, "searches_per_s", f"above 0 and up to 100, found {self.searches_per_s}")
+        fits = self.since is None or re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", self.since)
+        need(fits, "since", f"a month YYYY-MM in quotes, found {self.since!r}")
+
+    def bands(self) -> tuple[str, ...]:
+        """The bands it is known to have; all of them where it does not say."""
+        return tuple(self.assets) or (*BANDS, SCL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a network is, before and after training."""
+
+    id: str
+    title: str
+    architecture: str
+    task: str = "mapping"
+    bands: tuple[str, ...] = BANDS
+    """Input channels, in order."""
+    width: int = 16
+    """Channels of the first level; each level down has twice as many."""
+    depth: int = 3
+    """Times the image is halved; windows are multiples of 2 ** depth."""
+    window_px: int = 96
+    """Side of the windows it is trained on and applied to."""
+    licence: str = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        need(self.architecture == "unet", "architecture", f"unet, found {self.architecture!r}")
+        need(self.task == "mapping", "task", f"mapping, found {self.task!r}")
+        unknown = [b for b in self.bands if b not in BANDS]
+        need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
+        need(self.width > 0 and 1 <= self.depth <= 6, "depth", "width above 0 and depth 1..6")
+        fits = self.window_px > 0 and self.window_px % 2**self.depth == 0
+        need(fits, "window_px", f"a multiple of {2**self.depth}, found {self.window_px}")
+
+
+def _catalog_dir() -> Path:
+    package = Path(__file__).parents[1]
+    shipped = package / "_catalog"  # inside a wheel; a checkout keeps it at its top
+    return shipped if shipped.is_dir() else package.parents[1] / "catalog"
+
+
+def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> list[Site]:
+    """The sites of a GeoJSON, GeoPackage, GeoParquet or Shapefile; the shipped EuroMineNet and demo sites by default.
+
+    A column `id` (or `name`, `site`) names each site; without one the rows are numbered `site_1` and on.
+
+    Args:
+        path: the file.
+        catalogue: hold it to a catalogue's rules: unknown columns and invalid polygons are errors. In a file of the user's
+            the first are passed over, the second repaired, each with a warning in the log.
+
+    Raises:
+        CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
+    """
+    catalogue = catalogue or path is None
+    path = Path(path) if path else _catalog_dir() / "sites.geojson"
+    try:
+        table = gpd.read_parquet(path) if path.suffix == ".parquet" else gpd.read_file(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
+    if not isinstance(table, gpd.GeoDataFrame):
+        raise CatalogError(f"{path}: holds a table without geometry; expected polygons of sites")
+    unknown = sorted(set(table.columns) - {"id", "country", "split", "years", "labels", table.geometry.name})
+    if unknown and catalogue:
+        raise CatalogError(f"{path}: field {unknown[0]!r}: expected one of id, country, split, geometry, years, labels")
+    if table.empty:
+        raise CatalogError(f"{path}: holds no site; expected at least one polygon")
+    if table.crs is None:
+        raise CatalogError(f"{path}: has no CRS, so its coordinates cannot be placed; set one (ogr2ogr -a_srs) and retry")
+    table = table.to_crs(4326)
+    table["geometry"] = shapely.force_2d(table.geometry.array)  # whatever that column was called
+    # Missing is None, whatever pandas made of it; a column of numbers with a gap is one of floats.
+    table = pd.DataFrame(table).convert_dtypes().astype(object)
+    table = table.where(table.notna(), None)
+    named = next((c for c in ("id", "name", "site") if c in table.columns), None)
+    sites = []
+    for number, row in enumerate(table.to_dict("records"), start=1):
+        site_id = str(row[named]) if named and row[named] is not None else f"site_{number}"
+        known: dict[str, Any] = {
+            "id": site_id.strip().replace(" ", "_"),
+            "country": row.get("country") or "",
+            "split": row.get("split") or None,
+            "geometry": row["geometry"] if catalogue else _mended(row["geometry"], path, site_id),
+            "labels": row.get("labels") or None,
+        }
+        try:
+            sites.append(Site(**known, years=_years(row.get("years"))))
+        except ValueError as error:
+            raise CatalogError(f"{path}: site {site_id!r}: {error}") from error
+    _need_unique((s.id for s in sites), path, "site")
+    return sites
+
+
+def _years(value: Any) -> tuple[int, ...]:
+    """Years of a list, of one number, or of text such as 2015-2024 or 2015, 2020."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        spans = [re.fullmatch(r"\s*(\d{4})(?:\s*-\s*(\d{4}))?\s*", part) for part in value.strip("[]").split(",")]
+        need(all(spans), "years", f"2015-2024 or a list of years, found {value!r}")
+        return tuple(y for s in spans if s for y in range(int(s[1]), int(s[2] or s[1]) + 1))
+    listed = value if isinstance(value, Iterable) else [value]
+    need(all(float(y).is_integer() for y in listed), "years", f"whole years, found {value!r}")
+    return tuple(int(y) for y in listed)
+
+
+def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometry | None:
+    if shape is None or shape.is_valid:
+        return shape
+    parts = shapely.get_parts(shapely.make_valid(shape, method="structure"))
+    mended = shapely.union_all([p for p in parts if p.geom_type in ("Polygon", "MultiPolygon")])
+    reason = shapely.is_valid_reason(shape)
+    log.warning(
+        "%s: site %s: its polygon was invalid (%s) and has been repaired; compare it with what was meant", path, site_id, reason
+    )
+    return mended
+
+
+def load_sources(path: Path | None = None) -> dict[str, Source]:
+    """The sources of a `sources.yaml`, by id; raises CatalogError as `load_sites` does."""
+    path = Path(path or _catalog_dir() / "sources.yaml").resolve()
+    sources = _load_yaml(Source, path)
+    return {
+        # A file named in YAML lies beside it, wherever the command runs.
+        s.id: dataclasses.replace(s, href=str(path.parent / s.href)) if s.kind != "stac-api" and "://" not in s.href else s
+        for s in sources
+    }
+
+
+def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
+    """The recipes of a `recipes.yaml`, by id; raises CatalogError as `load_sites` does."""
+    return {r.id: r for r in _load_yaml(Recipe, path or _catalog_dir() / "recipes.yaml")}
+
+
+def load_models(path: Path | None = None) -> dict[str, ModelCard]:
+    """The model cards of a `models.yaml`, by id; raises CatalogError as `load_sites` does."""
+    return {m.id: m for m in _load_yaml(ModelCard, path or _catalog_dir() / "models.yaml")}
+
+
+def pick(known: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of that name; raises CatalogError naming what there is."""
+    if name not in known:
+        raise CatalogError(f"unknown {what} {name!r}; there is: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A catalogue value as plain JSON types, for provenance and hashing."""
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(value)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return shapely.to_wkt(value) if isinstance(value, BaseGeometry) else value
+
+
+def _load_yaml(cls: type[T], path: Path) -> list[T]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CatalogError(f"{path}: cannot be read as a catalogue: {error}") from error
+    if not isinstance(content, Mapping):
+        raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
+    loaded = []
+    for name, entry in content.items():
+        try:
+            if not isinstance(entry, Mapping):
+                raise FieldError(f"expected fields, found {type(entry).__name__}")
+            loaded.append(_build(cls, {"id": str(name), **entry}))
+        except ValueError as error:
+            raise CatalogError(f"{path}: entry {name!r}: {error}") from error
+    return loaded
+
+
+def _build(cls: type[T], entry: Mapping[str, Any]) -> T:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in entry:
+        need(name in fields, name, f"one of {', '.join(f for f in fields if f != 'id')}")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    for name in sorted(required - set(entry)):
+        raise FieldError(f"field {name!r}: expected a value, found none")
+    return cls(**{name: _convert(hints[name], value, name) for name, value in entry.items()})
+
+
+def _convert(hint: Any, value: Any, field: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, field)
+    if dataclasses.is_dataclass(hint):
+        need(isinstance(value, Mapping), field, f"fields of {getattr(hint, '__name__', '')}, found {value!r}")
+        return _build(typing.cast("type[Any]", hint), value)
+    if origin is tuple:
+        need(isinstance(value, Sequence) and not isinstance(value, str), field, f"a list, found {value!r}")
+        return tuple(_convert(args[0], v, field) for v in value)
+    if origin is not None and issubclass(origin, Mapping):
+        need(isinstance(value, Mapping), field, f"names and values, found {value!r}")
+        return {str(k): _convert(args[1], v, field) for k, v in value.items()}
+    fits = isinstance(value, int | float) if hint is float else isinstance(value, hint)
+    need(fits and not (isinstance(value, bool) and hint is not bool), field, f"{hint.__name__}, found {value!r}")
+    return hint(value)
+
+
+def _need_unique(ids: Iterable[str], path: Path, what: str) -> None:
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise CatalogError(f"{path}: {what} {name!r} stands there twice; ids name groups of the cube, so keep one")
+        seen.add(name)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a repeated key is an error, not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node, deep=True))
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
