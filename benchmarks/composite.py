@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import bottleneck
+import distributed  # noqa: F401
 import geomad
 import numpy as np
 import odc.geo.xr

@@ -75,6 +75,7 @@ class BrightOverride:
     """Half width of the neighbourhood."""
 
     def __post_init__(self) -> None:
+        need(self.classes and all(1 <= c <= 11 for c in self.classes), "classes", f"SCL 1..11, found {self.classes}")
         need(0 < self.flagged <= 1, "flagged", f"a share above 0 and up to 1, found {self.flagged}")
         need(0 <= self.around < 1, "around", f"a share from 0 to below 1, found {self.around}")
         need(0 < self.window_m <= 5000, "window_m", f"1..5000 metres, found {self.window_m}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -66,6 +67,7 @@ class Bands:
         self._windows = self._wanted()
         self._reading: deque[tuple[str, UInt16, deque[tuple[int, Window, Future[UInt16]]]]] = deque()
         self._queue: deque[str] = deque()
+        self._spare: dict[int, list[UInt16]] = {}
 
     def read(self, bands: Sequence[str]) -> None:
         """Bands that `next` gives, after those that were named before."""
@@ -90,6 +92,12 @@ class Bands:
                 seen[(day, *_scaled(window, size))] |= masked(pixels, self._where(scene, window), size, out=pixels)
         return seen
 
+    def spent(self, seen: UInt16, band: str) -> None:
+        """What `next` gave for a band is needed no more: one of those to come is read into the same memory."""
+        size = size_of(band, self._of.scenes)
+        if size in (size_of(b, self._of.scenes) for b in self._queue):
+            self._spare.setdefault(size, []).append(seen)
+
     def narrow(self, use: Bool) -> None:
         """Fewer observations are wanted of the bands to come."""
         self.use = use
@@ -102,11 +110,18 @@ class Bands:
                 read.cancel()
 
     def _begin(self) -> None:
-        while self._queue and len(self._reading) <= AHEAD:
-            band = self._queue.popleft()
+        while self._queue:
+            band = self._queue[0]
             size = size_of(band, self._of.scenes)
             box = at_resolution(self._box, size)
-            seen = np.empty((len(self.days), *box.shape), dtype=np.uint16)
+            shape = (len(self.days), *box.shape)
+            # As much at a time as `AHEAD` bands of 10 m and one more; of coarser ones more, which are soon done with.
+            held = sum(seen.size for _, seen, _ in self._reading) + math.prod(shape)
+            if self._reading and held > (AHEAD + 1) * len(self.days) * math.prod(self._box.shape):
+                return
+            self._queue.popleft()
+            spare = self._spare.get(size)
+            seen = spare.pop() if spare else np.empty(shape, dtype=np.uint16)
             reads: deque[tuple[int, Window, Future[UInt16]]] = deque()
             begun: set[int] = set()
             for scene, window in self._windows:

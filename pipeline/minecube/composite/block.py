@@ -10,6 +10,7 @@ then those observations are struck out and the block is made again.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,15 +96,14 @@ class _Block:
         """Read SCL and make the mask."""
         fringe, margin = margins_m(recipe)
         wide = padded(box, margin)
-        reads = [begin(s, SCL, at_resolution(wide, MASK_M), ledger) for s in scenes]
+        days = days_of(scenes)
+        of_scl = at_resolution(wide, MASK_M)
+        reads = deque(begin(s, SCL, of_scl, ledger) for s in scenes)
         try:
-            scl = np.stack([r.result().astype(np.uint8) for r in reads])
+            owner, day_scl = masks.mosaic((reads.popleft().result().astype(np.uint8) for _ in scenes), days)
         finally:
             for read in reads:
                 read.cancel()
-        days = days_of(scenes)
-        owner, day_scl = masks.mosaic(scl, days)
-        del scl, reads
         first = [scenes[days.index(day)] for day in range(max(days) + 1)]
         when = [s.datetime for s in first if s.datetime]
         opinion = _opinions(scenes, days, owner, wide, tools.opinion, ledger) if tools.opinion else None
@@ -150,6 +150,7 @@ class _Block:
             for k, band, values in self._each(ahead, bands, seen):
                 made = how.median(values) if percent is None else how.percentile(values, percent)
                 rows[k] = finer(made, self.size(band))
+                bands.spent(values, band)
         elif self.recipe.reducer == "geomedian":
             self._geomedian(list(self._each(ahead, bands, seen)), out)
         elif self.recipe.reducer == "medoid":

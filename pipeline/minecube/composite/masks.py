@@ -6,7 +6,7 @@ size, so that a pixel's value does not depend on how the site is cut into blocks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,25 +29,27 @@ CLEAR, UNUSABLE = 1, 255
 _CLOUD, _NODATA = (8, 9), 0
 
 
-def mosaic(scl: UInt8, days: Sequence[int]) -> tuple[Int16, UInt8]:
+def mosaic(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
     """Which scene each day's pixel comes from, and the day's SCL.
 
     The first scene of a day that has a pixel keeps it. Each scene loses the outermost pixel of its coverage first: there
     20 m and 10 m pixels are partly outside the swath.
 
     Args:
-        scl: uint8 [scene, y, x], 0 = no data; scenes of a day in order of preference.
+        scl: uint8 [y, x] of each scene as it comes, 0 = no data; those of a day in order of preference.
         days: index of each scene's day, 0..n-1.
 
     Returns:
         int16 [day, y, x], index of the scene, -1 = not observed; uint8 [day, y, x], 0 = not observed.
     """
-    shape = (max(days) + 1, *scl.shape[1:])
-    owner, day_scl = np.full(shape, -1, dtype=np.int16), np.zeros(shape, dtype=np.uint8)
-    for i, day in enumerate(days):
-        free = _inside(scl[i]) & (owner[day] < 0)
-        owner[day][free] = i
-        day_scl[day][free] = scl[i][free]
+    owner, day_scl = np.empty((0, 0, 0), np.int16), np.empty((0, 0, 0), np.uint8)
+    for i, (day, layer) in enumerate(zip(days, scl, strict=True)):
+        if not i:
+            shape = (max(days) + 1, *layer.shape)
+            owner, day_scl = np.full(shape, -1, dtype=np.int16), np.zeros(shape, dtype=np.uint8)
+        free = _inside(layer) & (owner[day] < 0)
+        np.copyto(owner[day], i, where=free)
+        np.copyto(day_scl[day], layer, where=free)
     return owner, day_scl
 
 
@@ -83,13 +85,15 @@ def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[i
             grown |= dilated(seen, recipe.second_opinion.dilate_m)
         clear = observed[day] & ~grown
         if seasons[day] != CLEAR:
-            out[day] = np.where(clear, seasons[day], np.where(observed[day], UNUSABLE, 0))
+            out[day] = UNUSABLE
+            np.copyto(out[day], seasons[day], where=clear)
+            out[day] *= observed[day]
             continue
-        kind = np.where(hidden, FALLBACKS["thin"], FALLBACKS["ungrown"]).astype(np.uint8)
-        kind[hidden & _among(layer, _CLOUD)] = FALLBACKS["cloud"]
-        kind[clear] = CLEAR
-        kind[~observed[day]] = 0
-        out[day] = kind
+        out[day] = FALLBACKS["ungrown"]
+        np.copyto(out[day], FALLBACKS["thin"], where=hidden)
+        np.copyto(out[day], FALLBACKS["cloud"], where=hidden & _among(layer, _CLOUD))
+        np.copyto(out[day], CLEAR, where=clear)
+        out[day] *= observed[day]
     return out
 
 
@@ -269,9 +273,9 @@ def cloud_distance_m(kind: UInt8, most_m: int) -> npt.NDArray[np.float32]:
 
 
 def _among(layer: UInt8, classes: Sequence[int]) -> Bool:
-    table = np.zeros(256, dtype=bool)
-    table[list(classes)] = True
-    found: Bool = table[layer]
+    found: Bool = layer == classes[0]
+    for other in classes[1:]:  # a comparison each is many times faster than looking each pixel up
+        found |= layer == other
     return found
 
 

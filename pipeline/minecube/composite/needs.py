@@ -17,7 +17,7 @@ from minecube.grid import ALIGN_M, area_of, at_resolution, padded
 MASK_M = 20
 """Pixel size of masks, the mission's of SCL."""
 AHEAD = 2
-"""Bands being read while one is reduced."""
+"""Bands of 10 m, or as many bytes of coarser ones, that are read while the next is waited for."""
 OPINION_BANDS = ("B03", "B04", "B08")
 _OPINION_M = 480  # what a network sees around a pixel
 _STEP_M = 240  # margins are multiples of this: of 60 m, and of the four SCL pixels that make a cell of the bright override
@@ -88,23 +88,23 @@ def looked_at(recipe: Recipe) -> set[str]:
 def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     """Bytes that a block takes at its height, beside what the process has anyway.
 
-    Of the mask's surroundings, SCL of each scene and a dozen bytes a day. Of the bands, those in hand: one, those read ahead,
+    Of the mask's surroundings, SCL of each scene and a dozen bytes a day. Of the bands, those in hand: one, what is read ahead,
     and those that haze or a choice must see first; of a reducer that sees all bands at once, all.
     """
     fringe, margin = margins_m(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
     clear = min(days, recipe.max_clear_observations * 3 // 2) if recipe.max_clear_observations else days
     wide, inner = (math.prod(at_resolution(padded(box, m), MASK_M).shape) for m in (margin, fringe))
-    by_band = sorted(
-        (2 * math.prod(at_resolution(padded(box, fringe), size_of(b, scenes)).shape) for b in recipe.bands), reverse=True
-    )
+    by_band = [2 * math.prod(at_resolution(padded(box, fringe), size_of(b, scenes)).shape) for b in recipe.bands]
     together = recipe.reducer in ("geomedian", "medoid")
-    held = len(by_band) if together else 2 + AHEAD + 2 * bool(recipe.haze or recipe.best_pixel)
+    held: int = sum(by_band)
+    if not together:
+        most = 2 * math.prod(padded(box, fringe).shape)
+        held = min(held, (2 + AHEAD + 2 * bool(recipe.haze or recipe.best_pixel)) * most)
     masks: int = (
         len(scenes) * wide + days * wide * (36 if recipe.second_opinion else 12) + days * inner * 12 * bool(recipe.haze)
     )
-    bands: int = clear * sum(by_band[:held])
-    return masks + bands
+    return masks + clear * held
 
 
 def connections(scenes: Sequence[pystac.Item], most: int) -> int:

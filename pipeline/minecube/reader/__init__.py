@@ -35,6 +35,7 @@ import rasterio
 import stackstac
 import xarray as xr
 from affine import Affine
+from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
@@ -64,8 +65,8 @@ __all__ = [
 
 READ_THREADS = 64
 """Reads in flight in a process: they wait on networks and disks, so it has nothing to do with Dask's threads or the cores."""
-LOCAL_THREADS = 2 * (os.cpu_count() or 1) + 2
-"""The same of local files, which wait for a core rather than for an answer; each holds a window more in memory."""
+LOCAL_THREADS = (os.cpu_count() or 1) + 1
+"""The same of local files, which wait for a core rather than for an answer. More would keep from it what reduces the pixels."""
 UInt16 = npt.NDArray[np.uint16]
 _SAME = 1e-3  # corners that agree to a thousandth of a pixel are the same corner: they are whole metres in UTM
 _SAME_SIZE = 1e-6  # pixel sizes must agree far better: the difference adds up over 10980 pixels
@@ -371,10 +372,16 @@ def _stackstac(
 _STACKSTAC_LOCK = threading.Lock()  # it caches projections in plain dictionaries
 
 
+@functools.lru_cache(256)
+def _same(wkt: str, crs: CRS) -> bool:
+    """Whether both are one system; asked once, since a comparison takes as long as a tenth of a read."""
+    return bool(crs == wkt)
+
+
 def _nested(src: rasterio.DatasetReader, grid: GeoBox) -> tuple[int, int, int] | None:
     """How the file's pixels nest in the grid: (grid pixels per file pixel, x and y distance of the corners in grid pixels)."""
     t, size = src.transform, abs(grid.resolution.x)
-    if src.crs is None or grid.crs != src.crs or t.b or t.d or not np.isclose(t.a, -t.e):
+    if src.crs is None or not _same(src.crs.to_wkt(), grid.crs) or t.b or t.d or abs(t.a + t.e) > _SAME_SIZE * size:
         return None
     ratio, dx, dy = t.a / size, (grid.transform.c - t.c) / size, (t.f - grid.transform.f) / size
     whole, left, top = round(ratio), round(dx), round(dy)
