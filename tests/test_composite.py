@@ -427,6 +427,25 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
     np.testing.assert_array_equal(made.day_of_year.values, 183 + 3 * date)  # 1 July 2020 is the 183rd day
 
 
+@pytest.mark.parametrize("reducer", EVERY)
+def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, make, reducer):
+    """Five dates, the third hazy over the left half and of the highest NDVI and sharpness there: no pixel of it, no hole for it."""
+    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    many, rng, listed = dataclasses.replace(archive, bands=FOUR), np.random.default_rng(2), []
+    recipe = dataclasses.replace(PLAIN, bands=FOUR, haze=HazeTest(), reducer=reducer, **EVERY[reducer], block_px=32)
+    for n in range(5):
+        blue, red, nir = np.full((320, 320), 400), rng.integers(480, 520, (320, 320)), np.full((320, 320), 2000 + n)
+        if n == 2:
+            blue[:, :144], nir[:, :144] = 1500, 9000
+        pixels = {"B02": blue, "B04": red, "B08": nir, "B11": 3000 + n}
+        listed.append(many.scene(f"2020-07-{11 + 4 * n:02d}T10:00:00", where, pixels))
+    made = composite(listed, grid, recipe).compute()
+    assert (made.reflectance != 0).all()
+    assert (made.clear_count.values[:, :20] == 4).all()
+    assert (made.reflectance.sel(band="B02").values == 400).all()
+    assert (made.reflectance.sel(band="B08").values < 2005).all()
+
+
 def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive, make):
     grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 2400, TOP + 2400, 600, 600)
     many = dataclasses.replace(archive, bands=FOUR)

@@ -165,14 +165,14 @@ class _Block:
     def _each(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16]) -> Iterator[tuple[int, str, UInt16]]:
         """Place, name and pixels [day, y, x] of each band, those first that were seen already."""
         names = self.recipe.bands
-        same = np.searchsorted(ahead.days, bands.days)
         for band in [*seen, *(b for b in names if b not in seen)]:
-            if band in seen:
-                inside = np.ascontiguousarray(self.inside(seen.pop(band), self.size(band))[same])
-                values = masked(inside, bands.use, self.size(band), out=inside)
-            else:
-                values = bands.next()
+            values = self._used(ahead, bands, seen.pop(band), band) if band in seen else bands.next()
             yield names.index(band), band, values
+
+    def _used(self, ahead: Bands, bands: Bands, seen: UInt16, band: str) -> UInt16:
+        """Of a band that was read ahead, and so with more than is used now, what `bands` would give: a copy."""
+        inside = np.ascontiguousarray(self.inside(seen, self.size(band))[np.searchsorted(ahead.days, bands.days)])
+        return masked(inside, bands.use, self.size(band), out=inside)
 
     def _strips(self, everything: Sequence[tuple[int, str, UInt16]]) -> Iterator[tuple[slice, UInt16]]:
         """Rows of the block, and all bands of them side by side: uint16 [band, day, y, x] at 10 m."""
@@ -201,10 +201,10 @@ class _Block:
     def _best(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32) -> Int16:
         """Index of the best day of each pixel, int16 [y, x] at 10 m, -1 = none."""
         how, rule = self.tools.reducers, self.recipe.best_pixel
-        same = np.searchsorted(ahead.days, bands.days)
         if rule is None:
-            red, nir = (finer(self.inside(seen[b], self.size(b))[same], self.size(b)) for b in ("B04", "B08"))
+            red, nir = (finer(self._used(ahead, bands, seen[b], b), self.size(b)) for b in ("B04", "B08"))
             return how.max_ndvi(red, nir)
+        same = np.searchsorted(ahead.days, bands.days)
         away = masks.cloud_distance_m(self.of_mask.kind[bands.days], rule.cloud_distance_m)
         hazy = (excess[same] / 8e4).astype(np.float32)
         sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
