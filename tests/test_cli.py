@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -324,13 +325,24 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
         building.chosen_scenes(job, site, 2022, fails)
 
 
-def test_a_large_site_is_built_only_when_asked_twice(world, tmp_path, monkeypatch):
+def test_a_country_is_shown_its_plan_and_not_built(world, tmp_path):
+    (pit,) = load_sites(world / "sites.geojson")
+    x, y = pit.geometry.centroid.coords[0]
+    gpd.GeoDataFrame({"id": ["country"]}, geometry=[box(x - 1, y - 0.7, x + 1, y + 0.7)], crs=4326).to_file(
+        tmp_path / "country.geojson"
+    )
+    given = ["--sites", tmp_path / "country.geojson", *args(world, tmp_path / "new.zarr", "2020")[2:]]
+    out, err = run_here("build", *given, ok=2)
+    assert "MB a block" in out  # the plan
+    (km2,) = re.findall(r"country \(([\d,]+) km2\): larger than 2500 km2", err)
+    assert 18_000 < int(km2.replace(",", "")) < 28_000  # 1.4 of 111 km by 2 of 65..75, and what the grid adds at its corners
+    assert [f.name for f in tmp_path.iterdir()] == ["country.geojson"]
+
+
+def test_a_large_site_is_built_when_asked_twice(world, tmp_path, monkeypatch):
     monkeypatch.setattr("minecube.cli.data.LARGE_KM2", 1)
     asked = args(world, tmp_path / "new.zarr", "2020")
-    out, err = run_here("build", *asked, ok=2)
-    assert "MB a block" in out  # the plan
-    assert "pit (1 km2): larger than 1 km2" in err
-    assert list(tmp_path.iterdir()) == []
+    assert "pit (1 km2): larger than 1 km2" in run_here("build", *asked, ok=2)[1]
     assert "built" in run_here("build", *asked, "--yes")[0]
 
 

@@ -429,7 +429,7 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
 
 @pytest.mark.parametrize("reducer", EVERY)
 def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, make, reducer):
-    """Five dates, the third hazy over the left half and of the highest NDVI and sharpness there: no pixel of it, no hole for it."""
+    """Five dates, the third hazy over the left half and of the highest NDVI there: no pixel of it, no hole for it."""
     grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
     many, rng, listed = dataclasses.replace(archive, bands=FOUR), np.random.default_rng(2), []
     recipe = dataclasses.replace(PLAIN, bands=FOUR, haze=HazeTest(), reducer=reducer, **EVERY[reducer], block_px=32)

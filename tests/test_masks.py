@@ -29,8 +29,9 @@ INT32 = st.integers(-(2**20), 2**20)
 
 
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(bool, (2, 12, 13)), st.sampled_from([0, 20, 60, 100]), st.sampled_from([0, 40, 60]))
-def test_grow_opens_and_dilates_in_metres(flagged, dilate_m, open_m):
+@given(st.integers(0, 999), st.sampled_from([0.2, 0.8, 0.95]), st.sampled_from([0, 20, 60, 100]), st.sampled_from([0, 40, 60]))
+def test_grow_opens_and_dilates_in_metres(seed, share, dilate_m, open_m):
+    flagged = np.random.default_rng(seed).random((2, 12, 13)) < share
     rule = MaskRule(classes=(8,), dilate_m=dilate_m, open_m=open_m)
     for day in range(2):
         kept = np.zeros((12, 13), bool)
@@ -135,6 +136,43 @@ def test_a_second_opinion_adds_to_scl_and_takes_nothing_away():
     expected[0, 0] = False
     expected[4, 3:6], expected[3:6, 4] = False, False
     np.testing.assert_array_equal(clear, expected)
+
+
+def test_bright_ground_is_not_hidden_by_the_second_opinion_either():
+    scl, mine, overcast = mine_under_changing_sky(0.1)
+    rule = (MaskRule(classes=(8, 9)),)
+    recipe = dataclasses.replace(
+        PLAIN, mask=rule, bright_override=BrightOverride(), second_opinion=SecondOpinion(weights=("any",), dilate_m=0)
+    )
+    agrees = np.isin(scl, (8, 9)).astype(np.uint8)  # that it is cloud
+    found = kinds(scl, recipe, MONTHS, OWN, agrees)
+    np.testing.assert_array_equal(found, kinds(scl, recipe, MONTHS, OWN))
+    assert (found[~overcast][:, mine] == 1).mean() > 0.9
+
+
+def test_one_date_alone_says_nothing_of_bright_ground():
+    scl = np.full((1, 60, 60), 5, np.uint8)
+    scl[0, 30, 30] = 9
+    assert not persistently_bright(scl, BrightOverride()).any()
+    assert persistently_bright(np.repeat(scl, 2, axis=0), BrightOverride()).any()
+
+
+def test_thin_cloud_is_taken_where_there_is_nothing_else_and_only_there():
+    kind = np.array([[[1, 3]], [[3, 3]], [[3, 0]]], np.uint8)
+    use, quality = chosen(kind, dataclasses.replace(PLAIN, min_clear=3, fallback=("ungrown", "thin")))
+    np.testing.assert_array_equal(use[:, 0], [[True, True], [False, True], [False, False]])
+    np.testing.assert_array_equal(quality, [[1, 3]])
+
+
+def test_a_pixel_seen_through_haze_only_stays_and_says_so():
+    hot, use = np.zeros((3, 5, 5), np.int32), np.ones((3, 5, 5), bool)
+    hot[0], use[1:, 2, 2] = 20000, False  # 0.25 of excess on the first date, the only one of the middle pixel
+    kept, quality, _ = without_haze(hot, use, np.ones((5, 5), np.uint8), HazeTest())
+    hazy = np.zeros((5, 5), bool)
+    hazy[2, 2] = True
+    np.testing.assert_array_equal(kept[0], hazy)
+    assert kept[1:].sum() == 48
+    np.testing.assert_array_equal(quality, np.where(hazy, 3, 1))
 
 
 def test_fallbacks_in_the_order_of_the_recipe():
