@@ -128,7 +128,7 @@ class Bands:
                 day, place = self._day_of[scene], _scaled(window, size)
                 # Straight to its place, where no other scene has a pixel of that day.
                 out = seen[(day, *place)] if self._alone(scene) else None
-                if day not in begun and (out is None or out.shape != seen.shape[1:]):
+                if out is None and day not in begun:
                     seen[day] = 0
                 begun.add(day)
                 ledger = self._ledger.repeated() if self._ledger and (scene, band) in self._of.asked else self._ledger
