@@ -511,7 +511,9 @@ def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
         known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
         known["sim-earth-search"]["href"] = f"{url}/earth-search.parquet"
         (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
-        command = [sys.executable, "-c", "from minecube.cli import main; main()", "build"]
+        # A suite that runs in a shell's background has SIGINT ignored, and hands that down.
+        hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from minecube.cli import main; main()"
+        command = [sys.executable, "-c", hears, "build"]
         build = subprocess.Popen(
             [*command, *map(str, args(tmp_path, tmp_path / "new.zarr"))],
             stdout=subprocess.PIPE,
