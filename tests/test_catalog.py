@@ -89,6 +89,7 @@ RECIPE = "mine: {title: t%s}\n"
             RECIPE % ", reducer: max-ndvi, bands: [B04]",
             "field 'bands': expected B04 and B08, which reducer max-ndvi",
         ),
+        (load_recipes, RECIPE % ", bright_override: {classes: []}", r"field 'classes': expected SCL 1..11, found \(\)"),
         (load_recipes, RECIPE % ", fallback: [hope]", "field 'fallback': expected steps of ungrown, thin"),
         (load_recipes, RECIPE % ", fallback: [thin, thin]", "field 'fallback': expected steps of .*, each once"),
         (load_recipes, RECIPE % ", months: [6], fallback: [wider-season]", "field 'wider_months': expected 1..12"),

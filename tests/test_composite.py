@@ -10,7 +10,7 @@ import odc.stac
 import pytest
 
 from minecube import scenes
-from minecube.catalog import BestPixel, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion
+from minecube.catalog import BANDS, NATIVE_M, BestPixel, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion
 from minecube.composite import Tools, block, composite
 from minecube.errors import ReadError
 from minecube.grid import grid_of
@@ -425,6 +425,32 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
         np.testing.assert_array_equal(made.reflectance.sel(band=band).values - base, date)
     np.testing.assert_array_equal(made.reflectance.sel(band="B08").values % 10, date)
     np.testing.assert_array_equal(made.day_of_year.values, 183 + 3 * date)  # 1 July 2020 is the 183rd day
+
+
+def test_bands_that_are_read_into_the_memory_of_others_are_the_same(archive, make):
+    """Ten bands, against each beside B02 and B04, where none is read into another's memory; two tiles a day, clouds, haze."""
+    grid, rng = make.grid(LEFT, TOP, 96, 72), np.random.default_rng(12)
+    recipe = dataclasses.replace(PLAIN, bands=BANDS, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=(), block_px=64)
+    ten, listed = dataclasses.replace(archive, bands=BANDS), []
+    for n in range(7):
+        for left in (-1200, 480) if n % 2 else (-1200,):
+            where = make.grid(LEFT + left, TOP + 1200, 300 if n % 2 else 400, 400)
+            height, width = where.shape
+            scl = np.full((height // 2, width // 2), 4, np.uint8)
+            for _ in range(12):
+                row, column = rng.integers(40, 110, 2)
+                scl[row : row + 14, column : column + 14] = 9
+            pixels = {b: rng.integers(1000, 1200, (height, width)) for b in BANDS if NATIVE_M[b] == 10}
+            pixels |= {b: rng.integers(1000, 1200, (height // 2, width // 2)) for b in BANDS if NATIVE_M[b] == 20}
+            pixels["B02"] += 2000 * (n == 3)  # a veil over all of that day
+            listed.append(ten.scene(f"2020-06-{1 + 4 * n:02d}T10:00:{left % 60:02d}", where, pixels, scl))
+    made = composite(listed, grid, recipe).compute()
+    assert (made.clear_count == 0).any()
+    assert made.clear_count.max() == 6
+    for band in BANDS:
+        three = tuple(b for b in BANDS if b in ("B02", "B04", band))
+        alone = composite(listed, grid, dataclasses.replace(recipe, bands=three)).compute()
+        np.testing.assert_array_equal(made.reflectance.sel(band=band), alone.reflectance.sel(band=band), err_msg=band)
 
 
 @pytest.mark.parametrize("reducer", EVERY)

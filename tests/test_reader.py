@@ -8,8 +8,10 @@ import numpy as np
 import odc.stac
 import pytest
 import rasterio
+from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 from rasterio.enums import Resampling
 from scipy import ndimage
@@ -50,6 +52,13 @@ def test_any_window_of_a_nested_file_is_read_as_it_is(tmp_path_factory, make, ra
         make.tif(path, pixels, file_grid)
     grid = make.grid(LEFT + 10 * dx, TOP - 10 * dy, width, height)
     np.testing.assert_array_equal(read(str(path), grid), expected_nearest(pixels, file_grid, grid))
+
+
+def test_pixels_that_are_not_square_are_not_taken_as_nested(tmp_path, make):
+    rows = np.arange(1, 31, dtype=np.uint16)[:, None].repeat(20, axis=1)
+    make.tif(tmp_path / "tall.tif", rows, GeoBox(rows.shape, Affine(10, 0, LEFT, 0, -20, TOP), 32633))
+    got = read(str(tmp_path / "tall.tif"), make.grid(LEFT, TOP, 20, 60))
+    np.testing.assert_array_equal(got, rows.repeat(2, axis=0))
 
 
 def test_the_file_is_trusted_not_the_item(real_data, make):

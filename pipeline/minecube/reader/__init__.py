@@ -373,7 +373,7 @@ _STACKSTAC_LOCK = threading.Lock()  # it caches projections in plain dictionarie
 
 
 @functools.lru_cache(256)
-def _same(wkt: str, crs: CRS) -> bool:
+def _same_crs(wkt: str, crs: CRS) -> bool:
     """Whether both are one system; asked once, since a comparison takes as long as a tenth of a read."""
     return bool(crs == wkt)
 
@@ -381,7 +381,7 @@ def _same(wkt: str, crs: CRS) -> bool:
 def _nested(src: rasterio.DatasetReader, grid: GeoBox) -> tuple[int, int, int] | None:
     """How the file's pixels nest in the grid: (grid pixels per file pixel, x and y distance of the corners in grid pixels)."""
     t, size = src.transform, abs(grid.resolution.x)
-    if src.crs is None or not _same(src.crs.to_wkt(), grid.crs) or t.b or t.d or abs(t.a + t.e) > _SAME_SIZE * size:
+    if src.crs is None or not _same_crs(src.crs.to_wkt(), grid.crs) or t.b or t.d or abs(t.a + t.e) > _SAME_SIZE * size:
         return None
     ratio, dx, dy = t.a / size, (grid.transform.c - t.c) / size, (t.f - grid.transform.f) / size
     whole, left, top = round(ratio), round(dx), round(dy)
