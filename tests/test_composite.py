@@ -11,7 +11,7 @@ import pytest
 
 from minecube import scenes
 from minecube.catalog import BANDS, NATIVE_M, BestPixel, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion
-from minecube.composite import Tools, block, composite
+from minecube.composite import Tools, bands, block, composite
 from minecube.errors import ReadError
 from minecube.grid import grid_of
 from minecube.reader import Ledger
@@ -334,13 +334,14 @@ EVERY = {
 FOUR = ("B02", "B04", "B08", "B11")
 
 
-def four_bands(archive, make, rng, days=9, cloud=0.2):
-    """Dates of random pixels in four bands, clouds strewn about, a third of the dates in part outside the swath."""
+def four_bands(archive, make, rng, days=9, cloud=0.2, bright=0.0):
+    """Dates of random pixels in four bands, clouds strewn about, some on all dates; a third in part outside the swath."""
+    always = rng.random((160, 160)) < bright
     where = make.grid(LEFT - 1200, TOP + 1200, 320, 320)
     many, files = dataclasses.replace(archive, bands=FOUR), []
     listed = []
     for day in range(days):
-        scl = np.where(rng.random((160, 160)) < cloud, 9, 4).astype(np.uint8)
+        scl = np.where((rng.random((160, 160)) < cloud) | always, 9, 4).astype(np.uint8)
         if day % 3 == 0:
             scl[:, : rng.integers(60, 100)] = 0
         pixels = {b: rng.integers(100, 4000, (320, 320) if b != "B11" else (160, 160)).astype(np.uint16) for b in FOUR}
@@ -427,10 +428,10 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
     np.testing.assert_array_equal(made.day_of_year.values, 183 + 3 * date)  # 1 July 2020 is the 183rd day
 
 
-def test_bands_that_are_read_into_the_memory_of_others_are_the_same(archive, make):
-    """Ten bands, against each beside B02 and B04, where none is read into another's memory; two tiles a day, clouds, haze."""
+def test_bands_read_into_the_memory_of_others_are_the_same(archive, make, monkeypatch):
+    """One band ahead, against all at once, which share nothing: two tiles a day, clouds, a veil."""
     grid, rng = make.grid(LEFT, TOP, 96, 72), np.random.default_rng(12)
-    recipe = dataclasses.replace(PLAIN, bands=BANDS, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=(), block_px=64)
+    recipe = dataclasses.replace(PLAIN, bands=BANDS, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=())
     ten, listed = dataclasses.replace(archive, bands=BANDS), []
     for n in range(7):
         for left in (-1200, 480) if n % 2 else (-1200,):
@@ -444,13 +445,34 @@ def test_bands_that_are_read_into_the_memory_of_others_are_the_same(archive, mak
             pixels |= {b: rng.integers(1000, 1200, (height // 2, width // 2)) for b in BANDS if NATIVE_M[b] == 20}
             pixels["B02"] += 2000 * (n == 3)  # a veil over all of that day
             listed.append(ten.scene(f"2020-06-{1 + 4 * n:02d}T10:00:{left % 60:02d}", where, pixels, scl))
+    monkeypatch.setattr(bands, "AHEAD", 99)
+    apart = composite(listed, grid, recipe).compute()
+    read, begin = [], bands.begin
+    monkeypatch.setattr(bands, "AHEAD", 0)
+    monkeypatch.setattr(bands, "begin", lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a))
     made = composite(listed, grid, recipe).compute()
     assert (made.clear_count == 0).any()
     assert made.clear_count.max() == 6
-    for band in BANDS:
-        three = tuple(b for b in BANDS if b in ("B02", "B04", band))
-        alone = composite(listed, grid, dataclasses.replace(recipe, bands=three)).compute()
-        np.testing.assert_array_equal(made.reflectance.sel(band=band), alone.reflectance.sel(band=band), err_msg=band)
+    for name in made.data_vars:
+        np.testing.assert_array_equal(made[name], apart[name], err_msg=name)
+    of_veil = {band for scene, band in read if scene in {s.id for s in listed if s.datetime.day == 13}}
+    assert {"B02", "B04"} <= of_veil
+    assert not {"B08", "B8A", "B11", "B12"} & of_veil
+
+
+def test_a_date_that_is_clear_beside_the_block_only_is_no_observation_in_it(archive, make):
+    """The haze test looks 60 m beyond the block, where the first date is clear; the other dates' bands must stay their own."""
+    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    three, listed = dataclasses.replace(archive, bands=("B02", "B04", "B11")), []
+    for n, value in enumerate((9000, 500, 600, 800)):
+        scl = np.full((160, 160), 4 if n else 9, np.uint8)
+        scl[:, 57:60] = 4
+        pixels = {"B02": value // 2, "B04": value, "B11": value}
+        listed.append(three.scene(f"2020-06-{1 + 5 * n:02d}T10:00:00", where, pixels, scl))
+    recipe = dataclasses.replace(PLAIN, bands=three.bands, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=())
+    made = composite(listed, grid, recipe).compute()
+    assert (made.clear_count == 3).all()
+    assert [np.unique(made.reflectance.sel(band=b)).tolist() for b in three.bands] == [[300], [600], [600]]
 
 
 @pytest.mark.parametrize("reducer", EVERY)
@@ -561,7 +583,7 @@ def test_the_clearest_dates_are_read_and_no_hole_is_left(archive, make):
 @pytest.mark.parametrize("reducer", EVERY)
 def test_a_block_made_in_parts_is_the_same(archive, make, reducer, monkeypatch):
     """So that memory has a bound whatever the number of dates."""
-    grid = make.grid(LEFT, TOP, 192, 144)
+    grid = make.grid(LEFT, TOP, 180, 156)  # half of which is no multiple of the bright override's cells
     mask = (MaskRule(classes=(9,), dilate_m=40),)
     override = BrightOverride(window_m=120, classes=(9,))
     recipe = dataclasses.replace(
@@ -575,7 +597,7 @@ def test_a_block_made_in_parts_is_the_same(archive, make, reducer, monkeypatch):
         block_px=192,
         chunk_px=96,
     )
-    listed, _ = four_bands(archive, make, np.random.default_rng(5), cloud=0.05)
+    listed, _ = four_bands(archive, make, np.random.default_rng(5), cloud=0.1, bright=0.02)
     whole = composite(listed, grid, recipe).compute()
     made, calls = block.composite_block, []
     monkeypatch.setattr(block, "BLOCK_BYTES", 2_000_000)
