@@ -516,6 +516,40 @@ def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive, make):
     np.testing.assert_array_equal(np.unique(made.day_of_year), [196, 206])
 
 
+def test_a_cloud_is_kept_away_from_across_blocks(archive, make):
+    """A cloud of the first date in the west of the first block: up to 1 km off, in the second, the other date is better."""
+    grid, where = make.grid(LEFT, TOP, 128, 48), make.grid(LEFT - 1500, TOP + 1500, 500, 400)
+    only = BestPixel(day_weight=0, opacity_weight=0, sharpness_weight=0, cloud_distance_m=1000)
+    recipe = dataclasses.replace(
+        PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer="best-pixel", best_pixel=only, block_px=64
+    )
+    many, listed = dataclasses.replace(archive, bands=FOUR), []
+    for n in range(2):
+        scl = np.full((200, 250), 4, np.uint8)
+        scl[:, 75] = 4 if n else 9  # the grid's first 20 m
+        listed.append(many.scene(f"2020-07-{6 + 5 * n:02d}T10:00:00", where, dict.fromkeys(FOUR, 1000 + n), scl))
+    taken = composite(listed, grid, recipe).compute().reflectance.sel(band="B04").values - 1000
+    far = 20 * (np.arange(128) // 2)  # metres from the cloud, pixel of 20 m to pixel
+    np.testing.assert_array_equal(taken, np.broadcast_to(far < 1000, taken.shape).astype(int))
+
+
+def test_the_surroundings_of_bright_ground_reach_across_blocks(archive, make):
+    """A bright spot in the second block on ten dates; on two, cloud in the first, 300 m off: there it is cloud, too."""
+    grid, where = make.grid(LEFT, TOP, 128, 48), make.grid(LEFT - 1500, TOP + 1500, 500, 400)
+    recipe = dataclasses.replace(
+        PLAIN, mask=(MaskRule(classes=(9,)),), bright_override=BrightOverride(classes=(9,)), fallback=(), block_px=64
+    )
+    listed = []
+    for n in range(10):
+        scl = np.full((200, 250), 5, np.uint8)
+        scl[80:84, 75 + 35 : 75 + 37] = 9  # 700 m into the grid
+        scl[:, 75 + 5 : 75 + 20] = 9 if n < 2 else 5  # 100 to 400 m into it
+        listed.append(archive.scene(f"2020-07-{1 + 3 * n:02d}T10:00:00", where, {"B04": 1000, "B11": 1000}, scl))
+    count = composite(listed, grid, recipe).compute().clear_count.values
+    np.testing.assert_array_equal(np.unique(count[10:18, 70:74]), [8])
+    np.testing.assert_array_equal(np.unique(count[:, 74:]), [10])
+
+
 def test_a_wider_season_and_a_neighbouring_year_fill_what_summer_leaves(archive, make):
     """Left: clear in July; then clear in October only; then in the year before only; then never."""
     grid, where = make.grid(LEFT, TOP, 80, 60), make.grid(LEFT - 600, TOP + 600, 200, 180)

@@ -23,7 +23,7 @@ from odc.geo.geobox import GeoBox
 from minecube.catalog import FALLBACKS, SCL, Recipe
 from minecube.composite import masks, reducers
 from minecube.composite.bands import Bands, Observations, UInt16, cropped, finer, masked, summed
-from minecube.composite.masks import CLEAR, Bool, Int16, Int32, UInt8
+from minecube.composite.masks import CLEAR, Bool, Float32, Int16, Int32, UInt8
 from minecube.composite.needs import MASK_M, OPINION_BANDS, days_of, looked_at, margins_m, memory, near, size_of
 from minecube.composite.reducers import Reducers
 from minecube.grid import PIXEL_M, at_resolution, padded
@@ -81,6 +81,8 @@ class _Block:
     """A block whose mask is made. Arrays [day, y, x] are at 20 m and reach `fringe_m` beyond the block."""
 
     of_mask: Observations
+    away: Float32 | None
+    """Where a best pixel is chosen: metres from the day's nearest cloud, of those beyond the arrays, too."""
     yeardays: npt.NDArray[np.int64]
     """Of each day, its day of the year."""
     box: GeoBox
@@ -108,9 +110,11 @@ class _Block:
         when = [s.datetime for s in first if s.datetime]
         opinion = _opinions(scenes, days, owner, wide, tools.opinion, ledger) if tools.opinion else None
         kind = masks.kinds(day_scl, recipe, [w.month for w in when], [season(s, recipe, year) for s in first], opinion)
-        owner, kind = (cropped(a, (margin - fringe) // MASK_M).copy() for a in (owner, kind))
+        edge, best = (margin - fringe) // MASK_M, recipe.best_pixel
+        away = cropped(masks.cloud_distance_m(kind, best.cloud_distance_m), edge).copy() if best else None
+        owner, kind = (cropped(a, edge).copy() for a in (owner, kind))
         yeardays = np.array([w.timetuple().tm_yday for w in when])
-        return cls(Observations(scenes, days, owner, kind), yeardays, box, fringe, recipe, tools, ledger)
+        return cls(Observations(scenes, days, owner, kind), away, yeardays, box, fringe, recipe, tools, ledger)
 
     def made(self) -> Layers | None:
         """The block reduced; None where a band lacked observations that the mask has seen, which are struck out now."""
@@ -201,14 +205,15 @@ class _Block:
     def _best(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32) -> Int16:
         """Index of the best day of each pixel, int16 [y, x] at 10 m, -1 = none."""
         how, rule = self.tools.reducers, self.recipe.best_pixel
-        if rule is None:
+        if rule is None or self.away is None:
             red, nir = (finer(self._used(ahead, bands, seen[b], b), self.size(b)) for b in ("B04", "B08"))
             return how.max_ndvi(red, nir)
         same = np.searchsorted(ahead.days, bands.days)
-        away = masks.cloud_distance_m(self.of_mask.kind[bands.days], rule.cloud_distance_m)
         hazy = (excess[same] / 8e4).astype(np.float32)
         sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
-        score = reducers.best_pixel_score(self.yeardays[bands.days], finer(away, MASK_M), finer(hazy, MASK_M), sharp, rule)
+        score = reducers.best_pixel_score(
+            self.yeardays[bands.days], finer(self.away[bands.days], MASK_M), finer(hazy, MASK_M), sharp, rule
+        )
         return how.best_pixel(self.inside(score, PIXEL_M), finer(bands.use, MASK_M))
 
     def size(self, band: str) -> int:

@@ -20,6 +20,7 @@ Bool = npt.NDArray[np.bool_]
 UInt8 = npt.NDArray[np.uint8]
 Int16 = npt.NDArray[np.int16]
 Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
 
 PIXEL_M = 20
 """Pixel size of all masks, the mission's of SCL."""
@@ -262,7 +263,7 @@ def window_sum(values: Int32, half: int) -> Int32:
     return total
 
 
-def cloud_distance_m(kind: UInt8, most_m: int) -> npt.NDArray[np.float32]:
+def cloud_distance_m(kind: UInt8, most_m: int) -> Float32:
     """Distance of each observation [day, y, x] from the nearest of its day that is not clear, in metres, up to `most_m`."""
     out = np.full(kind.shape, most_m, dtype=np.float32)
     for day, layer in enumerate(kind):

@@ -101,9 +101,8 @@ def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     if not together:
         most = 2 * math.prod(padded(box, fringe).shape)
         held = min(held, (2 + AHEAD + 2 * bool(recipe.haze or recipe.best_pixel)) * most)
-    masks: int = (
-        len(scenes) * wide + days * wide * (36 if recipe.second_opinion else 12) + days * inner * 12 * bool(recipe.haze)
-    )
+    a_day = 12 + 24 * bool(recipe.second_opinion) + 4 * bool(recipe.best_pixel)
+    masks: int = len(scenes) * wide + days * wide * a_day + days * inner * 12 * bool(recipe.haze)
     return masks + clear * held
 
 
