@@ -21,7 +21,7 @@ from minecube.catalog import Registration
 from minecube.composite import registration
 from minecube.composite.registration import Shift, as_rows, compared, correlation, edges_of, registered, shift_of, shifts
 from minecube.errors import ReadError
-from minecube.reader import Ledger, read
+from minecube.reader import Ledger, read, read_band
 
 EPSG, LEFT, TOP = 32633, 360000, 5600040
 FINE = 2.5
@@ -314,6 +314,7 @@ def test_registered_pixels_lie_where_they_should(archive):
             read(scene.assets[band].href, on, Resampling.bilinear).astype(float)[inner]
             for scene, on in ((listed[0], grid), (kept[2], grid), (kept[2], there))
         )
+        np.testing.assert_array_equal(read_band(kept[2], band, grid)[inner], moved)
         # 12.5 m is little more than half of a 20 m pixel, and bilinear resampling blurs.
         assert np.abs(moved - right).mean() < (0.5 if band == "B04" else 0.7) * np.abs(raw - right).mean()
         left = shift_of(*(edges_of(p.astype(np.uint16), np.ones(p.shape, bool)) for p in (moved, right)))[0]
@@ -323,6 +324,7 @@ def test_registered_pixels_lie_where_they_should(archive):
         read(scene.assets["SCL"].href, on, Resampling.nearest)[inner]
         for scene, on in ((listed[0], coarse), (kept[2], coarse), (kept[2], there))
     )
+    np.testing.assert_array_equal(read_band(kept[2], "SCL", coarse)[inner], moved)
     np.testing.assert_array_equal(moved[:, :-1], raw[:, 1:])  # 12.5 m is more than half of its pixels, 7.5 m less
     assert (moved != right).mean() < (raw != right).mean()
 
