@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 import json
 import re
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -30,9 +33,10 @@ from click.testing import CliRunner
 from shapely.geometry import box
 
 from minecube import cube, scenes
-from minecube.catalog import load_recipes, load_sites, load_sources
+from minecube.catalog import Registration, load_recipes, load_sites, load_sources
 from minecube.cli import COMMANDS, cli
 from minecube.cli import build as building
+from minecube.composite import Tools, reducers
 from minecube.errors import SceneError
 from minecube.simulate import World, simulate
 
@@ -313,8 +317,9 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
     assert asked == [2022, 2021, 2023]
     summer = [s.id for s in listed[2020].scenes if s.datetime.month in recipe.months and s.properties["eo:cloud_cover"] <= 90]
     assert {s.id for s in chosen if s.datetime.year == 2020} == set(summer) != set()
-    last = datetime.now(tz=UTC).year
-    assert not scenes.has_images(last + 1)
+    last, asked = datetime.now(tz=UTC).year, []
+    building.chosen_scenes(job, site, last, lambda _site, year, *_: asked.append(year) or listed[2020])
+    assert asked == [last, last - 1]  # no year to come
 
     def fails(_site, year, *_):
         if year == 2023:
@@ -323,6 +328,40 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
 
     with pytest.raises(SceneError, match="does not answer"):
         building.chosen_scenes(job, site, 2022, fails)
+
+
+def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
+    """What `--device` chooses: here numpy's, lifted by 1 so that they can be told."""
+    sites = load_sites(world / "sites.geojson")
+    (source,) = load_sources(world / "archive" / "sources.yaml").values()
+    recipe, cubes = load_recipes()["naive-median"], {}
+    for lift in (0, 1):
+        tools = Tools(reducers=types.SimpleNamespace(median=lambda seen, lift=lift: reducers.median(seen) + np.uint16(lift)))
+        store = str(tmp_path / f"{lift}.zarr")
+        job = building.Job(store=store, sources=(source,), recipe=recipe, snapshots=tmp_path, tools=tools)
+        assert [o.state for o in building.build(job, sites, [2020])] == ["built"]
+        cubes[lift] = xr.open_zarr(store, group="pit", consolidated=False)["reflectance"].load()
+    np.testing.assert_array_equal(cubes[1], cubes[0] + 1)
+
+
+def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, monkeypatch):
+    sites = load_sites(world / "sites.geojson")
+    (source,) = load_sources(world / "archive" / "sources.yaml").values()
+    asked, found = {}, building.registration.shifts
+
+    def accused(beside_m, scenes_, *rest):
+        return [dataclasses.replace(s, dx_m=beside_m, dy_m=0.0) if n < 1 else s for n, s in enumerate(found(scenes_, *rest))]
+
+    for beside_m in (0.0, 20.0):
+        monkeypatch.setattr(building.registration, "shifts", functools.partial(accused, beside_m))
+        recipe = dataclasses.replace(load_recipes()["naive-median"], registration=Registration())
+        job = building.Job(store=str(tmp_path / f"{beside_m}"), sources=(source,), recipe=recipe, snapshots=tmp_path)
+        (made,) = building.build(job, sites, [2020])
+        assert made.state == "built"
+        asked[beside_m] = made.reads["planned"]
+        (kept,) = cube.builds(job.store, "pit").values()
+        assert kept["shifts"][0]["dx_m"] == beside_m
+    assert asked[0.0] - asked[20.0] == 11  # ten bands and SCL of one scene, in the site's one block
 
 
 def test_a_country_is_shown_its_plan_and_not_built(world, tmp_path):
