@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from minecube.reader import Ledger, check_credentials, interrupted
 from minecube.scenes import offsets, snapshot
 
 log = logging.getLogger(__name__)
+_LISTENS_S = 1.0  # between looks whether Ctrl-C was pressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +237,18 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
     pool = executor or ThreadPoolExecutor(max_workers=at_once)
     # A site-year's blocks share the cores that the others leave, so that memory grows with the cores, not with their square.
     local = () if executor else (max(cores // at_once, 1), stop.is_set)
-    tasks = {pool.submit(build_year, job, site, year, *local): (site, year) for site, year in todo}
+    tasks: dict[Future[Outcome], tuple[Site, int]] = {}
     try:
-        for task in as_completed(tasks):
-            error = task.exception()
-            # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
-            yield _failed(*tasks[task], error, 0.0) if error else task.result()
+        for site, year in todo:
+            tasks[pool.submit(build_year, job, site, year, *local)] = (site, year)
+        left = set(tasks)
+        while left:
+            # Not without end: a signal that the system hands to another thread does not wake this one, which is to hear it.
+            ended, left = wait(left, timeout=_LISTENS_S, return_when=FIRST_COMPLETED)
+            for task in ended:
+                error = task.exception()
+                # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
+                yield _failed(*tasks[task], error, 0.0) if error else task.result()
     except BaseException:
         interrupted.set()  # no request in trouble is waited for
         raise
