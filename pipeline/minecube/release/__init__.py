@@ -39,7 +39,7 @@ from minecube.release.importing import Found, ReleaseSite, by_number, extent_of,
 
 __all__ = ["Archive", "Imported", "download", "find", "import_release", "need_same", "open_import", "write_json"]
 
-_AT_ONCE = 16  # sites; what takes time is waiting for answers
+_AT_ONCE = 3  # sites, each with its images at a time: a run that is killed loses no more than these
 _TABLES = ("years", "labels", "changes")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from minecube.release.archive import Archive
 
 UInt8 = npt.NDArray[np.uint8]
 
+_AT_ONCE = 8  # headers of a site
 MINE = 255
 """Of the published labels, whose other value is 0."""
 # `EuroMineNet/Portuga_1/label/Year2015.tif`; some files are called Label2015.tif or year2015.tif instead.
@@ -136,12 +138,15 @@ def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
     """
     years = sorted({year for name, year in (*found.images, *found.labels) if name == site})
     members = [found.labels[site, year] for year in years if (site, year) in found.labels]
-    content = dict(archive.read(members))
+    images = [found.images[site, year] for year in years if (site, year) in found.images]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # what takes time is waiting for answers
+        headers = dict(zip(images, pool.map(lambda name: _header(archive, name), images), strict=True))
+        content = dict(archive.read(members))
     rows, regions, masks = [], [], dict[int, tuple[UInt8, Affine]]()
     for year in years:
         image, label = found.images.get((site, year)), found.labels.get((site, year))
         row: dict[str, Any] = {"site": site, "year": year, "image": image, "label": label}
-        row |= {"image_crc": archive.checksum_of(image), **_header(archive, image)} if image else {}
+        row |= headers[image] if image else {}
         mask = _mask(archive, label, content[label]) if label else None
         if mask is not None:
             values = np.unique(mask).tolist()
@@ -169,6 +174,7 @@ def extent_of(years: pd.DataFrame) -> shapely.Polygon | None:
 def _header(archive: Archive, name: str) -> dict[str, Any]:
     with archive.image(name) as image:
         return {
+            "image_crc": archive.checksum_of(name),
             "height": image.height,
             "width": image.width,
             "bands": image.count,
