@@ -6,11 +6,15 @@ import dataclasses
 from pathlib import Path
 
 import click
+import odc.geo.xr  # noqa: F401  registers the .odc accessor
 
+from minecube import cube
 from minecube import release as releases
-from minecube.catalog import Release, load_releases, load_sites, pick
-from minecube.cli.common import progress_bar, table
+from minecube.catalog import BANDS, Release, load_releases, load_sites, pick
+from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.errors import CatalogError
 from minecube.release import audit as auditing
+from minecube.release import layout
 
 release_option = click.option(
     "--release", "release_id", default="eurominenet", show_default=True, help="Which published dataset (catalog/releases.yaml)."
@@ -114,6 +118,57 @@ def audit(ctx: click.Context, folder: Path, archive: str | None, out: Path | Non
         content |= {"bands": bands.to_dict("records")} if bands is not None else {}
         releases.write_json(out, content)
     ctx.exit(1 if found else 0)
+
+
+@release.command()
+@store_option
+@sites_option
+@click.option("--import", "folder", type=click.Path(file_okay=False, path_type=Path), help="An import, whose grids are used.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder; gets EuroMineNet/ below it."
+)
+def export(store: str, wanted: str, folder: Path | None, out: Path) -> None:
+    """Write cubes in the release's layout: int16 images and 0/255 labels in EPSG:4326, a file a site and year.
+
+    With --import each lies on the release's own grid, and labels are held against the release's.
+
+    \b
+    Example:
+      minecube release export --store cubes.zarr --import eurominenet --out again
+    """
+    imported = releases.open_import(folder) if folder else None
+    names, rows = stored_sites(store, wanted), []
+    with progress_bar("exporting", len(names)) as advance:
+        for name in names:
+            rows.append(export_site(store, name, imported, out))
+            advance(note=name)
+    click.echo(table(("site", "images", "labels", "without label", "lowest IoU with the release's"), rows))
+    click.echo(f"{out}/{layout.FOLDER}: {sum(r[1] for r in rows)} images, {sum(r[2] for r in rows)} labels")
+
+
+def export_site(store: str, name: str, imported: releases.Imported | None, out: Path) -> tuple[str, int, int, str, str]:
+    """A site's years in the release's layout, as the command's table tells it."""
+    opened = cube.open_committed(store, name)
+    if tuple(opened.band.values) != BANDS:
+        raise CatalogError(f"{store}: {name} has the bands {', '.join(opened.band.values)}; the release has {', '.join(BANDS)}")
+    rows = {} if imported is None else {r["year"]: r for r in imported.years.to_dict("records") if r["site"] == name}
+    without, agreed = [], []
+    for year in map(int, opened.year.values):
+        of_year = opened.sel(year=year).load()
+        placed = year in rows and rows[year]["transform"] is not None
+        grid = layout.release_grid(rows[year]) if placed else layout.own_grid(opened.odc.geobox)
+        fraction = of_year.get("footprint_fraction")
+        if fraction is not None and bool((fraction == layout.UNKNOWN).all()):
+            fraction = None
+        label = layout.label_on(of_year["footprint"], fraction, grid)
+        layout.write(out, name, year, layout.image_on(of_year["reflectance"], grid), label, grid)
+        if label is None:
+            without.append(str(year))
+        elif imported is not None and placed and rows[year]["problem"] is None and rows[year]["label"]:
+            agreed.append((layout.iou(label, releases.label_of(imported, name, year)), year))
+    lowest = f"{min(agreed)[0]:.4f} ({min(agreed)[1]})" if agreed else "-"
+    years = opened.sizes["year"]
+    return name, years, years - len(without), ", ".join(without) or "-", lowest
 
 
 def _release(name: str) -> Release:

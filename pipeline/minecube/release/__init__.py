@@ -25,9 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import requests
+from affine import Affine
+from rasterio import features
 from rasterio.errors import NotGeoreferencedWarning
 
 from minecube.catalog import Release, Site
@@ -35,9 +39,9 @@ from minecube.errors import ReleaseError
 from minecube.reader import interrupted
 from minecube.reader.remote import without_query
 from minecube.release.archive import Archive
-from minecube.release.importing import Found, ReleaseSite, by_number, extent_of, find, read_site
+from minecube.release.importing import MINE, Found, ReleaseSite, by_number, extent_of, find, read_site
 
-__all__ = ["Archive", "Imported", "download", "find", "import_release", "need_same", "open_import", "write_json"]
+__all__ = ["Archive", "Imported", "download", "find", "import_release", "label_of", "need_same", "open_import", "write_json"]
 
 _AT_ONCE = 3  # sites, each with its images at a time: a run that is killed loses no more than these
 _TABLES = ("years", "labels", "changes")
@@ -108,6 +112,18 @@ def open_import(folder: Path) -> Imported:
             f"{folder}: holds no finished import of a release ({error}); run `minecube release import` first"
         ) from error
     return Imported(sites=sites, years=tables[0], labels=labels, changes=tables[1], about=about)
+
+
+def label_of(imported: Imported, site: str, year: int) -> npt.NDArray[np.uint8]:
+    """A label of an import, as published: uint8 [y, x] on its image's grid, 255 mine, 0 not; all 0 where it has none."""
+    of_year = imported.years[(imported.years["site"] == site) & (imported.years["year"] == year)].iloc[0]
+    shape, place = (int(of_year["height"]), int(of_year["width"])), Affine(*of_year["transform"])
+    labels = imported.labels
+    regions = labels[(labels["site"] == site) & (labels["year"] == year) & ~labels["mapped"]].geometry
+    if regions.empty:
+        return np.zeros(shape, np.uint8)
+    drawn: npt.NDArray[np.uint8] = features.rasterize(regions, shape, transform=place, default_value=MINE, dtype="uint8")
+    return drawn
 
 
 def need_same(archive: Archive, imported: Imported, folder: Path) -> None:
