@@ -12,6 +12,8 @@ class Release:
     """One published dataset of yearly images and labels."""
 
     id: str
+    name: str
+    """What `labels` of its sites in the catalogue begins with."""
     title: str
     citation: str
     licence: str

@@ -49,10 +49,10 @@ def audit(imported: Imported, release: Release, known: Sequence[Site], pixels: p
     Args:
         imported: the import.
         release: what is known of the release.
-        known: the split's sites, as the catalogue has them.
+        known: the catalogue's sites; those of the release are its split.
         pixels: `pixel_sums` of its images; without it, what their pixels would tell is not looked at.
     """
-    split = {s.id: s.split for s in known if s.split}
+    split = {s.id: s.split for s in known if s.split and (s.labels or "").startswith(release.name)}
     found = [
         *_names(imported.about),
         *_sites(imported.years, release, split),
