@@ -273,6 +273,18 @@ def test_a_folder_holds_one_archive(whole, tmp_path):
         imported(other, tmp_path / "made")
 
 
+def test_an_archive_is_known_by_its_content(tmp_path):
+    """Names and sizes are the same; another digit is another archive. Where it lies, and how it is packed, is not."""
+    contents = {"a": b"1", "b": b"2", "c": b"1"}
+    for name, digit in contents.items():
+        with zipfile.ZipFile(
+            tmp_path / f"{name}.zip", "w", zipfile.ZIP_STORED if name == "a" else zipfile.ZIP_DEFLATED
+        ) as made:
+            made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", digit)
+    one, other, again = (release.Archive(str(tmp_path / f"{name}.zip")).identity() for name in contents)
+    assert one == again != other
+
+
 def test_quirks_of_names(whole, tmp_path):
     def rename(members):
         members["EuroMineNet/Germany_1/label/Label2015.tif"] = members.pop(label("Germany_1", 2015))
