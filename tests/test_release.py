@@ -91,6 +91,17 @@ def test_labels_come_out_bit_identical(whole, tmp_path):
     assert made.years["problem"].isna().all()
 
 
+def test_regions_that_meet_at_a_corner_are_valid_polygons(whole, tmp_path):
+    board = np.kron(np.indices((9, 7)).sum(axis=0) % 2, np.ones((10, 10), int)).astype(np.uint8) * np.uint8(255)
+
+    def checked(members):
+        members[label("Germany_1", 2015)] = tiff(board[None])
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", checked), tmp_path / "made")
+    assert made.labels.is_valid.all()
+    np.testing.assert_array_equal(drawn(made, "Germany_1", 2015), board)
+
+
 def test_sites_are_where_their_images_are(whole, tmp_path):
     imported(whole[0], tmp_path / "made")
     for site in load_sites(tmp_path / "made" / "sites.geojson", catalogue=True):
@@ -368,6 +379,7 @@ def test_labels_that_do_not_fit_are_left_out_and_empty_ones_are_known(whole, tmp
     made = imported(changed(whole[0], tmp_path / "a.zip", spoil), tmp_path / "made")
     of_site = made.labels[made.labels["site"] == "Germany_1"]
     assert of_site[["year", "mapped"]].to_numpy().tolist() == [[2017, True]]
+    assert set(made.changes["site"]) == {"Portuga_2"}  # Germany_10's two labels lie on different pixels
     assert of_site.geometry.iloc[0].area == pytest.approx(90 * 70 * PIXEL_DEG**2)
 
 
