@@ -6,7 +6,9 @@ Each check is a function of tables that gives findings, so that one more is one 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 
 from minecube.catalog import BANDS, Release, Site
@@ -28,6 +30,7 @@ JUMP = 0.1
 """Share of a site's pixels that no mine changes from one year to the next; over all of Europe it is about 0.005."""
 STEP = 500
 """Digital numbers by which the darkest pixels of all bands rise or fall together; half of BOA_ADD_OFFSET."""
+_AT_ONCE = 3  # images that are read
 _SAME = 0.05  # share by which statistics may differ from those published
 
 
@@ -83,20 +86,28 @@ def pixel_sums(archive: Archive, years: pd.DataFrame, done: Callable[[str], None
     Raises:
         ReleaseError: an image cannot be read.
     """
-    rows = []
-    for row in _rows(years[years["image"].notna()]):
-        ((name, content),) = archive.read([row.image])
-        try:
-            with MemoryFile(content) as memory, memory.open() as image:
-                values: npt.NDArray[np.int64] = image.read().astype(np.int64).reshape(image.count, -1)
-        except RasterioError as error:
-            raise ReleaseError(f"{archive.where}: its member {name} is no image ({error}); get the archive again") from error
-        values = values[:, (values != 0).any(axis=0)]
-        for band, of_band in zip(BANDS, values, strict=False):
-            low = float(np.percentile(of_band, 1)) if of_band.size else np.nan
-            rows.append((row.site, row.year, band, of_band.size, int(of_band.sum()), int((of_band**2).sum()), low))
-        done(row.site)
-    return pd.DataFrame(rows, columns=["site", "year", "band", "pixels", "sum", "squares", "low"])
+    images = list(_rows(years[years["image"].notna()]))
+    sums: list[tuple[Any, ...]] = []
+    with warnings.catch_warnings(), ThreadPoolExecutor(_AT_ONCE) as pool:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # an image without a place is a finding already
+        for row, of_image in zip(images, pool.map(lambda r: _image_sums(archive, r), images), strict=True):
+            sums += of_image
+            done(row.site)
+    return pd.DataFrame(sums, columns=["site", "year", "band", "pixels", "sum", "squares", "low"])
+
+
+def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
+    ((name, content),) = archive.read([row.image])
+    try:
+        with MemoryFile(content) as memory, memory.open() as image:
+            values: npt.NDArray[np.int16] = image.read().reshape(image.count, -1)
+    except RasterioError as error:
+        raise ReleaseError(f"{archive.where}: its member {name} is no image ({error}); get the archive again") from error
+    values, found = values[:, (values != 0).any(axis=0)], []
+    for band, of_band in zip(BANDS, values, strict=False):
+        low, exact = float(np.percentile(of_band, 1)) if of_band.size else np.nan, of_band.astype(np.int64)
+        found.append((row.site, row.year, band, of_band.size, int(exact.sum()), int((exact**2).sum()), low))
+    return found
 
 
 def band_statistics(pixels: pd.DataFrame, release: Release) -> pd.DataFrame:
