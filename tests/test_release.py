@@ -383,6 +383,32 @@ def test_labels_that_do_not_fit_are_left_out_and_empty_ones_are_known(whole, tmp
     assert of_site.geometry.iloc[0].area == pytest.approx(90 * 70 * PIXEL_DEG**2)
 
 
+UPRIGHT = Affine(PIXEL_DEG, 0, 12.0, 0, -PIXEL_DEG, 51.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ({"nodata": 0}, "expected EPSG:4326 and a place, found no CRS"),
+        ({"crs": "EPSG:4326"}, "expected EPSG:4326 and a place, found EPSG:4326"),
+        ({"crs": "EPSG:32633", "transform": UPRIGHT}, "expected EPSG:4326 and a place, found EPSG:32633"),
+        ({"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.rotation(3)}, "expected north up, found a turned grid"),
+        ({"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.scale(1, -1)}, "expected north up, found a turned grid"),
+    ],
+)
+def test_images_without_a_place_give_their_label_none(whole, tmp_path, place, found):
+    def misplaced(members):
+        members[image("Germany_1", 2015)] = tiff(np.ones((10, *SHAPE), np.int16), **place)
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", misplaced), tmp_path / "made")
+    assert made.years.set_index(["site", "year"])["problem"].dropna().to_dict() == {("Germany_1", 2015): f"image: {found}"}
+    assert set(made.labels.loc[made.labels["site"] == "Germany_1", "year"]) == {2016, 2017}
+    assert [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, SPLIT)] == [("image", "Germany_1", 2015)]
+    assert made.sites.set_index("id").loc["Germany_1"].geometry.bounds == pytest.approx(
+        (12.0, 51.0 - SHAPE[0] * PIXEL_DEG, 12.0 + SHAPE[1] * PIXEL_DEG, 51.0), abs=1e-9
+    )
+
+
 def test_band_statistics_are_those_of_all_pixels(whole, tmp_path):
     """Against numpy over every image at once; the published deviations are put right by the square root of 2."""
     made = imported(whole[0], tmp_path / "made")

@@ -179,7 +179,7 @@ def _header(archive: Archive, name: str) -> dict[str, Any]:
             "width": image.width,
             "bands": image.count,
             "dtype": image.dtypes[0],
-            "crs": image.crs.to_string() if image.crs else None,
+            "crs": f"EPSG:{image.crs.to_epsg()}" if image.crs and image.crs.to_epsg() else image.crs and image.crs.to_string(),
             "transform": tuple(image.transform)[:6],
         }
 
