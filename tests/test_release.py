@@ -8,10 +8,12 @@ import warnings
 import zipfile
 from dataclasses import replace
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import shapely
 from affine import Affine
 from click.testing import CliRunner
 from hypothesis import given
@@ -375,6 +377,60 @@ def test_an_audit_of_what_is_right_finds_nothing(whole, tmp_path):
     assert auditing.audit(made, KNOWN, SPLIT, pixels) == []
 
 
+def tables(whole, tmp_path, **changed_tables):
+    """Findings of an import of which some tables are hand-made."""
+    made = imported(whole[0], tmp_path / "made")
+    pixels = changed_tables.pop("pixels", None)
+    found = auditing.audit(replace(made, **changed_tables), KNOWN, SPLIT, pixels)
+    return [(f.check, f.site, f.year) for f in found]
+
+
+def test_neighbours_are_those_within_five_kilometres(whole, tmp_path):
+    """Four squares of a kilometre in a row, 4.9 and 5.1 and 2 km apart; only what lies on both sides of the split counts."""
+    starts = np.cumsum([0, 1000 + 4900, 1000 + 5100, 1000 + 2000])
+    squares = [shapely.box(4_300_000 + x, 3_000_000, 4_301_000 + x, 3_001_000) for x in starts]
+    sites = gpd.GeoDataFrame(
+        {"id": ["a", "b", "c", "d"], "split": ["train", "test", "train", "train"]}, geometry=squares, crs=3035
+    ).to_crs(4326)
+    assert tables(whole, tmp_path, sites=sites) == [("neighbours", "a", 0)]
+
+
+def test_offsets_step_where_all_bands_do(whole, tmp_path):
+    lows = {2015: (200, 300), 2016: (800, 950), 2017: (1250, 1400), 2018: (700, 850), 2019: (1300, 900), 2020: (1310, 1420)}
+    rows = [("a", y, b, 1, 0, 0, low) for y, of in lows.items() for b, low in zip(("B02", "B12"), of, strict=True)]
+    pixels = pd.DataFrame(rows, columns=["site", "year", "band", "pixels", "sum", "squares", "low"])
+    assert tables(whole, tmp_path, pixels=pixels) == [("offset", "a", 2016), ("offset", "a", 2018)]
+
+
+def test_labels_jump_from_one_year_to_the_next(whole, tmp_path):
+    rows = [("a", 2015, 2016, 100, 10, 0), ("a", 2016, 2017, 100, 5, 6), ("a", 2015, 2017, 100, 50, 0)]
+    changes = pd.DataFrame(rows, columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"])
+    assert tables(whole, tmp_path, changes=changes) == [("label jump", "a", 2017)]
+
+
+def test_a_label_that_is_mine_everywhere(whole, tmp_path):
+    def full(members):
+        members[label("Portuga_2", 2016)] = tiff(np.full((1, *SHAPE), 255, np.uint8))
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", full), tmp_path / "made")
+    assert ("label full", "Portuga_2", 2016) in [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, SPLIT)]
+
+
+def test_pixels_without_an_observation_are_not_counted(whole, tmp_path):
+    def holed(members):
+        for site, year in whole[1]:
+            pixels = np.full((10, *SHAPE), 7, np.int16)
+            pixels[:, :30] = 0
+            pixels[3:, 30:40] = 0  # seen, and dark
+            members[image(site, year)] = tiff(pixels, crs="EPSG:4326", transform=UPRIGHT)
+
+    path = changed(whole[0], tmp_path / "a.zip", holed)
+    bands = auditing.band_statistics(
+        auditing.pixel_sums(release.Archive(str(path)), imported(path, tmp_path / "made").years), KNOWN
+    )
+    assert bands["mean"].round(4).tolist() == [7.0] * 3 + [round(7 * 50 / 60, 4)] * 7
+
+
 def test_labels_that_do_not_fit_are_left_out_and_empty_ones_are_known(whole, tmp_path):
     made = imported(changed(whole[0], tmp_path / "a.zip", spoil), tmp_path / "made")
     of_site = made.labels[made.labels["site"] == "Germany_1"]
@@ -475,6 +531,12 @@ def test_a_server_without_ranges_needs_a_download(make, whole, tmp_path):
     made = release.open_import(tmp_path / "made")
     for (site, year), mask in whole[1].items():
         np.testing.assert_array_equal(drawn(made, site, year), mask)
+
+
+def test_a_download_that_stops_short_is_none(make, whole, tmp_path):
+    with make.served(whole[0].parent, "--truncate", 1) as url, pytest.raises(ReleaseError, match="cannot be downloaded"):
+        release.download(f"{url}/EuroMineNet.zip", tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_the_command_line_says_what_came_of_it(whole, tmp_path):

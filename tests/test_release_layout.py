@@ -98,6 +98,8 @@ def test_nothing_seen_stays_nothing():
     rows, columns = centres(grid, cube)
     inside = (rows > 101) & (rows < 138) & (columns > 101) & (columns < 138)
     assert (made[0][inside] == 0).all()
+    nearest = (np.rint(rows) >= 100) & (np.rint(rows) < 140) & (np.rint(columns) >= 100) & (np.rint(columns) < 140)
+    assert (made[0] == 0).sum() == pytest.approx(nearest.sum(), rel=0.01)  # neither grown nor shrunk
 
 
 @pytest.mark.parametrize("place", PLACES)

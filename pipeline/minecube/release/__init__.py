@@ -39,7 +39,7 @@ from minecube.errors import ReleaseError
 from minecube.reader import interrupted
 from minecube.reader.remote import without_query
 from minecube.release.archive import Archive
-from minecube.release.importing import MINE, Found, ReleaseSite, by_number, extent_of, find, read_site
+from minecube.release.importing import MINE, Found, ReleaseSite, extent_of, find, read_site
 
 __all__ = ["Archive", "Imported", "download", "find", "import_release", "label_of", "need_same", "open_import", "write_json"]
 
@@ -151,12 +151,10 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
         out.mkdir(parents=True, exist_ok=True)
         with requests.get(url, stream=True, timeout=60) as answer, part.open("wb") as file:
             answer.raise_for_status()
-            size, got = int(answer.headers.get("Content-Length", 0)), 0
-            for piece in answer.iter_content(1 << 20):
-                got += file.write(piece)
+            size = int(answer.headers.get("Content-Length", 0))
+            for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
+                file.write(piece)
                 done(len(piece), size)
-        if size and got != size:
-            raise OSError(f"{got} bytes of {size}")
     except OSError as error:  # requests' errors are, too
         part.unlink(missing_ok=True)
         raise ReleaseError(
@@ -222,7 +220,7 @@ def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site])
         years = sorted(int(y) for y in of_site.labels["year"].unique())
         rows.append((site, there.country or None, there.split, years, f"{release.title} ({release.licence})", extent))
     columns = ["id", "country", "split", "years", "labels", "geometry"]
-    return gpd.GeoDataFrame(sorted(rows, key=lambda r: by_number(r[0])), columns=columns, geometry="geometry", crs=4326)
+    return gpd.GeoDataFrame(rows, columns=columns, geometry="geometry", crs=4326)
 
 
 def write_json(path: Path, content: Any) -> None:
