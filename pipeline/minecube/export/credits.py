@@ -83,12 +83,12 @@ def of_labels(origin: str) -> Credit:
 
 
 def _spdx(licence: str) -> tuple[str, str]:
-    """SPDX identifier and text of a Creative Commons licence as people write it; others stay as they are."""
-    found = re.search(r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence, re.IGNORECASE)
+    """SPDX identifier and text of a Creative Commons licence as people write it; all others stay as they are."""
+    found = re.fullmatch(r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence.strip(), re.IGNORECASE)
     if found:
         kind, version = found.group(1).upper(), found.group(2)
         return f"CC-{kind}-{version}", f"https://creativecommons.org/licenses/{kind.lower()}/{version}/"
-    if re.search(r"CC[ -]?0|public domain", licence, re.IGNORECASE):
+    if re.fullmatch(r"CC[ -]?0([ -]1\.0)?", licence.strip(), re.IGNORECASE):
         return "CC0-1.0", "https://creativecommons.org/publicdomain/zero/1.0/"
     return licence.strip(), ""
 

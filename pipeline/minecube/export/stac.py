@@ -83,7 +83,8 @@ def write_stac(
     credited: dict[Credit, None] = {}  # in the order in which they are met, each once
     items = {path: _item(path, images, out / "collection.json", name, credited) for path, images in site_years.items()}
     assets = {key: _file_asset(key, table, out) for key, table in tables.items()}
-    collection = _collection(name, list(items.values()), title, about, licence, tuple(credited), assets)
+    imagery_first = tuple(sorted(credited, key=lambda c: c.kind != "imagery"))
+    collection = _collection(name, list(items.values()), title, about, licence, imagery_first, assets)
     collection["links"] += [_link("item", path, out) for path in items]
     mirror = {"type": MEDIA[".parquet"], "roles": ["collection-mirror"], "title": "The items as stac-geoparquet"}
     _write_items([_seen_from(out, path, item) for path, item in items.items()], out / "items.parquet")
