@@ -34,9 +34,7 @@ def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
     with whole(path) as part:
         try:
             timed.to_netcdf(part, engine="netcdf4", format="NETCDF4", encoding=encoding)
-        except ValueError as error:
-            if "netcdf4" not in str(error):
-                raise
+        except ModuleNotFoundError as error:
             raise CubeError("--format netcdf needs one package more: pip install 'minecube[publish]'") from error
         except RuntimeError as error:  # the library's own, on a full disk
             raise OSError(None, str(error)) from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from zarr.core.sync import sync
 from minecube.errors import CubeError
 
 _ROOT = "zarr.json"
+_CHUNK = re.compile(r"/c(/\d+)*$")  # how Zarr v3 names chunks; that of an array without dimensions is `c`
 
 
 def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
@@ -93,15 +95,16 @@ def publish(
 
 
 def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
-    """Keys of a site in the store, those of chunks and markers of uncommitted years left out."""
+    """Keys of a site in the store, those of chunks and markers of uncommitted years, and files that are no Zarr, left out."""
     there = [int(y) for y in np.asarray(source[f"{site}/year"])]
-    gone = {there.index(y) for y in there if y not in years}
+    gone = {index for index, year in enumerate(there) if year not in years}
 
     async def found() -> list[str]:
-        prefix = f"{source.path}/{site}/".lstrip("/")
-        return [key async for key in source.store.list_prefix(prefix)]
+        return [key async for key in source.store.list_prefix(f"{site}/")]
 
     for key in sync(found()):
+        if not key.endswith(f"/{_ROOT}") and not _CHUNK.search(key):
+            continue  # what a killed write left, or somebody put there
         name, *rest = key.removeprefix(f"{site}/").split("/")
         if name == "builds" and rest[0].isdigit() and int(rest[0]) not in years:
             continue
@@ -190,13 +193,19 @@ def _touched(repository: icechunk.Repository, start: str, end: str) -> Iterator[
 
 async def _compared(stores: Sequence[Any], keys: Collection[str]) -> dict[str, str]:
     """Of these keys those whose objects differ, and how: new, gone or changed."""
-    prototype = default_buffer_prototype()
     changed = {}
     for key in keys:
-        before, after = [await store.get(key, prototype) for store in stores]
-        if (before and before.to_bytes()) != (after and after.to_bytes()):
+        before, after = [await _content(store, key) for store in stores]
+        if before != after:
             changed[key] = "new" if before is None else "gone" if after is None else "changed"
     return changed
+
+
+async def _content(store: Any, key: str) -> bytes | None:
+    if not key.endswith(_ROOT) and not await store.exists(_CHUNK.sub(f"/{_ROOT}", key)):
+        return None  # where Icechunk would raise, since not even the array is there
+    found = await store.get(key, default_buffer_prototype())
+    return None if found is None else bytes(found.to_bytes())
 
 
 def _rows(stores: Sequence[Any], changed: Mapping[str, str]) -> set[tuple[str, str, str]]:
@@ -221,12 +230,14 @@ def _row(store: Any, site: str, rest: str, how: str) -> tuple[str, str, str]:
         return site, year, ("provenance" if more[:1] in ([], [_ROOT]) else more[0]) + suffix
     if rest.endswith(_ROOT):
         return site, "all", (rest.removesuffix(_ROOT).rstrip("/") or "site") + (suffix or " (metadata)")
-    name, _, chunk = rest.partition("/c/")
+    name = _CHUNK.sub("", rest)
+    chunk = rest.removeprefix(f"{name}/c").lstrip("/")
     if chunk.count("/") < 2:
         return site, "all", name + suffix
     beside = "/".join([site, *name.split("/")[:-1], "year"])
     years = zarr.open_array(store, path=beside, mode="r")
-    return site, str(np.asarray(years)[int(chunk.split("/")[0])]), name + suffix
+    # That a chunk is there or not says no more than that it holds something else: one of nothing but nodata is not written.
+    return site, str(np.asarray(years)[int(chunk.split("/")[0])]), name
 
 
 def rollback(place: str, tag: str) -> None:

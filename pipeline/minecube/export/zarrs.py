@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
-from rasterio.enums import Resampling
-from rasterio.warp import reproject
 from zarr.codecs import GzipCodec
 
 from minecube.export.files import whole
@@ -29,11 +28,11 @@ SMALLEST_PX = 256
 """Levels are added until the longer side has no more than this."""
 # What a coarser pixel is made of; others take the nearest, since a day of the year, say, has no mean.
 METHODS = {
-    "reflectance": Resampling.average,
-    "probability": Resampling.average,
-    "clear_count": Resampling.average,
-    "footprint": Resampling.mode,
-    "quality": Resampling.mode,
+    "reflectance": "average",
+    "probability": "average",
+    "clear_count": "average",
+    "footprint": "mode",
+    "quality": "mode",
 }
 
 
@@ -59,7 +58,7 @@ def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
         about = {**finest.attrs, **_spatial(grid), "multiscales": {"layout": layout, "resampling_method": "average"}}
         zarr.open_group(part, mode="w", zarr_format=3, attributes={**about, **_conventions("multiscales", "proj", "spatial")})
         for level, coarse in enumerate(grids):
-            data = finest if level == 0 else _coarser(finest, grid, coarse)
+            data = finest if level == 0 else _coarser(finest, coarse, 2**level)
             data = _for_gdal(_nodata_in_words(data), grid).assign_attrs(**_spatial(coarse), **_conventions("proj", "spatial"))
             encoding = _encoding(data, GzipCodec())
             for name, variable in data.data_vars.items():
@@ -83,32 +82,49 @@ def write_zarr2(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path
     return folder
 
 
-def _coarser(cube: xr.Dataset, grid: GeoBox, coarse: GeoBox) -> xr.Dataset:
+def _coarser(cube: xr.Dataset, coarse: GeoBox, factor: int) -> xr.Dataset:
     """The cube on a coarser grid that shares its upper left corner."""
-    variables = {str(n): _resampled(v, grid, coarse) for n, v in cube.data_vars.items()}
+    variables = {str(n): _resampled(v, factor) for n, v in cube.data_vars.items()}
     coords = {str(n): c.variable for n, c in cube.coords.items() if n not in ("x", "y", "spatial_ref")}
     return xr.Dataset(variables, {**coords, **placed(coarse)}, cube.attrs)
 
 
-def _resampled(variable: xr.DataArray, grid: GeoBox, coarse: GeoBox) -> xr.Variable:
-    nodata = variable.attrs.get("_FillValue")
-    planes = variable.to_numpy().reshape(-1, *grid.shape)
-    out = np.zeros((len(planes), *coarse.shape), variable.dtype)
-    for source, target in zip(planes, out, strict=True):
-        reproject(
-            source,
-            target,
-            src_crs=str(grid.crs),
-            dst_crs=str(grid.crs),
-            src_transform=grid.affine,
-            dst_transform=coarse.affine,
-            src_nodata=nodata,
-            dst_nodata=nodata,
-            resampling=METHODS.get(str(variable.name), Resampling.nearest),
-        )
-    made = out.reshape(*variable.shape[:-2], *coarse.shape)
-    method = METHODS.get(str(variable.name), Resampling.nearest).name
+def _resampled(variable: xr.DataArray, factor: int) -> xr.Variable:
+    """The variable with pixels `factor` times as large; those at the lower and right edge are made of what is left there."""
+    method = METHODS.get(str(variable.name), "nearest")
+    made = RESAMPLE[method](variable.to_numpy(), factor, variable.attrs.get("_FillValue"))
     return xr.Variable(variable.dims, made, {**variable.attrs, "resampling_method": method})
+
+
+def _sums(values: NDArray[Any], factor: int) -> NDArray[Any]:
+    """Sums over blocks of the last two dimensions."""
+    for axis in (-2, -1):
+        values = np.add.reduceat(values, np.arange(0, values.shape[axis], factor), axis=axis, dtype=np.int64)
+    return values
+
+
+def _average(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
+    """The mean of integers, rounded, of pixels that hold a value; nodata where none does."""
+    valid = np.ones_like(values, bool) if nodata is None else values != nodata
+    counts = _sums(valid, factor)
+    means = _sums(np.where(valid, values, 0), factor) / np.maximum(counts, 1)
+    return np.where(counts > 0, np.rint(means), nodata or 0).astype(values.dtype)
+
+
+def _mode(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
+    """The value that most pixels have, the smaller of two that as many have; nodata where none has another."""
+    classes = np.array([c for c in np.unique(values) if c != nodata] or [nodata], values.dtype)
+    counts = np.stack([_sums(values == c, factor) for c in classes])
+    return np.where(counts.any(axis=0), classes[counts.argmax(axis=0)], nodata or 0).astype(values.dtype)
+
+
+def _nearest(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:  # noqa: ARG001  as the others are called
+    """The value of the pixel at the coarser one's centre, or of the last there is."""
+    rows, columns = (np.minimum(np.arange(0, n, factor) + factor // 2, n - 1) for n in values.shape[-2:])
+    return values[..., rows[:, None], columns]
+
+
+RESAMPLE = {"average": _average, "mode": _mode, "nearest": _nearest}
 
 
 def _nodata_in_words(cube: xr.Dataset) -> xr.Dataset:
