@@ -60,6 +60,7 @@ BUILDS = {
     }
     for year in (2020, 2021)
 }
+BUILDS[2021]["reads"] = {"completeness": 0.975}
 # Written by hand from the README of stac-extensions/label v1.0.1 and of stac-extensions/processing v1.2.0: no package holds
 # the official schemas.
 LABEL = {
@@ -309,12 +310,14 @@ def test_items_say_where_when_and_what(exported):
     assert asset["raster:bands"][0] == {"data_type": "uint16", "nodata": 0, "scale": 1e-4, "spatial_resolution": 10}
 
 
-def test_items_say_what_the_pixels_were_made_of(exported):
-    item = pystac.Item.from_file(str(exported[0] / "pit" / "pit_2020.json"))
+@pytest.mark.parametrize("year", [2020, 2021])
+def test_items_say_what_the_pixels_were_made_of(exported, year):
+    item = pystac.Item.from_file(str(exported[0] / "pit" / f"pit_{year}.json"))
     said = item.properties
+    assert said["minecube:read_completeness"] == (0.975 if year == 2021 else 1)
     assert said["processing:software"] == {"minecube": "0.1.0", "numpy": "2.4.6"}
     assert said["processing:lineage"] == "Median, from 3 scenes of processing baselines 05.00"
-    assert (said["minecube:build_id"], said["minecube:scenes"]) == ("2020abc", ["scene_0", "scene_1", "scene_2"])
+    assert (said["minecube:build_id"], said["minecube:scenes"]) == (f"{year}abc", ["scene_0", "scene_1", "scene_2"])
 
 
 def test_items_are_labels_with_the_pixels_of_each_class_counted(exported):

@@ -379,6 +379,9 @@ def test_a_folder_of_something_else_is_left_alone(growing, tmp_path):
     out = run("publish", "--store", store, "--icechunk", tmp_path / "thesis", "--tag", "v1", ok=2)
     assert "is not empty and no Icechunk repository" in out
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["a.tex"]
+    (tmp_path / "file").write_text("a file")
+    out = run("publish", "--store", store, "--icechunk", tmp_path / "file", "--tag", "v1", ok=2)
+    assert "is no folder that can be used" in out
     assert "expected a folder or s3://" in run("publish", "--store", store, "--icechunk", "ftp://a/b", "--tag", "v1", ok=2)
     assert "give one of them" in run("publish", "--store", store, "--icechunk", "x", "--tag", "v1", "--rollback", "v1", ok=2)
 

@@ -53,6 +53,7 @@ def cube_on(grid, seed=0):
     variables = {name: (("year", "y", "x"), values, attrs) for name, (values, attrs) in layers.items()}
     variables["reflectance"] = (("year", "band", "y", "x"), reflectance)
     builds = {year: {"build_id": f"b{year}", "version": "0.1.0"} for year in YEARS}
+    builds[2021]["reads"] = {"completeness": 0.975}
     return xr.Dataset(variables, {"year": list(YEARS), "band": list(BANDS), **xr_coords(grid)}, {"builds": builds})
 
 
@@ -322,7 +323,7 @@ def test_licence_and_citation_stand_in_every_one(netcdf, pyramid, second):
         assert "model: model net, MIT" in opened.license
         assert opened.acknowledgement.startswith("Contains modified Copernicus Sentinel data 2019-2021; EuroMineNet")
         assert "https://doi.org/10.14278/rodare.4656" in opened.references
-        assert opened.history == "2019: build b2019, minecube 0.1.0; 2021: build b2021, minecube 0.1.0"
+        assert opened.history == "2019: build b2019, minecube 0.1.0; 2021: build b2021, minecube 0.1.0, 97.50% of its reads"
         opened.close()
     assert "CC-BY-4.0" in zarr.open_group(pyramid, mode="r").attrs["license"]
 
@@ -360,7 +361,7 @@ def test_a_cube_of_another_grid_is_refused(tmp_path):
 
 def test_the_collection_lists_whole_cubes_with_their_dimensions(tmp_path):
     grid = GeoBox((30, 50), GRID.affine, "EPSG:32633")
-    cube = cube_on(grid).drop_attrs(deep=False)
+    cube = cube_on(grid).drop_attrs(deep=False)  # who knows nothing of builds can export, too
     cogs = write_cogs(cube, grid, tmp_path / "pit", "pit")
     whole = {
         "netcdf": write_netcdf(cube, grid, tmp_path / "pit" / "pit.nc", "pit"),

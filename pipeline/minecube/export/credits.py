@@ -48,9 +48,7 @@ def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
     """The inputs behind the variables of a cube; a footprint of which every pixel is unknown has none."""
     found = []
     if set(cube.data_vars) - {"footprint"}:
-        years = [int(y) for y in cube["year"].to_numpy().ravel()]
-        span = f"{min(years)}-{max(years)}" if len(years) > 1 else f"{years[0]}"
-        notice = f"Contains modified Copernicus Sentinel data {span}."  # the terms' own wording
+        notice = f"Contains modified Copernicus Sentinel data {span_of(cube)}."  # the terms' own wording
         found.append(
             Credit(
                 kind="imagery",
@@ -67,6 +65,12 @@ def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
         name = card.get("id", "a model without a card")
         found.append(Credit(kind="model", name=f"model {name}", licence=card.get("licence", "") or NOT_STATED))
     return tuple(found)
+
+
+def span_of(cube: xr.Dataset) -> str:
+    """The cube's years: `2020`, or `2019-2021`."""
+    years = [int(y) for y in cube["year"].to_numpy().ravel()]
+    return f"{min(years)}-{max(years)}" if len(years) > 1 else f"{years[0]}"
 
 
 def of_labels(origin: str) -> Credit:

@@ -65,6 +65,7 @@ def _built(made: Mapping[str, Any]) -> dict[str, str]:
         return {}
     kept: dict[str, Any] = {k: made[k] for k in ("build_id", "committed", "version", "libraries")}
     kept |= {"recipe": made["recipe"]["title"], "scenes": [s["id"] for s in made["scenes"]]}
+    kept["completeness"] = made.get("reads", {}).get("completeness", 1.0)
     kept["baselines"] = sorted({s["baseline"] for s in made["scenes"]})
     return {"TIFFTAG_SOFTWARE": f"minecube {made['version']}", "build": json.dumps(kept)}
 

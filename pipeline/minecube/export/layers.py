@@ -12,7 +12,7 @@ from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 
 from minecube.errors import CubeError
-from minecube.export.credits import credits_of, lines
+from minecube.export.credits import credits_of, lines, span_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +100,20 @@ def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
         centres = {"standard_name": "radiation_wavelength", "long_name": "centre of the band", "units": "um"}
         coords["wavelength"] = ("band", np.array([SPECTRUM[b][1] for b in bands]), centres)
     variables = {str(n): _described(v) for n, v in cube.data_vars.items()}
-    years = [int(y) for y in cube["year"]]
     about = {
         "Conventions": "CF-1.11",
-        "title": f"{site}: annual Sentinel-2 composites {min(years)}-{max(years)}",
+        "title": f"{site}: annual Sentinel-2 composites {span_of(cube)}",
         "site": site,
         "source": "Sentinel-2 L2A, composited by minecube",
-        "history": "; ".join(f"{y}: build {m['build_id']}, minecube {m['version']}" for y, m in sorted(made.items())),
+        "history": "; ".join(f"{year}: {_history(build)}" for year, build in sorted(made.items())),
         **lines(credits_of(cube)),
     }
     return xr.Dataset(variables, coords, {k: v for k, v in about.items() if v})
+
+
+def _history(build: Mapping[str, Any]) -> str:
+    share = build.get("reads", {}).get("completeness", 1.0)
+    return f"build {build['build_id']}, minecube {build['version']}" + (f", {share:.2%} of its reads" if share < 1 else "")
 
 
 def placed(grid: GeoBox) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def publish(
     Raises:
         CubeError: the tag is there already, another process publishes there, or something cannot be read or written.
     """
-    repository = open_repository(place, create=True)
-    with nullcontext() if "://" in place else _alone(Path(place)), _icechunk(place):
+    with nullcontext() if "://" in place else _alone(Path(place), make=True), _icechunk(place):
+        repository = open_repository(place, create=True)
         if tag in repository.list_tags():
             raise CubeError(f"{place}: tag {tag!r} is there already, and a tag never moves; choose another name")
         session = repository.writable_session("main")
@@ -260,9 +260,14 @@ def _need_tags(repository: icechunk.Repository, place: str, *tags: str) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, *, make: bool = False) -> Iterator[None]:
     """The folder locked for this process, for as long as it lives at most; raises CubeError where another one holds it."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CubeError(f"{folder}: is no folder that can be used ({error.strerror}); name another") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

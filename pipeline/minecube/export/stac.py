@@ -16,17 +16,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rasterio
 import stac_geoparquet.arrow
-import xarray as xr
 from rasterio.warp import transform_bounds, transform_geom
 from shapely.geometry import box
 
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
 from minecube.export.files import href, listed, whole
-from minecube.export.layers import LAYERS, SPECTRUM
+from minecube.export.layers import LAYERS
+from minecube.export.stac_fields import MEDIA, credits_in, dimensions, file_asset, image_asset, label, processing
 
 STAC_VERSION = "1.1.0"
 EXTENSIONS = {
@@ -42,13 +41,6 @@ EXTENSIONS = {
         "scientific": "1.0.0",
     }.items()
 }
-MEDIA = {
-    ".parquet": "application/vnd.apache.parquet",
-    ".gpkg": "application/geopackage+sqlite3",
-    ".nc": "application/netcdf",
-    ".zarr": "application/vnd.zarr",
-}
-CLASSES = {0: "not mine", 1: "mine", 255: "unknown"}
 
 
 def write_stac(
@@ -82,7 +74,7 @@ def write_stac(
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     credited: dict[Credit, None] = {}  # in the order in which they are met, each once
     items = {path: _item(path, images, out / "collection.json", name, credited) for path, images in site_years.items()}
-    assets = {key: _file_asset(key, table, out) for key, table in tables.items()}
+    assets = {key: file_asset(key, table, out) for key, table in tables.items()}
     imagery_first = tuple(sorted(credited, key=lambda c: c.kind != "imagery"))
     collection = _collection(name, list(items.values()), title, about, licence, imagery_first, assets)
     collection["links"] += [_link("item", path, out) for path in items]
@@ -120,7 +112,7 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
         try:
             with rasterio.open(image) as src:
                 tags = src.tags()
-                assets[tags["variable"]] = _image_asset(image, src)
+                assets[tags["variable"]] = image_asset(image, src)
                 bounds = transform_bounds(src.crs, 4326, *src.bounds)
                 geometry = transform_geom(src.crs, 4326, box(*src.bounds).__geo_interface__)
                 grid = {
@@ -128,20 +120,20 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
                     "proj:shape": list(src.shape),
                     "proj:transform": list(src.transform)[:6],
                 }
-                dimensions = _dimensions(src, "bands" if tags["variable"] == "reflectance" else "")
+                place = dimensions(src, "bands" if tags["variable"] == "reflectance" else "")
                 if tags["variable"] == "footprint":
-                    properties |= _label(src)
+                    properties |= label(src)
         except (rasterio.errors.RasterioIOError, KeyError) as error:
             raise CubeError(f"{image}: is not an image that write_cogs made ({error}), so it cannot be listed") from error
-        properties |= _processing(json.loads(tags.get("build", "{}")))
-        properties["cube:dimensions"] = {**properties.get("cube:dimensions", {}), **dimensions}
+        properties |= processing(json.loads(tags.get("build", "{}")))
+        properties["cube:dimensions"] = {**properties.get("cube:dimensions", {}), **place}
         variable = {
             "type": "data",
-            "dimensions": [*list(dimensions)[2:], "y", "x"],
+            "dimensions": [*list(place)[2:], "y", "x"],
             "description": LAYERS[tags["variable"]].title,
         }
         properties.setdefault("cube:variables", {})[tags["variable"]] = variable
-        own |= dict.fromkeys(_credits(tags))
+        own |= dict.fromkeys(credits_in(tags))
     credited |= own
     year = tags["year"]
     links = [_link(rel, collection, path.parent) for rel in ("root", "parent", "collection")] + _license_links(own)
@@ -171,107 +163,6 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
         "links": links,
         "assets": assets,
     }
-
-
-def _credits(tags: Mapping[str, str]) -> list[Credit]:
-    return [Credit(**{**c, "dois": tuple(c["dois"])}) for c in json.loads(tags.get("credits", "[]"))]
-
-
-def _processing(build: Mapping[str, Any]) -> dict[str, Any]:
-    """How the composite was made, as the processing extension and two fields of ours say it; nothing where nobody noted it."""
-    if not build:
-        return {}
-    baselines = ", ".join(build["baselines"])
-    return {
-        "processing:level": "L3",
-        "processing:software": {"minecube": build["version"], **build["libraries"]},
-        "processing:datetime": build["committed"],
-        "processing:lineage": f"{build['recipe']}, from {len(build['scenes'])} scenes of processing baselines {baselines}",
-        "minecube:build_id": build["build_id"],
-        "minecube:scenes": build["scenes"],
-    }
-
-
-def _label(src: rasterio.DatasetReader) -> dict[str, Any]:
-    """The label extension's fields of a footprint, with the pixels of each class counted."""
-    values, counts = np.unique(src.read(1), return_counts=True)
-    seen = [{"name": CLASSES[int(v)], "count": int(n)} for v, n in zip(values, counts, strict=True)]
-    whence = "".join(f", from {c.name} ({c.licence})" for c in _credits(src.tags()))
-    return {
-        "label:type": "raster",
-        "label:properties": None,  # which the extension asks of rasters
-        "label:classes": [{"name": None, "classes": list(CLASSES.values())[:2]}],
-        "label:tasks": ["segmentation"],
-        "label:description": f"Mine footprint: 1 mine, 0 not mine, 255 unknown{whence}",
-        "label:overviews": [{"counts": seen}],
-    }
-
-
-def _dimensions(src: rasterio.DatasetReader, bands: str) -> dict[str, Any]:
-    """The datacube extension's dimensions of an image: pixel centres from the first to the last."""
-    height, width = src.shape
-    (x0, y0), (x1, y1) = src.xy(0, 0), src.xy(height - 1, width - 1)
-    place = {"type": "spatial", "reference_system": src.crs.to_epsg()}
-    found: dict[str, Any] = {
-        "x": {**place, "axis": "x", "extent": [x0, x1], "step": src.res[0]},
-        "y": {**place, "axis": "y", "extent": [y1, y0], "step": src.res[1]},
-    }
-    return {**found, bands: {"type": "bands", "values": list(src.descriptions)}} if bands else found
-
-
-def _image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
-    variable = src.tags()["variable"]
-    layer = LAYERS[variable]
-    pixel = {"data_type": src.dtypes[0], "nodata": src.nodata, "scale": src.scales[0], "spatial_resolution": src.res[0]}
-    asset: dict[str, Any] = {
-        **listed(path, path.parent, layer.title),
-        "type": "image/tiff; application=geotiff; profile=cloud-optimized",
-        "roles": list(layer.roles),
-        "raster:bands": [pixel] * src.count,
-    }
-    if variable == "reflectance":
-        spectra = [(b, *SPECTRUM[b]) for b in src.descriptions]
-        asset["eo:bands"] = [{"name": b, "common_name": common, "center_wavelength": um} for b, common, um in spectra]
-    if variable == "footprint":
-        asset["file:values"] = [{"values": [value], "summary": text} for value, text in CLASSES.items()]
-    return asset
-
-
-def _file_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
-    """A table of footprints, or a cube of all years with its dimensions; a Zarr, being a folder, has no checksum."""
-    media = {"type": MEDIA[path.suffix]}
-    if path.suffix in (".parquet", ".gpkg"):
-        return {**listed(path, out, f"Mine footprints as polygons: {key}"), **media, "roles": ["data", "labels"]}
-    title = f"Cube of all years: {key}"
-    place = listed(path, out, title) if path.is_file() else {"href": href(path, out), "title": title}
-    try:
-        how: dict[str, Any] = {"engine": "netcdf4"}
-        if path.suffix == ".zarr":
-            how = {"engine": "zarr", "group": "0" if (path / "0").is_dir() else None, "consolidated": False}
-        with xr.open_dataset(path, decode_times=False, mask_and_scale=False, **how) as cube:
-            return {**place, **media, "roles": ["data"], **_cube_fields(cube)}
-    except (OSError, ValueError, ImportError) as error:
-        raise CubeError(f"{path}: cannot be read ({error}), so the collection cannot list it") from error
-
-
-def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
-    epsg = int(cube["spatial_ref"].attrs["crs_wkt"].rpartition('"EPSG",')[2].partition("]")[0].strip('"'))
-    place = {"type": "spatial", "reference_system": epsg}
-    years = [int(y) for y in cube["year"]]
-    span = [f"{years[0]}-01-01T00:00:00Z", f"{years[-1]}-12-31T23:59:59Z"]
-    dimensions: dict[str, Any] = {
-        axis: {**place, "axis": axis, "extent": [float(cube[axis].min()), float(cube[axis].max())]} for axis in ("x", "y")
-    }
-    bands = cube["band_name" if "band_name" in cube.coords else "band"].to_numpy()
-    dimensions["band"] = {"type": "bands", "values": [str(b) for b in bands]}
-    time = "time" if "time" in cube.dims else "year"
-    dimensions[time] = {"type": "temporal", "extent": span, "values": [f"{y}-01-01T00:00:00Z" for y in years]}
-    layers = {n: v for n, v in cube.data_vars.items() if "y" in v.dims}
-    described = {
-        str(n): {"type": "data", "dimensions": [str(d) for d in v.dims], "description": str(v.attrs["long_name"])}
-        for n, v in layers.items()
-    }
-    return {"cube:dimensions": dimensions, "cube:variables": described}
 
 
 def _collection(
