@@ -177,6 +177,17 @@ def test_footprint_overviews_hold_classes_only(exported):
         assert set(np.unique(src.read(1, out_shape=(175, 275)))) <= {0, 1, 255}
 
 
+def test_reflectance_overviews_are_means_of_what_was_observed(tmp_path):
+    """One pixel of four is seen: an average over nodata would be a quarter of it."""
+    cube = cube_on(GRID, [2020])[["reflectance"]]
+    cube.reflectance[:] = 0
+    cube.reflectance[:, :, ::2, 1::2] = 4000
+    (path,) = write_cogs(cube, GRID, tmp_path, "pit")
+    with rasterio.open(path) as src:
+        for factor in src.overviews(1):
+            assert (src.read(out_shape=(10, 700 // factor, 1100 // factor)) == 4000).all()
+
+
 def test_years_without_a_value_and_variables_without_a_place_get_no_file(tmp_path):
     cube = cube_on(SMALL)
     cube.reflectance.loc[{"year": 2021}] = 0

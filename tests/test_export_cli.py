@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from minecube import cube, labels
 from minecube.catalog import load_recipes
 from minecube.cli import cli
+from minecube.cli.data import _origin
 from minecube.errors import CubeError
 from minecube.export import EUROMINENET, write_croissant
 from minecube.grid import grid_of
@@ -144,6 +145,12 @@ def test_a_polygon_files_licence_reaches_every_export(exported):
     for text in said:
         assert licence in text or "licenses/by-sa/4.0/" in text
         assert doi in text
+
+
+def test_polygons_of_many_sources_go_by_their_files_name():
+    drawn = gpd.GeoDataFrame({"source": [f"survey {n}" for n in range(9)], "LICENSE": ["ODbL-1.0"] * 9})
+    assert _origin(drawn, Path("osm.gpkg")) == "osm.gpkg (ODbL-1.0)"
+    assert _origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg")) == "survey 0, survey 1"
 
 
 def test_one_format_writes_that_alone(made, tmp_path):

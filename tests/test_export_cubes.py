@@ -342,6 +342,23 @@ def test_a_second_export_takes_the_place_of_the_first(tmp_path, write):
     assert [p.name for p in tmp_path.iterdir()] == [made.name]
 
 
+def test_an_export_that_fails_at_its_end_leaves_the_former(tmp_path, monkeypatch):
+    grid = GeoBox((30, 50), GRID.affine, "EPSG:32633")
+    write_zarr2(cube_on(grid, 1), grid, tmp_path / "a.zarr", "a")
+    real = Path.replace
+
+    def full(self, target):
+        if target == tmp_path / "a.zarr":
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(CubeError, match="No space left on device"):
+        write_zarr2(cube_on(grid, 2), grid, tmp_path / "a.zarr", "a")
+    raw(xr.open_zarr(tmp_path / "a.zarr", mask_and_scale=False), cube_on(grid, 1))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
 def test_a_folder_that_is_no_zarr_is_left_alone(tmp_path):
     grid = GeoBox((30, 50), GRID.affine, "EPSG:32633")
     (tmp_path / "a.zarr").mkdir()

@@ -267,7 +267,8 @@ def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
     columns = {str(c).lower(): polygons[c] for c in polygons.columns}
     said = {name: sorted(columns[name].dropna().astype(str).unique()) for name in columns if name != "geometry"}
     licence = said.get("licence") or said.get("license")
-    name = ", ".join(said.get("source") or [path.name])
+    sources = said.get("source", [])
+    name = ", ".join(sources) if 0 < len(sources) <= 3 else path.name  # some maps have a source for every polygon
     return name + (f" ({'; '.join(licence)})" if licence else "") + "".join(f" doi:{d}" for d in said.get("doi", []))
 
 

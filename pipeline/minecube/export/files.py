@@ -27,9 +27,9 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         if part.is_dir() and path.exists():
-            _need_zarr(path)
-            path.rename(path.with_name(f".{os.getpid()}.part.{path.name}.old"))
-        part.replace(path)
+            _take_place(part, path)
+        else:
+            part.replace(path)
     except (OSError, DataSourceError, DataLayerError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CubeError(f"{path}: cannot be written ({reason}); no half file stays; mend that and export again") from error
@@ -39,9 +39,17 @@ def whole(path: Path) -> Iterator[Path]:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def _need_zarr(path: Path) -> None:
+def _take_place(part: Path, path: Path) -> None:
+    """Of a folder: no system call replaces one that is not empty, so the old one steps aside and is removed by the caller."""
     if not any((path / name).is_file() for name in ("zarr.json", ".zgroup")):
         raise CubeError(f"{path}: is there already and no Zarr, so it is not replaced; move it away or name another folder")
+    old = part.with_name(f"{part.name}.old")
+    path.rename(old)
+    try:
+        part.replace(path)
+    except OSError:
+        old.rename(path)
+        raise
 
 
 def sha256_of(path: Path) -> tuple[int, str]:

@@ -10,6 +10,7 @@ for any number.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -28,6 +29,7 @@ from zarr.core.sync import sync
 from minecube.errors import CubeError
 
 _ROOT = "zarr.json"
+_AT_ONCE = 16  # objects under way: enough to hide an object store's latency, few enough to hold in memory
 _CHUNK = re.compile(r"/c(/\d+)*$")  # how Zarr v3 names chunks; that of an array without dimensions is `c`
 
 
@@ -116,11 +118,11 @@ def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
 async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> int:
     """Set what differs and delete what is not wanted; how many objects that were."""
     prototype = default_buffer_prototype()
-    written = 0
-    for key in sorted([key async for key in target.list() if key not in wanted], key=_order, reverse=True):
+    gone = sorted([key async for key in target.list() if key not in wanted], key=_order, reverse=True)
+    for key in gone:
         await target.delete(key)
-        written += 1
-    for key in sorted(wanted, key=_order):
+
+    async def copy(key: str) -> bool:
         found = await source.store.get(key, prototype)
         if found is None:
             raise CubeError(f"{key}: was in the store a moment ago and is not any more; publish when nothing is being built")
@@ -129,10 +131,17 @@ async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapp
         if rest == _ROOT and site in about:
             content = _with_attributes(content, about[site])
         old = await target.get(key, prototype)
-        if old is None or not _same(old.to_bytes(), content, key):
-            await target.set(key, prototype.buffer.from_bytes(content))
-            written += 1
-    return written
+        if old is not None and _same(old.to_bytes(), content, key):
+            return False
+        await target.set(key, prototype.buffer.from_bytes(content))
+        return True
+
+    metadata = sorted((key for key in wanted if key.endswith(_ROOT)), key=_order)
+    chunks = sorted(wanted.difference(metadata))
+    written = [await copy(key) for key in metadata]
+    for at in range(0, len(chunks), _AT_ONCE):
+        written += await asyncio.gather(*map(copy, chunks[at : at + _AT_ONCE]))
+    return len(gone) + sum(written)
 
 
 def _order(key: str) -> tuple[bool, int, str]:
