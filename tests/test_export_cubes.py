@@ -248,6 +248,10 @@ def test_gdal_3_10_reads_zarr_v2(second, cube):
         assert src.tags(12)["DIM_band_VALUE"] == "B03"
         assert src.tags(12)["DIM_year_VALUE"] == "2021"
     for name in ("footprint", "clear_count", "quality", "probability"):
+        # GDAL 3.6, which is not at hand here, knows no other CRS than this; later ones read `grid_mapping`, too.
+        own = zarr.open_group(second, mode="r")[name].attrs["_CRS"]
+        assert rasterio.CRS.from_wkt(own["wkt"]).to_epsg() == 32633
+        assert own["url"].endswith("/EPSG/0/32633")
         with rasterio.open(f'ZARR:"{second}":/{name}') as src:
             assert np.array_equal(src.read(), cube[name].values)
             assert src.crs.to_epsg() == 32633
