@@ -43,7 +43,9 @@ def cube_on(grid, seed=0):
     flags = {"flag_values": list(range(7)), "flag_meanings": "none a b c d e f", "nodata": 0, "units": "1"}
     deviation = rng.random(shape).astype(np.float32)
     deviation[:, 5:9] = np.nan
+    fraction = rng.choice(np.array([0, 100, 250, 255], np.uint8), shape)
     layers = {
+        "footprint_fraction": (fraction, {"long_name": "share x 250", "units": "0.004", "nodata": 255}),
         "clear_count": (rng.integers(0, 90, shape).astype(np.uint16), {"long_name": "clear days", "units": "1"}),
         "quality": (quality, {"long_name": "how a pixel came about", **flags}),
         "smad": (deviation, {"long_name": "spectral deviation", "units": "1"}),
@@ -143,6 +145,10 @@ def test_gdal_reads_netcdf_in_its_place(netcdf, cube):
     with rasterio.open(f"netcdf:{netcdf}:footprint") as src:
         assert np.array_equal(src.read(), cube.footprint.values)
         assert src.nodata == 255
+    with rasterio.open(f"netcdf:{netcdf}:footprint_fraction") as src:
+        assert src.nodata == 255
+    with rasterio.open(f"netcdf:{netcdf}:quality") as src:
+        assert src.nodata != 0  # which is a quality like any other
 
 
 # --- Zarr v3 ------------------------------------------------------------------------------------------------------------
@@ -200,6 +206,14 @@ def test_coarser_reflectance_is_the_mean_of_what_was_observed(pyramid, cube, lev
         assert ((made[year, band] == 0) == (expected == 0)).all()
 
 
+def test_coarser_fractions_are_means_of_what_is_known(pyramid, cube):
+    made = xr.open_zarr(pyramid, group="1", consolidated=False).footprint_fraction.values[0]
+    blocks = blocks_of(cube.footprint_fraction.values[0].astype(float), 2)
+    expected = np.array([[b[b < 255].mean() if (b < 255).any() else 255 for b in row] for row in blocks])
+    assert (np.abs(made - expected) <= 0.5).all()
+    assert (expected == 255).any()
+
+
 def test_coarser_footprints_are_what_most_pixels_are(pyramid, cube):
     made = xr.open_zarr(pyramid, group="1", consolidated=False).footprint.values
     for year in range(len(YEARS)):
@@ -247,7 +261,7 @@ def test_gdal_3_10_reads_zarr_v2(second, cube):
         assert (src.nodata, src.scales[0]) == (0, 1e-4)
         assert src.tags(12)["DIM_band_VALUE"] == "B03"
         assert src.tags(12)["DIM_year_VALUE"] == "2021"
-    for name in ("footprint", "clear_count", "quality", "probability"):
+    for name in ("footprint", "footprint_fraction", "clear_count", "quality", "probability"):
         # GDAL 3.6, which is not at hand here, knows no other CRS than this; later ones read `grid_mapping`, too.
         own = zarr.open_group(second, mode="r")[name].attrs["_CRS"]
         assert rasterio.CRS.from_wkt(own["wkt"]).to_epsg() == 32633
@@ -255,7 +269,7 @@ def test_gdal_3_10_reads_zarr_v2(second, cube):
         with rasterio.open(f'ZARR:"{second}":/{name}') as src:
             assert np.array_equal(src.read(), cube[name].values)
             assert src.crs.to_epsg() == 32633
-            assert src.nodata == {"footprint": 255, "probability": 255}.get(name)
+            assert src.nodata == {"footprint": 255, "footprint_fraction": 255, "probability": 255}.get(name)
 
 
 def test_xarray_reads_zarr_v2(second, cube):

@@ -142,4 +142,6 @@ def _described(variable: xr.DataArray) -> xr.Variable:
             attrs["scale_factor"] = layer.scale
     elif variable.dtype.kind == "f":
         attrs["_FillValue"] = variable.dtype.type("nan")
+    elif (nodata := variable.attrs.get("nodata")) is not None and nodata not in variable.attrs.get("flag_values", ()):
+        attrs["_FillValue"] = variable.dtype.type(nodata)
     return xr.Variable(variable.dims, variable.data, {**attrs, "grid_mapping": "spatial_ref"})

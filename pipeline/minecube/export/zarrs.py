@@ -31,6 +31,7 @@ METHODS = {
     "reflectance": "average",
     "probability": "average",
     "clear_count": "average",
+    "footprint_fraction": "average",
     "footprint": "mode",
     "quality": "mode",
 }
@@ -39,8 +40,8 @@ METHODS = {
 def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
     """The cube as a Zarr v3 pyramid, groups `0` (the cube's own values, bit for bit), `1` (half the resolution), ...; the path.
 
-    Coarser levels are made of the finest: reflectance, probability and clear counts by the mean of the pixels that hold a
-    value, footprint and quality by the value that most of them have, all others by the nearest. dtype and nodata are kept.
+    Coarser levels are made of the finest: reflectance, probability, fractions and clear counts by the mean of the pixels that
+    hold a value, footprint and quality by the value that most of them have, all others by the nearest. dtype and nodata stay.
 
     Raises:
         CubeError: the cube does not lie on the grid, `folder` is something else than a Zarr, or it cannot be written.
