@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import geopandas as gpd
 import numpy as np
 import odc.stac
+import pyarrow.parquet as pq
 import pyogrio
 import pystac
 import pystac.validation
@@ -27,16 +28,86 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 from pyproj import Transformer
+from pystac.extensions.datacube import DatacubeExtension
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from rio_cogeo import cog_validate
+from stac_geoparquet.arrow import stac_table_to_items
 
 from minecube.catalog import BANDS
 from minecube.errors import CubeError
-from minecube.export import SPECTRUM, write_cogs, write_footprints, write_stac
+from minecube.export import (
+    SPECTRUM,
+    credits_of,
+    write_cogs,
+    write_footprints,
+    write_netcdf,
+    write_stac,
+    write_zarr,
+    write_zarr2,
+)
 
 GRID = GeoBox((700, 1100), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
 SMALL = GeoBox((40, 60), GRID.affine, "EPSG:32633")
 SCHEMAS = Path(__file__).parent / "schemas"
+BUILDS = {
+    year: {
+        "build_id": f"{year}abc",
+        "committed": "2026-01-02T03:04:05+00:00",
+        "version": "0.1.0",
+        "libraries": {"numpy": "2.4.6"},
+        "recipe": {"title": "Median"},
+        "scenes": [{"id": f"scene_{n}", "baseline": "05.00"} for n in range(3)],
+    }
+    for year in (2020, 2021)
+}
+BUILDS[2021]["reads"] = {"completeness": 0.975}
+# Written by hand from the README of stac-extensions/label v1.0.1 and of stac-extensions/processing v1.2.0: no package holds
+# the official schemas.
+LABEL = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "required": ["type", "links", "assets"],
+    "properties": {
+        "properties": {
+            "required": ["label:properties", "label:description", "label:type", "label:classes"],
+            "properties": {
+                "label:type": {"enum": ["raster", "vector"]},
+                "label:properties": {"type": "null"},  # of rasters
+                "label:classes": {
+                    "items": {"required": ["name", "classes"], "properties": {"name": {"type": "null"}}},
+                    "minItems": 1,
+                },
+                "label:description": {"type": "string", "minLength": 1},
+                "label:tasks": {"items": {"enum": ["regression", "classification", "detection", "segmentation"]}},
+                "label:overviews": {
+                    "items": {
+                        "properties": {
+                            "counts": {"items": {"properties": {"name": {"type": "string"}, "count": {"type": "integer"}}}}
+                        }
+                    }
+                },
+            },
+            "propertyNames": {"pattern": "^(?!label:)|^label:(type|properties|classes|description|tasks|methods|overviews)$"},
+        },
+        "links": {"contains": {"properties": {"rel": {"const": "source"}}, "required": ["label:assets"]}},
+    },
+}
+PROCESSING = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "properties": {
+        "properties": {
+            "properties": {
+                "processing:level": {"pattern": "^(RAW|L[0-4][A-C]?)$"},
+                "processing:lineage": {"type": "string"},
+                "processing:datetime": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)$"},
+                "processing:software": {"type": "object", "additionalProperties": {"type": "string"}},
+            },
+            "propertyNames": {
+                "pattern": "^(?!processing:)|^processing:(expression|lineage|level|facility|version|software|datetime)$"
+            },
+        },
+        "providers": {"contains": {"required": ["processing:software", "roles"]}},
+    },
+}
 
 
 def cube_on(grid, years=(2020, 2021), probability=False):
@@ -60,7 +131,9 @@ def footprints():
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
-    cube = cube_on(GRID, probability=True)
+    cube = cube_on(GRID, probability=True).assign_attrs(builds=BUILDS)
+    cube.footprint.attrs["origin"] = "EuroMineNet (CC BY 4.0)"
+    cube.probability.attrs["model"] = {"id": "unet-small", "licence": "Apache-2.0"}
     cogs = write_cogs(cube, GRID, out / "pit", "pit")
     write_footprints(footprints(), out / "footprints.parquet")
     write_stac(out, cogs, {"truth": out / "footprints.parquet"}, title="Three pits", about="A test.")
@@ -102,6 +175,17 @@ def test_a_cog_lies_where_the_grid_lies(exported):
 def test_footprint_overviews_hold_classes_only(exported):
     with rasterio.open(exported[2][1]) as src:
         assert set(np.unique(src.read(1, out_shape=(175, 275)))) <= {0, 1, 255}
+
+
+def test_reflectance_overviews_are_means_of_what_was_observed(tmp_path):
+    """One pixel of four is seen: an average over nodata would be a quarter of it."""
+    cube = cube_on(GRID, [2020])[["reflectance"]]
+    cube.reflectance[:] = 0
+    cube.reflectance[:, :, ::2, 1::2] = 4000
+    (path,) = write_cogs(cube, GRID, tmp_path, "pit")
+    with rasterio.open(path) as src:
+        for factor in src.overviews(1):
+            assert (src.read(out_shape=(10, 700 // factor, 1100 // factor)) == 4000).all()
 
 
 def test_years_without_a_value_and_variables_without_a_place_get_no_file(tmp_path):
@@ -156,7 +240,12 @@ def test_other_suffixes_are_refused(tmp_path):
 def validator(monkeypatch):
     """pystac's validator with the extensions' official schemas from `tests/schemas`; the network is blocked."""
     own = JsonSchemaSTACValidator()
-    for path in SCHEMAS.glob("*.json"):
+    for name, schema in {"label/v1.0.1": LABEL, "processing/v1.2.0": PROCESSING}.items():
+        own.schema_cache[f"https://stac-extensions.github.io/{name}/schema.json"] = schema
+    own.schema_cache["https://proj.org/schemas/v0.4/projjson.schema.json"] = json.loads(
+        (SCHEMAS / "projjson_v0.4.json").read_text()
+    )
+    for path in set(SCHEMAS.glob("*.json")) - set(SCHEMAS.glob("projjson*")):
         name, version = path.stem.split("_")
         own.schema_cache[f"https://stac-extensions.github.io/{name}/{version}/schema.json"] = json.loads(path.read_text())
     monkeypatch.setattr(pystac.validation.RegisteredValidator, "_validator", own)
@@ -187,6 +276,13 @@ def test_the_collection_validates_with_every_extension_it_names(exported, valida
         (("assets", "reflectance", "eo:bands"), [{"name": "B02", "common_name": "bleu"}]),
         (("assets", "reflectance", "file:checksum"), "XYZ"),
         (("properties", "end_datetime"), None),
+        (("properties", "cube:dimensions", "x", "extent"), [1]),
+        (("properties", "cube:variables", "reflectance", "dimensions"), None),
+        (("properties", "label:classes"), [{"name": "mine"}]),
+        (("properties", "label:type"), "picture"),
+        (("properties", "processing:level"), "5"),
+        (("properties", "processing:software"), {"numpy": 2}),
+        (("links",), []),
     ],
 )
 def test_the_schemas_would_notice(exported, validator, place, wrong):
@@ -225,6 +321,63 @@ def test_items_say_where_when_and_what(exported):
     assert asset["raster:bands"][0] == {"data_type": "uint16", "nodata": 0, "scale": 1e-4, "spatial_resolution": 10}
 
 
+@pytest.mark.parametrize("year", [2020, 2021])
+def test_items_say_what_the_pixels_were_made_of(exported, year):
+    item = pystac.Item.from_file(str(exported[0] / "pit" / f"pit_{year}.json"))
+    said = item.properties
+    assert said["minecube:read_completeness"] == (0.975 if year == 2021 else 1)
+    assert said["processing:software"] == {"minecube": "0.1.0", "numpy": "2.4.6"}
+    assert said["processing:lineage"] == "Median, from 3 scenes of processing baselines 05.00"
+    assert (said["minecube:build_id"], said["minecube:scenes"]) == (f"{year}abc", ["scene_0", "scene_1", "scene_2"])
+
+
+def test_items_are_labels_with_the_pixels_of_each_class_counted(exported):
+    out, cube, _ = exported
+    item = pystac.Item.from_file(str(out / "pit" / "pit_2020.json"))  # pystac's own label module warns on import
+    values = cube.footprint.sel(year=2020).values
+    (overview,) = item.properties["label:overviews"]
+    counted = {c["name"]: c["count"] for c in overview["counts"]}
+    assert counted == {"not mine": (values == 0).sum(), "mine": (values == 1).sum(), "unknown": (values == 255).sum()}
+    assert item.properties["label:type"] == "raster"
+    assert item.properties["label:classes"] == [{"name": None, "classes": ["not mine", "mine"]}]
+    assert item.properties["label:description"].endswith("from EuroMineNet (CC-BY-4.0)")
+    (source,) = item.get_links("source")
+    assert source.extra_fields["label:assets"] == ["reflectance"]
+    assert Path(source.get_absolute_href()) == out / "pit" / "pit_2020.json"
+
+
+def test_items_have_the_cubes_dimensions(exported):
+    out, cube, _ = exported
+    item = DatacubeExtension.ext(pystac.Item.from_file(str(out / "pit" / "pit_2020.json")))
+    for axis in ("x", "y"):
+        assert item.dimensions[axis].extent == [float(cube[axis].min()), float(cube[axis].max())]
+        assert item.dimensions[axis].reference_system == 32633
+    assert item.dimensions["bands"].values == list(BANDS)
+    assert {n: v.dimensions for n, v in item.variables.items()} == {
+        "reflectance": ["bands", "y", "x"],
+        "footprint": ["y", "x"],
+        "probability": ["y", "x"],
+    }
+
+
+def test_the_table_of_items_is_the_items(exported):
+    out = exported[0]
+    table = gpd.read_parquet(out / "items.parquet")
+    assert list(table["id"]) == ["pit_2020", "pit_2021"]
+    assert table.crs.to_epsg() == 4326
+    back = list(stac_table_to_items(pq.read_table(out / "items.parquet")))
+    for dictionary in back:
+        item, own = pystac.Item.from_dict(dictionary), pystac.Item.from_file(str(out / "pit" / f"{dictionary['id']}.json"))
+        assert shapely.equals_exact(shapely.geometry.shape(item.geometry), shapely.geometry.shape(own.geometry), 1e-9)
+        assert {k: (out / a.href).resolve() for k, a in item.assets.items()} == {
+            k: Path(a.get_absolute_href()) for k, a in own.assets.items()
+        }
+        assert item.properties["cube:variables"]["reflectance"]["dimensions"] == ["bands", "y", "x"]
+        assert (
+            item.assets["reflectance"].extra_fields["file:checksum"] == own.assets["reflectance"].extra_fields["file:checksum"]
+        )
+
+
 def test_band_names_and_wavelengths_are_those_of_real_products(real_data):
     item = json.loads((real_data / "stac_items" / "earthsearch_c1" / "S2B_T24MUA_20250731T130245_L2A.json").read_text())
     theirs = {b["name"]: b["common_name"] for a in item["assets"].values() for b in a.get("eo:bands", [])}
@@ -256,6 +409,69 @@ def test_the_collection_carries_extent_licence_and_attribution(exported):
     assert collection.assets["truth"].media_type == "application/vnd.apache.parquet"
 
 
+def test_licence_and_citation_of_every_input_travel(exported):
+    out, _, cogs = exported
+    collection = pystac.Collection.from_file(str(out / "collection.json"))
+    assert {link.href for link in collection.get_links("license")} == {
+        "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice",
+        "https://creativecommons.org/licenses/by/4.0/",
+    }
+    assert [p["doi"] for p in collection.extra_fields["sci:publications"]] == [
+        "10.14278/rodare.4656",
+        "10.48550/arXiv.2510.14661",
+    ]
+    assert {link.href for link in collection.get_links("cite-as")} == {
+        "https://doi.org/10.14278/rodare.4656",
+        "https://doi.org/10.48550/arXiv.2510.14661",
+    }
+    assert [p.name for p in collection.providers][1:3] == ["EuroMineNet", "model unet-small"]
+    said = {}
+    for path in cogs[:3]:
+        with rasterio.open(path) as src:
+            said[path.stem.split("_")[2]] = src.tags()["TIFFTAG_COPYRIGHT"]
+    assert said["reflectance"].startswith("Contains modified Copernicus Sentinel data 2020. imagery: Copernicus Sentinel-2")
+    assert "EuroMineNet" not in said["reflectance"]
+    assert "CC-BY-4.0" in said["footprint"]
+    assert "arXiv:2510.14661" in said["footprint"]
+    assert "model unet-small, Apache-2.0" in said["probability"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "name", "licence", "dois"),
+    [
+        ("EuroMineNet (CC BY 4.0)", "EuroMineNet", "CC-BY-4.0", ("10.14278/rodare.4656", "10.48550/arXiv.2510.14661")),
+        ("maus (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325", "maus", "CC-BY-SA-4.0", ("10.1594/PANGAEA.942325",)),
+        ("pits.gpkg", "pits.gpkg", "not stated", ()),
+        ("pits.gpkg doi:10.5281/zenodo.1.", "pits.gpkg", "not stated", ("10.5281/zenodo.1",)),
+        ("osm (ODbL-1.0)", "osm", "ODbL-1.0", ()),
+        ("maus, tang (CC BY 4.0; CC BY-SA 4.0)", "maus, tang", "CC BY 4.0; CC BY-SA 4.0", ()),  # neither is the licence of both
+        ("mine (CC0)", "mine", "CC0-1.0", ()),
+        ("half (open", "half", "not stated", ()),
+        ("", "mine polygons of unstated origin", "not stated", ()),
+    ],
+)
+def test_an_origin_says_name_licence_and_dois(origin, name, licence, dois):
+    cube = cube_on(SMALL)[["footprint"]]
+    cube.footprint.attrs["origin"] = origin
+    (credit,) = credits_of(cube)
+    assert (credit.name, credit.licence, credit.dois) == (name, licence, dois)
+
+
+def test_footprints_nobody_mapped_need_no_credit():
+    cube = cube_on(SMALL)
+    cube.footprint[:] = 255
+    assert [c.kind for c in credits_of(cube)] == ["imagery"]
+
+
+def test_tables_carry_their_licence(tmp_path):
+    table = footprints()
+    table.attrs = {"license": "labels: pits, CC-BY-4.0"}
+    for suffix in ("parquet", "gpkg"):
+        write_footprints(table, tmp_path / f"f.{suffix}")
+    assert gpd.read_parquet(tmp_path / "f.parquet").attrs == table.attrs
+    assert pyogrio.read_info(tmp_path / "f.gpkg")["layer_metadata"] == table.attrs
+
+
 def test_what_cannot_be_listed_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "pit_2020_reflectance.tif").write_text("no image")
@@ -279,9 +495,15 @@ def test_what_cannot_be_listed_is_refused(tmp_path):
 # --- full disk, read-only folder, killed --------------------------------------------------------------------------------
 
 
+WHOLE = {"f.nc": write_netcdf, "f.zarr": write_zarr, "f.v2.zarr": write_zarr2}
+EVERY = ["cog", "f.parquet", "f.gpkg", *WHOLE]
+
+
 def write_anything(name, out):
     if name == "cog":
         write_cogs(cube_on(SMALL), SMALL, out, "pit")
+    elif name in WHOLE:
+        WHOLE[name](cube_on(SMALL), SMALL, out / name, "pit")
     else:
         write_footprints(footprints(), out / name)
 
@@ -302,7 +524,7 @@ def small_disk():
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize("name", ["cog", "f.parquet", "f.gpkg"])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, name):
     with pytest.raises(CubeError, match="cannot be written") as error, small_disk():
         write_anything(name, tmp_path)
@@ -310,7 +532,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["cog", "f.parquet", "f.gpkg"])
+@pytest.mark.parametrize("name", EVERY)
 def test_an_unwritable_folder_is_one_sentence(tmp_path, name):
     (tmp_path / "file").write_text("a file where the folder should be")  # root ignores permissions, so they cannot be tested
     with pytest.raises(CubeError, match="cannot be written"):
@@ -318,7 +540,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("name", ["cog", "f.parquet", "f.gpkg"])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_killed_export_leaves_no_half_file_and_the_next_one_tidies_up(tmp_path, name):
     dies = (
         "import os, signal, sys; from pathlib import Path; import importlib.util as u\n"

@@ -29,9 +29,13 @@ COMMANDS = {
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
     "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
     "score": ("minecube.cli.results", "Score predictions against footprints."),
-    "export": ("minecube.cli.results", "Write COGs, GeoParquet, a STAC collection and pictures."),
+    "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
+    "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
     "demo": ("minecube.cli.demo", "Run everything on a simulated world and score it against the truth."),
 }
+
+# Module that is not there -> what people call it, and the extra that brings it.
+EXTRAS = {"torch": ("PyTorch", "torch"), "icechunk": ("Icechunk", "publish")}
 
 
 class _Stages(click.Group):
@@ -46,9 +50,10 @@ class _Stages(click.Group):
         try:
             module = importlib.import_module(COMMANDS[cmd_name][0])
         except ModuleNotFoundError as error:
-            if error.name != "torch":
+            if error.name not in EXTRAS:
                 raise
-            raise click.UsageError(f"`minecube {cmd_name}` needs PyTorch: pip install 'minecube[torch]'") from error
+            package, extra = EXTRAS[error.name]
+            raise click.UsageError(f"`minecube {cmd_name}` needs {package}: pip install 'minecube[{extra}]'") from error
         command: click.Command = getattr(module, cmd_name)
         return command
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import geopandas as gpd
 import odc.geo.xr  # noqa: F401  registers the .odc accessor
 
 from minecube import cube, labels
@@ -235,7 +236,7 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     type=click.Path(path_type=Path),
     required=True,
     help="GeoJSON, GeoPackage, GeoParquet or Shapefile; with a `year` column where footprints differ by year, a `site` "
-    "column where sites are told apart by name.",
+    "column where sites are told apart by name, and `source`, `licence` and `doi`, which exports will name.",
 )
 def label(store: str, wanted: str, polygons: Path) -> None:
     """Rasterise mine polygons onto the cubes' grids: footprint 1 mine, 0 not, 255 unknown.
@@ -253,12 +254,22 @@ def label(store: str, wanted: str, polygons: Path) -> None:
             named = ", ".join(sorted(found["site"].astype(str).unique())[:8])
             raise LabelError(f"{polygons}: no polygon of site {site_id!r}; its `site` column has {named}")
         footprint = labels.rasterize(own, opened.odc.geobox, [int(y) for y in opened.year])
-        cube.write_footprint(store, site_id, footprint, origin=polygons.name)
+        cube.write_footprint(store, site_id, footprint, origin=_origin(own, polygons))
         for year in footprint.year.values:
             mask = footprint.sel(year=year).values
             known = (mask != 255).any()
             rows.append((site_id, int(year), round(float((mask == 1).sum()) / 1e4, 3) if known else "unknown"))
     click.echo(table(("site", "year", "mine km2"), rows))
+
+
+def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
+    """Where polygons come from, as they say it: `EuroMineNet (CC BY 4.0) doi:10.14278/rodare.4656`; else the file's name."""
+    columns = {str(c).lower(): polygons[c] for c in polygons.columns}
+    said = {name: sorted(columns[name].dropna().astype(str).unique()) for name in columns if name != "geometry"}
+    licence = said.get("licence") or said.get("license")
+    sources = said.get("source", [])
+    name = ", ".join(sources) if 0 < len(sources) <= 3 else path.name  # some maps have a source for every polygon
+    return name + (f" ({'; '.join(licence)})" if licence else "") + "".join(f" doi:{d}" for d in said.get("doi", []))
 
 
 @contextmanager

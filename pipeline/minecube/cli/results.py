@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import click
@@ -17,6 +17,7 @@ from minecube import export as exporting
 from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
 from minecube.errors import CatalogError, LabelError
 
+FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
 model_option = click.option("--model", default="unet-small", show_default=True, help="Whose prediction: the model's name.")
 
@@ -73,28 +74,51 @@ def score(store: str, wanted: str, model: str, out: Path | None) -> None:
 @sites_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
 @click.option("--model", help="Also export this model's probability and footprints.")
-def export(store: str, wanted: str, out: Path, model: str | None) -> None:
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(FORMATS),
+    multiple=True,
+    default=("cog",),
+    show_default=True,
+    help="cog: images, their STAC collection, footprints and pictures; netcdf, zarr (v3, multiscales), zarr2 (for GDAL before "
+    "3.13 and QGIS): all years of a site in one; croissant: a description of the others. May be given more than once.",
+)
+def export(store: str, wanted: str, out: Path, model: str | None, formats: tuple[str, ...]) -> None:
     """Write what other tools open: COGs a year, footprints as GeoParquet, a STAC collection, and pictures.
 
     \b
-    Example:
+    Examples:
       minecube export --store cubes.zarr --sites Germany_2 --model unet-small --out export
+      minecube export --store cubes.zarr --format cog --format netcdf --format croissant --out export
     """
+    if "croissant" in formats and not {"cog", "netcdf"} & set(formats):
+        raise click.UsageError("--format croissant describes files of the other formats: add --format cog or --format netcdf")
     names = stored_sites(store, wanted)
     with progress_bar("exporting", len(names)) as advance:
-        written = export_sites(store, names, out, model, lambda name: advance(note=name))
-    click.echo(f"{out}: {len(written)} images; open {out}/collection.json")
+        images, others = export_sites(store, names, out, model, lambda name: advance(note=name), formats)
+    if images:
+        click.echo(f"{out}: {len(images)} images; open {out}/collection.json")
+    for path in others:
+        click.echo(path)
 
 
 def export_sites(
-    store: str, names: Sequence[str], out: Path, model: str | None, done: Callable[[str], None] = lambda _: None
-) -> list[Path]:
-    """Images, outlines, pictures and the collection of these sites; the paths of the images."""
+    store: str,
+    names: Sequence[str],
+    out: Path,
+    model: str | None,
+    done: Callable[[str], None] = lambda _: None,
+    formats: Collection[str] = ("cog",),
+) -> tuple[list[Path], list[Path]]:
+    """What `--format` says of these sites; the paths of the images, and those of all other formats."""
     cogs: list[Path] = []
+    whole: dict[str, Path] = {}
+    credited: dict[exporting.Credit, None] = {}
     outlines: dict[str, list[gpd.GeoDataFrame]] = {}
     areas: dict[str, dict[str, pd.DataFrame]] = {}
     for name in names:
-        opened = cube.open_committed(store, name).load()
+        opened = cube.open_committed(store, name).load().assign_attrs(builds=cube.builds(store, name))
         grid = opened.odc.geobox
         drawn: dict[str, xr.DataArray] = {}
         if bool((opened["footprint"] != labels.UNKNOWN).any()):
@@ -103,6 +127,11 @@ def export_sites(
             probability = cube.open_probability(store, name, model).sel(year=opened.year).load()
             opened = opened.assign(probability=probability)
             drawn["mapped"] = tracks.threshold(probability)
+        credited |= dict.fromkeys(exporting.credits_of(opened))
+        whole |= _whole_cubes(opened, out / name, name, formats)
+        if "cog" not in formats:
+            done(name)
+            continue
         cogs += exporting.write_cogs(opened, grid, out / name, name)
         for kind, footprint in drawn.items():
             outlines.setdefault(kind, []).append(labels.vectorize(footprint, grid, name).to_crs(4326))
@@ -112,13 +141,36 @@ def export_sites(
     tables = {}
     for kind, parts in outlines.items():
         tables[f"footprints_{kind}"] = out / f"footprints_{kind}.parquet"
-        exporting.write_footprints(pd.concat(parts, ignore_index=True), tables[f"footprints_{kind}"])
+        drawn_from = [c for c in credited if (c.kind == "labels") == (kind == "labels")]
+        outline = pd.concat(parts, ignore_index=True)
+        outline.attrs = exporting.lines(drawn_from)
+        exporting.write_footprints(outline, tables[f"footprints_{kind}"])
     if areas:
         main = areas.get("mapped") or areas["labels"]
         report.area_plot(main, out / "areas.png", areas["labels"] if "mapped" in areas and "labels" in areas else None)
     recipe = cube.open_cube(store, names[0]).attrs["minecube"]["recipe"]["title"]
-    exporting.write_stac(out, cogs, tables, title="minecube export", about=f"Annual Sentinel-2 composites of mines. {recipe}.")
-    return cogs
+    described = {"title": "minecube export", "about": f"Annual Sentinel-2 composites of mines. {recipe}."}
+    if "cog" in formats:
+        exporting.write_stac(out, cogs, {**tables, **whole}, **described)
+    others = list(whole.values())
+    if "croissant" in formats:
+        listed = [*cogs, *tables.values(), *(p for p in others if p.is_file()), *([out / "items.parquet"] if cogs else [])]
+        others.append(exporting.write_croissant(out, listed, credited, **described))
+    return cogs, others
+
+
+def _whole_cubes(opened: xr.Dataset, folder: Path, name: str, formats: Collection[str]) -> dict[str, Path]:
+    """All years of a site in one file or folder, in each of the formats that are that; the paths by asset key."""
+    writers = {
+        "netcdf": (exporting.write_netcdf, ".nc"),
+        "zarr": (exporting.write_zarr, ".zarr"),
+        "zarr2": (exporting.write_zarr2, ".v2.zarr"),
+    }
+    return {
+        f"{name}_{key}": write(opened, opened.odc.geobox, folder / f"{name}{suffix}", name)
+        for key, (write, suffix) in writers.items()
+        if key in formats
+    }
 
 
 def _without_nan(value: object) -> object:

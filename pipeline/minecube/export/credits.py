@@ -1,0 +1,108 @@
+"""What a cube is made from, and on whose terms: licence and citation of every input, to travel with every export.
+
+The imagery is always Copernicus Sentinel data; the labels say themselves whence they are (`footprint.attrs["origin"]`, such
+as "EuroMineNet (CC BY 4.0)" or "pits.gpkg (own digitising, ODbL-1.0)"), a model's card says what its weights may be used for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+SENTINEL_TERMS = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
+NOT_STATED = "not stated"
+_UNKNOWN = 255  # of footprints: nobody mapped it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credit:
+    """One input: what it is, and what its maker asks of those who pass it on."""
+
+    kind: str
+    """imagery, labels or model."""
+    name: str
+    licence: str
+    """SPDX identifier where there is one; "not stated" where nobody said."""
+    url: str = ""
+    """The licence's text."""
+    dois: tuple[str, ...] = ()
+    citation: str = ""
+    """How it is to be named."""
+
+
+EUROMINENET = Credit(
+    kind="labels",
+    name="EuroMineNet",
+    licence="CC-BY-4.0",
+    url="https://creativecommons.org/licenses/by/4.0/",
+    dois=("10.14278/rodare.4656", "10.48550/arXiv.2510.14661"),
+    citation="EuroMineNet, doi:10.14278/rodare.4656, described in arXiv:2510.14661",
+)
+
+
+def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
+    """The inputs behind the variables of a cube; a footprint of which every pixel is unknown has none."""
+    found = []
+    if any(not str(name).startswith("footprint") for name in cube.data_vars):
+        notice = f"Contains modified Copernicus Sentinel data {span_of(cube)}."  # the terms' own wording
+        found.append(
+            Credit(
+                kind="imagery",
+                name="Copernicus Sentinel-2, European Space Agency",
+                licence="Copernicus Sentinel data terms",
+                url=SENTINEL_TERMS,
+                citation=notice,
+            )
+        )
+    if "footprint" in cube and bool(np.any(cube["footprint"].to_numpy() != _UNKNOWN)):
+        found.append(of_labels(str(cube["footprint"].attrs.get("origin", ""))))
+    if "probability" in cube:
+        card = cube["probability"].attrs.get("model", {})
+        name = card.get("id", "a model without a card")
+        found.append(Credit(kind="model", name=f"model {name}", licence=card.get("licence", "") or NOT_STATED))
+    return tuple(found)
+
+
+def span_of(cube: xr.Dataset) -> str:
+    """The cube's years: `2020`, or `2019-2021`."""
+    years = [int(y) for y in cube["year"].to_numpy().ravel()]
+    return f"{min(years)}-{max(years)}" if len(years) > 1 else f"{years[0]}"
+
+
+def of_labels(origin: str) -> Credit:
+    """What an origin such as `pits.gpkg (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325` says: name, licence, DOIs."""
+    if "eurominenet" in origin.lower():
+        return EUROMINENET
+    name, bracket, rest = origin.partition("(")
+    licence, closed, after = rest.rpartition(")")
+    spdx, url = _spdx(licence) if closed else ("", "")
+    dois = tuple(d.rstrip(".,;)") for d in re.findall(r"10\.\d{4,9}/\S+", after if closed else origin))
+    named = (name if bracket else re.sub(r"\s*doi:\S+", "", origin)).strip() or "mine polygons of unstated origin"
+    citation = named + "".join(f", doi:{d}" for d in dois)
+    return Credit(kind="labels", name=named, licence=spdx or NOT_STATED, url=url, dois=dois, citation=citation)
+
+
+def _spdx(licence: str) -> tuple[str, str]:
+    """SPDX identifier and text of a Creative Commons licence as people write it; all others stay as they are."""
+    found = re.fullmatch(r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence.strip(), re.IGNORECASE)
+    if found:
+        kind, version = found.group(1).upper(), found.group(2)
+        return f"CC-{kind}-{version}", f"https://creativecommons.org/licenses/{kind.lower()}/{version}/"
+    if re.fullmatch(r"CC[ -]?0([ -]1\.0)?", licence.strip(), re.IGNORECASE):
+        return "CC0-1.0", "https://creativecommons.org/publicdomain/zero/1.0/"
+    return licence.strip(), ""
+
+
+def lines(credits_: Iterable[Credit]) -> dict[str, str]:
+    """The same as three lines of text, for attributes and tags: `license`, `acknowledgement`, `references`; none is empty."""
+    credits_ = list(credits_)
+    text = {
+        "license": "; ".join(f"{c.kind}: {c.name}, {c.licence}" + (f" ({c.url})" if c.url else "") for c in credits_),
+        "acknowledgement": "; ".join(c.citation.rstrip(".") for c in credits_ if c.citation),
+        "references": " ".join(f"https://doi.org/{d}" for c in credits_ for d in c.dois),
+    }
+    return {k: v for k, v in text.items() if v}

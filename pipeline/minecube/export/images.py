@@ -1,0 +1,105 @@
+"""Cloud Optimized GeoTIFFs that say what they are, and footprints as GeoParquet or GeoPackage."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import xarray as xr
+from odc.geo.geobox import GeoBox
+from rasterio.io import MemoryFile
+
+from minecube.errors import CubeError
+from minecube.export.credits import credits_of, lines
+from minecube.export.files import whole
+from minecube.export.layers import LAYERS, need_on_grid
+
+log = logging.getLogger(__name__)
+
+
+def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Path]:
+    """One Cloud Optimized GeoTIFF a year and variable, `<site>_<year>_<variable>.tif` in `out`; their paths.
+
+    Of reflectance (one image band per band, uint16), footprint and probability (uint8), those the cube has; a year in
+    which a variable holds nothing but nodata gets no file. Values are the cube's own; scale, nodata, licence and citation
+    stand in the file, and where `cube.attrs["builds"]` has it (year -> `minecube.cube.builds`) what it was built from.
+
+    Raises:
+        CubeError: the cube does not lie on the grid, or a file cannot be written.
+    """
+    need_on_grid(cube, grid, site)
+    written = []
+    for year in cube.year.to_numpy():
+        made = cube.attrs.get("builds", {}).get(int(year), {})
+        for name in (n for n in LAYERS if n in cube):
+            layer = cube[name].sel(year=year)
+            values = layer.to_numpy()
+            if (values == LAYERS[name].nodata).all():
+                log.info("%s %s: %s holds nothing but nodata, so it gets no file", site, year, name)
+                continue
+            bands = [str(b) for b in layer.band.to_numpy()] if "band" in layer.dims else [name]
+            path = out / f"{site}_{year}_{name}.tif"
+            tags = {"site": site, "year": str(year), "variable": name}
+            tags |= _credited(cube[[name]].sel(year=[year])) | (_built(made) if name != "footprint" else {})
+            _write_cog(path, values.reshape(len(bands), *grid.shape), bands, grid, tags)
+            written.append(path)
+    return written
+
+
+def _credited(layer: xr.Dataset) -> dict[str, str]:
+    """Tags that say on whose terms: TIFF's own copyright tag for people, `credits` for programs."""
+    found = credits_of(layer)
+    text = lines(found)
+    copyright_ = ". ".join(v.rstrip(".") for v in (text.get("acknowledgement"), text["license"]) if v)
+    return {"TIFFTAG_COPYRIGHT": copyright_, "credits": json.dumps([asdict(c) for c in found])}
+
+
+def _built(made: Mapping[str, Any]) -> dict[str, str]:
+    if not made:
+        return {}
+    kept: dict[str, Any] = {k: made[k] for k in ("build_id", "committed", "version", "libraries")}
+    kept |= {"recipe": made["recipe"]["title"], "scenes": [s["id"] for s in made["scenes"]]}
+    kept["completeness"] = made.get("reads", {}).get("completeness", 1.0)
+    kept["baselines"] = sorted({s["baseline"] for s in made["scenes"]})
+    return {"TIFFTAG_SOFTWARE": f"minecube {made['version']}", "build": json.dumps(kept)}
+
+
+def _write_cog(path: Path, values: np.ndarray[Any, Any], bands: list[str], grid: GeoBox, tags: Mapping[str, str]) -> None:
+    layer = LAYERS[tags["variable"]]
+    profile = {"crs": str(grid.crs), "transform": grid.affine, "nodata": layer.nodata, "dtype": values.dtype}
+    profile |= {"count": len(bands), "height": grid.shape[0], "width": grid.shape[1]}
+    options = {"compress": "DEFLATE", "predictor": "YES", "blocksize": 512, "overview_resampling": layer.overview}
+    # Into memory first: a disk that fills up is then Python's OSError, not a private error class of rasterio's.
+    with MemoryFile() as memory:
+        with memory.open(driver="COG", **profile, **options) as image:
+            image.write(values)
+            image.descriptions = bands
+            image.scales = [layer.scale] * len(bands)
+            image.update_tags(**tags)
+        with whole(path) as part:
+            part.write_bytes(memory.getbuffer())
+
+
+def write_footprints(table: gpd.GeoDataFrame, path: Path) -> None:
+    """The footprints as GeoParquet (`.parquet`) or GeoPackage (`.gpkg`), by the path's suffix.
+
+    What stands in `table.attrs` (licence, citation: text) goes along, as the file's metadata.
+
+    Raises:
+        CubeError: another suffix, or the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".parquet", ".gpkg"):
+        raise CubeError(f"{path}: expected a name in .parquet or .gpkg, found {suffix or 'no suffix'!r}; choose one")
+    with whole(path) as part:
+        if suffix == ".parquet":
+            table.to_parquet(part)
+        else:
+            about = {str(k): str(v) for k, v in table.attrs.items()}
+            table.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None)

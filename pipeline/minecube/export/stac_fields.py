@@ -1,0 +1,129 @@
+"""What images and cubes say of themselves, in the fields of STAC's extensions; each reads it back from the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import xarray as xr
+
+from minecube.errors import CubeError
+from minecube.export.credits import Credit
+from minecube.export.files import href, listed
+from minecube.export.layers import LAYERS, SPECTRUM
+
+MEDIA = {
+    ".parquet": "application/vnd.apache.parquet",
+    ".gpkg": "application/geopackage+sqlite3",
+    ".nc": "application/netcdf",
+    ".zarr": "application/vnd.zarr",
+}
+CLASSES = {0: "not mine", 1: "mine", 255: "unknown"}
+
+
+def credits_in(tags: Mapping[str, str]) -> list[Credit]:
+    """The inputs that an image's tags name."""
+    return [Credit(**{**c, "dois": tuple(c["dois"])}) for c in json.loads(tags.get("credits", "[]"))]
+
+
+def processing(build: Mapping[str, Any]) -> dict[str, Any]:
+    """How the composite was made: the processing extension's fields and three of ours; nothing where nobody noted it."""
+    if not build:
+        return {}
+    baselines = ", ".join(build["baselines"])
+    return {
+        "processing:level": "L3",
+        "processing:software": {"minecube": build["version"], **build["libraries"]},
+        "processing:datetime": build["committed"],
+        "processing:lineage": f"{build['recipe']}, from {len(build['scenes'])} scenes of processing baselines {baselines}",
+        "minecube:build_id": build["build_id"],
+        "minecube:scenes": build["scenes"],
+        "minecube:read_completeness": build["completeness"],
+    }
+
+
+def label(src: rasterio.DatasetReader) -> dict[str, Any]:
+    """The label extension's fields of a footprint, with the pixels of each class counted."""
+    values, counts = np.unique(src.read(1), return_counts=True)
+    seen = [{"name": CLASSES[int(v)], "count": int(n)} for v, n in zip(values, counts, strict=True)]
+    whence = "".join(f", from {c.name} ({c.licence})" for c in credits_in(src.tags()))
+    return {
+        "label:type": "raster",
+        "label:properties": None,  # which the extension asks of rasters
+        "label:classes": [{"name": None, "classes": list(CLASSES.values())[:2]}],
+        "label:tasks": ["segmentation"],
+        "label:description": f"Mine footprint: 1 mine, 0 not mine, 255 unknown{whence}",
+        "label:overviews": [{"counts": seen}],
+    }
+
+
+def dimensions(src: rasterio.DatasetReader, bands: str) -> dict[str, Any]:
+    """The datacube extension's dimensions of an image: pixel centres from the first to the last."""
+    height, width = src.shape
+    (x0, y0), (x1, y1) = src.xy(0, 0), src.xy(height - 1, width - 1)
+    place = {"type": "spatial", "reference_system": src.crs.to_epsg()}
+    found: dict[str, Any] = {
+        "x": {**place, "axis": "x", "extent": [x0, x1], "step": src.res[0]},
+        "y": {**place, "axis": "y", "extent": [y1, y0], "step": src.res[1]},
+    }
+    return {**found, bands: {"type": "bands", "values": list(src.descriptions)}} if bands else found
+
+
+def image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
+    """The asset of an image made by `write_cogs`; raises CubeError where it cannot be read, KeyError where it is another's."""
+    variable = src.tags()["variable"]
+    layer = LAYERS[variable]
+    pixel = {"data_type": src.dtypes[0], "nodata": src.nodata, "scale": src.scales[0], "spatial_resolution": src.res[0]}
+    asset: dict[str, Any] = {
+        **listed(path, path.parent, layer.title),
+        "type": "image/tiff; application=geotiff; profile=cloud-optimized",
+        "roles": list(layer.roles),
+        "raster:bands": [pixel] * src.count,
+    }
+    if variable == "reflectance":
+        spectra = [(b, *SPECTRUM[b]) for b in src.descriptions]
+        asset["eo:bands"] = [{"name": b, "common_name": common, "center_wavelength": um} for b, common, um in spectra]
+    if variable == "footprint":
+        asset["file:values"] = [{"values": [value], "summary": text} for value, text in CLASSES.items()]
+    return asset
+
+
+def file_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
+    """A table of footprints, or a cube of all years with its dimensions; a Zarr, being a folder, has no checksum."""
+    media = {"type": MEDIA[path.suffix]}
+    if path.suffix in (".parquet", ".gpkg"):
+        return {**listed(path, out, f"Mine footprints as polygons: {key}"), **media, "roles": ["data", "labels"]}
+    title = f"Cube of all years: {key}"
+    place = listed(path, out, title) if path.is_file() else {"href": href(path, out), "title": title}
+    try:
+        how: dict[str, Any] = {"engine": "netcdf4"}
+        if path.suffix == ".zarr":
+            how = {"engine": "zarr", "group": "0" if (path / "0").is_dir() else None, "consolidated": False}
+        with xr.open_dataset(path, decode_times=False, mask_and_scale=False, **how) as cube:
+            return {**place, **media, "roles": ["data"], **_cube_fields(cube)}
+    except (OSError, ValueError, ImportError) as error:
+        raise CubeError(f"{path}: cannot be read ({error}), so the collection cannot list it") from error
+
+
+def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
+    epsg = int(cube["spatial_ref"].attrs["crs_wkt"].rpartition('"EPSG",')[2].partition("]")[0].strip('"'))
+    place = {"type": "spatial", "reference_system": epsg}
+    years = [int(y) for y in cube["year"]]
+    span = [f"{years[0]}-01-01T00:00:00Z", f"{years[-1]}-12-31T23:59:59Z"]
+    dimensions: dict[str, Any] = {
+        axis: {**place, "axis": axis, "extent": [float(cube[axis].min()), float(cube[axis].max())]} for axis in ("x", "y")
+    }
+    bands = cube["band_name" if "band_name" in cube.coords else "band"].to_numpy()
+    dimensions["band"] = {"type": "bands", "values": [str(b) for b in bands]}
+    time = "time" if "time" in cube.dims else "year"
+    dimensions[time] = {"type": "temporal", "extent": span, "values": [f"{y}-01-01T00:00:00Z" for y in years]}
+    layers = {n: v for n, v in cube.data_vars.items() if "y" in v.dims}
+    described = {
+        str(n): {"type": "data", "dimensions": [str(d) for d in v.dims], "description": str(v.attrs["long_name"])}
+        for n, v in layers.items()
+    }
+    return {"cube:dimensions": dimensions, "cube:variables": described}

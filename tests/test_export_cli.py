@@ -1,0 +1,441 @@
+"""`minecube export --format` and `minecube publish` on a small store, as Croissant's and Icechunk's own tools see them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import dask.array as da
+import geopandas as gpd
+import icechunk
+import mlcroissant
+import numpy as np
+import pystac
+import pytest
+import rasterio
+import shapely
+import xarray as xr
+import zarr
+from click.testing import CliRunner
+
+from minecube import cube, labels
+from minecube.catalog import load_recipes
+from minecube.cli import cli
+from minecube.cli.data import _origin
+from minecube.errors import CubeError
+from minecube.export import EUROMINENET, write_croissant
+from minecube.grid import grid_of
+
+RECIPE = load_recipes()["annual-median"]
+YEARS = (2019, 2020, 2021)
+
+
+def run(*arguments, ok=0):
+    done = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert done.exit_code == ok, (done.output, done.exception)
+    return done.output
+
+
+def year_of(grid, seed):
+    rng = np.random.default_rng(seed)
+
+    def blocks(values):
+        return da.from_array(values, chunks=(*values.shape[:-2], RECIPE.block_px, RECIPE.block_px))
+
+    shape = grid.shape
+    return xr.Dataset(
+        {
+            "reflectance": (("band", "y", "x"), blocks(rng.integers(1, 9000, (10, *shape)).astype(np.uint16))),
+            "clear_count": (("y", "x"), blocks(rng.integers(1, 30, shape).astype(np.uint16))),
+            "quality": (("y", "x"), blocks(np.ones(shape, np.uint8))),
+        }
+    )
+
+
+def build(store, site, year, seed=0, scene="S2A", overwrite=False):
+    """Build a site-year of one scene into a store, as `minecube build` leaves it."""
+    grid = grid_of(site)
+    cube.create(store, site, grid, YEARS, RECIPE)
+    provenance = {
+        "site": site.id,
+        "year": year,
+        "grid": {},
+        "recipe": {"title": RECIPE.title},
+        "scenes": [{"id": scene, "source": "s", "baseline": "05.00", "offset": 0, "offset_reason": "r"}],
+        "version": "0.1.0",
+        "libraries": {"numpy": np.__version__},
+    }
+    assert cube.write_year(store, year_of(grid, seed), provenance, b"scene list", overwrite=overwrite)
+
+
+@pytest.fixture(scope="module")
+def pit(make):
+    return make.site("pit", 360000, 5600040, 300, 270)
+
+
+@pytest.fixture(scope="module")
+def hole(make):
+    return make.site("hole", 420000, 5600040, 60, 60)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pit):
+    """A store of one site, years 2019 and 2021 built, labelled by a file that says its licence."""
+    folder = tmp_path_factory.mktemp("store")
+    for year in (2019, 2021):
+        build(str(folder / "cubes.zarr"), pit, year, seed=year)
+    drawn = gpd.GeoDataFrame(
+        {"source": ["maus"], "licence": ["CC BY-SA 4.0"], "doi": ["10.1594/PANGAEA.942325"]},
+        geometry=[shapely.box(360500, 5598000, 362000, 5599000)],
+        crs="EPSG:32633",
+    )
+    drawn.to_file(folder / "pits.gpkg")
+    run("label", "--store", folder / "cubes.zarr", "--polygons", folder / "pits.gpkg")
+    return folder / "cubes.zarr"
+
+
+@pytest.fixture(scope="module")
+def exported(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "export"
+    formats = [f for name in ("cog", "netcdf", "zarr", "zarr2", "croissant") for f in ("--format", name)]
+    return out, run("export", "--store", made, "--out", out, *formats)
+
+
+# --- export -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_holds_the_committed_years(exported, made):
+    out, printed = exported
+    expected = cube.open_committed(str(made), "pit")
+    assert list(expected.year.values) == [2019, 2021]
+    opened = {
+        "netcdf": xr.open_dataset(out / "pit" / "pit.nc", mask_and_scale=False),
+        "zarr": xr.open_zarr(out / "pit" / "pit.zarr", group="0", consolidated=False),
+        "zarr2": xr.open_zarr(out / "pit" / "pit.v2.zarr", mask_and_scale=False),
+    }
+    for name, found in opened.items():
+        assert list(found.year.values) == [2019, 2021], name
+        for variable in expected.data_vars:
+            np.testing.assert_array_equal(found[variable].values, expected[variable].values, err_msg=f"{name} {variable}")
+        found.close()
+    assert f"{out}: 4 images; open {out}/collection.json" in printed
+    assert [line for line in printed.splitlines() if "croissant" in line] == [f"{out}/croissant.json"]
+    collection = pystac.Collection.from_file(str(out / "collection.json"))
+    assert {"pit_netcdf", "pit_zarr", "pit_zarr2", "footprints_labels", "items"} == set(collection.assets)
+    item = next(collection.get_items())
+    assert item.properties["processing:software"] == {"minecube": "0.1.0", "numpy": np.__version__}
+    assert item.properties["minecube:scenes"] == ["S2A"]
+
+
+def test_a_polygon_files_licence_reaches_every_export(exported):
+    out, _ = exported
+    licence, doi = "CC-BY-SA-4.0", "10.1594/PANGAEA.942325"
+    with rasterio.open(out / "pit" / "pit_2019_footprint.tif") as src:
+        said = [src.tags()["TIFFTAG_COPYRIGHT"]]
+    with xr.open_dataset(out / "pit" / "pit.nc") as opened:
+        said.append(opened.license + opened.references)
+    said.append(str(dict(zarr.open_group(out / "pit" / "pit.zarr", mode="r").attrs)))
+    said.append(str(dict(zarr.open_group(out / "pit" / "pit.v2.zarr", mode="r").attrs)))
+    said.append(str(gpd.read_parquet(out / "footprints_labels.parquet").attrs))
+    said += [(out / name).read_text() for name in ("collection.json", "croissant.json")]
+    for text in said:
+        assert licence in text or "licenses/by-sa/4.0/" in text
+        assert doi in text
+
+
+def test_polygons_of_many_sources_go_by_their_files_name():
+    drawn = gpd.GeoDataFrame({"source": [f"survey {n}" for n in range(9)], "LICENSE": ["ODbL-1.0"] * 9})
+    assert _origin(drawn, Path("osm.gpkg")) == "osm.gpkg (ODbL-1.0)"
+    assert _origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg")) == "survey 0, survey 1"
+
+
+def test_one_format_writes_that_alone(made, tmp_path):
+    run("export", "--store", made, "--out", tmp_path / "a", "--format", "netcdf")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["a/pit/pit.nc"]
+    run("export", "--store", made, "--out", tmp_path / "b")
+    assert {p.suffix for p in (tmp_path / "b").rglob("*") if p.is_file()} == {".json", ".parquet", ".png", ".tif"}
+    out = run("export", "--store", made, "--out", tmp_path / "c", "--format", "croissant", ok=2)
+    assert "add --format cog or --format netcdf" in out
+    assert not (tmp_path / "c").exists()
+
+
+# --- Croissant ----------------------------------------------------------------------------------------------------------
+
+
+rdflib_warns = pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")  # what mlcroissant uses
+
+
+@rdflib_warns
+def test_croissants_own_library_finds_no_fault(exported, caplog):
+    out, _ = exported
+    described = mlcroissant.Dataset(jsonld=out / "croissant.json")
+    assert not described.metadata.ctx.issues.errors
+    assert not described.metadata.ctx.issues.warnings
+    assert "not standard" not in caplog.text
+    metadata = described.metadata
+    assert set(metadata.license) == {
+        "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice",
+        "https://creativecommons.org/licenses/by-sa/4.0/",
+    }
+    assert metadata.cite_as == "Contains modified Copernicus Sentinel data 2019-2021.; maus, doi:10.1594/PANGAEA.942325"
+
+
+@rdflib_warns
+def test_croissants_records_are_the_tables_rows(exported):
+    out, _ = exported
+    described = mlcroissant.Dataset(jsonld=out / "croissant.json")
+    rows = list(described.records(record_set="footprints_labels"))
+    table = gpd.read_parquet(out / "footprints_labels.parquet")
+    assert [r["footprints_labels/area_m2"] for r in rows] == list(table["area_m2"])
+    assert [r["footprints_labels/year"] for r in rows] == list(table["year"])
+    assert [r["footprints_labels/site"] for r in rows] == [s.encode() for s in table["site"]]
+    items = list(described.records(record_set="items"))
+    assert [i["items/id"] for i in items] == [b"pit_2019", b"pit_2021"]
+
+
+def test_every_file_is_named_with_its_checksum(exported):
+    out, _ = exported
+    named = {f["contentUrl"]: f for f in json.loads((out / "croissant.json").read_text())["distribution"]}
+    there = {p.relative_to(out).as_posix() for s in ("tif", "nc", "parquet") for p in out.rglob(f"*.{s}")}
+    assert set(named) == there
+    for name, entry in named.items():
+        assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
+        assert entry["contentSize"] == f"{(out / name).stat().st_size} B"
+
+
+def test_what_croissant_cannot_name_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    for files, says in [
+        ([], "there is no file"),
+        ([tmp_path / "a.tif"], "lies outside"),
+        ([tmp_path / "in" / "a.tif"], "cannot be read"),
+    ]:
+        with pytest.raises(CubeError, match=says):
+            write_croissant(tmp_path / "in", files, [EUROMINENET], title="t", about="a")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+# --- publish ------------------------------------------------------------------------------------------------------------
+
+
+def session_of(place, **which):
+    return icechunk.Repository.open(icechunk.local_filesystem_storage(str(place))).readonly_session(**which)
+
+
+def released(place, tag, group="pit"):
+    """A release as someone with Icechunk and xarray opens it."""
+    return xr.open_zarr(session_of(place, tag=tag).store, group=group, consolidated=False)
+
+
+@pytest.fixture
+def growing(tmp_path, pit):
+    store = tmp_path / "cubes.zarr"
+    for year in (2019, 2020):
+        build(str(store), pit, year, seed=year)
+    return store, ("--store", store, "--icechunk", tmp_path / "releases")
+
+
+def mask_of(store, value):
+    opened = cube.open_cube(str(store), "pit")
+    masks = np.full((1, *opened.odc.geobox.shape), value, np.uint8)
+    return xr.DataArray(
+        masks, {"year": [2020], "y": opened.y, "x": opened.x, "spatial_ref": opened.spatial_ref}, ("year", "y", "x")
+    )
+
+
+def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
+    store, where = growing
+    assert "no Icechunk repository" in run("publish", *where, ok=2)
+    assert "v1 holds 2 site-years" in run("publish", *where, "--tag", "v1")
+    first = cube.open_committed(str(store), "pit").load()
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "EuroMineNet (CC BY 4.0)")
+    run("publish", *where, "--tag", "v2")
+    build(str(store), pit, 2019, seed=99, scene="S2B", overwrite=True)
+    build(str(store), hole, 2021)
+    run("publish", *where, "--tag", "v3")
+
+    opened = released(tmp_path / "releases", "v1").sel(year=[2019, 2020])
+    for name in first.data_vars:
+        np.testing.assert_array_equal(opened[name].values, first[name].values)
+    now = released(tmp_path / "releases", "v3")
+    np.testing.assert_array_equal(now.reflectance.values, cube.open_cube(str(store), "pit").reflectance.values)
+    assert "EuroMineNet, CC-BY-4.0" in now.license
+    assert "EuroMineNet" not in opened.license
+
+    assert run("publish", *where, "--diff", "v1", "v2").splitlines()[2:] == [
+        "pit   2020  footprint",
+        "pit   all   footprint (metadata)",  # its origin
+        "pit   all   site (metadata)",  # the licences
+    ]
+    rows = [line.split(maxsplit=2) for line in run("publish", *where, "--diff", "v2", "v3").splitlines()[2:]]
+    assert ["hole", "all", "the whole site (new)"] in rows
+    assert {tuple(r) for r in rows if r[0] == "pit"} == {
+        ("pit", "2019", "reflectance"),
+        ("pit", "2019", "clear_count"),
+        ("pit", "2019", "provenance"),
+    }
+    back = [line.split(maxsplit=2) for line in run("publish", *where, "--diff", "v3", "v2").splitlines()[2:]]
+    assert back == [[s, y, w.replace("new", "gone")] for s, y, w in rows]
+    listed = run("publish", *where).splitlines()[2:]
+    assert [line.split()[0] for line in listed] == ["v1", "v2", "v3"]
+
+
+def test_years_that_are_not_committed_are_not_published(growing, pit, tmp_path):
+    store, where = growing
+    half = zarr.open_group(str(store), path="pit", mode="r+")
+    half["reflectance"][2] = 7  # blocks of a run that was killed before its commit
+    (store / "pit" / "reflectance" / "c" / "0" / "0" / "0" / "0.1f.partial").write_text("killed while writing")
+    zarr.open_group(str(store), path="pit/builds/2021", mode="a").attrs["building"] = "x"
+    run("publish", *where, "--tag", "v1")
+    opened = released(tmp_path / "releases", "v1")
+    assert (opened.reflectance.sel(year=2021) == 0).all()
+    assert set(
+        zarr.open_group(session_of(tmp_path / "releases", tag="v1").store, path="pit/builds", mode="r").group_keys()
+    ) == {"2019", "2020"}
+
+
+def test_a_release_of_the_same_store_writes_nothing(growing):
+    _, where = growing
+    run("publish", *where, "--tag", "v1")
+    assert "0 objects differed" in run("publish", *where, "--tag", "v2")
+    assert run("publish", *where, "--diff", "v1", "v2") == "v1 and v2 are the same\n"
+    assert "tag 'v2' is there already" in run("publish", *where, "--tag", "v2", ok=2)
+    assert "has no tag 'v9'; it has v1, v2" in run("publish", *where, "--diff", "v1", "v9", ok=2)
+
+
+def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
+    store, where = growing
+    before = cube.open_cube(str(store), "pit").footprint.values
+    run("publish", *where, "--tag", "v1")
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a mistake")
+    run("publish", *where, "--tag", "v2")
+    assert "main is what it was at v1" in run("publish", *where, "--rollback", "v1")
+    main = (
+        icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "releases"))).readonly_session("main").store
+    )
+    np.testing.assert_array_equal(xr.open_zarr(main, group="pit", consolidated=False).footprint.values, before)
+    assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()  # the tag stays
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.NOT_MINE), "mended")
+    run("publish", *where, "--tag", "v3")
+    assert "pit   2020  footprint\n" in run("publish", *where, "--diff", "v2", "v3")  # on both sides of the rollback
+    assert "has no tag 'v9'" in run("publish", *where, "--rollback", "v9", ok=2)
+
+
+def test_what_is_changed_back_is_no_difference(growing):
+    store, where = growing
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.NOT_MINE), "a")
+    run("publish", *where, "--tag", "v1")
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+    run("publish", *where, "--tag", "v2")
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.NOT_MINE), "a")
+    run("publish", *where, "--tag", "v3")
+    assert run("publish", *where, "--diff", "v1", "v3") == "v1 and v3 are the same\n"
+
+
+def test_a_site_that_is_gone_is_in_no_later_release(growing, hole, tmp_path):
+    store, where = growing
+    build(str(store), hole, 2020)
+    run("publish", *where, "--tag", "v1")
+    run("publish", *where, "--tag", "v2", "--sites", "pit")
+    assert "hole  all   the whole site (gone)" in run("publish", *where, "--diff", "v1", "v2")
+    assert list(zarr.open_group(session_of(tmp_path / "releases", tag="v2").store, mode="r").group_keys()) == ["pit"]
+    assert (released(tmp_path / "releases", "v1", "hole").reflectance.sel(year=2020) > 0).all()
+
+
+def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
+    _, where = growing
+    run("publish", *where, "--tag", "v1")
+    holds = (
+        "import fcntl, os, sys; h = os.open(sys.argv[1], 0); fcntl.flock(h, fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds, str(tmp_path / "releases")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert "another process is publishing there" in run("publish", *where, "--tag", "v2", ok=2)
+    finally:
+        other.communicate("\n", timeout=10)
+    run("publish", *where, "--tag", "v2")
+
+
+def test_a_run_that_is_killed_leaves_the_repository_as_it_was(growing, tmp_path):
+    store, where = growing
+    run("publish", *where, "--tag", "v1")
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+    dies = (
+        "import os, signal, sys, icechunk\n"
+        "icechunk.Session.commit = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from minecube.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", dies, "publish", *map(str, where), "--tag", "v2"]
+    assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
+    assert "3 objects" in run("publish", *where, "--tag", "v2")
+    assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()
+
+
+def test_a_folder_of_something_else_is_left_alone(growing, tmp_path):
+    store, _ = growing
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("years of work")
+    out = run("publish", "--store", store, "--icechunk", tmp_path / "thesis", "--tag", "v1", ok=2)
+    assert "is not empty and no Icechunk repository" in out
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["a.tex"]
+    (tmp_path / "file").write_text("a file")
+    out = run("publish", "--store", store, "--icechunk", tmp_path / "file", "--tag", "v1", ok=2)
+    assert "is no folder that can be used" in out
+    assert "expected a folder or s3://" in run("publish", "--store", store, "--icechunk", "ftp://a/b", "--tag", "v1", ok=2)
+    assert "give one of them" in run("publish", "--store", store, "--icechunk", "x", "--tag", "v1", "--rollback", "v1", ok=2)
+
+
+def test_releases_on_s3(growing, monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    store, _ = growing
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        import requests
+        from obstore.store import S3Store  # noqa: F401  the bucket is made by a plain request
+
+        requests.put(f"{endpoint}/cubes", timeout=5).raise_for_status()
+        where = ("--store", store, "--icechunk", "s3://cubes/releases")
+        run("publish", *where, "--tag", "v1")
+        cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+        run("publish", *where, "--tag", "v2")
+        assert "pit   2020  footprint\n" in run("publish", *where, "--diff", "v1", "v2")
+        storage = icechunk.s3_storage(
+            bucket="cubes", prefix="releases", endpoint_url=endpoint, allow_http=True, force_path_style=True, from_env=True
+        )
+        opened = xr.open_zarr(
+            icechunk.Repository.open(storage).readonly_session(tag="v2").store, group="pit", consolidated=False
+        )
+        expected = cube.open_cube(str(store), "pit")
+        np.testing.assert_array_equal(opened.reflectance.values, expected.reflectance.values)
+    finally:
+        server.stop()
+
+
+def test_without_icechunk_it_says_what_to_install(growing):
+    store, where = growing
+    code = "import sys; sys.modules['icechunk'] = None; from minecube.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "publish", *map(str, where)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs Icechunk: pip install 'minecube[publish]'" in done.stderr
+    code = code.replace("'icechunk'", "'netCDF4'")
+    out = Path(store).parent / "out"
+    command = [sys.executable, "-c", code, "export", "--store", str(store), "--format", "netcdf", "--out", str(out)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs one package more: pip install 'minecube[publish]'" in done.stderr
+    assert not list(out.rglob("*.nc"))
