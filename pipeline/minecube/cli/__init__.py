@@ -24,6 +24,7 @@ COMMANDS = {
     "audit": ("minecube.cli.survey", "Check what sources list of sites and years, against the satellites' orbits."),
     "plan": ("minecube.cli.survey", "Say what a build would take, before a pixel is read."),
     "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
+    "polygons": ("minecube.cli.polygons", "Say what is wrong with mine polygons, repair them, compare mappers."),
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
     "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),

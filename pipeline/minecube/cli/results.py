@@ -11,6 +11,7 @@ import click
 import geopandas as gpd
 import pandas as pd
 import xarray as xr
+from odc.geo.geobox import GeoBox
 
 from minecube import cube, labels, metrics, report, tracks
 from minecube import export as exporting
@@ -73,8 +74,18 @@ def score(store: str, wanted: str, model: str, out: Path | None) -> None:
 @sites_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
 @click.option("--model", help="Also export this model's probability and footprints.")
-def export(store: str, wanted: str, out: Path, model: str | None) -> None:
-    """Write what other tools open: COGs a year, footprints as GeoParquet, a STAC collection, and pictures.
+@click.option(
+    "--min-area",
+    "min_area_m2",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+    help="Minimum mapping unit in m2: smaller holes of footprints are filled, then smaller regions left out.",
+)
+def export(store: str, wanted: str, out: Path, model: str | None, min_area_m2: float) -> None:
+    """Write what other tools open: COGs a year, footprints as GeoParquet and GeoPackage, a STAC collection, and pictures.
+
+    Footprints are outlines with few corners, areas within 0.5 % of the pixels', and ids that a pit keeps through the years.
 
     \b
     Example:
@@ -82,12 +93,17 @@ def export(store: str, wanted: str, out: Path, model: str | None) -> None:
     """
     names = stored_sites(store, wanted)
     with progress_bar("exporting", len(names)) as advance:
-        written = export_sites(store, names, out, model, lambda name: advance(note=name))
+        written = export_sites(store, names, out, model, lambda name: advance(note=name), min_area_m2)
     click.echo(f"{out}: {len(written)} images; open {out}/collection.json")
 
 
 def export_sites(
-    store: str, names: Sequence[str], out: Path, model: str | None, done: Callable[[str], None] = lambda _: None
+    store: str,
+    names: Sequence[str],
+    out: Path,
+    model: str | None,
+    done: Callable[[str], None] = lambda _: None,
+    min_area_m2: float = 0,
 ) -> list[Path]:
     """Images, outlines, pictures and the collection of these sites; the paths of the images."""
     cogs: list[Path] = []
@@ -105,20 +121,28 @@ def export_sites(
             drawn["mapped"] = tracks.threshold(probability)
         cogs += exporting.write_cogs(opened, grid, out / name, name)
         for kind, footprint in drawn.items():
-            outlines.setdefault(kind, []).append(labels.vectorize(footprint, grid, name).to_crs(4326))
+            outlines.setdefault(kind, []).append(_outlines(footprint, grid, name, min_area_m2))
             areas.setdefault(kind, {})[name] = tracks.areas(footprint, grid)
         report.strip(opened, drawn, out / name / f"{name}_strip.png", name)
         done(name)
     tables = {}
     for kind, parts in outlines.items():
-        tables[f"footprints_{kind}"] = out / f"footprints_{kind}.parquet"
-        exporting.write_footprints(pd.concat(parts, ignore_index=True), tables[f"footprints_{kind}"])
+        for key, suffix in ((f"footprints_{kind}", "parquet"), (f"footprints_{kind}_gpkg", "gpkg")):
+            tables[key] = out / f"footprints_{kind}.{suffix}"
+            exporting.write_footprints(pd.concat(parts, ignore_index=True), tables[key])
     if areas:
         main = areas.get("mapped") or areas["labels"]
         report.area_plot(main, out / "areas.png", areas["labels"] if "mapped" in areas and "labels" in areas else None)
     recipe = cube.open_cube(store, names[0]).attrs["minecube"]["recipe"]["title"]
     exporting.write_stac(out, cogs, tables, title="minecube export", about=f"Annual Sentinel-2 composites of mines. {recipe}.")
     return cogs
+
+
+def _outlines(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float) -> gpd.GeoDataFrame:
+    """Regions of the footprint with ids, simplified, in longitude and latitude."""
+    regions = labels.vectorize(footprint, grid, site, min_area_m2)
+    known = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
+    return labels.simplify(labels.identify(regions, known.to_numpy().tolist()), grid.resolution.x).to_crs(4326)
 
 
 def _without_nan(value: object) -> object:
