@@ -1,8 +1,9 @@
 """Mapped regions as outlines to publish: ids that last through the years, and fewer corners on the same area.
 
 A region takes the id of the earlier region that it overlaps most. Where several would take one id (a split), the largest
-overlap has it; the others get new ids, and it as their `parent`. An id that no region takes (a merge) is named in `merged` of
-the region that holds at least half of its last outline, and is over. An id that was not seen may come back after a gap of
+overlap has it. Another one takes the id that is left of those of which it holds at least half, if there is one; else it gets
+a new id, and the one that it did not get as its `parent`. An id that no region takes is over where one holds at least half of
+its last outline (a merge), and named in `merged` of that region. Otherwise it was not seen, and may come back after a gap of
 up to two mapped years; after that the place gets a new id.
 """
 
@@ -81,9 +82,9 @@ def _handed_on(
     region, old, overlap = (v[overlap > 0] for v in (region, old, overlap))
     recent = np.array([last_seen[i][0] for i in names])[old]
     best_first = np.lexsort((old, region, -recent, -overlap))  # ties: seen last, then the larger region, then the older id
-    claims: dict[int, int] = {}
-    heirs: dict[int, int] = {}
-    holders: dict[int, int] = {}
+    claims: dict[int, int] = {}  # region -> the earlier one that it overlaps most
+    heirs: dict[int, int] = {}  # earlier region -> of those that claim it, the one with the largest overlap
+    holders: dict[int, int] = {}  # earlier region -> the one that holds at least half of it
     for pair in best_first:
         r, o = int(region[pair]), int(old[pair])
         if r not in claims:
@@ -91,13 +92,17 @@ def _handed_on(
             heirs.setdefault(o, r)
         if overlap[pair] >= SWALLOWED * shapely.area(earlier[o]):
             holders.setdefault(o, r)
+    taken = {r: o for o, r in heirs.items()}
+    for o, r in holders.items():
+        if o not in heirs:
+            taken.setdefault(r, o)
     for r, o in claims.items():
-        if heirs[o] == r:
-            ids[r] = names[o]
+        if r in taken:
+            ids[r] = names[taken[r]]
         else:
             parents[r] = names[o]
     for o, r in sorted(holders.items()):
-        if o not in heirs:
+        if o not in taken.values():
             merged[r].append(names[o])
     return ids, parents, merged
 
@@ -105,9 +110,9 @@ def _handed_on(
 def simplify(polygons: gpd.GeoDataFrame, pixel_m: float) -> gpd.GeoDataFrame:
     """The same rows with fewer corners: areas within 0.5 %, holes kept, valid, and no overlap within a site and year.
 
-    Outlines along pixel edges, of valid polygons, are first led through the middles of the edges, which takes half a pixel
-    off a whole outline, then simplified by at most a pixel: by less, or not at all, where a polygon's area would move too
-    far or it would run into another. `area_m2` stays that of the pixels.
+    Outlines along pixel edges are first led through the middles of the edges, which makes stairs slopes, then simplified by at
+    most a pixel and moved by what brings the area back: by less, or not at all, where the area would still be too far off, a
+    hole be lost, or two polygons overlap. `area_m2` stays that of the pixels.
 
     Args:
         polygons: as `vectorize` gives them: columns site, year, geometry along the edges of pixels.
@@ -121,21 +126,33 @@ def simplify(polygons: gpd.GeoDataFrame, pixel_m: float) -> gpd.GeoDataFrame:
 
 def _simplified(exact: _Shapes, pixel_m: float) -> _Shapes:
     smooth = np.array([_through_middles(shape, pixel_m) for shape in exact], dtype=object)
-    steps = [shapely.simplify(smooth, pixel_m * t) for t in TOLERANCES_PX] + [exact]
-    fits = np.array([_fits(step, exact) for step in steps])
-    chosen = fits.argmax(axis=0)  # the last always fits
-    each = np.arange(len(exact))
+    drawn, left = exact.copy(), np.arange(len(exact))
+    for tolerance in TOLERANCES_PX:
+        tried = _at_area_of(exact[left], shapely.simplify(smooth[left], pixel_m * tolerance))
+        fits = _fits(tried, exact[left])
+        drawn[left[fits]] = tried[fits]
+        left = np.union1d(left[~fits], _put_back(drawn, exact))
+    return drawn
+
+
+def _put_back(drawn: _Shapes, exact: _Shapes) -> npt.NDArray[np.int64]:
+    """Makes those that overlap exact again, which do not, until none does; which they were."""
+    back = np.array([], np.int64)
     while True:
-        drawn: _Shapes = np.stack(steps)[chosen, each]
         pairs = shapely.STRtree(drawn).query(drawn, predicate="intersects")
         pairs = pairs[:, pairs[0] < pairs[1]]
-        clash = shapely.relate_pattern(drawn[pairs[0]], drawn[pairs[1]], "T********")
-        if not clash.any():
-            return drawn
-        # Both step back to their next outline that fits; at the last, which are apart, it ends.
-        for n in np.unique(pairs[:, clash]):
-            later = np.flatnonzero(fits[:, n])
-            chosen[n] = min((s for s in later if s > chosen[n]), default=len(steps) - 1)
+        clash = np.unique(pairs[:, shapely.relate_pattern(drawn[pairs[0]], drawn[pairs[1]], "T********")])
+        if not clash.size:
+            return back
+        drawn[clash] = exact[clash]
+        back = np.union1d(back, clash)
+
+
+def _at_area_of(exact: _Shapes, simple: _Shapes) -> _Shapes:
+    """Moved outward all along the outline, or inward, by the few decimetres that bring the area back."""
+    missing = (shapely.area(exact) - shapely.area(simple)) / shapely.length(simple)
+    moved: _Shapes = shapely.buffer(simple, missing, join_style="mitre")
+    return moved
 
 
 def _fits(drawn: _Shapes, exact: _Shapes) -> npt.NDArray[np.bool_]:

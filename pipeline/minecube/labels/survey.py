@@ -141,8 +141,8 @@ def _span_text(first: float, last: float) -> str:
 
 def _areas(shapes: Any, crs: Any) -> npt.NDArray[np.float64]:
     flat = gpd.GeoSeries(list(shapes), crs=crs)
-    # Edges are straight in the file's CRS: in pieces of a kilometre they stay so in the other.
-    flat = flat.segmentize(0.01 if flat.crs.is_geographic else 1000).to_crs(_EQUAL_AREA)
+    # Edges are straight in the file's CRS: in pieces of 100 m they are so in the other, to 0.1 m2 a kilometre.
+    flat = flat.segmentize(0.001 if flat.crs.is_geographic else 100).to_crs(_EQUAL_AREA)
     areas: npt.NDArray[np.float64] = np.nan_to_num(flat.area.to_numpy(np.float64))
     return areas
 
