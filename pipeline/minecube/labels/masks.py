@@ -22,7 +22,7 @@ from rasterio import features
 
 from minecube.errors import LabelError
 from minecube.grid import equal_area_crs
-from minecube.labels.polygons import spans, swap_that_places, years_of, years_text
+from minecube.labels.polygons import likely_swap, spans, swaps_that_place, years_of, years_text
 
 MINE, NOT_MINE, UNKNOWN = np.uint8(1), np.uint8(0), np.uint8(255)
 WHOLE = 250
@@ -156,7 +156,8 @@ def on_grid(polygons: gpd.GeoDataFrame, grid: GeoBox, needed: bool = True) -> gp
         drawn = drawn.set_geometry(lonlat.intersection(shapely.box(*around.total_bounds))).to_crs(extent.crs)
     here = drawn[drawn.intersects(extent.iloc[0])]
     if here.empty and needed:
-        raise LabelError(_how_far(lonlat, around.iloc[0].centroid) + _which_swap(polygons.geometry, around.iloc[0]))
+        swap = likely_swap(swaps_that_place(polygons.geometry, around.iloc[0]))
+        raise LabelError(_how_far(lonlat, around.iloc[0].centroid) + swap)
     return here
 
 
@@ -169,11 +170,6 @@ def _how_far(lonlat: gpd.GeoSeries, centre: shapely.Point) -> str:
         f"{metres[at] / 1000:.1f} km away, at {lon[at]:.3f}, {lat[at]:.3f}; its mask would be all 'not mine', so check "
         "the site, the CRS and the order of longitude and latitude"
     )
-
-
-def _which_swap(shapes: gpd.GeoSeries, area: shapely.Geometry) -> str:
-    words, placed = swap_that_places(shapes, area)
-    return f"; {words}, {placed.sum()} of {len(shapes)} would lie there" if words else ""
 
 
 def vectorize(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float = 0) -> gpd.GeoDataFrame:

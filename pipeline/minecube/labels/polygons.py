@@ -214,18 +214,23 @@ def distances_m(lonlat: gpd.GeoSeries, area: shapely.Geometry) -> npt.NDArray[np
     return metres
 
 
-def swap_that_places(polygons: gpd.GeoSeries, area: shapely.Geometry) -> tuple[str, npt.NDArray[np.bool_]]:
-    """The mistake that explains why the polygons lie elsewhere, and which it explains; "" and none where none does.
+def swaps_that_place(polygons: gpd.GeoSeries, area: shapely.Geometry) -> pd.Series:
+    """Of each polygon the mistake that explains why it lies elsewhere, in words; "" where none does.
 
     Tried are longitude and latitude swapped, their signs lost, both, and a UTM zone of the other hemisphere; a mistake explains
-    a polygon that its mending brings within 10 km of the area (in longitude and latitude).
+    a polygon that its mending brings within 10 km of the area (in longitude and latitude). Of several, what explains most.
     """
-    best, placed = "", np.zeros(len(polygons), bool)
-    for words, lonlat in _mended_places(polygons):
-        explained = distances_m(lonlat, area) <= NEAR_M
-        if explained.sum() > placed.sum():
-            best, placed = words, explained
-    return best, placed
+    places = {words: distances_m(lonlat, area) <= NEAR_M for words, lonlat in _mended_places(polygons)}
+    mistakes = pd.Series("", polygons.index)
+    for words, explained in sorted(places.items(), key=lambda place: -place[1].sum()):
+        mistakes[explained & (mistakes == "")] = words
+    return mistakes
+
+
+def likely_swap(mistakes: pd.Series) -> str:
+    """The most frequent of them as a clause to append, how many it explains; "" where none explains any."""
+    named = mistakes[mistakes != ""].value_counts()
+    return f"; {named.index[0]}, {named.iloc[0]} of {len(mistakes)} would lie there" if len(named) else ""
 
 
 def _mended_places(polygons: gpd.GeoSeries) -> Iterator[tuple[str, gpd.GeoSeries]]:

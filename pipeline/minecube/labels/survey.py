@@ -32,10 +32,11 @@ from minecube.labels.polygons import (
     NEAR_M,
     areal_parts,
     distances_m,
+    likely_swap,
     load,
     mended,
     spans,
-    swap_that_places,
+    swaps_that_place,
     with_area,
     without_area,
     years_or_all,
@@ -165,16 +166,14 @@ def _near(
     swaps = pd.Series("", table.index)
     for site, rows in table[far].groupby(own[far].fillna("")):
         area = sites[str(site)] if site else shapely.union_all(list(sites.values()))
-        words, placed = swap_that_places(rows.geometry, area)
-        swaps[rows.index[placed]] = words
-    told = list(zip(np.flatnonzero(far), swaps[far], strict=True))
+        swaps[rows.index] = swaps_that_place(rows.geometry, area)
     if far.sum() == (~foreign).sum():
-        row, likely = min((km[n], n) for n, _ in told)[1], next((s for _, s in told if s), "")
-        swap = f"; {likely}, {(swaps == likely).sum()} of {far.sum()} would lie there" if likely else ""
+        row = np.where(far, km, np.inf).argmin()
         raise LabelError(
             f"{path}: no polygon lies within {NEAR_M / 1000:.0f} km of its site: the nearest is {km[row]:.0f} km from "
-            f"{nearest[row]}{swap}; their masks would be empty, so mend the file, or name the right sites"
+            f"{nearest[row]}{likely_swap(swaps[far])}; their masks would be empty, so mend the file, or name the right sites"
         )
+    told = zip(np.flatnonzero(far), swaps[far], strict=True)
     away = [f"{km[n]:.0f} km from {nearest[n]}" + (f"; {swap}, it would lie there" if swap else "") for n, swap in told]
     _note(notes, "elsewhere", table[far], "left out", away)
     return table[~far]
