@@ -224,7 +224,10 @@ def test_a_row_at_another_site_than_it_names_is_elsewhere_and_one_that_names_non
     looked = surveyed(tmp_path, table(lonlat_mines(), "EPSG:4326", site=["a", "a", None]), sites=SITES)
     assert found(looked) == [("elsewhere", 2, "left out")]
     assert looked.findings["about"].item() == "99 km from a"  # 100 km less the 600 m of the area, on the ground
-    assert surveyed(tmp_path, table(lonlat_mines(), "EPSG:4326"), sites=SITES).findings.empty
+    shapes = [*lonlat_mines(), shapely.box(100, 1, 100.1, 1.1), shapely.transform(lonlat_mines()[0], lambda xy: xy[:, ::-1])]
+    looked = surveyed(tmp_path, table(shapes, "EPSG:4326"), sites=SITES)
+    assert found(looked) == [("at no site", 4, "left out"), ("elsewhere", 5, "left out")]
+    assert looked.polygons["row"].tolist() == [1, 2, 3]
 
 
 def test_rows_of_sites_that_were_not_asked_for_are_kept(tmp_path):
@@ -355,6 +358,12 @@ def test_the_command_on_a_site_of_another_place(tmp_path):
     said, _ = run("polygons", path, "--sites", tmp_path / "sites.geojson", "--out", tmp_path / "o.gpkg", ok=1)
     assert "with longitude and latitude swapped, it would lie there" in said
     assert len(gpd.read_file(tmp_path / "o.gpkg")) == 2
+    world = written(tmp_path, table([*lonlat_mines(), *[shapely.box(x, 1, x + 0.1, 1.1) for x in range(30)]], "EPSG:4326"))
+    said, _ = run("polygons", world, "--sites", tmp_path / "sites.geojson")
+    assert "33 rows, 3 kept" in said
+    assert [line.split()[:6] for line in said.splitlines() if "at no site" in line] == [
+        ["at", "no", "site", "left", "out", "30"]
+    ]
 
 
 @pytest.mark.parametrize(

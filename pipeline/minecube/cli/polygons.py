@@ -60,7 +60,7 @@ def polygons(
 
     Found are invalid shapes, rows without area, duplicates, overlaps, slivers, holes, and polygons far from their site, with
     the swap of coordinates that would put them there. Where several mapped the same ground, name the column that tells them
-    apart (--compare), or their polygons count as overlaps. The exit code is 1 where a polygon lies far from its site.
+    apart (--compare), or their polygons count as overlaps. The exit code is 1 where a polygon lies far from the site it names.
 
     \b
     Examples:
@@ -129,13 +129,15 @@ def _show_findings(found: pd.DataFrame) -> None:
     if found.empty:
         click.echo("nothing to repair")
         return
-    columns = ["file", "finding", "row", "site", "years", "area_m2", "done", "about"]
-    shown = found[columns].assign(area_m2=found["area_m2"].round().astype("int64"))
-    click.echo("\n" + _without_empty(shown.head(SHOWN)))
-    if len(found) > SHOWN:
+    told = found[found["finding"] != "at no site"]  # of a file of the whole world, most rows
+    if len(told):
+        columns = ["file", "finding", "row", "site", "years", "area_m2", "done", "about"]
+        shown = told[columns].assign(area_m2=told["area_m2"].round().astype("int64"))
+        click.echo("\n" + _without_empty(shown.head(SHOWN)))
+    if len(told) > SHOWN or len(told) < len(found):
         counts = found.groupby(["finding", "done"])["area_m2"].agg(["size", "sum"]).reset_index()
-        click.echo(f"and {len(found) - SHOWN} more; in all:")
-        click.echo(table(("finding", "done", "rows", "area_m2"), [tuple(r) for r in counts.itertuples(index=False)]))
+        rows = [(f, done, n, round(area)) for f, done, n, area in counts.itertuples(index=False)]
+        click.echo(f"\nin all, {len(found)} findings:\n" + table(("finding", "done", "rows", "area_m2"), rows))
 
 
 def _km2(frame: pd.DataFrame) -> str:

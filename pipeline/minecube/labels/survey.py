@@ -3,7 +3,8 @@
 In this order, each on what the former left:
 
     invalid       mended as `read_polygons` does                    no area       left out
-    unknown site  kept: its `site` is none of those asked for       elsewhere     left out: over 10 km from its site
+    unknown site  kept: its `site` is none of those asked for       at no site    left out: over 10 km from all, naming none
+    elsewhere     left out: over 10 km from the site it names, or a swap of coordinates would put it at a site
     duplicate     left out: the shape and years of an earlier row
     sliver        left out: a part that is narrower everywhere than the least width (no circle of that diameter fits in)
     hole          kept, or filled where it is such a sliver
@@ -173,9 +174,13 @@ def _near(
             f"{path}: no polygon lies within {NEAR_M / 1000:.0f} km of its site: the nearest is {km[row]:.0f} km from "
             f"{nearest[row]}{likely_swap(swaps[far])}; their masks would be empty, so mend the file, or name the right sites"
         )
-    told = zip(np.flatnonzero(far), swaps[far], strict=True)
-    away = [f"{km[n]:.0f} km from {nearest[n]}" + (f"; {swap}, it would lie there" if swap else "") for n, swap in told]
-    _note(notes, "elsewhere", table[far], "left out", away)
+    away = np.array([f"{k:.0f} km from {site}" for k, site in zip(km, nearest, strict=True)], dtype=object)
+    explained = (swaps != "").to_numpy()
+    away[explained] = [f"{a}; {swap}, it would lie there" for a, swap in zip(away[explained], swaps[explained], strict=True)]
+    # A row that names no site may well be of one that was not asked for: a file of the whole world is.
+    wrong = far & (own.notna().to_numpy() | explained)
+    _note(notes, "elsewhere", table[wrong], "left out", away[wrong])
+    _note(notes, "at no site", table[far & ~wrong], "left out", away[far & ~wrong])
     return table[~far]
 
 
