@@ -246,6 +246,13 @@ def test_a_file_that_lies_elsewhere_as_a_whole_is_refused_and_says_which_swap(tm
         surveyed(tmp_path, table(swapped, "EPSG:4326", **columns), sites=SITES)
 
 
+def test_of_two_swaps_that_explain_a_row_the_one_that_explains_more_is_named(tmp_path):
+    # Near Greenwich a change of the sign of longitude is a few kilometres only, so that of latitude explains one row as well.
+    drawn = table([shapely.box(-0.02, -51.1, -0.01, -51), shapely.box(-0.29, -51.1, -0.28, -51)], "EPSG:4326")
+    with pytest.raises(LabelError, match="with both signs changed, 2 of 2 would lie there"):
+        surveyed(tmp_path, drawn, sites={"a": shapely.box(0, 51, 0.3, 51.1)})
+
+
 # --- two mappers --------------------------------------------------------------------------------------------------------
 
 
