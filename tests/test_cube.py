@@ -102,7 +102,7 @@ def test_a_template_killed_half_way_is_made_anew(store, site, grid):
 
 def test_years_killed_half_way_are_named_anew(store, site, grid):
     """The arrays have grown and the year has no name yet."""
-    for name in ("reflectance", "clear_count", "quality", "footprint", "year"):
+    for name in ("reflectance", "clear_count", "quality", "footprint", "footprint_fraction", "year"):
         array = zarr.open_array(f"{store}/mine/{name}", mode="r+")
         array.resize((4, *array.shape[1:]))
     cube.create(store, site, grid, [2020, 2023], RECIPE)
