@@ -465,22 +465,26 @@ def quality(place: Path, picture: Path | None, say: Say) -> dict[str, Any]:
         f"Against the truth of {len(years)} site-years of the simulated world",
         table(("", "RMSE", "on the mine", "elsewhere", "bright %", "cloud %", "cloud % of mine", "dark %", "holes %"), rows)
         + "\nbright: blue more than 0.03 above the truth; cloud: and as much above the median of the truly clear observations,"
-        "\nwhich has those by its scenes' displacement alone; dark: red 0.01 and B08 0.04 below the truth, as in a shadow;"
-        "\nholes: empty although a clear observation existed",
+        "\nwhich has those by its scenes' displacement alone, or, where one day is chosen, and that day not clear there;"
+        "\ndark: red 0.01 and B08 0.04 below the truth, as in a shadow; holes: empty although a clear observation existed",
     )
     if picture:
         draw(next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1]), picture)
-    return {"quality": measured, "residual_cloud_pct": measured["annual-median"]["cloud_pct"]}
+    return {"quality": measured, "residual_cloud_pct": max(measured[name]["cloud_pct"] for name in REDUCERS)}
 
 
 def draw(year: SiteYear, path: Path) -> None:
     """One mine block under three composites, and the truth."""
     middle = {"dims": ("band", "y", "x"), "coords": {"band": list(BANDS), **odc.geo.xr.xr_coords(year.grid)}}
-    drawn = {name: xr.DataArray(WAYS[way](year), **middle) for name, way in PICTURED.items()}
+    drawn = {name: xr.DataArray(WAYS[way](year)["reflectance"].values, **middle) for name, way in PICTURED.items()}
     drawn["truth: no cloud, no noise"] = xr.DataArray(year.truth, **middle)
     report.comparison(drawn, path, f"{year.name} {year.year}, simulated")
 
 
+REDUCERS = (
+    "annual-median", "annual-geomedian", "medoid", "percentile 40", "best pixel", "max-NDVI", "summer-bap", "eurominenet",
+)  # fmt: skip
+"""Ways whose worst residual cloud is the figure."""
 PICTURED = {
     "median of everything": "median of everything",
     "SCL mask and median": "odc-stac, SCL mask and median",
@@ -498,6 +502,8 @@ class SiteYear:
     grid: GeoBox
     truth: np.ndarray[Any, Any]
     mine: np.ndarray[Any, Any]
+    sky: xr.DataArray
+    """uint8 (time, y, x), 1 = clear."""
     oracle: np.ndarray[Any, Any]
     """Median of the observations that are truly clear, 0 where there is none."""
 
@@ -513,7 +519,7 @@ def site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
                 except scenes.NothingFoundError:
                     continue
                 truth = xr.open_zarr(world / "truth.zarr", group=site.id, consolidated=False)
-                grid = grid_of(site)
+                grid, sky = grid_of(site), truth["sky"].load()
                 found.append(
                     SiteYear(
                         name=site.id,
@@ -522,7 +528,8 @@ def site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
                         grid=grid,
                         truth=truth["reflectance"].sel(year=year).values,
                         mine=truth["footprint"].sel(year=year).values == 1,
-                        oracle=oracle(scenes.usable(listed_scenes, load_recipes()["naive-median"]), grid, truth["sky"].load()),
+                        sky=sky[sky.time.dt.year == year],
+                        oracle=oracle(scenes.usable(listed_scenes, load_recipes()["naive-median"]), grid, sky),
                     )
                 )
     return found
@@ -542,16 +549,15 @@ def oracle(used: Sequence[pystac.Item], grid: GeoBox, sky: xr.DataArray) -> np.n
     return out
 
 
-def made_by(year: SiteYear, recipe: Recipe) -> np.ndarray[Any, Any]:
+def made_by(year: SiteYear, recipe: Recipe) -> xr.Dataset:
     """The composite of a recipe."""
     used = scenes.select(year.scenes, dataclasses.replace(recipe, min_dates=1))
     if recipe.registration:
         used = registration.registered(used, registration.shifts(used, year.grid), recipe.registration)
-    made: np.ndarray[Any, Any] = composite(used, year.grid, recipe, year=year.year)["reflectance"].values
-    return made
+    return composite(used, year.grid, recipe, year=year.year).load()
 
 
-def _without_erosion(year: SiteYear) -> np.ndarray[Any, Any]:
+def _without_erosion(year: SiteYear) -> xr.Dataset:
     kept, masks._inside = masks._inside, lambda scl: scl != 0
     try:
         return made_by(year, load_recipes()["annual-median"])
@@ -559,7 +565,11 @@ def _without_erosion(year: SiteYear) -> np.ndarray[Any, Any]:
         masks._inside = kept
 
 
-def odc_mask_and_median(year: SiteYear) -> np.ndarray[Any, Any]:
+def _as_dataset(pixels: np.ndarray[Any, Any]) -> xr.Dataset:
+    return xr.Dataset({"reflectance": (("band", "y", "x"), pixels)})
+
+
+def odc_mask_and_median(year: SiteYear) -> xr.Dataset:
     """What is usually written with odc-stac: offset removed, overpasses mosaicked, cloud classes of SCL masked, median."""
     used = scenes.select(year.scenes, load_recipes()["naive-median"])
     parts = []
@@ -571,14 +581,18 @@ def odc_mask_and_median(year: SiteYear) -> np.ndarray[Any, Any]:
         clear = ~np.isin(loaded[SCL].values, (0, 1, 3, 8, 9, 10, 11))
         parts.append(np.where(clear & (bands != 0), np.maximum(bands + offset, 1), np.nan))
     out: np.ndarray[Any, Any] = np.nan_to_num(np.rint(bottleneck.nanmedian(np.concatenate(parts, axis=1), axis=1)))
-    return out.astype(np.uint16)
+    return _as_dataset(out.astype(np.uint16))
 
 
-def measure(year: SiteYear, made: np.ndarray[Any, Any]) -> dict[str, float]:
+def measure(year: SiteYear, of: xr.Dataset) -> dict[str, float]:
     """Sums over a site-year."""
+    made = of["reflectance"].values
     off = made.astype(np.float32) - year.truth
     bright = off[0] > CLOUDY
-    cloud = bright & (made[0].astype(np.float32) - year.oracle[0] > CLOUDY) & (year.oracle[0] > 0)
+    if "day_of_year" in of:
+        cloud = bright & ~clear_then(year.sky, of["day_of_year"].values)
+    else:
+        cloud = bright & (made[0].astype(np.float32) - year.oracle[0] > CLOUDY) & (year.oracle[0] > 0)
     dark = (off[BANDS.index("B08")] < -400) & (off[BANDS.index("B04")] < -100) & (year.oracle[0] > 0)
     squares = (off**2).mean(axis=0)
     return {
@@ -592,6 +606,14 @@ def measure(year: SiteYear, made: np.ndarray[Any, Any]) -> dict[str, float]:
         "dark": int(dark.sum()),
         "holes": int(((made == 0).any(axis=0) & (year.oracle[0] > 0)).sum()),
     }
+
+
+def clear_then(sky: xr.DataArray, day_of_year: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Where the sky of that day was clear."""
+    clear = np.zeros(day_of_year.shape, bool)
+    for of_day in sky:
+        clear |= (day_of_year == int(of_day.time.dt.dayofyear)) & (of_day.values == 1)
+    return clear
 
 
 CLOUDY = 300
@@ -618,7 +640,7 @@ def _opened(rule: MaskRule, by_m: int = 40) -> MaskRule:
     return dataclasses.replace(rule, open_m=by_m)
 
 
-def _ways() -> dict[str, Callable[[SiteYear], np.ndarray[Any, Any]]]:
+def _ways() -> dict[str, Callable[[SiteYear], xr.Dataset]]:
     """Composites by name."""
     known = load_recipes()
     best = known["annual-median"]
@@ -646,7 +668,7 @@ def _ways() -> dict[str, Callable[[SiteYear], np.ndarray[Any, Any]]]:
         "odc-stac, SCL mask and median": odc_mask_and_median,
         **{name: functools.partial(made_by, recipe=recipe) for name, recipe in recipes.items()},
         "no border erosion": _without_erosion,
-        "median of what is truly clear": lambda year: year.oracle,
+        "median of what is truly clear": lambda year: _as_dataset(year.oracle),
     }
 
 

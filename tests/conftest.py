@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,10 +171,23 @@ def grid_at(left: float, top: float, width: int, height: int, epsg: int = 32633,
     return GeoBox((height, width), Affine(size, 0, left, 0, -size, top), f"EPSG:{epsg}")
 
 
+@contextmanager
+def served(folder: Path, *trouble: object) -> Iterator[str]:
+    """URL of the folder on a loopback server of its own process."""
+    command = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(folder), *map(str, trouble)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    finally:
+        server.terminate()
+        server.communicate()
+
+
 # Test modules reach these through fixtures, since they are no package.
 @pytest.fixture(scope="session")
 def make() -> Any:
-    """The functions above: make.site, make.grid, make.unique, make.tif, make.lonlat."""
+    """The functions above: make.site, make.grid, make.unique, make.tif, make.lonlat, make.served."""
 
     class Make:
         site = staticmethod(site_of)
@@ -178,5 +195,6 @@ def make() -> Any:
         unique = staticmethod(unique)
         tif = staticmethod(write_tif)
         lonlat = staticmethod(to_lonlat)
+        served = staticmethod(served)
 
     return Make

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 class Server:
     def __init__(self, asked):
         self.asked, self.random, self.tokens = asked, random.Random(asked.seed), {}
-        self.counts = dict.fromkeys(("requests", "ok", "failed", "truncated", "stalled", "refused", "peak"), 0)
+        self.counts = dict.fromkeys(("requests", "ok", "failed", "truncated", "stalled", "refused", "peak", "bytes"), 0)
         self.now = 0
 
     async def client(self, reader, writer):
@@ -74,8 +74,10 @@ class Server:
         if not path.is_file():
             return await self.send(writer, 404, b"no such key")
         size = path.stat().st_size
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", "")) if not asked.no_ranges else None
-        first, last = (int(span[1]), min(int(span[2] or size), size - 1)) if span else (0, size - 1)
+        span = re.fullmatch(r"bytes=(\d*)-(\d*)", headers.get("range", "")) if not asked.no_ranges else None
+        first, last = (int(span[1] or 0), min(int(span[2] or size), size - 1)) if span else (0, size - 1)
+        if span and not span[1]:  # the last so many
+            first, last = max(size - int(span[2]), 0), size - 1
         if asked.redirect and "again" not in parse_qs(parts.query):
             return await self.send(writer, 302, b"", {"Location": f"{parts.path}?{parts.query}&again=1"})
         if asked.only_before and first >= asked.only_before:
@@ -100,6 +102,7 @@ class Server:
             self.counts["stalled"] += 1
             await asyncio.sleep(asked.stall_s)
         self.counts["ok"] += 1
+        self.counts["bytes"] += len(body)
         return await self.send(writer, 206 if span else 200, b"" if method == "HEAD" else body, more, length=len(body))
 
     def token(self):

@@ -29,5 +29,9 @@ class LabelError(MinecubeError):
     """Polygons that cannot be placed on the grid: no CRS, empty, elsewhere."""
 
 
+class ReleaseError(MinecubeError):
+    """The published archive cannot be read, or is not laid out as it was published."""
+
+
 class ModelError(MinecubeError):
     """A model does not fit the cube, or its file is not one of ours."""

@@ -37,6 +37,7 @@ from minecube.catalog.recipe import (
     Registration,
     SecondOpinion,
 )
+from minecube.catalog.release import Release
 from minecube.errors import CatalogError
 
 __all__ = [
@@ -59,12 +60,14 @@ __all__ = [
     "Offset",
     "Recipe",
     "Registration",
+    "Release",
     "SecondOpinion",
     "Site",
     "Source",
     "as_dict",
     "load_models",
     "load_recipes",
+    "load_releases",
     "load_sites",
     "load_sources",
     "pick",
@@ -319,6 +322,11 @@ def load_sources(path: Path | None = None) -> dict[str, Source]:
 def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
     """The recipes of a `recipes.yaml`, by id; raises CatalogError as `load_sites` does."""
     return {r.id: r for r in _load_yaml(Recipe, path or _catalog_dir() / "recipes.yaml")}
+
+
+def load_releases(path: Path | None = None) -> dict[str, Release]:
+    """The published datasets of a `releases.yaml`, by id; raises CatalogError as `load_sites` does."""
+    return {r.id: r for r in _load_yaml(Release, path or _catalog_dir() / "releases.yaml")}
 
 
 def load_models(path: Path | None = None) -> dict[str, ModelCard]:

@@ -84,7 +84,11 @@ def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
         return load_sites(wanted)
     known = {s.id: s for s in load_sites()}
     if catalog and (catalog / "sites.geojson").exists():
-        _merge(known, {s.id: s for s in load_sites(catalog / "sites.geojson", catalogue=True)}, catalog, "site")
+        own = {s.id: s for s in load_sites(catalog / "sites.geojson", catalogue=True)}
+        # A site whose place the shipped catalogue does not know is filled in.
+        unplaced = {n for n in own if n in known and known[n].geometry is None}
+        _merge({n: s for n, s in known.items() if n not in unplaced}, own, catalog, "site")
+        known |= own
     return [known[name] for name in _matching(wanted, list(known), "the catalogue")]
 
 
@@ -149,7 +153,7 @@ def _matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
 
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error, silent where that is no terminal; yields advance(n=1, note='')."""
+    """A progress bar on standard error, silent where that is no terminal; yields advance(n=1, note='', total=None)."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -161,8 +165,8 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[...,
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(title, total=total, note="")
 
-        def advance(n: int = 1, note: str = "") -> None:
-            bar.update(task, advance=n, note=note)
+        def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
+            bar.update(task, advance=n, note=note, total=total)
 
         yield advance
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import obstore
@@ -301,6 +301,13 @@ def without_query(text: str) -> str:
     return re.sub(r"\?[^\s'\")]*", "", text)
 
 
+class Ranges(Protocol):
+    """Where the bytes of a file come from."""
+
+    def fetch(self, href: str, head: Head, start: int, length: int, tally: Tally) -> bytes:
+        """These bytes, or all up to the file's end; raises OSError."""
+
+
 class RemoteFile:
     """A remote file as GDAL wants it: seekable, read by one thread; ranges of tiles are fetched as they are.
 
@@ -308,8 +315,8 @@ class RemoteFile:
     and GDAL is given zeros, which whoever called GDAL must not take for pixels.
     """
 
-    def __init__(self, source: Remote, href: str, head: Head, tally: Tally) -> None:
-        self._source, self._href, self._head, self._tally = source, href, head, tally
+    def __init__(self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _BLOCK) -> None:
+        self._source, self._href, self._head, self._tally, self._least = source, href, head, tally, least
         self._at, self._start, self._buffer = 0, 0, b""
 
     def __enter__(self) -> RemoteFile:
@@ -339,7 +346,7 @@ class RemoteFile:
             data = self._head.data[self._at : stop]
         else:
             if not self._start <= self._at <= stop <= self._start + len(self._buffer):
-                self._start, self._buffer = self._at, self._fetched(self._at, max(stop - self._at, _BLOCK))
+                self._start, self._buffer = self._at, self._fetched(self._at, max(stop - self._at, self._least))
             data = self._buffer[self._at - self._start : stop - self._start]
         self._at += len(data)
         return data
@@ -364,8 +371,8 @@ class RemoteFile:
 class Opened:
     """One remote file for `rasterio.open(..., opener=)`."""
 
-    def __init__(self, source: Remote, href: str, head: Head, tally: Tally) -> None:
-        self._made_of = source, href, head, tally
+    def __init__(self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _BLOCK) -> None:
+        self._made_of = source, href, head, tally, least
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> RemoteFile:
         """The file, whatever it is called: names that GDAL sees, and may log, hold no URL."""

@@ -1,0 +1,175 @@
+"""`minecube release`: the published EuroMineNet archive, read in place, audited, and cubes in its layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+import odc.geo.xr  # noqa: F401  registers the .odc accessor
+
+from minecube import cube
+from minecube import release as releases
+from minecube.catalog import BANDS, Release, load_releases, load_sites, pick
+from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.errors import CatalogError
+from minecube.release import audit as auditing
+from minecube.release import layout
+
+release_option = click.option(
+    "--release", "release_id", default="eurominenet", show_default=True, help="Which published dataset (catalog/releases.yaml)."
+)
+SHOWN = 40
+"""Findings that are printed; the JSON has all."""
+
+
+@click.group()
+def release() -> None:
+    """The published EuroMineNet archive: import its labels and sites without downloading it, and audit it.
+
+    \b
+    Example:
+      minecube release import https://example.org/EuroMineNet.zip --out eurominenet
+      minecube release audit eurominenet
+      minecube build --catalog eurominenet --sites Germany_1 --years 2015-2024 --source earth-search-c1 --store cubes.zarr
+      minecube label --store cubes.zarr --polygons eurominenet/labels.parquet
+    """
+
+
+@release.command(name="import")
+@click.argument("archive")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder; becomes a --catalog.")
+@click.option("--download", is_flag=True, help="Get all of it first, into that folder: for servers without byte ranges.")
+@release_option
+def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
+    """Read every site's area, grid, years and label polygons from the archive at a URL or path, by ranges of bytes.
+
+    Run again, it goes on where it stopped.
+
+    \b
+    Example:
+      minecube release import https://example.org/EuroMineNet.zip --out eurominenet
+    """
+    known = _release(release_id)
+    if download:
+        with progress_bar("downloading") as advance:
+            archive = str(releases.download(archive, out, lambda n, of: advance(n, total=of)))
+    opened = releases.Archive(archive)
+    sites = releases.find(opened.names()).sites()
+    with progress_bar("importing", len(sites)) as advance:
+        imported = releases.import_release(opened, out, known, load_sites(), lambda name: advance(note=name))
+    left_out = imported.years["problem"].dropna()
+    click.echo(
+        f"{out}: {len(imported.sites)} sites, {len(imported.years)} site-years, "
+        f"{int(imported.labels['mapped'].sum())} labels of {int(imported.years['label'].notna().sum())}; "
+        f"{opened.bytes.tally.bytes / 1e6:.1f} of {opened.bytes.size / 1e6:,.1f} MB read"
+    )
+    for row in imported.years.loc[left_out.index].to_dict("records"):
+        click.echo(f"left out: {row['site']} {row['year']}: {row['problem']}", err=True)
+    click.echo(f"use it with --catalog {out}, and its labels with `minecube label --polygons {out}/labels.parquet`")
+
+
+@release.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--pixels", "archive", help="The archive itself, URL or path: reads all its images for statistics and offset steps."
+)
+@click.option(
+    "--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings and tables to this file."
+)
+@click.pass_context
+def audit(ctx: click.Context, folder: Path, archive: str | None, out: Path | None) -> None:
+    """Say what is wrong with an imported release and its split; exit 1 where anything is.
+
+    \b
+    Example:
+      minecube release audit eurominenet --json audit.json
+    """
+    imported = releases.open_import(folder)
+    known, pixels = _release(imported.about["release"]), None
+    if archive:
+        opened = releases.Archive(archive)
+        releases.need_same(opened, imported, folder)
+        with progress_bar("reading images", int(imported.years["image"].notna().sum())) as advance:
+            pixels = auditing.pixel_sums(opened, imported.years, lambda name: advance(note=name))
+    found = auditing.audit(imported, known, load_sites(), pixels)
+    rates = auditing.change_rates(imported.changes)
+    counts = auditing.counted(found)
+    click.echo(table(("check", "findings"), list(counts.items())) if found else "nothing is wrong")
+    rows = [(f.check, f.site or "-", f.year or "-", f.found) for f in found]
+    if rows:
+        click.echo("\n" + table(("check", "site", "year", "what was found"), rows[:SHOWN]))
+    if len(rows) > SHOWN:
+        click.echo(f"and {len(rows) - SHOWN} more; --json FILE has all")
+    following = rates[rates["year_2"] == rates["year_1"] + 1].to_dict("records")
+    if following:
+        shown = [
+            (f"{r['year_1']}-{r['year_2']}", *(f"{100 * r[k] / r['pixels']:.3f}" for k in ("appeared", "vanished")))
+            for r in following
+        ]
+        click.echo("\n" + table(("pair of years", "appeared %", "vanished %"), shown))
+    bands = auditing.band_statistics(pixels, known).reset_index() if pixels is not None else None
+    if bands is not None:
+        click.echo("\n" + table(tuple(map(str, bands.columns)), [tuple(r) for r in bands.to_numpy().tolist()]))
+    else:
+        click.echo("\nnot looked at: band statistics and offset steps, for which --pixels ARCHIVE reads all images")
+    if out:
+        content = {"counts": counts, "findings": [dataclasses.asdict(f) for f in found], "changes": rates.to_dict("records")}
+        content |= {"bands": bands.to_dict("records")} if bands is not None else {}
+        releases.write_json(out, content)
+    ctx.exit(1 if found else 0)
+
+
+@release.command()
+@store_option
+@sites_option
+@click.option("--import", "folder", type=click.Path(file_okay=False, path_type=Path), help="An import, whose grids are used.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder; gets EuroMineNet/ below it."
+)
+def export(store: str, wanted: str, folder: Path | None, out: Path) -> None:
+    """Write cubes in the release's layout: int16 images and 0/255 labels in EPSG:4326, a file a site and year.
+
+    With --import each lies on the release's own grid, and labels are held against the release's.
+
+    \b
+    Example:
+      minecube release export --store cubes.zarr --import eurominenet --out again
+    """
+    imported = releases.open_import(folder) if folder else None
+    names, rows = stored_sites(store, wanted), []
+    with progress_bar("exporting", len(names)) as advance:
+        for name in names:
+            rows.append(export_site(store, name, imported, out))
+            advance(note=name)
+    click.echo(table(("site", "images", "labels", "without label", "lowest IoU with the release's"), rows))
+    click.echo(f"{out}/{layout.FOLDER}: {sum(r[1] for r in rows)} images, {sum(r[2] for r in rows)} labels")
+
+
+def export_site(store: str, name: str, imported: releases.Imported | None, out: Path) -> tuple[str, int, int, str, str]:
+    """A site's years in the release's layout, as the command's table tells it."""
+    opened = cube.open_committed(store, name)
+    if tuple(opened.band.values) != BANDS:
+        raise CatalogError(f"{store}: {name} has the bands {', '.join(opened.band.values)}; the release has {', '.join(BANDS)}")
+    rows = {} if imported is None else {r["year"]: r for r in imported.years.to_dict("records") if r["site"] == name}
+    without, agreed = [], []
+    for year in map(int, opened.year.values):
+        of_year = opened.sel(year=year).load()
+        placed = year in rows and rows[year]["transform"] is not None
+        grid = layout.release_grid(rows[year]) if placed else layout.own_grid(opened.odc.geobox)
+        fraction = of_year.get("footprint_fraction")
+        if fraction is not None and bool((fraction == layout.UNKNOWN).all()):
+            fraction = None
+        label = layout.label_on(of_year["footprint"], fraction, grid)
+        layout.write(out, name, year, layout.image_on(of_year["reflectance"], grid), label, grid)
+        if label is None:
+            without.append(str(year))
+        elif imported is not None and placed and rows[year]["problem"] is None and rows[year]["label"]:
+            agreed.append((layout.iou(label, releases.label_of(imported, name, year)), year))
+    lowest = f"{min(agreed)[0]:.4f} ({min(agreed)[1]})" if agreed else "-"
+    years = opened.sizes["year"]
+    return name, years, years - len(without), ", ".join(without) or "-", lowest
+
+
+def _release(name: str) -> Release:
+    return pick(load_releases(), name, "release")

@@ -1,0 +1,239 @@
+"""The published EuroMineNet archive: read in place, audited, and written again from cubes.
+
+    archive.py    a zip read where it lies, by ranges of bytes      importing.py  what it says of each site
+    audit.py      what is wrong with it and with its split          layout.py     cubes in its layout and on its grids
+
+An import is a folder, and a catalogue of the user's own (`--catalog`):
+
+    sites.geojson     each site's area of interest, split and years: what all its images cover together
+    labels.parquet    GeoParquet, EPSG:4326: site, year, mapped, geometry; regions of mine along pixel edges, and, with `mapped`
+                      true, the extent within which all else is not mine
+    years.parquet     a row a site and year: names, grid of the image, size and values of the label, and what is wrong with it
+    changes.parquet   a row a site and pair of years: pixels compared, appeared, vanished
+    import.json       which archive that is of, and members that are named otherwise than they should be; written last
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import requests
+from affine import Affine
+from rasterio import features
+from rasterio.errors import NotGeoreferencedWarning
+
+from minecube.catalog import Release, Site
+from minecube.errors import ReleaseError
+from minecube.reader import interrupted
+from minecube.reader.remote import without_query
+from minecube.release.archive import Archive
+from minecube.release.importing import MINE, Found, ReleaseSite, extent_of, find, read_site
+
+__all__ = ["Archive", "Imported", "download", "find", "import_release", "label_of", "need_same", "open_import", "write_json"]
+
+_AT_ONCE = 3  # sites, each with its images at a time: a run that is killed loses no more than these
+_TABLES = ("years", "labels", "changes")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An import, as tables; see the module for their columns."""
+
+    sites: gpd.GeoDataFrame
+    years: pd.DataFrame
+    labels: gpd.GeoDataFrame
+    changes: pd.DataFrame
+    about: Mapping[str, Any]
+    """import.json."""
+
+
+def import_release(
+    archive: Archive, out: Path, release: Release, known: Sequence[Site], done: Callable[[str], None] = lambda _: None
+) -> Imported:
+    """Read headers and labels of the whole archive into a folder; sites that are there already are not read again.
+
+    Args:
+        archive: the zip.
+        out: the folder.
+        release: what is known of it.
+        known: sites of the catalogue, whose split and country are taken over.
+        done: called with each site's name.
+
+    Raises:
+        ReleaseError: members cannot be read (the other sites are kept for the next run), the folder has another archive's
+            import, or it cannot be written.
+    """
+    found, identity = find(archive.names()), archive.identity()
+    parts = out / "parts"
+    begun = parts if parts.exists() else out
+    if (begun / "import.json").exists():
+        other = json.loads((begun / "import.json").read_text(encoding="utf-8"))
+        if other["identity"] != identity:
+            raise ReleaseError(f"{out}: holds an import of another archive ({other['archive']}); name another folder")
+        if begun is out:
+            return open_import(out)
+    about = {"archive": archive.where, "identity": identity, "release": release.id}
+    about |= {k: v for k, v in asdict(found).items() if k in ("renamed", "twice", "strange")}
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        write_json(parts / "import.json", about)
+        read = _read_sites(archive, found, parts, done)
+        tables = {t: pd.concat([getattr(r, t) for r in read if len(getattr(r, t))] or [getattr(read[0], t)]) for t in _TABLES}
+        for name, table in tables.items():
+            _write_parquet(table.reset_index(drop=True), out / f"{name}.parquet")
+        write_json(out / "sites.geojson", json.loads(_sites(read, release, known).to_json(drop_id=True)))
+        write_json(out / "import.json", about)
+        shutil.rmtree(parts)
+    except OSError as error:
+        raise ReleaseError(f"{out}: cannot be written ({error.strerror or error}); mend that and import again") from error
+    return open_import(out)
+
+
+def open_import(folder: Path) -> Imported:
+    """An import that is finished; raises ReleaseError where there is none."""
+    try:
+        about = json.loads((folder / "import.json").read_text(encoding="utf-8"))
+        tables = [pd.read_parquet(folder / f"{n}.parquet") for n in ("years", "changes")]
+        labels, sites = gpd.read_parquet(folder / "labels.parquet"), gpd.read_file(folder / "sites.geojson")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ReleaseError(
+            f"{folder}: holds no finished import of a release ({error}); run `minecube release import` first"
+        ) from error
+    return Imported(sites=sites, years=tables[0], labels=labels, changes=tables[1], about=about)
+
+
+def label_of(imported: Imported, site: str, year: int) -> npt.NDArray[np.uint8]:
+    """A label of an import, as published: uint8 [y, x] on its image's grid, 255 mine, 0 not; all 0 where it has none."""
+    of_year = imported.years[(imported.years["site"] == site) & (imported.years["year"] == year)].iloc[0]
+    shape, place = (int(of_year["height"]), int(of_year["width"])), Affine(*of_year["transform"])
+    labels = imported.labels
+    regions = labels[(labels["site"] == site) & (labels["year"] == year) & ~labels["mapped"]].geometry
+    if regions.empty:
+        return np.zeros(shape, np.uint8)
+    drawn: npt.NDArray[np.uint8] = features.rasterize(regions, shape, transform=place, default_value=MINE, dtype="uint8")
+    return drawn
+
+
+def need_same(archive: Archive, imported: Imported, folder: Path) -> None:
+    """Raises ReleaseError where the import is of another archive."""
+    if archive.identity() != imported.about["identity"]:
+        raise ReleaseError(f"{archive.where}: is not the archive that {folder} was imported from ({imported.about['archive']})")
+
+
+def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, _of: None) -> Path:
+    """The archive as a file in the folder, whole; one that is there already is taken for it.
+
+    Args:
+        url: http(s)://
+        out: the folder.
+        done: called with the bytes of each part, and of all.
+
+    Raises:
+        ReleaseError: it cannot be got in full, or written.
+    """
+    path = out / "archive.zip"
+    if path.exists():
+        return path
+    part = path.with_name(".archive.zip.part")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with requests.get(url, stream=True, timeout=60) as answer, part.open("wb") as file:
+            answer.raise_for_status()
+            size = int(answer.headers.get("Content-Length", 0))
+            for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
+                file.write(piece)
+                done(len(piece), size)
+    except OSError as error:  # requests' errors are, too
+        part.unlink(missing_ok=True)
+        raise ReleaseError(
+            f"{without_query(url)}: cannot be downloaded to {out} ({without_query(str(error))}); try again"
+        ) from error
+    return part.replace(path)
+
+
+def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str], None]) -> list[ReleaseSite]:
+    """All sites, in order; those of an earlier run from where it put them."""
+    interrupted.clear()
+    sites = found.sites()
+    failed: list[str] = []
+    with warnings.catch_warnings(), ThreadPoolExecutor(_AT_ONCE) as pool:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels are not, which is known
+        tasks = {pool.submit(_read_once, archive, found, site, parts): site for site in sites}
+        left = set(tasks)
+        try:
+            while left:
+                ended, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
+                for task in ended:
+                    error = task.exception()
+                    if error and not isinstance(error, ReleaseError):
+                        raise error
+                    failed += [f"{tasks[task]}: {error}"] if error else []
+                    done(tasks[task])
+        except BaseException:
+            interrupted.set()  # no request in trouble is waited for
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if failed:
+        more = f" (and {len(failed) - 1} sites more)" if len(failed) > 1 else ""
+        raise ReleaseError(f"{failed[0]}{more}; {len(sites) - len(failed)} sites are read, run again to try just the others")
+    return [_part(parts / site) for site in sites]
+
+
+def _read_once(archive: Archive, found: Found, site: str, parts: Path) -> None:
+    if (parts / site).exists():
+        return
+    made = parts / f".{site}.part"
+    shutil.rmtree(made, ignore_errors=True)
+    read = read_site(archive, found, site)
+    made.mkdir()
+    for name in _TABLES:
+        getattr(read, name).to_parquet(made / f"{name}.parquet")
+    made.rename(parts / site)  # whole or not there
+
+
+def _part(folder: Path) -> ReleaseSite:
+    years, changes = (pd.read_parquet(folder / f"{n}.parquet") for n in ("years", "changes"))
+    return ReleaseSite(years, gpd.read_parquet(folder / "labels.parquet"), changes)
+
+
+def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site]) -> gpd.GeoDataFrame:
+    """Sites with a place, as the catalogue has them."""
+    catalogue = {s.id: s for s in known}
+    rows = []
+    for of_site in read:
+        site, extent = str(of_site.years["site"].iloc[0]), extent_of(of_site.years)
+        if extent is None:
+            continue
+        there = catalogue.get(site) or Site(id=site)
+        years = sorted(int(y) for y in of_site.labels["year"].unique())
+        rows.append((site, there.country or None, there.split, years, f"{release.title} ({release.licence})", extent))
+    columns = ["id", "country", "split", "years", "labels", "geometry"]
+    return gpd.GeoDataFrame(rows, columns=columns, geometry="geometry", crs=4326)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, the whole file or none; raises ReleaseError where it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ReleaseError(f"{path}: cannot be written ({error.strerror}); name another file") from error
+
+
+def _write_parquet(table: pd.DataFrame, path: Path) -> None:
+    part = path.with_name(f".{path.name}.part")
+    table.to_parquet(part)
+    part.replace(path)

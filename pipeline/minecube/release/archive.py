@@ -1,0 +1,312 @@
+"""A zip archive read where it lies, by ranges of bytes: its directory, then what is wanted of its members.
+
+zipfile does the reading, of Zip64 and of every compression it knows, with checksums; only where its bytes come from is ours.
+It is given a file that holds some spans of the archive and says which it lacks; those are fetched, by many threads at a time,
+and it is asked again. Members that lie side by side, as the labels of a site do, are one request.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import json
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import rasterio
+from rasterio.errors import RasterioError
+
+from minecube.catalog import Access
+from minecube.errors import ReleaseError
+from minecube.reader.remote import Head, Opened, Tally, remote_for, without_query
+
+T = TypeVar("T")
+
+_END = 1024  # bytes at the end that are asked for first: they say where the directory begins
+_FIRST = 1200  # of an image: the beginning of its header; its place on Earth comes after the list of its strips
+_LEAST = 1024  # asked for at a time after that; GDAL wants no more than 1024 at a time
+_GAP = 4096  # bytes between members for which one request is still better than two
+_LOCAL_HEADER = 30  # bytes before the name (APPNOTE.TXT, 4.3.7)
+
+
+class Bytes(Protocol):
+    """A file of which ranges can be read from any thread; `tally` counts what was."""
+
+    size: int
+    tally: Tally
+
+    def fetch(self, start: int, length: int) -> bytes:
+        """Exactly these bytes; raises OSError."""
+
+
+class LocalBytes:
+    """A file on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.tally = path, Tally()
+        self.size = path.stat().st_size
+
+    def fetch(self, start: int, length: int) -> bytes:
+        """Exactly these bytes; raises OSError."""
+        with self._path.open("rb") as file:  # each time: a file of many threads would have one position
+            file.seek(start)
+            data = file.read(length)
+        if len(data) < length:
+            raise OSError(f"{len(data)} bytes of {length} from {start} on; it has become shorter")
+        self.tally.bytes += len(data)
+        return data
+
+
+class RemoteBytes:
+    """A file at http(s):// or s3://, asked for until it is answered in full."""
+
+    def __init__(self, url: str, access: Access) -> None:
+        self._url, self._remote, self.tally = url, remote_for(access), Tally()
+        self._head = self._remote.head(url, self.tally)
+        self.size = self._head.size
+        self._lock = threading.Lock()
+
+    def fetch(self, start: int, length: int) -> bytes:
+        """Exactly these bytes; raises RequestError."""
+        tally = Tally()
+        try:
+            return self._remote.fetch(self._url, self._head, start, length, tally)
+        finally:
+            with self._lock:
+                for count in ("requests", "retried", "bytes"):
+                    setattr(self.tally, count, getattr(self.tally, count) + getattr(tally, count))
+
+
+class _LackingError(Exception):
+    """The spans held do not have these bytes. No OSError, which zipfile would take for a broken archive."""
+
+    def __init__(self, start: int, length: int) -> None:
+        super().__init__(start, length)
+        self.start, self.length = start, length
+
+
+class _Spans(io.RawIOBase):
+    """Some spans of a file, for zipfile, which reads under a lock of its own."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._at = size, 0
+        self._starts: list[int] = []
+        self._data: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+
+    def hold(self, start: int, data: bytes) -> None:
+        with self._lock:
+            if start not in self._data:
+                bisect.insort(self._starts, start)
+            if len(data) > len(self._data.get(start, b"")):
+                self._data[start] = data
+
+    def drop(self, start: int) -> None:
+        with self._lock:
+            if self._data.pop(start, None) is not None:
+                self._starts.remove(start)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, length: int = -1) -> bytes:
+        """All that is asked for: zipfile takes less for the end."""
+        stop = self._size if length < 0 else min(self._at + length, self._size)
+        found, at = [], self._at
+        with self._lock:
+            while at < stop:
+                start = next((s for s in self._starts if s <= at < s + len(self._data[s])), None)
+                if start is None:
+                    following = self._starts[bisect.bisect_right(self._starts, at) :]
+                    raise _LackingError(at, min([stop, *following]) - at)
+                found.append(self._data[start][at - start : stop - start])
+                at += len(found[-1])
+        self._at = at
+        return b"".join(found)
+
+
+class Archive:
+    """A zip archive, local or remote.
+
+    Args:
+        where: path, or http(s):// or s3:// URL.
+        access: how requests are signed.
+
+    Raises:
+        ReleaseError: it cannot be read, or is no zip archive, or one that was cut off.
+    """
+
+    def __init__(self, where: str, access: Access | None = None) -> None:
+        self.where = without_query(where)
+        try:
+            self.bytes: Bytes = RemoteBytes(where, access or Access()) if "://" in where else LocalBytes(Path(where))
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._spans = _Spans(self.bytes.size)
+        held: list[int] = []
+        try:
+            self._zip = self._with_more(lambda: zipfile.ZipFile(self._spans), held, _END)
+        except zipfile.BadZipFile as error:
+            raise ReleaseError(
+                f"{self.where}: expected a zip archive, found {self.bytes.size:,} bytes without a whole directory at their end "
+                f"({error}); it was cut off, or is something else: get it again, and compare its size with the publisher's"
+            ) from error
+        self._members = {m.filename: m for m in self._zip.infolist() if not m.is_dir()}
+        for start in held:
+            self._spans.drop(start)
+        starts = sorted(m.header_offset for m in self._members.values())
+        ends = dict(zip(starts, [*starts[1:], self._zip.start_dir], strict=True))
+        self._ends = {name: ends[m.header_offset] for name, m in self._members.items()}
+
+    def names(self) -> list[str]:
+        """Of its members, in the order of its directory."""
+        return list(self._members)
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a member, unpacked."""
+        return self._members[name].file_size
+
+    def checksum_of(self, name: str) -> int:
+        """CRC-32 of a member, unpacked, as the directory has it."""
+        return self._members[name].CRC
+
+    def identity(self) -> str:
+        """SHA-256 of names, sizes and checksums of all members: the same for the same archive, wherever it lies."""
+        listed = [(m.filename, m.file_size, m.CRC) for m in self._members.values()]
+        return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Members and their content, checksums held; raises ReleaseError."""
+        wanted = sorted(names, key=lambda n: self._members[n].header_offset)
+        for run in self._runs(wanted):
+            start, stop = self._members[run[0]].header_offset, self._ends[run[-1]]
+            try:
+                self._hold(start, stop - start)
+                for name in run:
+                    yield name, self._zip.read(name)
+            except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+                raise self._broken(name, error) from error
+            finally:
+                self._spans.drop(start)
+
+    @contextmanager
+    def image(self, name: str) -> Iterator[rasterio.DatasetReader]:
+        """A member that is a GeoTIFF, opened by its header alone: a few thousand bytes, wherever in the archive it lies.
+
+        Raises:
+            ReleaseError: it cannot be read as an image.
+        """
+        member, tally = self._members[name], Tally()
+        held: list[int] = []
+        part = _Stored(self.bytes) if member.compress_type == zipfile.ZIP_STORED else _Packed(self, member, held)
+        try:
+            begin = self.bytes.fetch(member.header_offset, min(_FIRST, self._ends[name] - member.header_offset))
+            if isinstance(part, _Stored):
+                named, more = (int.from_bytes(begin[at : at + 2], "little") for at in (26, 28))
+                part.start = member.header_offset + _LOCAL_HEADER + named + more
+                first = begin[_LOCAL_HEADER + named + more :]
+            else:
+                self._spans.hold(member.header_offset, begin)
+                held.append(member.header_offset)
+                first = part.fetch("", Head(b"", 0, ""), 0, _FIRST, tally)
+            opener = Opened(part, name, Head(first[: member.file_size], member.file_size, ""), tally, least=_LEAST)
+            # GDAL is given no other name: it would look for files beside it.
+            with (
+                rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS="1"),
+                rasterio.open("remote/image", sharing=False, driver="GTiff", opener=opener) as image,
+            ):
+                if tally.error:
+                    raise tally.error
+                yield image
+        except (RasterioError, OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+            raise self._broken(name, tally.error or error) from error
+        finally:
+            for start in held:
+                self._spans.drop(start)
+
+    def _runs(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Members that lie side by side."""
+        run: list[str] = []
+        for name in names:
+            if run and self._members[name].header_offset - self._ends[run[-1]] > _GAP:
+                yield run
+                run = []
+            run.append(name)
+        if run:
+            yield run
+
+    def _hold(self, start: int, length: int) -> None:
+        try:
+            self._spans.hold(start, self.bytes.fetch(start, length))
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _with_more(self, work: Callable[[], T], held: list[int], least: int = 0) -> T:
+        """What `work` gives, done again whenever it lacked bytes, which are then fetched, and noted in `held`."""
+        while True:
+            try:
+                return work()
+            except _LackingError as lacking:
+                # Backwards where the file ends: that is how zipfile looks for the directory.
+                start = max(min(lacking.start, self.bytes.size - least), 0)
+                self._hold(start, max(lacking.start + lacking.length - start, min(least, self.bytes.size - start)))
+                held.append(start)
+
+    def prefix(self, member: zipfile.ZipInfo, length: int, held: list[int]) -> bytes:
+        """The first bytes of a packed member; what is fetched for it is noted in `held`."""
+
+        def unpacked() -> bytes:
+            with self._zip.open(member) as content:
+                return content.read(length)
+
+        return self._with_more(unpacked, held)
+
+    def _unreadable(self, error: OSError) -> ReleaseError:
+        why = error.strerror or str(error)
+        hint = "; or let it be downloaded first (--download)" if "byte ranges" in why else ""
+        return ReleaseError(f"{self.where}: cannot be read ({without_query(why)}); check that it is there{hint}")
+
+    def _broken(self, name: str, error: Exception) -> ReleaseError:
+        return ReleaseError(
+            f"{self.where}: its member {name} cannot be read ({without_query(str(error))}); what was published has changed or "
+            "arrived broken, so nothing of it is taken: get the archive again"
+        )
+
+
+class _Stored:
+    """A member that is not packed, as a file of its own."""
+
+    def __init__(self, source: Bytes) -> None:
+        self._source, self.start = source, 0
+
+    def fetch(self, href: str, head: Head, start: int, length: int, tally: Tally) -> bytes:
+        """These bytes of the member."""
+        del href, tally
+        return self._source.fetch(self.start + start, min(length, head.size - start))
+
+
+class _Packed:
+    """A packed member: whatever is wanted of it, all before that has to be unpacked."""
+
+    def __init__(self, archive: Archive, member: zipfile.ZipInfo, held: list[int]) -> None:
+        self._archive, self._member, self._held, self._known = archive, member, held, b""
+
+    def fetch(self, href: str, head: Head, start: int, length: int, tally: Tally) -> bytes:
+        """These bytes of the member."""
+        del href, head, tally
+        if len(self._known) < min(start + length, self._member.file_size):
+            self._known = self._archive.prefix(self._member, start + length, self._held)
+        return self._known[start : start + length]

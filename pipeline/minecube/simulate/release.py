@@ -1,0 +1,72 @@
+"""An archive laid out as EuroMineNet's release, small and with known labels: what reading the real one is tried on."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from affine import Affine
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import MemoryFile
+from scipy import ndimage
+
+PIXEL_DEG = 10 / 111319.490793
+"""Ten metres at the equator, in degrees: pixels of an export to EPSG:4326 at a scale of 10 m."""
+MEAN = (1089, 1004, 913, 1158, 1957, 2315, 2250, 2553, 1922, 1187)
+SPREAD = (311, 366, 545, 499, 613, 786, 787, 872, 871, 752)
+
+Masks = dict[tuple[str, int], npt.NDArray[np.uint8]]
+
+
+def write_release(
+    path: Path,
+    sites: Mapping[str, tuple[float, float]],
+    years: Sequence[int],
+    *,
+    shape: tuple[int, int] = (320, 280),
+    packed: bool = True,
+    seed: int = 0,
+) -> Masks:
+    """A zip of images and labels; what the labels are, uint8 [y, x] 0 or 255, by site and year.
+
+    Args:
+        path: the zip.
+        sites: name -> longitude and latitude of the upper left corner.
+        years: of each site.
+        shape: rows and columns.
+        packed: members are deflated; otherwise they lie there as they are.
+        seed: the same seed gives the same pixels.
+    """
+    masks: Masks = {}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1) as archive:
+        for number, (site, (west, north)) in enumerate(sites.items()):
+            rng = np.random.default_rng((seed, number))
+            place = {"crs": "EPSG:4326", "transform": Affine(PIXEL_DEG, 0, west, 0, -PIXEL_DEG, north)}
+            ground = ndimage.gaussian_filter(rng.standard_normal(shape), 12)
+            ground = (ground - ground.mean()) / ground.std()
+            noise = rng.standard_normal((len(MEAN), *shape), dtype=np.float32)
+            for step, year in enumerate(years):
+                # A pit that grows from year to year, with what lies around it.
+                masks[site, year] = np.where(ground > 1.6 - 0.04 * step, np.uint8(255), np.uint8(0))
+                spread = np.array(SPREAD)[:, None, None]
+                image = np.array(MEAN)[:, None, None] + spread * (0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1))
+                image = np.maximum(image, 1).astype(np.int16)
+                archive.writestr(f"EuroMineNet/{site}/image/Year{year}.tif", tiff(image, **place))
+                archive.writestr(f"EuroMineNet/{site}/label/Year{year}.tif", tiff(masks[site, year][None]))
+    return masks
+
+
+def tiff(pixels: npt.NDArray[np.int16] | npt.NDArray[np.uint8], **place: object) -> bytes:
+    """A GeoTIFF of [band, y, x]: labels packed and without a place, as in the release, images as GDAL writes them."""
+    profile = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **place}
+    if not place:
+        profile["compress"] = "lzw"
+    with MemoryFile() as memory, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with memory.open(height=pixels.shape[1], width=pixels.shape[2], **profile) as image:
+            image.write(pixels)
+        return bytes(memory.getbuffer())

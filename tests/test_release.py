@@ -1,0 +1,569 @@
+"""The published archive, read in place: what comes of it is what went in, few bytes are asked for, what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+import warnings
+import zipfile
+from dataclasses import replace
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import shapely
+from affine import Affine
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from rasterio import features
+from rasterio.errors import NotGeoreferencedWarning
+
+from minecube import release
+from minecube.catalog import BANDS, Release, Site, load_releases, load_sites
+from minecube.cli import cli
+from minecube.errors import ReleaseError
+from minecube.release import archive as archive_module
+from minecube.release import audit as auditing
+from minecube.release import importing
+from minecube.simulate.release import PIXEL_DEG, tiff, write_release
+
+YEARS = (2015, 2016, 2017)
+SITES = {"Germany_1": (12.0, 51.0), "Germany_10": (12.3, 51.2), "Portuga_2": (-8.0, 38.0)}
+SHAPE = (90, 70)
+KNOWN = Release(id="small", name="Small", title="small", citation="none", licence="CC-BY-4.0", sites=3, years=YEARS)
+SPLIT = [Site(id=name, country="Somewhere", split="train", labels="Small (free)") for name in SITES]
+SPLIT.append(Site(id="demo_1", split="train", labels="simulated"))  # of no concern
+
+
+@pytest.fixture(autouse=True)
+def _labels_have_no_place():
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An archive without fault, and its masks."""
+    path = tmp_path_factory.mktemp("release") / "EuroMineNet.zip"
+    return path, write_release(path, SITES, YEARS, shape=SHAPE)
+
+
+def changed(whole, path, change):
+    """The archive with its members changed: a function of name -> content."""
+    with zipfile.ZipFile(whole) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    change(members)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+        for name, content in members.items():
+            new.writestr(name, content)
+    return path
+
+
+def imported(path, out, known=KNOWN, split=SPLIT):
+    return release.import_release(release.Archive(str(path)), out, known, split)
+
+
+def label(site, year):
+    return f"EuroMineNet/{site}/label/Year{year}.tif"
+
+
+def image(site, year):
+    return f"EuroMineNet/{site}/image/Year{year}.tif"
+
+
+def drawn(made, site, year):
+    """The polygons of a site-year as pixels on its image's grid, by GDAL."""
+    row = made.years.set_index(["site", "year"]).loc[(site, year)]
+    own = made.labels[(made.labels["site"] == site) & (made.labels["year"] == year) & ~made.labels["mapped"]]
+    shape, place = (int(row["height"]), int(row["width"])), Affine(*row["transform"])
+    return (
+        features.rasterize(own.geometry, out_shape=shape, transform=place, default_value=255) if len(own) else np.zeros(shape)
+    )
+
+
+def test_labels_come_out_bit_identical(whole, tmp_path):
+    path, masks = whole
+    made = imported(path, tmp_path / "made")
+    assert set(zip(made.years["site"], made.years["year"], strict=True)) == set(masks)
+    for (site, year), mask in masks.items():
+        np.testing.assert_array_equal(drawn(made, site, year), mask)
+    assert made.years["mine_px"].tolist() == [int((masks[s, y] == 255).sum()) for s in SITES for y in YEARS]
+    assert made.years["problem"].isna().all()
+
+
+def test_regions_that_meet_at_a_corner_are_valid_polygons(whole, tmp_path):
+    board = np.kron(np.indices((9, 7)).sum(axis=0) % 2, np.ones((10, 10), int)).astype(np.uint8) * np.uint8(255)
+
+    def checked(members):
+        members[label("Germany_1", 2015)] = tiff(board[None])
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", checked), tmp_path / "made")
+    assert made.labels.is_valid.all()
+    np.testing.assert_array_equal(drawn(made, "Germany_1", 2015), board)
+
+
+def test_sites_are_where_their_images_are(whole, tmp_path):
+    imported(whole[0], tmp_path / "made")
+    for site in load_sites(tmp_path / "made" / "sites.geojson", catalogue=True):
+        west, north = SITES[site.id]
+        height, width = (n * PIXEL_DEG for n in SHAPE)
+        assert site.geometry.bounds == pytest.approx((west, north - height, west + width, north), abs=1e-9)
+        assert (site.split, site.country, site.years) == ("train", "Somewhere", YEARS)
+
+
+def test_changes_are_counted_between_all_years(whole, tmp_path):
+    path, masks = whole
+    made = imported(path, tmp_path / "made").changes
+    assert len(made) == len(SITES) * 3
+    for row in made.itertuples():
+        before, after = masks[row.site, row.year_1] == 255, masks[row.site, row.year_2] == 255
+        assert (row.pixels, row.appeared, row.vanished) == (before.size, (after & ~before).sum(), (before & ~after).sum())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_few_bytes_are_asked_for(make, tmp_path, packed):
+    """Of the release's own size, images would be 14 MB; here they are 1.8 MB, so that headers weigh eight times as much."""
+    path = tmp_path / "served" / "EuroMineNet.zip"
+    path.parent.mkdir()
+    write_release(path, {"Germany_1": (12.0, 51.0)}, range(2015, 2020), shape=(320, 280), packed=packed)
+    with zipfile.ZipFile(path) as content:
+        labels = sum(m.compress_size for m in content.infolist() if "/label/" in m.filename)
+    with make.served(path.parent) as url:
+        archive = release.Archive(f"{url}/EuroMineNet.zip")
+        made = release.import_release(archive, tmp_path / "made", KNOWN, SPLIT)
+        with urllib.request.urlopen(f"{url}/counts") as answer:
+            requests = json.load(answer)["requests"]
+    assert len(made.years) == 5
+    assert archive.bytes.tally.requests == requests
+    assert archive.bytes.tally.bytes - labels < 0.005 * path.stat().st_size
+    assert requests <= 3 + 1 + 5 * 3  # the directory; labels, which lie apart here; two or three a header
+
+
+def test_labels_side_by_side_are_one_request(make, whole, tmp_path):
+    def by_kind(members):
+        for name in sorted(members, key=lambda n: "/label/" in n):
+            members[name] = members.pop(name)
+
+    changed(whole[0], tmp_path / "sorted.zip", by_kind)
+    with make.served(tmp_path) as url:
+        archive = release.Archive(f"{url}/sorted.zip")
+        before = archive.bytes.tally.requests
+        names = [n for n in archive.names() if "/label/" in n]
+        content = dict(archive.read(names))
+        assert archive.bytes.tally.requests == before + 1
+    with zipfile.ZipFile(tmp_path / "sorted.zip") as plain:
+        assert content == {n: plain.read(n) for n in names}
+
+
+def _moved_to_the_end(path):
+    """GDAL writes the directory of tags anew, behind the pixels."""
+    with rasterio.open(path, "r+") as file:
+        file.update_tags(words="x" * 3000)
+
+
+LAYOUTS = {
+    "strips": {},
+    "bands apart": {"interleave": "band"},
+    "LZW": {"compress": "lzw"},
+    "tiles": {"tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"},
+    "BigTIFF": {"BIGTIFF": "YES"},
+    "directory at the end": {},
+}
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_headers_are_what_gdal_reads_of_the_file(tmp_path, layout, packed):
+    pixels = np.random.default_rng(0).integers(1, 3000, (10, 200, 150)).astype(np.int16)
+    place = {"crs": "EPSG:4326", "transform": Affine(PIXEL_DEG, 0, 20.5, 0, -PIXEL_DEG, 44.5)}
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", count=10, dtype="int16", height=200, width=150, **place, **LAYOUTS[layout]
+    ) as out:
+        out.write(pixels)
+    if layout == "directory at the end":
+        _moved_to_the_end(tmp_path / "a.tif")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", packed) as made:
+        made.writestr("before", b"x" * 5000)
+        with made.open("a.tif", "w", force_zip64=True) as member:  # so that something stands between its name and its bytes
+            member.write((tmp_path / "a.tif").read_bytes())
+        made.writestr("after", b"y" * 5000)
+    archive = release.Archive(str(tmp_path / "a.zip"))
+    with archive.image("a.tif") as found, rasterio.open(tmp_path / "a.tif") as expected:
+        assert (found.shape, found.count, found.dtypes) == (expected.shape, expected.count, expected.dtypes)
+        assert (found.crs, found.transform) == (expected.crs, expected.transform)
+    if packed == zipfile.ZIP_STORED:
+        assert archive.bytes.tally.bytes < 12_000
+
+
+def test_a_header_that_is_lost_halfway_is_no_header(whole, monkeypatch):
+    """GDAL is given zeros for what does not come: it must not be believed."""
+    archive = release.Archive(str(whole[0]))
+    fetch, asked = archive.bytes.fetch, []
+
+    def once(start, length):
+        asked.append(start)
+        if len(asked) > 1:
+            raise OSError("the line is dead")
+        return fetch(start, length)
+
+    monkeypatch.setattr(archive.bytes, "fetch", once)
+    with pytest.raises(ReleaseError, match="the line is dead"), archive.image(image("Germany_1", 2015)) as found:
+        found.transform  # noqa: B018
+    assert len(asked) > 1
+
+
+def test_an_archive_of_more_than_four_gigabytes(tmp_path):
+    """Zip64: members lie beyond what 32 bits can say. The file has a hole, and takes no room."""
+    with (tmp_path / "big.zip").open("wb") as file:
+        file.seek(5 << 30)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+            made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", tiff(np.full((1, 4, 5), 255, np.uint8)))
+            with made.open("second", "w", force_zip64=True) as member:
+                member.write(b"z" * 100)
+    archive = release.Archive(str(tmp_path / "big.zip"))
+    content = dict(archive.read(archive.names()))
+    assert content["second"] == b"z" * 100
+    assert archive.bytes.tally.bytes < 10_000
+
+
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 40)), max_size=6),
+    reads=st.lists(st.tuples(st.integers(0, 110), st.integers(0, 50)), max_size=8),
+)
+def test_spans_give_the_files_bytes_or_say_which_they_lack(spans, reads):
+    whole = bytes(range(100))
+    held = archive_module._Spans(len(whole))
+    there = set()
+    for start, length in spans:
+        held.hold(start, whole[start : start + length])
+        there |= set(range(start, min(start + length, 100)))
+    for start, length in reads:
+        held.seek(start)
+        wanted = set(range(start, min(start + length, 100)))
+        if wanted <= there:
+            assert held.read(length) == whole[start : start + length]
+            assert held.tell() == min(start + length, max(start, 100)) or not wanted
+        else:
+            with pytest.raises(archive_module._LackingError) as lacking:
+                held.read(length)
+            gap = set(range(lacking.value.start, lacking.value.start + lacking.value.length))
+            assert gap
+            assert gap <= wanted - there
+
+
+def test_an_import_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
+    imported(whole[0], tmp_path / "at_once")
+    read, asked = importing.read_site, []
+
+    def stops(archive, found, site):
+        asked.append(site)
+        if site == "Portuga_2" and len(asked) <= 3:
+            raise ReleaseError("the line is dead")
+        return read(archive, found, site)
+
+    monkeypatch.setattr(release, "read_site", stops)
+    with pytest.raises(ReleaseError, match="Portuga_2: the line is dead; 2 sites are read, run again"):
+        imported(whole[0], tmp_path / "resumed")
+    assert not (tmp_path / "resumed" / "sites.geojson").exists()
+    with pytest.raises(ReleaseError, match="holds no finished import"):
+        release.open_import(tmp_path / "resumed")
+    imported(whole[0], tmp_path / "resumed")
+    assert sorted(asked) == [*sorted(SITES), "Portuga_2"]
+    files = sorted(p.name for p in (tmp_path / "at_once").iterdir())
+    assert sorted(p.name for p in (tmp_path / "resumed").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes(), name
+    imported(whole[0], tmp_path / "resumed")
+    assert len(asked) == 4
+
+
+def test_a_folder_holds_one_archive(whole, tmp_path):
+    imported(whole[0], tmp_path / "made")
+    other = changed(whole[0], tmp_path / "other.zip", lambda members: members.pop(label("Germany_1", 2016)))
+    with pytest.raises(ReleaseError, match="holds an import of another archive"):
+        imported(other, tmp_path / "made")
+
+
+def test_an_archive_is_known_by_its_content(tmp_path):
+    """Names and sizes are the same; another digit is another archive. Where it lies, and how it is packed, is not."""
+    contents = {"a": b"1", "b": b"2", "c": b"1"}
+    for name, digit in contents.items():
+        with zipfile.ZipFile(
+            tmp_path / f"{name}.zip", "w", zipfile.ZIP_STORED if name == "a" else zipfile.ZIP_DEFLATED
+        ) as made:
+            made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", digit)
+    one, other, again = (release.Archive(str(tmp_path / f"{name}.zip")).identity() for name in contents)
+    assert one == again != other
+
+
+def test_quirks_of_names(whole, tmp_path):
+    def rename(members):
+        members["EuroMineNet/Germany_1/label/Label2015.tif"] = members.pop(label("Germany_1", 2015))
+        members["EuroMineNet/Germany_1/image/year2016.tif"] = members.pop(image("Germany_1", 2016))
+        members["EuroMineNet/Germany_1/label/Label2017.tif"] = tiff(np.zeros((1, 3, 3), np.uint8))  # Year2017.tif is there
+        members["__MACOSX/EuroMineNet/Germany_1/label/._Year2015.tif"] = b"x"
+        members["EuroMineNet/readme.txt"] = b"x"
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", rename), tmp_path / "made")
+    assert made.years["problem"].isna().all()
+    for (site, year), mask in whole[1].items():
+        np.testing.assert_array_equal(drawn(made, site, year), mask)
+    assert made.about["renamed"] == ["EuroMineNet/Germany_1/image/year2016.tif", "EuroMineNet/Germany_1/label/Label2015.tif"]
+    assert made.about["twice"] == ["EuroMineNet/Germany_1/label/Label2017.tif"]
+    assert made.about["strange"] == ["EuroMineNet/readme.txt"]
+
+
+def spoil(members):
+    """Every fault that an audit is to find, each once."""
+    masks = {}
+    for name in [n for n in members if "/label/" in n]:
+        with rasterio.MemoryFile(members[name]) as memory, memory.open() as src:
+            masks[name] = src.read()
+    members[label("Germany_1", 2015)] = tiff(masks[label("Germany_1", 2015)][:, :-1])
+    members[label("Germany_1", 2016)] = tiff(masks[label("Germany_1", 2016)] // 255)
+    members[label("Germany_1", 2017)] = tiff(np.zeros_like(masks[label("Germany_1", 2017)]))
+    del members[label("Germany_10", 2016)]
+    with rasterio.MemoryFile(members[image("Germany_10", 2017)]) as memory, memory.open() as src:
+        pixels, place = src.read(), src.transform
+    moved = {"crs": "EPSG:4326", "transform": place @ Affine.translation(2, -1)}
+    members[image("Germany_10", 2017)] = tiff((pixels + 1000).astype(np.int16), **moved)
+    jump = np.roll(masks[label("Portuga_2", 2017)], 30, axis=1)
+    jump[:, :20] = 255
+    members[label("Portuga_2", 2017)] = tiff(jump)
+    members["EuroMineNet/Spain_4/image/Year2015.tif"] = members[image("Portuga_2", 2015)]
+    members["EuroMineNet/Spain_4/label/Label2015.tif"] = members[label("Portuga_2", 2015)]
+
+
+def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
+    path = changed(whole[0], tmp_path / "a.zip", spoil)
+    made = imported(path, tmp_path / "made")
+    archive = release.Archive(str(path))
+    facts = replace(KNOWN, repeated=("Germany_1",), excluded=("Spain_4",))
+    # Spain_4 has the images of Portuga_2, and so lies where it lies; the split has it on the other side.
+    split = [*SPLIT, *(Site(id=n, split=s, labels="Small") for n, s in (("Spain_4", "test"), ("Austria_1", "val")))]
+    made = replace(made, sites=made.sites.assign(split=[{s.id: s.split for s in split}[i] for i in made.sites["id"]]))
+    found = auditing.audit(made, facts, split, auditing.pixel_sums(archive, made.years))
+    assert {(f.check, f.site, f.year) for f in found} == {
+        ("name", "", 0),
+        ("sites", "", 0),
+        ("split", "", 0),
+        ("split", "Germany_1", 0),
+        ("split", "Spain_4", 0),
+        ("split", "Austria_1", 0),
+        ("repeated site", "Spain_4", 2015),
+        ("year missing", "Spain_4", 2016),
+        ("year missing", "Spain_4", 2017),
+        ("year missing", "Germany_10", 2016),
+        ("label", "Germany_1", 2015),
+        ("label", "Germany_1", 2016),
+        ("label empty", "Germany_1", 2017),
+        ("grid", "Germany_10", 2017),
+        ("offset", "Germany_10", 2017),
+        ("neighbours", "Portuga_2", 0),
+        ("label jump", "Portuga_2", 2017),
+    }
+    said = {(f.check, f.site, f.year): f.found for f in found}
+    assert said["label", "Germany_1", 2015] == "expected the image's 90 x 70 pixels, found 89 x 70; it is left out"
+    assert said["label", "Germany_1", 2016] == "expected the values 0 and 255, found 0, 1; it is left out"
+    assert said["grid", "Germany_10", 2017] == "lies +2.00 pixels to the right and -1.00 down of the year before"
+    assert said["neighbours", "Portuga_2", 0] == "(train) overlaps Spain_4 (test)"
+
+
+def test_an_audit_of_what_is_right_finds_nothing(whole, tmp_path):
+    made = imported(whole[0], tmp_path / "made")
+    pixels = auditing.pixel_sums(release.Archive(str(whole[0])), made.years)
+    assert auditing.audit(made, KNOWN, SPLIT, pixels) == []
+
+
+def tables(whole, tmp_path, **changed_tables):
+    """Findings of an import of which some tables are hand-made."""
+    made = imported(whole[0], tmp_path / "made")
+    pixels = changed_tables.pop("pixels", None)
+    found = auditing.audit(replace(made, **changed_tables), KNOWN, SPLIT, pixels)
+    return [(f.check, f.site, f.year) for f in found]
+
+
+def test_neighbours_are_those_within_five_kilometres(whole, tmp_path):
+    """Four squares of a kilometre in a row, 4.9 and 5.1 and 2 km apart; only what lies on both sides of the split counts."""
+    starts = np.cumsum([0, 1000 + 4900, 1000 + 5100, 1000 + 2000])
+    squares = [shapely.box(4_300_000 + x, 3_000_000, 4_301_000 + x, 3_001_000) for x in starts]
+    sites = gpd.GeoDataFrame(
+        {"id": ["a", "b", "c", "d"], "split": ["train", "test", "train", "train"]}, geometry=squares, crs=3035
+    ).to_crs(4326)
+    assert tables(whole, tmp_path, sites=sites) == [("neighbours", "a", 0)]
+
+
+def test_offsets_step_where_all_bands_do(whole, tmp_path):
+    lows = {2015: (200, 300), 2016: (800, 950), 2017: (1250, 1400), 2018: (700, 850), 2019: (1300, 900), 2020: (1310, 1420)}
+    rows = [("a", y, b, 1, 0, 0, low) for y, of in lows.items() for b, low in zip(("B02", "B12"), of, strict=True)]
+    pixels = pd.DataFrame(rows, columns=["site", "year", "band", "pixels", "sum", "squares", "low"])
+    assert tables(whole, tmp_path, pixels=pixels) == [("offset", "a", 2016), ("offset", "a", 2018)]
+
+
+def test_labels_jump_from_one_year_to_the_next(whole, tmp_path):
+    rows = [("a", 2015, 2016, 100, 10, 0), ("a", 2016, 2017, 100, 5, 6), ("a", 2015, 2017, 100, 50, 0)]
+    changes = pd.DataFrame(rows, columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"])
+    assert tables(whole, tmp_path, changes=changes) == [("label jump", "a", 2017)]
+
+
+def test_a_label_that_is_mine_everywhere(whole, tmp_path):
+    def full(members):
+        members[label("Portuga_2", 2016)] = tiff(np.full((1, *SHAPE), 255, np.uint8))
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", full), tmp_path / "made")
+    assert ("label full", "Portuga_2", 2016) in [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, SPLIT)]
+
+
+def test_pixels_without_an_observation_are_not_counted(whole, tmp_path):
+    def holed(members):
+        for site, year in whole[1]:
+            pixels = np.full((10, *SHAPE), 7, np.int16)
+            pixels[:, :30] = 0
+            pixels[3:, 30:40] = 0  # seen, and dark
+            members[image(site, year)] = tiff(pixels, crs="EPSG:4326", transform=UPRIGHT)
+
+    path = changed(whole[0], tmp_path / "a.zip", holed)
+    bands = auditing.band_statistics(
+        auditing.pixel_sums(release.Archive(str(path)), imported(path, tmp_path / "made").years), KNOWN
+    )
+    assert bands["mean"].round(4).tolist() == [7.0] * 3 + [round(7 * 50 / 60, 4)] * 7
+
+
+def test_labels_that_do_not_fit_are_left_out_and_empty_ones_are_known(whole, tmp_path):
+    made = imported(changed(whole[0], tmp_path / "a.zip", spoil), tmp_path / "made")
+    of_site = made.labels[made.labels["site"] == "Germany_1"]
+    assert of_site[["year", "mapped"]].to_numpy().tolist() == [[2017, True]]
+    assert set(made.changes["site"]) == {"Portuga_2"}  # Germany_10's two labels lie on different pixels
+    assert of_site.geometry.iloc[0].area == pytest.approx(90 * 70 * PIXEL_DEG**2)
+
+
+UPRIGHT = Affine(PIXEL_DEG, 0, 12.0, 0, -PIXEL_DEG, 51.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ({"nodata": 0}, "expected EPSG:4326 and a place, found no CRS"),
+        ({"crs": "EPSG:4326"}, "expected EPSG:4326 and a place, found EPSG:4326"),
+        ({"crs": "EPSG:32633", "transform": UPRIGHT}, "expected EPSG:4326 and a place, found EPSG:32633"),
+        ({"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.rotation(3)}, "expected north up, found a turned grid"),
+        ({"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.scale(1, -1)}, "expected north up, found a turned grid"),
+    ],
+)
+def test_images_without_a_place_give_their_label_none(whole, tmp_path, place, found):
+    def misplaced(members):
+        members[image("Germany_1", 2015)] = tiff(np.ones((10, *SHAPE), np.int16), **place)
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", misplaced), tmp_path / "made")
+    assert made.years.set_index(["site", "year"])["problem"].dropna().to_dict() == {("Germany_1", 2015): f"image: {found}"}
+    assert set(made.labels.loc[made.labels["site"] == "Germany_1", "year"]) == {2016, 2017}
+    assert [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, SPLIT)] == [("image", "Germany_1", 2015)]
+    assert made.sites.set_index("id").loc["Germany_1"].geometry.bounds == pytest.approx(
+        (12.0, 51.0 - SHAPE[0] * PIXEL_DEG, 12.0 + SHAPE[1] * PIXEL_DEG, 51.0), abs=1e-9
+    )
+
+
+def test_band_statistics_are_those_of_all_pixels(whole, tmp_path):
+    """Against numpy over every image at once; the published deviations are put right by the square root of 2."""
+    made = imported(whole[0], tmp_path / "made")
+    with zipfile.ZipFile(whole[0]) as archive:
+        everything = []
+        for name in (n for n in archive.namelist() if "/image/" in n):
+            with rasterio.MemoryFile(archive.read(name)) as memory, memory.open() as src:
+                everything.append(src.read().reshape(10, -1))
+    pixels = np.concatenate(everything, axis=1).astype(np.float64)
+    known = replace(KNOWN, band_mean=tuple(pixels.mean(axis=1)), band_std=tuple(pixels.std(axis=1) / 2**0.5))
+    sums = auditing.pixel_sums(release.Archive(str(whole[0])), made.years)
+    bands = auditing.band_statistics(sums, known)
+    np.testing.assert_allclose(bands["mean"], pixels.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(bands["std"], pixels.std(axis=1), rtol=1e-9)
+    np.testing.assert_allclose(bands["corrected_std"], bands["std"], rtol=1e-9)
+    found = auditing.audit(made, known, SPLIT, sums)
+    assert [f.found.rpartition(", ")[2] for f in found] == ["which is the true one divided by the square root of 2"] * 10
+    wrong = auditing.audit(made, replace(known, band_std=(1.0,) * 10), SPLIT, sums)
+    assert all("not for the square root of 2" in f.found for f in wrong)
+    assert list(bands.index) == list(BANDS)
+
+
+def test_change_rates_are_ratios_of_sums():
+    changes = pd.DataFrame(
+        [("a", 2015, 2016, 100, 10, 0), ("b", 2015, 2016, 900, 0, 5)],
+        columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"],
+    )
+    assert auditing.change_rates(changes)["rate"].tolist() == [15 / 1000]
+
+
+def test_an_archive_that_was_cut_off(whole, tmp_path):
+    (tmp_path / "cut.zip").write_bytes(whole[0].read_bytes()[:-5000])
+    with pytest.raises(ReleaseError, match=r"expected a zip archive, found .* without a whole directory .* cut off"):
+        release.Archive(str(tmp_path / "cut.zip"))
+
+
+def test_a_member_that_arrived_broken(whole, tmp_path):
+    with zipfile.ZipFile(whole[0]) as archive:
+        member = archive.getinfo(label("Germany_10", 2016))
+    content = bytearray(whole[0].read_bytes())
+    content[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0x10
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ReleaseError, match=r"Germany_10: .*label/Year2016.tif cannot be read .*2 sites are read"):
+        imported(tmp_path / "a.zip", tmp_path / "made")
+
+
+def test_another_archive_is_not_the_release(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as made:
+        made.writestr("something/else.txt", "x")
+    with pytest.raises(ReleaseError, match=r"expected members such as .*found something/else.txt: not the EuroMineNet release"):
+        release.find(release.Archive(str(tmp_path / "a.zip")).names())
+
+
+def test_a_server_without_ranges_needs_a_download(make, whole, tmp_path):
+    with make.served(whole[0].parent, "--no-ranges") as url:
+        asked = ["release", "import", f"{url}/EuroMineNet.zip", "--out", str(tmp_path / "made")]
+        refused = CliRunner().invoke(cli, asked)
+        assert refused.exit_code == 2
+        assert "does not answer byte ranges" in refused.output
+        assert "--download" in refused.output
+        assert not (tmp_path / "made").exists()
+        done = CliRunner().invoke(cli, [*asked, "--download"])
+    assert done.exit_code == 0, done.output
+    made = release.open_import(tmp_path / "made")
+    for (site, year), mask in whole[1].items():
+        np.testing.assert_array_equal(drawn(made, site, year), mask)
+
+
+def test_a_download_that_stops_short_is_none(make, whole, tmp_path):
+    with make.served(whole[0].parent, "--truncate", 1) as url, pytest.raises(ReleaseError, match="cannot be downloaded"):
+        release.download(f"{url}/EuroMineNet.zip", tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_the_command_line_says_what_came_of_it(whole, tmp_path):
+    path = changed(whole[0], tmp_path / "a.zip", spoil)
+    out, said = tmp_path / "made", tmp_path / "audit.json"
+    done = CliRunner().invoke(cli, ["release", "import", str(path), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "4 sites, 10 site-years, 7 labels of 9" in done.output
+    assert "left out: Germany_1 2015: label: expected the image's 90 x 70 pixels, found 89 x 70" in done.output
+    listed = CliRunner().invoke(cli, ["sites", "--catalog", str(out), "--sites", "Germany_1"])
+    assert "EPSG:32633" in listed.output  # which the shipped catalogue cannot say
+    audited = CliRunner().invoke(cli, ["release", "audit", str(out), "--json", str(said), "--pixels", str(path)])
+    assert audited.exit_code == 1, audited.output
+    assert "label empty" in audited.output
+    content = json.loads(said.read_text())
+    assert content["counts"]["label"] == 2
+    assert content["counts"]["sites"] == 1
+    assert {b["band"] for b in content["bands"]} == set(BANDS)
+    other = CliRunner().invoke(cli, ["release", "audit", str(out), "--pixels", str(whole[0])])
+    assert other.exit_code == 2
+    assert "is not the archive" in other.output
+
+
+def test_facts_of_the_real_release():
+    known = load_releases()["eurominenet"]
+    assert (known.sites, known.years) == (133, tuple(range(2015, 2025)))
+    split = {s.id for s in load_sites() if (s.labels or "").startswith(known.name)}
+    assert len(split) == 132
+    assert set(known.repeated) <= split
+    assert not set(known.excluded) & split
