@@ -494,3 +494,46 @@ def test_unreadable_files_are_refused(tmp_path, name, content):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(LabelError, match="cannot be read"):
         read_polygons(tmp_path / "nowhere.gpkg")
+
+
+def looked_at():
+    """2019: an area that was looked at with a mine in it; 2020: the same without a mine; 2021: another area."""
+    shapes = [px(5, 5, 20, 30), px(10, 10, 4, 6), px(5, 5, 20, 30), px(0, 50, 10, 20)]
+    return table(shapes, year=[2019, 2019, 2020, 2021], mapped=[True, False, True, True])
+
+
+def test_only_what_was_looked_at_is_known():
+    """Within it all that is no mine is not mine, also in a year without a mine; beyond it nothing is known."""
+    expected = np.full((4, *GRID.shape), 255, np.uint8)
+    expected[:2, 5:25, 5:35] = 0
+    expected[0, 10:14, 10:16] = 1
+    expected[2, 0:10, 50:60] = 0
+    np.testing.assert_array_equal(rasterize(looked_at(), GRID, [2019, 2020, 2021, 2022]), expected)
+    fraction = np.where(expected == 1, 250, expected)
+    np.testing.assert_array_equal(covered(looked_at(), GRID, [2019, 2020, 2021, 2022]), fraction)
+
+
+def test_what_was_looked_at_ends_within_a_pixel():
+    """A pixel is known by its centre; of one that is known, the share is that of the mine, of others there is none."""
+    area = shapely.affinity.translate(px(5, 5, 10, 10), xoff=4)  # its left edge lies in pixel 5, left of the centre
+    polygons = table([area, area], year=[2020, 2020], mapped=[True, False])
+    assert rasterize(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 1, 1]
+    assert covered(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 150, 250]
+    assert covered(polygons, GRID, [2020]).values[0, 7, 14:17].tolist() == [250, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["mines.gpkg", "mines.shp", "mines.geojson", "mines.parquet"])
+def test_what_was_looked_at_is_no_mine_in_any_format(tmp_path, name):
+    """A Shapefile knows no truth, only numbers: taken for mines, these areas would cover everything."""
+    polygons = looked_at().to_crs(4326) if name.endswith("geojson") else looked_at()
+    if name.endswith("shp"):
+        polygons["mapped"] = polygons["mapped"].astype(int)
+    found = read_polygons(written(tmp_path, polygons, name))
+    assert found["mapped"].tolist() == [True, False, True, True]
+    assert (rasterize(found, GRID, [2019]).values == 1).sum() == 24
+
+
+def test_a_column_mapped_that_means_something_else_is_refused(tmp_path):
+    path = written(tmp_path, table([px(1, 1, 3, 3)], mapped=["by hand"]))
+    with pytest.raises(LabelError, match=r"column mapped: expected true .* found 'by hand'; rename the column"):
+        read_polygons(path)

@@ -75,6 +75,17 @@ def test_nothing_is_found_in_sound_polygons_and_they_stay_as_they_are(tmp_path):
     assert looked.polygons[["name", "row", "repaired"]].to_numpy().tolist() == [["a", 1, False], ["b", 2, False]]
 
 
+def test_areas_that_were_looked_at_are_no_mines(tmp_path):
+    """They overlap every mine and are none: neither findings, nor counted, nor compared."""
+    drawn = table([box(0, 0, 300, 300), box(50, 50, 100, 100)], year=[2019, 2019], mapped=[True, False])
+    looked = surveyed(tmp_path, drawn)
+    assert looked.findings.empty
+    assert looked.polygons[["row", "mapped"]].to_numpy().tolist() == [[1, True], [2, False]]
+    assert mapped_areas(looked.polygons)["polygons"].tolist() == [1]
+    mine = drawn.iloc[[1]].drop(columns="mapped")
+    assert compare({"a": looked.polygons, "b": mine}, {"all": GRID})["iou"].tolist()[0] == pytest.approx(1)
+
+
 def test_invalid_shapes_are_mended_and_those_without_area_left_out(tmp_path):
     bow_tie = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP - 100), (LEFT + 100, TOP), (LEFT, TOP - 100)])
     flat = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP), (LEFT + 50, TOP)])

@@ -12,7 +12,7 @@ import shapely
 from odc.geo.geobox import GeoBox
 
 from minecube.labels.masks import area_m2, on_grid, rasterize
-from minecube.labels.polygons import spans, years_or_all
+from minecube.labels.polygons import mapped, spans, years_or_all
 
 POOLED = "pooled"
 AREAS = ("area_m2", "other_area_m2", "intersection_m2", "union_m2")
@@ -54,7 +54,8 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
 
 
 def _of_site(polygons: gpd.GeoDataFrame, site: str, grid: GeoBox) -> gpd.GeoDataFrame:
-    own = polygons[polygons["site"] == site] if "site" in polygons else polygons
+    mines = polygons[~mapped(polygons)]
+    own = mines[mines["site"] == site] if "site" in mines else mines
     return on_grid(own, grid, needed=False) if len(own) else own
 
 

@@ -22,7 +22,7 @@ from rasterio import features
 
 from minecube.errors import LabelError
 from minecube.grid import equal_area_crs
-from minecube.labels.polygons import likely_swap, spans, swaps_that_place, years_of, years_text
+from minecube.labels.polygons import likely_swap, mapped, spans, swaps_that_place, years_of, years_text
 
 MINE, NOT_MINE, UNKNOWN = np.uint8(1), np.uint8(0), np.uint8(255)
 WHOLE = 250
@@ -34,7 +34,8 @@ def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) ->
 
     Rows without years hold for all years, others in their `year`, or from `start` to `end` (either may be open). Where no
     row that reaches the grid has years, all years are known. Otherwise a year is known only where a row with years holds
-    in it: the rest of it is 255, with the rows without years on top.
+    in it: the rest of it is 255, with the rows without years on top. Where rows are `mapped`, a year is known only within
+    those that hold in it: they are no mine, but what somebody looked at, whether there was a mine or not.
 
     Raises:
         LabelError: no polygon, no CRS, no year asked, polygons that do not reach the grid, or only in other years.
@@ -42,7 +43,7 @@ def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) ->
     wanted = _wanted(years)
     masks = np.empty((len(wanted), *grid.shape), np.uint8)
     for mask, (known, shapes) in zip(masks, _by_year(polygons, grid, wanted), strict=True):
-        mask[:] = NOT_MINE if known else UNKNOWN
+        mask[:] = np.where(known, NOT_MINE, UNKNOWN)
         if len(shapes):  # rasterio refuses an empty list
             features.rasterize(shapes, out=mask, transform=grid.affine, default_value=int(MINE), all_touched=False)
     attrs = {"long_name": "mine footprint", "flag_values": [0, 1, 255], "flag_meanings": "not_mine mine unknown"}
@@ -62,7 +63,9 @@ def covered(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> x
     layers = np.empty((len(wanted), *grid.shape), np.uint8)
     for layer, (known, shapes) in zip(layers, _by_year(polygons, grid, wanted), strict=True):
         share = np.rint(fractions(shapely.union_all(shapes), grid) * WHOLE).astype(np.uint8)
-        layer[:] = share if known else np.where(share > 0, share, UNKNOWN)
+        # At the edge of an area that was looked at, the seen part of a pixel is no share of it; elsewhere a share is known.
+        told = known if isinstance(known, np.ndarray) else known | (share > 0)
+        layer[:] = np.where(told, share, UNKNOWN)
     attrs = {"long_name": "share of the pixel that is mine x 250", "scale": 1 / WHOLE, "nodata": int(UNKNOWN)}
     return _on_years("footprint_fraction", layers, wanted, grid, attrs)
 
@@ -81,8 +84,10 @@ def _on_years(
     return xr.DataArray(values, coords, ("year", "y", "x"), name=name, attrs=attrs)
 
 
-def _by_year(polygons: gpd.GeoDataFrame, grid: GeoBox, years: list[int]) -> Iterator[tuple[bool, npt.NDArray[np.object_]]]:
-    """For each year whether it is known, and the shapes that hold in it, in the grid's CRS; raises as `rasterize`."""
+def _by_year(
+    polygons: gpd.GeoDataFrame, grid: GeoBox, years: list[int]
+) -> Iterator[tuple[bool | npt.NDArray[np.bool_], npt.NDArray[np.object_]]]:
+    """For each year whether (or where) it is known, and the shapes that hold, in the grid's CRS; raises as `rasterize`."""
     if polygons.empty or polygons.crs is None:
         raise LabelError(f"cannot place polygons on the grid: {'there are none' if polygons.empty else 'they have no CRS'}")
     here = on_grid(polygons, grid)
@@ -94,9 +99,14 @@ def _by_year(polygons: gpd.GeoDataFrame, grid: GeoBox, years: list[int]) -> Iter
             f"the polygons on this grid are of {years_text(years_of(here))}, asked for was {years_text(years)}: every pixel "
             "would be unknown; ask for a mapped year, or drop the columns of years if they hold for all"
         )
-    shapes = here.geometry.to_numpy()
+    shapes, looked_at = here.geometry.to_numpy(), mapped(here)
     for now in holds:
-        yield bool((now & dated).any() or not dated.any()), shapes[now]
+        known: bool | npt.NDArray[np.bool_] = bool((now & dated).any() or not dated.any())
+        if looked_at.any():
+            known = np.zeros(grid.shape, bool)
+            if (now & looked_at).any():
+                known = features.geometry_mask(shapes[now & looked_at], grid.shape, grid.affine, invert=True)
+        yield known, shapes[now & ~looked_at]
 
 
 def fractions(shape: shapely.Geometry, grid: GeoBox) -> npt.NDArray[np.float64]:

@@ -17,7 +17,7 @@ from minecube.errors import LabelError
 
 YEARS = range(1900, 2101)  # calendar years a polygon may carry; anything else is a typing error
 AREAL = ("Polygon", "MultiPolygon")
-UNDERSTOOD = ("year", "start", "end", "site")
+UNDERSTOOD = ("year", "start", "end", "site", "mapped")
 NEAR_M = 10_000
 """A polygon farther than this from its site is in the wrong place: no mine is mapped so far beside its area of interest."""
 
@@ -28,9 +28,10 @@ def read_polygons(path: Path) -> gpd.GeoDataFrame:
     """The mine polygons of a GeoJSON, GeoPackage, GeoParquet or Shapefile, valid and with area, in the file's own CRS.
 
     Understood, in any case, are the columns `year` (Int64), or `start` and `end` (Int64: the years through which a polygon
-    holds, null where open; dates count by their year), and `site` (text). A row without years holds for all. Other columns
-    are kept. `repaired` is true where an invalid polygon was mended; those rows, and rows dropped because they hold no
-    area, are logged as a warning. GeoJSON without `crs` is longitude and latitude (RFC 7946).
+    holds, null where open; dates count by their year), `site` (text) and `mapped` (true or false: a true row is no mine, but
+    an area that was looked at, beyond which nothing is known). A row without years holds for all. Other columns are kept.
+    `repaired` is true where an invalid polygon was mended; those rows, and rows dropped because they hold no area, are logged
+    as a warning. GeoJSON without `crs` is longitude and latitude (RFC 7946).
 
     Raises:
         LabelError: unreadable, empty, without CRS, coordinates that cannot be degrees, other geometries than polygons, a
@@ -68,6 +69,8 @@ def load(path: Path) -> gpd.GeoDataFrame:
     _need_order(table, path)
     if "site" in table:
         table["site"] = table["site"].astype("string").str.strip()
+    if "mapped" in table:
+        table["mapped"] = _true_or_false(table["mapped"], path)
     return table
 
 
@@ -177,6 +180,25 @@ def spans(polygons: gpd.GeoDataFrame) -> tuple[npt.NDArray[np.float64], npt.NDAr
     year, start, end = (column(name) for name in ("year", "start", "end"))
     first, last = (np.where(np.isnan(year), own, year) for own in (start, end))
     return np.where(np.isnan(first), -np.inf, first), np.where(np.isnan(last), np.inf, last)
+
+
+def _true_or_false(column: pd.Series, path: Path) -> pd.Series:
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # Shapefiles know no truth
+    said = column.astype("string").str.lower().fillna("false")
+    if not said.isin(list(words)).all():
+        raise LabelError(
+            f"{path}: column mapped: expected true where a row is an area that was looked at, false where it is a mine, found "
+            f"{said[~said.isin(list(words))].iloc[0]!r}; rename the column if it means something else"
+        )
+    return said.map(words).astype(bool)
+
+
+def mapped(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
+    """Which rows are areas that were looked at, and no mine."""
+    rows: npt.NDArray[np.bool_] = (
+        np.zeros(len(polygons), bool) if "mapped" not in polygons else polygons["mapped"].to_numpy(bool)
+    )
+    return rows
 
 
 def years_of(*tables: gpd.GeoDataFrame) -> list[int]:

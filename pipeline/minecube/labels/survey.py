@@ -10,8 +10,8 @@ In this order, each on what the former left:
     hole          kept, or filled where it is such a sliver
     overlap       cut from the later row, so that no ground is twice there and none is lost; kept where their years differ
 
-Rows are held against rows of the same site, and of the same mapper where a column says whose they are. Areas are in
-EPSG:6933 (equal-area, worldwide).
+Areas that were looked at (`mapped`) stay as they are. Other rows are held against rows of the same site, and of the same mapper
+where a column says whose they are. Areas are in EPSG:6933 (equal-area, worldwide).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from minecube.labels.polygons import (
     distances_m,
     likely_swap,
     load,
+    mapped,
     mended,
     spans,
     swaps_that_place,
@@ -92,10 +93,11 @@ def survey(
     table = with_area(table, path)
     if sites:
         table = _near(table, sites, path, notes)
-    kept = [_cleaned(own, min_width_m, notes) for _, own in table.groupby(_groups(table, by))]
+    looked_at, mines = table[mapped(table)], table[~mapped(table)]
+    kept = [_cleaned(own, min_width_m, notes) for _, own in mines.groupby(_groups(mines, by))]
     found = pd.DataFrame(notes, columns=list(FINDINGS))
     return Survey(
-        polygons=pd.concat(kept).sort_values("row").reset_index(drop=True),
+        polygons=pd.concat([*kept, looked_at]).sort_values("row").reset_index(drop=True),
         findings=found.sort_values("row", kind="stable").reset_index(drop=True),
         rows=len(raw),
     )
@@ -103,8 +105,8 @@ def survey(
 
 def mapped_areas(polygons: gpd.GeoDataFrame, by: str | None = None) -> pd.DataFrame:
     """Area by site, mapper and year, each place counted once: site, mapper, year (null: all), polygons, holes, area_m2."""
-    rows = []
-    for (site, mapper), own in polygons.groupby(_groups(polygons, by)):
+    rows, mines = [], polygons[~mapped(polygons)]
+    for (site, mapper), own in mines.groupby(_groups(mines, by)):
         first, last = spans(own)
         for year in years_or_all(own):
             holds = own.geometry[(first <= year) & (year <= last)] if year else own.geometry
