@@ -141,6 +141,16 @@ def test_dry_run_writes_nothing(world, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_label_keeps_the_fraction_beside_the_footprint(built):
+    opened = cube.open_cube(str(built), "pit")
+    fraction, mine = opened.footprint_fraction.values, opened.footprint.values == 1
+    assert (fraction != 255).all()
+    # A convex corner may hide in a pixel, no more: most pixels are all or nothing, and the sums agree.
+    assert (fraction[mine] > 0).all()
+    assert (fraction[~mine] < 250).all()
+    assert fraction.sum(dtype=float) / 250 == pytest.approx(mine.sum(), rel=0.02)
+
+
 def test_train_predict_score_export(built, tmp_path):
     model = tmp_path / "model.pt"
     run("train", "--store", built, "--out", model, "--epochs", "2")
@@ -152,7 +162,23 @@ def test_train_predict_score_export(built, tmp_path):
     out, _ = run("export", "--store", built, "--out", tmp_path / "export", "--model", "unet-small")
     made = {p.name for p in (tmp_path / "export").rglob("*") if p.is_file()}
     assert {"collection.json", "pit_2020_reflectance.tif", "pit_2022_probability.tif", "pit_strip.png", "areas.png"} <= made
-    assert {"footprints_labels.parquet", "footprints_mapped.parquet"} <= made
+    kinds = [f"footprints_{kind}" for kind in ("labels", "mapped")]
+    assert {f"{kind}.{suffix}" for kind in kinds for suffix in ("parquet", "gpkg")} <= made
+    for kind in kinds:
+        outlines = gpd.read_parquet(tmp_path / "export" / f"{kind}.parquet")
+        assert not outlines.duplicated(["year", "id"]).any()
+        assert outlines["id"].str.startswith("pit_").all()
+        assert (outlines.to_crs(3035).area / outlines["area_m2"]).between(0.995, 1.005).all()
+        beside = gpd.read_file(tmp_path / "export" / f"{kind}.gpkg")
+        assert beside["id"].tolist() == outlines["id"].tolist()
+        assert beside.geometry.geom_equals_exact(outlines.geometry, 1e-9).all()
+    run("export", "--store", built, "--out", tmp_path / "large", "--min-area", "20000")
+    large = gpd.read_parquet(tmp_path / "large" / "footprints_labels.parquet")
+    small = gpd.read_parquet(tmp_path / "export" / "footprints_labels.parquet")
+    assert large["area_m2"].min() >= 20000
+    assert len(large) == (small["area_m2"] >= 20000).sum()
+    _, err = run("export", "--store", built, "--out", tmp_path / "none", "--min-area", "-1", ok=2)
+    assert "--min-area" in err
     _, err = run("score", "--store", built, "--model", "other", ok=2)
     assert "no prediction of 'other' for pit" in err
 

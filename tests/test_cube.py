@@ -102,7 +102,7 @@ def test_a_template_killed_half_way_is_made_anew(store, site, grid):
 
 def test_years_killed_half_way_are_named_anew(store, site, grid):
     """The arrays have grown and the year has no name yet."""
-    for name in ("reflectance", "clear_count", "quality", "footprint", "year"):
+    for name in ("reflectance", "clear_count", "quality", "footprint", "footprint_fraction", "year"):
         array = zarr.open_array(f"{store}/mine/{name}", mode="r+")
         array.resize((4, *array.shape[1:]))
     cube.create(store, site, grid, [2020, 2023], RECIPE)
@@ -323,6 +323,36 @@ def test_footprints_and_probabilities_find_their_years(store, grid):
     ):
         with pytest.raises(CubeError, match="another grid"):
             write()
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["now", "made before there were fractions"])
+def test_the_fraction_goes_with_its_footprint(store, site, grid, earlier):
+    if earlier:
+        shutil.rmtree(f"{store}/mine/footprint_fraction")
+        assert "footprint_fraction" not in cube.open_cube(store, "mine")
+    rng = np.random.default_rng(0)
+    coords = {"year": [2021, 2019], **odc.geo.xr.xr_coords(grid)}
+    masks, shares = (
+        xr.DataArray(rng.integers(0, top, (2, *grid.shape)).astype(np.uint8), coords, ("year", "y", "x")) for top in (2, 251)
+    )
+    cube.write_footprint(store, "mine", masks, "a test", shares.sortby("year"))
+    cube.create(store, site, grid, [2024], RECIPE)
+    opened = cube.open_cube(store, "mine")
+    np.testing.assert_array_equal(opened.footprint.sel(year=[2021, 2019]), masks)
+    np.testing.assert_array_equal(opened.footprint_fraction.sel(year=[2021, 2019]), shares)
+    assert (opened.footprint_fraction.sel(year=[2020, 2024]) == 255).all()
+    assert opened.footprint_fraction.dtype == np.uint8
+    assert opened.footprint_fraction.attrs == opened.footprint_fraction.attrs | {"nodata": 255, "origin": "a test"}
+    assert opened.footprint_fraction.odc.geobox == grid
+    made, beside = (zarr.open_array(f"{store}/mine/{name}") for name in ("footprint_fraction", "footprint"))
+    assert (made.chunks, made.shards, made.fill_value) == (beside.chunks, beside.shards, beside.fill_value)
+    # Another footprint, of which no fraction is known: the old one must not stay beside it.
+    cube.write_footprint(store, "mine", masks.sel(year=[2019]), "another")
+    opened = cube.open_cube(store, "mine")
+    assert (opened.footprint_fraction.sel(year=2019) == 255).all()
+    np.testing.assert_array_equal(opened.footprint_fraction.sel(year=2021), shares.sel(year=2021))
+    with pytest.raises(CubeError, match="another grid"):
+        cube.write_footprint(store, "mine", masks, "x", shares.assign_coords(x=shares.x + 10))
 
 
 def test_what_is_not_there_is_named(store):

@@ -125,7 +125,9 @@ def test_every_format_holds_the_committed_years(exported, made):
     assert f"{out}: 4 images; open {out}/collection.json" in printed
     assert [line for line in printed.splitlines() if "croissant" in line] == [f"{out}/croissant.json"]
     collection = pystac.Collection.from_file(str(out / "collection.json"))
-    assert {"pit_netcdf", "pit_zarr", "pit_zarr2", "footprints_labels", "items"} == set(collection.assets)
+    assert {"pit_netcdf", "pit_zarr", "pit_zarr2", "footprints_labels", "footprints_labels_gpkg", "items"} == set(
+        collection.assets
+    )
     item = next(collection.get_items())
     assert item.properties["processing:software"] == {"minecube": "0.1.0", "numpy": np.__version__}
     assert item.properties["minecube:scenes"] == ["S2A"]
@@ -157,7 +159,7 @@ def test_one_format_writes_that_alone(made, tmp_path):
     run("export", "--store", made, "--out", tmp_path / "a", "--format", "netcdf")
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["a/pit/pit.nc"]
     run("export", "--store", made, "--out", tmp_path / "b")
-    assert {p.suffix for p in (tmp_path / "b").rglob("*") if p.is_file()} == {".json", ".parquet", ".png", ".tif"}
+    assert {p.suffix for p in (tmp_path / "b").rglob("*") if p.is_file()} == {".gpkg", ".json", ".parquet", ".png", ".tif"}
     out = run("export", "--store", made, "--out", tmp_path / "c", "--format", "croissant", ok=2)
     assert "add --format cog or --format netcdf" in out
     assert not (tmp_path / "c").exists()
@@ -200,7 +202,7 @@ def test_croissants_records_are_the_tables_rows(exported):
 def test_every_file_is_named_with_its_checksum(exported):
     out, _ = exported
     named = {f["contentUrl"]: f for f in json.loads((out / "croissant.json").read_text())["distribution"]}
-    there = {p.relative_to(out).as_posix() for s in ("tif", "nc", "parquet") for p in out.rglob(f"*.{s}")}
+    there = {p.relative_to(out).as_posix() for s in ("tif", "nc", "parquet", "gpkg") for p in out.rglob(f"*.{s}")}
     assert set(named) == there
     for name, entry in named.items():
         assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
@@ -269,6 +271,7 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
     assert run("publish", *where, "--diff", "v1", "v2").splitlines()[2:] == [
         "pit   2020  footprint",
         "pit   all   footprint (metadata)",  # its origin
+        "pit   all   footprint_fraction (metadata)",
         "pit   all   site (metadata)",  # the licences
     ]
     rows = [line.split(maxsplit=2) for line in run("publish", *where, "--diff", "v2", "v3").splitlines()[2:]]
@@ -375,7 +378,7 @@ def test_a_run_that_is_killed_leaves_the_repository_as_it_was(growing, tmp_path)
     command = [sys.executable, "-c", dies, "publish", *map(str, where), "--tag", "v2"]
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
     assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
-    assert "3 objects" in run("publish", *where, "--tag", "v2")
+    assert "4 objects" in run("publish", *where, "--tag", "v2")
     assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()
 
 

@@ -23,7 +23,8 @@ from pyproj import CRS, Geod, Transformer
 from minecube.catalog import Site
 from minecube.errors import LabelError
 from minecube.grid import grid_of
-from minecube.labels import rasterize, read_polygons, vectorize
+from minecube.labels import covered, rasterize, read_polygons, vectorize
+from minecube.labels.masks import fractions
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
 real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/mine_polygons is absent")
@@ -170,11 +171,88 @@ def test_only_other_years_is_an_error():
         rasterize(table([px(0, 0, 5, 5)], year=[2018]), GRID, [2020, 2021])
 
 
+def test_spans_hold_through_their_years_either_end_open():
+    spans = {"start": [2016, None, 2019, None], "end": [2017, 2015, None, None]}
+    drawn = table([px(0, 0, 1, 1), px(0, 1, 1, 2), px(0, 3, 1, 4), px(0, 7, 1, 8)], **spans)
+    footprint = rasterize(drawn, GRID, range(2014, 2022))
+    # Pixels by year: the row without years is 8, on top of every year; in 2018 no row with years holds, so it is unknown.
+    assert ((footprint == 1).sum(("y", "x")) == [10, 10, 9, 9, 8, 12, 12, 12]).all()
+    assert [bool((footprint.sel(year=y) == 255).any()) for y in footprint.year] == [y == 2018 for y in footprint.year]
+    with pytest.raises(LabelError, match=r"are of 2016\.\.2017 \(2 years\), asked for was 2020"):
+        rasterize(drawn[:1], GRID, [2020])
+
+
 def test_overlaps_count_once_and_holes_stay_open():
     ring = px(0, 0, 9, 9).difference(px(3, 3, 3, 3))
     footprint = rasterize(table([ring, px(0, 0, 2, 2)]), GRID, [2020])
     assert footprint.sum() == 81 - 9
     assert footprint.max() == 1
+
+
+# --- covered fraction ---------------------------------------------------------------------------------------------------
+
+
+def pixel_boxes(grid):
+    row, col = np.mgrid[: grid.shape[0], : grid.shape[1]]
+    a = grid.affine
+    return shapely.box(a.c + a.a * col, a.f + a.e * (row + 1), a.c + a.a * (col + 1), a.f + a.e * row)
+
+
+corners = st.lists(st.tuples(st.floats(-60, 160), st.floats(-60, 130)), min_size=3, max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(corners, min_size=1, max_size=4), st.booleans())
+def test_the_covered_fraction_is_each_pixels_intersection_with_the_union(drawn, hollow):
+    grid = GeoBox((7, 10), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633")
+    shapes = [shapely.convex_hull(shapely.MultiPoint([(LEFT + x, TOP - y) for x, y in one])) for one in drawn]
+    if hollow:
+        shapes = [s.difference(shapely.affinity.scale(s, 0.5, 0.6)) for s in shapes]
+    shapes = [s for s in shapes if s.geom_type == "Polygon" and s.area > 1e-3]
+    if not shapes:
+        return
+    union = shapely.union_all(shapes)
+    expected = shapely.area(shapely.intersection(pixel_boxes(grid), union)) / 100
+    np.testing.assert_allclose(fractions(union, grid), expected, rtol=0, atol=1e-9)
+    if union.intersects(grid.extent.geom):
+        stored = covered(table(shapes), grid, [2020])
+        assert stored.dtype == np.uint8
+        assert (np.abs(stored.values[0] / 250 - expected) <= 0.002 + 1e-9).all()
+
+
+@real
+@pytest.mark.parametrize("row", real_polygons())
+def test_the_fractions_of_a_real_mine_sum_to_its_area(row):
+    grid = grid_of(Site(id=row.site, geometry=shapely.envelope(row.geometry)))
+    polygon = table([row.geometry], "EPSG:4326")
+    fraction = covered(polygon, grid, [2019])
+    flat = polygon.to_crs(str(grid.crs)).area.sum()
+    assert fraction.sum(dtype=float).item() / 250 * 100 == pytest.approx(flat, rel=1e-5)
+    mask = rasterize(polygon, grid, [2019])
+    whole, none = (fraction == 250).values, (fraction == 0).values
+    assert (mask.values[whole] == 1).all()
+    assert (mask.values[none] == 0).all()
+    assert 0 < (~whole & ~none).sum() < 0.1 * whole.sum()
+
+
+def test_the_fraction_is_unknown_where_the_footprint_is():
+    half = shapely.box(LEFT, TOP - 100, LEFT + 55, TOP)
+    drawn = table([half, px(20, 20, 3, 3)], year=pd.array([None, 2019], dtype="Int64"))
+    fraction, footprint = (f(drawn, GRID, [2018, 2019]) for f in (covered, rasterize))
+    assert fraction.name == "footprint_fraction"
+    assert fraction.odc.geobox == GRID
+    assert fraction.values[1, 0, :7].tolist() == [250, 250, 250, 250, 250, 125, 0]
+    assert fraction.values[0, 0, :7].tolist() == [250, 250, 250, 250, 250, 125, 255]
+    assert ((fraction == 255) == ((footprint == 255) & (fraction == 255))).all()
+    assert (fraction.sel(year=2019) == 250).sum() == 50 + 9
+    with pytest.raises(LabelError, match="no polygon reaches the grid"):
+        covered(table([shapely.box(13, 51, 13.1, 51.1)], "EPSG:4326"), GRID, [2018])
+
+
+def test_overlaps_are_covered_once():
+    fraction = covered(table([px(0, 0, 5, 5), px(0, 0, 5, 9), px(3, 3, 5, 5)]), GRID, [2020])
+    assert fraction.max() == 250
+    assert (fraction == 250).sum() == 45 + 25 - 2 * 5
 
 
 # --- elsewhere ----------------------------------------------------------------------------------------------------------
@@ -189,6 +267,42 @@ def test_polygons_elsewhere_are_told_by_their_distance(lon, lat, km):
     with pytest.raises(LabelError, match="no polygon reaches the grid") as error:
         rasterize(table([shapely.box(lon, lat, lon + 0.1, lat + 0.1)], "EPSG:4326"), GRID, [2020])
     assert float(str(error.value).split(" km")[0].split()[-1]) == pytest.approx(km, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("move", "says"),
+    [
+        (lambda lon, lat: (lat, lon), "with longitude and latitude swapped, 2 of 3 would lie there"),
+        (lambda lon, lat: (-lon, lat), "with the sign of longitude changed, 2 of 3"),
+        (lambda lon, lat: (lon, -lat), "with the sign of latitude changed, 2 of 3"),
+        (lambda lon, lat: (-lon, -lat), "with both signs changed, 2 of 3"),
+        (lambda lon, lat: (-lat, lon), "with longitude and latitude swapped and the sign of latitude changed, 2 of 3"),
+    ],
+)
+def test_the_message_says_which_swap_would_put_them_here(move, says):
+    there = table([px(0, 0, 5, 5), px(9, 9, 5, 5)]).to_crs(4326).geometry
+    moved = shapely.transform(there.to_numpy(), lambda xy: np.stack(move(*xy.T), axis=1))
+    with pytest.raises(LabelError, match=says):
+        rasterize(table([*moved, shapely.box(100, 1, 100.1, 1.1)], "EPSG:4326"), GRID, [2020])
+
+
+@pytest.mark.parametrize(
+    ("crs", "move", "says"),
+    [
+        ("EPSG:32733", lambda xy: xy, "in the UTM zone of the other hemisphere, 1 of 1"),
+        ("EPSG:32633", lambda xy: xy[:, ::-1], "with x and y swapped, 1 of 1"),
+        ("EPSG:32633", lambda xy: xy * [1, -1], "with the sign of y changed, 1 of 1"),
+    ],
+)
+def test_projected_polygons_are_put_right_in_their_own_terms(crs, move, says):
+    moved = shapely.transform(px(1, 1, 5, 5), move)
+    with pytest.raises(LabelError, match=says):
+        rasterize(table([moved], crs), GRID, [2020])
+
+
+def test_a_valley_away_no_swap_is_named():
+    with pytest.raises(LabelError, match=r"order of longitude and latitude$"):
+        rasterize(table([shapely.box(13.8, 51.9, 13.9, 52)], "EPSG:4326"), GRID, [2020])
 
 
 def test_polygons_around_the_globe_do_not_hide_the_one_here():
@@ -293,6 +407,16 @@ def test_shouted_column_names_are_understood(tmp_path):
     assert polygons["year"].tolist() == [2018]
 
 
+def test_spans_are_read_as_years_and_dates(tmp_path):
+    drawn = table([px(0, 0, 5, 5)] * 3, Start=["2018-04-01", "2019", None], END=["2020", "2021-12-31T00:00:00Z", None])
+    polygons = read_polygons(written(tmp_path, drawn, "m.gpkg"))
+    assert polygons["start"].dtype == polygons["end"].dtype == "Int64"
+    assert polygons["start"].fillna(0).tolist() == [2018, 2019, 0]
+    assert polygons["end"].fillna(0).tolist() == [2020, 2021, 0]
+    dates = table([px(0, 0, 5, 5)] * 2, start=pd.to_datetime(["2018-04-01", None]))
+    assert read_polygons(written(tmp_path, dates, "d.gpkg"))["start"].fillna(0).tolist() == [2018, 0]
+
+
 def test_geojson_without_crs_is_longitude_and_latitude(tmp_path):
     path = tmp_path / "m.geojson"
     feature = {
@@ -338,6 +462,10 @@ def test_invalid_polygons_are_repaired_and_reported(tmp_path, caplog):
         (table([px(0, 0, 1, 1)], year=[True]), "found True"),
         (table([px(0, 0, 1, 1)], year=pd.to_datetime(["2019-01-01"])), "whole calendar years"),
         (table([px(0, 0, 1, 1)], year=[2019], Year=[2018]), "columns year, Year"),
+        (table([px(0, 0, 1, 1)] * 2, start=[2019, 2021], end=[2019, 2020]), r"end before they start \(row 2\)"),
+        (table([px(0, 0, 1, 1)] * 2, year=[None, 2019], start=[2018, 2018]), "found both in row 2"),
+        (table([px(0, 0, 1, 1)], start=["spring 2019"]), "column start: expected whole calendar years"),
+        (table([px(0, 0, 1, 1)], end=["19-01-01"]), "or null for an open end"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, drawn, says):
@@ -366,3 +494,46 @@ def test_unreadable_files_are_refused(tmp_path, name, content):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(LabelError, match="cannot be read"):
         read_polygons(tmp_path / "nowhere.gpkg")
+
+
+def looked_at():
+    """2019: an area that was looked at with a mine in it; 2020: the same without a mine; 2021: another area."""
+    shapes = [px(5, 5, 20, 30), px(10, 10, 4, 6), px(5, 5, 20, 30), px(0, 50, 10, 20)]
+    return table(shapes, year=[2019, 2019, 2020, 2021], mapped=[True, False, True, True])
+
+
+def test_only_what_was_looked_at_is_known():
+    """Within it all that is no mine is not mine, also in a year without a mine; beyond it nothing is known."""
+    expected = np.full((4, *GRID.shape), 255, np.uint8)
+    expected[:2, 5:25, 5:35] = 0
+    expected[0, 10:14, 10:16] = 1
+    expected[2, 0:10, 50:60] = 0
+    np.testing.assert_array_equal(rasterize(looked_at(), GRID, [2019, 2020, 2021, 2022]), expected)
+    fraction = np.where(expected == 1, 250, expected)
+    np.testing.assert_array_equal(covered(looked_at(), GRID, [2019, 2020, 2021, 2022]), fraction)
+
+
+def test_what_was_looked_at_ends_within_a_pixel():
+    """A pixel is known by its centre; of one that is known, the share is that of the mine, of others there is none."""
+    area = shapely.affinity.translate(px(5, 5, 10, 10), xoff=4)  # its left edge lies in pixel 5, left of the centre
+    polygons = table([area, area], year=[2020, 2020], mapped=[True, False])
+    assert rasterize(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 1, 1]
+    assert covered(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 150, 250]
+    assert covered(polygons, GRID, [2020]).values[0, 7, 14:17].tolist() == [250, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["mines.gpkg", "mines.shp", "mines.geojson", "mines.parquet"])
+def test_what_was_looked_at_is_no_mine_in_any_format(tmp_path, name):
+    """A Shapefile knows no truth, only numbers: taken for mines, these areas would cover everything."""
+    polygons = looked_at().to_crs(4326) if name.endswith("geojson") else looked_at()
+    if name.endswith("shp"):
+        polygons["mapped"] = polygons["mapped"].astype(int)
+    found = read_polygons(written(tmp_path, polygons, name))
+    assert found["mapped"].tolist() == [True, False, True, True]
+    assert (rasterize(found, GRID, [2019]).values == 1).sum() == 24
+
+
+def test_a_column_mapped_that_means_something_else_is_refused(tmp_path):
+    path = written(tmp_path, table([px(1, 1, 3, 3)], mapped=["by hand"]))
+    with pytest.raises(LabelError, match=r"column mapped: expected true .* found 'by hand'; rename the column"):
+        read_polygons(path)

@@ -33,7 +33,9 @@ from minecube.simulate.release import PIXEL_DEG, tiff, write_release
 YEARS = (2015, 2016, 2017)
 SITES = {"Germany_1": (12.0, 51.0), "Germany_10": (12.3, 51.2), "Portuga_2": (-8.0, 38.0)}
 SHAPE = (90, 70)
-KNOWN = Release(id="small", name="Small", title="small", citation="none", licence="CC-BY-4.0", sites=3, years=YEARS)
+KNOWN = Release(
+    id="small", name="Small", title="small", citation="none", licence="CC-BY-4.0", doi="10.1/x", sites=3, years=YEARS
+)
 SPLIT = [Site(id=name, country="Somewhere", split="train", labels="Small (free)") for name in SITES]
 SPLIT.append(Site(id="demo_1", split="train", labels="simulated"))  # of no concern
 
@@ -91,6 +93,7 @@ def test_labels_come_out_bit_identical(whole, tmp_path):
         np.testing.assert_array_equal(drawn(made, site, year), mask)
     assert made.years["mine_px"].tolist() == [int((masks[s, y] == 255).sum()) for s in SITES for y in YEARS]
     assert made.years["problem"].isna().all()
+    assert made.labels[["source", "licence", "doi"]].drop_duplicates().to_numpy().tolist() == [["Small", "CC-BY-4.0", "10.1/x"]]
 
 
 def test_regions_that_meet_at_a_corner_are_valid_polygons(whole, tmp_path):

@@ -18,6 +18,8 @@ class Release:
     citation: str
     licence: str
     """SPDX identifier."""
+    doi: str
+    """Of the data."""
     sites: int
     """How many it says to have."""
     years: tuple[int, ...]

@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": ("minecube.cli.survey", "Say what a build would take, before a pixel is read."),
     "release": ("minecube.cli.release", "Read the published EuroMineNet archive in place, and audit it."),
     "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
+    "polygons": ("minecube.cli.polygons", "Say what is wrong with mine polygons, repair them, compare mappers."),
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
     "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),

@@ -235,11 +235,13 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     "--polygons",
     type=click.Path(path_type=Path),
     required=True,
-    help="GeoJSON, GeoPackage, GeoParquet or Shapefile; with a `year` column where footprints differ by year, a `site` "
-    "column where sites are told apart by name, and `source`, `licence` and `doi`, which exports will name.",
+    help="GeoJSON, GeoPackage, GeoParquet or Shapefile; with a `year` column, or `start` and `end`, where footprints differ by "
+    "year, a `site` column where sites are told apart by name, and `source`, `licence` and `doi`, which exports will name.",
 )
 def label(store: str, wanted: str, polygons: Path) -> None:
-    """Rasterise mine polygons onto the cubes' grids: footprint 1 mine, 0 not, 255 unknown.
+    """Rasterise mine polygons onto the cubes' grids: footprint 1 mine, 0 not, 255 unknown, and the fraction of each pixel.
+
+    `minecube polygons` says beforehand what is wrong with a file.
 
     \b
     Example:
@@ -253,8 +255,10 @@ def label(store: str, wanted: str, polygons: Path) -> None:
         if own.empty:
             named = ", ".join(sorted(found["site"].astype(str).unique())[:8])
             raise LabelError(f"{polygons}: no polygon of site {site_id!r}; its `site` column has {named}")
-        footprint = labels.rasterize(own, opened.odc.geobox, [int(y) for y in opened.year])
-        cube.write_footprint(store, site_id, footprint, origin=_origin(own, polygons))
+        years = [int(y) for y in opened.year]
+        footprint = labels.rasterize(own, opened.odc.geobox, years)
+        fraction = labels.covered(own, opened.odc.geobox, years)
+        cube.write_footprint(store, site_id, footprint, _origin(own, polygons), fraction)
         for year in footprint.year.values:
             mask = footprint.sel(year=year).values
             known = (mask != 255).any()

@@ -70,8 +70,9 @@ def demo(out: Path, epochs: int, seed: int) -> None:
     with _stage("label"):
         outlines = labels.read_polygons(world / "truth_footprints.parquet")
         for site in sites:
-            footprint = labels.rasterize(outlines[outlines["site"] == site.id], grid_of(site), YEARS)
-            cube.write_footprint(store, site.id, footprint, origin="simulated truth")
+            own, grid = outlines[outlines["site"] == site.id], grid_of(site)
+            footprint, fraction = labels.rasterize(own, grid, YEARS), labels.covered(own, grid, YEARS)
+            cube.write_footprint(store, site.id, footprint, "simulated truth", fraction)
     learnt = [s.id for s in sites if s.split == "train"]
     unseen = next(s.id for s in sites if s.split == "test")
     with _stage(f"train on {', '.join(learnt)}"):

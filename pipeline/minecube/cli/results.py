@@ -11,6 +11,7 @@ import click
 import geopandas as gpd
 import pandas as pd
 import xarray as xr
+from odc.geo.geobox import GeoBox
 
 from minecube import cube, labels, metrics, report, tracks
 from minecube import export as exporting
@@ -84,8 +85,18 @@ def score(store: str, wanted: str, model: str, out: Path | None) -> None:
     help="cog: images, their STAC collection, footprints and pictures; netcdf, zarr (v3, multiscales), zarr2 (for GDAL before "
     "3.13 and QGIS): all years of a site in one; croissant: a description of the others. May be given more than once.",
 )
-def export(store: str, wanted: str, out: Path, model: str | None, formats: tuple[str, ...]) -> None:
-    """Write what other tools open: COGs a year, footprints as GeoParquet, a STAC collection, and pictures.
+@click.option(
+    "--min-area",
+    "min_area_m2",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+    help="Minimum mapping unit in m2: smaller holes of footprints are filled, then smaller regions left out.",
+)
+def export(store: str, wanted: str, out: Path, model: str | None, formats: tuple[str, ...], min_area_m2: float) -> None:
+    """Write what other tools open: COGs a year, footprints as GeoParquet and GeoPackage, a STAC collection, and pictures.
+
+    Footprints are outlines with few corners, areas within 0.5 % of the pixels', and ids that a pit keeps through the years.
 
     \b
     Examples:
@@ -96,7 +107,9 @@ def export(store: str, wanted: str, out: Path, model: str | None, formats: tuple
         raise click.UsageError("--format croissant describes files of the other formats: add --format cog or --format netcdf")
     names = stored_sites(store, wanted)
     with progress_bar("exporting", len(names)) as advance:
-        images, others = export_sites(store, names, out, model, lambda name: advance(note=name), formats)
+        images, others = export_sites(
+            store, names, out, model, lambda name: advance(note=name), formats=formats, min_area_m2=min_area_m2
+        )
     if images:
         click.echo(f"{out}: {len(images)} images; open {out}/collection.json")
     for path in others:
@@ -109,7 +122,9 @@ def export_sites(
     out: Path,
     model: str | None,
     done: Callable[[str], None] = lambda _: None,
+    *,
     formats: Collection[str] = ("cog",),
+    min_area_m2: float = 0,
 ) -> tuple[list[Path], list[Path]]:
     """What `--format` says of these sites; the paths of the images, and those of all other formats."""
     cogs: list[Path] = []
@@ -134,17 +149,18 @@ def export_sites(
             continue
         cogs += exporting.write_cogs(opened, grid, out / name, name)
         for kind, footprint in drawn.items():
-            outlines.setdefault(kind, []).append(labels.vectorize(footprint, grid, name).to_crs(4326))
+            outlines.setdefault(kind, []).append(_outlines(footprint, grid, name, min_area_m2))
             areas.setdefault(kind, {})[name] = tracks.areas(footprint, grid)
         report.strip(opened, drawn, out / name / f"{name}_strip.png", name)
         done(name)
     tables = {}
     for kind, parts in outlines.items():
-        tables[f"footprints_{kind}"] = out / f"footprints_{kind}.parquet"
         drawn_from = [c for c in credited if (c.kind == "labels") == (kind == "labels")]
         outline = pd.concat(parts, ignore_index=True)
         outline.attrs = exporting.lines(drawn_from)
-        exporting.write_footprints(outline, tables[f"footprints_{kind}"])
+        for key, suffix in ((f"footprints_{kind}", "parquet"), (f"footprints_{kind}_gpkg", "gpkg")):
+            tables[key] = out / f"footprints_{kind}.{suffix}"
+            exporting.write_footprints(outline, tables[key])
     if areas:
         main = areas.get("mapped") or areas["labels"]
         report.area_plot(main, out / "areas.png", areas["labels"] if "mapped" in areas and "labels" in areas else None)
@@ -171,6 +187,13 @@ def _whole_cubes(opened: xr.Dataset, folder: Path, name: str, formats: Collectio
         for key, (write, suffix) in writers.items()
         if key in formats
     }
+
+
+def _outlines(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float) -> gpd.GeoDataFrame:
+    """Regions of the footprint with ids, simplified, in longitude and latitude."""
+    regions = labels.vectorize(footprint, grid, site, min_area_m2)
+    known = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
+    return labels.simplify(labels.identify(regions, known.to_numpy().tolist()), grid.resolution.x).to_crs(4326)
 
 
 def _without_nan(value: object) -> object:

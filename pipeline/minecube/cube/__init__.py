@@ -1,7 +1,7 @@
 """The Zarr store: one group per site, template first, then blocks that are whole shards, the commit marker last.
 
     cubes.zarr/
-      Germany_1/                     one xarray dataset: reflectance, the recipe's layers, footprint
+      Germany_1/                     one xarray dataset: reflectance, the recipe's layers, footprint, its fraction
         builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last;
           scenes                     its scene list, the bytes of a stac-geoparquet file,
           reads                      and what became of every read, the bytes of a Parquet file
@@ -44,7 +44,7 @@ from minecube.cube.builds import (
     run_of,
 )
 from minecube.cube.store import FORMAT, NAMED, exists, group_of, reading, site_group, sites, writing, zarr_store
-from minecube.cube.template import encoding_of, extend, geozarr, template
+from minecube.cube.template import FRACTION, FRACTION_ATTRS, encoding_of, extend, geozarr, template
 from minecube.errors import CubeError, ReadError
 
 __all__ = [
@@ -224,23 +224,40 @@ def open_committed(store: str, site_id: str) -> xr.Dataset:
     return cube.sel(year=years)
 
 
-def write_footprint(store: str, site_id: str, footprint: xr.DataArray, origin: str) -> None:
+def write_footprint(
+    store: str, site_id: str, footprint: xr.DataArray, origin: str, fraction: xr.DataArray | None = None
+) -> None:
     """Put yearly masks (uint8 [year, y, x]: 1 mine, 0 not, 255 unknown) in their years' places; `origin` says whence.
 
+    `fraction` is the share of each pixel that is mine (uint8 [year, y, x] x 250, 255 unknown) in the same years; without it
+    those years' fraction is unknown again, so that it never is of another footprint.
+
     Raises:
-        CubeError: the masks lie on another grid or in years the cube has not, or the store cannot be written.
+        CubeError: they lie on another grid or in years the cube has not, or the store cannot be written.
     """
     cube = open_cube(store, site_id)
-    if footprint.odc.geobox != cube.odc.geobox:
+    fraction = xr.full_like(footprint, 255) if fraction is None else fraction.sel(year=footprint.year)
+    if not footprint.odc.geobox == fraction.odc.geobox == cube.odc.geobox:
         raise CubeError(
             f"{store}: footprints of {site_id} lie on another grid than its cube; rasterise them on the cube's grid"
         )
     with writing(store):
         group = site_group(store, site_id, mode="r+")
-        array = zarr.open_array(zarr_store(store), path=f"{site_id}/footprint", mode="r+")
-        for year in footprint.year.values:
-            array[_index(group, int(year))] = footprint.sel(year=year).values
-        array.attrs["origin"] = origin
+        if FRACTION not in group:  # a cube made before there were fractions
+            attrs = {**FRACTION_ATTRS, "grid_mapping": "spatial_ref"}
+            zarr.create_array(zarr_store(store), name=f"{site_id}/{FRACTION}", **_like(group["footprint"]), attributes=attrs)
+        for name, layer in (("footprint", footprint), (FRACTION, fraction)):
+            array = zarr.open_array(zarr_store(store), path=f"{site_id}/{name}", mode="r+")
+            for year in footprint.year.values:
+                array[_index(group, int(year))] = layer.sel(year=year).values
+            array.attrs["origin"] = origin
+
+
+def _like(array: zarr.Array) -> dict[str, Any]:
+    """What makes another array of the same layout."""
+    names = array.metadata.dimension_names
+    layout = {"shape": array.shape, "dtype": array.dtype, "chunks": array.chunks, "shards": array.shards}
+    return {**layout, "fill_value": array.fill_value, "dimension_names": names, "compressors": array.compressors}
 
 
 def write_probability(store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any]) -> None:

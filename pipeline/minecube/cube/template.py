@@ -14,9 +14,12 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import QUALITY, Recipe
 
+FRACTION = "footprint_fraction"
+FRACTION_ATTRS = {"long_name": "share of the pixel that is mine x 250", "units": "0.004", "nodata": 255}
+
 
 def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
-    """The site's dataset, lazy, without a pixel: footprint 255 (unknown), all else 0."""
+    """The site's dataset, lazy, without a pixel: footprint and its fraction 255 (unknown), all else 0."""
     shape, block = (len(years), *grid.shape), (1, recipe.block_px, recipe.block_px)
     bands = len(recipe.bands)
     mapped = {"grid_mapping": "spatial_ref"}
@@ -45,6 +48,7 @@ def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
                 "uint8",
                 {"long_name": "mine footprint: 1 mine, 0 not mine, 255 unknown", "nodata": 255, "flag_values": [0, 1]},
             ),
+            FRACTION: empty(255, "uint8", FRACTION_ATTRS),
         },
         # object, so that it becomes Zarr v3's `string`; fixed-length text has no specification there
         coords={"year": np.asarray(years, dtype=np.int64), "band": np.asarray(recipe.bands, dtype=object), **coords},
@@ -59,7 +63,7 @@ def fill_of(dtype: Any) -> float:
 def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
     """A variable's chunks, shards and fill value; a shard is one of the recipe's blocks, of all bands."""
     lead = variable.shape[1:-2]
-    fill = 255 if variable.name == "footprint" else fill_of(variable.dtype)
+    fill = 255 if variable.name in ("footprint", FRACTION) else fill_of(variable.dtype)
     return {
         "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
         "shards": (1, *lead, recipe.block_px, recipe.block_px),

@@ -6,8 +6,8 @@
 An import is a folder, and a catalogue of the user's own (`--catalog`):
 
     sites.geojson     each site's area of interest, split and years: what all its images cover together
-    labels.parquet    GeoParquet, EPSG:4326: site, year, mapped, geometry; regions of mine along pixel edges, and, with `mapped`
-                      true, the extent within which all else is not mine
+    labels.parquet    GeoParquet, EPSG:4326: site, year, mapped, geometry, and source, licence, doi; regions of mine along pixel
+                      edges, and, with `mapped` true, the extent within which all else is not mine
     years.parquet     a row a site and year: names, grid of the image, size and values of the label, and what is wrong with it
     changes.parquet   a row a site and pair of years: pixels compared, appeared, vanished
     import.json       which archive that is of, and members that are named otherwise than they should be; written last
@@ -91,6 +91,7 @@ def import_release(
         write_json(parts / "import.json", about)
         read = _read_sites(archive, found, parts, done)
         tables = {t: pd.concat([getattr(r, t) for r in read if len(getattr(r, t))] or [getattr(read[0], t)]) for t in _TABLES}
+        tables["labels"] = tables["labels"].assign(source=release.name, licence=release.licence, doi=release.doi)
         for name, table in tables.items():
             _write_parquet(table.reset_index(drop=True), out / f"{name}.parquet")
         write_json(out / "sites.geojson", json.loads(_sites(read, release, known).to_json(drop_id=True)))

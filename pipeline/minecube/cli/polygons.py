@@ -1,0 +1,171 @@
+"""Subcommand that looks polygons through before they become labels: polygons."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import geopandas as gpd
+import pandas as pd
+import shapely
+from odc.geo.geobox import GeoBox
+
+from minecube import export as exporting
+from minecube import labels
+from minecube.catalog import Site
+from minecube.cli.common import SITE_FILES, catalog_option, choose_sites, table
+from minecube.errors import CatalogError, LabelError
+from minecube.grid import grid_of
+
+SHOWN = 20
+"""Findings that are printed; all are in the JSON."""
+LARGEST_PX = 20_000
+"""A grid made up for polygons without a site's name, per side: more is a country, not a mine."""
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--sites", "wanted", help="Sites by name, comma-separated, * allowed; or a file of them: polygons far away are found."
+)
+@catalog_option
+@click.option(
+    "--compare",
+    help="Hold mappers against each other: the column that says who mapped a row, or a second file of polygons.",
+)
+@click.option(
+    "--min-width",
+    "min_width_m",
+    type=click.FloatRange(min=0),
+    default=labels.MIN_WIDTH_M,
+    show_default=True,
+    help="Metres: parts narrower everywhere are left out, such holes filled; 0 keeps all.",
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the repaired polygons: .parquet or .gpkg.")
+@click.option("--json", "report", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings to this file.")
+def polygons(
+    file: Path,
+    wanted: str | None,
+    catalog: Path | None,
+    compare: str | None,
+    min_width_m: float,
+    out: Path | None,
+    report: Path | None,
+) -> None:
+    """Say what is wrong with a file of mine polygons, put it right, and hold mappers against each other.
+
+    Found are invalid shapes, rows without area, duplicates, overlaps, slivers, holes, and polygons far from their site, with
+    the swap of coordinates that would put them there. Where several mapped the same ground, name the column that tells them
+    apart (--compare), or their polygons count as overlaps. The exit code is 1 where a polygon lies far from the site it names.
+
+    \b
+    Examples:
+      minecube polygons mines.gpkg --sites my_sites.geojson --out repaired.parquet
+      minecube polygons maus_and_tang.gpkg --compare source --json report.json
+    """
+    chosen = {s.id: s for s in choose_sites(wanted, catalog)} if wanted else {}
+    if out and out.suffix.lower() not in (".parquet", ".gpkg"):
+        raise LabelError(f"{out}: expected a name in .parquet or .gpkg for the repaired polygons; choose one")
+    second = Path(compare) if compare and Path(compare).suffix.lower() in SITE_FILES else None
+    by = compare if not second else None
+    areas = {s.id: shapely.geometry.shape(s.geometry) for s in chosen.values() if s.geometry is not None}
+    files = [file, *([second] if second else [])]
+    looked = {path: labels.survey(path, sites=areas, by=by, min_width_m=min_width_m) for path in files}
+    found = pd.concat([s.findings.assign(file=path.name) for path, s in looked.items()], ignore_index=True)
+    for path, each in looked.items():
+        click.echo(f"{path}: {each.rows} rows, {len(each.polygons)} kept")
+    _show_findings(found)
+    mapped = labels.mapped_areas(looked[file].polygons, by)
+    click.echo("\n" + _km2(mapped))
+    agreement = None
+    if compare:
+        mappers = {p.name: s.polygons for p, s in looked.items()} if second else _by_mapper(looked[file].polygons, compare)
+        grids = {i: grid_of(s) for i, s in chosen.items() if i in areas} or _grids_around(mappers)
+        agreement = labels.compare(mappers, grids)
+        if agreement.empty:
+            raise LabelError(f"{file}: nothing to compare: no site and year has polygons of two of {', '.join(mappers)}")
+        click.echo("\n" + _km2(agreement.drop(columns=["pixels_both", "pixels_either"])))
+    if out:
+        exporting.write_footprints(looked[file].polygons, out)
+    if report:
+        content = {
+            "files": {str(p): {"rows": s.rows, "kept": len(s.polygons)} for p, s in looked.items()},
+            "rules": {"min_width_m": min_width_m, "near_m": labels.NEAR_M},
+            "findings": _records(found),
+            "areas": _records(mapped),
+            "comparison": [] if agreement is None else _records(agreement),
+        }
+        _write_json(report, content)
+    if (found["finding"] == "elsewhere").any():
+        click.get_current_context().exit(1)
+
+
+def _by_mapper(found: gpd.GeoDataFrame, column: str) -> dict[str, gpd.GeoDataFrame]:
+    mappers = {str(name): own for name, own in found.groupby(column)}
+    if len(mappers) < 2:
+        raise LabelError(f"column {column!r} names {', '.join(mappers) or 'nobody'} only; a comparison takes two mappers")
+    return mappers
+
+
+def _grids_around(mappers: Mapping[str, gpd.GeoDataFrame]) -> dict[str, GeoBox]:
+    """A grid around each site's polygons, for polygons whose sites' areas nobody gave."""
+    sited = [t.assign(site=t.get("site", "all"))[["site", "geometry"]].to_crs(4326) for t in mappers.values()]
+    grids = {}
+    for site, own in pd.concat(sited).groupby("site"):
+        grid = grids[str(site)] = grid_of(Site(id=str(site), geometry=shapely.box(*own.total_bounds)))
+        if max(grid.shape) > LARGEST_PX:
+            raise LabelError(
+                f"the polygons of site {site!r} spread over {max(grid.shape) // 100} km; name the sites they are of "
+                "(--sites, and a column `site`), so that each is compared on its own grid"
+            )
+    return grids
+
+
+def _show_findings(found: pd.DataFrame) -> None:
+    if found.empty:
+        click.echo("nothing to repair")
+        return
+    told = found[found["finding"] != "at no site"]  # of a file of the whole world, most rows
+    if len(told):
+        columns = ["file", "finding", "row", "site", "years", "area_m2", "done", "about"]
+        shown = told[columns].assign(area_m2=told["area_m2"].round().astype("int64"))
+        click.echo("\n" + _without_empty(shown.head(SHOWN)))
+    if len(told) > SHOWN or len(told) < len(found):
+        counts = found.groupby(["finding", "done"])["area_m2"].agg(["size", "sum"]).reset_index()
+        rows = [(f, done, n, round(area)) for f, done, n, area in counts.itertuples(index=False)]
+        click.echo(f"\nin all, {len(found)} findings:\n" + table(("finding", "done", "rows", "area_m2"), rows))
+
+
+def _km2(frame: pd.DataFrame) -> str:
+    """The table with areas in km2."""
+    areas = {str(c): f"{str(c)[:-3]}_km2" for c in frame if str(c).endswith("_m2")}
+    return _without_empty(frame.assign(**{c: frame[c] / 1e6 for c in areas}).rename(columns=areas))
+
+
+def _without_empty(frame: pd.DataFrame) -> str:
+    """The table as text, columns in which nothing stands left out."""
+    shown = frame[[c for c in frame if (frame[c].notna() & (frame[c].astype(str) != "")).any()]]
+    rows = [tuple("-" if pd.isna(v) else v for v in row) for row in shown.itertuples(index=False)]
+    return table([str(c) for c in shown], rows)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """JSON knows no NaN: what is missing is null."""
+    records: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=9))
+    return records
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    part = path.with_name(f".{os.getpid()}.part.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise CatalogError(f"{path}: the report cannot be written ({error.strerror}); name another file") from error
+    finally:
+        part.unlink(missing_ok=True)

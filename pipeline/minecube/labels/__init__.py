@@ -1,0 +1,41 @@
+"""Polygons of mines to masks on the site's grid, and masks back to polygons.
+
+    read_polygons(path)                    -> GeoDataFrame             valid, with years; what was mended is logged
+    survey(path)                           -> Survey                   repaired further, and what was found in a table
+    compare({mapper: polygons}, grids)     -> DataFrame                areas, intersection, union, IoU of each two mappers
+    rasterize(polygons, grid, years)       -> DataArray[year, y, x]    1 mine, 0 not, 255 unknown: by pixel centres
+    covered(polygons, grid, years)         -> DataArray[year, y, x]    share of each pixel under a polygon x 250
+    vectorize(footprint, grid, site)       -> GeoDataFrame             along pixel edges: rasterises to the same mask
+    identify(polygons)                     -> GeoDataFrame             ids that a pit keeps as it grows, splits, merges
+    simplify(polygons, pixel_m)            -> GeoDataFrame             fewer corners, the same area
+
+    polygons.py  files, repair, years, wrong hemispheres        masks.py     polygons to pixels and back
+    survey.py    what is wrong with a file of polygons          compare.py   two mappers of one mine
+    outlines.py  identify, simplify
+
+A pixel nobody mapped is 255, never 0: a false "not mine" would be learnt and scored as if it were true.
+"""
+
+from minecube.labels.compare import compare
+from minecube.labels.masks import MINE, NOT_MINE, UNKNOWN, covered, rasterize, vectorize
+from minecube.labels.outlines import identify, simplify
+from minecube.labels.polygons import NEAR_M, read_polygons
+from minecube.labels.survey import MIN_WIDTH_M, Survey, mapped_areas, survey
+
+__all__ = [
+    "MINE",
+    "MIN_WIDTH_M",
+    "NEAR_M",
+    "NOT_MINE",
+    "UNKNOWN",
+    "Survey",
+    "compare",
+    "covered",
+    "identify",
+    "mapped_areas",
+    "rasterize",
+    "read_polygons",
+    "simplify",
+    "survey",
+    "vectorize",
+]

@@ -1,0 +1,282 @@
+"""Files of mine polygons, read and mended; the years a polygon holds for; and polygons that lie in the wrong place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import shapely
+from pyproj import CRS, Geod
+
+from minecube.errors import LabelError
+
+YEARS = range(1900, 2101)  # calendar years a polygon may carry; anything else is a typing error
+AREAL = ("Polygon", "MultiPolygon")
+UNDERSTOOD = ("year", "start", "end", "site", "mapped")
+NEAR_M = 10_000
+"""A polygon farther than this from its site is in the wrong place: no mine is mapped so far beside its area of interest."""
+
+log = logging.getLogger(__name__)
+
+
+def read_polygons(path: Path) -> gpd.GeoDataFrame:
+    """The mine polygons of a GeoJSON, GeoPackage, GeoParquet or Shapefile, valid and with area, in the file's own CRS.
+
+    Understood, in any case, are the columns `year` (Int64), or `start` and `end` (Int64: the years through which a polygon
+    holds, null where open; dates count by their year), `site` (text) and `mapped` (true or false: a true row is no mine, but
+    an area that was looked at, beyond which nothing is known). A row without years holds for all. Other columns are kept.
+    `repaired` is true where an invalid polygon was mended; those rows, and rows dropped because they hold no area, are logged
+    as a warning. GeoJSON without `crs` is longitude and latitude (RFC 7946).
+
+    Raises:
+        LabelError: unreadable, empty, without CRS, coordinates that cannot be degrees, other geometries than polygons, a
+            year that is no calendar year, a row with `year` and `start` or `end`, or one that ends before it starts.
+    """
+    table = mended(load(path))
+    empty = without_area(table.geometry)
+    if (table["repaired"] & ~empty).any():
+        log.warning("%s: invalid polygons were repaired: %s", path, rows_text(table["repaired"] & ~empty))
+    if empty.any():
+        log.warning("%s: rows without area were left out: %s", path, rows_text(empty))
+    return with_area(table, path).reset_index(drop=True)
+
+
+def load(path: Path) -> gpd.GeoDataFrame:
+    """The file's rows as they are, columns understood; raises LabelError as `read_polygons`."""
+    try:
+        table = gpd.read_parquet(path) if path.suffix.lower() in (".parquet", ".geoparquet") else gpd.read_file(path)
+    except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, pyarrow's ValueErrors
+        reason = str(error).strip() or type(error).__name__
+        raise LabelError(f"{path}: cannot be read as GeoJSON, GeoPackage, GeoParquet or Shapefile: {reason}") from error
+    if not isinstance(table, gpd.GeoDataFrame) or table.empty:
+        raise LabelError(f"{path}: holds no polygon; expected at least one row with a geometry")
+    if table.crs is None:
+        raise LabelError(
+            f"{path}: has no CRS, so its polygons cannot be placed on the grid; set the one they were drawn in "
+            "(ogr2ogr -a_srs EPSG:..., or the missing .prj) and retry"
+        )
+    table = _lower_case(table if table.geometry.name == "geometry" else table.rename_geometry("geometry"), path)
+    table = table.reset_index(drop=True)
+    _need_areal(table, path)
+    for name in ("year", "start", "end"):
+        if name in table:
+            table[name] = _calendar_years(table[name], name, path)
+    _need_order(table, path)
+    if "site" in table:
+        table["site"] = table["site"].astype("string").str.strip()
+    if "mapped" in table:
+        table["mapped"] = _true_or_false(table["mapped"], path)
+    return table
+
+
+def _lower_case(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
+    # Shapefiles shout their column names; a YEAR left unread would spread one year's polygons over all years.
+    names = {c: c.lower() for c in table.columns if c.lower() in UNDERSTOOD}
+    if len(set(names.values())) < len(names):
+        raise LabelError(f"{path}: has the columns {', '.join(names)}, which mean the same; keep one")
+    return table.rename(columns=names)
+
+
+def _need_areal(table: gpd.GeoDataFrame, path: Path) -> None:
+    kinds = table.geom_type
+    other = kinds.notna() & ~kinds.isin(AREAL)
+    if other.any():
+        raise LabelError(
+            f"{path}: expected polygons, found {', '.join(sorted(set(kinds[other])))} in {rows_text(other)}; "
+            "they have no area to rasterise, so take them out (ogr2ogr -nlt) and retry"
+        )
+    if not np.isfinite(shapely.get_coordinates(table.geometry)).all():
+        raise LabelError(f"{path}: some coordinates are infinite or not a number, so the polygons cannot be placed; mend them")
+    west, south, east, north = table.total_bounds
+    if table.crs.is_geographic and (west < -180.1 or south < -90.1 or east > 360.1 or north > 90.1):
+        raise LabelError(
+            f"{path}: its CRS ({table.crs.to_string()}) is in degrees but the coordinates reach from {west:.6g}, {south:.6g} "
+            f"to {east:.6g}, {north:.6g}; they look projected, or have longitude and latitude swapped: state the CRS they are "
+            "in, or swap them, and retry"
+        )
+
+
+def _calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series:
+    values = column
+    if name != "year":  # a span may be given in dates
+        values = column.astype("string").str.replace(r"^(\d{4})-\d\d-\d\d.*$", r"\1", regex=True)
+    numbers = pd.to_numeric(values, errors="coerce").astype("Float64")
+    wrong = column.notna() & ~numbers.isin(list(YEARS)).fillna(False)
+    if wrong.any():
+        found = ", ".join(map(str, column[wrong].unique()[:3]))
+        where = "all years" if name == "year" else f"an open {name}"
+        raise LabelError(
+            f"{path}: column {name}: expected whole calendar years ({YEARS[0]}..{YEARS[-1]}) or null for {where}, "
+            f"found {found} in {rows_text(wrong)}; the year decides which mask a polygon is drawn on, so correct it"
+        )
+    return numbers.astype("Int64")
+
+
+def _need_order(table: gpd.GeoDataFrame, path: Path) -> None:
+    missing = pd.Series(pd.NA, index=table.index, dtype="Int64")
+    year, start, end = (table.get(name, missing) for name in ("year", "start", "end"))
+    both = year.notna() & (start.notna() | end.notna())
+    if both.any():
+        raise LabelError(
+            f"{path}: expected `year`, or `start` and `end`, found both in {rows_text(both)}; which of them holds cannot be "
+            "told, so empty one"
+        )
+    backwards = (start > end).fillna(False)
+    if backwards.any():
+        raise LabelError(
+            f"{path}: expected `start` up to `end`, found rows that end before they start ({rows_text(backwards)}); they would "
+            "hold in no year, so correct them"
+        )
+
+
+def mended(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+    """The same rows with valid shapes, flat, and `repaired`; a shape without area stays, empty or missing."""
+    shapes = shapely.force_2d(table.geometry.to_numpy())
+    broken = ~shapely.is_valid(shapes) & ~shapely.is_missing(shapes)
+    # "structure" unites a shell that crosses itself; the default rule (even-odd) would cut holes into the mine.
+    shapes[broken] = [areal_parts(s) for s in shapely.make_valid(shapes[broken], method="structure", keep_collapsed=False)]
+    return table.set_geometry(gpd.GeoSeries(shapes, index=table.index, crs=table.crs)).assign(repaired=broken)
+
+
+def without_area(shapes: gpd.GeoSeries) -> npt.NDArray[np.bool_]:
+    """Which are missing, empty or flat."""
+    empty: npt.NDArray[np.bool_] = shapely.is_missing(shapes) | ~(shapely.area(shapes.to_numpy()) > 0)
+    return empty
+
+
+def with_area(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
+    """The rows that hold area; raises LabelError where none does."""
+    empty = without_area(table.geometry)
+    if empty.all():
+        raise LabelError(f"{path}: holds no polygon with area; expected at least one")
+    return table[~empty]
+
+
+def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
+    """The polygons among a collection's parts, as one multipolygon."""
+    parts = shapely.get_parts(shapely.get_parts(shape))  # a collection may hold multipolygons
+    return shapely.multipolygons(parts[shapely.get_dimensions(parts) == 2])
+
+
+def rows_text(which: npt.ArrayLike) -> str:
+    """The true rows, counted from 1 as an attribute table shows them."""
+    numbers = [str(n) for n in np.flatnonzero(np.asarray(which, bool)) + 1]
+    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:10])}{more}"
+
+
+def spans(polygons: gpd.GeoDataFrame) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """First and last year each row holds for; -inf and inf where that is open."""
+
+    def column(name: str) -> npt.NDArray[np.float64]:
+        values = polygons[name] if name in polygons else pd.Series(np.nan, index=polygons.index)
+        return pd.to_numeric(values).to_numpy(np.float64, na_value=np.nan)
+
+    year, start, end = (column(name) for name in ("year", "start", "end"))
+    first, last = (np.where(np.isnan(year), own, year) for own in (start, end))
+    return np.where(np.isnan(first), -np.inf, first), np.where(np.isnan(last), np.inf, last)
+
+
+def _true_or_false(column: pd.Series, path: Path) -> pd.Series:
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # Shapefiles know no truth
+    said = column.astype("string").str.lower().fillna("false")
+    if not said.isin(list(words)).all():
+        raise LabelError(
+            f"{path}: column mapped: expected true where a row is an area that was looked at, false where it is a mine, found "
+            f"{said[~said.isin(list(words))].iloc[0]!r}; rename the column if it means something else"
+        )
+    return said.map(words).astype(bool)
+
+
+def mapped(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
+    """Which rows are areas that were looked at, and no mine."""
+    rows: npt.NDArray[np.bool_] = (
+        np.zeros(len(polygons), bool) if "mapped" not in polygons else polygons["mapped"].to_numpy(bool)
+    )
+    return rows
+
+
+def years_of(*tables: gpd.GeoDataFrame) -> list[int]:
+    """The years that these polygons speak of, ascending: each named one and those between; empty where all hold for ever."""
+    found = [spans(t) for t in tables]
+    ends = np.concatenate([end for span in found for end in span])
+    ends = ends[np.isfinite(ends)]
+    if not ends.size:
+        return []
+    years: set[int] = set()
+    for first, last in {pair for starts, stops in found for pair in zip(starts.tolist(), stops.tolist(), strict=True)}:
+        if np.isfinite([first, last]).any():
+            years |= set(range(int(max(first, ends.min())), int(min(last, ends.max())) + 1))
+    return sorted(years)
+
+
+def years_or_all(*tables: gpd.GeoDataFrame) -> list[int | None]:
+    """The same, or None alone where all hold for ever."""
+    return [*years_of(*tables)] if years_of(*tables) else [None]
+
+
+def distances_m(lonlat: gpd.GeoSeries, area: shapely.Geometry) -> npt.NDArray[np.float64]:
+    """Metres from each shape to the area, both in longitude and latitude: 0 where they meet, inf where it is off the globe.
+
+    Between the points that are nearest in degrees, so some per cent too large where the two lie far apart.
+    """
+    ends = np.full((len(lonlat), 2, 2), np.nan)
+    lines = shapely.shortest_line(lonlat.to_numpy(), area)
+    there = ~shapely.is_missing(lines) & ~shapely.is_empty(lines)
+    ends[there] = shapely.get_coordinates(lines[there]).reshape(-1, 2, 2)
+    on_globe = np.isfinite(ends).all(axis=(1, 2)) & (np.abs(ends[:, :, 1]) <= 90).all(axis=1)
+    metres = np.full(len(lonlat), np.inf)
+    a, b = ends[on_globe, 0], ends[on_globe, 1]
+    metres[on_globe] = Geod(ellps="WGS84").inv(a[:, 0], a[:, 1], b[:, 0], b[:, 1])[2]
+    return metres
+
+
+def swaps_that_place(polygons: gpd.GeoSeries, area: shapely.Geometry) -> pd.Series:
+    """Of each polygon the mistake that explains why it lies elsewhere, in words; "" where none does.
+
+    Tried are longitude and latitude swapped, their signs lost, both, and a UTM zone of the other hemisphere; a mistake explains
+    a polygon that its mending brings within 10 km of the area (in longitude and latitude). Of several, what explains most.
+    """
+    places = {words: distances_m(lonlat, area) <= NEAR_M for words, lonlat in _mended_places(polygons)}
+    mistakes = pd.Series("", polygons.index)
+    for words, explained in sorted(places.items(), key=lambda place: -place[1].sum()):
+        mistakes[explained & (mistakes == "")] = words
+    return mistakes
+
+
+def likely_swap(mistakes: pd.Series) -> str:
+    """The most frequent of them as a clause to append, how many it explains; "" where none explains any."""
+    named = mistakes[mistakes != ""].value_counts()
+    return f"; {named.index[0]}, {named.iloc[0]} of {len(mistakes)} would lie there" if len(named) else ""
+
+
+def _mended_places(polygons: gpd.GeoSeries) -> Iterator[tuple[str, gpd.GeoSeries]]:
+    x, y = ("longitude", "latitude") if polygons.crs.is_geographic else ("x", "y")
+    moves = {
+        f"with {x} and {y} swapped": (True, 1, 1),
+        f"with the sign of {x} changed": (False, -1, 1),
+        f"with the sign of {y} changed": (False, 1, -1),
+        "with both signs changed": (False, -1, -1),
+        f"with {x} and {y} swapped and the sign of {x} changed": (True, -1, 1),
+        f"with {x} and {y} swapped and the sign of {y} changed": (True, 1, -1),
+        f"with {x} and {y} swapped and both signs changed": (True, -1, -1),
+    }
+    for words, (swap, sign_x, sign_y) in moves.items():
+        moved = shapely.transform(
+            polygons.to_numpy(), lambda xy, s=swap, sx=sign_x, sy=sign_y: (xy[:, ::-1] if s else xy) * [sx, sy]
+        )
+        yield words, gpd.GeoSeries(moved, index=polygons.index, crs=polygons.crs).to_crs(4326)
+    if zone := polygons.crs.utm_zone:
+        other = CRS.from_dict({"proj": "utm", "zone": int(zone[:-1]), "south": zone[-1] == "N"})
+        yield "in the UTM zone of the other hemisphere", polygons.set_crs(other, allow_override=True).to_crs(4326)
+
+
+def years_text(years: Iterable[int]) -> str:
+    """2020, or 2018..2020 (3 years)."""
+    known = sorted(set(years))
+    return f"{known[0]}" if len(known) == 1 else f"{known[0]}..{known[-1]} ({len(known)} years)"
