@@ -337,7 +337,7 @@ def test_the_command_reports_and_writes_what_it_repaired(tmp_path, out):
     report = json.loads((tmp_path / "report.json").read_text())
     assert [f["finding"] for f in report["findings"]] == ["overlap", "sliver"]
     assert report["findings"][0]["site"] == "pit"
-    assert report["files"] == {str(path): {"rows": 3, "kept": 2}}
+    assert report["files"] == {str(path): {"rows": 3, "kept": 2, "crs": "EPSG:32633"}}
     assert report["areas"][0]["area_m2"] == pytest.approx(16_000, rel=2e-3)
     assert report["comparison"] == []
 
