@@ -77,7 +77,7 @@ def polygons(
     looked = {path: labels.survey(path, sites=areas, by=by, min_width_m=min_width_m) for path in files}
     found = pd.concat([s.findings.assign(file=path.name) for path, s in looked.items()], ignore_index=True)
     for path, each in looked.items():
-        click.echo(f"{path}: {each.rows} rows, {len(each.polygons)} kept")
+        click.echo(f"{path}: {each.rows} rows, {len(each.polygons)} kept, {each.polygons.crs.to_string()}")
     _show_findings(found)
     mapped = labels.mapped_areas(looked[file].polygons, by)
     click.echo("\n" + _km2(mapped))
@@ -93,7 +93,9 @@ def polygons(
         exporting.write_footprints(looked[file].polygons, out)
     if report:
         content = {
-            "files": {str(p): {"rows": s.rows, "kept": len(s.polygons)} for p, s in looked.items()},
+            "files": {
+                str(p): {"rows": s.rows, "kept": len(s.polygons), "crs": s.polygons.crs.to_string()} for p, s in looked.items()
+            },
             "rules": {"min_width_m": min_width_m, "near_m": labels.NEAR_M},
             "findings": _records(found),
             "areas": _records(mapped),
@@ -131,7 +133,8 @@ def _show_findings(found: pd.DataFrame) -> None:
         return
     told = found[found["finding"] != "at no site"]  # of a file of the whole world, most rows
     if len(told):
-        columns = ["file", "finding", "row", "site", "years", "area_m2", "done", "about"]
+        of_file = ["file"] if (found["file"] != found["file"].iloc[0]).any() else []
+        columns = [*of_file, "finding", "row", "site", "years", "area_m2", "done", "about"]
         shown = told[columns].assign(area_m2=told["area_m2"].round().astype("int64"))
         click.echo("\n" + _without_empty(shown.head(SHOWN)))
     if len(told) > SHOWN or len(told) < len(found):

@@ -78,7 +78,7 @@ def survey(
 
     Raises:
         LabelError: as `read_polygons`; no such column, a negative width, or no polygon lies at its site: the message says
-            which swap of coordinates would put them there.
+            which swap of coordinates would put them there; or all are slivers.
     """
     if not min_width_m >= 0:
         raise LabelError(f"expected a least width of 0 m or more, found {min_width_m:g}")
@@ -95,9 +95,12 @@ def survey(
         table = _near(table, sites, path, notes)
     looked_at, mines = table[mapped(table)], table[~mapped(table)]
     kept = [_cleaned(own, min_width_m, notes) for _, own in mines.groupby(_groups(mines, by))]
+    polygons = pd.concat([*kept, looked_at]).sort_values("row").reset_index(drop=True)
+    if polygons.empty:
+        raise LabelError(f"{path}: no polygon is wider than {min_width_m:g} m anywhere, so none is left; lower the least width")
     found = pd.DataFrame(notes, columns=list(FINDINGS))
     return Survey(
-        polygons=pd.concat([*kept, looked_at]).sort_values("row").reset_index(drop=True),
+        polygons=polygons,
         findings=found.sort_values("row", kind="stable").reset_index(drop=True),
         rows=len(raw),
     )
@@ -208,20 +211,15 @@ def _cut_overlaps(table: gpd.GeoDataFrame, notes: list[dict[str, Any]]) -> gpd.G
     same_years = (first[a] == first[b]) & (last[a] == last[b])
     for later in np.unique(b[same_years]):
         before = shapely.union_all(original[a[same_years & (b == later)]])
-        shapes[later] = areal_parts(shapely.multipolygons(_polygons(shapely.difference(shapes[later], before))))
+        shapes[later] = areal_parts(shapely.difference(shapes[later], before))
     for done, which in (("cut from this row", same_years), ("kept, years differ", ~same_years)):
         with_row = [f"with row {r}" for r in table["row"].to_numpy()[a[which]]]
         _note(notes, "overlap", table.iloc[b[which]], done, with_row, common[which])
     cut = table.set_geometry(gpd.GeoSeries(shapes, index=table.index, crs=table.crs))
-    swallowed = without_area(cut.geometry)
+    swallowed = np.zeros(len(cut), bool)
+    swallowed[b[same_years]] = _areas(shapes[b[same_years]], table.crs) < LEAST_OVERLAP_M2
     _note(notes, "overlap", table[swallowed], "left out", "wholly within earlier rows")
     return cut[~swallowed]
-
-
-def _polygons(shape: shapely.Geometry) -> npt.NDArray[np.object_]:
-    parts = shapely.get_parts(shapely.get_parts(shape))
-    polygons: npt.NDArray[np.object_] = parts[shapely.get_dimensions(parts) == 2]
-    return polygons
 
 
 def _without_slivers(table: gpd.GeoDataFrame, min_width_m: float, notes: list[dict[str, Any]]) -> gpd.GeoDataFrame:
