@@ -6,12 +6,9 @@ import functools
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +30,9 @@ from minecube.reader.remote import HEAD, Remote, RemoteFile, Tally
 LEFT, TOP = 360000, 5600040
 
 
-@contextmanager
-def served(folder, *trouble):
-    """URL of the folder on a loopback server of its own process."""
-    command = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(folder), *map(str, trouble)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
-    finally:
-        server.terminate()
-        server.communicate()
+@pytest.fixture(scope="session")
+def served(make):
+    return make.served
 
 
 def counts(url):
@@ -84,7 +74,7 @@ def test_any_reads_of_a_remote_file_are_its_bytes(data, flaky_bytes):
 
 
 @pytest.fixture(scope="module")
-def flaky_bytes(tmp_path_factory):
+def flaky_bytes(tmp_path_factory, served):
     folder = tmp_path_factory.mktemp("flaky")
     content = np.random.default_rng(1).bytes(300_001)
     (folder / "x.bin").write_bytes(content)
@@ -94,7 +84,7 @@ def flaky_bytes(tmp_path_factory):
         assert counts(url)["truncated"] > 5
 
 
-def test_a_window_from_a_server_in_trouble(band):
+def test_a_window_from_a_server_in_trouble(band, served):
     """503 one time in three, truncated one time in twenty, stalled longer than a try waits: the same pixels, all counted."""
     folder, grid, pixels = band
     with served(folder, "--fail", 0.333, "--truncate", 0.2, "--stall", 0.02, "--stall-s", 4) as url:
@@ -109,7 +99,7 @@ def test_a_window_from_a_server_in_trouble(band):
 
 
 @pytest.mark.parametrize(("status", "tries"), [(404, 1), (410, 1), (403, 1), (501, 1)])
-def test_what_is_final_is_not_asked_twice(band, status, tries):
+def test_what_is_final_is_not_asked_twice(band, status, tries, served):
     folder, grid, _ = band
     with served(folder, "--fail", 1, "--status", status) as url:
         with pytest.raises(ReadError, match=rf"B04\.tif: cannot be read \(HTTP {status}.*not written"):
@@ -118,7 +108,7 @@ def test_what_is_final_is_not_asked_twice(band, status, tries):
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch):
+def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch, served):
     monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     folder, grid, _ = band
     with served(folder, "--fail", 1, "--status", status) as url:
@@ -134,7 +124,7 @@ def test_a_server_that_is_not_there(monkeypatch, make):
     assert "secret" not in str(caught.value)
 
 
-def test_the_server_says_when_to_come_back(band):
+def test_the_server_says_when_to_come_back(band, served):
     folder, grid, pixels = band
     with served(folder, "--fail", 0.5, "--retry-after", 1, "--seed", 3) as url:
         start, tally = time.monotonic(), Tally()
@@ -143,13 +133,13 @@ def test_the_server_says_when_to_come_back(band):
         assert time.monotonic() - start >= tally.retried
 
 
-def test_a_server_without_ranges_is_named(band):
+def test_a_server_without_ranges_is_named(band, served):
     folder, grid, _ = band
     with served(folder, "--no-ranges") as url, pytest.raises(ReadError, match="does not answer byte ranges"):
         read(f"{url}/B04.tif", grid)
 
 
-def test_a_file_that_changes_is_not_read_half_old_half_new(band, make):
+def test_a_file_that_changes_is_not_read_half_old_half_new(band, make, served):
     folder, grid, pixels = band
     with served(folder) as url:
         np.testing.assert_array_equal(read(f"{url}/B04.tif", grid[:60, :60]), pixels[:60, :60])
@@ -160,7 +150,7 @@ def test_a_file_that_changes_is_not_read_half_old_half_new(band, make):
         np.testing.assert_array_equal(read(f"{url}/B04.tif", grid), changed)
 
 
-def test_a_header_is_asked_for_once(band):
+def test_a_header_is_asked_for_once(band, served):
     folder, grid, _ = band
     with served(folder) as url:
         first, second = Tally(), Tally()
@@ -170,7 +160,7 @@ def test_a_header_is_asked_for_once(band):
         assert first.bytes > HEAD > second.bytes > 0
 
 
-def test_no_more_connections_than_allowed(band):
+def test_no_more_connections_than_allowed(band, served):
     folder, grid, pixels = band
     access = Access(connections=3)
     with served(folder, "--delay", 0.02) as url:
@@ -181,7 +171,7 @@ def test_no_more_connections_than_allowed(band):
         assert counts(url)["peak"] == 3
 
 
-def test_tokens_that_expire_while_reading(band, caplog, capfd):
+def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
     """Signed when asked, renewed before they expire or when refused; shown nowhere."""
     folder, grid, pixels = band
     caplog.set_level("DEBUG")
@@ -204,7 +194,7 @@ def test_tokens_that_expire_while_reading(band, caplog, capfd):
     assert "sig=" not in shown
 
 
-def test_a_token_service_that_gives_none(band):
+def test_a_token_service_that_gives_none(band, served):
     folder, grid, _ = band
     with served(folder) as url, pytest.raises(ReadError, match=r"/nowhere gives no token for 127/B04\.tif: HTTP 404"):
         read(f"{url}/B04.tif", grid, access=Access(kind="planetary-computer", href=f"{url}/nowhere"))
@@ -273,7 +263,7 @@ def test_bytes_of_a_local_file_are_those_of_its_tiles(band):
         assert src.block_shapes == [(64, 64)]
 
 
-def test_as_stackstacs_own_reader(band, make):
+def test_as_stackstacs_own_reader(band, make, served):
     """`stackstac.stack(reader=)` by a user, on plain items."""
     folder, grid, pixels = band
     with served(folder) as url:
@@ -303,7 +293,7 @@ def jp2(tmp_path, make):
     return path, grid, pixels
 
 
-def test_jpeg_2000_here_and_from_a_server_in_trouble(jp2, monkeypatch):
+def test_jpeg_2000_here_and_from_a_server_in_trouble(jp2, monkeypatch, served):
     """Also where the user has told GDAL to use threads, which would read past Python's files without an error."""
     monkeypatch.setenv("GDAL_NUM_THREADS", "ALL_CPUS")
     path, grid, pixels = jp2
@@ -346,7 +336,7 @@ def test_files_in_s3(s3, jp2, band):
     assert "ignature" not in str(caught.value)
 
 
-def test_public_objects_are_asked_for_without_a_signature(band):
+def test_public_objects_are_asked_for_without_a_signature(band, served):
     folder, grid, pixels = band
     with served(folder.parent) as url:
         access = Access(kind="s3", href=url, anonymous=True)
@@ -372,7 +362,7 @@ def test_a_source_without_keys(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["tif", "jp2"])
-def test_bytes_that_do_not_come_are_no_pixels(tmp_path, make, jp2, kind):
+def test_bytes_that_do_not_come_are_no_pixels(tmp_path, make, jp2, kind, served):
     """Uncompressed, where zeros in place of bytes would pass for data; and JPEG 2000, where they decode to anything."""
     path, grid, pixels = jp2
     if kind == "tif":
@@ -386,7 +376,7 @@ def test_bytes_that_do_not_come_are_no_pixels(tmp_path, make, jp2, kind):
         np.testing.assert_array_equal(read(f"{url}/{path.name}", grid), pixels)
 
 
-def test_a_file_of_the_same_size_that_changes(tmp_path, make):
+def test_a_file_of_the_same_size_that_changes(tmp_path, make, served):
     """Told by its ETag: size and header are those of before."""
     grid, pixels = make.grid(LEFT, TOP, 300, 300), make.unique(300, 300)
     path = make.tif(tmp_path / "files" / "B04.tif", pixels, grid, compress=None)
@@ -397,7 +387,7 @@ def test_a_file_of_the_same_size_that_changes(tmp_path, make):
             read(f"{url}/B04.tif", grid[200:250, 200:250])
 
 
-def test_a_redirect_shows_no_signature(band, caplog):
+def test_a_redirect_shows_no_signature(band, caplog, served):
     folder, grid, pixels = band
     caplog.set_level("DEBUG")
     with served(folder, "--redirect", "--fail", 0.3) as url:
@@ -406,7 +396,7 @@ def test_a_redirect_shows_no_signature(band, caplog):
     assert "secret" not in caplog.text
 
 
-def test_patience_begins_with_the_trouble(band, monkeypatch):
+def test_patience_begins_with_the_trouble(band, monkeypatch, served):
     """Not while a request waits for a connection that others have."""
     monkeypatch.setattr(module, "PATIENCE_S", 1.5)
     folder, grid, pixels = band
@@ -417,7 +407,7 @@ def test_patience_begins_with_the_trouble(band, monkeypatch):
     np.testing.assert_array_equal(np.concatenate(got), pixels)
 
 
-def test_trouble_is_given_up_when_interrupted(band):
+def test_trouble_is_given_up_when_interrupted(band, served):
     folder, grid, _ = band
     with served(folder, "--fail", 1) as url, ThreadPoolExecutor(1) as thread:
         reading, start = thread.submit(read, f"{url}/B04.tif", grid), time.monotonic()
@@ -464,7 +454,7 @@ def test_a_ledger_in_another_process_allows_no_loss(tmp_path):
     assert copy.totals()["planned"] == 0
 
 
-def test_a_read_that_gdal_makes_shows_no_url(band, caplog):
+def test_a_read_that_gdal_makes_shows_no_url(band, caplog, served):
     """What fails within GDAL is told by the request that failed, not by GDAL's name for the file."""
     folder, grid, _ = band
     content = (folder / "B04.tif").read_bytes()
