@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
     "score": ("minecube.cli.results", "Score predictions against footprints."),
     "export": ("minecube.cli.results", "Write COGs, GeoParquet, a STAC collection and pictures."),
+    "verify": ("minecube.cli.verify", "Hold a store to what was written into it; say what to build again."),
     "demo": ("minecube.cli.demo", "Run everything on a simulated world and score it against the truth."),
 }
 
