@@ -15,6 +15,7 @@ note of what it was building and which are done; the same run goes on from there
 
     store.py     opening stores and groups          template.py  a group before it has a pixel
     builds.py    provenance, markers, counts of reads         verify.py    what has become of what was written
+    windows.py   windows for training
 """
 
 from __future__ import annotations
@@ -59,13 +60,16 @@ from minecube.cube.store import (
     writing,
     zarr_store,
 )
-from minecube.cube.template import encoding_of, extend, geozarr, group_digest, identities, note_labels, template
+from minecube.cube.template import encoding_of, extend, geozarr, identities, note_labels, seal_group, template
 from minecube.cube.verify import Finding, Report, named_sites, uncommit, verify
+from minecube.cube.windows import CubeDataset, Window
 from minecube.errors import CubeError, ReadError
 
 __all__ = [
+    "CubeDataset",
     "Finding",
     "Report",
+    "Window",
     "build_id",
     "builds",
     "check",
@@ -129,7 +133,8 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
     """
     with writing(store):
         if check(store, site, grid, years, recipe):
-            extend(site_group(store, site.id, mode="r+"), years)
+            extend(group := site_group(store, site.id, mode="r+"), years)
+            seal_group(group)
             return
         empty = template(grid, sorted(years), recipe)
         empty.attrs |= {NAMED: {"format": _BEING_MADE}, **geozarr(grid)}
@@ -138,7 +143,8 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         empty.to_zarr(target, group=site.id, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
         group = zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False)
         made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
-        group.attrs[NAMED] = {**made, "sha256": group_digest({**group.attrs, NAMED: made})}
+        group.attrs[NAMED] = made
+        seal_group(group)
 
 
 def write_year(

@@ -12,6 +12,7 @@ import odc.geo.xr  # registers the .odc accessor
 import xarray as xr
 import zarr
 from odc.geo.geobox import GeoBox
+from zarr.codecs import BloscCodec
 
 from minecube.catalog import QUALITY, Recipe
 from minecube.cube.store import NAMED, Summing, digest, objects, sealed
@@ -66,11 +67,15 @@ def fill_of(dtype: Any) -> float:
 def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
     """A variable's chunks, shards and fill value; a shard is one of the recipe's blocks, of all bands."""
     lead = variable.shape[1:-2]
+    # Classes are packed by Zarr's own choice. Numbers come off the disk by half faster, and in less room, than with that
+    # (benchmarks/windows.py --table): the bits of a place lie together, and LZ4 unpacks at 3 GB/s.
+    packed = {} if variable.dtype.itemsize == 1 else {"compressors": BloscCodec(cname="lz4hc", clevel=5, shuffle="bitshuffle")}
     fill = 255 if variable.name == "footprint" else fill_of(variable.dtype)
     return {
         "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
         "shards": (1, *lead, recipe.block_px, recipe.block_px),
         "fill_value": fill,
+        **packed,
     }
 
 
@@ -79,7 +84,7 @@ def identity(metadata: Mapping[str, Any]) -> str:
     attrs = {k: v for k, v in metadata.get("attributes", {}).items() if k not in WRITTEN_LATER}
     kept = {**metadata, "attributes": attrs}
     if "year" in (metadata.get("dimension_names") or ())[:1]:
-        kept["shape"] = metadata["shape"][1:]
+        kept["shape"] = metadata.get("shape", ())[1:]
     return digest(kept)[:16]
 
 
@@ -94,6 +99,14 @@ def group_digest(attrs: Mapping[str, Any]) -> str:
     """A hash of what a site's group says of itself: what it is, how it was made, and where it lies."""
     about = {k: v for k, v in attrs[NAMED].items() if k != "sha256"}
     return digest({**{k: v for k, v in attrs.items() if k in GEOZARR}, NAMED: about})
+
+
+def seal_group(group: zarr.Group) -> None:
+    """Keep in a site's group which years it has room for, and a hash of what it is; not where an older version made it."""
+    about = {**group.attrs[NAMED], "years": [int(y) for y in group["year"][:]]}
+    about["sha256"] = group_digest({**group.attrs, NAMED: about})
+    if "arrays" in about and about != group.attrs[NAMED]:
+        group.attrs[NAMED] = about
 
 
 def note_labels(array: zarr.Array, target: Summing, indices: Sequence[int], origin: str) -> None:

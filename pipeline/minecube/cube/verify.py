@@ -166,8 +166,7 @@ def _listed(store: str) -> dict[str, dict[str, int]]:
 def _is_ours(raw: Any, name: str, files: Mapping[str, int]) -> bool:
     if any(path.startswith("builds/") for path in files):
         return True  # also where its own metadata is gone
-    group = _json(_content(raw, f"{name}/zarr.json")) if "zarr.json" in files else None
-    return isinstance(group, dict) and NAMED in group.get("attributes", {})
+    return NAMED in (_attributes(_content(raw, f"{name}/zarr.json")) or {})
 
 
 def _content(raw: Any, path: str) -> Any:
@@ -186,6 +185,15 @@ def _json(content: Any) -> Any:
         return json.loads(content) if isinstance(content, bytes) else None
     except ValueError:
         return None
+
+
+def _attributes(content: Any) -> dict[str, Any] | None:
+    """Of a Zarr group; None where it is none."""
+    group = _json(content)
+    if not isinstance(group, dict) or (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
+        return None
+    attrs = group.get("attributes")
+    return attrs if isinstance(attrs, dict) else None
 
 
 def _named(path: str) -> str:
@@ -287,10 +295,9 @@ class _Site:
         contents = {name: _content(self.raw, f"{self.name}/{name}/zarr.json") for name in sorted(names)}
         self.metadata = {name: content for name, content in contents.items() if isinstance(content, bytes)}
         self.years = [int(y) for y in self._values("year", [])]
-        group = _json(_content(self.raw, f"{self.name}/zarr.json"))
-        attrs = group.get("attributes", {}) if isinstance(group, dict) else {}
+        attrs = _attributes(_content(self.raw, f"{self.name}/zarr.json")) or {}
         about = attrs.get(NAMED, {})
-        if not about or group.get("zarr_format") != 3 or group.get("node_type") != "group" or about.get("format") != FORMAT:
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
             yield self._find("damaged", "zarr.json", "is not the metadata of a site of this version", "site")
             return
         try:
@@ -300,7 +307,7 @@ class _Site:
         except (MinecubeError, KeyError, ValueError, TypeError, RuntimeError) as error:
             yield self._find("damaged", "zarr.json", f"recipe or place cannot be understood ({error})", "site")
             return
-        if "sha256" in about and about["sha256"] != group_digest(attrs):
+        if {"sha256", "arrays", "years"} & set(about) and about.get("sha256") != group_digest(attrs):
             yield self._find("damaged", "zarr.json", "recipe or place is not what the group was made with", "site")
         elif about.get("site") != self.name:
             yield self._find("foreign", "zarr.json", f"is of site {about.get('site')!r}", "site")
@@ -308,13 +315,13 @@ class _Site:
         if off:
             yield self._find("contradictory", "zarr.json", f"{', '.join(off)} are not those of the grid", "site")
         self.built |= {"reflectance", *recipe.layers}
-        yield from self._arrays(grid, recipe, about.get("arrays", {}))
+        yield from self._arrays(grid, recipe, about)
         self.about, self.grid, self.lossy = about, grid, attrs.get("incomplete_reads", {})
 
-    def _arrays(self, grid: GeoBox, recipe: Recipe, identities: Mapping[str, str]) -> Iterator[Finding]:
-        years = self.years
-        if not years or sorted(set(years)) != years:
-            yield self._find("damaged", "year", f"expected ascending years, found {years}", "site")
+    def _arrays(self, grid: GeoBox, recipe: Recipe, about: Mapping[str, Any]) -> Iterator[Finding]:
+        years, identities = self.years, about.get("arrays", {})
+        if not years or sorted(set(years)) != years or years != about.get("years", years):
+            yield self._find("damaged", "year", f"expected {about.get('years', 'ascending years')}, found {years}", "site")
         empty = template(grid, years or [2000], recipe)
         memory: dict[str, Any] = {}
         encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
@@ -360,18 +367,17 @@ class _Site:
         for year in sorted(seen | {y for i in stored if (y := self._year(i)) is not None}):
             path = f"builds/{year}/zarr.json"
             content = _content(self.raw, f"{self.name}/{path}")
-            marker = _json(content)
-            if not isinstance(marker, dict) or marker.get("node_type") != "group" or marker.get("zarr_format") != 3:
+            attrs = _attributes(content)
+            if attrs is None:
                 kind, said = (
                     ("missing", "pixels are there, but") if content is None else ("damaged", "cannot be understood, so")
                 )
                 self.committed[year] = {}
                 yield self._find(kind, path, f"{said} nothing says what the year is made of", "build", year)
                 continue
-            attrs = marker.get("attributes")
-            if attrs == {} or (isinstance(attrs, dict) and "building" in attrs and "build_id" not in attrs):
+            if not attrs or ("building" in attrs and "build_id" not in attrs):
                 continue  # not built, or being built
-            self.committed[year] = attrs or {}
+            self.committed[year] = attrs
             yield from self._marker(year, path, self.committed[year])
 
     def _marker(self, year: int, path: str, attrs: Mapping[str, Any]) -> Iterator[Finding]:
@@ -440,8 +446,7 @@ class _Site:
         now = {str(year): attrs.get("build_id") for year, attrs in self.committed.items()}
         for model in models:
             path = f"predictions/{model}/zarr.json"
-            group = _json(_content(self.raw, f"{self.name}/{path}"))
-            attrs = group.get("attributes", {}) if isinstance(group, dict) and group.get("node_type") == "group" else None
+            attrs = _attributes(_content(self.raw, f"{self.name}/{path}"))
             if not attrs or ("checksums" in attrs and attrs != sealed(attrs)):
                 yield self._find("damaged", path, "is not what was written", "predict")
             elif "checksums" not in attrs:
