@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import shutil
+import subprocess
+import sys
 import types
 import urllib.request
 from pathlib import Path
@@ -444,6 +446,13 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     assert (ran.exit_code, ran.output.splitlines()[-1].endswith("all as it was written")) == (0, True), ran.output
 
 
+def test_the_command_line_in_a_process_of_its_own(whole):
+    """Where nothing has been imported by others before."""
+    script = f"from minecube.cli import main; main(['verify', '--store', {str(whole)!r}])"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.endswith("all as it was written\n")) == (0, True), ran.stderr
+
+
 @pytest.mark.parametrize(
     ("make_it", "said"),
     [
@@ -469,7 +478,7 @@ def tiny(tmp_path_factory, make):
     return store
 
 
-@having(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@having(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_flipped_bit_of_any_file_is_found(tiny, data):
     """Of all files of the site, shared ones too. One that Zarr reads as the very same thing need not be found."""

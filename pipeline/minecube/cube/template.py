@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import dask
+import dask.array
 import numpy as np
 import odc.geo.xr  # registers the .odc accessor
 import xarray as xr

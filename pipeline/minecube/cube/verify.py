@@ -82,7 +82,7 @@ class Report:
         for f in self.findings:
             if f.kind == "unverifiable" or f.cure not in ("build", "site"):
                 continue
-            years.setdefault(f.site, set()).update(self.committed[f.site] if f.year is None else [f.year])
+            years.setdefault(f.site, set()).update(self.committed[f.site] if f.cure == "site" or f.year is None else [f.year])
         return {site: sorted(of) for site, of in sorted(years.items())}
 
 

@@ -4,9 +4,9 @@ A map-style dataset needs a length and items by number, which is all there is he
 torch: `torch.utils.data.DataLoader(CubeDataset(store), batch_size=8, num_workers=2)`. What an item is follows from its number
 and the seed alone, whichever worker cuts it.
 
-A window touches four to nine chunks of each year. Zarr takes 0.6 ms for each, of which 0.1 ms is work (docs/formats.md), so
-shards on a local disk are read here: their index once, then the chunks that the window touches, all asked for before the first
-is waited for. Shards packed in a way not known here, and those of object stores, are read by Zarr.
+A window touches four to nine chunks of each year. Zarr takes 0.6 ms for each, of which a quarter is unpacking, so shards on a
+local disk are read here: their index once, then the chunks that the window touches, all asked for before the first is waited
+for. Shards packed in a way not known here, and those of object stores, are read by Zarr.
 """
 
 from __future__ import annotations
