@@ -5,17 +5,18 @@ torch: `torch.utils.data.DataLoader(CubeDataset(store), batch_size=8, num_worker
 and the seed alone, whichever worker cuts it.
 
 A window touches four to nine chunks of each year. Zarr takes 0.6 ms for each, of which a quarter is unpacking, so shards on a
-local disk are read here: their index once, then the chunks that the window touches, all asked for before the first is waited
-for. Shards packed in a way not known here, and those of object stores, are read by Zarr.
+local disk are mapped into memory here, and the chunks that the window touches are asked for before the first is waited for.
+Shards packed in a way not known here, and those of object stores, are read by Zarr.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numcodecs
@@ -49,7 +50,7 @@ class CubeDataset:
 
     `reflectance` uint16 [year, band, y, x] (x 10000, 0 = no observation), `footprint` uint8 [year, y, x] (1 mine, 0 not, 255
     unknown, left as it is), `years` int64 [year], and `site`, `y`, `x`. What lies beyond a site smaller than a window is 0 and
-    255. The store must not be built into meanwhile. With an object store, give the DataLoader
+    255. With an object store, give the DataLoader
     `multiprocessing_context="spawn"`: its client does not survive a fork.
 
     Raises:
@@ -192,8 +193,6 @@ class _Pixels:
     shard: tuple[int, int]
     codec: Any
     """What unpacks a chunk; None where Zarr has to read it."""
-    _indices: dict[tuple[int, int, int], list[Any]] = field(default_factory=dict)
-    """Year, row and column of a shard -> [row, column, (offset, bytes)] of its chunks, as far as they have been asked for."""
 
     @classmethod
     def of(cls, store: str, path: str) -> _Pixels:
@@ -216,51 +215,55 @@ class _Pixels:
         return out
 
     def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice) -> None:
-        files: dict[tuple[int, int, int], int | None] = {}
-        parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], int, int, int]] = []
-        try:
-            for n, year in enumerate(years):
-                for (down, row), here, there in _cuts(rows, self.chunk[0], self.shard[0]):
-                    for (across, column), left, right in _cuts(columns, self.chunk[1], self.shard[1]):
-                        key = (year, down, across)
-                        if key not in files:
-                            files[key] = self._open(key)
-                        file = files[key]  # None: a shard of nothing but fill value is no file
-                        offset, length = (_ABSENT, 0) if file is None else self._index(key, file)[row][column]
-                        if file is None or offset == _ABSENT:
-                            out[n][..., here, left] = self.fill
-                        else:
-                            os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
-                            parts.append((out[n][..., here, left], (..., there, right), file, offset, length))
-            # One room for all chunks: new memory costs as much as reading into it.
-            chunk = np.empty((*self.shape[1:-2], *self.chunk), self.dtype)
-            packed = memoryview(bytearray(max((part[-1] for part in parts), default=0)))
-            for target, inside, file, offset, length in parts:
-                if os.preadv(file, [packed[:length]], offset) != length:
-                    raise CubeError(f"{self.store}: {self.path} ends before its chunks do; run `minecube verify`")
-                self.codec.decode(packed[:length], out=chunk)
-                target[...] = chunk[inside]
-        finally:
-            for file in files.values():
-                if file is not None:
-                    os.close(file)
+        parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], mmap.mmap, int, int]] = []
+        shards: dict[tuple[int, int, int], tuple[mmap.mmap, Any] | None] = {}
+        for n, year in enumerate(years):
+            for (down, row), here, there in _cuts(rows, self.chunk[0], self.shard[0]):
+                for (across, column), left, right in _cuts(columns, self.chunk[1], self.shard[1]):
+                    key = (year, down, across)
+                    if key not in shards:
+                        shards[key] = self._shard(*key)
+                    shard = shards[key]
+                    if shard is None or shard[1][row][column][0] == _ABSENT:  # nothing but fill value is no file, or no chunk
+                        out[n][..., here, left] = self.fill
+                        continue
+                    file, (offset, length) = shard[0], shard[1][row][column]
+                    if offset + length > len(file):
+                        raise CubeError(f"{self.store}: {self.path} ends before its chunks do; run `minecube verify`")
+                    page = offset % mmap.PAGESIZE
+                    file.madvise(mmap.MADV_WILLNEED, offset - page, length + page)
+                    parts.append((out[n][..., here, left], (..., there, right), file, offset, length))
+        chunk = np.empty((*self.shape[1:-2], *self.chunk), self.dtype)
+        for target, inside, file, offset, length in parts:
+            self.codec.decode(memoryview(file)[offset : offset + length], out=chunk)
+            target[...] = chunk[inside]
 
-    def _open(self, key: tuple[int, int, int]) -> int | None:
-        between = "/".join("0" for _ in self.shape[1:-2])
-        place = "/".join(part for part in (str(key[0]), between, str(key[1]), str(key[2])) if part)
+    def _shard(self, year: int, down: int, across: int) -> tuple[mmap.mmap, Any] | None:
+        """A shard's file, and where its chunks are."""
+        between = ["0" for _ in self.shape[1:-2]]
+        path = "/".join((self.store, self.path, "c", str(year), *between, str(down), str(across)))
         try:
-            return os.open(Path(self.store) / self.path / "c" / place, os.O_RDONLY)
+            stat = os.stat(path)  # noqa: PTH116  a Path for each takes longer than the rest
         except FileNotFoundError:
             return None
+        shape = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
+        return _mapped(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size), shape)
 
-    def _index(self, key: tuple[int, int, int], file: int) -> list[Any]:
-        """Where a shard's chunks are: the last bytes of its file, before a checksum of theirs."""
-        if key not in self._indices:
-            shape = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
-            length = 16 * shape[0] * shape[1]
-            table = os.pread(file, length, os.fstat(file).st_size - length - 4)
-            self._indices[key] = np.frombuffer(table, "<u8").reshape(*shape, 2).tolist()
-        return self._indices[key]
+
+@lru_cache(maxsize=512)  # each holds one of the files that a process may have open, of which 1024 are usual
+def _mapped(path: str, _stamp: tuple[int, int, int], shape: tuple[int, int]) -> tuple[mmap.mmap, Any]:
+    """A shard in memory, as the file of that stamp has it, and its index [row][column]: offset and bytes of each chunk.
+
+    Zarr replaces files as a whole, so what is mapped stays what it was, and a shard that is built anew is another one.
+    """
+    with open(path, "rb") as file:  # noqa: PTH123
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # The last bytes, before a checksum of theirs.
+    count = shape[0] * shape[1]
+    if len(mapped) < 16 * count + 4:
+        raise CubeError(f"{path}: is too short for a shard, so it is damaged; run `minecube verify`")
+    index = np.frombuffer(mapped[-16 * count - 4 : -4], "<u8")
+    return mapped, index.reshape(*shape, 2).tolist()
 
 
 def _cuts(part: slice, chunk: int, shard: int) -> list[tuple[tuple[int, int], slice, slice]]:
