@@ -203,3 +203,25 @@ def test_sites_that_do_not_fit_into_one_batch(tmp_path, make):
         cube.CubeDataset(where)
     assert len(cube.CubeDataset(where, view="year")) == 2
     assert len(cube.CubeDataset(where, years=[2019])) == 2
+
+
+def test_shards_that_change_under_a_dataset(tmp_path, make):
+    """One that is replaced is read anew; one that ends too early is an error, not a window of what was read before."""
+    where = str(tmp_path / "cubes.zarr")
+    built(where, make.site("pit", 360000, 5600040, 60, 60), [2019, 2020])
+    dataset = cube.CubeDataset(where, size=60)
+    is_plain(where, dataset, 0)
+    array = zarr.open_array(f"{where}/pit/reflectance", mode="r+")
+    array[0] = array[0] + 1
+    is_plain(where, dataset, 0)
+    (shard,) = (tmp_path / "cubes.zarr/pit/reflectance/c/0/0/0").iterdir()
+    whole = shard.read_bytes()
+    for content, said in (
+        (whole[:40], "too short for a shard"),
+        (whole[-300:], "ends before its chunks do"),
+        (b"x" * 300 + whole[300:], "has a damaged chunk"),
+    ):
+        shard.unlink()
+        shard.write_bytes(content)
+        with pytest.raises(CubeError, match=said):
+            dataset[0]

@@ -235,7 +235,10 @@ class _Pixels:
                     parts.append((out[n][..., here, left], (..., there, right), file, offset, length))
         chunk = np.empty((*self.shape[1:-2], *self.chunk), self.dtype)
         for target, inside, file, offset, length in parts:
-            self.codec.decode(memoryview(file)[offset : offset + length], out=chunk)
+            try:
+                self.codec.decode(memoryview(file)[offset : offset + length], out=chunk)
+            except (RuntimeError, ValueError) as error:
+                raise CubeError(f"{self.store}: {self.path} has a damaged chunk ({error}); run `minecube verify`") from error
             target[...] = chunk[inside]
 
     def _shard(self, year: int, down: int, across: int) -> tuple[mmap.mmap, Any] | None:
