@@ -70,7 +70,7 @@ def main() -> None:
     asked = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(machine, flush=True)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # a disk: /tmp may be memory
+    with tempfile.TemporaryDirectory() as folder:  # on a disk: where TMPDIR is memory, `forget` says so
         figures = {"machine": machine, **(tried(Path(folder)) if asked.table else compared(Path(folder), asked.rounds))}
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
