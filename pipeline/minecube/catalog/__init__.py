@@ -71,6 +71,7 @@ __all__ = [
     "load_sites",
     "load_sources",
     "pick",
+    "recipe_of",
 ]
 
 _COMMON_NAMES = ("blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "swir16", "swir22", "scl")
@@ -327,6 +328,14 @@ def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
 def load_releases(path: Path | None = None) -> dict[str, Release]:
     """The published datasets of a `releases.yaml`, by id; raises CatalogError as `load_sites` does."""
     return {r.id: r for r in _load_yaml(Release, path or _catalog_dir() / "releases.yaml")}
+
+
+def recipe_of(written: Mapping[str, Any]) -> Recipe:
+    """The recipe that `as_dict` wrote down; raises CatalogError where it is none of this version's."""
+    try:
+        return _build(Recipe, written)
+    except ValueError as error:
+        raise CatalogError(f"recipe {written.get('id')!r}: {error}") from error
 
 
 def load_models(path: Path | None = None) -> dict[str, ModelCard]:

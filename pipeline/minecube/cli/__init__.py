@@ -32,6 +32,7 @@ COMMANDS = {
     "score": ("minecube.cli.results", "Score predictions against footprints."),
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
     "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
+    "verify": ("minecube.cli.verify", "Hold a store to what was written into it; say what to build again."),
     "demo": ("minecube.cli.demo", "Run everything on a simulated world and score it against the truth."),
 }
 

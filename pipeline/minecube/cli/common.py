@@ -89,12 +89,12 @@ def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
         unplaced = {n for n in own if n in known and known[n].geometry is None}
         _merge({n: s for n, s in known.items() if n not in unplaced}, own, catalog, "site")
         known |= own
-    return [known[name] for name in _matching(wanted, list(known), "the catalogue")]
+    return [known[name] for name in matching(wanted, list(known), "the catalogue")]
 
 
 def stored_sites(store: str, wanted: str) -> list[str]:
     """Names of the sites in a store that match; raises CatalogError or CubeError."""
-    return _matching(wanted, cube.sites(store), store)
+    return matching(wanted, cube.sites(store), store)
 
 
 def sources(catalog: Path | None) -> dict[str, Source]:
@@ -140,7 +140,8 @@ def _merge(known: dict[str, T], own: dict[str, T], catalog: Path, what: str) -> 
     known.update(own)
 
 
-def _matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
+def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
+    """The names that match; raises CatalogError for a pattern that none does."""
     chosen: list[str] = []
     for pattern in (p.strip() for p in wanted.split(",")):
         found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]

@@ -7,11 +7,15 @@
           reads                      and what became of every read, the bytes of a Parquet file
         predictions/unet-small/      one xarray dataset a model: probability
 
+The marker also keeps the size and SHA-256 of every object of its site-year, taken as they were written; labels and
+predictions keep theirs in their own attributes, and the site's group a hash of what it is. `verify` holds the store to them.
+
 A site-year whose marker is missing is not there, whatever its pixels say. A run that was killed left blocks behind and a
 note of what it was building and which are done; the same run goes on from there, another one starts afresh.
 
     store.py     opening stores and groups          template.py  a group before it has a pixel
-    builds.py    provenance, markers, counts of reads
+    builds.py    provenance, markers, counts of reads         verify.py    what has become of what was written
+    windows.py   windows for training
 """
 
 from __future__ import annotations
@@ -43,16 +47,45 @@ from minecube.cube.builds import (
     reads_so_far,
     run_of,
 )
-from minecube.cube.store import FORMAT, NAMED, exists, group_of, reading, site_group, sites, writing, zarr_store
-from minecube.cube.template import FRACTION, FRACTION_ATTRS, encoding_of, extend, geozarr, template
+from minecube.cube.store import (
+    FORMAT,
+    NAMED,
+    exists,
+    group_of,
+    reading,
+    sealed,
+    site_group,
+    sites,
+    summing,
+    writing,
+    zarr_store,
+)
+from minecube.cube.template import (
+    FRACTION,
+    FRACTION_ATTRS,
+    encoding_of,
+    extend,
+    geozarr,
+    identities,
+    note_labels,
+    seal_group,
+    template,
+)
+from minecube.cube.verify import Finding, Report, named_sites, uncommit, verify
+from minecube.cube.windows import CubeDataset, Window
 from minecube.errors import CubeError, ReadError
 
 __all__ = [
+    "CubeDataset",
+    "Finding",
+    "Report",
+    "Window",
     "build_id",
     "builds",
     "check",
     "create",
     "is_committed",
+    "named_sites",
     "note_incomplete",
     "open_committed",
     "open_cube",
@@ -61,6 +94,8 @@ __all__ = [
     "reads",
     "reads_so_far",
     "sites",
+    "uncommit",
+    "verify",
     "write_footprint",
     "write_probability",
     "write_year",
@@ -108,15 +143,18 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
     """
     with writing(store):
         if check(store, site, grid, years, recipe):
-            extend(site_group(store, site.id, mode="r+"), years)
+            extend(group := site_group(store, site.id, mode="r+"), years)
+            seal_group(group)
             return
         empty = template(grid, sorted(years), recipe)
         empty.attrs |= {NAMED: {"format": _BEING_MADE}, **geozarr(grid)}
         encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
         target = zarr_store(store)
         empty.to_zarr(target, group=site.id, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
-        made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe)}
-        zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False).attrs[NAMED] = made
+        group = zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False)
+        made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
+        group.attrs[NAMED] = made
+        seal_group(group)
 
 
 def write_year(
@@ -158,12 +196,14 @@ def write_year(
     names = [str(name) for name in composite.data_vars]
     index = _index(group, year)
     with writing(store):
-        arrays = {n: zarr.open_array(zarr_store(store), path=f"{site_id}/{n}") for n in names}
+        target = summing(store)
+        arrays = {n: zarr.open_array(target, path=f"{site_id}/{n}") for n in names}
         _check_alignment(composite, arrays)
-        marker = zarr.open_group(zarr_store(store), path=f"{site_id}/builds/{year}", mode="a", use_consolidated=False)
-        if marker.attrs.get("building") != (run := run_of(provenance)):
+        marker = zarr.open_group(target, path=f"{site_id}/builds/{year}", mode="a", use_consolidated=False)
+        # One that was begun before checksums were kept would end with too few of them.
+        if marker.attrs.get("building") != (run := run_of(provenance)) or "checksums" not in marker.attrs:
             begin(marker, run)
-        done = list(marker.attrs["blocks"])
+        done, sums = list(marker.attrs["blocks"]), dict(marker.attrs["checksums"])
         blocks = _blocks(arrays["clear_count"])
         todo = [b for b in blocks if f"{b[0]}/{b[1]}" not in done]
         if len(todo) < len(blocks):
@@ -173,13 +213,13 @@ def write_year(
                 left = f"{len(todo) - at} of {len(blocks)} blocks to go"
                 raise CubeError(f"{site_id} {year}: stopped with {left}; the same build goes on there")
             batch = todo[at : at + workers]
-            _compute_blocks(composite, arrays, index, batch, {"scheduler": scheduler, "num_workers": workers})
+            sums |= _compute_blocks(composite, arrays, index, batch, {"scheduler": scheduler, "num_workers": workers})
             # Pixels, then the counts of their reads, then that they are done: a run killed in between does them again, and so
             # counts some reads twice, but no block is ever taken for done of which a lost read was not counted.
             if reads:
                 put_bytes(marker, "reads", reads.to_parquet())
             done += [f"{row}/{column}" for row, column in batch]
-            marker.attrs["blocks"] = done
+            marker.attrs.update({"blocks": done, "checksums": sums})
         counts = dict(reads.totals()) if reads else {}
         seen = bool(arrays["quality"][index].any())
         if counts.get("completeness", 1.0) < completeness or (counts.get("lost") and not seen):
@@ -190,11 +230,15 @@ def write_year(
                 f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
         put_bytes(marker, "scenes", scenes)
+        if reads:
+            put_bytes(marker, "reads", reads.to_parquet())
+        sums |= {name: s for name, s in target.below(marker.path, site_id).items() if not name.endswith(f"{year}/zarr.json")}
         made = {**provenance, "build_id": build, "committed": datetime.now(tz=UTC).isoformat(timespec="seconds")}
         if counts:
             made["reads"] = counts
             note_incomplete(store, site_id, {str(year): counts["completeness"]})
-        marker.attrs.put(made)  # the commit: one object, replaced as a whole
+        made["checksums"] = sums
+        marker.attrs.put(sealed(made))  # the commit: one object, replaced as a whole
     return True
 
 
@@ -246,11 +290,12 @@ def write_footprint(
         if FRACTION not in group:  # a cube made before there were fractions
             attrs = {**FRACTION_ATTRS, "grid_mapping": "spatial_ref"}
             zarr.create_array(zarr_store(store), name=f"{site_id}/{FRACTION}", **_like(group["footprint"]), attributes=attrs)
+        at = [_index(group, int(year)) for year in footprint.year.values]
         for name, layer in (("footprint", footprint), (FRACTION, fraction)):
-            array = zarr.open_array(zarr_store(store), path=f"{site_id}/{name}", mode="r+")
-            for year in footprint.year.values:
-                array[_index(group, int(year))] = layer.sel(year=year).values
-            array.attrs["origin"] = origin
+            array = zarr.open_array(target := summing(store), path=f"{site_id}/{name}", mode="r+")
+            for index, of_year in zip(at, layer.values, strict=True):
+                array[index] = of_year
+            note_labels(array, target, at, origin)
 
 
 def _like(array: zarr.Array) -> dict[str, Any]:
@@ -279,15 +324,14 @@ def write_probability(store: str, site_id: str, model: str, probability: xr.Data
     named = probability.rename("probability").drop_attrs().assign_attrs(attrs).to_dataset()
     named.attrs = geozarr(cube.odc.geobox)
     encoding = {"probability": {"chunks": (1, chunk, chunk), "shards": (1, side, side), "fill_value": 255}}
+    path, target = f"{site_id}/predictions/{model}", summing(store)
     with writing(store):
         named.chunk({"year": 1, "y": side, "x": side}).to_zarr(
-            zarr_store(store),
-            group=f"{site_id}/predictions/{model}",
-            mode="w",
-            consolidated=False,
-            zarr_format=3,
-            encoding=encoding,
+            target, group=path, mode="w", consolidated=False, zarr_format=3, encoding=encoding
         )
+        group = zarr.open_group(zarr_store(store), path=path, mode="r+", use_consolidated=False)
+        sums = {name: s for name, s in target.below(path, path).items() if name != "zarr.json"}
+        group.attrs.put(sealed({**group.attrs, "checksums": sums}))
 
 
 def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
@@ -341,14 +385,21 @@ def _compute_blocks(
     index: int,
     blocks: Sequence[tuple[int, int]],
     how: Mapping[str, Any],
-) -> None:
+) -> dict[str, list[Any]]:
+    """Write blocks; the checksums of their shards, as `Summing.below` has them."""
     side = arrays["clear_count"].shards[-1]
 
     @dask.delayed(pure=False)  # type: ignore[untyped-decorator]
-    def write(block: tuple[int, int], parts: Sequence[np.ndarray[Any, Any]]) -> None:
+    def write(block: tuple[int, int], parts: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
         rows, columns = (slice(i * side, (i + 1) * side) for i in block)
-        for array, part in zip(arrays.values(), parts, strict=True):
+        sums = {}
+        for name, (array, part) in zip(arrays, zip(arrays.values(), parts, strict=True), strict=True):
             array[(index, ..., rows, columns)] = part
+            key = array.metadata.encode_chunk_key((index, *(0,) * (array.ndim - 3), *block))
+            # The array's own store, which may be another process's; a block of nothing but fill value is no object.
+            if (written := array.store.sums.get(f"{array.path}/{key}")) is not None:
+                sums[f"{name}/{key}"] = written
+        return sums
 
     # Not optimised one by one: each would inline the task that makes the block, which would be made once a layer.
     chunks = {name: composite[name].data.to_delayed(optimize_graph=False) for name in arrays}
@@ -356,4 +407,7 @@ def _compute_blocks(
     for r, c in blocks:
         parts = [chunks[n][r, c] if chunks[n].ndim == 2 else chunks[n][0, r, c] for n in arrays]
         tasks.append(write((r, c), parts))
-    dask.compute(*tasks, **how)
+    written: dict[str, list[Any]] = {}
+    for sums in dask.compute(*tasks, **how):
+        written |= sums
+    return written

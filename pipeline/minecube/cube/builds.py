@@ -160,7 +160,7 @@ def begin(marker: zarr.Group, run: str) -> None:
     marker.attrs.clear()
     if "reads" in marker:
         del marker["reads"]
-    marker.attrs.put({"building": run, "blocks": []})
+    marker.attrs.put({"building": run, "blocks": [], "checksums": {}})
 
 
 def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:

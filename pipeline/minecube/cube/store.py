@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import zarr
 import zarr.errors
-from obstore.store import from_url
+from obstore.store import LocalStore, from_url
+from zarr.storage import WrapperStore
 
 from minecube.errors import CubeError
 
@@ -22,6 +26,63 @@ NAMED = "minecube"
 def zarr_store(store: str) -> Any:
     """What zarr opens under that name."""
     return zarr.storage.ObjectStore(from_url(store)) if "://" in store else store
+
+
+class Summing(WrapperStore):  # type: ignore[misc]
+    """A store that keeps the size and SHA-256 of every object on its way out: nothing is read again for it.
+
+    They are of the stored bytes, so that `sha256sum` on the file says the same.
+    """
+
+    def __init__(self, store: Any, sums: dict[str, list[Any]] | None = None) -> None:
+        super().__init__(store)
+        self.sums = {} if sums is None else sums
+
+    def _with_store(self, store: Any) -> Summing:
+        return Summing(store, self.sums)  # read-only twins share them
+
+    async def set(self, key: str, value: Any) -> None:
+        """Sum, then write."""
+        self.sums[key] = await asyncio.to_thread(sum_of, value.as_numpy_array())
+        await super().set(key, value)
+
+    async def delete(self, key: str) -> None:
+        """Forget its sum, then remove it."""
+        self.sums.pop(key, None)  # a chunk of nothing but its fill value is no object
+        await super().delete(key)
+
+    def below(self, path: str, within: str) -> dict[str, list[Any]]:
+        """The sums of objects below `path`, their keys relative to the group `within`."""
+        # A copy, since other threads write: their keys must not change the table while it is gone through.
+        found = sorted((key, value) for key, value in list(self.sums.items()) if key.startswith(f"{path}/"))
+        return {key.removeprefix(f"{within}/"): value for key, value in found}
+
+
+def summing(store: str) -> Summing:
+    """That store, which keeps checksums of what is written through it."""
+    return Summing(zarr_store(store) if "://" in store else zarr.storage.LocalStore(store))
+
+
+def objects(store: str) -> Any:
+    """The same place without Zarr: objects as they are stored, for obstore."""
+    return from_url(store) if "://" in store else LocalStore(store)
+
+
+def sum_of(content: Any) -> list[Any]:
+    """Size and SHA-256 of an object's bytes."""
+    return [memoryview(content).nbytes, hashlib.sha256(content).hexdigest()]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of what is plain JSON, whatever the order of its keys."""
+    as_stored = json.loads(json.dumps(value))  # where keys are text and tuples are lists
+    return hashlib.sha256(json.dumps(as_stored, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes with a `sha256` of all the others."""
+    rest = {name: value for name, value in attrs.items() if name != "sha256"}
+    return {**rest, "sha256": digest(rest)}
 
 
 def exists(store: str, path: str) -> bool:

@@ -1,0 +1,114 @@
+"""The subcommand that holds a store to what was written into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from minecube import cube
+from minecube.cli.common import matching, progress_bar, sites_option, store_option
+from minecube.errors import CatalogError
+
+_SHOWN = 50
+"""Findings that are printed; all are in the JSON."""
+
+
+@click.command()
+@store_option
+@sites_option
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings to this file.")
+@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Blocks looked at a time.")
+@click.option(
+    "--uncommit",
+    is_flag=True,
+    help="Take the commit off the site-years to build again: nobody reads them any more, and the same `minecube build` makes "
+    "them anew, which it otherwise takes for done.",
+)
+@click.pass_context
+def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, workers: int, uncommit: bool) -> None:
+    """Look for flipped bits, missing and foreign chunks; say which site-years to build again.
+
+    Every object is read once and held to the checksum taken as it was written; metadata, coordinates, provenance, counts of
+    reads and pixels are held to each other. Exit code 1 where anything is found.
+
+    \b
+    Example:
+      minecube verify --store cubes.zarr --json verified.json
+    """
+    names = matching(wanted, cube.named_sites(store), store)
+    with progress_bar("verifying") as advance:
+        report = cube.verify(
+            store, names, workers=workers, progress=lambda done, total, name: advance(note=f"{name}, {done} of {total}")
+        )
+    for finding in report.findings[:_SHOWN]:
+        click.echo(str(finding))
+    if len(report.findings) > _SHOWN:
+        click.echo(f"... and {len(report.findings) - _SHOWN} more, which --json FILE has")
+    years = sum(len(of) for of in report.committed.values())
+    looked = f"{len(names)} sites, {years} site-years, {report.objects} objects, {report.bytes / 1e6:,.1f} MB"
+    commands = _commands(store, report)
+    if out:
+        content = {
+            "store": store,
+            "sites": report.sites,
+            "site_years": years,
+            "objects": report.objects,
+            "bytes": report.bytes,
+            "ok": not report.findings,
+            "findings": [dataclasses.asdict(f) for f in report.findings],
+            "rebuild": report.rebuild,
+            "commands": commands,
+        }
+        try:
+            out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CatalogError(f"{out}: the findings cannot be written ({error.strerror}); name another file") from error
+    if not report.findings:
+        click.echo(f"{store}: {looked}: all as it was written")
+        return
+    click.echo(f"{store}: {looked}: {len(report.findings)} findings")
+    if uncommit:
+        for site, of in report.rebuild.items():
+            cube.uncommit(store, site, of)
+        click.echo(f"took the commit off {', '.join(_site_years(report)) or 'nothing'}")
+    if commands:
+        click.echo("to mend it:\n" + "\n".join(f"  {line}" for line in commands))
+    ctx.exit(1)
+
+
+def _site_years(report: cube.Report) -> list[str]:
+    return [f"{site} {year}" for site, of in report.rebuild.items() for year in of]
+
+
+def _commands(store: str, report: cube.Report) -> list[str]:
+    """What to run, line by line."""
+    whole = {f.site for f in report.findings if f.cure == "site"}
+    lines = [f"remove {store.rstrip('/')}/{site}   # what all its years share is damaged" for site in sorted(whole)]
+    part = [site for site in report.rebuild if site not in whole]
+    if part:
+        lines.append(f"minecube verify --store {store} --sites {','.join(part)} --uncommit")
+    for site, years in report.rebuild.items():
+        made = [report.committed[site].get(y, {}) for y in [*years, *report.committed[site]]]
+        sources = list(dict.fromkeys(s["source"] for attrs in made for s in attrs.get("scenes", ()) if "source" in s))
+        recipe = next((attrs["recipe"]["id"] for attrs in made if "id" in attrs.get("recipe", {})), "RECIPE")
+        lines.append(
+            f"minecube build --store {store} --sites {site} --years {','.join(map(str, years))} "
+            f"--source {','.join(sources) or 'SOURCE'} --recipe {recipe}   # and the --catalog, or the file of --sites, it had"
+        )
+    for cure, line in (
+        ("label", "minecube label --store {store} --sites {site} --polygons FILE"),
+        ("predict", "minecube predict --store {store} --sites {site} --model FILE"),
+    ):
+        sites = sorted({f.site for f in report.findings if f.cure == cure and f.kind != "unverifiable"})
+        lines += [line.format(store=store, site=",".join(sites))] if sites else []
+    for finding in report.findings:
+        path = "/".join(part for part in (store.rstrip("/"), finding.site, finding.what) if part)
+        if finding.cure == "remove":
+            lines.append(f"remove {path}")
+        elif finding.cure == "group":
+            group = path.removesuffix("/zarr.json")
+            lines.append(f'remove {path}, then python -c \'import zarr; zarr.open_group("{group}", mode="a")\'')
+    return lines

@@ -1,0 +1,620 @@
+"""What has become of a store: each object held to the checksum taken as it was written, and pixels to what they must be.
+
+An object that is gone is read by Zarr as fill value, without an error: a false zero. So what must be there is known from the
+markers, not from what is there; and a shard of another place decodes as well as the right one, so decoding proves nothing.
+
+    markers, labels, predictions   a sha256 of their own attributes, in which the checksums of their objects are
+    the site's group               a sha256 of recipe and place, and of each array's metadata
+    coordinates                    made anew from the grid
+    pixels                         decoded from the very bytes that were summed: reflectance, quality and counts must agree
+
+Objects are read as they are stored, one block of one year at a time in each thread: a shard of each variable, and its pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import obstore.exceptions
+import pandas as pd
+import zarr
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from zarr.core.buffer import default_buffer_prototype
+
+from minecube.catalog import FALLBACKS, Recipe, recipe_of
+from minecube.cube.builds import build_id
+from minecube.cube.store import FORMAT, NAMED, objects, sealed, sum_of, zarr_store
+from minecube.cube.template import FRACTION, WRITTEN_LATER, encoding_of, geozarr, group_digest, identity, template
+from minecube.errors import CubeError, MinecubeError
+
+_SETTLED = ("zarr_format", "node_type", "data_type", "dimension_names", "fill_value", "chunk_key_encoding")
+_CLEAR_KINDS = (1, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
+"""Of `quality`: those whose observations `clear_count` counts."""
+CURES = ("build", "site", "label", "predict", "remove", "group")
+"""What mends a finding: the year built anew, the whole site, its labels or a prediction made anew, the object removed, or an
+empty group written anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is not as it was written."""
+
+    site: str
+    year: int | None
+    """None where it is of all years, or of none."""
+    kind: str
+    """missing, damaged, foreign (another place's), unexpected, contradictory, stale, or unverifiable (has no checksum)."""
+    what: str
+    """The object, relative to the site's group; or the variable."""
+    found: str
+    cure: str
+    """One of `CURES`."""
+
+    def __str__(self) -> str:
+        year = "" if self.year is None else f" {self.year}"
+        return f"{self.site}{year}: {self.kind}: {_named(self.what)}: {self.found}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was looked at, and what was found."""
+
+    sites: tuple[str, ...]
+    committed: Mapping[str, Mapping[int, Mapping[str, Any]]]
+    """Site -> committed year -> its provenance, as far as that can be read."""
+    objects: int
+    bytes: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def rebuild(self) -> dict[str, list[int]]:
+        """Site -> years to build again."""
+        years: dict[str, set[int]] = {}
+        for f in self.findings:
+            if f.kind == "unverifiable" or f.cure not in ("build", "site"):
+                continue
+            years.setdefault(f.site, set()).update(self.committed[f.site] if f.cure == "site" or f.year is None else [f.year])
+        return {site: sorted(of) for site, of in sorted(years.items())}
+
+
+def named_sites(store: str) -> list[str]:
+    """Names of the sites in a store, also of those that Zarr cannot open any more.
+
+    Raises:
+        CubeError: there is no store, it cannot be listed, or nothing in it is ours.
+    """
+    return sorted(_listed(store))
+
+
+def verify(
+    store: str,
+    names: Sequence[str] | None = None,
+    *,
+    workers: int = 4,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> Report:
+    """Every object of these sites (all by default), read once and held to what was written; nothing is changed.
+
+    Years being built are left out. Memory is that of `workers` blocks.
+
+    Raises:
+        CubeError: as `named_sites`, or one of the names is not there.
+    """
+    files = _listed(store)
+    unknown = sorted(set(names or ()) - set(files))
+    if unknown:
+        raise CubeError(f"{store}: no site {unknown[0]!r}; it has {', '.join(sorted(files))}")
+    raw = objects(store)
+    sites = [_Site(raw, name, files[name]) for name in sorted(set(names or files))]
+    findings = list(_empty_group("", "zarr.json", _content(raw, "zarr.json")))
+    for site in sites:
+        findings += site.survey()
+    known = {value[1]: f"{s.name} {_named(key)}" for s in sites for key, value in s.sums.items()}
+    tasks = [(s.name, task) for s in sites for task in s.tasks(known)]
+    with ThreadPoolExecutor(workers) as pool:
+        for done, ((name, _), found) in enumerate(zip(tasks, pool.map(lambda t: t[1](), tasks), strict=True), start=1):
+            findings += found
+            progress(done, len(tasks), name)
+    return Report(
+        sites=tuple(s.name for s in sites),
+        committed={s.name: s.committed for s in sites},
+        objects=sum(len(s.files) for s in sites),
+        bytes=sum(sum(s.files.values()) for s in sites),
+        findings=tuple(sorted(findings, key=lambda f: (f.site, f.year or 0, f.what))),
+    )
+
+
+def uncommit(store: str, site_id: str, years: Iterable[int]) -> None:
+    """Take the commit off years, so that they count as not built and the same `minecube build` makes them again.
+
+    Pixels stay where they are until then.
+    """
+    for year in years:
+        # Not opened but replaced: the marker may be what is damaged.
+        zarr.open_group(zarr_store(store), path=f"{site_id}/builds/{year}", mode="w", zarr_format=3)
+
+
+def _listed(store: str) -> dict[str, dict[str, int]]:
+    """Site -> object, relative to its group -> bytes."""
+    if "://" not in store and not Path(store).is_dir():
+        found = "is a file" if Path(store).exists() else "there is no store"
+        raise CubeError(f"{store}: {found}; name the folder, or the URL, that `minecube build` was given as --store")
+    groups: dict[str, dict[str, int]] = {}
+    try:
+        raw = objects(store)
+        for batch in raw.list():
+            for entry in batch:
+                name, _, path = entry["path"].partition("/")
+                groups.setdefault(name, {})[path] = entry["size"]
+    except (obstore.exceptions.BaseError, OSError, ValueError) as error:
+        raise CubeError(f"{store}: cannot be listed ({error}); check its name, and the keys it needs") from error
+    ours = {name: files for name, files in groups.items() if _is_ours(raw, name, files)}
+    if not ours:
+        raise CubeError(f"{store}: no site of minecube is in it, so there is nothing to verify; name another --store")
+    return ours
+
+
+def _is_ours(raw: Any, name: str, files: Mapping[str, int]) -> bool:
+    if any(path.startswith("builds/") for path in files):
+        return True  # also where its own metadata is gone
+    return NAMED in (_attributes(_content(raw, f"{name}/zarr.json")) or {})
+
+
+def _content(raw: Any, path: str) -> Any:
+    """An object's bytes; None where it is gone, the error where it cannot be read."""
+    try:
+        return bytes(raw.get(path).bytes())
+    except FileNotFoundError:
+        return None
+    except (obstore.exceptions.BaseError, OSError) as error:  # a bad sector, say
+        return error
+
+
+def _json(content: Any) -> Any:
+    """What stands in a JSON object; None where it is damaged."""
+    try:
+        return json.loads(content) if isinstance(content, bytes) else None
+    except ValueError:
+        return None
+
+
+def _attributes(content: Any) -> dict[str, Any] | None:
+    """Of a Zarr group; None where it is none."""
+    group = _json(content)
+    if not isinstance(group, dict) or (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
+        return None
+    attrs = group.get("attributes")
+    return attrs if isinstance(attrs, dict) else None
+
+
+def _named(path: str) -> str:
+    """A shard as people call it: variable and block."""
+    variable, c, place = path.partition("/c/")
+    at = place.split("/")
+    return f"{variable.rpartition('/')[2]} block {at[-2]}/{at[-1]} ({path})" if c and len(at) > 2 else path
+
+
+def _empty_group(site: str, path: str, content: Any) -> Iterator[Finding]:
+    found = _json(content)
+    if content is None or found != {"attributes": {}, "zarr_format": 3, "node_type": "group"}:
+        kind = "missing" if content is None else "damaged"
+        yield Finding(site=site, year=None, kind=kind, what=path, found="expected an empty Zarr group", cure="group")
+
+
+Task = Callable[[], list[Finding]]
+
+
+@dataclass
+class _Site:
+    """A site as it is stored: first what stands in its metadata (`survey`), then its other objects (`tasks`)."""
+
+    raw: Any
+    name: str
+    files: Mapping[str, int]
+    committed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    sums: dict[str, list[Any]] = field(default_factory=dict)
+    """Object -> size and SHA-256 that were written, of all whose list is whole."""
+    years: list[int] = field(default_factory=list)
+    """The coordinate."""
+    metadata: dict[str, bytes] = field(default_factory=dict)
+    """Array -> its `zarr.json`."""
+    built: set[str] = field(default_factory=lambda: {"reflectance", "clear_count", "quality"})
+    """Variables that builds write; others are labels."""
+    unsure: set[int] = field(default_factory=set)
+    """Committed years without checksums."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What the group says of itself."""
+    grid: GeoBox | None = None
+    lossy: Mapping[str, float] = field(default_factory=dict)
+    """`incomplete_reads` of the group."""
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    """Array -> its `zarr.json`, made anew."""
+
+    def survey(self) -> list[Finding]:
+        """What is wrong with metadata, markers and coordinates; and which objects are missing or too many."""
+        found = list(self._group())
+        found += self._markers()
+        found += self._labels()
+        found += self._predictions()
+        found += self._missing()
+        found += self._unexpected()
+        return found
+
+    def tasks(self, known: Mapping[str, str]) -> Iterator[Task]:
+        """Checks of the objects' content. `known` says of each SHA-256 where it belongs."""
+        blocks: dict[tuple[int, int, int], list[str]] = {}
+        for key in sorted({*self.sums, *self.files}):
+            at = self._place(key)
+            if at is None:
+                if key in self.sums and key in self.files:
+                    yield partial(self._object, key, known)
+            elif key in self.sums or self._year(at[0]) in self.unsure:
+                blocks.setdefault(at, []).append(key)
+        for at, keys in sorted(blocks.items()):
+            yield partial(self._block, at, keys, known)
+        for year in self.committed:
+            yield partial(self._records, year)
+
+    def _find(self, kind: str, what: str, found: str, cure: str, year: int | None = None) -> Finding:
+        return Finding(site=self.name, year=year, kind=kind, what=what, found=found, cure=cure)
+
+    def _place(self, key: str) -> tuple[int, int, int] | None:
+        """Index of the year, row and column of a variable's shard; None for other objects."""
+        parts = key.split("/")
+        if parts[1:2] != ["c"] or len(at := parts[2:]) < 3 or not all(part.isdigit() for part in at):
+            return None
+        return int(at[0]), int(at[-2]), int(at[-1])
+
+    def _year(self, index: int) -> int | None:
+        return self.years[index] if index < len(self.years) else None
+
+    def _about(self, key: str) -> tuple[int | None, str]:
+        """Year and cure of what is wrong with an object."""
+        first, *rest = key.split("/")
+        if first == "predictions":
+            return None, "predict"
+        if first == "builds":
+            return int(rest[0]), "build"
+        at = self._place(key)
+        return (self._year(at[0]) if at else None), ("build" if first in self.built else "label")
+
+    # Metadata
+
+    def _group(self) -> Iterator[Finding]:
+        names = {path.split("/")[0] for path in self.files if path.count("/") == 1 and path.endswith("/zarr.json")}
+        names -= {"builds", "predictions"}
+        contents = {name: _content(self.raw, f"{self.name}/{name}/zarr.json") for name in sorted(names)}
+        self.metadata = {name: content for name, content in contents.items() if isinstance(content, bytes)}
+        self.years = [int(y) for y in self._values("year", [])]
+        attrs = _attributes(_content(self.raw, f"{self.name}/zarr.json")) or {}
+        about = attrs.get(NAMED, {})
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            yield self._find("damaged", "zarr.json", "is not the metadata of a site of this version", "site")
+            return
+        try:
+            recipe = recipe_of(about["recipe"])
+            height, width = attrs["spatial:shape"]
+            grid = GeoBox((height, width), Affine(*attrs["spatial:transform"]), attrs["proj:code"])
+        except (MinecubeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            yield self._find("damaged", "zarr.json", f"recipe or place cannot be understood ({error})", "site")
+            return
+        if {"sha256", "arrays", "years"} & set(about) and about.get("sha256") != group_digest(attrs):
+            yield self._find("damaged", "zarr.json", "recipe or place is not what the group was made with", "site")
+        elif about.get("site") != self.name:
+            yield self._find("foreign", "zarr.json", f"is of site {about.get('site')!r}", "site")
+        off = sorted(k for k, v in geozarr(grid).items() if k.startswith(("proj:", "spatial:")) and attrs.get(k) != v)
+        if off:
+            yield self._find("contradictory", "zarr.json", f"{', '.join(off)} are not those of the grid", "site")
+        self.built |= {"reflectance", *recipe.layers}
+        yield from self._arrays(grid, recipe, about)
+        self.about, self.grid, self.lossy = about, grid, attrs.get("incomplete_reads", {})
+
+    def _arrays(self, grid: GeoBox, recipe: Recipe, about: Mapping[str, Any]) -> Iterator[Finding]:
+        years, identities = self.years, about.get("arrays", {})
+        if not years or sorted(set(years)) != years or years != about.get("years", years):
+            yield self._find("damaged", "year", f"expected {about.get('years', 'ascending years')}, found {years}", "site")
+        empty = template(grid, years or [2000], recipe)
+        memory: dict[str, Any] = {}
+        encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
+        store = zarr.storage.MemoryStore(memory)
+        empty.to_zarr(store, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
+        self.expected = {n: json.loads(memory[f"{n}/zarr.json"].to_bytes()) for n in map(str, empty.variables)}
+        for name in sorted({*self.expected, *identities}):
+            cure = "label" if name in self.expected and name not in {*self.built, *map(str, empty.coords)} else "site"
+            held = _json(self.metadata.get(name))
+            if name == FRACTION and name not in {*self.metadata, *identities}:
+                continue  # a cube made before there were fractions; labelled again, it has one
+            if held is None:
+                kind = "damaged" if name in self.metadata else "missing"
+                yield self._find(kind, f"{name}/zarr.json", "without it no pixel of the variable can be read", cure)
+                continue
+            asked = self.expected.get(name, held)
+            keys = (*_SETTLED, *(("chunk_grid", "shape") if name in empty.data_vars else ()))
+            off = [k for k in keys if held.get(k) != asked.get(k)]
+            if off:
+                said = "; ".join(f"{k} {held.get(k)}, expected {asked.get(k)}" for k in off)
+                yield self._find("damaged", f"{name}/zarr.json", said, cure)
+            elif name in identities and identities[name] != identity(held):
+                yield self._find("damaged", f"{name}/zarr.json", "is not what the group was made with", cure)
+        for name in map(str, empty.coords):
+            want = empty[name].to_numpy()
+            got = self._values(name, None)
+            if name == "year" or (got is not None and got.shape == want.shape and (got == want).all()):
+                continue
+            why = "cannot be read" if got is None else "values are not those of the grid"
+            yield self._find("damaged", name, f"coordinate: {why}", "site")
+
+    def _values(self, name: str, default: Any) -> Any:
+        """A small array, whole; the default where it cannot be read."""
+        contents = {path: _content(self.raw, f"{self.name}/{path}") for path in self.files if path.startswith(f"{name}/")}
+        try:
+            return _opened({path.removeprefix(f"{name}/"): c for path, c in contents.items()})[...]
+        except Exception:  # whatever damaged bytes make zarr and its codecs raise: the caller reports it
+            return default
+
+    def _markers(self) -> Iterator[Finding]:
+        seen = {int(p.split("/")[1]) for p in self.files if p.startswith("builds/") and p.split("/")[1].isdigit()}
+        if seen or "builds/zarr.json" in self.files:
+            yield from _empty_group(self.name, "builds/zarr.json", _content(self.raw, f"{self.name}/builds/zarr.json"))
+        stored = {at[0] for p in self.files if (at := self._place(p)) and p.split("/")[0] in self.built}
+        for year in sorted(seen | {y for i in stored if (y := self._year(i)) is not None}):
+            path = f"builds/{year}/zarr.json"
+            content = _content(self.raw, f"{self.name}/{path}")
+            attrs = _attributes(content)
+            if attrs is None:
+                kind, said = (
+                    ("missing", "pixels are there, but") if content is None else ("damaged", "cannot be understood, so")
+                )
+                self.committed[year] = {}
+                yield self._find(kind, path, f"{said} nothing says what the year is made of", "build", year)
+                continue
+            if not attrs or ("building" in attrs and "build_id" not in attrs):
+                continue  # not built, or being built
+            self.committed[year] = attrs
+            yield from self._marker(year, path, self.committed[year])
+
+    def _marker(self, year: int, path: str, attrs: Mapping[str, Any]) -> Iterator[Finding]:
+        damaged = partial(self._find, "damaged", path, cure="build", year=year)
+        if "sha256" not in attrs and "checksums" not in attrs and "build_id" in attrs:
+            self.unsure.add(year)
+            said = "was built before checksums were kept; a flipped bit, or a shard that is gone, may not be seen"
+            yield self._find("unverifiable", path, said, "build", year)
+        elif attrs != sealed(attrs) or "build_id" not in attrs:
+            self.committed[year] = {}
+            yield damaged("is not what was committed")
+            return
+        else:
+            self.sums |= attrs["checksums"]
+        try:
+            made = build_id(attrs)
+        except (KeyError, TypeError, AttributeError):
+            made = "none"
+        if made != attrs["build_id"]:
+            yield damaged(f"says it is build {attrs['build_id']}, but what it is made of is build {made}")
+        if (attrs.get("site"), attrs.get("year")) != (self.name, year):
+            yield self._find("foreign", path, f"is that of {attrs.get('site')} {attrs.get('year')}", "build", year)
+        if year not in self.years:
+            yield self._find("contradictory", path, f"the cube's years are {self.years}", "site", year)
+            return
+        at = {a[0] for key in attrs.get("checksums", {}) if (a := self._place(key))}
+        if at - {self.years.index(year)}:
+            yield self._find(
+                "contradictory", path, f"its pixels are at {sorted(at)} among the years {self.years}", "site", year
+            )
+        yield from self._same_make(year, path, attrs)
+
+    def _same_make(self, year: int, path: str, attrs: Mapping[str, Any]) -> Iterator[Finding]:
+        """Whether the year was made with the group's recipe, on its grid."""
+        if self.grid is None:
+            return
+        theirs = {k: v for k, v in self.about["recipe"].items() if k != "title"}
+        if {k: v for k, v in attrs.get("recipe", {}).items() if k != "title"} != theirs:
+            yield self._find("contradictory", path, "was made by another recipe than the site's group", "build", year)
+        grid = attrs.get("grid", {})
+        here = (f"EPSG:{self.grid.crs.epsg}", list(self.grid.transform)[:6], list(self.grid.shape))
+        if (grid.get("crs"), grid.get("transform"), grid.get("shape")) != here:
+            yield self._find("contradictory", path, "was made on another grid than the site's group", "build", year)
+        share = attrs.get("reads", {}).get("completeness", 1.0)
+        if self.lossy.get(str(year), 1.0) != share:
+            said = f"incomplete_reads says {self.lossy.get(str(year), 1.0)}, the marker {share}"
+            yield self._find("contradictory", "zarr.json", said, "build", year)
+
+    def _labels(self) -> Iterator[Finding]:
+        for name, content in self.metadata.items():
+            meta = _json(content)
+            attrs = meta.get("attributes", {}) if isinstance(meta, dict) else {}
+            kept = {k: attrs[k] for k in WRITTEN_LATER if k in attrs}
+            if not kept or name in self.built:
+                continue
+            if "checksums" in kept and kept != sealed(kept):
+                yield self._find("damaged", f"{name}/zarr.json", "origin or checksums are not what was written", "label")
+                continue
+            self.sums |= kept.get("checksums", {})
+
+    def _predictions(self) -> Iterator[Finding]:
+        models = sorted({p.split("/")[1] for p in self.files if p.startswith("predictions/") and p.count("/") > 1})
+        if models:
+            path = "predictions/zarr.json"
+            yield from _empty_group(self.name, path, _content(self.raw, f"{self.name}/{path}"))
+        now = {str(year): attrs.get("build_id") for year, attrs in self.committed.items()}
+        for model in models:
+            path = f"predictions/{model}/zarr.json"
+            attrs = _attributes(_content(self.raw, f"{self.name}/{path}"))
+            if not attrs or ("checksums" in attrs and attrs != sealed(attrs)):
+                yield self._find("damaged", path, "is not what was written", "predict")
+            elif "checksums" not in attrs:
+                said = "has no checksums: older than they are, or not written to its end"
+                yield self._find("unverifiable", path, said, "predict")
+            else:
+                self.sums |= {f"predictions/{model}/{key}": value for key, value in attrs["checksums"].items()}
+                meta = _json(_content(self.raw, f"{self.name}/predictions/{model}/probability/zarr.json"))
+                of = meta.get("attributes", {}).get("builds") if isinstance(meta, dict) else None
+                if of is not None and of != now and all(self.committed.values()):
+                    yield self._find("stale", f"predictions/{model}", "was mapped from other builds than there are", "predict")
+
+    def _missing(self) -> Iterator[Finding]:
+        for key in sorted(set(self.sums) - set(self.files)):
+            year, cure = self._about(key)
+            said = "is gone, and reads as if nothing were there" if self._place(key) else "is gone"
+            yield self._find("missing", key, said, cure, year)
+
+    def _unexpected(self) -> Iterator[Finding]:
+        """Objects that nothing accounts for."""
+        whole = {y for y, attrs in self.committed.items() if "checksums" in attrs}
+        arrays = {*self.expected, *self.about.get("arrays", {})}
+        for key in sorted(set(self.files) - set(self.sums) - {"zarr.json", "builds/zarr.json", "predictions/zarr.json"}):
+            first, *rest = key.split("/")
+            if first == "builds" and rest[0].isdigit():
+                year = int(rest[0])
+                if year not in whole or rest[1:] == ["zarr.json"]:
+                    continue
+            elif first == "predictions" and len(rest) > 1:
+                sealed_one = any(k.startswith(f"predictions/{rest[0]}/") for k in self.sums)
+                if not sealed_one or rest[1:] == ["zarr.json"]:
+                    continue
+            elif first in self.metadata and (first in arrays or not self.about):
+                at = self._place(key)
+                if rest == ["zarr.json"] or (rest[:1] == ["c"] and _is_coordinate(_json(self.metadata[first]), rest[1:])):
+                    continue
+                if at and first in self.built and self._year(at[0]) is not None and self._year(at[0]) not in whole:
+                    continue  # of a year being built, or without checksums
+                if at and first not in self.built:
+                    said = "has no checksum: older than they are, or from elsewhere"
+                    yield self._find("unverifiable", key, said, "label", self._year(at[0]))
+                    continue
+            at = self._place(key)
+            yield self._find("unexpected", key, "nothing that was written here", "remove", self._year(at[0]) if at else None)
+
+    # Content
+
+    def _summed(self, key: str, content: Any, known: Mapping[str, str]) -> Finding | None:
+        """What is wrong with an object's bytes."""
+        year, cure = self._about(key)
+        if not isinstance(content, bytes):
+            said = "is gone" if content is None else f"cannot be read ({content})"
+            return self._find("missing" if content is None else "damaged", key, said, cure, year)
+        (size, sha256), written = sum_of(content), self.sums[key]
+        if [size, sha256] == written:
+            return None
+        if sha256 in known:
+            return self._find("foreign", key, f"is that of {known[sha256]}", cure, year)
+        said = f"{size} bytes, of which some are not those written" if size == written[0] else f"{size} of {written[0]} bytes"
+        return self._find("damaged", key, said, cure, year)
+
+    def _object(self, key: str, known: Mapping[str, str]) -> list[Finding]:
+        found = self._summed(key, _content(self.raw, f"{self.name}/{key}"), known)
+        return [found] if found else []
+
+    def _block(self, at: tuple[int, int, int], keys: Sequence[str], known: Mapping[str, str]) -> list[Finding]:
+        """One block of one year: its shards' bytes, then what its pixels say of each other."""
+        found: list[Finding] = []
+        pixels: dict[str, Any] = {}
+        lacking = {key.split("/")[0] for key in keys if key not in self.files}
+        for key in (k for k in keys if k in self.files):
+            content, name = _content(self.raw, f"{self.name}/{key}"), key.split("/")[0]
+            if key in self.sums and (wrong := self._summed(key, content, known)):
+                found.append(wrong)
+                lacking.add(name)
+                continue
+            try:
+                pixels[name] = _decoded(self.metadata[name], key.removeprefix(f"{name}/"), content, at)
+            except Exception as error:  # whatever damaged bytes make zarr and its codecs raise: it is reported
+                year, cure = self._about(key)
+                found.append(self._find("damaged", key, f"cannot be decoded ({type(error).__name__}: {error})", cure, year))
+                lacking.add(name)
+        contradiction = partial(self._find, "contradictory", year=self._year(at[0]))
+        for name, values in pixels.items():
+            for said in _impossible(values, _json(self.metadata[name])["attributes"]):
+                cure = "build" if name in self.built else "label"
+                found.append(contradiction(f"{name} block {at[1]}/{at[2]}", said, cure))
+        if not lacking & self.built and self._year(at[0]) in self.committed:
+            disagree = _disagreements({n: v for n, v in pixels.items() if n in self.built})
+            found += [contradiction(f"block {at[1]}/{at[2]}", said, "build") for said in disagree]
+        return found
+
+    def _records(self, year: int) -> list[Finding]:
+        """Whether scene list and counts of reads are those that the marker speaks of."""
+        attrs, found = self.committed[year], []
+        for name, told in (("scenes", attrs.get("scenes")), ("reads", attrs.get("reads"))):
+            path = f"builds/{year}/{name}"
+            values = self._values(path, None)
+            if told is None or any(k.startswith(f"{path}/") and k not in self.files for k in self.sums):
+                continue  # nothing to compare, or reported as missing
+            try:
+                table = pd.read_parquet(io.BytesIO(bytes(values)), columns=["id"] if name == "scenes" else None)
+            except Exception as error:  # whatever damaged bytes make Parquet raise: it is reported
+                found.append(self._find("damaged", path, f"cannot be read as Parquet ({type(error).__name__})", "build", year))
+                continue
+            if name == "scenes":
+                agree = sorted(table["id"]) == sorted(s["id"] for s in told)
+            else:
+                agree = all(int(table[k].sum()) == told[k] for k in ("planned", "lost") if k in told and k in table)
+            if not agree:
+                found.append(self._find("contradictory", path, f"is not of the {name} that the marker counts", "build", year))
+        return found
+
+
+def _is_coordinate(metadata: Any, at: Sequence[str]) -> bool:
+    """Whether `c/<at>` is a chunk of a coordinate."""
+    try:
+        shape, chunk = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        last = [(n - 1) // side for n, side in zip(shape, chunk, strict=True)]
+        return len(last) < 3 and all(int(a) <= n for a, n in zip(at, last, strict=True))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return False
+
+
+def _opened(contents: Mapping[str, Any]) -> zarr.Array:
+    """An array whose objects are these."""
+    buffer = default_buffer_prototype().buffer
+    memory = {path: buffer.from_bytes(content) for path, content in contents.items() if isinstance(content, bytes)}
+    return zarr.open_array(zarr.storage.MemoryStore(memory), mode="r")
+
+
+def _decoded(metadata: bytes, key: str, content: bytes, at: tuple[int, int, int]) -> Any:
+    """The pixels of one shard, from the bytes themselves."""
+    array = _opened({"zarr.json": metadata, key: content})
+    rows, columns = (slice(n * side, (n + 1) * side) for n, side in zip(at[1:], array.shards[-2:], strict=True))
+    return array[(at[0], ..., rows, columns)]
+
+
+def _impossible(values: Any, attrs: Mapping[str, Any]) -> Iterator[str]:
+    """Values that a variable cannot have."""
+    if "flag_values" in attrs:
+        strange = sorted(set(np.unique(values).tolist()) - {*attrs["flag_values"], attrs.get("nodata")})
+        if strange:
+            yield f"expected {attrs['flag_values']} or {attrs.get('nodata')}, found {strange[:5]}"
+
+
+def _disagreements(pixels: Mapping[str, Any]) -> Iterator[str]:
+    """What a block's variables must have in common; one that is absent is all fill value."""
+    if not pixels:
+        return
+    shape = next(iter(pixels.values())).shape[-2:]
+    quality = pixels.get("quality", np.zeros(shape, np.uint8))
+    seen = quality > 0
+    reflectance = pixels.get("reflectance", np.zeros((1, *shape), np.uint16))
+    for said, wrong in (
+        ("have a quality, but no reflectance in some band", seen & (reflectance == 0).any(axis=0)),
+        ("have reflectance, but no quality", ~seen & (reflectance > 0).any(axis=0)),
+        (
+            "count clear observations where quality says there are none, or the other way round",
+            (pixels.get("clear_count", np.zeros(shape, np.uint16)) > 0) != np.isin(quality, _CLEAR_KINDS),
+        ),
+        *(
+            (f"have {name}, but no quality", ~seen & (np.isfinite(values) if values.dtype.kind == "f" else values > 0))
+            for name, values in pixels.items()
+            if name not in ("quality", "reflectance", "clear_count")
+        ),
+    ):
+        if wrong.any():
+            yield f"{int(wrong.sum())} pixels {said}"

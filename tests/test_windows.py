@@ -1,0 +1,227 @@
+"""Windows are what plain slices of the opened cube are, whoever cuts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+import types
+
+import dask.array as da
+import numpy as np
+import odc.geo.xr
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given
+from hypothesis import settings as having
+from hypothesis import strategies as st
+
+from minecube import cube
+from minecube.catalog import Recipe
+from minecube.cube import windows as module
+from minecube.errors import CubeError
+from minecube.grid import grid_of
+
+RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
+SIZES = {"pit": (240, 180), "pond": (48, 54)}
+
+
+def built(store, site, years, recipe=RECIPE):
+    """Pixels no two of which are equal, a block and a year without any, and labels of all three kinds."""
+    grid = grid_of(site)
+    cube.create(store, site, grid, years, recipe)
+    for n, year in enumerate(years[:-1]):
+        pixels = np.arange(2 * grid.shape[0] * grid.shape[1]).reshape(2, *grid.shape) % 65521 + n + 1
+        pixels[:, 64:128, :64] = 0
+        flat = da.ones(tuple(grid.shape), chunks=64, dtype=np.uint16)
+        made = {
+            "reflectance": (("band", "y", "x"), da.from_array(pixels.astype(np.uint16), chunks=(2, 64, 64))),
+            "clear_count": (("y", "x"), flat),
+            "quality": (("y", "x"), flat.astype(np.uint8)),
+        }
+        told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+        scene = types.SimpleNamespace(id="a", properties=told)
+        cube.write_year(store, xr.Dataset(made), cube.provenance_of(site, year, grid, recipe, [scene]), b"")
+    mask = np.random.default_rng(0).choice([0, 1, 255], (len(years), *grid.shape)).astype(np.uint8)
+    mask[:, :, :64] = 255
+    masks = xr.DataArray(mask, dims=("year", "y", "x"), coords={"year": years, **odc.geo.xr.xr_coords(grid)})
+    cube.write_footprint(store, site.id, masks, origin="drawn")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, make):
+    where = str(tmp_path_factory.mktemp("windows") / "cubes.zarr")
+    for n, (name, (width, height)) in enumerate(SIZES.items()):
+        built(where, make.site(name, 360000 + n * 6000, 5600040, width, height), [2019, 2020, 2022, 2023])
+    return where
+
+
+def plain(store, window, size):
+    """The same by xarray and numpy."""
+    opened = cube.open_cube(store, window.site).sel(year=list(window.years))
+    part = opened.isel(y=slice(window.y, window.y + size), x=slice(window.x, window.x + size)).compute()
+    beyond = [(0, size - part.sizes["y"]), (0, size - part.sizes["x"])]
+    return (
+        np.pad(part.reflectance.values, [(0, 0), (0, 0), *beyond]),
+        np.pad(part.footprint.values, [(0, 0), *beyond], constant_values=255),
+    )
+
+
+def is_plain(store, dataset, index):
+    item, window = dataset[index], dataset.window(index)
+    reflectance, footprint = plain(store, window, dataset.size)
+    assert (item["site"], item["y"], item["x"]) == (window.site, window.y, window.x)
+    assert item["years"].tolist() == list(window.years)
+    assert (item["reflectance"].dtype, item["footprint"].dtype) == (np.uint16, np.uint8)
+    np.testing.assert_array_equal(item["reflectance"], reflectance)
+    np.testing.assert_array_equal(item["footprint"], footprint)
+
+
+@having(max_examples=60, deadline=None)
+@given(view=st.sampled_from(cube.windows.VIEWS), size=st.integers(1, 260), seed=st.integers(0, 99), index=st.integers(0, 20))
+def test_any_window_is_the_slice_that_numpy_cuts(store, view, size, seed, index):
+    is_plain(store, cube.CubeDataset(store, view=view, size=size, seed=seed, length=21), index)
+
+
+def test_unknown_blocks_and_years_without_pixels_are_there(store):
+    item = cube.CubeDataset(store, ["pit"], size=64, step=64, view="series")[4]
+    assert (item["y"], item["x"]) == (64, 0)
+    assert not item["reflectance"].any()
+    assert (item["footprint"] == 255).all()
+
+
+def test_sites_smaller_than_a_window_are_filled_up(store):
+    dataset = cube.CubeDataset(store, ["pond"], size=160)
+    assert len(dataset) == 1
+    is_plain(store, dataset, 0)
+    item = dataset[0]
+    assert (item["y"], item["x"]) == (0, 0)
+    assert not item["reflectance"][..., 54:, :].any()
+    assert (item["footprint"][..., 48:] == 255).all()
+
+
+def test_windows_a_step_apart_end_flush_with_the_far_border(store):
+    """As the crops of the published loaders: 240 x 180 pixels in windows of 100."""
+    dataset = cube.CubeDataset(store, ["pit"], size=100, step=100, view="year", years=[2020, 2022])
+    places = [(w.y, w.x, w.years) for w in map(dataset.window, range(len(dataset)))]
+    assert places == [(y, x, (year,)) for y in (0, 80) for x in (0, 100, 140) for year in (2020, 2022)]
+    for index in range(len(dataset)):
+        is_plain(store, dataset, index)
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_views(store):
+    def years(**how):
+        dataset = cube.CubeDataset(store, ["pond"], step=160, **how)
+        return [dataset.window(i).years for i in range(len(dataset))]
+
+    assert years(view="series") == [(2019, 2020, 2022)]
+    assert years(view="pair") == [(2019, 2020), (2019, 2022), (2020, 2022)]
+    assert years(view="year") == [(2019,), (2020,), (2022,)]
+    assert years(view="pair", years=[2022, 2019]) == [(2019, 2022)]
+
+
+def test_windows_anywhere_are_everywhere(store):
+    """Every corner that a window may have is had, and sites as often as they are large."""
+    dataset = cube.CubeDataset(store, size=46, length=4000)
+    drawn = [dataset.window(i) for i in range(4000)]
+    assert {(w.y, w.x) for w in drawn if w.site == "pond"} == {(y, x) for y in range(9) for x in range(3)}
+    share = sum(w.site == "pond" for w in drawn) / len(drawn)
+    assert share == pytest.approx(48 * 54 / (48 * 54 + 240 * 180), abs=0.015)
+    assert max(w.y for w in drawn) == 180 - 46
+    assert [dataset.window(i) for i in range(9)] == drawn[:9]
+    assert [dataclasses.replace(dataset, seed=1).window(i) for i in range(9)] != drawn[:9]
+
+
+def test_workers_cut_the_same(store):
+    """In a process that may use sockets: torch's workers hand their batches over through them."""
+    script = f"""
+        import hashlib
+        from torch.utils.data import DataLoader
+        from minecube.cube import CubeDataset
+
+        if __name__ == "__main__":
+            for workers in (0, 2):
+                for batch in DataLoader(CubeDataset({store!r}, size=80, length=12), batch_size=3, num_workers=workers):
+                    arrays = [batch[name].numpy() for name in ("reflectance", "footprint", "years", "y", "x")]
+                    told = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+                    print(workers, batch["site"], told, arrays[0].dtype, arrays[0].shape)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8, done.stderr
+    assert [line[1:] for line in lines[:4]] == [line[1:] for line in lines[4:]]
+    assert len(set(lines)) == 8
+    assert lines[0].endswith("uint16 (3, 3, 2, 80, 80)")
+
+
+@pytest.mark.parametrize("how", ["url", "codec"])
+def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path, make):
+    where = f"file://{store}"
+    if how == "codec":  # deflated chunks, as another template may have them
+        where = str(tmp_path / "cubes.zarr")
+        packed = zarr.codecs.GzipCodec()
+        monkeypatch.setattr(cube, "encoding_of", lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": packed})
+        built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
+    assert module._Pixels.of(where, "pit/reflectance").codec is None
+    assert module._Pixels.of(store, "pit/reflectance").codec is not None
+    for index in range(5):
+        is_plain(store, cube.CubeDataset(where, ["pit"], size=100, length=5), index)
+
+
+def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
+    """Zstandard, as Zarr has it by itself."""
+    where = str(tmp_path / "cubes.zarr")
+    monkeypatch.setattr(cube, "encoding_of", lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": "auto"})
+    built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
+    assert module._Pixels.of(where, "pit/reflectance").codec.codec_id == "zstd"
+    is_plain(where, cube.CubeDataset(where, size=100, length=1), 0)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"view": "triple"}, "expected a view of year, pair, series"),
+        ({"years": [2023]}, r"pit has no committed year 2023; committed are 2019, 2020, 2022"),
+        ({"view": "pair", "years": [2019]}, "pit has one year only, 2019"),
+        ({"site_ids": ["nowhere"]}, "no site 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_had_is_said(store, how, said):
+    with pytest.raises(CubeError, match=said):
+        cube.CubeDataset(store, **how)
+
+
+def test_sites_that_do_not_fit_into_one_batch(tmp_path, make):
+    where = str(tmp_path / "cubes.zarr")
+    built(where, make.site("a", 360000, 5600040, 60, 60), [2019, 2020, 2021])
+    built(where, make.site("b", 366000, 5600040, 60, 60), [2019, 2020])
+    with pytest.raises(CubeError, match=r"sites differ in years \(\(2019,\) and \(2019, 2020\)\)"):
+        cube.CubeDataset(where)
+    assert len(cube.CubeDataset(where, view="year")) == 2
+    assert len(cube.CubeDataset(where, years=[2019])) == 2
+
+
+def test_shards_that_change_under_a_dataset(tmp_path, make):
+    """One that is replaced is read anew; one that ends too early is an error, not a window of what was read before."""
+    where = str(tmp_path / "cubes.zarr")
+    built(where, make.site("pit", 360000, 5600040, 60, 60), [2019, 2020])
+    dataset = cube.CubeDataset(where, size=60)
+    is_plain(where, dataset, 0)
+    array = zarr.open_array(f"{where}/pit/reflectance", mode="r+")
+    array[0] = array[0] + 1
+    is_plain(where, dataset, 0)
+    (shard,) = (tmp_path / "cubes.zarr/pit/reflectance/c/0/0/0").iterdir()
+    whole = shard.read_bytes()
+    for content, said in (
+        (whole[:40], "too short for a shard"),
+        (whole[-300:], "ends before its chunks do"),
+        (b"x" * 300 + whole[300:], "has a damaged chunk"),
+    ):
+        shard.unlink()
+        shard.write_bytes(content)
+        with pytest.raises(CubeError, match=said):
+            dataset[0]
