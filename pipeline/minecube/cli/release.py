@@ -62,7 +62,7 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     click.echo(
         f"{out}: {len(imported.sites)} sites, {len(imported.years)} site-years, "
         f"{int(imported.labels['mapped'].sum())} labels of {int(imported.years['label'].notna().sum())}; "
-        f"{opened.bytes.tally.bytes / 1e6:.1f} of {opened.bytes.size / 1e6:,.1f} MB read"
+        f"{opened.bytes.tally.bytes / 1e6:.2f} of {opened.bytes.size / 1e6:,.1f} MB read"
     )
     for row in imported.years.loc[left_out.index].to_dict("records"):
         click.echo(f"left out: {row['site']} {row['year']}: {row['problem']}", err=True)
