@@ -7,6 +7,7 @@ import urllib.request
 import warnings
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -25,6 +26,7 @@ from minecube import release
 from minecube.catalog import BANDS, Release, Site, load_releases, load_sites
 from minecube.cli import cli
 from minecube.errors import ReleaseError
+from minecube.reader.remote import RequestError
 from minecube.release import archive as archive_module
 from minecube.release import audit as auditing
 from minecube.release import importing
@@ -37,6 +39,7 @@ KNOWN = Release(
     id="small", name="Small", title="small", citation="none", licence="CC-BY-4.0", doi="10.1/x", sites=3, years=YEARS
 )
 SPLIT = [Site(id=name, country="Somewhere", split="train", labels="Small (free)") for name in SITES]
+NAMES = {"train": list(SITES)}
 SPLIT.append(Site(id="demo_1", split="train", labels="simulated"))  # of no concern
 
 
@@ -343,16 +346,16 @@ def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
     path = changed(whole[0], tmp_path / "a.zip", spoil)
     made = imported(path, tmp_path / "made")
     archive = release.Archive(str(path))
-    facts = replace(KNOWN, repeated=("Germany_1",), excluded=("Spain_4",))
+    facts = replace(KNOWN, excluded=("Spain_4",))
     # Spain_4 has the images of Portuga_2, and so lies where it lies; the split has it on the other side.
-    split = [*SPLIT, *(Site(id=n, split=s, labels="Small") for n, s in (("Spain_4", "test"), ("Austria_1", "val")))]
-    made = replace(made, sites=made.sites.assign(split=[{s.id: s.split for s in split}[i] for i in made.sites["id"]]))
+    split = {"train": ["Germany_1", *SITES], "test": ["Spain_4"], "val": ["Austria_1", "Germany_10"]}
     found = auditing.audit(made, facts, split, auditing.pixel_sums(archive, made.years))
     assert {(f.check, f.site, f.year) for f in found} == {
         ("name", "", 0),
         ("sites", "", 0),
         ("split", "", 0),
         ("split", "Germany_1", 0),
+        ("split", "Germany_10", 0),
         ("split", "Spain_4", 0),
         ("split", "Austria_1", 0),
         ("repeated site", "Spain_4", 2015),
@@ -368,6 +371,8 @@ def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
         ("label jump", "Portuga_2", 2017),
     }
     said = {(f.check, f.site, f.year): f.found for f in found}
+    assert said["split", "Germany_1", 0] == "is named 2 times in train"
+    assert said["split", "Germany_10", 0] == "is named in train and in val"
     assert said["label", "Germany_1", 2015] == "expected the image's 90 x 70 pixels, found 89 x 70; it is left out"
     assert said["label", "Germany_1", 2016] == "expected the values 0 and 255, found 0, 1; it is left out"
     assert said["grid", "Germany_10", 2017] == "lies +2.00 pixels to the right and -1.00 down of the year before"
@@ -377,25 +382,25 @@ def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
 def test_an_audit_of_what_is_right_finds_nothing(whole, tmp_path):
     made = imported(whole[0], tmp_path / "made")
     pixels = auditing.pixel_sums(release.Archive(str(whole[0])), made.years)
-    assert auditing.audit(made, KNOWN, SPLIT, pixels) == []
+    assert auditing.audit(made, KNOWN, NAMES, pixels) == []
 
 
 def tables(whole, tmp_path, **changed_tables):
     """Findings of an import of which some tables are hand-made."""
     made = imported(whole[0], tmp_path / "made")
-    pixels = changed_tables.pop("pixels", None)
-    found = auditing.audit(replace(made, **changed_tables), KNOWN, SPLIT, pixels)
+    pixels, split = changed_tables.pop("pixels", None), changed_tables.pop("split", NAMES)
+    found = auditing.audit(replace(made, **changed_tables), KNOWN, split, pixels)
     return [(f.check, f.site, f.year) for f in found]
 
 
 def test_neighbours_are_those_within_five_kilometres(whole, tmp_path):
     """Four squares of a kilometre in a row, 4.9 and 5.1 and 2 km apart; only what lies on both sides of the split counts."""
     starts = np.cumsum([0, 1000 + 4900, 1000 + 5100, 1000 + 2000])
+    split = {"train": ["a", "c", "d", *SITES], "test": ["b"]}
     squares = [shapely.box(4_300_000 + x, 3_000_000, 4_301_000 + x, 3_001_000) for x in starts]
-    sites = gpd.GeoDataFrame(
-        {"id": ["a", "b", "c", "d"], "split": ["train", "test", "train", "train"]}, geometry=squares, crs=3035
-    ).to_crs(4326)
-    assert tables(whole, tmp_path, sites=sites) == [("neighbours", "a", 0)]
+    sites = gpd.GeoDataFrame({"id": ["a", "b", "c", "d"]}, geometry=squares, crs=3035).to_crs(4326)
+    found = tables(whole, tmp_path, sites=sites, split=split)
+    assert [f for f in found if f[0] == "neighbours"] == [("neighbours", "a", 0)]
 
 
 def test_offsets_step_where_all_bands_do(whole, tmp_path):
@@ -416,7 +421,7 @@ def test_a_label_that_is_mine_everywhere(whole, tmp_path):
         members[label("Portuga_2", 2016)] = tiff(np.full((1, *SHAPE), 255, np.uint8))
 
     made = imported(changed(whole[0], tmp_path / "a.zip", full), tmp_path / "made")
-    assert ("label full", "Portuga_2", 2016) in [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, SPLIT)]
+    assert ("label full", "Portuga_2", 2016) in [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)]
 
 
 def test_pixels_without_an_observation_are_not_counted(whole, tmp_path):
@@ -462,7 +467,7 @@ def test_images_without_a_place_give_their_label_none(whole, tmp_path, place, fo
     made = imported(changed(whole[0], tmp_path / "a.zip", misplaced), tmp_path / "made")
     assert made.years.set_index(["site", "year"])["problem"].dropna().to_dict() == {("Germany_1", 2015): f"image: {found}"}
     assert set(made.labels.loc[made.labels["site"] == "Germany_1", "year"]) == {2016, 2017}
-    assert [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, SPLIT)] == [("image", "Germany_1", 2015)]
+    assert [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)] == [("image", "Germany_1", 2015)]
     assert made.sites.set_index("id").loc["Germany_1"].geometry.bounds == pytest.approx(
         (12.0, 51.0 - SHAPE[0] * PIXEL_DEG, 12.0 + SHAPE[1] * PIXEL_DEG, 51.0), abs=1e-9
     )
@@ -483,9 +488,9 @@ def test_band_statistics_are_those_of_all_pixels(whole, tmp_path):
     np.testing.assert_allclose(bands["mean"], pixels.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(bands["std"], pixels.std(axis=1), rtol=1e-9)
     np.testing.assert_allclose(bands["corrected_std"], bands["std"], rtol=1e-9)
-    found = auditing.audit(made, known, SPLIT, sums)
+    found = auditing.audit(made, known, NAMES, sums)
     assert [f.found.rpartition(", ")[2] for f in found] == ["which is the true one divided by the square root of 2"] * 10
-    wrong = auditing.audit(made, replace(known, band_std=(1.0,) * 10), SPLIT, sums)
+    wrong = auditing.audit(made, replace(known, band_std=(1.0,) * 10), NAMES, sums)
     assert all("not for the square root of 2" in f.found for f in wrong)
     assert list(bands.index) == list(BANDS)
 
@@ -504,14 +509,111 @@ def test_an_archive_that_was_cut_off(whole, tmp_path):
         release.Archive(str(tmp_path / "cut.zip"))
 
 
-def test_a_member_that_arrived_broken(whole, tmp_path):
-    with zipfile.ZipFile(whole[0]) as archive:
-        member = archive.getinfo(label("Germany_10", 2016))
-    content = bytearray(whole[0].read_bytes())
+def flipped(whole, path, name):
+    """The archive with one bit of a member turned over."""
+    with zipfile.ZipFile(whole) as archive:
+        member = archive.getinfo(name)
+    content = bytearray(whole.read_bytes())
     content[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0x10
-    (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(ReleaseError, match=r"Germany_10: .*label/Year2016.tif cannot be read .*2 sites are read"):
-        imported(tmp_path / "a.zip", tmp_path / "made")
+    path.write_bytes(content)
+    return path
+
+
+def test_members_that_are_broken_are_named_and_left_out(whole, tmp_path):
+    """In the archive as it was published, so that asking again would not help: one bit, no image at all, nothing, a secret."""
+
+    def break_(members):
+        members[image("Portuga_2", 2015)] = b"no image"
+        members[label("Portuga_2", 2016)] = b""
+        members[label("Portuga_2", 2017)] = b"II*\0 and then nothing"
+
+    path = flipped(changed(whole[0], tmp_path / "a.zip", break_), tmp_path / "b.zip", label("Germany_10", 2016))
+    made = imported(path, tmp_path / "made")
+    problems = made.years.set_index(["site", "year"])["problem"].dropna().to_dict()
+    assert problems == {
+        ("Germany_10", 2016): "label: is no image, or arrived broken",
+        ("Portuga_2", 2015): "image: is no image, or arrived broken",
+        ("Portuga_2", 2016): "label: is no image, or arrived broken",
+        ("Portuga_2", 2017): "label: is no image, or arrived broken",
+    }
+    assert set(made.labels["site"]) == {"Germany_1", "Germany_10"}
+    for site, year in (("Germany_1", 2015), ("Germany_10", 2015), ("Germany_10", 2017)):
+        np.testing.assert_array_equal(drawn(made, site, year), whole[1][site, year])
+    sums = auditing.pixel_sums(release.Archive(str(path)), made.years[made.years["image"] != image("Portuga_2", 2015)])
+    found = auditing.audit(made, KNOWN, NAMES, sums)
+    assert {(f.site, f.year) for f in found if f.check in ("image", "label")} == set(problems)
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packings_that_break_are_none_of_pythons_errors(tmp_path, packed):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", packed) as made:
+        made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", np.random.default_rng(0).bytes(5000))
+        made.writestr("EuroMineNet/Spain_1/image/Year2015.tif", np.random.default_rng(0).bytes(5000))
+    path = tmp_path / "a.zip"
+    for name in ("label", "image"):
+        path = flipped(path, tmp_path / f"{name}.zip", f"EuroMineNet/Spain_1/{name}/Year2015.tif")
+    with pytest.raises(ReleaseError, match="no image has a place on Earth"):
+        imported(path, tmp_path / "made")
+
+
+def test_a_line_that_breaks_is_not_taken_for_a_broken_member(whole, tmp_path, monkeypatch):
+    """What could not be asked for is asked for again by the next run; nothing is left out for it."""
+    fetch = archive_module.LocalBytes.fetch
+
+    def sometimes(self, start, length):
+        if length == archive_module._FIRST:
+            raise RequestError("HTTP 503, after 9 tries")
+        return fetch(self, start, length)
+
+    monkeypatch.setattr(archive_module.LocalBytes, "fetch", sometimes)
+    with pytest.raises(ReleaseError, match=r"cannot be read \(HTTP 503, after 9 tries\).* 0 sites are read, run again"):
+        imported(whole[0], tmp_path / "made")
+
+
+def test_names_that_no_group_can_have_are_strange(whole, tmp_path):
+    def rename(members):
+        for name in [n for n in members if "Portuga_2" in n]:
+            members[name.replace("Portuga_2", "North Macedonia_1")] = members.pop(name)
+        members["./EuroMineNet/Spain_1/label/Year2015.tif"] = members[label("Germany_1", 2015)]
+
+    made = imported(changed(whole[0], tmp_path / "a.zip", rename), tmp_path / "made")
+    assert set(made.years["site"]) == {"Germany_1", "Germany_10", "Spain_1"}
+    assert len(made.about["strange"]) == 6
+
+
+def test_a_catalogue_of_the_users_is_not_overwritten(whole, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sites.geojson").write_text("precious")
+    with pytest.raises(ReleaseError, match=r"has a sites\.geojson that no import wrote"):
+        imported(whole[0], tmp_path / "mine")
+    assert (tmp_path / "mine" / "sites.geojson").read_text() == "precious"
+
+
+def test_an_import_that_was_damaged_is_said_to_be(whole, tmp_path):
+    imported(whole[0], tmp_path / "made")
+    (tmp_path / "made" / "sites.geojson").write_text("{")
+    with pytest.raises(ReleaseError, match="holds no finished import"):
+        release.open_import(tmp_path / "made")
+
+
+def test_a_split_of_the_users(tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["a", "a"], "test": ["b"]}))
+    assert auditing.read_split(tmp_path / "split.json") == {"train": ["a", "a"], "test": ["b"]}
+    for wrong in ("[1]", "{", '{"train": [1]}', '{"train": []}', '{"train": "a"}'):
+        (tmp_path / "split.json").write_text(wrong)
+        with pytest.raises(ReleaseError, match="split"):
+            auditing.read_split(tmp_path / "split.json")
+
+
+FACTS = Path(__file__).parents[2] / "shared" / "data" / "eurominenet_facts" / "facts.json"
+
+
+@pytest.mark.skipif(not FACTS.exists(), reason="../shared/data/eurominenet_facts is absent")
+def test_the_published_split_is_the_catalogues():
+    """132 distinct names for 133 sites, Germany_13 twice: as the authors' code lists them."""
+    published = json.loads(FACTS.read_text())["released_split"]
+    ours = auditing.split_of(load_releases()["eurominenet"], load_sites())
+    assert {part: sorted(names) for part, names in ours.items()} == {part: sorted(names) for part, names in published.items()}
 
 
 def test_another_archive_is_not_the_release(tmp_path):

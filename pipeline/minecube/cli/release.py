@@ -19,8 +19,8 @@ from minecube.release import layout
 release_option = click.option(
     "--release", "release_id", default="eurominenet", show_default=True, help="Which published dataset (catalog/releases.yaml)."
 )
-SHOWN = 40
-"""Findings that are printed; the JSON has all."""
+SHOWN = 12
+"""Findings of a check that are printed; the JSON has all."""
 
 
 @click.group()
@@ -59,6 +59,7 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     with progress_bar("importing", len(sites)) as advance:
         imported = releases.import_release(opened, out, known, load_sites(), lambda name: advance(note=name))
     left_out = imported.years["problem"].dropna()
+    strange = imported.about["strange"]
     click.echo(
         f"{out}: {len(imported.sites)} sites, {len(imported.years)} site-years, "
         f"{int(imported.labels['mapped'].sum())} labels of {int(imported.years['label'].notna().sum())}; "
@@ -66,6 +67,8 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     )
     for row in imported.years.loc[left_out.index].to_dict("records"):
         click.echo(f"left out: {row['site']} {row['year']}: {row['problem']}", err=True)
+    if strange:
+        click.echo(f"not understood: {strange[0]}{f' and {len(strange) - 1} others' if strange[1:] else ''}", err=True)
     click.echo(f"use it with --catalog {out}, and its labels with `minecube label --polygons {out}/labels.parquet`")
 
 
@@ -75,10 +78,16 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     "--pixels", "archive", help="The archive itself, URL or path: reads all its images for statistics and offset steps."
 )
 @click.option(
+    "--split",
+    "split_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A split to audit (JSON); the published one by default.",
+)
+@click.option(
     "--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings and tables to this file."
 )
 @click.pass_context
-def audit(ctx: click.Context, folder: Path, archive: str | None, out: Path | None) -> None:
+def audit(ctx: click.Context, folder: Path, archive: str | None, split_file: Path | None, out: Path | None) -> None:
     """Say what is wrong with an imported release and its split; exit 1 where anything is.
 
     \b
@@ -92,15 +101,18 @@ def audit(ctx: click.Context, folder: Path, archive: str | None, out: Path | Non
         releases.need_same(opened, imported, folder)
         with progress_bar("reading images", int(imported.years["image"].notna().sum())) as advance:
             pixels = auditing.pixel_sums(opened, imported.years, lambda name: advance(note=name))
-    found = auditing.audit(imported, known, load_sites(), pixels)
+    split = auditing.read_split(split_file) if split_file else auditing.split_of(known, load_sites())
+    found = auditing.audit(imported, known, split, pixels)
     rates = auditing.change_rates(imported.changes)
     counts = auditing.counted(found)
     click.echo(table(("check", "findings"), list(counts.items())) if found else "nothing is wrong")
-    rows = [(f.check, f.site or "-", f.year or "-", f.found) for f in found]
+    rows = [
+        (f.check, f.site or "-", f.year or "-", f.found) for of in counts for f in [f for f in found if f.check == of][:SHOWN]
+    ]
     if rows:
-        click.echo("\n" + table(("check", "site", "year", "what was found"), rows[:SHOWN]))
-    if len(rows) > SHOWN:
-        click.echo(f"and {len(rows) - SHOWN} more; --json FILE has all")
+        click.echo("\n" + table(("check", "site", "year", "what was found"), rows))
+    if len(rows) < len(found):
+        click.echo(f"and {len(found) - len(rows)} more, of checks with over {SHOWN}; --json FILE has all")
     following = rates[rates["year_2"] == rates["year_1"] + 1].to_dict("records")
     if following:
         shown = [
@@ -138,6 +150,11 @@ def export(store: str, wanted: str, folder: Path | None, out: Path) -> None:
     """
     imported = releases.open_import(folder) if folder else None
     names, rows = stored_sites(store, wanted), []
+    foreign = [n for n in names if imported is not None and n not in set(imported.sites["id"])]
+    if foreign:
+        raise CatalogError(
+            f"{store}: {', '.join(foreign)} not in {folder}, so no grid of theirs is known; name others by --sites"
+        )
     with progress_bar("exporting", len(names)) as advance:
         for name in names:
             rows.append(export_site(store, name, imported, out))
@@ -151,12 +168,13 @@ def export_site(store: str, name: str, imported: releases.Imported | None, out: 
     opened = cube.open_committed(store, name)
     if tuple(opened.band.values) != BANDS:
         raise CatalogError(f"{store}: {name} has the bands {', '.join(opened.band.values)}; the release has {', '.join(BANDS)}")
-    rows = {} if imported is None else {r["year"]: r for r in imported.years.to_dict("records") if r["site"] == name}
+    placed = {} if imported is None else releases.placed_years(imported, name)
     without, agreed = [], []
     for year in map(int, opened.year.values):
         of_year = opened.sel(year=year).load()
-        placed = year in rows and rows[year]["transform"] is not None
-        grid = layout.release_grid(rows[year]) if placed else layout.own_grid(opened.odc.geobox)
+        # A year that the release lacks lies where the nearest does, so that a site's images are of one size.
+        of = placed[min(placed, key=lambda y: (abs(y - year), y))] if placed else None
+        grid = layout.release_grid(of) if of else layout.own_grid(opened.odc.geobox)
         fraction = of_year.get("footprint_fraction")
         if fraction is not None and bool((fraction == layout.UNKNOWN).all()):
             fraction = None
@@ -164,7 +182,7 @@ def export_site(store: str, name: str, imported: releases.Imported | None, out: 
         layout.write(out, name, year, layout.image_on(of_year["reflectance"], grid), label, grid)
         if label is None:
             without.append(str(year))
-        elif imported is not None and placed and rows[year]["problem"] is None and rows[year]["label"]:
+        elif imported is not None and year in placed and placed[year]["problem"] is None and placed[year]["label"]:
             agreed.append((layout.iou(label, releases.label_of(imported, name, year)), year))
     lowest = f"{min(agreed)[0]:.4f} ({min(agreed)[1]})" if agreed else "-"
     years = opened.sizes["year"]

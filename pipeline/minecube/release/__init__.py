@@ -15,6 +15,7 @@ An import is a folder, and a catalogue of the user's own (`--catalog`):
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -28,7 +29,6 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
 import requests
 from affine import Affine
 from rasterio import features
@@ -41,7 +41,18 @@ from minecube.reader.remote import without_query
 from minecube.release.archive import Archive
 from minecube.release.importing import MINE, Found, ReleaseSite, extent_of, find, read_site
 
-__all__ = ["Archive", "Imported", "download", "find", "import_release", "label_of", "need_same", "open_import", "write_json"]
+__all__ = [
+    "Archive",
+    "Imported",
+    "download",
+    "find",
+    "import_release",
+    "label_of",
+    "need_same",
+    "open_import",
+    "placed_years",
+    "write_json",
+]
 
 _AT_ONCE = 3  # sites, each with its images at a time: a run that is killed loses no more than these
 _TABLES = ("years", "labels", "changes")
@@ -78,6 +89,8 @@ def import_release(
     found, identity = find(archive.names()), archive.identity()
     parts = out / "parts"
     begun = parts if parts.exists() else out
+    if (out / "sites.geojson").exists() and not (begun / "import.json").exists():
+        raise ReleaseError(f"{out}: has a sites.geojson that no import wrote, and would lose it; name another folder")
     if (begun / "import.json").exists():
         other = json.loads((begun / "import.json").read_text(encoding="utf-8"))
         if other["identity"] != identity:
@@ -90,6 +103,10 @@ def import_release(
         parts.mkdir(parents=True, exist_ok=True)
         write_json(parts / "import.json", about)
         read = _read_sites(archive, found, parts, done)
+        if all(extent_of(r.years) is None for r in read):
+            raise ReleaseError(
+                f"{archive.where}: no image has a place on Earth, so no site of it has; is it the whole release?"
+            )
         tables = {t: pd.concat([getattr(r, t) for r in read if len(getattr(r, t))] or [getattr(read[0], t)]) for t in _TABLES}
         tables["labels"] = tables["labels"].assign(source=release.name, licence=release.licence, doi=release.doi)
         for name, table in tables.items():
@@ -108,7 +125,7 @@ def open_import(folder: Path) -> Imported:
         about = json.loads((folder / "import.json").read_text(encoding="utf-8"))
         tables = [pd.read_parquet(folder / f"{n}.parquet") for n in ("years", "changes")]
         labels, sites = gpd.read_parquet(folder / "labels.parquet"), gpd.read_file(folder / "sites.geojson")
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, Arrow's the others
         raise ReleaseError(
             f"{folder}: holds no finished import of a release ({error}); run `minecube release import` first"
         ) from error
@@ -127,6 +144,12 @@ def label_of(imported: Imported, site: str, year: int) -> npt.NDArray[np.uint8]:
     return drawn
 
 
+def placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]:
+    """Year -> its row of `years`, of those whose image has a place."""
+    rows: Any = imported.years[imported.years["site"] == site].to_dict("records")
+    return {int(r["year"]): r for r in rows if r["transform"] is not None and not (r["problem"] or "").startswith("image")}
+
+
 def need_same(archive: Archive, imported: Imported, folder: Path) -> None:
     """Raises ReleaseError where the import is of another archive."""
     if archive.identity() != imported.about["identity"]:
@@ -134,7 +157,7 @@ def need_same(archive: Archive, imported: Imported, folder: Path) -> None:
 
 
 def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, _of: None) -> Path:
-    """The archive as a file in the folder, whole; one that is there already is taken for it.
+    """The archive as a file in the folder, whole; one that was got from that URL before is taken for it.
 
     Args:
         url: http(s)://
@@ -144,10 +167,10 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
     Raises:
         ReleaseError: it cannot be got in full, or written.
     """
-    path = out / "archive.zip"
+    path = out / f"archive-{hashlib.sha256(without_query(url).encode()).hexdigest()[:12]}.zip"
     if path.exists():
         return path
-    part = path.with_name(".archive.zip.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with requests.get(url, stream=True, timeout=60) as answer, part.open("wb") as file:

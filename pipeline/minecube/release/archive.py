@@ -11,9 +11,12 @@ import bisect
 import hashlib
 import io
 import json
+import logging
+import lzma
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +27,18 @@ from rasterio.errors import RasterioError
 
 from minecube.catalog import Access
 from minecube.errors import ReleaseError
-from minecube.reader.remote import Head, Opened, Tally, remote_for, without_query
+from minecube.reader.remote import Head, Opened, RequestError, Tally, remote_for, without_query
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _END = 1024  # bytes at the end that are asked for first: they say where the directory begins
 _FIRST = 1200  # of an image: the beginning of its header; its place on Earth comes after the list of its strips
 _LEAST = 1024  # asked for at a time after that; GDAL wants no more than 1024 at a time
 _GAP = 4096  # bytes between members for which one request is still better than two
+# What zipfile raises of members: checksum, end, encryption, a packing it does not know; and what the packings raise.
+_BROKEN = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, lzma.LZMAError, OSError)
 _LOCAL_HEADER = 30  # bytes before the name (APPNOTE.TXT, 4.3.7)
 
 
@@ -138,6 +145,10 @@ class _Spans(io.RawIOBase):
         return b"".join(found)
 
 
+class BrokenMemberError(ReleaseError):
+    """A member that is not what its name or the directory says; the others may be."""
+
+
 class Archive:
     """A zip archive, local or remote.
 
@@ -188,17 +199,23 @@ class Archive:
         listed = [(m.filename, m.file_size, m.CRC) for m in self._members.values()]
         return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Members and their content, checksums held; raises ReleaseError."""
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+        """Members and their content; None where that is not what the directory says, or packed in a way not known here.
+
+        Raises:
+            ReleaseError: the archive cannot be read.
+        """
         wanted = sorted(names, key=lambda n: self._members[n].header_offset)
         for run in self._runs(wanted):
             start, stop = self._members[run[0]].header_offset, self._ends[run[-1]]
+            self._hold(start, stop - start)
             try:
-                self._hold(start, stop - start)
                 for name in run:
-                    yield name, self._zip.read(name)
-            except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-                raise self._broken(name, error) from error
+                    try:
+                        yield name, self._zip.read(name)
+                    except _BROKEN as error:
+                        log.warning("%s: its member %s cannot be unpacked: %s", self.where, name, error)
+                        yield name, None
             finally:
                 self._spans.drop(start)
 
@@ -207,7 +224,8 @@ class Archive:
         """A member that is a GeoTIFF, opened by its header alone: a few thousand bytes, wherever in the archive it lies.
 
         Raises:
-            ReleaseError: it cannot be read as an image.
+            BrokenMemberError: it is no image, or not what the directory says.
+            ReleaseError: the archive cannot be read.
         """
         member, tally = self._members[name], Tally()
         held: list[int] = []
@@ -231,8 +249,13 @@ class Archive:
                 if tally.error:
                     raise tally.error
                 yield image
-        except (RasterioError, OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-            raise self._broken(name, tally.error or error) from error
+        except (RasterioError, *_BROKEN) as error:
+            cause = tally.error or error
+            if isinstance(cause, ReleaseError):
+                raise cause from error
+            if isinstance(cause, RequestError):
+                raise self._unreadable(cause) from error
+            raise BrokenMemberError(f"{self.where}: its member {name} cannot be read as an image ({cause})") from error
         finally:
             for start in held:
                 self._spans.drop(start)
@@ -278,12 +301,6 @@ class Archive:
         why = error.strerror or str(error)
         hint = "; or let it be downloaded first (--download)" if "byte ranges" in why else ""
         return ReleaseError(f"{self.where}: cannot be read ({without_query(why)}); check that it is there{hint}")
-
-    def _broken(self, name: str, error: Exception) -> ReleaseError:
-        return ReleaseError(
-            f"{self.where}: its member {name} cannot be read ({without_query(str(error))}); what was published has changed or "
-            "arrived broken, so nothing of it is taken: get the archive again"
-        )
 
 
 class _Stored:

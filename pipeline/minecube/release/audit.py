@@ -6,10 +6,12 @@ Each check is a function of tables that gives findings, so that one more is one 
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
@@ -46,28 +48,53 @@ class Finding:
     found: str
 
 
-def audit(imported: Imported, release: Release, known: Sequence[Site], pixels: pd.DataFrame | None = None) -> list[Finding]:
+Split = Mapping[str, Sequence[str]]
+"""train, val and test -> the names of their sites, as they are listed."""
+
+
+def audit(imported: Imported, release: Release, split: Split, pixels: pd.DataFrame | None = None) -> list[Finding]:
     """All findings, sorted by check, site and year.
 
     Args:
         imported: the import.
         release: what is known of the release.
-        known: the catalogue's sites; those of the release are its split.
+        split: the split, repetitions and all.
         pixels: `pixel_sums` of its images; without it, what their pixels would tell is not looked at.
     """
-    split = {s.id: s.split for s in known if s.split and (s.labels or "").startswith(release.name)}
     found = [
         *_names(imported.about),
         *_sites(imported.years, release, split),
         *_years(imported.years, release),
         *_labels(imported.years),
         *_images(imported.years),
-        *_neighbours(imported.sites),
+        *_neighbours(imported.sites, split),
         *_jumps(imported.changes),
     ]
     if pixels is not None:
         found += [*_steps(pixels), *_statistics(band_statistics(pixels, release))]
     return sorted(found)
+
+
+def split_of(release: Release, known: Iterable[Site]) -> Split:
+    """The published split, as the catalogue has it."""
+    found: dict[str, list[str]] = {}
+    for site in known:
+        if site.split and (site.labels or "").startswith(release.name):
+            found.setdefault(site.split, []).extend([site.id] * (1 + (site.id in release.repeated)))
+    return found
+
+
+def read_split(path: Path) -> Split:
+    """A split of the user's: JSON, `{"train": ["Germany_1", ...], "val": [...], "test": [...]}`; raises ReleaseError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"{path}: cannot be read as a split ({error}); expected JSON") from error
+    parts = content if isinstance(content, dict) else {}
+    names = [n for part in parts.values() for n in (part if isinstance(part, list) else [None])]
+    if not names or not all(isinstance(n, str) for n in names):
+        raise ReleaseError(f'{path}: expected {{"train": ["Germany_1", ...], "val": [...], ...}}, found something else')
+    return parts
 
 
 def change_rates(changes: pd.DataFrame) -> pd.DataFrame:
@@ -98,6 +125,8 @@ def pixel_sums(archive: Archive, years: pd.DataFrame, done: Callable[[str], None
 
 def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
     ((name, content),) = archive.read([row.image])
+    if not content:
+        return []  # no image, which is a finding already
     try:
         with MemoryFile(content) as memory, memory.open() as image:
             values: npt.NDArray[np.int16] = image.read().reshape(image.count, -1)
@@ -135,17 +164,19 @@ def _names(about: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
         yield from (Finding(check, "", 0, f"{name} {text}") for name in about[kind])
 
 
-def _sites(years: pd.DataFrame, release: Release, split: Mapping[str, str]) -> Iterator[Finding]:
-    there = set(years["site"])
+def _sites(years: pd.DataFrame, release: Release, split: Split) -> Iterator[Finding]:
+    there, parts_of = set(years["site"]), _parts_of(split)
     if len(there) != release.sites:
         yield Finding("sites", "", 0, f"expected {release.sites} sites, found {len(there)}")
-    if len(split) != release.sites:
-        yield Finding("split", "", 0, f"the split names {len(split)} distinct sites, for {release.sites} of the release")
-    for site in release.repeated:
-        yield Finding("split", site, 0, "is named twice in the published split")
-    for site in sorted(set(split) - there):
-        yield Finding("split", site, 0, f"is in the split ({split[site]}), and not in the archive")
-    for site in sorted(there - set(split)):
+    if len(parts_of) != release.sites:
+        yield Finding("split", "", 0, f"the split names {len(parts_of)} distinct sites, for {release.sites} of the release")
+    for site, parts in parts_of.items():
+        if len(parts) > 1:
+            where = f"{len(parts)} times in {parts[0]}" if len(set(parts)) == 1 else f"in {' and in '.join(parts)}"
+            yield Finding("split", site, 0, f"is named {where}")
+        if site not in there:
+            yield Finding("split", site, 0, f"is in the split ({parts[0]}), and not in the archive")
+    for site in sorted(there - set(parts_of)):
         yield Finding("split", site, 0, "is in the archive, and not in the split")
     for site in sorted(there & set(release.excluded)):
         yield Finding("split", site, 0, "is passed over by the authors' code")
@@ -182,10 +213,9 @@ def _images(years: pd.DataFrame) -> Iterator[Finding]:
     for row in _rows(images):
         if row.problem and row.problem.startswith("image"):
             yield Finding("image", row.site, row.year, f"{row.problem.removeprefix('image: ')}; its label has no place")
-        if (row.bands, row.dtype) != (len(BANDS), "int16"):
-            yield Finding(
-                "image", row.site, row.year, f"expected {len(BANDS)} bands of int16, found {row.bands} of {row.dtype}"
-            )
+        if row.dtype and (row.bands, row.dtype) != (len(BANDS), "int16"):
+            found = f"expected {len(BANDS)} bands of int16, found {int(row.bands)} of {row.dtype}"
+            yield Finding("image", row.site, row.year, found)
     for site, rows in images[~images["problem"].fillna("").str.startswith("image")].groupby("site"):
         grids = [(r.year, (r.height, r.width, *r.transform)) for r in _rows(rows.sort_values("year"))]
         for (_, before), (year, after) in itertools.pairwise(grids):
@@ -196,12 +226,24 @@ def _images(years: pd.DataFrame) -> Iterator[Finding]:
 def _moved(before: tuple[float, ...], after: tuple[float, ...]) -> str:
     (height, width, size, _, west, _, down, north), (rows, columns, *_) = before, after
     right, below = (after[4] - west) / size, (after[7] - north) / down
-    sizes = f" and has {rows} x {columns} pixels instead of {height} x {width}" if (rows, columns) != (height, width) else ""
+    here, there = f"{rows:.0f} x {columns:.0f}", f"{height:.0f} x {width:.0f}"
+    sizes = f" and has {here} pixels instead of {there}" if here != there else ""
     return f"lies {right:+.2f} pixels to the right and {below:+.2f} down of the year before{sizes}"
 
 
-def _neighbours(sites: gpd.GeoDataFrame) -> Iterator[Finding]:
-    placed = sites[sites["split"].notna()].to_crs(3035)
+def _parts_of(split: Split) -> dict[str, list[str]]:
+    """Site -> the parts that name it, each time."""
+    found: dict[str, list[str]] = {}
+    for part, names in split.items():
+        for name in names:
+            found.setdefault(name, []).append(part)
+    return found
+
+
+def _neighbours(sites: gpd.GeoDataFrame, split: Split) -> Iterator[Finding]:
+    part_of = {site: parts[0] for site, parts in _parts_of(split).items()}
+    placed = sites[sites["id"].isin(list(part_of))].to_crs(3035)
+    placed = placed.assign(split=placed["id"].map(part_of))
     pairs = placed.sindex.query(placed.geometry, predicate="dwithin", distance=NEAR_M)
     for a, b in zip(*pairs, strict=True):
         one, other = placed.iloc[a], placed.iloc[b]

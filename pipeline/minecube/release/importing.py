@@ -8,9 +8,11 @@ a guess would be learnt as truth.
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import rasterio
 import shapely
 from affine import Affine
 from rasterio import features
@@ -25,7 +28,9 @@ from rasterio.errors import RasterioError
 from rasterio.io import MemoryFile
 
 from minecube.errors import ReleaseError
-from minecube.release.archive import Archive
+from minecube.release.archive import Archive, BrokenMemberError
+
+log = logging.getLogger(__name__)
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -36,7 +41,7 @@ MINE = 255
 _NAMED = re.compile(
     r"(?:^|/)(?P<site>[^/]+)/(?P<kind>image|label)s?/(?P<word>[A-Za-z]+)_?(?P<year>(?:19|20)\d\d)\.tiff?$", re.I
 )
-_NO_DATA = ("__MACOSX/", "/.", "Thumbs.db")
+_NO_DATA = re.compile(r"(?:^|/)(?:__MACOSX/|\.[^/]+$|Thumbs\.db$)")
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,11 @@ def find(names: Iterable[str]) -> Found:
     """Images and labels among the members of an archive; raises ReleaseError where there is none."""
     found: dict[str, dict[tuple[str, int], str]] = {"image": {}, "label": {}}
     renamed, twice, strange = [], [], []
-    everything = [n for n in names if not any(part in f"/{n}" for part in _NO_DATA)]
+    everything = [n for n in names if not _NO_DATA.search(n)]
     # Those named as all should be come first, so that they are the ones kept.
     for name in sorted(everything, key=lambda n: (not re.search(r"/Year\d{4}\.tif$", n), n)):
-        match = _NAMED.search(name)
-        if not match:
+        match = _NAMED.search(name.replace("\\", "/"))
+        if not match or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", match["site"]):  # which names groups of a cube, too
             strange.append(name)
             continue
         of_kind, place = found[match["kind"].lower()], (match["site"], int(match["year"]))
@@ -141,13 +146,13 @@ def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
     images = [found.images[site, year] for year in years if (site, year) in found.images]
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # what takes time is waiting for answers
         headers = dict(zip(images, pool.map(lambda name: _header(archive, name), images), strict=True))
-        content = dict(archive.read(members))
+        masks_of = {name: _mask(content) for name, content in archive.read(members)}
     rows, regions, masks = [], [], dict[int, tuple[UInt8, Affine]]()
     for year in years:
         image, label = found.images.get((site, year)), found.labels.get((site, year))
         row: dict[str, Any] = {"site": site, "year": year, "image": image, "label": label}
         row |= headers[image] if image else {}
-        mask = _mask(archive, label, content[label]) if label else None
+        mask = masks_of[label] if label else None
         if mask is not None:
             values = np.unique(mask).tolist()
             row |= {"label_height": mask.shape[0], "label_width": mask.shape[1], "label_values": tuple(values)}
@@ -172,7 +177,16 @@ def extent_of(years: pd.DataFrame) -> shapely.Polygon | None:
 
 
 def _header(archive: Archive, name: str) -> dict[str, Any]:
-    with archive.image(name) as image:
+    try:
+        image = archive.image(name)
+        return _grid_of(archive, name, image)
+    except BrokenMemberError as error:
+        log.warning("%s", error)
+        return {"image_crc": archive.checksum_of(name)}
+
+
+def _grid_of(archive: Archive, name: str, opened: AbstractContextManager[rasterio.DatasetReader]) -> dict[str, Any]:
+    with opened as image:
         return {
             "image_crc": archive.checksum_of(name),
             "height": image.height,
@@ -184,22 +198,29 @@ def _header(archive: Archive, name: str) -> dict[str, Any]:
         }
 
 
-def _mask(archive: Archive, name: str, content: bytes) -> UInt8:
+def _mask(content: bytes | None) -> UInt8 | None:
+    """A label's first band; None where it is no image."""
+    if not content:
+        return None
     try:
         with MemoryFile(content) as memory, memory.open() as label:
             mask: UInt8 = label.read(1)
             return mask
-    except RasterioError as error:
-        raise ReleaseError(f"{archive.where}: its member {name} is no image ({error}), so what it labels is unknown") from error
+    except RasterioError:
+        return None
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:
+    if row["image"] and "height" not in row:
+        return "image: is no image, or arrived broken"
     if row["image"] and (row["crs"] != "EPSG:4326" or row["transform"][:6] == tuple(Affine.identity())[:6]):
         return f"image: expected EPSG:4326 and a place, found {row['crs'] or 'no CRS'}"
     if row["image"] and (row["transform"][1] or row["transform"][3] or row["transform"][4] >= 0):
         return "image: expected north up, found a turned grid"
     if row["label"] and not row["image"]:
         return "label: no image of that year says where it lies"
+    if row["label"] and "label_values" not in row:
+        return "label: is no image, or arrived broken"
     if row["label"] and (row["label_height"], row["label_width"]) != (row["height"], row["width"]):
         found = f"{row['label_height']} x {row['label_width']}"
         return f"label: expected the image's {row['height']} x {row['width']} pixels, found {found}"
