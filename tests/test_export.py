@@ -446,7 +446,10 @@ def test_licence_and_citation_of_every_input_travel(exported):
         ("osm (ODbL-1.0)", "osm", "ODbL-1.0", ()),
         ("maus, tang (CC BY 4.0; CC BY-SA 4.0)", "maus, tang", "CC BY 4.0; CC BY-SA 4.0", ()),  # neither is the licence of both
         ("mine (CC0)", "mine", "CC0-1.0", ()),
-        ("half (open", "half", "not stated", ()),
+        ("half (open", "half (open", "not stated", ()),
+        ("Maus et al. (2022) (CC BY-SA 4.0)", "Maus et al. (2022)", "CC-BY-SA-4.0", ()),
+        ("Tang & Werner (2023) (not stated)", "Tang & Werner (2023)", "not stated", ()),
+        ("eurominenet_corrected_by_us.gpkg (not stated)", "eurominenet_corrected_by_us.gpkg", "not stated", ()),
         ("", "mine polygons of unstated origin", "not stated", ()),
     ],
 )
@@ -455,6 +458,14 @@ def test_an_origin_says_name_licence_and_dois(origin, name, licence, dois):
     cube.footprint.attrs["origin"] = origin
     (credit,) = credits_of(cube)
     assert (credit.name, credit.licence, credit.dois) == (name, licence, dois)
+
+
+def test_each_source_of_labels_is_credited():
+    cube = cube_on(SMALL)[["footprint"]]
+    sources = ("EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656", "OpenStreetMap (ODbL-1.0)", "osm.gpkg (not stated)")
+    cube.footprint.attrs["origin"] = " | ".join(sources)
+    found = [(c.name, c.licence) for c in credits_of(cube)]
+    assert found == [("EuroMineNet", "CC-BY-4.0"), ("OpenStreetMap", "ODbL-1.0"), ("osm.gpkg", "not stated")]
 
 
 def test_footprints_nobody_mapped_need_no_credit():

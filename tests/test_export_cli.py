@@ -152,7 +152,10 @@ def test_a_polygon_files_licence_reaches_every_export(exported):
 def test_polygons_of_many_sources_go_by_their_files_name():
     drawn = gpd.GeoDataFrame({"source": [f"survey {n}" for n in range(9)], "LICENSE": ["ODbL-1.0"] * 9})
     assert _origin(drawn, Path("osm.gpkg")) == "osm.gpkg (ODbL-1.0)"
-    assert _origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg")) == "survey 0, survey 1"
+    assert _origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg")) == "survey 0 (not stated) | survey 1 (not stated)"
+    drawn["LICENSE"] = ["CC BY 4.0"] + ["ODbL-1.0"] * 8
+    said = _origin(drawn.assign(doi=["10.1/a", *[None] * 8])[:2], Path("osm.gpkg"))
+    assert said == "survey 0 (CC BY 4.0) doi:10.1/a | survey 1 (ODbL-1.0)"
 
 
 def test_one_format_writes_that_alone(made, tmp_path):
@@ -239,6 +242,14 @@ def growing(tmp_path, pit):
     for year in (2019, 2020):
         build(str(store), pit, year, seed=year)
     return store, ("--store", store, "--icechunk", tmp_path / "releases")
+
+
+def test_nothing_is_no_release(growing, tmp_path):
+    store, where = growing
+    run("publish", *where, "--tag", "v1")
+    cube.uncommit(str(store), "pit", [2019, 2020])
+    assert "nothing to publish" in run("publish", *where, "--tag", "v2", ok=2)
+    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
 
 
 def mask_of(store, value):

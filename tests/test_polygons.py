@@ -86,6 +86,19 @@ def test_areas_that_were_looked_at_are_no_mines(tmp_path):
     assert compare({"a": looked.polygons, "b": mine}, {"all": GRID})["iou"].tolist()[0] == pytest.approx(1)
 
 
+def test_labels_drawn_along_pixels_keep_what_is_one_pixel_wide(tmp_path):
+    """A column of the release's pixels is 4 m wide in the north; the same column in a file without `mapped` is a sliver."""
+    drawn = table([box(0, 0, 300, 300), box(50, 50, 4, 100)], year=[2019, 2019], site=["a", "a"], mapped=[True, False])
+    assert len(surveyed(tmp_path, drawn).polygons) == 2
+    with pytest.raises(LabelError, match="no polygon is wider than 5 m"):
+        surveyed(tmp_path, drawn.iloc[[1]].drop(columns="mapped"))
+
+
+def test_sites_without_a_place_cannot_be_held_against(tmp_path):
+    _, said = run("polygons", written(tmp_path, table([box(0, 0, 100, 100)])), "--sites", "Germany_1", ok=2)
+    assert "Germany_1: the catalogue has no place for them yet, so nothing can be held against it" in said
+
+
 def test_invalid_shapes_are_mended_and_those_without_area_left_out(tmp_path):
     bow_tie = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP - 100), (LEFT + 100, TOP), (LEFT, TOP - 100)])
     flat = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP), (LEFT + 50, TOP)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 import xarray as xr
@@ -69,6 +71,32 @@ def test_images_lie_on_the_releases_pixels(rebuilt):
             ):
                 assert (new.shape, new.transform, new.crs, new.dtypes) == (src.shape, src.transform, src.crs, src.dtypes)
                 assert (new.read() > 0).mean() > 0.99
+
+
+def test_a_year_that_the_release_lacks_lies_where_its_others_do(rebuilt, tmp_path):
+    place, _ = rebuilt
+    shutil.copytree(place / "imported", tmp_path / "less")
+    years = pd.read_parquet(tmp_path / "less" / "years.parquet")
+    years.loc[years["year"] == 2021, ["crs", "problem"]] = ["EPSG:32633", "image: expected EPSG:4326 and a place"]
+    years.to_parquet(tmp_path / "less" / "years.parquet")
+    run("release", "export", "--store", place / "cubes.zarr", "--import", tmp_path / "less", "--out", tmp_path)
+    shapes = []
+    for year in YEARS:
+        with rasterio.open(tmp_path / f"EuroMineNet/{SITE}/image/Year{year}.tif") as image:
+            shapes.append((image.shape, image.transform))
+    assert shapes[0] == shapes[1]
+
+
+def test_a_site_that_is_not_in_the_import_is_refused(rebuilt, tmp_path):
+    place, _ = rebuilt
+    shutil.copytree(place / "imported", tmp_path / "other")
+    sites = tmp_path / "other" / "sites.geojson"
+    sites.write_text(sites.read_text().replace(SITE, "Germany_2"))
+    asked = ["release", "export", "--store", place / "cubes.zarr", "--import", tmp_path / "other", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(cli, list(map(str, asked)))
+    assert done.exit_code == 2
+    assert f"{SITE} not in" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_release_did_not_map_is_unknown(rebuilt):

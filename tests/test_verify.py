@@ -444,6 +444,7 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     again = (str(store), year_of(grid_of(site), 2020), provenance(site, 2020), parquet(id=["a"]))
     assert not cube.write_year(*again, reads=Counted())
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store), "--uncommit"])
+    assert "--uncommit" not in ran.output  # it is done
     assert ran.exit_code == 1
     assert "took the commit off pit 2020" in ran.output
     assert list(cube.builds(str(store), "pit")) == [2019]

@@ -13,8 +13,10 @@ from typing import Any
 import click
 import geopandas as gpd
 import odc.geo.xr  # noqa: F401  registers the .odc accessor
+import pandas as pd
 
 from minecube import cube, labels
+from minecube import export as exporting
 from minecube.catalog import Recipe, pick
 from minecube.cli import build as building
 from minecube.cli.common import (
@@ -42,6 +44,7 @@ from minecube.scenes import offsets
 from minecube.simulate import World
 from minecube.simulate import simulate as make_world
 
+_SOURCES = 8  # of labels, that are named one by one
 LARGE_KM2 = 2500
 """Largest site that is built without being asked for twice; the largest open pits of Europe have less than 100."""
 
@@ -267,13 +270,20 @@ def label(store: str, wanted: str, polygons: Path) -> None:
 
 
 def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
-    """Where polygons come from, as they say it: `EuroMineNet (CC BY 4.0) doi:10.14278/rodare.4656`; else the file's name."""
-    columns = {str(c).lower(): polygons[c] for c in polygons.columns}
-    said = {name: sorted(columns[name].dropna().astype(str).unique()) for name in columns if name != "geometry"}
-    licence = said.get("licence") or said.get("license")
-    sources = said.get("source", [])
-    name = ", ".join(sources) if 0 < len(sources) <= 3 else path.name  # some maps have a source for every polygon
-    return name + (f" ({'; '.join(licence)})" if licence else "") + "".join(f" doi:{d}" for d in said.get("doi", []))
+    """Where polygons come from, each source as it says it: `EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656`."""
+    columns = {str(c).lower(): polygons[c].astype("string").fillna("").str.strip() for c in polygons.columns if c != "geometry"}
+    licence = columns.get("licence", columns.get("license"))
+    none = pd.Series("", polygons.index, dtype="string")
+    told = pd.DataFrame({"source": columns.get("source", none), "licence": none if licence is None else licence})
+    told["doi"] = columns.get("doi", none)
+    if told["source"].nunique() > _SOURCES:
+        told["source"] = ""  # some maps have a source for every polygon
+    rows = told.drop_duplicates().sort_values(["source", "licence", "doi"]).itertuples(index=False)
+    # A licence always, so that brackets in a name are not taken for it.
+    named = (
+        (source or path.name, licence or exporting.NOT_STATED, f" doi:{doi}" if doi else "") for source, licence, doi in rows
+    )
+    return exporting.SEVERAL.join(f"{source} ({licence}){doi}" for source, licence, doi in named)
 
 
 @contextmanager

@@ -73,6 +73,11 @@ def polygons(
     second = Path(compare) if compare and Path(compare).suffix.lower() in SITE_FILES else None
     by = compare if not second else None
     areas = {s.id: shapely.geometry.shape(s.geometry) for s in chosen.values() if s.geometry is not None}
+    if unplaced := sorted(set(chosen) - set(areas)):
+        said = f"{', '.join(unplaced[:8])}{' and others' if unplaced[8:] else ''}: the catalogue has no place for them yet"
+        if not areas:
+            raise LabelError(f"{said}, so nothing can be held against it; import their release (--catalog), or name a file")
+        click.echo(f"{said}; their polygons are not held against it", err=True)
     files = [file, *([second] if second else [])]
     looked = {path: labels.survey(path, sites=areas, by=by, min_width_m=min_width_m) for path in files}
     found = pd.concat([s.findings.assign(file=path.name) for path, s in looked.items()], ignore_index=True)

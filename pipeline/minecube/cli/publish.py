@@ -8,6 +8,7 @@ import zarr
 from minecube import cube, export
 from minecube.cli.common import sites_option, store_option, stored_sites, table
 from minecube.cube.store import zarr_store
+from minecube.errors import CubeError
 from minecube.export import publish as releasing
 
 
@@ -20,6 +21,8 @@ from minecube.export import publish as releasing
 @click.option("--rollback", metavar="TAG", help="Take `main` back to that tag; later tags stay.")
 def publish(store: str, wanted: str, place: str, tag: str | None, diff: tuple[str, str] | None, rollback: str | None) -> None:
     """Keep a store's committed site-years in Icechunk, a tag a release; without --tag, list the releases.
+
+    A release holds the sites that are named, all by default, and no other: what an earlier one had beside them stays in that.
 
     \b
     Examples:
@@ -36,12 +39,13 @@ def publish(store: str, wanted: str, place: str, tag: str | None, diff: tuple[st
     if tag:
         years = {name: list(cube.builds(store, name)) for name in stored_sites(store, wanted)}
         years = {name: found for name, found in years.items() if found}
+        if not years:
+            raise CubeError(f"{store}: no site-year of {wanted!r} is committed, so there is nothing to publish; build first")
         about = {name: export.lines(export.credits_of(cube.open_committed(store, name))) for name in years}
         root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
-        written = releasing.publish(root, years, place, tag, about)
-        click.echo(
-            f"{place}: {tag} holds {sum(map(len, years.values()))} site-years; {written} objects differed and were written"
-        )
+        written, gone = releasing.publish(root, years, place, tag, about)
+        differed = f"{written} objects differed and were written" + (f", {gone} were removed" if gone else "")
+        click.echo(f"{place}: {tag} holds {sum(map(len, years.values()))} site-years; {differed}")
     elif diff:
         rows = releasing.differences(place, *diff)
         click.echo(table(("site", "year", "what differs"), rows) if rows else f"{diff[0]} and {diff[1]} are the same")

@@ -74,6 +74,7 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
         for site, of in report.rebuild.items():
             cube.uncommit(store, site, of)
         click.echo(f"took the commit off {', '.join(_site_years(report)) or 'nothing'}")
+        commands = [line for line in commands if not line.endswith(" --uncommit")]
     if commands:
         click.echo("to mend it:\n" + "\n".join(f"  {line}" for line in commands))
     ctx.exit(1)

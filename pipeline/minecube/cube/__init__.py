@@ -291,7 +291,9 @@ def write_footprint(
             attrs = {**FRACTION_ATTRS, "grid_mapping": "spatial_ref"}
             zarr.create_array(zarr_store(store), name=f"{site_id}/{FRACTION}", **_like(group["footprint"]), attributes=attrs)
         at = [_index(group, int(year)) for year in footprint.year.values]
-        for name, layer in (("footprint", footprint), (FRACTION, fraction)):
+        # Killed in between, no fraction is left that is of another footprint.
+        unknown = xr.full_like(footprint, 255)
+        for name, layer in ((FRACTION, unknown), ("footprint", footprint), (FRACTION, fraction)):
             array = zarr.open_array(target := summing(store), path=f"{site_id}/{name}", mode="r+")
             for index, of_year in zip(at, layer.values, strict=True):
                 array[index] = of_year

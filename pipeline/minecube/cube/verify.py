@@ -329,22 +329,21 @@ class _Site:
         empty.to_zarr(store, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
         self.expected = {n: json.loads(memory[f"{n}/zarr.json"].to_bytes()) for n in map(str, empty.variables)}
         for name in sorted({*self.expected, *identities}):
-            cure = "label" if name in self.expected and name not in {*self.built, *map(str, empty.coords)} else "site"
             held = _json(self.metadata.get(name))
             if name == FRACTION and name not in {*self.metadata, *identities}:
                 continue  # a cube made before there were fractions; labelled again, it has one
             if held is None:
                 kind = "damaged" if name in self.metadata else "missing"
-                yield self._find(kind, f"{name}/zarr.json", "without it no pixel of the variable can be read", cure)
+                yield self._find(kind, f"{name}/zarr.json", "without it no pixel of the variable can be read", "site")
                 continue
             asked = self.expected.get(name, held)
             keys = (*_SETTLED, *(("chunk_grid", "shape") if name in empty.data_vars else ()))
             off = [k for k in keys if held.get(k) != asked.get(k)]
             if off:
                 said = "; ".join(f"{k} {held.get(k)}, expected {asked.get(k)}" for k in off)
-                yield self._find("damaged", f"{name}/zarr.json", said, cure)
+                yield self._find("damaged", f"{name}/zarr.json", said, "site")
             elif name in identities and identities[name] != identity(held):
-                yield self._find("damaged", f"{name}/zarr.json", "is not what the group was made with", cure)
+                yield self._find("damaged", f"{name}/zarr.json", "is not what the group was made with", "site")
         for name in map(str, empty.coords):
             want = empty[name].to_numpy()
             got = self._values(name, None)

@@ -9,7 +9,7 @@ Each file or folder is written under another name and then renamed, so a full di
 `publish` needs an extra package and is imported by its own name.
 """
 
-from minecube.export.credits import EUROMINENET, Credit, credits_of, lines
+from minecube.export.credits import EUROMINENET, NOT_STATED, SEVERAL, Credit, credits_of, lines
 from minecube.export.croissant import write_croissant
 from minecube.export.images import write_cogs, write_footprints
 from minecube.export.layers import LAYERS, SPECTRUM, Layer
@@ -20,6 +20,8 @@ from minecube.export.zarrs import write_zarr, write_zarr2
 __all__ = [
     "EUROMINENET",
     "LAYERS",
+    "NOT_STATED",
+    "SEVERAL",
     "SPECTRUM",
     "Credit",
     "Layer",

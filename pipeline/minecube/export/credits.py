@@ -15,6 +15,8 @@ import xarray as xr
 
 SENTINEL_TERMS = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
 NOT_STATED = "not stated"
+SEVERAL = " | "
+"""What stands between the sources of labels in an origin."""
 _UNKNOWN = 255  # of footprints: nobody mapped it
 
 
@@ -59,7 +61,7 @@ def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
             )
         )
     if "footprint" in cube and bool(np.any(cube["footprint"].to_numpy() != _UNKNOWN)):
-        found.append(of_labels(str(cube["footprint"].attrs.get("origin", ""))))
+        found += of_labels(str(cube["footprint"].attrs.get("origin", "")))
     if "probability" in cube:
         card = cube["probability"].attrs.get("model", {})
         name = card.get("id", "a model without a card")
@@ -73,15 +75,20 @@ def span_of(cube: xr.Dataset) -> str:
     return f"{min(years)}-{max(years)}" if len(years) > 1 else f"{years[0]}"
 
 
-def of_labels(origin: str) -> Credit:
-    """What an origin such as `pits.gpkg (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325` says: name, licence, DOIs."""
-    if "eurominenet" in origin.lower():
+def of_labels(origin: str) -> list[Credit]:
+    """What an origin such as `pits.gpkg (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325` says; several have ` | ` between them."""
+    return list(dict.fromkeys(_of_one(part.strip()) for part in origin.split(SEVERAL.strip())))
+
+
+def _of_one(origin: str) -> Credit:
+    # The licence is what stands last in brackets: names have brackets, too, as `Maus et al. (2022) (CC-BY-SA-4.0)`.
+    found = re.fullmatch(r"(?P<name>.*?)(?:\s*\((?P<licence>[^()]*)\))?(?P<dois>(?:\s*doi:\S+)*)", origin)
+    name, licence, said = found.group("name", "licence", "dois") if found else (origin, None, "")
+    if name.strip().lower() == EUROMINENET.name.lower():
         return EUROMINENET
-    name, bracket, rest = origin.partition("(")
-    licence, closed, after = rest.rpartition(")")
-    spdx, url = _spdx(licence) if closed else ("", "")
-    dois = tuple(d.rstrip(".,;)") for d in re.findall(r"10\.\d{4,9}/\S+", after if closed else origin))
-    named = (name if bracket else re.sub(r"\s*doi:\S+", "", origin)).strip() or "mine polygons of unstated origin"
+    spdx, url = _spdx(licence) if licence and licence != NOT_STATED else ("", "")
+    dois = tuple(d.rstrip(".,;)") for d in re.findall(r"10\.\d{4,9}/\S+", said))
+    named = name.strip() or "mine polygons of unstated origin"
     citation = named + "".join(f", doi:{d}" for d in dois)
     return Credit(kind="labels", name=named, licence=spdx or NOT_STATED, url=url, dois=dois, citation=citation)
 

@@ -51,6 +51,10 @@ LAYERS = {
         title="Mine probability", nodata=255, scale=1 / 250, overview="AVERAGE", roles=("data",), cf={"units": "1"}
     ),
 }
+# What is no image of its own, and is described all the same.
+FRACTION = Layer(
+    title="Share of the pixel that is mine", nodata=255, scale=1 / 250, overview="AVERAGE", roles=(), cf={"units": "1"}
+)
 # Name in the STAC EO extension v1.1, and centre in micrometres (Sentinel-2A's, from MTD_MSIL2A.xml, Spectral_Information).
 SPECTRUM = {
     "B02": ("blue", 0.4927),
@@ -127,7 +131,7 @@ def placed(grid: GeoBox) -> dict[str, Any]:
 
 
 def _described(variable: xr.DataArray) -> xr.Variable:
-    layer = LAYERS.get(str(variable.name))
+    layer = FRACTION if variable.name == "footprint_fraction" else LAYERS.get(str(variable.name))
     attrs: dict[str, Any] = {"long_name": layer.title if layer else variable.attrs.get("long_name", str(variable.name))}
     if layer:
         attrs |= layer.cf

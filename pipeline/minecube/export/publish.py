@@ -69,8 +69,8 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
 
 def publish(
     source: zarr.Group, years: Mapping[str, Sequence[int]], place: str, tag: str, about: Mapping[str, Mapping[str, str]]
-) -> int:
-    """Make the repository hold what these sites hold, commit that and name it by the tag; how many objects were written.
+) -> tuple[int, int]:
+    """Make the repository hold what these sites hold, commit that and name it by the tag; objects written, and removed.
 
     Args:
         source: root of the store.
@@ -88,12 +88,12 @@ def publish(
             raise CubeError(f"{place}: tag {tag!r} is there already, and a tag never moves; choose another name")
         session = repository.writable_session("main")
         wanted = {_ROOT, *(key for site in years for key in _keys(source, site, years[site]))}
-        written: int = sync(_mirror(source, session.store, wanted, about))
+        changed: tuple[int, int] = sync(_mirror(source, session.store, wanted, about))
         snapshot = session.snapshot_id
         if session.has_uncommitted_changes:
             snapshot = session.commit(f"Release {tag}", metadata={site: dict(text) for site, text in about.items()})
         repository.create_tag(tag, snapshot)
-    return written
+    return changed
 
 
 def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
@@ -115,8 +115,8 @@ def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
         yield key
 
 
-async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> int:
-    """Set what differs and delete what is not wanted; how many objects that were."""
+async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
+    """Set what differs and delete what is not wanted; how many objects each was."""
     prototype = default_buffer_prototype()
     gone = sorted([key async for key in target.list() if key not in wanted], key=_order, reverse=True)
     for key in gone:
@@ -141,7 +141,7 @@ async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapp
     written = [await copy(key) for key in metadata]
     for at in range(0, len(chunks), _AT_ONCE):
         written += await asyncio.gather(*map(copy, chunks[at : at + _AT_ONCE]))
-    return len(gone) + sum(written)
+    return sum(written), len(gone)
 
 
 def _order(key: str) -> tuple[bool, int, str]:

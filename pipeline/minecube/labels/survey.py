@@ -6,7 +6,8 @@ In this order, each on what the former left:
     unknown site  kept: its `site` is none of those asked for       at no site    left out: over 10 km from all, naming none
     elsewhere     left out: over 10 km from the site it names, or a swap of coordinates would put it at a site
     duplicate     left out: the shape and years of an earlier row
-    sliver        left out: a part that is narrower everywhere than the least width (no circle of that diameter fits in)
+    sliver        left out: a part that is narrower everywhere than the least width (no circle of that diameter fits in);
+                  kept at sites with `mapped` areas, whose labels are drawn along pixels
     hole          kept, or filled where it is such a sliver
     overlap       cut from the later row, so that no ground is twice there and none is lost; kept where their years differ
 
@@ -94,7 +95,11 @@ def survey(
     if sites:
         table = _near(table, sites, path, notes)
     looked_at, mines = table[mapped(table)], table[~mapped(table)]
-    kept = [_cleaned(own, min_width_m, notes) for _, own in mines.groupby(_groups(mines, by))]
+    along_pixels = set(_groups(looked_at, None)[0])
+    kept = []
+    for (site, _), own in mines.groupby(_groups(mines, by)):
+        # Labels drawn along pixel edges, as those of an import, may be one pixel wide, which is 4 m in the north.
+        kept.append(_cleaned(own, 0 if site in along_pixels else min_width_m, notes))
     polygons = pd.concat([*kept, looked_at]).sort_values("row").reset_index(drop=True)
     if polygons.empty:
         raise LabelError(f"{path}: no polygon is wider than {min_width_m:g} m anywhere, so none is left; lower the least width")
