@@ -23,7 +23,7 @@ COMMANDS = {
     "search": ("minecube.cli.survey", "Find the scenes of sites and years, and save the list."),
     "audit": ("minecube.cli.survey", "Check what sources list of sites and years, against the satellites' orbits."),
     "plan": ("minecube.cli.survey", "Say what a build would take, before a pixel is read."),
-    "release": ("minecube.cli.release", "Read the published EuroMineNet archive in place, and audit it."),
+    "release": ("minecube.cli.release", "Read the published EuroMineNet archive in place, audit it, write its like."),
     "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
     "polygons": ("minecube.cli.polygons", "Say what is wrong with mine polygons, repair them, compare mappers."),
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),

@@ -54,6 +54,8 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     if download:
         with progress_bar("downloading") as advance:
             archive = str(releases.download(archive, out, lambda n, of: advance(n, total=of)))
+    # A server that does not answer is asked again for minutes.
+    click.echo(f"reading the directory of {archive.partition('?')[0]}", err=True)
     opened = releases.Archive(archive)
     sites = releases.find(opened.names()).sites()
     with progress_bar("importing", len(sites)) as advance:
