@@ -49,7 +49,7 @@ class Bytes(Protocol):
     tally: Tally
 
     def fetch(self, start: int, length: int) -> bytes:
-        """Exactly these bytes; raises OSError."""
+        """Exactly these bytes; raises RequestError."""
 
 
 class LocalBytes:
@@ -60,12 +60,15 @@ class LocalBytes:
         self.size = path.stat().st_size
 
     def fetch(self, start: int, length: int) -> bytes:
-        """Exactly these bytes; raises OSError."""
-        with self._path.open("rb") as file:  # each time: a file of many threads would have one position
-            file.seek(start)
-            data = file.read(length)
+        """Exactly these bytes; raises RequestError."""
+        try:
+            with self._path.open("rb") as file:  # each time: a file of many threads would have one position
+                file.seek(start)
+                data = file.read(length)
+        except OSError as error:  # of the disk, which must not be taken for one of what was read
+            raise RequestError(error.strerror or str(error)) from error
         if len(data) < length:
-            raise OSError(f"{len(data)} bytes of {length} from {start} on; it has become shorter")
+            raise RequestError(f"{len(data)} bytes of {length} from {start} on; it has become shorter")
         self.tally.bytes += len(data)
         return data
 

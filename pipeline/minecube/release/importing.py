@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import rasterio
 import shapely
 from affine import Affine
 from rasterio import features
@@ -139,7 +137,7 @@ def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
     """Headers of a site's images, and its labels, from the archive.
 
     Raises:
-        ReleaseError: a member cannot be read.
+        ReleaseError: the archive cannot be read; what is broken in it is a problem of its row.
     """
     years = sorted({year for name, year in (*found.images, *found.labels) if name == site})
     members = [found.labels[site, year] for year in years if (site, year) in found.labels]
@@ -177,25 +175,22 @@ def extent_of(years: pd.DataFrame) -> shapely.Polygon | None:
 
 
 def _header(archive: Archive, name: str) -> dict[str, Any]:
+    crc = {"image_crc": archive.checksum_of(name)}
     try:
-        image = archive.image(name)
-        return _grid_of(archive, name, image)
+        with archive.image(name) as image:
+            known = image.crs.to_epsg() if image.crs else None
+            return {
+                **crc,
+                "height": image.height,
+                "width": image.width,
+                "bands": image.count,
+                "dtype": image.dtypes[0],
+                "crs": f"EPSG:{known}" if known else image.crs and image.crs.to_string(),
+                "transform": tuple(image.transform)[:6],
+            }
     except BrokenMemberError as error:
         log.warning("%s", error)
-        return {"image_crc": archive.checksum_of(name)}
-
-
-def _grid_of(archive: Archive, name: str, opened: AbstractContextManager[rasterio.DatasetReader]) -> dict[str, Any]:
-    with opened as image:
-        return {
-            "image_crc": archive.checksum_of(name),
-            "height": image.height,
-            "width": image.width,
-            "bands": image.count,
-            "dtype": image.dtypes[0],
-            "crs": f"EPSG:{image.crs.to_epsg()}" if image.crs and image.crs.to_epsg() else image.crs and image.crs.to_string(),
-            "transform": tuple(image.transform)[:6],
-        }
+        return crc
 
 
 def _mask(content: bytes | None) -> UInt8 | None:
