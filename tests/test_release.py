@@ -322,6 +322,8 @@ def test_quirks_of_names(whole, tmp_path):
     assert made.about["renamed"] == ["EuroMineNet/Germany_1/image/year2016.tif", "EuroMineNet/Germany_1/label/Label2015.tif"]
     assert made.about["twice"] == ["EuroMineNet/Germany_1/label/Label2017.tif"]
     assert made.about["strange"] == ["EuroMineNet/readme.txt"]
+    found = auditing.audit(made, KNOWN, NAMES)
+    assert [f.check for f in found] == ["name", "name", "repeated member", "strange member"]
 
 
 def spoil(members):
