@@ -26,11 +26,12 @@ from minecube import release
 from minecube.catalog import BANDS, Release, Site, load_releases, load_sites
 from minecube.cli import cli
 from minecube.errors import ReleaseError
+from minecube.grid import PIXEL_DEG
 from minecube.reader.remote import RequestError
 from minecube.release import archive as archive_module
 from minecube.release import audit as auditing
 from minecube.release import importing
-from minecube.simulate.release import PIXEL_DEG, tiff, write_release
+from minecube.simulate.release import tiff, write_release
 
 YEARS = (2015, 2016, 2017)
 SITES = {"Germany_1": (12.0, 51.0), "Germany_10": (12.3, 51.2), "Portuga_2": (-8.0, 38.0)}
@@ -559,6 +560,7 @@ def test_packings_that_break_are_none_of_pythons_errors(tmp_path, packed):
         path = flipped(path, tmp_path / f"{name}.zip", f"EuroMineNet/Spain_1/{name}/Year2015.tif")
     with pytest.raises(ReleaseError, match="no image has a place on Earth"):
         imported(path, tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_a_disk_that_fails_is_no_broken_member(whole, tmp_path):
@@ -590,9 +592,10 @@ def test_names_that_no_group_can_have_are_strange(whole, tmp_path):
         for name in [n for n in members if "Portuga_2" in n]:
             members[name.replace("Portuga_2", "North Macedonia_1")] = members.pop(name)
         members["./EuroMineNet/Spain_1/label/Year2015.tif"] = members[label("Germany_1", 2015)]
+        members["EuroMineNet\\Spain_2\\label\\Year2015.tif"] = members[label("Germany_1", 2015)]  # as some packers write
 
     made = imported(changed(whole[0], tmp_path / "a.zip", rename), tmp_path / "made")
-    assert set(made.years["site"]) == {"Germany_1", "Germany_10", "Spain_1"}
+    assert set(made.years["site"]) == {"Germany_1", "Germany_10", "Spain_1", "Spain_2"}
     assert len(made.about["strange"]) == 6
 
 

@@ -21,9 +21,8 @@ from scipy.interpolate import RegularGridInterpolator
 
 from minecube.catalog import Site
 from minecube.errors import ReleaseError
-from minecube.grid import grid_of
+from minecube.grid import PIXEL_DEG, grid_of
 from minecube.release import layout
-from minecube.simulate.release import PIXEL_DEG
 
 PLACES = {"Lapland": (25.0, 66.0), "Lusatia": (14.3, 51.6), "Alentejo": (-8.0, 38.0)}
 
@@ -160,3 +159,5 @@ def test_files_are_as_the_releases(tmp_path):
             assert written.shape == pixels.shape[1:]
             assert set(np.unique(written.read())) == {255}
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["Year2019.tif"] * 2
+    layout.write(tmp_path, "Portuga_1", 2019, layout.image_on(on(cube, values), grid), None, grid)
+    assert [p.parent.name for p in tmp_path.rglob("*") if p.is_file()] == ["image"]  # no label of another cube stays

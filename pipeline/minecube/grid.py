@@ -22,6 +22,8 @@ from minecube.errors import CatalogError
 PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
 LARGEST_PX = 100_000
+PIXEL_DEG = 10 / 111319.490793
+"""Ten metres on the equator, in degrees: pixels of images exported to EPSG:4326 at a scale of 10 m, as EuroMineNet's were."""
 Block = tuple[slice, slice]
 
 

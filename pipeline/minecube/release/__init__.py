@@ -104,6 +104,7 @@ def import_release(
         write_json(parts / "import.json", about)
         read = _read_sites(archive, found, parts, done)
         if all(extent_of(r.years) is None for r in read):
+            shutil.rmtree(parts)
             raise ReleaseError(
                 f"{archive.where}: no image has a place on Earth, so no site of it has; is it the whole release?"
             )

@@ -189,10 +189,6 @@ class Archive:
         """Of its members, in the order of its directory."""
         return list(self._members)
 
-    def size_of(self, name: str) -> int:
-        """Bytes of a member, unpacked."""
-        return self._members[name].file_size
-
     def checksum_of(self, name: str) -> int:
         """CRC-32 of a member, unpacked, as the directory has it."""
         return self._members[name].CRC

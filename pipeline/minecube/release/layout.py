@@ -26,10 +26,9 @@ from rasterio.io import MemoryFile
 from scipy import ndimage
 
 from minecube.errors import ReleaseError
+from minecube.grid import PIXEL_DEG
 
 FOLDER = "EuroMineNet"
-PIXEL_DEG = 10 / 111319.490793
-"""Of the release: 10 m on the equator, the scale its images were exported at."""
 _SLACK_M = 1.0  # an edge that is straight in degrees was followed from point to point when the cube's grid was made
 FULL, UNKNOWN = 250, 255
 """Of `footprint_fraction`: all of the pixel, and not known."""
@@ -93,11 +92,14 @@ def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBo
 def write(
     out: Path, site: str, year: int, image: npt.NDArray[np.int16], label: npt.NDArray[np.uint8] | None, grid: GeoBox
 ) -> None:
-    """A year of a site in the release's layout below `out`; raises ReleaseError where it cannot be written."""
+    """A year of a site in the release's layout below `out`, in place of what is there; raises ReleaseError if it cannot be."""
     place = {"crs": str(grid.crs), "transform": grid.affine}
     _write(out / FOLDER / site / "image" / f"Year{year}.tif", image, place)
+    path = out / FOLDER / site / "label" / f"Year{year}.tif"
     if label is not None:
-        _write(out / FOLDER / site / "label" / f"Year{year}.tif", label[None], {})
+        _write(path, label[None], {})
+    else:
+        path.unlink(missing_ok=True)  # of an earlier export: it is of another cube than the image beside it
 
 
 def iou(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:

@@ -14,8 +14,8 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 from scipy import ndimage
 
-PIXEL_DEG = 10 / 111319.490793
-"""Ten metres at the equator, in degrees: pixels of an export to EPSG:4326 at a scale of 10 m."""
+from minecube.grid import PIXEL_DEG
+
 MEAN = (1089, 1004, 913, 1158, 1957, 2315, 2250, 2553, 1922, 1187)
 SPREAD = (311, 366, 545, 499, 613, 786, 787, 872, 871, 752)
 
@@ -29,7 +29,6 @@ def write_release(
     *,
     shape: tuple[int, int] = (320, 280),
     packed: bool = True,
-    seed: int = 0,
 ) -> Masks:
     """A zip of images and labels; what the labels are, uint8 [y, x] 0 or 255, by site and year.
 
@@ -39,19 +38,18 @@ def write_release(
         years: of each site.
         shape: rows and columns.
         packed: members are deflated; otherwise they lie there as they are.
-        seed: the same seed gives the same pixels.
     """
     masks: Masks = {}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1) as archive:
         for number, (site, (west, north)) in enumerate(sites.items()):
-            rng = np.random.default_rng((seed, number))
+            rng = np.random.default_rng(number)
             place = {"crs": "EPSG:4326", "transform": Affine(PIXEL_DEG, 0, west, 0, -PIXEL_DEG, north)}
             ground = ndimage.gaussian_filter(rng.standard_normal(shape), 12)
             ground = (ground - ground.mean()) / ground.std()
             noise = rng.standard_normal((len(MEAN), *shape), dtype=np.float32)
             for step, year in enumerate(years):
                 # A pit that grows from year to year, with what lies around it.
-                masks[site, year] = np.where(ground > 1.6 - 0.04 * step, np.uint8(255), np.uint8(0))
+                masks[site, year] = np.where(ground > np.quantile(ground, 0.95 - 0.003 * step), np.uint8(255), np.uint8(0))
                 spread = np.array(SPREAD)[:, None, None]
                 image = np.array(MEAN)[:, None, None] + spread * (0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1))
                 image = np.maximum(image, 1).astype(np.int16)
