@@ -355,6 +355,25 @@ def test_the_fraction_goes_with_its_footprint(store, site, grid, earlier):
         cube.write_footprint(store, "mine", masks, "x", shares.assign_coords(x=shares.x + 10))
 
 
+def test_a_run_killed_between_footprint_and_fraction_leaves_no_fraction_of_another(store, grid, monkeypatch):
+    coords = {"year": [2019], **odc.geo.xr.xr_coords(grid)}
+    first, second = (xr.DataArray(np.full((1, *grid.shape), v, np.uint8), coords, ("year", "y", "x")) for v in (0, 1))
+    cube.write_footprint(store, "mine", first, "first", first)
+
+    def dies(array, *told):
+        if array.path.endswith("/footprint"):
+            raise KeyboardInterrupt
+        return note(array, *told)
+
+    note = cube.note_labels
+    monkeypatch.setattr(cube, "note_labels", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cube.write_footprint(store, "mine", second, "second", second * np.uint8(250))
+    opened = cube.open_cube(store, "mine").sel(year=2019)
+    assert (opened.footprint == 1).all()
+    assert (opened.footprint_fraction == 255).all()
+
+
 def test_what_is_not_there_is_named(store):
     with pytest.raises(CubeError, match="no site 'other'; it has mine"):
         cube.open_cube(store, "other")
