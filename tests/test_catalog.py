@@ -118,7 +118,11 @@ RECIPE = "mine: {title: t%s}\n"
         (load_recipes, RECIPE % ", registration: {most_px: 0}", "field 'most_px': expected pixels above 0"),
         (load_recipes, RECIPE % ", mask: [{classes: [14]}]", "field 'classes': expected SCL 1..11"),
         (load_recipes, RECIPE % ", block_px: 100, chunk_px: 100", "field 'block_px': expected a multiple of 8"),
-        (load_models, "m: {title: t, architecture: transformer}\n", "field 'architecture': expected unet"),
+        (
+            load_models,
+            "m: {title: t, architecture: unet, task: driving}\n",
+            "field 'task': expected one of mapping, change, series",
+        ),
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path, load, text, said):

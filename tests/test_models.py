@@ -16,9 +16,11 @@ import xarray as xr
 from minecube import models, train
 from minecube.catalog import BANDS, ModelCard, load_models
 from minecube.errors import ModelError
-from minecube.models import Trained, load, predict, save
+from minecube.models import Trained, load, mapping, predict, save
 
-SMALL = ModelCard(id="small", title="for tests", architecture="unet", width=4, depth=2, window_px=16)
+SMALL = ModelCard(
+    id="small", title="for tests", architecture="unet", options={"width": 4, "depth": 2}, window_px=16, multiple_px=4
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +86,7 @@ def test_parameters_are_those_of_the_architecture() -> None:
         return 9 * a * b + 2 * b + 9 * b * b + 2 * b
 
     expected = block(bands, w) + block(w, 2 * w) + (4 * 2 * w * w + w) + block(2 * w, w) + (w + 1)
-    network = models.build(dataclasses.replace(SMALL, width=w, depth=1))
+    network = models.build(dataclasses.replace(SMALL, options={"width": w, "depth": 1}))
     assert sum(p.numel() for p in network.parameters()) == expected
 
 
@@ -135,19 +137,19 @@ def test_logits_are_blended_not_probabilities_and_the_rim_of_a_window_counts_lit
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The blended logits of every year mapped so far, before they are rounded to a probability."""
     found: list[np.ndarray] = []
-    probability = models._Blend.probability
+    probability = mapping._Blend.probability
 
-    def recorded(self: models._Blend) -> np.ndarray:
+    def recorded(self: mapping._Blend) -> np.ndarray:
         found.append(self.total.copy())
         return probability(self)
 
-    monkeypatch.setattr(models._Blend, "probability", recorded)
+    monkeypatch.setattr(mapping._Blend, "probability", recorded)
     return found
 
 
 def test_the_map_is_the_same_whatever_the_batch(sums: list[np.ndarray]) -> None:
     # Wide enough for the libraries to choose another kernel for another batch, as they do.
-    model = untrained(dataclasses.replace(SMALL, width=16, depth=3, window_px=32))
+    model = untrained(dataclasses.replace(SMALL, options={"width": 16, "depth": 3}, window_px=32))
     reflectance = cube(6, 70, 53).reflectance.sel(year=2019)
     for batch in (1, 2, 3, 7, 16, 1000):
         predict(model, reflectance, batch=batch)
@@ -156,10 +158,10 @@ def test_the_map_is_the_same_whatever_the_batch(sums: list[np.ndarray]) -> None:
 
 def test_the_map_is_the_same_whatever_the_order_of_the_windows(sums: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     reflectance = cube(7, 70, 53).reflectance.sel(year=2019)
-    corners = models._Blend.corners
+    corners = mapping._Blend.corners
     for seed in range(4):
         order = np.random.default_rng(seed)
-        monkeypatch.setattr(models._Blend, "corners", lambda self, order=order: order.permutation(corners(self)).tolist())
+        monkeypatch.setattr(mapping._Blend, "corners", lambda self, order=order: order.permutation(corners(self)).tolist())
         predict(untrained(), reflectance)
     assert all(np.array_equal(sums[0], other) for other in sums)
 
@@ -304,9 +306,9 @@ def altered(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"width": 8}, "weights are not those of its card"),
-        ({"depth": 1}, "weights are not those of its card"),
-        ({"architecture": "segformer"}, "does not know.*segformer"),
+        ({"options": {"width": 8, "depth": 2}}, "weights are not those of its card"),
+        ({"options": {"width": 4, "depth": 1}}, "weights are not those of its card"),
+        ({"architecture": "gpt"}, "unknown architecture 'gpt'"),
         ({"attention": True}, "does not know.*attention"),
     ],
 )

@@ -23,6 +23,7 @@ import yaml
 from shapely.geometry.base import BaseGeometry
 
 from minecube.catalog.fields import BANDS, NATIVE_M, SCL, FieldError, need
+from minecube.catalog.model import TASKS, ModelCard, Weights
 from minecube.catalog.recipe import (
     FALLBACKS,
     LAYERS,
@@ -50,6 +51,7 @@ __all__ = [
     "QUALITY",
     "REDUCERS",
     "SCL",
+    "TASKS",
     "Access",
     "BestPixel",
     "BrightOverride",
@@ -64,12 +66,14 @@ __all__ = [
     "SecondOpinion",
     "Site",
     "Source",
+    "Weights",
     "as_dict",
     "load_models",
     "load_recipes",
     "load_releases",
     "load_sites",
     "load_sources",
+    "model_card_of",
     "pick",
     "recipe_of",
 ]
@@ -198,34 +202,6 @@ class Source:
         return tuple(self.assets) or (*BANDS, SCL)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelCard:
-    """What a network is, before and after training."""
-
-    id: str
-    title: str
-    architecture: str
-    task: str = "mapping"
-    bands: tuple[str, ...] = BANDS
-    """Input channels, in order."""
-    width: int = 16
-    """Channels of the first level; each level down has twice as many."""
-    depth: int = 3
-    """Times the image is halved; windows are multiples of 2 ** depth."""
-    window_px: int = 96
-    """Side of the windows it is trained on and applied to."""
-    licence: str = "Apache-2.0"
-
-    def __post_init__(self) -> None:
-        need(self.architecture == "unet", "architecture", f"unet, found {self.architecture!r}")
-        need(self.task == "mapping", "task", f"mapping, found {self.task!r}")
-        unknown = [b for b in self.bands if b not in BANDS]
-        need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
-        need(self.width > 0 and 1 <= self.depth <= 6, "depth", "width above 0 and depth 1..6")
-        fits = self.window_px > 0 and self.window_px % 2**self.depth == 0
-        need(fits, "window_px", f"a multiple of {2**self.depth}, found {self.window_px}")
-
-
 def _catalog_dir() -> Path:
     package = Path(__file__).parents[1]
     shipped = package / "_catalog"  # inside a wheel; a checkout keeps it at its top
@@ -338,6 +314,14 @@ def recipe_of(written: Mapping[str, Any]) -> Recipe:
         raise CatalogError(f"recipe {written.get('id')!r}: {error}") from error
 
 
+def model_card_of(written: Mapping[str, Any]) -> ModelCard:
+    """The model card that `as_dict` wrote down; raises CatalogError where it is none of this version's."""
+    try:
+        return _build(ModelCard, written)
+    except ValueError as error:
+        raise CatalogError(f"model {written.get('id')!r}: {error}") from error
+
+
 def load_models(path: Path | None = None) -> dict[str, ModelCard]:
     """The model cards of a `models.yaml`, by id; raises CatalogError as `load_sites` does."""
     return {m.id: m for m in _load_yaml(ModelCard, path or _catalog_dir() / "models.yaml")}
@@ -393,6 +377,8 @@ def _build(cls: type[T], entry: Mapping[str, Any]) -> T:
 
 
 def _convert(hint: Any, value: Any, field: str) -> Any:
+    if hint is Any:
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, field)

@@ -1,0 +1,74 @@
+"""What a network is, before and after training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minecube.catalog.fields import BANDS, need
+
+TASKS = {"mapping": ("mine",), "change": ("changed", "removed", "new"), "series": ("mine",)}
+"""What is mapped from one year, from two, and from all at once; and the classes that each may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A file of trained weights."""
+
+    href: str
+    """URL, or a path relative to the YAML file that names it."""
+    sha256: str
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        need(re.fullmatch("[0-9a-f]{64}", self.sha256), "sha256", f"64 hexadecimal digits, found {self.sha256!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """One network by name."""
+
+    id: str
+    title: str
+    architecture: str
+    """Which of the networks in `minecube.models`."""
+    task: str = "mapping"
+    """Of `TASKS`."""
+    classes: tuple[str, ...] = ("mine",)
+    """One logit each: mine; of change, `changed`, or `new` (expansion), or `removed` and `new` (transition)."""
+    bands: tuple[str, ...] = BANDS
+    """Input channels, in order."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The architecture's own: encoder, width, ..."""
+    window_px: int = 160
+    """Side of the windows it is trained on and applied to."""
+    multiple_px: int = 32
+    """Sides of windows are multiples of it."""
+    paper: str = ""
+    """Citation of the architecture."""
+    licence: str = "Apache-2.0"
+    """Of the weights."""
+    weights: Weights | None = None
+    """Trained ones; None: it is to be trained."""
+    trained_on: str = ""
+    """What the weights have seen."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """What its makers say of the weights, by name of score."""
+
+    def __post_init__(self) -> None:
+        # The id names a Zarr group and files, so it is kept to letters that are safe in both.
+        need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {self.id!r}")
+        need(self.task in TASKS, "task", f"one of {', '.join(TASKS)}, found {self.task!r}")
+        known = TASKS[self.task]
+        fits = self.classes and len(set(self.classes)) == len(self.classes) and set(self.classes) <= set(known)
+        need(
+            fits, "classes", f"some of {', '.join(known)} for {self.task}, each once, found {', '.join(self.classes) or 'none'}"
+        )
+        unknown = [b for b in self.bands if b not in BANDS]
+        need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
+        need(len(set(self.bands)) == len(self.bands), "bands", f"each band once, found {', '.join(self.bands)}")
+        need(self.multiple_px > 0, "multiple_px", f"pixels above 0, found {self.multiple_px}")
+        fits_px = self.window_px > 0 and self.window_px % self.multiple_px == 0
+        need(fits_px, "window_px", f"a multiple of {self.multiple_px}, found {self.window_px}")

@@ -1,0 +1,29 @@
+"""Networks by card: built, saved, loaded, and applied to whole sites.
+
+A card's task says what a network takes and gives, float32; every class is a logit of its own:
+
+    mapping   (n, band, y, x)        ->  (n, class, y, x)          one year: mine
+    change    (n, 2, band, y, x)     ->  (n, class, y, x)          two years, the earlier first: what changed between them
+    series    (n, year, band, y, x)  ->  (n, year, class, y, x)    all years at once: mine in each
+
+`logits` brings the three to one form, [n, time, band, y, x] -> [n, time, class, y, x].
+"""
+
+from __future__ import annotations
+
+from minecube.models.mapping import NODATA, SCALE, predict
+from minecube.models.network import ARCHITECTURES, Trained, build, load, logits, normalise, save, select_bands
+
+__all__ = [
+    "ARCHITECTURES",
+    "NODATA",
+    "SCALE",
+    "Trained",
+    "build",
+    "load",
+    "logits",
+    "normalise",
+    "predict",
+    "save",
+    "select_bands",
+]

@@ -1,0 +1,161 @@
+"""From a card to a network, to a file, and back."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minecube.catalog import ModelCard, as_dict, model_card_of
+from minecube.errors import CatalogError, ModelError
+
+FORMAT = "minecube-model-2"
+ARCHITECTURES = {"unet": "unet:unet"}
+"""Architecture -> where its function (card) -> network is: a module is loaded when one of its networks is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A network and all that is needed to apply it."""
+
+    card: ModelCard
+    network: nn.Module
+    """In evaluation mode, on the CPU."""
+    mean: tuple[float, ...]
+    """Per band of the card, reflectance x 10000, of the training sites."""
+    std: tuple[float, ...]
+    """Likewise; never zero."""
+    sites: tuple[str, ...]
+    """What it was trained on: scores there are not scores on unseen ground."""
+
+
+def build(card: ModelCard) -> nn.Module:
+    """The card's network with fresh weights, by torch's global random state; raises ModelError where there is no such."""
+    if card.architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"model {card.id}: unknown architecture {card.architecture!r}; there is: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    module, _, name = ARCHITECTURES[card.architecture].partition(":")
+    network: nn.Module = getattr(importlib.import_module(f"minecube.models.{module}"), name)(card)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # a third faster on CPUs
+
+
+def save(trained: Trained, path: Path) -> None:
+    """Write the model to one file, whole or not at all.
+
+    Raises:
+        ModelError: the file cannot be written (folder missing or read-only, disk full).
+    """
+    content = {
+        "format": FORMAT,
+        "card": as_dict(trained.card),
+        "mean": list(trained.mean),
+        "std": list(trained.std),
+        "sites": list(trained.sites),
+        "weights": trained.network.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    # Beside the target, so that the rename stays within one file system; a reader never meets half a file.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(buffer.getbuffer())
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ModelError(f"{path}: the model could not be written ({error}); nothing was left there") from error
+
+
+def load(path: Path) -> Trained:
+    """The model of a file that `save` wrote.
+
+    Raises:
+        ModelError: the file cannot be read, is not one of ours, or its weights are another architecture's.
+    """
+    try:
+        file = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: the model cannot be read ({error})") from error
+    foreign = f"{path}: is not a model that minecube wrote, or is damaged; train one with `minecube train`"
+    if not zipfile.is_zipfile(file):  # what torch.load would raise on any other file is a long list
+        raise ModelError(foreign)
+    file.seek(0)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ModelError(foreign) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ModelError(
+            f"{path}: is not a model of this version of minecube (expected {FORMAT}); train one with `minecube train`"
+        )
+    card = _card(content["card"], path)
+    network = build(card)
+    try:
+        network.load_state_dict(content["weights"])
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path}: the weights are not those of its card ({card.architecture}, {len(card.bands)} bands, "
+            f"{dict(card.options)}), so it cannot be applied; train it again"
+        ) from error
+    mean, std, sites = (tuple(content[key]) for key in ("mean", "std", "sites"))
+    return Trained(card=card, network=network.eval(), mean=mean, std=std, sites=sites)
+
+
+def _card(fields: dict[str, Any], path: Path) -> ModelCard:
+    try:
+        return model_card_of(fields)
+    except CatalogError as error:
+        raise ModelError(
+            f"{path}: is a model that this version of minecube does not know ({error}); update minecube"
+        ) from error
+
+
+def logits(network: nn.Module, task: str, windows: Tensor) -> Tensor:
+    """Of windows [n, time, band, y, x], the logits [n, time, class, y, x]; time is one year, two (giving one), or all."""
+    if task == "series":
+        found: Tensor = network(windows)
+        return found
+    found = network(windows[:, 0] if task == "mapping" else windows)
+    return found[:, None]
+
+
+def normalise(
+    windows: NDArray[np.uint16] | NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:
+    """Reflectance (n, band, y, x) as the network takes it: zero mean, unit deviation, zero where there is no observation."""
+    shape = (-1, 1, 1)
+    centred = windows - np.asarray(mean, np.float32).reshape(shape)
+    return np.where(windows > 0, centred / np.asarray(std, np.float32).reshape(shape), np.float32(0))
+
+
+def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
+    """The card's bands of a cube's reflectance, ([year,] band, y, x), still lazy.
+
+    Raises:
+        ModelError: bands are missing or in another order than the card's, or pixels are not uint16.
+    """
+    order = [d for d in ("year", "band", "y", "x") if d != "year" or d in reflectance.dims]
+    if set(reflectance.dims) != set(order) or reflectance.dtype != np.uint16:
+        raise ModelError(
+            f"model {card.id}: expected reflectance (year, band, y, x) as uint16, found {reflectance.dims} as "
+            f"{reflectance.dtype}; hand in the cube's `reflectance` as it was opened, integers undecoded"
+        )
+    found = [str(b) for b in reflectance["band"].to_numpy()] if "band" in reflectance.coords else []
+    if [b for b in found if b in card.bands] != list(card.bands):
+        raise ModelError(
+            f"model {card.id}: expected the bands {', '.join(card.bands)} in this order, found "
+            f"{', '.join(found) or 'no names'}; it would take one band for another: build the cube with these bands"
+        )
+    return reflectance.transpose(*order).isel(band=[found.index(b) for b in card.bands])
