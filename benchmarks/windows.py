@@ -2,9 +2,10 @@
 
     python benchmarks/windows.py [--json FILE] [--rounds 3] [--table]
 
-It makes both layouts of the same pixels, and reads 160-px windows of 10 bands and 10 years, with labels, through torch's
-DataLoader with 2 workers: patches in random order, windows of the cube anywhere. Ratios are cube / patches, of medians over the
-rounds: speeds in samples/s, so above 1 is faster; bytes and files on disk, below 1 is less.
+It makes both layouts of the same pixels, packs the cube into one file, as one copies it to where one trains, and reads 160-px
+windows of 10 bands and 10 years, with labels, through torch's DataLoader with 2 workers: patches in random order, windows of the
+cube anywhere. Ratios are packed cube / patches, and beside them (`built_`) those of the cube as it was built, of medians over
+the rounds: speeds in samples/s, so above 1 is faster; bytes and files on disk, below 1 is less.
 
 The pixels are land that is alike over 60 m and 12 m, each band with a gain of its own, and each year with what a median leaves
 of the noise; bands of 20 m fill four pixels, as in real cubes. They pack a little worse than those of a real scene do (LZ4HC at
@@ -159,16 +160,21 @@ class Patches:
         }
 
 
-def forget(folder: Path) -> None:
-    """Take every page of the folder's files out of memory, and see that it is gone."""
+def files_of(place: Path) -> list[Path]:
+    """A folder's files, or the one file."""
+    return [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
+
+
+def forget(place: Path) -> None:
+    """Take every page of the files there out of memory, and see that it is gone."""
     os.sync()
-    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+    files = [p for p in files_of(place) if p.stat().st_size]
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     kept = sum(pages_in_memory(path) for path in files)
     if kept:
-        raise SystemExit(f"{kept} pages of {folder} are still in memory: this file system does not forget, so nothing is cold")
+        raise SystemExit(f"{kept} pages of {place} are still in memory: this file system does not forget, so nothing is cold")
 
 
 def pages_in_memory(path: Path) -> int:
@@ -193,45 +199,43 @@ def speed(dataset: Any) -> float:
     return len(dataset) / (time.perf_counter() - start)
 
 
-def on_disk(folder: Path) -> tuple[int, int]:
+def on_disk(place: Path) -> tuple[int, int]:
     """Bytes that its files take up, and how many there are."""
-    files = [p.stat() for p in folder.rglob("*") if p.is_file()]
+    files = [p.stat() for p in files_of(place)]
     return sum(f.st_blocks * 512 for f in files), len(files)
 
 
 def compared(folder: Path, rounds: int) -> dict[str, Any]:
-    """Both layouts, read cold and warm in turn."""
+    """The layouts, read cold and warm in turn."""
     store, patches = make(folder)
+    places_of = {"packed": folder / "cubes.zarr.zip", "built": store, "patches": patches}
+    start = time.perf_counter()
+    cube.pack(str(store), places_of["packed"])
+    packing = time.perf_counter() - start
     speeds: dict[str, list[float]] = {}
     for n in range(rounds):
-        datasets = {"cube": cube.CubeDataset(str(store), length=len(places()), seed=n), "patches": Patches(patches)}
-        for name, dataset in datasets.items():
-            forget(store if name == "cube" else patches)
+        for name, place in places_of.items():
+            dataset = Patches(place) if name == "patches" else cube.CubeDataset(str(place), length=len(places()), seed=n)
+            forget(place)
             speeds.setdefault(f"{name}_cold", []).append(speed(dataset))
             speeds.setdefault(f"{name}_warm", []).append(speed(dataset))
     middle = {name: statistics.median(each) for name, each in speeds.items()}
-    (cube_bytes, cube_files), (patch_bytes, patch_files) = on_disk(store), on_disk(patches)
-    half = len(places(SIZE // 2)) * len(YEARS) * 2
-    figures = {
-        "cold_ratio": middle["cube_cold"] / middle["patches_cold"],
-        "warm_ratio": middle["cube_warm"] / middle["patches_warm"],
-        "bytes_ratio": cube_bytes / patch_bytes,
-        "files_ratio": cube_files / patch_files,
-        "files_ratio_half_overlapping": cube_files / half,
-        "samples_per_s": middle,
-        "rounds": speeds,
-        "cube": {"bytes": cube_bytes, "files": cube_files},
-        "patches": {"bytes": patch_bytes, "files": patch_files},
-    }
-    rows = [
-        ("samples/s, cold", middle["cube_cold"], middle["patches_cold"], figures["cold_ratio"]),
-        ("samples/s, warm", middle["cube_warm"], middle["patches_warm"], figures["warm_ratio"]),
-        ("MB on disk", cube_bytes / 1e6, patch_bytes / 1e6, figures["bytes_ratio"]),
-        ("files", cube_files, patch_files, figures["files_ratio"]),
-        ("files, patches overlapping by half", cube_files, half, figures["files_ratio_half_overlapping"]),
-    ]
-    print(table(("what", "cube", "patches", "ratio"), rows))
-    return figures
+    room = {name: dict(zip(("bytes", "files"), on_disk(place), strict=True)) for name, place in places_of.items()}
+    ratios, rows = {}, []
+    for what, values in (
+        ("cold", {name: middle[f"{name}_cold"] for name in places_of}),
+        ("warm", {name: middle[f"{name}_warm"] for name in places_of}),
+        ("bytes", {name: room[name]["bytes"] for name in places_of}),
+        ("files", {name: room[name]["files"] for name in places_of}),
+    ):
+        ratios[f"{what}_ratio"] = values["packed"] / values["patches"]
+        ratios[f"built_{what}_ratio"] = values["built"] / values["patches"]
+        unit = {"cold": "samples/s, cold", "warm": "samples/s, warm", "bytes": "MB on disk"}.get(what, what)
+        shown = [v / 1e6 if what == "bytes" else v for v in values.values()]
+        rows.append((unit, *shown, ratios[f"{what}_ratio"], ratios[f"built_{what}_ratio"]))
+    print(table(("what", *places_of, "packed / patches", "built / patches"), rows))
+    print(f"packing: {room['packed']['bytes'] / 1e6 / packing:.0f} MB/s, its checksum included")
+    return {**ratios, "samples_per_s": middle, "rounds": speeds, "packing_s": packing, **room}
 
 
 def tried(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ COMMANDS = {
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
     "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
     "verify": ("minecube.cli.verify", "Hold a store to what was written into it; say what to build again."),
+    "pack": ("minecube.cli.verify", "Put a store into one file, which opens in its place."),
     "demo": ("minecube.cli.demo", "Run everything on a simulated world and score it against the truth."),
 }
 

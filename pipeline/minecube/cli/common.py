@@ -22,7 +22,19 @@ T = TypeVar("T")
 
 SITE_FILES = (".geojson", ".json", ".gpkg", ".parquet", ".shp")
 
-store_option = click.option("--store", required=True, help="The cubes: a folder, or an object-store URL.")
+store_option = click.option(
+    "--store", required=True, help="The cubes: a folder, an object-store URL, or, only to be read, a packed store (.zip)."
+)
+
+
+def _writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
+    cube.need_writable(store)
+    return store
+
+
+writable_store_option = click.option(
+    "--store", required=True, callback=_writable, help="The cubes: a folder, or an object-store URL."
+)
 sites_option = click.option(
     "--sites",
     "wanted",

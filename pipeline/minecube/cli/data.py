@@ -31,9 +31,9 @@ from minecube.cli.common import (
     sites_option,
     snapshots_option,
     source_option,
-    store_option,
     stored_sites,
     table,
+    writable_store_option,
     years_option,
 )
 from minecube.cli.survey import show_plan
@@ -95,7 +95,7 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
 @sites_option
 @years_option
 @source_option
-@store_option
+@writable_store_option
 @recipe_option
 @catalog_option
 @snapshots_option
@@ -232,7 +232,7 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
 
 
 @click.command()
-@store_option
+@writable_store_option
 @sites_option
 @click.option(
     "--polygons",

@@ -10,7 +10,7 @@ from minecube import cube, models
 from minecube import train as training
 from minecube.catalog import as_dict, pick
 from minecube.cli import common
-from minecube.cli.common import catalog_option, progress_bar, sites_option, store_option, stored_sites
+from minecube.cli.common import catalog_option, progress_bar, sites_option, store_option, stored_sites, writable_store_option
 
 
 @click.command()
@@ -39,7 +39,7 @@ def train(store: str, wanted: str, catalog: Path | None, model_id: str, out: Pat
 
 
 @click.command()
-@store_option
+@writable_store_option
 @sites_option
 @click.option(
     "--model", "file", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File of a trained model."

@@ -1,4 +1,4 @@
-"""The subcommand that holds a store to what was written into it."""
+"""Subcommands on a store as a whole: verify holds it to what was written into it, pack makes one file of it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
     Example:
       minecube verify --store cubes.zarr --json verified.json
     """
+    if uncommit:
+        cube.need_writable(store)
     names = matching(wanted, cube.named_sites(store), store)
     with progress_bar("verifying") as advance:
         report = cube.verify(
@@ -86,6 +88,11 @@ def _site_years(report: cube.Report) -> list[str]:
 
 def _commands(store: str, report: cube.Report) -> list[str]:
     """What to run, line by line."""
+    if cube.is_packed(store):
+        folder = cube.unpacked(store)
+        lines = _commands(folder, report)
+        first = f"unzip -d {folder} {store}   # or do the following to the store that was packed"
+        return [first, *lines, f"minecube pack --store {folder} --out {store}"] if lines else []
     whole = {f.site for f in report.findings if f.cure == "site"}
     lines = [f"remove {store.rstrip('/')}/{site}   # what all its years share is damaged" for site in sorted(whole)]
     part = [site for site in report.rebuild if site not in whole]
@@ -113,3 +120,24 @@ def _commands(store: str, report: cube.Report) -> list[str]:
             group = path.removesuffix("/zarr.json")
             lines.append(f'remove {path}, then python -c \'import zarr; zarr.open_group("{group}", mode="a")\'')
     return lines
+
+
+@click.command()
+@store_option
+@sites_option
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file; its name ends in .zip.")
+def pack(store: str, wanted: str, out: Path) -> None:
+    """Put a store's committed site-years into one zip, which every command that only reads opens in place of the folder.
+
+    Nothing is compressed again or changed: `unzip` gives the store back, byte for byte. The same store gives the same file.
+
+    \b
+    Example:
+      minecube pack --store cubes.zarr --out cubes.zarr.zip
+    """
+    names = matching(wanted, cube.named_sites(store), store)
+    with progress_bar("packing") as advance:
+        made = cube.pack(store, out, names, lambda _done, total, name: advance(note=name, total=total))
+    if made.left_out:
+        click.echo(f"left out, not committed: {', '.join(made.left_out)}", err=True)
+    click.echo(f"{out}: {made.site_years} site-years, {made.objects} objects, {made.bytes / 1e6:,.1f} MB, sha256 {made.sha256}")

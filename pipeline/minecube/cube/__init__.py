@@ -15,7 +15,7 @@ note of what it was building and which are done; the same run goes on from there
 
     store.py     opening stores and groups          template.py  a group before it has a pixel
     builds.py    provenance, markers, counts of reads         verify.py    what has become of what was written
-    windows.py   windows for training
+    windows.py   windows for training               packed.py    a store in one zip, opened; pack.py makes it
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ from minecube.cube.builds import (
     reads_so_far,
     run_of,
 )
+from minecube.cube.pack import Packing, pack
+from minecube.cube.packed import is_packed, need_writable, unpacked
 from minecube.cube.store import (
     FORMAT,
     NAMED,
@@ -78,6 +80,7 @@ from minecube.errors import CubeError, ReadError
 __all__ = [
     "CubeDataset",
     "Finding",
+    "Packing",
     "Report",
     "Window",
     "build_id",
@@ -85,16 +88,20 @@ __all__ = [
     "check",
     "create",
     "is_committed",
+    "is_packed",
     "named_sites",
+    "need_writable",
     "note_incomplete",
     "open_committed",
     "open_cube",
     "open_probability",
+    "pack",
     "provenance_of",
     "reads",
     "reads_so_far",
     "sites",
     "uncommit",
+    "unpacked",
     "verify",
     "write_footprint",
     "write_probability",

@@ -1,4 +1,4 @@
-"""A store and its groups, opened: a local path or an object-store URL, and what is wrong with it in a sentence."""
+"""A store and its groups, opened: a local path, a packed store or an object-store URL; what is wrong with it, in a sentence."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import zarr.errors
 from obstore.store import LocalStore, from_url
 from zarr.storage import WrapperStore
 
+from minecube.cube import packed
+from minecube.cube.packed import is_packed, need_writable
 from minecube.errors import CubeError
 
 FORMAT = 1
@@ -25,6 +27,8 @@ NAMED = "minecube"
 
 def zarr_store(store: str) -> Any:
     """What zarr opens under that name."""
+    if is_packed(store):
+        return packed.zarr_store(store)
     return zarr.storage.ObjectStore(from_url(store)) if "://" in store else store
 
 
@@ -60,11 +64,14 @@ class Summing(WrapperStore):  # type: ignore[misc]
 
 def summing(store: str) -> Summing:
     """That store, which keeps checksums of what is written through it."""
+    need_writable(store)
     return Summing(zarr_store(store) if "://" in store else zarr.storage.LocalStore(store))
 
 
 def objects(store: str) -> Any:
     """The same place without Zarr: objects as they are stored, for obstore."""
+    if is_packed(store):
+        return packed.Objects(store)
     return from_url(store) if "://" in store else LocalStore(store)
 
 
@@ -89,8 +96,8 @@ def exists(store: str, path: str) -> bool:
     """Whether there is a group at that path; raises CubeError where it is damaged, or the store is a file."""
     if "://" not in store and not Path(store).exists():
         return False
-    if Path(store).is_file():
-        raise CubeError(f"{store}: is a file; a store is a folder, or the URL of one")
+    if Path(store).is_file() and not is_packed(store):
+        raise CubeError(f"{store}: is a file; a store is a folder, the URL of one, or a packed one, whose name ends in .zip")
     try:
         group_of(store, path)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
@@ -100,6 +107,8 @@ def exists(store: str, path: str) -> bool:
 
 def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
     """The group at that path; raises CubeError where it is damaged, FileNotFoundError where there is none."""
+    if mode != "r":
+        need_writable(store)
     with reading(store, path):
         return zarr.open_group(zarr_store(store), path=path, mode=mode, use_consolidated=False)
 
@@ -140,7 +149,8 @@ def sites(store: str) -> list[str]:
 
 @contextmanager
 def writing(store: str) -> Iterator[None]:
-    """Turns a full disk or a forbidden folder into a CubeError."""
+    """Turns a packed store, a full disk or a forbidden folder into a CubeError."""
+    need_writable(store)
     try:
         yield
     except OSError as error:

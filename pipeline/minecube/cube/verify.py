@@ -32,6 +32,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from minecube.catalog import FALLBACKS, Recipe, recipe_of
 from minecube.cube.builds import build_id
+from minecube.cube.packed import is_packed, need_writable
 from minecube.cube.store import FORMAT, NAMED, objects, sealed, sum_of, zarr_store
 from minecube.cube.template import FRACTION, WRITTEN_LATER, encoding_of, geozarr, group_digest, identity, template
 from minecube.errors import CubeError, MinecubeError
@@ -138,6 +139,7 @@ def uncommit(store: str, site_id: str, years: Iterable[int]) -> None:
 
     Pixels stay where they are until then.
     """
+    need_writable(store)
     for year in years:
         # Not opened but replaced: the marker may be what is damaged.
         zarr.open_group(zarr_store(store), path=f"{site_id}/builds/{year}", mode="w", zarr_format=3)
@@ -145,7 +147,7 @@ def uncommit(store: str, site_id: str, years: Iterable[int]) -> None:
 
 def _listed(store: str) -> dict[str, dict[str, int]]:
     """Site -> object, relative to its group -> bytes."""
-    if "://" not in store and not Path(store).is_dir():
+    if "://" not in store and not (Path(store).is_dir() or is_packed(store)):
         found = "is a file" if Path(store).exists() else "there is no store"
         raise CubeError(f"{store}: {found}; name the folder, or the URL, that `minecube build` was given as --store")
     groups: dict[str, dict[str, int]] = {}
@@ -520,7 +522,8 @@ class _Site:
         lacking = {key.split("/")[0] for key in keys if key not in self.files}
         for key in (k for k in keys if k in self.files):
             content, name = _content(self.raw, f"{self.name}/{key}"), key.split("/")[0]
-            if key in self.sums and (wrong := self._summed(key, content, known)):
+            unread = not isinstance(content, bytes)
+            if (unread or key in self.sums) and (wrong := self._summed(key, content, known)):
                 found.append(wrong)
                 lacking.add(name)
                 continue

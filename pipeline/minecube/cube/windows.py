@@ -6,7 +6,7 @@ and the seed alone, whichever worker cuts it.
 
 A window touches four to nine chunks of each year. Zarr takes 0.6 ms for each, of which a quarter is unpacking, so shards on a
 local disk are mapped into memory here, and the chunks that the window touches are asked for before the first is waited for.
-Shards packed in a way not known here, and those of object stores, are read by Zarr.
+A packed store is mapped as a whole, once a process; its directory says where each shard lies. Shards compressed in a way not known here, and those of object stores, are read by Zarr.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from minecube.cube import packed
 from minecube.cube.builds import builds
 from minecube.cube.store import site_group, sites, zarr_store
 from minecube.errors import CubeError
@@ -193,13 +194,16 @@ class _Pixels:
     shard: tuple[int, int]
     codec: Any
     """What unpacks a chunk; None where Zarr has to read it."""
+    packed: bool
+    """Whether the store is."""
 
     @classmethod
     def of(cls, store: str, path: str) -> _Pixels:
         array = zarr.open_array(zarr_store(store), path=path, mode="r")
         chunk, shard = array.chunks[-2:], array.shards[-2:]
         codec = None if "://" in store else _codec(array.metadata.to_dict())
-        return cls(store, path, array.shape, array.dtype, array.metadata.fill_value, chunk, shard, codec)
+        fill, in_zip = array.metadata.fill_value, packed.is_packed(store)
+        return cls(store, path, array.shape, array.dtype, fill, chunk, shard, codec, in_zip)
 
     def cut(self, years: Sequence[int], y: int, x: int, size: int) -> npt.NDArray[Any]:
         """A window of the years at these places: [year, ..., size, size], fill value beyond the site."""
@@ -216,7 +220,7 @@ class _Pixels:
 
     def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice) -> None:
         parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], mmap.mmap, int, int]] = []
-        shards: dict[tuple[int, int, int], tuple[mmap.mmap, Any] | None] = {}
+        shards: dict[tuple[int, int, int], _Shard | None] = {}
         for n, year in enumerate(years):
             for (down, row), here, there in _cuts(rows, self.chunk[0], self.shard[0]):
                 for (across, column), left, right in _cuts(columns, self.chunk[1], self.shard[1]):
@@ -224,12 +228,15 @@ class _Pixels:
                     if key not in shards:
                         shards[key] = self._shard(*key)
                     shard = shards[key]
-                    if shard is None or shard[1][row][column][0] == _ABSENT:  # nothing but fill value is no file, or no chunk
+                    if (
+                        shard is None or shard.index[row][column][0] == _ABSENT
+                    ):  # nothing but fill value is no file, or no chunk
                         out[n][..., here, left] = self.fill
                         continue
-                    file, (offset, length) = shard[0], shard[1][row][column]
-                    if offset + length > len(file):
+                    file, (offset, length) = shard.file, shard.index[row][column]
+                    if offset + length > shard.size:
                         raise CubeError(f"{self.store}: {self.path} ends before its chunks do; run `minecube verify`")
+                    offset += shard.start
                     page = offset % mmap.PAGESIZE
                     file.madvise(mmap.MADV_WILLNEED, offset - page, length + page)
                     parts.append((out[n][..., here, left], (..., there, right), file, offset, length))
@@ -241,32 +248,76 @@ class _Pixels:
                 raise CubeError(f"{self.store}: {self.path} has a damaged chunk ({error}); run `minecube verify`") from error
             target[...] = chunk[inside]
 
-    def _shard(self, year: int, down: int, across: int) -> tuple[mmap.mmap, Any] | None:
-        """A shard's file, and where its chunks are."""
-        between = ["0" for _ in self.shape[1:-2]]
-        path = "/".join((self.store, self.path, "c", str(year), *between, str(down), str(across)))
-        try:
-            stat = os.stat(path)  # noqa: PTH116  a Path for each takes longer than the rest
-        except FileNotFoundError:
-            return None
+    def _shard(self, year: int, down: int, across: int) -> _Shard | None:
+        """A shard in memory; None where it is nothing but fill value."""
+        key = "/".join((self.path, "c", str(year), *("0" for _ in self.shape[1:-2]), str(down), str(across)))
         shape = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
-        return _mapped(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size), shape)
+        path = self.store.rstrip("/") if self.packed else f"{self.store}/{key}"
+        try:
+            stamp = packed.stamp_of(os.stat(path))  # noqa: PTH116  a Path for each takes longer than the rest
+        except FileNotFoundError as error:
+            if self.packed:
+                raise CubeError(f"{path}: is gone; put it back, or open another store") from error
+            return None
+        return _member(path, stamp, key, shape) if self.packed else _mapped(path, stamp, shape)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: mmap.mmap
+    start: int
+    """Where in the file it begins."""
+    size: int
+    index: Any
+    """[row][column]: offset from its start, and bytes, of each chunk."""
 
 
 @lru_cache(maxsize=512)  # each holds one of the files that a process may have open, of which 1024 are usual
-def _mapped(path: str, _stamp: tuple[int, int, int], shape: tuple[int, int]) -> tuple[mmap.mmap, Any]:
-    """A shard in memory, as the file of that stamp has it, and its index [row][column]: offset and bytes of each chunk.
+def _mapped(path: str, _stamp: packed.Stamp, shape: tuple[int, int]) -> _Shard:
+    """A shard's file in memory, as the file of that stamp has it.
 
     Zarr replaces files as a whole, so what is mapped stays what it was, and a shard that is built anew is another one.
     """
+    file = _map(path)
+    return _indexed(path, file, 0, len(file), shape)
+
+
+@lru_cache(maxsize=4096)
+def _member(path: str, stamp: packed.Stamp, key: str, shape: tuple[int, int]) -> _Shard | None:
+    """A shard of a packed store, whose file is mapped as a whole."""
+    member = packed.directory(path, stamp).get(key)
+    if member is None:
+        return None
+    file = _whole(path, stamp)
+    try:
+        start = packed.start_of(packed.header_of(file, key, member), key, member)
+    except OSError as error:
+        raise CubeError(f"{path}: {key} is damaged ({error}); run `minecube verify`") from error
+    if start + member.size > len(file):
+        raise CubeError(f"{path}: ends before {key} does; copy or download it again")
+    return _indexed(f"{path}: {key}", file, start, member.size, shape)
+
+
+@lru_cache(maxsize=8)
+def _whole(path: str, _stamp: packed.Stamp) -> mmap.mmap:
+    """A packed store in memory. Chunks are asked for one by one, so what lies around a page that is missed is of no use."""
+    file = _map(path)
+    file.madvise(mmap.MADV_RANDOM)
+    return file
+
+
+def _map(path: str) -> mmap.mmap:
     with open(path, "rb") as file:  # noqa: PTH123
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # The last bytes, before a checksum of theirs.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _indexed(where: str, file: mmap.mmap, start: int, size: int, shape: tuple[int, int]) -> _Shard:
+    """With its index: the last bytes, before a checksum of theirs."""
     count = shape[0] * shape[1]
-    if len(mapped) < 16 * count + 4:
-        raise CubeError(f"{path}: is too short for a shard, so it is damaged; run `minecube verify`")
-    index = np.frombuffer(mapped[-16 * count - 4 : -4], "<u8")
-    return mapped, index.reshape(*shape, 2).tolist()
+    if size < 16 * count + 4:
+        raise CubeError(f"{where}: is too short for a shard, so it is damaged; run `minecube verify`")
+    index = np.frombuffer(file[start + size - 16 * count - 4 : start + size - 4], "<u8")
+    return _Shard(file, start, size, index.reshape(*shape, 2).tolist())
 
 
 def _cuts(part: slice, chunk: int, shard: int) -> list[tuple[tuple[int, int], slice, slice]]:

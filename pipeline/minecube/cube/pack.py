@@ -1,0 +1,130 @@
+"""A store into one zip: what is committed, byte for byte; the same store gives the same file, to the last bit.
+
+What `verify` would find wrong stays wrong. Left out are site-years that are not committed: their blocks may change meanwhile,
+and nobody reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minecube.catalog import recipe_of
+from minecube.cube.packed import SUFFIX
+from minecube.cube.store import NAMED, objects, site_group
+from minecube.cube.verify import _attributes, _content, _listed
+from minecube.errors import CubeError
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip knows: when objects were written is no part of what they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """What was packed."""
+
+    site_years: int
+    objects: int
+    bytes: int
+    """Of the file."""
+    sha256: str
+    """Of the file."""
+    left_out: tuple[str, ...]
+    """Site-years that are not committed, and sites of which none is."""
+
+
+def pack(
+    store: str, out: Path, names: Sequence[str] | None = None, progress: Callable[[int, int, str], None] = lambda *_: None
+) -> Packing:
+    """Write the committed site-years of these sites (all by default), with labels and predictions, into a zip.
+
+    Members are stored, not compressed, sorted by key, dated 1980; Zip64 where they need it. The file is there whole or not at
+    all, in place of an older one. Memory is that of the largest object.
+
+    Args:
+        store: any store that can be read.
+        out: the file; its name ends in .zip.
+        names: of sites.
+        progress: called with objects done, of how many, and which.
+
+    Raises:
+        CubeError: no such site, nothing committed, an object that cannot be read, or a file that cannot be written.
+    """
+    if out.suffix != SUFFIX or (Path(store).is_dir() and Path(store).resolve() in out.resolve().parents):
+        raise CubeError(f"{out}: expected a file whose name ends in {SUFFIX}, by which a packed store is known, beside {store}")
+    listed = _listed(store)
+    unknown = sorted(set(names or ()) - set(listed))
+    if unknown:
+        raise CubeError(f"{store}: no site {unknown[0]!r}; it has {', '.join(sorted(listed))}")
+    raw, keys, left_out, years = objects(store), ["zarr.json"], [], 0
+    for name in sorted(set(names or listed)):
+        idle = _not_committed(raw, name, listed[name])
+        done = len(_marked(listed[name]) - idle)
+        if not done:
+            left_out.append(name)
+            continue
+        years += done
+        left_out += [f"{name} {year}" for year in sorted(idle)]
+        keys += [f"{name}/{key}" for key in _kept(store, name, listed[name], idle)]
+    if not years:
+        raise CubeError(f"{store}: no site-year of {', '.join(left_out)} is committed, so nothing can be packed; build first")
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write(raw, store, sorted(keys), part, progress)
+        with part.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = part.replace(out).stat().st_size
+    except OSError as error:
+        raise CubeError(
+            f"{out}: cannot be written ({error.strerror or error}); make room or name another file, and pack again"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return Packing(site_years=years, objects=len(keys), bytes=size, sha256=sha256, left_out=tuple(left_out))
+
+
+def _write(raw: Any, store: str, keys: Sequence[str], part: Path, progress: Callable[[int, int, str], None]) -> None:
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as made:
+        for done, key in enumerate(keys, start=1):
+            content = _content(raw, key)
+            if not isinstance(content, bytes):
+                why = "is gone; is it being written to?" if content is None else f"cannot be read ({content})"
+                raise CubeError(f"{store}: {key} {why}; `minecube verify` says what else is wrong, nothing was packed")
+            member = zipfile.ZipInfo(key, _EPOCH)
+            member.create_system = 3  # Unix, whatever this runs on
+            member.external_attr = 0o100644 << 16
+            made.writestr(member, content)
+            progress(done, len(keys), key)
+
+
+def _marked(files: Iterable[str]) -> set[int]:
+    """Years that have a marker, be it only begun."""
+    parts = [path.split("/") for path in files]
+    return {int(p[1]) for p in parts if p[0] == "builds" and p[1].isdigit()}
+
+
+def _not_committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
+    """Years whose marker says that they are not; one that cannot be read says nothing."""
+    attrs = {year: _attributes(_content(raw, f"{name}/builds/{year}/zarr.json")) for year in _marked(files)}
+    return {year for year, said in attrs.items() if said is not None and "build_id" not in said}
+
+
+def _kept(store: str, name: str, files: Iterable[str], idle: set[int]) -> list[str]:
+    """Objects of a site but for those that builds of the idle years have begun."""
+    if not idle:
+        return list(files)
+    group = site_group(store, name, "r")
+    built = {"reflectance", *recipe_of(group.attrs[NAMED]["recipe"]).layers}
+    at = {str(i) for i, year in enumerate(group["year"][:]) if int(year) in idle}
+
+    def is_idle(key: str) -> bool:
+        first, *rest = key.split("/")
+        if first == "builds":
+            return rest[0].isdigit() and int(rest[0]) in idle
+        return first in built and rest[0] == "c" and rest[1] in at
+
+    return [key for key in files if not is_idle(key)]
