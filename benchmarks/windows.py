@@ -3,9 +3,9 @@
     python benchmarks/windows.py [--json FILE] [--rounds 3] [--table]
 
 It makes both layouts of the same pixels, packs the cube into one file, as one copies it to where one trains, and reads 160-px
-windows of 10 bands and 10 years, with labels, through torch's DataLoader with 2 workers: patches in random order, windows of the
-cube anywhere. Ratios are packed cube / patches, and beside them (`built_`) those of the cube as it was built, of medians over
-the rounds: speeds in samples/s, so above 1 is faster; bytes and files on disk, below 1 is less.
+windows of 10 bands and 10 years, with labels, through torch's DataLoader with 2 workers: patches in random order, windows of
+the cube anywhere. Ratios are packed cube / patches, and beside them (`built_`) those of the cube as it was built, of medians
+over the rounds: speeds in samples/s, so above 1 is faster; bytes and files on disk, below 1 is less.
 
 The pixels are land that is alike over 60 m and 12 m, each band with a gain of its own, and each year with what a median leaves
 of the noise; bands of 20 m fill four pixels, as in real cubes. They pack a little worse than those of a real scene do (LZ4HC at

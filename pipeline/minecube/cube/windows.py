@@ -6,7 +6,8 @@ and the seed alone, whichever worker cuts it.
 
 A window touches four to nine chunks of each year. Zarr takes 0.6 ms for each, of which a quarter is unpacking, so shards on a
 local disk are mapped into memory here, and the chunks that the window touches are asked for before the first is waited for.
-A packed store is mapped as a whole, once a process; its directory says where each shard lies. Shards compressed in a way not known here, and those of object stores, are read by Zarr.
+A packed store is mapped as a whole, once a process; its directory says where each shard lies. Shards compressed in a way not
+known here, and those of object stores, are read by Zarr.
 """
 
 from __future__ import annotations
