@@ -83,7 +83,8 @@ def pack(
             f"{out}: cannot be written ({error.strerror or error}); make room or name another file, and pack again"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
     return Packing(site_years=years, objects=len(keys), bytes=size, sha256=sha256, left_out=tuple(left_out))
 
 
