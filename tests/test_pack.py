@@ -18,6 +18,7 @@ import numpy as np
 import odc.geo.xr
 import pandas as pd
 import pytest
+import rasterio
 import xarray as xr
 import zarr
 from click.testing import CliRunner
@@ -155,6 +156,20 @@ def test_zarr_and_xarray_open_it_unaided(whole, zipped):
             np.testing.assert_array_equal(array[...], expected, err_msg=name)
         with xr.open_zarr(store, group="pond", consolidated=False) as opened:
             xr.testing.assert_identical(opened.load(), xr.open_zarr(whole, group="pond", consolidated=False).load())
+
+
+def test_gdal_says_of_it_what_it_says_of_the_folder(whole, zipped):
+    """Up to 3.12 that shards are beyond it, which it learns from the metadata; later ones read pixels."""
+
+    def said(store):
+        try:
+            with rasterio.open(f'ZARR:"{store}/pond":/reflectance') as opened:
+                return opened.read().tolist()
+        except rasterio.errors.RasterioIOError as error:
+            return str(error)
+
+    assert said(f"/vsizip/{zipped[0]}") == said(whole)
+    assert "not recognized" not in said(whole)
 
 
 def test_it_opens_as_the_folder_does(whole, zipped):
