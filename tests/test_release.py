@@ -607,6 +607,18 @@ def test_a_catalogue_of_the_users_is_not_overwritten(whole, tmp_path):
     assert (tmp_path / "mine" / "sites.geojson").read_text() == "precious"
 
 
+def test_nothing_is_downloaded_into_a_catalogue_of_the_users(make, whole, tmp_path):
+    (tmp_path / "sites.geojson").write_text("precious")
+    with make.served(whole[0].parent) as url:
+        asked = ["release", "import", f"{url}/EuroMineNet.zip", "--download", "--out", str(tmp_path)]
+        done = CliRunner().invoke(cli, asked)
+        with urllib.request.urlopen(f"{url}/counts") as answer:
+            assert json.load(answer)["requests"] == 0
+    assert done.exit_code == 2
+    assert "has a sites.geojson that no import wrote" in done.output
+    assert [p.name for p in tmp_path.iterdir()] == ["sites.geojson"]
+
+
 def test_an_import_that_was_damaged_is_said_to_be(whole, tmp_path):
     imported(whole[0], tmp_path / "made")
     (tmp_path / "made" / "sites.geojson").write_text("{")

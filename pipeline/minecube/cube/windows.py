@@ -61,6 +61,7 @@ class CubeDataset:
     """
 
     store: str
+    """A folder, a packed store, or an object-store URL."""
     site_ids: Sequence[str] | None = None
     """All sites by default."""
     size: int = 160

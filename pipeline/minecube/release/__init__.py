@@ -87,10 +87,7 @@ def import_release(
             import, or it cannot be written.
     """
     found, identity = find(archive.names()), archive.identity()
-    parts = out / "parts"
-    begun = parts if parts.exists() else out
-    if (out / "sites.geojson").exists() and not (begun / "import.json").exists():
-        raise ReleaseError(f"{out}: has a sites.geojson that no import wrote, and would lose it; name another folder")
+    parts, begun = out / "parts", _begun(out)
     if (begun / "import.json").exists():
         other = json.loads((begun / "import.json").read_text(encoding="utf-8"))
         if other["identity"] != identity:
@@ -118,6 +115,14 @@ def import_release(
     except OSError as error:
         raise ReleaseError(f"{out}: cannot be written ({error.strerror or error}); mend that and import again") from error
     return open_import(out)
+
+
+def _begun(out: Path) -> Path:
+    """The folder of an import's notes; raises ReleaseError where `out` has a catalogue of the user's own."""
+    begun = out / "parts" if (out / "parts").exists() else out
+    if (out / "sites.geojson").exists() and not (begun / "import.json").exists():
+        raise ReleaseError(f"{out}: has a sites.geojson that no import wrote, and would lose it; name another folder")
+    return begun
 
 
 def open_import(folder: Path) -> Imported:
@@ -166,8 +171,9 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
         done: called with the bytes of each part, and of all.
 
     Raises:
-        ReleaseError: it cannot be got in full, or written.
+        ReleaseError: it cannot be got in full, or written; or, before a byte is asked for, the folder is none to import into.
     """
+    _begun(out)
     path = out / f"archive-{hashlib.sha256(without_query(url).encode()).hexdigest()[:12]}.zip"
     if path.exists():
         return path
