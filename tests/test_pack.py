@@ -316,6 +316,20 @@ def test_a_flipped_bit_in_a_shard_is_named(whole, tmp_path):
     assert commands[-1] == f"minecube pack --store {folder} --out {out}"
 
 
+def test_the_zips_own_checksum_serves_where_there_is_no_other(whole, tmp_path):
+    """Of a year built before checksums were kept."""
+    store = Path(shutil.copytree(whole, tmp_path / "cubes.zarr"))
+    marker = zarr.open_group(store, path="pond/builds/2019", mode="r+")
+    marker.attrs.put({k: v for k, v in marker.attrs.items() if k not in ("checksums", "sha256")})
+    cube.pack(str(store), out := tmp_path / "pond.zip", ["pond"])
+    before = {(f.kind, f.what) for f in cube.verify(str(out)).findings}
+    assert before == {("unverifiable", "builds/2019/zarr.json")}
+    start, size = place(out, "pond/clear_count/c/0/0/0")
+    flip(out, start + size // 2)
+    after = {(f.kind, f.what) for f in cube.verify(str(out)).findings}
+    assert after - before == {("damaged", "clear_count/c/0/0/0")}
+
+
 def test_what_is_read_whole_is_held_to_the_zips_own_checksum(small, tmp_path):
     out = Path(shutil.copy(small, tmp_path / "pond.zip"))
     start, size = place(out, "pond/x/c/0")

@@ -48,7 +48,7 @@ def pack(
         store: any store that can be read.
         out: the file; its name ends in .zip.
         names: of sites.
-        progress: called with objects done, of how many, and which.
+        progress: called with steps done, of how many, and which: an object each, and the file's checksum.
 
     Raises:
         CubeError: no such site, nothing committed, an object that cannot be read, or a file that cannot be written.
@@ -77,6 +77,7 @@ def pack(
         _write(raw, store, sorted(keys), part, progress)
         with part.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        progress(len(keys) + 1, len(keys) + 1, "its checksum")
         size = part.replace(out).stat().st_size
     except OSError as error:
         raise CubeError(
@@ -99,7 +100,7 @@ def _write(raw: Any, store: str, keys: Sequence[str], part: Path, progress: Call
             member.create_system = 3  # Unix, whatever this runs on
             member.external_attr = 0o100644 << 16
             made.writestr(member, content)
-            progress(done, len(keys), key)
+            progress(done, len(keys) + 1, key)
 
 
 def _marked(files: Iterable[str]) -> set[int]:

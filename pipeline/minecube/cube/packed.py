@@ -173,7 +173,7 @@ def _opened(path: str, _stamp: Stamp, _process: int) -> PackedStore:
 
 
 def zarr_store(store: str) -> PackedStore:
-    """What Zarr opens; one a process, since listing a large zip takes a second."""
+    """What Zarr opens; one a process, since reading a large directory takes seconds."""
     members(store)  # which says in a sentence what is wrong with it
     path = store.rstrip("/")
     return _opened(path, stamp_of(Path(path).stat()), os.getpid())

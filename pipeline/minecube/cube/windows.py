@@ -302,7 +302,7 @@ def _member(path: str, stamp: packed.Stamp, key: str, shape: tuple[int, int]) ->
 
 @lru_cache(maxsize=8)
 def _whole(path: str, _stamp: packed.Stamp) -> mmap.mmap:
-    """A packed store in memory. Chunks are asked for one by one, so what lies around a page that is missed is of no use."""
+    """A packed store in memory, read nowhere but where it is asked to: with what lies around it, half as much again is read."""
     file = _map(path)
     file.madvise(mmap.MADV_RANDOM)
     return file
