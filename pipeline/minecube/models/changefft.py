@@ -69,14 +69,14 @@ class FrequencyMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The mixed image, (n, y, x, channel), in the precision it came in."""
-        with torch.autocast(x.device.type, enabled=False):  # there is no complex number of half precision on CPUs
-            spectrum = torch.fft.fft2(torch.unflatten(x.float(), -1, self.shape), dim=(1, 2), norm="ortho")
-            for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
-                kernel = torch.view_as_complex(weight.float().contiguous())
-                mixed = torch.view_as_real(torch.einsum("...bi,bio->...bo", spectrum, kernel)) + bias.float()
-                mixed = mixed.relu() if layer == 0 else functional.softshrink(mixed, _THRESHOLD)
-                spectrum = torch.view_as_complex(mixed.contiguous())
-            image: Tensor = torch.fft.ifft2(spectrum, dim=(1, 2), norm="ortho").real.flatten(-2)
+        # Single precision whatever the network runs in: there is no complex number of half precision on CPUs.
+        spectrum = torch.fft.fft2(torch.unflatten(x.float(), -1, self.shape), dim=(1, 2), norm="ortho")
+        for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
+            kernel = torch.view_as_complex(weight.float().contiguous())
+            mixed = torch.view_as_real(torch.einsum("...bi,bio->...bo", spectrum, kernel)) + bias.float()
+            mixed = mixed.relu() if layer == 0 else functional.softshrink(mixed, _THRESHOLD)
+            spectrum = torch.view_as_complex(mixed.contiguous())
+        image: Tensor = torch.fft.ifft2(spectrum, dim=(1, 2), norm="ortho").real.flatten(-2)
         return image.to(x.dtype)
 
 
