@@ -17,6 +17,8 @@ from torch import nn
 from minecube import models
 from minecube.catalog import load_models
 from minecube.errors import ModelError
+from minecube.models import series as network_module
+from minecube.models import tinycd
 from minecube.models.a2net import A2Net
 from minecube.models.bit import BIT
 from minecube.models.blocks import ResNet, SqueezeExcite
@@ -277,6 +279,50 @@ def test_frequencies_are_mixed_as_by_a_circular_convolution() -> None:
     np.testing.assert_allclose(mix(x)[0].detach().numpy(), expected, atol=1e-4)
 
 
+def test_channels_are_weighed_by_their_means_and_maxima() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5)
+    for maximum in (False, True):
+        module = SqueezeExcite(3, 2, maximum=maximum)
+        first, second = (module.weigh[i].weight[:, :, 0, 0].detach().numpy() for i in (0, 2))
+        pooled = [x.numpy().mean((2, 3))] + [x.numpy().max((2, 3))] * maximum
+        score = sum(np.maximum(p @ first.T, 0) @ second.T for p in pooled)
+        expected = x.numpy() / (1 + np.exp(-score))[:, :, None, None]
+        np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-5)
+
+
+def test_tinycd_mixes_each_channel_with_its_counterpart() -> None:
+    mix = tinycd._mix(3)[:2]  # without the normalisation
+    dates = torch.randn(2, 1, 3, 6, 6)
+    before = mix(tinycd._interleave(*dates))
+    for date, channel in itertools.product(range(2), range(3)):
+        moved = dates.clone()
+        moved[date, :, channel] += 1
+        touched = (mix(tinycd._interleave(*moved)) - before).abs().amax(dim=(0, 2, 3)) > 1e-6
+        assert touched.tolist() == [c == channel for c in range(3)]
+
+
+@pytest.mark.parametrize("name", ["dtcdscn", "changeformer", "changefft", "a2net", "snunet", "fc-siam-diff"])
+def test_each_scale_has_its_say(name: str) -> None:
+    # Of the encoder's levels one at a time is blotted out in both dates.
+    network = tiny(name).eval()
+    pair = torch.randn(2, 2, 10, 64, 64)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    network.train()(pair)  # statistics of these images
+    network.eval()
+    encoder, whole = network.encoder, network(pair)
+    for level in range(len(encoder(pair[:, 0]))):
+
+        def blotted(x: torch.Tensor, level: int = level) -> list[torch.Tensor]:
+            found = type(encoder).forward(encoder, x)
+            return [torch.zeros_like(a) if i == level else a for i, a in enumerate(found)]
+
+        encoder.forward = blotted
+        assert not torch.allclose(network(pair), whole, atol=1e-3), level
+
+
 @pytest.mark.parametrize("name", [*CHANGE, "series-attention"])
 def test_half_precision_gives_nearly_the_same(name: str) -> None:
     network = settled(tiny(name) if name in TINY else series())
@@ -405,6 +451,21 @@ def test_nobody_looks_at_a_missing_year_but_it_has_an_output() -> None:
     # And its own output is made of the others.
     (gradient,) = torch.autograd.grad(network(given_)[:, 2].square().sum(), given_)
     assert (gradient[:, others].abs().sum(dim=(0, 2, 3, 4)) > 0).all()
+
+
+def test_weights_are_shared_out_anew_among_what_was_observed() -> None:
+    # Against loops in numpy: heads by channels, weights enlarged by two, those of unobserved pixels taken away.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(1, 2, 3, 3, 2, 2, generator=generator)
+    values = torch.randn(1, 3, 4, 4, 4, generator=generator)
+    observed = (torch.rand(1, 3, 1, 4, 4, generator=generator) < 0.6).float()
+    found = network_module._weighted(weight, values, observed).numpy()
+    large = nn.functional.interpolate(weight.flatten(1, 3), (4, 4), mode="bilinear").reshape(1, 2, 3, 3, 4, 4).numpy()
+    for year, channel, y, x in itertools.product(range(3), range(4), range(4), range(4)):
+        seen = [t for t in range(3) if observed[0, t, 0, y, x]]
+        weights = large[0, channel // 2, year, :, y, x]
+        expected = sum(weights[t] * values[0, t, channel, y, x].item() for t in seen) / max(sum(weights[seen]), 1e-4)
+        assert found[0, year, channel, y, x] == pytest.approx(expected, abs=1e-5)
 
 
 def test_nobody_looks_at_a_missing_corner() -> None:
