@@ -93,7 +93,7 @@ def _weighted(weight: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     if weight.shape[-2:] != values.shape[-2:]:
         weight = torch.unflatten(enlarge(weight.flatten(1, 3), values), 1, weight.shape[1:4])
         weight = weight * seen[:, None, None, :, 0]
-        weight = weight / weight.sum(dim=3, keepdim=True).clamp(min=1e-4)
+        weight = weight * weight.sum(dim=3, keepdim=True).clamp(min=1e-4).reciprocal()
     return torch.einsum("nhtsyx,nshcyx->nthcyx", weight, torch.unflatten(values, 2, (heads, -1))).flatten(2, 3)
 
 
@@ -138,8 +138,13 @@ class _Coherence(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor, apart: Tensor) -> Tensor:
         weight = self.distance.exp()[:, apart]  # [mean, looking, looked at]
-        means = torch.einsum("mts,nscyx->ntmcyx", weight, x * seen)
-        total = torch.einsum("mts,nscyx->ntmcyx", weight, seen).clamp(min=1e-6)
-        both = torch.cat([x, (means / total).flatten(2, 3)], dim=2)
-        found: Tensor = x + self.blend(both.flatten(0, 1)).unflatten(0, x.shape[:2])
+        # Channels last, as they lie in memory: years are then summed by one product of matrices, without a copy.
+        last, observed = x.movedim(2, -1), seen.movedim(2, -1)
+        known = (last * observed).flatten(2)
+        means = [
+            (w @ known).view(last.shape) * (w @ observed.flatten(2)).clamp(min=1e-6).reciprocal().view(observed.shape)
+            for w in weight
+        ]
+        both = torch.cat([last, *means], dim=-1).movedim(-1, 2)
+        found: Tensor = x + torch.unflatten(self.blend(both.flatten(0, 1)), 0, x.shape[:2])
         return found
