@@ -91,7 +91,7 @@ def test_parameters_are_those_of_the_architecture() -> None:
 
 
 def test_every_shipped_card_builds_and_maps() -> None:
-    for card in load_models().values():
+    for card in (card for card in load_models().values() if card.task == "mapping"):
         side = card.window_px
         network = models.build(card).eval()
         assert network(torch.zeros(1, len(card.bands), side, side)).shape == (1, 1, side, side)

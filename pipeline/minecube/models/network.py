@@ -22,7 +22,22 @@ from minecube.catalog import ModelCard, as_dict, model_card_of
 from minecube.errors import CatalogError, ModelError
 
 FORMAT = "minecube-model-2"
-ARCHITECTURES = {"unet": "unet:unet"}
+ARCHITECTURES = {
+    "unet": "unet:unet",
+    # Change
+    "a2net": "a2net:a2net",
+    "bit": "bit:bit",
+    "changefft": "changefft:changefft",
+    "changeformer": "changeformer:changeformer",
+    "dtcdscn": "dtcdscn:dtcdscn",
+    "fc-ef": "fully_convolutional:fc_ef",
+    "fc-siam-conc": "fully_convolutional:fc_siam_conc",
+    "fc-siam-diff": "fully_convolutional:fc_siam_diff",
+    "snunet": "snunet:snunet",
+    "tinycd": "tinycd:tinycd",
+    # Series
+    "series-attention": "series:series_attention",
+}
 """Architecture -> where its function (card) -> network is: a module is loaded when one of its networks is asked for."""
 
 

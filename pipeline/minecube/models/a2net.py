@@ -1,0 +1,141 @@
+"""A2Net: neighbouring scales of a MobileNetV2, differences, and attention by coarse change maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minecube.catalog import ModelCard
+from minecube.errors import ModelError
+from minecube.models.blocks import InvertedResidual, convolution, enlarge
+
+_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+"""Expansion, channels, blocks, stride of each stage: Sandler et al. 2018 (arXiv:1801.04381), table 2."""
+_KEPT = (1, 2, 4, 6)
+"""Stages whose features are used: a 4th, 8th, 16th and 32nd of the size."""
+
+
+def a2net(card: ModelCard) -> nn.Module:
+    """A2Net; options `width` (64), and `encoder`, by which MobileNetV2's channels are multiplied (1).
+
+    Raises:
+        ModelError: the classes ask for the order of the dates.
+    """
+    if card.classes != ("changed",):
+        raise ModelError(
+            f"model {card.id}: expected the class changed alone, found {', '.join(card.classes)}; A2Net sees only how far "
+            "two dates are apart, not which is the earlier, so it cannot tell new from removed: take another architecture"
+        )
+    return A2Net(len(card.bands), len(card.classes), width=card.options["width"], encoder=card.options["encoder"])
+
+
+class A2Net(nn.Module):
+    """Li et al. 2023 (IEEE TGRS, 10.1109/TGRS.2023.3241436).
+
+    Takes (n, 2, bands, y, x) with sides that are multiples of 32; gives logits (n, classes, y, x), the same whichever date
+    comes first. The maps of the coarser scales steer attention as in the paper, but are not supervised: here there is one
+    loss on one output. The encoder starts from random weights, as ImageNet's are for three bands.
+    """
+
+    def __init__(self, bands: int, classes: int, *, width: int = 64, encoder: float = 1.0) -> None:
+        super().__init__()
+        self.encoder = _MobileNet(bands, encoder)
+        channels = [max(int(_MOBILENET[stage][1] * encoder), 1) for stage in _KEPT]
+        self.gather = nn.ModuleList(_Neighbours(channels[max(i - 1, 0) : i + 2], channels[i], width) for i in range(4))
+        self.compare = nn.ModuleList(_Compare(width) for _ in range(4))
+        self.attend = nn.ModuleList(_Attend(width) for _ in range(3))
+        self.merge = nn.ModuleList(_convolution(width, width) for _ in range(3))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits of (n, 2, bands, y, x)."""
+        levels = self.encoder(pair.flatten(0, 1))
+        found = []
+        for i, (gather, compare) in enumerate(zip(self.gather, self.compare, strict=True)):
+            dates = gather(levels[max(i - 1, 0) : i + 2], levels[i]).unflatten(0, (-1, 2))
+            found.append(compare((dates[:, 0] - dates[:, 1]).abs()))
+        x = found[3]
+        for attend, merge, beside in zip(self.attend, self.merge, reversed(found[:3]), strict=True):
+            x = merge(beside + enlarge(attend(x), beside))
+        return enlarge(self.head(x), pair)
+
+
+class _MobileNet(nn.Module):
+    def __init__(self, bands: int, factor: float) -> None:
+        super().__init__()
+        inputs = max(int(32 * factor), 1)
+        self.stem = convolution(bands, inputs, stride=2, activation=nn.ReLU6)
+        self.stages = nn.ModuleList()
+        for expansion, channels, depth, stride in _MOBILENET:
+            outputs = max(int(channels * factor), 1)
+            blocks = [InvertedResidual(inputs, outputs, stride=stride, expansion=expansion)]
+            blocks += [InvertedResidual(outputs, outputs, expansion=expansion) for _ in range(depth - 1)]
+            self.stages.append(nn.Sequential(*blocks))
+            inputs = outputs
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        found = []
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if number in _KEPT:
+                found.append(x)
+        return found
+
+
+def _convolution(inputs: int, outputs: int, dilation: int = 1, *, activation: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation),
+        nn.BatchNorm2d(outputs),
+    ]
+    return nn.Sequential(*layers, *([nn.ReLU()] if activation else []))
+
+
+class _Neighbours(nn.Module):
+    """One scale with those beside it: the finer is pooled, the coarser enlarged."""
+
+    def __init__(self, channels: list[int], own: int, width: int) -> None:
+        super().__init__()
+        self.reduce = nn.ModuleList(_convolution(c, width // 2) for c in channels)
+        inside = len(channels) * (width // 2)
+        self.fuse = nn.Sequential(_convolution(inside, width), _convolution(width, width, activation=False))
+        self.shortcut = nn.Conv2d(own, width, 1)
+
+    def forward(self, levels: list[Tensor], own: Tensor) -> Tensor:
+        side = own.shape[-1]
+        near = [
+            enlarge(reduce(functional.max_pool2d(level, 2) if level.shape[-1] > side else level), own)
+            for reduce, level in zip(self.reduce, levels, strict=True)
+        ]
+        return torch.relu(self.fuse(torch.cat(near, dim=1)) + self.shortcut(own))
+
+
+class _Compare(nn.Module):
+    """The difference of two dates seen ever closer, through dilations of 7, 5, 3 and 1 pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.look = nn.ModuleList(_convolution(width, width, dilation, activation=False) for dilation in (7, 5, 3, 1))
+        self.again = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, difference: Tensor) -> Tensor:
+        x = difference
+        for look, again in zip(self.look, self.again, strict=True):
+            x = torch.relu(again(difference) + look(x))
+        return x
+
+
+class _Attend(nn.Module):
+    """Features weighted by a coarse change map, and by what that map leaves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.change = nn.Conv2d(width, 1, 1)
+        self.weigh = nn.Sequential(nn.Conv2d(2, width, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.refine = _convolution(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.change(x).sigmoid()
+        found: Tensor = self.refine(x * self.weigh(torch.cat([change, 1 - change], dim=1)))
+        return found

@@ -1,0 +1,83 @@
+"""BIT: two dates compared through a handful of tokens each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minecube.catalog import ModelCard
+from minecube.models.blocks import ResNet, convolution, siamese
+
+
+def bit(card: ModelCard) -> nn.Module:
+    """BIT; options `width` (of the ResNet-18's first stage, 64), `depth` (of the decoder, 8), `head` (its heads' size, 8)."""
+    return BIT(
+        len(card.bands),
+        len(card.classes),
+        width=card.options["width"],
+        depth=card.options["depth"],
+        head=card.options["head"],
+    )
+
+
+class BIT(nn.Module):
+    """Bitemporal image transformer: Chen, Qi and Shi 2021 (arXiv:2103.00208).
+
+    Takes (n, 2, bands, y, x) with sides that are multiples of 8; gives logits (n, classes, y, x). The ResNet-18 is without
+    its last stage, and its third does not halve (S4 in the paper), 32 channels, 4 tokens a date, 8 heads. Attention is
+    scaled by the heads' size, as the paper's formula says; the authors' code takes the channels. Unlike there, one logit a
+    class, no softmax, and weights start at random.
+    """
+
+    def __init__(self, bands: int, classes: int, *, width: int = 64, depth: int = 8, head: int = 8, tokens: int = 4) -> None:
+        super().__init__()
+        channels = 32
+        self.encoder = ResNet(bands, width, (2, 2, 2), strides=(1, 2, 1))
+        self.reduce = nn.Conv2d(4 * width, channels, 3, padding=1)
+        self.tokenise = nn.Conv2d(channels, tokens, 1, bias=False)
+        self.position = nn.Parameter(torch.randn(1, 2 * tokens, channels))
+        self.context = _Layer(channels, 64)
+        self.decoder = nn.ModuleList(_Layer(channels, head) for _ in range(depth))
+        self.head = nn.Sequential(convolution(channels, channels), nn.Conv2d(channels, classes, 3, padding=1))
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits of (n, 2, bands, y, x)."""
+        features = [self.reduce(functional.interpolate(date, scale_factor=2)) for date in siamese(self.encoder, pair)[-1]]
+        tokens = torch.cat([self._tokens(x) for x in features], dim=1) + self.position
+        tokens = self.context(tokens, tokens)
+        decoded = []
+        for x, words in zip(features, tokens.chunk(2, dim=1), strict=True):
+            pixels = x.flatten(2).transpose(1, 2)
+            for layer in self.decoder:
+                pixels = layer(pixels, words)
+            decoded.append(pixels.transpose(1, 2).reshape(x.shape))
+        difference = (decoded[0] - decoded[1]).abs()
+        logits: Tensor = self.head(functional.interpolate(difference, scale_factor=4, mode="bilinear", align_corners=False))
+        return logits
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.tokenise(x).flatten(2).softmax(dim=-1)
+        return weight @ x.flatten(2).transpose(1, 2)
+
+
+class _Layer(nn.Module):
+    """Attention of (n, a, channel) to (n, b, channel), and a perceptron, each after a normalisation and beside a shortcut."""
+
+    def __init__(self, channels: int, head: int, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.middle = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.query, self.key, self.value = (nn.Linear(channels, heads * head, bias=False) for _ in range(3))
+        self.out = nn.Linear(heads * head, channels)
+        self.perceptron = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+
+    def forward(self, x: Tensor, to: Tensor) -> Tensor:
+        normal, other = self.before(x), self.before(to)
+        query, key, value = (
+            layer(of).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, of in ((self.query, normal), (self.key, other), (self.value, other))
+        )
+        x = x + self.out(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        found: Tensor = x + self.perceptron(self.middle(x))
+        return found

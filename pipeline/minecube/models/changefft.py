@@ -1,0 +1,104 @@
+"""ChangeFFT, the baseline of MineNetCD: differences of two dates mixed among frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minecube.catalog import ModelCard
+from minecube.models.blocks import ResNet, convolution, enlarge, siamese
+
+_THRESHOLD = 0.01
+"""Below it a mixed frequency is taken as noise: the authors' code."""
+
+
+def changefft(card: ModelCard) -> nn.Module:
+    """ChangeFFT; options `width` and `depths` (of the ResNet, 64 and 2, 2, 2, 2), `head` (width of the UPerNet head, 512)."""
+    return ChangeFFT(
+        len(card.bands),
+        len(card.classes),
+        width=card.options["width"],
+        depths=card.options["depths"],
+        head=card.options["head"],
+    )
+
+
+class ChangeFFT(nn.Module):
+    """Yu et al. 2024 (MineNetCD, IEEE TGRS, arXiv:2407.03971).
+
+    Takes (n, 2, bands, y, x) with sides that are multiples of 32; gives logits (n, classes, y, x). The encoder is the
+    lightest of those the paper compares, a ResNet-18, from random weights. The auxiliary head is left out, as here there is
+    one loss on one output; and so is the drop path.
+    """
+
+    def __init__(
+        self, bands: int, classes: int, *, width: int = 64, depths: Sequence[int] = (2, 2, 2, 2), head: int = 512
+    ) -> None:
+        super().__init__()
+        channels = [width * 2**level for level in range(len(depths))]
+        self.encoder = ResNet(bands, width, depths)
+        self.normal = nn.ModuleList(nn.LayerNorm(c) for c in channels)
+        self.mix = nn.ModuleList(FrequencyMix(c) for c in channels)
+        self.decoder = UPerNetHead(channels, head)
+        self.head = nn.Conv2d(head, classes, 1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits of (n, 2, bands, y, x)."""
+        found = []
+        for (first, second), normal, mix in zip(siamese(self.encoder, pair), self.normal, self.mix, strict=True):
+            difference = second - first
+            found.append(difference + mix(normal(difference.movedim(1, -1))).movedim(-1, 1))
+        return enlarge(self.head(self.decoder(found)), pair)
+
+
+class FrequencyMix(nn.Module):
+    """Channels (n, y, x, channel) mixed by two complex layers, alike at every frequency, in four blocks of channels.
+
+    Einstein FFT of Patro and Agneeswaran 2024 (SiMBA, arXiv:2403.15360), which the authors take over.
+    """
+
+    def __init__(self, channels: int, blocks: int = 4) -> None:
+        super().__init__()
+        self.shape = (blocks, channels // blocks)
+        # The last dimension holds the real and the imaginary part.
+        self.weight = nn.ParameterList(0.02 * torch.randn(*self.shape, channels // blocks, 2) for _ in range(2))
+        self.bias = nn.ParameterList(0.02 * torch.randn(*self.shape, 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mixed image, (n, y, x, channel), in the precision it came in."""
+        # Single precision whatever the network runs in: there is no complex number of half precision on CPUs.
+        spectrum = torch.fft.fft2(torch.unflatten(x.float(), -1, self.shape), dim=(1, 2), norm="ortho")
+        for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
+            kernel = torch.view_as_complex(weight.float().contiguous())
+            mixed = torch.view_as_real(torch.einsum("...bi,bio->...bo", spectrum, kernel)) + bias.float()
+            mixed = mixed.relu() if layer == 0 else functional.softshrink(mixed, _THRESHOLD)
+            spectrum = torch.view_as_complex(mixed.contiguous())
+        image: Tensor = torch.fft.ifft2(spectrum, dim=(1, 2), norm="ortho").real.flatten(-2)
+        return image.to(x.dtype)
+
+
+class UPerNetHead(nn.Module):
+    """Xiao et al. 2018 (arXiv:1807.10221): the coarsest level pooled over 1, 2, 3 and 6 cells, and a feature pyramid."""
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        cells = (1, 2, 3, 6)
+        self.pool = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(c), convolution(channels[-1], width, 1)) for c in cells)
+        self.coarsest = convolution(channels[-1] + len(cells) * width, width)
+        self.reduce = nn.ModuleList(convolution(c, width, 1) for c in channels[:-1])
+        self.smooth = nn.ModuleList(convolution(width, width) for _ in channels[:-1])
+        self.fuse = convolution(len(channels) * width, width)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """(n, width, y, x) at the size of the first level."""
+        last = levels[-1]
+        above = self.coarsest(torch.cat([last, *(enlarge(pool(last), last) for pool in self.pool)], dim=1))
+        found = [above]
+        for level, reduce, smooth in reversed(list(zip(levels[:-1], self.reduce, self.smooth, strict=True))):
+            above = reduce(level) + enlarge(above, level)
+            found.append(smooth(above))
+        fused: Tensor = self.fuse(torch.cat([enlarge(level, levels[0]) for level in reversed(found)], dim=1))
+        return fused

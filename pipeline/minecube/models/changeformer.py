@@ -1,0 +1,143 @@
+"""ChangeFormer: differences of two dates between hierarchical transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minecube.catalog import ModelCard
+from minecube.models.blocks import enlarge, siamese
+
+
+def changeformer(card: ModelCard) -> nn.Module:
+    """ChangeFormer; options `widths` and `depths` of the encoder's four stages, `width` of the decoder."""
+    return ChangeFormer(
+        len(card.bands),
+        len(card.classes),
+        widths=card.options["widths"],
+        depths=card.options["depths"],
+        width=card.options["width"],
+    )
+
+
+class ChangeFormer(nn.Module):
+    """Bandara and Patel 2022 (arXiv:2201.01293), in the form of their code's ChangeFormerV6.
+
+    Takes (n, 2, bands, y, x) with sides that are multiples of 32; gives logits (n, classes, y, x). Left out: the maps of
+    the four scales, which the authors supervise too, as here there is one loss on one output; dropout and drop path;
+    their softmax, as each class has a logit of its own.
+    """
+
+    def __init__(
+        self,
+        bands: int,
+        classes: int,
+        *,
+        widths: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 3, 4, 3),
+        width: int = 256,
+    ) -> None:
+        super().__init__()
+        self.encoder = _MixTransformer(bands, widths, depths)
+        self.reduce = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
+        self.compare = nn.ModuleList(_compare(width) for _ in widths)
+        self.fuse = nn.Sequential(nn.Conv2d(len(widths) * width, width, 1), nn.BatchNorm2d(width))
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), _Residual(width)) for _ in range(2)
+        )
+        self.head = nn.Conv2d(width, classes, 3, padding=1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits of (n, 2, bands, y, x)."""
+        levels = siamese(self.encoder, pair)
+        found: list[Tensor] = []
+        for (first, second), reduce, compare in reversed(list(zip(levels, self.reduce, self.compare, strict=True))):
+            difference = compare(torch.cat([reduce(first), reduce(second)], dim=1))
+            found.append(difference + enlarge(found[-1], difference) if found else difference)
+        x = self.fuse(torch.cat([enlarge(level, found[-1]) for level in found], dim=1))
+        for up in self.up:
+            x = up(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _compare(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2 * width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.BatchNorm2d(width),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + 0.1 * self.body(x)
+        return found
+
+
+class _MixTransformer(nn.Module):
+    """SegFormer's encoder (Xie et al. 2021, arXiv:2105.15203); ChangeFormer's patches are all 7 pixels wide."""
+
+    def __init__(self, bands: int, widths: Sequence[int], depths: Sequence[int]) -> None:
+        super().__init__()
+        above = [bands, *widths[:-1]]
+        strides, shrinks, heads = (4, 2, 2, 2), (8, 4, 2, 1), (1, 2, 4, 8)
+        self.stages = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "patches": nn.Conv2d(above[i], widths[i], 7, strides[i], 3),
+                    "first": nn.LayerNorm(widths[i]),
+                    "blocks": nn.ModuleList(_Block(widths[i], heads[i], shrinks[i]) for _ in range(depths[i])),
+                    "last": nn.LayerNorm(widths[i]),
+                }
+            )
+            for i in range(4)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for stage in self.stages:
+            x = stage["patches"](x)  # type: ignore[index]  # a ModuleDict
+            shape = x.shape
+            words = stage["first"](x.flatten(2).transpose(1, 2))  # type: ignore[index]
+            for block in stage["blocks"]:  # type: ignore[index]
+                words = block(words, shape[-2:])
+            x = stage["last"](words).transpose(1, 2).reshape(shape)  # type: ignore[index]
+            found.append(x)
+        return found
+
+
+class _Block(nn.Module):
+    """Attention to a coarser image, then a perceptron that looks at neighbours, on (n, y * x, channel)."""
+
+    def __init__(self, width: int, heads: int, shrink: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.middle = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.both, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.shrink = nn.Conv2d(width, width, shrink, stride=shrink) if shrink > 1 else None
+        self.shrunk = nn.LayerNorm(width) if shrink > 1 else None
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.near = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        words = other = self.before(x)
+        if self.shrink is not None and self.shrunk is not None:
+            image = words.transpose(1, 2).unflatten(2, size)
+            other = self.shrunk(self.shrink(image).flatten(2).transpose(1, 2))
+        key, value = self.both(other).chunk(2, dim=-1)
+        query, key, value = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (self.query(words), key, value))
+        x = x + self.out(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        wide = self.widen(self.middle(x))
+        near = self.near(wide.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
+        found: Tensor = x + self.narrow(functional.gelu(near))
+        return found

@@ -1,0 +1,80 @@
+"""FC-EF, FC-Siam-conc and FC-Siam-diff: U-Nets that see two dates."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minecube.catalog import ModelCard
+from minecube.models.blocks import Pyramid, siamese
+
+
+def fc_ef(card: ModelCard) -> nn.Module:
+    """Both dates as bands of one image; options: `width` (of the first level, 16 in the paper), `dropout` (0.2)."""
+    return _of(card, "early")
+
+
+def fc_siam_conc(card: ModelCard) -> nn.Module:
+    """Each date encoded alone, both skipped to the decoder; options as of `fc_ef`."""
+    return _of(card, "both")
+
+
+def fc_siam_diff(card: ModelCard) -> nn.Module:
+    """Each date encoded alone, the difference skipped to the decoder; options as of `fc_ef`."""
+    return _of(card, "difference")
+
+
+def _of(card: ModelCard, skip: str) -> nn.Module:
+    return FullyConvolutional(
+        len(card.bands), len(card.classes), skip=skip, width=card.options["width"], dropout=card.options.get("dropout", 0.2)
+    )
+
+
+class FullyConvolutional(nn.Module):
+    """Daudt, Le Saux and Boulch 2018 (arXiv:1810.08462).
+
+    Takes (n, 2, bands, y, x) with sides that are multiples of 16; gives logits (n, classes, y, x). `skip` is early,
+    both or difference. The deepest features that are decoded are the second date's, as in the authors' code (the paper
+    does not say), so even with |difference| the order of the dates is seen. Unlike there, one logit a class, no softmax.
+    """
+
+    def __init__(self, bands: int, classes: int, *, skip: str, width: int = 16, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.skip = skip
+        channels = [width * 2**level for level in range(4)]
+        above = [bands * 2 if skip == "early" else bands, *channels]
+        self.encoder = Pyramid(
+            [_layers([a, *[b] * (2 + level // 2)], dropout) for level, (a, b) in enumerate(zip(above, channels, strict=False))]
+        )
+        copies = 2 if skip == "both" else 1
+        self.up = nn.ModuleList(nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1) for c in reversed(channels))
+        self.decoder = nn.ModuleList(
+            _layers([c * (1 + copies), *[c] * (1 + level // 2), channels[level - 1] if level else c], dropout, last=level == 0)
+            for level, c in reversed(list(enumerate(channels)))
+        )
+        self.head = nn.Conv2d(width, classes, 3, padding=1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits of (n, 2, bands, y, x)."""
+        if self.skip == "early":
+            skipped: list[Tensor] = self.encoder(pair.flatten(1, 2))
+            deepest = skipped[-1]
+        else:
+            levels = siamese(self.encoder, pair)
+            deepest = levels[-1][1]
+            skipped = [torch.cat(level, dim=1) if self.skip == "both" else (level[0] - level[1]).abs() for level in levels]
+        x = functional.max_pool2d(deepest, 2)
+        for up, decode, beside in zip(self.up, self.decoder, reversed(skipped), strict=True):
+            x = decode(torch.cat([up(x), beside], dim=1))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _layers(channels: list[int], dropout: float, *, last: bool = False) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(channels):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.Dropout2d(dropout)]
+    return nn.Sequential(*layers[: -4 if last else None])

@@ -1,0 +1,150 @@
+"""All years at once: a U-Net a year, and attention between the years.
+
+What a single year leaves open, a cloud's edge, a bare field, the years around it often settle: mines come and go over
+years, weather does not. So each place looks at its other years three times: by attention where the image is coarsest;
+by the same attention, enlarged, at the finer levels on the way up (as in U-TAE, Garnot and Landrieu 2021,
+arXiv:2107.07933, which gives one map for the whole series where this gives one a year); and, at full size, by means over
+the years before, after and around, whose weights by distance in years are learned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minecube.catalog import ModelCard
+from minecube.models.blocks import Pyramid, convolution, enlarge
+
+_REACH = 10
+"""Years; what is further away weighs like this."""
+
+
+def series_attention(card: ModelCard) -> nn.Module:
+    """The network; options `width` (of the first level), `depth` (times it is halved), `heads` and `layers` of attention."""
+    return SeriesAttention(
+        len(card.bands),
+        len(card.classes),
+        width=card.options["width"],
+        depth=card.options["depth"],
+        heads=card.options["heads"],
+        layers=card.options["layers"],
+    )
+
+
+class SeriesAttention(nn.Module):
+    """Takes (n, year, bands, y, x) with sides that are multiples of 2 ** depth; gives logits (n, year, classes, y, x).
+
+    Any number of years. A pixel that is 0 in all bands was not observed: no other year looks at it, but it has an output,
+    made of the years that were. Distances in years are all that is known of time: nothing depends on the calendar.
+    """
+
+    def __init__(self, bands: int, classes: int, *, width: int = 16, depth: int = 3, heads: int = 4, layers: int = 1) -> None:
+        super().__init__()
+        channels = [width * 2**level for level in range(depth + 1)]
+        # One more band says what was observed.
+        self.encoder = Pyramid(_two_convolutions(a, b) for a, b in zip([bands + 1, *channels], channels, strict=False))
+        self.attention = nn.ModuleList(_Attention(channels[-1], heads) for _ in range(layers))
+        self.mix = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels[-2:0:-1])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * c, c, 2, stride=2) for c in channels[-2::-1])
+        self.merge = nn.ModuleList(_two_convolutions(2 * c, c) for c in channels[-2::-1])
+        self.coherence = _Coherence(width)
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, series: Tensor, years: Tensor | None = None) -> Tensor:
+        """Logits of (n, year, bands, y, x); `years` (int, one a year of the series) are taken as consecutive if not given."""
+        shape = series.shape[:2]
+        years = torch.arange(shape[1], device=series.device) if years is None else years
+        apart = (years[None, :] - years[:, None]).clamp(-_REACH, _REACH) + _REACH  # [looking, looked at]
+        seen = (series != 0).any(dim=2, keepdim=True).to(series.dtype)
+        *skipped, x = self.encoder(torch.cat([series, seen], dim=2).flatten(0, 1))
+        words = torch.unflatten(x, 0, shape)
+        for layer in self.attention:
+            words, weight = layer(words, _coarser(seen, x), apart)
+        x = words.flatten(0, 1)
+        for level, (up, merge) in enumerate(zip(self.up, self.merge, strict=True)):
+            beside = skipped.pop()
+            if level < len(self.mix):  # at full size, attention of every pair of years would be larger than all the rest
+                pooled = _weighted(weight, torch.unflatten(beside, 0, shape), _coarser(seen, beside))
+                beside = beside + self.mix[level](pooled.flatten(0, 1))
+            x = merge(torch.cat([beside, up(x)], dim=1))
+        x = self.coherence(torch.unflatten(x, 0, shape), seen, apart).flatten(0, 1)
+        logits: Tensor = torch.unflatten(self.head(x), 0, shape)
+        return logits
+
+
+def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(convolution(inputs, outputs), convolution(outputs, outputs))
+
+
+def _coarser(seen: Tensor, like: Tensor) -> Tensor:
+    """1 where anything of a coarser pixel was observed, else 0: (n, year, 1, y, x)."""
+    factor = seen.shape[-1] // like.shape[-1]
+    return torch.unflatten(functional.max_pool2d(seen.flatten(0, 1), factor), 0, seen.shape[:2])
+
+
+def _weighted(weight: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Of values (n, year, channel, y, x), the sums over years by weight [n, head, looking, looked at, y, x].
+
+    Weights are enlarged to the values' size and shared out anew among what was observed there; each head has its share of
+    the channels.
+    """
+    heads = weight.shape[1]
+    if weight.shape[-2:] != values.shape[-2:]:
+        weight = torch.unflatten(enlarge(weight.flatten(1, 3), values), 1, weight.shape[1:4])
+        weight = weight * seen[:, None, None, :, 0]
+        weight = weight * weight.sum(dim=3, keepdim=True).clamp(min=1e-4).reciprocal()
+    return torch.einsum("nhtsyx,nshcyx->nthcyx", weight, torch.unflatten(values, 2, (heads, -1))).flatten(2, 3)
+
+
+class _Attention(nn.Module):
+    """Years of one place look at each other; gives (n, year, channel, y, x) and the weights they looked by."""
+
+    def __init__(self, channels: int, heads: int, size: int = 8) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, size**-0.5
+        self.before, self.middle = (nn.LayerNorm(channels) for _ in range(2))
+        self.query, self.key = (nn.Conv2d(channels, heads * size, 1) for _ in range(2))
+        self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(2))
+        self.perceptron = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU(), nn.Conv2d(2 * channels, channels, 1))
+        # Heads differ from the start in how far they look.
+        slopes = 2.0 ** -torch.arange(1, heads + 1)
+        self.distance = nn.Parameter(-slopes[:, None] * torch.arange(-_REACH, _REACH + 1).abs())
+
+    def forward(self, x: Tensor, seen: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
+        shape = x.shape[:2]
+        flat = x.flatten(0, 1)
+        normal = self.before(flat.movedim(1, -1)).movedim(-1, 1)
+        query, key = (a(normal).unflatten(1, (self.heads, -1)).unflatten(0, shape) for a in (self.query, self.key))
+        score = torch.einsum("nthcyx,nshcyx->nhtsyx", query, key) * self.scale + self.distance[:, apart][None, ..., None, None]
+        observed = seen[:, None, None, :, 0]
+        weight = score.masked_fill(observed == 0, torch.finfo(score.dtype).min).softmax(dim=3) * observed
+        pooled = _weighted(weight, self.value(normal).unflatten(0, shape), seen).flatten(0, 1)
+        flat = flat + self.out(pooled)
+        flat = flat + self.perceptron(self.middle(flat.movedim(1, -1)).movedim(-1, 1))
+        return torch.unflatten(flat, 0, shape), weight
+
+
+class _Coherence(nn.Module):
+    """Beside a shortcut: what a year's features become when means over the years before, after and around are known."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        apart = torch.arange(-_REACH, _REACH + 1)
+        near = -apart.abs() / 2
+        # A year weighs little in its own mean before or after, but is all there is where there are no such years.
+        self.distance = nn.Parameter(torch.stack([near - 6 * (apart >= 0), near - 6 * (apart <= 0), near]))
+        self.blend = nn.Sequential(nn.Conv2d(4 * channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, seen: Tensor, apart: Tensor) -> Tensor:
+        weight = self.distance.exp()[:, apart]  # [mean, looking, looked at]
+        # Channels last, as they lie in memory: years are then summed by one product of matrices, without a copy.
+        last, observed = x.movedim(2, -1), seen.movedim(2, -1)
+        known = (last * observed).flatten(2)
+        means = [
+            (w @ known).view(last.shape) * (w @ observed.flatten(2)).clamp(min=1e-6).reciprocal().view(observed.shape)
+            for w in weight
+        ]
+        both = torch.cat([last, *means], dim=-1).movedim(-1, 2)
+        found: Tensor = x + torch.unflatten(self.blend(both.flatten(0, 1)), 0, x.shape[:2])
+        return found

@@ -1,0 +1,69 @@
+"""SNUNet-CD: a nested U-Net with dense connections between two dates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minecube.catalog import ModelCard
+from minecube.models.blocks import Pyramid, SqueezeExcite, siamese
+
+
+def snunet(card: ModelCard) -> nn.Module:
+    """SNUNet with ECAM; option `width`, channels of the first level (32 in the paper's SNUNet-CD/32)."""
+    return SNUNet(len(card.bands), len(card.classes), card.options["width"])
+
+
+class SNUNet(nn.Module):
+    """Fang, Li, Shao and Li 2021 (IEEE GRSL, 10.1109/LGRS.2021.3056416).
+
+    Takes (n, 2, bands, y, x) with sides that are multiples of 16; gives logits (n, classes, y, x). The ensemble channel
+    attention module (ECAM) weighs the four outputs of full resolution; as in the paper, the deepest level sees the second
+    date only. Unlike there, one logit a class in place of a softmax over two.
+    """
+
+    def __init__(self, bands: int, classes: int, width: int = 32) -> None:
+        super().__init__()
+        c = [width * 2**level for level in range(5)]
+        self.encoder = Pyramid([_Block(a, b) for a, b in zip([bands, *c], c, strict=False)])
+        nodes = [(level, step) for step in range(1, 5) for level in range(5 - step)]
+        # Node (level, step) sees both dates, the nodes before it on its level, and the one before it a level below.
+        self.nodes = nn.ModuleDict(
+            {f"{level}_{step}": _Block((1 + step) * c[level] + c[level + 1], c[level]) for level, step in nodes}
+        )
+        self.up = nn.ModuleDict(
+            {f"{level}_{step}": nn.ConvTranspose2d(c[level + 1], c[level + 1], 2, stride=2) for level, step in nodes}
+        )
+        self.within = SqueezeExcite(width, max(width // 4, 1), maximum=True)
+        self.across = SqueezeExcite(4 * width, max(width // 4, 1), maximum=True)
+        self.head = nn.Conv2d(4 * width, classes, 1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits of (n, 2, bands, y, x)."""
+        dates = siamese(self.encoder, pair)
+        found: list[list[Tensor]] = [[second] for _, second in dates]
+        for step in range(1, 5):
+            for level in range(5 - step):
+                at = f"{level}_{step}"
+                below = self.up[at](found[level + 1][step - 1])
+                found[level].append(self.nodes[at](torch.cat([*dates[level], *found[level][1:], below], dim=1)))
+        outputs = found[0][1:]
+        together = torch.cat(outputs, dim=1)
+        within = self.within.gate(torch.stack(outputs).sum(dim=0)).repeat(1, 4, 1, 1)
+        logits: Tensor = self.head(self.across.gate(together) * (together + within))
+        return logits
+
+
+class _Block(nn.Module):
+    """Two convolutions; what the first gives, before it is normalised, is added to the second."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.rest = nn.Sequential(
+            nn.BatchNorm2d(outputs), nn.ReLU(), nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.relu(self.rest(x) + x)

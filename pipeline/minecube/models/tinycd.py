@@ -1,0 +1,123 @@
+"""TinyCD: the first blocks of an EfficientNet, and masks of what they mix."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minecube.catalog import ModelCard
+from minecube.models.blocks import InvertedResidual, convolution, siamese
+
+
+def tinycd(card: ModelCard) -> nn.Module:
+    """TinyCD; options `widths` of the encoder's stem and three stages, `depths` of the stages, `decoder` widths."""
+    return TinyCD(
+        len(card.bands),
+        len(card.classes),
+        widths=card.options["widths"],
+        depths=card.options["depths"],
+        decoder=card.options["decoder"],
+    )
+
+
+class TinyCD(nn.Module):
+    """Codegoni, Lombardi and Ferrari 2022 (arXiv:2207.13159); the default widths and depths are EfficientNet-b4's.
+
+    Takes (n, 2, bands, y, x) with sides that are multiples of 8; gives logits (n, classes, y, x). The encoder starts from
+    random weights, as ImageNet's are for three bands, and without its stochastic depth.
+    """
+
+    def __init__(
+        self,
+        bands: int,
+        classes: int,
+        *,
+        widths: Sequence[int] = (48, 24, 32, 56),
+        depths: Sequence[int] = (2, 4, 4),
+        decoder: Sequence[int] = (64, 64, 32),
+    ) -> None:
+        super().__init__()
+        self.encoder = _Encoder(bands, widths, depths)
+        self.masks = nn.ModuleList([_mask(bands, 10, 5), *(_mask(w, w // 2, w // 4) for w in widths[1:3])])
+        self.mix = _mix(widths[3])
+        self.up = nn.ModuleList(_separable(a, b) for a, b in zip([widths[3], *decoder], decoder, strict=False))
+        last = decoder[-1]
+        self.head = nn.Sequential(_pointwise(last, last // 2, last // 4), nn.Conv2d(last // 4, classes, 1))
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits of (n, 2, bands, y, x)."""
+        *levels, deepest = [(pair[:, 0], pair[:, 1]), *siamese(self.encoder, pair)]
+        x = self.mix(_interleave(*deepest))
+        for up, mask, dates in zip(self.up, reversed(self.masks), reversed(levels), strict=True):
+            size = dates[0].shape[-2:]
+            x = up(functional.interpolate(x, size, mode="bilinear", align_corners=True) * mask(_interleave(*dates)))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class _Encoder(nn.Module):
+    """The first three stages of an EfficientNet, at half, a 4th and an 8th of the size."""
+
+    def __init__(self, bands: int, widths: Sequence[int], depths: Sequence[int]) -> None:
+        super().__init__()
+        stages = []
+        for i, (stride, expansion, kernel) in enumerate(((1, 1, 3), (2, 6, 3), (2, 6, 5))):
+            blocks = [
+                InvertedResidual(
+                    widths[i + (n > 0)],
+                    widths[i + 1],
+                    stride=stride if n == 0 else 1,
+                    expansion=expansion,
+                    kernel=kernel,
+                    squeeze=True,
+                )
+                for n in range(depths[i])
+            ]
+            stages.append(nn.Sequential(*blocks))
+        self.stem = convolution(bands, widths[0], stride=2, activation=nn.SiLU)
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return found
+
+
+def _interleave(first: Tensor, second: Tensor) -> Tensor:
+    """Channels of the two dates by turns, so that a grouped convolution mixes each with its counterpart."""
+    return torch.stack([first, second], dim=2).flatten(1, 2)
+
+
+def _mix(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2 * channels, channels, 3, padding=1, groups=channels), nn.PReLU(), nn.InstanceNorm2d(channels)
+    )
+
+
+def _mask(channels: int, *hidden: int) -> nn.Sequential:
+    return nn.Sequential(_mix(channels), _pointwise(channels, *hidden, 1))
+
+
+def _pointwise(*channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(channels):
+        layers += [nn.Conv2d(inputs, outputs, 1), nn.PReLU()]
+    return nn.Sequential(*layers)
+
+
+def _separable(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs),
+        nn.PReLU(),
+        nn.InstanceNorm2d(inputs),
+        nn.Conv2d(inputs, outputs, 1),
+        nn.PReLU(),
+        nn.InstanceNorm2d(outputs),
+    )

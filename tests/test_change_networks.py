@@ -1,0 +1,522 @@
+"""Networks of change and of series: held to their papers' sizes and what they promise of dates and years; trained on toys."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minecube import models
+from minecube.catalog import load_models
+from minecube.errors import ModelError
+from minecube.models import series as network_module
+from minecube.models import tinycd
+from minecube.models.a2net import A2Net
+from minecube.models.bit import BIT
+from minecube.models.blocks import ResNet, SqueezeExcite
+from minecube.models.changefft import ChangeFFT, FrequencyMix, UPerNetHead
+from minecube.models.changeformer import ChangeFormer
+from minecube.models.dtcdscn import DTCDSCN
+from minecube.models.fully_convolutional import FullyConvolutional
+from minecube.models.series import SeriesAttention
+from minecube.models.snunet import SNUNet
+from minecube.models.tinycd import TinyCD
+
+CARDS = load_models()
+CHANGE = [name for name, card in CARDS.items() if card.task == "change" and not name.endswith("-small")]
+TINY: dict[str, dict[str, Any]] = {
+    "fc-ef": {"width": 4},
+    "fc-siam-conc": {"width": 4},
+    "fc-siam-diff": {"width": 4},
+    "snunet": {"width": 4},
+    "bit": {"width": 8, "depth": 1, "head": 4},
+    "changeformer": {"widths": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "width": 8},
+    "tinycd": {"widths": [12, 8, 8, 12], "depths": [1, 1, 1], "decoder": [12, 12, 8]},
+    "a2net": {"width": 8, "encoder": 0.25},
+    "dtcdscn": {"width": 8, "depths": [1, 1, 1, 1]},
+    "changefft": {"width": 8, "depths": [1, 1, 1, 1], "head": 8},
+}
+"""Options with which a test is quick."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Windows this small are slower with more, far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    options = {**TINY[name], **({"dropout": 0} if name.startswith("fc-") else {})}
+    return models.build(dataclasses.replace(CARDS[name], options=options, **changes))
+
+
+def settled(network: nn.Module) -> nn.Module:
+    """In evaluation mode, with statistics as after training, so that all layers matter."""
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.rand(module.running_mean.shape, generator=generator) - 0.5)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return network.eval()
+
+
+def count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+# Sizes, at the papers' three bands
+
+
+@pytest.mark.parametrize(
+    ("network", "millions"),
+    [
+        # Two classes. Daudt et al. give no count; as counted by Fang et al. 2021 and Bandara and Patel 2022: 1.35, 1.55, 1.35.
+        (lambda: FullyConvolutional(3, 2, skip="early"), 1.35),
+        (lambda: FullyConvolutional(3, 2, skip="both"), 1.55),
+        (lambda: FullyConvolutional(3, 2, skip="difference"), 1.35),
+        (lambda: SNUNet(3, 2, 32), 12.03),  # Fang et al. 2021, SNUNet-CD/32
+        (lambda: BIT(3, 2, head=8), 3.04),  # as commonly counted on the authors' code with heads of 8, and below of 64
+        (lambda: BIT(3, 2, head=64), 3.50),
+    ],
+)
+def test_parameters_are_as_published(network: Callable[[], nn.Module], millions: float) -> None:
+    # To the last digit that is published.
+    assert round(count(network()) / 1e6, 2) == millions
+
+
+def test_tinycd_has_the_published_size() -> None:
+    assert round(count(TinyCD(3, 1)) / 1e6, 3) == 0.285  # Codegoni et al. 2022, table 1
+
+
+def test_changeformer_has_the_published_size() -> None:
+    # 41.03 million, Bandara and Patel 2022's code, with the four supervised maps that are left out here: to each scale's
+    # 256 channels two convolutions of 3 x 3, to two classes and among them, around a normalisation of two channels.
+    maps = 4 * ((9 * 256 * 2 + 2) + 2 * 2 + (9 * 2 * 2 + 2))
+    assert round((count(ChangeFormer(3, 2)) + maps) / 1e6, 2) == 41.03
+
+
+def test_a2net_has_the_published_size() -> None:
+    # 3.78 million, Li et al. 2023, with MobileNetV2's last convolution (320 to 1280 channels), which plays no part.
+    assert round((count(A2Net(3, 1)) + 320 * 1280 + 2 * 1280) / 1e6, 2) == 3.78
+
+
+def test_dtcdscn_has_the_published_size() -> None:
+    # 41.07 million, as counted by Fang et al. 2021, with the half that maps buildings: all but the encoder once more.
+    network = DTCDSCN(3, 1)
+    assert round((2 * count(network) - count(network.encoder)) / 1e6, 2) == 41.07
+
+
+def test_changefft_mixes_as_many_frequencies_as_its_authors() -> None:
+    # No count is published. By their formula: two layers of four complex blocks, each a quarter of the channels square.
+    for channels in (16, 64):
+        assert count(FrequencyMix(channels)) == 2 * 2 * (4 * (channels // 4) ** 2 + channels)
+    # UPerNet with a ResNet-18, by hand: pyramid pooling, its bottleneck, three lateral and smoothing convolutions, fusion.
+    c, w = [64, 128, 256, 512], 512
+    head = 4 * (512 * w + 2 * w) + 9 * (512 + 4 * w) * w + 2 * w
+    head += sum(a * w + 2 * w + 9 * w * w + 2 * w for a in c[:3]) + 9 * 4 * w * w + 2 * w
+    assert count(UPerNetHead(c, w)) == head
+
+
+def test_resnets_are_those_of_their_paper() -> None:
+    # torchvision's counts, 11 689 512 and 21 797 672, without the classifier's 512 x 1000 + 1000.
+    assert count(ResNet(3, 64, (2, 2, 2, 2))) == 11_689_512 - 513_000
+    assert count(ResNet(3, 64, (3, 4, 6, 3))) == 21_797_672 - 513_000
+
+
+def test_cards_are_in_their_papers_sizes() -> None:
+    paper: dict[str, Callable[[int, int], nn.Module]] = {
+        "fc-ef": lambda *n: FullyConvolutional(*n, skip="early"),
+        "fc-siam-conc": lambda *n: FullyConvolutional(*n, skip="both"),
+        "fc-siam-diff": lambda *n: FullyConvolutional(*n, skip="difference"),
+        "snunet": SNUNet,
+        "bit": BIT,
+        "changeformer": ChangeFormer,
+        "tinycd": TinyCD,
+        "a2net": A2Net,
+        "dtcdscn": DTCDSCN,
+        "changefft": ChangeFFT,
+    }
+    assert sorted(paper) == sorted(CHANGE)
+    with torch.device("meta"):  # shapes alone
+        for name, network in paper.items():
+            assert count(models.build(CARDS[name])) == count(network(10, 1)), name
+
+
+# What a network takes and gives
+
+
+@pytest.mark.parametrize("name", CHANGE)
+def test_any_bands_classes_and_sizes(name: str) -> None:
+    multiple = CARDS[name].multiple_px
+    for bands, classes in ((("B02", "B03", "B04"), ("changed",)), (CARDS[name].bands, ("changed",))):
+        network = tiny(name, bands=bands, classes=classes).eval()
+        for height, width in ((multiple, 2 * multiple), (96, 64)):
+            shape = network(torch.randn(2, 2, len(bands), height, width)).shape
+            assert shape == (2, len(classes), height, width)
+
+
+@pytest.mark.parametrize("name", [n for n in CHANGE if n != "a2net"])
+def test_classes_have_a_logit_each(name: str) -> None:
+    network = tiny(name, classes=("removed", "new")).eval()
+    found = network(torch.randn(1, 2, 10, 64, 64))
+    assert found.shape == (1, 2, 64, 64)
+    assert found.min() < 0 or found.max() > 1  # not probabilities
+
+
+def test_a_network_that_cannot_tell_the_order_refuses_classes_that_need_it() -> None:
+    for classes in (("new",), ("removed", "new"), ("changed", "new")):
+        with pytest.raises(ModelError, match="cannot tell new from removed"):
+            tiny("a2net", classes=classes)
+
+
+@pytest.mark.parametrize("name", [n for n, card in CARDS.items() if card.task != "mapping"])
+def test_every_shipped_card_of_change_and_series_builds(name: str) -> None:
+    card = CARDS[name]
+    steps = 2 if card.task == "change" else 3
+    with torch.device("meta"):
+        network = models.build(card).eval()
+        windows = torch.zeros(1, steps, len(card.bands), card.window_px, card.window_px)
+        found = models.logits(network, card.task, windows)
+    years = 1 if card.task == "change" else steps
+    assert found.shape == (1, years, len(card.classes), card.window_px, card.window_px)
+
+
+@pytest.mark.parametrize("name", CHANGE)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    network = tiny(name).train()
+    for module in network.modules():
+        if isinstance(module, SqueezeExcite):  # of one or two units here, which chance may have switched off
+            module.weigh[1] = nn.ELU()
+    pair = torch.randn(2, 2, 10, 96, 96)
+    (network(pair) * torch.randn(2, 1, 96, 96)).sum().backward()
+    dead = {key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    # What BIT's last layer adds to both dates alike is gone from their difference.
+    assert dead == ({"decoder.0.perceptron.2.bias"} if name == "bit" else set())
+
+
+@pytest.mark.parametrize("name", CHANGE)
+def test_every_band_of_both_dates_is_seen(name: str) -> None:
+    network = settled(tiny(name))
+    pair = torch.randn(1, 2, 10, 64, 64, requires_grad=True)
+    network(pair).square().sum().backward()
+    assert (pair.grad.abs().sum(dim=(0, 3, 4)) > 0).all()
+
+
+@pytest.mark.parametrize("name", CHANGE)
+def test_the_order_of_the_dates_matters_where_it_should(name: str) -> None:
+    network = tiny(name).train()  # normalised by what it sees, so that every level has its say in an untrained network
+    pair = torch.randn(2, 2, 10, 64, 64)
+    there, back = network(pair), network(pair.flip(1))
+    if name == "a2net":  # |difference| at all levels
+        assert torch.allclose(there, back, atol=1e-4)
+    else:
+        assert not torch.allclose(there, back, atol=1e-2)
+
+
+def test_bit_knows_the_order_by_the_position_of_tokens_alone() -> None:
+    network = settled(tiny("bit"))
+    with torch.no_grad():
+        network.position.zero_()
+    pair = torch.randn(1, 2, 10, 32, 32)
+    assert torch.allclose(network(pair), network(pair.flip(1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bit", "a2net", "dtcdscn", "changefft"])
+def test_of_two_equal_dates_nothing_is_left(name: str) -> None:
+    # Differences are all that is decoded, so the map of a pair of equal images does not depend on the image.
+    network = settled(tiny(name))
+    if name == "bit":
+        with torch.no_grad():
+            network.position.zero_()  # it tells the two dates' tokens apart even where they are equal
+    maps = [network(torch.randn(1, 1, 10, 64, 64).expand(-1, 2, -1, -1, -1)) for _ in range(2)]
+    assert torch.allclose(*maps, atol=1e-5)
+    moved = torch.randn(1, 2, 10, 64, 64)
+    assert not torch.allclose(network(moved), maps[0], atol=1e-3)
+
+
+def test_fc_siam_diff_skips_zeros_where_dates_are_equal() -> None:
+    network = settled(tiny("fc-siam-diff"))
+    seen: list[torch.Tensor] = []
+    for decode in network.decoder:
+        decode.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, given[0].shape[1] // 2 :]))
+    network(torch.randn(1, 1, 10, 32, 32).expand(-1, 2, -1, -1, -1))
+    assert len(seen) == 4
+    assert all((skipped == 0).all() for skipped in seen)
+    seen.clear()
+    network(torch.randn(1, 2, 10, 32, 32))
+    assert all((skipped > 0).any() for skipped in seen)
+
+
+def test_frequencies_are_mixed_as_by_a_circular_convolution() -> None:
+    # By hand in numpy, at each frequency and block: two complex products, ReLU of both parts between, shrinkage after.
+    torch.manual_seed(0)
+    mix = FrequencyMix(8, blocks=2)
+    with torch.no_grad():
+        for p in mix.parameters():
+            p.mul_(20)
+    x = torch.randn(1, 5, 6, 8)
+    spectrum = np.fft.fft2(x[0].double().numpy(), axes=(0, 1), norm="ortho")
+    for layer, (weight, bias) in enumerate(zip(mix.weight, mix.bias, strict=True)):
+        w, b = (a.detach().double().numpy() for a in (weight, bias))
+        w, b = w[..., 0] + 1j * w[..., 1], b[..., 0] + 1j * b[..., 1]
+        spectrum = np.concatenate([spectrum[..., 4 * k : 4 * k + 4] @ w[k] + b[k] for k in range(2)], axis=-1)
+        parts = np.stack([spectrum.real, spectrum.imag])
+        parts = np.maximum(parts, 0) if layer == 0 else np.sign(parts) * np.maximum(np.abs(parts) - 0.01, 0)
+        spectrum = parts[0] + 1j * parts[1]
+    expected = np.fft.ifft2(spectrum, axes=(0, 1), norm="ortho").real
+    np.testing.assert_allclose(mix(x)[0].detach().numpy(), expected, atol=1e-4)
+
+
+def test_channels_are_weighed_by_their_means_and_maxima() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5)
+    for maximum in (False, True):
+        module = SqueezeExcite(3, 2, maximum=maximum)
+        first, second = (module.weigh[i].weight[:, :, 0, 0].detach().numpy() for i in (0, 2))
+        pooled = [x.numpy().mean((2, 3))] + [x.numpy().max((2, 3))] * maximum
+        score = sum(np.maximum(p @ first.T, 0) @ second.T for p in pooled)
+        expected = x.numpy() / (1 + np.exp(-score))[:, :, None, None]
+        np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-5)
+
+
+def test_tinycd_mixes_each_channel_with_its_counterpart() -> None:
+    mix = tinycd._mix(3)[:2]  # without the normalisation
+    dates = torch.randn(2, 1, 3, 6, 6)
+    before = mix(tinycd._interleave(*dates))
+    for date, channel in itertools.product(range(2), range(3)):
+        moved = dates.clone()
+        moved[date, :, channel] += 1
+        touched = (mix(tinycd._interleave(*moved)) - before).abs().amax(dim=(0, 2, 3)) > 1e-6
+        assert touched.tolist() == [c == channel for c in range(3)]
+
+
+@pytest.mark.parametrize("name", ["dtcdscn", "changeformer", "changefft", "a2net", "snunet", "fc-siam-diff"])
+def test_each_scale_has_its_say(name: str) -> None:
+    # Of the encoder's levels one at a time is blotted out in both dates.
+    network = tiny(name).eval()
+    pair = torch.randn(2, 2, 10, 64, 64)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    network.train()(pair)  # statistics of these images
+    network.eval()
+    encoder, whole = network.encoder, network(pair)
+    for level in range(len(encoder(pair[:, 0]))):
+
+        def blotted(x: torch.Tensor, level: int = level) -> list[torch.Tensor]:
+            found = type(encoder).forward(encoder, x)
+            return [torch.zeros_like(a) if i == level else a for i, a in enumerate(found)]
+
+        encoder.forward = blotted
+        assert not torch.allclose(network(pair), whole, atol=1e-3), level
+
+
+@pytest.mark.parametrize("name", [*CHANGE, "series-attention"])
+def test_half_precision_gives_nearly_the_same(name: str) -> None:
+    network = settled(tiny(name) if name in TINY else series())
+    windows = torch.randn(1, 2, 10, 32, 32) if name != "tinycd" else torch.randn(1, 2, 10, 64, 64)
+    with torch.inference_mode():
+        exact = network(windows)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = network(windows)
+    assert torch.isfinite(rough).all()
+    assert (rough.float() - exact).abs().max() < 0.1 + 0.1 * exact.abs().max()
+
+
+# Learning
+
+
+def changes(seed: int, n: int = 8, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of noise, and where a square appears or goes."""
+    r = np.random.default_rng(seed)
+    pairs = r.normal(0, 0.3, (n, 2, 10, side, side)) + r.normal(0, 0.5, (n, 1, 10, 1, 1))
+    changed = np.zeros((n, 1, side, side), np.float32)
+    for i in range(n):
+        y, x = r.integers(2, side // 2, 2)
+        changed[i, 0, y : y + side // 3, x : x + side // 3] = 1
+        pairs[i, r.integers(2)] += 2 * changed[i]
+    return torch.from_numpy(pairs.astype(np.float32)), torch.from_numpy(changed)
+
+
+def fitted(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: int, rate: float = 5e-3) -> list[float]:
+    optimiser = torch.optim.Adam(network.parameters(), rate)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.binary_cross_entropy_with_logits(network(images), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", CHANGE)
+def test_a_few_pairs_are_learnt(name: str) -> None:
+    network = tiny(name).train()
+    losses = fitted(network, *changes(0, n=6), steps=30)
+    assert np.mean(losses[-3:]) < 0.5 * losses[0], losses[::5]
+
+
+# Series
+
+
+def series(seed: int = 0, **changes: Any) -> SeriesAttention:
+    torch.manual_seed(seed)
+    options = {"width": 4, "depth": 2, "heads": 2, "layers": 1, **changes}
+    return SeriesAttention(10, 1, **options)
+
+
+def images(n: int, years: int, side: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, years, 10, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    years=st.integers(1, 12),
+    depth=st.integers(1, 3),
+    layers=st.integers(1, 2),
+    height=st.integers(1, 3),
+    width=st.integers(1, 3),
+)
+def test_any_number_of_years(years: int, depth: int, layers: int, height: int, width: int) -> None:
+    network = settled(series(depth=depth, layers=layers))
+    found = network(torch.randn(1, years, 10, height * 2**depth, width * 2**depth))
+    assert found.shape == (1, years, 1, height * 2**depth, width * 2**depth)
+    assert torch.isfinite(found).all()
+
+
+def test_gradients_reach_every_parameter_of_the_series_network() -> None:
+    network = series(layers=2).train()
+    (network(images(2, 21)) * images(2, 21)[:, :, :1]).sum().backward()  # all distances up to the last
+    dead = [key for key, p in network.named_parameters() if not p.grad.abs().sum() > 0]
+    assert dead == []
+    assert all((p.grad != 0).all() for key, p in network.named_parameters() if key.endswith("distance"))
+
+
+def test_every_year_is_seen_by_every_other() -> None:
+    network = settled(series())
+    given_ = images(1, 5).requires_grad_()
+    for year in range(5):
+        (gradient,) = torch.autograd.grad(network(given_)[:, year].square().sum(), given_)
+        assert (gradient.abs().sum(dim=(0, 2, 3, 4)) > 0).all()
+
+
+def test_without_distances_years_are_a_set() -> None:
+    network = settled(series(layers=2))
+    given_, order = images(2, 6), torch.tensor([3, 0, 5, 1, 4, 2])
+    moved = network(given_[:, order])
+    assert not torch.allclose(moved, network(given_)[:, order], atol=1e-3)  # distances are seen
+    with torch.no_grad():
+        for key, p in network.named_parameters():
+            if key.endswith("distance"):
+                p.zero_()
+    assert torch.allclose(network(given_[:, order]), network(given_)[:, order], atol=1e-5)
+
+
+def test_only_distances_in_years_count() -> None:
+    network = settled(series())
+    given_ = images(1, 4)
+    consecutive = network(given_)
+    assert torch.equal(network(given_, torch.tensor([2017, 2018, 2019, 2020])), consecutive)
+    assert not torch.allclose(network(given_, torch.tensor([2015, 2018, 2019, 2024])), consecutive, atol=1e-4)
+    far = [network(given_, torch.tensor([0, 10 + more, 20 + 2 * more, 30 + 3 * more])) for more in (0, 7)]
+    assert torch.equal(*far)  # beyond ten years it is all the same
+
+
+def test_nobody_looks_at_a_missing_year_but_it_has_an_output() -> None:
+    network = settled(series(layers=2))
+    given_ = images(1, 5)
+    given_[:, 2] = 0
+    given_.requires_grad_()
+    found = network(given_)
+    others = [0, 1, 3, 4]
+    (gradient,) = torch.autograd.grad(found[:, others].square().sum(), given_)
+    assert (gradient[:, 2] == 0).all()
+    assert (gradient[:, others].abs().sum(dim=(0, 2, 3, 4)) > 0).all()
+    # The same as if it were not in the series at all, the distances kept.
+    without = network(given_[:, others], torch.tensor(others))
+    assert torch.allclose(found[:, others], without, atol=1e-5)
+    # And its own output is made of the others.
+    (gradient,) = torch.autograd.grad(network(given_)[:, 2].square().sum(), given_)
+    assert (gradient[:, others].abs().sum(dim=(0, 2, 3, 4)) > 0).all()
+
+
+def test_weights_are_shared_out_anew_among_what_was_observed() -> None:
+    # Against loops in numpy: heads by channels, weights enlarged by two, those of unobserved pixels taken away.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(1, 2, 3, 3, 2, 2, generator=generator)
+    values = torch.randn(1, 3, 4, 4, 4, generator=generator)
+    observed = (torch.rand(1, 3, 1, 4, 4, generator=generator) < 0.6).float()
+    found = network_module._weighted(weight, values, observed).numpy()
+    large = nn.functional.interpolate(weight.flatten(1, 3), (4, 4), mode="bilinear").reshape(1, 2, 3, 3, 4, 4).numpy()
+    for year, channel, y, x in itertools.product(range(3), range(4), range(4), range(4)):
+        seen = [t for t in range(3) if observed[0, t, 0, y, x]]
+        weights = large[0, channel // 2, year, :, y, x]
+        expected = sum(weights[t] * values[0, t, channel, y, x].item() for t in seen) / max(sum(weights[seen]), 1e-4)
+        assert found[0, year, channel, y, x] == pytest.approx(expected, abs=1e-5)
+
+
+def test_nobody_looks_at_a_missing_corner() -> None:
+    # Far from the corner's rim, where convolutions do not reach, nothing of it is left in the other years.
+    network = settled(series(depth=1))
+    given_ = images(1, 3, side=48)
+    given_[:, 1, :, :24, :24] = 0
+    given_.requires_grad_()
+    (gradient,) = torch.autograd.grad(network(given_)[:, [0, 2], :, :4, :4].square().sum(), given_)
+    assert (gradient[:, 1, :, :12, :12] == 0).all()
+    assert (gradient[:, 0, :, :4, :4] != 0).any()
+
+
+def test_a_series_without_any_observation_is_no_error() -> None:
+    assert torch.isfinite(settled(series())(torch.zeros(1, 3, 10, 16, 16))).all()
+
+
+def clouded(seed: int, n: int = 8, years: int = 6, side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Series of a mine that appears and stays; each year's image is hidden in part by clouds as bright as a mine."""
+    r = np.random.default_rng(seed)
+    mine = np.zeros((n, years, 1, side, side), np.float32)
+    for i in range(n):
+        y, x = r.integers(1, side // 2, 2)
+        mine[i, r.integers(0, years - 1) :, 0, y : y + side // 2, x : x + side // 2] = 1
+    cloud = np.zeros_like(mine)
+    for i, t in itertools.product(range(n), range(years)):
+        if r.random() < 0.5:
+            y, x = r.integers(0, side // 2, 2)
+            cloud[i, t, 0, y : y + side // 2, x : x + side // 2] = 1
+    pixels = r.normal(0, 0.3, (n, years, 10, side, side)) + 2 * np.maximum(mine, cloud)
+    return torch.from_numpy(pixels.astype(np.float32)), torch.from_numpy(mine)
+
+
+def test_a_series_settles_what_a_single_year_leaves_open() -> None:
+    class Alone(nn.Module):
+        """The same network, shown one year at a time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = series(width=8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x.flatten(0, 1)[:, None]).reshape(*x.shape[:2], 1, *x.shape[3:])
+
+    errors = {}
+    for name, network in (("series", series(width=8)), ("alone", Alone())):
+        network.train()
+        for step in range(6):
+            fitted(network, *clouded(step), steps=12, rate=1e-2)
+        network.eval()
+        pixels, mine = clouded(99, n=24)
+        with torch.inference_mode():
+            errors[name] = ((network(pixels) > 0) != (mine > 0)).float().mean().item()
+    assert errors["series"] < 0.6 * errors["alone"], errors
