@@ -22,7 +22,17 @@ from minecube.catalog import ModelCard, as_dict, model_card_of
 from minecube.errors import CatalogError, ModelError
 
 FORMAT = "minecube-model-2"
-ARCHITECTURES = {"unet": "unet:unet"}
+ARCHITECTURES = {
+    "unet": "unet:unet",
+    "encoder-unet": "libraries:unet",
+    "pspnet": "libraries:pspnet",
+    "linknet": "libraries:linknet",
+    "deeplabv3plus": "libraries:deeplabv3plus",
+    "deeplabv3": "libraries:deeplabv3",
+    "segformer": "libraries:segformer",
+    "upernet": "libraries:upernet",
+    "mask2former": "libraries:mask2former",
+}
 """Architecture -> where its function (card) -> network is: a module is loaded when one of its networks is asked for."""
 
 
