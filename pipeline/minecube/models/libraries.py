@@ -3,8 +3,8 @@
 Each takes (n, bands, y, x) and gives logits (n, classes, y, x); its weights are named as the library names them, so that a
 state_dict of the library's own fits. None ever downloads anything: weights come by the card, or by training.
 
-PSPNet, DeepLabV3(+) and UPerNet pool a window to one pixel and normalise that over the batch, which in training needs two
-windows at least; torch says so. All others train on one.
+DeepLabV3(+) and UPerNet pool a window to one pixel and normalise that over the batch, which in training needs two windows at
+least; torch says so. All others train on one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def pspnet(card: ModelCard) -> nn.Module:
     """PSPNet (Zhao et al. 2017, arXiv:1612.01105) on the option `encoder`; `width` of the pyramid, 512 as published.
 
     As published, the last two stages are dilated, so that features are at an eighth of the resolution; the library's own
-    default leaves these stages away.
+    default leaves these stages away. Where the paper fuses the pyramid by a 3 x 3 convolution, the library does by a 1 x 1.
     """
     options = _options(card, encoder="resnet50", width=512)
     network = _smp(card, smp.PSPNet, {"psp_out_channels": options["width"], "encoder_depth": 5, "upsampling": 8}, options)
