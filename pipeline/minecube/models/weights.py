@@ -103,19 +103,20 @@ def _download(weights: Weights, kept: Path) -> None:
     part, digest = kept.with_name(f".{kept.name}.{os.getpid()}.part"), hashlib.sha256()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
-            answer.raise_for_status()
-            for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
-                file.write(piece)
-                digest.update(piece)
-        _need_hash(weights, where, digest.hexdigest())
-        part.replace(kept)
+        try:
+            with requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
+                answer.raise_for_status()
+                for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
+                    file.write(piece)
+                    digest.update(piece)
+            _need_hash(weights, where, digest.hexdigest())
+            part.replace(kept)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:  # requests' errors are, too
         raise ModelError(
             f"{where}: the weights cannot be downloaded to {kept.parent} ({_without_query(str(error))}); try again"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _without_query(text: str) -> str:
