@@ -244,6 +244,7 @@ def test_it_trains_is_saved_and_maps_as_before(name: str, tmp_path: Path) -> Non
     x = torch.from_numpy(models.normalise(image, mean, std))
     y = torch.from_numpy(mine[:, None].astype(np.float32))
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
+    torch.manual_seed(0)  # of dropout
     reached: set[str] = set()
     losses = []
     for _ in range(4):
@@ -277,6 +278,15 @@ def test_a_batch_of_one_trains_unless_it_is_said_not_to(name: str) -> None:
             network(x)
     else:
         network(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_fresh_network_already_answers_to_what_it_sees(name: str) -> None:
+    # Seen: scales of normalisation drawn about zero, and queries that are all of one class, let no signal through.
+    network = built(SMALL[name]).train()
+    x = torch.from_numpy(np.stack([models.normalise(scene(i, 64, 64)[0], (1000.0,) * 10, (300.0,) * 10) for i in range(2)]))
+    torch.manual_seed(0)  # of dropout
+    assert network(x).std(dim=(2, 3)).min() > 0.003
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

@@ -171,7 +171,14 @@ def mask2former(card: ModelCard) -> nn.Module:
         encoder_feedforward_dim=4 * width,
         dim_feedforward=8 * width,
     )
-    return _giving(transformers.Mask2FormerForUniversalSegmentation(config), _by_class)
+    network = transformers.Mask2FormerForUniversalSegmentation(config)
+    # As in the paper's own code. As the library draws them, all queries are of the same class and their masks flat: then the
+    # masks cancel out of a class's odds, and nothing is learnt for thousands of windows.
+    network.class_predictor.reset_parameters()
+    features = network.model.pixel_level_module.decoder.mask_projection
+    nn.init.kaiming_uniform_(features.weight, a=1)
+    nn.init.zeros_(features.bias)
+    return _giving(network, _by_class)
 
 
 def _options(card: ModelCard, **defaults: Any) -> dict[str, Any]:
@@ -247,6 +254,8 @@ def _giving(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:
     for name, module in network.named_modules():
         if name.endswith("swin.layernorm"):  # of the classifier that Swin was made for; nothing here goes through it
             module.requires_grad_(False)
+        if isinstance(module, nn.BatchNorm2d):  # some networks there draw its scale about zero: no signal would come through
+            module.reset_parameters()
     network.register_forward_hook(logits)
     return network
 
