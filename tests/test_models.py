@@ -90,11 +90,10 @@ def test_parameters_are_those_of_the_architecture() -> None:
     assert sum(p.numel() for p in network.parameters()) == expected
 
 
-def test_every_shipped_card_builds_and_maps() -> None:
-    for card in (card for card in load_models().values() if card.task == "mapping"):
-        side = card.window_px
-        network = models.build(card).eval()
-        assert network(torch.zeros(1, len(card.bands), side, side)).shape == (1, 1, side, side)
+def test_the_shipped_card_builds_and_gives_logits_of_its_windows() -> None:
+    card = load_models()["unet-small"]
+    network = models.build(card).eval()
+    assert network(torch.zeros(1, 10, card.window_px, card.window_px)).shape == (1, 1, card.window_px, card.window_px)
 
 
 # Mapping

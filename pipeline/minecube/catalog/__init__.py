@@ -289,11 +289,12 @@ def load_sources(path: Path | None = None) -> dict[str, Source]:
     """The sources of a `sources.yaml`, by id; raises CatalogError as `load_sites` does."""
     path = Path(path or _catalog_dir() / "sources.yaml").resolve()
     sources = _load_yaml(Source, path)
-    return {
-        # A file named in YAML lies beside it, wherever the command runs.
-        s.id: dataclasses.replace(s, href=str(path.parent / s.href)) if s.kind != "stac-api" and "://" not in s.href else s
-        for s in sources
-    }
+    return {s.id: dataclasses.replace(s, href=_beside(path, s.href)) if s.kind != "stac-api" else s for s in sources}
+
+
+def _beside(path: Path, href: str) -> str:
+    """A file named in YAML lies beside it, wherever the command runs."""
+    return href if "://" in href else str(path.parent / href)
 
 
 def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
@@ -324,7 +325,10 @@ def model_card_of(written: Mapping[str, Any]) -> ModelCard:
 
 def load_models(path: Path | None = None) -> dict[str, ModelCard]:
     """The model cards of a `models.yaml`, by id; raises CatalogError as `load_sites` does."""
-    return {m.id: m for m in _load_yaml(ModelCard, path or _catalog_dir() / "models.yaml")}
+    path = Path(path or _catalog_dir() / "models.yaml").resolve()
+    cards = _load_yaml(ModelCard, path)
+    placed = {m.id: dataclasses.replace(m.weights, href=_beside(path, m.weights.href)) for m in cards if m.weights}
+    return {m.id: dataclasses.replace(m, weights=placed.get(m.id)) for m in cards}
 
 
 def pick(known: Mapping[str, T], name: str, what: str) -> T:

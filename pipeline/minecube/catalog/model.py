@@ -21,9 +21,15 @@ class Weights:
     """URL, or a path relative to the YAML file that names it."""
     sha256: str
     revision: str = ""
+    mean: tuple[float, ...] = ()
+    """Per band of the card, reflectance x 10000: what a plain state_dict does not say. Our own files do."""
+    std: tuple[float, ...] = ()
+    """Likewise."""
 
     def __post_init__(self) -> None:
         need(re.fullmatch("[0-9a-f]{64}", self.sha256), "sha256", f"64 hexadecimal digits, found {self.sha256!r}")
+        need(len(self.mean) == len(self.std), "std", f"as many numbers as mean ({len(self.mean)}), found {len(self.std)}")
+        need(all(s > 0 for s in self.std), "std", f"numbers above 0, found {list(self.std)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class ModelCard:
     weights: Weights | None = None
     """Trained ones; None: it is to be trained."""
     trained_on: str = ""
-    """What the weights have seen."""
+    """What the weights have seen; sites by their ids, comma-separated, where they are known."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """What its makers say of the weights, by name of score."""
 
@@ -70,5 +76,9 @@ class ModelCard:
         need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
         need(len(set(self.bands)) == len(self.bands), "bands", f"each band once, found {', '.join(self.bands)}")
         need(self.multiple_px > 0, "multiple_px", f"pixels above 0, found {self.multiple_px}")
+        said = self.weights.mean if self.weights else ()
+        need(
+            not said or len(said) == len(self.bands), "mean", f"a number for each of {len(self.bands)} bands, found {len(said)}"
+        )
         fits_px = self.window_px > 0 and self.window_px % self.multiple_px == 0
         need(fits_px, "window_px", f"a multiple of {self.multiple_px}, found {self.window_px}")

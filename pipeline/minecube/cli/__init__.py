@@ -27,6 +27,7 @@ COMMANDS = {
     "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
     "polygons": ("minecube.cli.polygons", "Say what is wrong with mine polygons, repair them, compare mappers."),
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
+    "models": ("minecube.cli.models", "List the networks, or show the card of one."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
     "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
     "score": ("minecube.cli.results", "Score predictions against footprints."),
@@ -38,7 +39,21 @@ COMMANDS = {
 }
 
 # Module that is not there -> what people call it, and the extra that brings it.
-EXTRAS = {"torch": ("PyTorch", "torch"), "icechunk": ("Icechunk", "publish")}
+EXTRAS = {
+    "torch": ("PyTorch", "torch"),
+    "icechunk": ("Icechunk", "publish"),
+    "segmentation_models_pytorch": ("segmentation-models-pytorch", "models"),
+    "timm": ("timm", "models"),
+    "transformers": ("transformers", "models"),
+}
+
+
+def _missing(error: ModuleNotFoundError, command: str) -> Exception:
+    """What to install; the error itself where the module is none that is left to choice."""
+    if error.name not in EXTRAS:
+        return error
+    package, extra = EXTRAS[error.name]
+    return click.UsageError(f"`minecube {command}` needs {package}: pip install 'minecube[{extra}]'")
 
 
 class _Stages(click.Group):
@@ -53,10 +68,7 @@ class _Stages(click.Group):
         try:
             module = importlib.import_module(COMMANDS[cmd_name][0])
         except ModuleNotFoundError as error:
-            if error.name not in EXTRAS:
-                raise
-            package, extra = EXTRAS[error.name]
-            raise click.UsageError(f"`minecube {cmd_name}` needs {package}: pip install 'minecube[{extra}]'") from error
+            raise _missing(error, cmd_name) from error
         command: click.Command = getattr(module, cmd_name)
         return command
 
@@ -70,6 +82,8 @@ class _Stages(click.Group):
         except MinecubeError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:  # of a network's library, which is loaded when the network is asked for
+            raise _missing(error, ctx.invoked_subcommand or "") from error
         except KeyboardInterrupt:
             click.echo("interrupted; what is committed is safe, run the same command again to go on", err=True)
             ctx.exit(130)

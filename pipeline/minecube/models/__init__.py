@@ -12,7 +12,8 @@ A card's task says what a network takes and gives, float32; every class is a log
 from __future__ import annotations
 
 from minecube.models.mapping import NODATA, SCALE, predict
-from minecube.models.network import ARCHITECTURES, Trained, build, load, logits, normalise, save, select_bands
+from minecube.models.network import ARCHITECTURES, Trained, build, load, logits, normalise, parameters, save, select_bands
+from minecube.models.weights import fetch, find
 
 __all__ = [
     "ARCHITECTURES",
@@ -20,9 +21,12 @@ __all__ = [
     "SCALE",
     "Trained",
     "build",
+    "fetch",
+    "find",
     "load",
     "logits",
     "normalise",
+    "parameters",
     "predict",
     "save",
     "select_bands",

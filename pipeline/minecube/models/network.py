@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,14 @@ from minecube.errors import CatalogError, ModelError
 FORMAT = "minecube-model-2"
 ARCHITECTURES = {
     "unet": "unet:unet",
+    "encoder-unet": "libraries:unet",
+    "pspnet": "libraries:pspnet",
+    "linknet": "libraries:linknet",
+    "deeplabv3plus": "libraries:deeplabv3plus",
+    "deeplabv3": "libraries:deeplabv3",
+    "segformer": "libraries:segformer",
+    "upernet": "libraries:upernet",
+    "mask2former": "libraries:mask2former",
     # Change
     "a2net": "a2net:a2net",
     "bit": "bit:bit",
@@ -67,6 +74,12 @@ def build(card: ModelCard) -> nn.Module:
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # a third faster on CPUs
 
 
+def parameters(card: ModelCard) -> int:
+    """How many numbers the card's network learns; none of them is drawn. Raises ModelError as `build` does."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(card).parameters() if p.requires_grad)
+
+
 def save(trained: Trained, path: Path) -> None:
     """Write the model to one file, whole or not at all.
 
@@ -100,40 +113,72 @@ def load(path: Path) -> Trained:
         ModelError: the file cannot be read, is not one of ours, or its weights are another architecture's.
     """
     try:
-        file = io.BytesIO(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: the model cannot be read ({error})") from error
-    foreign = f"{path}: is not a model that minecube wrote, or is damaged; train one with `minecube train`"
-    if not zipfile.is_zipfile(file):  # what torch.load would raise on any other file is a long list
-        raise ModelError(foreign)
-    file.seek(0)
+    return model_of(unpickled(content, str(path)), str(path))
+
+
+def unpickled(content: bytes, where: str) -> Any:
+    """What `torch.save` wrote, tensors and plain values only: nothing in it is run.
+
+    Raises:
+        ModelError: it is something else, or damaged; names `where`.
+    """
+    file = io.BytesIO(content)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ModelError(foreign) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        with zipfile.ZipFile(file) as parts:  # which knows the checksums that torch writes, and does not look at
+            damaged = parts.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the list of what a file that is something else leads to is long
         raise ModelError(
-            f"{path}: is not a model of this version of minecube (expected {FORMAT}); train one with `minecube train`"
+            f"{where}: is not a model that minecube wrote, or is damaged; train one with `minecube train`"
+        ) from error
+
+
+def model_of(content: Any, where: str) -> Trained:
+    """The model of what `save` wrote; raises ModelError where a part is missing, or is another version's or architecture's."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ModelError(
+            f"{where}: is not a model of this version of minecube (expected {FORMAT}, found {found or 'no format'}); "
+            "train one with `minecube train`"
         )
-    card = _card(content["card"], path)
+    parts = {"card": dict, "mean": list, "std": list, "sites": list, "weights": dict}
+    wrong = [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ModelError(f"{where}: says it is a {FORMAT}, but lacks {', '.join(wrong)}; train it again")
+    card = _card(content["card"], where)
+    mean, std, sites = (tuple(content[key]) for key in ("mean", "std", "sites"))
+    if {len(mean), len(std)} != {len(card.bands)} or not all(s > 0 for s in std):
+        raise ModelError(
+            f"{where}: expected mean and deviation of {len(card.bands)} bands, found {mean} and {std}; train it again"
+        )
+    return Trained(card=card, network=filled(card, content["weights"], where), mean=mean, std=std, sites=sites)
+
+
+def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module:
+    """The card's network with these weights, in evaluation mode; raises ModelError where they are another's."""
     network = build(card)
     try:
-        network.load_state_dict(content["weights"])
-    except RuntimeError as error:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{path}: the weights are not those of its card ({card.architecture}, {len(card.bands)} bands, "
+            f"{where}: the weights are not those of its card ({card.architecture}, {len(card.bands)} bands, "
             f"{dict(card.options)}), so it cannot be applied; train it again"
         ) from error
-    mean, std, sites = (tuple(content[key]) for key in ("mean", "std", "sites"))
-    return Trained(card=card, network=network.eval(), mean=mean, std=std, sites=sites)
+    return network.eval()
 
 
-def _card(fields: dict[str, Any], path: Path) -> ModelCard:
+def _card(fields: dict[str, Any], where: str) -> ModelCard:
     try:
         return model_card_of(fields)
     except CatalogError as error:
         raise ModelError(
-            f"{path}: is a model that this version of minecube does not know ({error}); update minecube"
+            f"{where}: is a model that this version of minecube does not know ({error}); update minecube"
         ) from error
 
 

@@ -1,0 +1,92 @@
+"""Subcommand that lists networks: models. It needs no PyTorch; where that is installed, `show` counts the parameters."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minecube.catalog import ModelCard, as_dict, pick
+from minecube.cli import EXTRAS, common
+from minecube.cli.common import catalog_option, table
+
+json_option = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+
+
+@click.group(invoke_without_command=True)
+@catalog_option
+@json_option
+@click.pass_context
+def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
+    """List the networks that can be trained by name; `models show NAME` gives the card of one.
+
+    \b
+    Examples:
+      minecube models
+      minecube models show segformer-b2
+    """
+    if ctx.invoked_subcommand:
+        return
+    cards = common.models(catalog).values()
+    if as_json:
+        click.echo(json.dumps([as_dict(card) for card in cards], indent=2))
+        return
+    rows = [
+        (c.id, c.task, c.architecture, ",".join(c.classes), f"{c.window_px} px", "yes" if c.weights else "no", _paper(c))
+        for c in cards
+    ]
+    click.echo(table(("name", "task", "architecture", "classes", "window", "weights", "paper"), rows))
+
+
+@models.command()
+@click.argument("name")
+@catalog_option
+@json_option
+@click.pass_context
+def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> None:
+    """Show the card of one network, with the number of its parameters.
+
+    \b
+    Example:
+      minecube models show segformer-b2
+    """
+    before = ctx.parent.params if ctx.parent else {}
+    card = pick(common.models(catalog or before.get("catalog")), name, "model")
+    parameters = _parameters(card)
+    if as_json or before.get("as_json"):
+        click.echo(json.dumps({**as_dict(card), "parameters": parameters}, indent=2))
+        return
+    fields = as_dict(card)
+    weights, scores = fields.pop("weights") or {}, fields.pop("scores")
+    lines = {key.replace("_", " "): _text(value) for key, value in fields.items()}
+    lines |= {f"weights: {key}": _text(value) for key, value in weights.items()} or {"weights": "none yet: `minecube train`"}
+    lines |= {f"score: {key}": _text(value) for key, value in scores.items()}
+    lines["parameters"] = f"{parameters:,}" if parameters else "not counted: pip install 'minecube[models]'"
+    lines = {key: text for key, text in lines.items() if text}
+    width = max(map(len, lines))
+    click.echo("\n".join(f"{key.ljust(width)}  {text}" for key, text in lines.items()))
+
+
+def _paper(card: ModelCard) -> str:
+    """The first that it cites: what the network itself is from."""
+    return card.paper.partition(";")[0]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _parameters(card: ModelCard) -> int | None:
+    """How many numbers are learnt; None where the libraries that would build the network are not there."""
+    try:
+        network = importlib.import_module("minecube.models.network")
+        return int(network.parameters(card))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return None

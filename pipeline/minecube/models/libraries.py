@@ -1,0 +1,273 @@
+"""Mapping networks of the libraries: segmentation-models-pytorch, timm and transformers (`pip install 'minecube[models]'`).
+
+Each takes (n, bands, y, x) and gives logits (n, classes, y, x); its weights are named as the library names them, so that a
+state_dict of the library's own fits. None ever downloads anything: weights come by the card, or by training.
+
+DeepLabV3(+) and UPerNet pool a window to one pixel and normalise that over the batch, which in training needs two windows at
+least; torch says so. All others train on one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minecube.catalog import ModelCard
+from minecube.errors import ModelError
+
+
+def _mend_torchvision() -> None:
+    """Declare two operators that torchvision's files for CUDA lack beside a CPU build of torch, if it is there and so.
+
+    timm imports torchvision, and its import fails on the first of them. None of these networks calls either. A torchvision
+    that imports is left alone: declared twice, its own would be refused.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        if torch.version.cuda is not None:
+            raise
+        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_mend_torchvision()
+
+import segmentation_models_pytorch as smp  # noqa: E402  after the mending
+import timm  # noqa: E402
+import transformers  # noqa: E402
+
+_SEGFORMER = {  # channels and depth of the four stages, width of the decoder: Xie et al. 2021, tables 1 and 6
+    "b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
+    "b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
+    "b2": ((64, 128, 320, 512), (3, 4, 6, 3), 768),
+    "b3": ((64, 128, 320, 512), (3, 4, 18, 3), 768),
+    "b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
+    "b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768),
+}
+_CONVNEXT = {  # channels of the first stage, depths: Liu et al. 2022, section 3; up to nano Woo et al. 2023 (arXiv:2301.00808)
+    "convnext-atto": (40, (2, 2, 6, 2)),
+    "convnext-femto": (48, (2, 2, 6, 2)),
+    "convnext-pico": (64, (2, 2, 6, 2)),
+    "convnext-nano": (80, (2, 2, 8, 2)),
+    "convnext-tiny": (96, (3, 3, 9, 3)),
+    "convnext-small": (96, (3, 3, 27, 3)),
+    "convnext-base": (128, (3, 3, 27, 3)),
+}
+_SWIN = {  # channels of the first stage, depths: Liu et al. 2021, section 3.3; heads are of 32 channels. mini is ours, for CPUs
+    "swin-mini": (32, (2, 2, 2, 2)),
+    "swin-tiny": (96, (2, 2, 6, 2)),
+    "swin-small": (96, (2, 2, 18, 2)),
+    "swin-base": (128, (2, 2, 18, 2)),
+}
+_MOBILEVIT = {f"mobilevitv2-{width}": width for width in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)}
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def unet(card: ModelCard) -> nn.Module:
+    """U-Net (Ronneberger et al. 2015, arXiv:1505.04597) whose descending half is the option `encoder`."""
+    return _smp(card, smp.Unet)
+
+
+def linknet(card: ModelCard) -> nn.Module:
+    """LinkNet (Chaurasia and Culurciello 2017, arXiv:1707.03718) on the option `encoder`."""
+    return _smp(card, smp.Linknet)
+
+
+def pspnet(card: ModelCard) -> nn.Module:
+    """PSPNet (Zhao et al. 2017, arXiv:1612.01105) on the option `encoder`; `width` of the pyramid, 512 as published.
+
+    As published, the last two stages are dilated, so that features are at an eighth of the resolution; the library's own
+    default leaves these stages away. Where the paper fuses the pyramid by a 3 x 3 convolution, the library does by a 1 x 1.
+    """
+    options = _options(card, encoder="resnet50", width=512)
+    network = _smp(card, smp.PSPNet, {"psp_out_channels": options["width"], "encoder_depth": 5, "upsampling": 8}, options)
+    try:
+        network.encoder.make_dilated(8)  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise _unfit(card, error) from error
+    return network
+
+
+def deeplabv3plus(card: ModelCard) -> nn.Module:
+    """DeepLabV3+ (Chen et al. 2018, arXiv:1802.02611) at output stride 16; options `encoder` and `width`, 256 as published."""
+    options = _options(card, encoder="resnet50", width=256)
+    return _smp(card, smp.DeepLabV3Plus, {"decoder_channels": options["width"]}, options)
+
+
+def deeplabv3(card: ModelCard) -> nn.Module:
+    """DeepLabV3 (Chen et al. 2017, arXiv:1706.05587) on MobileViTV2 (Mehta and Rastegari 2022, arXiv:2206.02680).
+
+    At output stride 16 with rates 6, 12 and 18; `width` of the pyramid, 512 as published.
+    """
+    options = _options(card, encoder="mobilevitv2-1.0", width=512)
+    config = transformers.MobileViTV2Config(
+        num_channels=len(card.bands),
+        num_labels=len(card.classes),
+        width_multiplier=_size(card, _MOBILEVIT, options["encoder"]),
+        aspp_out_channels=options["width"],
+        output_stride=16,
+    )
+    return _giving(transformers.MobileViTV2ForSemanticSegmentation(config), _enlarged)
+
+
+def segformer(card: ModelCard) -> nn.Module:
+    """SegFormer (Xie et al. 2021, arXiv:2105.15203), b0 to b5 by the option `encoder`."""
+    channels, depths, width = _size(card, _SEGFORMER, _options(card, encoder="b2")["encoder"])
+    config = transformers.SegformerConfig(
+        num_channels=len(card.bands),
+        num_labels=len(card.classes),
+        hidden_sizes=channels,
+        depths=depths,
+        decoder_hidden_size=width,
+    )
+    return _giving(transformers.SegformerForSemanticSegmentation(config), _enlarged)
+
+
+def upernet(card: ModelCard) -> nn.Module:
+    """UPerNet (Xiao et al. 2018, arXiv:1807.10221) on ConvNeXt or Swin, by the option `encoder`.
+
+    `width` of the pyramids, 512 as published. Without the auxiliary head, which only serves a loss of its own.
+    """
+    options = _options(card, encoder="swin-tiny", width=512)
+    config = transformers.UperNetConfig(
+        backbone_config=_backbone(card, options["encoder"], {**_CONVNEXT, **_SWIN}),
+        hidden_size=options["width"],
+        use_auxiliary_head=False,
+        num_labels=len(card.classes),
+    )
+    return _giving(transformers.UperNetForSemanticSegmentation(config), _enlarged)
+
+
+def mask2former(card: ModelCard) -> nn.Module:
+    """Mask2Former (Cheng et al. 2022, arXiv:2112.01527) on Swin, by the option `encoder`, with a logit for every class.
+
+    `queries`, each a mask and what it is of: a class, background, or nothing. The paper's semantic inference gives a class
+    the score s_c = sum over queries of p(c) sigmoid(mask), and a pixel the class of the highest. Here a class's logit is
+    log s_c - log s_background, at the masks' resolution (a quarter) and then brought to the window's: above zero where the
+    paper would choose the class over the background, and trained by the same loss by pixel as all other networks. That
+    stands in for the paper's loss by matched sets of masks, which is for telling objects apart; there are none here.
+
+    `width` (256), `encoder_layers` (6, of the pixel decoder) and `decoder_layers` (9): as published by default.
+    """
+    options = _options(card, encoder="swin-tiny", width=256, queries=100, encoder_layers=6, decoder_layers=9)
+    width = options["width"]
+    config = transformers.Mask2FormerConfig(
+        backbone_config=_backbone(card, options["encoder"], _SWIN),
+        num_labels=1 + len(card.classes),
+        num_queries=options["queries"],
+        encoder_layers=options["encoder_layers"],
+        decoder_layers=options["decoder_layers"] + 1,  # the library counts the masks of the queries as they start, too
+        feature_size=width,
+        mask_feature_size=width,
+        hidden_dim=width,
+        encoder_feedforward_dim=4 * width,
+        dim_feedforward=8 * width,
+    )
+    network = transformers.Mask2FormerForUniversalSegmentation(config)
+    # As in the paper's own code. As the library draws them, all queries are of the same class and their masks flat: then the
+    # masks cancel out of a class's odds, and nothing is learnt for thousands of windows.
+    network.class_predictor.reset_parameters()
+    features = network.model.pixel_level_module.decoder.mask_projection
+    nn.init.kaiming_uniform_(features.weight, a=1)
+    nn.init.zeros_(features.bias)
+    return _giving(network, _by_class)
+
+
+def _options(card: ModelCard, **defaults: Any) -> dict[str, Any]:
+    """The card's options on top of these defaults; numbers are whole and above zero."""
+    unknown = sorted(set(card.options) - set(defaults))
+    if unknown:
+        raise ModelError(f"model {card.id}: {card.architecture} has no option {unknown[0]!r}; there is: {', '.join(defaults)}")
+    found = {**defaults, **card.options}
+    for name, default in defaults.items():
+        value = found[name]
+        if not isinstance(value, type(default)) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+            expected = "a name" if isinstance(default, str) else "a whole number above 0"
+            raise ModelError(f"model {card.id}: option {name!r}: expected {expected}, found {value!r}")
+    return found
+
+
+def _size(card: ModelCard, sizes: Mapping[str, Any], encoder: str) -> Any:
+    if encoder not in sizes:
+        raise ModelError(f"model {card.id}: {card.architecture} knows no encoder {encoder!r}; there is: {', '.join(sizes)}")
+    return sizes[encoder]
+
+
+def _backbone(card: ModelCard, encoder: str, sizes: Mapping[str, tuple[int, tuple[int, ...]]]) -> Any:
+    width, depths = _size(card, sizes, encoder)
+    channels = [width * 2**stage for stage in range(4)]
+    if encoder in _CONVNEXT:
+        return transformers.ConvNextConfig(
+            num_channels=len(card.bands), hidden_sizes=channels, depths=list(depths), out_features=_STAGES
+        )
+    return transformers.SwinConfig(
+        num_channels=len(card.bands),
+        embed_dim=width,
+        depths=list(depths),
+        num_heads=[c // 32 for c in channels],
+        window_size=7,
+        out_features=_STAGES,
+    )
+
+
+def _smp(
+    card: ModelCard,
+    network: Callable[..., Any],
+    more: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    encoder = (options or _options(card, encoder="resnet50"))["encoder"]
+    # Two families stay out: Mix Transformers are under a licence that forbids commerce (see segformer), timm- is a name of old.
+    known = [name for name in smp.encoders.get_encoder_names() if not name.startswith(("mit_", "timm-"))]
+    known += [f"tu-{name}" for name in timm.list_models()]
+    if encoder not in known:
+        close = difflib.get_close_matches(encoder, known, 5, 0)
+        raise ModelError(
+            f"model {card.id}: unknown encoder {encoder!r}; there are {len(known)}, the nearest by name: {', '.join(close)} "
+            "(those of segmentation-models-pytorch, and of timm behind tu-)"
+        )
+    try:
+        built: nn.Module = network(
+            encoder_name=encoder, encoder_weights=None, in_channels=len(card.bands), classes=len(card.classes), **(more or {})
+        )
+    except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise _unfit(card, error) from error
+    return built
+
+
+def _unfit(card: ModelCard, error: Exception) -> ModelError:
+    return ModelError(
+        f"model {card.id}: {card.architecture} cannot be built with {dict(card.options)} ({error}); try another encoder"
+    )
+
+
+def _giving(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:
+    """A network of transformers that gives these logits in place of its own kind of answer."""
+    for name, module in network.named_modules():
+        if name.endswith("swin.layernorm"):  # of the classifier that Swin was made for; nothing here goes through it
+            module.requires_grad_(False)
+        if isinstance(module, nn.BatchNorm2d):  # some networks there draw its scale about zero: no signal would come through
+            module.reset_parameters()
+    network.register_forward_hook(logits)
+    return network
+
+
+def _enlarged(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
+    return nn.functional.interpolate(found.logits, given[0].shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _by_class(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
+    # In logarithms: a score may be far below the least float, and its gradient is wanted all the same.
+    kinds = found.class_queries_logits.float().log_softmax(-1)[..., :-1]  # (n, query, background and classes)
+    masks = nn.functional.logsigmoid(found.masks_queries_logits.float())  # (n, query, y, x)
+    scores = [torch.logsumexp(masks + kinds[..., c, None, None], dim=1) for c in range(kinds.shape[-1])]
+    logits = torch.stack(scores[1:], 1) - scores[0][:, None]
+    return nn.functional.interpolate(logits, given[0].shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,153 @@
+"""Trained weights by card: got whole, held to the card's sha256, and only then opened.
+
+A file is one of ours, which knows its card, mean and deviation; or a plain state_dict of the card's network, beside which the
+card has to give mean and deviation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from torch import Tensor
+
+from minecube.catalog import ModelCard, Weights
+from minecube.errors import ModelError
+from minecube.models.network import Trained, filled, load, model_of, unpickled
+
+_TIMEOUT_S = 60
+
+
+def find(name: str, cards: Mapping[str, ModelCard], cache: Path | None = None) -> Trained:
+    """The trained model of a file, or else that of a card, by its name.
+
+    Args:
+        name: Path of a file that `save` wrote, or a key of `cards`.
+        cards: The catalogue's.
+        cache: As in `fetch`.
+
+    Raises:
+        ModelError: it is neither; the file is not a model; the card has no weights, or `fetch` refuses them.
+    """
+    if Path(name).is_file():
+        return load(Path(name))
+    if name not in cards:
+        raise ModelError(
+            f"{name}: is neither the file of a trained model nor a model of the catalogue; train one with `minecube train`, "
+            "and see `minecube models` for the names"
+        )
+    return fetch(cards[name], cache)
+
+
+def fetch(card: ModelCard, cache: Path | None = None) -> Trained:
+    """The card's network with the weights that it names.
+
+    Args:
+        card: Its `weights` say where they are: http(s)://, or a path.
+        cache: Folder where downloads are kept, by their hash. By default `minecube` in torch's own (`torch.hub.get_dir()`,
+            which `TORCH_HOME` moves).
+
+    Raises:
+        ModelError: the card names no weights; they cannot be got, or written; their hash is not the card's; they are of
+            another architecture, task, other options, bands or classes; they say no mean and deviation and nor does the card.
+    """
+    if card.weights is None:
+        raise ModelError(
+            f"model {card.id}: its card names no trained weights; train it with `minecube train --model {card.id}`, and give "
+            "the file that comes of it"
+        )
+    where, content = _verified(card.weights, cache or Path(torch.hub.get_dir()) / "minecube")
+    found = unpickled(content, where)
+    return _ours(card, found, where) if isinstance(found, dict) and "format" in found else _plain(card, found, where)
+
+
+def _verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
+    """What the file is called in messages, and what is in it; raises ModelError where that is not what the card means."""
+    if "://" not in weights.href:
+        content = _read(Path(weights.href))
+        _need_hash(weights, weights.href, hashlib.sha256(content).hexdigest())
+        return weights.href, content
+    kept = cache / f"{weights.sha256}.pt"
+    if not kept.is_file() or hashlib.sha256(kept.read_bytes()).hexdigest() != weights.sha256:
+        _download(weights, kept)
+    return _without_query(weights.href), _read(kept)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: the weights cannot be read ({error})") from error
+
+
+def _need_hash(weights: Weights, where: str, found: str) -> None:
+    if found != weights.sha256:
+        raise ModelError(
+            f"{where}: expected a file of sha256 {weights.sha256}, as its card says, found {found}; it is another file, or "
+            "damaged, and was not opened: get it again, or correct the card if you know where this one comes from"
+        )
+
+
+def _download(weights: Weights, kept: Path) -> None:
+    """The file at the URL as `kept`, whole and of the right hash, or not at all."""
+    where = _without_query(weights.href)
+    if not weights.href.startswith(("http://", "https://")):
+        raise ModelError(f"{where}: expected weights at http(s)://, or a path; get the file yourself, and put its path there")
+    part, digest = kept.with_name(f".{kept.name}.{os.getpid()}.part"), hashlib.sha256()
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
+                answer.raise_for_status()
+                for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
+                    file.write(piece)
+                    digest.update(piece)
+            _need_hash(weights, where, digest.hexdigest())
+            part.replace(kept)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:  # requests' errors are, too
+        raise ModelError(
+            f"{where}: the weights cannot be downloaded to {kept.parent} ({_without_query(str(error))}); try again"
+        ) from error
+
+
+def _without_query(text: str) -> str:
+    """Without what may be a secret: the signature of a signed URL."""
+    return re.sub(r"\?\S*", "", text)
+
+
+def _ours(card: ModelCard, content: dict[str, Any], where: str) -> Trained:
+    trained = model_of(content, where)
+    for name in ("architecture", "task", "options", "bands", "classes"):
+        said, found = getattr(card, name), getattr(trained.card, name)
+        if said != found:
+            raise ModelError(
+                f"{where}: expected weights of model {card.id} with {name} {said}, found {found}; they would be misread: "
+                "correct the card, or name the right file"
+            )
+    for name in ("mean", "std"):
+        said, found = getattr(card.weights, name), getattr(trained, name)
+        if said and said != found:
+            raise ModelError(f"{where}: expected {name} {said}, as the card says, found {found}; leave it out of the card")
+    return dataclasses.replace(trained, card=card)
+
+
+def _plain(card: ModelCard, content: Any, where: str) -> Trained:
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"{where}: expected a model that minecube wrote, or a state_dict, tensors by name; found neither")
+    weights = card.weights
+    if weights is None or not weights.mean:
+        raise ModelError(
+            f"{where}: is a state_dict, which does not say by which mean and deviation its network was trained; give `mean` "
+            f"and `std` of its bands in the weights of model {card.id}"
+        )
+    sites = tuple(site.strip() for site in card.trained_on.split(",") if site.strip())
+    return Trained(card=card, network=filled(card, content, where), mean=weights.mean, std=weights.std, sites=sites)

@@ -1,0 +1,321 @@
+"""Trained weights by card: from a server or a path, whole, of the right hash, of the right network; or one clear sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from minecube import models
+from minecube.catalog import ModelCard, Weights, load_models
+from minecube.errors import CatalogError, ModelError
+from minecube.models import Trained, fetch, find, save
+
+CARD = ModelCard(
+    id="mine-net",
+    title="for tests",
+    architecture="unet",
+    bands=("B04", "B08"),
+    options={"width": 4, "depth": 2},
+    window_px=16,
+    multiple_px=4,
+)
+MEAN, STD = (900.0, 2100.0), (300.0, 800.0)
+
+
+def trained(card: ModelCard = CARD, seed: int = 0) -> Trained:
+    torch.manual_seed(seed)
+    n = len(card.bands)
+    return Trained(card=card, network=models.build(card).eval(), mean=MEAN[:n], std=STD[:n], sites=("a", "b"))
+
+
+def with_weights(path: Path, href: str | None = None, card: ModelCard = CARD, **more: object) -> ModelCard:
+    """The card, whose weights are this file's, at this URL."""
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    return dataclasses.replace(card, weights=Weights(href=href or str(path), sha256=found, **more))
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@dataclass
+class Server:
+    url: str
+    folder: Path
+    asked: list[str] = field(default_factory=list)
+    cut: int = 0
+    """Answers that stop after this many bytes, if it is not 0."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "served").mkdir()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            here.asked.append(self.path)
+            path = here.folder / self.path.partition("?")[0].lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            content = path.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: here.cut] if here.cut else content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        here = Server(f"http://127.0.0.1:{httpd.server_port}", tmp_path / "served")
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield here
+        httpd.shutdown()
+
+
+# Getting
+
+
+def test_weights_are_downloaded_once(server: Server, tmp_path: Path) -> None:
+    save(trained(), server.folder / "mine.pt")
+    card, cache = with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt"), tmp_path / "cache"
+    found = fetch(card, cache)
+    assert same(found.network, trained().network)
+    assert not found.network.training
+    assert (found.card, found.mean, found.std, found.sites) == (card, MEAN, STD, ("a", "b"))
+    assert [p.name for p in cache.iterdir()] == [f"{card.weights.sha256}.pt"]
+    assert same(fetch(card, cache).network, found.network)
+    assert server.asked == ["/mine.pt"]
+
+
+def test_a_copy_that_was_damaged_is_got_again(server: Server, tmp_path: Path) -> None:
+    save(trained(), server.folder / "mine.pt")
+    card, cache = with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt"), tmp_path / "cache"
+    cache.mkdir()
+    (cache / f"{card.weights.sha256}.pt").write_bytes(b"half a fi")
+    assert same(fetch(card, cache).network, trained().network)
+    assert len(server.asked) == 1
+
+
+def test_the_cache_is_torchs_by_default(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    save(trained(), server.folder / "mine.pt")
+    card = with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt")
+    fetch(card)
+    assert [p.name for p in (tmp_path / "torch").rglob("*.pt")] == [f"{card.weights.sha256}.pt"]
+
+
+class Evil:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_another_hash_is_refused_before_anything_is_opened(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(trained(seed=0), tmp_path / "right.pt")
+    save(trained(seed=1), server.folder / "mine.pt")
+    right, wrong = (hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "right.pt", server.folder / "mine.pt"))
+
+    def opened(*_: object, **__: object) -> None:
+        pytest.fail("was opened")
+
+    monkeypatch.setattr(torch, "load", opened)
+    for href in (f"{server.url}/mine.pt", str(server.folder / "mine.pt")):
+        with pytest.raises(ModelError, match=f"mine.pt: expected a file of sha256 {right}.*found {wrong}.*not opened.*again"):
+            fetch(with_weights(tmp_path / "right.pt", href), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_nothing_in_a_file_is_run_although_its_hash_is_right(tmp_path: Path) -> None:
+    torch.save(Evil(tmp_path / "written"), tmp_path / "evil.pt")
+    with pytest.raises(ModelError, match="is not a model that minecube wrote"):
+        fetch(with_weights(tmp_path / "evil.pt"), tmp_path / "cache")
+    assert not (tmp_path / "written").exists()
+
+
+def test_what_cannot_be_downloaded_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    save(trained(), server.folder / "mine.pt")
+    good, cache = with_weights(server.folder / "mine.pt"), tmp_path / "cache"
+
+    def at(href: str) -> ModelCard:
+        return dataclasses.replace(good, weights=dataclasses.replace(good.weights, href=href))
+
+    with pytest.raises(ModelError, match=r"gone.pt: the weights cannot be downloaded to .*404") as caught:
+        fetch(at(f"{server.url}/gone.pt?signature=secret"), cache)
+    assert "secret" not in str(caught.value)
+    server.cut = 1000
+    with pytest.raises(ModelError, match=r"cannot be downloaded.*IncompleteRead"):
+        fetch(at(f"{server.url}/mine.pt"), cache)
+    with pytest.raises(ModelError, match="cannot be downloaded"):
+        fetch(at("http://127.0.0.1:1/mine.pt"), cache)
+    with pytest.raises(ModelError, match=r"expected weights at http\(s\)://, or a path"):
+        fetch(at("s3://bucket/mine.pt"), cache)
+    with pytest.raises(ModelError, match=r"nowhere.pt: the weights cannot be read"):
+        fetch(at(str(tmp_path / "nowhere.pt")), cache)
+    assert list(cache.iterdir()) == []
+    (tmp_path / "file").write_text("no folder")
+    server.cut = 0
+    with pytest.raises(ModelError, match="cannot be downloaded to"):
+        fetch(at(f"{server.url}/mine.pt"), tmp_path / "file")
+
+
+# Opening
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bands": ("B03", "B08")}, r"bands \('B03', 'B08'\), found \('B04', 'B08'\)"),
+        ({"bands": ("B04", "B08", "B11")}, "bands"),
+        ({"task": "change", "classes": ("changed",)}, "task change, found mapping"),
+        ({"options": {"width": 8, "depth": 2}}, "options .*8.*, found .*4"),
+        ({"architecture": "pspnet"}, "architecture pspnet, found unet"),
+    ],
+)
+def test_weights_of_another_card_are_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    save(trained(), tmp_path / "mine.pt")
+    card = with_weights(tmp_path / "mine.pt", card=dataclasses.replace(CARD, **changes))
+    with pytest.raises(ModelError, match=f"expected weights of model mine-net with {words}.*correct the card"):
+        fetch(card)
+
+
+def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    transition = dataclasses.replace(CARD, task="change", classes=("removed", "new"))
+    save(trained(transition), tmp_path / "mine.pt")
+    turned = dataclasses.replace(transition, classes=("new", "removed"))
+    with pytest.raises(ModelError, match="classes"):
+        fetch(with_weights(tmp_path / "mine.pt", card=turned))
+
+
+def test_another_mean_than_the_files_is_refused(tmp_path: Path) -> None:
+    save(trained(), tmp_path / "mine.pt")
+    assert fetch(with_weights(tmp_path / "mine.pt", mean=MEAN, std=STD)).mean == MEAN
+    with pytest.raises(ModelError, match=r"expected mean \(1\.0, 2100\.0\), as the card says, found \(900\.0, 2100\.0\)"):
+        fetch(with_weights(tmp_path / "mine.pt", mean=(1.0, 2100.0), std=STD))
+
+
+def test_a_plain_state_dict_is_taken_with_mean_and_deviation_of_the_card(tmp_path: Path) -> None:
+    path = tmp_path / "plain.pt"
+    torch.save(trained().network.state_dict(), path)
+    card = dataclasses.replace(CARD, trained_on="Germany_1, Austria_2")
+    found = fetch(with_weights(path, card=card, mean=MEAN, std=STD))
+    assert same(found.network, trained().network)
+    assert (found.mean, found.std, found.sites) == (MEAN, STD, ("Germany_1", "Austria_2"))
+    with pytest.raises(ModelError, match="does not say by which mean and deviation"):
+        fetch(with_weights(path))
+    wide = dataclasses.replace(CARD, options={"width": 8, "depth": 2})
+    with pytest.raises(ModelError, match="weights are not those of its card"):
+        fetch(with_weights(path, card=wide, mean=MEAN, std=STD))
+    for content in ({}, [1, 2], {"weights": 3}, {"model": {"a": torch.zeros(1)}}):
+        torch.save(content, path)
+        with pytest.raises(ModelError, match="expected a model that minecube wrote, or a state_dict"):
+            fetch(with_weights(path, mean=MEAN, std=STD))
+
+
+def test_files_of_other_versions_and_with_missing_parts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.pt"
+    save(trained(), path)
+    content = torch.load(path, weights_only=True)
+    cases = [
+        ({"format": "minecube-model-1"}, "expected minecube-model-2, found minecube-model-1"),
+        ({"card": None}, "lacks card"),
+        ({"weights": [1]}, "lacks weights"),
+        ({"mean": [1.0]}, "expected mean and deviation of 2 bands"),
+        ({"std": [1.0, 0.0]}, "expected mean and deviation of 2 bands"),
+    ]
+    for changes, words in cases:
+        torch.save({**content, **changes}, path)
+        with pytest.raises(ModelError, match=words):
+            models.load(path)
+    for part in ("card", "mean", "std", "sites", "weights"):
+        torch.save({name: value for name, value in content.items() if name != part}, path)
+        with pytest.raises(ModelError, match=f"lacks {part}"):
+            models.load(path)
+
+
+def test_a_file_cut_anywhere_or_with_a_flipped_bit_is_never_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "mine.pt"
+    save(trained(), path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 40)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelError):
+            models.load(path)
+    for at in range(0, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            found = models.load(path)
+        except ModelError:
+            continue
+        assert same(found.network, trained().network)
+        assert (found.mean, found.std, found.card) == (MEAN, STD, CARD)
+
+
+# Finding
+
+
+def test_a_model_is_found_by_file_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(trained(seed=0), tmp_path / "mine.pt")
+    save(trained(seed=1), tmp_path / "own.pt")
+    cards = {"mine-net": with_weights(tmp_path / "mine.pt"), "untrained": dataclasses.replace(CARD, id="untrained")}
+    assert same(find("mine-net", cards).network, trained(seed=0).network)
+    assert same(find(str(tmp_path / "own.pt"), cards).network, trained(seed=1).network)
+    with pytest.raises(ModelError, match="model untrained: its card names no trained weights; train it with `minecube train"):
+        find("untrained", cards)
+    with pytest.raises(ModelError, match="mine-nett: is neither the file of a trained model nor a model of the catalogue"):
+        find("mine-nett", cards)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine-net").mkdir()  # a folder of that name is no file
+    assert same(find("mine-net", cards).network, trained(seed=0).network)
+
+
+# The card
+
+
+def test_weights_in_a_catalogue_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    save(trained(), tmp_path / "own" / "mine.pt")
+    digest = hashlib.sha256((tmp_path / "own" / "mine.pt").read_bytes()).hexdigest()
+    (tmp_path / "own" / "models.yaml").write_text(
+        "mine-net:\n  title: ours\n  architecture: unet\n  bands: [B04, B08]\n  options: {width: 4, depth: 2}\n"
+        f"  window_px: 16\n  multiple_px: 4\n  weights: {{href: mine.pt, sha256: {digest}}}\n"
+        "elsewhere:\n  title: ours\n  architecture: unet\n"
+        f"  weights: {{href: 'https://example.org/mine.pt', sha256: {digest}}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    cards = load_models(Path("own/models.yaml"))
+    monkeypatch.chdir("/")
+    assert same(find("mine-net", cards).network, trained().network)
+    assert cards["elsewhere"].weights.href == "https://example.org/mine.pt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ("{href: a, sha256: 12ab}", "sha256.*64 hexadecimal digits"),
+        (f"{{href: a, sha256: '{'0' * 64}', mean: [1]}}", "as many numbers as mean"),
+        (f"{{href: a, sha256: '{'0' * 64}', mean: [1, 2], std: [1, 0]}}", "above 0"),
+        (f"{{href: a, sha256: '{'0' * 64}', mean: [1, 2], std: [1, 2]}}", "a number for each of 10 bands, found 2"),
+    ],
+)
+def test_wrong_weights_in_a_card_are_named(tmp_path: Path, fields: str, words: str) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(f"net:\n  title: t\n  architecture: unet\n  weights: {fields}\n")
+    with pytest.raises(CatalogError, match=f"entry 'net'.*{words}"):
+        load_models(path)
