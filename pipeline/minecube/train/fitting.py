@@ -1,163 +1,326 @@
-"""Fitting a network to cubes: windows are cut from the cubes as they are needed, nothing is written in between."""
+"""The training itself: plain torch, on one process or on several that `torchrun` starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
-from numpy.typing import NDArray
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from minecube.catalog import ModelCard
+from minecube.catalog import ModelCard, Settings, as_dict
+from minecube.device import device_of
 from minecube.errors import ModelError
-from minecube.models import Trained, build, normalise, select_bands
-
-_LEARNING_RATE = 3e-3  # peak of the one-cycle schedule (Smith and Topin 2019, arXiv:1708.07120)
-_GAIN = 0.05  # deviation of the factor by which reflectance is jittered, all bands together and each alone
-
-
-_Pixels = tuple[xr.DataArray, xr.DataArray]  # reflectance (year, band, y, x) and footprint (year, y, x) of one site
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Where a window begins; it may end beyond a site that is smaller than it."""
-
-    site: str
-    year: int
-    """Position in the cube, not the calendar year."""
-    y: int
-    x: int
+from minecube.models import Trained, build, logits
+from minecube.train.checkpoint import Epoch, need_same, read_state, write_log, write_state
+from minecube.train.loss import loss_of
+from minecube.train.source import Source
+from minecube.train.survey import survey
+from minecube.train.windows import Tiles, Windows, batches, steps_of
 
 
-def fit(
-    cubes: Mapping[str, xr.Dataset],
-    card: ModelCard,
-    *,
-    epochs: int = 30,
-    batch: int = 16,
-    seed: int = 0,
-    progress: Callable[[int, float], None] | None = None,
-) -> Trained:
-    """The card's network trained on all labelled pixels of these cubes.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How it is computed and what is kept; of these, the seed alone decides on the network."""
 
-    Same cubes, same seed, same number of threads: same network. (Threads split sums, so that last bits differ between
-    machines.)
+    seed: int = 0
+    """Of the first weights, the windows and their augmentation."""
+    device: str = "cpu"
+    workers: int = 0
+    """Processes that cut windows; 0: the one that trains."""
+    checkpoint: Path | None = None
+    """File for the state after each epoch; the log is beside it, `.csv` in place of its suffix."""
+    resume: bool = False
+    """Whether to go on from the checkpoint, where there is one."""
+    progress: Callable[[int, int, str], None] | None = None
+    """Called after each step with steps done, steps in all, and a note."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What came of a training."""
+
+    trained: Trained
+    """With the weights of the best epoch."""
+    best: Epoch
+    """That of the highest F1 on the validation sites; the last, without any."""
+    history: tuple[Epoch, ...]
+
+
+@dataclass
+class _State:
+    """What a training changes as it goes."""
+
+    network: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    history: list[Epoch] = field(default_factory=list)
+    best: int = -1
+    """Its place in the history."""
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    ended: bool = False
+
+
+def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings, run: Run = Run()) -> Fitted:
+    """The card's network trained on all pixels of `train` that are both labelled and observed.
+
+    Same cubes, settings, seed and number of threads: same network, also if it was interrupted and resumed, and whatever the
+    number of workers. (Threads split sums, so that last bits differ between machines; so do several GPUs.) Under `torchrun`,
+    with a process group already there, each process learns from its share of every batch, and gradients are averaged; batch
+    normalisation looks at a process's own share.
 
     Args:
-        cubes: Site id -> cube with `reflectance` (year, band, y, x) and `footprint` (year, y, x). Windows are read from
-            them again and again, so load those that fit into memory.
         card: What to train.
-        epochs: An epoch is as many windows as would tile the cubes once.
-        batch: Windows per step.
-        seed: Of the first weights, the windows and their augmentation.
-        progress: Called after each epoch with its number, from 1, and its mean loss.
+        train: The sites to learn from; normalisation and the choice of windows know no others.
+        valid: The sites by whose F1 (of all classes together, counts pooled over windows, unknown pixels left out) the best
+            epoch is chosen and training stops early. None: the last epoch is kept.
+        settings: How, as in `catalog/presets.yaml`.
+        run: Where, and what to keep.
 
     Raises:
-        ModelError: no pixel is both labelled and observed, a cube lacks labels or bands, or the loss is no longer a number.
+        ModelError: the sites lack bands, labels, years or a class; some are in both; the window does not fit the card; the
+            device is not there; the loss is no longer a number (the checkpoint of the last epoch stays as it is); or the
+            checkpoint is another training's.
     """
-    pixels = {site: _pixels(site, cube, card) for site, cube in cubes.items()}
-    places, mean, std = _survey(pixels, card.window_px)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build(card)
-    rng = np.random.default_rng(seed)
-    steps = -(-len(places) // (4 * batch))  # places overlap by half, so a quarter of them tile the cubes
-    optimiser = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=epochs * steps)
-    network.train()
-    for epoch in range(1, epochs + 1):
+    place = device_of(run.device)
+    _check(card, settings, train, valid)
+    surveyed = survey(train, card, settings)
+    windows = Windows(train, card, settings, surveyed, run.seed)
+    tiles = None
+    if valid is not None:
+        tiles = Tiles(valid, card, settings, survey(valid, card, settings), surveyed.mean, surveyed.std)
+    asked = _asked(card, settings, run, windows, tiles)
+    before = _resumed(run, asked)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(run.seed)
+        state = _begun(build(card).to(place), settings, settings.epochs * steps_of(len(windows), settings, _share()[1]))
+        if before:
+            _restore(state, before)
+        if not state.ended:
+            _train(state, windows, tiles, run, asked)
+    weights = {name: value.cpu() for name, value in (state.best_weights or state.network.state_dict()).items()}
+    network = state.network.cpu()
+    network.load_state_dict(weights)
+    trained = Trained(
+        card=card, network=network.eval(), mean=surveyed.mean, std=surveyed.std, sites=tuple(sorted(map(str, train.sites)))
+    )
+    return Fitted(trained=trained, best=state.history[state.best], history=tuple(state.history))
+
+
+def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | None) -> None:
+    size = settings.window_px or card.window_px
+    if size % card.multiple_px:
+        raise ModelError(
+            f"model {card.id}: expected windows whose side is a multiple of {card.multiple_px} px, found {size} in settings "
+            f"{settings.id}; so often does the network halve them: set window_px to such a side"
+        )
+    both = sorted(set(train.sites) & set(valid.sites)) if valid is not None else []
+    if both:
+        raise ModelError(
+            f"expected training and validation sites apart, found {', '.join(both)} in both; a score on ground that was learnt "
+            "from says nothing of other ground: split by site"
+        )
+
+
+def _asked(card: ModelCard, settings: Settings, run: Run, windows: Windows, tiles: Tiles | None) -> dict[str, Any]:
+    """What two runs have to agree on to be one training."""
+    numbers = zip(card.bands, windows.survey.mean, windows.survey.std, strict=True)
+    return {
+        "card": as_dict(card),
+        "settings": as_dict(settings),
+        "seed": run.seed,
+        "training sites": sorted(windows.source.sites),
+        "validation sites": sorted(tiles.source.sites) if tiles else [],
+        "normalisation": {band: [mean, std] for band, mean, std in numbers},
+    }
+
+
+def _resumed(run: Run, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from; raises ModelError where it is another training's, or one would be lost."""
+    if run.checkpoint is None or not run.checkpoint.exists():
+        return None
+    state = read_state(run.checkpoint)
+    if run.resume:
+        need_same(run.checkpoint, state, asked)
+        return state
+    if not state["ended"]:
+        raise ModelError(
+            f"{run.checkpoint}: is the state of a training that was interrupted after epoch {len(state['history'])}; it would "
+            "be lost: go on with --resume, or remove it to train afresh"
+        )
+    return None
+
+
+def _begun(network: nn.Module, settings: Settings, steps: int) -> _State:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimiser]
+    optimiser = kind(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.schedule == "one-cycle":
+        return _State(
+            network, optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=steps)
+        )
+    return _State(network, optimiser, torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0))
+
+
+def _restore(state: _State, kept: dict[str, Any]) -> None:
+    for name in ("network", "optimiser", "schedule"):
+        getattr(state, name).load_state_dict(kept[name])
+    state.history = [Epoch(**fields) for fields in kept["history"]]
+    state.best, state.best_weights, state.ended = kept["best"], kept["best_weights"], kept["ended"]
+
+
+def _keep(state: _State, path: Path, asked: dict[str, Any]) -> None:
+    content = {name: getattr(state, name).state_dict() for name in ("network", "optimiser", "schedule")}
+    content |= {name: getattr(state, name) for name in ("best", "best_weights", "ended")}
+    write_state(path, asked | content | {"history": [dataclasses.asdict(epoch) for epoch in state.history]})
+    write_log(path.with_suffix(".csv"), state.history)
+
+
+def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked: dict[str, Any]) -> None:
+    settings, (rank, processes) = windows.settings, _share()
+    place = next(state.network.parameters()).device
+    # Not all of a network's weights need have a gradient, but it is the same ones each step.
+    network = nn.parallel.DistributedDataParallel(state.network, static_graph=True) if processes > 1 else state.network
+    begun = len(state.history)
+    stream = iter(_loader(windows, run, batches(len(windows), settings, begun, (rank, processes))))
+    judging = None if tiles is None else _loader(tiles, run, _shared_out(tiles, settings, rank, processes))
+    for epoch in range(begun, settings.epochs):
+        # No other random state is kept: dropout in an epoch follows from these three.
+        torch.manual_seed(int(np.random.SeedSequence([run.seed, epoch, rank]).generate_state(1, np.uint32)[0]))
+        start, steps = time.monotonic(), steps_of(len(windows), settings, processes)
         losses = []
-        for step, windows in enumerate(_batches(places, steps, batch, rng), start=1):
-            image, label = _cut(pixels, windows, card.window_px, rng)
-            loss = _loss(network(torch.from_numpy(normalise(image, mean, std))), torch.from_numpy(label))
-            if not torch.isfinite(loss):
-                where = ", ".join(sorted({f"{w.site} {int(cubes[w.site]['year'][w.year])}" for w in windows}))
-                raise ModelError(
-                    f"model {card.id}: the loss became {loss.item()} in epoch {epoch}, step {step} (windows of {where}); "
-                    "nothing was kept: look at the reflectance of these site-years, or try another seed"
-                )
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-            losses.append(loss.item())
-        if progress is not None:
-            progress(epoch, float(np.mean(losses)))
-    return Trained(card=card, network=network.eval(), mean=mean, std=std, sites=tuple(sorted(cubes)))
-
-
-def _pixels(site: str, cube: xr.Dataset, card: ModelCard) -> _Pixels:
-    if "footprint" not in cube or "reflectance" not in cube:
-        raise ModelError(
-            f"site {site}: expected a cube with reflectance and footprint, found {', '.join(map(str, cube)) or 'nothing'}; "
-            "a model learns from labels: run `minecube label` first"
+        network.train()
+        for step in range(steps):
+            loss = _step(network, state.optimiser, [part.to(place, non_blocking=True) for part in next(stream)], windows)
+            if not math.isfinite(loss):
+                raise _no_number(windows, epoch, step, loss, run.checkpoint)
+            rate = state.optimiser.param_groups[0]["lr"]
+            state.schedule.step()
+            losses.append(loss)
+            if run.progress is not None:
+                done = epoch * steps + step + 1
+                run.progress(done, settings.epochs * steps, f"epoch {epoch + 1}, loss {np.mean(losses):.3f}{_shown(state)}")
+        took = time.monotonic() - start
+        scores = _scores(_judged(state.network, judging, windows.card, settings) if judging else Tensor([0, 0, 0]))
+        state.history.append(
+            Epoch(
+                epoch=epoch + 1,
+                loss=float(np.mean(losses)),
+                **scores,
+                learning_rate=rate,
+                seconds=time.monotonic() - start,
+                windows_per_s=max(len(windows), 2 * processes) / took,
+            )
         )
-    return select_bands(cube["reflectance"], card), cube["footprint"].transpose("year", "y", "x")
+        _choose(state, settings, judging is not None)
+        if run.checkpoint is not None and rank == 0:
+            _keep(state, run.checkpoint, asked)
+        if state.ended:
+            return
 
 
-def _survey(pixels: Mapping[str, _Pixels], window_px: int) -> tuple[list[_Window], tuple[float, ...], tuple[float, ...]]:
-    """Where windows with labels begin, half a window apart; and mean and deviation of every band, of observed pixels only."""
-    places: list[_Window] = []
-    count, total, squares, step = 0, np.zeros(1), np.zeros(1), window_px // 2
-    for site, (reflectance, footprint) in pixels.items():
-        for year in range(footprint.sizes["year"]):
-            image = reflectance.isel(year=year).to_numpy()
-            observed = (image > 0).all(axis=0)
-            values = image[:, observed].astype(np.float64)
-            count, total, squares = count + values.shape[1], total + values.sum(axis=1), squares + (values**2).sum(axis=1)
-            known = observed & (footprint.isel(year=year).to_numpy() <= 1)
-            ys, xs = (range(0, max(size - step, 1), step) for size in known.shape)
-            places += [_Window(site, year, y, x) for y in ys for x in xs if known[y : y + window_px, x : x + window_px].any()]
-    if not places:
+def _step(network: nn.Module, optimiser: torch.optim.Optimizer, item: list[Tensor], windows: Windows) -> float:
+    """One step on a batch; its loss."""
+    image, wanted = item
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type in windows.settings.bf16):
+        found = logits(network, windows.card.task, image)
+    loss = loss_of(found, wanted, windows.settings)
+    value = loss.item()
+    if math.isfinite(value):
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return value
+
+
+def _no_number(windows: Windows, epoch: int, step: int, loss: float, checkpoint: Path | None) -> ModelError:
+    keys = next(keys for n, keys in enumerate(batches(len(windows), windows.settings, epoch, (0, 1))) if n == step)
+    seen = {(site, year) for site, years in (windows.place(*key).view for key in keys) for year in years}
+    where = ", ".join(f"{site} {year}" for site, year in sorted(seen))
+    kept = f"{checkpoint} holds epoch {epoch}" if checkpoint and epoch else "nothing was kept"
+    return ModelError(
+        f"model {windows.card.id}: the loss became {loss} in epoch {epoch + 1}, step {step + 1} (windows of {where}); {kept}: "
+        "look at the reflectance of these site-years, or try a lower learning_rate or another seed"
+    )
+
+
+def _choose(state: _State, settings: Settings, judged: bool) -> None:
+    """Note whether the epoch was the best so far, and whether it was the last."""
+    last = len(state.history) - 1
+    if not judged or state.best < 0 or state.history[last].f1 > state.history[state.best].f1:
+        state.best = last
+        if judged:  # else the last weights are the best
+            state.best_weights = {name: value.detach().cpu().clone() for name, value in state.network.state_dict().items()}
+    waited = settings.patience is not None and judged and last - state.best >= settings.patience
+    state.ended = waited or last + 1 == settings.epochs
+
+
+def _judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, settings: Settings) -> Tensor:
+    """Pixels of the loader's windows that are rightly, wrongly, and wrongly not said to be of a class, all classes together."""
+    place = next(network.parameters()).device
+    counts = torch.zeros(3, dtype=torch.int64, device=place)
+    if dist.is_initialized():
+        for buffer in network.buffers():  # each process has gathered statistics of its own
+            dist.broadcast(buffer, 0)
+    network.eval()
+    with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=place.type in settings.bf16):
+        for image, wanted in loader:
+            said, truth = logits(network, card.task, image.to(place, non_blocking=True)) >= 0, wanted.to(place)
+            counts += torch.stack([(said & (truth == 1)).sum(), (said & (truth == 0)).sum(), (~said & (truth == 1)).sum()])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    if not counts[0] + counts[2]:
         raise ModelError(
-            f"the cubes of {', '.join(pixels) or 'no site'} have no pixel that is both labelled and observed, "
-            "so there is nothing to learn from; run `minecube label` and `minecube build` for them first"
+            f"model {card.id}: {settings.valid_windows} windows of the validation sites hold no pixel of "
+            f"{', '.join(card.classes)}, so no epoch is better than another: raise valid_windows"
         )
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1))  # at least one step of the stored integers: a flat band is no error
-    return places, tuple(mean.tolist()), tuple(std.tolist())
+    return counts.cpu()
 
 
-def _batches(places: list[_Window], steps: int, batch: int, rng: np.random.Generator) -> Iterator[list[_Window]]:
-    order = rng.permutation(len(places))
-    for step in range(steps):
-        yield [places[i] for i in order[step * batch : (step + 1) * batch]]
+def _scores(counts: Tensor) -> dict[str, float]:
+    """Formulas over the counts of `_judged`: NaN where nothing was there to be judged."""
+    tp, fp, fn = (int(n) for n in counts)
+
+    def ratio(part: int, whole: int) -> float:
+        return part / whole if whole else math.nan
+
+    return {
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
+        "iou": ratio(tp, tp + fp + fn),
+        "precision": ratio(tp, tp + fp),
+        "recall": ratio(tp, tp + fn),
+    }
 
 
-def _cut(
-    pixels: Mapping[str, _Pixels], windows: list[_Window], window_px: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Reflectance (n, band, y, x) and labels (n, y, x), shifted, jittered, turned, flipped; 255 where not to be learnt."""
-    bands = next(iter(pixels.values()))[0].sizes["band"]
-    images = np.zeros((len(windows), bands, window_px, window_px), np.float32)
-    labels = np.full((len(windows), window_px, window_px), 255, np.uint8)
-    for image, label, window in zip(images, labels, windows, strict=True):
-        reflectance, footprint = (array.isel(year=window.year) for array in pixels[window.site])
-        ys, xs = (_shifted(at, size, window_px, rng) for at, size in zip((window.y, window.x), footprint.shape, strict=True))
-        observed, known = reflectance[:, ys, xs].to_numpy(), footprint[ys, xs].to_numpy()
-        height, width = known.shape
-        gain = rng.normal(1, _GAIN) * rng.normal(1, _GAIN, (bands, 1, 1))
-        image[:, :height, :width] = observed * gain  # no observation stays zero
-        label[:height, :width] = np.where((observed > 0).all(axis=0), known, 255)
-        turns, flip = int(rng.integers(4)), int(rng.choice((1, -1)))
-        for array in (image, label):
-            array[...] = np.rot90(array[..., ::flip], turns, axes=(-2, -1))
-    return images, labels
+def _loader(data: Windows | Tiles, run: Run, keys: Any) -> DataLoader[Any]:
+    return DataLoader(
+        data,  # type: ignore[arg-type]  # a length and items are all it needs
+        batch_sampler=keys,
+        num_workers=run.workers,
+        multiprocessing_context=None if run.workers == 0 or data.source.forkable else "spawn",
+        persistent_workers=run.workers > 0,
+        pin_memory=torch.device(run.device).type == "cuda",
+    )
 
 
-def _shifted(at: int, size: int, window_px: int, rng: np.random.Generator) -> slice:
-    """A window about `at`, moved by up to a quarter but within the site where it can be."""
-    start = at + int(rng.integers(-window_px // 4, window_px // 4 + 1))
-    start = min(max(start, 0), max(size - window_px, 0))
-    return slice(start, start + window_px)
+def _shared_out(tiles: Tiles, settings: Settings, rank: int, processes: int) -> list[list[int]]:
+    own = range(rank, len(tiles), processes)
+    return [list(own[at : at + settings.batch]) for at in range(0, len(own), settings.batch)]
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy over known pixels."""
-    known = labels <= 1
-    each = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], labels.float(), reduction="none")
-    return (each * known).sum() / known.sum().clamp(min=1)
+def _share() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _shown(state: _State) -> str:
+    if state.best < 0 or math.isnan(state.history[state.best].f1):
+        return ""
+    return f", best F1 {state.history[state.best].f1:.3f}"
