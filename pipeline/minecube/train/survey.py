@@ -84,8 +84,8 @@ def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
 
 
 def _cell_px(window_px: int) -> int:
-    """The largest power of two up to 16 that a window holds, so that a window laid over a cell holds all of it."""
-    return min(16, 1 << (window_px.bit_length() - 1))
+    """The largest power of two up to 16 and a quarter of a window, which can then hold a cell and has room to move."""
+    return min(16, 1 << max((window_px // 4).bit_length() - 1, 0))
 
 
 class _Sums:
