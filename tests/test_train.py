@@ -808,15 +808,17 @@ def ended(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def test_workers_do_not_change_the_network() -> None:
-    code = """
+@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])  # those started afresh import torch
+def test_workers_do_not_change_the_network(forks: bool) -> None:
+    code = f"""
         fitting.build = t.with_dropout
+        Cubes.forkable = {forks}
         for workers in (0, 2):
             network = fit(t.SMALL, train, valid, settings, Run(workers=workers, seed=5)).trained.network
             print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in network.state_dict().values())).hexdigest())
     """
-    one, two = ended(started(code)).split()
-    assert one == two
+    none, two = ended(started(code)).split()
+    assert none == two
 
 
 def test_two_processes_learn_what_one_does_from_the_whole_batch(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked
         # No other random state is kept: dropout in an epoch follows from these three.
         torch.manual_seed(int(np.random.SeedSequence([run.seed, epoch, rank]).generate_state(1, np.uint32)[0]))
         start, steps = time.monotonic(), steps_of(len(windows), settings, processes)
-        losses = []
+        total = 0.0
         network.train()
         for step in range(steps):
             loss = _step(network, state.optimiser, [part.to(place, non_blocking=True) for part in next(stream)], windows)
@@ -203,16 +203,16 @@ def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked
                 raise _no_number(windows, epoch, step, loss, run.checkpoint)
             rate = state.optimiser.param_groups[0]["lr"]
             state.schedule.step()
-            losses.append(loss)
+            total += loss
             if run.progress is not None:
                 done = epoch * steps + step + 1
-                run.progress(done, settings.epochs * steps, f"epoch {epoch + 1}, loss {np.mean(losses):.3f}{_shown(state)}")
+                run.progress(done, settings.epochs * steps, f"epoch {epoch + 1}, loss {total / (step + 1):.3f}{_shown(state)}")
         took = time.monotonic() - start
         scores = _scores(_judged(state.network, judging, windows.card, settings) if judging else Tensor([0, 0, 0]))
         state.history.append(
             Epoch(
                 epoch=epoch + 1,
-                loss=float(np.mean(losses)),
+                loss=total / steps,
                 **scores,
                 learning_rate=rate,
                 seconds=time.monotonic() - start,
