@@ -161,6 +161,8 @@ def test_years_that_do_not_fit_the_task_are_refused() -> None:
         fit(CHANGE, Cubes({"b": two}), None, dataclasses.replace(PLAIN, gaps=(2, 3)))
     with pytest.raises(ModelError, match=r"those of a \(2019\), found 2019, 2020 at b"):
         fit(SERIES, Cubes({"a": one, "b": two}), None, PLAIN)
+    with pytest.raises(ModelError, match=r"as many of the validation sites as of the training sites \(2\), found 1 at a"):
+        fit(SERIES, Cubes({"b": two}), Cubes({"a": one}), PLAIN)
 
 
 # The survey
@@ -503,7 +505,7 @@ def test_it_stops_when_f1_no_longer_grows_and_returns_the_best_epoch(flat: None,
         after.append(weights(network))
         return torch.tensor([next(told), 4, 4])
 
-    monkeypatch.setattr(fitting, "_judged", judged)
+    monkeypatch.setattr(fitting, "judged", judged)
     patient = dataclasses.replace(PLAIN, epochs=7, patience=3)
     fitted = fit(SMALL, Cubes({"a": cube(1)}), Cubes({"b": cube(2)}), patient)
     assert [epoch.epoch for epoch in fitted.history] == [1, 2, 3, 4, 5]

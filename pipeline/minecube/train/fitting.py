@@ -21,6 +21,7 @@ from minecube.device import device_of
 from minecube.errors import ModelError
 from minecube.models import Trained, build, logits
 from minecube.train.checkpoint import Epoch, need_same, read_state, write_log, write_state
+from minecube.train.judge import judged, scores_of
 from minecube.train.loss import loss_of
 from minecube.train.source import Source
 from minecube.train.survey import survey
@@ -122,6 +123,13 @@ def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | N
             f"model {card.id}: expected windows whose side is a multiple of {card.multiple_px} px, found {size} in settings "
             f"{settings.id}; so often does the network halve them: set window_px to such a side"
         )
+    if card.task == "series" and valid is not None:
+        learnt, other = train.years_of(train.sites[0]), valid.years_of(valid.sites[0])
+        if len(learnt) != len(other):
+            raise ModelError(
+                f"model {card.id} sees all years at once, so expected as many of the validation sites as of the training sites "
+                f"({len(learnt)}), found {len(other)} at {valid.sites[0]}; name sites or years that agree"
+            )
     both = sorted(set(train.sites) & set(valid.sites)) if valid is not None else []
     if both:
         raise ModelError(
@@ -208,7 +216,7 @@ def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked
                 done = epoch * steps + step + 1
                 run.progress(done, settings.epochs * steps, f"epoch {epoch + 1}, loss {total / (step + 1):.3f}{_shown(state)}")
         took = time.monotonic() - start
-        scores = _scores(_judged(state.network, judging, windows.card, settings) if judging else Tensor([0, 0, 0]))
+        scores = scores_of(judged(state.network, judging, windows.card, settings) if judging else Tensor([0, 0, 0]))
         state.history.append(
             Epoch(
                 epoch=epoch + 1,
@@ -251,52 +259,15 @@ def _no_number(windows: Windows, epoch: int, step: int, loss: float, checkpoint:
     )
 
 
-def _choose(state: _State, settings: Settings, judged: bool) -> None:
+def _choose(state: _State, settings: Settings, by_f1: bool) -> None:
     """Note whether the epoch was the best so far, and whether it was the last."""
     last = len(state.history) - 1
-    if not judged or state.best < 0 or state.history[last].f1 > state.history[state.best].f1:
+    if not by_f1 or state.best < 0 or state.history[last].f1 > state.history[state.best].f1:
         state.best = last
-        if judged:  # else the last weights are the best
+        if by_f1:  # else the last weights are the best
             state.best_weights = {name: value.detach().cpu().clone() for name, value in state.network.state_dict().items()}
-    waited = settings.patience is not None and judged and last - state.best >= settings.patience
+    waited = settings.patience is not None and by_f1 and last - state.best >= settings.patience
     state.ended = waited or last + 1 == settings.epochs
-
-
-def _judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, settings: Settings) -> Tensor:
-    """Pixels of the loader's windows that are rightly, wrongly, and wrongly not said to be of a class, all classes together."""
-    place = next(network.parameters()).device
-    counts = torch.zeros(3, dtype=torch.int64, device=place)
-    if dist.is_initialized():
-        for buffer in network.buffers():  # each process has gathered statistics of its own
-            dist.broadcast(buffer, 0)
-    network.eval()
-    with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=place.type in settings.bf16):
-        for image, wanted in loader:
-            said, truth = logits(network, card.task, image.to(place, non_blocking=True)) >= 0, wanted.to(place)
-            counts += torch.stack([(said & (truth == 1)).sum(), (said & (truth == 0)).sum(), (~said & (truth == 1)).sum()])
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    if not counts[0] + counts[2]:
-        raise ModelError(
-            f"model {card.id}: {settings.valid_windows} windows of the validation sites hold no pixel of "
-            f"{', '.join(card.classes)}, so no epoch is better than another: raise valid_windows"
-        )
-    return counts.cpu()
-
-
-def _scores(counts: Tensor) -> dict[str, float]:
-    """Formulas over the counts of `_judged`: NaN where nothing was there to be judged."""
-    tp, fp, fn = (int(n) for n in counts)
-
-    def ratio(part: int, whole: int) -> float:
-        return part / whole if whole else math.nan
-
-    return {
-        "f1": ratio(2 * tp, 2 * tp + fp + fn),
-        "iou": ratio(tp, tp + fp + fn),
-        "precision": ratio(tp, tp + fp),
-        "recall": ratio(tp, tp + fn),
-    }
 
 
 def _loader(data: Windows | Tiles, run: Run, keys: Any) -> DataLoader[Any]:
