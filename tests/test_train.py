@@ -701,6 +701,10 @@ def test_the_state_of_another_training_is_refused(flat: None, tmp_path: Path) ->
     built_anew = {"a": cube(4), "b": cube(2)}
     with pytest.raises(ModelError, match=r"differs in normalisation's B02"):
         fit(SMALL, Cubes(built_anew), valid, PLAIN, resume)
+    relabelled = {"a": of["a"].copy(deep=True), "b": of["b"]}
+    relabelled["a"].footprint.values[0, :3] = 255
+    with pytest.raises(ModelError, match=r"differs in pixels's training labels \(\[7680"):
+        fit(SMALL, Cubes(relabelled), valid, PLAIN, resume)
     with pytest.raises(ModelError, match="interrupted after epoch 1; it would be lost"):
         fit(SMALL, Cubes(of), valid, PLAIN, Run(checkpoint=path))
     assert path.read_bytes() == before

@@ -141,13 +141,16 @@ def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | N
 def _asked(card: ModelCard, settings: Settings, run: Run, windows: Windows, tiles: Tiles | None) -> dict[str, Any]:
     """What two runs have to agree on to be one training."""
     numbers = zip(card.bands, windows.survey.mean, windows.survey.std, strict=True)
+    surveys = {"training": windows.survey} | ({"validation": tiles.survey} if tiles else {})
+    for_people = {"title", "paper", "licence", "source", "trained_on", "scores"}
     return {
-        "card": as_dict(card),
-        "settings": as_dict(settings),
+        "card": {name: value for name, value in as_dict(card).items() if name not in for_people},
+        "settings": {name: value for name, value in as_dict(settings).items() if name not in for_people},
         "seed": run.seed,
         "training sites": sorted(windows.source.sites),
         "validation sites": sorted(tiles.source.sites) if tiles else [],
         "normalisation": {band: [mean, std] for band, mean, std in numbers},
+        "pixels": {f"{name} labels": [found.pixels, *found.positive] for name, found in surveys.items()},
     }
 
 
