@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import settings as having
 from hypothesis import strategies as st
 
-from minecube import cube
-from minecube.catalog import Recipe
+from minecube import cube, train
+from minecube.catalog import ModelCard, Recipe, Settings
 from minecube.cube import windows as module
 from minecube.errors import CubeError
 from minecube.grid import grid_of
@@ -83,6 +83,38 @@ def is_plain(store, dataset, index):
 @given(view=st.sampled_from(cube.windows.VIEWS), size=st.integers(1, 260), seed=st.integers(0, 99), index=st.integers(0, 20))
 def test_any_window_is_the_slice_that_numpy_cuts(store, view, size, seed, index):
     is_plain(store, cube.CubeDataset(store, view=view, size=size, seed=seed, length=21), index)
+
+
+@having(max_examples=40, deadline=None)
+@given(size=st.integers(1, 260), y=st.integers(0, 179), x=st.integers(0, 239), two=st.booleans())
+def test_a_window_asked_for_by_its_place_is_the_slice_that_numpy_cuts(store, size, y, x, two):
+    dataset = cube.CubeDataset(store, ["pit"])
+    years = (2019, 2022) if two else (2020,)
+    window = cube.Window(site="pit", years=years, y=y, x=x)
+    for found, expected in zip(dataset.cut("pit", years, y, x, size), plain(store, window, size), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_it_says_what_training_has_to_know(store):
+    dataset = cube.CubeDataset(store, years=[2022, 2019])
+    assert (dataset.sites, dataset.bands, dataset.forkable) == (("pit", "pond"), ("B04", "B11"), True)
+    assert (dataset.years_of("pond"), dataset.shape_of("pond")) == ((2019, 2022), (54, 48))
+
+
+@pytest.mark.parametrize("task", ["mapping", "change", "series"])
+def test_training_sees_the_same_in_a_store_and_in_memory(store, task):
+    classes = ("new",) if task == "change" else ("mine",)
+    card = ModelCard(id="m", title="t", architecture="a", task=task, classes=classes, bands=("B11",), window_px=64)
+    settings = Settings(id="s", title="t", rare=0.5, year_dropout=0.2)
+    opened = {"pit": cube.open_committed(store, "pit").load()}
+    seen = [(of, train.survey(of, card, settings)) for of in (cube.CubeDataset(store, ["pit"]), train.Cubes(opened))]
+    assert seen[0][1].mean == seen[1][1].mean
+    assert seen[0][1].std == seen[1][1].std
+    windows = [train.Windows(of, card, settings, survey) for of, survey in seen]
+    for key in ((0, 0), (0, 1), (3, 7), (9, 2)):
+        for one, other in zip(windows[0][key], windows[1][key], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_unknown_blocks_and_years_without_pixels_are_there(store):

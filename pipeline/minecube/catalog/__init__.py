@@ -1,7 +1,8 @@
 """What varies by site, provider, recipe or model, read from data files into frozen values; unknown keys are errors.
 
 The shipped catalogue (`catalog/` of the checkout, inside the wheel once installed) can be extended by a folder of the
-user's own with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.yaml`. `catalog/README.md` says every field.
+user's own with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.yaml`, `presets.yaml`. `catalog/README.md` says
+every field.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from minecube.catalog.recipe import (
     SecondOpinion,
 )
 from minecube.catalog.release import Release
+from minecube.catalog.training import Settings
 from minecube.errors import CatalogError
 
 __all__ = [
@@ -64,11 +66,13 @@ __all__ = [
     "Registration",
     "Release",
     "SecondOpinion",
+    "Settings",
     "Site",
     "Source",
     "Weights",
     "as_dict",
     "load_models",
+    "load_presets",
     "load_recipes",
     "load_releases",
     "load_sites",
@@ -329,6 +333,11 @@ def load_models(path: Path | None = None) -> dict[str, ModelCard]:
     cards = _load_yaml(ModelCard, path)
     placed = {m.id: dataclasses.replace(m.weights, href=_beside(path, m.weights.href)) for m in cards if m.weights}
     return {m.id: dataclasses.replace(m, weights=placed.get(m.id)) for m in cards}
+
+
+def load_presets(path: Path | None = None) -> dict[str, Settings]:
+    """The ways to train of a `presets.yaml`, by id; raises CatalogError as `load_sites` does."""
+    return {p.id: p for p in _load_yaml(Settings, path or _catalog_dir() / "presets.yaml")}
 
 
 def pick(known: Mapping[str, T], name: str, what: str) -> T:

@@ -14,7 +14,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minecube import cube
-from minecube.catalog import ModelCard, Recipe, Site, Source, load_models, load_recipes, load_sites, load_sources, pick
+from minecube.catalog import (
+    ModelCard,
+    Recipe,
+    Settings,
+    Site,
+    Source,
+    load_models,
+    load_presets,
+    load_recipes,
+    load_sites,
+    load_sources,
+    pick,
+)
 from minecube.errors import CatalogError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,7 +57,7 @@ sites_option = click.option(
 catalog_option = click.option(
     "--catalog",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder with more sites.geojson, sources.yaml, recipes.yaml or models.yaml of your own.",
+    help="A folder with more sites.geojson, sources.yaml, recipes.yaml, models.yaml or presets.yaml of your own.",
 )
 
 
@@ -136,6 +148,11 @@ def recipes(catalog: Path | None) -> dict[str, Recipe]:
 def models(catalog: Path | None) -> dict[str, ModelCard]:
     """The shipped model cards and the user's."""
     return _with_own(load_models, catalog, "models.yaml", "model")
+
+
+def presets(catalog: Path | None) -> dict[str, Settings]:
+    """The shipped ways to train and the user's."""
+    return _with_own(load_presets, catalog, "presets.yaml", "preset")
 
 
 def _with_own(load: Callable[..., dict[str, T]], catalog: Path | None, file: str, what: str) -> dict[str, T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import sys
@@ -18,7 +19,7 @@ import xarray as xr
 
 from minecube import cube, labels, metrics, models, report, scenes, tracks
 from minecube import train as training
-from minecube.catalog import Site, as_dict, load_models, load_recipes, load_sites, load_sources
+from minecube.catalog import Site, as_dict, load_models, load_presets, load_recipes, load_sites, load_sources
 from minecube.cli import build as building
 from minecube.cli.common import table
 from minecube.cli.results import SHOWN, export_sites, score_site
@@ -77,7 +78,8 @@ def demo(out: Path, epochs: int, seed: int) -> None:
     unseen = next(s.id for s in sites if s.split == "test")
     with _stage(f"train on {', '.join(learnt)}"):
         cubes = {name: cube.open_committed(store, name).load() for name in learnt}
-        trained = training.fit(cubes, load_models()[MODEL], epochs=epochs, seed=seed)
+        settings = dataclasses.replace(load_presets()["demo"], epochs=epochs)
+        trained = training.fit(load_models()[MODEL], training.Cubes(cubes), None, settings, training.Run(seed=seed)).trained
         models.save(trained, out / "model.pt")
         del cubes
     with _stage("map all three"):

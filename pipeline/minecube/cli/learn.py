@@ -2,40 +2,105 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
+import torch.distributed as dist
 
 from minecube import cube, models
 from minecube import train as training
 from minecube.catalog import as_dict, pick
 from minecube.cli import common
 from minecube.cli.common import catalog_option, progress_bar, sites_option, store_option, stored_sites, writable_store_option
+from minecube.device import device_of
+from minecube.errors import CatalogError, ModelError
 
 
 @click.command()
 @store_option
 @sites_option
+@click.option("--valid", help="Sites by whose F1 the best epoch is chosen, likewise; they are left out of --sites.")
 @catalog_option
 @click.option("--model", "model_id", default="unet-small", show_default=True, help="Which network (catalog/models.yaml).")
+@click.option("--preset", "preset_id", default="default", show_default=True, help="How it is trained (catalog/presets.yaml).")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File for the trained model.")
-@click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Of weights, windows and augmentation: the same gives the same.")
-def train(store: str, wanted: str, catalog: Path | None, model_id: str, out: Path, epochs: int, seed: int) -> None:
+@click.option("--epochs", type=click.IntRange(min=1), help="Other than the preset's.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, windows and augmentation.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that cut windows.")
+@click.option("--resume", is_flag=True, help="Go on from <out>.ckpt, where there is one, as if nothing had happened.")
+def train(
+    store: str,
+    wanted: str,
+    valid: str | None,
+    catalog: Path | None,
+    model_id: str,
+    preset_id: str,
+    out: Path,
+    epochs: int | None,
+    **how: Any,
+) -> None:
     """Train a network on all labelled site-years of the chosen cubes.
 
-    Split by site: never train on a site that will be scored.
+    Split by site: never train on a site that will be scored. After each epoch its state goes to <out>.ckpt, and a line to
+    <out>.csv. For several GPUs let torchrun start it: a process each, which shares out every batch.
 
     \b
     Example:
-      minecube train --store cubes.zarr --sites 'Germany_*' --out model.pt
+      minecube train --store cubes.zarr --sites 'Germany_*' --valid 'Spain_*' --preset cpu --out model.pt
+      torchrun --nproc-per-node 4 --no-python minecube train --store cubes.zarr --device cuda --out model.pt
     """
-    card = pick(common.models(catalog), model_id, "model")
-    cubes = {name: cube.open_committed(store, name).load() for name in stored_sites(store, wanted)}
-    with progress_bar("training", epochs) as advance:
-        trained = training.fit(cubes, card, epochs=epochs, seed=seed, progress=lambda _, loss: advance(note=f"loss {loss:.3f}"))
-    models.save(trained, out)
-    click.echo(f"{out}: {card.id} trained on {', '.join(cubes)}")
+    card, settings = pick(common.models(catalog), model_id, "model"), pick(common.presets(catalog), preset_id, "preset")
+    settings = dataclasses.replace(settings, epochs=epochs or settings.epochs)
+    judged = stored_sites(store, valid) if valid else []
+    learnt = [name for name in stored_sites(store, wanted) if name not in judged]
+    if not learnt:
+        raise CatalogError(f"--sites {wanted}: no site is left to learn from, for --valid {valid} names them all")
+    if not out.absolute().parent.is_dir():
+        raise ModelError(f"{out}: its folder is not there, so the model could not be written; make it first")
+    view = {"mapping": "year", "change": "pair", "series": "series"}[card.task]
+    source = cube.CubeDataset(store, learnt, view=view)
+    valid_source = cube.CubeDataset(store, judged, view=view) if judged else None
+    with _processes(how.pop("device")) as (device, first), progress_bar("training") as advance:
+        seen = 0
+
+        def progress(done: int, steps: int, note: str) -> None:
+            nonlocal seen
+            advance(n=done - seen, note=note, total=steps)
+            seen = done
+
+        run = training.Run(checkpoint=out.with_name(f"{out.name}.ckpt"), device=device, progress=progress, **how)
+        fitted = training.fit(card, source, valid_source, settings, run)
+    if not first:
+        return
+    models.save(fitted.trained, out)
+    best = fitted.best
+    score = f", F1 {best.f1:.3f} and IoU {best.iou:.3f} on {', '.join(judged)}" if judged else ""
+    click.echo(f"{out}: {card.id} trained on {', '.join(learnt)}; epoch {best.epoch} of {len(fitted.history)}{score}")
+    click.echo(f"see {out}.csv for the log; {out}.ckpt, the state to go on from, is no longer needed")
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[tuple[str, bool]]:
+    """The device of this process, and whether it is the one that speaks: of a group, where torchrun has started one."""
+    if "LOCAL_RANK" not in os.environ:
+        yield device, True
+        return
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    gpu = device_of(own).type == "cuda"
+    if gpu:
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield own, dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 @click.command()

@@ -132,12 +132,42 @@ class CubeDataset:
         views = self._views(site)
         return Window(site=name, years=views[int(rng.integers(len(views)))], y=y, x=x)
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Ids."""
+        return tuple(self._sites)
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Of every site, in the order of `reflectance`."""
+        return next(iter(self._sites.values())).bands
+
+    @property
+    def forkable(self) -> bool:
+        """Whether processes that are forked off may cut, too."""
+        return "://" not in self.store
+
+    def years_of(self, site: str) -> tuple[int, ...]:
+        """The years of a site that windows are cut from, ascending."""
+        return self._sites[site].years
+
+    def shape_of(self, site: str) -> tuple[int, int]:
+        """Rows and columns of a site."""
+        return self._sites[site].shape
+
+    def cut(
+        self, site: str, years: Sequence[int], y: int, x: int, size: int
+    ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
+        """`reflectance` and `footprint` of any window: [year, band, size, size] and [year, size, size], as in an item."""
+        of, at = self._sites[site], [self._sites[site].index[year] for year in years]
+        return of.reflectance.cut(at, y, x, size), of.footprint.cut(at, y, x, size)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         window = self.window(index)
-        site, place = self._sites[window.site], (window.y, window.x, self.size)
+        reflectance, footprint = self.cut(window.site, window.years, window.y, window.x, self.size)
         return {
-            "reflectance": site.reflectance.cut([site.index[y] for y in window.years], *place),
-            "footprint": site.footprint.cut([site.index[y] for y in window.years], *place),
+            "reflectance": reflectance,
+            "footprint": footprint,
             "years": np.array(window.years),
             "site": window.site,
             "y": window.y,

@@ -1,0 +1,103 @@
+"""What a training keeps on disk after each epoch, so that it can go on: all of its state in one file, and a log beside it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minecube.errors import ModelError
+
+FORMAT = "minecube-training-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What came of an epoch; scores are those of the validation sites, NaN without any."""
+
+    epoch: int
+    """From 1."""
+    loss: float
+    """Mean over its steps."""
+    f1: float
+    iou: float
+    precision: float
+    recall: float
+    learning_rate: float
+    """Of its last step."""
+    seconds: float
+    """Validation included."""
+    windows_per_s: float
+    """Of all processes together, validation left out."""
+
+
+def write_state(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a training's state, whole or not at all; raises ModelError where it cannot be written."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    _write(path, buffer.getbuffer())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state that `write_state` wrote; raises ModelError where the file is not one, or is damaged."""
+    try:
+        file = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: the training's state cannot be read ({error})") from error
+    foreign = f"{path}: is not the state of a training of this version of minecube, or is damaged; remove it to train afresh"
+    if not zipfile.is_zipfile(file):
+        raise ModelError(foreign)
+    file.seek(0)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ModelError(foreign) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ModelError(foreign)
+    return content
+
+
+def need_same(path: Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises ModelError, naming what differs, where a state is that of another training than the one asked for."""
+    different = []
+    for name, value in asked.items():
+        if isinstance(value, Mapping):
+            keys = sorted({*value, *state[name]})
+            pairs = [(f"{name}'s {key}", state[name].get(key), value.get(key)) for key in keys]
+        else:
+            pairs = [(name, state[name], value)]
+        different += [f"{what} ({old}, now {new})" for what, old, new in pairs if old != new]
+    if different:
+        raise ModelError(
+            f"{path}: is the state of another training, it differs in {'; '.join(different)}; going on would mix the two: "
+            "ask for what it was begun with, or remove it to train afresh"
+        )
+
+
+def write_log(path: Path, history: Sequence[Epoch]) -> None:
+    """Write all epochs so far as CSV, whole or not at all; raises ModelError where it cannot be written."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(f.name for f in dataclasses.fields(Epoch))
+    rows.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in dataclasses.astuple(epoch)] for epoch in history)
+    _write(path, text.getvalue().encode())
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    # Beside the target, so that the rename stays within one file system; a reader never meets half a file.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ModelError(f"{path}: could not be written ({error}); what was there before is as it was") from error

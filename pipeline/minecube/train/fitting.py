@@ -1,0 +1,300 @@
+"""The training itself: plain torch, on one process or on several that `torchrun` starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from minecube.catalog import ModelCard, Settings, as_dict
+from minecube.device import device_of
+from minecube.errors import ModelError
+from minecube.models import Trained, build, logits
+from minecube.train.checkpoint import Epoch, need_same, read_state, write_log, write_state
+from minecube.train.judge import judged, scores_of
+from minecube.train.loss import loss_of
+from minecube.train.source import Source
+from minecube.train.survey import survey
+from minecube.train.windows import Tiles, Windows, batches, steps_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How it is computed and what is kept; of these, the seed alone decides on the network."""
+
+    seed: int = 0
+    """Of the first weights, the windows and their augmentation."""
+    device: str = "cpu"
+    workers: int = 0
+    """Processes that cut windows; 0: the one that trains."""
+    checkpoint: Path | None = None
+    """File for the state after each epoch; the log is beside it, `.csv` in place of its suffix."""
+    resume: bool = False
+    """Whether to go on from the checkpoint, where there is one."""
+    progress: Callable[[int, int, str], None] | None = None
+    """Called after each step with steps done, steps in all, and a note."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What came of a training."""
+
+    trained: Trained
+    """With the weights of the best epoch."""
+    best: Epoch
+    """That of the highest F1 on the validation sites; the last, without any."""
+    history: tuple[Epoch, ...]
+
+
+@dataclass
+class _State:
+    """What a training changes as it goes."""
+
+    network: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    history: list[Epoch] = field(default_factory=list)
+    best: int = -1
+    """Its place in the history."""
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    ended: bool = False
+
+
+def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings, run: Run = Run()) -> Fitted:
+    """The card's network trained on all pixels of `train` that are both labelled and observed.
+
+    Same cubes, settings, seed and number of threads: same network, also if it was interrupted and resumed, and whatever the
+    number of workers. (Threads split sums, so that last bits differ between machines; so do several GPUs.) Under `torchrun`,
+    with a process group already there, each process learns from its share of every batch, and gradients are averaged; batch
+    normalisation looks at a process's own share.
+
+    Args:
+        card: What to train.
+        train: The sites to learn from; normalisation and the choice of windows know no others.
+        valid: The sites by whose F1 (of all classes together, counts pooled over windows, unknown pixels left out) the best
+            epoch is chosen and training stops early. None: the last epoch is kept.
+        settings: How, as in `catalog/presets.yaml`.
+        run: Where, and what to keep.
+
+    Raises:
+        ModelError: the sites lack bands, labels, years or a class; some are in both; the window does not fit the card; the
+            device is not there; the loss is no longer a number (the checkpoint of the last epoch stays as it is); or the
+            checkpoint is another training's.
+    """
+    place = device_of(run.device)
+    _check(card, settings, train, valid)
+    surveyed = survey(train, card, settings)
+    windows = Windows(train, card, settings, surveyed, run.seed)
+    tiles = None
+    if valid is not None:
+        tiles = Tiles(valid, card, settings, survey(valid, card, settings), surveyed.mean, surveyed.std)
+    asked = _asked(card, settings, run, windows, tiles)
+    before = _resumed(run, asked)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(run.seed)
+        state = _begun(build(card).to(place), settings, settings.epochs * steps_of(len(windows), settings, _share()[1]))
+        if before:
+            _restore(state, before)
+        if not state.ended:
+            _train(state, windows, tiles, run, asked)
+    weights = {name: value.cpu() for name, value in (state.best_weights or state.network.state_dict()).items()}
+    network = state.network.cpu()
+    network.load_state_dict(weights)
+    trained = Trained(
+        card=card, network=network.eval(), mean=surveyed.mean, std=surveyed.std, sites=tuple(sorted(map(str, train.sites)))
+    )
+    return Fitted(trained=trained, best=state.history[state.best], history=tuple(state.history))
+
+
+def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | None) -> None:
+    size = settings.window_px or card.window_px
+    if size % card.multiple_px:
+        raise ModelError(
+            f"model {card.id}: expected windows whose side is a multiple of {card.multiple_px} px, found {size} in settings "
+            f"{settings.id}; so often does the network halve them: set window_px to such a side"
+        )
+    if card.task == "series" and valid is not None:
+        learnt, other = train.years_of(train.sites[0]), valid.years_of(valid.sites[0])
+        if len(learnt) != len(other):
+            raise ModelError(
+                f"model {card.id} sees all years at once, so expected as many of the validation sites as of the training sites "
+                f"({len(learnt)}), found {len(other)} at {valid.sites[0]}; name sites or years that agree"
+            )
+    both = sorted(set(train.sites) & set(valid.sites)) if valid is not None else []
+    if both:
+        raise ModelError(
+            f"expected training and validation sites apart, found {', '.join(both)} in both; a score on ground that was learnt "
+            "from says nothing of other ground: split by site"
+        )
+
+
+def _asked(card: ModelCard, settings: Settings, run: Run, windows: Windows, tiles: Tiles | None) -> dict[str, Any]:
+    """What two runs have to agree on to be one training."""
+    numbers = zip(card.bands, windows.survey.mean, windows.survey.std, strict=True)
+    surveys = {"training": windows.survey} | ({"validation": tiles.survey} if tiles else {})
+    for_people = {"title", "paper", "licence", "source", "trained_on", "scores"}
+    return {
+        "card": {name: value for name, value in as_dict(card).items() if name not in for_people},
+        "settings": {name: value for name, value in as_dict(settings).items() if name not in for_people},
+        "seed": run.seed,
+        "training sites": sorted(windows.source.sites),
+        "validation sites": sorted(tiles.source.sites) if tiles else [],
+        "normalisation": {band: [mean, std] for band, mean, std in numbers},
+        "pixels": {f"{name} labels": [found.pixels, *found.positive] for name, found in surveys.items()},
+    }
+
+
+def _resumed(run: Run, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from; raises ModelError where it is another training's, or one would be lost."""
+    if run.checkpoint is None or not run.checkpoint.exists():
+        return None
+    state = read_state(run.checkpoint)
+    if run.resume:
+        need_same(run.checkpoint, state, asked)
+        return state
+    if not state["ended"]:
+        raise ModelError(
+            f"{run.checkpoint}: is the state of a training that was interrupted after epoch {len(state['history'])}; it would "
+            "be lost: go on with --resume, or remove it to train afresh"
+        )
+    return None
+
+
+def _begun(network: nn.Module, settings: Settings, steps: int) -> _State:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimiser]
+    optimiser = kind(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.schedule == "one-cycle":
+        return _State(
+            network, optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=steps)
+        )
+    return _State(network, optimiser, torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0))
+
+
+def _restore(state: _State, kept: dict[str, Any]) -> None:
+    for name in ("network", "optimiser", "schedule"):
+        getattr(state, name).load_state_dict(kept[name])
+    state.history = [Epoch(**fields) for fields in kept["history"]]
+    state.best, state.best_weights, state.ended = kept["best"], kept["best_weights"], kept["ended"]
+
+
+def _keep(state: _State, path: Path, asked: dict[str, Any]) -> None:
+    content = {name: getattr(state, name).state_dict() for name in ("network", "optimiser", "schedule")}
+    content |= {name: getattr(state, name) for name in ("best", "best_weights", "ended")}
+    write_state(path, asked | content | {"history": [dataclasses.asdict(epoch) for epoch in state.history]})
+    write_log(path.with_suffix(".csv"), state.history)
+
+
+def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked: dict[str, Any]) -> None:
+    settings, (rank, processes) = windows.settings, _share()
+    place = next(state.network.parameters()).device
+    # Not all of a network's weights need have a gradient, but it is the same ones each step.
+    network = nn.parallel.DistributedDataParallel(state.network, static_graph=True) if processes > 1 else state.network
+    begun = len(state.history)
+    stream = iter(_loader(windows, run, batches(len(windows), settings, begun, (rank, processes))))
+    judging = None if tiles is None else _loader(tiles, run, _shared_out(tiles, settings, rank, processes))
+    for epoch in range(begun, settings.epochs):
+        # No other random state is kept: dropout in an epoch follows from these three.
+        torch.manual_seed(int(np.random.SeedSequence([run.seed, epoch, rank]).generate_state(1, np.uint32)[0]))
+        start, steps = time.monotonic(), steps_of(len(windows), settings, processes)
+        total = 0.0
+        network.train()
+        for step in range(steps):
+            loss = _step(network, state.optimiser, [part.to(place, non_blocking=True) for part in next(stream)], windows)
+            if not math.isfinite(loss):
+                raise _no_number(windows, epoch, step, loss, run.checkpoint)
+            rate = state.optimiser.param_groups[0]["lr"]
+            state.schedule.step()
+            total += loss
+            if run.progress is not None:
+                done = epoch * steps + step + 1
+                run.progress(done, settings.epochs * steps, f"epoch {epoch + 1}, loss {total / (step + 1):.3f}{_shown(state)}")
+        took = time.monotonic() - start
+        scores = scores_of(judged(state.network, judging, windows.card, settings) if judging else Tensor([0, 0, 0]))
+        state.history.append(
+            Epoch(
+                epoch=epoch + 1,
+                loss=total / steps,
+                **scores,
+                learning_rate=rate,
+                seconds=time.monotonic() - start,
+                windows_per_s=max(len(windows), 2 * processes) / took,
+            )
+        )
+        _choose(state, settings, judging is not None)
+        if run.checkpoint is not None and rank == 0:
+            _keep(state, run.checkpoint, asked)
+        if state.ended:
+            return
+
+
+def _step(network: nn.Module, optimiser: torch.optim.Optimizer, item: list[Tensor], windows: Windows) -> float:
+    """One step on a batch; its loss."""
+    image, wanted = item
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type in windows.settings.bf16):
+        found = logits(network, windows.card.task, image)
+    loss = loss_of(found, wanted, windows.settings)
+    value = loss.item()
+    if math.isfinite(value):
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return value
+
+
+def _no_number(windows: Windows, epoch: int, step: int, loss: float, checkpoint: Path | None) -> ModelError:
+    keys = next(keys for n, keys in enumerate(batches(len(windows), windows.settings, epoch, (0, 1))) if n == step)
+    seen = {(site, year) for site, years in (windows.place(*key).view for key in keys) for year in years}
+    where = ", ".join(f"{site} {year}" for site, year in sorted(seen))
+    kept = f"{checkpoint} holds epoch {epoch}" if checkpoint and epoch else "nothing was kept"
+    return ModelError(
+        f"model {windows.card.id}: the loss became {loss} in epoch {epoch + 1}, step {step + 1} (windows of {where}); {kept}: "
+        "look at the reflectance of these site-years, or try a lower learning_rate or another seed"
+    )
+
+
+def _choose(state: _State, settings: Settings, by_f1: bool) -> None:
+    """Note whether the epoch was the best so far, and whether it was the last."""
+    last = len(state.history) - 1
+    if not by_f1 or state.best < 0 or state.history[last].f1 > state.history[state.best].f1:
+        state.best = last
+        if by_f1:  # else the last weights are the best
+            state.best_weights = {name: value.detach().cpu().clone() for name, value in state.network.state_dict().items()}
+    waited = settings.patience is not None and by_f1 and last - state.best >= settings.patience
+    state.ended = waited or last + 1 == settings.epochs
+
+
+def _loader(data: Windows | Tiles, run: Run, keys: Any) -> DataLoader[Any]:
+    return DataLoader(
+        data,  # type: ignore[arg-type]  # a length and items are all it needs
+        batch_sampler=keys,
+        num_workers=run.workers,
+        multiprocessing_context=None if run.workers == 0 or data.source.forkable else "spawn",
+        persistent_workers=run.workers > 0,
+        pin_memory=torch.device(run.device).type == "cuda",
+    )
+
+
+def _shared_out(tiles: Tiles, settings: Settings, rank: int, processes: int) -> list[list[int]]:
+    own = range(rank, len(tiles), processes)
+    return [list(own[at : at + settings.batch]) for at in range(0, len(own), settings.batch)]
+
+
+def _share() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _shown(state: _State) -> str:
+    if state.best < 0 or math.isnan(state.history[state.best].f1):
+        return ""
+    return f", best F1 {state.history[state.best].f1:.3f}"

@@ -1,0 +1,57 @@
+"""The loss, from sums that add up over processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minecube.catalog import Settings
+
+
+def loss_of(logits: Tensor, wanted: Tensor, settings: Settings) -> Tensor:
+    """Binary cross entropy over the known pixels of all classes, and the Dice loss beside it if the settings say so.
+
+    Both are formulas over sums of the whole batch. Where it is shared out among processes, the sums are added up before the
+    formulas, so that the loss and its gradient (averaged over processes) are those of one process with all windows.
+
+    Args:
+        logits: [n, time, class, y, x].
+        wanted: Likewise, 1, 0, or above for unknown.
+        settings: `positive_weight`, `focal` and `dice`.
+    """
+    known, yes = wanted <= 1, (wanted == 1).float()
+    logits = torch.where(known, logits.float(), 0)  # even one that is no number
+    each = nn.functional.binary_cross_entropy_with_logits(logits, yes, reduction="none")
+    if settings.focal:
+        # -log of the probability of what is true, so its exponential is that probability.
+        each = each * (1 - torch.exp(-each)) ** settings.focal
+    each = each * (1 + (settings.positive_weight - 1) * yes)
+    sums = [torch.where(known, each, 0).sum()[None], known.sum()[None].float()]
+    if settings.dice:
+        over, said = (0, 1, 3, 4), torch.where(known, torch.sigmoid(logits), 0)
+        sums += [(said * yes).sum(over), said.sum(over) + yes.sum(over)]
+    whole = torch.cat(sums)
+    if dist.is_initialized():
+        whole = _Total.apply(whole)  # type: ignore[no-untyped-call]
+    loss: Tensor = whole[0] / whole[1].clamp(min=1)
+    if settings.dice:
+        both, either = whole[2:].chunk(2)
+        loss = loss + settings.dice * (1 - (2 * both + 1) / (either + 1)).mean()
+    return loss
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of theirs, which DistributedDataParallel then averages."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:  # noqa: ARG004  torch passes it
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total

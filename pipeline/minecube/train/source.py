@@ -1,0 +1,182 @@
+"""Where windows come from, what a card's task takes of them, and what is to be learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Protocol
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from minecube.catalog import ModelCard
+from minecube.errors import ModelError
+
+UNKNOWN = 255
+"""In labels and targets: not to be learnt from."""
+
+
+class Source(Protocol):
+    """Sites of which windows can be cut; `cube.CubeDataset` is one, read from a store, and `Cubes` another, in memory."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Ids."""
+
+    @property
+    def bands(self) -> Sequence[str]:
+        """Of every site, in order."""
+
+    @property
+    def forkable(self) -> bool:
+        """Whether processes that are forked off may cut, too; else they are started afresh."""
+
+    def years_of(self, site: str) -> tuple[int, ...]:
+        """The site's years, ascending."""
+
+    def shape_of(self, site: str) -> tuple[int, int]:
+        """Rows and columns of the site."""
+
+    def cut(self, site: str, years: Sequence[int], y: int, x: int, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+        """Reflectance [year, band, size, size], 0 unobserved, and footprint [year, size, size]; beyond the site 0 and 255."""
+
+
+@dataclass(frozen=True)
+class Cubes:
+    """A source in memory.
+
+    Raises:
+        ModelError: a cube without `reflectance` uint16 (year, band, y, x) or `footprint` uint8 (year, y, x), or with other
+            bands than the first.
+    """
+
+    cubes: Mapping[str, xr.Dataset]
+    """Site id -> cube."""
+    _arrays: dict[str, tuple[NDArray[np.uint16], NDArray[np.uint8]]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.cubes:
+            raise ModelError("expected cubes of one site or more, found none; a model learns from labelled cubes")
+        for site, cube in self.cubes.items():
+            if "footprint" not in cube or "reflectance" not in cube:
+                raise ModelError(
+                    f"site {site}: expected a cube with reflectance and footprint, found "
+                    f"{', '.join(map(str, cube)) or 'nothing'}; a model learns from labels: run `minecube label` first"
+                )
+            image, label = cube["reflectance"], cube["footprint"]
+            laid = set(image.dims) == {"year", "band", "y", "x"} and set(label.dims) == {"year", "y", "x"}
+            if not laid or image.dtype != np.uint16 or label.dtype != np.uint8:
+                raise ModelError(
+                    f"site {site}: expected reflectance (year, band, y, x) as uint16 and footprint (year, y, x) as uint8, "
+                    f"found {image.dims} as {image.dtype} and {label.dims} as {label.dtype}; hand in the cube as it was opened"
+                )
+            if _bands(cube) != self.bands:
+                raise ModelError(
+                    f"site {site}: expected the bands {', '.join(self.bands)}, as of the other sites, found "
+                    f"{', '.join(_bands(cube)) or 'no names'}; one band would be taken for another"
+                )
+            arrays = image.transpose("year", "band", "y", "x").to_numpy(), label.transpose("year", "y", "x").to_numpy()
+            self._arrays[site] = arrays
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Ids."""
+        return tuple(self.cubes)
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Of every site."""
+        return _bands(next(iter(self.cubes.values())))
+
+    @property
+    def forkable(self) -> bool:
+        """Memory is shared with what is forked off."""
+        return True
+
+    def years_of(self, site: str) -> tuple[int, ...]:
+        """The site's years."""
+        return tuple(int(year) for year in self.cubes[site]["year"])
+
+    def shape_of(self, site: str) -> tuple[int, int]:
+        """Rows and columns of the site."""
+        height, width = self._arrays[site][1].shape[1:]
+        return height, width
+
+    def cut(self, site: str, years: Sequence[int], y: int, x: int, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+        """As of every source."""
+        (image, label), known = self._arrays[site], self.years_of(site)
+        at = [known.index(year) for year in years]
+        inside = image[at, :, y : y + size, x : x + size]
+        beyond = [(0, size - inside.shape[-2]), (0, size - inside.shape[-1])]
+        return (
+            np.pad(inside, [(0, 0), (0, 0), *beyond]),
+            np.pad(label[at, y : y + size, x : x + size], [(0, 0), *beyond], constant_values=UNKNOWN),
+        )
+
+
+def _bands(cube: xr.Dataset) -> tuple[str, ...]:
+    return tuple(map(str, cube["band"].to_numpy())) if "band" in cube.coords else ()
+
+
+def bands_at(source: Source, card: ModelCard) -> list[int]:
+    """Where the card's bands are in the source's windows; raises ModelError where they are missing or in another order."""
+    found = list(source.bands)
+    if [b for b in found if b in card.bands] != list(card.bands):
+        raise ModelError(
+            f"model {card.id}: expected the bands {', '.join(card.bands)} in this order, found "
+            f"{', '.join(found) or 'no names'}; it would take one band for another: build the cubes with these bands"
+        )
+    return [found.index(b) for b in card.bands]
+
+
+View = tuple[str, tuple[int, ...]]
+"""A site, and the years that a network sees together."""
+
+
+def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[View]:
+    """What the card's task sees of each site: each year, each pair of years (`gaps` apart, if given), or all of them.
+
+    Raises:
+        ModelError: a pair is asked for where there is none, or a series of sites that differ in years.
+    """
+    found: list[View] = []
+    for site in source.sites:
+        years = source.years_of(site)
+        if card.task == "series":
+            first = source.years_of(source.sites[0])
+            if years != first:
+                raise ModelError(
+                    f"model {card.id} sees all years at once, so expected every site to have those of {source.sites[0]} "
+                    f"({', '.join(map(str, first))}), found {', '.join(map(str, years))} at {site}; "
+                    "name sites or years that agree"
+                )
+            found.append((site, years))
+            continue
+        sets = combinations(years, 2 if card.task == "change" else 1)
+        own = [(site, each) for each in sets if not gaps or card.task == "mapping" or each[1] - each[0] in gaps]
+        if not own:
+            apart = f" {' or '.join(map(str, gaps))} years apart" if gaps else ""
+            raise ModelError(
+                f"model {card.id} sees two years{apart}, found {', '.join(map(str, years)) or 'none'} at {site}; "
+                "build more of its years, or leave the site out"
+            )
+        found += own
+    return found
+
+
+def target(label: NDArray[np.uint8], classes: Sequence[str]) -> NDArray[np.uint8]:
+    """What a network shall say of the footprints [year, y, x] (1 mine, 0 not, above: unknown) of a view.
+
+    Returns:
+        uint8 [time, class, y, x], 1 yes, 0 no, UNKNOWN: of the class mine, the footprint of each year; of the others, the
+        change from the first of two years to the second, unknown where either is.
+    """
+    known = label <= 1
+    if tuple(classes) == ("mine",):
+        return np.where(known, label, UNKNOWN).astype(np.uint8)[:, None]
+    first, second = label
+    kinds = {"changed": first != second, "removed": first > second, "new": first < second}
+    changes = np.stack([kinds[name] for name in classes])
+    return np.where(known.all(axis=0), changes, np.uint8(UNKNOWN)).astype(np.uint8)[None]
