@@ -11,8 +11,8 @@ a pixel and year, and with a_ij the chance to go from state i to j:
     posterior odds f_t b_t;  Viterbi: the same forward with the larger term in place of each sum
 
 l_t = (p / (1 - p) / (prior / (1 - prior))) ^ temper says how much a year's probability p speaks for a mine. A network's p is a
-posterior under the mine share it was trained with, so that odds are divided out; and its errors come again year after year,
-so that ten years tell less than ten independent ones: temper < 1 says so. 255 says nothing: l_t = 1.
+posterior under the mine share it was trained with, so that odds are divided out; and its errors come again year after year, so
+that ten years tell less than ten independent ones: temper < 1 says so. 255 says nothing: l_t = 1.
 
 Odds keep their relative precision at both ends, where probabilities of 32 bits round to 1. A stored 0 is taken for 1/500, half
 a step, and 250 for 499/500; with rates not below `LEAST` no odds leaves 1e-20 .. 1e20, far within float32.

@@ -4,19 +4,22 @@ The expected area is the sum of p w, with p a pixel's posterior and w its area o
 own, its variance would be the sum of w^2 p (1 - p), and intervals absurdly narrow: a map that errs at one pixel errs beside it,
 too. With rho(d) the correlation of errors at distance d and s = w sqrt(p (1 - p)),
 
-    variance = sum over i, j of s_i s_j rho(d_ij)
+    variance = sum over i, j of s_i s_j rho(d_ij)  +  shift^2
 
 rho is measured, without any truth, on what smoothing changes from year to year: the yearly map less the smoothed one, less the
 mean of that over the years. It is averaged over rows and columns by distance, up to `REACH_PX`; what is left of it there is
 taken as one error of the whole site in that year, common to all pixels, as a hazy year's is.
 
-What it cannot see: an error that is the same in all years (a quarry that the model always takes for a mine) is in no difference
-between years. And the posteriors are taken at their word: where they claim too much, the interval is too narrow.
+What lasts through all years is in no difference between them. Smoothing takes each year for a new witness, and where errors
+come again it settles, surely and wrongly, on one side. By how much is unknown, but for a sign of it: the shift, the mean over
+years of the yearly maps' expected area less the smoothed one's, which is zero where both are right. It is taken for a standard
+deviation. On simulated maps (`benchmarks/tracks.py`) 95 % intervals hold the true area in 85 to 100 of 100 site-years; without
+the shift in 20 to 75, and of pixels that err alone in 0 to 25. An error that yearly and smoothed maps share, a quarry always
+taken for a mine, say, no map tells.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +64,11 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     Raises:
         LabelError: they are not of one shape and the same years, or of one year only, which shows no change from year to year.
     """
-    years = checked_years(raw)
-    if checked_years(smoothed) != years or raw.shape != smoothed.shape or len(years) < 2:
+    years = _checked_pair(raw, smoothed)
+    if len(years) < 2:
         raise LabelError(
-            f"expected a map and its smoothed twin, of two years or more, found {dict(raw.sizes)} and {dict(smoothed.sizes)}; "
-            "how errors are correlated shows in what smoothing changes from year to year"
+            f"expected maps of two years or more, found {years}: how errors are correlated shows in what smoothing changes "
+            "from year to year; map more years, or give the correlation"
         )
     before, after = raw.to_numpy(), smoothed.to_numpy()
     known = (before != UNKNOWN).all(axis=0)
@@ -93,36 +96,51 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     return Correlation(np.interp(np.arange(REACH_PX + 1), (0, *_LAGS), np.clip(alike, common, 1)), common)
 
 
-def expected_areas(posterior: xr.DataArray, grid: GeoBox, correlation: Correlation) -> pd.DataFrame:
+def expected_areas(
+    smoothed: xr.DataArray, raw: xr.DataArray, grid: GeoBox, correlation: Correlation | None = None
+) -> pd.DataFrame:
     """Expected mine area by year, in m2: columns year, expected_m2, sd_m2, low_m2, high_m2, the last two of 95 in 100.
 
     The interval is the normal one, cut at 0 and at the known ground.
 
     Args:
-        posterior: (year, y, x) uint8 x 250 of `smooth`; 255 = never known, which counts for nothing.
-        grid: The grid it lies on.
-        correlation: Of its errors.
+        smoothed: (year, y, x) uint8 x 250 of `smooth`; 255 = never known, which counts for nothing.
+        raw: What it was made of.
+        grid: The grid they lie on.
+        correlation: Of the errors; by default as measured on the two (`error_correlation`).
 
     Raises:
-        LabelError: it is no stored probability, or has another shape than the grid.
+        LabelError: the maps are not two of one shape and the same years, or have another shape than the grid; or one year only,
+            and no correlation.
     """
-    years = checked_years(posterior)
-    if posterior.shape[1:] != tuple(grid.shape):
-        raise LabelError(f"the posterior is {posterior.shape[1:]} pixels, its grid {tuple(grid.shape)}; areas would be wrong")
-    worth = pixel_areas(grid)
-    kernel = _kernel(correlation)
-    rows = []
-    for year, stored in zip(years, posterior.to_numpy(), strict=True):
-        known = stored != UNKNOWN
+    years = _checked_pair(raw, smoothed)
+    if smoothed.shape[1:] != tuple(grid.shape):
+        raise LabelError(f"the maps are {smoothed.shape[1:]} pixels, their grid {tuple(grid.shape)}; areas would be wrong")
+    correlation = correlation or error_correlation(raw, smoothed)
+    worth, kernel = pixel_areas(grid), _kernel(correlation)
+    found = []
+    for yearly, stored in zip(raw.to_numpy(), smoothed.to_numpy(), strict=True):
+        known, seen = stored != UNKNOWN, yearly != UNKNOWN
         p: NDArray[np.float64] = np.where(known, stored, 0) / SCALE
-        area = float((p * worth).sum())
         spread: NDArray[np.float64] = worth * np.sqrt(p * (1 - p))
         near = scipy.signal.oaconvolve(spread, kernel, mode="same")
         variance = float(np.vdot(near, spread)) + correlation.common * float(spread.sum()) ** 2
-        sd = math.sqrt(max(variance, 0))
-        low, high = max(area - NORMAL_95 * sd, 0.0), min(area + NORMAL_95 * sd, float(worth[known].sum()))
-        rows.append((year, area, sd, low, high))
-    return pd.DataFrame(rows, columns=["year", "expected_m2", "sd_m2", "low_m2", "high_m2"])
+        moved = float((np.where(seen, yearly / SCALE - p, 0) * worth).sum())
+        found.append((float((p * worth).sum()), max(variance, 0), moved, float(worth[known].sum())))
+    area, variances, moves, most = np.array(found).T
+    sd = np.sqrt(variances + moves.mean() ** 2)
+    low, high = np.maximum(area - NORMAL_95 * sd, 0), np.minimum(area + NORMAL_95 * sd, most)
+    return pd.DataFrame({"year": years, "expected_m2": area, "sd_m2": sd, "low_m2": low, "high_m2": high})
+
+
+def _checked_pair(raw: xr.DataArray, smoothed: xr.DataArray) -> list[int]:
+    years = checked_years(raw)
+    if checked_years(smoothed) != years or raw.shape != smoothed.shape:
+        raise LabelError(
+            f"expected a map and its smoothed twin, found {dict(raw.sizes)} with years {years} and {dict(smoothed.sizes)} with "
+            f"{smoothed['year'].to_numpy().tolist()}; what smoothing changed would be told of other pixels"
+        )
+    return years
 
 
 def _kernel(correlation: Correlation) -> NDArray[np.float64]:
