@@ -18,7 +18,7 @@ A raw yearly map errs anew each year, so each of its errors is an event: smooth 
 
 from minecube.tracks.areas import HALF, MINE, NOT_MINE, UNKNOWN, areas, onset, threshold
 from minecube.tracks.events import KINDS, Expansion, events, expansion, flip_rate
-from minecube.tracks.learning import learn_rates, rates_from_labels
+from minecube.tracks.learning import learn_rates, rates_from_labels, rates_given
 from minecube.tracks.smoothing import Rates, likeliest, posterior, smooth, viterbi
 from minecube.tracks.uncertainty import ALONE, Correlation, error_correlation, expected_areas
 
@@ -43,6 +43,7 @@ __all__ = [
     "onset",
     "posterior",
     "rates_from_labels",
+    "rates_given",
     "smooth",
     "threshold",
     "viterbi",

@@ -25,8 +25,8 @@ from minecube.tracks.smoothing import SCALE, checked_years
 LOW, HIGH = round(0.2 * SCALE), round(0.8 * SCALE)
 LARGEST_STEP = 0.5
 """Share of all gain from which one year's makes a site's expansion abrupt."""
-OPEN_SHARE = 0.1
-"""Share of a site's largest area from which it counts as open."""
+OPEN_SHARE, GAIN_SHARE = 0.1, 0.05
+"""Shares of a site's largest area: with the first it is open; what gains less than the second in all years does not expand."""
 KINDS = {
     "there_at_first": 1,
     "there_at_last": 2,
@@ -131,7 +131,7 @@ class Expansion:
     growth_m2_per_year: float
     """Slope of area over years by least squares; NaN of one year."""
     kind: str
-    """abrupt, gradual, or none where nothing was gained."""
+    """abrupt, gradual, or none where next to nothing was gained."""
     largest_year: int
     """The year that brought most ground; 0 where none did."""
     largest_share: float
@@ -147,7 +147,7 @@ def expansion(areas: pd.DataFrame) -> Expansion:
     opened = int(years[np.argmax(area >= OPEN_SHARE * area.max())]) if area.max() > 0 else 0
     growth = float(np.polyfit(years - years[0], area, 1)[0]) if len(years) > 1 else math.nan
     gain = np.nan_to_num(areas["gain_m2"].to_numpy())
-    if gain.sum() <= 0:
+    if gain.sum() <= GAIN_SHARE * area.max():
         return Expansion(opened=opened, growth_m2_per_year=growth, kind="none", largest_year=0, largest_share=0.0)
     yearly = gain / np.diff(years, prepend=years[0] - 1) / gain.sum()
     largest = int(np.argmax(yearly))

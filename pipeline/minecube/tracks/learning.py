@@ -89,15 +89,19 @@ def learn_rates(probabilities: Iterable[xr.DataArray], *, prior: float | None = 
         LabelError: no map, none with a known pixel, or one that is no stored probability.
     """
     series = sampled(list(probabilities))
-    start = Rates(
-        opening=0.01,
-        closing=0.01,
-        initial=mean_probability(series),
-        prior=mean_probability(series, LEAST_PRIOR) if prior is None else prior,
-        temper=temper,
-    )
-    rates, _ = maximise(series, start)
+    start = _under_own_prior(series, temper=temper)
+    rates, _ = maximise(series, start if prior is None else replace(start, prior=prior))
     return rates
+
+
+def rates_given(probabilities: Iterable[xr.DataArray], opening: float, closing: float, *, temper: float = TEMPER) -> Rates:
+    """These rates, with the mean of the maps as initial share and prior; errors as `learn_rates`, or of rates out of bounds."""
+    return replace(_under_own_prior(sampled(list(probabilities)), temper=temper), opening=opening, closing=closing)
+
+
+def _under_own_prior(series: Sequence[Series], temper: float) -> Rates:
+    share, prior = mean_probability(series), mean_probability(series, LEAST_PRIOR)
+    return Rates(opening=0.01, closing=0.01, initial=share, prior=prior, temper=temper)
 
 
 def maximise(series: Sequence[Series], start: Rates) -> tuple[Rates, list[float]]:

@@ -75,25 +75,26 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     unsettled = ((before > _ACTIVE) & (before < SCALE - _ACTIVE)).any(axis=0)
     unsettled |= ((before > SCALE // 2) != (after > SCALE // 2)).any(axis=0)
     active = (known & unsettled).astype(np.float32)
-    own, pairs = np.zeros(1 + len(_LAGS)), np.zeros(1 + len(_LAGS))
+    lags = (0, *(lag for lag in _LAGS if lag <= min(active.shape) // 2))  # farther apart are too few, all near the edges
+    own, pairs = np.zeros(len(lags)), np.zeros(len(lags))
     mean = sum((b.astype(np.float32) - a for b, a in zip(before, after, strict=True)), np.float32(0)) / len(years)
     for b, a in zip(before, after, strict=True):
         error = (b.astype(np.float32) - a - mean) * active
-        for n, lag in enumerate((0, *_LAGS)):
+        for n, lag in enumerate(lags):
             for one, other, there, here in (
                 (error[lag:], error[: len(error) - lag], active[lag:], active[: len(error) - lag]),
                 (error[:, lag:], error[:, : error.shape[1] - lag], active[:, lag:], active[:, : error.shape[1] - lag]),
             ):
                 own[n] += np.vdot(one, other)
                 pairs[n] += np.vdot(there, here)
-    if not own[0]:
+    if not own[0] or len(lags) == 1:
         return ALONE
     alike = np.where(pairs > 0, own / np.maximum(pairs, 1), 0) / (own[0] / pairs[0])
-    common = float(np.clip(alike[-3:].mean(), 0, 1))
+    common = float(np.clip(alike[1:][-3:].mean(), 0, 1))
     common = common if common >= _FAINT else 0.0
     faint = alike < common + _FAINT
     alike[int(np.argmax(faint)) if faint.any() else len(alike) :] = common  # from there on it is chance
-    return Correlation(np.interp(np.arange(REACH_PX + 1), (0, *_LAGS), np.clip(alike, common, 1)), common)
+    return Correlation(np.interp(np.arange(REACH_PX + 1), lags, np.clip(alike, common, 1)), common)
 
 
 def expected_areas(
