@@ -94,23 +94,27 @@ def timed(run: Callable[[], Any], rounds: int) -> float:
 
 
 def plain(values: Maps, rates: Rates) -> Maps:
-    """Forward-backward as textbooks have it, in float64, all pixels at once."""
-    a = np.array([[1 - rates.opening, rates.opening], [rates.closing, 1 - rates.closing]])
-    p = np.clip(values / 250, 0.002, 0.998)[..., None]
-    seen = (np.concatenate([1 - p, p], axis=-1) / [1 - rates.prior, rates.prior]) ** rates.temper
-    forward = np.empty_like(seen)
-    forward[0] = seen[0] * [1 - rates.initial, rates.initial]
-    forward[0] /= forward[0].sum(-1, keepdims=True)
-    for t in range(1, len(values)):
-        forward[t] = forward[t - 1] @ a * seen[t]
-        forward[t] /= forward[t].sum(-1, keepdims=True)
-    backward = np.ones_like(seen[0])
+    """Forward-backward as textbooks have it, in float64, all pixels at once; an array a state, which numpy likes best."""
+    a = [[1 - rates.opening, rates.opening], [rates.closing, 1 - rates.closing]]
+    p = np.clip(values / 250, 0.002, 0.998)
+    seen = [((1 - p) / (1 - rates.prior)) ** rates.temper, (p / rates.prior) ** rates.temper]
+    forward = [np.empty_like(p), np.empty_like(p)]
+    for t in range(len(values)):
+        if t:
+            ahead = [forward[0][t - 1] * a[0][s] + forward[1][t - 1] * a[1][s] for s in (0, 1)]
+        else:
+            ahead = [1 - rates.initial, rates.initial]
+        none, mine = (ahead[s] * seen[s][t] for s in (0, 1))
+        forward[0][t], forward[1][t] = none / (none + mine), mine / (none + mine)
+    backward = [np.ones(values.shape[1]), np.ones(values.shape[1])]
     out = np.empty_like(values)
     for t in range(len(values) - 1, -1, -1):
-        both = forward[t] * backward
-        out[t] = np.rint(250 * both[:, 1] / both.sum(-1))
-        backward = (seen[t] * backward) @ a.T
-        backward /= backward.sum(-1, keepdims=True)
+        none, mine = (forward[s][t] * backward[s] for s in (0, 1))
+        out[t] = np.rint(250 * mine / (none + mine))
+        told = [seen[s][t] * backward[s] for s in (0, 1)]
+        backward = [a[s][0] * told[0] + a[s][1] * told[1] for s in (0, 1)]
+        total = backward[0] + backward[1]
+        backward = [backward[0] / total, backward[1] / total]
     return out
 
 

@@ -40,7 +40,7 @@ LEAST, MOST = 1e-6, 0.5
 LEAST_SHARE, LEAST_PRIOR = 1e-4, 0.01
 """Bounds of shares, and as far from 1; under a prior near 1/500 a stored 0, taken for that, would be no evidence any more."""
 TEMPER = 0.75
-"""Within 0.006 of the best CA-TIoU for errors independent or half lasting, too sure or not: `benchmarks/tracks.py`."""
+"""Within 0.004 of the best CA-TIoU for errors independent or half lasting, too sure or not: `benchmarks/tracks.py`."""
 _BLOCK_PX = 1 << 14  # with ten years 0.7 MB of odds and evidence: they stay in a core's cache
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -72,7 +72,7 @@ class Rates:
             if not least <= getattr(self, name) <= 1 - least:
                 raise LabelError(
                     f"{name} is {getattr(self, name)}; expected a share of mine pixels between {least} and {1 - least}: "
-                    "with less, a stored 0, which may be anything below 1/250, would speak for a mine"
+                    "beyond these no year could speak against it, or a stored 0, anything below 1/500, would speak for a mine"
                 )
         if not 0 < self.temper <= 1:
             raise LabelError(f"temper is {self.temper}; expected more than 0, which would believe no year, and at most 1")
@@ -122,8 +122,8 @@ def smooth(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None
 def likeliest(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None) -> xr.DataArray:
     """Footprint (year, y, x) of the likeliest path of each pixel through all years: uint8, 1 mine, 0 not, 255 never known.
 
-    Other than the posterior cut at one half, it never changes state without the chance of that change weighed against all
-    years' evidence. Arguments and errors as `smooth`; `kernel` is `viterbi` or its twin.
+    One story that hangs together, where the posterior cut at one half takes each year for itself: it changes state a little
+    less often. Arguments and errors as `smooth`; `kernel` is `viterbi` or its twin.
     """
     return (
         _applied(probability, rates, kernel or viterbi)
