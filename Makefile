@@ -39,12 +39,13 @@ quick: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
 # What composites cost and how good they are; reading far away, from servers in trouble, and with flags that are wrong; the
-# published release imported; windows for training: an hour on a machine that does nothing else.
+# published release imported; windows for training; smoothing through time: an hour on a machine that does nothing else.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/composite.py --json build/composite.json --markdown build/performance.md --picture build/mine.png
 	$(BIN)/python benchmarks/reading.py --json build/reading.json --plot build/offsets.png
 	$(BIN)/python benchmarks/release.py --json build/release.json
 	$(BIN)/python benchmarks/windows.py --json build/windows.json
+	$(BIN)/python benchmarks/tracks.py --json build/tracks.json
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

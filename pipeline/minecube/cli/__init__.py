@@ -30,6 +30,7 @@ COMMANDS = {
     "models": ("minecube.cli.models", "List the networks, or show the card of one."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
     "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
+    "tracks": ("minecube.cli.tracks", "Smooth predictions through time: when mines opened, how fast they grow."),
     "score": ("minecube.cli.results", "Score predictions against footprints."),
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
     "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),

@@ -11,7 +11,7 @@ Each file or folder is written under another name and then renamed, so a full di
 
 from minecube.export.credits import EUROMINENET, NOT_STATED, SEVERAL, Credit, credits_of, lines
 from minecube.export.croissant import write_croissant
-from minecube.export.images import write_cogs, write_footprints
+from minecube.export.images import write_cogs, write_footprints, write_layers, write_table
 from minecube.export.layers import LAYERS, SPECTRUM, Layer
 from minecube.export.netcdf import write_netcdf
 from minecube.export.stac import write_stac
@@ -30,8 +30,10 @@ __all__ = [
     "write_cogs",
     "write_croissant",
     "write_footprints",
+    "write_layers",
     "write_netcdf",
     "write_stac",
+    "write_table",
     "write_zarr",
     "write_zarr2",
 ]

@@ -1,4 +1,4 @@
-"""Cloud Optimized GeoTIFFs that say what they are, and footprints as GeoParquet or GeoPackage."""
+"""Cloud Optimized GeoTIFFs that say what they are, footprints as GeoParquet or GeoPackage, and tables as CSV."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.io import MemoryFile
@@ -18,7 +19,7 @@ from rasterio.io import MemoryFile
 from minecube.errors import CubeError
 from minecube.export.credits import credits_of, lines
 from minecube.export.files import whole
-from minecube.export.layers import LAYERS, need_on_grid
+from minecube.export.layers import LAYERS, Layer, need_on_grid
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,35 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
             path = out / f"{site}_{year}_{name}.tif"
             tags = {"site": site, "year": str(year), "variable": name}
             tags |= _credited(cube[[name]].sel(year=[year])) | (_built(made) if name != "footprint" else {})
-            _write_cog(path, values.reshape(len(bands), *grid.shape), bands, grid, tags)
+            _write_cog(path, values.reshape(len(bands), *grid.shape), bands, grid, LAYERS[name], tags)
             written.append(path)
+    return written
+
+
+def write_layers(layers: xr.Dataset, mapped: xr.DataArray, grid: GeoBox, out: Path, site: str) -> list[Path]:
+    """One Cloud Optimized GeoTIFF a layer (y, x) that was read from a map, `<site>_<layer>.tif` in `out`; their paths.
+
+    Args:
+        layers: Integers; attribute nodata, and long_name, flag_masks and flag_meanings where there are, go into the file.
+        mapped: The probability (year, y, x) they were read from, with the model's card: on its terms they may be used.
+        grid: The grid they lie on.
+        out: Folder.
+        site: The site's name.
+
+    Raises:
+        CubeError: the layers do not lie on the grid, or a file cannot be written.
+    """
+    need_on_grid(layers, grid, site)
+    credited, written = _credited(mapped.rename("probability").to_dataset()), []
+    for name, layer in layers.data_vars.items():
+        about = Layer(
+            title=layer.attrs.get("long_name", str(name)), nodata=layer.attrs["nodata"], scale=1, overview="NEAREST", roles=()
+        )
+        tags = {"site": site, "variable": str(name), "long_name": about.title, **credited}
+        tags |= {k: str(layer.attrs[k]) for k in ("flag_masks", "flag_meanings") if k in layer.attrs}
+        path = out / f"{site}_{name}.tif"
+        _write_cog(path, layer.to_numpy()[None], [str(name)], grid, about, tags)
+        written.append(path)
     return written
 
 
@@ -70,8 +98,9 @@ def _built(made: Mapping[str, Any]) -> dict[str, str]:
     return {"TIFFTAG_SOFTWARE": f"minecube {made['version']}", "build": json.dumps(kept)}
 
 
-def _write_cog(path: Path, values: np.ndarray[Any, Any], bands: list[str], grid: GeoBox, tags: Mapping[str, str]) -> None:
-    layer = LAYERS[tags["variable"]]
+def _write_cog(
+    path: Path, values: np.ndarray[Any, Any], bands: list[str], grid: GeoBox, layer: Layer, tags: Mapping[str, str]
+) -> None:
     profile = {"crs": str(grid.crs), "transform": grid.affine, "nodata": layer.nodata, "dtype": values.dtype}
     profile |= {"count": len(bands), "height": grid.shape[0], "width": grid.shape[1]}
     options = {"compress": "DEFLATE", "predictor": "YES", "blocksize": 512, "overview_resampling": layer.overview}
@@ -103,3 +132,9 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path) -> None:
         else:
             about = {str(k): str(v) for k, v in table.attrs.items()}
             table.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """A table as CSV, without its index; raises CubeError where the file cannot be written."""
+    with whole(path) as part:
+        table.to_csv(part, index=False)

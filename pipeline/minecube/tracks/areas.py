@@ -1,4 +1,4 @@
-"""Footprints through time: from probabilities, areas by year, and the year in which each pixel became a mine.
+"""Footprints of probabilities, areas by year, and the year in which each pixel became a mine.
 
 Areas are stated in the grid's equal-area projection, since a UTM pixel is up to 0.2 % larger or smaller on the ground than
 its 100 m2. They are counted, not drawn: pixels per cell of 64 x 64, times what a pixel is worth there (the area of the cell's
@@ -70,6 +70,13 @@ def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["year", "area_m2", "gain_m2", "loss_m2", "unknown_m2"])
     table.loc[:0, ["gain_m2", "loss_m2"]] = np.nan
     return table
+
+
+def pixel_areas(grid: GeoBox) -> NDArray[np.float64]:
+    """What each pixel (y, x) is worth in m2 in the equal-area projection."""
+    height, width = grid.shape
+    cells = _pixel_m2(grid).repeat(_CELL_PX, axis=0).repeat(_CELL_PX, axis=1)
+    return cells[:height, :width]
 
 
 def _edges(size: int) -> NDArray[np.int64]:
