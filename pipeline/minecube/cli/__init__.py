@@ -28,7 +28,7 @@ COMMANDS = {
     "polygons": ("minecube.cli.polygons", "Say what is wrong with mine polygons, repair them, compare mappers."),
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
-    "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
+    "predict": ("minecube.cli.predict", "Map mines, or how they change, over cubes with a trained network."),
     "score": ("minecube.cli.results", "Score predictions against footprints."),
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
     "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
