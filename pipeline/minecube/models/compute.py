@@ -57,7 +57,8 @@ class Compute:
     """Whether torch.compile rewrites the network first: minutes, once, for a faster map."""
 
     def __post_init__(self) -> None:
-        if self.precision not in (None, *PRECISIONS) or min(self.workers or 1, self.batch or 1) < 1:
+        counts = [n for n in (self.workers, self.batch) if n is not None]
+        if self.precision not in (None, *PRECISIONS) or any(n < 1 for n in counts):
             raise ModelError(
                 f"expected a precision of {', '.join(PRECISIONS)}, workers and batch of 1 or more, found {self.precision}, "
                 f"{self.workers}, {self.batch}"

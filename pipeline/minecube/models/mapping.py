@@ -31,6 +31,7 @@ View = tuple[int, ...]
 """Years that are seen at once, in their order."""
 HERE = Compute()
 """On all cores of this machine."""
+_READ_ROWS = 256  # or more: whole chunks, so that few are unpacked twice, and whole windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None
         raise ModelError(f"model {card.id}: pairs of years are for change; its task is {card.task}, so leave them out")
     least = {"change": 2}.get(card.task, 1)
     if len(ordered) < least:
-        raise ModelError(f"model {card.id}: {card.task} needs {least} years or more, found {ordered or 'none'}; build others")
+        found = ", ".join(map(str, ordered)) or "none"
+        raise ModelError(f"model {card.id}: {card.task} needs {least} years or more, found {found}; build more years")
     for pair in pairs or ():
         if len(pair) != 2 or pair[0] >= pair[1] or not set(pair) <= set(ordered):
             raise ModelError(
@@ -231,7 +233,7 @@ def _blended(
 def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str) -> Iterator[Strip[_Part]]:
     """Rows of windows of every view; each row of pixels is read once a view, in whole rows of the store's chunks."""
     chunk = int(cube.encoding.get("chunks", (1,))[-2:][0])
-    read = -(-max(layout.window_px, 256) // chunk) * chunk
+    read = -(-max(layout.window_px, _READ_ROWS) // chunk) * chunk
     years = [int(year) for year in cube["year"]]
     side = layout.window_px
     needs = [layout.rows[top : top + side] for top in layout.tops]
