@@ -18,7 +18,7 @@ from minecube import models
 from minecube.catalog import BANDS, ModelCard
 from minecube.errors import ModelError
 from minecube.models import Compute, Trained, compute, map_rows, mapping, predict, streams, views_of
-from minecube.models.layout import Blend, Layout, across, steps_of
+from minecube.models.layout import Blend, Layout, across, weighted
 from minecube.models.streams import Strip
 
 SMALL = ModelCard(
@@ -620,8 +620,10 @@ def test_what_made_a_map_follows_from_the_weights() -> None:
 
 
 def test_sums_are_exact_and_limited() -> None:
-    ramp = torch.tensor([1, 1024])
-    row = torch.zeros((1, 2, 3), dtype=torch.int64)
-    across(row, 1, torch.tensor([[[1e9, -1e9], [0.5, 2**-21]]]), ramp)
-    assert row.tolist() == [[[0, 30 * 2**20, -30 * 2**30], [0, 2**19, 0]]]  # half a step is rounded to even
-    assert steps_of(torch.tensor([3 * 2**-21])).tolist() == [2]
+    logits = torch.tensor([[[1e9, -1e9], [0.5, 2**-21], [29.9999981, 3 * 2**-21]]])
+    found = weighted(logits, torch.tensor([1, 1024]))
+    assert found.tolist() == [[[30 * 2**20, -30 * 2**30], [2**19, 0], [int(logits[0, 2, 0].item() * 2**20), 2 * 1024]]]
+    row = torch.ones((1, 3, 3), dtype=torch.int64)
+    across(row, 1, found)
+    assert row[..., 0].tolist() == [[1, 1, 1]]
+    assert torch.equal(row[..., 1:], found + 1)

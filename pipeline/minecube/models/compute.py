@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from minecube.device import device_of
 from minecube.errors import ModelError
-from minecube.models.layout import across
+from minecube.models.layout import across, weighted
 from minecube.models.network import Trained, logits
 from minecube.models.streams import Strip, uploaded
 
@@ -115,7 +115,10 @@ class Forward:
     def __call__(self, windows: Tensor, full: int | None = None) -> Tensor:
         """A compiled network is given `full` windows however few there are: each other number would be compiled anew."""
         values = windows.to(torch.float32)
-        values = torch.where(values > 0, (values - self._mean).mul_(self._scale), 0)
+        unseen = values == 0
+        values.sub_(self._mean).mul_(self._scale)
+        if self.place.type != "cpu" or bool(unseen.any()):  # to ask a GPU would be to wait for it
+            values.masked_fill_(unseen, 0)
         if self._compiled and full and len(values) < full:
             values = torch.cat([values, values.new_zeros((full - len(values), *values.shape[1:]))])
         with torch.inference_mode(), torch.autocast(self.place.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -128,10 +131,11 @@ def on_cores(
 ) -> Iterator[tuple[T, Tensor, Tensor]]:
     """`rows_of` by threads that take one window each."""
 
-    def one(window: NDArray[np.uint16]) -> Tensor:
-        return forward(torch.from_numpy(np.ascontiguousarray(window))[None])[0]
+    def one(window: NDArray[np.uint16]) -> tuple[Tensor, bool]:
+        found = forward(torch.from_numpy(np.ascontiguousarray(window))[None])
+        return weighted(found[0], ramp), bool(_finite(found))
 
-    waiting: deque[tuple[Strip[T], list[Future[Tensor]]]] = deque()
+    waiting: deque[tuple[Strip[T], list[Future[tuple[Tensor, bool]]]]] = deque()
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for strip in strips:
@@ -140,35 +144,40 @@ def on_cores(
                 waiting.append((strip, [pool.submit(one, np.asarray(window)) for window in windows]))
                 # Always more windows than workers in hand, so that none waits for another's row to end.
                 while len(waiting) > 1 and sum(len(found) for _, found in list(waiting)[1:]) >= 2 * workers:
-                    yield _summed(*waiting.popleft(), ramp)
+                    yield _summed(*waiting.popleft())
                 if len(waiting) > 2 * workers + 1:  # rows of which few or no windows have anything in them
-                    yield _summed(*waiting.popleft(), ramp)
+                    yield _summed(*waiting.popleft())
             while waiting:
-                yield _summed(*waiting.popleft(), ramp)
+                yield _summed(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """The number of threads is each thread's own, but MKL's is the process's: the caller's comes back afterwards."""
+    """Also for the caller, who adds up and would keep the cores busy with waiting; until the map is whole."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _summed(strip: Strip[T], windows: list[Future[Tensor]], ramp: Tensor) -> tuple[T, Tensor, Tensor]:
-    row: Tensor | None = None
+def _summed(strip: Strip[T], windows: list[Future[tuple[Tensor, bool]]]) -> tuple[T, Tensor, Tensor]:
+    row = torch.zeros(())
     finite = torch.ones(len(windows), dtype=torch.bool)
     for n, (left, window) in enumerate(zip(strip.lefts, windows, strict=True)):
-        found = window.result()
-        if row is None:
+        found, finite[n] = window.result()
+        if not row.dim():
             row = torch.zeros((*found.shape[:-1], strip.pixels.shape[-1]), dtype=torch.int64)
-        finite[n] = bool(torch.isfinite(found).all())
-        across(row, left, found, ramp)
-    return strip.of, torch.zeros(()) if row is None else row, finite
+        across(row, left, found)
+    return strip.of, row, finite
+
+
+def _finite(found: Tensor) -> Tensor:
+    """Of each window's logits [n, ...], whether all are numbers: what is not one leaves no sum that is."""
+    return found.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
 
 
 @dataclass
@@ -224,12 +233,11 @@ def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Ro
             torch.cuda.empty_cache()
         log.warning("out of memory at %d windows to a batch; going on with %d", len(group), len(group) // 2)
         return len(group) // 2
-    finite = torch.isfinite(found).flatten(1).all(dim=1)
-    for each, good, (row, n) in zip(found, finite, group, strict=True):
+    for each, good, (row, n) in zip(weighted(found, ramp), _finite(found), group, strict=True):
         if not row.total.dim():
             columns = row.strip.pixels.shape[-1]
             row.total = torch.zeros((*each.shape[:-1], columns), dtype=torch.int64, device=each.device)
-        across(row.total, row.strip.lefts[n], each, ramp)
+        across(row.total, row.strip.lefts[n], each)
         row.finite[n] = good
         row.left -= 1
         todo.popleft()

@@ -99,27 +99,28 @@ class Blend:
 
     def down(self, top: int, row: Tensor) -> Tensor:
         """Add a row of windows, int64 [..., window, columns]; the rows `finished` by it, uint8 [..., row, x], x `SCALE`."""
-        weighted = row * self._ramp[:, None]
+        total = row * self._ramp[:, None]
         if top:
-            weighted[..., : self._total.shape[-2], :] += self._total
-        self._total = weighted[..., self._layout.step :, :]
+            total[..., : self._total.shape[-2], :] += self._total
+        self._total = total[..., self._layout.step :, :]
         own = self._layout.finished(top)[1]
         inside = slice(self._layout.beyond, self._layout.beyond + self._layout.width)
         down, across = self._weights
         weight = down[top + own.start : top + own.stop, None] * across[None, inside]
-        logit = weighted[..., own, inside] / (weight * _LOGIT_STEPS).to(torch.float64)
+        logit = total[..., own, inside] / (weight * _LOGIT_STEPS).to(torch.float64)
         return torch.bucketize(logit, self._limits).to(torch.uint8)
 
 
-def across(row: Tensor, left: int, logits: Tensor, ramp: Tensor) -> None:
-    """Add one window's logits [..., window, window] to its row, int64 [..., window, columns]."""
-    row[..., left : left + len(ramp)] += steps_of(logits) * ramp
+def across(row: Tensor, left: int, weighted: Tensor) -> None:
+    """Add one window [..., window, window], as `weighted` has it, to its row, int64 [..., window, columns]."""
+    row[..., left : left + weighted.shape[-1]] += weighted
 
 
-def steps_of(logits: Tensor) -> Tensor:
-    """Logits as the integers that are added up."""
-    limited = logits.to(torch.float64).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
-    return (limited * _LOGIT_STEPS).round().to(torch.int64)
+def weighted(logits: Tensor, ramp: Tensor) -> Tensor:
+    """Logits float32 [..., window] as the integers that are added up, by their weight along x."""
+    # Exact in float32: a power of two, and beyond 2 ** 24 of these steps there is nothing to be rounded.
+    steps = logits.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).mul_(_LOGIT_STEPS).round_()
+    return steps.to(torch.int64).mul_(ramp)
 
 
 def _sums(ramp: NDArray[np.int64], starts: range) -> NDArray[np.int64]:
