@@ -120,7 +120,7 @@ def end_to_end(store: str, trained: models.Trained, views: list[models.View], co
     """Seconds that a store's maps take."""
     card = trained.card
     start = time.perf_counter()
-    reflectance = cube.open_committed(store, "pit")["reflectance"]
+    reflectance = cube.open_reflectance(store, "pit")
     prediction = cube.Prediction(
         model=card.id,
         views=views,

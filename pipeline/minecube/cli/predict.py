@@ -68,10 +68,10 @@ def map_site(
         CubeError: no committed year, or the store cannot be written.
         ModelError: the model does not fit the cube, or gave something that is not a number.
     """
-    opened, card = cube.open_committed(store, name), trained.card
-    years = [int(year) for year in opened["year"]]
+    reflectance, card = cube.open_reflectance(store, name), trained.card
+    years = [int(year) for year in reflectance["year"]]
     views = models.views_of(card, years, None if pairs is None else _named(pairs, years))
-    models.check(trained, opened["reflectance"], views, compute)
+    models.check(trained, reflectance, views, compute)
     prediction = cube.Prediction(
         model=card.id,
         views=views,
@@ -91,11 +91,11 @@ def map_site(
             store,
             name,
             prediction,
-            lambda todo: models.map_rows(trained, opened["reflectance"], todo, compute, progress),
+            lambda todo: models.map_rows(trained, reflectance, todo, compute, progress),
             overwrite=overwrite,
         )
     maps = sum(len(view) if card.task == "series" else 1 for view in mapped)
-    return Mapped(maps, maps * opened.sizes["y"] * opened.sizes["x"], time.monotonic() - start)
+    return Mapped(maps, maps * reflectance.sizes["y"] * reflectance.sizes["x"], time.monotonic() - start)
 
 
 def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.View]:

@@ -73,7 +73,7 @@ from minecube.cube.template import (
     template,
 )
 from minecube.cube.verify import Finding, Report, named_sites, uncommit, verify
-from minecube.cube.windows import CubeDataset, Window
+from minecube.cube.windows import CubeDataset, Window, open_reflectance
 from minecube.errors import CubeError, ReadError
 
 __all__ = [
@@ -93,6 +93,7 @@ __all__ = [
     "open_committed",
     "open_cube",
     "open_probability",
+    "open_reflectance",
     "provenance_of",
     "reads",
     "reads_so_far",
