@@ -402,8 +402,8 @@ def test_memory_is_flat_in_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -
 
     peak(320)  # what is imported and kept once
     small, large = peak(320), peak(1280)
-    assert large < small * 1.25
-    assert large < 1280 * 150 * 20 / 2  # a fraction of the site's own bytes
+    # A peak varies with who is quick, by some strips; held pixels of the taller site would add all of their bytes.
+    assert large - small < (1280 - 320) * 150 * 20 / 4
 
 
 def test_a_reader_is_ahead_by_as_much_as_was_asked_for_and_ends_when_closed() -> None:
