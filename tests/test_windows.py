@@ -257,3 +257,18 @@ def test_shards_that_change_under_a_dataset(tmp_path, make):
         shard.write_bytes(content)
         with pytest.raises(CubeError, match=said):
             dataset[0]
+
+
+@pytest.mark.parametrize("zarr_reads", [False, True])
+def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, monkeypatch):
+    if zarr_reads:
+        monkeypatch.setattr(module, "_codec", lambda _: None)
+    opened = cube.open_committed(store, "pit").reflectance
+    found = cube.open_reflectance(store, "pit")
+    assert found.encoding["chunks"][-2] == 32
+    for name in ("year", "y", "x"):
+        np.testing.assert_array_equal(found[name], opened[name])
+    assert [str(b) for b in found.band.values] == [str(b) for b in opened.band.values]
+    np.testing.assert_array_equal(found, opened)
+    part = {"year": [2, 0], "y": slice(60, 131), "x": slice(3, 200)}
+    np.testing.assert_array_equal(found.isel(part), opened.isel(part))

@@ -29,7 +29,7 @@ COMMANDS = {
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
     "models": ("minecube.cli.models", "List the networks, or show the card of one."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
-    "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
+    "predict": ("minecube.cli.predict", "Map mines, or how they change, over cubes with a trained network."),
     "tracks": ("minecube.cli.tracks", "Smooth predictions through time: when mines opened, how fast they grow."),
     "score": ("minecube.cli.results", "Score predictions against footprints."),
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),

@@ -19,9 +19,10 @@ import xarray as xr
 
 from minecube import cube, labels, metrics, models, report, scenes, tracks
 from minecube import train as training
-from minecube.catalog import Site, as_dict, load_models, load_presets, load_recipes, load_sites, load_sources
+from minecube.catalog import Site, load_models, load_presets, load_recipes, load_sites, load_sources
 from minecube.cli import build as building
 from minecube.cli.common import table
+from minecube.cli.predict import map_site
 from minecube.cli.results import SHOWN, export_sites, score_site
 from minecube.composite import composite
 from minecube.errors import CatalogError, MinecubeError
@@ -84,8 +85,7 @@ def demo(out: Path, epochs: int, seed: int) -> None:
         del cubes
     with _stage("map all three"):
         for site in sites:
-            probability = models.predict(trained, cube.open_committed(store, site.id)["reflectance"])
-            cube.write_probability(store, site.id, MODEL, probability, {**as_dict(trained.card), "trained_on": learnt})
+            map_site(store, site.id, trained)
     with _stage(f"score {unseen}, which the network has not seen"):
         summary |= _scores(store, unseen, world)
     with _stage("export"):

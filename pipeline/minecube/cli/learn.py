@@ -1,4 +1,4 @@
-"""Subcommands that need PyTorch: train, predict."""
+"""Training: a network from labelled cubes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from minecube import cube, models
 from minecube import train as training
-from minecube.catalog import as_dict, pick
+from minecube.catalog import pick
 from minecube.cli import common
-from minecube.cli.common import catalog_option, progress_bar, sites_option, store_option, stored_sites, writable_store_option
+from minecube.cli.common import catalog_option, progress_bar, sites_option, store_option, stored_sites
 from minecube.device import device_of
 from minecube.errors import CatalogError, ModelError
 
@@ -101,32 +101,3 @@ def _processes(device: str) -> Iterator[tuple[str, bool]]:
         yield own, dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
-
-
-@click.command()
-@writable_store_option
-@sites_option
-@click.option(
-    "--model", "file", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File of a trained model."
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-def predict(store: str, wanted: str, file: Path, device: str) -> None:
-    """Map mines over all committed years of the chosen cubes; the probability goes into the store.
-
-    \b
-    Example:
-      minecube predict --store cubes.zarr --sites Germany_2 --model model.pt
-    """
-    trained = models.load(file)
-    for name in stored_sites(store, wanted):
-        opened = cube.open_committed(store, name)
-        with progress_bar(f"mapping {name}") as advance:
-            probability = models.predict(
-                trained,
-                opened["reflectance"],
-                device=device,
-                progress=lambda done, total: advance(n=0, note=f"{done} of {total} windows"),
-            )
-        origin = {**as_dict(trained.card), "trained_on": list(trained.sites)}
-        cube.write_probability(store, name, trained.card.id, probability, origin)
-        click.echo(f"{name}: {probability.sizes['year']} years mapped into {store}, group {name}/predictions/{trained.card.id}")

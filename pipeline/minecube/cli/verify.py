@@ -108,7 +108,7 @@ def _commands(store: str, report: cube.Report) -> list[str]:
         )
     for cure, line in (
         ("label", "minecube label --store {store} --sites {site} --polygons FILE"),
-        ("predict", "minecube predict --store {store} --sites {site} --model FILE"),
+        ("predict", "minecube predict --store {store} --sites {site} --model FILE --overwrite"),
     ):
         sites = sorted({f.site for f in report.findings if f.cure == cure and f.kind != "unverifiable"})
         lines += [line.format(store=store, site=",".join(sites))] if sites else []

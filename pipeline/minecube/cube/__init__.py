@@ -5,7 +5,7 @@
         builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last;
           scenes                     its scene list, the bytes of a stac-geoparquet file,
           reads                      and what became of every read, the bytes of a Parquet file
-        predictions/unet-small/      one xarray dataset a model: probability
+        predictions/unet-small/      one xarray dataset a model: probability, or change
 
 The marker also keeps the size and SHA-256 of every object of its site-year, taken as they were written; labels and
 predictions keep theirs in their own attributes, and the site's group a hash of what it is. `verify` holds the store to them.
@@ -13,9 +13,10 @@ predictions keep theirs in their own attributes, and the site's group a hash of 
 A site-year whose marker is missing is not there, whatever its pixels say. A run that was killed left blocks behind and a
 note of what it was building and which are done; the same run goes on from there, another one starts afresh.
 
-    store.py     opening stores and groups          template.py  a group before it has a pixel
-    builds.py    provenance, markers, counts of reads         verify.py    what has become of what was written
-    windows.py   windows for training               packed.py    a store in one zip, opened; pack.py makes it
+    store.py     opening stores and groups             template.py     a group before it has a pixel
+    builds.py    provenance, markers, counts of reads  predictions.py  what models say of a site
+    verify.py    what has become of what was written   windows.py      windows for training
+    packed.py    a store in one zip, opened            pack.py         makes it
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from minecube.cube.builds import (
 )
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
+from minecube.cube.predictions import Prediction, open_change, open_probability, write_prediction, write_probability
 from minecube.cube.store import (
     FORMAT,
     NAMED,
@@ -74,13 +76,14 @@ from minecube.cube.template import (
     template,
 )
 from minecube.cube.verify import Finding, Report, named_sites, uncommit, verify
-from minecube.cube.windows import CubeDataset, Window
+from minecube.cube.windows import CubeDataset, Window, open_reflectance
 from minecube.errors import CubeError, ReadError
 
 __all__ = [
     "CubeDataset",
     "Finding",
     "Packing",
+    "Prediction",
     "Report",
     "Window",
     "build_id",
@@ -92,9 +95,11 @@ __all__ = [
     "named_sites",
     "need_writable",
     "note_incomplete",
+    "open_change",
     "open_committed",
     "open_cube",
     "open_probability",
+    "open_reflectance",
     "pack",
     "provenance_of",
     "reads",
@@ -104,6 +109,7 @@ __all__ = [
     "unpacked",
     "verify",
     "write_footprint",
+    "write_prediction",
     "write_probability",
     "write_year",
 ]
@@ -312,54 +318,6 @@ def _like(array: zarr.Array) -> dict[str, Any]:
     names = array.metadata.dimension_names
     layout = {"shape": array.shape, "dtype": array.dtype, "chunks": array.chunks, "shards": array.shards}
     return {**layout, "fill_value": array.fill_value, "dimension_names": names, "compressors": array.compressors}
-
-
-def write_probability(store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any]) -> None:
-    """Put a model's mine probability (uint8 [year, y, x], x 250, 255 = none) into its own group, replacing an older run's.
-
-    Raises:
-        CubeError: the probability lies on another grid than the cube, or the store cannot be written.
-    """
-    cube = open_cube(store, site_id)
-    if probability.odc.geobox != cube.odc.geobox:
-        raise CubeError(
-            f"{store}: the prediction for {site_id} lies on another grid than its cube; predict from the cube itself"
-        )
-    recipe = site_group(store, site_id, mode="r").attrs[NAMED]["recipe"]
-    side, chunk = recipe["block_px"], recipe["chunk_px"]
-    mapped_from = {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
-    attrs = {"long_name": "mine probability x 250", "nodata": 255, "grid_mapping": "spatial_ref"}
-    attrs |= {"model": dict(card), "builds": mapped_from}
-    named = probability.rename("probability").drop_attrs().assign_attrs(attrs).to_dataset()
-    named.attrs = geozarr(cube.odc.geobox)
-    encoding = {"probability": {"chunks": (1, chunk, chunk), "shards": (1, side, side), "fill_value": 255}}
-    path, target = f"{site_id}/predictions/{model}", summing(store)
-    with writing(store):
-        named.chunk({"year": 1, "y": side, "x": side}).to_zarr(
-            target, group=path, mode="w", consolidated=False, zarr_format=3, encoding=encoding
-        )
-        group = zarr.open_group(zarr_store(store), path=path, mode="r+", use_consolidated=False)
-        sums = {name: s for name, s in target.below(path, path).items() if name != "zarr.json"}
-        group.attrs.put(sealed({**group.attrs, "checksums": sums}))
-
-
-def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
-    """A model's probability over a site, lazy uint8 [year, y, x].
-
-    Raises:
-        CubeError: that model did not run there, or ran on other builds than the cube now holds.
-    """
-    if not exists(store, f"{site_id}/predictions/{model}"):
-        raise CubeError(f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first")
-    opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=f"{site_id}/predictions/{model}", consolidated=False)
-    probability = opened["probability"]
-    now = {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
-    changed = sorted(set(now.items()) ^ set(probability.attrs["builds"].items()))
-    if changed:
-        raise CubeError(
-            f"{store}: {model!r} mapped {site_id} before {changed[0][0]} was built as it is now; run `minecube predict` again"
-        )
-    return probability
 
 
 def _index(group: zarr.Group, year: int) -> int:

@@ -33,6 +33,7 @@ from zarr.core.buffer import default_buffer_prototype
 from minecube.catalog import FALLBACKS, Recipe, recipe_of
 from minecube.cube.builds import build_id
 from minecube.cube.packed import is_packed, need_writable
+from minecube.cube.predictions import place_of, places
 from minecube.cube.store import FORMAT, NAMED, objects, sealed, sum_of, zarr_store
 from minecube.cube.template import FRACTION, WRITTEN_LATER, encoding_of, geozarr, group_digest, identity, template
 from minecube.errors import CubeError, MinecubeError
@@ -236,6 +237,8 @@ class _Site:
     about: Mapping[str, Any] = field(default_factory=dict)
     """What the group says of itself."""
     grid: GeoBox | None = None
+    mapped: dict[str, dict[int, bool]] = field(default_factory=dict)
+    """Prediction -> index of each of its years, or pairs, and whether it is whole; not of those without checksums."""
     lossy: Mapping[str, float] = field(default_factory=dict)
     """`incomplete_reads` of the group."""
     expected: Mapping[str, Any] = field(default_factory=dict)
@@ -457,9 +460,11 @@ class _Site:
                 yield self._find("unverifiable", path, said, "predict")
             else:
                 self.sums |= {f"predictions/{model}/{key}": value for key, value in attrs["checksums"].items()}
-                meta = _json(_content(self.raw, f"{self.name}/predictions/{model}/probability/zarr.json"))
-                of = meta.get("attributes", {}).get("builds") if isinstance(meta, dict) else None
-                if of is not None and of != now and all(self.committed.values()):
+                self.mapped[model] = places(attrs)
+                of = {year: build for done in attrs.get("done", {}).values() for year, build in done["builds"].items()}
+                years = {str(year) for view in attrs.get("views", ()) for year in view}
+                later = set(now) - years if attrs.get("variable") == "probability" else set()
+                if (later or any(now.get(year) != build for year, build in of.items())) and all(self.committed.values()):
                     yield self._find("stale", f"predictions/{model}", "was mapped from other builds than there are", "predict")
 
     def _missing(self) -> Iterator[Finding]:
@@ -479,8 +484,9 @@ class _Site:
                 if year not in whole or rest[1:] == ["zarr.json"]:
                     continue
             elif first == "predictions" and len(rest) > 1:
-                sealed_one = any(k.startswith(f"predictions/{rest[0]}/") for k in self.sums)
-                if not sealed_one or rest[1:] == ["zarr.json"]:
+                place = place_of("/".join(rest[1:]))
+                being_mapped = place is not None and not self.mapped.get(rest[0], {}).get(place, True)
+                if rest[0] not in self.mapped or rest[1:] == ["zarr.json"] or being_mapped:
                     continue
             elif first in self.metadata and (first in arrays or not self.about):
                 at = self._place(key)

@@ -20,9 +20,11 @@ from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
+import dask.array
 import numcodecs
 import numpy as np
 import numpy.typing as npt
+import xarray as xr
 import zarr
 
 from minecube.cube import packed
@@ -175,6 +177,24 @@ class CubeDataset:
         }
 
 
+def open_reflectance(store: str, site_id: str) -> xr.DataArray:
+    """Reflectance of a site's committed years, lazy as in `open_committed`, but quick to read in rows from top to bottom.
+
+    Raises:
+        CubeError: no such site, or no committed year.
+    """
+    site, group = _Site.of(store, site_id, None), site_group(store, site_id, "r")
+    pixels = site.reflectance
+    # A block is a row of chunks: what a reader of rows asks for, in one piece.
+    blocks = (1, pixels.shape[1], pixels.chunk[0], pixels.shape[-1])
+    coords = {name: group[name][:] for name in ("year", "band", "y", "x")}
+    coords["band"] = np.array([str(b) for b in coords["band"]], dtype=object)
+    lazy = dask.array.from_array(pixels, chunks=blocks, meta=np.empty((0,) * 4, pixels.dtype), name=False)
+    found = xr.DataArray(lazy, dims=("year", "band", "y", "x"), coords=coords, name="reflectance")
+    found.encoding["chunks"] = blocks
+    return found.sel(year=list(site.years))
+
+
 def _corners(length: int, size: int, step: int) -> list[int]:
     """Where windows begin along one side."""
     last = max(length - size, 0)
@@ -249,6 +269,22 @@ class _Pixels:
         else:
             self._fill(inside, years, rows, columns)
         return out
+
+    def __getitem__(self, key: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """Any part without steps, quickly where `cut` is: what Dask asks of an array."""
+        at = [slice(*part.indices(n)) for part, n in zip(key, self.shape, strict=True)]
+        shape = [part.stop - part.start for part in at]
+        whole = all(part == slice(0, n, 1) for part, n in zip(at[1:-2], self.shape[1:-2], strict=True))
+        if self.codec is None or not whole:
+            return zarr.open_array(zarr_store(self.store), path=self.path, mode="r")[tuple(at)]  # type: ignore[no-any-return]
+        out = np.empty(shape, self.dtype)
+        self._fill(out, range(at[0].start, at[0].stop), at[-2], at[-1])
+        return out
+
+    @property
+    def ndim(self) -> int:
+        """Of `shape`."""
+        return len(self.shape)
 
     def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice) -> None:
         parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], mmap.mmap, int, int]] = []

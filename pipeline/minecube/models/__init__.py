@@ -11,7 +11,9 @@ A card's task says what a network takes and gives, float32; every class is a log
 
 from __future__ import annotations
 
-from minecube.models.mapping import NODATA, SCALE, predict
+from minecube.models.compute import Compute
+from minecube.models.layout import NODATA, SCALE
+from minecube.models.mapping import Rows, View, about, check, map_rows, predict, views_of
 from minecube.models.network import ARCHITECTURES, Trained, build, load, logits, normalise, parameters, save, select_bands
 from minecube.models.weights import fetch, find
 
@@ -19,15 +21,22 @@ __all__ = [
     "ARCHITECTURES",
     "NODATA",
     "SCALE",
+    "Compute",
+    "Rows",
     "Trained",
+    "View",
+    "about",
     "build",
+    "check",
     "fetch",
     "find",
     "load",
     "logits",
+    "map_rows",
     "normalise",
     "parameters",
     "predict",
     "save",
     "select_bands",
+    "views_of",
 ]

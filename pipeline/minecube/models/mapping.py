@@ -1,123 +1,270 @@
-"""Whole sites mapped by overlapping windows.
+"""Whole sites mapped by overlapping windows, in memory that does not grow with the number of their rows.
 
-Windows overlap by half and their logits, not their labels, are blended by weights that fall to zero at the windows' edges.
-The sums are kept in integers, which add up to the same value in any order, and on the CPU the network sees one window per
-call, because the libraries beneath choose their kernels by batch size and the last bits then differ (seen: 3e-8 between
-batches of one and of two). So on the CPU the result depends neither on `batch` nor on the order of the windows. Another
-number of threads, or another machine, may still move the last bits of a logit.
+A view is what a network sees at once, by its card's task: one year, two years, or all. Views are mapped one after the other,
+each from top to bottom: rows of pixels are read ahead while the network computes, cut into windows, and given away as soon as
+no later window touches them. How windows become a map: `layout`. Who computes: `compute`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
-from minecube.device import device_of
-from minecube.models.network import Trained, logits, normalise, select_bands
+from minecube.catalog import ModelCard, as_dict
+from minecube.errors import ModelError
+from minecube.models.compute import Compute, rows_of
+from minecube.models.layout import NODATA, SCALE, Blend, Layout
+from minecube.models.network import Trained, select_bands
+from minecube.models.streams import Strip, ahead, landed
 
-NODATA = 255
-"""Probability and footprint where nothing is known."""
-SCALE = 250
-"""Stored probability of one; the integers above it are free for NODATA."""
-_LOGIT_STEPS = 2**20  # per unit of logit; a float32 logit near 8 has no finer steps
-_LOGIT_LIMIT = 30.0  # beyond it the stored probability no longer moves, and the integer sums stay far from overflow
-_WEIGHT_STEPS = 2**10  # per unit of blending weight, in y and in x
+View = tuple[int, ...]
+"""Years that are seen at once, in their order."""
+HERE = Compute()
+"""On all cores of this machine."""
+_READ_ROWS = 256  # or more: whole chunks, so that few are unpacked twice, and whole windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Finished rows of one view's map."""
+
+    view: View
+    y: int
+    """First row."""
+    values: NDArray[np.uint8]
+    """[time, class, row, x], probability x 250, 255 = none; time is the view's years for a series, else one."""
+
+
+def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None = None) -> list[View]:
+    """What the card's network maps of these years: each, each pair (or those named), or all at once.
+
+    Raises:
+        ModelError: too few years for the task, or pairs that are none, or of other years.
+    """
+    ordered = tuple(sorted(years))
+    if pairs is not None and card.task != "change":
+        raise ModelError(f"model {card.id}: pairs of years are for change; its task is {card.task}, so leave them out")
+    least = {"change": 2}.get(card.task, 1)
+    if len(ordered) < least:
+        found = ", ".join(map(str, ordered)) or "none"
+        raise ModelError(f"model {card.id}: {card.task} needs {least} years or more, found {found}; build more years")
+    for pair in pairs or ():
+        if len(pair) != 2 or pair[0] >= pair[1] or not set(pair) <= set(ordered):
+            raise ModelError(
+                f"model {card.id}: expected pairs of two of the years {', '.join(map(str, ordered))}, the earlier first, found "
+                f"{'-'.join(map(str, pair))}"
+            )
+    if card.task == "change":
+        return sorted(set(pairs)) if pairs is not None else list(combinations(ordered, 2))
+    return [ordered] if card.task == "series" else [(year,) for year in ordered]
+
+
+def about(trained: Trained) -> dict[str, Any]:
+    """What made a map, as plain JSON: the card, the SHA-256 of all weights, what it was trained on, how windows overlap.
+
+    Equal, and of the same builds, maps are the same but for the last bits that `compute` may move.
+    """
+    weights = hashlib.sha256()
+    for name, value in sorted(trained.network.state_dict().items()):
+        weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {
+        **as_dict(trained.card),
+        "trained_on": list(trained.sites),
+        "weights_sha256": weights.hexdigest(),
+        "mean": list(trained.mean),
+        "std": list(trained.std),
+        "mapped_by": {"window_px": trained.card.window_px, "step_px": trained.card.window_px // 2, "weights": "squared sine"},
+    }
 
 
 def predict(
     trained: Trained,
     reflectance: xr.DataArray,
     *,
-    batch: int = 16,
-    device: str = "cpu",
+    pairs: Sequence[View] | None = None,
+    compute: Compute = HERE,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.DataArray:
-    """Mine probability of every pixel: uint8, probability x 250, NODATA (255) where any band has no observation.
+    """Probability of the card's classes in every pixel, in memory: uint8, x 250, 255 where any band has no observation.
 
     Args:
         trained: The model.
-        reflectance: (band, y, x) or (year, band, y, x), uint16, 0 = no observation; if lazy, read year by year.
-        batch: Windows per call of the network on a GPU. On the CPU it is one whatever this says (see the module).
-        device: cpu, cuda, cuda:1, ...
+        reflectance: (band, y, x) or (year, band, y, x), uint16, 0 = no observation; if lazy, read in strips.
+        pairs: Of years, for change; all by default.
+        compute: Where and how.
         progress: Called with windows done and windows in all.
 
     Returns:
-        (y, x) or (year, y, x), in memory, with the coordinates of `reflectance`.
+        Mapping and series: (y, x) or (year, y, x). Change: (pair, class, y, x) with coordinates `first` and `second` (years)
+        and `class`; 255 where either year has no observation.
 
     Raises:
-        ModelError: bands are missing or in another order than the card's, pixels are not uint16, the device is not there.
+        ModelError: as `map_rows`.
     """
-    place = device_of(device)
-    cube = select_bands(reflectance, trained.card)
-    years = cube if "year" in cube.dims else cube.expand_dims("year")
-    network = copy.deepcopy(trained.network).to(place).eval()
-    size = batch if place.type != "cpu" else 1
-    maps: list[NDArray[np.uint8]] = []
-    for image in (years.isel(year=number).to_numpy() for number in range(years.sizes["year"])):
-        blend = _Blend(image, trained.card.window_px)
-        corners = blend.corners()
-        for at in range(0, len(corners), size):
-            group = corners[at : at + size]
-            windows = blend.cut(group)
-            if windows.any():  # one without any observation touches only pixels that come out as NODATA
-                blend.add(group, _logits(network, normalise(windows, trained.mean, trained.std), place))
+    # A year without a name is as good as any.
+    named = reflectance if "year" in reflectance.coords else reflectance.assign_coords(year=0)
+    cube = named if "year" in named.dims else named.expand_dims("year")
+    views = views_of(trained.card, [int(year) for year in cube["year"]], pairs)
+    shape = (cube.sizes["y"], cube.sizes["x"])
+    found = np.empty((len(views), _times(trained.card, views[0]), len(trained.card.classes), *shape), np.uint8)
+    for rows in map_rows(trained, cube, views, compute, progress):
+        found[views.index(rows.view), :, :, rows.y : rows.y + rows.values.shape[-2]] = rows.values
+    there = {name: c for name, c in cube.isel(band=0, drop=True).coords.items() if "year" not in c.dims}
+    attrs = {"long_name": f"{trained.card.task} probability x {SCALE}", "nodata": NODATA}
+    if trained.card.task == "change":
+        there |= {name: ("pair", [view[n] for view in views]) for n, name in enumerate(("first", "second"))}
+        there["class"] = list(trained.card.classes)
+        return xr.DataArray(found[:, 0], dims=("pair", "class", "y", "x"), coords=there, name="change", attrs=attrs)
+    attrs["long_name"] = f"mine probability x {SCALE}"
+    years = xr.DataArray(
+        found.reshape(-1, *shape),
+        dims=("year", "y", "x"),
+        coords={"year": sorted(cube["year"].to_numpy()), **there},
+        name="probability",
+        attrs=attrs,
+    )
+    if "year" in reflectance.dims:
+        return years.sel(year=cube["year"])
+    return years.isel(year=0, drop="year" not in reflectance.coords)
+
+
+def check(trained: Trained, reflectance: xr.DataArray, views: Sequence[View], compute: Compute = HERE) -> None:
+    """See that these views can be mapped, before anything is read or written.
+
+    Raises:
+        ModelError: bands are missing or in another order than the card's, pixels are not uint16, a year is missing, the network
+            takes another number of years, or the device is not there.
+    """
+    card, takes = trained.card, getattr(trained.network, "years", None)  # of networks that take one number of years only
+    years = [int(year) for year in select_bands(reflectance, card)["year"]]
+    lacking = sorted({year for view in views for year in view} - set(years))
+    if lacking:
+        raise ModelError(f"model {card.id}: year {lacking[0]} is not in the cube, which has {', '.join(map(str, years))}")
+    for view in views:
+        if takes is not None and len(view) != takes:
+            raise ModelError(
+                f"model {card.id}: its network takes {takes} years, found {len(view)} ({', '.join(map(str, view))}); map as "
+                "many years, or train it on series as long as this one"
+            )
+    compute.place()
+
+
+def map_rows(
+    trained: Trained,
+    reflectance: xr.DataArray,
+    views: Sequence[View],
+    compute: Compute = HERE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generator[Rows, None, None]:
+    """The maps of these views, one after the other, each in rows from top to bottom, as they are finished.
+
+    On the CPU the result depends on nothing but model and pixels: not on workers, cores in use, strips, or order of windows.
+    Another machine may still move the last bits of a logit; so may bf16, and batches on a GPU.
+
+    Raises:
+        ModelError: as `check`; a logit is not a number, or the device is too small.
+    """
+    check(trained, reflectance, views, compute)
+    cube, place = select_bands(reflectance, trained.card), compute.place()
+    layout = Layout(cube.sizes["y"], cube.sizes["x"], trained.card.window_px)
+    each = len(layout.tops) * len(layout.lefts)
+    with (
+        closing(ahead(_strips(cube, views, layout, trained.card.task))) as strips,
+        closing(rows_of(trained, strips, layout.ramp, compute)) as found,
+    ):
+        for done, (part, values, finite) in enumerate(landed(_blended(found, layout, trained.card, place)), start=1):
+            if not bool(finite.all()):
+                left = part.lefts[int(torch.nonzero(~finite)[0])]
+                y, x = max(part.top - layout.beyond, 0), max(left - layout.beyond, 0)
+                raise ModelError(
+                    f"model {trained.card.id}: a logit is not a number in {'-'.join(map(str, part.view))}, in the window at "
+                    f"row {y}, column {x}; this map is not kept: look at the reflectance there, or train the model again"
+                )
+            site, own = layout.finished(part.top)
             if progress is not None:
-                progress(len(maps) * len(corners) + at + len(group), years.sizes["year"] * len(corners))
-        maps.append(np.where((image == 0).any(axis=0), np.uint8(NODATA), blend.probability()))
-    found = years.isel(band=0, drop=True).copy(data=np.stack(maps))
-    found = found if "year" in cube.dims else found.isel(year=0)
-    return found.rename("probability").assign_attrs(long_name="mine probability x 250", nodata=NODATA)
+                progress(done * len(layout.lefts), len(views) * each)
+            if site.stop > site.start:
+                yield Rows(
+                    view=part.view, y=site.start, values=np.where(part.known[:, None, own], values.numpy(), np.uint8(NODATA))
+                )
 
 
-class _Blend:
-    """One year's image (band, y, x), mirrored beyond its edges, cut into windows; and their logits, added up."""
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A row of windows of one view."""
 
-    def __init__(self, image: NDArray[np.uint16], window_px: int) -> None:
-        self.step, self.beyond = window_px // 2, window_px // 4  # no pixel of the site is judged at a window's rim only
-        sizes = image.shape[1:]
-        more = [max(-(-(size + 2 * self.beyond - window_px) // self.step), 0) * self.step for size in sizes]
-        pads = [(self.beyond, window_px + m - size - self.beyond) for size, m in zip(sizes, more, strict=True)]
-        self.image = np.pad(image, [(0, 0), *pads], mode="reflect")
-        self.inside = tuple(slice(self.beyond, self.beyond + size) for size in sizes)
-        # Squared sine: with half overlap the weights of neighbouring windows add up to one.
-        ramp = np.rint(np.sin(np.pi * (np.arange(window_px) + 0.5) / window_px) ** 2 * _WEIGHT_STEPS).astype(np.int64)
-        self.ramp = ramp[:, None] * ramp
-        self.total, self.weight = np.zeros((2, *self.image.shape[1:]), np.int64)
-
-    def corners(self) -> list[tuple[int, int]]:
-        """Upper left corners of the windows, in the mirrored image."""
-        ys, xs = (range(0, size - len(self.ramp) + 1, self.step) for size in self.total.shape)
-        return [(y, x) for y in ys for x in xs]
-
-    def cut(self, corners: list[tuple[int, int]]) -> NDArray[np.uint16]:
-        """The windows (n, band, y, x) at these corners."""
-        side = len(self.ramp)
-        return np.stack([self.image[:, y : y + side, x : x + side] for y, x in corners])
-
-    def add(self, corners: list[tuple[int, int]], logits: NDArray[np.float32]) -> None:
-        """Add the logits (n, y, x) of these windows, by weight."""
-        steps = np.rint(np.clip(logits.astype(np.float64), -_LOGIT_LIMIT, _LOGIT_LIMIT) * _LOGIT_STEPS).astype(np.int64)
-        side = len(self.ramp)
-        for (y, x), window in zip(corners, steps, strict=True):
-            self.total[y : y + side, x : x + side] += window * self.ramp
-            self.weight[y : y + side, x : x + side] += self.ramp
-
-    def probability(self) -> NDArray[np.uint8]:
-        """Of the site (y, x), probability x 250; meaningless where no window was added."""
-        logit = self.total[self.inside] / np.maximum(self.weight[self.inside], 1) / _LOGIT_STEPS
-        scaled: NDArray[np.uint8] = np.rint(SCALE / (1 + np.exp(-logit))).astype(np.uint8)
-        return scaled
+    view: View
+    top: int
+    lefts: tuple[int, ...]
+    """Of the windows that are computed: those with a pixel that will not be NODATA."""
+    known: NDArray[np.bool_]
+    """[time, window, x] of the site: pixels that will not be NODATA."""
 
 
-def _logits(network: nn.Module, windows: NDArray[np.float32], place: torch.device) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        found: NDArray[np.float32] = (
-            logits(network, "mapping", torch.from_numpy(windows[:, None]).to(place))[:, 0, 0].float().cpu().numpy()
-        )
-    return found
+def _times(card: ModelCard, view: View) -> int:
+    return len(view) if card.task == "series" else 1
+
+
+def _blended(
+    found: Iterator[tuple[_Part, Tensor, Tensor]], layout: Layout, card: ModelCard, place: torch.device
+) -> Iterator[tuple[_Part, Tensor, Tensor]]:
+    """Finished rows [time, class, row, x] of every row of windows, still on the device."""
+    blend = Blend(layout, place)
+    for part, row, finite in found:
+        if part.top == 0:
+            blend = Blend(layout, place)
+        if not part.lefts:
+            shape = (_times(card, part.view), len(card.classes), layout.window_px, len(layout.columns))
+            row = torch.zeros(shape, dtype=torch.int64, device=place)
+        yield part, blend.down(part.top, row), finite
+
+
+def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str) -> Iterator[Strip[_Part]]:
+    """Rows of windows of every view; each row of pixels is read once a view, in whole rows of the store's chunks."""
+    chunk = int(cube.encoding.get("chunks", (1,))[-2:][0])
+    read = -(-max(layout.window_px, _READ_ROWS) // chunk) * chunk
+    years = [int(year) for year in cube["year"]]
+    side = layout.window_px
+    needs = [layout.rows[top : top + side] for top in layout.tops]
+    # What a later row of windows still asks for: mirrored ones go back up.
+    first = np.minimum.accumulate([rows.min() for rows in needs][::-1])[::-1]
+    inside = slice(layout.beyond, layout.beyond + layout.width)
+    for view in views:
+        at = [years.index(year) for year in view]
+        held, begin, end = np.empty((len(at), cube.sizes["band"], 0, len(layout.columns)), np.uint16), 0, 0
+        for top, rows, oldest in zip(layout.tops, needs, first, strict=True):
+            while end <= rows.max():
+                part = slice(end, min(end + read, layout.height))
+                new = cube.isel(year=at, y=part).to_numpy()
+                held = np.concatenate([held[:, :, oldest - begin :], _widened(new, layout)], axis=2)
+                begin, end = int(oldest), part.stop
+            whole = rows[-1] - rows[0] == side - 1  # nothing mirrored: no copy
+            here = held[:, :, rows[0] - begin : rows[-1] + 1 - begin] if whole else held[:, :, rows - begin]
+            known = here.min(axis=1) > 0
+            if task == "change":
+                known = known.all(axis=0, keepdims=True)
+            seen = known.any(axis=(0, 1))
+            lefts = tuple(left for left in layout.lefts if seen[left : left + side].any())
+            # One without any such pixel touches only pixels that come out as NODATA.
+            yield Strip(of=_Part(view=view, top=top, lefts=lefts, known=known[..., inside]), pixels=here, lefts=lefts)
+
+
+def _widened(rows: NDArray[np.uint16], layout: Layout) -> NDArray[np.uint16]:
+    """Rows mirrored beyond the site's left and right."""
+    wide = np.empty((*rows.shape[:-1], len(layout.columns)), np.uint16)
+    inside = slice(layout.beyond, layout.beyond + layout.width)
+    wide[..., inside] = rows
+    for edge in (slice(0, inside.start), slice(inside.stop, None)):
+        wide[..., edge] = rows[..., layout.columns[edge]]
+    return wide

@@ -1,0 +1,158 @@
+"""Mapping: a trained network over whole cubes, into the store."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minecube import cube, models
+from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites
+from minecube.errors import CubeError
+
+Pair = tuple[int, int]
+_KM2 = 1e-4  # of a pixel of 10 m
+
+
+class Pairs(click.ParamType[tuple[int | Pair, ...]]):
+    """Gaps in years, 1,2; or pairs, 2019-2021,2020-2021; or both."""
+
+    name = "pairs"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | Pair, ...]:
+        """Gaps and pairs as they were named."""
+        if isinstance(value, tuple):
+            return value
+        found: list[int | Pair] = []
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(\d{4})\s*-\s*(\d{4})\s*|\s*(\d{1,2})\s*", part)
+            if not match:
+                self.fail(f"{value!r}: expected gaps such as 1,2 or pairs of years such as 2019-2021", param, ctx)
+            found.append(int(match[3]) if match[3] else (int(match[1]), int(match[2])))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """What came of one site."""
+
+    maps: int
+    """Years, or pairs, that were mapped now."""
+    pixels: int
+    """In all of them."""
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = self.pixels / max(self.seconds, 1e-9)
+        return f"{self.pixels / 1e6:.2f} Mpx in {self.seconds:.1f} s, {rate / 1e6:.3g} Mpx/s, {rate * _KM2:.3g} km2/s"
+
+
+def map_site(
+    store: str,
+    name: str,
+    trained: models.Trained,
+    *,
+    pairs: Sequence[int | Pair] | None = None,
+    compute: models.Compute = models.Compute(),  # noqa: B008  frozen
+    overwrite: bool = False,
+) -> Mapped:
+    """Map all committed years of a site that this model has not mapped as they are built now.
+
+    Raises:
+        CubeError: no committed year, or the store cannot be written.
+        ModelError: the model does not fit the cube, or gave something that is not a number.
+    """
+    reflectance, card = cube.open_reflectance(store, name), trained.card
+    years = [int(year) for year in reflectance["year"]]
+    views = models.views_of(card, years, None if pairs is None else _named(pairs, years))
+    models.check(trained, reflectance, views, compute)
+    prediction = cube.Prediction(
+        model=card.id,
+        views=views,
+        about=models.about(trained),
+        variable="change" if card.task == "change" else "probability",
+        classes=card.classes,
+        computed=str(compute),
+    )
+    start = time.monotonic()
+    with progress_bar(f"mapping {name}") as advance:
+
+        def progress(done: int, total: int) -> None:
+            rate = f"{done / (time.monotonic() - start):.0f} windows/s" if done else ""
+            advance(n=0, note=f"{done} of {total} windows, {rate}")
+
+        mapped = cube.write_prediction(
+            store,
+            name,
+            prediction,
+            lambda todo: models.map_rows(trained, reflectance, todo, compute, progress),
+            overwrite=overwrite,
+        )
+    maps = sum(len(view) if card.task == "series" else 1 for view in mapped)
+    return Mapped(maps, maps * reflectance.sizes["y"] * reflectance.sizes["x"], time.monotonic() - start)
+
+
+def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.View]:
+    """Pairs of these years by gap, and those named one by one."""
+    gaps = {pair for pair in pairs if isinstance(pair, int)}
+    by_gap = [(a, b) for a, b in combinations(sorted(years), 2) if b - a in gaps]
+    return list(dict.fromkeys([*by_gap, *(pair for pair in pairs if not isinstance(pair, int))]))
+
+
+@click.command()
+@store_option
+@sites_option
+@click.option(
+    "--model", "file", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File of a trained model."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--pairs", type=Pairs(), help="Of change: gaps in years (1,2) or pairs (2019-2021,...). [default: all]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
+@click.option("--compile", "compiled", is_flag=True, help="Let torch.compile rewrite the network first: minutes, once.")
+@click.option("--overwrite", is_flag=True, help="Map anew what is mapped already.")
+@click.pass_context
+def predict(
+    ctx: click.Context,
+    /,
+    store: str,
+    wanted: str,
+    file: Path,
+    pairs: tuple[int | Pair, ...] | None,
+    overwrite: bool,
+    **how: Any,
+) -> None:
+    """Map the chosen cubes: mines in all committed years, or what changed between them; the maps go into the store.
+
+    What this very model has mapped of the builds that are there is left as it is, so that a run that was killed goes on, and a
+    finished one does nothing. Several GPUs, or machines, take several runs, each of its own --sites and --device.
+
+    \b
+    Example:
+      minecube predict --store cubes.zarr --sites Germany_2 --model model.pt
+      minecube predict --store cubes.zarr --sites 'Chile_*' --model change.pt --pairs 1,2 --device cuda:1
+    """
+    compute = models.Compute(**how)
+    compute.place()
+    trained, names = models.load(file), stored_sites(store, wanted)
+    built = [name for name in names if cube.builds(store, name)]
+    if not built:
+        raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")
+    total = Mapped(0, 0, 0.0)
+    for name in built:
+        found = map_site(store, name, trained, pairs=pairs, compute=compute, overwrite=overwrite)
+        what = "pairs" if trained.card.task == "change" else "years"
+        said = f"{found.maps} {what} mapped, {found}" if found.maps else "mapped already"
+        click.echo(f"{name}: {said}; {store}, group {name}/predictions/{trained.card.id}")
+        total = Mapped(total.maps + found.maps, total.pixels + found.pixels, total.seconds + found.seconds)
+    if len(built) > 1 and total.maps:
+        click.echo(f"in all: {total}")
+    if len(built) < len(names):
+        left = ", ".join(name for name in names if name not in built)
+        click.echo(f"not mapped, no committed year: {left}; run `minecube build` until it says built", err=True)
+        ctx.exit(1)

@@ -1,0 +1,351 @@
+"""What models say of a site: written in rows from top to bottom, committed view by view, opened only where it is whole.
+
+A view is what a model saw at once: one year, a pair of years, or all. The group of a prediction says in its attributes which
+views there are to be (`views`) and which of them are whole (`done`), of which builds, and keeps checksums of these alone. A run
+that was killed left shards behind that nothing speaks of; the next one maps that view again, and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import dask.array
+import numpy as np
+import numpy.typing as npt
+import odc.geo.xr  # registers the .odc accessor
+import xarray as xr
+import zarr
+from odc.geo.geobox import GeoBox
+
+from minecube.cube.builds import builds
+from minecube.cube.store import NAMED, Summing, digest, exists, group_of, sealed, site_group, summing, writing, zarr_store
+from minecube.cube.template import geozarr
+from minecube.errors import CubeError
+
+View = tuple[int, ...]
+_LONG_NAMES = {"probability": "mine probability x 250", "change": "probability of change between two years x 250"}
+
+
+class Rows(Protocol):
+    """Rows of one view's map (`models.Rows`)."""
+
+    @property
+    def view(self) -> View:
+        """Whose."""
+
+    @property
+    def y(self) -> int:
+        """The first."""
+
+    @property
+    def values(self) -> npt.NDArray[np.uint8]:
+        """[time, class, row, x]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What is to be mapped, and by what."""
+
+    model: str
+    """Names the group."""
+    views: Sequence[View]
+    about: Mapping[str, Any]
+    """What makes the map, as plain JSON; of another making, a map is begun anew."""
+    variable: str = "probability"
+    """probability (year, y, x), or change (pair, class, y, x)."""
+    classes: Sequence[str] = ("mine",)
+    computed: str = ""
+    """Where and how; a map computed elsewhere is still the same map."""
+
+    def __post_init__(self) -> None:
+        if self.variable not in _LONG_NAMES:
+            raise CubeError(f"expected a prediction of {' or '.join(_LONG_NAMES)}, found {self.variable!r}")
+
+
+def write_prediction(
+    store: str,
+    site_id: str,
+    prediction: Prediction,
+    rows: Callable[[Sequence[View]], Generator[Rows, None, None]],
+    *,
+    overwrite: bool = False,
+) -> list[View]:
+    """Write and commit the views that are not there yet, one after the other; which these were.
+
+    A view is there if this very model mapped it from the builds that the cube holds now. Memory is that of one row of shards.
+
+    Args:
+        store: local path or object-store URL.
+        site_id: the site.
+        prediction: what is to be there in the end; what is there besides, of the same model, stays.
+        rows: called with the views to be mapped; gives each one's rows, from top to bottom without a gap, in this order.
+        overwrite: begin anew, whatever is there.
+
+    Raises:
+        CubeError: rows are missing, or the store cannot be written. What was committed by then stays.
+    """
+    now = _build_ids(store, site_id)
+    target = summing(store)
+    with writing(store):
+        group, done = _begin(store, site_id, prediction, target, now, overwrite=overwrite)
+        todo = [view for view in prediction.views if _label(view) not in done]
+        if not todo:
+            return []
+        written = dict(group.attrs["checksums"])
+        array, at = group[prediction.variable], _places(prediction.variable, _views(group.attrs))
+        with closing(rows(todo)) as given, ThreadPoolExecutor(1) as pool:
+            for view, parts in _by_view(given, todo, array):
+                last: Future[None] | None = None
+                for y, values in parts:
+                    if last is not None:
+                        last.result()
+                    last = pool.submit(_put, array, at[view], y, values)
+                if last is not None:
+                    last.result()
+                done[_label(view)] = {"builds": _of(view, now), "computed": prediction.computed}
+                sums = {**written, **_sums(target, group.path)}
+                group.attrs.put(sealed({**group.attrs, "done": done, "checksums": sums}))  # the commit
+    return todo
+
+
+def write_probability(store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any]) -> None:
+    """Put a model's mine probability (uint8 [year, y, x], x 250, 255 = none) into its own group, replacing an older run's.
+
+    Raises:
+        CubeError: the probability lies on another grid than the cube, or the store cannot be written.
+    """
+    if probability.odc.geobox != _grid(store, site_id):
+        raise CubeError(
+            f"{store}: the prediction for {site_id} lies on another grid than its cube; predict from the cube itself"
+        )
+
+    @dataclass(frozen=True)
+    class Whole:
+        view: View
+        values: npt.NDArray[np.uint8]
+        y: int = 0
+
+    def rows(views: Sequence[View]) -> Generator[Rows, None, None]:
+        for view in views:
+            yield Whole(view, probability.sel(year=list(view)).to_numpy()[None])
+
+    views = [(int(year),) for year in probability["year"]]
+    write_prediction(store, site_id, Prediction(model=model, views=views, about=card), rows, overwrite=True)
+
+
+def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
+    """A model's probability over a site, lazy uint8 [year, y, x], x 250, 255 = none.
+
+    Raises:
+        CubeError: that model did not run there, or not to its end, or on other builds than the cube now holds.
+    """
+    probability = _open(store, site_id, model, "probability")
+    unmapped = set(_build_ids(store, site_id)) - {str(year) for year in probability["year"].to_numpy()}
+    if unmapped:
+        raise _stale(store, site_id, model, min(unmapped))
+    return probability if probability.indexes["year"].is_monotonic_increasing else probability.sortby("year")
+
+
+def open_change(store: str, site_id: str, model: str) -> xr.DataArray:
+    """A model's change over a site, lazy uint8 [pair, class, y, x], x 250, 255 where either year has no observation.
+
+    Coordinates `first` and `second` are the years of each pair, `class` says what changed: changed; new; or removed and new.
+
+    Raises:
+        CubeError: as `open_probability`; years that were built later are no error, since no pair of them was asked for.
+    """
+    return _open(store, site_id, model, "change")
+
+
+def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
+    path = f"{site_id}/predictions/{model}"
+    if not exists(store, path):
+        raise CubeError(f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first")
+    group = group_of(store, path)
+    attrs = dict(group.attrs)
+    views, done, now = _views(attrs), attrs.get("done", {}), _build_ids(store, site_id)
+    if views and attrs["variable"] != variable:
+        raise CubeError(f"{store}: {model!r} maps {attrs['variable']}, not {variable}; name a model that does")
+    lacking = [_label(view) for view in views if _label(view) not in done and len(_of(view, now)) == len(view)]
+    if not done or lacking or group[variable].shape[0] != len(_axis(variable, views)):
+        raise CubeError(
+            f"{store}: {model!r} has not mapped {site_id} to its end: of {len(views) or 'its'} maps lack "
+            f"{', '.join(lacking) or 'all'}; run `minecube predict` again, it goes on from there"
+        )
+    mapped_from = {year: build for of in done.values() for year, build in of["builds"].items()}
+    changed = [year for of in done.values() for year, build in of["builds"].items() if now.get(year) != build]
+    if changed:
+        raise _stale(store, site_id, model, min(changed))
+    opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=path, consolidated=False)
+    found = opened[variable].assign_attrs(model=attrs["model"], builds=mapped_from)
+    whole = [n for n, done in places(attrs).items() if done]  # not those of years that are no longer there
+    return found if len(whole) == found.shape[0] else found.isel({found.dims[0]: whole})
+
+
+def _stale(store: str, site_id: str, model: str, year: str) -> CubeError:
+    return CubeError(f"{store}: {model!r} mapped {site_id} before {year} was built as it is now; run `minecube predict` again")
+
+
+def _build_ids(store: str, site_id: str) -> dict[str, str]:
+    return {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
+
+
+def _of(view: Iterable[int], now: Mapping[str, str]) -> dict[str, str]:
+    return {str(year): now[str(year)] for year in view if str(year) in now}
+
+
+def _label(view: Iterable[int]) -> str:
+    return "-".join(map(str, view))
+
+
+def _views(attrs: Mapping[str, Any]) -> list[View]:
+    return [tuple(view) for view in attrs.get("views", ())]
+
+
+def _axis(variable: str, views: Sequence[View]) -> list[Any]:
+    """What the first axis is of: pairs, or the years of all views."""
+    return list(views) if variable == "change" else [year for view in views for year in view]
+
+
+def _places(variable: str, views: Sequence[View]) -> dict[View, list[int]]:
+    """Where on the first axis each view is."""
+    axis = _axis(variable, views)
+    return {view: [axis.index(v) for v in ([view] if variable == "change" else view)] for view in views}
+
+
+def _grid(store: str, site_id: str) -> GeoBox:
+    site_group(store, site_id, mode="r")
+    return xr.open_zarr(zarr_store(store), group=site_id, consolidated=False).odc.geobox
+
+
+def _begin(
+    store: str, site_id: str, prediction: Prediction, target: Summing, now: Mapping[str, str], *, overwrite: bool
+) -> tuple[zarr.Group, dict[str, Any]]:
+    """The group, with room for all views; and which of them are whole and up to date: the others are no longer committed."""
+    path, variable = f"{site_id}/predictions/{prediction.model}", prediction.variable
+    attrs = {} if overwrite else _kept(store, path, prediction)
+    old = _views(attrs)
+    views = old + [view for view in prediction.views if view not in old]
+    axis = _axis(variable, views)
+    if not old or len(set(axis)) < len(axis):  # a series of other years
+        attrs, views = {}, list(prediction.views)
+        _template(store, site_id, prediction, target)
+    group = zarr.open_group(target, path=path, mode="r+", use_consolidated=False)
+    kept = {name: of for name, of in attrs.get("done", {}).items() if of["builds"] == _of(map(int, name.split("-")), now)}
+    if attrs and (kept, views) == (attrs["done"], old):
+        return group, kept
+    again = {n for view, at in _places(variable, views).items() if _label(view) not in kept for n in at}
+    _grow(group, variable, views)
+    sums = {**attrs.get("checksums", {}), **_sums(target, path)}
+    sums = {key: value for key, value in sums.items() if place_of(key) not in again}
+    about = {"model": dict(prediction.about), "variable": variable, "views": [list(view) for view in views]}
+    group.attrs.put(sealed({**group.attrs, **about, "done": kept, "checksums": sums}))
+    return group, kept
+
+
+def _sums(target: Summing, path: str) -> dict[str, list[Any]]:
+    return {key: value for key, value in target.below(path, path).items() if key != "zarr.json"}
+
+
+def place_of(key: str) -> int | None:
+    """Index on the first axis of a shard of a prediction, by its key in the prediction's group; None for other objects."""
+    variable, *rest = key.split("/")
+    return int(rest[1]) if variable in _LONG_NAMES and rest[:1] == ["c"] and rest[1].isdigit() else None
+
+
+def places(attrs: Mapping[str, Any]) -> dict[int, bool]:
+    """By the attributes of a prediction's group: each index on the first axis, and whether what is there is whole."""
+    at = _places(attrs.get("variable", ""), _views(attrs))
+    return {n: _label(view) in attrs.get("done", {}) for view, indices in at.items() for n in indices}
+
+
+def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
+    """Attributes of the group of an earlier run of this very model; empty where there is none, or it is damaged."""
+    try:
+        if not exists(store, path):
+            return {}
+        group = group_of(store, path)
+    except CubeError:
+        return {}
+    attrs = dict(group.attrs)
+    same = digest(attrs.get("model")) == digest(dict(prediction.about)) and attrs.get("variable") == prediction.variable
+    return attrs if same and prediction.variable in group and attrs == sealed(attrs) else {}
+
+
+def _template(store: str, site_id: str, prediction: Prediction, target: Summing) -> None:
+    """The group without a pixel."""
+    grid, recipe = _grid(store, site_id), site_group(store, site_id, mode="r").attrs[NAMED]["recipe"]
+    side, chunk, variable = recipe["block_px"], recipe["chunk_px"], prediction.variable
+    axis, coords = _axis(variable, prediction.views), dict(odc.geo.xr.xr_coords(grid))
+    lead: tuple[int, ...] = ()
+    dims: tuple[str, ...] = ("year", "y", "x")
+    if variable == "change":
+        # Pairs are many, and a pixel of one is a byte: shards of two blocks' side keep the files few.
+        side, lead, dims = 2 * side, (len(prediction.classes),), ("pair", "class", "y", "x")
+        coords |= {name: ("pair", np.array([v[n] for v in axis], np.int64)) for n, name in enumerate(("first", "second"))}
+        coords["class"] = np.asarray(prediction.classes, dtype=object)
+    else:
+        coords["year"] = np.array(axis, np.int64)
+    empty = dask.array.full((len(axis), *lead, *grid.shape), 255, dtype="uint8", chunks=(1, *lead, side, side))
+    described = {"long_name": _LONG_NAMES[variable], "nodata": 255, "grid_mapping": "spatial_ref"}
+    dataset = xr.Dataset({variable: (dims, empty, described)}, coords=coords, attrs=geozarr(grid))
+    shape = {"chunks": (1, *lead, chunk, chunk), "shards": (1, *lead, side, side), "fill_value": 255}
+    dataset.to_zarr(
+        target,
+        group=f"{site_id}/predictions/{prediction.model}",
+        mode="w",
+        compute=False,
+        consolidated=False,
+        zarr_format=3,
+        encoding={variable: shape},
+    )
+
+
+def _grow(group: zarr.Group, variable: str, views: Sequence[View]) -> None:
+    """Room for these views. A run killed here has left some arrays longer than others: they are as long as the views again."""
+    axis = _axis(variable, views)
+    columns = {"first": [v[0] for v in axis], "second": [v[1] for v in axis]} if variable == "change" else {"year": axis}
+    for name, values in {variable: None, **columns}.items():
+        array = group[name]
+        if array.shape[0] != len(axis):
+            array.resize((len(axis), *array.shape[1:]))
+            if values is not None:
+                array[:] = np.array(values, np.int64)
+
+
+def _by_view(
+    rows: Iterator[Rows], todo: Sequence[View], array: zarr.Array
+) -> Iterator[tuple[View, Iterator[tuple[int, npt.NDArray[np.uint8]]]]]:
+    """Each view, and its map in whole rows of shards: first row, and [time, class, row, x]."""
+    height, side = array.shape[-2], array.shards[-2]
+
+    def parts(view: View) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        at, gathered = 0, np.empty((1, 1, 0, 0), np.uint8)
+        while at < height:
+            given = next(rows, None)
+            if given is None or given.view != view or given.y != at:
+                found = "none" if given is None else f"row {given.y} of {_label(given.view)}"
+                raise CubeError(f"expected row {at} of {_label(view)}, found {found}; this map is not committed")
+            done = 0
+            while done < given.values.shape[-2]:
+                first = at // side * side
+                if at == first:
+                    gathered = np.empty((*given.values.shape[:2], min(side, height - first), array.shape[-1]), np.uint8)
+                count = min(given.values.shape[-2] - done, first + gathered.shape[-2] - at)
+                gathered[..., at - first : at - first + count, :] = given.values[..., done : done + count, :]
+                at, done = at + count, done + count
+                if at == first + gathered.shape[-2]:
+                    yield first, gathered
+
+    for view in todo:
+        yield view, parts(view)
+
+
+def _put(array: zarr.Array, at: Sequence[int], y: int, values: npt.NDArray[np.uint8]) -> None:
+    place = (slice(y, y + values.shape[-2]), slice(None))
+    for n, of_one in zip(at, values, strict=True):
+        array[(n, *(slice(None) for _ in range(array.ndim - 3)), *place)] = of_one if array.ndim == 4 else of_one[0]

@@ -1,0 +1,283 @@
+"""Networks at work on a stream of windows: on the cores of a CPU, or on a GPU.
+
+On the CPU every core has a thread that takes a few neighbouring windows at a time through kernels of one thread. A kernel
+that splits a sum among threads, or is chosen by the size of a batch, moves the last bits of a logit. Here none splits, and
+which windows go together follows from where they lie: so a map does not depend on the number of cores or workers, on who is
+first, or on anything asked for here. It is also the fastest way (benchmarks/predict.py).
+
+On a GPU windows are gathered into batches, across rows, sites' years and pairs. How many to a batch is tried out, doubling
+until memory or throughput stops; one that runs out of memory later is halved and its windows are taken again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minecube.device import device_of
+from minecube.errors import ModelError
+from minecube.models.layout import across, weighted
+from minecube.models.network import Trained, logits, normalise
+from minecube.models.streams import Strip, uploaded
+
+T = TypeVar("T")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_GAIN = 1.05  # a batch twice as large has to be faster by this, or it is not worth its memory
+_LARGEST = 1024  # windows to a batch
+_TOGETHER = 4  # windows at most to a call on a CPU: a tenth faster than one by one
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where and how a network computes."""
+
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    workers: int | None = None
+    """Threads on a CPU; by default as many as there are cores for this process."""
+    batch: int | None = None
+    """Windows to a call on a GPU; by default what is fastest. On a CPU this says nothing."""
+    precision: str | None = None
+    """fp32 or bf16 (autocast); by default bf16 on a GPU and fp32 on a CPU."""
+    compiled: bool = False
+    """Whether torch.compile rewrites the network first: minutes, once, for a faster map."""
+
+    def __post_init__(self) -> None:
+        counts = [n for n in (self.workers, self.batch) if n is not None]
+        if self.precision not in (None, *PRECISIONS) or any(n < 1 for n in counts):
+            raise ModelError(
+                f"expected a precision of {', '.join(PRECISIONS)}, workers and batch of 1 or more, found {self.precision}, "
+                f"{self.workers}, {self.batch}"
+            )
+
+    def place(self) -> torch.device:
+        """The device; raises ModelError where it is not there."""
+        return device_of(self.device)
+
+    def __str__(self) -> str:
+        return f"torch {torch.__version__} on {self.place().type} in {_precision(self, self.place())}"
+
+
+def rows_of(
+    trained: Trained, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], compute: Compute
+) -> Generator[tuple[T, Tensor, Tensor], None, None]:
+    """Of every strip, in order, the sums of its logits by weight, int64 [time, class, window, columns], on the device; and of
+    each of its windows whether all its logits are numbers.
+
+    Raises:
+        ModelError: the device is not there, or its memory does not hold one window.
+    """
+    place = compute.place()
+    network = deepcopy(trained.network).to(place).eval()
+    forward = Forward(network, trained, place, _precision(compute, place), compute.compiled)
+    if place.type == "cpu":
+        yield from on_cores(forward, trained, strips, torch.from_numpy(ramp), compute.workers or _cores())
+    else:
+        with closing(uploaded(strips, place)) as there:
+            yield from in_batches(forward, there, torch.from_numpy(ramp).to(place), compute.batch)
+
+
+def _cores() -> int:
+    """Those this process may use, which on a shared machine are not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _precision(compute: Compute, place: torch.device) -> str:
+    return compute.precision or ("fp32" if place.type == "cpu" else "bf16")
+
+
+class Forward:
+    """Windows uint16 [n, time, band, y, x] -> logits float32 [n, time, class, y, x]; normalised on the device."""
+
+    def __init__(self, network: nn.Module, trained: Trained, place: torch.device, precision: str, compiled: bool) -> None:
+        self.place, self.task, self.card = place, trained.card.task, trained.card
+        if compiled:
+            network.compile(dynamic=False)
+        self._network = network
+        self._compiled, self._dtype = compiled, PRECISIONS[precision]
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=place).view(-1, 1, 1) for v in (trained.mean, trained.std))
+        self._mean, self._scale = mean, 1 / std
+
+    def normal(self, windows: Tensor) -> Tensor:
+        """As `network.normalise` has them."""
+        values = windows.to(torch.float32)
+        return torch.where(values > 0, (values - self._mean).mul_(self._scale), 0)
+
+    def __call__(self, windows: Tensor, full: int | None = None) -> Tensor:
+        """Those in floating point are normalised already. A compiled network is given `full` windows however few there are:
+        each other number would be compiled anew."""
+        values = windows if windows.is_floating_point() else self.normal(windows)
+        if self._compiled and full and len(values) < full:
+            values = torch.cat([values, values.new_zeros((full - len(values), *values.shape[1:]))])
+        with torch.inference_mode(), torch.autocast(self.place.type, self._dtype, enabled=self._dtype != torch.float32):
+            found = logits(self._network, self.task, values)
+        return found[: len(windows)].float()
+
+
+def on_cores(
+    forward: Callable[[Tensor], Tensor], trained: Trained, strips: Iterator[Strip[T]], ramp: Tensor, workers: int
+) -> Iterator[tuple[T, Tensor, Tensor]]:
+    """`rows_of` by threads that take a few windows each."""
+    side = len(ramp)
+
+    def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        windows = np.stack([pixels[..., left : left + side] for left in lefts])
+        found = forward(torch.from_numpy(normalise(windows, trained.mean, trained.std)))
+        return weighted(found, ramp), _finite(found)
+
+    waiting: deque[tuple[Strip[T], list[Future[tuple[Tensor, Tensor]]]]] = deque()
+    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for strip in strips:
+                pixels = np.asarray(strip.pixels)
+                waiting.append((strip, [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts)]))
+                # Always more calls than workers in hand, so that none waits for another's row to end.
+                while len(waiting) > 1 and sum(len(found) for _, found in list(waiting)[1:]) >= 2 * workers:
+                    yield _summed(*waiting.popleft())
+                if len(waiting) > 2 * workers + 1:  # rows of which few or no windows have anything in them
+                    yield _summed(*waiting.popleft())
+            while waiting:
+                yield _summed(*waiting.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _together(lefts: Sequence[int]) -> list[Sequence[int]]:
+    """A row's windows in groups as equal as can be."""
+    count = -(-len(lefts) // _TOGETHER)
+    ends = [len(lefts) * n // count for n in range(count + 1)] if count else [0]
+    return [lefts[a:b] for a, b in pairwise(ends)]
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Also for the caller, who adds up and would keep the cores busy with waiting; until the map is whole."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _summed(strip: Strip[T], calls: list[Future[tuple[Tensor, Tensor]]]) -> tuple[T, Tensor, Tensor]:
+    found = [call.result() for call in calls]
+    if not found:
+        return strip.of, torch.zeros(()), torch.ones(0, dtype=torch.bool)
+    windows = [window for of, _ in found for window in of]
+    row = torch.zeros((*windows[0].shape[:-1], strip.pixels.shape[-1]), dtype=torch.int64)
+    for left, window in zip(strip.lefts, windows, strict=True):
+        across(row, left, window)
+    return strip.of, row, torch.cat([finite for _, finite in found])
+
+
+def _finite(found: Tensor) -> Tensor:
+    """Of each window's logits [n, ...], whether all are numbers: what is not one leaves no sum that is."""
+    return found.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
+
+
+@dataclass
+class _Row(Generic[T]):
+    """A strip whose windows are being computed."""
+
+    strip: Strip[T]
+    finite: Tensor
+    left: int
+    """Windows to go."""
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+def in_batches(
+    forward: Callable[[Tensor, int | None], Tensor], strips: Iterator[Strip[T]], ramp: Tensor, batch: int | None
+) -> Iterator[tuple[T, Tensor, Tensor]]:
+    """`rows_of` by batches, across rows; the same on any device."""
+    rows: deque[_Row[T]] = deque()
+    todo: deque[tuple[_Row[T], int]] = deque()
+    for strip in strips:
+        count = len(strip.lefts)
+        row = _Row(strip, torch.ones(count, dtype=torch.bool, device=ramp.device), count)
+        rows.append(row)
+        todo.extend((row, n) for n in range(count))
+        if batch is None and todo:
+            batch = found_batch(_timed(forward, torch.as_tensor(strip.pixels)[..., : len(ramp)]))
+            log.info("%d windows to a batch", batch)
+        while batch is not None and len(todo) >= batch:
+            batch = _take(forward, todo, ramp, batch)
+        while rows and not rows[0].left:
+            done = rows.popleft()
+            yield done.strip.of, done.total, done.finite
+    while todo and batch is not None:
+        batch = _take(forward, todo, ramp, batch)
+    for done in rows:
+        yield done.strip.of, done.total, done.finite
+
+
+def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Row[T], int]], ramp: Tensor, batch: int) -> int:
+    """Compute a batch of the windows to do, and add it up. How many the next may have: half, where this did not fit."""
+    group = list(islice(todo, batch))
+    cut = [torch.as_tensor(row.strip.pixels)[..., row.strip.lefts[n] :][..., : len(ramp)] for row, n in group]
+    found: Tensor | None = None
+    try:
+        found = forward(torch.stack(cut), batch)
+    except torch.OutOfMemoryError as error:
+        if len(group) == 1:
+            raise ModelError(
+                "the device's memory does not hold one window of this model; use a device with more, or a smaller model"
+            ) from error
+    if found is None:  # not within `except`, where the error still holds on to what was too much
+        if ramp.is_cuda:
+            torch.cuda.empty_cache()
+        log.warning("out of memory at %d windows to a batch; going on with %d", len(group), len(group) // 2)
+        return len(group) // 2
+    for each, good, (row, n) in zip(weighted(found, ramp), _finite(found), group, strict=True):
+        if not row.total.dim():
+            columns = row.strip.pixels.shape[-1]
+            row.total = torch.zeros((*each.shape[:-1], columns), dtype=torch.int64, device=each.device)
+        across(row.total, row.strip.lefts[n], each)
+        row.finite[n] = good
+        row.left -= 1
+        todo.popleft()
+    return batch
+
+
+def found_batch(seconds: Callable[[int], float]) -> int:
+    """Windows to a batch: doubled until memory or throughput stops. `seconds` says how long one of that size takes."""
+    best, fastest, size = 1, 0.0, 1
+    while size <= _LARGEST:
+        try:
+            speed = size / seconds(size)
+        except torch.OutOfMemoryError:
+            break
+        if speed < fastest * _GAIN:
+            break
+        best, fastest, size = size, speed, size * 2
+    return best
+
+
+def _timed(forward: Callable[[Tensor, int | None], Tensor], window: Tensor) -> Callable[[int], float]:
+    def seconds(size: int) -> float:
+        windows = window.expand(size, *window.shape).contiguous()
+        for _ in range(2):  # the first call chooses kernels, and compiles
+            start = time.perf_counter()
+            forward(windows, size)
+            if windows.is_cuda:
+                torch.cuda.synchronize(windows.device)
+        return time.perf_counter() - start
+
+    return seconds

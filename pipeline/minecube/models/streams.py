@@ -1,0 +1,111 @@
+"""What flows through a network: rows of windows made ahead by a thread, copied to a GPU while it computes, and back."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip(Generic[T]):
+    """A row of windows."""
+
+    of: T
+    """Whatever its map has to know of it."""
+    pixels: NDArray[np.uint16] | Tensor
+    """[time, band, window, columns], 0 = no observation."""
+    lefts: tuple[int, ...]
+    """Columns at which its windows begin."""
+
+
+def uploaded(strips: Iterator[Strip[T]], place: torch.device) -> Generator[Strip[T], None, None]:
+    """Strips on the GPU, copied there from pinned memory while it computes."""
+    copying = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
+
+    def upload() -> Iterator[tuple[Strip[T], torch.cuda.Event]]:
+        for strip in strips:
+            with torch.cuda.stream(copying):
+                pinned = torch.as_tensor(np.ascontiguousarray(strip.pixels)).pin_memory()
+                pixels = pinned.to(place, non_blocking=True)
+                yield Strip(of=strip.of, pixels=pixels, lefts=strip.lefts), copying.record_event()
+
+    with closing(ahead(upload())) as copied:
+        for strip, there in copied:
+            working = torch.cuda.current_stream(place)
+            working.wait_event(there)
+            if isinstance(strip.pixels, Tensor):
+                strip.pixels.record_stream(working)
+            yield strip
+
+
+def landed(found: Iterator[tuple[T, Tensor, Tensor]]) -> Iterator[tuple[T, Tensor, Tensor]]:
+    """The same tensors in the CPU's memory; a GPU is given three more to compute before the first is waited for."""
+    flying: deque[tuple[T, Tensor, Tensor, torch.cuda.Event | None]] = deque()
+    for of, *tensors in found:
+        if not any(t.is_cuda for t in tensors):
+            yield of, tensors[0], tensors[1]
+            continue
+        here = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        flying.append((of, here[0], here[1], torch.cuda.current_stream(tensors[0].device).record_event()))
+        if len(flying) > 3:
+            yield _waited(flying.popleft())
+    while flying:
+        yield _waited(flying.popleft())
+
+
+def _waited(flown: tuple[T, Tensor, Tensor, torch.cuda.Event | None]) -> tuple[T, Tensor, Tensor]:
+    of, first, second, there = flown
+    if there is not None:
+        there.synchronize()
+    return of, first, second
+
+
+def ahead(items: Iterator[T], depth: int = 1) -> Generator[T, None, None]:
+    """The same items, `depth` of them made by a thread before they are asked for; close it to end the thread."""
+    made: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
+    ended = threading.Event()
+
+    def put(item: tuple[bool, T | BaseException | None]) -> bool:
+        while not ended.is_set():
+            try:
+                made.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:  # handed to the one who asks, whatever it is
+            put((False, error))
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            there, item = made.get()
+            if there:
+                yield item  # type: ignore[misc]
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                return
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,402 @@
+"""Predictions are written in rows, committed view by view, resumed, and never opened half."""
+
+from __future__ import annotations
+
+import io
+import json
+import types
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from click.testing import CliRunner
+
+from minecube import cube
+from minecube.catalog import BANDS, ModelCard, Recipe
+from minecube.cli import cli
+from minecube.cube import Prediction
+from minecube.errors import CubeError
+from minecube.grid import grid_of
+
+RECIPE = Recipe(id="small", title="t", block_px=64, chunk_px=32)
+PAIRS = ((2019, 2020), (2019, 2021), (2020, 2021))
+NET = {"id": "net", "weights_sha256": "a"}
+
+
+@pytest.fixture
+def site(make):
+    return make.site("pit", 360000, 5600040, 90, 150)
+
+
+@pytest.fixture
+def store(tmp_path, site):
+    """Three of four years are built."""
+    where = str(tmp_path / "cubes.zarr")
+    cube.create(where, site, grid_of(site), (2019, 2020, 2021, 2022), RECIPE)
+    for year in (2019, 2020, 2021):
+        build(where, site, year)
+    return where
+
+
+def build(store, site, year, version="1", overwrite=False):
+    grid, rng = grid_of(site), np.random.default_rng(year)
+    pixels = rng.integers(1, 3000, (10, *grid.shape)).astype(np.uint16)
+    layers = {"clear_count": np.full(grid.shape, 3, np.uint16), "quality": np.ones(grid.shape, np.uint8)}
+    made = {"reflectance": (("band", "y", "x"), da.from_array(pixels, chunks=(10, 64, 64)))}
+    made |= {name: (("y", "x"), da.from_array(layer, chunks=64)) for name, layer in layers.items()}
+    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": version}
+    scene = types.SimpleNamespace(id=f"a{version}", properties=told)
+    listed = io.BytesIO()
+    pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
+    provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
+    cube.write_year(store, xr.Dataset(made), provenance, listed.getvalue(), overwrite=overwrite)
+
+
+def value(view, y, classes=1, times=1):
+    """A map's value in row y: each view, year, class and row has its own."""
+    base = 7 * sum(view) + 3 * len(view) + y
+    return [[(base + 50 * t + 20 * c) % 251 for c in range(classes)] for t in range(times)]
+
+
+def rows_of(todo, heights=(7, 40, 1, 64, 38), width=90, classes=1, series=False, asked=None, dies_after=None):
+    """Rows of all views in uneven blocks; dies after so many, if asked."""
+    if asked is not None:
+        asked.append(list(todo))
+    count = 0
+    for view in todo:
+        y = 0
+        for height in heights:
+            if dies_after is not None and count == dies_after:
+                raise KeyboardInterrupt
+            each = [value(view, y + n, classes, len(view) if series else 1) for n in range(height)]
+            block = np.moveaxis(np.array(each, np.uint8), 0, 2)[..., None].repeat(width, axis=-1)
+            yield types.SimpleNamespace(view=view, y=y, values=block)
+            y, count = y + height, count + 1
+
+
+def mapped(store, views, *, about=NET, overwrite=False, variable="probability", classes=("mine",), **how):
+    """Which views were asked for, and then written."""
+    asked = []
+    prediction = Prediction(model="net", views=views, about=about, variable=variable, classes=classes)
+    wrote = cube.write_prediction(
+        store, "pit", prediction, lambda todo: rows_of(todo, asked=asked, classes=len(classes), **how), overwrite=overwrite
+    )
+    assert wrote == (asked[0] if asked else [])
+    return wrote
+
+
+def years(*each):
+    return [(year,) for year in each]
+
+
+def expected(view, classes=1, series=False):
+    each = [value(view, y, classes, len(view) if series else 1) for y in range(150)]
+    return np.moveaxis(np.array(each, np.uint8), 0, 2)[..., None].repeat(90, axis=-1)
+
+
+def whole(store, *of):
+    found = cube.open_probability(store, "pit", "net")
+    assert found.year.values.tolist() == list(of)
+    for year in of:
+        np.testing.assert_array_equal(found.sel(year=year), expected((year,))[0, 0])
+
+
+def test_years_are_written_in_rows_and_found_again(store, site):
+    assert mapped(store, years(2019, 2020, 2021)) == years(2019, 2020, 2021)
+    whole(store, 2019, 2020, 2021)
+    found = cube.open_probability(store, "pit", "net")
+    assert found.odc.geobox == grid_of(site)
+    assert found.attrs["model"] == NET
+    assert found.attrs["builds"] == {str(y): a["build_id"] for y, a in cube.builds(store, "pit").items()}
+    assert cube.verify(store).findings == ()
+    unaided = xr.open_zarr(store, group="pit/predictions/net", consolidated=False)
+    assert unaided.probability.dtype == np.uint8
+    assert "_FillValue" not in unaided.probability.attrs
+
+
+def test_pairs_have_years_and_classes(store):
+    classes = ("removed", "new")
+    assert mapped(store, PAIRS, variable="change", classes=classes) == list(PAIRS)
+    found = cube.open_change(store, "pit", "net")
+    assert found.dims == ("pair", "class", "y", "x")
+    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == list(PAIRS)
+    assert found["class"].values.tolist() == list(classes)
+    for n, pair in enumerate(PAIRS):
+        np.testing.assert_array_equal(found[n], expected(pair, 2)[0])
+    assert cube.verify(store).findings == ()
+    with pytest.raises(CubeError, match="'net' maps change, not probability"):
+        cube.open_probability(store, "pit", "net")
+
+
+def test_a_pair_is_few_files(store, tmp_path):
+    mapped(store, PAIRS, variable="change")
+    files = [p for p in (tmp_path / "cubes.zarr/pit/predictions/net/change/c").rglob("*") if p.is_file()]
+    assert len(files) == 3 * 2  # of 150 x 90 px, in shards of 128
+
+
+def test_a_series_is_one_view(store):
+    all_years = (2019, 2020, 2021)
+    assert mapped(store, [all_years], series=True) == [all_years]
+    found = cube.open_probability(store, "pit", "net")
+    np.testing.assert_array_equal(found, expected(all_years, series=True)[:, 0])
+    assert mapped(store, [all_years], series=True) == []
+    assert cube.verify(store).findings == ()
+
+
+def test_a_finished_run_does_nothing_again(store, tmp_path):
+    mapped(store, years(2019, 2020, 2021))
+    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "cubes.zarr").rglob("*")}
+    assert mapped(store, years(2019, 2020, 2021)) == []
+    assert mapped(store, years(2020)) == []
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cubes.zarr").rglob("*")} == there
+    assert mapped(store, years(2019, 2020, 2021), overwrite=True) == years(2019, 2020, 2021)
+
+
+@pytest.mark.parametrize("blocks", [0, 3, 5, 6, 9, 14])
+def test_a_killed_run_goes_on_with_the_years_that_are_not_done(store, blocks):
+    with pytest.raises(KeyboardInterrupt):
+        mapped(store, years(2019, 2020, 2021), dies_after=blocks)
+    done = blocks // 5
+    lacking = ", ".join(map(str, (2019, 2020, 2021)[done:]))
+    with pytest.raises(CubeError, match=f"not mapped pit to its end: of 3 maps lack {lacking if done else ''}"):
+        cube.open_probability(store, "pit", "net")
+    assert cube.verify(store).findings == ()  # what is being mapped is left out
+    assert mapped(store, years(2019, 2020, 2021)) == years(2019, 2020, 2021)[done:]
+    whole(store, 2019, 2020, 2021)
+    assert cube.verify(store).findings == ()
+
+
+def test_a_killed_run_over_an_older_map_leaves_none_of_it(store):
+    """Else the older map's rows would stand in the new one's."""
+    mapped(store, years(2019, 2020, 2021))
+    with pytest.raises(KeyboardInterrupt):
+        mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}, dies_after=7)
+    with pytest.raises(CubeError, match="of 3 maps lack 2020, 2021"):
+        cube.open_probability(store, "pit", "net")
+    assert mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}) == years(2020, 2021)
+
+
+def test_another_model_maps_everything_anew(store):
+    mapped(store, years(2019, 2020, 2021))
+    assert mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}) == years(2019, 2020, 2021)
+    assert cube.open_probability(store, "pit", "net").attrs["model"]["weights_sha256"] == "b"
+    assert mapped(store, PAIRS, variable="change", about={**NET, "weights_sha256": "b"}) == list(PAIRS)
+    assert cube.verify(store).findings == ()
+
+
+def test_another_build_is_mapped_anew_and_no_other(store, site):
+    mapped(store, years(2019, 2020, 2021))
+    build(store, site, 2020, version="2", overwrite=True)
+    with pytest.raises(CubeError, match="mapped pit before 2020 was built as it is now"):
+        cube.open_probability(store, "pit", "net")
+    assert [f.kind for f in cube.verify(store).findings] == ["stale"]
+    with pytest.raises(KeyboardInterrupt):
+        mapped(store, years(2019, 2020, 2021), dies_after=2)
+    with pytest.raises(CubeError, match="of 3 maps lack 2020"):
+        cube.open_probability(store, "pit", "net")
+    assert mapped(store, years(2019, 2020, 2021)) == years(2020)
+    whole(store, 2019, 2020, 2021)
+    assert cube.verify(store).findings == ()
+
+
+def test_later_years_and_pairs_join_those_that_are_there(store, site):
+    mapped(store, years(2019, 2021))
+    assert mapped(store, years(2019, 2020, 2021)) == years(2020)
+    whole(store, 2019, 2020, 2021)  # in their order
+    build(store, site, 2022)
+    with pytest.raises(CubeError, match="mapped pit before 2022 was built as it is now"):
+        cube.open_probability(store, "pit", "net")
+    assert mapped(store, years(2019, 2020, 2021, 2022)) == years(2022)
+    whole(store, 2019, 2020, 2021, 2022)
+    assert cube.verify(store).findings == ()
+    change = {"variable": "change", "about": {"id": "other"}}
+    mapped(store, PAIRS[1:2], **change)
+    assert mapped(store, PAIRS, **change) == [PAIRS[0], PAIRS[2]]
+    found = cube.open_change(store, "pit", "net")
+    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == [
+        PAIRS[n] for n in (1, 0, 2)
+    ]
+    np.testing.assert_array_equal(found[1], expected(PAIRS[0])[0])
+    assert cube.verify(store).findings == ()
+
+
+def test_a_series_of_more_years_is_another_one(store, site):
+    mapped(store, [(2019, 2020, 2021)], series=True)
+    build(store, site, 2022)
+    longer = (2019, 2020, 2021, 2022)
+    assert mapped(store, [longer], series=True) == [longer]
+    np.testing.assert_array_equal(cube.open_probability(store, "pit", "net"), expected(longer, series=True)[:, 0])
+    assert cube.verify(store).findings == ()
+
+
+def test_a_year_that_is_no_longer_committed_is_not_shown(store):
+    mapped(store, years(2019, 2020, 2021))
+    cube.uncommit(store, "pit", [2020])
+    with pytest.raises(CubeError, match="mapped pit before 2020 was built as it is now"):
+        cube.open_probability(store, "pit", "net")
+    assert mapped(store, years(2019, 2021)) == []
+    whole(store, 2019, 2021)
+
+
+def test_missing_rows_are_not_committed(store):
+    for heights in ((7, 40), (7, 40, 1, 64)):
+        with pytest.raises(CubeError, match=r"expected row \d+ of 2019, found (none|row 0 of 2020); this map is not committed"):
+            mapped(store, years(2019, 2020), heights=heights)
+        with pytest.raises(CubeError, match="not mapped pit to its end"):
+            cube.open_probability(store, "pit", "net")
+
+
+def test_a_shard_that_comes_out_empty_leaves_none_of_before(store, tmp_path):
+    mapped(store, years(2019))
+    shard = tmp_path / "cubes.zarr/pit/predictions/net/probability/c/0/0/0"
+    assert shard.exists()
+
+    def nothing(todo):
+        for view in todo:
+            yield types.SimpleNamespace(view=view, y=0, values=np.full((1, 1, 150, 90), 255, np.uint8))
+
+    cube.write_prediction(store, "pit", Prediction(model="net", views=years(2019), about=NET), nothing, overwrite=True)
+    assert not shard.exists()
+    assert [f.kind for f in cube.verify(store).findings] == ["stale"]  # 2020 and 2021 were not mapped
+
+
+def test_flipped_bits_are_found(store, tmp_path):
+    mapped(store, PAIRS, variable="change")
+    shard = tmp_path / "cubes.zarr/pit/predictions/net/change/c/1/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(content)
+    (finding,) = cube.verify(store).findings
+    assert (finding.kind, finding.cure, finding.what) == ("damaged", "predict", "predictions/net/change/c/1/0/0/0")
+    shard.unlink()
+    assert [f.kind for f in cube.verify(store).findings] == ["missing"]
+
+
+def test_a_damaged_group_is_begun_anew(store, tmp_path):
+    mapped(store, years(2019, 2020, 2021))
+    (tmp_path / "cubes.zarr/pit/predictions/net/zarr.json").write_text("{")
+    assert mapped(store, years(2019, 2020, 2021)) == years(2019, 2020, 2021)
+    whole(store, 2019, 2020, 2021)
+
+
+def test_other_variables_are_refused():
+    with pytest.raises(CubeError, match="expected a prediction of probability or change, found 'height'"):
+        Prediction(model="net", views=years(2019), about={}, variable="height")
+
+
+# With networks, through the command line
+
+
+def model_file(path, task="mapping", seed=0, **more):
+    import torch
+
+    from minecube import models
+
+    torch.manual_seed(seed)
+    card = ModelCard(
+        id="tiny",
+        title="t",
+        architecture="unet",
+        options={"width": 2, "depth": 1},
+        task=task,
+        window_px=32,
+        multiple_px=2,
+        **more,
+    )
+    n = len(card.bands)
+    trained = models.Trained(card=card, network=models.build(card).eval(), mean=(1500.0,) * n, std=(900.0,) * n, sites=("a",))
+    models.save(trained, path)
+    return trained
+
+
+def run(*args, ok=0):
+    done = CliRunner().invoke(cli, [str(a) for a in args])
+    assert done.exit_code == ok, done.output + repr(done.exception)
+    return done.stdout, done.stderr
+
+
+def test_predict_maps_resumes_and_says_how_fast(store, site, tmp_path):
+    from minecube import models
+
+    trained = model_file(tmp_path / "m.pt")
+    ask = ("predict", "--store", store, "--sites", "pit", "--model", tmp_path / "m.pt")
+    out, _ = run(*ask)
+    assert "pit: 3 years mapped, 0.04 Mpx in " in out
+    assert " Mpx/s, " in out
+    assert " km2/s" in out
+    found = cube.open_probability(store, "pit", "tiny")
+    reflectance = cube.open_committed(store, "pit")["reflectance"].load()
+    np.testing.assert_array_equal(found, models.predict(trained, reflectance))
+    assert found.attrs["model"]["trained_on"] == ["a"]
+    assert len(found.attrs["model"]["weights_sha256"]) == 64
+    group = json.loads((tmp_path / "cubes.zarr/pit/predictions/tiny/zarr.json").read_text())["attributes"]
+    assert group["done"]["2019"]["computed"].startswith("torch ")
+    assert group["done"]["2019"]["computed"].endswith(" on cpu in fp32")
+    assert cube.verify(store).findings == ()
+    out, _ = run(*ask)
+    assert "pit: mapped already" in out
+    build(store, site, 2022)
+    assert "pit: 1 years mapped" in run(*ask)[0]
+    assert "pit: 4 years mapped" in run(*ask, "--overwrite")[0]
+    model_file(tmp_path / "m.pt", seed=1)
+    assert "pit: 4 years mapped" in run(*ask)[0]
+
+
+def test_nothing_is_touched_where_the_model_does_not_fit(store, tmp_path):
+    model_file(tmp_path / "m.pt")
+    ask = ("predict", "--store", store, "--model", tmp_path / "m.pt")
+    run(*ask)
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "cubes.zarr").rglob("*"))
+    for more, words in (
+        (("--device", "cuda"), "sees 0 GPUs"),
+        (("--pairs", "1"), "pairs of years are for change"),
+        (("--pairs", "next"), "expected gaps such as 1,2 or pairs"),
+        (("--sites", "other"), "unknown site 'other'"),
+    ):
+        assert words in run(*ask, *more, ok=2)[1]
+    model_file(tmp_path / "m.pt", bands=tuple(reversed(BANDS)))
+    assert "in this order" in run(*ask, ok=2)[1]
+    assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "cubes.zarr").rglob("*")) == before
+
+
+def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
+    other = make.site("quarry", 380000, 5600040, 90, 90)
+    cube.create(store, other, grid_of(other), (2019,), RECIPE)
+    model_file(tmp_path / "m.pt")
+    out, err = run("predict", "--store", store, "--model", tmp_path / "m.pt", ok=1)
+    assert "pit: 3 years mapped" in out
+    assert "not mapped, no committed year: quarry" in err
+    _, err = run("predict", "--store", store, "--sites", "quarry", "--model", tmp_path / "m.pt", ok=2)
+    assert "no committed year in quarry" in err
+
+
+def test_predict_maps_pairs_by_gap_and_by_name(store, tmp_path, monkeypatch):
+    import torch
+
+    from minecube import models
+
+    class Difference(torch.nn.Module):
+        def __init__(self, card):
+            super().__init__()
+            self.head = torch.nn.Conv2d(len(card.bands), len(card.classes), 1)
+
+        def forward(self, x):
+            return self.head(x[:, 1] - x[:, 0])
+
+    import minecube.models.unet as module
+
+    monkeypatch.setattr(module, "difference", Difference, raising=False)
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", "unet:difference")
+    trained = model_file(tmp_path / "c.pt", task="change", classes=("removed", "new"))
+    ask = ("predict", "--store", store, "--model", tmp_path / "c.pt")
+    assert "pit: 2 pairs mapped" in run(*ask, "--pairs", "1")[0]
+    found = cube.open_change(store, "pit", "tiny")
+    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == [PAIRS[0], PAIRS[2]]
+    assert "pit: mapped already" in run(*ask, "--pairs", "2019-2020")[0]
+    assert "pit: 1 pairs mapped" in run(*ask)[0]
+    reflectance = cube.open_committed(store, "pit")["reflectance"].load()
+    expected = models.predict(trained, reflectance, pairs=[PAIRS[0], PAIRS[2], PAIRS[1]])
+    np.testing.assert_array_equal(cube.open_change(store, "pit", "tiny").values, expected.values[[0, 2, 1]])
+    assert "expected pairs of two of the years" in run(*ask, "--pairs", "2019-2030", ok=2)[1]
