@@ -180,7 +180,7 @@ def test_sc_is_averaged_over_the_classes_in_the_truth_alone() -> None:
 def test_a_perfect_map_scores_one() -> None:
     y = series(5)
     found = finish(count(y, y, YEARS))
-    assert found.pop("unmapped") == 0
+    assert found.pop("unmapped") == found.pop("change_unmapped") == 0
     assert set(found.values()) == {1.0}
 
 
@@ -211,7 +211,8 @@ def test_nothing_to_judge_is_nan_not_zero_or_one() -> None:
     empty = np.zeros((3, 5, 5), np.uint8)
     found = finish(count(empty, empty, [2019, 2020, 2021]))
     assert found.pop("accuracy") == 1
-    assert found.pop("unmapped") == 0
+    assert found.pop("unmapped") == found.pop("change_unmapped") == 0
+    assert [found.pop(f"vc_{n}") for n in (2, 3)] == [1, 1]  # nothing moved, and nothing is a class, too
     assert all(math.isnan(value) for value in found.values())
     assert all(math.isnan(value) for value in finish(Scores()).values())
     json.dumps(found)

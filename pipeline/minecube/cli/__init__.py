@@ -29,7 +29,7 @@ COMMANDS = {
     "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
     "predict": ("minecube.cli.learn", "Map mines over cubes with a trained network."),
-    "score": ("minecube.cli.results", "Score predictions against footprints."),
+    "score": ("minecube.cli.score", "Score predictions against footprints."),
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
     "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
     "verify": ("minecube.cli.verify", "Hold a store to what was written into it; say what to build again."),

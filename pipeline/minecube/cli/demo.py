@@ -21,7 +21,8 @@ from minecube import train as training
 from minecube.catalog import Site, as_dict, load_models, load_recipes, load_sites, load_sources
 from minecube.cli import build as building
 from minecube.cli.common import table
-from minecube.cli.results import SHOWN, export_sites, score_site
+from minecube.cli.results import export_sites
+from minecube.cli.score import SHOWN, score_site
 from minecube.composite import composite
 from minecube.errors import CatalogError, MinecubeError
 from minecube.grid import grid_of
