@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ Counted = dict[str, dict[str, metrics.Scores]]
 def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path | None, out: Path | None) -> None:
     """Score models against the labels: per site, year and gap, and pooled (a ratio of sums, not a mean of ratios).
 
-    Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
-    there are two or more. Score sites that the model was not trained on. What each score is: pipeline/minecube/metrics.
+        Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
+    XXX
 
-    \b
-    Examples:
-      minecube score --store cubes.zarr --sites Germany_2 --model unet-small
-      minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
+        \b
+        Examples:
+          minecube score --store cubes.zarr --sites Germany_2 --model unet-small
+          minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
     """
     sites, named = stored_sites(store, wanted), [name.strip() for name in models.split(",")]
     if len(set(named)) < len(named):
@@ -90,7 +90,8 @@ def score_site(store: str, name: str, model: str) -> metrics.Scores:
         pairs = list(zip(change["first"].to_numpy().tolist(), change["second"].to_numpy().tolist(), strict=True))
         classes = [str(c) for c in change["class"].to_numpy()]
         total = metrics.Scores()
-        for rows, _ in _blocks(truth):
+        for context, (own, _) in _blocks(truth):
+            rows = slice(context.start + own.start, context.start + own.stop)
             block = change.isel(y=rows).transpose("pair", "class", "y", "x").to_numpy()
             total += metrics.count_change(block, truth.isel(y=rows).to_numpy(), years, pairs, classes)
         return total
@@ -155,14 +156,15 @@ class Tables:
     pooled: Mapping[str, metrics.Scores]
     intervals: Mapping[str, pd.DataFrame]
     differences: Mapping[str, pd.DataFrame]
-    """"a - b" -> how much higher the first's pooled scores are, of the same drawn sites."""
+    """"a - b" -> how much higher a's pooled scores are than those of b, the first model, of the same drawn sites."""
 
     @classmethod
     def of(cls, counted: Counted) -> Tables:
         """Pool, resample and compare."""
         pooled = {model: sum(sites.values(), metrics.Scores()) for model, sites in counted.items()}
         spread = {model: metrics.intervals(sites) for model, sites in counted.items()}
-        paired = {f"{a} - {b}": metrics.difference(counted[a], counted[b]) for a, b in combinations(counted, 2)}
+        first, *others = counted
+        paired = {f"{m} - {first}": metrics.difference(counted[m], counted[first]) for m in others}
         return cls(counted, pooled, spread, paired)
 
     def text(self) -> str:
@@ -235,6 +237,7 @@ def write_all(tables: Tables, out: Path) -> list[Path]:
 
 
 def _drawn(tables: Tables, out: Path) -> list[Path]:
+    models = list(tables.counted)
     maps = {m: c for m, c in tables.pooled.items() if c.years}
     said = {m: sum_of(c.footprint) for m, c in maps.items() if c.footprint}
     moved = {m: sum_of(c.change) for m, c in tables.pooled.items() if c.change}
@@ -245,22 +248,24 @@ def _drawn(tables: Tables, out: Path) -> list[Path]:
     drawn = []
     if maps:
         scores = {m: metrics.by_year(c)["iou"] for m, c in maps.items()}
-        pictures.lines(scores, names[0], "Footprints by year", axes=("year", "IoU of footprints"))
+        pictures.lines(scores, names[0], "Footprints by year", axes=("year", "IoU of footprints"), models=models)
         drawn.append(names[0])
     gaps = {m: t["change_f1"] for m, c in tables.pooled.items() if "change_f1" in (t := metrics.by_gap(c))}
     if gaps:
         labels_of = ("gap, calendar years between the two of a pair", "F1 of changed pixels")
-        pictures.lines(gaps, names[1], "Change by gap", axes=labels_of)
+        pictures.lines(gaps, names[1], "Change by gap", axes=labels_of, models=models)
         drawn.append(names[1])
     if said:
-        pictures.reliability({m: metrics.reliability(h) for m, h in said.items()}, names[2], "Reliability of footprints")
+        pictures.reliability(
+            {m: metrics.reliability(h) for m, h in said.items()}, names[2], "Reliability of footprints", models=models
+        )
         drawn.append(names[2])
     for histograms, path, title in ((said, names[3], "Footprints"), (moved, names[4], "Change, all pairs of years")):
         if histograms:
             curves = {m: metrics.precision_recall(h) for m, h in histograms.items()}
             first = next(iter(histograms.values())).pixels
             share = first[:, 1].sum() / max(first.sum(), 1)
-            pictures.precision_recall(curves, path, title, float(share))
+            pictures.precision_recall(curves, path, title, float(share), models=models)
             drawn.append(path)
     return drawn
 
@@ -315,7 +320,8 @@ def _write(path: Path, text: str) -> Path:
     except OSError as error:
         raise CatalogError(f"{path}: the scores cannot be written ({error.strerror}); name another place") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return path
 
 

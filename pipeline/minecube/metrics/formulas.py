@@ -87,7 +87,7 @@ def formulas(counts: NDArray[Any], kinds: Kinds) -> dict[str, Floats]:
     if kinds.maps:
         found |= _of_maps(mapped) | _through_time(tubes, steps)
         found |= {f"vc_{n}": _ratio(w.kept, w.steady) for n, w in zip(kinds.windows, windows, strict=True)}
-        found |= _of_change(pair, kinds.variants)
+    found |= _of_change(pair, kinds.variants)
     size = 2 * (LEVELS + 1)
     if kinds.footprint:
         found |= of_footprint(counts[..., at : at + size])

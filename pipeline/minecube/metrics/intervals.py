@@ -67,15 +67,15 @@ def _table(
 ) -> pd.DataFrame:
     if method not in ("percentile", "bca"):
         raise ModelError(f"interval method {method!r}; expected percentile or bca")
-    kinds = kinds_of([s for sites in sets.values() for s in sites.values()])
-    counts = [np.stack([vector(s, kinds) for s in sites.values()]) for sites in sets.values() if sites]
-    if not counts:
+    if not all(sets.values()):
         raise ModelError("there is no site to score; name at least one")
+    kinds = [kinds_of(list(sites.values())) for sites in sets.values()]
+    counts = [np.stack([vector(s, k) for s in sites.values()]) for sites, k in zip(sets.values(), kinds, strict=True)]
     number = len(counts[0])
 
     def scores(weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
         # In floats, products run in BLAS; counts stay exact below 2^53.
-        found = [formulas(weights.astype(np.float64) @ c.astype(np.float64), kinds) for c in counts]
+        found = [formulas(weights.astype(np.float64) @ c.astype(np.float64), k) for c, k in zip(counts, kinds, strict=True)]
         return {name: np.asarray(of([f[name] for f in found])) for name in found[0] if all(name in f for f in found)}
 
     drawn = np.random.default_rng(seed).integers(0, number, (resamples, number))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ MARKED = 30
 """More points than these are a line without marks."""
 
 
-def lines(tables: Mapping[str, pd.Series], out: Path, title: str, *, axes: tuple[str, str]) -> None:
+def lines(tables: Mapping[str, pd.Series], out: Path, title: str, *, axes: tuple[str, str], models: Sequence[str] = ()) -> None:
     """Write a PNG with a score, 0 to 1, over years or gaps.
 
     Args:
@@ -33,19 +33,22 @@ def lines(tables: Mapping[str, pd.Series], out: Path, title: str, *, axes: tuple
         out: path of the PNG.
         title: stands above it.
         axes: labels of the two axes, with their units.
+        models: all that there are, so that each looks alike in all pictures; in order of the tables by default.
 
     Raises:
         CubeError: there is no score to draw, or the file cannot be written.
     """
     fig, ax = _square(title, axes, wide=5.6, found=tables, out=out)
-    for (model, scores), (colour, mark, dash) in _styled(tables):
+    for (model, scores), (colour, mark, dash) in _styled(tables, models):
         ax.plot(scores.index, scores, color=colour, marker=mark, ls=dash, ms=4.5, lw=1.6, label=model)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
     ax.set_ylim(0, 1.02)
     _finished(fig, ax, out)
 
 
-def precision_recall(tables: Mapping[str, pd.DataFrame], out: Path, title: str, share: float) -> None:
+def precision_recall(
+    tables: Mapping[str, pd.DataFrame], out: Path, title: str, share: float, *, models: Sequence[str] = ()
+) -> None:
     """Write a PNG of precision over recall, all thresholds.
 
     Args:
@@ -53,48 +56,51 @@ def precision_recall(tables: Mapping[str, pd.DataFrame], out: Path, title: str, 
         out: path of the PNG.
         title: stands above it.
         share: of pixels that are true: the precision of a model that draws by chance, a dotted line.
+        models: as for `lines`.
 
     Raises:
         CubeError: there is nothing to draw, or the file cannot be written.
     """
-    fig, ax = _square(title, ("recall", "precision"), wide=4.6, found=tables, out=out)
-    for (model, table), (colour, mark, dash) in _styled(tables):
-        few: dict[str, Any] = {"marker": mark, "ms": 4.5} if len(table) <= MARKED else {}
-        ax.plot(table["recall"], table["precision"], color=colour, ls=dash, lw=1.6, drawstyle="steps-pre", label=model, **few)
+    fig, ax = _square(title, ("recall (marks: threshold one half)", "precision"), wide=4.6, found=tables, out=out)
+    for (model, table), (colour, mark, dash) in _styled(tables, models):
+        shown: dict[str, Any] = {"marker": mark, "ms": 4.5, "markevery": None if len(table) <= MARKED else []}
+        ax.plot(table["recall"], table["precision"], color=colour, ls=dash, lw=1.6, drawstyle="steps-pre", label=model, **shown)
         half = table[table["threshold"] >= 0.5].tail(1)
         ax.plot(half["recall"], half["precision"], color=colour, marker=mark, ms=6.5, mec="white", ls="none", zorder=5)
     ax.axhline(share, color="#777777", lw=1, ls=":")
     ax.text(0.01, share + 0.01, f"chance, {share:.2g}", fontsize=7.5, color="#777777", va="bottom")
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
-    _finished(fig, ax, out, "marks: threshold one half")
+    _finished(fig, ax, out)
 
 
-def reliability(tables: Mapping[str, pd.DataFrame], out: Path, title: str) -> None:
+def reliability(tables: Mapping[str, pd.DataFrame], out: Path, title: str, *, models: Sequence[str] = ()) -> None:
     """Write a PNG of how often a pixel is a mine over how probable it was said to be, and how many pixels that is of.
 
     Args:
         tables: model -> columns predicted, observed (both 0 to 1) and pixels, a row a bin.
         out: path of the PNG.
         title: stands above it.
+        models: as for `lines`.
 
     Raises:
         CubeError: there is nothing to draw, or the file cannot be written.
     """
-    labels = ("probability said (mean of bin)", "share that is a mine")
+    labels = ("probability said, mean of the bin (larger marks: more pixels)", "share that is a mine")
     fig, ax = _square(title, labels, wide=4.6, found=tables, out=out)
     ax.plot([0, 1], [0, 1], color="#777777", lw=1, ls=":")
     ax.text(0.5, 0.52, "as often as said", fontsize=7.5, color="#777777", rotation=45, ha="center", va="bottom")
-    for (model, table), (colour, mark, dash) in _styled(tables):
-        ax.plot(table["predicted"], table["observed"], color=colour, ls=dash, lw=1.3, label=model)
+    for (model, table), (colour, mark, dash) in _styled(tables, models):
+        ax.plot(table["predicted"], table["observed"], color=colour, ls=dash, lw=1.3, marker=mark, markevery=[], label=model)
         size = 12 + 70 * table["pixels"] / max(table["pixels"].max(), 1)
         at = table["predicted"], table["observed"]
         ax.scatter(*at, s=size, color=colour, marker=mark, edgecolor="white", lw=0.6, zorder=4)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    _finished(fig, ax, out, "larger marks: more pixels")
+    _finished(fig, ax, out)
 
 
-def _styled(tables: Mapping[str, T]) -> Iterator[tuple[tuple[str, T], tuple[str, str, Any]]]:
-    return zip(tables.items(), cycle(STYLES), strict=False)
+def _styled(tables: Mapping[str, T], models: Sequence[str]) -> Iterator[tuple[tuple[str, T], tuple[str, str, Any]]]:
+    styles = dict(zip(models or tables, cycle(STYLES), strict=False))
+    return ((item, styles[item[0]]) for item in tables.items())
 
 
 def _square(title: str, labels: tuple[str, str], *, wide: float, found: Mapping[str, object], out: Path) -> tuple[Figure, Axes]:
@@ -110,9 +116,7 @@ def _square(title: str, labels: tuple[str, str], *, wide: float, found: Mapping[
     return fig, ax
 
 
-def _finished(fig: Figure, ax: Axes, out: Path, note: str = "") -> None:
-    if note:
-        ax.text(1, 1.01, note, transform=ax.transAxes, fontsize=7.5, color="#777777", ha="right", va="bottom")
+def _finished(fig: Figure, ax: Axes, out: Path) -> None:
     handles, names = ax.get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), fontsize=8, frameon=False, labelcolor=INK)
     _save(fig, out)
