@@ -27,8 +27,8 @@ _BAND_PX = 128
 _WORDS = 2048
 """Words of bits at a time, likewise."""
 _FULL = np.uint8(255)
-_BITS = (np.arange(256)[:, None] >> np.arange(7, -1, -1)) & 1
-"""Byte -> its bits, the highest first."""
+_EIGHT = [np.uint64(0x0101010101010101 << bit) for bit in range(8)]
+"""That bit of eight pixels."""
 
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
@@ -183,14 +183,12 @@ def _near(edges: Bytes, row: int) -> Bytes:
     return near
 
 
-def _by_year(lanes: Bytes, years: int) -> Ints:
-    """(lane, pixel) -> how many pixels have each year's bit; quick where few have any."""
-    found = np.zeros(years, np.int64)
-    for n, lane in enumerate(lanes):
-        words = lane.view(np.uint64)
-        bits = np.bincount(words[words != 0].view(np.uint8), minlength=256) @ _BITS
-        of = range(8 * n, min(8 * n + 8, years))
-        found[of.start : of.stop] = bits[8 - len(of) :]
+def _by_year(lanes: Words, years: int) -> Ints:
+    """(part, lane, words of eight pixels) -> (part, year): how many pixels have the year's bit."""
+    found = np.zeros((len(lanes), years), np.int64)
+    for year in range(years):
+        lane, bit = _bit(year, years)
+        found[:, year] = _sizes(lanes[:, lane] & _EIGHT[bit])
     return found
 
 
@@ -226,12 +224,14 @@ class _Sums:
         true, drawn = (_edges(lane | blank, known, band.row) for lane in lanes[:2])
         inner = lanes[:, :, margin:-margin]
         if true.any() or drawn.any():
-            near_true, near_drawn = _near(true, band.row), _near(drawn, band.row)
+            near = [_near(drawn, band.row), _near(true, band.row)]
             true, drawn = true[:, margin:-margin], drawn[:, margin:-margin]
             if band.core is not None:
                 true, drawn = true & band.core, drawn & band.core
-            parts = (drawn, drawn & near_true, true, true & near_drawn)
-            self.edges += [_by_year(part, self.years) for part in parts]
+            any_year = np.bitwise_or.reduce(true | drawn, axis=0)
+            words = np.flatnonzero(any_year.view(np.uint64) != 0)
+            true8, drawn8, near_drawn, near_true = (np.take(e.view(np.uint64), words, axis=1) for e in (true, drawn, *near))
+            self.edges += _by_year(np.stack([drawn8, drawn8 & near_true, true8, true8 & near_drawn]), self.years)
         if band.core is not None:
             inner = inner & band.core
         # Alike in all years: its first lane is 0 or 255, and so are the others.
@@ -241,9 +241,9 @@ class _Sums:
             moves |= lane ^ first
         for lane in inner[2:].reshape(-1, len(moves)):
             moves |= lane
-        words = np.flatnonzero(moves.view(np.uint64))
+        words = np.flatnonzero(moves.view(np.uint64) != 0)
         moving: Bytes = np.take(inner.view(np.uint64), words, axis=2).view(np.uint8)
-        moving = np.compress(moves.view(np.uint64)[words].view(np.uint8), moving, axis=2)
+        moving = np.compress(moves.view(np.uint64)[words].view(np.uint8) != 0, moving, axis=2)
         self.left += moving.shape[2]
         self.steady[1:] += _cells(true0, drawn0) - _cells(moving[0, 0], moving[1, 0])
         return moving
