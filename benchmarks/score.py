@@ -10,9 +10,9 @@ All three work on the same arrays, uint8 prediction and truth in memory, with th
   time over that of scoring. Beside it stands the cheapest pass with a result, the count of pixels that differ
   (`count_nonzero(prediction != truth)`, buffered likewise): `counting_fraction`.
 - torchmetrics: a BinaryConfusionMatrix for each year, and one for the change of each of the 45 pairs (xor of the two years, in
-  torch, on uint8), over all sites, on a few of the sites; its time is scaled to all. It has neither boundaries nor strata nor
-  directions of change. `validate_args` is off, since that alone takes longer than the counts. `vs_torchmetrics` is its time
-  over that of scoring. Its confusion matrices are compared with ours, and must be equal.
+  torch, on uint8), on a few of the sites, one torch thread a site; its time is scaled to all. It has neither boundaries nor
+  strata nor directions of change. `validate_args` is off, which is faster. `vs_torchmetrics` is its time over that of scoring.
+  Its confusion matrices must be equal to ours, or the benchmark stops.
 
 Pixels are of two kinds: `realistic`, pits that grow in smooth terrain, of 4 to 20 % of the site, and maps whose outlines are
 off by a pixel or two, otherwise each year; and `noise`, where each pixel of each year is a mine or not by chance: the worst
@@ -41,7 +41,7 @@ from minecube import metrics
 from minecube.cli.common import table
 
 YEARS = tuple(range(2015, 2025))
-SIDE, BUFFER, DISTINCT, WITH_TORCH = 900, 1 << 18, 12, 3
+SIDE, BUFFER, DISTINCT, WITH_TORCH = 900, 1 << 18, 12, 4
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Site = tuple[Pixels, Pixels]
 
@@ -120,7 +120,7 @@ def differing(site: Site) -> int:
 
 @functools.cache
 def declare_torchvision() -> Any:
-    """The operators that torchvision asks for as it is imported; kept, for they go with the library."""
+    """torchvision from PyPI is built for CUDA, and fails to import without these; kept, for they go with the library."""
     import torch
 
     library = torch.library.Library("torchvision", "DEF")
@@ -129,26 +129,20 @@ def declare_torchvision() -> Any:
     return library
 
 
-def with_torchmetrics(sites: Sequence[Site]) -> tuple[float, Any]:
-    """Seconds, and the confusion matrices of years and of pairs."""
+def with_torchmetrics(site: Site) -> Any:
+    """Confusion matrices of years and of pairs."""
     import torch
-
-    if torch.version.cuda is None:  # its torchvision from PyPI is built for CUDA and fails to import without these two
-        declare_torchvision()
     import torchmetrics.classification as tm
 
-    named = [("year", i) for i in range(len(YEARS))] + [("pair", p) for p in combinations(range(len(YEARS)), 2)]
-    matrices = {name: tm.BinaryConfusionMatrix(validate_args=False) for name in named}
-    start = time.perf_counter()
-    for site in sites:
-        pred, truth = (torch.from_numpy(a) for a in site)
-        for (kind, of), matrix in matrices.items():
-            if kind == "year":
-                matrix.update(pred[of], truth[of])
-            else:
-                matrix.update(pred[of[0]] ^ pred[of[1]], truth[of[0]] ^ truth[of[1]])
-    found = {name: matrix.compute().numpy() for name, matrix in matrices.items()}
-    return time.perf_counter() - start, found
+    pred, truth = (torch.from_numpy(a) for a in site)
+    found = {}
+    for i in range(len(YEARS)):
+        found["year", i] = tm.BinaryConfusionMatrix(validate_args=False)
+        found["year", i].update(pred[i], truth[i])
+    for i, j in combinations(range(len(YEARS)), 2):
+        found["pair", (i, j)] = tm.BinaryConfusionMatrix(validate_args=False)
+        found["pair", (i, j)].update(pred[i] ^ pred[j], truth[i] ^ truth[j])
+    return {name: matrix.compute().numpy() for name, matrix in found.items()}
 
 
 def check(scores: metrics.Scores, matrices: Any) -> None:
@@ -175,12 +169,16 @@ def compared(sites: Sequence[Site], rounds: int, threads: int) -> dict[str, Any]
                 start = time.perf_counter()
                 list(pool.map(way, sites))
                 seconds.setdefault(way.__name__, []).append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    few = sites[:WITH_TORCH]
-    with_torchmetrics(few[:1])
-    taken, matrices = with_torchmetrics(few)
-    check(sum((score(site) for site in few), metrics.Scores()), matrices)
-    seconds["torchmetrics"] = [taken * len(sites) / len(few)]
+    few = sites[: max(WITH_TORCH, threads)]
+    if torch.version.cuda is None:
+        declare_torchvision()
+    torch.set_num_threads(1)  # a site a thread, as ours
+    with ThreadPoolExecutor(threads) as pool:
+        with_torchmetrics(few[0])
+        start = time.perf_counter()
+        matrices = list(pool.map(with_torchmetrics, few))
+        seconds["torchmetrics"] = [(time.perf_counter() - start) * len(sites) / len(few)]
+    check(sum((score(site) for site in few), metrics.Scores()), {n: sum(m[n] for m in matrices) for n in matrices[0]})
     middle = {name: statistics.median(each) for name, each in seconds.items()}
     size = sum(a.nbytes for site in sites for a in site)
     names = {
