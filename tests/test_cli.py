@@ -158,7 +158,8 @@ def test_train_predict_score_export(built, tmp_path):
     out, _ = run("score", "--store", built, "--json", tmp_path / "scores.json")
     assert "ca_tiou" in out
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["sites"]["pit"] == scores["sites"]["pooled"]
+    sites = scores["models"]["unet-small"]["sites"]
+    assert sites["pit"] == sites["pooled"]
     out, _ = run("export", "--store", built, "--out", tmp_path / "export", "--model", "unet-small")
     made = {p.name for p in (tmp_path / "export").rglob("*") if p.is_file()}
     assert {"collection.json", "pit_2020_reflectance.tif", "pit_2022_probability.tif", "pit_strip.png", "areas.png"} <= made

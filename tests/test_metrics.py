@@ -1,7 +1,9 @@
-"""Scores against loops over pixels, scikit-learn, scipy, the published SCS by hand, and baselines that must lose."""
+"""Scores against loops over pixels, scikit-learn, scipy, published definitions by hand, and baselines that must lose."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import operator
@@ -15,7 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
-from sklearn.metrics import accuracy_score, f1_score, jaccard_score, precision_score, recall_score
+from scipy.stats import bootstrap
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    f1_score,
+    jaccard_score,
+    precision_recall_curve,
+    precision_score,
+    recall_score,
+)
 
 from minecube import metrics
 from minecube.errors import ModelError
@@ -180,7 +193,7 @@ def test_sc_is_averaged_over_the_classes_in_the_truth_alone() -> None:
 def test_a_perfect_map_scores_one() -> None:
     y = series(5)
     found = finish(count(y, y, YEARS))
-    assert found.pop("unmapped") == 0
+    assert found.pop("unmapped") == found.pop("change_unmapped") == 0
     assert set(found.values()) == {1.0}
 
 
@@ -211,7 +224,8 @@ def test_nothing_to_judge_is_nan_not_zero_or_one() -> None:
     empty = np.zeros((3, 5, 5), np.uint8)
     found = finish(count(empty, empty, [2019, 2020, 2021]))
     assert found.pop("accuracy") == 1
-    assert found.pop("unmapped") == 0
+    assert found.pop("unmapped") == found.pop("change_unmapped") == 0
+    assert [found.pop(f"vc_{n}") for n in (2, 3)] == [1, 1]  # nothing moved, and nothing is a class, too
     assert all(math.isnan(value) for value in found.values())
     assert all(math.isnan(value) for value in finish(Scores()).values())
     json.dumps(found)
@@ -302,3 +316,372 @@ def test_dataarrays_are_scored_by_their_own_years() -> None:
 def test_what_cannot_be_scored_says_so(p: np.ndarray, years: list[int], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         count(p, np.zeros((3, 4, 5), np.uint8), years)
+
+
+# What can go wrong in bytes of eight years, bands of rows, cropped columns and words of eight pixels.
+
+
+def by_loops_of_years(p: np.ndarray, y: np.ndarray) -> tuple[list, list]:
+    """Mapped without boundaries, and Pair, of each year and pair: with masks of bool."""
+    known, labelled = (p != 255) & (y != 255), y != 255
+    maps = [
+        [np.sum(known[i] & (y[i] == a) & (p[i] == b)) for a, b in ((1, 1), (0, 1), (1, 0), (0, 0))]
+        + [np.sum(labelled[i] & (p[i] == 255))]
+        for i in range(len(y))
+    ]
+    pairs = []
+    for i, j in combinations(range(len(y)), 2):
+        both = known[i] & known[j]
+        truth, pred = (a[j][both].astype(int) - a[i][both] for a in (y, p))
+        cells = [np.sum((truth == a) & (pred == b)) for a, b in itertools.product((1, -1, 0), (1, 0, -1))]
+        pairs.append([*cells, np.sum(labelled[i] & labelled[j] & ~both)])
+    return maps, pairs
+
+
+@pytest.mark.parametrize(
+    ("shape", "unknown"),
+    [((1, 9, 9), 0), ((8, 5, 64), 0), ((9, 140, 33), 0), ((10, 131, 20), 0.05), ((17, 6, 70), 0), ((3, 300, 7), 1)],
+    ids=str,
+)
+def test_counts_do_not_depend_on_how_pixels_are_packed(shape: tuple[int, int, int], unknown: float) -> None:
+    p, y = series(20, shape, unknown), series(21, shape, unknown)
+    p[:, :, : shape[2] // 4] = y[:, :, : shape[2] // 4] = 0  # columns without a mine are not looked at again
+    years = list(range(2000, 2000 + shape[0]))
+    scores = count(p, y, years)
+    maps, pairs = by_loops_of_years(p, y)
+    assert [list(dataclasses.astuple(n))[:5] for n in scores.years.values()] == maps
+    assert [list(dataclasses.astuple(n)) for n in scores.pairs.values()] == pairs
+    assert list(scores.pairs) == list(combinations(years, 2))
+
+
+def test_blocks_of_many_rows_add_up_across_bands() -> None:
+    p, y = series(22, (3, 300, 21), 0.02), series(23, (3, 300, 21), 0.02)
+    total = Scores()
+    for first in range(0, 300, 77):
+        rows = slice(max(first - metrics.MARGIN_PX, 0), min(first + 77 + metrics.MARGIN_PX, 300))
+        core = slice(first - rows.start, min(first + 77, 300) - rows.start)
+        total += count(p[:, rows], y[:, rows], [1, 2, 3], core=(core, slice(None)))
+    assert total == count(p, y, [1, 2, 3])
+    # Without context a seam would look like a site's edge, which is no boundary.
+    apart = count(p[:, :150], y[:, :150], [1, 2, 3]) + count(p[:, 150:], y[:, 150:], [1, 2, 3])
+    assert apart.pairs == total.pairs
+    assert apart.years != total.years
+
+
+def test_a_block_is_not_its_context() -> None:
+    p, y = series(24, (3, 20, 20)), series(25, (3, 20, 20))
+    other_p, other_y = p.copy(), y.copy()
+    other_p[:, :2], other_y[:, :, 18:] = 1 - np.minimum(p[:, :2], 1), 0
+    core = slice(6, 14), slice(6, 14)
+    assert count(p, y, [1, 2, 3], core=core) == count(other_p, other_y, [1, 2, 3], core=core)
+
+
+def test_counts_go_through_json_unchanged() -> None:
+    p, y = series(26), series(27)
+    probability = np.where(p == 255, 255, np.minimum(p, 1) * 171)
+    scores = count(p, y, YEARS) + metrics.count_probability(probability.astype(np.uint8), y, YEARS)
+    back = Scores.of_json(json.loads(json.dumps(scores.to_json())))
+    assert back == scores
+    assert back + scores == scores + scores
+    for wrong in ({}, {**scores.to_json(), "version": 0}, {**scores.to_json(), "footprint": {"2015": [[1, 2]]}}, []):
+        with pytest.raises(ModelError, match="count again"):
+            Scores.of_json(wrong)  # type: ignore[arg-type]
+
+
+def vspw(truth: np.ndarray, pred: np.ndarray, n: int, windows: int) -> list[float]:
+    """By frame, as VSPW's evaluation compares each frame of a window with its first."""
+    found = []
+    for first in range(windows):
+        steady = np.all([truth[first] == truth[first + k] for k in range(1, n)], axis=0)
+        kept = np.all([pred[first] == pred[first + k] for k in range(1, n)], axis=0)
+        found.append((kept & steady).sum() / steady.sum())
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9])
+def test_video_consistency_is_vspws(n: int) -> None:
+    y, p = series(28, (10, 12, 13), unknown=0), series(29, (10, 12, 13), unknown=0)
+    years = list(range(2015, 2025))
+    scores = count(p, y, years)
+    windows = [w for (_, _, long), w in sorted(scores.windows.items()) if long == n]
+    assert len(windows) == 10 - n + 1
+    # Theirs: the mean of ratios, without the last window.
+    assert np.mean([w.kept / w.steady for w in windows[:-1]]) == pytest.approx(np.mean(vspw(y, p, n, 10 - n)))
+    assert finish(scores)[f"vc_{n}"] == sum(w.kept for w in windows) / sum(w.steady for w in windows)
+    never = finish(count(np.broadcast_to(p[0], p.shape), y, years))
+    assert never[f"vc_{n}"] == 1
+
+
+def test_video_consistency_leaves_out_what_is_unknown_in_the_window() -> None:
+    y = np.array([[[0, 0, 0]], [[0, 0, 255]], [[0, 0, 0]]], np.uint8)
+    p = np.array([[[1, 0, 0]], [[1, 255, 0]], [[1, 0, 1]]], np.uint8)
+    scores = count(p, y, [2019, 2020, 2021])
+    assert {key: (w.steady, w.kept) for key, w in scores.windows.items()} == {
+        (2019, 2020, 2): (1, 1),
+        (2020, 2021, 2): (1, 1),
+        (2019, 2021, 3): (1, 1),
+    }
+
+
+def chances(seed: int, shape: tuple[int, int, int], levels: int = 251) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities x 250 that tell something, some unknown, and truth."""
+    r = np.random.default_rng(seed)
+    p = r.integers(0, levels, shape) * (250 // (levels - 1))
+    y = (r.random(shape) * 250 < 0.6 * p + 20).astype(np.uint8)
+    p[r.random(shape) < 0.1], y[r.random(shape) < 0.1] = 255, 255
+    return p.astype(np.uint8), y
+
+
+@pytest.mark.parametrize("levels", [251, 6])
+def test_curves_are_scikit_learns(levels: int) -> None:
+    p, y = chances(30, (4, 15, 16), levels)
+    scores = metrics.count_probability(p, y, YEARS)
+    table = metrics.by_year(count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, YEARS) + scores)
+    known = (p != 255) & (y != 255)
+    for i, year in enumerate(YEARS):
+        t, q = y[i][known[i]], p[i][known[i]] / 250
+        assert table["auprc"][year] == pytest.approx(average_precision_score(t, q))
+        assert table["brier"][year] == pytest.approx(brier_score_loss(t, q))
+        observed, predicted = calibration_curve(t, q, n_bins=10)
+        bins = metrics.reliability(scores.footprint[year])
+        assert bins["observed"].tolist() == pytest.approx(observed.tolist())
+        assert bins["predicted"].tolist() == pytest.approx(predicted.tolist())
+        off = np.abs(bins["observed"] - bins["predicted"])
+        assert table["ece"][year] == pytest.approx((off * bins["pixels"]).sum() / len(t))
+        precision, recall, thresholds = precision_recall_curve(t, q)
+        curve = metrics.precision_recall(scores.footprint[year])
+        assert curve["threshold"].tolist() == pytest.approx(thresholds[::-1].tolist())
+        assert curve["precision"].tolist() == pytest.approx(precision[-2::-1].tolist())
+        assert curve["recall"].tolist() == pytest.approx(recall[-2::-1].tolist())
+
+
+def test_change_is_ranked_by_the_distance_of_probabilities() -> None:
+    p, y = chances(31, (4, 9, 10))
+    found = finish(metrics.count_probability(p, y, YEARS) + count(y, y, YEARS))
+    score, truth = [], []
+    for i, j in combinations(range(4), 2):
+        both = (p[i] != 255) & (p[j] != 255) & (y[i] != 255) & (y[j] != 255)
+        score += np.abs(p[i][both].astype(int) - p[j][both]).tolist()
+        truth += (y[i][both] != y[j][both]).tolist()
+    assert found["change_auprc"] == pytest.approx(average_precision_score(truth, score))
+    # F1@r by sorting, ties in every order: the mean over many of them.
+    r, rng, hits = sum(truth), np.random.default_rng(0), []
+    for _ in range(400):
+        order = np.lexsort([rng.random(len(score)), -np.array(score)])[:r]
+        hits.append(np.array(truth)[order].mean())
+    assert found["change_f1_at_r"] == pytest.approx(np.mean(hits), abs=4 * np.std(hits) / 20 + 1e-12)
+
+
+def test_f1_at_r_by_hand() -> None:
+    # Scores 9, 5, 5, 5, 1; true are 9, one of the 5s, and 1: r = 3, two of three ties are taken, 2/3 of a hit.
+    p = np.array([[[0, 0, 0, 0, 0]], [[9, 5, 5, 5, 1]]], np.uint8)
+    y = np.array([[[0, 0, 0, 0, 0]], [[1, 1, 0, 0, 1]]], np.uint8)
+    found = finish(metrics.count_probability(p, y, [2019, 2020]))
+    assert found["change_f1_at_r"] == pytest.approx((1 + 2 / 3) / 3)
+    still = finish(metrics.count_probability(p, np.zeros_like(y), [2019, 2020]))
+    assert math.isnan(still["change_f1_at_r"])
+    assert math.isnan(still["auprc"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 8))
+def test_curves_of_blocks_add_up(seed: int, at: int) -> None:
+    p, y = chances(seed, (3, 9, 7))
+    years = [2019, 2020, 2022]
+    parts = [metrics.count_probability(p, y, years, core=(rows, slice(None))) for rows in (slice(0, at), slice(at, 9))]
+    assert parts[0] + parts[1] == metrics.count_probability(p, y, years)
+    assert sorted(parts[0].change) == [1, 2, 3]
+
+
+PAIRS = list(combinations(YEARS, 2))
+
+
+def as_change(p: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """What a perfect reader of two maps would say, as a change model's probabilities."""
+    says = {
+        "changed": lambda a, b: a != b,
+        "new": lambda a, b: (a == 0) & (b == 1),
+        "removed": lambda a, b: (a == 1) & (b == 0),
+    }
+    maps = []
+    for i, j in combinations(range(len(p)), 2):
+        unknown = (p[i] == 255) | (p[j] == 255)
+        maps.append([np.where(unknown, 255, says[c](p[i], p[j]) * 200) for c in classes])
+    return np.array(maps, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("classes", "variants"),
+    [
+        (("changed",), {"change"}),
+        (("new",), {"expansion"}),
+        (("removed", "new"), {"change", "transition", "expansion"}),
+        (("new", "removed"), {"change", "transition", "expansion"}),
+    ],
+)
+def test_maps_of_change_are_scored_as_footprints_are(classes: tuple[str, ...], variants: set[str]) -> None:
+    p, y = series(32), series(33)
+    of_maps, of_change = count(p, y, YEARS), metrics.count_change(as_change(p, classes), y, YEARS, PAIRS, classes)
+    expected, found = (metrics.by_gap(s) for s in (of_maps, of_change))
+    names = [name for name in expected.columns if name.split("_")[0] in variants and name != "change_unmapped"]
+    assert {name.split("_")[0] for name in found.columns} - {"change"} == variants - {"change"}
+    assert found[names].equals(expected[names])
+    assert finish(of_change).keys() >= set(names)
+    assert found["change_unmapped"].equals(expected["change_unmapped"])
+    assert ("change_f1" in found) == ("change" in variants)
+    if classes != ("new",):
+        assert of_change.change.keys() == {1, 2, 3, 4}
+        assert "change_auprc" in found
+
+
+def test_a_perfect_map_of_change_scores_one_and_one_without_change_zero() -> None:
+    y = series(34)
+    for classes in (("changed",), ("new",), ("removed", "new")):
+        found = finish(metrics.count_change(as_change(y, classes), y, YEARS, PAIRS, classes))
+        assert found.pop("change_unmapped") == 0
+        assert set(found.values()) == {1.0}
+        none = np.zeros((len(PAIRS), len(classes), *y.shape[1:]), np.uint8)
+        scores = {
+            n: v for n, v in finish(metrics.count_change(none, y, YEARS, PAIRS, classes)).items() if n.endswith(("f1", "iou"))
+        }
+        assert set(scores.values()) == {0.0}
+
+
+def test_of_removed_and_new_the_more_probable_counts() -> None:
+    y = np.array([[[0, 0, 1, 0]], [[1, 1, 0, 0]]], np.uint8)
+    change = np.array([[[[130, 200, 200, 124]], [[200, 130, 199, 124]]]], np.uint8)  # removed, new
+    pair = metrics.count_change(change, y, [1, 2], [(1, 2)], ("removed", "new")).pairs[1, 2]
+    assert (pair.new_new, pair.new_gone, pair.gone_gone, pair.same_same) == (1, 1, 1, 1)
+
+
+def test_change_the_wrong_way_round_is_refused() -> None:
+    y = series(35)
+    maps = as_change(y, ("new",))
+    backwards = [(b, a) for a, b in PAIRS]
+    cases = [
+        (maps, backwards, ("new",), "backwards"),
+        (maps, [*PAIRS[:-1], PAIRS[0]], ("new",), "each once"),
+        (maps, [*PAIRS[:-1], (2015, 2031)], ("new",), "among"),
+        (maps, PAIRS, ("gone",), "expected"),
+        (maps, PAIRS, ("removed", "new"), "2 classes"),
+        (maps[:, :, :-1], PAIRS, ("new",), "grid"),
+        (np.full_like(maps, 251), PAIRS, ("new",), "0..250"),
+    ]
+    for change, pairs, classes, words in cases:
+        with pytest.raises(ModelError, match=words):
+            metrics.count_change(change, y, YEARS, pairs, classes)
+
+
+def test_scores_of_different_change_classes_are_not_joined() -> None:
+    y = series(36)
+    one, other = (metrics.count_change(as_change(y, c), y, YEARS, PAIRS, c) for c in (("new",), ("changed",)))
+    with pytest.raises(ModelError, match="score the two models apart"):
+        one + other
+    assert Scores() + one == one
+
+
+def test_a_probability_is_no_footprint_and_the_reverse() -> None:
+    with pytest.raises(ModelError, match="expected uint8"):
+        metrics.count_probability(np.full((1, 3, 3), 0.5), np.zeros((1, 3, 3), np.uint8), [2020])  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"0\.\.250"):
+        metrics.count_probability(np.full((1, 3, 3), 252, np.uint8), np.zeros((1, 3, 3), np.uint8), [2020])
+
+
+def test_baselines_lose_where_they_must() -> None:
+    y = series(37, (6, 20, 20), unknown=0.05)
+    years = list(range(2015, 2021))
+    found = {name: finish(count(p, y, years)) for name, p in metrics.baselines(y).items()}
+    assert list(found) == ["never changes", "always mine", "last year's map"]
+    for name in ("never changes", "always mine"):
+        assert [found[name][s] for s in ("change_f1", "transition_f1", "expansion_f1", "bc")] == [0] * 4
+    assert found["always mine"]["recall"] == 1
+    assert found["never changes"]["tiou_s"] == 1
+    assert found["never changes"]["unmapped"] == 0
+    late = found["last year's map"]
+    assert late["unmapped"] > 1 / 7
+    assert 0 < late["change_f1"] < 0.8
+
+
+def sites_of(number: int, seed: int = 0) -> dict[str, Scores]:
+    found = {}
+    for n in range(number):
+        y = series(1000 * seed + n, (3, 8, 9 + n), unknown=0)
+        p = np.where(np.random.default_rng(n).random(y.shape) < 0.04 * (n + 1), 1 - y, y).astype(np.uint8)
+        found[f"s{n}"] = count(p, y, [2019, 2020, 2021])
+    return found
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+@pytest.mark.parametrize("name", ["iou", "ca_tiou", "change_f1", "sc"])
+def test_intervals_are_scipys(method: str, name: str) -> None:
+    sites = sites_of(9)
+    table = metrics.intervals(sites, resamples=500, seed=5, method=method)
+    of = list(sites.values())
+
+    def pooled(index: np.ndarray) -> float:
+        return finish(reduce(operator.add, [of[int(i)] for i in index]))[name]
+
+    rng = np.random.default_rng(5)
+    expected = bootstrap(
+        (np.arange(9),), pooled, n_resamples=500, method=method.replace("bca", "BCa"), vectorized=False, random_state=rng
+    ).confidence_interval
+    assert table.loc[name, "score"] == pytest.approx(pooled(np.arange(9)))
+    assert table.loc[name, ["low", "high"]].tolist() == pytest.approx(list(expected))
+    assert table.loc[name, "low"] < table.loc[name, "score"] < table.loc[name, "high"]
+
+
+def test_intervals_are_of_ratios_of_sums() -> None:
+    large, small = np.ones((1, 30, 30), np.uint8), np.ones((1, 2, 1), np.uint8)
+    half = np.array([[[1], [0]]], np.uint8)
+    sites = {"large": count(large, large, [2020]), "small": count(half, small, [2020])}
+    table = metrics.intervals(sites, seed=1)
+    # Both large, one of each or both small: the mean of site scores would be 0.75 in the middle.
+    assert table.loc["iou"].tolist() == [901 / 902, 0.5, 1.0]
+    spread = metrics.intervals(sites, seed=1, level=0.2)
+    assert spread.loc["iou", "low"] == spread.loc["iou", "high"] == 901 / 902
+
+
+def test_the_same_seed_gives_the_same_interval_and_one_site_none() -> None:
+    sites = sites_of(6)
+    assert metrics.intervals(sites, seed=3).equals(metrics.intervals(sites, seed=3))
+    assert not metrics.intervals(sites, seed=3).equals(metrics.intervals(sites, seed=4))
+    alone = metrics.intervals({"s0": sites["s0"]})
+    assert alone["score"].dropna().to_dict() == {n: v for n, v in finish(sites["s0"]).items() if not math.isnan(v)}
+    assert alone[["low", "high"]].isna().all(axis=None)
+    with pytest.raises(ModelError, match="no site"):
+        metrics.intervals({})
+    with pytest.raises(ModelError, match="percentile or bca"):
+        metrics.intervals(sites, method="t")
+
+
+def test_differences_are_paired_by_site() -> None:
+    one = sites_of(8)
+    worse = {}
+    for name, scores in one.items():  # a little worse at each site
+        years = {y: dataclasses.replace(n, tp=n.tp - 2, fn=n.fn + 2) for y, n in scores.years.items()}
+        worse[name] = dataclasses.replace(scores, years=years)
+    paired = metrics.difference(one, dict(reversed(worse.items())))
+    assert 0 < paired.loc["recall", "low"] < paired.loc["recall", "score"] < paired.loc["recall", "high"]
+    apart = [metrics.intervals(s).loc["recall"] for s in (one, worse)]
+    assert apart[0]["low"] < apart[1]["high"]  # unpaired, they overlap
+    with pytest.raises(ModelError, match="same sites"):
+        metrics.difference(one, {**worse, "s9": worse["s0"]})
+
+
+def test_formulas_work_on_many_resamples_at_once() -> None:
+    """Each row of counts gives what it gives alone."""
+    from minecube.metrics.formulas import formulas, kinds_of, vector
+
+    p, y = chances(40, (3, 8, 8))
+    years = [2019, 2020, 2021]
+    several = [
+        count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, years) + metrics.count_probability(p, y, years),
+        count(y, y, years),
+        Scores(),
+    ]
+    kinds = kinds_of(several)
+    together = formulas(np.stack([vector(s, kinds) for s in several]), kinds)
+    for n, scores in enumerate(several):
+        alone = finish(scores)
+        for name in alone.keys() & together.keys():
+            assert together[name][n] == pytest.approx(alone[name], nan_ok=True), name

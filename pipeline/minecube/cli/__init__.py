@@ -31,7 +31,7 @@ COMMANDS = {
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
     "predict": ("minecube.cli.predict", "Map mines, or how they change, over cubes with a trained network."),
     "tracks": ("minecube.cli.tracks", "Smooth predictions through time: when mines opened, how fast they grow."),
-    "score": ("minecube.cli.results", "Score predictions against footprints."),
+    "score": ("minecube.cli.score", "Score predictions against footprints."),
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
     "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
     "verify": ("minecube.cli.verify", "Hold a store to what was written into it; say what to build again."),

@@ -23,7 +23,8 @@ from minecube.catalog import Site, load_models, load_presets, load_recipes, load
 from minecube.cli import build as building
 from minecube.cli.common import table
 from minecube.cli.predict import map_site
-from minecube.cli.results import SHOWN, export_sites, score_site
+from minecube.cli.results import export_sites
+from minecube.cli.score import SHOWN, score_site
 from minecube.composite import composite
 from minecube.errors import CatalogError, MinecubeError
 from minecube.grid import grid_of

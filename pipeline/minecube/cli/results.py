@@ -1,9 +1,7 @@
-"""Subcommands that look at what was mapped: score, export."""
+"""Subcommand export: what was built and mapped, as files that other tools open."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -13,61 +11,11 @@ import pandas as pd
 import xarray as xr
 from odc.geo.geobox import GeoBox
 
-from minecube import cube, labels, metrics, report, tracks
+from minecube import cube, labels, report, tracks
 from minecube import export as exporting
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
-from minecube.errors import CatalogError, LabelError
+from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites
 
 FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
-SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
-model_option = click.option("--model", default="unet-small", show_default=True, help="Whose prediction: the model's name.")
-
-
-def score_site(store: str, name: str, model: str) -> metrics.Scores:
-    """Counts of a site's prediction against its footprints; raises LabelError where it has none."""
-    truth = cube.open_committed(store, name)["footprint"]
-    if bool((truth == labels.UNKNOWN).all()):
-        raise LabelError(
-            f"{store}: {name} has no footprint in any built year, so nothing can be scored; run `minecube label` first"
-        )
-    predicted = tracks.threshold(cube.open_probability(store, name, model)).sel(year=truth.year)
-    return metrics.count(predicted.values, truth.values, [int(y) for y in truth.year])
-
-
-@click.command()
-@store_option
-@sites_option
-@model_option
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all scores to this file.")
-def score(store: str, wanted: str, model: str, out: Path | None) -> None:
-    """Score a model's footprints against the labels: per site, per year and pooled (a ratio of sums, not a mean of ratios).
-
-    Score sites that the model was not trained on. What each score is: pipeline/minecube/metrics.py.
-
-    \b
-    Example:
-      minecube score --store cubes.zarr --sites Germany_2 --model unet-small
-    """
-    counted = {name: score_site(store, name, model) for name in stored_sites(store, wanted)}
-    pooled = sum(counted.values(), metrics.Scores())
-    finished = {name: metrics.finish(c) for name, c in [*counted.items(), ("pooled", pooled)]}
-    click.echo(table(("site", *SHOWN), [(name, *(f[k] for k in SHOWN)) for name, f in finished.items()]))
-    by_year = metrics.by_year(pooled)
-    click.echo(
-        "\n" + table(("year", *by_year.columns), [(y, *row) for y, row in zip(by_year.index, by_year.to_numpy(), strict=True)])
-    )
-    if out:
-        content = {
-            "model": model,
-            "ca_tiou_version": metrics.CA_TIOU_VERSION,
-            "sites": finished,
-            "by_year": {n: metrics.by_year(c).to_dict("index") for n, c in [*counted.items(), ("pooled", pooled)]},
-            "by_gap": {n: metrics.by_gap(c).to_dict("index") for n, c in [*counted.items(), ("pooled", pooled)]},
-        }
-        try:
-            out.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CatalogError(f"{out}: the scores cannot be written ({error.strerror}); name another file") from error
 
 
 @click.command()
@@ -194,10 +142,3 @@ def _outlines(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: flo
     regions = labels.vectorize(footprint, grid, site, min_area_m2)
     known = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
     return labels.simplify(labels.identify(regions, known.to_numpy().tolist()), grid.resolution.x).to_crs(4326)
-
-
-def _without_nan(value: object) -> object:
-    """JSON knows no NaN: a score with nothing to judge is null."""
-    if isinstance(value, dict):
-        return {str(k): _without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

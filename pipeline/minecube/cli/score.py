@@ -1,0 +1,332 @@
+"""Subcommand score: models against labels, in tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from minecube import cube, labels, metrics
+from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.cube.store import exists, zarr_store
+from minecube.errors import CatalogError, CubeError, LabelError
+from minecube.report import scores as pictures
+
+SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
+CHANGE_SHOWN = ("change_f1", "change_iou", "transition_f1", "expansion_f1", "change_auprc", "change_f1_at_r")
+BLOCK_PX = 512
+"""Rows at a time: what is in memory does not grow with the height of a site."""
+
+Counted = dict[str, dict[str, metrics.Scores]]
+"""Model or baseline -> site -> counts."""
+
+
+@click.command()
+@store_option
+@sites_option
+@click.option(
+    "--model", "models", default="unet-small", show_default=True, help="Whose predictions: names of models, comma-separated."
+)
+@click.option("--baselines", is_flag=True, help="Also score maps that know nothing: never changes, always mine, last year's.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all scores to this file.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for tables (Markdown, CSV, LaTeX), pictures, and counts to be joined with those of other machines.",
+)
+def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path | None, out: Path | None) -> None:
+    """Score models against the labels: per site, year and gap, and pooled (a ratio of sums, not a mean of ratios).
+
+        Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
+    XXX
+
+        \b
+        Examples:
+          minecube score --store cubes.zarr --sites Germany_2 --model unet-small
+          minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
+    """
+    sites, named = stored_sites(store, wanted), [name.strip() for name in models.split(",")]
+    if len(set(named)) < len(named):
+        raise CatalogError(f"--model {models}: expected each model once")
+    counted: Counted = {name: {} for name in named}
+    with progress_bar("scoring", len(sites) * len(named)) as advance:
+        for site in sites:
+            for name in named:
+                counted[name][site] = score_site(store, site, name)
+                advance(note=f"{site} {name}")
+            if baselines:
+                for name, scores in _baselines_of(store, site).items():
+                    counted.setdefault(name, {})[site] = scores
+    tables = Tables.of(counted)
+    click.echo(tables.text())
+    content = {"ca_tiou_version": metrics.CA_TIOU_VERSION, **tables.content()}
+    if json_file:
+        _write(json_file, json.dumps(_without_nan(content), indent=2) + "\n")
+    if out:
+        for path in write_all(tables, out):
+            click.echo(path)
+
+
+def score_site(store: str, name: str, model: str) -> metrics.Scores:
+    """Counts of a site's prediction, of footprints or of change, against its labels, by blocks of rows.
+
+    Raises:
+        LabelError: no label in any built year.
+        CubeError: that model did not map the site, or not as it is built now.
+    """
+    truth = _truth(store, name)
+    years = [int(y) for y in truth.year]
+    change = opened_change(store, name, model)
+    if change is not None:
+        pairs = list(zip(change["first"].to_numpy().tolist(), change["second"].to_numpy().tolist(), strict=True))
+        classes = [str(c) for c in change["class"].to_numpy()]
+        total = metrics.Scores()
+        for context, (own, _) in _blocks(truth):
+            rows = slice(context.start + own.start, context.start + own.stop)
+            block = change.isel(y=rows).transpose("pair", "class", "y", "x").to_numpy()
+            total += metrics.count_change(block, truth.isel(y=rows).to_numpy(), years, pairs, classes)
+        return total
+    probability = cube.open_probability(store, name, model)
+    missing = sorted(set(years) - {int(y) for y in probability.year})
+    if missing:
+        raise CubeError(
+            f"{store}: {model!r} did not map {name} in {missing[0]}, which is labelled; run `minecube predict` again"
+        )
+    probability = probability.sel(year=years)
+    total = metrics.Scores()
+    for rows, core in _blocks(truth):
+        p, y = (a.isel(y=rows).transpose("year", "y", "x").to_numpy() for a in (probability, truth))
+        footprint = np.where(p == metrics.UNKNOWN, metrics.UNKNOWN, p >= metrics.HALF).astype(np.uint8)
+        total += metrics.count(footprint, y, years, core=core) + metrics.count_probability(p, y, years, core=core)
+    return total
+
+
+def opened_change(store: str, site: str, model: str) -> xr.DataArray | None:
+    """A change model's probability over a site, lazy uint8 (pair, class, y, x); None where the model maps footprints."""
+    path = f"{site}/predictions/{model}"
+    if not exists(store, path):
+        return None
+    opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=path, consolidated=False)
+    return opened.get("change")
+
+
+def _truth(store: str, name: str) -> xr.DataArray:
+    truth = cube.open_committed(store, name)["footprint"]
+    if bool((truth == labels.UNKNOWN).all()):
+        raise LabelError(
+            f"{store}: {name} has no footprint in any built year, so nothing can be scored; run `minecube label` first"
+        )
+    return truth
+
+
+def _blocks(truth: xr.DataArray) -> Iterator[tuple[slice, tuple[slice, slice]]]:
+    """Rows to read and, of them, the pixels to count."""
+    height = truth.sizes["y"]
+    for first in range(0, height, BLOCK_PX):
+        last = min(first + BLOCK_PX, height)
+        top = max(first - metrics.MARGIN_PX, 0)
+        yield slice(top, min(last + metrics.MARGIN_PX, height)), (slice(first - top, last - top), slice(None))
+
+
+def _baselines_of(store: str, site: str) -> dict[str, metrics.Scores]:
+    truth = _truth(store, site)
+    found: dict[str, metrics.Scores] = {}
+    years = [int(y) for y in truth.year]
+    for rows, core in _blocks(truth):
+        y = truth.isel(y=rows).transpose("year", "y", "x").to_numpy()
+        for name, pred in metrics.baselines(y).items():
+            found[name] = found.get(name, metrics.Scores()) + metrics.count(pred, y, years, core=core)
+    return found
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All scores of all models."""
+
+    counted: Counted
+    pooled: Mapping[str, metrics.Scores]
+    intervals: Mapping[str, pd.DataFrame]
+    differences: Mapping[str, pd.DataFrame]
+    """"a - b" -> how much higher a's pooled scores are than those of b, the first model, of the same drawn sites."""
+
+    @classmethod
+    def of(cls, counted: Counted) -> Tables:
+        """Pool, resample and compare."""
+        pooled = {model: sum(sites.values(), metrics.Scores()) for model, sites in counted.items()}
+        spread = {model: metrics.intervals(sites) for model, sites in counted.items()}
+        first, *others = counted
+        paired = {f"{m} - {first}": metrics.difference(counted[m], counted[first]) for m in others}
+        return cls(counted, pooled, spread, paired)
+
+    def text(self) -> str:
+        """For a terminal."""
+        parts = []
+        for model, sites in self.counted.items():
+            shown = SHOWN if self.pooled[model].years else _of_change(self.intervals[model])
+            finished = {site: metrics.finish(c) for site, c in [*sites.items(), ("pooled", self.pooled[model])]}
+            parts.append(model + "\n" + table(("site", *shown), [(s, *(f[k] for k in shown)) for s, f in finished.items()]))
+            by = metrics.by_year(self.pooled[model]) if self.pooled[model].years else metrics.by_gap(self.pooled[model])
+            rows = [(n, *(float(v) for v in row)) for n, row in zip(by.index, by.to_numpy(), strict=True)]
+            parts.append(table((str(by.index.name), *by.columns), rows))
+        if len(self.counted) > 1 or len(next(iter(self.counted.values()))) > 1:
+            pooled = self.summary()
+            parts.append(table(("pooled", *pooled.columns), [(n, *row) for n, row in zip(pooled.index, pooled.to_numpy())]))  # noqa: B905
+        if any(len(sites) == 1 for sites in self.counted.values()):
+            parts.append("One site alone: no interval can be had, since it takes other sites to say how much they differ.")
+        return "\n\n".join(parts)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a model, pooled scores with intervals as text."""
+        names = list(dict.fromkeys([*SHOWN, *CHANGE_SHOWN]))
+        rows = {m: {n: _cell(t.loc[n]) if n in t.index else "" for n in names} for m, t in self.intervals.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("model")
+
+    def long(self) -> dict[str, pd.DataFrame]:
+        """Name -> table of numbers, a row a model and site, year, gap or score."""
+        finished: Callable[[metrics.Scores], pd.DataFrame] = lambda c: pd.DataFrame([metrics.finish(c)])  # noqa: E731
+        sites = {(m, s): finished(c) for m, by_site in self.counted.items() for s, c in by_site.items()}
+        tables = {"by_site": pd.concat(sites, names=["model", "site"]).droplevel(2)}
+        for name, of in (("by_year", metrics.by_year), ("by_gap", metrics.by_gap)):
+            found = {m: of(c) for m, c in self.pooled.items() if c.years or name == "by_gap"}
+            if found:
+                tables[name] = pd.concat(found, names=["model"])
+        tables["pooled"] = pd.concat(self.intervals, names=["model"])
+        if self.differences:
+            tables["differences"] = pd.concat(self.differences, names=["models"])
+        return tables
+
+    def content(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "models": {
+                m: {
+                    "sites": {s: metrics.finish(c) for s, c in [*sites.items(), ("pooled", self.pooled[m])]},
+                    "by_year": {s: metrics.by_year(c).to_dict("index") for s, c in self._all(m) if c.years},
+                    "by_gap": {s: metrics.by_gap(c).to_dict("index") for s, c in self._all(m)},
+                    "intervals": self.intervals[m].to_dict("index"),
+                }
+                for m, sites in self.counted.items()
+            },
+            "differences": {name: t.to_dict("index") for name, t in self.differences.items()},
+        }
+
+    def _all(self, model: str) -> list[tuple[str, metrics.Scores]]:
+        return [*self.counted[model].items(), ("pooled", self.pooled[model])]
+
+
+def write_all(tables: Tables, out: Path) -> list[Path]:
+    """Tables, counts and pictures into a folder; their paths."""
+    written = []
+    summary = tables.summary()
+    for suffix, text in ((".md", markdown(summary)), (".tex", latex(summary))):
+        written.append(_write(out / f"scores{suffix}", text))
+    for name, of in tables.long().items():
+        written.append(_write(out / f"{name}.csv", of.to_csv()))
+    counts = {m: {s: c.to_json() for s, c in sites.items()} for m, sites in tables.counted.items()}
+    written.append(_write(out / "counts.json", json.dumps(counts) + "\n"))
+    return written + _drawn(tables, out)
+
+
+def _drawn(tables: Tables, out: Path) -> list[Path]:
+    models = list(tables.counted)
+    maps = {m: c for m, c in tables.pooled.items() if c.years}
+    said = {m: sum_of(c.footprint) for m, c in maps.items() if c.footprint}
+    moved = {m: sum_of(c.change) for m, c in tables.pooled.items() if c.change}
+    names = [
+        out / f"{n}.png"
+        for n in ("iou_by_year", "change_f1_by_gap", "reliability", "precision_recall", "change_precision_recall")
+    ]
+    drawn = []
+    if maps:
+        scores = {m: metrics.by_year(c)["iou"] for m, c in maps.items()}
+        pictures.lines(scores, names[0], "Footprints by year", axes=("year", "IoU of footprints"), models=models)
+        drawn.append(names[0])
+    gaps = {m: t["change_f1"] for m, c in tables.pooled.items() if "change_f1" in (t := metrics.by_gap(c))}
+    if gaps:
+        labels_of = ("gap, calendar years between the two of a pair", "F1 of changed pixels")
+        pictures.lines(gaps, names[1], "Change by gap", axes=labels_of, models=models)
+        drawn.append(names[1])
+    if said:
+        pictures.reliability(
+            {m: metrics.reliability(h) for m, h in said.items()}, names[2], "Reliability of footprints", models=models
+        )
+        drawn.append(names[2])
+    for histograms, path, title in ((said, names[3], "Footprints"), (moved, names[4], "Change, all pairs of years")):
+        if histograms:
+            curves = {m: metrics.precision_recall(h) for m, h in histograms.items()}
+            first = next(iter(histograms.values())).pixels
+            share = first[:, 1].sum() / max(first.sum(), 1)
+            pictures.precision_recall(curves, path, title, float(share), models=models)
+            drawn.append(path)
+    return drawn
+
+
+def sum_of(histograms: Mapping[int, metrics.Histogram]) -> metrics.Histogram:
+    """All years or gaps together."""
+    first, *others = histograms.values()
+    return sum(others, first)
+
+
+def markdown(summary: pd.DataFrame) -> str:
+    """A pipe table."""
+    rows = [("model", *summary.columns), ("---", *["---:"] * len(summary.columns)), *_rows(summary)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def latex(summary: pd.DataFrame) -> str:
+    """A tabular for booktabs."""
+    rows = [("model", *summary.columns), *_rows(summary)]
+    head, *body = (" & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows)
+    lines = [rf"\begin{{tabular}}{{l{'r' * len(summary.columns)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+def _rows(summary: pd.DataFrame) -> list[tuple[str, ...]]:
+    return [(str(name), *map(str, row)) for name, row in zip(summary.index, summary.to_numpy(), strict=True)]
+
+
+def _escaped(text: str) -> str:
+    return "".join("\\" + c if c in "&%$#_{}" else c for c in text)
+
+
+def _cell(row: Any) -> str:
+    if math.isnan(row["score"]):
+        return "n/a"
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{row['score']:.3f}{interval}"
+
+
+def _of_change(intervals: pd.DataFrame) -> Sequence[str]:
+    """The scores that a change model has."""
+    names = (*CHANGE_SHOWN, "expansion_auprc", "expansion_f1_at_r", "change_unmapped")
+    return [name for name in names if name in intervals.index]
+
+
+def _write(path: Path, text: str) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise CatalogError(f"{path}: the scores cannot be written ({error.strerror}); name another place") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return path
+
+
+def _without_nan(value: object) -> object:
+    """JSON knows no NaN: a score with nothing to judge is null."""
+    if isinstance(value, dict):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,146 @@
+"""Scores of stored probabilities, from how many pixels have each of the 251 and which truth: exact, whatever the threshold.
+
+The change between two years has no probability of its own where years were mapped one by one: its score there is the distance
+of the two probabilities, in stored steps. A change model gives its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from minecube.errors import ModelError
+from minecube.metrics.counting import stack_of
+from minecube.metrics.states import LEVELS, UNKNOWN, Histogram, Scores
+
+BINS = 10
+"""Of the reliability diagram and the expected calibration error, of equal width."""
+
+
+def count_probability(
+    probability: NDArray[np.uint8] | xr.DataArray,
+    truth: NDArray[np.uint8] | xr.DataArray,
+    years: Sequence[int],
+    *,
+    core: tuple[slice, slice] | None = None,
+) -> Scores:
+    """Pixels by probability and truth, by year and, of change, by gap; to be added to what `count` gives of the same pixels.
+
+    Args:
+        probability: (year, y, x): mine x 250, 255 none.
+        truth: (year, y, x): 1 mine, 0 not, 255 unknown.
+        years: Ascending; of both arrays.
+        core: Which (y, x) pixels to count.
+
+    Raises:
+        ModelError: shapes or years differ, or a probability is 251..254.
+    """
+    p, y = stack_of(probability, "probability", years), stack_of(truth, "truth", years)
+    if p.shape != y.shape:
+        raise ModelError(f"probability has shape {p.shape}, truth {y.shape}; scores need the same years on the same grid")
+    p, y = (stack[:, *(core or (slice(None), slice(None)))].reshape(len(years), -1) for stack in (p, y))
+    known = (checked(p) != UNKNOWN) & (y != UNKNOWN)
+    footprint = {int(year): histogram(*(a[i][known[i]] for a in (p, y))) for i, year in enumerate(years)}
+    change: dict[int, Histogram] = {}
+    for i, j in combinations(range(len(years)), 2):
+        both = known[i] & known[j]
+        first, second = p[i][both], p[j][both]
+        found = histogram(np.maximum(first, second) - np.minimum(first, second), y[i][both] ^ y[j][both])
+        gap = int(years[j]) - int(years[i])
+        change[gap] = change[gap] + found if gap in change else found
+    return Scores(footprint=footprint, change=change)
+
+
+def checked(probability: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Itself; raises ModelError where a value is no stored probability."""
+    if probability.dtype != np.uint8 or ((probability > LEVELS) & (probability != UNKNOWN)).any():
+        raise ModelError(
+            f"the probability is {probability.dtype} with values up to {probability.max(initial=0)}; expected uint8, "
+            f"0..{LEVELS}, and {UNKNOWN} where there is none"
+        )
+    return probability
+
+
+def histogram(score: NDArray[np.uint8], truth: NDArray[np.uint8]) -> Histogram:
+    """Of pixels, all known: score 0..250, truth 0 or 1."""
+    counts = [np.bincount(score, minlength=LEVELS + 1), np.bincount(score[truth == 1], minlength=LEVELS + 1)]
+    return Histogram(np.stack([counts[0] - counts[1], counts[1]], axis=1).astype(np.int64))
+
+
+def auprc(pixels: NDArray[Any]) -> Any:
+    """Average precision of (..., 251, 2): the sum over thresholds of precision times what recall gains (no interpolation)."""
+    hits, drawn = _from_above(pixels)
+    all_true = hits[..., -1:]
+    gained = np.diff(hits, axis=-1, prepend=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.where(drawn > 0, hits / np.maximum(drawn, 1), 0)
+        return (precision * gained).sum(axis=-1) / np.where(all_true > 0, all_true, np.nan)[..., 0]
+
+
+def f1_at_r(pixels: NDArray[Any]) -> Any:
+    """F1 of the r highest scores, r the number of those that are true: then precision, recall and F1 are one number.
+
+    Of pixels with the score at which r is reached, as many are true as are on average.
+    """
+    hits, drawn = _from_above(pixels)
+    true = hits[..., -1]
+    at = (drawn < true[..., None]).sum(axis=-1)[..., None]  # the threshold at which r is reached
+    at = np.minimum(at, LEVELS)
+    before = np.maximum(at - 1, 0)
+    taken, sure = (np.where(at > 0, np.take_along_axis(a, before, -1), 0)[..., 0] for a in (drawn, hits))
+    tied, right = (np.take_along_axis(a, at, -1)[..., 0] - b for a, b in ((drawn, taken), (hits, sure)))
+    found = sure + np.where(tied > 0, (true - taken) * right / np.maximum(tied, 1), 0)
+    return found / np.where(true > 0, true, np.nan)
+
+
+def brier(pixels: NDArray[Any]) -> Any:
+    """Mean squared distance of probability and truth."""
+    p = np.arange(LEVELS + 1) / LEVELS
+    off = pixels[..., 0] @ p**2 + pixels[..., 1] @ (1 - p) ** 2
+    known = pixels.sum(axis=(-2, -1))
+    return off / np.where(known > 0, known, np.nan)
+
+
+def ece(pixels: NDArray[Any]) -> Any:
+    """Expected calibration error: the mean over pixels of |share that is a mine - mean probability| of the pixel's bin."""
+    mine, said, drawn = _binned(pixels)
+    known = drawn.sum(axis=-1)
+    return np.abs(mine - said).sum(axis=-1) / np.where(known > 0, known, np.nan)
+
+
+def precision_recall(h: Histogram) -> pd.DataFrame:
+    """threshold, precision, recall: a row for each probability that occurs, from the highest down."""
+    hits, drawn = _from_above(h.pixels)
+    table = pd.DataFrame({"threshold": np.arange(LEVELS, -1, -1) / LEVELS})
+    table["precision"] = hits / np.where(drawn > 0, drawn, np.nan)
+    table["recall"] = hits / hits[-1] if hits[-1] else np.nan
+    return table[np.diff(drawn, prepend=0) > 0].reset_index(drop=True)
+
+
+def reliability(h: Histogram) -> pd.DataFrame:
+    """predicted (mean probability), observed (share that is a mine) and pixels, a row for each bin that has any."""
+    mine, said, drawn = _binned(h.pixels)
+    there = drawn > 0
+    columns = {"predicted": said[there] / drawn[there], "observed": mine[there] / drawn[there], "pixels": drawn[there]}
+    return pd.DataFrame(columns)
+
+
+def _from_above(pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """True ones, and all, at or above each threshold, from the highest down."""
+    down = pixels[..., ::-1, :]
+    return np.cumsum(down[..., 1], axis=-1), np.cumsum(down.sum(axis=-1), axis=-1)
+
+
+def _binned(pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """By bin: how many are mine, the sum of probabilities, how many there are. A bin has its upper edge, not its lower."""
+    p = np.arange(LEVELS + 1)
+    at = np.maximum(-(-p * BINS // LEVELS) - 1, 0)
+    in_bin = (at[:, None] == np.arange(BINS)).astype(np.float64)
+    drawn = pixels.sum(axis=-1)
+    return pixels[..., 1] @ in_bin, (drawn * (p / LEVELS)) @ in_bin, drawn @ in_bin
