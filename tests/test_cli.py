@@ -260,7 +260,7 @@ BAD = {
     "no store": (("export", "--store", "nowhere.zarr", "--out", "x"), "nowhere.zarr: there is no store"),
     "no model": (
         ("train", "--store", "nowhere.zarr", "--out", "x", "--model", "gpt"),
-        "unknown model 'gpt'; there is: unet-small",
+        "unknown model 'gpt'; there is: a2net",
     ),
     "no polygons": (("label", "--store", "nowhere.zarr", "--polygons", "no.gpkg"), "no.gpkg"),
 }

@@ -68,10 +68,12 @@ def probability(truth, seed, noise):
 
 
 def write_change(store, site, model, change, classes):
-    first, second = zip(*PAIRS, strict=True)
-    coords = {"first": ("pair", list(first)), "second": ("pair", list(second)), "class": np.array(classes, object)}
-    made = xr.DataArray(change, dims=("pair", "class", "y", "x"), coords=coords).rename("change")
-    made.to_dataset().to_zarr(store, group=f"{site}/predictions/{model}", consolidated=False, zarr_format=3)
+    def rows(todo):
+        for view in todo:
+            yield types.SimpleNamespace(view=view, y=0, values=change[PAIRS.index(view)][None])
+
+    about = cube.Prediction(model=model, views=PAIRS, about={"id": model}, variable="change", classes=classes)
+    cube.write_prediction(store, site, about, rows)
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_a_smoothed_map_is_a_prediction_like_any_other(store, tmp_path):
     scores = {}
     for model in ("net", "net+hmm"):
         run("score", "--store", store, "--model", model, "--json", tmp_path / "s.json")
-        scores[model] = json.loads((tmp_path / "s.json").read_text())["sites"]["pooled"]
+        scores[model] = json.loads((tmp_path / "s.json").read_text())["models"][model]["sites"]["pooled"]
     for name in ("iou", "ca_tiou", "bc", "change_f1"):
         assert scores["net+hmm"][name] > scores["net"][name]
     assert "+hmm" not in run("verify", "--store", store, ok=1)  # which finds fault with the scene lists of this test alone

@@ -32,6 +32,7 @@ COMMANDS = {
     "predict": ("minecube.cli.predict", "Map mines, or how they change, over cubes with a trained network."),
     "tracks": ("minecube.cli.tracks", "Smooth predictions through time: when mines opened, how fast they grow."),
     "score": ("minecube.cli.score", "Score predictions against footprints."),
+    "bench": ("minecube.cli.bench", "Train, apply and score networks on one split, with the tables of it."),
     "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
     "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
     "verify": ("minecube.cli.verify", "Hold a store to what was written into it; say what to build again."),

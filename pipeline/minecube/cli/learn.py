@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from minecube import cube, models
 from minecube import train as training
-from minecube.catalog import pick
+from minecube.catalog import ModelCard, Settings, pick
 from minecube.cli import common
 from minecube.cli.common import catalog_option, progress_bar, sites_option, store_option, stored_sites
 from minecube.device import device_of
@@ -64,19 +64,10 @@ def train(
         raise CatalogError(f"--sites {wanted}: no site is left to learn from, for --valid {valid} names them all")
     if not out.absolute().parent.is_dir():
         raise ModelError(f"{out}: its folder is not there, so the model could not be written; make it first")
-    view = {"mapping": "year", "change": "pair", "series": "series"}[card.task]
-    source = cube.CubeDataset(store, learnt, view=view)
-    valid_source = cube.CubeDataset(store, judged, view=view) if judged else None
-    with _processes(how.pop("device")) as (device, first), progress_bar("training") as advance:
-        seen = 0
-
-        def progress(done: int, steps: int, note: str) -> None:
-            nonlocal seen
-            advance(n=done - seen, note=note, total=steps)
-            seen = done
-
-        run = training.Run(checkpoint=out.with_name(f"{out.name}.ckpt"), device=device, progress=progress, **how)
-        fitted = training.fit(card, source, valid_source, settings, run)
+    with _processes(how.pop("device")) as (device, first):
+        fitted = train_network(
+            store, learnt, judged, card, settings, training.Run(checkpoint=state_of(out), device=device, **how)
+        )
     if not first:
         return
     models.save(fitted.trained, out)
@@ -84,6 +75,29 @@ def train(
     score = f", F1 {best.f1:.3f} and IoU {best.iou:.3f} on {', '.join(judged)}" if judged else ""
     click.echo(f"{out}: {card.id} trained on {', '.join(learnt)}; epoch {best.epoch} of {len(fitted.history)}{score}")
     click.echo(f"see {out}.csv for the log; {out}.ckpt, the state to go on from, is no longer needed")
+
+
+def train_network(
+    store: str, learnt: Sequence[str], judged: Sequence[str], card: ModelCard, settings: Settings, run: training.Run
+) -> training.Fitted:
+    """A network fitted to some sites of a store and judged by others, under a progress bar; raises as `train.fit` does."""
+    view = {"mapping": "year", "change": "pair", "series": "series"}[card.task]
+    source = cube.CubeDataset(store, learnt, view=view)
+    valid = cube.CubeDataset(store, judged, view=view) if judged else None
+    with progress_bar(f"training {card.id}") as advance:
+        seen = 0
+
+        def progress(done: int, steps: int, note: str) -> None:
+            nonlocal seen
+            advance(n=done - seen, note=note, total=steps)
+            seen = done
+
+        return training.fit(card, source, valid, settings, dataclasses.replace(run, progress=progress))
+
+
+def state_of(out: Path) -> Path:
+    """Where the state of the training of that file is kept."""
+    return out.with_name(f"{out.name}.ckpt")
 
 
 @contextmanager

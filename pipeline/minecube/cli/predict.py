@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from minecube import cube, models
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites
+from minecube.cli import common
+from minecube.cli.common import catalog_option, progress_bar, sites_option, stored_sites, writable_store_option
 from minecube.errors import CubeError
 
 Pair = tuple[int, int]
@@ -106,10 +107,11 @@ def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.Vie
 
 
 @click.command()
-@store_option
+@writable_store_option
 @sites_option
+@catalog_option
 @click.option(
-    "--model", "file", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File of a trained model."
+    "--model", required=True, help="File of a trained model; or the name of one that has weights (catalog/models.yaml)."
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--pairs", type=Pairs(), help="Of change: gaps in years (1,2) or pairs (2019-2021,...). [default: all]")
@@ -122,7 +124,8 @@ def predict(
     /,
     store: str,
     wanted: str,
-    file: Path,
+    catalog: Path | None,
+    model: str,
     pairs: tuple[int | Pair, ...] | None,
     overwrite: bool,
     **how: Any,
@@ -139,7 +142,7 @@ def predict(
     """
     compute = models.Compute(**how)
     compute.place()
-    trained, names = models.load(file), stored_sites(store, wanted)
+    trained, names = models.find(model, common.models(catalog)), stored_sites(store, wanted)
     built = [name for name in names if cube.builds(store, name)]
     if not built:
         raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import xarray as xr
 
 from minecube import cube, labels, metrics
 from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
-from minecube.cube.store import exists, zarr_store
 from minecube.errors import CatalogError, CubeError, LabelError
 from minecube.report import scores as pictures
 
@@ -64,13 +63,13 @@ def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path
                 counted[name][site] = score_site(store, site, name)
                 advance(note=f"{site} {name}")
             if baselines:
-                for name, scores in _baselines_of(store, site).items():
+                for name, scores in baselines_of(store, site).items():
                     counted.setdefault(name, {})[site] = scores
     tables = Tables.of(counted)
     click.echo(tables.text())
     content = {"ca_tiou_version": metrics.CA_TIOU_VERSION, **tables.content()}
     if json_file:
-        _write(json_file, json.dumps(_without_nan(content), indent=2) + "\n")
+        write(json_file, json.dumps(_without_nan(content), indent=2) + "\n")
     if out:
         for path in write_all(tables, out):
             click.echo(path)
@@ -85,8 +84,8 @@ def score_site(store: str, name: str, model: str) -> metrics.Scores:
     """
     truth = _truth(store, name)
     years = [int(y) for y in truth.year]
-    change = opened_change(store, name, model)
-    if change is not None:
+    if cube.mapped_by(store, name, model) == "change":
+        change = cube.open_change(store, name, model)
         pairs = list(zip(change["first"].to_numpy().tolist(), change["second"].to_numpy().tolist(), strict=True))
         classes = [str(c) for c in change["class"].to_numpy()]
         total = metrics.Scores()
@@ -110,15 +109,6 @@ def score_site(store: str, name: str, model: str) -> metrics.Scores:
     return total
 
 
-def opened_change(store: str, site: str, model: str) -> xr.DataArray | None:
-    """A change model's probability over a site, lazy uint8 (pair, class, y, x); None where the model maps footprints."""
-    path = f"{site}/predictions/{model}"
-    if not exists(store, path):
-        return None
-    opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=path, consolidated=False)
-    return opened.get("change")
-
-
 def _truth(store: str, name: str) -> xr.DataArray:
     truth = cube.open_committed(store, name)["footprint"]
     if bool((truth == labels.UNKNOWN).all()):
@@ -137,7 +127,8 @@ def _blocks(truth: xr.DataArray) -> Iterator[tuple[slice, tuple[slice, slice]]]:
         yield slice(top, min(last + metrics.MARGIN_PX, height)), (slice(first - top, last - top), slice(None))
 
 
-def _baselines_of(store: str, site: str) -> dict[str, metrics.Scores]:
+def baselines_of(store: str, site: str) -> dict[str, metrics.Scores]:
+    """Counts of maps that know nothing, by their name; raises LabelError as `score_site` does."""
     truth = _truth(store, site)
     found: dict[str, metrics.Scores] = {}
     years = [int(y) for y in truth.year]
@@ -156,15 +147,16 @@ class Tables:
     pooled: Mapping[str, metrics.Scores]
     intervals: Mapping[str, pd.DataFrame]
     differences: Mapping[str, pd.DataFrame]
-    """"a - b" -> how much higher a's pooled scores are than those of b, the first model, of the same drawn sites."""
+    """"a - b" -> how much higher a's pooled scores are than b's, of the same drawn sites."""
 
     @classmethod
-    def of(cls, counted: Counted) -> Tables:
-        """Pool, resample and compare."""
+    def of(cls, counted: Counted, compared: Iterable[tuple[str, str]] | None = None) -> Tables:
+        """Pool, resample, and compare each with the first, or these with each other."""
         pooled = {model: sum(sites.values(), metrics.Scores()) for model, sites in counted.items()}
         spread = {model: metrics.intervals(sites) for model, sites in counted.items()}
         first, *others = counted
-        paired = {f"{m} - {first}": metrics.difference(counted[m], counted[first]) for m in others}
+        pairs = [(m, first) for m in others] if compared is None else compared
+        paired = {f"{a} - {b}": metrics.difference(counted[a], counted[b]) for a, b in pairs}
         return cls(counted, pooled, spread, paired)
 
     def text(self) -> str:
@@ -187,7 +179,7 @@ class Tables:
     def summary(self) -> pd.DataFrame:
         """A row a model, pooled scores with intervals as text."""
         names = list(dict.fromkeys([*SHOWN, *CHANGE_SHOWN]))
-        rows = {m: {n: _cell(t.loc[n]) if n in t.index else "" for n in names} for m, t in self.intervals.items()}
+        rows = {m: {n: cell(t.loc[n]) if n in t.index else "" for n in names} for m, t in self.intervals.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("model")
 
     def long(self) -> dict[str, pd.DataFrame]:
@@ -223,24 +215,24 @@ class Tables:
         return [*self.counted[model].items(), ("pooled", self.pooled[model])]
 
 
-def write_all(tables: Tables, out: Path) -> list[Path]:
-    """Tables, counts and pictures into a folder; their paths."""
+def write_all(tables: Tables, out: Path, drawn: Sequence[str] | None = None) -> list[Path]:
+    """Tables, counts and pictures into a folder; their paths. `drawn`: the models in the pictures, all by default."""
     written = []
     summary = tables.summary()
     for suffix, text in ((".md", markdown(summary)), (".tex", latex(summary))):
-        written.append(_write(out / f"scores{suffix}", text))
+        written.append(write(out / f"scores{suffix}", text))
     for name, of in tables.long().items():
-        written.append(_write(out / f"{name}.csv", of.to_csv()))
+        written.append(write(out / f"{name}.csv", of.to_csv()))
     counts = {m: {s: c.to_json() for s, c in sites.items()} for m, sites in tables.counted.items()}
-    written.append(_write(out / "counts.json", json.dumps(counts) + "\n"))
-    return written + _drawn(tables, out)
+    written.append(write(out / "counts.json", json.dumps(counts) + "\n"))
+    return written + _drawn(tables, out, list(tables.counted) if drawn is None else list(drawn))
 
 
-def _drawn(tables: Tables, out: Path) -> list[Path]:
-    models = list(tables.counted)
-    maps = {m: c for m, c in tables.pooled.items() if c.years}
+def _drawn(tables: Tables, out: Path, models: Sequence[str]) -> list[Path]:
+    pooled = {m: tables.pooled[m] for m in models}
+    maps = {m: c for m, c in pooled.items() if c.years}
     said = {m: sum_of(c.footprint) for m, c in maps.items() if c.footprint}
-    moved = {m: sum_of(c.change) for m, c in tables.pooled.items() if c.change}
+    moved = {m: sum_of(c.change) for m, c in pooled.items() if c.change}
     names = [
         out / f"{n}.png"
         for n in ("iou_by_year", "change_f1_by_gap", "reliability", "precision_recall", "change_precision_recall")
@@ -250,7 +242,7 @@ def _drawn(tables: Tables, out: Path) -> list[Path]:
         scores = {m: metrics.by_year(c)["iou"] for m, c in maps.items()}
         pictures.lines(scores, names[0], "Footprints by year", axes=("year", "IoU of footprints"), models=models)
         drawn.append(names[0])
-    gaps = {m: t["change_f1"] for m, c in tables.pooled.items() if "change_f1" in (t := metrics.by_gap(c))}
+    gaps = {m: t["change_f1"] for m, c in pooled.items() if "change_f1" in (t := metrics.by_gap(c))}
     if gaps:
         labels_of = ("gap, calendar years between the two of a pair", "F1 of changed pixels")
         pictures.lines(gaps, names[1], "Change by gap", axes=labels_of, models=models)
@@ -298,7 +290,8 @@ def _escaped(text: str) -> str:
     return "".join("\\" + c if c in "&%$#_{}" else c for c in text)
 
 
-def _cell(row: Any) -> str:
+def cell(row: Any) -> str:
+    """A score with its interval, as text."""
     if math.isnan(row["score"]):
         return "n/a"
     interval = "" if math.isnan(row["low"]) else f" [{row['low']:.3f}, {row['high']:.3f}]"
@@ -311,7 +304,8 @@ def _of_change(intervals: pd.DataFrame) -> Sequence[str]:
     return [name for name in names if name in intervals.index]
 
 
-def _write(path: Path, text: str) -> Path:
+def write(path: Path, text: str) -> Path:
+    """Write a file whole or not at all; raises CatalogError where it cannot be."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

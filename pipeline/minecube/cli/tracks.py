@@ -13,7 +13,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, export
 from minecube import tracks as tracking
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.cli.common import progress_bar, sites_option, stored_sites, table, writable_store_option
 from minecube.errors import CatalogError
 from minecube.tracks.smoothing import TEMPER, Kernel
 
@@ -53,7 +53,7 @@ class Track:
 
 
 @click.command()
-@store_option
+@writable_store_option
 @sites_option
 @click.option("--model", default="unet-small", show_default=True, help="Whose prediction: the model's name.")
 @click.option(
@@ -98,9 +98,7 @@ def tracks(
     rows: list[dict[str, object]] = []
     with progress_bar("smoothing", len(names)) as advance:
         for name, lazy in maps.items():
-            opened = cube.open_cube(store, name)
-            grid = opened.odc.geobox
-            probability = lazy.compute().assign_coords({axis: opened[axis] for axis in ("y", "x", "spatial_ref")})
+            grid, probability = lazy.odc.geobox, lazy.compute()
             track = follow(probability, grid, found, kernel)
             made_of = probability.attrs.get("model", {})
             card = {**made_of, "id": f"{model}{SUFFIX}", "smoothed_from": model, "rates": asdict(found)}

@@ -50,7 +50,7 @@ from minecube.cube.builds import (
 )
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
-from minecube.cube.predictions import Prediction, open_change, open_probability, write_prediction, write_probability
+from minecube.cube.predictions import Prediction, mapped_by, open_change, open_probability, write_prediction, write_probability
 from minecube.cube.store import (
     FORMAT,
     NAMED,
@@ -92,6 +92,7 @@ __all__ = [
     "create",
     "is_committed",
     "is_packed",
+    "mapped_by",
     "named_sites",
     "need_writable",
     "note_incomplete",

@@ -161,11 +161,20 @@ def open_change(store: str, site_id: str, model: str) -> xr.DataArray:
     return _open(store, site_id, model, "change")
 
 
-def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
+def mapped_by(store: str, site_id: str, model: str) -> str:
+    """What a model maps of a site, probability or change; raises CubeError where it did not run."""
+    return str(_group(store, site_id, model).attrs.get("variable", "probability"))
+
+
+def _group(store: str, site_id: str, model: str) -> zarr.Group:
     path = f"{site_id}/predictions/{model}"
     if not exists(store, path):
         raise CubeError(f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first")
-    group = group_of(store, path)
+    return group_of(store, path)
+
+
+def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
+    path, group = f"{site_id}/predictions/{model}", _group(store, site_id, model)
     attrs = dict(group.attrs)
     views, done, now = _views(attrs), attrs.get("done", {}), _build_ids(store, site_id)
     if views and attrs["variable"] != variable:

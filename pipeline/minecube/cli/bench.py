@@ -1,0 +1,208 @@
+"""Subcommand bench: every network by name trained, applied and scored on one split of a store, and the two tables of it."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+
+from minecube import cube, metrics, models, tracks
+from minecube import train as training
+from minecube.catalog import ModelCard, Settings, as_dict, pick
+from minecube.cli import common
+from minecube.cli.common import catalog_option, progress_bar, stored_sites, writable_store_option
+from minecube.cli.learn import state_of, train_network
+from minecube.cli.predict import map_site
+from minecube.cli.score import Counted, Tables, baselines_of, cell, latex, markdown, score_site, write, write_all
+from minecube.cli.tracks import SUFFIX
+from minecube.errors import CatalogError, ModelError
+
+MAPPING = ("f1", "iou", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "boundary_f1")
+CHANGE = ("change_f1", "change_iou", "change_precision", "change_recall", "change_auprc")
+GAPS = (1, 3, 5, 9)
+"""Years between the two of a pair whose F1 stands in the table of change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Names of sites; no site is in two parts."""
+
+    train: list[str]
+    valid: list[str]
+    test: list[str]
+
+
+@click.command()
+@writable_store_option
+@click.option("--train", "train_sites", required=True, help="Sites to learn from, by name, comma-separated, * allowed.")
+@click.option("--valid", "valid_sites", required=True, help="Sites by which the best epoch is chosen, likewise.")
+@click.option("--test", "test_sites", required=True, help="Sites to map and to score, likewise; unseen by all of it.")
+@catalog_option
+@click.option("--models", "wanted", default="*-small", show_default=True, help="Networks by name, comma-separated, * allowed.")
+@click.option("--preset", "preset_id", default="cpu", show_default=True, help="How they are trained (catalog/presets.yaml).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, windows and augmentation.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for models and tables.")
+def bench(
+    store: str,
+    train_sites: str,
+    valid_sites: str,
+    test_sites: str,
+    catalog: Path | None,
+    wanted: str,
+    preset_id: str,
+    seed: int,
+    device: str,
+    out: Path,
+) -> None:
+    """Train, apply and score networks on one split; end with a table of footprints and a table of change.
+
+    Networks that map footprints are scored as they are and smoothed through time (NAME+hmm); maps that know nothing stand below
+    them. Run again it goes on where it stopped: what is trained and mapped is not done twice.
+
+    \b
+    Example:
+      minecube bench --store cubes.zarr --train 'train_*' --valid 'valid_*' --test 'test_*' --out bench
+    """
+    split = _split(store, train_sites, valid_sites, test_sites)
+    cards = _chosen(common.models(catalog), wanted)
+    settings = pick(common.presets(catalog), preset_id, "preset")
+    _agree(out / "bench.json", {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed})
+    compute = models.Compute(device=device)
+    took = {}
+    for number, card in enumerate(cards, start=1):
+        click.echo(f"{number} of {len(cards)}: {card.id}", err=True)
+        took[card.id] = _run(store, split, card, settings, training.Run(seed=seed, device=device, resume=True), compute, out)
+    names = [name for c in cards for name in ([c.id] if c.task == "change" else [c.id, c.id + SUFFIX])]
+    counted: Counted = {name: {} for name in names}
+    with progress_bar("scoring", len(split.test)) as advance:
+        for site in split.test:
+            for name in names:
+                counted[name][site] = score_site(store, site, name)
+            for name, scores in baselines_of(store, site).items():
+                counted.setdefault(name, {})[site] = scores
+            advance(note=site)
+    maps = [c.id for c in cards if c.task != "change"]
+    compared = [(m + SUFFIX, m) for m in maps] + [(a.id, m) for a in cards if a.task == "series" for m in maps if m != a.id]
+    for path in written(store, Tables.of(counted, compared), cards, took, out):
+        click.echo(path)
+    click.echo("\n" + (out / "mapping.md").read_text(encoding="utf-8"))
+    click.echo((out / "change.md").read_text(encoding="utf-8"))
+
+
+def _split(store: str, train: str, valid: str, test: str) -> Split:
+    split = Split(train=stored_sites(store, train), valid=stored_sites(store, valid), test=stored_sites(store, test))
+    parts = [*split.train, *split.valid, *split.test]
+    twice = sorted({name for name in parts if parts.count(name) > 1})
+    if twice:
+        raise CatalogError(
+            f"{', '.join(twice)}: expected each site in one part of the split; a score on ground that was learnt from says "
+            "nothing of other ground"
+        )
+    return split
+
+
+def _chosen(known: Mapping[str, ModelCard], wanted: str) -> list[ModelCard]:
+    patterns = [pattern.strip() for pattern in wanted.split(",")]
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise CatalogError(f"unknown model {pattern!r}; `minecube models` lists what there is")
+    return [card for name, card in known.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+
+
+def _agree(path: Path, asked: Mapping[str, Any]) -> None:
+    """Raises CatalogError where the folder holds a benchmark of something else; its models would stand beside others'."""
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))]
+        if different:
+            raise CatalogError(
+                f"{path}: is of a benchmark with other {', '.join(different)}; two of them in one table cannot be compared, so "
+                "name another --out"
+            )
+        return
+    write(path, json.dumps(asked, indent=2) + "\n")
+
+
+def _run(
+    store: str, split: Split, card: ModelCard, settings: Settings, run: training.Run, compute: models.Compute, out: Path
+) -> dict[str, float]:
+    """Train one network where it is not, map the test sites, and smooth; seconds of each and the number of parameters."""
+    file, times = out / "models" / f"{card.id}.pt", out / "models" / f"{card.id}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    took: dict[str, float] = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    if not file.exists():
+        start = time.monotonic()
+        run = replace(run, checkpoint=state_of(file))
+        fitted = train_network(store, split.train, split.valid, card, settings, run)
+        models.save(fitted.trained, file)
+        state_of(file).unlink()
+        took |= {"train_s": time.monotonic() - start, "valid_f1": fitted.best.f1, "epoch": fitted.best.epoch}
+    trained = models.load(file)
+    if trained.card != card:
+        raise ModelError(f"{file}: was trained by another card of that name; remove it, or name another --out")
+    mapped = [map_site(store, site, trained, compute=compute) for site in split.test]
+    if any(m.maps for m in mapped):
+        took["map_s"] = sum(m.seconds for m in mapped)
+    took["parameters"] = sum(p.numel() for p in trained.network.parameters())
+    write(times, json.dumps(took, indent=2) + "\n")
+    if card.task != "change":
+        _smooth(store, split.test, card)
+    return took
+
+
+def _smooth(store: str, sites: Sequence[str], card: ModelCard) -> None:
+    maps = {site: cube.open_probability(store, site, card.id) for site in sites}
+    rates = tracks.learn_rates(maps.values())
+    for site, lazy in maps.items():
+        name = card.id + SUFFIX
+        about = {**as_dict(card), "id": name, "smoothed_from": card.id, "rates": asdict(rates)}
+        cube.write_probability(store, site, name, tracks.smooth(lazy.compute(), rates), about)
+
+
+def written(
+    store: str, tables: Tables, cards: Sequence[ModelCard], took: Mapping[str, Mapping[str, float]], out: Path
+) -> list[Path]:
+    """The two tables, all scores and counts, and pictures of the best; their paths."""
+    spread, pooled = tables.intervals, tables.pooled
+    maps = [c.id for c in cards if c.task != "change"]
+    changes = [c.id for c in cards if c.task == "change"]
+    smoothed = [m + SUFFIX for m in maps]
+    baselines = [name for name in tables.counted if name not in (*maps, *smoothed, *changes)]
+    mapping, change = {}, {}
+    for name in (*maps, *smoothed, *baselines):
+        flips = "" if name in baselines else f"{flip_rate(store, list(tables.counted[name]), name):.2%}"
+        mapping[name] = [_size(took.get(name)), *(cell(spread[name].loc[score]) for score in MAPPING), flips]
+    for name in (*changes, *maps, *smoothed, *baselines):
+        by_gap = metrics.by_gap(pooled[name])["change_f1"]
+        scores = [cell(spread[name].loc[score]) if score in spread[name].index else "" for score in CHANGE]
+        change[name] = [_size(took.get(name)), *scores, *(f"{by_gap[g]:.3f}" if g in by_gap.index else "" for g in GAPS)]
+    paths = []
+    for file, rows, names in (
+        ("mapping", mapping, (*MAPPING, "flips")),
+        ("change", change, (*CHANGE, *(f"F1, gap {gap}" for gap in GAPS))),
+    ):
+        of = pd.DataFrame.from_dict(rows, orient="index", columns=["M weights", *names]).rename_axis("model")
+        paths += [write(out / f"{file}.md", markdown(of)), write(out / f"{file}.tex", latex(of))]
+    best = sorted(smoothed, key=lambda name: float(spread[name]["score"]["ca_tiou"]), reverse=True)[:3]
+    finest = sorted(changes, key=lambda name: float(spread[name]["score"]["change_f1"]), reverse=True)[:3]
+    drawn = [name for m in best for name in (m.removesuffix(SUFFIX), m)]
+    return paths + write_all(tables, out / "scores", [*drawn, *finest, *baselines])
+
+
+def flip_rate(store: str, sites: Sequence[str], name: str) -> float:
+    """Of all sites together: changes that go back on an earlier one, per step from year to year."""
+    maps = [tracks.threshold(cube.open_probability(store, site, name)) for site in sites]
+    steps = [m.size - m[0].size for m in maps]
+    return sum(tracks.flip_rate(m) * n for m, n in zip(maps, steps, strict=True)) / max(sum(steps), 1)
+
+
+def _size(took: Mapping[str, float] | None) -> str:
+    return f"{took['parameters'] / 1e6:.2f}" if took else ""
