@@ -71,15 +71,16 @@ def fill_of(dtype: Any) -> float:
 def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
     """A variable's chunks, shards and fill value; a shard is one of the recipe's blocks, of all bands."""
     lead = variable.shape[1:-2]
-    # Classes are packed by Zarr's own choice. Numbers come off the disk by half faster, and in less room, than with that
-    # (benchmarks/windows.py --table): the bits of a place lie together, and LZ4 unpacks at 3 GB/s.
-    packed = {} if variable.dtype.itemsize == 1 else {"compressors": BloscCodec(cname="lz4hc", clevel=5, shuffle="bitshuffle")}
+    # Numbers come off the disk by half faster, and in less room, than packed by Zarr's own choice (benchmarks/windows.py
+    # --table): the bits of a place lie together, and LZ4 unpacks at 3 GB/s. Classes are next to nothing either way, but
+    # a window has many chunks, and Zstandard takes 25 us for one of them, LZ4 5.
+    shuffle = "noshuffle" if variable.dtype.itemsize == 1 else "bitshuffle"
     fill = 255 if variable.name in ("footprint", FRACTION) else fill_of(variable.dtype)
     return {
         "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
         "shards": (1, *lead, recipe.block_px, recipe.block_px),
         "fill_value": fill,
-        **packed,
+        "compressors": BloscCodec(cname="lz4hc", clevel=5, shuffle=shuffle),
     }
 
 
