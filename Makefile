@@ -39,7 +39,8 @@ quick: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
 # What composites cost and how good they are; reading far away, from servers in trouble, and with flags that are wrong; the
-# published release imported; windows for training; smoothing through time: an hour on a machine that does nothing else.
+# published release imported; windows for training; mapping, smoothing,
+# scoring: an hour and a half on a machine that does nothing else.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/composite.py --json build/composite.json --markdown build/performance.md --picture build/mine.png
 	$(BIN)/python benchmarks/reading.py --json build/reading.json --plot build/offsets.png
