@@ -107,7 +107,7 @@ class Flat(nn.Module):
         inputs = len(card.bands) * (2 if card.task == "change" else 1)
         self.layers = nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, len(card.classes), 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, _years: torch.Tensor | None = None) -> torch.Tensor:
         if self.task == "mapping":
             return self.layers(x)
         if self.task == "change":

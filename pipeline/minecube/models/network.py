@@ -182,10 +182,13 @@ def _card(fields: dict[str, Any], where: str) -> ModelCard:
         ) from error
 
 
-def logits(network: nn.Module, task: str, windows: Tensor) -> Tensor:
-    """Of windows [n, time, band, y, x], the logits [n, time, class, y, x]; time is one year, two (giving one), or all."""
+def logits(network: nn.Module, task: str, windows: Tensor, years: Sequence[int] | None = None) -> Tensor:
+    """Of windows [n, time, band, y, x], the logits [n, time, class, y, x]; time is one year, two (giving one), or all.
+
+    `years` says which the windows are of; a network that sees a series is told, since a gap of three years is none of one.
+    """
     if task == "series":
-        found: Tensor = network(windows)
+        found: Tensor = network(windows, None if years is None else torch.tensor(years, device=windows.device))
         return found
     found = network(windows[:, 0] if task == "mapping" else windows)
     return found[:, None]

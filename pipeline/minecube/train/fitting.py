@@ -219,7 +219,10 @@ def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked
                 done = epoch * steps + step + 1
                 run.progress(done, settings.epochs * steps, f"epoch {epoch + 1}, loss {total / (step + 1):.3f}{_shown(state)}")
         took = time.monotonic() - start
-        scores = scores_of(judged(state.network, judging, windows.card, settings) if judging else Tensor([0, 0, 0]))
+        counts = Tensor([0, 0, 0])
+        if judging is not None and tiles is not None:
+            counts = judged(state.network, judging, windows.card, settings, tiles.survey.views[0][1])
+        scores = scores_of(counts)
         state.history.append(
             Epoch(
                 epoch=epoch + 1,
@@ -241,7 +244,7 @@ def _step(network: nn.Module, optimiser: torch.optim.Optimizer, item: list[Tenso
     """One step on a batch; its loss."""
     image, wanted = item
     with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type in windows.settings.bf16):
-        found = logits(network, windows.card.task, image)
+        found = logits(network, windows.card.task, image, windows.survey.views[0][1])
     loss = loss_of(found, wanted, windows.settings)
     value = loss.item()
     if math.isfinite(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from minecube.errors import ModelError
 from minecube.models import logits
 
 
-def judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, settings: Settings) -> Tensor:
+def judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, settings: Settings, years: Sequence[int]) -> Tensor:
     """Of the loader's windows, pixels rightly, wrongly, and wrongly not said to be of a class: int64 [3], classes together.
 
     Those whose target is unknown are in none. Where processes share the windows out, the counts are of all.
@@ -31,7 +32,8 @@ def judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, setting
     network.eval()
     with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=place.type in settings.bf16):
         for image, wanted in loader:
-            said, truth = logits(network, card.task, image.to(place, non_blocking=True)) >= 0, wanted.to(place)
+            said = logits(network, card.task, image.to(place, non_blocking=True), years) >= 0
+            truth = wanted.to(place)
             counts += torch.stack([(said & (truth == 1)).sum(), (said & (truth == 0)).sum(), (~said & (truth == 1)).sum()])
     if dist.is_initialized():
         dist.all_reduce(counts)
