@@ -21,7 +21,7 @@ from minecube.metrics.states import BOUNDARY_PX, UNKNOWN, Mapped, Pair, Scores, 
 
 MARGIN_PX = BOUNDARY_PX + 1
 """What a block's boundary pixels depend on around it."""
-_BAND_PX = 180
+_BAND_PX = 90
 """Rows that are looked at, then packed where there is something: what is between stays in the processor's cache."""
 _WORDS = 2048
 """Words at a time, likewise."""
@@ -62,15 +62,11 @@ def count(
     p, y = _footprints(p, "prediction"), _footprints(y, "truth")
     rows, columns = (range(n)[s] for n, s in zip(p.shape[1:], core or (slice(None), slice(None)), strict=True))
     sums = _Sums.zero(len(years))
-    batch: list[_Words] = []
-    for words in _bands(p, y, rows, columns):
+    if len(rows) and len(columns):
+        words = _busy(_packed(p, y, rows), rows, columns, p.shape[1:])
         sums.always += words.always
-        batch.append(words)
-        if sum(len(w.own) for w in batch) >= _WORDS:
-            sums.add(_Words.joined(batch))
-            batch = []
-    if batch:
-        sums.add(_Words.joined(batch))
+        for part in words.parts():
+            sums.add(part)
     return sums.scores(years, len(rows) * len(columns))
 
 
@@ -104,8 +100,8 @@ def _check(stack: NDArray[Any], what: str) -> None:
 
 @dataclass(frozen=True)
 class _Words:
-    """Words of a band whose pixels are not all alike, and up to MARGIN_PX of those above and below each, in the order of the
-    rows: a word's neighbours are beside it. Lowest bit leftmost."""
+    """Words whose pixels are not all alike, and up to MARGIN_PX of those above and below each, column by column of words, so
+    that a word's neighbours are beside it. Lowest bit leftmost."""
 
     bits: Words
     """(2 or 4, year, word): truth and prediction (1 mine), and where some are not known, those of each that are not."""
@@ -116,92 +112,97 @@ class _Words:
     moves: Words
     """(word): which of them are not alike in all years, in truth and prediction."""
     always: int
-    """Pixels to be counted that are mine in all years, in truth and prediction; here or where there is no word."""
+    """Pixels to be counted that are mine in all years, in truth and prediction; in all words, these or not."""
 
-    @classmethod
-    def joined(cls, parts: Sequence[_Words]) -> _Words:
-        if len(parts) == 1:
-            return parts[0]
-        kinds = max(len(part.bits) for part in parts)
-        wide = [np.pad(p.bits, ((0, kinds - len(p.bits)), (0, 0), (0, 0))) if len(p.bits) < kinds else p.bits for p in parts]
-        site, own, moves = (np.concatenate([getattr(p, name) for p in parts]) for name in ("site", "own", "moves"))
-        return cls(np.concatenate(wide, axis=2), site, own, moves, 0)
+    def parts(self) -> Iterator[_Words]:
+        """A few words at a time, and what is beside them."""
+        for first in range(0, len(self.own), _WORDS):
+            last = min(first + _WORDS, len(self.own))
+            start, stop = max(first - MARGIN_PX, 0), last + MARGIN_PX
+            own, moves = np.zeros((2, min(stop, len(self.own)) - start), np.uint64)
+            own[first - start : last - start] = self.own[first:last]
+            moves[first - start : last - start] = self.moves[first:last]
+            yield _Words(self.bits[:, :, start:stop], self.site[start:stop], own, moves, 0)
 
 
-def _bands(p: Bytes, y: Bytes, rows: range, columns: range) -> Iterator[_Words]:
-    height, width = p.shape[1:]
-    for first in range(rows.start, rows.stop, _BAND_PX):
-        last = min(first + _BAND_PX, rows.stop)
-        top, bottom = max(first - MARGIN_PX, 0), min(last + MARGIN_PX, height)
-        stacks = [y[:, top:bottom], p[:, top:bottom]]
-        ever = np.zeros(stacks[0].shape[1:], np.uint8)
-        for plane in (plane for pair in zip(*stacks, strict=True) for plane in pair):
-            np.bitwise_or(ever, plane, out=ever)
+def _packed(p: Bytes, y: Bytes, rows: range) -> Bytes:
+    """(2 or 4, year, row, byte), as `_Words.bits`, with one byte before the first column, one or more after the last, and
+    MARGIN_PX rows above and below the given ones."""
+    years, height, width = p.shape
+    shape = 2, years, len(rows) + 2 * MARGIN_PX, 7 * -(-(width + 8) // _STEP_PX) + 1
+    frame, unknown = np.zeros(shape, np.uint8), None
+    first, last = max(rows.start - MARGIN_PX, 0), min(rows.stop + MARGIN_PX, height)
+    ever = np.empty((min(_BAND_PX, last - first), width), np.uint8)
+    for top in range(first, last, _BAND_PX):
+        stacks = [stack[:, top : min(top + _BAND_PX, last)] for stack in (y, p)]
+        ever = ever[: stacks[0].shape[1]]
+        np.bitwise_or(stacks[0][0], stacks[1][0], out=ever)
+        for stack in stacks:
+            for plane in stack[1:]:
+                np.bitwise_or(ever, plane, out=ever)
         any_row = np.bitwise_or.reduce(ever, axis=0)
         there = np.flatnonzero(any_row)
         if not len(there):
             continue
-        unknown = any_row.max() > 1
-        if unknown:
+        # Beyond these columns nothing is a mine in any year, and all is known.
+        left, right = int(there[0]) // 8, int(there[-1]) // 8 + 1
+        at = top - rows.start + MARGIN_PX
+        place = (..., slice(at, at + len(ever)), slice(1 + left, 1 + right))
+        stacks = [stack[:, :, 8 * left : 8 * right] for stack in stacks]
+        if any_row.max() > 1:
             for stack, what in zip(stacks, ("truth", "prediction"), strict=True):
                 _check(stack, what)
-        # Beyond these columns nothing is a mine in any year, and all is known.
-        left, right = int(there[0]), int(there[-1]) + 1
-        stacks = [stack[:, :, left:right] for stack in stacks]
-        planes = [s & np.uint8(1) for s in stacks] + [s >> np.uint8(7) for s in stacks] if unknown else stacks
-        count = -(-(right - left + 8) // _STEP_PX)
-        # The first byte of a row is left of the first column, and as many rows of context are above the first as below the last.
-        frame = np.zeros((len(planes), len(p), last - first + 2 * MARGIN_PX, 7 * count + 1), np.uint8)
-        at = slice(top - first + MARGIN_PX, bottom - first + MARGIN_PX)
-        for of, plane in zip(frame, planes, strict=True):
-            packed = np.packbits(plane, axis=-1, bitorder="little")
-            of[:, at, 1 : 1 + packed.shape[-1]] = packed
-        x = left - 8 + np.arange(8 * frame.shape[-1])
-        site, own = (
-            _words(np.packbits((x >= of.start) & (x < of.stop), bitorder="little")) for of in (range(width), columns)
-        )
-        inside = np.zeros((frame.shape[2], 1), np.uint64)
-        inside[at] = _ONE
-        yield _active(frame, inside * site, own & _OWN)
+            unknown = np.zeros(shape, np.uint8) if unknown is None else unknown
+            for of, stack in zip(unknown[place], stacks, strict=True):
+                of[:] = np.packbits(stack >> np.uint8(7), axis=-1, bitorder="little")
+            stacks = [stack & np.uint8(1) for stack in stacks]
+        for of, stack in zip(frame[place], stacks, strict=True):
+            of[:] = np.packbits(stack, axis=-1, bitorder="little")
+    return frame if unknown is None else np.concatenate([frame, unknown])
 
 
 def _words(packed: Bytes) -> Words:
     """Bytes of pixels (..., byte) -> words (..., word) that begin every seventh byte."""
     *shape, size = packed.shape
-    strides = (*packed.strides[:-1], 7)
-    words: Words = np.ndarray((*shape, (size - 1) // 7), np.uint64, packed, strides=strides).copy()
+    words: Words = np.ndarray((*shape, (size - 1) // 7), np.uint64, packed, strides=(*packed.strides[:-1], 7)).copy()
     return words
 
 
-def _active(frame: Bytes, site: Words, own: Words) -> _Words:
-    """Those of a frame of bits (2 or 4, year, row, byte) that are worth more than a look."""
-    planes = frame[:2].reshape(-1, *frame.shape[2:])
+def _busy(frame: Bytes, rows: range, columns: range, shape: tuple[int, ...]) -> _Words:
+    """Those words of `_packed` that are worth more than a look."""
+    kinds, years, height, size = frame.shape
+    planes = frame[:2].reshape(-1, height * size)
     some, all_ = np.bitwise_or.reduce(planes, axis=0), np.bitwise_and.reduce(planes, axis=0)
-    if len(frame) > 2:
-        unknown = np.bitwise_or.reduce(frame[2:].reshape(-1, *frame.shape[2:]), axis=0)
-        some, all_ = some | unknown, all_ & ~unknown
-    some, all_ = _words(some), _words(all_)
-    inner = slice(MARGIN_PX, -MARGIN_PX)
+    if kinds > 2:
+        unknown = np.bitwise_or.reduce(frame[2:].reshape(-1, height * size), axis=0)
+        some |= unknown
+        all_ &= ~unknown
+    some, all_ = _words(some.reshape(height, size)), _words(all_.reshape(height, size))
+    x = np.arange(8 * size) - 8
+    site, own = (_words(np.packbits((x >= of.start) & (x < of.stop), bitorder="little")) for of in (range(shape[1]), columns))
+    own &= _OWN
+    y = np.arange(height) + rows.start - MARGIN_PX
+    site = np.where(((y >= 0) & (y < shape[0]))[:, None], site, np.uint64(0))
     # Nothing moves, and there is no boundary, where a pixel is never a mine, or always with all its neighbours.
     calm = all_ | ~site
-    calm[1:-1] &= calm[2:] & calm[:-2] & (calm[1:-1] << _ONE) & (calm[1:-1] >> _ONE)
+    middle = calm[1:-1]
+    inner = slice(MARGIN_PX, -MARGIN_PX)
     busy = np.zeros(some.shape, np.bool_)
-    busy[inner] = (some[inner] & ~calm[inner] & own) != 0
-    always = int(np.bitwise_count(all_[inner] & own).sum())
+    still = middle & calm[2:] & calm[:-2] & middle << _ONE & middle >> _ONE
+    busy[inner] = some[inner] & ~still[MARGIN_PX - 1 : 1 - MARGIN_PX] & own
     near = busy.copy()
     for away in range(1, MARGIN_PX + 1):
         near[away:] |= busy[:-away]
         near[:-away] |= busy[away:]
     column, row = np.nonzero(near.T)
-    core = np.where(busy, own, np.uint64(0))
-    row_bytes = frame.shape[3]
-    place = row * row_bytes + 7 * column
-    size = frame.shape[2] * row_bytes
-    source = np.ndarray((*frame.shape[:2], size - 7), np.uint64, frame, strides=(*frame.strides[:2], 1))
-    bits = np.empty((*frame.shape[:2], len(place)), np.uint64)
-    for at in np.ndindex(frame.shape[:2]):
+    source = np.ndarray((kinds, years, height * size - 7), np.uint64, frame, strides=(*frame.strides[:2], 1))
+    place = row * size + 7 * column
+    bits = np.empty((kinds, years, len(place)), np.uint64)
+    for at in np.ndindex(kinds, years):
         bits[at] = source[at][place]
-    return _Words(bits, site[row, column], core[row, column], (some & ~all_)[row, column] & core[row, column], always)
+    core = np.where(busy[row, column], own[column], np.uint64(0))
+    always = int(_sizes(all_[inner] & own).sum())
+    return _Words(bits, site[row, column], core, (some & ~all_)[row, column] & core, always)
 
 
 def _edges(x: Words, blank: Words) -> Words:
