@@ -1,10 +1,10 @@
 """Pixels -> counts, without a look at most pixels but the first.
 
-What is a mine in no year, or in all, in truth and in prediction, is counted and left. Around the rest the pixels of a row are
-packed into words of 64 bits, one row of words a year, so that an operation on a word is done to 64 pixels. A word holds 56
-pixels and 4 on either side, which are those of its neighbours: boundaries need nothing but shifts, and the words above and
-below. Counts of pairs of years come from the numbers of bits that rows of words have in common. None of this is an
-approximation.
+What is a mine in no year, or in all, in truth and in prediction, is counted and left. Where there is something, pixels are
+packed into bits, as they lie in memory, and around the rest words of 64 bits are taken out of them, a row of words a year, so
+that an operation on a word is done to all its pixels. A word holds 48 pixels and 4 on either side, which are those of its
+neighbours, and up to 8 bits that are not used: boundaries need nothing but shifts, and the words above and below. Counts of
+pairs of years come from the numbers of bits that rows of words have in common. None of this is an approximation.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from minecube.metrics.states import BOUNDARY_PX, UNKNOWN, Mapped, Pair, Scores, 
 
 MARGIN_PX = BOUNDARY_PX + 1
 """What a block's boundary pixels depend on around it."""
-_BAND_PX = 90
-"""Rows that are looked at, then packed where there is something: what is between stays in the processor's cache."""
+_BAND_PX = 88
+"""Rows that are looked at, then packed if there is something: what is between stays in the processor's cache. Of eight."""
 _WORDS = 4096
 """Words at a time: many enough that most sites take one go, few enough for the same cache."""
-_STEP_PX = 64 - 2 * MARGIN_PX
-"""Pixels of a word that are its own."""
-_OWN = np.uint64(((1 << _STEP_PX) - 1) << MARGIN_PX)
-_INNER = np.uint64((1 << 64) - 1 - (1 << 63) - 1)
-"""All bits that have a neighbour in the word on both sides."""
+_STEP_PX = 48
+"""Pixels of a word that are its own: with the margins 56, and those can begin at any bit of the first of eight bytes."""
 _ONE = np.uint64(1)
 
 Bytes = NDArray[np.uint8]
@@ -64,7 +61,7 @@ def count(
     rows, columns = (range(n)[s] for n, s in zip(p.shape[1:], core or (slice(None), slice(None)), strict=True))
     sums = _Sums.zero(len(years))
     if len(rows) and len(columns):
-        words = _busy(_packed(p, y, rows), rows, columns, p.shape[1:])
+        words = _busy(p, y, rows, columns)
         sums.always = words.always
         for part in words.parts():
             sums.add(part)
@@ -128,86 +125,83 @@ class _Words:
 
 
 def _packed(p: Bytes, y: Bytes, rows: range) -> Bytes:
-    """(2 or 4, year, row, byte), as `_Words.bits`, with one byte before the first column, one or more after the last, and
-    MARGIN_PX rows above and below the given ones."""
-    years, height, width = p.shape
-    shape = 2, years, len(rows) + 2 * MARGIN_PX, 7 * -(-(width + 8) // _STEP_PX) + 1
+    """(2 or 4, year, byte), as `_Words.bits`: pixels of those rows, eight bytes before and after them."""
+    years, _, width = p.shape
+    shape = 2, years, 16 + -(-len(rows) * width // 8)
     frame, unknown = np.zeros(shape, np.uint8), None
-    first, last = max(rows.start - MARGIN_PX, 0), min(rows.stop + MARGIN_PX, height)
-    ever = np.empty((min(_BAND_PX, last - first), width), np.uint8)
-    for top in range(first, last, _BAND_PX):
-        stacks = [stack[:, top : min(top + _BAND_PX, last)] for stack in (y, p)]
+    ever = np.empty((min(_BAND_PX, len(rows)), width), np.uint8)
+    for top in range(rows.start, rows.stop, _BAND_PX):
+        stacks = [stack[:, top : min(top + _BAND_PX, rows.stop)] for stack in (y, p)]
         ever = ever[: stacks[0].shape[1]]
         np.bitwise_or(stacks[0][0], stacks[1][0], out=ever)
         for stack in stacks:
             for plane in stack[1:]:
                 np.bitwise_or(ever, plane, out=ever)
-        any_row = np.bitwise_or.reduce(ever, axis=0)
-        there = np.flatnonzero(any_row)
-        if not len(there):
+        most = ever.max()
+        if not most:
             continue
-        if unsure := any_row.max() > 1:
+        start = 8 + (top - rows.start) * width // 8
+        place = (..., slice(start, start + -(-ever.size // 8)))
+        stacks = [stack.reshape(years, -1) for stack in stacks]
+        if most > 1:
             for stack, what in zip(stacks, ("truth", "prediction"), strict=True):
                 _check(stack, what)
             unknown = np.zeros(shape, np.uint8) if unknown is None else unknown
-        # In other columns nothing is a mine in any year, and all is known.
-        gaps = np.flatnonzero(there[1:] - there[:-1] > _STEP_PX).tolist()
-        at = top - rows.start + MARGIN_PX
-        for begin, end in zip([-1, *gaps], [*gaps, -1], strict=True):
-            left, right = int(there[begin + 1]) // 8, int(there[end]) // 8 + 1
-            place = (..., slice(at, at + len(ever)), slice(1 + left, 1 + right))
-            pixels = [stack[:, :, 8 * left : 8 * right] for stack in stacks]
-            if unsure and unknown is not None:
-                for of, stack in zip(unknown[place], pixels, strict=True):
-                    of[:] = np.packbits(stack >> np.uint8(7), axis=-1, bitorder="little")
-                pixels = [stack & np.uint8(1) for stack in pixels]
-            for of, stack in zip(frame[place], pixels, strict=True):
-                of[:] = np.packbits(stack, axis=-1, bitorder="little")
+            for of, stack in zip(unknown[place], stacks, strict=True):
+                of[:] = np.packbits(stack >> np.uint8(7), axis=-1, bitorder="little")
+            stacks = [stack & np.uint8(1) for stack in stacks]
+        for of, stack in zip(frame[place], stacks, strict=True):
+            of[:] = np.packbits(stack, axis=-1, bitorder="little")
     return frame if unknown is None else np.concatenate([frame, unknown])
 
 
-def _words(packed: Bytes) -> Words:
-    """Bytes of pixels (..., byte) -> words (..., word) that begin every seventh byte."""
-    *shape, size = packed.shape
-    words: Words = np.ndarray((*shape, (size - 1) // 7), np.uint64, packed, strides=(*packed.strides[:-1], 7)).copy()
+def _words(packed: Bytes, place: Ints, site: Words) -> Words:
+    """The words that begin at a bit, and of them the pixels of the site."""
+    anywhere = np.ndarray(len(packed) - 7, np.uint64, packed, strides=(1,))
+    words: Words = anywhere[place >> 3]
+    words >>= (place & 7).astype(np.uint64)
+    words &= site
     return words
 
 
-def _busy(frame: Bytes, rows: range, columns: range, shape: tuple[int, ...]) -> _Words:
-    """Those words of `_packed` that are worth more than a look."""
-    kinds, years, height, size = frame.shape
-    planes = frame[:2].reshape(-1, height * size)
+def _busy(p: Bytes, y: Bytes, rows: range, columns: range) -> _Words:
+    """Those words that are worth more than a look."""
+    _, height, width = p.shape
+    first, last = max(rows.start - MARGIN_PX, 0), min(rows.stop + MARGIN_PX, height)
+    frame = _packed(p, y, range(first, last))
+    planes = frame[:2].reshape(-1, frame.shape[2])
     some, all_ = np.bitwise_or.reduce(planes, axis=0), np.bitwise_and.reduce(planes, axis=0)
-    if kinds > 2:
-        unknown = np.bitwise_or.reduce(frame[2:].reshape(-1, height * size), axis=0)
+    for unknown in frame[2:].reshape(-1, frame.shape[2]):
         some |= unknown
         all_ &= ~unknown
-    some, all_ = _words(some.reshape(height, size)), _words(all_.reshape(height, size))
-    x = np.arange(8 * size) - 8
-    site, own = (_words(np.packbits((x >= of.start) & (x < of.stop), bitorder="little")) for of in (range(shape[1]), columns))
-    own &= _OWN
-    y = np.arange(height) + rows.start - MARGIN_PX
-    site = np.where(((y >= 0) & (y < shape[0]))[:, None], site, np.uint64(0))
+    left = np.arange(0, width, _STEP_PX) - MARGIN_PX
+    x, bit = left[:, None] + np.arange(64), np.arange(64)
+    inside = (x >= 0) & (x < width) & (bit < 64 - 8)
+    core = (x >= columns.start) & (x < columns.stop) & (bit >= MARGIN_PX) & (bit < MARGIN_PX + _STEP_PX)
+    across, own = (np.packbits(of, axis=1, bitorder="little").view(np.uint64)[:, 0] for of in (inside, core))
+    down = np.arange(rows.start - MARGIN_PX, rows.stop + MARGIN_PX)
+    site = np.where(((down >= 0) & (down < height))[:, None], across, np.uint64(0))
+    place = 64 + (np.clip(down, first, last - 1) - first)[:, None] * width + left
+    some, all_ = _words(some, place, site), _words(all_, place, site)
     # Nothing moves, and there is no boundary, where a pixel is never a mine, or always with all its neighbours.
     calm = all_ | ~site
     middle = calm[1:-1]
+    still = middle & calm[2:] & calm[:-2] & middle << _ONE & middle >> _ONE
     inner = slice(MARGIN_PX, -MARGIN_PX)
     busy = np.zeros(some.shape, np.bool_)
-    still = middle & calm[2:] & calm[:-2] & middle << _ONE & middle >> _ONE
     busy[inner] = some[inner] & ~still[MARGIN_PX - 1 : 1 - MARGIN_PX] & own
     near = busy.copy()
     for away in range(1, MARGIN_PX + 1):
         near[away:] |= busy[:-away]
         near[:-away] |= busy[away:]
     column, row = np.nonzero(near.T)
-    source = np.ndarray((kinds, years, height * size - 7), np.uint64, frame, strides=(*frame.strides[:2], 1))
-    place = row * size + 7 * column
-    bits = np.empty((kinds, years, len(place)), np.uint64)
-    for at in np.ndindex(kinds, years):
-        bits[at] = source[at][place]
-    core = np.where(busy[row, column], own[column], np.uint64(0))
+    place, site = place[row, column], site[row, column]
+    bits = np.empty((*frame.shape[:2], len(place)), np.uint64)
+    for at in np.ndindex(frame.shape[:2]):
+        bits[at] = _words(frame[at], place, site)
+    own_bits = np.where(busy[row, column], own[column], np.uint64(0))
     always = int(_sizes(all_[inner] & own).sum())
-    return _Words(bits, site[row, column], core, (some & ~all_)[row, column] & core, always)
+    return _Words(bits, site, own_bits, (some & ~all_)[row, column] & own_bits, always)
 
 
 def _edges(x: Words, blank: Words) -> Words:
@@ -219,7 +213,7 @@ def _edges(x: Words, blank: Words) -> Words:
     inner &= middle << _ONE
     inner &= middle >> _ONE
     np.bitwise_and(middle, ~inner, out=edges[..., 1:-1])
-    edges &= ~blank & _INNER
+    edges &= ~blank
     return edges
 
 
