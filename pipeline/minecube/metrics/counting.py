@@ -22,7 +22,7 @@ from minecube.metrics.states import BOUNDARY_PX, UNKNOWN, Mapped, Pair, Scores, 
 
 MARGIN_PX = BOUNDARY_PX + 1
 """What a block's boundary pixels depend on around it."""
-_BAND_PX = 88
+_BAND_PX = 128
 """Rows that are looked at, then packed if there is something: what is between stays in the processor's cache. Of eight."""
 _WORDS = 4096
 """Words at a time: many enough that most sites take one go, few enough for the same cache."""
@@ -156,10 +156,12 @@ def _packed(p: Bytes, y: Bytes, rows: range) -> Bytes:
 
 
 def _words(packed: Bytes, place: Ints, site: Words) -> Words:
-    """The words that begin at a bit, and of them the pixels of the site."""
-    anywhere = np.ndarray(len(packed) - 7, np.uint64, packed, strides=(1,))
-    words: Words = anywhere[place >> 3]
-    words >>= (place & 7).astype(np.uint64)
+    """Of bits (..., byte) the words that begin at a bit, and of them the pixels of the site: (..., *place.shape)."""
+    byte, shift = place >> 3, (place & 7).astype(np.uint64)
+    words = np.empty((*packed.shape[:-1], *place.shape), np.uint64)
+    for of in np.ndindex(packed.shape[:-1]):
+        words[of] = np.ndarray(packed.shape[-1] - 7, np.uint64, packed[of], strides=(1,))[byte]
+    words >>= shift
     words &= site
     return words
 
@@ -196,12 +198,9 @@ def _busy(p: Bytes, y: Bytes, rows: range, columns: range) -> _Words:
         near[:-away] |= busy[away:]
     column, row = np.nonzero(near.T)
     place, site = place[row, column], site[row, column]
-    bits = np.empty((*frame.shape[:2], len(place)), np.uint64)
-    for at in np.ndindex(frame.shape[:2]):
-        bits[at] = _words(frame[at], place, site)
     own_bits = np.where(busy[row, column], own[column], np.uint64(0))
     always = int(_sizes(all_[inner] & own).sum())
-    return _Words(bits, site, own_bits, (some & ~all_)[row, column] & own_bits, always)
+    return _Words(_words(frame, place, site), site, own_bits, (some & ~all_)[row, column] & own_bits, always)
 
 
 def _edges(x: Words, blank: Words) -> Words:
