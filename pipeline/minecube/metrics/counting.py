@@ -291,9 +291,10 @@ class _Sums:
     def _pairs(self, y: Words, p: Words, known: Words, mapped: Words | None) -> None:
         """Of rows without unknown pixels; `mapped` is where truth is known, None if all is."""
         buffer = np.empty((8, *y.shape), np.uint64)
+        moved = np.zeros((8, self.years, self.years), np.int64)
         for i in range(self.years):
             part = buffer[:, i + 1 :]
-            truth, pred, both, truth_new, pred_new, truth_new_pred, pred_new_truth, both_new = part
+            truth, pred, both, truth_new_pred, pred_new_truth, both_new, truth_new, pred_new = part
             np.bitwise_xor(y[i], y[i + 1 :], out=truth)
             np.bitwise_xor(p[i], p[i + 1 :], out=pred)
             if mapped is not None:
@@ -308,9 +309,14 @@ class _Sums:
             np.bitwise_and(truth_new, pred, out=truth_new_pred)
             np.bitwise_and(pred_new, truth, out=pred_new_truth)
             np.bitwise_and(truth_new_pred, pred_new, out=both_new)
-            self.moved[:, i, i + 1 :] += _sizes(part)
+            counted = 6 if mapped is None else 8
+            moved[:counted, i, i + 1 :] = _sizes(part[:counted])
         if mapped is None:
             self.known += np.triu(np.ones_like(self.known)) * _sizes(known[0])
+            # All are known in both years: what is new less what is gone is what there is more of.
+            for n, sizes in enumerate((_sizes(y), _sizes(p))):
+                moved[6 + n] = np.triu(moved[n] + sizes - sizes[:, None], 1) // 2
+        self.moved += moved
 
     def _consecutive(self, y: Words, p: Words, known: Words) -> None:
         """Steps and windows."""
@@ -365,11 +371,11 @@ _PAIR = np.array(
         [0, 0, 0, 0, 1, 0, 0, -1, 0],  # truth changes
         [0, 0, 0, 0, 0, 0, 0, -1, 1],  # prediction changes
         [0, 0, 0, 0, -1, 1, 0, 1, -1],  # both change
-        [0, 1, 0, 0, -1, 0, 0, 0, 0],  # truth is new
-        [0, 0, 0, 0, 0, 0, 1, 0, -1],  # prediction is new
         [0, -1, 1, 0, 1, -1, 0, 0, 0],  # truth is new, prediction changes
         [0, 0, 0, 1, 0, -1, -1, 0, 1],  # prediction is new, truth changes
         [1, 0, -1, -1, 0, 1, 0, 0, 0],  # both are new
+        [0, 1, 0, 0, -1, 0, 0, 0, 0],  # truth is new
+        [0, 0, 0, 0, 0, 0, 1, 0, -1],  # prediction is new
     ]
 )
 """Counts of a pair of years -> Pair, without the last."""
