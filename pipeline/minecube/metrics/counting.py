@@ -3,7 +3,7 @@
 What is a mine in no year, or in all, in truth and in prediction, is counted and left. Where there is something, pixels are
 packed into bits, as they lie in memory, and around the rest words of 64 bits are taken out of them, a row of words a year, so
 that an operation on a word is done to all its pixels. A word holds 48 pixels and 4 on either side, which are those of its
-neighbours, and up to 8 bits that are not used: boundaries need nothing but shifts, and the words above and below. Counts of
+neighbours, and 8 bits that are not used: boundaries need nothing but shifts, and the words above and below. Counts of
 pairs of years come from the numbers of bits that rows of words have in common. None of this is an approximation.
 """
 
@@ -23,7 +23,8 @@ from minecube.metrics.states import BOUNDARY_PX, UNKNOWN, Mapped, Pair, Scores, 
 MARGIN_PX = BOUNDARY_PX + 1
 """What a block's boundary pixels depend on around it."""
 _BAND_PX = 128
-"""Rows that are looked at, then packed if there is something: what is between stays in the processor's cache. Of eight."""
+"""Rows that are looked at, then packed if there is something: what is between stays in the processor's cache. A
+multiple of eight, so that each band begins with a byte of bits."""
 _WORDS = 4096
 """Words at a time: many enough that most sites take one go, few enough for the same cache."""
 _STEP_PX = 48
