@@ -103,6 +103,15 @@ def _jaccard(t: np.ndarray, q: np.ndarray, zero_division: float) -> float:
     return jaccard_score(t, q) if (t | q).any() else zero_division
 
 
+def test_counts_are_the_same_however_many_rows_and_words_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, y = (series(seed, (10, 43, 61)) for seed in (11, 12))
+    p[:, :9], y[:, :9] = 0, 0
+    whole = count(p, y, range(10))
+    monkeypatch.setattr("minecube.metrics.counting._BAND_PX", 8)
+    monkeypatch.setattr("minecube.metrics.counting._WORDS", 7)
+    assert count(p, y, range(10)) == whole
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_scores_through_time_are_those_of_loops(seed: int) -> None:
     p, y = series(seed), series(seed + 100)
