@@ -178,7 +178,7 @@ def ways(trained: models.Trained, device: str) -> Iterator[tuple[str, Way]]:
 
         for batch in (16, 64, 256) if gpu else (1, 4, 16):
             yield f"all on one call, {batch} windows, {layout}", lambda w, b=batch, f=on_all_cores: f(w, b)
-        for batch in () if gpu else (1, 4):
+        for batch in () if gpu else (1, 4, 8, 16):
             yield f"a call a core, {batch} windows, {layout}", lambda w, b=batch, f=on_each_core: f(w, b)
 
 

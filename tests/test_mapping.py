@@ -324,6 +324,52 @@ def test_the_map_is_the_same_whatever_the_height_of_strips(sums: list[np.ndarray
     assert same_sums(sums, [lambda r=rows, c=chunks: read(r, c) for rows, chunks in runs])
 
 
+def test_every_row_is_normalised_once_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, normalise = list[int](), compute.normalise
+
+    def counted(pixels: np.ndarray, *about: object) -> np.ndarray:
+        seen.append(pixels.shape[2])
+        return normalise(pixels, *about)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compute, "normalise", counted)
+    predict(untrained(), reflectance(8, 70, 40))
+    assert sum(seen) == 2 * len(Layout(70, 40, 16).rows)
+
+
+@pytest.mark.parametrize(("width", "years", "most"), [(2, 1, 16), (64, 1, 6), (64, 2, 3), (1024, 1, 1)])
+def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most: int) -> None:
+    """Two layers of 1 x 1 over 64 x 64 pixels give width + 1 floats a pixel and year, half of them each, in the mean."""
+    card = dataclasses.replace(SERIES, window_px=64, multiple_px=1)
+    given, seen = list[int](), list[torch.Tensor]()
+    layers = torch.nn.Sequential(torch.nn.Conv2d(10, width, 1), torch.nn.Conv2d(width, 1, 1))
+
+    class Recorded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            given.append(len(x))
+            seen.append(x)
+            return self.layers(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+        def __deepcopy__(self, memo: object) -> Recorded:
+            return self
+
+    assert most == min(max(round(3e6 / (64 * 64 * 4 * years * (width + 1) / 2)), 1), 16)
+    n = len(card.bands)
+    model = Trained(card=card, network=Recorded(), mean=(1000.0,) * n, std=(500.0,) * n, sites=())
+    of = reflectance(8, 32, 32 * 12, YEARS[:years])
+    predict(model, of)
+    assert given[0] == 1  # the one that is looked at
+    assert sum(given[1:]) == len(Layout(32, 32 * 12, 64).lefts) == 12
+    assert max(given[1:]) <= most
+    assert len(given) - 1 == -(-12 // most)
+    assert not any(layer._forward_hooks for layer in layers)
+    # A window's bands lie beside each other, as the kernels want them; nothing is copied on their behalf.
+    assert all(x[:, 0].is_contiguous(memory_format=torch.channels_last) for x in seen[1:] if years == 1)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 50), st.integers(0, 2**31), st.sampled_from([4, 6, 7, 16]))
 def test_rows_come_once_and_in_order_whatever_the_size(height: int, width: int, seed: int, window: int) -> None:
