@@ -212,6 +212,38 @@ def test_one_year_alone_and_in_a_series_are_the_same() -> None:
     assert "year" not in predict(untrained(), of.sel(year=2020, drop=True)).coords
 
 
+def test_batch_normalisation_is_folded_where_nothing_comes_between() -> None:
+    torch.manual_seed(1)
+    shared = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    class Between(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](self[0](x).relu())
+
+    def norm() -> torch.nn.BatchNorm2d:
+        made = torch.nn.BatchNorm2d(3)
+        for value in (made.running_mean, made.weight.data, made.bias.data):
+            value.normal_()
+        made.running_var.uniform_(0.5, 2)
+        return made
+
+    unlearnt = torch.nn.BatchNorm2d(3, track_running_stats=False)  # always of the windows before it
+    network = torch.nn.Sequential(
+        torch.nn.Sequential(shared, norm(), torch.nn.ReLU(), shared, norm()),  # one convolution in two places
+        Between(torch.nn.Conv2d(3, 3, 1), norm()),
+        torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), unlearnt),
+        torch.nn.Sequential(relu := torch.nn.ReLU(), torch.nn.Conv2d(3, 3, 1), relu, norm()),
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        expected = network(x)
+        found = compute.folded(network)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) == 3
+    unet = compute.folded(untrained().network)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in unet.modules())
+
+
 # Pixels that are not there
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from minecube.device import device_of
 from minecube.errors import ModelError
@@ -89,13 +90,25 @@ def rows_of(
     place = compute.place()
     network = deepcopy(trained.network).to(place).eval()
     if place.type == "cpu":
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = folded(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward = Forward(network, trained, place, _precision(compute, place), compute.compiled)
     if place.type == "cpu":
         yield from on_cores(forward, trained, strips, torch.from_numpy(ramp), compute.workers or _cores())
     else:
         with closing(uploaded(strips, place)) as there:
             yield from in_batches(forward, there, torch.from_numpy(ramp).to(place), compute.batch)
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """The same network, changed in place: a batch normalisation right after a convolution is made a part of it, as it can be
+    once neither learns any more. On a CPU that spares U-Nets a tenth of their time; it moves the last bits of a logit."""
+    for layers in list(network.modules()):
+        if not isinstance(layers, nn.Sequential) or type(layers).forward is not nn.Sequential.forward:
+            continue  # what its layers are to each other is not known
+        for n, (a, b) in enumerate(pairwise(list(layers))):
+            if type(a) is nn.Conv2d and type(b) is nn.BatchNorm2d and b.running_mean is not None:
+                layers[n], layers[n + 1] = fuse_conv_bn_eval(a, b), nn.Identity()
+    return network
 
 
 def _cores() -> int:
