@@ -41,7 +41,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GAIN = 1.05  # a batch twice as large has to be faster by this, or it is not worth its memory
 _LARGEST = 1024  # windows to a batch
 # Windows to a call on a CPU: a call costs each layer something, but what a layer gives should not leave the cache. Of 22
-# networks each is within a tenth of its best number by this.
+# small networks all but one are within a tenth of their best time by this, on one thread; that one within an eighth.
 _MOST, _BYTES = 16, 3e6  # the latter of a layer's output, in the mean over the layers
 
 log = logging.getLogger(__name__)
