@@ -218,6 +218,25 @@ def test_small_cards_learn_are_saved_loaded_and_map_a_site(name: str, tmp_path: 
     assert maps[0].values[0].std() > 0
 
 
+def test_a_series_is_mapped_by_the_years_that_it_is_of() -> None:
+    """Three years in a row, and the same pixels years apart, as the network itself sees them."""
+    card = dataclasses.replace(CARDS["series-attention-small"], window_px=32)
+    torch.manual_seed(0)
+    network = models.build(card).eval()
+    trained = models.Trained(card=card, network=network, mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",))
+    pixels = np.random.default_rng(0).integers(1, 3000, (3, 10, 32, 32)).astype(np.uint16)
+    maps = []
+    for years in ([2015, 2016, 2017], [2015, 2020, 2024]):
+        site = xr.DataArray(pixels, dims=("year", "band", "y", "x"), coords={"year": years, "band": list(card.bands)})
+        maps.append(models.predict(trained, site).values)
+        windows = torch.from_numpy(models.normalise(pixels, trained.mean, trained.std))[None]
+        with torch.inference_mode():
+            alone = 250 * network(windows, torch.tensor(years)).sigmoid()[0, :, 0].numpy()
+        # Its only whole window is the site itself; the others, beyond the border, weigh little in the middle.
+        assert np.abs(maps[-1] - alone)[:, 14:18, 14:18].mean() < 3
+    assert (maps[0] != maps[1]).mean() > 0.05
+
+
 @pytest.mark.parametrize("name", [n for n, card in CARDS.items() if card.task != "mapping"])
 def test_every_shipped_card_of_change_and_series_builds(name: str) -> None:
     card = CARDS[name]

@@ -89,7 +89,7 @@ def pair_of(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([x[:, 1, 0] - x[:, 0, 0], x[:, 0, 0]], dim=1)
 
 
-def series_of(x: torch.Tensor) -> torch.Tensor:
+def series_of(x: torch.Tensor, _years: torch.Tensor) -> torch.Tensor:
     """Of single pixels: a year's first band less the mean of all."""
     return x[:, :, :1] - x[:, :, :1].mean(dim=1, keepdim=True)
 
@@ -212,6 +212,38 @@ def test_one_year_alone_and_in_a_series_are_the_same() -> None:
     assert "year" not in predict(untrained(), of.sel(year=2020, drop=True)).coords
 
 
+def test_batch_normalisation_is_folded_where_nothing_comes_between() -> None:
+    torch.manual_seed(1)
+    shared = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    class Between(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](self[0](x).relu())
+
+    def norm() -> torch.nn.BatchNorm2d:
+        made = torch.nn.BatchNorm2d(3)
+        for value in (made.running_mean, made.weight.data, made.bias.data):
+            value.normal_()
+        made.running_var.uniform_(0.5, 2)
+        return made
+
+    unlearnt = torch.nn.BatchNorm2d(3, track_running_stats=False)  # always of the windows before it
+    network = torch.nn.Sequential(
+        torch.nn.Sequential(shared, norm(), torch.nn.ReLU(), shared, norm()),  # one convolution in two places
+        Between(torch.nn.Conv2d(3, 3, 1), norm()),
+        torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), unlearnt),
+        torch.nn.Sequential(relu := torch.nn.ReLU(), torch.nn.Conv2d(3, 3, 1), relu, norm()),
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        expected = network(x)
+        found = compute.folded(network)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) == 3
+    unet = compute.folded(untrained().network)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in unet.modules())
+
+
 # Pixels that are not there
 
 
@@ -322,6 +354,52 @@ def test_the_map_is_the_same_whatever_the_height_of_strips(sums: list[np.ndarray
 
     runs = [(1, None), (17, None), (1000, None), (1, (1, 10, 7, 7)), (40, (1, 10, 50, 50)), (1, (1, 10, 128, 128))]
     assert same_sums(sums, [lambda r=rows, c=chunks: read(r, c) for rows, chunks in runs])
+
+
+def test_every_row_is_normalised_once_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, normalise = list[int](), compute.normalise
+
+    def counted(pixels: np.ndarray, *about: object) -> np.ndarray:
+        seen.append(pixels.shape[2])
+        return normalise(pixels, *about)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compute, "normalise", counted)
+    predict(untrained(), reflectance(8, 70, 40))
+    assert sum(seen) == 2 * len(Layout(70, 40, 16).rows)
+
+
+@pytest.mark.parametrize(("width", "years", "most"), [(2, 1, 16), (64, 1, 6), (64, 2, 3), (1024, 1, 1)])
+def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most: int) -> None:
+    """Two layers of 1 x 1 over 64 x 64 pixels give width + 1 floats a pixel and year, half of them each, in the mean."""
+    card = dataclasses.replace(SERIES, window_px=64, multiple_px=1)
+    given, seen = list[int](), list[torch.Tensor]()
+    layers = torch.nn.Sequential(torch.nn.Conv2d(10, width, 1), torch.nn.Conv2d(width, 1, 1))
+
+    class Recorded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            given.append(len(x))
+            seen.append(x)
+            return self.layers(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+        def __deepcopy__(self, memo: object) -> Recorded:
+            return self
+
+    assert most == min(max(round(3e6 / (64 * 64 * 4 * years * (width + 1) / 2)), 1), 16)
+    n = len(card.bands)
+    model = Trained(card=card, network=Recorded(), mean=(1000.0,) * n, std=(500.0,) * n, sites=())
+    of = reflectance(8, 32, 32 * 12, YEARS[:years])
+    predict(model, of)
+    assert given[0] == 1  # the one that is looked at
+    assert sum(given[1:]) == len(Layout(32, 32 * 12, 64).lefts) == 12
+    assert max(given[1:]) <= most
+    assert len(given) - 1 == -(-12 // most)
+    assert not any(layer._forward_hooks for layer in layers)
+    # A window's bands lie beside each other, as the kernels want them; nothing is copied on their behalf.
+    assert all(x[:, 0].is_contiguous(memory_format=torch.channels_last) for x in seen[1:] if years == 1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -458,7 +536,7 @@ def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(monkeypat
 def batched(batch: int | None, forward: Callable[..., torch.Tensor] | None = None) -> Callable[..., object]:
     """In place of `rows_of`: what a GPU does, on the CPU."""
 
-    def rows_of(trained: Trained, strips: Iterator[Strip[object]], ramp: np.ndarray, _: Compute) -> Iterator[object]:
+    def rows_of(trained: Trained, strips: Iterator[Strip[object]], ramp: np.ndarray, *_: object) -> Iterator[object]:
         place = torch.device("cpu")
         own = forward or compute.Forward(trained.network, trained, place, "fp32", False)
         yield from compute.in_batches(own, strips, torch.from_numpy(ramp), batch)

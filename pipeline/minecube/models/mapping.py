@@ -181,7 +181,7 @@ def map_rows(
     each = len(layout.tops) * len(layout.lefts)
     with (
         closing(ahead(_strips(cube, views, layout, trained.card.task))) as strips,
-        closing(rows_of(trained, strips, layout.ramp, compute)) as found,
+        closing(rows_of(trained, strips, layout.ramp, compute, views[0])) as found,
     ):
         for done, (part, values, finite) in enumerate(landed(_blended(found, layout, trained.card, place)), start=1):
             if not bool(finite.all()):
@@ -257,7 +257,8 @@ def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
             seen = known.any(axis=(0, 1))
             lefts = tuple(left for left in layout.lefts if seen[left : left + side].any())
             # One without any such pixel touches only pixels that come out as NODATA.
-            yield Strip(of=_Part(view=view, top=top, lefts=lefts, known=known[..., inside]), pixels=here, lefts=lefts)
+            part_of = _Part(view=view, top=top, lefts=lefts, known=known[..., inside])
+            yield Strip(of=part_of, pixels=here, lefts=lefts, new=layout.step if top else side)
 
 
 def _widened(rows: NDArray[np.uint16], layout: Layout) -> NDArray[np.uint16]:

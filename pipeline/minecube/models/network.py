@@ -6,7 +6,7 @@ import importlib
 import io
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,16 +182,14 @@ def _card(fields: dict[str, Any], where: str) -> ModelCard:
         ) from error
 
 
-def logits(network: nn.Module, task: str, windows: Tensor, years: Sequence[int] | None = None) -> Tensor:
+def logits(network: Callable[..., Tensor], task: str, windows: Tensor, years: Sequence[int] | None = None) -> Tensor:
     """Of windows [n, time, band, y, x], the logits [n, time, class, y, x]; time is one year, two (giving one), or all.
 
     `years` says which the windows are of; a network that sees a series is told, since a gap of three years is none of one.
     """
     if task == "series":
-        found: Tensor = network(windows, None if years is None else torch.tensor(years, device=windows.device))
-        return found
-    found = network(windows[:, 0] if task == "mapping" else windows)
-    return found[:, None]
+        return network(windows, None if years is None else torch.tensor(years, device=windows.device))
+    return network(windows[:, 0] if task == "mapping" else windows)[:, None]
 
 
 def normalise(
@@ -199,8 +197,10 @@ def normalise(
 ) -> NDArray[np.float32]:
     """Reflectance (n, band, y, x) as the network takes it: zero mean, unit deviation, zero where there is no observation."""
     shape = (-1, 1, 1)
-    centred = windows - np.asarray(mean, np.float32).reshape(shape)
-    return np.where(windows > 0, centred / np.asarray(std, np.float32).reshape(shape), np.float32(0))
+    values: NDArray[np.float32] = windows - np.asarray(mean, np.float32).reshape(shape)
+    values /= np.asarray(std, np.float32).reshape(shape)
+    np.putmask(values, ~(windows > 0), 0)
+    return values
 
 
 def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
