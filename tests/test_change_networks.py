@@ -223,6 +223,9 @@ def test_a_series_is_mapped_by_the_years_that_it_is_of() -> None:
     card = dataclasses.replace(CARDS["series-attention-small"], window_px=32)
     torch.manual_seed(0)
     network = models.build(card).eval()
+    for layer in network.attention:
+        nn.init.normal_(layer.distance, std=4)  # as after training, when how far apart years are matters
+    nn.init.normal_(network.head.weight, std=4)
     trained = models.Trained(card=card, network=network, mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",))
     pixels = np.random.default_rng(0).integers(1, 3000, (3, 10, 32, 32)).astype(np.uint16)
     maps = []
@@ -232,8 +235,8 @@ def test_a_series_is_mapped_by_the_years_that_it_is_of() -> None:
         windows = torch.from_numpy(models.normalise(pixels, trained.mean, trained.std))[None]
         with torch.inference_mode():
             alone = 250 * network(windows, torch.tensor(years)).sigmoid()[0, :, 0].numpy()
-        # Its only whole window is the site itself; the others, beyond the border, weigh little in the middle.
-        assert np.abs(maps[-1] - alone)[:, 14:18, 14:18].mean() < 3
+        # Its only whole window is the site itself; the others weigh little in the middle. A quarter is lost by rounding.
+        assert np.abs(maps[-1] - alone)[:, 14:18, 14:18].mean() < 0.3
     assert (maps[0] != maps[1]).mean() > 0.05
 
 
