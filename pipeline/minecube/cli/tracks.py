@@ -15,31 +15,26 @@ from minecube import cube, export
 from minecube import tracks as tracking
 from minecube.cli.common import progress_bar, sites_option, stored_sites, table, writable_store_option
 from minecube.errors import CatalogError
-from minecube.tracks.smoothing import TEMPER, Kernel
+from minecube.tracks.smoothing import Kernel
 
 SUFFIX = "+hmm"
 """What a smoothed prediction's name has after the model's."""
 HA = 1e4
 
 
-class HowFast(click.ParamType[str | tuple[float, float]]):
-    """learned, labels, labels:SITES, or two numbers."""
+class HowOften(click.ParamType[str | float]):
+    """learned, labels, labels:SITES, or a number."""
 
     name = "rates"
 
-    def convert(
-        self, value: str | tuple[float, float], param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | tuple[float, float]:
-        """The word as it is, or opening and closing per year."""
-        if isinstance(value, tuple) or value in ("learned", "labels") or value.startswith("labels:"):
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        """The word as it is, or the number."""
+        if isinstance(value, float) or value in ("learned", "labels") or value.startswith("labels:"):
             return value
         try:
-            opening, closing = (float(part) for part in value.split(","))
+            return float(value)
         except ValueError:
-            self.fail(
-                f"{value!r}: expected learned, labels, labels:SITES, or two chances per year such as 0.01,0.005", param, ctx
-            )
-        return opening, closing
+            self.fail(f"{value!r}: expected learned, labels, labels:SITES, or a number such as 0.1", param, ctx)
 
 
 @dataclass(frozen=True)
@@ -58,24 +53,16 @@ class Track:
 @click.option("--model", default="unet-small", show_default=True, help="Whose prediction: the model's name.")
 @click.option(
     "--rates",
-    type=HowFast(),
+    type=HowOften(),
     default="learned",
     show_default=True,
-    help="Chances per year that ground becomes a mine, and a mine none: learned from these maps; labels, or labels:SITES: "
-    "counted from the store's footprints, best of sites the model was trained on; or two numbers, opening,closing.",
-)
-@click.option(
-    "--temper",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=TEMPER,
-    show_default=True,
-    help="How far each year is believed: 1 where errors are independent from year to year; less smooths more.",
+    help="How far changes back (a mine that is none a year later, and again one) are believed where maps show them: learned "
+    "from how often these maps do; labels, or labels:SITES: and from how often the store's footprints do, best of sites the "
+    "model was trained on; or a number, the odds: 1 changes nothing, 0.01 smooths much.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where it is smoothed: cpu, or a GPU (cuda).")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for layers and tables.")
-def tracks(
-    store: str, wanted: str, model: str, rates: str | tuple[float, float], temper: float, device: str, out: Path
-) -> None:
+def tracks(store: str, wanted: str, model: str, rates: str | float, device: str, out: Path) -> None:
     """Smooth a model's yearly maps through time; say when mines opened, how fast they grow, and what was reclaimed.
 
     The smoothed probability goes into the store as prediction MODEL+hmm, to be scored and exported like any other. Into --out
@@ -93,7 +80,7 @@ def tracks(
         raise CatalogError(f"{model} is smoothed already; name the model itself, {model.removesuffix(SUFFIX)}")
     kernel = _kernel(device)
     maps = {name: cube.open_probability(store, name, model) for name in names}
-    found = _rates(store, maps, rates, temper)
+    found = _rates(store, maps, rates)
     tables: list[pd.DataFrame] = []
     rows: list[dict[str, object]] = []
     with progress_bar("smoothing", len(names)) as advance:
@@ -111,7 +98,7 @@ def tracks(
     export.write_table(pd.DataFrame(rows), out / "sites.csv")
     click.echo(_shown(rows))
     click.echo(
-        f"\nrates per year: opening {found.opening:.3g}, closing {found.closing:.3g}; prior divided out {found.prior:.3g}\n"
+        f"\nchanges back are believed at odds of {found.again:.3g}\n"
         f"{store}, group SITE/predictions/{model}{SUFFIX}; {out}/areas.csv, sites.csv, SITE/SITE_onset.tif ..."
     )
 
@@ -151,17 +138,17 @@ def _kernel(device: str) -> Kernel | None:
         from minecube.tracks.torch_smoothing import TorchSmoothing  # an extra: the processor needs none of it
     except ModuleNotFoundError as error:
         raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
-    return TorchSmoothing(device).posterior
+    return TorchSmoothing(device).best_stories
 
 
-def _rates(store: str, maps: dict[str, xr.DataArray], how: str | tuple[float, float], temper: float) -> tracking.Rates:
-    if isinstance(how, tuple):
-        return tracking.rates_given(maps.values(), *how, temper=temper)
+def _rates(store: str, maps: dict[str, xr.DataArray], how: str | float) -> tracking.Rates:
+    if isinstance(how, float):
+        return tracking.Rates(again=how)
     if how == "learned":
-        return tracking.learn_rates(maps.values(), temper=temper)
+        return tracking.learn_rates(maps.values())
     labelled = stored_sites(store, how.removeprefix("labels").removeprefix(":") or "*")
     footprints = (cube.open_committed(store, name)["footprint"].load() for name in labelled)
-    return tracking.rates_from_labels(footprints, temper=temper)
+    return tracking.learn_rates(maps.values(), footprints)
 
 
 def _shown(rows: Sequence[dict[str, object]]) -> str:

@@ -43,7 +43,7 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
     """Layers (y, x) that say what became of each pixel.
 
     Args:
-        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; smoothed (`likeliest`, or `threshold` of `smooth`).
+        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; smoothed (`threshold` of `smooth`).
         posterior: (year, y, x) uint8 x 250 of `smooth`, of the same years.
 
     Returns:
@@ -111,6 +111,12 @@ def flip_rate(footprint: xr.DataArray) -> float:
     Raises:
         LabelError: it is no footprint.
     """
+    back, steps = changes_back(footprint)
+    return back / steps if steps else math.nan
+
+
+def changes_back(footprint: xr.DataArray) -> tuple[int, int]:
+    """Changes that go back on an earlier one, and steps from one known year to the next: they add up over sites."""
     checked_years(footprint)
     shape = footprint.shape[1:]
     last, changes, steps = np.full(shape, UNKNOWN), np.zeros(shape, np.uint8), 0
@@ -119,7 +125,7 @@ def flip_rate(footprint: xr.DataArray) -> float:
         steps += int(both.sum())
         changes += both & (now != last)
         last = np.where(now == UNKNOWN, last, now)
-    return int(np.maximum(changes, 1).sum(dtype=np.int64) - changes.size) / steps if steps else math.nan
+    return int(np.maximum(changes, 1).sum(dtype=np.int64) - changes.size), steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,259 +1,68 @@
-"""Rates of opening and closing, learned from labels, or from the probabilities themselves by expectation maximisation.
+"""How far changes back are believed, learned from how often maps show them and how often they are true.
 
-Baum and Welch's (Rabiner 1989, Proceedings of the IEEE 77, section III C) with the evidence held fixed, since a stored
-probability says already what speaks for a mine: given rates, count the openings and closings one has to expect; from these,
-rates; and again. Each turn makes the series at least as likely as before. Years that are left out are years without evidence,
-so a gap of three years counts as three steps. Counts add up over sites.
+Ground that opens and is reclaimed, or is dug up again, goes back on an earlier change. That is rare, and an error of one year
+looks the same. Of the changes back that the yearly maps show, the share that is true is how many there are in labels over how
+many there are in the maps, each per step from one year to the next. This share is taken for the odds `Rates.again`: maps that
+flicker much are smoothed much, and maps that do not are left as they are.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Self
+from collections.abc import Iterable
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
 from minecube.errors import LabelError
-from minecube.tracks.areas import MINE, NOT_MINE, UNKNOWN
-from minecube.tracks.smoothing import (
-    LEAST,
-    LEAST_PRIOR,
-    LEAST_SHARE,
-    MOST,
-    SCALE,
-    TEMPER,
-    Rates,
-    checked_years,
-    evidence,
-    need_stored,
-)
+from minecube.tracks.areas import MINE, NOT_MINE, UNKNOWN, threshold
+from minecube.tracks.events import changes_back
+from minecube.tracks.smoothing import LEAST, Rates, checked_years, need_stored
 
-MOST_TURNS, CLOSE = 200, 1e-3
-"""Turns at most, and the relative change of both rates at which they end."""
-_SAMPLE_PX = 1 << 16
-_CERTAIN = 1e12  # odds of a label
-Float64 = NDArray[np.float64]
+TRUE_RATE = 0.0005
+"""True changes back per step where there are no labels: about those of the simulated benchmark's training sites (0.00048)."""
 
 
-@dataclass(frozen=True)
-class Series:
-    """Distinct series of stored values through consecutive years, uint8 (year, series), and how often each is there."""
-
-    values: NDArray[np.uint8]
-    weights: Float64
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What one expects to have happened, in pixels: additive over series, sites and machines."""
-
-    opened: float = 0
-    stayed_closed: float = 0
-    closed: float = 0
-    stayed_open: float = 0
-    first: float = 0
-    """Mine pixels of the first year."""
-    pixels: float = 0
-    log_likelihood: float = 0
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
-
-    def rates(self, before: Rates) -> Rates:
-        """The rates and the share of the first year that make this likeliest; prior and temper as before."""
-        opening, closing = (
-            min(max(some / whole if whole else LEAST, LEAST), MOST)
-            for some, whole in ((self.opened, self.opened + self.stayed_closed), (self.closed, self.closed + self.stayed_open))
-        )
-        return replace(before, opening=opening, closing=closing, initial=_share(self.first, self.pixels))
-
-
-def learn_rates(probabilities: Iterable[xr.DataArray], *, prior: float | None = None, temper: float = TEMPER) -> Rates:
-    """Rates under which these maps are likeliest, learned from nothing but them.
-
-    Of each map every n-th pixel is taken, about 65 thousand in all: the same maps give the same rates.
+def learn_rates(probabilities: Iterable[xr.DataArray], footprints: Iterable[xr.DataArray] = ()) -> Rates:
+    """Rates for these maps: all their changes back are counted, and held against those of labels.
 
     Args:
         probabilities: Of each site, (year, y, x) uint8 x 250, 255 = none; years ascending, gaps allowed.
-        prior: Mine share the model was trained with. By default the mean of the maps, which is what posteriors have for a mean
-            under their own prior.
-        temper: As `Rates.temper`.
+        footprints: Labels, of these or other sites, best those that the model was trained on: (year, y, x) uint8, 1 mine, 0
+            not, 255 unknown. Without any, `TRUE_RATE` stands for their changes back.
 
     Raises:
-        LabelError: no map, none with a known pixel, or one that is no stored probability.
+        LabelError: no map, none with a known pixel, or one that is no stored probability; labels of which no pixel is known in
+            two years, or that are no footprints.
     """
-    series = sampled(list(probabilities))
-    start = _under_own_prior(series, temper=temper)
-    rates, _ = maximise(series, start if prior is None else replace(start, prior=prior))
-    return rates
-
-
-def rates_given(probabilities: Iterable[xr.DataArray], opening: float, closing: float, *, temper: float = TEMPER) -> Rates:
-    """These rates, with the mean of the maps as initial share and prior; errors as `learn_rates`, or of rates out of bounds."""
-    return replace(_under_own_prior(sampled(list(probabilities)), temper=temper), opening=opening, closing=closing)
-
-
-def _under_own_prior(series: Sequence[Series], temper: float) -> Rates:
-    share, prior = mean_probability(series), mean_probability(series, LEAST_PRIOR)
-    return Rates(opening=0.01, closing=0.01, initial=share, prior=prior, temper=temper)
-
-
-def maximise(series: Sequence[Series], start: Rates) -> tuple[Rates, list[float]]:
-    """Rates of these series, and the log-likelihood before each turn; prior and temper stay as they are."""
-    rates, told = start, []
-    for _ in range(MOST_TURNS):
-        table = evidence(rates).astype(np.float64)
-        found = sum((expected(table[s.values], s.weights, rates) for s in series), Expected())
-        told.append(found.log_likelihood)
-        before, rates = rates, found.rates(rates)
-        if _settled(before, rates, CLOSE):
-            break
-    return rates, told
-
-
-def _settled(before: Rates, after: Rates, close: float) -> bool:
-    return all(math.isclose(getattr(before, n), getattr(after, n), rel_tol=close) for n in ("opening", "closing"))
-
-
-def mean_probability(series: Sequence[Series], least: float = LEAST_SHARE) -> float:
-    """Of all known values, `least` from 0 and 1."""
-    total = known = 0.0
-    for s in series:
-        there = s.values != UNKNOWN
-        total += float((np.where(there, s.values, 0).sum(axis=0, dtype=np.float64) * s.weights).sum()) / SCALE
-        known += float((there.sum(axis=0) * s.weights).sum())
-    return _share(total, known, least)
-
-
-def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
-    """Every n-th pixel of the maps, equal series together; raises LabelError as `learn_rates`."""
-    if not sum(p.size for p in probabilities):
-        raise LabelError("there is no map to learn rates from; name sites that a model has mapped, or give rates")
-    step = -(-sum(p.sizes["y"] * p.sizes["x"] for p in probabilities) // _SAMPLE_PX)
-    found = []
+    shown = steps = maps = known = 0
     for probability in probabilities:
-        years = checked_years(probability)
-        values = probability.to_numpy().reshape(len(years), -1)[:, ::step]
-        need_stored(bool(((values > SCALE) & (values < UNKNOWN)).any()))
-        values = values[:, (values != UNKNOWN).any(axis=0)]
-        filled = np.full((years[-1] - years[0] + 1, values.shape[1]), UNKNOWN)
-        filled[np.subtract(years, years[0])] = values
-        distinct, counts = np.unique(filled, axis=1, return_counts=True)
-        found.append(Series(distinct, counts.astype(np.float64)))
-    if not sum(s.weights.sum() for s in found):
+        checked_years(probability)
+        values = probability.to_numpy()
+        need_stored(values)
+        back, of = changes_back(threshold(probability.copy(data=values)))
+        shown, steps, maps, known = shown + back, steps + of, maps + 1, known + int((values != UNKNOWN).sum())
+    if not known:
         raise LabelError(
             "the maps hold no known pixel (all are 255), so they tell no rates; map the sites first, or give rates"
+            if maps
+            else "there is no map to learn rates from; name sites that a model has mapped, or give rates"
         )
-    return found
+    true = _true_rate(list(footprints))
+    return Rates(again=min(max(true * steps / shown, LEAST), 1.0) if shown else 1.0)
 
 
-def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
-    """How often pixels went from one known state to the next known: (state, next state, years between) -> pixels; additive.
-
-    Args:
-        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending.
-
-    Raises:
-        LabelError: it is no footprint.
-    """
-    years = checked_years(footprint)
-    values = footprint.to_numpy()
-    if ((values > MINE) & (values != UNKNOWN)).any():
-        raise LabelError(f"the labels hold values other than 0, 1 and {UNKNOWN} (unknown); give footprints, not probabilities")
-    counts: Counter[tuple[int, int, int]] = Counter()
-    for i, j in combinations(range(len(years)), 2):
-        # Known in both and in no year between: a longer step over a known year would count it twice.
-        adjacent = (values[i + 1 : j] == UNKNOWN).all(axis=0)
-        if not adjacent.any():
-            continue
-        for a in (NOT_MINE, MINE):
-            for b in (NOT_MINE, MINE):
-                counts[int(a), int(b), years[j] - years[i]] += int(((values[i] == a) & (values[j] == b) & adjacent).sum())
-    return +counts
-
-
-def rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float = TEMPER) -> Rates:
-    """Rates of opening and closing of labelled sites; their mine share becomes the initial share and the prior.
-
-    Meant for the sites that the model was trained on: then the share is the one its probabilities were learned under.
-
-    Args:
-        footprints: Of each site, (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending, gaps allowed.
-        temper: As `Rates.temper`.
-
-    Raises:
-        LabelError: no pixel is known in two years, or one is no footprint.
-    """
-    steps: Counter[tuple[int, int, int]] = Counter()
-    mine = known = 0
+def _true_rate(footprints: list[xr.DataArray]) -> float:
+    if not footprints:
+        return TRUE_RATE
+    true = steps = 0
     for footprint in footprints:
-        steps += steps_of_labels(footprint)
-        mine += int((footprint == MINE).sum())
-        known += int((footprint != UNKNOWN).sum())
+        checked_years(footprint)
+        if not np.isin(footprint.to_numpy(), [NOT_MINE, MINE, UNKNOWN]).all():
+            raise LabelError(
+                f"the labels hold values other than 0, 1 and {UNKNOWN} (unknown); give footprints, not probabilities"
+            )
+        back, of = changes_back(footprint)
+        true, steps = true + back, steps + of
     if not steps:
-        raise LabelError(
-            "no pixel of these labels is known in two years, so they tell no rates; label more years, or give rates"
-        )
-    start = Rates(
-        opening=0.01, closing=0.01, initial=_share(mine, known), prior=_share(mine, known, LEAST_PRIOR), temper=temper
-    )
-    return rates_of_steps(steps, start)
-
-
-def rates_of_steps(steps: Mapping[tuple[int, int, int], int], start: Rates) -> Rates:
-    """The likeliest rates of counted steps: their shares where all are of one year, else by the same maximisation."""
-    rates = start
-    for _ in range(MOST_TURNS):
-        found = Expected()
-        for (a, b, gap), count in steps.items():
-            likely = np.ones((gap + 1, 1))
-            likely[0], likely[-1] = (_CERTAIN if state else 1 / _CERTAIN for state in (a, b))
-            found += expected(likely, np.array([float(count)]), rates)
-        before, rates = rates, found.rates(rates)
-        if _settled(before, rates, CLOSE**2):
-            break
-    return replace(rates, initial=start.initial)
-
-
-def expected(likely: Float64, weights: Float64, rates: Rates) -> Expected:
-    """Expected steps of series with likelihood ratios (year, series), each that often; years are consecutive.
-
-    The log-likelihood is that of the ratios: it differs from the series' own by what no rate changes.
-    """
-    a00, a01, a10, a11 = rates.over(1)
-    begun = rates.initial / (1 - rates.initial)
-    odds = np.empty_like(likely)
-    odds[0] = begun * likely[0]
-    log_likelihood = np.log1p(odds[0]) - math.log1p(begun)
-    for t in range(1, len(likely)):
-        ahead = (a01 + a11 * odds[t - 1]) / (a00 + a10 * odds[t - 1])
-        odds[t] = likely[t] * ahead
-        log_likelihood += np.log1p(odds[t]) - np.log1p(ahead)
-    back = np.ones_like(odds[0])
-    sums = np.zeros(4)
-    for t in range(len(likely) - 1, 0, -1):
-        ahead = likely[t] * back
-        pairs = np.stack([np.full_like(ahead, a00), a01 * ahead, a10 * odds[t - 1], a11 * odds[t - 1] * ahead])
-        sums += (pairs / pairs.sum(axis=0)) @ weights
-        back = (a10 + a11 * ahead) / (a00 + a01 * ahead)
-    first = odds[0] * back
-    stayed_closed, opened, closed, stayed_open = (float(n) for n in sums)
-    return Expected(
-        opened=opened,
-        stayed_closed=stayed_closed,
-        closed=closed,
-        stayed_open=stayed_open,
-        first=float((first / (1 + first)) @ weights),
-        pixels=float(weights.sum()),
-        log_likelihood=float(log_likelihood @ weights),
-    )
-
-
-def _share(some: float, whole: float, least: float = LEAST_SHARE) -> float:
-    return min(max(some / whole, least), 1 - least)
+        raise LabelError("no pixel of these labels is known in two years, so they tell no rates; label more, or give rates")
+    return true / steps

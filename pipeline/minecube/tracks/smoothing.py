@@ -1,142 +1,136 @@
-"""Yearly probabilities smoothed by a hidden Markov model of two states, pixel by pixel: the posterior, or the likeliest path.
+"""Yearly probabilities smoothed through time, pixel by pixel: changes that go back must be worth more than one that lasts.
 
-Ground is a mine or not. From one year to the next it opens with one probability and closes with another; over a gap of g years
-the matrix of these is taken to the power g, so a year that is left out is to the posterior a year of which nothing is known.
-Forward-backward and Viterbi are Rabiner's (1989, Proceedings of the IEEE 77); for such a smoothing of land-cover maps see
-Abercrombie and Friedl (2016, IEEE TGRS 54). With two states all of it can be said in odds r = P(mine) / P(not mine), one number
-a pixel and year, and with a_ij the chance to go from state i to j:
+A story says of each year whether the ground is a mine. Its score is the sum of the log-odds log(p / (1 - p)) of its mine years,
+plus log(again) for each of its changes after the first. A year's odds are then those of the best story in which the ground is
+a mine that year over the best in which it is not:
 
-    forward    f_t = l_t (a_01 + a_11 f_(t-1)) / (a_00 + a_10 f_(t-1))
-    backward   b_t = (a_10 + a_11 l_(t+1) b_(t+1)) / (a_00 + a_01 l_(t+1) b_(t+1)),  1 in the last year
-    posterior odds f_t b_t;  Viterbi: the same forward with the larger term in place of each sum
+    log-odds_t = max over stories with a mine in t  -  max over stories without one in t
 
-l_t = (p / (1 - p) / (prior / (1 - prior))) ^ temper says how much a year's probability p speaks for a mine. A network's p is a
-posterior under the mine share it was trained with, so that odds are divided out; and its errors come again year after year, so
-that ten years tell less than ten independent ones: temper < 1 says so. 255 says nothing: l_t = 1.
+Cut at one half this is the best story of all. It is a hidden Markov model of four states, mine or not and changed before or
+not, solved by Viterbi's recursion run forward and backward (max-marginals; Rabiner 1989, Proceedings of the IEEE 77, section
+III B, has the forward half; for hidden Markov models over land-cover maps see Abercrombie and Friedl 2016, IEEE TGRS 54).
 
-Odds keep their relative precision at both ends, where probabilities of 32 bits round to 1. A stored 0 is taken for 1/500, half
-a step, and 250 for 499/500; with rates not below `LEAST` no odds leaves 1e-20 .. 1e20, far within float32.
+Why the first change is free: a network has learned from millions of pixels how rare mines are and where they grow, and its
+errors come again year after year. If rare changes were charged for once more, as a chain of rates learned from all pixels does,
+each mine would open too late in the last years and too early in the first; if its mine share were divided out, pixels that
+every year maps as no mine would become mines. So a series that changes once, or never, keeps its footprint exactly, and only
+what goes back is questioned: blips, dips, flicker along edges. The charge `again` is learned (`learning`).
+
+The price: in the first year and in the last no other year tells a blip from a change, so blips of these years stay.
+
+255 says nothing: log-odds 0, so a year left out is to the result a year of which nothing is known. Before a pixel's first known
+year and after its last, the nearest known year's probability stands.
+
+A stored 0 is taken for 1/500, half a step, and 250 for 499/500. Log-odds are whole numbers of 2^-14, added and compared: the
+result does not depend on the machine.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from minecube.errors import LabelError
-from minecube.tracks.areas import UNKNOWN
+from minecube.tracks.areas import HALF, UNKNOWN
 
 SCALE = 250
-LEAST, MOST = 1e-6, 0.5
-"""Bounds of the rates: a rate of 0 would make a state final and leave its odds without bounds."""
-LEAST_SHARE, LEAST_PRIOR = 1e-4, 0.01
-"""Bounds of shares, and as far from 1; under a prior near 1/500 a stored 0, taken for that, would be no evidence any more."""
-TEMPER = 0.75
-"""Within 0.004 of the best CA-TIoU for errors independent or half lasting, too sure or not: `benchmarks/tracks.py`."""
-_BLOCK_PX = 1 << 14  # with ten years 0.7 MB of odds and evidence: they stay in a core's cache
+LEAST = 1e-4
+"""Least `again`: with 0 no evidence could show that a mine was reclaimed which had opened in the years that are mapped."""
+UNIT = 1 << 14
+"""Log-odds of 1 as they are counted."""
+FAR = round(UNIT * math.log(2 * SCALE - 1))
+"""Log-odds of 499/500, from which a probability is stored as 250, and less them as 0."""
+NEVER = -(1 << 28)
+"""Score of what cannot be: below any story of a thousand years, and far from the ends of int32."""
+_BLOCK_PX = 1 << 13  # with ten years 1.3 MB of scores: they stay in a core's cache
 UInt8 = NDArray[np.uint8]
-Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How ground becomes a mine and stops being one, and how far a stored probability is believed."""
+    """What is believed of ground that changes more than once."""
 
-    opening: float
-    """Chance that ground which is no mine is one a year later."""
-    closing: float
-    """Chance that a mine is none a year later."""
-    initial: float
-    """Chance to be a mine in the first year, before anything is seen."""
-    prior: float
-    """Mine share under which the probabilities are posteriors; it is divided out."""
-    temper: float = TEMPER
-    """Power of each year's evidence, in (0, 1]: 1 for errors that are independent from year to year."""
+    again: float
+    """Odds that a change back, mine to none or none to mine, is one, where the yearly maps show it; in [`LEAST`, 1]."""
 
     def __post_init__(self) -> None:
-        for name in ("opening", "closing"):
-            if not LEAST <= getattr(self, name) <= MOST:
-                raise LabelError(
-                    f"rate {name} is {getattr(self, name)}; expected a chance per year between {LEAST} and {MOST}: with less "
-                    "no evidence could change a pixel any more, with more it would change back and forth"
-                )
-        for name, least in (("initial", LEAST_SHARE), ("prior", LEAST_PRIOR)):
-            if not least <= getattr(self, name) <= 1 - least:
-                raise LabelError(
-                    f"{name} is {getattr(self, name)}; expected a share of mine pixels between {least} and {1 - least}: "
-                    "beyond these no year could speak against it, or a stored 0, anything below 1/500, would speak for a mine"
-                )
-        if not 0 < self.temper <= 1:
-            raise LabelError(f"temper is {self.temper}; expected more than 0, which would believe no year, and at most 1")
+        if not LEAST <= self.again <= 1:
+            raise LabelError(
+                f"again is {self.again}; expected odds between {LEAST} and 1: with less no evidence could show a change back, "
+                "with more changes would be added that no year shows"
+            )
 
-    def over(self, years: int) -> tuple[float, float, float, float]:
-        """Chances a_00, a_01, a_10, a_11 to go from not mine (0) or mine (1) to either within so many years."""
-        both = self.opening + self.closing
-        moved = -math.expm1(years * math.log1p(-both)) if both < 1 else 1.0
-        opened, closed = self.opening / both * moved, self.closing / both * moved
-        return 1 - opened, opened, closed, 1 - closed
+    @property
+    def charge(self) -> int:
+        """log(again) in units of 2^-14, at most 0."""
+        return round(UNIT * math.log(self.again))
 
 
-Kernel = Callable[[UInt8, Sequence[int], Rates], UInt8]
-"""Stored probabilities (year, pixel), years and rates -> stored posteriors, or 0 / 1, likewise; 255 where no year is known."""
+Kernel = Callable[[UInt8, Rates], UInt8]
+"""Stored probabilities (year, pixel), 255 = none, and rates -> stored probabilities given all years, likewise, none unknown."""
 
 
-def evidence(rates: Rates) -> Float32:
-    """Likelihood ratio mine : not mine of each stored value, float32 [256]; 1 for 255, NaN for 251..254, which are none."""
+def log_odds() -> Int32:
+    """Of each stored value, in 2^-14: int32 [256]; 0 for 255."""
     share = np.clip(np.arange(SCALE + 1) / SCALE, 0.5 / SCALE, 1 - 0.5 / SCALE)
-    table = np.full(256, np.nan)
-    table[: SCALE + 1] = (share / (1 - share) / (rates.prior / (1 - rates.prior))) ** rates.temper
-    table[UNKNOWN] = 1
-    return table.astype(np.float32)
+    table = np.zeros(256, np.int32)
+    table[: SCALE + 1] = np.rint(UNIT * np.log(share / (1 - share)))
+    return table
+
+
+def stored() -> UInt8:
+    """Probability x 250 of log-odds -`FAR` .. `FAR`: uint8; below one half wherever the log-odds are negative."""
+    odds = np.arange(-FAR, FAR + 1)
+    table = np.rint(SCALE / (1 + np.exp(-odds / UNIT)))
+    table[[0, -1]] = 0, SCALE
+    return np.where(odds < 0, np.minimum(table, HALF - 1), table).astype(np.uint8)
 
 
 def smooth(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None) -> xr.DataArray:
-    """Posterior mine probability of each year given all years: uint8 (year, y, x) x 250, 255 where no year is known.
+    """Mine probability of each year given all years: uint8 (year, y, x) x 250, 255 where no year is known.
 
-    A year in which a pixel is unknown (255) is filled from the others. Pixels do not see each other, so blocks give what the
-    whole gives.
+    It is that of the best story with a mine in that year against the best without; where it is 125 or more the best story of
+    all has a mine (of equally good ones, the one with more mines). A year in which a pixel is unknown (255) is filled from the
+    others. Pixels do not see each other, so blocks give what the whole gives.
 
     Args:
         probability: (year, y, x) uint8 x 250, 255 = none; years ascending, not necessarily without gaps.
-        rates: Given, or learned (`learn_rates`, `rates_from_labels`).
-        kernel: `posterior`, or its twin on a GPU.
+        rates: Given, or learned (`learn_rates`).
+        kernel: `best_stories`, or its twin on a GPU.
 
     Raises:
         LabelError: other dimensions or dtype, years that do not ascend, values 251..254.
     """
+    years = checked_years(probability)
+    values = np.ascontiguousarray(probability.to_numpy()).reshape(len(years), -1)
+    need_stored(values)
+    found = (kernel or best_stories)(values, rates)
+    _carry(values, found)
     return (
-        _applied(probability, rates, kernel or posterior)
+        probability.copy(data=found.reshape(probability.shape))
+        .drop_attrs(deep=False)
         .rename("probability")
         .assign_attrs(long_name="mine probability x 250, smoothed through time", nodata=int(UNKNOWN))
     )
 
 
-def likeliest(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None) -> xr.DataArray:
-    """Footprint (year, y, x) of the likeliest path of each pixel through all years: uint8, 1 mine, 0 not, 255 never known.
-
-    One story that hangs together, where the posterior cut at one half takes each year for itself: it changes state a little
-    less often. Arguments and errors as `smooth`; `kernel` is `viterbi` or its twin.
-    """
-    return (
-        _applied(probability, rates, kernel or viterbi)
-        .rename("footprint")
-        .assign_attrs(long_name="mine footprint, likeliest path through time", nodata=int(UNKNOWN))
-    )
-
-
-def _applied(probability: xr.DataArray, rates: Rates, kernel: Kernel) -> xr.DataArray:
-    years = checked_years(probability)
-    values = np.ascontiguousarray(probability.to_numpy())
-    found = kernel(values.reshape(len(years), -1), years, rates)
-    return probability.copy(data=found.reshape(values.shape)).drop_attrs(deep=False)
+def _carry(values: UInt8, found: UInt8) -> None:
+    """Before a pixel's first known year and after its last, in place, the nearest known year's; 255 where none is known."""
+    known = values != UNKNOWN
+    some = np.flatnonzero(~known.all(axis=0))
+    own, known = found[:, some], known[:, some]
+    year = np.arange(len(values))[:, None]
+    first, last = known.argmax(axis=0), len(values) - 1 - known[::-1].argmax(axis=0)
+    own = np.take_along_axis(own, np.clip(year, first, last), axis=0)
+    found[:, some] = np.where(known.any(axis=0), own, UNKNOWN)
 
 
 def checked_years(probability: xr.DataArray) -> list[int]:
@@ -150,48 +144,23 @@ def checked_years(probability: xr.DataArray) -> list[int]:
     return years
 
 
-def posterior(values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-    """The `Kernel` of `smooth`: forward-backward in numpy."""
-    return _in_blocks(_posterior, values, years, rates)
-
-
-def viterbi(values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-    """The `Kernel` of `likeliest`: Viterbi in numpy. Of paths that are as likely, the one that stays as it is."""
-    return _in_blocks(_viterbi, values, years, rates)
-
-
-def steps_of(years: Sequence[int], rates: Rates) -> list[tuple[np.float32, ...]]:
-    """Transition chances a_00, a_01, a_10, a_11 from each year to the next, in float32."""
-    return [tuple(np.float32(a) for a in rates.over(after - before)) for before, after in pairwise(years)]
-
-
-def initial_odds(rates: Rates) -> np.float32:
-    """Odds of a mine in the first year, before its evidence."""
-    return np.float32(rates.initial / (1 - rates.initial))
-
-
-def need_stored(unfit: bool) -> None:
+def need_stored(values: UInt8) -> None:
     """Raises LabelError where a value stands for no probability."""
-    if unfit:
+    if ((values > SCALE) & (values < UNKNOWN)).any():
         raise LabelError(
             f"the probability holds values of {SCALE + 1}..254; expected 0..{SCALE} (x {SCALE}), or {UNKNOWN} where there is "
             f"none: scaled otherwise, say by 255, every year would be read as another probability; store it x {SCALE}"
         )
 
 
-_Block = Callable[[UInt8, Float32, list[tuple[np.float32, ...]], np.float32], UInt8]
-
-
-def _in_blocks(block: _Block, values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-    table, steps, start = evidence(rates), steps_of(years, rates), initial_odds(rates)
+def best_stories(values: UInt8, rates: Rates) -> UInt8:
+    """A `Kernel`: blocks of pixels on all cores."""
+    table, back, charge = log_odds(), stored(), np.int32(rates.charge)
     out = np.empty_like(values)
 
     def work(at: int) -> None:
-        own = values[:, at : at + _BLOCK_PX]
-        need_stored(bool(((own > SCALE) & (own < UNKNOWN)).any()))
-        found = block(own, table, steps, start)
-        found[:, (own == UNKNOWN).all(axis=0)] = UNKNOWN
-        out[:, at : at + _BLOCK_PX] = found
+        block = slice(at, at + _BLOCK_PX)
+        out[:, block] = back[_max_marginals(table[values[:, block]], charge)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(work, range(0, values.shape[1], _BLOCK_PX)):
@@ -199,33 +168,26 @@ def _in_blocks(block: _Block, values: UInt8, years: Sequence[int], rates: Rates)
     return out
 
 
-def _posterior(values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]], start: np.float32) -> UInt8:
-    likely = table[values]
-    odds = np.empty_like(likely)
-    np.multiply(likely[0], start, out=odds[0])
-    for t, (a00, a01, a10, a11) in enumerate(steps, 1):
-        before = odds[t - 1]
-        np.multiply(likely[t], (before * a11 + a01) / (before * a10 + a00), out=odds[t])
-    back = np.ones_like(odds[0])
-    for t, (a00, a01, a10, a11) in zip(range(len(steps) - 1, -1, -1), reversed(steps), strict=True):
-        ahead = likely[t + 1] * back
-        back = (ahead * a11 + a10) / (ahead * a01 + a00)
-        odds[t] *= back
-    # R / (1 + R) would be inf / inf where R overflows; 1 / (1 + R) is right at both ends.
-    return np.rint(SCALE - SCALE / (odds + 1)).astype(np.uint8)
+def _max_marginals(odds: Int32, charge: np.int32) -> Int32:
+    """Log-odds (year, pixel) of each year alone -> places in `stored` of those given all years.
 
-
-def _viterbi(values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]], start: np.float32) -> UInt8:
-    likely = table[values]
-    odds = np.empty_like(likely)
-    np.multiply(likely[0], start, out=odds[0])
-    for t, (a00, a01, a10, a11) in enumerate(steps, 1):
-        before = odds[t - 1]
-        np.multiply(likely[t], np.maximum(before * a11, a01) / np.maximum(before * a10, a00), out=odds[t])
-    path = np.empty_like(values)
-    state = odds[-1] >= 1
-    path[-1] = state
-    for t, (a00, a01, a10, a11) in zip(range(len(steps) - 1, -1, -1), reversed(steps), strict=True):
-        state = np.where(state, odds[t] * a11 >= a01, odds[t] * a10 > a00)
-        path[t] = state
-    return path
+    Best scores of stories up to each year: `always` a mine, now `out` or `mine` after a change; never a mine scores 0.
+    """
+    always = np.cumsum(odds, axis=0, dtype=np.int32)
+    out, mine = np.full_like(odds, NEVER), np.full_like(odds, NEVER)
+    for t in range(1, len(odds)):
+        np.maximum(out[t - 1], np.maximum(always[t - 1], mine[t - 1] + charge), out=out[t])
+        np.maximum(mine[t - 1], np.maximum(out[t - 1] + charge, 0), out=mine[t])
+        mine[t] += odds[t]
+    # The same of the years to come, by what was before: never or always a mine, or changed and now out or a mine.
+    never_on, always_on, out_on, mine_on = np.zeros((4, odds.shape[1]), np.int32)
+    for t in range(len(odds) - 1, -1, -1):
+        yes = np.maximum(always[t] + always_on, mine[t] + mine_on)
+        no = np.maximum(never_on, out[t] + out_on)
+        opened, open_still = odds[t] + mine_on, odds[t] + always_on
+        never_on, always_on = np.maximum(never_on, opened), np.maximum(open_still, out_on)
+        out_on, mine_on = np.maximum(out_on, opened + charge), np.maximum(opened, out_on + charge)
+        yes -= no
+        np.clip(yes, -FAR, FAR, out=always[t])
+    always += FAR
+    return always

@@ -1,26 +1,20 @@
-"""The smoothing of `smoothing` on a GPU, in torch: numpy in, numpy out, the same to the last stored step.
-
-Each step is one operation of float32 that IEEE 754 rounds in one way only, in the same order; no two are fused.
-"""
+"""The smoothing of `smoothing` on a GPU, in torch: numpy in, numpy out, the same; whole numbers are added and compared."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minecube.device import device_of
-from minecube.tracks.areas import UNKNOWN
-from minecube.tracks.smoothing import SCALE, Rates, UInt8, evidence, initial_odds, need_stored, steps_of
+from minecube.tracks.smoothing import FAR, NEVER, Rates, UInt8, log_odds, stored
 
 STRIP_VALUES = 2**26
-"""Values that are on the device at a time; at most 20 bytes each."""
+"""Values that are on the device at a time; at most 32 bytes each."""
 
 
 class TorchSmoothing:
-    """Both kernels on a device.
+    """The kernel on a device.
 
     Args:
         device: cuda, cuda:1, cpu, ...
@@ -32,58 +26,29 @@ class TorchSmoothing:
     def __init__(self, device: str) -> None:
         self.device = device_of(device)
 
-    def posterior(self, values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-        """As `smoothing.posterior`."""
-        return self._in_strips(_posterior, values, years, rates)
-
-    def viterbi(self, values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-        """As `smoothing.viterbi`."""
-        return self._in_strips(_viterbi, values, years, rates)
-
-    def _in_strips(
-        self, strip: Callable[[Tensor, list[list[float]], float], Tensor], values: UInt8, years: Sequence[int], rates: Rates
-    ) -> UInt8:
-        table = torch.from_numpy(evidence(rates)).to(self.device)
-        # float of a float32 is exact, and a scalar beside a float32 tensor is taken as float32 again.
-        steps = [[float(a) for a in step] for step in steps_of(years, rates)]
+    def best_stories(self, values: UInt8, rates: Rates) -> UInt8:
+        """As `smoothing.best_stories`."""
+        table, back = (torch.from_numpy(made).to(self.device) for made in (log_odds(), stored()))
         out = np.empty_like(values)
-        for part in _strips(*values.shape):
-            own = torch.from_numpy(np.ascontiguousarray(values[:, part])).to(self.device)
-            need_stored(bool(((own > SCALE) & (own < int(UNKNOWN))).any()))
-            found = strip(table[own.int()], steps, float(initial_odds(rates)))
-            unknown = (own == int(UNKNOWN)).all(0)
-            out[:, part] = torch.where(unknown, int(UNKNOWN), found.to(torch.uint8)).cpu().numpy()
+        step = max(STRIP_VALUES // len(values), 1)
+        for at in range(0, values.shape[1], step):
+            own = torch.from_numpy(np.ascontiguousarray(values[:, at : at + step])).to(self.device)
+            out[:, at : at + step] = back[_max_marginals(table[own.int()], rates.charge)].cpu().numpy()
         return out
 
 
-def _strips(years: int, pixels: int) -> Iterator[slice]:
-    step = max(STRIP_VALUES // years, 1)
-    return (slice(at, at + step) for at in range(0, pixels, step))
-
-
-def _posterior(likely: Tensor, steps: list[list[float]], start: float) -> Tensor:
-    odds = torch.empty_like(likely)
-    odds[0] = likely[0] * start
-    for t, (a00, a01, a10, a11) in enumerate(steps, 1):
-        before = odds[t - 1]
-        odds[t] = likely[t] * ((before * a11 + a01) / (before * a10 + a00))
-    back = torch.ones_like(odds[0])
-    for t, (a00, a01, a10, a11) in zip(range(len(steps) - 1, -1, -1), reversed(steps), strict=True):
-        ahead = likely[t + 1] * back
-        back = (ahead * a11 + a10) / (ahead * a01 + a00)
-        odds[t] *= back
-    # Through a tensor: torch makes of number / tensor a reciprocal and a product, which rounds twice.
-    return (SCALE - torch.full_like(odds, SCALE) / (odds + 1)).round()
-
-
-def _viterbi(likely: Tensor, steps: list[list[float]], start: float) -> Tensor:
-    odds = torch.empty_like(likely)
-    odds[0] = likely[0] * start
-    for t, (a00, a01, a10, a11) in enumerate(steps, 1):
-        before = odds[t - 1]
-        odds[t] = likely[t] * ((before * a11).clamp(min=a01) / (before * a10).clamp(min=a00))
-    path = torch.empty_like(odds, dtype=torch.bool)
-    state = path[-1] = odds[-1] >= 1
-    for t, (a00, a01, a10, a11) in zip(range(len(steps) - 1, -1, -1), reversed(steps), strict=True):
-        state = path[t] = torch.where(state, odds[t] * a11 >= a01, odds[t] * a10 > a00)
-    return path
+def _max_marginals(odds: Tensor, charge: int) -> Tensor:
+    always = odds.cumsum(0, dtype=torch.int32)
+    out, mine = torch.full_like(odds, NEVER), torch.full_like(odds, NEVER)
+    for t in range(1, len(odds)):
+        out[t] = torch.maximum(out[t - 1], torch.maximum(always[t - 1], mine[t - 1] + charge))
+        mine[t] = odds[t] + torch.maximum(mine[t - 1], (out[t - 1] + charge).clamp(min=0))
+    never_on = always_on = out_on = mine_on = torch.zeros_like(odds[0])
+    for t in range(len(odds) - 1, -1, -1):
+        yes = torch.maximum(always[t] + always_on, mine[t] + mine_on)
+        no = torch.maximum(never_on, out[t] + out_on)
+        opened, open_still = odds[t] + mine_on, odds[t] + always_on
+        never_on, always_on = torch.maximum(never_on, opened), torch.maximum(open_still, out_on)
+        out_on, mine_on = torch.maximum(out_on, opened + charge), torch.maximum(opened, out_on + charge)
+        always[t] = (yes - no).clamp(-FAR, FAR) + FAR
+    return always
