@@ -1,6 +1,6 @@
 """What became of each pixel, and of a site: when it opened and ended, at once or by and by, and how often it changed.
 
-A pixel's change is abrupt where the posterior goes from below 0.2 to above 0.8, or back, from one year of the series to the
+A pixel's change is abrupt where the smoothed probability goes from below 0.2 to above 0.8, or back, from one year of the series to the
 next: the year is certain. Elsewhere it is gradual: ground that opens by and by, or evidence that does not settle on one year. A
 site expands abruptly where one year brings at least half of all the ground it gains, and gradually elsewhere. Both definitions
 are ours.
@@ -39,12 +39,12 @@ KINDS = {
 """Flags of layer `kind`: 0 was never a mine. Opening is the first one, closing the last one, of a mine that is none at last."""
 
 
-def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
+def events(footprint: xr.DataArray, smoothed: xr.DataArray) -> xr.Dataset:
     """Layers (y, x) that say what became of each pixel.
 
     Args:
         footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; smoothed (`threshold` of `smooth`).
-        posterior: (year, y, x) uint8 x 250 of `smooth`, of the same years.
+        smoothed: (year, y, x) uint8 x 250 of `smooth`, of the same years.
 
     Returns:
         onset uint16: first mine year, 0 = none; the first year of all may be late: then kind says there_at_first.
@@ -57,17 +57,17 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
         LabelError: dimensions, dtype or years are not as described, or those of the two differ.
     """
     years = checked_years(footprint)
-    if checked_years(posterior) != years or posterior.shape != footprint.shape:
+    if checked_years(smoothed) != years or smoothed.shape != footprint.shape:
         raise LabelError(
-            f"footprint and posterior differ: {dict(footprint.sizes)} with years {years}, and {dict(posterior.sizes)} with "
-            f"{posterior['year'].to_numpy().tolist()}; changes would be judged by other pixels: take both from one smoothing"
+            f"footprint and smoothed map differ: {dict(footprint.sizes)} with years {years}, and {dict(smoothed.sizes)} with "
+            f"{smoothed['year'].to_numpy().tolist()}; changes would be judged by other pixels: take both from one smoothing"
         )
     shape = footprint.shape[1:]
     onset, end = np.zeros((2, *shape), np.uint16)
     kind, flips = np.zeros((2, *shape), np.uint8)
     last, sure = np.full(shape, UNKNOWN), np.zeros(shape, np.uint8)
     for t, year in enumerate(years):
-        now, p = footprint[t].to_numpy(), posterior[t].to_numpy()
+        now, p = footprint[t].to_numpy(), smoothed[t].to_numpy()
         mine = now == MINE
         opened, closed = mine & (last == NOT_MINE), (now == NOT_MINE) & (last == MINE)
         kind[mine & (last == UNKNOWN)] |= KINDS["there_at_first"]
