@@ -96,6 +96,14 @@ def test_again_of_one_changes_no_footprint() -> None:
     np.testing.assert_array_equal(smoothed(values, Rates(again=1.0)) >= 125, values >= 125)
 
 
+def test_what_is_stored_falls_on_the_side_of_its_log_odds() -> None:
+    # -0.001 rounds to 125: a mine, where the best story has none.
+    table = smoothing.stored()
+    assert (table[: smoothing.FAR] < 125).all()
+    assert (table[smoothing.FAR :] >= 125).all()
+    assert (np.diff(table.astype(int)) >= 0).all()
+
+
 def test_blips_and_dips_go_and_what_is_reclaimed_stays() -> None:
     blip, dip = [10, 10, 10, 220, 10, 10, 10], [240, 240, 240, 30, 240, 240, 240]
     reclaimed = [10, 10, 240, 240, 240, 10, 10]

@@ -1,9 +1,9 @@
 """What became of each pixel, and of a site: when it opened and ended, at once or by and by, and how often it changed.
 
-A pixel's change is abrupt where the smoothed probability goes from below 0.2 to above 0.8, or back, from one year of the series to the
-next: the year is certain. Elsewhere it is gradual: ground that opens by and by, or evidence that does not settle on one year. A
-site expands abruptly where one year brings at least half of all the ground it gains, and gradually elsewhere. Both definitions
-are ours.
+A pixel's change is abrupt where the smoothed probability goes from below 0.2 to above 0.8, or back, from one year of the series
+to the next: the year is certain. Elsewhere it is gradual: ground that opens by and by, or evidence that does not settle on one
+year. A site expands abruptly where one year brings at least half of all the ground it gains, and gradually elsewhere. Both
+definitions are ours.
 
 These are read from smoothed maps: in raw ones, each error is an event.
 """
