@@ -17,7 +17,7 @@ test: $(VENV)/installed services
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # What a real STAC API needs beside Python: Postgres with PostGIS. The tests start a server of their own; Debian would set one
 # up that runs on, which it is told not to where it has none yet.

@@ -380,7 +380,7 @@ def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most:
             super().__init__()
             self.layers = layers
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, _years: torch.Tensor) -> torch.Tensor:
             given.append(len(x))
             seen.append(x)
             return self.layers(x.flatten(0, 1)).unflatten(0, x.shape[:2])
