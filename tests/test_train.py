@@ -717,6 +717,19 @@ def test_the_state_of_another_training_is_refused(flat: None, tmp_path: Path) ->
         fit(SMALL, Cubes(of), valid, PLAIN, resume)
 
 
+def test_a_state_with_a_flipped_bit_is_not_gone_on_from(flat: None, tmp_path: Path) -> None:
+    """Torch, which opens it, does not look at the checksums that it wrote."""
+    path, source = tmp_path / "x.ckpt", Cubes({"a": cube(1)})
+    with pytest.raises(Stopped):
+        fit(SMALL, source, None, PLAIN, Run(checkpoint=path, progress=stop_at(7)))
+    content, weight = bytearray(path.read_bytes()), checkpoint.read_state(path)["network"]["layers.0.weight"]
+    at = bytes(content).index(weight.numpy().tobytes())
+    content[at + 3] ^= 0x40  # in the exponent
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged; remove it to train afresh"):
+        fit(SMALL, source, None, PLAIN, Run(checkpoint=path, resume=True))
+
+
 def test_a_state_is_written_whole_or_not_at_all(flat: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.ckpt"
     calls = itertools.count()

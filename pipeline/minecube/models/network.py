@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
-import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from minecube.catalog import ModelCard, as_dict, model_card_of
 from minecube.errors import CatalogError, ModelError
+from minecube.models.files import pickled, unpickled, write_whole
 
 FORMAT = "minecube-model-2"
 ARCHITECTURES = {
@@ -94,16 +92,7 @@ def save(trained: Trained, path: Path) -> None:
         "sites": list(trained.sites),
         "weights": trained.network.state_dict(),
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    # Beside the target, so that the rename stays within one file system; a reader never meets half a file.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(buffer.getbuffer())
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise ModelError(f"{path}: the model could not be written ({error}); nothing was left there") from error
+    write_whole(path, pickled(content))
 
 
 def load(path: Path) -> Trained:
@@ -116,27 +105,12 @@ def load(path: Path) -> Trained:
         content = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: the model cannot be read ({error})") from error
-    return model_of(unpickled(content, str(path)), str(path))
+    return model_of(unpickled(content, foreign(str(path))), str(path))
 
 
-def unpickled(content: bytes, where: str) -> Any:
-    """What `torch.save` wrote, tensors and plain values only: nothing in it is run.
-
-    Raises:
-        ModelError: it is something else, or damaged; names `where`.
-    """
-    file = io.BytesIO(content)
-    try:
-        with zipfile.ZipFile(file) as parts:  # which knows the checksums that torch writes, and does not look at
-            damaged = parts.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the list of what a file that is something else leads to is long
-        raise ModelError(
-            f"{where}: is not a model that minecube wrote, or is damaged; train one with `minecube train`"
-        ) from error
+def foreign(where: str) -> str:
+    """What to say of a file that is no model."""
+    return f"{where}: is not a model that minecube wrote, or is damaged; train one with `minecube train`"
 
 
 def model_of(content: Any, where: str) -> Trained:

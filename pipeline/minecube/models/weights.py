@@ -20,7 +20,8 @@ from torch import Tensor
 
 from minecube.catalog import ModelCard, Weights
 from minecube.errors import ModelError
-from minecube.models.network import Trained, filled, load, model_of, unpickled
+from minecube.models.files import unpickled
+from minecube.models.network import Trained, filled, foreign, load, model_of
 
 _TIMEOUT_S = 60
 
@@ -64,7 +65,7 @@ def fetch(card: ModelCard, cache: Path | None = None) -> Trained:
             "the file that comes of it"
         )
     where, content = _verified(card.weights, cache or Path(torch.hub.get_dir()) / "minecube")
-    found = unpickled(content, where)
+    found = unpickled(content, foreign(where))
     return _ours(card, found, where) if isinstance(found, dict) and "format" in found else _plain(card, found, where)
 
 

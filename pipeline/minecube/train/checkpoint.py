@@ -5,17 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minecube.errors import ModelError
+from minecube.models.files import pickled, unpickled, write_whole
 
 FORMAT = "minecube-training-1"
 
@@ -42,25 +38,17 @@ class Epoch:
 
 def write_state(path: Path, content: Mapping[str, Any]) -> None:
     """Write a training's state, whole or not at all; raises ModelError where it cannot be written."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
-    _write(path, buffer.getbuffer())
+    write_whole(path, pickled({"format": FORMAT, **content}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state that `write_state` wrote; raises ModelError where the file is not one, or is damaged."""
+    foreign = f"{path}: is not the state of a training of this version of minecube, or is damaged; remove it to train afresh"
     try:
-        file = io.BytesIO(path.read_bytes())
+        found = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: the training's state cannot be read ({error})") from error
-    foreign = f"{path}: is not the state of a training of this version of minecube, or is damaged; remove it to train afresh"
-    if not zipfile.is_zipfile(file):
-        raise ModelError(foreign)
-    file.seek(0)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ModelError(foreign) from error
+    content = unpickled(found, foreign)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(foreign)
     return content
@@ -89,15 +77,4 @@ def write_log(path: Path, history: Sequence[Epoch]) -> None:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(f.name for f in dataclasses.fields(Epoch))
     rows.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in dataclasses.astuple(epoch)] for epoch in history)
-    _write(path, text.getvalue().encode())
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    # Beside the target, so that the rename stays within one file system; a reader never meets half a file.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise ModelError(f"{path}: could not be written ({error}); what was there before is as it was") from error
+    write_whole(path, text.getvalue().encode())
