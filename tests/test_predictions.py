@@ -391,6 +391,9 @@ def test_predict_maps_pairs_by_gap_and_by_name(store, tmp_path, monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, "unet", "unet:difference")
     trained = model_file(tmp_path / "c.pt", task="change", classes=("removed", "new"))
     ask = ("predict", "--store", store, "--model", tmp_path / "c.pt")
+    for gap in ("7", "0"):
+        assert "of the years 2019, 2020, 2021, found none as asked for" in run(*ask, "--pairs", gap, ok=2)[1]
+    assert not (tmp_path / "cubes.zarr/pit/predictions").exists()
     assert "pit: 2 pairs mapped" in run(*ask, "--pairs", "1")[0]
     found = cube.open_change(store, "pit", "tiny")
     assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == [PAIRS[0], PAIRS[2]]

@@ -153,6 +153,14 @@ def test_views_are_those_of_the_task() -> None:
     assert views(Cubes({"a": cube(1, years=years)}), SERIES) == [("a", years)]
 
 
+def test_years_come_in_their_order_whatever_the_order_in_the_cube() -> None:
+    of = cube(1, years=(2018, 2019, 2021))
+    plain, turned = Cubes({"a": of}), Cubes({"a": of.isel(year=[2, 0, 1])})
+    assert views(turned, CHANGE) == views(plain, CHANGE)
+    for one, other in zip(turned.cut("a", (2018, 2021), 3, 4, 20), plain.cut("a", (2018, 2021), 3, 4, 20), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_years_that_do_not_fit_the_task_are_refused() -> None:
     one, two = cube(1, years=(2019,)), cube(2)
     with pytest.raises(ModelError, match="sees two years, found 2019 at a"):

@@ -49,7 +49,7 @@ def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None
     """What the card's network maps of these years: each, each pair (or those named), or all at once.
 
     Raises:
-        ModelError: too few years for the task, or pairs that are none, or of other years.
+        ModelError: too few years for the task, or no pair asked for, or one that is none, or of other years.
     """
     ordered = tuple(sorted(years))
     if pairs is not None and card.task != "change":
@@ -58,6 +58,11 @@ def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None
     if len(ordered) < least:
         found = ", ".join(map(str, ordered)) or "none"
         raise ModelError(f"model {card.id}: {card.task} needs {least} years or more, found {found}; build more years")
+    if pairs is not None and not pairs:
+        raise ModelError(
+            f"model {card.id}: expected pairs of two of the years {', '.join(map(str, ordered))}, found none as asked for; "
+            "name other pairs or gaps, or leave them out for all"
+        )
     for pair in pairs or ():
         if len(pair) != 2 or pair[0] >= pair[1] or not set(pair) <= set(ordered):
             raise ModelError(

@@ -77,8 +77,10 @@ class Cubes:
                     f"site {site}: expected the bands {', '.join(self.bands)}, as of the other sites, found "
                     f"{', '.join(_bands(cube)) or 'no names'}; one band would be taken for another"
                 )
-            arrays = image.transpose("year", "band", "y", "x").to_numpy(), label.transpose("year", "y", "x").to_numpy()
-            self._arrays[site] = arrays
+            self._arrays[site] = (
+                image.sortby("year").transpose("year", "band", "y", "x").to_numpy(),
+                label.sortby("year").transpose("year", "y", "x").to_numpy(),
+            )
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -96,8 +98,8 @@ class Cubes:
         return True
 
     def years_of(self, site: str) -> tuple[int, ...]:
-        """The site's years."""
-        return tuple(int(year) for year in self.cubes[site]["year"])
+        """The site's years, ascending."""
+        return tuple(sorted(int(year) for year in self.cubes[site]["year"]))
 
     def shape_of(self, site: str) -> tuple[int, int]:
         """Rows and columns of the site."""
