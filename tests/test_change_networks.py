@@ -156,6 +156,32 @@ def test_cards_are_in_their_papers_sizes() -> None:
             assert count(models.build(CARDS[name])) == count(network(10, 1)), name
 
 
+def test_options_are_the_papers_unless_the_card_says_others() -> None:
+    with torch.device("meta"):
+        for name in [*CHANGE, "unet-small", "series-attention-small"]:
+            plain = models.build(dataclasses.replace(CARDS[name], options={}))
+            assert count(plain) == count(models.build(CARDS[name])), name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fc-ef", {"droput": 0.5}, "fc-ef has no option 'droput'; there is: width, dropout"),
+        ("fc-ef", {"dropout": -1}, "option 'dropout': expected a number of 0 or more, found -1"),
+        ("fc-ef", {"dropout": 1.5}, r"fc-ef cannot be built with \{'dropout': 1.5\} \(dropout probability"),
+        ("snunet", {"width": 0}, "option 'width': expected a whole number above 0, found 0"),
+        ("unet-small", {"width": "wide"}, "option 'width': expected a whole number above 0, found 'wide'"),
+        ("dtcdscn", {"depths": [3, 4]}, r"option 'depths': expected 4 whole numbers above 0, found \[3, 4\]"),
+        ("tinycd", {"widths": 48}, "option 'widths': expected 4 whole numbers above 0, found 48"),
+        ("changefft", {"depths": [1, 1, 1, True]}, "expected 4 whole numbers above 0"),
+        ("a2net", {"encoder": "mobilenet"}, "option 'encoder': expected a number of 0 or more, found 'mobilenet'"),
+    ],
+)
+def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=f"model {name}: .*{words}"):
+        models.build(dataclasses.replace(CARDS[name], options=options))
+
+
 # What a network takes and gives
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 from minecube.catalog import ModelCard
 from minecube.errors import ModelError
 from minecube.models.blocks import InvertedResidual, convolution, enlarge
+from minecube.models.options import options_of
 
 _MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 """Expansion, channels, blocks, stride of each stage: Sandler et al. 2018 (arXiv:1801.04381), table 2."""
@@ -27,7 +28,7 @@ def a2net(card: ModelCard) -> nn.Module:
             f"model {card.id}: expected the class changed alone, found {', '.join(card.classes)}; A2Net sees only how far "
             "two dates are apart, not which is the earlier, so it cannot tell new from removed: take another architecture"
         )
-    return A2Net(len(card.bands), len(card.classes), width=card.options["width"], encoder=card.options["encoder"])
+    return A2Net(len(card.bands), len(card.classes), **options_of(card, width=64, encoder=1.0))
 
 
 class A2Net(nn.Module):

@@ -8,17 +8,12 @@ from torch.nn import functional
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import ResNet, convolution, siamese
+from minecube.models.options import options_of
 
 
 def bit(card: ModelCard) -> nn.Module:
     """BIT; options `width` (of the ResNet-18's first stage, 64), `depth` (of the decoder, 8), `head` (its heads' size, 8)."""
-    return BIT(
-        len(card.bands),
-        len(card.classes),
-        width=card.options["width"],
-        depth=card.options["depth"],
-        head=card.options["head"],
-    )
+    return BIT(len(card.bands), len(card.classes), **options_of(card, width=64, depth=8, head=8))
 
 
 class BIT(nn.Module):

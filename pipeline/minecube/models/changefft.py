@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import ResNet, convolution, enlarge, siamese
+from minecube.models.options import options_of
 
 _THRESHOLD = 0.01
 """Below it a mixed frequency is taken as noise: the authors' code."""
@@ -17,13 +18,7 @@ _THRESHOLD = 0.01
 
 def changefft(card: ModelCard) -> nn.Module:
     """ChangeFFT; options `width` and `depths` (of the ResNet, 64 and 2, 2, 2, 2), `head` (width of the UPerNet head, 512)."""
-    return ChangeFFT(
-        len(card.bands),
-        len(card.classes),
-        width=card.options["width"],
-        depths=card.options["depths"],
-        head=card.options["head"],
-    )
+    return ChangeFFT(len(card.bands), len(card.classes), **options_of(card, width=64, depths=(2, 2, 2, 2), head=512))
 
 
 class ChangeFFT(nn.Module):

@@ -10,17 +10,13 @@ from torch.nn import functional
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import enlarge, siamese
+from minecube.models.options import options_of
 
 
 def changeformer(card: ModelCard) -> nn.Module:
     """ChangeFormer; options `widths` and `depths` of the encoder's four stages, `width` of the decoder."""
-    return ChangeFormer(
-        len(card.bands),
-        len(card.classes),
-        widths=card.options["widths"],
-        depths=card.options["depths"],
-        width=card.options["width"],
-    )
+    own = options_of(card, widths=(64, 128, 320, 512), depths=(3, 3, 4, 3), width=256)
+    return ChangeFormer(len(card.bands), len(card.classes), **own)
 
 
 class ChangeFormer(nn.Module):

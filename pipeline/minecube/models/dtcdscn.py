@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import ResNet, SqueezeExcite, siamese
+from minecube.models.options import options_of
 
 
 def dtcdscn(card: ModelCard) -> nn.Module:
     """DTCDSCN; options `width` (of the encoder's first stage, 64) and `depths` (3, 4, 6, 3: an SE-ResNet-34)."""
-    return DTCDSCN(len(card.bands), len(card.classes), width=card.options["width"], depths=card.options["depths"])
+    return DTCDSCN(len(card.bands), len(card.classes), **options_of(card, width=64, depths=(3, 4, 6, 3)))
 
 
 class DTCDSCN(nn.Module):

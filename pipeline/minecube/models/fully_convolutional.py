@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import Pyramid, siamese
+from minecube.models.options import options_of
 
 
 def fc_ef(card: ModelCard) -> nn.Module:
@@ -28,9 +29,7 @@ def fc_siam_diff(card: ModelCard) -> nn.Module:
 
 
 def _of(card: ModelCard, skip: str) -> nn.Module:
-    return FullyConvolutional(
-        len(card.bands), len(card.classes), skip=skip, width=card.options["width"], dropout=card.options.get("dropout", 0.2)
-    )
+    return FullyConvolutional(len(card.bands), len(card.classes), skip=skip, **options_of(card, width=16, dropout=0.2))
 
 
 class FullyConvolutional(nn.Module):

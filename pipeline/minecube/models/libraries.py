@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minecube.catalog import ModelCard
 from minecube.errors import ModelError
+from minecube.models.options import options_of
 
 
 def _mend_torchvision() -> None:
@@ -87,18 +88,15 @@ def pspnet(card: ModelCard) -> nn.Module:
     As published, the last two stages are dilated, so that features are at an eighth of the resolution; the library's own
     default leaves these stages away. Where the paper fuses the pyramid by a 3 x 3 convolution, the library does by a 1 x 1.
     """
-    options = _options(card, encoder="resnet50", width=512)
+    options = options_of(card, encoder="resnet50", width=512)
     network = _smp(card, smp.PSPNet, {"psp_out_channels": options["width"], "encoder_depth": 5, "upsampling": 8}, options)
-    try:
-        network.encoder.make_dilated(8)  # type: ignore[operator, union-attr]
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise _unfit(card, error) from error
+    network.encoder.make_dilated(8)  # type: ignore[operator, union-attr]
     return network
 
 
 def deeplabv3plus(card: ModelCard) -> nn.Module:
     """DeepLabV3+ (Chen et al. 2018, arXiv:1802.02611) at output stride 16; options `encoder` and `width`, 256 as published."""
-    options = _options(card, encoder="resnet50", width=256)
+    options = options_of(card, encoder="resnet50", width=256)
     return _smp(card, smp.DeepLabV3Plus, {"decoder_channels": options["width"]}, options)
 
 
@@ -107,7 +105,7 @@ def deeplabv3(card: ModelCard) -> nn.Module:
 
     At output stride 16 with rates 6, 12 and 18; `width` of the pyramid, 512 as published.
     """
-    options = _options(card, encoder="mobilevitv2-1.0", width=512)
+    options = options_of(card, encoder="mobilevitv2-1.0", width=512)
     config = transformers.MobileViTV2Config(
         num_channels=len(card.bands),
         num_labels=len(card.classes),
@@ -120,7 +118,7 @@ def deeplabv3(card: ModelCard) -> nn.Module:
 
 def segformer(card: ModelCard) -> nn.Module:
     """SegFormer (Xie et al. 2021, arXiv:2105.15203), b0 to b5 by the option `encoder`."""
-    channels, depths, width = _size(card, _SEGFORMER, _options(card, encoder="b2")["encoder"])
+    channels, depths, width = _size(card, _SEGFORMER, options_of(card, encoder="b2")["encoder"])
     config = transformers.SegformerConfig(
         num_channels=len(card.bands),
         num_labels=len(card.classes),
@@ -136,7 +134,7 @@ def upernet(card: ModelCard) -> nn.Module:
 
     `width` of the pyramids, 512 as published. Without the auxiliary head, which only serves a loss of its own.
     """
-    options = _options(card, encoder="swin-tiny", width=512)
+    options = options_of(card, encoder="swin-tiny", width=512)
     config = transformers.UperNetConfig(
         backbone_config=_backbone(card, options["encoder"], {**_CONVNEXT, **_SWIN}),
         hidden_size=options["width"],
@@ -157,7 +155,7 @@ def mask2former(card: ModelCard) -> nn.Module:
 
     `width` (256), `encoder_layers` (6, of the pixel decoder) and `decoder_layers` (9): as published by default.
     """
-    options = _options(card, encoder="swin-tiny", width=256, queries=100, encoder_layers=6, decoder_layers=9)
+    options = options_of(card, encoder="swin-tiny", width=256, queries=100, encoder_layers=6, decoder_layers=9)
     width = options["width"]
     config = transformers.Mask2FormerConfig(
         backbone_config=_backbone(card, options["encoder"], _SWIN),
@@ -179,20 +177,6 @@ def mask2former(card: ModelCard) -> nn.Module:
     nn.init.kaiming_uniform_(features.weight, a=1)
     nn.init.zeros_(features.bias)
     return _giving(network, _by_class)
-
-
-def _options(card: ModelCard, **defaults: Any) -> dict[str, Any]:
-    """The card's options on top of these defaults; numbers are whole and above zero."""
-    unknown = sorted(set(card.options) - set(defaults))
-    if unknown:
-        raise ModelError(f"model {card.id}: {card.architecture} has no option {unknown[0]!r}; there is: {', '.join(defaults)}")
-    found = {**defaults, **card.options}
-    for name, default in defaults.items():
-        value = found[name]
-        if not isinstance(value, type(default)) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
-            expected = "a name" if isinstance(default, str) else "a whole number above 0"
-            raise ModelError(f"model {card.id}: option {name!r}: expected {expected}, found {value!r}")
-    return found
 
 
 def _size(card: ModelCard, sizes: Mapping[str, Any], encoder: str) -> Any:
@@ -224,7 +208,7 @@ def _smp(
     more: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    encoder = (options or _options(card, encoder="resnet50"))["encoder"]
+    encoder = (options or options_of(card, encoder="resnet50"))["encoder"]
     # Two families stay out: Mix Transformers are under a licence that forbids commerce (see segformer), timm- is a name of old.
     known = [name for name in smp.encoders.get_encoder_names() if not name.startswith(("mit_", "timm-"))]
     known += [f"tu-{name}" for name in timm.list_models()]
@@ -234,19 +218,10 @@ def _smp(
             f"model {card.id}: unknown encoder {encoder!r}; there are {len(known)}, the nearest by name: {', '.join(close)} "
             "(those of segmentation-models-pytorch, and of timm behind tu-)"
         )
-    try:
-        built: nn.Module = network(
-            encoder_name=encoder, encoder_weights=None, in_channels=len(card.bands), classes=len(card.classes), **(more or {})
-        )
-    except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise _unfit(card, error) from error
-    return built
-
-
-def _unfit(card: ModelCard, error: Exception) -> ModelError:
-    return ModelError(
-        f"model {card.id}: {card.architecture} cannot be built with {dict(card.options)} ({error}); try another encoder"
+    built: nn.Module = network(
+        encoder_name=encoder, encoder_weights=None, in_channels=len(card.bands), classes=len(card.classes), **(more or {})
     )
+    return built
 
 
 def _giving(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:

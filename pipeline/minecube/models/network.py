@@ -62,13 +62,23 @@ class Trained:
 
 
 def build(card: ModelCard) -> nn.Module:
-    """The card's network with fresh weights, by torch's global random state; raises ModelError where there is no such."""
+    """The card's network with fresh weights, by torch's global random state.
+
+    Raises:
+        ModelError: there is no such architecture, or it has no such options, or none like these.
+    """
     if card.architecture not in ARCHITECTURES:
         raise ModelError(
             f"model {card.id}: unknown architecture {card.architecture!r}; there is: {', '.join(sorted(ARCHITECTURES))}"
         )
     module, _, name = ARCHITECTURES[card.architecture].partition(":")
-    network: nn.Module = getattr(importlib.import_module(f"minecube.models.{module}"), name)(card)
+    function = getattr(importlib.import_module(f"minecube.models.{module}"), name)
+    try:
+        network: nn.Module = function(card)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"model {card.id}: {card.architecture} cannot be built with {dict(card.options)} ({error}); try other options"
+        ) from error
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # a third faster on CPUs
 
 

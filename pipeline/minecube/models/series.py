@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import Pyramid, convolution, enlarge
+from minecube.models.options import options_of
 
 _REACH = 10
 """Years; what is further away weighs like this."""
@@ -22,14 +23,7 @@ _REACH = 10
 
 def series_attention(card: ModelCard) -> nn.Module:
     """The network; options `width` (of the first level), `depth` (times it is halved), `heads` and `layers` of attention."""
-    return SeriesAttention(
-        len(card.bands),
-        len(card.classes),
-        width=card.options["width"],
-        depth=card.options["depth"],
-        heads=card.options["heads"],
-        layers=card.options["layers"],
-    )
+    return SeriesAttention(len(card.bands), len(card.classes), **options_of(card, width=16, depth=3, heads=4, layers=1))
 
 
 class SeriesAttention(nn.Module):

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import Pyramid, SqueezeExcite, siamese
+from minecube.models.options import options_of
 
 
 def snunet(card: ModelCard) -> nn.Module:
     """SNUNet with ECAM; option `width`, channels of the first level (32 in the paper's SNUNet-CD/32)."""
-    return SNUNet(len(card.bands), len(card.classes), card.options["width"])
+    return SNUNet(len(card.bands), len(card.classes), **options_of(card, width=32))
 
 
 class SNUNet(nn.Module):

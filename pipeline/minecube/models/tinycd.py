@@ -11,17 +11,13 @@ from torch.nn import functional
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import InvertedResidual, convolution, siamese
+from minecube.models.options import options_of
 
 
 def tinycd(card: ModelCard) -> nn.Module:
     """TinyCD; options `widths` of the encoder's stem and three stages, `depths` of the stages, `decoder` widths."""
-    return TinyCD(
-        len(card.bands),
-        len(card.classes),
-        widths=card.options["widths"],
-        depths=card.options["depths"],
-        decoder=card.options["decoder"],
-    )
+    own = options_of(card, widths=(48, 24, 32, 56), depths=(2, 4, 4), decoder=(64, 64, 32))
+    return TinyCD(len(card.bands), len(card.classes), **own)
 
 
 class TinyCD(nn.Module):

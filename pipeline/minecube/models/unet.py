@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from minecube.catalog import ModelCard
+from minecube.models.options import options_of
 
 
 def unet(card: ModelCard) -> nn.Module:
     """A U-Net of the card's options `width` (channels of the first level) and `depth` (times the image is halved)."""
-    return UNet(len(card.bands), len(card.classes), card.options["width"], card.options["depth"])
+    return UNet(len(card.bands), len(card.classes), **options_of(card, width=16, depth=3))
 
 
 class UNet(nn.Module):
