@@ -786,6 +786,31 @@ def test_windows_fit_the_network_and_devices_are_there(monkeypatch: pytest.Monke
         fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN, Run(device="cuda"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": "change", "classes": ("changed",)}, "unet cannot be applied to windows of the task change"),
+        ({"task": "series"}, "unet cannot be applied to windows of the task series"),
+        ({"architecture": "snunet", "options": {"width": 4}}, "snunet cannot be applied to windows of the task mapping"),
+        (
+            {"options": {"width": 4, "depth": 3}, "window_px": 20},
+            r"\(1, 1, 10, 20, 20\).*correct the card's task, options or mul",
+        ),
+    ],
+)
+def test_a_card_whose_network_is_for_another_task_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run = Run(checkpoint=tmp_path / "x.ckpt")
+    with pytest.raises(ModelError, match=f"model small: .*{words}"):
+        fit(dataclasses.replace(SMALL, **changes), Cubes({"a": cube(1)}), None, PLAIN, run)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_gives_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "build", lambda _: nn.Conv2d(10, 1, 3))
+    with pytest.raises(ModelError, match=r"expected logits \(1, 1, 1, 16, 16\) .*found \(1, 1, 1, 14, 14\)"):
+        fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN)
+
+
 def test_bfloat16_on_request(flat: None) -> None:
     half = dataclasses.replace(PLAIN, bf16=("cpu",))
     source = Cubes({"a": cube(1)})

@@ -87,9 +87,9 @@ def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings
         run: Where, and what to keep.
 
     Raises:
-        ModelError: the sites lack bands, labels, years or a class; some are in both; the window does not fit the card; the
-            device is not there; the loss is no longer a number (the checkpoint of the last epoch stays as it is); or the
-            checkpoint is another training's.
+        ModelError: the sites lack bands, labels, years or a class; some are in both; the window does not fit the card, nor the
+            network its task; the device is not there; the loss is no longer a number (the checkpoint of the last epoch stays as
+            it is); or the checkpoint is another training's.
     """
     place = device_of(run.device)
     _check(card, settings, train, valid)
@@ -102,7 +102,9 @@ def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings
     before = _resumed(run, asked)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(run.seed)
-        state = _begun(build(card).to(place), settings, settings.epochs * steps_of(len(windows), settings, _share()[1]))
+        network = build(card).to(place)
+        _try(network, windows)
+        state = _begun(network, settings, settings.epochs * steps_of(len(windows), settings, _share()[1]))
         if before:
             _restore(state, before)
         if not state.ended:
@@ -135,6 +137,26 @@ def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | N
         raise ModelError(
             f"expected training and validation sites apart, found {', '.join(both)} in both; a score on ground that was learnt "
             "from says nothing of other ground: split by site"
+        )
+
+
+def _try(network: nn.Module, windows: Windows) -> None:
+    """See that the network takes windows of its card's task, and gives what is to be learnt."""
+    card, view, side = windows.card, windows.survey.views[0][1], windows.size
+    given = torch.zeros(1, len(view), len(card.bands), side, side, device=next(network.parameters()).device)
+    wanted = (1, len(view) if card.task == "series" else 1, len(card.classes), side, side)
+    try:
+        with torch.inference_mode():
+            found = tuple(logits(network.eval(), card.task, given, view).shape)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"model {card.id}: {card.architecture} cannot be applied to windows of the task {card.task}, {tuple(given.shape)} "
+            f"({error}); correct the card's task, options or multiple_px"
+        ) from error
+    if found != wanted:
+        raise ModelError(
+            f"model {card.id}: expected logits {wanted} of windows {tuple(given.shape)}, found {found} of {card.architecture}; "
+            "correct the card's task, options or multiple_px"
         )
 
 
