@@ -77,14 +77,16 @@ def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None
 def about(trained: Trained) -> dict[str, Any]:
     """What made a map, as plain JSON: the card, the SHA-256 of all weights, what it was trained on, how windows overlap.
 
-    Equal, and of the same builds, maps are the same but for the last bits that `compute` may move.
+    Equal, and of the same builds, maps are the same but for the last bits that `compute` may move. Where the weights were got
+    is left out: a place makes no map, and a signed URL is a secret; and so are scores, which are known only afterwards.
     """
     weights = hashlib.sha256()
     for name, value in sorted(trained.network.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    card = {name: value for name, value in as_dict(trained.card).items() if name not in ("weights", "scores")}
     return {
-        **as_dict(trained.card),
+        **card,
         "trained_on": list(trained.sites),
         "weights_sha256": weights.hexdigest(),
         "mean": list(trained.mean),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
+_END = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,40 +74,13 @@ def _waited(flown: tuple[T, Tensor, Tensor, torch.cuda.Event | None]) -> tuple[T
     return of, first, second
 
 
-def ahead(items: Iterator[T], depth: int = 1) -> Generator[T, None, None]:
+def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items, `depth` of them made by a thread before they are asked for; close it to end the thread."""
-    made: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
-    ended = threading.Event()
-
-    def put(item: tuple[bool, T | BaseException | None]) -> bool:
-        while not ended.is_set():
-            try:
-                made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def make() -> None:
+    with ThreadPoolExecutor(1) as maker:
+        coming = deque(maker.submit(next, items, _END) for _ in range(depth))
         try:
-            for item in items:
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:  # handed to the one who asks, whatever it is
-            put((False, error))
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while True:
-            there, item = made.get()
-            if there:
+            while (item := coming.popleft().result()) is not _END:
+                coming.append(maker.submit(next, items, _END))
                 yield item  # type: ignore[misc]
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                return
-    finally:
-        ended.set()
-        thread.join()
+        finally:
+            maker.shutdown(cancel_futures=True)
