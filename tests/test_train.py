@@ -1012,7 +1012,7 @@ def test_torchrun_starts_several_that_train_one_network(store: Path, tmp_path: P
 # Presets
 
 
-def test_published_presets_are_as_published() -> None:
+def test_published_presets_are_as_told_and_say_so() -> None:
     for name in ("published-mapping", "published-change"):
         found = load_presets()[name]
         assert (found.optimiser, found.learning_rate, found.schedule, found.weight_decay) == ("adam", 1e-4, "constant", 0)
@@ -1020,6 +1020,7 @@ def test_published_presets_are_as_published() -> None:
         assert (found.gaps, found.rare, found.turns, found.jitter, found.patience) == ((), 0, False, 0, None)
         assert "2510.14661" in found.source
         assert "nferred" in found.source
+        assert "told" in found.source  # not read in the paper
     assert {"cpu", "default", "demo"} <= set(load_presets())
 
 
