@@ -184,6 +184,17 @@ def served(folder: Path, *trouble: object) -> Iterator[str]:
         server.communicate()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Of torch: windows as small as the tests' are slower with more, far slower on a busy machine."""
+    import torch  # which many tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Test modules reach these through fixtures, since they are no package.
 @pytest.fixture(scope="session")
 def make() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from minecube.models.series import SeriesAttention
 from minecube.models.snunet import SNUNet
 from minecube.models.tinycd import TinyCD
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CARDS = load_models()
 CHANGE = [name for name, card in CARDS.items() if card.task == "change" and not name.endswith("-small")]
 TINY: dict[str, dict[str, Any]] = {
@@ -47,15 +49,6 @@ TINY: dict[str, dict[str, Any]] = {
     "changefft": {"width": 8, "depths": [1, 1, 1, 1], "head": 8},
 }
 """Options with which a test is quick."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Windows this small are slower with more, far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:

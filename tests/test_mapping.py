@@ -24,6 +24,8 @@ from minecube.models import Compute, Trained, compute, map_rows, mapping, predic
 from minecube.models.layout import Blend, Layout, across, weighted
 from minecube.models.streams import Strip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ModelCard(
     id="small", title="for tests", architecture="unet", options={"width": 4, "depth": 2}, window_px=16, multiple_px=4
 )
@@ -31,15 +33,6 @@ WIDE = dataclasses.replace(SMALL, options={"width": 16, "depth": 3}, window_px=3
 CHANGE = dataclasses.replace(SMALL, id="pairs", task="change", classes=("removed", "new"))
 SERIES = dataclasses.replace(SMALL, id="years", task="series")
 YEARS = (2018, 2019, 2021)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Windows this small are slower with more, far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reflectance(seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)) -> xr.DataArray:

@@ -7,7 +7,6 @@ import importlib
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,8 @@ from minecube.catalog import BANDS, ModelCard, load_models
 from minecube.errors import ModelError
 from minecube.models import Trained, libraries
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CARDS = {
     name: card
     for name, card in load_models().items()
@@ -28,15 +29,6 @@ CARDS = {
 }
 SMALL = {name: card for name, card in CARDS.items() if name.endswith("-small")}
 ON_TWO = ("deeplabv3plus", "deeplabv3", "upernet")  # trained on two windows at least
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Windows this small are slower with more, far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def built(card: ModelCard, seed: int = 0) -> torch.nn.Module:

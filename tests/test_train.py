@@ -13,7 +13,7 @@ import sys
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from minecube.train import Cubes, Run, Tiles, Windows, checkpoint, fit, fitting,
 from minecube.train.loss import loss_of
 from minecube.train.windows import augmented, batches, steps_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 survey_file = sys.modules["minecube.train.survey"]
 
 SMALL = ModelCard(
@@ -48,15 +50,6 @@ SMALL = ModelCard(
 CHANGE = dataclasses.replace(SMALL, id="pairs", task="change", classes=("removed", "new"))
 SERIES = dataclasses.replace(SMALL, id="all-years", task="series")
 PLAIN = Settings(id="plain", title="for tests", epochs=3, batch=8, learning_rate=3e-3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Windows this small are slower with more, far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cube(seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)) -> xr.Dataset:

@@ -104,7 +104,24 @@ class BasicBlock(nn.Module):
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class Stages(nn.Module):
+    """A stem, and stages one after another; gives what each stage gives."""
+
+    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.stages = stem, nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """One tensor a stage, the finest first."""
+        x = self.stem(x)
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return found
+
+
+class ResNet(Stages):
     """The residual network of basic blocks: `depths` (2, 2, 2, 2) and `width` 64 are ResNet-18, (3, 4, 6, 3) is ResNet-34.
 
     Gives its stages' features, width x 1, 2, 4, ... channels at a 4th, 8th, 16th, ... of the size; at the same size as
@@ -114,25 +131,15 @@ class ResNet(nn.Module):
     def __init__(
         self, bands: int, width: int, depths: Sequence[int], *, strides: Sequence[int] = (1, 2, 2, 2), squeeze: bool = False
     ) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(convolution(bands, width, 7, stride=2), nn.MaxPool2d(3, 2, 1))
-        self.stages = nn.ModuleList()
-        channels = width
+        stem = nn.Sequential(convolution(bands, width, 7, stride=2), nn.MaxPool2d(3, 2, 1))
+        stages, channels = [], width
         for level, depth in enumerate(depths):
             outputs = width * 2**level
             blocks = [BasicBlock(channels, outputs, stride=strides[level], squeeze=squeeze)]
             blocks += [BasicBlock(outputs, outputs, squeeze=squeeze) for _ in range(depth - 1)]
-            self.stages.append(nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
             channels = outputs
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """One tensor a stage."""
-        x = self.stem(x)
-        found = []
-        for stage in self.stages:
-            x = stage(x)
-            found.append(x)
-        return found
+        super().__init__(stem, stages)
 
 
 class InvertedResidual(nn.Module):

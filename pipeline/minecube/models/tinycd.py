@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minecube.catalog import ModelCard
-from minecube.models.blocks import InvertedResidual, convolution, siamese
+from minecube.models.blocks import InvertedResidual, Stages, convolution, siamese
 from minecube.models.options import options_of
 
 
@@ -37,7 +37,7 @@ class TinyCD(nn.Module):
         decoder: Sequence[int] = (64, 64, 32),
     ) -> None:
         super().__init__()
-        self.encoder = _Encoder(bands, widths, depths)
+        self.encoder = _encoder(bands, widths, depths)
         self.masks = nn.ModuleList([_mask(bands, 10, 5), *(_mask(w, w // 2, w // 4) for w in widths[1:3])])
         self.mix = _mix(widths[3])
         self.up = nn.ModuleList(_separable(a, b) for a, b in zip([widths[3], *decoder], decoder, strict=False))
@@ -55,35 +55,23 @@ class TinyCD(nn.Module):
         return logits
 
 
-class _Encoder(nn.Module):
+def _encoder(bands: int, widths: Sequence[int], depths: Sequence[int]) -> Stages:
     """The first three stages of an EfficientNet, at half, a 4th and an 8th of the size."""
-
-    def __init__(self, bands: int, widths: Sequence[int], depths: Sequence[int]) -> None:
-        super().__init__()
-        stages = []
-        for i, (stride, expansion, kernel) in enumerate(((1, 1, 3), (2, 6, 3), (2, 6, 5))):
-            blocks = [
-                InvertedResidual(
-                    widths[i + (n > 0)],
-                    widths[i + 1],
-                    stride=stride if n == 0 else 1,
-                    expansion=expansion,
-                    kernel=kernel,
-                    squeeze=True,
-                )
-                for n in range(depths[i])
-            ]
-            stages.append(nn.Sequential(*blocks))
-        self.stem = convolution(bands, widths[0], stride=2, activation=nn.SiLU)
-        self.stages = nn.ModuleList(stages)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        found = []
-        for stage in self.stages:
-            x = stage(x)
-            found.append(x)
-        return found
+    stem, stages = convolution(bands, widths[0], stride=2, activation=nn.SiLU), []
+    for i, (stride, expansion, kernel) in enumerate(((1, 1, 3), (2, 6, 3), (2, 6, 5))):
+        blocks = [
+            InvertedResidual(
+                widths[i + (n > 0)],
+                widths[i + 1],
+                stride=stride if n == 0 else 1,
+                expansion=expansion,
+                kernel=kernel,
+                squeeze=True,
+            )
+            for n in range(depths[i])
+        ]
+        stages.append(nn.Sequential(*blocks))
+    return Stages(stem, stages)
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
