@@ -57,7 +57,7 @@ class TinyCD(nn.Module):
 
 def _encoder(bands: int, widths: Sequence[int], depths: Sequence[int]) -> Stages:
     """The first three stages of an EfficientNet, at half, a 4th and an 8th of the size."""
-    stem, stages = convolution(bands, widths[0], stride=2, activation=nn.SiLU), []
+    stages = []
     for i, (stride, expansion, kernel) in enumerate(((1, 1, 3), (2, 6, 3), (2, 6, 5))):
         blocks = [
             InvertedResidual(
@@ -71,7 +71,7 @@ def _encoder(bands: int, widths: Sequence[int], depths: Sequence[int]) -> Stages
             for n in range(depths[i])
         ]
         stages.append(nn.Sequential(*blocks))
-    return Stages(stem, stages)
+    return Stages(convolution(bands, widths[0], stride=2, activation=nn.SiLU), stages)
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
