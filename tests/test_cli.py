@@ -62,6 +62,8 @@ def test_every_help_shows_an_example(command):
     out, _ = run_here(command, "--help")
     assert "Example" in out
     assert f"minecube {command}" in out
+    assert re.search(r"^  Examples?:$", out, re.MULTILINE)  # where help begins, not astray
+    assert not re.search(r"\b(XXX|TODO|FIXME)\b", out)
 
 
 def test_the_list_of_commands():

@@ -45,13 +45,13 @@ Counted = dict[str, dict[str, metrics.Scores]]
 def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path | None, out: Path | None) -> None:
     """Score models against the labels: per site, year and gap, and pooled (a ratio of sums, not a mean of ratios).
 
-        Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
-    XXX
+    Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
+    there is more than one; each model but the first is also held against the first, over the same sites.
 
-        \b
-        Examples:
-          minecube score --store cubes.zarr --sites Germany_2 --model unet-small
-          minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
+    \b
+    Examples:
+      minecube score --store cubes.zarr --sites Germany_2 --model unet-small
+      minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
     """
     sites, named = stored_sites(store, wanted), [name.strip() for name in models.split(",")]
     if len(set(named)) < len(named):
