@@ -675,6 +675,9 @@ def test_differences_are_paired_by_site() -> None:
     assert apart[0]["low"] < apart[1]["high"]  # unpaired, they overlap
     with pytest.raises(ModelError, match="same sites"):
         metrics.difference(one, {**worse, "s9": worse["s0"]})
+    near = {pair: n for pair, n in one["s3"].pairs.items() if pair[1] - pair[0] == 1}
+    with pytest.raises(ModelError, match="s3 is scored over 3 and 2 pairs of years"):
+        metrics.difference(one, {**worse, "s3": dataclasses.replace(one["s3"], pairs=near)})
 
 
 def test_formulas_work_on_many_resamples_at_once() -> None:

@@ -67,12 +67,12 @@ def probability(truth, seed, noise):
     return p.round().astype(np.uint8)
 
 
-def write_change(store, site, model, change, classes):
+def write_change(store, site, model, change, classes, pairs=PAIRS):
     def rows(todo):
         for view in todo:
             yield types.SimpleNamespace(view=view, y=0, values=change[PAIRS.index(view)][None])
 
-    about = cube.Prediction(model=model, views=PAIRS, about={"id": model}, variable="change", classes=classes)
+    about = cube.Prediction(model=model, views=pairs, about={"id": model}, variable="change", classes=classes)
     cube.write_prediction(store, site, about, rows)
 
 
@@ -91,6 +91,7 @@ def world(tmp_path_factory, make):
         moves = np.array([[np.maximum(p[i] - p[j], 0), np.maximum(p[j] - p[i], 0)] for i, j in combinations(range(4), 2)])
         pixels[name]["pairs"] = moves.astype(np.uint8)
         write_change(store, name, "pairs", pixels[name]["pairs"], ("removed", "new"))
+        write_change(store, name, "near", pixels[name]["pairs"], ("removed", "new"), [PAIRS[0], PAIRS[-1]])
     build(store, make.site("bare", 360000 + 90000, 5600040, 60, 60), labelled=False)
     return store, pixels
 
@@ -189,6 +190,8 @@ def test_one_site_has_no_interval_and_says_why(world, tmp_path):
         (("--sites", "pond", "--model", "none"), "no prediction of 'none' for pond"),
         (("--sites", "pond", "--model", "sharp,sharp"), "each model once"),
         (("--sites", "pont", "--model", "sharp"), "unknown site 'pont'"),
+        (("--sites", "pond", "--model", "sharp,near"), "pond is scored over 2 and 6 pairs of years"),
+        (("--sites", "pond", "--model", "near", "--baselines"), "pond is scored over 6 and 2 pairs of years"),
     ],
 )
 def test_what_cannot_be_scored_says_so_and_writes_nothing(world, tmp_path, arguments, words):

@@ -53,11 +53,18 @@ def difference(
     """How much higher the first's pooled scores are than the second's: as `intervals`, both of the same drawn sites each time.
 
     Raises:
-        ModelError: the sites are not the same.
+        ModelError: the sites, or the pairs of years of one of them, are not the same.
     """
     if set(one) != set(other):
         lacking = sorted(set(one) ^ set(other))
         raise ModelError(f"a paired difference needs the same sites of both, but {lacking[0]} is scored in one of them alone")
+    unlike = sorted(name for name in one if set(one[name].pairs) != set(other[name].pairs))
+    if unlike:
+        numbers = " and ".join(str(len(scores[unlike[0]].pairs)) for scores in (one, other))
+        raise ModelError(
+            f"{unlike[0]} is scored over {numbers} pairs of years, not the same ones, and change over longer gaps is easier; "
+            "map the same pairs by both, or score them one by one"
+        )
     both = {"one": one, "other": {name: other[name] for name in one}}
     return _table(both, lambda scores: scores[0] - scores[1], level, resamples, seed, method)
 
