@@ -135,6 +135,28 @@ def test_a_smoothed_map_is_a_prediction_like_any_other(store, tmp_path):
     assert "smoothed already" in run("tracks", "--store", store, "--model", "net+hmm", "--out", tmp_path / "o", ok=2)
 
 
+def test_a_smoothed_map_is_not_opened_once_another_model_has_mapped(store, tmp_path):
+    def tracked():
+        run("tracks", "--store", store, "--model", "net", "--out", tmp_path / "out")
+
+    raw = cube.open_probability(str(store), "pit", "net").load()
+    card = raw.attrs["model"]
+    tracked()
+    cube.write_probability(str(store), "pit", "net", raw, card)  # the same model once more
+    cube.open_probability(str(store), "pit", "net+hmm")
+    cube.write_probability(str(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"})
+    try:
+        for command in (("score", "--model", "net+hmm"), ("export", "--model", "net+hmm", "--out", tmp_path / "e")):
+            said = run(*command, "--store", store, "--sites", "pit", ok=2)
+            assert "'net+hmm' of pit was made of an earlier 'net'" in said
+            assert "minecube tracks" in said
+        tracked()
+        smoothed = cube.open_probability(str(store), "pit", "net+hmm")
+        assert (smoothed.values[:, 0, -10:] > 125).all()  # of the map that is there now
+    finally:
+        cube.write_probability(str(store), "pit", "net", raw, card)
+
+
 def test_rates_of_labels_given_and_wrong(store, tmp_path):
     out = tmp_path / "out"
     run("tracks", "--store", store, "--model", "net", "--sites", "hole", "--rates", "labels:pit", "--out", out)

@@ -21,7 +21,7 @@ from minecube.cli.common import catalog_option, progress_bar, stored_sites, writ
 from minecube.cli.learn import state_of, train_network
 from minecube.cli.predict import map_site
 from minecube.cli.score import Counted, Tables, baselines_of, cell, latex, markdown, score_site, write, write_all
-from minecube.cli.tracks import SUFFIX
+from minecube.cli.tracks import SUFFIX, write_smoothed
 from minecube.errors import CatalogError, ModelError
 
 MAPPING = ("f1", "iou", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "boundary_f1")
@@ -162,9 +162,8 @@ def _smooth(store: str, sites: Sequence[str], card: ModelCard) -> None:
     maps = {site: cube.open_probability(store, site, card.id) for site in sites}
     rates = tracks.learn_rates(maps.values())
     for site, lazy in maps.items():
-        name = card.id + SUFFIX
-        about = {**as_dict(card), "id": name, "smoothed_from": card.id, "rates": asdict(rates)}
-        cube.write_probability(store, site, name, tracks.smooth(lazy.compute(), rates), about)
+        about = {**lazy.attrs["model"], "rates": asdict(rates)}
+        write_smoothed(store, site, card.id, tracks.smooth(lazy.compute(), rates), about)
 
 
 def written(

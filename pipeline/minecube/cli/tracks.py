@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,9 +100,7 @@ def tracks(
         for name, lazy in maps.items():
             grid, probability = lazy.odc.geobox, lazy.compute()
             track = follow(probability, grid, found, kernel)
-            made_of = probability.attrs.get("model", {})
-            card = {**made_of, "id": f"{model}{SUFFIX}", "smoothed_from": model, "rates": asdict(found)}
-            cube.write_probability(store, name, f"{model}{SUFFIX}", track.smoothed, card)
+            write_smoothed(store, name, model, track.smoothed, {**probability.attrs["model"], "rates": asdict(found)})
             export.write_layers(track.layers, probability, grid, out / name, name)
             tables.append(track.areas.assign(site=name)[["site", *track.areas.columns]])
             rows.append({"site": name, **track.summary})
@@ -142,6 +140,12 @@ def follow(probability: xr.DataArray, grid: GeoBox, rates: tracking.Rates, kerne
         "flip_rate": tracking.flip_rate(footprint),
     }
     return Track(smoothed, layers, areas, summary)
+
+
+def write_smoothed(store: str, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]) -> None:
+    """Put a model's smoothed map into the store as MODEL+hmm; raises CubeError where it cannot be written."""
+    name = model + SUFFIX
+    cube.write_probability(store, site, name, smoothed, {**card, "id": name}, made_of=model)
 
 
 def _kernel(device: str) -> Kernel | None:

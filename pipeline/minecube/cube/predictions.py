@@ -112,8 +112,12 @@ def write_prediction(
     return todo
 
 
-def write_probability(store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any]) -> None:
+def write_probability(
+    store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any], *, made_of: str | None = None
+) -> None:
     """Put a model's mine probability (uint8 [year, y, x], x 250, 255 = none) into its own group, replacing an older run's.
+
+    `made_of` names the prediction that it was made of: once that is another model's, this one is no longer opened.
 
     Raises:
         CubeError: the probability lies on another grid than the cube, or the store cannot be written.
@@ -134,14 +138,16 @@ def write_probability(store: str, site_id: str, model: str, probability: xr.Data
             yield Whole(view, probability.sel(year=list(view)).to_numpy()[None])
 
     views = [(int(year),) for year in probability["year"]]
-    write_prediction(store, site_id, Prediction(model=model, views=views, about=card), rows, overwrite=True)
+    origin = {"made_of": {"prediction": made_of, "digest": _maker(store, site_id, made_of)}} if made_of else {}
+    write_prediction(store, site_id, Prediction(model=model, views=views, about={**card, **origin}), rows, overwrite=True)
 
 
 def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
     """A model's probability over a site, lazy uint8 [year, y, x], x 250, 255 = none.
 
     Raises:
-        CubeError: that model did not run there, or not to its end, or on other builds than the cube now holds.
+        CubeError: that model did not run there, or not to its end, or on other builds than the cube now holds; or the map was
+            made of another model's than is there now.
     """
     probability = _open(store, site_id, model, "probability")
     unmapped = set(_build_ids(store, site_id)) - {str(year) for year in probability["year"].to_numpy()}
@@ -189,10 +195,22 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
     changed = [year for of in done.values() for year, build in of["builds"].items() if now.get(year) != build]
     if changed:
         raise _stale(store, site_id, model, min(changed))
+    origin = attrs["model"].get("made_of")
+    if origin and _maker(store, site_id, origin["prediction"]) not in (origin["digest"], None):
+        raise CubeError(
+            f"{store}: {model!r} of {site_id} was made of an earlier {origin['prediction']!r} than is there now; make it "
+            "again, a smoothed map by `minecube tracks`"
+        )
     opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=path, consolidated=False)
     found = opened[variable].assign_attrs(model=attrs["model"], builds=mapped_from)
     whole = [n for n, done in places(attrs).items() if done]  # not those of years that are no longer there
     return found if len(whole) == found.shape[0] else found.isel({found.dims[0]: whole})
+
+
+def _maker(store: str, site_id: str, model: str) -> str | None:
+    """Digest of what made a prediction; None where there is none."""
+    path = f"{site_id}/predictions/{model}"
+    return digest(group_of(store, path).attrs["model"]) if exists(store, path) else None
 
 
 def _stale(store: str, site_id: str, model: str, year: str) -> CubeError:
