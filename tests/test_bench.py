@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio.features
+import xarray as xr
 from click.testing import CliRunner
 
 from minecube import cube, models
@@ -145,13 +147,37 @@ def test_bad_use(world, tmp_path):
     assert "test_1: expected each site in one part" in twice
     assert "unknown model 'gpt*'" in bench(world, tmp_path, *SPLIT, "--models", "mini,gpt*", ok=2)
     assert not any(tmp_path.iterdir())
+    (tmp_path / "bench.json").write_text("[1")
+    assert "is not what `minecube bench` writes" in bench(world, tmp_path, *SPLIT, "--models", "mini", ok=2)
 
 
-def test_flips_are_pooled_over_sites(world):
+def test_sites_without_labels_are_found_before_anything_is_trained(world, tmp_path, monkeypatch):
+    store = str(world / "cubes.zarr")
+    truth = cube.open_committed(store, "test_2")["footprint"].load()
+    monkeypatch.setattr(module, "train_network", None)
+    cube.write_footprint(store, "test_2", xr.full_like(truth, 255), origin="none")
+    try:
+        said = bench(world, tmp_path, *SPLIT, "--models", "mini", ok=2)
+    finally:
+        cube.write_footprint(store, "test_2", truth, origin="simulated truth")
+    assert "test_2 has no footprint in any built year" in said
+
+
+def test_flips_are_pooled_over_sites(world, out):
     """Changes that go back on an earlier one, pixel by pixel."""
     store, back, steps = str(world / "cubes.zarr"), 0, 0
     for name in ("test_1", "test_2"):
         found = cube.open_probability(store, name, "mini").values >= 125
         changes = (np.diff(found.astype(int), axis=0) != 0).sum(axis=0)
         back, steps = back + np.maximum(changes - 1, 0).sum(), steps + changes.size * (len(YEARS) - 1)
-    assert module.flip_rate(store, ["test_1", "test_2"], "mini") == pytest.approx(back / steps)
+    assert rows(out / "mapping.md")["mini"]["flips"] == f"{back / steps:.2%}"
+
+
+def test_a_gap_that_nothing_was_said_of_is_no_number(world, out, tmp_path, monkeypatch):
+    """Of last year's map, the first year is not there."""
+    again = shutil.copytree(out, tmp_path / "again")
+    monkeypatch.setattr(module, "GAPS", (1, 2, 3))
+    bench(world, again)
+    late = rows(again / "change.md")["last year's map"]
+    assert [late[f"F1, gap {gap}"] for gap in (2, 3)] == ["n/a", ""]
+    assert 0 <= float(late["F1, gap 1"]) < 1

@@ -115,7 +115,11 @@ def test_flip_rate_counts_what_goes_back() -> None:
     states = [[[0, 0, 0, 255]], [[0, 1, 1, 255]], [[1, 1, 255, 255]], [[1, 0, 0, 1]], [[1, 0, 1, 255]]]
     steps = 4 + 4 + 3 + 0
     assert tracks.flip_rate(on_years(states)) == pytest.approx((0 + 1 + 2) / steps)
-    assert math.isnan(tracks.flip_rate(on_years(np.full((5, 2, 2), 255))))
+    unknown = on_years(np.full((5, 2, 2), 255))
+    assert math.isnan(tracks.flip_rate(unknown))
+    # Of sites together: steps that are known count, not pixels that are not.
+    calm = on_years(np.zeros((5, 1, 2)))
+    assert tracks.flip_rate(on_years(states), unknown, calm) == pytest.approx((0 + 1 + 2) / (steps + 8))
 
 
 def test_a_site_that_opens_and_one_that_grows() -> None:

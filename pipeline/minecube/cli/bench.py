@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -76,6 +77,7 @@ def bench(
     settings = pick(common.presets(catalog), preset_id, "preset")
     _agree(out / "bench.json", {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed})
     compute = models.Compute(device=device)
+    below = {site: baselines_of(store, site) for site in split.test}  # first: without labels all the training would be in vain
     took = {}
     for number, card in enumerate(cards, start=1):
         click.echo(f"{number} of {len(cards)}: {card.id}", err=True)
@@ -86,7 +88,7 @@ def bench(
         for site in split.test:
             for name in names:
                 counted[name][site] = score_site(store, site, name)
-            for name, scores in baselines_of(store, site).items():
+            for name, scores in below[site].items():
                 counted.setdefault(name, {})[site] = scores
             advance(note=site)
     maps = [c.id for c in cards if c.task != "change"]
@@ -120,7 +122,10 @@ def _chosen(known: Mapping[str, ModelCard], wanted: str) -> list[ModelCard]:
 def _agree(path: Path, asked: Mapping[str, Any]) -> None:
     """Raises CatalogError where the folder holds a benchmark of something else; its models would stand beside others'."""
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CatalogError(f"{path}: is not what `minecube bench` writes; remove it, or name another --out") from error
         different = [name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))]
         if different:
             raise CatalogError(
@@ -177,12 +182,15 @@ def written(
     baselines = [name for name in tables.counted if name not in (*maps, *smoothed, *changes)]
     mapping, change = {}, {}
     for name in (*maps, *smoothed, *baselines):
-        flips = "" if name in baselines else f"{flip_rate(store, list(tables.counted[name]), name):.2%}"
+        flips = ""
+        if name not in baselines:
+            drawn = (tracks.threshold(cube.open_probability(store, site, name)) for site in tables.counted[name])
+            flips = f"{tracks.flip_rate(*drawn):.2%}"
         mapping[name] = [_size(took.get(name)), *(cell(spread[name].loc[score]) for score in MAPPING), flips]
     for name in (*changes, *maps, *smoothed, *baselines):
         by_gap = metrics.by_gap(pooled[name])["change_f1"]
         scores = [cell(spread[name].loc[score]) if score in spread[name].index else "" for score in CHANGE]
-        change[name] = [_size(took.get(name)), *scores, *(f"{by_gap[g]:.3f}" if g in by_gap.index else "" for g in GAPS)]
+        change[name] = [_size(took.get(name)), *scores, *(_number(by_gap.get(g)) for g in GAPS)]
     paths = []
     for file, rows, names in (
         ("mapping", mapping, (*MAPPING, "flips")),
@@ -192,15 +200,12 @@ def written(
         paths += [write(out / f"{file}.md", markdown(of)), write(out / f"{file}.tex", latex(of))]
     best = sorted(smoothed, key=lambda name: float(spread[name]["score"]["ca_tiou"]), reverse=True)[:3]
     finest = sorted(changes, key=lambda name: float(spread[name]["score"]["change_f1"]), reverse=True)[:3]
-    drawn = [name for m in best for name in (m.removesuffix(SUFFIX), m)]
-    return paths + write_all(tables, out / "scores", [*drawn, *finest, *baselines])
+    shown = [name for m in best for name in (m.removesuffix(SUFFIX), m)]
+    return paths + write_all(tables, out / "scores", [*shown, *finest, *baselines])
 
 
-def flip_rate(store: str, sites: Sequence[str], name: str) -> float:
-    """Of all sites together: changes that go back on an earlier one, per step from year to year."""
-    maps = [tracks.threshold(cube.open_probability(store, site, name)) for site in sites]
-    steps = [m.size - m[0].size for m in maps]
-    return sum(tracks.flip_rate(m) * n for m, n in zip(maps, steps, strict=True)) / max(sum(steps), 1)
+def _number(score: float | None) -> str:
+    return "" if score is None else "n/a" if math.isnan(score) else f"{score:.3f}"
 
 
 def _size(took: Mapping[str, float] | None) -> str:

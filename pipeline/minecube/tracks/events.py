@@ -102,24 +102,27 @@ def _mark(kind: NDArray[np.uint8], where: NDArray[np.bool_], abrupt: NDArray[np.
     kind[where & ~abrupt] |= KINDS[f"{what}_gradually"]
 
 
-def flip_rate(footprint: xr.DataArray) -> float:
+def flip_rate(*footprints: xr.DataArray) -> float:
     """Changes that go back on an earlier one, per step from one known year to the next; 0 where no pixel changes twice.
 
-    (year, y, x) uint8: 1 mine, 0 not, 255 unknown. A mine that opened and was reclaimed has gone back once, truly. NaN where no
-    pixel is known in two years.
+    Of all sites' footprints together, each (year, y, x) uint8: 1 mine, 0 not, 255 unknown. A mine that opened and was reclaimed
+    has gone back once, truly. NaN where no pixel is known in two years.
 
     Raises:
-        LabelError: it is no footprint.
+        LabelError: one is no footprint.
     """
-    checked_years(footprint)
-    shape = footprint.shape[1:]
-    last, changes, steps = np.full(shape, UNKNOWN), np.zeros(shape, np.uint8), 0
-    for now in footprint.to_numpy():
-        both = (now != UNKNOWN) & (last != UNKNOWN)
-        steps += int(both.sum())
-        changes += both & (now != last)
-        last = np.where(now == UNKNOWN, last, now)
-    return int(np.maximum(changes, 1).sum(dtype=np.int64) - changes.size) / steps if steps else math.nan
+    back = steps = 0
+    for footprint in footprints:
+        checked_years(footprint)
+        shape = footprint.shape[1:]
+        last, changes = np.full(shape, UNKNOWN), np.zeros(shape, np.uint8)
+        for now in footprint.to_numpy():
+            both = (now != UNKNOWN) & (last != UNKNOWN)
+            steps += int(both.sum())
+            changes += both & (now != last)
+            last = np.where(now == UNKNOWN, last, now)
+        back += int(np.maximum(changes, 1).sum(dtype=np.int64)) - changes.size
+    return back / steps if steps else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
