@@ -224,6 +224,21 @@ def test_correlation_is_measured_as_it_was_planted() -> None:
         assert found.common == pytest.approx(common, abs=0.1)
 
 
+def test_years_that_are_not_known_leave_the_others_their_intervals() -> None:
+    r, years = np.random.default_rng(5), list(range(2010, 2020))
+    smoothed = np.full((10, 120, 120), 125)
+    raw = np.clip(np.rint(115 + 25 * np.stack([blur(r, 120, SIGMA) for _ in years])), 6, 244)
+    every = np.add.outer(np.arange(120), np.arange(120)) % 10 == np.arange(10)[:, None, None]  # each pixel in another year
+    whole, gap, speckled = raw, raw.copy(), np.where(every, 255, raw)
+    gap[4] = 255
+    found = [tracks.error_correlation(on_years(a, years), on_years(smoothed, years)).near[1:9] for a in (whole, gap, speckled)]
+    assert found[0][1] > 0.8
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, atol=0.05)
+    # The yearly maps say a tenth of one half less than the smoothed, in all years that there are.
+    sd = [tracks.expected_areas(on_years(smoothed, years), on_years(a, years), grid(120, 120))["sd_m2"] for a in (whole, gap)]
+    assert sd[1].mean() == pytest.approx(sd[0].mean(), rel=0.05)
+
+
 @pytest.mark.parametrize("side", [1, 2, 7, 40])
 def test_sites_smaller_than_the_reach(side: int) -> None:
     r = np.random.default_rng(4)

@@ -20,6 +20,7 @@ taken for a mine, say, no map tells.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,22 +72,27 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
             "from year to year; map more years, or give the correlation"
         )
     before, after = raw.to_numpy(), smoothed.to_numpy()
-    known = (before != UNKNOWN).all(axis=0)
-    unsettled = ((before > _ACTIVE) & (before < SCALE - _ACTIVE)).any(axis=0)
-    unsettled |= ((before > SCALE // 2) != (after > SCALE // 2)).any(axis=0)
-    active = (known & unsettled).astype(np.float32)
-    lags = (0, *(lag for lag in _LAGS if lag <= min(active.shape) // 2))  # farther apart are too few, all near the edges
+    known = before != UNKNOWN
+    unsettled = (known & (before > _ACTIVE) & (before < SCALE - _ACTIVE)).any(axis=0)
+    unsettled |= (known & ((before > SCALE // 2) != (after > SCALE // 2))).any(axis=0)
+    lags = (0, *(lag for lag in _LAGS if lag <= min(unsettled.shape) // 2))  # farther apart are too few, all near the edges
     own, pairs = np.zeros(len(lags)), np.zeros(len(lags))
-    mean = sum((b.astype(np.float32) - a for b, a in zip(before, after, strict=True)), np.float32(0)) / len(years)
-    for b, a in zip(before, after, strict=True):
-        error = (b.astype(np.float32) - a - mean) * active
+
+    def changes() -> Iterator[NDArray[np.float32]]:
+        """Year by year, 0 where it is unknown."""
+        return (np.where(k, b.astype(np.float32) - a, np.float32(0)) for b, a, k in zip(before, after, known, strict=True))
+
+    mean = sum(changes(), np.float32(0)) / np.maximum(known.sum(axis=0), 1).astype(np.float32)
+    for change, there in zip(changes(), known & unsettled, strict=True):
+        active = there.astype(np.float32)
+        error = (change - mean) * active
         for n, lag in enumerate(lags):
-            for one, other, there, here in (
+            for one, other, here, beside in (
                 (error[lag:], error[: len(error) - lag], active[lag:], active[: len(error) - lag]),
                 (error[:, lag:], error[:, : error.shape[1] - lag], active[:, lag:], active[:, : error.shape[1] - lag]),
             ):
                 own[n] += np.vdot(one, other)
-                pairs[n] += np.vdot(there, here)
+                pairs[n] += np.vdot(here, beside)
     if not own[0] or len(lags) == 1:
         return ALONE
     alike = np.where(pairs > 0, own / np.maximum(pairs, 1), 0) / (own[0] / pairs[0])
@@ -127,9 +133,9 @@ def expected_areas(
         near = scipy.signal.oaconvolve(spread, kernel, mode="same")
         variance = float(np.vdot(near, spread)) + correlation.common * float(spread.sum()) ** 2
         moved = float((np.where(seen, yearly / SCALE - p, 0) * worth).sum())
-        found.append((float((p * worth).sum()), max(variance, 0), moved, float(worth[known].sum())))
-    area, variances, moves, most = np.array(found).T
-    sd = np.sqrt(variances + moves.mean() ** 2)
+        found.append((float((p * worth).sum()), max(variance, 0), moved, float(worth[known].sum()), float(seen.any())))
+    area, variances, moves, most, there = np.array(found).T
+    sd = np.sqrt(variances + (moves.sum() / max(there.sum(), 1)) ** 2)
     low, high = np.maximum(area - NORMAL_95 * sd, 0), np.minimum(area + NORMAL_95 * sd, most)
     return pd.DataFrame({"year": years, "expected_m2": area, "sd_m2": sd, "low_m2": low, "high_m2": high})
 
