@@ -325,6 +325,18 @@ def test_learning_is_deterministic_and_samples_all_sites(monkeypatch: pytest.Mon
     assert tracks.learn_rates(sites) == tracks.learn_rates(sites)
 
 
+def test_rates_are_learned_of_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ground that opens between two columns of a site whose width is a multiple of the step."""
+    monkeypatch.setattr(learning, "_SAMPLE_PX", 1 << 10)
+    closed = np.full((4, 128, 128), 5, np.uint8)  # every 16th of 128 x 128
+    for first in (0, 8):
+        opens = closed.copy()
+        opens[2:, :, first + 1 : first + 8] = 245
+        (series,) = learning.sampled([maps(opens, [2019, 2020, 2021, 2022])])
+        taken = series.weights[(series.values[-1] == 245)].sum() / series.weights.sum()
+        assert taken == pytest.approx(7 / 128, rel=0.1)
+
+
 def test_rates_of_labels_are_counted() -> None:
     #        0->1  0->0  1->1  1->0  0->?->?, then 1: three steps of which nothing is known
     labels = [[0, 0, 1, 1, 0], [1, 0, 1, 0, 255], [1, 0, 1, 0, 255], [1, 255, 1, 0, 1]]

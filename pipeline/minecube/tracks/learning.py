@@ -77,7 +77,7 @@ class Expected:
 def learn_rates(probabilities: Iterable[xr.DataArray], *, prior: float | None = None, temper: float = TEMPER) -> Rates:
     """Rates under which these maps are likeliest, learned from nothing but them.
 
-    Of each map every n-th pixel is taken, about 65 thousand in all: the same maps give the same rates.
+    Of each map the same share of pixels is drawn, about 65 thousand in all: the same maps give the same rates.
 
     Args:
         probabilities: Of each site, (year, y, x) uint8 x 250, 255 = none; years ascending, gaps allowed.
@@ -132,14 +132,17 @@ def mean_probability(series: Sequence[Series], least: float = LEAST_SHARE) -> fl
 
 
 def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
-    """Every n-th pixel of the maps, equal series together; raises LabelError as `learn_rates`."""
+    """The n-th part of the maps' pixels, drawn alike each time, equal series together; raises LabelError as `learn_rates`."""
     if not sum(p.size for p in probabilities):
         raise LabelError("there is no map to learn rates from; name sites that a model has mapped, or give rates")
     step = -(-sum(p.sizes["y"] * p.sizes["x"] for p in probabilities) // _SAMPLE_PX)
     found = []
     for probability in probabilities:
         years = checked_years(probability)
-        values = probability.to_numpy().reshape(len(years), -1)[:, ::step]
+        values = probability.to_numpy().reshape(len(years), -1)
+        # Not every n-th: of a width that shares a factor with it, that is the same few columns of all rows.
+        chosen = np.random.default_rng(0).choice(values.shape[1], -(-values.shape[1] // step), replace=False, shuffle=False)
+        values = values[:, chosen]
         need_stored(bool(((values > SCALE) & (values < UNKNOWN)).any()))
         values = values[:, (values != UNKNOWN).any(axis=0)]
         filled = np.full((years[-1] - years[0] + 1, values.shape[1]), UNKNOWN)
