@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+import zarr
 from click.testing import CliRunner
+from zarr.core.attributes import Attributes
 
 from minecube import cube
 from minecube.catalog import BANDS, ModelCard, Recipe
@@ -219,6 +221,34 @@ def test_later_years_and_pairs_join_those_that_are_there(store, site):
         PAIRS[n] for n in (1, 0, 2)
     ]
     np.testing.assert_array_equal(found[1], expected(PAIRS[0])[0])
+    assert cube.verify(store).findings == ()
+
+
+@pytest.mark.parametrize("dies_at", ["change", "first", "first written", "group"])
+@pytest.mark.parametrize("then", [(PAIRS[0], PAIRS[2]), PAIRS[:1], PAIRS], ids=["other", "fewer", "more"])
+def test_a_run_killed_while_it_makes_room_leaves_no_pair_under_another_ones_name(store, monkeypatch, dies_at, then):
+    """Room is made array by array; the group says last what it is for."""
+    mapped(store, PAIRS[:1], variable="change")
+    name, _, written = dies_at.partition(" ")
+    where, does = (zarr.Array, "__setitem__" if written else "resize") if name != "group" else (Attributes, "put")
+    done = getattr(where, does)
+
+    def dying(self, *args):
+        if name == "group":
+            raise KeyboardInterrupt
+        done(self, *args)
+        if self.basename == name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(where, does, dying)
+        with pytest.raises(KeyboardInterrupt):
+            mapped(store, PAIRS[:2], variable="change")
+    mapped(store, then, variable="change")
+    found = cube.open_change(store, "pit", "net")
+    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == list(then)
+    for n, pair in enumerate(then):
+        np.testing.assert_array_equal(found[n], expected(pair)[0])
     assert cube.verify(store).findings == ()
 
 

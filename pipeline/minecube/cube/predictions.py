@@ -187,9 +187,10 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
         raise CubeError(f"{store}: {model!r} maps {attrs['variable']}, not {variable}; name a model that does")
     lacking = [_label(view) for view in views if _label(view) not in done and len(_of(view, now)) == len(view)]
     if not done or lacking or group[variable].shape[0] != len(_axis(variable, views)):
+        rest = "those that were begun last" if done else "all"
         raise CubeError(
             f"{store}: {model!r} has not mapped {site_id} to its end: of {len(views) or 'its'} maps lack "
-            f"{', '.join(lacking) or 'all'}; run `minecube predict` again, it goes on from there"
+            f"{', '.join(lacking) or rest}; run `minecube predict` again, it goes on from there"
         )
     mapped_from = {year: build for of in done.values() for year, build in of["builds"].items()}
     changed = [year for of in done.values() for year, build in of["builds"].items() if now.get(year) != build]
@@ -263,7 +264,7 @@ def _begin(
         _template(store, site_id, prediction, target)
     group = zarr.open_group(target, path=path, mode="r+", use_consolidated=False)
     kept = {name: of for name, of in attrs.get("done", {}).items() if of["builds"] == _of(map(int, name.split("-")), now)}
-    if attrs and (kept, views) == (attrs["done"], old):
+    if attrs and (kept, views) == (attrs["done"], old) and _fits(group, variable, views):
         return group, kept
     again = {n for view, at in _places(variable, views).items() if _label(view) not in kept for n in at}
     _grow(group, variable, views)
@@ -313,10 +314,8 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
     if variable == "change":
         # Pairs are many, and a pixel of one is a byte: shards of two blocks' side keep the files few.
         side, lead, dims = 2 * side, (len(prediction.classes),), ("pair", "class", "y", "x")
-        coords |= {name: ("pair", np.array([v[n] for v in axis], np.int64)) for n, name in enumerate(("first", "second"))}
         coords["class"] = np.asarray(prediction.classes, dtype=object)
-    else:
-        coords["year"] = np.array(axis, np.int64)
+    coords |= {name: (dims[0], np.array(values, np.int64)) for name, values in _coordinates(variable, prediction.views).items()}
     empty = dask.array.full((len(axis), *lead, *grid.shape), 255, dtype="uint8", chunks=(1, *lead, side, side))
     described = {"long_name": _LONG_NAMES[variable], "nodata": 255, "grid_mapping": "spatial_ref"}
     dataset = xr.Dataset({variable: (dims, empty, described)}, coords=coords, attrs=geozarr(grid))
@@ -332,16 +331,25 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
     )
 
 
-def _grow(group: zarr.Group, variable: str, views: Sequence[View]) -> None:
-    """Room for these views. A run killed here has left some arrays longer than others: they are as long as the views again."""
+def _coordinates(variable: str, views: Sequence[View]) -> dict[str, list[int]]:
+    """What names the places on the first axis."""
     axis = _axis(variable, views)
-    columns = {"first": [v[0] for v in axis], "second": [v[1] for v in axis]} if variable == "change" else {"year": axis}
-    for name, values in {variable: None, **columns}.items():
+    return {"first": [v[0] for v in axis], "second": [v[1] for v in axis]} if variable == "change" else {"year": axis}
+
+
+def _fits(group: zarr.Group, variable: str, views: Sequence[View]) -> bool:
+    """Whether there is room for these views and no more, by their names."""
+    named = all(group[name][:].tolist() == values for name, values in _coordinates(variable, views).items())
+    return named and group[variable].shape[0] == len(_axis(variable, views))
+
+
+def _grow(group: zarr.Group, variable: str, views: Sequence[View]) -> None:
+    """Room for these views, and their names: all of it written, since a run killed here has left any part of it."""
+    for name, values in {variable: None, **_coordinates(variable, views)}.items():
         array = group[name]
-        if array.shape[0] != len(axis):
-            array.resize((len(axis), *array.shape[1:]))
-            if values is not None:
-                array[:] = np.array(values, np.int64)
+        array.resize((len(_axis(variable, views)), *array.shape[1:]))
+        if values is not None:
+            array[:] = np.array(values, np.int64)
 
 
 def _by_view(
