@@ -270,6 +270,55 @@ def test_a_year_that_is_no_longer_committed_is_not_shown(store):
     whole(store, 2019, 2021)
 
 
+def constant(todo, value, meanwhile=None):
+    """Maps of one value; with something else going on before the second row of the second map."""
+    for n, view in enumerate(todo):
+        for y in (0, 64, 128):
+            if meanwhile and (n, y) == (1, 64):
+                meanwhile()
+            yield types.SimpleNamespace(view=view, y=y, values=np.full((1, 1, min(64, 150 - y), 90), value, np.uint8))
+
+
+@pytest.mark.parametrize("other", [NET, {**NET, "weights_sha256": "b"}], ids=["same model", "another of that name"])
+@pytest.mark.parametrize("dies_after", [0, 5, 7, 15])
+def test_of_two_runs_at_once_the_later_one_writes_alone(store, other, dies_after):
+    """Else the maps of one would stand under the name, and the checksums, of the other."""
+    three = years(2019, 2020, 2021)
+
+    def meanwhile():
+        if dies_after == 15:
+            mapped(store, three, about=other)
+            return
+        with pytest.raises(KeyboardInterrupt):
+            mapped(store, three, about=other, dies_after=dies_after)
+
+    def write(rows):
+        return cube.write_prediction(store, "pit", Prediction(model="net", views=three, about=NET), rows)
+
+    with pytest.raises(CubeError, match="another run has begun to write pit/predictions/net, so this one ends"):
+        write(lambda todo: constant(todo, 5, meanwhile))
+    assert {f.kind for f in cube.verify(store).findings} == set()
+    kept = other == NET  # what the first had committed
+    assert mapped(store, three, about=other) == three[min(3, kept + dies_after // 5) :]
+    found = cube.open_probability(store, "pit", "net")
+    for n, view in enumerate(three):
+        np.testing.assert_array_equal(found[n], np.full((150, 90), 5) if kept and n == 0 else expected(view)[0, 0])
+    assert cube.verify(store).findings == ()
+
+
+def test_two_models_map_one_site_at_once(store):
+    three, others = years(2019, 2020, 2021), []
+
+    def meanwhile():
+        others.append(mapped(store, three))
+
+    other = Prediction(model="other", views=three, about={"id": "other"})
+    assert cube.write_prediction(store, "pit", other, lambda todo: constant(todo, 5, meanwhile)) == others[0] == three
+    whole(store, 2019, 2020, 2021)
+    assert (cube.open_probability(store, "pit", "other") == 5).all()
+    assert cube.verify(store).findings == ()
+
+
 def test_missing_rows_are_not_committed(store):
     for heights in ((7, 40), (7, 40, 1, 64)):
         with pytest.raises(CubeError, match=r"expected row \d+ of 2019, found (none|row 0 of 2020); this map is not committed"):

@@ -2,11 +2,13 @@
 
 A view is what a model saw at once: one year, a pair of years, or all. The group of a prediction says in its attributes which
 views there are to be (`views`) and which of them are whole (`done`), of which builds, and keeps checksums of these alone. A run
-that was killed left shards behind that nothing speaks of; the next one maps that view again, and no other.
+that was killed left shards behind that nothing speaks of; the next one maps that view again, and no other. One that is still
+at it when another begins ends there, since shards of both would stand in one map: `run` is the one that may write.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -86,7 +88,8 @@ def write_prediction(
         overwrite: begin anew, whatever is there.
 
     Raises:
-        CubeError: rows are missing, or the store cannot be written. What was committed by then stays.
+        CubeError: a year is not committed, rows are missing, another run has begun to write this prediction, or the store
+            cannot be written. What was committed by then stays.
     """
     now = _build_ids(store, site_id)
     target = summing(store)
@@ -96,6 +99,7 @@ def write_prediction(
         if not todo:
             return []
         written = dict(group.attrs["checksums"])
+        group.attrs.put(sealed({**group.attrs, "run": secrets.token_hex(8)}))
         array, at = group[prediction.variable], _places(prediction.variable, _views(group.attrs))
         with closing(rows(todo)) as given, ThreadPoolExecutor(1) as pool:
             for view, parts in _by_view(given, todo, array):
@@ -103,13 +107,28 @@ def write_prediction(
                 for y, values in parts:
                     if last is not None:
                         last.result()
+                    _need_alone(store, group)
                     last = pool.submit(_put, array, at[view], y, values)
                 if last is not None:
                     last.result()
+                _need_alone(store, group)
                 done[_label(view)] = {"builds": _of(view, now), "computed": prediction.computed}
                 sums = {**written, **_sums(target, group.path)}
                 group.attrs.put(sealed({**group.attrs, "done": done, "checksums": sums}))  # the commit
     return todo
+
+
+def _need_alone(store: str, group: zarr.Group) -> None:
+    """Raises CubeError where the prediction is no longer as this run has left it."""
+    try:
+        there = group_of(store, group.path).attrs.get("sha256")
+    except FileNotFoundError:
+        there = None
+    if there != group.attrs["sha256"]:
+        raise CubeError(
+            f"{store}: another run has begun to write {group.path}, so this one ends: maps of two would be mixed; wait until "
+            "the other is done"
+        )
 
 
 def write_probability(
