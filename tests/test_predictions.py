@@ -42,8 +42,8 @@ def store(tmp_path, site):
     return where
 
 
-def build(store, site, year, version="1", overwrite=False):
-    grid, rng = grid_of(site), np.random.default_rng(year)
+def build(store, site, year, version="1", overwrite=False, seed=0, **how):
+    grid, rng = grid_of(site), np.random.default_rng([year, seed])
     pixels = rng.integers(1, 3000, (10, *grid.shape)).astype(np.uint16)
     layers = {"clear_count": np.full(grid.shape, 3, np.uint16), "quality": np.ones(grid.shape, np.uint8)}
     made = {"reflectance": (("band", "y", "x"), da.from_array(pixels, chunks=(10, 64, 64)))}
@@ -53,7 +53,7 @@ def build(store, site, year, version="1", overwrite=False):
     listed = io.BytesIO()
     pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
-    cube.write_year(store, xr.Dataset(made), provenance, listed.getvalue(), overwrite=overwrite)
+    cube.write_year(store, xr.Dataset(made), provenance, listed.getvalue(), overwrite=overwrite, **how)
 
 
 def value(view, y, classes=1, times=1):
@@ -201,6 +201,54 @@ def test_another_build_is_mapped_anew_and_no_other(store, site):
     assert mapped(store, years(2019, 2020, 2021)) == years(2020)
     whole(store, 2019, 2020, 2021)
     assert cube.verify(store).findings == ()
+
+
+class Reads:
+    """Of ten, of which some were lost."""
+
+    def __init__(self, lost):
+        self.many = {"planned": 10, "lost": lost}
+
+    def totals(self):
+        return {**self.many, "completeness": 1 - self.many["lost"] / 10}
+
+    def lost(self):
+        return []
+
+    def to_parquet(self):
+        pd.DataFrame({name: [n] for name, n in self.many.items()}).to_parquet(out := io.BytesIO())
+        return out.getvalue()
+
+
+def test_the_same_build_of_other_pixels_is_mapped_anew(store, site):
+    """Reads that were lost are not in a build's name: it is made of the same scenes by the same recipe."""
+    four = years(2019, 2020, 2021, 2022)
+    build(store, site, 2022, reads=Reads(1), completeness=0.5)
+    mapped(store, four)
+    first = cube.builds(store, "pit")[2022]["build_id"]
+    build(store, site, 2022, seed=1, reads=Reads(0), overwrite=True)
+    assert cube.builds(store, "pit")[2022]["build_id"] == first
+    with pytest.raises(CubeError, match="mapped pit before 2022 was built as it is now"):
+        cube.open_probability(store, "pit", "net")
+    assert [f.kind for f in cube.verify(store).findings] == ["stale"]
+    assert mapped(store, four) == four[3:]
+    cube.uncommit(store, "pit", [2022])
+    build(store, site, 2022, seed=1, reads=Reads(0))  # the very same pixels, again
+    whole(store, 2019, 2020, 2021, 2022)
+    assert cube.verify(store).findings == ()
+
+
+@pytest.mark.parametrize(("variable", "views"), [("probability", years(2021, 2022)), ("change", [(2021, 2022)])])
+def test_a_year_that_is_not_committed_is_not_mapped(store, site, variable, views):
+    """Else its map would be of no build, and never out of date."""
+    with pytest.raises(CubeError, match=r"(2021-)?2022 of pit is not committed, and its pixels may change"):
+        mapped(store, views, variable=variable)
+    with pytest.raises(CubeError, match="no prediction of 'net' for pit"):
+        cube.open_probability(store, "pit", "net")
+    cube.uncommit(store, "pit", [2019])
+    grid = xr.open_zarr(store, group="pit", consolidated=False).footprint
+    with pytest.raises(CubeError, match="2019 of pit is not committed"):
+        cube.write_probability(store, "pit", "net", grid, {})
 
 
 def test_later_years_and_pairs_join_those_that_are_there(store, site):

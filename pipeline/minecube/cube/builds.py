@@ -16,7 +16,7 @@ import zarr
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
-from minecube.cube.store import exists, group_of, site_group, zarr_store
+from minecube.cube.store import digest, exists, group_of, site_group, zarr_store
 from minecube.errors import CubeError
 
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
@@ -73,6 +73,15 @@ def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
     group = zarr.open_group(zarr_store(store), path=f"{site_id}/builds", mode="r", use_consolidated=False)
     found = {int(name): dict(marker.attrs) for name, marker in group.groups()}
     return {year: attrs for year, attrs in sorted(found.items()) if "build_id" in attrs}
+
+
+def pixels_of(made: Mapping[str, Any]) -> str:
+    """Names the pixels of a committed year: its build, and a hash of them.
+
+    The same build made again after reads were lost, or offsets decided otherwise, has other pixels under its name.
+    """
+    sums = {key: of for key, of in made.get("checksums", {}).items() if key.startswith("reflectance/")}
+    return f"{made['build_id']}:{digest(sums)[:16]}"
 
 
 def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 1.0) -> bool:

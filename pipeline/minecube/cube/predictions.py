@@ -23,7 +23,7 @@ import xarray as xr
 import zarr
 from odc.geo.geobox import GeoBox
 
-from minecube.cube.builds import builds
+from minecube.cube.builds import builds, pixels_of
 from minecube.cube.store import NAMED, Summing, digest, exists, group_of, sealed, site_group, summing, writing, zarr_store
 from minecube.cube.template import geozarr
 from minecube.errors import CubeError
@@ -91,7 +91,13 @@ def write_prediction(
         CubeError: a year is not committed, rows are missing, another run has begun to write this prediction, or the store
             cannot be written. What was committed by then stays.
     """
-    now = _build_ids(store, site_id)
+    now = _pixels(store, site_id)
+    unbuilt = [_label(view) for view in prediction.views if len(_of(view, now)) < len(view)]
+    if unbuilt:
+        raise CubeError(
+            f"{store}: {unbuilt[0]} of {site_id} is not committed, and its pixels may change under the map; run `minecube "
+            "build` until it says built"
+        )
     target = summing(store)
     with writing(store):
         group, done = _begin(store, site_id, prediction, target, now, overwrite=overwrite)
@@ -169,7 +175,7 @@ def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
             made of another model's than is there now.
     """
     probability = _open(store, site_id, model, "probability")
-    unmapped = set(_build_ids(store, site_id)) - {str(year) for year in probability["year"].to_numpy()}
+    unmapped = set(_pixels(store, site_id)) - {str(year) for year in probability["year"].to_numpy()}
     if unmapped:
         raise _stale(store, site_id, model, min(unmapped))
     return probability if probability.indexes["year"].is_monotonic_increasing else probability.sortby("year")
@@ -201,7 +207,7 @@ def _group(store: str, site_id: str, model: str) -> zarr.Group:
 def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
     path, group = f"{site_id}/predictions/{model}", _group(store, site_id, model)
     attrs = dict(group.attrs)
-    views, done, now = _views(attrs), attrs.get("done", {}), _build_ids(store, site_id)
+    views, done, now = _views(attrs), attrs.get("done", {}), _pixels(store, site_id)
     if views and attrs["variable"] != variable:
         raise CubeError(f"{store}: {model!r} maps {attrs['variable']}, not {variable}; name a model that does")
     lacking = [_label(view) for view in views if _label(view) not in done and len(_of(view, now)) == len(view)]
@@ -211,7 +217,7 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
             f"{store}: {model!r} has not mapped {site_id} to its end: of {len(views) or 'its'} maps lack "
             f"{', '.join(lacking) or rest}; run `minecube predict` again, it goes on from there"
         )
-    mapped_from = {year: build for of in done.values() for year, build in of["builds"].items()}
+    mapped_from = {year: build.partition(":")[0] for of in done.values() for year, build in of["builds"].items()}
     changed = [year for of in done.values() for year, build in of["builds"].items() if now.get(year) != build]
     if changed:
         raise _stale(store, site_id, model, min(changed))
@@ -237,8 +243,8 @@ def _stale(store: str, site_id: str, model: str, year: str) -> CubeError:
     return CubeError(f"{store}: {model!r} mapped {site_id} before {year} was built as it is now; run `minecube predict` again")
 
 
-def _build_ids(store: str, site_id: str) -> dict[str, str]:
-    return {str(year): attrs["build_id"] for year, attrs in builds(store, site_id).items()}
+def _pixels(store: str, site_id: str) -> dict[str, str]:
+    return {str(year): pixels_of(made) for year, made in builds(store, site_id).items()}
 
 
 def _of(view: Iterable[int], now: Mapping[str, str]) -> dict[str, str]:

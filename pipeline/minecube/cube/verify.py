@@ -31,7 +31,7 @@ from odc.geo.geobox import GeoBox
 from zarr.core.buffer import default_buffer_prototype
 
 from minecube.catalog import FALLBACKS, Recipe, recipe_of
-from minecube.cube.builds import build_id
+from minecube.cube.builds import build_id, pixels_of
 from minecube.cube.packed import is_packed, need_writable
 from minecube.cube.predictions import place_of, places
 from minecube.cube.store import FORMAT, NAMED, objects, sealed, sum_of, zarr_store
@@ -449,7 +449,7 @@ class _Site:
         if models:
             path = "predictions/zarr.json"
             yield from _empty_group(self.name, path, _content(self.raw, f"{self.name}/{path}"))
-        now = {str(year): attrs.get("build_id") for year, attrs in self.committed.items()}
+        now = {str(year): pixels_of(attrs) for year, attrs in self.committed.items() if attrs}
         for model in models:
             path = f"predictions/{model}/zarr.json"
             attrs = _attributes(_content(self.raw, f"{self.name}/{path}"))
