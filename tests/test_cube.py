@@ -23,6 +23,8 @@ import zarr
 from minecube import composite as module
 from minecube import cube
 from minecube.catalog import Recipe
+from minecube.cube.builds import put_bytes
+from minecube.cube.store import summing
 from minecube.errors import CubeError, ReadError
 from minecube.grid import grid_of
 
@@ -312,6 +314,10 @@ def test_footprints_and_probabilities_find_their_years(store, grid):
     opened = cube.open_cube(store, "mine")
     np.testing.assert_array_equal(opened.footprint.sel(year=[2021, 2019]), masks)
     assert (opened.footprint.sel(year=2020) == 255).all()
+    with pytest.raises(CubeError, match=r"2019 of mine is not committed"):
+        cube.write_probability(store, "mine", "net", masks.sortby("year"), {"id": "net"})
+    for year in (2019, 2021):
+        cube.write_year(store, year_of(grid), {**PROVENANCE, "year": year}, b"")
     cube.write_probability(store, "mine", "net", masks.sortby("year"), {"id": "net"})
     got = cube.open_probability(store, "mine", "net")
     assert got.dtype == np.uint8
@@ -551,3 +557,13 @@ def test_counts_of_another_build_are_not_gone_on_with(store, grid):
     with pytest.raises(KeyboardInterrupt):
         cube.write_year(store, second.over(made), other, b"", reads=second, workers=2)
     assert cube.reads_so_far(store, other) is None
+
+
+def test_checksums_are_of_objects_that_are_there(tmp_path):
+    """Also where a long array has made way for a short one."""
+    target = summing(str(tmp_path / "cubes.zarr"))
+    group = zarr.open_group(target, mode="a")
+    for size in (3_000_000, 300):
+        put_bytes(group, "reads", np.random.default_rng(size).bytes(size))
+    there = {p.relative_to(tmp_path / "cubes.zarr").as_posix() for p in (tmp_path / "cubes.zarr/reads").rglob("*")}
+    assert {key for key in target.sums if key.startswith("reads/")} == there - {"reads/c"}

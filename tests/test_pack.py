@@ -321,6 +321,8 @@ def test_the_zips_own_checksum_serves_where_there_is_no_other(whole, tmp_path):
     store = Path(shutil.copytree(whole, tmp_path / "cubes.zarr"))
     marker = zarr.open_group(store, path="pond/builds/2019", mode="r+")
     marker.attrs.put({k: v for k, v in marker.attrs.items() if k not in ("checksums", "sha256")})
+    mapped = cube.open_cube(str(store), "pond").footprint.sel(year=[2019, 2020])
+    cube.write_probability(str(store), "pond", "net", mapped, {"id": "net"})
     cube.pack(str(store), out := tmp_path / "pond.zip", ["pond"])
     before = {(f.kind, f.what) for f in cube.verify(str(out)).findings}
     assert before == {("unverifiable", "builds/2019/zarr.json")}
@@ -465,6 +467,83 @@ def test_one_that_is_replaced_is_another(small, whole, sites, tmp_path):
     out.unlink()
     with pytest.raises(CubeError, match="is gone"):
         dataset[0]
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return str(shutil.copytree(whole, tmp_path / "cubes.zarr"))
+
+
+def meanwhile(monkeypatch, does, module="pack", after=1):
+    """Something that another command does once the store has been listed."""
+    module = sys.modules[f"minecube.cube.{module}"]
+    listed, calls = module._listed, []
+
+    def then(store):
+        found = listed(store)
+        calls.append(store)
+        if len(calls) == after:
+            does()
+        return found
+
+    monkeypatch.setattr(module, "_listed", then)
+
+
+def finish(store, site):
+    cube.write_year(store, year_of(grid_of(site), 2021), provenance(site, 2021), scenes())
+
+
+def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(copied, sites, tmp_path, monkeypatch):
+    out = tmp_path / "p.zip"
+    with monkeypatch.context() as patched:
+        meanwhile(patched, lambda: finish(copied, sites["pit"]))
+        with pytest.raises(CubeError, match=r"pit/builds/2021/\S+ was written while it was packed.*nothing was packed"):
+            cube.pack(copied, out, ["pit"])
+    assert not out.exists()
+    assert cube.pack(copied, out, ["pit"]).site_years == 3
+
+
+def test_a_year_that_is_built_meanwhile_does_not_matter_to_the_others(copied, sites, zipped, tmp_path):
+    steps = []
+
+    def progress(*step):
+        if not steps:
+            finish(copied, sites["pit"])
+        steps.append(step)
+
+    assert cube.pack(copied, tmp_path / "p.zip", progress=progress).left_out == ("pit 2021", "plan")
+    assert (tmp_path / "p.zip").read_bytes() == zipped[0].read_bytes()
+
+
+@pytest.mark.parametrize("when", ["first", "midst", "zarr.json"])
+@pytest.mark.parametrize(
+    ("what", "midst"),
+    [("built", "clear_count/c/0/0/0"), ("mapped", "predictions/net/probability/c/0/0/0"), ("labelled", "footprint/c/0/0/0")],
+)
+def test_what_is_written_anew_while_it_is_packed_is_said(copied, sites, tmp_path, what, midst, when):
+    """Else its shards would be of one make and its marker of another."""
+    site, out = sites["pond"], tmp_path / "p.zip"
+    opened, places = cube.open_cube(copied, "pond").footprint.load(), {"first": "builds/2019/zarr.json", "midst": midst}
+
+    def progress(_done, _of, key):
+        if key != f"pond/{places.get(when, when)}":
+            return
+        if what == "built":
+            other = {**provenance(site, 2020), "scenes": []}
+            cube.write_year(copied, year_of(grid_of(site), 7), other, scenes(), overwrite=True)
+        elif what == "mapped":
+            cube.write_probability(copied, "pond", "net", 1 - opened.sel(year=[2019, 2020]), {"id": "net", "weights": "b"})
+        else:
+            cube.write_footprint(copied, "pond", 1 - opened, origin="drawn again")
+
+    with pytest.raises(CubeError, match=r"pond/\S+ was written while it was packed"):
+        cube.pack(copied, out, ["pond"], progress)
+    assert [p.name for p in tmp_path.iterdir()] == ["cubes.zarr"]
+
+
+def test_a_year_committed_after_it_was_listed_lacks_nothing_to_verify(copied, sites, monkeypatch):
+    meanwhile(monkeypatch, lambda: finish(copied, sites["pit"]), "verify")
+    assert {(f.kind, f.what) for f in cube.verify(copied, ["pit"]).findings} == {("stale", "predictions/net")}
 
 
 def test_a_packing_that_ends_early_leaves_the_old_file(whole, tmp_path):

@@ -1,14 +1,16 @@
 """A store into one zip: what is committed, byte for byte; the same store gives the same file, to the last bit.
 
 What `verify` would find wrong stays wrong. Left out are site-years that are not committed: their blocks may change meanwhile,
-and nobody reads them.
+and nobody reads them. What is packed must not: whatever commits or withdraws anything changes metadata or the list of objects,
+so both are looked at again in the end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,8 @@ def pack(
         progress: called with steps done, of how many, and which: an object each, and the file's checksum.
 
     Raises:
-        CubeError: no such site, nothing committed, an object that cannot be read, or a file that cannot be written.
+        CubeError: no such site, nothing committed, an object that cannot be read, one of those packed that was changed by
+            another command meanwhile, or a file that cannot be written.
     """
     if out.suffix != SUFFIX or (Path(store).is_dir() and Path(store).resolve() in out.resolve().parents):
         raise CubeError(f"{out}: expected a file whose name ends in {SUFFIX}, by which a packed store is known, beside {store}")
@@ -59,22 +62,26 @@ def pack(
     unknown = sorted(set(names or ()) - set(listed))
     if unknown:
         raise CubeError(f"{store}: no site {unknown[0]!r}; it has {', '.join(sorted(listed))}")
-    raw, keys, left_out, years = objects(store), ["zarr.json"], [], 0
-    for name in sorted(set(names or listed)):
-        idle = _not_committed(raw, name, listed[name])
-        done = len(_marked(listed[name]) - idle)
-        if not done:
-            left_out.append(name)
-            continue
-        years += done
-        left_out += [f"{name} {year}" for year in sorted(idle)]
-        keys += [f"{name}/{key}" for key in _kept(store, name, listed[name], idle)]
-    if not years:
+    raw, chosen = objects(store), sorted(set(names or listed))
+    done = {name: _marked(listed[name]) - _not_committed(raw, name, listed[name]) for name in chosen}
+    left_out: list[str] = []
+    for name in chosen:
+        left_out += [f"{name} {year}" for year in sorted(_marked(listed[name]) - done[name])] if done[name] else [name]
+    if not any(done.values()):
         raise CubeError(f"{store}: no site-year of {', '.join(left_out)} is committed, so nothing can be packed; build first")
+    keys = _kept(store, listed, done)
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(raw, store, sorted(keys), part, progress)
+        before = _metadata(raw, keys)
+        _write(raw, store, keys, part, progress)
+        changed = set(keys) ^ set(_kept(store, _listed(store), done))
+        changed |= {key for key, _ in before.items() ^ _metadata(raw, keys).items()}
+        if changed:
+            raise CubeError(
+                f"{store}: {min(changed)} was written while it was packed, so the file would be of two states of the store; "
+                "nothing was packed; pack again when no other command is at work on these site-years"
+            )
         with part.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         progress(len(keys) + 1, len(keys) + 1, "its checksum")
@@ -86,6 +93,7 @@ def pack(
     finally:
         if part.exists():
             part.unlink()
+    years = sum(map(len, done.values()))
     return Packing(site_years=years, objects=len(keys), bytes=size, sha256=sha256, left_out=tuple(left_out))
 
 
@@ -103,6 +111,12 @@ def _write(raw: Any, store: str, keys: Sequence[str], part: Path, progress: Call
             progress(done, len(keys) + 1, key)
 
 
+def _metadata(raw: Any, keys: Iterable[str]) -> dict[str, int | None]:
+    """The CRC-32 of every group's and array's metadata; None where it cannot be read."""
+    contents = ((key, _content(raw, key)) for key in keys if key.endswith("zarr.json"))
+    return {key: zlib.crc32(content) if isinstance(content, bytes) else None for key, content in contents}
+
+
 def _marked(files: Iterable[str]) -> set[int]:
     """Years that have a marker, be it only begun."""
     parts = [path.split("/") for path in files]
@@ -115,18 +129,21 @@ def _not_committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
     return {year for year, said in attrs.items() if said is not None and "build_id" not in said}
 
 
-def _kept(store: str, name: str, files: Iterable[str], idle: set[int]) -> list[str]:
-    """Objects of a site but for those that builds of the idle years have begun."""
-    if not idle:
-        return list(files)
+def _kept(store: str, listed: Mapping[str, Iterable[str]], done: Mapping[str, set[int]]) -> list[str]:
+    """The store's objects, sorted, of sites with years that are done; but for those that builds of other years have begun."""
+    keys = ["zarr.json"]
+    for name in (name for name, years in done.items() if years):
+        files = listed.get(name, ())
+        idle = _marked(files) - done[name]
+        begun = tuple(_begun(store, name, idle)) if idle else ()
+        keys += [f"{name}/{key}" for key in files if not key.startswith(begun)]
+    return sorted(keys)
+
+
+def _begun(store: str, name: str, idle: set[int]) -> Iterator[str]:
+    """What the objects that builds of these years write begin with."""
     group = site_group(store, name, "r")
-    built = {"reflectance", *recipe_of(group.attrs[NAMED]["recipe"]).layers}
-    at = {str(i) for i, year in enumerate(group["year"][:]) if int(year) in idle}
-
-    def is_idle(key: str) -> bool:
-        first, *rest = key.split("/")
-        if first == "builds":
-            return rest[0].isdigit() and int(rest[0]) in idle
-        return first in built and rest[0] == "c" and rest[1] in at
-
-    return [key for key in files if not is_idle(key)]
+    at = [i for i, year in enumerate(group["year"][:]) if int(year) in idle]
+    yield from (f"builds/{year}/" for year in idle)
+    for variable in ("reflectance", *recipe_of(group.attrs[NAMED]["recipe"]).layers):
+        yield from (f"{variable}/c/{i}/" for i in at)

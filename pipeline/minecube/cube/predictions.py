@@ -91,14 +91,13 @@ def write_prediction(
         CubeError: a year is not committed, rows are missing, another run has begun to write this prediction, or the store
             cannot be written. What was committed by then stays.
     """
-    now = _pixels(store, site_id)
+    target, now = summing(store), _pixels(store, site_id)
     unbuilt = [_label(view) for view in prediction.views if len(_of(view, now)) < len(view)]
     if unbuilt:
         raise CubeError(
             f"{store}: {unbuilt[0]} of {site_id} is not committed, and its pixels may change under the map; run `minecube "
             "build` until it says built"
         )
-    target = summing(store)
     with writing(store):
         group, done = _begin(store, site_id, prediction, target, now, overwrite=overwrite)
         todo = [view for view in prediction.views if _label(view) not in done]

@@ -55,6 +55,12 @@ class Summing(WrapperStore):  # type: ignore[misc]
         self.sums.pop(key, None)  # a chunk of nothing but its fill value is no object
         await super().delete(key)
 
+    async def delete_dir(self, prefix: str) -> None:
+        """Forget the sums of all below, then remove it."""
+        for key in [key for key in list(self.sums) if key.startswith(f"{prefix.rstrip('/')}/")]:
+            self.sums.pop(key, None)
+        await super().delete_dir(prefix)
+
     def below(self, path: str, within: str) -> dict[str, list[Any]]:
         """The sums of objects below `path`, their keys relative to the group `within`."""
         # A copy, since other threads write: their keys must not change the table while it is gone through.

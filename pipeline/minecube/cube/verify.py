@@ -469,6 +469,8 @@ class _Site:
 
     def _missing(self) -> Iterator[Finding]:
         for key in sorted(set(self.sums) - set(self.files)):
+            if _content(self.raw, f"{self.name}/{key}") is not None:
+                continue  # committed after the store was listed
             year, cure = self._about(key)
             said = "is gone, and reads as if nothing were there" if self._place(key) else "is gone"
             yield self._find("missing", key, said, cure, year)
