@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import operator
+from collections.abc import Callable
 from functools import reduce
 from itertools import combinations, pairwise
 
@@ -15,7 +16,6 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
 from scipy.stats import bootstrap
 from sklearn.calibration import calibration_curve
@@ -104,8 +104,9 @@ def _jaccard(t: np.ndarray, q: np.ndarray, zero_division: float) -> float:
 
 
 def test_counts_are_the_same_however_many_rows_and_words_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, y = (series(seed, (10, 43, 61)) for seed in (11, 12))
+    p, y = (series(seed, (10, 43, 61), unknown=0) for seed in (11, 12))
     p[:, :9], y[:, :9] = 0, 0
+    p[:, 9:16], y[:, 9:16] = (series(seed, (10, 7, 61)) for seed in (13, 14))  # unknown pixels in two bands alone
     whole = count(p, y, range(10))
     monkeypatch.setattr("minecube.metrics.counting._BAND_PX", 8)
     monkeypatch.setattr("minecube.metrics.counting._WORDS", 7)
@@ -138,12 +139,9 @@ def test_footprint_scores_are_scikit_learns() -> None:
         assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
-def test_boundary_f1_is_that_of_euclidean_distances() -> None:
-    r = np.random.default_rng(3)
-    p, y = (np.kron(r.integers(0, 2, (1, 6, 7)), np.ones((1, 9, 9))).astype(np.uint8) for _ in range(2))
-    y[0, :15, :15] = 255
-    p[0, 40:, 50:] = 255
-    known = (p[0] != 255) & (y[0] != 255)
+def boundaries(p: np.ndarray, y: np.ndarray) -> list[int]:
+    """The last four of Mapped, of one year, by Euclidean distances."""
+    known = (p != 255) & (y != 255)
 
     def edge(mask: np.ndarray) -> np.ndarray:
         found = np.zeros(mask.shape, bool)
@@ -153,9 +151,35 @@ def test_boundary_f1_is_that_of_euclidean_distances() -> None:
             found[a, b] = any(mask[n] == 0 for n in inside)
         return found
 
-    drawn, true = edge(p[0]), edge(y[0])
-    precision = (distance_transform_edt(~true)[drawn] <= 3).mean()
-    recall = (distance_transform_edt(~drawn)[true] <= 3).mean()
+    drawn, true = edge(p), edge(y)
+    near_true, near_drawn = (distance_transform_edt(~of) <= 3 if of.any() else np.zeros_like(of) for of in (true, drawn))
+    return [int(of.sum()) for of in (drawn, drawn & near_true, true, true & near_drawn)]
+
+
+@pytest.mark.parametrize("band", [128, 8])
+@pytest.mark.parametrize("width", [61, 200])
+def test_boundaries_are_those_of_euclidean_distances(width: int, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pits, of single pixels scattered, and of both, some unknown in the upper rows, year by year."""
+    monkeypatch.setattr("minecube.metrics.counting._BAND_PX", band)
+    r = np.random.default_rng(3)
+    shape = (6, 43, width)
+    pits = np.kron(r.integers(0, 2, (2, 6, 5, -(-width // 9))), np.ones((9, 9), int))[..., :43, :width]
+    single = r.random((2, *shape)) < 0.03
+    kinds = np.array([0, 1, 2, 0, 1, 1]).reshape(-1, 1, 1)
+    p, y = np.where(kinds == 0, pits, np.where(kinds == 1, single, pits ^ single)).astype(np.uint8)
+    p[1:5, :7][r.random((4, 7, width)) < 0.2] = 255
+    y[1:5, :7, : width // 2] = 255
+    y[3, :, 20:] = 0
+    found = [dataclasses.astuple(n)[5:] for n in count(p, y, range(2015, 2021)).years.values()]
+    expected = [boundaries(*year) for year in zip(p, y, strict=True)]
+    assert np.array(found).tolist() == expected
+    assert all(0 < near < drawn for drawn, near, *_ in expected)
+
+
+def test_boundary_f1_is_that_of_its_counts() -> None:
+    p, y = (np.kron(np.random.default_rng(n).integers(0, 2, (1, 6, 7)), np.ones((1, 9, 9), np.uint8)) for n in (3, 4))
+    drawn, drawn_near, true, true_near = boundaries(p[0], y[0])
+    precision, recall = drawn_near / drawn, true_near / true
     assert 0.1 < precision < 0.9
     expected = 2 * precision * recall / (precision + recall)
     assert finish(count(p, y, [2020]))["boundary_f1"] == pytest.approx(expected)
@@ -262,14 +286,15 @@ def test_unknown_pixels_are_left_out_whatever_stands_there() -> None:
     assert count(other, y, YEARS) == count(p, y, YEARS)
 
 
-@settings(max_examples=30, deadline=None)
-@given(arrays(np.uint8, (2, 3, 12, 14), elements=st.sampled_from([0, 1, 255])), st.integers(1, 11), st.integers(1, 13))
-def test_counts_of_blocks_add_up_to_those_of_the_site(both: np.ndarray, at_y: int, at_x: int) -> None:
-    p, y = both
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([14, 63, 64, 65, 130]), st.integers(1, 11), st.integers(1, 13))
+def test_counts_of_blocks_add_up_to_those_of_the_site(seed: int, width: int, at_y: int, at_x: int) -> None:
+    at_x = at_x * width // 14
+    p, y = (series(n, (3, 12, width)) for n in (seed, seed + 1))
     years = [2019, 2020, 2021]
     total = Scores()
     for rows in (slice(0, at_y), slice(at_y, 12)):
-        for columns in (slice(0, at_x), slice(at_x, 14)):
+        for columns in (slice(0, at_x), slice(at_x, width)):
             context = tuple(slice(max(s.start - metrics.MARGIN_PX, 0), s.stop + metrics.MARGIN_PX) for s in (rows, columns))
             core = tuple(slice(s.start - c.start, s.stop - c.start) for s, c in zip((rows, columns), context, strict=True))
             total += count(p[:, *context], y[:, *context], years, core=core)  # type: ignore[arg-type]
@@ -327,7 +352,28 @@ def test_what_cannot_be_scored_says_so(p: np.ndarray, years: list[int], words: s
         count(p, np.zeros((3, 4, 5), np.uint8), years)
 
 
-# What can go wrong in bytes of eight years, bands of rows, cropped columns and words of eight pixels.
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("of", ["prediction", "truth"])
+def test_a_value_that_is_no_footprint_is_found_wherever_it_is(width: int, of: str) -> None:
+    stacks = {"prediction": series(15, (3, 9, width)), "truth": series(16, (3, 9, width))}
+    for x in {0, width // 2, width - 1}:
+        for value in (2, 125, 254):
+            wrong = stacks[of].copy()
+            wrong[2, 8, x] = value
+            with pytest.raises(ModelError, match=f"{of} holds values other than 0, 1 and 255"):
+                count(*({**stacks, of: wrong}[name] for name in ("prediction", "truth")), [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: a[:, ::2], lambda a: a[:, :, ::-1], np.asfortranarray, lambda a: a.astype(np.int64)]
+)
+def test_it_does_not_matter_how_pixels_lie_in_memory(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    p, y = change(series(17)), change(series(18))
+    p.flags.writeable = False
+    assert count(p, y, YEARS) == count(p.astype(np.uint8, "C"), y.astype(np.uint8, "C"), YEARS)
+
+
+# What can go wrong in words of 64 pixels, bands of rows and parts of words.
 
 
 def by_loops_of_years(p: np.ndarray, y: np.ndarray) -> tuple[list, list]:
@@ -349,12 +395,20 @@ def by_loops_of_years(p: np.ndarray, y: np.ndarray) -> tuple[list, list]:
 
 @pytest.mark.parametrize(
     ("shape", "unknown"),
-    [((1, 9, 9), 0), ((8, 5, 64), 0), ((9, 140, 33), 0), ((10, 131, 20), 0.05), ((17, 6, 70), 0), ((3, 300, 7), 1)],
+    [
+        ((1, 9, 9), 0),
+        ((8, 5, 64), 0),
+        ((9, 140, 33), 0),
+        ((10, 131, 20), 0.05),
+        ((17, 6, 70), 0),
+        ((2, 5, 128), 0.05),
+        ((3, 300, 7), 1),
+    ],
     ids=str,
 )
 def test_counts_do_not_depend_on_how_pixels_are_packed(shape: tuple[int, int, int], unknown: float) -> None:
     p, y = series(20, shape, unknown), series(21, shape, unknown)
-    p[:, :, : shape[2] // 4] = y[:, :, : shape[2] // 4] = 0  # columns without a mine are not looked at again
+    p[:, :, : shape[2] // 4] = y[:, :, : shape[2] // 4] = 0  # words in which nothing moves are not looked at again
     years = list(range(2000, 2000 + shape[0]))
     scores = count(p, y, years)
     maps, pairs = by_loops_of_years(p, y)

@@ -32,8 +32,9 @@ Let y be truth and p prediction, b = [y_t != y_(t-1)] and c = [p_t != p_(t-1)] w
 """
 
 from minecube.metrics.baselines import baselines
+from minecube.metrics.bits import MARGIN_PX
 from minecube.metrics.change import count_change
-from minecube.metrics.counting import MARGIN_PX, count
+from minecube.metrics.counting import count
 from minecube.metrics.curves import count_probability, precision_recall, reliability
 from minecube.metrics.formulas import by_gap, by_pair, by_year, finish
 from minecube.metrics.intervals import difference, intervals

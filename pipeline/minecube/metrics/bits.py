@@ -1,0 +1,373 @@
+"""The loops of `counting`, compiled by numba: footprints as bits, 64 pixels of a row to a word, the lowest bit leftmost.
+
+A site is gone through in bands of rows that stay in the processor's cache. Of each, all years of truth and prediction are
+packed, with a few rows above and below, and a word of nothing before and after each row; rows follow one another. What is done
+to a word is done to all its pixels, and numba makes of loops over words the processor's vectors, counts of bits among them,
+if the loops are over slices from 0 on: not where an index may be negative. So a word's neighbours have slices of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from minecube.metrics.states import BOUNDARY_PX, UNKNOWN
+
+Bytes = NDArray[np.uint8]
+Words = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+Range = tuple[int, int]
+F = TypeVar("F", bound=Callable[..., Any])
+
+MARGIN_PX = BOUNDARY_PX + 1
+"""What a block's boundary pixels depend on around it."""
+_NOT, _MINE, _UNKNOWN = np.uint8(0), np.uint8(1), np.uint8(UNKNOWN)
+_0, _1, _2, _3, _61, _62, _63 = (np.uint64(n) for n in (0, 1, 2, 3, 61, 62, 63))
+
+
+class Sums(NamedTuple):
+    """Pixels and pixel-years, counted."""
+
+    alike: Ints
+    """(2): pixels that are alike in all years, in truth and prediction; and those of them that are mine. The others make up
+    all that follows, but for the boundaries."""
+    years: Ints
+    """(3, year): mine in truth, in prediction, in both."""
+    edges: Ints
+    """(4, year): the last four of `Mapped`."""
+    pairs: Ints
+    """(10, year, year): see `_PAIR` of `counting`."""
+    steps: Ints
+    """(6): as `Steps`."""
+    tubes: Ints
+    """(2): the last two of `Tubes`."""
+    windows: Ints
+    """(2, year, year): as `Window`, by first and last year."""
+
+    @classmethod
+    def zero(cls, years: int) -> Sums:
+        """Of so many years."""
+        shapes = (2,), (3, years), (4, years), (10, years, years), (6,), (2,), (2, years, years)
+        return cls(*(np.zeros(shape, np.int64) for shape in shapes))
+
+
+def _compiled(function: F) -> F:
+    """Compiled at the first call, and kept on disk for the next process, if there is a place."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _equal(_context: Any, row: Any, _at: Any, _value: Any) -> Any:
+    """Which of the 64 bytes of a row from `at` on have that value: one comparison of vectors, which no loop is made into."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, at, value = arguments
+        kind, places = ir.VectorType(ir.IntType(8), 64), ir.VectorType(ir.IntType(32), 64)
+        first = builder.gep(context.make_array(signature.args[0])(context, builder, array).data, [at])
+        found = builder.load(builder.bitcast(first, kind.as_pointer()))
+        found.align = 1
+        blank = ir.Constant(kind, ir.Undefined)
+        one = builder.insert_element(blank, value, ir.Constant(ir.IntType(32), 0))
+        all_ = builder.shuffle_vector(one, blank, ir.Constant(places, [0] * 64))
+        return builder.bitcast(builder.icmp_unsigned("==", found, all_), ir.IntType(64))
+
+    return types.uint64(row, types.intp, types.uint8), code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _size(_context: Any, _word: Any) -> Any:
+    """Bits set in a word."""
+    return types.uint64(types.uint64), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
+
+
+@_compiled
+def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: int, part: int, sums: Sums) -> bool:
+    """Count a site's rows, and of them the pixels that `own` names; the others are context.
+
+    Args:
+        truth: (year, y, x), contiguous, 64 columns or more: 1 mine, 0 not, 255 unknown.
+        pred: Likewise.
+        rows: First, and last + 1.
+        site: Bits of a row that lie in the site, a word more on either side.
+        own: Of them those that are to be counted.
+        band: Rows at a time.
+        part: Words at a time, of those whose pixels are not all alike.
+        sums: What is counted is added here.
+
+    Returns:
+        Whether all values are 0, 1 or 255. Where not, the sums are of no use.
+    """
+    years, height, _ = truth.shape
+    across, high = len(site), band + 2 * MARGIN_PX
+    mine, unknown = np.zeros((2, years, across, high), np.uint64), np.zeros((0, years, across, high), np.uint64)
+    blank, counted = np.empty((across, high), np.uint64), np.empty((across, high), np.uint64)
+    for top in range(rows[0], rows[1], band):
+        first, end = top - MARGIN_PX, min(top + band, rows[1])
+        inside = max(first, 0), min(end + MARGIN_PX, height)
+        for w in range(across):
+            for row in range(high):
+                blank[w, row] = ~site[w] if inside[0] <= first + row < inside[1] else ~_0
+                counted[w, row] = own[w] if top <= first + row < end else _0
+        others, fit = _pack(truth, pred, inside, first, mine)
+        if not fit:
+            return False
+        if others or unknown.size:
+            unknown = np.zeros_like(mine)
+            _pack_unknown(truth, pred, inside, first, unknown)
+        size = across * high
+        flat, flat_unknown = mine.reshape((2, years, size)), unknown.reshape((len(unknown), years, size))
+        _boundaries(flat, flat_unknown, blank.reshape(-1), counted.reshape(-1), high, sums)
+        _changes(flat, flat_unknown, counted.reshape(-1), part, sums)
+    return True
+
+
+@_compiled
+def _pack(truth: Bytes, pred: Bytes, inside: Range, first: int, mine: Words) -> tuple[bool, bool]:
+    """Bits of what is a mine; whether there is anything but 0 and 1, and whether that is 255."""
+    years, _, width = truth.shape
+    words = -(-width // 64)
+    over = np.uint64(64 * words - width)
+    others = wrong = False
+    for y in range(*inside):
+        for t in range(years):  # all in turn: memory is read faster from several places than from one
+            for k in range(2):
+                row, out = truth[t, y] if k == 0 else pred[t, y], mine[k, t, 1:, y - first]
+                more = _0
+                for w in range(words - 1):
+                    bits = _equal(row, 64 * w, _MINE)
+                    more |= ~(bits | _equal(row, 64 * w, _NOT))
+                    out[w] = bits
+                bits = _equal(row, width - 64, _MINE)  # the last word is the end of the last 64 pixels
+                more |= ~(bits | _equal(row, width - 64, _NOT))
+                out[words - 1] = bits >> over
+                if more:
+                    others = True
+                    for x in range(width):
+                        wrong |= row[x] > _MINE and row[x] != _UNKNOWN
+    return others, not wrong
+
+
+@_compiled
+def _pack_unknown(truth: Bytes, pred: Bytes, inside: Range, first: int, unknown: Words) -> None:
+    years, _, width = truth.shape
+    for t in range(years):
+        for y in range(*inside):
+            for k in range(2):
+                row = truth[t, y] if k == 0 else pred[t, y]
+                for x in range(width):
+                    if row[x] == _UNKNOWN:
+                        unknown[k, t, 1 + x // 64, y - first] |= _1 << np.uint64(x % 64)
+
+
+@_compiled
+def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: int, sums: Sums) -> None:
+    """Edge pixels of both, and those of them that are near the other's."""
+    _, years, size = mine.shape
+    blank, edges, spare = outside, np.zeros((2, size), np.uint64), np.empty(high, np.uint64)
+    starts, ends = np.zeros((2, size // high), np.intp), np.zeros((2, size // high), np.intp)
+    for t in range(years):
+        if unknown.size:
+            blank = outside | unknown[0, t] | unknown[1, t]
+        for k in range(2):
+            for w in range(1, size // high - 1):
+                edges[k, starts[k, w] : ends[k, w]] = 0
+                starts[k, w], ends[k, w] = _span(mine[k, t], w * high + 1, (w + 1) * high - 1)
+                _edges(mine[k, t], blank, high, starts[k, w], ends[k, w], edges[k])
+        for k in range(2):
+            for w in range(1, size // high - 1):
+                at, end = max(starts[k, w], w * high + MARGIN_PX), min(ends[k, w], (w + 1) * high - MARGIN_PX)
+                some, near = _near(edges[k], own, high, at, end, edges[1 - k], spare)
+                sums.edges[2 - 2 * k, t] += np.int64(some)
+                sums.edges[3 - 2 * k, t] += np.int64(near)
+
+
+@_compiled
+def _span(mine: Words, at: int, end: int) -> Range:
+    """From the first word with a mine to the last."""
+    while at < end and not mine[at]:
+        at += 1
+    while end > at and not mine[end - 1]:
+        end -= 1
+    return at, end
+
+
+@_compiled
+def _edges(mine: Words, blank: Words, high: int, at: int, end: int, edges: Words) -> None:
+    """Mine, and of the four neighbours one that is not, both known."""
+    here, north, south = mine[at:end], mine[at - 1 : end - 1], mine[at + 1 : end + 1]
+    west, east = mine[at - high : end - high], mine[at + high : end + high]
+    none, none_north, none_south = blank[at:end], blank[at - 1 : end - 1], blank[at + 1 : end + 1]
+    none_west, none_east = blank[at - high : end - high], blank[at + high : end + high]
+    out = edges[at:end]
+    for i in range(end - at):
+        full = here[i] | none[i]
+        inner = (north[i] | none_north[i]) & (south[i] | none_south[i])
+        inner &= (full << _1 | (west[i] | none_west[i]) >> _63) & (full >> _1 | (east[i] | none_east[i]) << _63)
+        out[i] = full & ~inner & ~none[i]
+
+
+@_compiled
+def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words, spare: Words) -> tuple[np.uint64, np.uint64]:
+    """How many of one's own edge pixels there are, and how many whose centre lies within BOUNDARY_PX = 3 of one of the others'.
+
+    That is 3 to the sides in the same row, 2 in the two rows above and below, and the one above and below at 3.
+    """
+    some = near = _0
+    if at >= end:
+        return some, near
+    here, two = others[at - 2 : end + 2], spare[: end - at + 4]
+    west, east = others[at - 2 - high : end + 2 - high], others[at - 2 + high : end + 2 + high]
+    for i in range(end - at + 4):
+        two[i] = here[i] | here[i] << _1 | here[i] << _2 | west[i] >> _63 | west[i] >> _62
+        two[i] |= here[i] >> _1 | here[i] >> _2 | east[i] << _63 | east[i] << _62
+    norther, north, middle, south, souther = two[:-4], two[1:-3], two[2:-2], two[3:-1], two[4:]
+    northest, here, southest = others[at - 3 : end - 3], others[at:end], others[at + 3 : end + 3]
+    west, east = others[at - high : end - high], others[at + high : end + high]
+    mine, counted = edges[at:end], own[at:end]
+    for i in range(end - at):
+        close = norther[i] | north[i] | middle[i] | south[i] | souther[i] | northest[i] | southest[i]
+        close |= here[i] << _3 | west[i] >> _61 | here[i] >> _3 | east[i] << _61
+        its = mine[i] & counted[i]
+        some += _size(its)
+        near += _size(its & close)
+    return some, near
+
+
+@_compiled
+def _changes(mine: Words, unknown: Words, own: Words, part: int, sums: Sums) -> None:
+    """Find the words in which own pixels are not alike in all years, truth and prediction, and count these pixels."""
+    _, years, size = mine.shape
+    some, every = mine[0, 0].copy(), mine[0, 0].copy()
+    for k in range(2):
+        for t in range(years):
+            bits = mine[k, t]
+            for i in range(size):
+                some[i] |= bits[i]
+                every[i] &= bits[i]
+            if unknown.size:
+                some |= unknown[k, t]
+    alike = always = _0
+    for i in range(size):
+        always += _size(every[i] & own[i])
+        some[i] &= own[i] & ~every[i]
+        alike += _size(own[i] & ~some[i])
+    sums.alike[0] += np.int64(alike)
+    sums.alike[1] += np.int64(always)
+    truth, pred = np.empty((years, part), np.uint64), np.empty((years, part), np.uint64)
+    mapped, known = np.empty((years, part), np.uint64), np.empty((years, part), np.uint64)
+    n = 0
+    for i in range(size):
+        if some[i]:
+            for t in range(years):
+                mapped[t, n] = known[t, n] = some[i]
+                if unknown.size:
+                    mapped[t, n] &= ~unknown[0, t, i]
+                    known[t, n] = mapped[t, n] & ~unknown[1, t, i]
+                truth[t, n], pred[t, n] = mine[0, t, i] & mapped[t, n], mine[1, t, i] & known[t, n]
+            n += 1
+        if n == part or (n and i == size - 1):
+            _add(truth, pred, mapped, known, n, sums)
+            n = 0
+
+
+@_compiled
+def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: Sums) -> None:
+    """Count bits (year, word): mine in truth, of those mapped; in prediction, of those known; truth known; and both known."""
+    years = len(truth)
+    ever, always = np.zeros(n, np.uint64), ~np.zeros(n, np.uint64)
+    for t in range(years):
+        y, m, k = truth[t], mapped[t], known[t]
+        for w in range(n):
+            ever[w] |= y[w]
+            always[w] &= y[w] | ~m[w]
+            y[w] &= k[w]
+    changing = ever & ~always
+    for t in range(years):
+        y, p = truth[t], pred[t]
+        true = drawn = both = both_changing = either_changing = _0
+        for w in range(n):
+            true += _size(y[w])
+            drawn += _size(p[w])
+            both += _size(y[w] & p[w])
+            both_changing += _size(y[w] & p[w] & changing[w])
+            either_changing += _size((y[w] | p[w]) & changing[w])
+        for c, size in enumerate((true, drawn, both)):
+            sums.years[c, t] += np.int64(size)
+        for c, size in enumerate((both_changing, either_changing)):
+            sums.tubes[c] += np.int64(size)
+    for i in range(years):
+        for j in range(i, years):
+            sizes = _pair(truth[i], truth[j], pred[i], pred[j], mapped[i], mapped[j], known[i], known[j], n)
+            for c, size in enumerate(sizes):
+                sums.pairs[c, i, j] += np.int64(size)
+    _through(truth, pred, known, n, sums)
+
+
+@_compiled
+def _pair(
+    y0: Words, y1: Words, p0: Words, p1: Words, m0: Words, m1: Words, k0: Words, k1: Words, n: int
+) -> tuple[np.uint64, ...]:
+    """Of two years, the second later: what `_PAIR` of `counting` lists."""
+    n0 = n1 = n2 = n3 = n4 = n5 = n6 = n7 = n8 = n9 = _0
+    for w in range(n):
+        known = k0[w] & k1[w]
+        moves, said = (y0[w] ^ y1[w]) & known, (p0[w] ^ p1[w]) & known
+        new, said_new = moves & y1[w], said & p1[w]
+        n0 += _size(known)
+        n1 += _size(moves)
+        n2 += _size(said)
+        n3 += _size(moves & said)
+        n4 += _size(new & said)
+        n5 += _size(said_new & moves)
+        n6 += _size(new & said_new)
+        n7 += _size(new)
+        n8 += _size(said_new)
+        n9 += _size(m0[w] & m1[w])
+    return n0, n1, n2, n3, n4, n5, n6, n7, n8, n9
+
+
+@_compiled
+def _through(truth: Words, pred: Words, known: Words, n: int, sums: Sums) -> None:
+    """Steps from each year to the next, and windows in which nothing moves."""
+    years = len(truth)
+    still, kept = np.empty((years, n), np.uint64), np.empty((years, n), np.uint64)
+    for t in range(1, years):
+        y0, y1, p0, p1 = truth[t - 1], truth[t], pred[t - 1], pred[t]
+        k0, k1, steady, lasting = known[t - 1], known[t], still[t], kept[t]
+        n0 = n1 = n2 = n3 = n4 = n5 = _0
+        for w in range(n):
+            alike = k0[w] & k1[w]
+            moves, said = (y0[w] ^ y1[w]) & alike, (p0[w] ^ p1[w]) & alike
+            steady[w], lasting[w] = alike & ~moves, alike & ~moves & ~said
+            n0 += _size(moves & said)
+            n1 += _size(moves | said)
+            n2 += _size(moves & y1[w] & p1[w])
+            n3 += _size(moves & y1[w] & ~p1[w])
+            n4 += _size(moves & ~y1[w] & p1[w])
+            n5 += _size(moves & ~y1[w] & ~p1[w])
+        for c, size in enumerate((n0, n1, n2, n3, n4, n5)):
+            sums.steps[c] += np.int64(size)
+    so_far, kept_so_far = np.empty(n, np.uint64), np.empty(n, np.uint64)
+    for first in range(years - 1):
+        for w in range(n):
+            so_far[w] = kept_so_far[w] = ~_0
+        for last in range(first + 1, years):
+            steady, lasting = still[last], kept[last]
+            one = other = _0
+            for w in range(n):
+                so_far[w] &= steady[w]
+                kept_so_far[w] &= lasting[w]
+                one += _size(so_far[w])
+                other += _size(kept_so_far[w])
+            sums.windows[0, first, last] += np.int64(one)
+            sums.windows[1, first, last] += np.int64(other)
