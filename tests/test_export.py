@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,6 +47,7 @@ from minecube.export import (
     write_zarr,
     write_zarr2,
 )
+from minecube.export.files import whole
 
 GRID = GeoBox((700, 1100), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
 SMALL = GeoBox((40, 60), GRID.affine, "EPSG:32633")
@@ -540,6 +543,33 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, name):
     with pytest.raises(CubeError, match="cannot be written") as error, small_disk():
         write_anything(name, tmp_path)
     assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_threads_write_after_another_one_failed_does_not_stay(tmp_path):
+    """zarr and dask do not wait for their others."""
+    begun = threading.Event()
+
+    def late(part):
+        for n in range(15):
+            with suppress(FileNotFoundError):  # removed in between
+                part.mkdir(exist_ok=True)
+                (part / f"chunk-{n}").write_text("late")
+            begun.set()
+            time.sleep(0.01)
+
+    writers = []
+
+    def fails():
+        with whole(tmp_path / "f.zarr") as part:
+            writers.append(threading.Thread(target=late, args=(part,)))
+            writers[0].start()
+            begun.wait(10)
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CubeError, match="No space left"):
+        fails()
+    writers[0].join()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,17 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         # Whatever a failed or an earlier, killed run left of this file; SQLite keeps a journal beside its own.
         for left in path.parent.glob(f".*.part.{glob.escape(path.name)}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            _remove(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Also where threads that were at work when another one failed still write into it, or make it again."""
+    for pause in (0.05, 0.2, 0.8, 3):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(pause)
+        if not folder.exists():
+            return
+    shutil.rmtree(folder)
 
 
 def _take_place(part: Path, path: Path) -> None:
