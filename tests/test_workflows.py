@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import geopandas as gpd
 import pytest
+import torch
 import xarray as xr
 from click.testing import CliRunner
 
+from minecube import cube, models
+from minecube.catalog import load_models
 from minecube.cli import cli
+from minecube.cli.predict import _the_same
+from minecube.errors import ModelError
 from minecube.simulate import World, simulate
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
@@ -43,15 +49,62 @@ def assert_same(one, other, names):
         xr.testing.assert_identical(a, b)
 
 
+def on_cluster(*arguments):
+    return subprocess.run(
+        [sys.executable, str(WORKFLOWS / "cluster.py"), "--workers", "2", "--", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def test_on_worker_processes(world):
     store = world / "cluster.zarr"
-    arguments = ["--workers", "2", "--", "--sites", "north,south", "--store", str(store), *common(world)]
-    done = subprocess.run(
-        [sys.executable, str(WORKFLOWS / "cluster.py"), *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = on_cluster("build", "--sites", "north,south", "--store", store, *common(world))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("built") == 2
     assert_same(store, world / "plain.zarr", ["north", "south"])
+
+
+def model_in(folder):
+    card, torch_state = load_models()["unet-small"], torch.get_rng_state()
+    torch.manual_seed(0)
+    n = len(card.bands)
+    network = models.build(card).eval()
+    torch.set_rng_state(torch_state)
+    models.save(models.Trained(card=card, network=network, mean=(1500.0,) * n, std=(500.0,) * n, sites=()), folder / "model.pt")
+    return folder / "model.pt"
+
+
+def test_sites_are_mapped_on_worker_processes(world, tmp_path):
+    model, stores = model_in(tmp_path), [shutil.copytree(world / "plain.zarr", tmp_path / f"{n}.zarr") for n in range(2)]
+    done = on_cluster("predict", "--store", stores[0], "--model", model)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": 1 years mapped") == 2
+    assert "in all: " in done.stdout
+    plain = CliRunner().invoke(cli, ["predict", "--store", str(stores[1]), "--model", str(model)])
+    assert plain.exit_code == 0, plain.output
+    for name in ("north", "south"):
+        one, other = (cube.open_probability(str(store), name, "unet-small").load() for store in stores)
+        assert one.max() > one.min()
+        xr.testing.assert_identical(one, other)
+    again = on_cluster("predict", "--store", stores[0], "--model", model)
+    assert again.stdout.count("mapped already") == 2
+
+
+def test_what_a_worker_cannot_do_is_one_sentence(world, tmp_path):
+    done = on_cluster("predict", "--store", world / "plain.zarr", "--model", model_in(tmp_path), "--device", "cuda:7")
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # among what workers log
+    assert len(said) == 1
+    assert "cuda:7" in said[0]
+    assert not (world / "plain.zarr/north/predictions").exists()
+
+
+def test_a_worker_with_another_model_under_that_name_maps_nothing(tmp_path):
+    with pytest.raises(ModelError, match="other weights than the machine that asked"):
+        _the_same(str(model_in(tmp_path)), None, "0" * 64)
 
 
 def test_as_a_job_array(world, tmp_path):

@@ -1,10 +1,12 @@
-"""Build sites x years on a Dask cluster: processes of this machine, or workers behind a scheduler that is already there.
+"""Build sites x years, or map sites, on a Dask cluster: processes of this machine, or workers behind a scheduler.
 
-    python workflows/cluster.py --workers 4 -- --sites my_mines.geojson --years 2019-2023 \\
+    python workflows/cluster.py --workers 4 -- build --sites my_mines.geojson --years 2019-2023 \\
         --source earth-search --store cubes.zarr
-    python workflows/cluster.py --scheduler tcp://10.0.0.1:8786 -- --sites ...
+    python workflows/cluster.py --workers 4 -- predict --store cubes.zarr --model model.pt
+    python workflows/cluster.py --scheduler tcp://10.0.0.1:8786 -- build --sites ...
 
-What follows `--` are the arguments of `minecube build`. Workers must see the same files: catalogue, scene lists and store.
+What follows `--` is `minecube build` or `minecube predict`. Workers must see the same files: catalogue, scene lists, model and
+store.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ from minecube.cli import main as minecube
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `minecube build` on the cluster and exit with its code."""
+    """Run the command on the cluster and exit with its code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--workers", type=int, help="start this many worker processes here")
     where.add_argument("--scheduler", help="address of a Dask scheduler")
-    parser.add_argument("build", nargs="+", help="arguments of `minecube build`, after --")
+    parser.add_argument("command", choices=("build", "predict"), help="of minecube, after --")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     asked = parser.parse_args(argv)
+    command = [asked.command, *asked.arguments, "--scheduler"]
     if asked.scheduler:
-        minecube(["build", *asked.build, "--scheduler", asked.scheduler])
+        minecube([*command, asked.scheduler])
     # One task at a time in a worker: a site-year brings its own reading threads, and its memory is that of one.
     with LocalCluster(n_workers=asked.workers, threads_per_worker=1, dashboard_address=None) as cluster:
-        minecube(["build", *asked.build, "--scheduler", cluster.scheduler_address])
+        minecube([*command, cluster.scheduler_address])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,11 @@ SITE_FILES = (".geojson", ".json", ".gpkg", ".parquet", ".shp")
 
 store_option = click.option(
     "--store", required=True, help="The cubes: a folder, an object-store URL, or, only to be read, a packed store (.zip)."
+)
+
+
+scheduler_option = click.option(
+    "--scheduler", help="Address of a Dask scheduler (tcp://host:8786), whose workers do it; this machine by default."
 )
 
 
@@ -199,6 +205,24 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[...,
             bar.update(task, advance=n, note=note, total=total)
 
         yield advance
+
+
+@contextmanager
+def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
+    """The Dask scheduler's executor, or None for this machine; raises CatalogError where no scheduler answers."""
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from distributed import Client  # an extra: one machine needs none of it
+    except ModuleNotFoundError as error:
+        raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
+    try:
+        client = Client(scheduler, timeout="10s")  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise CatalogError(f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`") from error
+    with client:
+        yield client.get_executor()  # type: ignore[no-untyped-call]
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,12 @@ from minecube.cli.common import (
     catalog_option,
     choose_sites,
     choose_sources,
+    executor_of,
     progress_bar,
     recipe_option,
     recipes,
     scenes_folder,
+    scheduler_option,
     sites_option,
     snapshots_option,
     source_option,
@@ -99,7 +99,7 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
 @recipe_option
 @catalog_option
 @snapshots_option
-@click.option("--scheduler", help="Address of a Dask scheduler (tcp://host:8786); this machine's threads by default.")
+@scheduler_option
 @click.option(
     "--overwrite", is_flag=True, help="Replace site-years that were built from other scenes; the old are gone at once."
 )
@@ -162,7 +162,7 @@ def build(
             "check the polygon, or say --yes"
         )
     job = dataclasses.replace(job, tools=_tools(recipe, device, catalog))
-    with progress_bar("building", len(chosen) * len(years)) as advance, _executor(scheduler) as executor:
+    with progress_bar("building", len(chosen) * len(years)) as advance, executor_of(scheduler) as executor:
         outcomes = building.build(job, chosen, years, executor, lambda o: advance(note=f"{o.site} {o.year}"))
     click.echo(
         table(
@@ -284,21 +284,3 @@ def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
         (source or path.name, licence or exporting.NOT_STATED, f" doi:{doi}" if doi else "") for source, licence, doi in rows
     )
     return exporting.SEVERAL.join(f"{source} ({licence}){doi}" for source, licence, doi in named)
-
-
-@contextmanager
-def _executor(scheduler: str | None) -> Iterator[Executor | None]:
-    """The Dask scheduler's executor, or None for this machine's threads."""
-    if scheduler is None:
-        yield None
-        return
-    try:
-        from distributed import Client  # an extra: one machine needs none of it
-    except ModuleNotFoundError as error:
-        raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
-    try:
-        client = Client(scheduler, timeout="10s")  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise CatalogError(f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`") from error
-    with client:
-        yield client.get_executor()  # type: ignore[no-untyped-call]

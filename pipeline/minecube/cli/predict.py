@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,16 @@ import click
 
 from minecube import cube, models
 from minecube.cli import common
-from minecube.cli.common import catalog_option, progress_bar, sites_option, stored_sites, writable_store_option
-from minecube.errors import CubeError
+from minecube.cli.common import (
+    catalog_option,
+    executor_of,
+    progress_bar,
+    scheduler_option,
+    sites_option,
+    stored_sites,
+    writable_store_option,
+)
+from minecube.errors import CubeError, ModelError
 
 Pair = tuple[int, int]
 _KM2 = 1e-4  # of a pixel of 10 m
@@ -106,10 +116,41 @@ def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.Vie
     return list(dict.fromkeys([*by_gap, *(pair for pair in pairs if not isinstance(pair, int))]))
 
 
+def _on_workers(
+    pool: Executor, store: str, names: Sequence[str], model: str, weights: str, catalog: Path | None, **how: Any
+) -> Iterator[tuple[str, Mapped]]:
+    """As they are done, a site a task; what a worker raises, it raises, and begins no other site."""
+    where = str(Path(model).resolve()) if Path(model).exists() else model
+    tasks = {pool.submit(_on_worker, store, name, where, catalog, weights, **how): name for name in names}
+    try:
+        for task in as_completed(tasks):
+            yield tasks[task], task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _on_worker(store: str, name: str, model: str, catalog: Path | None, weights: str, **how: Any) -> Mapped:
+    return map_site(store, name, _the_same(model, catalog, weights), **how)
+
+
+@functools.lru_cache(maxsize=1)
+def _the_same(model: str, catalog: Path | None, weights: str) -> models.Trained:
+    """The model as this machine finds it; raises ModelError where it is another one than on the machine that asks."""
+    trained = models.find(model, common.models(catalog))
+    if models.about(trained)["weights_sha256"] != weights:
+        raise ModelError(
+            f"{model}: a worker found other weights than the machine that asked, so sites would be mapped by several models; "
+            "put it where all see the same file"
+        )
+    return trained
+
+
 @click.command()
 @writable_store_option
 @sites_option
 @catalog_option
+@scheduler_option
 @click.option(
     "--model", required=True, help="File of a trained model; or the name of one that has weights (catalog/models.yaml)."
 )
@@ -125,6 +166,7 @@ def predict(
     store: str,
     wanted: str,
     catalog: Path | None,
+    scheduler: str | None,
     model: str,
     pairs: tuple[int | Pair, ...] | None,
     overwrite: bool,
@@ -133,7 +175,8 @@ def predict(
     """Map the chosen cubes: mines in all committed years, or what changed between them; the maps go into the store.
 
     What this very model has mapped of the builds that are there is left as it is, so that a run that was killed goes on, and a
-    finished one does nothing. Several GPUs, or machines, take several runs, each of its own --sites and --device.
+    finished one does nothing. Several GPUs take several runs, each of its own --sites and --device; or a Dask scheduler, whose
+    workers take a site a task: on one thread each of a CPU, or all on the --device, that each worker sees.
 
     \b
     Example:
@@ -141,18 +184,26 @@ def predict(
       minecube predict --store cubes.zarr --sites 'Chile_*' --model change.pt --pairs 1,2 --device cuda:1
     """
     compute = models.Compute(**how)
-    compute.place()
+    if scheduler is None:
+        compute.place()
     trained, names = models.find(model, common.models(catalog)), stored_sites(store, wanted)
     built = [name for name in names if cube.builds(store, name)]
     if not built:
         raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")
-    total = Mapped(0, 0, 0.0)
-    for name in built:
-        found = map_site(store, name, trained, pairs=pairs, compute=compute, overwrite=overwrite)
-        what = "pairs" if trained.card.task == "change" else "years"
-        said = f"{found.maps} {what} mapped, {found}" if found.maps else "mapped already"
-        click.echo(f"{name}: {said}; {store}, group {name}/predictions/{trained.card.id}")
-        total = Mapped(total.maps + found.maps, total.pixels + found.pixels, total.seconds + found.seconds)
+    total, start = Mapped(0, 0, 0.0), time.monotonic()
+    asked: dict[str, Any] = {"pairs": pairs, "overwrite": overwrite}
+    with executor_of(scheduler) as pool:
+        found: Iterator[tuple[str, Mapped]]
+        if pool is None:
+            found = ((name, map_site(store, name, trained, compute=compute, **asked)) for name in built)
+        else:
+            weights = models.about(trained)["weights_sha256"]
+            found = _on_workers(pool, store, built, model, weights, catalog, compute=replace(compute, workers=1), **asked)
+        for name, one in found:
+            what = "pairs" if trained.card.task == "change" else "years"
+            said = f"{one.maps} {what} mapped, {one}" if one.maps else "mapped already"
+            click.echo(f"{name}: {said}; {store}, group {name}/predictions/{trained.card.id}")
+            total = Mapped(total.maps + one.maps, total.pixels + one.pixels, time.monotonic() - start)
     if len(built) > 1 and total.maps:
         click.echo(f"in all: {total}")
     if len(built) < len(names):
