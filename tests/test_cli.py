@@ -288,6 +288,7 @@ def test_bad_use(case, tmp_path, monkeypatch):
         ({"--store": "/proc/cubes.zarr"}, "cannot be written"),
         ({"--sites": "Germany_1"}, "site 'Germany_1' has no area of interest yet"),
         ({"--scheduler": "tcp://127.0.0.1:1"}, "no Dask scheduler answers at tcp://127.0.0.1:1"),
+        ({"--scheduler": "cluster"}, "no Dask scheduler answers at cluster (missing port number"),
     ],
 )
 def test_a_bad_build(world, tmp_path, change, said, monkeypatch):

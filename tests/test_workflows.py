@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import geopandas as gpd
@@ -17,8 +22,9 @@ from click.testing import CliRunner
 
 from minecube import cube, models
 from minecube.catalog import load_models
-from minecube.cli import cli
-from minecube.cli.predict import _the_same
+from minecube.cli import cli, predict
+from minecube.cli.common import as_ended
+from minecube.cli.predict import _makes, _the_same
 from minecube.errors import ModelError
 from minecube.simulate import World, simulate
 
@@ -104,7 +110,71 @@ def test_what_a_worker_cannot_do_is_one_sentence(world, tmp_path):
 
 def test_a_worker_with_another_model_under_that_name_maps_nothing(tmp_path):
     with pytest.raises(ModelError, match="other weights than the machine that asked"):
-        _the_same(str(model_in(tmp_path)), None, "0" * 64)
+        _the_same(str(model_in(tmp_path)), None, "another")
+
+
+def test_a_worker_that_lives_on_takes_the_model_that_is_there_now(tmp_path):
+    """Of the same weights, and another mean."""
+    file, found = model_in(tmp_path), []
+    for mean in (1500.0, 100.0):
+        models.save(dataclasses.replace(models.load(file), mean=(mean,) * 10), file)
+        found.append(_the_same(str(file), None, _makes(models.load(file))).mean[0])
+    assert found == [1500.0, 100.0]
+
+
+def mapped_on(monkeypatch, map_site, *arguments, **how):
+    """What `_on_workers` gives of two sites, with threads for workers."""
+    monkeypatch.setattr(predict, "_the_same", lambda *of: of)
+    monkeypatch.setattr(predict, "map_site", map_site)
+    with ThreadPoolExecutor(1) as pool:
+        return sorted(predict._on_workers(pool, *arguments, **how))
+
+
+def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.pt").touch()
+    (tmp_path / "unet-small").mkdir()  # no model, but a folder of that name
+
+    def given(*arguments, **how):
+        return mapped_on(monkeypatch, lambda *of, **how: (of, how), *arguments, **how)
+
+    here = str(tmp_path)
+    assert given("cubes.zarr", ["a"], "model.pt", "it", Path("mine"), pairs=None) == [
+        ("a", ((f"{here}/cubes.zarr", "a", (f"{here}/model.pt", tmp_path / "mine", "it")), {"pairs": None}))
+    ]
+    assert given("s3://bucket/cubes", ["a"], "unet-small", "it", None) == [
+        ("a", (("s3://bucket/cubes", "a", ("unet-small", None, "it")), {}))
+    ]
+
+
+def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatch):
+    begun = []
+
+    def dies(_store, name, _trained):
+        begun.append(name)
+        time.sleep(0.2)
+        raise MemoryError("no room")
+
+    with pytest.raises(ModelError, match=r"a: its worker failed \(MemoryError: no room\).* run the same command again"):
+        mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], "model", "it", None)
+    assert len(begun) <= 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals of threads")
+def test_ctrl_c_is_heard_while_tasks_run_whatever_thread_gets_it():
+    end, start = threading.Event(), time.monotonic()
+
+    def interrupt():
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        return end.wait(20)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                list(as_ended([pool.submit(interrupt)]))
+            assert time.monotonic() - start < 10
+        finally:
+            end.set()
 
 
 def test_as_a_job_array(world, tmp_path):

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
+from minecube.cli.common import as_ended
 from minecube.composite import Tools, composite, plan, registration
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
@@ -22,7 +23,6 @@ from minecube.reader import Ledger, check_credentials, interrupted
 from minecube.scenes import offsets, snapshot
 
 log = logging.getLogger(__name__)
-_LISTENS_S = 1.0  # between looks whether Ctrl-C was pressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,14 +241,10 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
     try:
         for site, year in todo:
             tasks[pool.submit(build_year, job, site, year, *local)] = (site, year)
-        left = set(tasks)
-        while left:
-            # Not without end: a signal that the system hands to another thread does not wake this one, which is to hear it.
-            ended, left = wait(left, timeout=_LISTENS_S, return_when=FIRST_COMPLETED)
-            for task in ended:
-                error = task.exception()
-                # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
-                yield _failed(*tasks[task], error, 0.0) if error else task.result()
+        for task in as_ended(tasks):
+            error = task.exception()
+            # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
+            yield _failed(*tasks[task], error, 0.0) if error else task.result()
     except BaseException:
         interrupted.set()  # no request in trouble is waited for
         raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from minecube.errors import CatalogError
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
+_LISTENS_S = 1.0  # between looks whether Ctrl-C was pressed
 SITE_FILES = (".geojson", ".json", ".gpkg", ".parquet", ".shp")
 
 store_option = click.option(
@@ -219,10 +220,27 @@ def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
         raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
     try:
         client = Client(scheduler, timeout="10s")  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise CatalogError(f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`") from error
+    except (OSError, ValueError) as error:  # the latter of what is no address
+        raise CatalogError(
+            f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, which says its address, "
+            "tcp://host:8786 or the like"
+        ) from error
     with client:
         yield client.get_executor()  # type: ignore[no-untyped-call]
+
+
+def as_ended(tasks: Iterable[Future[T]]) -> Iterator[Future[T]]:
+    """The tasks as they end."""
+    left = set(tasks)
+    while left:
+        # Not without end: a signal that the system hands to another thread does not wake this one, which is to hear it.
+        ended, left = wait(left, timeout=_LISTENS_S, return_when=FIRST_COMPLETED)
+        yield from ended
+
+
+def absolute(path: str) -> str:
+    """A path, or a URL, as workers find it whatever folder they are in."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +18,8 @@ import click
 from minecube import cube, models
 from minecube.cli import common
 from minecube.cli.common import (
+    absolute,
+    as_ended,
     catalog_option,
     executor_of,
     progress_bar,
@@ -25,7 +28,7 @@ from minecube.cli.common import (
     stored_sites,
     writable_store_option,
 )
-from minecube.errors import CubeError, ModelError
+from minecube.errors import CubeError, MinecubeError, ModelError
 
 Pair = tuple[int, int]
 _KM2 = 1e-4  # of a pixel of 10 m
@@ -117,33 +120,49 @@ def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.Vie
 
 
 def _on_workers(
-    pool: Executor, store: str, names: Sequence[str], model: str, weights: str, catalog: Path | None, **how: Any
+    pool: Executor, store: str, names: Sequence[str], model: str, made_by: str, catalog: Path | None, **how: Any
 ) -> Iterator[tuple[str, Mapped]]:
     """As they are done, a site a task; what a worker raises, it raises, and begins no other site."""
-    where = str(Path(model).resolve()) if Path(model).exists() else model
-    tasks = {pool.submit(_on_worker, store, name, where, catalog, weights, **how): name for name in names}
+    # Workers may be in other folders than this process.
+    there, where = absolute(store), absolute(model) if Path(model).is_file() else model
+    cards = catalog and catalog.absolute()
+    tasks = {pool.submit(_on_worker, there, name, where, cards, made_by, **how): name for name in names}
     try:
-        for task in as_completed(tasks):
-            yield tasks[task], task.result()
+        for task in as_ended(tasks):
+            try:
+                found = task.result()
+            except MinecubeError:
+                raise
+            except Exception as error:  # the worker died, say, or the scheduler is gone
+                raise ModelError(
+                    f"{tasks[task]}: its worker failed ({type(error).__name__}: {error}), and its log should say why; what is "
+                    "committed is safe, run the same command again to go on"
+                ) from error
+            yield tasks[task], found
     finally:
         for task in tasks:
             task.cancel()
 
 
-def _on_worker(store: str, name: str, model: str, catalog: Path | None, weights: str, **how: Any) -> Mapped:
-    return map_site(store, name, _the_same(model, catalog, weights), **how)
+def _on_worker(store: str, name: str, model: str, catalog: Path | None, made_by: str, **how: Any) -> Mapped:
+    return map_site(store, name, _the_same(model, catalog, made_by), **how)
 
 
 @functools.lru_cache(maxsize=1)
-def _the_same(model: str, catalog: Path | None, weights: str) -> models.Trained:
+def _the_same(model: str, catalog: Path | None, made_by: str) -> models.Trained:
     """The model as this machine finds it; raises ModelError where it is another one than on the machine that asks."""
     trained = models.find(model, common.models(catalog))
-    if models.about(trained)["weights_sha256"] != weights:
+    if _makes(trained) != made_by:
         raise ModelError(
-            f"{model}: a worker found other weights than the machine that asked, so sites would be mapped by several models; "
-            "put it where all see the same file"
+            f"{model}: a worker found another card or other weights than the machine that asked, so sites would be mapped by "
+            "several models; put model and catalogue where all see the same files"
         )
     return trained
+
+
+def _makes(trained: models.Trained) -> str:
+    """All that makes a map, as text."""
+    return json.dumps(models.about(trained), sort_keys=True)
 
 
 @click.command()
@@ -197,8 +216,8 @@ def predict(
         if pool is None:
             found = ((name, map_site(store, name, trained, compute=compute, **asked)) for name in built)
         else:
-            weights = models.about(trained)["weights_sha256"]
-            found = _on_workers(pool, store, built, model, weights, catalog, compute=replace(compute, workers=1), **asked)
+            asked["compute"] = replace(compute, workers=1)
+            found = _on_workers(pool, store, built, model, _makes(trained), catalog, **asked)
         for name, one in found:
             what = "pairs" if trained.card.task == "change" else "years"
             said = f"{one.maps} {what} mapped, {one}" if one.maps else "mapped already"
