@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +86,9 @@ def test_a_model_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         save(untrained(seed=1), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
-    with pytest.raises(ModelError, match="could not be written"):
-        save(untrained(), tmp_path / "missing" / "model.pt")
+    for name in ("missing/model.pt", "model.pt/model.pt", "long" * 100, "a\0b"):
+        with pytest.raises(ModelError, match="could not be written"):
+            save(untrained(), tmp_path / name)
 
 
 class Evil:
@@ -111,6 +114,16 @@ def test_files_that_are_not_models_are_refused(tmp_path: Path) -> None:
     torch.save({"weights": {}}, path)
     with pytest.raises(ModelError, match="not a model of this version"):
         load(path)
+    for pickle in (
+        b"\x80\x02K\x01Q.",
+        b"\x80\x02X\x03",
+        b"\x80\x02ctorch._utils\n_rebuild_parameter\n)Q.",
+    ):
+        with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, pickle if name.endswith("data.pkl") else old.read(name))
+        with pytest.raises(ModelError, match="is not a model that minecube wrote"):
+            load(path)
     torch.save(Evil(tmp_path / "written"), path)
     with pytest.raises(ModelError, match="is not a model that minecube wrote"):
         load(path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,8 +20,11 @@ from minecube.errors import ModelError
 _FOREIGN = (
     zipfile.BadZipFile,
     zlib.error,
+    struct.error,
     UnpicklingError,
     ArithmeticError,
+    AssertionError,
+    AttributeError,
     EOFError,
     LookupError,
     RuntimeError,
@@ -61,6 +66,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     try:
         draft.write_bytes(content)
         draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # the latter of a name that cannot be one
+        with suppress(OSError, ValueError):  # where there is no draft
+            draft.unlink()
         raise ModelError(f"{path}: could not be written ({error}); what was there before is as it was") from error
