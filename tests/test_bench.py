@@ -181,3 +181,16 @@ def test_a_gap_that_nothing_was_said_of_is_no_number(world, out, tmp_path, monke
     late = rows(again / "change.md")["last year's map"]
     assert [late[f"F1, gap {gap}"] for gap in (2, 3)] == ["n/a", ""]
     assert 0 <= float(late["F1, gap 1"]) < 1
+
+
+def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monkeypatch):
+    store, opened, counted = str(world / "cubes.zarr"), cube.open_probability, {}
+    monkeypatch.setattr(cube, "open_probability", lambda *of: opened(*of).isel(year=[0]))
+    for name in ("mini", "mini+hmm"):
+        maps = {site: module.tracks.threshold(cube.open_probability(store, site, name)) for site in ("test_1", "test_2")}
+        counted[name] = {site: module.metrics.count(found, found, YEARS[:1]) for site, found in maps.items()}
+    tables, card = module.Tables.of(counted, [("mini+hmm", "mini")]), models.load(out / "models" / "mini.pt").card
+    module.written(store, tables, [card], {}, tmp_path)
+    change = rows(tmp_path / "change.md")["mini"]
+    assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")
+    assert rows(tmp_path / "mapping.md")["mini"]["flips"] == "n/a"

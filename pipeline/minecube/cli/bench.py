@@ -185,10 +185,10 @@ def written(
         flips = ""
         if name not in baselines:
             drawn = (tracks.threshold(cube.open_probability(store, site, name)) for site in tables.counted[name])
-            flips = f"{tracks.flip_rate(*drawn):.2%}"
+            flips = _number(tracks.flip_rate(*drawn), ".2%")
         mapping[name] = [_size(took.get(name)), *(cell(spread[name].loc[score]) for score in MAPPING), flips]
     for name in (*changes, *maps, *smoothed, *baselines):
-        by_gap = metrics.by_gap(pooled[name])["change_f1"]
+        by_gap = metrics.by_gap(pooled[name]).get("change_f1", pd.Series())  # nothing of a single year
         scores = [cell(spread[name].loc[score]) if score in spread[name].index else "" for score in CHANGE]
         change[name] = [_size(took.get(name)), *scores, *(_number(by_gap.get(g)) for g in GAPS)]
     paths = []
@@ -204,8 +204,8 @@ def written(
     return paths + write_all(tables, out / "scores", [*shown, *finest, *baselines])
 
 
-def _number(score: float | None) -> str:
-    return "" if score is None else "n/a" if math.isnan(score) else f"{score:.3f}"
+def _number(score: float | None, form: str = ".3f") -> str:
+    return "" if score is None else "n/a" if math.isnan(score) else format(score, form)
 
 
 def _size(took: Mapping[str, float] | None) -> str:
