@@ -352,6 +352,13 @@ def test_what_cannot_be_scored_says_so(p: np.ndarray, years: list[int], words: s
         count(p, np.zeros((3, 4, 5), np.uint8), years)
 
 
+def test_a_core_with_gaps_is_not_taken_for_all_between() -> None:
+    pred, truth = series(17, (3, 9, 9)), series(18, (3, 9, 9))
+    for core in ((slice(0, 9, 2), slice(None)), (slice(None), slice(None, None, -1))):
+        with pytest.raises(ModelError, match="core of rows and columns one after another"):
+            count(pred, truth, range(2000, 2003), core=core)
+
+
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("of", ["prediction", "truth"])
 def test_a_value_that_is_no_footprint_is_found_wherever_it_is(width: int, of: str) -> None:

@@ -36,13 +36,16 @@ def count(
             boundary pixel, if the arrays reach MARGIN_PX beyond the block on all sides where the site does.
 
     Raises:
-        ModelError: shapes or years differ, or a value is none of 0, 1, 255 (a probability, say).
+        ModelError: shapes or years differ, a value is none of 0, 1, 255 (a probability, say), or `core` leaves pixels out
+            between its first and its last.
     """
     p, y = stack_of(pred, "prediction", years), stack_of(truth, "truth", years)
     if p.shape != y.shape:
         raise ModelError(f"prediction has shape {p.shape}, truth {y.shape}; scores need the same years on the same grid")
     p, y = _footprints(p, "prediction"), _footprints(y, "truth")
     rows, columns = (range(n)[of] for n, of in zip(p.shape[1:], core or (slice(None), slice(None)), strict=True))
+    if {rows.step, columns.step} != {1}:
+        raise ModelError(f"expected a core of rows and columns one after another, found {core}; scores would be of others, too")
     sums = Sums.zero(len(years))
     if rows and columns:
         width, bands = p.shape[2], -(-len(rows) // _BAND_PX)
