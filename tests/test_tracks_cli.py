@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 import rasterio
 import xarray as xr
+import zarr
 from click.testing import CliRunner
 
 from minecube import cube, tracks
 from minecube.catalog import load_recipes
 from minecube.cli import cli
 from minecube.cli.tracks import follow
-from minecube.errors import LabelError
+from minecube.errors import CubeError, LabelError
 from minecube.grid import grid_of
 
 RECIPE = load_recipes()["annual-median"]
@@ -150,6 +151,10 @@ def test_a_smoothed_map_is_not_opened_once_another_model_has_mapped(store, tmp_p
             said = run(*command, "--store", store, "--sites", "pit", ok=2)
             assert "'net+hmm' of pit was made of an earlier 'net'" in said
             assert "minecube tracks" in said
+        zarr.open_group(str(store), path="pit/predictions/net", mode="r+").attrs.put({})  # a run was killed that had just begun
+        with pytest.raises(CubeError, match=r"'net\+hmm' of pit was made of an earlier 'net'"):
+            cube.open_probability(str(store), "pit", "net+hmm")
+        cube.write_probability(str(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"})
         tracked()
         smoothed = cube.open_probability(str(store), "pit", "net+hmm")
         assert (smoothed.values[:, 0, -10:] > 125).all()  # of the map that is there now

@@ -233,9 +233,9 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
 
 
 def _maker(store: str, site_id: str, model: str) -> str | None:
-    """Digest of what made a prediction; None where there is none."""
+    """Digest of what made a prediction, be it only begun; None where there is none."""
     path = f"{site_id}/predictions/{model}"
-    return digest(group_of(store, path).attrs["model"]) if exists(store, path) else None
+    return digest(group_of(store, path).attrs.get("model")) if exists(store, path) else None
 
 
 def _stale(store: str, site_id: str, model: str, year: str) -> CubeError:
