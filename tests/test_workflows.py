@@ -73,6 +73,13 @@ def test_on_worker_processes(world):
     assert_same(store, world / "plain.zarr", ["north", "south"])
 
 
+def test_without_a_worker_nothing_is_waited_for():
+    command = [sys.executable, str(WORKFLOWS / "cluster.py"), "--workers", "0", "--", "predict", "--store", "s", "--model", "m"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "--workers 0: expected 1 or more" in done.stderr
+
+
 def model_in(folder):
     card, torch_state = load_models()["unet-small"], torch.get_rng_state()
     torch.manual_seed(0)

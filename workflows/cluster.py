@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=("build", "predict"), help="of minecube, after --")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     asked = parser.parse_args(argv)
+    if asked.workers is not None and asked.workers < 1:
+        parser.error(f"--workers {asked.workers}: expected 1 or more; without a worker nothing begins, nor ends")
     command = [asked.command, *asked.arguments, "--scheduler"]
     if asked.scheduler:
         minecube([*command, asked.scheduler])
