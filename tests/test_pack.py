@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -501,6 +502,22 @@ def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(copied, site
             cube.pack(copied, out, ["pit"])
     assert not out.exists()
     assert cube.pack(copied, out, ["pit"]).site_years == 3
+
+
+def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(copied, tmp_path, monkeypatch):
+    module, marker = sys.modules["minecube.cube.pack"], Path(copied) / "pond" / "builds" / "2020" / "zarr.json"
+    kept = module._kept
+
+    def then(*of):
+        found = kept(*of)
+        # As a build that replaces it begins.
+        marker.write_text(json.dumps({**json.loads(marker.read_text()), "attributes": {}}))
+        return found
+
+    monkeypatch.setattr(module, "_kept", then)
+    with pytest.raises(CubeError, match=r"pond/builds/2020/zarr.json was written while it was packed"):
+        cube.pack(copied, tmp_path / "p.zip")
+    assert [p.name for p in tmp_path.iterdir()] == ["cubes.zarr"]
 
 
 def test_a_year_that_is_built_meanwhile_does_not_matter_to_the_others(copied, sites, zipped, tmp_path):

@@ -77,6 +77,8 @@ def pack(
         _write(raw, store, keys, part, progress)
         changed = set(keys) ^ set(_kept(store, _listed(store), done))
         changed |= {key for key, _ in before.items() ^ _metadata(raw, keys).items()}
+        for name in chosen:  # withdrawn before the first look at metadata
+            changed |= {f"{name}/builds/{year}/zarr.json" for year in done[name] & _not_committed(raw, name, listed[name])}
         if changed:
             raise CubeError(
                 f"{store}: {min(changed)} was written while it was packed, so the file would be of two states of the store; "
