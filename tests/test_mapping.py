@@ -350,23 +350,23 @@ def test_the_map_is_the_same_whatever_the_height_of_strips(sums: list[np.ndarray
     assert same_sums(sums, [lambda r=rows, c=chunks: read(r, c) for rows, chunks in runs])
 
 
-def test_every_row_is_normalised_once_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, normalise = list[int](), compute.normalise
-
-    def counted(pixels: np.ndarray, *about: object) -> np.ndarray:
-        seen.append(pixels.shape[2])
-        return normalise(pixels, *about)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(compute, "normalise", counted)
-    predict(untrained(), reflectance(8, 70, 40))
-    assert sum(seen) == 2 * len(Layout(70, 40, 16).rows)
+@pytest.mark.parametrize("left", [0, 5, 24])
+def test_windows_are_cut_as_they_are_normalised(left: int) -> None:
+    rng = np.random.default_rng(left)
+    strip = rng.integers(0, 65536, (2, 3, 16, 40)).astype(np.uint16)
+    strip[rng.random(strip.shape) < 0.3] = 0
+    mean, std = rng.uniform(1000, 3000, (1, 3)), rng.uniform(300, 900, (1, 3))
+    found = np.full((2, 3, 16, 16), np.nan, np.float32)
+    compute.cut(strip, left, *(v[0].astype(np.float32) for v in (mean, std)), found)
+    expected = models.normalise(strip[..., left : left + 16], tuple(mean[0]), tuple(std[0]))
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize(("width", "years", "most"), [(2, 1, 16), (64, 1, 6), (64, 2, 3), (1024, 1, 1)])
 def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most: int) -> None:
     """Two layers of 1 x 1 over 64 x 64 pixels give width + 1 floats a pixel and year, half of them each, in the mean."""
     card = dataclasses.replace(SERIES, window_px=64, multiple_px=1)
-    given, seen = list[int](), list[torch.Tensor]()
+    given = list[int]()
     layers = torch.nn.Sequential(torch.nn.Conv2d(10, width, 1), torch.nn.Conv2d(width, 1, 1))
 
     class Recorded(torch.nn.Module):
@@ -376,7 +376,6 @@ def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most:
 
         def forward(self, x: torch.Tensor, _years: torch.Tensor) -> torch.Tensor:
             given.append(len(x))
-            seen.append(x)
             return self.layers(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
         def __deepcopy__(self, memo: object) -> Recorded:
@@ -392,8 +391,6 @@ def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most:
     assert max(given[1:]) <= most
     assert len(given) - 1 == -(-12 // most)
     assert not any(layer._forward_hooks for layer in layers)
-    # A window's bands lie beside each other, as the kernels want them; nothing is copied on their behalf.
-    assert all(x[:, 0].is_contiguous(memory_format=torch.channels_last) for x in seen[1:] if years == 1)
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,23 +8,21 @@ if the loops are over slices from 0 on: not where an index may be negative. So a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from minecube.compiled import compiled
 from minecube.metrics.states import BOUNDARY_PX, UNKNOWN
 
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 Range = tuple[int, int]
-F = TypeVar("F", bound=Callable[..., Any])
 
 MARGIN_PX = BOUNDARY_PX + 1
 """What a block's boundary pixels depend on around it."""
@@ -58,14 +56,6 @@ class Sums(NamedTuple):
         return cls(*(np.zeros(shape, np.int64) for shape in shapes))
 
 
-def _compiled(function: F) -> F:
-    """Compiled at the first call, and kept on disk for the next process, if there is a place."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def _equal(_context: Any, row: Any, _at: Any, _value: Any) -> Any:
     """Which of the 64 bytes of a row from `at` on have that value: one comparison of vectors, which no loop is made into."""
@@ -90,7 +80,7 @@ def _size(_context: Any, _word: Any) -> Any:
     return types.uint64(types.uint64), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
 
 
-@_compiled
+@compiled
 def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: int, part: int, sums: Sums) -> bool:
     """Count a site's rows, and of them the pixels that `own` names; the others are context.
 
@@ -131,7 +121,7 @@ def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: i
     return True
 
 
-@_compiled
+@compiled
 def _pack(truth: Bytes, pred: Bytes, inside: Range, first: int, mine: Words) -> tuple[bool, bool]:
     """Bits of what is a mine; whether there is anything but 0 and 1, and whether that is 255."""
     years, _, width = truth.shape
@@ -157,7 +147,7 @@ def _pack(truth: Bytes, pred: Bytes, inside: Range, first: int, mine: Words) -> 
     return others, not wrong
 
 
-@_compiled
+@compiled
 def _pack_unknown(truth: Bytes, pred: Bytes, inside: Range, first: int, unknown: Words) -> None:
     years, _, width = truth.shape
     for t in range(years):
@@ -169,7 +159,7 @@ def _pack_unknown(truth: Bytes, pred: Bytes, inside: Range, first: int, unknown:
                         unknown[k, t, 1 + x // 64, y - first] |= _1 << np.uint64(x % 64)
 
 
-@_compiled
+@compiled
 def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: int, sums: Sums) -> None:
     """Edge pixels of both, and those of them that are near the other's."""
     _, years, size = mine.shape
@@ -191,7 +181,7 @@ def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: i
                 sums.edges[3 - 2 * k, t] += np.int64(near)
 
 
-@_compiled
+@compiled
 def _span(mine: Words, at: int, end: int) -> Range:
     """From the first word with a mine to the last."""
     while at < end and not mine[at]:
@@ -201,7 +191,7 @@ def _span(mine: Words, at: int, end: int) -> Range:
     return at, end
 
 
-@_compiled
+@compiled
 def _edges(mine: Words, blank: Words, high: int, at: int, end: int, edges: Words) -> None:
     """Mine, and of the four neighbours one that is not, both known."""
     here, north, south = mine[at:end], mine[at - 1 : end - 1], mine[at + 1 : end + 1]
@@ -216,7 +206,7 @@ def _edges(mine: Words, blank: Words, high: int, at: int, end: int, edges: Words
         out[i] = full & ~inner & ~none[i]
 
 
-@_compiled
+@compiled
 def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words, spare: Words) -> tuple[np.uint64, np.uint64]:
     """How many of one's own edge pixels there are, and how many whose centre lies within BOUNDARY_PX = 3 of one of the others'.
 
@@ -243,7 +233,7 @@ def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words,
     return some, near
 
 
-@_compiled
+@compiled
 def _changes(mine: Words, unknown: Words, own: Words, part: int, sums: Sums) -> None:
     """Find the words in which own pixels are not alike in all years, truth and prediction, and count these pixels."""
     _, years, size = mine.shape
@@ -280,7 +270,7 @@ def _changes(mine: Words, unknown: Words, own: Words, part: int, sums: Sums) -> 
             n = 0
 
 
-@_compiled
+@compiled
 def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: Sums) -> None:
     """Count bits (year, word): mine in truth, of those mapped; in prediction, of those known; truth known; and both known."""
     years = len(truth)
@@ -313,7 +303,7 @@ def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: S
     _through(truth, pred, known, n, sums)
 
 
-@_compiled
+@compiled
 def _pair(
     y0: Words, y1: Words, p0: Words, p1: Words, m0: Words, m1: Words, k0: Words, k1: Words, n: int
 ) -> tuple[np.uint64, ...]:
@@ -336,7 +326,7 @@ def _pair(
     return n0, n1, n2, n3, n4, n5, n6, n7, n8, n9
 
 
-@_compiled
+@compiled
 def _through(truth: Words, pred: Words, known: Words, n: int, sums: Sums) -> None:
     """Steps from each year to the next, and windows in which nothing moves."""
     years = len(truth)

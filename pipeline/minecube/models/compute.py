@@ -3,8 +3,7 @@
 On the CPU every core has a thread that takes a few neighbouring windows at a time through kernels of one thread. A kernel
 that splits a sum among threads, or is chosen by the size of a batch, moves the last bits of a logit. Here none splits, and
 which windows go together follows from the network and from where they lie: so a map does not depend on the number of cores or
-workers, on who is first, or on anything asked for here. It is also the fastest way (benchmarks/predict.py). Pixels are
-normalised once, though each is in four windows, and lie channels last, as the kernels of a CPU want them.
+workers, on who is first, or on anything asked for here. It is also the fastest way (benchmarks/predict.py).
 
 On a GPU windows are gathered into batches, across rows, sites' years and pairs. How many to a batch is tried out, doubling
 until memory or throughput stops; one that runs out of memory later is halved and its windows are taken again.
@@ -14,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from minecube.compiled import compiled
 from minecube.device import device_of
 from minecube.errors import ModelError
 from minecube.models.layout import across, weighted
-from minecube.models.network import Trained, logits, normalise
+from minecube.models.network import Trained, logits
 from minecube.models.streams import Strip, uploaded
 
 T = TypeVar("T")
@@ -178,19 +179,24 @@ def on_cores(
     forward: Forward, trained: Trained, strips: Iterator[Strip[T]], ramp: Tensor, workers: int
 ) -> Iterator[tuple[T, Tensor, Tensor]]:
     """`rows_of` by threads that take a few windows each."""
-    side, most = len(ramp), 0
+    side, most, own = len(ramp), 0, threading.local()
+    mean, std = np.array(trained.mean, np.float32), np.array(trained.std, np.float32)
 
-    def some(pixels: NDArray[np.float32], lefts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        windows = np.stack([pixels[:, :, left : left + side] for left in lefts])
-        found = forward(torch.from_numpy(windows).permute(0, 1, 4, 2, 3))
+    def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if not hasattr(own, "windows"):  # made once a thread: to be given new memory each time takes longer than to fill it
+            own.windows = np.empty((most, *pixels.shape[:2], side, side), np.float32)
+        for window, left in zip(own.windows, lefts, strict=False):
+            cut(pixels, left, mean, std, window)
+        found = forward(torch.from_numpy(own.windows[: len(lefts)]))
         return weighted(found, ramp), _finite(found)
 
     waiting: deque[tuple[Strip[T], list[Future[tuple[Tensor, Tensor]]]]] = deque()
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for strip, pixels in _normal(strips, trained):
+            for strip in strips:
                 if strip.lefts and not most:
                     most = forward.together(torch.zeros(1, *strip.pixels.shape[:2], side, side))
+                pixels = np.ascontiguousarray(strip.pixels)
                 calls = [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts, most)]
                 waiting.append((strip, calls))
                 # Always more calls than workers in hand, so that none waits for another's row to end.
@@ -204,19 +210,19 @@ def on_cores(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _normal(strips: Iterator[Strip[T]], trained: Trained) -> Iterator[tuple[Strip[T], NDArray[np.float32]]]:
-    """Each strip, and its pixels [time, row, column, band] as `network.normalise` has them; each row once."""
-    last: NDArray[np.float32] | None = None
-    for strip in strips:
-        pixels = np.asarray(strip.pixels)
-        kept = pixels.shape[2] - strip.new
-        new = normalise(pixels[:, :, kept:], trained.mean, trained.std)
-        here = np.empty((len(pixels), *pixels.shape[2:], pixels.shape[1]), np.float32)
-        if last is not None and kept:
-            here[:, :kept] = last[:, strip.new :]
-        here[:, kept:] = np.moveaxis(new, 1, -1)
-        last = here
-        yield strip, here
+@compiled
+def cut(
+    strip: NDArray[np.uint16], left: int, mean: NDArray[np.float32], std: NDArray[np.float32], out: NDArray[np.float32]
+) -> None:
+    """Put a window of a strip [time, band, row, column], contiguous, into `out`: as `network.normalise` has it bit by bit."""
+    times, bands, rows, side = out.shape
+    for t in range(times):
+        for band in range(bands):
+            centre, unit = mean[band], std[band]
+            for y in range(rows):
+                row, found = strip[t, band, y, left : left + side], out[t, band, y]
+                for x in range(side):
+                    found[x] = (np.float32(row[x]) - centre) / unit if row[x] else np.float32(0)
 
 
 def _together(lefts: Sequence[int], most: int) -> list[Sequence[int]]:

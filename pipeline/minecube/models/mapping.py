@@ -265,7 +265,7 @@ def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
             lefts = tuple(left for left in layout.lefts if seen[left : left + side].any())
             # One without any such pixel touches only pixels that come out as NODATA.
             part_of = _Part(view=view, top=top, lefts=lefts, known=known[..., inside])
-            yield Strip(of=part_of, pixels=here, lefts=lefts, new=layout.step if top else side)
+            yield Strip(of=part_of, pixels=here, lefts=lefts)
 
 
 def _widened(rows: NDArray[np.uint16], layout: Layout) -> NDArray[np.uint16]:

@@ -28,8 +28,6 @@ class Strip(Generic[T]):
     """[time, band, window, columns], 0 = no observation."""
     lefts: tuple[int, ...]
     """Columns at which its windows begin."""
-    new: int
-    """Rows at its end that the strip before has not; all where it is the first of its map."""
 
 
 def uploaded(strips: Iterator[Strip[T]], place: torch.device) -> Generator[Strip[T], None, None]:
@@ -41,7 +39,7 @@ def uploaded(strips: Iterator[Strip[T]], place: torch.device) -> Generator[Strip
             with torch.cuda.stream(copying):
                 pinned = torch.as_tensor(np.ascontiguousarray(strip.pixels)).pin_memory()
                 pixels = pinned.to(place, non_blocking=True)
-                yield Strip(of=strip.of, pixels=pixels, lefts=strip.lefts, new=strip.new), copying.record_event()
+                yield Strip(of=strip.of, pixels=pixels, lefts=strip.lefts), copying.record_event()
 
     with closing(ahead(upload())) as copied:
         for strip, there in copied:
