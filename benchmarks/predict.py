@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -260,9 +259,15 @@ def peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
         trained.network(
             torch.zeros(1, *(() if card.task == "mapping" else (2,)), len(card.bands), card.window_px, card.window_px)
         )
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    before = _megabytes("VmRSS")
     end_to_end(store, trained, views, Compute())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return _megabytes("VmHWM") - before
+
+
+def _megabytes(what: str) -> float:
+    """Of this process. Not by getrusage: a child's most is at first what its parent has, which holds all windows."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:"))
 
 
 if __name__ == "__main__":

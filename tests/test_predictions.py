@@ -7,6 +7,7 @@ import json
 import types
 
 import dask.array as da
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
@@ -497,6 +498,21 @@ def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
     assert "not mapped, no committed year: quarry" in err
     _, err = run("predict", "--store", store, "--sites", "quarry", "--model", tmp_path / "m.pt", ok=2)
     assert "no committed year in quarry" in err
+
+
+def test_sites_of_a_store_are_named_by_the_file_they_were_built_of(store, site, tmp_path, make):
+    model_file(tmp_path / "m.pt")
+    other = make.site("quarry", 380000, 5600040, 90, 90)
+    cube.create(store, other, grid_of(other), (2019,), RECIPE)
+    for name, sites in (("one", [site]), ("both", [site, make.site("dump", 390000, 5600040, 90, 90)])):
+        table = gpd.GeoDataFrame({"id": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326)
+        table.to_file(tmp_path / f"{name}.geojson")
+    ask = ("predict", "--store", store, "--model", tmp_path / "m.pt", "--sites")
+    out, err = run(*ask, tmp_path / "one.geojson")
+    assert "pit: 3 years mapped" in out
+    assert "quarry" not in out + err
+    _, err = run(*ask, tmp_path / "both.geojson", ok=2)
+    assert "no site 'dump' of" in err
 
 
 def test_predict_maps_pairs_by_gap_and_by_name(store, tmp_path, monkeypatch):

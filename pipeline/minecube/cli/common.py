@@ -124,8 +124,15 @@ def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
 
 
 def stored_sites(store: str, wanted: str) -> list[str]:
-    """Names of the sites in a store that match; raises CatalogError or CubeError."""
-    return matching(wanted, cube.sites(store), store)
+    """Names of the sites in a store that match, or are in the file named; raises CatalogError or CubeError."""
+    there = cube.sites(store)
+    if Path(wanted).suffix.lower() not in SITE_FILES:
+        return matching(wanted, there, store)
+    names = [site.id for site in choose_sites(wanted, None)]
+    lacking = [name for name in names if name not in there]
+    if lacking:
+        raise CatalogError(f"{store}: no site {lacking[0]!r} of {wanted}; it has {', '.join(sorted(there))}; build it first")
+    return names
 
 
 def sources(catalog: Path | None) -> dict[str, Source]:
