@@ -21,7 +21,7 @@ from minecube import models
 from minecube.catalog import BANDS, ModelCard, Weights
 from minecube.errors import ModelError
 from minecube.models import Compute, Trained, compute, map_rows, mapping, predict, streams, views_of
-from minecube.models.layout import Blend, Layout, across, weighted
+from minecube.models.layout import Blend, Layout, across, summed, weighted
 from minecube.models.streams import Strip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -706,3 +706,20 @@ def test_sums_are_exact_and_limited() -> None:
     across(row, 1, found)
     assert row[..., 0].tolist() == [[1, 1, 1]]
     assert torch.equal(row[..., 1:], found + 1)
+
+
+def test_rows_are_summed_on_a_cpu_as_they_are_on_a_gpu() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 20, (3, 2, 2, 16, 16)).astype(np.float32)
+    logits[0, 0, 0, 0, :4] = 2**-21, 3 * 2**-21, -(2**-21), 1e9  # halves are rounded to even
+    logits[1, 1, 1, 5, 3], logits[2, 0, 1, 2, 2] = np.nan, np.inf
+    ramp, lefts = Layout(40, 40, 16).ramp, np.array([0, 8, 16])
+    total, finite = np.zeros((2, 2, 16, 32), np.int64), np.empty(3, np.bool_)
+    summed(logits, lefts, ramp, total, finite)
+    expected = torch.zeros(total.shape, dtype=torch.int64)
+    for left, window in zip(lefts, weighted(torch.from_numpy(logits), torch.from_numpy(ramp)), strict=True):
+        across(expected, int(left), window)
+    numbers = np.ones(total.shape, bool)
+    numbers[1, 1, 5, 11] = False
+    np.testing.assert_array_equal(total[numbers], expected.numpy()[numbers])
+    assert finite.tolist() == [True, False, False]

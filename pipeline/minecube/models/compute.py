@@ -33,11 +33,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from minecube.compiled import compiled
 from minecube.device import device_of
 from minecube.errors import ModelError
-from minecube.models.layout import across, weighted
+from minecube.models.layout import across, summed, weighted
 from minecube.models.network import Trained, logits
 from minecube.models.streams import Strip, uploaded
 
 T = TypeVar("T")
+_Sums = tuple[int, NDArray[np.int64], NDArray[np.bool_]]
+"""Of neighbouring windows: the column at which the first begins, what all add to their row, and whether each is of numbers."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GAIN = 1.05  # a batch twice as large has to be faster by this, or it is not worth its memory
 _LARGEST = 1024  # windows to a batch
@@ -94,7 +96,7 @@ def rows_of(
         network = folded(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward = Forward(network, trained, place, _precision(compute, place), compute.compiled, years)
     if place.type == "cpu":
-        yield from on_cores(forward, trained, strips, torch.from_numpy(ramp), compute.workers or _cores())
+        yield from on_cores(forward, trained, strips, ramp, compute.workers or _cores())
     else:
         with closing(uploaded(strips, place)) as there:
             yield from in_batches(forward, there, torch.from_numpy(ramp).to(place), compute.batch)
@@ -176,21 +178,24 @@ class Forward:
 
 
 def on_cores(
-    forward: Forward, trained: Trained, strips: Iterator[Strip[T]], ramp: Tensor, workers: int
+    forward: Forward, trained: Trained, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], workers: int
 ) -> Iterator[tuple[T, Tensor, Tensor]]:
     """`rows_of` by threads that take a few windows each."""
     side, most, own = len(ramp), 0, threading.local()
     mean, std = np.array(trained.mean, np.float32), np.array(trained.std, np.float32)
 
-    def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> _Sums:
         if not hasattr(own, "windows"):  # made once a thread: to be given new memory each time takes longer than to fill it
             own.windows = np.empty((most, *pixels.shape[:2], side, side), np.float32)
         for window, left in zip(own.windows, lefts, strict=False):
             cut(pixels, left, mean, std, window)
-        found = forward(torch.from_numpy(own.windows[: len(lefts)]))
-        return weighted(found, ramp), _finite(found)
+        found = forward(torch.from_numpy(own.windows[: len(lefts)])).contiguous().numpy()
+        total = np.zeros((*found.shape[1:4], lefts[-1] - lefts[0] + side), np.int64)
+        finite = np.empty(len(lefts), np.bool_)
+        summed(found, np.subtract(lefts, lefts[0]), ramp, total, finite)
+        return lefts[0], total, finite
 
-    waiting: deque[tuple[Strip[T], list[Future[tuple[Tensor, Tensor]]]]] = deque()
+    waiting: deque[tuple[Strip[T], list[Future[_Sums]]]] = deque()
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for strip in strips:
@@ -201,11 +206,11 @@ def on_cores(
                 waiting.append((strip, calls))
                 # Always more calls than workers in hand, so that none waits for another's row to end.
                 while len(waiting) > 1 and sum(len(found) for _, found in list(waiting)[1:]) >= 2 * workers:
-                    yield _summed(*waiting.popleft())
+                    yield _row(*waiting.popleft())
                 if len(waiting) > 2 * workers + 1:  # rows of which few or no windows have anything in them
-                    yield _summed(*waiting.popleft())
+                    yield _row(*waiting.popleft())
             while waiting:
-                yield _summed(*waiting.popleft())
+                yield _row(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -243,15 +248,14 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _summed(strip: Strip[T], calls: list[Future[tuple[Tensor, Tensor]]]) -> tuple[T, Tensor, Tensor]:
+def _row(strip: Strip[T], calls: list[Future[_Sums]]) -> tuple[T, Tensor, Tensor]:
     found = [call.result() for call in calls]
     if not found:
         return strip.of, torch.zeros(()), torch.ones(0, dtype=torch.bool)
-    windows = [window for of, _ in found for window in of]
-    row = torch.zeros((*windows[0].shape[:-1], strip.pixels.shape[-1]), dtype=torch.int64)
-    for left, window in zip(strip.lefts, windows, strict=True):
-        across(row, left, window)
-    return strip.of, row, torch.cat([finite for _, finite in found])
+    row = np.zeros((*found[0][1].shape[:-1], strip.pixels.shape[-1]), np.int64)
+    for left, total, _ in found:
+        row[..., left : left + total.shape[-1]] += total
+    return strip.of, torch.from_numpy(row), torch.from_numpy(np.concatenate([finite for *_, finite in found]))
 
 
 def _finite(found: Tensor) -> Tensor:

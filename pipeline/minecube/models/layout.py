@@ -18,12 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minecube.compiled import compiled
+
 SCALE = 250
 """Stored probability of one; the integers above it are free for `NODATA`."""
 NODATA = 255
 """Stored probability where nothing is known."""
 _LOGIT_STEPS = 2**20  # per unit of logit; a float32 logit near 8 has no finer steps
 _LOGIT_LIMIT = 30.0  # beyond it the stored probability no longer moves, and the sums stay far from overflow (2 ** 45)
+_LIMIT, _STEPS = np.float32(_LOGIT_LIMIT), np.float32(_LOGIT_STEPS)
 _WEIGHT_STEPS = 2**10  # per unit of blending weight, in y and in x
 
 
@@ -114,6 +117,32 @@ class Blend:
 def across(row: Tensor, left: int, weighted: Tensor) -> None:
     """Add one window [..., window, window], as `weighted` has it, to its row, int64 [..., window, columns]."""
     row[..., left : left + weighted.shape[-1]] += weighted
+
+
+@compiled
+def summed(
+    logits: NDArray[np.float32],
+    lefts: NDArray[np.intp],
+    ramp: NDArray[np.int64],
+    total: NDArray[np.int64],
+    finite: NDArray[np.bool_],
+) -> None:
+    """Add windows [window, time, class, row, x] to their row [time, class, row, column]: `weighted` and `across`, in one pass.
+
+    `finite` says of each window whether all its logits are numbers.
+    """
+    count, times, classes, rows, side = logits.shape
+    for n in range(count):
+        wrong = False
+        for t in range(times):
+            for c in range(classes):
+                for y in range(rows):
+                    given, row = logits[n, t, c, y], total[t, c, y, lefts[n] : lefts[n] + side]
+                    for x in range(side):
+                        logit = min(max(given[x], -_LIMIT), _LIMIT)
+                        row[x] += np.int64(np.rint(logit * _STEPS)) * ramp[x]
+                        wrong |= not np.isfinite(given[x])
+        finite[n] = not wrong
 
 
 def weighted(logits: Tensor, ramp: Tensor) -> Tensor:
