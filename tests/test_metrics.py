@@ -185,12 +185,14 @@ def test_boundary_f1_is_that_of_its_counts() -> None:
     assert finish(count(p, y, [2020]))["boundary_f1"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("at", [20, *range(60, 69)])
 @pytest.mark.parametrize(("shift", "expected"), [(3, 1), (4, 0)])
-def test_boundary_tolerance_is_three_pixels(shift: int, expected: float) -> None:
-    y = np.zeros((1, 20, 40), np.uint8)
-    y[0, :, :20] = 1
+def test_boundary_tolerance_is_three_pixels(shift: int, expected: float, at: int) -> None:
+    """Also from one word of 64 pixels to the next."""
+    y = np.zeros((1, 20, 140), np.uint8)
+    y[0, :, :at] = 1
     p = y.copy()
-    p[0, :, 20 : 20 + shift] = 1
+    p[0, :, at : at + shift] = 1
     assert finish(count(p, y, [2020]))["boundary_f1"] == expected
 
 
