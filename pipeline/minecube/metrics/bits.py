@@ -3,7 +3,8 @@
 A site is gone through in bands of rows that stay in the processor's cache. Of each, all years of truth and prediction are
 packed, with a few rows above and below, and a word of nothing before and after each row; rows follow one another. What is done
 to a word is done to all its pixels, and numba makes of loops over words the processor's vectors, counts of bits among them,
-if the loops are over slices from 0 on: not where an index may be negative. So a word's neighbours have slices of their own.
+where an index cannot be negative: it is that of a slice from 0 on, or has no sign. A slice costs a count of its owners, which
+is much for the short loops of boundaries, so these have indices without a sign.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Sums(NamedTuple):
     edges: Ints
     """(4, year): the last four of `Mapped`."""
     pairs: Ints
-    """(10, year, year): see `_PAIR` of `counting`."""
+    """(year, year, 10): as `Pair`, by first and second year, the same or later."""
     steps: Ints
     """(6): as `Steps`."""
     tubes: Ints
@@ -52,8 +53,12 @@ class Sums(NamedTuple):
     @classmethod
     def zero(cls, years: int) -> Sums:
         """Of so many years."""
-        shapes = (2,), (3, years), (4, years), (10, years, years), (6,), (2,), (2, years, years)
+        shapes = (2,), (3, years), (4, years), (years, years, 10), (6,), (2,), (2, years, years)
         return cls(*(np.zeros(shape, np.int64) for shape in shapes))
+
+
+def _byte_at(context: Any, builder: Any, signature: Any, row: Any, at: Any) -> Any:
+    return builder.gep(context.make_array(signature.args[0])(context, builder, row).data, [at])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -61,10 +66,9 @@ def _equal(_context: Any, row: Any, _at: Any, _value: Any) -> Any:
     """Which of the 64 bytes of a row from `at` on have that value: one comparison of vectors, which no loop is made into."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, at, value = arguments
+        row, at, value = arguments
         kind, places = ir.VectorType(ir.IntType(8), 64), ir.VectorType(ir.IntType(32), 64)
-        first = builder.gep(context.make_array(signature.args[0])(context, builder, array).data, [at])
-        found = builder.load(builder.bitcast(first, kind.as_pointer()))
+        found = builder.load(builder.bitcast(_byte_at(context, builder, signature, row, at), kind.as_pointer()))
         found.align = 1
         blank = ir.Constant(kind, ir.Undefined)
         one = builder.insert_element(blank, value, ir.Constant(ir.IntType(32), 0))
@@ -72,6 +76,21 @@ def _equal(_context: Any, row: Any, _at: Any, _value: Any) -> Any:
         return builder.bitcast(builder.icmp_unsigned("==", found, all_), ir.IntType(64))
 
     return types.uint64(row, types.intp, types.uint8), code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _fetch(_context: Any, row: Any, _at: Any) -> Any:
+    """Have the byte `at` places on from a row's beginning, within the array or not, brought near the processor meanwhile."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _byte_at(context, builder, signature, *arguments)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
+        builder.call(prefetch, [address, number(0), number(2), number(1)])  # to read; to the second cache; data
+        return context.get_dummy_value()
+
+    return types.void(row, types.intp), code
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -134,6 +153,7 @@ def _pack(truth: Bytes, pred: Bytes, inside: Range, first: int, mine: Words) -> 
                 row, out = truth[t, y] if k == 0 else pred[t, y], mine[k, t, 1:, y - first]
                 more = _0
                 for w in range(words - 1):
+                    _fetch(row, 64 * w + 2 * width)  # no processor foresees so many places
                     bits = _equal(row, 64 * w, _MINE)
                     more |= ~(bits | _equal(row, 64 * w, _NOT))
                     out[w] = bits
@@ -169,14 +189,16 @@ def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: i
         if unknown.size:
             blank = outside | unknown[0, t] | unknown[1, t]
         for k in range(2):
+            bits, out = mine[k, t], edges[k]
             for w in range(1, size // high - 1):
-                edges[k, starts[k, w] : ends[k, w]] = 0
-                starts[k, w], ends[k, w] = _span(mine[k, t], w * high + 1, (w + 1) * high - 1)
-                _edges(mine[k, t], blank, high, starts[k, w], ends[k, w], edges[k])
+                out[starts[k, w] : ends[k, w]] = 0
+                starts[k, w], ends[k, w] = _span(bits, w * high + 1, (w + 1) * high - 1)
+                _edges(bits, blank, high, starts[k, w], ends[k, w], out)
         for k in range(2):
+            its, others = edges[k], edges[1 - k]
             for w in range(1, size // high - 1):
                 at, end = max(starts[k, w], w * high + MARGIN_PX), min(ends[k, w], (w + 1) * high - MARGIN_PX)
-                some, near = _near(edges[k], own, high, at, end, edges[1 - k], spare)
+                some, near = _near(its, own, high, at, end, others, spare)
                 sums.edges[2 - 2 * k, t] += np.int64(some)
                 sums.edges[3 - 2 * k, t] += np.int64(near)
 
@@ -194,16 +216,13 @@ def _span(mine: Words, at: int, end: int) -> Range:
 @compiled
 def _edges(mine: Words, blank: Words, high: int, at: int, end: int, edges: Words) -> None:
     """Mine, and of the four neighbours one that is not, both known."""
-    here, north, south = mine[at:end], mine[at - 1 : end - 1], mine[at + 1 : end + 1]
-    west, east = mine[at - high : end - high], mine[at + high : end + high]
-    none, none_north, none_south = blank[at:end], blank[at - 1 : end - 1], blank[at + 1 : end + 1]
-    none_west, none_east = blank[at - high : end - high], blank[at + high : end + high]
-    out = edges[at:end]
-    for i in range(end - at):
-        full = here[i] | none[i]
-        inner = (north[i] | none_north[i]) & (south[i] | none_south[i])
-        inner &= (full << _1 | (west[i] | none_west[i]) >> _63) & (full >> _1 | (east[i] | none_east[i]) << _63)
-        out[i] = full & ~inner & ~none[i]
+    side = np.uint64(high)
+    for i in range(np.uint64(at), np.uint64(end)):
+        full = mine[i] | blank[i]
+        inner = (mine[i - _1] | blank[i - _1]) & (mine[i + _1] | blank[i + _1])
+        inner &= full << _1 | (mine[i - side] | blank[i - side]) >> _63
+        inner &= full >> _1 | (mine[i + side] | blank[i + side]) << _63
+        edges[i] = full & ~inner & ~blank[i]
 
 
 @compiled
@@ -215,19 +234,16 @@ def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words,
     some = near = _0
     if at >= end:
         return some, near
-    here, two = others[at - 2 : end + 2], spare[: end - at + 4]
-    west, east = others[at - 2 - high : end + 2 - high], others[at - 2 + high : end + 2 + high]
-    for i in range(end - at + 4):
-        two[i] = here[i] | here[i] << _1 | here[i] << _2 | west[i] >> _63 | west[i] >> _62
-        two[i] |= here[i] >> _1 | here[i] >> _2 | east[i] << _63 | east[i] << _62
-    norther, north, middle, south, souther = two[:-4], two[1:-3], two[2:-2], two[3:-1], two[4:]
-    northest, here, southest = others[at - 3 : end - 3], others[at:end], others[at + 3 : end + 3]
-    west, east = others[at - high : end - high], others[at + high : end + high]
-    mine, counted = edges[at:end], own[at:end]
-    for i in range(end - at):
-        close = norther[i] | north[i] | middle[i] | south[i] | souther[i] | northest[i] | southest[i]
-        close |= here[i] << _3 | west[i] >> _61 | here[i] >> _3 | east[i] << _61
-        its = mine[i] & counted[i]
+    side, first = np.uint64(high), np.uint64(at - 2)
+    for i in range(first, np.uint64(end + 2)):
+        bits, west, east = others[i], others[i - side], others[i + side]
+        two = bits | bits << _1 | bits << _2 | west >> _63 | west >> _62
+        spare[i - first] = two | bits >> _1 | bits >> _2 | east << _63 | east << _62
+    for i in range(np.uint64(at), np.uint64(end)):
+        j = i - first
+        close = spare[j - _2] | spare[j - _1] | spare[j] | spare[j + _1] | spare[j + _2] | others[i - _3] | others[i + _3]
+        close |= others[i] << _3 | others[i - side] >> _61 | others[i] >> _3 | others[i + side] << _61
+        its = edges[i] & own[i]
         some += _size(its)
         near += _size(its & close)
     return some, near
@@ -299,7 +315,7 @@ def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: S
         for j in range(i, years):
             sizes = _pair(truth[i], truth[j], pred[i], pred[j], mapped[i], mapped[j], known[i], known[j], n)
             for c, size in enumerate(sizes):
-                sums.pairs[c, i, j] += np.int64(size)
+                sums.pairs[i, j, c] += np.int64(size)
     _through(truth, pred, known, n, sums)
 
 
@@ -307,23 +323,26 @@ def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: S
 def _pair(
     y0: Words, y1: Words, p0: Words, p1: Words, m0: Words, m1: Words, k0: Words, k1: Words, n: int
 ) -> tuple[np.uint64, ...]:
-    """Of two years, the second later: what `_PAIR` of `counting` lists."""
-    n0 = n1 = n2 = n3 = n4 = n5 = n6 = n7 = n8 = n9 = _0
+    """Of two years, the second later: what `Pair` lists."""
+    every = mapped = new = gone = new_said = gone_said = new_new = new_gone = gone_new = gone_gone = _0
     for w in range(n):
         known = k0[w] & k1[w]
         moves, said = (y0[w] ^ y1[w]) & known, (p0[w] ^ p1[w]) & known
-        new, said_new = moves & y1[w], said & p1[w]
-        n0 += _size(known)
-        n1 += _size(moves)
-        n2 += _size(said)
-        n3 += _size(moves & said)
-        n4 += _size(new & said)
-        n5 += _size(said_new & moves)
-        n6 += _size(new & said_new)
-        n7 += _size(new)
-        n8 += _size(said_new)
-        n9 += _size(m0[w] & m1[w])
-    return n0, n1, n2, n3, n4, n5, n6, n7, n8, n9
+        came, went, came_said, went_said = moves & y1[w], moves & y0[w], said & p1[w], said & p0[w]
+        every += _size(known)
+        mapped += _size(m0[w] & m1[w])
+        new += _size(came)
+        gone += _size(went)
+        new_said += _size(came_said)
+        gone_said += _size(went_said)
+        new_new += _size(came & came_said)
+        new_gone += _size(came & went_said)
+        gone_new += _size(went & came_said)
+        gone_gone += _size(went & went_said)
+    new_same, gone_same = new - new_new - new_gone, gone - gone_new - gone_gone
+    same_new, same_gone = new_said - new_new - gone_new, gone_said - new_gone - gone_gone
+    same_same = every - new - gone - same_new - same_gone
+    return new_new, new_same, new_gone, gone_new, gone_same, gone_gone, same_new, same_same, same_gone, mapped - every
 
 
 @compiled

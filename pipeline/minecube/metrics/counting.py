@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ _BAND_PX = 128
 """Rows at a time: with ten years and sites of 1000 pixels 0.4 MB of bits, which stay in a core's cache."""
 _WORDS = 256
 """Words at a time in which something moves: with ten years 80 kB, which stay nearer still."""
+_SAME_SAME = [field.name for field in fields(Pair)].index("same_same")
 
 
 def count(
@@ -96,33 +98,16 @@ def _scores(sums: Sums, years: Sequence[int]) -> Scores:
     named = [int(year) for year in years]
     alike, always = sums.alike.tolist()
     truth, pred, both = (sums.years + always).tolist()
-    known, moved, mapped = sums.pairs[0] + alike, sums.pairs[:-1], sums.pairs[-1] + alike
-    pairs = (np.concatenate([known[None], moved[1:]]).T @ _PAIR).transpose(1, 0, 2).tolist()
-    unmapped, lasting, edges = (mapped - known).tolist(), (sums.windows + alike).tolist(), sums.edges.T.tolist()
+    sums.pairs[..., _SAME_SAME] += alike
+    pairs, lasting, edges = sums.pairs.tolist(), (sums.windows + alike).tolist(), sums.edges.T.tolist()
     maps, moves, spans = {}, {}, {}
     for i, first in enumerate(named):
         tp, fp, fn = both[i], pred[i] - both[i], truth[i] - both[i]
-        maps[first] = Mapped(tp, fp, fn, int(known[i, i]) - tp - fp - fn, unmapped[i][i], *edges[i])
+        maps[first] = Mapped(tp, fp, fn, pairs[i][i][_SAME_SAME] - tp - fp - fn, pairs[i][i][-1], *edges[i])
         for j, second in enumerate(named[i + 1 :], start=i + 1):
-            moves[first, second] = Pair(*[*pairs[i][j], unmapped[i][j]])
+            moves[first, second] = Pair(*pairs[i][j])
             spans[first, second, j - i + 1] = Window(lasting[0][i][j], lasting[1][i][j])
     tp, either = sum(both), sum(truth) + sum(pred) - sum(both)
     c_both, c_either = sums.tubes.tolist()
     tubes = Tubes(tp - c_both, either - c_either, c_both, c_either)
     return Scores(maps, moves, tubes, Steps(*sums.steps.tolist()), spans)
-
-
-_PAIR = np.array(
-    [
-        [0, 0, 0, 0, 0, 0, 0, 1, 0],  # known in both years
-        [0, 0, 0, 0, 1, 0, 0, -1, 0],  # truth changes
-        [0, 0, 0, 0, 0, 0, 0, -1, 1],  # prediction changes
-        [0, 0, 0, 0, -1, 1, 0, 1, -1],  # both change
-        [0, -1, 1, 0, 1, -1, 0, 0, 0],  # truth is new, prediction changes
-        [0, 0, 0, 1, 0, -1, -1, 0, 1],  # prediction is new, truth changes
-        [1, 0, -1, -1, 0, 1, 0, 0, 0],  # both are new
-        [0, 1, 0, 0, -1, 0, 0, 0, 0],  # truth is new
-        [0, 0, 0, 0, 0, 0, 1, 0, -1],  # prediction is new
-    ]
-)
-"""Counts of a pair of years -> Pair, without the last."""
