@@ -46,7 +46,7 @@ from minecube.catalog import BANDS, ModelCard, Recipe, Site, load_models
 from minecube.cli.common import table
 from minecube.grid import grid_of
 from minecube.models import Compute
-from minecube.models.compute import folded
+from minecube.models.folding import folded
 from minecube.models.layout import Layout
 
 WIDTH, YEARS = 768, tuple(range(2015, 2025))

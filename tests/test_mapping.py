@@ -21,7 +21,7 @@ from minecube import models
 from minecube.catalog import BANDS, ModelCard, Weights
 from minecube.errors import ModelError
 from minecube.models import Compute, Trained, compute, map_rows, mapping, predict, streams, views_of
-from minecube.models.layout import Blend, Layout, across, summed, weighted
+from minecube.models.layout import Blend, Layout, across, blended, summed, weighted
 from minecube.models.streams import Strip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,38 +206,6 @@ def test_one_year_alone_and_in_a_series_are_the_same() -> None:
     assert "year" not in predict(untrained(), of.sel(year=2020, drop=True)).coords
 
 
-def test_batch_normalisation_is_folded_where_nothing_comes_between() -> None:
-    torch.manual_seed(1)
-    shared = torch.nn.Conv2d(3, 3, 3, padding=1)
-
-    class Between(torch.nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self[1](self[0](x).relu())
-
-    def norm() -> torch.nn.BatchNorm2d:
-        made = torch.nn.BatchNorm2d(3)
-        for value in (made.running_mean, made.weight.data, made.bias.data):
-            value.normal_()
-        made.running_var.uniform_(0.5, 2)
-        return made
-
-    unlearnt = torch.nn.BatchNorm2d(3, track_running_stats=False)  # always of the windows before it
-    network = torch.nn.Sequential(
-        torch.nn.Sequential(shared, norm(), torch.nn.ReLU(), shared, norm()),  # one convolution in two places
-        Between(torch.nn.Conv2d(3, 3, 1), norm()),
-        torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), unlearnt),
-        torch.nn.Sequential(relu := torch.nn.ReLU(), torch.nn.Conv2d(3, 3, 1), relu, norm()),
-    ).eval()
-    x = torch.randn(2, 3, 8, 8)
-    with torch.inference_mode():
-        expected = network(x)
-        found = compute.folded(network)(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) == 3
-    unet = compute.folded(untrained().network)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in unet.modules())
-
-
 # Pixels that are not there
 
 
@@ -364,8 +332,11 @@ def test_windows_are_cut_as_they_are_normalised(left: int) -> None:
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
-@pytest.mark.parametrize(("width", "years", "most"), [(2, 1, 16), (64, 1, 6), (64, 2, 3), (1024, 1, 1)])
-def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "years", "best", "calls"),
+    [(2, 1, 16, 1), (40, 1, 9, 1), (44, 1, 8, 2), (64, 1, 6, 2), (72, 1, 5, 2), (64, 2, 3, 4), (1024, 1, 1, 12)],
+)
+def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, best: int, calls: int) -> None:
     """Two layers of 1 x 1 over 64 x 64 pixels give width + 1 floats a pixel and year, half of them each, in the mean."""
     card = dataclasses.replace(SERIES, window_px=64, multiple_px=1)
     given = list[int]()
@@ -383,15 +354,14 @@ def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, most:
         def __deepcopy__(self, memo: object) -> Recorded:
             return self
 
-    assert most == min(max(round(3e6 / (64 * 64 * 4 * years * (width + 1) / 2)), 1), 16)
+    assert best == min(max(round(3e6 / (64 * 64 * 4 * years * (width + 1) / 2)), 1), 16)
     n = len(card.bands)
     model = Trained(card=card, network=Recorded(), mean=(1000.0,) * n, std=(500.0,) * n, sites=())
     of = reflectance(8, 32, 32 * 12, YEARS[:years])
     predict(model, of)
     assert given[0] == 1  # the one that is looked at
     assert sum(given[1:]) == len(Layout(32, 32 * 12, 64).lefts) == 12
-    assert max(given[1:]) <= most
-    assert len(given) - 1 == -(-12 // most)
+    assert given[1:] == [12 // calls] * calls
     assert not any(layer._forward_hooks for layer in layers)
 
 
@@ -725,3 +695,20 @@ def test_rows_are_summed_on_a_cpu_as_they_are_on_a_gpu() -> None:
     numbers[1, 1, 5, 11] = False
     np.testing.assert_array_equal(total[numbers], expected.numpy()[numbers])
     assert finite.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_rows_are_blended_on_a_cpu_as_they_are_on_a_gpu(top: bool) -> None:
+    rng = np.random.default_rng(1)
+    ramp, limits = Layout(40, 40, 16).ramp, np.sort([0, *rng.normal(0, 3, 249)])  # a sum of zero is not above it
+    weight = rng.integers(1000, 1050, (9, 20)) * 1000 * 2.0**20
+    row, before = (rng.integers(-(2**33), 2**33, (2, 3, n, 32)) for n in (16, 0 if top else 8))
+    row[1, 2, 3:12, 4:24] = 0
+    total = row * ramp[:, None]
+    total[..., : before.shape[2], :] += before
+    expected = np.searchsorted(limits, total[..., 3:12, 4:24] / weight)
+    levels = np.empty((2, 3, 9, 20), np.uint8)
+    blended(row, before, ramp, weight, limits, (3, 4), levels)
+    np.testing.assert_array_equal(row, total)
+    np.testing.assert_array_equal(levels, expected)
+    assert len(np.unique(levels)) > 150

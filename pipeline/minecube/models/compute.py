@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from minecube.compiled import compiled
 from minecube.device import device_of
 from minecube.errors import ModelError
+from minecube.models.folding import folded
 from minecube.models.layout import across, summed, weighted
 from minecube.models.network import Trained, logits
 from minecube.models.streams import Strip, uploaded
@@ -102,18 +102,6 @@ def rows_of(
             yield from in_batches(forward, there, torch.from_numpy(ramp).to(place), compute.batch)
 
 
-def folded(network: nn.Module) -> nn.Module:
-    """The same network, changed in place: a batch normalisation right after a convolution is made a part of it, as it can be
-    once neither learns any more. On a CPU that spares U-Nets a tenth of their time; it moves the last bits of a logit."""
-    for layers in list(network.modules()):
-        if not isinstance(layers, nn.Sequential) or type(layers).forward is not nn.Sequential.forward:
-            continue  # what its layers are to each other is not known
-        for n, (a, b) in enumerate(pairwise(list(layers))):
-            if type(a) is nn.Conv2d and type(b) is nn.BatchNorm2d and b.running_mean is not None:
-                layers[n], layers[n + 1] = fuse_conv_bn_eval(a, b), nn.Identity()
-    return network
-
-
 def _cores() -> int:
     """Those this process may use, which on a shared machine are not all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -181,15 +169,16 @@ def on_cores(
     forward: Forward, trained: Trained, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], workers: int
 ) -> Iterator[tuple[T, Tensor, Tensor]]:
     """`rows_of` by threads that take a few windows each."""
-    side, most, own = len(ramp), 0, threading.local()
+    side, best, own = len(ramp), 0, threading.local()
     mean, std = np.array(trained.mean, np.float32), np.array(trained.std, np.float32)
 
     def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> _Sums:
-        if not hasattr(own, "windows"):  # made once a thread: to be given new memory each time takes longer than to fill it
-            own.windows = np.empty((most, *pixels.shape[:2], side, side), np.float32)
-        for window, left in zip(own.windows, lefts, strict=False):
+        if len(getattr(own, "windows", ())) < len(lefts):  # kept: to be given new memory each time takes longer than to fill it
+            own.windows = np.empty((len(lefts), *pixels.shape[:2], side, side), np.float32)
+        windows = own.windows[: len(lefts)]
+        for window, left in zip(windows, lefts, strict=True):
             cut(pixels, left, mean, std, window)
-        found = forward(torch.from_numpy(own.windows[: len(lefts)])).contiguous().numpy()
+        found = forward(torch.from_numpy(windows)).contiguous().numpy()
         total = np.zeros((*found.shape[1:4], lefts[-1] - lefts[0] + side), np.int64)
         finite = np.empty(len(lefts), np.bool_)
         summed(found, np.subtract(lefts, lefts[0]), ramp, total, finite)
@@ -199,10 +188,10 @@ def on_cores(
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for strip in strips:
-                if strip.lefts and not most:
-                    most = forward.together(torch.zeros(1, *strip.pixels.shape[:2], side, side))
+                if strip.lefts and not best:
+                    best = forward.together(torch.zeros(1, *strip.pixels.shape[:2], side, side))
                 pixels = np.ascontiguousarray(strip.pixels)
-                calls = [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts, most)]
+                calls = [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts, best)]
                 waiting.append((strip, calls))
                 # Always more calls than workers in hand, so that none waits for another's row to end.
                 while len(waiting) > 1 and sum(len(found) for _, found in list(waiting)[1:]) >= 2 * workers:
@@ -230,10 +219,12 @@ def cut(
                     found[x] = (np.float32(row[x]) - centre) / unit if row[x] else np.float32(0)
 
 
-def _together(lefts: Sequence[int], most: int) -> list[Sequence[int]]:
-    """A row's windows in groups as equal as can be."""
-    count = -(-len(lefts) // max(most, 1))
-    ends = [len(lefts) * n // count for n in range(count + 1)] if count else [0]
+def _together(lefts: Sequence[int], best: int) -> list[Sequence[int]]:
+    """A row's windows in groups as equal as can be, of `best` or about as many: a half more costs less than twice as few."""
+    if not lefts:
+        return []
+    count = max(round(len(lefts) / best), 1)
+    ends = [len(lefts) * n // count for n in range(count + 1)]
     return [lefts[a:b] for a, b in pairwise(ends)]
 
 
@@ -252,9 +243,11 @@ def _row(strip: Strip[T], calls: list[Future[_Sums]]) -> tuple[T, Tensor, Tensor
     found = [call.result() for call in calls]
     if not found:
         return strip.of, torch.zeros(()), torch.ones(0, dtype=torch.bool)
-    row = np.zeros((*found[0][1].shape[:-1], strip.pixels.shape[-1]), np.int64)
-    for left, total, _ in found:
-        row[..., left : left + total.shape[-1]] += total
+    row = found[0][1]
+    if row.shape[-1] < strip.pixels.shape[-1]:
+        row = np.zeros((*row.shape[:-1], strip.pixels.shape[-1]), np.int64)
+        for left, total, _ in found:
+            row[..., left : left + total.shape[-1]] += total
     return strip.of, torch.from_numpy(row), torch.from_numpy(np.concatenate([finite for *_, finite in found]))
 
 

@@ -101,17 +101,23 @@ class Blend:
         self._limits = torch.from_numpy(np.log(steps / (1 - steps))).to(place)
 
     def down(self, top: int, row: Tensor) -> Tensor:
-        """Add a row of windows, int64 [..., window, columns]; the rows `finished` by it, uint8 [..., row, x], x `SCALE`."""
-        total = row * self._ramp[:, None]
-        if top:
-            total[..., : self._total.shape[-2], :] += self._total
-        self._total = total[..., self._layout.step :, :]
-        own = self._layout.finished(top)[1]
+        """Add a row of windows, int64 [time, class, window, columns], which is not kept; the rows `finished` by it, uint8
+        [time, class, row, x], x `SCALE`."""
+        step, own = self._layout.step, self._layout.finished(top)[1]
         inside = slice(self._layout.beyond, self._layout.beyond + self._layout.width)
         down, across = self._weights
-        weight = down[top + own.start : top + own.stop, None] * across[None, inside]
-        logit = total[..., own, inside] / (weight * _LOGIT_STEPS).to(torch.float64)
-        return torch.bucketize(logit, self._limits).to(torch.uint8)
+        weight = (down[top + own.start : top + own.stop, None] * across[inside] * _LOGIT_STEPS).to(torch.float64)
+        before = self._total if top else row[..., :0, :]
+        if row.device.type == "cpu":
+            given, earlier, ramp, divisor, limits = (t.numpy() for t in (row, before, self._ramp, weight, self._limits))
+            levels = np.empty((*given.shape[:-2], *divisor.shape), np.uint8)
+            blended(given, earlier, ramp, divisor, limits, (own.start, inside.start), levels)
+            self._total = row[..., step:, :].contiguous()
+            return torch.from_numpy(levels)
+        total = row * self._ramp[:, None]
+        total[..., : before.shape[-2], :] += before
+        self._total = total[..., step:, :]
+        return torch.bucketize(total[..., own, inside] / weight, self._limits).to(torch.uint8)
 
 
 def across(row: Tensor, left: int, weighted: Tensor) -> None:
@@ -143,6 +149,35 @@ def summed(
                         row[x] += np.int64(np.rint(logit * _STEPS)) * ramp[x]
                         wrong |= not np.isfinite(given[x])
         finite[n] = not wrong
+
+
+@compiled
+def blended(
+    row: NDArray[np.int64],
+    before: NDArray[np.int64],
+    ramp: NDArray[np.int64],
+    weight: NDArray[np.float64],
+    limits: NDArray[np.float64],
+    at: tuple[int, int],
+    levels: NDArray[np.uint8],
+) -> None:
+    """`Blend.down` in one pass: `row` becomes the sums, and `levels` what is finished of it, from that row and column on."""
+    times, classes, rows, columns = row.shape
+    height, width = weight.shape
+    for t in range(times):
+        for c in range(classes):
+            for y in range(rows):
+                sums = row[t, c, y]
+                for x in range(columns):
+                    sums[x] *= ramp[y]
+                if y < before.shape[2]:
+                    earlier = before[t, c, y]
+                    for x in range(columns):
+                        sums[x] += earlier[x]
+            for y in range(height):
+                sums, found = row[t, c, at[0] + y, at[1] : at[1] + width], levels[t, c, y]
+                for x in range(width):
+                    found[x] = np.searchsorted(limits, sums[x] / weight[y, x])
 
 
 def weighted(logits: Tensor, ramp: Tensor) -> Tensor:
