@@ -244,7 +244,7 @@ def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: s
 def memory(folder: Path, model: str) -> dict[str, float]:
     """MB that mapping takes, by the site's rows."""
     found = {}
-    for times in (1, 4):
+    for times in (1, 8):
         store = make(folder / f"tall_{times}.zarr", times * WIDTH)
         ask = [sys.executable, __file__, "--peak", store, model]
         found[str(times * WIDTH)] = float(subprocess.run(ask, check=True, capture_output=True, text=True).stdout)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import subprocess
 import sys
 import textwrap
 import types
+from pathlib import Path
 
 import dask.array as da
 import numpy as np
@@ -272,3 +274,27 @@ def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, mon
     np.testing.assert_array_equal(found, opened)
     part = {"year": [2, 0], "y": slice(60, 131), "x": slice(3, 200)}
     np.testing.assert_array_equal(found.isel(part), opened.isel(part))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells what of a file is in this process's memory")
+def test_a_site_that_is_read_through_does_not_stay_in_memory(tmp_path, make):
+    store = str(tmp_path / "cubes.zarr")
+    built(store, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
+    array = zarr.open_array(store, path="pit/reflectance", mode="r+")
+    array[:1] = np.random.default_rng(0).integers(1, 65535, (1, *array.shape[1:]), np.uint16)
+    cube.open_reflectance(store, "pit").load()
+    read, shards = _kept(store), 3 * 4
+    assert read <= shards * mmap.PAGESIZE / 1024  # where it says what is where
+    cube.CubeDataset(store, size=240)[0]
+    assert _kept(store) > array[0].nbytes / 1024 > 3 * read  # what is cut again is better kept
+
+
+def _kept(store):
+    """KiB of a store's files in this process's memory."""
+    lines, found, inside = Path("/proc/self/smaps").read_text().splitlines(), 0, False
+    for line in lines:
+        if line[:1].islower() or line[:1].isdigit():
+            inside = store in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found

@@ -271,14 +271,17 @@ class _Pixels:
         return out
 
     def __getitem__(self, key: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """Any part without steps, quickly where `cut` is: what Dask asks of an array."""
+        """Any part without steps, quickly where `cut` is: what Dask asks of an array.
+
+        It is read through, not to and fro, so the files' pages do not stay with this process: a site would grow it by its size.
+        """
         at = [slice(*part.indices(n)) for part, n in zip(key, self.shape, strict=True)]
         shape = [part.stop - part.start for part in at]
         whole = all(part == slice(0, n, 1) for part, n in zip(at[1:-2], self.shape[1:-2], strict=True))
         if self.codec is None or not whole:
             return zarr.open_array(zarr_store(self.store), path=self.path, mode="r")[tuple(at)]  # type: ignore[no-any-return]
         out = np.empty(shape, self.dtype)
-        self._fill(out, range(at[0].start, at[0].stop), at[-2], at[-1])
+        self._fill(out, range(at[0].start, at[0].stop), at[-2], at[-1], keep=False)
         return out
 
     @property
@@ -286,7 +289,7 @@ class _Pixels:
         """Of `shape`."""
         return len(self.shape)
 
-    def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice) -> None:
+    def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool = True) -> None:
         parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], mmap.mmap, int, int]] = []
         shards: dict[tuple[int, int, int], _Shard | None] = {}
         for n, year in enumerate(years):
@@ -315,6 +318,9 @@ class _Pixels:
             except (RuntimeError, ValueError) as error:
                 raise CubeError(f"{self.store}: {self.path} has a damaged chunk ({error}); run `minecube verify`") from error
             target[...] = chunk[inside]
+            if not keep:
+                page = offset % mmap.PAGESIZE
+                file.madvise(mmap.MADV_DONTNEED, offset - page, length + page)
 
     def _shard(self, year: int, down: int, across: int) -> _Shard | None:
         """A shard in memory; None where it is nothing but fill value."""
