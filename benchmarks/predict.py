@@ -154,14 +154,14 @@ def windows_of(store: str, trained: models.Trained, views: list[models.View]) ->
 Way = Callable[[torch.Tensor], None]
 
 
-def ways(trained: models.Trained, device: str) -> Iterator[tuple[str, Way]]:
-    """Each way to run a network over windows in memory."""
+def ways(trained: models.Trained, device: str, window: torch.Tensor) -> Iterator[tuple[str, Way]]:
+    """Each way to run a network over windows in memory, like this one."""
     task = trained.card.task
     gpu = device.startswith("cuda")
     for layout in ("as built", "channels last", *(() if gpu else ("channels last, folded",))):
         network = untrained(trained.card).network.to(device)
         if layout.endswith("folded"):
-            network = folded(network)
+            network = folded(network, lambda network=network: models.logits(network, task, window))
         if layout.startswith("channels last"):
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -204,7 +204,7 @@ def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: s
     some = windows_of(store, trained, every[:1])
     some = some[: min(each, 64)].to(device)
     speeds = {}
-    for name, way in ways(trained, device):
+    for name, way in ways(trained, device, some[:1]):
         way(some[:8])
         took = timed(lambda way=way: way(some[:16])) / 16
         hopeless = bool(speeds) and took > 3 * min(speeds.values())
@@ -215,7 +215,7 @@ def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: s
     count = min(max(round(seconds / speeds[best[0]] / each), 1), len(every))
     views = every[:count]
     windows = windows_of(store, trained, views).to(device)
-    chosen = {name: way for name, way in ways(trained, device) if name in best}
+    chosen = {name: way for name, way in ways(trained, device, some[:1]) if name in best}
     alone: dict[str, list[float]] = {name: [] for name in best}
     whole: list[float] = []
     for n in range(rounds):

@@ -8,6 +8,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import dask
 import numpy as np
@@ -21,7 +22,7 @@ from minecube import models
 from minecube.catalog import BANDS, ModelCard, Weights
 from minecube.errors import ModelError
 from minecube.models import Compute, Trained, compute, map_rows, mapping, predict, streams, views_of
-from minecube.models.layout import Blend, Layout, across, blended, summed, weighted
+from minecube.models.layout import Blend, Layout, across, blended, blended_on_cpu, summed, weighted
 from minecube.models.streams import Strip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -363,6 +364,27 @@ def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, best:
     assert sum(given[1:]) == len(Layout(32, 32 * 12, 64).lefts) == 12
     assert given[1:] == [12 // calls] * calls
     assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_two_maps_at_once_are_those_of_each_alone() -> None:
+    of, models_ = reflectance(8, 131, 53), [untrained(), untrained(WIDE)]
+    alone = [[rows.values for rows in map_rows(model, of, [(2019,)])] for model in models_]
+    with closing(map_rows(models_[0], of, [(2019,)])) as first:
+        begun = [next(first).values]
+        second = [rows.values for rows in map_rows(models_[1], of, [(2019,)])]
+        begun += [rows.values for rows in first]
+    for found, expected in zip((begun, second), alone, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("count", "best", "sizes"),
+    [(0, 16, []), (1, 16, [1]), (17, 16, [17]), (23, 16, [23]), (25, 16, [12, 13]), (41, 16, [13, 14, 14]), (7, 1, [1] * 7)],
+)
+def test_windows_of_a_row_go_in_equal_groups_of_about_the_best_size(count: int, best: int, sizes: list[int]) -> None:
+    groups = compute._together(range(count), best)
+    assert [n for group in groups for n in group] == list(range(count))
+    assert sorted(map(len, groups)) == sizes
 
 
 @settings(max_examples=30, deadline=None)
@@ -707,8 +729,11 @@ def test_rows_are_blended_on_a_cpu_as_they_are_on_a_gpu(top: bool) -> None:
     total = row * ramp[:, None]
     total[..., : before.shape[2], :] += before
     expected = np.searchsorted(limits, total[..., 3:12, 4:24] / weight)
-    levels = np.empty((2, 3, 9, 20), np.uint8)
-    blended(row, before, ramp, weight, limits, (3, 4), levels)
-    np.testing.assert_array_equal(row, total)
-    np.testing.assert_array_equal(levels, expected)
-    assert len(np.unique(levels)) > 150
+    given = row.copy(), before, ramp, weight, limits
+    for found, sums in (
+        (blended_on_cpu(row, *given[1:], (3, 4)), row),
+        (blended(*map(torch.from_numpy, given), (3, 4)), given[0]),
+    ):
+        np.testing.assert_array_equal(sums, total)
+        np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 150

@@ -273,7 +273,7 @@ class _Pixels:
     def __getitem__(self, key: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Any part without steps, quickly where `cut` is: what Dask asks of an array.
 
-        It is read through, not to and fro, so the files' pages do not stay with this process: a site would grow it by its size.
+        Whoever reads a whole site would have all its files in this process's memory by and by: these are let go.
         """
         at = [slice(*part.indices(n)) for part, n in zip(key, self.shape, strict=True)]
         shape = [part.stop - part.start for part in at]
@@ -318,9 +318,10 @@ class _Pixels:
             except (RuntimeError, ValueError) as error:
                 raise CubeError(f"{self.store}: {self.path} has a damaged chunk ({error}); run `minecube verify`") from error
             target[...] = chunk[inside]
-            if not keep:
-                page = offset % mmap.PAGESIZE
-                file.madvise(mmap.MADV_DONTNEED, offset - page, length + page)
+        for read in shards.values() if not keep else ():
+            if read is not None:  # as a whole: what is read brings what lies around it
+                page = read.start % mmap.PAGESIZE
+                read.file.madvise(mmap.MADV_DONTNEED, read.start - page, read.size + page)
 
     def _shard(self, year: int, down: int, across: int) -> _Shard | None:
         """A shard in memory; None where it is nothing but fill value."""

@@ -153,7 +153,7 @@ def _pack(truth: Bytes, pred: Bytes, inside: Range, first: int, mine: Words) -> 
                 row, out = truth[t, y] if k == 0 else pred[t, y], mine[k, t, 1:, y - first]
                 more = _0
                 for w in range(words - 1):
-                    _fetch(row, 64 * w + 2 * width)  # no processor foresees so many places
+                    _fetch(row, 64 * w + 2 * width)  # two rows on: no processor foresees 20 rows taken in turn
                     bits = _equal(row, 64 * w, _MINE)
                     more |= ~(bits | _equal(row, 64 * w, _NOT))
                     out[w] = bits

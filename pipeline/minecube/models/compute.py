@@ -45,7 +45,7 @@ _GAIN = 1.05  # a batch twice as large has to be faster by this, or it is not wo
 _LARGEST = 1024  # windows to a batch
 # Windows to a call on a CPU: a call costs each layer something, but what a layer gives should not leave the cache. Of 22
 # small networks all but one are within a tenth of their best time by this, on one thread; that one within an eighth.
-_MOST, _BYTES = 16, 3e6  # the latter of a layer's output, in the mean over the layers
+_BEST, _BYTES = 16, 3e6  # the former at most; the latter of a layer's output, in the mean over the layers
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def rows_of(
     trained: Trained, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], compute: Compute, years: Sequence[int]
 ) -> Generator[tuple[T, Tensor, Tensor], None, None]:
     """Of every strip, in order, the sums of its logits by weight, int64 [time, class, window, columns], on the device; and of
-    each of its windows whether all its logits are numbers. `years` are those of a series.
+    each of its windows whether all its logits are numbers. `years` are those of a view.
 
     Raises:
         ModelError: the device is not there, or its memory does not hold one window.
@@ -93,7 +93,9 @@ def rows_of(
     place = compute.place()
     network = deepcopy(trained.network).to(place).eval()
     if place.type == "cpu":
-        network = folded(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        window = torch.zeros(1, len(years), len(trained.card.bands), len(ramp), len(ramp))
+        network = folded(network, lambda: logits(network, trained.card.task, window, years))
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward = Forward(network, trained, place, _precision(compute, place), compute.compiled, years)
     if place.type == "cpu":
         yield from on_cores(forward, trained, strips, ramp, compute.workers or _cores())
@@ -146,13 +148,13 @@ class Forward:
 
         layers = [m for m in self._network.modules() if m is not self._network and not any(m.children())]
         if not layers:
-            return _MOST
+            return _BEST
         noting = [layer.register_forward_hook(note) for layer in layers]
         with torch.inference_mode(), torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
             logits(self._network, self.task, window, self._years)
         for hook in noting:
             hook.remove()
-        return min(max(round(_BYTES * len(sizes) / max(sum(sizes), 1)), 1), _MOST)
+        return min(max(round(_BYTES * len(sizes) / max(sum(sizes), 1)), 1), _BEST)
 
     def __call__(self, windows: Tensor, full: int | None = None) -> Tensor:
         """Those in floating point are normalised already. A compiled network is given `full` windows however few there are:
@@ -220,7 +222,8 @@ def cut(
 
 
 def _together(lefts: Sequence[int], best: int) -> list[Sequence[int]]:
-    """A row's windows in groups as equal as can be, of `best` or about as many: a half more costs less than twice as few."""
+    """A row's windows in groups as equal as can be, of `best` or about as many: one call of half as many again costs less than
+    two of half its size."""
     if not lefts:
         return []
     count = max(round(len(lefts) / best), 1)

@@ -107,17 +107,14 @@ class Blend:
         inside = slice(self._layout.beyond, self._layout.beyond + self._layout.width)
         down, across = self._weights
         weight = (down[top + own.start : top + own.stop, None] * across[inside] * _LOGIT_STEPS).to(torch.float64)
-        before = self._total if top else row[..., :0, :]
-        if row.device.type == "cpu":
-            given, earlier, ramp, divisor, limits = (t.numpy() for t in (row, before, self._ramp, weight, self._limits))
-            levels = np.empty((*given.shape[:-2], *divisor.shape), np.uint8)
-            blended(given, earlier, ramp, divisor, limits, (own.start, inside.start), levels)
-            self._total = row[..., step:, :].contiguous()
-            return torch.from_numpy(levels)
-        total = row * self._ramp[:, None]
-        total[..., : before.shape[-2], :] += before
-        self._total = total[..., step:, :]
-        return torch.bucketize(total[..., own, inside] / weight, self._limits).to(torch.uint8)
+        before, at = self._total if top else row[..., :0, :], (own.start, inside.start)
+        if row.is_cuda:
+            levels = blended(row, before, self._ramp, weight, self._limits, at)
+        else:
+            sums, earlier, ramp, divisor, limits = (t.numpy() for t in (row, before, self._ramp, weight, self._limits))
+            levels = torch.from_numpy(blended_on_cpu(sums, earlier, ramp, divisor, limits, at))
+        self._total = row[..., step:, :].contiguous()
+        return levels
 
 
 def across(row: Tensor, left: int, weighted: Tensor) -> None:
@@ -151,19 +148,28 @@ def summed(
         finite[n] = not wrong
 
 
+def blended(row: Tensor, before: Tensor, ramp: Tensor, weight: Tensor, limits: Tensor, at: tuple[int, int]) -> Tensor:
+    """Have a row of windows become sums, with those of the row `before` in its first rows; and what these are from row and
+    column `at` on, as numbers of limits that lie below, once they are divided by their weight [row, column]."""
+    row.mul_(ramp[:, None])
+    row[..., : before.shape[-2], :] += before
+    (y, x), (height, width) = at, weight.shape
+    return torch.bucketize(row[..., y : y + height, x : x + width] / weight, limits).to(torch.uint8)
+
+
 @compiled
-def blended(
+def blended_on_cpu(
     row: NDArray[np.int64],
     before: NDArray[np.int64],
     ramp: NDArray[np.int64],
     weight: NDArray[np.float64],
     limits: NDArray[np.float64],
     at: tuple[int, int],
-    levels: NDArray[np.uint8],
-) -> None:
-    """`Blend.down` in one pass: `row` becomes the sums, and `levels` what is finished of it, from that row and column on."""
+) -> NDArray[np.uint8]:
+    """`blended`, in one pass."""
     times, classes, rows, columns = row.shape
     height, width = weight.shape
+    levels = np.empty((times, classes, height, width), np.uint8)
     for t in range(times):
         for c in range(classes):
             for y in range(rows):
@@ -178,6 +184,7 @@ def blended(
                 sums, found = row[t, c, at[0] + y, at[1] : at[1] + width], levels[t, c, y]
                 for x in range(width):
                     found[x] = np.searchsorted(limits, sums[x] / weight[y, x])
+    return levels
 
 
 def weighted(logits: Tensor, ramp: Tensor) -> Tensor:
