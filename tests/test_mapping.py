@@ -322,14 +322,14 @@ def test_the_map_is_the_same_whatever_the_height_of_strips(sums: list[np.ndarray
 @pytest.mark.parametrize("left", [0, 5, 24])
 def test_windows_are_cut_as_they_are_normalised(left: int) -> None:
     rng = np.random.default_rng(left)
-    strip = rng.integers(0, 65536, (2, 3, 16, 40)).astype(np.uint16)
+    strip = rng.integers(0, 65536, (16, 2, 3, 40)).astype(np.uint16)
     strip[rng.random(strip.shape) < 0.3] = 0
     mean, std = rng.uniform(1000, 3000, (1, 3)), rng.uniform(300, 900, (1, 3))
     std[0, 1] = 0  # of a band that was the same everywhere
     found = np.full((2, 3, 16, 16), np.nan, np.float32)
     compute.cut(strip, left, *(v[0].astype(np.float32) for v in (mean, std)), found)
     with np.errstate(divide="ignore"):
-        expected = models.normalise(strip[..., left : left + 16], tuple(mean[0]), tuple(std[0]))
+        expected = models.normalise(strip[..., left : left + 16].transpose(1, 2, 0, 3), tuple(mean[0]), tuple(std[0]))
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 

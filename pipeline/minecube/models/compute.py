@@ -176,7 +176,7 @@ def on_cores(
 
     def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> _Sums:
         if len(getattr(own, "windows", ())) < len(lefts):  # kept: to be given new memory each time takes longer than to fill it
-            own.windows = np.empty((len(lefts), *pixels.shape[:2], side, side), np.float32)
+            own.windows = np.empty((len(lefts), *pixels.shape[1:3], side, side), np.float32)
         windows = own.windows[: len(lefts)]
         for window, left in zip(windows, lefts, strict=True):
             cut(pixels, left, mean, std, window)
@@ -192,7 +192,7 @@ def on_cores(
             for strip in strips:
                 if strip.lefts and not best:
                     best = forward.together(torch.zeros(1, *strip.pixels.shape[:2], side, side))
-                pixels = np.ascontiguousarray(strip.pixels)
+                pixels = np.ascontiguousarray(np.asarray(strip.pixels).transpose(2, 0, 1, 3))  # no copy of what `mapping` gives
                 calls = [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts, best)]
                 waiting.append((strip, calls))
                 # Always more calls than workers in hand, so that none waits for another's row to end.
@@ -210,13 +210,14 @@ def on_cores(
 def cut(
     strip: NDArray[np.uint16], left: int, mean: NDArray[np.float32], std: NDArray[np.float32], out: NDArray[np.float32]
 ) -> None:
-    """Put a window of a strip [time, band, row, column], contiguous, into `out`: as `network.normalise` has it bit by bit."""
+    """Put a window of a strip [row, time, band, column], contiguous, into `out` [time, band, row, column]: as
+    `network.normalise` has it bit by bit."""
     times, bands, rows, side = out.shape
-    for t in range(times):
-        for band in range(bands):
-            centre, unit = mean[band], std[band]
-            for y in range(rows):
-                row, found = strip[t, band, y, left : left + side], out[t, band, y]
+    for y in range(rows):
+        for t in range(times):
+            for band in range(bands):
+                centre, unit = mean[band], std[band]
+                row, found = strip[y, t, band, left : left + side], out[t, band, y]
                 for x in range(side):
                     found[x] = (np.float32(row[x]) - centre) / unit if row[x] else np.float32(0)
 

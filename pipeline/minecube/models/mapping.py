@@ -246,33 +246,36 @@ def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
     needs = [layout.rows[top : top + side] for top in layout.tops]
     # What a later row of windows still asks for: mirrored ones go back up.
     first = np.minimum.accumulate([rows.min() for rows in needs][::-1])[::-1]
-    inside = slice(layout.beyond, layout.beyond + layout.width)
     for view in views:
         at = [years.index(year) for year in view]
-        held, begin, end = np.empty((len(at), cube.sizes["band"], 0, len(layout.columns)), np.uint16), 0, 0
+        # Rows first: so any of them, of all bands, lie in one piece.
+        held, begin, end = np.empty((0, len(at), cube.sizes["band"], len(layout.columns)), np.uint16), 0, 0
+        known = np.empty((0, len(at), layout.width), np.bool_)
         for top, rows, oldest in zip(layout.tops, needs, first, strict=True):
             while end <= rows.max():
                 part = slice(end, min(end + read, layout.height))
                 new = cube.isel(year=at, y=part).to_numpy()
-                held = np.concatenate([held[:, :, oldest - begin :], _widened(new, layout)], axis=2)
+                held = _followed(held[oldest - begin :], new.transpose(2, 0, 1, 3), layout)
+                known = np.concatenate([known[oldest - begin :], new.min(axis=1).transpose(1, 0, 2) > 0])
                 begin, end = int(oldest), part.stop
             whole = rows[-1] - rows[0] == side - 1  # nothing mirrored: no copy
-            here = held[:, :, rows[0] - begin : rows[-1] + 1 - begin] if whole else held[:, :, rows - begin]
-            known = here.min(axis=1) > 0
+            here = slice(rows[0] - begin, rows[-1] + 1 - begin) if whole else rows - begin
+            sure = known[here].transpose(1, 0, 2)
             if task == "change":
-                known = known.all(axis=0, keepdims=True)
-            seen = known.any(axis=(0, 1))
+                sure = np.logical_and.reduce(sure, axis=0, keepdims=True)
+            seen = np.logical_or.reduce(sure, axis=(0, 1))[layout.columns]
             lefts = tuple(left for left in layout.lefts if seen[left : left + side].any())
             # One without any such pixel touches only pixels that come out as NODATA.
-            part_of = _Part(view=view, top=top, lefts=lefts, known=known[..., inside])
-            yield Strip(of=part_of, pixels=here, lefts=lefts)
+            part_of = _Part(view=view, top=top, lefts=lefts, known=sure)
+            yield Strip(of=part_of, pixels=held[here].transpose(1, 2, 0, 3), lefts=lefts)
 
 
-def _widened(rows: NDArray[np.uint16], layout: Layout) -> NDArray[np.uint16]:
-    """Rows mirrored beyond the site's left and right."""
-    wide = np.empty((*rows.shape[:-1], len(layout.columns)), np.uint16)
+def _followed(rows: NDArray[np.uint16], new: NDArray[np.uint16], layout: Layout) -> NDArray[np.uint16]:
+    """Rows [row, time, band, columns], and after them new ones [row, time, band, x], mirrored beyond the site's sides."""
+    wide = np.empty((len(rows) + len(new), *rows.shape[1:]), np.uint16)
+    wide[: len(rows)] = rows
     inside = slice(layout.beyond, layout.beyond + layout.width)
-    wide[..., inside] = rows
+    wide[len(rows) :, ..., inside] = new
     for edge in (slice(0, inside.start), slice(inside.stop, None)):
-        wide[..., edge] = rows[..., layout.columns[edge]]
+        wide[len(rows) :, ..., edge] = new[..., layout.columns[edge]]
     return wide
