@@ -47,7 +47,8 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from minecube import cube
 from minecube.catalog import BANDS, NATIVE_M, Recipe, Site
 from minecube.cli.common import table
-from minecube.cube.windows import _corners, _Pixels
+from minecube.cube.pixels import Pixels
+from minecube.cube.windows import _corners
 from minecube.grid import grid_of
 
 SIDE, SIZE, WORKERS, BATCH = 2046, 160, 2, 4
@@ -253,7 +254,7 @@ def tried(folder: Path) -> dict[str, Any]:
         packed = time.process_time() - start
         array = zarr.open_array(path / "reflectance")
         whole, window = [], []
-        reader = _Pixels.of(str(path), "reflectance")
+        reader = Pixels.of(str(path), "reflectance")
         for _ in range(3):
             start = time.process_time()
             array[:]

@@ -14,13 +14,21 @@ from minecube.models.folding import folded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = {name: card for name, card in load_models().items() if name.endswith("-small")}
-LEFT = {
-    "linknet-resnet18-small": 5,  # after transposed convolutions
-    "snunet-small": 15,  # what they normalise is added again later
-    "changeformer-small": 4,  # after a ReLU
-    "dtcdscn-small": 4,  # before a convolution
+CARDS = load_models()
+LEFT = {  # by architecture
+    "linknet": 5,  # after transposed convolutions
+    "snunet": 15,  # what they normalise is added again later
+    "changeformer": 4,  # after a ReLU
+    "dtcdscn": 4,  # before a convolution
 }
+
+
+class Both(nn.Module):
+    """A convolution and a norm, called by those that derive from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 3, 1), norm()
 
 
 def norm(channels: int = 3) -> nn.BatchNorm2d:
@@ -52,9 +60,9 @@ def same(network: nn.Module, left: int) -> None:
     assert norms(network) == left
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", CARDS)
 def test_every_network_says_the_same_in_fewer_layers(name: str) -> None:
-    card = SMALL[name]
+    card = CARDS[name]
     torch.manual_seed(3)
     network = models.build(card).eval()
     for m in network.modules():
@@ -67,18 +75,14 @@ def test_every_network_says_the_same_in_fewer_layers(name: str) -> None:
     folded(network, lambda: models.logits(network, card.task, torch.zeros(1, *windows.shape[1:]), years))
     with torch.inference_mode():
         found = models.logits(network, card.task, windows, years)
-    assert norms(network) == LEFT.get(name, 0)
+    assert norms(network) == LEFT.get(card.architecture, 0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 
 def test_only_what_comes_right_after_a_convolution_is_folded() -> None:
     torch.manual_seed(1)
 
-    class Between(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.convolution, self.norm = nn.Conv2d(3, 3, 1), norm()
-
+    class Between(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.convolution(x).relu())
 
@@ -94,30 +98,26 @@ def test_only_what_comes_right_after_a_convolution_is_folded() -> None:
 def test_a_convolution_that_is_used_elsewhere_stays() -> None:
     torch.manual_seed(2)
 
-    class Again(nn.Module):
+    class Again(Both):
         """Its convolution is also added."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.convolution, self.norm = nn.Conv2d(3, 3, 1), norm()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             found = self.convolution(x)
             return found + self.norm(found)
 
-    class Twice(Again):
+    class Twice(Both):
         """Its norm is also called alone."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(x) + self.norm(self.convolution(x))
 
-    class Bare(Again):
+    class Bare(Both):
         """Its convolution is also called alone."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.convolution(x).relu() + self.norm(self.convolution(x))
 
-    class Siamese(Again):
+    class Siamese(Both):
         """Both are called twice, together."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -147,43 +147,46 @@ def test_a_layer_of_two_names_is_folded_under_both() -> None:
 def test_what_happens_is_what_counts() -> None:
     """Branches, parts called by themselves, and operations on weights are seen as they come."""
 
-    class Skips(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.part = nn.Sequential(nn.Conv2d(3, 3, 1), norm())
-
-    class Branch(Skips):
+    class Branch(Both):
         def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-            found = self.part[0](x)
-            return found + self.part[1](found) if skip is None else self.part[1](found)
+            found = self.convolution(x)
+            return found + self.norm(found) if skip is None else self.norm(found)
 
-    class Asks(Skips):
+    class Asks(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.part(x) if float(x.mean()) > 10 else self.part(x).relu()
+            return self.norm(self.convolution(x)) if float(x.mean()) > 10 else self.norm(self.convolution(x)).relu()
 
-    class Weighs(Skips):
+    class Weighs(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.part(x) + nn.functional.conv2d(x, self.part[0].weight)
+            return self.norm(self.convolution(x)) + nn.functional.conv2d(x, self.convolution.weight)
 
-    class Rescales(Skips):
+    class Rescales(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.part(x) * self.part[1].weight.view(-1, 1, 1)
+            return self.norm(self.convolution(x)) * self.norm.weight.view(-1, 1, 1)
 
-    class Around(Skips):
+    class Around(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.part[1].forward(self.part[0](x))
+            return self.norm.forward(self.convolution(x))
 
-    class Both(Skips):
+    class Aside(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.part(x) + self.part[1].forward(x)
+            return self.norm(self.convolution(x)) + self.norm.forward(x)
 
-    class Gives(Skips):
+    class Gives(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found = self.part[0](x)
-            self.norm = self.part[1](found)
+            found = self.convolution(x)
+            self.normal = self.norm(found)
             return found
 
-    for network, left in ((Branch(), 1), (Asks(), 0), (Weighs(), 1), (Rescales(), 1), (Around(), 1), (Both(), 1), (Gives(), 1)):
+    for network, left in (
+        (Branch(), 1),
+        (Asks(), 0),
+        (Weighs(), 1),
+        (Rescales(), 1),
+        (Around(), 1),
+        (Aside(), 1),
+        (Gives(), 1),
+    ):
         same(network, left)
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from minecube import cube, train
 from minecube.catalog import ModelCard, Recipe, Settings
-from minecube.cube import windows as module
+from minecube.cube import pixels as module
 from minecube.errors import CubeError
 from minecube.grid import grid_of
 
@@ -200,8 +200,8 @@ def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path
         packed = zarr.codecs.GzipCodec()
         monkeypatch.setattr(cube, "encoding_of", lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": packed})
         built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
-    assert module._Pixels.of(where, "pit/reflectance").codec is None
-    assert module._Pixels.of(store, "pit/reflectance").codec is not None
+    assert module.Pixels.of(where, "pit/reflectance").codec is None
+    assert module.Pixels.of(store, "pit/reflectance").codec is not None
     for index in range(5):
         is_plain(store, cube.CubeDataset(where, ["pit"], size=100, length=5), index)
 
@@ -211,7 +211,7 @@ def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
     where = str(tmp_path / "cubes.zarr")
     monkeypatch.setattr(cube, "encoding_of", lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": "auto"})
     built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
-    assert module._Pixels.of(where, "pit/reflectance").codec.codec_id == "zstd"
+    assert module.Pixels.of(where, "pit/reflectance").codec.codec_id == "zstd"
     is_plain(where, cube.CubeDataset(where, size=100, length=1), 0)
 
 

@@ -17,6 +17,7 @@ note of what it was building and which are done; the same run goes on from there
     builds.py    provenance, markers, counts of reads  predictions.py  what models say of a site
     verify.py    what has become of what was written   windows.py      windows for training
     packed.py    a store in one zip, opened            pack.py         makes it
+    pixels.py    arrays read quicker than by Zarr
 """
 
 from __future__ import annotations

@@ -323,7 +323,8 @@ def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: S
 def _pair(
     y0: Words, y1: Words, p0: Words, p1: Words, m0: Words, m1: Words, k0: Words, k1: Words, n: int
 ) -> tuple[np.uint64, ...]:
-    """Of two years, the second later: what `Pair` lists."""
+    """Of two years, the second the same or later: what `Pair` lists. Arrays of their own take a quarter less time than parts
+    of one, where pixels are noise."""
     every = mapped = new = gone = new_said = gone_said = new_new = new_gone = gone_new = gone_gone = _0
     for w in range(n):
         known = k0[w] & k1[w]
