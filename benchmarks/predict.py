@@ -11,7 +11,7 @@ which makes up for some of what it spends beside the network: `folded` is the sa
 and km2/s count a site's pixels once for each map, though windows overlap by half, so that the network sees each about four
 times.
 
-Memory is the most that a process takes up while it maps a year, less what it took up with all loaded, by rows of the site.
+Memory is the most that a process takes up while it maps ten years, less what it took up with all loaded, by rows of the site.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def memory(folder: Path, model: str) -> dict[str, float]:
 def peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
     """MB at most, more than before anything was mapped."""
     trained, card = untrained(cards[model]), cards[model]
-    views = models.views_of(card, YEARS)[:1]
+    views = models.views_of(card, YEARS)
     with torch.inference_mode():  # what torch keeps for itself once it has computed
         trained.network(
             torch.zeros(1, *(() if card.task == "mapping" else (2,)), len(card.bands), card.window_px, card.window_px)
