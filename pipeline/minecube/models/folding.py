@@ -52,7 +52,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Hooks may change what goes in or comes out, or the weights.
         self._unfit: set[nn.Module] = {m for m in self._parts if m._forward_hooks or m._forward_pre_hooks}
         self._weights = {id(t): m for m in self._parts for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
-        self._given_by = WeakTensorKeyDictionary()  # of a convolution
+        self._given_by = WeakTensorKeyDictionary()
         self._users: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
         self._sources: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
         self._inside: list[nn.Module] = []
@@ -106,8 +106,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leave(self, part: nn.Module, _given: object, found: Tensor) -> None:
         self._inside.pop()
-        if type(part) is nn.Conv2d:
-            self._given_by[found] = part
+        self._given_by[found] = part
 
 
 def _without(norm: nn.BatchNorm2d) -> nn.Module | None:
