@@ -272,8 +272,26 @@ def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, mon
         np.testing.assert_array_equal(found[name], opened[name])
     assert [str(b) for b in found.band.values] == [str(b) for b in opened.band.values]
     np.testing.assert_array_equal(found, opened)
-    part = {"year": [2, 0], "y": slice(60, 131), "x": slice(3, 200)}
-    np.testing.assert_array_equal(found.isel(part), opened.isel(part))
+    assert found.chunks is None
+
+
+def _of(size):
+    """An index, some, or a slice of an axis."""
+    index = st.integers(-size, size - 1)
+    some = st.lists(index, max_size=4) | st.permutations(range(size)).map(lambda all_: list(all_)[:9])
+    return index | some | st.slices(size) | st.just(slice(None))
+
+
+@pytest.mark.parametrize("zarr_reads", [False, True])
+@having(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_part_of_reflectance_is_that_of_the_opened_cube(store, zarr_reads, data):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if zarr_reads:
+            monkeypatch.setattr(module, "_codec", lambda _: None)
+        opened, found = cube.open_committed(store, "pit").reflectance.load(), cube.open_reflectance(store, "pit")
+        part = {name: data.draw(_of(size)) for name, size in opened.sizes.items()}
+        np.testing.assert_array_equal(found.isel(part), opened.isel(part))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells what of a file is in this process's memory")

@@ -65,24 +65,25 @@ class Pixels:
             self._fill(inside, years, rows, columns, keep=True)
         return out
 
-    def __getitem__(self, key: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """Any part without steps, quickly where `cut` is: what Dask asks of an array.
+    def __getitem__(self, key: tuple[int | slice | npt.NDArray[np.intp], ...]) -> npt.NDArray[Any]:
+        """Any part, each axis by itself: one index, a slice, or indices; quickly where `cut` is, but for rows or columns by
+        index or in steps.
 
         Whoever reads a whole site would have all its files in this process's memory by and by: these are let go.
         """
-        at = [slice(*part.indices(n)) for part, n in zip(key, self.shape, strict=True)]
-        shape = [part.stop - part.start for part in at]
-        whole = all(part == slice(0, n, 1) for part, n in zip(at[1:-2], self.shape[1:-2], strict=True))
-        if self.codec is None or not whole:
-            return zarr.open_array(zarr_store(self.store), path=self.path, mode="r")[tuple(at)]  # type: ignore[no-any-return]
-        out = np.empty(shape, self.dtype)
-        self._fill(out, range(at[0].start, at[0].stop), at[-2], at[-1], keep=False)
-        return out
-
-    @property
-    def ndim(self) -> int:
-        """Of `shape`."""
-        return len(self.shape)
+        first, *lead, down, across = key
+        inside = [slice(*p.indices(n)) for p, n in zip((down, across), self.shape[-2:], strict=True) if isinstance(p, slice)]
+        if self.codec is None or [part.step for part in inside] != [1, 1]:
+            array = zarr.open_array(zarr_store(self.store), path=self.path, mode="r")
+            return array.oindex[key]  # type: ignore[no-any-return]
+        years, (rows, columns) = np.arange(self.shape[0])[first], inside
+        shape = [max(part.stop - part.start, 0) for part in inside]
+        out = np.empty((years.size, *self.shape[1:-2], *shape), self.dtype)
+        self._fill(out, years.ravel().tolist(), rows, columns, keep=False)
+        for part, n in zip(lead, self.shape[1:-2], strict=True):  # the bands, if there are any
+            if not np.array_equal(np.arange(n)[part], np.arange(n)):
+                out = out[:, part]
+        return out if years.ndim else out[0]
 
     def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool) -> None:
         parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], mmap.mmap, int, int]] = []

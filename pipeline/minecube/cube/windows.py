@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-import dask.array
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from minecube.cube.builds import builds
 from minecube.cube.pixels import Pixels
@@ -169,21 +170,30 @@ class CubeDataset:
 
 
 def open_reflectance(store: str, site_id: str) -> xr.DataArray:
-    """Reflectance of a site's committed years, lazy as in `open_committed`, but quick to read in rows from top to bottom.
+    """Reflectance of a site's committed years, lazy as in `open_committed`, but without Dask and quick to read in rows.
 
     Raises:
         CubeError: no such site, or no committed year.
     """
     site, group = _Site.of(store, site_id, None), site_group(store, site_id, "r")
     pixels = site.reflectance
-    # A block is a row of chunks: what a reader of rows asks for, in one piece.
-    blocks = (1, pixels.shape[1], pixels.chunk[0], pixels.shape[-1])
     coords = {name: group[name][:] for name in ("year", "band", "y", "x")}
     coords["band"] = np.array([str(b) for b in coords["band"]], dtype=object)
-    lazy = dask.array.from_array(pixels, chunks=blocks, meta=np.empty((0,) * 4, pixels.dtype), name=False)
+    lazy = indexing.LazilyIndexedArray(_Lazy(pixels))
     found = xr.DataArray(lazy, dims=("year", "band", "y", "x"), coords=coords, name="reflectance")
-    found.encoding["chunks"] = blocks
+    found.encoding["chunks"] = (1, pixels.shape[1], *pixels.chunk)
     return found.sel(year=list(site.years))
+
+
+class _Lazy(BackendArray):
+    """Pixels, as xarray asks for them."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self._pixels, self.shape, self.dtype = pixels, pixels.shape, pixels.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> npt.NDArray[Any]:
+        outer = indexing.IndexingSupport.OUTER
+        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._pixels.__getitem__)  # type: ignore[no-any-return]
 
 
 def _corners(length: int, size: int, step: int) -> list[int]:
