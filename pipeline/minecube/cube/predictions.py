@@ -21,11 +21,10 @@ import numpy.typing as npt
 import odc.geo.xr  # registers the .odc accessor
 import xarray as xr
 import zarr
-from odc.geo.geobox import GeoBox
 
 from minecube.cube.builds import builds, pixels_of
 from minecube.cube.store import NAMED, Summing, digest, exists, group_of, sealed, site_group, summing, writing, zarr_store
-from minecube.cube.template import geozarr
+from minecube.cube.template import geozarr, grid_in
 from minecube.errors import CubeError
 
 View = tuple[int, ...]
@@ -146,7 +145,7 @@ def write_probability(
     Raises:
         CubeError: the probability lies on another grid than the cube, or the store cannot be written.
     """
-    if probability.odc.geobox != _grid(store, site_id):
+    if probability.odc.geobox != grid_in(site_group(store, site_id, mode="r").attrs):
         raise CubeError(
             f"{store}: the prediction for {site_id} lies on another grid than its cube; predict from the cube itself"
         )
@@ -269,11 +268,6 @@ def _places(variable: str, views: Sequence[View]) -> dict[View, list[int]]:
     return {view: [axis.index(v) for v in ([view] if variable == "change" else view)] for view in views}
 
 
-def _grid(store: str, site_id: str) -> GeoBox:
-    site_group(store, site_id, mode="r")
-    return xr.open_zarr(zarr_store(store), group=site_id, consolidated=False).odc.geobox
-
-
 def _begin(
     store: str, site_id: str, prediction: Prediction, target: Summing, now: Mapping[str, str], *, overwrite: bool
 ) -> tuple[zarr.Group, dict[str, Any]]:
@@ -283,7 +277,8 @@ def _begin(
     old = _views(attrs)
     views = old + [view for view in prediction.views if view not in old]
     axis = _axis(variable, views)
-    if not old or len(set(axis)) < len(axis):  # a series of other years
+    fresh = not old or len(set(axis)) < len(axis)  # a series of other years
+    if fresh:
         attrs, views = {}, list(prediction.views)
         _template(store, site_id, prediction, target)
     group = zarr.open_group(target, path=path, mode="r+", use_consolidated=False)
@@ -291,7 +286,8 @@ def _begin(
     if attrs and (kept, views) == (attrs["done"], old) and _fits(group, variable, views):
         return group, kept
     again = {n for view, at in _places(variable, views).items() if _label(view) not in kept for n in at}
-    _grow(group, variable, views)
+    if not fresh:
+        _grow(group, variable, views)
     sums = {**attrs.get("checksums", {}), **_sums(target, path)}
     sums = {key: value for key, value in sums.items() if place_of(key) not in again}
     about = {"model": dict(prediction.about), "variable": variable, "views": [list(view) for view in views]}
@@ -330,14 +326,15 @@ def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
 
 def _template(store: str, site_id: str, prediction: Prediction, target: Summing) -> None:
     """The group without a pixel."""
-    grid, recipe = _grid(store, site_id), site_group(store, site_id, mode="r").attrs[NAMED]["recipe"]
-    side, chunk, variable = recipe["block_px"], recipe["chunk_px"], prediction.variable
+    about = site_group(store, site_id, mode="r").attrs
+    grid, recipe = grid_in(about), about[NAMED]["recipe"]
+    # A pixel is a byte: chunks and shards of twice the side of reflectance's keep the files few, and what Zarr takes for each.
+    side, chunk, variable = 2 * recipe["block_px"], 2 * recipe["chunk_px"], prediction.variable
     axis, coords = _axis(variable, prediction.views), dict(odc.geo.xr.xr_coords(grid))
     lead: tuple[int, ...] = ()
     dims: tuple[str, ...] = ("year", "y", "x")
     if variable == "change":
-        # Pairs are many, and a pixel of one is a byte: shards of two blocks' side keep the files few.
-        side, lead, dims = 2 * side, (len(prediction.classes),), ("pair", "class", "y", "x")
+        lead, dims = (len(prediction.classes),), ("pair", "class", "y", "x")
         coords["class"] = np.asarray(prediction.classes, dtype=object)
     coords |= {name: (dims[0], np.array(values, np.int64)) for name, values in _coordinates(variable, prediction.views).items()}
     empty = dask.array.full((len(axis), *lead, *grid.shape), 255, dtype="uint8", chunks=(1, *lead, side, side))

@@ -11,6 +11,7 @@ import numpy as np
 import odc.geo.xr  # registers the .odc accessor
 import xarray as xr
 import zarr
+from affine import Affine
 from odc.geo.geobox import GeoBox
 from zarr.codecs import BloscCodec
 
@@ -147,6 +148,12 @@ def geozarr(grid: GeoBox) -> dict[str, Any]:
         "spatial:shape": list(grid.shape),
         "spatial:bbox": list(grid.boundingbox),
     }
+
+
+def grid_in(attrs: Mapping[str, Any]) -> GeoBox:
+    """The grid that these attributes of a group tell of, as `geozarr` has them."""
+    height, width = attrs["spatial:shape"]
+    return GeoBox((height, width), Affine(*attrs["spatial:transform"]), attrs["proj:code"])
 
 
 def extend(group: zarr.Group, years: Sequence[int]) -> None:

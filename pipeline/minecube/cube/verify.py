@@ -26,7 +26,6 @@ import numpy as np
 import obstore.exceptions
 import pandas as pd
 import zarr
-from affine import Affine
 from odc.geo.geobox import GeoBox
 from zarr.core.buffer import default_buffer_prototype
 
@@ -35,7 +34,7 @@ from minecube.cube.builds import build_id, pixels_of
 from minecube.cube.packed import is_packed, need_writable
 from minecube.cube.predictions import place_of, places
 from minecube.cube.store import FORMAT, NAMED, objects, sealed, sum_of, zarr_store
-from minecube.cube.template import FRACTION, WRITTEN_LATER, encoding_of, geozarr, group_digest, identity, template
+from minecube.cube.template import FRACTION, WRITTEN_LATER, encoding_of, geozarr, grid_in, group_digest, identity, template
 from minecube.errors import CubeError, MinecubeError
 
 _SETTLED = ("zarr_format", "node_type", "data_type", "dimension_names", "fill_value", "chunk_key_encoding")
@@ -307,8 +306,7 @@ class _Site:
             return
         try:
             recipe = recipe_of(about["recipe"])
-            height, width = attrs["spatial:shape"]
-            grid = GeoBox((height, width), Affine(*attrs["spatial:transform"]), attrs["proj:code"])
+            grid = grid_in(attrs)
         except (MinecubeError, KeyError, ValueError, TypeError, RuntimeError) as error:
             yield self._find("damaged", "zarr.json", f"recipe or place cannot be understood ({error})", "site")
             return
