@@ -4,12 +4,12 @@
 
 The network alone has its windows in memory already, normalised, and hands its logits to nobody. It is run in its best way on
 this machine, which is looked for first: all cores on one call, or a call on each core; one window to a call, or a batch;
-either layout of memory. End to end is `minecube predict`'s own path, with a store on disk read and written, overlap
-blended, checksums taken. Both take turns, and change who begins. Ratios are of medians over the rounds: end_to_end_fraction
-is time alone / time end to end, of the network as it was built. Mapping on a CPU folds batch normalisation into convolutions,
-which makes up for some of what it spends beside the network: `folded` is the same fraction of the network folded, too. Mpx/s
-and km2/s count a site's pixels once for each map, though windows overlap by half, so that the network sees each about four
-times.
+either layout of memory. End to end is `minecube predict`'s own path, with a store on disk read and written, overlap blended,
+checksums taken; the network has been made ready, as for every site after the first of a run. Both take turns, and change who
+begins. Ratios are of medians over the rounds: end_to_end_fraction is time alone / time end to end, of the network as it was
+built. Mapping on a CPU folds batch normalisation into convolutions, which makes up for some of what it spends beside the
+network: `folded` is the same fraction of the network folded, too. Mpx/s and km2/s count a site's pixels once for each map,
+though windows overlap by half, so that the network sees each about four times.
 
 Memory is the most that a process takes up while it maps ten years, less what it took up with all loaded, by rows of the site.
 """
@@ -43,7 +43,7 @@ from shapely.geometry import box
 
 from minecube import cube, models
 from minecube.catalog import BANDS, ModelCard, Recipe, Site, load_models
-from minecube.cli.common import table
+from minecube.cli.common import keep_memory, table
 from minecube.grid import grid_of
 from minecube.models import Compute
 from minecube.models.folding import folded
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory")
     parser.add_argument("--peak", nargs=2, metavar=("STORE", "MODEL"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    keep_memory()  # as `minecube predict` does: so has the network alone
     cards = load_models()
     if asked.peak:
         print(peak(*asked.peak, cards))
@@ -119,21 +120,19 @@ def untrained(card: ModelCard) -> models.Trained:
     return models.Trained(card=card, network=models.build(card).eval(), mean=(1900.0,) * n, std=(500.0,) * n, sites=())
 
 
-def end_to_end(store: str, trained: models.Trained, views: list[models.View], compute: Compute) -> float:
+def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> float:
     """Seconds that a store's maps take."""
-    card = trained.card
+    card = mapper.trained.card
     start = time.perf_counter()
     reflectance = cube.open_reflectance(store, "pit")
     prediction = cube.Prediction(
         model=card.id,
         views=views,
-        about=models.about(trained),
+        about=mapper.about,
         variable="change" if card.task == "change" else "probability",
         classes=card.classes,
     )
-    wrote = cube.write_prediction(
-        store, "pit", prediction, lambda todo: models.map_rows(trained, reflectance, todo, compute), overwrite=True
-    )
+    wrote = cube.write_prediction(store, "pit", prediction, lambda todo: mapper.rows(reflectance, todo), overwrite=True)
     assert wrote == views
     return time.perf_counter() - start
 
@@ -196,7 +195,8 @@ def timed(run: Callable[[], object]) -> float:
 
 def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: str) -> dict[str, Any]:
     """One model, both ways in turn."""
-    trained, compute = untrained(card), Compute(device=device)
+    trained = untrained(card)
+    mapper = models.Mapper(trained, Compute(device=device))
     sizes = xr.open_zarr(store, group="pit", consolidated=False).sizes
     layout = Layout(sizes["y"], sizes["x"], card.window_px)
     each = len(layout.tops) * len(layout.lefts)
@@ -215,12 +215,13 @@ def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: s
     count = min(max(round(seconds / speeds[best[0]] / each), 1), len(every))
     views = every[:count]
     windows = windows_of(store, trained, views).to(device)
+    end_to_end(store, mapper, views[:1])
     chosen = {name: way for name, way in ways(trained, device, some[:1]) if name in best}
     alone: dict[str, list[float]] = {name: [] for name in best}
     whole: list[float] = []
     for n in range(rounds):
         turns = [*((name, lambda name=name: chosen[name](windows)) for name in best)]
-        runs = [*turns, ("end to end", lambda: end_to_end(store, trained, views, compute))]
+        runs = [*turns, ("end to end", lambda: end_to_end(store, mapper, views))]
         for name, run in runs if n % 2 else reversed(runs):
             (whole if name == "end to end" else alone[name]).append(run() if name == "end to end" else timed(run))
     middle = {name: statistics.median(times) for name, times in alone.items()}
@@ -260,7 +261,7 @@ def peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
             torch.zeros(1, *(() if card.task == "mapping" else (2,)), len(card.bands), card.window_px, card.window_px)
         )
     before = _megabytes("VmRSS")
-    end_to_end(store, trained, views, Compute())
+    end_to_end(store, models.Mapper(trained), views)
     return _megabytes("VmHWM") - before
 
 

@@ -132,7 +132,7 @@ def test_what_is_trained_and_mapped_is_not_done_again(world, out, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(module, "train_network", refused)
-    monkeypatch.setattr(models, "map_rows", refused)
+    monkeypatch.setattr(models.Mapper, "rows", refused)
     bench(world, out)
     assert before == {name: (out / name).read_text() for name in before}
 

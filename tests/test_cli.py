@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import platform
 import re
 import shutil
 import signal
@@ -745,3 +746,25 @@ def html_server():
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_kept_is_not_given_anew():
+    """By page faults while 80 MB are taken and freed, again and again."""
+    program = """
+import resource, sys, numpy
+from minecube.cli.common import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [numpy.ones(2**18) for _ in range(40)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    asked = [subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True) for how in ("kept", "freed")]
+    kept, freed = (int(done.stdout) for done in asked)
+    assert freed > 100
+    assert kept < freed / 20

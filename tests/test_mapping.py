@@ -8,6 +8,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import dask
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from minecube import models
 from minecube.catalog import BANDS, ModelCard, Weights
 from minecube.errors import ModelError
-from minecube.models import Compute, Trained, compute, map_rows, mapping, predict, streams, views_of
+from minecube.models import Compute, Mapper, Trained, compute, mapping, predict, streams, views_of
 from minecube.models.layout import Blend, Layout, across, blended, blended_on_cpu, summed, weighted
 from minecube.models.streams import Strip
 
@@ -336,10 +337,10 @@ def test_windows_are_cut_as_they_are_normalised(left: int) -> None:
 
 @pytest.mark.parametrize(
     ("width", "years", "best", "calls"),
-    [(2, 1, 16, 1), (40, 1, 9, 1), (44, 1, 8, 2), (64, 1, 6, 2), (72, 1, 5, 2), (64, 2, 3, 4), (1024, 1, 1, 12)],
+    [(2, 1, 16, 1), (20, 1, 9, 1), (22, 1, 8, 2), (32, 1, 6, 2), (40, 1, 5, 2), (32, 2, 3, 4), (1024, 1, 1, 12)],
 )
-def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, best: int, calls: int) -> None:
-    """Two layers of 1 x 1 over 64 x 64 pixels give width + 1 floats a pixel and year, half of them each, in the mean."""
+def test_windows_go_together_by_what_a_layer_takes_and_gives(width: int, years: int, best: int, calls: int) -> None:
+    """Two layers of 1 x 1 take 10 and width floats a pixel and year, and give width and 1: half of the sum, in the mean."""
     card = dataclasses.replace(SERIES, window_px=64, multiple_px=1)
     given = list[int]()
     layers = torch.nn.Sequential(torch.nn.Conv2d(10, width, 1), torch.nn.Conv2d(width, 1, 1))
@@ -356,7 +357,7 @@ def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, best:
         def __deepcopy__(self, memo: object) -> Recorded:
             return self
 
-    assert best == min(max(round(3e6 / (64 * 64 * 4 * years * (width + 1) / 2)), 1), 16)
+    assert best == min(max(round(3.7e6 / (64 * 64 * 4 * years * (2 * width + 11) / 2)), 1), 16)
     n = len(card.bands)
     model = Trained(card=card, network=Recorded(), mean=(1000.0,) * n, std=(500.0,) * n, sites=())
     of = reflectance(8, 32, 32 * 12, YEARS[:years])
@@ -369,13 +370,52 @@ def test_windows_go_together_by_what_a_layer_gives(width: int, years: int, best:
 
 def test_two_maps_at_once_are_those_of_each_alone() -> None:
     of, models_ = reflectance(8, 131, 53), [untrained(), untrained(WIDE)]
-    alone = [[rows.values for rows in map_rows(model, of, [(2019,)])] for model in models_]
-    with closing(map_rows(models_[0], of, [(2019,)])) as first:
+    alone = [[rows.values for rows in Mapper(model).rows(of, [(2019,)])] for model in models_]
+    with closing(Mapper(models_[0]).rows(of, [(2019,)])) as first:
         begun = [next(first).values]
-        second = [rows.values for rows in map_rows(models_[1], of, [(2019,)])]
+        second = [rows.values for rows in Mapper(models_[1]).rows(of, [(2019,)])]
         begun += [rows.values for rows in first]
     for found, expected in zip((begun, second), alone, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_network_is_made_ready_once_for_all_sites_and_again_for_a_series_of_other_years(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[object] = []
+
+    def ready(trained: Trained, how: Compute, view: mapping.View) -> compute.Forward:
+        made.append(view)
+        return compute.ready(trained, how, view)
+
+    monkeypatch.setattr(mapping, "ready", ready)
+    sites = [reflectance(16, 40, 53, YEARS), reflectance(17, 33, 20, YEARS)]
+    told = given_by(lambda x, years: series_of(x, years) * (years[1] - years[0]), SERIES)
+    for model, views in (
+        (untrained(), [[(2018,), (2019,)], [(2021,)]]),
+        (given_by(pair_of, CHANGE), [[(2018, 2019)], [(2019, 2021)]]),
+        (told, [[(2018, 2019)], [(2018, 2019)], [(2019, 2021)]]),
+    ):
+        made.clear()
+        mapper = Mapper(model)
+        for site, each in zip([*sites, sites[0]], views, strict=False):
+            found = list(mapper.rows(site, each))
+            expected = list(Mapper(model).rows(site, each))
+            made.pop()
+            assert all(np.array_equal(a.values, b.values) for a, b in zip(found, expected, strict=True))
+        assert made == ([(2018, 2019), (2019, 2021)] if model.card is SERIES else [views[0][0]])
+
+
+def test_threads_map_sites_by_one_mapper() -> None:
+    mapper, sites = Mapper(untrained(WIDE)), [reflectance(n, 131, 53) for n in range(4)]
+
+    def mapped(by: Mapper, of: xr.DataArray) -> np.ndarray:
+        return np.concatenate([rows.values for rows in by.rows(of, [(2019,)])], axis=-2)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda of: mapped(mapper, of), sites))
+    for one, of in zip(found, sites, strict=True):
+        assert np.array_equal(one, mapped(Mapper(untrained(WIDE)), of))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +433,7 @@ def test_windows_of_a_row_go_in_equal_groups_of_about_the_best_size(count: int, 
 def test_rows_come_once_and_in_order_whatever_the_size(height: int, width: int, seed: int, window: int) -> None:
     of = reflectance(seed, height, width, (2019,))
     model = given_by(lambda x: x[:, :1], dataclasses.replace(SMALL, window_px=window, multiple_px=1))
-    rows = list(map_rows(model, of, [(2019,)]))
+    rows = list(Mapper(model).rows(of, [(2019,)]))
     assert [r.y for r in rows] == np.cumsum([0, *(r.values.shape[-2] for r in rows)])[:-1].tolist()
     whole = np.concatenate([r.values for r in rows], axis=-2)[0, 0]
     assert whole.shape == (height, width)
@@ -431,12 +471,12 @@ def test_every_row_is_read_once_a_view_and_not_long_before_it_is_needed(monkeypa
     monkeypatch.setattr(mapping, "_READ_ROWS", 16)
     of, read = reflectance(9, 208, 40, YEARS), list[int]()
     lazy = recording(of, read)
-    for rows in map_rows(untrained(), lazy, [(2019,)], Compute(workers=2)):
+    for rows in Mapper(untrained(), Compute(workers=2)).rows(lazy, [(2019,)]):
         # A strip that waits, one that is made, rows in flight, and the row of windows itself.
         assert max(read) <= rows.y + 16 * 8
     assert sorted(read) == list(range(0, 208, 16))
     read.clear()
-    list(map_rows(given_by(pair_of, CHANGE), lazy, views_of(CHANGE, YEARS)))
+    list(Mapper(given_by(pair_of, CHANGE)).rows(lazy, views_of(CHANGE, YEARS)))
     assert sorted(read) == sorted([*range(0, 208, 16)] * 6)
     xr.testing.assert_identical(predict(untrained(), lazy), predict(untrained(), of))
 
@@ -458,7 +498,7 @@ def test_memory_is_flat_in_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -
         lazy = xr.DataArray(made, dims=("year", "band", "y", "x"), coords={"year": [2019], "band": list(BANDS)})
         lazy.encoding["chunks"] = (1, 10, 16, 150)
         tracemalloc.start()
-        seen = sum(r.values.shape[-2] for r in map_rows(model, lazy, [(2019,)], Compute(workers=2)))
+        seen = sum(r.values.shape[-2] for r in Mapper(model, Compute(workers=2)).rows(lazy, [(2019,)]))
         left, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert seen == height
@@ -507,7 +547,7 @@ def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(monkeypat
     with dask.config.set(scheduler="synchronous"):  # so that no thread is Dask's
         with pytest.raises(OSError, match="bad sector"):
             predict(untrained(), lazy)
-        rows = map_rows(untrained(), lazy, [(2019,)])
+        rows = Mapper(untrained()).rows(lazy, [(2019,)])
         next(rows)
         rows.close()  # the caller has enough
     assert threading.active_count() == before
@@ -517,13 +557,15 @@ def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(monkeypat
 # Batches, as on a GPU
 
 
-def batched(batch: int | None, forward: Callable[..., torch.Tensor] | None = None) -> Callable[..., object]:
+def batched(
+    batch: int | None, forward: Callable[..., torch.Tensor] | None = None, at_end: list[int | None] | None = None
+) -> Callable[..., object]:
     """In place of `rows_of`: what a GPU does, on the CPU."""
 
-    def rows_of(trained: Trained, strips: Iterator[Strip[object]], ramp: np.ndarray, *_: object) -> Iterator[object]:
-        place = torch.device("cpu")
-        own = forward or compute.Forward(trained.network, trained, place, "fp32", False)
-        yield from compute.in_batches(own, strips, torch.from_numpy(ramp), batch)
+    def rows_of(made: compute.Forward, strips: Iterator[Strip[object]], ramp: np.ndarray, _: Compute) -> Iterator[object]:
+        found = yield from compute.in_batches(forward or made, strips, torch.from_numpy(ramp), batch)
+        if at_end is not None:
+            at_end.append(found)
 
     return rows_of
 
@@ -542,6 +584,7 @@ def test_out_of_memory_halves_the_batch_and_takes_the_same_windows_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes: list[int] = []
+    at_end: list[int | None] = []
 
     def forward(windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
         sizes.append(len(windows))
@@ -550,10 +593,11 @@ def test_out_of_memory_halves_the_batch_and_takes_the_same_windows_again(
         return (windows[:, :, :1].float() - 1000) / 500
 
     of = reflectance(12, 70, 53)
-    monkeypatch.setattr(mapping, "rows_of", batched(40, forward))
+    monkeypatch.setattr(mapping, "rows_of", batched(40, forward, at_end))
     assert np.abs(predict(given_by(lambda x: x), of).values - stored(normal(of.values[:, 0]))).max() <= 0.5 + 1e-3
     assert sizes[:4] == [40, 20, 10, 5]
     assert set(sizes[3:-1]) == {5}
+    assert at_end == [5]  # of which the next site makes use
     layout = Layout(70, 53, 16)
     assert sum(size for size in sizes if size <= 6) == 2 * len(layout.tops) * len(layout.lefts)  # each once
     assert "out of memory at 10 windows to a batch; going on with 5" in caplog.text
@@ -622,7 +666,7 @@ def test_views() -> None:
     with pytest.raises(ModelError, match="pairs of years are for change; its task is mapping"):
         views_of(SMALL, YEARS, [(2018, 2019)])
     with pytest.raises(ModelError, match="year 2030 is not in the cube"):
-        list(map_rows(untrained(), reflectance(1), [(2030,)]))
+        list(Mapper(untrained()).rows(reflectance(1), [(2030,)]))
 
 
 def test_a_network_of_so_many_years_takes_no_other_number() -> None:

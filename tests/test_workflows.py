@@ -117,7 +117,7 @@ def test_what_a_worker_cannot_do_is_one_sentence(world, tmp_path):
 
 def test_a_worker_with_another_model_under_that_name_maps_nothing(tmp_path):
     with pytest.raises(ModelError, match="other weights than the machine that asked"):
-        _the_same(str(model_in(tmp_path)), None, "another")
+        _the_same(str(model_in(tmp_path)), None, "another", models.Compute())
 
 
 def test_a_worker_that_lives_on_takes_the_model_that_is_there_now(tmp_path):
@@ -125,7 +125,7 @@ def test_a_worker_that_lives_on_takes_the_model_that_is_there_now(tmp_path):
     file, found = model_in(tmp_path), []
     for mean in (1500.0, 100.0):
         models.save(dataclasses.replace(models.load(file), mean=(mean,) * 10), file)
-        found.append(_the_same(str(file), None, _makes(models.load(file))).mean[0])
+        found.append(_the_same(str(file), None, _makes(models.load(file)), models.Compute()).trained.mean[0])
     assert found == [1500.0, 100.0]
 
 
@@ -146,11 +146,11 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
         return mapped_on(monkeypatch, lambda *of, **how: (of, how), *arguments, **how)
 
     here = str(tmp_path)
-    assert given("cubes.zarr", ["a"], "model.pt", "it", Path("mine"), pairs=None) == [
-        ("a", ((f"{here}/cubes.zarr", "a", (f"{here}/model.pt", tmp_path / "mine", "it")), {"pairs": None}))
+    assert given("cubes.zarr", ["a"], "model.pt", "it", Path("mine"), "how", pairs=None) == [
+        ("a", ((f"{here}/cubes.zarr", "a", (f"{here}/model.pt", tmp_path / "mine", "it", "how")), {"pairs": None}))
     ]
-    assert given("s3://bucket/cubes", ["a"], "unet-small", "it", None) == [
-        ("a", (("s3://bucket/cubes", "a", ("unet-small", None, "it")), {}))
+    assert given("s3://bucket/cubes", ["a"], "unet-small", "it", None, "how") == [
+        ("a", (("s3://bucket/cubes", "a", ("unet-small", None, "it", "how")), {}))
     ]
 
 
@@ -163,7 +163,7 @@ def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatc
         raise MemoryError("no room")
 
     with pytest.raises(ModelError, match=r"a: its worker failed \(MemoryError: no room\).* run the same command again"):
-        mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], "model", "it", None)
+        mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], "model", "it", None, "how")
     assert len(begun) <= 2
 
 

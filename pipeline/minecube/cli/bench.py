@@ -153,7 +153,8 @@ def _run(
     trained = models.load(file)
     if trained.card != card:
         raise ModelError(f"{file}: was trained by another card of that name; remove it, or name another --out")
-    mapped = [map_site(store, site, trained, compute=compute) for site in split.test]
+    mapper = models.Mapper(trained, compute)
+    mapped = [map_site(store, site, mapper) for site in split.test]
     if any(m.maps for m in mapped):
         took["map_s"] = sum(m.seconds for m in mapped)
     took["parameters"] = sum(p.numel() for p in trained.network.parameters())

@@ -85,8 +85,9 @@ def demo(out: Path, epochs: int, seed: int) -> None:
         models.save(trained, out / "model.pt")
         del cubes
     with _stage("map all three"):
+        mapper = models.Mapper(trained)
         for site in sites:
-            map_site(store, site.id, trained)
+            map_site(store, site.id, mapper)
     with _stage(f"score {unseen}, which the network has not seen"):
         summary |= _scores(store, unseen, world)
     with _stage("export"):

@@ -22,6 +22,7 @@ from minecube.cli.common import (
     as_ended,
     catalog_option,
     executor_of,
+    keep_memory,
     progress_bar,
     scheduler_option,
     sites_option,
@@ -70,10 +71,9 @@ class Mapped:
 def map_site(
     store: str,
     name: str,
-    trained: models.Trained,
+    mapper: models.Mapper,
     *,
     pairs: Sequence[int | Pair] | None = None,
-    compute: models.Compute = models.Compute(),  # noqa: B008  frozen
     overwrite: bool = False,
 ) -> Mapped:
     """Map all committed years of a site that this model has not mapped as they are built now.
@@ -82,17 +82,18 @@ def map_site(
         CubeError: no committed year, or the store cannot be written.
         ModelError: the model does not fit the cube, or gave something that is not a number.
     """
-    reflectance, card = cube.open_reflectance(store, name), trained.card
+    keep_memory()
+    reflectance, card = cube.open_reflectance(store, name), mapper.trained.card
     years = [int(year) for year in reflectance["year"]]
     views = models.views_of(card, years, None if pairs is None else _named(pairs, years))
-    models.check(trained, reflectance, views, compute)
+    mapper.check(reflectance, views)
     prediction = cube.Prediction(
         model=card.id,
         views=views,
-        about=models.about(trained),
+        about=mapper.about,
         variable="change" if card.task == "change" else "probability",
         classes=card.classes,
-        computed=str(compute),
+        computed=str(mapper.compute),
     )
     start = time.monotonic()
     with progress_bar(f"mapping {name}") as advance:
@@ -105,7 +106,7 @@ def map_site(
             store,
             name,
             prediction,
-            lambda todo: models.map_rows(trained, reflectance, todo, compute, progress),
+            lambda todo: mapper.rows(reflectance, todo, progress),
             overwrite=overwrite,
         )
     maps = sum(len(view) if card.task == "series" else 1 for view in mapped)
@@ -120,13 +121,20 @@ def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.Vie
 
 
 def _on_workers(
-    pool: Executor, store: str, names: Sequence[str], model: str, made_by: str, catalog: Path | None, **how: Any
+    pool: Executor,
+    store: str,
+    names: Sequence[str],
+    model: str,
+    made_by: str,
+    catalog: Path | None,
+    compute: models.Compute,
+    **how: Any,
 ) -> Iterator[tuple[str, Mapped]]:
     """As they are done, a site a task; what a worker raises, it raises, and begins no other site."""
     # Workers may be in other folders than this process.
     there, where = absolute(store), absolute(model) if Path(model).is_file() else model
     cards = catalog and catalog.absolute()
-    tasks = {pool.submit(_on_worker, there, name, where, cards, made_by, **how): name for name in names}
+    tasks = {pool.submit(_on_worker, there, name, where, cards, made_by, compute, **how): name for name in names}
     try:
         for task in as_ended(tasks):
             try:
@@ -144,12 +152,14 @@ def _on_workers(
             task.cancel()
 
 
-def _on_worker(store: str, name: str, model: str, catalog: Path | None, made_by: str, **how: Any) -> Mapped:
-    return map_site(store, name, _the_same(model, catalog, made_by), **how)
+def _on_worker(
+    store: str, name: str, model: str, catalog: Path | None, made_by: str, compute: models.Compute, **how: Any
+) -> Mapped:
+    return map_site(store, name, _the_same(model, catalog, made_by, compute), **how)
 
 
 @functools.lru_cache(maxsize=1)
-def _the_same(model: str, catalog: Path | None, made_by: str) -> models.Trained:
+def _the_same(model: str, catalog: Path | None, made_by: str, compute: models.Compute) -> models.Mapper:
     """The model as this machine finds it; raises ModelError where it is another one than on the machine that asks."""
     trained = models.find(model, common.models(catalog))
     if _makes(trained) != made_by:
@@ -157,7 +167,7 @@ def _the_same(model: str, catalog: Path | None, made_by: str) -> models.Trained:
             f"{model}: a worker found another card or other weights than the machine that asked, so sites would be mapped by "
             "several models; put model and catalogue where all see the same files"
         )
-    return trained
+    return models.Mapper(trained, compute)
 
 
 def _makes(trained: models.Trained) -> str:
@@ -214,10 +224,11 @@ def predict(
     with executor_of(scheduler) as pool:
         found: Iterator[tuple[str, Mapped]]
         if pool is None:
-            found = ((name, map_site(store, name, trained, compute=compute, **asked)) for name in built)
+            mapper = models.Mapper(trained, compute)
+            found = ((name, map_site(store, name, mapper, **asked)) for name in built)
         else:
-            asked["compute"] = replace(compute, workers=1)
-            found = _on_workers(pool, store, built, model, _makes(trained), catalog, **asked)
+            one_thread = replace(compute, workers=1)
+            found = _on_workers(pool, store, built, model, _makes(trained), catalog, one_thread, **asked)
         for name, one in found:
             what = "pairs" if trained.card.task == "change" else "years"
             said = f"{one.maps} {what} mapped, {one}" if one.maps else "mapped already"

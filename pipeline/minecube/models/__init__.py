@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from minecube.models.compute import Compute
 from minecube.models.layout import NODATA, SCALE
-from minecube.models.mapping import Rows, View, about, check, map_rows, predict, views_of
+from minecube.models.mapping import Mapper, Rows, View, about, predict, views_of
 from minecube.models.network import ARCHITECTURES, Trained, build, load, logits, normalise, parameters, save, select_bands
 from minecube.models.weights import fetch, find
 
@@ -22,17 +22,16 @@ __all__ = [
     "NODATA",
     "SCALE",
     "Compute",
+    "Mapper",
     "Rows",
     "Trained",
     "View",
     "about",
     "build",
-    "check",
     "fetch",
     "find",
     "load",
     "logits",
-    "map_rows",
     "normalise",
     "parameters",
     "predict",

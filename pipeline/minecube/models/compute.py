@@ -43,9 +43,9 @@ _Sums = tuple[int, NDArray[np.int64], NDArray[np.bool_]]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GAIN = 1.05  # a batch twice as large has to be faster by this, or it is not worth its memory
 _LARGEST = 1024  # windows to a batch
-# Windows to a call on a CPU: a call costs each layer something, but what a layer gives should not leave the cache. Of 22
-# small networks all but one are within a tenth of their best time by this, on one thread; that one within an eighth.
-_BEST, _BYTES = 16, 3e6  # the former at most; the latter of a layer's output, in the mean over the layers
+# Windows to a call on a CPU: a call costs each layer something, but what a layer takes and gives should not leave the cache.
+# Of 21 small networks none is slower by this than by 4, 8 or 17 windows to a call by more than two hundredths.
+_BEST, _BYTES = 16, 3.7e6  # the former at most; the latter of what a layer takes and gives, in the mean over the layers
 
 log = logging.getLogger(__name__)
 
@@ -82,26 +82,37 @@ class Compute:
 
 
 def rows_of(
-    trained: Trained, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], compute: Compute, years: Sequence[int]
+    forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], compute: Compute
 ) -> Generator[tuple[T, Tensor, Tensor], None, None]:
     """Of every strip, in order, the sums of its logits by weight, int64 [time, class, window, columns], on the device; and of
-    each of its windows whether all its logits are numbers. `years` are those of a view.
+    each of its windows whether all its logits are numbers.
 
     Raises:
-        ModelError: the device is not there, or its memory does not hold one window.
+        ModelError: the device's memory does not hold one window.
     """
-    place = compute.place()
-    network = deepcopy(trained.network).to(place).eval()
-    if place.type == "cpu":
-        window = torch.zeros(1, len(years), len(trained.card.bands), len(ramp), len(ramp))
-        network = folded(network, lambda: logits(network, trained.card.task, window, years))
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    forward = Forward(network, trained, place, _precision(compute, place), compute.compiled, years)
-    if place.type == "cpu":
-        yield from on_cores(forward, trained, strips, ramp, compute.workers or _cores())
+    if forward.place.type == "cpu":
+        yield from on_cores(forward, strips, ramp, compute.workers or _cores())
     else:
-        with closing(uploaded(strips, place)) as there:
-            yield from in_batches(forward, there, torch.from_numpy(ramp).to(place), compute.batch)
+        with closing(uploaded(strips, forward.place)) as there:
+            forward.group = yield from in_batches(forward, there, torch.from_numpy(ramp).to(forward.place), forward.group)
+
+
+def ready(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward:
+    """A copy of the network where it is to compute, made as fast as it can be there, for views of these years.
+
+    Raises:
+        ModelError: the device is not there.
+    """
+    place, side = compute.place(), trained.card.window_px
+    network = deepcopy(trained.network).to(place).eval()
+    if place.type != "cpu":
+        return Forward(network, trained, place, _precision(compute, place), compute.compiled, years, compute.batch)
+    window = torch.zeros(1, len(years), len(trained.card.bands), side, side)
+    network = folded(network, lambda: logits(network, trained.card.task, window, years))
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward = Forward(network, trained, place, _precision(compute, place), compute.compiled, years)
+    forward.group = forward.together(window)
+    return forward
 
 
 def _cores() -> int:
@@ -124,8 +135,11 @@ class Forward:
         precision: str,
         compiled: bool,
         years: Sequence[int] | None = None,
+        group: int | None = None,
     ) -> None:
-        self.place, self.task, self.card, self._years = place, trained.card.task, trained.card, years
+        self.place, self.trained, self._years = place, trained, years
+        self.group = group
+        """Windows to a call; None where it is still to be found out."""
         if compiled:
             network.compile(dynamic=False)
         self._network = network
@@ -142,16 +156,16 @@ class Forward:
         """How many windows like this one, [1, time, band, y, x] in floating point, a call on a CPU is best given."""
         sizes: list[int] = []
 
-        def note(_: nn.Module, __: object, output: object) -> None:
+        def note(_: nn.Module, given: tuple[object, ...], output: object) -> None:
             if isinstance(output, Tensor):
-                sizes.append(output.nbytes)
+                sizes.append(sum(t.nbytes for t in (*given, output) if isinstance(t, Tensor)))
 
         layers = [m for m in self._network.modules() if m is not self._network and not any(m.children())]
         if not layers:
             return _BEST
         noting = [layer.register_forward_hook(note) for layer in layers]
         with torch.inference_mode(), torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
-            logits(self._network, self.task, window, self._years)
+            logits(self._network, self.trained.card.task, window, self._years)
         for hook in noting:
             hook.remove()
         return min(max(round(_BYTES * len(sizes) / max(sum(sizes), 1)), 1), _BEST)
@@ -163,16 +177,16 @@ class Forward:
         if self._compiled and full and len(values) < full:
             values = torch.cat([values, values.new_zeros((full - len(values), *values.shape[1:]))])
         with torch.inference_mode(), torch.autocast(self.place.type, self._dtype, enabled=self._dtype != torch.float32):
-            found = logits(self._network, self.task, values, self._years)
+            found = logits(self._network, self.trained.card.task, values, self._years)
         return found[: len(windows)].float()
 
 
 def on_cores(
-    forward: Forward, trained: Trained, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], workers: int
+    forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], workers: int
 ) -> Iterator[tuple[T, Tensor, Tensor]]:
     """`rows_of` by threads that take a few windows each."""
-    side, best, own = len(ramp), 0, threading.local()
-    mean, std = np.array(trained.mean, np.float32), np.array(trained.std, np.float32)
+    side, best, own = len(ramp), forward.group or 1, threading.local()
+    mean, std = (np.array(of, np.float32) for of in (forward.trained.mean, forward.trained.std))
 
     def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> _Sums:
         if len(getattr(own, "windows", ())) < len(lefts):  # kept: to be given new memory each time takes longer than to fill it
@@ -190,8 +204,6 @@ def on_cores(
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for strip in strips:
-                if strip.lefts and not best:
-                    best = forward.together(torch.zeros(1, *strip.pixels.shape[:2], side, side))
                 pixels = np.ascontiguousarray(np.asarray(strip.pixels).transpose(2, 0, 1, 3))  # no copy of what `mapping` gives
                 calls = [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts, best)]
                 waiting.append((strip, calls))
@@ -273,8 +285,8 @@ class _Row(Generic[T]):
 
 def in_batches(
     forward: Callable[[Tensor, int | None], Tensor], strips: Iterator[Strip[T]], ramp: Tensor, batch: int | None
-) -> Iterator[tuple[T, Tensor, Tensor]]:
-    """`rows_of` by batches, across rows; the same on any device."""
+) -> Generator[tuple[T, Tensor, Tensor], None, int | None]:
+    """`rows_of` by batches, across rows; the same on any device. Gives back how many windows to a batch were best."""
     rows: deque[_Row[T]] = deque()
     todo: deque[tuple[_Row[T], int]] = deque()
     for strip in strips:
@@ -294,6 +306,7 @@ def in_batches(
         batch = _take(forward, todo, ramp, batch)
     for done in rows:
         yield done.strip.of, done.total, done.finite
+    return batch
 
 
 def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Row[T], int]], ramp: Tensor, batch: int) -> int:

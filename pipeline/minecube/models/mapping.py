@@ -8,9 +8,11 @@ no later window touches them. How windows become a map: `layout`. Who computes: 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from minecube.catalog import ModelCard, as_dict
 from minecube.errors import ModelError
-from minecube.models.compute import Compute, rows_of
+from minecube.models.compute import Compute, Forward, ready, rows_of
 from minecube.models.layout import NODATA, SCALE, Blend, Layout
 from minecube.models.network import Trained, select_bands
 from minecube.models.streams import Strip, ahead, landed
@@ -117,7 +119,7 @@ def predict(
         and `class`; 255 where either year has no observation.
 
     Raises:
-        ModelError: as `map_rows`.
+        ModelError: as `Mapper.rows`.
     """
     # A year without a name is as good as any.
     named = reflectance if "year" in reflectance.coords else reflectance.assign_coords(year=0)
@@ -125,7 +127,7 @@ def predict(
     views = views_of(trained.card, [int(year) for year in cube["year"]], pairs)
     shape = (cube.sizes["y"], cube.sizes["x"])
     found = np.empty((len(views), _times(trained.card, views[0]), len(trained.card.classes), *shape), np.uint8)
-    for rows in map_rows(trained, cube, views, compute, progress):
+    for rows in Mapper(trained, compute).rows(cube, views, progress):
         found[views.index(rows.view), :, :, rows.y : rows.y + rows.values.shape[-2]] = rows.values
     there = {name: c for name, c in cube.isel(band=0, drop=True).coords.items() if "year" not in c.dims}
     attrs = {"long_name": f"{trained.card.task} probability x {SCALE}", "nodata": NODATA}
@@ -146,65 +148,82 @@ def predict(
     return years.isel(year=0, drop="year" not in reflectance.coords)
 
 
-def check(trained: Trained, reflectance: xr.DataArray, views: Sequence[View], compute: Compute = HERE) -> None:
-    """See that these views can be mapped, before anything is read or written.
+class Mapper:
+    """A trained network, ready to map site after site: on its device, and made fast there, once for all of them."""
 
-    Raises:
-        ModelError: bands are missing or in another order than the card's, pixels are not uint16, a year is missing, the network
-            takes another number of years, or the device is not there.
-    """
-    card, takes = trained.card, getattr(trained.network, "years", None)  # of networks that take one number of years only
-    years = [int(year) for year in select_bands(reflectance, card)["year"]]
-    lacking = sorted({year for view in views for year in view} - set(years))
-    if lacking:
-        raise ModelError(f"model {card.id}: year {lacking[0]} is not in the cube, which has {', '.join(map(str, years))}")
-    for view in views:
-        if takes is not None and len(view) != takes:
-            raise ModelError(
-                f"model {card.id}: its network takes {takes} years, found {len(view)} ({', '.join(map(str, view))}); map as "
-                "many years, or train it on series as long as this one"
-            )
-    compute.place()
+    def __init__(self, trained: Trained, compute: Compute = HERE) -> None:
+        self.trained, self.compute = trained, compute
+        self._lock = threading.Lock()
+        self._ready: tuple[View | int, Forward] | None = None
 
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """`about` the model."""
+        return about(self.trained)
 
-def map_rows(
-    trained: Trained,
-    reflectance: xr.DataArray,
-    views: Sequence[View],
-    compute: Compute = HERE,
-    progress: Callable[[int, int], None] | None = None,
-) -> Generator[Rows, None, None]:
-    """The maps of these views, one after the other, each in rows from top to bottom, as they are finished.
+    def check(self, reflectance: xr.DataArray, views: Sequence[View]) -> None:
+        """See that these views can be mapped, before anything is read or written.
 
-    On the CPU the result depends on nothing but model and pixels: not on workers, cores in use, strips, or order of windows.
-    Another machine may still move the last bits of a logit; so may bf16, and batches on a GPU.
-
-    Raises:
-        ModelError: as `check`; a logit is not a number, or the device is too small.
-    """
-    check(trained, reflectance, views, compute)
-    cube, place = select_bands(reflectance, trained.card), compute.place()
-    layout = Layout(cube.sizes["y"], cube.sizes["x"], trained.card.window_px)
-    each = len(layout.tops) * len(layout.lefts)
-    with (
-        closing(ahead(_strips(cube, views, layout, trained.card.task))) as strips,
-        closing(rows_of(trained, strips, layout.ramp, compute, views[0])) as found,
-    ):
-        for done, (part, values, finite) in enumerate(landed(_blended(found, layout, trained.card, place)), start=1):
-            if not bool(finite.all()):
-                left = part.lefts[int(torch.nonzero(~finite)[0])]
-                y, x = max(part.top - layout.beyond, 0), max(left - layout.beyond, 0)
+        Raises:
+            ModelError: bands are missing or in another order than the card's, pixels are not uint16, a year is missing, the
+                network takes another number of years, or the device is not there.
+        """
+        card = self.trained.card
+        takes = getattr(self.trained.network, "years", None)  # of networks that take one number of years only
+        years = [int(year) for year in select_bands(reflectance, card)["year"]]
+        lacking = sorted({year for view in views for year in view} - set(years))
+        if lacking:
+            raise ModelError(f"model {card.id}: year {lacking[0]} is not in the cube, which has {', '.join(map(str, years))}")
+        for view in views:
+            if takes is not None and len(view) != takes:
                 raise ModelError(
-                    f"model {trained.card.id}: a logit is not a number in {'-'.join(map(str, part.view))}, in the window at "
-                    f"row {y}, column {x}; this map is not kept: look at the reflectance there, or train the model again"
+                    f"model {card.id}: its network takes {takes} years, found {len(view)} ({', '.join(map(str, view))}); map "
+                    "as many years, or train it on series as long as this one"
                 )
-            site, own = layout.finished(part.top)
-            if progress is not None:
-                progress(done * len(layout.lefts), len(views) * each)
-            if site.stop > site.start:
-                yield Rows(
-                    view=part.view, y=site.start, values=np.where(part.known[:, None, own], values.numpy(), np.uint8(NODATA))
-                )
+        self.compute.place()
+
+    def rows(
+        self, reflectance: xr.DataArray, views: Sequence[View], progress: Callable[[int, int], None] | None = None
+    ) -> Generator[Rows, None, None]:
+        """The maps of these views, one after the other, each in rows from top to bottom, as they are finished.
+
+        On the CPU the result depends on nothing but model and pixels: not on workers, cores in use, strips, or order of
+        windows. Another machine may still move the last bits of a logit; so may bf16, and batches on a GPU.
+
+        Raises:
+            ModelError: as `check`; a logit is not a number, or the device is too small.
+        """
+        self.check(reflectance, views)
+        card = self.trained.card
+        cube, forward = select_bands(reflectance, card), self._forward(views[0])
+        layout = Layout(cube.sizes["y"], cube.sizes["x"], card.window_px)
+        each = len(layout.tops) * len(layout.lefts)
+        with (
+            closing(ahead(_strips(cube, views, layout, card.task))) as strips,
+            closing(rows_of(forward, strips, layout.ramp, self.compute)) as found,
+        ):
+            for done, (part, values, finite) in enumerate(landed(_blended(found, layout, card, forward.place)), start=1):
+                if not bool(finite.all()):
+                    left = part.lefts[int(torch.nonzero(~finite)[0])]
+                    y, x = max(part.top - layout.beyond, 0), max(left - layout.beyond, 0)
+                    raise ModelError(
+                        f"model {card.id}: a logit is not a number in {'-'.join(map(str, part.view))}, in the window at "
+                        f"row {y}, column {x}; this map is not kept: look at the reflectance there, or train the model again"
+                    )
+                site, own = layout.finished(part.top)
+                if progress is not None:
+                    progress(done * len(layout.lefts), len(views) * each)
+                if site.stop > site.start:
+                    known = part.known[:, None, own]
+                    yield Rows(view=part.view, y=site.start, values=np.where(known, values.numpy(), np.uint8(NODATA)))
+
+    def _forward(self, view: View) -> Forward:
+        """What computes views like this one. Only a series is told its years."""
+        like = view if self.trained.card.task == "series" else len(view)
+        with self._lock:  # threads may map sites by the same model
+            if self._ready is None or self._ready[0] != like:
+                self._ready = (like, ready(self.trained, self.compute, view))
+            return self._ready[1]
 
 
 @dataclass(frozen=True, kw_only=True)
