@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory")
     parser.add_argument("--peak", nargs=2, metavar=("STORE", "MODEL"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    keep_memory()  # as `minecube predict` does: so has the network alone
     cards = load_models()
     if asked.peak:
         print(peak(*asked.peak, cards))
@@ -75,6 +74,7 @@ def main() -> None:
     load = f"load {os.getloadavg()[0]:.1f}"
     machine = f"{platform.machine()}, {CORES} cores{gpu}, {load}, Python {platform.python_version()}, torch {torch.__version__}"
     print(machine, flush=True)
+    keep_memory()  # as `minecube predict` does; the network alone has it, too
     with tempfile.TemporaryDirectory() as folder:
         store = make(Path(folder) / "cubes.zarr", WIDTH)
         found = {name: compared(store, cards[name], asked.rounds, asked.seconds, asked.device) for name in names}
@@ -261,6 +261,7 @@ def peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
             torch.zeros(1, *(() if card.task == "mapping" else (2,)), len(card.bands), card.window_px, card.window_px)
         )
     before = _megabytes("VmRSS")
+    keep_memory()  # only now, so that nothing freed is counted as taken up before
     end_to_end(store, models.Mapper(trained), views)
     return _megabytes("VmHWM") - before
 

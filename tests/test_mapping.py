@@ -406,14 +406,22 @@ def test_a_network_is_made_ready_once_for_all_sites_and_again_for_a_series_of_ot
         assert made == ([(2018, 2019), (2019, 2021)] if model.card is SERIES else [views[0][0]])
 
 
-def test_threads_map_sites_by_one_mapper() -> None:
-    mapper, sites = Mapper(untrained(WIDE)), [reflectance(n, 131, 53) for n in range(4)]
+def test_threads_map_sites_by_one_mapper_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapper, sites, made = Mapper(untrained(WIDE)), [reflectance(n, 131, 53) for n in range(4)], list[object]()
+
+    def ready(*of: object) -> compute.Forward:
+        made.append(of)
+        time.sleep(0.1)  # for the others to come
+        return compute.ready(*of)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mapping, "ready", ready)
 
     def mapped(by: Mapper, of: xr.DataArray) -> np.ndarray:
         return np.concatenate([rows.values for rows in by.rows(of, [(2019,)])], axis=-2)
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda of: mapped(mapper, of), sites))
+    assert len(made) == 1
     for one, of in zip(found, sites, strict=True):
         assert np.array_equal(one, mapped(Mapper(untrained(WIDE)), of))
 
@@ -601,6 +609,61 @@ def test_out_of_memory_halves_the_batch_and_takes_the_same_windows_again(
     layout = Layout(70, 53, 16)
     assert sum(size for size in sizes if size <= 6) == 2 * len(layout.tops) * len(layout.lefts)  # each once
     assert "out of memory at 10 windows to a batch; going on with 5" in caplog.text
+
+
+def test_a_batch_is_looked_for_once_and_used_for_all_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, sizes, room = list[object](), list[int](), [100]
+    call = compute.Forward.__call__
+
+    def found_batch(seconds: Callable[[int], float]) -> int:
+        tried.append(seconds)
+        return 12
+
+    def limited(self: compute.Forward, windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
+        sizes.append(len(windows))
+        if len(windows) > room[0]:
+            raise torch.OutOfMemoryError("no room")
+        return call(self, windows, full)
+
+    monkeypatch.setattr(compute, "found_batch", found_batch)
+    monkeypatch.setattr(compute, "uploaded", lambda strips, _: (strip for strip in strips))
+    monkeypatch.setattr(compute.Forward, "__call__", limited)
+    monkeypatch.setattr(mapping, "rows_of", lambda forward, strips, ramp, _: compute.on_gpu(forward, strips, ramp))
+    mapper, of = Mapper(untrained()), reflectance(13, 70, 53)
+    mapper._forward((2019,)).group = None  # as it is on a GPU
+    expected = predict(untrained(), of)
+    layout = Layout(70, 53, 16)
+    count = 2 * len(layout.tops) * len(layout.lefts)
+    for fits, size in ((100, 12), (100, 12), (7, 6), (100, 6)):
+        room[0], sizes[:] = fits, []
+        rows = list(mapper.rows(of, [(2019,), (2020,)]))
+        found = np.concatenate([np.concatenate([r.values for r in rows if r.view == (y,)], axis=-2)[0] for y in (2019, 2020)])
+        assert np.abs(found.astype(int) - expected.values.astype(int)).max() <= 1
+        done = [n for n in sizes if n <= fits]
+        assert sum(done) == count
+        assert set(done[:-1]) == {size}
+    assert len(tried) == 1
+    sizes[:], room[0] = [], 0
+    with pytest.raises(ModelError, match="does not hold one window"):
+        list(mapper.rows(of, [(2019,)]))
+    assert sizes == [6, 3, 1]
+
+
+def test_memory_that_runs_out_over_the_last_few_says_nothing_of_the_next_site() -> None:
+    def forward(windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
+        if len(windows) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return windows[:, :, :1].float()
+
+    strips = [Strip(of=n, pixels=np.ones((1, 10, 16, 16 * 11), np.uint16), lefts=tuple(range(0, 176, 16))) for n in range(1)]
+    fits = list[int | None]()
+
+    def batches() -> Iterator[tuple[object, torch.Tensor, torch.Tensor]]:
+        fits.append((yield from compute.in_batches(forward, iter(strips), torch.ones(16, dtype=torch.int64), 8)))
+
+    ((_, total, _),) = batches()
+    assert (total == 2**20).all()
+    assert fits == [8]
 
 
 def test_memory_that_does_not_hold_one_window_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

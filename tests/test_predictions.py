@@ -139,6 +139,23 @@ def test_a_pair_is_few_files(store, tmp_path):
     assert len(files) == 3 * 2  # of 150 x 90 px, in shards of 128
 
 
+@pytest.mark.parametrize(("variable", "views", "shard"), [("probability", years(2019), 64), ("change", PAIRS, 128)])
+def test_chunks_are_of_twice_the_side_of_reflectance(store, variable, views, shard):
+    mapped(store, views, variable=variable)
+    array = zarr.open_array(store, path=f"pit/predictions/net/{variable}", mode="r")
+    assert (array.chunks[-2:], array.shards[-2:]) == ((64, 64), (shard, shard))
+
+
+def test_a_site_whose_place_is_damaged_is_one_sentence(store, tmp_path):
+    metadata = tmp_path / "cubes.zarr/pit/zarr.json"
+    about = json.loads(metadata.read_text())
+    for wrong in ({}, {"spatial:shape": None}, {"spatial:shape": [1]}, {"spatial:transform": [1, 2]}):
+        attrs = {k: v for k, v in about["attributes"].items() if k != "spatial:shape"} | wrong
+        metadata.write_text(json.dumps({**about, "attributes": attrs}))
+        with pytest.raises(CubeError, match="pit cannot be read"):
+            mapped(store, years(2019))
+
+
 def test_a_series_is_one_view(store):
     all_years = (2019, 2020, 2021)
     assert mapped(store, [all_years], series=True) == [all_years]

@@ -273,13 +273,18 @@ def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, mon
     assert [str(b) for b in found.band.values] == [str(b) for b in opened.band.values]
     np.testing.assert_array_equal(found, opened)
     assert found.chunks is None
+    part = {"year": [2, 0], "y": slice(60, 131), "x": slice(3, 200)}
+    np.testing.assert_array_equal(found.isel(part), opened.isel(part))
 
 
 def _of(size):
     """An index, some, or a slice of an axis."""
     index = st.integers(-size, size - 1)
     some = st.lists(index, max_size=4) | st.permutations(range(size)).map(lambda all_: list(all_)[:9])
-    return index | some | st.slices(size) | st.just(slice(None))
+    # xarray 2026.9 takes no empty slice that goes backwards, of any file.
+    steps = st.slices(size).filter(lambda part: (part.step or 1) > 0 or len(range(*part.indices(size))) > 0)
+    rows = st.lists(st.integers(0, size), min_size=2, max_size=2).map(lambda ends: slice(*sorted(ends)))
+    return rows | st.one_of(rows, index, some, steps)
 
 
 @pytest.mark.parametrize("zarr_reads", [False, True])

@@ -21,8 +21,8 @@ import xarray as xr
 from click.testing import CliRunner
 
 from minecube import cube, models
-from minecube.catalog import load_models
-from minecube.cli import cli, predict
+from minecube.catalog import load_models, load_recipes
+from minecube.cli import build, cli, predict
 from minecube.cli.common import as_ended
 from minecube.cli.predict import _makes, _the_same
 from minecube.errors import ModelError
@@ -125,7 +125,7 @@ def test_a_worker_that_lives_on_takes_the_model_that_is_there_now(tmp_path):
     file, found = model_in(tmp_path), []
     for mean in (1500.0, 100.0):
         models.save(dataclasses.replace(models.load(file), mean=(mean,) * 10), file)
-        found.append(_the_same(str(file), None, _makes(models.load(file)), models.Compute()).trained.mean[0])
+        found.append(_the_same(str(file), None, _makes(models.Mapper(models.load(file))), models.Compute()).trained.mean[0])
     assert found == [1500.0, 100.0]
 
 
@@ -152,6 +152,15 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
     assert given("s3://bucket/cubes", ["a"], "unet-small", "it", None, "how") == [
         ("a", (("s3://bucket/cubes", "a", ("unet-small", None, "it", "how")), {}))
     ]
+
+
+def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)
+    job = build.Job(store="cubes.zarr", sources=(), recipe=load_recipes()["annual-median"], snapshots=Path("lists"))
+    monkeypatch.setattr(build, "build_year", lambda job, *_: job)
+    with ThreadPoolExecutor(1) as pool:
+        (given,) = build._run(job, [(make.site("a", 360000, 5600040, 60, 48), 2022)], pool)
+    assert given == dataclasses.replace(job, store=str(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists")
 
 
 def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatch):

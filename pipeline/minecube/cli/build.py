@@ -15,7 +15,7 @@ import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.cli.common import as_ended
+from minecube.cli.common import absolute, as_ended
 from minecube.composite import Tools, composite, plan, registration
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
@@ -235,6 +235,8 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
     cores, stop = os.cpu_count() or 1, threading.Event()
     at_once = max(min(cores, len(todo)), 1)
     pool = executor or ThreadPoolExecutor(max_workers=at_once)
+    if executor:  # whose workers may be in other folders
+        job = replace(job, store=absolute(job.store), snapshots=job.snapshots.absolute())
     # A site-year's blocks share the cores that the others leave, so that memory grows with the cores, not with their square.
     local = () if executor else (max(cores // at_once, 1), stop.is_set)
     tasks: dict[Future[Outcome], tuple[Site, int]] = {}

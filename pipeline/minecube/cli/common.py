@@ -247,7 +247,7 @@ def as_ended(tasks: Iterable[Future[T]]) -> Iterator[Future[T]]:
 
 
 def keep_memory() -> None:
-    """Have this process keep the memory that it frees, where its C library is glibc.
+    """Have this process keep the memory that it frees, for the rest of its life, where its C library is glibc.
 
     A network's layers ask for the same megabytes again and again; glibc gives them back to the system each time, which clears
     them for the next: a tenth of the time of mapping by some networks, for a tenth more memory.

@@ -82,7 +82,6 @@ def map_site(
         CubeError: no committed year, or the store cannot be written.
         ModelError: the model does not fit the cube, or gave something that is not a number.
     """
-    keep_memory()
     reflectance, card = cube.open_reflectance(store, name), mapper.trained.card
     years = [int(year) for year in reflectance["year"]]
     views = models.views_of(card, years, None if pairs is None else _named(pairs, years))
@@ -160,19 +159,20 @@ def _on_worker(
 
 @functools.lru_cache(maxsize=1)
 def _the_same(model: str, catalog: Path | None, made_by: str, compute: models.Compute) -> models.Mapper:
-    """The model as this machine finds it; raises ModelError where it is another one than on the machine that asks."""
-    trained = models.find(model, common.models(catalog))
-    if _makes(trained) != made_by:
+    """The model as this machine finds it, kept with its copy on the device until another is asked for; raises ModelError where
+    it is another one than on the machine that asks."""
+    mapper = models.Mapper(models.find(model, common.models(catalog)), compute)
+    if _makes(mapper) != made_by:
         raise ModelError(
             f"{model}: a worker found another card or other weights than the machine that asked, so sites would be mapped by "
             "several models; put model and catalogue where all see the same files"
         )
-    return models.Mapper(trained, compute)
+    return mapper
 
 
-def _makes(trained: models.Trained) -> str:
+def _makes(mapper: models.Mapper) -> str:
     """All that makes a map, as text."""
-    return json.dumps(models.about(trained), sort_keys=True)
+    return json.dumps(mapper.about, sort_keys=True)
 
 
 @click.command()
@@ -215,7 +215,7 @@ def predict(
     compute = models.Compute(**how)
     if scheduler is None:
         compute.place()
-    trained, names = models.find(model, common.models(catalog)), stored_sites(store, wanted)
+    mapper, names = models.Mapper(models.find(model, common.models(catalog)), compute), stored_sites(store, wanted)
     built = [name for name in names if cube.builds(store, name)]
     if not built:
         raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")
@@ -224,15 +224,15 @@ def predict(
     with executor_of(scheduler) as pool:
         found: Iterator[tuple[str, Mapped]]
         if pool is None:
-            mapper = models.Mapper(trained, compute)
+            keep_memory()
             found = ((name, map_site(store, name, mapper, **asked)) for name in built)
         else:
             one_thread = replace(compute, workers=1)
-            found = _on_workers(pool, store, built, model, _makes(trained), catalog, one_thread, **asked)
+            found = _on_workers(pool, store, built, model, _makes(mapper), catalog, one_thread, **asked)
         for name, one in found:
-            what = "pairs" if trained.card.task == "change" else "years"
+            what = "pairs" if mapper.trained.card.task == "change" else "years"
             said = f"{one.maps} {what} mapped, {one}" if one.maps else "mapped already"
-            click.echo(f"{name}: {said}; {store}, group {name}/predictions/{trained.card.id}")
+            click.echo(f"{name}: {said}; {store}, group {name}/predictions/{mapper.trained.card.id}")
             total = Mapped(total.maps + one.maps, total.pixels + one.pixels, time.monotonic() - start)
     if len(built) > 1 and total.maps:
         click.echo(f"in all: {total}")

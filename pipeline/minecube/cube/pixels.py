@@ -57,23 +57,17 @@ class Pixels:
         rows, columns = (slice(at, min(at + size, n)) for at, n in zip((y, x), self.shape[-2:], strict=True))
         out = np.empty((len(years), *self.shape[1:-2], size, size), self.dtype)
         out[..., rows.stop - y :, :] = out[..., columns.stop - x :] = self.fill
-        inside = out[..., : rows.stop - y, : columns.stop - x]
-        if self.codec is None:
-            array = zarr.open_array(zarr_store(self.store), path=self.path, mode="r")
-            inside[...] = array.oindex[(list(years), *(slice(None) for _ in self.shape[1:-2]), rows, columns)]
-        else:
-            self._fill(inside, years, rows, columns, keep=True)
+        self._fill(out[..., : rows.stop - y, : columns.stop - x], years, rows, columns, keep=True)
         return out
 
     def __getitem__(self, key: tuple[int | slice | npt.NDArray[np.intp], ...]) -> npt.NDArray[Any]:
-        """Any part, each axis by itself: one index, a slice, or indices; quickly where `cut` is, but for rows or columns by
-        index or in steps.
+        """Any part, each axis by itself: one index, a slice, or indices; rows and columns by index or in steps take long.
 
         Whoever reads a whole site would have all its files in this process's memory by and by: these are let go.
         """
         first, *lead, down, across = key
         inside = [slice(*p.indices(n)) for p, n in zip((down, across), self.shape[-2:], strict=True) if isinstance(p, slice)]
-        if self.codec is None or [part.step for part in inside] != [1, 1]:
+        if [part.step for part in inside] != [1, 1]:
             array = zarr.open_array(zarr_store(self.store), path=self.path, mode="r")
             return array.oindex[key]  # type: ignore[no-any-return]
         years, (rows, columns) = np.arange(self.shape[0])[first], inside
@@ -86,6 +80,14 @@ class Pixels:
         return out if years.ndim else out[0]
 
     def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool) -> None:
+        if self.codec is None:
+            array = zarr.open_array(zarr_store(self.store), path=self.path, mode="r")
+            for n, year in enumerate(years):  # by slices: Zarr would look up pixel by pixel what is asked for by indices
+                out[n] = array[(year, *(slice(None) for _ in self.shape[1:-2]), rows, columns)]
+        else:
+            self._unpack(out, years, rows, columns, keep=keep)
+
+    def _unpack(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool) -> None:
         parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], mmap.mmap, int, int]] = []
         shards: dict[tuple[int, int, int], _Shard | None] = {}
         for n, year in enumerate(years):

@@ -23,7 +23,19 @@ import xarray as xr
 import zarr
 
 from minecube.cube.builds import builds, pixels_of
-from minecube.cube.store import NAMED, Summing, digest, exists, group_of, sealed, site_group, summing, writing, zarr_store
+from minecube.cube.store import (
+    NAMED,
+    Summing,
+    digest,
+    exists,
+    group_of,
+    reading,
+    sealed,
+    site_group,
+    summing,
+    writing,
+    zarr_store,
+)
 from minecube.cube.template import geozarr, grid_in
 from minecube.errors import CubeError
 
@@ -77,7 +89,8 @@ def write_prediction(
 ) -> list[View]:
     """Write and commit the views that are not there yet, one after the other; which these were.
 
-    A view is there if this very model mapped it from the builds that the cube holds now. Memory is that of one row of shards.
+    A view is there if this very model mapped it from the builds that the cube holds now. Memory is that of two rows of shards:
+    one is written while the next is gathered.
 
     Args:
         store: local path or object-store URL.
@@ -145,7 +158,9 @@ def write_probability(
     Raises:
         CubeError: the probability lies on another grid than the cube, or the store cannot be written.
     """
-    if probability.odc.geobox != grid_in(site_group(store, site_id, mode="r").attrs):
+    with reading(store, site_id):
+        grid = grid_in(site_group(store, site_id, mode="r").attrs)
+    if probability.odc.geobox != grid:
         raise CubeError(
             f"{store}: the prediction for {site_id} lies on another grid than its cube; predict from the cube itself"
         )
@@ -327,19 +342,22 @@ def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
 def _template(store: str, site_id: str, prediction: Prediction, target: Summing) -> None:
     """The group without a pixel."""
     about = site_group(store, site_id, mode="r").attrs
-    grid, recipe = grid_in(about), about[NAMED]["recipe"]
-    # A pixel is a byte: chunks and shards of twice the side of reflectance's keep the files few, and what Zarr takes for each.
-    side, chunk, variable = 2 * recipe["block_px"], 2 * recipe["chunk_px"], prediction.variable
+    with reading(store, site_id):
+        grid, recipe = grid_in(about), about[NAMED]["recipe"]
+    side, chunk, variable = recipe["block_px"], recipe["chunk_px"], prediction.variable
     axis, coords = _axis(variable, prediction.views), dict(odc.geo.xr.xr_coords(grid))
     lead: tuple[int, ...] = ()
     dims: tuple[str, ...] = ("year", "y", "x")
     if variable == "change":
-        lead, dims = (len(prediction.classes),), ("pair", "class", "y", "x")
+        # Pairs are many, and a pixel of one is a byte: shards of two blocks' side keep the files few.
+        side, lead, dims = 2 * side, (len(prediction.classes),), ("pair", "class", "y", "x")
         coords["class"] = np.asarray(prediction.classes, dtype=object)
     coords |= {name: (dims[0], np.array(values, np.int64)) for name, values in _coordinates(variable, prediction.views).items()}
     empty = dask.array.full((len(axis), *lead, *grid.shape), 255, dtype="uint8", chunks=(1, *lead, side, side))
     described = {"long_name": _LONG_NAMES[variable], "nodata": 255, "grid_mapping": "spatial_ref"}
     dataset = xr.Dataset({variable: (dims, empty, described)}, coords=coords, attrs=geozarr(grid))
+    if side % (2 * chunk) == 0:  # a chunk takes Zarr half a millisecond, however few bytes it has
+        chunk *= 2
     shape = {"chunks": (1, *lead, chunk, chunk), "shards": (1, *lead, side, side), "fill_value": 255}
     dataset.to_zarr(
         target,

@@ -121,12 +121,12 @@ def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
 
 @contextmanager
 def reading(store: str, path: str) -> Iterator[None]:
-    """Turns what zarr raises on something damaged into a CubeError."""
+    """Turns what is raised on something damaged into a CubeError."""
     try:
         yield
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CubeError(
             f"{store}: {path or 'the store'} cannot be read ({type(error).__name__}: {error}); it is damaged or not ours, so "
             "remove that site's folder and build it again, or use another --store"

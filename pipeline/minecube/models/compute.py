@@ -44,7 +44,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GAIN = 1.05  # a batch twice as large has to be faster by this, or it is not worth its memory
 _LARGEST = 1024  # windows to a batch
 # Windows to a call on a CPU: a call costs each layer something, but what a layer takes and gives should not leave the cache.
-# Of 21 small networks none is slower by this than by 4, 8 or 17 windows to a call by more than two hundredths.
+# Of 21 small networks none is slower by this than by 4, 8 or 17 windows to a call, their sites' rows having 17, by more than
+# two hundredths.
 _BEST, _BYTES = 16, 3.7e6  # the former at most; the latter of what a layer takes and gives, in the mean over the layers
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,7 @@ def rows_of(
     if forward.place.type == "cpu":
         yield from on_cores(forward, strips, ramp, compute.workers or _cores())
     else:
-        with closing(uploaded(strips, forward.place)) as there:
-            forward.group = yield from in_batches(forward, there, torch.from_numpy(ramp).to(forward.place), forward.group)
+        yield from on_gpu(forward, strips, ramp)
 
 
 def ready(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward:
@@ -272,6 +272,12 @@ def _finite(found: Tensor) -> Tensor:
     return found.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
 
 
+def on_gpu(forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64]) -> Iterator[tuple[T, Tensor, Tensor]]:
+    """`rows_of` by batches, of as many windows as the last site's, if there was one."""
+    with closing(uploaded(strips, forward.place)) as there:
+        forward.group = yield from in_batches(forward, there, torch.from_numpy(ramp).to(forward.place), forward.group)
+
+
 @dataclass
 class _Row(Generic[T]):
     """A strip whose windows are being computed."""
@@ -286,7 +292,7 @@ class _Row(Generic[T]):
 def in_batches(
     forward: Callable[[Tensor, int | None], Tensor], strips: Iterator[Strip[T]], ramp: Tensor, batch: int | None
 ) -> Generator[tuple[T, Tensor, Tensor], None, int | None]:
-    """`rows_of` by batches, across rows; the same on any device. Gives back how many windows to a batch were best."""
+    """`rows_of` by batches, across rows; the same on any device. Gives back how many windows to a batch were found to fit."""
     rows: deque[_Row[T]] = deque()
     todo: deque[tuple[_Row[T], int]] = deque()
     for strip in strips:
@@ -302,11 +308,12 @@ def in_batches(
         while rows and not rows[0].left:
             done = rows.popleft()
             yield done.strip.of, done.total, done.finite
+    fits = batch  # what is left fills no batch, so that it says nothing of them
     while todo and batch is not None:
         batch = _take(forward, todo, ramp, batch)
     for done in rows:
         yield done.strip.of, done.total, done.finite
-    return batch
+    return fits
 
 
 def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Row[T], int]], ramp: Tensor, batch: int) -> int:
@@ -317,15 +324,15 @@ def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Ro
     try:
         found = forward(torch.stack(cut), batch)
     except torch.OutOfMemoryError as error:
-        if len(group) == 1:
+        if batch == 1:
             raise ModelError(
                 "the device's memory does not hold one window of this model; use a device with more, or a smaller model"
             ) from error
     if found is None:  # not within `except`, where the error still holds on to what was too much
         if ramp.is_cuda:
             torch.cuda.empty_cache()
-        log.warning("out of memory at %d windows to a batch; going on with %d", len(group), len(group) // 2)
-        return len(group) // 2
+        log.warning("out of memory at %d windows to a batch; going on with %d", batch, batch // 2)
+        return batch // 2
     for each, good, (row, n) in zip(weighted(found, ramp), _finite(found), group, strict=True):
         if not row.total.dim():
             columns = row.strip.pixels.shape[-1]

@@ -222,6 +222,7 @@ class Mapper:
         like = view if self.trained.card.task == "series" else len(view)
         with self._lock:  # threads may map sites by the same model
             if self._ready is None or self._ready[0] != like:
+                self._ready = None  # not two at once in a GPU's memory
                 self._ready = (like, ready(self.trained, self.compute, view))
             return self._ready[1]
 
