@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import types
 from pathlib import Path
 
 import geopandas as gpd
@@ -135,6 +136,17 @@ def test_what_is_trained_and_mapped_is_not_done_again(world, out, monkeypatch):
     monkeypatch.setattr(models.Mapper, "rows", refused)
     bench(world, out)
     assert before == {name: (out / name).read_text() for name in before}
+
+
+def test_what_sees_all_years_is_held_against_all_others_and_smoothed_maps_against_their_own():
+    cards = [
+        types.SimpleNamespace(id=name, task=task)
+        for name, task in (("a", "mapping"), ("all", "series"), ("b", "mapping"), ("two", "change"))
+    ]
+    assert module.compared(cards) == [
+        *(("a+hmm", "a"), ("all+hmm", "all"), ("b+hmm", "b")),
+        *(("all", "a"), ("all", "b"), ("all", "two")),
+    ]
 
 
 def test_another_benchmark_in_the_same_folder_is_refused(world, out):

@@ -772,6 +772,8 @@ def test_ways_to_compute_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ModelError, match=r"'cuda' was asked for, but torch .* sees 0 GPUs"):
         predict(untrained(), reflectance(14), compute=Compute(device="cuda"))
+    with pytest.raises(ModelError, match="is for GPUs"):
+        predict(untrained(), reflectance(14), compute=Compute(compiled=True))
     with pytest.raises(ModelError, match="'gpu' is not one that torch knows"):
         predict(untrained(), reflectance(14), compute=Compute(device="gpu"))
     for wrong in ({"precision": "fp8"}, {"workers": 0}, {"batch": -1}):

@@ -555,6 +555,13 @@ def test_f1_at_r_by_hand() -> None:
     assert math.isnan(still["auprc"])
 
 
+def test_a_truth_that_is_none_of_the_three_is_refused_where_probabilities_are_counted() -> None:
+    p, y = chances(32, (2, 5, 5))
+    y[1, 2, 3] = 2
+    with pytest.raises(ModelError, match="the truth holds values other than 0, 1 and 255"):
+        metrics.count_probability(p, y, [2019, 2020])
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 8))
 def test_curves_of_blocks_add_up(seed: int, at: int) -> None:

@@ -63,6 +63,7 @@ def test_a_card_is_shown_in_full_with_the_number_of_its_parameters() -> None:
     assert found["options"] == "width 16, depth 3"
     assert found["paper"] == card.paper
     assert found["weights"] == "none yet: `minecube train`"
+    assert "licence" not in found  # of weights that there are not
     assert int(found["parameters"].replace(",", "")) == sum(p.numel() for p in network.build(card).parameters())
 
 
@@ -72,6 +73,7 @@ def test_cards_of_ones_own_with_weights_and_scores(tmp_path: Path) -> None:
     assert line.split()[1:] == ["mapping", "unet", "mine", "160", "px", "yes"]
     for arguments in (("models", "show", "own", "--catalog", folder), ("models", "--catalog", folder, "show", "own")):
         out = run(*arguments)
+        assert "licence " in out
         for text in ("https://example.org/own.pt", "a1" * 32, "weights: revision  3", "Germany_1, Austria_2", "score: iou"):
             assert text in out
     for arguments in (("--json", "show", "own"), ("show", "own", "--json")):
@@ -79,6 +81,27 @@ def test_cards_of_ones_own_with_weights_and_scores(tmp_path: Path) -> None:
         assert said["weights"]["sha256"] == "a1" * 32
         assert said["scores"] == {"iou": 0.91}
         assert said["parameters"] == network.parameters(load_models(folder / "models.yaml")["own"])
+
+
+def test_the_file_of_a_trained_network_is_shown_with_how_it_came_to_be(tmp_path: Path) -> None:
+    card = load_models()["unet-small"]
+    training = {"settings": {"id": "cpu", "epochs": 10}, "seed": 3, "epoch": 7, "validation F1": 0.875}
+    of = network.Trained(
+        card=card, network=network.build(card), mean=(1500.0,) * 10, std=(400.0,) * 10, sites=("pit", "pond"), training=training
+    )
+    network.save(of, tmp_path / "model.pt")
+    lines = dict(line.split("  ", 1) for line in run("models", "show", tmp_path / "model.pt").splitlines())
+    found = {name.strip(): text.strip() for name, text in lines.items()}
+    assert found["trained on"] == "pit pond"
+    assert (found["seed"], found["epoch"], found["validation F1"]) == ("3", "7", "0.875")
+    assert found["settings"] == "id cpu, epochs 10"
+    assert found["mean"] == " ".join(["1500.0"] * 10)
+    assert "weights" not in found
+    said = json.loads(run("models", "show", tmp_path / "model.pt", "--json"))
+    assert said["trained_on"] == ["pit", "pond"]
+    assert said["settings"] == training["settings"]
+    (tmp_path / "no.pt").write_bytes(b"no")
+    assert "is not a model that minecube wrote" in run("models", "show", tmp_path / "no.pt", ok=2)
 
 
 def test_unknown_names_and_architectures_are_named(tmp_path: Path) -> None:

@@ -173,6 +173,43 @@ def test_several_models_in_one_table(world, tmp_path):
     assert not list(out.glob(".*"))
 
 
+def test_every_year_gap_and_pair_of_every_site_is_a_row(world, tmp_path):
+    store, pixels = world
+    run("score", "--store", store, "--sites", "p*", "--model", "sharp,pairs", "--out", tmp_path)
+    tables = {n: list(csv.DictReader((tmp_path / f"by_{n}.csv").open())) for n in ("year", "gap", "pair")}
+    sites = ["pit", "pond", "pooled"]
+    assert [(r["model"], r["site"], r["year"]) for r in tables["year"]] == [("sharp", s, str(y)) for s in sites for y in YEARS]
+    for table, count in (("gap", 4), ("pair", 6)):
+        each = [(m, s) for m in ("sharp", "pairs") for s in sites for _ in range(count)]
+        assert [(r["model"], r["site"]) for r in tables[table]] == each
+    p, y = pixels["pond"]["sharp"], pixels["pond"]["truth"]
+    for (i, a), (j, b) in combinations(enumerate(YEARS), 2):
+        known = (p[i] != 255) & (p[j] != 255) & (y[i] != 255) & (y[j] != 255)
+        drawn, moved = ((v[i][known] >= h) != (v[j][known] >= h) for v, h in ((p, 125), (y, 1)))
+        (row,) = (r for r in tables["pair"] if (r["model"], r["site"], r["years"]) == ("sharp", "pond", f"{a}-{b}"))
+        assert float(row["change_f1"]) == pytest.approx(2 * (drawn & moved).sum() / (drawn.sum() + moved.sum()))
+
+
+def test_counts_of_two_machines_are_joined(world, tmp_path):
+    store, _ = world
+    ask = ("score", "--store", store, "--model", "sharp,rough", "--sites")
+    run(*ask, "p*,quarry", "--json", tmp_path / "all.json", "--out", tmp_path / "all")
+    for site in ("pit", "quarry"):
+        run(*ask, site, "--out", tmp_path / site)
+    files = [tmp_path / site / "counts.json" for site in ("pit", "quarry")]
+    join = [word for file in files for word in ("--join", file)]
+    run(*ask, "pond", *join, "--json", tmp_path / "joined.json")
+    one, other = (json.loads((tmp_path / f"{n}.json").read_text())["models"] for n in ("all", "joined"))
+    assert list(one) == list(other) == ["sharp", "rough"]
+    for model, found in other.items():
+        assert found["sites"] == one[model]["sites"]
+        assert found["by_year"] == one[model]["by_year"]
+    assert "pit of sharp is counted already" in run(*ask, "pit", *join, ok=2)
+    (tmp_path / "other.json").write_text('{"sharp": {"a": {}}}')
+    for wrong in (store + "/pit/zarr.json", tmp_path / "other.json"):
+        assert "expected counts.json" in run(*ask, "pond", "--join", wrong, ok=2)
+
+
 def test_one_site_has_no_interval_and_says_why(world, tmp_path):
     store, _ = world
     shown = run("score", "--store", store, "--sites", "pond", "--model", "sharp", "--json", tmp_path / "s.json")

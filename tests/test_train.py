@@ -31,6 +31,7 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 from torch import nn
 
 from minecube import cube as stores
+from minecube import models
 from minecube.catalog import BANDS, ModelCard, Recipe, Settings, load_presets
 from minecube.cli import cli
 from minecube.errors import CatalogError, ModelError
@@ -604,6 +605,20 @@ def test_small_sites_and_flat_bands_can_be_trained_on() -> None:
     model = fit(SMALL, Cubes({"a": of}), Cubes({"b": cube(20, 7, 30)}), dataclasses.replace(PLAIN, epochs=1, batch=64)).trained
     assert model.std[5] == 1
     assert model.mean[5] == 700
+
+
+def test_a_model_says_how_it_came_to_be_in_its_file_too(tmp_path: Path) -> None:
+    settings = dataclasses.replace(PLAIN, epochs=3)
+    fitted = fit(SMALL, Cubes({"a": cube(1)}), Cubes({"b": cube(2)}), settings, Run(seed=4))
+    models.save(fitted.trained, tmp_path / "model.pt")
+    for training in (fitted.trained.training, models.load(tmp_path / "model.pt").training):
+        assert (training["seed"], training["validation sites"]) == (4, ["b"])
+        assert training["settings"]["epochs"] == 3
+        assert training["epoch"] == fitted.best.epoch
+        assert training["validation F1"] == max(epoch.f1 for epoch in fitted.history)
+    alone = fit(SMALL, Cubes({"a": cube(1)}), None, settings).trained.training
+    assert alone["epoch"] == 3
+    assert not [name for name in alone if name.startswith("validation ") and alone[name]]
 
 
 # The same again

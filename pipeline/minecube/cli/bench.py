@@ -91,12 +91,16 @@ def bench(
             for name, scores in below[site].items():
                 counted.setdefault(name, {})[site] = scores
             advance(note=site)
-    maps = [c.id for c in cards if c.task != "change"]
-    compared = [(m + SUFFIX, m) for m in maps] + [(a.id, m) for a in cards if a.task == "series" for m in maps if m != a.id]
-    for path in written(store, Tables.of(counted, compared), cards, took, out):
+    for path in written(store, Tables.of(counted, compared(cards)), cards, took, out):
         click.echo(path)
     click.echo("\n" + (out / "mapping.md").read_text(encoding="utf-8"))
     click.echo((out / "change.md").read_text(encoding="utf-8"))
+
+
+def compared(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
+    """Which of them are held against which: smoothed maps against their own, and what sees all years against all others."""
+    smoothed = [(c.id + SUFFIX, c.id) for c in cards if c.task != "change"]
+    return smoothed + [(a.id, b.id) for a in cards if a.task == "series" for b in cards if a is not b]
 
 
 def _split(store: str, train: str, valid: str, test: str) -> Split:

@@ -47,27 +47,42 @@ def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> None:
-    """Show the card of one network, with the number of its parameters.
+    """Show the card of one network, or of the file of a trained one, with the number of its parameters.
 
     \b
     Example:
       minecube models show segformer-b2
+      minecube models show model.pt
     """
     before = ctx.parent.params if ctx.parent else {}
-    card = pick(common.models(catalog or before.get("catalog")), name, "model")
+    if Path(name).is_file():
+        card, trained = _trained(Path(name))
+    else:
+        card, trained = pick(common.models(catalog or before.get("catalog")), name, "model"), {}
     parameters = _parameters(card)
     if as_json or before.get("as_json"):
-        click.echo(json.dumps({**as_dict(card), "parameters": parameters}, indent=2))
+        click.echo(json.dumps({**as_dict(card), **trained, "parameters": parameters}, indent=2))
         return
-    fields = as_dict(card)
+    fields = as_dict(card) | trained
     weights, scores = fields.pop("weights") or {}, fields.pop("scores")
+    if not weights:
+        del fields["licence"]  # of the weights
     lines = {key.replace("_", " "): _text(value) for key, value in fields.items()}
-    lines |= {f"weights: {key}": _text(value) for key, value in weights.items()} or {"weights": "none yet: `minecube train`"}
+    lines |= {f"weights: {key}": _text(value) for key, value in weights.items()}
+    if not weights and not trained:
+        lines["weights"] = "none yet: `minecube train`"
     lines |= {f"score: {key}": _text(value) for key, value in scores.items()}
     lines["parameters"] = f"{parameters:,}" if parameters else "not counted: pip install 'minecube[models]'"
     lines = {key: text for key, text in lines.items() if text}
     width = max(map(len, lines))
     click.echo("\n".join(f"{key.ljust(width)}  {text}" for key, text in lines.items()))
+
+
+def _trained(file: Path) -> tuple[ModelCard, dict[str, Any]]:
+    """The card in a file of `minecube train`, and how its network came to be."""
+    found = importlib.import_module("minecube.models.network").load(file)
+    numbers = {name: [round(v, 1) for v in getattr(found, name)] for name in ("mean", "std")}
+    return found.card, {"trained_on": list(found.sites), **numbers, **found.training}
 
 
 def _paper(card: ModelCard) -> str:

@@ -186,7 +186,9 @@ def _makes(mapper: models.Mapper) -> str:
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--pairs", type=Pairs(), help="Of change: gaps in years (1,2) or pairs (2019-2021,...). [default: all]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
-@click.option("--compile", "compiled", is_flag=True, help="Let torch.compile rewrite the network first: minutes, once.")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Let torch.compile rewrite the network for a GPU first: minutes, once."
+)
 @click.option("--overwrite", is_flag=True, help="Map anew what is mapped already.")
 @click.pass_context
 def predict(

@@ -17,7 +17,7 @@ import xarray as xr
 
 from minecube import cube, labels, metrics
 from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
-from minecube.errors import CatalogError, CubeError, LabelError
+from minecube.errors import CatalogError, CubeError, LabelError, ModelError
 from minecube.report import scores as pictures
 
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
@@ -36,13 +36,22 @@ Counted = dict[str, dict[str, metrics.Scores]]
     "--model", "models", default="unet-small", show_default=True, help="Whose predictions: names of models, comma-separated."
 )
 @click.option("--baselines", is_flag=True, help="Also score maps that know nothing: never changes, always mine, last year's.")
+@click.option(
+    "--join",
+    "joined",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Counts of other sites, as --out writes them (counts.json), to be put beside these; may be given several times.",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all scores to this file.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for tables (Markdown, CSV, LaTeX), pictures, and counts to be joined with those of other machines.",
 )
-def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path | None, out: Path | None) -> None:
+def score(
+    store: str, wanted: str, models: str, baselines: bool, joined: Sequence[Path], json_file: Path | None, out: Path | None
+) -> None:
     """Score models against the labels: per site, year and gap, and pooled (a ratio of sums, not a mean of ratios).
 
     Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
@@ -52,6 +61,7 @@ def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path
     Examples:
       minecube score --store cubes.zarr --sites Germany_2 --model unet-small
       minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
+      minecube score --store here.zarr --join there/counts.json --out both
     """
     sites, named = stored_sites(store, wanted), [name.strip() for name in models.split(",")]
     if len(set(named)) < len(named):
@@ -65,6 +75,8 @@ def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path
             if baselines:
                 for name, scores in baselines_of(store, site).items():
                     counted.setdefault(name, {})[site] = scores
+    for path in joined:
+        _join(counted, path)
     tables = Tables.of(counted)
     click.echo(tables.text())
     content = {"ca_tiou_version": metrics.CA_TIOU_VERSION, **tables.content()}
@@ -73,6 +85,25 @@ def score(store: str, wanted: str, models: str, baselines: bool, json_file: Path
     if out:
         for path in write_all(tables, out):
             click.echo(path)
+
+
+def _join(counted: Counted, path: Path) -> None:
+    """Put counts of other sites beside these; raises CatalogError where it is no file of them, or names a site once more."""
+    try:
+        found = {
+            model: {site: metrics.Scores.of_json(counts) for site, counts in sites.items()}
+            for model, sites in json.loads(path.read_text(encoding="utf-8")).items()
+        }
+    except (OSError, ValueError, AttributeError, ModelError) as error:
+        raise CatalogError(f"{path}: expected counts.json as `minecube score --out` writes it ({error})") from error
+    for model, sites in found.items():
+        twice = sorted(set(sites) & set(counted.get(model, ())))
+        if twice:
+            raise CatalogError(
+                f"{path}: {twice[0]} of {model} is counted already, and twice it would weigh double; choose --sites that no "
+                "other machine has"
+            )
+        counted.setdefault(model, {}).update(sites)
 
 
 def score_site(store: str, name: str, model: str) -> metrics.Scores:
@@ -183,14 +214,14 @@ class Tables:
         return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("model")
 
     def long(self) -> dict[str, pd.DataFrame]:
-        """Name -> table of numbers, a row a model and site, year, gap or score."""
+        """Name -> table of numbers, a row a model and site, year, gap, pair of years or score."""
         finished: Callable[[metrics.Scores], pd.DataFrame] = lambda c: pd.DataFrame([metrics.finish(c)])  # noqa: E731
         sites = {(m, s): finished(c) for m, by_site in self.counted.items() for s, c in by_site.items()}
         tables = {"by_site": pd.concat(sites, names=["model", "site"]).droplevel(2)}
-        for name, of in (("by_year", metrics.by_year), ("by_gap", metrics.by_gap)):
-            found = {m: of(c) for m, c in self.pooled.items() if c.years or name == "by_gap"}
+        for name, of in (("by_year", metrics.by_year), ("by_gap", metrics.by_gap), ("by_pair", metrics.by_pair)):
+            found = {(m, s): of(c) for m in self.counted for s, c in self._all(m) if c.years or name != "by_year"}
             if found:
-                tables[name] = pd.concat(found, names=["model"])
+                tables[name] = pd.concat(found, names=["model", "site"])
         tables["pooled"] = pd.concat(self.intervals, names=["model"])
         if self.differences:
             tables["differences"] = pd.concat(self.differences, names=["models"])

@@ -55,8 +55,8 @@ def count(
             y, p = (np.pad(of, ((0, 0), (0, 0), (0, 64 - width))) for of in (y, p))
         site, own = _within(width, 0, width), _within(width, columns.start, columns.stop)
         if not add(y, p, (rows.start, rows.stop), site, own, -(-len(rows) // bands), _WORDS, sums):
-            _check(y, "truth")
-            _check(p, "prediction")
+            check(y, "truth")
+            check(p, "prediction")
     return _scores(sums, years)
 
 
@@ -78,11 +78,11 @@ def stack_of(stack: Bytes | xr.DataArray, what: str, years: Sequence[int]) -> By
 def _footprints(stack: NDArray[Any], what: str) -> Bytes:
     """As bytes in a row; bytes themselves are checked where they are packed."""
     if stack.dtype != np.uint8:
-        _check(stack, what)
+        check(stack, what)
     return np.require(stack, np.uint8, ["C", "W"])  # one kind of array, so that one is compiled
 
 
-def _check(stack: NDArray[Any], what: str) -> None:
+def check(stack: NDArray[Any], what: str) -> None:
     """Raises ModelError for what is no footprint."""
     if ((stack != 0) & (stack != 1) & (stack != UNKNOWN)).any():
         raise ModelError(f"the {what} holds values other than 0, 1 and {UNKNOWN} (unknown); threshold probabilities first")

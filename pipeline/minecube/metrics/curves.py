@@ -7,7 +7,6 @@ of the two probabilities, in stored steps. A change model gives its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
+from minecube.compiled import compiled
 from minecube.errors import ModelError
-from minecube.metrics.counting import stack_of
+from minecube.metrics.counting import check, stack_of
 from minecube.metrics.states import LEVELS, UNKNOWN, Histogram, Scores
 
 BINS = 10
@@ -39,22 +39,45 @@ def count_probability(
         core: Which (y, x) pixels to count.
 
     Raises:
-        ModelError: shapes or years differ, or a probability is 251..254.
+        ModelError: shapes or years differ, a probability is 251..254, or a truth none of the three.
     """
     p, y = stack_of(probability, "probability", years), stack_of(truth, "truth", years)
     if p.shape != y.shape:
         raise ModelError(f"probability has shape {p.shape}, truth {y.shape}; scores need the same years on the same grid")
-    p, y = (stack[:, *(core or (slice(None), slice(None)))].reshape(len(years), -1) for stack in (p, y))
-    known = (checked(p) != UNKNOWN) & (y != UNKNOWN)
-    footprint = {int(year): histogram(*(a[i][known[i]] for a in (p, y))) for i, year in enumerate(years)}
-    change: dict[int, Histogram] = {}
-    for i, j in combinations(range(len(years)), 2):
-        both = known[i] & known[j]
-        first, second = p[i][both], p[j][both]
-        found = histogram(np.maximum(first, second) - np.minimum(first, second), y[i][both] ^ y[j][both])
-        gap = int(years[j]) - int(years[i])
-        change[gap] = change[gap] + found if gap in change else found
-    return Scores(footprint=footprint, change=change)
+    p, y = (stack[:, *(core or (slice(None), slice(None)))].reshape(len(years), -1) for stack in (checked(p), y))
+    check(y, "truth")
+    gaps = np.subtract.outer(years, years)
+    each = np.unique(gaps[gaps > 0])
+    footprint = np.zeros((len(years), LEVELS + 1, 2), np.int64)
+    change = np.zeros((len(each), LEVELS + 1, 2), np.int64)
+    p, y = (np.ascontiguousarray(stack, np.uint8) for stack in (p, y))
+    _count(p, y, np.searchsorted(each, gaps), footprint, change)
+    return Scores(
+        footprint={int(year): Histogram(pixels) for year, pixels in zip(years, footprint, strict=True)},
+        change={int(gap): Histogram(pixels) for gap, pixels in zip(each, change, strict=True)},
+    )
+
+
+@compiled
+def _count(
+    p: NDArray[np.uint8],
+    y: NDArray[np.uint8],
+    gap: NDArray[np.intp],
+    footprint: NDArray[np.int64],
+    change: NDArray[np.int64],
+) -> None:
+    """Add pixels [year, pixel] to `footprint` [year, 251, 2] and, of all pairs of years, `change` [gap, 251, 2]; which `gap`
+    it is of a year [and an earlier one]."""
+    years, pixels = p.shape
+    for n in range(pixels):
+        for i in range(years):
+            if p[i, n] == UNKNOWN or y[i, n] == UNKNOWN:
+                continue
+            footprint[i, p[i, n], y[i, n]] += 1
+            for j in range(i):
+                if p[j, n] != UNKNOWN and y[j, n] != UNKNOWN:
+                    apart = max(p[i, n], p[j, n]) - min(p[i, n], p[j, n])
+                    change[gap[i, j], apart, y[i, n] ^ y[j, n]] += 1
 
 
 def checked(probability: NDArray[np.uint8]) -> NDArray[np.uint8]:

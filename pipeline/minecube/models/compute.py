@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -64,7 +64,7 @@ class Compute:
     precision: str | None = None
     """fp32 or bf16 (autocast); by default bf16 on a GPU and fp32 on a CPU."""
     compiled: bool = False
-    """Whether torch.compile rewrites the network first: minutes, once, for a faster map."""
+    """Whether torch.compile rewrites the network for a GPU first: minutes, once, for a faster map."""
 
     def __post_init__(self) -> None:
         counts = [n for n in (self.workers, self.batch) if n is not None]
@@ -75,8 +75,15 @@ class Compute:
             )
 
     def place(self) -> torch.device:
-        """The device; raises ModelError where it is not there."""
-        return device_of(self.device)
+        """The device; raises ModelError where it is not there, or is a CPU and the network to be compiled."""
+        place = device_of(self.device)
+        if place.type == "cpu" and self.compiled:
+            # Groups differ in size, and each size would be compiled anew, until torch gives up at one that chance decides.
+            raise ModelError(
+                "torch.compile is for GPUs; on a CPU it takes its time, gains nothing, and a map's last bits would depend on "
+                "which windows come first: leave --compile out"
+            )
+        return place
 
     def __str__(self) -> str:
         return f"torch {torch.__version__} on {self.place().type} in {_precision(self, self.place())}"
@@ -110,7 +117,7 @@ def ready(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward:
     window = torch.zeros(1, len(years), len(trained.card.bands), side, side)
     network = folded(network, lambda: logits(network, trained.card.task, window, years))
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    forward = Forward(network, trained, place, _precision(compute, place), compute.compiled, years)
+    forward = Forward(network, trained, place, _precision(compute, place), False, years)
     forward.group = forward.together(window)
     return forward
 
@@ -164,7 +171,7 @@ class Forward:
         if not layers:
             return _BEST
         noting = [layer.register_forward_hook(note) for layer in layers]
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+        with torch.inference_mode():
             logits(self._network, self.trained.card.task, window, self._years)
         for hook in noting:
             hook.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Trained:
     """Likewise; never zero."""
     sites: tuple[str, ...]
     """What it was trained on: scores there are not scores on unseen ground."""
+    training: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """How, as plain JSON: settings, seed, validation sites, the epoch that was kept, its scores; empty where not known."""
 
 
 def build(card: ModelCard) -> nn.Module:
@@ -100,6 +102,7 @@ def save(trained: Trained, path: Path) -> None:
         "mean": list(trained.mean),
         "std": list(trained.std),
         "sites": list(trained.sites),
+        "training": dict(trained.training),
         "weights": trained.network.state_dict(),
     }
     write_whole(path, pickled(content))
@@ -131,7 +134,8 @@ def model_of(content: Any, where: str) -> Trained:
             f"{where}: is not a model of this version of minecube (expected {FORMAT}, found {found or 'no format'}); "
             "train one with `minecube train`"
         )
-    parts = {"card": dict, "mean": list, "std": list, "sites": list, "weights": dict}
+    content = {"training": {}, **content}  # which older files do not say
+    parts = {"card": dict, "mean": list, "std": list, "sites": list, "training": dict, "weights": dict}
     wrong = [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ModelError(f"{where}: says it is a {FORMAT}, but lacks {', '.join(wrong)}; train it again")
@@ -141,7 +145,8 @@ def model_of(content: Any, where: str) -> Trained:
         raise ModelError(
             f"{where}: expected mean and deviation of {len(card.bands)} bands, found {mean} and {std}; train it again"
         )
-    return Trained(card=card, network=filled(card, content["weights"], where), mean=mean, std=std, sites=sites)
+    network = filled(card, content["weights"], where)
+    return Trained(card=card, network=network, mean=mean, std=std, sites=sites, training=content["training"])
 
 
 def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module:

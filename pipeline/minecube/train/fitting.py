@@ -112,10 +112,12 @@ def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings
     weights = {name: value.cpu() for name, value in (state.best_weights or state.network.state_dict()).items()}
     network = state.network.cpu()
     network.load_state_dict(weights)
-    trained = Trained(
-        card=card, network=network.eval(), mean=surveyed.mean, std=surveyed.std, sites=tuple(sorted(map(str, train.sites)))
-    )
-    return Fitted(trained=trained, best=state.history[state.best], history=tuple(state.history))
+    best, sites = state.history[state.best], tuple(sorted(map(str, train.sites)))
+    how = {name: asked[name] for name in ("settings", "seed", "validation sites")} | {"epoch": int(best.epoch)}
+    if valid is not None:
+        how |= {"validation F1": float(best.f1), "validation IoU": float(best.iou)}
+    trained = Trained(card=card, network=network.eval(), mean=surveyed.mean, std=surveyed.std, sites=sites, training=how)
+    return Fitted(trained=trained, best=best, history=tuple(state.history))
 
 
 def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | None) -> None:

@@ -1,0 +1,42 @@
+"""The benchmarks run, and write the figures that they are read for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def figures(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
+    file = folder / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / name), "--json", str(file), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_mapping(tmp_path: Path) -> None:
+    found = figures(
+        tmp_path, "predict.py", "--models", "tinycd-small,unet-small", "--rounds", "1", "--seconds", "0.1", "--no-memory"
+    )
+    assert list(found["end_to_end_fraction"]) == ["tinycd-small", "unet-small"]
+    for name, fraction in found["end_to_end_fraction"].items():
+        of = found["models"][name]
+        (whole,) = of["rounds"]["end to end"]
+        assert fraction == pytest.approx(of["rounds"][of["alone"]][0] / whole)
+        assert of["mpx_s"] == pytest.approx(of["maps"] * 0.768**2 / whole, rel=0.01)
+
+
+@pytest.mark.slow
+def test_scoring(tmp_path: Path) -> None:
+    found = figures(tmp_path, "score.py", "--sites", "1", "--rounds", "1")
+    assert found["bandwidth_fraction"] > 0
+    assert found["vs_torchmetrics"] > 0
