@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import zarr
+import zarr.errors
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
-from minecube.cube.store import digest, exists, group_of, site_group, zarr_store
+from minecube.cube.store import digest, exists, group_of, site_group
 from minecube.errors import CubeError
 
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
@@ -70,9 +71,16 @@ def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
     """Provenance of the committed years of a site; empty where there is none."""
     if not exists(store, f"{site_id}/builds"):
         return {}
-    group = zarr.open_group(zarr_store(store), path=f"{site_id}/builds", mode="r", use_consolidated=False)
-    found = {int(name): dict(marker.attrs) for name, marker in group.groups()}
-    return {year: attrs for year, attrs in sorted(found.items()) if "build_id" in attrs}
+    found = {}
+    # Year by year: a list of what is there would come upon markers that other threads are only beginning.
+    for year in sorted(int(y) for y in group_of(store, site_id)["year"][:] if y > 0):
+        try:
+            attrs = dict(group_of(store, f"{site_id}/builds/{year}").attrs)
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+            continue
+        if "build_id" in attrs:
+            found[year] = attrs
+    return found
 
 
 def pixels_of(made: Mapping[str, Any]) -> str:
