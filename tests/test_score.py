@@ -190,7 +190,7 @@ def test_every_year_gap_and_pair_of_every_site_is_a_row(world, tmp_path):
         assert float(row["change_f1"]) == pytest.approx(2 * (drawn & moved).sum() / (drawn.sum() + moved.sum()))
 
 
-def test_counts_of_two_machines_are_joined(world, tmp_path):
+def test_counts_of_two_machines_are_joined(world, tmp_path, monkeypatch):
     store, _ = world
     ask = ("score", "--store", store, "--model", "sharp,rough", "--sites")
     run(*ask, "p*,quarry", "--json", tmp_path / "all.json", "--out", tmp_path / "all")
@@ -204,7 +204,10 @@ def test_counts_of_two_machines_are_joined(world, tmp_path):
     for model, found in other.items():
         assert found["sites"] == one[model]["sites"]
         assert found["by_year"] == one[model]["by_year"]
-    assert "pit of sharp is counted already" in run(*ask, "pit", *join, ok=2)
+        assert found["intervals"] == one[model]["intervals"]  # the same draws, whatever was counted first
+    monkeypatch.setattr(module, "score_site", None)  # nothing is counted before these are seen to be wrong
+    assert "pit of sharp is counted elsewhere, too" in run(*ask, "pit", *join, ok=2)
+    assert "pit of sharp is counted elsewhere, too" in run(*ask, "pond", *join, *join, ok=2)
     (tmp_path / "other.json").write_text('{"sharp": {"a": {}}}')
     for wrong in (store + "/pit/zarr.json", tmp_path / "other.json"):
         assert "expected counts.json" in run(*ask, "pond", "--join", wrong, ok=2)

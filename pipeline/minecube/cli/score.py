@@ -52,7 +52,7 @@ Counted = dict[str, dict[str, metrics.Scores]]
 def score(
     store: str, wanted: str, models: str, baselines: bool, joined: Sequence[Path], json_file: Path | None, out: Path | None
 ) -> None:
-    """Score models against the labels: per site, year and gap, and pooled (a ratio of sums, not a mean of ratios).
+    """Score models against the labels: per site, year, gap and pair, and pooled (a ratio of sums, not a mean of ratios).
 
     Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
     there is more than one; each model but the first is also held against the first, over the same sites.
@@ -67,6 +67,8 @@ def score(
     if len(set(named)) < len(named):
         raise CatalogError(f"--model {models}: expected each model once")
     counted: Counted = {name: {} for name in named}
+    for path in joined:  # before pixels are counted, which takes long
+        _join(counted, path, sites)
     with progress_bar("scoring", len(sites) * len(named)) as advance:
         for site in sites:
             for name in named:
@@ -75,8 +77,6 @@ def score(
             if baselines:
                 for name, scores in baselines_of(store, site).items():
                     counted.setdefault(name, {})[site] = scores
-    for path in joined:
-        _join(counted, path)
     tables = Tables.of(counted)
     click.echo(tables.text())
     content = {"ca_tiou_version": metrics.CA_TIOU_VERSION, **tables.content()}
@@ -87,8 +87,9 @@ def score(
             click.echo(path)
 
 
-def _join(counted: Counted, path: Path) -> None:
-    """Put counts of other sites beside these; raises CatalogError where it is no file of them, or names a site once more."""
+def _join(counted: Counted, path: Path, own: Sequence[str]) -> None:
+    """Put counts of other sites beside these; raises CatalogError where it is no file of them, or names a site once more, or
+    one that is to be counted here."""
     try:
         found = {
             model: {site: metrics.Scores.of_json(counts) for site, counts in sites.items()}
@@ -97,11 +98,11 @@ def _join(counted: Counted, path: Path) -> None:
     except (OSError, ValueError, AttributeError, ModelError) as error:
         raise CatalogError(f"{path}: expected counts.json as `minecube score --out` writes it ({error})") from error
     for model, sites in found.items():
-        twice = sorted(set(sites) & set(counted.get(model, ())))
+        twice = sorted(set(sites) & {*counted.get(model, ()), *(own if model in counted else ())})
         if twice:
             raise CatalogError(
-                f"{path}: {twice[0]} of {model} is counted already, and twice it would weigh double; choose --sites that no "
-                "other machine has"
+                f"{path}: {twice[0]} of {model} is counted elsewhere, too, and twice it would weigh double; choose --sites "
+                "that no other machine has"
             )
         counted.setdefault(model, {}).update(sites)
 

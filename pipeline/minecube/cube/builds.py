@@ -17,7 +17,7 @@ import zarr.errors
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
-from minecube.cube.store import digest, exists, group_of, site_group
+from minecube.cube.store import digest, exists, group_of, reading, site_group
 from minecube.errors import CubeError
 
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
@@ -72,8 +72,10 @@ def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
     if not exists(store, f"{site_id}/builds"):
         return {}
     found = {}
+    with reading(store, site_id):
+        years = sorted(int(y) for y in group_of(store, site_id)["year"][:] if y > 0)
     # Year by year: a list of what is there would come upon markers that other threads are only beginning.
-    for year in sorted(int(y) for y in group_of(store, site_id)["year"][:] if y > 0):
+    for year in years:
         try:
             attrs = dict(group_of(store, f"{site_id}/builds/{year}").attrs)
         except (FileNotFoundError, zarr.errors.GroupNotFoundError):

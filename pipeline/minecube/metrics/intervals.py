@@ -65,8 +65,7 @@ def difference(
             f"{unlike[0]} is scored over {numbers} pairs of years, not the same ones, and change over longer gaps is easier; "
             "map the same pairs by both, or score them one by one"
         )
-    both = {"one": one, "other": {name: other[name] for name in one}}
-    return _table(both, lambda scores: scores[0] - scores[1], level, resamples, seed, method)
+    return _table({"one": one, "other": other}, lambda scores: scores[0] - scores[1], level, resamples, seed, method)
 
 
 def _table(
@@ -77,7 +76,8 @@ def _table(
     if not all(sets.values()):
         raise ModelError("there is no site to score; name at least one")
     kinds = [kinds_of(list(sites.values())) for sites in sets.values()]
-    counts = [np.stack([vector(s, k) for s in sites.values()]) for sites, k in zip(sets.values(), kinds, strict=True)]
+    # By name, so that the same draws mean the same sites, and the order in which they were counted does not matter.
+    counts = [np.stack([vector(sites[s], k) for s in sorted(sites)]) for sites, k in zip(sets.values(), kinds, strict=True)]
     number = len(counts[0])
 
     def scores(weights: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -73,17 +73,16 @@ class Compute:
                 f"expected a precision of {', '.join(PRECISIONS)}, workers and batch of 1 or more, found {self.precision}, "
                 f"{self.workers}, {self.batch}"
             )
-
-    def place(self) -> torch.device:
-        """The device; raises ModelError where it is not there, or is a CPU and the network to be compiled."""
-        place = device_of(self.device)
-        if place.type == "cpu" and self.compiled:
+        if self.compiled and self.device.startswith("cpu"):
             # Groups differ in size, and each size would be compiled anew, until torch gives up at one that chance decides.
             raise ModelError(
                 "torch.compile is for GPUs; on a CPU it takes its time, gains nothing, and a map's last bits would depend on "
                 "which windows come first: leave --compile out"
             )
-        return place
+
+    def place(self) -> torch.device:
+        """The device; raises ModelError where it is not there."""
+        return device_of(self.device)
 
     def __str__(self) -> str:
         return f"torch {torch.__version__} on {self.place().type} in {_precision(self, self.place())}"
@@ -113,11 +112,11 @@ def ready(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward:
     place, side = compute.place(), trained.card.window_px
     network = deepcopy(trained.network).to(place).eval()
     if place.type != "cpu":
-        return Forward(network, trained, place, _precision(compute, place), compute.compiled, years, compute.batch)
+        return Forward(network, trained, compute, years)
     window = torch.zeros(1, len(years), len(trained.card.bands), side, side)
     network = folded(network, lambda: logits(network, trained.card.task, window, years))
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    forward = Forward(network, trained, place, _precision(compute, place), False, years)
+    forward = Forward(network, trained, compute, years)
     forward.group = forward.together(window)
     return forward
 
@@ -134,24 +133,16 @@ def _precision(compute: Compute, place: torch.device) -> str:
 class Forward:
     """Windows uint16 [n, time, band, y, x] -> logits float32 [n, time, class, y, x]; normalised on the device."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        trained: Trained,
-        place: torch.device,
-        precision: str,
-        compiled: bool,
-        years: Sequence[int] | None = None,
-        group: int | None = None,
-    ) -> None:
-        self.place, self.trained, self._years = place, trained, years
-        self.group = group
+    def __init__(self, network: nn.Module, trained: Trained, compute: Compute, years: Sequence[int]) -> None:
+        self.place, self.trained, self._years = compute.place(), trained, years
+        self.group = compute.batch
         """Windows to a call; None where it is still to be found out."""
-        if compiled:
+        if compute.compiled:
             network.compile(dynamic=False)
         self._network = network
-        self._compiled, self._dtype = compiled, PRECISIONS[precision]
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=place).view(-1, 1, 1) for v in (trained.mean, trained.std))
+        self._compiled, self._dtype = compute.compiled, PRECISIONS[_precision(compute, self.place)]
+        numbers = (torch.tensor(v, dtype=torch.float32, device=self.place) for v in (trained.mean, trained.std))
+        mean, std = (v.view(-1, 1, 1) for v in numbers)
         self._mean, self._scale = mean, 1 / std
 
     def normal(self, windows: Tensor) -> Tensor:
