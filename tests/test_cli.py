@@ -205,7 +205,9 @@ def test_other_scenes_are_refused_unless_told(world, built, tmp_path):
     out, err = run("build", *args(world, store), "--scenes", lists, ok=1)
     assert out.count("kept") == 1
     assert "pit 2020" in err
-    assert "to replace it say --overwrite" in err
+    assert "use --overwrite to replace it" in err
+    assert "1 of 2 site-years failed; " in err
+    assert f"{store} keeps an older build of them" in err
     assert "1 of 2 site-years failed" in err
     out, _ = run("build", *args(world, store), "--scenes", lists, "--overwrite")
     assert (out.count("built"), out.count("kept")) == (1, 1)
@@ -532,8 +534,12 @@ def test_a_lost_read_may_be_allowed(world, tmp_path):
     reads = cube.reads(str(store), "pit", 2022)
     assert reads[reads.lost > 0].band.tolist() == ["B11"]
     assert "No such file" in reads[reads.lost > 0].reason.item()
-    _, err = run("build", *args(tmp_path, store), ok=1)
-    assert "to build it anew say --overwrite" in err
+    out, err = run("build", *args(tmp_path, store))  # accepted once, it stays
+    assert out.count("kept") == 2
+    assert err == f"pit 2022: has {share:.2%} of its reads; use --overwrite to build it again\n"
+    _, err = run("build", *args(tmp_path, store), "--overwrite", ok=1)
+    assert "1 of 2 site-years failed; " in err
+    assert cube.builds(str(store), "pit")[2022]["reads"]["completeness"] == share  # the old year stays
 
 
 @pytest.mark.parametrize("policy", ["warn", "fix", "drop", "fail"])

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import types
-import urllib.request
 from pathlib import Path
 
 import dask.array as da
@@ -169,9 +168,14 @@ def test_a_flipped_bit(store):
 
 
 def test_a_shard_that_is_gone(store):
-    """Which Zarr reads as zeros, without an error."""
+    """Zarr reads it as zeros, without an error; we do not."""
     (store / SHARD).unlink()
-    assert not cube.open_cube(str(store), "pit").reflectance.sel(year=2020)[:, 64:128, 128:192].values.any()
+    by_zarr = zarr.open_array(str(store / "pit/reflectance"), mode="r")
+    assert not by_zarr[1, :, 64:128, 128:192].any()
+    opened = cube.open_cube(str(store), "pit").reflectance.sel(year=2020)
+    with pytest.raises(CubeError, match=r"reflectance/c/1/0/1/2 is missing although it was committed; run `minecube verify`"):
+        opened[:, 64:128, 128:192].load()
+    assert opened[:, :64].values.any()
     finding = only(store)
     assert (finding.year, finding.kind, finding.what) == (2020, "missing", "reflectance/c/1/0/1/2")
 
@@ -400,21 +404,28 @@ def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
     asked = iter([False, False, True])
     with pytest.raises(CubeError, match="stopped"):
         cube.write_year(store, made, told, b"", reads=Counted(), workers=2, stopped=lambda: next(asked))
-    assert found(store) == ()
-    # A run of a version without checksums, gone on with: begun anew, for its blocks would have none.
+    report = cube.verify(store)
+    assert [(f.kind, f.what, f.year) for f in report.findings] == [("unfinished", "builds/2020.new", 2020)]
+    assert report.whole
+    assert report.rebuild == {}
     assert cube.write_year(store, made, told, parquet(id=["a"]), reads=Counted())
     assert found(store) == ()
     assert len(cube.builds(store, "pit")[2020]["checksums"]) == 3 * 11 + 4
 
 
-def test_a_run_begun_without_checksums_begins_anew(tmp_path, make):
+def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, make):
+    """Versions without staging wrote blocks into the cube itself, and noted in the marker what they were building."""
     site, store = make.site("pit", 360000, 5600040, 240, 180), tmp_path / "cubes.zarr"
-    made, told = year_of(grid_of(site), 1), provenance(site, 2020)
     cube.create(str(store), site, grid_of(site), YEARS, RECIPE)
+    zarr.open_array(f"{store}/pit/reflectance", mode="r+")[1, :, :64, :64] = 7
+    marker = zarr.open_group(str(store), mode="a").create_group("pit/builds/2020")
+    marker.attrs.put({"building": "x", "blocks": ["0/0"], "checksums": {}})
+    assert found(store) == ()
     asked = iter([False, True])
+    made, told = year_of(grid_of(site), 1), provenance(site, 2020)
     with pytest.raises(CubeError, match="stopped"):
         cube.write_year(str(store), made, told, b"", stopped=lambda: next(asked))
-    edit(store / "pit/builds/2020/zarr.json", lambda m: m["attributes"].pop("checksums"))
+    assert not xr.open_zarr(store, group="pit", consolidated=False).reflectance.values.any()
     assert cube.write_year(str(store), made, told, parquet(id=["a"]))
     assert found(store) == ()
 
@@ -516,44 +527,28 @@ def same_to_a_reader(path):
         return None
 
 
-def test_in_an_object_store(store, monkeypatch, make):
+def test_in_an_object_store(bucket, make):
     """An S3 server: listed, verified, damaged, found, taken back."""
     import obstore
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        _, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/mines", method="PUT"), timeout=20)
-        url = "s3://mines/a/cubes.zarr"
-        with pytest.raises(CubeError, match="no site of minecube"):
-            cube.verify(url)
-        built(url, make.site("pit", 360000, 5600040, 240, 180), years=(2020,))
-        report = cube.verify(url)
-        assert report.findings == ()
-        assert report.objects > 50
-        bucket = obstore.store.from_url(url)
-        content = bytearray(bytes(bucket.get(SHARD).bytes()))
-        content[99] ^= 4
-        bucket.put(SHARD, bytes(content))
-        bucket.delete("pit/quality/c/1/0/0")
-        assert [(f.kind, f.year, f.what) for f in cube.verify(url).findings] == [
-            ("missing", 2020, "quality/c/1/0/0"),
-            ("damaged", 2020, "reflectance/c/1/0/1/2"),
-        ]
-        cube.uncommit(url, "pit", [2020])
-        assert cube.builds(url, "pit") == {}
-    finally:
-        server.stop()
+    url = f"{bucket}/a/cubes.zarr"
+    with pytest.raises(CubeError, match="no site of minecube"):
+        cube.verify(url)
+    built(url, make.site("pit", 360000, 5600040, 240, 180), years=(2020,))
+    report = cube.verify(url)
+    assert report.findings == ()
+    assert report.objects > 50
+    objects = obstore.store.from_url(url)
+    content = bytearray(bytes(objects.get(SHARD).bytes()))
+    content[99] ^= 4
+    objects.put(SHARD, bytes(content))
+    objects.delete("pit/quality/c/1/0/0")
+    assert [(f.kind, f.year, f.what) for f in cube.verify(url).findings] == [
+        ("missing", 2020, "quality/c/1/0/0"),
+        ("damaged", 2020, "reflectance/c/1/0/1/2"),
+    ]
+    cube.uncommit(url, "pit", [2020])
+    assert cube.builds(url, "pit") == {}
 
 
 def test_blocks_computed_in_other_processes_have_checksums(tmp_path, make):

@@ -25,6 +25,16 @@ class CubeError(MinecubeError):
     """A store is not ours, was made by another recipe or grid, or cannot be written."""
 
 
+class BusyError(CubeError):
+    """Another run is writing the same part of the store."""
+
+    exit_code = 1
+
+
+class StaleError(CubeError):
+    """A site-year is committed with another build than this run would make."""
+
+
 class LabelError(MinecubeError):
     """Polygons that cannot be placed on the grid: no CRS, empty, elsewhere."""
 

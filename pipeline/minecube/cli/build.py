@@ -51,9 +51,11 @@ class Outcome:
     site: str
     year: int
     state: str
-    """built, kept (that build was there already) or failed."""
+    """built; kept (that build is committed already); failed; or stale (it failed, and an older build stays committed)."""
     scenes: int = 0
+    """Scenes whose pixels are used."""
     days: int = 0
+    """Days of these scenes."""
     conflicts: int = 0
     """Scenes whose offset contradicts their pixels."""
     planned: plan.Estimate | None = None
@@ -117,7 +119,7 @@ def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Calla
     try:
         return _built(job, site, year, workers, stopped)
     except MinecubeError as error:
-        return _failed(site, year, error, time.monotonic() - start)
+        return _failed(job.store, site, year, error, time.monotonic() - start)
 
 
 def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], bool]) -> Outcome:
@@ -136,16 +138,27 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     )
     done = Outcome(site=site.id, year=year, state="kept", scenes=len(chosen), days=len(scenes.dates(chosen)))
     if cube.is_committed(job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness):
-        return replace(done, seconds=time.monotonic() - start)
+        marker = cube.builds(job.store, site.id)[year]
+        ids = {scene["id"] for scene in cube.used_scenes(marker)}
+        used = [scene for scene in chosen if scene.id in ids]
+        share = cube.completeness_of(marker)
+        gaps = f"has {share:.2%} of its reads; use --overwrite to build it again" if share < job.min_read_completeness else ""
+        return replace(done, scenes=len(used), days=len(scenes.dates(used)), message=gaps, seconds=time.monotonic() - start)
     lossy = job.min_read_completeness < 1
     looks = Ledger(lossy=lossy)
     checks = offsets.check_offsets(chosen, grid, looks)
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
+    left_out = dict.fromkeys(_lacking(chosen, used), "offset")
     provenance |= {"offset_conflicts": offsets.as_rows(checks), "offset_untold": [c.scene for c in checks if c.step is None]}
     if job.recipe.registration:
         moved = registration.shifts(used, grid, looks)
-        used = registration.registered(used, moved, job.recipe.registration)
+        registered = registration.registered(used, moved, job.recipe.registration)
+        left_out |= dict.fromkeys(_lacking(used, registered), "registration")
+        used = registered
         provenance["shifts"] = registration.as_rows(moved)
+    cube.leave_out(provenance, left_out)
+    if left_out:
+        scenes.need_dates(used, job.recipe, year)
     provenance["check_reads"] = looks.totals()
     ledger = Ledger(lossy=lossy, before=cube.reads_so_far(job.store, provenance))
     planned = plan.estimate(used, grid, job.recipe)
@@ -154,7 +167,7 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         job.store,
         composite(used, grid, job.recipe, ledger, year=year, tools=job.tools),
         provenance,
-        snapshot.to_bytes(chosen),
+        snapshot.to_bytes(used),
         reads=ledger,
         completeness=job.min_read_completeness,
         overwrite=job.overwrite,
@@ -165,12 +178,20 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     return replace(
         done,
         state="built" if new else "kept",
+        scenes=len(used),
+        days=len(scenes.dates(used)),
         conflicts=sum(c.conflict for c in checks),
         planned=planned,
         reads=ledger.totals(),
         looks=looks.totals(),
         seconds=time.monotonic() - start,
     )
+
+
+def _lacking(before: Sequence[pystac.Item], after: Sequence[pystac.Item]) -> list[str]:
+    """Ids of the scenes that are gone."""
+    kept = {scene.id for scene in after}
+    return [scene.id for scene in before if scene.id not in kept]
 
 
 def build(
@@ -203,8 +224,6 @@ def build(
     for outcome in _run(job, todo, executor):
         outcomes.append(outcome)
         done(outcome)
-    for site_id in {o.site for o in outcomes if o.state != "failed"}:
-        cube.note_incomplete(job.store, site_id)  # years that other processes committed at the same moment
     return sorted(outcomes, key=lambda o: (o.site, o.year))
 
 
@@ -218,7 +237,7 @@ def _searched(
             try:
                 chosen_scenes(job, site, year, saved_scenes)
             except SceneError as error:
-                outcomes.append(_failed(site, year, error, 0.0))
+                outcomes.append(_failed(job.store, site, year, error, 0.0))
                 done(outcomes[-1])
                 if not isinstance(error, scenes.NothingFoundError) or error.found.refused:
                     unusable.append(error)
@@ -246,7 +265,7 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
         for task in as_ended(tasks):
             error = task.exception()
             # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
-            yield _failed(*tasks[task], error, 0.0) if error else task.result()
+            yield _failed(job.store, *tasks[task], error, 0.0) if error else task.result()
     except BaseException:
         interrupted.set()  # no request in trouble is waited for
         raise
@@ -258,6 +277,11 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _failed(site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
+def _failed(store: str, site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
+    """The outcome of a site-year that was not built: `stale` if the store keeps an older build of it."""
     said = str(error) if isinstance(error, MinecubeError) else f"{type(error).__name__}: {error}"
-    return Outcome(site=site.id, year=year, state="failed", message=said, seconds=seconds)
+    try:
+        kept = year in cube.builds(store, site.id)
+    except MinecubeError:  # a damaged group: the error says so, or `verify` does
+        kept = False
+    return Outcome(site=site.id, year=year, state="stale" if kept else "failed", message=said, seconds=seconds)

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 import geopandas as gpd
-import odc.geo.xr  # noqa: F401  registers the .odc accessor
 import pandas as pd
 
 from minecube import cube, labels
@@ -101,7 +100,9 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
 @snapshots_option
 @scheduler_option
 @click.option(
-    "--overwrite", is_flag=True, help="Replace site-years that were built from other scenes; the old are gone at once."
+    "--overwrite",
+    is_flag=True,
+    help="Replace site-years that were built from other scenes or with lost reads. Each stays until its new build is whole.",
 )
 @click.option(
     "--on-offset-conflict",
@@ -116,7 +117,7 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
     type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
-    help="Share of a site-year's reads without which it is not committed; below 1, what is lost counts as not observed.",
+    help="Commit a site-year only if at least this share of its reads succeeded. Below 1, lost reads count as not observed.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where observations are reduced: cpu, or a GPU (cuda).")
 @click.option("--yes", is_flag=True, help=f"Build sites of more than {LARGE_KM2} km2, too; otherwise their plan is shown.")
@@ -174,13 +175,25 @@ def build(
         )
     )
     _show_planned_and_actual(outcomes)
-    failed = [o for o in outcomes if o.state == "failed"]
-    for outcome in failed:
-        click.echo(f"error: {outcome.site} {outcome.year}: {outcome.message}", err=True)
+    for outcome in outcomes:
+        if outcome.message:
+            said = "" if outcome.state == "kept" else "error: "
+            click.echo(f"{said}{outcome.site} {outcome.year}: {outcome.message}", err=True)
+    _exit_if_failed(ctx, outcomes, store)
+
+
+def _exit_if_failed(ctx: click.Context, outcomes: Sequence[building.Outcome], store: str) -> None:
+    """Count what failed, and exit with 1 if anything did."""
+    failed = sum(o.state == "failed" for o in outcomes)
+    stale = sum(o.state == "stale" for o in outcomes)
     if failed:
         click.echo(
-            f"{len(failed)} of {len(outcomes)} site-years failed and are not in {store}; run again to try just those", err=True
+            f"{failed} of {len(outcomes)} site-years failed and are not in {store}; run the same command again to try them",
+            err=True,
         )
+    if stale:
+        click.echo(f"{stale} of {len(outcomes)} site-years failed; {store} keeps an older build of them", err=True)
+    if failed or stale:
         ctx.exit(1)
 
 
@@ -253,14 +266,13 @@ def label(store: str, wanted: str, polygons: Path) -> None:
     found = labels.read_polygons(polygons)
     rows = []
     for site_id in stored_sites(store, wanted):
-        opened = cube.open_cube(store, site_id)
+        grid, years = cube.grid_and_years(store, site_id)
         own = found[found["site"] == site_id] if "site" in found else found
         if own.empty:
             named = ", ".join(sorted(found["site"].astype(str).unique())[:8])
             raise LabelError(f"{polygons}: no polygon of site {site_id!r}; its `site` column has {named}")
-        years = [int(y) for y in opened.year]
-        footprint = labels.rasterize(own, opened.odc.geobox, years)
-        fraction = labels.covered(own, opened.odc.geobox, years)
+        footprint = labels.rasterize(own, grid, years)
+        fraction = labels.covered(own, grid, years)
         cube.write_footprint(store, site_id, footprint, _origin(own, polygons), fraction)
         for year in footprint.year.values:
             mask = footprint.sel(year=year).values

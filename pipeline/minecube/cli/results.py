@@ -112,7 +112,7 @@ def export_sites(
     if areas:
         main = areas.get("mapped") or areas["labels"]
         report.area_plot(main, out / "areas.png", areas["labels"] if "mapped" in areas and "labels" in areas else None)
-    recipe = cube.open_cube(store, names[0]).attrs["minecube"]["recipe"]["title"]
+    recipe = next(iter(cube.builds(store, names[0]).values()))["recipe"]["title"]
     described = {"title": "minecube export", "about": f"Annual Sentinel-2 composites of mines. {recipe}."}
     if "cog" in formats:
         exporting.write_stac(out, cogs, {**tables, **whole}, **described)

@@ -24,15 +24,15 @@ _SHOWN = 50
 @click.option(
     "--uncommit",
     is_flag=True,
-    help="Take the commit off the site-years to build again: nobody reads them any more, and the same `minecube build` makes "
-    "them anew, which it otherwise takes for done.",
+    help="Withdraw the site-years to build again and remove their pixels, so that the same `minecube build` makes them again.",
 )
 @click.pass_context
 def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, workers: int, uncommit: bool) -> None:
-    """Look for flipped bits, missing and foreign chunks; say which site-years to build again.
+    """Look for flipped bits, missing and foreign chunks, and list what to build again.
 
-    Every object is read once and held to the checksum taken as it was written; metadata, coordinates, provenance, counts of
-    reads and pixels are held to each other. Exit code 1 where anything is found.
+    Every object is read once and checked against the checksum taken as it was written. Metadata, coordinates, provenance, read
+    counts and pixels are checked against each other. The exit code is 1 if anything is wrong. What a killed run left is listed
+    as unfinished, and is not wrong.
 
     \b
     Example:
@@ -59,7 +59,7 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
             "site_years": years,
             "objects": report.objects,
             "bytes": report.bytes,
-            "ok": not report.findings,
+            "ok": report.whole,
             "findings": [dataclasses.asdict(f) for f in report.findings],
             "rebuild": report.rebuild,
             "commands": commands,
@@ -68,8 +68,9 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
             out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise CatalogError(f"{out}: the findings cannot be written ({error.strerror}); name another file") from error
-    if not report.findings:
-        click.echo(f"{store}: {looked}: all as it was written")
+    if report.whole:
+        unfinished = f", {len(report.findings)} unfinished" if report.findings else ""
+        click.echo(f"{store}: {looked}: all as it was written{unfinished}")
         return
     click.echo(f"{store}: {looked}: {len(report.findings)} findings")
     if uncommit:
@@ -110,7 +111,7 @@ def _commands(store: str, report: cube.Report) -> list[str]:
         ("label", "minecube label --store {store} --sites {site} --polygons FILE"),
         ("predict", "minecube predict --store {store} --sites {site} --model FILE --overwrite"),
     ):
-        sites = sorted({f.site for f in report.findings if f.cure == cure and f.kind != "unverifiable"})
+        sites = sorted({f.site for f in report.findings if f.cure == cure and f.kind not in ("unverifiable", cube.UNFINISHED)})
         lines += [line.format(store=store, site=",".join(sites))] if sites else []
     for finding in report.findings:
         path = "/".join(part for part in (store.rstrip("/"), finding.site, finding.what) if part)

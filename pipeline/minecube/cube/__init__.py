@@ -1,35 +1,35 @@
-"""The Zarr store: one group per site, template first, then blocks that are whole shards, the commit marker last.
+"""The Zarr store: one group per site. A site-year is built apart and put in place by its commit.
 
     cubes.zarr/
       Germany_1/                     one xarray dataset: reflectance, the recipe's layers, footprint, its fraction
-        builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last;
+        builds/2020/                 the marker of a committed site-year: its provenance as attributes;
           scenes                     its scene list, the bytes of a stac-geoparquet file,
           reads                      and what became of every read, the bytes of a Parquet file
-        predictions/unet-small/      one xarray dataset a model: probability, or change
+        builds/2020.new/             a site-year that is being built (staging.py)
+        predictions/unet-small/      one xarray dataset per model: probability, or change
+    cubes.zarr-locks/                locks of runs that write at this moment (locks.py)
 
-The marker also keeps the size and SHA-256 of every object of its site-year, taken as they were written; labels and
-predictions keep theirs in their own attributes, and the site's group a hash of what it is. `verify` holds the store to them.
+A site-year without a marker is not committed and has no pixels. A marker keeps the size and SHA-256 of every object of its
+site-year, taken as the object was written. Labels and predictions keep theirs in their own attributes, and the site's group
+keeps a hash of its metadata. `verify` checks the store against them.
 
-A site-year whose marker is missing is not there, whatever its pixels say. A run that was killed left blocks behind and a
-note of what it was building and which are done; the same run goes on from there, another one starts afresh.
-
-    store.py     opening stores and groups             template.py     a group before it has a pixel
-    builds.py    provenance, markers, counts of reads  predictions.py  what models say of a site
-    verify.py    what has become of what was written   windows.py      windows for training
-    packed.py    a store in one zip, opened            pack.py         makes it
-    pixels.py    arrays read quicker than by Zarr
+    store.py     opens stores and groups             template.py     makes a group without pixels
+    builds.py    provenance, markers, read counts    staging.py      builds a year apart and commits it
+    opening.py   opens cubes to read                 pixels.py       reads arrays faster than Zarr
+    locks.py     keeps two runs apart                predictions.py  writes and opens maps of models
+    verify.py    checks a store                      windows.py      windows for training
+    packed.py    opens a store in one zip            pack.py         makes it
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import dask
 import numpy as np
-import odc.geo.xr  # noqa: F401  registers the .odc accessor
 import xarray as xr
 import zarr
 from odc.geo.geobox import GeoBox
@@ -37,66 +37,62 @@ from odc.geo.geobox import GeoBox
 from minecube.catalog import Recipe, Site, as_dict
 from minecube.cube.builds import (
     Account,
-    begin,
     build_id,
     builds,
+    completeness_of,
     incomplete,
     is_committed,
-    note_incomplete,
+    leave_out,
     provenance_of,
-    put_bytes,
     reads,
-    reads_so_far,
     run_of,
+    used_scenes,
 )
+from minecube.cube.locks import WAIT_S, hold
+from minecube.cube.opening import as_float, grid_and_years, open_committed, open_cube
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
 from minecube.cube.predictions import Prediction, mapped_by, open_change, open_probability, write_prediction, write_probability
-from minecube.cube.store import (
-    FORMAT,
-    NAMED,
-    exists,
-    group_of,
-    reading,
-    sealed,
-    site_group,
-    sites,
-    summing,
-    writing,
-    zarr_store,
-)
+from minecube.cube.staging import Staging, discard, finish, open_staging, reads_so_far, withdraw, year_index
+from minecube.cube.store import BEING_MADE, FORMAT, NAMED, group_at, site_group, sites, summing, writing, zarr_store
 from minecube.cube.template import (
     FRACTION,
     FRACTION_ATTRS,
+    begin_labels,
     encoding_of,
     extend,
     geozarr,
+    grid_in,
     identities,
     note_labels,
     seal_group,
     template,
 )
-from minecube.cube.verify import Finding, Report, named_sites, uncommit, verify
+from minecube.cube.verify import UNFINISHED, Finding, Report, named_sites, verify
 from minecube.cube.windows import CubeDataset, Window, open_reflectance
 from minecube.errors import CubeError, ReadError
 
 __all__ = [
+    "UNFINISHED",
     "CubeDataset",
     "Finding",
     "Packing",
     "Prediction",
     "Report",
     "Window",
+    "as_float",
     "build_id",
     "builds",
     "check",
+    "completeness_of",
     "create",
+    "grid_and_years",
     "is_committed",
     "is_packed",
+    "leave_out",
     "mapped_by",
     "named_sites",
     "need_writable",
-    "note_incomplete",
     "open_change",
     "open_committed",
     "open_cube",
@@ -109,6 +105,7 @@ __all__ = [
     "sites",
     "uncommit",
     "unpacked",
+    "used_scenes",
     "verify",
     "write_footprint",
     "write_prediction",
@@ -118,51 +115,55 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_BEING_MADE = 0  # format of a group whose template is not whole yet; a run killed there begins anew
-
 
 def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> bool:
-    """Whether the site's group is there already, and fit for these years, this grid and this recipe; writes nothing.
+    """Check that the site's group, if there is one, fits these years, this grid and this recipe. Returns whether there is one.
 
     Raises:
-        CubeError: the group was made by another recipe or on another grid, or a year would have to be put before existing ones.
+        CubeError: the group was made with another recipe or on another grid, lacks an array, or would need a year before
+            those it has.
     """
-    if not exists(store, site.id) or group_of(store, site.id).attrs.get(NAMED) == {"format": _BEING_MADE}:
+    group = group_at(store, site.id)
+    if group is None or group.attrs.get(NAMED) == {"format": BEING_MADE}:
         return False
-    made = site_group(store, site.id, mode="r").attrs[NAMED]["recipe"]
+    made = site_group(store, site.id, mode="r").attrs[NAMED]
     asked = as_dict(recipe)
-    changed = ", ".join(k for k in asked if k != "title" and made.get(k) != asked[k])
+    changed = ", ".join(k for k in asked if k != "title" and made["recipe"].get(k) != asked[k])
     if changed:
         raise CubeError(
-            f"{store}: {site.id} was made by recipe {made['id']!r}, which differs from {recipe.id!r} in {changed}; years of "
-            "two recipes in one cube cannot be compared, so use another --store or the same recipe"
+            f"{store}: {site.id} was made with recipe {made['recipe']['id']!r}, which differs from {recipe.id!r} in {changed}; "
+            "use the same recipe, or another --store"
         )
-    cube = open_cube(store, site.id)
-    if cube.odc.geobox != grid:
-        raise CubeError(f"{store}: {site.id} lies on another grid; its polygon has changed, so use another --store")
-    there = [int(y) for y in cube.year if y > 0]
+    lacking = sorted(set(made.get("arrays", ())) - {name for name, _ in group.arrays()})
+    if lacking:
+        raise CubeError(f"{store}: {site.id} lacks its array {lacking[0]!r}; run `minecube verify`")
+    if grid_in(group.attrs) != grid:
+        raise CubeError(f"{store}: {site.id} lies on another grid, because its polygon has changed; use another --store")
+    there = [int(y) for y in group["year"][:] if y > 0]
     early = [y for y in years if y not in there and y < there[-1]]
     if early:
         raise CubeError(
-            f"{store}: {site.id} holds {there[0]}..{there[-1]}; year {early[0]} would have to be put before existing years, so "
-            "name all years at the first build, or use another --store"
+            f"{store}: {site.id} has years {there[0]}..{there[-1]}, and year {early[0]} cannot be added before the last one; "
+            "name all years in the first build, or use another --store"
         )
     return True
 
 
 def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
-    """Make sure the site's group is there for these years: all metadata, no pixel. Existing years stay as they are.
+    """Create the site's group for these years, without pixels, or make room for those it lacks.
 
     Raises:
+        BusyError: another run has been changing the group for minutes.
         CubeError: as `check`, or the store cannot be written.
     """
-    with writing(store):
+    with writing(store), hold(store, site.id, wait_s=WAIT_S):
         if check(store, site, grid, years, recipe):
-            extend(group := site_group(store, site.id, mode="r+"), years)
+            group = site_group(store, site.id, mode="r+")
+            extend(group, years)
             seal_group(group)
             return
         empty = template(grid, sorted(years), recipe)
-        empty.attrs |= {NAMED: {"format": _BEING_MADE}, **geozarr(grid)}
+        empty.attrs |= {NAMED: {"format": BEING_MADE}, **geozarr(grid)}
         encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
         target = zarr_store(store)
         empty.to_zarr(target, group=site.id, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
@@ -185,7 +186,9 @@ def write_year(
     workers: int = 4,
     stopped: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Compute a year's composite block by block into its place and commit it; False if that very build is there already.
+    """Build a site-year apart, block by block, and commit it. Returns False if that very build is committed already.
+
+    A committed year that is replaced stays readable until the commit, and for good if the new build fails.
 
     Args:
         store: local path or object-store URL.
@@ -194,125 +197,125 @@ def write_year(
         scenes: the scene list, as the bytes of a stac-geoparquet file.
         reads: counts of the reads that computing makes.
         completeness: share of the planned reads below which the year is not committed.
-        overwrite: replace a committed year that was built from something else; the old one is gone when the new one begins.
-        scheduler: which Dask scheduler computes the blocks, by its name; the one in force by default.
+        overwrite: replace a committed year that was built from something else.
+        scheduler: the name of the Dask scheduler that computes the blocks; default: the one in force.
         workers: blocks computed at a time.
         stopped: asked between blocks; once true, the year is left as it is, to be resumed.
 
     Raises:
+        BusyError: another run is building this site-year.
         CubeError: as `is_committed`; blocks and shards do not match, no pixel was observed, it was stopped, or the store cannot
             be written.
-        ReadError: pixels could not be read, more than `completeness` allows; the year stays uncommitted.
+        ReadError: more pixels could not be read than `completeness` allows; the year is not committed.
     """
-    if is_committed(store, provenance, overwrite=overwrite, completeness=completeness):
-        return False
-    site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
-    group = site_group(store, site_id, mode="r+")
-    names = [str(name) for name in composite.data_vars]
-    index = _index(group, year)
-    with writing(store):
-        target = summing(store)
-        arrays = {n: zarr.open_array(target, path=f"{site_id}/{n}") for n in names}
-        _check_alignment(composite, arrays)
-        marker = zarr.open_group(target, path=f"{site_id}/builds/{year}", mode="a", use_consolidated=False)
-        # One that was begun before checksums were kept would end with too few of them.
-        if marker.attrs.get("building") != (run := run_of(provenance)) or "checksums" not in marker.attrs:
-            begin(marker, run)
-        done, sums = list(marker.attrs["blocks"]), dict(marker.attrs["checksums"])
-        blocks = _blocks(arrays["clear_count"])
-        todo = [b for b in blocks if f"{b[0]}/{b[1]}" not in done]
-        if len(todo) < len(blocks):
-            log.info("%s %s: going on with block %d of %d", site_id, year, len(blocks) - len(todo) + 1, len(blocks))
-        for at in range(0, len(todo), workers):
-            if stopped():
-                left = f"{len(todo) - at} of {len(blocks)} blocks to go"
-                raise CubeError(f"{site_id} {year}: stopped with {left}; the same build goes on there")
-            batch = todo[at : at + workers]
-            sums |= _compute_blocks(composite, arrays, index, batch, {"scheduler": scheduler, "num_workers": workers})
-            # Pixels, then the counts of their reads, then that they are done: a run killed in between does them again, and so
-            # counts some reads twice, but no block is ever taken for done of which a lost read was not counted.
-            if reads:
-                put_bytes(marker, "reads", reads.to_parquet())
-            done += [f"{row}/{column}" for row, column in batch]
-            marker.attrs.update({"blocks": done, "checksums": sums})
+    site_id = provenance["site"]
+    year = provenance["year"]
+    with hold(store, f"{site_id}/builds/{year}") as lock, writing(store):
+        finish(store, site_id, year)
+        if is_committed(store, provenance, overwrite=overwrite, completeness=completeness):
+            return False
+        group = site_group(store, site_id, mode="r")
+        year_index(group, year)
+        names = [str(name) for name in composite.data_vars]
+        _check_alignment(composite, {name: group[name] for name in names})
+        staging = open_staging(store, site_id, year, names, run_of(provenance), counted=reads is not None)
+        _build_blocks(composite, staging, reads, {"scheduler": scheduler, "num_workers": workers}, stopped)
+        lock.check()
         counts = dict(reads.totals()) if reads else {}
-        seen = bool(arrays["quality"][index].any())
+        seen = bool(staging.arrays["quality"][:].any())
         if counts.get("completeness", 1.0) < completeness or (counts.get("lost") and not seen):
-            marker.attrs.clear()  # so that the next run reads again what was lost
+            discard(store, site_id, year)  # so that the next run reads again what was lost
             raise ReadError(incomplete(site_id, year, counts, reads, completeness))
         if not seen:
             raise CubeError(
                 f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
-        put_bytes(marker, "scenes", scenes)
+        committed = datetime.now(tz=UTC).isoformat(timespec="seconds")
+        made = {**provenance, "build_id": build_id(provenance), "committed": committed}
+        blobs = {"scenes": scenes}
         if reads:
-            put_bytes(marker, "reads", reads.to_parquet())
-        sums |= {name: s for name, s in target.below(marker.path, site_id).items() if not name.endswith(f"{year}/zarr.json")}
-        made = {**provenance, "build_id": build, "committed": datetime.now(tz=UTC).isoformat(timespec="seconds")}
-        if counts:
             made["reads"] = counts
-            note_incomplete(store, site_id, {str(year): counts["completeness"]})
-        made["checksums"] = sums
-        marker.attrs.put(sealed(made))  # the commit: one object, replaced as a whole
+            blobs["reads"] = reads.to_parquet()
+        staging.commit(made, blobs)
     return True
 
 
-def open_cube(store: str, site_id: str) -> xr.Dataset:
-    """A site's cube, lazy, as `xarray.open_zarr` gives it: see the module for variables, `design` section 4 for meanings.
+def _build_blocks(
+    composite: xr.Dataset,
+    staging: Staging,
+    reads: Account | None,
+    how: Mapping[str, Any],
+    stopped: Callable[[], bool],
+) -> None:
+    """Compute the blocks that are not done, a few at a time, and note them.
+
+    Pixels come first, then the note that they are done with the counts of their reads. A run that is killed in between computes
+    these blocks again and counts some reads twice. No block counts as done whose lost reads are not counted.
+    """
+    where = f"{staging.site_id} {staging.year}"
+    blocks = _blocks(staging.arrays["clear_count"])
+    done = staging.blocks
+    checksums = staging.checksums
+    todo = [b for b in blocks if f"{b[0]}/{b[1]}" not in done]
+    if len(todo) < len(blocks):
+        log.info("%s: going on with block %d of %d", where, len(blocks) - len(todo) + 1, len(blocks))
+    workers = how["num_workers"]
+    for at in range(0, len(todo), workers):
+        if stopped():
+            raise CubeError(
+                f"{where}: stopped with {len(todo) - at} of {len(blocks)} blocks to go; the same build goes on there"
+            )
+        batch = todo[at : at + workers]
+        checksums |= _compute_blocks(composite, staging.arrays, batch, how)
+        done += [f"{row}/{column}" for row, column in batch]
+        staging.note(done, checksums, reads.to_parquet() if reads else None)
+
+
+def uncommit(store: str, site_id: str, years: Iterable[int]) -> None:
+    """Take the commit off years and remove their pixels, so that the same `minecube build` makes them again.
 
     Raises:
-        CubeError: no such site, or a store that is not ours.
+        BusyError: another run is building one of the years.
+        CubeError: the store cannot be written.
     """
-    site_group(store, site_id, mode="r")
-    with reading(store, site_id):
-        opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=site_id, consolidated=False)
-        opened["year"].load()
-    return opened
-
-
-def open_committed(store: str, site_id: str) -> xr.Dataset:
-    """The same, committed years only: what is to be learnt from, mapped or exported.
-
-    Raises:
-        CubeError: no such site, no committed year, or a store that is not ours.
-    """
-    years = list(builds(store, site_id))
-    cube = open_cube(store, site_id)
-    if not years:
-        raise CubeError(f"{store}: {site_id} has no committed year; run `minecube build` until it says built")
-    return cube.sel(year=years)
+    for year in years:
+        with writing(store), hold(store, f"{site_id}/builds/{year}"):
+            withdraw(store, site_id, year)
 
 
 def write_footprint(
     store: str, site_id: str, footprint: xr.DataArray, origin: str, fraction: xr.DataArray | None = None
 ) -> None:
-    """Put yearly masks (uint8 [year, y, x]: 1 mine, 0 not, 255 unknown) in their years' places; `origin` says whence.
+    """Write yearly masks (uint8 [year, y, x]: 1 mine, 0 not, 255 unknown) of the years they name; `origin` names their source.
 
-    `fraction` is the share of each pixel that is mine (uint8 [year, y, x] x 250, 255 unknown) in the same years; without it
-    those years' fraction is unknown again, so that it never is of another footprint.
+    `fraction` is the share of each pixel that is mine (uint8 [year, y, x] x 250, 255 unknown) in the same years. Without it,
+    the fraction of those years becomes unknown, so that it never belongs to another footprint. Labels that a killed run left
+    half written are not opened until they are written again.
 
     Raises:
-        CubeError: they lie on another grid or in years the cube has not, or the store cannot be written.
+        BusyError: another run has been changing the site's group for minutes.
+        CubeError: the masks lie on another grid or in years the cube lacks, or the store cannot be written.
     """
-    cube = open_cube(store, site_id)
     fraction = xr.full_like(footprint, 255) if fraction is None else fraction.sel(year=footprint.year)
-    if not footprint.odc.geobox == fraction.odc.geobox == cube.odc.geobox:
-        raise CubeError(
-            f"{store}: footprints of {site_id} lie on another grid than its cube; rasterise them on the cube's grid"
-        )
-    with writing(store):
+    with writing(store), hold(store, site_id, wait_s=WAIT_S):
         group = site_group(store, site_id, mode="r+")
-        if FRACTION not in group:  # a cube made before there were fractions
+        if not footprint.odc.geobox == fraction.odc.geobox == grid_in(group.attrs):
+            raise CubeError(
+                f"{store}: footprints of {site_id} lie on another grid than its cube; rasterise them on the cube's grid"
+            )
+        if FRACTION not in group:  # a cube of a version without fractions
             attrs = {**FRACTION_ATTRS, "grid_mapping": "spatial_ref"}
             zarr.create_array(zarr_store(store), name=f"{site_id}/{FRACTION}", **_like(group["footprint"]), attributes=attrs)
-        at = [_index(group, int(year)) for year in footprint.year.values]
-        # Killed in between, no fraction is left that is of another footprint.
-        unknown = xr.full_like(footprint, 255)
-        for name, layer in ((FRACTION, unknown), ("footprint", footprint), (FRACTION, fraction)):
-            array = zarr.open_array(target := summing(store), path=f"{site_id}/{name}", mode="r+")
-            for index, of_year in zip(at, layer.values, strict=True):
+        years = {year_index(group, int(year)): int(year) for year in footprint.year.values}
+        layers = {FRACTION: fraction, "footprint": footprint}
+        for name in layers:
+            begin_labels(zarr.open_array(zarr_store(store), path=f"{site_id}/{name}", mode="r+"), years)
+        for name, layer in layers.items():
+            target = summing(store)
+            array = zarr.open_array(target, path=f"{site_id}/{name}", mode="r+")
+            for index, of_year in zip(years, layer.values, strict=True):
                 array[index] = of_year
-            note_labels(array, target, at, origin)
+            note_labels(array, target, origin)
 
 
 def _like(array: zarr.Array) -> dict[str, Any]:
@@ -320,13 +323,6 @@ def _like(array: zarr.Array) -> dict[str, Any]:
     names = array.metadata.dimension_names
     layout = {"shape": array.shape, "dtype": array.dtype, "chunks": array.chunks, "shards": array.shards}
     return {**layout, "fill_value": array.fill_value, "dimension_names": names, "compressors": array.compressors}
-
-
-def _index(group: zarr.Group, year: int) -> int:
-    there = [int(y) for y in group["year"][:]]
-    if year not in there:
-        raise CubeError(f"year {year} is not in the cube, which has {there[0]}..{there[-1]}; build it first")
-    return there.index(year)
 
 
 def _check_alignment(composite: xr.Dataset, arrays: Mapping[str, zarr.Array]) -> None:
@@ -351,20 +347,20 @@ def _blocks(array: zarr.Array) -> list[tuple[int, int]]:
 def _compute_blocks(
     composite: xr.Dataset,
     arrays: Mapping[str, zarr.Array],
-    index: int,
     blocks: Sequence[tuple[int, int]],
     how: Mapping[str, Any],
 ) -> dict[str, list[Any]]:
-    """Write blocks; the checksums of their shards, as `Summing.below` has them."""
+    """Compute blocks into staged arrays. Returns the checksums of their shards, as `Summing.below` has them."""
     side = arrays["clear_count"].shards[-1]
 
     @dask.delayed(pure=False)  # type: ignore[untyped-decorator]
     def write(block: tuple[int, int], parts: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
         rows, columns = (slice(i * side, (i + 1) * side) for i in block)
         sums = {}
-        for name, (array, part) in zip(arrays, zip(arrays.values(), parts, strict=True), strict=True):
-            array[(index, ..., rows, columns)] = part
-            key = array.metadata.encode_chunk_key((index, *(0,) * (array.ndim - 3), *block))
+        for name, part in zip(arrays, parts, strict=True):
+            array = arrays[name]
+            array[(0, ..., rows, columns)] = part
+            key = array.metadata.encode_chunk_key((0,) * (array.ndim - 2) + block)
             # The array's own store, which may be another process's; a block of nothing but fill value is no object.
             if (written := array.store.sums.get(f"{array.path}/{key}")) is not None:
                 sums[f"{name}/{key}"] = written

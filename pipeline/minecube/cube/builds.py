@@ -1,25 +1,33 @@
-"""What a site-year is made of, whether it is there, and what became of its reads: all that stands under `builds/`."""
+"""Markers of committed site-years: what each year is made of, and what became of its reads."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
-import numpy as np
 import pandas as pd
 import zarr
 import zarr.errors
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
+from minecube.cube.locks import WAIT_S, hold
 from minecube.cube.store import digest, exists, group_of, reading, site_group
-from minecube.errors import CubeError
+from minecube.errors import CubeError, StaleError
 
+PLACING = "placing"
+"""Attribute of the marker of a committed year whose objects are being renamed to their places."""
+STAGED = ".new"
+"""Suffix of the group of a year that is being built, next to its marker."""
+LEFT_OUT = "left_out"
+"""Attribute of a scene in a provenance: why its pixels were not used."""
+_POLL_S = 0.02
+_PLACED_S = 10.0  # to wait for that: renaming takes milliseconds on a disk and seconds in an object store
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
 
 
@@ -62,27 +70,67 @@ def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: S
 
 def build_id(provenance: Mapping[str, Any]) -> str:
     """The name of a build: a hash of its site, year, recipe, scenes and code version; 16 hexadecimal digits."""
-    made_of = {k: provenance[k] for k in ("site", "year", "grid", "scenes", "version")}
+    made_of = {k: provenance[k] for k in ("site", "year", "grid", "version")}
+    # A scene that was left out afterwards is listed with the reason: the build is that of the same scenes.
+    made_of["scenes"] = [{k: v for k, v in scene.items() if k != LEFT_OUT} for scene in provenance["scenes"]]
     made_of["recipe"] = {k: v for k, v in provenance["recipe"].items() if k != "title"}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_staged(key: str) -> bool:
+    """Whether an object, named relative to its site's group, belongs to a year that is being built."""
+    first, _, rest = key.partition("/")
+    return first == "builds" and rest.split("/")[0].endswith(STAGED)
+
+
+def leave_out(provenance: dict[str, Any], why: Mapping[str, str]) -> None:
+    """Note in a provenance which of its scenes were left out after all: scene id -> reason."""
+    for scene in provenance["scenes"]:
+        if scene["id"] in why:
+            scene[LEFT_OUT] = why[scene["id"]]
+
+
+def used_scenes(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The scenes of a provenance whose pixels were used."""
+    return [scene for scene in provenance["scenes"] if LEFT_OUT not in scene]
+
+
 def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
-    """Provenance of the committed years of a site; empty where there is none."""
+    """Provenance of the committed years of a site; empty if there is none.
+
+    A year whose objects are just being put in place is waited for; it is left out if the run that does so was killed.
+    """
     if not exists(store, f"{site_id}/builds"):
         return {}
     found = {}
     with reading(store, site_id):
         years = sorted(int(y) for y in group_of(store, site_id)["year"][:] if y > 0)
-    # Year by year: a list of what is there would come upon markers that other threads are only beginning.
+    # Year by year: a listing would find markers that other threads are only beginning.
     for year in years:
-        try:
-            attrs = dict(group_of(store, f"{site_id}/builds/{year}").attrs)
-        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
-            continue
-        if "build_id" in attrs:
-            found[year] = attrs
+        marker = marker_of(store, site_id, year, wait_s=_PLACED_S)
+        if marker is not None and PLACING not in marker:
+            found[year] = marker
     return found
+
+
+def marker_of(store: str, site_id: str, year: int, *, wait_s: float = 0.0) -> dict[str, Any] | None:
+    """The marker of a committed year; None if the year is not committed.
+
+    Args:
+        store: local path or object-store URL.
+        site_id: the site.
+        year: the year.
+        wait_s: seconds to wait until the objects of the year are in place.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            marker = dict(group_of(store, f"{site_id}/builds/{year}").attrs)
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+            return None
+        if PLACING not in marker or time.monotonic() >= until:
+            return marker if "build_id" in marker else None
+        time.sleep(_POLL_S)
 
 
 def pixels_of(made: Mapping[str, Any]) -> str:
@@ -94,48 +142,39 @@ def pixels_of(made: Mapping[str, Any]) -> str:
     return f"{made['build_id']}:{digest(sums)[:16]}"
 
 
-def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 1.0) -> bool:
-    """Whether that very build is there already; False too where another one is, that is to be replaced.
+def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 0.0) -> bool:
+    """Whether that very build is committed; False if another build is committed that may be replaced.
 
     Args:
         store: local path or object-store URL.
         provenance: what the build is made of (`provenance_of`).
-        overwrite: whether another build of the year may be replaced.
-        completeness: share of its planned reads that it must have.
+        overwrite: whether another build of the year may be replaced, and the same one if it lacks reads.
+        completeness: share of its planned reads below which the same build is made again, with `overwrite`.
 
     Raises:
-        CubeError: the year is committed with another build, or with fewer reads, and not to be replaced.
+        StaleError: the year is committed with another build, which may not be replaced.
     """
-    site_id, year, build = provenance["site"], provenance["year"], build_id(provenance)
-    there = builds(store, site_id).get(year)
-    if there is None:
+    site_id = provenance["site"]
+    year = provenance["year"]
+    build = build_id(provenance)
+    there = marker_of(store, site_id, year)
+    if there is None or PLACING in there:
         return False
     conflicts = there.get("offset_conflicts")
     same = there["build_id"] == build and (not conflicts or there["on_offset_conflict"] == provenance["on_offset_conflict"])
-    has = there.get("reads", {}).get("completeness", 1.0)
-    if same and has >= completeness:
-        return True
     if overwrite:
-        return False
-    if same:
-        raise CubeError(
-            f"{store}: {site_id} {year} was built with {has:.2%} of its reads, asked for are {completeness:.2%}; to build it "
-            "anew say --overwrite, to leave it as it is --min-read-completeness"
+        return same and completeness_of(there) >= completeness
+    if not same:
+        raise StaleError(
+            f"{store}: {site_id} {year} is committed as build {there['build_id']}, but this run would make build {build} "
+            "(other scenes, another version or --on-offset-conflict); use --overwrite to replace it"
         )
-    raise CubeError(
-        f"{store}: {site_id} {year} is build {there['build_id']}, asked for is {build} (other scenes, another version or "
-        "another way with offsets in conflict); to replace it say --overwrite"
-    )
+    return True
 
 
-def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
-    """The counts of a run of that very build that was interrupted, as `write_year` was given them; None where there is none."""
-    path = f"{provenance['site']}/builds/{provenance['year']}"
-    if not exists(store, path):
-        return None
-    marker = group_of(store, path)
-    there = marker.attrs.get("building") == run_of(provenance) and "reads" in marker
-    return bytes(marker["reads"][:]) if there else None
+def completeness_of(marker: Mapping[str, Any]) -> float:
+    """Share of its planned reads that a committed year has."""
+    return float(marker.get("reads", {}).get("completeness", 1.0))
 
 
 def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
@@ -149,42 +188,23 @@ def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(bytes(marker["reads"][:])))
 
 
-_NOTING = threading.Lock()  # threads of this process commit years of one site at a time
-
-
-def note_incomplete(store: str, site_id: str, pending: Mapping[str, float] | None = None) -> None:
-    """Say in the cube's own attributes which years were committed with reads lost: `incomplete_reads`, year -> share read.
-
-    Args:
-        store: local path or object-store URL.
-        site_id: the site.
-        pending: years about to be committed, and their shares.
-    """
-    with _NOTING:
-        shares = {str(y): made["reads"]["completeness"] for y, made in builds(store, site_id).items() if "reads" in made}
-        noted = {year: share for year, share in {**shares, **(pending or {})}.items() if share < 1}
+def note_incomplete(store: str, site_id: str) -> None:
+    """Write into the cube's attributes which years were committed with lost reads: `incomplete_reads`, year -> share read."""
+    with hold(store, site_id, wait_s=WAIT_S):
         group = site_group(store, site_id, mode="r+")
-        if noted != group.attrs.get("incomplete_reads", {}):
-            group.attrs["incomplete_reads"] = noted
+        shares = {}
+        for year in group["year"][:]:
+            marker = marker_of(store, site_id, int(year))
+            if marker is not None and completeness_of(marker) < 1:
+                shares[str(year)] = completeness_of(marker)
+        if shares != group.attrs.get("incomplete_reads", {}):
+            group.attrs["incomplete_reads"] = shares
 
 
 def run_of(provenance: Mapping[str, Any]) -> str:
     """What blocks of one year must have in common: the build, and what became of scenes whose offset or place is in doubt."""
     resolved = [provenance.get(name) for name in ("on_offset_conflict", "offset_conflicts", "shifts")]
     return hashlib.sha256(json.dumps([build_id(provenance), resolved], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def begin(marker: zarr.Group, run: str) -> None:
-    """Forget what another run left of the year, its commit first."""
-    marker.attrs.clear()
-    if "reads" in marker:
-        del marker["reads"]
-    marker.attrs.put({"building": run, "blocks": [], "checksums": {}})
-
-
-def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
-    """Keep bytes as an array of their own."""
-    group.create_array(name, data=np.frombuffer(content, dtype=np.uint8), overwrite=True)
 
 
 def incomplete(site_id: str, year: int, counts: Mapping[str, float], reads: Account | None, completeness: float) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minecube.catalog import recipe_of
+from minecube.cube.builds import PLACING, STAGED, is_staged
 from minecube.cube.packed import SUFFIX
 from minecube.cube.store import NAMED, objects, site_group
 from minecube.cube.verify import _attributes, _content, _listed
@@ -63,7 +64,7 @@ def pack(
     if unknown:
         raise CubeError(f"{store}: no site {unknown[0]!r}; it has {', '.join(sorted(listed))}")
     raw, chosen = objects(store), sorted(set(names or listed))
-    done = {name: _marked(listed[name]) - _not_committed(raw, name, listed[name]) for name in chosen}
+    done = {name: _committed(raw, name, listed[name]) for name in chosen}
     left_out: list[str] = []
     for name in chosen:
         left_out += [f"{name} {year}" for year in sorted(_marked(listed[name]) - done[name])] if done[name] else [name]
@@ -78,7 +79,8 @@ def pack(
         changed = set(keys) ^ set(_kept(store, _listed(store), done))
         changed |= {key for key, _ in before.items() ^ _metadata(raw, keys).items()}
         for name in chosen:  # withdrawn before the first look at metadata
-            changed |= {f"{name}/builds/{year}/zarr.json" for year in done[name] & _not_committed(raw, name, listed[name])}
+            withdrawn = done[name] - _committed(raw, name, listed[name])
+            changed |= {f"{name}/builds/{year}/zarr.json" for year in withdrawn}
         if changed:
             raise CubeError(
                 f"{store}: {min(changed)} was written while it was packed, so the file would be of two states of the store; "
@@ -120,25 +122,32 @@ def _metadata(raw: Any, keys: Iterable[str]) -> dict[str, int | None]:
 
 
 def _marked(files: Iterable[str]) -> set[int]:
-    """Years that have a marker, be it only begun."""
-    parts = [path.split("/") for path in files]
-    return {int(p[1]) for p in parts if p[0] == "builds" and p[1].isdigit()}
+    """Years that are committed or were begun."""
+    names = {path.split("/")[1] for path in files if path.startswith("builds/") and path.count("/") > 1}
+    return {int(name.removesuffix(STAGED)) for name in names if name.removesuffix(STAGED).isdigit()}
 
 
-def _not_committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
-    """Years whose marker says that they are not; one that cannot be read says nothing."""
-    attrs = {year: _attributes(_content(raw, f"{name}/builds/{year}/zarr.json")) for year in _marked(files)}
-    return {year for year, said in attrs.items() if said is not None and "build_id" not in said}
+def _committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
+    """Years whose marker says that they are committed, or cannot be read."""
+    found = set()
+    for year in _marked(files):
+        content = _content(raw, f"{name}/builds/{year}/zarr.json")
+        if content is None:
+            continue
+        said = _attributes(content)
+        if said is None or ("build_id" in said and PLACING not in said):
+            found.add(year)
+    return found
 
 
 def _kept(store: str, listed: Mapping[str, Iterable[str]], done: Mapping[str, set[int]]) -> list[str]:
-    """The store's objects, sorted, of sites with years that are done; but for those that builds of other years have begun."""
+    """The store's objects, sorted, of sites with committed years, without those of years that are being built."""
     keys = ["zarr.json"]
     for name in (name for name, years in done.items() if years):
         files = listed.get(name, ())
         idle = _marked(files) - done[name]
         begun = tuple(_begun(store, name, idle)) if idle else ()
-        keys += [f"{name}/{key}" for key in files if not key.startswith(begun)]
+        keys += [f"{name}/{key}" for key in files if not key.startswith(begun) and not is_staged(key)]
     return sorted(keys)
 
 

@@ -1,14 +1,13 @@
-"""What models say of a site: written in rows from top to bottom, committed view by view, opened only where it is whole.
+"""Maps of models: written in rows from top to bottom, committed view by view, opened only if they are whole.
 
-A view is what a model saw at once: one year, a pair of years, or all. The group of a prediction says in its attributes which
-views there are to be (`views`) and which of them are whole (`done`), of which builds, and keeps checksums of these alone. A run
-that was killed left shards behind that nothing speaks of; the next one maps that view again, and no other. One that is still
-at it when another begins ends there, since shards of both would stand in one map: `run` is the one that may write.
+A view is what a model sees at once: one year, a pair of years, or all years. The group of a prediction lists in its attributes
+all its views (`views`) and those that are whole (`done`), with the builds they were mapped from, and keeps checksums of these
+alone. A run that was killed leaves shards of a view that is not done; the next run maps that view again, and no other. One run
+at a time writes a prediction.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -23,11 +22,13 @@ import xarray as xr
 import zarr
 
 from minecube.cube.builds import builds, pixels_of
+from minecube.cube.locks import hold
 from minecube.cube.store import (
     NAMED,
     Summing,
     digest,
     exists,
+    group_at,
     group_of,
     reading,
     sealed,
@@ -100,8 +101,9 @@ def write_prediction(
         overwrite: begin anew, whatever is there.
 
     Raises:
-        CubeError: a year is not committed, rows are missing, another run has begun to write this prediction, or the store
-            cannot be written. What was committed by then stays.
+        BusyError: another run is writing this prediction.
+        CubeError: a year is not committed or was built again meanwhile, rows are missing, or the store cannot be written. What
+            was committed by then stays.
     """
     target, now = summing(store), _pixels(store, site_id)
     unbuilt = [_label(view) for view in prediction.views if len(_of(view, now)) < len(view)]
@@ -110,42 +112,28 @@ def write_prediction(
             f"{store}: {unbuilt[0]} of {site_id} is not committed, and its pixels may change under the map; run `minecube "
             "build` until it says built"
         )
-    with writing(store):
+    with hold(store, f"{site_id}/predictions/{prediction.model}") as lock, writing(store):
         group, done = _begin(store, site_id, prediction, target, now, overwrite=overwrite)
         todo = [view for view in prediction.views if _label(view) not in done]
         if not todo:
             return []
         written = dict(group.attrs["checksums"])
-        group.attrs.put(sealed({**group.attrs, "run": secrets.token_hex(8)}))
-        array, at = group[prediction.variable], _places(prediction.variable, _views(group.attrs))
+        array = group[prediction.variable]
+        at = _places(prediction.variable, _views(group.attrs))
         with closing(rows(todo)) as given, ThreadPoolExecutor(1) as pool:
             for view, parts in _by_view(given, todo, array):
                 last: Future[None] | None = None
                 for y, values in parts:
                     if last is not None:
                         last.result()
-                    _need_alone(store, group)
                     last = pool.submit(_put, array, at[view], y, values)
                 if last is not None:
                     last.result()
-                _need_alone(store, group)
+                lock.check()
                 done[_label(view)] = {"builds": _of(view, now), "computed": prediction.computed}
                 sums = {**written, **_sums(target, group.path)}
                 group.attrs.put(sealed({**group.attrs, "done": done, "checksums": sums}))  # the commit
     return todo
-
-
-def _need_alone(store: str, group: zarr.Group) -> None:
-    """Raises CubeError where the prediction is no longer as this run has left it."""
-    try:
-        there = group_of(store, group.path).attrs.get("sha256")
-    except FileNotFoundError:
-        there = None
-    if there != group.attrs["sha256"]:
-        raise CubeError(
-            f"{store}: another run has begun to write {group.path}, so this one ends: maps of two would be mixed; wait until "
-            "the other is done"
-        )
 
 
 def write_probability(
@@ -223,7 +211,7 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
     views, done, now = _views(attrs), attrs.get("done", {}), _pixels(store, site_id)
     if views and attrs["variable"] != variable:
         raise CubeError(f"{store}: {model!r} maps {attrs['variable']}, not {variable}; name a model that does")
-    lacking = [_label(view) for view in views if _label(view) not in done and len(_of(view, now)) == len(view)]
+    lacking = unmapped(attrs, now)
     if not done or lacking or group[variable].shape[0] != len(_axis(variable, views)):
         rest = "those that were begun last" if done else "all"
         raise CubeError(
@@ -326,6 +314,12 @@ def places(attrs: Mapping[str, Any]) -> dict[int, bool]:
     return {n: _label(view) in attrs.get("done", {}) for view, indices in at.items() for n in indices}
 
 
+def unmapped(attrs: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """By the attributes of a prediction's group: its views of committed years (`now`) that are not whole."""
+    done = attrs.get("done", {})
+    return [_label(view) for view in _views(attrs) if _label(view) not in done and len(_of(view, now)) == len(view)]
+
+
 def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
     """Attributes of the group of an earlier run of this very model; empty where there is none, or it is damaged."""
     try:
@@ -359,15 +353,30 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
     if side % (2 * chunk) == 0:  # a chunk takes Zarr half a millisecond, however few bytes it has
         chunk *= 2
     shape = {"chunks": (1, *lead, chunk, chunk), "shards": (1, *lead, side, side), "fill_value": 255}
+    path = f"{site_id}/predictions/{prediction.model}"
+    _empty(store, path)
     dataset.to_zarr(
         target,
-        group=f"{site_id}/predictions/{prediction.model}",
-        mode="w",
+        group=path,
+        mode="a",
         compute=False,
         consolidated=False,
         zarr_format=3,
         encoding={variable: shape},
     )
+
+
+def _empty(store: str, path: str) -> None:
+    """Remove the arrays of a prediction. Its attributes go first, so that nothing speaks of arrays that are gone."""
+    try:
+        group = group_at(store, path, "r+")
+    except CubeError:  # damaged
+        zarr.open_group(zarr_store(store), path=path, mode="w", zarr_format=3)
+        return
+    if group is not None:
+        group.attrs.put({})
+        for name in list(group):
+            del group[name]
 
 
 def _coordinates(variable: str, views: Sequence[View]) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""A store and its groups, opened: a local path, a packed store or an object-store URL; what is wrong with it, in a sentence."""
+"""Open a store and its groups: a local folder, a packed store or an object-store URL."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import zarr
 import zarr.errors
@@ -21,15 +22,46 @@ from minecube.errors import CubeError
 
 FORMAT = 1
 """Version of the layout; a store of another one is refused."""
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "azure")
+"""Kinds of object stores, by the scheme of their URLs."""
+BEING_MADE = 0
+"""Format of a group that is being created. A run that is killed there starts again."""
 NAMED = "minecube"
 """Attribute under which a site's group says what it is."""
 
 
+def folder_of(store: str) -> Path | None:
+    """The folder of a local store; None for an object store.
+
+    Raises:
+        CubeError: the name is empty or a URL of a kind that cannot be written to.
+    """
+    scheme, separator, rest = store.partition("://")
+    if not store.strip():
+        raise CubeError("--store is empty; give a folder, or the URL of one in an object store")
+    if not separator:
+        return Path(store)
+    if scheme == "file":
+        return Path(unquote(rest))
+    if scheme not in SCHEMES:
+        raise CubeError(f"{store}: cannot be a store; expected a folder, or a URL that begins with {', '.join(SCHEMES)}")
+    return None
+
+
+def objects(store: str) -> Any:
+    """The objects of a store as they are stored, without Zarr."""
+    if is_packed(store):
+        return packed.Objects(store)
+    folder = folder_of(store)
+    return from_url(store) if folder is None else LocalStore(folder)
+
+
 def zarr_store(store: str) -> Any:
-    """What zarr opens under that name."""
+    """The Zarr store of that name."""
     if is_packed(store):
         return packed.zarr_store(store)
-    return zarr.storage.ObjectStore(from_url(store)) if "://" in store else store
+    folder = folder_of(store)
+    return zarr.storage.ObjectStore(from_url(store)) if folder is None else zarr.storage.LocalStore(folder)
 
 
 class Summing(WrapperStore):  # type: ignore[misc]
@@ -69,16 +101,9 @@ class Summing(WrapperStore):  # type: ignore[misc]
 
 
 def summing(store: str) -> Summing:
-    """That store, which keeps checksums of what is written through it."""
+    """The Zarr store of that name, which keeps checksums of all that is written through it."""
     need_writable(store)
-    return Summing(zarr_store(store) if "://" in store else zarr.storage.LocalStore(store))
-
-
-def objects(store: str) -> Any:
-    """The same place without Zarr: objects as they are stored, for obstore."""
-    if is_packed(store):
-        return packed.Objects(store)
-    return from_url(store) if "://" in store else LocalStore(store)
+    return Summing(zarr_store(store))
 
 
 def sum_of(content: Any) -> list[Any]:
@@ -100,15 +125,21 @@ def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 def exists(store: str, path: str) -> bool:
     """Whether there is a group at that path; raises CubeError where it is damaged, or the store is a file."""
-    if "://" not in store and not Path(store).exists():
+    folder = folder_of(store)
+    if folder is not None and not folder.exists():
         return False
-    if Path(store).is_file() and not is_packed(store):
-        raise CubeError(f"{store}: is a file; a store is a folder, the URL of one, or a packed one, whose name ends in .zip")
+    if folder is not None and folder.is_file() and not is_packed(store):
+        raise CubeError(f"{store}: is a file; expected a folder, the URL of one, or a packed store, whose name ends in .zip")
     try:
         group_of(store, path)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         return False
     return True
+
+
+def group_at(store: str, path: str, mode: str = "r") -> zarr.Group | None:
+    """The group at that path; None if there is none. Raises CubeError if it is damaged, or if the store is a file."""
+    return group_of(store, path, mode) if exists(store, path) else None
 
 
 def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
@@ -128,8 +159,8 @@ def reading(store: str, path: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CubeError(
-            f"{store}: {path or 'the store'} cannot be read ({type(error).__name__}: {error}); it is damaged or not ours, so "
-            "remove that site's folder and build it again, or use another --store"
+            f"{store}: {path or 'the store'} cannot be read ({type(error).__name__}: {error}); run `minecube verify`, or use "
+            "another --store if minecube did not make this one"
         ) from error
 
 

@@ -13,12 +13,15 @@ import xarray as xr
 import zarr
 from affine import Affine
 from odc.geo.geobox import GeoBox
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from minecube.catalog import QUALITY, Recipe
-from minecube.cube.store import NAMED, Summing, digest, objects, sealed
+from minecube.cube.store import NAMED, Summing, digest, objects, sealed, site_group
+from minecube.errors import CubeError
 
-WRITTEN_LATER = ("origin", "checksums", "sha256")
+LABELLING = "labelling"
+"""Attribute of footprints: years whose labels are being written, so that they may not be read."""
+WRITTEN_LATER = ("origin", "checksums", LABELLING, "sha256")
 """Attributes of arrays that are written with their pixels, not with the template."""
 GEOZARR = ("zarr_conventions", "proj:code", "spatial:dimensions", "spatial:transform", "spatial:shape", "spatial:bbox")
 """Attributes of a site's group that say where it lies."""
@@ -81,7 +84,8 @@ def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
         "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
         "shards": (1, *lead, recipe.block_px, recipe.block_px),
         "fill_value": fill,
-        "compressors": BloscCodec(cname="lz4hc", clevel=5, shuffle=shuffle),
+        # LZ4 has no checksum: without CRC-32C, a flipped bit would be read as pixels.
+        "compressors": (BloscCodec(cname="lz4hc", clevel=5, shuffle=shuffle), Crc32cCodec()),
     }
 
 
@@ -115,12 +119,31 @@ def seal_group(group: zarr.Group) -> None:
         group.attrs[NAMED] = about
 
 
-def note_labels(array: zarr.Array, target: Summing, indices: Sequence[int], origin: str) -> None:
-    """Keep whence labels are, and the checksums of their shards; those of years that were not written stay."""
+def begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
+    """Note that labels of these years (index -> year) are being written, and forget their checksums."""
+    kept = {k: s for k, s in array.attrs.get("checksums", {}).items() if int(k.split("/")[2]) not in years}
+    noted = {"origin": array.attrs.get("origin", ""), "checksums": kept, LABELLING: sorted(years.values())}
+    array.attrs.update(sealed(noted))
+
+
+def need_labels(store: str, site_id: str) -> None:
+    """Raise CubeError if labels of the site are half written."""
+    group = site_group(store, site_id, "r")
+    for name in (FRACTION, "footprint"):
+        years = group[name].attrs.get(LABELLING) if name in group else None
+        if years:
+            raise CubeError(
+                f"{store}: labels of {site_id} {years[0]} are being written, or a run was killed while it wrote them; wait, or "
+                "run `minecube label` again"
+            )
+
+
+def note_labels(array: zarr.Array, target: Summing, origin: str) -> None:
+    """Note the origin of labels and the checksums of their shards, once they are written."""
     name = array.path.rpartition("/")[2]
-    old = {k: s for k, s in array.attrs.get("checksums", {}).items() if int(k.split("/")[2]) not in indices}
     new = {k: s for k, s in target.below(array.path, array.path.removesuffix(f"/{name}")).items() if "/c/" in k}
-    array.attrs.update(sealed({"origin": origin, "checksums": dict(sorted({**old, **new}.items()))}))
+    checksums = dict(sorted({**array.attrs["checksums"], **new}.items()))
+    array.attrs.update(sealed({"origin": origin, "checksums": checksums, LABELLING: []}))
 
 
 def geozarr(grid: GeoBox) -> dict[str, Any]:

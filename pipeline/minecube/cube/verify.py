@@ -1,4 +1,4 @@
-"""What has become of a store: each object held to the checksum taken as it was written, and pixels to what they must be.
+"""Check a store: each object against the checksum taken as it was written, and pixels against each other.
 
 An object that is gone is read by Zarr as fill value, without an error: a false zero. So what must be there is known from the
 markers, not from what is there; and a shard of another place decodes as well as the right one, so decoding proves nothing.
@@ -8,6 +8,8 @@ markers, not from what is there; and a shard of another place decodes as well as
     coordinates                    made anew from the grid
     pixels                         decoded from the very bytes that were summed: reflectance, quality and counts must agree
 
+What a run left that was killed is `unfinished`: it is no damage, and running the same command again completes it.
+
 Objects are read as they are stored, one block of one year at a time in each thread: a shard of each variable, and its pixels.
 """
 
@@ -15,11 +17,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,31 @@ from odc.geo.geobox import GeoBox
 from zarr.core.buffer import default_buffer_prototype
 
 from minecube.catalog import FALLBACKS, Recipe, recipe_of
-from minecube.cube.builds import build_id, pixels_of
-from minecube.cube.packed import is_packed, need_writable
-from minecube.cube.predictions import place_of, places
-from minecube.cube.store import FORMAT, NAMED, objects, sealed, sum_of, zarr_store
-from minecube.cube.template import FRACTION, WRITTEN_LATER, encoding_of, geozarr, grid_in, group_digest, identity, template
+from minecube.cube.builds import PLACING, STAGED, build_id, is_staged, pixels_of, used_scenes
+from minecube.cube.packed import is_packed
+from minecube.cube.predictions import place_of, places, unmapped
+from minecube.cube.store import BEING_MADE, FORMAT, NAMED, folder_of, objects, sealed, sum_of
+from minecube.cube.template import (
+    FRACTION,
+    LABELLING,
+    WRITTEN_LATER,
+    encoding_of,
+    geozarr,
+    grid_in,
+    group_digest,
+    identity,
+    template,
+)
 from minecube.errors import CubeError, MinecubeError
 
 _SETTLED = ("zarr_format", "node_type", "data_type", "dimension_names", "fill_value", "chunk_key_encoding")
 _CLEAR_KINDS = (1, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
 """Of `quality`: those whose observations `clear_count` counts."""
+UNFINISHED = "unfinished"
+"""Kind of what a killed run left, or a run that is at work."""
 CURES = ("build", "site", "label", "predict", "remove", "group")
-"""What mends a finding: the year built anew, the whole site, its labels or a prediction made anew, the object removed, or an
-empty group written anew."""
+"""What mends a finding: build the year again, the whole site, its labels or a prediction, remove the object, or write an
+empty group again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +66,8 @@ class Finding:
     year: int | None
     """None where it is of all years, or of none."""
     kind: str
-    """missing, damaged, foreign (another place's), unexpected, contradictory, stale, or unverifiable (has no checksum)."""
+    """missing, damaged, foreign (of another place), unexpected, contradictory, stale, unverifiable (has no checksum), or
+    unfinished."""
     what: str
     """The object, relative to the site's group; or the variable."""
     found: str
@@ -77,11 +91,16 @@ class Report:
     findings: tuple[Finding, ...]
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong, apart from what is unfinished."""
+        return all(f.kind == UNFINISHED for f in self.findings)
+
+    @property
     def rebuild(self) -> dict[str, list[int]]:
         """Site -> years to build again."""
         years: dict[str, set[int]] = {}
         for f in self.findings:
-            if f.kind == "unverifiable" or f.cure not in ("build", "site"):
+            if f.kind in ("unverifiable", UNFINISHED) or f.cure not in ("build", "site"):
                 continue
             years.setdefault(f.site, set()).update(self.committed[f.site] if f.cure == "site" or f.year is None else [f.year])
         return {site: sorted(of) for site, of in sorted(years.items())}
@@ -134,21 +153,11 @@ def verify(
     )
 
 
-def uncommit(store: str, site_id: str, years: Iterable[int]) -> None:
-    """Take the commit off years, so that they count as not built and the same `minecube build` makes them again.
-
-    Pixels stay where they are until then.
-    """
-    need_writable(store)
-    for year in years:
-        # Not opened but replaced: the marker may be what is damaged.
-        zarr.open_group(zarr_store(store), path=f"{site_id}/builds/{year}", mode="w", zarr_format=3)
-
-
 def _listed(store: str) -> dict[str, dict[str, int]]:
     """Site -> object, relative to its group -> bytes."""
-    if "://" not in store and not (Path(store).is_dir() or is_packed(store)):
-        found = "is a file" if Path(store).exists() else "there is no store"
+    folder = folder_of(store)
+    if folder is not None and not (folder.is_dir() or is_packed(store)):
+        found = "is a file" if folder.exists() else "there is no store"
         raise CubeError(f"{store}: {found}; name the folder, or the URL, that `minecube build` was given as --store")
     groups: dict[str, dict[str, int]] = {}
     try:
@@ -235,6 +244,8 @@ class _Site:
     """Committed years without checksums."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What the group says of itself."""
+    labelling: set[int] = field(default_factory=set)
+    """Years whose labels are unfinished."""
     grid: GeoBox | None = None
     mapped: dict[str, dict[int, bool]] = field(default_factory=dict)
     """Prediction -> index of each of its years, or pairs, and whether it is whole; not of those without checksums."""
@@ -267,6 +278,11 @@ class _Site:
             yield partial(self._block, at, keys, known)
         for year in self.committed:
             yield partial(self._records, year)
+
+    def _unfinished(self, what: str, found: str, cure: str, year: int | None = None, command: str = "") -> Finding:
+        """A finding about what a run has left; `command` is the subcommand that completes it, by default that of the cure."""
+        said = f"{found}; run `minecube {command or cure}` again, unless it is still running"
+        return self._find(UNFINISHED, what, said, cure, year)
 
     def _find(self, kind: str, what: str, found: str, cure: str, year: int | None = None) -> Finding:
         return Finding(site=self.name, year=year, kind=kind, what=what, found=found, cure=cure)
@@ -301,6 +317,9 @@ class _Site:
         self.years = [int(y) for y in self._values("year", [])]
         attrs = _attributes(_content(self.raw, f"{self.name}/zarr.json")) or {}
         about = attrs.get(NAMED, {})
+        if about == {"format": BEING_MADE}:
+            yield self._unfinished("zarr.json", "the site's group was being created", "build")
+            return
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             yield self._find("damaged", "zarr.json", "is not the metadata of a site of this version", "site")
             return
@@ -323,7 +342,11 @@ class _Site:
 
     def _arrays(self, grid: GeoBox, recipe: Recipe, about: Mapping[str, Any]) -> Iterator[Finding]:
         years, identities = self.years, about.get("arrays", {})
-        if not years or sorted(set(years)) != years or years != about.get("years", years):
+        noted = about.get("years", years)
+        growing = years != noted and years[: len(noted)] == noted
+        if growing:
+            yield self._unfinished("year", "room for another year was being made", "build")
+        if not years or sorted(set(years)) != years or (years != noted and not growing):
             yield self._find("damaged", "year", f"expected {about.get('years', 'ascending years')}, found {years}", "site")
         empty = template(grid, years or [2000], recipe)
         memory: dict[str, Any] = {}
@@ -342,7 +365,9 @@ class _Site:
             asked = self.expected.get(name, held)
             keys = (*_SETTLED, *(("chunk_grid", "shape") if name in empty.data_vars else ()))
             off = [k for k in keys if held.get(k) != asked.get(k)]
-            if off:
+            if off == ["shape"] and _has_more_years(held, asked):
+                yield self._unfinished(f"{name}/zarr.json", "room for another year was being made", "build")
+            elif off:
                 said = "; ".join(f"{k} {held.get(k)}, expected {asked.get(k)}" for k in off)
                 yield self._find("damaged", f"{name}/zarr.json", said, "site")
             elif name in identities and identities[name] != identity(held):
@@ -367,11 +392,19 @@ class _Site:
         seen = {int(p.split("/")[1]) for p in self.files if p.startswith("builds/") and p.split("/")[1].isdigit()}
         if seen or "builds/zarr.json" in self.files:
             yield from _empty_group(self.name, "builds/zarr.json", _content(self.raw, f"{self.name}/builds/zarr.json"))
+        begun = {int(p.split("/")[1].removesuffix(STAGED)) for p in self.files if is_staged(p)}
+        for year in sorted(begun):
+            group = f"builds/{year}{STAGED}"
+            # Unless it was committed since the store was listed.
+            if any(_content(self.raw, f"{self.name}/{p}") is not None for p in self.files if p.startswith(f"{group}/")):
+                yield self._unfinished(group, "the year was being built", "build", year)
         stored = {at[0] for p in self.files if (at := self._place(p)) and p.split("/")[0] in self.built}
-        for year in sorted(seen | {y for i in stored if (y := self._year(i)) is not None}):
+        for year in sorted(seen | begun | {y for i in stored if (y := self._year(i)) is not None}):
             path = f"builds/{year}/zarr.json"
             content = _content(self.raw, f"{self.name}/{path}")
             attrs = _attributes(content)
+            if content is None and year not in seen and year in begun:
+                continue
             if attrs is None:
                 kind, said = (
                     ("missing", "pixels are there, but") if content is None else ("damaged", "cannot be understood, so")
@@ -380,7 +413,10 @@ class _Site:
                 yield self._find(kind, path, f"{said} nothing says what the year is made of", "build", year)
                 continue
             if not attrs or ("building" in attrs and "build_id" not in attrs):
-                continue  # not built, or being built
+                continue  # not built, or begun by an older version
+            if PLACING in attrs:
+                yield self._unfinished(path, "the year was being put in place", "build", year)
+                continue
             self.committed[year] = attrs
             yield from self._marker(year, path, self.committed[year])
 
@@ -440,6 +476,9 @@ class _Site:
             if "checksums" in kept and kept != sealed(kept):
                 yield self._find("damaged", f"{name}/zarr.json", "origin or checksums are not what was written", "label")
                 continue
+            for year in kept.get(LABELLING, ()):
+                self.labelling.add(year)
+                yield self._unfinished(name, "labels were being written", "label", year)
             self.sums |= kept.get("checksums", {})
 
     def _predictions(self) -> Iterator[Finding]:
@@ -451,14 +490,20 @@ class _Site:
         for model in models:
             path = f"predictions/{model}/zarr.json"
             attrs = _attributes(_content(self.raw, f"{self.name}/{path}"))
-            if not attrs or ("checksums" in attrs and attrs != sealed(attrs)):
+            if attrs is None or ("checksums" in attrs and attrs != sealed(attrs)):
                 yield self._find("damaged", path, "is not what was written", "predict")
+            elif "model" not in attrs:
+                yield self._unfinished(f"predictions/{model}", "the map was being created", "predict")
             elif "checksums" not in attrs:
-                said = "has no checksums: older than they are, or not written to its end"
-                yield self._find("unverifiable", path, said, "predict")
+                yield self._find("unverifiable", path, "was made before checksums were kept", "predict")
             else:
                 self.sums |= {f"predictions/{model}/{key}": value for key, value in attrs["checksums"].items()}
                 self.mapped[model] = places(attrs)
+                lacking = unmapped(attrs, now)
+                if lacking:
+                    command = "tracks" if "made_of" in attrs["model"] else "predict"
+                    said = f"{', '.join(lacking)} not mapped"
+                    yield self._unfinished(f"predictions/{model}", said, "predict", command=command)
                 of = {year: build for done in attrs.get("done", {}).values() for year, build in done["builds"].items()}
                 years = {str(year) for view in attrs.get("views", ()) for year in view}
                 later = set(now) - years if attrs.get("variable") == "probability" else set()
@@ -479,6 +524,8 @@ class _Site:
         arrays = {*self.expected, *self.about.get("arrays", {})}
         for key in sorted(set(self.files) - set(self.sums) - {"zarr.json", "builds/zarr.json", "predictions/zarr.json"}):
             first, *rest = key.split("/")
+            if is_staged(key):
+                continue
             if first == "builds" and rest[0].isdigit():
                 year = int(rest[0])
                 if year not in whole or rest[1:] == ["zarr.json"]:
@@ -494,6 +541,8 @@ class _Site:
                     continue
                 if at and first in self.built and self._year(at[0]) is not None and self._year(at[0]) not in whole:
                     continue  # of a year being built, or without checksums
+                if at and first not in self.built and self._year(at[0]) in self.labelling:
+                    continue
                 if at and first not in self.built:
                     said = "has no checksum: older than they are, or from elsewhere"
                     yield self._find("unverifiable", key, said, "label", self._year(at[0]))
@@ -563,12 +612,18 @@ class _Site:
                 found.append(self._find("damaged", path, f"cannot be read as Parquet ({type(error).__name__})", "build", year))
                 continue
             if name == "scenes":
-                agree = sorted(table["id"]) == sorted(s["id"] for s in told)
+                agree = sorted(table["id"]) == sorted(s["id"] for s in used_scenes(attrs))
             else:
                 agree = all(int(table[k].sum()) == told[k] for k in ("planned", "lost") if k in told and k in table)
             if not agree:
                 found.append(self._find("contradictory", path, f"is not of the {name} that the marker counts", "build", year))
         return found
+
+
+def _has_more_years(held: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether an array differs from what was asked for in having more years only."""
+    first, *rest = held["shape"]
+    return bool(first > asked["shape"][0] and rest == list(asked["shape"][1:]))
 
 
 def _is_coordinate(metadata: Any, at: Sequence[str]) -> bool:

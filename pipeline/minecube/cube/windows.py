@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from minecube.cube.builds import builds
-from minecube.cube.pixels import Pixels
+from minecube.cube.commits import Commits
+from minecube.cube.pixels import LazyPixels, Pixels
 from minecube.cube.store import site_group, sites
+from minecube.cube.template import need_labels
 from minecube.errors import CubeError
 
 VIEWS = ("year", "pair", "series")
@@ -76,6 +77,8 @@ class CubeDataset:
     def __post_init__(self) -> None:
         if self.view not in VIEWS or self.size < 1 or (self.step is not None and self.step < 1):
             raise CubeError(f"windows: expected a view of {', '.join(VIEWS)}, sizes and steps of 1 or more, found {self}")
+        for name in self.site_ids or sites(self.store):
+            need_labels(self.store, name)
         self._sites = {name: _Site.of(self.store, name, self.years) for name in self.site_ids or sites(self.store)}
         for what in ("bands", "years"):
             each = {getattr(site, what) for site in self._sites.values()}
@@ -179,21 +182,10 @@ def open_reflectance(store: str, site_id: str) -> xr.DataArray:
     pixels = site.reflectance
     coords = {name: group[name][:] for name in ("year", "band", "y", "x")}
     coords["band"] = np.array([str(b) for b in coords["band"]], dtype=object)
-    lazy = indexing.LazilyIndexedArray(_Lazy(pixels))
+    lazy = indexing.LazilyIndexedArray(LazyPixels(pixels))
     found = xr.DataArray(lazy, dims=("year", "band", "y", "x"), coords=coords, name="reflectance")
     found.encoding["chunks"] = (1, pixels.shape[1], *pixels.chunk)
     return found.sel(year=list(site.years))
-
-
-class _Lazy(BackendArray):
-    """Pixels, as xarray asks for them."""
-
-    def __init__(self, pixels: Pixels) -> None:
-        self._pixels, self.shape, self.dtype = pixels, pixels.shape, pixels.dtype
-
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> npt.NDArray[Any]:
-        outer = indexing.IndexingSupport.OUTER
-        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._pixels.__getitem__)  # type: ignore[no-any-return]
 
 
 def _corners(length: int, size: int, step: int) -> list[int]:
@@ -220,6 +212,7 @@ class _Site:
     def of(cls, store: str, name: str, years: Sequence[int] | None) -> _Site:
         group = site_group(store, name, "r")
         committed = list(builds(store, name))
+        commits = Commits.of(store, name)
         lacking = sorted(set(years or ()) - set(committed))
         if lacking or not committed:
             there = ", ".join(map(str, committed)) or "none"
@@ -229,6 +222,6 @@ class _Site:
             years=tuple(sorted(years or committed)),
             index=at,
             bands=tuple(map(str, group["band"][:])),
-            reflectance=Pixels.of(store, f"{name}/reflectance"),
+            reflectance=Pixels.of(store, f"{name}/reflectance", commits),
             footprint=Pixels.of(store, f"{name}/footprint"),
         )

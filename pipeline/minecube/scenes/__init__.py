@@ -151,6 +151,16 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     return chosen + _of_months(scenes, recipe, recipe.wider_months)
 
 
+def need_dates(scenes: Sequence[pystac.Item], recipe: Recipe, year: int) -> None:
+    """Raise SceneError if the scenes of a year, of a recipe's months, are of fewer dates than the recipe needs."""
+    days = dates([s for s in usable(scenes, recipe) if s.datetime and s.datetime.year == year])
+    if len(days) < recipe.min_dates:
+        raise SceneError(
+            f"{len(days)} dates of {year} are left, and recipe {recipe.id!r} needs {recipe.min_dates}: the others were left "
+            "out for their offset or their place; name one more --source, or lower min_dates in a recipe of your own"
+        )
+
+
 def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     """The scenes of a recipe's months that are not cloudier than it allows, however few they are."""
     return _of_months(scenes, recipe, recipe.months)

@@ -1,0 +1,80 @@
+"""Notice when a year is committed or withdrawn while it is being read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from minecube.cube.builds import PLACING, marker_of
+from minecube.cube.packed import is_packed, stamp_of
+from minecube.cube.store import folder_of, objects, reading, site_group
+from minecube.errors import CubeError
+
+
+@dataclass(frozen=True)
+class Commits:
+    """The markers of a site as they were when it was opened."""
+
+    store: str
+    site_id: str
+    years: tuple[int, ...]
+    """By index on the first axis."""
+    stamps: tuple[Any, ...]
+    """What tells each marker from another one of its name; None if there is none."""
+    shards: frozenset[str] = field(repr=False)
+    """Shards of committed years, relative to the site's group."""
+
+    @classmethod
+    def of(cls, store: str, site_id: str) -> Commits:
+        """The markers as they are now; raises CubeError if the site is not there."""
+        with reading(store, site_id):
+            years = tuple(int(y) for y in site_group(store, site_id, "r")["year"][:])
+        stamps = []
+        shards: set[str] = set()
+        for year in years:
+            stamp, marker = _stamped(store, site_id, year)
+            stamps.append(stamp)
+            listed = () if marker is None or PLACING in marker else marker.get("checksums", ())
+            shards.update(key for key in listed if not key.startswith("builds/"))
+        return cls(store, site_id, years, tuple(stamps), frozenset(shards))
+
+    def check(self, indices: Iterable[int]) -> None:
+        """Raise CubeError if one of these years was committed or withdrawn since the site was opened."""
+        for index in indices:
+            if index < len(self.years) and _stamp(self.store, self.site_id, self.years[index]) != self.stamps[index]:
+                raise CubeError(
+                    f"{self.store}: {self.site_id} {self.years[index]} was built again while it was being read; open the cube "
+                    "again"
+                )
+
+    def need_absent(self, key: str) -> None:
+        """Raise CubeError if an object that is not there was committed; `key` is that of the store."""
+        name = key.removeprefix(f"{self.site_id}/")
+        if name in self.shards:
+            self.check([int(name.split("/")[2])])
+            raise CubeError(f"{self.store}: {key} is missing although it was committed; run `minecube verify`")
+
+
+def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
+    """The stamp of a marker, and the marker that has it."""
+    while True:
+        before = _stamp(store, site_id, year)
+        marker = marker_of(store, site_id, year)
+        if before == _stamp(store, site_id, year):
+            return before, marker
+
+
+def _stamp(store: str, site_id: str, year: int) -> Any:
+    """What tells a marker from another one of its name; None if there is none."""
+    folder = folder_of(store)
+    key = f"{site_id}/builds/{year}/zarr.json"
+    try:
+        if folder is None:
+            return objects(store).head(key)["e_tag"]
+        if is_packed(store):
+            return None
+        return stamp_of(os.stat(f"{folder}/{key}"))  # noqa: PTH116  asked for at every read
+    except FileNotFoundError:
+        return None

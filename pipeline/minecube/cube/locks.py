@@ -1,0 +1,274 @@
+"""Locks that keep two runs from writing the same part of a store.
+
+A lock has a name, such as `Germany_1` or `Germany_1/builds/2020`. Lock files lie next to the store, so that Zarr never lists
+them.
+
+    folder        flock(2): the kernel frees the lock of a process that was killed
+    object store  a lease, written with conditional puts: its holder renews it every few seconds; a lease that nobody renews
+                  for `LEASE_S` is dead and is taken over. Only this machine's monotonic clock is used, so that a clock
+                  that is set wrong does no harm.
+
+Two threads of one process exclude each other, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import obstore.exceptions
+from obstore.store import from_url
+
+from minecube.cube.store import folder_of
+from minecube.errors import BusyError, CubeError
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 30.0
+"""A lease that has not been renewed for so long is dead."""
+RENEW_S = 5.0
+"""Time between two renewals of a lease."""
+WAIT_S = 120.0
+"""Time to wait for a lock that others hold for a short time only, such as that of a site's metadata."""
+_POLL_S = 0.05
+
+
+class Lock(Protocol):
+    """A lock that this run holds."""
+
+    def check(self) -> None:
+        """Raise BusyError if another run has taken the lock over."""
+
+
+@contextmanager
+def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
+    """Hold the lock `name` of a store.
+
+    Args:
+        store: local path or object-store URL.
+        name: what is locked, as a path within the store.
+        wait_s: seconds to wait for another holder.
+
+    Raises:
+        BusyError: another run holds the lock.
+        CubeError: the file system has no locks.
+        OSError: the lock cannot be written.
+    """
+    folder = folder_of(store)
+    with contextlib.ExitStack() as stack:
+        lock: Lock
+        if folder is None:
+            lock = stack.enter_context(_lease(store, name, wait_s))
+        else:
+            lock = stack.enter_context(_file_lock(folder, name, wait_s))
+        yield lock
+
+
+def _busy(store: object, name: str, holder: dict[str, Any]) -> BusyError:
+    """The error for a lock that another run holds."""
+    who = f"process {holder.get('process', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+    return BusyError(f"{store}: {name} is being written by another run ({who}); wait until it ends, then run this again")
+
+
+def _holder() -> dict[str, Any]:
+    """What a lock says of the run that holds it."""
+    since = datetime.now(tz=UTC).isoformat(timespec="seconds")
+    return {"owner": secrets.token_hex(8), "host": socket.gethostname(), "process": os.getpid(), "since": since}
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """What a lock says; empty if it is still being written."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# Folders
+
+
+class _FileLock:
+    """A flock is lost only with its process."""
+
+    def check(self) -> None:
+        """Nothing can have taken the lock over."""
+
+
+def lock_folder(folder: Path) -> Path:
+    """The folder of a store's lock files: next to the store, or inside it if nothing can be written next to it."""
+    beside = folder.parent / f"{folder.name}-locks"
+    parent = next(p for p in (folder.parent, *folder.parent.parents) if p.exists())
+    return beside if os.access(parent, os.W_OK) else folder / ".locks"
+
+
+@contextmanager
+def _file_lock(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
+    locks = lock_folder(folder.resolve())
+    path = locks / f"{name.replace('/', '.')}.lock"
+    until = time.monotonic() + wait_s
+    while (file := _try_flock(path)) is None:
+        if time.monotonic() >= until:
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # released at this moment
+                content = b""
+            raise _busy(folder, name, _parsed(content))
+        time.sleep(_POLL_S)
+    try:
+        os.truncate(file, 0)
+        os.pwrite(file, json.dumps(_holder()).encode(), 0)
+        yield _FileLock()
+    finally:
+        # The name goes before the lock does. Who waits for the file without a name notices that, and opens it again.
+        path.unlink(missing_ok=True)
+        os.close(file)
+        with contextlib.suppress(OSError):  # others hold locks
+            locks.rmdir()
+
+
+def _try_flock(path: Path) -> int | None:
+    """The locked file, open; None if another run holds the lock."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        if path.parent.exists():
+            raise
+        return None  # another run removed the empty folder at this moment
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:  # likewise
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        named = os.stat(path)  # noqa: PTH116  compared with fstat
+        if os.fstat(file).st_ino == named.st_ino:
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        os.close(file)
+        raise CubeError(
+            f"{path}: this file system has no locks ({error.strerror}), so two runs could mix their pixels; mount it with "
+            "locks (Lustre: -o flock), or use another --store"
+        ) from error
+    os.close(file)
+    return None
+
+
+# Object stores
+
+
+class _Lease:
+    """A lease object, renewed by a thread until it is released."""
+
+    def __init__(self, store: str, name: str) -> None:
+        self.store = store
+        self.name = name
+        self.key = f"{name}.json"
+        self.objects: Any = from_url(_lease_url(store))
+        self.mine = _holder()
+        self.tag = ""
+        self._count = 0
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name=f"lease of {name}", daemon=True)
+
+    def _content(self) -> bytes:
+        self._count += 1  # each renewal is another content, so it has another tag
+        return json.dumps({**self.mine, "renewed": self._count}).encode()
+
+    def _seen(self) -> tuple[str, dict[str, Any]] | None:
+        """Tag and content of the lease as it is now; None if there is none."""
+        try:
+            found = self.objects.get(self.key)
+            return str(found.meta["e_tag"]), _parsed(bytes(found.bytes()))
+        except FileNotFoundError:
+            return None
+
+    def _put(self, mode: Any) -> bool:
+        """Write the lease under a condition; whether it is ours now.
+
+        A put whose answer was lost is repeated by the client and then looks like a conflict, so the owner is read back.
+        """
+        content = self._content()
+        try:
+            self.tag = str(self.objects.put(self.key, content, mode=mode)["e_tag"])
+        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError):
+            seen = self._seen()
+            if seen is None or seen[1].get("owner") != self.mine["owner"]:
+                return False
+            self.tag = seen[0]
+        return True
+
+    def take(self, wait_s: float) -> None:
+        """Take the lease. A holder that does not renew it for `LEASE_S` is dead."""
+        until = time.monotonic() + wait_s
+        watched, since = "", time.monotonic()
+        while not self._put("create"):
+            seen = self._seen()
+            if seen is None:
+                continue
+            tag, holder = seen
+            if tag != watched:
+                renewed = bool(watched)
+                watched, since = tag, time.monotonic()
+                if renewed and time.monotonic() >= until:
+                    raise _busy(self.store, self.name, holder)
+            elif time.monotonic() - since > LEASE_S and self._put({"e_tag": watched}):
+                log.info("%s: took over the lease of %s from a run that is gone", self.store, self.name)
+                break
+            time.sleep(min(RENEW_S / 10, 0.5))
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW_S):
+            try:
+                if not self._put({"e_tag": self.tag}):
+                    return  # `check` says so
+            except (obstore.exceptions.BaseError, OSError) as error:
+                log.info("%s: the lease of %s was not renewed (%s)", self.store, self.name, type(error).__name__)
+
+    def check(self) -> None:
+        """Raise BusyError if another run has taken the lease over."""
+        seen = self._seen()
+        holder = {} if seen is None else seen[1]
+        if holder.get("owner") != self.mine["owner"]:
+            raise _busy(self.store, self.name, holder)
+
+    def release(self) -> None:
+        """Remove the lease if it is still ours."""
+        self._released.set()
+        self._thread.join()
+        with contextlib.suppress(obstore.exceptions.BaseError, OSError):  # it dies by itself
+            seen = self._seen()
+            if seen is not None and seen[1].get("owner") == self.mine["owner"]:
+                self.objects.delete(self.key)
+
+
+def _lease_url(store: str) -> str:
+    """Where leases lie: next to the store, or inside it if the store is a whole bucket."""
+    scheme, _, rest = store.rstrip("/").partition("://")
+    bucket, _, prefix = rest.partition("/")
+    return f"{scheme}://{bucket}/{prefix}-locks" if prefix else f"{scheme}://{bucket}/.locks"
+
+
+@contextmanager
+def _lease(store: str, name: str, wait_s: float) -> Iterator[Lock]:
+    lease = _Lease(store, name)
+    lease.take(wait_s)
+    try:
+        yield lease
+    finally:
+        lease.release()

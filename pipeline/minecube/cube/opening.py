@@ -1,0 +1,92 @@
+"""Open cubes to read: lazily, and never with two builds of one year mixed.
+
+Every read of pixels ends with a look at the markers. If a year was committed or withdrawn since the cube was opened, the read
+fails, because its blocks could come from two builds. A shard that a marker lists and that is gone is an error, not fill value.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import odc.geo.xr  # noqa: F401  registers the .odc accessor
+import xarray as xr
+from odc.geo.geobox import GeoBox
+from xarray.core import indexing
+
+from minecube.cube.builds import builds
+from minecube.cube.commits import Commits
+from minecube.cube.pixels import LazyPixels, Pixels
+from minecube.cube.store import reading, site_group, zarr_store
+from minecube.cube.template import WRITTEN_LATER, grid_in, need_labels
+from minecube.errors import CubeError
+
+REFLECTANCE_SCALE = 10_000
+"""Stored reflectance per unit of surface reflectance."""
+
+
+def open_cube(store: str, site_id: str) -> xr.Dataset:
+    """Open a site's cube with all its years, lazily. A year that is not committed reads as no data.
+
+    Dimensions are year, band, y, x; `cube/__init__.py` lists the variables. Attributes are text and numbers, and variables have
+    no encoding, so that `to_netcdf` and `to_zarr` work.
+
+    Raises:
+        CubeError: there is no such site, or the store was not made by minecube. Reading raises it if a year is built again
+            meanwhile, or if a shard is missing or damaged.
+    """
+    commits = Commits.of(store, site_id)
+    need_labels(store, site_id)
+    with reading(store, site_id):
+        opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=site_id, consolidated=False, chunks=None)
+        opened["year"].load()
+        for name, array in opened.data_vars.items():
+            if array.dims[:1] == ("year",):
+                opened[name] = _lazy(array.variable, Pixels.of(store, f"{site_id}/{name}", commits))
+    for variable in opened.variables.values():
+        variable.encoding = {}
+    return opened.assign_attrs({name: _plain(value) for name, value in opened.attrs.items()})
+
+
+def open_committed(store: str, site_id: str) -> xr.Dataset:
+    """Open a site's cube as `open_cube` does, with committed years only. This is the way to read a cube.
+
+    Raises:
+        CubeError: as `open_cube`, or the site has no committed year.
+    """
+    years = list(builds(store, site_id))
+    cube = open_cube(store, site_id)
+    if not years:
+        raise CubeError(f"{store}: {site_id} has no committed year; run `minecube build` until it says built")
+    return cube.sel(year=years)
+
+
+def grid_and_years(store: str, site_id: str) -> tuple[GeoBox, list[int]]:
+    """Read the grid of a site's cube, and all its years, from metadata. Raises CubeError if there is no such site."""
+    group = site_group(store, site_id, "r")
+    with reading(store, site_id):
+        return grid_in(group.attrs), [int(year) for year in group["year"][:]]
+
+
+def as_float(cube: xr.Dataset) -> xr.Dataset:
+    """Convert stored reflectance (uint16 x 10000, 0 = no data) to surface reflectance: float32, NaN where there is no data."""
+    stored = cube["reflectance"]
+    scaled = stored.astype(np.float32) / np.float32(REFLECTANCE_SCALE)
+    attrs = {name: value for name, value in stored.attrs.items() if name not in ("nodata", "units")}
+    reflectance = scaled.where(stored > 0).assign_attrs({**attrs, "long_name": "surface reflectance", "units": "1"})
+    return cube.assign(reflectance=reflectance)
+
+
+def _lazy(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
+    """The variable, read in Dask chunks by `pixels`, without the checksums in its attributes."""
+    attrs = {name: _plain(value) for name, value in variable.attrs.items() if name == "origin" or name not in WRITTEN_LATER}
+    lazy = xr.Variable(variable.dims, indexing.LazilyIndexedArray(LazyPixels(pixels)), attrs)
+    chunk = (1, *pixels.shape[1:-2], *pixels.chunk)
+    return lazy.chunk(dict(zip(variable.dims, chunk, strict=True)))
+
+
+def _plain(value: Any) -> Any:
+    """An attribute that NetCDF can hold: nested values become JSON."""
+    nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
+    return json.dumps(value) if nested else value
