@@ -54,7 +54,19 @@ from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
 from minecube.cube.predictions import Prediction, mapped_by, open_change, open_probability, write_prediction, write_probability
 from minecube.cube.staging import Staging, discard, finish, open_staging, reads_so_far, withdraw, year_index
-from minecube.cube.store import BEING_MADE, FORMAT, NAMED, group_at, site_group, sites, summing, writing, zarr_store
+from minecube.cube.store import (
+    BEING_MADE,
+    FORMAT,
+    NAMED,
+    begin_group,
+    group_at,
+    is_being_made,
+    site_group,
+    sites,
+    summing,
+    writing,
+    zarr_store,
+)
 from minecube.cube.template import (
     FRACTION,
     FRACTION_ATTRS,
@@ -124,7 +136,7 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
             those it has.
     """
     group = group_at(store, site.id)
-    if group is None or group.attrs.get(NAMED) == {"format": BEING_MADE}:
+    if group is None or is_being_made(group):
         return False
     made = site_group(store, site.id, mode="r").attrs[NAMED]
     asked = as_dict(recipe)
@@ -134,7 +146,7 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
             f"{store}: {site.id} was made with recipe {made['recipe']['id']!r}, which differs from {recipe.id!r} in {changed}; "
             "use the same recipe, or another --store"
         )
-    lacking = sorted(set(made.get("arrays", ())) - {name for name, _ in group.arrays()})
+    lacking = [name for name in made.get("arrays", ()) if name not in group]
     if lacking:
         raise CubeError(f"{store}: {site.id} lacks its array {lacking[0]!r}; run `minecube verify`")
     if grid_in(group.attrs) != grid:
@@ -166,7 +178,8 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         empty.attrs |= {NAMED: {"format": BEING_MADE}, **geozarr(grid)}
         encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
         target = zarr_store(store)
-        empty.to_zarr(target, group=site.id, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
+        begin_group(store, site.id, {NAMED: {"format": BEING_MADE}})
+        empty.to_zarr(target, group=site.id, mode="a", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
         group = zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False)
         made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
         group.attrs[NAMED] = made

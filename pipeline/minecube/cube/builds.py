@@ -22,6 +22,8 @@ from minecube.errors import CubeError, StaleError
 
 PLACING = "placing"
 """Attribute of the marker of a committed year whose objects are being renamed to their places."""
+WITHDRAWN = "withdrawn"
+"""Attribute of the marker of a year whose pixels are being removed: their keys."""
 STAGED = ".new"
 """Suffix of the group of a year that is being built, next to its marker."""
 LEFT_OUT = "left_out"

@@ -46,6 +46,8 @@ def open_cube(store: str, site_id: str) -> xr.Dataset:
                 opened[name] = _lazy(array.variable, Pixels.of(store, f"{site_id}/{name}", commits))
     for variable in opened.variables.values():
         variable.encoding = {}
+    # A run that was killed while it made room for more years has left room without a name.
+    opened = opened.isel(year=np.flatnonzero(opened["year"] > 0))
     return opened.assign_attrs({name: _plain(value) for name, value in opened.attrs.items()})
 
 

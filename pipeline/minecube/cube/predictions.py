@@ -26,9 +26,9 @@ from minecube.cube.locks import hold
 from minecube.cube.store import (
     NAMED,
     Summing,
+    begin_group,
     digest,
     exists,
-    group_at,
     group_of,
     reading,
     sealed,
@@ -354,7 +354,7 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
         chunk *= 2
     shape = {"chunks": (1, *lead, chunk, chunk), "shards": (1, *lead, side, side), "fill_value": 255}
     path = f"{site_id}/predictions/{prediction.model}"
-    _empty(store, path)
+    begin_group(store, path, {})
     dataset.to_zarr(
         target,
         group=path,
@@ -364,19 +364,6 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
         zarr_format=3,
         encoding={variable: shape},
     )
-
-
-def _empty(store: str, path: str) -> None:
-    """Remove the arrays of a prediction. Its attributes go first, so that nothing speaks of arrays that are gone."""
-    try:
-        group = group_at(store, path, "r+")
-    except CubeError:  # damaged
-        zarr.open_group(zarr_store(store), path=path, mode="w", zarr_format=3)
-        return
-    if group is not None:
-        group.attrs.put({})
-        for name in list(group):
-            del group[name]
 
 
 def _coordinates(variable: str, views: Sequence[View]) -> dict[str, list[int]]:

@@ -23,8 +23,8 @@ import pandas as pd
 import zarr
 
 from minecube.catalog import recipe_of
-from minecube.cube.builds import PLACING, STAGED, note_incomplete, run_of
-from minecube.cube.store import NAMED, Summing, group_at, group_of, objects, sealed, site_group, summing
+from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, note_incomplete, run_of
+from minecube.cube.store import NAMED, Summing, begin_group, group_at, group_of, objects, sealed, site_group, summing
 from minecube.errors import CubeError
 
 
@@ -187,9 +187,10 @@ def finish(store: str, site_id: str, year: int) -> None:
             _need_placed(raw, store, f"{site_id}/{key}")
     if "reads" in made:
         note_incomplete(store, site_id)
+    discard(store, site_id, year)
+    # Last, so that a run that is killed before is finished by the next one.
     settled = {name: value for name, value in made.items() if name != PLACING}
     marker.attrs.put(sealed(settled))
-    discard(store, site_id, year)
 
 
 def _need_placed(raw: Any, store: str, key: str) -> None:
@@ -231,9 +232,9 @@ def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
 
 
 def _empty_unfinished(store: str, site_id: str, year: int) -> None:
-    """Remove blocks that an older version left in the cube itself, so that a year that is not committed has no pixels."""
+    """Remove pixels of a year that is not committed: those of older versions, and of a withdrawal that was killed."""
     marker = group_at(store, f"{site_id}/builds/{year}", "r+")
-    if marker is None or "building" not in marker.attrs:
+    if marker is None or not marker.attrs or "build_id" in marker.attrs:
         return
     cube = site_group(store, site_id, "r")
     _delete(store, (f"{site_id}/{key}" for key in _shard_keys(cube, year_index(cube, year))))
@@ -245,12 +246,13 @@ def withdraw(store: str, site_id: str, year: int) -> None:
     path = f"{site_id}/builds/{year}"
     try:
         marker = group_at(store, path)
-        listed = [] if marker is None else list(marker.attrs.get("checksums", {}))
+        attrs = {} if marker is None else dict(marker.attrs)
     except CubeError:
-        listed = []
-    # Replaced, not opened: the marker may be what is damaged.
-    zarr.open_group(summing(store), path=path, mode="w", zarr_format=3)
-    _delete(store, (f"{site_id}/{key}" for key in listed if not key.startswith("builds/")))
+        attrs = {}
+    pixels = [key for key in attrs.get(WITHDRAWN, attrs.get("checksums", ())) if not key.startswith("builds/")]
+    begin_group(store, path, {WITHDRAWN: pixels})
+    _delete(store, (f"{site_id}/{key}" for key in pixels))
+    begin_group(store, path, {})
 
 
 def _delete(store: str, keys: Iterable[str]) -> None:

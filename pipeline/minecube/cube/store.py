@@ -150,6 +150,32 @@ def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
         return zarr.open_group(zarr_store(store), path=path, mode=mode, use_consolidated=False)
 
 
+def begin_group(store: str, path: str, attributes: Mapping[str, Any]) -> None:
+    """Create a group with these attributes, or empty the one that is there, whatever a killed run left of it.
+
+    The attributes come first and are never gone, so that the group says at any moment what it is.
+    """
+    need_writable(store)
+    target = zarr_store(store)
+    parent = path.rpartition("/")[0]
+    zarr.open_group(target, path=parent, mode="a", use_consolidated=False)
+    try:
+        group = group_at(store, path, "r+")
+    except CubeError:  # damaged
+        group = None
+    if group is None:
+        group = zarr.create_group(target, path=path, attributes=dict(attributes), overwrite=True)
+    else:
+        group.attrs.put(dict(attributes))
+    for child in objects(store).list_with_delimiter(path)["common_prefixes"]:
+        del group[child.rstrip("/").rpartition("/")[2]]
+
+
+def is_being_made(group: zarr.Group) -> bool:
+    """Whether the group is a site whose creation was interrupted, also in versions that began without attributes."""
+    return group.attrs.get(NAMED) == {"format": BEING_MADE} or (not group.attrs and not list(group.array_keys()))
+
+
 @contextmanager
 def reading(store: str, path: str) -> Iterator[None]:
     """Turns what is raised on something damaged into a CubeError."""

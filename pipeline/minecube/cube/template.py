@@ -123,7 +123,7 @@ def begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
     """Note that labels of these years (index -> year) are being written, and forget their checksums."""
     kept = {k: s for k, s in array.attrs.get("checksums", {}).items() if int(k.split("/")[2]) not in years}
     noted = {"origin": array.attrs.get("origin", ""), "checksums": kept, LABELLING: sorted(years.values())}
-    array.attrs.update(sealed(noted))
+    array.attrs.put({**array.attrs, **sealed(noted)})  # not `update`, which writes each attribute by itself
 
 
 def need_labels(store: str, site_id: str) -> None:
@@ -143,7 +143,7 @@ def note_labels(array: zarr.Array, target: Summing, origin: str) -> None:
     name = array.path.rpartition("/")[2]
     new = {k: s for k, s in target.below(array.path, array.path.removesuffix(f"/{name}")).items() if "/c/" in k}
     checksums = dict(sorted({**array.attrs["checksums"], **new}.items()))
-    array.attrs.update(sealed({"origin": origin, "checksums": checksums, LABELLING: []}))
+    array.attrs.put({**array.attrs, **sealed({"origin": origin, "checksums": checksums, LABELLING: []})})
 
 
 def geozarr(grid: GeoBox) -> dict[str, Any]:

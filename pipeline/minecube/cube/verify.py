@@ -31,7 +31,7 @@ from odc.geo.geobox import GeoBox
 from zarr.core.buffer import default_buffer_prototype
 
 from minecube.catalog import FALLBACKS, Recipe, recipe_of
-from minecube.cube.builds import PLACING, STAGED, build_id, is_staged, pixels_of, used_scenes
+from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, build_id, is_staged, pixels_of, used_scenes
 from minecube.cube.packed import is_packed
 from minecube.cube.predictions import place_of, places, unmapped
 from minecube.cube.store import BEING_MADE, FORMAT, NAMED, folder_of, objects, sealed, sum_of
@@ -343,10 +343,12 @@ class _Site:
     def _arrays(self, grid: GeoBox, recipe: Recipe, about: Mapping[str, Any]) -> Iterator[Finding]:
         years, identities = self.years, about.get("arrays", {})
         noted = about.get("years", years)
-        growing = years != noted and years[: len(noted)] == noted
+        # Room for another year has the name 0 until it is named.
+        named = years[: years.index(0)] if 0 in years else years
+        growing = years != noted and named[: len(noted)] == noted and not any(years[len(named) :])
         if growing:
             yield self._unfinished("year", "room for another year was being made", "build")
-        if not years or sorted(set(years)) != years or (years != noted and not growing):
+        if not named or sorted(set(named)) != named or (years != noted and not growing):
             yield self._find("damaged", "year", f"expected {about.get('years', 'ascending years')}, found {years}", "site")
         empty = template(grid, years or [2000], recipe)
         memory: dict[str, Any] = {}
@@ -414,6 +416,9 @@ class _Site:
                 continue
             if not attrs or ("building" in attrs and "build_id" not in attrs):
                 continue  # not built, or begun by an older version
+            if WITHDRAWN in attrs:
+                yield self._unfinished(path, "the year was being withdrawn", "build", year)
+                continue
             if PLACING in attrs:
                 yield self._unfinished(path, "the year was being put in place", "build", year)
                 continue
