@@ -25,6 +25,7 @@ from shapely.geometry import box, mapping
 
 from minecube import scenes
 from minecube.catalog import BANDS, Offset, Site, Source
+from minecube.cube import store
 
 # The same examples each time: a run that fails can be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -203,7 +204,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             "AWS_REGION": "us-east-1",
         }.items():
             monkeypatch.setenv(name, value)
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/mines", method="PUT"), timeout=20)
+        # What is stored belongs to the process, not to the server.
+        for method, path in (("POST", "moto-api/reset"), ("PUT", "mines")):
+            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{path}", method=method), timeout=20)
+        store._client.cache_clear()  # its clients know the server of an earlier test
         yield "s3://mines"
     finally:
         server.stop()

@@ -5,7 +5,8 @@
     search(site, year, *sources)      -> Found                      normalised scenes, each acquisition once
     select(found.scenes, recipe)      -> [pystac.Item]              those the recipe uses
     composite.composite(scenes, grid, recipe) -> Dataset[band, y, x]   lazy
-    cube.create / write_year / open_cube  -> Dataset[year, band, y, x] in Zarr
+    cube.create / write_year          -> a site's cube in a Zarr store
+    open_committed(store, site_id)    -> Dataset[year, band, y, x]  lazy; as_float() has reflectance as float32 with NaN
     rasterize(polygons, grid, years)  -> DataArray[year, y, x]      1 mine, 0 not, 255 unknown
     predict(trained, reflectance)     -> DataArray[year, y, x]      probability x 250
     count(pred, truth, years)         -> Scores                     additive; finish() gives the formulas
@@ -19,6 +20,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "as_float": "cube",
     "Recipe": "catalog",
     "Site": "catalog",
     "Source": "catalog",
@@ -30,6 +32,7 @@ _HOME = {
     "load_recipes": "catalog",
     "load_sites": "catalog",
     "load_sources": "catalog",
+    "open_committed": "cube",
     "open_cube": "cube",
     "predict": "models",
     "rasterize": "labels",

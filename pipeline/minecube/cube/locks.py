@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import obstore.exceptions
-from obstore.store import from_url
 
-from minecube.cube.store import folder_of
+from minecube.cube.store import client_of, folder_of
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -178,7 +177,7 @@ class _Lease:
         self.store = store
         self.name = name
         self.key = f"{name}.json"
-        self.objects: Any = from_url(_lease_url(store))
+        self.objects: Any = client_of(_lease_url(store))
         self.mine = _holder()
         self.tag = ""
         self._count = 0

@@ -76,7 +76,8 @@ def as_float(cube: xr.Dataset) -> xr.Dataset:
     stored = cube["reflectance"]
     scaled = stored.astype(np.float32) / np.float32(REFLECTANCE_SCALE)
     attrs = {name: value for name, value in stored.attrs.items() if name not in ("nodata", "units")}
-    reflectance = scaled.where(stored > 0).assign_attrs({**attrs, "long_name": "surface reflectance", "units": "1"})
+    reflectance = scaled.where(stored > 0)
+    reflectance.attrs = {**attrs, "long_name": "surface reflectance", "units": "1"}
     return cube.assign(reflectance=reflectance)
 
 

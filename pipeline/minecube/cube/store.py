@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -48,12 +50,22 @@ def folder_of(store: str) -> Path | None:
     return None
 
 
+def client_of(url: str) -> Any:
+    """The client of an object store, one per URL and process: it keeps its connections, which do not survive a fork."""
+    return _client(url.rstrip("/"), os.getpid())
+
+
+@lru_cache(maxsize=32)
+def _client(url: str, _process: int) -> Any:
+    return from_url(url)
+
+
 def objects(store: str) -> Any:
     """The objects of a store as they are stored, without Zarr."""
     if is_packed(store):
         return packed.Objects(store)
     folder = folder_of(store)
-    return from_url(store) if folder is None else LocalStore(folder)
+    return client_of(store) if folder is None else LocalStore(folder)
 
 
 def zarr_store(store: str) -> Any:
@@ -61,7 +73,7 @@ def zarr_store(store: str) -> Any:
     if is_packed(store):
         return packed.zarr_store(store)
     folder = folder_of(store)
-    return zarr.storage.ObjectStore(from_url(store)) if folder is None else zarr.storage.LocalStore(folder)
+    return zarr.storage.ObjectStore(client_of(store)) if folder is None else zarr.storage.LocalStore(folder)
 
 
 class Summing(WrapperStore):  # type: ignore[misc]

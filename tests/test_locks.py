@@ -1,0 +1,179 @@
+"""Two runs never hold one lock; a dead run's lock is free."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import obstore.exceptions
+import pytest
+from obstore.store import from_url
+
+from minecube.cube import locks
+from minecube.errors import BusyError, CubeError
+
+
+def names_beside(store):
+    return [p.name for p in store.parent.iterdir() if p != store]
+
+
+def test_a_second_holder_is_told_who_holds_it(tmp_path):
+    store = str(tmp_path / "cubes.zarr")
+    with locks.hold(store, "pit/builds/2020"):
+        assert names_beside(tmp_path / "cubes.zarr") == ["cubes.zarr-locks"]
+        said = rf"cubes.zarr: pit/builds/2020 is being written by another run \(process {os.getpid()} on "
+        with pytest.raises(BusyError, match=said), locks.hold(store, "pit/builds/2020"):
+            pass
+        with locks.hold(store, "pit/builds/2021"), locks.hold(f"file://{tmp_path}/cubes.zarr", "pit"):
+            pass  # others are free
+        with pytest.raises(BusyError), locks.hold(f"file://{tmp_path}/cubes.zarr", "pit/builds/2020"):
+            pass  # the same store by another name
+    with locks.hold(store, "pit/builds/2020") as again:
+        again.check()
+    assert names_beside(tmp_path / "cubes.zarr") == []
+
+
+def test_threads_take_turns(tmp_path):
+    """Each adds 1 to a number in a way that loses additions unless it is alone."""
+    store = str(tmp_path / "cubes.zarr")
+    total = [0]
+
+    def add():
+        for _ in range(20):
+            with locks.hold(store, "pit", wait_s=60):
+                seen = total[0]
+                time.sleep(0.001)
+                total[0] = seen + 1
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert total == [80]
+
+
+def _count(store, path, times):
+    for _ in range(times):
+        with locks.hold(store, "pit", wait_s=60):
+            seen = int(path.read_text())
+            path.write_text(str(seen + 1))
+
+
+def test_processes_take_turns(tmp_path):
+    path = tmp_path / "number"
+    path.write_text("0")
+    store = str(tmp_path / "cubes.zarr")
+    context = multiprocessing.get_context("fork")
+    counting = [context.Process(target=_count, args=(store, path, 100)) for _ in range(3)]
+    for process in counting:
+        process.start()
+    for process in counting:
+        process.join()
+    assert path.read_text() == "300"
+    assert names_beside(path) == []
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    script = f"""
+        import time
+        from minecube.cube.locks import hold
+        with hold({str(tmp_path / "cubes.zarr")!r}, "pit"):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BusyError, match=rf"process {holder.pid} on "), locks.hold(str(tmp_path / "cubes.zarr"), "pit"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    with locks.hold(str(tmp_path / "cubes.zarr"), "pit"):
+        pass
+
+
+def test_locks_lie_in_the_store_where_nothing_can_be_written_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests run as root, who may write anywhere
+    with locks.hold(str(tmp_path / "cubes.zarr"), "pit"):
+        assert (tmp_path / "cubes.zarr" / ".locks" / "pit.lock").exists()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leases that die within a second."""
+    monkeypatch.setattr(locks, "LEASE_S", 0.8)
+    monkeypatch.setattr(locks, "RENEW_S", 0.1)
+
+
+def test_a_lease_that_is_renewed_is_not_taken_over(bucket, quick):
+    store = f"{bucket}/a/cubes.zarr"
+    with locks.hold(store, "pit") as first:
+        start = time.monotonic()
+        with pytest.raises(BusyError, match=r"a/cubes.zarr: pit is being written by another run"), locks.hold(store, "pit"):
+            pass
+        assert time.monotonic() - start < locks.LEASE_S
+        with pytest.raises(BusyError), locks.hold(store, "pit", wait_s=2):  # longer than a dead lease lasts
+            pass
+        first.check()
+        with locks.hold(store, "quarry"):
+            pass
+        (kept,) = [entry["path"] for batch in from_url(bucket).list() for entry in batch]
+        assert kept == "a/cubes.zarr-locks/pit.json"
+    with locks.hold(store, "pit"):
+        pass
+    assert [entry for batch in from_url(bucket).list() for entry in batch] == []
+
+
+def test_a_dead_lease_is_taken_over_and_its_holder_notices(bucket, quick):
+    store = f"{bucket}/cubes.zarr"
+    dead = locks._Lease(store, "pit")
+    assert dead._put("create")  # and never renewed
+    with locks.hold(store, "pit") as lock:
+        lock.check()
+        with pytest.raises(BusyError):
+            dead.check()
+        assert not dead._put({"e_tag": dead.tag})
+    dead._thread.start()
+    dead.release()
+
+
+def test_a_put_whose_answer_was_lost_is_no_conflict(bucket):
+    """The client repeats it, and its own first put is then in the way."""
+    lease = locks._Lease(f"{bucket}/cubes.zarr", "pit")
+    content = lease._content()
+    lease.objects.put(lease.key, content)
+    assert lease._put("create")
+    lease.check()
+
+
+def test_of_many_takers_one_wins(bucket, quick):
+    leases = [locks._Lease(f"{bucket}/cubes.zarr", "pit") for _ in range(8)]
+    won = []
+
+    def take(lease):
+        if lease._put("create"):
+            won.append(lease)
+
+    threads = [threading.Thread(target=take, args=(lease,)) for lease in leases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    with pytest.raises(obstore.exceptions.AlreadyExistsError):
+        leases[0].objects.put("pit.json", b"", mode="create")
+
+
+@pytest.mark.parametrize("store", ["", "  ", "ftp://host/cubes", "http://host/cubes", "S3://bucket/cubes", "memory://x"])
+def test_names_that_are_no_store_are_refused(store):
+    with (
+        pytest.raises(CubeError, match=r"is empty; give a folder|cannot be a store; expected a folder, or a URL"),
+        locks.hold(store, "pit"),
+    ):
+        pass
