@@ -24,7 +24,7 @@ from minecube.cli import build as building
 from minecube.cli.common import table
 from minecube.cli.predict import map_site
 from minecube.cli.results import export_sites
-from minecube.cli.score import SHOWN, score_site
+from minecube.cli.score import SHOWN, score_site, write
 from minecube.composite import composite
 from minecube.errors import CatalogError, MinecubeError
 from minecube.grid import grid_of
@@ -96,7 +96,7 @@ def demo(out: Path, epochs: int, seed: int) -> None:
     summary["peak_rss_mb"] = round(
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     )
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     click.echo(_shown(summary))
     for file in (f"export/{unseen}/{unseen}_strip.png", "comparison.png", "export/areas.png", "export/collection.json"):
         click.echo(f"see {out}/{file}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import xarray as xr
 from minecube import cube, labels, metrics
 from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
 from minecube.errors import CatalogError, CubeError, LabelError, ModelError
+from minecube.files import replacing
 from minecube.report import scores as pictures
 
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
@@ -338,16 +338,12 @@ def _of_change(intervals: pd.DataFrame) -> Sequence[str]:
 
 def write(path: Path, text: str) -> Path:
     """Write a file whole or not at all; raises CatalogError where it cannot be."""
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CatalogError(f"{path}: the scores cannot be written ({error.strerror}); name another place") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
     return path
 
 

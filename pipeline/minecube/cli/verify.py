@@ -11,6 +11,7 @@ import click
 from minecube import cube
 from minecube.cli.common import matching, progress_bar, sites_option, store_option
 from minecube.errors import CatalogError
+from minecube.files import replacing
 
 _SHOWN = 50
 """Findings that are printed; all are in the JSON."""
@@ -65,7 +66,8 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
             "commands": commands,
         }
         try:
-            out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            with replacing(out) as draft:
+                draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise CatalogError(f"{out}: the findings cannot be written ({error.strerror}); name another file") from error
     if not report.findings:
