@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,16 @@ def made(tmp_path_factory, pit):
 
 
 @pytest.fixture(scope="module")
+def mapped(made, tmp_path_factory):
+    """Make a copy of that store, with the prediction of a model."""
+    store = shutil.copytree(made, tmp_path_factory.mktemp("mapped") / "cubes.zarr")
+    footprint = cube.open_committed(str(store), "pit")["footprint"].load()
+    probability = (footprint * 200 + 20).astype(np.uint8)
+    cube.write_probability(str(store), "pit", "net-11111111", probability, {"id": "net", "licence": "MIT"})
+    return store
+
+
+@pytest.fixture(scope="module")
 def exported(made, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "export"
     formats = [f for name in ("cog", "netcdf", "zarr", "zarr2", "croissant") for f in ("--format", name)]
@@ -166,6 +177,39 @@ def test_one_format_writes_that_alone(made, tmp_path):
     out = run("export", "--store", made, "--out", tmp_path / "c", "--format", "croissant", ok=2)
     assert "add --format cog or --format netcdf" in out
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("export", option) for option in ("--store", "--sites", "--out", "--model", "--format")),
+        *(("publish", option) for option in ("--store", "--icechunk", "--tag", "--diff", "--rollback")),
+        *(("predict", option) for option in ("--store", "--model", "--name", "--device")),
+        *(("score", option) for option in ("--model", "--out", "--json")),
+        *(("tracks", option) for option in ("--model", "--out")),
+        ("pack", "--out"),
+    ],
+)
+def test_an_empty_value_is_refused(made, tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)  # where an empty path would point to
+    for empty in ([option, ""], [option, " "], [f"{option}="]):
+        assert f"expected a value after {option}" in run(command, "--store", made, *empty, ok=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_prediction_is_named_with_those_there_are(mapped, tmp_path):
+    said = run("export", "--store", mapped, "--model", "unknown", "--out", tmp_path / "e", ok=2)
+    assert "no prediction of 'unknown' for pit; it has net-11111111" in said
+    assert not (tmp_path / "e").exists()
+    assert "an empty name" in run("score", "--store", mapped, "--model", "net,,net", ok=2)
+
+
+def test_a_model_stands_for_its_only_prediction(mapped, tmp_path):
+    said = run("export", "--store", mapped, "--model", "net", "--out", tmp_path)
+    assert "--model net: using prediction net-11111111" in said
+    expected = cube.open_probability(str(mapped), "pit", "net-11111111").sel(year=2021)
+    with rasterio.open(tmp_path / "pit" / "pit_2021_probability.tif") as image:
+        np.testing.assert_array_equal(image.read(1), expected)
 
 
 # --- Croissant ----------------------------------------------------------------------------------------------------------

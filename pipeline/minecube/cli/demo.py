@@ -89,9 +89,9 @@ def demo(out: Path, epochs: int, seed: int) -> None:
         for site in sites:
             map_site(store, site.id, mapper)
     with _stage(f"score {unseen}, which the network has not seen"):
-        summary |= _scores(store, unseen, world)
+        summary |= _scores(store, unseen, world, mapper.name)
     with _stage("export"):
-        export_sites(store, [s.id for s in sites], out / "export", MODEL)
+        export_sites(store, [s.id for s in sites], out / "export", mapper.name)
     summary["seconds"] = round(time.monotonic() - start, 1)
     summary["peak_rss_mb"] = round(
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
@@ -178,13 +178,13 @@ def _seen_clear(truth: xr.Dataset, year: int) -> npt.NDArray[np.bool_]:
     return seen
 
 
-def _scores(store: str, unseen: str, world: Path) -> dict[str, float]:
-    scores = score_site(store, unseen, MODEL)
+def _scores(store: str, unseen: str, world: Path, prediction: str) -> dict[str, float]:
+    scores = score_site(store, unseen, prediction)
     finished, by_year = metrics.finish(scores), metrics.by_year(scores)
     summary = {"map_iou": finished["iou"]} | {f"map_iou_{y}": by_year["iou"][y] for y in YEARS}
     summary |= {k: finished[k] for k in SHOWN if k != "iou"}
     grid = cube.open_cube(store, unseen).odc.geobox
-    mapped = tracks.areas(tracks.threshold(cube.open_probability(store, unseen, MODEL)).load(), grid)
+    mapped = tracks.areas(tracks.threshold(cube.open_probability(store, unseen, prediction)).load(), grid)
     truth = tracks.areas(xr.open_zarr(world / "truth.zarr", group=unseen, consolidated=False)["footprint"].load(), grid)
     off = np.abs(mapped["area_m2"] / truth["area_m2"] - 1)
     return {k: round(float(v), 4) for k, v in summary.items()} | {"area_error_pct": round(100 * float(off.mean()), 2)}

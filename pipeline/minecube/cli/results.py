@@ -13,16 +13,16 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, labels, report, tracks
 from minecube import export as exporting
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites
+from minecube.cli.common import StrictCommand, progress_bar, sites_option, store_option, stored_prediction, stored_sites
 
 FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
-@click.option("--model", help="Also export this model's probability and footprints.")
+@click.option("--model", help="Also export this prediction: by name, or a model's id.")
 @click.option(
     "--format",
     "formats",
@@ -54,6 +54,8 @@ def export(store: str, wanted: str, out: Path, model: str | None, formats: tuple
     if "croissant" in formats and not {"cog", "netcdf"} & set(formats):
         raise click.UsageError("--format croissant describes files of the other formats: add --format cog or --format netcdf")
     names = stored_sites(store, wanted)
+    if model is not None:
+        model = stored_prediction(store, names, model)
     with progress_bar("exporting", len(names)) as advance:
         images, others = export_sites(
             store, names, out, model, lambda name: advance(note=name), formats=formats, min_area_m2=min_area_m2

@@ -15,7 +15,15 @@ import pandas as pd
 import xarray as xr
 
 from minecube import cube, labels, metrics
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.cli.common import (
+    StrictCommand,
+    progress_bar,
+    sites_option,
+    store_option,
+    stored_prediction,
+    stored_sites,
+    table,
+)
 from minecube.errors import CatalogError, CubeError, LabelError, ModelError
 from minecube.files import replacing
 from minecube.report import scores as pictures
@@ -29,11 +37,15 @@ Counted = dict[str, dict[str, metrics.Scores]]
 """Model or baseline -> site -> counts."""
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option(
-    "--model", "models", default="unet-small", show_default=True, help="Whose predictions: names of models, comma-separated."
+    "--model",
+    "models",
+    default="unet-small",
+    show_default=True,
+    help="Predictions by name, comma-separated. The id of a model stands for its only prediction.",
 )
 @click.option("--baselines", is_flag=True, help="Also score maps that know nothing: never changes, always mine, last year's.")
 @click.option(
@@ -63,7 +75,11 @@ def score(
       minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
       minecube score --store here.zarr --join there/counts.json --out both
     """
-    sites, named = stored_sites(store, wanted), [name.strip() for name in models.split(",")]
+    sites = stored_sites(store, wanted)
+    asked = [name.strip() for name in models.split(",")]
+    if not all(asked):
+        raise CatalogError(f"--model {models}: expected names with a comma between them, found an empty name")
+    named = [stored_prediction(store, sites, name) for name in asked]
     if len(set(named)) < len(named):
         raise CatalogError(f"--model {models}: expected each model once")
     counted: Counted = {name: {} for name in named}

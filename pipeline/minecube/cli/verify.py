@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from minecube import cube
-from minecube.cli.common import matching, progress_bar, sites_option, store_option
+from minecube.cli.common import StrictCommand, matching, progress_bar, sites_option, store_option
 from minecube.errors import CatalogError
 from minecube.files import replacing
 
@@ -17,7 +17,7 @@ _SHOWN = 50
 """Findings that are printed; all are in the JSON."""
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings to this file.")
@@ -124,7 +124,7 @@ def _commands(store: str, report: cube.Report) -> list[str]:
     return lines
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file; its name ends in .zip.")

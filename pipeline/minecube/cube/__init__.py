@@ -5,7 +5,7 @@
         builds/2020/                 the commit marker of a site-year: its provenance as attributes, written last;
           scenes                     its scene list, the bytes of a stac-geoparquet file,
           reads                      and what became of every read, the bytes of a Parquet file
-        predictions/unet-small/      one xarray dataset a model: probability, or change
+        predictions/unet-small-1a2b3c4d/   one xarray dataset a model: probability, or change
 
 The marker also keeps the size and SHA-256 of every object of its site-year, taken as they were written; labels and
 predictions keep theirs in their own attributes, and the site's group a hash of what it is. `verify` holds the store to them.
@@ -15,6 +15,7 @@ note of what it was building and which are done; the same run goes on from there
 
     store.py     opening stores and groups             template.py     a group before it has a pixel
     builds.py    provenance, markers, counts of reads  predictions.py  what models say of a site
+    names.py     a prediction found by its name
     verify.py    what has become of what was written   windows.py      windows for training
     packed.py    a store in one zip, opened            pack.py         makes it
     pixels.py    arrays read quicker than by Zarr
@@ -49,6 +50,7 @@ from minecube.cube.builds import (
     reads_so_far,
     run_of,
 )
+from minecube.cube.names import find_prediction
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
 from minecube.cube.predictions import Prediction, mapped_by, open_change, open_probability, write_prediction, write_probability
@@ -91,6 +93,7 @@ __all__ = [
     "builds",
     "check",
     "create",
+    "find_prediction",
     "is_committed",
     "is_packed",
     "mapped_by",
