@@ -361,8 +361,62 @@ def test_a_release_of_the_same_store_writes_nothing(growing):
     run("publish", *where, "--tag", "v1")
     assert "0 objects differed" in run("publish", *where, "--tag", "v2")
     assert run("publish", *where, "--diff", "v1", "v2") == "v1 and v2 are the same\n"
-    assert "tag 'v2' is there already" in run("publish", *where, "--tag", "v2", ok=2)
+    assert "v2 already holds these 2 site-years; nothing was written" in run("publish", *where, "--tag", "v2")
     assert "has no tag 'v9'; it has v1, v2" in run("publish", *where, "--diff", "v1", "v9", ok=2)
+
+
+def history(place):
+    """List the snapshots of `main`, newest first, and the tags."""
+    repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(place)))
+    return [snapshot.id for snapshot in repository.ancestry(branch="main")], sorted(repository.list_tags())
+
+
+def test_a_tag_of_another_state_is_refused(growing, pit, tmp_path):
+    """What differs is one site-year more, its pixels, its labels, or nothing."""
+    store, where = growing
+    run("publish", *where, "--tag", "v1")
+    kept = shutil.copytree(store, tmp_path / "kept.zarr")
+    for change in (
+        lambda: build(str(store), pit, 2021),
+        lambda: build(str(store), pit, 2019, seed=99, scene="S2B", overwrite=True),
+        lambda: cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a"),
+        lambda: (store / "pit/reflectance/c/0/0/0/0").unlink(),
+    ):
+        before = history(tmp_path / "releases")
+        change()
+        said = run("publish", *where, "--tag", "v1", ok=2)
+        assert "tag 'v1' holds another state of the store" in said
+        assert history(tmp_path / "releases") == before
+        shutil.rmtree(store)
+        shutil.copytree(kept, store)
+        assert "v1 already holds these 2 site-years" in run("publish", *where, "--tag", "v1")
+
+
+@pytest.mark.parametrize("tag", ["a/b", "../v1", ".", "..", "a b", "Größe", "v1?", "a\nb", "-v1", "x" * 101, "a%20b"])
+def test_a_bad_tag_is_refused_before_anything_is_written(growing, tmp_path, tag):
+    _, where = growing
+    assert "letters, digits, . _ -" in run("publish", *where, f"--tag={tag}", ok=2)
+    assert not (tmp_path / "releases").exists()
+
+
+def test_a_good_tag_is_listed_as_it_was_given(growing):
+    _, where = growing
+    for tag in ("v1.0_a-b", "2", "x" * 100):
+        run("publish", *where, "--tag", tag)
+        assert tag in [line.split()[0] for line in run("publish", *where).splitlines()[2:]]
+
+
+def test_a_deleted_tag_leaves_main_as_it_was(growing, tmp_path):
+    store, where = growing
+    run("publish", *where, "--tag", "v1")
+    run("publish", *where, "--tag", "v2")
+    icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "releases"))).delete_tag("v2")
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+    before = history(tmp_path / "releases")
+    assert "tag 'v2' was deleted" in run("publish", *where, "--tag", "v2", ok=2)
+    assert history(tmp_path / "releases") == before
+    run("publish", *where, "--tag", "v3")
+    assert (released(tmp_path / "releases", "v3").footprint.sel(year=2020) == 1).all()
 
 
 def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
@@ -421,20 +475,31 @@ def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
     run("publish", *where, "--tag", "v2")
 
 
-def test_a_run_that_is_killed_leaves_the_repository_as_it_was(growing, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "tags", "then"),
+    [
+        ("Session.commit = lambda *_, **__: die()", ["v1"], "v2 holds 2 site-years; 4 objects"),
+        ("Repository.create_tag = lambda *_, **__: die()", ["v1"], "v2 holds 2 site-years; 0 objects"),
+        ("Repository.create_tag = lambda *a: (tag(*a), die())", ["v1", "v2"], "v2 already holds these 2 site-years"),
+    ],
+)
+def test_a_run_that_is_killed_can_be_repeated(growing, tmp_path, moment, tags, then):
     store, where = growing
     run("publish", *where, "--tag", "v1")
     cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
     dies = (
         "import os, signal, sys, icechunk\n"
-        "icechunk.Session.commit = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "tag = icechunk.Repository.create_tag\n"
+        f"icechunk.{moment}\n"
         "from minecube.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", dies, "publish", *map(str, where), "--tag", "v2"]
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
-    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
-    assert "4 objects" in run("publish", *where, "--tag", "v2")
+    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == tags
+    assert then in run("publish", *where, "--tag", "v2")
     assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()
+    assert "already holds" in run("publish", *where, "--tag", "v2")
 
 
 def test_a_folder_of_something_else_is_left_alone(growing, tmp_path):
