@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import dask.array as da
@@ -27,6 +30,7 @@ from minecube import cube, labels
 from minecube.catalog import load_recipes
 from minecube.cli import cli
 from minecube.cli.data import _origin
+from minecube.cli.results import FORMATS
 from minecube.errors import CubeError
 from minecube.export import EUROMINENET, write_croissant
 from minecube.grid import grid_of
@@ -179,6 +183,29 @@ def test_one_format_writes_that_alone(made, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def files_of(folder):
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_the_same_store_is_exported_to_the_same_bytes(mapped, tmp_path):
+    """At another time, in another time zone and folder, with other hashes of text."""
+    made = []
+    for zone, seed in (("UTC", "1"), ("Asia/Tokyo", "2")):
+        folder = tmp_path / f"in {zone.lower().replace('/', ' ')}"
+        (folder / "here").mkdir(parents=True)
+        command = [sys.executable, "-c", "from minecube.cli import main; main()", "export", "--model", "net"]
+        command += ["--store", str(mapped), "--out", "../out"]
+        command += [f for name in FORMATS for f in ("--format", name)]
+        environment = {**os.environ, "TZ": zone, "PYTHONHASHSEED": seed}
+        subprocess.run(command, cwd=folder / "here", env=environment, check=True, capture_output=True)
+        made.append(files_of(folder / "out"))
+        time.sleep(2.1)
+    assert {Path(name).suffix for name in made[0]} > {".tif", ".nc", ".parquet", ".gpkg", ".json", ".png"}
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize(
     ("command", "option"),
     [
@@ -264,7 +291,7 @@ def test_what_croissant_cannot_name_is_refused(tmp_path):
         ([tmp_path / "in" / "a.tif"], "cannot be read"),
     ]:
         with pytest.raises(CubeError, match=says):
-            write_croissant(tmp_path / "in", files, [EUROMINENET], title="t", about="a")
+            write_croissant(tmp_path / "in", files, [EUROMINENET], title="t", about="a", published=dt.date(2024, 1, 1))
     assert not list(tmp_path.rglob("*.json"))
 
 
