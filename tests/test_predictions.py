@@ -534,6 +534,25 @@ def test_a_second_model_leaves_the_maps_of_the_first(store, tmp_path):
         run(*ask, "--name", name, ok=2)
 
 
+def test_verify_says_how_to_make_a_damaged_prediction_again(store, tmp_path):
+    """The command that it prints mends it, be it of a model or smoothed."""
+    model_file(tmp_path / "m.pt")
+    run("predict", "--store", store, "--model", tmp_path / "m.pt", "--name", "spring")
+    run("tracks", "--store", store, "--model", "spring", "--rates", "0.01,0.01", "--out", tmp_path / "tracks")
+    assert cube.verify(store).findings == ()
+    for name, command in (
+        ("spring", f"minecube predict --store {store} --sites pit --model FILE --name spring --overwrite"),
+        ("spring+hmm", f"minecube tracks --store {store} --sites pit --model spring --out FOLDER"),
+    ):
+        (tmp_path / f"cubes.zarr/pit/predictions/{name}/probability/c/0/0/0").write_bytes(b"damaged")
+        assert command in [line.strip() for line in run("verify", "--store", store, ok=1)[0].splitlines()]
+        said = (
+            command.removeprefix("minecube ").replace("FILE", str(tmp_path / "m.pt")).replace("FOLDER", str(tmp_path / "again"))
+        )
+        run(*said.split())
+        assert cube.verify(store).findings == ()
+
+
 def test_a_prediction_is_found_by_its_name_then_its_card_then_its_beginning(store, site, tmp_path):
     def add(name, card):
         views = years(2019, 2020, 2021)

@@ -108,12 +108,19 @@ def _commands(store: str, report: cube.Report) -> list[str]:
             f"minecube build --store {store} --sites {site} --years {','.join(map(str, years))} "
             f"--source {','.join(sources) or 'SOURCE'} --recipe {recipe}   # and the --catalog, or the file of --sites, it had"
         )
-    for cure, line in (
-        ("label", "minecube label --store {store} --sites {site} --polygons FILE"),
-        ("predict", "minecube predict --store {store} --sites {site} --model FILE --overwrite"),
-    ):
-        sites = sorted({f.site for f in report.findings if f.cure == cure and f.kind != "unverifiable"})
-        lines += [line.format(store=store, site=",".join(sites))] if sites else []
+    labels = sorted({f.site for f in report.findings if f.cure == "label" and f.kind != "unverifiable"})
+    if labels:
+        lines.append(f"minecube label --store {store} --sites {','.join(labels)} --polygons FILE")
+    maps = {(f.what.split("/")[1], f.site) for f in report.findings if f.cure == "predict" and f.kind != "unverifiable"}
+    for name in sorted({name for name, _ in maps}):
+        where = f"--store {store} --sites {','.join(sorted(site for other, site in maps if other == name))}"
+        model, smoothed, _ = name.partition("+")
+        again = (
+            f"tracks {where} --model {model} --out FOLDER"
+            if smoothed
+            else f"predict {where} --model FILE --name {name} --overwrite"
+        )
+        lines.append(f"minecube {again}")
     for finding in report.findings:
         path = "/".join(part for part in (store.rstrip("/"), finding.site, finding.what) if part)
         if finding.cure == "remove":
