@@ -63,11 +63,11 @@ def _rename(draft: Path, path: Path) -> None:
         return
     # No system call replaces a folder that is not empty.
     old = draft.with_name(f"{path.name}.old")
-    path.replace(old)
+    path.rename(old)
     try:
         draft.replace(path)
     except OSError:
-        old.replace(path)
+        old.rename(path)
         raise
 
 
