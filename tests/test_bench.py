@@ -78,6 +78,10 @@ def rows(path):
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
 
 
+def called(store, name):
+    return cube.find_prediction(store, ["test_1", "test_2"], name)
+
+
 def test_labels_are_the_truths_pixels(world):
     """As rasterio draws the true outlines; scenes are gone, and sites have the size asked for."""
     assert cube.sites(str(world / "cubes.zarr")) == ["test_1", "test_2", "train_1", "valid_1"]
@@ -112,11 +116,11 @@ def test_scores_are_those_of_the_stored_maps(world, out):
     for name in ("test_1", "test_2"):
         store = str(world / "cubes.zarr")
         truth = cube.open_committed(store, name)["footprint"].values == 1
-        found = cube.open_probability(store, name, "mini").values
+        found = cube.open_probability(store, name, called(store, "mini")).values
         assert (found != 255).all()
         found = found >= 125
         hit, either = hit + (truth & found).sum(), either + (truth | found).sum()
-        change = cube.open_change(store, name, "mini-pairs")
+        change = cube.open_change(store, name, called(store, "mini-pairs"))
         for pair in range(change.sizes["pair"]):
             first, second = (YEARS.index(int(change[k][pair])) for k in ("first", "second"))
             b, c = truth[first] != truth[second], change.values[pair, 0] >= 125
@@ -179,7 +183,7 @@ def test_flips_are_pooled_over_sites(world, out):
     """Changes that go back on an earlier one, pixel by pixel."""
     store, back, steps = str(world / "cubes.zarr"), 0, 0
     for name in ("test_1", "test_2"):
-        found = cube.open_probability(store, name, "mini").values >= 125
+        found = cube.open_probability(store, name, called(store, "mini")).values >= 125
         changes = (np.diff(found.astype(int), axis=0) != 0).sum(axis=0)
         back, steps = back + np.maximum(changes - 1, 0).sum(), steps + changes.size * (len(YEARS) - 1)
     assert rows(out / "mapping.md")["mini"]["flips"] == f"{back / steps:.2%}"
@@ -198,11 +202,12 @@ def test_a_gap_that_nothing_was_said_of_is_no_number(world, out, tmp_path, monke
 def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monkeypatch):
     store, opened, counted = str(world / "cubes.zarr"), cube.open_probability, {}
     monkeypatch.setattr(cube, "open_probability", lambda *of: opened(*of).isel(year=[0]))
-    for name in ("mini", "mini+hmm"):
-        maps = {site: module.tracks.threshold(cube.open_probability(store, site, name)) for site in ("test_1", "test_2")}
+    predictions = {name: called(store, name) for name in ("mini", "mini+hmm")}
+    for name, prediction in predictions.items():
+        maps = {site: module.tracks.threshold(cube.open_probability(store, site, prediction)) for site in ("test_1", "test_2")}
         counted[name] = {site: module.metrics.count(found, found, YEARS[:1]) for site, found in maps.items()}
     tables, card = module.Tables.of(counted, [("mini+hmm", "mini")]), models.load(out / "models" / "mini.pt").card
-    module.written(store, tables, [card], {}, tmp_path)
+    module.written(store, tables, [card], {}, tmp_path, predictions)
     change = rows(tmp_path / "change.md")["mini"]
     assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")
     assert rows(tmp_path / "mapping.md")["mini"]["flips"] == "n/a"

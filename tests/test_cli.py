@@ -161,7 +161,9 @@ def test_train_predict_score_export(built, tmp_path):
     out, _ = run("score", "--store", built, "--json", tmp_path / "scores.json")
     assert "ca_tiou" in out
     scores = json.loads((tmp_path / "scores.json").read_text())
-    sites = scores["models"]["unet-small"]["sites"]
+    ((name, scored),) = scores["models"].items()
+    assert name == cube.find_prediction(str(built), ["pit"], "unet-small")
+    sites = scored["sites"]
     assert sites["pit"] == sites["pooled"]
     out, _ = run("export", "--store", built, "--out", tmp_path / "export", "--model", "unet-small")
     made = {p.name for p in (tmp_path / "export").rglob("*") if p.is_file()}

@@ -553,7 +553,7 @@ def test_what_threads_write_after_another_one_failed_does_not_stay(tmp_path):
     def late(part):
         for n in range(15):
             with suppress(FileNotFoundError):  # removed in between
-                part.mkdir(exist_ok=True)
+                part.mkdir(parents=True, exist_ok=True)
                 (part / f"chunk-{n}").write_text("late")
             begun.set()
             time.sleep(0.01)

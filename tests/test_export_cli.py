@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
+import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import dask.array as da
@@ -26,6 +32,7 @@ from minecube import cube, labels
 from minecube.catalog import load_recipes
 from minecube.cli import cli
 from minecube.cli.data import _origin
+from minecube.cli.results import FORMATS
 from minecube.errors import CubeError
 from minecube.export import EUROMINENET, write_croissant
 from minecube.grid import grid_of
@@ -99,6 +106,16 @@ def made(tmp_path_factory, pit):
 
 
 @pytest.fixture(scope="module")
+def mapped(made, tmp_path_factory):
+    """Make a copy of that store, with the prediction of a model."""
+    store = shutil.copytree(made, tmp_path_factory.mktemp("mapped") / "cubes.zarr")
+    footprint = cube.open_committed(str(store), "pit")["footprint"].load()
+    probability = (footprint * 200 + 20).astype(np.uint8)
+    cube.write_probability(str(store), "pit", "net-11111111", probability, {"id": "net", "licence": "MIT"})
+    return store
+
+
+@pytest.fixture(scope="module")
 def exported(made, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "export"
     formats = [f for name in ("cog", "netcdf", "zarr", "zarr2", "croissant") for f in ("--format", name)]
@@ -168,6 +185,159 @@ def test_one_format_writes_that_alone(made, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def files_of(folder):
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_the_same_store_is_exported_to_the_same_bytes(mapped, tmp_path):
+    """At another time, in another time zone and folder, with other hashes of text."""
+    made = []
+    for zone, seed in (("UTC", "1"), ("Asia/Tokyo", "2")):
+        folder = tmp_path / f"in {zone.lower().replace('/', ' ')}"
+        (folder / "here").mkdir(parents=True)
+        command = [sys.executable, "-c", "from minecube.cli import main; main()", "export", "--model", "net"]
+        command += ["--store", str(mapped), "--out", "../out"]
+        command += [f for name in FORMATS for f in ("--format", name)]
+        environment = {**os.environ, "TZ": zone, "PYTHONHASHSEED": seed}
+        subprocess.run(command, cwd=folder / "here", env=environment, check=True, capture_output=True)
+        made.append(files_of(folder / "out"))
+        time.sleep(2.1)
+    assert {Path(name).suffix for name in made[0]} > {".tif", ".nc", ".parquet", ".gpkg", ".json", ".png"}
+    assert made[0] == made[1]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, hole):
+    """Make a store of a small site, with labels and the prediction of a model."""
+    store = str(tmp_path_factory.mktemp("small") / "cubes.zarr")
+    for year in (2019, 2020):
+        build(store, hole, year, seed=year)
+    opened = cube.open_cube(store, "hole").sel(year=[2019, 2020])
+    footprint = opened["footprint"].load().copy(data=np.zeros((2, 60, 60), np.uint8))
+    footprint[:, 20:40, 10:30] = labels.MINE
+    cube.write_footprint(store, "hole", footprint, "drawn")
+    cube.write_probability(store, "hole", "net", (footprint * 200 + 20).astype(np.uint8), {"id": "net", "licence": "MIT"})
+    return store
+
+
+WRITERS = {
+    "export": ("export", "--model", "net", *(f for name in FORMATS for f in ("--format", name)), "--out", "out"),
+    "score": ("score", "--model", "net", "--baselines", "--out", "out"),
+    "tracks": ("tracks", "--model", "net", "--rates", "0.01,0.01", "--out", "out"),
+    "release export": ("release", "export", "--out", "out"),
+    "pack": ("pack", "--out", "out/cubes.zip"),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def writer(request, small, tmp_path, monkeypatch):
+    """Return a command that writes below `out`, and the files of an undisturbed run."""
+    monkeypatch.chdir(tmp_path)
+    command = (*WRITERS[request.param], "--store", small)
+    run(*command)
+    expected = files_of(Path("out"))
+    shutil.rmtree("out")
+    return command, expected
+
+
+def assert_whole(folder, expected):
+    """Assert that every file under a final name is whole; hidden folders hold drafts."""
+    found = {name: of for name, of in files_of(folder).items() if ".part-" not in name}
+    assert found.items() <= expected.items(), {name for name, of in found.items() if expected.get(name) != of}
+
+
+def test_a_command_that_stops_at_any_file_goes_on_when_it_is_run_again(writer, monkeypatch):
+    """Each run fails one file later than the one before, and finds what that has left."""
+    command, expected = writer
+    rename, folder = Path.replace, Path("out").absolute()
+
+    def fail_at(last):
+        finished = []
+
+        def replace(source, target):
+            if Path(target).absolute().is_relative_to(folder) and ".part-" not in str(target):
+                finished.append(target)
+                assert_whole(folder, expected)
+                if len(finished) == last:
+                    raise OSError(28, "No space left on device")
+            return rename(source, target)
+
+        return replace
+
+    for last in range(1, 200):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", fail_at(last))
+            done = CliRunner().invoke(cli, [str(a) for a in command])
+        if done.exit_code == 0:  # the command has fewer files than that
+            break
+        assert done.exit_code == 2, done.exception
+        assert done.output.count("error: ") == 1
+        assert "No space left on device" in done.output
+        assert_whole(folder, expected)
+        assert not list(folder.rglob(".*.part-*"))
+    assert last > 1
+    assert files_of(folder) == expected
+
+
+@pytest.mark.parametrize("limit", [300, 3000])
+def test_a_disk_that_fills_up_leaves_whole_files(writer, limit):
+    command, expected = writer
+    with largest_file(limit):
+        done = CliRunner().invoke(cli, [str(a) for a in command])
+    assert done.exit_code in (0, 2), (done.output, done.exception)
+    assert_whole(Path("out"), expected)
+    run(*command)
+    assert files_of(Path("out")) == expected
+
+
+@contextmanager
+def largest_file(limit):
+    """Let no file grow beyond so many bytes, which is what a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("export", option) for option in ("--store", "--sites", "--out", "--model", "--format")),
+        *(("publish", option) for option in ("--store", "--icechunk", "--tag", "--diff", "--rollback")),
+        *(("predict", option) for option in ("--store", "--model", "--name", "--device")),
+        *(("score", option) for option in ("--model", "--out", "--json")),
+        *(("tracks", option) for option in ("--model", "--out")),
+        ("pack", "--out"),
+    ],
+)
+def test_an_empty_value_is_refused(made, tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)  # where an empty path would point to
+    for empty in ([option, ""], [option, " "], [f"{option}="]):
+        assert f"expected a value after {option}" in run(command, "--store", made, *empty, ok=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_prediction_is_named_with_those_there_are(mapped, tmp_path):
+    said = run("export", "--store", mapped, "--model", "unknown", "--out", tmp_path / "e", ok=2)
+    assert "no prediction of 'unknown' for pit; it has net-11111111" in said
+    assert not (tmp_path / "e").exists()
+    assert "an empty name" in run("score", "--store", mapped, "--model", "net,,net", ok=2)
+
+
+def test_a_model_stands_for_its_only_prediction(mapped, tmp_path):
+    said = run("export", "--store", mapped, "--model", "net", "--out", tmp_path)
+    assert "--model net: using prediction net-11111111" in said
+    expected = cube.open_probability(str(mapped), "pit", "net-11111111").sel(year=2021)
+    with rasterio.open(tmp_path / "pit" / "pit_2021_probability.tif") as image:
+        np.testing.assert_array_equal(image.read(1), expected)
+
+
 # --- Croissant ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +390,7 @@ def test_what_croissant_cannot_name_is_refused(tmp_path):
         ([tmp_path / "in" / "a.tif"], "cannot be read"),
     ]:
         with pytest.raises(CubeError, match=says):
-            write_croissant(tmp_path / "in", files, [EUROMINENET], title="t", about="a")
+            write_croissant(tmp_path / "in", files, [EUROMINENET], title="t", about="a", published=dt.date(2024, 1, 1))
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -317,8 +487,62 @@ def test_a_release_of_the_same_store_writes_nothing(growing):
     run("publish", *where, "--tag", "v1")
     assert "0 objects differed" in run("publish", *where, "--tag", "v2")
     assert run("publish", *where, "--diff", "v1", "v2") == "v1 and v2 are the same\n"
-    assert "tag 'v2' is there already" in run("publish", *where, "--tag", "v2", ok=2)
+    assert "v2 already holds these 2 site-years; nothing was written" in run("publish", *where, "--tag", "v2")
     assert "has no tag 'v9'; it has v1, v2" in run("publish", *where, "--diff", "v1", "v9", ok=2)
+
+
+def history(place):
+    """List the snapshots of `main`, newest first, and the tags."""
+    repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(place)))
+    return [snapshot.id for snapshot in repository.ancestry(branch="main")], sorted(repository.list_tags())
+
+
+def test_a_tag_of_another_state_is_refused(growing, pit, tmp_path):
+    """What differs is one site-year more, its pixels, its labels, or nothing."""
+    store, where = growing
+    run("publish", *where, "--tag", "v1")
+    kept = shutil.copytree(store, tmp_path / "kept.zarr")
+    for change in (
+        lambda: build(str(store), pit, 2021),
+        lambda: build(str(store), pit, 2019, seed=99, scene="S2B", overwrite=True),
+        lambda: cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a"),
+        lambda: (store / "pit/reflectance/c/0/0/0/0").unlink(),
+    ):
+        before = history(tmp_path / "releases")
+        change()
+        said = run("publish", *where, "--tag", "v1", ok=2)
+        assert "tag 'v1' holds another state of the store" in said
+        assert history(tmp_path / "releases") == before
+        shutil.rmtree(store)
+        shutil.copytree(kept, store)
+        assert "v1 already holds these 2 site-years" in run("publish", *where, "--tag", "v1")
+
+
+@pytest.mark.parametrize("tag", ["a/b", "../v1", ".", "..", "a b", "Größe", "v1?", "a\nb", "-v1", "x" * 101, "a%20b"])
+def test_a_bad_tag_is_refused_before_anything_is_written(growing, tmp_path, tag):
+    _, where = growing
+    assert "letters, digits, . _ -" in run("publish", *where, f"--tag={tag}", ok=2)
+    assert not (tmp_path / "releases").exists()
+
+
+def test_a_good_tag_is_listed_as_it_was_given(growing):
+    _, where = growing
+    for tag in ("v1.0_a-b", "2", "x" * 100):
+        run("publish", *where, "--tag", tag)
+        assert tag in [line.split()[0] for line in run("publish", *where).splitlines()[2:]]
+
+
+def test_a_deleted_tag_leaves_main_as_it_was(growing, tmp_path):
+    store, where = growing
+    run("publish", *where, "--tag", "v1")
+    run("publish", *where, "--tag", "v2")
+    icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "releases"))).delete_tag("v2")
+    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+    before = history(tmp_path / "releases")
+    assert "tag 'v2' was deleted" in run("publish", *where, "--tag", "v2", ok=2)
+    assert history(tmp_path / "releases") == before
+    run("publish", *where, "--tag", "v3")
+    assert (released(tmp_path / "releases", "v3").footprint.sel(year=2020) == 1).all()
 
 
 def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
@@ -377,20 +601,31 @@ def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
     run("publish", *where, "--tag", "v2")
 
 
-def test_a_run_that_is_killed_leaves_the_repository_as_it_was(growing, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "tags", "then"),
+    [
+        ("Session.commit = lambda *_, **__: die()", ["v1"], "v2 holds 2 site-years; 4 objects"),
+        ("Repository.create_tag = lambda *_, **__: die()", ["v1"], "v2 holds 2 site-years; 0 objects"),
+        ("Repository.create_tag = lambda *a: (tag(*a), die())", ["v1", "v2"], "v2 already holds these 2 site-years"),
+    ],
+)
+def test_a_run_that_is_killed_can_be_repeated(growing, tmp_path, moment, tags, then):
     store, where = growing
     run("publish", *where, "--tag", "v1")
     cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
     dies = (
         "import os, signal, sys, icechunk\n"
-        "icechunk.Session.commit = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "tag = icechunk.Repository.create_tag\n"
+        f"icechunk.{moment}\n"
         "from minecube.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", dies, "publish", *map(str, where), "--tag", "v2"]
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
-    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
-    assert "4 objects" in run("publish", *where, "--tag", "v2")
+    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == tags
+    assert then in run("publish", *where, "--tag", "v2")
     assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()
+    assert "already holds" in run("publish", *where, "--tag", "v2")
 
 
 def test_a_folder_of_something_else_is_left_alone(growing, tmp_path):

@@ -381,7 +381,7 @@ def test_a_folder_that_is_no_zarr_is_left_alone(tmp_path):
     grid = GeoBox((30, 50), GRID.affine, "EPSG:32633")
     (tmp_path / "a.zarr").mkdir()
     (tmp_path / "a.zarr" / "thesis.tex").write_text("years of work")
-    with pytest.raises(CubeError, match="is there already and no Zarr, so it is not replaced"):
+    with pytest.raises(CubeError, match="expected a Zarr to replace, found something else"):
         write_zarr(cube_on(grid), grid, tmp_path / "a.zarr", "a")
     assert [p.name for p in tmp_path.rglob("*")] == ["a.zarr", "thesis.tex"]
 

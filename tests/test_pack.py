@@ -245,6 +245,19 @@ def test_the_same_store_gives_the_same_file(whole, zipped, tmp_path):
         assert (tmp_path / "again.zip").read_bytes() == zipped[0].read_bytes()
 
 
+def test_two_packs_at_once_both_end_with_a_whole_file(whole, zipped, tmp_path):
+    out, inner = tmp_path / "cubes.zip", []
+
+    def progress(done, _total, _name):
+        if done == 3:
+            inner.append(cube.pack(str(whole), out))
+
+    outer = cube.pack(str(whole), out, progress=progress)
+    assert inner == [outer]
+    assert out.read_bytes() == zipped[0].read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["cubes.zip"]
+
+
 def test_sites_are_chosen(whole, tmp_path):
     out = tmp_path / "deep" / "p.zip"
     done = CliRunner().invoke(cli, ["pack", "--store", str(whole), "--sites", "po*", "--out", str(out)])

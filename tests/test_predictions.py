@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import types
+from contextlib import suppress
 
 import dask.array as da
 import geopandas as gpd
@@ -194,17 +196,28 @@ def test_a_killed_run_over_an_older_map_leaves_none_of_it(store):
     """Else the older map's rows would stand in the new one's."""
     mapped(store, years(2019, 2020, 2021))
     with pytest.raises(KeyboardInterrupt):
-        mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}, dies_after=7)
+        mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}, dies_after=7, overwrite=True)
     with pytest.raises(CubeError, match="of 3 maps lack 2020, 2021"):
         cube.open_probability(store, "pit", "net")
     assert mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}) == years(2020, 2021)
 
 
-def test_another_model_maps_everything_anew(store):
+@pytest.mark.parametrize("dies_after", [None, 7])
+def test_another_model_replaces_a_prediction_only_when_told(store, dies_after):
+    other = {"about": {**NET, "weights_sha256": "b"}}
+    with suppress(KeyboardInterrupt):
+        mapped(store, years(2019, 2020, 2021), dies_after=dies_after)
+    for how in (other, {**other, "variable": "change"}, {"variable": "change"}):
+        views = PAIRS if "variable" in how else years(2019, 2020, 2021)
+        with pytest.raises(
+            CubeError, match=r"pit/predictions/net was made by another model; choose another --name, or .* --over"
+        ):
+            mapped(store, views, **how)
     mapped(store, years(2019, 2020, 2021))
-    assert mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}) == years(2019, 2020, 2021)
+    whole(store, 2019, 2020, 2021)
+    assert mapped(store, years(2019, 2020, 2021), **other, overwrite=True) == years(2019, 2020, 2021)
     assert cube.open_probability(store, "pit", "net").attrs["model"]["weights_sha256"] == "b"
-    assert mapped(store, PAIRS, variable="change", about={**NET, "weights_sha256": "b"}) == list(PAIRS)
+    assert mapped(store, PAIRS, variable="change", **other, overwrite=True) == list(PAIRS)
     assert cube.verify(store).findings == ()
 
 
@@ -282,7 +295,7 @@ def test_later_years_and_pairs_join_those_that_are_there(store, site):
     whole(store, 2019, 2020, 2021, 2022)
     assert cube.verify(store).findings == ()
     change = {"variable": "change", "about": {"id": "other"}}
-    mapped(store, PAIRS[1:2], **change)
+    mapped(store, PAIRS[1:2], overwrite=True, **change)
     assert mapped(store, PAIRS, **change) == [PAIRS[0], PAIRS[2]]
     found = cube.open_change(store, "pit", "net")
     assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == [
@@ -461,12 +474,15 @@ def test_predict_maps_resumes_and_says_how_fast(store, site, tmp_path):
     assert "pit: 3 years mapped, 0.04 Mpx in " in out
     assert " Mpx/s, " in out
     assert " km2/s" in out
-    found = cube.open_probability(store, "pit", "tiny")
+    name = cube.find_prediction(store, ["pit"], "tiny")
+    assert f"prediction {name} ({store}, group pit/predictions/{name})" in out
+    found = cube.open_probability(store, "pit", name)
     reflectance = cube.open_committed(store, "pit")["reflectance"].load()
     np.testing.assert_array_equal(found, models.predict(trained, reflectance))
     assert found.attrs["model"]["trained_on"] == ["a"]
     assert len(found.attrs["model"]["weights_sha256"]) == 64
-    group = json.loads((tmp_path / "cubes.zarr/pit/predictions/tiny/zarr.json").read_text())["attributes"]
+    assert name == f"tiny-{found.attrs['model']['weights_sha256'][:8]}"
+    group = json.loads((tmp_path / f"cubes.zarr/pit/predictions/{name}/zarr.json").read_text())["attributes"]
     assert group["done"]["2019"]["computed"].startswith("torch ")
     assert group["done"]["2019"]["computed"].endswith(" on cpu in fp32")
     assert cube.verify(store).findings == ()
@@ -475,8 +491,88 @@ def test_predict_maps_resumes_and_says_how_fast(store, site, tmp_path):
     build(store, site, 2022)
     assert "pit: 1 years mapped" in run(*ask)[0]
     assert "pit: 4 years mapped" in run(*ask, "--overwrite")[0]
-    model_file(tmp_path / "m.pt", seed=1)
-    assert "pit: 4 years mapped" in run(*ask)[0]
+
+
+def test_a_second_model_leaves_the_maps_of_the_first(store, tmp_path):
+    """Each by its own name, the same on every path; one name for two models only if told."""
+    kept = {}
+    for seed, folder in enumerate(("this year", "last year")):
+        (tmp_path / folder).mkdir()
+        model_file(tmp_path / folder / "m.pt", seed=seed)
+        ask = ("predict", "--store", store, "--model", tmp_path / folder / "m.pt")
+        run(*ask)
+        (name,) = {p.name for p in (tmp_path / "cubes.zarr/pit/predictions").iterdir() if p.is_dir()} - {*kept}
+        kept[name] = cube.open_probability(store, "pit", name).load()
+        shutil.copy(tmp_path / folder / "m.pt", tmp_path / f"copy-{seed}.pt")
+        assert f"mapped already; prediction {name} " in run(*ask[:-1], tmp_path / f"copy-{seed}.pt")[0]
+    for name, found in kept.items():
+        xr.testing.assert_identical(cube.open_probability(store, "pit", name).load(), found)
+    first, second = kept.values()
+    both = " or ".join(sorted(kept))
+    for command in ("score", "export", "tracks"):
+        out = ("--out", tmp_path / command)
+        assert f"'tiny' may mean {both}; name one of them" in run(command, "--store", store, "--model", "tiny", *out, ok=2)[1]
+    run(*ask, "--name", "mine")
+    again = ("predict", "--store", store, "--model", tmp_path / "copy-0.pt", "--name", "mine")
+    refused = run(*again, ok=2)[1]
+    assert refused.count("error: ") == 1
+    assert "pit/predictions/mine was made by another model" in refused
+    xr.testing.assert_equal(cube.open_probability(store, "pit", "mine"), second)
+    run(*again, "--overwrite")
+    xr.testing.assert_equal(cube.open_probability(store, "pit", "mine"), first)
+    for name in ("a/b", "a,b", "+hmm", ".hidden", "", "a b"):
+        run(*ask, "--name", name, ok=2)
+
+
+def test_verify_says_how_to_make_a_damaged_prediction_again(store, tmp_path):
+    """The command that it prints mends it, be it of a model or smoothed."""
+    model_file(tmp_path / "m.pt")
+    run("predict", "--store", store, "--model", tmp_path / "m.pt", "--name", "spring")
+    run("tracks", "--store", store, "--model", "spring", "--rates", "0.01,0.01", "--out", tmp_path / "tracks")
+    assert cube.verify(store).findings == ()
+    for name, command in (
+        ("spring", f"minecube predict --store {store} --sites pit --model FILE --name spring --overwrite"),
+        ("spring+hmm", f"minecube tracks --store {store} --sites pit --model spring --out FOLDER"),
+    ):
+        (tmp_path / f"cubes.zarr/pit/predictions/{name}/probability/c/0/0/0").write_bytes(b"damaged")
+        assert command in [line.strip() for line in run("verify", "--store", store, ok=1)[0].splitlines()]
+        said = (
+            command.removeprefix("minecube ").replace("FILE", str(tmp_path / "m.pt")).replace("FOLDER", str(tmp_path / "again"))
+        )
+        run(*said.split())
+        assert cube.verify(store).findings == ()
+
+
+def test_a_prediction_is_found_by_its_name_then_its_card_then_its_beginning(store, site, tmp_path):
+    def add(name, card):
+        views = years(2019, 2020, 2021)
+        cube.write_prediction(store, "pit", Prediction(model=name, views=views, about={"id": card}), lambda todo: rows_of(todo))
+
+    def find(wanted):
+        return cube.find_prediction(store, ["pit"], wanted)
+
+    with pytest.raises(CubeError, match="no prediction of 'unet' for pit; run `minecube predict` first"):
+        find("unet")
+    add("unet-small-11111111", "unet-small")
+    assert find("unet-small") == find("unet") == "unet-small-11111111"
+    add("spring", "unet")
+    assert find("unet") == "spring"  # by its card, although another name begins so
+    add("unet-small-11111111+hmm", "unet-small-11111111+hmm")
+    assert find("unet-small+hmm") == "unet-small-11111111+hmm"
+    assert find("unet-small") == "unet-small-11111111"
+    with pytest.raises(
+        CubeError, match=r"no prediction of 'spring\+hmm' for pit; it has spring, unet-small-11111111, unet-small-"
+    ):
+        find("spring+hmm")
+    add("unet-small-22222222", "unet-small")
+    with pytest.raises(CubeError, match="'unet-small' may mean unet-small-11111111 or unet-small-22222222; name one of them"):
+        find("unet-small+hmm")
+    add("unet-small", "unet-small")  # as older versions named it
+    assert find("unet-small") == "unet-small"
+    (tmp_path / "cubes.zarr/pit/predictions/unet-small-22222222/zarr.json").write_text("{")
+    assert find("unet") == "spring"
+    cube.pack(store, tmp_path / "cubes.zip")
+    assert cube.find_prediction(str(tmp_path / "cubes.zip"), ["pit"], "unet") == "spring"
 
 
 def test_nothing_is_touched_where_the_model_does_not_fit(store, tmp_path):
@@ -545,11 +641,12 @@ def test_predict_maps_pairs_by_gap_and_by_name(store, tmp_path, monkeypatch):
         assert "of the years 2019, 2020, 2021, found none as asked for" in run(*ask, "--pairs", gap, ok=2)[1]
     assert not (tmp_path / "cubes.zarr/pit/predictions").exists()
     assert "pit: 2 pairs mapped" in run(*ask, "--pairs", "1")[0]
-    found = cube.open_change(store, "pit", "tiny")
+    name = cube.find_prediction(store, ["pit"], "tiny")
+    found = cube.open_change(store, "pit", name)
     assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == [PAIRS[0], PAIRS[2]]
     assert "pit: mapped already" in run(*ask, "--pairs", "2019-2020")[0]
     assert "pit: 1 pairs mapped" in run(*ask)[0]
     reflectance = cube.open_committed(store, "pit")["reflectance"].load()
     expected = models.predict(trained, reflectance, pairs=[PAIRS[0], PAIRS[2], PAIRS[1]])
-    np.testing.assert_array_equal(cube.open_change(store, "pit", "tiny").values, expected.values[[0, 2, 1]])
+    np.testing.assert_array_equal(cube.open_change(store, "pit", name).values, expected.values[[0, 2, 1]])
     assert "expected pairs of two of the years" in run(*ask, "--pairs", "2019-2030", ok=2)[1]

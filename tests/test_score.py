@@ -92,7 +92,8 @@ def world(tmp_path_factory, make):
         pixels[name]["pairs"] = moves.astype(np.uint8)
         write_change(store, name, "pairs", pixels[name]["pairs"], ("removed", "new"))
         write_change(store, name, "near", pixels[name]["pairs"], ("removed", "new"), [PAIRS[0], PAIRS[-1]])
-    build(store, make.site("bare", 360000 + 90000, 5600040, 60, 60), labelled=False)
+    grid, truth = build(store, make.site("bare", 360000 + 90000, 5600040, 60, 60), labelled=False)
+    cube.write_probability(store, "bare", "sharp", stack(probability(truth, 0, 0.4), grid), {"id": "sharp"})
     return store, pixels
 
 

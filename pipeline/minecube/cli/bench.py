@@ -79,19 +79,23 @@ def bench(
     compute = models.Compute(device=device)
     below = {site: baselines_of(store, site) for site in split.test}  # first: without labels all the training would be in vain
     took = {}
+    predictions: dict[str, str] = {}
     for number, card in enumerate(cards, start=1):
         click.echo(f"{number} of {len(cards)}: {card.id}", err=True)
-        took[card.id] = _run(store, split, card, settings, training.Run(seed=seed, device=device, resume=True), compute, out)
-    names = [name for c in cards for name in ([c.id] if c.task == "change" else [c.id, c.id + SUFFIX])]
-    counted: Counted = {name: {} for name in names}
+        run = training.Run(seed=seed, device=device, resume=True)
+        took[card.id], prediction = _run(store, split, card, settings, run, compute, out)
+        predictions[card.id] = prediction
+        if card.task != "change":
+            predictions[card.id + SUFFIX] = prediction + SUFFIX
+    counted: Counted = {name: {} for name in predictions}
     with progress_bar("scoring", len(split.test)) as advance:
         for site in split.test:
-            for name in names:
-                counted[name][site] = score_site(store, site, name)
+            for name, prediction in predictions.items():
+                counted[name][site] = score_site(store, site, prediction)
             for name, scores in below[site].items():
                 counted.setdefault(name, {})[site] = scores
             advance(note=site)
-    for path in written(store, Tables.of(counted, compared(cards)), cards, took, out):
+    for path in written(store, Tables.of(counted, compared(cards)), cards, took, out, predictions):
         click.echo(path)
     click.echo("\n" + (out / "mapping.md").read_text(encoding="utf-8"))
     click.echo((out / "change.md").read_text(encoding="utf-8"))
@@ -142,8 +146,11 @@ def _agree(path: Path, asked: Mapping[str, Any]) -> None:
 
 def _run(
     store: str, split: Split, card: ModelCard, settings: Settings, run: training.Run, compute: models.Compute, out: Path
-) -> dict[str, float]:
-    """Train one network where it is not, map the test sites, and smooth; seconds of each and the number of parameters."""
+) -> tuple[dict[str, float], str]:
+    """Train a network if needed, map the test sites, and smooth the maps.
+
+    Returns the seconds of each step with the number of parameters, and the name of the prediction.
+    """
     file, times = out / "models" / f"{card.id}.pt", out / "models" / f"{card.id}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     took: dict[str, float] = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
@@ -164,22 +171,30 @@ def _run(
     took["parameters"] = sum(p.numel() for p in trained.network.parameters())
     write(times, json.dumps(took, indent=2) + "\n")
     if card.task != "change":
-        _smooth(store, split.test, card)
-    return took
+        _smooth(store, split.test, mapper.name)
+    return took, mapper.name
 
 
-def _smooth(store: str, sites: Sequence[str], card: ModelCard) -> None:
-    maps = {site: cube.open_probability(store, site, card.id) for site in sites}
+def _smooth(store: str, sites: Sequence[str], prediction: str) -> None:
+    maps = {site: cube.open_probability(store, site, prediction) for site in sites}
     rates = tracks.learn_rates(maps.values())
     for site, lazy in maps.items():
         about = {**lazy.attrs["model"], "rates": asdict(rates)}
-        write_smoothed(store, site, card.id, tracks.smooth(lazy.compute(), rates), about)
+        write_smoothed(store, site, prediction, tracks.smooth(lazy.compute(), rates), about)
 
 
 def written(
-    store: str, tables: Tables, cards: Sequence[ModelCard], took: Mapping[str, Mapping[str, float]], out: Path
+    store: str,
+    tables: Tables,
+    cards: Sequence[ModelCard],
+    took: Mapping[str, Mapping[str, float]],
+    out: Path,
+    predictions: Mapping[str, str],
 ) -> list[Path]:
-    """The two tables, all scores and counts, and pictures of the best; their paths."""
+    """Write the two tables, all scores and counts, and pictures of the best; return their paths.
+
+    `predictions` maps the names in the tables to those in the store.
+    """
     spread, pooled = tables.intervals, tables.pooled
     maps = [c.id for c in cards if c.task != "change"]
     changes = [c.id for c in cards if c.task == "change"]
@@ -189,7 +204,7 @@ def written(
     for name in (*maps, *smoothed, *baselines):
         flips = ""
         if name not in baselines:
-            drawn = (tracks.threshold(cube.open_probability(store, site, name)) for site in tables.counted[name])
+            drawn = (tracks.threshold(cube.open_probability(store, site, predictions[name])) for site in tables.counted[name])
             flips = _number(tracks.flip_rate(*drawn), ".2%")
         mapping[name] = [_size(took.get(name)), *(cell(spread[name].loc[score]) for score in MAPPING), flips]
     for name in (*changes, *maps, *smoothed, *baselines):

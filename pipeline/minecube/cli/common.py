@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,6 +195,27 @@ def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
             raise CatalogError(f"unknown site {pattern!r}; {where} has {shown}")
         chosen += [n for n in found if n not in chosen]
     return chosen
+
+
+class StrictCommand(click.Command):
+    """A command that refuses empty values, such as `--model ''` or `--out=`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; raises UsageError if a value is empty."""
+        for before, argument in pairwise(["the command", *args]):
+            if not argument.strip():
+                raise click.UsageError(f"expected a value after {before}, found an empty one", ctx)
+            if argument.startswith("--") and argument.endswith("="):
+                raise click.UsageError(f"expected a value after {argument}, found an empty one", ctx)
+        return super().parse_args(ctx, args)
+
+
+def stored_prediction(store: str, names: Sequence[str], model: str) -> str:
+    """Return the name of the prediction that --model means at these sites; report it if it is a longer one."""
+    found = cube.find_prediction(store, names, model)
+    if found != model:
+        click.echo(f"--model {model}: using prediction {found}", err=True)
+    return found
 
 
 @contextmanager

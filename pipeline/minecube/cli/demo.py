@@ -24,7 +24,7 @@ from minecube.cli import build as building
 from minecube.cli.common import table
 from minecube.cli.predict import map_site
 from minecube.cli.results import export_sites
-from minecube.cli.score import SHOWN, score_site
+from minecube.cli.score import SHOWN, score_site, write
 from minecube.composite import composite
 from minecube.errors import CatalogError, MinecubeError
 from minecube.grid import grid_of
@@ -89,14 +89,14 @@ def demo(out: Path, epochs: int, seed: int) -> None:
         for site in sites:
             map_site(store, site.id, mapper)
     with _stage(f"score {unseen}, which the network has not seen"):
-        summary |= _scores(store, unseen, world)
+        summary |= _scores(store, unseen, world, mapper.name)
     with _stage("export"):
-        export_sites(store, [s.id for s in sites], out / "export", MODEL)
+        export_sites(store, [s.id for s in sites], out / "export", mapper.name)
     summary["seconds"] = round(time.monotonic() - start, 1)
     summary["peak_rss_mb"] = round(
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     )
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     click.echo(_shown(summary))
     for file in (f"export/{unseen}/{unseen}_strip.png", "comparison.png", "export/areas.png", "export/collection.json"):
         click.echo(f"see {out}/{file}")
@@ -178,13 +178,13 @@ def _seen_clear(truth: xr.Dataset, year: int) -> npt.NDArray[np.bool_]:
     return seen
 
 
-def _scores(store: str, unseen: str, world: Path) -> dict[str, float]:
-    scores = score_site(store, unseen, MODEL)
+def _scores(store: str, unseen: str, world: Path, prediction: str) -> dict[str, float]:
+    scores = score_site(store, unseen, prediction)
     finished, by_year = metrics.finish(scores), metrics.by_year(scores)
     summary = {"map_iou": finished["iou"]} | {f"map_iou_{y}": by_year["iou"][y] for y in YEARS}
     summary |= {k: finished[k] for k in SHOWN if k != "iou"}
     grid = cube.open_cube(store, unseen).odc.geobox
-    mapped = tracks.areas(tracks.threshold(cube.open_probability(store, unseen, MODEL)).load(), grid)
+    mapped = tracks.areas(tracks.threshold(cube.open_probability(store, unseen, prediction)).load(), grid)
     truth = tracks.areas(xr.open_zarr(world / "truth.zarr", group=unseen, consolidated=False)["footprint"].load(), grid)
     off = np.abs(mapped["area_m2"] / truth["area_m2"] - 1)
     return {k: round(float(v), 4) for k, v in summary.items()} | {"area_error_pct": round(100 * float(off.mean()), 2)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from minecube import labels
 from minecube.catalog import Site
 from minecube.cli.common import SITE_FILES, catalog_option, choose_sites, table
 from minecube.errors import CatalogError, LabelError
+from minecube.files import replacing
 from minecube.grid import grid_of
 
 SHOWN = 20
@@ -168,12 +168,9 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{os.getpid()}.part.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise CatalogError(f"{path}: the report cannot be written ({error.strerror}); name another file") from error
-    finally:
-        part.unlink(missing_ok=True)

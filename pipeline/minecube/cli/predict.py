@@ -73,21 +73,30 @@ def map_site(
     name: str,
     mapper: models.Mapper,
     *,
+    prediction: str | None = None,
     pairs: Sequence[int | Pair] | None = None,
     overwrite: bool = False,
 ) -> Mapped:
     """Map all committed years of a site that this model has not mapped as they are built now.
 
+    Args:
+        store: The cubes.
+        name: The site.
+        mapper: The model.
+        prediction: Name of the prediction; `mapper.name` by default.
+        pairs: Gaps in years, or pairs of years, for change; all pairs by default.
+        overwrite: Map again what is mapped already, and replace the prediction of another model.
+
     Raises:
-        CubeError: no committed year, or the store cannot be written.
+        CubeError: no committed year, another model made the prediction of that name, or the store cannot be written.
         ModelError: the model does not fit the cube, or gave something that is not a number.
     """
     reflectance, card = cube.open_reflectance(store, name), mapper.trained.card
     years = [int(year) for year in reflectance["year"]]
     views = models.views_of(card, years, None if pairs is None else _named(pairs, years))
     mapper.check(reflectance, views)
-    prediction = cube.Prediction(
-        model=card.id,
+    planned = cube.Prediction(
+        model=prediction or mapper.name,
         views=views,
         about=mapper.about,
         variable="change" if card.task == "change" else "probability",
@@ -104,7 +113,7 @@ def map_site(
         mapped = cube.write_prediction(
             store,
             name,
-            prediction,
+            planned,
             lambda todo: mapper.rows(reflectance, todo, progress),
             overwrite=overwrite,
         )
@@ -175,7 +184,13 @@ def _makes(mapper: models.Mapper) -> str:
     return json.dumps(mapper.about, sort_keys=True)
 
 
-@click.command()
+def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise click.BadParameter(f"expected letters, digits, _ . -, found {name!r}")
+    return name
+
+
+@click.command(cls=common.StrictCommand)
 @writable_store_option
 @sites_option
 @catalog_option
@@ -183,13 +198,21 @@ def _makes(mapper: models.Mapper) -> str:
 @click.option(
     "--model", required=True, help="File of a trained model; or the name of one that has weights (catalog/models.yaml)."
 )
+@click.option(
+    "--name",
+    "prediction",
+    callback=_named_safely,
+    help="Name of the prediction in the store. [default: the model's id and the first 8 digits of its weights' SHA-256]",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--pairs", type=Pairs(), help="Of change: gaps in years (1,2) or pairs (2019-2021,...). [default: all]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
 @click.option(
     "--compile", "compiled", is_flag=True, help="Let torch.compile rewrite the network for a GPU first: minutes, once."
 )
-@click.option("--overwrite", is_flag=True, help="Map anew what is mapped already.")
+@click.option(
+    "--overwrite", is_flag=True, help="Map again what is mapped already. Also replaces another model's prediction of that name."
+)
 @click.pass_context
 def predict(
     ctx: click.Context,
@@ -199,19 +222,23 @@ def predict(
     catalog: Path | None,
     scheduler: str | None,
     model: str,
+    prediction: str | None,
     pairs: tuple[int | Pair, ...] | None,
     overwrite: bool,
     **how: Any,
 ) -> None:
     """Map the chosen cubes: mines in all committed years, or what changed between them; the maps go into the store.
 
-    What this very model has mapped of the builds that are there is left as it is, so that a run that was killed goes on, and a
-    finished one does nothing. Several GPUs take several runs, each of its own --sites and --device; or a Dask scheduler, whose
-    workers take a site a task: on one thread each of a CPU, or all on the --device, that each worker sees.
+    Site-years that this model has already mapped are skipped: an interrupted run resumes, and a finished run does nothing.
+    Each model's prediction has its own name.
+
+    To use several GPUs, start one run per GPU with its own --sites and --device, or use --scheduler: each Dask task maps one
+    site, on one CPU thread or on the worker's own --device.
 
     \b
     Example:
       minecube predict --store cubes.zarr --sites Germany_2 --model model.pt
+      minecube predict --store cubes.zarr --model model.pt --name spring-2024
       minecube predict --store cubes.zarr --sites 'Chile_*' --model change.pt --pairs 1,2 --device cuda:1
     """
     compute = models.Compute(**how)
@@ -222,7 +249,8 @@ def predict(
     if not built:
         raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")
     total, start = Mapped(0, 0, 0.0), time.monotonic()
-    asked: dict[str, Any] = {"pairs": pairs, "overwrite": overwrite}
+    written = prediction or mapper.name
+    asked: dict[str, Any] = {"prediction": written, "pairs": pairs, "overwrite": overwrite}
     with executor_of(scheduler) as pool:
         found: Iterator[tuple[str, Mapped]]
         if pool is None:
@@ -234,7 +262,7 @@ def predict(
         for name, one in found:
             what = "pairs" if mapper.trained.card.task == "change" else "years"
             said = f"{one.maps} {what} mapped, {one}" if one.maps else "mapped already"
-            click.echo(f"{name}: {said}; {store}, group {name}/predictions/{mapper.trained.card.id}")
+            click.echo(f"{name}: {said}; prediction {written} ({store}, group {name}/predictions/{written})")
             total = Mapped(total.maps + one.maps, total.pixels + one.pixels, time.monotonic() - start)
     if len(built) > 1 and total.maps:
         click.echo(f"in all: {total}")

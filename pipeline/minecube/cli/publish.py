@@ -6,17 +6,17 @@ import click
 import zarr
 
 from minecube import cube, export
-from minecube.cli.common import sites_option, store_option, stored_sites, table
+from minecube.cli.common import StrictCommand, sites_option, store_option, stored_sites, table
 from minecube.cube.store import zarr_store
 from minecube.errors import CubeError
 from minecube.export import publish as releasing
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option("--icechunk", "place", required=True, help="The repository: a folder, or s3://bucket/prefix.")
-@click.option("--tag", help="Publish the store as it is now, and name it so. A tag never moves.")
+@click.option("--tag", help="Publish the store as it is now under this name. A tag never moves.")
 @click.option("--diff", nargs=2, metavar="OLD NEW", help="Say in which site-years and variables two tags differ.")
 @click.option("--rollback", metavar="TAG", help="Take `main` back to that tag; later tags stay.")
 def publish(store: str, wanted: str, place: str, tag: str | None, diff: tuple[str, str] | None, rollback: str | None) -> None:
@@ -43,9 +43,14 @@ def publish(store: str, wanted: str, place: str, tag: str | None, diff: tuple[st
             raise CubeError(f"{store}: no site-year of {wanted!r} is committed, so there is nothing to publish; build first")
         about = {name: export.lines(export.credits_of(cube.open_committed(store, name))) for name in years}
         root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
-        written, gone = releasing.publish(root, years, place, tag, about)
+        site_years = sum(map(len, years.values()))
+        changed = releasing.publish(root, years, place, tag, about)
+        if changed is None:
+            click.echo(f"{place}: {tag} already holds these {site_years} site-years; nothing was written")
+            return
+        written, gone = changed
         differed = f"{written} objects differed and were written" + (f", {gone} were removed" if gone else "")
-        click.echo(f"{place}: {tag} holds {sum(map(len, years.values()))} site-years; {differed}")
+        click.echo(f"{place}: {tag} holds {site_years} site-years; {differed}")
     elif diff:
         rows = releasing.differences(place, *diff)
         click.echo(table(("site", "year", "what differs"), rows) if rows else f"{diff[0]} and {diff[1]} are the same")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -13,16 +14,16 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, labels, report, tracks
 from minecube import export as exporting
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites
+from minecube.cli.common import StrictCommand, progress_bar, sites_option, store_option, stored_prediction, stored_sites
 
 FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
-@click.option("--model", help="Also export this model's probability and footprints.")
+@click.option("--model", help="Also export this prediction: by name, or a model's id.")
 @click.option(
     "--format",
     "formats",
@@ -54,6 +55,8 @@ def export(store: str, wanted: str, out: Path, model: str | None, formats: tuple
     if "croissant" in formats and not {"cog", "netcdf"} & set(formats):
         raise click.UsageError("--format croissant describes files of the other formats: add --format cog or --format netcdf")
     names = stored_sites(store, wanted)
+    if model is not None:
+        model = stored_prediction(store, names, model)
     with progress_bar("exporting", len(names)) as advance:
         images, others = export_sites(
             store, names, out, model, lambda name: advance(note=name), formats=formats, min_area_m2=min_area_m2
@@ -74,14 +77,20 @@ def export_sites(
     formats: Collection[str] = ("cog",),
     min_area_m2: float = 0,
 ) -> tuple[list[Path], list[Path]]:
-    """What `--format` says of these sites; the paths of the images, and those of all other formats."""
+    """Write these sites in the formats; return the paths of the images, and those of all other formats.
+
+    The same store gives the same bytes, whenever and wherever it is exported.
+    """
     cogs: list[Path] = []
     whole: dict[str, Path] = {}
     credited: dict[exporting.Credit, None] = {}
     outlines: dict[str, list[gpd.GeoDataFrame]] = {}
     areas: dict[str, dict[str, pd.DataFrame]] = {}
+    commits: list[datetime] = []
     for name in names:
-        opened = cube.open_committed(store, name).load().assign_attrs(builds=cube.builds(store, name))
+        built = cube.builds(store, name)
+        commits += [datetime.fromisoformat(build["committed"]) for build in built.values()]
+        opened = cube.open_committed(store, name).load().assign_attrs(builds=built)
         grid = opened.odc.geobox
         drawn: dict[str, xr.DataArray] = {}
         if bool((opened["footprint"] != labels.UNKNOWN).any()):
@@ -101,6 +110,7 @@ def export_sites(
             areas.setdefault(kind, {})[name] = tracks.areas(footprint, grid)
         report.strip(opened, drawn, out / name / f"{name}_strip.png", name)
         done(name)
+    changed = max(commits)  # instead of the present time, so that the same store gives the same files
     tables = {}
     for kind, parts in outlines.items():
         drawn_from = [c for c in credited if (c.kind == "labels") == (kind == "labels")]
@@ -108,7 +118,7 @@ def export_sites(
         outline.attrs = exporting.lines(drawn_from)
         for key, suffix in ((f"footprints_{kind}", "parquet"), (f"footprints_{kind}_gpkg", "gpkg")):
             tables[key] = out / f"footprints_{kind}.{suffix}"
-            exporting.write_footprints(outline, tables[key])
+            exporting.write_footprints(outline, tables[key], changed)
     if areas:
         main = areas.get("mapped") or areas["labels"]
         report.area_plot(main, out / "areas.png", areas["labels"] if "mapped" in areas and "labels" in areas else None)
@@ -119,7 +129,7 @@ def export_sites(
     others = list(whole.values())
     if "croissant" in formats:
         listed = [*cogs, *tables.values(), *(p for p in others if p.is_file()), *([out / "items.parquet"] if cogs else [])]
-        others.append(exporting.write_croissant(out, listed, credited, **described))
+        others.append(exporting.write_croissant(out, listed, credited, published=changed.date(), **described))
     return cogs, others
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,17 @@ import pandas as pd
 import xarray as xr
 
 from minecube import cube, labels, metrics
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.cli.common import (
+    StrictCommand,
+    progress_bar,
+    sites_option,
+    store_option,
+    stored_prediction,
+    stored_sites,
+    table,
+)
 from minecube.errors import CatalogError, CubeError, LabelError, ModelError
+from minecube.files import replacing
 from minecube.report import scores as pictures
 
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
@@ -29,11 +37,15 @@ Counted = dict[str, dict[str, metrics.Scores]]
 """Model or baseline -> site -> counts."""
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option(
-    "--model", "models", default="unet-small", show_default=True, help="Whose predictions: names of models, comma-separated."
+    "--model",
+    "models",
+    default="unet-small",
+    show_default=True,
+    help="Predictions by name, comma-separated. The id of a model stands for its only prediction.",
 )
 @click.option("--baselines", is_flag=True, help="Also score maps that know nothing: never changes, always mine, last year's.")
 @click.option(
@@ -63,7 +75,11 @@ def score(
       minecube score --store cubes.zarr --model unet-small,tinycd --baselines --out scores
       minecube score --store here.zarr --join there/counts.json --out both
     """
-    sites, named = stored_sites(store, wanted), [name.strip() for name in models.split(",")]
+    sites = stored_sites(store, wanted)
+    asked = [name.strip() for name in models.split(",")]
+    if not all(asked):
+        raise CatalogError(f"--model {models}: expected names with a comma between them, found an empty name")
+    named = [stored_prediction(store, sites, name) for name in asked]
     if len(set(named)) < len(named):
         raise CatalogError(f"--model {models}: expected each model once")
     counted: Counted = {name: {} for name in named}
@@ -338,16 +354,12 @@ def _of_change(intervals: pd.DataFrame) -> Sequence[str]:
 
 def write(path: Path, text: str) -> Path:
     """Write a file whole or not at all; raises CatalogError where it cannot be."""
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CatalogError(f"{path}: the scores cannot be written ({error.strerror}); name another place") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
     return path
 
 

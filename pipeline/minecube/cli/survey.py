@@ -31,6 +31,7 @@ from minecube.cli.common import (
 )
 from minecube.composite import plan as planning
 from minecube.errors import CubeError, SceneError
+from minecube.files import replacing
 from minecube.grid import grid_of
 from minecube.scenes import coverage
 
@@ -176,14 +177,10 @@ def _show_audit(by_year: pd.DataFrame, recipe: Recipe) -> int:
 def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe: Recipe) -> None:
     """Each file whole or not at all; raises CubeError where one cannot be written."""
     for path, write in ((out / "audit.parquet", by_month.to_parquet), (out / "audit.csv", by_year.to_csv)):
-        part = path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacing(path) as part:
                 write(part, index=False)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
         except OSError as error:
             raise CubeError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error
     report.coverage_map(by_month, by_year, out / "audit.png", f"Usable dates by month, recipe {recipe.id}")

@@ -13,7 +13,15 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, export
 from minecube import tracks as tracking
-from minecube.cli.common import progress_bar, sites_option, stored_sites, table, writable_store_option
+from minecube.cli.common import (
+    StrictCommand,
+    progress_bar,
+    sites_option,
+    stored_prediction,
+    stored_sites,
+    table,
+    writable_store_option,
+)
 from minecube.errors import CatalogError
 from minecube.tracks.smoothing import TEMPER, Kernel
 
@@ -52,10 +60,10 @@ class Track:
     summary: dict[str, object]
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @writable_store_option
 @sites_option
-@click.option("--model", default="unet-small", show_default=True, help="Whose prediction: the model's name.")
+@click.option("--model", default="unet-small", show_default=True, help="Prediction by name, or a model's id.")
 @click.option(
     "--rates",
     type=HowFast(),
@@ -92,6 +100,7 @@ def tracks(
     if model.endswith(SUFFIX):
         raise CatalogError(f"{model} is smoothed already; name the model itself, {model.removesuffix(SUFFIX)}")
     kernel = _kernel(device)
+    model = stored_prediction(store, names, model)
     maps = {name: cube.open_probability(store, name, model) for name in names}
     found = _rates(store, maps, rates, temper)
     tables: list[pd.DataFrame] = []

@@ -9,14 +9,15 @@ from pathlib import Path
 import click
 
 from minecube import cube
-from minecube.cli.common import matching, progress_bar, sites_option, store_option
+from minecube.cli.common import StrictCommand, matching, progress_bar, sites_option, store_option
 from minecube.errors import CatalogError
+from minecube.files import replacing
 
 _SHOWN = 50
 """Findings that are printed; all are in the JSON."""
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings to this file.")
@@ -65,7 +66,8 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
             "commands": commands,
         }
         try:
-            out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            with replacing(out) as draft:
+                draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise CatalogError(f"{out}: the findings cannot be written ({error.strerror}); name another file") from error
     if report.whole:
@@ -107,12 +109,20 @@ def _commands(store: str, report: cube.Report) -> list[str]:
             f"minecube build --store {store} --sites {site} --years {','.join(map(str, years))} "
             f"--source {','.join(sources) or 'SOURCE'} --recipe {recipe}   # and the --catalog, or the file of --sites, it had"
         )
-    for cure, line in (
-        ("label", "minecube label --store {store} --sites {site} --polygons FILE"),
-        ("predict", "minecube predict --store {store} --sites {site} --model FILE --overwrite"),
-    ):
-        sites = sorted({f.site for f in report.findings if f.cure == cure and f.kind not in ("unverifiable", cube.UNFINISHED)})
-        lines += [line.format(store=store, site=",".join(sites))] if sites else []
+    wrong = [f for f in report.findings if f.kind not in ("unverifiable", cube.UNFINISHED)]
+    labels = sorted({f.site for f in wrong if f.cure == "label"})
+    if labels:
+        lines.append(f"minecube label --store {store} --sites {','.join(labels)} --polygons FILE")
+    maps = {(f.what.split("/")[1], f.site) for f in wrong if f.cure == "predict"}
+    for name in sorted({name for name, _ in maps}):
+        where = f"--store {store} --sites {','.join(sorted(site for other, site in maps if other == name))}"
+        model, smoothed, _ = name.partition("+")
+        again = (
+            f"tracks {where} --model {model} --out FOLDER"
+            if smoothed
+            else f"predict {where} --model FILE --name {name} --overwrite"
+        )
+        lines.append(f"minecube {again}")
     for finding in report.findings:
         path = "/".join(part for part in (store.rstrip("/"), finding.site, finding.what) if part)
         if finding.cure == "remove":
@@ -123,7 +133,7 @@ def _commands(store: str, report: cube.Report) -> list[str]:
     return lines
 
 
-@click.command()
+@click.command(cls=StrictCommand)
 @store_option
 @sites_option
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file; its name ends in .zip.")

@@ -6,7 +6,7 @@
           scenes                     its scene list, the bytes of a stac-geoparquet file,
           reads                      and what became of every read, the bytes of a Parquet file
         builds/2020.new/             a site-year that is being built (staging.py)
-        predictions/unet-small/      one xarray dataset per model: probability, or change
+        predictions/unet-small-1a2b3c4d/   one xarray dataset per model: probability, or change
     cubes.zarr-locks/                locks of runs that write at this moment (locks.py)
 
 A site-year without a marker is not committed and has no pixels. A marker keeps the size and SHA-256 of every object of its
@@ -19,6 +19,7 @@ keeps a hash of its metadata. `verify` checks the store against them.
     locks.py     keeps two runs apart                predictions.py  writes and opens maps of models
     verify.py    checks a store                      windows.py      windows for training
     packed.py    opens a store in one zip            pack.py         makes it
+    names.py     finds a prediction by its name
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from minecube.cube.builds import (
     used_scenes,
 )
 from minecube.cube.locks import WAIT_S, hold
+from minecube.cube.names import find_prediction
 from minecube.cube.opening import as_float, grid_and_years, open_committed, open_cube
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
@@ -98,6 +100,7 @@ __all__ = [
     "check",
     "completeness_of",
     "create",
+    "find_prediction",
     "grid_and_years",
     "is_committed",
     "is_packed",

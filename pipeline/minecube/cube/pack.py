@@ -21,6 +21,7 @@ from minecube.cube.packed import SUFFIX
 from minecube.cube.store import NAMED, objects, site_group
 from minecube.cube.verify import _attributes, _content, _listed
 from minecube.errors import CubeError
+from minecube.files import replacing
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip knows: when objects were written is no part of what they are
 
@@ -44,8 +45,8 @@ def pack(
 ) -> Packing:
     """Write the committed site-years of these sites (all by default), with labels and predictions, into a zip.
 
-    Members are stored, not compressed, sorted by key, dated 1980; Zip64 where they need it. The file is there whole or not at
-    all, in place of an older one. Memory is that of the largest object.
+    Members are stored, not compressed, sorted by key, dated 1980; Zip64 where they need it. The whole file replaces an older
+    one. Two runs may pack to one file at once: the last one to finish keeps its file. Memory is that of the largest object.
 
     Args:
         store: any store that can be read.
@@ -71,32 +72,29 @@ def pack(
     if not any(done.values()):
         raise CubeError(f"{store}: no site-year of {', '.join(left_out)} is committed, so nothing can be packed; build first")
     keys = _kept(store, listed, done)
-    part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        before = _metadata(raw, keys)
-        _write(raw, store, keys, part, progress)
-        changed = set(keys) ^ set(_kept(store, _listed(store), done))
-        changed |= {key for key, _ in before.items() ^ _metadata(raw, keys).items()}
-        for name in chosen:  # withdrawn before the first look at metadata
-            withdrawn = done[name] - _committed(raw, name, listed[name])
-            changed |= {f"{name}/builds/{year}/zarr.json" for year in withdrawn}
-        if changed:
-            raise CubeError(
-                f"{store}: {min(changed)} was written while it was packed, so the file would be of two states of the store; "
-                "nothing was packed; pack again when no other command is at work on these site-years"
-            )
-        with part.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        progress(len(keys) + 1, len(keys) + 1, "its checksum")
-        size = part.replace(out).stat().st_size
+        with replacing(out) as part:
+            before = _metadata(raw, keys)
+            _write(raw, store, keys, part, progress)
+            changed = set(keys) ^ set(_kept(store, _listed(store), done))
+            changed |= {key for key, _ in before.items() ^ _metadata(raw, keys).items()}
+            for name in chosen:  # withdrawn before the first look at metadata
+                withdrawn = done[name] - _committed(raw, name, listed[name])
+                changed |= {f"{name}/builds/{year}/zarr.json" for year in withdrawn}
+            if changed:
+                raise CubeError(
+                    f"{store}: {min(changed)} was written while it was packed, so the file would be of two states of the "
+                    "store; nothing was packed; pack again when no other command is at work on these site-years"
+                )
+            with part.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+            progress(len(keys) + 1, len(keys) + 1, "its checksum")
     except OSError as error:
         raise CubeError(
             f"{out}: cannot be written ({error.strerror or error}); make room or name another file, and pack again"
         ) from error
-    finally:
-        if part.exists():
-            part.unlink()
     years = sum(map(len, done.values()))
     return Packing(site_years=years, objects=len(keys), bytes=size, sha256=sha256, left_out=tuple(left_out))
 

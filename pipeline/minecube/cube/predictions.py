@@ -68,7 +68,7 @@ class Prediction:
     """Names the group."""
     views: Sequence[View]
     about: Mapping[str, Any]
-    """What makes the map, as plain JSON; of another making, a map is begun anew."""
+    """What makes the map, as plain JSON. A map that something else made is only replaced with `overwrite`."""
     variable: str = "probability"
     """probability (year, y, x), or change (pair, class, y, x)."""
     classes: Sequence[str] = ("mine",)
@@ -98,12 +98,12 @@ def write_prediction(
         site_id: the site.
         prediction: what is to be there in the end; what is there besides, of the same model, stays.
         rows: called with the views to be mapped; gives each one's rows, from top to bottom without a gap, in this order.
-        overwrite: begin anew, whatever is there.
+        overwrite: replace whatever is there, also the map of another model.
 
     Raises:
         BusyError: another run is writing this prediction.
-        CubeError: a year is not committed or was built again meanwhile, rows are missing, or the store cannot be written. What
-            was committed by then stays.
+        CubeError: a year is not committed or was built again meanwhile, another model made the prediction of that name, rows
+            are missing, or the store cannot be written. What was committed by then stays.
     """
     target, now = summing(store), _pixels(store, site_id)
     unbuilt = [_label(view) for view in prediction.views if len(_of(view, now)) < len(view)]
@@ -321,7 +321,11 @@ def unmapped(attrs: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
 
 
 def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
-    """Attributes of the group of an earlier run of this very model; empty where there is none, or it is damaged."""
+    """Return the attributes that an earlier run of this model left; empty if there are none, or if they are damaged.
+
+    Raises:
+        CubeError: another model made the prediction.
+    """
     try:
         if not exists(store, path):
             return {}
@@ -329,8 +333,13 @@ def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
     except CubeError:
         return {}
     attrs = dict(group.attrs)
-    same = digest(attrs.get("model")) == digest(dict(prediction.about)) and attrs.get("variable") == prediction.variable
-    return attrs if same and prediction.variable in group and attrs == sealed(attrs) else {}
+    if attrs != sealed(attrs):
+        return {}
+    if digest(attrs.get("model")) != digest(dict(prediction.about)) or attrs.get("variable") != prediction.variable:
+        raise CubeError(
+            f"{store}: {path} was made by another model; choose another --name, or replace that prediction with --overwrite"
+        )
+    return attrs if prediction.variable in group else {}
 
 
 def _template(store: str, site_id: str, prediction: Prediction, target: Summing) -> None:

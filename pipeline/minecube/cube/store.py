@@ -184,8 +184,8 @@ def begin_group(store: str, path: str, attributes: Mapping[str, Any]) -> None:
 
 
 def is_being_made(group: zarr.Group) -> bool:
-    """Whether the group is a site whose creation was interrupted, also in versions that began without attributes."""
-    return group.attrs.get(NAMED) == {"format": BEING_MADE} or (not group.attrs and not list(group.array_keys()))
+    """Whether the group is a site whose creation was interrupted."""
+    return bool(group.attrs.get(NAMED) == {"format": BEING_MADE})
 
 
 @contextmanager

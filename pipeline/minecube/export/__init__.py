@@ -5,7 +5,7 @@
     croissant.py  a description for those who learn from them           publish.py    Icechunk, a tag a release
     credits.py    whose the inputs are, on what terms                   layers.py, files.py  what they share
 
-Each file or folder is written under another name and then renamed, so a full disk or a killed run leaves no half of it.
+Each file or folder is written under a hidden name and then renamed. A full disk or a killed run leaves no partial file.
 `publish` needs an extra package and is imported by its own name.
 """
 

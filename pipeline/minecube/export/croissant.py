@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,10 @@ CONTEXT: Mapping[str, Any] = {
 }
 
 
-def write_croissant(out: Path, files: Iterable[Path], credited: Iterable[Credit], *, title: str, about: str) -> Path:
-    """`croissant.json` in `out`, which describes these files below it; its path. Hrefs are relative to it.
+def write_croissant(
+    out: Path, files: Iterable[Path], credited: Iterable[Credit], *, title: str, about: str, published: date
+) -> Path:
+    """Write `croissant.json` into `out`, which describes these files below it; return its path. Hrefs are relative to it.
 
     Args:
         out: the folder everything lies in.
@@ -56,6 +58,7 @@ def write_croissant(out: Path, files: Iterable[Path], credited: Iterable[Credit]
         credited: the inputs whose licences and citations it carries.
         title: the data set's title.
         about: what this is, for people.
+        published: when the data set came to be.
 
     Raises:
         CubeError: no file, one that lies outside `out` or cannot be read, or the description cannot be written.
@@ -75,7 +78,7 @@ def write_croissant(out: Path, files: Iterable[Path], credited: Iterable[Credit]
         "citeAs": "; ".join(c.citation for c in credited if c.citation),
         "creator": [{"@type": "sc:Organization", "name": c.name} for c in credited if c.kind != "model"],
         "isBasedOn": [f"https://doi.org/{d}" for c in credited for d in c.dois],
-        "datePublished": datetime.now(tz=UTC).date().isoformat(),
+        "datePublished": published.isoformat(),
         "version": metadata.version("minecube"),
         "keywords": ["Sentinel-2", "mining", "annual composites", "segmentation"],
         "distribution": [_file_object(f, out) for f in files],

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,52 +12,32 @@ from typing import Any
 from pyogrio.errors import DataLayerError, DataSourceError
 
 from minecube.errors import CubeError
+from minecube.files import replacing
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, renamed to `path` at the end, so that a reader finds the whole file or none.
+    """Yield a draft to write to, and rename the draft to `path` at the end, as `replacing` does.
 
-    What is written may be a folder; it takes the place of a Zarr of that name, and of nothing else.
+    A draft that is a folder replaces an older Zarr, and no other folder.
+
+    Raises:
+        CubeError: the draft cannot be written or renamed, or `path` is a folder other than a Zarr.
     """
-    part = path.with_name(f".{os.getpid()}.part.{path.name}")  # keeps the suffix, which drivers go by
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if part.is_dir() and path.exists():
-            _take_place(part, path)
-        else:
-            part.replace(path)
+        with replacing(path) as part:
+            yield part
+            if part.is_dir() and path.exists():
+                _need_zarr(path)
     except (OSError, DataSourceError, DataLayerError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CubeError(f"{path}: cannot be written ({reason}); no half file stays; mend that and export again") from error
-    finally:
-        # Whatever a failed or an earlier, killed run left of this file; SQLite keeps a journal beside its own.
-        for left in path.parent.glob(f".*.part.{glob.escape(path.name)}*"):
-            _remove(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def _remove(folder: Path) -> None:
-    """Also where threads that were at work when another one failed still write into it, or make it again."""
-    for pause in (0.05, 0.2, 0.8, 3):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(pause)
-        if not folder.exists():
-            return
-    shutil.rmtree(folder)
-
-
-def _take_place(part: Path, path: Path) -> None:
-    """Of a folder: no system call replaces one that is not empty, so the old one steps aside and is removed by the caller."""
+def _need_zarr(path: Path) -> None:
     if not any((path / name).is_file() for name in ("zarr.json", ".zgroup")):
-        raise CubeError(f"{path}: is there already and no Zarr, so it is not replaced; move it away or name another folder")
-    old = part.with_name(f"{part.name}.old")
-    path.rename(old)
-    try:
-        part.replace(path)
-    except OSError:
-        old.rename(path)
-        raise
+        raise CubeError(f"{path}: expected a Zarr to replace, found something else; move it away or name another folder")
 
 
 def sha256_of(path: Path) -> tuple[int, str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyogrio
 import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.io import MemoryFile
@@ -115,10 +118,13 @@ def _write_cog(
             part.write_bytes(memory.getbuffer())
 
 
-def write_footprints(table: gpd.GeoDataFrame, path: Path) -> None:
-    """The footprints as GeoParquet (`.parquet`) or GeoPackage (`.gpkg`), by the path's suffix.
+def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | None = None) -> None:
+    """Write footprints as GeoParquet (`.parquet`) or GeoPackage (`.gpkg`), by the path's suffix.
 
-    What stands in `table.attrs` (licence, citation: text) goes along, as the file's metadata.
+    Args:
+        table: The outlines. What stands in `table.attrs` (licence, citation: text) goes along, as the file's metadata.
+        path: The file.
+        changed: When the table last changed, which a GeoPackage says; now by default.
 
     Raises:
         CubeError: another suffix, or the file cannot be written.
@@ -131,7 +137,20 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path) -> None:
             table.to_parquet(part)
         else:
             about = {str(k): str(v) for k, v in table.attrs.items()}
-            table.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None)
+            with _gdal_date(changed):
+                table.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None)
+
+
+@contextmanager
+def _gdal_date(date: datetime | None) -> Iterator[None]:
+    """Let GDAL write this date into GeoPackages instead of the present time."""
+    before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
+    text = date.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z") if date else before
+    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": text})
+    try:
+        yield
+    finally:
+        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

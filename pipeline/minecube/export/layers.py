@@ -103,7 +103,8 @@ def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
         )
         centres = {"standard_name": "radiation_wavelength", "long_name": "centre of the band", "units": "um"}
         coords["wavelength"] = ("band", np.array([SPECTRUM[b][1] for b in bands]), centres)
-    variables = {str(n): _described(v) for n, v in cube.data_vars.items()}
+    names = sorted(map(str, cube.data_vars))  # a store lists its variables in any order
+    variables = {name: _described(cube[name]) for name in names}
     about = {
         "Conventions": "CF-1.11",
         "title": f"{site}: annual Sentinel-2 composites {span_of(cube)}",

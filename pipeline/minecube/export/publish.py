@@ -3,6 +3,7 @@
 A release holds what is committed: pixels of years without a marker stay behind. Objects are copied as they are, so that
 pixels are the store's own to the last bit, and only those that differ from what the repository holds: what two tags differ
 in is then what was really changed. A commit is one object: a run that is killed before it leaves the repository as it was.
+A run that is killed later can be repeated: the tag is then made, or found to hold this state.
 
 On a local folder Icechunk is safe for one process at a time (its own words), which a lock on the folder sees to. On S3 it is
 for any number.
@@ -30,6 +31,7 @@ from minecube.errors import CubeError
 
 _ROOT = "zarr.json"
 _AT_ONCE = 16  # objects under way: enough to hide an object store's latency, few enough to hold in memory
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # names that Icechunk lists as they were given, and any disk can hold
 _CHUNK = re.compile(r"/c(/\d+)*$")  # how Zarr v3 names chunks; that of an array without dimensions is `c`
 
 
@@ -69,8 +71,10 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
 
 def publish(
     source: zarr.Group, years: Mapping[str, Sequence[int]], place: str, tag: str, about: Mapping[str, Mapping[str, str]]
-) -> tuple[int, int]:
-    """Make the repository hold what these sites hold, commit that and name it by the tag; objects written, and removed.
+) -> tuple[int, int] | None:
+    """Make the repository hold what these sites hold, commit that, and name the commit by the tag.
+
+    Returns how many objects were written, and how many were removed; None if the tag already holds this very state.
 
     Args:
         source: root of the store.
@@ -80,19 +84,34 @@ def publish(
         about: site -> attributes of its group: licence and citations.
 
     Raises:
-        CubeError: the tag is there already, another process publishes there, or something cannot be read or written.
+        CubeError: the tag is no name for a tag, holds another state, or was deleted; another process publishes there; or
+            something cannot be read or written. The branch `main` then stays as it was.
     """
+    if not _TAG.fullmatch(tag):
+        raise CubeError(f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; choose another name")
     with nullcontext() if "://" in place else _alone(Path(place), make=True), _icechunk(place):
         repository = open_repository(place, create=True)
-        if tag in repository.list_tags():
-            raise CubeError(f"{place}: tag {tag!r} is there already, and a tag never moves; choose another name")
-        session = repository.writable_session("main")
         wanted = {_ROOT, *(key for site in years for key in _keys(source, site, years[site]))}
+        if tag in repository.list_tags():
+            if sync(_holds(source, repository.readonly_session(tag=tag).store, wanted, about)):
+                return None
+            raise CubeError(
+                f"{place}: tag {tag!r} holds another state of the store, and a tag never moves; choose another name"
+            )
+        session = repository.writable_session("main")
+        before = snapshot = session.snapshot_id
         changed: tuple[int, int] = sync(_mirror(source, session.store, wanted, about))
-        snapshot = session.snapshot_id
         if session.has_uncommitted_changes:
             snapshot = session.commit(f"Release {tag}", metadata={site: dict(text) for site, text in about.items()})
-        repository.create_tag(tag, snapshot)
+        try:
+            repository.create_tag(tag, snapshot)
+        except icechunk.IcechunkError as error:
+            repository.reset_branch("main", before, from_snapshot_id=snapshot)
+            if "already exists" in str(error):  # although it is not listed
+                raise CubeError(
+                    f"{place}: tag {tag!r} was deleted, and Icechunk never uses a tag again; choose another name"
+                ) from error
+            raise
     return changed
 
 
@@ -123,13 +142,7 @@ async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapp
         await target.delete(key)
 
     async def copy(key: str) -> bool:
-        found = await source.store.get(key, prototype)
-        if found is None:
-            raise CubeError(f"{key}: was in the store a moment ago and is not any more; publish when nothing is being built")
-        content = found.to_bytes()
-        site, _, rest = key.partition("/")
-        if rest == _ROOT and site in about:
-            content = _with_attributes(content, about[site])
+        content = await _wanted(source, key, about)
         old = await target.get(key, prototype)
         if old is not None and _same(old.to_bytes(), content, key):
             return False
@@ -137,11 +150,41 @@ async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapp
         return True
 
     metadata = sorted((key for key in wanted if key.endswith(_ROOT)), key=_order)
-    chunks = sorted(wanted.difference(metadata))
     written = [await copy(key) for key in metadata]
-    for at in range(0, len(chunks), _AT_ONCE):
-        written += await asyncio.gather(*map(copy, chunks[at : at + _AT_ONCE]))
+    for chunks in _batches(wanted.difference(metadata)):
+        written += await asyncio.gather(*map(copy, chunks))
     return sum(written), len(gone)
+
+
+async def _holds(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> bool:
+    """Report whether a release holds the wanted objects, as they are in the store, and no others."""
+    if {key async for key in target.list()} != wanted:
+        return False
+
+    async def same(key: str) -> bool:
+        old = await _content(target, key)
+        return old is not None and _same(old, await _wanted(source, key, about), key)
+
+    for keys in _batches(wanted):
+        if not all(await asyncio.gather(*map(same, keys))):
+            return False
+    return True
+
+
+def _batches(keys: Collection[str]) -> Iterator[list[str]]:
+    ordered = sorted(keys)
+    for at in range(0, len(ordered), _AT_ONCE):
+        yield ordered[at : at + _AT_ONCE]
+
+
+async def _wanted(source: zarr.Group, key: str, about: Mapping[str, Mapping[str, str]]) -> bytes:
+    """Read an object of the store as a release holds it: a site's group with licence and citations."""
+    found = await source.store.get(key, default_buffer_prototype())
+    if found is None:
+        raise CubeError(f"{key}: was in the store a moment ago and is not any more; publish when nothing is being built")
+    content = bytes(found.to_bytes())
+    site, _, rest = key.partition("/")
+    return _with_attributes(content, about[site]) if rest == _ROOT and site in about else content
 
 
 def _order(key: str) -> tuple[bool, int, str]:

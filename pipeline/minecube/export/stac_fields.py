@@ -121,9 +121,9 @@ def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
     dimensions["band"] = {"type": "bands", "values": [str(b) for b in bands]}
     time = "time" if "time" in cube.dims else "year"
     dimensions[time] = {"type": "temporal", "extent": span, "values": [f"{y}-01-01T00:00:00Z" for y in years]}
-    layers = {n: v for n, v in cube.data_vars.items() if "y" in v.dims}
+    layers = {str(n): v for n, v in cube.data_vars.items() if "y" in v.dims}
     described = {
-        str(n): {"type": "data", "dimensions": [str(d) for d in v.dims], "description": str(v.attrs["long_name"])}
-        for n, v in layers.items()
+        n: {"type": "data", "dimensions": [str(d) for d in v.dims], "description": str(v.attrs["long_name"])}
+        for n, v in sorted(layers.items())  # Zarr lists its arrays in any order
     }
     return {"cube:dimensions": dimensions, "cube:variables": described}

@@ -10,6 +10,7 @@ proj and spatial, v0.1. GDAL's own `_CRS` stands beside them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from minecube.export.files import whole
 from minecube.export.layers import described, placed
 
 CHUNK_PX = 512
+_GZIP_TIME = slice(4, 8)  # bytes of a gzip header, RFC 1952
 SMALLEST_PX = 256
 """Levels are added until the longer side has no more than this."""
 # What a coarser pixel is made of; others take the nearest, since a day of the year, say, has no mean.
@@ -35,6 +37,20 @@ METHODS = {
     "footprint": "mode",
     "quality": "mode",
 }
+
+
+class _TimelessGzip(GzipCodec):  # type: ignore[misc]
+    """Gzip without the time of compression, so that two exports of a store are equal."""
+
+    async def encode(self, chunks_and_specs: Iterable[tuple[Any, Any]]) -> Iterable[Any]:
+        """Compress chunks, and clear the time in each header."""
+        return [None if chunk is None else _without_time(chunk) for chunk in await super().encode(chunks_and_specs)]
+
+
+def _without_time(chunk: Any) -> Any:
+    content = bytearray(chunk.to_bytes())
+    content[_GZIP_TIME] = bytes(4)
+    return type(chunk).from_bytes(bytes(content))
 
 
 def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
@@ -61,7 +77,7 @@ def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
         for level, coarse in enumerate(grids):
             data = finest if level == 0 else _coarser(finest, coarse, 2**level)
             data = _for_gdal(_nodata_in_words(data), grid).assign_attrs(**_spatial(coarse), **_conventions("proj", "spatial"))
-            encoding = _encoding(data, GzipCodec())
+            encoding = _encoding(data, _TimelessGzip())
             for name, variable in data.data_vars.items():
                 encoding[str(name)]["fill_value"] = variable.attrs.get("nodata", 0)
             data.to_zarr(part, group=str(level), mode="a", zarr_format=3, consolidated=False, encoding=encoding)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from minecube.errors import ModelError
+from minecube.files import replacing
 
 _FOREIGN = (
     zipfile.BadZipFile,
@@ -61,12 +60,8 @@ def unpickled(content: bytes, otherwise: str) -> Any:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file, whole or not at all; raises ModelError where it cannot be (folder missing or read-only, disk full)."""
-    # Beside the target, so that the rename stays within one file system; a reader never meets half a file.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_bytes(content)
-        draft.replace(path)
+        with replacing(path) as draft:
+            draft.write_bytes(content)
     except (OSError, ValueError) as error:  # the latter of a name that cannot be one
-        with suppress(OSError, ValueError):  # where there is no draft
-            draft.unlink()
         raise ModelError(f"{path}: could not be written ({error}); what was there before is as it was") from error

@@ -161,6 +161,11 @@ class Mapper:
         """`about` the model."""
         return about(self.trained)
 
+    @property
+    def name(self) -> str:
+        """Default name of its predictions: the card's id and the beginning of the weights' SHA-256."""
+        return f"{self.trained.card.id}-{self.about['weights_sha256'][:8]}"
+
     def check(self, reflectance: xr.DataArray, views: Sequence[View]) -> None:
         """See that these views can be mapped, before anything is read or written.
 

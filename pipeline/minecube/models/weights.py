@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from minecube.catalog import ModelCard, Weights
 from minecube.errors import ModelError
+from minecube.files import replacing
 from minecube.models.files import unpickled
 from minecube.models.network import Trained, filled, foreign, load, model_of
 
@@ -101,19 +101,16 @@ def _download(weights: Weights, kept: Path) -> None:
     where = _without_query(weights.href)
     if not weights.href.startswith(("http://", "https://")):
         raise ModelError(f"{where}: expected weights at http(s)://, or a path; get the file yourself, and put its path there")
-    part, digest = kept.with_name(f".{kept.name}.{os.getpid()}.part"), hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(kept) as part:
             with requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
                 answer.raise_for_status()
                 for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
                     file.write(piece)
                     digest.update(piece)
             _need_hash(weights, where, digest.hexdigest())
-            part.replace(kept)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:  # requests' errors are, too
         raise ModelError(
             f"{where}: the weights cannot be downloaded to {kept.parent} ({_without_query(str(error))}); try again"

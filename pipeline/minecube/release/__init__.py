@@ -36,6 +36,7 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from minecube.catalog import Release, Site
 from minecube.errors import ReleaseError
+from minecube.files import replacing
 from minecube.reader import interrupted
 from minecube.reader.remote import without_query
 from minecube.release.archive import Archive
@@ -177,21 +178,19 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
     path = out / f"archive-{hashlib.sha256(without_query(url).encode()).hexdigest()[:12]}.zip"
     if path.exists():
         return path
-    part = path.with_name(f".{path.name}.part")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with requests.get(url, stream=True, timeout=60) as answer, part.open("wb") as file:
+        with replacing(path) as part, requests.get(url, stream=True, timeout=60) as answer, part.open("wb") as file:
             answer.raise_for_status()
             size = int(answer.headers.get("Content-Length", 0))
             for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
                 file.write(piece)
                 done(len(piece), size)
     except OSError as error:  # requests' errors are, too
-        part.unlink(missing_ok=True)
         raise ReleaseError(
             f"{without_query(url)}: cannot be downloaded to {out} ({without_query(str(error))}); try again"
         ) from error
-    return part.replace(path)
+    return path
 
 
 def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str], None]) -> list[ReleaseSite]:
@@ -225,13 +224,11 @@ def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str
 def _read_once(archive: Archive, found: Found, site: str, parts: Path) -> None:
     if (parts / site).exists():
         return
-    made = parts / f".{site}.part"
-    shutil.rmtree(made, ignore_errors=True)
     read = read_site(archive, found, site)
-    made.mkdir()
-    for name in _TABLES:
-        getattr(read, name).to_parquet(made / f"{name}.parquet")
-    made.rename(parts / site)  # whole or not there
+    with replacing(parts / site) as made:
+        made.mkdir()
+        for name in _TABLES:
+            getattr(read, name).to_parquet(made / f"{name}.parquet")
 
 
 def _part(folder: Path) -> ReleaseSite:
@@ -256,15 +253,13 @@ def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site])
 
 def write_json(path: Path, content: Any) -> None:
     """JSON, the whole file or none; raises ReleaseError where it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ReleaseError(f"{path}: cannot be written ({error.strerror}); name another file") from error
 
 
 def _write_parquet(table: pd.DataFrame, path: Path) -> None:
-    part = path.with_name(f".{path.name}.part")
-    table.to_parquet(part)
-    part.replace(path)
+    with replacing(path) as part:
+        table.to_parquet(part)

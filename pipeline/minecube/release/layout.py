@@ -26,6 +26,7 @@ from rasterio.io import MemoryFile
 from scipy import ndimage
 
 from minecube.errors import ReleaseError
+from minecube.files import replacing
 from minecube.grid import PIXEL_DEG
 
 FOLDER = "EuroMineNet"
@@ -156,7 +157,6 @@ def _between(
 
 def _write(path: Path, pixels: npt.NDArray[Any], place: dict[str, Any]) -> None:
     profile = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **place}  # not packed: any loader reads it
-    part = path.with_name(f".{path.name}.part")
     # In memory first: a disk that is full is then Python's OSError.
     with MemoryFile() as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels have no place, as published
@@ -164,7 +164,7 @@ def _write(path: Path, pixels: npt.NDArray[Any], place: dict[str, Any]) -> None:
             image.write(pixels)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(memory.getbuffer())
-            part.replace(path)
+            with replacing(path) as part:
+                part.write_bytes(memory.getbuffer())
         except OSError as error:
             raise ReleaseError(f"{path}: cannot be written ({error.strerror}); mend that and export again") from error

@@ -8,9 +8,7 @@ they stay apart for colour-blind eyes.
 
 from __future__ import annotations
 
-import glob
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from minecube.errors import CubeError
+from minecube.files import replacing
 
 OUTLINES = (("#00f0ff", 2.2), ("#ff00c8", 1.0))
 """Colour and width in points of the first and the second footprint: broad below, thin on top, both seen where they agree."""
@@ -375,16 +374,12 @@ def _legend(fig: Figure, lines: Sequence[Line2D]) -> None:
 
 
 def _save(fig: Figure, out: Path) -> None:
-    """Write the PNG under another name and rename it: a reader finds the whole picture or none."""
+    """Write the figure as PNG; raises CubeError where the file cannot be written."""
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png")
-    part = out.with_name(f".{os.getpid()}.part.{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(drawn.getbuffer())
-        part.replace(out)
+        with replacing(out) as part:
+            part.write_bytes(drawn.getbuffer())
     except OSError as error:
         raise CubeError(f"{out}: cannot be written ({error.strerror}); mend that and draw again") from error
-    finally:
-        for left in out.parent.glob(f".*.part.{glob.escape(out.name)}"):  # of this run or of an earlier one that was killed
-            left.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import stac_geoparquet.arrow
 
 from minecube.catalog import Site, Source, as_dict
 from minecube.errors import CubeError, SceneError
+from minecube.files import replacing
 from minecube.grid import grid_of
 from minecube.scenes import Found
 from minecube.scenes.find import read_items
@@ -61,11 +62,10 @@ def belongs_to(site: Site, year: int, sources: Sequence[Source]) -> str:
 
 def save(found: Found, path: Path, belongs: str = "") -> None:
     """Write a scene list, whole or not at all, with what it belongs to; raises CubeError where that cannot be written."""
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(found, part, belongs)
-        part.replace(path)
+        with replacing(path) as part:
+            _write(found, part, belongs)
     except OSError as error:
         raise CubeError(
             f"{path}: the scene list cannot be written ({error.strerror or error}); choose another folder"

@@ -13,7 +13,6 @@ years or styles are made, or in which order.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import FIRST_YEAR, Site, Source, load_sources
 from minecube.errors import CatalogError
+from minecube.files import replacing
 from minecube.grid import grid_of, padded
 from minecube.simulate.archive import write_index, write_item, write_sources
 from minecube.simulate.granules import Granule, granules
@@ -119,18 +119,13 @@ def simulate(sites: Sequence[Site], out: Path, world: World, *, progress: Callab
         _need(min(height, width) >= _LEAST_PX, f"{site.id} to be {_LEAST_PX} pixels a side or more", f"{width} x {height}")
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     _need(free, f"{out} to be a new or empty folder", "something there already; name another or remove it")
-    part = out.with_name(f"{out.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _simulate_all(sites, part, world, progress or (lambda _: None))
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as part:
+            part.mkdir()
+            _simulate_all(sites, part, world, progress or (lambda _: None))
     except OSError as error:
         raise CatalogError(f"{out}: cannot be written ({error}); free some space or name another folder") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _simulate_all(sites: Sequence[Site], out: Path, world: World, progress: Callable[[str], None]) -> None:
