@@ -15,7 +15,7 @@ import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.cli.common import absolute, as_ended
+from minecube.cli.common import absolute, as_ended, failure_text
 from minecube.composite import Tools, composite, plan, registration
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
@@ -259,5 +259,4 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
 
 
 def _failed(site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
-    said = str(error) if isinstance(error, MinecubeError) else f"{type(error).__name__}: {error}"
-    return Outcome(site=site.id, year=year, state="failed", message=said, seconds=seconds)
+    return Outcome(site=site.id, year=year, state="failed", message=failure_text(error), seconds=seconds)
