@@ -13,7 +13,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, labels, report, tracks
 from minecube import export as exporting
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites
+from minecube.cli.common import FiniteRange, OutFolder, progress_bar, sites_option, store_option, stored_sites
 
 FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 
@@ -21,7 +21,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 @click.command()
 @store_option
 @sites_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
+@click.option("--out", type=OutFolder(), required=True, help="Folder for the files.")
 @click.option("--model", help="Also export this model's probability and footprints.")
 @click.option(
     "--format",
@@ -36,7 +36,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 @click.option(
     "--min-area",
     "min_area_m2",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0,
     show_default=True,
     help="Minimum mapping unit in m2: smaller holes of footprints are filled, then smaller regions left out.",
