@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import logging
 import math
 import re
 import tempfile
@@ -32,7 +33,7 @@ from minecube.catalog import (
     pick,
 )
 from minecube.cli.explain import explain, one_line
-from minecube.cube.places import check_place
+from minecube.cube.places import check_answers, check_place
 from minecube.errors import CatalogError, MinecubeError, WorkerError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,6 +97,7 @@ SEED = click.IntRange(min=0, max=2**32 - 1)
 
 def _readable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
     check_place(store)
+    check_answers(store)
     return store
 
 
@@ -115,6 +117,7 @@ scheduler_option = click.option(
 def _writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
     check_place(store)
     cube.need_writable(store)
+    check_answers(store)
     return store
 
 
@@ -292,6 +295,8 @@ def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
         from distributed import Client  # an extra: one machine needs none of it
     except ModuleNotFoundError as error:
         raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
+    for name in ("distributed", "distributed.client"):  # which print by handlers of their own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client = Client(scheduler, timeout=f"{_ANSWERS_S}s")  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:  # the latter of what is no address

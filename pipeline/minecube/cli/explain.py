@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno
 import re
 
-_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data"
+# What obstore calls a kind of store -> the variables that hold its keys.
+_KEYS = {
+    "S3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data",
+    "GCS": "GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for public data",
+    "MicrosoftAzure": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for public data",
+}
+# Where obstore looks for the keys of a virtual machine when it was given none.
+_ASKS_THE_MACHINE = ("169.254.169.254", "/latest/api/token", "metadata.google.internal", "/computeMetadata/", "Account must be")
 
 
 def explain(error: BaseException) -> str | None:
@@ -47,12 +54,13 @@ def _explain_object_store(text: str, names: set[str]) -> str:
     # The rest is for those who debug obstore: a dump of its own values over dozens of lines.
     said = one_line(text.partition("Debug source:")[0])
     said = re.sub(r" in [\d.]+[mµn]?s\b|, after \d+ retries|, max_retries: \d+|, retry_timeout: \d+s", "", said)
-    if "169.254.169.254" in said or "/latest/api/token" in said:
-        return f"the object store needs keys and none are set; set {_KEYS}"
+    keys = next((variables for kind, variables in _KEYS.items() if kind in said), _KEYS["S3"])
+    if any(sign in said for sign in _ASKS_THE_MACHINE):
+        return f"the object store needs keys and none are set; set {keys}"
     if names & {"PermissionDeniedError", "UnauthenticatedError"}:
-        return f"the object store refused the keys ({said}); check the bucket and {_KEYS}"
+        return f"the object store refused the keys ({said}); check the bucket, and {keys}"
     if "NotFoundError" in names or "NoSuchBucket" in said:
         return f"the object store has no such bucket or object ({said}); check the URL of --store"
-    return (
-        f"the object store does not answer as expected ({said}); check the URL, its endpoint (AWS_ENDPOINT_URL) and the network"
-    )
+    if "builder error" in said:
+        return f"the object store's endpoint is no https:// URL ({said}); correct it, or set AWS_ALLOW_HTTP=true for http://"
+    return f"the object store does not answer as expected ({said}); check the URL, its endpoint and the network"
