@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from concurrent.futures import CancelledError
 from importlib import import_module
@@ -23,7 +25,7 @@ from click.testing import CliRunner
 from distributed.scheduler import KilledWorker
 from shapely.geometry import Point
 
-from minecube import models
+from minecube import cube, models
 from minecube.catalog import load_models
 from minecube.cli import COMMANDS, cli
 from minecube.cli.explain import explain
@@ -501,9 +503,7 @@ def test_errors_that_are_explained():
     killed = KilledWorker("build_year-1", None, 3)
     assert "a worker died on it 4 times, most often for lack of memory; give each worker more memory" in explain(killed)
     assert "the Dask scheduler is gone; what is committed is safe" in explain(CancelledError())
-    dump = (
-        "Generic S3 error: Error performing GET http://h/x in 1.7s, after 9 retries, max_retries: 9, retry_timeout: 9s  - no"
-    )
+    dump = "Generic S3 error: Error performing GET http://h/x in 1.7s, after 9 retries, max_retries: 9, retry_timeout: 9s  - no"
     said = explain(obstore.exceptions.GenericError(dump + "\n\nDebug source:\nGeneric {\n    store: 1\n}"))
     assert "(Generic S3 error: Error performing GET http://h/x - no)" in said
     assert explain(OSError(28, "No space left on device", "/x")).startswith("/x: No space left on device; ")
@@ -514,6 +514,7 @@ def test_errors_that_are_explained():
 
 BUG = """
 import sys
+import time
 from minecube import cli
 from minecube.cli import data
 def wrong(*_):
@@ -565,3 +566,60 @@ def test_only_our_log_is_shown():
     )
     assert plain.stderr.splitlines() == ["WARNING our warning"]
     assert loud.stderr.splitlines() == ["WARNING our warning", "INFO our news"]
+
+
+# The command says on standard error that all is imported, so that the signal meets the command at work.
+INTERRUPTED = """
+import sys
+import time
+from importlib import import_module
+from minecube.cli import COMMANDS, main
+import_module(COMMANDS[sys.argv[1]][0])
+print("ready", file=sys.stderr, flush=True)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds", "said"),
+    [
+        (f"tracks {STORE} --model m --out new", 0.3, "interrupted; run the same command again"),
+        ("simulate --sites demo_1 --out new", 2, "interrupted; run the same command again"),
+        (
+            f"train {STORE} --epochs 500 --out m.pt",
+            3,
+            "the epochs that ended are kept, run the same command again with --resume",
+        ),
+        ("demo --out new", 2, "remove the folder of --out"),
+    ],
+    ids=lambda value: str(value).split(" ")[0],
+)
+def test_an_interrupt_is_one_sentence(world, tmp_path, line, seconds, said):
+    words = [word.format(w=world) for word in shlex.split(line)]
+    if words[0] == "tracks":
+        words[2] = _with_a_map(world, tmp_path)
+    command = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        assert command.stderr.readline() == "ready\n"
+        time.sleep(seconds)
+        command.send_signal(signal.SIGINT)
+        _, err = command.communicate(timeout=30)
+    finally:
+        command.kill()
+        command.communicate()
+    (sentence,) = [text for text in err.splitlines() if not text.endswith(" ...")]  # the demo names what it is at
+    assert said in sentence
+    assert command.returncode == 130
+    assert not (tmp_path / "m.pt").exists()
+
+
+def _with_a_map(world, folder):
+    """Copy the store, and put a map by model `m` into the copy."""
+    store = str(folder / "mapped.zarr")
+    shutil.copytree(world / "cubes.zarr", store)
+    for site in "abc":
+        footprint = cube.open_committed(store, site)["footprint"].load()
+        cube.write_probability(store, site, "m", footprint * np.uint8(250), {"id": "m"})
+    return store
