@@ -623,3 +623,37 @@ def _with_a_map(world, folder):
         footprint = cube.open_committed(store, site)["footprint"].load()
         cube.write_probability(store, site, "m", footprint * np.uint8(250), {"id": "m"})
     return store
+
+
+def test_a_scheduler_that_dies_is_one_sentence(world, tmp_path):
+    """It has no worker, so the build waits for it; without it, the same command builds."""
+    pytest.importorskip("distributed")
+    address = tmp_path / "scheduler.json"
+    start = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    scheduler = subprocess.Popen([*start, "--scheduler-file", str(address)], stderr=subprocess.DEVNULL)
+    words = [word.format(w=world) for word in shlex.split(f"build {BUILD} --store new.zarr")]
+    command = [sys.executable, "-c", "from minecube.cli import main; main()", *words]
+    build = None
+    try:
+        _wait_for(address)
+        given = ["--scheduler", json.loads(address.read_text())["address"]]
+        build = subprocess.Popen([*command, *given], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        _wait_for(tmp_path / "new.zarr" / "a")
+        time.sleep(2)
+        scheduler.kill()
+        out, err = build.communicate(timeout=40)
+    finally:
+        for process in filter(None, (scheduler, build)):
+            process.kill()
+            process.wait()
+    told = "error: the Dask scheduler is gone; what is committed is safe, so start it and run the same command again\n"
+    assert (build.returncode, out, err) == (1, "", told)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "built" in again.stdout
+
+
+def _wait_for(path):
+    until = time.monotonic() + 40
+    while not path.exists() or (path.suffix == ".json" and not path.read_text().endswith("}")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
