@@ -18,4 +18,8 @@ def device_of(name: str) -> torch.device:
             f"device {name!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
             "use cpu, or install a CUDA build of torch"
         )
+    try:
+        torch.zeros(1, device=place).tolist()  # other kinds of devices have names, too, whether they are there or not
+    except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+        raise ModelError(f"device {name!r} is not there for torch {torch.__version__}; use cpu, cuda or cuda:N") from error
     return place

@@ -21,6 +21,12 @@ class ReadError(MinecubeError):
     exit_code = 1
 
 
+class WorkerError(MinecubeError):
+    """A worker or the scheduler of a cluster died: what is committed is safe."""
+
+    exit_code = 1
+
+
 class CubeError(MinecubeError):
     """A store is not ours, was made by another recipe or grid, or cannot be written."""
 

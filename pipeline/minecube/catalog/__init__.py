@@ -8,6 +8,7 @@ every field.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import re
 import types
@@ -80,6 +81,7 @@ __all__ = [
     "model_card_of",
     "pick",
     "recipe_of",
+    "yaml_problem",
 ]
 
 _COMMON_NAMES = ("blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "swir16", "swir22", "scl")
@@ -89,6 +91,10 @@ ASSET_KEYS = {
 """Band -> asset keys in common use: Element 84's, Microsoft's and CDSE's, at the band's own pixel size."""
 FIRST_YEAR = 2015
 """Sentinel-2A was launched in June 2015."""
+_SUGGESTED = 8
+"""Names that an error lists, at most."""
+_LONGEST_ID = 100
+"""Of a site, whose id begins the names of files; file systems allow names of 255 bytes."""
 
 T = TypeVar("T")
 
@@ -112,7 +118,9 @@ class Site:
 
     def __post_init__(self) -> None:
         # The id names a Zarr group and files, so it is kept to letters that are safe in both.
-        need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {self.id!r}")
+        shown = repr(self.id if len(self.id) <= _LONGEST_ID else f"{self.id[:20]}...")
+        need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {shown}")
+        need(len(self.id) <= _LONGEST_ID, "id", f"up to {_LONGEST_ID} characters, found {len(self.id):,}")
         need(self.split in (None, "train", "val", "test"), "split", f"train, val, test or null, found {self.split!r}")
         if self.geometry is not None:
             kind = self.geometry.geom_type
@@ -259,7 +267,7 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> li
         try:
             sites.append(Site(**known, years=_years(row.get("years"))))
         except ValueError as error:
-            raise CatalogError(f"{path}: site {site_id!r}: {error}") from error
+            raise CatalogError(f"{path}: site {site_id[:100]!r}: {error}") from error
     _need_unique((s.id for s in sites), path, "site")
     return sites
 
@@ -341,9 +349,12 @@ def load_presets(path: Path | None = None) -> dict[str, Settings]:
 
 
 def pick(known: Mapping[str, T], name: str, what: str) -> T:
-    """The entry of that name; raises CatalogError naming what there is."""
+    """Pick the entry of that name; raises CatalogError, which names what there is."""
     if name not in known:
-        raise CatalogError(f"unknown {what} {name!r}; there is: {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(name, known, n=_SUGGESTED)
+        listed = near if near and len(known) > _SUGGESTED else sorted(known)[:_SUGGESTED]
+        more = f", and {len(known) - len(listed)} more" if len(known) > len(listed) else ""
+        raise CatalogError(f"unknown {what} {name!r}; there is: {', '.join(listed)}{more}")
     return known[name]
 
 
@@ -364,7 +375,7 @@ def _load_yaml(cls: type[T], path: Path) -> list[T]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CatalogError(f"{path}: cannot be read as a catalogue: {error}") from error
+        raise CatalogError(f"{path}: cannot be read as a catalogue: {yaml_problem(error)}") from error
     if not isinstance(content, Mapping):
         raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
     loaded = []
@@ -376,6 +387,14 @@ def _load_yaml(cls: type[T], path: Path) -> list[T]:
         except ValueError as error:
             raise CatalogError(f"{path}: entry {name!r}: {error}") from error
     return loaded
+
+
+def yaml_problem(error: Exception) -> str:
+    """Describe in one line what is wrong with a YAML file, and in which line of it."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
+    text = " ".join(str(problem).split())
+    return f"line {mark.line + 1}: {text}" if mark else text
 
 
 def _build(cls: type[T], entry: Mapping[str, Any]) -> T:

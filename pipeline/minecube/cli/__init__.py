@@ -1,6 +1,7 @@
 """The command line: one subcommand a stage, and `demo` that runs them all. Here, and in workflows/, the stages meet.
 
-Exit codes: 0 done, 1 some site-years failed, 2 bad use, 130 interrupted.
+Exit codes: 0 done, 1 something failed (a site-year, a network, a disk), 2 bad use, 70 an error of minecube itself, 130
+interrupted. Every error is one sentence on standard error; `-v` adds the traceback of errors that minecube did not expect.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from minecube.cli.explain import explain, one_line
+from minecube.cli.words import check_words
 from minecube.errors import MinecubeError
+
+log = logging.getLogger(__name__)
+
+INTERNAL_ERROR = 70
+"""Exit code of an error of minecube itself: EX_SOFTWARE of <sysexits.h>."""
 
 # Subcommand -> where it is, and its line in the list: `minecube --help` need not load a stage to show it.
 COMMANDS = {
@@ -49,6 +57,16 @@ EXTRAS = {
     "transformers": ("transformers", "models"),
 }
 
+# Subcommand -> what to do once it was interrupted.
+_AGAIN = "run the same command again"
+AFTER_INTERRUPT = {
+    "build": f"what is committed is safe, {_AGAIN} to go on",
+    "predict": f"what is committed is safe, {_AGAIN} to go on",
+    "bench": f"what is trained and mapped is kept, {_AGAIN} to go on",
+    "train": "the epochs that ended are kept, run the same command again with --resume to go on",
+    "demo": "it starts afresh each time, so remove the folder of --out before you run it again",
+}
+
 
 def _missing(error: ModuleNotFoundError, command: str) -> Exception:
     """What to install; the error itself where the module is none that is left to choice."""
@@ -78,17 +96,33 @@ class _Stages(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, words = super().resolve_command(ctx, args)
+        if name and command:
+            check_words(ctx, command, name, words)
+        return name, command, words
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except MinecubeError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+            _fail(ctx, one_line(error), error.exit_code)
         except ModuleNotFoundError as error:  # of a network's library, which is loaded when the network is asked for
             raise _missing(error, ctx.invoked_subcommand or "") from error
         except KeyboardInterrupt:
-            click.echo("interrupted; what is committed is safe, run the same command again to go on", err=True)
+            click.echo(f"interrupted; {AFTER_INTERRUPT.get(ctx.invoked_subcommand or '', _AGAIN)}", err=True)
             ctx.exit(130)
+        except Exception as error:
+            said = explain(error)
+            if said is None:
+                raise
+            log.info("%s: %s", type(error).__name__, one_line(error), exc_info=True)
+            _fail(ctx, said, 1)
+
+
+def _fail(ctx: click.Context, text: str, code: int) -> NoReturn:
+    click.echo(f"error: {text}", err=True)
+    ctx.exit(code)
 
 
 @click.group(cls=_Stages, context_settings={"help_option_names": ["-h", "--help"]})
@@ -101,14 +135,32 @@ def cli(verbose: bool) -> None:
     Example, the whole job on your own polygons:
       minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr
-    )
-    if not verbose:
+    _log_to_stderr(logging.INFO if verbose else logging.WARNING)
+    if not sys.warnoptions:  # which python -W and PYTHONWARNINGS set
         # Third-party deprecations are for those who develop this package, whose tests turn them into errors.
         warnings.simplefilter("ignore")
 
 
+def _log_to_stderr(level: int) -> None:
+    """Show the log lines of minecube on standard error, and those of no other library."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    ours = logging.getLogger("minecube")
+    ours.handlers = [handler]
+    ours.setLevel(level)
+    # Without a handler, logging would print warnings of other libraries by itself.
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code."""
-    cli.main(args=argv, prog_name="minecube")
+    """Run the command line and exit with its code; report an error of minecube itself in one sentence."""
+    try:
+        cli.main(args=argv, prog_name="minecube")
+    except Exception as error:
+        log.info("the error in full:", exc_info=True)
+        click.echo(
+            f"internal error: {type(error).__name__}: {one_line(error)}; please report it, with the traceback that "
+            "`minecube -v` prints",
+            err=True,
+        )
+        sys.exit(INTERNAL_ERROR)

@@ -18,7 +18,7 @@ from minecube import cube, metrics, models, tracks
 from minecube import train as training
 from minecube.catalog import ModelCard, Settings, as_dict, pick
 from minecube.cli import common
-from minecube.cli.common import catalog_option, progress_bar, stored_sites, writable_store_option
+from minecube.cli.common import SEED, OutFolder, catalog_option, progress_bar, stored_sites, writable_store_option
 from minecube.cli.learn import state_of, train_network
 from minecube.cli.predict import map_site
 from minecube.cli.score import Counted, Tables, baselines_of, cell, latex, markdown, score_site, write, write_all
@@ -48,9 +48,9 @@ class Split:
 @catalog_option
 @click.option("--models", "wanted", default="*-small", show_default=True, help="Networks by name, comma-separated, * allowed.")
 @click.option("--preset", "preset_id", default="cpu", show_default=True, help="How they are trained (catalog/presets.yaml).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, windows and augmentation.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, windows and augmentation.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for models and tables.")
+@click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 def bench(
     store: str,
     train_sites: str,
@@ -75,8 +75,9 @@ def bench(
     split = _split(store, train_sites, valid_sites, test_sites)
     cards = _chosen(common.models(catalog), wanted)
     settings = pick(common.presets(catalog), preset_id, "preset")
-    _agree(out / "bench.json", {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed})
     compute = models.Compute(device=device)
+    compute.place()
+    _agree(out / "bench.json", {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed})
     below = {site: baselines_of(store, site) for site in split.test}  # first: without labels all the training would be in vain
     took = {}
     predictions: dict[str, str] = {}

@@ -15,7 +15,7 @@ import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.cli.common import absolute, as_ended
+from minecube.cli.common import absolute, as_ended, failure_text
 from minecube.composite import Tools, composite, plan, registration
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
@@ -279,9 +279,8 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
 
 def _failed(store: str, site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
     """The outcome of a site-year that was not built: `stale` if the store keeps an older build of it."""
-    said = str(error) if isinstance(error, MinecubeError) else f"{type(error).__name__}: {error}"
     try:
         kept = year in cube.builds(store, site.id)
     except MinecubeError:  # a damaged group: the error says so, or `verify` does
         kept = False
-    return Outcome(site=site.id, year=year, state="stale" if kept else "failed", message=said, seconds=seconds)
+    return Outcome(site=site.id, year=year, state="stale" if kept else "failed", message=failure_text(error), seconds=seconds)

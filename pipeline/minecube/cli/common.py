@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import logging
+import math
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,16 +32,79 @@ from minecube.catalog import (
     load_sources,
     pick,
 )
-from minecube.errors import CatalogError
+from minecube.cli.explain import explain, one_line
+from minecube.cube.store import check_answers
+from minecube.errors import CatalogError, MinecubeError, WorkerError
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
+_ANSWERS_S = 5
+"""How long to wait for a Dask scheduler."""
 _LISTENS_S = 1.0  # between looks whether Ctrl-C was pressed
 SITE_FILES = (".geojson", ".json", ".gpkg", ".parquet", ".shp")
 
+
+class FiniteRange(click.FloatRange):
+    """A number within a range; neither NaN, which click takes for one within every range, nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert text to a number, or fail."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r}: expected a finite number", param, ctx)
+        return number
+
+
+class OutFile(click.Path):
+    """A file to write: the nearest folder above it that is there must be one to write into."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Convert text to a path, or fail before hours of work are lost."""
+        path = Path(str(super().convert(value, param, ctx)))
+        _check_place(self, path, param, ctx)
+        return path
+
+
+class OutFolder(click.Path):
+    """A folder to write to, new or not: it, or the nearest folder above it that is there, must be one to write into."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Convert text to a path, or fail before hours of work are lost."""
+        path = Path(str(super().convert(value, param, ctx)))
+        _check_place(self, path / "new", param, ctx)
+        return path
+
+
+def _check_place(kind: click.ParamType[Any], path: Path, param: click.Parameter | None, ctx: click.Context | None) -> None:
+    """Fail where no file could be written at a path. An administrator may write anywhere, so only a trial tells."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        kind.fail(f"{str(path)!r}: {above} cannot be written to ({error.strerror}); name another place", param, ctx)
+
+
+SEED = click.IntRange(min=0, max=2**32 - 1)
+"""What NumPy and PyTorch both take."""
+
+
+def _readable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
+    check_answers(store)
+    return store
+
+
 store_option = click.option(
-    "--store", required=True, help="The cubes: a folder, an object-store URL, or, only to be read, a packed store (.zip)."
+    "--store",
+    required=True,
+    callback=_readable,
+    help="The cubes: a folder, an object-store URL, or, only to be read, a packed store (.zip).",
 )
 
 
@@ -50,6 +115,7 @@ scheduler_option = click.option(
 
 def _writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
     cube.need_writable(store)
+    check_answers(store)
     return store
 
 
@@ -186,28 +252,15 @@ def _merge(known: dict[str, T], own: dict[str, T], catalog: Path, what: str) -> 
 
 
 def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
-    """The names that match; raises CatalogError for a pattern that none does."""
+    """Choose the names that match; raises CatalogError for a pattern that matches none."""
     chosen: list[str] = []
     for pattern in (p.strip() for p in wanted.split(",")):
         found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
         if not found:
-            shown = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
+            shown = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "") or "no site"
             raise CatalogError(f"unknown site {pattern!r}; {where} has {shown}")
         chosen += [n for n in found if n not in chosen]
     return chosen
-
-
-class StrictCommand(click.Command):
-    """A command that refuses empty values, such as `--model ''` or `--out=`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; raises UsageError if a value is empty."""
-        for before, argument in pairwise(["the command", *args]):
-            if not argument.strip():
-                raise click.UsageError(f"expected a value after {before}, found an empty one", ctx)
-            if argument.startswith("--") and argument.endswith("="):
-                raise click.UsageError(f"expected a value after {argument}, found an empty one", ctx)
-        return super().parse_args(ctx, args)
 
 
 def stored_prediction(store: str, names: Sequence[str], model: str) -> str:
@@ -248,8 +301,10 @@ def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
         from distributed import Client  # an extra: one machine needs none of it
     except ModuleNotFoundError as error:
         raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
+    for name in ("distributed", "distributed.client"):  # which print by handlers of their own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        client = Client(scheduler, timeout="10s")  # type: ignore[no-untyped-call]
+        client = Client(scheduler, timeout=f"{_ANSWERS_S}s")  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:  # the latter of what is no address
         raise CatalogError(
             f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, which says its address, "
@@ -260,12 +315,22 @@ def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
 
 
 def as_ended(tasks: Iterable[Future[T]]) -> Iterator[Future[T]]:
-    """The tasks as they end."""
+    """Yield tasks as they end; raises WorkerError where one was cancelled, since its scheduler is gone."""
     left = set(tasks)
     while left:
         # Not without end: a signal that the system hands to another thread does not wake this one, which is to hear it.
         ended, left = wait(left, timeout=_LISTENS_S, return_when=FIRST_COMPLETED)
-        yield from ended
+        for task in ended:
+            if task.cancelled():  # by nobody here: the scheduler is gone
+                raise WorkerError(failure_text(CancelledError()))
+            yield task
+
+
+def failure_text(error: BaseException) -> str:
+    """Describe in one line why a task failed: by the error's own text, by `explain`, or else by its kind and text."""
+    if isinstance(error, MinecubeError):
+        return str(error)
+    return explain(error) or f"{type(error).__name__}: {one_line(error)}"
 
 
 def keep_memory() -> None:

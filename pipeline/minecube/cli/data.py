@@ -17,6 +17,8 @@ from minecube import export as exporting
 from minecube.catalog import Recipe, pick
 from minecube.cli import build as building
 from minecube.cli.common import (
+    SEED,
+    FiniteRange,
     Years,
     catalog_option,
     choose_sites,
@@ -75,7 +77,7 @@ def sites(wanted: str, catalog: Path | None) -> None:
 @click.option("--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the archive; becomes a --catalog.")
 @click.option("--dates", default=22, show_default=True, help="Acquisition dates a year in the growing season.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same pixels.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels.")
 def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Path, dates: int, seed: int) -> None:
     """Make a Sentinel-2 archive over sites, in the styles of three providers, with the truth beside it.
 
@@ -114,7 +116,7 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
 )
 @click.option(
     "--min-read-completeness",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=1.0,
     show_default=True,
     help="Commit a site-year only if at least this share of its reads succeeded. Below 1, lost reads count as not observed.",

@@ -21,7 +21,7 @@ from minecube import cube, labels, metrics, models, report, scenes, tracks
 from minecube import train as training
 from minecube.catalog import Site, load_models, load_presets, load_recipes, load_sites, load_sources
 from minecube.cli import build as building
-from minecube.cli.common import table
+from minecube.cli.common import SEED, OutFolder, table
 from minecube.cli.predict import map_site
 from minecube.cli.results import export_sites
 from minecube.cli.score import SHOWN, score_site, write
@@ -42,13 +42,13 @@ MODEL, RECIPE = "unet-small", "annual-median"
 @click.command()
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     default=Path("build/demo"),
     show_default=True,
     help="New or empty folder.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Of training.")
-@click.option("--seed", default=0, show_default=True, help="Another seed is another world.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Another seed is another world.")
 def demo(out: Path, epochs: int, seed: int) -> None:
     """Run everything on a simulated world and score it against the truth.
 

@@ -17,9 +17,12 @@ from minecube import cube, models
 from minecube import train as training
 from minecube.catalog import ModelCard, Settings, pick
 from minecube.cli import common
-from minecube.cli.common import catalog_option, progress_bar, sites_option, store_option, stored_sites
+from minecube.cli.common import SEED, OutFile, catalog_option, progress_bar, sites_option, store_option, stored_sites
 from minecube.device import device_of
 from minecube.errors import CatalogError, ModelError
+
+MOST_WORKERS = 256
+"""Processes that cut windows: each is forked at once, and takes memory of its own."""
 
 
 @click.command()
@@ -29,11 +32,13 @@ from minecube.errors import CatalogError, ModelError
 @catalog_option
 @click.option("--model", "model_id", default="unet-small", show_default=True, help="Which network (catalog/models.yaml).")
 @click.option("--preset", "preset_id", default="default", show_default=True, help="How it is trained (catalog/presets.yaml).")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File for the trained model.")
+@click.option("--out", type=OutFile(), required=True, help="File for the trained model.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Other than the preset's.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, windows and augmentation.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, windows and augmentation.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that cut windows.")
+@click.option(
+    "--workers", type=click.IntRange(0, MOST_WORKERS), default=0, show_default=True, help="Processes that cut windows."
+)
 @click.option("--resume", is_flag=True, help="Go on from <out>.ckpt, where there is one, as if nothing had happened.")
 def train(
     store: str,

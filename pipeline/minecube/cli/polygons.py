@@ -16,7 +16,7 @@ from odc.geo.geobox import GeoBox
 from minecube import export as exporting
 from minecube import labels
 from minecube.catalog import Site
-from minecube.cli.common import SITE_FILES, catalog_option, choose_sites, table
+from minecube.cli.common import SITE_FILES, FiniteRange, OutFile, catalog_option, choose_sites, table
 from minecube.errors import CatalogError, LabelError
 from minecube.files import replacing
 from minecube.grid import grid_of
@@ -40,13 +40,13 @@ LARGEST_PX = 20_000
 @click.option(
     "--min-width",
     "min_width_m",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=labels.MIN_WIDTH_M,
     show_default=True,
     help="Metres: parts narrower everywhere are left out, such holes filled; 0 keeps all.",
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the repaired polygons: .parquet or .gpkg.")
-@click.option("--json", "report", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings to this file.")
+@click.option("--out", type=OutFile(), help="Write the repaired polygons: .parquet or .gpkg.")
+@click.option("--json", "report", type=OutFile(), help="Write all findings to this file.")
 def polygons(
     file: Path,
     wanted: str | None,

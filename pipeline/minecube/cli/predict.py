@@ -22,6 +22,7 @@ from minecube.cli.common import (
     as_ended,
     catalog_option,
     executor_of,
+    failure_text,
     keep_memory,
     progress_bar,
     scheduler_option,
@@ -29,7 +30,7 @@ from minecube.cli.common import (
     stored_sites,
     writable_store_option,
 )
-from minecube.errors import CubeError, MinecubeError, ModelError
+from minecube.errors import CubeError, MinecubeError, ModelError, WorkerError
 
 Pair = tuple[int, int]
 _KM2 = 1e-4  # of a pixel of 10 m
@@ -150,9 +151,8 @@ def _on_workers(
             except MinecubeError:
                 raise
             except Exception as error:  # the worker died, say, or the scheduler is gone
-                raise ModelError(
-                    f"{tasks[task]}: its worker failed ({type(error).__name__}: {error}), and its log should say why; what is "
-                    "committed is safe, run the same command again to go on"
+                raise WorkerError(
+                    f"{tasks[task]}: {failure_text(error)}; what is committed is safe, run the same command again to go on"
                 ) from error
             yield tasks[task], found
     finally:
@@ -190,7 +190,7 @@ def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None
     return name
 
 
-@click.command(cls=common.StrictCommand)
+@click.command()
 @writable_store_option
 @sites_option
 @catalog_option

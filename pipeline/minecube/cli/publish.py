@@ -6,13 +6,13 @@ import click
 import zarr
 
 from minecube import cube, export
-from minecube.cli.common import StrictCommand, sites_option, store_option, stored_sites, table
+from minecube.cli.common import sites_option, store_option, stored_sites, table
 from minecube.cube.store import zarr_store
 from minecube.errors import CubeError
 from minecube.export import publish as releasing
 
 
-@click.command(cls=StrictCommand)
+@click.command()
 @store_option
 @sites_option
 @click.option("--icechunk", "place", required=True, help="The repository: a folder, or s3://bucket/prefix.")

@@ -14,15 +14,23 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, labels, report, tracks
 from minecube import export as exporting
-from minecube.cli.common import StrictCommand, progress_bar, sites_option, store_option, stored_prediction, stored_sites
+from minecube.cli.common import (
+    FiniteRange,
+    OutFolder,
+    progress_bar,
+    sites_option,
+    store_option,
+    stored_prediction,
+    stored_sites,
+)
 
 FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 
 
-@click.command(cls=StrictCommand)
+@click.command()
 @store_option
 @sites_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
+@click.option("--out", type=OutFolder(), required=True, help="Folder for the files.")
 @click.option("--model", help="Also export this prediction: by name, or a model's id.")
 @click.option(
     "--format",
@@ -37,7 +45,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 @click.option(
     "--min-area",
     "min_area_m2",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0,
     show_default=True,
     help="Minimum mapping unit in m2: smaller holes of footprints are filled, then smaller regions left out.",

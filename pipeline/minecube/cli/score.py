@@ -16,7 +16,8 @@ import xarray as xr
 
 from minecube import cube, labels, metrics
 from minecube.cli.common import (
-    StrictCommand,
+    OutFile,
+    OutFolder,
     progress_bar,
     sites_option,
     store_option,
@@ -37,7 +38,7 @@ Counted = dict[str, dict[str, metrics.Scores]]
 """Model or baseline -> site -> counts."""
 
 
-@click.command(cls=StrictCommand)
+@click.command()
 @store_option
 @sites_option
 @click.option(
@@ -55,10 +56,10 @@ Counted = dict[str, dict[str, metrics.Scores]]
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Counts of other sites, as --out writes them (counts.json), to be put beside these; may be given several times.",
 )
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all scores to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="Write all scores to this file.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     help="Folder for tables (Markdown, CSV, LaTeX), pictures, and counts to be joined with those of other machines.",
 )
 def score(

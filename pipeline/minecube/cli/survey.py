@@ -15,6 +15,7 @@ from minecube import cube, report, scenes
 from minecube.catalog import Recipe, Site, Source, pick
 from minecube.cli import build as building
 from minecube.cli.common import (
+    OutFolder,
     catalog_option,
     choose_sites,
     choose_sources,
@@ -46,9 +47,7 @@ _LAG = timedelta(days=2)
 @years_option
 @source_option
 @catalog_option
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("scenes"), show_default=True, help="Folder for the scene lists."
-)
+@click.option("--out", type=OutFolder(), default=Path("scenes"), show_default=True, help="Folder for the scene lists.")
 def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path) -> None:
     """Find the scenes of sites and years, and save each list as stac-geoparquet for `build --scenes`.
 
@@ -79,7 +78,7 @@ def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path |
 @catalog_option
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     default=Path("audit"),
     show_default=True,
     help="Folder for audit.parquet (by month), audit.csv (by year) and audit.png.",

@@ -14,7 +14,8 @@ from odc.geo.geobox import GeoBox
 from minecube import cube, export
 from minecube import tracks as tracking
 from minecube.cli.common import (
-    StrictCommand,
+    FiniteRange,
+    OutFolder,
     progress_bar,
     sites_option,
     stored_prediction,
@@ -60,7 +61,7 @@ class Track:
     summary: dict[str, object]
 
 
-@click.command(cls=StrictCommand)
+@click.command()
 @writable_store_option
 @sites_option
 @click.option("--model", default="unet-small", show_default=True, help="Prediction by name, or a model's id.")
@@ -74,13 +75,13 @@ class Track:
 )
 @click.option(
     "--temper",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     default=TEMPER,
     show_default=True,
     help="How far each year is believed: 1 where errors are independent from year to year; less smooths more.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where it is smoothed: cpu, or a GPU (cuda).")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for layers and tables.")
+@click.option("--out", type=OutFolder(), required=True, help="Folder for layers and tables.")
 def tracks(
     store: str, wanted: str, model: str, rates: str | tuple[float, float], temper: float, device: str, out: Path
 ) -> None:

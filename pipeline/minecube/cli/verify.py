@@ -9,7 +9,13 @@ from pathlib import Path
 import click
 
 from minecube import cube
-from minecube.cli.common import StrictCommand, matching, progress_bar, sites_option, store_option
+from minecube.cli.common import (
+    OutFile,
+    matching,
+    progress_bar,
+    sites_option,
+    store_option,
+)
 from minecube.errors import CatalogError
 from minecube.files import replacing
 
@@ -17,11 +23,11 @@ _SHOWN = 50
 """Findings that are printed; all are in the JSON."""
 
 
-@click.command(cls=StrictCommand)
+@click.command()
 @store_option
 @sites_option
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings to this file.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Blocks looked at a time.")
+@click.option("--json", "out", type=OutFile(), help="Write all findings to this file.")
+@click.option("--workers", type=click.IntRange(1, 256), default=4, show_default=True, help="Blocks looked at a time.")
 @click.option(
     "--uncommit",
     is_flag=True,
@@ -133,10 +139,10 @@ def _commands(store: str, report: cube.Report) -> list[str]:
     return lines
 
 
-@click.command(cls=StrictCommand)
+@click.command()
 @store_option
 @sites_option
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file; its name ends in .zip.")
+@click.option("--out", type=OutFile(), required=True, help="The file; its name ends in .zip.")
 def pack(store: str, wanted: str, out: Path) -> None:
     """Put a store's committed site-years into one zip, which every command that only reads opens in place of the folder.
 

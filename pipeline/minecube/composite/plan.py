@@ -18,7 +18,7 @@ import pystac
 import yaml
 from odc.geo.geobox import GeoBox
 
-from minecube.catalog import SCL, Recipe
+from minecube.catalog import SCL, Recipe, yaml_problem
 from minecube.composite.block import BLOCK_BYTES
 from minecube.composite.needs import connections, looked_at, margins_m, memory, near, size_of
 from minecube.errors import CatalogError
@@ -57,7 +57,7 @@ class Terms:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CatalogError(f"{path}: cannot be read as prices: {error}") from error
+            raise CatalogError(f"{path}: cannot be read as prices: {yaml_problem(error)}") from error
         if not isinstance(content, Mapping):
             raise CatalogError(f"{path}: expected names and values such as per_gb: 0.09, found {type(content).__name__}")
         for name, value in content.items():

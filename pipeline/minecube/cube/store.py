@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
+import obstore
 import zarr
 import zarr.errors
 from obstore.store import LocalStore, from_url
@@ -24,8 +25,10 @@ from minecube.errors import CubeError
 
 FORMAT = 1
 """Version of the layout; a store of another one is refused."""
-SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "azure")
+SCHEMES = ("s3", "gs", "az")
 """Kinds of object stores, by the scheme of their URLs."""
+_ANSWERS_S = 8
+"""How long after its first request an object store is no longer asked again."""
 BEING_MADE = 0
 """Format of a group that is being created. A run that is killed there starts again."""
 NAMED = "minecube"
@@ -36,17 +39,18 @@ def folder_of(store: str) -> Path | None:
     """The folder of a local store; None for an object store.
 
     Raises:
-        CubeError: the name is empty or a URL of a kind that cannot be written to.
+        CubeError: the name is empty, or a URL of another kind than `SCHEMES`, or of no bucket.
     """
-    scheme, separator, rest = store.partition("://")
     if not store.strip():
-        raise CubeError("--store is empty; give a folder, or the URL of one in an object store")
-    if not separator:
+        raise CubeError("the store has no name; name a folder, or an object store such as s3://bucket/cubes.zarr")
+    scheme, colon, place = store.partition("://")
+    if not colon:
         return Path(store)
-    if scheme == "file":
-        return Path(unquote(rest))
     if scheme not in SCHEMES:
-        raise CubeError(f"{store}: cannot be a store; expected a folder, or a URL that begins with {', '.join(SCHEMES)}")
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise CubeError(f"{store}: expected a folder or a URL that begins with {known}; found {scheme}://")
+    if not place.strip("/"):
+        raise CubeError(f"{store}: names no bucket; expected a URL such as {scheme}://bucket/cubes.zarr")
     return None
 
 
@@ -57,7 +61,29 @@ def client_of(url: str) -> Any:
 
 @lru_cache(maxsize=32)
 def _client(url: str, _process: int) -> Any:
+    _check_endpoint(url)
     return from_url(url)
+
+
+def _check_endpoint(url: str) -> None:
+    """Raise CubeError if the endpoint of an S3 store is no URL: obstore 0.12 panics on it, and prints pages."""
+    for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        endpoint = os.environ.get(variable, "")
+        if url.startswith("s3://") and endpoint and not endpoint.startswith(("https://", "http://")):
+            raise CubeError(f"{variable} is {endpoint!r}; expected the URL of an endpoint such as https://s3.example.org")
+
+
+def check_answers(store: str) -> None:
+    """List one object of an object store, so that one that does not answer is found in seconds instead of minutes.
+
+    Raises:
+        CubeError: as `folder_of`, or the endpoint is no URL.
+        obstore.exceptions.BaseError: the store does not answer, refuses the keys, or has no such bucket.
+    """
+    if folder_of(store) is None:
+        _check_endpoint(store)
+        hurried = from_url(store, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=_ANSWERS_S)})
+        next(iter(obstore.list(hurried, chunk_size=1)), None)
 
 
 def objects(store: str) -> Any:

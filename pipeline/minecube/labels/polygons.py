@@ -50,7 +50,12 @@ def load(path: Path) -> gpd.GeoDataFrame:
     """The file's rows as they are, columns understood; raises LabelError as `read_polygons`."""
     try:
         table = gpd.read_parquet(path) if path.suffix.lower() in (".parquet", ".geoparquet") else gpd.read_file(path)
-    except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, pyarrow's ValueErrors
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+    ) as error:  # the last of a folder without layers; pyogrio's errors are RuntimeErrors, pyarrow's ValueErrors
         reason = str(error).strip() or type(error).__name__
         raise LabelError(f"{path}: cannot be read as GeoJSON, GeoPackage, GeoParquet or Shapefile: {reason}") from error
     if not isinstance(table, gpd.GeoDataFrame) or table.empty:

@@ -1,0 +1,66 @@
+"""Explain errors of other libraries in one sentence, so that no user has to read a traceback."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+# What obstore calls a kind of store -> the variables that hold its keys.
+_KEYS = {
+    "S3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data",
+    "GCS": "GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for public data",
+    "MicrosoftAzure": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for public data",
+}
+# Where obstore looks for the keys of a virtual machine when it was given none.
+_ASKS_THE_MACHINE = ("169.254.169.254", "/latest/api/token", "metadata.google.internal", "/computeMetadata/", "Account must be")
+
+
+def explain(error: BaseException) -> str | None:
+    """Explain an error that the user can act on, in one sentence; return None for every other error.
+
+    Kinds are compared by name, so that an error costs no import.
+    """
+    kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
+    names = {kind.rpartition(".")[2] for kind in kinds}
+    if any(kind.startswith("distributed.") for kind in kinds) or "CancelledError" in names:
+        return _explain_cluster(error, names)
+    if any(kind.startswith("obstore.") for kind in kinds):
+        return _explain_object_store(str(error), names)
+    if isinstance(error, MemoryError):
+        return "this machine has too little memory for it; close other programs, or use a machine with more"
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or one_line(error)}; check that the place is there and can be read and written"
+    return None
+
+
+def one_line(error: object) -> str:
+    """Put the text of an error on one line, and cut its middle where it is very long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+
+
+def _explain_cluster(error: BaseException, names: set[str]) -> str:
+    if "KilledWorker" in names:
+        times = getattr(error, "allowed_failures", 0) + 1
+        return (
+            f"a worker died on it {times} times, most often for lack of memory; give each worker more memory "
+            "(`dask worker --memory-limit`)"
+        )
+    return "the Dask scheduler is gone; what is committed is safe, so start it and run the same command again"
+
+
+def _explain_object_store(text: str, names: set[str]) -> str:
+    # The rest is for those who debug obstore: a dump of its own values over dozens of lines.
+    said = one_line(text.partition("Debug source:")[0])
+    said = re.sub(r" in [\d.]+[mµn]?s\b|, after \d+ retries|, max_retries: \d+|, retry_timeout: \d+s", "", said)
+    keys = next((variables for kind, variables in _KEYS.items() if kind in said), _KEYS["S3"])
+    if any(sign in said for sign in _ASKS_THE_MACHINE):
+        return f"the object store needs keys and none are set; set {keys}"
+    if names & {"PermissionDeniedError", "UnauthenticatedError"}:
+        return f"the object store refused the keys ({said}); check the bucket, and {keys}"
+    if "NotFoundError" in names or "NoSuchBucket" in said:
+        return f"the object store has no such bucket or object ({said}); check the URL of --store"
+    if "builder error" in said:
+        return f"the object store's endpoint is no https:// URL ({said}); correct it, or set AWS_ALLOW_HTTP=true for http://"
+    return f"the object store does not answer as expected ({said}); check the URL, its endpoint and the network"

@@ -1,0 +1,55 @@
+"""Check the words of a command line before a command runs: each option once, none empty, no name too long for a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+_LONGEST = 255
+"""Bytes of a file's name on every common file system; names of sites and models become names of folders."""
+
+
+def check_words(parent: click.Context, command: click.Command, name: str, words: Sequence[str]) -> None:
+    """Check the words given to a command and to its subcommands.
+
+    Raises:
+        click.UsageError: an option is given twice that takes one value, or a word is empty or too long.
+    """
+    ctx = command.context_class(command, info_name=name, parent=parent)
+    values, rest, order = command.make_parser(ctx).parse_args(list(words))
+    if isinstance(command, click.Group):
+        below = command.get_command(ctx, rest[0]) if rest else None
+        if below:
+            check_words(ctx, below, rest[0], rest[1:])
+    for param in order:
+        if order.count(param) > 1 and not _takes_several(param):
+            raise click.BadParameter("expected once, found several times; keep one of them", ctx=ctx, param=param)
+        for word in _texts(values.get(param.name or "")):
+            _check_word(word, ctx, param)
+
+
+def _takes_several(param: click.Parameter) -> bool:
+    return param.multiple or getattr(param, "count", False) or getattr(param, "is_flag", False)
+
+
+def _texts(value: Any) -> list[str]:
+    """The words of an option that may be given once or several times, with one value or several."""
+    if isinstance(value, str):
+        return [value]
+    return [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []
+
+
+def _check_word(word: str, ctx: click.Context, param: click.Parameter) -> None:
+    if not word.strip():
+        raise click.BadParameter(
+            "expected a value, found an empty one; give one, or leave the option out", ctx=ctx, param=param
+        )
+    # URLs are signed with long queries.
+    longest = 0 if "://" in word else max(len(part.encode(errors="replace")) for part in re.split("[,/]", word))
+    if longest > _LONGEST:
+        raise click.BadParameter(
+            f"expected names of up to {_LONGEST} characters, found one of {longest:,}; shorten it", ctx=ctx, param=param
+        )
