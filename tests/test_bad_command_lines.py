@@ -30,6 +30,7 @@ from minecube.catalog import load_models
 from minecube.cli import COMMANDS, cli
 from minecube.cli.explain import explain
 from minecube.cli.words import check_words
+from minecube.cube.store import client_of, folder_of
 from minecube.errors import CubeError
 from minecube.simulate import World, simulate
 
