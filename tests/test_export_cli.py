@@ -305,24 +305,6 @@ def largest_file(limit):
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [
-        *(("export", option) for option in ("--store", "--sites", "--out", "--model", "--format")),
-        *(("publish", option) for option in ("--store", "--icechunk", "--tag", "--diff", "--rollback")),
-        *(("predict", option) for option in ("--store", "--model", "--name", "--device")),
-        *(("score", option) for option in ("--model", "--out", "--json")),
-        *(("tracks", option) for option in ("--model", "--out")),
-        ("pack", "--out"),
-    ],
-)
-def test_an_empty_value_is_refused(made, tmp_path, monkeypatch, command, option):
-    monkeypatch.chdir(tmp_path)  # where an empty path would point to
-    for empty in ([option, ""], [option, " "], [f"{option}="]):
-        assert f"expected a value after {option}" in run(command, "--store", made, *empty, ok=2)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_unknown_prediction_is_named_with_those_there_are(mapped, tmp_path):
     said = run("export", "--store", mapped, "--model", "unknown", "--out", tmp_path / "e", ok=2)
     assert "no prediction of 'unknown' for pit; it has net-11111111" in said

@@ -207,8 +207,8 @@ def test_counts_of_two_machines_are_joined(world, tmp_path, monkeypatch):
         assert found["by_year"] == one[model]["by_year"]
         assert found["intervals"] == one[model]["intervals"]  # the same draws, whatever was counted first
     monkeypatch.setattr(module, "score_site", None)  # nothing is counted before these are seen to be wrong
-    assert "pit of sharp is counted elsewhere, too" in run(*ask, "pit", *join, ok=2)
-    assert "pit of sharp is counted elsewhere, too" in run(*ask, "pond", *join, *join, ok=2)
+    assert "pit of sharp is already counted" in run(*ask, "pit", *join, ok=2)
+    assert "pit of sharp is already counted" in run(*ask, "pond", *join, *join, ok=2)
     (tmp_path / "other.json").write_text('{"sharp": {"a": {}}}')
     for wrong in (store + "/pit/zarr.json", tmp_path / "other.json"):
         assert "expected counts.json" in run(*ask, "pond", "--join", wrong, ok=2)

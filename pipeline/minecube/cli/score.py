@@ -80,12 +80,15 @@ def score(
     asked = [name.strip() for name in models.split(",")]
     if not all(asked):
         raise CatalogError(f"--model {models}: expected names with a comma between them, found an empty name")
+    if len(set(asked)) < len(asked):
+        raise CatalogError(f"--model {models}: expected each model once")
+    joining = [(path, _read_counts(path)) for path in joined]  # before pixels are counted, which takes long
     named = [stored_prediction(store, sites, name) for name in asked]
     if len(set(named)) < len(named):
-        raise CatalogError(f"--model {models}: expected each model once")
+        raise CatalogError(f"--model {models}: two of the names stand for one prediction; expected each model once")
     counted: Counted = {name: {} for name in named}
-    for path in joined:  # before pixels are counted, which takes long
-        _join(counted, path, sites)
+    for path, counts in joining:
+        _join(counted, path, counts, sites)
     with progress_bar("scoring", len(sites) * len(named)) as advance:
         for site in sites:
             for name in named:
@@ -104,22 +107,25 @@ def score(
             click.echo(path)
 
 
-def _join(counted: Counted, path: Path, own: Sequence[str]) -> None:
-    """Put counts of other sites beside these; raises CatalogError where it is no file of them, or names a site once more, or
-    one that is to be counted here."""
+def _read_counts(path: Path) -> Counted:
+    """Read counts of other machines; raises CatalogError if the file holds none."""
     try:
-        found = {
+        return {
             model: {site: metrics.Scores.of_json(counts) for site, counts in sites.items()}
             for model, sites in json.loads(path.read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, AttributeError, ModelError) as error:
         raise CatalogError(f"{path}: expected counts.json as `minecube score --out` writes it ({error})") from error
+
+
+def _join(counted: Counted, path: Path, found: Counted, own: Sequence[str]) -> None:
+    """Add the counts of other sites; raises CatalogError if a site is counted twice, or will be counted here."""
     for model, sites in found.items():
         twice = sorted(set(sites) & {*counted.get(model, ()), *(own if model in counted else ())})
         if twice:
             raise CatalogError(
-                f"{path}: {twice[0]} of {model} is counted elsewhere, too, and twice it would weigh double; choose --sites "
-                "that no other machine has"
+                f"{path}: {twice[0]} of {model} is already counted; counting it again would weigh it twice, so choose other "
+                "--sites"
             )
         counted.setdefault(model, {}).update(sites)
 
