@@ -25,29 +25,38 @@ class Commits:
     """What tells each marker from another one of its name; None if there is none."""
     shards: frozenset[str] = field(repr=False)
     """Shards of committed years, relative to the site's group."""
+    folder: str | None
+    """Folder of the markers; None in an object store."""
 
     @classmethod
     def of(cls, store: str, site_id: str) -> Commits:
         """The markers as they are now; raises CubeError if the site is not there."""
         with reading(store, site_id):
             years = tuple(int(y) for y in site_group(store, site_id, "r")["year"][:])
+        folder = folder_of(store)
+        markers = None if folder is None else f"{folder}/{site_id}/builds"
         stamps = []
         shards: set[str] = set()
         for year in years:
-            stamp, marker = _stamped(store, site_id, year)
+            stamp, marker = _stamped(store, site_id, year, markers)
             stamps.append(stamp)
             listed = () if marker is None or PLACING in marker else marker.get("checksums", ())
             shards.update(key for key in listed if not key.startswith("builds/"))
-        return cls(store, site_id, years, tuple(stamps), frozenset(shards))
+        return cls(store, site_id, years, tuple(stamps), frozenset(shards), markers)
 
     def check(self, indices: Iterable[int]) -> None:
         """Raise CubeError if one of these years was committed or withdrawn since the site was opened."""
+        if is_packed(self.store):
+            return  # it is never written
         for index in indices:
-            if index < len(self.years) and _stamp(self.store, self.site_id, self.years[index]) != self.stamps[index]:
+            if index < len(self.years) and self._stamp(self.years[index]) != self.stamps[index]:
                 raise CubeError(
                     f"{self.store}: {self.site_id} {self.years[index]} was built again while it was being read; open the cube "
                     "again"
                 )
+
+    def _stamp(self, year: int) -> Any:
+        return _stamp(self.store, self.site_id, year, self.folder)
 
     def need_absent(self, key: str) -> None:
         """Raise CubeError if an object that is not there was committed; `key` is that of the store."""
@@ -57,24 +66,20 @@ class Commits:
             raise CubeError(f"{self.store}: {key} is missing although it was committed; run `minecube verify`")
 
 
-def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
+def _stamped(store: str, site_id: str, year: int, markers: str | None) -> tuple[Any, dict[str, Any] | None]:
     """The stamp of a marker, and the marker that has it."""
     while True:
-        before = _stamp(store, site_id, year)
+        before = _stamp(store, site_id, year, markers)
         marker = marker_of(store, site_id, year)
-        if before == _stamp(store, site_id, year):
+        if before == _stamp(store, site_id, year, markers):
             return before, marker
 
 
-def _stamp(store: str, site_id: str, year: int) -> Any:
+def _stamp(store: str, site_id: str, year: int, markers: str | None) -> Any:
     """What tells a marker from another one of its name; None if there is none."""
-    folder = folder_of(store)
-    key = f"{site_id}/builds/{year}/zarr.json"
     try:
-        if folder is None:
-            return objects(store).head(key)["e_tag"]
-        if is_packed(store):
-            return None
-        return stamp_of(os.stat(f"{folder}/{key}"))  # noqa: PTH116  asked for at every read
-    except FileNotFoundError:
+        if markers is None:
+            return objects(store).head(f"{site_id}/builds/{year}/zarr.json")["e_tag"]
+        return stamp_of(os.stat(f"{markers}/{year}/zarr.json"))  # noqa: PTH116  asked for at every read
+    except (FileNotFoundError, NotADirectoryError):  # the latter in a packed store
         return None
