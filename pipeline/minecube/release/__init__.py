@@ -36,8 +36,8 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from minecube.catalog import Release, Site
 from minecube.errors import ReleaseError
+from minecube.network import without_query
 from minecube.reader import interrupted
-from minecube.reader.remote import without_query
 from minecube.release.archive import Archive
 from minecube.release.importing import MINE, Found, ReleaseSite, extent_of, find, read_site
 

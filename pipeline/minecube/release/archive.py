@@ -27,7 +27,8 @@ from rasterio.errors import RasterioError
 
 from minecube.catalog import Access
 from minecube.errors import ReleaseError
-from minecube.reader.remote import Head, Opened, RequestError, Tally, remote_for, without_query
+from minecube.network import RequestError, without_query
+from minecube.reader.remote import Head, Opened, Tally, remote_for
 
 T = TypeVar("T")
 
