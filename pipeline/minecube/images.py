@@ -37,6 +37,10 @@ _DRIVERS = {
 }
 
 
+class TooLargeError(ForbiddenError):
+    """An image whose header declares more than allowed."""
+
+
 def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any) -> rasterio.DatasetReader:
     """Open a GeoTIFF or JPEG 2000 file, within `rasterio.Env(**SETTINGS)`.
 
@@ -48,7 +52,7 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
         options: for `rasterio.open`.
 
     Raises:
-        ForbiddenError: it has another format, or its header declares more pixels than allowed.
+        ForbiddenError: it has another format; TooLargeError, if its header declares more than allowed.
         RasterioError: it cannot be opened.
     """
     driver = next((d for signature, d in _DRIVERS.items() if first.startswith(signature)), None)
@@ -64,14 +68,14 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
 
 
 def _need_size(image: rasterio.DatasetReader, most_px: int, most_bytes: int) -> None:
-    """Raise ForbiddenError if the header declares more than allowed; no pixel is read."""
+    """Raise TooLargeError if the header declares more than allowed; no pixel is read."""
     if image.width * image.height > most_px:
-        raise ForbiddenError(f"expected at most {most_px:,} pixels, found {image.height:,} x {image.width:,}")
+        raise TooLargeError(f"expected at most {most_px:,} pixels, found {image.height:,} x {image.width:,}")
     height, width = max(image.block_shapes, key=math.prod, default=(0, 0))
     if height * width > most_px:
-        raise ForbiddenError(f"expected tiles of at most {most_px:,} pixels, found {height:,} x {width:,}")
+        raise TooLargeError(f"expected tiles of at most {most_px:,} pixels, found {height:,} x {width:,}")
     per_pixel = sum(_SIZES.get(name) or np.dtype(name).itemsize for name in image.dtypes)
     # A tile may hold all bands, and may be larger than the image.
     needed = max(image.width * image.height, height * width) * per_pixel
     if needed > most_bytes:
-        raise ForbiddenError(f"expected at most {most_bytes:,} bytes of pixels, found {needed:,} in {image.count} bands")
+        raise TooLargeError(f"expected at most {most_bytes:,} bytes of pixels, found {needed:,} in {image.count} bands")

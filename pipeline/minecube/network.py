@@ -24,8 +24,6 @@ import time
 from collections.abc import Collection
 from urllib.parse import unquote, urljoin, urlsplit
 
-import urllib3
-
 REFUSED_S = 3.0
 """How long a connection is tried again that fails before anything is sent: enough for a server that restarts."""
 PATIENCE_S = 180.0
@@ -109,10 +107,17 @@ def check_address(host: str, address: str, origin: str, named: Collection[str] =
         raise ForbiddenError(f"{host} has the address {address}, which is not public; name the host in the source to allow it")
 
 
-def redirected(url: str, location: str, origin: str, named: Collection[str] = ()) -> str:
-    """The URL that a redirect leads to; raises ForbiddenError if it must not be followed."""
+def redirected(url: str, location: str, origin: str, named: Collection[str] = (), *, resolve: bool = False) -> str:
+    """The URL that a redirect leads to; raises ForbiddenError if it must not be followed.
+
+    With `resolve` the addresses of its host are looked up and checked, where no checked connection does so later.
+    """
     target = urljoin(url, location)
     check_url(target, origin, named)
+    if resolve:
+        host = urlsplit(target).hostname or ""
+        for address in _addresses(host):
+            check_address(host, address, origin, named)
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
         raise ForbiddenError("it is redirected from https to http")
     return target
@@ -154,12 +159,16 @@ def _short_address(host: str) -> ipaddress.IPv4Address | None:
 
 @functools.lru_cache(256)
 def _is_public(host: str) -> bool:
+    addresses = [_address(address) for address in _addresses(host)]
+    return all(a is None or a.is_global for a in addresses)  # of an unknown host, so that the stricter rule holds
+
+
+def _addresses(host: str) -> list[str]:
+    """The addresses of a host; none if it is unknown."""
     try:
-        found = socket.getaddrinfo(host, None)
+        return [str(info[4][0]) for info in socket.getaddrinfo(host, None)]
     except OSError:
-        return True  # unknown, so the stricter rule holds
-    addresses = [_address(str(info[4][0])) for info in found]
-    return all(a is None or a.is_global for a in addresses)
+        return []
 
 
 _silent: dict[str, tuple[float, str]] = {}
@@ -188,6 +197,8 @@ def need_reachable(url: str) -> None:
 
 def why_unreachable(url: str, error: BaseException) -> str | None:
     """One sentence on a host that could not be reached; None for any other error."""
+    import urllib3  # only where something failed: the command line loads this module first
+
     cause: BaseException | None = error
     while cause is not None and not isinstance(
         cause, urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError

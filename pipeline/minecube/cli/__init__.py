@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from minecube import network
 from minecube.errors import MinecubeError
 
 # Subcommand -> where it is, and its line in the list: `minecube --help` need not load a stage to show it.
@@ -101,6 +102,7 @@ def cli(verbose: bool) -> None:
     Example, the whole job on your own polygons:
       minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr
     """
+    network.forget_unreachable()
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr
     )

@@ -34,6 +34,7 @@ from urllib.parse import quote, urlsplit
 import obstore
 import obstore.exceptions
 import obstore.store
+import requests
 import urllib3
 from rasterio.abc import MultiByteRangeResourceContainer
 
@@ -334,6 +335,18 @@ class Remote:
         with self._signing:
             if key in self._tokens and url.endswith(self._tokens[key][0]):
                 del self._tokens[key]
+
+
+class Session(requests.Session):
+    """A session of requests whose redirects keep the rules of `network`."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Where a redirect leads; raises ForbiddenError if it must not be followed."""
+        target = super().get_redirect_target(resp)
+        if target is None:
+            return None
+        resp.close()  # its body is not wanted, and may have no end
+        return network.redirected(resp.url, target, network.origin_of(resp.url), resolve=True)
 
 
 _REMOTES: dict[tuple[Access, str], Remote] = {}

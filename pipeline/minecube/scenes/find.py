@@ -34,7 +34,7 @@ from minecube.catalog import Source
 from minecube.errors import SceneError
 from minecube.grid import split_at_antimeridian
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of
-from minecube.reader.remote import access_to, remote_for, retry_after
+from minecube.reader.remote import Session, access_to, remote_for, retry_after
 from minecube.scenes.normalise import taken
 
 log = logging.getLogger(__name__)
@@ -91,17 +91,13 @@ def _pace(href: str, searches_per_s: float) -> _Pace:
     return _Pace(1 / searches_per_s)
 
 
-class _Session(requests.Session):
-    """Follows redirects that stay on the host."""
+class _ApiSession(Session):
+    """A session whose redirects stay on the host."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Where a redirect leads; raises ForbiddenError if that is another host, or not http(s)."""
+        """Where a redirect leads; raises ForbiddenError if that is another host."""
         target = super().get_redirect_target(resp)
-        if target is None:
-            return None
-        resp.close()  # its body is not wanted, and may have no end
-        host = origin_of(resp.url)
-        return _on_host(network.redirected(resp.url, target, host), host)
+        return target and _on_host(target, origin_of(resp.url))
 
 
 def _on_host(url: str, host: str) -> str:
@@ -118,7 +114,7 @@ class _CatalogueIO(StacApiIO):
 
     def __init__(self, source: Source) -> None:
         super().__init__()
-        self.session = _Session()
+        self.session = _ApiSession()
         self._pace = _pace(source.href, source.searches_per_s)
         self._at, self._host = source.href, origin_of(source.href)
 
