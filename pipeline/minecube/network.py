@@ -79,7 +79,8 @@ def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
     if is_local(href):
         if origin:
             raise ForbiddenError(f"it is a local file, but its catalogue is at {origin}")
-        if _PART_WITH_PREFIX.search(name.replace("\\", "/").removeprefix("file:")):
+        path = name[len("file://") :] if scheme else name
+        if _PART_WITH_PREFIX.search(path.replace("\\", "/")):
             raise ForbiddenError("it is a special name of GDAL, not a file")
     elif href.lower().startswith("s3://"):
         _check_object(name)
@@ -159,7 +160,8 @@ def _short_address(host: str) -> ipaddress.IPv4Address | None:
 
 @functools.lru_cache(256)
 def _is_public(host: str) -> bool:
-    addresses = [_address(address) for address in _addresses(host)]
+    written = _address(host)
+    addresses = [written] if written else [_address(address) for address in _addresses(host)]
     return all(a is None or a.is_global for a in addresses)  # of an unknown host, so that the stricter rule holds
 
 

@@ -241,7 +241,8 @@ def _part(folder: Path) -> ReleaseSite:
 def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Tables of all sites as one; a column that a site has no value for takes its type from the others."""
     if isinstance(tables[0], gpd.GeoDataFrame):
-        return pd.concat([table for table in tables if len(table)] or [tables[0]])
+        joined: pd.DataFrame = pd.concat([table for table in tables if len(table)] or [tables[0]])
+        return joined
     records = [record for table in tables for record in table.to_dict("records")]
     return pd.DataFrame(records, columns=tables[0].columns)
 
