@@ -704,7 +704,7 @@ def test_a_name_of_a_public_catalogue_that_has_a_private_address_is_not_asked(ba
 @pytest.mark.parametrize("target", ["file:///data/B04.tif", "ftp://127.0.0.1/B04.tif", "http://169.254.169.254/B04.tif"])
 def test_a_redirect_leads_nowhere_else(band, target):
     folder, grid, _ = band
-    with noted(folder, target) as (url, asked), pytest.raises(ReadError, match="B04.tif: cannot be read"):
+    with noted(folder, target) as (url, asked), pytest.raises(ReadError, match=r"B04\.tif: cannot be read"):
         read(f"{url}/B04.tif", grid)
     assert len(asked) == 1
 
@@ -740,7 +740,7 @@ def test_a_virtual_format_is_not_followed(band, far):
 @pytest.mark.parametrize("href", ["/vsicurl/{url}/B04.tif", "/vsis3/bucket/B04.tif", "GTIFF_DIR:1:{folder}/B04.tif"])
 def test_gdals_own_names_are_not_opened(band, href):
     folder, grid, _ = band
-    with pytest.raises(ReadError, match="it is a special name of GDAL|found GTIFF_DIR:"):
+    with pytest.raises(ReadError, match=r"it is a special name of GDAL|found GTIFF_DIR:"):
         read(href.format(url="http://127.0.0.1:1", folder=folder), grid)
 
 

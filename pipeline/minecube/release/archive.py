@@ -49,7 +49,10 @@ MOST_BYTES = 2**29
 """Bytes that an image or label may take, as a file and as pixels."""
 _MOST_PREFIX = 2**27  # of a packed image, to reach its header
 _MOST_DIRECTORY = 2**26  # bytes of an archive's directory: half a million members
-_PIECE, _SMALL_PIECE = 65536, 4096  # unpacked at a time; the latter where a packing does not keep to it
+_PIECE = 65536  # bytes unpacked at a time
+_WHOLE = (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+"""Packings of which Python unpacks all that it is given, so that it is given little at a time."""
+_PACKED_PIECE = 64  # bytes: of bzip2 they become 90 MB at most
 
 
 class Bytes(Protocol):
@@ -317,19 +320,24 @@ class Archive:
                 start = max(min(lacking.start, self.bytes.size - least), 0)
                 self._hold(start, max(lacking.start + lacking.length - start, min(least, self.bytes.size - start)))
                 held.append(start)
+                least *= 2  # `work` begins anew each time
 
     def prefix(self, member: zipfile.ZipInfo, length: int, held: list[int]) -> bytes:
         """The first bytes of a packed member; what is fetched for it is noted in `held`."""
 
         if length > _MOST_PREFIX:
             raise zipfile.BadZipFile(f"expected its header within {_MOST_PREFIX:,} bytes")
-        return self._with_more(lambda: self._unpacked(member, length), held, member.compress_size + _AROUND)
+        least = _GAP if member.compress_type in _WHOLE else 0
+        return self._with_more(lambda: self._unpacked(member, length), held, member.compress_size + _AROUND, least)
 
     def _unpacked(self, member: zipfile.ZipInfo, length: int) -> bytes:
         """The first bytes of a member, unpacked piece by piece: no more memory is taken than the directory says."""
-        piece = _PIECE if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else _SMALL_PIECE
+        whole = member.compress_type in _WHOLE
+        piece = _PACKED_PIECE if whole else _PIECE
         found = bytearray()
         with self._zip.open(member) as content:
+            if whole:
+                content.MIN_READ_SIZE = piece  # type: ignore[attr-defined]  # of packed bytes
             while len(found) < length and (more := content.read(min(piece, length - len(found)))):
                 found += more
         return bytes(found)
