@@ -50,8 +50,8 @@ MOST_BYTES = 2**29
 _MOST_PREFIX = 2**27  # of a packed image, to reach its header
 _MOST_DIRECTORY = 2**26  # bytes of an archive's directory: half a million members
 _PIECE = 65536  # bytes unpacked at a time
-_WHOLE = (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-"""Packings of which Python unpacks all that it is given, so that it is given little at a time."""
+_BY_PIECES = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Packings of which Python unpacks a piece. Of others it unpacks all that it is given, so that it is given little at a time."""
 _PACKED_PIECE = 64  # bytes: of bzip2 they become 90 MB at most
 
 
@@ -327,12 +327,12 @@ class Archive:
 
         if length > _MOST_PREFIX:
             raise zipfile.BadZipFile(f"expected its header within {_MOST_PREFIX:,} bytes")
-        least = _GAP if member.compress_type in _WHOLE else 0
+        least = _GAP if member.compress_type not in _BY_PIECES else 0
         return self._with_more(lambda: self._unpacked(member, length), held, member.compress_size + _AROUND, least)
 
     def _unpacked(self, member: zipfile.ZipInfo, length: int) -> bytes:
         """The first bytes of a member, unpacked piece by piece: no more memory is taken than the directory says."""
-        whole = member.compress_type in _WHOLE
+        whole = member.compress_type not in _BY_PIECES
         piece = _PACKED_PIECE if whole else _PIECE
         found = bytearray()
         with self._zip.open(member) as content:
