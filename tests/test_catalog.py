@@ -69,12 +69,6 @@ RECIPE = "mine: {title: t%s}\n"
         (load_sources, SOURCE % ", offset: {from_baseline: 4.0}", "field 'from_baseline': expected str, found 4.0"),
         (load_sources, SOURCE % ", offset: {value: true}", "field 'value': expected int, found True"),
         (load_sources, SOURCE % "" + SOURCE % "", "'mine' stands there twice"),
-        (load_sources, SOURCE % ", access: {kind: s3}", "field 'credentials_for': expected the buckets .*, found none"),
-        (
-            load_sources,
-            SOURCE % ", access: {kind: planetary-computer, href: 'https://x'}",
-            "field 'credentials_for': expected the hosts that credentials are for, found none",
-        ),
         (
             load_sources,
             SOURCE % ", access: {credentials_for: [a]}",

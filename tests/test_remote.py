@@ -534,6 +534,11 @@ def test_a_source_without_keys(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     with pytest.raises(CatalogError, match=r"'cdse' reads from https://x, which needs keys: AWS_ACCESS_KEY_ID not set"):
         check_credentials(Access(kind="s3", href="https://x", credentials_for=("b",)), "cdse")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    check_credentials(Access(kind="s3", href="https://x", credentials_for=("b",)), "cdse")
+    for access in (Access(kind="s3", href="https://x"), Access(kind="s3")):
+        with pytest.raises(CatalogError, match="'cdse' signs requests, but names no bucket: list its buckets in"):
+            check_credentials(access, "cdse")
     check_credentials(Access(kind="s3", href="https://x", anonymous=True), "cdse")
     check_credentials(Access(), "plain")
 
@@ -666,6 +671,12 @@ def test_a_token_is_for_the_hosts_that_the_source_names(band):
             np.testing.assert_array_equal(read(f"{named}/B04.tif", grid, access=access), pixels)
             assert any("SECRET" in a for a in asked_first)  # the named host does see it
         assert not [a for a in asked if "SECRET" in a or "uthorization" in a]
+
+
+def test_a_bucket_is_no_host():
+    """A host that has the name of a bucket is not given a token."""
+    access = Access(kind="s3", href="https://s3.example.org", credentials_for=("eodata",))
+    assert Remote(access)._signed("https://eodata/c/B04.tif") == ("https://eodata/c/B04.tif", None)
 
 
 def test_a_token_is_not_sent_in_the_clear():

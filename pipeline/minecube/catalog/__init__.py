@@ -153,7 +153,7 @@ class Access:
     anonymous: bool = False
     """s3 only: public objects, nothing is signed."""
     credentials_for: tuple[str, ...] = ()
-    """planetary-computer: hosts that may see a token; s3: buckets whose requests are signed. Others are read without."""
+    """planetary-computer: hosts that may see a token, beside the service's own; s3: buckets whose requests are signed."""
     connections: int = 64
     """Requests for pixels in flight at a time, a process."""
 
@@ -164,8 +164,6 @@ class Access:
         need(self.kind == "s3" or not (self.region or self.anonymous), "region", f"kind s3 beside it, found {self.kind!r}")
         need(not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}")
         signs = self.kind != "plain" and not self.anonymous
-        what = "hosts" if self.kind == "planetary-computer" else "buckets"
-        need(not signs or self.credentials_for, "credentials_for", f"the {what} that credentials are for, found none")
         found = ", ".join(self.credentials_for)
         need(signs or not self.credentials_for, "credentials_for", f"no names where nothing is signed, found {found}")
         bare = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in self.credentials_for)

@@ -278,9 +278,9 @@ class Remote:
         if href.startswith("s3://"):
             return self._at_s3(href)
         parts = urlsplit(href)
-        service = self.access.href or ""
         # Never in the clear, unless the token service itself is asked so.
-        if parts.hostname in self.access.credentials_for and parts.scheme == urlsplit(service).scheme:
+        same_scheme = parts.scheme == urlsplit(self.access.href or "").scheme
+        if self.access.kind == "planetary-computer" and parts.hostname in self.access.hosts() and same_scheme:
             container = f"{parts.netloc.split('.')[0].split(':')[0]}/{parts.path.split('/')[1]}"
             token = self._token(container)
             return f"{href}{'&' if parts.query else '?'}{token}", container
@@ -380,14 +380,19 @@ def _bucket(access: Access, name: str) -> Any:
 
 
 def check_credentials(access: Access, source_id: str) -> None:
-    """Raises CatalogError where requests are to be signed with keys that the environment lacks."""
-    if access.kind != "s3" or access.anonymous or not access.href:
-        return  # AWS itself knows other ways than keys: roles of machines, profiles
+    """Raise CatalogError if requests are to be signed with keys that the environment lacks, or for no bucket."""
+    if access.kind != "s3" or access.anonymous:
+        return
     lacking = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if not os.environ.get(name)]
-    if lacking:
+    if lacking and access.href:  # AWS itself knows other ways than keys: roles of machines, profiles
         raise CatalogError(
             f"source {source_id!r} reads from {access.href}, which needs keys: {' and '.join(lacking)} not set in the "
             "environment; get them from the provider's site and export them"
+        )
+    if not access.credentials_for:
+        raise CatalogError(
+            f"source {source_id!r} signs requests, but names no bucket: list its buckets in credentials_for (sources.yaml), "
+            "or set anonymous: true"
         )
 
 
