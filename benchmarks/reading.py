@@ -221,7 +221,14 @@ def troubled(folder: Path) -> dict[str, object]:
         "undisturbed_s": round(undisturbed.seconds, 1),
     }
     with served(folder, "--token-life", "3", "--delay", "0.04") as url:
-        tokens = built(folder, url, site, recipe, "tokens", Access(kind="planetary-computer", href=f"{url}/token"))
+        tokens = built(
+            folder,
+            url,
+            site,
+            recipe,
+            "tokens",
+            Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",)),
+        )
     figures |= {
         "expiring_tokens_lost": int(sum(o.reads["lost"] for o in tokens.outcomes)),
         "expiring_tokens_identical": undisturbed.cube.identical(tokens.cube),

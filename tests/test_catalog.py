@@ -69,6 +69,16 @@ RECIPE = "mine: {title: t%s}\n"
         (load_sources, SOURCE % ", offset: {from_baseline: 4.0}", "field 'from_baseline': expected str, found 4.0"),
         (load_sources, SOURCE % ", offset: {value: true}", "field 'value': expected int, found True"),
         (load_sources, SOURCE % "" + SOURCE % "", "'mine' stands there twice"),
+        (
+            load_sources,
+            SOURCE % ", access: {credentials_for: [a]}",
+            "field 'credentials_for': expected no names where nothing is signed, found a",
+        ),
+        (
+            load_sources,
+            SOURCE % ", access: {kind: s3, credentials_for: ['https://a']}",
+            "field 'credentials_for': expected bare names",
+        ),
         (load_sources, "- just\n- a list\n", "expected entries by id, found list"),
         (load_sources, "mine: 3\n", "entry 'mine': expected fields, found int"),
         (load_sources, "a: [", "cannot be read as a catalogue"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import time
+import tracemalloc
 import urllib.request
 import warnings
 import zipfile
@@ -14,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import requests
 import shapely
 from affine import Affine
 from click.testing import CliRunner
@@ -22,12 +27,13 @@ from hypothesis import strategies as st
 from rasterio import features
 from rasterio.errors import NotGeoreferencedWarning
 
-from minecube import release
+from minecube import network, release
 from minecube.catalog import BANDS, Release, Site, load_releases, load_sites
 from minecube.cli import cli
 from minecube.errors import ReleaseError
 from minecube.grid import PIXEL_DEG
-from minecube.reader.remote import RequestError
+from minecube.network import RequestError
+from minecube.reader.remote import Session
 from minecube.release import archive as archive_module
 from minecube.release import audit as auditing
 from minecube.release import importing
@@ -702,3 +708,188 @@ def test_facts_of_the_real_release():
     assert len(split) == 132
     assert set(known.repeated) <= split
     assert not set(known.excluded) & split
+
+
+# Archives that somebody made to do harm: here they are harmless, and only say that they are large
+
+
+def problems_of(whole, tmp_path, change):
+    made = imported(changed(whole[0], tmp_path / "a.zip", change), tmp_path / "made")
+    return made, made.years.set_index(["site", "year"])["problem"].dropna().to_dict()
+
+
+def sparse(path, side=200_000, bands=1, **place):
+    """A TIFF without a pixel, whose header says how many there are."""
+    profile = {"count": bands, "dtype": "uint8", "tiled": True, "blockxsize": 4096, "blockysize": 4096} | place
+    with rasterio.open(path, "w", driver="GTiff", height=side, width=side, sparse_ok=True, BIGTIFF="YES", **profile):
+        pass
+    assert path.stat().st_size < 100_000
+    return path.read_bytes()
+
+
+def test_a_label_that_unpacks_to_far_more_than_its_image_is_refused_by_name(whole, tmp_path, monkeypatch):
+    """200 MB of zeros in 0.2 MB."""
+
+    def bomb(members):
+        members[label("Germany_1", 2015)] = bytes(200_000_000)
+
+    path = changed(whole[0], tmp_path / "a.zip", bomb)
+    read = []
+    monkeypatch.setattr(archive_module.Archive, "_unpacked", unpacked_and_noted(read))
+    tracemalloc.start()
+    made = imported(path, tmp_path / "made")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
+    assert label("Germany_1", 2015) not in read
+    assert label("Germany_1", 2016) in read
+    (problem,) = made.years["problem"].dropna()
+    assert problem == "label: expected at most 1,050,400 bytes for the image's 90 x 70 pixels, found 200,000,000"
+    refused = made.years[made.years["problem"].notna()]
+    assert (refused["site"].tolist(), refused["year"].tolist()) == (["Germany_1"], [2015])
+
+
+def unpacked_and_noted(read):
+    unpacked = archive_module.Archive._unpacked
+
+    def noted(self, member, length):
+        read.append(member.filename)
+        return unpacked(self, member, length)
+
+    return noted
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_takes_no_more_memory_than_its_directory_says(tmp_path, packing):
+    """The directory says 5000 bytes; 300 MB would come out. A block of bzip2 alone has up to 46 MB."""
+    path, size = tmp_path / "a.zip", 300_000_000
+    with zipfile.ZipFile(path, "w", packing) as made:
+        made.writestr("x", bytes(size))
+    content = path.read_bytes()
+    at = content.rindex(struct.pack("<I", size))  # of the directory: uncompressed size (APPNOTE.TXT, 4.3.12)
+    path.write_bytes(content[:at] + struct.pack("<I", 5000) + content[at + 4 :])
+    archive = release.Archive(str(path))
+    tracemalloc.start()
+    assert dict(archive.read(["x"])) == {"x": None}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (150e6 if packing == zipfile.ZIP_BZIP2 else 20e6)
+
+
+def test_a_label_of_more_pixels_than_any_image_is_not_read(whole, tmp_path):
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    huge = sparse(tmp_path / "huge.tif")
+    tracemalloc.start()
+    _, problems = problems_of(whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): huge}))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert problems == {("Germany_1", 2015): "label: expected at most 25,000,000 pixels, found 200,000 x 200,000"}
+    assert peak < 30e6
+
+
+def test_a_label_of_other_pixels_than_its_image_is_not_read(whole, tmp_path, monkeypatch):
+    """Its header tells."""
+    other = tiff(np.zeros((1, 800, 800), np.uint8))
+    monkeypatch.setattr(importing.np, "unique", lambda mask: pytest.fail("read") if mask.shape == (800, 800) else np.array([0]))
+    _, problems = problems_of(whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): other}))
+    assert problems == {("Germany_1", 2015): "label: expected the image's 90 x 70 pixels, found 800 x 800"}
+
+
+def test_an_image_of_more_pixels_than_allowed_is_not_read(whole, tmp_path):
+    place = {"crs": "EPSG:4326", "transform": Affine(PIXEL_DEG, 0, 12, 0, -PIXEL_DEG, 51)}
+    huge = sparse(tmp_path / "huge.tif", bands=10, **place)
+    made, problems = problems_of(whole, tmp_path, lambda m: m.update({image("Germany_1", 2015): huge}))
+    assert problems == {("Germany_1", 2015): "image: expected at most 25,000,000 pixels, found 200,000 x 200,000"}
+    tracemalloc.start()
+    with pytest.raises(ReleaseError, match=r"Germany_1/image/Year2015\.tif is no image \(expected at most 25,000,000 pixels"):
+        auditing.pixel_sums(release.Archive(str(tmp_path / "a.zip")), made.years)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
+
+
+def test_images_and_labels_of_another_format_are_not_followed(whole, tmp_path):
+    """A text that points at a file of ours, which GDAL alone would read."""
+    (tmp_path / "ours.tif").write_bytes(tiff(np.full((1, *SHAPE), 255, np.uint8)))
+    source = f"<SimpleSource><SourceFilename>{tmp_path / 'ours.tif'}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+    size = f'rasterXSize="{SHAPE[1]}" rasterYSize="{SHAPE[0]}"'
+    virtual = f'<VRTDataset {size}><VRTRasterBand dataType="Byte" band="1">{source}</VRTRasterBand></VRTDataset>'.encode()
+    with rasterio.MemoryFile(virtual) as memory, memory.open() as src:
+        assert (src.read() == 255).all()
+    names = {label("Germany_1", 2015): virtual, image("Germany_1", 2016): virtual}
+    made, problems = problems_of(whole, tmp_path, lambda m: m.update(names))
+    assert problems == {
+        ("Germany_1", 2015): "label: is no image, or arrived broken",
+        ("Germany_1", 2016): "image: is no image, or arrived broken",
+    }
+    assert set(made.labels[made.labels["site"] == "Germany_1"]["year"]) == {2017}
+    with pytest.raises(ReleaseError, match=r"Year2016\.tif is no image \(expected a GeoTIFF"):
+        auditing.pixel_sums(release.Archive(str(tmp_path / "a.zip")), made.years)
+
+
+def test_a_label_of_too_many_regions_makes_no_polygons(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(importing, "_MOST_REGIONS", 1000)
+    board = (np.indices(SHAPE).sum(axis=0) % 2).astype(np.uint8) * np.uint8(255)
+    _, problems = problems_of(whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): tiff(board[None])}))
+    assert problems == {("Germany_1", 2015): f"label: expected at most 1,000 regions of mine, found {board.size // 2:,}"}
+
+
+def test_a_directory_that_is_too_large_is_not_read(whole, monkeypatch):
+    monkeypatch.setattr(archive_module, "_MOST_DIRECTORY", 100)
+    with pytest.raises(ReleaseError, match="expected at most 100 bytes, found"):
+        release.Archive(str(whole[0]))
+
+
+def test_what_lies_between_two_members_is_not_fetched(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as made:
+        made.writestr("a", b"a" * 100)
+        made.fp.write(bytes(10_000_000))
+        made.start_dir = made.fp.tell()
+        made.writestr("b", b"b" * 100)
+    archive = release.Archive(str(tmp_path / "a.zip"))
+    assert dict(archive.read(["a"])) == {"a": b"a" * 100}
+    assert archive.bytes.tally.bytes < 300_000
+
+
+def test_names_that_lead_out_of_a_folder_are_strange(whole, tmp_path):
+    names = ["../../Spain_1/label/Year2015.tif", "/Spain_1/label/Year2015.tif", "a\\..\\Spain_1\\label\\Year2015.tif"]
+
+    def add(members):
+        members |= dict.fromkeys(names, members[label("Germany_1", 2015)])
+
+    made, problems = problems_of(whole, tmp_path, add)
+    assert not problems
+    assert sorted(made.about["strange"]) == sorted(names)
+    assert set(made.years["site"]) == set(SITES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "made"]
+
+
+@pytest.mark.parametrize("more", [[], ["--download"]])
+def test_a_server_that_is_not_there_is_said_at_once(tmp_path, more):
+    start = time.monotonic()
+    done = CliRunner().invoke(cli, ["release", "import", "http://127.0.0.1:1/a.zip", "--out", str(tmp_path / "made"), *more])
+    assert time.monotonic() - start < network.REFUSED_S + 6
+    assert done.exit_code == 2
+    (line,) = [text for text in done.output.splitlines() if text.startswith("error: ")]
+    assert "127.0.0.1:1 cannot be reached (Connection refused): check the address, and that the server is running" in line
+
+
+def test_an_s3_endpoint_that_is_not_there_and_keys_that_are_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    network.forget_unreachable()
+    start = time.monotonic()
+    with pytest.raises(ReleaseError, match=r"^s3://dead/a\.zip: cannot be read \(127\.0\.0\.1:1 cannot be reached"):
+        release.Archive("s3://dead/a.zip")
+    assert time.monotonic() - start < network.REFUSED_S + 6
+
+
+def test_a_download_keeps_to_the_rules_of_redirects(tmp_path, monkeypatch):
+    answer = requests.Response()
+    answer.status_code, answer.url = 302, "https://files.example.org/a.zip"
+    answer.raw = io.BytesIO()
+    for target in ("http://files.example.org/a.zip", "file:///data/a.zip", "https://127.0.0.1/a.zip"):
+        answer.headers["Location"] = target
+        with pytest.raises(network.ForbiddenError):
+            Session().get_redirect_target(answer)

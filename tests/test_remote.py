@@ -6,9 +6,16 @@ import functools
 import json
 import os
 import pickle
+import re
+import socket
+import threading
 import time
+import tracemalloc
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.enums import Resampling
 
-from minecube import scenes
+from minecube import network, scenes
 from minecube.catalog import Access, Recipe
 from minecube.composite import composite
 from minecube.errors import CatalogError, ReadError
@@ -38,6 +45,106 @@ def served(make):
 def counts(url):
     with urllib.request.urlopen(f"{url}/counts") as answer:
         return json.load(answer)
+
+
+@pytest.fixture(autouse=True)
+def _all_hosts_are_tried():
+    network.forget_unreachable()
+
+
+class Ranged(SimpleHTTPRequestHandler):
+    """Files by ranges of bytes."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = Path(self.directory) / self.path.partition("?")[0].lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
+        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
+        body = content[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.send(body)
+
+    def send(self, body):
+        self.wfile.write(body)
+
+
+class Dripping(Ranged):
+    def send(self, body):
+        for byte in body:
+            try:
+                self.wfile.write(bytes([byte]))
+            except OSError:
+                return
+            time.sleep(0.02)
+
+
+class Endless(SimpleHTTPRequestHandler):
+    """An answer in chunks that stops when the client does."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, status, *args, **kwargs):
+        self.status = status
+        super().__init__(*args, **kwargs)
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.send_response(self.status)
+        self.send_header("Transfer-Encoding", "chunked")
+        if self.status == 206:
+            self.send_header("Content-Range", f"bytes 0-{HEAD - 1}/{HEAD}")
+        self.end_headers()
+        try:
+            for _ in range(200):  # 100 MB: the client must not wait for them
+                self.wfile.write(b"80000\r\n" + bytes(0x80000) + b"\r\n")
+        except OSError:
+            self.close_connection = True
+
+
+class Noted(Ranged):
+    """Says what it was asked, with all headers; sends files that are elsewhere there."""
+
+    def __init__(self, asked, elsewhere, *args, **kwargs):
+        self.asked, self.elsewhere = asked, elsewhere
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self):
+        self.asked.append(f"{self.path} {dict(self.headers)}")
+        if self.path.startswith("/token/"):
+            body = json.dumps({"token": "sig=SECRET", "msft:expiry": "2999-01-01T00:00:00+00:00"}).encode()
+            self.send_response(200)
+        elif self.elsewhere:
+            self.send_response(302)
+            self.send_header("Location", self.elsewhere)
+            body = b""
+        else:
+            return super().do_GET()
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return self.wfile.write(body)
+
+
+@contextmanager
+def running(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
@@ -117,11 +224,76 @@ def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch, ser
         assert counts(url)["requests"] >= 4
 
 
-def test_a_server_that_is_not_there(monkeypatch, make):
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
-    with pytest.raises(ReadError, match=r"^http://127\.0\.0\.1:1/B04\.tif: cannot be read .*after \d+ tries") as caught:
-        read("http://127.0.0.1:1/B04.tif?sig=secret", make.grid(LEFT, TOP, 10, 10))
+REFUSED = r"127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the address, and that the server is running"
+
+
+def test_a_server_that_is_not_there_is_tried_once_a_run(make):
+    grid, start = make.grid(LEFT, TOP, 10, 10), time.monotonic()
+    first, second, third = Tally(), Tally(), Tally()
+    with pytest.raises(ReadError, match=rf"^http://127\.0\.0\.1:1/B04\.tif: cannot be read \({REFUSED}\)") as caught:
+        read("http://127.0.0.1:1/B04.tif?sig=secret", grid, tally=first)
     assert "secret" not in str(caught.value)
+    assert first.requests > 1  # a server may be restarting
+    assert time.monotonic() - start < network.REFUSED_S + 1
+    start = time.monotonic()
+    with pytest.raises(ReadError, match=REFUSED):
+        read("http://127.0.0.1:1/B05.tif", grid, tally=second)
+    assert time.monotonic() - start < 0.5
+    assert second.requests == 1  # it was not sent: see the time
+    network.forget_unreachable()
+    with pytest.raises(ReadError, match=REFUSED):
+        read("http://127.0.0.1:1/B05.tif", grid, tally=third)
+    assert third.requests > 1
+
+
+def test_a_server_that_restarts_is_waited_for(band):
+    """It is there again a second after the first connection was refused."""
+    folder, grid, pixels = band
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    handler = functools.partial(Ranged, directory=str(folder))
+
+    def start():
+        time.sleep(1)
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+    with ThreadPoolExecutor(1) as thread:
+        starting = thread.submit(start)
+        np.testing.assert_array_equal(read(f"http://127.0.0.1:{port}/B04.tif", grid), pixels)
+        starting.result().shutdown()
+        starting.result().server_close()
+
+
+def test_a_host_name_that_is_not_found(make):
+    with pytest.raises(ReadError, match=r"the host name nowhere\.invalid is not found: check its spelling, and"):
+        read("http://nowhere.invalid/B04.tif", make.grid(LEFT, TOP, 10, 10))
+
+
+def test_a_server_that_drips_is_given_up(band, monkeypatch):
+    """Each piece comes in time, the whole never would."""
+    monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+    folder, grid, _ = band
+    with running(functools.partial(Dripping, directory=str(folder))) as url:
+        start = time.monotonic()
+        with pytest.raises(ReadError, match=r"\d+ bytes of \d+ in 1 s"):
+            read(f"{url}/B04.tif", grid)
+        assert time.monotonic() - start < 6
+
+
+@pytest.mark.parametrize("status", [200, 206, 404])
+def test_an_answer_without_end_is_not_read_to_it(band, status, make):
+    """Chunked, so that its header does not say how long it is."""
+    with running(functools.partial(Endless, status)) as url:
+        tracemalloc.start()
+        try:
+            with pytest.raises(ReadError, match=r"HTTP 404|byte ranges|found another format"):
+                read(f"{url}/B04.tif", make.grid(LEFT, TOP, 10, 10))
+            assert tracemalloc.get_traced_memory()[1] < 10e6
+        finally:
+            tracemalloc.stop()
 
 
 def test_the_server_says_when_to_come_back(band, served):
@@ -176,13 +348,13 @@ def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
     folder, grid, pixels = band
     caplog.set_level("DEBUG")
     with served(folder, "--token-life", 0.5) as url:
-        access = Access(kind="planetary-computer", href=f"{url}/token")
+        access = Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",))
         href = f"{url}/B04.tif"
         for y in range(0, 600, 40):
             np.testing.assert_array_equal(read(href, grid[y : y + 40], access=access), pixels[y : y + 40])
             time.sleep(0.1)
         # The token is thought to be good for longer than it is, as where clocks differ.
-        source = module.remote_for(access)
+        source = module.remote_for(access, "127.0.0.1")
         (container,) = source._tokens
         source._tokens[container] = ("sv=1&sig=stale", time.time() + 1000)
         tally = Tally()
@@ -196,8 +368,10 @@ def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
 
 def test_a_token_service_that_gives_none(band, served):
     folder, grid, _ = band
-    with served(folder) as url, pytest.raises(ReadError, match=r"/nowhere gives no token for 127/B04\.tif: HTTP 404"):
-        read(f"{url}/B04.tif", grid, access=Access(kind="planetary-computer", href=f"{url}/nowhere"))
+    with served(folder) as url:
+        access = Access(kind="planetary-computer", href=f"{url}/nowhere", credentials_for=("127.0.0.1",))
+        with pytest.raises(ReadError, match=r"/nowhere gives no token for 127/B04\.tif: HTTP 404"):
+            read(f"{url}/B04.tif", grid, access=access)
 
 
 def test_a_lost_read_fails_unless_the_ledger_allows_it(archive, make, site):
@@ -300,7 +474,6 @@ def test_jpeg_2000_here_and_from_a_server_in_trouble(jp2, monkeypatch, served):
     np.testing.assert_array_equal(read(str(path), grid[100:300, 200:500]), pixels[100:300, 200:500])
     with served(path.parent, "--fail", 0.3, "--truncate", 0.1) as url:
         np.testing.assert_array_equal(read(f"{url}/B04.jp2", grid[100:300, 200:500]), pixels[100:300, 200:500])
-        np.testing.assert_array_equal(read(f"/vsicurl/{url}/B04.jp2", grid), pixels)
 
 
 @pytest.fixture
@@ -323,14 +496,14 @@ def test_files_in_s3(s3, jp2, band):
 
     (path, grid, pixels), (folder, _, tif_pixels) = jp2, band
     urllib.request.urlopen(urllib.request.Request(f"{s3}/eodata", method="PUT"), timeout=20)
-    access = Access(kind="s3", href=s3, region="default")
+    access = Access(kind="s3", href=s3, region="default", credentials_for=("eodata",))
     bucket = module._bucket(access, "eodata")
     obstore.put(bucket, "a/B04.jp2", path)
     obstore.put(bucket, "a/B04.tif", folder / "B04.tif")
     np.testing.assert_array_equal(
         read("s3://eodata/a/B04.jp2", grid[100:300, 200:500], access=access), pixels[100:300, 200:500]
     )
-    np.testing.assert_array_equal(read("/vsis3/eodata/a/B04.tif", grid, access=access), tif_pixels)
+    np.testing.assert_array_equal(read("s3://eodata/a/B04.tif", grid, access=access), tif_pixels)
     with pytest.raises(ReadError, match=r"^s3://eodata/a/none\.tif: cannot be read \(HTTP 404") as caught:
         read("s3://eodata/a/none.tif", grid, access=access)
     assert "ignature" not in str(caught.value)
@@ -346,17 +519,26 @@ def test_public_objects_are_asked_for_without_a_signature(band, served):
 def test_requests_to_s3_are_signed(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    url, _ = Remote(Access(kind="s3", href="https://eodata.example.org", region="default"))._signed("s3://eodata/a b/x.jp2")
+    access = Access(kind="s3", href="https://eodata.example.org", region="default", credentials_for=("eodata",))
+    url, _ = Remote(access)._signed("s3://eodata/a b/x.jp2")
     assert url.startswith("https://eodata.example.org/eodata/a%20b/x.jp2?")
     assert "X-Amz-Signature=" in url
     assert "very-secret" not in url
+    other, _ = Remote(access)._signed("s3://elsewhere/a b/x.jp2")
+    assert other == "https://eodata.example.org/elsewhere/a%20b/x.jp2"
+    assert Remote(Access())._signed("s3://eodata/x.jp2")[0] == "https://s3.us-east-1.amazonaws.com/eodata/x.jp2"
 
 
 def test_a_source_without_keys(monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     with pytest.raises(CatalogError, match=r"'cdse' reads from https://x, which needs keys: AWS_ACCESS_KEY_ID not set"):
-        check_credentials(Access(kind="s3", href="https://x"), "cdse")
+        check_credentials(Access(kind="s3", href="https://x", credentials_for=("b",)), "cdse")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    check_credentials(Access(kind="s3", href="https://x", credentials_for=("b",)), "cdse")
+    for access in (Access(kind="s3", href="https://x"), Access(kind="s3")):
+        with pytest.raises(CatalogError, match="'cdse' signs requests, but names no bucket: list its buckets in"):
+            check_credentials(access, "cdse")
     check_credentials(Access(kind="s3", href="https://x", anonymous=True), "cdse")
     check_credentials(Access(), "plain")
 
@@ -462,3 +644,190 @@ def test_a_read_that_gdal_makes_shows_no_url(band, caplog, served):
     with served(folder) as url, pytest.raises(ReadError, match=rf"^{url}/B04\.tif: cannot be read"):
         read(f"{url}/B04.tif?sig=secret", grid, Resampling.nearest)
     assert "secret" not in caplog.text
+
+
+# What must not be read
+
+
+@contextmanager
+def noted(folder, elsewhere=""):
+    """URL of a server, and what it is asked."""
+    asked = []
+    with running(functools.partial(Noted, asked, elsewhere, directory=str(folder))) as url:
+        yield url, asked
+
+
+def test_a_token_is_for_the_hosts_that_the_source_names(band):
+    """A foreign host is asked without it, by itself and after a redirect. `localhost` is another name of this machine."""
+    folder, grid, pixels = band
+    with noted(folder) as (url, asked):
+        foreign = url.replace("127.0.0.1", "localhost")
+        access = Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",))
+        np.testing.assert_array_equal(read(f"{foreign}/B04.tif", grid, access=access), pixels)
+        assert asked
+        assert not [a for a in asked if "SECRET" in a or a.startswith("/token/")]
+        with noted(folder, f"{foreign}/B04.tif") as (named, asked_first):
+            access = Access(kind="planetary-computer", href=f"{named}/token", credentials_for=("127.0.0.1",))
+            np.testing.assert_array_equal(read(f"{named}/B04.tif", grid, access=access), pixels)
+            assert any("SECRET" in a for a in asked_first)  # the named host does see it
+        assert not [a for a in asked if "SECRET" in a or "uthorization" in a]
+
+
+def test_a_bucket_is_no_host():
+    """A host that has the name of a bucket is not given a token."""
+    access = Access(kind="s3", href="https://s3.example.org", credentials_for=("eodata",))
+    assert Remote(access)._signed("https://eodata/c/B04.tif") == ("https://eodata/c/B04.tif", None)
+
+
+def test_a_token_is_not_sent_in_the_clear():
+    access = Access(kind="planetary-computer", href="https://tokens.example.org", credentials_for=("files.example.org",))
+    assert Remote(access)._signed("http://files.example.org/c/B04.tif") == ("http://files.example.org/c/B04.tif", None)
+
+
+def test_another_bucket_is_asked_without_a_signature(band, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "KEY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    folder, grid, pixels = band
+    with noted(folder.parent) as (url, asked):
+        access = Access(kind="s3", href=url, region="default", credentials_for=("ours",))
+        np.testing.assert_array_equal(read("s3://files/B04.tif", grid, access=access), pixels)
+        assert asked
+        assert not [a for a in asked if "KEY" in a or "X-Amz" in a or "uthorization" in a]
+        with pytest.raises(ReadError, match="HTTP 404"):
+            read("s3://ours/B04.tif", grid, access=access)
+        assert "X-Amz-Signature" in asked[-1]
+
+
+def test_a_name_of_a_public_catalogue_that_has_a_private_address_is_not_asked(band, monkeypatch):
+    """Told when the connection is made, before a request is sent."""
+    folder, grid, pixels = band
+    lookup = socket.getaddrinfo
+    ours = {"stac.example.org": "93.184.216.34", "files.example.org": "127.0.0.1"}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **more: lookup(ours.get(host, host), *args, **more))
+    with noted(folder) as (url, asked):
+        href = f"{url}/B04.tif".replace("127.0.0.1", "files.example.org")
+        with pytest.raises(ReadError, match=r"files\.example\.org has the address 127\.0\.0\.1, which is not public"):
+            read(href, grid, origin="stac.example.org")
+        assert asked == []
+        np.testing.assert_array_equal(read(href, grid, origin="files.example.org"), pixels)  # its own API is there
+
+
+@pytest.mark.parametrize("target", ["file:///data/B04.tif", "ftp://127.0.0.1/B04.tif", "http://169.254.169.254/B04.tif"])
+def test_a_redirect_leads_nowhere_else(band, target):
+    folder, grid, _ = band
+    with noted(folder, target) as (url, asked), pytest.raises(ReadError, match=r"B04\.tif: cannot be read"):
+        read(f"{url}/B04.tif", grid)
+    assert len(asked) == 1
+
+
+def test_redirects_have_an_end(band):
+    folder, grid, _ = band
+    with noted(folder, "/B04.tif") as (url, asked), pytest.raises(ReadError, match="more than 5 redirects"):
+        read(f"{url}/B04.tif", grid)
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_virtual_format_is_not_followed(band, far):
+    """A text that points at a file of ours, under the name of a GeoTIFF. GDAL alone would read it."""
+    folder, grid, pixels = band
+    with rasterio.open(folder / "B04.tif") as src:
+        place, wkt = ", ".join(map(str, src.transform.to_gdal())), src.crs.to_wkt()
+    source = f"<SimpleSource><SourceFilename>{folder / 'B04.tif'}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+    (folder / "V.tif").write_text(
+        f'<VRTDataset rasterXSize="700" rasterYSize="600"><SRS>{wkt}</SRS><GeoTransform>{place}</GeoTransform>'
+        f'<VRTRasterBand dataType="UInt16" band="1">{source}</VRTRasterBand></VRTDataset>'
+    )
+    with rasterio.open(folder / "V.tif") as src:
+        np.testing.assert_array_equal(src.read(1), pixels)
+    with running(functools.partial(Ranged, directory=str(folder))) as url:
+        href = f"{url}/V.tif" if far else str(folder / "V.tif")
+        with pytest.raises(
+            ReadError, match=r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format"
+        ):
+            read(href, grid)
+
+
+@pytest.mark.parametrize("href", ["/vsicurl/{url}/B04.tif", "/vsis3/bucket/B04.tif", "GTIFF_DIR:1:{folder}/B04.tif"])
+def test_gdals_own_names_are_not_opened(band, href):
+    folder, grid, _ = band
+    with pytest.raises(ReadError, match=r"it is a special name of GDAL|found GTIFF_DIR:"):
+        read(href.format(url="http://127.0.0.1:1", folder=folder), grid)
+
+
+def test_file_urls_are_local_files(band):
+    folder, grid, pixels = band
+    (folder / "a b.tif").write_bytes((folder / "B04.tif").read_bytes())
+    np.testing.assert_array_equal(read(f"file://{folder}/a%20b.tif", grid), pixels)
+    with pytest.raises(ReadError, match=r"it is a local file, but its catalogue is at stac\.example\.org"):
+        read(f"file://{folder}/a%20b.tif", grid, origin="stac.example.org")
+
+
+def test_what_is_no_file_is_not_opened(band):
+    """GDAL would wait for a pipe for ever."""
+    folder, grid, _ = band
+    os.mkfifo(folder / "P.tif")
+    with pytest.raises(ReadError, match="expected a file, found something else"):
+        read(str(folder / "P.tif"), grid)
+
+
+def test_files_beside_an_image_are_not_read(tmp_path, make):
+    """A no-data value and a place, both of which GDAL would take over."""
+    grid, pixels = make.grid(LEFT, TOP, 60, 60), make.unique(60, 60)
+    path = make.tif(tmp_path / "B04.tif", pixels, grid, nodata=None)
+    wrong = f"<PAMDataset><PAMRasterBand band='1'><NoDataValue>{pixels[5, 5]}</NoDataValue></PAMRasterBand></PAMDataset>"
+    path.with_suffix(".tif.aux.xml").write_text(wrong)
+    with rasterio.open(path) as src:
+        assert src.nodata == pixels[5, 5]
+    np.testing.assert_array_equal(read(str(path), grid), pixels)
+
+
+def test_world_files_are_not_read(tmp_path, make):
+    grid, path = make.grid(LEFT, TOP, 60, 60), tmp_path / "bare.tif"
+    warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+    shape = {"height": 60, "width": 60, "count": 1, "dtype": "uint16"}
+    with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32633", **shape) as out:
+        out.write(make.unique(60, 60), 1)
+    path.with_suffix(".tfw").write_text(f"10\n0\n0\n-10\n{LEFT + 5}\n{TOP - 5}\n")
+    with rasterio.open(path) as src:
+        assert src.transform == grid.transform
+    with pytest.raises(ReadError, match="cannot be read"):
+        read(str(path), grid)
+
+
+HUGE = {
+    "pixels": ({"height": 200_000, "width": 200_000, "blockxsize": 512, "blockysize": 512}, r"200,000 x 200,000"),
+    "a tile": ({"height": 600, "width": 700, "blockxsize": 50_000, "blockysize": 50_000}, r"tiles of .* 50,000 x 50,000"),
+}
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("what", HUGE)
+def test_a_header_that_says_too_much_is_believed_before_a_pixel_is_read(tmp_path, make, what, far):
+    """The files are sparse: a few kilobytes, whose header merely says so."""
+    options, said = HUGE[what]
+    grid = make.grid(LEFT, TOP, 700, 600)
+    with rasterio.open(
+        tmp_path / "B04.tif", "w", driver="GTiff", count=1, dtype="uint16", tiled=True, sparse_ok=True, crs="EPSG:32633",
+        transform=grid.transform, BIGTIFF="YES", **options,
+    ):  # fmt: skip
+        pass
+    assert (tmp_path / "B04.tif").stat().st_size < 5e6
+    with running(functools.partial(Ranged, directory=str(tmp_path))) as url:
+        tracemalloc.start()
+        with pytest.raises(ReadError, match=said):
+            read(f"{url}/B04.tif" if far else str(tmp_path / "B04.tif"), grid)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 10e6
+
+
+def test_a_band_as_large_as_a_tile_is_read(tmp_path, make):
+    """10,980 pixels a side, in one strip a row, are what a product has."""
+    grid = make.grid(LEFT, TOP, 10_980, 10_980)
+    with rasterio.open(
+        tmp_path / "B04.tif", "w", driver="GTiff", count=1, dtype="uint16", height=10_980, width=10_980, sparse_ok=True,
+        crs="EPSG:32633", transform=grid.transform,
+    ):  # fmt: skip
+        pass
+    assert not read(str(tmp_path / "B04.tif"), grid[:10, :10]).any()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -26,13 +27,15 @@ import stac_geoparquet.arrow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minecube import scenes
-from minecube.catalog import Offset, Site, Source, load_recipes, load_sources
-from minecube.errors import SceneError
-from minecube.scenes import snapshot
+from minecube import cube, network, scenes
+from minecube.catalog import Access, Offset, Recipe, Site, Source, load_recipes, load_sources
+from minecube.cli import build as building
+from minecube.errors import ReadError, SceneError
+from minecube.scenes import find, snapshot
 from minecube.scenes.find import over
 
 LEFT, TOP = 360000, 5600040
+PLAIN = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
 FOLDERS = {
     "earthsearch_l2a": "earth-search",
     "earthsearch_c1": "earth-search-c1",
@@ -519,7 +522,8 @@ class Api:
 
     def __init__(self, items):
         self.items, self.posts, self.fail_first, self.retry_after = items, 0, 0, ""
-        self.lose = self.html = self.old = False
+        self.lose = self.html = self.old = self.hang = False
+        self.next_href, self.moved_to = None, ""
         api = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -537,6 +541,12 @@ class Api:
                 self.wfile.write(body)
 
             def do_GET(self):
+                if api.moved_to:
+                    self.send_response(302)
+                    self.send_header("Location", api.moved_to)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 if api.html:
                     self.answer(b"<html>maintenance</html>", kind="text/html")
                     return
@@ -558,6 +568,8 @@ class Api:
             def do_POST(self):
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 api.posts += 1
+                if api.hang:
+                    time.sleep(2)
                 if api.posts <= api.fail_first:
                     self.answer({"code": "busy"}, status=429 if api.retry_after else 503, retry_after=api.retry_after)
                     return
@@ -568,7 +580,8 @@ class Api:
                 links = []
                 if at + 10 < len(match):
                     body = {**asked, "token": at + 10}
-                    links = [{"rel": "next", "href": f"{api.url}/search", "method": "POST", "body": body}]
+                    href = api.next_href or f"{api.url}/search"
+                    links = [{"rel": "next", "href": href, "method": "POST", "body": body}]
                 # A page that repeats an item of the last one, as the recorded searches do.
                 again = match[at - 1 : at] if at else []
                 shown = page[:-1] if api.lose and not links else [*again, *page]
@@ -642,6 +655,176 @@ def test_an_api_that_says_when_to_come_back(api, searched):
     api.fail_first, api.retry_after, start = 1, "1", time.monotonic()
     assert scenes.search(searched[0], 2020, searched[1]).scenes
     assert time.monotonic() - start >= 1
+
+
+@pytest.mark.parametrize("href", ["/search", "search", "?page=2"])
+def test_next_links_may_be_relative(api, searched, href):
+    """To the page that they stand on."""
+    api.next_href = href
+    expected = [s.id for s in scenes.search(*searched_as(searched)).scenes]
+    assert expected == ["S2A_32TNT_20200302_1_L2A"]
+
+
+def searched_as(searched):
+    return searched[0], 2020, searched[1]
+
+
+@pytest.mark.parametrize(
+    ("href", "said"),
+    [
+        ("http://localhost:1/search", "localhost; links and redirects of an API must stay on its host"),
+        ("//files.example.org/search", r"files\.example\.org; links and redirects"),
+        ("file:///data/items.json", "expected an http"),
+        ("http://169.254.169.254/latest", "which is not public"),
+    ],
+)
+def test_next_links_and_redirects_stay_on_the_host(api, searched, href, said):
+    api.next_href = href
+    with pytest.raises(SceneError, match=said):
+        scenes.search(*searched_as(searched))
+    api.next_href, api.moved_to = None, href
+    with pytest.raises(SceneError, match=said):
+        scenes.search(*searched_as(searched))
+
+
+def test_pages_without_end_are_given_up(api, searched, monkeypatch):
+    monkeypatch.setattr(find, "_PAGES", 1)
+    with pytest.raises(SceneError, match="expected at most 1 pages of 2020-03, found more"):
+        scenes.search(*searched_as(searched))
+
+
+def test_an_answer_that_is_too_long_is_given_up(api, searched, monkeypatch):
+    monkeypatch.setattr(find, "_PAGE_BYTES", 5000)
+    with pytest.raises(SceneError, match="expected an answer of at most 5,000 bytes"):
+        scenes.search(*searched_as(searched))
+
+
+def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    table = stac_geoparquet.arrow.parse_stac_items_to_arrow([item.to_dict(transform_hrefs=False)])
+    stac_geoparquet.arrow.to_parquet(table, archive.source.href)
+    site = make.site("s", LEFT, TOP, 60, 60)
+    assert scenes.search(site, 2020, archive.source).scenes
+    for limit, value in (("_INDEX_ITEMS", 0), ("_INDEX_BYTES", 100)):
+        with monkeypatch.context() as patched:
+            patched.setattr(find, limit, value)
+            patched.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("it was read"))
+            with pytest.raises(SceneError, match="cannot be read as stac-geoparquet \\(expected at most"):
+                scenes.search(site, 2020, archive.source)
+
+
+def test_an_api_that_is_not_there_is_tried_once_a_run(searched, caplog, capfd):
+    """Not once a site-year; and no library's own lines are shown."""
+    network.forget_unreachable()
+    dead, spent = dataclasses.replace(searched[1], href="http://127.0.0.1:1/v1"), []
+    for year in (2019, 2020, 2021):
+        start = time.monotonic()
+        with pytest.raises(SceneError, match=r"failed \(127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the"):
+            scenes.search(searched[0], year, dead)
+        spent.append(time.monotonic() - start)
+    network.forget_unreachable()
+    assert spent[0] < network.REFUSED_S + 2
+    assert max(spent[1:]) < 1
+    assert not [r for r in caplog.records if r.name.startswith(("urllib3", "pystac_client")) and r.levelname != "DEBUG"]
+    assert capfd.readouterr().err == ""
+
+
+def test_an_api_that_hangs_is_given_up(api, searched, monkeypatch):
+    monkeypatch.setattr(find, "_READ_S", 0.3)
+    api.hang, start = True, time.monotonic()
+    with pytest.raises(SceneError, match=r"127\.0\.0\.1 took the connection and sent nothing for 0 s: try again later"):
+        scenes.search(*searched_as(searched))
+    network.forget_unreachable()
+    assert time.monotonic() - start < 5
+    assert api.posts == 2
+
+
+# Files that a catalogue must not name
+
+SECRET = 4321
+
+
+@pytest.fixture
+def listed(archive, make, tmp_path, served):
+    """A file of items on a server that names a local file, and the site and source; `at` makes it name another."""
+    grid = make.grid(LEFT, TOP, 60, 60)
+    local = make.tif(tmp_path / "private" / "B04.tif", np.full((60, 60), SECRET, np.uint16), grid)
+    item = archive.item("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
+    for asset in item.assets.values():
+        asset.href = str(Path(asset.href).relative_to(tmp_path))
+
+    def at(href):
+        item.assets["B04"].href = href
+        table = stac_geoparquet.arrow.parse_stac_items_to_arrow([item.to_dict(transform_hrefs=False)])
+        stac_geoparquet.arrow.to_parquet(table, tmp_path / "items.parquet")
+        return dataclasses.replace(archive.source, href=f"{served}/items.parquet"), item
+
+    return at, local, make.site("s", LEFT, TOP, 60, 60)
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "FILE://{}", "/vsicurl/file://{}", "GTIFF_DIR:1:{}"])
+def test_a_remote_catalogue_names_no_local_file(listed, form, tmp_path):
+    at, local, site = listed
+    source, item = at(form.format(local))
+    with pytest.raises(SceneError, match=f"item {item.id}: asset B04 is not read from .*; it is refused"):
+        scenes.search(site, 2020, source)
+    store = str(tmp_path / "cubes.zarr")
+    job = building.Job(store=store, sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
+    with pytest.raises(SceneError, match=item.id):
+        building.build(job, [site], [2020])
+    assert not Path(store).exists()
+
+
+def test_a_saved_list_names_no_local_file(listed, tmp_path):
+    """Made by somebody else, with the right hash, for the right site; its file is said to come from a local catalogue."""
+    at, local, site = listed
+    source, _ = at("archive/none.tif")
+    (scene,) = scenes.search(site, 2020, source).scenes
+    scene.assets["B04"].href = str(local)
+    scene.properties["minecube:origin"] = ""
+    job = building.Job(store=str(tmp_path / "c.zarr"), sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
+    path = building.list_path(site, 2020, [source], job.snapshots)
+    snapshot.save(scenes.Found(scenes=(scene,), listed=1), path, snapshot.belongs_to(site, 2020, [source]))
+    with pytest.raises(SceneError, match=f"item {scene.id}: asset B04 is not read from {local}: it is a local file"):
+        building.build(job, [site], [2020])
+    assert not Path(job.store).exists()
+
+
+def test_a_saved_list_brings_no_access_of_its_own(archive, make):
+    """Where tokens come from, and whom they are for, is what the source says."""
+    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    site = make.site("s", LEFT, TOP, 60, 60)
+    fewer = dataclasses.replace(archive.source, access=Access(connections=3))
+    scenes.belonging([scene], site, 2020, [fewer])
+    access = json.loads(scene.properties["minecube:access"])
+    access |= {"kind": "s3", "href": "http://evil.example.org", "credentials_for": ["ours"]}
+    scene.properties["minecube:access"] = json.dumps(access)
+    with pytest.raises(SceneError, match=f"scene {scene.id}: its files are got at in another way than test says"):
+        scenes.belonging([scene], site, 2020, [archive.source])
+
+
+def test_a_scene_that_was_changed_after_it_was_listed_is_checked_when_it_is_read(listed):
+    at, local, site = listed
+    source, _ = at("archive/none.tif")
+    (scene,) = scenes.search(site, 2020, source).scenes
+    for href in (str(local), f"file://{local}", f"/vsicurl/{local}", "http://169.254.169.254/latest"):
+        scene.assets["B04"].href = href
+        with pytest.raises(ReadError, match=f"scene {scene.id}: B04 is not read from"):
+            scenes.stack([scene], scenes.grid_of(site), ["B04"])
+
+
+def test_an_image_of_another_format_is_refused_by_name_and_nothing_is_committed(listed, tmp_path):
+    at, local, site = listed
+    (tmp_path / "V.tif").write_text(
+        f'<VRTDataset rasterXSize="60" rasterYSize="60"><VRTRasterBand dataType="UInt16" band="1"><SimpleSource>'
+        f"<SourceFilename>{local}</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    source, _ = at("V.tif")
+    job = building.Job(store=str(tmp_path / "c.zarr"), sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
+    (outcome,) = building.build(job, [site], [2020])
+    assert outcome.state == "failed"
+    assert re.search(r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format\)", outcome.message)
+    assert not cube.builds(job.store, site.id)
 
 
 def test_an_api_that_answers_html(api, searched):

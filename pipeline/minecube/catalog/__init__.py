@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import geopandas as gpd
 import pandas as pd
@@ -152,13 +153,15 @@ class Access:
     """What turns an asset's href into a request that is answered; nothing secret stands here."""
 
     kind: str = "plain"
-    """plain: as it is; planetary-computer: a token by container; s3: a request signed with keys from the environment."""
+    """plain: without credentials; planetary-computer: a token per container; s3: signed with keys from the environment."""
     href: str | None = None
     """planetary-computer: the token service, asked for /<account>/<container>; s3: the endpoint, AWS's own by default."""
     region: str | None = None
     """s3 only; by default the environment's."""
     anonymous: bool = False
     """s3 only: public objects, nothing is signed."""
+    credentials_for: tuple[str, ...] = ()
+    """planetary-computer: hosts that may see a token, beside the service's own; s3: buckets whose requests are signed."""
     connections: int = 64
     """Requests for pixels in flight at a time, a process."""
 
@@ -168,7 +171,18 @@ class Access:
         need(self.kind != "planetary-computer" or self.href, "href", "the URL of the token service, found none")
         need(self.kind == "s3" or not (self.region or self.anonymous), "region", f"kind s3 beside it, found {self.kind!r}")
         need(not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}")
+        signs = self.kind != "plain" and not self.anonymous
+        found = ", ".join(self.credentials_for)
+        need(signs or not self.credentials_for, "credentials_for", f"no names where nothing is signed, found {found}")
+        bare = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in self.credentials_for)
+        need(bare, "credentials_for", f"bare names such as files.example.org, found {found}")
         need(1 <= self.connections <= 256, "connections", f"1..256, found {self.connections}")
+
+    def hosts(self) -> frozenset[str]:
+        """The hosts that are named here: the service or endpoint, and those that may see a token."""
+        service = urlsplit(self.href or "").hostname
+        named = self.credentials_for if self.kind == "planetary-computer" else ()
+        return frozenset([service, *named] if service else named)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from minecube import network
 from minecube.cli.explain import explain, one_line
 from minecube.cli.words import check_words
 from minecube.errors import MinecubeError
@@ -135,6 +136,7 @@ def cli(verbose: bool) -> None:
     Example, the whole job on your own polygons:
       minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr
     """
+    network.forget_unreachable()
     _log_to_stderr(logging.INFO if verbose else logging.WARNING)
     if not sys.warnoptions:  # which python -W and PYTHONWARNINGS set
         # Third-party deprecations are for those who develop this package, whose tests turn them into errors.

@@ -110,7 +110,7 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
     own: dict[Credit, None] = {}
     for image in images:
         try:
-            with rasterio.open(image) as src:
+            with rasterio.open(image, driver="GTiff") as src:
                 tags = src.tags()
                 assets[tags["variable"]] = image_asset(image, src)
                 bounds = transform_bounds(src.crs, 4326, *src.bounds)

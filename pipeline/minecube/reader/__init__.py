@@ -2,7 +2,8 @@
 
 `read` trusts the file, never the item. A file of the grid's zone whose pixels are the grid's, or whole multiples of them,
 is read as a plain window (a 20 m pixel is repeated, not interpolated); anything else, above all a scene of the
-neighbouring UTM zone, is warped. COG or JPEG 2000; a local path, http(s):// or s3://, of which `remote` fetches the bytes.
+neighbouring UTM zone, is warped. A file is a GeoTIFF or JPEG 2000 at a local path, http(s):// or s3://. `remote` fetches the
+bytes of the latter. `minecube.network` says which hrefs are allowed, `minecube.images` which files are opened.
 A read that fails raises, or is lost in the `Ledger` that allows it: an error never becomes a zero unseen.
 
 A dataset is opened, read and closed by one thread, within one read. What is worth keeping, the header's bytes and the
@@ -18,12 +19,12 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -42,10 +43,12 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window, from_bounds
 
+from minecube import images
 from minecube.catalog import SCL, Access
 from minecube.errors import ReadError
+from minecube.network import ForbiddenError, RequestError, check_href, is_local, local_path, origin_of, without_query
 from minecube.reader.ledger import Ledger
-from minecube.reader.remote import HEAD, Opened, RequestError, Tally, check_credentials, interrupted, remote_for, without_query
+from minecube.reader.remote import HEAD, Opened, Tally, check_credentials, interrupted, remote_for
 
 __all__ = [
     "HEAD",
@@ -73,12 +76,7 @@ _SAME_SIZE = 1e-6  # pixel sizes must agree far better: the difference adds up o
 
 
 _PLAIN = Access()
-_GDAL = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no looking for sidecars, a request each
-    # Threads of GDAL's own do not know rasterio's Python files: JPEG 2000 then comes back as whatever lay in memory, without
-    # an error. The reads themselves are many at a time.
-    "GDAL_NUM_THREADS": "1",
-}
+_MOST_PX = 10_980**2  # pixels of a band of a Sentinel-2 tile at 10 m
 
 
 @dataclass(frozen=True)
@@ -89,22 +87,30 @@ class Asset:
     band: str
     href: str
     access: Access = _PLAIN
+    origin: str | None = None
+    """The host of the catalogue that lists it, empty for a local one; None if the caller vouches for the href."""
 
     @classmethod
     def of(cls, scene: pystac.Item, band: str) -> Asset:
-        """The scene's file of that band; raises ReadError where it has none."""
+        """The scene's file of that band; raises ReadError where it has none, or it must not be read."""
         if band not in scene.assets:
             raise ReadError(f"scene {scene.id}: no asset for {band}; it has {', '.join(sorted(scene.assets))}")
-        access = Access(**json.loads(scene.properties["minecube:access"]))
-        return cls(scene=scene.id, band=band, href=scene.assets[band].href, access=access)
+        said = json.loads(scene.properties["minecube:access"])
+        access = Access(**{**said, "credentials_for": tuple(said.get("credentials_for", ()))})
+        asset = cls(scene.id, band, scene.assets[band].href, access, scene.properties.get("minecube:origin"))
+        try:
+            check_href(asset.href, asset.origin or "", access.hosts())
+        except ForbiddenError as error:
+            raise ReadError(f"scene {scene.id}: {band} is not read from {without_query(asset.href)}: {error}") from error
+        return asset
 
     def read(self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None, out: UInt16 | None = None) -> UInt16:
         """As `read`; counted in the ledger, which may allow that it is lost: then uint16 zeros."""
         if ledger is None:
-            return read(self.href, grid, resampling, self.access, out=out)
+            return read(self.href, grid, resampling, self.access, out=out, origin=self.origin)
         tally, began = Tally(), time.perf_counter()
         try:
-            pixels = read(self.href, grid, resampling, self.access, tally, out)
+            pixels = read(self.href, grid, resampling, self.access, tally, out, self.origin)
         except ReadError as error:
             self._count(ledger, tally, began, lost_because=str(error))
             if not ledger.lossy:
@@ -191,7 +197,7 @@ def begin(
     scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None
 ) -> Future[UInt16]:
     """`read_band` on the threads that all reads of this process share: many for what is far away, few for local files."""
-    far = band in scene.assets and "://" in scene.assets[band].href
+    far = band in scene.assets and not is_local(scene.assets[band].href)
     return _threads(READ_THREADS if far else LOCAL_THREADS).submit(read_band, scene, band, grid, ledger, out)
 
 
@@ -225,26 +231,29 @@ def read(
     access: Access | None = None,
     tally: Tally | None = None,
     out: UInt16 | None = None,
+    origin: str | None = None,
 ) -> UInt16:
     """One single-band file on the grid: uint16 (y, x), 0 where the file has nothing.
 
     Files in the grid's zone whose pixels nest in the grid are read without resampling; `resampling` is for the rest.
 
     Args:
-        href: local path, http(s):// or s3:// URL (or GDAL's /vsicurl/ and /vsis3/ names for them).
+        href: local path, or file://, http(s):// or s3:// URL.
         grid: where the pixels go.
         resampling: for files that have to be warped.
         access: how requests are signed; not at all by default.
         tally: counts requests and bytes.
         out: where the pixels are put, so that nothing is copied; a new array by default.
+        origin: host of the catalogue that lists the href, empty for a local one; by default the caller vouches for it.
 
     Raises:
-        ReadError: the file is missing, truncated, has several bands or is not of unsigned integers up to 16 bits.
+        ReadError: the href must not be read; the file is missing, truncated, no GeoTIFF or JPEG 2000, larger than a
+            Sentinel-2 tile, has several bands or is not of unsigned integers up to 16 bits.
     """
     tally = tally or Tally()
-    url = re.sub("^/vsis3/", "s3://", href.removeprefix("/vsicurl/"))
+    origin = origin_of(href) if origin is None else origin
     try:
-        with rasterio.Env(**_GDAL), _open(url, access or _PLAIN, tally) as src:
+        with rasterio.Env(**images.SETTINGS), _open(href, access or _PLAIN, origin, tally) as src:
             if src.count != 1 or src.dtypes[0] not in ("uint8", "uint16"):
                 found = f"{src.count} of {src.dtypes[0]}"
                 raise ReadError(
@@ -255,20 +264,35 @@ def read(
             if tally.error:  # GDAL was given zeros for bytes that did not come
                 raise RequestError(str(tally.error)) from tally.error
             return pixels
+    except ForbiddenError as error:
+        raise ReadError(f"{without_query(href)}: is not read ({error}); its site-year is not written") from error
     except (rasterio.errors.RasterioError, RequestError) as error:
         why = error if isinstance(error, RequestError) else tally.error or error.__cause__ or error
         raise ReadError(
-            f"{without_query(href)}: cannot be read ({without_query(str(why))}); its pixels would be missing from the "
-            "composite, so the site-year is not written; check that the file is there and whole, then run again"
+            f"{without_query(href)}: cannot be read ({without_query(str(why))}), so its site-year is not written; check that "
+            "the file is there and whole, then run again"
         ) from error
 
 
-def _open(url: str, access: Access, tally: Tally) -> rasterio.DatasetReader:
-    if not url.startswith(("http://", "https://", "s3://")):
-        return rasterio.open(url, sharing=False)
-    source = remote_for(access)
-    head = source.head(url, tally)
-    return rasterio.open("remote/image", sharing=False, opener=Opened(source, url, head, tally))
+def _open(href: str, access: Access, origin: str, tally: Tally) -> rasterio.DatasetReader:
+    check_href(href, origin, access.hosts())
+    if is_local(href):
+        path = Path(local_path(href))
+        return images.open_image(str(path), _first_bytes(path), most_px=_MOST_PX)
+    source = remote_for(access, origin)
+    head = source.head(href, tally)
+    return images.open_image("remote/image", head.data, most_px=_MOST_PX, opener=Opened(source, href, head, tally))
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The beginning of a local file; raises RequestError if it is missing or no regular file."""
+    try:
+        if not path.is_file() and path.exists():
+            raise ForbiddenError("expected a file, found something else")
+        with path.open("rb") as file:
+            return file.read(images.SIGNATURE)
+    except OSError as error:
+        raise RequestError(error.strerror or str(error)) from error
 
 
 class NativeReader:

@@ -4,10 +4,14 @@ GDAL's own network layer caches a failure or a short answer and replays it, does
 tokens of few providers. Here it asks for byte ranges through a Python file object instead (`RemoteFile`), which holds
 neither credentials nor a signed URL, and every request is one of `Remote.fetch`: answered in full, tried again, or lost.
 
-What is tried again: connections that fail, answers that stop short or stall, and HTTP 408, 425, 429 and 5xx (RFC 9110,
+What is tried again: connections that break, answers that stop short or stall, and HTTP 408, 425, 429 and 5xx (RFC 9110,
 sections 15.5 and 15.6), after a pause that doubles, drawn at random, or as long as the server asks for (Retry-After). 401 and
-403 (and 400, S3's answer to an expired session) are tried again with a new signature where requests are signed. Anything else
-is final: it would be the same next time.
+403 (and 400, S3's answer to an expired session) are tried again with a new signature where requests are signed. A host that
+cannot be reached at all is tried for seconds only, then remembered (`network`). Anything else is final: it would be the same
+next time.
+
+Tokens and signatures go only to the hosts and buckets that the source names (`Access.credentials_for`). All others are asked
+without them. Redirects are followed without them, too, and every connection keeps the rules of `network`.
 """
 
 from __future__ import annotations
@@ -20,21 +24,24 @@ import random
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import obstore
 import obstore.exceptions
 import obstore.store
+import requests
 import urllib3
 from rasterio.abc import MultiByteRangeResourceContainer
 
+from minecube import network
 from minecube.catalog import Access
 from minecube.errors import CatalogError
+from minecube.network import ForbiddenError, RequestError, without_query
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +49,7 @@ HEAD = 16384
 """Bytes of a file that come with its first request: the header of a COG of a whole Sentinel-2 tile fits."""
 _BLOCK = 65536  # least that is asked for beyond the head by plain reads; ranges of tiles are asked for as they are
 _HEADS = 2048  # heads kept, 32 MB: every block of a site opens the same files
-PATIENCE_S = 180.0
-"""How long one request is tried again before its read counts as lost."""
+PATIENCE_S = network.PATIENCE_S
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 15.0
 # Silence on a connection that ends a try: short at first, for most answers begin within a second, then twice as long each time.
 _CONNECT_S, _STALL_S, _LONGEST_STALL_S = 10.0, 2.5, 40.0
@@ -51,14 +57,14 @@ _SIGNATURES = 4  # new ones that a request is tried with
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _UNSIGNED = {400, 401, 403}
 _SIGNED_FOR = timedelta(minutes=30)
+_REDIRECTS = 5
+_LONGEST_REFUSED_PAUSE_S = 1.0  # a last try must end in time
+_TOKEN_BYTES = 65536  # most that a token service may answer
+_SIGNING = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}  # of asking AWS for a machine's own keys
 
 
 interrupted = threading.Event()
 """Set while the process is to end: requests in trouble are then given up instead of tried again."""
-
-
-class RequestError(OSError):
-    """A request that was not answered in the end; the message shows no signature."""
 
 
 @dataclass
@@ -82,17 +88,67 @@ class Head:
     """ETag: bytes of two versions of a file would make an image that never was."""
 
 
-class Remote:
-    """Requests in one way of access; one a process (`remote_for`), for any thread."""
+class _Http(urllib3.connection.HTTPConnection):
+    """A connection that is checked before anything is sent."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check = check
+
+    def connect(self) -> None:
+        """Connect, and raise ForbiddenError if the host has an address that must not be reached."""
+        super().connect()
+        self._check(self.host, self.sock.getpeername()[0])
+
+
+class _Https(urllib3.connection.HTTPSConnection):
+    """The same over TLS."""
+
+    def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check = check
+
+    def connect(self) -> None:
+        """Connect, and raise ForbiddenError if the host has an address that must not be reached."""
+        super().connect()
+        self._check(self.host, self.sock.getpeername()[0])
+
+
+class _Pools(urllib3.PoolManager):
+    """Pools of checked connections."""
+
+    def __init__(self, check: Callable[[str, str], None], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._check = check
+
+    def connection_from_host(
+        self,
+        host: str | None,
+        port: int | None = None,
+        scheme: str | None = "http",
+        pool_kwargs: dict[str, Any] | None = None,
+    ) -> urllib3.HTTPConnectionPool:
+        """The pool of a host."""
+        pool = super().connection_from_host(host, port, scheme, pool_kwargs)
+        kind = _Https if scheme == "https" else _Http
+        pool.ConnectionCls = functools.partial(kind, check=self._check)  # type: ignore[assignment]
+        return pool
+
+
+class Remote:
+    """Requests in one way of access, for hrefs from one origin; one a process (`remote_for`), for any thread."""
+
+    def __init__(self, access: Access, origin: str = "") -> None:
         self.access = access
-        self._pool = urllib3.PoolManager(maxsize=access.connections, block=True, num_pools=16)
+        self._origin = origin
+        self._named = set(access.hosts())
+        self._pool = _Pools(self._check, maxsize=access.connections, block=True, num_pools=16)
         self._heads: dict[str, Head] = {}
         self._tokens: dict[str, tuple[str, float]] = {}
         self._lock, self._signing = threading.Lock(), threading.Lock()
-        for name in ("connectionpool", "poolmanager", "util.retry"):
-            logging.getLogger(f"urllib3.{name}").addFilter(_without_queries)
+
+    def _check(self, host: str, address: str) -> None:
+        network.check_address(host, address, self._origin, self._named)
 
     def head(self, href: str, tally: Tally) -> Head:
         """The file's first bytes, its size and version; raises RequestError."""
@@ -112,73 +168,104 @@ class Remote:
             return head.data[start:stop]
         return self._fetch(href, start, stop - start, tally, head).data
 
+    def whole(self, href: str, most: int) -> bytes:
+        """All bytes of a file that has at most so many; raises RequestError."""
+        found = self._fetch(href, 0, most, Tally(), None)
+        if found.size > most:
+            raise RequestError(f"expected at most {most:,} bytes, found {found.size:,}")
+        return found.data
+
     def _fetch(self, href: str, start: int, length: int, tally: Tally, head: Head | None) -> Head:
-        began, pause, stall, signatures, tried = 0.0, _FIRST_PAUSE_S, _STALL_S, 0, 0
+        began = 0.0  # of the trouble: a request may have queued for its connection long before
+        pause, stall = _FIRST_PAUSE_S, _STALL_S
+        signatures, tried = 0, 0
         while True:
             tally.requests += 1
-            asked_to_wait = 0.0
             try:
-                url, key = self._signed(href)
+                return self._try(href, start, length, tally, head, stall, signatures < _SIGNATURES)
+            except _TroubleError as error:
+                trouble = error
+            began = began or time.monotonic()
+            signatures += trouble.resigned
+            tried += 1
+            _give_up_in_the_end(trouble, time.monotonic() - began, tried)
+            tally.retried += 1
+            log.debug("%s: %s; try %d", without_query(href), trouble, tried + 1)
+            # All of it random: requests that failed together must not come back together.
+            wait = max(trouble.wait_s, random.uniform(0, pause))  # noqa: S311  no secret depends on it
+            if interrupted.wait(wait):
+                raise RequestError(f"{trouble}; interrupted")
+            pause, stall = min(2 * pause, _LONGEST_PAUSE_S), min(2 * stall, _LONGEST_STALL_S)
+
+    def _try(self, href: str, start: int, length: int, tally: Tally, head: Head | None, stall: float, may_resign: bool) -> Head:
+        """Ask once; raises _TroubleError for what may pass, RequestError for what is final."""
+        headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
+        try:
+            url, key = self._signed(href)
+            answer = self._ask(url, headers, stall)
+            if answer.status in (200, 206):
+                return self._checked(answer, href, start, length, tally, head)
+        except urllib3.exceptions.HTTPError as error:
+            problem = without_query(_reason(error))
+            if isinstance(error, urllib3.exceptions.LocationValueError) or "CERTIFICATE_VERIFY_FAILED" in problem:
+                raise RequestError(problem) from error
+            raise _TroubleError(problem) from error
+        _drain(answer)
+        problem = f"HTTP {answer.status}"
+        resigned = answer.status in _UNSIGNED and key is not None and may_resign
+        if resigned:
+            self._forget(key, url)
+        elif answer.status not in _AGAIN:
+            raise RequestError(f"{problem} {answer.reason or ''}".strip())
+        raise _TroubleError(problem, wait_s=retry_after(answer.headers.get("Retry-After")), resigned=resigned)
+
+    def _ask(self, url: str, headers: Mapping[str, str], stall: float) -> urllib3.BaseHTTPResponse:
+        """The answer to a GET, wherever redirects lead; its body is not read yet."""
+        for _ in range(_REDIRECTS + 1):
+            network.need_reachable(url)
+            try:
                 answer = self._pool.request(
                     "GET",
                     url,
-                    headers={"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"},
-                    retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, raise_on_status=False),
+                    headers=headers,
+                    retries=False,
+                    redirect=False,
                     timeout=urllib3.Timeout(connect=_CONNECT_S, read=stall),
                     preload_content=False,
                 )
-                try:
-                    if answer.status in (200, 206):
-                        return self._checked(answer, href, start, length, tally, head)
-                    answer.drain_conn()
-                finally:
-                    answer.release_conn()
-                problem = f"HTTP {answer.status}"
-                resign = answer.status in _UNSIGNED and key is not None and signatures < _SIGNATURES
-                if not (resign or answer.status in _AGAIN):
-                    raise RequestError(f"{problem} {answer.reason or ''}".strip())
-                if resign:
-                    signatures += 1
-                    self._forget(key, url)
-                asked_to_wait = _retry_after(answer.headers.get("Retry-After"))
-            except _IncompleteError as error:
-                problem = str(error)
+                location = answer.get_redirect_location()
+                if not location:
+                    return answer
+                _drain(answer)
+                log.debug("Redirecting %s -> %s", without_query(url), without_query(location))
+                url = network.redirected(url, location, self._origin, self._named)
+            except ForbiddenError as error:
+                raise RequestError(str(error)) from error
             except urllib3.exceptions.HTTPError as error:
-                problem = without_query(_reason(error))
-                if isinstance(error, urllib3.exceptions.LocationValueError) or "CERTIFICATE_VERIFY_FAILED" in problem:
-                    raise RequestError(problem) from error
-            began = began or time.monotonic()  # of the trouble: a request may have queued for its connection long before
-            if time.monotonic() - began + asked_to_wait > PATIENCE_S:
-                raise RequestError(f"{problem}, after {tried + 1} tries in {time.monotonic() - began:.0f} s")
-            tally.retried += 1
-            tried += 1
-            log.debug("%s: %s; try %d", without_query(href), problem, tried + 1)
-            # All of it random: requests that failed together must not come back together.
-            wait = max(asked_to_wait, random.uniform(0, pause))  # noqa: S311  no secret depends on it
-            if interrupted.wait(wait):
-                raise RequestError(f"{problem}; interrupted")
-            pause, stall = min(2 * pause, _LONGEST_PAUSE_S), min(2 * stall, _LONGEST_STALL_S)
+                why = network.why_unreachable(url, error)
+                if why is None:
+                    raise
+                raise _TroubleError(why, unreachable=url) from error
+        raise RequestError(f"more than {_REDIRECTS} redirects")
 
     def _checked(
         self, answer: urllib3.BaseHTTPResponse, href: str, start: int, length: int, tally: Tally, head: Head | None
     ) -> Head:
         """The answer's bytes if they are those that were asked for."""
         place = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
-        if answer.status == 200:
+        size = int(place[3]) if place else int(answer.headers.get("Content-Length", -1))
+        if answer.status == 200 and (start or not 0 <= size <= length):
             # A file shorter than the range may come whole; one that is longer is not wanted whole.
-            size = int(answer.headers.get("Content-Length", -1))
-            if start or not 0 <= size <= length:
-                answer.close()
-                raise RequestError("the server does not answer byte ranges, which reading windows of images needs")
-        elif not place or int(place[1]) != start:
             answer.close()
-            raise _IncompleteError(f"Content-Range {answer.headers.get('Content-Range')!r} for bytes from {start} on")
-        else:
-            size = int(place[3])
-        data = answer.read()
+            raise RequestError("the server does not answer byte ranges, which reading windows of images needs")
+        if answer.status == 206 and (not place or int(place[1]) != start):
+            answer.close()
+            raise _TroubleError(f"Content-Range {answer.headers.get('Content-Range')!r} for bytes from {start} on")
+        expected = min(length, size - start)
+        data = _body(answer, expected)
         tally.bytes += len(data)
-        if len(data) != min(length, size - start):
-            raise _IncompleteError(f"{len(data)} bytes of {min(length, size - start)}")
+        if len(data) != expected:
+            raise _TroubleError(f"{len(data)} bytes of {expected}")
         version = answer.headers.get("ETag", "")
         if head and (size != head.size or (version and head.version and version != head.version)):
             with self._lock:
@@ -188,13 +275,15 @@ class Remote:
 
     def _signed(self, href: str) -> tuple[str, str | None]:
         """The URL to ask, and what its signature is kept under; None where nothing is signed."""
-        if self.access.kind == "planetary-computer":
-            parts = urlsplit(href)
+        if href.startswith("s3://"):
+            return self._at_s3(href)
+        parts = urlsplit(href)
+        # Never in the clear, unless the token service itself is asked so.
+        same_scheme = parts.scheme == urlsplit(self.access.href or "").scheme
+        if self.access.kind == "planetary-computer" and parts.hostname in self.access.hosts() and same_scheme:
             container = f"{parts.netloc.split('.')[0].split(':')[0]}/{parts.path.split('/')[1]}"
             token = self._token(container)
             return f"{href}{'&' if parts.query else '?'}{token}", container
-        if href.startswith("s3://"):
-            return self._presigned(href)
         return href, None
 
     def _token(self, container: str) -> str:
@@ -202,9 +291,12 @@ class Remote:
         with self._signing:
             token, until = self._tokens.get(container, ("", 0.0))
             if time.time() >= until:
-                answer = self._pool.request("GET", f"{self.access.href}/{container}", timeout=30.0, retries=_TOKEN_RETRIES)
+                answer = self._ask(f"{self.access.href}/{container}", {}, 30.0)
+                body = _body(answer, _TOKEN_BYTES)
+                if answer.status in _AGAIN:
+                    raise _TroubleError(f"HTTP {answer.status} of {self.access.href}")
                 try:
-                    content = json.loads(answer.data)
+                    content = json.loads(body)
                     token = content["token"]
                     left = (datetime.fromisoformat(content["msft:expiry"]) - datetime.now(tz=UTC)).total_seconds()
                 except (ValueError, KeyError, TypeError) as error:
@@ -214,15 +306,29 @@ class Remote:
                 self._tokens[container] = token, until
             return token
 
-    def _presigned(self, href: str) -> tuple[str, str | None]:
+    def _at_s3(self, href: str) -> tuple[str, str | None]:
+        """The URL of an object, signed if the source names its bucket."""
         bucket, _, path = href.removeprefix("s3://").partition("/")
-        if self.access.anonymous:
+        if self.access.anonymous or bucket not in self.access.credentials_for:
             region = self.access.region or "us-east-1"
-            return f"{self.access.href or f'https://s3.{region}.amazonaws.com'}/{bucket}/{path}", None
+            endpoint = self.access.href or os.environ.get("AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
+            url, key = f"{endpoint}/{bucket}/{quote(path)}", None
+        else:
+            url, key = self._presigned(href, bucket, path), bucket
+        self._named.add(urlsplit(url).hostname or "")  # the endpoint: AWS's, or the user's own choice
+        return url, key
+
+    def _presigned(self, href: str, bucket: str, path: str) -> str:
+        network.need_reachable(href)
         try:
-            return obstore.sign(_bucket(self.access, bucket), "GET", path, _SIGNED_FOR), bucket
+            return str(obstore.sign(_bucket(self.access, bucket), "GET", path, _SIGNED_FOR))
         except (obstore.exceptions.BaseError, ValueError) as error:
-            raise RequestError(f"s3://{bucket}: requests cannot be signed ({type(error).__name__})") from error
+            why = (
+                f"requests to s3://{bucket} cannot be signed: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+                "to keys of its provider"
+            )
+            network.note_unreachable(href, why)
+            raise RequestError(why) from error
 
     def _forget(self, key: str | None, url: str) -> None:
         """No longer use the signature that was refused; another thread may have renewed it already."""
@@ -231,26 +337,41 @@ class Remote:
                 del self._tokens[key]
 
 
-# Raised where it goes on failing: the read that wanted the token is then tried again itself.
-_TOKEN_RETRIES = urllib3.Retry(total=5, backoff_factor=0.3, backoff_jitter=0.3, status_forcelist=_AGAIN)
+class Session(requests.Session):
+    """A session of requests whose redirects keep the rules of `network`."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Where a redirect leads; raises ForbiddenError if it must not be followed."""
+        target = super().get_redirect_target(resp)
+        if target is None:
+            return None
+        resp.close()  # its body is not wanted, and may have no end
+        return network.redirected(resp.url, target, network.origin_of(resp.url), resolve=True)
 
 
-_REMOTES: dict[Access, Remote] = {}
+_REMOTES: dict[tuple[Access, str], Remote] = {}
 _MAKING = threading.Lock()  # two at once would have twice the connections
 
 
-def remote_for(access: Access) -> Remote:
-    """The process's connections for one way of access."""
+def remote_for(access: Access, origin: str = "") -> Remote:
+    """The process's connections for one way of access and hrefs from one origin (`network.origin_of`)."""
     with _MAKING:
-        if access not in _REMOTES:
-            _REMOTES[access] = Remote(access)
-        return _REMOTES[access]
+        if (access, origin) not in _REMOTES:
+            _REMOTES[access, origin] = Remote(access, origin)
+        return _REMOTES[access, origin]
+
+
+def access_to(url: str) -> Access:
+    """How to get at a URL that the user gave: an s3:// URL is signed with the environment's keys."""
+    return Access(kind="s3", credentials_for=(urlsplit(url).netloc,)) if url.startswith("s3://") else Access()
 
 
 @functools.cache
 def _bucket(access: Access, name: str) -> Any:
     """obstore's store of a bucket, asked for nothing but signatures; it takes keys from the environment."""
-    options: dict[str, Any] = {"region": access.region} if access.region else {}
+    options: dict[str, Any] = {"retry_config": _SIGNING}
+    if access.region:
+        options["region"] = access.region
     if access.href:
         options |= {"endpoint": access.href, "virtual_hosted_style_request": False}
         if access.href.startswith("http://"):
@@ -259,22 +380,71 @@ def _bucket(access: Access, name: str) -> Any:
 
 
 def check_credentials(access: Access, source_id: str) -> None:
-    """Raises CatalogError where requests are to be signed with keys that the environment lacks."""
-    if access.kind != "s3" or access.anonymous or not access.href:
-        return  # AWS itself knows other ways than keys: roles of machines, profiles
+    """Raise CatalogError if requests are to be signed with keys that the environment lacks, or for no bucket."""
+    if access.kind != "s3" or access.anonymous:
+        return
     lacking = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if not os.environ.get(name)]
-    if lacking:
+    if lacking and access.href:  # AWS itself knows other ways than keys: roles of machines, profiles
         raise CatalogError(
             f"source {source_id!r} reads from {access.href}, which needs keys: {' and '.join(lacking)} not set in the "
             "environment; get them from the provider's site and export them"
         )
+    if not access.credentials_for:
+        raise CatalogError(
+            f"source {source_id!r} signs requests, but names no bucket: list its buckets in credentials_for (sources.yaml), "
+            "or set anonymous: true"
+        )
 
 
-class _IncompleteError(Exception):
-    """An answer that is not what was asked for, though the server says that all is well."""
+class _TroubleError(Exception):
+    """A try that failed in a way that may pass."""
+
+    def __init__(self, problem: str, *, wait_s: float = 0.0, resigned: bool = False, unreachable: str = "") -> None:
+        super().__init__(problem)
+        self.wait_s = wait_s
+        """Seconds that the server asks to wait."""
+        self.resigned = resigned
+        """Whether the next try has a new signature."""
+        self.unreachable = unreachable
+        """The URL whose host cannot be reached."""
 
 
-def _retry_after(value: str | None) -> float:
+def _give_up_in_the_end(trouble: _TroubleError, lasted_s: float, tries: int) -> None:
+    """Raise RequestError if a trouble has lasted too long."""
+    if trouble.unreachable:
+        if lasted_s + _LONGEST_REFUSED_PAUSE_S > network.REFUSED_S:
+            network.note_unreachable(trouble.unreachable, str(trouble))
+            raise RequestError(str(trouble)) from trouble
+    elif lasted_s + trouble.wait_s > PATIENCE_S:
+        raise RequestError(f"{trouble}, after {tries} tries in {lasted_s:.0f} s") from trouble
+
+
+def _body(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:
+    """The body of an answer as it is sent, at most so many bytes, in `PATIENCE_S` at most."""
+    parts: list[bytes] = []
+    left = most
+    until = time.monotonic() + PATIENCE_S
+    try:
+        while left > 0 and (part := answer.read1(left, decode_content=False)):
+            parts.append(part)
+            left -= len(part)
+            if time.monotonic() > until:
+                raise _TroubleError(f"{most - left} bytes of {most} in {PATIENCE_S:.0f} s")
+    finally:
+        answer.close()  # of one that was read to its end, the connection is back in its pool already
+    return b"".join(parts)
+
+
+def _drain(answer: urllib3.BaseHTTPResponse) -> None:
+    """Free the connection of an answer that is not wanted; one with a long body, or without an end, is closed."""
+    length = answer.headers.get("Content-Length", "")
+    if length.isdigit() and int(length) <= _BLOCK:
+        answer.drain_conn()
+    else:
+        answer.close()
+
+
+def retry_after(value: str | None) -> float:
     """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number or a date); 0 where it does not."""
     if not value:
         return 0.0
@@ -287,18 +457,6 @@ def _retry_after(value: str | None) -> float:
 def _reason(error: BaseException) -> str:
     inner = getattr(error, "reason", None)
     return _reason(inner) if isinstance(inner, BaseException) else f"{type(error).__name__}: {error}"
-
-
-def _without_queries(record: logging.LogRecord) -> bool:
-    """For urllib3's log, which tells every URL, and with it its signature."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(without_query(a) if isinstance(a, str) else a for a in record.args)
-    return True
-
-
-def without_query(text: str) -> str:
-    """Text without the queries of URLs, which may hold a signature that must not reach a log."""
-    return re.sub(r"\?[^\s'\")]*", "", text)
 
 
 class Ranges(Protocol):

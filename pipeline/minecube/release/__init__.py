@@ -29,7 +29,6 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import requests
 from affine import Affine
 from rasterio import features
 from rasterio.errors import NotGeoreferencedWarning
@@ -37,8 +36,9 @@ from rasterio.errors import NotGeoreferencedWarning
 from minecube.catalog import Release, Site
 from minecube.errors import ReleaseError
 from minecube.files import replacing
+from minecube.network import ForbiddenError, why_unreachable, without_query
 from minecube.reader import interrupted
-from minecube.reader.remote import without_query
+from minecube.reader.remote import Session
 from minecube.release.archive import Archive
 from minecube.release.importing import MINE, Found, ReleaseSite, extent_of, find, read_site
 
@@ -106,7 +106,7 @@ def import_release(
             raise ReleaseError(
                 f"{archive.where}: no image has a place on Earth, so no site of it has; is it the whole release?"
             )
-        tables = {t: pd.concat([getattr(r, t) for r in read if len(getattr(r, t))] or [getattr(read[0], t)]) for t in _TABLES}
+        tables = {t: _together([getattr(r, t) for r in read]) for t in _TABLES}
         tables["labels"] = tables["labels"].assign(source=release.name, licence=release.licence, doi=release.doi)
         for name, table in tables.items():
             _write_parquet(table.reset_index(drop=True), out / f"{name}.parquet")
@@ -180,16 +180,20 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
         return path
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part, requests.get(url, stream=True, timeout=60) as answer, part.open("wb") as file:
+        with (
+            replacing(path) as part,
+            Session() as session,
+            session.get(url, stream=True, timeout=(10, 60)) as answer,
+            part.open("wb") as file,
+        ):
             answer.raise_for_status()
             size = int(answer.headers.get("Content-Length", 0))
             for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
                 file.write(piece)
                 done(len(piece), size)
-    except OSError as error:  # requests' errors are, too
-        raise ReleaseError(
-            f"{without_query(url)}: cannot be downloaded to {out} ({without_query(str(error))}); try again"
-        ) from error
+    except (OSError, ForbiddenError) as error:  # requests' errors are OSErrors
+        why = why_unreachable(url, error) or without_query(str(error))
+        raise ReleaseError(f"{without_query(url)}: cannot be downloaded to {out} ({why}); try again") from error
     return path
 
 
@@ -234,6 +238,15 @@ def _read_once(archive: Archive, found: Found, site: str, parts: Path) -> None:
 def _part(folder: Path) -> ReleaseSite:
     years, changes = (pd.read_parquet(folder / f"{n}.parquet") for n in ("years", "changes"))
     return ReleaseSite(years, gpd.read_parquet(folder / "labels.parquet"), changes)
+
+
+def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of all sites as one; a column that a site has no value for takes its type from the others."""
+    if isinstance(tables[0], gpd.GeoDataFrame):
+        joined: pd.DataFrame = pd.concat([table for table in tables if len(table)] or [tables[0]])
+        return joined
+    records = [record for table in tables for record in table.to_dict("records")]
+    return pd.DataFrame(records, columns=tables[0].columns)
 
 
 def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site]) -> gpd.GeoDataFrame:

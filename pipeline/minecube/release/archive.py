@@ -25,9 +25,11 @@ from typing import Protocol, TypeVar
 import rasterio
 from rasterio.errors import RasterioError
 
+from minecube import images
 from minecube.catalog import Access
 from minecube.errors import ReleaseError
-from minecube.reader.remote import Head, Opened, RequestError, Tally, remote_for, without_query
+from minecube.network import ForbiddenError, RequestError, origin_of, without_query
+from minecube.reader.remote import Head, Opened, Tally, access_to, remote_for
 
 T = TypeVar("T")
 
@@ -40,6 +42,17 @@ _GAP = 4096  # bytes between members for which one request is still better than 
 # What zipfile raises of members: checksum, end, encryption, a packing it does not know; and what the packings raise.
 _BROKEN = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, lzma.LZMAError, OSError)
 _LOCAL_HEADER = 30  # bytes before the name (APPNOTE.TXT, 4.3.7)
+_AROUND = _LOCAL_HEADER + 2 * 65535 + 24  # most of a member beside its content: name, extra field and data descriptor
+MOST_PX = 5000**2
+"""Pixels of a band that an image or label may have: 50 x 50 km."""
+MOST_BYTES = 2**29
+"""Bytes that an image or label may take, as a file and as pixels."""
+_MOST_PREFIX = 2**27  # of a packed image, to reach its header
+_MOST_DIRECTORY = 2**26  # bytes of an archive's directory: half a million members
+_PIECE = 65536  # bytes unpacked at a time
+_BY_PIECES = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Packings of which Python unpacks a piece. Of others it unpacks all that it is given, so that it is given little at a time."""
+_PACKED_PIECE = 64  # bytes: of bzip2 they become 90 MB at most
 
 
 class Bytes(Protocol):
@@ -77,7 +90,8 @@ class RemoteBytes:
     """A file at http(s):// or s3://, asked for until it is answered in full."""
 
     def __init__(self, url: str, access: Access) -> None:
-        self._url, self._remote, self.tally = url, remote_for(access), Tally()
+        self._url, self.tally = url, Tally()
+        self._remote = remote_for(access, origin_of(url))
         self._head = self._remote.head(url, self.tally)
         self.size = self._head.size
         self._lock = threading.Lock()
@@ -166,13 +180,13 @@ class Archive:
     def __init__(self, where: str, access: Access | None = None) -> None:
         self.where = without_query(where)
         try:
-            self.bytes: Bytes = RemoteBytes(where, access or Access()) if "://" in where else LocalBytes(Path(where))
+            self.bytes: Bytes = RemoteBytes(where, access or access_to(where)) if "://" in where else LocalBytes(Path(where))
         except OSError as error:
             raise self._unreadable(error) from error
         self._spans = _Spans(self.bytes.size)
         held: list[int] = []
         try:
-            self._zip = self._with_more(lambda: zipfile.ZipFile(self._spans), held, _END)
+            self._zip = self._with_more(lambda: zipfile.ZipFile(self._spans), held, _MOST_DIRECTORY, _END)
         except zipfile.BadZipFile as error:
             raise ReleaseError(
                 f"{self.where}: expected a zip archive, found {self.bytes.size:,} bytes without a whole directory at their end "
@@ -183,11 +197,19 @@ class Archive:
             self._spans.drop(start)
         starts = sorted(m.header_offset for m in self._members.values())
         ends = dict(zip(starts, [*starts[1:], self._zip.start_dir], strict=True))
-        self._ends = {name: ends[m.header_offset] for name, m in self._members.items()}
+        self._ends = {
+            # No further than its content reaches: what lies between two members is not fetched.
+            name: min(ends[m.header_offset], m.header_offset + m.compress_size + _AROUND)
+            for name, m in self._members.items()
+        }
 
     def names(self) -> list[str]:
         """Of its members, in the order of its directory."""
         return list(self._members)
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a member as the directory has it, packed or unpacked, whichever is more."""
+        return max(self._members[name].file_size, self._members[name].compress_size)
 
     def checksum_of(self, name: str) -> int:
         """CRC-32 of a member, unpacked, as the directory has it."""
@@ -202,16 +224,22 @@ class Archive:
         """Members and their content; None where that is not what the directory says, or packed in a way not known here.
 
         Raises:
-            ReleaseError: the archive cannot be read.
+            ReleaseError: the archive cannot be read, or a member has more than `MOST_BYTES`.
         """
         wanted = sorted(names, key=lambda n: self._members[n].header_offset)
+        for name in wanted:
+            if self.size_of(name) > MOST_BYTES:
+                raise ReleaseError(
+                    f"{self.where}: expected at most {MOST_BYTES:,} bytes in its member {name}, found {self.size_of(name):,}; "
+                    "get the archive again"
+                )
         for run in self._runs(wanted):
             start, stop = self._members[run[0]].header_offset, self._ends[run[-1]]
             self._hold(start, stop - start)
             try:
                 for name in run:
                     try:
-                        yield name, self._zip.read(name)
+                        yield name, self._unpacked(self._members[name], MOST_BYTES)
                     except _BROKEN as error:
                         log.warning("%s: its member %s cannot be unpacked: %s", self.where, name, error)
                         yield name, None
@@ -242,13 +270,13 @@ class Archive:
             opener = Opened(part, name, Head(first[: member.file_size], member.file_size, ""), tally, least=_LEAST)
             # GDAL is given no other name: it would look for files beside it.
             with (
-                rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_NUM_THREADS="1"),
-                rasterio.open("remote/image", sharing=False, driver="GTiff", opener=opener) as image,
+                rasterio.Env(**images.SETTINGS),
+                images.open_image("remote/image", first, most_px=MOST_PX, most_bytes=MOST_BYTES, opener=opener) as image,
             ):
                 if tally.error:
                     raise tally.error
                 yield image
-        except (RasterioError, *_BROKEN) as error:
+        except (RasterioError, ForbiddenError, *_BROKEN) as error:
             cause = tally.error or error
             if isinstance(cause, ReleaseError):
                 raise cause from error
@@ -276,25 +304,43 @@ class Archive:
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def _with_more(self, work: Callable[[], T], held: list[int], least: int = 0) -> T:
-        """What `work` gives, done again whenever it lacked bytes, which are then fetched, and noted in `held`."""
+    def _with_more(self, work: Callable[[], T], held: list[int], most: int, least: int = 0) -> T:
+        """What `work` gives, done again whenever it lacked bytes, which are then fetched, and noted in `held`.
+
+        Raises:
+            BadZipFile: it lacks more bytes at a time than `most`.
+        """
         while True:
             try:
                 return work()
             except _LackingError as lacking:
+                if lacking.length > most:
+                    raise zipfile.BadZipFile(f"expected at most {most:,} bytes, found {lacking.length:,}") from lacking
                 # Backwards where the file ends: that is how zipfile looks for the directory.
                 start = max(min(lacking.start, self.bytes.size - least), 0)
                 self._hold(start, max(lacking.start + lacking.length - start, min(least, self.bytes.size - start)))
                 held.append(start)
+                least *= 2  # `work` begins anew each time
 
     def prefix(self, member: zipfile.ZipInfo, length: int, held: list[int]) -> bytes:
         """The first bytes of a packed member; what is fetched for it is noted in `held`."""
 
-        def unpacked() -> bytes:
-            with self._zip.open(member) as content:
-                return content.read(length)
+        if length > _MOST_PREFIX:
+            raise zipfile.BadZipFile(f"expected its header within {_MOST_PREFIX:,} bytes")
+        least = _GAP if member.compress_type not in _BY_PIECES else 0
+        return self._with_more(lambda: self._unpacked(member, length), held, member.compress_size + _AROUND, least)
 
-        return self._with_more(unpacked, held)
+    def _unpacked(self, member: zipfile.ZipInfo, length: int) -> bytes:
+        """The first bytes of a member, unpacked piece by piece: no more memory is taken than the directory says."""
+        whole = member.compress_type not in _BY_PIECES
+        piece = _PACKED_PIECE if whole else _PIECE
+        found = bytearray()
+        with self._zip.open(member) as content:
+            if whole:
+                content.MIN_READ_SIZE = piece  # type: ignore[attr-defined]  # of packed bytes
+            while len(found) < length and (more := content.read(min(piece, length - len(found)))):
+                found += more
+        return bytes(found)
 
     def _unreadable(self, error: OSError) -> ReleaseError:
         why = error.strerror or str(error)

@@ -18,13 +18,16 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 
+from minecube import images
 from minecube.catalog import BANDS, Release, Site
 from minecube.errors import ReleaseError
+from minecube.network import ForbiddenError
 from minecube.release import Imported
-from minecube.release.archive import Archive
+from minecube.release.archive import MOST_BYTES, MOST_PX, Archive
 
 NEAR_M = 5000
 """Sites closer than this see the same ground or the same weather: on both sides of a split they tell the test's answers."""
@@ -128,9 +131,13 @@ def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
     if not content:
         return []  # no image, which is a finding already
     try:
-        with MemoryFile(content) as memory, memory.open() as image:
+        with (
+            rasterio.Env(**images.SETTINGS),
+            MemoryFile(content) as memory,
+            images.open_image(memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES) as image,
+        ):
             values: npt.NDArray[np.int16] = image.read().reshape(image.count, -1)
-    except RasterioError as error:
+    except (RasterioError, ForbiddenError) as error:
         raise ReleaseError(f"{archive.where}: its member {name} is no image ({error}); get the archive again") from error
     values, found = values[:, (values != 0).any(axis=0)], []
     for band, of_band in zip(BANDS, values, strict=False):

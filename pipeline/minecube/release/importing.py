@@ -19,20 +19,27 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import rasterio
 import shapely
 from affine import Affine
 from rasterio import features
 from rasterio.errors import RasterioError
 from rasterio.io import MemoryFile
+from scipy import ndimage
 
+from minecube import images
 from minecube.errors import ReleaseError
-from minecube.release.archive import Archive, BrokenMemberError
+from minecube.network import ForbiddenError
+from minecube.release.archive import MOST_BYTES, MOST_PX, Archive, BrokenMemberError
 
 log = logging.getLogger(__name__)
 
 UInt8 = npt.NDArray[np.uint8]
 
 _AT_ONCE = 8  # headers of a site
+_MOST_BYTES_PER_PX = 8  # of a label, as a file: one is usual
+_MOST_LABEL_HEADER = 1_000_000
+_MOST_REGIONS = 100_000  # of mine in a label: each becomes a polygon
 MINE = 255
 """Of the published labels, whose other value is 0."""
 # `EuroMineNet/Portuga_1/label/Year2015.tif`; some files are called Label2015.tif or year2015.tif instead.
@@ -75,7 +82,10 @@ def find(names: Iterable[str]) -> Found:
     # Those named as all should be come first, so that they are the ones kept.
     for name in sorted(everything, key=lambda n: (not re.search(r"/Year\d{4}\.tif$", n), n)):
         match = _NAMED.search(name.replace("\\", "/"))
-        if not match or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", match["site"]):  # which names groups of a cube, too
+        outside = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
+        if (
+            outside or not match or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", match["site"])
+        ):  # which names groups of a cube, too
             strange.append(name)
             continue
         of_kind, place = found[match["kind"].lower()], (match["site"], int(match["year"]))
@@ -140,28 +150,23 @@ def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
         ReleaseError: the archive cannot be read; what is broken in it is a problem of its row.
     """
     years = sorted({year for name, year in (*found.images, *found.labels) if name == site})
-    members = [found.labels[site, year] for year in years if (site, year) in found.labels]
-    images = [found.images[site, year] for year in years if (site, year) in found.images]
+    pictures = [found.images[site, year] for year in years if (site, year) in found.images]
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # what takes time is waiting for answers
-        headers = dict(zip(images, pool.map(lambda name: _header(archive, name), images), strict=True))
-        masks_of = {name: _mask(content) for name, content in archive.read(members)}
-    rows, regions, masks = [], [], dict[int, tuple[UInt8, Affine]]()
-    for year in years:
-        image, label = found.images.get((site, year)), found.labels.get((site, year))
-        row: dict[str, Any] = {"site": site, "year": year, "image": image, "label": label}
-        row |= headers[image] if image else {}
-        mask = masks_of[label] if label else None
-        if mask is not None:
-            values = np.unique(mask).tolist()
-            row |= {"label_height": mask.shape[0], "label_width": mask.shape[1], "label_values": tuple(values)}
-            row |= {"mine_px": int((mask == MINE).sum())}
-        problem = _problem(row)
-        rows.append(asdict(SiteYear(**row, problem=problem)))
-        if mask is not None and problem is None:
-            affine = Affine(*row["transform"])
-            masks[year] = mask, affine
-            regions += [(site, year, False, region) for region in _regions(mask, affine)]
-            regions.append((site, year, True, _extent(mask.shape, affine)))
+        headers = dict(zip(pictures, pool.map(lambda name: _header(archive, name), pictures), strict=True))
+    table = {year: _row(archive, headers, site, year, found) for year in years}
+    wanted = {row["label"]: year for year, row in table.items() if row["label"] and row["problem"] is None}
+    masks: dict[int, tuple[UInt8, Affine]] = {}
+    for name, content in archive.read(wanted):
+        row = table[wanted[name]]
+        mask = _mask(content, row)
+        row["problem"] = row["problem"] or _problem(row)
+        if mask is not None and row["problem"] is None:
+            masks[wanted[name]] = mask, Affine(*row["transform"])
+    regions: list[tuple[Any, ...]] = []
+    for year, (mask, affine) in sorted(masks.items()):
+        regions += [(site, year, False, region) for region in _regions(mask, affine)]
+        regions.append((site, year, True, _extent(mask.shape, affine)))
+    rows = [asdict(SiteYear(**row)) for row in table.values()]
     labels = gpd.GeoDataFrame(regions, columns=["site", "year", "mapped", "geometry"], geometry="geometry", crs=4326)
     return ReleaseSite(pd.DataFrame(rows), labels, _changes(site, masks))
 
@@ -190,22 +195,55 @@ def _header(archive: Archive, name: str) -> dict[str, Any]:
             }
     except BrokenMemberError as error:
         log.warning("%s", error)
-        return crc
+        too_large = isinstance(error.__cause__, images.TooLargeError)
+        return {**crc, "problem": f"image: {error.__cause__}" if too_large else None}
 
 
-def _mask(content: bytes | None) -> UInt8 | None:
-    """A label's first band; None where it is no image."""
+def _row(archive: Archive, headers: Mapping[str, dict[str, Any]], site: str, year: int, found: Found) -> dict[str, Any]:
+    """What is known of a site-year before its label is read, and why that is not to be read."""
+    image, label = found.images.get((site, year)), found.labels.get((site, year))
+    row: dict[str, Any] = {"site": site, "year": year, "image": image, "label": label, "problem": None}
+    row |= headers[image] if image else {}
+    row["problem"] = row["problem"] or _image_problem(row)
+    if label and row["problem"] is None:
+        most = min(row["height"] * row["width"] * _MOST_BYTES_PER_PX + _MOST_LABEL_HEADER, MOST_BYTES)
+        if archive.size_of(label) > most:
+            shape = f"{row['height']} x {row['width']}"
+            row["problem"] = (
+                f"label: expected at most {most:,} bytes for the image's {shape} pixels, found {archive.size_of(label):,}"
+            )
+    return row
+
+
+def _mask(content: bytes | None, row: dict[str, Any]) -> UInt8 | None:
+    """A label's first band, if it has its image's pixels; None where it has not, or is no image. Notes what it has."""
     if not content:
         return None
     try:
-        with MemoryFile(content) as memory, memory.open() as label:
+        with (
+            rasterio.Env(**images.SETTINGS),
+            MemoryFile(content) as memory,
+            images.open_image(memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES) as label,
+        ):
+            row |= {"label_height": label.height, "label_width": label.width}
+            if label.shape != (row["height"], row["width"]):
+                return None
             mask: UInt8 = label.read(1)
-            return mask
-    except RasterioError:
+    except images.TooLargeError as error:
+        row["problem"] = f"label: {error}"
         return None
+    except (RasterioError, ForbiddenError) as error:
+        log.warning("%s %s: its label is not read: %s", row["site"], row["year"], error)
+        return None
+    row |= {"label_values": tuple(np.unique(mask).tolist()), "mine_px": int((mask == MINE).sum())}
+    regions = ndimage.label(mask == MINE)[1]
+    if regions > _MOST_REGIONS:
+        row["problem"] = f"label: expected at most {_MOST_REGIONS:,} regions of mine, found {regions:,}"
+    return mask
 
 
-def _problem(row: Mapping[str, Any]) -> str | None:
+def _image_problem(row: Mapping[str, Any]) -> str | None:
+    """Why an image has no place, or its label has none."""
     if row["image"] and "height" not in row:
         return "image: is no image, or arrived broken"
     if row["image"] and (row["crs"] != "EPSG:4326" or row["transform"][:6] == tuple(Affine.identity())[:6]):
@@ -214,12 +252,19 @@ def _problem(row: Mapping[str, Any]) -> str | None:
         return "image: expected north up, found a turned grid"
     if row["label"] and not row["image"]:
         return "label: no image of that year says where it lies"
-    if row["label"] and "label_values" not in row:
+    return None
+
+
+def _problem(row: Mapping[str, Any]) -> str | None:
+    """Why a label that was read is not used."""
+    if "label_height" not in row:
         return "label: is no image, or arrived broken"
-    if row["label"] and (row["label_height"], row["label_width"]) != (row["height"], row["width"]):
+    if (row["label_height"], row["label_width"]) != (row["height"], row["width"]):
         found = f"{row['label_height']} x {row['label_width']}"
         return f"label: expected the image's {row['height']} x {row['width']} pixels, found {found}"
-    if row["label"] and set(row["label_values"]) - {0, MINE}:
+    if "label_values" not in row:
+        return "label: is no image, or arrived broken"
+    if set(row["label_values"]) - {0, MINE}:
         found = ", ".join(map(str, row["label_values"][:6]))
         return f"label: expected the values 0 and {MINE}, found {found}"
     return None

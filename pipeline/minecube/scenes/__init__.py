@@ -26,7 +26,7 @@ from minecube.errors import SceneError
 from minecube.grid import area_of, grid_of
 from minecube.reader import stack
 from minecube.scenes.find import items_of, over
-from minecube.scenes.normalise import acquisition, deduplicate, merge, normalise
+from minecube.scenes.normalise import acquisition, deduplicate, merge, need_allowed, normalise, same_access
 
 __all__ = [
     "Found",
@@ -177,14 +177,16 @@ def dates(scenes: Iterable[pystac.Item]) -> list[str]:
 
 
 def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Sequence[Source]) -> None:
-    """Hold a saved list to a year, sources and place; a list of another would come out as zeros.
+    """Check that a saved list belongs to a year, sources and place, and that its sources allow its files.
+
+    A list of another place would come out as zeros. A list that somebody else made could name any file.
 
     Raises:
-        SceneError: it is not of them; says how.
+        SceneError: it does not belong to them, or names a file that must not be read.
     """
     area, known = area_of(grid_of(site)), {s.id for s in sources}
     years = {s.datetime.year for s in scenes if s.datetime} - {year}
-    foreign = {s.properties["minecube:source"] for s in scenes} - known
+    foreign = {str(s.properties.get("minecube:source")) for s in scenes} - known
     elsewhere = [s for s in scenes if not over(s, area)]
     wrong = [f"of {y}" for y in years] + [f"from {s}" for s in foreign] + [f"elsewhere ({s.id})" for s in elsewhere]
     if wrong:
@@ -192,3 +194,9 @@ def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Seq
             f"the saved list for {site.id} {year} from {', '.join(sorted(known))} holds scenes {wrong[0]}; it belongs to "
             "something else, so remove it or name another folder"
         )
+    by_id = {s.id: s for s in sources}
+    for scene in scenes:
+        source = by_id[scene.properties["minecube:source"]]
+        need_allowed(scene, source)
+        if not same_access(scene, source):
+            raise SceneError(f"scene {scene.id}: its files are got at in another way than {source.id} says; search again")

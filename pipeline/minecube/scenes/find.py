@@ -1,15 +1,21 @@
-"""Asking a STAC API, or a file of items, for all that it lists of an area and a year: every page, each item once."""
+"""Asking a STAC API, or a file of items, for all that it lists of an area and a year: every page, each item once.
+
+Links and redirects of an API stay on its host. What it sends is bounded: an answer to `_PAGE_BYTES`, a month to `_PAGES`.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
 import logging
+import random
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import pyarrow.parquet as pq
 import pystac
@@ -22,19 +28,30 @@ from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 from pystac_client.warnings import DoesNotConformTo
 from shapely.geometry.base import BaseGeometry
-from urllib3 import Retry
 
+from minecube import network
 from minecube.catalog import Source
 from minecube.errors import SceneError
 from minecube.grid import split_at_antimeridian
+from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of
+from minecube.reader.remote import Session, access_to, remote_for, retry_after
 from minecube.scenes.normalise import taken
 
 log = logging.getLogger(__name__)
 
 PAGE = 100
 """Items a page."""
+_PAGE_BYTES = 100_000_000  # most that an API may answer to one request; 100 items have about a megabyte
+_PAGES = 200  # most of one month: 20,000 items, of which a site has a few dozen
+_INDEX_BYTES = 2**30  # most of a file of items, as it is and unpacked
+_INDEX_ITEMS = 1_000_000
+_CONNECT_S, _READ_S = 10.0, 60.0
+_PAUSE_S = 0.5  # before a request is tried again; doubled each time, unless the connection was refused
+_AGAIN = {429, 500, 502, 503, 504}
 _API_FAULTS = (
     APIError,
+    ForbiddenError,
+    RequestError,
     ClientTypeError,
     DoesNotConformTo,
     requests.RequestException,
@@ -45,13 +62,8 @@ _API_FAULTS = (
     TypeError,
     AttributeError,
 )
-_RETRIES = Retry(
-    total=8,
-    backoff_factor=0.5,
-    backoff_jitter=0.5,
-    status_forcelist=[429, 500, 502, 503, 504],  # Retry-After is honoured
-    allowed_methods=None,  # POST too: pystac-client searches with it, and urllib3 leaves it out by default
-)
+_TRIES = 9
+_HUNG_TRIES = 2  # of requests that are not answered in `_READ_S`
 
 
 @dataclass
@@ -79,16 +91,102 @@ def _pace(href: str, searches_per_s: float) -> _Pace:
     return _Pace(1 / searches_per_s)
 
 
-class _PacedIO(StacApiIO):
-    """The client's requests at the pace that the source allows."""
+class _ApiSession(Session):
+    """A session whose redirects stay on the host."""
 
-    def __init__(self, pace: _Pace) -> None:
-        super().__init__(max_retries=_RETRIES, timeout=60)
-        self._pace = pace
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Where a redirect leads; raises ForbiddenError if that is another host."""
+        target = super().get_redirect_target(resp)
+        return target and _on_host(target, origin_of(resp.url))
 
-    def request(self, *args: Any, **kwargs: Any) -> str:
+
+def _on_host(url: str, host: str) -> str:
+    """The URL; raises ForbiddenError if it is on another host."""
+    network.check_url(url, host)
+    found = urlsplit(url).hostname
+    if found != host:
+        raise ForbiddenError(f"it leads to {found}; links and redirects of an API must stay on its host")
+    return url
+
+
+class _CatalogueIO(StacApiIO):
+    """The client's requests: to the source's host alone, at the pace that it allows, each answer bounded."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.session = _ApiSession()
+        self._pace = _pace(source.href, source.searches_per_s)
+        self._at, self._host = source.href, origin_of(source.href)
+
+    def request(
+        self,
+        href: str,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+        parameters: dict[str, Any] | None = None,
+    ) -> str:
+        """The body of the answer; raises APIError, ForbiddenError or RequestError."""
+        url = _on_host(urljoin(self._at, href), self._host)
+        verb = (method or "GET").upper()
+        if verb not in ("GET", "POST"):
+            raise ForbiddenError(f"expected a link to GET or POST, found {verb}")
+        self._at = url
+        content = {"json": parameters} if verb == "POST" else {"params": parameters or {}}
         self._pace.wait()
-        return super().request(*args, **kwargs)
+        with self._answer(url, requests.Request(verb, url, headers=headers, **content)) as answer:
+            body = _bounded(answer, _PAGE_BYTES)
+        if not answer.ok:
+            raise APIError(f"HTTP {answer.status_code} {answer.reason}: {body[:200].decode(errors='replace')}")
+        return body.decode()
+
+    def _answer(self, url: str, request: requests.Request) -> requests.Response:
+        """The answer to a request, whose body is not read yet; tried again for what may pass."""
+        network.need_reachable(url)
+        prepared = self.session.prepare_request(request)
+        settings = self.session.merge_environment_settings(url, {}, True, None, None)
+        began = time.monotonic()
+        for tried in itertools.count(1):
+            wait = _PAUSE_S * 2 ** (tried - 1) + random.uniform(0, _PAUSE_S)  # noqa: S311  no secret depends on it
+            try:
+                answer = self.session.send(prepared, timeout=(_CONNECT_S, _READ_S), **settings)
+            except requests.exceptions.ConnectionError as error:  # of reads that time out, too, if the client kept them
+                wait = _wait_after(error, url, time.monotonic() - began, tried) or wait
+            except requests.exceptions.Timeout as error:
+                if tried >= _HUNG_TRIES:
+                    why = f"{origin_of(url)} took the connection and sent nothing for {_READ_S:.0f} s: try again later"
+                    network.note_unreachable(url, why)
+                    raise RequestError(why) from error
+            else:
+                wait = max(wait, retry_after(answer.headers.get("Retry-After")))
+                if answer.status_code not in _AGAIN or tried >= _TRIES or wait > network.PATIENCE_S:
+                    return answer
+                answer.close()
+            time.sleep(wait)
+        raise AssertionError  # the loop has no end
+
+
+def _wait_after(error: requests.exceptions.ConnectionError, url: str, lasted_s: float, tried: int) -> float | None:
+    """Seconds to wait after a connection that failed, None for as usual; raises RequestError if it is not tried again."""
+    why = network.why_unreachable(url, error)
+    if why and lasted_s + _PAUSE_S > network.REFUSED_S:
+        network.note_unreachable(url, why)
+        raise RequestError(why) from error
+    if tried >= _TRIES:
+        raise RequestError(f"{origin_of(url)} broke {tried} connections: try again later") from error
+    return _PAUSE_S if why else None
+
+
+def _bounded(answer: requests.Response, most: int) -> bytes:
+    """The body of an answer, unpacked; raises RequestError if it is longer than that, or is not sent in time."""
+    body = bytearray()
+    until = time.monotonic() + network.PATIENCE_S
+    for part in answer.iter_content(65536):
+        body += part
+        if len(body) > most:
+            raise RequestError(f"expected an answer of at most {most:,} bytes, found more")
+        if time.monotonic() > until:
+            raise RequestError(f"the answer was not complete after {network.PATIENCE_S:.0f} s")
+    return bytes(body)
 
 
 def items_of(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]:
@@ -104,8 +202,7 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item
     """Month by month, so that no sequence of pages is long enough to break."""
     by_id: dict[str, pystac.Item] = {}
     try:
-        stac_io = _PacedIO(_pace(source.href, source.searches_per_s))
-        client = pystac_client.Client.open(source.href, stac_io=stac_io)
+        client = pystac_client.Client.open(source.href, stac_io=_CatalogueIO(source))
         for month in (f"{year}-{number:02d}" for number in range(1, 13)):
             if source.since and month < source.since:
                 continue
@@ -119,7 +216,8 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item
                 )
             by_id |= ids
     except _API_FAULTS as error:
-        raise SceneError(f"{source.href}: the search for {year} failed ({error}); check the URL and the network") from error
+        hint = "" if isinstance(error, RequestError | ForbiddenError) else "; check the URL and the network"
+        raise SceneError(f"{source.href}: the search for {year} failed ({error}){hint}") from error
     return list(by_id.values())
 
 
@@ -128,7 +226,9 @@ def _month(
 ) -> tuple[dict[str, pystac.Item], int | None]:
     """Items by id, and how many the API says match, where it does."""
     asked = client.search(collections=[collection], intersects=shapely.geometry.mapping(area), datetime=month, limit=PAGE)
-    pages = list(asked.pages_as_dicts())
+    pages = list(itertools.islice(asked.pages_as_dicts(), _PAGES + 1))
+    if len(pages) > _PAGES:
+        raise RequestError(f"expected at most {_PAGES} pages of {month}, found more")
     # Not migrated to the newest STAC: `normalise` reads old and new, and migration warns about what it cannot move.
     ids = {d["id"]: pystac.Item.from_dict(d, migrate=False) for page in pages for d in page["features"]}
     # The first page tells; the client would ask for it once more.
@@ -142,7 +242,8 @@ def _from_file(source: Source, area: BaseGeometry, year: int) -> list[pystac.Ite
     folder = source.href.rpartition("/")[0]  # a local one is absolute: the catalogue's loader sees to it
     for item in found:
         for asset in item.assets.values():
-            if "://" not in asset.href and not asset.href.startswith("/"):
+            # A name with a colon is no path: it is left as it is, and refused.
+            if ":" not in asset.href and not asset.href.startswith("/"):
                 asset.href = f"{folder}/{asset.href.removeprefix('./')}"
     return found
 
@@ -153,17 +254,27 @@ def over(item: pystac.Item, area: BaseGeometry) -> bool:
 
 
 def read_items(path: Path | str) -> list[pystac.Item]:
-    """All items of a stac-geoparquet file, local or remote; raises SceneError where it is none."""
+    """All items of a stac-geoparquet file, local or remote; raises SceneError where it is none, or too large."""
+    href = str(path)
     try:
-        table = pq.read_table(_fetched(path) if str(path).startswith(("http://", "https://")) else path)
-        found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(table)]
-    except (OSError, ValueError, KeyError, TypeError) as error:  # requests' errors are OSErrors
+        file = pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href)))
+        _need_size(file.metadata)
+        found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(file.read())]
+    except RequestError as error:
+        raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
     return found
 
 
-def _fetched(url: Path | str) -> io.BytesIO:
+def _need_size(about: pq.FileMetaData) -> None:
+    """Raise RequestError if a Parquet file says that it holds more than a list of scenes would."""
+    unpacked = sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups))
+    if about.num_rows > _INDEX_ITEMS or unpacked > _INDEX_BYTES:
+        expected = f"expected at most {_INDEX_ITEMS:,} items and {_INDEX_BYTES:,} bytes"
+        raise RequestError(f"{expected}, found {about.num_rows:,} and {unpacked:,}")
+
+
+def _fetched(url: str) -> bytes:
     """A remote file as a whole: an index of scenes is small beside one scene."""
-    answer = requests.get(str(url), timeout=60)
-    answer.raise_for_status()
-    return io.BytesIO(answer.content)
+    return remote_for(access_to(url), origin_of(url)).whole(url, _INDEX_BYTES)

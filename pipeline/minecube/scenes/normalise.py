@@ -17,6 +17,7 @@ import shapely
 from minecube.catalog import ASSET_KEYS, NATIVE_M, Offset, Source
 from minecube.errors import SceneError
 from minecube.grid import split_at_antimeridian
+from minecube.network import ForbiddenError, check_href, origin_of, without_query
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
 _SIGNS = re.compile(
@@ -32,7 +33,8 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
     """The item as a scene: STAC 1.0 or 1.1, whatever the provider calls its bands, projection and acquisition.
 
     Raises:
-        SceneError: it lacks geometry, time, acquisition, baseline or a band, or contradicts itself; names item and reason.
+        SceneError: it lacks geometry, time, acquisition, baseline or a band, contradicts itself, or names a file that must
+            not be read; names item and reason.
     """
     when = taken(item)
     if when is None or not item.geometry or not item.geometry.get("coordinates"):
@@ -42,7 +44,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
     datatake, start = acquisition(item)
     shape = shapely.geometry.shape(item.geometry)
     footprint = split_at_antimeridian(shape)
-    return pystac.Item(
+    scene = pystac.Item(
         id=item.id,
         geometry=item.geometry if footprint is shape else json.loads(shapely.to_geojson(footprint)),
         bbox=list(footprint.bounds),
@@ -56,6 +58,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
             "sat:relative_orbit": _orbit(item),
             "minecube:source": source.id,
             "minecube:access": json.dumps(dataclasses.asdict(source.access), sort_keys=True),
+            "minecube:origin": origin_of(source.href),
             "minecube:tile_px": source.tile_px,
             "minecube:solar_day": solar_day(when, tile),
             "minecube:datatake": datatake,
@@ -66,6 +69,24 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         },
         assets=dict(_assets(item, source)),
     )
+    need_allowed(scene, source)
+    return scene
+
+
+def same_access(scene: pystac.Item, source: Source) -> bool:
+    """Whether a scene's files are got at as its source says now; how many connections at a time may have changed."""
+    said = json.loads(scene.properties.get("minecube:access", "{}"))
+    ours = json.loads(json.dumps(dataclasses.asdict(source.access)))
+    return bool({**said, "connections": 1} == {**ours, "connections": 1})
+
+
+def need_allowed(scene: pystac.Item, source: Source) -> None:
+    """Raise SceneError if a scene names a file that its source must not make a build read."""
+    for band, asset in scene.assets.items():
+        try:
+            check_href(asset.href, origin_of(source.href), source.access.hosts())
+        except ForbiddenError as error:
+            raise _refused(scene, f"asset {band} is not read from {without_query(asset.href)}: {error}") from error
 
 
 def taken(item: pystac.Item) -> datetime | None:

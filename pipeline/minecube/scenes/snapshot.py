@@ -19,7 +19,7 @@ from minecube.grid import grid_of
 from minecube.scenes import Found
 from minecube.scenes.find import read_items
 
-FORMAT = 1
+FORMAT = 2
 """Version of what a saved scene holds; a list of another one is refused."""
 _KEY = b"minecube"  # of the file's own metadata
 

@@ -1,0 +1,81 @@
+"""The one way images are opened: as GeoTIFF or JPEG 2000, told by their first bytes, and never larger than allowed.
+
+GDAL picks a driver by a file's bytes or name. Some drivers, such as VRT, follow names inside a file to other files and hosts.
+Here a file is opened by one of two drivers that do not, and files beside it are not looked for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import rasterio
+
+from minecube.network import ForbiddenError
+
+SETTINGS = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no sidecars (.aux.xml, .ovr, .msk, world files), which cost a request each
+    "GDAL_PAM_ENABLED": "NO",
+    "GDAL_GEOREF_SOURCES": "INTERNAL",
+    # Threads of GDAL's own do not know rasterio's Python files: JPEG 2000 then comes back as whatever lay in memory, without
+    # an error. The reads themselves are many at a time.
+    "GDAL_NUM_THREADS": "1",
+}
+"""GDAL's settings for images that others made: `with rasterio.Env(**SETTINGS)`."""
+SIGNATURE = 12
+"""First bytes of a file that tell its format."""
+_SIZES = {"complex_int16": 4}
+"""Bytes of types that numpy does not know."""
+_DRIVERS = {
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",  # BigTIFF
+    b"MM\0+": "GTiff",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",  # a bare codestream
+}
+
+
+class TooLargeError(ForbiddenError):
+    """An image whose header declares more than allowed."""
+
+
+def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any) -> rasterio.DatasetReader:
+    """Open a GeoTIFF or JPEG 2000 file, within `rasterio.Env(**SETTINGS)`.
+
+    Args:
+        name: what rasterio opens: a path, or a name in memory or of an `opener`.
+        first: the file's first bytes, `SIGNATURE` of them or more.
+        most_px: pixels of a band that it may have.
+        most_bytes: bytes that all its pixels may take.
+        options: for `rasterio.open`.
+
+    Raises:
+        ForbiddenError: it has another format; TooLargeError, if its header declares more than allowed.
+        RasterioError: it cannot be opened.
+    """
+    driver = next((d for signature, d in _DRIVERS.items() if first.startswith(signature)), None)
+    if driver is None:
+        raise ForbiddenError("expected a GeoTIFF or JPEG 2000 file, found another format")
+    image = rasterio.open(name, sharing=False, driver=driver, **options)
+    try:
+        _need_size(image, most_px, most_bytes)
+    except ForbiddenError:
+        image.close()
+        raise
+    return image
+
+
+def _need_size(image: rasterio.DatasetReader, most_px: int, most_bytes: int) -> None:
+    """Raise TooLargeError if the header declares more than allowed; no pixel is read."""
+    if image.width * image.height > most_px:
+        raise TooLargeError(f"expected at most {most_px:,} pixels, found {image.height:,} x {image.width:,}")
+    height, width = max(image.block_shapes, key=math.prod, default=(0, 0))
+    if height * width > most_px:
+        raise TooLargeError(f"expected tiles of at most {most_px:,} pixels, found {height:,} x {width:,}")
+    per_pixel = sum(_SIZES.get(name) or np.dtype(name).itemsize for name in image.dtypes)
+    # A tile may hold all bands, and may be larger than the image.
+    needed = max(image.width * image.height, height * width) * per_pixel
+    if needed > most_bytes:
+        raise TooLargeError(f"expected at most {most_bytes:,} bytes of pixels, found {needed:,} in {image.count} bands")

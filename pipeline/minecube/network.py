@@ -1,0 +1,245 @@
+"""Rules for everything that is read from elsewhere: which names and hosts are allowed, and which hosts do not answer.
+
+A catalogue is written by others, so an href in it is checked before it is opened:
+
+    names      A path or an http(s), s3 or file URL. Names that only GDAL understands are refused, however they are written.
+    local      Local paths are for local catalogues. A remote catalogue names remote files.
+    hosts      A remote catalogue reaches public addresses and the hosts that its source names. It reaches private addresses
+               only if its own host has one. Nothing reaches link-local addresses, where clouds keep their machines' keys.
+    redirects  They lead from http to http or https, and from https to https, under the same rule for hosts.
+
+A host that refuses connections, has no address or no route is tried for `REFUSED_S` and remembered for `_REMEMBERED_S`, so
+that a run does not wait for it again. `forget_unreachable` clears the memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Collection
+from urllib.parse import unquote, urljoin, urlsplit
+
+REFUSED_S = 3.0
+"""How long a connection is tried again that fails before anything is sent: enough for a server that restarts."""
+PATIENCE_S = 180.0
+"""How long other trouble with one request is put up with."""
+_REMEMBERED_S = 60.0
+_WEB = ("http", "https")
+_SCHEMES = (*_WEB, "s3", "file")
+_PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_PART_WITH_PREFIX = re.compile(r"(^|/)[A-Za-z][A-Za-z0-9_]+:")  # such as GTIFF_DIR:1:/data/a.tif
+_DECODED = 5  # times that a name may be percent-encoded
+
+
+class RequestError(OSError):
+    """A request that failed for good. The message shows no signature."""
+
+
+class ForbiddenError(Exception):
+    """A name or a host that must not be read. No OSError, which urllib3 would take for a broken connection."""
+
+
+def origin_of(href: str) -> str:
+    """The host that a catalogue comes from; empty for a local one."""
+    return "" if is_local(href) else (urlsplit(href).hostname or "unknown")
+
+
+def is_local(href: str) -> bool:
+    """Whether the href names a file of this machine."""
+    return "://" not in href or href.lower().startswith("file://")
+
+
+def local_path(href: str) -> str:
+    """The path of a local href."""
+    return unquote(urlsplit(href).path) if href.lower().startswith("file://") else href
+
+
+def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
+    """Check an href of a catalogue.
+
+    Args:
+        href: absolute, or a local path.
+        origin: the host that the catalogue comes from; empty for a local one.
+        named: hosts that the source itself names.
+
+    Raises:
+        ForbiddenError: it must not be read; says why.
+    """
+    name = _decoded(href)
+    scheme = _PREFIX.match(name)
+    if "/vsi" in name.replace("\\", "/").lower() or "<" in name or any(ord(c) < 32 for c in name):
+        raise ForbiddenError("it is a special name of GDAL, not a file")
+    if scheme and scheme[1].lower() not in _SCHEMES:
+        raise ForbiddenError(f"expected a path or an http(s), s3 or file URL, found {scheme[1]}:")
+    if is_local(href):
+        if origin:
+            raise ForbiddenError(f"it is a local file, but its catalogue is at {origin}")
+        path = name[len("file://") :] if scheme else name
+        if _PART_WITH_PREFIX.search(path.replace("\\", "/")):
+            raise ForbiddenError("it is a special name of GDAL, not a file")
+    elif href.lower().startswith("s3://"):
+        _check_object(name)
+    else:
+        check_url(href, origin, named)
+
+
+def check_url(url: str, origin: str, named: Collection[str] = ()) -> None:
+    """Raise ForbiddenError for a URL that is not http(s), or whose host is written as an address that is not allowed."""
+    parts = urlsplit(url)
+    if parts.scheme.lower() not in _WEB or not parts.hostname:
+        raise ForbiddenError(f"expected an http(s) URL with a host, found {parts.scheme or 'no scheme'}")
+    if parts.hostname == "localhost":
+        check_address("localhost", "127.0.0.1", origin, named)
+    elif _address(parts.hostname):
+        check_address(parts.hostname, parts.hostname, origin, named)
+
+
+def check_address(host: str, address: str, origin: str, named: Collection[str] = ()) -> None:
+    """Raise ForbiddenError if a catalogue from `origin` must not reach a host at that address."""
+    ip = _address(address)
+    if ip is None or ip.is_global or host in named or host == origin:
+        return
+    if ip.is_link_local or (origin and _is_public(origin)):
+        raise ForbiddenError(f"{host} has the address {address}, which is not public; name the host in the source to allow it")
+
+
+def redirected(url: str, location: str, origin: str, named: Collection[str] = (), *, resolve: bool = False) -> str:
+    """The URL that a redirect leads to; raises ForbiddenError if it must not be followed.
+
+    With `resolve` the addresses of its host are looked up and checked, where no checked connection does so later.
+    """
+    target = urljoin(url, location)
+    check_url(target, origin, named)
+    if resolve:
+        host = urlsplit(target).hostname or ""
+        for address in _addresses(host):
+            check_address(host, address, origin, named)
+    if url.lower().startswith("https:") and not target.lower().startswith("https:"):
+        raise ForbiddenError("it is redirected from https to http")
+    return target
+
+
+def _decoded(href: str) -> str:
+    for _ in range(_DECODED):
+        decoded = unquote(href)
+        if decoded == href:
+            return href
+        href = decoded
+    raise ForbiddenError(f"it is percent-encoded more than {_DECODED} times")
+
+
+def _check_object(name: str) -> None:
+    bucket, _, key = name[len("s3://") :].partition("/")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket) or {".", ".."} & set(key.split("/")):
+        raise ForbiddenError("expected s3://BUCKET/KEY without . and .. in the key")
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is written as; None for a name."""
+    try:
+        ip = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return _short_address(host)
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
+def _short_address(host: str) -> ipaddress.IPv4Address | None:
+    """An address in the short forms that resolvers understand: 127.1, 2130706433, 0x7f.1."""
+    if not re.fullmatch(r"(0x[0-9a-f]+|\d+)(\.(0x[0-9a-f]+|\d+)){0,3}", host, re.I):
+        return None
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    except OSError:
+        return None
+
+
+@functools.lru_cache(256)
+def _is_public(host: str) -> bool:
+    written = _address(host)
+    addresses = [written] if written else [_address(address) for address in _addresses(host)]
+    return all(a is None or a.is_global for a in addresses)  # of an unknown host, so that the stricter rule holds
+
+
+def _addresses(host: str) -> list[str]:
+    """The addresses of a host; none if it is unknown."""
+    try:
+        return [str(info[4][0]) for info in socket.getaddrinfo(host, None)]
+    except OSError:
+        return []
+
+
+_silent: dict[str, tuple[float, str]] = {}
+_lock = threading.Lock()
+
+
+def forget_unreachable() -> None:
+    """Try every host again: called where a run begins."""
+    with _lock:
+        _silent.clear()
+    _is_public.cache_clear()
+
+
+def note_unreachable(url: str, why: str) -> None:
+    """Remember that the host of a URL does not answer."""
+    with _lock:
+        _silent[urlsplit(url).netloc] = (time.monotonic() + _REMEMBERED_S, why)
+
+
+def need_reachable(url: str) -> None:
+    """Raise RequestError if the host of a URL did not answer a moment ago."""
+    until, why = _silent.get(urlsplit(url).netloc, (0.0, ""))
+    if time.monotonic() < until:
+        raise RequestError(why)
+
+
+def why_unreachable(url: str, error: BaseException) -> str | None:
+    """One sentence on a host that could not be reached; None for any other error."""
+    import urllib3  # only where something failed: the command line loads this module first
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(
+        cause, urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError
+    ):
+        cause = _inner(cause)
+    if cause is None:
+        return None
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    if isinstance(cause, urllib3.exceptions.NameResolutionError):
+        return f"the host name {host} is not found: check its spelling, and this machine's network and DNS"
+    if isinstance(cause, urllib3.exceptions.NewConnectionError):
+        return f"{host} cannot be reached ({_system_error(cause)}): check the address, and that the server is running"
+    return f"{host} does not answer: check the address, and this machine's network and firewall"
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """The error that another one wraps: requests and urllib3 keep it in three places."""
+    for inner in (getattr(error, "reason", None), *error.args, error.__cause__, error.__context__):
+        if isinstance(inner, BaseException):
+            return inner
+    return None
+
+
+def _system_error(error: BaseException) -> str:
+    cause = error.__cause__ or error.__context__
+    return (isinstance(cause, OSError) and cause.strerror) or "no connection"
+
+
+def without_query(text: str) -> str:
+    """Remove the queries of URLs from a text: they may hold signatures, which must not reach a log."""
+    return re.sub(r"\?[^\s'\")]*", "", text)
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Hide the queries of URLs in urllib3's log, and drop its warnings: an error reports what they announce, or it passes."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(without_query(a) if isinstance(a, str) else a for a in record.args)
+    return record.levelno < logging.WARNING
+
+
+for _name in ("connectionpool", "poolmanager", "util.retry", "connection"):
+    logging.getLogger(f"urllib3.{_name}").addFilter(_quiet)
