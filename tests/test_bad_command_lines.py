@@ -134,6 +134,8 @@ release nope => No such command
 release import => Missing argument
 release import {{d}}/nothere.zip --out new => nothere.zip
 release import {{d}}/junk.zip --out new => expected a zip archive
+release import {{d}}/empty.zip --out new => without a file
+publish --store {{w}}/cubes.zarr --icechunk nothere --diff a b => no Icechunk repository
 release import {{d}}/other.zip --out new => readme.txt
 release import {{d}}/other.zip --out new --release nope => unknown release
 release audit {{d}} => no finished import
@@ -357,6 +359,7 @@ def damaged(world, tmp_path_factory):
     junk = bytes(range(256)) * 8
     for suffix in ("geojson", "parquet", "gpkg", "shp", "pt", "yaml", "json", "zip"):
         (folder / f"junk.{suffix}").write_bytes(junk)
+    zipfile.ZipFile(folder / "empty.zip", "w").close()
     (folder / "state.pt.ckpt").write_bytes(junk)
     for name in ("folder.geojson", "folder.gpkg", "folder.zip"):
         (folder / name).mkdir()

@@ -272,6 +272,13 @@ def test_sites_are_chosen(whole, tmp_path):
     assert not (tmp_path / "plan.zip").exists()
 
 
+def test_a_packed_store_is_not_packed_into_itself(small, tmp_path):
+    copy = Path(shutil.copy(small, tmp_path / "pond.zip"))
+    with pytest.raises(CubeError, match="is the packed store itself"):
+        cube.pack(str(copy), copy)
+    assert copy.read_bytes() == small.read_bytes()
+
+
 def test_zip64(whole, tmp_path, monkeypatch):
     """Of a store with more than 65535 objects or 4 GB, by limits set low."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -101,10 +102,12 @@ def audit(
     for site in chosen:
         grid_of(site)  # one without polygon ends it now, not after an hour of searching
     until, parts = datetime.now(tz=UTC).date() - _LAG, []
+    unread: list[Unread] = []
     with progress_bar("auditing", len(chosen) * len(years) * len(sources)) as advance:
         for site in chosen:
-            listings = _listings(site, years, sources, lambda note: advance(note=note))
+            listings = _listings(site, years, sources, unread, lambda note: advance(note=note))
             parts += [coverage.audit(listings, recipe, until)] if listings else []
+    _show_unread(unread)
     unanswered = len(chosen) * len(years) - sum(by_year["year"].nunique() for _, by_year in parts)
     few = 0
     if parts:
@@ -119,24 +122,43 @@ def audit(
         ctx.exit(1)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A site-year that a source did not answer for."""
+
+    site_year: str
+    source: str
+    reason: str
+
+
+def _show_unread(unread: Sequence[Unread]) -> None:
+    """Print the first error of each source, and for how many site-years it did not answer."""
+    by_source: dict[str, list[Unread]] = {}
+    for one in unread:
+        by_source.setdefault(one.source, []).append(one)
+    for source, missing in by_source.items():
+        others = f" and {len(missing) - 1} other site-years are" if len(missing) > 1 else " is"
+        click.echo(f"error: {missing[0].site_year}{others} not audited, {source}: {missing[0].reason}", err=True)
+
+
 def _listings(
-    site: Site, years: Sequence[int], sources: Sequence[Source], done: Callable[[str], None]
+    site: Site, years: Sequence[int], sources: Sequence[Source], unread: list[Unread], done: Callable[[str], None]
 ) -> list[coverage.Listing]:
-    """What each source has of each year; a year of which one does not answer is left out, with an error line."""
+    """List what each source has of each year. A year that one does not answer for is left out, and added to `unread`."""
     listings: list[coverage.Listing] = []
     pool = ThreadPoolExecutor(max_workers=_SEARCHES)
     try:
         tasks = {year: [pool.submit(_listing, site, year, source) for source in sources] for year in years}
         for year, asked in tasks.items():
-            errors = []
+            errors: list[Unread] = []
             for source, task in zip(sources, asked, strict=True):
                 error = task.exception()
                 if error and not isinstance(error, SceneError):
                     raise error
-                errors += [f"{source.id}: {error}"] if error else []
+                if error:
+                    errors.append(Unread(f"{site.id} {year}", source.id, str(error)))
                 done(f"{site.id} {year}")
-            for text in errors:
-                click.echo(f"error: {site.id} {year} is not audited, {text}", err=True)
+            unread += errors
             listings += [] if errors else [task.result() for task in asked]
     finally:
         pool.shutdown(cancel_futures=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from minecube.catalog import recipe_of
 from minecube.cube.builds import PLACING, STAGED, is_staged
-from minecube.cube.packed import SUFFIX
+from minecube.cube.packed import SUFFIX, is_packed
 from minecube.cube.store import NAMED, objects, site_group
 from minecube.cube.verify import _attributes, _content, _listed
 from minecube.errors import CubeError
@@ -60,6 +60,8 @@ def pack(
     """
     if out.suffix != SUFFIX or (Path(store).is_dir() and Path(store).resolve() in out.resolve().parents):
         raise CubeError(f"{out}: expected a file whose name ends in {SUFFIX}, by which a packed store is known, beside {store}")
+    if is_packed(store) and out.resolve() == Path(store).resolve():
+        raise CubeError(f"{out}: is the packed store itself; name another file")
     listed = _listed(store)
     unknown = sorted(set(names or ()) - set(listed))
     if unknown:

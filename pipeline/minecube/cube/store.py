@@ -244,8 +244,9 @@ def sites(store: str) -> list[str]:
     """Names of the sites in a store; raises CubeError where there is no store of ours."""
     if not exists(store, ""):
         raise CubeError(f"{store}: there is no store; `minecube build` makes one")
-    root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
-    return sorted(name for name, group in root.groups() if NAMED in group.attrs)
+    with reading(store, ""):
+        root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
+        return sorted(name for name, group in root.groups() if NAMED in group.attrs)
 
 
 @contextmanager

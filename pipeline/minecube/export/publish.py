@@ -43,6 +43,8 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
     """
     scheme, _, rest = place.partition("://")
     if not rest:
+        if not create and not Path(place).exists():  # Icechunk would make the folder
+            raise CubeError(f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one")
         icechunk.set_logs_filter("error")  # its warning that a folder bears one process only, which `publish` locks it for
         storage = icechunk.local_filesystem_storage(place)
     elif scheme == "s3":

@@ -8,6 +8,7 @@ and it is asked again. Members that lie side by side, as the labels of a site do
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import io
 import json
@@ -140,8 +141,11 @@ class _Spans(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if at < 0:  # as files do: zipfile looks for Zip64 before an end that may be the beginning
+            raise OSError(errno.EINVAL, "expected a place within the file")
+        self._at = at
+        return at
 
     def tell(self) -> int:
         return self._at
@@ -193,6 +197,8 @@ class Archive:
                 f"({error}); it was cut off, or is something else: get it again, and compare its size with the publisher's"
             ) from error
         self._members = {m.filename: m for m in self._zip.infolist() if not m.is_dir()}
+        if not self._members:
+            raise ReleaseError(f"{self.where}: expected a zip archive of images and labels, found one without a file")
         for start in held:
             self._spans.drop(start)
         starts = sorted(m.header_offset for m in self._members.values())
