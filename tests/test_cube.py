@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import dask.array as da
 import numpy as np
@@ -25,7 +27,7 @@ from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cube.staging import put_bytes
 from minecube.cube.store import summing
-from minecube.errors import CubeError, ReadError
+from minecube.errors import BusyError, CubeError, ReadError
 from minecube.grid import grid_of
 
 RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
@@ -577,3 +579,40 @@ def test_checksums_are_of_objects_that_are_there(tmp_path):
         put_bytes(group, "reads", np.random.default_rng(size).bytes(size))
     there = {p.relative_to(tmp_path / "cubes.zarr").as_posix() for p in (tmp_path / "cubes.zarr/reads").rglob("*")}
     assert {key for key in target.sums if key.startswith("reads/")} == there - {"reads/c"}
+
+
+def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
+    """They are one object with the blocks they belong to; damaged all the same, no block of theirs counts as done."""
+    reads, made = Counted(), year_of(grid)
+    asked = iter([False, False, True])
+    with pytest.raises(CubeError, match="stopped"):
+        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2, stopped=lambda: next(asked))
+    path = Path(store) / "mine/builds/2020.new/zarr.json"
+    staged = json.loads(path.read_text())
+    assert len(staged["attributes"]["blocks"]) == 4
+    staged["attributes"]["reads"] = staged["attributes"]["reads"][:40]
+    path.write_text(json.dumps(staged))
+    assert cube.reads_so_far(store, PROVENANCE) is None
+    again = Counted()
+    assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again)
+    assert again.blocks == 12
+    assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
+
+
+def test_a_group_that_lacks_an_array_is_refused(store, site, grid):
+    shutil.rmtree(f"{store}/mine/quality")
+    with pytest.raises(CubeError, match="mine lacks its array 'quality'; run `minecube verify`"):
+        cube.create(store, site, grid, YEARS, RECIPE)
+
+
+def test_a_second_builder_of_a_site_year_is_told(store, grid):
+    made = year_of(grid)
+
+    def meanwhile():
+        with pytest.raises(BusyError, match="mine/builds/2020 is being written by another run"):
+            cube.write_year(store, made, PROVENANCE, b"")
+        return True
+
+    with pytest.raises(CubeError, match="stopped"):
+        cube.write_year(store, made, PROVENANCE, b"", stopped=meanwhile)
+    assert cube.write_year(store, made, PROVENANCE, b"")
