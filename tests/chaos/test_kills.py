@@ -159,7 +159,8 @@ def is_mixed(found, old, new):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_kill_between_any_two_objects(command, site, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["minecube.cube.builds"], "_PLACED_S", 0.0)
+    for module in ("builds", "commits"):
+        monkeypatch.setattr(sys.modules[f"minecube.cube.{module}"], "PLACED_S", 0.0)
     prepare, run = COMMANDS[command]
     before = tmp_path / "before.zarr"
     undisturbed = tmp_path / "undisturbed.zarr"

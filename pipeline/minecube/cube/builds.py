@@ -29,7 +29,8 @@ STAGED = ".new"
 LEFT_OUT = "left_out"
 """Attribute of a scene in a provenance: why its pixels were not used."""
 _POLL_S = 0.02
-_PLACED_S = 10.0  # to wait for that: renaming takes milliseconds on a disk and seconds in an object store
+PLACED_S = 10.0
+"""Time to wait until objects are in place: renaming takes milliseconds on a disk, and seconds in an object store."""
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
 
 
@@ -109,7 +110,7 @@ def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
         years = sorted(int(y) for y in group_of(store, site_id)["year"][:] if y > 0)
     # Year by year: a listing would find markers that other threads are only beginning.
     for year in years:
-        marker = marker_of(store, site_id, year, wait_s=_PLACED_S)
+        marker = marker_of(store, site_id, year, wait_s=PLACED_S)
         if marker is not None and PLACING not in marker:
             found[year] = marker
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minecube.cube.builds import PLACING, marker_of
+from minecube.cube.builds import PLACED_S, PLACING, marker_of
 from minecube.cube.packed import is_packed, stamp_of
 from minecube.cube.store import folder_of, objects, reading, site_group
 from minecube.errors import CubeError
@@ -21,6 +21,8 @@ class Commits:
     site_id: str
     years: tuple[int, ...]
     """By index on the first axis."""
+    committed: tuple[int, ...]
+    """Years that are committed."""
     stamps: tuple[Any, ...]
     """What tells each marker from another one of its name; None if there is none."""
     shards: frozenset[str] = field(repr=False)
@@ -36,13 +38,15 @@ class Commits:
         folder = folder_of(store)
         markers = None if folder is None else f"{folder}/{site_id}/builds"
         stamps = []
+        committed = []
         shards: set[str] = set()
         for year in years:
             stamp, marker = _stamped(store, site_id, year, markers)
             stamps.append(stamp)
-            listed = () if marker is None or PLACING in marker else marker.get("checksums", ())
-            shards.update(key for key in listed if not key.startswith("builds/"))
-        return cls(store, site_id, years, tuple(stamps), frozenset(shards), markers)
+            if marker is not None and PLACING not in marker:
+                committed.append(year)
+                shards.update(key for key in marker.get("checksums", ()) if not key.startswith("builds/"))
+        return cls(store, site_id, years, tuple(committed), tuple(stamps), frozenset(shards), markers)
 
     def check(self, indices: Iterable[int]) -> None:
         """Raise CubeError if one of these years was committed or withdrawn since the site was opened."""
@@ -70,7 +74,7 @@ def _stamped(store: str, site_id: str, year: int, markers: str | None) -> tuple[
     """The stamp of a marker, and the marker that has it."""
     while True:
         before = _stamp(store, site_id, year, markers)
-        marker = marker_of(store, site_id, year)
+        marker = marker_of(store, site_id, year, wait_s=PLACED_S)
         if before == _stamp(store, site_id, year, markers):
             return before, marker
 

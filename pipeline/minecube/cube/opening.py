@@ -15,7 +15,6 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 from xarray.core import indexing
 
-from minecube.cube.builds import builds
 from minecube.cube.commits import Commits
 from minecube.cube.pixels import LazyPixels, Pixels
 from minecube.cube.store import reading, site_group, zarr_store
@@ -36,7 +35,25 @@ def open_cube(store: str, site_id: str) -> xr.Dataset:
         CubeError: there is no such site, or the store was not made by minecube. Reading raises it if a year is built again
             meanwhile, or if a shard is missing or damaged.
     """
+    return _open(Commits.of(store, site_id))
+
+
+def open_committed(store: str, site_id: str) -> xr.Dataset:
+    """Open a site's cube as `open_cube` does, with committed years only. This is the way to read a cube.
+
+    Raises:
+        CubeError: as `open_cube`, or the site has no committed year.
+    """
     commits = Commits.of(store, site_id)
+    if not commits.committed:
+        raise CubeError(f"{store}: {site_id} has no committed year; run `minecube build` until it says built")
+    return _open(commits).sel(year=sorted(commits.committed))
+
+
+def _open(commits: Commits) -> xr.Dataset:
+    """Open the cube whose markers these are."""
+    store = commits.store
+    site_id = commits.site_id
     need_labels(store, site_id)
     with reading(store, site_id):
         opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=site_id, consolidated=False, chunks=None)
@@ -49,19 +66,6 @@ def open_cube(store: str, site_id: str) -> xr.Dataset:
     # A run that was killed while it made room for more years has left room without a name.
     opened = opened.isel(year=np.flatnonzero(opened["year"] > 0))
     return opened.assign_attrs({name: _plain(value) for name, value in opened.attrs.items()})
-
-
-def open_committed(store: str, site_id: str) -> xr.Dataset:
-    """Open a site's cube as `open_cube` does, with committed years only. This is the way to read a cube.
-
-    Raises:
-        CubeError: as `open_cube`, or the site has no committed year.
-    """
-    years = list(builds(store, site_id))
-    cube = open_cube(store, site_id)
-    if not years:
-        raise CubeError(f"{store}: {site_id} has no committed year; run `minecube build` until it says built")
-    return cube.sel(year=years)
 
 
 def grid_and_years(store: str, site_id: str) -> tuple[GeoBox, list[int]]:

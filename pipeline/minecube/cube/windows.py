@@ -19,7 +19,6 @@ import numpy.typing as npt
 import xarray as xr
 from xarray.core import indexing
 
-from minecube.cube.builds import builds
 from minecube.cube.commits import Commits
 from minecube.cube.pixels import LazyPixels, Pixels
 from minecube.cube.store import site_group, sites
@@ -211,8 +210,8 @@ class _Site:
     @classmethod
     def of(cls, store: str, name: str, years: Sequence[int] | None) -> _Site:
         group = site_group(store, name, "r")
-        committed = list(builds(store, name))
         commits = Commits.of(store, name)
+        committed = sorted(commits.committed)
         lacking = sorted(set(years or ()) - set(committed))
         if lacking or not committed:
             there = ", ".join(map(str, committed)) or "none"
