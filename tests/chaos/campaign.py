@@ -447,6 +447,7 @@ def run_campaign(pairs: int, where: Sequence[str], seed: int, reads: int, root: 
                 pair = kinds[number % len(kinds)]
                 delay_s = delays.choice((0.0, 0.0, delays.uniform(0, 0.3)))
                 found = campaign.try_pair(pair, number, delay_s)
+                print(f"{place_name} {number + 1}: {pair.name}", file=sys.stderr, flush=True)
                 tally["pairs"] += 1
                 for what, each in found.items():
                     tally[what] += bool(each)
