@@ -130,6 +130,13 @@ def test_a_reader_during_overwrite_never_sees_a_mixture(store, site, tmp_path):
         writer.communicate()
 
 
+def test_files_that_others_are_writing_are_no_members(store, tmp_path):
+    (tmp_path / "cubes.zarr/pit/zarr.0123.partial").write_bytes(b"{")
+    (tmp_path / "cubes.zarr/zarr.4567.partial").write_bytes(b"{")
+    assert cube.sites(store) == ["pit"]  # warnings are errors here
+    assert cube.open_committed(store, "pit").year.values.tolist() == [2019, 2020]
+
+
 def test_a_missing_shard_is_an_error_in_an_object_store_too(bucket, site):
     from obstore.store import from_url
 

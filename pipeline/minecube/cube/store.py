@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -94,12 +94,25 @@ def objects(store: str) -> Any:
     return client_of(store) if folder is None else LocalStore(folder)
 
 
+class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]
+    """Zarr's store in a folder, without the files that other processes are writing at this moment.
+
+    Zarr 3.1.6 lists them as members of a group and warns of each.
+    """
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Names below a prefix."""
+        async for name in super().list_dir(prefix):
+            if not name.endswith(".partial"):
+                yield name
+
+
 def zarr_store(store: str) -> Any:
     """The Zarr store of that name."""
     if is_packed(store):
         return packed.zarr_store(store)
     folder = folder_of(store)
-    return zarr.storage.ObjectStore(client_of(store)) if folder is None else zarr.storage.LocalStore(folder)
+    return zarr.storage.ObjectStore(client_of(store)) if folder is None else FolderStore(folder)
 
 
 class Summing(WrapperStore):  # type: ignore[misc]
