@@ -27,6 +27,7 @@ from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cube.staging import put_bytes
 from minecube.cube.store import summing
+from minecube.cube.template import need_labels
 from minecube.errors import BusyError, CubeError, ReadError
 from minecube.grid import grid_of
 
@@ -378,8 +379,14 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
         patched.setattr(cube, "note_labels", dies)
         with pytest.raises(KeyboardInterrupt):
             cube.write_footprint(store, "mine", second, "second", second * np.uint8(250))
-    with pytest.raises(CubeError, match="labels of mine 2019 are being written, or a run was killed while it wrote them"):
-        cube.open_cube(store, "mine")
+    half = cube.open_cube(store, "mine")  # pixels are read all the same
+    assert not half.reflectance[0, 0, :9, :9].values.any()
+    for name in ("footprint", "footprint_fraction"):
+        if name != "footprint_fraction" or killed_at == name:
+            with pytest.raises(CubeError, match="labels of mine are being written, or a run was killed while it wrote them"):
+                half[name].sel(year=2019).load()
+    with pytest.raises(CubeError, match="labels of mine 2019 are being written"):
+        need_labels(store, "mine")
     report = cube.verify(store)
     assert report.whole
     assert {(f.kind, f.year) for f in report.findings} == {("unfinished", 2019)}
@@ -389,6 +396,17 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
     assert (opened.footprint == 1).all()
     assert (opened.footprint_fraction == 250).all()
     assert cube.verify(store).findings == ()
+
+
+def test_labels_written_while_they_are_read_are_an_error(store, grid):
+    coords = {"year": [2019], **odc.geo.xr.xr_coords(grid)}
+    first, second = (xr.DataArray(np.full((1, *grid.shape), v, np.uint8), coords, ("year", "y", "x")) for v in (0, 1))
+    cube.write_footprint(store, "mine", first, "first", first)
+    opened = cube.open_cube(store, "mine")
+    cube.write_footprint(store, "mine", second, "second", second)
+    for name in ("footprint", "footprint_fraction"):
+        with pytest.raises(CubeError, match="labels of mine were written while they were being read; open the cube again"):
+            opened[name].load()
 
 
 def test_what_is_not_there_is_named(store):
@@ -533,8 +551,9 @@ def test_a_run_killed_before_its_counts_are_kept_does_those_blocks_again(store, 
     kept = cube.reads_so_far(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [20]  # of the first batch
     again = Counted()
-    assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again, workers=2)
+    assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again, before=kept, workers=2)
     assert again.blocks == 12 - 2
+    assert cube.builds(store, "mine")[2020]["reads"]["planned"] == 100  # this fake counts its own blocks only
 
 
 def test_blocks_of_another_policy_are_not_gone_on_with(store, grid):
@@ -587,7 +606,7 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
     asked = iter([False, False, True])
     with pytest.raises(CubeError, match="stopped"):
         cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2, stopped=lambda: next(asked))
-    path = Path(store) / "mine/builds/2020.new/zarr.json"
+    (path,) = Path(store).glob("mine/builds/2020.*.new/zarr.json")
     staged = json.loads(path.read_text())
     assert len(staged["attributes"]["blocks"]) == 4
     staged["attributes"]["reads"] = staged["attributes"]["reads"][:40]
@@ -597,6 +616,27 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
     assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again)
     assert again.blocks == 12
     assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
+
+
+def test_blocks_of_a_process_whose_counts_are_unknown_are_made_again(store, grid):
+    """Another process has done some blocks, and lost reads, since this one looked for counts to go on from."""
+    before = cube.reads_so_far(store, PROVENANCE)
+    other, made = Counted(lost=3), year_of(grid)
+    asked = iter([False, True])
+    with pytest.raises(CubeError, match="stopped"):
+        cube.write_year(store, other.over(made), PROVENANCE, b"", reads=other, workers=2, stopped=lambda: next(asked))
+    reads = Counted()
+    assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, before=before)
+    assert reads.blocks == 12
+
+
+def test_a_site_that_lost_its_metadata_is_not_created_again(store, site, grid):
+    cube.write_year(store, year_of(grid), PROVENANCE, b"")
+    Path(store, "mine/zarr.json").unlink()
+    there = sorted(Path(store).rglob("*"))
+    with pytest.raises(CubeError, match=r"mine has lost its zarr.json, but has other objects; run `minecube verify`"):
+        cube.create(store, site, grid, YEARS, RECIPE)
+    assert sorted(Path(store).rglob("*")) == there
 
 
 def test_a_group_that_lacks_an_array_is_refused(store, site, grid):

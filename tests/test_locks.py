@@ -19,14 +19,14 @@ from minecube.cube import locks
 from minecube.errors import BusyError
 
 
-def names_beside(store):
-    return [p.name for p in store.parent.iterdir() if p != store]
+def locks_of(store):
+    return sorted(p.name for p in (store / ".locks").glob("*"))
 
 
 def test_a_second_holder_is_told_who_holds_it(tmp_path, monkeypatch):
     store = str(tmp_path / "cubes.zarr")
     with locks.hold(store, "pit/builds/2020"):
-        assert names_beside(tmp_path / "cubes.zarr") == ["cubes.zarr-locks"]
+        assert locks_of(tmp_path / "cubes.zarr") == ["pit.builds.2020.lock"]
         said = rf"cubes.zarr: pit/builds/2020 is being written by another run \(process {os.getpid()} on "
         with pytest.raises(BusyError, match=said), locks.hold(store, "pit/builds/2020"):
             pass
@@ -37,7 +37,7 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path, monkeypatch):
             pass  # the same store by another name
     with locks.hold(store, "pit/builds/2020") as again:
         again.check()
-    assert names_beside(tmp_path / "cubes.zarr") == []
+    assert list((tmp_path / "cubes.zarr").iterdir()) == []
 
 
 def test_threads_take_turns(tmp_path):
@@ -78,7 +78,7 @@ def test_processes_take_turns(tmp_path):
     for process in counting:
         process.join()
     assert path.read_text() == "300"
-    assert names_beside(path) == []
+    assert locks_of(tmp_path / "cubes.zarr") == []
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
@@ -99,10 +99,23 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         pass
 
 
-def test_locks_lie_in_the_store_where_nothing_can_be_written_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # tests run as root, who may write anywhere
-    with locks.hold(str(tmp_path / "cubes.zarr"), "pit"):
-        assert (tmp_path / "cubes.zarr" / ".locks" / "pit.lock").exists()
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    """A process that holds the lock is killed while its child lives on."""
+    script = f"""
+        import multiprocessing, time
+        from minecube.cube.locks import hold
+        with hold({str(tmp_path / "cubes.zarr")!r}, "pit"):
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,)).start()
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locks.hold(str(tmp_path / "cubes.zarr"), "pit", wait_s=2):
+        pass
+    holder.stdout.close()
 
 
 @pytest.fixture
@@ -125,7 +138,7 @@ def test_a_lease_that_is_renewed_is_not_taken_over(bucket, quick):
         with locks.hold(store, "quarry"):
             pass
         (kept,) = [entry["path"] for batch in from_url(bucket).list() for entry in batch]
-        assert kept == "a/cubes.zarr-locks/pit.json"
+        assert kept == "a/cubes.zarr/.locks/pit.json"
     with locks.hold(store, "pit"):
         pass
     assert [entry for batch in from_url(bucket).list() for entry in batch] == []
@@ -168,4 +181,4 @@ def test_of_many_takers_one_wins(bucket, quick):
         thread.join()
     assert len(won) == 1
     with pytest.raises(obstore.exceptions.AlreadyExistsError):
-        leases[0].objects.put("pit.json", b"", mode="create")
+        leases[0].objects.put(leases[0].key, b"", mode="create")

@@ -186,5 +186,5 @@ def test_a_kill_between_any_two_objects(command, site, tmp_path, monkeypatch):
                 assert damage(store) == [], last
             run(str(store), site)
             assert content(store) == wanted, last
-            assert [p.name for p in tmp_path.glob("*-locks")] == []
+            assert not (store / ".locks").exists()
             shutil.rmtree(store)

@@ -125,6 +125,7 @@ def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Calla
 def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], bool]) -> Outcome:
     start = time.monotonic()
     grid = grid_of(site)
+    cube.settle(job.store, site.id, year)
     found, chosen = chosen_scenes(job, site, year, saved_scenes)
     provenance = cube.provenance_of(
         site,
@@ -160,7 +161,8 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     if left_out:
         scenes.need_dates(used, job.recipe, year)
     provenance["check_reads"] = looks.totals()
-    ledger = Ledger(lossy=lossy, before=cube.reads_so_far(job.store, provenance))
+    before = cube.reads_so_far(job.store, provenance)
+    ledger = Ledger(lossy=lossy, before=before)
     planned = plan.estimate(used, grid, job.recipe)
     # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
     new = cube.write_year(
@@ -169,6 +171,7 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         provenance,
         snapshot.to_bytes(used),
         reads=ledger,
+        before=before,
         completeness=job.min_read_completeness,
         overwrite=job.overwrite,
         scheduler="threads",

@@ -83,7 +83,7 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
     click.echo(f"{store}: {looked}: {len(report.findings)} findings")
     if uncommit:
         for site, of in report.rebuild.items():
-            cube.uncommit(store, site, of)
+            cube.uncommit(store, site, of, report.committed[site])
         click.echo(f"took the commit off {', '.join(_site_years(report)) or 'nothing'}")
         commands = [line for line in commands if not line.endswith(" --uncommit")]
     if commands:

@@ -5,9 +5,9 @@
         builds/2020/                 the marker of a committed site-year: its provenance as attributes;
           scenes                     its scene list, the bytes of a stac-geoparquet file,
           reads                      and what became of every read, the bytes of a Parquet file
-        builds/2020.new/             a site-year that is being built (staging.py)
+        builds/2020.RUN.new/         a site-year that is being built (staging.py)
         predictions/unet-small-1a2b3c4d/   one xarray dataset per model: probability, or change
-    cubes.zarr-locks/                locks of runs that write at this moment (locks.py)
+      .locks/                        locks of runs that write at this moment (locks.py)
 
 A site-year without a marker is not committed and has no pixels. A marker keeps the size and SHA-256 of every object of its
 site-year, taken as the object was written. Labels and predictions keep theirs in their own attributes, and the site's group
@@ -24,6 +24,7 @@ keeps a hash of its metadata. `verify` checks the store against them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
 from minecube.cube.builds import (
+    PLACING,
     Account,
     build_id,
     builds,
@@ -44,12 +46,13 @@ from minecube.cube.builds import (
     incomplete,
     is_committed,
     leave_out,
+    marker_of,
     provenance_of,
     reads,
     run_of,
     used_scenes,
 )
-from minecube.cube.locks import WAIT_S, hold
+from minecube.cube.locks import WAIT_S, Lock, hold
 from minecube.cube.names import find_prediction
 from minecube.cube.opening import as_float, grid_and_years, open_committed, open_cube
 from minecube.cube.pack import Packing, pack
@@ -62,6 +65,7 @@ from minecube.cube.store import (
     NAMED,
     begin_group,
     group_at,
+    has_objects,
     is_being_made,
     site_group,
     sites,
@@ -84,7 +88,7 @@ from minecube.cube.template import (
 )
 from minecube.cube.verify import UNFINISHED, Finding, Report, named_sites, verify
 from minecube.cube.windows import CubeDataset, Window, open_reflectance
-from minecube.errors import CubeError, ReadError
+from minecube.errors import BusyError, CubeError, ReadError
 
 __all__ = [
     "UNFINISHED",
@@ -117,6 +121,7 @@ __all__ = [
     "provenance_of",
     "reads",
     "reads_so_far",
+    "settle",
     "sites",
     "uncommit",
     "unpacked",
@@ -139,6 +144,8 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
             those it has.
     """
     group = group_at(store, site.id)
+    if group is None and has_objects(store, site.id):
+        raise CubeError(f"{store}: {site.id} has lost its zarr.json, but has other objects; run `minecube verify`")
     if group is None or is_being_made(group):
         return False
     made = site_group(store, site.id, mode="r").attrs[NAMED]
@@ -196,6 +203,7 @@ def write_year(
     scenes: bytes,
     *,
     reads: Account | None = None,
+    before: bytes | None = None,
     completeness: float = 1.0,
     overwrite: bool = False,
     scheduler: str | None = None,
@@ -212,6 +220,8 @@ def write_year(
         provenance: what the build is made of (`provenance_of`): its site and year say where it goes, `build_id` names it.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
         reads: counts of the reads that computing makes.
+        before: the counts that `reads` began with (`reads_so_far`). Blocks that an earlier process left with others are made
+            again.
         completeness: share of the planned reads below which the year is not committed.
         overwrite: replace a committed year that was built from something else.
         scheduler: the name of the Dask scheduler that computes the blocks; default: the one in force.
@@ -226,7 +236,7 @@ def write_year(
     """
     site_id = provenance["site"]
     year = provenance["year"]
-    with hold(store, f"{site_id}/builds/{year}") as lock, writing(store):
+    with writing(store), hold(store, f"{site_id}/builds/{year}") as lock:
         finish(store, site_id, year)
         if is_committed(store, provenance, overwrite=overwrite, completeness=completeness):
             return False
@@ -234,8 +244,9 @@ def write_year(
         year_index(group, year)
         names = [str(name) for name in composite.data_vars]
         _check_alignment(composite, {name: group[name] for name in names})
-        staging = open_staging(store, site_id, year, names, run_of(provenance), counted=reads is not None)
-        _build_blocks(composite, staging, reads, {"scheduler": scheduler, "num_workers": workers}, stopped)
+        staging = open_staging(store, site_id, year, names, run_of(provenance), before)
+        how = {"scheduler": scheduler, "num_workers": workers}
+        _build_blocks(composite, staging, reads, lock, how, stopped)
         lock.check()
         counts = dict(reads.totals()) if reads else {}
         seen = bool(staging.arrays["quality"][:].any())
@@ -260,6 +271,7 @@ def _build_blocks(
     composite: xr.Dataset,
     staging: Staging,
     reads: Account | None,
+    lock: Lock,
     how: Mapping[str, Any],
     stopped: Callable[[], bool],
 ) -> None:
@@ -277,26 +289,48 @@ def _build_blocks(
         log.info("%s: going on with block %d of %d", where, len(blocks) - len(todo) + 1, len(blocks))
     workers = how["num_workers"]
     for at in range(0, len(todo), workers):
+        lock.check()
         if stopped():
             raise CubeError(
                 f"{where}: stopped with {len(todo) - at} of {len(blocks)} blocks to go; the same build goes on there"
             )
         batch = todo[at : at + workers]
         checksums |= _compute_blocks(composite, staging.arrays, batch, how)
+        lock.check()
         done += [f"{row}/{column}" for row, column in batch]
         staging.note(done, checksums, reads.to_parquet() if reads else None)
 
 
-def uncommit(store: str, site_id: str, years: Iterable[int]) -> None:
-    """Take the commit off years and remove their pixels, so that the same `minecube build` makes them again.
+def settle(store: str, site_id: str, year: int) -> None:
+    """Put a committed year in place that a killed run has left between commit and place. Does nothing to other years.
 
     Raises:
-        BusyError: another run is building one of the years.
+        CubeError: the store cannot be written.
+    """
+    marker = marker_of(store, site_id, year)
+    if marker is None or PLACING not in marker:
+        return
+    with contextlib.suppress(BusyError), writing(store), hold(store, f"{site_id}/builds/{year}"):
+        finish(store, site_id, year)
+
+
+def uncommit(store: str, site_id: str, years: Iterable[int], judged: Mapping[int, Mapping[str, Any]] | None = None) -> None:
+    """Take the commit off years and remove their pixels, so that the same `minecube build` makes them again.
+
+    Args:
+        store: local path or object-store URL.
+        site_id: the site.
+        years: the years.
+        judged: the markers that were found to be wrong, by year; a year that has another marker by now is left alone.
+
+    Raises:
+        BusyError: another run is building one of the years, or has built it since.
         CubeError: the store cannot be written.
     """
     for year in years:
+        sha256 = None if judged is None else judged.get(year, {}).get("sha256")
         with writing(store), hold(store, f"{site_id}/builds/{year}"):
-            withdraw(store, site_id, year)
+            withdraw(store, site_id, year, sha256)
 
 
 def write_footprint(

@@ -21,11 +21,12 @@ from minecube.cube.store import digest, exists, group_of, reading, site_group
 from minecube.errors import CubeError, StaleError
 
 PLACING = "placing"
-"""Attribute of the marker of a committed year whose objects are being renamed to their places."""
+"""Attribute of the marker of a committed year whose objects are being renamed to their places: `made`, its provenance, and
+`staging`, the group where they are. Versions that do not know it take the year for uncommitted."""
 WITHDRAWN = "withdrawn"
 """Attribute of the marker of a year whose pixels are being removed: their keys."""
 STAGED = ".new"
-"""Suffix of the group of a year that is being built, next to its marker."""
+"""Suffix of the group of a year that is being built, next to its marker: `2020.1a2b3c4d.new`."""
 LEFT_OUT = "left_out"
 """Attribute of a scene in a provenance: why its pixels were not used."""
 _POLL_S = 0.02
@@ -86,6 +87,12 @@ def is_staged(key: str) -> bool:
     return first == "builds" and rest.split("/")[0].endswith(STAGED)
 
 
+def staged_year(name: str) -> int | None:
+    """The year of a group below `builds`, be it a marker or a year that is being built; None for other names."""
+    first = name.split(".")[0]
+    return int(first) if first.isdigit() and (name == first or name.endswith(STAGED)) else None
+
+
 def leave_out(provenance: dict[str, Any], why: Mapping[str, str]) -> None:
     """Note in a provenance which of its scenes were left out after all: scene id -> reason."""
     for scene in provenance["scenes"]:
@@ -117,7 +124,7 @@ def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
 
 
 def marker_of(store: str, site_id: str, year: int, *, wait_s: float = 0.0) -> dict[str, Any] | None:
-    """The marker of a committed year; None if the year is not committed.
+    """The provenance of a committed year; None if the year is not committed. `PLACING` is set while it is put in place.
 
     Args:
         store: local path or object-store URL.
@@ -129,6 +136,8 @@ def marker_of(store: str, site_id: str, year: int, *, wait_s: float = 0.0) -> di
     while True:
         try:
             marker = dict(group_of(store, f"{site_id}/builds/{year}").attrs)
+            if PLACING in marker:
+                marker = {**marker[PLACING]["made"], PLACING: marker[PLACING]["staging"]}
         except (FileNotFoundError, zarr.errors.GroupNotFoundError):
             return None
         if PLACING not in marker or time.monotonic() >= until:

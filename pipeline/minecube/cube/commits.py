@@ -1,16 +1,81 @@
-"""Notice when a year is committed or withdrawn while it is being read."""
+"""Notice when years or labels are written while they are being read."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from minecube.cube.builds import PLACED_S, PLACING, marker_of
 from minecube.cube.packed import is_packed, stamp_of
-from minecube.cube.store import folder_of, objects, reading, site_group
+from minecube.cube.store import absolute, objects, reading, site_group
+from minecube.cube.template import LABELLING
 from minecube.errors import CubeError
+
+
+class Watch(Protocol):
+    """What a read of pixels must not see two states of."""
+
+    def check(self, indices: Iterable[int]) -> None:
+        """Raise CubeError if one of these years has changed since it was opened, or must not be read."""
+
+    def need_absent(self, key: str) -> None:
+        """Raise CubeError if an object that is not there should be."""
+
+    def __hash__(self) -> int:
+        """Watches are values."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a site as they were when it was opened."""
+
+    store: str
+    path: str
+    """Of the array."""
+    unfinished: tuple[int, ...]
+    """Indices of years whose labels are half written."""
+    sha256: str
+    """Names the state of the labels; empty if there are none."""
+    stamp: Any
+    """Of the array's metadata. Another one is looked into: it may be that of more years."""
+
+    @classmethod
+    def of(cls, store: str, site_id: str, name: str) -> Labels:
+        """The labels as they are now."""
+        store = absolute(store)
+        stamp = _stamp(store, f"{site_id}/{name}/zarr.json")
+        with reading(store, site_id):
+            group = site_group(store, site_id, "r")
+            years = [int(y) for y in group["year"][:]]
+            attrs = group[name].attrs
+            unfinished = tuple(years.index(year) for year in attrs.get(LABELLING, ()))
+        return cls(store, f"{site_id}/{name}", unfinished, str(attrs.get("sha256", "")), stamp)
+
+    def check(self, indices: Iterable[int]) -> None:
+        """Raise CubeError if labels are half written, or were written since they were opened."""
+        site_id = self.path.split("/")[0]
+        if set(self.unfinished) & set(indices):
+            raise CubeError(
+                f"{self.store}: labels of {site_id} are being written, or a run was killed while it wrote them; wait, or run "
+                "`minecube label` again"
+            )
+        if is_packed(self.store) or _stamp(self.store, f"{self.path}/zarr.json") == self.stamp:
+            return
+        if self._sha256() != self.sha256:
+            raise CubeError(f"{self.store}: labels of {site_id} were written while they were being read; open the cube again")
+
+    def _sha256(self) -> str:
+        try:
+            content = bytes(objects(self.store).get(f"{self.path}/zarr.json").bytes())
+            return str(json.loads(content)["attributes"].get("sha256", ""))
+        except (OSError, ValueError, KeyError) as error:
+            raise CubeError(f"{self.store}: {self.path} cannot be read ({error}); run `minecube verify`") from error
+
+    def need_absent(self, key: str) -> None:
+        """Labels that are nothing but fill value are no object."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +92,24 @@ class Commits:
     """What tells each marker from another one of its name; None if there is none."""
     shards: frozenset[str] = field(repr=False)
     """Shards of committed years, relative to the site's group."""
-    folder: str | None
-    """Folder of the markers; None in an object store."""
 
     @classmethod
     def of(cls, store: str, site_id: str) -> Commits:
         """The markers as they are now; raises CubeError if the site is not there."""
+        store = absolute(store)
         with reading(store, site_id):
             years = tuple(int(y) for y in site_group(store, site_id, "r")["year"][:])
-        folder = folder_of(store)
-        markers = None if folder is None else f"{folder}/{site_id}/builds"
         stamps = []
         committed = []
         shards: set[str] = set()
         for year in years:
-            stamp, marker = _stamped(store, site_id, year, markers)
-            stamps.append(stamp)
+            stamp, marker = _stamped(store, site_id, year)
+            # A year that is being put in place may have pixels of two builds: it is not read.
+            stamps.append(PLACING if marker is not None and PLACING in marker else stamp)
             if marker is not None and PLACING not in marker:
                 committed.append(year)
                 shards.update(key for key in marker.get("checksums", ()) if not key.startswith("builds/"))
-        return cls(store, site_id, years, tuple(committed), tuple(stamps), frozenset(shards), markers)
+        return cls(store, site_id, years, tuple(committed), tuple(stamps), frozenset(shards))
 
     def check(self, indices: Iterable[int]) -> None:
         """Raise CubeError if one of these years was committed or withdrawn since the site was opened."""
@@ -60,7 +123,7 @@ class Commits:
                 )
 
     def _stamp(self, year: int) -> Any:
-        return _stamp(self.store, self.site_id, year, self.folder)
+        return _stamp(self.store, f"{self.site_id}/builds/{year}/zarr.json")
 
     def need_absent(self, key: str) -> None:
         """Raise CubeError if an object that is not there was committed; `key` is that of the store."""
@@ -70,20 +133,21 @@ class Commits:
             raise CubeError(f"{self.store}: {key} is missing although it was committed; run `minecube verify`")
 
 
-def _stamped(store: str, site_id: str, year: int, markers: str | None) -> tuple[Any, dict[str, Any] | None]:
+def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
     """The stamp of a marker, and the marker that has it."""
+    key = f"{site_id}/builds/{year}/zarr.json"
     while True:
-        before = _stamp(store, site_id, year, markers)
+        before = _stamp(store, key)
         marker = marker_of(store, site_id, year, wait_s=PLACED_S)
-        if before == _stamp(store, site_id, year, markers):
+        if before == _stamp(store, key):
             return before, marker
 
 
-def _stamp(store: str, site_id: str, year: int, markers: str | None) -> Any:
-    """What tells a marker from another one of its name; None if there is none."""
+def _stamp(store: str, key: str) -> Any:
+    """What tells an object from another one of its name; None if there is none."""
     try:
-        if markers is None:
-            return objects(store).head(f"{site_id}/builds/{year}/zarr.json")["e_tag"]
-        return stamp_of(os.stat(f"{markers}/{year}/zarr.json"))  # noqa: PTH116  asked for at every read
+        if "://" in store:
+            return objects(store).head(key)["e_tag"]
+        return stamp_of(os.stat(f"{store}/{key}"))  # noqa: PTH116  asked for at every read
     except (FileNotFoundError, NotADirectoryError):  # the latter in a packed store
         return None

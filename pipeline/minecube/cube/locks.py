@@ -1,7 +1,6 @@
 """Locks that keep two runs from writing the same part of a store.
 
-A lock has a name, such as `Germany_1` or `Germany_1/builds/2020`. Lock files lie next to the store, so that Zarr never lists
-them.
+A lock has a name, such as `Germany_1` or `Germany_1/builds/2020`. Locks lie in `.locks` inside the store.
 
     folder        flock(2): the kernel frees the lock of a process that was killed
     object store  a lease, written with conditional puts: its holder renews it every few seconds; a lease that nobody renews
@@ -35,6 +34,8 @@ from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
 
+LOCKS = ".locks"
+"""Where locks lie in a store."""
 LEASE_S = 30.0
 """A lease that has not been renewed for so long is dead."""
 RENEW_S = 5.0
@@ -106,16 +107,23 @@ class _FileLock:
         """Nothing can have taken the lock over."""
 
 
-def lock_folder(folder: Path) -> Path:
-    """The folder of a store's lock files: next to the store, or inside it if nothing can be written next to it."""
-    beside = folder.parent / f"{folder.name}-locks"
-    parent = next(p for p in (folder.parent, *folder.parent.parents) if p.exists())
-    return beside if os.access(parent, os.W_OK) else folder / ".locks"
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """Close the locks of the parent process: a forked child would keep them after the parent's death."""
+    for file in _held:
+        with contextlib.suppress(OSError):
+            os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
 def _file_lock(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
-    locks = lock_folder(folder.resolve())
+    locks = folder.resolve() / LOCKS
     path = locks / f"{name.replace('/', '.')}.lock"
     until = time.monotonic() + wait_s
     while (file := _try_flock(path)) is None:
@@ -126,6 +134,7 @@ def _file_lock(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
                 content = b""
             raise _busy(folder, name, _parsed(content))
         time.sleep(_POLL_S)
+    _held.add(file)
     try:
         os.truncate(file, 0)
         os.pwrite(file, json.dumps(_holder()).encode(), 0)
@@ -133,6 +142,7 @@ def _file_lock(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
     finally:
         # The name goes before the lock does. Who waits for the file without a name notices that, and opens it again.
         path.unlink(missing_ok=True)
+        _held.discard(file)
         os.close(file)
         with contextlib.suppress(OSError):  # others hold locks
             locks.rmdir()
@@ -148,6 +158,8 @@ def _try_flock(path: Path) -> int | None:
         return None  # another run removed the empty folder at this moment
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(OSError):  # the file of another user, who has done so
+            os.fchmod(file, 0o666)
     except FileNotFoundError:  # likewise
         return None
     try:
@@ -176,8 +188,8 @@ class _Lease:
     def __init__(self, store: str, name: str) -> None:
         self.store = store
         self.name = name
-        self.key = f"{name}.json"
-        self.objects: Any = client_of(_lease_url(store))
+        self.key = f"{LOCKS}/{name}.json"
+        self.objects: Any = client_of(store)
         self.mine = _holder()
         self.tag = ""
         self._count = 0
@@ -254,13 +266,6 @@ class _Lease:
             seen = self._seen()
             if seen is not None and seen[1].get("owner") == self.mine["owner"]:
                 self.objects.delete(self.key)
-
-
-def _lease_url(store: str) -> str:
-    """Where leases lie: next to the store, or inside it if the store is a whole bucket."""
-    scheme, _, rest = store.rstrip("/").partition("://")
-    bucket, _, prefix = rest.partition("/")
-    return f"{scheme}://{bucket}/{prefix}-locks" if prefix else f"{scheme}://{bucket}/.locks"
 
 
 @contextmanager

@@ -15,10 +15,10 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 from xarray.core import indexing
 
-from minecube.cube.commits import Commits
+from minecube.cube.commits import Commits, Labels
 from minecube.cube.pixels import LazyPixels, Pixels
 from minecube.cube.store import reading, site_group, zarr_store
-from minecube.cube.template import WRITTEN_LATER, grid_in, need_labels
+from minecube.cube.template import LABELS, WRITTEN_LATER, grid_in
 from minecube.errors import CubeError
 
 REFLECTANCE_SCALE = 10_000
@@ -54,13 +54,13 @@ def _open(commits: Commits) -> xr.Dataset:
     """Open the cube whose markers these are."""
     store = commits.store
     site_id = commits.site_id
-    need_labels(store, site_id)
     with reading(store, site_id):
         opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=site_id, consolidated=False, chunks=None)
         opened["year"].load()
         for name, array in opened.data_vars.items():
             if array.dims[:1] == ("year",):
-                opened[name] = _lazy(array.variable, Pixels.of(store, f"{site_id}/{name}", commits))
+                watch = Labels.of(store, site_id, str(name)) if name in LABELS else commits
+                opened[name] = _lazy(array.variable, Pixels.of(store, f"{site_id}/{name}", watch))
     for variable in opened.variables.values():
         variable.encoding = {}
     # A run that was killed while it made room for more years has left room without a name.

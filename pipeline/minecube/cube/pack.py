@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from minecube.catalog import recipe_of
-from minecube.cube.builds import PLACING, STAGED, is_staged
+from minecube.cube.builds import is_staged, staged_year
 from minecube.cube.packed import SUFFIX, is_packed
 from minecube.cube.store import NAMED, objects, site_group
+from minecube.cube.template import need_labels
 from minecube.cube.verify import _attributes, _content, _listed
 from minecube.errors import CubeError
 from minecube.files import replacing
@@ -73,6 +74,8 @@ def pack(
         left_out += [f"{name} {year}" for year in sorted(_marked(listed[name]) - done[name])] if done[name] else [name]
     if not any(done.values()):
         raise CubeError(f"{store}: no site-year of {', '.join(left_out)} is committed, so nothing can be packed; build first")
+    for name in (name for name, years in done.items() if years):
+        need_labels(store, name)
     keys = _kept(store, listed, done)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +127,7 @@ def _metadata(raw: Any, keys: Iterable[str]) -> dict[str, int | None]:
 def _marked(files: Iterable[str]) -> set[int]:
     """Years that are committed or were begun."""
     names = {path.split("/")[1] for path in files if path.startswith("builds/") and path.count("/") > 1}
-    return {int(name.removesuffix(STAGED)) for name in names if name.removesuffix(STAGED).isdigit()}
+    return {year for name in names if (year := staged_year(name)) is not None}
 
 
 def _committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
@@ -135,7 +138,7 @@ def _committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
         if content is None:
             continue
         said = _attributes(content)
-        if said is None or ("build_id" in said and PLACING not in said):
+        if said is None or ("build_id" in said):
             found.add(year)
     return found
 

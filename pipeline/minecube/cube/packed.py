@@ -189,6 +189,10 @@ class Objects:
         """Batches of path and size."""
         yield [{"path": key, "size": member.size} for key, member in members(self.store).items()]
 
+    def list_with_delimiter(self) -> Mapping[str, Any]:
+        """The first parts of all paths, as obstore gives them."""
+        return {"common_prefixes": sorted({key.split("/")[0] for key in members(self.store) if "/" in key})}
+
     def get(self, path: str) -> _Object:
         """An object; raises FileNotFoundError where there is none, OSError where it is damaged."""
         try:

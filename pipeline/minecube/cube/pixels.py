@@ -25,8 +25,8 @@ from xarray.core import indexing
 from zarr.storage import WrapperStore
 
 from minecube.cube import packed
-from minecube.cube.commits import Commits
-from minecube.cube.store import zarr_store
+from minecube.cube.commits import Watch
+from minecube.cube.store import absolute, zarr_store
 from minecube.errors import CubeError
 
 _ABSENT = 2**64 - 1  # offset of a chunk that holds nothing but fill value (Zarr v3, sharding-indexed codec)
@@ -49,17 +49,18 @@ class Pixels:
     """Whether a CRC-32C follows each chunk."""
     packed: bool
     """Whether the store is."""
-    commits: Commits | None = None
-    """The commits of the site, of which a read must not see two states; None for arrays that builds do not write."""
+    watch: Watch | None = None
+    """What a read must not see two states of."""
 
     @classmethod
-    def of(cls, store: str, path: str, commits: Commits | None = None) -> Pixels:
+    def of(cls, store: str, path: str, watch: Watch | None = None) -> Pixels:
         """Open the array at that path."""
+        store = absolute(store)
         array = zarr.open_array(zarr_store(store), path=path, mode="r")
         chunk, shard = array.chunks[-2:], array.shards[-2:]
         codec, summed = (None, False) if "://" in store else _codec(array.metadata.to_dict())
         fill, in_zip = array.metadata.fill_value, packed.is_packed(store)
-        return cls(store, path, array.shape, array.dtype, fill, chunk, shard, codec, summed, in_zip, commits)
+        return cls(store, path, array.shape, array.dtype, fill, chunk, shard, codec, summed, in_zip, watch)
 
     def cut(self, years: Sequence[int], y: int, x: int, size: int) -> npt.NDArray[Any]:
         """A window of the years at these places: [year, ..., size, size], fill value beyond the site."""
@@ -100,15 +101,12 @@ class Pixels:
 
     def _array(self) -> zarr.Array:
         """The array as Zarr opens it, of a store in which no shard of a commit may be missing."""
-        store = zarr_store(self.store)
-        if self.commits is not None:
-            store = _WholeStore(store, self.commits)
-        return zarr.open_array(store, path=self.path, mode="r")
+        return _opened(self.store, self.path, self.watch, os.getpid())
 
     def _check(self, years: Sequence[int]) -> None:
         """Raise CubeError if one of these years has changed since it was opened."""
-        if self.commits is not None:
-            self.commits.check(years)
+        if self.watch is not None:
+            self.watch.check(years)
 
     def _unpack(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool) -> None:
         parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], _Shard, int, int]] = []
@@ -170,26 +168,33 @@ class Pixels:
             shard = None
         else:
             shard = _member(path, stamp, key, shape) if self.packed else _mapped(path, stamp, shape)
-        if shard is None and self.commits is not None:
-            self.commits.need_absent(key)
+        if shard is None and self.watch is not None:
+            self.watch.need_absent(key)
         return shard
+
+
+@lru_cache(maxsize=256)
+def _opened(store: str, path: str, watch: Watch | None, _process: int) -> zarr.Array:
+    """An array as Zarr opens it, once per process: in an object store each opening is a request."""
+    there = zarr_store(store) if watch is None else _WholeStore(zarr_store(store), watch)
+    return zarr.open_array(there, path=path, mode="r", zarr_format=3)
 
 
 class _WholeStore(WrapperStore):  # type: ignore[misc]
     """A store in which a shard of a commit that is missing is an error, not fill value."""
 
-    def __init__(self, store: Any, commits: Commits) -> None:
+    def __init__(self, store: Any, watch: Watch) -> None:
         super().__init__(store)
-        self.commits = commits
+        self.watch = watch
 
     def _with_store(self, store: Any) -> _WholeStore:
-        return _WholeStore(store, self.commits)
+        return _WholeStore(store, self.watch)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         """An object, or a part of it; None if it is not there and need not be."""
         content = await super().get(key, prototype, byte_range)
         if content is None:
-            self.commits.need_absent(key)
+            self.watch.need_absent(key)
         return content
 
 

@@ -112,7 +112,7 @@ def write_prediction(
             f"{store}: {unbuilt[0]} of {site_id} is not committed, and its pixels may change under the map; run `minecube "
             "build` until it says built"
         )
-    with hold(store, f"{site_id}/predictions/{prediction.model}") as lock, writing(store):
+    with writing(store), hold(store, f"{site_id}/predictions/{prediction.model}") as lock:
         group, done = _begin(store, site_id, prediction, target, now, overwrite=overwrite)
         todo = [view for view in prediction.views if _label(view) not in done]
         if not todo:

@@ -1,12 +1,12 @@
 """Keep a site-year that is being built apart from committed pixels, then put it in their place.
 
-    SITE/builds/2020.new/     attributes: the run, its finished blocks, their checksums, the counts of its reads so far
-      reflectance, ...        one array per variable [build, ..., y, x], in the shards of the cube
-      scenes, reads           bytes, written last
+    SITE/builds/2020.RUN.new/   attributes: finished blocks, their checksums, the counts of their reads
+      reflectance, ...          one array per variable [build, ..., y, x], in the shards of the cube
+      scenes, reads             bytes, written last
 
-The commit is one object: the marker `SITE/builds/2020` is replaced by the new provenance with `placing` set. The objects are
-then renamed to their places, and the marker is written again without `placing`. Until the commit, the old year is untouched.
-After it, `finish` completes a run that was killed. A year with `placing` set is not read.
+The commit is one object: the marker `SITE/builds/2020` is replaced by the new provenance under `placing`. The objects are then
+renamed to their places, and the marker is written again without `placing`. Until the commit, the old year is untouched. After
+it, `finish` completes a run that was killed. `open_committed` leaves out a year with `placing`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +24,16 @@ import pandas as pd
 import zarr
 
 from minecube.catalog import recipe_of
-from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, note_incomplete, run_of
-from minecube.cube.store import NAMED, Summing, begin_group, group_at, group_of, objects, sealed, site_group, summing
-from minecube.errors import CubeError
+from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, note_incomplete, run_of, staged_year
+from minecube.cube.store import NAMED, Summing, begin_group, group_at, group_of, objects, sealed, site_group, sum_of, summing
+from minecube.errors import BusyError, CubeError
+
+log = logging.getLogger(__name__)
 
 
-def staging_path(site_id: str, year: int) -> str:
-    """The group of a site-year that is being built."""
-    return f"{site_id}/builds/{year}{STAGED}"
+def staging_path(site_id: str, year: int, run: str) -> str:
+    """The group of a site-year that a run is building."""
+    return f"{site_id}/builds/{year}.{run}{STAGED}"
 
 
 @dataclass
@@ -57,7 +60,7 @@ class Staging:
 
     def note(self, blocks: Sequence[str], checksums: Mapping[str, Any], counts: bytes | None) -> None:
         """Note blocks as done, together with the counts of their reads: one object, so that both are kept or neither."""
-        noted = {**self.group.attrs, "blocks": list(blocks), "checksums": dict(checksums)}
+        noted: dict[str, Any] = {"blocks": list(blocks), "checksums": dict(checksums)}
         if counts is not None:
             noted["reads"] = base64.b64encode(counts).decode()
         self.group.attrs.put(noted)
@@ -68,12 +71,12 @@ class Staging:
             put_bytes(self.group, name, content)
         written = self.target.below(self.group.path, self.group.path)
         kept = {f"builds/{self.year}/{key}": value for key, value in written.items() if key.split("/")[0] in blobs}
-        cube = site_group(self.store, self.site_id, "r")
-        index = year_index(cube, self.year)
+        index = year_index(site_group(self.store, self.site_id, "r"), self.year)
         for key, value in self.checksums.items():
             kept[_placed_key(key, index)] = value
+        made = sealed({**provenance, "checksums": kept})
         marker = zarr.open_group(self.target, path=f"{self.site_id}/builds/{self.year}", mode="a", use_consolidated=False)
-        marker.attrs.put(sealed({**provenance, PLACING: True, "checksums": kept}))  # the commit
+        marker.attrs.put({PLACING: {"made": made, "staging": self.group.path}})  # the commit
         finish(self.store, self.site_id, self.year)
 
 
@@ -91,32 +94,45 @@ def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
     group.create_array(name, data=data, overwrite=True, dimension_names=(f"byte_of_{name}",))
 
 
-def open_staging(store: str, site_id: str, year: int, names: Sequence[str], run: str, *, counted: bool) -> Staging:
-    """Open the staging group of a site-year, with the blocks that the same run left there.
+def open_staging(store: str, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None) -> Staging:
+    """Open the staging group of a run, with the blocks that an earlier process of the same run left there.
 
     Args:
         store: local path or object-store URL.
         site_id: the site.
         year: a year of the cube.
         names: variables that are built.
-        run: identity of the build (`run_of`). What another run left is removed.
-        counted: whether reads are counted. Blocks without readable counts are then removed, too.
+        run: identity of the build (`run_of`). What other runs left of the year is removed.
+        before: counts of reads that this process goes on from. Blocks whose counts are others are removed, too.
     """
-    path = staging_path(site_id, year)
+    path = staging_path(site_id, year, run)
     target = summing(store)
     group = group_at(store, path)
-    if group is None or group.attrs.get("building") != run or (counted and group.attrs["blocks"] and not counts_of(group)):
-        discard(store, site_id, year)
+    _discard_others(store, site_id, year, keep=path)
+    if group is None or not _is_resumable(store, path, group, before):
+        _remove(store, path)
         _empty_unfinished(store, site_id, year)
         cube = zarr.open_group(target, path=site_id, mode="r+", use_consolidated=False)
         group = zarr.open_group(target, path=path, mode="a", use_consolidated=False)
         for name in names:
             _create_staged(group, name, cube[name])
-        group.attrs.put({"building": run, "blocks": [], "checksums": {}})  # last: the template is whole
+        group.attrs.put({"blocks": [], "checksums": {}})  # last: the template is whole
     else:
         group = zarr.open_group(target, path=path, mode="r+", use_consolidated=False)
     arrays = {name: zarr.open_array(target, path=f"{path}/{name}", mode="r+") for name in names}
     return Staging(store, site_id, year, target, group, arrays)
+
+
+def _is_resumable(store: str, path: str, group: zarr.Group, before: bytes | None) -> bool:
+    """Whether the counts of reads are known, and all shards that were noted are there in their sizes."""
+    counts = counts_of(group)
+    if "blocks" not in group.attrs or counts != before or ("reads" in group.attrs and counts is None):
+        return False
+    raw = objects(store)
+    try:
+        return all(raw.head(f"{path}/{key}")["size"] == size for key, (size, _) in group.attrs["checksums"].items())
+    except FileNotFoundError:
+        return False
 
 
 def _create_staged(group: zarr.Group, name: str, like: zarr.Array) -> None:
@@ -146,59 +162,70 @@ def counts_of(group: zarr.Group) -> bytes | None:
 
 def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
     """The counts of reads of an interrupted run of that very build; None if there are none."""
-    group = group_at(store, staging_path(provenance["site"], provenance["year"]))
-    if group is None or group.attrs.get("building") != run_of(provenance):
-        return None
-    return counts_of(group)
+    group = group_at(store, staging_path(provenance["site"], provenance["year"], run_of(provenance)))
+    return None if group is None else counts_of(group)
 
 
 def discard(store: str, site_id: str, year: int) -> None:
-    """Remove what a build of a year has left, if there is anything."""
-    path = staging_path(site_id, year)
+    """Remove what builds of a year have left, if there is anything."""
+    _discard_others(store, site_id, year, keep="")
+
+
+def _discard_others(store: str, site_id: str, year: int, keep: str) -> None:
+    """Remove what builds of a year have left, apart from one group."""
+    below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
+    for path in (found.rstrip("/") for found in below):
+        name = path.rpartition("/")[2]
+        if name.endswith(STAGED) and staged_year(name) == year and path != keep:
+            _remove(store, path)
+
+
+def _remove(store: str, path: str) -> None:
+    """Remove a staging group, if it is there."""
     group = group_at(store, path, "r+")
     if group is not None:
         group.attrs.put({})  # first, so that no block counts as done once its shards are gone
+    parent, _, name = path.rpartition("/")
     with contextlib.suppress(FileNotFoundError, KeyError):
-        builds = group_of(store, f"{site_id}/builds", "r+")
-        del builds[f"{year}{STAGED}"]
+        del group_of(store, parent, "r+")[name]
 
 
 def finish(store: str, site_id: str, year: int) -> None:
     """Put the objects of a committed year in place, if a run was killed before it had done so.
 
-    Raises:
-        CubeError: an object of the commit is missing.
+    A commit of which an object is lost is taken back, so that the year can be built again.
     """
     marker = group_at(store, f"{site_id}/builds/{year}", "r+")
     if marker is None or PLACING not in marker.attrs:
         return
-    made = dict(marker.attrs)
-    raw = objects(store)
+    made = marker.attrs[PLACING]["made"]
+    staged = marker.attrs[PLACING]["staging"]
     cube = site_group(store, site_id, "r")
     index = year_index(cube, year)
-    staged = staging_path(site_id, year)
     for key in sorted({*made["checksums"], *_shard_keys(cube, index)}):
         if key not in made["checksums"]:
             _delete(store, [f"{site_id}/{key}"])  # of the year that is replaced
-            continue
-        try:
-            raw.rename(f"{staged}/{_staged_key(key)}", f"{site_id}/{key}")
-        except FileNotFoundError:
-            _need_placed(raw, store, f"{site_id}/{key}")
+        elif not _place(store, f"{staged}/{_staged_key(key)}", f"{site_id}/{key}", made["checksums"][key]):
+            log.warning("%s: %s %s lost %s before it was in place; the year is built again", store, site_id, year, key)
+            withdraw(store, site_id, year)
+            return
     if "reads" in made:
         note_incomplete(store, site_id)
     discard(store, site_id, year)
-    # Last, so that a run that is killed before is finished by the next one.
-    settled = {name: value for name, value in made.items() if name != PLACING}
-    marker.attrs.put(sealed(settled))
+    marker.attrs.put(made)  # last, so that a run that is killed before is finished by the next one
 
 
-def _need_placed(raw: Any, store: str, key: str) -> None:
-    """Raise CubeError if an object is neither staged nor in its place."""
+def _place(store: str, source: str, target: str, checksum: Sequence[Any]) -> bool:
+    """Rename an object to its place; whether it is there now, with its checksum if it was there before."""
+    raw = objects(store)
     try:
-        raw.head(key)
-    except FileNotFoundError as error:
-        raise CubeError(f"{store}: {key} is missing although its year was committed; run `minecube verify`") from error
+        raw.rename(source, target)
+    except FileNotFoundError:
+        try:
+            return sum_of(bytes(raw.get(target).bytes())) == list(checksum)
+        except FileNotFoundError:
+            return False
+    return True
 
 
 def _placed_key(key: str, index: int) -> str:
@@ -241,17 +268,31 @@ def _empty_unfinished(store: str, site_id: str, year: int) -> None:
     marker.attrs.put({})
 
 
-def withdraw(store: str, site_id: str, year: int) -> None:
-    """Take the commit off a year and remove the pixels that its marker lists. A marker that cannot be read lists none."""
+def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> None:
+    """Take the commit off a year, and remove what was staged of it and the pixels that its marker lists.
+
+    Args:
+        store: local path or object-store URL.
+        site_id: the site.
+        year: the year. Its marker may be damaged, and then lists no pixels.
+        judged: `sha256` of the marker that was found to be wrong; None for whatever marker is there.
+
+    Raises:
+        BusyError: the year has been built again since it was judged.
+    """
     path = f"{site_id}/builds/{year}"
     try:
         marker = group_at(store, path)
         attrs = {} if marker is None else dict(marker.attrs)
     except CubeError:
         attrs = {}
-    pixels = [key for key in attrs.get(WITHDRAWN, attrs.get("checksums", ())) if not key.startswith("builds/")]
+    if judged is not None and attrs.get("sha256") not in (judged, None):
+        raise BusyError(f"{store}: {site_id} {year} was built again since it was verified; verify it again")
+    listed = attrs.get(WITHDRAWN, attrs.get(PLACING, {}).get("made", attrs).get("checksums", ()))
+    pixels = [key for key in listed if not key.startswith("builds/")]
     begin_group(store, path, {WITHDRAWN: pixels})
     _delete(store, (f"{site_id}/{key}" for key in pixels))
+    discard(store, site_id, year)
     begin_group(store, path, {})
 
 

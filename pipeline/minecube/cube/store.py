@@ -54,6 +54,20 @@ def folder_of(store: str) -> Path | None:
     return None
 
 
+def absolute(store: str) -> str:
+    """The store by a name that does not depend on the folder of a process."""
+    folder = folder_of(store)
+    return store if folder is None else str(folder.absolute())
+
+
+def has_objects(store: str, path: str) -> bool:
+    """Whether any object lies below a path."""
+    folder = folder_of(store)
+    if folder is not None and not folder.exists():
+        return False
+    return any(batch for batch in objects(store).list(path))
+
+
 def client_of(url: str) -> Any:
     """The client of an object store, one per URL and process: it keeps its connections, which do not survive a fork."""
     return _client(url.rstrip("/"), os.getpid())
@@ -247,6 +261,8 @@ def site_group(store: str, site_id: str, mode: str) -> zarr.Group:
         there = ", ".join(sites(store)) or "no site"
         raise CubeError(f"{store}: no site {site_id!r}; it has {there}")
     group = group_of(store, site_id, mode)
+    if is_being_made(group):
+        raise CubeError(f"{store}: {site_id} is being created, or a run was killed then; run `minecube build` again")
     known = group.attrs.get(NAMED, {})
     if known.get("format") != FORMAT:
         raise CubeError(f"{store}: group {site_id!r} was not made by this version of minecube; use another --store")
@@ -254,12 +270,14 @@ def site_group(store: str, site_id: str, mode: str) -> zarr.Group:
 
 
 def sites(store: str) -> list[str]:
-    """Names of the sites in a store; raises CubeError where there is no store of ours."""
+    """Names of the sites in a store; raises CubeError if minecube made no store there."""
     if not exists(store, ""):
         raise CubeError(f"{store}: there is no store; `minecube build` makes one")
     with reading(store, ""):
-        root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
-        return sorted(name for name, group in root.groups() if NAMED in group.attrs)
+        below = objects(store).list_with_delimiter()["common_prefixes"]
+    names = sorted(path.rstrip("/") for path in below if not path.startswith("."))
+    groups = {name: group_at(store, name) for name in names}
+    return [name for name, group in groups.items() if group is not None and NAMED in group.attrs and not is_being_made(group)]
 
 
 @contextmanager

@@ -27,6 +27,8 @@ GEOZARR = ("zarr_conventions", "proj:code", "spatial:dimensions", "spatial:trans
 """Attributes of a site's group that say where it lies."""
 
 FRACTION = "footprint_fraction"
+LABELS = ("footprint", FRACTION)
+"""Variables that labels are written to."""
 FRACTION_ATTRS = {"long_name": "share of the pixel that is mine x 250", "units": "0.004", "nodata": 255}
 
 
@@ -129,7 +131,7 @@ def begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
 def need_labels(store: str, site_id: str) -> None:
     """Raise CubeError if labels of the site are half written."""
     group = site_group(store, site_id, "r")
-    for name in (FRACTION, "footprint"):
+    for name in LABELS:
         years = group[name].attrs.get(LABELLING) if name in group else None
         if years:
             raise CubeError(

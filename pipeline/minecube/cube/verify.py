@@ -31,7 +31,7 @@ from odc.geo.geobox import GeoBox
 from zarr.core.buffer import default_buffer_prototype
 
 from minecube.catalog import FALLBACKS, Recipe, recipe_of
-from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, build_id, is_staged, pixels_of, used_scenes
+from minecube.cube.builds import PLACING, WITHDRAWN, build_id, is_staged, pixels_of, staged_year, used_scenes
 from minecube.cube.packed import is_packed
 from minecube.cube.predictions import place_of, places, unmapped
 from minecube.cube.store import BEING_MADE, FORMAT, NAMED, folder_of, objects, sealed, sum_of
@@ -144,6 +144,8 @@ def verify(
         for done, ((name, _), found) in enumerate(zip(tasks, pool.map(lambda t: t[1](), tasks), strict=True), start=1):
             findings += found
             progress(done, len(tasks), name)
+    for site in sites:
+        findings = site.without_changed(findings)
     return Report(
         sites=tuple(s.name for s in sites),
         committed={s.name: s.committed for s in sites},
@@ -244,6 +246,8 @@ class _Site:
     """Committed years without checksums."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What the group says of itself."""
+    judged: dict[str, Any] = field(default_factory=dict)
+    """Metadata that says what years, labels and maps must be -> its content when it was read."""
     labelling: set[int] = field(default_factory=set)
     """Years whose labels are unfinished."""
     grid: GeoBox | None = None
@@ -263,6 +267,15 @@ class _Site:
         found += self._missing()
         found += self._unexpected()
         return found
+
+    def without_changed(self, findings: list[Finding]) -> list[Finding]:
+        """The findings, with those about years, labels or maps that were written meanwhile replaced by one `unfinished`."""
+        changed = {key for key, content in self.judged.items() if _content(self.raw, f"{self.name}/{key}") != content}
+        kept = [f for f in findings if f.site != self.name or _metadata_of(f) not in changed]
+        about = {_metadata_of(f): f for f in findings if f.site == self.name and _metadata_of(f) in changed}
+        for key, finding in sorted(about.items()):
+            kept.append(self._unfinished(key, "it was written while it was verified", finding.cure, finding.year, "verify"))
+        return kept
 
     def tasks(self, known: Mapping[str, str]) -> Iterator[Task]:
         """Checks of the objects' content. `known` says of each SHA-256 where it belongs."""
@@ -394,16 +407,17 @@ class _Site:
         seen = {int(p.split("/")[1]) for p in self.files if p.startswith("builds/") and p.split("/")[1].isdigit()}
         if seen or "builds/zarr.json" in self.files:
             yield from _empty_group(self.name, "builds/zarr.json", _content(self.raw, f"{self.name}/builds/zarr.json"))
-        begun = {int(p.split("/")[1].removesuffix(STAGED)) for p in self.files if is_staged(p)}
-        for year in sorted(begun):
-            group = f"builds/{year}{STAGED}"
+        staged = {p.split("/")[1] for p in self.files if is_staged(p)}
+        begun = {year for name in staged if (year := staged_year(name)) is not None}
+        for name in sorted(staged):
             # Unless it was committed since the store was listed.
-            if any(_content(self.raw, f"{self.name}/{p}") is not None for p in self.files if p.startswith(f"{group}/")):
-                yield self._unfinished(group, "the year was being built", "build", year)
+            if any(_content(self.raw, f"{self.name}/{p}") is not None for p in self.files if p.startswith(f"builds/{name}/")):
+                yield self._unfinished(f"builds/{name}", "the year was being built", "build", staged_year(name))
         stored = {at[0] for p in self.files if (at := self._place(p)) and p.split("/")[0] in self.built}
         for year in sorted(seen | begun | {y for i in stored if (y := self._year(i)) is not None}):
             path = f"builds/{year}/zarr.json"
             content = _content(self.raw, f"{self.name}/{path}")
+            self.judged[path] = content
             attrs = _attributes(content)
             if content is None and year not in seen and year in begun:
                 continue
@@ -473,6 +487,7 @@ class _Site:
 
     def _labels(self) -> Iterator[Finding]:
         for name, content in self.metadata.items():
+            self.judged[f"{name}/zarr.json"] = content
             meta = _json(content)
             attrs = meta.get("attributes", {}) if isinstance(meta, dict) else {}
             kept = {k: attrs[k] for k in WRITTEN_LATER if k in attrs}
@@ -494,7 +509,8 @@ class _Site:
         now = {str(year): pixels_of(attrs) for year, attrs in self.committed.items() if attrs}
         for model in models:
             path = f"predictions/{model}/zarr.json"
-            attrs = _attributes(_content(self.raw, f"{self.name}/{path}"))
+            self.judged[path] = _content(self.raw, f"{self.name}/{path}")
+            attrs = _attributes(self.judged[path])
             if attrs is None or ("checksums" in attrs and attrs != sealed(attrs)):
                 yield self._find("damaged", path, "is not what was written", "predict")
             elif "model" not in attrs:
@@ -623,6 +639,14 @@ class _Site:
             if not agree:
                 found.append(self._find("contradictory", path, f"is not of the {name} that the marker counts", "build", year))
         return found
+
+
+def _metadata_of(finding: Finding) -> str:
+    """The metadata that says what an object of a finding must be."""
+    first, *rest = finding.what.split("/")
+    if finding.cure == "build":
+        return f"builds/{finding.year}/zarr.json"
+    return f"predictions/{rest[0]}/zarr.json" if first == "predictions" and rest else f"{first.split(' ')[0]}/zarr.json"
 
 
 def _has_more_years(held: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:

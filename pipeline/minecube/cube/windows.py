@@ -19,10 +19,9 @@ import numpy.typing as npt
 import xarray as xr
 from xarray.core import indexing
 
-from minecube.cube.commits import Commits
+from minecube.cube.commits import Commits, Labels
 from minecube.cube.pixels import LazyPixels, Pixels
 from minecube.cube.store import site_group, sites
-from minecube.cube.template import need_labels
 from minecube.errors import CubeError
 
 VIEWS = ("year", "pair", "series")
@@ -76,8 +75,6 @@ class CubeDataset:
     def __post_init__(self) -> None:
         if self.view not in VIEWS or self.size < 1 or (self.step is not None and self.step < 1):
             raise CubeError(f"windows: expected a view of {', '.join(VIEWS)}, sizes and steps of 1 or more, found {self}")
-        for name in self.site_ids or sites(self.store):
-            need_labels(self.store, name)
         self._sites = {name: _Site.of(self.store, name, self.years) for name in self.site_ids or sites(self.store)}
         for what in ("bands", "years"):
             each = {getattr(site, what) for site in self._sites.values()}
@@ -222,5 +219,5 @@ class _Site:
             index=at,
             bands=tuple(map(str, group["band"][:])),
             reflectance=Pixels.of(store, f"{name}/reflectance", commits),
-            footprint=Pixels.of(store, f"{name}/footprint"),
+            footprint=Pixels.of(store, f"{name}/footprint", Labels.of(store, name, "footprint")),
         )
