@@ -3,9 +3,10 @@
     python tests/chaos/campaign.py --pairs 200 --json tally.json            # in a folder and on an S3 server of its own
     python tests/chaos/campaign.py --pairs 20 --where folder
 
-Each pair starts in two processes that wait for each other. Afterwards `verify` must find nothing, every year must be one of the
-builds that were asked for, a command that exited with 0 must have done its work, and one that did not must say why in one
-sentence. The last lines read one store while it is overwritten (`--reads`).
+Each pair starts in two processes that wait for each other. Beforehand, the two commands run alone and one after the other,
+in both orders. Afterwards `verify` must find nothing; each site-year, label and map must be what it was in one of these runs; what a
+command that exited with 0 makes must be there; and a command that did not must say why in one sentence. The last part reads one
+year while it is overwritten (`--reads`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ spec.loader.exec_module(conftest)
 YEARS = (2019, 2020, 2021, 2022)
 # Processes are forked from a server that has imported everything, and has no threads.
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["torch", "minecube.cli.build", "minecube.cli.data", "minecube.cli.predict", "moto.server"])
+_COMMANDS = [f"minecube.cli.{name}" for name in ("build", "data", "predict", "verify")]
+_FORK.set_forkserver_preload(["torch", "moto.server", *_COMMANDS])
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _ended(process: Any, folder: Path) -> Ended:
 
 def pixels_of(store: str) -> dict[str, str]:
     """What a reader sees of a store: a hash for each committed site-year, its labels, and each map."""
-    seen = {}
+    seen: dict[str, str] = {}
     for site in cube.sites(store):
         years = list(cube.builds(store, site))
         if not years:
@@ -208,70 +210,39 @@ def _hash(*arrays: Any) -> str:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two commands, the store they begin with, and what has to be there if one of them exits with 0."""
+    """Two commands, and the store they begin with."""
 
     name: str
     before: str
-    commands: tuple[list[str], list[str]]
-    does: tuple[tuple[str, ...], tuple[str, ...]]
-    """By command: what it makes, as `pixels_of` names it."""
+    """empty, or built: 2019 of two sites, with labels."""
+    first: list[str]
+    second: list[str]
 
 
-def pairs_of(world: World) -> list[Pair]:
+def pairs_of(world: World, out: Path) -> list[Pair]:
     """All kinds of pairs."""
     same = ["--name", "net"]
     replace = ["--overwrite"]
+    pit = world.build("2019", "a", "pit")
+    over_a = world.build("2019", "a", "pit", *replace)
+    over_b = world.build("2019", "b", "pit", *replace)
     return [
-        Pair("create one site twice", "empty", (world.build("2019", sites="pit"),) * 2, (("pit 2019",),) * 2),
-        Pair(
-            "create two sites",
-            "empty",
-            (world.build("2019", sites="pit"), world.build("2019", sites="pond")),
-            (("pit 2019",), ("pond 2019",)),
-        ),
-        Pair("extend by the same year", "built", (world.build("2020"),) * 2, (("pit 2020", "pond 2020"),) * 2),
-        Pair(
-            "extend by two years",
-            "built",
-            (world.build("2020", "a", "pit"), world.build("2021", "a", "pit")),
-            (("pit 2020",), ("pit 2021",)),
-        ),
-        Pair(
-            "build two ways",
-            "empty",
-            (world.build("2019", "a", "pit"), world.build("2019", "b", "pit")),
-            (("pit 2019",), ("pit 2019",)),
-        ),
-        Pair(
-            "overwrite two ways",
-            "built",
-            (world.build("2019", "a", "pit", *replace), world.build("2019", "b", "pit", *replace)),
-            (("pit 2019",), ("pit 2019",)),
-        ),
-        Pair("label two ways", "built", (world.label("a"), world.label("b")), (("pit labels",),) * 2),
-        Pair(
-            "label and extend", "built", (world.label("a"), world.build("2020", "a", "pit")), (("pit labels",), ("pit 2020",))
-        ),
-        Pair(
-            "label and overwrite",
-            "built",
-            (world.label("b"), world.build("2019", "b", "pit", *replace)),
-            (("pit labels",), ("pit 2019",)),
-        ),
-        Pair("predict with one model", "built", (world.predict("a"),) * 2, (("pit map",),) * 2),
-        Pair("predict with two models", "built", (world.predict("a"), world.predict("b")), (("pit map",),) * 2),
-        Pair(
-            "predict with two models under one name",
-            "built",
-            (world.predict("a", *same), world.predict("b", *same)),
-            (("pit map",),) * 2,
-        ),
-        Pair(
-            "predict and overwrite",
-            "built",
-            (world.predict("a"), world.build("2019", "b", "pit", *replace)),
-            ((), ("pit 2019",)),  # a map of the older build is refused on opening
-        ),
+        Pair("create one site twice", "empty", pit, pit),
+        Pair("overwrite two ways", "built", over_a, over_b),
+        Pair("predict with two models under one name", "built", world.predict("a", *same), world.predict("b", *same)),
+        Pair("label two ways", "built", world.label("a"), world.label("b")),
+        Pair("extend by two years", "built", world.build("2020", "a", "pit"), world.build("2021", "a", "pit")),
+        Pair("verify and overwrite", "built", ["verify"], over_b),
+        Pair("create two sites", "empty", pit, world.build("2019", "a", "pond")),
+        Pair("extend by the same year", "built", world.build("2020"), world.build("2020")),
+        Pair("build two ways", "empty", pit, world.build("2019", "b", "pit")),
+        Pair("label and extend", "built", world.label("b"), world.build("2020", "a", "pit")),
+        Pair("label and overwrite", "built", world.label("b"), over_b),
+        Pair("predict with one model", "built", world.predict("a"), world.predict("a")),
+        Pair("predict with two models", "built", world.predict("a"), world.predict("b")),
+        Pair("predict and overwrite", "built", world.predict("a"), over_b),
+        Pair("pack and overwrite", "built", ["pack", "--out", str(out / "packed.zip")], over_b),
+        Pair("verify and predict", "built", ["verify"], world.predict("b")),
     ]
 
 
@@ -281,70 +252,89 @@ def is_one_sentence(ended: Ended) -> bool:
     return ended.code in (1, 2) and bool(lines) and "Traceback" not in ended.err
 
 
-def has_done(done: Sequence[str], seen: dict[str, str]) -> bool:
-    """Whether all that a command makes is there."""
-    return all(any(name.startswith(made.replace("map", "")) for name in seen) for made in done)
+@dataclass(frozen=True)
+class Known:
+    """What a pair may leave: states of the store after runs that did not meet."""
+
+    before: dict[str, str]
+    alone: tuple[dict[str, str], dict[str, str]]
+    """After the first command alone, and after the second."""
+    in_turn: list[dict[str, str]]
+    """After both, in either order."""
+
+    def values(self, name: str) -> set[str | None]:
+        """What may be seen under a name."""
+        return {state.get(name) for state in (self.before, *self.alone, *self.in_turn)}
+
+    def wanted(self, which: int) -> dict[str, set[str | None]]:
+        """By name: what may be seen of what a command makes, once it has exited with 0."""
+        made = {name for name, value in self.alone[which].items() if self.before.get(name) != value}
+        return {name: {state.get(name) for state in (self.alone[which], *self.in_turn)} for name in made}
 
 
 @dataclass
 class Campaign:
-    """Stores to begin with, and what may be seen after a pair."""
+    """Stores to begin with."""
 
     world: World
     place: Callable[[str], str]
-    allowed: dict[str, set[str]]
+    known: dict[str, Known]
 
     @classmethod
     def prepare(cls, world: World, place: Callable[[str], str]) -> Campaign:
-        """Make the store that pairs begin with, and run each command alone to know its result."""
-        made = cls(world, place, {})
-        for name, commands in {
-            "built": [world.build("2019"), world.label("a")],
-            "all a": [world.build("2019-2021"), world.label("a"), world.predict("a"), world.predict("a", "--name", "net")],
-            "all b": [world.build("2019", "b"), world.label("b"), world.predict("b"), world.predict("b", "--name", "net")],
-            "b on a": [world.build("2019"), world.predict("b"), world.predict("b", "--name", "net")],
-        }.items():
-            store = place(name.replace(" ", "-"))
-            for words in commands:
-                ended = run(words, store)
-                assert ended.code == 0, ended
-            for what, seen in pixels_of(store).items():
-                made.allowed.setdefault(what, set()).add(seen)
-        return made
+        """Make the store that pairs begin with."""
+        store = place("built")
+        for words in (world.build("2019"), world.label("a")):
+            ended = run(words, store)
+            assert ended.code == 0, ended
+        return cls(world, place, {})
+
+    def know(self, pair: Pair) -> Known:
+        """Run the commands of a pair alone, and in turn."""
+        if pair.name not in self.known:
+            before = pixels_of(self.place("built")) if pair.before == "built" else {}
+            alone = (self._after(pair, [pair.first]), self._after(pair, [pair.second]))
+            in_turn = [self._after(pair, [pair.first, pair.second]), self._after(pair, [pair.second, pair.first])]
+            self.known[pair.name] = Known(before, alone, in_turn)
+        return self.known[pair.name]
+
+    def _after(self, pair: Pair, commands: Sequence[list[str]]) -> dict[str, str]:
+        """What is seen of a store after commands that do not meet."""
+        store = self._fresh(pair, "known")
+        for words in commands:
+            run(words, store)
+        seen = pixels_of(store)
+        remove_store(store)
+        return seen
+
+    def _fresh(self, pair: Pair, name: str) -> str:
+        store = self.place(name)
+        if pair.before == "built":
+            copy_store(self.place("built"), store)
+        return store
 
     def try_pair(self, pair: Pair, number: int, delay_s: float) -> dict[str, list[str]]:
         """Run a pair on a fresh store, and list what is damaged, lost or reported wrongly."""
-        store = self.place(f"pair-{number}")
-        if pair.before != "empty":
-            copy_store(self.place(pair.before), store)
-        before = pixels_of(store) if pair.before != "empty" else {}
-        ended = run_pair(*pair.commands, store, delay_s)
+        known = self.know(pair)
+        store = self._fresh(pair, f"pair-{number}")
+        ended = run_pair(pair.first, pair.second, store, delay_s)
         seen = pixels_of(store) if has_store(store) else {}
         found: dict[str, list[str]] = {"damaged": [], "lost": [], "dishonest_exits": []}
         if seen:
             report = cube.verify(store)
-            found["damaged"] += [str(f) for f in report.findings if f.kind not in ("stale",)]
-        for what, pixels in seen.items():
-            if pixels not in self.allowed.get(what, {pixels}):
-                found["damaged"].append(f"{what} is of no command")
-        found["lost"] += [what for what in before if what not in seen]
-        found["lost"] += [
-            str(done) for done in pair.does if done and not has_done(done, seen) and self._must(pair, ended, done)
-        ]
-        for one, done in zip(ended, pair.does, strict=True):
-            if one.code == 0 and not has_done(done, seen):
-                found["dishonest_exits"].append(f"exit 0 without {done}: {one.out}{one.err}")
+            found["damaged"] += [str(f) for f in report.findings if f.kind != "stale"]
+        found["damaged"] += [f"{name} is of no command" for name, value in seen.items() if value not in known.values(name)]
+        found["lost"] += [name for name in known.before if name not in seen and None not in known.values(name)]
+        if all(one.code for one in ended):
+            found["lost"].append(f"both failed: {ended}")
+        for which, one in enumerate(ended):
+            wrong = {name for name, values in known.wanted(which).items() if seen.get(name) not in values}
+            if one.code == 0 and wrong:
+                found["dishonest_exits"].append(f"exit 0 without {wrong}: {one.out}{one.err}")
             elif one.code != 0 and not is_one_sentence(one):
                 found["dishonest_exits"].append(f"exit {one.code}: {one.out[-500:]}{one.err[-3000:]}")
         remove_store(store)
         return found
-
-    @staticmethod
-    def _must(pair: Pair, ended: Sequence[Ended], done: Sequence[str]) -> bool:
-        """Whether at least one command that makes this should have made it."""
-        makers = [one for one, makes in zip(ended, pair.does, strict=True) if makes == done]
-        # Years are added in their order: of two that come at once, the earlier one may be refused.
-        return not (pair.name == "extend by two years" and len(makers) == 1 and makers[0].code == 2)
 
 
 def has_store(store: str) -> bool:
@@ -380,6 +370,9 @@ def remove_store(store: str) -> None:
 
 def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
     """Read a year while it is replaced again and again: reads, those refused, those with pixels of two builds, builds seen."""
+    known = campaign.know(
+        next(pair for pair in pairs_of(campaign.world, campaign.world.root) if pair.name == "overwrite two ways")
+    )
     store = campaign.place("read")
     copy_store(campaign.place("built"), store)
     writer = _FORK.Process(target=_overwrite_for_ever, args=(campaign.world, store))
@@ -395,7 +388,7 @@ def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
                 tally["refused"] += 1
                 continue
             seen.add(pixels)
-            tally["mixed"] += pixels not in campaign.allowed["pit 2019"]
+            tally["mixed"] += pixels not in known.values("pit 2019")
     finally:
         writer.kill()
         writer.join()
@@ -437,7 +430,7 @@ def places(where: str, root: Path) -> Iterator[Callable[[str], str]]:
 def run_campaign(pairs: int, where: Sequence[str], seed: int, reads: int, root: Path) -> dict[str, Any]:
     """Run so many pairs, shared out to the places, and return the tally."""
     world = make_world(root)
-    kinds = pairs_of(world)
+    kinds = pairs_of(world, root)
     delays = random.Random(seed)
     tally: dict[str, Any] = {"pairs": 0, "damaged": 0, "lost": 0, "dishonest_exits": 0, "examples": []}
     for place_name in where:
@@ -447,7 +440,8 @@ def run_campaign(pairs: int, where: Sequence[str], seed: int, reads: int, root: 
                 pair = kinds[number % len(kinds)]
                 delay_s = delays.choice((0.0, 0.0, delays.uniform(0, 0.3)))
                 found = campaign.try_pair(pair, number, delay_s)
-                print(f"{place_name} {number + 1}: {pair.name}", file=sys.stderr, flush=True)
+                wrong = ", ".join(what for what, each in found.items() if each)
+                print(f"{place_name} {number + 1}: {pair.name}{': ' if wrong else ''}{wrong}", file=sys.stderr, flush=True)
                 tally["pairs"] += 1
                 for what, each in found.items():
                     tally[what] += bool(each)
