@@ -656,3 +656,76 @@ def test_a_second_builder_of_a_site_year_is_told(store, grid):
     with pytest.raises(CubeError, match="stopped"):
         cube.write_year(store, made, PROVENANCE, b"", stopped=meanwhile)
     assert cube.write_year(store, made, PROVENANCE, b"")
+
+
+def staged(store):
+    """The group of the year that is being built."""
+    (path,) = Path(store).glob("mine/builds/2020.*.new")
+    return path
+
+
+def test_a_noted_block_whose_shard_is_gone_is_made_again(store, grid):
+    asked = iter([False, False, True])
+    made = year_of(grid)
+    with pytest.raises(CubeError, match="stopped"):
+        cube.write_year(store, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
+    (staged(store) / "reflectance/c/0/0/0/0").unlink()
+    assert cube.write_year(store, made, PROVENANCE, b"")
+    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def kill_while_placing(store, made, provenance, monkeypatch, after=2):
+    """Commit a year, and stop after so many of its objects are in place."""
+    place = sys.modules["minecube.cube.staging"]._place
+    count = iter(range(10_000))
+
+    def dies(*args):
+        if next(count) == after:
+            raise Interrupted
+        return place(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["minecube.cube.staging"], "_place", dies)
+        with pytest.raises(Interrupted):
+            cube.write_year(store, made, provenance, b"", overwrite=True)
+
+
+@pytest.mark.parametrize("lost", ["a staged shard", "all that is staged"])
+def test_a_commit_that_lost_an_object_is_taken_back_and_built_again(store, grid, monkeypatch, lost):
+    """Also where the year that it replaces has a shard of that name: it must not be taken for the new one."""
+    old, new = year_of(grid, seed=1), year_of(grid, seed=2)
+    cube.write_year(store, old, PROVENANCE, b"")
+    other = {**PROVENANCE, "version": "2"}
+    kill_while_placing(store, new, other, monkeypatch)
+    if lost == "a staged shard":
+        sorted((staged(store) / "reflectance").rglob("[0-9]"))[-1].unlink()
+    else:
+        shutil.rmtree(staged(store))
+    assert cube.write_year(store, new, other, b"", overwrite=True)
+    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], new.reflectance)
+    np.testing.assert_array_equal(cube.open_committed(store, "mine").quality[0], new.quality)
+
+
+def test_a_year_that_is_half_in_its_place_is_not_read(store, grid, monkeypatch):
+    monkeypatch.setattr(sys.modules["minecube.cube.commits"], "PLACED_S", 0.0)
+    cube.write_year(store, year_of(grid, seed=1), PROVENANCE, b"")
+    cube.write_year(store, year_of(grid, seed=1), {**PROVENANCE, "year": 2019}, b"")
+    kill_while_placing(store, year_of(grid, seed=2), {**PROVENANCE, "version": "2"}, monkeypatch)
+    assert cube.open_committed(store, "mine").year.values.tolist() == [2019]
+    with pytest.raises(CubeError, match="mine 2020 was built again while it was being read"):
+        cube.open_cube(store, "mine").reflectance.sel(year=2020).load()
+    cube.settle(store, "mine", 2020)
+    assert cube.open_committed(store, "mine").year.values.tolist() == [2019, 2020]
+    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance[1], year_of(grid, seed=2).reflectance)
+
+
+def test_a_withdrawn_year_that_was_half_in_its_place_is_built_again(store, grid, monkeypatch):
+    made = year_of(grid)
+    kill_while_placing(store, made, PROVENANCE, monkeypatch)
+    cube.uncommit(store, "mine", [2020])
+    assert cube.write_year(store, made, PROVENANCE, b"")
+    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)

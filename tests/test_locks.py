@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -10,11 +11,13 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import obstore.exceptions
 import pytest
 from obstore.store import from_url
 
+from minecube import cube
 from minecube.cube import locks
 from minecube.errors import BusyError
 
@@ -182,3 +185,29 @@ def test_of_many_takers_one_wins(bucket, quick):
     assert len(won) == 1
     with pytest.raises(obstore.exceptions.AlreadyExistsError):
         leases[0].objects.put(leases[0].key, b"", mode="create")
+
+
+def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, monkeypatch):
+    """A laptop sleeps in the middle of a build, another run takes over and commits, and the first one wakes."""
+    spec = importlib.util.spec_from_file_location("opening", Path(__file__).with_name("test_opening.py"))
+    test_opening = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(test_opening)
+    monkeypatch.setattr(locks, "LEASE_S", 0.6)
+    monkeypatch.setattr(locks, "RENEW_S", 60.0)  # no renewal while it sleeps
+    store = f"{bucket}/cubes.zarr"
+    site = make.site("pit", 360000, 5600040, 90, 90)
+    cube.create(store, site, test_opening.grid_of(site), (2020,), test_opening.RECIPE)
+    slept = []
+
+    def sleep():
+        if not slept:
+            slept.append(test_opening.build(store, site, 2020, 3000, overwrite=True, workers=1))
+        return False
+
+    with pytest.raises(BusyError, match="pit/builds/2020 is being written by another run"):
+        test_opening.build(store, site, 2020, 2000, workers=1, stopped=sleep)
+    assert slept == [True]
+    assert int(cube.open_committed(store, "pit").reflectance.max()) == 3007
+    report = cube.verify(store)
+    assert report.whole  # the first run's blocks are left, apart from the cube
+    assert {f.kind for f in report.findings} <= {"unfinished"}

@@ -28,7 +28,7 @@ from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cli import cli
 from minecube.cube.store import sealed
-from minecube.errors import CubeError
+from minecube.errors import BusyError, CubeError
 from minecube.grid import grid_of
 
 RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
@@ -560,3 +560,29 @@ def test_blocks_computed_in_other_processes_have_checksums(tmp_path, make):
     cube.create(store, site, grid_of(site), YEARS, dataclasses.replace(RECIPE))
     cube.write_year(store, made, provenance(site, 2020), parquet(id=["a"]), scheduler="processes")
     assert found(store) == ()
+
+
+def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, make, monkeypatch):
+    """And `uncommit` leaves the new year alone."""
+    site = make.site("pit", 360000, 5600040, 240, 180)
+    flip(store / SHARD, 1000)
+    judged = cube.verify(str(store)).committed["pit"]
+    survey = sys.modules["minecube.cube.verify"]._Site.survey
+    told = provenance(site, 2020)
+    other = {**told, "version": "2"}
+
+    def meanwhile(self):
+        found = survey(self)
+        if self.name == "pit":
+            listed = parquet(id=["a"])
+            cube.write_year(str(store), year_of(grid_of(site), 5), other, listed, reads=Counted(), overwrite=True)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["minecube.cube.verify"]._Site, "survey", meanwhile)
+        report = cube.verify(str(store))
+    assert report.whole
+    assert {f.found.split(";")[0] for f in report.findings} == {"it was written while it was verified"}
+    with pytest.raises(BusyError, match="pit 2020 was built again since it was verified; verify it again"):
+        cube.uncommit(str(store), "pit", [2020], judged)
+    assert list(cube.builds(str(store), "pit")) == [2019, 2020]

@@ -4,9 +4,9 @@
     python tests/chaos/campaign.py --pairs 20 --where folder
 
 Each pair starts in two processes that wait for each other. Beforehand, the two commands run alone and one after the other,
-in both orders. Afterwards `verify` must find nothing; each site-year, label and map must be what it was in one of these runs; what a
-command that exited with 0 makes must be there; and a command that did not must say why in one sentence. The last part reads one
-year while it is overwritten (`--reads`).
+in both orders. Afterwards `verify` must find nothing. Each site-year, label and map must be what it was in one of these runs.
+What a command makes must be there if it exited with 0. A command that failed must say why in one sentence. The last part reads
+one year while it is overwritten (`--reads`).
 """
 
 from __future__ import annotations
