@@ -166,14 +166,15 @@ def _run(
     if trained.card != card:
         raise ModelError(f"{file}: was trained by another card of that name; remove it, or name another --out")
     mapper = models.Mapper(trained, compute)
-    mapped = [map_site(store, site, mapper) for site in split.test]
+    prediction = cube.choose_name(store, split.test, mapper.about, mapper.name)
+    mapped = [map_site(store, site, mapper, prediction=prediction) for site in split.test]
     if any(m.maps for m in mapped):
         took["map_s"] = sum(m.seconds for m in mapped)
     took["parameters"] = sum(p.numel() for p in trained.network.parameters())
     write(times, json.dumps(took, indent=2) + "\n")
     if card.task != "change":
-        _smooth(store, split.test, mapper.name)
-    return took, mapper.name
+        _smooth(store, split.test, prediction)
+    return took, prediction
 
 
 def _smooth(store: str, sites: Sequence[str], prediction: str) -> None:

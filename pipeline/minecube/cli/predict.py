@@ -249,7 +249,7 @@ def predict(
     if not built:
         raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")
     total, start = Mapped(0, 0, 0.0), time.monotonic()
-    written = prediction or mapper.name
+    written = prediction or cube.choose_name(store, built, mapper.about, mapper.name)
     asked: dict[str, Any] = {"prediction": written, "pairs": pairs, "overwrite": overwrite}
     with executor_of(scheduler) as pool:
         found: Iterator[tuple[str, Mapped]]

@@ -46,7 +46,7 @@ Counted = dict[str, dict[str, metrics.Scores]]
     "models",
     default="unet-small",
     show_default=True,
-    help="Predictions by name, comma-separated. The id of a model stands for its only prediction.",
+    help="Predictions by name, comma-separated. A model's id means its only prediction. =NAME means exactly that name.",
 )
 @click.option("--baselines", is_flag=True, help="Also score maps that know nothing: never changes, always mine, last year's.")
 @click.option(

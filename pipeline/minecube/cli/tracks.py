@@ -64,7 +64,9 @@ class Track:
 @click.command()
 @writable_store_option
 @sites_option
-@click.option("--model", default="unet-small", show_default=True, help="Prediction by name, or a model's id.")
+@click.option(
+    "--model", default="unet-small", show_default=True, help="Prediction by name, or a model's id. =NAME: exactly that name."
+)
 @click.option(
     "--rates",
     type=HowFast(),
