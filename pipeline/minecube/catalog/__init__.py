@@ -44,6 +44,7 @@ from minecube.catalog.recipe import (
 from minecube.catalog.release import Release
 from minecube.catalog.training import Settings
 from minecube.errors import CatalogError
+from minecube.vectors import read_vector
 
 __all__ = [
     "ASSET_KEYS",
@@ -250,7 +251,7 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> li
     catalogue = catalogue or path is None
     path = Path(path) if path else _catalog_dir() / "sites.geojson"
     try:
-        table = gpd.read_parquet(path) if path.suffix == ".parquet" else gpd.read_file(path)
+        table = read_vector(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
     if not isinstance(table, gpd.GeoDataFrame):
