@@ -38,6 +38,7 @@ LONG = "x" * 5000
 BUILD = "--sites {w}/sites.geojson --years 2020 --source sim-earth-search --catalog {w}/archive"
 DEMO = "build --store new.zarr --sites demo_1 --years 2020 --source earth-search"
 STORE = "--store {w}/cubes.zarr"
+DEAD = "--sites demo_1 --years 2020 --catalog {d}/dead --source dead"
 SPLIT = "bench --store {w}/cubes.zarr --train a --valid b --test c"
 
 # A command line, and a part of its answer. All end with exit code 2.
@@ -263,6 +264,12 @@ plan {BUILD} --store s3://bucket/x => the object store does not answer
 score --store s3://bucket/x => the object store does not answer
 pack --store s3://bucket/x --out x.zip => the object store does not answer
 score --store az://container/x => needs keys
+search {DEAD} => cannot be reached
+build {DEAD} --store new.zarr => cannot be reached
+plan {DEAD} --store new.zarr => cannot be reached
+search {DEAD}-file => cannot be reached
+release import http://127.0.0.1:9/a.zip --out new => cannot be reached
+predict {STORE} --catalog {{d}}/dead --model far => cannot be downloaded
 """
 
 # One process imports everything once. A child of it per command line has an empty folder, and files as standard streams.
@@ -382,6 +389,12 @@ def damaged(world, tmp_path_factory):
         (folder / name).mkdir()
         for file in ("recipes.yaml", "models.yaml"):
             (folder / name / file).write_bytes(content)
+    (folder / "dead").mkdir()
+    source = "{title: t, kind: %s, href: 'http://127.0.0.1:9/%s', collection: c}"
+    api, file = source % ("stac-api", "v1"), source % ("stac-geoparquet", "items.parquet")
+    (folder / "dead" / "sources.yaml").write_text(f"dead: {api}\ndead-file: {file}\n")
+    weights = f"{{href: 'http://127.0.0.1:9/w.pt', sha256: '{'0' * 64}'}}"
+    (folder / "dead" / "models.yaml").write_text(f"far: {{title: t, architecture: unet, weights: {weights}}}\n")
     (folder / "nan.yaml").write_text("latency_s: .nan\n")
     (folder / "list.json").write_text("[1]")
     (folder / "bench").mkdir()

@@ -1,6 +1,6 @@
 """The command line: one subcommand a stage, and `demo` that runs them all. Here, and in workflows/, the stages meet.
 
-Exit codes: 0 done, 1 something failed (a site-year, a network, a disk), 2 bad use, 70 an error of minecube itself, 130
+Exit codes: 0 done, 1 something failed (a site-year, a server, a disk), 2 bad use, 70 an error of minecube itself, 130
 interrupted. Every error is one sentence on standard error; `-v` adds the traceback of errors that minecube did not expect.
 """
 
