@@ -82,6 +82,7 @@ build {DEMO[6:]} --catalog {{d}}/tag => recipes.yaml: cannot be read as a catalo
 build {DEMO[6:]} --catalog {{d}}/twice => recipes.yaml: cannot be read as a catalogue: line 3: 'a' stands there twice
 build {DEMO[6:]} --catalog {{d}}/alias => recipes.yaml: cannot be read as a catalogue: line 1: found undefined alias
 build {DEMO[6:]} --catalog {{d}}/key => recipes.yaml: cannot be read as a catalogue: line 1: found unhashable key
+build {DEMO[6:]} --catalog {{d}}/deep => recipes.yaml: cannot be read as a catalogue: it is nested too deeply
 build {DEMO[6:]} --catalog {{d}}/list => expected entries by id
 build {DEMO[6:]} --catalog {{d}}/junk => recipes.yaml: cannot be read as a catalogue
 build --store new.zarr --sites , --years 2020 --source earth-search => unknown site ''
@@ -111,6 +112,8 @@ build --nope => No such option
 sites --sites 'Nix*' => unknown site
 sites --sites {LONG} => up to 255
 sites --sites {{d}}/junk.geojson => cannot be read as sites
+sites --sites {{d}}/null_year.geojson => field 'years': expected whole years
+sites --sites {{d}}/zarr_id.geojson => another name than zarr.json
 sites extra => unexpected extra argument
 simulate --sites demo_1 --out {{d}}/file.txt => file.txt
 simulate --sites demo_1 --out {{d}}/file.txt/x => file.txt
@@ -129,6 +132,7 @@ plan {BUILD} --store gopher://x/y => s3://, gs://, az://
 plan {BUILD} --store {{d}}/file.txt => is a file
 plan {BUILD} --store new.zarr --prices {{d}}/nothere.yaml => does not exist
 plan {BUILD} --store new.zarr --prices {{d}}/open/recipes.yaml => cannot be read as prices: line 2
+plan {BUILD} --store new.zarr --prices {{d}}/deep/recipes.yaml => cannot be read as prices: it is nested too deeply
 plan {BUILD} --store new.zarr --prices {{d}}/nan.yaml => expected a number
 plan {BUILD} --store new.zarr --prices {{d}}/junk.yaml => cannot be read as prices
 release nope => No such command
@@ -139,6 +143,8 @@ release import {{d}}/empty.zip --out new => without a file
 publish --store {{w}}/cubes.zarr --icechunk nothere --diff a b => no Icechunk repository
 release import {{d}}/other.zip --out new => readme.txt
 release import {{d}}/other.zip --out new --release nope => unknown release
+release import s3:// --out new => bare names
+models --catalog {{d}}/long => field 'id': expected up to 100 characters, found 101
 release audit {{d}} => no finished import
 release export {STORE} --out {{d}}/file.txt => is a file
 release export {STORE} --import {{d}} --out new => no finished import
@@ -193,6 +199,8 @@ predict --store nothere --model {{w}}/model.pt => no store
 predict {STORE} --model {{d}}/junk.pt => not a model
 predict {STORE} --model {{d}} => neither
 predict {STORE} --model {LONG} => up to 255
+predict {STORE} --model {{w}}/model.pt --name zarr.json => another name than zarr.json
+predict {STORE} --model {{w}}/model.pt --name {"n" * 101} => up to 100 characters, found 101
 predict {STORE} --model unet-small => no trained weights
 predict {STORE} --model {{w}}/model.pt --device mps => is not there
 predict {STORE} --model {{w}}/model.pt --precision fp8 => fp8
@@ -214,6 +222,7 @@ score {STORE} --model nope => nope
 score {STORE} --model {LONG} => up to 255
 score {STORE} --model unet-small,unet-small => once
 score {STORE} --join {{d}}/junk.json => counts.json
+score {STORE} --join {{d}}/deep.json => deep.json: expected counts.json
 score {STORE} --join {{d}}/list.json => counts.json
 score {STORE} --join {{d}}/nothere.json => does not exist
 score {STORE} --json {{d}} => is a directory
@@ -221,6 +230,7 @@ score {STORE} --json {{d}}/file.txt/x.json => file.txt
 score {STORE} --out {{d}}/file.txt => is a file
 score {STORE} --sites '[*' => unknown site
 {SPLIT} --out new --valid a => several times
+{SPLIT} --out {{d}}/deep_bench => bench.json: is not what
 bench {STORE} --train a --valid a --test c --out new => one part
 bench {STORE} --train a --valid nope --test c --out new => unknown site
 bench {STORE} --train a --valid b --out new => Missing option
@@ -372,7 +382,7 @@ def damaged(world, tmp_path_factory):
         (folder / name).mkdir()
     gpd.GeoDataFrame({"id": ["p"]}, geometry=[Point(10, 50)], crs=4326).to_file(folder / "points.geojson")
     site = gpd.read_file(world / "sites.geojson").geometry[0]
-    for name, site_id in (("long_id", "L" * 5000), ("odd_id", "a/../b")):
+    for name, site_id in (("long_id", "L" * 5000), ("odd_id", "a/../b"), ("zarr_id", "zarr.json")):
         gpd.GeoDataFrame({"id": [site_id]}, geometry=[site], crs=4326).to_file(folder / f"{name}.geojson")
     pd.DataFrame({"a": [1]}).to_parquet(folder / "table.parquet")
     catalogs = {
@@ -382,6 +392,8 @@ def damaged(world, tmp_path_factory):
         "twice": b"a: {title: t}\n\na: {title: u}\n",
         "alias": b"a: *nothere\n",
         "key": b"? [a, b]\n: c\n",
+        "deep": b"[" * 20_000,
+        "long": b"a" * 101 + b": {title: t, architecture: unet}",
         "list": b"- a\n- b\n",
         "junk": junk,
     }
@@ -397,6 +409,12 @@ def damaged(world, tmp_path_factory):
     (folder / "dead" / "models.yaml").write_text(f"far: {{title: t, architecture: unet, weights: {weights}}}\n")
     (folder / "nan.yaml").write_text("latency_s: .nan\n")
     (folder / "list.json").write_text("[1]")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "deep_bench").mkdir()
+    (folder / "deep_bench" / "bench.json").write_text("[" * 100_000)
+    feature = json.loads((folder / "odd_id.geojson").read_text().replace("a/../b", "a"))
+    feature["features"][0]["properties"]["years"] = [None, True]
+    (folder / "null_year.geojson").write_text(json.dumps(feature))
     (folder / "bench").mkdir()
     (folder / "bench" / "bench.json").write_text("{")
     with zipfile.ZipFile(folder / "other.zip", "w") as other:

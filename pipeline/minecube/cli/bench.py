@@ -133,7 +133,7 @@ def _agree(path: Path, asked: Mapping[str, Any]) -> None:
     if path.exists():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CatalogError(f"{path}: is not what `minecube bench` writes; remove it, or name another --out") from error
         different = [name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))]
         if different:

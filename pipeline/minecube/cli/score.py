@@ -114,7 +114,7 @@ def _read_counts(path: Path) -> Counted:
             model: {site: metrics.Scores.of_json(counts) for site, counts in sites.items()}
             for model, sites in json.loads(path.read_text(encoding="utf-8")).items()
         }
-    except (OSError, ValueError, AttributeError, ModelError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, ModelError) as error:
         raise CatalogError(f"{path}: expected counts.json as `minecube score --out` writes it ({error})") from error
 
 
