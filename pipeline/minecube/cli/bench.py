@@ -42,13 +42,17 @@ class Split:
 
 @click.command()
 @writable_store_option
-@click.option("--train", "train_sites", required=True, help="Sites to learn from, by name, comma-separated, * allowed.")
-@click.option("--valid", "valid_sites", required=True, help="Sites by which the best epoch is chosen, likewise.")
-@click.option("--test", "test_sites", required=True, help="Sites to map and to score, likewise; unseen by all of it.")
+@click.option(
+    "--train", "train_sites", required=True, help="Sites to learn from, by name. Names are comma-separated, * allowed."
+)
+@click.option("--valid", "valid_sites", required=True, help="Validation sites by name. They choose the best epoch.")
+@click.option("--test", "test_sites", required=True, help="Sites to map and to score, by name. No network has seen them.")
 @catalog_option
-@click.option("--models", "wanted", default="*-small", show_default=True, help="Networks by name, comma-separated, * allowed.")
-@click.option("--preset", "preset_id", default="cpu", show_default=True, help="How they are trained (catalog/presets.yaml).")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, windows and augmentation.")
+@click.option("--models", "wanted", default="*-small", show_default=True, help="Networks to train, by name.")
+@click.option(
+    "--preset", "preset_id", default="cpu", show_default=True, help="How to train the networks (catalog/presets.yaml)."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of weights, windows and augmentation.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 def bench(

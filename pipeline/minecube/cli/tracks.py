@@ -101,7 +101,7 @@ def tracks(
     """
     names = stored_sites(store, wanted)
     if model.endswith(SUFFIX):
-        raise CatalogError(f"{model} is smoothed already; name the model itself, {model.removesuffix(SUFFIX)}")
+        raise CatalogError(f"--model {model}: the map is smoothed already; name the map without {SUFFIX}")
     kernel = _kernel(device)
     model = stored_prediction(store, names, model)
     maps = {name: cube.open_probability(store, name, model) for name in names}
