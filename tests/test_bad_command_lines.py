@@ -27,8 +27,9 @@ from shapely.geometry import Point
 
 from minecube import cube, models
 from minecube.catalog import load_models
+from minecube.catalog.fields import FieldError
 from minecube.cli import COMMANDS, cli
-from minecube.cli.explain import explain
+from minecube.cli.explain import exit_code_of, explain
 from minecube.cli.words import check_words
 from minecube.cube.store import client_of, folder_of
 from minecube.errors import CubeError
@@ -143,7 +144,12 @@ release import {{d}}/empty.zip --out new => without a file
 publish --store {{w}}/cubes.zarr --icechunk nothere --diff a b => no Icechunk repository
 release import {{d}}/other.zip --out new => readme.txt
 release import {{d}}/other.zip --out new --release nope => unknown release
-release import s3:// --out new => bare names
+release import s3:// --out new => with a host or bucket, found 's3://'
+release import ftp:// --out new => with a host or bucket, found 'ftp://'
+release import ftp://host.example/a.zip?secret --out new => with a host or bucket, found 'ftp://host.example/a.zip'
+release import http://[::1/a.zip --out new => with a host or bucket, found 'http://[::1/a.zip'
+release import http:///a.zip --out new --download => with a host or bucket
+release audit {{d}} --pixels file:///a.zip => with a host or bucket
 models --catalog {{d}}/long => field 'id': expected up to 100 characters, found 101
 release audit {{d}} => no finished import
 release export {STORE} --out {{d}}/file.txt => is a file
@@ -211,12 +217,14 @@ predict {STORE} --model {{w}}/model.pt --sites nope => unknown site
 tracks {STORE} --out {{d}}/file.txt => is a file
 tracks {STORE} --out {{d}}/file.txt/x => file.txt
 tracks {STORE} --out new --model nope => nope
-tracks {STORE} --out new --model unet-small+hmm => smoothed already
+tracks {STORE} --out new --model unet-small+hmm => name the map without +hmm
+tracks {STORE} --out new --model +hmm => name the map without +hmm
 tracks {STORE} --out new --rates 0.1 => two chances
 tracks {STORE} --out new --temper nan => finite
 tracks {STORE} --out new --temper 0 => range
 tracks {STORE} --out new --device gpu => gpu
 score --store {{d}}/damaged.zarr => damaged.zarr
+score --store {{d}}/deep.zarr => nested too deeply
 score --store {{d}}/junk.zip => junk.zip
 score {STORE} --model nope => nope
 score {STORE} --model {LONG} => up to 255
@@ -410,6 +418,8 @@ def damaged(world, tmp_path_factory):
     (folder / "nan.yaml").write_text("latency_s: .nan\n")
     (folder / "list.json").write_text("[1]")
     (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "deep.zarr").mkdir()
+    (folder / "deep.zarr" / "zarr.json").write_text("[" * 100_000)
     (folder / "deep_bench").mkdir()
     (folder / "deep_bench" / "bench.json").write_text("[" * 100_000)
     feature = json.loads((folder / "odd_id.geojson").read_text().replace("a/../b", "a"))
@@ -490,6 +500,12 @@ def options():
                     yield words, param
 
 
+def test_the_help_of_a_choice_of_policies_names_them():
+    (help_text,) = [param.help for _, param in options() if param.name == "on_offset_conflict"]
+    for policy in ("warn", "fix", "drop", "fail"):
+        assert f"{policy}: " in help_text
+
+
 def test_no_option_is_empty_or_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = 0
@@ -542,6 +558,9 @@ def test_errors_that_are_explained():
     said = explain(obstore.exceptions.GenericError(dump + "\n\nDebug source:\nGeneric {\n    store: 1\n}"))
     assert "(Generic S3 error: Error performing GET http://h/x - no)" in said
     assert explain(OSError(28, "No space left on device", "/x")).startswith("/x: No space left on device; ")
+    assert explain(FieldError("field 'href': expected a URL")) == "field 'href': expected a URL"
+    assert exit_code_of(FieldError()) == exit_code_of(RecursionError()) == 2
+    assert exit_code_of(OSError(28, "No space left on device")) == exit_code_of(MemoryError()) == 1
     assert explain(BrokenPipeError(32, "Broken pipe")) is None
     for ours in (KeyError("x"), AssertionError(), click.UsageError("x"), RuntimeError("x")):
         assert explain(ours) is None
