@@ -27,8 +27,9 @@ from shapely.geometry import Point
 
 from minecube import cube, models
 from minecube.catalog import load_models
+from minecube.catalog.fields import FieldError
 from minecube.cli import COMMANDS, cli
-from minecube.cli.explain import explain
+from minecube.cli.explain import exit_code_of, explain
 from minecube.cli.words import check_words
 from minecube.cube.store import client_of, folder_of
 from minecube.errors import CubeError
@@ -38,6 +39,7 @@ LONG = "x" * 5000
 BUILD = "--sites {w}/sites.geojson --years 2020 --source sim-earth-search --catalog {w}/archive"
 DEMO = "build --store new.zarr --sites demo_1 --years 2020 --source earth-search"
 STORE = "--store {w}/cubes.zarr"
+DEAD = "--sites demo_1 --years 2020 --catalog {d}/dead --source dead"
 SPLIT = "bench --store {w}/cubes.zarr --train a --valid b --test c"
 
 # A command line, and a part of its answer. All end with exit code 2.
@@ -81,6 +83,7 @@ build {DEMO[6:]} --catalog {{d}}/tag => recipes.yaml: cannot be read as a catalo
 build {DEMO[6:]} --catalog {{d}}/twice => recipes.yaml: cannot be read as a catalogue: line 3: 'a' stands there twice
 build {DEMO[6:]} --catalog {{d}}/alias => recipes.yaml: cannot be read as a catalogue: line 1: found undefined alias
 build {DEMO[6:]} --catalog {{d}}/key => recipes.yaml: cannot be read as a catalogue: line 1: found unhashable key
+build {DEMO[6:]} --catalog {{d}}/deep => recipes.yaml: cannot be read as a catalogue: it is nested too deeply
 build {DEMO[6:]} --catalog {{d}}/list => expected entries by id
 build {DEMO[6:]} --catalog {{d}}/junk => recipes.yaml: cannot be read as a catalogue
 build --store new.zarr --sites , --years 2020 --source earth-search => unknown site ''
@@ -110,6 +113,8 @@ build --nope => No such option
 sites --sites 'Nix*' => unknown site
 sites --sites {LONG} => up to 255
 sites --sites {{d}}/junk.geojson => cannot be read as sites
+sites --sites {{d}}/null_year.geojson => field 'years': expected whole years
+sites --sites {{d}}/zarr_id.geojson => another name than zarr.json
 sites extra => unexpected extra argument
 simulate --sites demo_1 --out {{d}}/file.txt => file.txt
 simulate --sites demo_1 --out {{d}}/file.txt/x => file.txt
@@ -128,6 +133,7 @@ plan {BUILD} --store gopher://x/y => s3://, gs://, az://
 plan {BUILD} --store {{d}}/file.txt => is a file
 plan {BUILD} --store new.zarr --prices {{d}}/nothere.yaml => does not exist
 plan {BUILD} --store new.zarr --prices {{d}}/open/recipes.yaml => cannot be read as prices: line 2
+plan {BUILD} --store new.zarr --prices {{d}}/deep/recipes.yaml => cannot be read as prices: it is nested too deeply
 plan {BUILD} --store new.zarr --prices {{d}}/nan.yaml => expected a number
 plan {BUILD} --store new.zarr --prices {{d}}/junk.yaml => cannot be read as prices
 release nope => No such command
@@ -138,6 +144,13 @@ release import {{d}}/empty.zip --out new => without a file
 publish --store {{w}}/cubes.zarr --icechunk nothere --diff a b => no Icechunk repository
 release import {{d}}/other.zip --out new => readme.txt
 release import {{d}}/other.zip --out new --release nope => unknown release
+release import s3:// --out new => with a host or bucket, found 's3://'
+release import ftp:// --out new => with a host or bucket, found 'ftp://'
+release import ftp://host.example/a.zip?secret --out new => with a host or bucket, found 'ftp://host.example/a.zip'
+release import http://[::1/a.zip --out new => with a host or bucket, found 'http://[::1/a.zip'
+release import http:///a.zip --out new --download => with a host or bucket
+release audit {{d}} --pixels file:///a.zip => with a host or bucket
+models --catalog {{d}}/long => field 'id': expected up to 100 characters, found 101
 release audit {{d}} => no finished import
 release export {STORE} --out {{d}}/file.txt => is a file
 release export {STORE} --import {{d}} --out new => no finished import
@@ -192,6 +205,8 @@ predict --store nothere --model {{w}}/model.pt => no store
 predict {STORE} --model {{d}}/junk.pt => not a model
 predict {STORE} --model {{d}} => neither
 predict {STORE} --model {LONG} => up to 255
+predict {STORE} --model {{w}}/model.pt --name zarr.json => another name than zarr.json
+predict {STORE} --model {{w}}/model.pt --name {"n" * 101} => up to 100 characters, found 101
 predict {STORE} --model unet-small => no trained weights
 predict {STORE} --model {{w}}/model.pt --device mps => is not there
 predict {STORE} --model {{w}}/model.pt --precision fp8 => fp8
@@ -202,17 +217,20 @@ predict {STORE} --model {{w}}/model.pt --sites nope => unknown site
 tracks {STORE} --out {{d}}/file.txt => is a file
 tracks {STORE} --out {{d}}/file.txt/x => file.txt
 tracks {STORE} --out new --model nope => nope
-tracks {STORE} --out new --model unet-small+hmm => smoothed already
+tracks {STORE} --out new --model unet-small+hmm => name the map without +hmm
+tracks {STORE} --out new --model +hmm => name the map without +hmm
 tracks {STORE} --out new --rates 0.1 => two chances
 tracks {STORE} --out new --temper nan => finite
 tracks {STORE} --out new --temper 0 => range
 tracks {STORE} --out new --device gpu => gpu
 score --store {{d}}/damaged.zarr => damaged.zarr
+score --store {{d}}/deep.zarr => nested too deeply
 score --store {{d}}/junk.zip => junk.zip
 score {STORE} --model nope => nope
 score {STORE} --model {LONG} => up to 255
 score {STORE} --model unet-small,unet-small => once
 score {STORE} --join {{d}}/junk.json => counts.json
+score {STORE} --join {{d}}/deep.json => deep.json: expected counts.json
 score {STORE} --join {{d}}/list.json => counts.json
 score {STORE} --join {{d}}/nothere.json => does not exist
 score {STORE} --json {{d}} => is a directory
@@ -220,6 +238,7 @@ score {STORE} --json {{d}}/file.txt/x.json => file.txt
 score {STORE} --out {{d}}/file.txt => is a file
 score {STORE} --sites '[*' => unknown site
 {SPLIT} --out new --valid a => several times
+{SPLIT} --out {{d}}/deep_bench => bench.json: is not what
 bench {STORE} --train a --valid a --test c --out new => one part
 bench {STORE} --train a --valid nope --test c --out new => unknown site
 bench {STORE} --train a --valid b --out new => Missing option
@@ -263,6 +282,12 @@ plan {BUILD} --store s3://bucket/x => the object store does not answer
 score --store s3://bucket/x => the object store does not answer
 pack --store s3://bucket/x --out x.zip => the object store does not answer
 score --store az://container/x => needs keys
+search {DEAD} => cannot be reached
+build {DEAD} --store new.zarr => cannot be reached
+plan {DEAD} --store new.zarr => cannot be reached
+search {DEAD}-file => cannot be reached
+release import http://127.0.0.1:9/a.zip --out new => cannot be reached
+predict {STORE} --catalog {{d}}/dead --model far => cannot be downloaded
 """
 
 # One process imports everything once. A child of it per command line has an empty folder, and files as standard streams.
@@ -365,7 +390,7 @@ def damaged(world, tmp_path_factory):
         (folder / name).mkdir()
     gpd.GeoDataFrame({"id": ["p"]}, geometry=[Point(10, 50)], crs=4326).to_file(folder / "points.geojson")
     site = gpd.read_file(world / "sites.geojson").geometry[0]
-    for name, site_id in (("long_id", "L" * 5000), ("odd_id", "a/../b")):
+    for name, site_id in (("long_id", "L" * 5000), ("odd_id", "a/../b"), ("zarr_id", "zarr.json")):
         gpd.GeoDataFrame({"id": [site_id]}, geometry=[site], crs=4326).to_file(folder / f"{name}.geojson")
     pd.DataFrame({"a": [1]}).to_parquet(folder / "table.parquet")
     catalogs = {
@@ -375,6 +400,8 @@ def damaged(world, tmp_path_factory):
         "twice": b"a: {title: t}\n\na: {title: u}\n",
         "alias": b"a: *nothere\n",
         "key": b"? [a, b]\n: c\n",
+        "deep": b"[" * 20_000,
+        "long": b"a" * 101 + b": {title: t, architecture: unet}",
         "list": b"- a\n- b\n",
         "junk": junk,
     }
@@ -382,8 +409,22 @@ def damaged(world, tmp_path_factory):
         (folder / name).mkdir()
         for file in ("recipes.yaml", "models.yaml"):
             (folder / name / file).write_bytes(content)
+    (folder / "dead").mkdir()
+    source = "{title: t, kind: %s, href: 'http://127.0.0.1:9/%s', collection: c}"
+    api, file = source % ("stac-api", "v1"), source % ("stac-geoparquet", "items.parquet")
+    (folder / "dead" / "sources.yaml").write_text(f"dead: {api}\ndead-file: {file}\n")
+    weights = f"{{href: 'http://127.0.0.1:9/w.pt', sha256: '{'0' * 64}'}}"
+    (folder / "dead" / "models.yaml").write_text(f"far: {{title: t, architecture: unet, weights: {weights}}}\n")
     (folder / "nan.yaml").write_text("latency_s: .nan\n")
     (folder / "list.json").write_text("[1]")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "deep.zarr").mkdir()
+    (folder / "deep.zarr" / "zarr.json").write_text("[" * 100_000)
+    (folder / "deep_bench").mkdir()
+    (folder / "deep_bench" / "bench.json").write_text("[" * 100_000)
+    feature = json.loads((folder / "odd_id.geojson").read_text().replace("a/../b", "a"))
+    feature["features"][0]["properties"]["years"] = [None, True]
+    (folder / "null_year.geojson").write_text(json.dumps(feature))
     (folder / "bench").mkdir()
     (folder / "bench" / "bench.json").write_text("{")
     with zipfile.ZipFile(folder / "other.zip", "w") as other:
@@ -459,6 +500,12 @@ def options():
                     yield words, param
 
 
+def test_the_help_of_a_choice_of_policies_names_them():
+    (help_text,) = [param.help for _, param in options() if param.name == "on_offset_conflict"]
+    for policy in ("warn", "fix", "drop", "fail"):
+        assert f"{policy}: " in help_text
+
+
 def test_no_option_is_empty_or_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = 0
@@ -511,6 +558,9 @@ def test_errors_that_are_explained():
     said = explain(obstore.exceptions.GenericError(dump + "\n\nDebug source:\nGeneric {\n    store: 1\n}"))
     assert "(Generic S3 error: Error performing GET http://h/x - no)" in said
     assert explain(OSError(28, "No space left on device", "/x")).startswith("/x: No space left on device; ")
+    assert explain(FieldError("field 'href': expected a URL")) == "field 'href': expected a URL"
+    assert exit_code_of(FieldError()) == exit_code_of(RecursionError()) == 2
+    assert exit_code_of(OSError(28, "No space left on device")) == exit_code_of(MemoryError()) == 1
     assert explain(BrokenPipeError(32, "Broken pipe")) is None
     for ours in (KeyError("x"), AssertionError(), click.UsageError("x"), RuntimeError("x")):
         assert explain(ours) is None

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from minecube import files
 from minecube.files import replacing
 
 HOLDS_A_DRAFT = (
@@ -79,6 +81,25 @@ def test_the_draft_of_a_killed_writer_is_removed_by_the_next(tmp_path: Path) -> 
     assert left.startswith(".a.txt.part-")
     with replacing(path) as draft:
         draft.write_text("whole")
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_writer_that_has_not_locked_its_draft_yet_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second writer starts and ends at the moment when the first one is about to lock."""
+    path = tmp_path / "a.txt"
+    lock = files._lock
+
+    def lock_late(file: IO[str]) -> None:
+        monkeypatch.setattr(files, "_lock", lock)
+        with replacing(path) as draft:
+            draft.write_text("second")
+        lock(file)
+
+    monkeypatch.setattr(files, "_lock", lock_late)
+    with replacing(path) as draft:
+        assert path.read_text() == "second"
+        draft.write_text("first")
+    assert path.read_text() == "first"
     assert names(tmp_path) == ["a.txt"]
 
 

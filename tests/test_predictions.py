@@ -543,7 +543,7 @@ def test_verify_says_how_to_make_a_damaged_prediction_again(store, tmp_path):
         assert cube.verify(store).findings == ()
 
 
-def test_a_prediction_is_found_by_its_name_then_its_card_then_its_beginning(store, site, tmp_path):
+def test_find_a_prediction_by_its_name_or_its_model_card(store, site, tmp_path):
     def add(name, card):
         views = years(2019, 2020, 2021)
         cube.write_prediction(store, "pit", Prediction(model=name, views=views, about={"id": card}), lambda todo: rows_of(todo))
@@ -554,11 +554,17 @@ def test_a_prediction_is_found_by_its_name_then_its_card_then_its_beginning(stor
     with pytest.raises(CubeError, match="no prediction of 'unet' for pit; run `minecube predict` first"):
         find("unet")
     add("unet-small-11111111", "unet-small")
-    assert find("unet-small") == find("unet") == "unet-small-11111111"
+    assert find("unet-small") == find("unet-small-11111111") == find("=unet-small-11111111") == "unet-small-11111111"
+    for other in ("unet", "unet-small-1", "=unet-small"):  # the beginning of a name means nothing
+        with pytest.raises(CubeError, match=f"no prediction of '{other}'"):
+            find(other)
+    add("unet-small-x", "tiny")
+    assert find("tiny") == "unet-small-x"
+    assert find("unet-small") == "unet-small-11111111"
     add("spring", "unet")
-    assert find("unet") == "spring"  # by its card, although another name begins so
+    assert find("unet") == "spring"
     add("unet-small-11111111+hmm", "unet-small-11111111+hmm")
-    assert find("unet-small+hmm") == "unet-small-11111111+hmm"
+    assert find("unet-small+hmm") == find("=unet-small-11111111+hmm") == "unet-small-11111111+hmm"
     assert find("unet-small") == "unet-small-11111111"
     with pytest.raises(
         CubeError, match=r"no prediction of 'spring\+hmm' for pit; it has spring, unet-small-11111111, unet-small-"
@@ -567,12 +573,29 @@ def test_a_prediction_is_found_by_its_name_then_its_card_then_its_beginning(stor
     add("unet-small-22222222", "unet-small")
     with pytest.raises(CubeError, match="'unet-small' may mean unet-small-11111111 or unet-small-22222222; name one of them"):
         find("unet-small+hmm")
-    add("unet-small", "unet-small")  # as older versions named it
-    assert find("unet-small") == "unet-small"
     (tmp_path / "cubes.zarr/pit/predictions/unet-small-22222222/zarr.json").write_text("{")
     assert find("unet") == "spring"
     cube.pack(store, tmp_path / "cubes.zip")
     assert cube.find_prediction(str(tmp_path / "cubes.zip"), ["pit"], "unet") == "spring"
+
+
+def test_a_map_named_by_its_card_alone_is_continued_or_told_apart(store, tmp_path):
+    """Older versions named maps so. The same model goes on with its map; another model's map is never taken for it."""
+    model_file(tmp_path / "old.pt", seed=1)
+    model_file(tmp_path / "new.pt", seed=2)
+    ask = ("predict", "--store", store, "--model")
+    run(*ask, tmp_path / "old.pt", "--name", "tiny")
+    assert "pit: mapped already; prediction tiny " in run(*ask, tmp_path / "old.pt")[0]
+    run(*ask, tmp_path / "new.pt")
+    names = {p.name for p in (tmp_path / "cubes.zarr/pit/predictions").iterdir() if p.is_dir()}
+    (new,) = names - {"tiny"}
+    assert new.startswith("tiny-")
+    for command in ("score", "export", "tracks"):
+        said = run(command, "--store", store, "--model", "tiny", "--out", tmp_path / command, ok=2)[1]
+        assert f"'tiny' may mean =tiny or {new}; name one of them" in said
+    run("tracks", "--store", store, "--model", "=tiny", "--rates", "0.01,0.01", "--out", tmp_path / "tracks")
+    assert (tmp_path / "cubes.zarr/pit/predictions/tiny+hmm").is_dir()
+    assert cube.find_prediction(store, ["pit"], "=tiny+hmm") == "tiny+hmm"
 
 
 def test_nothing_is_touched_where_the_model_does_not_fit(store, tmp_path):

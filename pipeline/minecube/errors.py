@@ -15,6 +15,12 @@ class SceneError(MinecubeError):
     """A search found nothing usable, or an item cannot be normalised."""
 
 
+class UnansweredError(SceneError):
+    """A source of scenes does not answer, or its answer is broken."""
+
+    exit_code = 1
+
+
 class ReadError(MinecubeError):
     """Pixels that were listed could not be read: the site-year is not committed."""
 
@@ -49,5 +55,17 @@ class ReleaseError(MinecubeError):
     """The published archive cannot be read, or is not laid out as it was published."""
 
 
+class UnreadArchiveError(ReleaseError):
+    """The server of an archive does not answer, or its answer is broken."""
+
+    exit_code = 1
+
+
 class ModelError(MinecubeError):
     """A model does not fit the cube, or its file is not one of ours."""
+
+
+class UnreadWeightsError(ModelError):
+    """Weights cannot be downloaded."""
+
+    exit_code = 1

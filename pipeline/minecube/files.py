@@ -31,9 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=_prefix(path.name), dir=path.parent))
     draft = folder / path.name
     try:
-        with (folder / _LOCK).open("w") as lock:
+        # Other writers remove a folder with an unlocked `_LOCK`, so the file has another name until it is locked.
+        unlocked = folder / f"{_LOCK}.new"
+        with unlocked.open("w") as lock:
             with suppress(OSError):  # a file system without locks: the folder then outlives a killed writer
                 _lock(lock)
+            unlocked.rename(folder / _LOCK)
             yield draft
             _rename(draft, path)
     finally:

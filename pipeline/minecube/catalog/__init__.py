@@ -25,7 +25,7 @@ import shapely
 import yaml
 from shapely.geometry.base import BaseGeometry
 
-from minecube.catalog.fields import BANDS, NATIVE_M, SCL, FieldError, need
+from minecube.catalog.fields import BANDS, NATIVE_M, SCL, FieldError, need, need_name
 from minecube.catalog.model import TASKS, ModelCard, Weights
 from minecube.catalog.recipe import (
     FALLBACKS,
@@ -44,6 +44,7 @@ from minecube.catalog.recipe import (
 from minecube.catalog.release import Release
 from minecube.catalog.training import Settings
 from minecube.errors import CatalogError
+from minecube.vectors import read_vector
 
 __all__ = [
     "ASSET_KEYS",
@@ -94,8 +95,6 @@ FIRST_YEAR = 2015
 """Sentinel-2A was launched in June 2015."""
 _SUGGESTED = 8
 """Names that an error lists, at most."""
-_LONGEST_ID = 100
-"""Of a site, whose id begins the names of files; file systems allow names of 255 bytes."""
 
 T = TypeVar("T")
 
@@ -118,10 +117,7 @@ class Site:
     """Where the labels come from."""
 
     def __post_init__(self) -> None:
-        # The id names a Zarr group and files, so it is kept to letters that are safe in both.
-        shown = repr(self.id if len(self.id) <= _LONGEST_ID else f"{self.id[:20]}...")
-        need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {shown}")
-        need(len(self.id) <= _LONGEST_ID, "id", f"up to {_LONGEST_ID} characters, found {len(self.id):,}")
+        need_name(self.id)
         need(self.split in (None, "train", "val", "test"), "split", f"train, val, test or null, found {self.split!r}")
         if self.geometry is not None:
             kind = self.geometry.geom_type
@@ -250,7 +246,7 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> li
     catalogue = catalogue or path is None
     path = Path(path) if path else _catalog_dir() / "sites.geojson"
     try:
-        table = gpd.read_parquet(path) if path.suffix == ".parquet" else gpd.read_file(path)
+        table = read_vector(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
     if not isinstance(table, gpd.GeoDataFrame):
@@ -295,8 +291,9 @@ def _years(value: Any) -> tuple[int, ...]:
         need(all(spans), "years", f"2015-2024 or a list of years, found {value!r}")
         return tuple(y for s in spans if s for y in range(int(s[1]), int(s[2] or s[1]) + 1))
     listed = value if isinstance(value, Iterable) else [value]
-    need(all(float(y).is_integer() for y in listed), "years", f"whole years, found {value!r}")
-    return tuple(int(y) for y in listed)
+    texts = [str(year) for year in listed]
+    need(all(re.fullmatch(r"\d{4}(\.0+)?", text) for text in texts), "years", f"whole years, found {value!r}")
+    return tuple(int(text[:4]) for text in texts)
 
 
 def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometry | None:
@@ -388,7 +385,7 @@ def _plain(value: Any) -> Any:
 def _load_yaml(cls: type[T], path: Path) -> list[T]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise CatalogError(f"{path}: cannot be read as a catalogue: {yaml_problem(error)}") from error
     if not isinstance(content, Mapping):
         raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
@@ -405,6 +402,8 @@ def _load_yaml(cls: type[T], path: Path) -> list[T]:
 
 def yaml_problem(error: Exception) -> str:
     """Describe in one line what is wrong with a YAML file, and in which line of it."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
     text = " ".join(str(problem).split())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+LONGEST_NAME = 100
+"""Characters of a name. Files and locks add words of their own to it, and file systems take 255 bytes."""
 BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 """The cube's bands, in the cube's order; B01, B09 and B10 are left out, as in EuroMineNet."""
 SCL = "SCL"
@@ -18,6 +22,14 @@ def need(condition: object, field: str, expected: str) -> None:
     """Raises FieldError where the condition does not hold."""
     if not condition:
         raise FieldError(f"field {field!r}: expected {expected}")
+
+
+def need_name(name: str, field: str = "id") -> None:
+    """Raise FieldError if a name cannot name both a Zarr group and a file."""
+    shown = repr(name if len(name) <= LONGEST_NAME else f"{name[:20]}...")
+    need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name), field, f"letters, digits, _ . -, found {shown}")
+    need(len(name) <= LONGEST_NAME, field, f"up to {LONGEST_NAME} characters, found {len(name):,}")
+    need(name != "zarr.json", field, "another name than zarr.json, which Zarr needs for itself")
 
 
 def need_months(field: str, months: tuple[int, ...], at_least: int = 1) -> None:

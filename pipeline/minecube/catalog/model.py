@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minecube.catalog.fields import BANDS, need
+from minecube.catalog.fields import BANDS, need, need_name
 
 TASKS = {"mapping": ("mine",), "change": ("changed", "removed", "new"), "series": ("mine",)}
 """What is mapped from one year, from two, and from all at once; and the classes that each may have."""
@@ -64,8 +64,7 @@ class ModelCard:
     """What its makers say of the weights, by name of score."""
 
     def __post_init__(self) -> None:
-        # The id names a Zarr group and files, so it is kept to letters that are safe in both.
-        need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {self.id!r}")
+        need_name(self.id)
         need(self.task in TASKS, "task", f"one of {', '.join(TASKS)}, found {self.task!r}")
         known = TASKS[self.task]
         fits = self.classes and len(set(self.classes)) == len(self.classes) and set(self.classes) <= set(known)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from minecube.catalog.fields import need
+from minecube.catalog.fields import need, need_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class Settings:
     """Windows of the validation sites that are judged after each epoch, chosen once by chance; None: all."""
 
     def __post_init__(self) -> None:
-        need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.id), "id", f"letters, digits, _ . -, found {self.id!r}")
+        need_name(self.id)
         for name in ("window_px", "step_px", "windows", "epochs", "patience", "valid_windows"):
             value = getattr(self, name)
             need(value is None or value > 0, name, f"1 or more, found {value}")

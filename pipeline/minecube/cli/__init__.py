@@ -1,6 +1,6 @@
 """The command line: one subcommand a stage, and `demo` that runs them all. Here, and in workflows/, the stages meet.
 
-Exit codes: 0 done, 1 something failed (a site-year, a network, a disk), 2 bad use, 70 an error of minecube itself, 130
+Exit codes: 0 done, 1 something failed (a site-year, a server, a disk), 2 bad use, 70 an error of minecube itself, 130
 interrupted. Every error is one sentence on standard error; `-v` adds the traceback of errors that minecube did not expect.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from minecube import network
-from minecube.cli.explain import explain, one_line
+from minecube.cli.explain import exit_code_of, explain, one_line
 from minecube.cli.words import check_words
 from minecube.errors import MinecubeError
 
@@ -118,7 +118,7 @@ class _Stages(click.Group):
             if said is None:
                 raise
             log.info("%s: %s", type(error).__name__, one_line(error), exc_info=True)
-            _fail(ctx, said, 1)
+            _fail(ctx, said, exit_code_of(error))
 
 
 def _fail(ctx: click.Context, text: str, code: int) -> NoReturn:

@@ -42,13 +42,17 @@ class Split:
 
 @click.command()
 @writable_store_option
-@click.option("--train", "train_sites", required=True, help="Sites to learn from, by name, comma-separated, * allowed.")
-@click.option("--valid", "valid_sites", required=True, help="Sites by which the best epoch is chosen, likewise.")
-@click.option("--test", "test_sites", required=True, help="Sites to map and to score, likewise; unseen by all of it.")
+@click.option(
+    "--train", "train_sites", required=True, help="Sites to learn from, by name. Names are comma-separated, * allowed."
+)
+@click.option("--valid", "valid_sites", required=True, help="Validation sites by name. They choose the best epoch.")
+@click.option("--test", "test_sites", required=True, help="Sites to map and to score, by name. No network has seen them.")
 @catalog_option
-@click.option("--models", "wanted", default="*-small", show_default=True, help="Networks by name, comma-separated, * allowed.")
-@click.option("--preset", "preset_id", default="cpu", show_default=True, help="How they are trained (catalog/presets.yaml).")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, windows and augmentation.")
+@click.option("--models", "wanted", default="*-small", show_default=True, help="Networks to train, by name.")
+@click.option(
+    "--preset", "preset_id", default="cpu", show_default=True, help="How to train the networks (catalog/presets.yaml)."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of weights, windows and augmentation.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 def bench(
@@ -133,7 +137,7 @@ def _agree(path: Path, asked: Mapping[str, Any]) -> None:
     if path.exists():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CatalogError(f"{path}: is not what `minecube bench` writes; remove it, or name another --out") from error
         different = [name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))]
         if different:
@@ -166,14 +170,15 @@ def _run(
     if trained.card != card:
         raise ModelError(f"{file}: was trained by another card of that name; remove it, or name another --out")
     mapper = models.Mapper(trained, compute)
-    mapped = [map_site(store, site, mapper) for site in split.test]
+    prediction = cube.choose_name(store, split.test, mapper.about, mapper.name)
+    mapped = [map_site(store, site, mapper, prediction=prediction) for site in split.test]
     if any(m.maps for m in mapped):
         took["map_s"] = sum(m.seconds for m in mapped)
     took["parameters"] = sum(p.numel() for p in trained.network.parameters())
     write(times, json.dumps(took, indent=2) + "\n")
     if card.task != "change":
-        _smooth(store, split.test, mapper.name)
-    return took, mapper.name
+        _smooth(store, split.test, prediction)
+    return took, prediction
 
 
 def _smooth(store: str, sites: Sequence[str], prediction: str) -> None:

@@ -111,8 +111,8 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
     type=click.Choice(offsets.POLICIES),
     default="drop",
     show_default=True,
-    help="What becomes of a scene whose radiometric offset contradicts its pixels: kept, read with the other offset, left "
-    "out, or the end of its site-year.",
+    help="What to do with a scene whose radiometric offset contradicts its pixels. warn: keep the scene; fix: read the scene "
+    "with the other offset; drop: leave the scene out; fail: fail the site-year.",
 )
 @click.option(
     "--min-read-completeness",

@@ -26,12 +26,21 @@ def explain(error: BaseException) -> str | None:
         return _explain_cluster(error, names)
     if any(kind.startswith("obstore.") for kind in kinds):
         return _explain_object_store(str(error), names)
+    if "minecube.catalog.fields.FieldError" in kinds:
+        return one_line(error)
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply to be read; check the files that you named"
     if isinstance(error, MemoryError):
         return "this machine has too little memory for it; close other programs, or use a machine with more"
     if isinstance(error, OSError) and error.errno != errno.EPIPE:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or one_line(error)}; check that the place is there and can be read and written"
     return None
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code for an error that `explain` explains: 2 if the input is bad, 1 if something failed."""
+    return 2 if isinstance(error, ValueError | RecursionError) else 1
 
 
 def one_line(error: object) -> str:

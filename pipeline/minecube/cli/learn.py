@@ -28,13 +28,16 @@ MOST_WORKERS = 256
 @click.command()
 @store_option
 @sites_option
-@click.option("--valid", help="Sites by whose F1 the best epoch is chosen, likewise; they are left out of --sites.")
+@click.option(
+    "--valid",
+    help="Validation sites by name, comma-separated, * allowed. They choose the best epoch and are left out of --sites.",
+)
 @catalog_option
 @click.option("--model", "model_id", default="unet-small", show_default=True, help="Which network (catalog/models.yaml).")
 @click.option("--preset", "preset_id", default="default", show_default=True, help="How it is trained (catalog/presets.yaml).")
 @click.option("--out", type=OutFile(), required=True, help="File for the trained model.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Other than the preset's.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, windows and augmentation.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Number of epochs. [default: the preset's]")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of weights, windows and augmentation.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
     "--workers", type=click.IntRange(0, MOST_WORKERS), default=0, show_default=True, help="Processes that cut windows."

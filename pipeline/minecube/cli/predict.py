@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from minecube import cube, models
+from minecube.catalog.fields import FieldError, need_name
 from minecube.cli import common
 from minecube.cli.common import (
     absolute,
@@ -185,8 +186,12 @@ def _makes(mapper: models.Mapper) -> str:
 
 
 def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None) -> str | None:
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise click.BadParameter(f"expected letters, digits, _ . -, found {name!r}")
+    if name is None:
+        return None
+    try:
+        need_name(name, "name")
+    except FieldError as error:
+        raise click.BadParameter(str(error)) from error
     return name
 
 
@@ -249,7 +254,7 @@ def predict(
     if not built:
         raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")
     total, start = Mapped(0, 0, 0.0), time.monotonic()
-    written = prediction or mapper.name
+    written = prediction or cube.choose_name(store, built, mapper.about, mapper.name)
     asked: dict[str, Any] = {"prediction": written, "pairs": pairs, "overwrite": overwrite}
     with executor_of(scheduler) as pool:
         found: Iterator[tuple[str, Mapped]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 import odc.geo.xr  # noqa: F401  registers the .odc accessor
@@ -13,6 +14,7 @@ from minecube import release as releases
 from minecube.catalog import BANDS, Release, load_releases, load_sites, pick
 from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
 from minecube.errors import CatalogError
+from minecube.network import without_query
 from minecube.release import audit as auditing
 from minecube.release import layout
 
@@ -36,8 +38,24 @@ def release() -> None:
     """
 
 
+def _check_archive(_ctx: click.Context, _param: click.Parameter, where: str | None) -> str | None:
+    """Return the place of an archive; fail if it is a URL of which no archive can be read."""
+    if where is None or "://" not in where:
+        return where
+    try:
+        parts = urlsplit(where)
+        readable = parts.scheme in ("http", "https", "s3") and bool(parts.hostname)
+    except ValueError:  # brackets that hold no address
+        readable = False
+    if not readable:
+        raise click.BadParameter(
+            f"expected a path, or an http(s):// or s3:// URL with a host or bucket, found {without_query(where)!r}"
+        )
+    return where
+
+
 @release.command(name="import")
-@click.argument("archive")
+@click.argument("archive", callback=_check_archive)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder; becomes a --catalog.")
 @click.option("--download", is_flag=True, help="Get all of it first, into that folder: for servers without byte ranges.")
 @release_option
@@ -77,7 +95,10 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
 @release.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
-    "--pixels", "archive", help="The archive itself, URL or path: reads all its images for statistics and offset steps."
+    "--pixels",
+    "archive",
+    callback=_check_archive,
+    help="URL or path of the archive. All its images are read for statistics and offset steps.",
 )
 @click.option(
     "--split",

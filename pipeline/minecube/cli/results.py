@@ -31,7 +31,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 @store_option
 @sites_option
 @click.option("--out", type=OutFolder(), required=True, help="Folder for the files.")
-@click.option("--model", help="Also export this prediction: by name, or a model's id.")
+@click.option("--model", help="Also export this prediction: by name, or a model's id. =NAME: exactly that name.")
 @click.option(
     "--format",
     "formats",

@@ -46,7 +46,7 @@ Counted = dict[str, dict[str, metrics.Scores]]
     "models",
     default="unet-small",
     show_default=True,
-    help="Predictions by name, comma-separated. The id of a model stands for its only prediction.",
+    help="Predictions by name, comma-separated. A model's id means its only prediction. =NAME means exactly that name.",
 )
 @click.option("--baselines", is_flag=True, help="Also score maps that know nothing: never changes, always mine, last year's.")
 @click.option(
@@ -114,7 +114,7 @@ def _read_counts(path: Path) -> Counted:
             model: {site: metrics.Scores.of_json(counts) for site, counts in sites.items()}
             for model, sites in json.loads(path.read_text(encoding="utf-8")).items()
         }
-    except (OSError, ValueError, AttributeError, ModelError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, ModelError) as error:
         raise CatalogError(f"{path}: expected counts.json as `minecube score --out` writes it ({error})") from error
 
 

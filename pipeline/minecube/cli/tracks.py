@@ -64,7 +64,9 @@ class Track:
 @click.command()
 @writable_store_option
 @sites_option
-@click.option("--model", default="unet-small", show_default=True, help="Prediction by name, or a model's id.")
+@click.option(
+    "--model", default="unet-small", show_default=True, help="Prediction by name, or a model's id. =NAME: exactly that name."
+)
 @click.option(
     "--rates",
     type=HowFast(),
@@ -99,7 +101,7 @@ def tracks(
     """
     names = stored_sites(store, wanted)
     if model.endswith(SUFFIX):
-        raise CatalogError(f"{model} is smoothed already; name the model itself, {model.removesuffix(SUFFIX)}")
+        raise CatalogError(f"--model {model}: the map is smoothed already; name the map without {SUFFIX}")
     kernel = _kernel(device)
     model = stored_prediction(store, names, model)
     maps = {name: cube.open_probability(store, name, model) for name in names}

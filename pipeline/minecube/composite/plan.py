@@ -56,7 +56,7 @@ class Terms:
         """Terms of a YAML file; raises CatalogError where it holds anything else."""
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise CatalogError(f"{path}: cannot be read as prices: {yaml_problem(error)}") from error
         if not isinstance(content, Mapping):
             raise CatalogError(f"{path}: expected names and values such as per_gb: 0.09, found {type(content).__name__}")

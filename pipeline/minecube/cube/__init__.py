@@ -53,7 +53,7 @@ from minecube.cube.builds import (
     used_scenes,
 )
 from minecube.cube.locks import WAIT_S, Lock, hold
-from minecube.cube.names import find_prediction
+from minecube.cube.names import choose_name, find_prediction
 from minecube.cube.opening import as_float, grid_and_years, open_committed, open_cube
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
@@ -102,6 +102,7 @@ __all__ = [
     "build_id",
     "builds",
     "check",
+    "choose_name",
     "completeness_of",
     "create",
     "find_prediction",

@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from zarr.core.sync import sync
 
-from minecube.cube.store import exists, group_of
+from minecube.cube.store import digest, exists, group_of
 from minecube.errors import CubeError
+
+_EXACT = "="
+"""Prefix of a name that stands for itself, and not for a model card."""
 
 
 def find_prediction(store: str, site_ids: Sequence[str], wanted: str) -> str:
     """Return the name of the prediction that `wanted` means at these sites.
 
-    A prediction of exactly that name comes first, then the only one by the model card of that name, then the only one whose
-    name begins with `wanted-`. `wanted+hmm` means the smoothed map of the prediction that `wanted` means.
+    `wanted` is the name of a prediction, or the id of the model card that made one. `=NAME` means the prediction of exactly
+    that name. `wanted+hmm` means the smoothed map of the prediction that `wanted` means.
 
     Raises:
         CubeError: no prediction fits, or several do.
     """
     names = sorted({name for site_id in site_ids for name in _listed(store, site_id)})
-    if wanted in names:
-        return wanted
-    model, plus, suffix = wanted.partition("+")
-    originals = [name for name in names if "+" not in name]
-    matches = [name for name in originals if _card_of(store, site_ids, name) == model]
-    if not matches:
-        matches = [name for name in originals if name.startswith(f"{model}-")]
+    exact = wanted.startswith(_EXACT)
+    model, plus, suffix = wanted.removeprefix(_EXACT).partition("+")
+    originals = sorted({name.partition("+")[0] for name in names})
+    matches = [name for name in originals if name == model]
+    if not exact:
+        matches = [name for name in originals if name == model or _card_of(store, site_ids, name) == model]
     if len(matches) > 1:
-        raise CubeError(f"{store}: {model!r} may mean {' or '.join(matches)}; name one of them")
+        # Only "=" tells a name from the card of that name.
+        choices = " or ".join(f"{_EXACT}{name}" if name == model else name for name in matches)
+        raise CubeError(f"{store}: {model!r} may mean {choices}; name one of them")
     found = f"{matches[0]}{plus}{suffix}" if matches else wanted
     if found not in names:
         there = f"it has {', '.join(names)}" if names else "run `minecube predict` first"
         raise CubeError(f"{store}: no prediction of {wanted!r} for {', '.join(site_ids)}; {there}")
     return found
+
+
+def choose_name(store: str, site_ids: Sequence[str], about: Mapping[str, Any], default: str) -> str:
+    """Return the name under which to write a model's maps.
+
+    Older versions named a prediction by its model card alone. If such a prediction of the same model exists, its name is
+    returned. Otherwise `default` is returned.
+
+    Args:
+        store: The cubes.
+        site_ids: The sites to map.
+        about: What made the maps, with the card's id.
+        default: The name for a model that has no older prediction.
+    """
+    card = str(about["id"])
+    made_by = [model for site_id in site_ids if (model := _model_of(store, site_id, card)) is not None]
+    same = [digest(model) == digest(dict(about)) for model in made_by]
+    return card if same and all(same) else default
 
 
 def _listed(store: str, site_id: str) -> list[str]:
@@ -48,12 +71,15 @@ def _listed(store: str, site_id: str) -> list[str]:
 
 def _card_of(store: str, site_ids: Sequence[str], name: str) -> str | None:
     """Return the id of the model card behind a prediction; None if no site's copy can be read."""
-    for site_id in site_ids:
-        path = f"{site_id}/predictions/{name}"
-        try:
-            about = group_of(store, path).attrs.get("model") if exists(store, path) else None
-        except CubeError:  # damaged: another site may have it whole
-            continue
-        if isinstance(about, dict):
-            return str(about.get("id"))
-    return None
+    models = (_model_of(store, site_id, name) for site_id in site_ids)
+    return next((str(model.get("id")) for model in models if model is not None), None)
+
+
+def _model_of(store: str, site_id: str, name: str) -> dict[str, Any] | None:
+    """Return what made a site's prediction; None if it is missing or damaged."""
+    path = f"{site_id}/predictions/{name}"
+    try:
+        model = group_of(store, path).attrs.get("model") if exists(store, path) else None
+    except CubeError:
+        return None
+    return model if isinstance(model, dict) else None

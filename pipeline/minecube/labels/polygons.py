@@ -14,6 +14,7 @@ import shapely
 from pyproj import CRS, Geod
 
 from minecube.errors import LabelError
+from minecube.vectors import read_vector
 
 YEARS = range(1900, 2101)  # calendar years a polygon may carry; anything else is a typing error
 AREAL = ("Polygon", "MultiPolygon")
@@ -25,7 +26,9 @@ log = logging.getLogger(__name__)
 
 
 def read_polygons(path: Path) -> gpd.GeoDataFrame:
-    """The mine polygons of a GeoJSON, GeoPackage, GeoParquet or Shapefile, valid and with area, in the file's own CRS.
+    """Read mine polygons from a file, valid and with area, in the file's own CRS.
+
+    The file is a GeoJSON, GeoPackage, GeoParquet, Shapefile (also zipped), FlatGeobuf or KML.
 
     Understood, in any case, are the columns `year` (Int64), or `start` and `end` (Int64: the years through which a polygon
     holds, null where open; dates count by their year), `site` (text) and `mapped` (true or false: a true row is no mine, but
@@ -49,15 +52,10 @@ def read_polygons(path: Path) -> gpd.GeoDataFrame:
 def load(path: Path) -> gpd.GeoDataFrame:
     """The file's rows as they are, columns understood; raises LabelError as `read_polygons`."""
     try:
-        table = gpd.read_parquet(path) if path.suffix.lower() in (".parquet", ".geoparquet") else gpd.read_file(path)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        IndexError,
-    ) as error:  # the last of a folder without layers; pyogrio's errors are RuntimeErrors, pyarrow's ValueErrors
+        table = read_vector(path)
+    except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, Arrow's ValueErrors
         reason = str(error).strip() or type(error).__name__
-        raise LabelError(f"{path}: cannot be read as GeoJSON, GeoPackage, GeoParquet or Shapefile: {reason}") from error
+        raise LabelError(f"{path}: cannot be read as polygons: {reason}") from error
     if not isinstance(table, gpd.GeoDataFrame) or table.empty:
         raise LabelError(f"{path}: holds no polygon; expected at least one row with a geometry")
     if table.crs is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minecube.catalog import ModelCard, Weights
-from minecube.errors import ModelError
+from minecube.errors import ModelError, UnreadWeightsError
 from minecube.files import replacing
 from minecube.models.files import unpickled
 from minecube.models.network import Trained, filled, foreign, load, model_of
@@ -112,7 +112,7 @@ def _download(weights: Weights, kept: Path) -> None:
                     digest.update(piece)
             _need_hash(weights, where, digest.hexdigest())
     except OSError as error:  # requests' errors are, too
-        raise ModelError(
+        raise UnreadWeightsError(
             f"{where}: the weights cannot be downloaded to {kept.parent} ({_without_query(str(error))}); try again"
         ) from error
 

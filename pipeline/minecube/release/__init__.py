@@ -34,7 +34,7 @@ from rasterio import features
 from rasterio.errors import NotGeoreferencedWarning
 
 from minecube.catalog import Release, Site
-from minecube.errors import ReleaseError
+from minecube.errors import ReleaseError, UnreadArchiveError
 from minecube.files import replacing
 from minecube.network import ForbiddenError, why_unreachable, without_query
 from minecube.reader import interrupted
@@ -193,7 +193,8 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
                 done(len(piece), size)
     except (OSError, ForbiddenError) as error:  # requests' errors are OSErrors
         why = why_unreachable(url, error) or without_query(str(error))
-        raise ReleaseError(f"{without_query(url)}: cannot be downloaded to {out} ({why}); try again") from error
+        kind = ReleaseError if isinstance(error, ForbiddenError) else UnreadArchiveError
+        raise kind(f"{without_query(url)}: cannot be downloaded to {out} ({why}); try again") from error
     return path
 
 
@@ -202,6 +203,7 @@ def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str
     interrupted.clear()
     sites = found.sites()
     failed: list[str] = []
+    kind: type[ReleaseError] = ReleaseError
     with warnings.catch_warnings(), ThreadPoolExecutor(_AT_ONCE) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels are not, which is known
         tasks = {pool.submit(_read_once, archive, found, site, parts): site for site in sites}
@@ -213,6 +215,8 @@ def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str
                     error = task.exception()
                     if error and not isinstance(error, ReleaseError):
                         raise error
+                    if isinstance(error, UnreadArchiveError):
+                        kind = UnreadArchiveError
                     failed += [f"{tasks[task]}: {error}"] if error else []
                     done(tasks[task])
         except BaseException:
@@ -221,7 +225,7 @@ def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str
             raise
     if failed:
         more = f" (and {len(failed) - 1} sites more)" if len(failed) > 1 else ""
-        raise ReleaseError(f"{failed[0]}{more}; {len(sites) - len(failed)} sites are read, run again to try just the others")
+        raise kind(f"{failed[0]}{more}; {len(sites) - len(failed)} sites are read, run again to try just the others")
     return [_part(parts / site) for site in sites]
 
 

@@ -28,7 +28,7 @@ from rasterio.errors import RasterioError
 
 from minecube import images
 from minecube.catalog import Access
-from minecube.errors import ReleaseError
+from minecube.errors import ReleaseError, UnreadArchiveError
 from minecube.network import ForbiddenError, RequestError, origin_of, without_query
 from minecube.reader.remote import Head, Opened, Tally, access_to, remote_for
 
@@ -350,8 +350,10 @@ class Archive:
 
     def _unreadable(self, error: OSError) -> ReleaseError:
         why = error.strerror or str(error)
-        hint = "; or let it be downloaded first (--download)" if "byte ranges" in why else ""
-        return ReleaseError(f"{self.where}: cannot be read ({without_query(why)}); check that it is there{hint}")
+        needs_download = "byte ranges" in why
+        hint = "; or let it be downloaded first (--download)" if needs_download else ""
+        kind = UnreadArchiveError if "://" in self.where and not needs_download else ReleaseError
+        return kind(f"{self.where}: cannot be read ({without_query(why)}); check that it is there{hint}")
 
 
 class _Stored:

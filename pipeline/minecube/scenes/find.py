@@ -31,7 +31,7 @@ from shapely.geometry.base import BaseGeometry
 
 from minecube import network
 from minecube.catalog import Source
-from minecube.errors import SceneError
+from minecube.errors import SceneError, UnansweredError
 from minecube.grid import split_at_antimeridian
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of
 from minecube.reader.remote import Session, access_to, remote_for, retry_after
@@ -193,7 +193,7 @@ def items_of(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]
     """Everything the source lists of that calendar year over the area (EPSG:4326), as it lists it.
 
     Raises:
-        SceneError: the source does not answer, or its pages held another number of items than it says match.
+        UnansweredError: the source does not answer, or its pages held another number of items than it says match.
     """
     return _from_api(source, area, year) if source.kind == "stac-api" else _from_file(source, area, year)
 
@@ -210,14 +210,15 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item
             if matched is not None and matched != len(ids):  # items may have been added between two pages
                 ids, matched = _month(client, source.collection, area, month)
             if matched is not None and matched != len(ids):
-                raise SceneError(
+                raise UnansweredError(
                     f"{source.href}: says {matched} items match {month}, its pages held {len(ids)}; scenes would be "
                     "missing without a trace, so nothing is built; search again"
                 )
             by_id |= ids
     except _API_FAULTS as error:
         hint = "" if isinstance(error, RequestError | ForbiddenError) else "; check the URL and the network"
-        raise SceneError(f"{source.href}: the search for {year} failed ({error}){hint}") from error
+        kind = SceneError if isinstance(error, ForbiddenError) else UnansweredError
+        raise kind(f"{source.href}: the search for {year} failed ({error}){hint}") from error
     return list(by_id.values())
 
 
@@ -261,7 +262,8 @@ def read_items(path: Path | str) -> list[pystac.Item]:
         _need_size(file.metadata)
         found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(file.read())]
     except RequestError as error:
-        raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error})") from error
+        kind = SceneError if is_local(href) else UnansweredError
+        raise kind(f"{path}: cannot be read as stac-geoparquet ({error})") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
     return found
