@@ -803,6 +803,30 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
         scenes.belonging([scene], site, 2020, [archive.source])
 
 
+@pytest.mark.parametrize("origin", ["", None, "127.0.0.1"])
+def test_a_saved_list_names_no_origin_of_its_own(archive, make, origin):
+    """A scene that claims a local or private catalogue would be allowed to reach private hosts."""
+    site = make.site("s", LEFT, TOP, 60, 60)
+    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    scenes.belonging([scene], site, 2020, [archive.source])
+    source = dataclasses.replace(archive.source, href="https://stac.example.org/v1")
+    for band in scene.assets:
+        scene.assets[band].href = f"https://files.example.org/{band}.tif"
+    scene.properties["minecube:origin"] = "stac.example.org"
+    scenes.belonging([scene], site, 2020, [source])
+    scene.properties["minecube:origin"] = origin
+    with pytest.raises(SceneError, match=r"expected a scene listed by stac\.example\.org"):
+        scenes.belonging([scene], site, 2020, [source])
+
+
+def test_a_scene_without_origin_is_not_read(archive, make):
+    grid = make.grid(LEFT, TOP, 60, 60)
+    scene = archive.scene("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
+    del scene.properties["minecube:origin"]
+    with pytest.raises(ReadError, match="expected the host of its catalogue in minecube:origin, found None"):
+        scenes.stack([scene], grid, ["B04"])
+
+
 def test_a_scene_that_was_changed_after_it_was_listed_is_checked_when_it_is_read(listed):
     at, local, site = listed
     source, _ = at("archive/none.tif")
