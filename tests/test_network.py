@@ -73,7 +73,9 @@ def test_local_files_are_for_local_catalogues(href):
 
 PRIVATE = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "100.64.0.1", "0.0.0.0", "[::1]", "[fd00::1]"]
 SHORT = ["127.1", "2130706433", "0x7f.0.0.1", "[::ffff:127.0.0.1]", "localhost"]
-LINK_LOCAL = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "2852039166"]
+EMBEDDED = ["[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]", "[64:ff9b:1::1]"]  # 127.0.0.1 within IPv6
+LINK_LOCAL = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "2852039166", "[64:ff9b::a9fe:a9fe]"]
+SPECIAL = [*LINK_LOCAL, "168.63.129.16", "[fd00:ec2::254]", "224.0.0.1", "[ff02::1]", "[ff0e::1]"]
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def no_dns(monkeypatch):
     network.forget_unreachable()
 
 
-@pytest.mark.parametrize("host", [*PRIVATE, *SHORT, *LINK_LOCAL])
+@pytest.mark.parametrize("host", [*PRIVATE, *SHORT, *EMBEDDED, *SPECIAL])
 def test_a_public_catalogue_reaches_no_private_address(no_dns, host):
     href = f"http://{host}/B04.tif"
     for origin in (PUBLIC, "unknown.example.org"):
@@ -107,11 +109,27 @@ def test_a_private_catalogue_reaches_private_addresses(no_dns, host):
         check_href(f"http://{host}/B04.tif", origin)
 
 
-@pytest.mark.parametrize("host", LINK_LOCAL)
-def test_no_catalogue_reaches_link_local_addresses(no_dns, host):
-    for origin in ("", "stac.institute", "127.0.0.1"):
+@pytest.mark.parametrize("host", SPECIAL)
+def test_no_catalogue_reaches_special_addresses(no_dns, host):
+    for origin in ("", "stac.institute", "127.0.0.1", host.strip("[]")):
         with pytest.raises(ForbiddenError, match="which is not public"):
             check_href(f"http://{host}/latest/B04.tif", origin)
+
+
+@pytest.mark.parametrize("host", ["93.184.216.34", "[2606:4700::1111]", "[64:ff9b::5db8:d822]", "[2002:5db8:d822::]"])
+def test_public_addresses_are_reached_in_every_form(no_dns, host):
+    check_href(f"http://{host}/B04.tif", PUBLIC)
+
+
+def test_a_host_with_a_public_and_a_private_address_counts_as_public(monkeypatch):
+    """A catalogue could add a private address to its own name, and would reach it there."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("93.184.216.34", "10.0.0.5")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    network.forget_unreachable()
+    with pytest.raises(ForbiddenError, match=r"both\.example\.org has the address 10\.0\.0\.5, which is not public"):
+        check_address("both.example.org", "10.0.0.5", "both.example.org")
+    check_address("both.example.org", "93.184.216.34", "both.example.org")
+    network.forget_unreachable()
 
 
 def test_a_name_is_judged_by_its_address(no_dns):
