@@ -139,6 +139,28 @@ def test_a_name_is_judged_by_its_address(no_dns):
             check_address("files.example.org", address, PUBLIC)
 
 
+MALFORMED = ["http://[::1/x.zip", "http://files.example.org:port/x", "http://files.example.org:99999/x"]
+
+
+@pytest.mark.parametrize("url", [*MALFORMED, "http://127.0.0.1\\@files.example.org/x", "http://files.example.org/a\\b"])
+def test_urls_that_libraries_read_differently_are_refused(url):
+    for check in (lambda: check_href(url, PUBLIC), lambda: redirected("http://a.example.org/x", url, PUBLIC)):
+        with pytest.raises(ForbiddenError):
+            check()
+
+
+@given(st.text(alphabet="ab.:@\\/?#[]%1 ", max_size=12))
+def test_the_host_that_is_checked_is_the_host_that_is_asked(rest):
+    """`requests` prepares the URL, and an HTTP connection is made to what it prepared."""
+    url = f"http://{rest}"
+    try:
+        checked = network.host_of(url)
+        asked = requests.Request("GET", url).prepare().url
+    except (ForbiddenError, requests.RequestException):
+        return
+    assert requests.utils.urlparse(asked).hostname == checked.lower()
+
+
 def test_redirects_stay_on_the_web(no_dns):
     assert redirected("http://a.example.org/x/y", "../z", PUBLIC) == "http://a.example.org/z"
     assert redirected("http://a.example.org/x", "https://b.example.org/", PUBLIC) == "https://b.example.org/"

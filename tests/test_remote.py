@@ -673,6 +673,58 @@ def test_a_token_is_for_the_hosts_that_the_source_names(band):
         assert not [a for a in asked if "SECRET" in a or "uthorization" in a]
 
 
+def test_a_backslash_hides_no_host(band):
+    """urlsplit takes what follows @ for the host, urllib3 what comes before the backslash."""
+    folder, grid, _ = band
+    with noted(folder) as (url, asked):
+        access = Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("blob.example.org",))
+        with pytest.raises(ReadError, match="expected a URL without a backslash"):
+            read(f"{url}\\@blob.example.org/c/B04.tif", grid, access=access)
+        with pytest.raises(network.RequestError, match="expected a URL without a backslash"):
+            Remote(access).head(f"{url}\\@blob.example.org/c/B04.tif", Tally())
+        assert asked == []
+
+
+class Misnumbered(Ranged):
+    """Sends the headers given instead of its own."""
+
+    def __init__(self, status, sent, *args, **kwargs):
+        self.status, self.sent = status, sent
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self):
+        self.send_response(self.status)
+        for name, value in self.sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.close_connection = True
+
+
+@pytest.mark.parametrize(
+    ("status", "sent"),
+    [
+        (200, {"Content-Length": "abc"}),
+        (200, {"Content-Length": "\u00b2"}),
+        (302, {"Content-Length": "\u00b2", "Location": "/B04.tif"}),
+        (206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"}),
+        (503, {"Retry-After": "\u00b2"}),
+        (302, {"Location": "http://[::1/x"}),
+    ],
+)
+def test_headers_without_sense_are_a_failed_read(band, monkeypatch, status, sent):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+    folder, grid, _ = band
+    handler = functools.partial(Misnumbered, status, sent, directory=str(folder))
+    with running(handler) as url, pytest.raises(ReadError, match=r"B04\.tif: cannot be read"):
+        read(f"{url}/B04.tif", grid)
+
+
+@pytest.mark.parametrize("href", ["http://[::1/B04.tif", "http://127.0.0.1:port/B04.tif", "s3://", "s3:///B04.tif"])
+def test_an_invalid_url_is_not_read(make, href):
+    with pytest.raises(ReadError, match="is not read"):
+        read(href, make.grid(LEFT, TOP, 10, 10))
+
+
 def test_a_bucket_is_no_host():
     """A host that has the name of a bucket is not given a token."""
     access = Access(kind="s3", href="https://s3.example.org", credentials_for=("eodata",))

@@ -55,8 +55,21 @@ class ForbiddenError(Exception):
 
 
 def origin_of(href: str) -> str:
-    """The host that a catalogue comes from; empty for a local one."""
-    return "" if is_local(href) else (urlsplit(href).hostname or "unknown")
+    """Return the host that a catalogue comes from, empty for a local one; raise ForbiddenError for an invalid URL."""
+    return "" if is_local(href) else (host_of(href) or "unknown")
+
+
+def host_of(url: str) -> str:
+    """Return the host that a request for a URL goes to, or an empty text; raise ForbiddenError for an invalid URL."""
+    from urllib3.util import parse_url  # only for remote files: the command line loads this module first
+
+    if "\\" in url:  # where a host ends would depend on the library
+        raise ForbiddenError("expected a URL without a backslash, found one")
+    try:
+        urlsplit(url)
+        return (parse_url(url).host or "").strip("[]")
+    except ValueError as error:
+        raise ForbiddenError("expected a valid URL, found an invalid host or port") from error
 
 
 def is_local(href: str) -> bool:
@@ -100,13 +113,14 @@ def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
 
 def check_url(url: str, origin: str, named: Collection[str] = ()) -> None:
     """Raise ForbiddenError for a URL that is not http(s), or whose host is written as an address that is not allowed."""
-    parts = urlsplit(url)
-    if parts.scheme.lower() not in _WEB or not parts.hostname:
-        raise ForbiddenError(f"expected an http(s) URL with a host, found {parts.scheme or 'no scheme'}")
-    if parts.hostname == "localhost":
+    host = host_of(url)
+    scheme = urlsplit(url).scheme
+    if scheme not in _WEB or not host:
+        raise ForbiddenError(f"expected an http(s) URL with a host, found {scheme or 'no scheme'}")
+    if host == "localhost":
         check_address("localhost", "127.0.0.1", origin, named)
-    elif _address(parts.hostname):
-        check_address(parts.hostname, parts.hostname, origin, named)
+    elif _address(host):
+        check_address(host, host, origin, named)
 
 
 def check_address(host: str, address: str, origin: str, named: Collection[str] = ()) -> None:
@@ -124,10 +138,13 @@ def redirected(url: str, location: str, origin: str, named: Collection[str] = ()
 
     With `resolve` the addresses of its host are looked up and checked, where no checked connection does so later.
     """
-    target = urljoin(url, location)
+    try:
+        target = urljoin(url, location)
+    except ValueError as error:
+        raise ForbiddenError("it is redirected to an invalid URL") from error
     check_url(target, origin, named)
     if resolve:
-        host = urlsplit(target).hostname or ""
+        host = host_of(target)
         for address in _addresses(host):
             check_address(host, address, origin, named)
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):

@@ -256,8 +256,8 @@ def read(
             Sentinel-2 tile, has several bands or is not of unsigned integers up to 16 bits.
     """
     tally = tally or Tally()
-    origin = origin_of(href) if origin is None else origin
     try:
+        origin = origin_of(href) if origin is None else origin
         with rasterio.Env(**images.SETTINGS), _open(href, access or _PLAIN, origin, tally) as src:
             if src.count != 1 or src.dtypes[0] not in ("uint8", "uint16"):
                 found = f"{src.count} of {src.dtypes[0]}"

@@ -205,6 +205,8 @@ class Remote:
             answer = self._ask(url, headers, stall)
             if answer.status in (200, 206):
                 return self._checked(answer, href, start, length, tally, head)
+        except ForbiddenError as error:
+            raise RequestError(str(error)) from error
         except urllib3.exceptions.HTTPError as error:
             problem = without_query(_reason(error))
             if isinstance(error, urllib3.exceptions.LocationValueError) or "CERTIFICATE_VERIFY_FAILED" in problem:
@@ -252,8 +254,9 @@ class Remote:
         self, answer: urllib3.BaseHTTPResponse, href: str, start: int, length: int, tally: Tally, head: Head | None
     ) -> Head:
         """The answer's bytes if they are those that were asked for."""
-        place = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
-        size = int(place[3]) if place else int(answer.headers.get("Content-Length", -1))
+        place = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", answer.headers.get("Content-Range", ""))
+        length_sent = length_of(answer.headers.get("Content-Length"))
+        size = int(place[3]) if place else (-1 if length_sent is None else length_sent)
         if answer.status == 200 and (start or not 0 <= size <= length):
             # A file shorter than the range may come whole; one that is longer is not wanted whole.
             answer.close()
@@ -277,11 +280,12 @@ class Remote:
         """The URL to ask, and what its signature is kept under; None where nothing is signed."""
         if href.startswith("s3://"):
             return self._at_s3(href)
+        host = network.host_of(href)
         parts = urlsplit(href)
         # Never in the clear, unless the token service itself is asked so.
         same_scheme = parts.scheme == urlsplit(self.access.href or "").scheme
-        if self.access.kind == "planetary-computer" and parts.hostname in self.access.hosts() and same_scheme:
-            container = f"{parts.netloc.split('.')[0].split(':')[0]}/{parts.path.split('/')[1]}"
+        if self.access.kind == "planetary-computer" and host in self.access.hosts() and same_scheme:
+            container = f"{host.split('.')[0]}/{parts.path[1:].partition('/')[0]}"
             token = self._token(container)
             return f"{href}{'&' if parts.query else '?'}{token}", container
         return href, None
@@ -362,7 +366,11 @@ def remote_for(access: Access, origin: str = "") -> Remote:
 
 
 def access_to(url: str) -> Access:
-    """How to get at a URL that the user gave: an s3:// URL is signed with the environment's keys."""
+    """Return how to get at a URL that the user gave; raise ForbiddenError if it must not be read.
+
+    An s3:// URL is signed with the environment's keys.
+    """
+    network.check_href(url, network.origin_of(url))
     return Access(kind="s3", credentials_for=(urlsplit(url).netloc,)) if url.startswith("s3://") else Access()
 
 
@@ -437,20 +445,27 @@ def _body(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:
 
 def _drain(answer: urllib3.BaseHTTPResponse) -> None:
     """Free the connection of an answer that is not wanted; one with a long body, or without an end, is closed."""
-    length = answer.headers.get("Content-Length", "")
-    if length.isdigit() and int(length) <= _BLOCK:
+    length = length_of(answer.headers.get("Content-Length"))
+    if length is not None and length <= _BLOCK:
         answer.drain_conn()
     else:
         answer.close()
+
+
+def length_of(value: str | None) -> int | None:
+    """Return the number of bytes that a Content-Length header announces, or None if it announces no valid number."""
+    return int(value) if value and re.fullmatch(r"[0-9]{1,18}", value) else None
 
 
 def retry_after(value: str | None) -> float:
     """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number or a date); 0 where it does not."""
     if not value:
         return 0.0
+    if (seconds := length_of(value.strip())) is not None:
+        return float(seconds)
     try:
-        return max(0.0, float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -36,9 +36,9 @@ from rasterio.errors import NotGeoreferencedWarning
 from minecube.catalog import Release, Site
 from minecube.errors import ReleaseError
 from minecube.files import replacing
-from minecube.network import ForbiddenError, why_unreachable, without_query
+from minecube.network import ForbiddenError, check_url, origin_of, why_unreachable, without_query
 from minecube.reader import interrupted
-from minecube.reader.remote import Session
+from minecube.reader.remote import Session, length_of
 from minecube.release.archive import Archive
 from minecube.release.importing import MINE, Found, ReleaseSite, extent_of, find, read_site
 
@@ -179,6 +179,7 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
     if path.exists():
         return path
     try:
+        check_url(url, origin_of(url))
         out.mkdir(parents=True, exist_ok=True)
         with (
             replacing(path) as part,
@@ -187,7 +188,7 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
             part.open("wb") as file,
         ):
             answer.raise_for_status()
-            size = int(answer.headers.get("Content-Length", 0))
+            size = length_of(answer.headers.get("Content-Length")) or 0
             for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
                 file.write(piece)
                 done(len(piece), size)

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import pyarrow.parquet as pq
 import pystac
@@ -103,7 +103,7 @@ class _ApiSession(Session):
 def _on_host(url: str, host: str) -> str:
     """The URL; raises ForbiddenError if it is on another host."""
     network.check_url(url, host)
-    found = urlsplit(url).hostname
+    found = network.host_of(url)
     if found != host:
         raise ForbiddenError(f"it leads to {found}; links and redirects of an API must stay on its host")
     return url
@@ -260,7 +260,7 @@ def read_items(path: Path | str) -> list[pystac.Item]:
         file = pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href)))
         _need_size(file.metadata)
         found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(file.read())]
-    except RequestError as error:
+    except (RequestError, ForbiddenError) as error:
         raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error})") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
