@@ -529,6 +529,20 @@ def test_requests_to_s3_are_signed(monkeypatch):
     assert Remote(Access())._signed("s3://eodata/x.jp2")[0] == "https://s3.us-east-1.amazonaws.com/eodata/x.jp2"
 
 
+def test_only_sources_of_kind_s3_use_an_endpoint_of_the_user(monkeypatch):
+    """Any catalogue can name s3://, and would reach a private endpoint or the token service."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://10.0.0.5:9000")
+    service = Access(kind="planetary-computer", href="https://tokens.example.org/token")
+    for access in (Access(), service):
+        remote = Remote(access, "stac.example.org")
+        assert remote._signed("s3://a/b.tif") == ("https://s3.us-east-1.amazonaws.com/a/b.tif", None)
+        with pytest.raises(network.ForbiddenError, match=r"10\.0\.0\.5"):
+            remote._check("10.0.0.5", "10.0.0.5")
+    remote = Remote(Access(kind="s3", anonymous=True), "stac.example.org")
+    assert remote._signed("s3://a/b.tif") == ("http://10.0.0.5:9000/a/b.tif", None)
+    remote._check("10.0.0.5", "10.0.0.5")
+
+
 def test_a_source_without_keys(monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")

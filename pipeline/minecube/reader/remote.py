@@ -314,13 +314,17 @@ class Remote:
         """The URL of an object, signed if the source names its bucket."""
         bucket, _, path = href.removeprefix("s3://").partition("/")
         if self.access.anonymous or bucket not in self.access.credentials_for:
-            region = self.access.region or "us-east-1"
-            endpoint = self.access.href or os.environ.get("AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
-            url, key = f"{endpoint}/{bucket}/{quote(path)}", None
+            url, key = f"{self._endpoint()}/{bucket}/{quote(path)}", None
         else:
             url, key = self._presigned(href, bucket, path), bucket
-        self._named.add(urlsplit(url).hostname or "")  # the endpoint: AWS's, or the user's own choice
+        if self.access.kind == "s3":  # the user chose its endpoint, in the source or in the environment
+            self._named.add(network.host_of(url))
         return url, key
+
+    def _endpoint(self) -> str:
+        """Return the endpoint of unsigned requests: the user's own for sources of kind s3, AWS's for all others."""
+        own = (self.access.href or os.environ.get("AWS_ENDPOINT_URL")) if self.access.kind == "s3" else None
+        return own or f"https://s3.{self.access.region or 'us-east-1'}.amazonaws.com"
 
     def _presigned(self, href: str, bucket: str, path: str) -> str:
         network.need_reachable(href)
