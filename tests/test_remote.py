@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.enums import Resampling
 
-from minecube import network, scenes
+from minecube import images, network, scenes
 from minecube.catalog import Access, Recipe
 from minecube.composite import composite
 from minecube.errors import CatalogError, ReadError
@@ -811,6 +811,23 @@ def test_a_virtual_format_is_not_followed(band, far):
         with pytest.raises(
             ReadError, match=r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format"
         ):
+            read(href, grid)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_overviews_in_another_file_are_not_followed(band, make, far):
+    """A GeoTIFF that names a file of ours for its overviews. GDAL alone would read it."""
+    folder, grid, _ = band
+    small = make.grid(LEFT, TOP, 64, 64)
+    make.tif(folder / "other.tif", np.full((64, 64), 4321, np.uint16), small)
+    make.tif(folder / "V.tif", np.full((128, 128), 7, np.uint16), make.grid(LEFT, TOP, 128, 128))
+    with rasterio.open(folder / "V.tif", "r+") as out:
+        out.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(folder / "other.tif"))
+    with rasterio.Env(**images.SETTINGS), rasterio.open(folder / "V.tif") as src:
+        assert np.unique(src.read(1, out_shape=(64, 64))) == [4321]
+    with running(functools.partial(Ranged, directory=str(folder))) as url:
+        href = f"{url}/V.tif" if far else str(folder / "V.tif")
+        with pytest.raises(ReadError, match=r"V\.tif: is not read \(expected an image without OVERVIEWS metadata"):
             read(href, grid)
 
 
