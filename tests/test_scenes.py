@@ -524,6 +524,7 @@ class Api:
         self.items, self.posts, self.fail_first, self.retry_after = items, 0, 0, ""
         self.lose = self.html = self.old = self.hang = False
         self.next_href, self.moved_to = None, ""
+        self.search_href = ""
         api = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -560,7 +561,12 @@ class Api:
                         "links": [
                             {"rel": "self", "href": api.url},
                             {"rel": "root", "href": api.url},
-                            {"rel": "search", "href": f"{api.url}/search", "method": "POST", "type": "application/geo+json"},
+                            {
+                                "rel": "search",
+                                "href": api.search_href or f"{api.url}/search",
+                                "method": "POST",
+                                "type": "application/geo+json",
+                            },
                         ],
                     }
                 )
@@ -684,6 +690,14 @@ def test_next_links_and_redirects_stay_on_the_host(api, searched, href, said):
         scenes.search(*searched_as(searched))
     api.next_href, api.moved_to = None, href
     with pytest.raises(SceneError, match=said):
+        scenes.search(*searched_as(searched))
+
+
+@pytest.mark.parametrize("href", ["file:///data/items.json", "file:items.json", "ftp://127.0.0.1/search"])
+def test_a_search_link_leads_to_the_web(api, searched, href):
+    """The client would open a local file of this name."""
+    api.search_href = href
+    with pytest.raises(SceneError, match=r"the search for 2020 failed \(expected an http"):
         scenes.search(*searched_as(searched))
 
 

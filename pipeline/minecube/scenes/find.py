@@ -51,10 +51,9 @@ _AGAIN = {429, 500, 502, 503, 504}
 _API_FAULTS = (
     APIError,
     ForbiddenError,
-    RequestError,
     ClientTypeError,
     DoesNotConformTo,
-    requests.RequestException,
+    OSError,  # also of requests
     pystac.errors.STACError,
     # What the client makes of answers that are JSON, but no STAC.
     ValueError,
@@ -117,6 +116,12 @@ class _CatalogueIO(StacApiIO):
         self.session = _ApiSession()
         self._pace = _pace(source.href, source.searches_per_s)
         self._at, self._host = source.href, origin_of(source.href)
+
+    def read_text(self, source: pystac.link.HREF, *args: Any, **kwargs: Any) -> str:
+        """Return what a link or URL leads to. The client's own method would open a link without a scheme as a local file."""
+        if isinstance(source, pystac.Link):
+            return super().read_text(source, *args, **kwargs)
+        return self.request(str(source), *args, **kwargs)
 
     def request(
         self,
