@@ -722,9 +722,48 @@ def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
     for limit, value in (("_INDEX_ITEMS", 0), ("_INDEX_BYTES", 100)):
         with monkeypatch.context() as patched:
             patched.setattr(find, limit, value)
-            patched.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("it was read"))
+            patched.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("it was read"))
             with pytest.raises(SceneError, match="cannot be read as stac-geoparquet \\(expected at most"):
                 scenes.search(site, 2020, archive.source)
+
+
+def test_a_file_is_measured_as_it_is_unpacked(tmp_path, monkeypatch):
+    """A text of 10,000 letters in 5,000 rows: 50 MB unpacked, of which the file stores one copy."""
+    monkeypatch.setattr(find, "_INDEX_BYTES", 5_000_000)
+    path = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"id": ["x" * 10_000] * 5000}), path)
+    about = pq.read_metadata(path)
+    assert sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups)) < 100_000
+    before = pa.total_allocated_bytes()
+    most = []
+    batches = pq.ParquetFile.iter_batches
+
+    def counted(file, rows):
+        for batch in batches(file, rows):
+            most.append(pa.total_allocated_bytes() - before)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    with pytest.raises(SceneError, match=r"expected at most 1,000,000 items and 5,000,000 bytes, found 5,000 and \d"):
+        find.read_items(path)
+    assert max(most) < 15_000_000
+
+
+def test_a_month_has_a_limit_of_bytes(api, searched, monkeypatch):
+    """The recorded month has two pages, and each month has a limit of its own."""
+    answers = []
+    bounded = find._bounded
+    monkeypatch.setattr(find, "_bounded", lambda *args: answers.append(bounded(*args)) or answers[-1])
+    found = scenes.search(*searched_as(searched)).scenes
+    sizes = [len(answer) for answer in answers]
+    two = sum(sorted(sizes)[-2:])  # the only month with items
+    assert two < sum(sizes)
+    network.forget_unreachable()
+    monkeypatch.setattr(find, "_MONTH_BYTES", two)
+    assert [s.id for s in scenes.search(*searched_as(searched)).scenes] == [s.id for s in found]
+    monkeypatch.setattr(find, "_MONTH_BYTES", two - 1)
+    with pytest.raises(SceneError, match=f"expected at most {two - 1:,} bytes of one month, found more"):
+        scenes.search(*searched_as(searched))
 
 
 def test_an_api_that_is_not_there_is_tried_once_a_run(searched, caplog, capfd):
