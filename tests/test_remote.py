@@ -778,6 +778,21 @@ def test_a_name_of_a_public_catalogue_that_has_a_private_address_is_not_asked(ba
         np.testing.assert_array_equal(read(href, grid, origin="files.example.org"), pixels)  # its own API is there
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_forbidden_address_is_sent_nothing(scheme):
+    """Not even the beginning of a TLS connection, which tells the host's name."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        port = server.getsockname()[1]
+        source = Remote(Access(), "93.184.216.34")
+        with pytest.raises(network.RequestError, match=r"127\.0\.0\.1, which is not public"):
+            source.head(f"{scheme}://127.0.0.1:{port}/B04.tif", Tally())
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(10)
+            assert connection.recv(1) == b""
+
+
 @pytest.mark.parametrize("target", ["file:///data/B04.tif", "ftp://127.0.0.1/B04.tif", "http://169.254.169.254/B04.tif"])
 def test_a_redirect_leads_nowhere_else(band, target):
     folder, grid, _ = band

@@ -22,6 +22,7 @@ import logging
 import os
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,30 +89,26 @@ class Head:
     """ETag: bytes of two versions of a file would make an image that never was."""
 
 
-class _Http(urllib3.connection.HTTPConnection):
-    """A connection that is checked before anything is sent."""
+class _Checked(urllib3.connection.HTTPConnection):
+    """A connection whose address is checked before a byte is sent, also of TLS."""
 
     def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check = check
 
-    def connect(self) -> None:
+    def _new_conn(self) -> socket.socket:
         """Connect, and raise ForbiddenError if the host has an address that must not be reached."""
-        super().connect()
-        self._check(self.host, self.sock.getpeername()[0])
+        connected = super()._new_conn()
+        try:
+            self._check(self.host, connected.getpeername()[0])
+        except BaseException:
+            connected.close()
+            raise
+        return connected
 
 
-class _Https(urllib3.connection.HTTPSConnection):
+class _CheckedTls(_Checked, urllib3.connection.HTTPSConnection):
     """The same over TLS."""
-
-    def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._check = check
-
-    def connect(self) -> None:
-        """Connect, and raise ForbiddenError if the host has an address that must not be reached."""
-        super().connect()
-        self._check(self.host, self.sock.getpeername()[0])
 
 
 class _Pools(urllib3.PoolManager):
@@ -130,7 +127,7 @@ class _Pools(urllib3.PoolManager):
     ) -> urllib3.HTTPConnectionPool:
         """The pool of a host."""
         pool = super().connection_from_host(host, port, scheme, pool_kwargs)
-        kind = _Https if scheme == "https" else _Http
+        kind = _CheckedTls if scheme == "https" else _Checked
         pool.ConnectionCls = functools.partial(kind, check=self._check)  # type: ignore[assignment]
         return pool
 
