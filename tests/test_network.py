@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import socket
+from pathlib import Path
 
 import pytest
+import rasterio
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +64,33 @@ def test_percent_encoding_hides_nothing(times, name):
 def test_remote_files_are_allowed_from_anywhere(href):
     check_href(href, PUBLIC)
     check_href(href, "")
+
+
+@pytest.mark.parametrize(
+    "href", ["https://h.example.org/vsi-archive/a.tif", "https://h.example.org/a?x=/vsi", "https://h.example.org/a?x=/vsizip/b"]
+)
+def test_remote_names_that_look_like_gdals_are_allowed(href):
+    check_href(href, PUBLIC)
+
+
+@pytest.mark.parametrize("path", ["/data/vsites/a.tif", "/data/S2A_20200101T10:20:21/B02.tif", "/data/vsi/a.tif"])
+def test_local_names_that_look_like_gdals_are_allowed(path):
+    check_href(path, "")
+    check_href(f"file://{path}", "")
+
+
+def test_the_virtual_file_systems_of_this_gdal_are_known():
+    """GDAL lists them. A name that the list here lacks would be allowed."""
+    libraries = list((Path(rasterio.__file__).parents[1] / "rasterio.libs").glob("libgdal*"))
+    if not libraries:
+        pytest.skip("not run: rasterio was not installed from a wheel for Linux, so its GDAL is elsewhere")
+    prefixes = ctypes.CDLL(str(libraries[0])).VSIGetFileSystemsPrefixes
+    prefixes.restype = ctypes.POINTER(ctypes.c_char_p)
+    names = [name.decode() for name in itertools.takewhile(bool, prefixes())]
+    assert "/vsicurl/" in names
+    for name in names:
+        with pytest.raises(ForbiddenError, match="special name of GDAL"):
+            check_href(f"{name}a.tif", "")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,14 @@ _REMEMBERED_S = 60.0
 _WEB = ("http", "https")
 _SCHEMES = (*_WEB, "s3", "file")
 _PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_PART_WITH_PREFIX = re.compile(r"(^|/)[A-Za-z][A-Za-z0-9_]+:")  # such as GTIFF_DIR:1:/data/a.tif
+# Prefixes of the drivers that open images, such as GTIFF_DIR:1:/data/a.tif.
+_PART_WITH_PREFIX = re.compile(r"(^|/)(gtiff_dir|gtiff_raw|j2k_subfile):", re.I)
+# GDAL's virtual file systems (VSIGetFileSystemsPrefixes of GDAL 3.10, and those of other builds).
+_VIRTUAL = re.compile(
+    r"(^|/)vsi(7z|adls|az|cached|crypt|curl|gs|gzip|hdfs|kerchunk\w*|mem|oss|rar|s3|sparse|stdin|stdout|subfile|swift|tar|"
+    r"webhdfs|zip)(_streaming|_redirect)?([/?]|$)",
+    re.I,
+)
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # IPv6 addresses whose last 32 bits are an IPv4 address: mapped, compatible and NAT64 (RFC 6052).
 _LAST_32_BITS = [ipaddress.IPv6Network(net) for net in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
@@ -95,7 +102,8 @@ def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
     """
     name = _decoded(href)
     scheme = _PREFIX.match(name)
-    if "/vsi" in name.replace("\\", "/").lower() or "<" in name or any(ord(c) < 32 for c in name):
+    place = name if is_local(href) else _decoded(href.partition("?")[0])
+    if _VIRTUAL.search(place.replace("\\", "/")) or "<" in name or any(ord(c) < 32 for c in name):
         raise ForbiddenError("it is a special name of GDAL, not a file")
     if scheme and scheme[1].lower() not in _SCHEMES:
         raise ForbiddenError(f"expected a path or an http(s), s3 or file URL, found {scheme[1]}:")
