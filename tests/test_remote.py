@@ -214,6 +214,20 @@ def test_what_is_final_is_not_asked_twice(band, status, tries, served):
         assert counts(url)["requests"] == tries
 
 
+@pytest.mark.parametrize("status", [401, 403, 409])
+def test_a_refusal_names_the_setting_that_would_sign(band, status, served):
+    folder, grid, _ = band
+    hint = "list the host or bucket in credentials_for"
+    with served(folder, "--fail", 1, "--status", status) as url:
+        signing = Access(kind="s3", href=url, credentials_for=("ours",))
+        with pytest.raises(ReadError, match=rf"HTTP {status}.*; {hint} of its source"):
+            read("s3://files/B04.tif", grid, access=signing)
+        for access in (Access(), Access(kind="s3", href=url, anonymous=True)):  # nothing could be listed there
+            with pytest.raises(ReadError, match=rf"HTTP {status}") as caught:
+                read(f"{url}/B04.tif", grid, access=access)
+            assert hint not in str(caught.value)
+
+
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
 def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch, served):
     monkeypatch.setattr(module, "PATIENCE_S", 1.0)

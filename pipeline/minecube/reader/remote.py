@@ -57,6 +57,7 @@ _CONNECT_S, _STALL_S, _LONGEST_STALL_S = 10.0, 2.5, 40.0
 _SIGNATURES = 4  # new ones that a request is tried with
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _UNSIGNED = {400, 401, 403}
+_NEEDS_KEYS = {401, 403, 409}  # 409: Azure's answer where public access is off
 _SIGNED_FOR = timedelta(minutes=30)
 _REDIRECTS = 5
 _LONGEST_REFUSED_PAUSE_S = 1.0  # a last try must end in time
@@ -215,7 +216,9 @@ class Remote:
         if resigned:
             self._forget(key, url)
         elif answer.status not in _AGAIN:
-            raise RequestError(f"{problem} {answer.reason or ''}".strip())
+            unsigned = answer.status in _NEEDS_KEYS and key is None
+            hint = "; list the host or bucket in credentials_for of its source" if unsigned and self._may_sign() else ""
+            raise RequestError(f"{problem} {answer.reason or ''}".strip() + hint)
         raise _TroubleError(problem, wait_s=retry_after(answer.headers.get("Retry-After")), resigned=resigned)
 
     def _ask(self, url: str, headers: Mapping[str, str], stall: float) -> urllib3.BaseHTTPResponse:
@@ -286,6 +289,9 @@ class Remote:
             token = self._token(container)
             return f"{href}{'&' if parts.query else '?'}{token}", container
         return href, None
+
+    def _may_sign(self) -> bool:
+        return self.access.kind != "plain" and not self.access.anonymous
 
     def _token(self, container: str) -> str:
         """The container's token, asked for anew once most of its life is over."""
