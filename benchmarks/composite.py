@@ -175,6 +175,7 @@ def listed(folder: Path | str, dates: int) -> list[pystac.Item]:
         item.properties |= {
             "s2:processing_baseline": "03.00",
             "minecube:access": json.dumps(dataclasses.asdict(Access())),
+            "minecube:origin": "",
             "minecube:datatake": f"S2A_{item.datetime:%Y%m%dT%H%M%S}",
             "minecube:offset": 0,
         }

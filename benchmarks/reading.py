@@ -188,6 +188,7 @@ def listed(root: str, grid: GeoBox, dates: int) -> list[pystac.Item]:
                     "proj:code": "EPSG:32633",
                     "s2:processing_baseline": "03.00",
                     "minecube:access": json.dumps(dataclasses.asdict(Access())),
+                    "minecube:origin": "",
                     "minecube:datatake": f"S2A_{stamp}",
                     "minecube:offset": 0,
                 },

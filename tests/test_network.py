@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import socket
+from pathlib import Path
 
 import pytest
+import rasterio
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +67,33 @@ def test_remote_files_are_allowed_from_anywhere(href):
 
 
 @pytest.mark.parametrize(
+    "href", ["https://h.example.org/vsi-archive/a.tif", "https://h.example.org/a?x=/vsi", "https://h.example.org/a?x=/vsizip/b"]
+)
+def test_remote_names_that_look_like_gdals_are_allowed(href):
+    check_href(href, PUBLIC)
+
+
+@pytest.mark.parametrize("path", ["/data/vsites/a.tif", "/data/S2A_20200101T10:20:21/B02.tif", "/data/vsi/a.tif"])
+def test_local_names_that_look_like_gdals_are_allowed(path):
+    check_href(path, "")
+    check_href(f"file://{path}", "")
+
+
+def test_the_virtual_file_systems_of_this_gdal_are_known():
+    """GDAL lists them. A name that the list here lacks would be allowed."""
+    libraries = list((Path(rasterio.__file__).parents[1] / "rasterio.libs").glob("libgdal*"))
+    if not libraries:
+        pytest.skip("not run: rasterio was not installed from a wheel for Linux, so its GDAL is elsewhere")
+    prefixes = ctypes.CDLL(str(libraries[0])).VSIGetFileSystemsPrefixes
+    prefixes.restype = ctypes.POINTER(ctypes.c_char_p)
+    names = [name.decode() for name in itertools.takewhile(bool, prefixes())]
+    assert "/vsicurl/" in names
+    for name in names:
+        with pytest.raises(ForbiddenError, match="special name of GDAL"):
+            check_href(f"{name}a.tif", "")
+
+
+@pytest.mark.parametrize(
     "href", ["/data/B04.tif", "data/B04.tif", "../B04.tif", "file:///data/B04.tif", "FILE:///data/B04.tif"]
 )
 def test_local_files_are_for_local_catalogues(href):
@@ -73,7 +104,9 @@ def test_local_files_are_for_local_catalogues(href):
 
 PRIVATE = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "100.64.0.1", "0.0.0.0", "[::1]", "[fd00::1]"]
 SHORT = ["127.1", "2130706433", "0x7f.0.0.1", "[::ffff:127.0.0.1]", "localhost"]
-LINK_LOCAL = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "2852039166"]
+EMBEDDED = ["[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]", "[64:ff9b:1::1]"]  # 127.0.0.1 within IPv6
+LINK_LOCAL = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "2852039166", "[64:ff9b::a9fe:a9fe]"]
+SPECIAL = [*LINK_LOCAL, "168.63.129.16", "[fd00:ec2::254]", "224.0.0.1", "[ff02::1]", "[ff0e::1]"]
 
 
 @pytest.fixture
@@ -92,7 +125,7 @@ def no_dns(monkeypatch):
     network.forget_unreachable()
 
 
-@pytest.mark.parametrize("host", [*PRIVATE, *SHORT, *LINK_LOCAL])
+@pytest.mark.parametrize("host", [*PRIVATE, *SHORT, *EMBEDDED, *SPECIAL])
 def test_a_public_catalogue_reaches_no_private_address(no_dns, host):
     href = f"http://{host}/B04.tif"
     for origin in (PUBLIC, "unknown.example.org"):
@@ -107,11 +140,27 @@ def test_a_private_catalogue_reaches_private_addresses(no_dns, host):
         check_href(f"http://{host}/B04.tif", origin)
 
 
-@pytest.mark.parametrize("host", LINK_LOCAL)
-def test_no_catalogue_reaches_link_local_addresses(no_dns, host):
-    for origin in ("", "stac.institute", "127.0.0.1"):
+@pytest.mark.parametrize("host", SPECIAL)
+def test_no_catalogue_reaches_special_addresses(no_dns, host):
+    for origin in ("", "stac.institute", "127.0.0.1", host.strip("[]")):
         with pytest.raises(ForbiddenError, match="which is not public"):
             check_href(f"http://{host}/latest/B04.tif", origin)
+
+
+@pytest.mark.parametrize("host", ["93.184.216.34", "[2606:4700::1111]", "[64:ff9b::5db8:d822]", "[2002:5db8:d822::]"])
+def test_public_addresses_are_reached_in_every_form(no_dns, host):
+    check_href(f"http://{host}/B04.tif", PUBLIC)
+
+
+def test_a_host_with_a_public_and_a_private_address_counts_as_public(monkeypatch):
+    """A catalogue could add a private address to its own name, and would reach it there."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("93.184.216.34", "10.0.0.5")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    network.forget_unreachable()
+    with pytest.raises(ForbiddenError, match=r"both\.example\.org has the address 10\.0\.0\.5, which is not public"):
+        check_address("both.example.org", "10.0.0.5", "both.example.org")
+    check_address("both.example.org", "93.184.216.34", "both.example.org")
+    network.forget_unreachable()
 
 
 def test_a_name_is_judged_by_its_address(no_dns):
@@ -119,6 +168,28 @@ def test_a_name_is_judged_by_its_address(no_dns):
     for address in ("127.0.0.1", "10.0.0.5", "169.254.169.254"):
         with pytest.raises(ForbiddenError, match=rf"files\.example\.org has the address {address}"):
             check_address("files.example.org", address, PUBLIC)
+
+
+MALFORMED = ["http://[::1/x.zip", "http://files.example.org:port/x", "http://files.example.org:99999/x"]
+
+
+@pytest.mark.parametrize("url", [*MALFORMED, "http://127.0.0.1\\@files.example.org/x", "http://files.example.org/a\\b"])
+def test_urls_that_libraries_read_differently_are_refused(url):
+    for check in (lambda: check_href(url, PUBLIC), lambda: redirected("http://a.example.org/x", url, PUBLIC)):
+        with pytest.raises(ForbiddenError):
+            check()
+
+
+@given(st.text(alphabet="ab.:@\\/?#[]%1 ", max_size=12))
+def test_the_host_that_is_checked_is_the_host_that_is_asked(rest):
+    """`requests` prepares the URL, and an HTTP connection is made to what it prepared."""
+    url = f"http://{rest}"
+    try:
+        checked = network.host_of(url)
+        asked = requests.Request("GET", url).prepare().url
+    except (ForbiddenError, requests.RequestException):
+        return
+    assert requests.utils.urlparse(asked).hostname == checked.lower()
 
 
 def test_redirects_stay_on_the_web(no_dns):

@@ -362,6 +362,7 @@ def test_real_dates_of_april_2023(real_data, tmp_path, make):
             properties = {
                 "minecube:offset": 0,
                 "minecube:access": "{}",
+                "minecube:origin": "",
                 "minecube:datatake": day,
             }
             when = np.datetime64(f"{day}T10:50:31").astype(object)

@@ -893,3 +893,18 @@ def test_a_download_keeps_to_the_rules_of_redirects(tmp_path, monkeypatch):
         answer.headers["Location"] = target
         with pytest.raises(network.ForbiddenError):
             Session().get_redirect_target(answer)
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x.zip", "http://127.0.0.1:port/x.zip", "ftp://127.0.0.1/x.zip", "s3://"])
+def test_an_invalid_url_is_an_error_of_the_archive(tmp_path, url):
+    with pytest.raises(ReleaseError, match=r"is not read \(expected"):
+        release.Archive(url)
+    with pytest.raises(ReleaseError, match=r"cannot be downloaded to .* \(expected"):
+        release.download(url, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_archive_may_be_a_file_url(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a b.zip", "w") as file:
+        file.writestr("x.txt", "x")
+    assert release.Archive((tmp_path / "a b.zip").as_uri()).names() == ["x.txt"]

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.enums import Resampling
 
-from minecube import network, scenes
+from minecube import images, network, scenes
 from minecube.catalog import Access, Recipe
 from minecube.composite import composite
 from minecube.errors import CatalogError, ReadError
@@ -212,6 +212,20 @@ def test_what_is_final_is_not_asked_twice(band, status, tries, served):
         with pytest.raises(ReadError, match=rf"B04\.tif: cannot be read \(HTTP {status}.*not written"):
             read(f"{url}/B04.tif", grid)
         assert counts(url)["requests"] == tries
+
+
+@pytest.mark.parametrize("status", [401, 403, 409])
+def test_a_refusal_names_the_setting_that_would_sign(band, status, served):
+    folder, grid, _ = band
+    hint = "list the host or bucket in credentials_for"
+    with served(folder, "--fail", 1, "--status", status) as url:
+        signing = Access(kind="s3", href=url, credentials_for=("ours",))
+        with pytest.raises(ReadError, match=rf"HTTP {status}.*; {hint} of its source"):
+            read("s3://files/B04.tif", grid, access=signing)
+        for access in (Access(), Access(kind="s3", href=url, anonymous=True)):  # nothing could be listed there
+            with pytest.raises(ReadError, match=rf"HTTP {status}") as caught:
+                read(f"{url}/B04.tif", grid, access=access)
+            assert hint not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
@@ -529,6 +543,20 @@ def test_requests_to_s3_are_signed(monkeypatch):
     assert Remote(Access())._signed("s3://eodata/x.jp2")[0] == "https://s3.us-east-1.amazonaws.com/eodata/x.jp2"
 
 
+def test_only_sources_of_kind_s3_use_an_endpoint_of_the_user(monkeypatch):
+    """Any catalogue can name s3://, and would reach a private endpoint or the token service."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://10.0.0.5:9000")
+    service = Access(kind="planetary-computer", href="https://tokens.example.org/token")
+    for access in (Access(), service):
+        remote = Remote(access, "stac.example.org")
+        assert remote._signed("s3://a/b.tif") == ("https://s3.us-east-1.amazonaws.com/a/b.tif", None)
+        with pytest.raises(network.ForbiddenError, match=r"10\.0\.0\.5"):
+            remote._check("10.0.0.5", "10.0.0.5")
+    remote = Remote(Access(kind="s3", anonymous=True), "stac.example.org")
+    assert remote._signed("s3://a/b.tif") == ("http://10.0.0.5:9000/a/b.tif", None)
+    remote._check("10.0.0.5", "10.0.0.5")
+
+
 def test_a_source_without_keys(monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
@@ -673,6 +701,58 @@ def test_a_token_is_for_the_hosts_that_the_source_names(band):
         assert not [a for a in asked if "SECRET" in a or "uthorization" in a]
 
 
+def test_a_backslash_hides_no_host(band):
+    """urlsplit takes what follows @ for the host, urllib3 what comes before the backslash."""
+    folder, grid, _ = band
+    with noted(folder) as (url, asked):
+        access = Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("blob.example.org",))
+        with pytest.raises(ReadError, match="expected a URL without a backslash"):
+            read(f"{url}\\@blob.example.org/c/B04.tif", grid, access=access)
+        with pytest.raises(network.RequestError, match="expected a URL without a backslash"):
+            Remote(access).head(f"{url}\\@blob.example.org/c/B04.tif", Tally())
+        assert asked == []
+
+
+class Misnumbered(Ranged):
+    """Sends the headers given instead of its own."""
+
+    def __init__(self, status, sent, *args, **kwargs):
+        self.status, self.sent = status, sent
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self):
+        self.send_response(self.status)
+        for name, value in self.sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.close_connection = True
+
+
+@pytest.mark.parametrize(
+    ("status", "sent"),
+    [
+        (200, {"Content-Length": "abc"}),
+        (200, {"Content-Length": "\u00b2"}),
+        (302, {"Content-Length": "\u00b2", "Location": "/B04.tif"}),
+        (206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"}),
+        (503, {"Retry-After": "\u00b2"}),
+        (302, {"Location": "http://[::1/x"}),
+    ],
+)
+def test_headers_without_sense_are_a_failed_read(band, monkeypatch, status, sent):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+    folder, grid, _ = band
+    handler = functools.partial(Misnumbered, status, sent, directory=str(folder))
+    with running(handler) as url, pytest.raises(ReadError, match=r"B04\.tif: cannot be read"):
+        read(f"{url}/B04.tif", grid)
+
+
+@pytest.mark.parametrize("href", ["http://[::1/B04.tif", "http://127.0.0.1:port/B04.tif", "s3://", "s3:///B04.tif"])
+def test_an_invalid_url_is_not_read(make, href):
+    with pytest.raises(ReadError, match="is not read"):
+        read(href, make.grid(LEFT, TOP, 10, 10))
+
+
 def test_a_bucket_is_no_host():
     """A host that has the name of a bucket is not given a token."""
     access = Access(kind="s3", href="https://s3.example.org", credentials_for=("eodata",))
@@ -712,6 +792,21 @@ def test_a_name_of_a_public_catalogue_that_has_a_private_address_is_not_asked(ba
         np.testing.assert_array_equal(read(href, grid, origin="files.example.org"), pixels)  # its own API is there
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_forbidden_address_is_sent_nothing(scheme):
+    """Not even the beginning of a TLS connection, which tells the host's name."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        port = server.getsockname()[1]
+        source = Remote(Access(), "93.184.216.34")
+        with pytest.raises(network.RequestError, match=r"127\.0\.0\.1, which is not public"):
+            source.head(f"{scheme}://127.0.0.1:{port}/B04.tif", Tally())
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(10)
+            assert connection.recv(1) == b""
+
+
 @pytest.mark.parametrize("target", ["file:///data/B04.tif", "ftp://127.0.0.1/B04.tif", "http://169.254.169.254/B04.tif"])
 def test_a_redirect_leads_nowhere_else(band, target):
     folder, grid, _ = band
@@ -745,6 +840,23 @@ def test_a_virtual_format_is_not_followed(band, far):
         with pytest.raises(
             ReadError, match=r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format"
         ):
+            read(href, grid)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_overviews_in_another_file_are_not_followed(band, make, far):
+    """A GeoTIFF that names a file of ours for its overviews. GDAL alone would read it."""
+    folder, grid, _ = band
+    small = make.grid(LEFT, TOP, 64, 64)
+    make.tif(folder / "other.tif", np.full((64, 64), 4321, np.uint16), small)
+    make.tif(folder / "V.tif", np.full((128, 128), 7, np.uint16), make.grid(LEFT, TOP, 128, 128))
+    with rasterio.open(folder / "V.tif", "r+") as out:
+        out.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(folder / "other.tif"))
+    with rasterio.Env(**images.SETTINGS), rasterio.open(folder / "V.tif") as src:
+        assert np.unique(src.read(1, out_shape=(64, 64))) == [4321]
+    with running(functools.partial(Ranged, directory=str(folder))) as url:
+        href = f"{url}/V.tif" if far else str(folder / "V.tif")
+        with pytest.raises(ReadError, match=r"V\.tif: is not read \(expected an image without OVERVIEWS metadata"):
             read(href, grid)
 
 

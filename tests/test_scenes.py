@@ -524,6 +524,7 @@ class Api:
         self.items, self.posts, self.fail_first, self.retry_after = items, 0, 0, ""
         self.lose = self.html = self.old = self.hang = False
         self.next_href, self.moved_to = None, ""
+        self.search_href = ""
         api = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -560,7 +561,12 @@ class Api:
                         "links": [
                             {"rel": "self", "href": api.url},
                             {"rel": "root", "href": api.url},
-                            {"rel": "search", "href": f"{api.url}/search", "method": "POST", "type": "application/geo+json"},
+                            {
+                                "rel": "search",
+                                "href": api.search_href or f"{api.url}/search",
+                                "method": "POST",
+                                "type": "application/geo+json",
+                            },
                         ],
                     }
                 )
@@ -687,6 +693,14 @@ def test_next_links_and_redirects_stay_on_the_host(api, searched, href, said):
         scenes.search(*searched_as(searched))
 
 
+@pytest.mark.parametrize("href", ["file:///data/items.json", "file:items.json", "ftp://127.0.0.1/search"])
+def test_a_search_link_leads_to_the_web(api, searched, href):
+    """The client would open a local file of this name."""
+    api.search_href = href
+    with pytest.raises(SceneError, match=r"the search for 2020 failed \(expected an http"):
+        scenes.search(*searched_as(searched))
+
+
 def test_pages_without_end_are_given_up(api, searched, monkeypatch):
     monkeypatch.setattr(find, "_PAGES", 1)
     with pytest.raises(SceneError, match="expected at most 1 pages of 2020-03, found more"):
@@ -708,9 +722,48 @@ def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
     for limit, value in (("_INDEX_ITEMS", 0), ("_INDEX_BYTES", 100)):
         with monkeypatch.context() as patched:
             patched.setattr(find, limit, value)
-            patched.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("it was read"))
+            patched.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("it was read"))
             with pytest.raises(SceneError, match="cannot be read as stac-geoparquet \\(expected at most"):
                 scenes.search(site, 2020, archive.source)
+
+
+def test_a_file_is_measured_as_it_is_unpacked(tmp_path, monkeypatch):
+    """A text of 10,000 letters in 5,000 rows: 50 MB unpacked, of which the file stores one copy."""
+    monkeypatch.setattr(find, "_INDEX_BYTES", 5_000_000)
+    path = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"id": ["x" * 10_000] * 5000}), path)
+    about = pq.read_metadata(path)
+    assert sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups)) < 100_000
+    before = pa.total_allocated_bytes()
+    most = []
+    batches = pq.ParquetFile.iter_batches
+
+    def counted(file, rows):
+        for batch in batches(file, rows):
+            most.append(pa.total_allocated_bytes() - before)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    with pytest.raises(SceneError, match=r"expected at most 1,000,000 items and 5,000,000 bytes, found 5,000 and \d"):
+        find.read_items(path)
+    assert max(most) < 15_000_000
+
+
+def test_a_month_has_a_limit_of_bytes(api, searched, monkeypatch):
+    """The recorded month has two pages, and each month has a limit of its own."""
+    answers = []
+    bounded = find._bounded
+    monkeypatch.setattr(find, "_bounded", lambda *args: answers.append(bounded(*args)) or answers[-1])
+    found = scenes.search(*searched_as(searched)).scenes
+    sizes = [len(answer) for answer in answers]
+    two = sum(sorted(sizes)[-2:])  # the only month with items
+    assert two < sum(sizes)
+    network.forget_unreachable()
+    monkeypatch.setattr(find, "_MONTH_BYTES", two)
+    assert [s.id for s in scenes.search(*searched_as(searched)).scenes] == [s.id for s in found]
+    monkeypatch.setattr(find, "_MONTH_BYTES", two - 1)
+    with pytest.raises(SceneError, match=f"expected at most {two - 1:,} bytes of one month, found more"):
+        scenes.search(*searched_as(searched))
 
 
 def test_an_api_that_is_not_there_is_tried_once_a_run(searched, caplog, capfd):
@@ -801,6 +854,30 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
     scene.properties["minecube:access"] = json.dumps(access)
     with pytest.raises(SceneError, match=f"scene {scene.id}: its files are got at in another way than test says"):
         scenes.belonging([scene], site, 2020, [archive.source])
+
+
+@pytest.mark.parametrize("origin", ["", None, "127.0.0.1"])
+def test_a_saved_list_names_no_origin_of_its_own(archive, make, origin):
+    """A scene that claims a local or private catalogue would be allowed to reach private hosts."""
+    site = make.site("s", LEFT, TOP, 60, 60)
+    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    scenes.belonging([scene], site, 2020, [archive.source])
+    source = dataclasses.replace(archive.source, href="https://stac.example.org/v1")
+    for band in scene.assets:
+        scene.assets[band].href = f"https://files.example.org/{band}.tif"
+    scene.properties["minecube:origin"] = "stac.example.org"
+    scenes.belonging([scene], site, 2020, [source])
+    scene.properties["minecube:origin"] = origin
+    with pytest.raises(SceneError, match=r"expected a scene listed by stac\.example\.org"):
+        scenes.belonging([scene], site, 2020, [source])
+
+
+def test_a_scene_without_origin_is_not_read(archive, make):
+    grid = make.grid(LEFT, TOP, 60, 60)
+    scene = archive.scene("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
+    del scene.properties["minecube:origin"]
+    with pytest.raises(ReadError, match="expected the host of its catalogue in minecube:origin, found None"):
+        scenes.stack([scene], grid, ["B04"])
 
 
 def test_a_scene_that_was_changed_after_it_was_listed_is_checked_when_it_is_read(listed):

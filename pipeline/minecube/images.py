@@ -1,7 +1,8 @@
 """The one way images are opened: as GeoTIFF or JPEG 2000, told by their first bytes, and never larger than allowed.
 
 GDAL picks a driver by a file's bytes or name. Some drivers, such as VRT, follow names inside a file to other files and hosts.
-Here a file is opened by one of two drivers that do not, and files beside it are not looked for.
+`open_image` uses one of two drivers that read one file, and does not look for files beside it. A GeoTIFF may still name another
+file for its overviews. `open_image` refuses such an image before GDAL opens that file.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
         options: for `rasterio.open`.
 
     Raises:
-        ForbiddenError: it has another format; TooLargeError, if its header declares more than allowed.
+        ForbiddenError: it has another format, or names another file for its overviews; TooLargeError, if its header
+            declares more than allowed.
         RasterioError: it cannot be opened.
     """
     driver = next((d for signature, d in _DRIVERS.items() if first.startswith(signature)), None)
@@ -60,6 +62,8 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
         raise ForbiddenError("expected a GeoTIFF or JPEG 2000 file, found another format")
     image = rasterio.open(name, sharing=False, driver=driver, **options)
     try:
+        if image.tags(ns="OVERVIEWS"):
+            raise ForbiddenError("expected an image without OVERVIEWS metadata, which lets GDAL open another file")
         _need_size(image, most_px, most_bytes)
     except ForbiddenError:
         image.close()

@@ -5,7 +5,8 @@ A catalogue is written by others, so an href in it is checked before it is opene
     names      A path or an http(s), s3 or file URL. Names that only GDAL understands are refused, however they are written.
     local      Local paths are for local catalogues. A remote catalogue names remote files.
     hosts      A remote catalogue reaches public addresses and the hosts that its source names. It reaches private addresses
-               only if its own host has one. Nothing reaches link-local addresses, where clouds keep their machines' keys.
+               only if all addresses of its own host are private. Only a source that names the host reaches multicast
+               addresses and those of cloud metadata services, such as link-local ones.
     redirects  They lead from http to http or https, and from https to https, under the same rule for hosts.
 
 A host that refuses connections, has no address or no route is tried for `REFUSED_S` and remembered for `_REMEMBERED_S`, so
@@ -32,7 +33,23 @@ _REMEMBERED_S = 60.0
 _WEB = ("http", "https")
 _SCHEMES = (*_WEB, "s3", "file")
 _PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_PART_WITH_PREFIX = re.compile(r"(^|/)[A-Za-z][A-Za-z0-9_]+:")  # such as GTIFF_DIR:1:/data/a.tif
+# Prefixes of the drivers that open images, such as GTIFF_DIR:1:/data/a.tif.
+_PART_WITH_PREFIX = re.compile(r"(^|/)(gtiff_dir|gtiff_raw|j2k_subfile):", re.I)
+# GDAL's virtual file systems (VSIGetFileSystemsPrefixes of GDAL 3.10, and those of other builds).
+_VIRTUAL = re.compile(
+    r"(^|/)vsi(7z|adls|az|cached|crypt|curl|gs|gzip|hdfs|kerchunk\w*|mem|oss|rar|s3|sparse|stdin|stdout|subfile|swift|tar|"
+    r"webhdfs|zip)(_streaming|_redirect)?([/?]|$)",
+    re.I,
+)
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+# IPv6 addresses whose last 32 bits are an IPv4 address: mapped, compatible and NAT64 (RFC 6052).
+_LAST_32_BITS = [ipaddress.IPv6Network(net) for net in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
+# Metadata services of clouds, beside those at link-local addresses: Azure, Alibaba, Oracle, AWS and Google.
+_METADATA = {
+    ipaddress.ip_address(address)
+    for address in ("168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
+}
 _DECODED = 5  # times that a name may be percent-encoded
 
 
@@ -45,8 +62,21 @@ class ForbiddenError(Exception):
 
 
 def origin_of(href: str) -> str:
-    """The host that a catalogue comes from; empty for a local one."""
-    return "" if is_local(href) else (urlsplit(href).hostname or "unknown")
+    """Return the host that a catalogue comes from, empty for a local one; raise ForbiddenError for an invalid URL."""
+    return "" if is_local(href) else (host_of(href) or "unknown")
+
+
+def host_of(url: str) -> str:
+    """Return the host that a request for a URL goes to, or an empty text; raise ForbiddenError for an invalid URL."""
+    from urllib3.util import parse_url  # only for remote files: the command line loads this module first
+
+    if "\\" in url:  # where a host ends would depend on the library
+        raise ForbiddenError("expected a URL without a backslash, found one")
+    try:
+        urlsplit(url)
+        return (parse_url(url).host or "").strip("[]")
+    except ValueError as error:
+        raise ForbiddenError("expected a valid URL, found an invalid host or port") from error
 
 
 def is_local(href: str) -> bool:
@@ -72,7 +102,8 @@ def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
     """
     name = _decoded(href)
     scheme = _PREFIX.match(name)
-    if "/vsi" in name.replace("\\", "/").lower() or "<" in name or any(ord(c) < 32 for c in name):
+    place = name if is_local(href) else _decoded(href.partition("?")[0])
+    if _VIRTUAL.search(place.replace("\\", "/")) or "<" in name or any(ord(c) < 32 for c in name):
         raise ForbiddenError("it is a special name of GDAL, not a file")
     if scheme and scheme[1].lower() not in _SCHEMES:
         raise ForbiddenError(f"expected a path or an http(s), s3 or file URL, found {scheme[1]}:")
@@ -90,21 +121,23 @@ def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
 
 def check_url(url: str, origin: str, named: Collection[str] = ()) -> None:
     """Raise ForbiddenError for a URL that is not http(s), or whose host is written as an address that is not allowed."""
-    parts = urlsplit(url)
-    if parts.scheme.lower() not in _WEB or not parts.hostname:
-        raise ForbiddenError(f"expected an http(s) URL with a host, found {parts.scheme or 'no scheme'}")
-    if parts.hostname == "localhost":
+    host = host_of(url)
+    scheme = urlsplit(url).scheme
+    if scheme not in _WEB or not host:
+        raise ForbiddenError(f"expected an http(s) URL with a host, found {scheme or 'no scheme'}")
+    if host == "localhost":
         check_address("localhost", "127.0.0.1", origin, named)
-    elif _address(parts.hostname):
-        check_address(parts.hostname, parts.hostname, origin, named)
+    elif _address(host):
+        check_address(host, host, origin, named)
 
 
 def check_address(host: str, address: str, origin: str, named: Collection[str] = ()) -> None:
     """Raise ForbiddenError if a catalogue from `origin` must not reach a host at that address."""
     ip = _address(address)
-    if ip is None or ip.is_global or host in named or host == origin:
+    if ip is None or host in named:
         return
-    if ip.is_link_local or (origin and _is_public(origin)):
+    special = ip.is_link_local or ip.is_multicast or ip in _METADATA
+    if special or not (_is_public(ip) or _may_reach_private(origin)):
         raise ForbiddenError(f"{host} has the address {address}, which is not public; name the host in the source to allow it")
 
 
@@ -113,10 +146,13 @@ def redirected(url: str, location: str, origin: str, named: Collection[str] = ()
 
     With `resolve` the addresses of its host are looked up and checked, where no checked connection does so later.
     """
-    target = urljoin(url, location)
+    try:
+        target = urljoin(url, location)
+    except ValueError as error:
+        raise ForbiddenError("it is redirected to an invalid URL") from error
     check_url(target, origin, named)
     if resolve:
-        host = urlsplit(target).hostname or ""
+        host = host_of(target)
         for address in _addresses(host):
             check_address(host, address, origin, named)
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
@@ -139,13 +175,20 @@ def _check_object(name: str) -> None:
         raise ForbiddenError("expected s3://BUCKET/KEY without . and .. in the key")
 
 
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _address(host: str) -> _Address | None:
     """The address that a host is written as; None for a name."""
     try:
         ip = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return _short_address(host)
-    return getattr(ip, "ipv4_mapped", None) or ip
+    return ip if isinstance(ip, ipaddress.IPv4Address) else _embedded(ip) or ip
+
+
+def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that an IPv6 address leads to, if it leads to one."""
+    if any(ip in network for network in _LAST_32_BITS):
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.sixtofour
 
 
 def _short_address(host: str) -> ipaddress.IPv4Address | None:
@@ -158,11 +201,18 @@ def _short_address(host: str) -> ipaddress.IPv4Address | None:
         return None
 
 
+def _is_public(ip: _Address) -> bool:
+    return ip.is_global and ip not in _LOCAL_NAT64
+
+
 @functools.lru_cache(256)
-def _is_public(host: str) -> bool:
-    written = _address(host)
-    addresses = [written] if written else [_address(address) for address in _addresses(host)]
-    return all(a is None or a.is_global for a in addresses)  # of an unknown host, so that the stricter rule holds
+def _may_reach_private(origin: str) -> bool:
+    """Tell whether a catalogue is local or has private addresses only. A host without addresses counts as public."""
+    if not origin:
+        return True
+    written = _address(origin)
+    addresses = [written] if written else [_address(address) for address in _addresses(origin)]
+    return bool(addresses) and not any(ip is None or _is_public(ip) for ip in addresses)
 
 
 def _addresses(host: str) -> list[str]:
@@ -181,7 +231,7 @@ def forget_unreachable() -> None:
     """Try every host again: called where a run begins."""
     with _lock:
         _silent.clear()
-    _is_public.cache_clear()
+    _may_reach_private.cache_clear()
 
 
 def note_unreachable(url: str, why: str) -> None:

@@ -92,14 +92,19 @@ class Asset:
 
     @classmethod
     def of(cls, scene: pystac.Item, band: str) -> Asset:
-        """The scene's file of that band; raises ReadError where it has none, or it must not be read."""
+        """Return the scene's file of a band; raise ReadError if there is no such file, or it must not be read."""
         if band not in scene.assets:
             raise ReadError(f"scene {scene.id}: no asset for {band}; it has {', '.join(sorted(scene.assets))}")
+        origin = scene.properties.get("minecube:origin")
+        if not isinstance(origin, str):  # None would mean that the caller vouches for the href
+            raise ReadError(
+                f"scene {scene.id}: expected the host of its catalogue in minecube:origin, found {origin!r}. Search again."
+            )
         said = json.loads(scene.properties["minecube:access"])
         access = Access(**{**said, "credentials_for": tuple(said.get("credentials_for", ()))})
-        asset = cls(scene.id, band, scene.assets[band].href, access, scene.properties.get("minecube:origin"))
+        asset = cls(scene.id, band, scene.assets[band].href, access, origin)
         try:
-            check_href(asset.href, asset.origin or "", access.hosts())
+            check_href(asset.href, origin, access.hosts())
         except ForbiddenError as error:
             raise ReadError(f"scene {scene.id}: {band} is not read from {without_query(asset.href)}: {error}") from error
         return asset
@@ -251,8 +256,8 @@ def read(
             Sentinel-2 tile, has several bands or is not of unsigned integers up to 16 bits.
     """
     tally = tally or Tally()
-    origin = origin_of(href) if origin is None else origin
     try:
+        origin = origin_of(href) if origin is None else origin
         with rasterio.Env(**images.SETTINGS), _open(href, access or _PLAIN, origin, tally) as src:
             if src.count != 1 or src.dtypes[0] not in ("uint8", "uint16"):
                 found = f"{src.count} of {src.dtypes[0]}"

@@ -22,6 +22,7 @@ import logging
 import os
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ _CONNECT_S, _STALL_S, _LONGEST_STALL_S = 10.0, 2.5, 40.0
 _SIGNATURES = 4  # new ones that a request is tried with
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _UNSIGNED = {400, 401, 403}
+_NEEDS_KEYS = {401, 403, 409}  # 409: Azure's answer where public access is off
 _SIGNED_FOR = timedelta(minutes=30)
 _REDIRECTS = 5
 _LONGEST_REFUSED_PAUSE_S = 1.0  # a last try must end in time
@@ -88,30 +90,26 @@ class Head:
     """ETag: bytes of two versions of a file would make an image that never was."""
 
 
-class _Http(urllib3.connection.HTTPConnection):
-    """A connection that is checked before anything is sent."""
+class _Checked(urllib3.connection.HTTPConnection):
+    """A connection whose address is checked before a byte is sent, also of TLS."""
 
     def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check = check
 
-    def connect(self) -> None:
+    def _new_conn(self) -> socket.socket:
         """Connect, and raise ForbiddenError if the host has an address that must not be reached."""
-        super().connect()
-        self._check(self.host, self.sock.getpeername()[0])
+        connected = super()._new_conn()
+        try:
+            self._check(self.host, connected.getpeername()[0])
+        except BaseException:
+            connected.close()
+            raise
+        return connected
 
 
-class _Https(urllib3.connection.HTTPSConnection):
+class _CheckedTls(_Checked, urllib3.connection.HTTPSConnection):
     """The same over TLS."""
-
-    def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._check = check
-
-    def connect(self) -> None:
-        """Connect, and raise ForbiddenError if the host has an address that must not be reached."""
-        super().connect()
-        self._check(self.host, self.sock.getpeername()[0])
 
 
 class _Pools(urllib3.PoolManager):
@@ -130,7 +128,7 @@ class _Pools(urllib3.PoolManager):
     ) -> urllib3.HTTPConnectionPool:
         """The pool of a host."""
         pool = super().connection_from_host(host, port, scheme, pool_kwargs)
-        kind = _Https if scheme == "https" else _Http
+        kind = _CheckedTls if scheme == "https" else _Checked
         pool.ConnectionCls = functools.partial(kind, check=self._check)  # type: ignore[assignment]
         return pool
 
@@ -205,6 +203,8 @@ class Remote:
             answer = self._ask(url, headers, stall)
             if answer.status in (200, 206):
                 return self._checked(answer, href, start, length, tally, head)
+        except ForbiddenError as error:
+            raise RequestError(str(error)) from error
         except urllib3.exceptions.HTTPError as error:
             problem = without_query(_reason(error))
             if isinstance(error, urllib3.exceptions.LocationValueError) or "CERTIFICATE_VERIFY_FAILED" in problem:
@@ -216,7 +216,9 @@ class Remote:
         if resigned:
             self._forget(key, url)
         elif answer.status not in _AGAIN:
-            raise RequestError(f"{problem} {answer.reason or ''}".strip())
+            unsigned = answer.status in _NEEDS_KEYS and key is None
+            hint = "; list the host or bucket in credentials_for of its source" if unsigned and self._may_sign() else ""
+            raise RequestError(f"{problem} {answer.reason or ''}".strip() + hint)
         raise _TroubleError(problem, wait_s=retry_after(answer.headers.get("Retry-After")), resigned=resigned)
 
     def _ask(self, url: str, headers: Mapping[str, str], stall: float) -> urllib3.BaseHTTPResponse:
@@ -252,8 +254,9 @@ class Remote:
         self, answer: urllib3.BaseHTTPResponse, href: str, start: int, length: int, tally: Tally, head: Head | None
     ) -> Head:
         """The answer's bytes if they are those that were asked for."""
-        place = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
-        size = int(place[3]) if place else int(answer.headers.get("Content-Length", -1))
+        place = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", answer.headers.get("Content-Range", ""))
+        length_sent = length_of(answer.headers.get("Content-Length"))
+        size = int(place[3]) if place else (-1 if length_sent is None else length_sent)
         if answer.status == 200 and (start or not 0 <= size <= length):
             # A file shorter than the range may come whole; one that is longer is not wanted whole.
             answer.close()
@@ -277,14 +280,18 @@ class Remote:
         """The URL to ask, and what its signature is kept under; None where nothing is signed."""
         if href.startswith("s3://"):
             return self._at_s3(href)
+        host = network.host_of(href)
         parts = urlsplit(href)
         # Never in the clear, unless the token service itself is asked so.
         same_scheme = parts.scheme == urlsplit(self.access.href or "").scheme
-        if self.access.kind == "planetary-computer" and parts.hostname in self.access.hosts() and same_scheme:
-            container = f"{parts.netloc.split('.')[0].split(':')[0]}/{parts.path.split('/')[1]}"
+        if self.access.kind == "planetary-computer" and host in self.access.hosts() and same_scheme:
+            container = f"{host.split('.')[0]}/{parts.path[1:].partition('/')[0]}"
             token = self._token(container)
             return f"{href}{'&' if parts.query else '?'}{token}", container
         return href, None
+
+    def _may_sign(self) -> bool:
+        return self.access.kind != "plain" and not self.access.anonymous
 
     def _token(self, container: str) -> str:
         """The container's token, asked for anew once most of its life is over."""
@@ -310,13 +317,17 @@ class Remote:
         """The URL of an object, signed if the source names its bucket."""
         bucket, _, path = href.removeprefix("s3://").partition("/")
         if self.access.anonymous or bucket not in self.access.credentials_for:
-            region = self.access.region or "us-east-1"
-            endpoint = self.access.href or os.environ.get("AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
-            url, key = f"{endpoint}/{bucket}/{quote(path)}", None
+            url, key = f"{self._endpoint()}/{bucket}/{quote(path)}", None
         else:
             url, key = self._presigned(href, bucket, path), bucket
-        self._named.add(urlsplit(url).hostname or "")  # the endpoint: AWS's, or the user's own choice
+        if self.access.kind == "s3":  # the user chose its endpoint, in the source or in the environment
+            self._named.add(network.host_of(url))
         return url, key
+
+    def _endpoint(self) -> str:
+        """Return the endpoint of unsigned requests: the user's own for sources of kind s3, AWS's for all others."""
+        own = (self.access.href or os.environ.get("AWS_ENDPOINT_URL")) if self.access.kind == "s3" else None
+        return own or f"https://s3.{self.access.region or 'us-east-1'}.amazonaws.com"
 
     def _presigned(self, href: str, bucket: str, path: str) -> str:
         network.need_reachable(href)
@@ -362,7 +373,11 @@ def remote_for(access: Access, origin: str = "") -> Remote:
 
 
 def access_to(url: str) -> Access:
-    """How to get at a URL that the user gave: an s3:// URL is signed with the environment's keys."""
+    """Return how to get at a URL that the user gave; raise ForbiddenError if it must not be read.
+
+    An s3:// URL is signed with the environment's keys.
+    """
+    network.check_href(url, network.origin_of(url))
     return Access(kind="s3", credentials_for=(urlsplit(url).netloc,)) if url.startswith("s3://") else Access()
 
 
@@ -437,20 +452,27 @@ def _body(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:
 
 def _drain(answer: urllib3.BaseHTTPResponse) -> None:
     """Free the connection of an answer that is not wanted; one with a long body, or without an end, is closed."""
-    length = answer.headers.get("Content-Length", "")
-    if length.isdigit() and int(length) <= _BLOCK:
+    length = length_of(answer.headers.get("Content-Length"))
+    if length is not None and length <= _BLOCK:
         answer.drain_conn()
     else:
         answer.close()
+
+
+def length_of(value: str | None) -> int | None:
+    """Return the number of bytes that a Content-Length header announces, or None if it announces no valid number."""
+    return int(value) if value and re.fullmatch(r"[0-9]{1,18}", value) else None
 
 
 def retry_after(value: str | None) -> float:
     """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number or a date); 0 where it does not."""
     if not value:
         return 0.0
+    if (seconds := length_of(value.strip())) is not None:
+        return float(seconds)
     try:
-        return max(0.0, float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
         return 0.0
 
 

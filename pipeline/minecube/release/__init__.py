@@ -36,11 +36,12 @@ from rasterio.errors import NotGeoreferencedWarning
 from minecube.catalog import Release, Site
 from minecube.errors import ReleaseError, UnreadArchiveError
 from minecube.files import replacing
-from minecube.network import ForbiddenError, why_unreachable, without_query
+from minecube.network import ForbiddenError, check_url, origin_of, why_unreachable, without_query
 from minecube.reader import interrupted
-from minecube.reader.remote import Session
+from minecube.reader.remote import Session, length_of
 from minecube.release.archive import Archive
 from minecube.release.importing import MINE, Found, ReleaseSite, extent_of, find, read_site
+from minecube.vectors import read_vector
 
 __all__ = [
     "Archive",
@@ -131,7 +132,7 @@ def open_import(folder: Path) -> Imported:
     try:
         about = json.loads((folder / "import.json").read_text(encoding="utf-8"))
         tables = [pd.read_parquet(folder / f"{n}.parquet") for n in ("years", "changes")]
-        labels, sites = gpd.read_parquet(folder / "labels.parquet"), gpd.read_file(folder / "sites.geojson")
+        labels, sites = gpd.read_parquet(folder / "labels.parquet"), read_vector(folder / "sites.geojson")
     except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, Arrow's the others
         raise ReleaseError(
             f"{folder}: holds no finished import of a release ({error}); run `minecube release import` first"
@@ -179,6 +180,7 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
     if path.exists():
         return path
     try:
+        check_url(url, origin_of(url))
         out.mkdir(parents=True, exist_ok=True)
         with (
             replacing(path) as part,
@@ -187,7 +189,7 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
             part.open("wb") as file,
         ):
             answer.raise_for_status()
-            size = int(answer.headers.get("Content-Length", 0))
+            size = length_of(answer.headers.get("Content-Length")) or 0
             for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
                 file.write(piece)
                 done(len(piece), size)

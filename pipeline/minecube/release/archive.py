@@ -29,7 +29,7 @@ from rasterio.errors import RasterioError
 from minecube import images
 from minecube.catalog import Access
 from minecube.errors import ReleaseError, UnreadArchiveError
-from minecube.network import ForbiddenError, RequestError, origin_of, without_query
+from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of, without_query
 from minecube.reader.remote import Head, Opened, Tally, access_to, remote_for
 
 T = TypeVar("T")
@@ -184,9 +184,13 @@ class Archive:
     def __init__(self, where: str, access: Access | None = None) -> None:
         self.where = without_query(where)
         try:
-            self.bytes: Bytes = RemoteBytes(where, access or access_to(where)) if "://" in where else LocalBytes(Path(where))
+            self.bytes: Bytes = (
+                LocalBytes(Path(local_path(where))) if is_local(where) else RemoteBytes(where, access or access_to(where))
+            )
         except OSError as error:
             raise self._unreadable(error) from error
+        except ForbiddenError as error:
+            raise ReleaseError(f"{self.where}: is not read ({error}); check the URL") from error
         self._spans = _Spans(self.bytes.size)
         held: list[int] = []
         try:

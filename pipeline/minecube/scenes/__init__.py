@@ -24,6 +24,7 @@ import shapely
 from minecube.catalog import FIRST_YEAR, Recipe, Site, Source
 from minecube.errors import SceneError
 from minecube.grid import area_of, grid_of
+from minecube.network import origin_of
 from minecube.reader import stack
 from minecube.scenes.find import items_of, over
 from minecube.scenes.normalise import acquisition, deduplicate, merge, need_allowed, normalise, same_access
@@ -200,3 +201,9 @@ def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Seq
         need_allowed(scene, source)
         if not same_access(scene, source):
             raise SceneError(f"scene {scene.id}: its files are got at in another way than {source.id} says; search again")
+        origin = scene.properties.get("minecube:origin")
+        if origin != origin_of(source.href):
+            raise SceneError(
+                f"scene {scene.id}: expected a scene listed by {origin_of(source.href) or 'a local file'}, found {origin!r}. "
+                "Remove the saved list to search again."
+            )

@@ -1,6 +1,7 @@
 """Asking a STAC API, or a file of items, for all that it lists of an area and a year: every page, each item once.
 
-Links and redirects of an API stay on its host. What it sends is bounded: an answer to `_PAGE_BYTES`, a month to `_PAGES`.
+Links and redirects of an API stay on its host. What it sends is bounded: an answer to `_PAGE_BYTES`, a month to `_MONTH_BYTES`
+and `_PAGES`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pystac
 import pystac_client
@@ -43,18 +45,19 @@ PAGE = 100
 """Items a page."""
 _PAGE_BYTES = 100_000_000  # most that an API may answer to one request; 100 items have about a megabyte
 _PAGES = 200  # most of one month: 20,000 items, of which a site has a few dozen
+_MONTH_BYTES = 200_000_000  # most of one month
 _INDEX_BYTES = 2**30  # most of a file of items, as it is and unpacked
 _INDEX_ITEMS = 1_000_000
+_BATCH = 1000  # most rows of a file of items that are unpacked at a time
 _CONNECT_S, _READ_S = 10.0, 60.0
 _PAUSE_S = 0.5  # before a request is tried again; doubled each time, unless the connection was refused
 _AGAIN = {429, 500, 502, 503, 504}
 _API_FAULTS = (
     APIError,
     ForbiddenError,
-    RequestError,
     ClientTypeError,
     DoesNotConformTo,
-    requests.RequestException,
+    OSError,  # also of requests
     pystac.errors.STACError,
     # What the client makes of answers that are JSON, but no STAC.
     ValueError,
@@ -103,7 +106,7 @@ class _ApiSession(Session):
 def _on_host(url: str, host: str) -> str:
     """The URL; raises ForbiddenError if it is on another host."""
     network.check_url(url, host)
-    found = urlsplit(url).hostname
+    found = network.host_of(url)
     if found != host:
         raise ForbiddenError(f"it leads to {found}; links and redirects of an API must stay on its host")
     return url
@@ -117,6 +120,17 @@ class _CatalogueIO(StacApiIO):
         self.session = _ApiSession()
         self._pace = _pace(source.href, source.searches_per_s)
         self._at, self._host = source.href, origin_of(source.href)
+        self._left = _MONTH_BYTES
+
+    def begin_month(self) -> None:
+        """Allow `_MONTH_BYTES` more."""
+        self._left = _MONTH_BYTES
+
+    def read_text(self, source: pystac.link.HREF, *args: Any, **kwargs: Any) -> str:
+        """Return what a link or URL leads to. The client's own method would open a link without a scheme as a local file."""
+        if isinstance(source, pystac.Link):
+            return super().read_text(source, *args, **kwargs)
+        return self.request(str(source), *args, **kwargs)
 
     def request(
         self,
@@ -135,6 +149,9 @@ class _CatalogueIO(StacApiIO):
         self._pace.wait()
         with self._answer(url, requests.Request(verb, url, headers=headers, **content)) as answer:
             body = _bounded(answer, _PAGE_BYTES)
+        self._left -= len(body)
+        if self._left < 0:
+            raise RequestError(f"expected at most {_MONTH_BYTES:,} bytes of one month, found more")
         if not answer.ok:
             raise APIError(f"HTTP {answer.status_code} {answer.reason}: {body[:200].decode(errors='replace')}")
         return body.decode()
@@ -202,12 +219,15 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item
     """Month by month, so that no sequence of pages is long enough to break."""
     by_id: dict[str, pystac.Item] = {}
     try:
-        client = pystac_client.Client.open(source.href, stac_io=_CatalogueIO(source))
+        api = _CatalogueIO(source)
+        client = pystac_client.Client.open(source.href, stac_io=api)
         for month in (f"{year}-{number:02d}" for number in range(1, 13)):
             if source.since and month < source.since:
                 continue
+            api.begin_month()
             ids, matched = _month(client, source.collection, area, month)
             if matched is not None and matched != len(ids):  # items may have been added between two pages
+                api.begin_month()
                 ids, matched = _month(client, source.collection, area, month)
             if matched is not None and matched != len(ids):
                 raise UnansweredError(
@@ -259,8 +279,9 @@ def read_items(path: Path | str) -> list[pystac.Item]:
     href = str(path)
     try:
         file = pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href)))
-        _need_size(file.metadata)
-        found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(file.read())]
+        found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(_table(file))]
+    except ForbiddenError as error:
+        raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error})") from error
     except RequestError as error:
         kind = SceneError if is_local(href) else UnansweredError
         raise kind(f"{path}: cannot be read as stac-geoparquet ({error})") from error
@@ -269,12 +290,30 @@ def read_items(path: Path | str) -> list[pystac.Item]:
     return found
 
 
-def _need_size(about: pq.FileMetaData) -> None:
-    """Raise RequestError if a Parquet file says that it holds more than a list of scenes would."""
-    unpacked = sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups))
-    if about.num_rows > _INDEX_ITEMS or unpacked > _INDEX_BYTES:
+def _table(file: pq.ParquetFile) -> pa.Table:
+    """Unpack a Parquet file batch by batch; raise RequestError if it holds more than a list of scenes would.
+
+    Its metadata count a repeated value once, so the unpacked batches are counted too.
+    """
+    about = file.metadata
+    groups = [about.row_group(n).total_byte_size for n in range(about.num_row_groups)]
+    _need_size(about.num_rows, sum(groups))
+    # A row takes at most what the metadata say of its group, so one batch stays within the limit.
+    rows = _INDEX_BYTES // max([1, *groups])
+    batches: list[pa.RecordBatch] = []
+    unpacked = 0
+    for batch in file.iter_batches(min(rows, _BATCH)):
+        unpacked += batch.nbytes
+        _need_size(about.num_rows, unpacked)
+        batches.append(batch)
+    return pa.Table.from_batches(batches, file.schema_arrow)
+
+
+def _need_size(items: int, unpacked: int) -> None:
+    """Raise RequestError for more items or bytes than a list of scenes would hold."""
+    if items > _INDEX_ITEMS or unpacked > _INDEX_BYTES:
         expected = f"expected at most {_INDEX_ITEMS:,} items and {_INDEX_BYTES:,} bytes"
-        raise RequestError(f"{expected}, found {about.num_rows:,} and {unpacked:,}")
+        raise RequestError(f"{expected}, found {items:,} and {unpacked:,}")
 
 
 def _fetched(url: str) -> bytes:
