@@ -453,7 +453,7 @@ def test_bad_use_leaves_nothing(world, tmp_path):
     assert "unknown recipe 'winter'" in err
     (tmp_path / "file").write_text("")
     _, err = run(world, tmp_path / "file" / "audit", ok=2, source="sim-earth-search")
-    assert "audit.parquet: cannot be written" in err
+    assert "cannot be written to (Not a directory); name another place" in err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

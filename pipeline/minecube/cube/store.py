@@ -273,11 +273,18 @@ def sites(store: str) -> list[str]:
     """Names of the sites in a store; raises CubeError if minecube made no store there."""
     if not exists(store, ""):
         raise CubeError(f"{store}: there is no store; `minecube build` makes one")
+    raw = objects(store)
+    found = []
     with reading(store, ""):
-        below = objects(store).list_with_delimiter()["common_prefixes"]
-    names = sorted(path.rstrip("/") for path in below if not path.startswith("."))
-    groups = {name: group_at(store, name) for name in names}
-    return [name for name, group in groups.items() if group is not None and NAMED in group.attrs and not is_being_made(group)]
+        for path in sorted(raw.list_with_delimiter()["common_prefixes"]):
+            name = path.rstrip("/")
+            try:
+                attributes = json.loads(bytes(raw.get(f"{name}/zarr.json").bytes())).get("attributes", {})
+            except FileNotFoundError:
+                continue
+            if attributes.get(NAMED, {"format": BEING_MADE}) != {"format": BEING_MADE}:
+                found.append(name)
+    return found
 
 
 @contextmanager
