@@ -153,7 +153,7 @@ def _try_flock(path: Path) -> int | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        if path.parent.exists():
+        if path.parent.is_file():
             raise
         return None  # another run removed the empty folder at this moment
     try:
