@@ -182,6 +182,11 @@ def _try_flock(path: Path) -> int | None:
 # Object stores
 
 
+def _tag_of(meta: Any) -> dict[str, str]:
+    """What a conditional put needs to know of an object: S3 and Azure compare `e_tag`, Google Cloud Storage `version`."""
+    return {name: str(meta[name]) for name in ("e_tag", "version") if meta.get(name) is not None}
+
+
 class _Lease:
     """A lease object, renewed by a thread until it is released."""
 
@@ -191,7 +196,7 @@ class _Lease:
         self.key = f"{LOCKS}/{name}.json"
         self.objects: Any = client_of(store)
         self.mine = _holder()
-        self.tag = ""
+        self.tag: dict[str, str] = {}
         self._count = 0
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"lease of {name}", daemon=True)
@@ -200,11 +205,11 @@ class _Lease:
         self._count += 1  # each renewal is another content, so it has another tag
         return json.dumps({**self.mine, "renewed": self._count}).encode()
 
-    def _seen(self) -> tuple[str, dict[str, Any]] | None:
+    def _seen(self) -> tuple[dict[str, str], dict[str, Any]] | None:
         """Tag and content of the lease as it is now; None if there is none."""
         try:
             found = self.objects.get(self.key)
-            return str(found.meta["e_tag"]), _parsed(bytes(found.bytes()))
+            return _tag_of(found.meta), _parsed(bytes(found.bytes()))
         except FileNotFoundError:
             return None
 
@@ -215,7 +220,7 @@ class _Lease:
         """
         content = self._content()
         try:
-            self.tag = str(self.objects.put(self.key, content, mode=mode)["e_tag"])
+            self.tag = _tag_of(self.objects.put(self.key, content, mode=mode))
         except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError):
             seen = self._seen()
             if seen is None or seen[1].get("owner") != self.mine["owner"]:
@@ -226,7 +231,8 @@ class _Lease:
     def take(self, wait_s: float) -> None:
         """Take the lease. A holder that does not renew it for `LEASE_S` is dead."""
         until = time.monotonic() + wait_s
-        watched, since = "", time.monotonic()
+        watched: dict[str, str] = {}
+        since = time.monotonic()
         while not self._put("create"):
             seen = self._seen()
             if seen is None:
@@ -234,10 +240,11 @@ class _Lease:
             tag, holder = seen
             if tag != watched:
                 renewed = bool(watched)
-                watched, since = tag, time.monotonic()
+                watched = tag
+                since = time.monotonic()
                 if renewed and time.monotonic() >= until:
                     raise _busy(self.store, self.name, holder)
-            elif time.monotonic() - since > LEASE_S and self._put({"e_tag": watched}):
+            elif time.monotonic() - since > LEASE_S and self._put(watched):
                 log.info("%s: took over the lease of %s from a run that is gone", self.store, self.name)
                 break
             time.sleep(min(RENEW_S / 10, 0.5))
@@ -246,7 +253,7 @@ class _Lease:
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
             try:
-                if not self._put({"e_tag": self.tag}):
+                if not self._put(self.tag):
                     return  # `check` says so
             except (obstore.exceptions.BaseError, OSError) as error:
                 log.info("%s: the lease of %s was not renewed (%s)", self.store, self.name, type(error).__name__)
