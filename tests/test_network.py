@@ -79,15 +79,18 @@ def test_local_names_that_look_like_gdals_are_allowed(path):
     check_href(f"file://{path}", "")
 
 
-def test_the_virtual_file_systems_of_this_gdal_are_known():
-    """GDAL lists them. A name that the list here lacks would be allowed."""
+def test_the_virtual_file_systems_of_this_gdal_are_known(tmp_path, make):
+    """GDAL lists them, with those that rasterio adds. A name that the list here lacks would be allowed."""
     libraries = list((Path(rasterio.__file__).parents[1] / "rasterio.libs").glob("libgdal*"))
     if not libraries:
         pytest.skip("not run: rasterio was not installed from a wheel for Linux, so its GDAL is elsewhere")
     prefixes = ctypes.CDLL(str(libraries[0])).VSIGetFileSystemsPrefixes
     prefixes.restype = ctypes.POINTER(ctypes.c_char_p)
-    names = [name.decode() for name in itertools.takewhile(bool, prefixes())]
+    path = make.tif(tmp_path / "a.tif", make.unique(4, 4), make.grid(0, 0, 4, 4))
+    with path.open("rb") as file, rasterio.open(file), rasterio.open(str(path), opener=open):
+        names = [name.decode() for name in itertools.takewhile(bool, prefixes())]
     assert "/vsicurl/" in names
+    assert sum(name.startswith(("/vsipythonfilelike", "/vsiriopener")) for name in names) == 2
     for name in names:
         with pytest.raises(ForbiddenError, match="special name of GDAL"):
             check_href(f"{name}a.tif", "")

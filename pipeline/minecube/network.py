@@ -37,8 +37,8 @@ _PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _PART_WITH_PREFIX = re.compile(r"(^|/)(gtiff_dir|gtiff_raw|j2k_subfile):", re.I)
 # GDAL's virtual file systems (VSIGetFileSystemsPrefixes of GDAL 3.10, and those of other builds).
 _VIRTUAL = re.compile(
-    r"(^|/)vsi(7z|adls|az|cached|crypt|curl|gs|gzip|hdfs|kerchunk\w*|mem|oss|rar|s3|sparse|stdin|stdout|subfile|swift|tar|"
-    r"webhdfs|zip)(_streaming|_redirect)?([/?]|$)",
+    r"(^|/)vsi(7z|adls|az|cached|crypt|curl|gs|gzip|hdfs|kerchunk\w*|mem|oss|pythonfilelike|rar|"
+    r"riopener\w*|s3|sparse|stdin|stdout|subfile|swift|tar|webhdfs|zip)(_streaming|_redirect)?([/?]|$)",
     re.I,
 )
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
