@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 from shapely.geometry import box, mapping
 
-from minecube import scenes
+from minecube import network, scenes
 from minecube.catalog import BANDS, Offset, Site, Source
 from minecube.cube import store
+from minecube.reader import remote
+from minecube.scenes import find
 
 # The same examples each time: a run that fails can be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -211,6 +214,36 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "s3://mines"
     finally:
         server.stop()
+
+
+class Clock:
+    """A clock that only pauses move, so that a busy machine changes no figure."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def wait(self, seconds: float) -> bool:
+        self.sleep(seconds)
+        return False
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of everything that waits for a host."""
+    still = Clock()
+    for module in (network, find, remote):
+        monkeypatch.setattr(module, "time", still)
+    monkeypatch.setattr(remote, "interrupted", still)
+    return still
 
 
 @pytest.fixture(scope="module")

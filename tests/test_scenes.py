@@ -766,18 +766,18 @@ def test_a_month_has_a_limit_of_bytes(api, searched, monkeypatch):
         scenes.search(*searched_as(searched))
 
 
-def test_an_api_that_is_not_there_is_tried_once_a_run(searched, caplog, capfd):
+def test_an_api_that_is_not_there_is_tried_once_a_run(searched, clock, caplog, capfd):
     """Not once a site-year; and no library's own lines are shown."""
     network.forget_unreachable()
     dead, spent = dataclasses.replace(searched[1], href="http://127.0.0.1:1/v1"), []
     for year in (2019, 2020, 2021):
-        start = time.monotonic()
+        start = clock.now
         with pytest.raises(SceneError, match=r"failed \(127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the"):
             scenes.search(searched[0], year, dead)
-        spent.append(time.monotonic() - start)
+        spent.append(clock.now - start)
     network.forget_unreachable()
-    assert spent[0] < network.REFUSED_S + 2
-    assert max(spent[1:]) < 1
+    assert network.REFUSED_S / 2 < spent[0] <= network.REFUSED_S
+    assert max(spent[1:]) < 1  # the pace of searches
     assert not [r for r in caplog.records if r.name.startswith(("urllib3", "pystac_client")) and r.levelname != "DEBUG"]
     assert capfd.readouterr().err == ""
 

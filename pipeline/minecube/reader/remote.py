@@ -190,7 +190,8 @@ class Remote:
             tally.retried += 1
             log.debug("%s: %s; try %d", without_query(href), trouble, tried + 1)
             # All of it random: requests that failed together must not come back together.
-            wait = max(trouble.wait_s, random.uniform(0, pause))  # noqa: S311  no secret depends on it
+            longest = _LONGEST_REFUSED_PAUSE_S if trouble.unreachable else pause
+            wait = max(trouble.wait_s, random.uniform(0, min(pause, longest)))  # noqa: S311  no secret depends on it
             if interrupted.wait(wait):
                 raise RequestError(f"{trouble}; interrupted")
             pause, stall = min(2 * pause, _LONGEST_PAUSE_S), min(2 * stall, _LONGEST_STALL_S)
