@@ -93,6 +93,27 @@ def test_a_cloudy_year_is_not_mistaken_for_a_mine():
     assert persistently_bright(scl, BrightOverride()).mean() < 0.005
 
 
+@pytest.mark.parametrize("beyond", [4, 16, 80])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.35])
+def test_ground_that_was_never_observed_says_nothing_of_bright_ground(share, beyond):
+    """Image chips have nothing around them."""
+    scl, *_ = mine_under_changing_sky(share)
+    wide = np.pad(scl, ((0, 0), (beyond, beyond), (beyond, beyond)))
+    found = persistently_bright(wide, BrightOverride())
+    np.testing.assert_array_equal(found[:, beyond:-beyond, beyond:-beyond], persistently_bright(scl, BrightOverride()))
+    assert found.sum() == found[:, beyond:-beyond, beyond:-beyond].sum()
+
+
+@pytest.mark.parametrize("side", [1, 8, 30])
+def test_a_cloudy_chip_is_not_mistaken_for_a_mine(side):
+    """Overcast on seven dates of ten, with nothing observed around it."""
+    scl = np.zeros((10, 80, 80), np.uint8)
+    middle = slice(40 - side // 2, 40 - side // 2 + side)
+    scl[:, middle, middle] = 4
+    scl[:7, middle, middle] = 9
+    assert not persistently_bright(scl, BrightOverride()).any()
+
+
 def test_of_two_observations_the_hazy_one_goes():
     use = np.ones((2, 9, 9), bool)
     blue = np.full((2, 9, 9), 400 * 4)

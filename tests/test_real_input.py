@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
 import pystac
+import pytest
 import rasterio
 import stac_geoparquet.arrow
 import xarray as xr
@@ -17,17 +19,22 @@ from shapely.geometry import box
 from minecube.catalog import BANDS
 from minecube.cli import cli
 
+CATALOG = Path(__file__).parents[1] / "catalog"
 HIDDEN = (3, 8, 9, 10)
 """SCL classes that the recipes of these tests mask; 8 and 9 are the worst."""
 
 
-def build(folder, items, outline, epsg, year, bands, assets, resolution=None):
-    """`minecube build` over a folder with its own catalogue, as a user would lay it out; the opened cube."""
+def build(folder, items, outline, epsg, year, bands, assets, resolution=None, recipe=None):
+    """`minecube build` over a folder with its own catalogue, as a user would lay it out; the opened cube.
+
+    The recipe's bands and blocks are those of the test; by default it is a plain mask and the median.
+    """
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow([i.to_dict(transform_hrefs=False) for i in items])
     stac_geoparquet.arrow.to_parquet(table, folder / "items.parquet")
     source = {"title": "t", "kind": "stac-geoparquet", "href": "items.parquet", "collection": "c", "assets": assets}
     source["offset"] = {"applied_flag": "earthsearch:boa_offset_applied"}
-    recipe = {"title": "t", "bands": bands, "mask": [{"classes": list(HIDDEN)}], "block_px": 32, "chunk_px": 16}
+    recipe = recipe or {"title": "t", "mask": [{"classes": list(HIDDEN)}]}
+    recipe = recipe | {"bands": bands, "block_px": 32, "chunk_px": 16}
     (folder / "sources.yaml").write_text(
         yaml.safe_dump({"real": source | ({"resolution_m": resolution} if resolution else {})})
     )
@@ -51,16 +58,20 @@ def composite_by_numpy(stack, scl):
     return np.rint(np.nanmedian(chosen, axis=0)), (rank == 1).sum(axis=0), best
 
 
-def test_openeos_netcdf_of_april_2023(real_data, tmp_path, make):
-    """Twelve dates of which two are clear; 65535 is nodata, though no attribute says so; all bands at 10 m, SCL too."""
+@pytest.fixture(scope="module")
+def april(real_data, tmp_path_factory, make):
+    """openEO's NetCDF of April 2023 as items: twelve dates of which two are clear; all bands at 10 m, SCL too."""
+    folder = tmp_path_factory.mktemp("april")
     with xr.open_dataset(real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False) as data:
-        arrays = {b: data[f"S2-L2A-{b}"].values.astype(np.uint16) for b in ("B04", "B08", "B11", "SCL")}
+        arrays = {b: data[f"S2-L2A-{b}"].values.astype(np.uint16) for b in ("B01", "B04", "B08", "B11", "SCL")}
+        blue = arrays.pop("B01")
         times = data.t.values.astype("datetime64[D]").astype(str)
         left, top = float(data.x[0]) - 5, float(data.y[0]) + 5
         wkt = data.crs.attrs.get("crs_wkt", data.crs.attrs.get("spatial_ref"))
     epsg = rasterio.crs.CRS.from_wkt(wkt).to_epsg()
     assert epsg == 32631
-    arrays = {b: np.where(a == 65535, 0, a) for b, a in arrays.items()}
+    # The file has no B02: the other blue band takes its place.
+    arrays = {b: np.where(a == 65535, 0, a) for b, a in (arrays | {"B02": blue}).items()}
     grid = make.grid(left, top, 64, 66, epsg)
     items = []
     for t, day in enumerate(times):
@@ -68,7 +79,7 @@ def test_openeos_netcdf_of_april_2023(real_data, tmp_path, make):
         assets = {}
         for band, pixels in arrays.items():
             path = make.tif(
-                tmp_path / day / f"{band}.tif", pixels[t], grid, driver="COG", tiled=None, blockxsize=None, blockysize=None
+                folder / day / f"{band}.tif", pixels[t], grid, driver="COG", tiled=None, blockxsize=None, blockysize=None
             )
             assets[band] = pystac.Asset(str(path))
         items.append(
@@ -89,16 +100,36 @@ def test_openeos_netcdf_of_april_2023(real_data, tmp_path, make):
         )
     # 48 x 54 pixels inside the data, on multiples of 60 m.
     outline = box(left + 63, top - 597, left + 537, top - 63)
-    names = {b: b for b in arrays}
-    made = build(tmp_path, items, outline, epsg, 2023, ["B04", "B08", "B11"], names, dict.fromkeys(arrays, 10))
     inside = (..., slice(6, 60), slice(6, 54))
-    stack = np.stack([arrays[b] for b in ("B04", "B08", "B11")], axis=1)[inside]
-    values, count, quality = composite_by_numpy(stack, arrays["SCL"][inside])
-    assert made.reflectance.shape == (3, 54, 48)
+    stack = np.stack([arrays[b] for b in ("B02", "B04", "B08", "B11")], axis=1)[inside]
+    job = (items, outline, epsg, 2023, ["B02", "B04", "B08", "B11"], {b: b for b in arrays}, dict.fromkeys(arrays, 10))
+    return job, stack, arrays["SCL"][inside], times.tolist()
+
+
+def test_openeos_netcdf_of_april_2023(april, tmp_path):
+    """65535 is nodata, though no attribute says so."""
+    job, stack, scl, _ = april
+    made = build(tmp_path, *job)
+    values, count, quality = composite_by_numpy(stack, scl)
+    assert made.reflectance.shape == (4, 54, 48)
     np.testing.assert_array_equal(made.reflectance, values)
     np.testing.assert_array_equal(made.clear_count, count)
     np.testing.assert_array_equal(made.quality, quality)
     assert count.max() >= 2
+
+
+@pytest.mark.parametrize("name", ["annual-median", "annual-geomedian", "summer-bap"])
+def test_the_shipped_recipes_on_april_2023(april, tmp_path, name):
+    """Ten dates of cloud leave no trace: each pixel lies between its values on the two clear dates, and 2 % beyond."""
+    job, stack, _, days = april
+    recipe = yaml.safe_load((CATALOG / "recipes.yaml").read_text())[name]
+    if 4 not in recipe["months"]:
+        recipe |= {"months": [4], "wider_months": [5]}
+    made = build(tmp_path, *job, recipe=recipe)
+    clear = stack[[days.index("2023-04-05"), days.index("2023-04-15")]].astype(float)
+    ours = made.reflectance.values
+    assert ((ours >= 0.98 * clear.min(axis=0)) & (ours <= 1.02 * clear.max(axis=0))).all()
+    assert (made.quality == 1).all()
 
 
 def test_one_real_earth_search_scene(real_data, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
 from minecube.catalog import FALLBACKS, BrightOverride, HazeTest, MaskRule, Recipe
@@ -21,6 +22,7 @@ UInt8 = npt.NDArray[np.uint8]
 Int16 = npt.NDArray[np.int16]
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 
 PIXEL_M = 20
 """Pixel size of all masks, the mission's of SCL."""
@@ -140,13 +142,14 @@ def persistently_bright(scl: UInt8, rule: BrightOverride) -> Bool:
     # The surroundings' own share: their lower quartile, on one pixel of each cell, so that a large mine, itself flagged
     # nearly always, does not raise it.
     half = rule.window_m // (PIXEL_M * CELL)
-    typical = ndimage.percentile_filter(share[::CELL, ::CELL], 25, size=2 * half + 1, mode="nearest")
-    ordinary = share <= _of_cells(typical, share.shape) + 0.2
+    sample = np.where(looks > 0, share, np.nan)[::CELL, ::CELL]
+    ordinary = share <= _of_cells(_lower_quartile_around(sample, half), share.shape) + 0.2
     clear_around = np.empty_like(observed)
     for day in range(len(scl)):
         counted = observed[day] & ordinary
         cells = [window_sum(_cell_sums(layer), half) for layer in (flagged[day] & counted, counted)]
-        clear_around[day] = _of_cells(cells[0] <= rule.around * cells[1], share.shape)
+        # Surroundings that nothing was seen of prove nothing.
+        clear_around[day] = _of_cells((cells[0] <= rule.around * cells[1]) & (cells[1] > 0), share.shape)
     clear_around &= observed
     flagged &= clear_around
     dates = clear_around.sum(axis=0, dtype=np.int32)
@@ -313,6 +316,18 @@ def _grown_sideways(flags: Bool, half: int, width: int) -> Bool:
         flags, out = out, out.copy()
         _or_shifted(out, flags, 0, 1)
         _or_shifted(out, flags, 0, -1)
+    return out
+
+
+def _lower_quartile_around(cells: Floats, half: int) -> Floats:
+    """The lower quartile of the observed cells [y, x] within `half` cells of each; NaN = not observed, here and there."""
+    size = 2 * half + 1
+    rows = sliding_window_view(np.pad(cells, half, constant_values=np.nan), (size, size))
+    out = np.empty_like(cells)
+    for y, windows in enumerate(rows):  # row by row, for the windows of one row are many times the array
+        ranked = np.sort(windows.reshape(cells.shape[1], -1), axis=1)  # NaN last
+        rank = np.count_nonzero(np.isfinite(ranked), axis=1) // 4
+        out[y] = ranked[np.arange(cells.shape[1]), rank]
     return out
 
 
