@@ -113,6 +113,45 @@ def test_a_warped_pixel_does_not_depend_on_the_window_it_is_read_in(tmp_path, ma
             assert np.mean(off > 1) < 0.02
 
 
+GRIDS = {
+    "as it lies": (LEFT, TOP, 60, 60, 32633),
+    "a part, and beyond": (LEFT + 300, TOP + 100, 60, 60, 32633),
+    "another zone": (785160, 5605900, 60, 60, 32632),
+    "half a pixel off": (LEFT + 5, TOP, 50, 50, 32633),
+    "coarse": (LEFT, TOP, 10, 10, 32633, 60),
+}
+
+
+HOW = [32768, 65436, 65535, "mask", "nodata"]
+
+
+# What is made of many pixels at once is told by its own number alone.
+@pytest.mark.parametrize(("where", "how"), [(w, h) for w in GRIDS for h in HOW if w != "coarse" or h == "mask"])
+@pytest.mark.parametrize("resampling", [Resampling.nearest, Resampling.bilinear])
+def test_what_is_not_valid_is_no_pixel_and_mixed_into_none(tmp_path, make, where, how, resampling):
+    """As if the file had zeros there: products have numbers above 32767 and masks with any number beneath."""
+    grid = make.grid(LEFT, TOP, 60, 60)
+    pixels = np.random.default_rng(3).integers(1, 9000, (60, 60)).astype(np.uint16)
+    hidden = np.random.default_rng(4).random((60, 60)) < 0.1
+    zeros = make.tif(tmp_path / "zeros.tif", np.where(hidden, 0, pixels), grid)
+    spoilt = np.where(hidden, how if isinstance(how, int) else 64535, pixels).astype(np.uint16)
+    path = make.tif(tmp_path / "spoilt.tif", spoilt, grid, nodata=64535 if how == "nodata" else None)
+    if how == "mask":
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as out:
+            out.write_mask(~hidden)
+    wanted = make.grid(*GRIDS[where])
+    expected = read(str(zeros), wanted, resampling)
+    np.testing.assert_array_equal(read(str(path), wanted, resampling), expected)
+    assert (expected > 0).mean() > 0.3
+    assert expected.max() < 9000
+
+
+def test_the_brightest_number_that_is_valid(tmp_path, make):
+    grid = make.grid(LEFT, TOP, 3, 1)
+    path = make.tif(tmp_path / "band.tif", np.array([[32766, 32767, 32768]], np.uint16), grid)
+    assert read(str(path), grid).tolist() == [[32766, 32767, 0]]
+
+
 def test_offset_is_removed_without_wrapping():
     raw = np.arange(65536, dtype=np.uint16)
     by_hand = [0 if v == 0 else max(v - 1000, 1) for v in range(65536)]

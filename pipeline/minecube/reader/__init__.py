@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import threading
 import time
@@ -38,7 +39,8 @@ import xarray as xr
 from affine import Affine
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
-from rasterio.enums import Resampling
+from rasterio.enums import MaskFlags, Resampling
+from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window, from_bounds
@@ -77,6 +79,8 @@ _SAME_SIZE = 1e-6  # pixel sizes must agree far better: the difference adds up o
 
 _PLAIN = Access()
 _MOST_PX = 10_980**2  # pixels of a band of a Sentinel-2 tile at 10 m
+_COARSE = 2  # pixels of a file to one of the grid, beyond which it is warped as it lies
+_MOST_DN = 32767  # numbers above are defects and fill values of products: no ground or cloud is so bright
 
 
 @dataclass(frozen=True)
@@ -238,8 +242,9 @@ def read(
     out: UInt16 | None = None,
     origin: str | None = None,
 ) -> UInt16:
-    """One single-band file on the grid: uint16 (y, x), 0 where the file has nothing.
+    """One single-band file on the grid: uint16 (y, x), 0 where the file has nothing valid.
 
+    Not valid are its nodata, what its mask hides, and numbers above 32767; they do not reach what is resampled either.
     Files in the grid's zone whose pixels nest in the grid are read without resampling; `resampling` is for the rest.
 
     Args:
@@ -431,10 +436,10 @@ def _read_nested(
         return _put(np.zeros((height, width), dtype=np.uint16), out)
     window = Window(x0, y0, x1 - x0, y1 - y0)
     _count_stored(src, window, tally)
-    if ratio == 1 and (window.height, window.width) == (height, width) and not src.nodata and src.dtypes[0] == "uint16":
-        whole: UInt16 = src.read(1, window=window, out=out)
-        return whole
-    pixels = _zero_nodata(src.read(1, window=window), src.nodata)
+    whole = ratio == 1 and (window.height, window.width) == (height, width) and src.dtypes[0] == "uint16"
+    pixels = _valid(src, window, out if whole else None)
+    if whole:
+        return pixels
     pixels = pixels.repeat(ratio, axis=0).repeat(ratio, axis=1)
     top, left = y0 * ratio - dy, x0 * ratio - dx  # where the first file pixel falls on the grid; negative: cut
     pixels = pixels[max(-top, 0) :, max(-left, 0) :][: height - max(top, 0), : width - max(left, 0)]
@@ -453,6 +458,30 @@ def _put(pixels: UInt16, out: UInt16 | None) -> UInt16:
 def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally) -> UInt16:
     if src.crs is None:
         raise ReadError(f"{without_query(src.name)}: the file has no CRS, so its pixels cannot be placed on the grid")
+    wkt = grid.crs.to_wkt()
+    around = from_bounds(*transform_bounds(wkt, src.crs, *grid.boundingbox), transform=src.transform)
+    _count_stored(src, around, tally)
+    size = abs(grid.resolution.x) / abs(src.transform.a)
+    if size > _COARSE and MaskFlags.per_dataset not in src.mask_flag_enums[0]:  # too many source pixels to hold
+        warped = _on_grid(src, grid, resampling, src.nodata or 0)
+        return warped * (warped <= _MOST_DN)
+    reach = math.ceil(2 * max(size, 1)) + 1  # pixels that a target's value may come from, beyond the grid's corners
+    x0, x1 = max(math.floor(around.col_off) - reach, 0), min(math.ceil(around.col_off + around.width) + reach, src.width)
+    y0, y1 = max(math.floor(around.row_off) - reach, 0), min(math.ceil(around.row_off + around.height) + reach, src.height)
+    if x0 >= x1 or y0 >= y1:
+        return np.zeros(grid.shape, dtype=np.uint16)
+    window = Window(x0, y0, x1 - x0, y1 - y0)
+    # Only what is valid: a defect would be mixed into its neighbours.
+    with MemoryFile() as memory:
+        profile = {"driver": "GTiff", "count": 1, "dtype": "uint16", "crs": src.crs, "transform": src.window_transform(window)}
+        with memory.open(**profile, width=window.width, height=window.height) as valid:
+            valid.write(_valid(src, window), 1)
+        with memory.open() as valid:
+            return _on_grid(valid, grid, resampling, 0)
+
+
+def _on_grid(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, nodata: float) -> UInt16:
+    """An image resampled to a grid: uint16 [y, x], 0 where it has nothing."""
     height, width = grid.shape
     # How many source pixels a target pixel looks at. GDAL guesses it from the bounding box of the window, so that the same
     # pixel differs by hundreds from window to window (its warp option XSCALE; "may vary among chunks").
@@ -467,7 +496,7 @@ def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tal
         height=height,
         width=width,
         resampling=resampling,
-        src_nodata=src.nodata or 0,
+        src_nodata=nodata,
         nodata=0,
         dtype=src.dtypes[0],
         XSCALE=scale,
@@ -475,9 +504,19 @@ def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tal
         tolerance=tolerance,
     ) as vrt:
         warped: UInt16 = vrt.read(1).astype(np.uint16)
-    around = transform_bounds(grid.crs.to_wkt(), src.crs, *grid.boundingbox)
-    _count_stored(src, from_bounds(*around, transform=src.transform), tally)
     return warped
+
+
+def _valid(src: rasterio.DatasetReader, window: Window, out: UInt16 | None = None) -> UInt16:
+    """The pixels of a window, 0 for nodata, for what the file's mask hides and for numbers out of range."""
+    pixels: UInt16 = src.read(1, window=window, out=out).astype(np.uint16, copy=False)
+    if src.nodata:
+        pixels[pixels == src.nodata] = 0
+    if MaskFlags.per_dataset in src.mask_flag_enums[0]:
+        pixels[src.read_masks(1, window=window) == 0] = 0
+    if pixels.max() > _MOST_DN:
+        pixels[pixels > _MOST_DN] = 0
+    return pixels
 
 
 def _count_stored(src: rasterio.DatasetReader, window: Window, tally: Tally) -> None:
@@ -490,9 +529,3 @@ def _count_stored(src: rasterio.DatasetReader, window: Window, tally: Tally) -> 
     for y in range(y0 // height, -(-y1 // height)):
         for x in range(x0 // width, -(-x1 // width)):
             tally.bytes += int(src.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1) or 0)
-
-
-def _zero_nodata(pixels: npt.NDArray[Any], nodata: float | None) -> UInt16:
-    if nodata:
-        pixels = np.where(pixels == nodata, 0, pixels)
-    return pixels.astype(np.uint16, copy=False)
