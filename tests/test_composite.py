@@ -428,6 +428,23 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
     np.testing.assert_array_equal(made.day_of_year.values, 183 + 3 * date)  # 1 July 2020 is the 183rd day
 
 
+@pytest.mark.parametrize(("reducer", "band"), [("best-pixel", "B02"), ("best-pixel", "B04"), ("max-ndvi", "B04")])
+def test_a_black_pixel_is_chosen_only_where_all_are(archive, make, reducer, band):
+    """Blue of 1 is free of haze, and red of 1 of the highest NDVI there is, on the best day of the year, too."""
+    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
+    many = dataclasses.replace(archive, bands=FOUR)
+    recipe = dataclasses.replace(PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer=reducer, **EVERY[reducer])
+    ground = {"B02": 500, "B04": 700, "B08": 2500, "B11": 1900}
+    better, worse = (ground | {band: np.full((400, 400), ground[band], np.uint16)} for _ in range(2))
+    better[band][:, :170], worse[band][:, :160] = 1, 1
+    worse |= {"B08": 2000}
+    listed = [many.scene("2020-07-24T10:00:00", where, better), many.scene("2020-09-24T10:00:00", where, worse)]
+    made = composite(listed, grid, recipe).compute()
+    day = np.where((np.arange(48) >= 10) & (np.arange(48) < 20), 268, 206)  # black on both, on the better one, on neither
+    np.testing.assert_array_equal(made.day_of_year.values, np.broadcast_to(day, (36, 48)))
+    assert (made.clear_count == 2).all()
+
+
 def test_bands_read_into_the_memory_of_others_are_the_same(archive, make, monkeypatch):
     """One band ahead, against all at once, which share nothing: two tiles a day, clouds, a veil."""
     grid, rng = make.grid(LEFT, TOP, 96, 72), np.random.default_rng(12)

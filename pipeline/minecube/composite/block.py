@@ -207,14 +207,16 @@ class _Block:
         how, rule = self.tools.reducers, self.recipe.best_pixel
         if rule is None or self.away is None:
             red, nir = (finer(self._used(ahead, bands, seen[b], b), self.size(b)) for b in ("B04", "B08"))
-            return how.max_ndvi(red, nir)
+            use = _better_than_black(red != 0, red, nir)
+            return how.max_ndvi(red * use, nir * use)
         same = np.searchsorted(ahead.days, bands.days)
         hazy = (excess[same] / 8e4).astype(np.float32)
         sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
         score = reducers.best_pixel_score(
             self.yeardays[bands.days], finer(self.away[bands.days], MASK_M), finer(hazy, MASK_M), sharp, rule
         )
-        return how.best_pixel(self.inside(score, PIXEL_M), finer(bands.use, MASK_M))
+        looked_at = (finer(self._used(ahead, bands, seen[b], b), self.size(b)) for b in ("B02", "B04"))
+        return how.best_pixel(self.inside(score, PIXEL_M), _better_than_black(finer(bands.use, MASK_M), *looked_at))
 
     def size(self, band: str) -> int:
         """Pixel size in metres at which a band is read."""
@@ -223,6 +225,18 @@ class _Block:
     def inside(self, pixels: npt.NDArray[Any], size_m: int = MASK_M) -> npt.NDArray[Any]:
         """Pixels of that size without the fringe."""
         return cropped(pixels, self.fringe_m // size_m)
+
+
+def _better_than_black(use: Bool, *bands: UInt16) -> Bool:
+    """The observations [day, y, x] in use without those that are black in a band, unless a pixel has no others.
+
+    Products cut what atmospheric correction makes negative at 1. In blue or red that looks free of haze, or full of leaves.
+    """
+    black = np.logical_or.reduce([band <= 1 for band in bands]) & use
+    if not black.any():
+        return use
+    others = use & ~black
+    return np.where(others.any(axis=0), others, use)
 
 
 def _where_chosen(index: Int16, days: int) -> Bool:
