@@ -46,16 +46,16 @@ def told(numbers, scl, carries, decided, overpass=None):
 
 def test_quartile_of_the_others_against_brute_force():
     rng = np.random.default_rng(3)
-    values = rng.permutation(7 * 2 * 40).reshape(7, 2, 40).astype(np.float32) / 4  # no two move more than 300 apart
-    clear = rng.random((7, 40)) < 0.5
+    values = rng.permutation(7 * 2 * 80).reshape(7, 2, 80).astype(np.float32) / 8  # no two move more than 300 apart
+    clear = rng.random((7, 80)) < 0.5
     clear[:, 0], clear[1:, 1] = False, False  # nobody, and one alone
     for n in range(7):
         expected = []
         for band in range(2):
-            for pixel in range(40):
+            for pixel in range(80):
                 others = sorted(values[m, band, pixel] for m in range(7) if m != n and clear[m, pixel])
                 expected.append(others[(len(others) - 1) // 4] if others else np.nan)
-        moved = values[n] - np.reshape(expected, (2, 40))
+        moved = np.where(clear[n], values[n] - np.reshape(expected, (2, 80)), np.nan)
         expected_step = np.nanmedian(moved.mean(axis=0))
         np.testing.assert_allclose(offsets.steps(values, clear)[n], expected_step)
     assert np.isfinite(offsets.steps(values, np.ones_like(clear))).all()
@@ -151,12 +151,39 @@ def test_a_scene_that_contradicts_itself_is_not_accused():
 def test_pixels_that_are_alike_by_chance_tell_nothing():
     """Under cloud some pixels move alike in all bands, each by as much as its cloud is thick."""
     numbers, scl = seen(6, ground())
-    numbers[2], scl[2] = HIGH_CLOUD[:, None], CLOUD
+    numbers[2] = HIGH_CLOUD[:, None]  # which SCL does not see
     thick = np.linspace(650, 1350, 60)
     numbers[2, :, :60] = numbers[3, :, :60] + thick
     assert np.isnan(told(numbers, scl, [0] * 6, [0] * 6)[0][2])
     numbers[2, :, :60] = numbers[3, :, :60] + np.sort(np.append(thick[::2], [1000] * 30))  # half of them by as much
     assert told(numbers, scl, [0] * 6, [0] * 6)[0][2] == 1000
+    scl[2] = CLOUD
+    assert np.isnan(told(numbers, scl, [0] * 6, [0] * 6)[0][2])  # accused on clear pixels of its own only
+
+
+@pytest.mark.parametrize("brightness", [700, 1000, 1300])
+@pytest.mark.parametrize("fields", ["woods", "bare"])
+def test_uniform_cloud_without_short_wave_infrared_is_not_accused(fields, brightness):
+    """A veil of cloud adds its own light and lets through the rest of the ground's: blue, red and near infrared alike."""
+    rng = np.random.default_rng(2)
+    low, high = {"woods": ([200, 150, 2000], [600, 700, 4000]), "bare": ([600, 900, 1300], [1500, 2200, 3000])}[fields]
+    land = rng.uniform(np.reshape(low, (3, 1)), np.reshape(high, (3, 1)), (3, 900))
+    numbers, scl = seen(6, land.astype(np.float32))
+    numbers[2] = brightness + (1 - brightness / 1e4) ** 2 * numbers[2]
+    for of_veil in (VEGETATION, CLOUD):
+        scl[2] = of_veil
+        carried, _ = told(numbers, scl, [0] * 6, [0] * 6)
+        assert carried[2] != 1000
+        assert (np.delete(carried, 2) == 0).all()
+
+
+@pytest.mark.parametrize("carries", [2000, 3000])
+def test_what_no_product_carries_is_not_told(carries):
+    numbers, scl = seen(6, ground(brighter=1500))
+    scl[:] = BARE
+    carried, above = told(numbers, scl, [0, 0, carries, 0, 0, 0], [0] * 6)
+    assert np.isnan([carried[2], above[2]]).all()
+    assert (np.delete(carried, 2) == 0).all()
 
 
 def test_neighbours_of_an_overpass_tell_what_is_under_cloud():
@@ -308,10 +335,10 @@ def check(scene, conflict, should_be, step=1000.0):
 
 @pytest.fixture
 def three(place):
-    """A right scene, one that another offset fits, one that none fits; and what was found of them."""
+    """A right scene and two that another offset fits, and what was found of them."""
     _, scene = place
     listed = [scene(when) for when in DAYS[:3]]
-    return listed, [check(listed[0], False, None, 3.0), check(listed[1], True, -1000), check(listed[2], True, None)]
+    return listed, [check(listed[0], False, None, 3.0), check(listed[1], True, -1000), check(listed[2], True, -1000, 990.0)]
 
 
 def test_policies(three, caplog):
@@ -319,8 +346,8 @@ def test_policies(three, caplog):
     assert resolve(listed, checks, "warn") == listed
     assert resolve(listed, checks, "drop") == listed[:1]
     fixed = resolve(listed, checks, "fix")
-    assert [s.id for s in fixed] == [s.id for s in listed[:2]]
-    assert [s.properties["minecube:offset"] for s in fixed] == [0, -1000]
+    assert [s.id for s in fixed] == [s.id for s in listed]
+    assert [s.properties["minecube:offset"] for s in fixed] == [0, -1000, -1000]
     assert "its pixels say -1000" in fixed[1].properties["minecube:offset_reason"]
     assert listed[1].properties["minecube:offset"] == 0  # the caller's own is as it was
     assert [r.getMessage().rpartition("(")[2] for r in caplog.records] == [
@@ -329,12 +356,12 @@ def test_policies(three, caplog):
     with pytest.raises(SceneError, match=r"2 of 3 scenes .*-1000 would fit.*--on-offset-conflict"):
         resolve(listed, checks, "fail")
     with pytest.raises(SceneError, match="all 1 scenes"):
-        resolve(listed[2:], checks[2:], "fix")
+        resolve(listed[2:], checks[2:], "drop")
     assert resolve(listed[:1], checks[:1], "fail") == listed[:1]
     assert resolve([], [], "drop") == []
     assert offsets.as_rows(checks) == [
         {"scene": listed[1].id, "offset": 0, "step": 1000.0, "should_be": -1000},
-        {"scene": listed[2].id, "offset": 0, "step": 1000.0, "should_be": None},
+        {"scene": listed[2].id, "offset": 0, "step": 990.0, "should_be": -1000},
     ]
 
 

@@ -3,10 +3,11 @@
 Providers' flags are wrong on some scenes, and for months at a time (Element 84's issues earth-search 66 and 71,
 cirrus-earth-search 33). A stored number is reflectance x 10000, or that plus 1000; which of the two, pixels say:
 
-    step      By how much a scene is brighter than the others are where they are clear: the median over the pixels on which
-              all its bands moved alike, to within 300, if half of those agree as well. A wrong offset moves all bands of all
-              pixels by 1000; cloud, haze, snow, shadow and seasons move them differently. So scenes fall into groups 1000
-              apart, whichever of them are right.
+    step      By how much a scene is brighter than the others are where it and they are clear: the median over the pixels on
+              which all its bands moved alike, to within 300, if half of those agree as well. A wrong offset moves all bands
+              of all pixels by 1000; haze, snow, shadow and seasons move them differently. So scenes fall into groups 1000
+              apart, whichever of them are right. A veil of cloud may move all bands alike where none is of the short-wave
+              infrared, but it takes the ground's contrast away, as no offset does.
     level     The darkest group carries nothing if its darkest ground, less 1000, would be darker than black, however few
               scenes it has. If not, and there is one group only, it carries 1000 if things grow and yet nothing is darker
               than 0.1, as leaves are. Where neither proves it, as on bright desert, the level is the one that contradicts
@@ -16,7 +17,8 @@ cirrus-earth-search 33). A stored number is reflectance x 10000, or that plus 10
     overpass  What is left is told by another tile of its overpass, which saw the same ground or cloud: where both have it
               they differ by nothing or by 1000, and then the brighter carries it.
 
-A scene that is all cloud and has no such neighbour can be told by nobody: its step is None, and it is not accused.
+A scene that is all cloud and has no such neighbour can be told by nobody: its step is None, and it is not accused. Nor is one
+that would carry what no product carries: something else is wrong with it.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ _UNSEEN, _CLEAR, _VEGETATION = (0, 1), (2, 4, 5, 6), 4  # SCL: no data and defec
 _PIXELS = 40_000  # the place is looked at in no more: 20 m where it is 4 km wide, by overviews where it is 100
 _ALIKE = 300  # cloud that brightens B12 by 1000 brightens B02 by 2400
 _NEAR = 250  # 98 % of right steps lie from about -60 to 250; in between lies thin cloud, and with 400 some is accused
+_CONTRAST = 0.87  # a veil that adds 750 or more lets through less of the ground's contrast: (1 - 0.075) ** 2
 _ENOUGH = 20  # pixels that a comparison needs
 _BLACK = -300  # reflectance x 10000; water and shade of correct products may be some way below 0
 _LEAF, _GREEN = 1000, 0.05  # vegetation is darker in blue or red; the share of the ground that has to be vegetation
@@ -76,12 +79,11 @@ class Check:
     cannot be told."""
     conflict: bool
     should_be: int | None
-    """The offset that would agree; None where there is no conflict, or no offset that would."""
+    """The offset that would agree; None where there is no conflict."""
 
     def __str__(self) -> str:
-        better = f"{self.should_be} would fit" if self.should_be is not None else "no offset would fit"
-        there = "" if self.step is None else f", {self.step:+.0f} against the scenes around it"
-        return f"{self.scene}: offset {self.offset} contradicts its pixels{there}; {better}"
+        there = f"{self.step:+.0f} against the scenes around it"
+        return f"{self.scene}: offset {self.offset} contradicts its pixels, {there}; {self.should_be} would fit"
 
 
 def check_offsets(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None) -> list[Check]:
@@ -105,7 +107,7 @@ def check_offsets(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | 
                 offset=offset,
                 step=round(float(step), 1) if np.isfinite(carries) else None,
                 conflict=conflict,
-                should_be=-int(carries) if conflict and carries in (0, OFFSET) else None,
+                should_be=-int(carries) if conflict else None,
             )
         )
     return checks
@@ -129,7 +131,7 @@ def resolve(scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str)
     for scene, check in zip(scenes, checks, strict=True):
         if not check.conflict or policy == "warn":
             kept.append(scene)
-        elif policy == "fix" and check.should_be is not None:
+        elif policy == "fix":
             mended = scene.clone()
             mended.properties["minecube:offset"] = check.should_be
             mended.properties["minecube:offset_reason"] += f"; but its pixels say {check.should_be} (step {check.step})"
@@ -167,7 +169,7 @@ def _read(scenes: Sequence[pystac.Item], grid: GeoBox, bands: Sequence[str], led
 
 
 def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str]) -> tuple[Floats, Floats]:
-    """What scenes carry on top of reflectance, by the module's rule: 0 or 1000, or another number where neither fits.
+    """What scenes carry on top of reflectance, by the module's rule: 0 or 1000.
 
     Args:
         stored: [scene, band, pixel], two bands or more, NaN where not observed.
@@ -193,6 +195,8 @@ def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str
         carried = OFFSET * (level + shift)
         above = carried + step
         carried[black & (carried > 0)] = np.nan  # its own pixels contradict each other
+    impossible = np.isfinite(carried) & ~np.isin(carried, (0, OFFSET))
+    carried[impossible] = np.nan
     lone = black & np.isnan(above)
     carried[lone], above[lone] = 0, dark[lone] - np.nan_to_num(base)
     _tell_by_overpass(stored, overpass, carried, above)
@@ -218,21 +222,21 @@ def levels(stored: Float, clear: Bool, black: Bool, decided: Ints) -> tuple[Floa
 
 
 def steps(ground: Float, clear: Bool) -> Floats:
-    """By how much each scene [scene, band, pixel] is brighter than the others where they are clear; NaN if few pixels tell."""
+    """By how much each scene [scene, band, pixel] is brighter than the others where all are clear; NaN if few pixels tell."""
     found = np.full(len(ground), np.nan)
     if len(ground) < 2:
         return found
     ranked, counts = _ranked(ground, clear), clear.sum(axis=0)
     below, above = (_quartile(ranked, counts - 1, further) for further in (0, 1))
-    of_all = _quartile(ranked, counts)
     for n, ours in enumerate(ground):
         # The lower quartile without this scene: what stood next, where this one stands at or below it.
-        theirs = np.where(clear[n], np.where(ours <= below, above, below), of_all)
-        moved = ours - theirs
+        theirs = np.where(ours <= below, above, below)
+        moved = np.where(clear[n] & (counts > 1), ours - theirs, np.float32(np.nan))
         alike = np.ptp(moved, axis=0) <= _ALIKE
         if alike.sum() >= _ENOUGH:
             low, middle, high = np.percentile(moved[:, alike].mean(axis=0), (25, 50, 75))
-            found[n] = middle if high - low <= _ALIKE else np.nan
+            veiled = middle > _NEAR and ours[:, alike].std() < _CONTRAST * theirs[:, alike].std()
+            found[n] = middle if high - low <= _ALIKE and not veiled else np.nan
     return found
 
 
