@@ -150,13 +150,14 @@ def run_pair(first: Sequence[str], second: Sequence[str], store: str, delay_s: f
 
 
 def _start(words: Sequence[str], store: str, folder: Path, gate: Any, delay_s: float) -> Any:
-    process = _FORK.Process(target=_command, args=([*words, "--store", store], folder, gate, delay_s))
+    process = _FORK.Process(target=_command, args=([*words, "--store", store], folder, gate, delay_s, dict(os.environ)))
     process.start()
     return process
 
 
-def _command(words: Sequence[str], folder: Path, gate: Any, delay_s: float) -> None:
+def _command(words: Sequence[str], folder: Path, gate: Any, delay_s: float, environment: dict[str, str]) -> None:
     """Run a command in this process, which ends with it."""
+    os.environ |= environment  # the server that forks keeps that of its start, before there was an object store
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     torch.set_num_threads(1)
