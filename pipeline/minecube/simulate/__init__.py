@@ -64,6 +64,10 @@ class World:
     """Each site is listed by one style, in turn; otherwise every site by every style."""
     wrong_flags: float = 0.0
     """Share of Earth Search's items, from baseline 04.00 on, whose flag says the wrong thing about the offset."""
+    scl_errors: bool = False
+    """As in real archives, SCL errs on whole dates, the clearest among them, and leaves the edges of clouds unclassified."""
+    shifts: bool = False
+    """As in real archives, scenes lie metres beside each other, until 2021 more so."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -176,7 +180,7 @@ def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[st
     """Write a site-year with its truth; what comes back are its items by style, each with the product it lists."""
     ground = ground_of(place.land, year)
     longitude = place.grid.geographic_extent.centroid.coords[0][0]
-    passes = overpasses(place.draw, longitude, year, world.dates(year), world.winter_dates)
+    passes = overpasses(place.draw, longitude, year, world.dates(year), world.winter_dates, world.scl_errors, world.shifts)
     sky: dict[np.datetime64, UInt8] = {}
     items: dict[str, list[tuple[Item, Product]]] = {source.id: [] for source in place.listed_by}
     with ThreadPoolExecutor(_WRITERS) as writers:

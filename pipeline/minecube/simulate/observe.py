@@ -47,6 +47,8 @@ def observe(draw: Draw, grid: GeoBox, canvas: GeoBox, ground: Ground, overpass: 
     half = at_resolution(canvas, SCL_M)
     sky = sky_of(draw, half.shape.yx, overpass, azimuth, elevation)
     astray = rng.uniform(-0.4, 0.4, 2) * (rng.random() < 0.4)
+    if overpass.astray_px:
+        astray = np.clip(draw("astray", overpass.day).normal(0, overpass.astray_px, 2), -0.99, 0.99)
     spectra = ground.patches.spectra(overpass.day.timetuple().tm_yday)
     counts: dict[str, Counts] = {}
     clean_20: dict[str, Float] = {}

@@ -23,6 +23,8 @@ SEASON = (4, 10)
 SCL_M = 20
 OFFSET_DAY = date(2022, 1, 25)
 """Baseline 04.00: from here on every new product carries BOA_ADD_OFFSET (Sentinel-2 PSD 14.9)."""
+REFINED = date(2021, 3, 30)
+"""Baseline 03.00: from here on scenes of Europe are fitted to the Global Reference Image."""
 _CYCLE = timedelta(days=10)  # 143 orbits
 # One acquisition per satellite and relative orbit that really took place; all others follow from the cycle. Two orbits
 # three days apart, whose swaths overlap.
@@ -62,6 +64,14 @@ class Overpass:
     """The neighbouring zone's tile is listed."""
     gap: bool
     """The catalogue lacks the own-zone tile on the side where the neighbouring zone's is."""
+    astray_px: float | None
+    """Standard deviation, on either axis, of how far the scene lies beside its place; None where two in five lie beside it."""
+    edges_unclassified: bool
+    """SCL leaves most of a cloud's edges unclassified."""
+    false_cirrus: bool
+    """SCL calls most of the clear ground cirrus."""
+    unseen_cirrus: bool
+    """Thin cirrus, each band's streaks elsewhere, that SCL does not see at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +99,13 @@ class Warp:
     """Where the site's 10 m pixels lie on the tile's 20 m ones."""
 
 
-def overpasses(draw: Draw, longitude: float, year: int, dates: int, winter: int) -> list[Overpass]:
+def overpasses(
+    draw: Draw, longitude: float, year: int, dates: int, winter: int, scl_errors: bool = False, shifts: bool = False
+) -> list[Overpass]:
     """The acquisitions of a year, by day: `dates` within the season, half on either orbit, and `winter` with snow about.
 
-    At most `dates_possible(year)` within the season, and as many winter dates as there were passes.
+    At most `dates_possible(year)` within the season, and as many winter dates as there were passes. See `World` for
+    errors and shifts.
     """
     rng = draw("passes", year)
     cover = _season(rng, year, FULL, -(-dates // 2)) | _season(rng, year, CUT, dates // 2)
@@ -103,6 +116,7 @@ def overpasses(draw: Draw, longitude: float, year: int, dates: int, winter: int)
     made = []
     for number, (day, satellite, orbit) in enumerate(sorted(cover)):
         known_day, known_orbit = _KNOWN[satellite, orbit]
+        at = clearest.index((day, satellite, orbit)) if (day, satellite, orbit) in clearest else None
         sensed = datetime(day.year, day.month, day.day, 10, 30) - timedelta(hours=longitude / 15)
         made.append(
             Overpass(
@@ -115,9 +129,13 @@ def overpasses(draw: Draw, longitude: float, year: int, dates: int, winter: int)
                 cover=cover[day, satellite, orbit],
                 snow=day.month in _SNOW,
                 # A clear one, so that both halves are needed.
-                split=(day, satellite, orbit) == clearest[min(1, len(clearest) - 1)],
+                split=at == min(1, len(clearest) - 1),
                 neighbour=number % 3 == 0,
                 gap=number % 6 == 3,
+                astray_px=(0.5 if day < REFINED else 0.17) if shifts else None,
+                edges_unclassified=scl_errors,
+                false_cirrus=scl_errors and at == 0,
+                unseen_cirrus=scl_errors and at == 2,
             )
         )
     return made

@@ -19,6 +19,11 @@ UInt8 = npt.NDArray[np.uint8]
 # a shadow is the blue sky.
 _SCATTER = np.array([1.0, 0.92, 0.82, 0.76, 0.68, 0.63, 0.56, 0.5, 0.24, 0.15], dtype=np.float32)
 _SHADE = np.array([0.46, 0.52, 0.57, 0.6, 0.63, 0.65, 0.67, 0.68, 0.72, 0.74], dtype=np.float32)
+# Bands look at one spot one after the other, from angles that differ: how far apart they see a cloud at 10 km, in 20 m pixels
+# along the track, and how strongly its ice scatters.
+_PARALLAX_PX = (0, 4, 8, 10, 11, 12, 2, 13, 15, 18)
+_ICE = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.98, 0.95, 0.5, 0.4], dtype=np.float32)
+_FALSE_CIRRUS = 0.6  # of clear ground, on a date of that
 _MARGIN_PX = 100  # clouds this far outside still throw their shadow inside
 VISIBLE = 0.02
 """A pixel is contaminated where cloud, halo, haze, shadow or snow moves its reflectance by more than this in any band."""
@@ -37,6 +42,8 @@ class Sky:
     shadow: Float
     snow: Float
     """Share of the ground under snow."""
+    cirrus: Float
+    """Opacity of high thin cloud, which each band sees elsewhere and SCL not at all."""
     veil_missed: bool
     """SCL sees only the thickest of the veil on this date."""
 
@@ -52,6 +59,8 @@ class Sky:
         seen *= 1 - _SHADE[band] * at(self.shadow)
         if self.veil.any():
             seen += _SCATTER[band] * at(self.veil) * (cloud - seen)
+        if self.cirrus.any():
+            seen += _ICE[band] * at(np.roll(self.cirrus, _PARALLAX_PX[band], axis=0)) * (cloud - seen)
         seen += at(self.cloud) * (cloud * at(self.white) - seen)
         return seen
 
@@ -86,15 +95,24 @@ def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: floa
         veil=np.clip(strength * (thin + 0.3), 0, 0.4).astype(np.float32),
         shadow=shadow * (1 - cloud[inner]),
         snow=np.clip(snow, 0, 0.97).astype(np.float32),
+        cirrus=_cirrus(draw("cirrus", overpass.day), shape) if overpass.unseen_cirrus else np.zeros(shape, np.float32),
         veil_missed=bool(rng.random() < 0.25),
     )
+
+
+def _cirrus(rng: np.random.Generator, shape: tuple[int, int]) -> Float:
+    """Streaks four times as long as wide over a thin layer: float32 [y, x]."""
+    height, width = shape
+    streaks = fractal(rng, (height, -(-width // 4)), 12, slope=2.4).repeat(4, axis=1)[:, :width]
+    opacity: Float = np.clip(np.float32(0.06) + np.float32(0.05) * streaks, 0, 0.3)
+    return opacity
 
 
 def classify(draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: dict[str, Float]) -> UInt8:
     """The scene classification of one date as Sen2Cor would make it, errors included: uint8 [y, x] at 20 m, no 0.
 
     It misses the halo of clouds and, on some dates, thin cloud; it calls dazzling mine ground cloud on nearly every date; it
-    takes some dark water for shadow and some shadow for dark ground.
+    takes some dark water for shadow and some shadow for dark ground. On some overpasses it errs on the whole date.
 
     Args:
         draw: the site's generators.
@@ -119,7 +137,12 @@ def classify(draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: di
     fooled = rng.random() < 0.97
     dazzled = (halved(ground.dazzling) > 0.2) & (noise[1] < 0.97) & fooled
     scl[dazzled] = np.where(halved(ground.shade)[dazzled] > 1, 9, 8)
-    scl[(sky.cloud > 0.14) & (noise[1] < 0.5)] = 7
+    if overpass.false_cirrus:
+        alarm = fractal(draw("alarm", overpass.day), scl.shape, 60)
+        scl[(alarm > np.quantile(alarm, 1 - _FALSE_CIRRUS)) & np.isin(scl, (2, 4, 5, 6))] = 10
+    scl[(sky.cloud > 0.14) & (noise[1] < (0.9 if overpass.edges_unclassified else 0.5))] = 7
     scl[sky.cloud > 0.3] = 8
     scl[sky.cloud > 0.6] = 9
+    if overpass.edges_unclassified:
+        scl[(sky.cloud > 0.3) & (sky.cloud <= 0.8) & (noise[0] < 0.5)] = 7
     return scl
