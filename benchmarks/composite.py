@@ -50,6 +50,8 @@ from minecube.composite import composite, masks, reducers, registration
 from minecube.composite.needs import days_of, in_mosaic_order
 from minecube.grid import at_resolution, grid_of
 from minecube.reader import Ledger, fetched, stack
+from minecube.scenes import veils
+from minecube.scenes.looks import look_at
 from minecube.simulate import World, simulate
 
 DATES, SIDE, WIDE = 40, 1024, 2048
@@ -553,6 +555,8 @@ def oracle(used: Sequence[pystac.Item], grid: GeoBox, sky: xr.DataArray) -> np.n
 def made_by(year: SiteYear, recipe: Recipe) -> xr.Dataset:
     """The composite of a recipe."""
     used = scenes.select(year.scenes, dataclasses.replace(recipe, min_dates=1))
+    if recipe.haze:
+        used = veils.judged(used, look_at(used, year.grid), recipe.haze)
     if recipe.registration:
         used = registration.registered(used, registration.shifts(used, year.grid), recipe.registration)
     return composite(used, year.grid, recipe, year=year.year).load()

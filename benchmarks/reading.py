@@ -40,6 +40,7 @@ from minecube.composite import composite
 from minecube.grid import at_resolution, grid_of
 from minecube.reader import Ledger, fetched, stack
 from minecube.scenes import offsets
+from minecube.scenes.looks import look_at
 from minecube.simulate import World, simulate
 
 SERVER = Path(__file__).parents[1] / "tests" / "range_server.py"
@@ -289,7 +290,7 @@ def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict
             for year in (2020, 2022):
                 found = scenes.search(site, year, source).scenes
                 used = {s.id for s in scenes.select(found, recipe)}
-                checks = offsets.check_offsets(found, grid_of(site))
+                checks = offsets.check_offsets(found, look_at(found, grid_of(site)))
                 rows += [(c.scene in used, c.offset != -carried[c.scene], c.conflict, c.step) for c in checks]
     table = pd.DataFrame(rows, columns=["used", "wrong", "conflict", "step"])
     used = table[table.used]

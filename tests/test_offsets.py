@@ -14,6 +14,7 @@ from minecube.catalog import load_recipes, load_sources
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.scenes import offsets
+from minecube.scenes.looks import coarse_of, look_at
 from minecube.scenes.offsets import Check, carried_by, check_offsets, resolve
 from minecube.simulate import World, simulate
 
@@ -35,6 +36,10 @@ def seen(n, land, cover=0.0, seed=1):
     cloudy = rng.random((n, land.shape[1])) < cover
     numbers = np.where(cloudy[:, None], HIGH_CLOUD[:, None] * rng.uniform(0.8, 1.1, (n, 1, land.shape[1])), numbers)
     return numbers.astype(np.float32), np.where(cloudy, CLOUD, VEGETATION).astype(np.uint16)
+
+
+def checked(listed, grid):
+    return check_offsets(listed, look_at(listed, grid))
 
 
 def told(numbers, scl, carries, decided, overpass=None):
@@ -255,7 +260,7 @@ def summary(checks):
 def test_two_scenes_of_which_one_is_wrong(place):
     grid, scene = place
     for carried, offset, should_be in ((1000, 0, -1000), (0, -1000, 0)):
-        checks = check_offsets([scene(DAYS[0]), scene(DAYS[1], carried, offset)], grid)
+        checks = checked([scene(DAYS[0]), scene(DAYS[1], carried, offset)], grid)
         assert summary(checks) == [(False, None), (True, should_be)]
         assert checks[0].step == pytest.approx(0, abs=40)
         assert checks[1].step == pytest.approx(1000 + 2 * offset, abs=40)  # below black where it was taken off twice
@@ -264,20 +269,20 @@ def test_two_scenes_of_which_one_is_wrong(place):
 
 def test_one_scene_alone(place):
     grid, scene = place
-    assert summary(check_offsets([scene(DAYS[0])], grid)) == [(False, None)]
-    assert summary(check_offsets([scene(DAYS[0], 1000, -1000)], grid)) == [(False, None)]
-    assert summary(check_offsets([scene(DAYS[0], 0, -1000)], grid)) == [(True, 0)]
-    assert check_offsets([], grid) == []
+    assert summary(checked([scene(DAYS[0])], grid)) == [(False, None)]
+    assert summary(checked([scene(DAYS[0], 1000, -1000)], grid)) == [(False, None)]
+    assert summary(checked([scene(DAYS[0], 0, -1000)], grid)) == [(True, 0)]
+    assert checked([], grid) == []
 
 
 def test_overcast_alone_and_with_a_neighbour(place):
     grid, scene = place
     clear = [scene(when) for when in DAYS[:4]]
     overcast = scene(DAYS[5], 0, -1000, cloud=True)
-    assert summary(check_offsets([*clear, overcast], grid)) == [(False, None)] * 5
-    assert check_offsets([*clear, overcast], grid)[4].step is None
+    assert summary(checked([*clear, overcast], grid)) == [(False, None)] * 5
+    assert checked([*clear, overcast], grid)[4].step is None
     beside = scene(DAYS[5], cloud=True, tile="33UVR", carried=1000)
-    checks = check_offsets([*clear, overcast, beside], grid)
+    checks = checked([*clear, overcast, beside], grid)
     assert summary(checks)[4:] == [(True, 0), (True, -1000)]
 
 
@@ -286,7 +291,7 @@ def test_desert(place):
     for carried, offset, should_be in ((1000, 0, -1000), (0, -1000, 0)):
         dry = [scene(d, brighter=1200, scl=BARE) for d in DAYS]
         dry[7] = scene(DAYS[7], carried, offset, brighter=1200, scl=BARE)
-        found = summary(check_offsets(dry, grid))
+        found = summary(checked(dry, grid))
         assert found.pop(7) == (True, should_be)
         assert found == [(False, None)] * 17
 
@@ -301,7 +306,7 @@ def test_defective_pixels_are_not_ground(place):
         pixels = file.read(1)
         pixels[:20] = 1
         file.write(pixels, 1)
-    checks = check_offsets(listed, grid)
+    checks = checked(listed, grid)
     assert summary(checks) == [(False, None)] * 5
     assert checks[4].step == pytest.approx(0, abs=40)
 
@@ -311,9 +316,9 @@ def test_bands_that_there_are(place, archive):
     grid, scene = place
     pair = [scene(DAYS[0]), scene(DAYS[1], 1000, 0)]
     del pair[1].assets["B02"]
-    assert summary(check_offsets(pair, grid)) == [(False, None), (True, -1000)]
+    assert summary(checked(pair, grid)) == [(False, None), (True, -1000)]
     del pair[0].assets["B04"]
-    checks = check_offsets(pair, grid)
+    checks = checked(pair, grid)
     assert summary(checks) == [(False, None)] * 2
     assert [c.step for c in checks] == [None, None]
 
@@ -321,7 +326,7 @@ def test_bands_that_there_are(place, archive):
 @pytest.mark.parametrize("side", [30, 60, 384, 1500, 11000])
 def test_large_places_are_seen_coarsely(side, make):
     fine = make.grid(360000, 5600040, side, side // 2)
-    coarse = offsets._coarse(fine)
+    coarse = coarse_of(fine)
     assert coarse.resolution.x % 20 == 0
     assert np.prod(coarse.shape) < 42_000
     assert coarse.shape[0] * coarse.resolution.x >= fine.shape[0] * 10
@@ -394,7 +399,7 @@ def test_real_dates_of_april_2023(real_data, tmp_path, make):
             }
             when = np.datetime64(f"{day}T10:50:31").astype(object)
             listed.append(pystac.Item(day, None, None, when, properties, assets=assets))
-        return [n for n, c in enumerate(check_offsets(listed, grid)) if c.conflict]
+        return [n for n, c in enumerate(checked(listed, grid)) if c.conflict]
 
     assert clear[clearest].min() > 0.5
     assert found([], tmp_path / "right") == []
@@ -415,13 +420,13 @@ def test_simulated_years(tmp_path, make):
         for year in world.years:
             listed = list(scenes.search(site, year, source).scenes)
             used = scenes.select(listed, load_recipes()["annual-median"])
-            for check in check_offsets(used, grid_of(site)):
+            for check in checked(used, grid_of(site)):
                 right = -int(truth.carried[check.scene])
                 assert check.should_be == (None if check.offset == right else right), check
                 assert check.conflict == (check.offset != right), check
                 wrong += check.conflict
                 untold += check.step is None
-            for check in check_offsets(listed, grid_of(site)):
+            for check in checked(listed, grid_of(site)):
                 assert not check.conflict or check.should_be == -int(truth.carried[check.scene]), check
     assert wrong >= 10
     assert untold <= 2

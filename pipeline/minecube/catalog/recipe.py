@@ -89,9 +89,13 @@ class HazeTest:
     """By how much blue - red / 2 exceeds the pixel's own lower quartile of the year; reflectance."""
     window_m: int = 60
     """Side of the window over which the excess is averaged."""
+    date_excess: float | None = 0.0125
+    """The median excess over a whole date above which it is under thin cloud, and below which SCL's cirrus is none; None asks
+    about no date."""
 
     def __post_init__(self) -> None:
-        need(0 < self.excess < 1, "excess", f"a reflectance above 0 and below 1, found {self.excess}")
+        for field, value in (("excess", self.excess), ("date_excess", self.date_excess)):
+            need(value is None or 0 < value < 1, field, f"a reflectance above 0 and below 1, found {value}")
         need(0 < self.window_m <= 500, "window_m", f"1..500 metres, found {self.window_m}")
 
 

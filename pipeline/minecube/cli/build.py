@@ -20,7 +20,8 @@ from minecube.composite import Tools, composite, plan, registration
 from minecube.errors import CatalogError, MinecubeError, SceneError
 from minecube.grid import grid_of
 from minecube.reader import Ledger, check_credentials, interrupted
-from minecube.scenes import offsets, snapshot
+from minecube.scenes import offsets, snapshot, veils
+from minecube.scenes.looks import look_at
 
 log = logging.getLogger(__name__)
 
@@ -147,10 +148,14 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         return replace(done, scenes=len(used), days=len(scenes.dates(used)), message=gaps, seconds=time.monotonic() - start)
     lossy = job.min_read_completeness < 1
     looks = Ledger(lossy=lossy)
-    checks = offsets.check_offsets(chosen, grid, looks)
+    look = look_at(chosen, grid, looks)
+    checks = offsets.check_offsets(chosen, look)
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
     left_out = dict.fromkeys(_lacking(chosen, used), "offset")
     provenance |= {"offset_conflicts": offsets.as_rows(checks), "offset_untold": [c.scene for c in checks if c.step is None]}
+    if job.recipe.haze:
+        used = veils.judged(used, look.of(used), job.recipe.haze)
+        provenance["scl_errors"] = veils.as_rows(used)
     if job.recipe.registration:
         moved = registration.shifts(used, grid, looks)
         registered = registration.registered(used, moved, job.recipe.registration)

@@ -36,6 +36,7 @@ BLOCK_BYTES = 1_000_000_000
 """Memory a block may take; one that would take more, for the number of its dates, is made in parts."""
 _SMALLEST_PX = 48  # a block is not cut further
 _STRIP_PX = 32  # rows whose bands of all dates are laid side by side at a time
+SCL_IS = "minecube:scl"  # how a scene's classification errs as a whole, as the stage of scenes found
 _CLEAR_KINDS = (CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
 
 
@@ -102,7 +103,8 @@ class _Block:
         of_scl = at_resolution(wide, MASK_M)
         reads = deque(begin(s, SCL, of_scl, ledger) for s in scenes)
         try:
-            owner, day_scl = masks.mosaic((reads.popleft().result().astype(np.uint8) for _ in scenes), days)
+            classes = (masks.corrected(reads.popleft().result().astype(np.uint8), s.properties.get(SCL_IS)) for s in scenes)
+            owner, day_scl = masks.mosaic(classes, days)
         finally:
             for read in reads:
                 read.cancel()

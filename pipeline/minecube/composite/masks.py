@@ -30,6 +30,7 @@ CELL = 4
 """Pixels a side of the cells on which the surroundings of bright ground are looked at: 80 m, against windows of 600 m."""
 CLEAR, UNUSABLE = 1, 255
 _CLOUD, _NODATA = (8, 9), 0
+_CLEAR_CLASSES, _BARE, _CIRRUS = (2, 4, 5, 6, 7), 5, 10
 
 
 def mosaic(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
@@ -54,6 +55,14 @@ def mosaic(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
         np.copyto(owner[day], i, where=free)
         np.copyto(day_scl[day], layer, where=free)
     return owner, day_scl
+
+
+def corrected(scl: UInt8, error: str | None) -> UInt8:
+    """The classes of a scene whose SCL errs as a whole: of one that is `veiled`, what is clear is thin cirrus; of one with
+    `no cirrus`, cirrus is bare ground."""
+    if error == "veiled":
+        return np.where(_among(scl, _CLEAR_CLASSES), np.uint8(_CIRRUS), scl)
+    return np.where(scl == _CIRRUS, np.uint8(_BARE), scl) if error == "no cirrus" else scl
 
 
 def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int], opinion: UInt8 | None = None) -> UInt8:

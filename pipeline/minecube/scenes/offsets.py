@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,24 +32,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pystac
-from affine import Affine
-from odc.geo.geobox import GeoBox
 
-from minecube.catalog import SCL
 from minecube.errors import SceneError
-from minecube.reader import Ledger, fetched, stack
+from minecube.scenes.looks import CLEAR, Look
 
 log = logging.getLogger(__name__)
 
 POLICIES = ("warn", "fix", "drop", "fail")
 """What becomes of a scene in conflict: kept as it is, read with the other offset, left out, or the end of its site-year."""
 OFFSET = 1000
-_BANDS = ("B02", "B04", "B12", "B11", "B03", "B05", "B06", "B07", "B08", "B8A")
-"""The three first that all scenes have: far apart in the spectrum, so that cloud and snow move them differently."""
-_UNSEEN, _CLEAR, _VEGETATION = (0, 1), (2, 4, 5, 6), 4  # SCL: no data and defective; dark, vegetation, bare, water; vegetation
+_VEGETATION = 4
 # Measured on 11 simulated archives, 5040 scenes with 5 to 60 % of flags wrong: no right one is accused with _ALIKE from 200 to
 # 400, _NEAR from 200 to 300, _ENOUGH from 10 to 40 or _BLACK from -400 to -200, and hardly fewer wrong ones are found.
-_PIXELS = 40_000  # the place is looked at in no more: 20 m where it is 4 km wide, by overviews where it is 100
 _ALIKE = 300  # cloud that brightens B12 by 1000 brightens B02 by 2400
 _NEAR = 250  # 98 % of right steps lie from about -60 to 250; in between lies thin cloud, and with 400 some is accused
 _CONTRAST = 0.87  # a veil that adds 750 or more lets through less of the ground's contrast: (1 - 0.075) ** 2
@@ -86,18 +79,13 @@ class Check:
         return f"{self.scene}: offset {self.offset} contradicts its pixels, {there}; {self.should_be} would fit"
 
 
-def check_offsets(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None) -> list[Check]:
-    """One check a scene, in the order given; reads SCL and three bands of each, coarsely.
-
-    Raises:
-        ReadError: a pixel that cannot be read, where the ledger does not allow it.
-    """
-    bands = [b for b in _BANDS if all(b in s.assets for s in scenes)][:3]
+def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
+    """One check a scene, in the order given, from a coarse look at them."""
     offsets = np.array([int(s.properties["minecube:offset"]) for s in scenes])
     carried, above = np.full((2, len(scenes)), np.nan)
-    if scenes and len(bands) > 1:
+    if scenes and len(look.bands) > 1:
         takes = [s.properties["minecube:datatake"] for s in scenes]
-        carried, above = carried_by(*_read(scenes, _coarse(grid), bands, ledger), offsets, takes)
+        carried, above = carried_by(look.stored, look.scl, offsets, takes)
     checks = []
     for scene, offset, carries, step in zip(scenes, offsets.tolist(), carried, above + offsets, strict=True):
         conflict = bool(np.isfinite(carries) and carries != -offset)
@@ -148,26 +136,6 @@ def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
     return [{"scene": c.scene, "offset": c.offset, "step": c.step, "should_be": c.should_be} for c in checks if c.conflict]
 
 
-def _coarse(grid: GeoBox) -> GeoBox:
-    """The grid in about `_PIXELS` pixels at most, of whole 20 m."""
-    factor = 2 * max(1, math.ceil(math.sqrt(math.prod(grid.shape) / _PIXELS) / 2))
-    height, width = (-(-n // factor) for n in grid.shape)
-    return GeoBox((height, width), grid.transform @ Affine.scale(factor), grid.crs)
-
-
-def _read(scenes: Sequence[pystac.Item], grid: GeoBox, bands: Sequence[str], ledger: Ledger | None) -> tuple[Float, UInt16]:
-    """Stored numbers, float32 [scene, band, pixel], NaN where not observed; and SCL, [scene, pixel]."""
-    as_stored = []
-    for scene in scenes:
-        copy = scene.clone()
-        copy.properties["minecube:offset"] = 0  # `stack` would cut at 1 what comes out negative
-        as_stored.append(copy)
-    pixels = fetched(stack(as_stored, grid, (*bands, SCL), chunk_px=max(grid.shape), ledger=ledger))
-    stored, scl = np.split(pixels.reshape(*pixels.shape[:2], -1), [-1], axis=1)
-    seen = (stored != 0).all(axis=1, keepdims=True) & ~np.isin(scl, _UNSEEN)
-    return np.where(seen, stored.astype(np.float32), np.float32(np.nan)), scl[:, 0]
-
-
 def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str]) -> tuple[Floats, Floats]:
     """What scenes carry on top of reflectance, by the module's rule: 0 or 1000.
 
@@ -180,7 +148,7 @@ def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str
     Returns:
         What each carries, and by how much it is brighter than the place is with nothing on top; NaN where not told.
     """
-    clear = np.isin(scl, _CLEAR) & np.isfinite(stored[:, 0])
+    clear = np.isin(scl, CLEAR) & np.isfinite(stored[:, 0])
     dark = np.array([_darkest(s) for s in stored])
     black = dark < OFFSET + _BLACK
     level, step = levels(stored, clear, black, -offsets // OFFSET)

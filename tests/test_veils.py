@@ -1,0 +1,137 @@
+"""Dates on which the scene classification errs as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from minecube import scenes
+from minecube.catalog import HazeTest, MaskRule, Recipe, load_recipes, load_sources
+from minecube.composite import composite
+from minecube.grid import grid_of
+from minecube.scenes import veils
+from minecube.scenes.looks import look_at
+from minecube.simulate import World, simulate
+from minecube.simulate.noise import streams
+from minecube.simulate.passes import overpasses
+
+LEFT, TOP = 360000, 5600040
+VEGETATION, CIRRUS, CLOUD = 4, 10, 9
+MOST = 0.0125
+
+
+def seen(n=7, pixels=400):
+    """Haze [scene, pixel] of ground that is the same on n days, but for noise; and SCL that calls it vegetation."""
+    rng = np.random.default_rng(0)
+    ground = rng.uniform(0.01, 0.06, pixels) + rng.normal(0, 0.002, (n, pixels))
+    return ground.astype(np.float32), np.full((n, pixels), VEGETATION, np.uint16)
+
+
+def test_a_clear_year_is_trusted():
+    assert veils.judge(*seen(), MOST) == [""] * 7
+
+
+@pytest.mark.parametrize(("more", "verdict"), [(0.005, ""), (0.02, "veiled"), (0.1, "veiled")])
+def test_a_veil_over_a_whole_date(more, verdict):
+    haze, scl = seen()
+    haze[2] += more
+    assert veils.judge(haze, scl, MOST) == ["", "", verdict, "", "", "", ""]
+
+
+def test_streaks_that_are_blue_here_and_red_there():
+    haze, scl = seen()
+    haze[2] += np.where(np.arange(400) % 8 < 4, 0.03, -0.03)
+    assert veils.judge(haze, scl, MOST)[2] == "veiled"
+
+
+def test_a_cloud_in_a_corner_is_no_veil():
+    """Of what SCL calls clear a sixth is the halo of a cloud: the median and the quartiles are those of the rest."""
+    haze, scl = seen()
+    haze[2, :40] += 0.08
+    scl[2, 40:160] = CLOUD
+    haze[2, 40:160] += 0.2
+    assert veils.judge(haze, scl, MOST)[2] == ""
+
+
+@pytest.mark.parametrize(("more", "verdict"), [(0.0, "no cirrus"), (0.006, "no cirrus"), (0.02, ""), (0.05, "")])
+def test_cirrus_is_asked_whether_it_is_any(more, verdict):
+    haze, scl = seen()
+    haze[3, :240] += more
+    scl[3, :240] = CIRRUS
+    assert veils.judge(haze, scl, MOST)[3] == verdict
+
+
+def test_cirrus_of_which_a_part_is_real_stays():
+    haze, scl = seen()
+    scl[3, :240], haze[3, :40] = CIRRUS, haze[3, :40] + 0.06
+    assert veils.judge(haze, scl, MOST)[3] == ""
+
+
+def test_too_few_pixels_or_dates_tell_nothing():
+    haze, scl = seen()
+    haze[2] += 0.1
+    haze[2, 49:] = np.nan
+    assert veils.judge(haze, scl, MOST)[2] == ""
+    haze, scl = seen(2)
+    haze[1] += 0.1
+    assert veils.judge(haze, scl, MOST) == ["", ""]
+    assert veils.judge(haze[:, :0], scl[:, :0], MOST) == ["", ""]
+
+
+def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make):
+    """Of three dates: one veiled, one of which SCL calls all cirrus, and one of cloud; at the right edge the veiled alone."""
+    grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 300, TOP + 300, 120, 120)
+    mask = (MaskRule(classes=(8, 9)), MaskRule(classes=(10,)))
+    recipe = Recipe(id="t", title="t", bands=("B04", "B11"), mask=mask, block_px=48, chunk_px=48)
+    scl = np.full((60, 60), CIRRUS, np.uint8)
+    scl[:, 35:] = 0
+    cloud = np.full((60, 60), CLOUD, np.uint8)
+    cloud[:, 35:] = 0
+    listed = [
+        archive.scene("2020-05-05T10:00:00", where, {"B04": 700, "B11": 700}),
+        archive.scene("2020-06-05T10:00:00", where, {"B04": 500, "B11": 500}, scl),
+        archive.scene("2020-07-05T10:00:00", where, {"B04": 9000, "B11": 9000}, cloud),
+    ]
+    listed[0].properties[veils.SCL_IS], listed[1].properties[veils.SCL_IS] = "veiled", "no cirrus"
+    made = composite(listed, grid, recipe).compute()
+    inside = np.arange(48) // 2 + 15 < 34  # the outermost pixel of a scene is left out
+    np.testing.assert_array_equal(made.reflectance.values[0], np.broadcast_to(np.where(inside, 500, 700), (48, 48)))
+    np.testing.assert_array_equal(made.quality.values, np.broadcast_to(np.where(inside, 1, 3), (48, 48)))
+
+
+def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
+    """Each year has a date that is veiled unseen, and one, the clearest, on which SCL sees cirrus that is none."""
+    site, years = make.site("pit", LEFT, TOP, 120, 120), (2020, 2022)
+    simulate([site], tmp_path / "w", World(years=years, styles=("earth-search",), scl_errors=True, seed=2))
+    source = load_sources(tmp_path / "w" / "sources.yaml")["sim-earth-search"]
+    recipe = load_recipes()["annual-median"]
+    grid = grid_of(site)
+    longitude = grid.geographic_extent.centroid.coords[0][0]
+    sky = xr.open_zarr(tmp_path / "w" / "truth.zarr", group="pit", consolidated=False).sky.load()
+    for year in years:
+        used = scenes.select(scenes.search(site, year, source).scenes, recipe)
+        found = veils.judged(used, look_at(used, grid), recipe.haze)
+        passes = overpasses(streams(2, "pit"), longitude, year, 22, 2, scl_errors=True)
+        truth = {p.day: "veiled" for p in passes if p.unseen_cirrus} | {p.day: "no cirrus" for p in passes if p.false_cirrus}
+        assert len(truth) == 2
+        told = {s.datetime.date(): s.properties[veils.SCL_IS] for s in found if veils.SCL_IS in s.properties}
+        assert {day: told.get(day) for day in truth} == truth
+        for day in set(told) - set(truth):  # other dates have haze or the halos of clouds
+            assert told[day] == "veiled"
+            over = sky.sel(time=str(day)).values
+            assert (over == 2).sum() > 0.3 * (over > 0).sum()
+        assert all(veils.SCL_IS not in s.properties for s in used)  # the caller's own are as they were
+        rows = veils.as_rows(found)
+        assert {row["scl"] for row in rows} == {"veiled", "no cirrus"}
+        off = veils.judged(used, look_at(used, grid), dataclasses.replace(recipe.haze, date_excess=None))
+        assert veils.as_rows(off) == []
+
+
+def test_without_blue_or_red_nothing_is_asked(archive, make):
+    grid = make.grid(LEFT, TOP, 48, 48)
+    listed = [archive.scene(f"2020-0{month}-05T10:00:00", grid, {"B04": 700, "B11": 700}) for month in (5, 6, 7)]
+    assert veils.judged(listed, look_at(listed, grid), HazeTest()) == listed
+    assert veils.judged([], look_at([], grid), HazeTest()) == []
