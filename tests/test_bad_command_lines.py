@@ -359,7 +359,7 @@ def world(tmp_path_factory, make):
     folder = tmp_path_factory.mktemp("world")
     site = make.site("a", 360000, 5600040, 48, 48)
     simulate([site], folder / "archive", World(years=(2020, 2022), dates_per_year=4, winter_dates=1, styles=("earth-search",)))
-    gpd.GeoDataFrame({"id": ["a"]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
+    gpd.GeoDataFrame({"id": ["a"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
     shutil.copy(folder / "archive" / "truth_footprints.parquet", folder / "mine.parquet")
     given = ["--sites", "sites.geojson", "--catalog", "archive", "--source", "sim-earth-search", "--years", "2020,2022"]
     given = [str(folder / word) if (folder / word).exists() else word for word in given]
