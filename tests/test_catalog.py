@@ -182,10 +182,11 @@ def test_a_wrong_site_is_named(tmp_path, geometries, columns, said):
 
 
 def test_margins_of_files_and_catalogues(tmp_path):
-    """A row's own margin comes first, then the one asked for, then 1 km, or none in a catalogue."""
+    """What is asked for comes first, then a row's own margin, then 1 km, or none in a catalogue."""
     path = sites_file(tmp_path, [MINE, OTHER], id=["a", "b"], margin=[250.5, None])
     assert [s.margin for s in load_sites(path)] == [250.5, 1000]
-    assert [s.margin for s in load_sites(path, margin=40)] == [250.5, 40]
+    assert [s.margin for s in load_sites(path, margin=40)] == [40, 40]
+    assert [s.margin for s in load_sites(path, margin=0)] == [0, 0]
     assert [s.margin for s in load_sites(path, catalogue=True)] == [250.5, 0]
     assert {s.margin for s in load_sites()} == {0}
     assert [s.margin for s in load_sites(sites_file(tmp_path, [MINE], id=["a"]))] == [1000]

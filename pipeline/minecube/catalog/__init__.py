@@ -250,15 +250,13 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False, margi
         path: the file.
         catalogue: hold it to a catalogue's rules: unknown columns and invalid polygons are errors. In a file of the user's
             the first are passed over, the second repaired, each with a warning in the log.
-        margin: metres of ground around each polygon whose row names no `margin`; by default 0 in a catalogue, and 1000 in a
-            file of the user's.
+        margin: metres of ground around each polygon. By default the row's column `margin` says it, else it is 0 in a
+            catalogue and 1000 in a file of the user's.
 
     Raises:
         CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
     """
     catalogue = catalogue or path is None
-    if margin is None:
-        margin = 0 if catalogue else MARGIN_M
     path = Path(path) if path else _catalog_dir() / "sites.geojson"
     try:
         table = read_vector(path)
@@ -288,7 +286,7 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False, margi
             "split": row.get("split") or None,
             "geometry": row["geometry"] if catalogue else _mended(row["geometry"], path, site_id),
             "labels": row.get("labels") or None,
-            "margin": margin if row.get("margin") is None else row["margin"],
+            "margin": next(m for m in (margin, row.get("margin"), 0 if catalogue else MARGIN_M) if m is not None),
         }
         try:
             sites.append(Site(**known, years=_years(row.get("years"))))

@@ -136,7 +136,7 @@ margin_option = click.option(
     "--margin",
     type=FiniteRange(min=0, max=LARGEST_MARGIN_M),
     help="Metres of ground on each side of a site's polygon. A store keeps the margin that a site was first built with. "
-    f"[default: {MARGIN_M} for a file of polygons, 0 for sites of the catalogue; the field `margin` of a site comes first]",
+    f"[default: the field `margin` of the site, else {MARGIN_M} for a file of polygons, 0 for sites of the catalogue]",
 )
 catalog_option = click.option(
     "--catalog",
@@ -201,7 +201,7 @@ def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
 
 
 def sites_with_margin(wanted: str, catalog: Path | None, margin: float | None, store: str | None = None) -> list[Site]:
-    """The sites named, with the margin of their grids, which is printed.
+    """Choose the sites named, and print the margins of their grids.
 
     `margin` (--margin) goes for all of them. Without it, sites that are in the store keep the margin of their cubes.
 
