@@ -100,7 +100,7 @@ _SUGGESTED = 8
 """Names that an error lists, at most."""
 
 _SITE_FIELDS = ("id", "country", "split", "years", "labels", "margin")
-"""Columns of a file of sites, beside the geometry."""
+"""Columns of a file of sites, without the geometry."""
 
 T = TypeVar("T")
 

@@ -79,11 +79,9 @@ def sites(wanted: str, margin: float | None, catalog: Path | None) -> None:
 @catalog_option
 @click.option("--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the archive; becomes a --catalog.")
-@click.option("--dates", default=22, show_default=True, help="Acquisition dates a year in the growing season.")
+@click.option("--dates", "dates_per_year", default=22, show_default=True, help="Acquisition dates per growing season.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels.")
-def simulate(
-    wanted: str, margin: float | None, catalog: Path | None, years: tuple[int, ...], out: Path, dates: int, seed: int
-) -> None:
+def simulate(wanted: str, margin: float | None, catalog: Path | None, out: Path, **world: Any) -> None:
     """Make a Sentinel-2 archive over sites, in the styles of three providers, with the truth beside it.
 
     \b
@@ -92,9 +90,10 @@ def simulate(
       minecube build --catalog world --sites demo_1 --years 2020-2022 --source sim-cdse --store cubes.zarr
     """
     chosen = sites_with_margin(wanted, catalog, margin)
+    asked = World(**world)
     with progress_bar("simulating") as advance:
-        make_world(chosen, out, World(years=years, dates_per_year=dates, seed=seed), progress=lambda note: advance(note=note))
-    click.echo(f"{out}: {len(chosen)} sites, {len(years)} years; use it with --catalog {out} --source sim-earth-search")
+        make_world(chosen, out, asked, progress=lambda note: advance(note=note))
+    click.echo(f"{out}: {len(chosen)} sites, {len(asked.years)} years; use it with --catalog {out} --source sim-earth-search")
 
 
 @click.command()

@@ -84,7 +84,7 @@ def unpickled(content: bytes, otherwise: str, placeholders: bool = False) -> Any
         placeholders: put a `Placeholder` where the file has an object of another class, instead of refusing the file.
 
     Raises:
-        ModelError: it is something else, or damaged; says `otherwise`, and what the file is if that can be told.
+        ModelError: it is something else, or damaged; says `otherwise`, and what the file is if its format is known.
     """
     file = io.BytesIO(content)
     try:
@@ -123,7 +123,7 @@ _PROGRAMS = {"constants.pkl": "a TorchScript archive", "archive_format": "a prog
 
 
 def kind_of(content: bytes) -> str:
-    """Whose file this is, and what to do with it; empty if it cannot be told or the file is damaged."""
+    """Whose file this is, and what to do with it; empty if its format is unknown or the file is damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             names = {name.partition("/")[2] for name in parts.namelist()}

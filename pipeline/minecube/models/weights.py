@@ -159,10 +159,10 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
     """The network's state_dict in a file of another program, by the network's own names.
 
     It may lie one level down (`state_dict` of Lightning), and below a prefix (`module.` of DataParallel, `model.` of
-    Lightning). Other tensors beside the prefix are left out, and named in a warning.
+    Lightning). Tensors without the prefix are left out, and named in a warning.
 
     Raises:
-        ModelError: there is none, or there are several.
+        ModelError: the file holds no such state_dict, or several.
     """
     with torch.device("meta"):
         names = list(build(card).state_dict())
