@@ -573,7 +573,7 @@ from minecube import cli
 from minecube.cli import data
 def wrong(*_):
     raise ZeroDivisionError("nobody expects this")
-data.choose_sites = wrong
+data.sites_with_margin = wrong
 cli.main(sys.argv[1:])
 """
 
@@ -593,7 +593,7 @@ def test_callers_in_python_see_the_error_itself(monkeypatch):
     def wrong(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("minecube.cli.data.choose_sites", wrong)
+    monkeypatch.setattr("minecube.cli.data.sites_with_margin", wrong)
     with pytest.raises(ZeroDivisionError):
         cli.main(["sites"], standalone_mode=False)
 
@@ -609,7 +609,7 @@ def noisy(*_):
     logging.getLogger("minecube.scenes").warning("our warning")
     logging.getLogger("minecube.scenes").info("our news")
     return []
-data.choose_sites = noisy
+data.sites_with_margin = noisy
 cli.main(sys.argv[1:])
 """
 
