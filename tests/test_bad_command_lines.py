@@ -359,7 +359,7 @@ def world(tmp_path_factory, make):
     folder = tmp_path_factory.mktemp("world")
     site = make.site("a", 360000, 5600040, 48, 48)
     simulate([site], folder / "archive", World(years=(2020, 2022), dates_per_year=4, winter_dates=1, styles=("earth-search",)))
-    gpd.GeoDataFrame({"id": ["a"]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
+    gpd.GeoDataFrame({"id": ["a"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
     shutil.copy(folder / "archive" / "truth_footprints.parquet", folder / "mine.parquet")
     given = ["--sites", "sites.geojson", "--catalog", "archive", "--source", "sim-earth-search", "--years", "2020,2022"]
     given = [str(folder / word) if (folder / word).exists() else word for word in given]
@@ -573,7 +573,7 @@ from minecube import cli
 from minecube.cli import data
 def wrong(*_):
     raise ZeroDivisionError("nobody expects this")
-data.choose_sites = wrong
+data.sites_with_margin = wrong
 cli.main(sys.argv[1:])
 """
 
@@ -593,7 +593,7 @@ def test_callers_in_python_see_the_error_itself(monkeypatch):
     def wrong(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("minecube.cli.data.choose_sites", wrong)
+    monkeypatch.setattr("minecube.cli.data.sites_with_margin", wrong)
     with pytest.raises(ZeroDivisionError):
         cli.main(["sites"], standalone_mode=False)
 
@@ -609,7 +609,7 @@ def noisy(*_):
     logging.getLogger("minecube.scenes").warning("our warning")
     logging.getLogger("minecube.scenes").info("our news")
     return []
-data.choose_sites = noisy
+data.sites_with_margin = noisy
 cli.main(sys.argv[1:])
 """
 

@@ -169,7 +169,7 @@ def test_sites_of_ones_own_in_any_format_and_projection(tmp_path, suffix):
         ([MINE, OTHER], {"id": ["a", "a"]}, "site 'a' stands there twice"),
         ([BOWTIE], {"id": ["a"]}, "site 'a': field 'geometry': expected a valid polygon, found Self-intersection"),
         ([Point(13, 50)], {"id": ["a"]}, "site 'a': field 'geometry': expected a polygon, found Point"),
-        ([MINE], {"id": ["a"], "contry": ["Austria"]}, "field 'contry': expected one of id, country"),
+        ([MINE], {"id": ["a"], "contry": ["Austria"]}, "field 'contry': expected geometry or one of id, country"),
         ([MINE], {"id": ["a"], "years": ["20x"]}, "field 'years': expected 2015-2024 or a list of years, found '20x'"),
         ([MINE], {"id": ["../../etc"]}, "field 'id': expected letters"),
         ([MINE], {"id": ["a"], "split": ["dev"]}, "field 'split': expected train, val, test or null, found 'dev'"),
@@ -179,6 +179,24 @@ def test_a_wrong_site_is_named(tmp_path, geometries, columns, said):
     path = sites_file(tmp_path, geometries, **columns)
     with pytest.raises(CatalogError, match=rf"own\.geojson: .*{said}"):
         load_sites(path, catalogue=True)
+
+
+def test_margins_of_files_and_catalogues(tmp_path):
+    """What is asked for comes first, then a row's own margin, then 1 km, or none in a catalogue."""
+    path = sites_file(tmp_path, [MINE, OTHER], id=["a", "b"], margin=[250.5, None])
+    assert [s.margin for s in load_sites(path)] == [250.5, 1000]
+    assert [s.margin for s in load_sites(path, margin=40)] == [40, 40]
+    assert [s.margin for s in load_sites(path, margin=0)] == [0, 0]
+    assert [s.margin for s in load_sites(path, catalogue=True)] == [250.5, 0]
+    assert {s.margin for s in load_sites()} == {0}
+    assert [s.margin for s in load_sites(sites_file(tmp_path, [MINE], id=["a"]))] == [1000]
+    assert [s.margin for s in load_sites(sites_file(tmp_path, [MINE], id=["a"], margin=[0]))] == [0]
+
+
+@pytest.mark.parametrize("margin", [-1, 100_001, "wide", True])
+def test_a_margin_that_is_none_is_refused(tmp_path, margin):
+    with pytest.raises(CatalogError, match=r"site 'a': field 'margin': expected metres from 0 to 100000, found"):
+        load_sites(sites_file(tmp_path, [MINE], 4326, ".parquet", id=["a"], margin=[margin]))
 
 
 def test_what_users_files_hold(tmp_path):

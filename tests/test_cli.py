@@ -86,7 +86,7 @@ def world(tmp_path_factory, make):
     folder = tmp_path_factory.mktemp("world")
     site = make.site("pit", 360000, 5600040, 120, 96)
     simulate([site], folder / "archive", World(years=(2020, 2022), dates_per_year=6, winter_dates=1, styles=("earth-search",)))
-    gpd.GeoDataFrame({"id": ["pit"]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
+    gpd.GeoDataFrame({"id": ["pit"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
     return folder
 
 
@@ -397,6 +397,44 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
         (kept,) = cube.builds(job.store, "pit").values()
         assert kept["shifts"][0]["dx_m"] == beside_m
     assert asked[0.0] - asked[20.0] == 11  # ten bands and SCL of one scene, in the site's one block
+
+
+def test_a_store_keeps_the_margin_it_was_built_with(world, tmp_path):
+    """The default is 1 km; stores made before there were margins, or with another one, stay as they are."""
+    (tmp_path / "mine").mkdir()
+    frame = gpd.read_file(world / "sites.geojson").drop(columns="margin")
+    frame.to_file(tmp_path / "mine" / "sites.geojson")
+    inside = ["--sites", tmp_path / "mine" / "sites.geojson"]
+
+    def built(store, *more, ok=0):
+        lists = ["--scenes", tmp_path / f"{store}-scenes"]
+        return run_here("build", *inside, *args(world, tmp_path / store, "2020")[2:], *lists, *more, ok=ok)
+
+    assert "324 x 300 px" not in run_here("sites", "--sites", world / "sites.geojson")[0]
+    out, err = run_here("sites", *inside)
+    assert "EPSG:32633 324 x 300 px" in out  # 17 times 60 m more on each side
+    assert err == "margin around pit: 1000 m\n"
+    assert "EPSG:32633 144 x 120 px" in run_here("sites", *inside, "--margin", 100)[0]
+    _, err = built("old", "--margin", 0)
+    assert err == ""
+    assert "margin" not in zarr.open_group(tmp_path / "old")["pit"].attrs["minecube"]  # as in stores of earlier versions
+    out, err = built("old")
+    assert "kept" in out
+    assert err.splitlines()[0] == f"margin around pit: 0 m, as in {tmp_path / 'old'}"
+    _, err = built("old", "--margin", 500, ok=2)
+    assert "polygon or --margin has changed (the store has a margin of 0 m, asked for was 500 m)" in err
+    out, err = built("new", "--margin", 100)
+    assert "built" in out
+    assert "margin around pit: 100 m" in err
+    out, err = built("new")
+    assert "kept" in out
+    assert f"margin around pit: 100 m, as in {tmp_path / 'new'}" in err
+    out, _ = run_here("plan", *inside, *args(world, tmp_path / "new", "2020")[2:], "--scenes", tmp_path / "new-scenes")
+    assert "committed" in out
+    wide, narrow = (xr.open_zarr(tmp_path / name, group="pit", consolidated=False) for name in ("new", "old"))
+    assert (wide.sizes["x"], wide.sizes["y"]) == (144, 120)  # twice 60 m on each side
+    assert wide.x.values[12:-12].tolist() == narrow.x.values.tolist()
+    assert wide.y.values[12:-12].tolist() == narrow.y.values.tolist()
 
 
 def test_a_country_is_shown_its_plan_and_not_built(world, tmp_path):

@@ -305,7 +305,7 @@ def world(tmp_path_factory, make):
     (folder / "catalog" / "recipes.yaml").write_text(
         "greedy: {title: Wants more than there is, months: [4, 5, 6, 7, 8, 9, 10], max_cloud_cover: 90, min_dates: 7}\n"
     )
-    gpd.GeoDataFrame({"id": ["pit"]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
+    gpd.GeoDataFrame({"id": ["pit"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
     return folder
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,6 +25,7 @@ import pystac
 import pystac.validation
 import pytest
 import rasterio
+import rioxarray
 import shapely
 import xarray as xr
 from affine import Affine
@@ -301,7 +303,12 @@ def test_the_schemas_would_notice(exported, validator, place, wrong):
 def test_items_say_where_when_and_what(exported):
     out, _, cogs = exported
     item = pystac.Item.from_file(str(out / "pit" / "pit_2020.json"))
-    assert item.datetime is None
+    assert item.datetime == datetime(2020, 7, 2, tzinfo=UTC)  # 183 of 366 days
+    assert item.properties["datetime"] == "2020-07-02T00:00:00Z"
+    later = pystac.Item.from_file(str(out / "pit" / "pit_2021.json"))
+    assert later.properties["datetime"] == "2021-07-02T12:00:00Z"  # 182.5 of 365 days
+    table = gpd.read_parquet(out / "items.parquet").set_index("id")
+    assert table.loc["pit_2021", "datetime"] == later.datetime
     assert item.get_collection().id == item.get_root().id == item.get_parent().id == "three-pits"
     assert (item.properties["start_datetime"], item.properties["end_datetime"]) == (
         "2020-01-01T00:00:00Z",
@@ -390,6 +397,20 @@ def test_band_names_and_wavelengths_are_those_of_real_products(real_data):
     centres = {b.get("physicalBand"): float(b.findtext("Wavelength/CENTRAL")) / 1000 for b in bands}
     for band in BANDS:
         assert SPECTRUM[band][1] == pytest.approx(centres[band.replace("B0", "B")], abs=1e-9), band
+
+
+def test_an_index_of_an_image_that_is_opened_scaled_is_not_scaled_again(exported, tmp_path):
+    """As docs/formats.md advises, since xarray keeps attributes through arithmetic."""
+    _, cube, cogs = exported
+    (image,) = (path for path in cogs if path.name == "pit_2020_reflectance.tif")
+    red, nir = (cube.reflectance.sel(year=2020, band=band).values.astype(float) for band in ("B04", "B08"))
+    with np.errstate(invalid="ignore"):
+        expected = np.where((red == 0) | (nir == 0), np.nan, (nir - red) / (nir + red))
+    scaled = rioxarray.open_rasterio(image, mask_and_scale=True)
+    red, nir = (scaled[scaled.long_name.index(band)].astype("float64") for band in ("B04", "B08"))
+    ((nir - red) / (nir + red)).rename("ndvi").to_netcdf(tmp_path / "ndvi.nc")
+    with xr.open_dataset(tmp_path / "ndvi.nc") as opened:
+        np.testing.assert_allclose(opened.ndvi.values, expected, rtol=0, atol=1e-6)
 
 
 def test_odc_stac_loads_the_cube_back_from_the_collection(exported):

@@ -410,5 +410,9 @@ def test_the_collection_lists_whole_cubes_with_their_dimensions(tmp_path):
         assert asset.extra_fields["cube:dimensions"]["band"]["values"] == list(BANDS)
         time = "time" if key == "netcdf" else "year"
         assert asset.extra_fields["cube:dimensions"][time]["extent"] == ["2019-01-01T00:00:00Z", "2021-12-31T23:59:59Z"]
+        if time == "time":
+            with xr.open_dataset(path) as opened:
+                middles = [f"{moment}Z" for moment in opened.time.values.astype("datetime64[s]")]
+            assert asset.extra_fields["cube:dimensions"]["time"]["values"] == middles
         assert asset.extra_fields["cube:variables"]["reflectance"]["dimensions"] == [time, "band", "y", "x"]
         assert ("file:checksum" in asset.extra_fields) == path.is_file()

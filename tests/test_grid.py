@@ -44,6 +44,30 @@ def test_any_sites_grid(lon, lat, width, height):
     assert max(y) <= top + 1e-3
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(-500, 500), st.integers(1, 300), st.integers(1, 300), st.integers(0, 200))
+def test_a_margin_is_ground_on_each_side(steps, columns, rows, margin_steps):
+    """The margin in metres of the grid: polygons and margins of whole 60 m come out exactly."""
+    left, bottom, margin = 500_000 - 500_000 % 60 + 60 * steps, 5_600_040, 60 * margin_steps
+    mine = box(left, bottom, left + 60 * columns, bottom + 60 * rows)
+    lonlat = shapely.transform(mine, Transformer.from_crs(32633, 4326, always_xy=True).transform, interleaved=False)
+    grown = mine.buffer(margin, join_style="mitre")
+    grid = grid_of(Site(id="s", geometry=lonlat, margin=margin))
+    # An edge that is straight in degrees bulges, by up to a metre here, which takes another 60 m.
+    assert all(0 <= beyond <= 60 for beyond in np.abs(np.subtract(grid.boundingbox, grown.bounds)))
+    assert box(*grid.boundingbox).contains(grown)
+
+
+@pytest.mark.parametrize(("margin", "side"), [(0, 120), (60, 132), (90, 144), (1000, 324)])
+def test_margins_of_a_square_of_twenty_times_sixty_metres(margin, side):
+    """1000 m takes seventeen times 60 m on each side, 90 m two."""
+    mine = box(500_040, 5_600_040, 501_240, 5_601_240)
+    lonlat = shapely.transform(
+        mine.buffer(-1, join_style="mitre"), Transformer.from_crs(32633, 4326, always_xy=True).transform, interleaved=False
+    )
+    assert grid_of(Site(id="s", geometry=lonlat, margin=margin)).shape == (side, side)
+
+
 def test_the_demo_sites_are_384_pixels():
     assert {tuple(grid_of(s).shape) for s in load_sites() if s.id.startswith("demo_")} == {(384, 384)}
 

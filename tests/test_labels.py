@@ -24,7 +24,7 @@ from minecube.catalog import Site
 from minecube.errors import LabelError
 from minecube.grid import grid_of
 from minecube.labels import covered, rasterize, read_polygons, vectorize
-from minecube.labels.masks import fractions
+from minecube.labels.masks import fractions, on_grid
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
 real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/mine_polygons is absent")
@@ -135,6 +135,86 @@ def test_coordinates_are_pixel_centres_and_georeferenced():
     expected = np.zeros(GRID.shape, np.uint8)
     expected[3:5, 5:9] = 1
     assert np.array_equal(footprint.values, [expected, expected])
+
+
+# --- centres on edges ---------------------------------------------------------------------------------------------------
+
+SMALL = GeoBox((12, 15), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633")
+
+
+def landsat(row, col, height=1, width=1):
+    """Landsat's pixels: 30 m, corners on odd multiples of 15 m, so that their edges run through centres of 10 m pixels."""
+    left, top = LEFT + 15 + 30 * col, TOP - 15 - 30 * row
+    return shapely.box(left, top - 30 * height, left + 30 * width, top)
+
+
+def drawn_in(way, shape):
+    """The shape in another CRS, or in longitude and latitude with so many decimals."""
+    if way.startswith("EPSG"):
+        return table([shape]).to_crs(way)
+    lonlat = table([shape]).to_crs(4326)
+    digits = int(way.split()[0])
+    return lonlat.set_geometry(shapely.transform(lonlat.geometry.to_numpy(), lambda xy: np.round(xy, digits)))
+
+
+def burnt(shape):
+    return rasterize(table([shape]), GRID, [2020]).values[0] == 1
+
+
+@pytest.mark.parametrize("clockwise", [False, True])
+@pytest.mark.parametrize("way", ["EPSG:32633", "EPSG:32632", "EPSG:4326", "EPSG:3857", "9 decimals"])
+def test_a_pixel_of_landsat_is_nine_pixels(way, clockwise):
+    expected = np.zeros((1, *GRID.shape), np.uint8)
+    expected[0, 4:7, 7:10] = 1  # rows from 45 to 75 m, columns from 75 to 105 m: centres on top and left edges are in
+    shape = shapely.orient_polygons(landsat(1, 2), exterior_cw=clockwise)
+    assert np.array_equal(rasterize(drawn_in(way, shape), GRID, [2020]), expected)
+
+
+def test_ten_by_ten_pixels_of_landsat_are_nine_hundred():
+    assert burnt(landsat(0, 0, 10, 10)).sum() == 900
+    hollow = landsat(0, 0, 10, 10).difference(landsat(3, 3, 2, 4))
+    assert burnt(hollow).sum() == 900 - 72
+    assert burnt(hollow.reverse()).sum() == 900 - 72
+    corners = shapely.MultiPolygon([landsat(0, 0), landsat(1, 1), landsat(0, 3, 2, 2)])
+    assert burnt(corners).sum() == 9 + 9 + 36
+
+
+def test_known_areas_that_share_an_edge_share_no_pixel():
+    areas = [landsat(0, 0, 5, 5), landsat(0, 5, 5, 5)]
+    known = [
+        rasterize(table([area, landsat(1, 1)], year=[2020] * 2, mapped=[True, False]), GRID, [2020]).values[0] != 255
+        for area in areas
+    ]
+    assert [int(k.sum()) for k in known] == [225, 225 + 9]  # the mine is known in both
+    assert (known[0] & known[1]).sum() == 9
+
+
+ways = [(5.0, w) for w in ("EPSG:32633", "EPSG:32632", "EPSG:4326", "7 decimals")] + [(0.01, "EPSG:32633"), (0.01, "EPSG:4326")]
+
+
+@pytest.mark.parametrize(("metres", "way"), ways)
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_partition_of_the_plane_burns_each_pixel_once(metres, way, data):
+    """Triangles between points, joined to polygons with holes and parts, with rings in any direction.
+
+    Points on multiples of 5 m are centres, corners and middles of edges of pixels.
+    """
+    place = st.integers(round(-20 / metres), round(170 / metres)).map(lambda n: n * metres)
+    points = data.draw(st.lists(st.tuples(place, place), min_size=1, max_size=12))
+    around = [(-100, -100), (-100, 300), (300, -100), (300, 300)]
+    corners = shapely.MultiPoint(np.array([*points, *around]) * [1, -1] + [LEFT, TOP])
+    triangles = shapely.get_parts(shapely.delaunay_triangles(corners))
+    owner = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(triangles), max_size=len(triangles))))
+    turned = data.draw(st.lists(st.booleans(), min_size=4, max_size=4))
+    burns = np.zeros(SMALL.shape, int)
+    for n in np.unique(owner):
+        shape = shapely.union_all(triangles[owner == n])
+        shape = shape.reverse() if turned[n] else shape
+        there = drawn_in(way, shape)
+        if len(on_grid(there, SMALL, needed=False)):
+            burns += rasterize(there, SMALL, [2020]).values[0]
+    assert (burns == 1).all()
 
 
 # --- years --------------------------------------------------------------------------------------------------------------

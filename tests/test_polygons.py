@@ -335,6 +335,14 @@ def test_three_mappers_make_three_pairs():
     assert pooled.to_dict() == {("a", "b"): 1, ("a", "c"): 0, ("b", "c"): 0}
 
 
+def test_mappers_of_landsat_pixels_share_none_along_an_edge():
+    """Their edges run through centres of pixels: 30 m with corners on odd multiples of 15 m."""
+    found = compare({"one": table([box(15, 15, 90, 60)]), "two": table([box(105, 15, 60, 60)])}, {"pit": GRID})
+    assert found[["pixels_both", "pixels_either"]].iloc[0].to_list() == [0, 54 + 36]
+    off = found[["raster_area_off", "other_raster_area_off"]].iloc[0].to_list()
+    assert off == pytest.approx([0, 0], abs=1e-12)
+
+
 @real
 def test_of_real_mappers_the_raster_agrees_with_the_vector():
     mines = read_polygons(REAL)

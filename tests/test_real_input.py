@@ -40,7 +40,7 @@ def build(folder, items, outline, epsg, year, bands, assets, resolution=None, re
     )
     (folder / "recipes.yaml").write_text(yaml.safe_dump({"plain": recipe}))
     lonlat = gpd.GeoSeries([outline], crs=epsg).to_crs(4326)
-    gpd.GeoDataFrame({"id": ["real"]}, geometry=lonlat, crs=4326).to_file(folder / "sites.gpkg")
+    gpd.GeoDataFrame({"id": ["real"], "margin": [0]}, geometry=lonlat, crs=4326).to_file(folder / "sites.gpkg")
     arguments = ["build", "--sites", folder / "sites.gpkg", "--catalog", folder, "--source", "real", "--recipe", "plain"]
     arguments += ["--years", year, "--store", folder / "cubes.zarr"]
     done = CliRunner().invoke(cli, [str(a) for a in arguments])

@@ -28,7 +28,7 @@ Block = tuple[slice, slice]
 
 
 def grid_of(site: Site) -> GeoBox:
-    """The site's grid: UTM zone of its centroid, 10 m, grown outward to multiples of 60 m.
+    """The site's grid: UTM zone of its centroid, 10 m, its box and margin grown outward to multiples of 60 m.
 
     Raises:
         CatalogError: the site has no area of interest, or one that no UTM zone holds.
@@ -44,7 +44,7 @@ def grid_of(site: Site) -> GeoBox:
             f"site {site.id!r} lies at latitude {site.geometry.centroid.y:.2f}; UTM, and with it the grid, spans -80..84"
         )
     crs = CRS.utm(lonlat)
-    box = lonlat.to_crs(crs, resolution=0.01).boundingbox
+    box = lonlat.to_crs(crs, resolution=0.01).boundingbox.buffered(site.margin)
     grid = _aligned(box, crs)
     if max(grid.shape) > LARGEST_PX:
         raise CatalogError(

@@ -84,7 +84,8 @@ def make_world(root: Path) -> World:
     pit = conftest.site_of("pit", 360000, 5600040, 48, 48)
     pond = conftest.site_of("pond", 363000, 5600040, 48, 48)
     for name, sites in (("sites", [pit, pond]), ("pit", [pit]), ("pond", [pond])):
-        frame = gpd.GeoDataFrame({"name": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326)
+        about = {"name": [s.id for s in sites], "margin": [0] * len(sites)}
+        frame = gpd.GeoDataFrame(about, geometry=[s.geometry for s in sites], crs=4326)
         frame.to_file(root / f"{name}.geojson")
     bands = tuple(conftest.BANDS)
     texture = np.random.default_rng(0).integers(150, 2500, (10, 120, 420)).astype(np.uint16)

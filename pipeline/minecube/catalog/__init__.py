@@ -93,8 +93,14 @@ ASSET_KEYS = {
 """Band -> asset keys in common use: Element 84's, Microsoft's and CDSE's, at the band's own pixel size."""
 FIRST_YEAR = 2015
 """Sentinel-2A was launched in June 2015."""
+MARGIN_M = 1000
+"""Default margin around polygons of a user's file. Polygons of mines show neither growth nor ground that is no mine."""
+LARGEST_MARGIN_M = 100_000
 _SUGGESTED = 8
 """Names that an error lists, at most."""
+
+_SITE_FIELDS = ("id", "country", "split", "years", "labels", "margin")
+"""Columns of a file of sites, without the geometry."""
 
 T = TypeVar("T")
 
@@ -115,9 +121,14 @@ class Site:
     """Years for which the site has labels; empty where unknown."""
     labels: str | None = None
     """Where the labels come from."""
+    margin: float = 0.0
+    """Metres of ground that the grid has on each side of the geometry's box."""
 
     def __post_init__(self) -> None:
         need_name(self.id)
+        number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
+        fits = number and 0 <= self.margin <= LARGEST_MARGIN_M
+        need(fits, "margin", f"metres from 0 to {LARGEST_MARGIN_M}, found {self.margin!r}")
         need(self.split in (None, "train", "val", "test"), "split", f"train, val, test or null, found {self.split!r}")
         if self.geometry is not None:
             kind = self.geometry.geom_type
@@ -230,7 +241,7 @@ def _catalog_dir() -> Path:
     return shipped if shipped.is_dir() else package.parents[1] / "catalog"
 
 
-def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> list[Site]:
+def load_sites(path: Path | str | None = None, *, catalogue: bool = False, margin: float | None = None) -> list[Site]:
     """The sites of a GeoJSON, GeoPackage, GeoParquet or Shapefile; the shipped EuroMineNet and demo sites by default.
 
     A column `id` (or `name`, `site`) names each site; without one the rows are numbered `site_1` and on.
@@ -239,6 +250,8 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> li
         path: the file.
         catalogue: hold it to a catalogue's rules: unknown columns and invalid polygons are errors. In a file of the user's
             the first are passed over, the second repaired, each with a warning in the log.
+        margin: metres of ground around each polygon. By default the row's column `margin` says it, else it is 0 in a
+            catalogue and 1000 in a file of the user's.
 
     Raises:
         CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
@@ -251,9 +264,9 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> li
         raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
     if not isinstance(table, gpd.GeoDataFrame):
         raise CatalogError(f"{path}: holds a table without geometry; expected polygons of sites")
-    unknown = sorted(set(table.columns) - {"id", "country", "split", "years", "labels", table.geometry.name})
+    unknown = sorted(set(table.columns) - {*_SITE_FIELDS, table.geometry.name})
     if unknown and catalogue:
-        raise CatalogError(f"{path}: field {unknown[0]!r}: expected one of id, country, split, geometry, years, labels")
+        raise CatalogError(f"{path}: field {unknown[0]!r}: expected geometry or one of {', '.join(_SITE_FIELDS)}")
     if table.empty:
         raise CatalogError(f"{path}: holds no site; expected at least one polygon")
     if table.crs is None:
@@ -273,6 +286,7 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False) -> li
             "split": row.get("split") or None,
             "geometry": row["geometry"] if catalogue else _mended(row["geometry"], path, site_id),
             "labels": row.get("labels") or None,
+            "margin": next(m for m in (margin, row.get("margin"), 0 if catalogue else MARGIN_M) if m is not None),
         }
         try:
             sites.append(Site(**known, years=_years(row.get("years"))))

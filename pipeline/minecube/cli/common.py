@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import fnmatch
 import logging
 import math
@@ -20,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minecube import cube
 from minecube.catalog import (
+    LARGEST_MARGIN_M,
+    MARGIN_M,
     ModelCard,
     Recipe,
     Settings,
@@ -129,6 +132,12 @@ sites_option = click.option(
     show_default=True,
     help="Sites by name, comma-separated, * allowed; or a file of polygons (GeoJSON, GeoPackage, GeoParquet, Shapefile).",
 )
+margin_option = click.option(
+    "--margin",
+    type=FiniteRange(min=0, max=LARGEST_MARGIN_M),
+    help="Metres of ground on each side of a site's polygon. A store keeps the margin that a site was first built with. "
+    f"[default: the field `margin` of the site, else {MARGIN_M} for a file of polygons, 0 for sites of the catalogue]",
+)
 catalog_option = click.option(
     "--catalog",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -189,6 +198,32 @@ def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
         _merge({n: s for n, s in known.items() if n not in unplaced}, own, catalog, "site")
         known |= own
     return [known[name] for name in matching(wanted, list(known), "the catalogue")]
+
+
+def sites_with_margin(wanted: str, catalog: Path | None, margin: float | None, store: str | None = None) -> list[Site]:
+    """Choose the sites named, and print the margins of their grids.
+
+    `margin` (--margin) goes for all of them. Without it, sites that are in the store keep the margin of their cubes.
+
+    Raises:
+        CatalogError: as `choose_sites`.
+        CubeError: the store cannot be read.
+    """
+    chosen = choose_sites(wanted, catalog)
+    if margin is not None:
+        chosen = [dataclasses.replace(site, margin=margin) for site in chosen]
+    stored = {site.id: cube.margin_of(store, site.id) for site in chosen} if store and margin is None else {}
+    kept = {name: found for name, found in stored.items() if found is not None}
+    named: dict[str, list[str]] = {}
+    for site in chosen:
+        around = kept.get(site.id, site.margin)
+        as_in = f", as in {store}" if around != site.margin else ""
+        if around or as_in:
+            named.setdefault(f"{around:g} m{as_in}", []).append(site.id)
+    for text, names in named.items():
+        others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        click.echo(f"margin around {', '.join(names[:3])}{others}: {text}", err=True)
+    return [dataclasses.replace(site, margin=kept.get(site.id, site.margin)) for site in chosen]
 
 
 def stored_sites(store: str, wanted: str) -> list[str]:

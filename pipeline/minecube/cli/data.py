@@ -21,15 +21,16 @@ from minecube.cli.common import (
     FiniteRange,
     Years,
     catalog_option,
-    choose_sites,
     choose_sources,
     executor_of,
+    margin_option,
     progress_bar,
     recipe_option,
     recipes,
     scenes_folder,
     scheduler_option,
     sites_option,
+    sites_with_margin,
     snapshots_option,
     source_option,
     stored_sites,
@@ -52,8 +53,9 @@ LARGE_KM2 = 2500
 
 @click.command()
 @sites_option
+@margin_option
 @catalog_option
-def sites(wanted: str, catalog: Path | None) -> None:
+def sites(wanted: str, margin: float | None, catalog: Path | None) -> None:
     """List sites: name, country, split, years, and the grid where the area of interest is known.
 
     \b
@@ -62,7 +64,7 @@ def sites(wanted: str, catalog: Path | None) -> None:
       minecube sites --sites my_mines.geojson
     """
     rows = []
-    for site in choose_sites(wanted, catalog):
+    for site in sites_with_margin(wanted, catalog, margin):
         grid = grid_of(site) if site.geometry is not None else None
         whole = len(site.years) > 1 and site.years == tuple(range(site.years[0], site.years[-1] + 1))
         years = f"{site.years[0]}-{site.years[-1]}" if whole else ",".join(map(str, site.years)) or "-"
@@ -73,12 +75,13 @@ def sites(wanted: str, catalog: Path | None) -> None:
 
 @click.command()
 @sites_option
+@margin_option
 @catalog_option
 @click.option("--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the archive; becomes a --catalog.")
-@click.option("--dates", default=22, show_default=True, help="Acquisition dates a year in the growing season.")
+@click.option("--dates", "dates_per_year", default=22, show_default=True, help="Acquisition dates per growing season.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels.")
-def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Path, dates: int, seed: int) -> None:
+def simulate(wanted: str, margin: float | None, catalog: Path | None, out: Path, **world: Any) -> None:
     """Make a Sentinel-2 archive over sites, in the styles of three providers, with the truth beside it.
 
     \b
@@ -86,14 +89,16 @@ def simulate(wanted: str, catalog: Path | None, years: tuple[int, ...], out: Pat
       minecube simulate --sites demo_1 --years 2020-2022 --out world
       minecube build --catalog world --sites demo_1 --years 2020-2022 --source sim-cdse --store cubes.zarr
     """
-    chosen = choose_sites(wanted, catalog)
+    chosen = sites_with_margin(wanted, catalog, margin)
+    asked = World(**world)
     with progress_bar("simulating") as advance:
-        make_world(chosen, out, World(years=years, dates_per_year=dates, seed=seed), progress=lambda note: advance(note=note))
-    click.echo(f"{out}: {len(chosen)} sites, {len(years)} years; use it with --catalog {out} --source sim-earth-search")
+        make_world(chosen, out, asked, progress=lambda note: advance(note=note))
+    click.echo(f"{out}: {len(chosen)} sites, {len(asked.years)} years; use it with --catalog {out} --source sim-earth-search")
 
 
 @click.command()
 @sites_option
+@margin_option
 @years_option
 @source_option
 @writable_store_option
@@ -129,6 +134,7 @@ def build(
     ctx: click.Context,
     /,
     wanted: str,
+    margin: float | None,
     years: tuple[int, ...],
     source_ids: str,
     store: str,
@@ -153,7 +159,7 @@ def build(
     recipe = pick(recipes(catalog), recipe_id, "recipe")
     folder = scenes_folder(snapshots, store)
     job = building.Job(store=store, sources=choose_sources(source_ids, catalog), recipe=recipe, snapshots=folder, **how)
-    chosen = choose_sites(wanted, catalog)
+    chosen = sites_with_margin(wanted, catalog, margin, store)
     if dry_run:
         ctx.exit(show_plan(job, chosen, years, plan.Terms()))
     large = [s for s in chosen if math.prod(grid_of(s).shape) > LARGE_KM2 * 10_000]

@@ -18,13 +18,14 @@ from minecube.cli import build as building
 from minecube.cli.common import (
     OutFolder,
     catalog_option,
-    choose_sites,
     choose_sources,
+    margin_option,
     progress_bar,
     recipe_option,
     recipes,
     scenes_folder,
     sites_option,
+    sites_with_margin,
     snapshots_option,
     source_option,
     store_option,
@@ -45,18 +46,20 @@ _LAG = timedelta(days=2)
 
 @click.command()
 @sites_option
+@margin_option
 @years_option
 @source_option
 @catalog_option
 @click.option("--out", type=OutFolder(), default=Path("scenes"), show_default=True, help="Folder for the scene lists.")
-def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path) -> None:
+def search(wanted: str, margin: float | None, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path) -> None:
     """Find the scenes of sites and years, and save each list as stac-geoparquet for `build --scenes`.
 
     \b
     Example:
       minecube search --sites my_mines.geojson --years 2019-2023 --source earth-search --out scenes
     """
-    chosen, sources = choose_sites(wanted, catalog), choose_sources(source_ids, catalog)
+    chosen = sites_with_margin(wanted, catalog, margin)
+    sources = choose_sources(source_ids, catalog)
     rows = []
     with progress_bar("searching", len(chosen) * len(years)) as advance:
         for site in chosen:
@@ -73,6 +76,7 @@ def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path |
 
 @click.command()
 @sites_option
+@margin_option
 @years_option
 @source_option
 @recipe_option
@@ -86,7 +90,15 @@ def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path |
 )
 @click.pass_context
 def audit(
-    ctx: click.Context, /, wanted: str, years: tuple[int, ...], source_ids: str, recipe_id: str, catalog: Path | None, out: Path
+    ctx: click.Context,
+    /,
+    wanted: str,
+    margin: float | None,
+    years: tuple[int, ...],
+    source_ids: str,
+    recipe_id: str,
+    catalog: Path | None,
+    out: Path,
 ) -> None:
     """Say what each source lists of sites and years, against what the satellites' orbits would have. Reads no pixel.
 
@@ -96,7 +108,8 @@ def audit(
     Example:
       minecube audit --sites my_mines.geojson --years 2015-2024 --source earth-search,planetary-computer --out audit
     """
-    chosen, sources = choose_sites(wanted, catalog), choose_sources(source_ids, catalog)
+    chosen = sites_with_margin(wanted, catalog, margin)
+    sources = choose_sources(source_ids, catalog)
     recipe = pick(recipes(catalog), recipe_id, "recipe")
     scenes.check_years(years)
     for site in chosen:
@@ -210,6 +223,7 @@ def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe
 
 @click.command()
 @sites_option
+@margin_option
 @years_option
 @source_option
 @store_option
@@ -226,6 +240,7 @@ def plan(
     ctx: click.Context,
     /,
     wanted: str,
+    margin: float | None,
     years: tuple[int, ...],
     source_ids: str,
     store: str,
@@ -248,7 +263,8 @@ def plan(
         recipe=pick(recipes(catalog), recipe_id, "recipe"),
         snapshots=scenes_folder(snapshots, store),
     )
-    ctx.exit(show_plan(job, choose_sites(wanted, catalog), years, planning.Terms.load(prices) if prices else planning.Terms()))
+    terms = planning.Terms.load(prices) if prices else planning.Terms()
+    ctx.exit(show_plan(job, sites_with_margin(wanted, catalog, margin, store), years, terms))
 
 
 def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], terms: planning.Terms) -> int:

@@ -161,7 +161,10 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
     if lacking:
         raise CubeError(f"{store}: {site.id} lacks its array {lacking[0]!r}; run `minecube verify`")
     if grid_in(group.attrs) != grid:
-        raise CubeError(f"{store}: {site.id} lies on another grid, because its polygon has changed; use another --store")
+        raise CubeError(
+            f"{store}: {site.id} lies on another grid, because its polygon or --margin has changed (the store has a margin of "
+            f"{made.get('margin', 0):g} m, asked for was {site.margin:g} m); use another --store"
+        )
     there = [int(y) for y in group["year"][:] if y > 0]
     early = [y for y in years if y not in there and y < there[-1]]
     if early:
@@ -170,6 +173,14 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
             "name all years in the first build, or use another --store"
         )
     return True
+
+
+def margin_of(store: str, site_id: str) -> float | None:
+    """The margin in metres that the site's grid was made with; None if the store has no such site."""
+    group = group_at(store, site_id)
+    if group is None or is_being_made(group):
+        return None
+    return float(site_group(store, site_id, mode="r").attrs[NAMED].get("margin", 0))
 
 
 def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
@@ -193,6 +204,8 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         empty.to_zarr(target, group=site.id, mode="a", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
         group = zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False)
         made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
+        if site.margin:  # as in stores of versions without margins
+            made["margin"] = site.margin
         group.attrs[NAMED] = made
         seal_group(group)
 

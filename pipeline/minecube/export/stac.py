@@ -25,7 +25,7 @@ from minecube.errors import CubeError
 from minecube.export.credits import Credit
 from minecube.export.files import href, listed, whole
 from minecube.export.layers import LAYERS
-from minecube.export.stac_fields import MEDIA, credits_in, dimensions, file_asset, image_asset, label, processing
+from minecube.export.stac_fields import MEDIA, credits_in, dimensions, file_asset, image_asset, label, middle_of, processing
 
 STAC_VERSION = "1.1.0"
 EXTENSIONS = {
@@ -150,7 +150,7 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
         "bbox": list(bounds),
         "properties": {
             "title": f"{tags['site']} {year}",
-            "datetime": None,
+            "datetime": middle_of(int(year)),  # null is allowed, but QGIS and gdalcubes list such items as empty
             "start_datetime": f"{year}-01-01T00:00:00Z",
             "end_datetime": f"{year}-12-31T23:59:59Z",
             "constellation": "sentinel-2",

@@ -30,6 +30,13 @@ def credits_in(tags: Mapping[str, str]) -> list[Credit]:
     return [Credit(**{**c, "dois": tuple(c["dois"])}) for c in json.loads(tags.get("credits", "[]"))]
 
 
+def middle_of(year: int) -> str:
+    """The middle of a year in RFC 3339, as the exported NetCDF files have it: noon or, in leap years, midnight."""
+    start = np.datetime64(f"{year}-01-01", "s")
+    end = np.datetime64(f"{year + 1}-01-01", "s")
+    return f"{start + (end - start) // 2}Z"
+
+
 def processing(build: Mapping[str, Any]) -> dict[str, Any]:
     """How the composite was made: the processing extension's fields and three of ours; nothing where nobody noted it."""
     if not build:
@@ -119,8 +126,10 @@ def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
     }
     bands = cube["band_name" if "band_name" in cube.coords else "band"].to_numpy()
     dimensions["band"] = {"type": "bands", "values": [str(b) for b in bands]}
-    time = "time" if "time" in cube.dims else "year"
-    dimensions[time] = {"type": "temporal", "extent": span, "values": [f"{y}-01-01T00:00:00Z" for y in years]}
+    if "time" in cube.dims:
+        dimensions["time"] = {"type": "temporal", "extent": span, "values": [middle_of(y) for y in years]}
+    else:
+        dimensions["year"] = {"type": "temporal", "extent": span, "values": [f"{y}-01-01T00:00:00Z" for y in years]}
     layers = {str(n): v for n, v in cube.data_vars.items() if "y" in v.dims}
     described = {
         n: {"type": "data", "dimensions": [str(d) for d in v.dims], "description": str(v.attrs["long_name"])}

@@ -1,8 +1,9 @@
 """Polygons to pixels of the site's grid, and masks back to polygons along pixel edges.
 
-One engine decides which pixels a polygon holds: those whose centre lies inside (GDAL's rule with `all_touched` off). It
-is unbiased in area, and what `vectorize` draws along pixel edges rasterises to exactly the mask it came from. Beside it
-`covered` keeps how much of each pixel the polygons hold, which the mask forgets at edges.
+A polygon holds the pixels whose centre lies inside it. A centre on an edge belongs to the polygon
+right of it, or below it if the edge is horizontal. Polygons that share edges therefore never share a
+pixel. The rule is unbiased in area, and what `vectorize` draws along pixel edges rasterises to exactly
+the mask it came from. `covered` gives the share of each pixel, which the mask forgets at edges.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 import shapely
 import xarray as xr
+from affine import Affine
 from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 from pyproj import Geod
@@ -27,10 +29,19 @@ from minecube.labels.polygons import likely_swap, mapped, spans, swaps_that_plac
 MINE, NOT_MINE, UNKNOWN = np.uint8(1), np.uint8(0), np.uint8(255)
 WHOLE = 250
 """Stored fraction of a pixel that is wholly covered, as probabilities are stored: 0.4 % a step, and 255 left for unknown."""
+OFF_EDGES = Affine.translation(1e-5, 6.18e-6)
+"""Where a pixel is sampled: this part of a pixel right of its centre, and below it.
+
+GDAL burns both horizontal edges of a polygon where they run through centres, and rounding decides at
+the others. 0.1 mm exceeds the rounding of reprojection (1e-8 m) and of degrees with nine decimals
+(6e-5 m). Their ratio is the golden one, which keeps samples off edges of any simple slope.
+"""
 
 
 def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> xr.DataArray:
     """The footprint (year, y, x) uint8 on the grid: 1 mine, 0 not mine, 255 unknown; a pixel is mine if its centre is.
+
+    A centre on an edge belongs to the polygon on its right, or below: adjacent polygons share no pixel.
 
     Rows without years hold for all years, others in their `year`, or from `start` to `end` (either may be open). Where no
     row that reaches the grid has years, all years are known. Otherwise a year is known only where a row with years holds
@@ -44,8 +55,7 @@ def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) ->
     masks = np.empty((len(wanted), *grid.shape), np.uint8)
     for mask, (known, shapes) in zip(masks, _by_year(polygons, grid, wanted), strict=True):
         mask[:] = np.where(known, NOT_MINE, UNKNOWN)
-        if len(shapes):  # rasterio refuses an empty list
-            features.rasterize(shapes, out=mask, transform=grid.affine, default_value=int(MINE), all_touched=False)
+        _burn(shapes, grid, mask)
     attrs = {"long_name": "mine footprint", "flag_values": [0, 1, 255], "flag_meanings": "not_mine mine unknown"}
     return _on_years("footprint", masks, wanted, grid, attrs)
 
@@ -103,10 +113,15 @@ def _by_year(
     for now in holds:
         known: bool | npt.NDArray[np.bool_] = bool((now & dated).any() or not dated.any())
         if looked_at.any():
-            known = np.zeros(grid.shape, bool)
-            if (now & looked_at).any():
-                known = features.geometry_mask(shapes[now & looked_at], grid.shape, grid.affine, invert=True)
+            known = np.zeros(grid.shape, np.bool_)
+            _burn(shapes[now & looked_at], grid, known.view(np.uint8))
         yield known, shapes[now & ~looked_at]
+
+
+def _burn(shapes: npt.NDArray[np.object_], grid: GeoBox, mask: npt.NDArray[np.uint8]) -> None:
+    """Set the pixels (y, x) to 1 whose centre lies in one of the shapes, which are in the grid's CRS."""
+    if len(shapes):  # rasterio refuses an empty list
+        features.rasterize(shapes, out=mask, transform=grid.affine * OFF_EDGES, default_value=int(MINE))
 
 
 def fractions(shape: shapely.Geometry, grid: GeoBox) -> npt.NDArray[np.float64]:

@@ -1,9 +1,15 @@
-"""Files of tensors and plain values: written whole or not at all, and opened only where every byte is as it was written."""
+"""Files of tensors and plain values: written whole or not at all, and opened only where every byte is as it was written.
+
+No code of a file is ever run. torch's restricted unpickler (`weights_only`, safe from torch 2.6 on: CVE-2025-32434) reads
+tensors and plain values. numpy's scalars become numbers. Objects of other classes become placeholders, or are refused.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -11,6 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 
 from minecube.errors import ModelError
@@ -40,11 +47,44 @@ def pickled(content: Mapping[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def unpickled(content: bytes, otherwise: str) -> Any:
+class Placeholder:
+    """Stands for an object of another class: it keeps what the file says of the object, and runs none of its code.
+
+    A subclass is made per class of the file, of the same module and name.
+    """
+
+    said: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __new__(cls, *said: Any) -> Any:
+        """Keep the arguments; those of a numpy scalar, its dtype and bytes, make a number."""
+        if f"{cls.__module__}.{cls.__name__}" in _NUMPY:
+            dtype, content = said
+            return np.frombuffer(content, np.dtype(str(dtype.said[0])).newbyteorder(dtype.state[1]))[0].item()
+        made = super().__new__(cls)
+        made.said = said
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_NUMPY = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+"""What makes a scalar in pickles of numpy 1 and 2."""
+_ONE_AT_A_TIME = threading.Lock()
+"""The classes that torch accepts are one list for all threads."""
+
+
+def unpickled(content: bytes, otherwise: str, placeholders: bool = False) -> Any:
     """What is in a file that `pickled` or `torch.save` made, tensors on the CPU and plain values: nothing in it is run.
 
+    Args:
+        content: the file's bytes.
+        otherwise: what to say of another file.
+        placeholders: put a `Placeholder` where the file has an object of another class, instead of refusing the file.
+
     Raises:
-        ModelError: it is something else, or damaged; says `otherwise`.
+        ModelError: it is something else, or damaged; says `otherwise`, and what the file is if its format is known.
     """
     file = io.BytesIO(content)
     try:
@@ -53,9 +93,61 @@ def unpickled(content: bytes, otherwise: str) -> Any:
         if damaged:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        known = names if placeholders else {*_NUMPY, "numpy.dtype"}.intersection(names)
+        file.seek(0)
+        with _ONE_AT_A_TIME, torch.serialization.safe_globals([_placeholder(name) for name in known]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except _FOREIGN as error:
-        raise ModelError(otherwise) from error
+        kind = kind_of(content)
+        raise ModelError(f"{otherwise} (it looks like {kind})" if kind else otherwise) from error
+
+
+def _placeholder(name: str) -> type[Placeholder]:
+    module, _, last = name.rpartition(".")
+    return type(last, (Placeholder,), {"__module__": module})
+
+
+_BEGINNINGS = {
+    rb"\x89HDF": "an HDF5 file, as Keras writes: save a torch network's state_dict() by torch.save",
+    rb"version https://git-lfs": "a pointer of Git LFS: get the file itself by `git lfs pull`",
+    rb"\s*<": "a page of HTML or XML: get the file itself",
+    rb"\x80\x02\x8a\x0a": "a file of torch.save before torch 1.6: load it and save it again",
+    rb"\x80": "a pickle that torch.save did not write: save the network's state_dict() by torch.save",
+    rb"\x1f\x8b": "a gzip file: unpack it",
+    rb"\x08.[\x12:]": "an ONNX model: save the network's state_dict() by torch.save",
+    rb'.{6}\0\0\{"': "a safetensors file: load its tensors and save them by torch.save",
+}
+_PROGRAMS = {"constants.pkl": "a TorchScript archive", "archive_format": "a program of torch.export"}
+"""Zip archives of torch, by a part of theirs."""
+
+
+def kind_of(content: bytes) -> str:
+    """Whose file this is, and what to do with it; empty if its format is unknown or the file is damaged."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            names = {name.partition("/")[2] for name in parts.namelist()}
+            damaged = parts.testzip()
+    except _FOREIGN:
+        return next((kind for start, kind in _BEGINNINGS.items() if re.match(start, content, re.DOTALL)), "")
+    if damaged:
+        return ""
+    program = next((kind for part, kind in _PROGRAMS.items() if part in names), None)
+    if program:
+        return f"{program}: save the network's state_dict() by torch.save"
+    if "data.pkl" not in names:
+        return "a zip archive of something else"
+    classes = _classes(content)
+    return f"a file with objects of {classes}: save the network's state_dict() alone" if classes else ""
+
+
+def _classes(content: bytes) -> str:
+    """The classes in a file of torch.save that are not loaded."""
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
+    except _FOREIGN:
+        return ""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -99,8 +99,8 @@ def save(trained: Trained, path: Path) -> None:
     content = {
         "format": FORMAT,
         "card": as_dict(trained.card),
-        "mean": list(trained.mean),
-        "std": list(trained.std),
+        "mean": [float(value) for value in trained.mean],
+        "std": [float(value) for value in trained.std],
         "sites": list(trained.sites),
         "training": dict(trained.training),
         "weights": trained.network.state_dict(),
@@ -132,7 +132,7 @@ def model_of(content: Any, where: str) -> Trained:
     if found != FORMAT:
         raise ModelError(
             f"{where}: is not a model of this version of minecube (expected {FORMAT}, found {found or 'no format'}); "
-            "train one with `minecube train`"
+            "train one with `minecube train`, or name another program's weights in a card (models.yaml)"
         )
     content = {"training": {}, **content}  # which older files do not say
     parts = {"card": dict, "mean": list, "std": list, "sites": list, "training": dict, "weights": dict}
@@ -141,7 +141,8 @@ def model_of(content: Any, where: str) -> Trained:
         raise ModelError(f"{where}: says it is a {FORMAT}, but lacks {', '.join(wrong)}; train it again")
     card = _card(content["card"], where)
     mean, std, sites = (tuple(content[key]) for key in ("mean", "std", "sites"))
-    if {len(mean), len(std)} != {len(card.bands)} or not all(s > 0 for s in std):
+    numbers = all(isinstance(value, int | float) for value in (*mean, *std))
+    if not numbers or {len(mean), len(std)} != {len(card.bands)} or not all(s > 0 for s in std):
         raise ModelError(
             f"{where}: expected mean and deviation of {len(card.bands)} bands, found {mean} and {std}; train it again"
         )
@@ -157,9 +158,22 @@ def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{where}: the weights are not those of its card ({card.architecture}, {len(card.bands)} bands, "
-            f"{dict(card.options)}), so it cannot be applied; train it again"
+            f"{dict(card.options)}), so it cannot be applied ({_difference(network.state_dict(), weights)}); correct the card, "
+            "or train it again"
         ) from error
     return network.eval()
+
+
+def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:
+    """What found weights lack, have more, or have in another shape, one of them by name."""
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in found.items()}
+    found_otherwise = [n for n, value in expected.items() if n in shapes and shapes[n] != value.shape]
+    differences = {
+        "missing": [name for name in expected if name not in found],
+        "not expected": [name for name in found if name not in expected],
+        "of another shape": found_otherwise,
+    }
+    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in differences.items() if names)
 
 
 def _card(fields: dict[str, Any], where: str) -> ModelCard:

@@ -1,13 +1,14 @@
 """Trained weights by card: got whole, held to the card's sha256, and only then opened.
 
-A file is one of ours, which knows its card, mean and deviation; or a plain state_dict of the card's network, beside which the
-card has to give mean and deviation.
+A file is one of ours, which knows its card, mean and deviation. Or it holds a state_dict of the card's network, and the card
+gives mean and deviation. The state_dict may lie in a checkpoint, as Lightning writes them, under a prefix of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,10 @@ from torch import Tensor
 from minecube.catalog import ModelCard, Weights
 from minecube.errors import ModelError, UnreadWeightsError
 from minecube.files import replacing
-from minecube.models.files import unpickled
-from minecube.models.network import Trained, filled, foreign, load, model_of
+from minecube.models.files import Placeholder, unpickled
+from minecube.models.network import Trained, build, filled, foreign, load, model_of
+
+log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 60
 
@@ -65,8 +68,10 @@ def fetch(card: ModelCard, cache: Path | None = None) -> Trained:
             "the file that comes of it"
         )
     where, content = _verified(card.weights, cache or Path(torch.hub.get_dir()) / "minecube")
-    found = unpickled(content, foreign(where))
-    return _ours(card, found, where) if isinstance(found, dict) and "format" in found else _plain(card, found, where)
+    found = unpickled(content, foreign(where), placeholders=True)
+    if isinstance(found, dict) and str(found.get("format")).startswith("minecube"):
+        return _ours(card, unpickled(content, foreign(where)), where)
+    return _plain(card, found, where)
 
 
 def _verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
@@ -139,8 +144,7 @@ def _ours(card: ModelCard, content: dict[str, Any], where: str) -> Trained:
 
 
 def _plain(card: ModelCard, content: Any, where: str) -> Trained:
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(f"{where}: expected a model that minecube wrote, or a state_dict, tensors by name; found neither")
+    state = _state(card, content, where)
     weights = card.weights
     if weights is None or not weights.mean:
         raise ModelError(
@@ -148,4 +152,77 @@ def _plain(card: ModelCard, content: Any, where: str) -> Trained:
             f"and `std` of its bands in the weights of model {card.id}"
         )
     sites = tuple(site.strip() for site in card.trained_on.split(",") if site.strip())
-    return Trained(card=card, network=filled(card, content, where), mean=weights.mean, std=weights.std, sites=sites)
+    return Trained(card=card, network=filled(card, state, where), mean=weights.mean, std=weights.std, sites=sites)
+
+
+def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
+    """The network's state_dict in a file of another program, by the network's own names.
+
+    It may lie one level down (`state_dict` of Lightning), and below a prefix (`module.` of DataParallel, `model.` of
+    Lightning). Tensors without the prefix are left out, and named in a warning.
+
+    Raises:
+        ModelError: the file holds no such state_dict, or several.
+    """
+    with torch.device("meta"):
+        names = list(build(card).state_dict())
+    states = _tensors(content)
+    found = [(place, prefix) for place, state in states.items() for prefix in _prefixes(state, names)]
+    places = [" in ".join(filter(None, [prefix and f"prefix {prefix!r}", place])) for place, prefix in found]
+    if len(found) > 1:
+        raise ModelError(
+            f"{where}: holds the weights of {card.architecture} {len(found)} times ({'; '.join(places)}), and does not say "
+            "which are meant; save those that are"
+        )
+    if not found and list(states) == [""]:
+        return states[""]  # which `filled` refuses, by the names that differ
+    if not found:
+        raise ModelError(
+            f"{where}: expected a model that minecube wrote, or a state_dict of {card.architecture}, with tensors such as "
+            f"{names[0]}; found {_described(content, states)}; save the network's state_dict() by torch.save"
+        )
+    place, prefix = found[0]
+    own = {name.removeprefix(prefix): value for name, value in states[place].items() if name.startswith(prefix)}
+    others = [name for name in states[place] if not name.startswith(prefix)]
+    if places[0]:
+        log.info("%s: the weights are those with %s", where, places[0])
+    if others:
+        log.warning("%s: left out %s, which are no weights of %s", where, ", ".join(others), card.architecture)
+    return own
+
+
+def _tensors(content: Any) -> dict[str, dict[str, Tensor]]:
+    """The tables of tensors in a file, by where they lie; `_orig_mod`, which torch.compile puts into names, is left out."""
+    if not isinstance(content, dict):
+        return {}
+    places = {"": content, **{str(key): value for key, value in content.items() if isinstance(value, dict)}}
+    tables = {
+        place: {str(name).replace("_orig_mod.", ""): value for name, value in table.items() if isinstance(value, Tensor)}
+        for place, table in places.items()
+    }
+    return {place: table for place, table in tables.items() if table}
+
+
+def _prefixes(state: Mapping[str, Tensor], names: list[str]) -> list[str]:
+    """What stands before all of a network's names in a state_dict, an empty prefix included."""
+    # Networks count their batches since torch 0.4.1; `load_state_dict` does without.
+    needed = [name for name in names if not name.endswith("num_batches_tracked")]
+    before = [name.removesuffix(needed[0]) for name in state if name.endswith(needed[0])]
+    return [p for p in before if p[-1:] in ("", ".") and all(p + name in state for name in needed)]
+
+
+def _described(content: Any, states: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """What a file of another program holds instead of the card's weights."""
+    if isinstance(content, Placeholder):
+        return f"a pickled {_class(content)}, whose code is not run"
+    if not isinstance(content, dict):
+        return f"a {_class(content)}"
+    if states:
+        return ", ".join(f"{next(iter(state))} in {place or 'no dictionary of its own'}" for place, state in states.items())
+    keys = ", ".join(map(str, list(content)[:5]))
+    kinds = ", ".join(sorted({_class(value) for value in content.values()})[:5])
+    return f"a dictionary of {kinds} ({keys})" if content else "an empty dictionary"
+
+
+def _class(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
