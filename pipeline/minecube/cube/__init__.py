@@ -193,6 +193,8 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         empty.to_zarr(target, group=site.id, mode="a", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
         group = zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False)
         made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
+        if site.title:
+            made["title"] = site.title
         group.attrs[NAMED] = made
         seal_group(group)
 
