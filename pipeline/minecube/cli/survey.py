@@ -17,6 +17,7 @@ from minecube.catalog import Recipe, Site, Source, pick
 from minecube.cli import build as building
 from minecube.cli.common import (
     OutFolder,
+    SiteChoice,
     catalog_option,
     choose_sites,
     choose_sources,
@@ -49,7 +50,7 @@ _LAG = timedelta(days=2)
 @source_option
 @catalog_option
 @click.option("--out", type=OutFolder(), default=Path("scenes"), show_default=True, help="Folder for the scene lists.")
-def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path) -> None:
+def search(wanted: SiteChoice, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path) -> None:
     """Find the scenes of sites and years, and save each list as stac-geoparquet for `build --scenes`.
 
     \b
@@ -86,7 +87,14 @@ def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path |
 )
 @click.pass_context
 def audit(
-    ctx: click.Context, /, wanted: str, years: tuple[int, ...], source_ids: str, recipe_id: str, catalog: Path | None, out: Path
+    ctx: click.Context,
+    /,
+    wanted: SiteChoice,
+    years: tuple[int, ...],
+    source_ids: str,
+    recipe_id: str,
+    catalog: Path | None,
+    out: Path,
 ) -> None:
     """Say what each source lists of sites and years, against what the satellites' orbits would have. Reads no pixel.
 
@@ -225,7 +233,7 @@ def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe
 def plan(
     ctx: click.Context,
     /,
-    wanted: str,
+    wanted: SiteChoice,
     years: tuple[int, ...],
     source_ids: str,
     store: str,
