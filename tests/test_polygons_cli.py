@@ -126,7 +126,7 @@ def test_layers_of_sites_and_of_a_second_file(tmp_path, make):
     run(*compare[:-1], tmp_path / "copy" / "all.gpkg", "--compare-layer", "two", "--json", report)
     assert json.loads(report.read_text())["comparison"][0]["iou"] == pytest.approx(0.8, rel=1e-3)
     _, err = run("sites", "--sites", "demo_1", "--layer", "pits", ok=2)
-    assert "layer 'pits' is of a file, and --sites demo_1 is none" in err
+    assert "expected a file of sites with the layer 'pits', found --sites demo_1" in err
     _, err = run("polygons", path, "--layer", "one", "--compare", "id", "--compare-layer", "two", ok=2)
     assert "--compare-layer is of a second file" in err
 
@@ -187,12 +187,20 @@ def test_rows_without_a_site_count_where_they_lie(store, sites, tmp_path, blank)
     _, err = run("label", "--store", store, "--polygons", path)
     assert footprint(store, "pit", 2019) == (500, True)
     assert footprint(store, "Big_Pit", 2019) == (25, True)
-    assert "1 of 4 polygons name no site and are drawn at each site they reach: row 3" in err
+    assert "1 of 4 polygons name no site and are drawn at each site that they reach: row 3" in err
     assert "1 of 4 polygons name no site, reach none of these sites and are left out: row 4" in err
     report = tmp_path / "report.json"
     run("polygons", path, "--sites", sites, "--json", report)
     found = {(f["finding"], f["row"], f["done"]) for f in json.loads(report.read_text())["findings"]}
     assert found == {("no site", 3, "kept"), ("at no site", 4, "left out")}
+
+
+def test_rows_that_miss_the_site_they_name_are_named(store, tmp_path):
+    path = written(tmp_path, table(A, FAR, OF_BIG, site=["pit", "pit", "Big_Pit"]))
+    _, err = run("label", "--store", store, "--polygons", path)
+    assert "1 of 3 polygons do not reach the site that they name and are left out: row 2" in err
+    _, err = run("label", "--store", store, "--polygons", written(tmp_path, table(A, site=["pit"]), "a.gpkg"), ok=2)
+    assert "no polygon of site 'Big_Pit'; its `site` column has pit" in err
 
 
 def test_two_mappers_are_compared_with_rows_that_name_no_site(sites, tmp_path):

@@ -97,6 +97,8 @@ FIRST_YEAR = 2015
 """Sentinel-2A was launched in June 2015."""
 _SUGGESTED = 8
 """Names that an error lists, at most."""
+_LONGEST = 60
+"""Characters of a name in a warning, at most."""
 
 _SITE_FIELDS = ("id", "country", "split", "years", "labels", "title")
 
@@ -315,7 +317,11 @@ def _names(table: GeoDataFrame) -> pd.Series:
 
 def _report_names(path: Path, table: GeoDataFrame, names: pd.Series, ids: Sequence[str]) -> None:
     """Log which ids are not the names that stand in the file."""
-    made = [f"{name!r} is {site_id}" for name, site_id in zip(names, ids, strict=True) if name and name != site_id]
+    made = [
+        f"{name[:_LONGEST]!r} is {site_id[:_LONGEST]}"
+        for name, site_id in zip(names, ids, strict=True)
+        if name and name != site_id
+    ]
     if made:
         log.warning("%s: ids made of names: %s", path, _shortened(made))
     numbered = [site_id for name, site_id in zip(names, ids, strict=True) if not name]

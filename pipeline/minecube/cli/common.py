@@ -180,7 +180,7 @@ def sites_option(command: F) -> F:
     return _sites_option(sites_layer_option("--layer", "--sites-layer")(command))
 
 
-def sites_beside_polygons_option(command: F) -> F:
+def sites_with_polygons_option(command: F) -> F:
     """--sites for a command whose --layer is that of its polygons."""
     return _sites_option(sites_layer_option("--sites-layer")(command))
 
@@ -255,7 +255,7 @@ def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
 
 def _need_file(wanted: SiteChoice) -> None:
     if wanted.layer is not None:
-        raise CatalogError(f"a layer {wanted.layer!r} is of a file, and --sites {wanted} is none; name the file of sites")
+        raise CatalogError(f"expected a file of sites with the layer {wanted.layer!r}, found --sites {wanted}; name the file")
 
 
 def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = None) -> list[str]:

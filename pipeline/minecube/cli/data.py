@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import geopandas as gpd
+import numpy as np
 import pandas as pd
 from odc.geo.geobox import GeoBox
 
@@ -32,8 +33,8 @@ from minecube.cli.common import (
     recipes,
     scenes_folder,
     scheduler_option,
-    sites_beside_polygons_option,
     sites_option,
+    sites_with_polygons_option,
     snapshots_option,
     source_option,
     stored_sites,
@@ -255,7 +256,7 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
 
 @click.command()
 @writable_store_option
-@sites_beside_polygons_option
+@sites_with_polygons_option
 @click.option(
     "--polygons",
     type=click.Path(path_type=Path),
@@ -282,10 +283,7 @@ def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> 
     reached: set[Any] = set()
     for site_id in stored_sites(store, wanted, there):
         grid, years = cube.grid_and_years(store, site_id)
-        own = _polygons_of(found, site_id, grid)
-        if own.empty:
-            named = ", ".join(sorted(found["site"].dropna().unique())[:8]) or "no name"
-            raise LabelError(f"{polygons}: no polygon of site {site_id!r}; its `site` column has {named}")
+        own = _polygons_of(found, site_id, grid, polygons)
         reached |= set(own.index)
         _report_missed(own, grid, site_id)
         if unread:
@@ -298,18 +296,16 @@ def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> 
             known = (mask != 255).any()
             rows.append((site_id, int(year), round(float((mask == 1).sum()) / 1e4, 3) if known else "unknown"))
     click.echo(table(("site", "year", "mine km2"), rows))
-    _report_unused(found, reached, there, polygons)
+    _report_unused(found, reached, [row[0] for row in rows], there, polygons)
 
 
-def _polygons_of(polygons: gpd.GeoDataFrame, site_id: str, grid: GeoBox) -> gpd.GeoDataFrame:
-    """The rows of a site, and those of no site that reach its grid; raises LabelError if all are of no site and none does."""
-    unnamed = labels.of_no_site(polygons)
-    if unnamed.all():
-        return polygons.loc[labels.on_grid(polygons, grid).index]
-    own = (polygons["site"] == site_id).to_numpy(bool, na_value=False)
-    if unnamed.any():
-        own |= polygons.index.isin(labels.on_grid(polygons[unnamed], grid, needed=False).index)
-    return polygons[own]
+def _polygons_of(polygons: gpd.GeoDataFrame, site_id: str, grid: GeoBox, path: Path) -> gpd.GeoDataFrame:
+    """The rows of a site and those of no site, as far as they reach its grid; raises LabelError if none does."""
+    own = polygons[labels.of_no_site(polygons) | labels.of_site(polygons, site_id)]
+    if own.empty:
+        named = ", ".join(sorted(polygons["site"].unique())[:8])
+        raise LabelError(f"{path}: no polygon of site {site_id!r}; its `site` column has {named}")
+    return own.loc[labels.on_grid(own, grid).index]
 
 
 def _report_missed(polygons: gpd.GeoDataFrame, grid: GeoBox, site_id: str) -> None:
@@ -322,24 +318,27 @@ def _report_missed(polygons: gpd.GeoDataFrame, grid: GeoBox, site_id: str) -> No
         )
 
 
-def _report_unused(polygons: gpd.GeoDataFrame, reached: set[Any], there: Sequence[str], path: Path) -> None:
-    """Say which rows named no site, and which were drawn nowhere because the store has not their site."""
-    unnamed = polygons.index[labels.of_no_site(polygons)]
-    drawn = unnamed[unnamed.isin(reached)]
-    away = unnamed.difference(drawn)
-    many = f"of {len(polygons)} polygons name no site"
-    if len(drawn) and len(unnamed) < len(polygons):
-        click.echo(f"{path}: {len(drawn)} {many} and are drawn at each site they reach: {labels.index_text(drawn)}", err=True)
-    if len(away):
-        click.echo(
-            f"{path}: {len(away)} {many}, reach none of these sites and are left out: {labels.index_text(away)}", err=True
-        )
-    if "site" in polygons:
-        foreign = polygons["site"][~polygons["site"].isin(there)].dropna().value_counts()
-        if len(foreign):
-            names = ", ".join(f"{name} ({count})" for name, count in foreign.head(_SOURCES).items())
-            more = f" and {len(foreign) - _SOURCES} more" if len(foreign) > _SOURCES else ""
-            click.echo(f"{path}: left out, rows of sites that the store has not: {names}{more}", err=True)
+def _report_unused(
+    polygons: gpd.GeoDataFrame, drawn: set[Any], labelled: Sequence[str], there: Sequence[str], path: Path
+) -> None:
+    """Report rows that name no site, and rows that were drawn nowhere."""
+    unnamed = labels.of_no_site(polygons)
+    reaching = polygons.index.isin(drawn)
+    astray = ~unnamed & ~reaching & np.any([labels.of_site(polygons, site) for site in set(labelled)], axis=0)
+    reports = {
+        "name no site and are drawn at each site that they reach": unnamed & reaching & (not unnamed.all()),
+        "name no site, reach none of these sites and are left out": unnamed & ~reaching,
+        "do not reach the site that they name and are left out": astray,
+    }
+    for words, rows in reports.items():
+        if rows.any():
+            said = f"{path}: {rows.sum()} of {len(polygons)} polygons {words}: {labels.index_text(polygons.index[rows])}"
+            click.echo(said, err=True)
+    foreign = polygons["site"][~unnamed & ~polygons["site"].isin(there)].value_counts() if "site" in polygons else {}
+    if len(foreign):
+        names = ", ".join(f"{name} ({count})" for name, count in list(foreign.items())[:_SOURCES])
+        more = f" and {len(foreign) - _SOURCES} more" if len(foreign) > _SOURCES else ""
+        click.echo(f"{path}: left out, rows of sites that the store has not: {names}{more}", err=True)
 
 
 def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:

@@ -20,7 +20,16 @@ A pixel nobody mapped is 255, never 0: a false "not mine" would be learnt and sc
 from minecube.labels.compare import compare
 from minecube.labels.masks import MINE, NOT_MINE, UNKNOWN, covered, on_grid, rasterize, vectorize
 from minecube.labels.outlines import identify, simplify
-from minecube.labels.polygons import NEAR_M, index_text, match_sites, of_no_site, read_polygons, unread_years, years_text
+from minecube.labels.polygons import (
+    NEAR_M,
+    index_text,
+    match_sites,
+    of_no_site,
+    of_site,
+    read_polygons,
+    unread_years,
+    years_text,
+)
 from minecube.labels.survey import MIN_WIDTH_M, Survey, mapped_areas, rows_without_centre, survey
 
 __all__ = [
@@ -37,6 +46,7 @@ __all__ = [
     "mapped_areas",
     "match_sites",
     "of_no_site",
+    "of_site",
     "on_grid",
     "rasterize",
     "read_polygons",

@@ -12,7 +12,7 @@ import shapely
 from odc.geo.geobox import GeoBox
 
 from minecube.labels.masks import area_m2, on_grid, rasterize
-from minecube.labels.polygons import mapped, of_no_site, spans, years_or_all
+from minecube.labels.polygons import mapped, of_no_site, of_site, spans, years_or_all
 
 POOLED = "pooled"
 AREAS = ("area_m2", "other_area_m2", "intersection_m2", "union_m2")
@@ -55,8 +55,7 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
 
 def _of_site(polygons: gpd.GeoDataFrame, site: str, grid: GeoBox) -> gpd.GeoDataFrame:
     mines = polygons[~mapped(polygons)]
-    unnamed = of_no_site(mines)
-    own = mines if unnamed.all() else mines[unnamed | (mines["site"] == site).to_numpy(bool, na_value=False)]
+    own = mines[of_no_site(mines) | of_site(mines, site)]
     return on_grid(own, grid, needed=False) if len(own) else own
 
 

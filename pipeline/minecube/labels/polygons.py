@@ -129,7 +129,7 @@ def _looks_dated(values: pd.Series, name: str) -> bool:
 
 
 def _years_in(values: pd.Series) -> pd.Series:
-    """Years of numbers, dates, or texts of either, Float64; missing where there is none."""
+    """Years of numbers, dates, or texts of either, Float64; missing where it holds no year."""
     found = texts(values).str.extract(_DATE)
     year = found[0].fillna(found[1]).fillna(found[2])
     return pd.to_numeric(year.fillna(texts(values)), errors="coerce").astype("Float64")
@@ -159,6 +159,14 @@ def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) ->
     if renamed:
         log.warning("%s: sites by another name: %s", path, ", ".join(f"{name!r} is {renamed[name]}" for name in renamed))
     return polygons.assign(site=polygons["site"].replace(renamed))
+
+
+def of_site(polygons: gpd.GeoDataFrame, site: str) -> npt.NDArray[np.bool_]:
+    """Which rows name this site."""
+    if "site" not in polygons:
+        return np.zeros(len(polygons), bool)
+    own: npt.NDArray[np.bool_] = (polygons["site"] == site).to_numpy(bool, na_value=False)
+    return own
 
 
 def of_no_site(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
