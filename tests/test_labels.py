@@ -512,6 +512,18 @@ def test_rows_without_a_pixels_centre(drawn):
     assert rows_without_centre(table(shapes), GRID).tolist() == [n for n, some in enumerate(holds) if not some]
 
 
+def test_a_centre_on_an_edge_is_decided_as_it_is_drawn():
+    """One pixel to the right of its corner, edges through centres: a row holds a centre if and only if a pixel is drawn."""
+    shapes = [shapely.affinity.translate(px(5, 5, h, w), 5, -5) for h, w in ((1, 1), (0.5, 1), (1, 0.5), (0.5, 0.5))]
+    shapes.append(
+        shapely.LineString([(LEFT + 5, TOP - 5), (LEFT + 35, TOP - 5)])
+        .buffer(1, cap_style="flat")
+        .intersection(shapely.box(LEFT, TOP - 5, LEFT + 100, TOP))
+    )
+    drawn = [bool((rasterize(table([shape]), GRID, [0]) == 1).any()) for shape in shapes]
+    assert rows_without_centre(table(shapes), GRID).tolist() == [n for n, is_drawn in enumerate(drawn) if not is_drawn]
+
+
 def test_geojson_without_crs_is_longitude_and_latitude(tmp_path):
     path = tmp_path / "m.geojson"
     feature = {

@@ -140,7 +140,7 @@ def kml(*folders):
 def placemark(shape, name="", more=""):
     ring = " ".join(f"{x},{y}" for x, y in shape.exterior.coords)
     area = f"<Polygon><outerBoundaryIs><LinearRing><coordinates>{ring}</coordinates></LinearRing></outerBoundaryIs></Polygon>"
-    return f"<Placemark><name>{name}</name>{more}{area}</Placemark>"
+    return f"<Placemark id='k1'><name>{name}</name>{more}{area}</Placemark>"
 
 
 def two_layers(path):

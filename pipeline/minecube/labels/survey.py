@@ -301,12 +301,21 @@ def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> npt.NDArray
     # holds a centre.
     radius = np.hypot(grid.resolution.x, grid.resolution.y) / 2
     small = here[(here.area <= here.length * radius) & here.within(grid.extent.geom)]
-    drawn = [
-        (rasterize(small.iloc[[n]][["geometry"]], _around(grid, shape), [0]) == MINE).any()
-        for n, shape in enumerate(small.geometry)
-    ]
+    drawn = [_is_drawn(shape, _around(grid, shape)) for shape in small.geometry]
     places: npt.NDArray[np.intp] = small["place"].to_numpy(np.intp)[~np.array(drawn, bool)]
     return places
+
+
+def _is_drawn(shape: shapely.Geometry, grid: GeoBox) -> bool:
+    height, width = grid.shape
+    column, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    x, y = grid.affine * (column, row)
+    inside = bool(shapely.contains_xy(shape, x, y).any())
+    if inside or not shapely.intersects_xy(shape, x, y).any():
+        return inside
+    # Edges run through centres: `rasterize` decides, which takes longer.
+    alone = gpd.GeoDataFrame(geometry=[shape], crs=str(grid.crs))
+    return bool((rasterize(alone, grid, [0]) == MINE).any())
 
 
 def _around(grid: GeoBox, shape: shapely.Geometry) -> GeoBox:
