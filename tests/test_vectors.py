@@ -112,6 +112,9 @@ def test_a_zip_of_other_things_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     refused(path, "damaged")
     with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data/mines.geojson", b"{oops")
+    refused(path, r"GDAL cannot open \('mines.geojson' not recognized")
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", b"nothing here")
     refused(path, "none of these in the zip file")
 
@@ -208,7 +211,7 @@ def test_a_table_of_raster_tiles_is_no_layer(tmp_path):
     profile = {"driver": "GPKG", "width": 256, "height": 256, "count": 3, "dtype": "uint8", "crs": "EPSG:4326"}
     with rasterio.open(path, "w", **profile, transform=from_origin(10, 50, 1e-3, 1e-3)) as image:
         image.write(np.ones((3, 256, 256), "uint8"))
-    refused(path, "cannot be read")
+    refused(path, r"found a file that GDAL cannot open \('mines.gpkg' not recognized as .* file format\); check the file")
     pit_2019().to_file(path, layer="pits", mode="a")
     assert read_polygons(path)["year"].tolist() == [2019]
 

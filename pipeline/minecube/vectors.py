@@ -125,7 +125,11 @@ def _layers_of(path: Path) -> list[_Layer]:
     if suffix == ".kml" and (time := re.search(_SHORT_TIME, path.read_bytes())):
         year = time[2].decode()
         raise ValueError(f"expected whole dates in <{time[1].decode()}>, found {year}; write {year[:4]}-01-01 or the like")
-    listed = enumerate(pyogrio.list_layers(path))
+    try:
+        listed = enumerate(pyogrio.list_layers(path))
+    except pyogrio.errors.DataSourceError as error:
+        text = str(error).replace(str(path), path.name).partition(".; It might help")[0]  # to name a driver, which is not ours
+        raise ValueError(f"expected features, found a file that GDAL cannot open ({text}); check the file") from error
     return [_Layer(path=path, name=str(name), kind=kind, number=number) for number, (name, kind) in listed]
 
 
