@@ -276,8 +276,9 @@ def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> 
       minecube label --store cubes.zarr --polygons mines.gpkg
       minecube label --store cubes.zarr --polygons mines.gpkg --layer mines_2019
     """
+    found = labels.read_polygons(polygons, layer)
     there = cube.sites(store)
-    found = labels.match_sites(labels.read_polygons(polygons, layer), there, polygons)
+    found = labels.match_sites(found, there, polygons)
     unread = labels.unread_years(found)
     rows = []
     reached: set[Any] = set()
