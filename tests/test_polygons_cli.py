@@ -212,6 +212,15 @@ def test_two_mappers_are_compared_with_rows_that_name_no_site(sites, tmp_path):
     assert row["iou"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("sites", [{}, {"site": [None]}, {"site": ["Kopalnia Bełża (Nord)"]}])
+@pytest.mark.parametrize("others", [{}, {"site": [None]}])
+def test_two_mappers_are_compared_without_an_area(tmp_path, sites, others):
+    one = written(tmp_path, table(A, **sites), "one.gpkg")
+    two = written(tmp_path, table(A, **others), "two.gpkg")
+    run("polygons", one, "--compare", two, "--json", tmp_path / "report.json")
+    assert [row["iou"] for row in json.loads((tmp_path / "report.json").read_text())["comparison"]] == pytest.approx([1, 1])
+
+
 def test_a_file_without_a_site_says_what_it_does_not_draw(store, tmp_path):
     path = written(tmp_path, table(A, OF_BIG, FAR))
     _, err = run("label", "--store", store, "--polygons", path)
@@ -279,6 +288,10 @@ def test_polygons_that_hold_no_centre_are_counted(store, tmp_path):
     assert fraction.sum() / 250 * 100 == pytest.approx(40_000 + 600, rel=1e-3)  # the tiny one lies within A
     _, err = run("label", "--store", store, "--polygons", written(tmp_path, table(A), "a.gpkg"), "--sites", "pit")
     assert "centre" not in err
+    sited = table(A, OF_BIG, strip, site=["pit", "Big_Pit", "pit"])
+    _, err = run("label", "--store", store, "--polygons", written(tmp_path, sited, "sited.gpkg"))
+    assert "pit: 1 of 2 polygons hold no pixel's centre (row 3)" in err
+    assert "Big_Pit:" not in err
 
 
 def test_collections_lose_their_lines_by_name(store, tmp_path):

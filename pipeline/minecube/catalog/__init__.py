@@ -270,7 +270,7 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False, layer
     if table.crs is None:
         raise CatalogError(f"{path}: has no CRS, so its coordinates cannot be placed; set one (ogr2ogr -a_srs) and retry")
     table = table.to_crs(4326).reset_index(drop=True)
-    names = _names(table)
+    names = _texts_of(table, "id", "name", "site")
     ids = [safe_name(name) or f"site_{row}" for row, name in enumerate(names, start=1)]
     if catalogue:
         ids = [name.replace(" ", "_") or made for name, made in zip(names, ids, strict=True)]
@@ -309,10 +309,6 @@ def _texts_of(table: GeoDataFrame, *columns: str) -> pd.Series:
         if column in table:
             found = found.mask(found == "", texts(table[column]).fillna(""))
     return found
-
-
-def _names(table: GeoDataFrame) -> pd.Series:
-    return _texts_of(table, "id", "name", "site")
 
 
 def _report_names(path: Path, table: GeoDataFrame, names: pd.Series, ids: Sequence[str]) -> None:

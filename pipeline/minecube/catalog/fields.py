@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -58,6 +59,7 @@ def same_names(name: str, known: Iterable[str]) -> list[str]:
     return [name] if name in ids else [i for i in ids if _key(i) == _key(name)]
 
 
+@functools.lru_cache(maxsize=2**16)
 def _key(name: str) -> str:
     return re.sub(r"[_.-]+", "_", safe_name(name)).casefold()
 

@@ -264,7 +264,7 @@ def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = N
     Args:
         store: the cubes.
         wanted: what --sites names.
-        there: the sites to choose from; by default those that have pixels.
+        there: the sites to choose from; by default all in the store.
     """
     there = cube.sites(store) if there is None else there
     if not wanted.is_file():

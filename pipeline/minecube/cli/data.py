@@ -310,7 +310,7 @@ def _polygons_of(polygons: gpd.GeoDataFrame, site_id: str, grid: GeoBox, path: P
 
 
 def _report_missed(polygons: gpd.GeoDataFrame, grid: GeoBox, site_id: str) -> None:
-    missed = polygons.index[labels.rows_without_centre(polygons, grid)]
+    missed = labels.rows_without_centre(polygons, grid)
     if len(missed):
         click.echo(
             f"{site_id}: {len(missed)} of {len(polygons)} polygons hold no pixel's centre ({labels.index_text(missed)}); "

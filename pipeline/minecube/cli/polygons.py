@@ -158,10 +158,12 @@ def _by_mapper(found: gpd.GeoDataFrame, column: str) -> dict[str, gpd.GeoDataFra
 
 def _grids_around(mappers: Mapping[str, gpd.GeoDataFrame]) -> dict[str, GeoBox]:
     """A grid around each site's polygons, for polygons whose sites' areas nobody gave."""
-    sited = [t.assign(site=t.get("site", "all"))[["site", "geometry"]].to_crs(4326) for t in mappers.values()]
+    unsited = all(labels.of_no_site(t).all() for t in mappers.values())
+    named = [t.assign(site="all" if unsited else t.get("site")) for t in mappers.values()]
+    sited = [t[["site", "geometry"]].to_crs(4326) for t in named]
     grids = {}
     for site, own in pd.concat(sited).groupby("site"):
-        grid = grids[str(site)] = grid_of(Site(id=str(site), geometry=shapely.box(*own.total_bounds)))
+        grid = grids[str(site)] = grid_of(Site(id="around", geometry=shapely.box(*own.total_bounds)))
         if max(grid.shape) > LARGEST_PX:
             raise LabelError(
                 f"the polygons of site {site!r} spread over {max(grid.shape) // 100} km; name the sites they are of "

@@ -294,16 +294,16 @@ def _hole_polygons(shapes: npt.NDArray[np.object_]) -> tuple[npt.NDArray[np.obje
     return found, np.repeat(np.arange(len(shapes)), shapely.get_num_interior_rings(shapes))
 
 
-def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> npt.NDArray[np.intp]:
-    """Which mines hold no pixel's centre, as places in the table: `rasterize` draws no pixel of them."""
-    here = on_grid(polygons[~mapped(polygons)].reset_index(names="place")[["place", "geometry"]], grid, needed=False)
+def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
+    """The rows of mines that hold no pixel's centre, by their index: `rasterize` draws no pixel of them."""
+    here = on_grid(polygons.loc[~mapped(polygons), ["geometry"]], grid, needed=False)
     # A shape's area is at most its length times the radius of the largest circle in it. A circle of half a pixel's diagonal
     # holds a centre.
     radius = np.hypot(grid.resolution.x, grid.resolution.y) / 2
     small = here[(here.area <= here.length * radius) & here.within(grid.extent.geom)]
     drawn = [_is_drawn(shape, _around(grid, shape)) for shape in small.geometry]
-    places: npt.NDArray[np.intp] = small["place"].to_numpy(np.intp)[~np.array(drawn, bool)]
-    return places
+    rows: pd.Index = small.index[~np.array(drawn, bool)]
+    return rows
 
 
 def _is_drawn(shape: shapely.Geometry, grid: GeoBox) -> bool:
