@@ -99,7 +99,7 @@ build --store new.zarr --sites {{d}}/junk.shp --years 2020 --source earth-search
 build --store new.zarr --sites {{d}}/points.geojson --years 2020 --source earth-search => a polygon
 build --store new.zarr --sites {{d}}/folder.geojson --years 2020 --source earth-search => cannot be read as sites
 build --store new.zarr --sites {{d}}/long_id.geojson --years 2020 --source earth-search => up to 100 characters, found 5,000
-build --store new.zarr --sites {{d}}/odd_id.geojson --years 2020 --source earth-search => a/../b
+build --store new.zarr --sites {{d}}/twin_ids.geojson --years 2020 --source earth-search => would both have the id 'a_b'
 build --store new.zarr --sites demo_1 --years 1850 --source earth-search => 1850
 build --store new.zarr --sites demo_1 --years 9999 --source earth-search => 9999
 build --store new.zarr --sites demo_1 --years 0000-9999 --source earth-search => year 0
@@ -390,8 +390,8 @@ def damaged(world, tmp_path_factory):
         (folder / name).mkdir()
     gpd.GeoDataFrame({"id": ["p"]}, geometry=[Point(10, 50)], crs=4326).to_file(folder / "points.geojson")
     site = gpd.read_file(world / "sites.geojson").geometry[0]
-    for name, site_id in (("long_id", "L" * 5000), ("odd_id", "a/../b"), ("zarr_id", "zarr.json")):
-        gpd.GeoDataFrame({"id": [site_id]}, geometry=[site], crs=4326).to_file(folder / f"{name}.geojson")
+    for name, ids in (("long_id", ["L" * 5000]), ("one_id", ["a"]), ("twin_ids", ["a/b", "a b"]), ("zarr_id", ["zarr.json"])):
+        gpd.GeoDataFrame({"id": ids}, geometry=[site] * len(ids), crs=4326).to_file(folder / f"{name}.geojson")
     pd.DataFrame({"a": [1]}).to_parquet(folder / "table.parquet")
     catalogs = {
         "open": b"a: [1, 2\nb: {c\n",
@@ -422,7 +422,7 @@ def damaged(world, tmp_path_factory):
     (folder / "deep.zarr" / "zarr.json").write_text("[" * 100_000)
     (folder / "deep_bench").mkdir()
     (folder / "deep_bench" / "bench.json").write_text("[" * 100_000)
-    feature = json.loads((folder / "odd_id.geojson").read_text().replace("a/../b", "a"))
+    feature = json.loads((folder / "one_id.geojson").read_text())
     feature["features"][0]["properties"]["years"] = [None, True]
     (folder / "null_year.geojson").write_text(json.dumps(feature))
     (folder / "bench").mkdir()

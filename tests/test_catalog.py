@@ -8,10 +8,10 @@ from pathlib import Path
 
 import geopandas as gpd
 import pytest
-from shapely.geometry import Point, Polygon, box
+from shapely.geometry import GeometryCollection, MultiPoint, Point, Polygon, box
 
 from minecube import catalog
-from minecube.catalog import BANDS, load_models, load_recipes, load_sites, load_sources
+from minecube.catalog import BANDS, load_models, load_recipes, load_sites, load_sources, safe_name, same_names
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
 
@@ -227,3 +227,92 @@ def test_a_polygon_file_without_crs_or_without_polygons(tmp_path):
     path.write_text('{"type": "FeatureCollection", "features": []}')
     with pytest.raises(CatalogError, match=r"empty\.geojson: holds no site"):
         load_sites(path)
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("North pit", "North_pit"),
+        ("a  b.c-d", "a__b.c-d"),  # as earlier versions made it
+        ("way/10001", "way_10001"),
+        ("Kopalnia Bełża (Nord)", "Kopalnia_Belza_Nord"),
+        ("Görlitz-Süd", "Gorlitz-Sud"),
+        ("Перник", "Pernik"),
+        ("../../etc", "etc"),
+        ("???", ""),
+    ],
+)
+def test_a_name_becomes_an_id(name, made):
+    assert safe_name(name) == made
+
+
+def test_names_may_differ_in_case_accents_and_blanks():
+    known = ["Big_Pit", "Belza", "way_1", "PIT", "Pit"]
+    assert same_names("big pit", known) == ["Big_Pit"]
+    assert same_names("BIG-PIT", known) == ["Big_Pit"]
+    assert same_names("Bełża", known) == ["Belza"]
+    assert same_names("way/1", known) == ["way_1"]
+    assert same_names("Pit", known) == ["Pit"]
+    assert same_names("pit", known) == ["PIT", "Pit"]
+    assert same_names("Bigpit", known) == []
+
+
+def test_names_that_are_no_ids_are_kept_as_titles_and_reported(tmp_path, caplog):
+    path = sites_file(tmp_path, [MINE, OTHER], id=["way/1", "ok"], name=["Kamieniołom Górny", None])
+    first, second = load_sites(path)
+    assert (first.id, first.title) == ("way_1", "Kamieniołom Górny")
+    assert (second.id, second.title) == ("ok", "")
+    assert "'way/1' is way_1" in caplog.text
+    assert "ok" not in caplog.text.split("ids made of names")[1]
+    (alone,) = load_sites(sites_file(tmp_path, [MINE], id=["way/1"]))
+    assert (alone.id, alone.title) == ("way_1", "way/1")
+
+
+def test_two_names_of_one_id_are_refused_by_name(tmp_path):
+    with pytest.raises(CatalogError, match=r"sites 'Bełża' and 'Belza' would both have the id 'Belza'; rename one"):
+        load_sites(sites_file(tmp_path, [MINE, OTHER], name=["Bełża", "Belza"]))
+    with pytest.raises(CatalogError, match=r"site 'a' stands there twice"):
+        load_sites(sites_file(tmp_path, [MINE, OTHER], name=["a", "a"]))
+
+
+@pytest.mark.parametrize("suffix", [".geojson", ".shp", ".parquet"])
+def test_columns_are_understood_in_any_case(tmp_path, suffix):
+    columns = {"NAME": ["Alpha", "Beta"], "Country": ["Greece", "Spain"], "YEARS": ["2015-2016", "2020"]}
+    first, second = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=suffix, **columns))
+    assert (first.id, first.country, first.years) == ("Alpha", "Greece", (2015, 2016))
+    assert (second.id, second.country, second.years) == ("Beta", "Spain", (2020,))
+
+
+def test_twins_of_a_column_are_refused_unless_one_is_empty(tmp_path):
+    with pytest.raises(CatalogError, match="has the columns name, NAME, which mean the same; keep one"):
+        load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", name=["a"], NAME=["b"]))
+    (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", name=[None], NAME=["b"]))
+    assert site.id == "b"
+
+
+def test_rows_without_a_name_are_numbered_and_reported(tmp_path, caplog):
+    found = load_sites(sites_file(tmp_path, [MINE, OTHER], id=[None, " "], name=["a", "???"], owner=["x", "y"]))
+    assert [site.id for site in found] == ["a", "site_2"]
+    assert "'???' is site_2" in caplog.text
+    caplog.clear()
+    found = load_sites(sites_file(tmp_path, [MINE, OTHER], owner=["x", "y"]))
+    assert [site.id for site in found] == ["site_1", "site_2"]
+    assert "called by their number: site_1, site_2; the columns are owner" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["id", "name", "site"])
+def test_numbers_with_a_gap_are_whole(tmp_path, column):
+    found = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=".gpkg", **{column: [7.0, None]}))
+    assert [site.id for site in found] == ["7", "site_2"]
+
+
+def test_the_areas_of_a_collection_are_kept(tmp_path, caplog):
+    mixed = GeometryCollection([MINE, MultiPoint([(13, 50), (14, 50)]), GeometryCollection([OTHER, OTHER.exterior])])
+    (site,) = load_sites(sites_file(tmp_path, [mixed], id=["a"]))
+    assert site.geometry.equals(MINE | OTHER)
+    assert "site a: the areas of its collection were kept, left out: 1 LineString, 2 Point" in caplog.text
+    with pytest.raises(CatalogError, match="expected a polygon, found GeometryCollection"):
+        load_sites(sites_file(tmp_path, [GeometryCollection([Point(13, 50)])], id=["a"]))

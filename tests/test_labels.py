@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import geopandas as gpd
@@ -23,7 +24,7 @@ from pyproj import CRS, Geod, Transformer
 from minecube.catalog import Site
 from minecube.errors import LabelError
 from minecube.grid import grid_of
-from minecube.labels import covered, rasterize, read_polygons, vectorize
+from minecube.labels import covered, match_sites, rasterize, read_polygons, rows_without_centre, vectorize
 from minecube.labels.masks import fractions, on_grid
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
@@ -497,6 +498,112 @@ def test_spans_are_read_as_years_and_dates(tmp_path):
     assert read_polygons(written(tmp_path, dates, "d.gpkg"))["start"].fillna(0).tolist() == [2018, 0]
 
 
+@pytest.mark.parametrize(
+    "date", ["2019-06-01", "2019-12-31T23:00:00Z", "2019/6", "2019.06.01", "20190601", "1.6.2019", "06/13/2019", "6/2019"]
+)
+@pytest.mark.parametrize("column", ["year", "start", "end"])
+def test_a_date_counts_by_its_year(tmp_path, column, date):
+    assert read_polygons(written(tmp_path, table([px(0, 0, 5, 5)], **{column: [date]})))[column].tolist() == [2019]
+
+
+@pytest.mark.parametrize("name", ["m.gpkg", "m.parquet", "m.shp"])
+def test_a_column_of_dates_is_years(tmp_path, name):
+    drawn = table([px(0, 0, 5, 5)] * 2, Year=pd.Series(pd.to_datetime(["2019-06-01", "2022-01-01"])).dt.date)
+    assert read_polygons(written(tmp_path, drawn, name))["year"].tolist() == [2019, 2022]
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("date", ["2019-06-01", "2022-06-01"]),
+        ("start_year", [2019, 2022]),
+        ("acq_date", ["20190601", None]),
+        ("acquisition_date", ["1.6.2019", "1.6.2022"]),
+        ("Image taken", ["2019/06", "?"]),
+        ("Datum", ["Sommer 2019", "2022"]),
+        ("imgyr", ["2019", "2022"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["m.gpkg", "m.shp"])
+def test_a_column_that_may_be_years_is_named(tmp_path, caplog, column, values, name):
+    drawn = table([px(0, 0, 5, 5)] * 2, **{column: values})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names of ten letters
+        path = written(tmp_path, drawn, name)
+    read_polygons(path)
+    (said,) = [record.getMessage() for record in caplog.records]
+    shown = column[:10] if name == "m.shp" else column
+    assert f"column `{shown}` may hold years" in said
+    assert "`year`, or `start` and `end`" in said
+    assert "2 rows hold for all years" in said
+
+
+def test_nothing_is_said_of_dates_where_years_are_known_or_nothing_looks_like_one(tmp_path, caplog):
+    known = table([px(0, 0, 5, 5)] * 2, year=[2019, 2022], created=["2023-01-01"] * 2)
+    read_polygons(written(tmp_path, known, "known.gpkg"))
+    plain = table([px(0, 0, 5, 5)] * 2, height=[120.5, 99], validated=[1, 0], note=["Pit 2019", None], tile=[3301, 3302])
+    read_polygons(written(tmp_path, plain, "plain.gpkg"))
+    assert not caplog.records
+
+
+def test_a_numeric_site_with_a_gap_is_whole_and_a_blank_one_missing(tmp_path):
+    drawn = table([px(0, 0, 5, 5)] * 2, site=[7.0, None])
+    assert read_polygons(written(tmp_path, drawn)).site.fillna("-").tolist() == ["7", "-"]
+    drawn = table([px(0, 0, 5, 5)] * 3, site=[" ", "", " a "])
+    assert read_polygons(written(tmp_path, drawn)).site.fillna("-").tolist() == ["-", "-", "a"]
+
+
+def test_sites_are_matched_whatever_their_case_blanks_and_accents(caplog):
+    drawn = table([px(0, 0, 5, 5)] * 4, site=pd.array(["big pit", "Bełża", "Other", None], dtype="string"))
+    found = match_sites(drawn, ["Big_Pit", "Belza"], Path("m.gpkg"))
+    assert found["site"].fillna("-").tolist() == ["Big_Pit", "Belza", "Other", "-"]
+    assert "m.gpkg: sites by another name: 'big pit' is Big_Pit, 'Bełża' is Belza" in caplog.text
+    with pytest.raises(LabelError, match=r"m\.gpkg: site 'big pit' may be Big_Pit or big-pit; spell it as one of them"):
+        match_sites(drawn, ["Big_Pit", "big-pit"], Path("m.gpkg"))
+
+
+def test_collections_give_their_areas_and_name_what_is_left_out(tmp_path, caplog):
+    mixed = shapely.GeometryCollection([px(0, 0, 4, 4), shapely.LineString([(LEFT, TOP), (LEFT + 200, TOP)])])
+    path = written(tmp_path, table([px(20, 20, 3, 3), mixed]))
+    found = read_polygons(path)
+    assert rasterize(found, GRID, [2020]).sum() == 16 + 9
+    assert not found["repaired"].any()
+    assert "the areas of the collection in row 2 were kept, left out: 1 LineString" in caplog.text
+    with pytest.raises(LabelError, match="found GeometryCollection in row 1"):
+        read_polygons(written(tmp_path, table([shapely.GeometryCollection([shapely.Point(LEFT, TOP)])]), "lines.gpkg"))
+
+
+def test_the_index_is_the_row_of_the_file(tmp_path):
+    found = read_polygons(written(tmp_path, table([None, px(0, 0, 5, 5)])))
+    assert found.index.tolist() == [1]
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(20, 350), st.floats(20, 250), st.floats(0.5, 12), st.floats(0.5, 120), st.floats(0, 90)), min_size=1
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_rows_without_a_pixels_centre(drawn):
+    shapes = [shapely.affinity.rotate(shapely.box(x, y, x + w, y + h), a) for x, y, w, h, a in drawn]
+    shapes = [shapely.transform(shape, lambda xy: xy * [1, -1] + [LEFT, TOP]) for shape in shapes]
+    x, y = centres(GRID)
+    holds = [bool(shapely.contains_xy(shape, x, y).any()) for shape in shapes]
+    assert rows_without_centre(table(shapes), GRID).tolist() == [n for n, some in enumerate(holds) if not some]
+
+
+def test_a_centre_on_an_edge_is_decided_as_it_is_drawn():
+    """One pixel to the right of its corner, edges through centres: a row holds a centre if and only if a pixel is drawn."""
+    shapes = [shapely.affinity.translate(px(5, 5, h, w), 5, -5) for h, w in ((1, 1), (0.5, 1), (1, 0.5), (0.5, 0.5))]
+    shapes.append(
+        shapely.LineString([(LEFT + 5, TOP - 5), (LEFT + 35, TOP - 5)])
+        .buffer(1, cap_style="flat")
+        .intersection(shapely.box(LEFT, TOP - 5, LEFT + 100, TOP))
+    )
+    drawn = [bool((rasterize(table([shape]), GRID, [0]) == 1).any()) for shape in shapes]
+    assert rows_without_centre(table(shapes), GRID).tolist() == [n for n, is_drawn in enumerate(drawn) if not is_drawn]
+
+
 def test_geojson_without_crs_is_longitude_and_latitude(tmp_path):
     path = tmp_path / "m.geojson"
     feature = {
@@ -540,7 +647,8 @@ def test_invalid_polygons_are_repaired_and_reported(tmp_path, caplog):
         (table([px(0, 0, 1, 1)], year=[2019.5]), "whole calendar years"),
         (table([px(0, 0, 1, 1)], year=[20190]), "found 20190"),
         (table([px(0, 0, 1, 1)], year=[True]), "found True"),
-        (table([px(0, 0, 1, 1)], year=pd.to_datetime(["2019-01-01"])), "whole calendar years"),
+        (table([px(0, 0, 1, 1)], year=["2019-20"]), "found 2019-20"),
+        (table([px(0, 0, 1, 1)], year=["20191301"]), "found 20191301"),
         (table([px(0, 0, 1, 1)], year=[2019], Year=[2018]), "columns year, Year"),
         (table([px(0, 0, 1, 1)] * 2, start=[2019, 2021], end=[2019, 2020]), r"end before they start \(row 2\)"),
         (table([px(0, 0, 1, 1)] * 2, year=[None, 2019], start=[2018, 2018]), "found both in row 2"),

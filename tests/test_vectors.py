@@ -7,7 +7,15 @@ import zipfile
 from pathlib import Path
 
 import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyogrio
 import pytest
+import rasterio
+from pyproj import CRS
+from rasterio.transform import from_origin
 from shapely.geometry import box
 
 from minecube.catalog import load_sites
@@ -92,14 +100,214 @@ def test_names_that_gdal_treats_as_virtual_or_as_a_driver_are_refused(tmp_path, 
     refused("GPKG:mines.gpkg", "No such file")
 
 
-def test_a_zip_holds_one_shapefile(tmp_path):
+def test_a_zip_of_other_things_is_refused(tmp_path):
     path = written(tmp_path / "mines.zip")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("second.shp", b"")
-    refused(path, "expected one .shp in the zip file, found 2")
+    refused(path, r"format of the suffix \.shp")
     written(tmp_path / "other.gpkg", OTHER)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mines.shp", VRT.format(other=tmp_path / "other.gpkg"))
     refused(path, "format of the suffix .shp")
     path.write_bytes(path.read_bytes()[:-10])
     refused(path, "damaged")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data/mines.geojson", b"{oops")
+    refused(path, r"GDAL cannot open \('mines.geojson' not recognized")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", b"nothing here")
+    refused(path, "none of these in the zip file")
+
+
+# --- several layers -----------------------------------------------------------------------------------------------------
+
+
+def table(*shapes, **columns):
+    return gpd.GeoDataFrame(columns, geometry=list(shapes), crs=4326)
+
+
+def pit_2019():
+    return table(MINE, year=[2019])
+
+
+def pits_2022():
+    return table(MINE, OTHER, year=[2022, 2022])
+
+
+def kml(*folders):
+    """A document with folders (name, placemarks)."""
+    inside = "".join(f"<Folder><name>{name}</name>{''.join(marks)}</Folder>" for name, marks in folders)
+    return KML.format(inside)
+
+
+def placemark(shape, name="", more=""):
+    ring = " ".join(f"{x},{y}" for x, y in shape.exterior.coords)
+    area = f"<Polygon><outerBoundaryIs><LinearRing><coordinates>{ring}</coordinates></LinearRing></outerBoundaryIs></Polygon>"
+    return f"<Placemark id='k1'><name>{name}</name>{more}{area}</Placemark>"
+
+
+def two_layers(path):
+    """A file with the layers mines_2019 (one row) and mines_2022 (two rows)."""
+    layers = {"mines_2019": pit_2019(), "mines_2022": pits_2022()}
+    if path.suffix in (".kml", ".kmz"):
+        marks = ((name, [placemark(shape, "m") for shape in rows.geometry]) for name, rows in layers.items())
+        text = kml(*marks)
+        if path.suffix == ".kml":
+            path.write_text(text)
+            return path
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("doc.kml", text)
+            archive.writestr("files/icon.png", b"no polygon")
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, rows in layers.items():
+                rows.to_file(path.with_name(f"{name}.shp"))
+                for part in ("shp", "shx", "dbf", "prj"):
+                    archive.write(path.with_name(f"{name}.{part}"), f"data/{name}.{part}")
+            archive.writestr("__MACOSX/data/._mines_2019.shp", b"resource fork")
+            archive.writestr("data/about.json", b"[]")
+    else:
+        for name, rows in layers.items():
+            driver = {".gpkg": "GPKG", ".gdb": "OpenFileGDB"}[path.suffix]
+            rows.astype({"year": "int32"}).to_file(path, layer=name, driver=driver, mode="a")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gpkg", "gdb", "kml", "kmz", "zip"])
+def test_of_several_layers_of_polygons_none_is_taken_unasked(tmp_path, suffix):
+    path = two_layers(tmp_path / f"mines.{suffix}")
+    refused(path, r"expected one layer of polygons, found 2: mines_2019 \(.*\), mines_2022 \(.*\); name the one .* --layer")
+    assert [len(read_polygons(path, layer)) for layer in ("mines_2019", "mines_2022", "mines_*")] == [1, 2, 3]
+    with pytest.raises(LabelError, match=r"expected a layer 'mines_2020', found mines_2019 .*, mines_2022"):
+        read_polygons(path, "mines_2020")
+
+
+def test_layers_are_joined_in_one_crs(tmp_path):
+    path = tmp_path / "mines.gpkg"
+    pit_2019().to_file(path, layer="a")
+    table(OTHER, year=[2022]).to_crs(32634).to_file(path, layer="b", mode="a")
+    found = read_polygons(path, "*")
+    assert found["year"].tolist() == [2019, 2022]
+    assert found.geometry[1].equals_exact(OTHER, 1e-6, normalize=True)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_only_layer_of_polygons_is_taken_and_the_others_named(tmp_path, caplog, first):
+    path = tmp_path / "mines.gpkg"
+    points = gpd.GeoDataFrame({"n": [1]}, geometry=[MINE.centroid], crs=4326)
+    layers = [("notes", points), ("mines", pit_2019()), ("template", pit_2019().iloc[:0])]
+    for name, rows in layers if first else layers[::-1]:
+        rows.to_file(path, layer=name, mode="a" if path.exists() else "w")
+    pyogrio.write_dataframe(pd.DataFrame({"style": ["red"]}), path, layer="layer_styles", append=True)
+    with caplog.at_level("WARNING"):
+        assert read_polygons(path)["year"].tolist() == [2019]
+    assert "layer mines was read" in caplog.text
+    assert all(f"{name} (" in caplog.text for name in ("notes", "template", "layer_styles"))
+    assert len(load_sites(path)) == 1
+
+
+def test_a_table_of_raster_tiles_is_no_layer(tmp_path):
+    path = tmp_path / "mines.gpkg"
+    profile = {"driver": "GPKG", "width": 256, "height": 256, "count": 3, "dtype": "uint8", "crs": "EPSG:4326"}
+    with rasterio.open(path, "w", **profile, transform=from_origin(10, 50, 1e-3, 1e-3)) as image:
+        image.write(np.ones((3, 256, 256), "uint8"))
+    refused(path, r"found a file that GDAL cannot open \('mines.gpkg' not recognized as .* file format\); check the file")
+    pit_2019().to_file(path, layer="pits", mode="a")
+    assert read_polygons(path)["year"].tolist() == [2019]
+
+
+def test_layers_of_unknown_geometry_are_looked_into(tmp_path):
+    """GDAL does not say what a KML folder holds."""
+    path = tmp_path / "mines.kml"
+    point = "<Placemark><name>p</name><Point><coordinates>10,50</coordinates></Point></Placemark>"
+    path.write_text(kml(("sights", [point]), ("pits", [placemark(MINE)]), ("plans", [])))
+    assert read_polygons(path).geometry[0].equals_exact(MINE, 1e-9, normalize=True)
+    path.write_text(kml(("sights", [point]), ("plans", [])))
+    refused(path, "expected a layer of polygons, found sights .*, plans")
+
+
+def test_twins_in_a_zip_have_the_name_of_their_folder(tmp_path):
+    path = tmp_path / "mines.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for year, rows in (("2019", pit_2019()), ("2022", pits_2022())):
+            rows.to_file(tmp_path / f"{year}.gpkg", layer="pits")
+            archive.write(tmp_path / f"{year}.gpkg", f"all/{year}.gpkg")
+    refused(path, r"found 2: all/2019/pits \(.*, all/2022/pits")
+    assert len(read_polygons(path, "all/2022/pits")) == 2
+
+
+def test_a_zipped_geodatabase_and_names_that_leave_the_folder(tmp_path):
+    folder = two_layers(tmp_path / "mines.gdb")
+    path = tmp_path / "mines.gdb.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"mines.gdb/{file.name}")
+        archive.writestr("../../escaped.geojson", json.dumps(MINE.__geo_interface__))
+    refused(path, "found 3: .*mines_2019")
+    assert not list(tmp_path.parent.rglob("escaped.geojson"))
+
+
+def test_placemarks_have_names_and_times(tmp_path):
+    path = tmp_path / "mines.kml"
+    span = "<TimeSpan><begin>{}</begin><end>2020-12-31</end></TimeSpan>"
+    path.write_text(kml(("pits", [placemark(MINE, "Big Pit", span.format("2019-01-01"))])))
+    found = read_polygons(path)
+    assert (found["start"].tolist(), found["end"].tolist()) == ([2019], [2020])
+    assert [site.id for site in load_sites(path)] == ["Big_Pit"]
+    path.write_text(kml(("pits", [placemark(MINE, "Big Pit", span.format("2019"))])))
+    refused(path, "expected whole dates in <begin>, found 2019; write 2019-01-01")  # GDAL drops it
+
+
+# --- Parquet's own geometry type ----------------------------------------------------------------------------------------
+
+
+class Wkb(pa.ExtensionType):
+    """What pyarrow writes as Parquet's GEOMETRY."""
+
+    def __init__(self, about):
+        self.about = about
+        super().__init__(pa.binary(), "geoarrow.wkb")
+
+    def __arrow_ext_serialize__(self):
+        return self.about.encode()
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, _storage, about):
+        return cls(about.decode())
+
+
+@pytest.fixture
+def wkb_type():
+    pa.register_extension_type(Wkb(""))
+    yield Wkb
+    pa.unregister_extension_type("geoarrow.wkb")
+
+
+@pytest.mark.parametrize(
+    ("about", "crs"),
+    [
+        ({}, 4326),
+        ({"crs": "EPSG:32632"}, 32632),
+        ({"crs": CRS(32632).to_json_dict()}, 32632),
+        ({"crs": "32632", "crs_type": "srid"}, 32632),
+    ],
+)
+def test_native_geometry_is_read_with_its_crs(tmp_path, wkb_type, about, crs):
+    shape = table(MINE).to_crs(crs).geometry[0]
+    column = pa.ExtensionArray.from_storage(wkb_type(json.dumps(about)), pa.array([shape.wkb, None], pa.binary()))
+    pq.write_table(pa.table({"year": [2019, 2020], "shape": column}), tmp_path / "mines.parquet", store_schema=False)
+    found = read_polygons(tmp_path / "mines.parquet")
+    assert found["year"].tolist() == [2019]
+    assert found.to_crs(4326).geometry[0].equals_exact(MINE, 1e-9, normalize=True)
+
+
+def test_parquet_without_geometry_is_refused_in_words_of_its_own(tmp_path):
+    pd.DataFrame({"geometry": [MINE.wkb]}).to_parquet(tmp_path / "mines.parquet")
+    refused(tmp_path / "mines.parquet", "expected GeoParquet, or a column of Parquet's type GEOMETRY")
+
+
+def test_a_geometry_that_cannot_be_read_is_one_sentence(tmp_path):
+    plain = pa.table({"geometry": pa.array([b"no shape"], pa.binary())})
+    geo = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB", "geometry_types": []}}}
+    pq.write_table(plain.replace_schema_metadata({"geo": json.dumps(geo)}), tmp_path / "mines.parquet")
+    refused(tmp_path / "mines.parquet", "cannot be read")

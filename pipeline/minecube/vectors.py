@@ -6,15 +6,27 @@ suffix and the first bytes decide whether GDAL sees a file at all.
 
 from __future__ import annotations
 
+import fnmatch
+import json
+import logging
 import re
-import shutil
 import tempfile
 import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import geopandas as gpd
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow.parquet as pq
+import pyogrio
+import shapely
+from pyproj import CRS
 
-NAMED = "GeoJSON, GeoPackage, GeoParquet, Shapefile (also zipped), FlatGeobuf or KML"
+NAMED = "GeoJSON, GeoPackage, GeoParquet, Shapefile, FlatGeobuf, KML or File Geodatabase, also zipped"
 _FIRST = 2**16
 """Bytes at the start of a file that decide on its format."""
 _FORMATS = {
@@ -27,44 +39,76 @@ _FORMATS = {
     ".zip": rb"PK\x03\x04",
     ".fgb": rb"fgb\x03fgb",
     ".kml": rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*\?>)?\s*(<!--.*?-->\s*)*<kml[\s>]",
+    ".kmz": rb"PK\x03\x04",
+    ".gdb": rb"[\x03\x04]\0\0\0",
 }
-"""Suffix -> how a file of that format begins."""
+"""Suffix -> how a file of that format begins. A File Geodatabase is a folder, its table of contents decides."""
+SUFFIXES = tuple(_FORMATS)
+_CONTENTS = "a00000001.gdbtable"
+_PARQUET = (".parquet", ".geoparquet")
 _TEXTS = (".geojson", ".json", ".kml")
 _OTHER_DRIVERS = rb"<OGR|gdal_streamed_alg|opengis\.net/gml"
 """Words by which GDAL would take a text for a VRT, a pipeline, a web service or GML."""
-_PARTS = (".shp", ".shx", ".dbf", ".prj", ".cpg")
+_SHORT_TIME = rb"<(?:\w+:)?(begin|end|when)>\s*(\d{4}(?:-\d\d)?)\s*<"
+"""A year or a month in a KML file. GDAL reads whole dates only, and takes these for missing."""
+_ZIPS = (".zip", ".kmz")
+_ZIPPED = (".geojson", ".gpkg", *_PARQUET, ".shp", ".fgb", ".kml")
+"""Suffixes that are looked for in a zip file. JSON in it may be anything."""
+_PARTS = (".shx", ".dbf", ".prj", ".cpg")
 _MOST_ZIPPED = 2**31
-"""Bytes that a zipped Shapefile may take."""
+"""Bytes that the polygons of a zip file may take."""
+_COLLECTIONS = [shapely.GeometryType[f"MULTI{kind}"].value for kind in ("POINT", "LINESTRING", "POLYGON")]
+_COLLECTIONS.append(shapely.GeometryType.GEOMETRYCOLLECTION.value)
+
+log = logging.getLogger(__name__)
 
 
-def read_vector(path: Path) -> gpd.GeoDataFrame:
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """One table of a file."""
+
+    path: Path
+    name: str
+    kind: str | None
+    """Geometry type as GDAL names it; None for a table without geometry."""
+    number: int | None
+    """Place in the file; None for Parquet, whose files have one table each."""
+
+
+def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read the features of a file.
 
+    Of a file with several layers, the only one with polygons is read. A warning names the others.
+
+    Args:
+        path: the file, or the folder of a File Geodatabase.
+        layer: the layer to read. `*` stands for any letters; the rows of all matching layers are joined.
+
     Raises:
-        ValueError: the file has another format than `NAMED`, or another than its suffix.
+        ValueError: the file has another format than `NAMED`, or another than its suffix; several layers have polygons and
+            none is named; no layer has that name.
         OSError, RuntimeError: the file cannot be read.
     """
     place = path.absolute()  # begins with no driver's name
-    suffix = place.suffix.lower()
-    _check_format(place, suffix)
-    if suffix in (".parquet", ".geoparquet"):
-        return gpd.read_parquet(place)
-    if suffix != ".zip":
-        return gpd.read_file(place)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            shape = _unzip(place, Path(folder))
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"expected a zip file, found a damaged one ({error}); make it again") from error
-        return read_vector(shape)
+    try:
+        if place.suffix.lower() not in _ZIPS:
+            return _read_layers(path, _layers_of(place), layer)
+        _check_format(place)
+        with tempfile.TemporaryDirectory() as folder:
+            return _read_layers(path, _zipped_layers(place, Path(folder)), layer)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"expected a zip file, found a damaged one ({error}); make it again") from error
+    except shapely.errors.ShapelyError as error:
+        raise ValueError(f"expected polygons, found geometries that cannot be read ({error}); convert the file") from error
 
 
-def _check_format(path: Path, suffix: str) -> None:
+def _check_format(path: Path) -> None:
+    suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise ValueError(f"expected {NAMED}, found the suffix {suffix!r}; convert the file with ogr2ogr")
     if path.parts[1].startswith("vsi"):
         raise ValueError("expected a file, found a name that GDAL treats as virtual; move the file to another folder")
-    with path.open("rb") as file:
+    with (path / _CONTENTS if suffix == ".gdb" else path).open("rb") as file:
         first = file.read(_FIRST)
     if not re.match(_FORMATS[suffix], first, re.DOTALL):
         raise ValueError(f"expected the format of the suffix {suffix}, found another; correct the suffix or convert the file")
@@ -72,19 +116,199 @@ def _check_format(path: Path, suffix: str) -> None:
         raise ValueError("expected features, found a text that refers to other files; convert the file with ogr2ogr")
 
 
-def _unzip(path: Path, folder: Path) -> Path:
-    """Extract the only Shapefile of a zip file and return its new path."""
+def _layers_of(path: Path) -> list[_Layer]:
+    """List the layers of one file that is not zipped."""
+    _check_format(path)
+    suffix = path.suffix.lower()
+    if suffix in _PARQUET:
+        return [_Layer(path=path, name=path.stem, kind="Unknown", number=None)]
+    if suffix == ".kml" and (time := re.search(_SHORT_TIME, path.read_bytes())):
+        year = time[2].decode()
+        raise ValueError(f"expected whole dates in <{time[1].decode()}>, found {year}; write {year[:4]}-01-01 or the like")
+    try:
+        listed = enumerate(pyogrio.list_layers(path))
+    except pyogrio.errors.DataSourceError as error:
+        text = str(error).replace(str(path), path.name).partition(".; It might help")[0]  # to name a driver, which is not ours
+        raise ValueError(f"expected features, found a file that GDAL cannot open ({text}); check the file") from error
+    return [_Layer(path=path, name=str(name), kind=kind, number=number) for number, (name, kind) in listed]
+
+
+def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
+    """Extract the polygons of a zip file to a folder, and list their layers. Names that occur twice get their folder's."""
     with zipfile.ZipFile(path) as archive:
-        members = {name.lower(): name for name in archive.namelist()}
-        shapes = [name for name in members if name.endswith(".shp")]
-        if len(shapes) != 1:
-            raise ValueError(f"expected one .shp in the zip file, found {len(shapes)}; keep one")
-        stem = shapes[0].removesuffix(".shp")
-        found = {part: members[stem + part] for part in _PARTS if stem + part in members}
-        size = sum(archive.getinfo(name).file_size for name in found.values())
+        members = [member for member in archive.infolist() if _may_be_polygons(member)]
+        size = sum(member.file_size for member in members)
         if size > _MOST_ZIPPED:
             raise ValueError(f"expected at most {_MOST_ZIPPED:,} bytes in the zip file, found {size:,}; unzip it")
-        for part, name in found.items():
-            with archive.open(name) as packed, (folder / f"polygons{part}").open("wb") as file:
-                shutil.copyfileobj(packed, file)
-    return folder / "polygons.shp"
+        for member in members:
+            archive.extract(member, folder)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (*_ZIPPED, ".gdb"))
+    layers = [layer for file in files for layer in _layers_of(file)]
+    if not layers:
+        raise ValueError(f"expected {NAMED}; found none of these in the zip file")
+    uses = Counter(layer.name for layer in layers)
+    return [replace(layer, name=_long_name(layer, folder)) if uses[layer.name] > 1 else layer for layer in layers]
+
+
+def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
+    path = Path(member.filename)
+    if member.is_dir() or path.name.startswith("._"):  # which macOS adds
+        return False
+    in_geodatabase = any(parent.suffix.lower() == ".gdb" for parent in path.parents)
+    return in_geodatabase or path.suffix.lower() in (*_ZIPPED, *_PARTS)
+
+
+def _long_name(layer: _Layer, folder: Path) -> str:
+    file = layer.path.relative_to(folder).with_suffix("")
+    return file.as_posix() if file.name == layer.name else f"{file.as_posix()}/{layer.name}"
+
+
+def _read_layers(path: Path, layers: Sequence[_Layer], wanted: str | None) -> gpd.GeoDataFrame:
+    """Read the layer that is wanted, or else the only one with polygons."""
+    if wanted is not None:
+        same = [layer for layer in layers if layer.name == wanted]
+        chosen = same or [layer for layer in layers if fnmatch.fnmatchcase(layer.name, wanted)]
+        if not chosen:
+            raise ValueError(f"expected a layer {wanted!r}, found {_listed(layers)}; name one of these")
+        return _joined([_read_layer(layer) for layer in chosen])
+    if len(layers) == 1:
+        return _read_layer(layers[0])
+    areal = [layer for layer in layers if _has_areas(layer)]
+    if len(areal) > 1:
+        raise ValueError(
+            f"expected one layer of polygons, found {len(areal)}: {_listed(areal)}; name the one to read with --layer, or "
+            "--sites-layer for a file of --sites"
+        )
+    if not areal:
+        raise ValueError(f"expected a layer of polygons, found {_listed(layers) or 'no layer'}; name another file")
+    others = _listed([layer for layer in layers if layer not in areal])
+    log.warning("%s: layer %s was read; these hold no polygons and were left out: %s", path, areal[0].name, others)
+    return _read_layer(areal[0])
+
+
+def _listed(layers: Sequence[_Layer]) -> str:
+    kinds = {None: "no geometry", "Unknown": "any geometry"}
+    return ", ".join(f"{layer.name} ({kinds.get(layer.kind, layer.kind)})" for layer in layers)
+
+
+def _has_areas(layer: _Layer) -> bool:
+    if layer.kind and re.search("Polygon|Surface", layer.kind):
+        info = pyogrio.read_info(layer.path, layer=layer.number, force_feature_count=True)
+        return bool(info["features"])
+    if layer.kind and re.search("Unknown|Collection", layer.kind):
+        table = _read_layer(layer)
+        return isinstance(table, gpd.GeoDataFrame) and bool((shapely.get_dimensions(table.geometry) == 2).any())
+    return False
+
+
+def _joined(tables: Sequence[gpd.GeoDataFrame]) -> gpd.GeoDataFrame:
+    """Join the rows of layers, in the CRS of the first."""
+    if len(tables) == 1:
+        return tables[0]
+    if not all(isinstance(table, gpd.GeoDataFrame) and table.crs is not None for table in tables):
+        raise ValueError("expected layers with geometries and a CRS to join, found one without; name the others one by one")
+    name = tables[0].geometry.name
+    same = [table.rename(columns={table.geometry.name: name}).set_geometry(name).to_crs(tables[0].crs) for table in tables]
+    return pd.concat([table for table in same if len(table)] or same[:1], ignore_index=True)
+
+
+def _read_layer(layer: _Layer) -> gpd.GeoDataFrame:
+    if layer.number is None:
+        return _read_parquet(layer.path)
+    table = gpd.read_file(layer.path, layer=layer.number)
+    if layer.path.suffix.lower() == ".kml" and "Name" in table and table["Name"].notna().any():
+        # The document's own numbers; people know a placemark by its name.
+        table = table.rename(columns={"id": "kml_id"})
+    return table
+
+
+def _read_parquet(path: Path) -> gpd.GeoDataFrame:
+    """Read GeoParquet, or Parquet whose columns have its own geometry type."""
+    file = pq.ParquetFile(path)
+    metadata = file.schema_arrow.metadata or {}
+    if b"geo" in metadata:
+        return gpd.read_parquet(path)
+    columns = [file.schema.column(n) for n in range(len(file.schema.names))]
+    native = {c.path: c.logical_type for c in columns if c.logical_type.type in ("GEOMETRY", "GEOGRAPHY")}
+    if not native:
+        raise ValueError(
+            "expected GeoParquet, or a column of Parquet's type GEOMETRY, found neither; write GeoParquet with geopandas or "
+            "ogr2ogr"
+        )
+    table = file.read().to_pandas()
+    for name, kind in native.items():
+        crs = _parquet_crs(json.loads(kind.to_json()).get("crs") or "", metadata)
+        table[name] = gpd.GeoSeries.from_wkb(table[name], crs=crs)
+    return gpd.GeoDataFrame(table, geometry="geometry" if "geometry" in native else next(iter(native)))
+
+
+def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
+    """The CRS of a Parquet geometry type: longitude and latitude, `srid:N`, `projjson:KEY`, or what pyproj understands."""
+    key = text.removeprefix("projjson:").encode()
+    if key in metadata:
+        return CRS.from_user_input(metadata[key].decode())
+    code = text.removeprefix("srid:")
+    return CRS.from_epsg(code) if code.isdigit() else CRS.from_user_input(text or "OGC:CRS84")
+
+
+def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
+    """Rename columns to what they mean, without regard to case; empty twins of a column are left out.
+
+    Args:
+        table: rows as they were read.
+        meanings: name in lower case -> the column that it means.
+
+    Raises:
+        ValueError: two columns with values mean the same.
+    """
+    names: dict[str, list[str]] = {}
+    for column in table.columns.drop(table.geometry.name):
+        meaning = meanings.get(str(column).strip().lower())
+        if meaning:
+            names.setdefault(meaning, []).append(column)
+    for meaning, twins in names.items():
+        filled = [name for name in twins if table[name].notna().any()] or twins[:1]
+        if len(filled) > 1:
+            raise ValueError(f"has the columns {', '.join(filled)}, which mean the same; keep one")
+        table = table.drop(columns=[name for name in twins if name not in filled]).rename(columns={filled[0]: meaning})
+    return table
+
+
+def texts(column: pd.Series) -> pd.Series:
+    """Names as text: 7 and not 7.0 where a column of numbers has gaps; missing where blank."""
+    text = column.convert_dtypes().astype("string").str.strip()
+    return text.mask(text == "")
+
+
+def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
+    """The polygons among a collection's parts, as one multipolygon."""
+    parts = _single_parts(shape)
+    return shapely.multipolygons(parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON.value])
+
+
+def areas_of_collections(
+    shapes: npt.NDArray[np.object_],
+) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
+    """Keep the areas of each GeometryCollection that has some.
+
+    Returns:
+        The shapes, and per shape which parts were left out, in words: "1 LineString"; "" where none was.
+    """
+    kept = shapes.copy()
+    left_out = np.full(len(shapes), "", object)
+    for n in np.flatnonzero(shapely.get_type_id(shapes) == shapely.GeometryType.GEOMETRYCOLLECTION.value):
+        areas = areal_parts(shapes[n])
+        if shapely.is_empty(areas):
+            continue
+        kept[n] = areas
+        kinds = Counter(part.geom_type for part in _single_parts(shapes[n]))
+        left_out[n] = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind != "Polygon")
+    return kept, left_out
+
+
+def _single_parts(shape: shapely.Geometry) -> npt.NDArray[np.object_]:
+    """All parts of a shape, however deep collections hold collections."""
+    parts: npt.NDArray[np.object_] = shapely.get_parts(shape)
+    while np.isin(shapely.get_type_id(parts), _COLLECTIONS).any():
+        parts = shapely.get_parts(parts)
+    return parts

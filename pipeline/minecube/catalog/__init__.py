@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import geopandas as gpd
 import pandas as pd
 import shapely
 import yaml
+from geopandas import GeoDataFrame
 from shapely.geometry.base import BaseGeometry
 
-from minecube.catalog.fields import BANDS, NATIVE_M, SCL, FieldError, need, need_name
+from minecube.catalog.fields import BANDS, NATIVE_M, SCL, FieldError, need, need_name, safe_name, same_names
 from minecube.catalog.model import TASKS, ModelCard, Weights
 from minecube.catalog.recipe import (
     FALLBACKS,
@@ -44,7 +44,7 @@ from minecube.catalog.recipe import (
 from minecube.catalog.release import Release
 from minecube.catalog.training import Settings
 from minecube.errors import CatalogError
-from minecube.vectors import read_vector
+from minecube.vectors import areas_of_collections, read_vector, texts, understood_columns
 
 __all__ = [
     "ASSET_KEYS",
@@ -83,6 +83,8 @@ __all__ = [
     "model_card_of",
     "pick",
     "recipe_of",
+    "safe_name",
+    "same_names",
     "yaml_problem",
 ]
 
@@ -98,8 +100,10 @@ MARGIN_M = 1000
 LARGEST_MARGIN_M = 100_000
 _SUGGESTED = 8
 """Names that an error lists, at most."""
+_LONGEST = 60
+"""Characters of a name in a warning, at most."""
 
-_SITE_FIELDS = ("id", "country", "split", "years", "labels", "margin")
+_SITE_FIELDS = ("id", "country", "split", "years", "labels", "margin", "title")
 """Columns of a file of sites, without the geometry."""
 
 T = TypeVar("T")
@@ -112,6 +116,8 @@ class Site:
     """One mine."""
 
     id: str
+    title: str = ""
+    """The name that people use, if it differs from the id."""
     country: str = ""
     split: str | None = None
     """train, val or test; None where no benchmark split names it."""
@@ -241,17 +247,21 @@ def _catalog_dir() -> Path:
     return shipped if shipped.is_dir() else package.parents[1] / "catalog"
 
 
-def load_sites(path: Path | str | None = None, *, catalogue: bool = False, margin: float | None = None) -> list[Site]:
-    """The sites of a GeoJSON, GeoPackage, GeoParquet or Shapefile; the shipped EuroMineNet and demo sites by default.
+def load_sites(
+    path: Path | str | None = None, *, catalogue: bool = False, margin: float | None = None, layer: str | None = None
+) -> list[Site]:
+    """The sites of a file of polygons (`minecube.vectors.NAMED`); the shipped EuroMineNet and demo sites by default.
 
-    A column `id` (or `name`, `site`) names each site; without one the rows are numbered `site_1` and on.
+    The first of the columns `id`, `name` and `site` that has a value names a row, in any case. A row without a name is
+    `site_` and its number. Names become ids by `safe_name`; the name is kept as title. The log reports made ids.
 
     Args:
         path: the file.
-        catalogue: hold it to a catalogue's rules: unknown columns and invalid polygons are errors. In a file of the user's
-            the first are passed over, the second repaired, each with a warning in the log.
+        catalogue: hold it to a catalogue's rules: unknown columns, unsafe ids and invalid polygons are errors. In a file of
+            the user's unknown columns are passed over, and invalid polygons repaired with a warning in the log.
         margin: metres of ground around each polygon. By default the row's column `margin` says it, else it is 0 in a
             catalogue and 1000 in a file of the user's.
+        layer: the layer to read, as in `minecube.vectors.read_vector`.
 
     Raises:
         CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
@@ -259,11 +269,12 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False, margi
     catalogue = catalogue or path is None
     path = Path(path) if path else _catalog_dir() / "sites.geojson"
     try:
-        table = read_vector(path)
+        table = read_vector(path, layer)
+        if not isinstance(table, GeoDataFrame):
+            raise CatalogError(f"{path}: holds a table without geometry; expected polygons of sites")
+        table = understood_columns(table, {name: name for name in (*_SITE_FIELDS, "name", "site")})
     except (OSError, ValueError, RuntimeError) as error:
         raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
-    if not isinstance(table, gpd.GeoDataFrame):
-        raise CatalogError(f"{path}: holds a table without geometry; expected polygons of sites")
     unknown = sorted(set(table.columns) - {*_SITE_FIELDS, table.geometry.name})
     if unknown and catalogue:
         raise CatalogError(f"{path}: field {unknown[0]!r}: expected geometry or one of {', '.join(_SITE_FIELDS)}")
@@ -271,20 +282,29 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False, margi
         raise CatalogError(f"{path}: holds no site; expected at least one polygon")
     if table.crs is None:
         raise CatalogError(f"{path}: has no CRS, so its coordinates cannot be placed; set one (ogr2ogr -a_srs) and retry")
-    table = table.to_crs(4326)
-    table["geometry"] = shapely.force_2d(table.geometry.array)  # whatever that column was called
+    table = table.to_crs(4326).reset_index(drop=True)
+    names = _texts_of(table, "id", "name", "site")
+    ids = [safe_name(name) or f"site_{row}" for row, name in enumerate(names, start=1)]
+    if catalogue:
+        ids = [name.replace(" ", "_") or made for name, made in zip(names, ids, strict=True)]
+    else:
+        _report_names(path, table, names, ids)
+    titles = _texts_of(table, "title", "name")
+    titles = titles.mask((titles == "") & (names != ids), names)
+    shapes, left_out = areas_of_collections(shapely.force_2d(table.geometry.to_numpy()))
     # Missing is None, whatever pandas made of it; a column of numbers with a gap is one of floats.
-    table = pd.DataFrame(table).convert_dtypes().astype(object)
+    table = pd.DataFrame(table.drop(columns=table.geometry.name)).convert_dtypes().astype(object)
     table = table.where(table.notna(), None)
-    named = next((c for c in ("id", "name", "site") if c in table.columns), None)
     sites = []
-    for number, row in enumerate(table.to_dict("records"), start=1):
-        site_id = str(row[named]) if named and row[named] is not None else f"site_{number}"
+    for row, site_id, title, shape, lost in zip(table.to_dict("records"), ids, titles, shapes, left_out, strict=True):
+        if lost:
+            log.warning("%s: site %s: the areas of its collection were kept, left out: %s", path, site_id, lost)
         known: dict[str, Any] = {
-            "id": site_id.strip().replace(" ", "_"),
+            "id": site_id,
+            "title": "" if title == site_id else title,
             "country": row.get("country") or "",
             "split": row.get("split") or None,
-            "geometry": row["geometry"] if catalogue else _mended(row["geometry"], path, site_id),
+            "geometry": shape if catalogue else _mended(shape, path, site_id),
             "labels": row.get("labels") or None,
             "margin": next(m for m in (margin, row.get("margin"), 0 if catalogue else MARGIN_M) if m is not None),
         }
@@ -292,8 +312,42 @@ def load_sites(path: Path | str | None = None, *, catalogue: bool = False, margi
             sites.append(Site(**known, years=_years(row.get("years"))))
         except ValueError as error:
             raise CatalogError(f"{path}: site {site_id[:100]!r}: {error}") from error
-    _need_unique((s.id for s in sites), path, "site")
+    _need_unique(ids, list(names), path)
     return sites
+
+
+def _texts_of(table: GeoDataFrame, *columns: str) -> pd.Series:
+    """The first of the columns that has a text, per row; "" where none has."""
+    found = pd.Series("", table.index, dtype="string")
+    for column in columns:
+        if column in table:
+            found = found.mask(found == "", texts(table[column]).fillna(""))
+    return found
+
+
+def _report_names(path: Path, table: GeoDataFrame, names: pd.Series, ids: Sequence[str]) -> None:
+    """Log which ids are not the names that stand in the file."""
+    made = [
+        f"{name[:_LONGEST]!r} is {site_id[:_LONGEST]}"
+        for name, site_id in zip(names, ids, strict=True)
+        if name and name != site_id
+    ]
+    if made:
+        log.warning("%s: ids made of names: %s", path, _shortened(made))
+    numbered = [site_id for name, site_id in zip(names, ids, strict=True) if not name]
+    if numbered:
+        columns = ", ".join(map(str, table.columns.drop(table.geometry.name))) or "none"
+        log.warning(
+            "%s: rows without a name in a column id, name or site are called by their number: %s; the columns are %s",
+            path,
+            _shortened(numbered),
+            columns,
+        )
+
+
+def _shortened(words: Sequence[str]) -> str:
+    more = f", and {len(words) - _SUGGESTED} more" if len(words) > _SUGGESTED else ""
+    return ", ".join(words[:_SUGGESTED]) + more
 
 
 def _years(value: Any) -> tuple[int, ...]:
@@ -455,12 +509,15 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
     return hint(value)
 
 
-def _need_unique(ids: Iterable[str], path: Path, what: str) -> None:
-    seen: set[str] = set()
-    for name in ids:
-        if name in seen:
-            raise CatalogError(f"{path}: {what} {name!r} stands there twice; ids name groups of the cube, so keep one")
-        seen.add(name)
+def _need_unique(ids: Sequence[str], names: Sequence[str], path: Path) -> None:
+    """Raise CatalogError if two rows have one id, and name both."""
+    first: dict[str, str] = {}
+    for site_id, name in zip(ids, names, strict=True):
+        if first.get(site_id) == name or (site_id in first and not name):
+            raise CatalogError(f"{path}: site {site_id!r} stands there twice; ids name groups of the cube, so rename one")
+        if site_id in first:
+            raise CatalogError(f"{path}: sites {first[site_id]!r} and {name!r} would both have the id {site_id!r}; rename one")
+        first[site_id] = name
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterable
+
+from anyascii import anyascii
 
 LONGEST_NAME = 100
 """Characters of a name. Files and locks add words of their own to it, and file systems take 255 bytes."""
@@ -30,6 +34,34 @@ def need_name(name: str, field: str = "id") -> None:
     need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name), field, f"letters, digits, _ . -, found {shown}")
     need(len(name) <= LONGEST_NAME, field, f"up to {LONGEST_NAME} characters, found {len(name):,}")
     need(name != "zarr.json", field, "another name than zarr.json, which Zarr needs for itself")
+
+
+def safe_name(name: str) -> str:
+    """Make an id that can name a Zarr group and a file: blanks become _, other scripts Latin letters, the rest _.
+
+    >>> safe_name("Kopalnia Bełża (Nord)")
+    'Kopalnia_Belza_Nord'
+    >>> safe_name("way/10001")
+    'way_10001'
+
+    Returns:
+        The id; "" for a name without letter and digit.
+    """
+    plain = name.strip().replace(" ", "_")
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plain):
+        return plain
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", anyascii(name)).strip("_.-")
+
+
+def same_names(name: str, known: Iterable[str]) -> list[str]:
+    """The known ids that a name may mean: itself, or all that differ in case, accents, blanks and _ . - only."""
+    ids = list(known)
+    return [name] if name in ids else [i for i in ids if _key(i) == _key(name)]
+
+
+@functools.lru_cache(maxsize=2**16)
+def _key(name: str) -> str:
+    return re.sub(r"[_.-]+", "_", safe_name(name)).casefold()
 
 
 def need_months(field: str, months: tuple[int, ...], at_least: int = 1) -> None:

@@ -18,7 +18,17 @@ from minecube import cube, metrics, models, tracks
 from minecube import train as training
 from minecube.catalog import ModelCard, Settings, as_dict, pick
 from minecube.cli import common
-from minecube.cli.common import SEED, OutFolder, catalog_option, progress_bar, stored_sites, writable_store_option
+from minecube.cli.common import (
+    SEED,
+    OutFolder,
+    SiteChoice,
+    catalog_option,
+    progress_bar,
+    sites_layer_option,
+    stored_sites,
+    with_layer,
+    writable_store_option,
+)
 from minecube.cli.learn import state_of, train_network
 from minecube.cli.predict import map_site
 from minecube.cli.score import Counted, Tables, baselines_of, cell, latex, markdown, score_site, write, write_all
@@ -43,10 +53,23 @@ class Split:
 @click.command()
 @writable_store_option
 @click.option(
-    "--train", "train_sites", required=True, help="Sites to learn from, by name. Names are comma-separated, * allowed."
+    "--train",
+    "train_sites",
+    required=True,
+    callback=with_layer,
+    help="Sites to learn from: names, comma-separated, * allowed; or a file of polygons.",
 )
-@click.option("--valid", "valid_sites", required=True, help="Validation sites by name. They choose the best epoch.")
-@click.option("--test", "test_sites", required=True, help="Sites to map and to score, by name. No network has seen them.")
+@click.option(
+    "--valid", "valid_sites", required=True, callback=with_layer, help="Validation sites, likewise. They choose the best epoch."
+)
+@click.option(
+    "--test",
+    "test_sites",
+    required=True,
+    callback=with_layer,
+    help="Sites to map and to score, likewise. No network has seen them.",
+)
+@sites_layer_option("--layer", "--sites-layer")
 @catalog_option
 @click.option("--models", "wanted", default="*-small", show_default=True, help="Networks to train, by name.")
 @click.option(
@@ -57,9 +80,9 @@ class Split:
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 def bench(
     store: str,
-    train_sites: str,
-    valid_sites: str,
-    test_sites: str,
+    train_sites: SiteChoice,
+    valid_sites: SiteChoice,
+    test_sites: SiteChoice,
     catalog: Path | None,
     wanted: str,
     preset_id: str,
@@ -112,7 +135,7 @@ def compared(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
     return smoothed + [(a.id, b.id) for a in cards if a.task == "series" for b in cards if a is not b]
 
 
-def _split(store: str, train: str, valid: str, test: str) -> Split:
+def _split(store: str, train: SiteChoice, valid: SiteChoice, test: SiteChoice) -> Split:
     split = Split(train=stored_sites(store, train), valid=stored_sites(store, valid), test=stored_sites(store, test))
     parts = [*split.train, *split.valid, *split.test]
     twice = sorted({name for name in parts if parts.count(name) > 1})

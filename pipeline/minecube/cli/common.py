@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,10 +35,12 @@ from minecube.catalog import (
     load_sites,
     load_sources,
     pick,
+    same_names,
 )
 from minecube.cli.explain import explain, one_line
 from minecube.cube.store import check_answers
 from minecube.errors import CatalogError, MinecubeError, WorkerError
+from minecube.vectors import NAMED, SUFFIXES
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -45,7 +48,24 @@ T = TypeVar("T")
 _ANSWERS_S = 5
 """How long to wait for a Dask scheduler."""
 _LISTENS_S = 1.0  # between looks whether Ctrl-C was pressed
-SITE_FILES = (".geojson", ".json", ".gpkg", ".parquet", ".shp")
+_LAYER = "minecube.layer"  # in a context, until --sites is read
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """What --sites names: sites, or a file of them and its layer."""
+
+    text: str
+    layer: str | None = None
+
+    def __str__(self) -> str:
+        """The words after --sites."""
+        return self.text
+
+    def is_file(self) -> bool:
+        """Whether it is a file: by its suffix, its folder, or because it is there."""
+        path = Path(self.text)
+        return path.suffix.lower() in SUFFIXES or (path.suffix != "" and (path.name != self.text or path.is_file()))
 
 
 class FiniteRange(click.FloatRange):
@@ -125,19 +145,60 @@ def _writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
 writable_store_option = click.option(
     "--store", required=True, callback=_writable, help="The cubes: a folder, or an object-store URL."
 )
-sites_option = click.option(
-    "--sites",
-    "wanted",
-    default="*",
-    show_default=True,
-    help="Sites by name, comma-separated, * allowed; or a file of polygons (GeoJSON, GeoPackage, GeoParquet, Shapefile).",
-)
 margin_option = click.option(
     "--margin",
     type=FiniteRange(min=0, max=LARGEST_MARGIN_M),
     help="Metres of ground on each side of a site's polygon. A store keeps the margin that a site was first built with. "
     f"[default: the field `margin` of the site, else {MARGIN_M} for a file of polygons, 0 for sites of the catalogue]",
 )
+
+
+def _keep_layer(ctx: click.Context, _param: click.Parameter, layer: str | None) -> None:
+    ctx.meta[_LAYER] = layer
+
+
+def with_layer(ctx: click.Context, _param: click.Parameter, text: str | None) -> SiteChoice | None:
+    """Put the layer of --sites-layer to the words of --sites: a callback of options that name sites."""
+    return None if text is None else SiteChoice(text, ctx.meta.get(_LAYER))
+
+
+def sites_layer_option(*flags: str) -> Callable[[F], F]:
+    """The option for the layer of a file of sites; it reaches a command within its `SiteChoice`."""
+    return click.option(
+        *flags,
+        is_eager=True,  # before --sites
+        expose_value=False,
+        callback=_keep_layer,
+        help="Layer of the file of sites, if several have polygons; * allowed.",
+    )
+
+
+def _sites_option(command: F) -> F:
+    return click.option(
+        "--sites",
+        "wanted",
+        default="*",
+        show_default=True,
+        callback=with_layer,
+        help=f"Sites by name, comma-separated, * allowed; or a file of polygons ({NAMED}).",
+    )(command)
+
+
+def sites_option(command: F) -> F:
+    """--sites, and --layer for a file of them."""
+    return _sites_option(sites_layer_option("--layer", "--sites-layer")(command))
+
+
+def sites_with_polygons_option(command: F) -> F:
+    """--sites for a command whose --layer is that of its polygons."""
+    return _sites_option(sites_layer_option("--sites-layer")(command))
+
+
+def layer_option(command: F) -> F:
+    """--layer for a file of polygons."""
+    return click.option("--layer", help="Layer of the polygons, if several have some; * allowed.")(command)
+
+
 catalog_option = click.option(
     "--catalog",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -184,12 +245,13 @@ class Years(click.ParamType[tuple[int, ...]]):
 years_option = click.option("--years", type=Years(), required=True, help="Years: 2019-2023, or 2019,2021.")
 
 
-def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
+def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
     """The sites named, or all of the file named; raises CatalogError for names that match nothing."""
-    if Path(wanted).suffix.lower() in SITE_FILES:
-        if not Path(wanted).exists():
+    if wanted.is_file():
+        if not Path(wanted.text).exists():
             raise CatalogError(f"{wanted}: no such file; expected polygons of sites")
-        return load_sites(wanted)
+        return load_sites(wanted.text, layer=wanted.layer)
+    _need_file(wanted)
     known = {s.id: s for s in load_sites()}
     if catalog and (catalog / "sites.geojson").exists():
         own = {s.id: s for s in load_sites(catalog / "sites.geojson", catalogue=True)}
@@ -197,10 +259,10 @@ def choose_sites(wanted: str, catalog: Path | None) -> list[Site]:
         unplaced = {n for n in own if n in known and known[n].geometry is None}
         _merge({n: s for n, s in known.items() if n not in unplaced}, own, catalog, "site")
         known |= own
-    return [known[name] for name in matching(wanted, list(known), "the catalogue")]
+    return [known[name] for name in matching(wanted.text, list(known), "the catalogue")]
 
 
-def sites_with_margin(wanted: str, catalog: Path | None, margin: float | None, store: str | None = None) -> list[Site]:
+def sites_with_margin(wanted: SiteChoice, catalog: Path | None, margin: float | None, store: str | None = None) -> list[Site]:
     """Choose the sites named, and print the margins of their grids.
 
     `margin` (--margin) goes for all of them. Without it, sites that are in the store keep the margin of their cubes.
@@ -226,11 +288,23 @@ def sites_with_margin(wanted: str, catalog: Path | None, margin: float | None, s
     return [dataclasses.replace(site, margin=kept.get(site.id, site.margin)) for site in chosen]
 
 
-def stored_sites(store: str, wanted: str) -> list[str]:
-    """Names of the sites in a store that match, or are in the file named; raises CatalogError or CubeError."""
-    there = cube.sites(store)
-    if Path(wanted).suffix.lower() not in SITE_FILES:
-        return matching(wanted, there, store)
+def _need_file(wanted: SiteChoice) -> None:
+    if wanted.layer is not None:
+        raise CatalogError(f"expected a file of sites with the layer {wanted.layer!r}, found --sites {wanted}; name the file")
+
+
+def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = None) -> list[str]:
+    """Names of the sites in a store that match, or are in the file named; raises CatalogError or CubeError.
+
+    Args:
+        store: the cubes.
+        wanted: what --sites names.
+        there: the sites to choose from; by default all in the store.
+    """
+    there = cube.sites(store) if there is None else there
+    if not wanted.is_file():
+        _need_file(wanted)
+        return matching(wanted.text, there, store)
     names = [site.id for site in choose_sites(wanted, None)]
     lacking = [name for name in names if name not in there]
     if lacking:
@@ -291,6 +365,10 @@ def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
     chosen: list[str] = []
     for pattern in (p.strip() for p in wanted.split(",")):
         found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+        if not found and not set(pattern) & set("*?["):
+            found = same_names(pattern, names)
+            if len(found) > 1:
+                raise CatalogError(f"site {pattern!r} may be {' or '.join(found)}; spell it as one of them")
         if not found:
             shown = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "") or "no site"
             raise CatalogError(f"unknown site {pattern!r}; {where} has {shown}")

@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 import geopandas as gpd
+import numpy as np
 import pandas as pd
+from odc.geo.geobox import GeoBox
 
 from minecube import cube, labels
 from minecube import export as exporting
@@ -19,10 +21,12 @@ from minecube.cli import build as building
 from minecube.cli.common import (
     SEED,
     FiniteRange,
+    SiteChoice,
     Years,
     catalog_option,
     choose_sources,
     executor_of,
+    layer_option,
     margin_option,
     progress_bar,
     recipe_option,
@@ -31,6 +35,7 @@ from minecube.cli.common import (
     scheduler_option,
     sites_option,
     sites_with_margin,
+    sites_with_polygons_option,
     snapshots_option,
     source_option,
     stored_sites,
@@ -45,6 +50,7 @@ from minecube.grid import grid_of
 from minecube.scenes import offsets
 from minecube.simulate import World
 from minecube.simulate import simulate as make_world
+from minecube.vectors import NAMED
 
 _SOURCES = 8  # of labels, that are named one by one
 LARGE_KM2 = 2500
@@ -55,7 +61,7 @@ LARGE_KM2 = 2500
 @sites_option
 @margin_option
 @catalog_option
-def sites(wanted: str, margin: float | None, catalog: Path | None) -> None:
+def sites(wanted: SiteChoice, margin: float | None, catalog: Path | None) -> None:
     """List sites: name, country, split, years, and the grid where the area of interest is known.
 
     \b
@@ -69,8 +75,10 @@ def sites(wanted: str, margin: float | None, catalog: Path | None) -> None:
         whole = len(site.years) > 1 and site.years == tuple(range(site.years[0], site.years[-1] + 1))
         years = f"{site.years[0]}-{site.years[-1]}" if whole else ",".join(map(str, site.years)) or "-"
         where = f"EPSG:{grid.crs.epsg} {grid.shape.x} x {grid.shape.y} px" if grid else "no polygon yet"
-        rows.append((site.id, site.country or "-", site.split or "-", years, where))
-    click.echo(table(("site", "country", "split", "years", "grid"), rows))
+        rows.append((site.id, site.country or "-", site.split or "-", years, where, site.title or "-"))
+    titled = any(row[-1] != "-" for row in rows)
+    columns = ("site", "country", "split", "years", "grid", "title")[: 6 if titled else 5]
+    click.echo(table(columns, [row[: len(columns)] for row in rows]))
 
 
 @click.command()
@@ -81,7 +89,7 @@ def sites(wanted: str, margin: float | None, catalog: Path | None) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the archive; becomes a --catalog.")
 @click.option("--dates", "dates_per_year", default=22, show_default=True, help="Acquisition dates per growing season.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels.")
-def simulate(wanted: str, margin: float | None, catalog: Path | None, out: Path, **world: Any) -> None:
+def simulate(wanted: SiteChoice, margin: float | None, catalog: Path | None, out: Path, **world: Any) -> None:
     """Make a Sentinel-2 archive over sites, in the styles of three providers, with the truth beside it.
 
     \b
@@ -133,7 +141,7 @@ def simulate(wanted: str, margin: float | None, catalog: Path | None, out: Path,
 def build(
     ctx: click.Context,
     /,
-    wanted: str,
+    wanted: SiteChoice,
     margin: float | None,
     years: tuple[int, ...],
     source_ids: str,
@@ -254,31 +262,39 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
 
 @click.command()
 @writable_store_option
-@sites_option
+@sites_with_polygons_option
 @click.option(
     "--polygons",
     type=click.Path(path_type=Path),
     required=True,
-    help="GeoJSON, GeoPackage, GeoParquet or Shapefile; with a `year` column, or `start` and `end`, where footprints differ by "
-    "year, a `site` column where sites are told apart by name, and `source`, `licence` and `doi`, which exports will name.",
+    help=f"{NAMED}; with a `year` column, or `start` and `end`, where footprints differ by year, a `site` column where sites "
+    "are told apart by name, and `source`, `licence` and `doi`, which exports will name.",
 )
-def label(store: str, wanted: str, polygons: Path) -> None:
+@layer_option
+def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> None:
     """Rasterise mine polygons onto the cubes' grids: footprint 1 mine, 0 not, 255 unknown, and the fraction of each pixel.
 
-    `minecube polygons` says beforehand what is wrong with a file.
+    A row that names no site counts at each site that it reaches. `minecube polygons` says beforehand what is wrong with a
+    file.
 
     \b
     Example:
       minecube label --store cubes.zarr --polygons mines.gpkg
+      minecube label --store cubes.zarr --polygons mines.gpkg --layer mines_2019
     """
-    found = labels.read_polygons(polygons)
+    found = labels.read_polygons(polygons, layer)
+    there = cube.sites(store)
+    found = labels.match_sites(found, there, polygons)
+    unread = labels.unread_years(found)
     rows = []
-    for site_id in stored_sites(store, wanted):
+    reached: set[Any] = set()
+    for site_id in stored_sites(store, wanted, there):
         grid, years = cube.grid_and_years(store, site_id)
-        own = found[found["site"] == site_id] if "site" in found else found
-        if own.empty:
-            named = ", ".join(sorted(found["site"].astype(str).unique())[:8])
-            raise LabelError(f"{polygons}: no polygon of site {site_id!r}; its `site` column has {named}")
+        own = _polygons_of(found, site_id, grid, polygons)
+        reached |= set(own.index)
+        _report_missed(own, grid, site_id)
+        if unread:
+            click.echo(f"{site_id}: rows without years are drawn in {', '.join(map(str, years))}", err=True)
         footprint = labels.rasterize(own, grid, years)
         fraction = labels.covered(own, grid, years)
         cube.write_footprint(store, site_id, footprint, _origin(own, polygons), fraction)
@@ -287,6 +303,49 @@ def label(store: str, wanted: str, polygons: Path) -> None:
             known = (mask != 255).any()
             rows.append((site_id, int(year), round(float((mask == 1).sum()) / 1e4, 3) if known else "unknown"))
     click.echo(table(("site", "year", "mine km2"), rows))
+    _report_unused(found, reached, [row[0] for row in rows], there, polygons)
+
+
+def _polygons_of(polygons: gpd.GeoDataFrame, site_id: str, grid: GeoBox, path: Path) -> gpd.GeoDataFrame:
+    """The rows of a site and those of no site, as far as they reach its grid; raises LabelError if none does."""
+    own = polygons[labels.of_no_site(polygons) | labels.of_site(polygons, site_id)]
+    if own.empty:
+        named = ", ".join(sorted(polygons["site"].unique())[:8])
+        raise LabelError(f"{path}: no polygon of site {site_id!r}; its `site` column has {named}")
+    return own.loc[labels.on_grid(own, grid).index]
+
+
+def _report_missed(polygons: gpd.GeoDataFrame, grid: GeoBox, site_id: str) -> None:
+    missed = labels.rows_without_centre(polygons, grid)
+    if len(missed):
+        click.echo(
+            f"{site_id}: {len(missed)} of {len(polygons)} polygons hold no pixel's centre ({labels.index_text(missed)}); "
+            "`footprint` has no pixel of them, `footprint_fraction` has their area",
+            err=True,
+        )
+
+
+def _report_unused(
+    polygons: gpd.GeoDataFrame, drawn: set[Any], labelled: Sequence[str], there: Sequence[str], path: Path
+) -> None:
+    """Report rows that name no site, and rows that were drawn nowhere."""
+    unnamed = labels.of_no_site(polygons)
+    reaching = polygons.index.isin(drawn)
+    astray = ~unnamed & ~reaching & np.any([labels.of_site(polygons, site) for site in set(labelled)], axis=0)
+    reports = {
+        "name no site and are drawn at each site that they reach": unnamed & reaching & (not unnamed.all()),
+        "name no site, reach none of these sites and are left out": unnamed & ~reaching,
+        "do not reach the site that they name and are left out": astray,
+    }
+    for words, rows in reports.items():
+        if rows.any():
+            said = f"{path}: {rows.sum()} of {len(polygons)} polygons {words}: {labels.index_text(polygons.index[rows])}"
+            click.echo(said, err=True)
+    foreign = polygons["site"][~unnamed & ~polygons["site"].isin(there)].value_counts() if "site" in polygons else {}
+    if len(foreign):
+        names = ", ".join(f"{name} ({count})" for name, count in list(foreign.items())[:_SOURCES])
+        more = f" and {len(foreign) - _SOURCES} more" if len(foreign) > _SOURCES else ""
+        click.echo(f"{path}: left out, rows of sites that the store has not: {names}{more}", err=True)
 
 
 def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:

@@ -17,7 +17,17 @@ from minecube import cube, models
 from minecube import train as training
 from minecube.catalog import ModelCard, Settings, pick
 from minecube.cli import common
-from minecube.cli.common import SEED, OutFile, catalog_option, progress_bar, sites_option, store_option, stored_sites
+from minecube.cli.common import (
+    SEED,
+    OutFile,
+    SiteChoice,
+    catalog_option,
+    progress_bar,
+    sites_option,
+    store_option,
+    stored_sites,
+    with_layer,
+)
 from minecube.device import device_of
 from minecube.errors import CatalogError, ModelError
 
@@ -30,6 +40,7 @@ MOST_WORKERS = 256
 @sites_option
 @click.option(
     "--valid",
+    callback=with_layer,
     help="Validation sites by name, comma-separated, * allowed. They choose the best epoch and are left out of --sites.",
 )
 @catalog_option
@@ -45,8 +56,8 @@ MOST_WORKERS = 256
 @click.option("--resume", is_flag=True, help="Go on from <out>.ckpt, where there is one, as if nothing had happened.")
 def train(
     store: str,
-    wanted: str,
-    valid: str | None,
+    wanted: SiteChoice,
+    valid: SiteChoice | None,
     catalog: Path | None,
     model_id: str,
     preset_id: str,

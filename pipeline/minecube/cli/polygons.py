@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,21 @@ from odc.geo.geobox import GeoBox
 from minecube import export as exporting
 from minecube import labels
 from minecube.catalog import Site
-from minecube.cli.common import SITE_FILES, FiniteRange, OutFile, catalog_option, choose_sites, table
+from minecube.cli.common import (
+    FiniteRange,
+    OutFile,
+    SiteChoice,
+    catalog_option,
+    choose_sites,
+    layer_option,
+    sites_layer_option,
+    table,
+    with_layer,
+)
 from minecube.errors import CatalogError, LabelError
 from minecube.files import replacing
 from minecube.grid import grid_of
+from minecube.vectors import SUFFIXES
 
 SHOWN = 20
 """Findings that are printed; all are in the JSON."""
@@ -29,14 +40,20 @@ LARGEST_PX = 20_000
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@layer_option
 @click.option(
-    "--sites", "wanted", help="Sites by name, comma-separated, * allowed; or a file of them: polygons far away are found."
+    "--sites",
+    "wanted",
+    callback=with_layer,
+    help="Sites by name, comma-separated, * allowed; or a file of them: polygons far away are found.",
 )
+@sites_layer_option("--sites-layer")
 @catalog_option
 @click.option(
     "--compare",
     help="Hold mappers against each other: the column that says who mapped a row, or a second file of polygons.",
 )
+@click.option("--compare-layer", help="Layer of that second file, if several have polygons; * allowed.")
 @click.option(
     "--min-width",
     "min_width_m",
@@ -49,9 +66,11 @@ LARGEST_PX = 20_000
 @click.option("--json", "report", type=OutFile(), help="Write all findings to this file.")
 def polygons(
     file: Path,
-    wanted: str | None,
+    layer: str | None,
+    wanted: SiteChoice | None,
     catalog: Path | None,
     compare: str | None,
+    compare_layer: str | None,
     min_width_m: float,
     out: Path | None,
     report: Path | None,
@@ -70,36 +89,46 @@ def polygons(
     chosen = {s.id: s for s in choose_sites(wanted, catalog)} if wanted else {}
     if out and out.suffix.lower() not in (".parquet", ".gpkg"):
         raise LabelError(f"{out}: expected a name in .parquet or .gpkg for the repaired polygons; choose one")
-    second = Path(compare) if compare and Path(compare).suffix.lower() in SITE_FILES else None
+    second = Path(compare) if compare and Path(compare).suffix.lower() in SUFFIXES else None
     by = compare if not second else None
+    if compare_layer and not second:
+        raise click.UsageError("--compare-layer is of a second file of polygons; name that file with --compare")
     areas = {s.id: shapely.geometry.shape(s.geometry) for s in chosen.values() if s.geometry is not None}
     if unplaced := sorted(set(chosen) - set(areas)):
         said = f"{', '.join(unplaced[:8])}{' and others' if unplaced[8:] else ''}: the catalogue has no place for them yet"
         if not areas:
             raise LabelError(f"{said}, so nothing can be held against it; import their release (--catalog), or name a file")
         click.echo(f"{said}; their polygons are not held against it", err=True)
-    files = [file, *([second] if second else [])]
-    looked = {path: labels.survey(path, sites=areas, by=by, min_width_m=min_width_m) for path in files}
-    found = pd.concat([s.findings.assign(file=path.name) for path, s in looked.items()], ignore_index=True)
-    for path, each in looked.items():
+    files = [(file, layer), *([(second, compare_layer)] if second else [])]
+    looked = [labels.survey(path, layer=name, sites=areas, by=by, min_width_m=min_width_m) for path, name in files]
+    names = _distinct_names(files)
+    found = pd.concat([s.findings.assign(file=name) for name, s in zip(names, looked, strict=True)], ignore_index=True)
+    for (path, _), each in zip(files, looked, strict=True):
         click.echo(f"{path}: {each.rows} rows, {len(each.polygons)} kept, {each.polygons.crs.to_string()}")
     _show_findings(found)
-    mapped = labels.mapped_areas(looked[file].polygons, by)
+    repaired = looked[0].polygons
+    mapped = labels.mapped_areas(repaired, by)
     click.echo("\n" + _km2(mapped))
     agreement = None
     if compare:
-        mappers = {p.name: s.polygons for p, s in looked.items()} if second else _by_mapper(looked[file].polygons, compare)
+        seconds = {name: s.polygons for name, s in zip(names, looked, strict=True)}
+        mappers = seconds if second else _by_mapper(repaired, compare)
         grids = {i: grid_of(s) for i, s in chosen.items() if i in areas} or _grids_around(mappers)
         agreement = labels.compare(mappers, grids)
         if agreement.empty:
             raise LabelError(f"{file}: nothing to compare: no site and year has polygons of two of {', '.join(mappers)}")
         click.echo("\n" + _km2(agreement.drop(columns=["pixels_both", "pixels_either"])))
     if out:
-        exporting.write_footprints(looked[file].polygons, out)
+        exporting.write_footprints(repaired, out)
     if report:
         content = {
             "files": {
-                str(p): {"rows": s.rows, "kept": len(s.polygons), "crs": s.polygons.crs.to_string()} for p, s in looked.items()
+                name if name != path.name else str(path): {
+                    "rows": s.rows,
+                    "kept": len(s.polygons),
+                    "crs": s.polygons.crs.to_string(),
+                }
+                for (path, _), name, s in zip(files, names, looked, strict=True)
             },
             "rules": {"min_width_m": min_width_m, "near_m": labels.NEAR_M},
             "findings": _records(found),
@@ -111,6 +140,15 @@ def polygons(
         click.get_current_context().exit(1)
 
 
+def _distinct_names(files: Sequence[tuple[Path, str | None]]) -> list[str]:
+    """Short names of files, and their layers where one file is there twice; raises LabelError for one layer twice."""
+    paths = [path for path, _ in files]
+    for names in ([path.name for path in paths], [str(path) for path in paths], [f"{path}:{layer}" for path, layer in files]):
+        if len(set(names)) == len(names):
+            return names
+    raise LabelError(f"{paths[0]}: the same polygons twice; name another file, or another --compare-layer")
+
+
 def _by_mapper(found: gpd.GeoDataFrame, column: str) -> dict[str, gpd.GeoDataFrame]:
     mappers = {str(name): own for name, own in found.groupby(column)}
     if len(mappers) < 2:
@@ -120,10 +158,12 @@ def _by_mapper(found: gpd.GeoDataFrame, column: str) -> dict[str, gpd.GeoDataFra
 
 def _grids_around(mappers: Mapping[str, gpd.GeoDataFrame]) -> dict[str, GeoBox]:
     """A grid around each site's polygons, for polygons whose sites' areas nobody gave."""
-    sited = [t.assign(site=t.get("site", "all"))[["site", "geometry"]].to_crs(4326) for t in mappers.values()]
+    unsited = all(labels.of_no_site(t).all() for t in mappers.values())
+    named = [t.assign(site="all" if unsited else t.get("site")) for t in mappers.values()]
+    sited = [t[["site", "geometry"]].to_crs(4326) for t in named]
     grids = {}
     for site, own in pd.concat(sited).groupby("site"):
-        grid = grids[str(site)] = grid_of(Site(id=str(site), geometry=shapely.box(*own.total_bounds)))
+        grid = grids[str(site)] = grid_of(Site(id="around", geometry=shapely.box(*own.total_bounds)))
         if max(grid.shape) > LARGEST_PX:
             raise LabelError(
                 f"the polygons of site {site!r} spread over {max(grid.shape) // 100} km; name the sites they are of "

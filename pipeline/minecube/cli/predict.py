@@ -19,6 +19,7 @@ from minecube import cube, models
 from minecube.catalog.fields import FieldError, need_name
 from minecube.cli import common
 from minecube.cli.common import (
+    SiteChoice,
     absolute,
     as_ended,
     catalog_option,
@@ -223,7 +224,7 @@ def predict(
     ctx: click.Context,
     /,
     store: str,
-    wanted: str,
+    wanted: SiteChoice,
     catalog: Path | None,
     scheduler: str | None,
     model: str,

@@ -6,7 +6,7 @@ import click
 import zarr
 
 from minecube import cube, export
-from minecube.cli.common import sites_option, store_option, stored_sites, table
+from minecube.cli.common import SiteChoice, sites_option, store_option, stored_sites, table
 from minecube.cube.store import zarr_store
 from minecube.errors import CubeError
 from minecube.export import publish as releasing
@@ -19,7 +19,9 @@ from minecube.export import publish as releasing
 @click.option("--tag", help="Publish the store as it is now under this name. A tag never moves.")
 @click.option("--diff", nargs=2, metavar="OLD NEW", help="Say in which site-years and variables two tags differ.")
 @click.option("--rollback", metavar="TAG", help="Take `main` back to that tag; later tags stay.")
-def publish(store: str, wanted: str, place: str, tag: str | None, diff: tuple[str, str] | None, rollback: str | None) -> None:
+def publish(
+    store: str, wanted: SiteChoice, place: str, tag: str | None, diff: tuple[str, str] | None, rollback: str | None
+) -> None:
     """Keep a store's committed site-years in Icechunk, a tag a release; without --tag, list the releases.
 
     A release holds the sites that are named, all by default, and no other: what an earlier one had beside them stays in that.
@@ -40,7 +42,9 @@ def publish(store: str, wanted: str, place: str, tag: str | None, diff: tuple[st
         years = {name: list(cube.builds(store, name)) for name in stored_sites(store, wanted)}
         years = {name: found for name, found in years.items() if found}
         if not years:
-            raise CubeError(f"{store}: no site-year of {wanted!r} is committed, so there is nothing to publish; build first")
+            raise CubeError(
+                f"{store}: no site-year of {str(wanted)!r} is committed, so there is nothing to publish; build first"
+            )
         about = {name: export.lines(export.credits_of(cube.open_committed(store, name))) for name in years}
         root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
         site_years = sum(map(len, years.values()))

@@ -12,7 +12,7 @@ import odc.geo.xr  # noqa: F401  registers the .odc accessor
 from minecube import cube
 from minecube import release as releases
 from minecube.catalog import BANDS, Release, load_releases, load_sites, pick
-from minecube.cli.common import progress_bar, sites_option, store_option, stored_sites, table
+from minecube.cli.common import SiteChoice, progress_bar, sites_option, store_option, stored_sites, table
 from minecube.errors import CatalogError
 from minecube.network import without_query
 from minecube.release import audit as auditing
@@ -162,7 +162,7 @@ def audit(ctx: click.Context, folder: Path, archive: str | None, split_file: Pat
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder; gets EuroMineNet/ below it."
 )
-def export(store: str, wanted: str, folder: Path | None, out: Path) -> None:
+def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> None:
     """Write cubes in the release's layout: int16 images and 0/255 labels in EPSG:4326, a file a site and year.
 
     With --import each lies on the release's own grid, and labels are held against the release's.

@@ -17,6 +17,7 @@ from minecube import export as exporting
 from minecube.cli.common import (
     FiniteRange,
     OutFolder,
+    SiteChoice,
     progress_bar,
     sites_option,
     store_option,
@@ -50,7 +51,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
     show_default=True,
     help="Minimum mapping unit in m2: smaller holes of footprints are filled, then smaller regions left out.",
 )
-def export(store: str, wanted: str, out: Path, model: str | None, formats: tuple[str, ...], min_area_m2: float) -> None:
+def export(store: str, wanted: SiteChoice, out: Path, model: str | None, formats: tuple[str, ...], min_area_m2: float) -> None:
     """Write what other tools open: COGs a year, footprints as GeoParquet and GeoPackage, a STAC collection, and pictures.
 
     Footprints are outlines with few corners, areas within 0.5 % of the pixels', and ids that a pit keeps through the years.

@@ -18,6 +18,7 @@ from minecube import cube, labels, metrics
 from minecube.cli.common import (
     OutFile,
     OutFolder,
+    SiteChoice,
     progress_bar,
     sites_option,
     store_option,
@@ -63,7 +64,13 @@ Counted = dict[str, dict[str, metrics.Scores]]
     help="Folder for tables (Markdown, CSV, LaTeX), pictures, and counts to be joined with those of other machines.",
 )
 def score(
-    store: str, wanted: str, models: str, baselines: bool, joined: Sequence[Path], json_file: Path | None, out: Path | None
+    store: str,
+    wanted: SiteChoice,
+    models: str,
+    baselines: bool,
+    joined: Sequence[Path],
+    json_file: Path | None,
+    out: Path | None,
 ) -> None:
     """Score models against the labels: per site, year, gap and pair, and pooled (a ratio of sums, not a mean of ratios).
 

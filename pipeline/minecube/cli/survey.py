@@ -17,6 +17,7 @@ from minecube.catalog import Recipe, Site, Source, pick
 from minecube.cli import build as building
 from minecube.cli.common import (
     OutFolder,
+    SiteChoice,
     catalog_option,
     choose_sources,
     margin_option,
@@ -51,7 +52,9 @@ _LAG = timedelta(days=2)
 @source_option
 @catalog_option
 @click.option("--out", type=OutFolder(), default=Path("scenes"), show_default=True, help="Folder for the scene lists.")
-def search(wanted: str, margin: float | None, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path) -> None:
+def search(
+    wanted: SiteChoice, margin: float | None, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path
+) -> None:
     """Find the scenes of sites and years, and save each list as stac-geoparquet for `build --scenes`.
 
     \b
@@ -92,7 +95,7 @@ def search(wanted: str, margin: float | None, years: tuple[int, ...], source_ids
 def audit(
     ctx: click.Context,
     /,
-    wanted: str,
+    wanted: SiteChoice,
     margin: float | None,
     years: tuple[int, ...],
     source_ids: str,
@@ -239,7 +242,7 @@ def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe
 def plan(
     ctx: click.Context,
     /,
-    wanted: str,
+    wanted: SiteChoice,
     margin: float | None,
     years: tuple[int, ...],
     source_ids: str,

@@ -16,6 +16,7 @@ from minecube import tracks as tracking
 from minecube.cli.common import (
     FiniteRange,
     OutFolder,
+    SiteChoice,
     progress_bar,
     sites_option,
     stored_prediction,
@@ -85,7 +86,7 @@ class Track:
 @click.option("--device", default="cpu", show_default=True, help="Where it is smoothed: cpu, or a GPU (cuda).")
 @click.option("--out", type=OutFolder(), required=True, help="Folder for layers and tables.")
 def tracks(
-    store: str, wanted: str, model: str, rates: str | tuple[float, float], temper: float, device: str, out: Path
+    store: str, wanted: SiteChoice, model: str, rates: str | tuple[float, float], temper: float, device: str, out: Path
 ) -> None:
     """Smooth a model's yearly maps through time; say when mines opened, how fast they grow, and what was reclaimed.
 
@@ -175,7 +176,7 @@ def _rates(store: str, maps: dict[str, xr.DataArray], how: str | tuple[float, fl
         return tracking.rates_given(maps.values(), *how, temper=temper)
     if how == "learned":
         return tracking.learn_rates(maps.values(), temper=temper)
-    labelled = stored_sites(store, how.removeprefix("labels").removeprefix(":") or "*")
+    labelled = stored_sites(store, SiteChoice(how.removeprefix("labels").removeprefix(":") or "*"))
     footprints = (cube.open_committed(store, name)["footprint"].load() for name in labelled)
     return tracking.rates_from_labels(footprints, temper=temper)
 

@@ -11,10 +11,11 @@ import click
 from minecube import cube
 from minecube.cli.common import (
     OutFile,
-    matching,
+    SiteChoice,
     progress_bar,
     sites_option,
     store_option,
+    stored_sites,
 )
 from minecube.errors import CatalogError
 from minecube.files import replacing
@@ -34,7 +35,7 @@ _SHOWN = 50
     help="Withdraw the site-years to build again and remove their pixels, so that the same `minecube build` makes them again.",
 )
 @click.pass_context
-def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, workers: int, uncommit: bool) -> None:
+def verify(ctx: click.Context, store: str, wanted: SiteChoice, out: Path | None, workers: int, uncommit: bool) -> None:
     """Look for flipped bits, missing and foreign chunks, and list what to build again.
 
     Every object is read once and checked against the checksum taken as it was written. Metadata, coordinates, provenance, read
@@ -47,7 +48,7 @@ def verify(ctx: click.Context, store: str, wanted: str, out: Path | None, worker
     """
     if uncommit:
         cube.need_writable(store)
-    names = matching(wanted, cube.named_sites(store), store)
+    names = stored_sites(store, wanted, cube.named_sites(store))
     with progress_bar("verifying") as advance:
         report = cube.verify(
             store, names, workers=workers, progress=lambda done, total, name: advance(note=f"{name}, {done} of {total}")
@@ -143,7 +144,7 @@ def _commands(store: str, report: cube.Report) -> list[str]:
 @store_option
 @sites_option
 @click.option("--out", type=OutFile(), required=True, help="The file; its name ends in .zip.")
-def pack(store: str, wanted: str, out: Path) -> None:
+def pack(store: str, wanted: SiteChoice, out: Path) -> None:
     """Put a store's committed site-years into one zip, which every command that only reads opens in place of the folder.
 
     Nothing is compressed again or changed: `unzip` gives the store back, byte for byte. The same store gives the same file.
@@ -152,7 +153,7 @@ def pack(store: str, wanted: str, out: Path) -> None:
     Example:
       minecube pack --store cubes.zarr --out cubes.zarr.zip
     """
-    names = matching(wanted, cube.named_sites(store), store)
+    names = stored_sites(store, wanted, cube.named_sites(store))
     with progress_bar("packing") as advance:
         made = cube.pack(store, out, names, lambda _done, total, name: advance(note=name, total=total))
     if made.left_out:

@@ -206,6 +206,8 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
         if site.margin:  # as in stores of versions without margins
             made["margin"] = site.margin
+        if site.title:
+            made["title"] = site.title
         group.attrs[NAMED] = made
         seal_group(group)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -137,8 +137,32 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | No
             table.to_parquet(part)
         else:
             about = {str(k): str(v) for k, v in table.attrs.items()}
+            flat = _distinct_columns(table)
+            names = {str(c).lower() for c in flat.columns}
+            # The columns that a GeoPackage adds, under names that the table has not.
+            own = {"FID": _free_name("fid", names), "GEOMETRY_NAME": _free_name("geom", names)}
             with _gdal_date(changed):
-                table.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None)
+                flat.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None, layer_options=own)
+
+
+def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+    """Rename columns that differ in case alone, which a GeoPackage takes for one, and write further geometries as text."""
+    seen: set[str] = set()
+    names: dict[str, str] = {}
+    for column in map(str, table.columns):
+        names[column] = _free_name(column, seen)
+        seen.add(names[column].lower())
+    renamed = [f"{old} is {new}" for old, new in names.items() if old != new]
+    if renamed:
+        log.warning("columns that differ in case alone were renamed: %s", ", ".join(renamed))
+    texts = {c: table[c].to_wkt() for c in table.columns[table.dtypes == "geometry"] if c != table.geometry.name}
+    return table.assign(**texts).rename(columns=names)
+
+
+def _free_name(name: str, names: Collection[str]) -> str:
+    """The name, with a number if lower-case names have it."""
+    numbered = (name, *(f"{name}_{n}" for n in range(1, len(names) + 1)))
+    return next(free for free in numbered if free.lower() not in names)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Polygons of mines to masks on the site's grid, and masks back to polygons.
 
-    read_polygons(path)                    -> GeoDataFrame             valid, with years; what was mended is logged
+    read_polygons(path, layer)             -> GeoDataFrame             valid, with years; what was mended is logged
+    match_sites(polygons, sites, path)     -> GeoDataFrame             sites by their ids, however the file spells them
     survey(path)                           -> Survey                   repaired further, and what was found in a table
     compare({mapper: polygons}, grids)     -> DataFrame                areas, intersection, union, IoU of each two mappers
     rasterize(polygons, grid, years)       -> DataArray[year, y, x]    1 mine, 0 not, 255 unknown: by pixel centres
@@ -17,10 +18,19 @@ A pixel nobody mapped is 255, never 0: a false "not mine" would be learnt and sc
 """
 
 from minecube.labels.compare import compare
-from minecube.labels.masks import MINE, NOT_MINE, UNKNOWN, covered, rasterize, vectorize
+from minecube.labels.masks import MINE, NOT_MINE, UNKNOWN, covered, on_grid, rasterize, vectorize
 from minecube.labels.outlines import identify, simplify
-from minecube.labels.polygons import NEAR_M, read_polygons
-from minecube.labels.survey import MIN_WIDTH_M, Survey, mapped_areas, survey
+from minecube.labels.polygons import (
+    NEAR_M,
+    index_text,
+    match_sites,
+    of_no_site,
+    of_site,
+    read_polygons,
+    unread_years,
+    years_text,
+)
+from minecube.labels.survey import MIN_WIDTH_M, Survey, mapped_areas, rows_without_centre, survey
 
 __all__ = [
     "MINE",
@@ -32,10 +42,18 @@ __all__ = [
     "compare",
     "covered",
     "identify",
+    "index_text",
     "mapped_areas",
+    "match_sites",
+    "of_no_site",
+    "of_site",
+    "on_grid",
     "rasterize",
     "read_polygons",
+    "rows_without_centre",
     "simplify",
     "survey",
+    "unread_years",
     "vectorize",
+    "years_text",
 ]

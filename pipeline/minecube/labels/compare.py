@@ -12,7 +12,7 @@ import shapely
 from odc.geo.geobox import GeoBox
 
 from minecube.labels.masks import area_m2, on_grid, rasterize
-from minecube.labels.polygons import mapped, spans, years_or_all
+from minecube.labels.polygons import mapped, of_no_site, of_site, spans, years_or_all
 
 POOLED = "pooled"
 AREAS = ("area_m2", "other_area_m2", "intersection_m2", "union_m2")
@@ -31,7 +31,7 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
     they say nothing on how the two agree.
 
     Args:
-        mappers: name -> polygons, as `read_polygons` gives them; without a column `site`, those that reach a grid are its.
+        mappers: name -> polygons, as `read_polygons` gives them; rows that name no `site` count at each grid that they reach.
         grids: site -> grid.
     """
     rows = []
@@ -55,7 +55,7 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
 
 def _of_site(polygons: gpd.GeoDataFrame, site: str, grid: GeoBox) -> gpd.GeoDataFrame:
     mines = polygons[~mapped(polygons)]
-    own = mines[mines["site"] == site] if "site" in mines else mines
+    own = mines[of_no_site(mines) | of_site(mines, site)]
     return on_grid(own, grid, needed=False) if len(own) else own
 
 

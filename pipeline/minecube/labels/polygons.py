@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import geopandas as gpd
@@ -13,46 +14,62 @@ import pandas as pd
 import shapely
 from pyproj import CRS, Geod
 
+from minecube.catalog import same_names
 from minecube.errors import LabelError
-from minecube.vectors import read_vector
+from minecube.vectors import areal_parts, areas_of_collections, read_vector, texts, understood_columns
 
 YEARS = range(1900, 2101)  # calendar years a polygon may carry; anything else is a typing error
 AREAL = ("Polygon", "MultiPolygon")
-UNDERSTOOD = ("year", "start", "end", "site", "mapped")
+UNDERSTOOD = {name: name for name in ("year", "start", "end", "site", "mapped")} | {"begin": "start"}
+"""Column in lower case -> what it means; `begin` is KML's."""
+_MONTH, _DAY = "(?:0?[1-9]|1[0-2])", "(?:0?[1-9]|[12][0-9]|3[01])"
+_DATE = (
+    rf"^(?:(\d{{4}})[-/]{_MONTH}(?:[-/]{_DAY}(?:[T ].*)?)?"  # 2019-06-01T10:00, 2019/6
+    rf"|(\d{{4}})(?:\.{_MONTH}\.{_DAY}|(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))"  # 2019.06.01, 20190601
+    rf"|(?:{_DAY}[-/.]{_DAY}[-/.]|{_MONTH}[-/])(\d{{4}}))$"  # 1.6.2019, 06/13/2019, 6/2019
+)
+_DATED_NAME = r"year|date(?!d)|jahr|datum|ann[eé]e|fecha|(?<![a-z])(?:a[nñ]o|anno|rok)(?![a-z])"
+"""Words by which a column's name says that it holds years or dates."""
 NEAR_M = 10_000
 """A polygon farther than this from its site is in the wrong place: no mine is mapped so far beside its area of interest."""
 
 log = logging.getLogger(__name__)
 
 
-def read_polygons(path: Path) -> gpd.GeoDataFrame:
-    """Read mine polygons from a file, valid and with area, in the file's own CRS.
-
-    The file is a GeoJSON, GeoPackage, GeoParquet, Shapefile (also zipped), FlatGeobuf or KML.
+def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
+    """Read mine polygons from a file of `minecube.vectors.NAMED`, valid and with area, in the file's own CRS.
 
     Understood, in any case, are the columns `year` (Int64), or `start` and `end` (Int64: the years through which a polygon
     holds, null where open; dates count by their year), `site` (text) and `mapped` (true or false: a true row is no mine, but
     an area that was looked at, beyond which nothing is known). A row without years holds for all. Other columns are kept.
-    `repaired` is true where an invalid polygon was mended; those rows, and rows dropped because they hold no area, are logged
-    as a warning. GeoJSON without `crs` is longitude and latitude (RFC 7946).
+    `repaired` is true where an invalid polygon was mended; those rows, rows dropped because they hold no area, lines and points
+    dropped from collections, and columns that look like years and are not understood are logged as warnings. The index is
+    the row in the file, from 0. GeoJSON without `crs` is longitude and latitude (RFC 7946).
+
+    Args:
+        path: the file.
+        layer: the layer to read, as in `minecube.vectors.read_vector`.
 
     Raises:
         LabelError: unreadable, empty, without CRS, coordinates that cannot be degrees, other geometries than polygons, a
             year that is no calendar year, a row with `year` and `start` or `end`, or one that ends before it starts.
     """
-    table = mended(load(path))
+    raw = load(path, layer)
+    table = mended(raw)
     empty = without_area(table.geometry)
     if (table["repaired"] & ~empty).any():
         log.warning("%s: invalid polygons were repaired: %s", path, rows_text(table["repaired"] & ~empty))
     if empty.any():
         log.warning("%s: rows without area were left out: %s", path, rows_text(empty))
-    return with_area(table, path).reset_index(drop=True)
+    for row, parts in left_out_parts(raw).items():
+        log.warning("%s: the areas of the collection in row %d were kept, left out: %s", path, row + 1, parts)
+    return with_area(table, path)
 
 
-def load(path: Path) -> gpd.GeoDataFrame:
+def load(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     """The file's rows as they are, columns understood; raises LabelError as `read_polygons`."""
     try:
-        table = read_vector(path)
+        table = read_vector(path, layer)
     except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, Arrow's ValueErrors
         reason = str(error).strip() or type(error).__name__
         raise LabelError(f"{path}: cannot be read as polygons: {reason}") from error
@@ -63,31 +80,107 @@ def load(path: Path) -> gpd.GeoDataFrame:
             f"{path}: has no CRS, so its polygons cannot be placed on the grid; set the one they were drawn in "
             "(ogr2ogr -a_srs EPSG:..., or the missing .prj) and retry"
         )
-    table = _lower_case(table if table.geometry.name == "geometry" else table.rename_geometry("geometry"), path)
-    table = table.reset_index(drop=True)
+    table = (table if table.geometry.name == "geometry" else table.rename_geometry("geometry")).reset_index(drop=True)
+    try:  # a YEAR left unread would spread one year's polygons over all years
+        table = understood_columns(table, UNDERSTOOD)
+    except ValueError as error:
+        raise LabelError(f"{path}: {error}") from error
     _need_areal(table, path)
     for name in ("year", "start", "end"):
         if name in table:
             table[name] = _calendar_years(table[name], name, path)
     _need_order(table, path)
     if "site" in table:
-        table["site"] = table["site"].astype("string").str.strip()
+        table["site"] = texts(table["site"])
     if "mapped" in table:
         table["mapped"] = _true_or_false(table["mapped"], path)
+    if columns := unread_years(table):
+        log.warning(
+            "%s: %s may hold years, but only the columns `year`, or `start` and `end`, are read as years; %d rows hold for all "
+            "years, or have an open end; rename the column if it says when a polygon holds",
+            path,
+            " and ".join(f"column `{column}`" for column in columns),
+            int(open_ended(table).sum()),
+        )
     return table
 
 
-def _lower_case(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
-    # Shapefiles shout their column names; a YEAR left unread would spread one year's polygons over all years.
-    names = {c: c.lower() for c in table.columns if c.lower() in UNDERSTOOD}
-    if len(set(names.values())) < len(names):
-        raise LabelError(f"{path}: has the columns {', '.join(names)}, which mean the same; keep one")
-    return table.rename(columns=names)
+def unread_years(table: gpd.GeoDataFrame) -> list[str]:
+    """Columns that look like years or dates and are not understood; none if every row says its years."""
+    if not open_ended(table).any():
+        return []
+    others = table.columns.drop([name for name in {*UNDERSTOOD.values(), "geometry"} if name in table])
+    return [str(name) for name in others if _looks_dated(table[name].dropna(), str(name))]
+
+
+def open_ended(table: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
+    """Which rows do not say both their first and their last year."""
+    first, last = spans(table)
+    return np.isinf(first) | np.isinf(last)
+
+
+def _looks_dated(values: pd.Series, name: str) -> bool:
+    if values.empty or isinstance(values.dtype, gpd.array.GeometryDtype):
+        return False
+    share = float(_years_in(values).isin(list(YEARS)).mean())
+    if share == 1 or (share >= 0.5 and not pd.api.types.is_numeric_dtype(values)):
+        return True
+    return re.search(_DATED_NAME, name.lower()) is not None and bool(texts(values).str.contains(r"\d").any())
+
+
+def _years_in(values: pd.Series) -> pd.Series:
+    """Years of numbers, dates, or texts of either, Float64; missing where it holds no year."""
+    found = texts(values).str.extract(_DATE)
+    year = found[0].fillna(found[1]).fillna(found[2])
+    return pd.to_numeric(year.fillna(texts(values)), errors="coerce").astype("Float64")
+
+
+def left_out_parts(table: gpd.GeoDataFrame) -> dict[int, str]:
+    """Row (from 0) -> the lines and points of its GeometryCollection, in words."""
+    words = areas_of_collections(table.geometry.to_numpy())[1]
+    return {int(row): words[row] for row in np.flatnonzero(words != "")}
+
+
+def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) -> gpd.GeoDataFrame:
+    """Rename each `site` to the id that it means. The log reports which names differ from their id.
+
+    A name means the id that it is, or the only one that differs in case, accents, blanks and `_ . -` alone. Other names stay.
+
+    Raises:
+        LabelError: a name may mean several ids.
+    """
+    if "site" not in polygons:
+        return polygons
+    found = {name: same_names(name, sites) for name in polygons["site"].dropna().unique()}
+    for name, ids in found.items():
+        if len(ids) > 1:
+            raise LabelError(f"{path}: site {name!r} may be {' or '.join(ids)}; spell it as one of them")
+    renamed = {name: ids[0] for name, ids in found.items() if ids and ids[0] != name}
+    if renamed:
+        log.warning("%s: sites by another name: %s", path, ", ".join(f"{name!r} is {renamed[name]}" for name in renamed))
+    return polygons.assign(site=polygons["site"].replace(renamed))
+
+
+def of_site(polygons: gpd.GeoDataFrame, site: str) -> npt.NDArray[np.bool_]:
+    """Which rows name this site."""
+    if "site" not in polygons:
+        return np.zeros(len(polygons), bool)
+    own: npt.NDArray[np.bool_] = (polygons["site"] == site).to_numpy(bool, na_value=False)
+    return own
+
+
+def of_no_site(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
+    """Which rows name no site; each counts at all sites that it reaches."""
+    if "site" not in polygons:
+        return np.ones(len(polygons), bool)
+    unnamed: npt.NDArray[np.bool_] = polygons["site"].isna().to_numpy(bool)
+    return unnamed
 
 
 def _need_areal(table: gpd.GeoDataFrame, path: Path) -> None:
-    kinds = table.geom_type
-    other = kinds.notna() & ~kinds.isin(AREAL)
+    shapes = gpd.GeoSeries(areas_of_collections(table.geometry.to_numpy())[0], index=table.index)
+    kinds = shapes.geom_type
+    other = kinds.notna() & ~kinds.isin(AREAL) & ~shapes.is_empty
     if other.any():
         raise LabelError(
             f"{path}: expected polygons, found {', '.join(sorted(set(kinds[other])))} in {rows_text(other)}; "
@@ -105,16 +198,13 @@ def _need_areal(table: gpd.GeoDataFrame, path: Path) -> None:
 
 
 def _calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series:
-    values = column
-    if name != "year":  # a span may be given in dates
-        values = column.astype("string").str.replace(r"^(\d{4})-\d\d-\d\d.*$", r"\1", regex=True)
-    numbers = pd.to_numeric(values, errors="coerce").astype("Float64")
+    numbers = _years_in(column)
     wrong = column.notna() & ~numbers.isin(list(YEARS)).fillna(False)
     if wrong.any():
         found = ", ".join(map(str, column[wrong].unique()[:3]))
         where = "all years" if name == "year" else f"an open {name}"
         raise LabelError(
-            f"{path}: column {name}: expected whole calendar years ({YEARS[0]}..{YEARS[-1]}) or null for {where}, "
+            f"{path}: column {name}: expected whole calendar years ({YEARS[0]}..{YEARS[-1]}), dates, or null for {where}, "
             f"found {found} in {rows_text(wrong)}; the year decides which mask a polygon is drawn on, so correct it"
         )
     return numbers.astype("Int64")
@@ -139,7 +229,7 @@ def _need_order(table: gpd.GeoDataFrame, path: Path) -> None:
 
 def mended(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     """The same rows with valid shapes, flat, and `repaired`; a shape without area stays, empty or missing."""
-    shapes = shapely.force_2d(table.geometry.to_numpy())
+    shapes, _ = areas_of_collections(shapely.force_2d(table.geometry.to_numpy()))
     broken = ~shapely.is_valid(shapes) & ~shapely.is_missing(shapes)
     # "structure" unites a shell that crosses itself; the default rule (even-odd) would cut holes into the mine.
     shapes[broken] = [areal_parts(s) for s in shapely.make_valid(shapes[broken], method="structure", keep_collapsed=False)]
@@ -160,15 +250,14 @@ def with_area(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
     return table[~empty]
 
 
-def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
-    """The polygons among a collection's parts, as one multipolygon."""
-    parts = shapely.get_parts(shapely.get_parts(shape))  # a collection may hold multipolygons
-    return shapely.multipolygons(parts[shapely.get_dimensions(parts) == 2])
-
-
 def rows_text(which: npt.ArrayLike) -> str:
     """The true rows, counted from 1 as an attribute table shows them."""
-    numbers = [str(n) for n in np.flatnonzero(np.asarray(which, bool)) + 1]
+    return index_text(np.flatnonzero(np.asarray(which, bool)))
+
+
+def index_text(index: Iterable[int]) -> str:
+    """The rows of an index from 0, counted from 1 as an attribute table shows them."""
+    numbers = [str(n + 1) for n in index]
     more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
     return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:10])}{more}"
 

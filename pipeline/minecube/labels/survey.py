@@ -3,7 +3,9 @@
 In this order, each on what the former left:
 
     invalid       mended as `read_polygons` does                    no area       left out
+    collection    its areas are kept, its lines and points left out
     unknown site  kept: its `site` is none of those asked for       at no site    left out: over 10 km from all, naming none
+    no site       kept: it names no site, in a file whose other rows do, and counts at each site that it reaches
     elsewhere     left out: over 10 km from the site it names, or a swap of coordinates would put it at a site
     duplicate     left out: the shape and years of an earlier row
     sliver        left out: a part that is narrower everywhere than the least width (no circle of that diameter fits in);
@@ -27,23 +29,28 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import shapely
+from odc.geo.geobox import GeoBox
 from pyproj import Geod
 
 from minecube.errors import LabelError
+from minecube.labels.masks import MINE, on_grid, rasterize
 from minecube.labels.polygons import (
     NEAR_M,
-    areal_parts,
     distances_m,
+    left_out_parts,
     likely_swap,
     load,
     mapped,
+    match_sites,
     mended,
+    of_no_site,
     spans,
     swaps_that_place,
     with_area,
     without_area,
     years_or_all,
 )
+from minecube.vectors import areal_parts
 
 MIN_WIDTH_M = 5.0
 """Half a pixel: what is narrower holds a pixel's centre by chance only."""
@@ -66,15 +73,21 @@ class Survey:
 
 
 def survey(
-    path: Path, *, sites: Mapping[str, shapely.Geometry] | None = None, by: str | None = None, min_width_m: float = MIN_WIDTH_M
+    path: Path,
+    *,
+    layer: str | None = None,
+    sites: Mapping[str, shapely.Geometry] | None = None,
+    by: str | None = None,
+    min_width_m: float = MIN_WIDTH_M,
 ) -> Survey:
     """The file's polygons, repaired, and what was found: by which rules, the module says.
 
     Args:
-        path: GeoJSON, GeoPackage, GeoParquet or Shapefile.
+        path: a file as `read_polygons` takes.
+        layer: the layer to read, as in `minecube.vectors.read_vector`.
         sites: id -> area of interest in longitude and latitude; polygons far from theirs are found. A row without a site's
             name may lie at any.
-        by: column that says who mapped a row, where several mapped the same ground.
+        by: column that says who mapped a row, where several mapped the same ground; in any case.
         min_width_m: the least width of a part or a hole; 0 keeps all.
 
     Raises:
@@ -83,17 +96,21 @@ def survey(
     """
     if not min_width_m >= 0:
         raise LabelError(f"expected a least width of 0 m or more, found {min_width_m:g}")
-    raw = load(path)
-    if by is not None and by not in raw:
-        columns = ", ".join(str(c) for c in raw.columns if c != "geometry") or "none"
-        raise LabelError(f"{path}: has no column {by!r} that says who mapped a row; its columns are {columns}")
+    raw = load(path, layer)
+    if by is not None:
+        raw = _with_column(raw, by, path)
     table = mended(raw).assign(row=np.arange(1, len(raw) + 1))
     notes: list[dict[str, Any]] = []
     _note(notes, "invalid", table[table["repaired"]], "repaired", shapely.is_valid_reason(raw.geometry[table["repaired"]]))
+    collections = left_out_parts(raw)
+    _note(notes, "collection", table.iloc[list(collections)], "areas kept", [f"left out: {p}" for p in collections.values()])
     _note(notes, "no area", table[without_area(table.geometry)], "left out")
     table = with_area(table, path)
     if sites:
-        table = _near(table, sites, path, notes)
+        table = _near(match_sites(table, list(sites), path), sites, path, notes)
+    unnamed = of_no_site(table)
+    if not unnamed.all():
+        _note(notes, "no site", table[unnamed], "kept", "counts at each site that it reaches")
     looked_at, mines = table[mapped(table)], table[~mapped(table)]
     along_pixels = set(_groups(looked_at, None)[0])
     kept = []
@@ -124,6 +141,15 @@ def mapped_areas(polygons: gpd.GeoDataFrame, by: str | None = None) -> pd.DataFr
             rows.append((site, mapper, year, len(holds), int(holes.sum()), _areas([union], own.crs).item()))
     table = pd.DataFrame(rows, columns=["site", "mapper", "year", "polygons", "holes", "area_m2"])
     return table.astype({"year": "Int64"})
+
+
+def _with_column(table: gpd.GeoDataFrame, name: str, path: Path) -> gpd.GeoDataFrame:
+    """The table with its column of this name, whose case may differ; raises LabelError without one."""
+    same = [str(c) for c in table.columns if c == name] or [str(c) for c in table.columns if str(c).lower() == name.lower()]
+    if len(same) != 1 or same == ["geometry"]:
+        columns = ", ".join(str(c) for c in table.columns if c != "geometry") or "none"
+        raise LabelError(f"{path}: has no column {name!r} that says who mapped a row; its columns are {columns}")
+    return table.rename(columns={same[0]: name})
 
 
 def _groups(table: gpd.GeoDataFrame, by: str | None) -> list[pd.Series]:
@@ -266,6 +292,37 @@ def _hole_polygons(shapes: npt.NDArray[np.object_]) -> tuple[npt.NDArray[np.obje
     found = np.empty(len(holes), dtype=object)
     found[:] = holes
     return found, np.repeat(np.arange(len(shapes)), shapely.get_num_interior_rings(shapes))
+
+
+def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
+    """The rows of mines that hold no pixel's centre, by their index: `rasterize` draws no pixel of them."""
+    here = on_grid(polygons.loc[~mapped(polygons), ["geometry"]], grid, needed=False)
+    # A shape's area is at most its length times the radius of the largest circle in it. A circle of half a pixel's diagonal
+    # holds a centre.
+    radius = np.hypot(grid.resolution.x, grid.resolution.y) / 2
+    small = here[(here.area <= here.length * radius) & here.within(grid.extent.geom)]
+    drawn = [_is_drawn(shape, _around(grid, shape)) for shape in small.geometry]
+    rows: pd.Index = small.index[~np.array(drawn, bool)]
+    return rows
+
+
+def _is_drawn(shape: shapely.Geometry, grid: GeoBox) -> bool:
+    height, width = grid.shape
+    column, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    x, y = grid.affine * (column, row)
+    inside = bool(shapely.contains_xy(shape, x, y).any())
+    if inside or not shapely.intersects_xy(shape, x, y).any():
+        return inside
+    # Edges run through centres: `rasterize` decides, which takes longer.
+    alone = gpd.GeoDataFrame(geometry=[shape], crs=str(grid.crs))
+    return bool((rasterize(alone, grid, [0]) == MINE).any())
+
+
+def _around(grid: GeoBox, shape: shapely.Geometry) -> GeoBox:
+    """The pixels of the grid around a shape within it."""
+    x, y = ~grid.affine * np.reshape(shape.bounds, (2, 2)).T
+    rows, columns = (slice(max(int(min(v)), 0), int(max(v)) + 1) for v in (y, x))
+    return grid[rows, columns]
 
 
 def _narrow(lonlat: npt.NDArray[np.object_], width_m: float) -> npt.NDArray[np.bool_]:
