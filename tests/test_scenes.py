@@ -921,3 +921,74 @@ def test_an_empty_search_says_what_was_searched(api, searched):
 def test_years_without_sentinel_2(searched, year):
     with pytest.raises(SceneError, match=f"year {year}: expected 2015"):
         scenes.search(searched[0], year, searched[1])
+
+
+UNKNOWN = [None, float("nan"), float("inf"), float("-inf"), "nan", "NaN", "Infinity", "", "unknown", [], True]
+
+
+@pytest.mark.parametrize("value", UNKNOWN, ids=map(repr, UNKNOWN))
+def test_an_unknown_number_is_unknown_however_it_is_spelled(archive, make, value):
+    """Each number field of an item: as if it were not there, and the scene is listed."""
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    source = dataclasses.replace(archive.source, resolution_m={})
+    bare = changed(item, _without_numbers)
+    expected = scenes.normalise(bare, source)
+    assert expected.properties["eo:cloud_cover"] is None
+    assert expected.assets["B04"].extra_fields == {"gsd": 10, "file:size": 0, "proj:shape": [10980, 10980]}
+
+    def spell(content):
+        content["properties"] |= dict.fromkeys(("eo:cloud_cover", "sat:relative_orbit", "proj:epsg", "proj:shape"), value)
+        for asset in content["assets"].values():
+            asset |= dict.fromkeys(("gsd", "file:size", "proj:shape", "proj:transform", "raster:spatial_resolution"), value)
+            asset |= {"proj:shape": [value, value], "proj:transform": [value] * 6}
+            asset["raster:bands"] = [{"spatial_resolution": value, "offset": value, "scale": value}]
+
+    assert scenes.normalise(changed(bare, spell), source).to_dict() == expected.to_dict()
+
+
+def _without_numbers(content):
+    del content["properties"]["eo:cloud_cover"], content["properties"]["proj:epsg"]
+    for asset in content["assets"].values():
+        del asset["gsd"], asset["proj:shape"]
+
+
+def test_numbers_as_text_and_from_tables(archive, make):
+    """A table with one null makes floats of whole numbers; CSV makes text of all."""
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    source = dataclasses.replace(archive.source, resolution_m={})
+    fields = {"gsd": "10.0", "file:size": 4321.0, "proj:shape": ["60", 60.0]}
+    item.assets["B04"].extra_fields = fields
+    for name in ("s2:mgrs_tile", "s2:product_uri"):
+        del item.properties[name]
+    item.id = "without a name"
+    item.properties |= {"eo:cloud_cover": "12.5", "sat:relative_orbit": 22.0}
+    item.properties |= {"mgrs:utm_zone": 33.0, "mgrs:latitude_band": "U", "mgrs:grid_square": "UR"}
+    scene = scenes.normalise(item, source)
+    assert scene.assets["B04"].extra_fields == {"gsd": 10, "file:size": 4321, "proj:shape": [60, 60]}
+    assert scene.properties["eo:cloud_cover"] == 12.5
+    assert (scene.properties["sat:relative_orbit"], scene.properties["s2:mgrs_tile"]) == (22, "33UUR")
+
+
+def test_names_that_a_table_made_nan_are_taken_from_the_products_name(archive, make):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    expected = scenes.normalise(item, archive.source).properties
+    for value in (float("nan"), "nan", None):
+        item.properties |= dict.fromkeys(("s2:processing_baseline", "s2:datatake_id", "s2:mgrs_tile"), value)
+        assert scenes.normalise(item, archive.source).properties == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, -1.0, 101.0])
+def test_scenes_of_unknown_cloud_cover_are_used_and_counted_in_no_mean(archive, make, tmp_path, value):
+    grid, site = make.grid(LEFT, TOP, 60, 60), make.site("s", LEFT, TOP, 60, 60)
+    days = {"2020-07-05": 20.0, "2020-07-08": value, "2020-07-11": 40.0, "2020-07-14": value}
+    items = [
+        archive.item(f"{day}T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": cloud}) for day, cloud in days.items()
+    ]
+    listed = [i.to_dict(transform_hrefs=False) for i in items]
+    stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(listed), archive.source.href)
+    found = scenes.search(site, 2020, archive.source)
+    assert len(scenes.select(found.scenes, dataclasses.replace(PLAIN, min_dates=4))) == 4
+    assert scenes.mean_cloud_cover(found.scenes) == 30.0
+    assert np.isnan(scenes.mean_cloud_cover(found.scenes[1::2]))
+    snapshot.save(found, tmp_path / "list.parquet")
+    assert [s.to_dict() for s in snapshot.load(tmp_path / "list.parquet").scenes] == [s.to_dict() for s in found.scenes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,9 +64,10 @@ def search(wanted: str, years: tuple[int, ...], source_ids: str, catalog: Path |
             for year in years:
                 found = building.saved_scenes(site, year, sources, out, anew=True)
                 baselines = sorted({s.properties["s2:processing_baseline"] for s in found.scenes})
-                cloud = sum(s.properties["eo:cloud_cover"] for s in found.scenes) / len(found.scenes)
+                cloud = scenes.mean_cloud_cover(found.scenes)
+                shown = "?" if math.isnan(cloud) else f"{cloud:.0f}"
                 counts = (len(found.scenes), len(scenes.dates(found.scenes)), found.copies, len(found.refused))
-                rows.append((site.id, year, *counts, f"{cloud:.0f}", ", ".join(baselines)))
+                rows.append((site.id, year, *counts, shown, ", ".join(baselines)))
                 advance(note=site.id)
     click.echo(table(("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines"), rows))
     click.echo(f"saved in {out}")

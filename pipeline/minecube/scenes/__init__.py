@@ -14,6 +14,7 @@ reason.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ __all__ = [
     "dates",
     "deduplicate",
     "has_images",
+    "mean_cloud_cover",
     "merge",
     "normalise",
     "search",
@@ -169,7 +171,14 @@ def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
 
 def _of_months(scenes: Iterable[pystac.Item], recipe: Recipe, months: Sequence[int]) -> list[pystac.Item]:
     in_season = [s for s in scenes if s.datetime and s.datetime.month in months]
-    return [s for s in in_season if s.properties["eo:cloud_cover"] <= recipe.max_cloud_cover]
+    # Of unknown cloud cover, too: the mask sees the clouds, and this number only spares reading the worst.
+    return [s for s in in_season if (s.properties["eo:cloud_cover"] or 0) <= recipe.max_cloud_cover]
+
+
+def mean_cloud_cover(scenes: Iterable[pystac.Item]) -> float:
+    """The mean of the scenes whose cloud cover is known, in percent; NaN if it is known of none."""
+    shares = [s.properties["eo:cloud_cover"] for s in scenes if s.properties["eo:cloud_cover"] is not None]
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 def dates(scenes: Iterable[pystac.Item]) -> list[str]:

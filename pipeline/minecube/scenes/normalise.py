@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
@@ -25,6 +26,8 @@ _SIGNS = re.compile(
     re.I,
 )
 """Query keys of Azure's, AWS's, Google's and CloudFront's signatures."""
+_UNKNOWN = {"", "none", "null", "nan", "<na>", "nat"}
+"""Spellings of an unknown value, in lower case: what tables and their libraries make of null."""
 _SAME_GRANULE_S = 2
 """Starts of a granule differ by no more between processings; the parts of a split datatake start many seconds apart."""
 
@@ -50,8 +53,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         bbox=list(footprint.bounds),
         datetime=when,
         properties={
-            # Unknown is let through: the mask sees the clouds, this number only spares reading the worst.
-            "eo:cloud_cover": max(float(item.properties.get("eo:cloud_cover") or 0.0), 0.0),
+            "eo:cloud_cover": _cloud_cover(item),
             "proj:code": _projection(item, source, tile),
             "s2:mgrs_tile": tile,
             "s2:processing_baseline": baseline,
@@ -172,9 +174,9 @@ def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Ass
         if asset is None:
             continue  # the source does not say which bands it has; a recipe that needs this one will miss it
         size = source.resolution_m.get(band) or _pixel_size(asset) or NATIVE_M[band]
-        told = asset.extra_fields
-        shape = [int(n) for n in told.get("proj:shape") or item.properties.get("proj:shape") or [_TILE_M // size] * 2]
-        fields = {"gsd": size, "file:size": int(told.get("file:size") or 0), "proj:shape": shape}
+        shape = _shape(asset.extra_fields) or _shape(item.properties) or [_TILE_M // size] * 2
+        stored_bytes = number(asset.extra_fields.get("file:size")) or 0
+        fields = {"gsd": size, "file:size": max(round(stored_bytes), 0), "proj:shape": shape}
         yield (
             band,
             pystac.Asset(
@@ -195,8 +197,40 @@ def _unsigned(href: str) -> str:
     return urlunsplit(parts._replace(query=urlencode(kept)))
 
 
+def number(value: object) -> float | None:
+    """The finite number that a field holds, also as text; None for null, NaN, infinity and anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _numbers(value: object) -> list[float]:
+    """The numbers of a list; empty if it is no list, or one of them is unknown."""
+    listed = [number(v) for v in value] if isinstance(value, list | tuple) else []
+    finite = [n for n in listed if n is not None]
+    return finite if len(finite) == len(listed) else []
+
+
+def _shape(fields: Mapping[str, Any]) -> list[int]:
+    """Rows and columns of `proj:shape`; empty if they are unknown."""
+    sides = [round(n) for n in _numbers(fields.get("proj:shape"))]
+    return sides if len(sides) == 2 and min(sides) > 0 else []
+
+
+def _cloud_cover(item: pystac.Item) -> float | None:
+    """Percent of the tile; None if it is unknown, which recipes let through: the mask sees the clouds."""
+    share = number(item.properties.get("eo:cloud_cover"))
+    return share if share is not None and 0 <= share <= 100 else None
+
+
 def _first(item: pystac.Item, *names: str) -> str:
-    return next((str(item.properties[n]) for n in names if item.properties.get(n)), "")
+    """The first of these properties that is known, as text; empty if none is."""
+    listed = [str(item.properties.get(name, "")).strip() for name in names]
+    return next((text for text in listed if text.lower() not in _UNKNOWN), "")
 
 
 def _product(item: pystac.Item) -> str:
@@ -235,8 +269,8 @@ def _offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
 def _tile(item: pystac.Item) -> str:
     tile = _first(item, "s2:mgrs_tile", "grid:code")
     if not tile:
-        parts = [str(item.properties.get(f"mgrs:{p}", "")) for p in ("utm_zone", "latitude_band", "grid_square")]
-        tile = "".join(parts)
+        parts = [_first(item, f"mgrs:{p}", f"sentinel:{p}") for p in ("utm_zone", "latitude_band", "grid_square")]
+        tile = "".join([parts[0].removesuffix(".0"), *parts[1:]])  # tables make 32.0 of a zone
     named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
     tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
     match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
@@ -275,18 +309,25 @@ def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
 def _orbit(item: pystac.Item) -> int | None:
     """Relative orbit, 1..143."""
     named = re.search(r"_R(\d{3})_", _product(item))
-    stated = _first(item, "sat:relative_orbit") or (named[1] if named else "")
-    return int(stated) if stated.isdigit() else None
+    stated = number(item.properties.get("sat:relative_orbit"))
+    if stated is not None:
+        return round(stated)
+    return int(named[1]) if named else None
 
 
 def _pixel_size(asset: pystac.Asset) -> int | None:
-    fields = asset.extra_fields
-    if fields.get("proj:transform"):
-        return round(abs(float(fields["proj:transform"][0])))
-    bands = [*(fields.get("raster:bands") or []), *(fields.get("bands") or [])]
-    stated = [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
+    fields, bands = asset.extra_fields, _bands(asset)
+    stated: list[object] = [*_numbers(fields.get("proj:transform"))[:1]]
+    stated += [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
     stated += [*(b.get("raster:spatial_resolution") for b in bands), *(b.get("gsd") for b in bands), fields.get("gsd")]
-    return next((round(float(s)) for s in stated if s), None)
+    sizes = [round(abs(number(s) or 0)) for s in stated]
+    return next((size for size in sizes if size), None)
+
+
+def _bands(asset: pystac.Asset) -> list[Mapping[str, Any]]:
+    """What an asset says of its bands, in the terms of STAC 1.0 and of STAC 1.1."""
+    listed = [asset.extra_fields.get(name) for name in ("raster:bands", "bands")]
+    return [band for bands in listed if isinstance(bands, list | tuple) for band in bands if isinstance(band, Mapping)]
 
 
 def _generated(item: pystac.Item) -> str:
