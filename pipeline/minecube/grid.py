@@ -93,14 +93,40 @@ def area_of(grid: GeoBox) -> BaseGeometry:
     return split_at_antimeridian(grid.geographic_extent.geom)
 
 
+def footprint_of(shape: BaseGeometry | None) -> BaseGeometry:
+    """The polygons of a footprint in longitude and latitude, in two dimensions and valid, cut at the antimeridian.
+
+    Other parts, such as the lines of a geometry collection, have no area and are left out. Empty if there is no polygon, or
+    if the coordinates are no degrees.
+    """
+    if shape is None or shape.is_empty or not _in_degrees(shape):
+        return shapely.Polygon()
+    if shape.geom_type not in ("Polygon", "MultiPolygon") or shape.has_z or not shape.is_valid:
+        shape = shapely.union_all(_polygons(shapely.make_valid(shapely.force_2d(shape))))
+    return shape if shape.is_empty else split_at_antimeridian(shape)
+
+
+def _in_degrees(shape: BaseGeometry) -> bool:
+    longitude, latitude = shapely.get_coordinates(shape).T
+    return bool((abs(longitude) <= 360).all() and (abs(latitude) <= 90).all())  # NaN is neither
+
+
+def _polygons(shape: BaseGeometry) -> list[BaseGeometry]:
+    """All polygons in a geometry, also in collections of collections."""
+    if shape.geom_type == "Polygon":
+        return [shape]
+    return [polygon for part in getattr(shape, "geoms", ()) for polygon in _polygons(part)]
+
+
 def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
     """The footprint as GeoJSON has it (RFC 7946, 3.1.9): cut at 180 degrees where it spans half the world otherwise."""
     west, _, east, _ = shape.bounds
-    if east - west <= 180:
+    inside = west >= -180 and east <= 180  # some footprints go on beyond 180 degrees instead
+    if inside and east - west <= 180:
         return shape
     # A footprint that is cut already has a part on either side and stays as it is.
     parts = shapely.get_parts(shape)
-    if all(p.bounds[2] - p.bounds[0] <= 180 for p in parts):
+    if inside and all(p.bounds[2] - p.bounds[0] <= 180 for p in parts):
         return shape
 
     def eastward(x: Any, y: Any) -> tuple[Any, Any]:

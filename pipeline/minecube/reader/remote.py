@@ -166,6 +166,11 @@ class Remote:
             return head.data[start:stop]
         return self._fetch(href, start, stop - start, tally, head).data
 
+    def version(self, href: str) -> tuple[int, str | None]:
+        """The size of a file now, and its ETag, None if the server gives none; raises RequestError."""
+        found = self._fetch(href, 0, 1, Tally(), None)
+        return found.size, found.version or None
+
     def whole(self, href: str, most: int) -> bytes:
         """All bytes of a file that has at most so many; raises RequestError."""
         found = self._fetch(href, 0, most, Tally(), None)

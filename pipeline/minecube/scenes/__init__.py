@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import pystac
 import shapely
@@ -49,6 +50,19 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_MALFORMED = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    pystac.errors.STACError,
+    shapely.errors.ShapelyError,
+)
+"""What reading an item that is no STAC raises."""
+_NAMED = 9
+"""Refused items that a warning names, at most; the scene list has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +106,18 @@ def search(site: Site, year: int, *sources: Source) -> Found:
     listed, kept = 0, []
     refused: dict[str, str] = {}
     for source in sources:
-        items = [(item, _scene(item, source)) for item in items_of(source, area, year)]
-        there = [(item, scene) for item, scene in items if isinstance(scene, str) or over(scene, area)]
-        listed += len(there)
-        refused |= {item.id: scene for item, scene in there if isinstance(scene, str)}
-        kept.append(deduplicate(scene for _, scene in there if not isinstance(scene, str)))
+        reasons: dict[str, str] = {}
+        usable_here: list[pystac.Item] = []
+        for feature in items_of(source, area, year):
+            scene = _scene(feature, source)
+            if isinstance(scene, str):
+                reasons[str(feature.get("id"))] = scene
+            elif over(scene, area):
+                usable_here.append(scene)
+        _log_refused(reasons)
+        listed += len(usable_here) + len(reasons)
+        refused |= reasons
+        kept.append(deduplicate(usable_here))
     found = Found(scenes=tuple(merge(kept)), listed=listed, refused=refused)
     if not found.scenes:
         box = ", ".join(f"{v:.3f}" for v in area.bounds)
@@ -110,16 +131,26 @@ def search(site: Site, year: int, *sources: Source) -> Found:
     return found
 
 
-def _scene(item: pystac.Item, source: Source) -> pystac.Item | str:
+def _scene(feature: Mapping[str, Any], source: Source) -> pystac.Item | str:
     """The item normalised, or why it is refused."""
     try:
+        # Not migrated to the newest STAC: `normalise` reads old and new, and migration warns about what it cannot move.
+        item = pystac.Item.from_dict(dict(feature), migrate=False, preserve_dict=False)
         return normalise(item, source)
     except SceneError as error:
-        reason = str(error)
-    except (TypeError, ValueError, AttributeError, KeyError, shapely.errors.ShapelyError) as error:
-        reason = f"item {item.id}: is malformed ({type(error).__name__}: {error}); it is refused"
-    log.warning("%s", reason)
-    return reason
+        return str(error)
+    except _MALFORMED as error:
+        return f"item {feature.get('id')}: is malformed ({type(error).__name__}: {error}); it is refused"
+
+
+def _log_refused(reasons: Mapping[str, str]) -> None:
+    """Warn of refused items by name: one line for each reason, since a file may hold hundreds of another collection."""
+    alike: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        alike.setdefault(reason.replace(name, "{}"), []).append(name)
+    for names in alike.values():
+        others = ", ".join(names[1:_NAMED]) + ", ..." * (len(names) > _NAMED)
+        log.warning("%s%s", reasons[names[0]], f", and so are {len(names) - 1} more: {others}" if others else "")
 
 
 def check_years(years: Iterable[int]) -> None:

@@ -56,6 +56,8 @@ def belongs_to(site: Site, year: int, sources: Sequence[Source]) -> str:
     rules = [{k: v for k, v in as_dict(s).items() if k not in ("title", "href", "licence", "searches_per_s")} for s in sources]
     for rule in rules:
         rule["access"].pop("connections")
+        if rule["offset"]["own"] is None:
+            del rule["offset"]["own"]  # as in lists that were saved before there was such a rule
     asked = {"site": site.id, "grid": [str(grid.crs), *grid.transform[:6], *grid.shape], "year": year, "sources": rules}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
