@@ -57,6 +57,10 @@ class RequestError(OSError):
     """A request that failed for good. The message shows no signature."""
 
 
+class MissingError(RequestError):
+    """A file that no later request brings: HTTP 403, 404 or 410, no such local file, or one that ends before its pixels."""
+
+
 class ForbiddenError(Exception):
     """A name or a host that must not be read. No OSError, which urllib3 would take for a broken connection."""
 

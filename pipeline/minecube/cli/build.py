@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -10,14 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
 from minecube.cli.common import absolute, as_ended, failure_text
+from minecube.cli.copies import Copies
 from minecube.composite import Tools, composite, plan, registration
-from minecube.errors import CatalogError, MinecubeError, SceneError
+from minecube.errors import CatalogError, GoneError, LostReadError, MinecubeError, SceneError
 from minecube.grid import grid_of
 from minecube.reader import Ledger, check_credentials, interrupted
 from minecube.scenes import offsets, snapshot
@@ -63,6 +66,8 @@ class Outcome:
     """What came of them, as `Ledger.totals` has it; empty where nothing was read."""
     looks: Mapping[str, float] = field(default_factory=dict)
     """The same of the reads that checked offsets and places."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Id of a scene whose files are gone -> which of them, and whose copy was read."""
     seconds: float = 0.0
     message: str = ""
 
@@ -118,6 +123,9 @@ def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Calla
     start = time.monotonic()
     try:
         return _built(job, site, year, workers, stopped)
+    except LostReadError as error:
+        hint = "; name one more --source that has it, or accept lost reads with --min-read-completeness"
+        return _failed(job.store, site, year, LostReadError(f"{error}{hint}"), time.monotonic() - start)
     except MinecubeError as error:
         return _failed(job.store, site, year, error, time.monotonic() - start)
 
@@ -140,13 +148,41 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     done = Outcome(site=site.id, year=year, state="kept", scenes=len(chosen), days=len(scenes.dates(chosen)))
     if cube.is_committed(job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness):
         marker = cube.builds(job.store, site.id)[year]
-        ids = {scene["id"] for scene in cube.used_scenes(marker)}
+        ids = {scene.get("copy_of", scene["id"]) for scene in cube.used_scenes(marker)}
         used = [scene for scene in chosen if scene.id in ids]
         share = cube.completeness_of(marker)
         gaps = f"has {share:.2%} of its reads; use --overwrite to build it again" if share < job.min_read_completeness else ""
         return replace(done, scenes=len(used), days=len(scenes.dates(used)), message=gaps, seconds=time.monotonic() - start)
+    copies = Copies(job.sources, job.recipe.bands, lambda year, source: saved_scenes(site, year, [source], job.snapshots))
+    if copies.possible and cube.is_begun(job.store, site.id, year):
+        copies.take(chosen)  # as the run that was interrupted did, so that this one goes on
+    while True:
+        made = json.loads(json.dumps(provenance))  # each try notes its own
+        cube.note_copies(made, copies.found, copies.why)
+        try:
+            outcome = _composited(job, site, year, copies.in_place(chosen), made, workers, stopped, copied=copies.possible)
+        except GoneError as error:
+            if not copies.possible or not (copies.take(chosen, error) or job.min_read_completeness < 1):
+                raise
+        else:
+            return replace(outcome, copies=copies.said(), seconds=time.monotonic() - start)
+
+
+def _composited(
+    job: Job,
+    site: Site,
+    year: int,
+    chosen: Sequence[pystac.Item],
+    provenance: dict[str, Any],
+    workers: int,
+    stopped: Callable[[], bool],
+    *,
+    copied: bool,
+) -> Outcome:
+    """Check, read and write a site-year; `copied`: a file that is gone ends it, since another source may have a copy."""
+    grid = grid_of(site)
     lossy = job.min_read_completeness < 1
-    looks = Ledger(lossy=lossy)
+    looks = Ledger(lossy=lossy, copied=copied)
     checks = offsets.check_offsets(chosen, grid, looks)
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
     left_out = dict.fromkeys(_lacking(chosen, used), "offset")
@@ -162,7 +198,7 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         scenes.need_dates(used, job.recipe, year)
     provenance["check_reads"] = looks.totals()
     before = cube.reads_so_far(job.store, provenance)
-    ledger = Ledger(lossy=lossy, before=before)
+    ledger = Ledger(lossy=lossy, before=before, copied=copied)
     planned = plan.estimate(used, grid, job.recipe)
     # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
     new = cube.write_year(
@@ -178,8 +214,9 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         workers=workers,
         stopped=stopped,
     )
-    return replace(
-        done,
+    return Outcome(
+        site=site.id,
+        year=year,
         state="built" if new else "kept",
         scenes=len(used),
         days=len(scenes.dates(used)),
@@ -187,7 +224,6 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         planned=planned,
         reads=ledger.totals(),
         looks=looks.totals(),
-        seconds=time.monotonic() - start,
     )
 
 

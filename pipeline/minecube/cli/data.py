@@ -178,6 +178,8 @@ def build(
     )
     _show_planned_and_actual(outcomes)
     for outcome in outcomes:
+        for name, why in outcome.copies.items():
+            click.echo(f"{outcome.site} {outcome.year}: {name}: {why}")
         if outcome.message:
             said = "" if outcome.state == "kept" else "error: "
             click.echo(f"{said}{outcome.site} {outcome.year}: {outcome.message}", err=True)

@@ -47,6 +47,7 @@ from minecube.cube.builds import (
     is_committed,
     leave_out,
     marker_of,
+    note_copies,
     provenance_of,
     reads,
     run_of,
@@ -58,7 +59,7 @@ from minecube.cube.opening import as_float, grid_and_years, open_committed, open
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
 from minecube.cube.predictions import Prediction, mapped_by, open_change, open_probability, write_prediction, write_probability
-from minecube.cube.staging import Staging, discard, finish, open_staging, reads_so_far, withdraw, year_index
+from minecube.cube.staging import Staging, discard, finish, is_begun, open_staging, reads_so_far, withdraw, year_index
 from minecube.cube.store import (
     BEING_MADE,
     FORMAT,
@@ -107,12 +108,14 @@ __all__ = [
     "create",
     "find_prediction",
     "grid_and_years",
+    "is_begun",
     "is_committed",
     "is_packed",
     "leave_out",
     "mapped_by",
     "named_sites",
     "need_writable",
+    "note_copies",
     "open_change",
     "open_committed",
     "open_cube",

@@ -29,7 +29,7 @@ from minecube.grid import area_of, grid_of
 from minecube.network import origin_of
 from minecube.reader import stack
 from minecube.scenes.find import items_of, over
-from minecube.scenes.normalise import acquisition, deduplicate, merge, need_allowed, normalise, same_access
+from minecube.scenes.normalise import acquisition, copies_of, deduplicate, merge, need_allowed, normalise, same_access
 
 __all__ = [
     "Found",
@@ -37,6 +37,7 @@ __all__ = [
     "acquisition",
     "belonging",
     "check_years",
+    "copies_of",
     "dates",
     "deduplicate",
     "has_images",

@@ -202,6 +202,13 @@ def merge(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
     return [min(copies, key=lambda s: rank_of[id(s)]) for copies in groups]
 
 
+def copies_of(scene: pystac.Item, listed: Iterable[pystac.Item]) -> list[pystac.Item]:
+    """Scenes of a list that show the same acquisition and tile as another scene."""
+    groups = _by_acquisition([scene, *listed])
+    group = next(copies for copies in groups if any(copy is scene for copy in copies))
+    return [copy for copy in group if copy is not scene]
+
+
 def _by_acquisition(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:
     """Groups of copies, ordered by time and id of their first."""
     takes: dict[tuple[str, str], list[tuple[datetime, str, pystac.Item]]] = {}
