@@ -27,6 +27,8 @@ from minecube.scenes import offsets, snapshot
 
 log = logging.getLogger(__name__)
 
+_REMEMBERED = 4  # scene lists: a year's, its neighbours', and the next one's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -79,7 +81,8 @@ def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path)
         return scenes.search(site, year, *sources)
     found = snapshot.load(path)
     scenes.belonging(found.scenes, site, year, sources)
-    return snapshot.load(path, snapshot.belongs_to(site, year, sources))
+    snapshot.need_belonging(path, snapshot.belongs_to(site, year, sources))
+    return found
 
 
 def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, anew: bool = False) -> scenes.Found:
@@ -90,6 +93,21 @@ def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path,
     found = scenes.search(site, year, *sources)
     snapshot.save(found, path, snapshot.belongs_to(site, year, sources))
     return found
+
+
+def remembered(find: Callable[..., scenes.Found]) -> Callable[..., scenes.Found]:
+    """`known_scenes` or `saved_scenes`, which remembers the last lists: a year, and its neighbours, are asked for thrice."""
+    kept: dict[tuple[str, int], scenes.Found] = {}
+
+    def remembering(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+        key = (site.id, year)
+        if key not in kept:
+            if len(kept) >= _REMEMBERED:
+                del kept[next(iter(kept))]
+            kept[key] = find(site, year, sources, folder)
+        return kept[key]
+
+    return remembering
 
 
 def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Found]) -> tuple[scenes.Found, list[pystac.Item]]:
@@ -271,10 +289,11 @@ def _searched(
 ) -> tuple[list[tuple[Site, int]], list[Outcome]]:
     """Site-years that have their scenes, saved, and what became of the others; raises SceneError as `build` says."""
     outcomes, todo, unusable = [], [], []
+    find = remembered(saved_scenes)
     for site in sites:
         for year in years:
             try:
-                chosen_scenes(job, site, year, saved_scenes)
+                chosen_scenes(job, site, year, find)
             except SceneError as error:
                 outcomes.append(_failed(job.store, site, year, error, 0.0))
                 done(outcomes[-1])

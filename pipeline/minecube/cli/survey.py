@@ -266,13 +266,14 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
     failed: list[SceneError] = []
     rows: list[tuple[object, ...]] = []
     total = planning.Estimate()
+    find = building.remembered(building.known_scenes)
     for site in chosen:
         grid = grid_of(site)
         cube.check(job.store, site, grid, years, job.recipe)
         committed = cube.builds(job.store, site.id)
         for year in years:
             try:
-                _, listed = building.chosen_scenes(job, site, year, building.known_scenes)
+                _, listed = building.chosen_scenes(job, site, year, find)
             except SceneError as error:
                 failed.append(error)
                 rows.append(_row(site.id, year, "no scenes", 0, planning.Estimate(), terms))

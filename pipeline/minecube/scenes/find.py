@@ -462,13 +462,23 @@ def _table(file: pq.ParquetFile) -> pa.Table:
     _need_size(about.num_rows, sum(groups))
     # A row takes at most what the metadata say of its group, so one batch stays within the limit.
     rows = _INDEX_BYTES // max([1, *groups])
-    batches: list[pa.RecordBatch] = []
+    tables = [pa.Table.from_batches([], file.schema_arrow)]
+    pending: list[pa.RecordBatch] = []
     unpacked = 0
     for batch in file.iter_batches(min(rows, _BATCH)):
         unpacked += batch.nbytes
         _need_size(about.num_rows, unpacked)
-        batches.append(batch)
-    return pa.Table.from_batches(batches, file.schema_arrow)
+        pending.append(batch)
+        if len(pending) * batch.num_rows >= _BATCH:
+            tables.append(_joined(pending))
+    return pa.concat_tables([*tables, _joined(pending)]) if pending else pa.concat_tables(tables)
+
+
+def _joined(pending: list[pa.RecordBatch]) -> pa.Table:
+    """One piece of small batches, which are taken off the list: each takes 200 KB on top of its rows."""
+    piece = pa.Table.from_batches(pending).combine_chunks()
+    pending.clear()
+    return piece
 
 
 def _need_size(items: int, unpacked: int) -> None:

@@ -51,7 +51,8 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
             band; contradicts itself; or names a file that cannot or must not be read. Names item and reason.
     """
     _need_product(item, source)
-    _need_images(item, source)
+    assets = _band_assets(item, source)
+    _need_images(item, assets)
     when = taken(item)
     if when is None:
         raise _refused(item, "has no datetime")
@@ -61,7 +62,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         kind = shape.geom_type if shape else "none"
         raise _refused(item, f"has no geometry with an area: expected polygons in longitude and latitude, found {kind}")
     baseline, tile = _baseline(item), _tile(item)
-    offset, reason = _offset(item, baseline, source)
+    offset, reason = _offset(item, baseline, source, assets)
     datatake, start = acquisition(item)
     scene = pystac.Item(
         id=item.id,
@@ -70,7 +71,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         datetime=when,
         properties={
             "eo:cloud_cover": _cloud_cover(item),
-            "proj:code": _projection(item, source, tile),
+            "proj:code": _projection(item, assets.values(), tile),
             "s2:mgrs_tile": tile,
             "s2:processing_baseline": baseline,
             "sat:relative_orbit": _orbit(item),
@@ -85,7 +86,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
             "minecube:offset": offset,
             "minecube:offset_reason": reason,
         },
-        assets=dict(_assets(item, source)),
+        assets=dict(_assets(item, source, assets)),
     )
     if SCL not in scene.assets:
         raise _refused(item, f"has no scene classification (SCL), only {', '.join(item.assets) or 'no asset at all'}")
@@ -115,11 +116,10 @@ def _need_product(item: pystac.Item, source: Source) -> None:
         raise _refused(item, f"expected collection {source.collection}, which source {source.id} lists, found {collection}")
 
 
-def _need_images(item: pystac.Item, source: Source) -> None:
+def _need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
     """Raise SceneError if a band lies in a format that is not read, or all bands in one Zarr."""
-    keys = [key for key in (_key(item, source, band) for band in source.bands()) if key]
-    formats = {key: _other_format(item.assets[key]) for key in keys or item.assets}
-    wrong = {key: why for key, why in formats.items() if why and (keys or "zarr" in why.lower())}
+    formats = {key: _other_format(asset) for key, asset in (assets or item.assets).items()}
+    wrong = {key: why for key, why in formats.items() if why and (assets or "zarr" in why.lower())}
     for key, why in wrong.items():
         kind = "Zarr" if "zarr" in why.lower() else "in another format"
         raise _refused(item, f"asset {key} is {kind} ({why}); expected GeoTIFF or JPEG 2000")
@@ -129,14 +129,17 @@ def _other_format(asset: pystac.Asset) -> str:
     """Media type or suffix of what is no image of a band; empty for what may be one."""
     if _UNREAD_TYPE.search(asset.media_type or ""):
         return f"media type {asset.media_type}"
-    suffix = _UNREAD_SUFFIX.search(urlsplit(str(asset.href)).path)
+    suffix = _UNREAD_SUFFIX.search(str(asset.href).partition("?")[0].partition("#")[0])
     return f"suffix .{suffix[1]}" if suffix else ""
 
 
-def _key(item: pystac.Item, source: Source, band: str) -> str | None:
-    """The asset key of a band; None if the item has no such asset, or one without an href."""
-    keys = (source.assets[band],) if band in source.assets else ASSET_KEYS[band]
-    return next((k for k in keys if k in item.assets and isinstance(item.assets[k].href, str)), None)
+def _band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
+    """Band, and SCL -> its asset, where the item has one with an href."""
+    bands = source.bands()
+    keys = {band: (source.assets[band],) if band in source.assets else ASSET_KEYS[band] for band in bands}
+    assets = {k: asset for k, asset in item.assets.items() if isinstance(asset.href, str)}
+    found = {band: next((assets[k] for k in keys[band] if k in assets), None) for band in bands}
+    return {band: asset for band, asset in found.items() if asset is not None}
 
 
 def same_access(scene: pystac.Item, source: Source) -> bool:
@@ -148,9 +151,11 @@ def same_access(scene: pystac.Item, source: Source) -> bool:
 
 def need_allowed(scene: pystac.Item, source: Source) -> None:
     """Raise SceneError if a scene names a file that its source must not make a build read."""
+    origin = origin_of(source.href)
+    hosts = source.access.hosts()
     for band, asset in scene.assets.items():
         try:
-            check_href(asset.href, origin_of(source.href), source.access.hosts())
+            check_href(asset.href, origin, hosts)
         except ForbiddenError as error:
             raise _refused(scene, f"asset {band} is not read from {without_query(asset.href)}: {error}") from error
 
@@ -241,14 +246,12 @@ def solar_day(when: datetime, tile: str) -> str:
     return (when + timedelta(hours=longitude / 15)).date().isoformat()
 
 
-def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Asset]]:
-    for band in source.bands():
-        key = _key(item, source, band)
-        if key is None and source.assets:
-            raise _refused(item, f"has no asset {source.assets[band]!r} for {band}")
-        if key is None:
-            continue  # the source does not say which bands it has; a recipe that needs this one will miss it
-        asset = item.assets[key]
+def _assets(item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset]) -> Iterable[tuple[str, pystac.Asset]]:
+    """Band -> its asset in the project's own terms. A recipe misses a band that a source does not promise and an item lacks."""
+    lacking = [band for band in source.assets if band not in assets]
+    if lacking:
+        raise _refused(item, f"has no asset {source.assets[lacking[0]]!r} for {lacking[0]}")
+    for band, asset in assets.items():
         size = source.resolution_m.get(band) or _pixel_size(asset) or NATIVE_M[band]
         shape = _shape(asset.extra_fields) or _shape(item.properties) or [_TILE_M // size] * 2
         stored_bytes = number(asset.extra_fields.get("file:size")) or 0
@@ -256,7 +259,7 @@ def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Ass
         yield (
             band,
             pystac.Asset(
-                _unsigned(asset.get_absolute_href() or asset.href),
+                _unsigned(asset.href if "://" in asset.href else asset.get_absolute_href() or asset.href),
                 media_type=asset.media_type,
                 roles=asset.roles,
                 extra_fields=fields,
@@ -266,9 +269,9 @@ def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Ass
 
 def _unsigned(href: str) -> str:
     """The href without what signs it: signatures are made when a file is read, and never kept."""
-    parts = urlsplit(href)
-    if not parts.query:
+    if "?" not in href:
         return href
+    parts = urlsplit(href)
     kept = [(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not _SIGNS.fullmatch(k)]
     return urlunsplit(parts._replace(query=urlencode(kept)))
 
@@ -332,9 +335,9 @@ def _baseline(item: pystac.Item) -> str:
     return baseline
 
 
-def _offset(item: pystac.Item, baseline: str, source: Source) -> tuple[int, str]:
+def _offset(item: pystac.Item, baseline: str, source: Source, assets: Mapping[str, pystac.Asset]) -> tuple[int, str]:
     """What to add to the pixels, and why. What the item declares as raster offset is not asked: it is wrong where applied."""
-    declared = _declared_offsets(item, source)
+    declared = _declared_offsets(assets)
     if baseline >= "99":
         return _own_offset(item, baseline, source.offset, set(declared.values()))
     offset, reason = _ruled_offset(item, baseline, source.offset)
@@ -346,11 +349,9 @@ def _offset(item: pystac.Item, baseline: str, source: Source) -> tuple[int, str]
     return offset, reason
 
 
-def _declared_offsets(item: pystac.Item, source: Source) -> dict[str, int]:
+def _declared_offsets(assets: Mapping[str, pystac.Asset]) -> dict[str, int]:
     """Band -> what its asset says is to be added to digital numbers, where it says so."""
-    keys = {band: _key(item, source, band) for band in source.bands() if band != SCL}
-    assets = {band: item.assets[key] for band, key in keys.items() if key}
-    found = {band: _declared_offset(asset) for band, asset in assets.items()}
+    found = {band: _declared_offset(asset) for band, asset in assets.items() if band != SCL}
     return {band: offset for band, offset in found.items() if offset is not None}
 
 
@@ -404,10 +405,9 @@ def _tile(item: pystac.Item) -> str:
     return f"{int(match.group(1)):02d}{match.group(2)}"
 
 
-def _projection(item: pystac.Item, source: Source, tile: str) -> str:
+def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) -> str:
     """EPSG:NNNNN of the item or its assets, as code, WKT or PROJJSON; they and the tile must agree, which has only one."""
-    keys = {_key(item, source, band) for band in source.bands()} - {None}
-    shown: list[Mapping[str, Any]] = [item.properties, *(item.assets[k].extra_fields for k in keys if k)]
+    shown: list[Mapping[str, Any]] = [item.properties, *(asset.extra_fields for asset in assets)]
     said = {code for fields in shown for code in _codes(fields)}
     of_tile = f"EPSG:{32600 + 100 * (tile[2] < 'N') + int(tile[:2])}"
     if said - {of_tile}:
@@ -442,10 +442,13 @@ def _orbit(item: pystac.Item) -> int | None:
 
 def _pixel_size(asset: pystac.Asset) -> int | None:
     fields, bands = asset.extra_fields, _bands(asset)
-    stated: list[object] = [*_numbers(fields.get("proj:transform"))[:1]]
-    stated += [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
+    transform = _numbers(fields.get("proj:transform"))
+    width = abs(transform[0]) if transform else 0.0
+    if width >= 1:
+        return round(width)
+    stated: list[object] = [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
     stated += [*(b.get("raster:spatial_resolution") for b in bands), *(b.get("gsd") for b in bands), fields.get("gsd")]
-    sizes = [round(abs(number(s) or 0)) for s in stated]
+    sizes = (round(abs(number(s) or 0.0)) for s in stated)
     return next((size for size in sizes if size), None)
 
 
