@@ -45,6 +45,8 @@ class Job:
     min_read_completeness: float = 1.0
     """Share of a site-year's planned reads below which it is not committed; below 1, lost pixels count as not observed."""
     overwrite: bool = False
+    at_once: int = 1
+    """Site-years that share this machine."""
     tools: Tools = field(default_factory=Tools)
     """What blocks are worked with."""
 
@@ -198,6 +200,7 @@ def _composited(
     copied: bool,
 ) -> Outcome:
     """Check, read and write a site-year; `copied`: a file that is gone ends it, since another source may have a copy."""
+    start = time.monotonic()
     grid = grid_of(site)
     lossy = job.min_read_completeness < 1
     looks = Ledger(lossy=lossy, copied=copied)
@@ -215,9 +218,9 @@ def _composited(
     if left_out:
         scenes.need_dates(used, job.recipe, year)
     provenance["check_reads"] = looks.totals()
+    planned = plan.estimate(chosen, grid, job.recipe)
     before = cube.reads_so_far(job.store, provenance)
     ledger = Ledger(lossy=lossy, before=before, copied=copied)
-    planned = plan.estimate(used, grid, job.recipe)
     # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
     new = cube.write_year(
         job.store,
@@ -231,6 +234,7 @@ def _composited(
         scheduler="threads",
         workers=workers,
         stopped=stopped,
+        finished=lambda: {} if before else {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)},
     )
     return Outcome(
         site=site.id,
@@ -311,6 +315,7 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
     interrupted.clear()  # here, not at the end: reads that a stopped build left in the queue are to give up, too
     cores, stop = os.cpu_count() or 1, threading.Event()
     at_once = max(min(cores, len(todo)), 1)
+    job = replace(job, at_once=1 if executor else at_once)
     pool = executor or ThreadPoolExecutor(max_workers=at_once)
     if executor:  # whose workers may be in other folders
         job = replace(job, store=absolute(job.store), snapshots=job.snapshots.absolute())

@@ -213,6 +213,7 @@ def write_year(
     scheduler: str | None = None,
     workers: int = 4,
     stopped: Callable[[], bool] = lambda: False,
+    finished: Callable[[], Mapping[str, Any]] = dict,
 ) -> bool:
     """Build a site-year apart, block by block, and commit it. Returns False if that very build is committed already.
 
@@ -231,6 +232,7 @@ def write_year(
         scheduler: the name of the Dask scheduler that computes the blocks; default: the one in force.
         workers: blocks computed at a time.
         stopped: asked between blocks; once true, the year is left as it is, to be resumed.
+        finished: asked once all blocks are computed: what else the provenance notes, such as the time that they took.
 
     Raises:
         BusyError: another run is building this site-year.
@@ -262,7 +264,7 @@ def write_year(
                 f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
         committed = datetime.now(tz=UTC).isoformat(timespec="seconds")
-        made = {**provenance, "build_id": build_id(provenance), "committed": committed}
+        made = {**provenance, **finished(), "build_id": build_id(provenance), "committed": committed}
         blobs = {"scenes": scenes}
         if reads:
             made["reads"] = counts
