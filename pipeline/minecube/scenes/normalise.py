@@ -35,6 +35,7 @@ _UNKNOWN = {"", "none", "null", "nan", "<na>", "nat"}
 """Spellings of an unknown value, in lower case: what tables and their libraries make of null."""
 _LEVEL_1 = re.compile(r"(?<![A-Z0-9])(S2MSI|MSIL|L|LEVEL[-_ ]?)1[ABC](?![A-Z0-9])|^level (L|LEVEL[-_ ]?)?1[ABC]?$", re.I)
 """In names of products, types, levels and collections of Level-1: S2A_MSIL1C_2022..., S2MSI1C, L1C, sentinel-2-l1c."""
+_PLAIN_NAME = re.compile(r"/[A-Za-z0-9_]+\.(tiff?|jp2)$")
 _LEVEL_2A = re.compile("L2A", re.I)
 _UNREAD_TYPE = re.compile(r"zarr|netcdf|hdf|grib|png|jpe?g(?!2)|xml|json|zip|pdf|html", re.I)
 """Media types of what is no image of a band: only GeoTIFF and JPEG 2000 are read (`minecube.images`)."""
@@ -153,9 +154,11 @@ def need_allowed(scene: pystac.Item, source: Source) -> None:
     """Raise SceneError if a scene names a file that its source must not make a build read."""
     origin = origin_of(source.href)
     hosts = source.access.hosts()
-    for band, asset in scene.assets.items():
+    # The bands of a scene lie in one folder: names without any special sign are checked once for all.
+    distinct = {_PLAIN_NAME.sub("/x.tif", asset.href): (band, asset) for band, asset in scene.assets.items()}
+    for name, (band, asset) in distinct.items():
         try:
-            check_href(asset.href, origin, hosts)
+            check_href(name, origin, hosts)
         except ForbiddenError as error:
             raise _refused(scene, f"asset {band} is not read from {without_query(asset.href)}: {error}") from error
 
