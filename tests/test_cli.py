@@ -545,6 +545,7 @@ def test_a_plan_holds(world, tmp_path):
     assert "cost EUR" in out
     assert "nothing was read or written" in out
     assert not (tmp_path / "new.zarr").exists()
+    assert "(a guess, since this store has no builds to compare with" in out
     rows = {line.split()[1]: line.split() for line in out.splitlines() if line.startswith("pit")}
     out, _ = run("build", *args(world, tmp_path / "new.zarr"))
     assert "planned, at most" in out
@@ -554,6 +555,13 @@ def test_a_plan_holds(world, tmp_path):
         assert planned_reads / 3 < totals["planned"] <= planned_reads
     out, _ = run("plan", *args(world, tmp_path / "new.zarr"))
     assert out.count("committed") == 2
+    assert "expected time: 0 s in all" in out
+    assert "(from 2 builds in this store, which took" in out
+    for made in cube.builds(str(tmp_path / "new.zarr"), "pit").values():
+        took = made["took"]
+        assert took["checks"] == made["check_reads"]["planned"]
+        assert took["reads"] >= made["reads"]["planned"]
+        assert took["seconds"] > 0
     prices.write_text("per_gigabit: 1\n")
     _, err = run("plan", *args(world, tmp_path / "new.zarr"), "--prices", prices, ok=2)
     assert "prices.yaml: field 'per_gigabit': expected one of latency_s" in err

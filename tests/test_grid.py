@@ -7,6 +7,7 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odc.geo import CRS, Geometry
 from odc.geo.geobox import GeoBox
 from pyproj import Geod, Transformer
 from shapely.geometry import box
@@ -121,3 +122,14 @@ def test_sites_without_a_grid():
         grid_of(site_at(10, 50, 18, 5))
     with pytest.raises(CatalogError, match="latitude 85"):
         grid_of(Site(id="s", geometry=unary_union([box(10, 84.9, 11, 85.1)])))
+
+
+def test_the_zone_inside_of_which_a_site_lies_is_the_one_that_proj_names(make):
+    """At random places, and close to borders, the equator and Norway's and Svalbard's exceptions, which EPSG's zones lack."""
+    rng = np.random.default_rng(0)
+    places = [*zip(rng.uniform(-179, 179, 12), rng.uniform(-79, 83, 12), strict=True)]
+    places += [(5.0, 60.0), (15.0, 78.0), (11.99, 50.0), (12.0, 50.0), (-179.9, 10.0), (20.0, 0.001), (20.0, -0.02)]
+    for x, y in places:
+        shape = shapely.box(x, y, x + 0.01, y + 0.01)
+        expected = CRS.utm(Geometry(shape, "EPSG:4326"))
+        assert grid_of(Site(id="s", geometry=shape)).crs == expected, (x, y)

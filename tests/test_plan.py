@@ -10,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minecube.catalog import Recipe
+from minecube.catalog import Recipe, Registration
 from minecube.composite import composite, plan
+from minecube.composite import registration as registering
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
 from minecube.reader import Ledger
+from minecube.scenes import offsets
 
 LEFT, TOP = 360000, 5600040
 RECIPE = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=120, chunk_px=60)
@@ -76,7 +78,10 @@ def test_time_is_what_takes_longest_and_cost_is_counted():
     assert asked.seconds(dataclasses.replace(terms, latency_s=1.0)) == pytest.approx(100)
     assert asked.seconds(dataclasses.replace(terms, mb_per_s=1e6, cores=1)) == pytest.approx(10)
     assert asked.cost(terms) == pytest.approx(6.4 * 0.5 + 1 * 0.1 + 20 * 2 / 3600 * 0.36)
+    assert asked.cost(terms, pace=2.0) == pytest.approx(6.4 * 0.5 + 1 * 0.1 + 2 * 20 * 2 / 3600 * 0.36)
     assert asked.cost(plan.Terms()) is None
+    # 1000 reads and 400 checks of 5 ms, and 10 site-years of half a second: 12 core-seconds.
+    assert plan.Estimate(site_years=10, reads=1000, checks=400).seconds(terms) == pytest.approx(12 / 2)
 
 
 def test_plans_add_up():
@@ -101,3 +106,30 @@ def test_bad_prices(tmp_path, text, said):
     (tmp_path / "prices.yaml").write_text(text)
     with pytest.raises(CatalogError, match=rf"prices\.yaml: {said}|{said}"):
         plan.Terms.load(tmp_path / "prices.yaml")
+
+
+def test_a_plan_is_as_slow_as_the_builds_before_it():
+    """By hand: builds guessed at 6 and 3 s took 20 and 16 s, so the next takes four times its guess; no build, no pace."""
+    terms = plan.Terms()
+    asked = [plan.Estimate(site_years=n, reads=100 * n, checks=40 * n) for n in (10, 5)]
+    assert [estimate.seconds(terms) for estimate in asked] == pytest.approx([6, 3])
+    notes = [plan.took(estimate, seconds) for estimate, seconds in zip(asked, (20.0, 16.0), strict=True)]
+    assert plan.pace(notes, terms) == pytest.approx(4)
+    assert plan.pace([{**note, "of a later version": 1} for note in notes], terms) == pytest.approx(4)
+    assert plan.pace([], terms) is None
+
+
+def test_checks_are_planned(listed, site):
+    """Three bands and SCL where there are three bands; here there are two: counted where they are made."""
+    grid = grid_of(site)
+    for registration, repeats in ((None, 4), (Registration(most_px=0.5, beyond="drop"), 6)):
+        recipe = dataclasses.replace(RECIPE, registration=registration)
+        planned = plan.estimate(listed, grid, recipe)
+        assert planned.checks == 3 * repeats
+        looks = Ledger()
+        offsets.check_offsets(listed, grid, looks)
+        if registration:
+            registering.shifts(listed, grid, looks)
+        made = looks.totals()["planned"]
+        assert planned.checks * 3 / 4 <= made <= planned.checks
+        assert planned.bytes > plan.estimate(listed, grid, RECIPE).bytes or not registration

@@ -35,8 +35,8 @@ from rasterio.enums import Resampling
 from minecube import images, network, scenes
 from minecube.catalog import Access, Recipe
 from minecube.composite import composite
-from minecube.errors import CatalogError, ReadError
-from minecube.reader import Ledger, NativeReader, check_credentials, fetched, read
+from minecube.errors import CatalogError, GoneError, LostReadError, ReadError
+from minecube.reader import Ledger, NativeReader, check_credentials, fetched, missing, read
 from minecube.reader import remote as module
 from minecube.reader.remote import HEAD, Remote, RemoteFile, Tally
 
@@ -218,6 +218,26 @@ def test_what_is_final_is_not_asked_twice(band, status, tries, served):
         with pytest.raises(ReadError, match=rf"B04\.tif: cannot be read \(HTTP {status}.*not written"):
             read(f"{url}/B04.tif", grid)
         assert counts(url)["requests"] == tries
+
+
+@pytest.mark.parametrize(("status", "gone"), [(403, True), (404, True), (410, True), (401, False), (501, False)])
+def test_files_that_are_gone_for_good_are_told_from_others(band, archive, make, status, gone, served):
+    """Another source may have a copy of what is gone; a server in trouble may come back."""
+    folder, grid, _ = band
+    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    assert missing(scene, ["SCL", "B04", "B11"]) == ""
+    with served(folder, "--fail", 1, "--status", status) as url:
+        with pytest.raises(LostReadError, match=rf"HTTP {status}") as caught:
+            read(f"{url}/B04.tif", grid)
+        assert isinstance(caught.value, GoneError) is gone
+        scene.assets["B04"].href = f"{url}/B04.tif"
+        assert missing(scene, ["SCL", "B04", "B11"]).startswith(f"B04 is gone (HTTP {status}" if gone else "")
+        assert bool(missing(scene, ["SCL", "B04", "B11"])) is gone
+    scene.assets["B04"].href = str(folder / "nothing.tif")
+    assert missing(scene, ["B11", "B04"]) == "B04 is gone (No such file or directory)"
+    with pytest.raises(GoneError) as caught:
+        read(scene.assets["B04"].href, grid)
+    assert caught.value.href == scene.assets["B04"].href
 
 
 @pytest.mark.parametrize("status", [401, 403, 409])

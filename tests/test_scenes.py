@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -13,6 +14,7 @@ import threading
 import time
 import warnings
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,14 +25,17 @@ import pyproj
 import pystac
 import pytest
 import shapely
+import shapely.affinity
 import stac_geoparquet.arrow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minecube import cube, network, scenes
-from minecube.catalog import Access, Offset, Recipe, Site, Source, load_recipes, load_sources
+from minecube.catalog import Access, Offset, Recipe, Site, Source, as_dict, load_recipes, load_sources
 from minecube.cli import build as building
-from minecube.errors import ReadError, SceneError
+from minecube.errors import CatalogError, ReadError, SceneError
+from minecube.grid import grid_of
+from minecube.reader import remote
 from minecube.scenes import find, snapshot
 from minecube.scenes.find import over
 
@@ -459,9 +464,6 @@ def test_spellings_of_baselines(archive, make):
     for said, offset in (("4.0", -1000), ("05.00", -1000), ("3.01", 0), ("02.14", 0)):
         item.properties["s2:processing_baseline"] = said
         assert scenes.normalise(item, archive.source).properties["minecube:offset"] == offset
-    item.properties["s2:processing_baseline"] = "99.99"
-    with pytest.raises(SceneError, match="to be withdrawn; it is refused"):
-        scenes.normalise(item, archive.source)
 
 
 def test_a_file_that_is_no_snapshot(tmp_path):
@@ -719,6 +721,7 @@ def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
     stac_geoparquet.arrow.to_parquet(table, archive.source.href)
     site = make.site("s", LEFT, TOP, 60, 60)
     assert scenes.search(site, 2020, archive.source).scenes
+    find._kept.clear()
     for limit, value in (("_INDEX_ITEMS", 0), ("_INDEX_BYTES", 100)):
         with monkeypatch.context() as patched:
             patched.setattr(find, limit, value)
@@ -921,3 +924,498 @@ def test_an_empty_search_says_what_was_searched(api, searched):
 def test_years_without_sentinel_2(searched, year):
     with pytest.raises(SceneError, match=f"year {year}: expected 2015"):
         scenes.search(searched[0], year, searched[1])
+
+
+UNKNOWN = [None, float("nan"), float("inf"), float("-inf"), "nan", "NaN", "Infinity", "", "unknown", [], True]
+
+
+@pytest.mark.parametrize("value", UNKNOWN, ids=map(repr, UNKNOWN))
+def test_an_unknown_number_is_unknown_however_it_is_spelled(archive, make, value):
+    """Each number field of an item: as if it were not there, and the scene is listed."""
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    source = dataclasses.replace(archive.source, resolution_m={})
+    bare = changed(item, _without_numbers)
+    expected = scenes.normalise(bare, source)
+    assert expected.properties["eo:cloud_cover"] is None
+    assert expected.assets["B04"].extra_fields == {"gsd": 10, "file:size": 0, "proj:shape": [10980, 10980]}
+
+    def spell(content):
+        content["properties"] |= dict.fromkeys(("eo:cloud_cover", "sat:relative_orbit", "proj:epsg", "proj:shape"), value)
+        for asset in content["assets"].values():
+            asset |= dict.fromkeys(("gsd", "file:size", "proj:shape", "proj:transform", "raster:spatial_resolution"), value)
+            asset |= {"proj:shape": [value, value], "proj:transform": [value] * 6}
+            asset["raster:bands"] = [{"spatial_resolution": value, "offset": value, "scale": value}]
+
+    assert scenes.normalise(changed(bare, spell), source).to_dict() == expected.to_dict()
+
+
+def _without_numbers(content):
+    del content["properties"]["eo:cloud_cover"], content["properties"]["proj:epsg"]
+    for asset in content["assets"].values():
+        del asset["gsd"], asset["proj:shape"]
+
+
+def test_numbers_as_text_and_from_tables(archive, make):
+    """A table with one null makes floats of whole numbers; CSV makes text of all."""
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    source = dataclasses.replace(archive.source, resolution_m={})
+    fields = {"gsd": "10.0", "file:size": 4321.0, "proj:shape": ["60", 60.0]}
+    item.assets["B04"].extra_fields = fields
+    for name in ("s2:mgrs_tile", "s2:product_uri"):
+        del item.properties[name]
+    item.id = "without a name"
+    item.properties |= {"eo:cloud_cover": "12.5", "sat:relative_orbit": 22.0}
+    item.properties |= {"mgrs:utm_zone": 33.0, "mgrs:latitude_band": "U", "mgrs:grid_square": "UR"}
+    scene = scenes.normalise(item, source)
+    assert scene.assets["B04"].extra_fields == {"gsd": 10, "file:size": 4321, "proj:shape": [60, 60]}
+    assert scene.properties["eo:cloud_cover"] == 12.5
+    assert (scene.properties["sat:relative_orbit"], scene.properties["s2:mgrs_tile"]) == (22, "33UUR")
+
+
+def test_names_that_a_table_made_nan_are_taken_from_the_products_name(archive, make):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    expected = scenes.normalise(item, archive.source).properties
+    for value in (float("nan"), "nan", None):
+        item.properties |= dict.fromkeys(("s2:processing_baseline", "s2:datatake_id", "s2:mgrs_tile"), value)
+        assert scenes.normalise(item, archive.source).properties == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, -1.0, 101.0])
+def test_scenes_of_unknown_cloud_cover_are_used_and_counted_in_no_mean(archive, make, tmp_path, value):
+    grid, site = make.grid(LEFT, TOP, 60, 60), make.site("s", LEFT, TOP, 60, 60)
+    days = {"2020-07-05": 20.0, "2020-07-08": value, "2020-07-11": 40.0, "2020-07-14": value}
+    items = [
+        archive.item(f"{day}T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": cloud}) for day, cloud in days.items()
+    ]
+    listed = [i.to_dict(transform_hrefs=False) for i in items]
+    stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(listed), archive.source.href)
+    found = scenes.search(site, 2020, archive.source)
+    assert len(scenes.select(found.scenes, dataclasses.replace(PLAIN, min_dates=4))) == 4
+    assert scenes.mean_cloud_cover(found.scenes) == 30.0
+    assert np.isnan(scenes.mean_cloud_cover(found.scenes[1::2]))
+    snapshot.save(found, tmp_path / "list.parquet")
+    assert [s.to_dict() for s in snapshot.load(tmp_path / "list.parquet").scenes] == [s.to_dict() for s in found.scenes]
+
+
+SQUARE = shapely.box(15.0, 51.44, 15.01, 51.45)
+LINE = shapely.LineString([(14, 50), (16, 52)])
+AREAS = {
+    "polygon": SQUARE,
+    "three dimensions": shapely.force_3d(SQUARE, 7.0),
+    "multipolygon": shapely.MultiPolygon([SQUARE]),
+    "collection": shapely.GeometryCollection([SQUARE, LINE]),
+    "collection of collections": shapely.GeometryCollection(
+        [shapely.GeometryCollection([shapely.MultiPolygon([SQUARE]), LINE])]
+    ),
+    "drawn twice": shapely.GeometryCollection([SQUARE, SQUARE]),
+    "bow tie": shapely.Polygon([(15.0, 51.44), (15.01, 51.45), (15.01, 51.44), (15.0, 51.45)]),
+}
+NO_AREAS = {
+    "null": None,
+    "empty": shapely.Polygon(),
+    "empty collection": shapely.GeometryCollection(),
+    "point": shapely.Point(15.0, 51.44),
+    "line": LINE,
+    "collection of lines": shapely.GeometryCollection([LINE]),
+    "metres": shapely.box(360000, 5600000, 361000, 5601000),
+    "infinity": shapely.Polygon([(15.0, 51.44), (float("inf"), 51.45), (15.01, 51.44)]),
+}
+
+
+def write_features(features, path, geometries=None):
+    """A stac-geoparquet file of features; with these geometries instead of their own."""
+    table = stac_geoparquet.arrow.parse_stac_items_to_arrow(features).read_all()
+    if geometries is not None:
+        column = pa.array([None if g is None else shapely.to_wkb(g) for g in geometries], type=pa.binary())
+        table = table.set_column(table.column_names.index("geometry"), "geometry", column)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def features_of(archive, make, n=3, **properties):
+    grid = make.grid(LEFT, TOP, 60, 60)
+    days = [f"2020-07-{day:02d}T10:00:00" for day in range(5, 5 + n)]
+    return [archive.item(day, grid, {"B04": 1, "B11": 1}, **properties).to_dict(transform_hrefs=False) for day in days]
+
+
+@pytest.mark.parametrize("kind", AREAS)
+def test_footprints_of_every_type_that_has_an_area(archive, make, kind):
+    """From a file and from an API; the area is that of the square, or of the two halves that a bow tie leaves."""
+    features = features_of(archive, make)
+    own = shapely.geometry.shape(features[0]["geometry"])
+    moved = shapely.affinity.translate(AREAS[kind], own.centroid.x - 15.005, own.centroid.y - 51.445)
+    write_features(features, archive.root / "items.parquet", [moved, own, own])
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert (len(found.scenes), found.refused) == (3, {})
+    in_json = pystac.Item.from_dict(features[0] | {"geometry": json.loads(json.dumps(shapely.geometry.mapping(moved)))})
+    for scene in (found.scenes[0], scenes.normalise(in_json, archive.source)):
+        footprint = shapely.geometry.shape(scene.geometry)
+        assert footprint.geom_type in ("Polygon", "MultiPolygon")
+        assert not footprint.has_z
+        assert footprint.area == pytest.approx(5e-5 if kind == "bow tie" else 1e-4)
+
+
+@pytest.mark.parametrize("kind", NO_AREAS)
+def test_a_footprint_without_area_refuses_its_item_by_name_and_no_other(archive, make, kind):
+    features = features_of(archive, make)
+    own = shapely.geometry.shape(features[0]["geometry"])
+    write_features(features, archive.root / "items.parquet", [own, NO_AREAS[kind], own])
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [features[0]["id"], features[2]["id"]]
+    assert list(found.refused) == [features[1]["id"]]
+    assert "has no geometry with an area: expected polygons in longitude and latitude" in found.refused[features[1]["id"]]
+
+
+MALFORMED = [
+    {"type": "Polygon"},
+    {"type": "Blob", "coordinates": []},
+    {"type": "GeometryCollection", "geometries": [None]},
+    {"type": "Polygon", "coordinates": [[[15.0, 51.44], [float("nan"), 51.45], [15.01, 51.44], [15.0, 51.44]]]},
+    {"type": "Polygon", "coordinates": [[[15.0, 51.44], [None, 51.45], [15.01, 51.44], [15.0, 51.44]]]},
+    {"coordinates": [1]},
+    {},
+]
+
+
+@pytest.mark.parametrize("geometry", MALFORMED)
+def test_a_malformed_geometry_is_no_geometry(archive, make, geometry):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    item.geometry = geometry
+    with pytest.raises(SceneError, match="has no geometry with an area"):
+        scenes.normalise(item, archive.source)
+
+
+def test_a_footprint_that_goes_on_beyond_180_degrees(archive, make):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    for west in (179.0, -181.0):
+        item.geometry = shapely.geometry.mapping(shapely.box(west, 60, west + 2, 61))
+        scene = scenes.normalise(item, archive.source)
+        assert shapely.geometry.shape(scene.geometry).area == pytest.approx(2)
+        for x, hit in ((179.5, True), (-179.5, True), (178.5, False), (-178.5, False)):
+            assert over(scene, shapely.box(x - 0.1, 60.4, x + 0.1, 60.6)) is hit, (west, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"s2:product_uri": "S2A_MSIL1C_20200705T100000_N0500_R022_T33UUR_20200705T120000.SAFE"},
+        {"s2:product_type": "S2MSI1C"},
+        {"processing:level": "L1C"},
+        {"processing:level": "Level-1C"},
+        {"processing:level": "L1"},
+        {"id": "S2A_33UUR_20200705_0_L1C"},
+        {"id": "S2A_MSIL1C_20200705T100000_R022_T33UUR_20200705T120000"},
+        {"collection": "sentinel-2-l1c"},
+        {"collection": "sentinel-s2-l1c"},
+    ],
+)
+def test_level_1_is_told_by_name_type_level_or_collection(archive, make, change):
+    """With all assets of Level-2A, and newer: it would win over the Level-2A copy."""
+    feature, *_ = features_of(archive, make, 1)
+    other = copy.deepcopy(feature)
+    other |= {name: value for name, value in change.items() if ":" not in name} or {"id": "an id that tells nothing"}
+    other["properties"] |= {name: value for name, value in change.items() if ":" in name}
+    write_features([feature, other], archive.root / "items.parquet")
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [feature["id"]]
+    assert "expected a Level-2A product, found Level-1" in found.refused[other["id"]]
+
+
+def test_names_that_are_not_of_level_1(archive, make):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, tile="31CLC")
+    item.properties |= {"proj:epsg": 32731, "processing:level": "L2", "s2:product_type": "S2MSI2A"}
+    item.set_collection(None)
+    item.collection_id = "sentinel-2-l2a-from-l1c"
+    assert scenes.normalise(item, dataclasses.replace(archive.source, collection=item.collection_id))
+    item.id = "1"
+    assert scenes.normalise(item, dataclasses.replace(archive.source, collection=item.collection_id))
+
+
+def test_a_file_lists_its_collection_alone_as_an_api_does(archive, make, caplog):
+    features = features_of(archive, make, 12)
+    for feature in features[:11]:
+        feature["collection"] = "landsat-c2-l2"
+    features[11]["collection"] = archive.source.collection
+    write_features(features, archive.root / "items.parquet")
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [features[11]["id"]]
+    assert set(found.refused) == {f["id"] for f in features[:11]}
+    assert found.refused[features[0]["id"]].endswith(
+        "expected collection test, which source test lists, found landsat-c2-l2; it is refused"
+    )
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].endswith(f"{features[8]['id']}, ...")
+    assert "so are 10 more" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("href", "media_type", "said"),
+    [
+        ("a.zarr/measurements/reflectance/r10m/b04", "application/vnd+zarr", "is Zarr (media type application/vnd+zarr)"),
+        (
+            "s3://bucket/a/b04",
+            "application/vnd.zarr; version=3; profile=multiscales",
+            "is Zarr (media type application/vnd.zarr",
+        ),
+        ("https://x.org/a.zarr", None, "is Zarr (suffix .zarr)"),
+        ("https://x.org/A.ZARR/b04?x=1", "image/tiff", "is Zarr (suffix .ZARR)"),
+        ("a.nc", "application/netcdf", "is in another format (media type application/netcdf)"),
+        ("a.h5", None, "is in another format (suffix .h5)"),
+        ("preview.jpg", "image/jpeg", "is in another format (media type image/jpeg)"),
+    ],
+)
+def test_formats_that_are_not_read_are_refused_where_they_are_listed(archive, make, href, media_type, said):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    item.assets["B11"] = pystac.Asset(href, media_type=media_type)
+    for source in (archive.source, dataclasses.replace(archive.source, assets={})):
+        with pytest.raises(SceneError) as caught:
+            scenes.normalise(item, source)
+        assert f"{item.id}: asset B11 {said}" in str(caught.value)
+        assert "expected GeoTIFF or JPEG 2000; it is refused" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        None,
+        "image/tiff; application=geotiff; profile=cloud-optimized",
+        "image/vnd.stac.geotiff; cloud-optimized=true",
+        "image/x.geotiff",
+        "image/jp2",
+        "image/jpx",
+        "image/jpeg2000",
+        "application/octet-stream",
+    ],
+)
+def test_media_types_of_images(archive, make, media_type):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    item.assets["B11"].media_type = media_type
+    item.assets["preview"] = pystac.Asset("x.zarr", media_type="application/vnd+zarr")  # which nobody reads
+    assert scenes.normalise(item, archive.source)
+
+
+def test_real_zarr_items_are_refused_where_they_are_listed(real_data):
+    bare = Source(id="own", title="t", kind="stac-api", href="http://x", collection="c")
+    paths = sorted((real_data / "eopf").glob("item_*.json"))
+    assert len(paths) == 5
+    for path in paths:
+        item = pystac.Item.from_dict(json.loads(path.read_text()), migrate=False)
+        with pytest.raises(SceneError, match=r"is Zarr \((media type|suffix)"):
+            scenes.normalise(item, bare)
+
+
+def test_an_item_without_scene_classification_is_refused(archive, make):
+    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    source = dataclasses.replace(archive.source, assets={})
+    item.assets["SCL"].href = None  # of a table whose other items have it
+    with pytest.raises(SceneError, match=r"has no scene classification \(SCL\), only B04, B11, SCL"):
+        scenes.normalise(item, source)
+    del item.assets["SCL"]
+    with pytest.raises(SceneError, match=r"has no scene classification \(SCL\), only B04, B11"):
+        scenes.normalise(item, source)
+
+
+def declaring(item, **offsets):
+    """The item, whose bands declare raster offsets: by key, as reflectance."""
+    for band, offset in offsets.items():
+        item.assets[band].extra_fields["raster:bands"] = [{"scale": 0.0001, "offset": offset}]
+    return item
+
+
+def test_products_of_ones_own_sen2cor_need_their_offset_declared(archive, make):
+    grid = make.grid(LEFT, TOP, 60, 60)
+    item = archive.item("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline="99.99")
+
+    def with_own(own):
+        return dataclasses.replace(archive.source, offset=Offset(own=own))
+
+    with pytest.raises(SceneError, match=r"own Sen2Cor, .* write own \(-1000, 0 or declared\) into the offset of its source"):
+        scenes.normalise(item, archive.source)
+    for own in (-1000, 0, -350):
+        properties = scenes.normalise(item, with_own(own)).properties
+        assert properties["minecube:offset"] == own
+        assert properties["minecube:offset_reason"].endswith(f"its source gives {own}")
+    with pytest.raises(SceneError, match="expected one raster offset declared for all its bands, found none"):
+        scenes.normalise(item, with_own("declared"))
+    with pytest.raises(SceneError, match="expected one raster offset declared for all its bands, found -1000, 0"):
+        scenes.normalise(declaring(item.clone(), B04=-0.1, B11=0), with_own("declared"))
+    for offset, number in ((-0.1, -1000), (0, 0)):
+        scene = scenes.normalise(declaring(item.clone(), B04=offset, B11=offset), with_own("declared"))
+        assert scene.properties["minecube:offset"] == number
+    # The rule of ESA's baselines is as it was.
+    fresh = archive.item("2022-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline="05.00")
+    assert scenes.normalise(fresh, with_own(0)).properties["minecube:offset"] == -1000
+
+
+def test_what_a_source_may_say_of_own_products(tmp_path):
+    path = tmp_path / "sources.yaml"
+    entry = "s: {title: t, kind: stac-geoparquet, href: x.parquet, collection: c, offset: {own: %s}}"
+    for own, value in (("-1000", -1000), ("0", 0), ("declared", "declared"), ("null", None)):
+        path.write_text(entry % own)
+        assert load_sources(path)["s"].offset.own == value
+    for own in ("guess", "true", "1.5", "[]"):
+        path.write_text(entry % own)
+        with pytest.raises(CatalogError, match="field 'own': expected"):
+            load_sources(path)
+
+
+def test_lists_that_were_saved_before_there_was_such_a_rule_still_belong(archive, make):
+    """The hash of the rules that earlier versions wrote: without the field."""
+    site, source = make.site("s", LEFT, TOP, 60, 60), archive.source
+    grid, rule = grid_of(site), as_dict(source)
+    for name in ("title", "href", "licence", "searches_per_s"):
+        del rule[name]
+    del rule["access"]["connections"], rule["offset"]["own"]
+    asked = {"site": "s", "grid": [str(grid.crs), *grid.transform[:6], *grid.shape], "year": 2020, "sources": [rule]}
+    expected = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    assert snapshot.belongs_to(site, 2020, [source]) == expected
+    own = dataclasses.replace(source, offset=dataclasses.replace(source.offset, own=0))
+    assert snapshot.belongs_to(site, 2020, [own]) != expected
+
+
+def test_a_real_item_of_earth_search_v0_is_refused_for_the_true_reason(real_data):
+    path = real_data / "earthsearch_scene_29RKH_20200219" / "S2A_31NBJ_20190524_0_L2A.v0.json"
+    item = pystac.Item.from_dict(json.loads(path.read_text()), migrate=False)
+    bare = Source(id="own", title="t", kind="stac-api", href="http://x", collection="c")
+    with pytest.raises(SceneError) as caught:
+        scenes.normalise(item, bare)
+    assert "names no acquisition (datatake 'S2A_MSIL2A_20190524T101031_N0212_R022_T31NBJ_20190524T130304' without" in str(
+        caught.value
+    )
+    assert "Earth Search v0, so list it from its successor, earth-search; it is refused" in str(caught.value)
+    item.properties["sentinel:datastrip_id"] = "S2A_OPER_MSI_L2A_DS_MPS__20190524T130304_S20190524T101030_N02.12"
+    scene = scenes.normalise(item, bare)
+    known = ("s2:mgrs_tile", "s2:processing_baseline", "sat:relative_orbit", "minecube:datatake", "minecube:granule_start")
+    assert [scene.properties[name] for name in known] == ["31NBJ", "02.12", 22, "S2A_20190524T101031", "20190524T101030"]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "flag", "offset", "fields", "warned"),
+    [
+        ("05.00", None, -1000, {"raster:bands": [{"scale": 0.0001, "offset": -0.05}]}, "-500 for B04"),
+        ("05.00", None, -1000, {"raster:offset": 0.1, "raster:scale": 0.0001}, "1000 for B04"),
+        ("05.00", None, -1000, {"bands": [{"raster:scale": 0.0001, "raster:offset": -0.2}]}, "-2000 for B04"),
+        ("05.00", None, -1000, {"raster:bands": [{"offset": -0.05}]}, "-500 for B04"),
+        ("02.14", None, 0, {"raster:bands": [{"offset": -300, "scale": 1}]}, "-300 for B04"),
+        ("05.00", None, -1000, {"raster:bands": [{"scale": 0.0001, "offset": -0.1}]}, ""),
+        ("05.00", None, -1000, {"raster:bands": [{"scale": 0.0001, "offset": 0}]}, ""),
+        ("05.00", True, 0, {"raster:bands": [{"scale": 0.0001, "offset": -0.1}]}, ""),
+        ("02.14", None, 0, {"raster:bands": [{"scale": 0.0001, "offset": -0.1}]}, ""),
+        ("02.14", None, 0, {"raster:bands": [{"scale": 0.0001, "offset": "nan"}]}, ""),
+        ("02.14", None, 0, {}, ""),
+    ],
+)
+def test_a_declared_offset_that_no_product_has_is_warned_of_by_name(
+    archive, make, caplog, baseline, flag, offset, fields, warned
+):
+    properties = {} if flag is None else {"earthsearch:boa_offset_applied": flag}
+    grid = make.grid(LEFT, TOP, 60, 60)
+    item = archive.item("2022-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline=baseline, **properties)
+    item.assets["B04"].extra_fields |= fields
+    scene = scenes.normalise(item, archive.source)
+    assert scene.properties["minecube:offset"] == offset
+    said = [record.message for record in caplog.records]
+    assert len(said) == bool(warned)
+    if warned:
+        assert said[0].startswith(f"item {item.id}: declares offset {warned}; the rule of source test gives {offset}")
+        assert scene.properties["minecube:offset_reason"].endswith(f"; the item declares {warned}")
+    else:
+        assert "declares" not in scene.properties["minecube:offset_reason"]
+
+
+def test_flags_as_tables_spell_them(archive, make):
+    item = archive.item("2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00")
+    for value, offset in ((True, 0), ("true", 0), (1.0, 0), (False, -1000), ("false", -1000), (None, -1000), (0.0, -1000)):
+        item.properties["earthsearch:boa_offset_applied"] = value
+        assert scenes.normalise(item, archive.source).properties["minecube:offset"] == offset, value
+
+
+def test_a_malformed_item_of_a_file_or_an_api_is_refused_and_no_other(archive, make, monkeypatch):
+    features = features_of(archive, make)
+    del features[1]["properties"]["datetime"]
+    features[2]["assets"]["B04"] = "no asset"
+    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [features[0]["id"]]
+    assert set(found.refused) == {f["id"] for f in features[1:]}
+
+
+def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, make, tmp_path):
+    """Places and years at random, more rows than a batch has, one of unknown time; in the order of the file."""
+    feature, *_ = features_of(archive, make, 1)
+    rng, n = np.random.default_rng(0), 2 * find._BATCH + 7
+    west, south = rng.uniform(14, 16, n), rng.uniform(50, 52, n)
+    footprints = shapely.box(west, south, west + 0.3, south + 0.2)
+    days = [f"{year}-07-05T10:00:00Z" for year in rng.integers(2019, 2023, n)]
+    features = []
+    for number, day in enumerate(days):
+        listed = copy.deepcopy(feature) | {"id": f"{number}"}
+        listed["properties"] |= {"datetime": day, "start_datetime": day, "end_datetime": day}
+        features.append(listed)
+    features[5]["properties"]["datetime"] = None
+    write_features(features, archive.root / "items.parquet", footprints)
+    for west, south in ((14.2, 50.3), (15.1, 51.2), (13.0, 50.0)):
+        area = shapely.box(west, south, west + 0.05, south + 0.05)
+        for year in (2019, 2021, 2024):
+            expected = [str(k) for k in range(n) if days[k][:4] == str(year) and footprints[k].intersects(area)]
+            assert [f["id"] for f in find.items_of(archive.source, area, year)] == expected
+
+
+def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive, make, monkeypatch):
+    features, site = features_of(archive, make), make.site("s", LEFT, TOP, 60, 60)
+    path, reads = archive.root / "items.parquet", []
+    unpacked = find._unpacked
+    monkeypatch.setattr(find, "_unpacked", lambda href: reads.append(href) or unpacked(href))
+    write_features(features, path)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: len(scenes.search(site, 2020, archive.source).scenes), range(8)))
+    assert (found, len(reads)) == ([3] * 8, 1)
+    write_features(features[:2], path)
+    assert len(scenes.search(site, 2020, archive.source).scenes) == 2
+    assert len(reads) == 2
+
+
+def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(archive, make, tmp_path, clock, monkeypatch):
+    """By size and ETag, which the test's server makes of time and size; a server without ETag sends the file again."""
+    features = features_of(archive, make)
+    write_features(features, tmp_path / "remote" / "items.parquet")
+    fetched, whole = [], remote.Remote.whole
+    monkeypatch.setattr(remote.Remote, "whole", lambda self, url, most: fetched.append(url) or whole(self, url, most))
+    with make.served(tmp_path / "remote") as url:
+        href = f"{url}/items.parquet"
+        index = find._index_of(href)
+        assert find._index_of(href) is index
+        clock.now += 61
+        assert (find._index_of(href) is index, len(fetched)) == (True, 1)
+        write_features(features[:2], tmp_path / "remote" / "items.parquet")
+        assert find._index_of(href) is index
+        clock.now += 61
+        assert len(find._index_of(href).years) == 2
+        monkeypatch.setattr(remote.Remote, "version", lambda *_: (1, None))
+        clock.now += 61
+        find._index_of(href)
+        clock.now += 61
+        find._index_of(href)
+    assert len(fetched) == 4
+
+
+def test_times_as_text_and_files_without_boxes_or_links(archive, make, tmp_path):
+    """As tools other than stac-geoparquet write them."""
+    features = features_of(archive, make)
+    path = archive.root / "items.parquet"
+    write_features(features, path)
+    expected = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    table = pq.read_table(path).drop_columns(["bbox", "links", "type", "stac_version"])
+    text = pa.array([f["properties"]["datetime"] for f in features])
+    table = table.set_column(table.column_names.index("datetime"), "datetime", text)
+    pq.write_table(table.append_column("created", pa.nulls(3, pa.string())), path)
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.to_dict() for s in found.scenes] == [s.to_dict() for s in expected.scenes]
+    assert len(found.scenes) == 3
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(scenes.NothingFoundError, match="0 listed"):
+        scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    pq.write_table(table.drop_columns("geometry"), path)
+    with pytest.raises(SceneError, match=r"items\.parquet: cannot be read as stac-geoparquet \(expected a column 'geometry'"):
+        scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)

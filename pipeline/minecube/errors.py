@@ -27,6 +27,18 @@ class ReadError(MinecubeError):
     exit_code = 1
 
 
+class LostReadError(ReadError):
+    """A file that is listed and allowed could not be read."""
+
+
+class GoneError(LostReadError):
+    """A file that no later read brings back: it is missing or broken. `href` names it."""
+
+    def __init__(self, message: str, href: str = "") -> None:
+        super().__init__(message)
+        self.href = href
+
+
 class WorkerError(MinecubeError):
     """A worker or the scheduler of a cluster died: what is committed is safe."""
 

@@ -6,6 +6,8 @@ at 10, 20 and 60 m without resampling (Sentinel-2 Products Specification Documen
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,7 @@ PIXEL_DEG = 10 / 111319.490793
 Block = tuple[slice, slice]
 
 
+@functools.lru_cache(1024)
 def grid_of(site: Site) -> GeoBox:
     """The site's grid: UTM zone of its centroid, 10 m, its box and margin grown outward to multiples of 60 m.
 
@@ -43,7 +46,7 @@ def grid_of(site: Site) -> GeoBox:
         raise CatalogError(
             f"site {site.id!r} lies at latitude {site.geometry.centroid.y:.2f}; UTM, and with it the grid, spans -80..84"
         )
-    crs = CRS.utm(lonlat)
+    crs = _zone_of(site.geometry) or CRS.utm(lonlat)
     box = lonlat.to_crs(crs, resolution=0.01).boundingbox.buffered(site.margin)
     grid = _aligned(box, crs)
     if max(grid.shape) > LARGEST_PX:
@@ -52,6 +55,16 @@ def grid_of(site: Site) -> GeoBox:
             "side, since farther from its meridian a UTM zone is no map any more: split it"
         )
     return grid
+
+
+def _zone_of(shape: BaseGeometry) -> CRS | None:
+    """The UTM zone that a shape lies inside; None at a border: a look-up in PROJ's database takes a tenth of a second."""
+    west, south, east, north = shape.bounds
+    zone = math.ceil((west + 180) / 6)
+    inside = 6 * zone - 186 < west and east < 6 * zone - 180
+    if not inside or not (south > 0 or north < 0):
+        return None
+    return CRS(f"EPSG:{(32600 if south > 0 else 32700) + zone}")
 
 
 def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:
@@ -93,14 +106,40 @@ def area_of(grid: GeoBox) -> BaseGeometry:
     return split_at_antimeridian(grid.geographic_extent.geom)
 
 
+def footprint_of(shape: BaseGeometry | None) -> BaseGeometry:
+    """The polygons of a footprint in longitude and latitude, in two dimensions and valid, cut at the antimeridian.
+
+    Other parts, such as the lines of a geometry collection, have no area and are left out. Empty if there is no polygon, or
+    if the coordinates are no degrees.
+    """
+    if shape is None or shape.is_empty or not _in_degrees(shape):
+        return shapely.Polygon()
+    if shape.geom_type not in ("Polygon", "MultiPolygon") or shape.has_z or not shape.is_valid:
+        shape = shapely.union_all(_polygons(shapely.make_valid(shapely.force_2d(shape))))
+    return shape if shape.is_empty else split_at_antimeridian(shape)
+
+
+def _in_degrees(shape: BaseGeometry) -> bool:
+    longitude, latitude = shapely.get_coordinates(shape).T
+    return bool((abs(longitude) <= 360).all() and (abs(latitude) <= 90).all())  # NaN is neither
+
+
+def _polygons(shape: BaseGeometry) -> list[BaseGeometry]:
+    """All polygons in a geometry, also in collections of collections."""
+    if shape.geom_type == "Polygon":
+        return [shape]
+    return [polygon for part in getattr(shape, "geoms", ()) for polygon in _polygons(part)]
+
+
 def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
     """The footprint as GeoJSON has it (RFC 7946, 3.1.9): cut at 180 degrees where it spans half the world otherwise."""
     west, _, east, _ = shape.bounds
-    if east - west <= 180:
+    inside = west >= -180 and east <= 180  # some footprints go on beyond 180 degrees instead
+    if inside and east - west <= 180:
         return shape
     # A footprint that is cut already has a part on either side and stays as it is.
     parts = shapely.get_parts(shape)
-    if all(p.bounds[2] - p.bounds[0] <= 180 for p in parts):
+    if inside and all(p.bounds[2] - p.bounds[0] <= 180 for p in parts):
         return shape
 
     def eastward(x: Any, y: Any) -> tuple[Any, Any]:

@@ -32,6 +32,8 @@ PATIENCE_S = 180.0
 _REMEMBERED_S = 60.0
 _WEB = ("http", "https")
 _SCHEMES = (*_WEB, "s3", "file")
+_AUTHORITY = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+"""Of a URL, all that its host depends on (RFC 3986, 3.2)."""
 _PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # Prefixes of the drivers that open images, such as GTIFF_DIR:1:/data/a.tif.
 _PART_WITH_PREFIX = re.compile(r"(^|/)(gtiff_dir|gtiff_raw|j2k_subfile):", re.I)
@@ -57,6 +59,10 @@ class RequestError(OSError):
     """A request that failed for good. The message shows no signature."""
 
 
+class MissingError(RequestError):
+    """A file that no later request brings: HTTP 403, 404 or 410, no such local file, or one that ends before its pixels."""
+
+
 class ForbiddenError(Exception):
     """A name or a host that must not be read. No OSError, which urllib3 would take for a broken connection."""
 
@@ -68,10 +74,16 @@ def origin_of(href: str) -> str:
 
 def host_of(url: str) -> str:
     """Return the host that a request for a URL goes to, or an empty text; raise ForbiddenError for an invalid URL."""
-    from urllib3.util import parse_url  # only for remote files: the command line loads this module first
-
     if "\\" in url:  # where a host ends would depend on the library
         raise ForbiddenError("expected a URL without a backslash, found one")
+    authority = _AUTHORITY.match(url)
+    return _parsed_host(authority[0] if authority else url)
+
+
+@functools.lru_cache(1024)  # all bands of a scene, and most scenes, are on one host
+def _parsed_host(url: str) -> str:
+    from urllib3.util import parse_url  # only for remote files: the command line loads this module first
+
     try:
         urlsplit(url)
         return (parse_url(url).host or "").strip("[]")

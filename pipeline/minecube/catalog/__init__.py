@@ -156,8 +156,13 @@ class Offset:
     """First processing baseline whose products carry it."""
     applied_flag: str | None = None
     """Item property that is true where the provider has already removed it."""
+    own: int | str | None = None
+    """The same as `value` for baseline 99.xx, which marks products of one's own Sen2Cor: a number; or `declared`: what each
+    item declares as its bands' raster offset. None refuses them, since no rule tells what they carry."""
 
     def __post_init__(self) -> None:
+        fits = self.own is None or self.own == "declared" or isinstance(self.own, int)
+        need(fits, "own", f"a number or declared, found {self.own!r}")
         need(re.fullmatch(r"\d\d\.\d\d", self.from_baseline), "from_baseline", f"NN.NN, found {self.from_baseline!r}")
 
 
@@ -494,7 +499,9 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, field)
+        kinds = [a for a in args if a is not type(None)]
+        fitting = [a for a in kinds if isinstance(a, type) and isinstance(value, a)]
+        return None if value is None else _convert((fitting or kinds)[0], value, field)
     if dataclasses.is_dataclass(hint):
         need(isinstance(value, Mapping), field, f"fields of {getattr(hint, '__name__', '')}, found {value!r}")
         return _build(typing.cast("type[Any]", hint), value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -10,20 +11,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
 from minecube.cli.common import absolute, as_ended, failure_text
+from minecube.cli.copies import Copies
 from minecube.composite import Tools, composite, plan, registration
-from minecube.errors import CatalogError, MinecubeError, SceneError
+from minecube.errors import CatalogError, GoneError, LostReadError, MinecubeError, SceneError
 from minecube.grid import grid_of
 from minecube.reader import Ledger, check_credentials, interrupted
 from minecube.scenes import offsets, snapshot, veils
 from minecube.scenes.looks import look_at
 
 log = logging.getLogger(__name__)
+
+_REMEMBERED = 4  # scene lists: a year's, its neighbours', and the next one's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,8 @@ class Job:
     min_read_completeness: float = 1.0
     """Share of a site-year's planned reads below which it is not committed; below 1, lost pixels count as not observed."""
     overwrite: bool = False
+    at_once: int = 1
+    """Site-years that share this machine."""
     tools: Tools = field(default_factory=Tools)
     """What blocks are worked with."""
 
@@ -64,6 +71,8 @@ class Outcome:
     """What came of them, as `Ledger.totals` has it; empty where nothing was read."""
     looks: Mapping[str, float] = field(default_factory=dict)
     """The same of the reads that checked offsets and places."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Id of a scene whose files are gone -> which of them, and whose copy was read."""
     seconds: float = 0.0
     message: str = ""
 
@@ -75,7 +84,8 @@ def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path)
         return scenes.search(site, year, *sources)
     found = snapshot.load(path)
     scenes.belonging(found.scenes, site, year, sources)
-    return snapshot.load(path, snapshot.belongs_to(site, year, sources))
+    snapshot.need_belonging(path, snapshot.belongs_to(site, year, sources))
+    return found
 
 
 def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, anew: bool = False) -> scenes.Found:
@@ -86,6 +96,21 @@ def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path,
     found = scenes.search(site, year, *sources)
     snapshot.save(found, path, snapshot.belongs_to(site, year, sources))
     return found
+
+
+def remembered(find: Callable[..., scenes.Found]) -> Callable[..., scenes.Found]:
+    """`known_scenes` or `saved_scenes`, which remembers the last lists: a year, and its neighbours, are asked for thrice."""
+    kept: dict[tuple[str, int], scenes.Found] = {}
+
+    def remembering(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+        key = (site.id, year)
+        if key not in kept:
+            if len(kept) >= _REMEMBERED:
+                del kept[next(iter(kept))]
+            kept[key] = find(site, year, sources, folder)
+        return kept[key]
+
+    return remembering
 
 
 def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Found]) -> tuple[scenes.Found, list[pystac.Item]]:
@@ -119,6 +144,9 @@ def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Calla
     start = time.monotonic()
     try:
         return _built(job, site, year, workers, stopped)
+    except LostReadError as error:
+        hint = "; name one more --source that has it, or accept lost reads with --min-read-completeness"
+        return _failed(job.store, site, year, LostReadError(f"{error}{hint}"), time.monotonic() - start)
     except MinecubeError as error:
         return _failed(job.store, site, year, error, time.monotonic() - start)
 
@@ -141,13 +169,42 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     done = Outcome(site=site.id, year=year, state="kept", scenes=len(chosen), days=len(scenes.dates(chosen)))
     if cube.is_committed(job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness):
         marker = cube.builds(job.store, site.id)[year]
-        ids = {scene["id"] for scene in cube.used_scenes(marker)}
+        ids = {scene.get("copy_of", scene["id"]) for scene in cube.used_scenes(marker)}
         used = [scene for scene in chosen if scene.id in ids]
         share = cube.completeness_of(marker)
         gaps = f"has {share:.2%} of its reads; use --overwrite to build it again" if share < job.min_read_completeness else ""
         return replace(done, scenes=len(used), days=len(scenes.dates(used)), message=gaps, seconds=time.monotonic() - start)
+    copies = Copies(job.sources, job.recipe.bands, lambda year, source: saved_scenes(site, year, [source], job.snapshots))
+    if copies.possible and cube.is_begun(job.store, site.id, year):
+        copies.take(chosen)  # as the run that was interrupted did, so that this one goes on
+    while True:
+        made = json.loads(json.dumps(provenance))  # each try notes its own
+        cube.note_copies(made, copies.found, copies.why)
+        try:
+            outcome = _composited(job, site, year, copies.in_place(chosen), made, workers, stopped, copied=copies.possible)
+        except GoneError as error:
+            if not copies.possible or not (copies.take(chosen, error) or job.min_read_completeness < 1):
+                raise
+        else:
+            return replace(outcome, copies=copies.said(), seconds=time.monotonic() - start)
+
+
+def _composited(
+    job: Job,
+    site: Site,
+    year: int,
+    chosen: Sequence[pystac.Item],
+    provenance: dict[str, Any],
+    workers: int,
+    stopped: Callable[[], bool],
+    *,
+    copied: bool,
+) -> Outcome:
+    """Check, read and write a site-year; `copied`: a file that is gone ends it, since another source may have a copy."""
+    start = time.monotonic()
+    grid = grid_of(site)
     lossy = job.min_read_completeness < 1
-    looks = Ledger(lossy=lossy)
+    looks = Ledger(lossy=lossy, copied=copied)
     look = look_at(chosen, grid, looks)
     checks = offsets.check_offsets(chosen, look)
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
@@ -166,9 +223,9 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
     if left_out:
         scenes.need_dates(used, job.recipe, year)
     provenance["check_reads"] = looks.totals()
+    planned = plan.estimate(chosen, grid, job.recipe)
     before = cube.reads_so_far(job.store, provenance)
-    ledger = Ledger(lossy=lossy, before=before)
-    planned = plan.estimate(used, grid, job.recipe)
+    ledger = Ledger(lossy=lossy, before=before, copied=copied)
     # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
     new = cube.write_year(
         job.store,
@@ -182,9 +239,11 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         scheduler="threads",
         workers=workers,
         stopped=stopped,
+        finished=lambda: {} if before else {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)},
     )
-    return replace(
-        done,
+    return Outcome(
+        site=site.id,
+        year=year,
         state="built" if new else "kept",
         scenes=len(used),
         days=len(scenes.dates(used)),
@@ -192,7 +251,6 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         planned=planned,
         reads=ledger.totals(),
         looks=looks.totals(),
-        seconds=time.monotonic() - start,
     )
 
 
@@ -240,10 +298,11 @@ def _searched(
 ) -> tuple[list[tuple[Site, int]], list[Outcome]]:
     """Site-years that have their scenes, saved, and what became of the others; raises SceneError as `build` says."""
     outcomes, todo, unusable = [], [], []
+    find = remembered(saved_scenes)
     for site in sites:
         for year in years:
             try:
-                chosen_scenes(job, site, year, saved_scenes)
+                chosen_scenes(job, site, year, find)
             except SceneError as error:
                 outcomes.append(_failed(job.store, site, year, error, 0.0))
                 done(outcomes[-1])
@@ -261,6 +320,7 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
     interrupted.clear()  # here, not at the end: reads that a stopped build left in the queue are to give up, too
     cores, stop = os.cpu_count() or 1, threading.Event()
     at_once = max(min(cores, len(todo)), 1)
+    job = replace(job, at_once=1 if executor else at_once)
     pool = executor or ThreadPoolExecutor(max_workers=at_once)
     if executor:  # whose workers may be in other folders
         job = replace(job, store=absolute(job.store), snapshots=job.snapshots.absolute())

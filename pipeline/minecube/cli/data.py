@@ -192,6 +192,8 @@ def build(
     )
     _show_planned_and_actual(outcomes)
     for outcome in outcomes:
+        for name, why in outcome.copies.items():
+            click.echo(f"{outcome.site} {outcome.year}: {name}: {why}")
         if outcome.message:
             said = "" if outcome.state == "kept" else "error: "
             click.echo(f"{said}{outcome.site} {outcome.year}: {outcome.message}", err=True)
@@ -247,15 +249,16 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     if not built:
         return
     planned = sum((o.planned for o in built if o.planned), plan.Estimate())
-    actual = {name: sum(o.reads[name] for o in built) for name in ("planned", "requests", "bytes", "retried")}
+    looks = {name: sum(o.looks[name] for o in built) for name in ("planned", "requests", "bytes", "retried")}
+    reads = {name: sum(o.reads[name] for o in built) for name in looks}
+    actual = {name: reads[name] + looks[name] for name in looks}
     rows = [
-        ("reads", planned.reads, int(actual["planned"])),
+        ("reads", planned.reads, int(reads["planned"])),
+        ("reads that check offsets and places", planned.checks, int(looks["planned"])),
         ("requests", planned.requests, int(actual["requests"])),
         ("MB", round(planned.bytes / 1e6, 1), round(actual["bytes"] / 1e6, 1)),
     ]
     click.echo("\n" + table(("", "planned, at most", "actual"), rows))
-    looks = {name: sum(o.looks[name] for o in built) for name in ("planned", "bytes")}
-    click.echo(f"and {int(looks['planned'])} reads, {looks['bytes'] / 1e6:.1f} MB, to check offsets and places")
     if actual["retried"]:
         click.echo(f"{int(actual['retried'])} requests were tried again")
 

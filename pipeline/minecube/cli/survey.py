@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,9 +70,10 @@ def search(
             for year in years:
                 found = building.saved_scenes(site, year, sources, out, anew=True)
                 baselines = sorted({s.properties["s2:processing_baseline"] for s in found.scenes})
-                cloud = sum(s.properties["eo:cloud_cover"] for s in found.scenes) / len(found.scenes)
+                cloud = scenes.mean_cloud_cover(found.scenes)
+                shown = "?" if math.isnan(cloud) else f"{cloud:.0f}"
                 counts = (len(found.scenes), len(scenes.dates(found.scenes)), found.copies, len(found.refused))
-                rows.append((site.id, year, *counts, f"{cloud:.0f}", ", ".join(baselines)))
+                rows.append((site.id, year, *counts, shown, ", ".join(baselines)))
                 advance(note=site.id)
     click.echo(table(("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines"), rows))
     click.echo(f"saved in {out}")
@@ -283,44 +285,55 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
     failed: list[SceneError] = []
     rows: list[tuple[object, ...]] = []
     total = planning.Estimate()
+    committed = {site.id: cube.builds(job.store, site.id) for site in chosen}
+    notes = [made["took"] for years_made in committed.values() for made in years_made.values() if "took" in made]
+    pace = planning.pace(notes, terms)
+    find = building.remembered(building.known_scenes)
     for site in chosen:
         grid = grid_of(site)
         cube.check(job.store, site, grid, years, job.recipe)
-        committed = cube.builds(job.store, site.id)
         for year in years:
             try:
-                _, listed = building.chosen_scenes(job, site, year, building.known_scenes)
+                _, listed = building.chosen_scenes(job, site, year, find)
             except SceneError as error:
                 failed.append(error)
-                rows.append(_row(site.id, year, "no scenes", 0, planning.Estimate(), terms))
+                rows.append(_row(site.id, year, "no scenes", 0, planning.Estimate(), terms, pace))
                 continue
             state, needs = "to build", planning.estimate(listed, grid, job.recipe)
-            if year in committed:
+            made = committed[site.id].get(year)
+            if made:
                 asked = cube.build_id(cube.provenance_of(site, year, grid, job.recipe, listed))
-                state = "committed" if committed[year]["build_id"] == asked else "committed from other scenes"
+                state = "committed" if made["build_id"] == asked else "committed from other scenes"
             if state == "committed":
                 needs = planning.Estimate(scenes=len(listed))
             total += needs
-            rows.append(_row(site.id, year, state, len(scenes.dates(listed)), needs, terms))
+            rows.append(_row(site.id, year, state, len(scenes.dates(listed)), needs, terms, pace))
     if len(failed) == len(rows) and not all(isinstance(e, scenes.NothingFoundError) and not e.found.refused for e in failed):
         raise failed[0]
     for failure in failed:
         click.echo(f"error: {failure}", err=True)
     if len(rows) > 1:
-        rows.append(_row("all", "", "", "", total, terms))
+        rows.append(_row("all", "", "", "", total, terms, pace))
     priced = ("cost " + terms.currency,) if total.cost(terms) is not None else ()
-    click.echo(table(("site", "year", "state", "days", "scenes", "reads", "requests", "MB", "MB a block", "s", *priced), rows))
+    headings = ("site", "year", "state", "days", "scenes", "reads", "checks", "requests", "MB", "MB a block", "s", *priced)
+    click.echo(table(headings, rows))
     assumed = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(terms).items() if value is not None)
-    click.echo(f"at most, with {assumed}; nothing was read or written")
+    click.echo(f"reads, checks, requests, MB and MB a block are the most, with {assumed}; nothing was read or written")
+    how = "a guess, since this store has no builds to compare with; it may be wrong several times over"
+    if pace is not None:
+        how = f"from {len(notes)} builds in this store, which took {pace:.2f} times the guess for their size"
+    start = planning.START_S if total.site_years else 0.0
+    expected = total.seconds(terms) * (pace or 1.0) + start
+    click.echo(f"expected time: {expected:.0f} s in all, {start:.0f} s to begin included ({how})")
     return 1 if failed else 0
 
 
 def _row(
-    site: str, year: object, state: str, days: object, needs: planning.Estimate, terms: planning.Terms
+    site: str, year: object, state: str, days: object, needs: planning.Estimate, terms: planning.Terms, pace: float | None
 ) -> tuple[object, ...]:
-    cost = needs.cost(terms)
+    cost = needs.cost(terms, pace or 1.0)
     return (
-        *(site, year, state, days, needs.scenes, needs.reads, needs.requests),
-        *(round(needs.bytes / 1e6, 1), round(needs.block_bytes / 1e6), round(needs.seconds(terms), 1)),
+        *(site, year, state, days, needs.scenes, needs.reads, needs.checks, needs.requests),
+        *(round(needs.bytes / 1e6, 1), round(needs.block_bytes / 1e6), round(needs.seconds(terms) * (pace or 1.0), 1)),
         *(() if cost is None else (f"{cost:.4f}",)),
     )

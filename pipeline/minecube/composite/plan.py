@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pystac
@@ -22,7 +23,7 @@ from minecube.catalog import SCL, Recipe, yaml_problem
 from minecube.composite.block import BLOCK_BYTES
 from minecube.composite.needs import connections, looked_at, margins_m, memory, near, size_of
 from minecube.errors import CatalogError
-from minecube.grid import at_resolution, blocks, padded
+from minecube.grid import PIXEL_M, at_resolution, blocks, padded
 from minecube.reader import HEAD, READ_THREADS
 
 _STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
@@ -33,6 +34,14 @@ _CPU_S_PER_MB, _CPU_S_PER_MPX = 0.009, 0.010
 """Core-seconds to inflate a megabyte, and to mask and reduce a million pixels: fitted to medians of 1024 px of 20 and 40 dates,
 which it meets within a quarter (a cloud server of 2026; the ratio to yours is anybody's guess). Geomedians take several times
 as long."""
+_CPU_S_PER_READ, _CPU_S_PER_SITE_YEAR = 0.005, 0.5
+"""Core-seconds to open a file and place a window of it, and to begin, check and commit a site-year: a guess from small
+builds on the same server."""
+START_S = 3.0
+"""Seconds that a command takes to begin."""
+_OFFSET_BANDS, _REGISTRATION_BANDS = 4, 2
+"""Reads of a scene, SCL among them, that check its offset (`scenes.offsets`) and its place (`composite.registration`)."""
+_CHECKED_PX = 200  # side of the window that checks look at, by overviews where the site is larger
 _BASE_BYTES = 100_000_000  # of the reading threads' own buffers
 
 
@@ -73,9 +82,14 @@ class Terms:
 class Estimate:
     """What one site-year, or several, take at most."""
 
+    site_years: int = 0
     scenes: int = 0
     reads: int = 0
+    """For the composite."""
+    checks: int = 0
+    """Reads that check offsets and places, on top of `reads`."""
     requests: int = 0
+    """Of reads and checks, as `bytes` and `pixels` are."""
     bytes: int = 0
     pixels: int = 0
     """Read, at their own sizes."""
@@ -91,18 +105,43 @@ class Estimate:
         return Estimate(**{**sums, "connections": min(self.connections, other.connections)})
 
     def seconds(self, terms: Terms) -> float:
-        """How long: as waiting, network or cores have it, whichever takes longest, for they go on at once."""
+        """How long: as waiting, network or cores have it, whichever takes longest, for they go on at once.
+
+        A guess: `pace` compares it with what builds took.
+        """
         waiting = self.requests * terms.latency_s / self.connections
         working = self.bytes / 1e6 * _CPU_S_PER_MB + self.pixels / 1e6 * _CPU_S_PER_MPX
+        working += (self.reads + self.checks) * _CPU_S_PER_READ + self.site_years * _CPU_S_PER_SITE_YEAR
         return max(waiting, self.bytes / 1e6 / terms.mb_per_s, working / terms.cores)
 
-    def cost(self, terms: Terms) -> float | None:
-        """In the terms' currency; None where they name no price."""
+    def cost(self, terms: Terms, pace: float = 1.0) -> float | None:
+        """In the terms' currency, at that pace; None where they name no price."""
         prices = (terms.per_1000_requests, terms.per_gb, terms.per_core_hour)
         if prices == (None, None, None):
             return None
-        core_hours = self.seconds(terms) * terms.cores / 3600
+        core_hours = self.seconds(terms) * pace * terms.cores / 3600
         return sum((p or 0) * n for p, n in zip(prices, (self.requests / 1e3, self.bytes / 1e9, core_hours), strict=True))
+
+
+def took(estimate: Estimate, seconds: float) -> dict[str, float]:
+    """What a provenance notes of the time of a build, for later plans: the estimate, and seconds of this machine as a whole."""
+    return {**asdict(estimate), "seconds": round(seconds, 3)}
+
+
+def pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | None:
+    """How many times longer than estimated earlier builds took; None if there are none.
+
+    Args:
+        notes: of each build, what `took` gave.
+        terms: where they ran, and the next one will.
+    """
+    names = {f.name for f in fields(Estimate)}
+    seconds = estimated = 0.0
+    for note in notes:
+        counts: dict[str, Any] = {name: value for name, value in note.items() if name in names}
+        seconds += note["seconds"]
+        estimated += Estimate(**counts).seconds(terms)
+    return seconds / estimated if seconds and estimated else None
 
 
 def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Estimate:
@@ -126,16 +165,31 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
                 sums += _asset(scene, band, size, windows[size, around], first=href not in opened)
                 opened.add(href)
         most = max(most, min(memory(listed, box, recipe), BLOCK_BYTES) + _BASE_BYTES)
+    checks, *more = _checks(scenes, grid, recipe)
+    sums[1:] += more
     reads, requests, read_bytes, pixels = sums.tolist()
     return Estimate(
+        site_years=1,
         scenes=len(scenes),
         reads=reads,
+        checks=checks,
         requests=requests,
         bytes=read_bytes,
         pixels=pixels,
         block_bytes=most,
         connections=connections(scenes, READ_THREADS),
     )
+
+
+def _checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> tuple[int, int, int, int]:
+    """Reads, requests, bytes and pixels that check offsets and places; headers are counted with the composite."""
+    height, width = (min(side, _CHECKED_PX) for side in grid.shape)
+    repeats = _OFFSET_BANDS + (_REGISTRATION_BANDS if recipe.registration else 0)
+    sums = np.zeros(4, dtype=np.int64)
+    for scene in scenes:
+        sums += repeats * np.array(_asset(scene, recipe.bands[0], PIXEL_M, (height, width), first=False))
+    reads, requests, read_bytes, pixels = sums.tolist()
+    return reads, requests, read_bytes, pixels
 
 
 def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool) -> tuple[int, int, int, int]:

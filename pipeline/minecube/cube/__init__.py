@@ -47,6 +47,7 @@ from minecube.cube.builds import (
     is_committed,
     leave_out,
     marker_of,
+    note_copies,
     provenance_of,
     reads,
     run_of,
@@ -58,7 +59,7 @@ from minecube.cube.opening import as_float, grid_and_years, open_committed, open
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
 from minecube.cube.predictions import Prediction, mapped_by, open_change, open_probability, write_prediction, write_probability
-from minecube.cube.staging import Staging, discard, finish, open_staging, reads_so_far, withdraw, year_index
+from minecube.cube.staging import Staging, discard, finish, is_begun, open_staging, reads_so_far, withdraw, year_index
 from minecube.cube.store import (
     BEING_MADE,
     FORMAT,
@@ -107,12 +108,14 @@ __all__ = [
     "create",
     "find_prediction",
     "grid_and_years",
+    "is_begun",
     "is_committed",
     "is_packed",
     "leave_out",
     "mapped_by",
     "named_sites",
     "need_writable",
+    "note_copies",
     "open_change",
     "open_committed",
     "open_cube",
@@ -225,6 +228,7 @@ def write_year(
     scheduler: str | None = None,
     workers: int = 4,
     stopped: Callable[[], bool] = lambda: False,
+    finished: Callable[[], Mapping[str, Any]] = dict,
 ) -> bool:
     """Build a site-year apart, block by block, and commit it. Returns False if that very build is committed already.
 
@@ -243,6 +247,7 @@ def write_year(
         scheduler: the name of the Dask scheduler that computes the blocks; default: the one in force.
         workers: blocks computed at a time.
         stopped: asked between blocks; once true, the year is left as it is, to be resumed.
+        finished: asked once all blocks are computed: what else the provenance notes, such as the time that they took.
 
     Raises:
         BusyError: another run is building this site-year.
@@ -274,7 +279,7 @@ def write_year(
                 f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
         committed = datetime.now(tz=UTC).isoformat(timespec="seconds")
-        made = {**provenance, "build_id": build_id(provenance), "committed": committed}
+        made = {**provenance, **finished(), "build_id": build_id(provenance), "committed": committed}
         blobs = {"scenes": scenes}
         if reads:
             made["reads"] = counts

@@ -29,6 +29,8 @@ STAGED = ".new"
 """Suffix of the group of a year that is being built, next to its marker: `2020.1a2b3c4d.new`."""
 LEFT_OUT = "left_out"
 """Attribute of a scene in a provenance: why its pixels were not used."""
+COPY_OF = "copy_of"
+"""Attribute of a scene in a provenance that was read in place of another one, whose files are gone: the other's id."""
 _POLL_S = 0.02
 PLACED_S = 10.0
 """Time to wait until objects are in place: renaming takes milliseconds on a disk, and seconds in an object store."""
@@ -50,16 +52,7 @@ class Account(Protocol):
 
 def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any], **more: Any) -> dict[str, Any]:
     """What a site-year is made of, as plain JSON: everything that `build_id` hashes, and what else a reader may ask."""
-    listed = [
-        {
-            "id": s.id,
-            "source": s.properties["minecube:source"],
-            "baseline": s.properties["s2:processing_baseline"],
-            "offset": s.properties["minecube:offset"],
-            "offset_reason": s.properties["minecube:offset_reason"],
-        }
-        for s in scenes
-    ]
+    listed = [_entry(s) for s in scenes]
     return {
         "site": site.id,
         "year": year,
@@ -72,11 +65,24 @@ def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: S
     }
 
 
+def _entry(scene: Any) -> dict[str, Any]:
+    """What a provenance says of a scene."""
+    return {
+        "id": scene.id,
+        "source": scene.properties["minecube:source"],
+        "baseline": scene.properties["s2:processing_baseline"],
+        "offset": scene.properties["minecube:offset"],
+        "offset_reason": scene.properties["minecube:offset_reason"],
+    }
+
+
 def build_id(provenance: Mapping[str, Any]) -> str:
     """The name of a build: a hash of its site, year, recipe, scenes and code version; 16 hexadecimal digits."""
     made_of = {k: provenance[k] for k in ("site", "year", "grid", "version")}
     # A scene that was left out afterwards is listed with the reason: the build is that of the same scenes.
-    made_of["scenes"] = [{k: v for k, v in scene.items() if k != LEFT_OUT} for scene in provenance["scenes"]]
+    # The same holds for one whose copy was read, since its files may be back when the build is made again.
+    listed = [scene for scene in provenance["scenes"] if COPY_OF not in scene]
+    made_of["scenes"] = [{k: v for k, v in scene.items() if k != LEFT_OUT} for scene in listed]
     made_of["recipe"] = {k: v for k, v in provenance["recipe"].items() if k != "title"}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -95,9 +101,22 @@ def staged_year(name: str) -> int | None:
 
 def leave_out(provenance: dict[str, Any], why: Mapping[str, str]) -> None:
     """Note in a provenance which of its scenes were left out after all: scene id -> reason."""
-    for scene in provenance["scenes"]:
+    for scene in used_scenes(provenance):
         if scene["id"] in why:
             scene[LEFT_OUT] = why[scene["id"]]
+
+
+def note_copies(provenance: dict[str, Any], copies: Mapping[str, Any], why: Mapping[str, str]) -> None:
+    """Note in a provenance which scenes were read from a copy in another source.
+
+    Args:
+        provenance: as `provenance_of` gives it.
+        copies: scene id -> its copy.
+        why: scene id -> which file is gone.
+    """
+    leave_out(provenance, {name: why[name] for name in copies})
+    listed = [*provenance["scenes"], *({**_entry(copy), COPY_OF: name} for name, copy in copies.items())]
+    provenance["scenes"] = sorted(listed, key=lambda s: str(s["id"]))
 
 
 def used_scenes(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -215,7 +234,8 @@ def note_incomplete(store: str, site_id: str) -> None:
 
 def run_of(provenance: Mapping[str, Any]) -> str:
     """What blocks of one year must have in common: the build, and what became of scenes whose offset or place is in doubt."""
-    resolved = [provenance.get(name) for name in ("on_offset_conflict", "offset_conflicts", "shifts")]
+    resolved: list[Any] = [provenance.get(name) for name in ("on_offset_conflict", "offset_conflicts", "shifts")]
+    resolved += [[scene["id"], scene["source"]] for scene in provenance["scenes"] if COPY_OF in scene]
     return hashlib.sha256(json.dumps([build_id(provenance), resolved], sort_keys=True).encode()).hexdigest()[:16]
 
 

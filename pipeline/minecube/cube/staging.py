@@ -180,6 +180,13 @@ def _discard_others(store: str, site_id: str, year: int, keep: str) -> None:
             _remove(store, path)
 
 
+def is_begun(store: str, site_id: str, year: int) -> bool:
+    """Whether a build of a year was begun and has not ended."""
+    below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
+    names = [found.rstrip("/").rpartition("/")[2] for found in below]
+    return any(name.endswith(STAGED) and staged_year(name) == year for name in names)
+
+
 def _remove(store: str, path: str) -> None:
     """Remove a staging group, if it is there."""
     group = group_at(store, path, "r+")

@@ -47,8 +47,17 @@ from rasterio.windows import Window, from_bounds
 
 from minecube import images
 from minecube.catalog import SCL, Access
-from minecube.errors import ReadError
-from minecube.network import ForbiddenError, RequestError, check_href, is_local, local_path, origin_of, without_query
+from minecube.errors import GoneError, LostReadError, ReadError
+from minecube.network import (
+    ForbiddenError,
+    MissingError,
+    RequestError,
+    check_href,
+    is_local,
+    local_path,
+    origin_of,
+    without_query,
+)
 from minecube.reader.ledger import Ledger
 from minecube.reader.remote import HEAD, Opened, Tally, check_credentials, interrupted, remote_for
 
@@ -62,6 +71,7 @@ __all__ = [
     "check_credentials",
     "fetched",
     "interrupted",
+    "missing",
     "read",
     "read_band",
     "remove_offset",
@@ -122,7 +132,7 @@ class Asset:
             pixels = read(self.href, grid, resampling, self.access, tally, out, self.origin)
         except ReadError as error:
             self._count(ledger, tally, began, lost_because=str(error))
-            if not ledger.lossy:
+            if not ledger.lossy or (ledger.copied and isinstance(error, GoneError)):
                 raise
             return _put(np.zeros(grid.shape, dtype=np.uint16), out)
         self._count(ledger, tally, began)
@@ -277,11 +287,13 @@ def read(
     except ForbiddenError as error:
         raise ReadError(f"{without_query(href)}: is not read ({error}); its site-year is not written") from error
     except (rasterio.errors.RasterioError, RequestError) as error:
-        why = error if isinstance(error, RequestError) else tally.error or error.__cause__ or error
-        raise ReadError(
+        why = tally.error or (error if isinstance(error, RequestError) else error.__cause__ or error)
+        message = (
             f"{without_query(href)}: cannot be read ({without_query(str(why))}), so its site-year is not written; check that "
             "the file is there and whole, then run again"
-        ) from error
+        )
+        passing = isinstance(why, RequestError) and not isinstance(why, MissingError)
+        raise (LostReadError(message) if passing else GoneError(message, href)) from error
 
 
 def _open(href: str, access: Access, origin: str, tally: Tally) -> rasterio.DatasetReader:
@@ -302,7 +314,30 @@ def _first_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(images.SIGNATURE)
     except OSError as error:
-        raise RequestError(error.strerror or str(error)) from error
+        kind = MissingError if isinstance(error, FileNotFoundError | NotADirectoryError) else RequestError
+        raise kind(error.strerror or str(error)) from error
+
+
+def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
+    """The first of these bands whose file is missing, and why; empty if none is, or that cannot be known now.
+
+    Asks for the first bytes of each file, which reads need anyway.
+    """
+    asked = [_threads(READ_THREADS).submit(_missing, Asset.of(scene, band)) for band in bands]
+    return next((f"{band} is gone ({why})" for band, why in zip(bands, [a.result() for a in asked], strict=True) if why), "")
+
+
+def _missing(asset: Asset) -> str:
+    try:
+        if is_local(asset.href):
+            _first_bytes(Path(local_path(asset.href)))
+        else:
+            remote_for(asset.access, asset.origin or "").head(asset.href, Tally())
+    except MissingError as error:
+        return str(error)
+    except (RequestError, ForbiddenError):
+        return ""
+    return ""
 
 
 class NativeReader:

@@ -24,10 +24,12 @@ class Ledger:
     Args:
         lossy: whether a read that is lost leaves its pixels unobserved, instead of failing at once.
         before: a table of counts to go on from, as `to_parquet` wrote it.
+        copied: whether a file that is gone for good fails all the same, since another source may have a copy.
     """
 
-    def __init__(self, *, lossy: bool = False, before: bytes | None = None) -> None:
+    def __init__(self, *, lossy: bool = False, before: bytes | None = None, copied: bool = False) -> None:
         self.lossy = lossy
+        self.copied = copied
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], dict[str, float]] = {}
         self._reasons: dict[tuple[str, str], str] = {}
@@ -93,7 +95,7 @@ class Ledger:
 
 class _Repeated(Ledger):
     def __init__(self, of: Ledger) -> None:
-        super().__init__(lossy=of.lossy)
+        super().__init__(lossy=of.lossy, copied=of.copied)
         self._of = of
 
     def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:

@@ -42,7 +42,7 @@ from rasterio.abc import MultiByteRangeResourceContainer
 from minecube import network
 from minecube.catalog import Access
 from minecube.errors import CatalogError
-from minecube.network import ForbiddenError, RequestError, without_query
+from minecube.network import ForbiddenError, MissingError, RequestError, without_query
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ _CONNECT_S, _STALL_S, _LONGEST_STALL_S = 10.0, 2.5, 40.0
 _SIGNATURES = 4  # new ones that a request is tried with
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _UNSIGNED = {400, 401, 403}
+_MISSING = {403, 404, 410}  # 403 is also what S3 answers for a missing object of a bucket that may not be listed
 _NEEDS_KEYS = {401, 403, 409}  # 409: Azure's answer where public access is off
 _SIGNED_FOR = timedelta(minutes=30)
 _REDIRECTS = 5
@@ -166,6 +167,11 @@ class Remote:
             return head.data[start:stop]
         return self._fetch(href, start, stop - start, tally, head).data
 
+    def version(self, href: str) -> tuple[int, str | None]:
+        """The size of a file now, and its ETag, None if the server gives none; raises RequestError."""
+        found = self._fetch(href, 0, 1, Tally(), None)
+        return found.size, found.version or None
+
     def whole(self, href: str, most: int) -> bytes:
         """All bytes of a file that has at most so many; raises RequestError."""
         found = self._fetch(href, 0, most, Tally(), None)
@@ -219,7 +225,8 @@ class Remote:
         elif answer.status not in _AGAIN:
             unsigned = answer.status in _NEEDS_KEYS and key is None
             hint = "; list the host or bucket in credentials_for of its source" if unsigned and self._may_sign() else ""
-            raise RequestError(f"{problem} {answer.reason or ''}".strip() + hint)
+            kind = MissingError if answer.status in _MISSING else RequestError
+            raise kind(f"{problem} {answer.reason or ''}".strip() + hint)
         raise _TroubleError(problem, wait_s=retry_after(answer.headers.get("Retry-After")), resigned=resigned)
 
     def _ask(self, url: str, headers: Mapping[str, str], stall: float) -> urllib3.BaseHTTPResponse:
@@ -536,7 +543,7 @@ class RemoteFile:
         """The bytes of each range, as many as were asked for."""
         found = [self._fetched(start, length) for start, length in zip(offsets, sizes, strict=True)]
         if any(len(data) < length for data, length in zip(found, sizes, strict=True)) and not self._tally.error:
-            self._tally.error = RequestError(f"it ends after {self._head.size} bytes, before the tiles that its header names")
+            self._tally.error = MissingError(f"it ends after {self._head.size} bytes, before the tiles that its header names")
         return [data.ljust(length, b"\0") for data, length in zip(found, sizes, strict=True)]
 
     def _fetched(self, start: int, length: int) -> bytes:

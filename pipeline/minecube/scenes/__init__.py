@@ -14,9 +14,11 @@ reason.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import pystac
 import shapely
@@ -27,7 +29,7 @@ from minecube.grid import area_of, grid_of
 from minecube.network import origin_of
 from minecube.reader import stack
 from minecube.scenes.find import items_of, over
-from minecube.scenes.normalise import acquisition, deduplicate, merge, need_allowed, normalise, same_access
+from minecube.scenes.normalise import acquisition, copies_of, deduplicate, merge, need_allowed, normalise, same_access
 
 __all__ = [
     "Found",
@@ -35,9 +37,11 @@ __all__ = [
     "acquisition",
     "belonging",
     "check_years",
+    "copies_of",
     "dates",
     "deduplicate",
     "has_images",
+    "mean_cloud_cover",
     "merge",
     "normalise",
     "search",
@@ -47,6 +51,19 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_MALFORMED = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    pystac.errors.STACError,
+    shapely.errors.ShapelyError,
+)
+"""What reading an item that is no STAC raises."""
+_NAMED = 9
+"""Refused items that a warning names, at most; the scene list has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +107,18 @@ def search(site: Site, year: int, *sources: Source) -> Found:
     listed, kept = 0, []
     refused: dict[str, str] = {}
     for source in sources:
-        items = [(item, _scene(item, source)) for item in items_of(source, area, year)]
-        there = [(item, scene) for item, scene in items if isinstance(scene, str) or over(scene, area)]
-        listed += len(there)
-        refused |= {item.id: scene for item, scene in there if isinstance(scene, str)}
-        kept.append(deduplicate(scene for _, scene in there if not isinstance(scene, str)))
+        reasons: dict[str, str] = {}
+        usable_here: list[pystac.Item] = []
+        for feature in items_of(source, area, year):
+            scene = _scene(feature, source)
+            if isinstance(scene, str):
+                reasons[str(feature.get("id"))] = scene
+            elif over(scene, area):
+                usable_here.append(scene)
+        _log_refused(reasons)
+        listed += len(usable_here) + len(reasons)
+        refused |= reasons
+        kept.append(deduplicate(usable_here))
     found = Found(scenes=tuple(merge(kept)), listed=listed, refused=refused)
     if not found.scenes:
         box = ", ".join(f"{v:.3f}" for v in area.bounds)
@@ -108,16 +132,26 @@ def search(site: Site, year: int, *sources: Source) -> Found:
     return found
 
 
-def _scene(item: pystac.Item, source: Source) -> pystac.Item | str:
+def _scene(feature: Mapping[str, Any], source: Source) -> pystac.Item | str:
     """The item normalised, or why it is refused."""
     try:
+        # Not migrated to the newest STAC: `normalise` reads old and new, and migration warns about what it cannot move.
+        item = pystac.Item.from_dict(dict(feature), migrate=False, preserve_dict=False)
         return normalise(item, source)
     except SceneError as error:
-        reason = str(error)
-    except (TypeError, ValueError, AttributeError, KeyError, shapely.errors.ShapelyError) as error:
-        reason = f"item {item.id}: is malformed ({type(error).__name__}: {error}); it is refused"
-    log.warning("%s", reason)
-    return reason
+        return str(error)
+    except _MALFORMED as error:
+        return f"item {feature.get('id')}: is malformed ({type(error).__name__}: {error}); it is refused"
+
+
+def _log_refused(reasons: Mapping[str, str]) -> None:
+    """Warn of refused items by name: one line for each reason, since a file may hold hundreds of another collection."""
+    alike: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        alike.setdefault(reason.replace(name, "{}"), []).append(name)
+    for names in alike.values():
+        others = ", ".join(names[1:_NAMED]) + ", ..." * (len(names) > _NAMED)
+        log.warning("%s%s", reasons[names[0]], f", and so are {len(names) - 1} more: {others}" if others else "")
 
 
 def check_years(years: Iterable[int]) -> None:
@@ -169,7 +203,14 @@ def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
 
 def _of_months(scenes: Iterable[pystac.Item], recipe: Recipe, months: Sequence[int]) -> list[pystac.Item]:
     in_season = [s for s in scenes if s.datetime and s.datetime.month in months]
-    return [s for s in in_season if s.properties["eo:cloud_cover"] <= recipe.max_cloud_cover]
+    # Of unknown cloud cover, too: the mask sees the clouds, and this number only spares reading the worst.
+    return [s for s in in_season if (s.properties["eo:cloud_cover"] or 0) <= recipe.max_cloud_cover]
+
+
+def mean_cloud_cover(scenes: Iterable[pystac.Item]) -> float:
+    """The mean of the scenes whose cloud cover is known, in percent; NaN if it is known of none."""
+    shares = [s.properties["eo:cloud_cover"] for s in scenes if s.properties["eo:cloud_cover"] is not None]
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 def dates(scenes: Iterable[pystac.Item]) -> list[str]:

@@ -15,7 +15,7 @@ import pandas as pd
 import pystac
 
 from minecube.catalog import Recipe
-from minecube.scenes import Found, dates, merge, usable
+from minecube.scenes import Found, dates, mean_cloud_cover, merge, usable
 
 ALL = "all"
 """The source of rows on what the sources have together."""
@@ -131,7 +131,7 @@ def by_month(listing: Listing, passes: Mapping[date, date] | None, recipe: Recip
                 "scenes": len(scenes),
                 "days": len(dates(scenes)),
                 "usable": days,
-                "cloud": _cloud(scenes),
+                "cloud": mean_cloud_cover(scenes),
                 "baselines": _baselines(scenes),
                 "expected": None if due is None else len(due),
                 "missing": None if due is None else len(lacking),
@@ -173,7 +173,7 @@ def by_year(listing: Listing, months: pd.DataFrame, recipe: Recipe, until: date)
         "needed": recipe.min_dates,
         "gap_days": len(gap),
         "gap": f"{gap[0]}..{gap[-1]}" if gap else "",
-        "cloud": _cloud(found.scenes),
+        "cloud": mean_cloud_cover(found.scenes),
         "baselines": _baselines(found.scenes),
         "state": "ok" if days >= recipe.min_dates else TOO_FEW,
     }
@@ -198,10 +198,6 @@ def _state(year: int, month: int, usable_days: int, recipe: Recipe, until: date)
     if date(year, month, calendar.monthrange(year, month)[1]) < _FIRST:
         return "before launch"
     return "to come" if date(year, month, 1) > until else "gap"
-
-
-def _cloud(scenes: Sequence[pystac.Item]) -> float:
-    return sum(s.properties["eo:cloud_cover"] for s in scenes) / len(scenes) if scenes else float("nan")
 
 
 def _baselines(scenes: Sequence[pystac.Item]) -> str:

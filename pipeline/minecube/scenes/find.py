@@ -9,15 +9,21 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import json
 import logging
 import random
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pystac
@@ -34,12 +40,15 @@ from shapely.geometry.base import BaseGeometry
 from minecube import network
 from minecube.catalog import Source
 from minecube.errors import SceneError, UnansweredError
-from minecube.grid import split_at_antimeridian
+from minecube.grid import footprint_of
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of
 from minecube.reader.remote import Session, access_to, remote_for, retry_after
-from minecube.scenes.normalise import taken
+from minecube.scenes.normalise import shape_of
 
 log = logging.getLogger(__name__)
+
+Feature = dict[str, Any]
+Ints = npt.NDArray[np.int64]
 
 PAGE = 100
 """Items a page."""
@@ -48,6 +57,10 @@ _PAGES = 200  # most of one month: 20,000 items, of which a site has a few dozen
 _MONTH_BYTES = 200_000_000  # most of one month
 _INDEX_BYTES = 2**30  # most of a file of items, as it is and unpacked
 _INDEX_ITEMS = 1_000_000
+_FRESH_S = 60.0  # after which a remote file is asked whether it has changed
+_MOST_KEPT = 8  # files of items in memory
+_TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated", "published", "unpublished", "expires")
+"""Columns of times."""
 _BATCH = 1000  # most rows of a file of items that are unpacked at a time
 _CONNECT_S, _READ_S = 10.0, 60.0
 _PAUSE_S = 0.5  # before a request is tried again; doubled each time, unless the connection was refused
@@ -206,8 +219,8 @@ def _bounded(answer: requests.Response, most: int) -> bytes:
     return bytes(body)
 
 
-def items_of(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]:
-    """Everything the source lists of that calendar year over the area (EPSG:4326), as it lists it.
+def items_of(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
+    """Everything the source lists of that calendar year over the area (EPSG:4326), as it lists it: GeoJSON of STAC items.
 
     Raises:
         UnansweredError: the source does not answer, or its pages held another number of items than it says match.
@@ -215,9 +228,9 @@ def items_of(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]
     return _from_api(source, area, year) if source.kind == "stac-api" else _from_file(source, area, year)
 
 
-def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]:
+def _from_api(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
     """Month by month, so that no sequence of pages is long enough to break."""
-    by_id: dict[str, pystac.Item] = {}
+    by_id: dict[str, Feature] = {}
     try:
         api = _CatalogueIO(source)
         client = pystac_client.Client.open(source.href, stac_io=api)
@@ -244,50 +257,199 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item
 
 def _month(
     client: pystac_client.Client, collection: str, area: BaseGeometry, month: str
-) -> tuple[dict[str, pystac.Item], int | None]:
+) -> tuple[dict[str, Feature], int | None]:
     """Items by id, and how many the API says match, where it does."""
     asked = client.search(collections=[collection], intersects=shapely.geometry.mapping(area), datetime=month, limit=PAGE)
     pages = list(itertools.islice(asked.pages_as_dicts(), _PAGES + 1))
     if len(pages) > _PAGES:
         raise RequestError(f"expected at most {_PAGES} pages of {month}, found more")
-    # Not migrated to the newest STAC: `normalise` reads old and new, and migration warns about what it cannot move.
-    ids = {d["id"]: pystac.Item.from_dict(d, migrate=False) for page in pages for d in page["features"]}
+    ids = {feature["id"]: feature for page in pages for feature in page["features"]}
     # The first page tells; the client would ask for it once more.
     context = pages[0].get("context") or {} if pages else {}
     return ids, pages[0].get("numberMatched", context.get("matched")) if pages else None
 
 
-def _from_file(source: Source, area: BaseGeometry, year: int) -> list[pystac.Item]:
-    found = [i for i in read_items(source.href) if (when := taken(i)) is None or when.year == year]
-    found = [i for i in found if not i.geometry or over(i, area)]
+def _from_file(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
+    found = _features(_index_of(source.href).rows_of(area, year))
     folder = source.href.rpartition("/")[0]  # a local one is absolute: the catalogue's loader sees to it
-    for item in found:
-        for asset in item.assets.values():
-            # A name with a colon is no path: it is left as it is, and refused.
-            if ":" not in asset.href and not asset.href.startswith("/"):
-                asset.href = f"{folder}/{asset.href.removeprefix('./')}"
+    for asset in (asset for item in found for asset in item["assets"].values()):
+        href = asset.get("href")
+        # A name with a colon is no path: it is left as it is, and refused.
+        if isinstance(href, str) and ":" not in href and not href.startswith("/"):
+            asset["href"] = f"{folder}/{href.removeprefix('./')}"
     return found
+
+
+@dataclass(frozen=True)
+class _Index:
+    """A file of items in memory, and what searches choose its rows by."""
+
+    schema: pa.Schema
+    batches: Sequence[pa.RecordBatch]
+    starts: Ints
+    """The first row of each batch."""
+    years: Ints
+    """Year of each row, of UTC; 0 if it is unknown."""
+    tree: shapely.STRtree
+    """Footprints of all rows, empty if a row has none."""
+    placeless: Ints
+    """Rows without a footprint. Every search lists them, so that they are refused by name instead of lost."""
+
+    @classmethod
+    def of(cls, table: pa.Table) -> _Index:
+        shapes = _shapes(table)
+        footprints = np.fromiter((footprint_of(shape) for shape in shapes), dtype=object, count=table.num_rows)
+        batches = table.to_batches()
+        return cls(
+            schema=table.schema,
+            batches=batches,
+            starts=np.cumsum([0, *(batch.num_rows for batch in batches)])[:-1],
+            years=_years(table),
+            tree=shapely.STRtree(footprints),
+            placeless=np.flatnonzero(shapely.is_empty(footprints)),
+        )
+
+    def rows_of(self, area: BaseGeometry, year: int) -> pa.Table:
+        """The rows of a year, and of an unknown one, whose footprint meets the area, in the order of the file."""
+        over_area = self.tree.query(area, predicate="intersects")
+        rows = np.sort(np.concatenate([over_area, self.placeless]))
+        rows = rows[np.isin(self.years[rows], (year, 0))]
+        batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        parts = [
+            self.batches[n].take(pa.array(rows[batch_of_row == n] - self.starts[n])) for n in np.unique(batch_of_row).tolist()
+        ]
+        return pa.Table.from_batches(parts, self.schema).combine_chunks()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An index, and which version of its file it is of."""
+
+    index: _Index
+    version: tuple[object, ...]
+    until: float
+    """When to look again whether the file has changed."""
+
+
+_kept: dict[str, _Kept] = {}
+_reading = threading.Lock()  # each file is read by one thread
+
+
+def _index_of(href: str) -> _Index:
+    """The index of a file of items, which is read once, and again when it has changed; raises SceneError as `read_items`."""
+    with _reading:
+        kept = _kept.pop(href, None)
+        if kept is None or time.monotonic() >= kept.until:
+            version = _version(href)
+            if kept is None or version != kept.version or None in version:
+                kept = None  # before the new one is read: two would not fit into memory
+                kept = _Kept(_Index.of(_unpacked(href)), version, 0.0)
+            kept = replace(kept, until=time.monotonic() + (0.0 if is_local(href) else _FRESH_S))
+        if len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[href] = kept
+    return kept.index
+
+
+def _version(href: str) -> tuple[object, ...]:
+    """What differs if a file has changed; None in it if that cannot be known."""
+    with _explained(href):
+        if is_local(href):
+            about = Path(local_path(href)).stat()
+            return about.st_mtime_ns, about.st_size, about.st_ino
+        return remote_for(access_to(href), origin_of(href)).version(href)
 
 
 def over(item: pystac.Item, area: BaseGeometry) -> bool:
     """Whether the item's footprint meets the area, also where either crosses the antimeridian."""
-    return bool(shapely.intersects(split_at_antimeridian(shapely.geometry.shape(item.geometry)), area))
+    return bool(shapely.intersects(footprint_of(shape_of(item.geometry)), area))
 
 
 def read_items(path: Path | str) -> list[pystac.Item]:
     """All items of a stac-geoparquet file, local or remote; raises SceneError where it is none, or too large."""
-    href = str(path)
+    features = _features(_unpacked(str(path)))
+    with _explained(str(path)):
+        return [pystac.Item.from_dict(feature, migrate=False, preserve_dict=False) for feature in features]
+
+
+@contextmanager
+def _explained(href: str) -> Iterator[None]:
+    """Raise SceneError for what goes wrong with a file of items."""
     try:
-        file = pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href)))
-        found = [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(_table(file))]
+        yield
     except ForbiddenError as error:
-        raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error})") from error
+        raise SceneError(f"{href}: cannot be read as stac-geoparquet ({error})") from error
     except RequestError as error:
         kind = SceneError if is_local(href) else UnansweredError
-        raise kind(f"{path}: cannot be read as stac-geoparquet ({error})") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SceneError(f"{path}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
-    return found
+        raise kind(f"{href}: cannot be read as stac-geoparquet ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pystac.errors.STACError) as error:
+        raise SceneError(f"{href}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
+
+
+def _unpacked(href: str) -> pa.Table:
+    """A file of items as a table whose times are timestamps; raises SceneError where it is none, or too large."""
+    with _explained(href):
+        table = _table(pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href))))
+        lacking = [name for name in ("id", "geometry", "assets") if name not in table.column_names]
+        if lacking:
+            raise ValueError(f"expected a column {lacking[0]!r}, found {', '.join(table.column_names[:8])}")
+        for name in _TIMES:
+            if name in table.column_names and not pa.types.is_timestamp(table.schema.field(name).type):
+                times = pa.array(_as_times(table.column(name)), type=pa.timestamp("us", tz="UTC"))
+                table = table.set_column(table.column_names.index(name), name, times)
+        return table
+
+
+def _as_times(column: pa.ChunkedArray) -> pd.Series:
+    """Times of UTC; NaT if they are unknown."""
+    times: pd.Series = pd.to_datetime(column.to_pandas(), utc=True, errors="coerce", format="ISO8601")
+    return times
+
+
+def _years(table: pa.Table) -> Ints:
+    """The year in which each row was taken, as `taken` has it; 0 if it is unknown."""
+    columns = [name for name in ("datetime", "start_datetime") if name in table.column_names]
+    times = pd.Series(pd.NaT, index=range(table.num_rows), dtype="datetime64[us, UTC]")
+    for name in columns:
+        times = times.fillna(_as_times(table.column(name)))
+    years: Ints = times.dt.year.fillna(0).to_numpy(dtype=np.int64)
+    return years
+
+
+def _shapes(table: pa.Table) -> Any:
+    """The geometry of each row; None if there is none, or it is no WKB."""
+    return shapely.from_wkb(_storage(table.column("geometry")).to_numpy(), on_invalid="ignore")
+
+
+def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without its extension type."""
+    if not isinstance(column.type, pa.BaseExtensionType):
+        return column
+    return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+
+
+def _features(table: pa.Table) -> list[Feature]:
+    """Rows as GeoJSON features, with footprints of any type and none."""
+    if not table.num_rows:
+        return []
+    shapes = _shapes(table)
+    # The library expects a bounding box, and a geometry that is no collection, in every row: it is given those of a point.
+    point = shapely.to_wkb(shapely.Point(0, 0))
+    table = table.set_column(
+        table.column_names.index("geometry"), "geometry", pa.array([point] * table.num_rows, type=pa.binary())
+    )
+    table = table.drop_columns([name for name in ("bbox", "proj:geometry") if name in table.column_names])
+    bounds = dict(zip(("xmin", "ymin", "xmax", "ymax"), np.zeros((4, table.num_rows)), strict=True))
+    table = table.append_column("bbox", pa.StructArray.from_arrays(list(map(pa.array, bounds.values())), list(bounds)))
+    features: list[Feature] = []
+    for feature, shape in zip(stac_geoparquet.arrow.stac_table_to_items(table), shapes, strict=True):
+        usual = {"type": "Feature", "stac_version": "1.0.0", "links": []}
+        place: Feature = {"geometry": None, "bbox": None}
+        if shape is not None:
+            # GeoJSON as parsers give it, with lists for tuples.
+            place = {"geometry": json.loads(json.dumps(shapely.geometry.mapping(shape))), "bbox": list(shape.bounds)}
+        features.append({**usual, **feature, **place})
+    return features
 
 
 def _table(file: pq.ParquetFile) -> pa.Table:
@@ -300,13 +462,23 @@ def _table(file: pq.ParquetFile) -> pa.Table:
     _need_size(about.num_rows, sum(groups))
     # A row takes at most what the metadata say of its group, so one batch stays within the limit.
     rows = _INDEX_BYTES // max([1, *groups])
-    batches: list[pa.RecordBatch] = []
+    tables = [pa.Table.from_batches([], file.schema_arrow)]
+    pending: list[pa.RecordBatch] = []
     unpacked = 0
     for batch in file.iter_batches(min(rows, _BATCH)):
         unpacked += batch.nbytes
         _need_size(about.num_rows, unpacked)
-        batches.append(batch)
-    return pa.Table.from_batches(batches, file.schema_arrow)
+        pending.append(batch)
+        if len(pending) * batch.num_rows >= _BATCH:
+            tables.append(_joined(pending))
+    return pa.concat_tables([*tables, _joined(pending)]) if pending else pa.concat_tables(tables)
+
+
+def _joined(pending: list[pa.RecordBatch]) -> pa.Table:
+    """One piece of small batches, which are taken off the list: each takes 200 KB on top of its rows."""
+    piece = pa.Table.from_batches(pending).combine_chunks()
+    pending.clear()
+    return piece
 
 
 def _need_size(items: int, unpacked: int) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+import numpy as np
 import pyproj
 import pystac
 import shapely
+from shapely.geometry.base import BaseGeometry
 
-from minecube.catalog import ASSET_KEYS, NATIVE_M, Offset, Source
+from minecube.catalog import ASSET_KEYS, NATIVE_M, SCL, Offset, Source
 from minecube.errors import SceneError
-from minecube.grid import split_at_antimeridian
+from minecube.grid import footprint_of
 from minecube.network import ForbiddenError, check_href, origin_of, without_query
+
+log = logging.getLogger(__name__)
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
 _SIGNS = re.compile(
@@ -25,6 +31,15 @@ _SIGNS = re.compile(
     re.I,
 )
 """Query keys of Azure's, AWS's, Google's and CloudFront's signatures."""
+_UNKNOWN = {"", "none", "null", "nan", "<na>", "nat"}
+"""Spellings of an unknown value, in lower case: what tables and their libraries make of null."""
+_LEVEL_1 = re.compile(r"(?<![A-Z0-9])(S2MSI|MSIL|L|LEVEL[-_ ]?)1[ABC](?![A-Z0-9])|^level (L|LEVEL[-_ ]?)?1[ABC]?$", re.I)
+"""In names of products, types, levels and collections of Level-1: S2A_MSIL1C_2022..., S2MSI1C, L1C, sentinel-2-l1c."""
+_PLAIN_NAME = re.compile(r"/[A-Za-z0-9_]+\.(tiff?|jp2)$")
+_LEVEL_2A = re.compile("L2A", re.I)
+_UNREAD_TYPE = re.compile(r"zarr|netcdf|hdf|grib|png|jpe?g(?!2)|xml|json|zip|pdf|html", re.I)
+"""Media types of what is no image of a band: only GeoTIFF and JPEG 2000 are read (`minecube.images`)."""
+_UNREAD_SUFFIX = re.compile(r"\.(zarr|nc4?|h5|hdf5?|he5|grib2?|png|jpe?g|xml|json|zip|pdf|html)(/|$)", re.I)
 _SAME_GRANULE_S = 2
 """Starts of a granule differ by no more between processings; the parts of a split datatake start many seconds apart."""
 
@@ -33,26 +48,31 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
     """The item as a scene: STAC 1.0 or 1.1, whatever the provider calls its bands, projection and acquisition.
 
     Raises:
-        SceneError: it lacks geometry, time, acquisition, baseline or a band, contradicts itself, or names a file that must
-            not be read; names item and reason.
+        SceneError: it is no Level-2A product of the source's collection; lacks footprint, time, acquisition, baseline or a
+            band; contradicts itself; or names a file that cannot or must not be read. Names item and reason.
     """
+    _need_product(item, source)
+    assets = _band_assets(item, source)
+    _need_images(item, assets)
     when = taken(item)
-    if when is None or not item.geometry or not item.geometry.get("coordinates"):
-        raise _refused(item, f"has no {'geometry' if when else 'datetime'}")
+    if when is None:
+        raise _refused(item, "has no datetime")
+    shape = shape_of(item.geometry)
+    footprint = footprint_of(shape)
+    if footprint.is_empty:
+        kind = shape.geom_type if shape else "none"
+        raise _refused(item, f"has no geometry with an area: expected polygons in longitude and latitude, found {kind}")
     baseline, tile = _baseline(item), _tile(item)
-    offset, reason = _offset(item, baseline, source.offset)
+    offset, reason = _offset(item, baseline, source, assets)
     datatake, start = acquisition(item)
-    shape = shapely.geometry.shape(item.geometry)
-    footprint = split_at_antimeridian(shape)
     scene = pystac.Item(
         id=item.id,
         geometry=item.geometry if footprint is shape else json.loads(shapely.to_geojson(footprint)),
         bbox=list(footprint.bounds),
         datetime=when,
         properties={
-            # Unknown is let through: the mask sees the clouds, this number only spares reading the worst.
-            "eo:cloud_cover": max(float(item.properties.get("eo:cloud_cover") or 0.0), 0.0),
-            "proj:code": _projection(item, source, tile),
+            "eo:cloud_cover": _cloud_cover(item),
+            "proj:code": _projection(item, assets.values(), tile),
             "s2:mgrs_tile": tile,
             "s2:processing_baseline": baseline,
             "sat:relative_orbit": _orbit(item),
@@ -67,10 +87,60 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
             "minecube:offset": offset,
             "minecube:offset_reason": reason,
         },
-        assets=dict(_assets(item, source)),
+        assets=dict(_assets(item, source, assets)),
     )
+    if SCL not in scene.assets:
+        raise _refused(item, f"has no scene classification (SCL), only {', '.join(item.assets) or 'no asset at all'}")
     need_allowed(scene, source)
     return scene
+
+
+def shape_of(geometry: Mapping[str, Any] | None) -> BaseGeometry | None:
+    """A GeoJSON geometry of any type; None if there is none, or it is malformed."""
+    try:
+        with np.errstate(invalid="ignore"):  # of NaN among the coordinates, which `footprint_of` notices
+            return shapely.geometry.shape(geometry) if geometry else None
+    except (shapely.errors.ShapelyError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return None
+
+
+def _need_product(item: pystac.Item, source: Source) -> None:
+    """Raise SceneError for another product than the Level-2A that a source lists: a file of items may hold several."""
+    stated = [f"level {_first(item, 'processing:level')}", _first(item, "s2:product_type"), _product(item), item.id]
+    collection = item.collection_id or ""
+    if not _LEVEL_2A.search(collection):
+        stated.append(collection)
+    level_1 = next((s for s in stated if _LEVEL_1.search(s)), "")
+    if level_1:
+        raise _refused(item, f"expected a Level-2A product, found Level-1 ({level_1})")
+    if source.kind == "stac-geoparquet" and collection not in ("", source.collection):
+        raise _refused(item, f"expected collection {source.collection}, which source {source.id} lists, found {collection}")
+
+
+def _need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
+    """Raise SceneError if a band lies in a format that is not read, or all bands in one Zarr."""
+    formats = {key: _other_format(asset) for key, asset in (assets or item.assets).items()}
+    wrong = {key: why for key, why in formats.items() if why and (assets or "zarr" in why.lower())}
+    for key, why in wrong.items():
+        kind = "Zarr" if "zarr" in why.lower() else "in another format"
+        raise _refused(item, f"asset {key} is {kind} ({why}); expected GeoTIFF or JPEG 2000")
+
+
+def _other_format(asset: pystac.Asset) -> str:
+    """Media type or suffix of what is no image of a band; empty for what may be one."""
+    if _UNREAD_TYPE.search(asset.media_type or ""):
+        return f"media type {asset.media_type}"
+    suffix = _UNREAD_SUFFIX.search(str(asset.href).partition("?")[0].partition("#")[0])
+    return f"suffix .{suffix[1]}" if suffix else ""
+
+
+def _band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
+    """Band, and SCL -> its asset, where the item has one with an href."""
+    bands = source.bands()
+    keys = {band: (source.assets[band],) if band in source.assets else ASSET_KEYS[band] for band in bands}
+    assets = {k: asset for k, asset in item.assets.items() if isinstance(asset.href, str)}
+    found = {band: next((assets[k] for k in keys[band] if k in assets), None) for band in bands}
+    return {band: asset for band, asset in found.items() if asset is not None}
 
 
 def same_access(scene: pystac.Item, source: Source) -> bool:
@@ -82,9 +152,13 @@ def same_access(scene: pystac.Item, source: Source) -> bool:
 
 def need_allowed(scene: pystac.Item, source: Source) -> None:
     """Raise SceneError if a scene names a file that its source must not make a build read."""
-    for band, asset in scene.assets.items():
+    origin = origin_of(source.href)
+    hosts = source.access.hosts()
+    # The bands of a scene lie in one folder: names without any special sign are checked once for all.
+    distinct = {_PLAIN_NAME.sub("/x.tif", asset.href): (band, asset) for band, asset in scene.assets.items()}
+    for name, (band, asset) in distinct.items():
         try:
-            check_href(asset.href, origin_of(source.href), source.access.hosts())
+            check_href(name, origin, hosts)
         except ForbiddenError as error:
             raise _refused(scene, f"asset {band} is not read from {without_query(asset.href)}: {error}") from error
 
@@ -101,14 +175,19 @@ def acquisition(item: pystac.Item) -> tuple[str, str]:
     The start is the sensing start of the datastrip, which tells the two granules of a split datatake apart (Sentinel-2 PSD
     14.9, section 3.4); where the item does not name the datastrip, it stands in the granule's folder too.
     """
-    named = _first(item, "s2:datatake_id", "eopf:datatake_id") or _product(item)
+    named = _first(item, "s2:datatake_id", "eopf:datatake_id", "sentinel:datatake_id") or _product(item)
     take = re.match(r"G?(S2[A-D])_(?:MSIL2A_)?(\d{8}T\d{6})_", named)
-    strip = re.search(r"_S(\d{8}T\d{6})", _first(item, "s2:datastrip_id", "eopf:datastrip_id"))
+    strip = re.search(r"_S(\d{8}T\d{6})", _first(item, "s2:datastrip_id", "eopf:datastrip_id", "sentinel:datastrip_id"))
     hrefs = (asset.href for asset in item.assets.values())
     folder = strip or next((m for m in (re.search(r"/L2A_T\w{5}_A\d{6}_(\d{8}T\d{6})/", h) for h in hrefs) if m), None)
     start = folder or re.fullmatch(r"S2[A-D]_T\w{5}_(\d{8}T\d{6})_L2A", item.id)
     if not take or not start:
-        raise _refused(item, f"names no acquisition (datatake {named!r}), so copies of it could be counted twice")
+        lacking = f"datatake {named!r} without datastrip or granule" if take else f"no datatake, found {named!r}"
+        old = any(name.startswith("sentinel:") for name in item.properties)
+        hint = (
+            "; sentinel:* properties are those of Earth Search v0, so list it from its successor, earth-search" if old else ""
+        )
+        raise _refused(item, f"names no acquisition ({lacking}), so copies of it could be counted twice{hint}")
     return f"{take[1]}_{take[2]}", start[1]
 
 
@@ -129,6 +208,13 @@ def merge(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
     rank_of = {id(scene): rank for rank, scene in ranked}
     groups = _by_acquisition(scene for _, scene in ranked)
     return [min(copies, key=lambda s: rank_of[id(s)]) for copies in groups]
+
+
+def copies_of(scene: pystac.Item, listed: Iterable[pystac.Item]) -> list[pystac.Item]:
+    """Scenes of a list that show the same acquisition and tile as another scene."""
+    groups = _by_acquisition([scene, *listed])
+    group = next(copies for copies in groups if any(copy is scene for copy in copies))
+    return [copy for copy in group if copy is not scene]
 
 
 def _by_acquisition(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:
@@ -163,22 +249,20 @@ def solar_day(when: datetime, tile: str) -> str:
     return (when + timedelta(hours=longitude / 15)).date().isoformat()
 
 
-def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Asset]]:
-    for band in source.bands():
-        keys = (source.assets[band],) if band in source.assets else ASSET_KEYS[band]
-        asset = next((item.assets[k] for k in keys if k in item.assets), None)
-        if asset is None and source.assets:
-            raise _refused(item, f"has no asset {keys[0]!r} for {band}")
-        if asset is None:
-            continue  # the source does not say which bands it has; a recipe that needs this one will miss it
+def _assets(item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset]) -> Iterable[tuple[str, pystac.Asset]]:
+    """Band -> its asset in the project's own terms. A recipe misses a band that a source does not promise and an item lacks."""
+    lacking = [band for band in source.assets if band not in assets]
+    if lacking:
+        raise _refused(item, f"has no asset {source.assets[lacking[0]]!r} for {lacking[0]}")
+    for band, asset in assets.items():
         size = source.resolution_m.get(band) or _pixel_size(asset) or NATIVE_M[band]
-        told = asset.extra_fields
-        shape = [int(n) for n in told.get("proj:shape") or item.properties.get("proj:shape") or [_TILE_M // size] * 2]
-        fields = {"gsd": size, "file:size": int(told.get("file:size") or 0), "proj:shape": shape}
+        shape = _shape(asset.extra_fields) or _shape(item.properties) or [_TILE_M // size] * 2
+        stored_bytes = number(asset.extra_fields.get("file:size")) or 0
+        fields = {"gsd": size, "file:size": max(round(stored_bytes), 0), "proj:shape": shape}
         yield (
             band,
             pystac.Asset(
-                _unsigned(asset.get_absolute_href() or asset.href),
+                _unsigned(asset.href if "://" in asset.href else asset.get_absolute_href() or asset.href),
                 media_type=asset.media_type,
                 roles=asset.roles,
                 extra_fields=fields,
@@ -188,33 +272,65 @@ def _assets(item: pystac.Item, source: Source) -> Iterable[tuple[str, pystac.Ass
 
 def _unsigned(href: str) -> str:
     """The href without what signs it: signatures are made when a file is read, and never kept."""
-    parts = urlsplit(href)
-    if not parts.query:
+    if "?" not in href:
         return href
+    parts = urlsplit(href)
     kept = [(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not _SIGNS.fullmatch(k)]
     return urlunsplit(parts._replace(query=urlencode(kept)))
 
 
+def number(value: object) -> float | None:
+    """The finite number that a field holds, also as text; None for null, NaN, infinity and anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _numbers(value: object) -> list[float]:
+    """The numbers of a list; empty if it is no list, or one of them is unknown."""
+    listed = [number(v) for v in value] if isinstance(value, list | tuple) else []
+    finite = [n for n in listed if n is not None]
+    return finite if len(finite) == len(listed) else []
+
+
+def _shape(fields: Mapping[str, Any]) -> list[int]:
+    """Rows and columns of `proj:shape`; empty if they are unknown."""
+    sides = [round(n) for n in _numbers(fields.get("proj:shape"))]
+    return sides if len(sides) == 2 and min(sides) > 0 else []
+
+
+def _cloud_cover(item: pystac.Item) -> float | None:
+    """Percent of the tile; None if it is unknown, which recipes let through: the mask sees the clouds."""
+    share = number(item.properties.get("eo:cloud_cover"))
+    return share if share is not None and 0 <= share <= 100 else None
+
+
 def _first(item: pystac.Item, *names: str) -> str:
-    return next((str(item.properties[n]) for n in names if item.properties.get(n)), "")
+    """The first of these properties that is known, as text; empty if none is."""
+    listed = [str(item.properties.get(name, "")).strip() for name in names]
+    return next((text for text in listed if text.lower() not in _UNKNOWN), "")
 
 
 def _product(item: pystac.Item) -> str:
     """The product's name, S2A_MSIL2A_<start>_N<baseline>_R<orbit>_T<tile>_<made>; empty where the item does not tell."""
-    uri = _first(item, "s2:product_uri")
+    uri = _first(item, "s2:product_uri", "sentinel:product_id")
     return uri or (item.id if item.id.startswith("S2") and "_MSIL" in item.id else "")
 
 
 def _baseline(item: pystac.Item) -> str:
     """NN.NN, from the properties or from the product's name (`_N0500_`)."""
-    stated = re.fullmatch(r"(\d{1,2})\.(\d{1,2})", _first(item, "s2:processing_baseline", "processing:version"))
+    stated = re.fullmatch(
+        r"(\d{1,2})\.(\d{1,2})", _first(item, "s2:processing_baseline", "sentinel:processing_baseline", "processing:version")
+    )
     named = re.search(r"_N(\d\d)(\d\d)_", _product(item))
     # 4.0 and 05.00 are both in use.
     if stated and named and f"{stated[1]:0>2}{stated[2]:0<2}" != named[1] + named[2]:
         raise _refused(item, f"says baseline {stated[0]}, and its product's name N{named[1]}{named[2]}")
     baseline = f"{stated[1]:0>2}.{stated[2]:0<2}" if stated else f"{named[1]}.{named[2]}" if named else ""
-    if baseline >= "99":
-        raise _refused(item, f"baseline {baseline} marks a provider's own reprocessing, which is to be withdrawn")
     if not baseline:
         raise _refused(
             item, "names no processing baseline NN.NN, so whether its pixels carry the offset of -1000 cannot be told"
@@ -222,11 +338,58 @@ def _baseline(item: pystac.Item) -> str:
     return baseline
 
 
-def _offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
+def _offset(item: pystac.Item, baseline: str, source: Source, assets: Mapping[str, pystac.Asset]) -> tuple[int, str]:
     """What to add to the pixels, and why. What the item declares as raster offset is not asked: it is wrong where applied."""
+    declared = _declared_offsets(assets)
+    if baseline >= "99":
+        return _own_offset(item, baseline, source.offset, set(declared.values()))
+    offset, reason = _ruled_offset(item, baseline, source.offset)
+    odd = {band: value for band, value in declared.items() if value not in (0, source.offset.value, offset)}
+    if odd:
+        shown = ", ".join(f"{value} for {band}" for band, value in odd.items())
+        log.warning("item %s: declares offset %s; the rule of source %s gives %d", item.id, shown, source.id, offset)
+        reason += f"; the item declares {shown}"
+    return offset, reason
+
+
+def _declared_offsets(assets: Mapping[str, pystac.Asset]) -> dict[str, int]:
+    """Band -> what its asset says is to be added to digital numbers, where it says so."""
+    found = {band: _declared_offset(asset) for band, asset in assets.items() if band != SCL}
+    return {band: offset for band, offset in found.items() if offset is not None}
+
+
+def _declared_offset(asset: pystac.Asset) -> int | None:
+    """The raster offset of an asset, in digital numbers; None if it declares none."""
+    for fields in (asset.extra_fields, *_bands(asset)):
+        offset, scale = (_first_number(fields, f"raster:{name}", name) for name in ("offset", "scale"))
+        if offset is not None:
+            # Without a scale, what is so small can only be reflectance.
+            return round(offset / (scale or (1e-4 if abs(offset) < 10 else 1)))
+    return None
+
+
+def _first_number(fields: Mapping[str, Any], *names: str) -> float | None:
+    return next((n for n in (number(fields.get(name)) for name in names) if n is not None), None)
+
+
+def _own_offset(item: pystac.Item, baseline: str, rule: Offset, declared: set[int]) -> tuple[int, str]:
+    """What to add to a product of one's own Sen2Cor, whose offset depends on its version and on the Level-1C it was given."""
+    marks = f"baseline {baseline} marks a product of one's own Sen2Cor"
+    if rule.own is None:
+        way = "write own (-1000, 0 or declared) into the offset of its source"
+        raise _refused(item, f"{marks}, and no rule tells which offset its pixels carry: {way}")
+    if isinstance(rule.own, int):
+        return rule.own, f"{marks}; its source gives {rule.own}"
+    if len(declared) != 1:
+        shown = ", ".join(map(str, sorted(declared))) or "none"
+        raise _refused(item, f"{marks}: expected one raster offset declared for all its bands, found {shown}")
+    return min(declared), f"{marks}; it declares {min(declared)}"
+
+
+def _ruled_offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
     if baseline < rule.from_baseline:
         return 0, f"baseline {baseline} is older than {rule.from_baseline}"
-    if rule.applied_flag and item.properties.get(rule.applied_flag) is True:
+    if rule.applied_flag and _first(item, rule.applied_flag).lower() in ("true", "1", "1.0"):
         return 0, f"baseline {baseline}, {rule.applied_flag} is true"
     flag = f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}" if rule.applied_flag else ""
     return rule.value, f"baseline {baseline} from {rule.from_baseline} on{flag}"
@@ -235,8 +398,8 @@ def _offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
 def _tile(item: pystac.Item) -> str:
     tile = _first(item, "s2:mgrs_tile", "grid:code")
     if not tile:
-        parts = [str(item.properties.get(f"mgrs:{p}", "")) for p in ("utm_zone", "latitude_band", "grid_square")]
-        tile = "".join(parts)
+        parts = [_first(item, f"mgrs:{p}", f"sentinel:{p}") for p in ("utm_zone", "latitude_band", "grid_square")]
+        tile = "".join([parts[0].removesuffix(".0"), *parts[1:]])  # tables make 32.0 of a zone
     named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
     tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
     match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
@@ -245,10 +408,9 @@ def _tile(item: pystac.Item) -> str:
     return f"{int(match.group(1)):02d}{match.group(2)}"
 
 
-def _projection(item: pystac.Item, source: Source, tile: str) -> str:
+def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) -> str:
     """EPSG:NNNNN of the item or its assets, as code, WKT or PROJJSON; they and the tile must agree, which has only one."""
-    keys = {k for band in source.bands() for k in ([source.assets[band]] if band in source.assets else ASSET_KEYS[band])}
-    shown: list[Mapping[str, Any]] = [item.properties, *(item.assets[k].extra_fields for k in keys if k in item.assets)]
+    shown: list[Mapping[str, Any]] = [item.properties, *(asset.extra_fields for asset in assets)]
     said = {code for fields in shown for code in _codes(fields)}
     of_tile = f"EPSG:{32600 + 100 * (tile[2] < 'N') + int(tile[:2])}"
     if said - {of_tile}:
@@ -275,18 +437,28 @@ def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
 def _orbit(item: pystac.Item) -> int | None:
     """Relative orbit, 1..143."""
     named = re.search(r"_R(\d{3})_", _product(item))
-    stated = _first(item, "sat:relative_orbit") or (named[1] if named else "")
-    return int(stated) if stated.isdigit() else None
+    stated = number(item.properties.get("sat:relative_orbit"))
+    if stated is not None:
+        return round(stated)
+    return int(named[1]) if named else None
 
 
 def _pixel_size(asset: pystac.Asset) -> int | None:
-    fields = asset.extra_fields
-    if fields.get("proj:transform"):
-        return round(abs(float(fields["proj:transform"][0])))
-    bands = [*(fields.get("raster:bands") or []), *(fields.get("bands") or [])]
-    stated = [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
+    fields, bands = asset.extra_fields, _bands(asset)
+    transform = _numbers(fields.get("proj:transform"))
+    width = abs(transform[0]) if transform else 0.0
+    if width >= 1:
+        return round(width)
+    stated: list[object] = [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
     stated += [*(b.get("raster:spatial_resolution") for b in bands), *(b.get("gsd") for b in bands), fields.get("gsd")]
-    return next((round(float(s)) for s in stated if s), None)
+    sizes = (round(abs(number(s) or 0.0)) for s in stated)
+    return next((size for size in sizes if size), None)
+
+
+def _bands(asset: pystac.Asset) -> list[Mapping[str, Any]]:
+    """What an asset says of its bands, in the terms of STAC 1.0 and of STAC 1.1."""
+    listed = [asset.extra_fields.get(name) for name in ("raster:bands", "bands")]
+    return [band for bands in listed if isinstance(bands, list | tuple) for band in bands if isinstance(band, Mapping)]
 
 
 def _generated(item: pystac.Item) -> str:
