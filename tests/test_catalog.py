@@ -11,7 +11,17 @@ import pytest
 from shapely.geometry import GeometryCollection, MultiPoint, Point, Polygon, box
 
 from minecube import catalog
-from minecube.catalog import BANDS, load_models, load_recipes, load_sites, load_sources, safe_name, same_names
+from minecube.catalog import (
+    BANDS,
+    HazeTest,
+    as_dict,
+    load_models,
+    load_recipes,
+    load_sites,
+    load_sources,
+    safe_name,
+    same_names,
+)
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
 
@@ -316,3 +326,9 @@ def test_the_areas_of_a_collection_are_kept(tmp_path, caplog):
     assert "site a: the areas of its collection were kept, left out: 1 LineString, 2 Point" in caplog.text
     with pytest.raises(CatalogError, match="expected a polygon, found GeometryCollection"):
         load_sites(sites_file(tmp_path, [GeometryCollection([Point(13, 50)])], id=["a"]))
+
+
+def test_fields_that_came_later_change_no_hash_where_they_are_unset():
+    """Stores keep the recipe they were made with; `haze` of the first ones has two fields."""
+    assert as_dict(HazeTest()) == {"excess": 0.025, "window_m": 60}
+    assert as_dict(HazeTest(date_excess=0.0125))["date_excess"] == 0.0125

@@ -17,6 +17,7 @@ from minecube.errors import CatalogError
 from minecube.grid import grid_of
 from minecube.reader import Ledger
 from minecube.scenes import offsets
+from minecube.scenes.looks import look_at
 
 LEFT, TOP = 360000, 5600040
 RECIPE = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=120, chunk_px=60)
@@ -127,7 +128,7 @@ def test_checks_are_planned(listed, site):
         planned = plan.estimate(listed, grid, recipe)
         assert planned.checks == 3 * repeats
         looks = Ledger()
-        offsets.check_offsets(listed, grid, looks)
+        offsets.check_offsets(listed, look_at(listed, grid, looks))
         if registration:
             registering.shifts(listed, grid, looks)
         made = looks.totals()["planned"]

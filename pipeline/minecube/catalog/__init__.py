@@ -98,6 +98,8 @@ FIRST_YEAR = 2015
 MARGIN_M = 1000
 """Default margin around polygons of a user's file. Polygons of mines show neither growth nor ground that is no mine."""
 LARGEST_MARGIN_M = 100_000
+_ADDED = ("date_excess",)
+"""Fields that the first stores do not have: not written where they are unset, so that the hashes of those stores hold."""
 _SUGGESTED = 8
 """Names that an error lists, at most."""
 _LONGEST = 60
@@ -444,7 +446,11 @@ def pick(known: Mapping[str, T], name: str, what: str) -> T:
 
 def as_dict(value: Any) -> dict[str, Any]:
     """A catalogue value as plain JSON types, for provenance and hashing."""
-    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(value)))
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(value, dict_factory=_written)))
+
+
+def _written(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if name not in _ADDED or value is not None}
 
 
 def _plain(value: Any) -> Any:

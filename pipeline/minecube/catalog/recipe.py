@@ -89,7 +89,7 @@ class HazeTest:
     """By how much blue - red / 2 exceeds the pixel's own lower quartile of the year; reflectance."""
     window_m: int = 60
     """Side of the window over which the excess is averaged."""
-    date_excess: float | None = 0.0125
+    date_excess: float | None = None
     """The median excess over a whole date above which it is under thin cloud, and below which SCL's cirrus is none; None asks
     about no date."""
 
