@@ -44,7 +44,19 @@ from scipy import ndimage
 from shapely.geometry import box, mapping
 
 from minecube import report, scenes
-from minecube.catalog import BANDS, NATIVE_M, SCL, Access, BestPixel, MaskRule, Recipe, load_recipes, load_sites, load_sources
+from minecube.catalog import (
+    BANDS,
+    NATIVE_M,
+    SCL,
+    Access,
+    BestPixel,
+    MaskRule,
+    Recipe,
+    Registration,
+    load_recipes,
+    load_sites,
+    load_sources,
+)
 from minecube.cli.common import table
 from minecube.composite import composite, masks, reducers, registration
 from minecube.composite.needs import days_of, in_mosaic_order
@@ -457,23 +469,37 @@ def two_workers(folder: Path, say: Say) -> dict[str, Any]:
 def quality(place: Path, picture: Path | None, say: Say) -> dict[str, Any]:
     """Every reducer, what others would run, and the recipe with each of its steps switched off."""
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
-    simulate(sites, place / "world", World(years=YEARS, one_style_per_site=True))
-    years = site_years(place / "world", sites)
+    worlds = {
+        "simulated world": World(years=YEARS, one_style_per_site=True),
+        "world whose scene classification errs by whole dates": World(years=YEARS, one_style_per_site=True, scl_errors=True),
+        "world whose scenes lie metres beside each other": World(years=YEARS, one_style_per_site=True, shifts=True),
+    }
+    measured = {}
+    for number, (name, world) in enumerate(worlds.items()):
+        simulate(sites, place / str(number), world)
+        years = site_years(place / str(number), sites)
+        measured[name] = _scored(years, name, say)
+        if picture and not number:
+            draw(next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1]), picture)
+    plain, *_ = measured.values()
+    return {"quality": measured, "residual_cloud_pct": max(plain[name]["cloud_pct"] for name in REDUCERS)}
+
+
+def _scored(years: Sequence[SiteYear], world: str, say: Say) -> dict[str, dict[str, float]]:
+    """The scores of every way, printed as a table."""
     measured = {name: scores([measure(year, way(year)) for year in years]) for name, way in WAYS.items()}
     rows = [
         (name, *(f"{v:.4f}" if k.startswith("rmse") else f"{v:.3f}" for k, v in found.items()))
         for name, found in measured.items()
     ]
     say(
-        f"Against the truth of {len(years)} site-years of the simulated world",
+        f"Against the truth of {len(years)} site-years of the {world}",
         table(("", "RMSE", "on the mine", "elsewhere", "bright %", "cloud %", "cloud % of mine", "dark %", "holes %"), rows)
         + "\nbright: blue more than 0.03 above the truth; cloud: and as much above the median of the truly clear observations,"
         "\nwhich has those by its scenes' displacement alone, or, where one day is chosen, and that day not clear there;"
         "\ndark: red 0.01 and B08 0.04 below the truth, as in a shadow; holes: empty although a clear observation existed",
     )
-    if picture:
-        draw(next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1]), picture)
-    return {"quality": measured, "residual_cloud_pct": max(measured[name]["cloud_pct"] for name in REDUCERS)}
+    return measured
 
 
 def draw(year: SiteYear, path: Path) -> None:
@@ -665,7 +691,9 @@ def _ways() -> dict[str, Callable[[SiteYear], xr.Dataset]]:
         "shadow opened, too": dataclasses.replace(best, mask=tuple(_opened(r) if r.classes == (3,) else r for r in best.mask)),
         "no opening": dataclasses.replace(best, mask=tuple(_opened(r, 0) for r in best.mask)),
         "no shadow rule": dataclasses.replace(best, mask=tuple(r for r in best.mask if r.classes != (3,))),
+        "no date test": dataclasses.replace(best, haze=dataclasses.replace(best.haze, date_excess=None) if best.haze else None),
         "no registration": dataclasses.replace(best, registration=None),
+        "scenes beyond half a pixel left out": dataclasses.replace(best, registration=Registration(most_px=0.5, beyond="drop")),
         "no fallback": dataclasses.replace(best, fallback=()),
         "K = 6": dataclasses.replace(best, max_clear_observations=6),
     }

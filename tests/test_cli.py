@@ -389,7 +389,7 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
 
     for beside_m in (0.0, 20.0):
         monkeypatch.setattr(building.registration, "shifts", functools.partial(accused, beside_m))
-        recipe = dataclasses.replace(load_recipes()["naive-median"], registration=Registration())
+        recipe = dataclasses.replace(load_recipes()["naive-median"], registration=Registration(most_px=0.5, beyond="drop"))
         job = building.Job(store=str(tmp_path / f"{beside_m}"), sources=(source,), recipe=recipe, snapshots=tmp_path)
         (made,) = building.build(job, sites, [2020])
         assert made.state == "built"

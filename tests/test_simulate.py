@@ -452,6 +452,51 @@ def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(plac
     assert np.sqrt(np.square(off).mean()) / 1e4 < 0.01
 
 
+def test_errors_of_scene_classifications(place: Site) -> None:
+    """Class 7 is mostly cloud; one date is veiled unseen; on the clearest, most of the clear ground is called cirrus."""
+    grid = grid_of(place)
+    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
+    ground = ground_of(land_of(grid, canvas, draw), 2021)
+    passes = [p for p in overpasses(draw, 13.0, 2021, 22, 2, scl_errors=True) if not p.snow]
+    unclassified = []
+    for overpass in passes:
+        seen = observe(draw, grid, canvas, ground, overpass)
+        height, width = seen.scl.shape
+        cloudy = seen.contaminated.reshape(height, 2, width, 2).any(axis=(1, 3))
+        unclassified.append(cloudy[seen.scl == 7])
+        if overpass.unseen_cirrus:
+            clear = np.isin(seen.scl, (2, 4, 5, 6))
+            assert clear.sum() > 0.9 * (seen.scl != 0).sum()
+            assert cloudy[clear].mean() > 0.8
+            counts = seen.counts["B02"].astype(float), seen.counts["B04"].astype(float)
+            streaks = [np.diff(c, axis=0).ravel() for c in counts]  # along the track, where bands see them apart
+            assert np.corrcoef(*streaks)[0, 1] < 0.9
+        if overpass.false_cirrus:
+            cirrus = seen.scl == 10
+            assert 0.4 < cirrus.sum() / (seen.scl != 0).sum() < 0.7
+            assert cloudy[cirrus].mean() < 0.1
+            assert overpass.cover == min(p.cover for p in passes if p.orbit == overpass.orbit)
+    assert np.concatenate(unclassified).mean() > 0.9
+    assert sum(p.unseen_cirrus for p in passes) == sum(p.false_cirrus for p in passes) == 1
+
+
+def test_scenes_lie_beside_each_other(place: Site) -> None:
+    """About 6 m off until 2021, about 2 m afterwards: as a Taylor series of the ground tells."""
+    grid = grid_of(place)
+    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
+    off: dict[int, list[float]] = {}
+    for year in (2020, 2022):
+        ground = ground_of(land_of(grid, canvas, draw), year)
+        for overpass in [p for p in overpasses(draw, 13.0, year, 22, 0, shifts=True) if p.cover < 0.03]:
+            seen = observe(draw, grid, canvas, ground, overpass).counts["B04"] / 1e4
+            clean = ground.reflectance(ground.patches.spectra(overpass.day.timetuple().tm_yday)[:, BANDS.index("B04")])
+            slopes = np.stack([slope.ravel() for slope in np.gradient(clean)], axis=1)
+            shift, *_ = np.linalg.lstsq(slopes, (seen - clean).ravel(), rcond=None)
+            off.setdefault(year, []).append(10 * float(np.hypot(*shift)))
+    assert 3 < np.median(off[2020]) < 10
+    assert np.median(off[2022]) < 4
+
+
 def test_footprint_is_the_outline_by_pixel_centre(world: Path, truth: xr.Dataset) -> None:
     outlines = gpd.read_parquet(world / "truth_footprints.parquet")
     assert outlines.crs == "EPSG:4326"

@@ -147,9 +147,9 @@ class BestPixel:
 class Registration:
     """What is done about scenes that lie beside the others."""
 
-    most_px: float = 0.5
+    most_px: float = 0.75
     """Shift in 10 m pixels beyond which `beyond` applies."""
-    beyond: str = "drop"
+    beyond: str = "shift"
     """record, drop, or shift it back."""
 
     def __post_init__(self) -> None:
