@@ -15,10 +15,12 @@ from pathlib import Path
 
 import obstore.exceptions
 import pytest
+import zarr
 from obstore.store import from_url
 
 from minecube import cube
 from minecube.cube import locks
+from minecube.cube.store import begin_group
 from minecube.errors import BusyError
 
 
@@ -218,3 +220,18 @@ def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, m
     # The first run's blocks are left, apart from the cube. The scene list of these builds is no Parquet.
     wrong = [f.what for f in cube.verify(store).findings if f.kind != "unfinished"]
     assert wrong == ["builds/2020/scenes"]
+
+
+def test_two_sites_of_a_fresh_store_are_created_at_once(tmp_path, monkeypatch):
+    """Each has a lock of its own, and both make the group above them: the second finds it made since Zarr looked."""
+    path, open_group = str(tmp_path / "cubes.zarr"), zarr.open_group
+
+    def overtaken(target, *, path, mode, **options):
+        if not path and mode == "a":
+            zarr.create_group(target)  # the other run
+            zarr.create_group(target)  # Zarr's own, which looked before
+        return open_group(target, path=path, mode=mode, **options)
+
+    monkeypatch.setattr(zarr, "open_group", overtaken)
+    begin_group(path, "pit", {"title": "mine"})
+    assert open_group(path, path="pit", mode="r").attrs["title"] == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -223,7 +224,8 @@ def begin_group(store: str, path: str, attributes: Mapping[str, Any]) -> None:
     need_writable(store)
     target = zarr_store(store)
     parent = path.rpartition("/")[0]
-    zarr.open_group(target, path=parent, mode="a", use_consolidated=False)
+    with contextlib.suppress(zarr.errors.ContainsGroupError):  # another run has made it since Zarr looked
+        zarr.open_group(target, path=parent, mode="a", use_consolidated=False)
     try:
         group = group_at(store, path, "r+")
     except CubeError:  # damaged
