@@ -327,8 +327,10 @@ class Campaign:
             found["damaged"] += [str(f) for f in report.findings if f.kind != "stale"]
         found["damaged"] += [f"{name} is of no command" for name, value in seen.items() if value not in known.values(name)]
         found["lost"] += [name for name in known.before if name not in seen and None not in known.values(name)]
-        if all(one.code for one in ended):
-            found["lost"].append(f"both failed: {ended}")
+        # Two builds may each leave a year to the other, and say so: nothing is lost if each is there.
+        lacking = [n for which in (0, 1) for n, values in known.wanted(which).items() if seen.get(n) not in values]
+        if lacking and all(one.code for one in ended):
+            found["lost"].append(f"both failed, without {lacking}: {ended}")
         for which, one in enumerate(ended):
             wrong = {name for name, values in known.wanted(which).items() if seen.get(name) not in values}
             if one.code == 0 and wrong:
