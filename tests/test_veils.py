@@ -81,10 +81,11 @@ def test_too_few_pixels_or_dates_tell_nothing():
     assert veils.judge(haze[:, :0], scl[:, :0], MOST) == ["", ""]
 
 
-def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make):
+@pytest.mark.parametrize("cirrus_masked", [True, False])
+def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make, cirrus_masked):
     """Of three dates: one veiled, one of which SCL calls all cirrus, and one of cloud; at the right edge the veiled alone."""
     grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 300, TOP + 300, 120, 120)
-    mask = (MaskRule(classes=(8, 9)), MaskRule(classes=(10,)))
+    mask = (MaskRule(classes=(8, 9)), MaskRule(classes=(10,))) if cirrus_masked else (MaskRule(classes=(8, 9)),)
     recipe = Recipe(id="t", title="t", bands=("B04", "B11"), mask=mask, block_px=48, chunk_px=48)
     scl = np.full((60, 60), CIRRUS, np.uint8)
     scl[:, 35:] = 0

@@ -30,6 +30,8 @@ CELL = 4
 """Pixels a side of the cells on which the surroundings of bright ground are looked at: 80 m, against windows of 600 m."""
 CLEAR, UNUSABLE = 1, 255
 _CLOUD, _NODATA = (8, 9), 0
+VEILED = 12
+"""A class that SCL lacks: clear ground of a date that is under thin cloud as a whole. All recipes take it for thin cloud."""
 _CLEAR_CLASSES, _BARE, _CIRRUS = (2, 4, 5, 6, 7), 5, 10
 
 
@@ -58,11 +60,17 @@ def mosaic(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
 
 
 def corrected(scl: UInt8, error: str | None) -> UInt8:
-    """The classes of a scene whose SCL errs as a whole: of one that is `veiled`, what is clear is thin cirrus; of one with
-    `no cirrus`, cirrus is bare ground."""
+    """The classes of a scene whose SCL may err as a whole.
+
+    Args:
+        scl: uint8 [y, x].
+        error: `veiled` makes clear ground `VEILED`, `no cirrus` makes cirrus bare ground; None changes nothing.
+    """
     if error == "veiled":
-        return np.where(_among(scl, _CLEAR_CLASSES), np.uint8(_CIRRUS), scl)
-    return np.where(scl == _CIRRUS, np.uint8(_BARE), scl) if error == "no cirrus" else scl
+        return np.where(_among(scl, _CLEAR_CLASSES), np.uint8(VEILED), scl)
+    if error == "no cirrus":
+        return np.where(scl == _CIRRUS, np.uint8(_BARE), scl)
+    return scl
 
 
 def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int], opinion: UInt8 | None = None) -> UInt8:
@@ -82,7 +90,8 @@ def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[i
     ground = persistently_bright(scl, recipe.bright_override) if recipe.bright_override else None
     out = np.empty_like(scl)
     for day, layer in enumerate(scl):  # day by day, so that memory is that of the result
-        hidden, grown = np.zeros_like(observed[day]), np.zeros_like(observed[day])
+        hidden = layer == VEILED
+        grown = hidden.copy()
         for rule in (r for r in recipe.mask if months[day] in r.months):
             flagged = _among(layer, rule.classes)
             if ground is not None:

@@ -118,7 +118,7 @@ def shifts(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = 
 
 
 def registered(scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Registration) -> list[pystac.Item]:
-    """The scenes to go on with: those beyond the rule kept, left out or marked to be read where they lie, with a warning.
+    """The scenes to go on with: those beyond the rule are kept, left out or marked to be read where they lie; the log names them.
 
     Those marked are copies that carry `SHIFT`. Both axes and all bands move by exactly that, which no file's pixels are
     multiples of, so that they are resampled: whole pixels, which a band of 20 m has every 20 m, could leave 10 m of it.
@@ -129,7 +129,8 @@ def registered(scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Regi
         if shift.distance_m <= rule.most_px * PIXEL_M:
             kept.append(scene)
             continue
-        log.warning("%s (%s)", shift, done)
+        # Metres are usual until 2021, and mended by a shift.
+        log.log(logging.INFO if rule.beyond == "shift" else logging.WARNING, "%s (%s)", shift, done)
         if rule.beyond == "record":
             kept.append(scene)
         elif rule.beyond == "shift":

@@ -233,8 +233,9 @@ def note_incomplete(store: str, site_id: str) -> None:
 
 
 def run_of(provenance: Mapping[str, Any]) -> str:
-    """What blocks of one year must have in common: the build, and what became of scenes whose offset or place is in doubt."""
-    resolved: list[Any] = [provenance.get(name) for name in ("on_offset_conflict", "offset_conflicts", "shifts")]
+    """What blocks of one year must have in common: the build, and what became of scenes in doubt."""
+    doubts = ("on_offset_conflict", "offset_conflicts", "scl_errors", "shifts")
+    resolved: list[Any] = [provenance.get(name) for name in doubts]
     resolved += [[scene["id"], scene["source"]] for scene in provenance["scenes"] if COPY_OF in scene]
     return hashlib.sha256(json.dumps([build_id(provenance), resolved], sort_keys=True).encode()).hexdigest()[:16]
 

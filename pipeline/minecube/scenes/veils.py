@@ -32,11 +32,11 @@ SCL_IS = "minecube:scl"
 _CIRRUS = 10
 _LEAST = 0.2  # share of the observed pixels that must be called cirrus before one asks whether they are
 _ENOUGH, _LOOKS = 50, 3  # pixels that tell, each clear in so many scenes
-_MEANT = {"veiled": "thin cloud lies over what SCL calls clear", "no cirrus": "what SCL calls cirrus is clear"}
+_MEANT = {"veiled": "SCL misses thin cloud over the whole scene", "no cirrus": "SCL calls clear ground cirrus"}
 
 
 def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[pystac.Item]:
-    """The scenes, those whose classification errs as a whole as copies that say how (`SCL_IS`), each with a warning."""
+    """The scenes, those whose classification errs as a whole as copies that say how (`SCL_IS`), each with a line in the log."""
     verdicts = [""] * len(scenes)
     if {"B02", "B04"} <= set(look.bands) and rule.date_excess and scenes:
         offsets = np.array([scene.properties["minecube:offset"] for scene in scenes], np.float32)
@@ -45,7 +45,7 @@ def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[py
     done = []
     for scene, verdict in zip(scenes, verdicts, strict=True):
         if verdict:
-            log.warning("%s: %s, over the whole scene", scene.id, _MEANT[verdict])
+            log.info("%s: %s (mended)", scene.id, _MEANT[verdict])
             marked = scene.clone()
             marked.properties[SCL_IS] = verdict
             done.append(marked)
