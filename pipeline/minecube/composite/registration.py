@@ -118,7 +118,7 @@ def shifts(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = 
 
 
 def registered(scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Registration) -> list[pystac.Item]:
-    """The scenes to go on with: those beyond the rule are kept, left out or marked to be read where they lie; the log names them.
+    """Keep the scenes beyond the rule, leave them out, or mark them to be read where they lie; the log names them.
 
     Those marked are copies that carry `SHIFT`. Both axes and all bands move by exactly that, which no file's pixels are
     multiples of, so that they are resampled: whole pixels, which a band of 20 m has every 20 m, could leave 10 m of it.
