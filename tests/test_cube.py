@@ -253,11 +253,22 @@ def test_a_stopped_run_commits_nothing_and_resumes(store, grid):
     np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
 
 
-def test_leftovers_of_another_build_are_not_resumed(store, grid):
-    """A killed build's shards are not taken for this one's."""
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"version": "0"},
+        {"on_offset_conflict": "fix"},
+        {"offset_conflicts": [{"scene": "a"}]},
+        {"scl_errors": [{"scene": "a", "scl": "veiled"}]},
+        {"shifts": [{"scene": "a", "dx_m": 9.0}]},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_leftovers_of_another_build_are_not_resumed(store, grid, other):
+    """A killed build's shards are not taken for this one's, nor for one in which scenes were judged otherwise."""
     old, new = year_of(grid, seed=1), year_of(grid, seed=2)
     with pytest.raises(StoppedError):
-        cube.write_year(store, failing_after(old, 9)[0], {**PROVENANCE, "version": "0"}, b"")
+        cube.write_year(store, failing_after(old, 9)[0], {**PROVENANCE, **other}, b"")
     assert cube.write_year(store, new, PROVENANCE, b"")
     np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), new.reflectance)
 

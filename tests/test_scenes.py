@@ -1400,6 +1400,20 @@ def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(archive, make
     assert len(fetched) == 4
 
 
+def test_a_row_without_a_time_is_refused_by_name(archive, make):
+    """Its year is unknown, so every search lists it: it is not lost."""
+    features = features_of(archive, make)
+    path = archive.root / "items.parquet"
+    write_features(features, path)
+    table = pq.read_table(path)
+    times = table["datetime"].to_pylist()
+    column = pa.array([None, *times[1:]], table.schema.field("datetime").type)
+    pq.write_table(table.set_column(table.column_names.index("datetime"), "datetime", column), path)
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert len(found.scenes) == 2
+    assert list(found.refused) == [features[0]["id"]]
+
+
 def test_times_as_text_and_files_without_boxes_or_links(archive, make, tmp_path):
     """As tools other than stac-geoparquet write them."""
     features = features_of(archive, make)
