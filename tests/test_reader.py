@@ -146,6 +146,15 @@ def test_what_is_not_valid_is_no_pixel_and_mixed_into_none(tmp_path, make, where
     assert expected.max() < 7777
 
 
+def test_a_defect_is_no_coarse_pixel_either(tmp_path, make):
+    """A third of the file is a defect as large as the coarse pixels."""
+    pixels = np.full((60, 60), 1400, np.uint16)
+    pixels[:, :20] = 65535
+    path = make.tif(tmp_path / "band.tif", pixels, make.grid(LEFT, TOP, 60, 60), nodata=None)
+    got = read(str(path), make.grid(LEFT, TOP, 6, 6, size=100), Resampling.nearest)
+    np.testing.assert_array_equal(got, np.broadcast_to([0, 0, 1400, 1400, 1400, 1400], (6, 6)))
+
+
 def test_the_brightest_number_that_is_valid(tmp_path, make):
     grid = make.grid(LEFT, TOP, 3, 1)
     path = make.tif(tmp_path / "band.tif", np.array([[32766, 32767, 32768]], np.uint16), grid)
