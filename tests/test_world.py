@@ -94,7 +94,7 @@ def test_each_step_of_the_mask_earns_its_place(world, without):
 
 
 def test_scenes_beside_each_other_cost_no_dates(tmp_path, make):
-    """Until 2021 scenes lie about 6 m off: the shipped recipe keeps all of them, and in a year of few is nearer to the truth."""
+    """Until 2021 scenes lie about 6 m off: the shipped recipe keeps them all, and in a year of few is nearer to the truth."""
     site = make.site("pit", 360000, 5600040, 120, 120)
     simulate([site], tmp_path / "w", World(years=(2020,), dates_per_year=7, styles=("earth-search",), shifts=True))
     truth = xr.open_zarr(tmp_path / "w" / "truth.zarr", group="pit", consolidated=False).load()
