@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import subprocess
 import sys
 import time
@@ -44,6 +45,16 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("no real data at ../shared/data")
     return REAL_DATA
+
+
+@pytest.fixture(autouse=True)
+def our_log() -> Iterator[None]:
+    """Undo what a command line of this process sets: the level and the handlers of minecube's log."""
+    ours = logging.getLogger("minecube")
+    level, handlers = ours.level, ours.handlers
+    yield
+    ours.setLevel(level)
+    ours.handlers = handlers
 
 
 @pytest.fixture

@@ -629,7 +629,6 @@ def test_a_file_of_the_same_size_that_changes(tmp_path, make, served):
 def test_a_redirect_shows_no_signature(band, caplog, served):
     folder, grid, pixels = band
     caplog.set_level("DEBUG")
-    caplog.set_level("DEBUG", logger="minecube")  # a command line that ran before has set its own
     with served(folder, "--redirect", "--fail", 0.3) as url:
         np.testing.assert_array_equal(read(f"{url}/B04.tif?sig=secret", grid), pixels)
     assert "Redirecting" in caplog.text
