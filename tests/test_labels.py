@@ -49,6 +49,12 @@ def centres(grid):
     return a.c + a.a * x, a.f + a.e * y
 
 
+def sampled(grid):
+    """Where `rasterize` looks at each pixel: a tenth of a millimetre beside its centre."""
+    x, y = centres(grid)
+    return x + 1e-4, y - 6.18e-5
+
+
 def as_mask(array, grid=GRID, years=(2020,)):
     coords = {"year": np.array(years), **xr_coords(grid)}
     return xr.DataArray(np.asarray(array, np.uint8).reshape(len(years), *grid.shape), coords, ("year", "y", "x"))
@@ -108,8 +114,7 @@ def test_any_polygon_is_decided_by_pixel_centres(corners):
     polygon = shapely.convex_hull(shapely.MultiPoint([(LEFT + x, TOP - y) for x, y in corners]))
     if polygon.geom_type != "Polygon" or not polygon.intersects(GRID.extent.geom):
         return
-    x, y = centres(GRID)
-    x, y = x + 1e-4, y - 6.18e-5  # a pixel is sampled a tenth of a millimetre beside its centre
+    x, y = sampled(GRID)
     decided = ~shapely.dwithin(polygon.boundary, shapely.points(x, y), 1e-6)  # rounding decides on the edge itself
     expected = shapely.contains_xy(polygon, x, y)
     assert np.array_equal(rasterize(table([polygon]), GRID, [2020]).values[0][decided], expected[decided])
@@ -588,7 +593,7 @@ def test_the_index_is_the_row_of_the_file(tmp_path):
 def test_rows_without_a_pixels_centre(drawn):
     shapes = [shapely.affinity.rotate(shapely.box(x, y, x + w, y + h), a) for x, y, w, h, a in drawn]
     shapes = [shapely.transform(shape, lambda xy: xy * [1, -1] + [LEFT, TOP]) for shape in shapes]
-    x, y = centres(GRID)
+    x, y = sampled(GRID)
     holds = [bool(shapely.contains_xy(shape, x, y).any()) for shape in shapes]
     assert rows_without_centre(table(shapes), GRID).tolist() == [n for n, some in enumerate(holds) if not some]
 
