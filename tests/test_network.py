@@ -174,9 +174,12 @@ def test_a_name_is_judged_by_its_address(no_dns):
 
 
 MALFORMED = ["http://[::1/x.zip", "http://files.example.org:port/x", "http://files.example.org:99999/x"]
+ENCODED = ["http://files%2eexample.org/x", "http://%a1/x"]
 
 
-@pytest.mark.parametrize("url", [*MALFORMED, "http://127.0.0.1\\@files.example.org/x", "http://files.example.org/a\\b"])
+@pytest.mark.parametrize(
+    "url", [*MALFORMED, *ENCODED, "http://127.0.0.1\\@files.example.org/x", "http://files.example.org/a\\b"]
+)
 def test_urls_that_libraries_read_differently_are_refused(url):
     for check in (lambda: check_href(url, PUBLIC), lambda: redirected("http://a.example.org/x", url, PUBLIC)):
         with pytest.raises(ForbiddenError):

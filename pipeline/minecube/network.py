@@ -85,10 +85,13 @@ def _parsed_host(url: str) -> str:
     from urllib3.util import parse_url  # only for remote files: the command line loads this module first
 
     try:
-        urlsplit(url)
-        return (parse_url(url).host or "").strip("[]")
+        written = urlsplit(url).netloc.rpartition("@")[2]
+        host = parse_url(url).host or ""
     except ValueError as error:
         raise ForbiddenError("expected a valid URL, found an invalid host or port") from error
+    if "%" in written and not written.startswith("["):  # some libraries decode it; in brackets it marks a zone
+        raise ForbiddenError(f"expected a host without percent signs, found {written}")
+    return host.strip("[]")
 
 
 def is_local(href: str) -> bool:
