@@ -1038,6 +1038,35 @@ def features_of(archive, make, n=3, **properties):
     return [archive.item(day, grid, {"B04": 1, "B11": 1}, **properties).to_dict(transform_hrefs=False) for day in days]
 
 
+def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, make):
+    """Nulls and nested lists included; times of another zone, which the library labels as UTC, are told in UTC."""
+    features = features_of(archive, make)
+    features[0]["properties"] |= {"created": "2020-07-06T01:02:03.456789Z", "eo:cloud_cover": None, "s2:lists": [[1, 2], []]}
+    features[1]["assets"].pop("B11")
+    features[1]["properties"]["none"] = None
+    write_features(features, tmp_path / "items.parquet")
+    library = list(stac_geoparquet.arrow.stac_table_to_items(pq.read_table(tmp_path / "items.parquet")))
+    read = find.read_items(tmp_path / "items.parquet")
+    for item, expected in zip(read, library, strict=True):
+        found = item.to_dict(include_self_link=False, transform_hrefs=False)
+        for name in ("id", "geometry", "assets"):
+            assert found[name] == expected[name]
+        times = {"datetime", "created"}
+        assert {k: v for k, v in found["properties"].items() if k not in times} == {
+            k: v for k, v in expected["properties"].items() if k not in times
+        }
+        assert item.datetime == pystac.utils.str_to_datetime(expected["properties"]["datetime"])
+        assert found["properties"]["created"] == expected["properties"]["created"]
+    assert read[0].properties["created"] == "2020-07-06T01:02:03.456789Z"
+    assert sorted(read[1].assets) == ["B04", "SCL"]
+
+    table = pq.read_table(tmp_path / "items.parquet")
+    there = table.column("datetime").cast(pa.timestamp("us", tz="Europe/Berlin"))
+    table = table.set_column(table.column_names.index("datetime"), "datetime", there)
+    pq.write_table(table, tmp_path / "berlin.parquet")
+    assert [i.datetime for i in find.read_items(tmp_path / "berlin.parquet")] == [i.datetime for i in read]
+
+
 @pytest.mark.parametrize("kind", AREAS)
 def test_footprints_of_every_type_that_has_an_area(archive, make, kind):
     """From a file and from an API; the area is that of the square, or of the two halves that a bow tie leaves."""

@@ -113,7 +113,7 @@ def search(site: Site, year: int, *sources: Source) -> Found:
             scene = _scene(feature, source)
             if isinstance(scene, str):
                 reasons[str(feature.get("id"))] = scene
-            elif over(scene, area):
+            else:
                 usable_here.append(scene)
         _log_refused(reasons)
         listed += len(usable_here) + len(reasons)

@@ -361,15 +361,22 @@ def _declared_offsets(assets: Mapping[str, pystac.Asset]) -> dict[str, int]:
 def _declared_offset(asset: pystac.Asset) -> int | None:
     """The raster offset of an asset, in digital numbers; None if it declares none."""
     for fields in (asset.extra_fields, *_bands(asset)):
-        offset, scale = (_first_number(fields, f"raster:{name}", name) for name in ("offset", "scale"))
-        if offset is not None:
-            # Without a scale, what is so small can only be reflectance.
-            return round(offset / (scale or (1e-4 if abs(offset) < 10 else 1)))
+        offset = _first_number(fields, "raster:offset", "offset")
+        if offset is None:
+            continue
+        # Without a scale, what is so small can only be reflectance.
+        unstated = 1e-4 if abs(offset) < 10 else 1
+        return round(offset / (_first_number(fields, "raster:scale", "scale") or unstated))
     return None
 
 
 def _first_number(fields: Mapping[str, Any], *names: str) -> float | None:
-    return next((n for n in (number(fields.get(name)) for name in names) if n is not None), None)
+    """The first of these fields that is a number; None if none is."""
+    for name in names:
+        found = number(fields.get(name))
+        if found is not None:
+            return found
+    return None
 
 
 def _own_offset(item: pystac.Item, baseline: str, rule: Offset, declared: set[int]) -> tuple[int, str]:
@@ -419,7 +426,7 @@ def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) ->
 
 
 def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
-    for name in ("proj:code", "proj:epsg"):
+    for name in {"proj:code", "proj:epsg"} & fields.keys():
         # EPSG:32632, 32632, 32632.0 from a table, urn:ogc:def:crs:EPSG::32632; "EPSG:None" is none.
         code = re.search(r"(\d{4,6})(?:\.0)?$", str(fields.get(name)))
         if code:
@@ -444,15 +451,17 @@ def _orbit(item: pystac.Item) -> int | None:
 
 
 def _pixel_size(asset: pystac.Asset) -> int | None:
-    fields, bands = asset.extra_fields, _bands(asset)
-    transform = _numbers(fields.get("proj:transform"))
-    width = abs(transform[0]) if transform else 0.0
-    if width >= 1:
-        return round(width)
-    stated: list[object] = [fields.get("raster:spatial_resolution"), *(b.get("spatial_resolution") for b in bands)]
-    stated += [*(b.get("raster:spatial_resolution") for b in bands), *(b.get("gsd") for b in bands), fields.get("gsd")]
-    sizes = (round(abs(number(s) or 0.0)) for s in stated)
-    return next((size for size in sizes if size), None)
+    """Metres a pixel, as an asset states them; None if it does not."""
+    fields = asset.extra_fields
+    transform = fields.get("proj:transform")
+    if isinstance(transform, list | tuple) and transform:
+        width = abs(number(transform[0]) or 0.0)
+        if width >= 1:
+            return round(width)
+    bands = _bands(asset)
+    stated = [_first_number(band, "spatial_resolution", "raster:spatial_resolution", "gsd") for band in bands]
+    sizes = (number(fields.get("raster:spatial_resolution")), *stated, number(fields.get("gsd")))
+    return next((round(abs(size)) for size in sizes if size and round(abs(size))), None)
 
 
 def _bands(asset: pystac.Asset) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -49,11 +50,20 @@ def to_bytes(scenes: Sequence[pystac.Item]) -> bytes:
 def _write(found: Found, path: Path, belongs: str = "") -> None:
     listed = [s.to_dict(include_self_link=False) for s in found.scenes]
     digested = _digest(listed)
-    stac_geoparquet.arrow.to_parquet(_table(listed), path)
-    table = pq.read_table(path)  # with the metadata that says it is GeoParquet, to which ours is added
     about = {"format": FORMAT, "belongs_to": belongs, "listed": found.listed, "refused": dict(found.refused)}
     about["sha256"] = digested
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, _KEY: json.dumps(about)}), path)
+    pq.write_table(_table(listed).replace_schema_metadata({**_geoparquet(), _KEY: json.dumps(about)}), path)
+
+
+@functools.cache
+def _geoparquet() -> dict[bytes, bytes]:
+    """What the library notes in a file by which readers know GeoParquet: the same for every list of scenes."""
+    bounds = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), 0.0)
+    place = pa.Table.from_pylist([{"geometry": shapely.to_wkb(shapely.Point(0, 0)), "bbox": bounds}])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "place.parquet"
+        stac_geoparquet.arrow.to_parquet(place, path)
+        return {key: value for key, value in pq.read_schema(path).metadata.items() if key != b"ARROW:schema"}
 
 
 def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
