@@ -553,7 +553,7 @@ def test_errors_that_are_explained():
     """By classes of the libraries themselves."""
     killed = KilledWorker("build_year-1", None, 3)
     assert "a worker died on it 4 times, most often for lack of memory; give each worker more memory" in explain(killed)
-    assert "the Dask scheduler is gone; what is committed is safe" in explain(CancelledError())
+    assert "the Dask scheduler is gone; committed site-years are safe" in explain(CancelledError())
     dump = "Generic S3 error: Error performing GET http://h/x in 1.7s, after 9 retries, max_retries: 9, retry_timeout: 9s  - no"
     said = explain(obstore.exceptions.GenericError(dump + "\n\nDebug source:\nGeneric {\n    store: 1\n}"))
     assert "(Generic S3 error: Error performing GET http://h/x - no)" in said
@@ -642,7 +642,7 @@ main()
         (
             f"train {STORE} --epochs 500 --out m.pt",
             3,
-            "the epochs that ended are kept, run the same command again with --resume",
+            "finished epochs are safe; run the same command again with --resume",
         ),
         ("demo --out new", 2, "remove the folder of --out"),
     ],
@@ -700,7 +700,7 @@ def test_a_scheduler_that_dies_is_one_sentence(world, tmp_path):
         for process in filter(None, (scheduler, build)):
             process.kill()
             process.wait()
-    told = "error: the Dask scheduler is gone; what is committed is safe, so start it and run the same command again\n"
+    told = "error: the Dask scheduler is gone; committed site-years are safe, so start it and run the same command again\n"
     assert (build.returncode, out, err) == (1, "", told)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "built" in again.stdout

@@ -670,7 +670,7 @@ def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
         process.communicate()
     assert time.monotonic() - start < 30
     assert build.returncode == 130, err
-    assert "interrupted; what is committed is safe" in err
+    assert "interrupted; committed years are safe" in err
     assert cube.builds(str(tmp_path / "new.zarr"), "pit") == {}
 
 

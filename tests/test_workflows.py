@@ -174,7 +174,7 @@ def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatc
         time.sleep(0.2)
         raise RuntimeError("no room")
 
-    with pytest.raises(WorkerError, match=r"a: RuntimeError: no room; what is committed is safe, run the same command again"):
+    with pytest.raises(WorkerError, match=r"a: RuntimeError: no room; committed maps are safe; run the same command again"):
         mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], "model", "it", None, "how")
     assert len(begun) <= 2
 

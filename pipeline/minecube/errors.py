@@ -40,7 +40,7 @@ class GoneError(LostReadError):
 
 
 class WorkerError(MinecubeError):
-    """A worker or the scheduler of a cluster died: what is committed is safe."""
+    """A worker or the scheduler of a cluster died. Committed site-years are safe."""
 
     exit_code = 1
 

@@ -24,33 +24,33 @@ from minecube.errors import MinecubeError
 log = logging.getLogger(__name__)
 
 INTERNAL_ERROR = 70
-"""Exit code of an error of minecube itself: EX_SOFTWARE of <sysexits.h>."""
+"""Exit code after a fault of minecube itself: EX_SOFTWARE of <sysexits.h>."""
 
-# Subcommand -> where it is, and its line in the list: `minecube --help` need not load a stage to show it.
+# Subcommand -> (module, summary). `minecube --help` shows the summaries without loading the modules.
 COMMANDS = {
-    "sites": ("minecube.cli.data", "List the sites of the catalogue, or of a file of your own."),
-    "simulate": ("minecube.cli.data", "Make a Sentinel-2 archive with known truth."),
-    "search": ("minecube.cli.survey", "Find the scenes of sites and years, and save the list."),
-    "audit": ("minecube.cli.survey", "Check what sources list of sites and years, against the satellites' orbits."),
-    "plan": ("minecube.cli.survey", "Say what a build would take, before a pixel is read."),
-    "release": ("minecube.cli.release", "Read the published EuroMineNet archive in place, audit it, write its like."),
+    "sites": ("minecube.cli.data", "List the sites of the catalogue or of a file."),
+    "simulate": ("minecube.cli.data", "Simulate a Sentinel-2 archive with known truth."),
+    "search": ("minecube.cli.survey", "Search the scenes of sites and years, and save the lists."),
+    "audit": ("minecube.cli.survey", "Compare what sources list with the passes expected from the orbits."),
+    "plan": ("minecube.cli.survey", "Estimate the requests, bytes, memory, time and cost of a build."),
+    "release": ("minecube.cli.release", "Import, audit or re-create the published EuroMineNet archive."),
     "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
-    "polygons": ("minecube.cli.polygons", "Say what is wrong with mine polygons, repair them, compare mappers."),
-    "label": ("minecube.cli.data", "Put mine polygons on the cubes' grids."),
+    "polygons": ("minecube.cli.polygons", "Check, repair and compare mine polygons."),
+    "label": ("minecube.cli.data", "Draw mine polygons on the grids of the cubes."),
     "models": ("minecube.cli.models", "List the networks, or show the card of one."),
     "train": ("minecube.cli.learn", "Train a network on labelled cubes."),
-    "predict": ("minecube.cli.predict", "Map mines, or how they change, over cubes with a trained network."),
-    "tracks": ("minecube.cli.tracks", "Smooth predictions through time: when mines opened, how fast they grow."),
-    "score": ("minecube.cli.score", "Score predictions against footprints."),
-    "bench": ("minecube.cli.bench", "Train, apply and score networks on one split, with the tables of it."),
-    "export": ("minecube.cli.results", "Write COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
-    "publish": ("minecube.cli.publish", "Keep releases of a store in Icechunk, and compare them."),
-    "verify": ("minecube.cli.verify", "Hold a store to what was written into it; say what to build again."),
-    "pack": ("minecube.cli.verify", "Put a store into one file, which opens in its place."),
-    "demo": ("minecube.cli.demo", "Run everything on a simulated world and score it against the truth."),
+    "predict": ("minecube.cli.predict", "Map mines or their changes with a trained network."),
+    "tracks": ("minecube.cli.tracks", "Smooth maps through time; date openings and growth."),
+    "score": ("minecube.cli.score", "Compare predictions with labels."),
+    "bench": ("minecube.cli.bench", "Train, apply and score several networks on one split."),
+    "export": ("minecube.cli.results", "Export COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
+    "publish": ("minecube.cli.publish", "Save releases of a store in Icechunk, and compare them."),
+    "verify": ("minecube.cli.verify", "Check a store against its checksums and list what to rebuild."),
+    "pack": ("minecube.cli.verify", "Pack a store into one read-only zip file."),
+    "demo": ("minecube.cli.demo", "Run the whole pipeline on a simulated world and score it."),
 }
 
-# Module that is not there -> what people call it, and the extra that brings it.
+# Missing module -> (display name, extra that installs it).
 EXTRAS = {
     "torch": ("PyTorch", "torch"),
     "icechunk": ("Icechunk", "publish"),
@@ -59,19 +59,19 @@ EXTRAS = {
     "transformers": ("transformers", "models"),
 }
 
-# Subcommand -> what to do once it was interrupted.
+# Subcommand -> what to do after an interruption.
 _AGAIN = "run the same command again"
 AFTER_INTERRUPT = {
-    "build": f"what is committed is safe, {_AGAIN} to go on",
-    "predict": f"what is committed is safe, {_AGAIN} to go on",
-    "bench": f"what is trained and mapped is kept, {_AGAIN} to go on",
-    "train": "the epochs that ended are kept, run the same command again with --resume to go on",
-    "demo": "it starts afresh each time, so remove the folder of --out before you run it again",
+    "build": f"committed years are safe; {_AGAIN} to resume",
+    "predict": f"committed years are safe; {_AGAIN} to resume",
+    "bench": f"finished models and maps are safe; {_AGAIN} to resume",
+    "train": f"finished epochs are safe; {_AGAIN} with --resume",
+    "demo": "remove the folder of --out before you run it again",
 }
 
 
 def _missing(error: ModuleNotFoundError, command: str) -> Exception:
-    """What to install; the error itself where the module is none that is left to choice."""
+    """Return an install hint for an optional package; return any other import error unchanged."""
     if error.name not in EXTRAS:
         return error
     package, extra = EXTRAS[error.name]
@@ -132,9 +132,9 @@ def _fail(ctx: click.Context, text: str, code: int) -> NoReturn:
 
 @click.group(cls=_Stages, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="minecube")
-@click.option("-v", "--verbose", is_flag=True, help="Say more: which scenes were refused and why, what is resumed.")
+@click.option("-v", "--verbose", is_flag=True, help="Print more: refused scenes with reasons, and what is resumed.")
 def cli(verbose: bool) -> None:
-    """Cloud-free annual Sentinel-2 cubes of mines, their footprints, and how they change.
+    """Build cloud-free annual Sentinel-2 cubes of mines, map the mines, and measure how they change.
 
     \b
     Example, the whole job on your own polygons:

@@ -57,24 +57,26 @@ class Split:
     "train_sites",
     required=True,
     callback=with_layer,
-    help="Sites to learn from: names, comma-separated, * allowed; or a file of polygons.",
+    help="Training sites: names, comma-separated, * allowed; or a file of polygons.",
 )
 @click.option(
-    "--valid", "valid_sites", required=True, callback=with_layer, help="Validation sites, likewise. They choose the best epoch."
+    "--valid",
+    "valid_sites",
+    required=True,
+    callback=with_layer,
+    help="Validation sites, named like --train. Their F1 chooses the best epoch.",
 )
 @click.option(
     "--test",
     "test_sites",
     required=True,
     callback=with_layer,
-    help="Sites to map and to score, likewise. No network has seen them.",
+    help="Test sites, named like --train. They are mapped and scored, and never trained on.",
 )
 @sites_layer_option("--layer", "--sites-layer")
 @catalog_option
-@click.option("--models", "wanted", default="*-small", show_default=True, help="Networks to train, by name.")
-@click.option(
-    "--preset", "preset_id", default="cpu", show_default=True, help="How to train the networks (catalog/presets.yaml)."
-)
+@click.option("--models", "wanted", default="*-small", show_default=True, help="Names of networks, comma-separated, * allowed.")
+@click.option("--preset", "preset_id", default="cpu", show_default=True, help="Training settings (catalog/presets.yaml).")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of weights, windows and augmentation.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
@@ -90,10 +92,10 @@ def bench(
     device: str,
     out: Path,
 ) -> None:
-    """Train, apply and score networks on one split; end with a table of footprints and a table of change.
+    """Train, apply and score several networks on one split, and tabulate their scores.
 
-    Networks that map footprints are scored as they are and smoothed through time (NAME+hmm); maps that know nothing stand below
-    them. Run again it goes on where it stopped: what is trained and mapped is not done twice.
+    Networks that map footprints are scored twice: their maps, and the maps smoothed through time
+    (NAME+hmm). Trivial baselines are scored, too. An interrupted run resumes when you run it again.
 
     \b
     Example:

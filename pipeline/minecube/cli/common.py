@@ -127,12 +127,12 @@ store_option = click.option(
     "--store",
     required=True,
     callback=_readable,
-    help="The cubes: a folder, an object-store URL, or, only to be read, a packed store (.zip).",
+    help="Store of cubes: a folder, an object-store URL, or a packed store (.zip), which is read-only.",
 )
 
 
 scheduler_option = click.option(
-    "--scheduler", help="Address of a Dask scheduler (tcp://host:8786), whose workers do it; this machine by default."
+    "--scheduler", help="Address of a Dask scheduler (tcp://host:8786). [default: run on this machine]"
 )
 
 
@@ -143,13 +143,14 @@ def _writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
 
 
 writable_store_option = click.option(
-    "--store", required=True, callback=_writable, help="The cubes: a folder, or an object-store URL."
+    "--store", required=True, callback=_writable, help="Store of cubes: a folder or an object-store URL."
 )
 margin_option = click.option(
     "--margin",
     type=FiniteRange(min=0, max=LARGEST_MARGIN_M),
-    help="Metres of ground on each side of a site's polygon. A store keeps the margin that a site was first built with. "
-    f"[default: the field `margin` of the site, else {MARGIN_M} for a file of polygons, 0 for sites of the catalogue]",
+    help="Metres of ground around a site's polygon. A store keeps the margin of a site's first "
+    f"build. [default: the site's `margin` field; without one, {MARGIN_M} for a file of "
+    "polygons and 0 for sites of the catalogue]",
 )
 
 
@@ -169,7 +170,7 @@ def sites_layer_option(*flags: str) -> Callable[[F], F]:
         is_eager=True,  # before --sites
         expose_value=False,
         callback=_keep_layer,
-        help="Layer of the file of sites, if several have polygons; * allowed.",
+        help="Layer of the --sites file, if several layers have polygons. * is allowed.",
     )
 
 
@@ -180,7 +181,7 @@ def _sites_option(command: F) -> F:
         default="*",
         show_default=True,
         callback=with_layer,
-        help=f"Sites by name, comma-separated, * allowed; or a file of polygons ({NAMED}).",
+        help=f"Names of sites, comma-separated, * allowed. Or a file with one polygon per site ({NAMED}).",
     )(command)
 
 
@@ -196,13 +197,14 @@ def sites_with_polygons_option(command: F) -> F:
 
 def layer_option(command: F) -> F:
     """--layer for a file of polygons."""
-    return click.option("--layer", help="Layer of the polygons, if several have some; * allowed.")(command)
+    return click.option("--layer", help="Layer of the polygon file, if several layers have polygons. * is allowed.")(command)
 
 
 catalog_option = click.option(
     "--catalog",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder with more sites.geojson, sources.yaml, recipes.yaml, models.yaml or presets.yaml of your own.",
+    help="Folder with your own sites.geojson, sources.yaml, recipes.yaml, models.yaml or "
+    "presets.yaml. Their entries are added to the shipped ones.",
 )
 
 
@@ -210,17 +212,18 @@ source_option = click.option(
     "--source",
     "source_ids",
     required=True,
-    help="Where scenes come from: earth-search, cdse, ... (catalog/sources.yaml); several in order of preference, "
-    "comma-separated: a later one has what the earlier lack.",
+    help="Sources of scenes, such as earth-search or cdse (catalog/sources.yaml). Several are "
+    "comma-separated, in order of preference: later sources fill in acquisitions that "
+    "earlier ones lack.",
 )
 recipe_option = click.option(
-    "--recipe", "recipe_id", default="annual-median", show_default=True, help="How a composite is made (catalog/recipes.yaml)."
+    "--recipe", "recipe_id", default="annual-median", show_default=True, help="Recipe of the composite (catalog/recipes.yaml)."
 )
 snapshots_option = click.option(
     "--scenes",
     "snapshots",
     type=click.Path(path_type=Path),
-    help="Folder of scene lists, used where there and filled where not. [default: <store>-scenes]",
+    help="Folder of scene lists. Existing lists are reused; missing ones are searched and saved. [default: <store>-scenes]",
 )
 
 

@@ -62,7 +62,7 @@ LARGE_KM2 = 2500
 @margin_option
 @catalog_option
 def sites(wanted: SiteChoice, margin: float | None, catalog: Path | None) -> None:
-    """List sites: name, country, split, years, and the grid where the area of interest is known.
+    """List sites with country, split, years and grid.
 
     \b
     Examples:
@@ -86,11 +86,18 @@ def sites(wanted: SiteChoice, margin: float | None, catalog: Path | None) -> Non
 @margin_option
 @catalog_option
 @click.option("--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the archive; becomes a --catalog.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the archive. Pass it to other commands as --catalog.",
+)
 @click.option("--dates", "dates_per_year", default=22, show_default=True, help="Acquisition dates per growing season.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels.")
 def simulate(wanted: SiteChoice, margin: float | None, catalog: Path | None, out: Path, **world: Any) -> None:
-    """Make a Sentinel-2 archive over sites, in the styles of three providers, with the truth beside it.
+    """Simulate a Sentinel-2 archive over sites, with the truth.
+
+    Each site is listed in the style of another provider.
 
     \b
     Example:
@@ -117,26 +124,31 @@ def simulate(wanted: SiteChoice, margin: float | None, catalog: Path | None, out
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace site-years that were built from other scenes or with lost reads. Each stays until its new build is whole.",
+    help="Rebuild site-years that were built from other scenes or with lost reads. The old "
+    "pixels stay until the new build is complete.",
 )
 @click.option(
     "--on-offset-conflict",
     type=click.Choice(offsets.POLICIES),
     default="drop",
     show_default=True,
-    help="What to do with a scene whose radiometric offset contradicts its pixels. warn: keep the scene; fix: read the scene "
-    "with the other offset; drop: leave the scene out; fail: fail the site-year.",
+    help="What to do with a scene whose offset contradicts its pixels. warn: keep the scene. "
+    "fix: use the other offset. drop: leave the scene out. fail: fail the site-year.",
 )
 @click.option(
     "--min-read-completeness",
     type=FiniteRange(0, 1),
     default=1.0,
     show_default=True,
-    help="Commit a site-year only if at least this share of its reads succeeded. Below 1, lost reads count as not observed.",
+    help="Commit a site-year only if at least this share of its reads succeeded. Below 1, lost reads count as unobserved.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where observations are reduced: cpu, or a GPU (cuda).")
-@click.option("--yes", is_flag=True, help=f"Build sites of more than {LARGE_KM2} km2, too; otherwise their plan is shown.")
-@click.option("--dry-run", is_flag=True, help="The same as `minecube plan`: reads no pixel, writes nothing.")
+@click.option("--device", default="cpu", show_default=True, help="Device for the reducers: cpu, or a GPU (cuda).")
+@click.option(
+    "--yes",
+    is_flag=True,
+    help=f"Also build sites larger than {LARGE_KM2} km2. Without --yes, their plan is shown and nothing is built.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan, as `minecube plan` does. Reads no pixels and writes nothing.")
 @click.pass_context
 def build(
     ctx: click.Context,
@@ -155,9 +167,9 @@ def build(
     dry_run: bool,
     **how: Any,
 ) -> None:
-    """Composite scenes into cloud-free annual cubes, one Zarr group a site.
+    """Composite scenes into cloud-free annual cubes, with one Zarr group per site.
 
-    Run again, it does nothing for what is there; interrupted, it goes on where it stopped.
+    Finished site-years are skipped. An interrupted build resumes when you run it again.
 
     \b
     Examples:
@@ -270,15 +282,17 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     "--polygons",
     type=click.Path(path_type=Path),
     required=True,
-    help=f"{NAMED}; with a `year` column, or `start` and `end`, where footprints differ by year, a `site` column where sites "
-    "are told apart by name, and `source`, `licence` and `doi`, which exports will name.",
+    help=f"File of polygons ({NAMED}). Optional columns: `year`, or `start` and `end`, for "
+    "polygons of some years; `site` for polygons of one site; `source`, `licence` and "
+    "`doi`, which exports cite.",
 )
 @layer_option
 def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> None:
-    """Rasterise mine polygons onto the cubes' grids: footprint 1 mine, 0 not, 255 unknown, and the fraction of each pixel.
+    """Draw mine polygons on the grids of the cubes.
 
-    A row that names no site counts at each site that it reaches. `minecube polygons` says beforehand what is wrong with a
-    file.
+    Writes `footprint` (1 mine, 0 background, 255 unknown) and `footprint_fraction`, the share of each
+    pixel inside the mine. A row without a site is drawn at every site that it overlaps. Check a file
+    with `minecube polygons` first.
 
     \b
     Example:

@@ -45,15 +45,16 @@ MODEL, RECIPE = "unet-small", "annual-median"
     type=OutFolder(),
     default=Path("build/demo"),
     show_default=True,
-    help="New or empty folder.",
+    help="New or empty folder for all results.",
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Of training.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Another seed is another world.")
+@click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Number of training epochs.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the simulated world and of the training.")
 def demo(out: Path, epochs: int, seed: int) -> None:
-    """Run everything on a simulated world and score it against the truth.
+    """Run the whole pipeline on a simulated world, and score it against the truth.
 
-    Three mines, three years, each mine listed by another provider; a small U-Net learns on two and maps the third, unseen.
-    Writes cubes, exports, pictures and summary.json, and prints the table of it. Three minutes and 1.7 GB on two cores.
+    Covers three mines and three years; each mine is listed in the style of another provider. A small
+    U-Net learns from two mines and maps the third. Writes cubes, exports, pictures and summary.json, and
+    prints the scores. Takes three to five minutes and 1.7 GB on two cores.
 
     \b
     Example:

@@ -56,7 +56,7 @@ def _explain_cluster(error: BaseException, names: set[str]) -> str:
             f"a worker died on it {times} times, most often for lack of memory; give each worker more memory "
             "(`dask worker --memory-limit`)"
         )
-    return "the Dask scheduler is gone; what is committed is safe, so start it and run the same command again"
+    return "the Dask scheduler is gone; committed site-years are safe, so start it and run the same command again"
 
 
 def _explain_object_store(text: str, names: set[str]) -> str:

@@ -41,19 +41,25 @@ MOST_WORKERS = 256
 @click.option(
     "--valid",
     callback=with_layer,
-    help="Validation sites by name, comma-separated, * allowed. They choose the best epoch and are left out of --sites.",
+    help="Names of validation sites, comma-separated, * allowed. Their F1 chooses the best epoch. They are not trained on.",
 )
 @catalog_option
-@click.option("--model", "model_id", default="unet-small", show_default=True, help="Which network (catalog/models.yaml).")
-@click.option("--preset", "preset_id", default="default", show_default=True, help="How it is trained (catalog/presets.yaml).")
+@click.option("--model", "model_id", default="unet-small", show_default=True, help="Network to train (catalog/models.yaml).")
+@click.option("--preset", "preset_id", default="default", show_default=True, help="Training settings (catalog/presets.yaml).")
 @click.option("--out", type=OutFile(), required=True, help="File for the trained model.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Number of epochs. [default: the preset's]")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of weights, windows and augmentation.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
-    "--workers", type=click.IntRange(0, MOST_WORKERS), default=0, show_default=True, help="Processes that cut windows."
+    "--workers",
+    type=click.IntRange(0, MOST_WORKERS),
+    default=0,
+    show_default=True,
+    help="Number of processes that load windows.",
 )
-@click.option("--resume", is_flag=True, help="Go on from <out>.ckpt, where there is one, as if nothing had happened.")
+@click.option(
+    "--resume", is_flag=True, help="Resume from <out>.ckpt, if it exists. The result is the same as without the interruption."
+)
 def train(
     store: str,
     wanted: SiteChoice,
@@ -67,8 +73,9 @@ def train(
 ) -> None:
     """Train a network on all labelled site-years of the chosen cubes.
 
-    Split by site: never train on a site that will be scored. After each epoch its state goes to <out>.ckpt, and a line to
-    <out>.csv. For several GPUs let torchrun start it: a process each, which shares out every batch.
+    Split by site: never train on a site that you will score. After each epoch, the state is saved in
+    <out>.ckpt and a line is added to <out>.csv. For several GPUs, start the command with torchrun: each
+    process takes a part of every batch.
 
     \b
     Example:

@@ -21,7 +21,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="The same as 
 @json_option
 @click.pass_context
 def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
-    """List the networks that can be trained by name; `models show NAME` gives the card of one.
+    """List the networks, or show the card of one (`models show NAME`).
 
     \b
     Examples:
@@ -47,7 +47,7 @@ def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> None:
-    """Show the card of one network, or of the file of a trained one, with the number of its parameters.
+    """Show the card of a network, or of a trained model's file, with the number of parameters.
 
     \b
     Example:

@@ -45,25 +45,25 @@ LARGEST_PX = 20_000
     "--sites",
     "wanted",
     callback=with_layer,
-    help="Sites by name, comma-separated, * allowed; or a file of them: polygons far away are found.",
+    help="Names of sites, comma-separated, * allowed; or a file of sites. Polygons far from their site are reported.",
 )
 @sites_layer_option("--sites-layer")
 @catalog_option
 @click.option(
     "--compare",
-    help="Hold mappers against each other: the column that says who mapped a row, or a second file of polygons.",
+    help="Compare mappers. Either the column with the mapper of each row, or a second file of polygons.",
 )
-@click.option("--compare-layer", help="Layer of that second file, if several have polygons; * allowed.")
+@click.option("--compare-layer", help="Layer of the second file, if several layers have polygons. * is allowed.")
 @click.option(
     "--min-width",
     "min_width_m",
     type=FiniteRange(min=0),
     default=labels.MIN_WIDTH_M,
     show_default=True,
-    help="Metres: parts narrower everywhere are left out, such holes filled; 0 keeps all.",
+    help="Smallest width in metres. Narrower parts are removed, narrower holes are filled. 0 keeps everything.",
 )
-@click.option("--out", type=OutFile(), help="Write the repaired polygons: .parquet or .gpkg.")
-@click.option("--json", "report", type=OutFile(), help="Write all findings to this file.")
+@click.option("--out", type=OutFile(), help="File for the repaired polygons (.parquet or .gpkg).")
+@click.option("--json", "report", type=OutFile(), help="File for all findings.")
 def polygons(
     file: Path,
     layer: str | None,
@@ -75,11 +75,12 @@ def polygons(
     out: Path | None,
     report: Path | None,
 ) -> None:
-    """Say what is wrong with a file of mine polygons, put it right, and hold mappers against each other.
+    """Check and repair a file of mine polygons, and compare mappers.
 
-    Found are invalid shapes, rows without area, duplicates, overlaps, slivers, holes, and polygons far from their site, with
-    the swap of coordinates that would put them there. Where several mapped the same ground, name the column that tells them
-    apart (--compare), or their polygons count as overlaps. The exit code is 1 where a polygon lies far from the site it names.
+    Reports invalid shapes, rows without area, duplicates, overlaps, slivers, holes, and polygons far from
+    their site. If swapped coordinates explain the distance, the report says so. If several people mapped
+    the same ground, name the column of the mapper (--compare); otherwise their polygons count as
+    overlaps. Exits with 1 if a polygon is far from the site that it names.
 
     \b
     Examples:

@@ -154,7 +154,7 @@ def _on_workers(
                 raise
             except Exception as error:  # the worker died, say, or the scheduler is gone
                 raise WorkerError(
-                    f"{tasks[task]}: {failure_text(error)}; what is committed is safe, run the same command again to go on"
+                    f"{tasks[task]}: {failure_text(error)}; committed maps are safe; run the same command again to resume"
                 ) from error
             yield tasks[task], found
     finally:
@@ -202,7 +202,7 @@ def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None
 @catalog_option
 @scheduler_option
 @click.option(
-    "--model", required=True, help="File of a trained model; or the name of one that has weights (catalog/models.yaml)."
+    "--model", required=True, help="File of a trained model, or the name of a model with weights (catalog/models.yaml)."
 )
 @click.option(
     "--name",
@@ -211,13 +211,19 @@ def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None
     help="Name of the prediction in the store. [default: the model's id and the first 8 digits of its weights' SHA-256]",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--pairs", type=Pairs(), help="Of change: gaps in years (1,2) or pairs (2019-2021,...). [default: all]")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
 @click.option(
-    "--compile", "compiled", is_flag=True, help="Let torch.compile rewrite the network for a GPU first: minutes, once."
+    "--pairs", type=Pairs(), help="Pairs of years for a model of change: gaps (1,2) or pairs (2019-2021,...). [default: all]"
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Map again what is mapped already. Also replaces another model's prediction of that name."
+    "--precision", type=click.Choice(["fp32", "bf16"]), help="Precision of the network. [default: bf16 on a GPU, fp32 on a CPU]"
+)
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Compile the network for a GPU first (torch.compile). Takes minutes, once."
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Map again, even if already mapped. Also replaces another model's prediction of the same name.",
 )
 @click.pass_context
 def predict(
@@ -233,13 +239,14 @@ def predict(
     overwrite: bool,
     **how: Any,
 ) -> None:
-    """Map the chosen cubes: mines in all committed years, or what changed between them; the maps go into the store.
+    """Map the chosen cubes with a trained model, and store the maps.
 
-    Site-years that this model has already mapped are skipped: an interrupted run resumes, and a finished run does nothing.
+    A model of footprints maps each committed year. A model of change maps pairs of years. Site-years that
+    this model has already mapped are skipped: an interrupted run resumes, and a finished run does nothing.
     Each model's prediction has its own name.
 
-    To use several GPUs, start one run per GPU with its own --sites and --device, or use --scheduler: each Dask task maps one
-    site, on one CPU thread or on the worker's own --device.
+    To use several GPUs, start one run per GPU with its own --sites and --device, or use --scheduler: each
+    Dask task maps one site, on one CPU thread or on the worker's own --device.
 
     \b
     Example:

@@ -15,16 +15,16 @@ from minecube.export import publish as releasing
 @click.command()
 @store_option
 @sites_option
-@click.option("--icechunk", "place", required=True, help="The repository: a folder, or s3://bucket/prefix.")
-@click.option("--tag", help="Publish the store as it is now under this name. A tag never moves.")
-@click.option("--diff", nargs=2, metavar="OLD NEW", help="Say in which site-years and variables two tags differ.")
-@click.option("--rollback", metavar="TAG", help="Take `main` back to that tag; later tags stay.")
+@click.option("--icechunk", "place", required=True, help="Icechunk repository: a folder, or s3://bucket/prefix.")
+@click.option("--tag", help="Save the store's current state under this name. Tags are permanent.")
+@click.option("--diff", nargs=2, metavar="OLD NEW", help="List the site-years and variables in which two tags differ.")
+@click.option("--rollback", metavar="TAG", help="Reset `main` to this tag. Later tags stay.")
 def publish(
     store: str, wanted: SiteChoice, place: str, tag: str | None, diff: tuple[str, str] | None, rollback: str | None
 ) -> None:
-    """Keep a store's committed site-years in Icechunk, a tag a release; without --tag, list the releases.
+    """Save releases of a store in Icechunk, list them, and compare them.
 
-    A release holds the sites that are named, all by default, and no other: what an earlier one had beside them stays in that.
+    A release holds the committed years of the named sites only. Without --tag, the releases are listed.
 
     \b
     Examples:
@@ -32,7 +32,7 @@ def publish(
       minecube publish --store cubes.zarr --icechunk releases --diff v1 v2
 
     \b
-    An older release, opened:
+    To open an older release:
       repository = icechunk.Repository.open(icechunk.local_filesystem_storage("releases"))
       xarray.open_zarr(repository.readonly_session(tag="v1").store, group="Germany_2", consolidated=False)
     """

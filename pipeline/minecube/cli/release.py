@@ -19,7 +19,7 @@ from minecube.release import audit as auditing
 from minecube.release import layout
 
 release_option = click.option(
-    "--release", "release_id", default="eurominenet", show_default=True, help="Which published dataset (catalog/releases.yaml)."
+    "--release", "release_id", default="eurominenet", show_default=True, help="Published dataset (catalog/releases.yaml)."
 )
 SHOWN = 12
 """Findings of a check that are printed; the JSON has all."""
@@ -27,7 +27,7 @@ SHOWN = 12
 
 @click.group()
 def release() -> None:
-    """The published EuroMineNet archive: import its labels and sites without downloading it, and audit it.
+    """Import, audit or re-create the published EuroMineNet archive.
 
     \b
     Example:
@@ -56,13 +56,20 @@ def _check_archive(_ctx: click.Context, _param: click.Parameter, where: str | No
 
 @release.command(name="import")
 @click.argument("archive", callback=_check_archive)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder; becomes a --catalog.")
-@click.option("--download", is_flag=True, help="Get all of it first, into that folder: for servers without byte ranges.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for the import. Pass it to other commands as --catalog.",
+)
+@click.option(
+    "--download", is_flag=True, help="Download the whole archive into that folder first. For servers without byte ranges."
+)
 @release_option
 def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
-    """Read every site's area, grid, years and label polygons from the archive at a URL or path, by ranges of bytes.
+    """Import sites, grids, years and labels of a published archive (URL or path).
 
-    Run again, it goes on where it stopped.
+    Reads byte ranges only. An interrupted import resumes when you run it again.
 
     \b
     Example:
@@ -98,20 +105,18 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     "--pixels",
     "archive",
     callback=_check_archive,
-    help="URL or path of the archive. All its images are read for statistics and offset steps.",
+    help="URL or path of the archive. Reads all images, for band statistics and steps of the offset.",
 )
 @click.option(
     "--split",
     "split_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A split to audit (JSON); the published one by default.",
+    help="Split to audit (JSON). [default: the published split]",
 )
-@click.option(
-    "--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings and tables to this file."
-)
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="File for all findings and tables.")
 @click.pass_context
 def audit(ctx: click.Context, folder: Path, archive: str | None, split_file: Path | None, out: Path | None) -> None:
-    """Say what is wrong with an imported release and its split; exit 1 where anything is.
+    """List faults of an imported release and of its split. Exits with 1 if there are any.
 
     \b
     Example:
@@ -158,14 +163,17 @@ def audit(ctx: click.Context, folder: Path, archive: str | None, split_file: Pat
 @release.command()
 @store_option
 @sites_option
-@click.option("--import", "folder", type=click.Path(file_okay=False, path_type=Path), help="An import, whose grids are used.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder; gets EuroMineNet/ below it."
+    "--import",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of an import, for the release's own grids.",
 )
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for EuroMineNet/.")
 def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> None:
-    """Write cubes in the release's layout: int16 images and 0/255 labels in EPSG:4326, a file a site and year.
+    """Write cubes in the layout of the release: int16 images and 0/255 labels in EPSG:4326.
 
-    With --import each lies on the release's own grid, and labels are held against the release's.
+    With --import, files lie on the release's own grids, and labels are compared with the release's.
 
     \b
     Example:

@@ -32,7 +32,9 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 @store_option
 @sites_option
 @click.option("--out", type=OutFolder(), required=True, help="Folder for the files.")
-@click.option("--model", help="Also export this prediction: by name, or a model's id. =NAME: exactly that name.")
+@click.option(
+    "--model", help="Also export this prediction: its name, or the id of a model with only one. =NAME: exactly that name."
+)
 @click.option(
     "--format",
     "formats",
@@ -40,8 +42,9 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
     multiple=True,
     default=("cog",),
     show_default=True,
-    help="cog: images, their STAC collection, footprints and pictures; netcdf, zarr (v3, multiscales), zarr2 (for GDAL before "
-    "3.13 and QGIS): all years of a site in one; croissant: a description of the others. May be given more than once.",
+    help="cog: images, STAC collection, footprints and pictures. netcdf, zarr (v3, "
+    "multiscales), zarr2 (for GDAL before 3.13 and QGIS): all years of a site in one file "
+    "or group. croissant: metadata of the other formats. May be repeated.",
 )
 @click.option(
     "--min-area",
@@ -49,12 +52,14 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
     type=FiniteRange(min=0),
     default=0,
     show_default=True,
-    help="Minimum mapping unit in m2: smaller holes of footprints are filled, then smaller regions left out.",
+    help="Minimum mapping unit in m2. Smaller holes of footprints are filled, then smaller regions removed.",
 )
 def export(store: str, wanted: SiteChoice, out: Path, model: str | None, formats: tuple[str, ...], min_area_m2: float) -> None:
-    """Write what other tools open: COGs a year, footprints as GeoParquet and GeoPackage, a STAC collection, and pictures.
+    """Export cubes, footprints and maps to formats that other tools open.
 
-    Footprints are outlines with few corners, areas within 0.5 % of the pixels', and ids that a pit keeps through the years.
+    By default: one COG per year, footprints as GeoParquet and GeoPackage, a STAC collection, and
+    pictures. Footprints are simplified outlines: their areas are within 0.5 % of the pixels', and a pit
+    keeps its id through the years.
 
     \b
     Examples:

@@ -47,21 +47,25 @@ Counted = dict[str, dict[str, metrics.Scores]]
     "models",
     default="unet-small",
     show_default=True,
-    help="Predictions by name, comma-separated. A model's id means its only prediction. =NAME means exactly that name.",
+    help="Names of predictions, comma-separated. A model's id selects its only prediction. =NAME: exactly that name.",
 )
-@click.option("--baselines", is_flag=True, help="Also score maps that know nothing: never changes, always mine, last year's.")
+@click.option(
+    "--baselines",
+    is_flag=True,
+    help="Also score trivial baselines: a map that never changes, a map that is all mine, and last year's labels.",
+)
 @click.option(
     "--join",
     "joined",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Counts of other sites, as --out writes them (counts.json), to be put beside these; may be given several times.",
+    help="Counts of other sites (counts.json, which --out writes), to score together. May be repeated.",
 )
-@click.option("--json", "json_file", type=OutFile(), help="Write all scores to this file.")
+@click.option("--json", "json_file", type=OutFile(), help="File for all scores.")
 @click.option(
     "--out",
     type=OutFolder(),
-    help="Folder for tables (Markdown, CSV, LaTeX), pictures, and counts to be joined with those of other machines.",
+    help="Folder for tables (Markdown, CSV, LaTeX), pictures, and counts for --join.",
 )
 def score(
     store: str,
@@ -72,10 +76,11 @@ def score(
     json_file: Path | None,
     out: Path | None,
 ) -> None:
-    """Score models against the labels: per site, year, gap and pair, and pooled (a ratio of sums, not a mean of ratios).
+    """Compare predictions with the labels, per site, year, gap and pair of years, and pooled.
 
-    Models of footprints and of change stand in one table. Pooled scores have 95 % intervals, by bootstrap over sites, where
-    there is more than one; each model but the first is also held against the first, over the same sites.
+    A pooled score is a ratio of sums, not a mean of ratios. With several sites it has a 95 % interval, by
+    bootstrap over sites. Every model after the first is also compared with the first, over the same
+    sites. Models of footprints and of change share one table.
 
     \b
     Examples:

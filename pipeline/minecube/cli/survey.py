@@ -56,7 +56,9 @@ _LAG = timedelta(days=2)
 def search(
     wanted: SiteChoice, margin: float | None, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path
 ) -> None:
-    """Find the scenes of sites and years, and save each list as stac-geoparquet for `build --scenes`.
+    """Search the scenes of sites and years, and save one list per site-year.
+
+    The lists are stac-geoparquet files for `build --scenes`.
 
     \b
     Example:
@@ -105,9 +107,10 @@ def audit(
     catalog: Path | None,
     out: Path,
 ) -> None:
-    """Say what each source lists of sites and years, against what the satellites' orbits would have. Reads no pixel.
+    """Compare the scenes that each source lists with the passes expected from the orbits.
 
-    Exits with 1 where a site-year has fewer usable dates than the recipe asks for, or a source does not answer.
+    Reads no pixels. Exits with 1 if a site-year has fewer usable dates than the recipe needs, or if a
+    source does not answer.
 
     \b
     Example:
@@ -238,7 +241,7 @@ def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe
 @click.option(
     "--prices",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="YAML with any of latency_s, mb_per_s, cores, currency, per_1000_requests, per_gb, per_core_hour.",
+    help="YAML file with any of latency_s, mb_per_s, cores, currency, per_1000_requests, per_gb and per_core_hour.",
 )
 @click.pass_context
 def plan(
@@ -254,9 +257,9 @@ def plan(
     snapshots: Path | None,
     prices: Path | None,
 ) -> None:
-    """Say what a build would take: scenes, requests, bytes, memory, time, cost. Reads no pixel, writes nothing.
+    """Estimate the requests, bytes, memory, time and cost of a build.
 
-    From the saved scene lists where they are there, so that it works with the API gone; else it searches.
+    Reads no pixels and writes nothing. Saved scene lists are used; missing ones are searched.
 
     \b
     Example:

@@ -66,33 +66,37 @@ class Track:
 @writable_store_option
 @sites_option
 @click.option(
-    "--model", default="unet-small", show_default=True, help="Prediction by name, or a model's id. =NAME: exactly that name."
+    "--model",
+    default="unet-small",
+    show_default=True,
+    help="Name of a prediction, or id of a model with only one. =NAME: exactly that name.",
 )
 @click.option(
     "--rates",
     type=HowFast(),
     default="learned",
     show_default=True,
-    help="Chances per year that ground becomes a mine, and a mine none: learned from these maps; labels, or labels:SITES: "
-    "counted from the store's footprints, best of sites the model was trained on; or two numbers, opening,closing.",
+    help="Yearly probabilities that a pixel opens and closes. learned: estimate from these "
+    "maps. labels or labels:SITES: count in the store's footprints, best of training "
+    "sites. Or two numbers: opening,closing.",
 )
 @click.option(
     "--temper",
     type=FiniteRange(0, 1, min_open=True),
     default=TEMPER,
     show_default=True,
-    help="How far each year is believed: 1 where errors are independent from year to year; less smooths more.",
+    help="Weight of each year's map. 1: errors of different years are independent. Less smooths more.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where it is smoothed: cpu, or a GPU (cuda).")
+@click.option("--device", default="cpu", show_default=True, help="Device for the smoothing: cpu, or a GPU (cuda).")
 @click.option("--out", type=OutFolder(), required=True, help="Folder for layers and tables.")
 def tracks(
     store: str, wanted: SiteChoice, model: str, rates: str | tuple[float, float], temper: float, device: str, out: Path
 ) -> None:
-    """Smooth a model's yearly maps through time; say when mines opened, how fast they grow, and what was reclaimed.
+    """Smooth a model's yearly maps through time, and date openings, growth and reclamation.
 
-    The smoothed probability goes into the store as prediction MODEL+hmm, to be scored and exported like any other. Into --out
-    go layers of each site as GeoTIFF (onset, end, reclaimed, kind, flips), areas.csv (by year, with 95 % intervals) and
-    sites.csv. All of a site's years are in memory at once.
+    The smoothed probability is stored as prediction MODEL+hmm, for `score` and `export`. --out gets layers
+    of each site as GeoTIFF (onset, end, reclaimed, kind, flips), areas.csv (by year, with 95 % intervals)
+    and sites.csv. All years of one site are in memory at once.
 
     \b
     Examples:

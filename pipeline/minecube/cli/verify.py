@@ -27,20 +27,22 @@ _SHOWN = 50
 @click.command()
 @store_option
 @sites_option
-@click.option("--json", "out", type=OutFile(), help="Write all findings to this file.")
-@click.option("--workers", type=click.IntRange(1, 256), default=4, show_default=True, help="Blocks looked at a time.")
+@click.option("--json", "out", type=OutFile(), help="File for all findings.")
+@click.option(
+    "--workers", type=click.IntRange(1, 256), default=4, show_default=True, help="Number of blocks checked at the same time."
+)
 @click.option(
     "--uncommit",
     is_flag=True,
-    help="Withdraw the site-years to build again and remove their pixels, so that the same `minecube build` makes them again.",
+    help="Withdraw damaged site-years and delete their pixels. The next `minecube build` rebuilds them.",
 )
 @click.pass_context
 def verify(ctx: click.Context, store: str, wanted: SiteChoice, out: Path | None, workers: int, uncommit: bool) -> None:
-    """Look for flipped bits, missing and foreign chunks, and list what to build again.
+    """Check a store against its checksums, and list what to rebuild.
 
-    Every object is read once and checked against the checksum taken as it was written. Metadata, coordinates, provenance, read
-    counts and pixels are checked against each other. The exit code is 1 if anything is wrong. What a killed run left is listed
-    as unfinished, and is not wrong.
+    Reads every object once. Detects flipped bits and missing or foreign chunks, and compares metadata,
+    coordinates, provenance, read counts and pixels with each other. Exits with 1 if anything is wrong.
+    Remains of killed runs are listed as unfinished and do not count as wrong.
 
     \b
     Example:
@@ -143,11 +145,12 @@ def _commands(store: str, report: cube.Report) -> list[str]:
 @click.command()
 @store_option
 @sites_option
-@click.option("--out", type=OutFile(), required=True, help="The file; its name ends in .zip.")
+@click.option("--out", type=OutFile(), required=True, help="File to write. Its name ends in .zip.")
 def pack(store: str, wanted: SiteChoice, out: Path) -> None:
-    """Put a store's committed site-years into one zip, which every command that only reads opens in place of the folder.
+    """Pack the committed site-years of a store into one zip file.
 
-    Nothing is compressed again or changed: `unzip` gives the store back, byte for byte. The same store gives the same file.
+    Commands that only read open the file like a store. `unzip` restores the store byte for byte. The same
+    store gives the same file.
 
     \b
     Example:
