@@ -15,6 +15,7 @@ from minecube.composite.masks import (
     chosen,
     clearest,
     cloud_distance_m,
+    corrected,
     grow,
     kinds,
     mosaic,
@@ -112,6 +113,37 @@ def test_a_cloudy_chip_is_not_mistaken_for_a_mine(side):
     scl[:, middle, middle] = 4
     scl[:7, middle, middle] = 9
     assert not persistently_bright(scl, BrightOverride()).any()
+
+
+@pytest.mark.parametrize("dates", [2, 3, 4, 6])
+@pytest.mark.parametrize("cover", [0.1, 0.2, 0.3])
+def test_scattered_clouds_on_few_dates_are_no_bright_ground(dates, cover):
+    """Discs of cloud at random places: where they meet on all dates, they are clouds still."""
+    rng = np.random.default_rng(dates)
+    rows, columns = np.mgrid[:96, :96]
+    scl = np.full((dates, 96, 96), 4, np.uint8)
+    for layer in scl:
+        while (layer == 9).mean() < cover:
+            row, column, radius = *rng.integers(0, 96, 2), rng.integers(3, 7)
+            layer[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2] = 9
+    assert (scl == 9).all(axis=0).any() or dates * cover < 2
+    assert persistently_bright(scl, BrightOverride()).mean() < 1e-3
+
+
+@pytest.mark.parametrize("dates", [2, 3, 4])
+def test_a_mine_is_bright_ground_on_few_dates_too(dates):
+    scl = np.full((dates, 96, 96), 4, np.uint8)
+    scl[:, 40:56, 40:56] = 9
+    bright = persistently_bright(scl, BrightOverride())
+    assert bright[:, 40:56, 40:56].all()
+    assert bright.sum() == dates * 256
+
+
+@pytest.mark.parametrize("number", [12, 13, 100, 254, 255])
+def test_numbers_that_are_no_class_are_not_observed(number):
+    scl = np.array([[4, number, 11, 0]], np.uint8)
+    for error in (None, "veiled", "no cirrus"):
+        assert (corrected(scl, error) == 0).tolist() == [[False, True, False, True]]
 
 
 def test_of_two_observations_the_hazy_one_goes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import xarray as xr
 from minecube import scenes
 from minecube.catalog import HazeTest, MaskRule, Recipe, load_recipes, load_sources
 from minecube.composite import composite
+from minecube.errors import ReadError
 from minecube.grid import grid_of
 from minecube.scenes import veils
 from minecube.scenes.looks import look_at
@@ -30,21 +32,26 @@ def seen(n=7, pixels=400):
     return ground.astype(np.float32), np.full((n, pixels), VEGETATION, np.uint16)
 
 
+def judged(haze, scl):
+    """The verdicts on scenes of as many days."""
+    return veils.judge(haze, scl, [f"2020-05-{day + 1:02d}" for day in range(len(haze))], MOST)
+
+
 def test_a_clear_year_is_trusted():
-    assert veils.judge(*seen(), MOST) == [""] * 7
+    assert judged(*seen()) == [""] * 7
 
 
 @pytest.mark.parametrize(("more", "verdict"), [(0.005, ""), (0.02, "veiled"), (0.1, "veiled")])
 def test_a_veil_over_a_whole_date(more, verdict):
     haze, scl = seen()
     haze[2] += more
-    assert veils.judge(haze, scl, MOST) == ["", "", verdict, "", "", "", ""]
+    assert judged(haze, scl) == ["", "", verdict, "", "", "", ""]
 
 
 def test_streaks_that_are_blue_here_and_red_there():
     haze, scl = seen()
     haze[2] += np.where(np.arange(400) % 8 < 4, 0.03, -0.03)
-    assert veils.judge(haze, scl, MOST)[2] == "veiled"
+    assert judged(haze, scl)[2] == "veiled"
 
 
 def test_a_cloud_in_a_corner_is_no_veil():
@@ -53,7 +60,7 @@ def test_a_cloud_in_a_corner_is_no_veil():
     haze[2, :40] += 0.08
     scl[2, 40:160] = CLOUD
     haze[2, 40:160] += 0.2
-    assert veils.judge(haze, scl, MOST)[2] == ""
+    assert judged(haze, scl)[2] == ""
 
 
 @pytest.mark.parametrize(("more", "verdict"), [(0.0, "no cirrus"), (0.006, "no cirrus"), (0.02, ""), (0.05, "")])
@@ -61,24 +68,71 @@ def test_cirrus_is_asked_whether_it_is_any(more, verdict):
     haze, scl = seen()
     haze[3, :240] += more
     scl[3, :240] = CIRRUS
-    assert veils.judge(haze, scl, MOST)[3] == verdict
+    assert judged(haze, scl)[3] == verdict
 
 
 def test_cirrus_of_which_a_part_is_real_stays():
     haze, scl = seen()
     scl[3, :240], haze[3, :40] = CIRRUS, haze[3, :40] + 0.06
-    assert veils.judge(haze, scl, MOST)[3] == ""
+    assert judged(haze, scl)[3] == ""
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_a_pit_that_opens_is_no_veil(first, share):
+    """Forest becomes bare ground on one of nine dates, over a part of the site or all of it."""
+    haze, scl = seen(9)
+    haze[first:, : int(400 * share)] += 0.035
+    assert judged(haze, scl) == [""] * 9
+
+
+def test_a_veil_over_a_pit_that_has_opened():
+    haze, scl = seen(9)
+    haze[4:, :120] += 0.035
+    haze[6] += 0.02
+    assert judged(haze, scl) == [""] * 6 + ["veiled"] + [""] * 2
+
+
+def test_two_veils_in_a_row():
+    haze, scl = seen(8)
+    haze[3:5] += 0.03
+    assert judged(haze, scl) == [""] * 3 + ["veiled"] * 2 + [""] * 3
+
+
+def test_bright_ground_that_varies_by_a_tenth_is_no_veil():
+    """A quarry with a haze index of 0.155, whose brightness differs by -12 to +6 % from date to date."""
+    haze, scl = seen(7)
+    haze[:] = 0.155 * np.array([0.97, 1.06, 0.88, 1.03, 0.92, 1.05, 1.0])[:, None]
+    assert judged(haze, scl) == [""] * 7
+
+
+def test_scenes_of_one_day_count_once():
+    """Two dates that two tiles show are two looks, and two are too few."""
+    haze, scl = seen(4)
+    haze[2:] += 0.1
+    days = ["2020-05-01", "2020-05-01", "2020-06-01", "2020-06-01"]
+    assert veils.judge(haze, scl, days, MOST) == [""] * 4
+    assert veils.judge(haze, scl, [*"abcd"], MOST) != [""] * 4
+
+
+def test_the_order_of_scenes_does_not_matter():
+    haze, scl = seen(9)
+    haze[4:, :120] += 0.035
+    haze[6] += 0.02
+    order = np.random.default_rng(1).permutation(9)
+    days = [f"2020-05-{day + 1:02d}" for day in order]
+    assert [order[n] for n, verdict in enumerate(veils.judge(haze[order], scl[order], days, MOST)) if verdict] == [6]
 
 
 def test_too_few_pixels_or_dates_tell_nothing():
     haze, scl = seen()
     haze[2] += 0.1
     haze[2, 49:] = np.nan
-    assert veils.judge(haze, scl, MOST)[2] == ""
+    assert judged(haze, scl)[2] == ""
     haze, scl = seen(2)
     haze[1] += 0.1
-    assert veils.judge(haze, scl, MOST) == ["", ""]
-    assert veils.judge(haze[:, :0], scl[:, :0], MOST) == ["", ""]
+    assert judged(haze, scl) == ["", ""]
+    assert judged(haze[:, :0], scl[:, :0]) == ["", ""]
 
 
 @pytest.mark.parametrize("cirrus_masked", [True, False])
@@ -136,3 +190,20 @@ def test_without_blue_or_red_nothing_is_asked(archive, make):
     listed = [archive.scene(f"2020-0{month}-05T10:00:00", grid, {"B04": 700, "B11": 700}) for month in (5, 6, 7)]
     assert veils.judged(listed, look_at(listed, grid), HazeTest(date_excess=MOST)) == listed
     assert veils.judged([], look_at([], grid), HazeTest(date_excess=MOST)) == []
+
+
+def test_a_band_that_the_recipe_does_not_need_may_be_missing(archive, make):
+    """B12 is looked at if it is there; without it, the bands of the recipe judge the scenes."""
+    grid = make.grid(LEFT, TOP, 48, 48)
+    pixels = {"B02": 300, "B04": 400, "B08": 2000, "B12": 900}
+    four = dataclasses.replace(archive, bands=("B02", "B04", "B08", "B12"))
+    listed = [four.scene(f"2020-0{month}-05T10:00:00", grid, pixels) for month in (5, 6, 7)]
+    assert look_at(listed, grid, needed=("B02", "B04", "B08")).bands == ("B02", "B04", "B12")
+    Path(listed[1].assets["B12"].href).unlink()
+    look = look_at(listed, grid, needed=("B02", "B04", "B08"))
+    assert look.bands == ("B02", "B04", "B08")
+    assert (look.stored == np.array([300, 400, 2000])[None, :, None]).all()
+    with pytest.raises(ReadError, match=r"B12\.tif"):
+        look_at(listed, grid, needed=("B02", "B04", "B12"))
+    with pytest.raises(ReadError, match=r"B12\.tif"):
+        look_at(listed, grid)

@@ -205,7 +205,7 @@ def _composited(
     grid = grid_of(site)
     lossy = job.min_read_completeness < 1
     looks = Ledger(lossy=lossy, copied=copied)
-    look = look_at(chosen, grid, looks)
+    look = look_at(chosen, grid, looks, job.recipe.bands)
     checks = offsets.check_offsets(chosen, look)
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
     left_out = dict.fromkeys(_lacking(chosen, used), "offset")

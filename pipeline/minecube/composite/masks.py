@@ -28,8 +28,14 @@ PIXEL_M = 20
 """Pixel size of all masks, the mission's of SCL."""
 CELL = 4
 """Pixels a side of the cells on which the surroundings of bright ground are looked at: 80 m, against windows of 600 m."""
+_PER_UNIT = 64
+_PROOF = round(np.log(1000) * _PER_UNIT)
+"""Evidence at which bright ground is 1000 times likelier than chance clouds."""
+_LEAST_CHANCE = 0.01
+"""Least probability of a chance cloud: two dates in clear surroundings are just enough as evidence."""
 CLEAR, UNUSABLE = 1, 255
 _CLOUD, _NODATA = (8, 9), 0
+_LAST_CLASS = 11  # snow
 VEILED = 12
 """A class that SCL lacks: clear ground of a date that is under thin cloud as a whole. All recipes take it for thin cloud."""
 _CLEAR_CLASSES, _BARE, _CIRRUS = (2, 4, 5, 6, 7), 5, 10
@@ -60,12 +66,13 @@ def mosaic(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
 
 
 def corrected(scl: UInt8, error: str | None) -> UInt8:
-    """The classes of a scene whose SCL may err as a whole.
+    """The classes of a scene, whose SCL may err as a whole. Numbers that are no class of SCL become 0, not observed.
 
     Args:
         scl: uint8 [y, x].
         error: `veiled` makes clear ground `VEILED`, `no cirrus` makes cirrus bare ground; None changes nothing.
     """
+    scl = np.where(scl <= _LAST_CLASS, scl, np.uint8(_NODATA))
     if error == "veiled":
         return np.where(_among(scl, _CLEAR_CLASSES), np.uint8(VEILED), scl)
     if error == "no cirrus":
@@ -149,31 +156,58 @@ def dilated(flagged: Bool, radius_m: int) -> Bool:
 def persistently_bright(scl: UInt8, rule: BrightOverride) -> Bool:
     """Observations [day, y, x] that SCL calls cloud although only the ground is bright.
 
-    A mine's bare ground is flagged on nearly every date. So pixels flagged clearly more often than their surroundings are
-    set aside; where the surroundings without them are clear, and a pixel is flagged on at least `rule.flagged` of such
-    dates, its flags on these dates are the ground's.
+    A mine's bare ground is flagged on nearly every date. So the surroundings of a date are judged without the pixels that
+    are flagged clearly more often than usual on the other dates. Where they are clear, a pixel's flags are the ground's if
+    it is flagged on at least `rule.flagged` of such dates, and if chance clouds are an unlikely cause: see `_evidence`.
     """
     observed = scl != _NODATA
     flagged = _among(scl, rule.classes)
     looks = observed.sum(axis=0, dtype=np.int32)
-    share = flagged.sum(axis=0, dtype=np.int32) / np.maximum(looks, 1)
+    flags = flagged.sum(axis=0, dtype=np.int32)
+    share = flags / np.maximum(looks, 1)
     # The surroundings' own share: their lower quartile, on one pixel of each cell, so that a large mine, itself flagged
     # nearly always, does not raise it.
     half = rule.window_m // (PIXEL_M * CELL)
     sample = np.where(looks > 0, share, np.nan)[::CELL, ::CELL]
-    ordinary = share <= _of_cells(_lower_quartile_around(sample, half), share.shape) + 0.2
+    usual = (_of_cells(_lower_quartile_around(sample, half), share.shape) + 0.2).astype(np.float32)
     clear_around = np.empty_like(observed)
+    evidence = np.zeros(share.shape, np.int32)
     for day in range(len(scl)):
+        # Without the date itself: of few dates, each flag makes a pixel stand out.
+        ordinary = flags - flagged[day] <= usual * (looks - observed[day])
         counted = observed[day] & ordinary
-        cells = [window_sum(_cell_sums(layer), half) for layer in (flagged[day] & counted, counted)]
-        # Surroundings that nothing was seen of prove nothing.
-        clear_around[day] = _of_cells((cells[0] <= rule.around * cells[1]) & (cells[1] > 0), share.shape)
-    clear_around &= observed
+        cloudy, seen = (window_sum(_cell_sums(layer), half) for layer in (flagged[day] & counted, counted))
+        # Surroundings without any observation prove nothing.
+        clear = (cloudy <= rule.around * seen) & (seen > 0)
+        clear_around[day] = _of_cells(clear, share.shape) & observed[day]
+        if_flagged, if_not = _evidence(cloudy, seen, rule)
+        evidence += clear_around[day] * np.where(
+            flagged[day], _of_cells(if_flagged, share.shape), _of_cells(if_not, share.shape)
+        )
     flagged &= clear_around
     dates = clear_around.sum(axis=0, dtype=np.int32)
     often = flagged.sum(axis=0, dtype=np.int32) >= np.maximum(rule.flagged * dates, 2)
-    flagged &= often
+    flagged &= often & (evidence >= _PROOF)
     return flagged
+
+
+def _evidence(cloudy: Int32, seen: Int32, rule: BrightOverride) -> tuple[Int32, Int32]:
+    """What one date says for bright ground and against chance clouds, where it is flagged, and where it is not.
+
+    A logarithm of a likelihood ratio, summed over dates (Wald 1945, Annals of Mathematical Statistics 16): bright ground is
+    flagged with the probability `rule.flagged`, other ground with that of its surroundings on the date. Rounded to whole
+    `_PER_UNIT`, so that sums are exact.
+
+    Args:
+        cloudy: flagged pixels around, int32 [y, x].
+        seen: observed pixels around.
+        rule: the bright override.
+    """
+    chance = np.clip(cloudy / np.maximum(seen, 1), _LEAST_CHANCE, max(rule.around, _LEAST_CHANCE))
+    bright = min(max(rule.flagged, 0.05), 0.95)
+    if_flagged = np.log(bright / chance) * _PER_UNIT
+    if_not = np.log((1 - bright) / (1 - chance)) * _PER_UNIT
+    return np.rint(if_flagged).astype(np.int32), np.rint(if_not).astype(np.int32)
 
 
 def chosen(kind: UInt8, recipe: Recipe) -> tuple[Bool, UInt8]:

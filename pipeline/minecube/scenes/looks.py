@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import SCL
+from minecube.errors import ReadError
 from minecube.reader import Ledger, fetched, stack
+
+log = logging.getLogger(__name__)
 
 CLEAR = (2, 4, 5, 6)
 """SCL: dark, vegetation, bare, water."""
@@ -41,14 +45,33 @@ class Look:
         return Look(ids=ids, bands=self.bands, stored=self.stored[rows], scl=self.scl[rows])
 
 
-def look_at(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None) -> Look:
-    """Look at scenes, in the order given: SCL and three bands of each.
+def look_at(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None, needed: Sequence[str] = _BANDS) -> Look:
+    """Read SCL and three bands of scenes, in the order given.
+
+    Args:
+        scenes: scenes of one site-year.
+        grid: the site's grid.
+        ledger: counts the reads.
+        needed: bands of the recipe. Others help to judge a scene, but are not needed: if one of them cannot be read, only
+            needed bands are.
 
     Raises:
         ReadError: a pixel that cannot be read, where the ledger does not allow it.
     """
+    common = [band for band in _BANDS if all(band in scene.assets for scene in scenes)]
+    try:
+        return _look(scenes, grid, ledger, common[:3])
+    except ReadError:
+        left = [band for band in common if band in needed][:3]
+        if set(common[:3]) <= set(left):
+            raise
+        log.info("a band that the recipe does not need cannot be read; scenes are judged by %s", ", ".join(left))
+        return _look(scenes, grid, ledger, left)
+
+
+def _look(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None, bands: Sequence[str]) -> Look:
     ids = tuple(scene.id for scene in scenes)
-    bands = tuple(b for b in _BANDS if all(b in s.assets for s in scenes))[:3]
+    bands = tuple(bands)
     if not scenes:
         return Look(ids=ids, bands=bands, stored=np.empty((0, len(bands), 0), np.float32), scl=np.empty((0, 0), np.uint16))
     as_stored = []

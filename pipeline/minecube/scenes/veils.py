@@ -1,15 +1,18 @@
-"""Dates on which the scene classification errs as a whole: a veil that it does not see, cirrus where there is none.
+"""Dates on which the scene classification (SCL) errs as a whole: it misses thin cirrus, or sees cirrus over clear ground.
 
-Sen2Cor calls thin cirrus clear on some dates, and clear ground cirrus on others, the clearest of a season among them. Both
-show in the excess of haze, blue - red / 2 above the place's lower quartile of the year where SCL calls it clear (see
-`HazeTest`), over a whole date:
+Sen2Cor calls thin cirrus clear on some dates. On others it calls clear ground cirrus, the clearest date of a season among
+them. The haze index blue - red / 2 shows both (see `HazeTest`). The excess of a date is the part of
+its index outside the usual range of the pixel, over what SCL calls clear:
 
-    veiled      Over what SCL calls clear, the median excess is above `date_excess`; or its spread, between the lower and the
-                upper quartile, is above twice as much. Bands see high cloud at places of their own, since they look from
-                angles of their own, so that streaks of it are blue here and red there.
-    no cirrus   Over what SCL calls cirrus, the excess has a median below `date_excess`, and 95 % of it below twice as much.
+    usual       From the lowest to the highest of three: the lower quartile of all dates, the lower of the two dates before,
+                and the lower of the two dates after; and a tenth more, since clear ground varies with sun, view and
+                moisture. A veil passes. Ground that has changed stays changed, so a pit that opens is no veil.
+    veiled      The median excess over what SCL calls clear is above `date_excess`. Or its upper quartile is, and exceeds
+                the lower quartile by more than twice as much. Each band sees high cloud from its own angle, so streaks are
+                blue here and red there.
+    no cirrus   Over what SCL calls cirrus, the median excess is below `date_excess`, and 95 % of it below twice as much.
 
-A scene that shows too few pixels is not told, and keeps its classification.
+A scene with too few pixels to judge keeps its classification.
 """
 
 from __future__ import annotations
@@ -25,13 +28,18 @@ import pystac
 from minecube.catalog import HazeTest
 from minecube.scenes.looks import CLEAR, Look
 
+Float32 = npt.NDArray[np.float32]
+
 log = logging.getLogger(__name__)
 
 SCL_IS = "minecube:scl"
 """Item property: `veiled` or `no cirrus`, how the classification errs over the whole scene."""
 _CIRRUS = 10
 _LEAST = 0.2  # share of the observed pixels that must be called cirrus before one asks whether they are
-_ENOUGH, _LOOKS = 50, 3  # pixels that tell, each clear in so many scenes
+_ENOUGH = 50  # pixels that a scene is judged by
+_LOOKS = 3  # dates on which each of them is clear
+_VARIES = np.float32(0.1)
+"""Share by which the brightness of clear ground varies between dates."""
 _MEANT = {"veiled": "SCL misses thin cloud over the whole scene", "no cirrus": "SCL calls clear ground cirrus"}
 
 
@@ -41,7 +49,9 @@ def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[py
     if {"B02", "B04"} <= set(look.bands) and rule.date_excess and scenes:
         offsets = np.array([scene.properties["minecube:offset"] for scene in scenes], np.float32)
         blue, red = (look.stored[:, look.bands.index(band)] + offsets[:, None] for band in ("B02", "B04"))
-        verdicts = judge(((blue - red / 2) / 1e4).astype(np.float32), look.scl, rule.date_excess)
+        haze = ((blue - red / 2) / 1e4).astype(np.float32)
+        days = [scene.properties["minecube:solar_day"] for scene in scenes]
+        verdicts = judge(haze, look.scl, days, rule.date_excess)
     done = []
     for scene, verdict in zip(scenes, verdicts, strict=True):
         if verdict:
@@ -59,28 +69,65 @@ def as_rows(scenes: Sequence[pystac.Item]) -> list[dict[str, Any]]:
     return [{"scene": s.id, "scl": s.properties[SCL_IS]} for s in scenes if SCL_IS in s.properties]
 
 
-def judge(haze: npt.NDArray[np.float32], scl: npt.NDArray[np.uint16], most: float) -> list[str]:
-    """`veiled`, `no cirrus` or nothing of each scene.
+def judge(haze: Float32, scl: npt.NDArray[np.uint16], days: Sequence[str], most: float) -> list[str]:
+    """Return `veiled`, `no cirrus` or an empty text for each scene.
 
     Args:
         haze: [scene, pixel], blue - red / 2, reflectance, NaN where not observed.
         scl: [scene, pixel].
+        days: solar day of each scene, YYYY-MM-DD. Scenes of one day show the same sky, and count once.
         most: median excess of a date that is trusted.
     """
     observed = np.isfinite(haze)
     clear = np.isin(scl, CLEAR) & observed
-    looks = clear.sum(axis=0)
-    ranked = np.sort(np.where(clear, haze, np.float32(np.nan)), axis=0)
-    usual = np.take_along_axis(ranked, np.maximum(looks - 1, 0)[None] // 4, axis=0)[0]
-    excess, told = haze - usual, looks >= _LOOKS
+    calendar, day_of = np.unique(np.asarray(days, dtype=str), return_inverse=True)
+    of_days = np.full((len(calendar), haze.shape[1]), np.nan, np.float32)
+    for day, seen in zip(day_of, np.where(clear, haze, np.float32(np.nan)), strict=True):
+        of_days[day] = np.fmin(of_days[day], seen)
+    lowest, highest = _usual(of_days)
+    excess = haze - np.clip(haze, lowest[day_of], highest[day_of])
+    comparable = np.isfinite(of_days).sum(axis=0) >= _LOOKS
     verdicts = []
     for above, is_clear, is_cirrus, seen in zip(excess, clear, (scl == _CIRRUS) & observed, observed, strict=True):
+        judgeable = comparable & np.isfinite(above)
         verdict = ""
-        if is_cirrus.sum() > _LEAST * seen.sum() and (is_cirrus & told).sum() >= _ENOUGH:
-            middle, high = np.percentile(above[is_cirrus & told], (50, 95))
+        if is_cirrus.sum() > _LEAST * seen.sum() and (is_cirrus & judgeable).sum() >= _ENOUGH:
+            middle, high = np.percentile(above[is_cirrus & judgeable], (50, 95))
             verdict = "no cirrus" if middle < most and high < 2 * most else ""
-        if not verdict and (is_clear & told).sum() >= _ENOUGH:
-            low, middle, high = np.percentile(above[is_clear & told], (25, 50, 75))
-            verdict = "veiled" if middle > most or high - low > 2 * most else ""
+        if not verdict and (is_clear & judgeable).sum() >= _ENOUGH:
+            low, middle, high = np.percentile(above[is_clear & judgeable], (25, 50, 75))
+            streaked = high > most and high - low > 2 * most
+            verdict = "veiled" if middle > most or streaked else ""
         verdicts.append(verdict)
     return verdicts
+
+
+def _usual(haze: Float32) -> tuple[Float32, Float32]:
+    """The lowest and highest usual index of each pixel on each day, [day, pixel].
+
+    Args:
+        haze: [day, pixel], NaN = not clear.
+
+    Returns:
+        Two arrays; NaN = clear on no day.
+    """
+    looks = np.isfinite(haze).sum(axis=0)
+    ranked = np.sort(haze, axis=0)  # NaN last
+    quartile = np.take_along_axis(ranked, np.maximum(looks - 1, 0)[None] // 4, axis=0)
+    before = _lower_of_two_earlier(haze)
+    after = _lower_of_two_earlier(haze[::-1])[::-1]
+    lowest = np.fmin(quartile, np.fmin(before, after))
+    highest = np.fmax(quartile, np.fmax(before, after))
+    return lowest - _VARIES * np.abs(lowest), highest + _VARIES * np.abs(highest)
+
+
+def _lower_of_two_earlier(haze: Float32) -> Float32:
+    """The lower index of the two clear days before each day, [day, pixel]; NaN if there is no such day."""
+    lower = np.full_like(haze, np.nan)
+    last, last_but_one = np.full((2, haze.shape[1]), np.nan, np.float32)
+    for day, today in enumerate(haze):
+        lower[day] = np.fmin(last, last_but_one)
+        clear = np.isfinite(today)
+        last_but_one = np.where(clear, last, last_but_one)
+        last = np.where(clear, today, last)
+    return lower
