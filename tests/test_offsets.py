@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pystac
@@ -14,7 +16,7 @@ from minecube.catalog import load_recipes, load_sources
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.scenes import offsets
-from minecube.scenes.looks import coarse_of, look_at
+from minecube.scenes.looks import Look, coarse_of, look_at
 from minecube.scenes.offsets import Check, carried_by, check_offsets, resolve
 from minecube.simulate import World, simulate
 
@@ -406,6 +408,76 @@ def test_real_dates_of_april_2023(real_data, tmp_path, make):
     assert found([], tmp_path / "right") == []
     assert found(clearest[:1], tmp_path / "one") == clearest[:1]
     assert found(clearest, tmp_path / "two") == sorted(clearest)
+
+
+@pytest.fixture
+def april(real_data):
+    """The same twelve dates as `checks(bands, decided, on_top)`: offsets as decided, numbers with `on_top` added."""
+    with xr.open_dataset(real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False) as data:
+        arrays = {b: data[f"S2-L2A-{b}"].values.reshape(12, -1) for b in (*OF_APRIL, "SCL")}
+    missing = np.any([np.isin(arrays[b], (0, 65535)) for b in OF_APRIL], axis=0) | np.isin(arrays["SCL"], (0, 1))
+
+    def checks(bands, decided=(0,) * 12, on_top=(0,) * 12):
+        stored = np.stack([arrays[b] for b in bands], axis=1) + np.reshape(on_top, (12, 1, 1))
+        stored = np.where(missing[:, None], np.nan, stored).astype(np.float32)
+        return looked_at(bands, stored, arrays["SCL"].astype(np.uint16), decided)
+
+    return checks
+
+
+def looked_at(bands, stored, scl, decided):
+    ids = tuple(f"{n:02d}" for n in range(len(stored)))
+    properties = [{"minecube:offset": offset, "minecube:datatake": name} for name, offset in zip(ids, decided, strict=True)]
+    when = np.datetime64("2023-04-01T10:50:31").astype(object)
+    listed = [pystac.Item(name, None, None, when, p) for name, p in zip(ids, properties, strict=True)]
+    return check_offsets(listed, Look(ids=ids, bands=tuple(bands), stored=stored, scl=scl))
+
+
+OF_APRIL = ("B01", "B04", "B08", "B11")
+CLEAR_IN_APRIL = (1, 5)
+SETS_OF_APRIL = [bands for n in (2, 3) for bands in itertools.combinations(OF_APRIL, n)]
+
+
+@pytest.mark.parametrize("bands", SETS_OF_APRIL, ids="+".join)
+def test_right_offsets_of_april_2023_in_few_bands(april, bands):
+    checks = april(bands)
+    assert [c.scene for c in checks if c.conflict] == []
+    answered = [n for n, c in enumerate(checks) if c.step is not None]
+    assert set(CLEAR_IN_APRIL) <= set(answered) if bands != ("B08", "B11") else answered == []
+
+
+@pytest.mark.parametrize("bands", [b for b in SETS_OF_APRIL if b != ("B08", "B11")], ids="+".join)
+def test_wrong_offsets_of_april_2023_in_few_bands(april, bands):
+    """The offset is removed from numbers without it, or left in numbers that have it: on one clear date or on both."""
+    for wrong in (CLEAR_IN_APRIL[:1], CLEAR_IN_APRIL[1:], CLEAR_IN_APRIL):
+        is_wrong = np.isin(np.arange(12), wrong)
+        removed, left = april(bands, np.where(is_wrong, -1000, 0)), april(bands, on_top=np.where(is_wrong, 1000, 0))
+        for checks, should_be in ((removed, 0), (left, -1000)):
+            assert [(n, c.should_be) for n, c in enumerate(checks) if c.conflict] == [(n, should_be) for n in wrong]
+
+
+LEAVES = {
+    "B03": (400, 1100),
+    "B05": (900, 1500),
+    "B06": (1800, 3000),
+    "B07": (2200, 3500),
+    "B08": (2500, 4500),
+    "B8A": (2600, 4600),
+    "B11": (1200, 2200),
+    "B12": (1000, 1600),
+}
+"""Range of reflectance x 10000 of dry fields."""
+
+
+@pytest.mark.parametrize("bands", [b for n in (2, 3) for b in itertools.combinations(LEAVES, n)], ids="+".join)
+def test_bands_without_blue_or_red_give_no_answer(bands):
+    rng = np.random.default_rng(0)
+    land = rng.uniform(*np.transpose([LEAVES[b] for b in bands])[:, :, None], (len(bands), 900))
+    stored = (land + rng.normal(0, 40, (4, len(bands), 900))).astype(np.float32)
+    scl = np.full((4, 900), VEGETATION, np.uint16)
+    for on_top in (0, [[[0]], [[0]], [[1000]], [[1000]]]):  # all bands of a season may move alike
+        checks = looked_at(bands, (stored + on_top).astype(np.float32), scl, [0] * 4)
+        assert [(c.conflict, c.step) for c in checks] == [(False, None)] * 4
 
 
 @pytest.mark.slow

@@ -343,6 +343,33 @@ def test_mappers_of_landsat_pixels_share_none_along_an_edge():
     assert off == pytest.approx([0, 0], abs=1e-12)
 
 
+TOUCHING = box(-100, 100, 100, 100)
+ACROSS_THE_EDGE = box(-100, 100, 200, 100)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_polygons_that_only_touch_the_grid_have_area_0_and_no_iou():
+    found = compare({"one": table([TOUCHING]), "two": table([TOUCHING])}, {"pit": GRID})
+    assert found["site"].tolist() == ["pit", "pooled"]
+    counts = ["area_m2", "other_area_m2", "intersection_m2", "union_m2", "pixels_both", "pixels_either"]
+    assert (found[counts] == 0).all(axis=None)
+    assert found[["iou", "raster_iou", "raster_area_off", "other_raster_area_off"]].isna().all(axis=None)
+    row = compare({"one": table([TOUCHING]), "two": table([ACROSS_THE_EDGE])}, {"pit": GRID}).iloc[0]
+    assert row["area_m2"] == row["iou"] == row["raster_iou"] == 0
+    assert row["other_area_m2"] == pytest.approx(10_000, rel=2e-3)
+    assert np.isnan(row["raster_area_off"])
+    assert row["other_raster_area_off"] == pytest.approx(0)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_polygons_without_a_pixel_have_an_iou_and_no_raster_iou():
+    one, two = table([box(101, 101, 3, 3)]), table([box(101, 101, 3, 1)])
+    found = compare({"one": one, "two": two}, {"pit": GRID})
+    assert found["iou"].to_list() == pytest.approx([1 / 3, 1 / 3], rel=1e-6)
+    assert found["raster_iou"].isna().all()
+    assert found["raster_area_off"].iloc[0] == -1
+
+
 @real
 def test_of_real_mappers_the_raster_agrees_with_the_vector():
     mines = read_polygons(REAL)

@@ -14,7 +14,7 @@ import zarr
 from click.testing import CliRunner
 
 from minecube import cube
-from minecube.catalog import load_recipes
+from minecube.catalog import load_recipes, load_sites
 from minecube.cli import COMMANDS, cli
 from minecube.grid import grid_of
 
@@ -201,6 +201,34 @@ def test_rows_that_miss_the_site_they_name_are_named(store, tmp_path):
     assert "1 of 3 polygons do not reach the site that they name and are left out: row 2" in err
     _, err = run("label", "--store", store, "--polygons", written(tmp_path, table(A, site=["pit"]), "a.gpkg"), ok=2)
     assert "no polygon of site 'Big_Pit'; its `site` column has pit" in err
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_mappers_that_only_touch_a_site_are_compared_without_iou(sites, tmp_path):
+    edge = grid_of(load_sites(sites)[0]).boundingbox.left
+    touching, across = (shapely.box(edge - 100, TOP - 200, edge + inside, TOP - 100) for inside in (0, 100))
+    path = written(tmp_path, table(touching, touching, site=["pit", "pit"], who=["x", "y"]))
+    report = tmp_path / "report.json"
+    out, err = run("polygons", path, "--sites", sites, "--compare", "who", "--json", report)
+    assert err == ""
+    for row in compared(out):
+        assert [float(row[name]) for name in ("area_km2", "other_area_km2", "intersection_km2", "union_km2")] == [0] * 4
+        assert row["iou"] == row["raster_iou"] == "-"
+    rows = json.loads(report.read_text())["comparison"]
+    assert [(r["area_m2"], r["union_m2"], r["iou"], r["raster_iou"]) for r in rows] == [(0, 0, None, None)] * 2
+    one_touches = table(touching, across, site=["pit", "pit"], who=["x", "y"])
+    out, _ = run("polygons", written(tmp_path, one_touches, "b.gpkg"), "--sites", sites, "--compare", "who")
+    row = compared(out)[0]
+    assert float(row["area_km2"]) == float(row["iou"]) == float(row["raster_iou"]) == 0
+    assert float(row["other_area_km2"]) == pytest.approx(0.01, rel=2e-3)
+    assert "raster_area_off" not in row
+    assert float(row["other_raster_area_off"]) == pytest.approx(0, abs=1e-9)
+
+
+def compared(out):
+    """The rows of one site and of the pool in a printed comparison, by the columns' heads."""
+    heads, _, *rows = (line.split() for line in out.splitlines()[-4:])
+    return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
 def test_two_mappers_are_compared_with_rows_that_name_no_site(sites, tmp_path):

@@ -16,7 +16,7 @@ from pyproj import Transformer
 from rasterio.enums import Resampling
 from scipy import ndimage
 
-from minecube import scenes
+from minecube import reader, scenes
 from minecube.catalog import Access
 from minecube.errors import ReadError
 from minecube.reader import read, remove_offset
@@ -125,8 +125,8 @@ GRIDS = {
 HOW = [32768, 65436, 65535, "mask", "nodata"]
 
 
-# What is made of many pixels at once is told by its own number alone.
-@pytest.mark.parametrize(("where", "how"), [(w, h) for w in GRIDS for h in HOW if w != "coarse" or h == "mask"])
+@pytest.mark.parametrize("where", GRIDS)
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("resampling", [Resampling.nearest, Resampling.bilinear])
 def test_what_is_not_valid_is_no_pixel_and_mixed_into_none(tmp_path, make, where, how, resampling):
     """As if the file had zeros there: products have numbers above 32767 and masks with any number beneath."""
@@ -153,6 +153,73 @@ def test_a_defect_is_no_coarse_pixel_either(tmp_path, make):
     path = make.tif(tmp_path / "band.tif", pixels, make.grid(LEFT, TOP, 60, 60), nodata=None)
     got = read(str(path), make.grid(LEFT, TOP, 6, 6, size=100), Resampling.nearest)
     np.testing.assert_array_equal(got, np.broadcast_to([0, 0, 1400, 1400, 1400, 1400], (6, 6)))
+
+
+def average_of_valid(pixels, valid, factor):
+    """Average valid pixels with weights that fall to zero at `factor` pixels from each coarse pixel's centre.
+
+    The average is 0 where the pixel at the centre is not valid.
+    """
+    height, width = (n // factor for n in pixels.shape)
+    expected = np.zeros((height, width))
+    for row in range(height):
+        for column in range(width):
+            down = np.abs(np.arange(pixels.shape[0]) + 0.5 - factor * (row + 0.5))
+            across = np.abs(np.arange(pixels.shape[1]) + 0.5 - factor * (column + 0.5))
+            weights = np.clip(1 - down / factor, 0, None)[:, None] * np.clip(1 - across / factor, 0, None)
+            weights = weights * valid
+            if valid[int(factor * (row + 0.5)), int(factor * (column + 0.5))]:
+                expected[row, column] = (weights * pixels).sum() / weights.sum()
+    return expected
+
+
+@pytest.mark.parametrize("factor", [3, 6])
+@pytest.mark.parametrize("how", [*HOW, "zero", "zero, nodata 65535"])
+def test_coarse_pixels_are_averages_of_valid_pixels(tmp_path, make, how, factor):
+    grid = make.grid(LEFT, TOP, 60, 60)
+    pixels = np.random.default_rng(3).integers(1000, 2000, (60, 60)).astype(np.uint16)
+    valid = np.random.default_rng(4).random((60, 60)) > 0.1
+    valid[:, :20] = False
+    number = how if isinstance(how, int) else {"mask": 1400, "nodata": 7777}.get(how, 0)
+    nodata = {"nodata": 7777, "zero, nodata 65535": 65535}.get(how)
+    path = make.tif(tmp_path / "band.tif", np.where(valid, pixels, number).astype(np.uint16), grid, nodata=nodata)
+    if how == "mask":
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as out:
+            out.write_mask(valid)
+    expected = average_of_valid(pixels, valid, factor)
+    got = read(str(path), make.grid(LEFT, TOP, 60 // factor, 60 // factor, size=10 * factor), Resampling.bilinear)
+    np.testing.assert_array_equal(got == 0, expected == 0)
+    assert 0 < (got == 0).mean() < 0.5
+    np.testing.assert_allclose(got, expected, atol=1)
+
+
+def test_overviews_are_not_read(tmp_path, make):
+    """An average in an overview may contain invalid pixels."""
+    path = make.tif(tmp_path / "band.tif", np.full((256, 256), 1400, np.uint16), make.grid(LEFT, TOP, 256, 256))
+    with rasterio.open(path, "r+") as out:
+        out.build_overviews([2, 4, 8], Resampling.average)
+    for level in range(3):
+        with rasterio.open(path, "r+", OVERVIEW_LEVEL=level) as out:
+            out.write(np.full(out.shape, 3000, np.uint16), 1)
+    for factor in (4, 8):
+        coarse = make.grid(LEFT, TOP, 256 // factor, 256 // factor, size=10 * factor)
+        for resampling in (Resampling.nearest, Resampling.bilinear):
+            assert np.unique(read(str(path), coarse, resampling)).tolist() == [1400]
+
+
+@pytest.mark.parametrize("resampling", [Resampling.nearest, Resampling.bilinear])
+@pytest.mark.parametrize("epsg", [32633, 32632])
+def test_strips_make_one_image(tmp_path, make, monkeypatch, epsg, resampling):
+    """A large area is warped in strips of rows. The grid extends beyond the file."""
+    left, top = (LEFT, TOP) if epsg == 32633 else (784000, 5607000)
+    pixels = np.random.default_rng(0).integers(1, 9000, (400, 400)).astype(np.uint16)
+    path = make.tif(tmp_path / "band.tif", pixels, make.grid(left, top, 400, 400, epsg))
+    grid = make.grid(LEFT - 300, TOP + 300, 150, 110, size=40)
+    whole = read(str(path), grid, resampling)
+    monkeypatch.setattr(reader, "_STRIP_PX", 10_000)
+    off = np.abs(read(str(path), grid, resampling).astype(int) - whole)
+    assert off.max() <= (0 if resampling is Resampling.nearest or epsg == 32633 else 5)
+    assert 0.3 < (whole > 0).mean() < 0.8
 
 
 def test_the_brightest_number_that_is_valid(tmp_path, make):

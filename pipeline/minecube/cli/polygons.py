@@ -118,7 +118,7 @@ def polygons(
         agreement = labels.compare(mappers, grids)
         if agreement.empty:
             raise LabelError(f"{file}: nothing to compare: no site and year has polygons of two of {', '.join(mappers)}")
-        click.echo("\n" + _km2(agreement.drop(columns=["pixels_both", "pixels_either"])))
+        click.echo("\n" + _km2(agreement.drop(columns=["pixels_both", "pixels_either"]), always=("iou", "raster_iou")))
     if out:
         exporting.write_footprints(repaired, out)
     if report:
@@ -189,15 +189,15 @@ def _show_findings(found: pd.DataFrame) -> None:
         click.echo(f"\nin all, {len(found)} findings:\n" + table(("finding", "done", "rows", "area_m2"), rows))
 
 
-def _km2(frame: pd.DataFrame) -> str:
-    """The table with areas in km2."""
+def _km2(frame: pd.DataFrame, always: Sequence[str] = ()) -> str:
+    """Format the table with areas in km2; see `_without_empty`."""
     areas = {str(c): f"{str(c)[:-3]}_km2" for c in frame if str(c).endswith("_m2")}
-    return _without_empty(frame.assign(**{c: frame[c] / 1e6 for c in areas}).rename(columns=areas))
+    return _without_empty(frame.assign(**{c: frame[c] / 1e6 for c in areas}).rename(columns=areas), always)
 
 
-def _without_empty(frame: pd.DataFrame) -> str:
-    """The table as text, columns in which nothing stands left out."""
-    shown = frame[[c for c in frame if (frame[c].notna() & (frame[c].astype(str) != "")).any()]]
+def _without_empty(frame: pd.DataFrame, always: Sequence[str] = ()) -> str:
+    """Format the table without its empty columns. Columns in `always` are shown even if they are empty."""
+    shown = frame[[c for c in frame if c in always or (frame[c].notna() & (frame[c].astype(str) != "")).any()]]
     rows = [tuple("-" if pd.isna(v) else v for v in row) for row in shown.itertuples(index=False)]
     return table([str(c) for c in shown], rows)
 

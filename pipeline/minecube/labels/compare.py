@@ -27,6 +27,7 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
 
     Areas are of what lies on the site's grid, overlaps counted once, in `grid.equal_area_crs`; IoU is of the polygons, raster
     IoU of their masks on the grid. `raster_area_off` is the mask's area over the polygons', less one, both in the grid's CRS.
+    Polygons that only touch the grid have area 0. The IoU of two empty masks is NaN, as is any other division by 0.
     `year` is null where neither mapper's polygons have years. Sites and years that one of two did not map are left out:
     they say nothing on how the two agree.
 
@@ -47,7 +48,7 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
                     pair.append((site, year, mapper, other, *_agreement(one, two, grid)))
         if pair:
             sums = np.array([(*row[4:8], *row[9:11]) for row in pair], dtype=float).sum(axis=0)
-            ratios = (sums[2] / sums[3], *sums[4:], sums[4] / max(sums[5], 1), np.nan, np.nan)
+            ratios = (_ratio(sums[2], sums[3]), *sums[4:], _ratio(sums[4], sums[5]), np.nan, np.nan)
             rows += [*pair, (POOLED, None, mapper, other, *sums[:4], *ratios)]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.astype({"year": "Int64", "pixels_both": "int64", "pixels_either": "int64"})
@@ -74,5 +75,10 @@ def _agreement(a: gpd.GeoDataFrame, b: gpd.GeoDataFrame, grid: GeoBox) -> tuple[
     masks = [rasterize(t[["geometry"]], grid, [0]).to_numpy() == 1 for t in (a, b)]
     pixels = [int((masks[0] & masks[1]).sum()), int((masks[0] | masks[1]).sum())]
     pixel_m2 = abs(grid.affine.determinant)
-    off = [mask.sum() * pixel_m2 / shape.area - 1 for mask, shape in zip(masks, (one, two), strict=True)]
-    return (*areas, areas[2] / areas[3], *pixels, pixels[0] / max(pixels[1], 1), *off)
+    off = [_ratio(mask.sum() * pixel_m2, shape.area) - 1 for mask, shape in zip(masks, (one, two), strict=True)]
+    return (*areas, _ratio(areas[2], areas[3]), *pixels, _ratio(pixels[0], pixels[1]), *off)
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Divide a part by a whole; NaN if the whole is 0."""
+    return part / whole if whole else np.nan

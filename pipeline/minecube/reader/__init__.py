@@ -89,7 +89,7 @@ _SAME_SIZE = 1e-6  # pixel sizes must agree far better: the difference adds up o
 
 _PLAIN = Access()
 _MOST_PX = 10_980**2  # pixels of a band of a Sentinel-2 tile at 10 m
-_COARSE = 2  # pixels of a file to one of the grid, beyond which it is warped as it lies
+_STRIP_PX = 2**23  # pixels of a file that are warped at once: 16 MB, a site of 29 km at 10 m
 _MOST_DN = 32767  # numbers above are defects and fill values of products: no ground or cloud is so bright
 
 
@@ -254,7 +254,8 @@ def read(
 ) -> UInt16:
     """One single-band file on the grid: uint16 (y, x), 0 where the file has nothing valid.
 
-    Not valid are its nodata, what its mask hides, and numbers above 32767; they do not reach what is resampled either.
+    Not valid are 0, the file's nodata, pixels that its mask hides, and numbers above 32767. Resampling uses valid pixels only.
+    A resampled pixel is 0 if the file's pixel at its centre is not valid. Overviews are not read.
     Files in the grid's zone whose pixels nest in the grid are read without resampling; `resampling` is for the rest.
 
     Args:
@@ -493,30 +494,49 @@ def _put(pixels: UInt16, out: UInt16 | None) -> UInt16:
 def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally) -> UInt16:
     if src.crs is None:
         raise ReadError(f"{without_query(src.name)}: the file has no CRS, so its pixels cannot be placed on the grid")
-    wkt = grid.crs.to_wkt()
-    around = from_bounds(*transform_bounds(wkt, src.crs, *grid.boundingbox), transform=src.transform)
-    _count_stored(src, around, tally)
+    _count_stored(src, _around(src, grid), tally)
+    rows = _rows_per_strip(src, grid)
+    warped = np.empty(grid.shape, dtype=np.uint16)
+    for top in range(0, grid.shape[0], rows):
+        strip = slice(top, min(top + rows, grid.shape[0]))
+        warped[strip] = _warp_strip(src, grid[strip, :], resampling)
+    return warped
+
+
+def _rows_per_strip(src: rasterio.DatasetReader, grid: GeoBox) -> int:
+    """Return how many rows of the grid need about `_STRIP_PX` pixels of the file."""
+    around = _around(src, grid)
+    columns = min(around.width, src.width)
+    rows_per_row = around.height / grid.shape[0]
+    return max(int(_STRIP_PX / max(columns * rows_per_row, 1)), 1)
+
+
+def _around(src: rasterio.DatasetReader, grid: GeoBox) -> Window:
+    """Return the window of the file that surrounds the grid."""
+    return from_bounds(*transform_bounds(grid.crs.to_wkt(), src.crs, *grid.boundingbox), transform=src.transform)
+
+
+def _warp_strip(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
+    """Resample the file's own pixels, never its overviews: an average in an overview may contain invalid pixels."""
+    around = _around(src, grid)
     size = abs(grid.resolution.x) / abs(src.transform.a)
-    if size > _COARSE and MaskFlags.per_dataset not in src.mask_flag_enums[0]:  # too many source pixels to hold
-        warped = _on_grid(src, grid, resampling, src.nodata or 0)
-        return warped * (warped <= _MOST_DN)
-    reach = math.ceil(2 * max(size, 1)) + 1  # pixels that a target's value may come from, beyond the grid's corners
+    reach = math.ceil(max(size, 1)) + 2  # pixels beyond the grid's corners that a pixel of the grid may be averaged from
     x0, x1 = max(math.floor(around.col_off) - reach, 0), min(math.ceil(around.col_off + around.width) + reach, src.width)
     y0, y1 = max(math.floor(around.row_off) - reach, 0), min(math.ceil(around.row_off + around.height) + reach, src.height)
     if x0 >= x1 or y0 >= y1:
         return np.zeros(grid.shape, dtype=np.uint16)
     window = Window(x0, y0, x1 - x0, y1 - y0)
-    # Only what is valid: a defect would be mixed into its neighbours.
+    # Invalid pixels become nodata first: GDAL would average a defect with its neighbours.
     with MemoryFile() as memory:
         profile = {"driver": "GTiff", "count": 1, "dtype": "uint16", "crs": src.crs, "transform": src.window_transform(window)}
         with memory.open(**profile, width=window.width, height=window.height) as valid:
             valid.write(_valid(src, window), 1)
         with memory.open() as valid:
-            return _on_grid(valid, grid, resampling, 0)
+            return _on_grid(valid, grid, resampling)
 
 
-def _on_grid(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, nodata: float) -> UInt16:
-    """An image resampled to a grid: uint16 [y, x], 0 where it has nothing."""
+def _on_grid(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
+    """Resample an image to a grid: uint16 [y, x]. 0 is nodata in both."""
     height, width = grid.shape
     # How many source pixels a target pixel looks at. GDAL guesses it from the bounding box of the window, so that the same
     # pixel differs by hundreds from window to window (its warp option XSCALE; "may vary among chunks").
@@ -531,7 +551,7 @@ def _on_grid(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, 
         height=height,
         width=width,
         resampling=resampling,
-        src_nodata=nodata,
+        src_nodata=0,
         nodata=0,
         dtype=src.dtypes[0],
         XSCALE=scale,

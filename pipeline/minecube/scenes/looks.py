@@ -24,7 +24,7 @@ CLEAR = (2, 4, 5, 6)
 _UNSEEN = (0, 1)  # SCL: no data and defective
 _BANDS = ("B02", "B04", "B12", "B11", "B03", "B05", "B06", "B07", "B08", "B8A")
 """The three first that all scenes have: far apart in the spectrum, so that cloud and snow move them differently."""
-_PIXELS = 40_000  # the place is looked at in no more: 20 m where it is 4 km wide, by overviews where it is 100
+_PIXELS = 40_000  # largest number of pixels of a look: 20 m pixels for a place of 4 km, averages for a larger one
 
 
 @dataclass(frozen=True, kw_only=True)
