@@ -552,6 +552,33 @@ def test_nothing_is_said_of_dates_where_years_are_known_or_nothing_looks_like_on
     assert not caplog.records
 
 
+def test_blank_years_are_missing(tmp_path):
+    drawn = table([px(0, 0, 5, 5)] * 2, year=["2019", " "], mapped=["1", ""])
+    found = read_polygons(written(tmp_path, drawn, "m.parquet"))
+    assert found["year"].fillna(0).tolist() == [2019, 0]
+    assert found["mapped"].tolist() == [True, False]
+    spans = table([px(0, 0, 5, 5)] * 2, start=["", "2019"], end=["2020", ""])
+    found = read_polygons(written(tmp_path, spans, "s.parquet"))
+    assert found[["start", "end"]].fillna(0).to_numpy().tolist() == [[0, 2020], [2019, 0]]
+
+
+@pytest.mark.parametrize("name", ["photo", "site", "year", "mapped"])
+def test_bytes_that_are_no_text_are_never_a_crash(tmp_path, name):
+    path = written(tmp_path, table([px(0, 0, 5, 5)] * 2, **{name: [b"\xff\xfe", b"\x89PNG"]}), "m.parquet")
+    if name in ("photo", "site"):
+        assert len(read_polygons(path)) == 2
+        return
+    with pytest.raises(LabelError, match=f"column {name}: expected"):
+        read_polygons(path)
+
+
+def test_a_year_that_is_a_dictionary_or_a_list_is_refused(tmp_path):
+    for values in ([{"a": 2019}, {"a": 2022}], [[2019, 2020], [2022]]):
+        path = written(tmp_path, table([px(0, 0, 5, 5)] * 2, year=values), "m.parquet")
+        with pytest.raises(LabelError, match="column year: expected whole calendar years"):
+            read_polygons(path)
+
+
 def test_a_numeric_site_with_a_gap_is_whole_and_a_blank_one_missing(tmp_path):
     drawn = table([px(0, 0, 5, 5)] * 2, site=[7.0, None])
     assert read_polygons(written(tmp_path, drawn)).site.fillna("-").tolist() == ["7", "-"]

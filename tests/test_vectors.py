@@ -236,6 +236,21 @@ def test_twins_in_a_zip_have_the_name_of_their_folder(tmp_path):
     assert len(read_polygons(path, "all/2022/pits")) == 2
 
 
+def test_columns_of_joined_layers_may_differ_in_case(tmp_path):
+    path = tmp_path / "mines.gpkg"
+    table(MINE, Year=[2019], Site=[7]).to_file(path, layer="m_1")
+    table(OTHER, YEAR=["2022-06-01"], SITE=["b"]).to_file(path, layer="m_2", mode="a")
+    table(OTHER, begin=[2020]).to_file(path, layer="m_3", mode="a")
+    found = read_polygons(path, "m_*")
+    assert found["year"].fillna(0).tolist() == [2019, 2022, 0]
+    assert found["start"].fillna(0).tolist() == [0, 0, 2020]
+    assert found["site"].fillna("").tolist() == ["7", "b", ""]
+    both = tmp_path / "both.parquet"
+    table(MINE, OTHER, Year=[2019, None], YEAR=[2019, 2022]).to_parquet(both)
+    with pytest.raises(LabelError, match="has the columns Year, YEAR, which mean the same; keep one"):
+        read_polygons(both)
+
+
 def test_a_zipped_geodatabase_and_names_that_leave_the_folder(tmp_path):
     folder = two_layers(tmp_path / "mines.gdb")
     path = tmp_path / "mines.gdb.zip"

@@ -252,14 +252,14 @@ def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
 
 
 def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
-    """Rename columns to what they mean, without regard to case; empty twins of a column are left out.
+    """Rename columns to what they mean, without regard to case; join columns that mean the same.
 
     Args:
         table: rows as they were read.
         meanings: name in lower case -> the column that it means.
 
     Raises:
-        ValueError: two columns with values mean the same.
+        ValueError: two columns mean the same, and a row has a value in both.
     """
     names: dict[str, list[str]] = {}
     for column in table.columns.drop(table.geometry.name):
@@ -267,17 +267,40 @@ def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> 
         if meaning:
             names.setdefault(meaning, []).append(column)
     for meaning, twins in names.items():
-        filled = [name for name in twins if table[name].notna().any()] or twins[:1]
+        filled = [name for name in twins if texts(table[name]).notna().any()] or twins[:1]
         if len(filled) > 1:
-            raise ValueError(f"has the columns {', '.join(filled)}, which mean the same; keep one")
-        table = table.drop(columns=[name for name in twins if name not in filled]).rename(columns={filled[0]: meaning})
+            table = table.assign(**{filled[0]: _coalesced(table, filled)})
+        table = table.drop(columns=[name for name in twins if name != filled[0]]).rename(columns={filled[0]: meaning})
     return table
 
 
+def _coalesced(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
+    """Join columns of which each row fills one at most."""
+    filled = np.stack([texts(table[name]).notna().to_numpy() for name in names])
+    if (filled.sum(axis=0) > 1).any():
+        raise ValueError(f"has the columns {', '.join(names)}, which mean the same; keep one")
+    joined = pd.Series(None, table.index, dtype=object)
+    for name, rows in zip(names, filled, strict=True):
+        # A column of numbers with a gap is one of floats.
+        joined[rows] = table[name].convert_dtypes().astype(object).to_numpy()[rows]
+    return joined.infer_objects()
+
+
 def texts(column: pd.Series) -> pd.Series:
-    """Names as text: 7 and not 7.0 where a column of numbers has gaps; missing where blank."""
-    text = column.convert_dtypes().astype("string").str.strip()
+    """Convert values to text: 7 and not 7.0 where a column of numbers has gaps; missing where blank.
+
+    Bytes are read as UTF-8. Bytes that are not UTF-8 become the replacement character.
+    """
+    with np.errstate(invalid="ignore"):  # infinite numbers are no whole ones
+        values = column.convert_dtypes()
+    if values.dtype == object:
+        values = values.map(_text, na_action="ignore")
+    text = values.astype("string").str.strip()
     return text.mask(text == "")
+
+
+def _text(value: object) -> str:
+    return bytes(value).decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)
 
 
 def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:

@@ -199,9 +199,10 @@ def _need_areal(table: gpd.GeoDataFrame, path: Path) -> None:
 
 def _calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series:
     numbers = _years_in(column)
-    wrong = column.notna() & ~numbers.isin(list(YEARS)).fillna(False)
+    words = texts(column)
+    wrong = words.notna() & ~numbers.isin(list(YEARS)).fillna(False)
     if wrong.any():
-        found = ", ".join(map(str, column[wrong].unique()[:3]))
+        found = ", ".join(words[wrong].unique()[:3])
         where = "all years" if name == "year" else f"an open {name}"
         raise LabelError(
             f"{path}: column {name}: expected whole calendar years ({YEARS[0]}..{YEARS[-1]}), dates, or null for {where}, "
@@ -276,7 +277,7 @@ def spans(polygons: gpd.GeoDataFrame) -> tuple[npt.NDArray[np.float64], npt.NDAr
 
 def _true_or_false(column: pd.Series, path: Path) -> pd.Series:
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # Shapefiles know no truth
-    said = column.astype("string").str.lower().fillna("false")
+    said = texts(column).str.lower().fillna("false")
     if not said.isin(list(words)).all():
         raise LabelError(
             f"{path}: column mapped: expected true where a row is an area that was looked at, false where it is a mine, found "
