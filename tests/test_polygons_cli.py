@@ -171,6 +171,14 @@ def test_a_file_of_another_format_is_not_taken_for_a_name(tmp_path):
     assert "no such file" in err
 
 
+def test_sites_without_columns_and_with_lists_are_no_crash(tmp_path):
+    out, _ = run("sites", "--sites", written(tmp_path, table(A, B)))
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["site_1", "site_2"]
+    table(A, labels=[["x"]]).to_parquet(tmp_path / "own.parquet")
+    _, err = run("sites", "--sites", tmp_path / "own.parquet", ok=2)
+    assert "field 'labels': expected text, found ['x']" in err
+
+
 def test_bytes_that_are_no_text_pass_through_every_command(store, sites, tmp_path):
     path = tmp_path / "mines.parquet"
     table(A, B, photo=[b"\xff", b"\xfe"], source=[b"\xff", b"\xfe"], about=[{"a": 1}, {"a": 2}]).to_parquet(path)
