@@ -236,6 +236,20 @@ def test_twins_in_a_zip_have_the_name_of_their_folder(tmp_path):
     assert len(read_polygons(path, "all/2022/pits")) == 2
 
 
+def test_twins_of_one_folder_have_the_suffix_of_their_file(tmp_path):
+    path = tmp_path / "mines.zip"
+    pit_2019().to_file(tmp_path / "a.shp")
+    pits_2022().to_file(tmp_path / "a.geojson")
+    with zipfile.ZipFile(path, "w") as archive:
+        for part in ("shp", "shx", "dbf", "prj", "geojson"):
+            archive.write(tmp_path / f"a.{part}", f"a.{part}")
+        archive.write(tmp_path / "a.geojson", "new/a.geojson")
+    refused(path, r"found 3: a.geojson \(Polygon\), a.shp \(Polygon\), new/a \(Polygon\)")
+    assert [len(read_polygons(path, layer)) for layer in ("a.shp", "a.geojson", "new/a", "a.*")] == [1, 2, 2, 3]
+    with pytest.raises(LabelError, match=r"expected a layer 'a', found a\.geojson"):
+        read_polygons(path, "a")
+
+
 def test_columns_of_joined_layers_may_differ_in_case(tmp_path):
     path = tmp_path / "mines.gpkg"
     table(MINE, Year=[2019], Site=[7]).to_file(path, layer="m_1")

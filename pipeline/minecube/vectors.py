@@ -134,7 +134,10 @@ def _layers_of(path: Path) -> list[_Layer]:
 
 
 def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
-    """Extract the polygons of a zip file to a folder, and list their layers. Names that occur twice get their folder's."""
+    """Extract the polygons of a zip file to a folder, and list their layers.
+
+    A name that occurs twice gets its folder's name, and its suffix where the folder has it twice.
+    """
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if _may_be_polygons(member)]
         size = sum(member.file_size for member in members)
@@ -146,8 +149,14 @@ def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
     layers = [layer for file in files for layer in _layers_of(file)]
     if not layers:
         raise ValueError(f"expected {NAMED}; found none of these in the zip file")
-    uses = Counter(layer.name for layer in layers)
-    return [replace(layer, name=_long_name(layer, folder)) if uses[layer.name] > 1 else layer for layer in layers]
+    short = [layer.name for layer in layers]
+    long = [_long_name(layer, layer.path.relative_to(folder).with_suffix("")) for layer in layers]
+    longest = [_long_name(layer, layer.path.relative_to(folder)) for layer in layers]
+    uses = Counter(short)
+    names = [long[n] if uses[name] > 1 else name for n, name in enumerate(short)]
+    uses = Counter(names)
+    names = [longest[n] if uses[name] > 1 else name for n, name in enumerate(names)]
+    return [replace(layer, name=name) for layer, name in zip(layers, names, strict=True)]
 
 
 def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
@@ -158,9 +167,9 @@ def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
     return in_geodatabase or path.suffix.lower() in (*_ZIPPED, *_PARTS)
 
 
-def _long_name(layer: _Layer, folder: Path) -> str:
-    file = layer.path.relative_to(folder).with_suffix("")
-    return file.as_posix() if file.name == layer.name else f"{file.as_posix()}/{layer.name}"
+def _long_name(layer: _Layer, file: Path) -> str:
+    """Name a layer by its file, and by its own name where that differs."""
+    return file.as_posix() if layer.path.stem == layer.name else f"{file.as_posix()}/{layer.name}"
 
 
 def _read_layers(path: Path, layers: Sequence[_Layer], wanted: str | None) -> gpd.GeoDataFrame:
