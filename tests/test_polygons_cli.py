@@ -171,6 +171,12 @@ def test_a_file_of_another_format_is_not_taken_for_a_name(tmp_path):
     assert "no such file" in err
 
 
+def test_a_file_without_suffix_is_named(tmp_path):
+    (tmp_path / "noext").write_text("{}")
+    _, err = run("sites", "--sites", tmp_path / "noext", ok=2)
+    assert "noext: expected a site or a file with the suffix of its format; rename the file" in err
+
+
 def test_sites_without_columns_and_with_lists_are_no_crash(tmp_path):
     out, _ = run("sites", "--sites", written(tmp_path, table(A, B)))
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["site_1", "site_2"]

@@ -38,7 +38,7 @@ _FORMATS = {
     ".shp": rb"\0\0\x27\x0a",
     ".zip": rb"PK\x03\x04",
     ".fgb": rb"fgb\x03fgb",
-    ".kml": rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*\?>)?\s*(<!--.*?-->\s*)*<kml[\s>]",
+    ".kml": rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*\?>)?\s*(<!--.*?-->\s*)*<(\w+:)?kml[\s>]",
     ".kmz": rb"PK\x03\x04",
     ".gdb": rb"[\x03\x04]\0\0\0",
 }
@@ -47,6 +47,8 @@ SUFFIXES = tuple(_FORMATS)
 _CONTENTS = "a00000001.gdbtable"
 _PARQUET = (".parquet", ".geoparquet")
 _TEXTS = (".geojson", ".json", ".kml")
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<", b"{\0", b"\0{")
+"""Beginnings of texts in UTF-16, in which no word of `_OTHER_DRIVERS` would be found."""
 _OTHER_DRIVERS = rb"<OGR|gdal_streamed_alg|opengis\.net/gml"
 """Words by which GDAL would take a text for a VRT, a pipeline, a web service or GML."""
 _SHORT_TIME = rb"<(?:\w+:)?(begin|end|when)>\s*(\d{4}(?:-\d\d)?)\s*<"
@@ -57,6 +59,10 @@ _ZIPPED = (".geojson", ".gpkg", *_PARQUET, ".shp", ".fgb", ".kml")
 _PARTS = (".shx", ".dbf", ".prj", ".cpg")
 _MOST_ZIPPED = 2**31
 """Bytes that the polygons of a zip file may take."""
+_LISTED = 8
+"""Columns that an error lists, at most."""
+_ENCRYPTED = 1
+"""Bit of a zip file's member that has a password."""
 _COLLECTIONS = [shapely.GeometryType[f"MULTI{kind}"].value for kind in ("POINT", "LINESTRING", "POLYGON")]
 _COLLECTIONS.append(shapely.GeometryType.GEOMETRYCOLLECTION.value)
 
@@ -98,6 +104,10 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
             return _read_layers(path, _zipped_layers(place, Path(folder)), layer)
     except zipfile.BadZipFile as error:
         raise ValueError(f"expected a zip file, found a damaged one ({error}); make it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            "expected text in UTF-8, found another encoding; convert the file to UTF-8, for example with iconv"
+        ) from error
     except shapely.errors.ShapelyError as error:
         raise ValueError(f"expected polygons, found geometries that cannot be read ({error}); convert the file") from error
 
@@ -108,8 +118,15 @@ def _check_format(path: Path) -> None:
         raise ValueError(f"expected {NAMED}, found the suffix {suffix!r}; convert the file with ogr2ogr")
     if path.parts[1].startswith("vsi"):
         raise ValueError("expected a file, found a name that GDAL treats as virtual; move the file to another folder")
+    if path.is_dir() != (suffix == ".gdb") and path.exists():
+        wanted, found = ("folder", "file") if suffix == ".gdb" else ("file", "folder")
+        raise ValueError(f"expected a {wanted} with the suffix {suffix}, found a {found}; name the {wanted} of polygons")
+    if suffix == ".gdb" and path.is_dir() and not (path / _CONTENTS).is_file():
+        raise ValueError(f"expected a File Geodatabase, found a folder without {_CONTENTS}; name another folder")
     with (path / _CONTENTS if suffix == ".gdb" else path).open("rb") as file:
         first = file.read(_FIRST)
+    if suffix in _TEXTS and first.startswith(_UTF_16):
+        raise ValueError("expected text in UTF-8, found UTF-16; save the file as UTF-8")
     if not re.match(_FORMATS[suffix], first, re.DOTALL):
         raise ValueError(f"expected the format of the suffix {suffix}, found another; correct the suffix or convert the file")
     if suffix in _TEXTS and re.search(_OTHER_DRIVERS, first):
@@ -143,9 +160,15 @@ def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
         size = sum(member.file_size for member in members)
         if size > _MOST_ZIPPED:
             raise ValueError(f"expected at most {_MOST_ZIPPED:,} bytes in the zip file, found {size:,}; unzip it")
-        for member in members:
-            archive.extract(member, folder)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (*_ZIPPED, ".gdb"))
+        if any(member.flag_bits & _ENCRYPTED for member in members):
+            raise ValueError("expected a zip file without a password, found an encrypted one; unzip it and name the file in it")
+        try:
+            for member in members:
+                archive.extract(member, folder)
+        except NotImplementedError as error:
+            raise ValueError(f"expected a zip file that Python can read ({error}); unzip it and name the file in it") from error
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.suffix.lower() == ".gdb" or (path.suffix.lower() in _ZIPPED and path.is_file())]
     layers = [layer for file in files for layer in _layers_of(file)]
     if not layers:
         raise ValueError(f"expected {NAMED}; found none of these in the zip file")
@@ -240,9 +263,11 @@ def _read_parquet(path: Path) -> gpd.GeoDataFrame:
     columns = [file.schema.column(n) for n in range(len(file.schema.names))]
     native = {c.path: c.logical_type for c in columns if c.logical_type.type in ("GEOMETRY", "GEOGRAPHY")}
     if not native:
+        fields = [f"{field.name} ({field.type})" for field in file.schema_arrow]
+        found = ", ".join(fields[:_LISTED])
         raise ValueError(
-            "expected GeoParquet, or a column of Parquet's type GEOMETRY, found neither; write GeoParquet with geopandas or "
-            "ogr2ogr"
+            f"expected GeoParquet, or a column of Parquet's type GEOMETRY, found {found}; write GeoParquet "
+            "with geopandas or ogr2ogr"
         )
     table = file.read().to_pandas()
     for name, kind in native.items():
