@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import geopandas as gpd
@@ -317,6 +318,75 @@ def test_rows_without_a_name_are_numbered_and_reported(tmp_path, caplog):
 def test_numbers_with_a_gap_are_whole(tmp_path, column):
     found = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=".gpkg", **{column: [7.0, None]}))
     assert [site.id for site in found] == ["7", "site_2"]
+
+
+@pytest.mark.parametrize("suffix", [".geojson", ".gpkg", ".parquet", ".fgb"])
+def test_sites_without_columns_are_numbered(tmp_path, suffix):
+    assert [site.id for site in load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=suffix))] == ["site_1", "site_2"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [MINE.__geo_interface__, {"type": "Feature", "properties": None, "geometry": MINE.__geo_interface__}],
+    ids=["geometry", "feature"],
+)
+def test_a_bare_geometry_is_one_site(tmp_path, content):
+    path = tmp_path / "own.geojson"
+    path.write_text(json.dumps(content))
+    (site,) = load_sites(path)
+    assert site.id == "site_1"
+    assert site.geometry.equals(MINE)
+    assert (site.years, site.margin, site.labels) == ((), 1000, None)
+
+
+def test_blank_text_is_missing_in_every_column(tmp_path):
+    blank = {key: [" ", ""] for key in ("id", "title", "country", "split", "labels", "years", "margin")}
+    first, second = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", **blank))
+    assert (first.id, second.id) == ("site_1", "site_2")
+    assert {(s.title, s.country, s.split, s.labels, s.years, s.margin) for s in (first, second)} == {
+        ("", "", None, None, (), 1000)
+    }
+
+
+def test_numbers_as_text_are_numbers(tmp_path):
+    columns = {"id": ["a", "b"], "margin": ["500", " 12.5 "], "years": ["2019.0", "2015 - 2017"]}
+    first, second = load_sites(sites_file(tmp_path, [MINE, OTHER], **columns))
+    assert (first.margin, second.margin) == (500, 12.5)
+    assert (first.years, second.years) == ((2019,), (2015, 2016, 2017))
+    decimals = sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", id=["a", "b"], margin=[Decimal("60"), None])
+    assert [site.margin for site in load_sites(decimals)] == [60, 1000]
+    listed = sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", id=["a", "b"], years=[["2019", " "], []])
+    assert [site.years for site in load_sites(listed)] == [(2019,), ()]
+
+
+@pytest.mark.parametrize("margin", ["500 m", "nan", "inf", "-1"])
+def test_a_margin_of_text_that_is_no_number_of_metres_is_refused(tmp_path, margin):
+    with pytest.raises(CatalogError, match=r"site 'a': field 'margin': expected metres from 0 to 100000, found"):
+        load_sites(sites_file(tmp_path, [MINE], id=["a"], margin=[margin]))
+
+
+@pytest.mark.parametrize("field", ["labels", "country", "split", "title"])
+def test_a_list_where_text_is_expected_is_refused(tmp_path, field):
+    path = sites_file(tmp_path, [MINE], suffix=".parquet", id=["a"], **{field: [["x", "y"]]})
+    with pytest.raises(CatalogError, match=rf"site 'a': field '{field}': expected text, found \['x', 'y'\]"):
+        load_sites(path)
+
+
+def test_fields_of_text_are_text(tmp_path):
+    (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", id=[7], country=[1], labels=[2.0]))
+    assert (site.id, site.country, site.labels) == ("7", "1", "2")
+
+
+def test_bytes_that_are_no_text_do_not_hinder(tmp_path):
+    (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", id=[b"pit"], photo=[b"\x89PNG\xff"]))
+    assert site.id == "pit"
+    (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", id=[b"Gr\xf6"]))
+    assert site.id == "Gr"
+
+
+def test_twins_are_joined_where_no_row_fills_both(tmp_path):
+    found = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", name=["a", None], NAME=[" ", "b"]))
+    assert [site.id for site in found] == ["a", "b"]
 
 
 def test_the_areas_of_a_collection_are_kept(tmp_path, caplog):

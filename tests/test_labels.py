@@ -552,6 +552,123 @@ def test_nothing_is_said_of_dates_where_years_are_known_or_nothing_looks_like_on
     assert not caplog.records
 
 
+def warned(tmp_path, caplog, column, values):
+    """Whether a column of a file of polygons is named as one that may hold years."""
+    caplog.clear()
+    path = written(tmp_path, table([px(0, 0, 5, 5)] * len(values), **{column: values}), "m.parquet")
+    read_polygons(path)
+    return f"column `{column}` may hold years" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["Jun 2019", "Jun 2022"],
+        ["June 1, 2019"],
+        ["1 June 2019"],
+        ["01-JUN-2019"],
+        ["2019-Jun-01"],
+        ["06.2019", "10.2022"],
+        ["Juni 2019", "Mai 2022"],
+        ["2019年6月", "2022年6月"],
+        ["summer 2019"],
+        ["Q3/2019"],
+        ["2019Q3"],
+        ["2019/2020"],
+        ["2019-20"],
+        ["2019 to 2021"],
+        ["2019, 2022"],
+        ["C2019", "C2022"],
+        ["FY2019", "FY2020"],
+        [2019152, 2022152],
+        [2019152.0, None],
+        ["A2019152"],
+        ["MOD13Q1.A2019145.h18v04"],
+        [201906, 202206],
+        [1559347200, 1654041600],
+        ["1559347200"],
+        [1559347200000, 1654041600000],
+        ["S2A_20190601", "S2B_20220601"],
+        ["20190601T101031_20190601T101501_T32UQC"],
+        ["from 1.6.2019 on", None],
+        [["2019-06-01"]],
+    ],
+)
+def test_years_in_other_forms_are_named(tmp_path, caplog, values):
+    assert warned(tmp_path, caplog, "seen", values)
+
+
+def test_seconds_count_as_time_by_name_and_dates_in_ids_count(tmp_path, caplog):
+    assert warned(tmp_path, caplog, "system:time_start", [1559347323456])
+    assert warned(tmp_path, caplog, "product_id", ["S2A_MSIL2A_20190601T101031_N0212"])
+    assert not warned(tmp_path, caplog, "seen", [1559347323])
+
+
+DRAWN = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("area", DRAWN.integers(100, 5_000_000, 50)),
+        ("area", DRAWN.integers(2_000_000, 2_100_000, 50)),
+        ("area", [2019152.37, 2022152.2]),
+        ("area", ["2019.54", "2022.7"]),
+        ("area", ["2019,54", "2022,7"]),
+        ("height", [2019.5, 2022.25]),
+        ("osm", DRAWN.integers(10**7, 10**10, 50)),
+        ("osm", DRAWN.integers(1_420_070_400, 1_500_000_000, 50)),
+        ("osm", [f"way/{n}" for n in DRAWN.integers(1_420_070_400, 1_500_000_000, 50)]),
+        ("osm_id", [1559347200, 1654041600]),
+        ("fid", [2015, 2016]),
+        ("OBJECTID", [2019152, 2022152]),
+        ("siteId", ["MINE-2019", "MINE-2020"]),
+        ("code", ["MINE-2019-001", "MINE-2020-014"]),
+        ("uuid", [DRAWN.bytes(16).hex() for _ in range(50)]),
+        ("phone", ["+49 3573 2019", "+49 3573 2022"]),
+        ("phone", [1712345678, 1601234501]),
+        ("phone", ["0171 2345678", "0160 1234501"]),
+        ("phone", DRAWN.integers(2_010_000_000, 2_019_999_999, 50)),
+        ("phone", ["(201) 555-0123", "(202) 555-0145"]),
+        ("source", ["Maus et al. 2020"] * 4),
+        ("doi", ["10.5281/zenodo.2019152", "10.14278/rodare.4656"]),
+        ("note", ["Pit 2019", "north", "south"]),
+        ("photo", [b"\xff2019", b"2019\xfe"]),
+        ("blank", [" ", None]),
+        ("open", [True, False]),
+    ],
+)
+def test_ids_areas_and_phone_numbers_are_no_years(tmp_path, caplog, column, values):
+    assert not warned(tmp_path, caplog, column, values)
+
+
+def test_blank_years_are_missing(tmp_path):
+    drawn = table([px(0, 0, 5, 5)] * 2, year=["2019", " "], mapped=["1", ""])
+    found = read_polygons(written(tmp_path, drawn, "m.parquet"))
+    assert found["year"].fillna(0).tolist() == [2019, 0]
+    assert found["mapped"].tolist() == [True, False]
+    spans = table([px(0, 0, 5, 5)] * 2, start=["", "2019"], end=["2020", ""])
+    found = read_polygons(written(tmp_path, spans, "s.parquet"))
+    assert found[["start", "end"]].fillna(0).to_numpy().tolist() == [[0, 2020], [2019, 0]]
+
+
+@pytest.mark.parametrize("name", ["photo", "site", "year", "mapped"])
+def test_bytes_that_are_no_text_are_never_a_crash(tmp_path, name):
+    path = written(tmp_path, table([px(0, 0, 5, 5)] * 2, **{name: [b"\xff\xfe", b"\x89PNG"]}), "m.parquet")
+    if name in ("photo", "site"):
+        assert len(read_polygons(path)) == 2
+        return
+    with pytest.raises(LabelError, match=f"column {name}: expected"):
+        read_polygons(path)
+
+
+def test_a_year_that_is_a_dictionary_or_a_list_is_refused(tmp_path):
+    for values in ([{"a": 2019}, {"a": 2022}], [[2019, 2020], [2022]]):
+        path = written(tmp_path, table([px(0, 0, 5, 5)] * 2, year=values), "m.parquet")
+        with pytest.raises(LabelError, match="column year: expected whole calendar years"):
+            read_polygons(path)
+
+
 def test_a_numeric_site_with_a_gap_is_whole_and_a_blank_one_missing(tmp_path):
     drawn = table([px(0, 0, 5, 5)] * 2, site=[7.0, None])
     assert read_polygons(written(tmp_path, drawn)).site.fillna("-").tolist() == ["7", "-"]

@@ -171,6 +171,28 @@ def test_a_file_of_another_format_is_not_taken_for_a_name(tmp_path):
     assert "no such file" in err
 
 
+def test_a_file_without_suffix_is_named(tmp_path):
+    (tmp_path / "noext").write_text("{}")
+    _, err = run("sites", "--sites", tmp_path / "noext", ok=2)
+    assert "noext: expected a site or a file with the suffix of its format; rename the file" in err
+
+
+def test_sites_without_columns_and_with_lists_are_no_crash(tmp_path):
+    out, _ = run("sites", "--sites", written(tmp_path, table(A, B)))
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["site_1", "site_2"]
+    table(A, labels=[["x"]]).to_parquet(tmp_path / "own.parquet")
+    _, err = run("sites", "--sites", tmp_path / "own.parquet", ok=2)
+    assert "field 'labels': expected text, found ['x']" in err
+
+
+def test_bytes_that_are_no_text_pass_through_every_command(store, sites, tmp_path):
+    path = tmp_path / "mines.parquet"
+    table(A, B, photo=[b"\xff", b"\xfe"], source=[b"\xff", b"\xfe"], about=[{"a": 1}, {"a": 2}]).to_parquet(path)
+    run("label", "--store", store, "--polygons", path, "--sites", "pit")
+    assert footprint(store, "pit", 2019) == (500, True)
+    run("polygons", path, "--sites", sites, "--compare", "source", "--out", tmp_path / "out.gpkg")
+
+
 def test_sites_of_a_store_are_found_by_their_names(store, tmp_path):
     path = written(tmp_path, table(OF_BIG))
     run("label", "--store", store, "--polygons", path, "--sites", "big pit")

@@ -236,6 +236,91 @@ def test_twins_in_a_zip_have_the_name_of_their_folder(tmp_path):
     assert len(read_polygons(path, "all/2022/pits")) == 2
 
 
+def test_twins_of_one_folder_have_the_suffix_of_their_file(tmp_path):
+    path = tmp_path / "mines.zip"
+    pit_2019().to_file(tmp_path / "a.shp")
+    pits_2022().to_file(tmp_path / "a.geojson")
+    with zipfile.ZipFile(path, "w") as archive:
+        for part in ("shp", "shx", "dbf", "prj", "geojson"):
+            archive.write(tmp_path / f"a.{part}", f"a.{part}")
+        archive.write(tmp_path / "a.geojson", "new/a.geojson")
+    refused(path, r"found 3: a.geojson \(Polygon\), a.shp \(Polygon\), new/a \(Polygon\)")
+    assert [len(read_polygons(path, layer)) for layer in ("a.shp", "a.geojson", "new/a", "a.*")] == [1, 2, 2, 3]
+    with pytest.raises(LabelError, match=r"expected a layer 'a', found a\.geojson"):
+        read_polygons(path, "a")
+
+
+def test_columns_of_joined_layers_may_differ_in_case(tmp_path):
+    path = tmp_path / "mines.gpkg"
+    table(MINE, Year=[2019], Site=[7]).to_file(path, layer="m_1")
+    table(OTHER, YEAR=["2022-06-01"], SITE=["b"]).to_file(path, layer="m_2", mode="a")
+    table(OTHER, begin=[2020]).to_file(path, layer="m_3", mode="a")
+    found = read_polygons(path, "m_*")
+    assert found["year"].fillna(0).tolist() == [2019, 2022, 0]
+    assert found["start"].fillna(0).tolist() == [0, 0, 2020]
+    assert found["site"].fillna("").tolist() == ["7", "b", ""]
+    both = tmp_path / "both.parquet"
+    table(MINE, OTHER, Year=[2019, None], YEAR=[2019, 2022]).to_parquet(both)
+    with pytest.raises(LabelError, match="has the columns Year, YEAR, which mean the same; keep one"):
+        read_polygons(both)
+
+
+def test_a_zip_with_a_password_is_refused_in_words(tmp_path):
+    path = written(tmp_path / "mines.zip")
+    content = bytearray(path.read_bytes())
+    for start, bits in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # bit 0 of the flags: encrypted
+        at = content.find(start)
+        while at >= 0:
+            content[at + bits] |= 1
+            at = content.find(start, at + 1)
+    path.write_bytes(content)
+    refused(path, "expected a zip file without a password, found an encrypted one; unzip it")
+
+
+def test_a_folder_in_a_zip_may_end_like_a_file(tmp_path):
+    path = tmp_path / "mines.zip"
+    written(tmp_path / "a.geojson")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "a.geojson", "mines.shp/a.geojson")
+    assert len(read_polygons(path)) == 1
+
+
+def test_other_encodings_are_named(tmp_path):
+    path = tmp_path / "mines.geojson"
+    feature = {"type": "Feature", "properties": {"name": "Größe"}, "geometry": MINE.__geo_interface__}
+    path.write_bytes(json.dumps(feature, ensure_ascii=False).encode("latin-1"))
+    refused(path, "expected text in UTF-8, found another encoding; convert the file to UTF-8")
+    path.write_bytes(json.dumps(feature).encode("utf-16"))
+    refused(path, "expected text in UTF-8, found UTF-16; save the file as UTF-8")
+    (tmp_path / "mines.kml").write_bytes(KML.format(placemark(MINE, "a")).encode("utf-16-be"))
+    refused(tmp_path / "mines.kml", "found UTF-16")
+
+
+def test_tags_of_kml_may_have_a_prefix(tmp_path):
+    path = tmp_path / "mines.kml"
+    text = KML.format(placemark(MINE, "Pit")).replace(
+        "<kml xmlns=", "<kml:kml xmlns:kml='http://www.opengis.net/kml/2.2' xmlns="
+    )
+    path.write_text(text.replace("</kml>", "</kml:kml>"))
+    assert read_polygons(path).geometry[0].equals_exact(MINE, 1e-9, normalize=True)
+    path.write_text(VRT.format(other="a.gpkg").replace("OGRVRTDataSource>", "kml:kml>"))
+    refused(path, "refers to other files")
+
+
+def test_folders_and_files_are_told_apart(tmp_path):
+    (tmp_path / "mines.geojson").mkdir()
+    refused(tmp_path / "mines.geojson", "expected a file with the suffix .geojson, found a folder; name the file")
+    (tmp_path / "mines.gdb").write_text("x")
+    refused(tmp_path / "mines.gdb", "expected a folder with the suffix .gdb, found a file; name the folder")
+    (tmp_path / "empty.gdb").mkdir()
+    refused(tmp_path / "empty.gdb", "expected a File Geodatabase, found a folder without a00000001.gdbtable")
+
+
+def test_parquet_with_text_for_geometry_is_described(tmp_path):
+    pd.DataFrame({"geometry": [MINE.wkt]}).to_parquet(tmp_path / "mines.parquet")
+    refused(tmp_path / "mines.parquet", r"found geometry \((large_)?string\); write GeoParquet")
+
+
 def test_a_zipped_geodatabase_and_names_that_leave_the_folder(tmp_path):
     folder = two_layers(tmp_path / "mines.gdb")
     path = tmp_path / "mines.gdb.zip"

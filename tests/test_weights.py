@@ -303,6 +303,59 @@ def test_weights_that_are_there_twice_are_refused_by_name(tmp_path: Path) -> Non
         taken(tmp_path / "w.pt", {"state_dict": prefixed("student.") | prefixed("teacher.")})
 
 
+def test_weights_twice_without_a_prefix_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"2 times \(without a prefix; prefix 'module.'\)"):
+        taken(tmp_path / "w.pt", prefixed("") | prefixed("module."))
+
+
+def test_tensors_of_a_loss_are_left_out_without_a_prefix_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loss = {"criterion.weight": torch.ones(1), "n_averaged": torch.tensor(3)}
+    assert same(taken(tmp_path / "w.pt", prefixed("") | loss), trained().network)
+    assert "left out criterion.weight, n_averaged, which are no weights of unet" in caplog.text
+    with pytest.raises(ModelError, match=r"\(1 not expected, such as head.more\)"):
+        taken(tmp_path / "w.pt", prefixed("") | {"head.more": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda v: v * float("nan"), "NaN or infinity in head.weight"),
+        (lambda v: v / 0, "NaN or infinity in head.weight"),
+        (lambda v: v.double() + 1e300, "NaN or infinity in head.weight"),  # infinite as float32
+        (lambda v: v.to(torch.int8), "int8 in head.weight"),
+        (lambda v: v > 0, "bool in head.weight"),
+        (lambda v: v.to(torch.complex64), "complex64 in head.weight"),
+        (lambda v: v.to_sparse(), "sparse_coo in head.weight"),
+        (lambda v: v.to("meta"), r"no values \(device meta\) in head.weight"),
+    ],
+)
+def test_tensors_that_are_no_finite_floats_are_refused(tmp_path: Path, changed, words: str) -> None:
+    path = tmp_path / "w.pt"
+    state = prefixed("")
+    state["head.weight"] = changed(state["head.weight"])
+    with pytest.raises(ModelError, match=f"w.pt: expected dense tensors of finite floats, found {words}; save") as caught:
+        taken(path, state)
+    assert "\n" not in str(caught.value)
+    save(trained(), path)
+    torch.save(torch.load(path, weights_only=True) | {"weights": state}, path)
+    with pytest.raises(ModelError, match=f"expected dense tensors of finite floats, found {words}; save"):
+        models.load(path)
+
+
+def test_floats_of_other_widths_are_taken(tmp_path: Path) -> None:
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        state = {name: v.to(kind) if v.is_floating_point() else v for name, v in prefixed("").items()}
+        found = taken(tmp_path / "w.pt", state).state_dict()
+        assert torch.equal(found["head.weight"], state["head.weight"].float())
+
+
+def test_tensors_that_differ_alike_are_counted(tmp_path: Path) -> None:
+    state = {name: v * float("nan") if name.startswith("head.") else v for name, v in prefixed("").items()}
+    assert [name for name in state if name.startswith("head.")] == ["head.weight", "head.bias"]
+    with pytest.raises(ModelError, match=r"NaN or infinity in head\.weight and 1 more;"):
+        taken(tmp_path / "w.pt", state)
+
+
 def test_weights_that_do_not_fit_are_told_by_the_tensors_that_differ(tmp_path: Path) -> None:
     path, names = tmp_path / "w.pt", list(prefixed(""))
     with pytest.raises(ModelError, match=rf"{len(names)} missing, such as {names[0]}; 1 not expected, such as a.weight"):

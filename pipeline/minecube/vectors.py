@@ -38,7 +38,7 @@ _FORMATS = {
     ".shp": rb"\0\0\x27\x0a",
     ".zip": rb"PK\x03\x04",
     ".fgb": rb"fgb\x03fgb",
-    ".kml": rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*\?>)?\s*(<!--.*?-->\s*)*<kml[\s>]",
+    ".kml": rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*\?>)?\s*(<!--.*?-->\s*)*<(\w+:)?kml[\s>]",
     ".kmz": rb"PK\x03\x04",
     ".gdb": rb"[\x03\x04]\0\0\0",
 }
@@ -47,6 +47,8 @@ SUFFIXES = tuple(_FORMATS)
 _CONTENTS = "a00000001.gdbtable"
 _PARQUET = (".parquet", ".geoparquet")
 _TEXTS = (".geojson", ".json", ".kml")
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<", b"{\0", b"\0{")
+"""Beginnings of texts in UTF-16, in which no word of `_OTHER_DRIVERS` would be found."""
 _OTHER_DRIVERS = rb"<OGR|gdal_streamed_alg|opengis\.net/gml"
 """Words by which GDAL would take a text for a VRT, a pipeline, a web service or GML."""
 _SHORT_TIME = rb"<(?:\w+:)?(begin|end|when)>\s*(\d{4}(?:-\d\d)?)\s*<"
@@ -57,6 +59,10 @@ _ZIPPED = (".geojson", ".gpkg", *_PARQUET, ".shp", ".fgb", ".kml")
 _PARTS = (".shx", ".dbf", ".prj", ".cpg")
 _MOST_ZIPPED = 2**31
 """Bytes that the polygons of a zip file may take."""
+_LISTED = 8
+"""Columns that an error lists, at most."""
+_ENCRYPTED = 1
+"""Bit of a zip file's member that has a password."""
 _COLLECTIONS = [shapely.GeometryType[f"MULTI{kind}"].value for kind in ("POINT", "LINESTRING", "POLYGON")]
 _COLLECTIONS.append(shapely.GeometryType.GEOMETRYCOLLECTION.value)
 
@@ -98,6 +104,10 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
             return _read_layers(path, _zipped_layers(place, Path(folder)), layer)
     except zipfile.BadZipFile as error:
         raise ValueError(f"expected a zip file, found a damaged one ({error}); make it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            "expected text in UTF-8, found another encoding; convert the file to UTF-8, for example with iconv"
+        ) from error
     except shapely.errors.ShapelyError as error:
         raise ValueError(f"expected polygons, found geometries that cannot be read ({error}); convert the file") from error
 
@@ -108,8 +118,15 @@ def _check_format(path: Path) -> None:
         raise ValueError(f"expected {NAMED}, found the suffix {suffix!r}; convert the file with ogr2ogr")
     if path.parts[1].startswith("vsi"):
         raise ValueError("expected a file, found a name that GDAL treats as virtual; move the file to another folder")
+    if path.is_dir() != (suffix == ".gdb") and path.exists():
+        wanted, found = ("folder", "file") if suffix == ".gdb" else ("file", "folder")
+        raise ValueError(f"expected a {wanted} with the suffix {suffix}, found a {found}; name the {wanted} of polygons")
+    if suffix == ".gdb" and path.is_dir() and not (path / _CONTENTS).is_file():
+        raise ValueError(f"expected a File Geodatabase, found a folder without {_CONTENTS}; name another folder")
     with (path / _CONTENTS if suffix == ".gdb" else path).open("rb") as file:
         first = file.read(_FIRST)
+    if suffix in _TEXTS and first.startswith(_UTF_16):
+        raise ValueError("expected text in UTF-8, found UTF-16; save the file as UTF-8")
     if not re.match(_FORMATS[suffix], first, re.DOTALL):
         raise ValueError(f"expected the format of the suffix {suffix}, found another; correct the suffix or convert the file")
     if suffix in _TEXTS and re.search(_OTHER_DRIVERS, first):
@@ -134,20 +151,35 @@ def _layers_of(path: Path) -> list[_Layer]:
 
 
 def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
-    """Extract the polygons of a zip file to a folder, and list their layers. Names that occur twice get their folder's."""
+    """Extract the polygons of a zip file to a folder, and list their layers.
+
+    A name that occurs twice gets its folder's name, and its suffix where the folder has it twice.
+    """
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if _may_be_polygons(member)]
         size = sum(member.file_size for member in members)
         if size > _MOST_ZIPPED:
             raise ValueError(f"expected at most {_MOST_ZIPPED:,} bytes in the zip file, found {size:,}; unzip it")
-        for member in members:
-            archive.extract(member, folder)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (*_ZIPPED, ".gdb"))
+        if any(member.flag_bits & _ENCRYPTED for member in members):
+            raise ValueError("expected a zip file without a password, found an encrypted one; unzip it and name the file in it")
+        try:
+            for member in members:
+                archive.extract(member, folder)
+        except NotImplementedError as error:
+            raise ValueError(f"expected a zip file that Python can read ({error}); unzip it and name the file in it") from error
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.suffix.lower() == ".gdb" or (path.suffix.lower() in _ZIPPED and path.is_file())]
     layers = [layer for file in files for layer in _layers_of(file)]
     if not layers:
         raise ValueError(f"expected {NAMED}; found none of these in the zip file")
-    uses = Counter(layer.name for layer in layers)
-    return [replace(layer, name=_long_name(layer, folder)) if uses[layer.name] > 1 else layer for layer in layers]
+    short = [layer.name for layer in layers]
+    long = [_long_name(layer, layer.path.relative_to(folder).with_suffix("")) for layer in layers]
+    longest = [_long_name(layer, layer.path.relative_to(folder)) for layer in layers]
+    uses = Counter(short)
+    names = [long[n] if uses[name] > 1 else name for n, name in enumerate(short)]
+    uses = Counter(names)
+    names = [longest[n] if uses[name] > 1 else name for n, name in enumerate(names)]
+    return [replace(layer, name=name) for layer, name in zip(layers, names, strict=True)]
 
 
 def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
@@ -158,9 +190,9 @@ def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
     return in_geodatabase or path.suffix.lower() in (*_ZIPPED, *_PARTS)
 
 
-def _long_name(layer: _Layer, folder: Path) -> str:
-    file = layer.path.relative_to(folder).with_suffix("")
-    return file.as_posix() if file.name == layer.name else f"{file.as_posix()}/{layer.name}"
+def _long_name(layer: _Layer, file: Path) -> str:
+    """Name a layer by its file, and by its own name where that differs."""
+    return file.as_posix() if layer.path.stem == layer.name else f"{file.as_posix()}/{layer.name}"
 
 
 def _read_layers(path: Path, layers: Sequence[_Layer], wanted: str | None) -> gpd.GeoDataFrame:
@@ -231,9 +263,11 @@ def _read_parquet(path: Path) -> gpd.GeoDataFrame:
     columns = [file.schema.column(n) for n in range(len(file.schema.names))]
     native = {c.path: c.logical_type for c in columns if c.logical_type.type in ("GEOMETRY", "GEOGRAPHY")}
     if not native:
+        fields = [f"{field.name} ({field.type})" for field in file.schema_arrow]
+        found = ", ".join(fields[:_LISTED])
         raise ValueError(
-            "expected GeoParquet, or a column of Parquet's type GEOMETRY, found neither; write GeoParquet with geopandas or "
-            "ogr2ogr"
+            f"expected GeoParquet, or a column of Parquet's type GEOMETRY, found {found}; write GeoParquet "
+            "with geopandas or ogr2ogr"
         )
     table = file.read().to_pandas()
     for name, kind in native.items():
@@ -252,14 +286,14 @@ def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
 
 
 def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
-    """Rename columns to what they mean, without regard to case; empty twins of a column are left out.
+    """Rename columns to what they mean, without regard to case; join columns that mean the same.
 
     Args:
         table: rows as they were read.
         meanings: name in lower case -> the column that it means.
 
     Raises:
-        ValueError: two columns with values mean the same.
+        ValueError: two columns mean the same, and a row has a value in both.
     """
     names: dict[str, list[str]] = {}
     for column in table.columns.drop(table.geometry.name):
@@ -267,17 +301,40 @@ def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> 
         if meaning:
             names.setdefault(meaning, []).append(column)
     for meaning, twins in names.items():
-        filled = [name for name in twins if table[name].notna().any()] or twins[:1]
+        filled = [name for name in twins if texts(table[name]).notna().any()] or twins[:1]
         if len(filled) > 1:
-            raise ValueError(f"has the columns {', '.join(filled)}, which mean the same; keep one")
-        table = table.drop(columns=[name for name in twins if name not in filled]).rename(columns={filled[0]: meaning})
+            table = table.assign(**{filled[0]: _coalesced(table, filled)})
+        table = table.drop(columns=[name for name in twins if name != filled[0]]).rename(columns={filled[0]: meaning})
     return table
 
 
+def _coalesced(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
+    """Join columns of which each row fills one at most."""
+    filled = np.stack([texts(table[name]).notna().to_numpy() for name in names])
+    if (filled.sum(axis=0) > 1).any():
+        raise ValueError(f"has the columns {', '.join(names)}, which mean the same; keep one")
+    joined = pd.Series(None, table.index, dtype=object)
+    for name, rows in zip(names, filled, strict=True):
+        # A column of numbers with a gap is one of floats.
+        joined[rows] = table[name].convert_dtypes().astype(object).to_numpy()[rows]
+    return joined.infer_objects()
+
+
 def texts(column: pd.Series) -> pd.Series:
-    """Names as text: 7 and not 7.0 where a column of numbers has gaps; missing where blank."""
-    text = column.convert_dtypes().astype("string").str.strip()
+    """Convert values to text: 7 and not 7.0 where a column of numbers has gaps; missing where blank.
+
+    Bytes are read as UTF-8. Bytes that are not UTF-8 become the replacement character.
+    """
+    with np.errstate(invalid="ignore"):  # infinite numbers are no whole ones
+        values = column.convert_dtypes()
+    if values.dtype == object:
+        values = values.map(_text, na_action="ignore")
+    text = values.astype("string").str.strip()
     return text.mask(text == "")
+
+
+def _text(value: object) -> str:
+    return bytes(value).decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)
 
 
 def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:

@@ -15,10 +15,12 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
 import pandas as pd
 import shapely
 import yaml
@@ -105,8 +107,14 @@ _SUGGESTED = 8
 _LONGEST = 60
 """Characters of a name in a warning, at most."""
 
+_SPAN = r"\s*(\d{4})(?:\.0+)?(?:\s*-\s*(\d{4}))?\s*"
+"""One year, which may be written as 2019.0, or a first and a last year."""
 _SITE_FIELDS = ("id", "country", "split", "years", "labels", "margin", "title")
 """Columns of a file of sites, without the geometry."""
+_TEXT_FIELDS = ("id", "name", "site", "title", "country", "split", "labels")
+"""Columns of a file of sites that hold text."""
+_NESTED = (list, tuple, set, dict)
+"""Values that are no single value, as GeoJSON and Parquet may hold them."""
 
 T = TypeVar("T")
 
@@ -299,28 +307,59 @@ def load_sites(
     titles = _texts_of(table, "title", "name")
     titles = titles.mask((titles == "") & (names != ids), names)
     shapes, left_out = areas_of_collections(shapely.force_2d(table.geometry.to_numpy()))
-    # Missing is None, whatever pandas made of it; a column of numbers with a gap is one of floats.
-    table = pd.DataFrame(table.drop(columns=table.geometry.name)).convert_dtypes().astype(object)
-    table = table.where(table.notna(), None)
+    rows = _rows_of(table)
     sites = []
-    for row, site_id, title, shape, lost in zip(table.to_dict("records"), ids, titles, shapes, left_out, strict=True):
+    for row, site_id, title, shape, lost in zip(rows, ids, titles, shapes, left_out, strict=True):
         if lost:
             log.warning("%s: site %s: the areas of its collection were kept, left out: %s", path, site_id, lost)
         known: dict[str, Any] = {
             "id": site_id,
             "title": "" if title == site_id else title,
-            "country": row.get("country") or "",
-            "split": row.get("split") or None,
             "geometry": shape if catalogue else _mended(shape, path, site_id),
-            "labels": row.get("labels") or None,
-            "margin": next(m for m in (margin, row.get("margin"), 0 if catalogue else MARGIN_M) if m is not None),
         }
+        margins = (margin, _number(row["margin"]), 0 if catalogue else MARGIN_M)
+        known["margin"] = next(value for value in margins if value is not None)
         try:
-            sites.append(Site(**known, years=_years(row.get("years"))))
+            for field in _TEXT_FIELDS:
+                need(not isinstance(row[field], _NESTED), field, f"text, found {row[field]!r}")
+            known |= {"country": row["country"] or "", "split": row["split"], "labels": row["labels"]}
+            sites.append(Site(**known, years=_years(row["years"])))
         except ValueError as error:
             raise CatalogError(f"{path}: site {site_id[:100]!r}: {error}") from error
     _need_unique(ids, list(names), path)
     return sites
+
+
+def _rows_of(table: GeoDataFrame) -> list[dict[str, Any]]:
+    """Convert a table to one dictionary per row, with a value or None for each field of a site.
+
+    Blank text is None. A field of text is text, unless it is a list or a dictionary.
+    """
+    rows: list[dict[str, Any]] = [dict.fromkeys((*_TEXT_FIELDS, "years", "margin")) for _ in range(len(table))]
+    for name in rows[0]:
+        if name not in table:
+            continue
+        words = texts(table[name])
+        # A column of numbers with a gap is one of floats.
+        values = table[name].convert_dtypes().astype(object)
+        for row, value, text in zip(rows, values, words, strict=True):
+            if isinstance(value, np.ndarray):
+                value = value.tolist()
+            if isinstance(value, _NESTED):
+                row[name] = value or None
+            elif not pd.isna(text):
+                row[name] = text if name in _TEXT_FIELDS or isinstance(value, str | bytes) else value
+    return rows
+
+
+def _number(value: Any) -> Any:
+    """Convert text and decimals to a number; other values stay."""
+    if not isinstance(value, str | Decimal):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _texts_of(table: GeoDataFrame, *columns: str) -> pd.Series:
@@ -362,13 +401,13 @@ def _years(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
-        spans = [re.fullmatch(r"\s*(\d{4})(?:\s*-\s*(\d{4}))?\s*", part) for part in value.strip("[]").split(",")]
+        spans = [re.fullmatch(_SPAN, part) for part in value.strip("[]").split(",")]
         need(all(spans), "years", f"2015-2024 or a list of years, found {value!r}")
         return tuple(y for s in spans if s for y in range(int(s[1]), int(s[2] or s[1]) + 1))
     listed = value if isinstance(value, Iterable) else [value]
-    texts = [str(year) for year in listed]
-    need(all(re.fullmatch(r"\d{4}(\.0+)?", text) for text in texts), "years", f"whole years, found {value!r}")
-    return tuple(int(text[:4]) for text in texts)
+    found = texts(pd.Series(list(listed), dtype=object)).dropna()
+    need(found.str.fullmatch(r"\d{4}(\.0+)?").all(), "years", f"whole years, found {value!r}")
+    return tuple(int(text[:4]) for text in found)
 
 
 def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometry | None:

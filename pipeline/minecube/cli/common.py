@@ -372,6 +372,8 @@ def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
             found = same_names(pattern, names)
             if len(found) > 1:
                 raise CatalogError(f"site {pattern!r} may be {' or '.join(found)}; spell it as one of them")
+        if not found and Path(pattern).is_file():
+            raise CatalogError(f"{pattern}: expected a site or a file with the suffix of its format; rename the file")
         if not found:
             shown = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "") or "no site"
             raise CatalogError(f"unknown site {pattern!r}; {where} has {shown}")

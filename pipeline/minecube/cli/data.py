@@ -50,7 +50,7 @@ from minecube.grid import grid_of
 from minecube.scenes import offsets
 from minecube.simulate import World
 from minecube.simulate import simulate as make_world
-from minecube.vectors import NAMED
+from minecube.vectors import NAMED, texts
 
 _SOURCES = 8  # of labels, that are named one by one
 LARGE_KM2 = 2500
@@ -367,7 +367,8 @@ def _report_unused(
 
 def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
     """Where polygons come from, each source as it says it: `EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656`."""
-    columns = {str(c).lower(): polygons[c].astype("string").fillna("").str.strip() for c in polygons.columns if c != "geometry"}
+    names = [c for c in polygons.columns if str(c).lower() in ("source", "licence", "license", "doi")]
+    columns = {str(c).lower(): texts(polygons[c]).fillna("") for c in names}
     licence = columns.get("licence", columns.get("license"))
     none = pd.Series("", polygons.index, dtype="string")
     told = pd.DataFrame({"source": columns.get("source", none), "licence": none if licence is None else licence})

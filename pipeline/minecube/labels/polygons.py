@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import geopandas as gpd
@@ -14,7 +15,7 @@ import pandas as pd
 import shapely
 from pyproj import CRS, Geod
 
-from minecube.catalog import same_names
+from minecube.catalog import FIRST_YEAR, same_names
 from minecube.errors import LabelError
 from minecube.vectors import areal_parts, areas_of_collections, read_vector, texts, understood_columns
 
@@ -28,6 +29,30 @@ _DATE = (
     rf"|(\d{{4}})(?:\.{_MONTH}\.{_DAY}|(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))"  # 2019.06.01, 20190601
     rf"|(?:{_DAY}[-/.]{_DAY}[-/.]|{_MONTH}[-/])(\d{{4}}))$"  # 1.6.2019, 06/13/2019, 6/2019
 )
+_PART = r"[-_ ./,]*"
+_MONTH_NAME = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?|spring|summer|autumn|fall|winter|q[1-4])"
+)
+_DATE_WITHIN = (
+    r"(?i)(?:(?<!\d)(20\d\d)(?:[-_./](?:0[1-9]|1[0-2])[-_./]|(?:0[1-9]|1[0-2]))(?:0[1-9]|[12]\d|3[01])"  # S2A_20190601T1010
+    rf"|(?<!\d){_DAY}[-/.]{_DAY}[-/.](20\d\d)"  # from 1.6.2019
+    rf"|(?<!\d)(20\d\d){_PART}{_MONTH_NAME}(?![a-z])"  # 2019-Jun-01, 2019Q3
+    rf"|(?<![a-z]){_MONTH_NAME}{_PART}(?:\d\d?(?:st|nd|rd|th)?[-_ ./,]+)?(20\d\d)"  # Jun 2019, June 1, 2019
+    r")(?!\d)"
+)
+_YEARS_ALONE = r"(?i)^\W*(20\d\d)(?:\W+(?:[a-z]{1,3}\W+)?(?:20\d\d|\d\d?))*\W*$"  # 2019/2020, 2019 to 2020
+_YEAR_AND_DAY_OR_MONTH = (
+    r"(?<![\d.,])(20\d\d)(?:00[1-9]|0[1-9]\d|[12]\d\d|3[0-5]\d|36[0-6]|0[1-9]|1[0-2])(?:\.0+)?(?![\d,]|\.\d)"  # 2019152, 201906
+    r"|^(?:0?[1-9]|1[0-2])\.(20\d\d)$"  # 06.2019
+)
+_YEAR_WITHIN = r"(?<![\d.,])(20\d\d)(?![0-9A-Za-z]|[.,]\d)"  # C2019, Sommer 2019
+_OTHER_NUMBER = r"(?<!\d)(?!20\d\d(?!\d))\d{3,}"
+_MOST = 0.8
+_SAMPLE = 1000
+"""Values of a column that are searched for years in other forms."""
+_ID_NAME = r"Id$|ID$|(?:^|[^a-z])[a-z]?id$|objectid$"
+_TIMED_NAME = r"time|date|stamp|epoch|acq|taken|obs"
 _DATED_NAME = r"year|date(?!d)|jahr|datum|ann[eé]e|fecha|(?<![a-z])(?:a[nñ]o|anno|rok)(?![a-z])"
 """Words by which a column's name says that it holds years or dates."""
 NEAR_M = 10_000
@@ -119,13 +144,65 @@ def open_ended(table: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
     return np.isinf(first) | np.isinf(last)
 
 
-def _looks_dated(values: pd.Series, name: str) -> bool:
-    if values.empty or isinstance(values.dtype, gpd.array.GeometryDtype):
+def _looks_dated(column: pd.Series, name: str) -> bool:
+    if isinstance(column.dtype, gpd.array.GeometryDtype):
         return False
+    values = texts(column).dropna()
+    if values.empty or values.str.contains("\ufffd").any():  # bytes of something else than text
+        return False
+    are_ids = re.search(_ID_NAME, name) is not None
+    are_numbers = pd.api.types.is_numeric_dtype(column)
     share = float(_years_in(values).isin(list(YEARS)).mean())
-    if share == 1 or (share >= 0.5 and not pd.api.types.is_numeric_dtype(values)):
+    if (share == 1 and not (are_numbers and are_ids)) or (share >= 0.5 and not are_numbers):
         return True
-    return re.search(_DATED_NAME, name.lower()) is not None and bool(texts(values).str.contains(r"\d").any())
+    if re.search(_DATED_NAME, name.lower()) and values.str.contains(r"\d").any():
+        return True
+    sample = values.iloc[:: max(1, len(values) // _SAMPLE)]
+    return _holds_dates(sample) or (not are_ids and _holds_years(sample, name))
+
+
+def _holds_dates(values: pd.Series) -> bool:
+    """Whether half of these texts hold a whole date, or only years, of the mission."""
+    dates = values.str.extract(_DATE_WITHIN).bfill(axis="columns").iloc[:, 0]
+    years = values.str.extract(_YEARS_ALONE)[0]
+    found = dates.fillna(years).where(~_are_numbers(values))
+    return float(_of_mission(found).mean()) >= 0.5
+
+
+def _holds_years(values: pd.Series, name: str) -> bool:
+    """Whether most of these numbers or texts hold a year of the mission in another form.
+
+    A single year within a text may be part of a name: several years are needed.
+    """
+    numbers = values.str.extract(_YEAR_AND_DAY_OR_MONTH).bfill(axis="columns").iloc[:, 0]
+    if float(_of_mission(numbers).mean()) >= _MOST or _are_seconds(values, name):
+        return True
+    years = values.str.extract(_YEAR_WITHIN)[0].where(~values.str.contains(_OTHER_NUMBER) & ~_are_numbers(values))
+    found = _of_mission(years)
+    return float(found.mean()) >= _MOST and len(years[found].unique()) > 1
+
+
+def _are_seconds(values: pd.Series, name: str) -> bool:
+    """Whether most of these are seconds or milliseconds since 1970, of the mission's years.
+
+    Ids and phone numbers may be as large: whole minutes are needed, or a name that says time.
+    """
+    numbers = pd.to_numeric(values.where(values.str.fullmatch(r"\d{10}(\d{3})?(\.0+)?"))).astype("Float64")
+    seconds = numbers.where(numbers < 1e10, numbers / 1000)
+    found = _of_mission(pd.to_datetime(seconds, unit="s", errors="coerce").dt.year)
+    if not re.search(_TIMED_NAME, name.lower()):
+        found &= (seconds % 60 == 0).fillna(False)
+    return float(found.mean()) >= _MOST
+
+
+def _are_numbers(values: pd.Series) -> pd.Series:
+    return pd.to_numeric(values, errors="coerce").notna() | values.str.fullmatch(r"\d+,(?!20\d\d$)\d+")
+
+
+def _of_mission(years: pd.Series) -> pd.Series:
+    """Which are years from the mission's first one to the next one."""
+    mission = range(FIRST_YEAR, datetime.now(tz=UTC).year + 2)
+    return pd.to_numeric(years).isin(list(mission)).fillna(False).astype(bool)
 
 
 def _years_in(values: pd.Series) -> pd.Series:
@@ -199,9 +276,10 @@ def _need_areal(table: gpd.GeoDataFrame, path: Path) -> None:
 
 def _calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series:
     numbers = _years_in(column)
-    wrong = column.notna() & ~numbers.isin(list(YEARS)).fillna(False)
+    words = texts(column)
+    wrong = words.notna() & ~numbers.isin(list(YEARS)).fillna(False)
     if wrong.any():
-        found = ", ".join(map(str, column[wrong].unique()[:3]))
+        found = ", ".join(words[wrong].unique()[:3])
         where = "all years" if name == "year" else f"an open {name}"
         raise LabelError(
             f"{path}: column {name}: expected whole calendar years ({YEARS[0]}..{YEARS[-1]}), dates, or null for {where}, "
@@ -276,7 +354,7 @@ def spans(polygons: gpd.GeoDataFrame) -> tuple[npt.NDArray[np.float64], npt.NDAr
 
 def _true_or_false(column: pd.Series, path: Path) -> pd.Series:
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # Shapefiles know no truth
-    said = column.astype("string").str.lower().fillna("false")
+    said = texts(column).str.lower().fillna("false")
     if not said.isin(list(words)).all():
         raise LabelError(
             f"{path}: column mapped: expected true where a row is an area that was looked at, false where it is a mine, found "

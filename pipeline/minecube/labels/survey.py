@@ -50,7 +50,7 @@ from minecube.labels.polygons import (
     without_area,
     years_or_all,
 )
-from minecube.vectors import areal_parts
+from minecube.vectors import areal_parts, texts
 
 MIN_WIDTH_M = 5.0
 """Half a pixel: what is narrower holds a pixel's centre by chance only."""
@@ -155,7 +155,7 @@ def _with_column(table: gpd.GeoDataFrame, name: str, path: Path) -> gpd.GeoDataF
 def _groups(table: gpd.GeoDataFrame, by: str | None) -> list[pd.Series]:
     """What tells site and mapper of a row; "" where nothing does."""
     none = pd.Series("", table.index, dtype="string")
-    return [(table[c].astype("string").fillna("") if c in table else none).rename(c) for c in ("site", by)]
+    return [(texts(table[c]).fillna("") if c in table else none).rename(c) for c in ("site", by)]
 
 
 def _note(

@@ -151,8 +151,13 @@ def model_of(content: Any, where: str) -> Trained:
 
 
 def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module:
-    """The card's network with these weights, in evaluation mode; raises ModelError where they are another's."""
+    """Fill the card's network with these weights, in evaluation mode.
+
+    Raises:
+        ModelError: the weights are another network's, are no dense tensors of floats, or are not finite.
+    """
     network = build(card)
+    _need_numbers(network.state_dict(), weights, where)
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -162,6 +167,33 @@ def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module
             "or train it again"
         ) from error
     return network.eval()
+
+
+def _need_numbers(expected: Mapping[str, Tensor], found: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError if tensors have no values, no floats where floats are expected, NaN, or infinity."""
+    problems: dict[str, list[str]] = {}
+    for name, value in found.items():
+        if name in expected and isinstance(value, Tensor) and (problem := _problem(expected[name], value)):
+            problems.setdefault(problem, []).append(name)
+    if problems:
+        words = "; ".join(f"{problem} in {names[0]}{_and_more(names)}" for problem, names in problems.items())
+        raise ModelError(f"{where}: expected dense tensors of finite floats, found {words}; save such weights, or name others")
+
+
+def _problem(expected: Tensor, found: Tensor) -> str:
+    """Say in words why a tensor cannot be a weight; "" if it can."""
+    if found.is_meta:
+        return "no values (device meta)"
+    if found.layout != torch.strided:
+        return str(found.layout).removeprefix("torch.")
+    if found.is_quantized or found.is_complex() or (expected.is_floating_point() and not found.is_floating_point()):
+        return str(found.dtype).removeprefix("torch.")
+    finite = not found.is_floating_point() or bool(torch.isfinite(found.to(torch.float32)).all())
+    return "" if finite else "NaN or infinity"
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:

@@ -159,7 +159,8 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
     """The network's state_dict in a file of another program, by the network's own names.
 
     It may lie one level down (`state_dict` of Lightning), and below a prefix (`module.` of DataParallel, `model.` of
-    Lightning). Tensors without the prefix are left out, and named in a warning.
+    Lightning). Tensors without the prefix are left out, and named in a warning. Without a prefix, tensors of parts that the
+    network does not have are left out likewise, such as those of a loss.
 
     Raises:
         ModelError: the file holds no such state_dict, or several.
@@ -170,8 +171,9 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
     found = [(place, prefix) for place, state in states.items() for prefix in _prefixes(state, names)]
     places = [" in ".join(filter(None, [prefix and f"prefix {prefix!r}", place])) for place, prefix in found]
     if len(found) > 1:
+        listed = "; ".join(place or "without a prefix" for place in places)
         raise ModelError(
-            f"{where}: holds the weights of {card.architecture} {len(found)} times ({'; '.join(places)}), and does not say "
+            f"{where}: holds the weights of {card.architecture} {len(found)} times ({listed}), and does not say "
             "which are meant; save those that are"
         )
     if not found and list(states) == [""]:
@@ -182,8 +184,10 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
             f"{names[0]}; found {_described(content, states)}; save the network's state_dict() by torch.save"
         )
     place, prefix = found[0]
-    own = {name.removeprefix(prefix): value for name, value in states[place].items() if name.startswith(prefix)}
-    others = [name for name in states[place] if not name.startswith(prefix)]
+    parts = {name.partition(".")[0] for name in names}
+    others = [n for n in states[place] if not n.startswith(prefix) or (not prefix and n.partition(".")[0] not in parts)]
+    left_out = set(others)
+    own = {name.removeprefix(prefix): value for name, value in states[place].items() if name not in left_out}
     if places[0]:
         log.info("%s: the weights are those with %s", where, places[0])
     if others:
