@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import odc.stac
 import pytest
+from scipy import ndimage
 
 from minecube import scenes
 from minecube.catalog import BANDS, NATIVE_M, BestPixel, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion
@@ -286,6 +287,94 @@ def test_what_bands_lack_is_found_at_once(archive, make, monkeypatch):
     monkeypatch.setattr(block._Block, "made", lambda self: rounds.append(1) or made(self))
     composite(listed, grid, PLAIN).compute()
     assert len(rounds) == 2
+
+
+def tiles_with_holes(archive, make, rng):
+    """Five days of up to three overlapping tiles, with clouds and with holes in B04 or B11 at other places in each tile."""
+    listed, tiles = [], []
+    for day in range(5):
+        for n in range(1 + day % 3):
+            scl = np.where(rng.random((120, 120)) < 0.01, 9, 4).astype(np.uint8)
+            scl[:, : 20 * n] = 0  # the second tile begins 400 m further east than the first
+            b04, b11 = rng.integers(1, 4000, (240, 240)), rng.integers(1, 4000, (120, 120))
+            for _ in range(8):
+                row, column = rng.integers(30, 80, 2)
+                b04[2 * row : 2 * row + 9, 2 * column : 2 * column + 15] = rng.choice([0, 65535])
+                row, column = rng.integers(30, 80, 2)
+                b11[row : row + 5, column : column + 7] = rng.choice([0, 65535])
+            where, tile = make.grid(LEFT - 600, TOP + 600, 240, 240), f"33U{'UVW'[n]}R"
+            listed.append(
+                archive.scene(f"2020-06-{1 + 4 * day:02d}T10:00:{n:02d}", where, {"B04": b04, "B11": b11}, scl, tile=tile)
+            )
+            tiles.append((day, scl, b04, b11))
+    return listed, tiles
+
+
+def first_whole_tile(tiles, reach):
+    """Per day the value [day, band, y, x] of the first tile with all bands, in plain numpy; NaN where that tile is cloudy.
+
+    A tile is masked as if it and the later tiles of its day were all there is.
+    """
+    out = np.full((5, 2, 240, 240), np.nan)
+    for day in range(5):
+        of_day = [t[1:] for t in tiles if t[0] == day]
+        undecided = np.ones((120, 120), bool)
+        for n, (_, b04, b11) in enumerate(of_day):
+            inside = [ndimage.minimum_filter(scl, 3) != 0 for scl, *_ in of_day[n:]]
+            scl = np.select(inside, [scl for scl, *_ in of_day[n:]], 0)
+            y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+            hidden = ndimage.binary_dilation(scl == 9, y**2 + x**2 <= reach**2)
+            there = (b04 % 65535 != 0).reshape(120, 2, 120, 2).all(axis=(1, 3)) & (b11 % 65535 != 0)
+            here = undecided & inside[0]
+            take = (here & there & ~hidden).repeat(2, 0).repeat(2, 1)
+            out[day][:, take] = np.stack([b04, b11.repeat(2, 0).repeat(2, 1)])[:, take]
+            undecided &= ~(here & (there | hidden))
+    return out[..., 60:140, 60:140]
+
+
+def test_a_hole_in_a_tile_is_filled_from_the_next_tile_of_the_day(archive, make):
+    grid = make.grid(LEFT, TOP, 80, 80)
+    recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,), dilate_m=60),), fallback=(), block_px=96)
+    listed, tiles = tiles_with_holes(archive, make, np.random.default_rng(3))
+    expected = first_whole_tile(tiles, 3)
+    made = composite(listed, grid, recipe).compute()
+    np.testing.assert_array_equal(made.clear_count, np.isfinite(expected[:, 0]).sum(axis=0))
+    seen = np.isfinite(expected[:, 0]).any(axis=0)
+    np.testing.assert_array_equal(made.reflectance.values[:, seen], np.rint(np.nanmedian(expected[..., seen], axis=0)))
+    assert not made.reflectance.values[:, ~seen].any()
+    bright = dataclasses.replace(recipe, bright_override=BrightOverride(window_m=120, classes=(9,)))
+    for rules in (recipe, bright):
+        whole = composite(listed, grid, rules).compute()
+        for side in (16, 40):
+            cut = composite(listed, grid, dataclasses.replace(rules, block_px=side, chunk_px=8)).compute()
+            for name in whole.data_vars:
+                np.testing.assert_array_equal(cut[name], whole[name], err_msg=f"{name}, blocks of {side}")
+
+
+@pytest.mark.parametrize("holed", [False, True])
+def test_the_next_tile_of_a_day_is_read_only_for_holes(archive, make, holed):
+    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    b11 = np.full((90, 90), 2000)
+    b11[40:50, 35:45] = 0 if holed else 2000
+    listed = [
+        archive.scene("2020-06-01T10:00:00", where, {"B04": 1000, "B11": b11}, tile="33UUR"),
+        archive.scene("2020-06-01T10:00:14", where, {"B04": 1010, "B11": 2010}, tile="33UVR"),
+    ]
+    ledger = Ledger()
+    made = composite(listed, grid, PLAIN, ledger).compute()
+    hole = np.zeros((60, 60), bool)
+    hole[20:40, 10:30] = holed
+    np.testing.assert_array_equal(
+        made.reflectance.values - np.array([1000, 2000])[:, None, None], np.where(hole, 10, 0)[None].repeat(2, 0)
+    )
+    assert (made.clear_count == 1).all()
+    assert (made.quality == 1).all()
+    table = ledger.table().set_index(["scene", "band"])
+    read = {(0, "SCL"), (1, "SCL"), (0, "B04"), (0, "B11")} | ({(1, "B04"), (1, "B11")} if holed else set())
+    assert set(table.index) == {(listed[n].id, band) for n, band in read}
+    assert (table.planned == 1).all()
+    assert (table.read == 1).all()
+    assert ledger.totals()["completeness"] == 1
 
 
 def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive, make):

@@ -4,14 +4,13 @@ SCL comes first, with a margin as wide as any neighbourhood the mask looks at. I
 which files, and which window of each. Bands are read in their own pixels on the I/O threads, two bands ahead of the one that is
 being reduced, and are gone once they are: memory is that of a few bands, not of all.
 
-An observation is one in all bands. That a band lacks a pixel which the mask has seen is rare, so it is noticed on the way;
-then those observations are struck out and the block is made again.
+All bands of an observation come from one scene. A band rarely has no data where SCL has some, so this is noticed while reading.
+Then the pixel goes to the next scene of that day, or loses the day if there is no other, and the block is made again.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +19,21 @@ import numpy.typing as npt
 import pystac
 from odc.geo.geobox import GeoBox
 
-from minecube.catalog import FALLBACKS, SCL, Recipe
+from minecube.catalog import FALLBACKS, Recipe
 from minecube.composite import masks, reducers
 from minecube.composite.bands import Bands, Observations, UInt16, cropped, finer, masked, summed
-from minecube.composite.masks import CLEAR, Bool, Float32, Int16, Int32, UInt8
-from minecube.composite.needs import MASK_M, OPINION_BANDS, days_of, looked_at, margins_m, memory, near, size_of
+from minecube.composite.daymasks import DayMasks, Opinion
+from minecube.composite.masks import CLEAR, Bool, Float32, Int16, Int32
+from minecube.composite.needs import MASK_M, looked_at, margins_m, memory, near, size_of
 from minecube.composite.reducers import Reducers
-from minecube.grid import PIXEL_M, at_resolution, padded
-from minecube.reader import Ledger, begin
+from minecube.grid import PIXEL_M, padded
+from minecube.reader import Ledger
 
 Layers = dict[str, npt.NDArray[Any]]
-Opinion = Callable[[UInt16], UInt8]
-"""A second mask of one date: B03, B04, B08, uint16 [3, y, x] at 10 m, x 10000 -> classes uint8 [y, x], 0 = clear."""
 BLOCK_BYTES = 1_000_000_000
 """Memory a block may take; one that would take more, for the number of its dates, is made in parts."""
 _SMALLEST_PX = 48  # a block is not cut further
 _STRIP_PX = 32  # rows whose bands of all dates are laid side by side at a time
-SCL_IS = "minecube:scl"  # how a scene's classification errs as a whole, as the stage of scenes found
 _CLEAR_KINDS = (CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
 
 
@@ -66,7 +63,7 @@ def composite_block(
         return {name: np.concatenate([m[name] for m in made], axis=axis - 2) for name in made[0]}
     block = _Block.of(scenes, box, recipe, year, tools, ledger)
     while (layers := block.made()) is None:
-        pass  # there are fewer observations now
+        pass  # each time, pixels went to a later scene of their day, or lost that day
     return layers
 
 
@@ -86,6 +83,7 @@ class _Block:
     """Where a best pixel is chosen: metres from the day's nearest cloud, of those beyond the arrays, too."""
     yeardays: npt.NDArray[np.int64]
     """Of each day, its day of the year."""
+    day_masks: DayMasks
     box: GeoBox
     fringe_m: int
     recipe: Recipe
@@ -97,29 +95,17 @@ class _Block:
         cls, scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, year: int, tools: Tools, ledger: Ledger | None
     ) -> _Block:
         """Read SCL and make the mask."""
-        fringe, margin = margins_m(recipe)
-        wide = padded(box, margin)
-        days = days_of(scenes)
-        of_scl = at_resolution(wide, MASK_M)
-        reads = deque(begin(s, SCL, of_scl, ledger) for s in scenes)
-        try:
-            classes = (masks.corrected(reads.popleft().result().astype(np.uint8), s.properties.get(SCL_IS)) for s in scenes)
-            owner, day_scl = masks.mosaic(classes, days)
-        finally:
-            for read in reads:
-                read.cancel()
-        first = [scenes[days.index(day)] for day in range(max(days) + 1)]
-        when = [s.datetime for s in first if s.datetime]
-        opinion = _opinions(scenes, days, owner, wide, tools.opinion, ledger) if tools.opinion else None
-        kind = masks.kinds(day_scl, recipe, [w.month for w in when], [season(s, recipe, year) for s in first], opinion)
-        edge, best = (margin - fringe) // MASK_M, recipe.best_pixel
-        away = cropped(masks.cloud_distance_m(kind, best.cloud_distance_m), edge).copy() if best else None
-        owner, kind = (cropped(a, edge).copy() for a in (owner, kind))
-        yeardays = np.array([w.timetuple().tm_yday for w in when])
-        return cls(Observations(scenes, days, owner, kind), away, yeardays, box, fringe, recipe, tools, ledger)
+        of_days = DayMasks(scenes, box, recipe, year, tools.opinion, ledger)
+        made = of_days.all()
+        yeardays = np.array([w.timetuple().tm_yday for w in of_days.when])
+        observed = Observations(scenes, of_days.days, made.owner, made.kind)
+        return cls(observed, made.away, yeardays, of_days, box, margins_m(recipe)[0], recipe, tools, ledger)
 
     def made(self) -> Layers | None:
-        """The block reduced; None where a band lacked observations that the mask has seen, which are struck out now."""
+        """Reduce the block.
+
+        Returns None if a band has no data where the mask saw some. Such pixels now come from other scenes: reduce it again.
+        """
         recipe, out = self.recipe, _empty(self.box, self.recipe)
         kind = self.of_mask.kind
         use, quality = masks.chosen(kind, recipe)
@@ -148,7 +134,26 @@ class _Block:
         finally:
             ahead.cancel()
             bands.cancel()
-        return None if ahead.lacked or bands.lacked else out
+        if not self.of_mask.lacking:
+            return out
+        self._hand_on()
+        return None
+
+    def _hand_on(self) -> None:
+        """Give pixels in which a band of their scene has no data to the next scene of the day that has SCL there."""
+        of = self.of_mask
+        for scene in sorted(of.lacking):  # in mosaic order, since a later scene may lack data, too
+            day = of.day_of[scene]
+            struck = (of.owner[day] == scene) & (of.kind[day] == 0)
+            later = self.day_masks.of_later(scene)
+            if later is None:
+                of.owner[day][struck] = -1
+                continue
+            np.copyto(of.owner[day], later.owner[0], where=struck)
+            np.copyto(of.kind[day], later.kind[0], where=struck)
+            if self.away is not None and later.away is not None:
+                np.copyto(self.away[day], later.away[0], where=struck)
+        of.lacking.clear()
 
     def _reduce(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32, out: Layers) -> None:
         how, percent, rows = self.tools.reducers, self.recipe.percentile, out["reflectance"]
@@ -246,33 +251,3 @@ def _where_chosen(index: Int16, days: int) -> Bool:
     height, width = (n // 2 for n in index.shape)
     four = index.reshape(height, 2, width, 2)
     return np.stack([(four == day).any(axis=(1, 3)) for day in range(days)])
-
-
-def season(scene: pystac.Item, recipe: Recipe, year: int) -> int:
-    """The kind of a scene's clear observations: clear, or the fallback that takes them; 255 where the recipe takes none."""
-    when = scene.datetime
-    if when and when.month in recipe.months:
-        neighbour = FALLBACKS["neighbour-year"] if "neighbour-year" in recipe.fallback else masks.UNUSABLE
-        return CLEAR if when.year == year else neighbour
-    wider = when and when.year == year and when.month in recipe.wider_months
-    return FALLBACKS["wider-season"] if wider else masks.UNUSABLE
-
-
-def _opinions(
-    scenes: Sequence[pystac.Item], days: Sequence[int], owner: Int16, wide: GeoBox, opinion: Opinion, ledger: Ledger | None
-) -> UInt8:
-    """The second mask of each day: uint8 [day, y, x] at 20 m, the highest class among its four pixels."""
-    reads = [[begin(s, b, wide, ledger) for b in OPINION_BANDS] for s in scenes]
-    out = np.zeros(owner.shape, dtype=np.uint8)
-    try:
-        for day, of_day in enumerate(owner):
-            image = np.zeros((len(OPINION_BANDS), *wide.shape), dtype=np.uint16)
-            for scene in (n for n, d in enumerate(days) if d == day):
-                where = finer(of_day == scene, MASK_M)
-                for layer, read in zip(image, reads[scene], strict=True):
-                    np.copyto(layer, read.result(), where=where)
-            out[day] = opinion(image).reshape(owner.shape[1], 2, owner.shape[2], 2).max(axis=(1, 3))
-    finally:
-        for read in (r for of_scene in reads for r in of_scene):
-            read.cancel()
-    return out
