@@ -121,15 +121,13 @@ def kinds_of_day(layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, 
         hidden |= seen
         grown |= dilated(seen, recipe.second_opinion.dilate_m)
     clear = observed & ~grown
-    if season != CLEAR:
-        out = np.full_like(layer, UNUSABLE)
-        np.copyto(out, np.uint8(season), where=clear)
-        return out * observed
-    out = np.full_like(layer, FALLBACKS["ungrown"])
-    np.copyto(out, FALLBACKS["thin"], where=hidden)
-    np.copyto(out, FALLBACKS["cloud"], where=hidden & _among(layer, _CLOUD))
-    np.copyto(out, CLEAR, where=clear)
-    return out * observed
+    out: UInt8 = np.full_like(layer, UNUSABLE if season != CLEAR else FALLBACKS["ungrown"])
+    if season == CLEAR:
+        np.copyto(out, FALLBACKS["thin"], where=hidden)
+        np.copyto(out, FALLBACKS["cloud"], where=hidden & _among(layer, _CLOUD))
+    np.copyto(out, np.uint8(season), where=clear)
+    out *= observed
+    return out
 
 
 def grow(flagged: Bool, rule: MaskRule) -> Bool:
