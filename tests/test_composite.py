@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import odc.stac
 import pytest
+from scipy import ndimage
 
 from minecube import scenes
 from minecube.catalog import BANDS, NATIVE_M, BestPixel, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion
@@ -288,6 +289,94 @@ def test_what_bands_lack_is_found_at_once(archive, make, monkeypatch):
     assert len(rounds) == 2
 
 
+def tiles_with_holes(archive, make, rng):
+    """Five days of up to three overlapping tiles, with clouds and with holes in B04 or B11 at other places in each tile."""
+    listed, tiles = [], []
+    for day in range(5):
+        for n in range(1 + day % 3):
+            scl = np.where(rng.random((120, 120)) < 0.01, 9, 4).astype(np.uint8)
+            scl[:, : 20 * n] = 0  # the second tile begins 400 m further east than the first
+            b04, b11 = rng.integers(1, 4000, (240, 240)), rng.integers(1, 4000, (120, 120))
+            for _ in range(8):
+                row, column = rng.integers(30, 80, 2)
+                b04[2 * row : 2 * row + 9, 2 * column : 2 * column + 15] = rng.choice([0, 65535])
+                row, column = rng.integers(30, 80, 2)
+                b11[row : row + 5, column : column + 7] = rng.choice([0, 65535])
+            where, tile = make.grid(LEFT - 600, TOP + 600, 240, 240), f"33U{'UVW'[n]}R"
+            listed.append(
+                archive.scene(f"2020-06-{1 + 4 * day:02d}T10:00:{n:02d}", where, {"B04": b04, "B11": b11}, scl, tile=tile)
+            )
+            tiles.append((day, scl, b04, b11))
+    return listed, tiles
+
+
+def first_whole_tile(tiles, reach):
+    """Per day the value [day, band, y, x] of the first tile with all bands, in plain numpy; NaN where that tile is cloudy.
+
+    A tile is masked as if it and the later tiles of its day were all there is.
+    """
+    out = np.full((5, 2, 240, 240), np.nan)
+    for day in range(5):
+        of_day = [t[1:] for t in tiles if t[0] == day]
+        undecided = np.ones((120, 120), bool)
+        for n, (_, b04, b11) in enumerate(of_day):
+            inside = [ndimage.minimum_filter(scl, 3) != 0 for scl, *_ in of_day[n:]]
+            scl = np.select(inside, [scl for scl, *_ in of_day[n:]], 0)
+            y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+            hidden = ndimage.binary_dilation(scl == 9, y**2 + x**2 <= reach**2)
+            there = (b04 % 65535 != 0).reshape(120, 2, 120, 2).all(axis=(1, 3)) & (b11 % 65535 != 0)
+            here = undecided & inside[0]
+            take = (here & there & ~hidden).repeat(2, 0).repeat(2, 1)
+            out[day][:, take] = np.stack([b04, b11.repeat(2, 0).repeat(2, 1)])[:, take]
+            undecided &= ~(here & (there | hidden))
+    return out[..., 60:140, 60:140]
+
+
+def test_a_hole_in_a_tile_is_filled_from_the_next_tile_of_the_day(archive, make):
+    grid = make.grid(LEFT, TOP, 80, 80)
+    recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,), dilate_m=60),), fallback=(), block_px=96)
+    listed, tiles = tiles_with_holes(archive, make, np.random.default_rng(3))
+    expected = first_whole_tile(tiles, 3)
+    made = composite(listed, grid, recipe).compute()
+    np.testing.assert_array_equal(made.clear_count, np.isfinite(expected[:, 0]).sum(axis=0))
+    seen = np.isfinite(expected[:, 0]).any(axis=0)
+    np.testing.assert_array_equal(made.reflectance.values[:, seen], np.rint(np.nanmedian(expected[..., seen], axis=0)))
+    assert not made.reflectance.values[:, ~seen].any()
+    bright = dataclasses.replace(recipe, bright_override=BrightOverride(window_m=120, classes=(9,)))
+    for rules in (recipe, bright):
+        whole = composite(listed, grid, rules).compute()
+        for side in (16, 40):
+            cut = composite(listed, grid, dataclasses.replace(rules, block_px=side, chunk_px=8)).compute()
+            for name in whole.data_vars:
+                np.testing.assert_array_equal(cut[name], whole[name], err_msg=f"{name}, blocks of {side}")
+
+
+@pytest.mark.parametrize("holed", [False, True])
+def test_the_next_tile_of_a_day_is_read_only_for_holes(archive, make, holed):
+    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    b11 = np.full((90, 90), 2000)
+    b11[40:50, 35:45] = 0 if holed else 2000
+    listed = [
+        archive.scene("2020-06-01T10:00:00", where, {"B04": 1000, "B11": b11}, tile="33UUR"),
+        archive.scene("2020-06-01T10:00:14", where, {"B04": 1010, "B11": 2010}, tile="33UVR"),
+    ]
+    ledger = Ledger()
+    made = composite(listed, grid, PLAIN, ledger).compute()
+    hole = np.zeros((60, 60), bool)
+    hole[20:40, 10:30] = holed
+    np.testing.assert_array_equal(
+        made.reflectance.values - np.array([1000, 2000])[:, None, None], np.where(hole, 10, 0)[None].repeat(2, 0)
+    )
+    assert (made.clear_count == 1).all()
+    assert (made.quality == 1).all()
+    table = ledger.table().set_index(["scene", "band"])
+    read = {(0, "SCL"), (1, "SCL"), (0, "B04"), (0, "B11")} | ({(1, "B04"), (1, "B11")} if holed else set())
+    assert set(table.index) == {(listed[n].id, band) for n, band in read}
+    assert (table.planned == 1).all()
+    assert (table.read == 1).all()
+    assert ledger.totals()["completeness"] == 1
+
+
 def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive, make):
     """The mask decides first: the overcast scene's bands are gone, and nobody asks for them."""
     grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
@@ -442,6 +531,123 @@ def test_a_black_pixel_is_chosen_only_where_all_are(archive, make, reducer, band
     made = composite(listed, grid, recipe).compute()
     day = np.where((np.arange(48) >= 10) & (np.arange(48) < 20), 268, 206)  # black on both, on the better one, on neither
     np.testing.assert_array_equal(made.day_of_year.values, np.broadcast_to(day, (36, 48)))
+    assert (made.clear_count == 2).all()
+
+
+FIVE = (*FOUR, "B12")
+
+
+def days_with_black(archive, make, rng, holes=0.0):
+    """Seven dates with clouds, black patches in single bands, and water: black on all dates in B11 and B12.
+
+    Returns the scenes, and of each date and band the pixels of a grid of 80 x 80 at 10 m; 0 = cloud, or a hole in a band.
+    """
+    many, listed = dataclasses.replace(archive, bands=FIVE), []
+    pixels = np.zeros((7, 5, 80, 80), int)
+    for day in range(7):
+        scl = np.where(rng.random((200, 200)) < 0.2, 9, 4).astype(np.uint8)
+        files, usable = {}, (scl[80:120, 80:120] == 4).repeat(2, 0).repeat(2, 1)
+        for k, band in enumerate(FIVE):
+            step = NATIVE_M[band] // 10
+            side = 400 // step
+            values = rng.integers(100, 4000, (side, side))
+            for _ in range(10):
+                row, column = rng.integers(side * 2 // 5, side * 3 // 5, 2)
+                values[row : row + 12 // step, column : column + 8 // step] = 1
+            if step == 2:
+                values[80:120, 80:90] = 1
+                values[rng.random((side, side)) < holes] = 0
+            files[band] = values
+            pixels[day, k] = values.repeat(step, 0).repeat(step, 1)[160:240, 160:240]
+        pixels[day] *= usable & (pixels[day] != 0).all(axis=0)
+        listed.append(
+            many.scene(
+                f"2020-0{5 + day % 5}-{3 + 3 * day:02d}T10:00:00", make.grid(LEFT - 1600, TOP + 1600, 400, 400), files, scl
+            )
+        )
+    return listed, pixels
+
+
+@pytest.mark.parametrize("reducer", ["best-pixel", "max-ndvi"])
+@pytest.mark.parametrize("holes", [0.0, 0.03])
+def test_the_date_black_in_the_fewest_bands_is_chosen(archive, make, reducer, holes):
+    """In any band of the recipe, whether the choice looks at it or not; water takes its best date."""
+    grid = make.grid(LEFT, TOP, 80, 80)
+    only = BestPixel(opacity_weight=0, sharpness_weight=0, cloud_weight=0)
+    recipe = dataclasses.replace(
+        PLAIN,
+        bands=FIVE,
+        mask=(MaskRule(classes=(9,)),),
+        fallback=(),
+        reducer=reducer,
+        best_pixel=only if reducer == "best-pixel" else None,
+        block_px=96,
+    )
+    listed, pixels = days_with_black(archive, make, np.random.default_rng(11), holes)
+    yeardays = np.array([s.datetime.timetuple().tm_yday for s in listed])
+    observed = pixels[:, 0] != 0
+    if reducer == "best-pixel":
+        score = np.broadcast_to(-np.abs(yeardays - only.day)[:, None, None], observed.shape)
+        assert len(np.unique(np.abs(yeardays - only.day))) == 7
+    else:
+        score = (pixels[:, 2] - pixels[:, 1]) / np.maximum(pixels[:, 2] + pixels[:, 1], 1)
+    black = np.where(observed, (pixels == 1).sum(axis=1), 99)
+    best = np.where(black == black.min(axis=0), score, -np.inf).argmax(axis=0)
+    expected = np.take_along_axis(pixels, best[None, None], axis=0)[0]
+    seen = observed.any(axis=0)
+    made = composite(listed, grid, recipe).compute()
+    np.testing.assert_array_equal(made.reflectance, np.where(seen, expected, 0))
+    np.testing.assert_array_equal(made.day_of_year, np.where(seen, yeardays[best], 0))
+    np.testing.assert_array_equal(made.quality, seen)
+    if not holes:
+        np.testing.assert_array_equal(made.clear_count, observed.sum(axis=0))
+    assert (made.reflectance.values[3:, :, :20][:, seen[:, :20]] == 1).all()  # the water
+    assert (expected[:, :, 20:] == 1).mean() < 0.02 < (pixels[:, :, :, 20:] == 1).mean()
+    for side in (16, 40):
+        cut = composite(listed, grid, dataclasses.replace(recipe, block_px=side, chunk_px=8)).compute()
+        for name in made.data_vars:
+            np.testing.assert_array_equal(cut[name], made[name], err_msg=f"{name}, blocks of {side}")
+
+
+@pytest.mark.parametrize("water", [False, True])
+def test_black_bands_are_read_once_more_and_others_once(archive, make, monkeypatch, water):
+    """Water is black in B11 on all dates: B11 is read to choose, and no band is read a third time."""
+    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
+    many = dataclasses.replace(archive, bands=FOUR)
+    recipe = dataclasses.replace(PLAIN, bands=FOUR, reducer="best-pixel", best_pixel=BestPixel())
+    b11 = np.full((200, 200), 1900)
+    b11[75:90, 75:90] = 1 if water else 1900
+    pixels = {"B02": 500, "B04": 700, "B08": 2500, "B11": b11}
+    listed = [many.scene(f"2020-0{month}-24T10:00:00", where, pixels) for month in (6, 7, 8)]
+    read, begin = [], bands.begin
+    monkeypatch.setattr(bands, "begin", lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a))
+    ledger = Ledger()
+    made = composite(listed, grid, recipe, ledger).compute()
+    assert (made.quality == 1).all()
+    assert (made.day_of_year == 206).all()
+    np.testing.assert_array_equal(made.reflectance[3], b11[75:93, 75:99].repeat(2, 0).repeat(2, 1))
+    times = {band: sorted(read.count((s.id, band)) for s in listed) for band in FOUR}
+    once = [1, 1, 1]
+    assert times == {"B02": once, "B04": once, "B08": once, "B11": [2, 2, 2] if water else once}
+    table = ledger.table()
+    assert (table.planned == 1).all()
+    assert (table.read == 1).all()
+
+
+@pytest.mark.parametrize("band", FOUR)
+def test_the_medoid_of_two_is_the_one_that_is_less_black(archive, make, band):
+    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
+    many = dataclasses.replace(archive, bands=FOUR)
+    recipe = dataclasses.replace(PLAIN, bands=FOUR, reducer="medoid")
+    ground = {"B02": 500, "B04": 700, "B08": 2500, "B11": 1900}
+    black = np.full((200, 200) if band == "B11" else (400, 400), ground[band])
+    black[:, : len(black) * 17 // 40] = 1  # up to column 20 of the grid
+    listed = [
+        many.scene("2020-07-24T10:00:00", where, ground | {band: black}),
+        many.scene("2020-08-24T10:00:00", where, ground),
+    ]
+    made = composite(listed, grid, recipe).compute()
+    np.testing.assert_array_equal(made.day_of_year, np.broadcast_to(np.where(np.arange(48) < 20, 237, 206), (36, 48)))
     assert (made.clear_count == 2).all()
 
 

@@ -9,7 +9,8 @@ mosaicked first, scenes of the grid's own zone before warped ones, so that it co
 
     needs.py     what a block needs: scenes, margins, memory        plan.py          the same, as a bill
     block.py     a block from its scenes, in the order of work      bands.py         its bands, read ahead
-    masks.py     which observations are clear, and what else        registration.py  scenes that lie beside the others
+    daymasks.py  which scene each day's pixel comes from, what it is (masks.py has the kernels)
+    registration.py  scenes that lie beside the others
     reducers.py, ranks.py  many observations -> one, in numpy       torch_reducers.py  the same on a GPU
     opinion.py   a network that looks at clouds
 """

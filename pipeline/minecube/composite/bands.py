@@ -34,7 +34,9 @@ class Observations:
     owner: Int16
     """int16 [day, y, x] at 20 m, the scene that each day's pixel comes from, -1 = none."""
     kind: UInt8
-    """uint8 [day, y, x] at 20 m, as `masks.kinds` has it; observations that turn out to be none become 0."""
+    """uint8 [day, y, x] at 20 m, as `masks.kinds` has it; where a band has no data, the kind becomes 0."""
+    lacking: set[int] = field(default_factory=set)
+    """Scenes in which a band has no data where SCL has some."""
     asked: set[tuple[int, str]] = field(default_factory=set)
     """Scenes and bands that were read once, which a second time must not count as planned."""
 
@@ -46,8 +48,8 @@ class Observations:
 class Bands:
     """Bands one after the other, each [day, y, x] in its own pixels, 0 where it is not to be used.
 
-    An observation is one in all bands. Where a band lacks what the mask has seen, the observation is struck out and `lacked`
-    set: what is made of this is to be made again.
+    All bands of an observation come from one scene. Where a band of that scene has no data although SCL has some, the kind of
+    the observation becomes 0 and the scene joins `lacking` of the observations. The caller must then redo the block.
 
     Args:
         observations: what there is.
@@ -60,7 +62,6 @@ class Bands:
         self.days = np.flatnonzero(use.any(axis=(1, 2)))
         """Those that are used, of all days."""
         self.use = use[self.days]
-        self.lacked = False
         self._of, self._box, self._ledger = observations, box, ledger
         index = {int(day): n for n, day in enumerate(self.days)}
         self._day_of = [index.get(day, -1) for day in observations.day_of]
@@ -85,7 +86,8 @@ class Bands:
             if not pixels.min():
                 lacking = self._where(scene, window) & ~_whole(pixels, size)
                 self._of.kind[(self.days[day], *window)][lacking] = 0
-                self.lacked |= bool(lacking.any())
+                if lacking.any():
+                    self._of.lacking.add(scene)
             if self._alone(scene):
                 masked(seen[day], self.use[day], size, out=seen[day])
             else:

@@ -4,39 +4,41 @@ SCL comes first, with a margin as wide as any neighbourhood the mask looks at. I
 which files, and which window of each. Bands are read in their own pixels on the I/O threads, two bands ahead of the one that is
 being reduced, and are gone once they are: memory is that of a few bands, not of all.
 
-An observation is one in all bands. That a band lacks a pixel which the mask has seen is rare, so it is noticed on the way;
-then those observations are struck out and the block is made again.
+All bands of an observation come from one scene. A band rarely has no data where SCL has some, so this is noticed while reading.
+Then the pixel goes to the next scene of that day, or loses the day if there is no other, and the block is made again.
+
+Reducers that choose a date look at two or three bands. If another band of the chosen date is black, that band is read for the
+other dates, too, and the pixel is chosen again among the dates with the fewest black bands.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pystac
 from odc.geo.geobox import GeoBox
 
-from minecube.catalog import FALLBACKS, SCL, Recipe
+from minecube.catalog import FALLBACKS, Recipe
 from minecube.composite import masks, reducers
 from minecube.composite.bands import Bands, Observations, UInt16, cropped, finer, masked, summed
+from minecube.composite.daymasks import DayMasks, Opinion
 from minecube.composite.masks import CLEAR, Bool, Float32, Int16, Int32, UInt8
-from minecube.composite.needs import MASK_M, OPINION_BANDS, days_of, looked_at, margins_m, memory, near, size_of
+from minecube.composite.needs import MASK_M, looked_at, margins_m, memory, near, size_of
 from minecube.composite.reducers import Reducers
-from minecube.grid import PIXEL_M, at_resolution, padded
-from minecube.reader import Ledger, begin
+from minecube.grid import PIXEL_M, padded
+from minecube.reader import Ledger
 
+Days = npt.NDArray[np.intp]
 Layers = dict[str, npt.NDArray[Any]]
-Opinion = Callable[[UInt16], UInt8]
-"""A second mask of one date: B03, B04, B08, uint16 [3, y, x] at 10 m, x 10000 -> classes uint8 [y, x], 0 = clear."""
 BLOCK_BYTES = 1_000_000_000
 """Memory a block may take; one that would take more, for the number of its dates, is made in parts."""
 _SMALLEST_PX = 48  # a block is not cut further
 _STRIP_PX = 32  # rows whose bands of all dates are laid side by side at a time
-SCL_IS = "minecube:scl"  # how a scene's classification errs as a whole, as the stage of scenes found
+_BLACK = 1  # the stored value of reflectance that atmospheric correction made zero or negative
 _CLEAR_KINDS = (CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
 
 
@@ -66,7 +68,7 @@ def composite_block(
         return {name: np.concatenate([m[name] for m in made], axis=axis - 2) for name in made[0]}
     block = _Block.of(scenes, box, recipe, year, tools, ledger)
     while (layers := block.made()) is None:
-        pass  # there are fewer observations now
+        pass  # each time, pixels went to a later scene of their day, or lost that day
     return layers
 
 
@@ -75,6 +77,15 @@ def _empty(box: GeoBox, recipe: Recipe) -> Layers:
     for name, layer in recipe.layers.items():
         made[name] = np.full(box.shape, np.nan if layer.dtype.startswith("float") else 0, layer.dtype)
     return made
+
+
+class _Choice(NamedTuple):
+    """How the best day of each pixel is chosen."""
+
+    observed: Bool
+    """bool [day, y, x] at 10 m, the observations to choose from."""
+    choose: Callable[[Bool], Int16]
+    """Some of these observations -> index of the best day of each pixel, int16 [y, x], -1 = none."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class _Block:
     """Where a best pixel is chosen: metres from the day's nearest cloud, of those beyond the arrays, too."""
     yeardays: npt.NDArray[np.int64]
     """Of each day, its day of the year."""
+    day_masks: DayMasks
     box: GeoBox
     fringe_m: int
     recipe: Recipe
@@ -97,29 +109,17 @@ class _Block:
         cls, scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, year: int, tools: Tools, ledger: Ledger | None
     ) -> _Block:
         """Read SCL and make the mask."""
-        fringe, margin = margins_m(recipe)
-        wide = padded(box, margin)
-        days = days_of(scenes)
-        of_scl = at_resolution(wide, MASK_M)
-        reads = deque(begin(s, SCL, of_scl, ledger) for s in scenes)
-        try:
-            classes = (masks.corrected(reads.popleft().result().astype(np.uint8), s.properties.get(SCL_IS)) for s in scenes)
-            owner, day_scl = masks.mosaic(classes, days)
-        finally:
-            for read in reads:
-                read.cancel()
-        first = [scenes[days.index(day)] for day in range(max(days) + 1)]
-        when = [s.datetime for s in first if s.datetime]
-        opinion = _opinions(scenes, days, owner, wide, tools.opinion, ledger) if tools.opinion else None
-        kind = masks.kinds(day_scl, recipe, [w.month for w in when], [season(s, recipe, year) for s in first], opinion)
-        edge, best = (margin - fringe) // MASK_M, recipe.best_pixel
-        away = cropped(masks.cloud_distance_m(kind, best.cloud_distance_m), edge).copy() if best else None
-        owner, kind = (cropped(a, edge).copy() for a in (owner, kind))
-        yeardays = np.array([w.timetuple().tm_yday for w in when])
-        return cls(Observations(scenes, days, owner, kind), away, yeardays, box, fringe, recipe, tools, ledger)
+        of_days = DayMasks(scenes, box, recipe, year, tools.opinion, ledger)
+        made = of_days.all()
+        yeardays = np.array([w.timetuple().tm_yday for w in of_days.when])
+        observed = Observations(scenes, of_days.days, made.owner, made.kind)
+        return cls(observed, made.away, yeardays, of_days, box, margins_m(recipe)[0], recipe, tools, ledger)
 
     def made(self) -> Layers | None:
-        """The block reduced; None where a band lacked observations that the mask has seen, which are struck out now."""
+        """Reduce the block.
+
+        Returns None if a band has no data where the mask saw some. Such pixels now come from other scenes: reduce it again.
+        """
         recipe, out = self.recipe, _empty(self.box, self.recipe)
         kind = self.of_mask.kind
         use, quality = masks.chosen(kind, recipe)
@@ -148,7 +148,26 @@ class _Block:
         finally:
             ahead.cancel()
             bands.cancel()
-        return None if ahead.lacked or bands.lacked else out
+        if not self.of_mask.lacking:
+            return out
+        self._hand_on()
+        return None
+
+    def _hand_on(self) -> None:
+        """Give pixels in which a band of their scene has no data to the next scene of the day that has SCL there."""
+        of = self.of_mask
+        for scene in sorted(of.lacking):  # in mosaic order, since a later scene may lack data, too
+            day = of.day_of[scene]
+            struck = (of.owner[day] == scene) & (of.kind[day] == 0)
+            later = self.day_masks.of_later(scene)
+            if later is None:
+                of.owner[day][struck] = -1
+                continue
+            np.copyto(of.owner[day], later.owner[0], where=struck)
+            np.copyto(of.kind[day], later.kind[0], where=struck)
+            if self.away is not None and later.away is not None:
+                np.copyto(self.away[day], later.away[0], where=struck)
+        of.lacking.clear()
 
     def _reduce(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32, out: Layers) -> None:
         how, percent, rows = self.tools.reducers, self.recipe.percentile, out["reflectance"]
@@ -161,24 +180,26 @@ class _Block:
             self._geomedian(list(self._each(ahead, bands, seen)), out)
         elif self.recipe.reducer == "medoid":
             everything = list(self._each(ahead, bands, seen))
-            index = np.concatenate([how.medoid(stack) for _, stack in self._strips(everything)])
+            index = np.concatenate([how.medoid(_one_of_two(stack)) for _, stack in self._strips(everything)])
             self._taken(everything, index, bands, out)
         else:
+            usable = bands.use
             index = self._best(ahead, bands, seen, excess)
-            bands.narrow(bands.use & _where_chosen(index, len(bands.days)))
-            self._taken(self._each(ahead, bands, seen), index, bands, out)
+            bands.narrow(usable & _where_chosen(index, len(bands.days)))
+            self._taken(self._each(ahead, bands, dict(seen)), index, bands, out)
+            self._replace_black(ahead, bands.days, usable, seen, excess, index, out)
 
     def _each(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16]) -> Iterator[tuple[int, str, UInt16]]:
         """Place, name and pixels [day, y, x] of each band, those first that were seen already."""
         names = self.recipe.bands
         for band in [*seen, *(b for b in names if b not in seen)]:
-            values = self._used(ahead, bands, seen.pop(band), band) if band in seen else bands.next()
+            values = self._used(ahead, bands.days, bands.use, seen.pop(band), band) if band in seen else bands.next()
             yield names.index(band), band, values
 
-    def _used(self, ahead: Bands, bands: Bands, seen: UInt16, band: str) -> UInt16:
-        """Of a band that was read ahead, and so with more than is used now, what `bands` would give: a copy."""
-        inside = np.ascontiguousarray(self.inside(seen, self.size(band))[np.searchsorted(ahead.days, bands.days)])
-        return masked(inside, bands.use, self.size(band), out=inside)
+    def _used(self, ahead: Bands, days: Days, use: Bool, seen: UInt16, band: str) -> UInt16:
+        """Copy the observations in use [day, y, x] from a band that was read ahead, with a fringe and for more observations."""
+        inside = np.ascontiguousarray(self.inside(seen, self.size(band))[np.searchsorted(ahead.days, days)])
+        return masked(inside, use, self.size(band), out=inside)
 
     def _strips(self, everything: Sequence[tuple[int, str, UInt16]]) -> Iterator[tuple[slice, UInt16]]:
         """Rows of the block, and all bands of them side by side: uint16 [band, day, y, x] at 10 m."""
@@ -205,20 +226,100 @@ class _Block:
             out["reflectance"][k] = self.tools.reducers.taken(finer(values, self.size(band)), index)
 
     def _best(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32) -> Int16:
-        """Index of the best day of each pixel, int16 [y, x] at 10 m, -1 = none."""
+        """Index of the best day of each pixel, int16 [y, x] at 10 m, -1 = none; black counts in the bands `seen`."""
+        choice = self._choice(ahead, bands.days, bands.use, seen, excess)
+        black = self._black(ahead, bands.days, bands.use, seen)
+        return choice.choose(choice.observed if black is None else _least_black(choice.observed, black))
+
+    def _choice(self, ahead: Bands, days: Days, use: Bool, seen: dict[str, UInt16], excess: Int32) -> _Choice:
+        """Rate the observations in use, bool [day, y, x] at 20 m."""
         how, rule = self.tools.reducers, self.recipe.best_pixel
         if rule is None or self.away is None:
-            red, nir = (finer(self._used(ahead, bands, seen[b], b), self.size(b)) for b in ("B04", "B08"))
-            use = _better_than_black(red != 0, red, nir)
-            return how.max_ndvi(red * use, nir * use)
-        same = np.searchsorted(ahead.days, bands.days)
+            red, nir = (finer(self._used(ahead, days, use, seen[b], b), self.size(b)) for b in ("B04", "B08"))
+            return _Choice(red != 0, lambda some: how.max_ndvi(red * some, nir * some))
+        same = np.searchsorted(ahead.days, days)
         hazy = (excess[same] / 8e4).astype(np.float32)
         sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
-        score = reducers.best_pixel_score(
-            self.yeardays[bands.days], finer(self.away[bands.days], MASK_M), finer(hazy, MASK_M), sharp, rule
-        )
-        looked_at = (finer(self._used(ahead, bands, seen[b], b), self.size(b)) for b in ("B02", "B04"))
-        return how.best_pixel(self.inside(score, PIXEL_M), _better_than_black(finer(bands.use, MASK_M), *looked_at))
+        score = reducers.best_pixel_score(self.yeardays[days], finer(self.away[days], MASK_M), finer(hazy, MASK_M), sharp, rule)
+        inside = self.inside(score, PIXEL_M)
+        return _Choice(finer(use, MASK_M), lambda some: how.best_pixel(inside, some))
+
+    def _black(self, ahead: Bands, days: Days, use: Bool, seen: dict[str, UInt16]) -> UInt8 | None:
+        """Count the black bands of each observation, among those `seen`: uint8 [day, y, x] at 10 m; None if all are 0."""
+        count: UInt8 | None = None
+        for band, values in seen.items():
+            if not (values == _BLACK).any():
+                continue
+            black = self._used(ahead, days, use, values, band) == _BLACK
+            if black.any():
+                fine = finer(black, self.size(band)).astype(np.uint8)
+                count = fine if count is None else count + fine
+        return count
+
+    def _replace_black(
+        self, ahead: Bands, days: Days, usable: Bool, seen: dict[str, UInt16], excess: Int32, index: Int16, out: Layers
+    ) -> None:
+        """Choose again where the chosen day is black in a band that was not `seen` before the choice.
+
+        There, that band is read for all usable days. Each pixel ends with the best of its days with the fewest black bands:
+        a choice without black in further bands cannot lose to another day when further bands are counted.
+        """
+        asked: dict[str, Bool] = {}
+        choice: _Choice | None = None
+        count: UInt8 | None = None
+        while not self.of_mask.lacking:  # otherwise the block is made again in any case
+            doubted: dict[str, Bool] = {}
+            for band, values in zip(self.recipe.bands, out["reflectance"], strict=True):
+                if band not in seen and (black := values == _BLACK).any():
+                    before = asked.setdefault(band, np.zeros(usable.shape[1:], dtype=np.bool_))
+                    where = _any_of_four(black) & (usable.sum(axis=0) > 1) & ~before
+                    if where.any():
+                        doubted[band] = where
+                        asked[band] = before | where
+            if not doubted:
+                return
+            choice = choice or self._choice(ahead, days, usable, seen, excess)
+            if count is None:
+                count = self._black(ahead, days, usable, seen)
+            if count is None:
+                count = np.zeros(choice.observed.shape, dtype=np.uint8)
+            for band, where in doubted.items():
+                asking = self._bands(days, usable & where)
+                try:
+                    asking.read([band])
+                    count[np.searchsorted(days, asking.days)] += finer(asking.next() == _BLACK, self.size(band))
+                finally:
+                    asking.cancel()
+            if self.of_mask.lacking:
+                return
+            better = choice.choose(_least_black(choice.observed, count))
+            self._take_again(ahead, days, usable, seen, np.where(better == index, np.int16(-1), better), out)
+            index = better
+
+    def _take_again(self, ahead: Bands, days: Days, usable: Bool, seen: dict[str, UInt16], index: Int16, out: Layers) -> None:
+        """Replace the pixels that have an index, int16 [y, x] at 10 m, by those of that day."""
+        changed = index >= 0
+        if not changed.any():
+            return
+        taken = self._bands(days, usable & _where_chosen(index, len(days)))
+        try:
+            taken.read([b for b in self.recipe.bands if b not in seen])
+            place = np.full(len(days), -1, dtype=np.int16)
+            place[np.searchsorted(days, taken.days)] = np.arange(len(taken.days))
+            made = _empty(self.box, self.recipe)
+            index = np.where(changed, place[index], -1).astype(np.int16)
+            self._taken(self._each(ahead, taken, dict(seen)), index, taken, made)
+        finally:
+            taken.cancel()
+        for name in ("reflectance", "day_of_year"):
+            np.copyto(out[name], made[name], where=changed)
+
+    def _bands(self, days: Days, use: Bool) -> Bands:
+        """Bands of the observations in use, bool [day, y, x] at 20 m, of these days."""
+        of = self.of_mask.inside(self.fringe_m // MASK_M)
+        everything = np.zeros(of.kind.shape, dtype=np.bool_)
+        everything[days] = use
+        return Bands(of, everything, self.box, self.ledger)
 
     def size(self, band: str) -> int:
         """Pixel size in metres at which a band is read."""
@@ -229,50 +330,39 @@ class _Block:
         return cropped(pixels, self.fringe_m // size_m)
 
 
-def _better_than_black(use: Bool, *bands: UInt16) -> Bool:
-    """The observations [day, y, x] in use without those that are black in a band, unless a pixel has no others.
+def _least_black(use: Bool, count: UInt8) -> Bool:
+    """Return the observations in use that are black in the fewest bands, bool [day, y, x].
 
-    Products cut what atmospheric correction makes negative at 1. In blue or red that looks free of haze, or full of leaves.
+    Reflectance that atmospheric correction makes negative is stored as 1. In blue this looks free of haze, in red it looks
+    full of leaves. Deep water is black on all days, so all its days remain.
     """
-    black = np.logical_or.reduce([band <= 1 for band in bands]) & use
-    if not black.any():
+    if not len(use):
         return use
-    others = use & ~black
-    return np.where(others.any(axis=0), others, use)
+    ranked = np.where(use, count, np.uint8(255))
+    least: Bool = use & (ranked == ranked.min(axis=0))
+    return least
+
+
+def _one_of_two(stack: UInt16) -> UInt16:
+    """Remove, in place, one of two observations if more of its bands are black: the medoid of two is either of them.
+
+    Among three or more, a day that is black unlike the others is far from them. `stack` is uint16 [band, day, y, x].
+    """
+    seen = stack[0] != 0
+    two = seen.sum(axis=0, dtype=np.int16) == 2
+    if two.any():
+        least = _least_black(seen, (stack == _BLACK).sum(axis=0, dtype=np.uint8))
+        stack *= np.logical_or(least, ~two)
+    return stack
+
+
+def _any_of_four(flags: Bool) -> Bool:
+    """Flags [..., y, x] at 20 m: one of the four 10 m pixels has the flag."""
+    *lead, height, width = flags.shape
+    four: Bool = np.logical_or.reduce(flags.reshape(*lead, height // 2, 2, width // 2, 2), axis=(-3, -1))
+    return four
 
 
 def _where_chosen(index: Int16, days: int) -> Bool:
     """Flags [day, y, x] at 20 m: some of its 10 m pixels take that day."""
-    height, width = (n // 2 for n in index.shape)
-    four = index.reshape(height, 2, width, 2)
-    return np.stack([(four == day).any(axis=(1, 3)) for day in range(days)])
-
-
-def season(scene: pystac.Item, recipe: Recipe, year: int) -> int:
-    """The kind of a scene's clear observations: clear, or the fallback that takes them; 255 where the recipe takes none."""
-    when = scene.datetime
-    if when and when.month in recipe.months:
-        neighbour = FALLBACKS["neighbour-year"] if "neighbour-year" in recipe.fallback else masks.UNUSABLE
-        return CLEAR if when.year == year else neighbour
-    wider = when and when.year == year and when.month in recipe.wider_months
-    return FALLBACKS["wider-season"] if wider else masks.UNUSABLE
-
-
-def _opinions(
-    scenes: Sequence[pystac.Item], days: Sequence[int], owner: Int16, wide: GeoBox, opinion: Opinion, ledger: Ledger | None
-) -> UInt8:
-    """The second mask of each day: uint8 [day, y, x] at 20 m, the highest class among its four pixels."""
-    reads = [[begin(s, b, wide, ledger) for b in OPINION_BANDS] for s in scenes]
-    out = np.zeros(owner.shape, dtype=np.uint8)
-    try:
-        for day, of_day in enumerate(owner):
-            image = np.zeros((len(OPINION_BANDS), *wide.shape), dtype=np.uint16)
-            for scene in (n for n, d in enumerate(days) if d == day):
-                where = finer(of_day == scene, MASK_M)
-                for layer, read in zip(image, reads[scene], strict=True):
-                    np.copyto(layer, read.result(), where=where)
-            out[day] = opinion(image).reshape(owner.shape[1], 2, owner.shape[2], 2).max(axis=(1, 3))
-    finally:
-        for read in (r for of_scene in reads for r in of_scene):
-            read.cancel()
-    return out
+    return np.stack([_any_of_four(index == day) for day in range(days)])

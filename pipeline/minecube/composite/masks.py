@@ -93,35 +93,47 @@ def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[i
     Returns:
         uint8 [day, y, x].
     """
-    observed = scl != _NODATA
     ground = persistently_bright(scl, recipe.bright_override) if recipe.bright_override else None
     out = np.empty_like(scl)
     for day, layer in enumerate(scl):  # day by day, so that memory is that of the result
-        hidden = layer == VEILED
-        grown = hidden.copy()
-        for rule in (r for r in recipe.mask if months[day] in r.months):
-            flagged = _among(layer, rule.classes)
-            if ground is not None:
-                flagged &= ~ground[day]
-            hidden |= flagged
-            grown |= grow(flagged, rule)
-        if opinion is not None and recipe.second_opinion:
-            seen = _among(opinion[day], recipe.second_opinion.classes)
-            if ground is not None:
-                seen &= ~ground[day]
-            hidden |= seen
-            grown |= dilated(seen, recipe.second_opinion.dilate_m)
-        clear = observed[day] & ~grown
-        if seasons[day] != CLEAR:
-            out[day] = UNUSABLE
-            np.copyto(out[day], seasons[day], where=clear)
-            out[day] *= observed[day]
-            continue
-        out[day] = FALLBACKS["ungrown"]
-        np.copyto(out[day], FALLBACKS["thin"], where=hidden)
-        np.copyto(out[day], FALLBACKS["cloud"], where=hidden & _among(layer, _CLOUD))
-        np.copyto(out[day], CLEAR, where=clear)
-        out[day] *= observed[day]
+        bright = None if ground is None else ground[day]
+        out[day] = kinds_of_day(layer, bright, recipe, months[day], seasons[day], None if opinion is None else opinion[day])
+    return out
+
+
+def kinds_of_day(layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, season: int, opinion: UInt8 | None) -> UInt8:
+    """Classify the observations of one day: uint8 [y, x], as `kinds` returns them.
+
+    Args:
+        layer: uint8 [y, x] scene classification, 0 = not observed.
+        bright: bool [y, x], pixels that SCL calls cloud although the ground is bright; None without a bright override.
+        recipe: its mask rules.
+        month: calendar month of the day.
+        season: the kind of the day's clear observations.
+        opinion: uint8 [y, x], classes of a second mask, 0 = clear.
+    """
+    observed = layer != _NODATA
+    hidden = layer == VEILED
+    grown = hidden.copy()
+    for rule in (r for r in recipe.mask if month in r.months):
+        flagged = _among(layer, rule.classes)
+        if bright is not None:
+            flagged &= ~bright
+        hidden |= flagged
+        grown |= grow(flagged, rule)
+    if opinion is not None and recipe.second_opinion:
+        seen = _among(opinion, recipe.second_opinion.classes)
+        if bright is not None:
+            seen &= ~bright
+        hidden |= seen
+        grown |= dilated(seen, recipe.second_opinion.dilate_m)
+    clear = observed & ~grown
+    out: UInt8 = np.full_like(layer, UNUSABLE if season != CLEAR else FALLBACKS["ungrown"])
+    if season == CLEAR:
+        np.copyto(out, FALLBACKS["thin"], where=hidden)
+        np.copyto(out, FALLBACKS["cloud"], where=hidden & _among(layer, _CLOUD))
+    np.copyto(out, np.uint8(season), where=clear)
+    out *= observed
     return out
 
 

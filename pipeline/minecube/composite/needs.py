@@ -100,7 +100,7 @@ def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     held: int = sum(by_band)
     if not together:
         most = 2 * math.prod(padded(box, fringe).shape)
-        held = min(held, (2 + AHEAD + 2 * bool(recipe.haze or recipe.best_pixel)) * most)
+        held = min(held, (2 + AHEAD + 2 * bool(looked_at(recipe))) * most)
     a_day = 12 + 24 * bool(recipe.second_opinion) + 4 * bool(recipe.best_pixel)
     masks: int = len(scenes) * wide + days * wide * a_day + days * inner * 12 * bool(recipe.haze)
     return masks + clear * held
