@@ -1462,3 +1462,117 @@ def test_times_as_text_and_files_without_boxes_or_links(archive, make, tmp_path)
     pq.write_table(table.drop_columns("geometry"), path)
     with pytest.raises(SceneError, match=r"items\.parquet: cannot be read as stac-geoparquet \(expected a column 'geometry'"):
         scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+
+
+def _broken(**fields):
+    """A change of an item: these fields are replaced, or removed where they are `...`."""
+
+    def change(feature):
+        for name, value in fields.items():
+            feature.pop(name) if value is ... else feature.update({name: value})
+
+    return change
+
+
+def _deep(depth):
+    """A geometry of collections in collections."""
+    geometry = {"type": "GeometryCollection", "geometries": []}
+    for _ in range(depth):
+        geometry = {"type": "GeometryCollection", "geometries": [geometry]}
+    return geometry
+
+
+def _of_asset(value):
+    return lambda feature: feature["assets"].update({"B04": value})
+
+
+UNUSABLE = {
+    "null type": (_broken(type=None), "expected type 'Feature', found None"),
+    "other type": (_broken(type="Collection"), "expected type 'Feature', found 'Collection'"),
+    "no type": (_broken(type=...), "expected type 'Feature', found None"),
+    "no properties": (_broken(properties=None), "expected an object of properties, found None"),
+    "text for assets": (_broken(assets="B04"), "expected an object of assets, found 'B04'"),
+    "no assets": (_broken(assets=None), "has no asset 'B04' for B04"),
+    "null asset": (_of_asset(None), "has no asset 'B04' for B04"),
+    "null href": (_of_asset({"href": None}), "has no asset 'B04' for B04"),
+    "no href": (_of_asset({}), "has no asset 'B04' for B04"),
+    "a number for a geometry": (_broken(geometry=5), "has no geometry with an area"),
+    "a deep geometry": (_broken(geometry=_deep(3000)), "has no geometry with an area"),
+    "text for a time": (
+        lambda feature: feature["properties"].update(datetime="05.07.2020"),
+        "expected a datetime in ISO 8601 such as 2022-04-10T10:20:00Z, found '05.07.2020'",
+    ),
+    "number for a time": (
+        lambda feature: feature["properties"].update(datetime=1593943200),
+        "expected a datetime in ISO 8601 such as 2022-04-10T10:20:00Z, found 1593943200",
+    ),
+    "no time": (lambda feature: feature["properties"].update(datetime=None), "has no datetime"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_one_unusable_item_of_an_api_is_refused_for_the_true_reason(archive, make, monkeypatch, case):
+    change, reason = UNUSABLE[case]
+    features = features_of(archive, make)
+    change(features[1])
+    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [features[0]["id"], features[2]["id"]]
+    assert list(found.refused) == [features[1]["id"]]
+    assert found.refused[features[1]["id"]].startswith(f"item {features[1]['id']}: {reason}")
+
+
+def test_items_without_id_are_refused_one_by_one_and_pages_with_them_are_read(api, searched):
+    """Three of a month: null instead of an item, an item of null id, one without id. The others are found."""
+    site, source = searched
+    march = [item for item in api.items if item["properties"]["datetime"].startswith("2020-03")]
+    nameless, null = copy.deepcopy(march[:2])
+    del nameless["id"]
+    null["id"] = None
+    listed = {find._key(item): item for item in march}
+    page = {"features": [*march, nameless, null, None]}
+
+    class Client:
+        def search(self, **_):
+            return self
+
+        def pages_as_dicts(self):
+            return [page]
+
+    ids, matched = find._month(Client(), source.collection, shapely.box(0, 0, 1, 1), "2020-03")
+    assert matched is None
+    assert len(ids) == len(listed) + 3
+    assert list(ids.values())[-1] == {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scenes, "items_of", lambda *_: list(copy.deepcopy(ids).values()))
+        found = scenes.search(site, 2020, source)
+    assert "S2A_32TNT_20200302_1_L2A" in [scene.id for scene in found.scenes]
+    assert [reason.partition(": ")[2] for name, reason in found.refused.items() if name.startswith("without id")] == [
+        "expected an id, found None; it is refused"
+    ] * 3
+
+
+UNNEEDED = {
+    "null thumbnail": lambda feature: feature["assets"].update(thumbnail=None),
+    "thumbnail of nulls": lambda feature: feature["assets"].update(thumbnail={"href": None, "type": None}),
+    "thumbnail without href": lambda feature: feature["assets"].update(thumbnail={"type": "image/png"}),
+    "thumbnail as text": lambda feature: feature["assets"].update(thumbnail="t.png"),
+    "no version": _broken(stac_version=...),
+    "null version": _broken(stac_version=None),
+    "null links": _broken(links=None),
+    "a broken link": _broken(links=[{"rel": "root"}, None]),
+    "null extensions": _broken(stac_extensions=[None]),
+    "number for an id": _broken(id=7),
+    "zero for an id": _broken(id=0),
+    "start without end": lambda feature: feature["properties"].update(datetime=None, start_datetime="2020-07-06T10:00:00Z"),
+}
+
+
+@pytest.mark.parametrize("case", UNNEEDED)
+def test_what_a_scene_does_not_need_may_be_malformed(archive, make, monkeypatch, case):
+    features = features_of(archive, make)
+    UNNEEDED[case](features[1])
+    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [str(f["id"]) for f in features]
+    assert found.refused == {}

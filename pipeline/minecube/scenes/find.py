@@ -267,10 +267,16 @@ def _month(
     pages = list(itertools.islice(asked.pages_as_dicts(), _PAGES + 1))
     if len(pages) > _PAGES:
         raise RequestError(f"expected at most {_PAGES} pages of {month}, found more")
-    ids = {feature["id"]: feature for page in pages for feature in page["features"]}
+    ids = {_key(feature): feature if isinstance(feature, dict) else {} for page in pages for feature in page["features"]}
     # The first page tells; the client would ask for it once more.
     context = pages[0].get("context") or {} if pages else {}
     return ids, pages[0].get("numberMatched", context.get("matched")) if pages else None
+
+
+def _key(feature: object) -> str:
+    """What two listings of one item share: its id, or all of an item without one."""
+    name = feature.get("id") if isinstance(feature, dict) else None
+    return name if isinstance(name, str) else json.dumps(feature, sort_keys=True)
 
 
 def _from_file(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
