@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import decimal
 import hashlib
 import itertools
 import json
@@ -1688,3 +1689,26 @@ def test_times_that_are_not_iso_are_refused_with_what_was_found(archive, make, c
         f"{expected} '07.07.2020 10:00'; it is refused",
     ]
     assert len([line for line in caplog.messages if expected in line]) == 1
+
+
+def test_decimals_are_numbers(archive, make):
+    """A column of DECIMAL, as databases write it: 95 % is no unknown cover, and 33.00 is zone 33."""
+    percent = pa.array([decimal.Decimal("95.0"), decimal.Decimal("12.5"), None], pa.decimal128(10, 1))
+    found = rewritten(archive, make, column("eo:cloud_cover", percent))
+    assert [s.properties["eo:cloud_cover"] for s in found.scenes] == [95.0, 12.5, None]
+    assert len(scenes.usable(found.scenes, dataclasses.replace(PLAIN, max_cloud_cover=60))) == 2
+    item = archive.item("2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00")
+    del item.properties["s2:mgrs_tile"]
+    item.properties |= {
+        "mgrs:utm_zone": decimal.Decimal("33.00"),
+        "mgrs:latitude_band": "U",
+        "mgrs:grid_square": "UR",
+        "earthsearch:boa_offset_applied": decimal.Decimal("1.00"),
+        "proj:epsg": decimal.Decimal("32633.00"),
+        "sat:relative_orbit": np.float16(22),
+    }
+    scene = scenes.normalise(item, archive.source).properties
+    assert (scene["s2:mgrs_tile"], scene["minecube:offset"], scene["sat:relative_orbit"]) == ("33UUR", 0, 22)
+    item.properties["proj:epsg"] = decimal.Decimal("32632.00")
+    with pytest.raises(SceneError, match="expected one projection, EPSG:32633 of its tile 33UUR, found EPSG:32632"):
+        scenes.normalise(item, archive.source)

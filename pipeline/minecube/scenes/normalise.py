@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -36,6 +37,8 @@ UNREAD_TIME = "minecube:unread_datetime"
 """Property of an item of a file: a datetime that is no time."""
 _UNKNOWN = {"", "none", "null", "nan", "<na>", "nat"}
 """Spellings of an unknown value, in lower case: what tables and their libraries make of null."""
+_NUMERIC = (int, float, str, Decimal, np.floating, np.integer)
+"""Types of numbers in items, and of text that may be one."""
 _LEVEL_1 = re.compile(r"(?<![A-Z0-9])(S2MSI|MSIL|L|LEVEL[-_ ]?)1[ABC](?![A-Z0-9])|^level (L|LEVEL[-_ ]?)?1[ABC]?$", re.I)
 """In names of products, types, levels and collections of Level-1: S2A_MSIL1C_2022..., S2MSI1C, L1C, sentinel-2-l1c."""
 _PLAIN_NAME = re.compile(r"/[A-Za-z0-9_]+\.(tiff?|jp2)$")
@@ -351,7 +354,7 @@ def _unsigned(href: str) -> str:
 
 def number(value: object) -> float | None:
     """The finite number that a field holds, also as text; None for null, NaN, infinity and anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, _NUMERIC):
         return None
     try:
         found = float(value)
@@ -466,17 +469,19 @@ def _own_offset(item: pystac.Item, baseline: str, rule: Offset, declared: set[in
 def _ruled_offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
     if baseline < rule.from_baseline:
         return 0, f"baseline {baseline} is older than {rule.from_baseline}"
-    if rule.applied_flag and _first(item, rule.applied_flag).lower() in ("true", "1", "1.0"):
+    flag = _first(item, rule.applied_flag) if rule.applied_flag else ""
+    if flag.lower() == "true" or number(flag) == 1:
         return 0, f"baseline {baseline}, {rule.applied_flag} is true"
-    flag = f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}" if rule.applied_flag else ""
-    return rule.value, f"baseline {baseline} from {rule.from_baseline} on{flag}"
+    seen = f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}" if rule.applied_flag else ""
+    return rule.value, f"baseline {baseline} from {rule.from_baseline} on{seen}"
 
 
 def _tile(item: pystac.Item) -> str:
     tile = _first(item, "s2:mgrs_tile", "grid:code")
     if not tile:
         parts = [_first(item, f"mgrs:{p}", f"sentinel:{p}") for p in ("utm_zone", "latitude_band", "grid_square")]
-        tile = "".join([parts[0].removesuffix(".0"), *parts[1:]])  # tables make 32.0 of a zone
+        zone = re.sub(r"\.0+$", "", parts[0])  # tables make 32.0 or 32.00 of a zone
+        tile = "".join([zone, *parts[1:]])
     named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
     tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
     match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
@@ -498,7 +503,7 @@ def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) ->
 def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
     for name in {"proj:code", "proj:epsg"} & fields.keys():
         # EPSG:32632, 32632, 32632.0 from a table, urn:ogc:def:crs:EPSG::32632; "EPSG:None" is none.
-        code = re.search(r"(\d{4,6})(?:\.0)?$", str(fields.get(name)))
+        code = re.search(r"(\d{4,6})(?:\.0+)?$", str(fields.get(name)))
         if code:
             yield f"EPSG:{code[1]}"
     for name in ("proj:wkt2", "proj:projjson"):
