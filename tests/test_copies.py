@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import stac_geoparquet.arrow
 
-from minecube import cube
+from minecube import cube, scenes
 from minecube.catalog import Recipe
 from minecube.cli import build as building
+from minecube.errors import GoneError
+from minecube.reader import read
 
 RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), min_dates=3, block_px=64, chunk_px=32)
 DATES = ("2020-05-01", "2020-06-01", "2020-07-01")
@@ -102,6 +104,45 @@ def test_a_broken_file_is_read_from_the_next_source(two, site, tmp_path):
     job = job_of(two, tmp_path)
     assert built(job, site).state == "built"
     assert pixels(job) == [207]
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize(("size", "why"), [(0, "it is empty"), (8, "it ends after 8 bytes, before its header does"), (300, "")])
+def test_an_empty_or_cut_file_is_gone(two, site, tmp_path, make, size, why, far):
+    """300 bytes hold the directory of a GeoTIFF, without the projection that it names."""
+    first, second = two
+    path = folder_of(first, "2020-06-01") / "B04.tif"
+    path.write_bytes(path.read_bytes()[:size])
+    why = why or "it ends after 300 bytes, before its header does"
+    with make.served(tmp_path) as url:
+        href = f"{url}/{path.relative_to(tmp_path)}" if far else str(path)
+        with pytest.raises(GoneError, match=rf"B04\.tif: cannot be read \({why}\), .*; check that the file is there and whole"):
+            read(href, scenes.grid_of(site))
+    job = job_of(two, tmp_path)
+    outcome = built(job, site)
+    assert outcome.state == "built", outcome.message
+    assert pixels(job) == [207]
+    gone, copy = path.parent.name, folder_of(second, "2020-06-01").name
+    assert outcome.copies == {gone: f"B04 is gone ({why}); read {copy} of second instead"}
+
+
+def test_a_copy_that_is_empty_is_not_taken(two, site, tmp_path):
+    first, second = two
+    (folder_of(first, "2020-06-01") / "B04.tif").unlink()
+    (folder_of(second, "2020-06-01") / "B11.tif").write_bytes(b"")
+    outcome = built(job_of(two, tmp_path), site)
+    assert outcome.state == "failed"
+    assert "name one more --source that has it" in outcome.message
+
+
+def test_a_file_of_another_format_is_an_error(two, site, tmp_path):
+    first, _ = two
+    path = folder_of(first, "2020-06-01") / "B04.tif"
+    path.write_text("<html>")
+    outcome = built(job_of(two, tmp_path), site)
+    assert outcome.state == "failed"
+    assert "B04.tif: is not read (expected a GeoTIFF or JPEG 2000 file, found another format)" in outcome.message
+    assert outcome.message.endswith("replace the file")
 
 
 def test_what_no_source_has_fails_and_names_the_option(two, site, tmp_path):

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from minecube import reader, scenes
 from minecube.catalog import Access
-from minecube.errors import ReadError
+from minecube.errors import GoneError, ReadError
 from minecube.reader import read, remove_offset
 
 LEFT, TOP = 360000, 5600040
@@ -294,6 +294,34 @@ def test_a_truncated_file_fails_loudly(tmp_path, make, keep):
     whole.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(ReadError, match=r"B04\.tif: cannot be read .* not written"):
         read(str(whole), grid)
+
+
+FORMATS = {
+    "tiles": {},
+    "strips": {"tiled": False, "blockxsize": None, "blockysize": None},
+    "BigTIFF": {"BIGTIFF": "YES"},
+    "big-endian": {"ENDIANNESS": "BIG"},
+    "internal mask": {},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_cut_anywhere_in_its_header_is_gone(tmp_path, make, form):
+    """No length gives other pixels: GDAL opens what lacks its place, its fill value or its mask."""
+    grid = make.grid(LEFT, TOP, 60, 60)
+    options = {name: value for name, value in ({"compress": None} | FORMATS[form]).items() if value is not None}
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        path = make.tif(tmp_path / "B04.tif", make.unique(60, 60), grid, **options)
+        if form == "internal mask":
+            with rasterio.open(path, "r+") as image:
+                image.write_mask(make.unique(60, 60) % 2 == 0)
+    whole = path.read_bytes()
+    read(str(path), grid)
+    lengths = [*range(0, 900, 3), *range(900, len(whole), 101), *range(len(whole) - 40, len(whole))]
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        with pytest.raises(GoneError, match=r"B04\.tif: cannot be read .* check that the file is there and whole"):
+            read(str(path), grid)
 
 
 def test_a_missing_file_fails_loudly_and_shows_no_signature(make):

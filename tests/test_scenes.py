@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import decimal
 import hashlib
 import itertools
 import json
@@ -1462,3 +1463,252 @@ def test_times_as_text_and_files_without_boxes_or_links(archive, make, tmp_path)
     pq.write_table(table.drop_columns("geometry"), path)
     with pytest.raises(SceneError, match=r"items\.parquet: cannot be read as stac-geoparquet \(expected a column 'geometry'"):
         scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+
+
+def _broken(**fields):
+    """A change of an item: these fields are replaced, or removed where they are `...`."""
+
+    def change(feature):
+        for name, value in fields.items():
+            feature.pop(name) if value is ... else feature.update({name: value})
+
+    return change
+
+
+def _deep(depth):
+    """A geometry of collections in collections."""
+    geometry = {"type": "GeometryCollection", "geometries": []}
+    for _ in range(depth):
+        geometry = {"type": "GeometryCollection", "geometries": [geometry]}
+    return geometry
+
+
+def _of_asset(value):
+    return lambda feature: feature["assets"].update({"B04": value})
+
+
+UNUSABLE = {
+    "null type": (_broken(type=None), "expected type 'Feature', found None"),
+    "other type": (_broken(type="Collection"), "expected type 'Feature', found 'Collection'"),
+    "no type": (_broken(type=...), "expected type 'Feature', found None"),
+    "no properties": (_broken(properties=None), "expected an object of properties, found None"),
+    "text for assets": (_broken(assets="B04"), "expected an object of assets, found 'B04'"),
+    "no assets": (_broken(assets=None), "has no asset 'B04' for B04"),
+    "null asset": (_of_asset(None), "has no asset 'B04' for B04"),
+    "null href": (_of_asset({"href": None}), "has no asset 'B04' for B04"),
+    "no href": (_of_asset({}), "has no asset 'B04' for B04"),
+    "a number for a geometry": (_broken(geometry=5), "has no geometry with an area"),
+    "a deep geometry": (_broken(geometry=_deep(3000)), "has no geometry with an area"),
+    "text for a time": (
+        lambda feature: feature["properties"].update(datetime="05.07.2020"),
+        "expected a datetime in ISO 8601 such as 2022-04-10T10:20:00Z, found '05.07.2020'",
+    ),
+    "number for a time": (
+        lambda feature: feature["properties"].update(datetime=1593943200),
+        "expected a datetime in ISO 8601 such as 2022-04-10T10:20:00Z, found 1593943200",
+    ),
+    "no time": (lambda feature: feature["properties"].update(datetime=None), "has no datetime"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_one_unusable_item_of_an_api_is_refused_for_the_true_reason(archive, make, monkeypatch, case):
+    change, reason = UNUSABLE[case]
+    features = features_of(archive, make)
+    change(features[1])
+    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [features[0]["id"], features[2]["id"]]
+    assert list(found.refused) == [features[1]["id"]]
+    assert found.refused[features[1]["id"]].startswith(f"item {features[1]['id']}: {reason}")
+
+
+def test_items_without_id_are_refused_one_by_one_and_pages_with_them_are_read(api, searched):
+    """Three of a month: null instead of an item, an item of null id, one without id. The others are found."""
+    site, source = searched
+    march = [item for item in api.items if item["properties"]["datetime"].startswith("2020-03")]
+    nameless, null = copy.deepcopy(march[:2])
+    del nameless["id"]
+    null["id"] = None
+    listed = {find._key(item): item for item in march}
+    page = {"features": [*march, nameless, null, None]}
+
+    class Client:
+        def search(self, **_):
+            return self
+
+        def pages_as_dicts(self):
+            return [page]
+
+    ids, matched = find._month(Client(), source.collection, shapely.box(0, 0, 1, 1), "2020-03")
+    assert matched is None
+    assert len(ids) == len(listed) + 3
+    assert list(ids.values())[-1] == {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scenes, "items_of", lambda *_: list(copy.deepcopy(ids).values()))
+        found = scenes.search(site, 2020, source)
+    assert "S2A_32TNT_20200302_1_L2A" in [scene.id for scene in found.scenes]
+    assert [reason.partition(": ")[2] for name, reason in found.refused.items() if name.startswith("without id")] == [
+        "expected an id, found None; it is refused"
+    ] * 3
+
+
+UNNEEDED = {
+    "null thumbnail": lambda feature: feature["assets"].update(thumbnail=None),
+    "thumbnail of nulls": lambda feature: feature["assets"].update(thumbnail={"href": None, "type": None}),
+    "thumbnail without href": lambda feature: feature["assets"].update(thumbnail={"type": "image/png"}),
+    "thumbnail as text": lambda feature: feature["assets"].update(thumbnail="t.png"),
+    "no version": _broken(stac_version=...),
+    "null version": _broken(stac_version=None),
+    "null links": _broken(links=None),
+    "a broken link": _broken(links=[{"rel": "root"}, None]),
+    "null extensions": _broken(stac_extensions=[None]),
+    "number for an id": _broken(id=7),
+    "zero for an id": _broken(id=0),
+    "start without end": lambda feature: feature["properties"].update(datetime=None, start_datetime="2020-07-06T10:00:00Z"),
+}
+
+
+@pytest.mark.parametrize("case", UNNEEDED)
+def test_what_a_scene_does_not_need_may_be_malformed(archive, make, monkeypatch, case):
+    features = features_of(archive, make)
+    UNNEEDED[case](features[1])
+    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    assert [s.id for s in found.scenes] == [str(f["id"]) for f in features]
+    assert found.refused == {}
+
+
+def rewritten(archive, make, change, n=3):
+    """A file of n items whose table was changed; what a search finds in it."""
+    path = archive.root / "items.parquet"
+    write_features(features_of(archive, make, n), path)
+    table = pq.read_table(path)
+    pq.write_table(change(table), path)
+    return scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+
+
+def column(name, values):
+    """A change of a table: this column from its values, or from an array."""
+
+    def change(table):
+        found = values(table.column(name)) if callable(values) else values
+        if name not in table.column_names:
+            return table.append_column(name, found)
+        return table.set_column(table.column_names.index(name), name, found)
+
+    return change
+
+
+def _as_map(assets):
+    return pa.array([list(row.items()) for row in assets.to_pylist()], pa.map_(pa.string(), assets.type.field(0).type))
+
+
+def _with_view(assets):
+    fields = [field.with_type(pa.string_view()) if field.name == "href" else field for field in assets.type.field(0).type]
+    return pa.array(assets.to_pylist(), pa.struct([pa.field(asset.name, pa.struct(fields)) for asset in assets.type]))
+
+
+READ = {
+    "string_view": ("id", lambda ids: ids.cast(pa.string_view())),
+    "binary_view": ("geometry", lambda shapes: find._storage(shapes).cast(pa.binary_view())),
+    "string_view in assets": ("assets", _with_view),
+    "assets as map": ("assets", _as_map),
+    "assets as map of maps": (
+        "assets",
+        lambda assets: pa.array(
+            [[(band, [("href", asset["href"])]) for band, asset in row.items()] for row in assets.to_pylist()],
+            pa.map_(pa.string(), pa.map_(pa.string(), pa.string())),
+        ),
+    ),
+    "assets as JSON": ("assets", lambda assets: pa.array([json.dumps(row) for row in assets.to_pylist()])),
+    "unknown zone": ("datetime", lambda times: times.cast(pa.timestamp("us", "Mars/Olympus"))),
+    "unknown zone of another column": ("s2:seen", pa.array([0, 1, 2], pa.timestamp("ms", "Mars/Olympus"))),
+    "null types": ("type", pa.array(["Feature", None, None])),
+    "null versions": ("stac_version", pa.array(["1.1.0", None, "1.0.0"])),
+    "seven decimals": ("created", pa.array(["2020-07-06T00:00:00.1234567Z", None, "2020-07-06"])),
+    "nine decimals": ("datetime", pa.array([f"2020-07-0{day}T10:00:00.000000789Z" for day in (5, 6, 7)])),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_files_of_items_as_other_tools_write_them(archive, make, case):
+    """The days and bands of three items, by hand."""
+    found = rewritten(archive, make, column(*READ[case]))
+    assert found.refused == {}
+    assert [str(s.datetime) for s in found.scenes] == [f"2020-07-0{day} 10:00:00+00:00" for day in (5, 6, 7)]
+    assert [sorted(s.assets) for s in found.scenes] == [["B04", "B11", "SCL"]] * 3
+    assert all(Path(asset.href).is_file() for s in found.scenes for asset in s.assets.values())
+
+
+UNREAD = {
+    "geometry as list": ("geometry", pa.array([[[0.0, 1.0]]] * 3), r"expected WKB in column 'geometry', found list<"),
+    "geometry as struct": ("geometry", pa.array([{"type": "Point"}] * 3), r"expected WKB in column 'geometry', found struct<"),
+    "assets as list": ("assets", pa.array([["B04"]] * 3), r"expected structs with an href in column 'assets', found list<"),
+    "hrefs": (
+        "assets",
+        pa.array([{"B04": "a.tif"}] * 3),
+        r"expected structs with an href in column 'assets', found struct<B04",
+    ),
+    "seconds": (
+        "datetime",
+        pa.array([1593943200] * 3),
+        r"expected timestamps or ISO 8601 texts in column 'datetime', found int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_a_file_of_other_columns_is_refused_in_one_sentence(archive, make, case):
+    name, values, reason = UNREAD[case]
+    message = rf"items\.parquet: cannot be read as stac-geoparquet \({reason}.*\); write it again with stac-geoparquet$"
+    with pytest.raises(SceneError, match=message):
+        rewritten(archive, make, column(name, values))
+
+
+def test_a_row_of_broken_json_is_refused_and_no_other(archive, make):
+    def broken(assets):
+        first, *others = [json.dumps(row) for row in assets.to_pylist()]
+        return pa.array([first[:40], *others])
+
+    found = rewritten(archive, make, column("assets", broken))
+    assert len(found.scenes) == 2
+    (reason,) = found.refused.values()
+    assert """: expected an object of assets, found '{"B""" in reason
+    assert reason.endswith("; it is refused")
+
+
+def test_times_that_are_not_iso_are_refused_with_what_was_found(archive, make, caplog):
+    """One line for all of them."""
+    times = pa.array(["05.07.2020 10:00", "2020-07-06T10:00:00Z", "07.07.2020 10:00"])
+    found = rewritten(archive, make, column("datetime", times))
+    assert [str(s.datetime) for s in found.scenes] == ["2020-07-06 10:00:00+00:00"]
+    expected = "expected a datetime in ISO 8601 such as 2022-04-10T10:20:00Z, found"
+    assert [reason.partition(": ")[2] for reason in found.refused.values()] == [
+        f"{expected} '05.07.2020 10:00'; it is refused",
+        f"{expected} '07.07.2020 10:00'; it is refused",
+    ]
+    assert len([line for line in caplog.messages if expected in line]) == 1
+
+
+def test_decimals_are_numbers(archive, make):
+    """A column of DECIMAL, as databases write it: 95 % is no unknown cover, and 33.00 is zone 33."""
+    percent = pa.array([decimal.Decimal("95.0"), decimal.Decimal("12.5"), None], pa.decimal128(10, 1))
+    found = rewritten(archive, make, column("eo:cloud_cover", percent))
+    assert [s.properties["eo:cloud_cover"] for s in found.scenes] == [95.0, 12.5, None]
+    assert len(scenes.usable(found.scenes, dataclasses.replace(PLAIN, max_cloud_cover=60))) == 2
+    item = archive.item("2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00")
+    del item.properties["s2:mgrs_tile"]
+    item.properties |= {
+        "mgrs:utm_zone": decimal.Decimal("33.00"),
+        "mgrs:latitude_band": "U",
+        "mgrs:grid_square": "UR",
+        "earthsearch:boa_offset_applied": decimal.Decimal("1.00"),
+        "proj:epsg": decimal.Decimal("32633.00"),
+        "sat:relative_orbit": np.float16(22),
+    }
+    scene = scenes.normalise(item, archive.source).properties
+    assert (scene["s2:mgrs_tile"], scene["minecube:offset"], scene["sat:relative_orbit"]) == ("33UUR", 0, 22)
+    item.properties["proj:epsg"] = decimal.Decimal("32632.00")
+    with pytest.raises(SceneError, match="expected one projection, EPSG:32633 of its tile 33UUR, found EPSG:32632"):
+        scenes.normalise(item, archive.source)

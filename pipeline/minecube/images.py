@@ -8,6 +8,8 @@ file for its overviews. `open_image` refuses such an image before GDAL opens tha
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,10 +38,60 @@ _DRIVERS = {
     b"\0\0\0\x0cjP  \r\n\x87\n": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",  # a bare codestream
 }
+_VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+"""Type of a TIFF field -> bytes of one value."""
+_DIRECTORIES = 32  # of a TIFF, which has one for each overview and mask
+_FIELDS = 4096  # of a directory: a GeoTIFF has a few dozen
 
 
 class TooLargeError(ForbiddenError):
     """An image whose header declares more than allowed."""
+
+
+def is_cut(read: Callable[[int, int], bytes], size: int) -> bool:
+    """Return whether a file is empty, or a GeoTIFF or JPEG 2000 file that ends within its header.
+
+    GDAL opens a GeoTIFF that lacks part of its header, without the place, the fill value or the mask that the part described.
+
+    Args:
+        read: returns the bytes at a position and of a length. It may return fewer: then the header is not checked any further.
+        size: of the file, in bytes.
+    """
+    first = read(0, SIGNATURE)
+    if size < SIGNATURE:
+        return any(signature.startswith(first[: len(signature)]) for signature in _DRIVERS)
+    if _DRIVERS.get(first[:4]) != "GTiff":
+        return False
+    order, big = "<" if first[:2] == b"II" else ">", b"+" in first[2:4]
+    count, entry, offset = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
+    at = 8 if big else 4  # of the offset of the first directory
+    for _ in range(_DIRECTORIES):
+        found = _number(read, order + offset, at)
+        if not found:  # the last directory
+            return at + struct.calcsize(offset) > size
+        begin = found + struct.calcsize(count)
+        if begin > size:
+            return True
+        fields = _number(read, order + count, found)
+        if fields is None or fields > _FIELDS:
+            return False
+        at = begin + fields * struct.calcsize(order + entry)
+        if at + struct.calcsize(offset) > size:
+            return True
+        entries = read(begin, at - begin)
+        if len(entries) < at - begin:
+            return False
+        for _, kind, values, value in struct.iter_unpack(order + entry, entries):
+            length = values * _VALUE_BYTES.get(kind, 0)
+            if length > len(value) and struct.unpack(order + offset, value)[0] + length > size:
+                return True
+    return False
+
+
+def _number(read: Callable[[int, int], bytes], form: str, at: int) -> int | None:
+    """Return the number at a position; None if its bytes are not available."""
+    content = read(at, struct.calcsize(form))
+    return int(struct.unpack(form, content)[0]) if len(content) == struct.calcsize(form) else None
 
 
 def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any) -> rasterio.DatasetReader:

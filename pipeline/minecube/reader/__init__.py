@@ -22,7 +22,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ from minecube.network import (
     without_query,
 )
 from minecube.reader.ledger import Ledger
-from minecube.reader.remote import HEAD, Opened, Tally, check_credentials, interrupted, remote_for
+from minecube.reader.remote import HEAD, Head, Opened, Tally, check_credentials, interrupted, remote_for
 
 __all__ = [
     "HEAD",
@@ -286,7 +286,8 @@ def read(
                 raise RequestError(str(tally.error)) from tally.error
             return pixels
     except ForbiddenError as error:
-        raise ReadError(f"{without_query(href)}: is not read ({error}); its site-year is not written") from error
+        name = without_query(href)
+        raise ReadError(f"{name}: is not read ({error}), so its site-year is not written; replace the file") from error
     except (rasterio.errors.RasterioError, RequestError) as error:
         why = tally.error or (error if isinstance(error, RequestError) else error.__cause__ or error)
         message = (
@@ -304,23 +305,43 @@ def _open(href: str, access: Access, origin: str, tally: Tally) -> rasterio.Data
         return images.open_image(str(path), _first_bytes(path), most_px=_MOST_PX)
     source = remote_for(access, origin)
     head = source.head(href, tally)
+    _need_whole(head)
     return images.open_image("remote/image", head.data, most_px=_MOST_PX, opener=Opened(source, href, head, tally))
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The beginning of a local file; raises RequestError if it is missing or no regular file."""
+    """The beginning of a local file; raises MissingError if it is missing or cut, RequestError if it cannot be read."""
     try:
         if not path.is_file() and path.exists():
             raise ForbiddenError("expected a file, found something else")
         with path.open("rb") as file:
-            return file.read(images.SIGNATURE)
+
+            def read_at(start: int, length: int) -> bytes:
+                file.seek(start)
+                return file.read(length)
+
+            size = file.seek(0, os.SEEK_END)
+            _need_header(read_at, size)
+            return read_at(0, images.SIGNATURE)
+    except MissingError:
+        raise
     except OSError as error:
         kind = MissingError if isinstance(error, FileNotFoundError | NotADirectoryError) else RequestError
         raise kind(error.strerror or str(error)) from error
 
 
+def _need_whole(head: Head) -> None:
+    """Raise MissingError if a remote file is empty or ends within its header, as far as its first bytes tell."""
+    _need_header(lambda start, length: head.data[start : start + length], head.size)
+
+
+def _need_header(read_at: Callable[[int, int], bytes], size: int) -> None:
+    if images.is_cut(read_at, size):
+        raise MissingError(f"it ends after {size:,} bytes, before its header does" if size else "it is empty")
+
+
 def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
-    """The first of these bands whose file is missing, and why; empty if none is, or that cannot be known now.
+    """The first of these bands whose file is missing, empty or cut, and why; empty if none is, or that cannot be known now.
 
     Asks for the first bytes of each file, which reads need anyway.
     """
@@ -333,7 +354,7 @@ def _missing(asset: Asset) -> str:
         if is_local(asset.href):
             _first_bytes(Path(local_path(asset.href)))
         else:
-            remote_for(asset.access, asset.origin or "").head(asset.href, Tally())
+            _need_whole(remote_for(asset.access, asset.origin or "").head(asset.href, Tally()))
     except MissingError as error:
         return str(error)
     except (RequestError, ForbiddenError):
@@ -493,7 +514,8 @@ def _put(pixels: UInt16, out: UInt16 | None) -> UInt16:
 
 def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally) -> UInt16:
     if src.crs is None:
-        raise ReadError(f"{without_query(src.name)}: the file has no CRS, so its pixels cannot be placed on the grid")
+        name = without_query(src.name)
+        raise ReadError(f"{name}: the file has no CRS, so its pixels cannot be placed on the grid; replace the file")
     _count_stored(src, _around(src, grid), tally)
     rows = _rows_per_strip(src, grid)
     warped = np.empty(grid.shape, dtype=np.uint16)

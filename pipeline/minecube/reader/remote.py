@@ -222,6 +222,8 @@ class Remote:
         resigned = answer.status in _UNSIGNED and key is not None and may_resign
         if resigned:
             self._forget(key, url)
+        elif answer.status == 416 and start == 0:
+            raise MissingError("it is empty")
         elif answer.status not in _AGAIN:
             unsigned = answer.status in _NEEDS_KEYS and key is None
             hint = "; list the host or bucket in credentials_for of its source" if unsigned and self._may_sign() else ""

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import pystac
-import shapely
 
 from minecube.catalog import FIRST_YEAR, Recipe, Site, Source
 from minecube.errors import SceneError
@@ -29,7 +29,16 @@ from minecube.grid import area_of, grid_of
 from minecube.network import origin_of
 from minecube.reader import stack
 from minecube.scenes.find import items_of, over
-from minecube.scenes.normalise import acquisition, copies_of, deduplicate, merge, need_allowed, normalise, same_access
+from minecube.scenes.normalise import (
+    acquisition,
+    copies_of,
+    deduplicate,
+    item_of,
+    merge,
+    need_allowed,
+    normalise,
+    same_access,
+)
 
 __all__ = [
     "Found",
@@ -52,16 +61,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_MALFORMED = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    pystac.errors.STACError,
-    shapely.errors.ShapelyError,
-)
-"""What reading an item that is no STAC raises."""
+_FOUND = re.compile(r"""found ('.*'|".*"|[0-9.]+)(?=;)""")
+"""A malformed value in a reason: it differs from item to item."""
 _NAMED = 9
 """Refused items that a warning names, at most; the scene list has all."""
 
@@ -109,10 +110,12 @@ def search(site: Site, year: int, *sources: Source) -> Found:
     for source in sources:
         reasons: dict[str, str] = {}
         usable_here: list[pystac.Item] = []
-        for feature in items_of(source, area, year):
-            scene = _scene(feature, source)
+        for number, feature in enumerate(items_of(source, area, year), 1):
+            listed_id = feature.get("id")
+            name = f"without id ({number} of {source.id})" if listed_id in (None, "") else str(listed_id)
+            scene = _scene(feature, name, source)
             if isinstance(scene, str):
-                reasons[str(feature.get("id"))] = scene
+                reasons[name] = scene
             else:
                 usable_here.append(scene)
         _log_refused(reasons)
@@ -132,23 +135,23 @@ def search(site: Site, year: int, *sources: Source) -> Found:
     return found
 
 
-def _scene(feature: Mapping[str, Any], source: Source) -> pystac.Item | str:
-    """The item normalised, or why it is refused."""
+def _scene(feature: Mapping[str, Any], name: str, source: Source) -> pystac.Item | str:
+    """Normalise an item, or return why it is refused."""
     try:
-        # Not migrated to the newest STAC: `normalise` reads old and new, and migration warns about what it cannot move.
-        item = pystac.Item.from_dict(dict(feature), migrate=False, preserve_dict=False)
-        return normalise(item, source)
+        return normalise(item_of(feature, name), source)
     except SceneError as error:
         return str(error)
-    except _MALFORMED as error:
-        return f"item {feature.get('id')}: is malformed ({type(error).__name__}: {error}); it is refused"
+    except Exception as error:  # Libraries raise errors of many classes. One item must not end a search.
+        log.debug("item %s", name, exc_info=True)
+        return f"item {name}: is malformed ({type(error).__name__}: {error}); it is refused"
 
 
 def _log_refused(reasons: Mapping[str, str]) -> None:
     """Warn of refused items by name: one line for each reason, since a file may hold hundreds of another collection."""
     alike: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        alike.setdefault(reason.replace(name, "{}"), []).append(name)
+        kind = _FOUND.sub("found", reason.replace(name, "{}"))
+        alike.setdefault(kind, []).append(name)
     for names in alike.values():
         others = ", ".join(names[1:_NAMED]) + ", ..." * (len(names) > _NAMED)
         log.warning("%s%s", reasons[names[0]], f", and so are {len(names) - 1} more: {others}" if others else "")

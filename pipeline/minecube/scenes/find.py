@@ -43,7 +43,7 @@ from minecube.errors import SceneError, UnansweredError
 from minecube.grid import footprint_of
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of
 from minecube.reader.remote import Session, access_to, remote_for, retry_after
-from minecube.scenes.normalise import shape_of
+from minecube.scenes.normalise import UNREAD_TIME, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ _TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated", "p
 """Columns of times."""
 _TOP = {"type", "stac_version", "stac_extensions", "id", "collection"}
 """Columns that are no properties, besides those of the place and the assets."""
+_TYPE_SHOWN = 60  # most characters of a type that an error shows
 _BATCH = 1000  # most rows of a file of items that are unpacked at a time
 _CONNECT_S, _READ_S = 10.0, 60.0
 _PAUSE_S = 0.5  # before a request is tried again; doubled each time, unless the connection was refused
@@ -80,8 +81,26 @@ _API_FAULTS = (
     TypeError,
     AttributeError,
 )
+_FILE_FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # also RecursionError and NotImplementedError
+    pa.ArrowException,
+    pystac.errors.STACError,
+    pystac.errors.STACTypeError,
+    shapely.errors.ShapelyError,
+)
+"""What reading a file raises if it is no stac-geoparquet."""
 _TRIES = 9
 _HUNG_TRIES = 2  # of requests that are not answered in `_READ_S`
+
+
+class _ColumnError(Exception):
+    """A column of a file of items has a type that cannot be read."""
 
 
 @dataclass
@@ -267,16 +286,25 @@ def _month(
     pages = list(itertools.islice(asked.pages_as_dicts(), _PAGES + 1))
     if len(pages) > _PAGES:
         raise RequestError(f"expected at most {_PAGES} pages of {month}, found more")
-    ids = {feature["id"]: feature for page in pages for feature in page["features"]}
+    ids = {_key(feature): feature if isinstance(feature, dict) else {} for page in pages for feature in page["features"]}
     # The first page tells; the client would ask for it once more.
     context = pages[0].get("context") or {} if pages else {}
     return ids, pages[0].get("numberMatched", context.get("matched")) if pages else None
 
 
+def _key(feature: object) -> str:
+    """What two listings of one item share: its id, or all of an item without one."""
+    name = feature.get("id") if isinstance(feature, dict) else None
+    return name if isinstance(name, str) else json.dumps(feature, sort_keys=True)
+
+
 def _from_file(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
-    found = _features(_index_of(source.href).rows_of(area, year))
+    index = _index_of(source.href)
+    with _explained(source.href):
+        found = _features(index.rows_of(area, year))
     folder = source.href.rpartition("/")[0]  # a local one is absolute: the catalogue's loader sees to it
-    for asset in (asset for item in found for asset in item["assets"].values()):
+    listed = [item["assets"] for item in found if isinstance(item["assets"], dict)]
+    for asset in (asset for assets in listed for asset in assets.values() if isinstance(asset, dict)):
         href = asset.get("href")
         # A name with a colon is no path: it is left as it is, and refused.
         if isinstance(href, str) and ":" not in href and not href.startswith("/"):
@@ -346,7 +374,9 @@ def _index_of(href: str) -> _Index:
             version = _version(href)
             if kept is None or version != kept.version or None in version:
                 kept = None  # before the new one is read: two would not fit into memory
-                kept = _Kept(_Index.of(_unpacked(href)), version, 0.0)
+                table = _unpacked(href)
+                with _explained(href):
+                    kept = _Kept(_Index.of(table), version, 0.0)
             kept = replace(kept, until=time.monotonic() + (0.0 if is_local(href) else _FRESH_S))
         if len(_kept) >= _MOST_KEPT:
             del _kept[next(iter(_kept))]
@@ -370,8 +400,9 @@ def over(item: pystac.Item, area: BaseGeometry) -> bool:
 
 def read_items(path: Path | str) -> list[pystac.Item]:
     """All items of a stac-geoparquet file, local or remote; raises SceneError where it is none, or too large."""
-    features = _features(_unpacked(str(path)))
+    table = _unpacked(str(path))
     with _explained(str(path)):
+        features = _features(table)
         return [pystac.Item.from_dict(feature, migrate=False, preserve_dict=False) for feature in features]
 
 
@@ -385,7 +416,9 @@ def _explained(href: str) -> Iterator[None]:
     except RequestError as error:
         kind = SceneError if is_local(href) else UnansweredError
         raise kind(f"{href}: cannot be read as stac-geoparquet ({error})") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pystac.errors.STACError) as error:
+    except _ColumnError as error:
+        raise SceneError(f"{href}: cannot be read as stac-geoparquet ({error}); write it again with stac-geoparquet") from error
+    except _FILE_FAULTS as error:
         raise SceneError(f"{href}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
 
 
@@ -396,17 +429,83 @@ def _unpacked(href: str) -> pa.Table:
         lacking = [name for name in ("id", "geometry", "assets") if name not in table.column_names]
         if lacking:
             raise ValueError(f"expected a column {lacking[0]!r}, found {', '.join(table.column_names[:8])}")
+        table = pa.Table.from_arrays([_plain_column(column) for column in table.columns], names=table.column_names)
+        _need_types(table.schema)
         for name in _TIMES:
             if name in table.column_names and not pa.types.is_timestamp(table.schema.field(name).type):
-                times = pa.array(_as_times(table.column(name)), type=pa.timestamp("us", tz="UTC"))
-                table = table.set_column(table.column_names.index(name), name, times)
+                values = table.column(name)
+                times = _as_times(values)
+                if name == "datetime":
+                    table = _note_unread(table, values.to_pandas(), times)
+                table = table.set_column(table.column_names.index(name), name, pa.array(times))
         return table
 
 
+def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column in types whose rows can be selected; most columns are as they should be."""
+    stored = _storage(column)
+    kind = _plain_type(stored.type)
+    return stored if kind == stored.type else stored.cast(kind)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return a type without views, with times in UTC: Parquet stores times in UTC whatever zone a file names."""
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_timestamp(kind) and kind.tz:
+        return pa.timestamp(kind.unit, "UTC")
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
+    return kind
+
+
+def _need_types(schema: pa.Schema) -> None:
+    """Raise _ColumnError if the columns of places, assets or times have types that hold something else."""
+    types = pa.types
+    geometry, assets = schema.field("geometry").type, schema.field("assets").type
+    value = geometry.value_type if types.is_dictionary(geometry) else geometry
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, _is_text, types.is_null)
+    if not any(test(value) for test in tests):
+        raise _ColumnError(f"expected WKB in column 'geometry', found {_brief(geometry)}")
+    inner = [field.type for field in assets] if types.is_struct(assets) else [assets.item_type] if types.is_map(assets) else []
+    objects = [kind for kind in inner if types.is_struct(kind) or types.is_map(kind) or types.is_null(kind)]
+    if not objects and not (_is_text(assets) or types.is_null(assets)):
+        raise _ColumnError(f"expected structs with an href in column 'assets', found {_brief(assets)}")
+    if "datetime" in schema.names and "start_datetime" not in schema.names:
+        time_type = schema.field("datetime").type
+        if types.is_integer(time_type) or types.is_floating(time_type) or types.is_decimal(time_type):
+            raise _ColumnError(f"expected timestamps or ISO 8601 texts in column 'datetime', found {_brief(time_type)}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _brief(kind: pa.DataType) -> str:
+    """The beginning of a type's name: that of a struct has all of its fields."""
+    return f"{str(kind)[:_TYPE_SHOWN]}{'...' * (len(str(kind)) > _TYPE_SHOWN)}"
+
+
+def _note_unread(table: pa.Table, values: pd.Series, times: pd.Series) -> pa.Table:
+    """Keep the values that are no times in a column, so that their items are refused with them."""
+    unread = times.isna() & values.notna()
+    if not unread.any():
+        return table
+    texts = [str(value) if lost else None for value, lost in zip(values, unread, strict=True)]
+    return table.append_column(UNREAD_TIME, pa.array(texts, pa.string()))
+
+
 def _as_times(column: pa.ChunkedArray) -> pd.Series:
-    """Times of UTC; NaT if they are unknown."""
+    """Times of UTC to the microsecond; NaT if they are unknown."""
     times: pd.Series = pd.to_datetime(column.to_pandas(), utc=True, errors="coerce", format="ISO8601")
-    return times
+    known: pd.Series = times.dt.as_unit("us")
+    return known
 
 
 def _years(table: pa.Table) -> Ints:
@@ -461,12 +560,27 @@ def _features(table: pa.Table) -> list[Feature]:
             # GeoJSON as parsers give it, with lists for tuples.
             feature["geometry"] = json.loads(json.dumps(shapely.geometry.mapping(shape)))
             feature["bbox"] = list(shape.bounds)
-        assets = row.pop("assets") or {}
-        feature["assets"] = {key: asset for key, asset in assets.items() if asset is not None}
-        feature |= {name: row.pop(name) for name in _TOP & row.keys()}
+        assets = _by_name(row.pop("assets"))
+        if isinstance(assets, dict):
+            assets = {k: a if isinstance(a, dict) else _by_name(a) for k, a in assets.items() if a is not None}
+        feature["assets"] = assets
+        # A file that several were joined to has null where one of them lacked the column.
+        feature |= {name: value for name in _TOP & row.keys() if (value := row.pop(name)) is not None}
         feature["properties"] = row
         features.append(feature)
     return features
+
+
+def _by_name(value: Any) -> Any:
+    """Assets, or one asset, as a dictionary: a map column has pairs, and some files have JSON. Anything else is returned."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):
+        value = dict(value)
+    return {} if value is None else value
 
 
 def _table(file: pq.ParquetFile) -> pa.Table:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -26,13 +27,18 @@ from minecube.network import ForbiddenError, check_href, origin_of, without_quer
 log = logging.getLogger(__name__)
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
+_SHOWN = 60  # most characters of a malformed value that an error shows
 _SIGNS = re.compile(
     "sig|se|sp|sv|sr|st|sk[a-z]+|x-(amz|goog)-.*|signature|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid|.*token",
     re.I,
 )
 """Query keys of Azure's, AWS's, Google's and CloudFront's signatures."""
+UNREAD_TIME = "minecube:unread_datetime"
+"""Property of an item of a file: a datetime that is no time."""
 _UNKNOWN = {"", "none", "null", "nan", "<na>", "nat"}
 """Spellings of an unknown value, in lower case: what tables and their libraries make of null."""
+_NUMERIC = (int, float, str, Decimal, np.floating, np.integer)
+"""Types of numbers in items, and of text that may be one."""
 _LEVEL_1 = re.compile(r"(?<![A-Z0-9])(S2MSI|MSIL|L|LEVEL[-_ ]?)1[ABC](?![A-Z0-9])|^level (L|LEVEL[-_ ]?)?1[ABC]?$", re.I)
 """In names of products, types, levels and collections of Level-1: S2A_MSIL1C_2022..., S2MSI1C, L1C, sentinel-2-l1c."""
 _PLAIN_NAME = re.compile(r"/[A-Za-z0-9_]+\.(tiff?|jp2)$")
@@ -42,6 +48,73 @@ _UNREAD_TYPE = re.compile(r"zarr|netcdf|hdf|grib|png|jpe?g(?!2)|xml|json|zip|pdf
 _UNREAD_SUFFIX = re.compile(r"\.(zarr|nc4?|h5|hdf5?|he5|grib2?|png|jpe?g|xml|json|zip|pdf|html)(/|$)", re.I)
 _SAME_GRANULE_S = 2
 """Starts of a granule differ by no more between processings; the parts of a split datatake start many seconds apart."""
+
+
+def item_of(feature: Mapping[str, Any], name: str) -> pystac.Item:
+    """Turn a listed feature into an item. Leave out assets without an href, and links to other places.
+
+    Args:
+        feature: GeoJSON as an API or a file lists it. Any part of it may be malformed.
+        name: what errors call the item.
+
+    Raises:
+        SceneError: the item cannot be used. The message names the item and the reason.
+    """
+    listed_id = feature.get("id")
+    if not isinstance(listed_id, str | int) or listed_id == "":
+        raise _unusable(name, "an id", listed_id)
+    if feature.get("type") != "Feature":
+        raise _unusable(name, "type 'Feature'", feature.get("type"))
+    properties, assets = feature.get("properties"), feature.get("assets")
+    if not isinstance(properties, dict):
+        raise _unusable(name, "an object of properties", properties)
+    if assets is not None and not isinstance(assets, dict):
+        raise _unusable(name, "an object of assets", assets)
+    collection = feature.get("collection")
+    item = pystac.Item(
+        id=str(listed_id),
+        geometry=feature.get("geometry"),
+        bbox=None,
+        datetime=_time(properties, name),
+        properties=properties,
+        collection=None if collection is None else str(collection),
+        assets={key: pystac.Asset.from_dict(asset) for key, asset in (assets or {}).items() if _has_href(asset)},
+    )
+    links = feature.get("links")
+    for link in links if isinstance(links, list) else ():
+        if _is_self(link):
+            item.add_link(pystac.Link.from_dict(link))
+    return item
+
+
+def _time(properties: Mapping[str, Any], name: str) -> datetime:
+    """Return an item's datetime, or the start of its interval; raise SceneError if neither is a time."""
+    listed = [properties.get(key) for key in ("datetime", "start_datetime", UNREAD_TIME)]
+    for value in listed[:2]:
+        if isinstance(value, str):
+            try:
+                return pystac.utils.str_to_datetime(value)
+            except (ValueError, OverflowError):
+                continue
+    found = [value for value in listed if value is not None]
+    if not found:
+        raise SceneError(f"item {name}: has no datetime; it is refused")
+    raise _unusable(name, "a datetime in ISO 8601 such as 2022-04-10T10:20:00Z", found[0])
+
+
+def _unusable(name: str, expected: str, found: object) -> SceneError:
+    shown = repr(found)
+    more = "..." if len(shown) > _SHOWN else ""
+    return SceneError(f"item {name}: expected {expected}, found {shown[:_SHOWN]}{more}; it is refused")
+
+
+def _is_self(link: object) -> bool:
+    """Return whether a link names the item's own place. Relative hrefs of assets start there."""
+    return isinstance(link, dict) and link.get("rel") == "self" and isinstance(link.get("href"), str)
+
+
+def _has_href(asset: object) -> bool:
+    return isinstance(asset, dict) and isinstance(asset.get("href"), str)
 
 
 def normalise(item: pystac.Item, source: Source) -> pystac.Item:
@@ -100,7 +173,7 @@ def shape_of(geometry: Mapping[str, Any] | None) -> BaseGeometry | None:
     try:
         with np.errstate(invalid="ignore"):  # of NaN among the coordinates, which `footprint_of` notices
             return shapely.geometry.shape(geometry) if geometry else None
-    except (shapely.errors.ShapelyError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+    except (shapely.errors.ShapelyError, TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError):
         return None
 
 
@@ -128,7 +201,7 @@ def _need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
 
 def _other_format(asset: pystac.Asset) -> str:
     """Media type or suffix of what is no image of a band; empty for what may be one."""
-    if _UNREAD_TYPE.search(asset.media_type or ""):
+    if _UNREAD_TYPE.search(str(asset.media_type or "")):
         return f"media type {asset.media_type}"
     suffix = _UNREAD_SUFFIX.search(str(asset.href).partition("?")[0].partition("#")[0])
     return f"suffix .{suffix[1]}" if suffix else ""
@@ -281,7 +354,7 @@ def _unsigned(href: str) -> str:
 
 def number(value: object) -> float | None:
     """The finite number that a field holds, also as text; None for null, NaN, infinity and anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, _NUMERIC):
         return None
     try:
         found = float(value)
@@ -396,17 +469,19 @@ def _own_offset(item: pystac.Item, baseline: str, rule: Offset, declared: set[in
 def _ruled_offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, str]:
     if baseline < rule.from_baseline:
         return 0, f"baseline {baseline} is older than {rule.from_baseline}"
-    if rule.applied_flag and _first(item, rule.applied_flag).lower() in ("true", "1", "1.0"):
+    flag = _first(item, rule.applied_flag) if rule.applied_flag else ""
+    if flag.lower() == "true" or number(flag) == 1:
         return 0, f"baseline {baseline}, {rule.applied_flag} is true"
-    flag = f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}" if rule.applied_flag else ""
-    return rule.value, f"baseline {baseline} from {rule.from_baseline} on{flag}"
+    seen = f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}" if rule.applied_flag else ""
+    return rule.value, f"baseline {baseline} from {rule.from_baseline} on{seen}"
 
 
 def _tile(item: pystac.Item) -> str:
     tile = _first(item, "s2:mgrs_tile", "grid:code")
     if not tile:
         parts = [_first(item, f"mgrs:{p}", f"sentinel:{p}") for p in ("utm_zone", "latitude_band", "grid_square")]
-        tile = "".join([parts[0].removesuffix(".0"), *parts[1:]])  # tables make 32.0 of a zone
+        zone = re.sub(r"\.0+$", "", parts[0])  # tables make 32.0 or 32.00 of a zone
+        tile = "".join([zone, *parts[1:]])
     named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
     tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
     match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
@@ -428,7 +503,7 @@ def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) ->
 def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
     for name in {"proj:code", "proj:epsg"} & fields.keys():
         # EPSG:32632, 32632, 32632.0 from a table, urn:ogc:def:crs:EPSG::32632; "EPSG:None" is none.
-        code = re.search(r"(\d{4,6})(?:\.0)?$", str(fields.get(name)))
+        code = re.search(r"(\d{4,6})(?:\.0+)?$", str(fields.get(name)))
         if code:
             yield f"EPSG:{code[1]}"
     for name in ("proj:wkt2", "proj:projjson"):
