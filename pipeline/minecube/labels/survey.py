@@ -33,7 +33,7 @@ from odc.geo.geobox import GeoBox
 from pyproj import Geod
 
 from minecube.errors import LabelError
-from minecube.labels.masks import MINE, on_grid, rasterize
+from minecube.labels.masks import OFF_EDGES, on_grid
 from minecube.labels.polygons import (
     NEAR_M,
     distances_m,
@@ -307,15 +307,11 @@ def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
 
 
 def _is_drawn(shape: shapely.Geometry, grid: GeoBox) -> bool:
+    """Whether `rasterize` draws a pixel: it looks at each pixel slightly off its centre."""
     height, width = grid.shape
     column, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    x, y = grid.affine * (column, row)
-    inside = bool(shapely.contains_xy(shape, x, y).any())
-    if inside or not shapely.intersects_xy(shape, x, y).any():
-        return inside
-    # Edges run through centres: `rasterize` decides, which takes longer.
-    alone = gpd.GeoDataFrame(geometry=[shape], crs=str(grid.crs))
-    return bool((rasterize(alone, grid, [0]) == MINE).any())
+    x, y = grid.affine * OFF_EDGES * (column, row)
+    return bool(shapely.contains_xy(shape, x, y).any())
 
 
 def _around(grid: GeoBox, shape: shapely.Geometry) -> GeoBox:
