@@ -712,7 +712,9 @@ def test_rows_without_a_pixels_centre(drawn):
     shapes = [shapely.transform(shape, lambda xy: xy * [1, -1] + [LEFT, TOP]) for shape in shapes]
     x, y = sampled(GRID)
     holds = [bool(shapely.contains_xy(shape, x, y).any()) for shape in shapes]
-    assert rows_without_centre(table(shapes), GRID).tolist() == [n for n, some in enumerate(holds) if not some]
+    # A shape that reaches beyond the grid may hold centres there, and is not reported.
+    expected = [n for n, shape in enumerate(shapes) if not holds[n] and shape.within(GRID.extent.geom)]
+    assert rows_without_centre(table(shapes), GRID).tolist() == expected
 
 
 def test_a_centre_on_an_edge_is_decided_as_it_is_drawn():
