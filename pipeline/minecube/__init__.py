@@ -2,16 +2,16 @@
 
     load_sites(path)                  -> [Site]
     grid_of(site)                     -> GeoBox                     10 m UTM, corners on multiples of 60 m
-    search(site, year, *sources)      -> Found                      normalised scenes, each acquisition once
-    select(found.scenes, recipe)      -> [pystac.Item]              those the recipe uses
+    search(site, year, *sources)      -> Found                      normalised scenes, one per acquisition
+    select(found.scenes, recipe)      -> [pystac.Item]              scenes used by the recipe
     composite.composite(scenes, grid, recipe) -> Dataset[band, y, x]   lazy
     cube.create / write_year          -> a site's cube in a Zarr store
-    open_committed(store, site_id)    -> Dataset[year, band, y, x]  lazy; as_float() has reflectance as float32 with NaN
-    rasterize(polygons, grid, years)  -> DataArray[year, y, x]      1 mine, 0 not, 255 unknown
+    open_committed(store, site_id)    -> Dataset[year, band, y, x]  lazy; as_float() scales reflectance
+    rasterize(polygons, grid, years)  -> DataArray[year, y, x]      1 mine, 0 not mine, 255 unknown
     predict(trained, reflectance)     -> DataArray[year, y, x]      probability x 250
     count(pred, truth, years)         -> Scores                     additive; finish() gives the formulas
 
-Names are loaded when they are first used: importing the package loads neither Dask nor torch.
+Names are loaded at their first use. Importing the package loads neither Dask nor torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loops over pixels that numpy has no function for, compiled by numba."""
+"""Compile loops over pixels with numba, for operations missing in numpy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """The function compiled at its first call, in some seconds, and kept on disk for the next process, if there is a place.
+    """Compile a function at its first call, and cache the result on disk if possible.
 
-    It leaves other threads to run meanwhile. Floating point is that of IEEE 754, in the order in which it is written: to divide
-    by zero gives what numpy gives, and is no error. What is kept goes by the function's own file: who changes this one, or a
-    constant that is imported there, removes `*.nbi` from the folders `__pycache__`.
+    Compilation takes some seconds. The function lets other threads run. Floating point follows IEEE
+    754 in the written order. Division by zero gives numpy's result, not an error. The cache depends
+    only on the function's own file. After a change here, or to an imported constant, remove `*.nbi`
+    from the `__pycache__` folders.
     """
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # neither the package's folder nor the user's can be written
+    except RuntimeError:  # neither the package's folder nor the user's is writable
         return numba.njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Where torch computes."""
+"""Choose the device for torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from minecube.errors import ModelError
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name; raises ModelError where torch does not know it, or sees no such GPU."""
+    """Return the device of this name.
+
+    Raises:
+        ModelError: torch does not know the device, or sees no such GPU.
+    """
     try:
         place = torch.device(name)
     except RuntimeError as error:
@@ -19,7 +23,7 @@ def device_of(name: str) -> torch.device:
             "use cpu, or install a CUDA build of torch"
         )
     try:
-        torch.zeros(1, device=place).tolist()  # other kinds of devices have names, too, whether they are there or not
+        torch.zeros(1, device=place).tolist()  # other kinds of devices have names even if missing
     except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
         raise ModelError(f"device {name!r} is not there for torch {torch.__version__}; use cpu, cuda or cuda:N") from error
     return place

@@ -1,8 +1,8 @@
-"""The errors a user can meet: each says what was expected, what was found, why it matters and what to do."""
+"""The errors a user can meet. Messages give the expected and found state, effect and remedy."""
 
 
 class MinecubeError(Exception):
-    """Anything that went wrong in a way the user can act on; `exit_code` is what the command line returns."""
+    """Any error that the user can act on. `exit_code` is the command line's exit status."""
 
     exit_code = 2
 
@@ -22,17 +22,17 @@ class UnansweredError(SceneError):
 
 
 class ReadError(MinecubeError):
-    """Pixels that were listed could not be read: the site-year is not committed."""
+    """Listed pixels could not be read, so the site-year is not committed."""
 
     exit_code = 1
 
 
 class LostReadError(ReadError):
-    """A file that is listed and allowed could not be read."""
+    """A listed and allowed file could not be read."""
 
 
 class GoneError(LostReadError):
-    """A file that no later read brings back: it is missing or broken. `href` names it."""
+    """A file is missing or broken, also for later reads. `href` names it."""
 
     def __init__(self, message: str, href: str = "") -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class WorkerError(MinecubeError):
 
 
 class CubeError(MinecubeError):
-    """A store is not ours, was made by another recipe or grid, or cannot be written."""
+    """A store is not of minecube, has another recipe or grid, or cannot be written."""
 
 
 class BusyError(CubeError):
@@ -60,11 +60,11 @@ class StaleError(CubeError):
 
 
 class LabelError(MinecubeError):
-    """Polygons that cannot be placed on the grid: no CRS, empty, elsewhere."""
+    """Polygons cannot be placed on the grid: without CRS, empty, or elsewhere."""
 
 
 class ReleaseError(MinecubeError):
-    """The published archive cannot be read, or is not laid out as it was published."""
+    """The published archive cannot be read, or has another layout than published."""
 
 
 class UnreadArchiveError(ReleaseError):
@@ -74,7 +74,7 @@ class UnreadArchiveError(ReleaseError):
 
 
 class ModelError(MinecubeError):
-    """A model does not fit the cube, or its file is not one of ours."""
+    """A model does not fit the cube, or its file is not of minecube."""
 
 
 class UnreadWeightsError(ModelError):

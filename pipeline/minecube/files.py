@@ -1,4 +1,4 @@
-"""Write a file or a folder so that a reader finds it whole or not at all."""
+"""Write a file or a folder in one step, so that readers never see a part of it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _LOCK = "writer.lock"
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a draft to write to, and rename the draft to `path` at the end.
 
-    The draft keeps the name of `path` and lies in a hidden folder of its own next to `path`. Two writers of one path therefore
-    never share a draft. The hidden folder is removed at the end. Hidden folders that killed writers left are removed first.
-    A draft that is a folder replaces an older folder.
+    The draft has the name of `path` and lies in its own hidden folder next to `path`. Two writers
+    of one path therefore never share a draft. The hidden folder is removed at the end. Hidden
+    folders of killed writers are removed first. A draft folder replaces an older folder.
 
     Raises:
         OSError: the folder of `path` is missing, or the draft cannot be made or renamed. `path` stays as it was.
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
         # Other writers remove a folder with an unlocked `_LOCK`, so the file has another name until it is locked.
         unlocked = folder / f"{_LOCK}.new"
         with unlocked.open("w") as lock:
-            with suppress(OSError):  # a file system without locks: the folder then outlives a killed writer
+            with suppress(OSError):  # without locks, the folder outlives a killed writer
                 _lock(lock)
             unlocked.rename(folder / _LOCK)
             yield draft
@@ -64,7 +64,7 @@ def _rename(draft: Path, path: Path) -> None:
     if not (draft.is_dir() and path.is_dir()):
         draft.replace(path)
         return
-    # No system call replaces a folder that is not empty.
+    # No system call replaces a folder with content.
     old = draft.with_name(f"{path.name}.old")
     path.rename(old)
     try:
@@ -75,7 +75,7 @@ def _rename(draft: Path, path: Path) -> None:
 
 
 def _remove_busy(folder: Path) -> None:
-    """Remove a folder that threads of a failed writer may still write to, or make again."""
+    """Remove a folder. Threads of a failed writer may still write to it or make it again."""
     for pause in (0.05, 0.2, 0.8, 3):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(pause)

@@ -1,7 +1,8 @@
-"""One site, one grid: its UTM zone, 10 m pixels, corners on multiples of 60 m.
+"""Define one grid per site: its UTM zone, 10 m pixels, corners on multiples of 60 m.
 
-60 m is the coarsest Sentinel-2 pixel and tile corners are multiples of it, so scenes of the same zone fall on the grid
-at 10, 20 and 60 m without resampling (Sentinel-2 Products Specification Document, issue 14.9, section 3.2).
+The coarsest Sentinel-2 pixel is 60 m, and tile corners are multiples of 60 m. Scenes of the same
+zone therefore fit the grid at 10, 20 and 60 m without resampling (Sentinel-2 Products Specification
+Document, issue 14.9, section 3.2).
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
 LARGEST_PX = 100_000
 PIXEL_DEG = 10 / 111319.490793
-"""Ten metres on the equator, in degrees: pixels of images exported to EPSG:4326 at a scale of 10 m, as EuroMineNet's were."""
+"""Ten metres on the equator in degrees: the pixel of exports to EPSG:4326 at 10 m, as
+EuroMineNet's."""
 Block = tuple[slice, slice]
 
 
 @functools.lru_cache(1024)
 def grid_of(site: Site) -> GeoBox:
-    """The site's grid: UTM zone of its centroid, 10 m, its box and margin grown outward to multiples of 60 m.
+    """Return the site's grid, in the UTM zone of its centroid with 10 m pixels.
+
+    The site's box and margin grow outward to multiples of 60 m.
 
     Raises:
-        CatalogError: the site has no area of interest, or one that no UTM zone holds.
+        CatalogError: the site has no area of interest, lies outside UTM, or is too large.
     """
     if site.geometry is None:
         raise CatalogError(
@@ -58,7 +62,10 @@ def grid_of(site: Site) -> GeoBox:
 
 
 def _zone_of(shape: BaseGeometry) -> CRS | None:
-    """The UTM zone that a shape lies inside; None at a border: a look-up in PROJ's database takes a tenth of a second."""
+    """Return the UTM zone around a shape; None at a zone border.
+
+    This avoids a look-up in PROJ's database, 0.1 s each.
+    """
     west, south, east, north = shape.bounds
     zone = math.ceil((west + 180) / 6)
     inside = 6 * zone - 186 < west and east < 6 * zone - 180
@@ -68,7 +75,7 @@ def _zone_of(shape: BaseGeometry) -> CRS | None:
 
 
 def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:
-    # Half a millimetre of tolerance: a corner that is on 60 m before a round trip through degrees stays there.
+    # Half a millimetre of tolerance keeps a corner on 60 m after a round trip through degrees.
     eps = 0.0005
     left, bottom = (int((v + eps) // ALIGN_M) * ALIGN_M for v in (box.left, box.bottom))
     right, top = (-int((-v + eps) // ALIGN_M) * ALIGN_M for v in (box.right, box.top))
@@ -76,17 +83,17 @@ def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:
 
 
 def at_resolution(grid: GeoBox, resolution_m: int) -> GeoBox:
-    """The same extent with pixels of `resolution_m` (10, 20 or 60), sharing the grid's upper left corner."""
+    """Return the same extent at `resolution_m` (10, 20 or 60), with the same upper left corner."""
     return grid if resolution_m == PIXEL_M else grid.zoom_out(resolution_m / PIXEL_M)
 
 
 def padded(grid: GeoBox, margin_m: int) -> GeoBox:
-    """The grid grown on all four sides by `margin_m` (a multiple of 60), so that neighbourhoods at its edge are whole."""
+    """Grow the grid on all sides by `margin_m` (a multiple of 60), for whole neighbourhoods."""
     return grid.pad(margin_m // PIXEL_M)
 
 
 def blocks(grid: GeoBox, size_px: int) -> Iterator[Block]:
-    """The (y, x) slices that tile the grid, `size_px` a side, row by row; the last ones are shorter."""
+    """Yield (y, x) slices of tiles, row by row. Tiles have `size_px` a side, the last ones less."""
     height, width = grid.shape
     for y in range(0, height, size_px):
         for x in range(0, width, size_px):
@@ -94,23 +101,27 @@ def blocks(grid: GeoBox, size_px: int) -> Iterator[Block]:
 
 
 def equal_area_crs(grid: GeoBox) -> pyproj.CRS:
-    """The projection in which areas are stated: ETRS89-LAEA (EPSG:3035) in Europe, else Lambert's centred on the site."""
+    """Return the projection for areas.
+
+    It is ETRS89-LAEA (EPSG:3035) in Europe, else Lambert's azimuthal equal area centred on the
+    site.
+    """
     lon, lat = grid.geographic_extent.centroid.coords[0]
-    if -25 <= lon <= 45 and 33 <= lat <= 72:  # EPSG:3035's area of use, the Atlantic islands left out
+    if -25 <= lon <= 45 and 33 <= lat <= 72:  # EPSG:3035's area of use without the Atlantic islands
         return pyproj.CRS.from_epsg(3035)
     return pyproj.CRS.from_proj4(f"+proj=laea +lat_0={lat:.4f} +lon_0={lon:.4f} +datum=WGS84 +units=m")
 
 
 def area_of(grid: GeoBox) -> BaseGeometry:
-    """The grid's extent in longitude and latitude, cut at the antimeridian."""
+    """Return the grid's extent in longitude and latitude, cut at the antimeridian."""
     return split_at_antimeridian(grid.geographic_extent.geom)
 
 
 def footprint_of(shape: BaseGeometry | None) -> BaseGeometry:
-    """The polygons of a footprint in longitude and latitude, in two dimensions and valid, cut at the antimeridian.
+    """Return a footprint's polygons in longitude and latitude: valid, 2-D, cut at the antimeridian.
 
-    Other parts, such as the lines of a geometry collection, have no area and are left out. Empty if there is no polygon, or
-    if the coordinates are no degrees.
+    Other parts have no area and are left out, such as lines of a geometry collection. The result is
+    empty without polygons, or if the coordinates are not degrees.
     """
     if shape is None or shape.is_empty or not _in_degrees(shape):
         return shapely.Polygon()
@@ -121,23 +132,23 @@ def footprint_of(shape: BaseGeometry | None) -> BaseGeometry:
 
 def _in_degrees(shape: BaseGeometry) -> bool:
     longitude, latitude = shapely.get_coordinates(shape).T
-    return bool((abs(longitude) <= 360).all() and (abs(latitude) <= 90).all())  # NaN is neither
+    return bool((abs(longitude) <= 360).all() and (abs(latitude) <= 90).all())  # False for NaN
 
 
 def _polygons(shape: BaseGeometry) -> list[BaseGeometry]:
-    """All polygons in a geometry, also in collections of collections."""
+    """List all polygons of a geometry, including those in nested collections."""
     if shape.geom_type == "Polygon":
         return [shape]
     return [polygon for part in getattr(shape, "geoms", ()) for polygon in _polygons(part)]
 
 
 def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
-    """The footprint as GeoJSON has it (RFC 7946, 3.1.9): cut at 180 degrees where it spans half the world otherwise."""
+    """Cut a footprint wider than half the world at 180 degrees, as GeoJSON (RFC 7946, 3.1.9)."""
     west, _, east, _ = shape.bounds
-    inside = west >= -180 and east <= 180  # some footprints go on beyond 180 degrees instead
+    inside = west >= -180 and east <= 180  # some footprints continue beyond 180 degrees
     if inside and east - west <= 180:
         return shape
-    # A footprint that is cut already has a part on either side and stays as it is.
+    # A footprint already cut has a part on either side and stays as it is.
     parts = shapely.get_parts(shape)
     if inside and all(p.bounds[2] - p.bounds[0] <= 180 for p in parts):
         return shape

@@ -1,8 +1,9 @@
-"""The one way images are opened: as GeoTIFF or JPEG 2000, told by their first bytes, and never larger than allowed.
+"""Open images safely: only GeoTIFF and JPEG 2000, by their first bytes, up to an allowed size.
 
-GDAL picks a driver by a file's bytes or name. Some drivers, such as VRT, follow names inside a file to other files and hosts.
-`open_image` uses one of two drivers that read one file, and does not look for files beside it. A GeoTIFF may still name another
-file for its overviews. `open_image` refuses such an image before GDAL opens that file.
+GDAL picks a driver by a file's bytes or name. Some drivers, such as VRT, follow names inside a file
+to other files and hosts. `open_image` uses one of two single-file drivers, and ignores sidecar
+files. A GeoTIFF may still name another file for its overviews. `open_image` refuses the image
+before GDAL opens that file.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import rasterio
 from minecube.network import ForbiddenError
 
 SETTINGS = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no sidecars (.aux.xml, .ovr, .msk, world files), which cost a request each
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no sidecars: each costs a request
     "GDAL_PAM_ENABLED": "NO",
     "GDAL_GEOREF_SOURCES": "INTERNAL",
-    # Threads of GDAL's own do not know rasterio's Python files: JPEG 2000 then comes back as whatever lay in memory, without
-    # an error. The reads themselves are many at a time.
+    # GDAL's own threads do not know rasterio's Python files. JPEG 2000 then returns arbitrary
+    # memory without an error. The reads themselves run in parallel.
     "GDAL_NUM_THREADS": "1",
 }
-"""GDAL's settings for images that others made: `with rasterio.Env(**SETTINGS)`."""
+"""GDAL's settings for foreign images: `with rasterio.Env(**SETTINGS)`."""
 SIGNATURE = 12
-"""First bytes of a file that tell its format."""
+"""Number of first bytes needed to recognise a format."""
 _SIZES = {"complex_int16": 4}
-"""Bytes of types that numpy does not know."""
+"""Bytes of types unknown to numpy."""
 _DRIVERS = {
     b"II*\0": "GTiff",
     b"MM\0*": "GTiff",
@@ -40,21 +41,21 @@ _DRIVERS = {
 }
 _VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Type of a TIFF field -> bytes of one value."""
-_DIRECTORIES = 32  # of a TIFF, which has one for each overview and mask
+_DIRECTORIES = 32  # of a TIFF: one per image, overview and mask
 _FIELDS = 4096  # of a directory: a GeoTIFF has a few dozen
 
 
 class TooLargeError(ForbiddenError):
-    """An image whose header declares more than allowed."""
+    """An image with a header beyond the allowed size."""
 
 
 def is_cut(read: Callable[[int, int], bytes], size: int) -> bool:
-    """Return whether a file is empty, or a GeoTIFF or JPEG 2000 file that ends within its header.
+    """Return whether a file is empty, or a GeoTIFF or JPEG 2000 file cut within its header.
 
-    GDAL opens a GeoTIFF that lacks part of its header, without the place, the fill value or the mask that the part described.
+    GDAL opens a GeoTIFF without the cut part: its location, fill value or mask may be missing.
 
     Args:
-        read: returns the bytes at a position and of a length. It may return fewer: then the header is not checked any further.
+        read: returns the bytes at a position and of a length. With fewer bytes, the check ends.
         size: of the file, in bytes.
     """
     first = read(0, SIGNATURE)
@@ -98,16 +99,16 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
     """Open a GeoTIFF or JPEG 2000 file, within `rasterio.Env(**SETTINGS)`.
 
     Args:
-        name: what rasterio opens: a path, or a name in memory or of an `opener`.
+        name: a path, or a name in memory or of an `opener`, for rasterio.
         first: the file's first bytes, `SIGNATURE` of them or more.
-        most_px: pixels of a band that it may have.
-        most_bytes: bytes that all its pixels may take.
+        most_px: maximum number of pixels per band.
+        most_bytes: maximum number of bytes of all pixels.
         options: for `rasterio.open`.
 
     Raises:
-        ForbiddenError: it has another format, or names another file for its overviews; TooLargeError, if its header
-            declares more than allowed.
-        RasterioError: it cannot be opened.
+        ForbiddenError: the file has another format, or names another file for its overviews.
+        TooLargeError: the header declares more than allowed.
+        RasterioError: the file cannot be opened.
     """
     driver = next((d for signature, d in _DRIVERS.items() if first.startswith(signature)), None)
     if driver is None:
@@ -124,7 +125,7 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
 
 
 def _need_size(image: rasterio.DatasetReader, most_px: int, most_bytes: int) -> None:
-    """Raise TooLargeError if the header declares more than allowed; no pixel is read."""
+    """Raise TooLargeError if the header declares more than allowed. Reads no pixels."""
     if image.width * image.height > most_px:
         raise TooLargeError(f"expected at most {most_px:,} pixels, found {image.height:,} x {image.width:,}")
     height, width = max(image.block_shapes, key=math.prod, default=(0, 0))

@@ -1,16 +1,19 @@
-"""Rules for everything that is read from elsewhere: which names and hosts are allowed, and which hosts do not answer.
+"""Rules for all remote reads: allowed names and hosts, and memory of hosts without an answer.
 
-A catalogue is written by others, so an href in it is checked before it is opened:
+Others write the catalogues. An href in a catalogue is checked before it is opened.
 
-    names      A path or an http(s), s3 or file URL. Names that only GDAL understands are refused, however they are written.
+    names      A path or an http(s), s3 or file URL. GDAL's special names are refused in any
+               spelling.
     local      Local paths are for local catalogues. A remote catalogue names remote files.
-    hosts      A remote catalogue reaches public addresses and the hosts that its source names. It reaches private addresses
-               only if all addresses of its own host are private. Only a source that names the host reaches multicast
-               addresses and those of cloud metadata services, such as link-local ones.
-    redirects  They lead from http to http or https, and from https to https, under the same rule for hosts.
+    hosts      A remote catalogue reaches public addresses and the hosts named by its source. It
+               reaches private addresses only if all addresses of its own host are private.
+               Multicast addresses and cloud metadata services (link-local addresses, for example)
+               need a source naming the host.
+    redirects  They lead from http to http or https, and from https to https. The rule for hosts
+               also applies.
 
-A host that refuses connections, has no address or no route is tried for `REFUSED_S` and remembered for `_REMEMBERED_S`, so
-that a run does not wait for it again. `forget_unreachable` clears the memory.
+A host without connection, address or route is retried for `REFUSED_S`. It is remembered for
+`_REMEMBERED_S`, so a run does not wait for it again. `forget_unreachable` clears the memory.
 """
 
 from __future__ import annotations
@@ -26,16 +29,17 @@ from collections.abc import Collection
 from urllib.parse import unquote, urljoin, urlsplit
 
 REFUSED_S = 3.0
-"""How long a connection is tried again that fails before anything is sent: enough for a server that restarts."""
+"""Seconds of retries for a connection failing before any data is sent: enough for a server
+restart."""
 PATIENCE_S = 180.0
-"""How long other trouble with one request is put up with."""
+"""Seconds of retries for other errors of one request."""
 _REMEMBERED_S = 60.0
 _WEB = ("http", "https")
 _SCHEMES = (*_WEB, "s3", "file")
 _AUTHORITY = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
-"""Of a URL, all that its host depends on (RFC 3986, 3.2)."""
+"""The part of a URL that determines its host (RFC 3986, 3.2)."""
 _PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-# Prefixes of the drivers that open images, such as GTIFF_DIR:1:/data/a.tif.
+# Prefixes of the drivers for images, such as GTIFF_DIR:1:/data/a.tif.
 _PART_WITH_PREFIX = re.compile(r"(^|/)(gtiff_dir|gtiff_raw|j2k_subfile):", re.I)
 # GDAL's virtual file systems (VSIGetFileSystemsPrefixes of GDAL 3.10, and those of other builds).
 _VIRTUAL = re.compile(
@@ -44,15 +48,15 @@ _VIRTUAL = re.compile(
     re.I,
 )
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-# IPv6 addresses whose last 32 bits are an IPv4 address: mapped, compatible and NAT64 (RFC 6052).
+# IPv6 ranges with an IPv4 address in the last 32 bits: mapped, compatible and NAT64 (RFC 6052).
 _LAST_32_BITS = [ipaddress.IPv6Network(net) for net in ("::ffff:0:0/96", "::/96", "64:ff9b::/96")]
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
-# Metadata services of clouds, beside those at link-local addresses: Azure, Alibaba, Oracle, AWS and Google.
+# Cloud metadata services outside link-local addresses: Azure, Alibaba, Oracle, AWS and Google.
 _METADATA = {
     ipaddress.ip_address(address)
     for address in ("168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
 }
-_DECODED = 5  # times that a name may be percent-encoded
+_DECODED = 5  # maximum levels of percent-encoding of a name
 
 
 class RequestError(OSError):
@@ -60,27 +64,30 @@ class RequestError(OSError):
 
 
 class MissingError(RequestError):
-    """A file that no later request brings: HTTP 403, 404 or 410, no such local file, or one that ends before its pixels."""
+    """A file unavailable to any later request.
+
+    Causes are HTTP 403, 404 or 410, a missing local file, or a file ending before its pixels.
+    """
 
 
 class ForbiddenError(Exception):
-    """A name or a host that must not be read. No OSError, which urllib3 would take for a broken connection."""
+    """A forbidden name or host. It is no OSError: urllib3 would take it for a broken connection."""
 
 
 def origin_of(href: str) -> str:
-    """Return the host that a catalogue comes from, empty for a local one; raise ForbiddenError for an invalid URL."""
+    """Return a catalogue's host, empty if local; raise ForbiddenError for an invalid URL."""
     return "" if is_local(href) else (host_of(href) or "unknown")
 
 
 def host_of(url: str) -> str:
-    """Return the host that a request for a URL goes to, or an empty text; raise ForbiddenError for an invalid URL."""
-    if "\\" in url:  # where a host ends would depend on the library
+    """Return the host of a URL, or an empty text; raise ForbiddenError for an invalid URL."""
+    if "\\" in url:  # libraries disagree on the end of this host
         raise ForbiddenError("expected a URL without a backslash, found one")
     authority = _AUTHORITY.match(url)
     return _parsed_host(authority[0] if authority else url)
 
 
-@functools.lru_cache(1024)  # all bands of a scene, and most scenes, are on one host
+@functools.lru_cache(1024)  # all bands of a scene, and most scenes, share one host
 def _parsed_host(url: str) -> str:
     from urllib3.util import parse_url  # only for remote files: the command line loads this module first
 
@@ -89,18 +96,19 @@ def _parsed_host(url: str) -> str:
         host = parse_url(url).host or ""
     except ValueError as error:
         raise ForbiddenError("expected a valid URL, found an invalid host or port") from error
-    if "%" in written and not written.startswith("["):  # some libraries decode it; in brackets it marks a zone
+    # Some libraries decode percent signs. In brackets, a percent sign marks a zone.
+    if "%" in written and not written.startswith("["):
         raise ForbiddenError(f"expected a host without percent signs, found {written}")
     return host.strip("[]")
 
 
 def is_local(href: str) -> bool:
-    """Whether the href names a file of this machine."""
+    """Whether the href names a file on this machine."""
     return "://" not in href or href.lower().startswith("file://")
 
 
 def local_path(href: str) -> str:
-    """The path of a local href."""
+    """Return the path of a local href."""
     return unquote(urlsplit(href).path) if href.lower().startswith("file://") else href
 
 
@@ -109,11 +117,11 @@ def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
 
     Args:
         href: absolute, or a local path.
-        origin: the host that the catalogue comes from; empty for a local one.
-        named: hosts that the source itself names.
+        origin: the catalogue's host; empty for a local one.
+        named: hosts named by the source.
 
     Raises:
-        ForbiddenError: it must not be read; says why.
+        ForbiddenError: the href must not be read. The message gives the reason.
     """
     name = _decoded(href)
     scheme = _PREFIX.match(name)
@@ -135,7 +143,7 @@ def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
 
 
 def check_url(url: str, origin: str, named: Collection[str] = ()) -> None:
-    """Raise ForbiddenError for a URL that is not http(s), or whose host is written as an address that is not allowed."""
+    """Raise ForbiddenError for a URL other than http(s), or with a forbidden address as host."""
     host = host_of(url)
     scheme = urlsplit(url).scheme
     if scheme not in _WEB or not host:
@@ -147,7 +155,7 @@ def check_url(url: str, origin: str, named: Collection[str] = ()) -> None:
 
 
 def check_address(host: str, address: str, origin: str, named: Collection[str] = ()) -> None:
-    """Raise ForbiddenError if a catalogue from `origin` must not reach a host at that address."""
+    """Raise ForbiddenError if a catalogue from `origin` must not reach a host at this address."""
     ip = _address(address)
     if ip is None or host in named:
         return
@@ -157,9 +165,10 @@ def check_address(host: str, address: str, origin: str, named: Collection[str] =
 
 
 def redirected(url: str, location: str, origin: str, named: Collection[str] = (), *, resolve: bool = False) -> str:
-    """The URL that a redirect leads to; raises ForbiddenError if it must not be followed.
+    """Return the target of a redirect; raise ForbiddenError if it must not be followed.
 
-    With `resolve` the addresses of its host are looked up and checked, where no checked connection does so later.
+    With `resolve`, the addresses of its host are looked up and checked. Use it if no later
+    connection checks them.
     """
     try:
         target = urljoin(url, location)
@@ -191,7 +200,7 @@ def _check_object(name: str) -> None:
 
 
 def _address(host: str) -> _Address | None:
-    """The address that a host is written as; None for a name."""
+    """Return the address written as a host; None for a name."""
     try:
         ip = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -200,14 +209,14 @@ def _address(host: str) -> _Address | None:
 
 
 def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that an IPv6 address leads to, if it leads to one."""
+    """Return the IPv4 address inside an IPv6 address, or else None."""
     if any(ip in network for network in _LAST_32_BITS):
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.sixtofour
 
 
 def _short_address(host: str) -> ipaddress.IPv4Address | None:
-    """An address in the short forms that resolvers understand: 127.1, 2130706433, 0x7f.1."""
+    """Parse an address in a resolver's short forms: 127.1, 2130706433, 0x7f.1."""
     if not re.fullmatch(r"(0x[0-9a-f]+|\d+)(\.(0x[0-9a-f]+|\d+)){0,3}", host, re.I):
         return None
     try:
@@ -222,7 +231,7 @@ def _is_public(ip: _Address) -> bool:
 
 @functools.lru_cache(256)
 def _may_reach_private(origin: str) -> bool:
-    """Tell whether a catalogue is local or has private addresses only. A host without addresses counts as public."""
+    """Whether a catalogue is local or only at private addresses; False without an address."""
     if not origin:
         return True
     written = _address(origin)
@@ -231,7 +240,7 @@ def _may_reach_private(origin: str) -> bool:
 
 
 def _addresses(host: str) -> list[str]:
-    """The addresses of a host; none if it is unknown."""
+    """Return the addresses of a host; an empty list for an unknown host."""
     try:
         return [str(info[4][0]) for info in socket.getaddrinfo(host, None)]
     except OSError:
@@ -243,14 +252,14 @@ _lock = threading.Lock()
 
 
 def forget_unreachable() -> None:
-    """Try every host again: called where a run begins."""
+    """Try every host again. Called at the beginning of a run."""
     with _lock:
         _silent.clear()
     _may_reach_private.cache_clear()
 
 
 def note_unreachable(url: str, why: str) -> None:
-    """Remember that the host of a URL does not answer."""
+    """Remember the host of a URL as unreachable."""
     with _lock:
         _silent[urlsplit(url).netloc] = (time.monotonic() + _REMEMBERED_S, why)
 
@@ -263,8 +272,8 @@ def need_reachable(url: str) -> None:
 
 
 def why_unreachable(url: str, error: BaseException) -> str | None:
-    """One sentence on a host that could not be reached; None for any other error."""
-    import urllib3  # only where something failed: the command line loads this module first
+    """Describe an unreachable host in one sentence; None for any other error."""
+    import urllib3  # only after an error: the command line loads this module first
 
     cause: BaseException | None = error
     while cause is not None and not isinstance(
@@ -282,7 +291,7 @@ def why_unreachable(url: str, error: BaseException) -> str | None:
 
 
 def _inner(error: BaseException) -> BaseException | None:
-    """The error that another one wraps: requests and urllib3 keep it in three places."""
+    """Return the wrapped error: requests and urllib3 keep it in three places."""
     for inner in (getattr(error, "reason", None), *error.args, error.__cause__, error.__context__):
         if isinstance(inner, BaseException):
             return inner
@@ -295,12 +304,15 @@ def _system_error(error: BaseException) -> str:
 
 
 def without_query(text: str) -> str:
-    """Remove the queries of URLs from a text: they may hold signatures, which must not reach a log."""
+    """Remove the queries of URLs from a text: they may hold signatures, never meant for a log."""
     return re.sub(r"\?[^\s'\")]*", "", text)
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Hide the queries of URLs in urllib3's log, and drop its warnings: an error reports what they announce, or it passes."""
+    """Hide the queries of URLs in urllib3's log, and drop its warnings.
+
+    Each warning either passes or ends in an error with its own report.
+    """
     if isinstance(record.args, tuple):
         record.args = tuple(without_query(a) if isinstance(a, str) else a for a in record.args)
     return record.levelno < logging.WARNING

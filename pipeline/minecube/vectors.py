@@ -1,7 +1,7 @@
-"""Read polygons from files of the formats that minecube names, and of no other.
+"""Read polygons from files, only in the formats listed by minecube.
 
-GDAL picks a driver by a file's bytes. Some drivers, such as VRT, follow names inside a file to other files and hosts. Here the
-suffix and the first bytes decide whether GDAL sees a file at all.
+GDAL picks a driver by a file's bytes. Some drivers, such as VRT, follow names inside a file to
+other files and hosts. Here the suffix and the first bytes must match before GDAL sees a file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyproj import CRS
 
 NAMED = "GeoJSON, GeoPackage, GeoParquet, Shapefile, FlatGeobuf, KML or File Geodatabase, also zipped"
 _FIRST = 2**16
-"""Bytes at the start of a file that decide on its format."""
+"""Number of first bytes that determine a file's format."""
 _FORMATS = {
     ".geojson": rb"(\xef\xbb\xbf)?\s*\{",
     ".json": rb"(\xef\xbb\xbf)?\s*\{",
@@ -42,27 +42,27 @@ _FORMATS = {
     ".kmz": rb"PK\x03\x04",
     ".gdb": rb"[\x03\x04]\0\0\0",
 }
-"""Suffix -> how a file of that format begins. A File Geodatabase is a folder, its table of contents decides."""
+"""Suffix -> beginning of a file. A File Geodatabase is a folder: its table of contents decides."""
 SUFFIXES = tuple(_FORMATS)
 _CONTENTS = "a00000001.gdbtable"
 _PARQUET = (".parquet", ".geoparquet")
 _TEXTS = (".geojson", ".json", ".kml")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<", b"{\0", b"\0{")
-"""Beginnings of texts in UTF-16, in which no word of `_OTHER_DRIVERS` would be found."""
+"""Beginnings of UTF-16 texts. The words of `_OTHER_DRIVERS` cannot be found in UTF-16."""
 _OTHER_DRIVERS = rb"<OGR|gdal_streamed_alg|opengis\.net/gml"
-"""Words by which GDAL would take a text for a VRT, a pipeline, a web service or GML."""
+"""Words in a text that make GDAL read it as a VRT, a pipeline, a web service or GML."""
 _SHORT_TIME = rb"<(?:\w+:)?(begin|end|when)>\s*(\d{4}(?:-\d\d)?)\s*<"
-"""A year or a month in a KML file. GDAL reads whole dates only, and takes these for missing."""
+"""A year or a month in a KML file. GDAL reads only whole dates, and takes these as missing."""
 _ZIPS = (".zip", ".kmz")
 _ZIPPED = (".geojson", ".gpkg", *_PARQUET, ".shp", ".fgb", ".kml")
-"""Suffixes that are looked for in a zip file. JSON in it may be anything."""
+"""Suffixes read from a zip file. `.json` is left out: it may be anything."""
 _PARTS = (".shx", ".dbf", ".prj", ".cpg")
 _MOST_ZIPPED = 2**31
-"""Bytes that the polygons of a zip file may take."""
+"""Maximum bytes of the polygons in a zip file."""
 _LISTED = 8
-"""Columns that an error lists, at most."""
+"""Maximum number of columns listed in an error."""
 _ENCRYPTED = 1
-"""Bit of a zip file's member that has a password."""
+"""Flag bit of a zip member with a password."""
 _COLLECTIONS = [shapely.GeometryType[f"MULTI{kind}"].value for kind in ("POINT", "LINESTRING", "POLYGON")]
 _COLLECTIONS.append(shapely.GeometryType.GEOMETRYCOLLECTION.value)
 
@@ -76,26 +76,26 @@ class _Layer:
     path: Path
     name: str
     kind: str | None
-    """Geometry type as GDAL names it; None for a table without geometry."""
+    """Geometry type in GDAL's spelling; None for a table without geometry."""
     number: int | None
-    """Place in the file; None for Parquet, whose files have one table each."""
+    """Index in the file; None for Parquet, with one table per file."""
 
 
 def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read the features of a file.
 
-    Of a file with several layers, the only one with polygons is read. A warning names the others.
+    In a file with several layers, this reads the only one with polygons. A warning lists the rest.
 
     Args:
         path: the file, or the folder of a File Geodatabase.
         layer: the layer to read. `*` stands for any letters; the rows of all matching layers are joined.
 
     Raises:
-        ValueError: the file has another format than `NAMED`, or another than its suffix; several layers have polygons and
-            none is named; no layer has that name.
+        ValueError: the format is not in `NAMED` or contradicts the suffix, several layers have
+            polygons but `layer` is not given, or no layer has the requested name.
         OSError, RuntimeError: the file cannot be read.
     """
-    place = path.absolute()  # begins with no driver's name
+    place = path.absolute()  # an absolute path starts with no driver's name
     try:
         if place.suffix.lower() not in _ZIPS:
             return _read_layers(path, _layers_of(place), layer)
@@ -145,7 +145,8 @@ def _layers_of(path: Path) -> list[_Layer]:
     try:
         listed = enumerate(pyogrio.list_layers(path))
     except pyogrio.errors.DataSourceError as error:
-        text = str(error).replace(str(path), path.name).partition(".; It might help")[0]  # to name a driver, which is not ours
+        # Without GDAL's advice to name a driver: minecube chooses the driver.
+        text = str(error).replace(str(path), path.name).partition(".; It might help")[0]
         raise ValueError(f"expected features, found a file that GDAL cannot open ({text}); check the file") from error
     return [_Layer(path=path, name=str(name), kind=kind, number=number) for number, (name, kind) in listed]
 
@@ -153,7 +154,8 @@ def _layers_of(path: Path) -> list[_Layer]:
 def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
     """Extract the polygons of a zip file to a folder, and list their layers.
 
-    A name that occurs twice gets its folder's name, and its suffix where the folder has it twice.
+    A layer name used twice gets its folder's name. If the folder also has it twice, it gets its
+    suffix.
     """
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if _may_be_polygons(member)]
@@ -184,19 +186,19 @@ def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
 
 def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
     path = Path(member.filename)
-    if member.is_dir() or path.name.startswith("._"):  # which macOS adds
+    if member.is_dir() or path.name.startswith("._"):  # added by macOS
         return False
     in_geodatabase = any(parent.suffix.lower() == ".gdb" for parent in path.parents)
     return in_geodatabase or path.suffix.lower() in (*_ZIPPED, *_PARTS)
 
 
 def _long_name(layer: _Layer, file: Path) -> str:
-    """Name a layer by its file, and by its own name where that differs."""
+    """Name a layer by its file, plus its own name if different."""
     return file.as_posix() if layer.path.stem == layer.name else f"{file.as_posix()}/{layer.name}"
 
 
 def _read_layers(path: Path, layers: Sequence[_Layer], wanted: str | None) -> gpd.GeoDataFrame:
-    """Read the layer that is wanted, or else the only one with polygons."""
+    """Read the requested layers, or else the only one with polygons."""
     if wanted is not None:
         same = [layer for layer in layers if layer.name == wanted]
         chosen = same or [layer for layer in layers if fnmatch.fnmatchcase(layer.name, wanted)]
@@ -234,7 +236,7 @@ def _has_areas(layer: _Layer) -> bool:
 
 
 def _joined(tables: Sequence[gpd.GeoDataFrame]) -> gpd.GeoDataFrame:
-    """Join the rows of layers, in the CRS of the first."""
+    """Join the rows of layers in the CRS of the first one."""
     if len(tables) == 1:
         return tables[0]
     if not all(isinstance(table, gpd.GeoDataFrame) and table.crs is not None for table in tables):
@@ -249,13 +251,13 @@ def _read_layer(layer: _Layer) -> gpd.GeoDataFrame:
         return _read_parquet(layer.path)
     table = gpd.read_file(layer.path, layer=layer.number)
     if layer.path.suffix.lower() == ".kml" and "Name" in table and table["Name"].notna().any():
-        # The document's own numbers; people know a placemark by its name.
+        # "id" is the document's own number. People know a placemark by its name.
         table = table.rename(columns={"id": "kml_id"})
     return table
 
 
 def _read_parquet(path: Path) -> gpd.GeoDataFrame:
-    """Read GeoParquet, or Parquet whose columns have its own geometry type."""
+    """Read GeoParquet, or Parquet with its own geometry type."""
     file = pq.ParquetFile(path)
     metadata = file.schema_arrow.metadata or {}
     if b"geo" in metadata:
@@ -277,7 +279,10 @@ def _read_parquet(path: Path) -> gpd.GeoDataFrame:
 
 
 def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
-    """The CRS of a Parquet geometry type: longitude and latitude, `srid:N`, `projjson:KEY`, or what pyproj understands."""
+    """Read the CRS of a Parquet geometry type.
+
+    It is longitude and latitude by default, `srid:N`, `projjson:KEY`, or any text known to pyproj.
+    """
     key = text.removeprefix("projjson:").encode()
     if key in metadata:
         return CRS.from_user_input(metadata[key].decode())
@@ -286,14 +291,14 @@ def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
 
 
 def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
-    """Rename columns to what they mean, without regard to case; join columns that mean the same.
+    """Rename columns to their meaning, ignoring case, and join columns of the same meaning.
 
     Args:
-        table: rows as they were read.
-        meanings: name in lower case -> the column that it means.
+        table: rows as read.
+        meanings: name in lower case -> column of that meaning.
 
     Raises:
-        ValueError: two columns mean the same, and a row has a value in both.
+        ValueError: two columns have the same meaning, and a row has a value in both.
     """
     names: dict[str, list[str]] = {}
     for column in table.columns.drop(table.geometry.name):
@@ -309,23 +314,23 @@ def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> 
 
 
 def _coalesced(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
-    """Join columns of which each row fills one at most."""
+    """Join columns with at most one value per row."""
     filled = np.stack([texts(table[name]).notna().to_numpy() for name in names])
     if (filled.sum(axis=0) > 1).any():
         raise ValueError(f"has the columns {', '.join(names)}, which mean the same; keep one")
     joined = pd.Series(None, table.index, dtype=object)
     for name, rows in zip(names, filled, strict=True):
-        # A column of numbers with a gap is one of floats.
+        # A column of integers with a gap is stored as floats.
         joined[rows] = table[name].convert_dtypes().astype(object).to_numpy()[rows]
     return joined.infer_objects()
 
 
 def texts(column: pd.Series) -> pd.Series:
-    """Convert values to text: 7 and not 7.0 where a column of numbers has gaps; missing where blank.
+    """Convert values to text: 7 (not 7.0) in columns of numbers with gaps; missing if blank.
 
-    Bytes are read as UTF-8. Bytes that are not UTF-8 become the replacement character.
+    Bytes are read as UTF-8. Invalid bytes become the replacement character.
     """
-    with np.errstate(invalid="ignore"):  # infinite numbers are no whole ones
+    with np.errstate(invalid="ignore"):  # infinite numbers are not integers
         values = column.convert_dtypes()
     if values.dtype == object:
         values = values.map(_text, na_action="ignore")
@@ -338,7 +343,7 @@ def _text(value: object) -> str:
 
 
 def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
-    """The polygons among a collection's parts, as one multipolygon."""
+    """Return the polygons of a collection as one multipolygon."""
     parts = _single_parts(shape)
     return shapely.multipolygons(parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON.value])
 
@@ -346,10 +351,10 @@ def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
 def areas_of_collections(
     shapes: npt.NDArray[np.object_],
 ) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
-    """Keep the areas of each GeometryCollection that has some.
+    """Keep only the polygons of each GeometryCollection that has some.
 
     Returns:
-        The shapes, and per shape which parts were left out, in words: "1 LineString"; "" where none was.
+        The shapes, and per shape the omitted parts in words ("1 LineString"; "" for none).
     """
     kept = shapes.copy()
     left_out = np.full(len(shapes), "", object)
@@ -364,7 +369,7 @@ def areas_of_collections(
 
 
 def _single_parts(shape: shapely.Geometry) -> npt.NDArray[np.object_]:
-    """All parts of a shape, however deep collections hold collections."""
+    """Return all parts of a shape, also from nested collections."""
     parts: npt.NDArray[np.object_] = shapely.get_parts(shape)
     while np.isin(shapely.get_type_id(parts), _COLLECTIONS).any():
         parts = shapely.get_parts(parts)

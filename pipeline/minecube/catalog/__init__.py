@@ -1,8 +1,10 @@
-"""What varies by site, provider, recipe or model, read from data files into frozen values; unknown keys are errors.
+"""Read sites, sources, recipes, models and presets from data files into frozen values.
 
-The shipped catalogue (`catalog/` of the checkout, inside the wheel once installed) can be extended by a folder of the
-user's own with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.yaml`, `presets.yaml`. `catalog/README.md` says
-every field.
+Unknown keys are errors.
+
+The shipped catalogue is `catalog/` of the checkout, or `_catalog` inside the wheel. Users extend it
+by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.yaml`,
+`presets.yaml`. `catalog/README.md` describes every field.
 """
 
 from __future__ import annotations
@@ -98,23 +100,29 @@ ASSET_KEYS = {
 FIRST_YEAR = 2015
 """Sentinel-2A was launched in June 2015."""
 MARGIN_M = 1000
-"""Default margin around polygons of a user's file. Polygons of mines show neither growth nor ground that is no mine."""
+"""Default margin in metres around polygons of a user's file.
+
+It adds room for growth, and background.
+"""
 LARGEST_MARGIN_M = 100_000
 _ADDED = ("date_excess",)
-"""Fields that the first stores do not have: not written where they are unset, so that the hashes of those stores hold."""
+"""Fields missing in the first stores.
+
+If unset, they are not written, so the hashes of those stores stay valid.
+"""
 _SUGGESTED = 8
-"""Names that an error lists, at most."""
+"""Most names listed in an error."""
 _LONGEST = 60
-"""Characters of a name in a warning, at most."""
+"""Most characters of a name in a warning."""
 
 _SPAN = r"\s*(\d{4})(?:\.0+)?(?:\s*-\s*(\d{4}))?\s*"
-"""One year, which may be written as 2019.0, or a first and a last year."""
+"""One year, also written as 2019.0, or a first and a last year."""
 _SITE_FIELDS = ("id", "country", "split", "years", "labels", "margin", "title")
 """Columns of a file of sites, without the geometry."""
 _TEXT_FIELDS = ("id", "name", "site", "title", "country", "split", "labels")
-"""Columns of a file of sites that hold text."""
+"""Text columns of a file of sites."""
 _NESTED = (list, tuple, set, dict)
-"""Values that are no single value, as GeoJSON and Parquet may hold them."""
+"""Types of nested values in GeoJSON and Parquet."""
 
 T = TypeVar("T")
 
@@ -127,18 +135,18 @@ class Site:
 
     id: str
     title: str = ""
-    """The name that people use, if it differs from the id."""
+    """Common name, if it differs from the id."""
     country: str = ""
     split: str | None = None
-    """train, val or test; None where no benchmark split names it."""
+    """train, val or test; None outside the benchmark splits."""
     geometry: BaseGeometry | None = None
     """Area of interest, EPSG:4326; None until it is known."""
     years: tuple[int, ...] = ()
     """Years for which the site has labels; empty where unknown."""
     labels: str | None = None
-    """Where the labels come from."""
+    """Origin of the labels."""
     margin: float = 0.0
-    """Metres of ground that the grid has on each side of the geometry's box."""
+    """Metres of ground in the grid on each side of the geometry's box."""
 
     def __post_init__(self) -> None:
         need_name(self.id)
@@ -158,17 +166,20 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Offset:
-    """Whether a scene's pixels still carry BOA_ADD_OFFSET; decided by rule, never by acquisition date."""
+    """Rule for BOA_ADD_OFFSET in a scene's pixels, independent of the acquisition date."""
 
     value: int = -1000
-    """What to add to the digital numbers that carry it (Sentinel-2 PSD, BOA_ADD_OFFSET)."""
+    """Number to add to digital numbers with the offset (Sentinel-2 PSD, BOA_ADD_OFFSET)."""
     from_baseline: str = "04.00"
-    """First processing baseline whose products carry it."""
+    """First processing baseline with the offset."""
     applied_flag: str | None = None
-    """Item property that is true where the provider has already removed it."""
+    """Item property: true if the provider has already removed the offset."""
     own: int | str | None = None
-    """The same as `value` for baseline 99.xx, which marks products of one's own Sen2Cor: a number; or `declared`: what each
-    item declares as its bands' raster offset. None refuses them, since no rule tells what they carry."""
+    """The offset of baseline 99.xx, the mark of products from one's own Sen2Cor.
+
+    A number, or `declared` for the raster offset in each item's bands. None refuses these products,
+    since no rule gives their offset.
+    """
 
     def __post_init__(self) -> None:
         fits = self.own is None or self.own == "declared" or isinstance(self.own, int)
@@ -178,20 +189,23 @@ class Offset:
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What turns an asset's href into a request that is answered; nothing secret stands here."""
+    """How to turn an asset's href into an authorised request. Contains no secrets."""
 
     kind: str = "plain"
     """plain: without credentials; planetary-computer: a token per container; s3: signed with keys from the environment."""
     href: str | None = None
-    """planetary-computer: the token service, asked for /<account>/<container>; s3: the endpoint, AWS's own by default."""
+    """planetary-computer: the token service, called with /<account>/<container>.
+
+    s3: the endpoint, by default AWS's.
+    """
     region: str | None = None
     """s3 only; by default the environment's."""
     anonymous: bool = False
-    """s3 only: public objects, nothing is signed."""
+    """s3 only: public objects, with unsigned requests."""
     credentials_for: tuple[str, ...] = ()
-    """planetary-computer: hosts that may see a token, beside the service's own; s3: buckets whose requests are signed."""
+    """planetary-computer: more hosts allowed to see a token; s3: buckets with signed requests."""
     connections: int = 64
-    """Requests for pixels in flight at a time, a process."""
+    """Most simultaneous requests for pixels per process."""
 
     def __post_init__(self) -> None:
         kinds = ("plain", "planetary-computer", "s3")
@@ -207,7 +221,7 @@ class Access:
         need(1 <= self.connections <= 256, "connections", f"1..256, found {self.connections}")
 
     def hosts(self) -> frozenset[str]:
-        """The hosts that are named here: the service or endpoint, and those that may see a token."""
+        """Return the host of the service or endpoint, and the hosts allowed to see a token."""
         service = urlsplit(self.href or "").hostname
         named = self.credentials_for if self.kind == "planetary-computer" else ()
         return frozenset([service, *named] if service else named)
@@ -215,27 +229,30 @@ class Access:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A STAC API, or a stac-geoparquet file, and how to read what it lists."""
+    """A STAC API or a stac-geoparquet file, and how to read its scenes."""
 
     id: str
     title: str
     kind: str
     """stac-api or stac-geoparquet."""
     href: str
-    """URL of the API's landing page, or path or URL of the file (relative to the YAML file that names it)."""
+    """URL of the API's landing page; or path or URL of the file, relative to the YAML file."""
     collection: str
     assets: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Band name (and SCL) -> asset key; a band that is not named is looked for under the keys in common use (`ASSET_KEYS`)."""
+    """Band name (and SCL) -> asset key.
+
+    If empty, the keys in common use are tried (`ASSET_KEYS`).
+    """
     resolution_m: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Band name -> pixel size, where what an item's assets say of it, or the mission's own size, is wrong."""
+    """Band name -> pixel size. Replaces a wrong size in the item's assets or from the mission."""
     offset: Offset = Offset()
     access: Access = Access()
     tile_px: int = 512
-    """Side of the tiles that its files are stored in; `plan` reckons with it."""
+    """Side of the tiles in its files, for the estimates of `plan`."""
     searches_per_s: float = 10.0
-    """Requests to the API a second, at most."""
+    """Most requests to the API per second."""
     since: str | None = None
-    """YYYY-MM: the first month that it lists; earlier ones are not asked for."""
+    """YYYY-MM: the first listed month. Earlier months are not searched."""
     licence: str = ""
 
     def __post_init__(self) -> None:
@@ -252,34 +269,37 @@ class Source:
         need(fits, "since", f"a month YYYY-MM in quotes, found {self.since!r}")
 
     def bands(self) -> tuple[str, ...]:
-        """The bands it is known to have; all of them where it does not say."""
+        """Return the bands named in `assets`; all bands if `assets` is empty."""
         return tuple(self.assets) or (*BANDS, SCL)
 
 
 def _catalog_dir() -> Path:
     package = Path(__file__).parents[1]
-    shipped = package / "_catalog"  # inside a wheel; a checkout keeps it at its top
+    shipped = package / "_catalog"  # in a wheel; a checkout has catalog/ at its top
     return shipped if shipped.is_dir() else package.parents[1] / "catalog"
 
 
 def load_sites(
     path: Path | str | None = None, *, catalogue: bool = False, margin: float | None = None, layer: str | None = None
 ) -> list[Site]:
-    """The sites of a file of polygons (`minecube.vectors.NAMED`); the shipped EuroMineNet and demo sites by default.
+    """Load the sites of a file of polygons (`minecube.vectors.NAMED`).
 
-    The first of the columns `id`, `name` and `site` that has a value names a row, in any case. A row without a name is
-    `site_` and its number. Names become ids by `safe_name`; the name is kept as title. The log reports made ids.
+    The name of a row is the first value in the columns `id`, `name` and `site`, in upper or lower
+    case. A row without a name is called `site_` plus its number. `safe_name` turns names into ids,
+    and the name becomes the title. The log reports changed names.
 
     Args:
-        path: the file.
-        catalogue: hold it to a catalogue's rules: unknown columns, unsafe ids and invalid polygons are errors. In a file of
-            the user's unknown columns are passed over, and invalid polygons repaired with a warning in the log.
-        margin: metres of ground around each polygon. By default the row's column `margin` says it, else it is 0 in a
-            catalogue and 1000 in a file of the user's.
+        path: the file. By default the shipped EuroMineNet and demo sites.
+        catalogue: apply a catalogue's rules: unknown columns, unsafe ids and invalid polygons are
+            errors. In a user's file, unknown columns are ignored and invalid polygons repaired with
+            a warning in the log.
+        margin: metres of ground around each polygon. By default the row's column `margin`, else 0
+            in a catalogue and 1000 in a user's file.
         layer: the layer to read, as in `minecube.vectors.read_vector`.
 
     Raises:
-        CatalogError: the file cannot be read, has no CRS, or an entry is wrong; names file, entry and field.
+        CatalogError: the file cannot be read, has no CRS, or an entry is wrong. Names file, entry
+            and field.
     """
     catalogue = catalogue or path is None
     path = Path(path) if path else _catalog_dir() / "sites.geojson"
@@ -333,14 +353,14 @@ def load_sites(
 def _rows_of(table: GeoDataFrame) -> list[dict[str, Any]]:
     """Convert a table to one dictionary per row, with a value or None for each field of a site.
 
-    Blank text is None. A field of text is text, unless it is a list or a dictionary.
+    Blank text becomes None. Text fields become text, except lists and dictionaries.
     """
     rows: list[dict[str, Any]] = [dict.fromkeys((*_TEXT_FIELDS, "years", "margin")) for _ in range(len(table))]
     for name in rows[0]:
         if name not in table:
             continue
         words = texts(table[name])
-        # A column of numbers with a gap is one of floats.
+        # pandas reads integers with a gap as floats.
         values = table[name].convert_dtypes().astype(object)
         for row, value, text in zip(rows, values, words, strict=True):
             if isinstance(value, np.ndarray):
@@ -363,7 +383,7 @@ def _number(value: Any) -> Any:
 
 
 def _texts_of(table: GeoDataFrame, *columns: str) -> pd.Series:
-    """The first of the columns that has a text, per row; "" where none has."""
+    """Return the first text in these columns per row, or ""."""
     found = pd.Series("", table.index, dtype="string")
     for column in columns:
         if column in table:
@@ -372,7 +392,7 @@ def _texts_of(table: GeoDataFrame, *columns: str) -> pd.Series:
 
 
 def _report_names(path: Path, table: GeoDataFrame, names: pd.Series, ids: Sequence[str]) -> None:
-    """Log which ids are not the names that stand in the file."""
+    """Log the ids that differ from the names in the file, and rows without a name."""
     made = [
         f"{name[:_LONGEST]!r} is {site_id[:_LONGEST]}"
         for name, site_id in zip(names, ids, strict=True)
@@ -397,7 +417,7 @@ def _shortened(words: Sequence[str]) -> str:
 
 
 def _years(value: Any) -> tuple[int, ...]:
-    """Years of a list, of one number, or of text such as 2015-2024 or 2015, 2020."""
+    """Parse years from a list, a number, or text such as 2015-2024 or 2015, 2020."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -423,29 +443,32 @@ def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometr
 
 
 def load_sources(path: Path | None = None) -> dict[str, Source]:
-    """The sources of a `sources.yaml`, by id; raises CatalogError as `load_sites` does."""
+    """Load a `sources.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = Path(path or _catalog_dir() / "sources.yaml").resolve()
     sources = _load_yaml(Source, path)
     return {s.id: dataclasses.replace(s, href=_beside(path, s.href)) if s.kind != "stac-api" else s for s in sources}
 
 
 def _beside(path: Path, href: str) -> str:
-    """A file named in YAML lies beside it, wherever the command runs."""
+    """Resolve a path relative to the folder of the YAML file. URLs stay unchanged."""
     return href if "://" in href else str(path.parent / href)
 
 
 def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
-    """The recipes of a `recipes.yaml`, by id; raises CatalogError as `load_sites` does."""
+    """Load a `recipes.yaml`, by id. Raises CatalogError as `load_sites` does."""
     return {r.id: r for r in _load_yaml(Recipe, path or _catalog_dir() / "recipes.yaml")}
 
 
 def load_releases(path: Path | None = None) -> dict[str, Release]:
-    """The published datasets of a `releases.yaml`, by id; raises CatalogError as `load_sites` does."""
+    """Load the published datasets of a `releases.yaml`, by id.
+
+    Raises CatalogError as `load_sites` does.
+    """
     return {r.id: r for r in _load_yaml(Release, path or _catalog_dir() / "releases.yaml")}
 
 
 def recipe_of(written: Mapping[str, Any]) -> Recipe:
-    """The recipe that `as_dict` wrote down; raises CatalogError where it is none of this version's."""
+    """Rebuild a recipe from `as_dict`. Raises CatalogError if this version cannot read it."""
     try:
         return _build(Recipe, written)
     except ValueError as error:
@@ -453,7 +476,7 @@ def recipe_of(written: Mapping[str, Any]) -> Recipe:
 
 
 def model_card_of(written: Mapping[str, Any]) -> ModelCard:
-    """The model card that `as_dict` wrote down; raises CatalogError where it is none of this version's."""
+    """Rebuild a model card from `as_dict`. Raises CatalogError if this version cannot read it."""
     try:
         return _build(ModelCard, written)
     except ValueError as error:
@@ -461,7 +484,7 @@ def model_card_of(written: Mapping[str, Any]) -> ModelCard:
 
 
 def load_models(path: Path | None = None) -> dict[str, ModelCard]:
-    """The model cards of a `models.yaml`, by id; raises CatalogError as `load_sites` does."""
+    """Load the model cards of a `models.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = Path(path or _catalog_dir() / "models.yaml").resolve()
     cards = _load_yaml(ModelCard, path)
     placed = {m.id: dataclasses.replace(m.weights, href=_beside(path, m.weights.href)) for m in cards if m.weights}
@@ -469,12 +492,15 @@ def load_models(path: Path | None = None) -> dict[str, ModelCard]:
 
 
 def load_presets(path: Path | None = None) -> dict[str, Settings]:
-    """The ways to train of a `presets.yaml`, by id; raises CatalogError as `load_sites` does."""
+    """Load the training settings of a `presets.yaml`, by id.
+
+    Raises CatalogError as `load_sites` does.
+    """
     return {p.id: p for p in _load_yaml(Settings, path or _catalog_dir() / "presets.yaml")}
 
 
 def pick(known: Mapping[str, T], name: str, what: str) -> T:
-    """Pick the entry of that name; raises CatalogError, which names what there is."""
+    """Pick an entry by name. Raises CatalogError with the available names."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=_SUGGESTED)
         listed = near if near and len(known) > _SUGGESTED else sorted(known)[:_SUGGESTED]
@@ -484,7 +510,7 @@ def pick(known: Mapping[str, T], name: str, what: str) -> T:
 
 
 def as_dict(value: Any) -> dict[str, Any]:
-    """A catalogue value as plain JSON types, for provenance and hashing."""
+    """Convert a catalogue value to plain JSON types, for provenance and hashing."""
     return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(value, dict_factory=_written)))
 
 
@@ -519,7 +545,7 @@ def _load_yaml(cls: type[T], path: Path) -> list[T]:
 
 
 def yaml_problem(error: Exception) -> str:
-    """Describe in one line what is wrong with a YAML file, and in which line of it."""
+    """Describe the problem in a YAML file in one line, with its line number."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     mark = getattr(error, "problem_mark", None)
@@ -573,7 +599,7 @@ def _need_unique(ids: Sequence[str], names: Sequence[str], path: Path) -> None:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, not the last one's victory."""
+    """Load YAML. Repeated keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

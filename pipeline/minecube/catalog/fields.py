@@ -1,4 +1,4 @@
-"""Bands by name, and how a wrong entry says which of its fields is wrong."""
+"""Names of bands and sites, and checks of catalogue fields."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from anyascii import anyascii
 
 LONGEST_NAME = 100
-"""Characters of a name. Files and locks add words of their own to it, and file systems take 255 bytes."""
+"""Most characters of a name. Files and locks add words to it, and file systems allow 255 bytes."""
 BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-"""The cube's bands, in the cube's order; B01, B09 and B10 are left out, as in EuroMineNet."""
+"""Bands of the cube, in its order, without B01, B09 and B10, as in EuroMineNet."""
 SCL = "SCL"
 """Asset name of the Level-2A scene classification."""
 NATIVE_M = {band: 10 if band in ("B02", "B03", "B04", "B08") else 20 for band in (*BANDS, SCL)}
@@ -19,11 +19,11 @@ NATIVE_M = {band: 10 if band in ("B02", "B03", "B04", "B08") else 20 for band in
 
 
 class FieldError(ValueError):
-    """A field that does not hold what it must; the loader adds file and entry."""
+    """A field with a wrong value. The loader adds file and entry."""
 
 
 def need(condition: object, field: str, expected: str) -> None:
-    """Raises FieldError where the condition does not hold."""
+    """Raise FieldError if the condition is false."""
     if not condition:
         raise FieldError(f"field {field!r}: expected {expected}")
 
@@ -37,7 +37,9 @@ def need_name(name: str, field: str = "id") -> None:
 
 
 def safe_name(name: str) -> str:
-    """Make an id that can name a Zarr group and a file: blanks become _, other scripts Latin letters, the rest _.
+    """Make an id for use as the name of a Zarr group and a file.
+
+    Blanks become _, letters of other scripts become Latin, and all else becomes _.
 
     >>> safe_name("Kopalnia Bełża (Nord)")
     'Kopalnia_Belza_Nord'
@@ -54,7 +56,10 @@ def safe_name(name: str) -> str:
 
 
 def same_names(name: str, known: Iterable[str]) -> list[str]:
-    """The known ids that a name may mean: itself, or all that differ in case, accents, blanks and _ . - only."""
+    """Return the known ids for a name.
+
+    The same id, or all ids differing only in case, accents, blanks and _ . -.
+    """
     ids = list(known)
     return [name] if name in ids else [i for i in ids if _key(i) == _key(name)]
 
@@ -65,6 +70,6 @@ def _key(name: str) -> str:
 
 
 def need_months(field: str, months: tuple[int, ...], at_least: int = 1) -> None:
-    """Raises FieldError where these are no calendar months, ascending, each once."""
+    """Raise FieldError unless these are calendar months, ascending, each once."""
     in_order = all(1 <= m <= 12 for m in months) and list(months) == sorted(set(months))
     need(len(months) >= at_least and in_order, field, f"1..12, ascending, each once, found {list(months)}")

@@ -1,4 +1,4 @@
-"""What a network is, before and after training."""
+"""Description of a network, before and after training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 from minecube.catalog.fields import BANDS, need, need_name
 
 TASKS = {"mapping": ("mine",), "change": ("changed", "removed", "new"), "series": ("mine",)}
-"""What is mapped from one year, from two, and from all at once; and the classes that each may have."""
+"""Task -> its possible classes.
+
+Input: one year (mapping), two years (change) or all years (series).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +21,16 @@ class Weights:
     """A file of trained weights."""
 
     href: str
-    """URL, or a path relative to the YAML file that names it."""
+    """URL, or a path relative to the YAML file."""
     sha256: str
     revision: str = ""
     mean: tuple[float, ...] = ()
-    """Per band of the card, reflectance x 10000: what a plain state_dict does not say. Our own files do."""
+    """Mean per band of the card, reflectance x 10000.
+
+    Needed for a plain state_dict; our own files contain it.
+    """
     std: tuple[float, ...] = ()
-    """Likewise."""
+    """Standard deviation per band, likewise."""
 
     def __post_init__(self) -> None:
         need(re.fullmatch("[0-9a-f]{64}", self.sha256), "sha256", f"64 hexadecimal digits, found {self.sha256!r}")
@@ -34,34 +40,37 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """One network by name."""
+    """A network: its architecture, input, classes and weights."""
 
     id: str
     title: str
     architecture: str
-    """Which of the networks in `minecube.models`."""
+    """Name of the architecture in `minecube.models`."""
     task: str = "mapping"
-    """Of `TASKS`."""
+    """A key of `TASKS`."""
     classes: tuple[str, ...] = ("mine",)
-    """One logit each: mine; of change, `changed`, or `new` (expansion), or `removed` and `new` (transition)."""
+    """One logit per class: `mine`.
+
+    For change: `changed`, `new` (expansion), or `removed` and `new` (transition).
+    """
     bands: tuple[str, ...] = BANDS
     """Input channels, in order."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The architecture's own: encoder, width, ..."""
+    """Options of the architecture: encoder, width, ..."""
     window_px: int = 160
-    """Side of the windows it is trained on and applied to."""
+    """Side of the windows in training and mapping."""
     multiple_px: int = 32
-    """Sides of windows are multiples of it."""
+    """Sides of windows must be multiples of this."""
     paper: str = ""
     """Citation of the architecture."""
     licence: str = "Apache-2.0"
-    """Of the weights."""
+    """Licence of the weights."""
     weights: Weights | None = None
-    """Trained ones; None: it is to be trained."""
+    """Trained weights; None: still to be trained."""
     trained_on: str = ""
-    """What the weights have seen; sites by their ids, comma-separated, where they are known."""
+    """Training data of the weights: site ids, comma-separated, if known."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """What its makers say of the weights, by name of score."""
+    """Published scores of the weights, by name."""
 
     def __post_init__(self) -> None:
         need_name(self.id)

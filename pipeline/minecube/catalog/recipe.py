@@ -1,4 +1,4 @@
-"""How a year of scenes becomes one image: masks, fallbacks, reducers, and the layers that come of them."""
+"""Recipe of a composite: masks, fallbacks, reducers, and the resulting layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from minecube.catalog.fields import BANDS, need, need_months
 
 FALLBACKS = {"ungrown": 2, "thin": 3, "cloud": 4, "wider-season": 5, "neighbour-year": 6}
-"""Steps that a pixel without enough clear observations may take, and their numbers in the `quality` layer."""
+"""Fallback steps for a pixel with too few clear observations -> numbers in the `quality` layer."""
 QUALITY = (
     "no observation",
     "clear",
@@ -17,7 +17,7 @@ QUALITY = (
     "clear in the wider season",
     "clear in a neighbouring year",
 )
-"""What the numbers of the `quality` layer mean; anything above 1 is a fallback, for want of a clear observation."""
+"""Meanings of the numbers in the `quality` layer. Numbers above 1 are fallbacks."""
 REDUCERS = ("median", "percentile", "geomedian", "medoid", "best-pixel", "max-ndvi")
 
 
@@ -38,20 +38,20 @@ LAYERS = {
     "bcmad": Layer(dtype="float32", long_name="the same, Bray-Curtis distance"),
     "day_of_year": Layer(dtype="uint16", long_name="day of the year of the one observation taken", units="d"),
 }
-"""Of integers 0 is none, of floats NaN."""
+"""No data is 0 in integer layers and NaN in float layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRule:
-    """Which SCL classes hide the ground, and how far their flags are mistrusted."""
+    """SCL classes hiding the ground, and corrections of their flags."""
 
     classes: tuple[int, ...]
     open_m: int = 0
-    """Flagged specks narrower than this are dropped first: roofs, bright roads."""
+    """First drop flagged specks narrower than this (roofs, bright roads)."""
     dilate_m: int = 0
-    """Then the rest grows by this radius: the halo that SCL misses."""
+    """Then grow the other flags by this radius, to cover the halo missed by SCL."""
     months: tuple[int, ...] = tuple(range(1, 13))
-    """Calendar months in which the rule holds: snow in January may be the ground, in July it is not."""
+    """Calendar months of the rule: snow may be the ground in January, but not in July."""
 
     def __post_init__(self) -> None:
         need(self.classes and all(1 <= c <= 11 for c in self.classes), "classes", f"SCL 1..11, found {self.classes}")
@@ -63,16 +63,16 @@ class MaskRule:
 
 @dataclass(frozen=True, kw_only=True)
 class BrightOverride:
-    """When a pixel that SCL calls cloud is believed to be bright bare ground instead."""
+    """Test for bright bare ground classified as cloud by SCL."""
 
     classes: tuple[int, ...] = (8, 9)
-    """SCL classes that bright ground is mistaken for."""
+    """SCL classes confused with bright ground."""
     flagged: float = 0.6
-    """Share of the dates that are clear around it on which the pixel is flagged nevertheless."""
+    """Least share of dates with clear surroundings on which the pixel is still flagged."""
     around: float = 0.1
-    """A date is clear around a pixel where at most this share of its neighbourhood is flagged."""
+    """Surroundings are clear on a date if at most this share of them is flagged."""
     window_m: int = 600
-    """Half width of the neighbourhood."""
+    """Half width of the surroundings."""
 
     def __post_init__(self) -> None:
         need(self.classes and all(1 <= c <= 11 for c in self.classes), "classes", f"SCL 1..11, found {self.classes}")
@@ -83,15 +83,17 @@ class BrightOverride:
 
 @dataclass(frozen=True, kw_only=True)
 class HazeTest:
-    """When a clear-looking observation is believed to be under thin cloud: blue brighter than red can explain."""
+    """Test for thin cloud over observations classified as clear: too much blue for their red."""
 
     excess: float = 0.025
-    """By how much blue - red / 2 exceeds the pixel's own lower quartile of the year; reflectance."""
+    """Excess of blue - red / 2 over the pixel's own lower quartile of the year, in reflectance."""
     window_m: int = 60
-    """Side of the window over which the excess is averaged."""
+    """Side of the averaging window of the excess."""
     date_excess: float | None = None
-    """The median excess over a whole date above which it is under thin cloud, and below which SCL's cirrus is none; None asks
-    about no date."""
+    """Limit of the median excess of a whole date, in reflectance; None: judge no date as a whole.
+
+    Above the limit, the whole date counts as thin cloud. Below it, SCL's cirrus counts as clear.
+    """
 
     def __post_init__(self) -> None:
         for field, value in (("excess", self.excess), ("date_excess", self.date_excess)):
@@ -101,14 +103,17 @@ class HazeTest:
 
 @dataclass(frozen=True, kw_only=True)
 class SecondOpinion:
-    """A network's mask beside SCL's: what either calls cloud or shadow is not clear."""
+    """A network's mask in addition to SCL. Cloud or shadow in either mask is not clear."""
 
     weights: tuple[str, ...]
-    """Networks for omnicloudmask, exported by torch.export, neither of which is shipped; relative to `--catalog`."""
+    """Networks for omnicloudmask, exported by torch.export; not shipped.
+
+    Paths are relative to `--catalog`.
+    """
     classes: tuple[int, ...] = (1, 2, 3)
-    """Of omnicloudmask, that hide the ground: 1 thick cloud, 2 thin cloud, 3 shadow."""
+    """Classes of omnicloudmask hiding the ground: 1 thick cloud, 2 thin cloud, 3 shadow."""
     dilate_m: int = 40
-    """By which they grow."""
+    """Radius by which these classes grow."""
 
     def __post_init__(self) -> None:
         need(self.weights, "weights", "files of models, found none")
@@ -119,16 +124,16 @@ class SecondOpinion:
 
 @dataclass(frozen=True, kw_only=True)
 class BestPixel:
-    """What makes one observation better than another: parts from 0 to 1, and how much each weighs."""
+    """Score of an observation: a weighted sum of parts from 0 to 1."""
 
     day: int = 205
-    """Of the year, the best one."""
+    """Best day of the year."""
     day_spread: float = 40.0
-    """Days from it at which that part has fallen to exp(-1/2)."""
+    """Distance in days from the best day at which the part for the day is exp(-1/2)."""
     cloud_distance_m: int = 1000
-    """From cloud or shadow, beyond which more distance is no better."""
+    """Distance from cloud or shadow at which the part for clouds reaches 1."""
     opacity: float = 0.05
-    """Excess of haze (reflectance) at which that part is 0."""
+    """Excess of haze (reflectance) at which the part for opacity is 0."""
     day_weight: float = 1.0
     cloud_weight: float = 1.0
     opacity_weight: float = 1.0
@@ -145,12 +150,12 @@ class BestPixel:
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """What is done about scenes that lie beside the others."""
+    """How to treat scenes displaced from the others."""
 
     most_px: float = 0.75
     """Shift in 10 m pixels beyond which `beyond` applies."""
     beyond: str = "shift"
-    """record, drop, or shift it back."""
+    """record, drop or shift: record the shift, drop the scene, or shift it back."""
 
     def __post_init__(self) -> None:
         need(0 < self.most_px <= 5, "most_px", f"pixels above 0 up to 5, found {self.most_px}")
@@ -159,17 +164,17 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a composite is made."""
+    """All settings of a composite."""
 
     id: str
     title: str
     bands: tuple[str, ...] = BANDS
     months: tuple[int, ...] = tuple(range(1, 13))
-    """Calendar months whose scenes count."""
+    """Calendar months of the scenes."""
     max_cloud_cover: float = 100.0
     """Scenes cloudier than this over the whole tile (percent) are not read."""
     min_dates: int = 1
-    """Fewest dates a year is made of; one with fewer is not built, and `audit` names it."""
+    """Fewest dates of a year. A year with fewer dates is skipped, and `audit` reports it."""
     mask: tuple[MaskRule, ...] = ()
     bright_override: BrightOverride | None = None
     second_opinion: SecondOpinion | None = None
@@ -177,25 +182,31 @@ class Recipe:
     haze: HazeTest | None = None
     """Needs B02 and B04 among the bands."""
     fallback: tuple[str, ...] = ("ungrown", "thin", "cloud")
-    """What a pixel without enough clear observations is made of, in order: of `FALLBACKS`."""
+    """Steps for a pixel with too few clear observations, in order: keys of `FALLBACKS`."""
     min_clear: int = 1
-    """Clear observations under which a pixel takes the steps that are clear, too: ungrown, wider-season, neighbour-year."""
+    """Clear observations below which a pixel also takes the clear steps.
+
+    These are ungrown, wider-season and neighbour-year.
+    """
     wider_months: tuple[int, ...] = ()
-    """The months of wider-season, on top of `months`."""
+    """Additional months for the step wider-season."""
     max_clear_observations: int | None = None
-    """Clear dates to read of a block, the clearest, spread over the season; all by default."""
+    """Read only so many of a block's clearest dates, spread over the season; None: all.
+
+    More dates are read if a pixel would have fewer than a third of this number.
+    """
     registration: Registration | None = None
-    """Scenes are compared with each other before they are read; not by default."""
+    """Comparison of the scenes with each other before they are read; None: no comparison."""
     reducer: str = "median"
-    """How the clear observations of a pixel become one: of `REDUCERS`."""
+    """Method to reduce the clear observations of a pixel to one value: one of `REDUCERS`."""
     percentile: float | None = None
-    """Of reducer percentile."""
+    """Percentile, for reducer percentile only."""
     best_pixel: BestPixel | None = None
-    """Of reducer best-pixel."""
+    """Parts and weights of the score, for reducer best-pixel only."""
     block_px: int = 1024
     """Side of a Dask block and of a Zarr shard; a multiple of chunk_px."""
     chunk_px: int = 128
-    """Side of a Zarr chunk, the least that is read."""
+    """Side of a Zarr chunk, the smallest unit of reading."""
 
     def __post_init__(self) -> None:
         unknown = [b for b in self.bands if b not in BANDS]
@@ -244,7 +255,7 @@ class Recipe:
 
     @property
     def layers(self) -> dict[str, Layer]:
-        """What a composite holds beside `reflectance`, by name."""
+        """Layers of the composite next to `reflectance`, by name."""
         names = ["clear_count", "quality"]
         names += ["emad", "smad", "bcmad"] if self.reducer == "geomedian" else []
         names += ["day_of_year"] if self.reducer in ("medoid", "best-pixel", "max-ndvi") else []

@@ -1,4 +1,4 @@
-"""A published dataset: what its archive should hold, and what is known to be odd about it."""
+"""Published datasets: the expected contents of an archive, and its known oddities."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ class Release:
 
     id: str
     name: str
-    """What `labels` of its sites in the catalogue begins with."""
+    """First words of the field `labels` of its sites in the catalogue."""
     title: str
     citation: str
     licence: str
     """SPDX identifier."""
     doi: str
-    """Of the data."""
+    """DOI of the data."""
     sites: int
-    """How many it says to have."""
+    """Published number of sites."""
     years: tuple[int, ...]
     repeated: tuple[str, ...] = ()
-    """Sites that its split names twice."""
+    """Sites named twice in its split."""
     excluded: tuple[str, ...] = ()
-    """Sites that its authors' code passes over."""
+    """Sites skipped by its authors' code."""
     band_mean: tuple[float, ...] = ()
     """Published mean of each band, digital numbers."""
     band_std: tuple[float, ...] = ()
-    """Published standard deviation of each band, divided by the square root of 2 by mistake."""
+    """Published standard deviation of each band, too small by the factor sqrt(2) by mistake."""
 
     def __post_init__(self) -> None:
         need(self.sites > 0, "sites", f"above 0, found {self.sites}")

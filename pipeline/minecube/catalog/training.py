@@ -1,4 +1,4 @@
-"""How a network is trained."""
+"""Settings for training a network."""
 
 from __future__ import annotations
 
@@ -9,53 +9,62 @@ from minecube.catalog.fields import need, need_name
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that decides on training but the network, the sites and the seed."""
+    """All settings of a training, except network, sites and seed."""
 
     id: str
     title: str
     source: str = ""
-    """Where the values come from, and which of them are inferred."""
+    """Source of the values, and a note on inferred ones."""
 
     window_px: int | None = None
-    """Side of the windows, a multiple of the card's `multiple_px`; None: the card's."""
+    """Side of the windows, a multiple of the card's `multiple_px`; None: the card's side."""
     step_px: int | None = None
-    """None: windows anywhere. Else all windows so far apart, the last of a row flush with the border, each once an epoch."""
+    """None: random windows. Else a grid of windows at this spacing, each used once per epoch.
+
+    The last window of a row ends at the border.
+    """
     windows: int | None = None
-    """An epoch has so many; None: as many as tile the training sites once in each year, pair of years, or series."""
+    """Windows per epoch; None: enough to tile the training sites once per year, pair or series."""
     gaps: tuple[int, ...] = ()
-    """Of a change task, years between the two of a pair; all pairs by default."""
+    """Change only: years between the images of a pair; empty: all pairs."""
     rare: float = 0.0
-    """Share of the windows anywhere that are laid over a pixel of the mapped classes; the others over any known pixel."""
+    """Share of random windows placed over a pixel of the mapped classes.
+
+    The others cover any known pixel.
+    """
     turns: bool = True
-    """Whether windows are flipped and turned by quarters, at random."""
+    """Flip windows and turn them by quarters, at random."""
     jitter: float = 0.05
-    """Deviation of the factors by which reflectance is multiplied: one an image, and one a band of it."""
+    """Standard deviation of random factors on reflectance, one per image and one per band."""
     year_dropout: float = 0.0
-    """Of a series, how likely a year's image is taken away while its label stays."""
+    """Series only: probability of removing a year's image while keeping its label."""
 
     epochs: int = 30
     batch: int = 16
-    """Windows a step, of all processes together."""
+    """Windows per step, over all processes."""
     optimiser: str = "adam"
     """adam or adamw."""
     learning_rate: float = 1e-3
-    """Its peak, where the schedule is one-cycle."""
+    """The peak, if the schedule is one-cycle."""
     weight_decay: float = 0.0
     schedule: str = "one-cycle"
     """one-cycle (Smith and Topin 2019, arXiv:1708.07120) or constant."""
     positive_weight: float = 1.0
-    """What a pixel of a class counts in the cross entropy, against 1 for one that is not of it."""
+    """Weight of a positive pixel in the cross entropy. A negative pixel has weight 1."""
     focal: float = 0.0
-    """Exponent by which the cross entropy of easy pixels is lessened (Lin et al. 2017, arXiv:1708.02002); 0: not at all."""
+    """Exponent of the focal loss (Lin et al. 2017, arXiv:1708.02002); 0: off.
+
+    It reduces the weight of easy pixels.
+    """
     dice: float = 0.0
     """Weight of the Dice loss (Milletari et al. 2016, arXiv:1606.04797), added to the cross entropy."""
     bf16: tuple[str, ...] = ("cuda",)
-    """Devices on which the network computes in bfloat16 where torch holds that safe."""
+    """Devices with automatic mixed precision in bfloat16 (torch.autocast)."""
 
     patience: int | None = None
-    """Training stops after so many epochs without a better F1 on the validation sites; None: never."""
+    """Stop after so many epochs without a better F1 on the validation sites; None: never."""
     valid_windows: int | None = None
-    """Windows of the validation sites that are judged after each epoch, chosen once by chance; None: all."""
+    """Validation windows scored after each epoch, a random choice made once; None: all."""
 
     def __post_init__(self) -> None:
         need_name(self.id)

@@ -1,7 +1,10 @@
-"""The command line: one subcommand a stage, and `demo` that runs them all. Here, and in workflows/, the stages meet.
+"""The command line: one subcommand per stage, and `demo` for all stages.
 
-Exit codes: 0 done, 1 something failed (a site-year, a server, a disk), 2 bad use, 70 an error of minecube itself, 130
-interrupted. Every error is one sentence on standard error; `-v` adds the traceback of errors that minecube did not expect.
+Only this package and workflows/ combine stages.
+
+Exit codes: 0 done, 1 something failed (a site-year, a server, a disk), 2 bad use, 70 an error of
+minecube itself, 130 interrupted. Every error is one sentence on standard error. `-v` adds the
+traceback of unexpected errors.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from minecube.errors import MinecubeError
 log = logging.getLogger(__name__)
 
 INTERNAL_ERROR = 70
-"""Exit code after a fault of minecube itself: EX_SOFTWARE of <sysexits.h>."""
+"""Exit code for an error of minecube itself: EX_SOFTWARE of <sysexits.h>."""
 
 # Subcommand -> (module, summary). `minecube --help` shows the summaries without loading the modules.
 COMMANDS = {
@@ -79,7 +82,7 @@ def _missing(error: ModuleNotFoundError, command: str) -> Exception:
 
 
 class _Stages(click.Group):
-    """Loads a subcommand when it is called."""
+    """A group of subcommands, each loaded at its first call."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click passes it
         return list(COMMANDS)
@@ -91,8 +94,8 @@ class _Stages(click.Group):
             module = importlib.import_module(COMMANDS[cmd_name][0])
         except ModuleNotFoundError as error:
             raise _missing(error, cmd_name) from error
-        # What was imported stays to the end. Each full garbage collection would look at these 200,000 objects, which takes a
-        # fifth of the time of a search in a file of items.
+        # Exclude the 200,000 objects of imported modules from garbage collection.
+        # Collections of them take a fifth of the time of a search in a file of items.
         gc.freeze()
         command: click.Command = getattr(module, cmd_name)
         return command
@@ -112,7 +115,7 @@ class _Stages(click.Group):
             return super().invoke(ctx)
         except MinecubeError as error:
             _fail(ctx, one_line(error), error.exit_code)
-        except ModuleNotFoundError as error:  # of a network's library, which is loaded when the network is asked for
+        except ModuleNotFoundError as error:  # libraries of networks are loaded late
             raise _missing(error, ctx.invoked_subcommand or "") from error
         except KeyboardInterrupt:
             click.echo(f"interrupted; {AFTER_INTERRUPT.get(ctx.invoked_subcommand or '', _AGAIN)}", err=True)
@@ -142,24 +145,27 @@ def cli(verbose: bool) -> None:
     """
     network.forget_unreachable()
     _log_to_stderr(logging.INFO if verbose else logging.WARNING)
-    if not sys.warnoptions:  # which python -W and PYTHONWARNINGS set
-        # Third-party deprecations are for those who develop this package, whose tests turn them into errors.
+    if not sys.warnoptions:  # set by python -W and PYTHONWARNINGS
+        # Hide third-party deprecations from users. The tests turn them into errors.
         warnings.simplefilter("ignore")
 
 
 def _log_to_stderr(level: int) -> None:
-    """Show the log lines of minecube on standard error, and those of no other library."""
+    """Show only minecube's log lines on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     ours = logging.getLogger("minecube")
     ours.handlers = [handler]
     ours.setLevel(level)
-    # Without a handler, logging would print warnings of other libraries by itself.
+    # Without a handler, logging prints the warnings of other libraries.
     logging.getLogger().addHandler(logging.NullHandler())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code; report an error of minecube itself in one sentence."""
+    """Run the command line and exit with its code.
+
+    Report an error of minecube itself in one sentence.
+    """
     try:
         cli.main(args=argv, prog_name="minecube")
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Subcommand bench: every network by name trained, applied and scored on one split of a store, and the two tables of it."""
+"""Subcommand bench: train, apply and score networks on one split, and write two tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from minecube.errors import CatalogError, ModelError
 MAPPING = ("f1", "iou", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "boundary_f1")
 CHANGE = ("change_f1", "change_iou", "change_precision", "change_recall", "change_auprc")
 GAPS = (1, 3, 5, 9)
-"""Years between the two of a pair whose F1 stands in the table of change."""
+"""Years between the images of a pair, for the F1 columns in the table of change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def bench(
     compute = models.Compute(device=device)
     compute.place()
     _agree(out / "bench.json", {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed})
-    below = {site: baselines_of(store, site) for site in split.test}  # first: without labels all the training would be in vain
+    below = {site: baselines_of(store, site) for site in split.test}  # fails early without labels
     took = {}
     predictions: dict[str, str] = {}
     for number, card in enumerate(cards, start=1):
@@ -132,7 +132,7 @@ def bench(
 
 
 def compared(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
-    """Which of them are held against which: smoothed maps against their own, and what sees all years against all others."""
+    """List models to compare: smoothed with raw maps, and series models with all others."""
     smoothed = [(c.id + SUFFIX, c.id) for c in cards if c.task != "change"]
     return smoothed + [(a.id, b.id) for a in cards if a.task == "series" for b in cards if a is not b]
 
@@ -158,7 +158,10 @@ def _chosen(known: Mapping[str, ModelCard], wanted: str) -> list[ModelCard]:
 
 
 def _agree(path: Path, asked: Mapping[str, Any]) -> None:
-    """Raises CatalogError where the folder holds a benchmark of something else; its models would stand beside others'."""
+    """Raise CatalogError if the folder has a benchmark with other settings.
+
+    A new folder gets these settings.
+    """
     if path.exists():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -179,7 +182,7 @@ def _run(
 ) -> tuple[dict[str, float], str]:
     """Train a network if needed, map the test sites, and smooth the maps.
 
-    Returns the seconds of each step with the number of parameters, and the name of the prediction.
+    Returns seconds of each step and other numbers, and the name of the prediction.
     """
     file, times = out / "models" / f"{card.id}.pt", out / "models" / f"{card.id}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -222,9 +225,11 @@ def written(
     out: Path,
     predictions: Mapping[str, str],
 ) -> list[Path]:
-    """Write the two tables, all scores and counts, and pictures of the best; return their paths.
+    """Write the two tables, all scores and counts, and pictures of the best models.
 
-    `predictions` maps the names in the tables to those in the store.
+    Returns the paths.
+
+    `predictions` maps names in the tables to names in the store.
     """
     spread, pooled = tables.intervals, tables.pooled
     maps = [c.id for c in cards if c.task != "change"]
@@ -239,7 +244,7 @@ def written(
             flips = _number(tracks.flip_rate(*drawn), ".2%")
         mapping[name] = [_size(took.get(name)), *(cell(spread[name].loc[score]) for score in MAPPING), flips]
     for name in (*changes, *maps, *smoothed, *baselines):
-        by_gap = metrics.by_gap(pooled[name]).get("change_f1", pd.Series())  # nothing of a single year
+        by_gap = metrics.by_gap(pooled[name]).get("change_f1", pd.Series())  # empty for one year
         scores = [cell(spread[name].loc[score]) if score in spread[name].index else "" for score in CHANGE]
         change[name] = [_size(took.get(name)), *scores, *(_number(by_gap.get(g)) for g in GAPS)]
     paths = []

@@ -1,4 +1,4 @@
-"""From scenes to committed site-years: the composition that `minecube build`, the demo and the cluster workflow run."""
+"""Build site-years from scenes, for `minecube build`, the demo and the cluster workflow."""
 
 from __future__ import annotations
 
@@ -28,57 +28,57 @@ from minecube.scenes.looks import look_at
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED = 4  # scene lists: a year's, its neighbours', and the next one's
+_REMEMBERED = 4  # scene lists: a year, its two neighbours, and the next year
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One build: what is made of what, and where to."""
+    """Settings of a build: input, method and store."""
 
     store: str
     sources: tuple[Source, ...]
-    """In order of preference: each acquisition is read from the first that lists it."""
+    """In order of preference. Each acquisition is read from the first source listing it."""
     recipe: Recipe
     snapshots: Path
-    """Folder of scene lists; one that is there is used, so that a build can be repeated with the API gone."""
+    """Folder of scene lists. Existing lists are reused, to repeat a build without the API."""
     on_offset_conflict: str = "drop"
     """One of `offsets.POLICIES`."""
     min_read_completeness: float = 1.0
-    """Share of a site-year's planned reads below which it is not committed; below 1, lost pixels count as not observed."""
+    """Least share of successful reads for a commit. Below 1, lost pixels count as unobserved."""
     overwrite: bool = False
     at_once: int = 1
-    """Site-years that share this machine."""
+    """Number of simultaneous site-years on this machine."""
     tools: Tools = field(default_factory=Tools)
-    """What blocks are worked with."""
+    """Reducers and second mask for the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one site-year."""
+    """Result of one site-year."""
 
     site: str
     year: int
     state: str
-    """built; kept (that build is committed already); failed; or stale (it failed, and an older build stays committed)."""
+    """built, kept (already committed), failed, or stale (failed, with an older build committed)."""
     scenes: int = 0
-    """Scenes whose pixels are used."""
+    """Number of scenes used."""
     days: int = 0
-    """Days of these scenes."""
+    """Number of days of these scenes."""
     conflicts: int = 0
-    """Scenes whose offset contradicts their pixels."""
+    """Number of scenes with an offset contradicting their pixels."""
     planned: plan.Estimate | None = None
     reads: Mapping[str, float] = field(default_factory=dict)
-    """What came of them, as `Ledger.totals` has it; empty where nothing was read."""
+    """Actual reads, as in `Ledger.totals`; empty without reads."""
     looks: Mapping[str, float] = field(default_factory=dict)
-    """The same of the reads that checked offsets and places."""
+    """The same for the reads to check offsets and registration."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Id of a scene whose files are gone -> which of them, and whose copy was read."""
+    """Id of a scene with missing files -> the missing file, and the copy read instead."""
     seconds: float = 0.0
     message: str = ""
 
 
 def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
-    """The site-year's scenes: from its saved list, else searched."""
+    """Load the site-year's scenes from its saved list. Without a list, search them."""
     path = list_path(site, year, sources, folder)
     if not path.exists():
         return scenes.search(site, year, *sources)
@@ -89,7 +89,10 @@ def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path)
 
 
 def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, anew: bool = False) -> scenes.Found:
-    """The same, saved before a pixel is read, so that a later run builds from the same list; `anew` searches in any case."""
+    """Find the site-year's scenes as `known_scenes` does, and save their list.
+
+    A later run then builds from the same list. `anew` searches even if a list exists.
+    """
     path = list_path(site, year, sources, folder)
     if path.exists() and not anew:
         return known_scenes(site, year, sources, folder)
@@ -99,7 +102,10 @@ def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path,
 
 
 def remembered(find: Callable[..., scenes.Found]) -> Callable[..., scenes.Found]:
-    """`known_scenes` or `saved_scenes`, which remembers the last lists: a year, and its neighbours, are asked for thrice."""
+    """Add a cache of the last lists to `known_scenes` or `saved_scenes`.
+
+    A list may be needed three times: for its own year and for both neighbours.
+    """
     kept: dict[tuple[str, int], scenes.Found] = {}
 
     def remembering(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
@@ -114,12 +120,19 @@ def remembered(find: Callable[..., scenes.Found]) -> Callable[..., scenes.Found]
 
 
 def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Found]) -> tuple[scenes.Found, list[pystac.Item]]:
-    """The year's scenes as `find` (`known_scenes`, `saved_scenes`) has them, and those that the recipe uses.
+    """Return the year's scenes, and the scenes for the recipe.
 
-    The latter with the neighbouring years' where the recipe falls back on them; a neighbour without scenes has none to give.
+    The second includes the neighbouring years if the recipe falls back on them. A neighbour may
+    lack scenes.
+
+    Args:
+        job: sources and recipe.
+        site: the site.
+        year: the year.
+        find: `known_scenes` or `saved_scenes`.
 
     Raises:
-        SceneError: the year has no scenes, or too few for the recipe; or a search was not answered.
+        SceneError: the year has no scenes, or too few for the recipe, or a search had no answer.
     """
     found = find(site, year, job.sources, job.snapshots)
     chosen = scenes.select(found.scenes, job.recipe)
@@ -129,18 +142,21 @@ def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Fo
                 continue
             try:
                 chosen += scenes.usable(find(site, other, job.sources, job.snapshots).scenes, job.recipe)
-            except scenes.NothingFoundError as error:  # one that is not answered fails the year
+            except scenes.NothingFoundError as error:  # a search without answer fails the year
                 log.info("%s %s: nothing to take from %s: %s", site.id, year, other, error)
     return found, chosen
 
 
 def list_path(site: Site, year: int, sources: Sequence[Source], folder: Path) -> Path:
-    """Where the site-year's scene list is."""
+    """Return the path of the site-year's scene list."""
     return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
 
 
 def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Callable[[], bool] = lambda: False) -> Outcome:
-    """One site-year, committed or with the reason why not; the unit of work on every machine. Never raises MinecubeError."""
+    """Build and commit one site-year, the unit of work on every machine.
+
+    Never raises MinecubeError: a failed outcome contains the reason.
+    """
     start = time.monotonic()
     try:
         return _built(job, site, year, workers, stopped)
@@ -176,9 +192,9 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         return replace(done, scenes=len(used), days=len(scenes.dates(used)), message=gaps, seconds=time.monotonic() - start)
     copies = Copies(job.sources, job.recipe.bands, lambda year, source: saved_scenes(site, year, [source], job.snapshots))
     if copies.possible and cube.is_begun(job.store, site.id, year):
-        copies.take(chosen)  # as the run that was interrupted did, so that this one goes on
+        copies.take(chosen)  # as in the interrupted run, to resume it
     while True:
-        made = json.loads(json.dumps(provenance))  # each try notes its own
+        made = json.loads(json.dumps(provenance))  # each try adds its own notes
         cube.note_copies(made, copies.found, copies.why)
         try:
             outcome = _composited(job, site, year, copies.in_place(chosen), made, workers, stopped, copied=copies.possible)
@@ -200,7 +216,10 @@ def _composited(
     *,
     copied: bool,
 ) -> Outcome:
-    """Check, read and write a site-year; `copied`: a file that is gone ends it, since another source may have a copy."""
+    """Check, read and write a site-year.
+
+    With `copied`, a missing file raises GoneError, to try a copy.
+    """
     start = time.monotonic()
     grid = grid_of(site)
     lossy = job.min_read_completeness < 1
@@ -226,7 +245,7 @@ def _composited(
     planned = plan.estimate(chosen, grid, job.recipe)
     before = cube.reads_so_far(job.store, provenance)
     ledger = Ledger(lossy=lossy, before=before, copied=copied)
-    # On threads, also inside a task of a cluster, which must not wait for tasks of its own.
+    # Use threads even in a cluster task, since a task must not wait for its own subtasks.
     new = cube.write_year(
         job.store,
         composite(used, grid, job.recipe, ledger, year=year, tools=job.tools),
@@ -255,7 +274,7 @@ def _composited(
 
 
 def _lacking(before: Sequence[pystac.Item], after: Sequence[pystac.Item]) -> list[str]:
-    """Ids of the scenes that are gone."""
+    """Return the ids of the scenes in `before` missing from `after`."""
     kept = {scene.id for scene in after}
     return [scene.id for scene in before if scene.id not in kept]
 
@@ -267,14 +286,15 @@ def build(
     executor: Executor | None = None,
     done: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:
-    """All site-years, each in a task of its own on the executor (threads of this machine by default).
+    """Build all site-years, one task each on the executor (by default threads of this machine).
 
-    Everything is searched first, so that a site of which nothing can be built leaves nothing in the store.
+    All searches come first: a site without any scenes leaves no group in the store.
 
     Raises:
-        MinecubeError: a year without Sentinel-2, a source without a band of the recipe or without its keys, a site without
-            polygon, or one whose group in the store was made by another recipe or on another grid, or no site-year that
-            can be begun, for other reasons than empty searches; before a pixel is read or anything written to the store.
+        MinecubeError: nothing can be built. Causes are a year without Sentinel-2, a source without
+            a band or its keys, a site without polygon, and a group with another recipe or grid.
+            Another cause: no site-year can start, and not all searches were empty. Raised before
+            any pixel is read and before the store is written.
     """
     scenes.check_years(years)
     for source in job.sources:
@@ -296,7 +316,12 @@ def build(
 def _searched(
     job: Job, sites: Sequence[Site], years: Sequence[int], done: Callable[[Outcome], None]
 ) -> tuple[list[tuple[Site, int]], list[Outcome]]:
-    """Site-years that have their scenes, saved, and what became of the others; raises SceneError as `build` says."""
+    """Search and save the scenes of all site-years.
+
+    Returns the site-years to build, and outcomes of the others.
+
+    Raises SceneError if no site-year can start, unless all searches were empty.
+    """
     outcomes, todo, unusable = [], [], []
     find = remembered(saved_scenes)
     for site in sites:
@@ -311,20 +336,23 @@ def _searched(
             else:
                 todo.append((site, year))
     if unusable and not todo:
-        raise unusable[0]  # no site-year has failed: the source, or the list, is not what it was taken for
+        raise unusable[0]  # the fault is in the source or the list, not in a site-year
     return todo, outcomes
 
 
 def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) -> Iterator[Outcome]:
-    """Outcomes as they come. Interrupted, blocks in hand are finished, and no other is begun."""
-    interrupted.clear()  # here, not at the end: reads that a stopped build left in the queue are to give up, too
+    """Yield outcomes as they come.
+
+    After an interruption, finish the current blocks and begin no others.
+    """
+    interrupted.clear()  # here, not at the end: queued reads of a stopped build must give up
     cores, stop = os.cpu_count() or 1, threading.Event()
     at_once = max(min(cores, len(todo)), 1)
     job = replace(job, at_once=1 if executor else at_once)
     pool = executor or ThreadPoolExecutor(max_workers=at_once)
-    if executor:  # whose workers may be in other folders
+    if executor:  # workers may run in other folders
         job = replace(job, store=absolute(job.store), snapshots=job.snapshots.absolute())
-    # A site-year's blocks share the cores that the others leave, so that memory grows with the cores, not with their square.
+    # Divide the cores among site-years: memory grows with the cores, not with their square.
     local = () if executor else (max(cores // at_once, 1), stop.is_set)
     tasks: dict[Future[Outcome], tuple[Site, int]] = {}
     try:
@@ -332,10 +360,10 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
             tasks[pool.submit(build_year, job, site, year, *local)] = (site, year)
         for task in as_ended(tasks):
             error = task.exception()
-            # A worker that died, or anything else that is no MinecubeError, fails its own site-year and is reported.
+            # Other errors, such as a dead worker, fail their own site-year and are reported.
             yield _failed(job.store, *tasks[task], error, 0.0) if error else task.result()
     except BaseException:
-        interrupted.set()  # no request in trouble is waited for
+        interrupted.set()  # do not wait for requests in trouble
         raise
     finally:
         stop.set()
@@ -346,9 +374,9 @@ def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) 
 
 
 def _failed(store: str, site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
-    """The outcome of a site-year that was not built: `stale` if the store keeps an older build of it."""
+    """Make the outcome of a failed site-year: `stale` if an older build remains, else `failed`."""
     try:
         kept = year in cube.builds(store, site.id)
-    except MinecubeError:  # a damaged group: the error says so, or `verify` does
+    except MinecubeError:  # a damaged group, reported by the error or by `verify`
         kept = False
     return Outcome(site=site.id, year=year, state="stale" if kept else "failed", message=failure_text(error), seconds=seconds)

@@ -1,4 +1,4 @@
-"""What several subcommands share: options, the choice of sites and years, progress bars."""
+"""Shared parts of the subcommands: options, choice of sites and years, progress bars, tables."""
 
 from __future__ import annotations
 
@@ -46,30 +46,33 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 _ANSWERS_S = 5
-"""How long to wait for a Dask scheduler."""
-_LISTENS_S = 1.0  # between looks whether Ctrl-C was pressed
-_LAYER = "minecube.layer"  # in a context, until --sites is read
+"""Seconds to wait for a Dask scheduler."""
+_LISTENS_S = 1.0  # seconds between checks for Ctrl-C
+_LAYER = "minecube.layer"  # key in a click context; holds the layer for --sites
 
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """What --sites names: sites, or a file of them and its layer."""
+    """Value of --sites: names of sites, or a file of sites and its layer."""
 
     text: str
     layer: str | None = None
 
     def __str__(self) -> str:
-        """The words after --sites."""
+        """Return the words after --sites."""
         return self.text
 
     def is_file(self) -> bool:
-        """Whether it is a file: by its suffix, its folder, or because it is there."""
+        """Return whether the text names a file, by its suffix, its folder, or an existing file."""
         path = Path(self.text)
         return path.suffix.lower() in SUFFIXES or (path.suffix != "" and (path.name != self.text or path.is_file()))
 
 
 class FiniteRange(click.FloatRange):
-    """A number within a range; neither NaN, which click takes for one within every range, nor infinity."""
+    """A finite number within a range.
+
+    Rejects infinity and NaN (click accepts NaN in every range).
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Convert text to a number, or fail."""
@@ -80,7 +83,7 @@ class FiniteRange(click.FloatRange):
 
 
 class OutFile(click.Path):
-    """A file to write: the nearest folder above it that is there must be one to write into."""
+    """A file to write. Its nearest existing parent folder must be writable."""
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False, path_type=Path)
@@ -93,7 +96,7 @@ class OutFile(click.Path):
 
 
 class OutFolder(click.Path):
-    """A folder to write to, new or not: it, or the nearest folder above it that is there, must be one to write into."""
+    """A folder to write to. The folder, or its nearest existing parent, must be writable."""
 
     def __init__(self) -> None:
         super().__init__(file_okay=False, path_type=Path)
@@ -106,7 +109,10 @@ class OutFolder(click.Path):
 
 
 def _check_place(kind: click.ParamType[Any], path: Path, param: click.Parameter | None, ctx: click.Context | None) -> None:
-    """Fail where no file could be written at a path. An administrator may write anywhere, so only a trial tells."""
+    """Fail if no file can be written at a path.
+
+    Tries to write a temporary file, since permissions do not show what an administrator may write.
+    """
     above = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         tempfile.TemporaryFile(dir=above).close()
@@ -115,7 +121,7 @@ def _check_place(kind: click.ParamType[Any], path: Path, param: click.Parameter 
 
 
 SEED = click.IntRange(min=0, max=2**32 - 1)
-"""What NumPy and PyTorch both take."""
+"""Range of seeds accepted by both NumPy and PyTorch."""
 
 
 def _readable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
@@ -159,15 +165,21 @@ def _keep_layer(ctx: click.Context, _param: click.Parameter, layer: str | None) 
 
 
 def with_layer(ctx: click.Context, _param: click.Parameter, text: str | None) -> SiteChoice | None:
-    """Put the layer of --sites-layer to the words of --sites: a callback of options that name sites."""
+    """Combine the words of --sites with the layer of --sites-layer.
+
+    A callback of options for sites.
+    """
     return None if text is None else SiteChoice(text, ctx.meta.get(_LAYER))
 
 
 def sites_layer_option(*flags: str) -> Callable[[F], F]:
-    """The option for the layer of a file of sites; it reaches a command within its `SiteChoice`."""
+    """Make the option for the layer of a file of sites.
+
+    `SiteChoice` passes the layer to the command.
+    """
     return click.option(
         *flags,
-        is_eager=True,  # before --sites
+        is_eager=True,  # parsed before --sites
         expose_value=False,
         callback=_keep_layer,
         help="Layer of the --sites file, if several layers have polygons. * is allowed.",
@@ -186,17 +198,17 @@ def _sites_option(command: F) -> F:
 
 
 def sites_option(command: F) -> F:
-    """--sites, and --layer for a file of them."""
+    """Add --sites, and --layer for a file of sites."""
     return _sites_option(sites_layer_option("--layer", "--sites-layer")(command))
 
 
 def sites_with_polygons_option(command: F) -> F:
-    """--sites for a command whose --layer is that of its polygons."""
+    """Add --sites and --sites-layer. --layer remains for the command's polygons."""
     return _sites_option(sites_layer_option("--sites-layer")(command))
 
 
 def layer_option(command: F) -> F:
-    """--layer for a file of polygons."""
+    """Add --layer for a file of polygons."""
     return click.option("--layer", help="Layer of the polygon file, if several layers have polygons. * is allowed.")(command)
 
 
@@ -228,12 +240,12 @@ snapshots_option = click.option(
 
 
 class Years(click.ParamType[tuple[int, ...]]):
-    """2019-2023, or 2019,2021, or both."""
+    """Years such as 2019-2023, or 2019,2021, or both."""
 
     name = "years"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Ascending years, each once."""
+        """Convert text to ascending years, each once."""
         if isinstance(value, tuple):
             return value
         years: set[int] = set()
@@ -249,7 +261,10 @@ years_option = click.option("--years", type=Years(), required=True, help="Years:
 
 
 def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
-    """The sites named, or all of the file named; raises CatalogError for names that match nothing."""
+    """Choose sites by name, or all sites of a file.
+
+    Raises CatalogError for names without a match.
+    """
     if wanted.is_file():
         if not Path(wanted.text).exists():
             raise CatalogError(f"{wanted}: no such file; expected polygons of sites")
@@ -258,7 +273,7 @@ def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
     known = {s.id: s for s in load_sites()}
     if catalog and (catalog / "sites.geojson").exists():
         own = {s.id: s for s in load_sites(catalog / "sites.geojson", catalogue=True)}
-        # A site whose place the shipped catalogue does not know is filled in.
+        # The user's entry may replace a shipped site without geometry.
         unplaced = {n for n in own if n in known and known[n].geometry is None}
         _merge({n: s for n, s in known.items() if n not in unplaced}, own, catalog, "site")
         known |= own
@@ -266,9 +281,10 @@ def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
 
 
 def sites_with_margin(wanted: SiteChoice, catalog: Path | None, margin: float | None, store: str | None = None) -> list[Site]:
-    """Choose the sites named, and print the margins of their grids.
+    """Choose sites and print the margins of their grids.
 
-    `margin` (--margin) goes for all of them. Without it, sites that are in the store keep the margin of their cubes.
+    `margin` (--margin) applies to all sites. Without `margin`, sites in the store keep the margin
+    of their cubes.
 
     Raises:
         CatalogError: as `choose_sites`.
@@ -297,12 +313,16 @@ def _need_file(wanted: SiteChoice) -> None:
 
 
 def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = None) -> list[str]:
-    """Names of the sites in a store that match, or are in the file named; raises CatalogError or CubeError.
+    """Choose sites of a store by name, or by a file of sites. Returns their names.
 
     Args:
         store: the cubes.
-        wanted: what --sites names.
-        there: the sites to choose from; by default all in the store.
+        wanted: value of --sites.
+        there: the sites to choose from, by default all in the store.
+
+    Raises:
+        CatalogError: a name has no match, or a site of the file is missing in the store.
+        CubeError: the store cannot be read.
     """
     there = cube.sites(store) if there is None else there
     if not wanted.is_file():
@@ -316,12 +336,15 @@ def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = N
 
 
 def sources(catalog: Path | None) -> dict[str, Source]:
-    """The shipped sources and the user's."""
+    """Load the shipped sources and the user's."""
     return _with_own(load_sources, catalog, "sources.yaml", "source")
 
 
 def choose_sources(ids: str, catalog: Path | None) -> tuple[Source, ...]:
-    """The sources named, in order of preference; raises CatalogError for one that is unknown or named twice."""
+    """Choose sources in order of preference.
+
+    Raises CatalogError for an unknown or repeated source.
+    """
     known, names = sources(catalog), [name.strip() for name in ids.split(",")]
     if len(set(names)) < len(names):
         raise CatalogError(f"--source {ids}: expected each source once")
@@ -329,23 +352,26 @@ def choose_sources(ids: str, catalog: Path | None) -> tuple[Source, ...]:
 
 
 def scenes_folder(snapshots: Path | None, store: str) -> Path:
-    """Where scene lists are: the folder named, or the one beside the store (here, where the store is far away)."""
+    """Return the folder of scene lists.
+
+    By default it is next to the store, or in the current folder if the store is a URL.
+    """
     name = store.rstrip("/")
     return snapshots or Path(f"{name.rpartition('/')[2] if '://' in name else name}-scenes")
 
 
 def recipes(catalog: Path | None) -> dict[str, Recipe]:
-    """The shipped recipes and the user's."""
+    """Load the shipped recipes and the user's."""
     return _with_own(load_recipes, catalog, "recipes.yaml", "recipe")
 
 
 def models(catalog: Path | None) -> dict[str, ModelCard]:
-    """The shipped model cards and the user's."""
+    """Load the shipped model cards and the user's."""
     return _with_own(load_models, catalog, "models.yaml", "model")
 
 
 def presets(catalog: Path | None) -> dict[str, Settings]:
-    """The shipped ways to train and the user's."""
+    """Load the shipped training settings and the user's."""
     return _with_own(load_presets, catalog, "presets.yaml", "preset")
 
 
@@ -364,7 +390,7 @@ def _merge(known: dict[str, T], own: dict[str, T], catalog: Path, what: str) -> 
 
 
 def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
-    """Choose the names that match; raises CatalogError for a pattern that matches none."""
+    """Choose the matching names. Raises CatalogError for a pattern without a match."""
     chosen: list[str] = []
     for pattern in (p.strip() for p in wanted.split(",")):
         found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
@@ -382,7 +408,10 @@ def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
 
 
 def stored_prediction(store: str, names: Sequence[str], model: str) -> str:
-    """Return the name of the prediction that --model means at these sites; report it if it is a longer one."""
+    """Return the name of the prediction for --model at these sites.
+
+    Prints the name if it differs from --model.
+    """
     found = cube.find_prediction(store, names, model)
     if found != model:
         click.echo(f"--model {model}: using prediction {found}", err=True)
@@ -391,7 +420,10 @@ def stored_prediction(store: str, names: Sequence[str], model: str) -> str:
 
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error, silent where that is no terminal; yields advance(n=1, note='', total=None)."""
+    """Show a progress bar on standard error, only in a terminal.
+
+    Yields advance(n=1, note='', total=None).
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -411,19 +443,22 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[...,
 
 @contextmanager
 def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
-    """The Dask scheduler's executor, or None for this machine; raises CatalogError where no scheduler answers."""
+    """Yield the Dask scheduler's executor, or None for this machine.
+
+    Raises CatalogError if no scheduler answers.
+    """
     if scheduler is None:
         yield None
         return
     try:
-        from distributed import Client  # an extra: one machine needs none of it
+        from distributed import Client  # an extra, for clusters only
     except ModuleNotFoundError as error:
         raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
-    for name in ("distributed", "distributed.client"):  # which print by handlers of their own
+    for name in ("distributed", "distributed.client"):  # both print through their own handlers
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client = Client(scheduler, timeout=f"{_ANSWERS_S}s")  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:  # the latter of what is no address
+    except (OSError, ValueError) as error:  # ValueError: invalid address
         raise CatalogError(
             f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, which says its address, "
             "tcp://host:8786 or the like"
@@ -433,46 +468,50 @@ def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
 
 
 def as_ended(tasks: Iterable[Future[T]]) -> Iterator[Future[T]]:
-    """Yield tasks as they end; raises WorkerError where one was cancelled, since its scheduler is gone."""
+    """Yield tasks as they end.
+
+    Raises WorkerError for a cancelled task, since its scheduler is gone.
+    """
     left = set(tasks)
     while left:
-        # Not without end: a signal that the system hands to another thread does not wake this one, which is to hear it.
+        # The timeout is for Ctrl-C: a signal to another thread does not wake this thread.
         ended, left = wait(left, timeout=_LISTENS_S, return_when=FIRST_COMPLETED)
         for task in ended:
-            if task.cancelled():  # by nobody here: the scheduler is gone
+            if task.cancelled():  # no code here cancels tasks, so the scheduler is gone
                 raise WorkerError(failure_text(CancelledError()))
             yield task
 
 
 def failure_text(error: BaseException) -> str:
-    """Describe in one line why a task failed: by the error's own text, by `explain`, or else by its kind and text."""
+    """Describe a task's failure in one line: the error's own text, `explain`, or type and text."""
     if isinstance(error, MinecubeError):
         return str(error)
     return explain(error) or f"{type(error).__name__}: {one_line(error)}"
 
 
 def keep_memory() -> None:
-    """Have this process keep the memory that it frees, for the rest of its life, where its C library is glibc.
+    """Make this process keep its freed memory until its end, with glibc only.
 
-    A network's layers ask for the same megabytes again and again; glibc gives them back to the system each time, which clears
-    them for the next: a tenth of the time of mapping by some networks, for a tenth more memory.
+    Network layers allocate the same megabytes repeatedly. By default, glibc returns them to the
+    system each time, and the system clears them. Keeping them saves a tenth of the mapping time of
+    some networks, for a tenth more memory.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, another system
+    except (AttributeError, OSError, TypeError):  # without glibc
         return
-    trim_threshold, mmap_threshold = -1, -3  # of <malloc.h>
+    trim_threshold, mmap_threshold = -1, -3  # constants of <malloc.h>
     mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 2**25)  # the most that glibc takes of its own accord
+    mallopt(mmap_threshold, 2**25)  # the upper limit of glibc's automatic threshold
 
 
 def absolute(path: str) -> str:
-    """A path, or a URL, as workers find it whatever folder they are in."""
+    """Make a path absolute for workers in other folders. URLs stay unchanged."""
     return path if "://" in path else str(Path(path).absolute())
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A plain-text table, numbers to the right: readable in a log as well as on a terminal."""
+    """Format a plain-text table for logs and terminals, with numbers aligned right."""
     text = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     widths = [max(len(r[i]) for r in [list(headings), *text]) for i in range(len(headings))]
     right = [all(isinstance(r[i], int | float) for r in rows) for i in range(len(headings))]

@@ -1,4 +1,4 @@
-"""Copies of scenes whose files are gone: the same acquisition, as a later source of `--source a,b` lists it."""
+"""Find copies of scenes with missing files, in a later source of `--source a,b`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class Copies:
-    """Copies that are read in place of scenes of one site-year.
+    """Copies of the same acquisition, for scenes of one site-year with missing files.
 
     Args:
-        sources: in order of preference.
-        bands: that a copy must have, next to SCL.
-        find: lists the scenes of a year in one source; raises SceneError.
+        sources: In order of preference.
+        bands: Bands a copy must have, next to SCL.
+        find: Lists the scenes of a year in one source. May raise SceneError.
     """
 
     def __init__(self, sources: Sequence[Source], bands: Sequence[str], find: Callable[[int, Source], scenes.Found]) -> None:
@@ -33,14 +33,15 @@ class Copies:
         self.found: dict[str, pystac.Item] = {}
         """Scene id -> its copy."""
         self.why: dict[str, str] = {}
-        """Scene id -> which of its files is gone."""
+        """Scene id -> its missing file."""
         self.possible = len(sources) > 1
-        """Whether another file that is gone may have a copy."""
+        """Whether another missing file may have a copy."""
 
     def take(self, chosen: Sequence[pystac.Item], error: GoneError | None = None) -> bool:
-        """Look for copies of all scenes of which a file is gone, the one of the error among them; whether there are new ones.
+        """Look for copies of all scenes with a missing file. Returns whether it found new copies.
 
-        All are looked at once one is known, since what is gone is seldom alone. Without a new copy none is `possible` any more.
+        Checks all scenes after one error, since missing files are seldom alone. If an error brings
+        no new copy, `possible` becomes False.
         """
         before = dict(self.found)
         for scene in chosen:
@@ -52,18 +53,21 @@ class Copies:
         return self.found != before
 
     def in_place(self, chosen: Sequence[pystac.Item]) -> list[pystac.Item]:
-        """The scenes, each copy in the place of its original."""
+        """Return the scenes, each copy in place of its original."""
         return [self.found.get(scene.id, scene) for scene in chosen]
 
     def said(self) -> dict[str, str]:
-        """Scene id -> which of its files is gone, and whose copy was read."""
+        """Describe the missing file and the copy read instead, by scene id."""
         return {
             name: f"{self.why[name]}; read {copy.id} of {copy.properties['minecube:source']} instead"
             for name, copy in self.found.items()
         }
 
     def _gone(self, scene: pystac.Item, error: GoneError | None) -> str:
-        """Which of the scene's files is gone; empty if none is, or no source is left that may have a copy."""
+        """Describe the scene's missing file.
+
+        Returns "" if all files exist, or if no later source is left.
+        """
         if not self._later(scene):
             return ""
         bands = [band for band in self._bands if band in scene.assets]
@@ -74,7 +78,7 @@ class Copies:
         return self._sources[self._order.index(scene.properties["minecube:source"]) + 1 :]
 
     def _replace(self, scene: pystac.Item, current: pystac.Item, why: str) -> None:
-        """Take the copy of the first later source that has one with all its files."""
+        """Take the first copy with all its files, in the order of the later sources."""
         for source in self._later(current):
             for copy in scenes.copies_of(scene, self._scenes_of(scene, source)):
                 if all(band in copy.assets for band in self._bands) and not missing(copy, self._bands):
@@ -84,7 +88,7 @@ class Copies:
                     return
 
     def _scenes_of(self, scene: pystac.Item, source: Source) -> Sequence[pystac.Item]:
-        """What a source lists of the scene's year; nothing if it cannot be searched."""
+        """Return a source's scenes of the scene's year, or () if the search fails."""
         year = scene.datetime.year if scene.datetime else 0
         key = (year, source.id)
         if key not in self._listed:

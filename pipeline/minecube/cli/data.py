@@ -1,4 +1,4 @@
-"""Subcommands that make data: sites, simulate, build, label."""
+"""Subcommands sites, simulate, build and label."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ from minecube.simulate import World
 from minecube.simulate import simulate as make_world
 from minecube.vectors import NAMED, texts
 
-_SOURCES = 8  # of labels, that are named one by one
+_SOURCES = 8  # most label sources or sites listed by name
 LARGE_KM2 = 2500
-"""Largest site that is built without being asked for twice; the largest open pits of Europe have less than 100."""
+"""Largest site built without --yes. Europe's largest open pits cover less than 100 km2."""
 
 
 @click.command()
@@ -228,16 +228,16 @@ def _exit_if_failed(ctx: click.Context, outcomes: Sequence[building.Outcome], st
 
 
 def _tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
-    """Reducers on the device, and the second mask that the recipe asks for.
+    """Load the reducers for the device, and the recipe's second mask.
 
     Raises:
-        CatalogError: a package is missing; says how to install it.
-        ModelError: the device is not there, or weights cannot be loaded.
+        CatalogError: a package is missing. The message names the extra to install.
+        ModelError: the device is missing, or weights cannot be loaded.
     """
     tools = Tools()
     if device != "cpu":
         try:
-            from minecube.composite.torch_reducers import TorchReducers  # an extra: the processor needs none of it
+            from minecube.composite.torch_reducers import TorchReducers  # an extra, for GPUs only
         except ModuleNotFoundError as error:
             raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
         tools = Tools(reducers=TorchReducers(device))
@@ -256,7 +256,7 @@ def _tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
 
 
 def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
-    """What was planned of the site-years that were built, at most, and what it came to."""
+    """Print planned upper bounds next to actual reads, requests and megabytes."""
     built = [o for o in outcomes if o.planned]
     if not built:
         return
@@ -324,7 +324,10 @@ def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> 
 
 
 def _polygons_of(polygons: gpd.GeoDataFrame, site_id: str, grid: GeoBox, path: Path) -> gpd.GeoDataFrame:
-    """The rows of a site and those of no site, as far as they reach its grid; raises LabelError if none does."""
+    """Return the rows on a site's grid naming this site or no site.
+
+    Raises LabelError without such rows.
+    """
     own = polygons[labels.of_no_site(polygons) | labels.of_site(polygons, site_id)]
     if own.empty:
         named = ", ".join(sorted(polygons["site"].unique())[:8])
@@ -345,7 +348,7 @@ def _report_missed(polygons: gpd.GeoDataFrame, grid: GeoBox, site_id: str) -> No
 def _report_unused(
     polygons: gpd.GeoDataFrame, drawn: set[Any], labelled: Sequence[str], there: Sequence[str], path: Path
 ) -> None:
-    """Report rows that name no site, and rows that were drawn nowhere."""
+    """Report rows without a site, and rows drawn nowhere."""
     unnamed = labels.of_no_site(polygons)
     reaching = polygons.index.isin(drawn)
     astray = ~unnamed & ~reaching & np.any([labels.of_site(polygons, site) for site in set(labelled)], axis=0)
@@ -366,7 +369,7 @@ def _report_unused(
 
 
 def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
-    """Where polygons come from, each source as it says it: `EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656`."""
+    """Format the origins of polygons: `EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656`."""
     names = [c for c in polygons.columns if str(c).lower() in ("source", "licence", "license", "doi")]
     columns = {str(c).lower(): texts(polygons[c]).fillna("") for c in names}
     licence = columns.get("licence", columns.get("license"))
@@ -374,9 +377,9 @@ def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
     told = pd.DataFrame({"source": columns.get("source", none), "licence": none if licence is None else licence})
     told["doi"] = columns.get("doi", none)
     if told["source"].nunique() > _SOURCES:
-        told["source"] = ""  # some maps have a source for every polygon
+        told["source"] = ""  # some maps have one source per polygon
     rows = told.drop_duplicates().sort_values(["source", "licence", "doi"]).itertuples(index=False)
-    # A licence always, so that brackets in a name are not taken for it.
+    # Always write a licence: otherwise brackets in a name would be read as one.
     named = (
         (source or path.name, licence or exporting.NOT_STATED, f" doi:{doi}" if doi else "") for source, licence, doi in rows
     )

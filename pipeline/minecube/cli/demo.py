@@ -1,4 +1,4 @@
-"""The whole job on a world with known truth: simulate, build, label, train, predict, score, export, and measure it all."""
+"""Subcommand demo: run and measure the whole pipeline on a simulated world with known truth."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from minecube.simulate import World
 from minecube.simulate import simulate as make_world
 
 YEARS = (2015, 2020, 2022)
-"""A year with a single young satellite and few dates; one listed in two baselines; one after the offset of 04.00."""
+"""A year with one satellite and few dates, one in two baselines, one with the offset of 04.00."""
 CLOUDY = 300
-"""Blue brighter than the truth by this (reflectance x 10000) is residual cloud."""
+"""Residual cloud: blue is brighter than the truth by more than this (reflectance x 10000)."""
 MODEL, RECIPE = "unet-small", "annual-median"
 
 
@@ -112,7 +112,7 @@ def _stage(what: str) -> Iterator[None]:
 
 
 def _build(sites: list[Site], world: Path, store: str, lists: Path) -> dict[str, str]:
-    """Every site from the source that lists it; the source's id by site."""
+    """Build every site from the source listing it. Returns the source's id by site."""
     known = load_sources(world / "sources.yaml")
     listed_by: dict[str, str] = {}
     for source in known.values():
@@ -130,7 +130,7 @@ def _lists(href: str, site: Site) -> bool:
 
 
 def _against_truth(sites: list[Site], world: Path, store: str, out: Path, listed_by: dict[str, str]) -> dict[str, float]:
-    """Composites of all site-years against the clean reflectance; a picture of one of them."""
+    """Compare all composites with the clean reflectance, and draw one of them."""
     squares = {"ours": 0.0, "naive": 0.0, "mine": 0.0}
     pixels = cloudy = cloudy_naive = holes = mine_pixels = 0
     for site in sites:
@@ -172,7 +172,7 @@ def _against_truth(sites: list[Site], world: Path, store: str, out: Path, listed
 
 
 def _seen_clear(truth: xr.Dataset, year: int) -> npt.NDArray[np.bool_]:
-    """Where a clear observation existed in the recipe's months, bool (y, x)."""
+    """Return the pixels with a clear observation in the recipe's months, bool (y, x)."""
     months = load_recipes()[RECIPE].months
     sky = truth["sky"].sel(time=str(year))
     seen: npt.NDArray[np.bool_] = (sky.sel(time=sky.time.dt.month.isin(months)) == 1).any("time").values

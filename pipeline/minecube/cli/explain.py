@@ -1,24 +1,26 @@
-"""Explain errors of other libraries in one sentence, so that no user has to read a traceback."""
+"""Explain errors of other libraries in one sentence, instead of a traceback."""
 
 from __future__ import annotations
 
 import errno
 import re
 
-# What obstore calls a kind of store -> the variables that hold its keys.
+# obstore's name for a kind of store -> variables for its keys.
 _KEYS = {
     "S3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data",
     "GCS": "GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for public data",
     "MicrosoftAzure": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for public data",
 }
-# Where obstore looks for the keys of a virtual machine when it was given none.
+# Places where obstore looks for a virtual machine's keys, if it has no keys.
 _ASKS_THE_MACHINE = ("169.254.169.254", "/latest/api/token", "metadata.google.internal", "/computeMetadata/", "Account must be")
 
 
 def explain(error: BaseException) -> str | None:
-    """Explain an error that the user can act on, in one sentence; return None for every other error.
+    """Explain an error in one sentence, if the user can act on it.
 
-    Kinds are compared by name, so that an error costs no import.
+    Returns None for every other error.
+
+    Types are compared by name, to avoid imports.
     """
     kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
     names = {kind.rpartition(".")[2] for kind in kinds}
@@ -39,12 +41,12 @@ def explain(error: BaseException) -> str | None:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Return the exit code for an error that `explain` explains: 2 if the input is bad, 1 if something failed."""
+    """Return the exit code for an error known to `explain`: 2 for bad input, 1 for a failure."""
     return 2 if isinstance(error, ValueError | RecursionError) else 1
 
 
 def one_line(error: object) -> str:
-    """Put the text of an error on one line, and cut its middle where it is very long."""
+    """Put an error's text on one line. Cut the middle of text over 1000 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
@@ -60,7 +62,7 @@ def _explain_cluster(error: BaseException, names: set[str]) -> str:
 
 
 def _explain_object_store(text: str, names: set[str]) -> str:
-    # The rest is for those who debug obstore: a dump of its own values over dozens of lines.
+    # Cut obstore's debug output, a dump of its values over dozens of lines.
     said = one_line(text.partition("Debug source:")[0])
     said = re.sub(r" in [\d.]+[mµn]?s\b|, after \d+ retries|, max_retries: \d+|, retry_timeout: \d+s", "", said)
     keys = next((variables for kind, variables in _KEYS.items() if kind in said), _KEYS["S3"])

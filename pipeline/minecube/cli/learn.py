@@ -1,4 +1,4 @@
-"""Training: a network from labelled cubes."""
+"""Subcommand train: train a network on labelled cubes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from minecube.device import device_of
 from minecube.errors import CatalogError, ModelError
 
 MOST_WORKERS = 256
-"""Processes that cut windows: each is forked at once, and takes memory of its own."""
+"""Most processes to cut windows. All are forked immediately, and each takes memory."""
 
 
 @click.command()
@@ -106,7 +106,10 @@ def train(
 def train_network(
     store: str, learnt: Sequence[str], judged: Sequence[str], card: ModelCard, settings: Settings, run: training.Run
 ) -> training.Fitted:
-    """A network fitted to some sites of a store and judged by others, under a progress bar; raises as `train.fit` does."""
+    """Train a network on sites of a store, and validate it on others, with a progress bar.
+
+    Raises as `train.fit` does.
+    """
     view = {"mapping": "year", "change": "pair", "series": "series"}[card.task]
     source = cube.CubeDataset(store, learnt, view=view)
     valid = cube.CubeDataset(store, judged, view=view) if judged else None
@@ -122,13 +125,16 @@ def train_network(
 
 
 def state_of(out: Path) -> Path:
-    """Where the state of the training of that file is kept."""
+    """Return the path of the training state for a model file."""
     return out.with_name(f"{out.name}.ckpt")
 
 
 @contextmanager
 def _processes(device: str) -> Iterator[tuple[str, bool]]:
-    """The device of this process, and whether it is the one that speaks: of a group, where torchrun has started one."""
+    """Yield this process's device, and whether its rank is 0.
+
+    Joins the process group under torchrun.
+    """
     if "LOCAL_RANK" not in os.environ:
         yield device, True
         return

@@ -1,4 +1,7 @@
-"""Subcommand that lists networks: models. It needs no PyTorch; where that is installed, `show` counts the parameters."""
+"""Subcommand models: list the networks.
+
+Works without PyTorch. With PyTorch, `show` counts the parameters.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> 
     fields = as_dict(card) | trained
     weights, scores = fields.pop("weights") or {}, fields.pop("scores")
     if not weights:
-        del fields["licence"]  # of the weights
+        del fields["licence"]  # it is the licence of the weights
     lines = {key.replace("_", " "): _text(value) for key, value in fields.items()}
     lines |= {f"weights: {key}": _text(value) for key, value in weights.items()}
     if not weights and not trained:
@@ -79,14 +82,14 @@ def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> 
 
 
 def _trained(file: Path) -> tuple[ModelCard, dict[str, Any]]:
-    """The card in a file of `minecube train`, and how its network came to be."""
+    """Return the card in a file of `minecube train`, and details of the training."""
     found = importlib.import_module("minecube.models.network").load(file)
     numbers = {name: [round(v, 1) for v in getattr(found, name)] for name in ("mean", "std")}
     return found.card, {"trained_on": list(found.sites), **numbers, **found.training}
 
 
 def _paper(card: ModelCard) -> str:
-    """The first that it cites: what the network itself is from."""
+    """Return the first citation, the paper of the network itself."""
     return card.paper.partition(";")[0]
 
 
@@ -97,7 +100,7 @@ def _text(value: Any) -> str:
 
 
 def _parameters(card: ModelCard) -> int | None:
-    """How many numbers are learnt; None where the libraries that would build the network are not there."""
+    """Count the trainable parameters. Returns None if the network's libraries are missing."""
     try:
         network = importlib.import_module("minecube.models.network")
         return int(network.parameters(card))

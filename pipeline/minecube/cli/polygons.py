@@ -1,4 +1,4 @@
-"""Subcommand that looks polygons through before they become labels: polygons."""
+"""Subcommand polygons: check, repair and compare mine polygons."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ from minecube.grid import grid_of
 from minecube.vectors import SUFFIXES
 
 SHOWN = 20
-"""Findings that are printed; all are in the JSON."""
+"""Most findings printed. The JSON has all."""
 LARGEST_PX = 20_000
-"""A grid made up for polygons without a site's name, per side: more is a country, not a mine."""
+"""Largest side of a grid made for polygons without a known site.
+
+Larger grids span countries, not mines.
+"""
 
 
 @click.command()
@@ -142,7 +145,10 @@ def polygons(
 
 
 def _distinct_names(files: Sequence[tuple[Path, str | None]]) -> list[str]:
-    """Short names of files, and their layers where one file is there twice; raises LabelError for one layer twice."""
+    """Return distinct short names of files, with layers if a file occurs twice.
+
+    Raises LabelError if one layer occurs twice.
+    """
     paths = [path for path, _ in files]
     for names in ([path.name for path in paths], [str(path) for path in paths], [f"{path}:{layer}" for path, layer in files]):
         if len(set(names)) == len(names):
@@ -158,7 +164,7 @@ def _by_mapper(found: gpd.GeoDataFrame, column: str) -> dict[str, gpd.GeoDataFra
 
 
 def _grids_around(mappers: Mapping[str, gpd.GeoDataFrame]) -> dict[str, GeoBox]:
-    """A grid around each site's polygons, for polygons whose sites' areas nobody gave."""
+    """Make a grid around each site's polygons, for polygons without given site areas."""
     unsited = all(labels.of_no_site(t).all() for t in mappers.values())
     named = [t.assign(site="all" if unsited else t.get("site")) for t in mappers.values()]
     sited = [t[["site", "geometry"]].to_crs(4326) for t in named]
@@ -177,7 +183,7 @@ def _show_findings(found: pd.DataFrame) -> None:
     if found.empty:
         click.echo("nothing to repair")
         return
-    told = found[found["finding"] != "at no site"]  # of a file of the whole world, most rows
+    told = found[found["finding"] != "at no site"]  # most rows of a worldwide file
     if len(told):
         of_file = ["file"] if (found["file"] != found["file"].iloc[0]).any() else []
         columns = [*of_file, "finding", "row", "site", "years", "area_m2", "done", "about"]
@@ -203,7 +209,7 @@ def _without_empty(frame: pd.DataFrame, always: Sequence[str] = ()) -> str:
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """JSON knows no NaN: what is missing is null."""
+    """Convert a table to records for JSON, with null for missing values."""
     records: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=9))
     return records
 

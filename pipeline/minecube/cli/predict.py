@@ -1,4 +1,4 @@
-"""Mapping: a trained network over whole cubes, into the store."""
+"""Subcommand predict: map whole cubes with a trained network, into the store."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from minecube.cli.common import (
 from minecube.errors import CubeError, MinecubeError, ModelError, WorkerError
 
 Pair = tuple[int, int]
-_KM2 = 1e-4  # of a pixel of 10 m
+_KM2 = 1e-4  # area of a 10 m pixel
 
 
 class Pairs(click.ParamType[tuple[int | Pair, ...]]):
-    """Gaps in years, 1,2; or pairs, 2019-2021,2020-2021; or both."""
+    """Gaps in years (1,2), pairs of years (2019-2021,2020-2021), or both."""
 
     name = "pairs"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | Pair, ...]:
-        """Gaps and pairs as they were named."""
+        """Convert text to gaps and pairs, in the given order."""
         if isinstance(value, tuple):
             return value
         found: list[int | Pair] = []
@@ -58,12 +58,12 @@ class Pairs(click.ParamType[tuple[int | Pair, ...]]):
 
 @dataclass(frozen=True)
 class Mapped:
-    """What came of one site."""
+    """Counts and time of mapping one site."""
 
     maps: int
-    """Years, or pairs, that were mapped now."""
+    """Years or pairs mapped in this run."""
     pixels: int
-    """In all of them."""
+    """Pixels of all these maps."""
     seconds: float
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ def map_site(
     pairs: Sequence[int | Pair] | None = None,
     overwrite: bool = False,
 ) -> Mapped:
-    """Map all committed years of a site that this model has not mapped as they are built now.
+    """Map a site's committed years, except current builds already mapped by this model.
 
     Args:
         store: The cubes.
@@ -88,11 +88,12 @@ def map_site(
         mapper: The model.
         prediction: Name of the prediction; `mapper.name` by default.
         pairs: Gaps in years, or pairs of years, for change; all pairs by default.
-        overwrite: Map again what is mapped already, and replace the prediction of another model.
+        overwrite: Repeat existing maps, and replace the prediction of another model.
 
     Raises:
-        CubeError: no committed year, another model made the prediction of that name, or the store cannot be written.
-        ModelError: the model does not fit the cube, or gave something that is not a number.
+        CubeError: No year is committed, the name belongs to another model, or the store cannot be
+            written.
+        ModelError: The model does not fit the cube, or its output is not finite.
     """
     reflectance, card = cube.open_reflectance(store, name), mapper.trained.card
     years = [int(year) for year in reflectance["year"]]
@@ -125,7 +126,7 @@ def map_site(
 
 
 def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.View]:
-    """Pairs of these years by gap, and those named one by one."""
+    """List the pairs of these years with the given gaps, and the pairs given directly."""
     gaps = {pair for pair in pairs if isinstance(pair, int)}
     by_gap = [(a, b) for a, b in combinations(sorted(years), 2) if b - a in gaps]
     return list(dict.fromkeys([*by_gap, *(pair for pair in pairs if not isinstance(pair, int))]))
@@ -141,8 +142,11 @@ def _on_workers(
     compute: models.Compute,
     **how: Any,
 ) -> Iterator[tuple[str, Mapped]]:
-    """As they are done, a site a task; what a worker raises, it raises, and begins no other site."""
-    # Workers may be in other folders than this process.
+    """Yield sites as they finish, one task per site.
+
+    An error in a worker is raised here and cancels the other tasks.
+    """
+    # Workers may run in other folders than this process.
     there, where = absolute(store), absolute(model) if Path(model).is_file() else model
     cards = catalog and catalog.absolute()
     tasks = {pool.submit(_on_worker, there, name, where, cards, made_by, compute, **how): name for name in names}
@@ -152,7 +156,7 @@ def _on_workers(
                 found = task.result()
             except MinecubeError:
                 raise
-            except Exception as error:  # the worker died, say, or the scheduler is gone
+            except Exception as error:  # such as a dead worker or a lost scheduler
                 raise WorkerError(
                     f"{tasks[task]}: {failure_text(error)}; committed maps are safe; run the same command again to resume"
                 ) from error
@@ -170,8 +174,10 @@ def _on_worker(
 
 @functools.lru_cache(maxsize=1)
 def _the_same(model: str, catalog: Path | None, made_by: str, compute: models.Compute) -> models.Mapper:
-    """The model as this machine finds it, kept with its copy on the device until another is asked for; raises ModelError where
-    it is another one than on the machine that asks."""
+    """Load the model on a worker, and cache it on the device until another model is needed.
+
+    Raises ModelError if the worker finds another model than the calling machine.
+    """
     mapper = models.Mapper(models.find(model, common.models(catalog)), compute)
     if _makes(mapper) != made_by:
         raise ModelError(
@@ -182,7 +188,7 @@ def _the_same(model: str, catalog: Path | None, made_by: str, compute: models.Co
 
 
 def _makes(mapper: models.Mapper) -> str:
-    """All that makes a map, as text."""
+    """Return the model's description as text, for comparison."""
     return json.dumps(mapper.about, sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""Subcommand that keeps releases of a store in Icechunk: publish."""
+"""Subcommand publish: save releases of a store in Icechunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`minecube release`: the published EuroMineNet archive, read in place, audited, and cubes in its layout."""
+"""Subcommands of release: import and audit EuroMineNet, and write cubes in its layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ release_option = click.option(
     "--release", "release_id", default="eurominenet", show_default=True, help="Published dataset (catalog/releases.yaml)."
 )
 SHOWN = 12
-"""Findings of a check that are printed; the JSON has all."""
+"""Most findings printed per check. The JSON has all."""
 
 
 @click.group()
@@ -39,13 +39,13 @@ def release() -> None:
 
 
 def _check_archive(_ctx: click.Context, _param: click.Parameter, where: str | None) -> str | None:
-    """Return the place of an archive; fail if it is a URL of which no archive can be read."""
+    """Return the path or URL of an archive. Fail for a URL without supported scheme or host."""
     if where is None or "://" not in where:
         return where
     try:
         parts = urlsplit(where)
         readable = parts.scheme in ("http", "https", "s3") and bool(parts.hostname)
-    except ValueError:  # brackets that hold no address
+    except ValueError:  # brackets without an address
         readable = False
     if not readable:
         raise click.BadParameter(
@@ -79,7 +79,7 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     if download:
         with progress_bar("downloading") as advance:
             archive = str(releases.download(archive, out, lambda n, of: advance(n, total=of)))
-    # A server that does not answer is asked again for minutes.
+    # Print this first: a silent server is tried again for minutes.
     click.echo(f"reading the directory of {archive.partition('?')[0]}", err=True)
     opened = releases.Archive(archive)
     sites = releases.find(opened.names()).sites()
@@ -195,7 +195,7 @@ def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> No
 
 
 def export_site(store: str, name: str, imported: releases.Imported | None, out: Path) -> tuple[str, int, int, str, str]:
-    """A site's years in the release's layout, as the command's table tells it."""
+    """Write a site's years in the release's layout. Returns a row of the command's table."""
     opened = cube.open_committed(store, name)
     if tuple(opened.band.values) != BANDS:
         raise CatalogError(f"{store}: {name} has the bands {', '.join(opened.band.values)}; the release has {', '.join(BANDS)}")
@@ -203,7 +203,7 @@ def export_site(store: str, name: str, imported: releases.Imported | None, out: 
     without, agreed = [], []
     for year in map(int, opened.year.values):
         of_year = opened.sel(year=year).load()
-        # A year that the release lacks lies where the nearest does, so that a site's images are of one size.
+        # A year missing in the release gets the nearest year's grid: a site's images have one size.
         of = placed[min(placed, key=lambda y: (abs(y - year), y))] if placed else None
         grid = layout.release_grid(of) if of else layout.own_grid(opened.odc.geobox)
         fraction = of_year.get("footprint_fraction")

@@ -1,4 +1,4 @@
-"""Subcommand export: what was built and mapped, as files that other tools open."""
+"""Subcommand export: write cubes, footprints and maps in formats of other tools."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def export_sites(
     formats: Collection[str] = ("cog",),
     min_area_m2: float = 0,
 ) -> tuple[list[Path], list[Path]]:
-    """Write these sites in the formats; return the paths of the images, and those of all other formats.
+    """Write sites in the given formats. Returns the paths of the images, and of all other formats.
 
-    The same store gives the same bytes, whenever and wherever it is exported.
+    The same store always gives the same bytes.
     """
     cogs: list[Path] = []
     whole: dict[str, Path] = {}
@@ -124,7 +124,7 @@ def export_sites(
             areas.setdefault(kind, {})[name] = tracks.areas(footprint, grid)
         report.strip(opened, drawn, out / name / f"{name}_strip.png", name)
         done(name)
-    changed = max(commits)  # instead of the present time, so that the same store gives the same files
+    changed = max(commits)  # instead of the current time, for reproducible files
     tables = {}
     for kind, parts in outlines.items():
         drawn_from = [c for c in credited if (c.kind == "labels") == (kind == "labels")]
@@ -148,7 +148,10 @@ def export_sites(
 
 
 def _whole_cubes(opened: xr.Dataset, folder: Path, name: str, formats: Collection[str]) -> dict[str, Path]:
-    """All years of a site in one file or folder, in each of the formats that are that; the paths by asset key."""
+    """Write all years of a site to one file or folder per format.
+
+    Returns the paths by asset key.
+    """
     writers = {
         "netcdf": (exporting.write_netcdf, ".nc"),
         "zarr": (exporting.write_zarr, ".zarr"),
@@ -162,7 +165,7 @@ def _whole_cubes(opened: xr.Dataset, folder: Path, name: str, formats: Collectio
 
 
 def _outlines(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float) -> gpd.GeoDataFrame:
-    """Regions of the footprint with ids, simplified, in longitude and latitude."""
+    """Outline the footprint's regions: with ids, simplified, in longitude and latitude."""
     regions = labels.vectorize(footprint, grid, site, min_area_m2)
     known = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
     return labels.simplify(labels.identify(regions, known.to_numpy().tolist()), grid.resolution.x).to_crs(4326)

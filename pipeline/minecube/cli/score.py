@@ -1,4 +1,4 @@
-"""Subcommand score: models against labels, in tables and pictures."""
+"""Subcommand score: compare models with labels, in tables and pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from minecube.report import scores as pictures
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
 CHANGE_SHOWN = ("change_f1", "change_iou", "transition_f1", "expansion_f1", "change_auprc", "change_f1_at_r")
 BLOCK_PX = 512
-"""Rows at a time: what is in memory does not grow with the height of a site."""
+"""Rows per block. Blocks keep memory independent of a site's height."""
 
 Counted = dict[str, dict[str, metrics.Scores]]
 """Model or baseline -> site -> counts."""
@@ -94,7 +94,7 @@ def score(
         raise CatalogError(f"--model {models}: expected names with a comma between them, found an empty name")
     if len(set(asked)) < len(asked):
         raise CatalogError(f"--model {models}: expected each model once")
-    joining = [(path, _read_counts(path)) for path in joined]  # before pixels are counted, which takes long
+    joining = [(path, _read_counts(path)) for path in joined]  # before the slow counting
     named = [stored_prediction(store, sites, name) for name in asked]
     if len(set(named)) < len(named):
         raise CatalogError(f"--model {models}: two of the names stand for one prediction; expected each model once")
@@ -120,7 +120,7 @@ def score(
 
 
 def _read_counts(path: Path) -> Counted:
-    """Read counts of other machines; raises CatalogError if the file holds none."""
+    """Read counts from another run. Raises CatalogError if the file holds no counts."""
     try:
         return {
             model: {site: metrics.Scores.of_json(counts) for site, counts in sites.items()}
@@ -131,7 +131,10 @@ def _read_counts(path: Path) -> Counted:
 
 
 def _join(counted: Counted, path: Path, found: Counted, own: Sequence[str]) -> None:
-    """Add the counts of other sites; raises CatalogError if a site is counted twice, or will be counted here."""
+    """Add the counts of other sites.
+
+    Raises CatalogError if a site is counted twice, or will be counted here.
+    """
     for model, sites in found.items():
         twice = sorted(set(sites) & {*counted.get(model, ()), *(own if model in counted else ())})
         if twice:
@@ -143,11 +146,13 @@ def _join(counted: Counted, path: Path, found: Counted, own: Sequence[str]) -> N
 
 
 def score_site(store: str, name: str, model: str) -> metrics.Scores:
-    """Counts of a site's prediction, of footprints or of change, against its labels, by blocks of rows.
+    """Count a site's prediction against its labels, in blocks of rows.
+
+    Handles footprints and change.
 
     Raises:
-        LabelError: no label in any built year.
-        CubeError: that model did not map the site, or not as it is built now.
+        LabelError: no built year has a label.
+        CubeError: the model did not map the site's current build.
     """
     truth = _truth(store, name)
     years = [int(y) for y in truth.year]
@@ -186,7 +191,7 @@ def _truth(store: str, name: str) -> xr.DataArray:
 
 
 def _blocks(truth: xr.DataArray) -> Iterator[tuple[slice, tuple[slice, slice]]]:
-    """Rows to read and, of them, the pixels to count."""
+    """Yield rows to read, and the pixels to count within these rows."""
     height = truth.sizes["y"]
     for first in range(0, height, BLOCK_PX):
         last = min(first + BLOCK_PX, height)
@@ -195,7 +200,7 @@ def _blocks(truth: xr.DataArray) -> Iterator[tuple[slice, tuple[slice, slice]]]:
 
 
 def baselines_of(store: str, site: str) -> dict[str, metrics.Scores]:
-    """Counts of maps that know nothing, by their name; raises LabelError as `score_site` does."""
+    """Count trivial baselines, by name. Raises LabelError as `score_site` does."""
     truth = _truth(store, site)
     found: dict[str, metrics.Scores] = {}
     years = [int(y) for y in truth.year]
@@ -214,11 +219,14 @@ class Tables:
     pooled: Mapping[str, metrics.Scores]
     intervals: Mapping[str, pd.DataFrame]
     differences: Mapping[str, pd.DataFrame]
-    """"a - b" -> how much higher a's pooled scores are than b's, of the same drawn sites."""
+    """"a - b" -> difference of the pooled scores of a and b, on the same resampled sites."""
 
     @classmethod
     def of(cls, counted: Counted, compared: Iterable[tuple[str, str]] | None = None) -> Tables:
-        """Pool, resample, and compare each with the first, or these with each other."""
+        """Pool and resample the counts, and compare models.
+
+        Compares the pairs in `compared`, by default each model with the first.
+        """
         pooled = {model: sum(sites.values(), metrics.Scores()) for model, sites in counted.items()}
         spread = {model: metrics.intervals(sites) for model, sites in counted.items()}
         first, *others = counted
@@ -227,7 +235,7 @@ class Tables:
         return cls(counted, pooled, spread, paired)
 
     def text(self) -> str:
-        """For a terminal."""
+        """Format all tables for a terminal."""
         parts = []
         for model, sites in self.counted.items():
             shown = SHOWN if self.pooled[model].years else _of_change(self.intervals[model])
@@ -244,13 +252,16 @@ class Tables:
         return "\n\n".join(parts)
 
     def summary(self) -> pd.DataFrame:
-        """A row a model, pooled scores with intervals as text."""
+        """Return pooled scores with intervals as text, one row per model."""
         names = list(dict.fromkeys([*SHOWN, *CHANGE_SHOWN]))
         rows = {m: {n: cell(t.loc[n]) if n in t.index else "" for n in names} for m, t in self.intervals.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("model")
 
     def long(self) -> dict[str, pd.DataFrame]:
-        """Name -> table of numbers, a row a model and site, year, gap, pair of years or score."""
+        """Return tables of numbers by name.
+
+        Rows are per model and site, year, gap, pair of years or score.
+        """
         finished: Callable[[metrics.Scores], pd.DataFrame] = lambda c: pd.DataFrame([metrics.finish(c)])  # noqa: E731
         sites = {(m, s): finished(c) for m, by_site in self.counted.items() for s, c in by_site.items()}
         tables = {"by_site": pd.concat(sites, names=["model", "site"]).droplevel(2)}
@@ -264,7 +275,7 @@ class Tables:
         return tables
 
     def content(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all scores as nested dictionaries for JSON."""
         return {
             "models": {
                 m: {
@@ -283,7 +294,10 @@ class Tables:
 
 
 def write_all(tables: Tables, out: Path, drawn: Sequence[str] | None = None) -> list[Path]:
-    """Tables, counts and pictures into a folder; their paths. `drawn`: the models in the pictures, all by default."""
+    """Write tables, counts and pictures to a folder. Returns their paths.
+
+    `drawn` lists the models in the pictures, by default all.
+    """
     written = []
     summary = tables.summary()
     for suffix, text in ((".md", markdown(summary)), (".tex", latex(summary))):
@@ -330,19 +344,19 @@ def _drawn(tables: Tables, out: Path, models: Sequence[str]) -> list[Path]:
 
 
 def sum_of(histograms: Mapping[int, metrics.Histogram]) -> metrics.Histogram:
-    """All years or gaps together."""
+    """Sum the histograms of all years or gaps."""
     first, *others = histograms.values()
     return sum(others, first)
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """A pipe table."""
+    """Format the summary as a Markdown table."""
     rows = [("model", *summary.columns), ("---", *["---:"] * len(summary.columns)), *_rows(summary)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def latex(summary: pd.DataFrame) -> str:
-    """A tabular for booktabs."""
+    """Format the summary as a LaTeX tabular for booktabs."""
     rows = [("model", *summary.columns), *_rows(summary)]
     head, *body = (" & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows)
     lines = [rf"\begin{{tabular}}{{l{'r' * len(summary.columns)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
@@ -358,7 +372,7 @@ def _escaped(text: str) -> str:
 
 
 def cell(row: Any) -> str:
-    """A score with its interval, as text."""
+    """Format a score with its interval."""
     if math.isnan(row["score"]):
         return "n/a"
     interval = "" if math.isnan(row["low"]) else f" [{row['low']:.3f}, {row['high']:.3f}]"
@@ -366,13 +380,13 @@ def cell(row: Any) -> str:
 
 
 def _of_change(intervals: pd.DataFrame) -> Sequence[str]:
-    """The scores that a change model has."""
+    """Return the available scores of a change model."""
     names = (*CHANGE_SHOWN, "expansion_auprc", "expansion_f1_at_r", "change_unmapped")
     return [name for name in names if name in intervals.index]
 
 
 def write(path: Path, text: str) -> Path:
-    """Write a file whole or not at all; raises CatalogError where it cannot be."""
+    """Write a file completely or not at all. Raises CatalogError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
@@ -383,7 +397,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def _without_nan(value: object) -> object:
-    """JSON knows no NaN: a score with nothing to judge is null."""
+    """Replace NaN by None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {str(k): _without_nan(v) for k, v in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

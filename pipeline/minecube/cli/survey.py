@@ -1,4 +1,4 @@
-"""Subcommands that look before they build: search, audit, plan."""
+"""Subcommands before a build: search, audit and plan."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from minecube.grid import grid_of
 from minecube.scenes import coverage
 
 _SEARCHES = 4
-"""At a time: an API takes its time to answer, whatever the cores."""
+"""Simultaneous searches. Their number depends on the API's latency, not on the cores."""
 _LAG = timedelta(days=2)
-"""A pass is not missing until its product had time to be made and listed, which takes about a day."""
+"""Time until a pass counts as missing. Products are made and listed within about a day."""
 
 
 @click.command()
@@ -121,7 +121,7 @@ def audit(
     recipe = pick(recipes(catalog), recipe_id, "recipe")
     scenes.check_years(years)
     for site in chosen:
-        grid_of(site)  # one without polygon ends it now, not after an hour of searching
+        grid_of(site)  # fail early for a site without polygon
     until, parts = datetime.now(tz=UTC).date() - _LAG, []
     unread: list[Unread] = []
     with progress_bar("auditing", len(chosen) * len(years) * len(sources)) as advance:
@@ -145,7 +145,7 @@ def audit(
 
 @dataclass(frozen=True)
 class Unread:
-    """A site-year that a source did not answer for."""
+    """A site-year without answer from a source."""
 
     site_year: str
     source: str
@@ -153,7 +153,7 @@ class Unread:
 
 
 def _show_unread(unread: Sequence[Unread]) -> None:
-    """Print the first error of each source, and for how many site-years it did not answer."""
+    """Print each source's first error, and its number of site-years without answer."""
     by_source: dict[str, list[Unread]] = {}
     for one in unread:
         by_source.setdefault(one.source, []).append(one)
@@ -165,7 +165,10 @@ def _show_unread(unread: Sequence[Unread]) -> None:
 def _listings(
     site: Site, years: Sequence[int], sources: Sequence[Source], unread: list[Unread], done: Callable[[str], None]
 ) -> list[coverage.Listing]:
-    """List what each source has of each year. A year that one does not answer for is left out, and added to `unread`."""
+    """List the scenes of each source and year.
+
+    A year with a missing answer is added to `unread` instead.
+    """
     listings: list[coverage.Listing] = []
     pool = ThreadPoolExecutor(max_workers=_SEARCHES)
     try:
@@ -195,7 +198,10 @@ def _listing(site: Site, year: int, source: Source) -> coverage.Listing:
 
 
 def _show_audit(by_year: pd.DataFrame, recipe: Recipe) -> int:
-    """Print the years, and the site-years under the recipe's minimum; how many those are."""
+    """Print all years, and errors for site-years below the recipe's minimum.
+
+    Returns the number of errors.
+    """
     shown = ["site", "year", "source", "listed", "refused", "copies", "scenes"]
     shown += ["days", "expected", "missing", "usable", "gap_days", "cloud", "baselines", "state"]
     text = by_year.assign(cloud=["-" if pd.isna(c) else f"{c:.0f}" for c in by_year["cloud"]])[shown].astype(object)
@@ -205,7 +211,7 @@ def _show_audit(by_year: pd.DataFrame, recipe: Recipe) -> int:
     click.echo(
         f"days, expected, missing and usable are dates of months {months}; gap is the most days in a row without a usable one"
     )
-    # The last row of a site-year is what its sources have together.
+    # The last row of a site-year has all sources together.
     few = by_year.groupby(["site", "year"], sort=False).tail(1).query("state != 'ok'")
     for row in few.itertuples():
         click.echo(
@@ -217,7 +223,7 @@ def _show_audit(by_year: pd.DataFrame, recipe: Recipe) -> int:
 
 
 def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe: Recipe) -> None:
-    """Each file whole or not at all; raises CubeError where one cannot be written."""
+    """Write each file completely or not at all. Raises CubeError if a file cannot be written."""
     for path, write in ((out / "audit.parquet", by_month.to_parquet), (out / "audit.csv", by_year.to_csv)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,13 +282,13 @@ def plan(
 
 
 def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], terms: planning.Terms) -> int:
-    """Print what each site-year would take at most, and all that is not committed yet together.
+    """Print upper bounds for each site-year, and their sum over the uncommitted ones.
 
     Returns:
-        0, or 1 where a site-year has no scenes.
+        The exit code: 1 if a site-year has no scenes, else 0.
 
     Raises:
-        SceneError: no site-year has, for other reasons than empty searches.
+        SceneError: no site-year has scenes, and not all searches were empty.
     """
     scenes.check_years(years)
     failed: list[SceneError] = []

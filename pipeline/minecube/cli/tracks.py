@@ -1,4 +1,4 @@
-"""Subcommand that looks at predictions through time: tracks."""
+"""Subcommand tracks: smooth predictions through time, and date events."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from minecube.errors import CatalogError
 from minecube.tracks.smoothing import TEMPER, Kernel
 
 SUFFIX = "+hmm"
-"""What a smoothed prediction's name has after the model's."""
+"""Suffix of a smoothed prediction's name."""
 HA = 1e4
 
 
 class HowFast(click.ParamType[str | tuple[float, float]]):
-    """learned, labels, labels:SITES, or two numbers."""
+    """The option --rates: learned, labels, labels:SITES, or two numbers."""
 
     name = "rates"
 
     def convert(
         self, value: str | tuple[float, float], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | tuple[float, float]:
-        """The word as it is, or opening and closing per year."""
+        """Convert text to opening and closing per year, or return the word unchanged."""
         if isinstance(value, tuple) or value in ("learned", "labels") or value.startswith("labels:"):
             return value
         try:
@@ -54,7 +54,7 @@ class HowFast(click.ParamType[str | tuple[float, float]]):
 
 @dataclass(frozen=True)
 class Track:
-    """A site through time."""
+    """Smoothed map, layers and tables of one site."""
 
     smoothed: xr.DataArray
     layers: xr.Dataset
@@ -132,7 +132,10 @@ def tracks(
 
 
 def follow(probability: xr.DataArray, grid: GeoBox, rates: tracking.Rates, kernel: Kernel | None = None) -> Track:
-    """A site's map (year, y, x), in memory, smoothed, and what is told of it; raises LabelError of one year only."""
+    """Smooth a site's map (year, y, x), in memory, and derive its events and areas.
+
+    Raises LabelError if the map has one year only.
+    """
     smoothed = tracking.smooth(probability, rates, kernel)
     footprint = tracking.threshold(smoothed)
     layers = tracking.events(footprint, smoothed)
@@ -160,7 +163,10 @@ def follow(probability: xr.DataArray, grid: GeoBox, rates: tracking.Rates, kerne
 
 
 def write_smoothed(store: str, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]) -> None:
-    """Put a model's smoothed map into the store as MODEL+hmm; raises CubeError where it cannot be written."""
+    """Write a model's smoothed map to the store as MODEL+hmm.
+
+    Raises CubeError if it cannot be written.
+    """
     name = model + SUFFIX
     cube.write_probability(store, site, name, smoothed, {**card, "id": name}, made_of=model)
 
@@ -169,7 +175,7 @@ def _kernel(device: str) -> Kernel | None:
     if device == "cpu":
         return None
     try:
-        from minecube.tracks.torch_smoothing import TorchSmoothing  # an extra: the processor needs none of it
+        from minecube.tracks.torch_smoothing import TorchSmoothing  # an extra, for GPUs only
     except ModuleNotFoundError as error:
         raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
     return TorchSmoothing(device).posterior

@@ -1,4 +1,4 @@
-"""Subcommands on a store as a whole: verify holds it to what was written into it, pack makes one file of it."""
+"""Subcommands verify (check a store against its checksums) and pack (make one file of a store)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minecube.errors import CatalogError
 from minecube.files import replacing
 
 _SHOWN = 50
-"""Findings that are printed; all are in the JSON."""
+"""Most findings printed. The JSON has all."""
 
 
 @click.command()
@@ -99,7 +99,7 @@ def _site_years(report: cube.Report) -> list[str]:
 
 
 def _commands(store: str, report: cube.Report) -> list[str]:
-    """What to run, line by line."""
+    """List the commands to mend the store, one per line."""
     if cube.is_packed(store):
         folder = cube.unpacked(store)
         lines = _commands(folder, report)

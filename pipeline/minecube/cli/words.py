@@ -1,4 +1,4 @@
-"""Check the words of a command line before a command runs: each option once, none empty, no name too long for a file."""
+"""Check the words of a command line: repeated options, empty words, and too long names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 _LONGEST = 255
-"""Bytes of a file's name on every common file system; names of sites and models become names of folders."""
+"""Most bytes of a file name on common file systems. Sites and models give folders their names."""
 
 
 def check_words(parent: click.Context, command: click.Command, name: str, words: Sequence[str]) -> None:
     """Check the words given to a command and to its subcommands.
 
     Raises:
-        click.UsageError: an option is given twice that takes one value, or a word is empty or too long.
+        click.UsageError: a single-value option is given twice, or a word is empty or too long.
     """
     ctx = command.context_class(command, info_name=name, parent=parent)
     values, rest, order = command.make_parser(ctx).parse_args(list(words))
@@ -36,7 +36,7 @@ def _takes_several(param: click.Parameter) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """The words of an option that may be given once or several times, with one value or several."""
+    """List the words of an option, for single, repeated and multiple values."""
     if isinstance(value, str):
         return [value]
     return [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []
@@ -47,7 +47,7 @@ def _check_word(word: str, ctx: click.Context, param: click.Parameter) -> None:
         raise click.BadParameter(
             "expected a value, found an empty one; give one, or leave the option out", ctx=ctx, param=param
         )
-    # URLs are signed with long queries.
+    # URLs may have long signatures.
     longest = 0 if "://" in word else max(len(part.encode(errors="replace")) for part in re.split("[,/]", word))
     if longest > _LONGEST:
         raise click.BadParameter(

@@ -1,18 +1,25 @@
-"""Scenes + grid + recipe -> one cloud-free year, lazily.
+"""Composite scenes of one site into one cloud-free year, lazily.
 
-One Dask task makes one block of one site-year, the block a Zarr shard: it reads SCL with a margin, masks, reads the bands
-of the dates at their own resolution, and reduces. The margin is as wide as any neighbourhood the mask looks at, so a
-pixel's value does not depend on how the site is cut into blocks.
+One Dask task makes one block of one site-year. A block is a Zarr shard. The task reads SCL with a
+margin and masks clouds. Then it reads the bands of the dates at their own resolution and reduces
+them. The margin covers every neighbourhood used by the mask. So a pixel's value does not depend on
+the cut into blocks.
 
-An observation is an overpass: overlapping tiles, granules of a split datatake and tiles of the neighbouring zone are
-mosaicked first, scenes of the grid's own zone before warped ones, so that it counts once.
+An observation is an overpass and counts once. Its overlapping tiles, granules of a split datatake
+and tiles of the neighbouring zone are mosaicked first. Scenes of the grid's own zone come before
+warped ones.
 
-    needs.py     what a block needs: scenes, margins, memory        plan.py          the same, as a bill
-    block.py     a block from its scenes, in the order of work      bands.py         its bands, read ahead
-    daymasks.py  which scene each day's pixel comes from, what it is (masks.py has the kernels)
-    registration.py  scenes that lie beside the others
-    reducers.py, ranks.py  many observations -> one, in numpy       torch_reducers.py  the same on a GPU
-    opinion.py   a network that looks at clouds
+    needs.py            scenes, margins and memory of a block
+    plan.py             estimate of reads, time and cost
+    block.py            a block from its scenes, in order of work
+    bands.py            its bands, read ahead
+    daymasks.py         source scene and kind of each day's pixels
+    masks.py            the kernels of the masks
+    registration.py     scenes displaced from the others
+    reducers.py         many observations -> one, in numpy
+    ranks.py            medians and percentiles by rank
+    torch_reducers.py   the reducers on a GPU
+    opinion.py          a cloud network as second opinion
 """
 
 from __future__ import annotations
@@ -47,27 +54,34 @@ def composite(
     year: int | None = None,
     tools: Tools | None = None,
 ) -> xr.Dataset:
-    """One year of one site, lazy: nothing is read until it is computed or written.
+    """Composite one year of one site, lazily.
+
+    Nothing is read until the result is computed or written.
 
     Args:
-        scenes: normalised scenes (`scenes.select`), in any order and any UTM zone: of one year, and of its neighbours where the
-            recipe falls back on them.
-        grid: the site's grid.
-        recipe: bands, mask, reducer and block size.
-        ledger: counts the reads, where they are made in this process, and says whether one may be lost.
-        year: which year, where the scenes are of several.
-        tools: other reducers than numpy's, and the second mask that a recipe asks for.
+        scenes: Normalised scenes (`scenes.select`) of the year, in any order and any UTM zone.
+            Scenes of the neighbouring years as well, if the recipe falls back on them.
+        grid: The site's grid.
+        recipe: Bands, mask, reducer and block size.
+        ledger: Counts the reads made in this process. Its settings allow or forbid lost reads.
+        year: Year of the composite. Required if the scenes are of several years.
+        tools: Reducers to use instead of numpy's, and the second mask if the recipe asks for one.
 
     Returns:
-        reflectance uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1; halves are rounded to even.
-        clear_count uint16 [y, x]: overpasses clear and seen in every band, that the pixel is made of.
-        quality uint8 [y, x]: index into `catalog.QUALITY`.
-        Of reducer geomedian, emad, smad and bcmad float32 [y, x], NaN = none; of those that take one date, day_of_year
-        uint16 [y, x], 0 = none. Dask chunks are blocks of `recipe.block_px`, all bands in one.
+        `reflectance` uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1. Halves are
+        rounded to even.
+        `clear_count` uint16 [y, x]: Number of clear overpasses in the pixel, all seen in every
+        band.
+        `quality` uint8 [y, x]: Index into `catalog.QUALITY`.
+        Reducer geomedian adds emad, smad and bcmad, float32 [y, x], NaN = none.
+        Reducers choosing one date add day_of_year, uint16 [y, x], 0 = none.
+        Dask chunks are blocks of `recipe.block_px` and contain all bands.
 
     Raises:
-        ReadError: no scenes, one without a band of the recipe, several years and none named, or no second mask although the
-            recipe asks for it; when computed, a pixel that cannot be read.
+        ReadError: There are no scenes, a scene lacks a band of the recipe, or several years come
+            without `year`. The recipe and `tools` disagree about a second mask. Band pixels are
+            neither 10 nor 20 m, or too coarse for the haze test. When computed: A pixel cannot be
+            read.
     """
     tools = tools or Tools()
     year = _checked(scenes, recipe, year, tools)
@@ -89,7 +103,7 @@ def composite(
 
 
 def _checked(scenes: Sequence[pystac.Item], recipe: Recipe, year: int | None, tools: Tools) -> int:
-    """The year; raises ReadError as `composite` says."""
+    """Check the arguments of `composite` and return the year; raise ReadError as it does."""
     if not scenes:
         raise ReadError("no scenes to composite; expected at least one")
     for scene in scenes:

@@ -1,4 +1,4 @@
-"""The bands of a block as its mask lets them through: read in their own pixels, ahead of what is made of them."""
+"""Bands of a block, filtered by its mask and read ahead at their own pixel size."""
 
 from __future__ import annotations
 
@@ -25,42 +25,45 @@ Window = tuple[slice, slice]
 
 @dataclass(frozen=True)
 class Observations:
-    """Scenes, the days they make up, and what each pixel of a day is."""
+    """Scenes, their days, and the kind of each pixel of a day."""
 
     scenes: Sequence[pystac.Item]
-    """In mosaic order."""
+    """Scenes in mosaic order."""
     day_of: Sequence[int]
-    """Of each scene, its day's index."""
+    """Index of each scene's day."""
     owner: Int16
-    """int16 [day, y, x] at 20 m, the scene that each day's pixel comes from, -1 = none."""
+    """int16 [day, y, x] at 20 m, index of the scene of each day's pixel, -1 = none."""
     kind: UInt8
-    """uint8 [day, y, x] at 20 m, as `masks.kinds` has it; where a band has no data, the kind becomes 0."""
+    """uint8 [day, y, x] at 20 m, as `masks.kinds` returns it; set to 0 if a band has no data."""
     lacking: set[int] = field(default_factory=set)
-    """Scenes in which a band has no data where SCL has some."""
+    """Scenes with a band without data at pixels seen by SCL."""
     asked: set[tuple[int, str]] = field(default_factory=set)
-    """Scenes and bands that were read once, which a second time must not count as planned."""
+    """Pairs of scene and band already read; a second read does not count as planned."""
 
     def inside(self, edge: int) -> Observations:
-        """The same without `edge` pixels on each side; views, so that what is struck out here is there."""
+        """Return the arrays without `edge` pixels on each side, as views: changes reach the
+        original."""
         return replace(self, owner=cropped(self.owner, edge), kind=cropped(self.kind, edge))
 
 
 class Bands:
-    """Bands one after the other, each [day, y, x] in its own pixels, 0 where it is not to be used.
+    """Bands in sequence, each [day, y, x] at its own pixel size, 0 at unused observations.
 
-    All bands of an observation come from one scene. Where a band of that scene has no data although SCL has some, the kind of
-    the observation becomes 0 and the scene joins `lacking` of the observations. The caller must then redo the block.
+    All bands of an observation come from one scene. If one of them has no data at a pixel seen by
+    SCL, the kind of the observation becomes 0. The scene joins `lacking` of the observations. The
+    caller must then redo the block.
 
     Args:
-        observations: what there is.
-        use: bool [day, y, x] at 20 m, the observations wanted. Days without any are left out of all that comes of this.
-        box: where, at 10 m.
-        ledger: counts the reads.
+        observations: The scenes and their masks.
+        use: bool [day, y, x] at 20 m, the wanted observations. Days without any are left out of all
+            results.
+        box: The area to read, at 10 m.
+        ledger: Counts the reads.
     """
 
     def __init__(self, observations: Observations, use: Bool, box: GeoBox, ledger: Ledger | None) -> None:
         self.days = np.flatnonzero(use.any(axis=(1, 2)))
-        """Those that are used, of all days."""
+        """Indices of the used days among all days."""
         self.use = use[self.days]
         self._of, self._box, self._ledger = observations, box, ledger
         index = {int(day): n for n, day in enumerate(self.days)}
@@ -71,17 +74,17 @@ class Bands:
         self._spare: dict[int, list[UInt16]] = {}
 
     def read(self, bands: Sequence[str]) -> None:
-        """Bands that `next` gives, after those that were named before."""
+        """Queue bands for `next`, after the bands queued before."""
         self._queue.extend(bands)
         self._begin()
 
     def next(self) -> UInt16:
-        """The next band; raises ReadError where it cannot be read."""
+        """Return the next band; raise ReadError if it cannot be read."""
         band, seen, reads = self._reading.popleft()
         self._begin()
         size = size_of(band, self._of.scenes)
         while reads:
-            scene, window, read = reads.popleft()  # and so out of memory
+            scene, window, read = reads.popleft()  # removed, to free its memory
             pixels, day = read.result(), self._day_of[scene]
             if not pixels.min():
                 lacking = self._where(scene, window) & ~_whole(pixels, size)
@@ -95,18 +98,18 @@ class Bands:
         return seen
 
     def spent(self, seen: UInt16, band: str) -> None:
-        """What `next` gave for a band is needed no more: one of those to come is read into the same memory."""
+        """Release an array returned by `next`, so a later band reuses its memory."""
         size = size_of(band, self._of.scenes)
         if size in (size_of(b, self._of.scenes) for b in self._queue):
             self._spare.setdefault(size, []).append(seen)
 
     def narrow(self, use: Bool) -> None:
-        """Fewer observations are wanted of the bands to come."""
+        """Reduce the wanted observations of the bands not yet begun."""
         self.use = use
         self._windows = self._wanted()
 
     def cancel(self) -> None:
-        """Read no more."""
+        """Cancel all pending reads."""
         for *_, reads in self._reading:
             for *_, read in reads:
                 read.cancel()
@@ -117,7 +120,7 @@ class Bands:
             size = size_of(band, self._of.scenes)
             box = at_resolution(self._box, size)
             shape = (len(self.days), *box.shape)
-            # As much at a time as `AHEAD` bands of 10 m and one more; of coarser ones more, which are soon done with.
+            # Read at most `AHEAD` + 1 bands of 10 m at a time, or as many bytes of coarser bands.
             held = sum(seen.size for _, seen, _ in self._reading) + math.prod(shape)
             if self._reading and held > (AHEAD + 1) * len(self.days) * math.prod(self._box.shape):
                 return
@@ -128,7 +131,7 @@ class Bands:
             begun: set[int] = set()
             for scene, window in self._windows:
                 day, place = self._day_of[scene], _scaled(window, size)
-                # Straight to its place, where no other scene has a pixel of that day.
+                # Read straight into place if the day has no other scene.
                 out = seen[(day, *place)] if self._alone(scene) else None
                 if out is None and day not in begun:
                     seen[day] = 0
@@ -141,11 +144,11 @@ class Bands:
             self._reading.append((band, seen, reads))
 
     def _alone(self, scene: int) -> bool:
-        """Whether it is the only scene of its day, and so owns all that was seen."""
+        """Test if a scene is the only one of its day, so it owns every pixel seen."""
         return self._day_of.count(self._day_of[scene]) == 1
 
     def _wanted(self) -> list[tuple[int, Window]]:
-        """Scenes of which a pixel is used, and the smallest window that has all of them."""
+        """List the scenes with used pixels, each with the smallest window around them."""
         found = []
         whole = (slice(0, self.use.shape[1]), slice(0, self.use.shape[2]))
         for scene, day in enumerate(self._day_of):
@@ -154,23 +157,26 @@ class Bands:
         return found
 
     def _where(self, scene: int, window: Window) -> Bool:
-        """Flags in a window of 20 m pixels: of that scene, this is used."""
+        """Flag the used pixels of a scene in a window of 20 m pixels."""
         day = self._day_of[scene]
         use = self.use[(day, *window)]
         return use if self._alone(scene) else use & (self._of.owner[(int(self.days[day]), *window)] == scene)
 
 
 def _scaled(window: Window, size_m: int) -> Window:
-    """A window of 20 m pixels in pixels of that size."""
+    """Convert a window of 20 m pixels to another pixel size."""
     rows, columns = (slice(s.start * MASK_M // size_m, s.stop * MASK_M // size_m) for s in window)
     return rows, columns
 
 
 def masked(pixels: UInt16, use: Bool, size_m: int, out: UInt16) -> UInt16:
-    """Pixels [..., y, x] of 10 or 20 m, and 0 where flags [..., y, x] of 20 m do not let them through; contiguous arrays."""
+    """Set pixels [..., y, x] of 10 or 20 m to 0 outside flags [..., y, x] of 20 m.
+
+    All arrays must be contiguous.
+    """
     if size_m == MASK_M:
         return np.multiply(pixels, use, out=out)
-    # Two pixels of 10 m are one of 32 bits, so that a flag is laid over both at once.
+    # View two 10 m pixels as one 32-bit value, to mask both at once.
     wide = use.astype(np.uint32) * np.uint32(0xFFFFFFFF)
     *lead, height, width = use.shape
     before, after = (np.ascontiguousarray(a).view(np.uint32).reshape(*lead, height, 2, width) for a in (pixels, out))
@@ -179,7 +185,7 @@ def masked(pixels: UInt16, use: Bool, size_m: int, out: UInt16) -> UInt16:
 
 
 def summed(pixels: UInt16, size_m: int) -> Int32:
-    """Pixels [day, y, x] of 10 or 20 m at 20 m, as sums of 10 m pixels; 0 where they are."""
+    """Sum 10 m pixels [day, y, x] to 20 m; multiply 20 m pixels by 4 instead."""
     if size_m == MASK_M:
         return pixels.astype(np.int32) * 4
     a, b = pixels[:, ::2].astype(np.int32), pixels[:, 1::2]
@@ -189,18 +195,18 @@ def summed(pixels: UInt16, size_m: int) -> Int32:
 
 
 def finer(pixels: npt.NDArray[Any], size_m: int, to_m: int = 10) -> npt.NDArray[Any]:
-    """The last two dimensions at a smaller (or the same) pixel size, by repetition."""
+    """Repeat pixels along the last two dimensions to reach a smaller (or the same) pixel size."""
     scale = size_m // to_m
     return pixels if scale == 1 else pixels.repeat(scale, axis=-2).repeat(scale, axis=-1)
 
 
 def cropped(pixels: npt.NDArray[Any], margin: int) -> npt.NDArray[Any]:
-    """The last two dimensions without `margin` pixels on each side."""
+    """Remove `margin` pixels from each side of the last two dimensions."""
     return pixels[..., margin:-margin, margin:-margin] if margin else pixels
 
 
 def _whole(pixels: UInt16, size_m: int) -> Bool:
-    """Where all of a 20 m pixel is seen."""
+    """Flag the 20 m pixels with data in all of their parts."""
     scale = MASK_M // size_m
     height, width = pixels.shape
     whole: Bool = (pixels != 0).reshape(height // scale, scale, width // scale, scale).all(axis=(1, 3))
@@ -208,6 +214,6 @@ def _whole(pixels: UInt16, size_m: int) -> Bool:
 
 
 def _span(flags: Bool, over: int) -> slice:
-    """First to last row (or column) with a flag, over the other axis."""
+    """Return the range from the first to the last row (or column) with a flag."""
     first, last = np.flatnonzero(flags.any(axis=over))[[0, -1]]
     return slice(int(first), int(last) + 1)

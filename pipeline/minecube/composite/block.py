@@ -1,14 +1,17 @@
-"""One block of one site-year: masked, read and reduced. All that is computed when a composite is.
+"""Composite one block of one site-year: mask, read and reduce.
 
-SCL comes first, with a margin as wide as any neighbourhood the mask looks at. It says which observations are wanted, and so
-which files, and which window of each. Bands are read in their own pixels on the I/O threads, two bands ahead of the one that is
-being reduced, and are gone once they are: memory is that of a few bands, not of all.
+SCL is read first. Its margin covers every neighbourhood used by the mask. It decides the wanted
+observations, and so the files and windows to read. Bands are read at their own pixel size on the
+I/O threads, two bands ahead of the reducer. Each band is freed after its reduction, so only a few
+bands are in memory.
 
-All bands of an observation come from one scene. A band rarely has no data where SCL has some, so this is noticed while reading.
-Then the pixel goes to the next scene of that day, or loses the day if there is no other, and the block is made again.
+All bands of an observation come from one scene. Rarely, a band has no data at a pixel seen by SCL,
+and this is noticed during reading. Then the pixel goes to the next scene of the day. Without
+another scene, the pixel loses the day. The block is then made again.
 
-Reducers that choose a date look at two or three bands. If another band of the chosen date is black, that band is read for the
-other dates, too, and the pixel is chosen again among the dates with the fewest black bands.
+Reducers choosing a date look at two or three bands. If another band of the chosen date is black,
+this band is read for the other dates as well. The pixel is then chosen again among the dates with
+the fewest black bands.
 """
 
 from __future__ import annotations
@@ -35,16 +38,16 @@ from minecube.reader import Ledger
 Days = npt.NDArray[np.intp]
 Layers = dict[str, npt.NDArray[Any]]
 BLOCK_BYTES = 1_000_000_000
-"""Memory a block may take; one that would take more, for the number of its dates, is made in parts."""
+"""Memory limit of a block in bytes. A block above it, due to many dates, is made in parts."""
 _SMALLEST_PX = 48  # a block is not cut further
-_STRIP_PX = 32  # rows whose bands of all dates are laid side by side at a time
+_STRIP_PX = 32  # rows per strip, a stack of all bands and dates
 _BLACK = 1  # the stored value of reflectance that atmospheric correction made zero or negative
 _CLEAR_KINDS = (CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a block is worked with, if not with what is here: reducers for a GPU, a network that looks at clouds."""
+    """Replacements for the defaults: GPU reducers, and a cloud network for a second opinion."""
 
     reducers: Reducers = reducers
     opinion: Opinion | None = None
@@ -53,9 +56,9 @@ class Tools:
 def composite_block(
     scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, year: int, tools: Tools, ledger: Ledger | None = None
 ) -> Layers:
-    """One block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x]. Scenes must be in mosaic order.
+    """Composite one block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x].
 
-    One of so many dates that it would take more than `BLOCK_BYTES` is made in parts.
+    Scenes must be in mosaic order. A block above `BLOCK_BYTES` is made in parts.
     """
     scenes = near(scenes, padded(box, margins_m(recipe)[1]))
     if not scenes:
@@ -68,7 +71,7 @@ def composite_block(
         return {name: np.concatenate([m[name] for m in made], axis=axis - 2) for name in made[0]}
     block = _Block.of(scenes, box, recipe, year, tools, ledger)
     while (layers := block.made()) is None:
-        pass  # each time, pixels went to a later scene of their day, or lost that day
+        pass  # each pass gives pixels to a later scene of their day, or removes the day
     return layers
 
 
@@ -80,23 +83,26 @@ def _empty(box: GeoBox, recipe: Recipe) -> Layers:
 
 
 class _Choice(NamedTuple):
-    """How the best day of each pixel is chosen."""
+    """The observations of a block and the rule for the best day."""
 
     observed: Bool
     """bool [day, y, x] at 10 m, the observations to choose from."""
     choose: Callable[[Bool], Int16]
-    """Some of these observations -> index of the best day of each pixel, int16 [y, x], -1 = none."""
+    """Some of these observations -> index of the best day of each pixel, int16 [y, x], -1 =
+    none."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block whose mask is made. Arrays [day, y, x] are at 20 m and reach `fringe_m` beyond the block."""
+    """A block with a finished mask. Arrays [day, y, x] are at 20 m and reach `fringe_m` beyond
+    it."""
 
     of_mask: Observations
     away: Float32 | None
-    """Where a best pixel is chosen: metres from the day's nearest cloud, of those beyond the arrays, too."""
+    """Metres from the day's nearest cloud, including clouds beyond the arrays; None without best
+    pixel."""
     yeardays: npt.NDArray[np.int64]
-    """Of each day, its day of the year."""
+    """Day of the year of each day."""
     day_masks: DayMasks
     box: GeoBox
     fringe_m: int
@@ -118,7 +124,8 @@ class _Block:
     def made(self) -> Layers | None:
         """Reduce the block.
 
-        Returns None if a band has no data where the mask saw some. Such pixels now come from other scenes: reduce it again.
+        Returns None if a band has no data at a pixel seen by the mask. Such pixels now come from
+        other scenes: reduce the block again.
         """
         recipe, out = self.recipe, _empty(self.box, self.recipe)
         kind = self.of_mask.kind
@@ -154,7 +161,7 @@ class _Block:
         return None
 
     def _hand_on(self) -> None:
-        """Give pixels in which a band of their scene has no data to the next scene of the day that has SCL there."""
+        """Give pixels without data in a band to the day's next scene with SCL there."""
         of = self.of_mask
         for scene in sorted(of.lacking):  # in mosaic order, since a later scene may lack data, too
             day = of.day_of[scene]
@@ -190,19 +197,23 @@ class _Block:
             self._replace_black(ahead, bands.days, usable, seen, excess, index, out)
 
     def _each(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16]) -> Iterator[tuple[int, str, UInt16]]:
-        """Place, name and pixels [day, y, x] of each band, those first that were seen already."""
+        """Yield place, name and pixels [day, y, x] of each band, beginning with the bands read
+        ahead."""
         names = self.recipe.bands
         for band in [*seen, *(b for b in names if b not in seen)]:
             values = self._used(ahead, bands.days, bands.use, seen.pop(band), band) if band in seen else bands.next()
             yield names.index(band), band, values
 
     def _used(self, ahead: Bands, days: Days, use: Bool, seen: UInt16, band: str) -> UInt16:
-        """Copy the observations in use [day, y, x] from a band that was read ahead, with a fringe and for more observations."""
+        """Copy the observations in use [day, y, x] from a band read ahead.
+
+        The band read ahead has a fringe and contains more observations.
+        """
         inside = np.ascontiguousarray(self.inside(seen, self.size(band))[np.searchsorted(ahead.days, days)])
         return masked(inside, use, self.size(band), out=inside)
 
     def _strips(self, everything: Sequence[tuple[int, str, UInt16]]) -> Iterator[tuple[slice, UInt16]]:
-        """Rows of the block, and all bands of them side by side: uint16 [band, day, y, x] at 10 m."""
+        """Yield strips of rows with all bands stacked: uint16 [band, day, y, x] at 10 m."""
         height, width = self.box.shape
         for top in range(0, height, _STRIP_PX):
             rows = slice(top, min(top + _STRIP_PX, height))
@@ -220,13 +231,16 @@ class _Block:
                 out[name][rows] = getattr(made, name)
 
     def _taken(self, each: Iterable[tuple[int, str, UInt16]], index: Int16, bands: Bands, out: Layers) -> None:
-        """Of each pixel the one day that was chosen."""
+        """Write the chosen day of each pixel to `out`."""
         out["day_of_year"][:] = np.where(index >= 0, self.yeardays[bands.days][index], 0)
         for k, band, values in each:
             out["reflectance"][k] = self.tools.reducers.taken(finer(values, self.size(band)), index)
 
     def _best(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32) -> Int16:
-        """Index of the best day of each pixel, int16 [y, x] at 10 m, -1 = none; black counts in the bands `seen`."""
+        """Choose the best day of each pixel: index int16 [y, x] at 10 m, -1 = none.
+
+        Only days with the fewest black bands among `seen` are candidates.
+        """
         choice = self._choice(ahead, bands.days, bands.use, seen, excess)
         black = self._black(ahead, bands.days, bands.use, seen)
         return choice.choose(choice.observed if black is None else _least_black(choice.observed, black))
@@ -245,7 +259,10 @@ class _Block:
         return _Choice(finer(use, MASK_M), lambda some: how.best_pixel(inside, some))
 
     def _black(self, ahead: Bands, days: Days, use: Bool, seen: dict[str, UInt16]) -> UInt8 | None:
-        """Count the black bands of each observation, among those `seen`: uint8 [day, y, x] at 10 m; None if all are 0."""
+        """Count the black bands of each observation among `seen`.
+
+        Returns uint8 [day, y, x] at 10 m, or None if all counts are 0.
+        """
         count: UInt8 | None = None
         for band, values in seen.items():
             if not (values == _BLACK).any():
@@ -259,10 +276,11 @@ class _Block:
     def _replace_black(
         self, ahead: Bands, days: Days, usable: Bool, seen: dict[str, UInt16], excess: Int32, index: Int16, out: Layers
     ) -> None:
-        """Choose again where the chosen day is black in a band that was not `seen` before the choice.
+        """Choose again if the chosen day is black in a band not in `seen` before the choice.
 
-        There, that band is read for all usable days. Each pixel ends with the best of its days with the fewest black bands:
-        a choice without black in further bands cannot lose to another day when further bands are counted.
+        The band is then read for all usable days there. Each pixel ends with the best of its days
+        with the fewest black bands. A choice without black in further bands cannot lose to another
+        day when further bands are counted.
         """
         asked: dict[str, Bool] = {}
         choice: _Choice | None = None
@@ -297,7 +315,8 @@ class _Block:
             index = better
 
     def _take_again(self, ahead: Bands, days: Days, usable: Bool, seen: dict[str, UInt16], index: Int16, out: Layers) -> None:
-        """Replace the pixels that have an index, int16 [y, x] at 10 m, by those of that day."""
+        """Replace the pixels with an index, int16 [y, x] at 10 m, by the pixels of the indexed
+        day."""
         changed = index >= 0
         if not changed.any():
             return
@@ -315,26 +334,27 @@ class _Block:
             np.copyto(out[name], made[name], where=changed)
 
     def _bands(self, days: Days, use: Bool) -> Bands:
-        """Bands of the observations in use, bool [day, y, x] at 20 m, of these days."""
+        """Open the bands of these days for the observations in use, bool [day, y, x] at 20 m."""
         of = self.of_mask.inside(self.fringe_m // MASK_M)
         everything = np.zeros(of.kind.shape, dtype=np.bool_)
         everything[days] = use
         return Bands(of, everything, self.box, self.ledger)
 
     def size(self, band: str) -> int:
-        """Pixel size in metres at which a band is read."""
+        """Return the pixel size in metres for reading a band."""
         return size_of(band, self.of_mask.scenes)
 
     def inside(self, pixels: npt.NDArray[Any], size_m: int = MASK_M) -> npt.NDArray[Any]:
-        """Pixels of that size without the fringe."""
+        """Remove the fringe from pixels of the given size."""
         return cropped(pixels, self.fringe_m // size_m)
 
 
 def _least_black(use: Bool, count: UInt8) -> Bool:
-    """Return the observations in use that are black in the fewest bands, bool [day, y, x].
+    """Return the observations in use with the fewest black bands, bool [day, y, x].
 
-    Reflectance that atmospheric correction makes negative is stored as 1. In blue this looks free of haze, in red it looks
-    full of leaves. Deep water is black on all days, so all its days remain.
+    Atmospheric correction can make reflectance negative; it is stored as 1. In blue this value
+    looks free of haze, in red it looks full of leaves. Deep water is black on all days, so all its
+    days remain.
     """
     if not len(use):
         return use
@@ -344,9 +364,10 @@ def _least_black(use: Bool, count: UInt8) -> Bool:
 
 
 def _one_of_two(stack: UInt16) -> UInt16:
-    """Remove, in place, one of two observations if more of its bands are black: the medoid of two is either of them.
+    """Remove, in place, one of two observations if more of its bands are black.
 
-    Among three or more, a day that is black unlike the others is far from them. `stack` is uint16 [band, day, y, x].
+    The medoid of two observations is either of them. Among three or more, a day with unusual black
+    is far from the others. `stack` is uint16 [band, day, y, x].
     """
     seen = stack[0] != 0
     two = seen.sum(axis=0, dtype=np.int16) == 2
@@ -357,12 +378,12 @@ def _one_of_two(stack: UInt16) -> UInt16:
 
 
 def _any_of_four(flags: Bool) -> Bool:
-    """Flags [..., y, x] at 20 m: one of the four 10 m pixels has the flag."""
+    """Flag the 20 m pixels [..., y, x] with a flag in any of their four 10 m pixels."""
     *lead, height, width = flags.shape
     four: Bool = np.logical_or.reduce(flags.reshape(*lead, height // 2, 2, width // 2, 2), axis=(-3, -1))
     return four
 
 
 def _where_chosen(index: Int16, days: int) -> Bool:
-    """Flags [day, y, x] at 20 m: some of its 10 m pixels take that day."""
+    """Flag the days [day, y, x] at 20 m chosen by any of a pixel's 10 m pixels."""
     return np.stack([_any_of_four(index == day) for day in range(days)])

@@ -1,4 +1,4 @@
-"""The masks of a block's days: which scene each pixel comes from, and what kind of observation it is."""
+"""Masks of a block's days: the source scene and the kind of each pixel."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from minecube.grid import at_resolution, padded
 from minecube.reader import Ledger, begin
 
 Opinion = Callable[[UInt16], UInt8]
-"""A second mask of one date: B03, B04, B08, uint16 [3, y, x] at 10 m, x 10000 -> classes uint8 [y, x], 0 = clear."""
-SCL_IS = "minecube:scl"  # how a scene's classification errs as a whole, as the stage of scenes found
+"""A second mask of one date: B03, B04, B08, uint16 [3, y, x] at 10 m, x 10000 -> classes uint8
+[y, x], 0 = clear."""
+SCL_IS = "minecube:scl"  # item property: error of a scene's whole classification, found by `scenes`
 
 
 class Masks(NamedTuple):
     """Masks of some days, [day, y, x] at 20 m, of the block and its fringe."""
 
     owner: Int16
-    """Index of the scene that a day's pixel comes from, -1 = not observed."""
+    """Index of the scene of a day's pixel, -1 = not observed."""
     kind: UInt8
     """As `masks.kinds` returns it."""
     away: Float32 | None
-    """Metres from the day's nearest cloud, for recipes that choose a best pixel."""
+    """Metres from the day's nearest cloud, for recipes with a best pixel."""
 
 
 class DayMasks:
     """The masks of a block's days, from SCL.
 
     Args:
-        scenes: scenes near the block, in mosaic order.
-        box: the block, at 10 m.
-        recipe: mask rules and margins.
-        year: the composite's year.
-        opinion: a second mask.
-        ledger: counts the reads.
+        scenes: Scenes near the block, in mosaic order.
+        box: The block, at 10 m.
+        recipe: Mask rules and margins.
+        year: The composite's year.
+        opinion: A second mask.
+        ledger: Counts the reads.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class DayMasks:
         return self._cropped(owner, kind)
 
     def of_later(self, scene: int) -> Masks | None:
-        """Return the masks of one day, made of the day's scenes after this scene; None if there are no later scenes.
+        """Return the masks of one day, made of the day's scenes after this scene.
 
-        The other days stay as they were, so that the masks do not depend on where other scenes have no data.
+        Returns None if there are no later scenes. The other days stay unchanged. So missing data in
+        other scenes does not affect these masks.
         """
         day = self.days[scene]
         later = [n for n in range(scene + 1, len(self.days)) if self.days[n] == day]
@@ -103,7 +105,7 @@ class DayMasks:
         return Masks(cropped(owner, self._edge).copy(), cropped(kind, self._edge).copy(), away)
 
     def _classes(self, scenes: Sequence[int], ledger: Ledger | None) -> Iterator[UInt8]:
-        """Classes of each of these scenes, uint8 [y, x] at 20 m."""
+        """Yield the classes of each of these scenes, uint8 [y, x] at 20 m."""
         of_scl = at_resolution(self._wide, MASK_M)
         reads = deque(begin(self._scenes[n], SCL, of_scl, ledger) for n in scenes)
         try:
@@ -114,7 +116,10 @@ class DayMasks:
                 read.cancel()
 
     def _opinions(self, scenes: Sequence[int], days: Sequence[int], owner: Int16, ledger: Ledger | None) -> UInt8 | None:
-        """The second mask of each day: uint8 [day, y, x] at 20 m, the highest class among its four pixels; None without one."""
+        """Compute the second mask of each day: uint8 [day, y, x] at 20 m; None without an opinion.
+
+        A value is the highest class among the four 10 m pixels.
+        """
         if self._opinion is None:
             return None
         reads = {n: [begin(self._scenes[n], b, self._wide, ledger) for b in OPINION_BANDS] for n in scenes}
@@ -134,7 +139,10 @@ class DayMasks:
 
 
 def season(scene: pystac.Item, recipe: Recipe, year: int) -> int:
-    """The kind of a scene's clear observations: clear, or the fallback that takes them; 255 where the recipe takes none."""
+    """Return the kind of a scene's clear observations.
+
+    The kind is clear or the matching fallback, or 255 if the recipe does not use the scene.
+    """
     when = scene.datetime
     if when and when.month in recipe.months:
         neighbour = FALLBACKS["neighbour-year"] if "neighbour-year" in recipe.fallback else masks.UNUSABLE

@@ -1,7 +1,7 @@
-"""Which observations of a pixel are clear, and what it is made of where none is: numpy kernels on SCL's pixels of 20 m.
+"""Kinds of observations and the choice of those to use: numpy kernels on SCL's 20 m pixels.
 
-Arrays are [day, y, x], a day being an overpass. All arithmetic is of integers and flags, and every neighbourhood is of fixed
-size, so that a pixel's value does not depend on how the site is cut into blocks.
+Arrays are [day, y, x], and a day is an overpass. All arithmetic uses integers and flags. Every
+neighbourhood has a fixed size. So a pixel's value does not depend on the cut into blocks.
 """
 
 from __future__ import annotations
@@ -25,34 +25,39 @@ Float32 = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 PIXEL_M = 20
-"""Pixel size of all masks, the mission's of SCL."""
+"""Pixel size of all masks: the mission's size of SCL."""
 CELL = 4
-"""Pixels a side of the cells on which the surroundings of bright ground are looked at: 80 m, against windows of 600 m."""
+"""Side in pixels of the cells for sampling the surroundings of bright ground: 80 m, for windows
+of 600 m."""
 _PER_UNIT = 64
 _PROOF = round(np.log(1000) * _PER_UNIT)
-"""Evidence at which bright ground is 1000 times likelier than chance clouds."""
+"""Evidence for bright ground being 1000 times likelier than chance clouds."""
 _LEAST_CHANCE = 0.01
-"""Least probability of a chance cloud: two dates in clear surroundings are just enough as evidence."""
+"""Lowest probability of a chance cloud: two dates in clear surroundings are just enough
+evidence."""
 CLEAR, UNUSABLE = 1, 255
 _CLOUD, _NODATA = (8, 9), 0
 _LAST_CLASS = 11  # snow
 VEILED = 12
-"""A class that SCL lacks: clear ground of a date that is under thin cloud as a whole. All recipes take it for thin cloud."""
+"""A class missing from SCL: clear ground on a date entirely under thin cloud. All recipes treat
+it as thin cloud."""
 _CLEAR_CLASSES, _BARE, _CIRRUS = (2, 4, 5, 6, 7), 5, 10
 
 
 def mosaic(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
-    """Which scene each day's pixel comes from, and the day's SCL.
+    """Merge the scenes of each day: source scene and SCL of each pixel.
 
-    The first scene of a day that has a pixel keeps it. Each scene loses the outermost pixel of its coverage first: there
-    20 m and 10 m pixels are partly outside the swath.
+    The first scene of a day with data at a pixel keeps the pixel. Each scene first loses the
+    outermost pixel of its coverage. There, 20 m and 10 m pixels are partly outside the swath.
 
     Args:
-        scl: uint8 [y, x] of each scene as it comes, 0 = no data; those of a day in order of preference.
-        days: index of each scene's day, 0..n-1.
+        scl: uint8 [y, x] of each scene in turn, 0 = no data. Scenes of one day come in order of
+            preference.
+        days: Index of each scene's day, 0..n-1.
 
     Returns:
-        int16 [day, y, x], index of the scene, -1 = not observed; uint8 [day, y, x], 0 = not observed.
+        int16 [day, y, x], index of the scene, -1 = not observed. uint8 [day, y, x], the SCL class,
+        0 = not observed.
     """
     owner, day_scl = np.empty((0, 0, 0), np.int16), np.empty((0, 0, 0), np.uint8)
     for i, (day, layer) in enumerate(zip(days, scl, strict=True)):
@@ -66,11 +71,14 @@ def mosaic(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
 
 
 def corrected(scl: UInt8, error: str | None) -> UInt8:
-    """The classes of a scene, whose SCL may err as a whole. Numbers that are no class of SCL become 0, not observed.
+    """Correct the classes of a scene for an error of the whole scene.
+
+    Numbers outside SCL's classes become 0, not observed.
 
     Args:
         scl: uint8 [y, x].
-        error: `veiled` makes clear ground `VEILED`, `no cirrus` makes cirrus bare ground; None changes nothing.
+        error: `veiled` makes clear ground `VEILED`. `no cirrus` makes cirrus bare ground. None
+            changes no class.
     """
     scl = np.where(scl <= _LAST_CLASS, scl, np.uint8(_NODATA))
     if error == "veiled":
@@ -81,13 +89,14 @@ def corrected(scl: UInt8, error: str | None) -> UInt8:
 
 
 def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int], opinion: UInt8 | None = None) -> UInt8:
-    """What each observation is: an index into `QUALITY`, 0 = not observed, 255 = not to be used.
+    """Classify each observation: an index into `QUALITY`, 0 = not observed, 255 = unusable.
 
     Args:
         scl: uint8 [day, y, x] scene classification, 0 = not observed.
-        recipe: its mask rules and bright override.
-        months: calendar month of each day.
-        seasons: of each day, the kind of its clear observations: 1 in the recipe's months, or the fallback that has it.
+        recipe: Mask rules and bright override.
+        months: Calendar month of each day.
+        seasons: Kind of each day's clear observations: 1 in the recipe's months, or a fallback (see
+            `daymasks.season`).
         opinion: uint8 [day, y, x], classes of a second mask, 0 = clear.
 
     Returns:
@@ -95,7 +104,7 @@ def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[i
     """
     ground = persistently_bright(scl, recipe.bright_override) if recipe.bright_override else None
     out = np.empty_like(scl)
-    for day, layer in enumerate(scl):  # day by day, so that memory is that of the result
+    for day, layer in enumerate(scl):  # day by day, to need no memory beyond the result
         bright = None if ground is None else ground[day]
         out[day] = kinds_of_day(layer, bright, recipe, months[day], seasons[day], None if opinion is None else opinion[day])
     return out
@@ -106,10 +115,10 @@ def kinds_of_day(layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, 
 
     Args:
         layer: uint8 [y, x] scene classification, 0 = not observed.
-        bright: bool [y, x], pixels that SCL calls cloud although the ground is bright; None without a bright override.
-        recipe: its mask rules.
-        month: calendar month of the day.
-        season: the kind of the day's clear observations.
+        bright: bool [y, x], bright ground called cloud by SCL; None without a bright override.
+        recipe: Mask rules.
+        month: Calendar month of the day.
+        season: Kind of the day's clear observations.
         opinion: uint8 [y, x], classes of a second mask, 0 = clear.
     """
     observed = layer != _NODATA
@@ -138,26 +147,27 @@ def kinds_of_day(layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, 
 
 
 def grow(flagged: Bool, rule: MaskRule) -> Bool:
-    """Flags [y, x] with specks narrower than `open_m` gone and the rest dilated by a disc of `dilate_m`."""
+    """Remove specks narrower than `open_m` from flags [y, x], then dilate by a disc of
+    `dilate_m`."""
     size = rule.open_m // PIXEL_M
     return dilated(opened(flagged, size) if size > 1 else flagged, rule.dilate_m)
 
 
 def opened(flagged: Bool, size: int) -> Bool:
-    """Flags [y, x] of which only what holds a square of `size` pixels is left."""
-    corner = _run(_run(~flagged, 0, 0, size - 1), 1, 0, size - 1)  # pixels from which the square would leave the flags
+    """Keep only the parts of flags [y, x] covered by flagged squares of `size` pixels."""
+    corner = _run(_run(~flagged, 0, 0, size - 1), 1, 0, size - 1)  # square has an unflagged pixel
     corner[1 - size :], corner[:, 1 - size :] = True, True
     return _run(_run(~corner, 0, 1 - size, 0), 1, 1 - size, 0) & flagged
 
 
 def dilated(flagged: Bool, radius_m: int) -> Bool:
-    """Flags [y, x] and all within a disc of that radius, centre to centre."""
+    """Dilate flags [y, x] by a disc of this radius, measured between pixel centres."""
     reach = radius_m // PIXEL_M
     if not reach or not flagged.any():
         return flagged
     out = flagged.copy()
     wide, half = flagged, 0
-    for dy in range(reach, -1, -1):  # the disc is rows, each shorter the farther it lies from the middle
+    for dy in range(reach, -1, -1):  # rows of the disc, longer towards its middle
         width = int((reach**2 - dy**2) ** 0.5)
         wide, half = _grown_sideways(wide, half, width), width
         for step in {dy, -dy}:
@@ -166,30 +176,32 @@ def dilated(flagged: Bool, radius_m: int) -> Bool:
 
 
 def persistently_bright(scl: UInt8, rule: BrightOverride) -> Bool:
-    """Observations [day, y, x] that SCL calls cloud although only the ground is bright.
+    """Find bright ground called cloud by SCL: flags of observations [day, y, x].
 
-    A mine's bare ground is flagged on nearly every date. So the surroundings of a date are judged without the pixels that
-    are flagged clearly more often than usual on the other dates. Where they are clear, a pixel's flags are the ground's if
-    it is flagged on at least `rule.flagged` of such dates, and if chance clouds are an unlikely cause: see `_evidence`.
+    SCL flags a mine's bare ground on nearly every date. So the surroundings of a date are judged
+    without certain pixels: those flagged clearly more often than usual on the other dates. Only
+    dates with clear surroundings count. On these dates, flags of a pixel are attributed to the
+    ground under two conditions. At least the share `rule.flagged` of the dates, and at least two
+    dates, are flagged. Chance clouds are an unlikely cause (see `_evidence`).
     """
     observed = scl != _NODATA
     flagged = _among(scl, rule.classes)
     looks = observed.sum(axis=0, dtype=np.int32)
     flags = flagged.sum(axis=0, dtype=np.int32)
     share = flags / np.maximum(looks, 1)
-    # The surroundings' own share: their lower quartile, on one pixel of each cell, so that a large mine, itself flagged
-    # nearly always, does not raise it.
+    # The usual share is the lower quartile of the surroundings, sampled at one pixel per cell.
+    # A large mine, flagged nearly always, does not raise a lower quartile.
     half = rule.window_m // (PIXEL_M * CELL)
     sample = np.where(looks > 0, share, np.nan)[::CELL, ::CELL]
     usual = (_of_cells(_lower_quartile_around(sample, half), share.shape) + 0.2).astype(np.float32)
     clear_around = np.empty_like(observed)
     evidence = np.zeros(share.shape, np.int32)
     for day in range(len(scl)):
-        # Without the date itself: of few dates, each flag makes a pixel stand out.
+        # Leave out the date itself: among few dates, a single flag makes a pixel stand out.
         ordinary = flags - flagged[day] <= usual * (looks - observed[day])
         counted = observed[day] & ordinary
         cloudy, seen = (window_sum(_cell_sums(layer), half) for layer in (flagged[day] & counted, counted))
-        # Surroundings without any observation prove nothing.
+        # Surroundings without observations are no evidence.
         clear = (cloudy <= rule.around * seen) & (seen > 0)
         clear_around[day] = _of_cells(clear, share.shape) & observed[day]
         if_flagged, if_not = _evidence(cloudy, seen, rule)
@@ -204,16 +216,20 @@ def persistently_bright(scl: UInt8, rule: BrightOverride) -> Bool:
 
 
 def _evidence(cloudy: Int32, seen: Int32, rule: BrightOverride) -> tuple[Int32, Int32]:
-    """What one date says for bright ground and against chance clouds, where it is flagged, and where it is not.
+    """Compute one date's evidence for bright ground against chance clouds.
 
-    A logarithm of a likelihood ratio, summed over dates (Wald 1945, Annals of Mathematical Statistics 16): bright ground is
-    flagged with the probability `rule.flagged`, other ground with that of its surroundings on the date. Rounded to whole
-    `_PER_UNIT`, so that sums are exact.
+    The evidence is a log likelihood ratio, summed over dates (Wald 1945, Annals of Mathematical
+    Statistics 16). Bright ground is flagged with probability `rule.flagged`. Other ground is
+    flagged with the share of its surroundings on the date. Values are rounded integers in units of
+    1 / `_PER_UNIT`, so sums are exact.
 
     Args:
-        cloudy: flagged pixels around, int32 [y, x].
-        seen: observed pixels around.
-        rule: the bright override.
+        cloudy: Flagged pixels in the surroundings, int32 [y, x].
+        seen: Observed pixels in the surroundings.
+        rule: The bright override.
+
+    Returns:
+        Evidence at flagged pixels and at unflagged pixels, int32 [y, x] each.
     """
     chance = np.clip(cloudy / np.maximum(seen, 1), _LEAST_CHANCE, max(rule.around, _LEAST_CHANCE))
     bright = min(max(rule.flagged, 0.05), 0.95)
@@ -223,16 +239,18 @@ def _evidence(cloudy: Int32, seen: Int32, rule: BrightOverride) -> tuple[Int32, 
 
 
 def chosen(kind: UInt8, recipe: Recipe) -> tuple[Bool, UInt8]:
-    """The observations a pixel is made of: its clear ones and, where they are too few, what the recipe's fallbacks add.
+    """Choose the observations of each pixel: clear ones, and fallbacks if these are too few.
 
-    Thin cloud and cloud are taken only where there is nothing else; steps that are clear, up to `min_clear`.
+    Thin cloud and cloud are used only at pixels without other observations. Other fallbacks are
+    used at pixels with fewer than `min_clear` observations.
 
     Args:
-        kind: uint8 [day, y, x], as `kinds` gives it.
-        recipe: its `fallback` and `min_clear`.
+        kind: uint8 [day, y, x], as `kinds` returns it.
+        recipe: Its `fallback` and `min_clear`.
 
     Returns:
-        use: bool [day, y, x]. quality: uint8 [y, x], index into `QUALITY` of the last step taken; 0 where there is nothing.
+        use: bool [day, y, x].
+        quality: uint8 [y, x], index into `QUALITY` of the last step used, 0 = no observation.
     """
     use = kind == CLEAR
     count = use.sum(axis=0, dtype=np.int32)
@@ -250,25 +268,27 @@ def chosen(kind: UInt8, recipe: Recipe) -> tuple[Bool, UInt8]:
 
 
 def clearest(kind: UInt8, most: int, enough: int, day_of_year: Sequence[int]) -> Bool:
-    """The clear observations worth reading: of the clearest days, spread over the season, and others only where they lack.
+    """Choose the clear observations to read: the clearest days, spread over the season.
 
-    First up to `most` days, each time the one that adds most to pixels of fewer than `most`, less the nearer it is to one
-    that is chosen. Then, for pixels that have fewer than `enough`, more days, of which only those pixels are read.
+    First, choose up to `most` days, one at a time. Each choice maximises the gain: the number of
+    its clear pixels with fewer than `most` observations. Days near a chosen day have a reduced
+    gain. Then add days for pixels with fewer than `enough` observations, and read only these
+    pixels.
 
     Args:
-        kind: uint8 [day, y, x], as `kinds` gives it.
-        most: days.
-        enough: clear observations a pixel should have, where so many exist.
-        day_of_year: of each day.
+        kind: uint8 [day, y, x], as `kinds` returns it.
+        most: Maximum number of days in the first step.
+        enough: Number of clear observations wanted per pixel, as far as available.
+        day_of_year: Day of the year of each day.
 
     Returns:
-        bool [day, y, x], a part of the clear ones.
+        bool [day, y, x], a subset of the clear observations.
     """
     clear = kind == CLEAR
     use: Bool = np.zeros_like(clear)
     count = np.zeros(clear.shape[1:], dtype=np.int32)
     when = np.asarray(day_of_year, dtype=np.float64)
-    apart = max((when.max() - when.min()) / most, 1.0)  # days between dates if they were evenly spread
+    apart = max((when.max() - when.min()) / most, 1.0)  # days between dates with even spacing
     left, picked = [d for d in range(len(clear)) if clear[d].any()], list[int]()
 
     def gains(needed: int) -> npt.NDArray[np.float64]:
@@ -289,22 +309,27 @@ def clearest(kind: UInt8, most: int, enough: int, day_of_year: Sequence[int]) ->
 
 
 def without_haze(hot: Int32, use: Bool, quality: UInt8, rule: HazeTest) -> tuple[Bool, UInt8, Int32]:
-    """The observations that are not under thin cloud; where all are, they stay and the quality says so.
+    """Remove observations under thin cloud.
 
-    Over clear ground blue and red rise and fall together, over haze blue rises more (the haze optimised transform: Zhang,
-    Guindon and Cihlar 2002, Remote Sensing of Environment 82; coefficient of Zhu and Woodcock 2012, same journal 118). Against
-    the pixel's own lower quartile, a field that is ploughed or a pit that grows is no haze.
+    If all observations of a pixel are hazy, they stay. The pixel's quality then changes from clear
+    to thin.
+
+    Over clear ground, blue and red rise and fall together. Over haze, blue rises more. This is the
+    haze optimised transform of Zhang, Guindon and Cihlar 2002 (Remote Sensing of Environment 82).
+    The coefficient is from Zhu and Woodcock 2012 (same journal, 118). The reference is the pixel's
+    own lower quartile, so a ploughed field or a growing pit is not haze.
 
     Args:
-        hot: int32 [day, y, x], 2 x blue - red, each the sum of reflectance x 10000 over the four 10 m pixels; used up.
-        use: bool [day, y, x], the observations it is of.
+        hot: int32 [day, y, x], 2 x blue - red, each the sum of reflectance x 10000 over four 10 m
+            pixels. Overwritten.
+        use: bool [day, y, x], the observations in `hot`.
         quality: uint8 [y, x], index into `QUALITY`.
-        rule: the threshold and the window.
+        rule: Threshold and window.
 
     Returns:
-        use and quality, changed; and the excess that was judged, int32 [day, y, x], reflectance x 80000.
+        The changed use and quality, and the judged excess, int32 [day, y, x], reflectance x 80000.
     """
-    # Integers throughout: a window's sum must not depend on where in the array it lies.
+    # Use integers: a window's sum must not depend on its position in the array.
     hot -= lower_quartile(hot, use)
     hot *= use
     half = rule.window_m // PIXEL_M // 2
@@ -319,7 +344,10 @@ def without_haze(hot: Int32, use: Bool, quality: UInt8, rule: HazeTest) -> tuple
 
 
 def window_sum(values: Int32, half: int) -> Int32:
-    """Sums of integers [y, x] over the square of `2 * half + 1` pixels around each pixel, cut at the edges; exact."""
+    """Sum integers [y, x] over a square of `2 * half + 1` pixels around each pixel, exactly.
+
+    Squares are cut at the edges.
+    """
     total = values
     for axis in (0, 1):
         n = total.shape[axis]
@@ -331,7 +359,10 @@ def window_sum(values: Int32, half: int) -> Int32:
 
 
 def cloud_distance_m(kind: UInt8, most_m: int) -> Float32:
-    """Distance of each observation [day, y, x] from the nearest of its day that is not clear, in metres, up to `most_m`."""
+    """Measure the distance of each observation [day, y, x] to the day's nearest cloud.
+
+    Cloud is any observation not classified as clear. Distances are in metres, up to `most_m`.
+    """
     out = np.full(kind.shape, most_m, dtype=np.float32)
     for day, layer in enumerate(kind):
         cloudy = ~np.isin(layer, (0, CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"]))
@@ -342,13 +373,16 @@ def cloud_distance_m(kind: UInt8, most_m: int) -> Float32:
 
 def _among(layer: UInt8, classes: Sequence[int]) -> Bool:
     found: Bool = layer == classes[0]
-    for other in classes[1:]:  # a comparison each is many times faster than looking each pixel up
+    for other in classes[1:]:  # comparisons are many times faster than a lookup per pixel
         found |= layer == other
     return found
 
 
 def _inside(scl: UInt8) -> Bool:
-    """Where a scene has data, its outermost pixel left out; beyond the array it is taken to go on."""
+    """Flag the pixels of a scene with data, except the outermost pixel of its coverage.
+
+    Coverage is assumed to continue beyond the array.
+    """
     seen: Bool = scl != _NODATA
     if seen.all():
         return seen
@@ -357,7 +391,10 @@ def _inside(scl: UInt8) -> Bool:
 
 
 def _run(flags: Bool, axis: int, first: int, last: int) -> Bool:
-    """Whether any of the pixels `first`..`last` further along the axis is flagged; beyond the array none is."""
+    """Flag pixels with any flag `first`..`last` pixels further along the axis.
+
+    Pixels beyond the array have no flag.
+    """
     out = np.zeros_like(flags)
     for step in range(first, last + 1):
         _or_shifted(out, flags, *((-step, 0) if axis == 0 else (0, -step)))
@@ -365,7 +402,7 @@ def _run(flags: Bool, axis: int, first: int, last: int) -> Bool:
 
 
 def _or_shifted(out: Bool, flags: Bool, down: int, right: int) -> None:
-    """Add to `out` the flags moved by whole pixels."""
+    """Add flags shifted by whole pixels to `out`."""
     height, width = flags.shape
     if abs(down) >= height or abs(right) >= width:
         return
@@ -374,7 +411,7 @@ def _or_shifted(out: Bool, flags: Bool, down: int, right: int) -> None:
 
 
 def _grown_sideways(flags: Bool, half: int, width: int) -> Bool:
-    """Flags that were grown by `half` pixels to the left and right, grown to `width`."""
+    """Grow flags from `half` to `width` pixels to the left and right."""
     out = flags
     for _ in range(half, width):
         flags, out = out, out.copy()
@@ -384,11 +421,14 @@ def _grown_sideways(flags: Bool, half: int, width: int) -> Bool:
 
 
 def _lower_quartile_around(cells: Floats, half: int) -> Floats:
-    """The lower quartile of the observed cells [y, x] within `half` cells of each; NaN = not observed, here and there."""
+    """Compute the lower quartile of the observed cells [y, x] within `half` cells of each cell.
+
+    NaN means not observed, in input and output.
+    """
     size = 2 * half + 1
     rows = sliding_window_view(np.pad(cells, half, constant_values=np.nan), (size, size))
     out = np.empty_like(cells)
-    for y, windows in enumerate(rows):  # row by row, for the windows of one row are many times the array
+    for y, windows in enumerate(rows):  # row by row: windows of all rows would need too much memory
         ranked = np.sort(windows.reshape(cells.shape[1], -1), axis=1)  # NaN last
         rank = np.count_nonzero(np.isfinite(ranked), axis=1) // 4
         out[y] = ranked[np.arange(cells.shape[1]), rank]
@@ -396,7 +436,7 @@ def _lower_quartile_around(cells: Floats, half: int) -> Floats:
 
 
 def _cell_sums(flags: Bool) -> Int32:
-    """Flagged pixels in each cell of `CELL` a side; the last ones may be cut."""
+    """Count the flagged pixels in each cell of side `CELL`; the last cells may be cut."""
     height, width = flags.shape
     rows = np.add.reduceat(flags, np.arange(0, height, CELL), axis=0, dtype=np.int32)
     sums: Int32 = np.add.reduceat(rows, np.arange(0, width, CELL), axis=1)
@@ -404,5 +444,5 @@ def _cell_sums(flags: Bool) -> Int32:
 
 
 def _of_cells(cells: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """A value of each cell at all of its pixels."""
+    """Repeat the value of each cell at all of its pixels."""
     return cells.repeat(CELL, axis=0).repeat(CELL, axis=1)[: shape[0], : shape[1]]

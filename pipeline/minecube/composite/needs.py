@@ -1,4 +1,4 @@
-"""What a block needs before a pixel of it is read: which scenes, how far beyond its edge, how much memory."""
+"""Needs of a block before any pixel is read: scenes, margins, memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from minecube.catalog import SCL, Recipe
 from minecube.grid import ALIGN_M, area_of, at_resolution, padded
 
 MASK_M = 20
-"""Pixel size of masks, the mission's of SCL."""
+"""Pixel size of masks: the mission's size of SCL."""
 AHEAD = 2
-"""Bands of 10 m, or as many bytes of coarser ones, that are read while the next is waited for."""
+"""Bands of 10 m, or as many bytes of coarser bands, read ahead of the next one."""
 OPINION_BANDS = ("B03", "B04", "B08")
-_OPINION_M = 480  # what a network sees around a pixel
-_STEP_M = 240  # margins are multiples of this: of 60 m, and of the four SCL pixels that make a cell of the bright override
+_OPINION_M = 480  # reach of a network around a pixel
+_STEP_M = 240  # unit of margins: a multiple of 60 m and of the 80 m cells of the bright override
 
 
 def in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item]:
-    """Scenes of the grid's zone first, since they need no resampling; then newest baseline, time and id: one order for all."""
+    """Sort scenes: the grid's zone first, then newest baseline, time and id.
+
+    Scenes of the grid's zone need no resampling. The order is the same for all blocks.
+    """
     own = f"EPSG:{grid.crs.epsg}"
 
     def rank(scene: pystac.Item) -> tuple[Any, ...]:
@@ -35,14 +38,21 @@ def in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.
 
 
 def days_of(scenes: Sequence[pystac.Item]) -> list[int]:
-    """Index of each scene's overpass: its datatake, which all its tiles and granules share, and no other of that day."""
+    """Return the index of each scene's overpass.
+
+    An overpass is a datatake, shared by all its tiles and granules. Another overpass of the same
+    day has another datatake.
+    """
     days = [s.properties["minecube:datatake"] for s in scenes]
     index = {day: n for n, day in enumerate(sorted(set(days)))}
     return [index[day] for day in days]
 
 
 def near(scenes: Sequence[pystac.Item], around: GeoBox) -> list[pystac.Item]:
-    """The scenes whose footprint comes within a kilometre; published footprints are that coarse."""
+    """Select the scenes with a footprint within a kilometre.
+
+    Published footprints are only this accurate.
+    """
     area = area_of(padded(around, 1000 // ALIGN_M * ALIGN_M))
     west, south, east, north = area.bounds
 
@@ -57,7 +67,10 @@ def near(scenes: Sequence[pystac.Item], around: GeoBox) -> list[pystac.Item]:
 
 
 def size_of(band: str, scenes: Sequence[pystac.Item]) -> int:
-    """Pixel size in metres at which a band is read: the finest that a scene has; of SCL, that of masks."""
+    """Return the pixel size in metres for reading a band.
+
+    This is the finest size among the scenes, and for SCL the size of masks.
+    """
     if band == SCL:
         return MASK_M
     finest: int = min(s.assets[band].extra_fields["gsd"] for s in scenes)
@@ -65,9 +78,10 @@ def size_of(band: str, scenes: Sequence[pystac.Item]) -> int:
 
 
 def margins_m(recipe: Recipe) -> tuple[int, int]:
-    """How far beyond a block the haze test and the choice of a best pixel look, and how far the whole mask does, in metres.
+    """Compute the margins around a block in metres: the fringe, and the margin of the mask.
 
-    The first is of whole 60 m pixels, the second such that every block samples the same ones.
+    The fringe serves the haze test and the choice of a best pixel. It is a multiple of 60 m. The
+    margin of the mask is a multiple of 240 m, so every block samples the same pixels.
     """
     window = recipe.haze.window_m // 2 + MASK_M if recipe.haze else 0
     fringe = -(-max(window, 50 if recipe.best_pixel else 0) // ALIGN_M) * ALIGN_M
@@ -80,16 +94,17 @@ def margins_m(recipe: Recipe) -> tuple[int, int]:
 
 
 def looked_at(recipe: Recipe) -> set[str]:
-    """Bands that say which observations are used, and so are read before the others."""
+    """Return the bands deciding the used observations; they are read before the others."""
     hazy = {"B02", "B04"} if recipe.haze or recipe.best_pixel else set()
     return hazy | ({"B04", "B08"} if recipe.reducer == "max-ndvi" else set())
 
 
 def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
-    """Bytes that a block takes at its height, beside what the process has anyway.
+    """Estimate the peak memory of a block in bytes, on top of the process's own memory.
 
-    Of the mask's surroundings, SCL of each scene and a dozen bytes a day. Of the bands, those in hand: one, what is read ahead,
-    and those that haze or a choice must see first; of a reducer that sees all bands at once, all.
+    The mask needs one SCL layer per scene plus about 12 bytes per pixel and day, margin included.
+    The bands in memory are the current one, those read ahead, and those for the haze test or pixel
+    choice. Geomedian and medoid need all bands.
     """
     fringe, margin = margins_m(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
@@ -107,6 +122,6 @@ def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
 
 
 def connections(scenes: Sequence[pystac.Item], most: int) -> int:
-    """Requests for pixels that may be in flight."""
+    """Return the maximum number of simultaneous pixel requests."""
     allowed: list[int] = [json.loads(s.properties["minecube:access"])["connections"] for s in scenes]
     return min([most, *allowed])

@@ -1,4 +1,4 @@
-"""A second opinion on clouds: networks for omnicloudmask, which is an extra, with weights of the user's."""
+"""A second opinion on clouds: omnicloudmask (an extra) with the user's own weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from minecube.errors import ModelError
 
 
 class OmniCloudMask:
-    """Red, green and near infrared of a date -> classes: 0 clear, 1 thick cloud, 2 thin cloud, 3 shadow.
+    """Cloud classifier of a date: 0 clear, 1 thick cloud, 2 thin cloud, 3 shadow.
 
-    What it says of a pixel depends a little on what else is in the block, so that blocks may differ at their seams.
+    The input is red, green and near infrared. The class of a pixel depends slightly on the rest of
+    the block, so blocks may differ at their seams.
 
     Args:
-        weights: files of exported networks (torch.export.save), [n, 3, y, x] -> [n, 4, y, x], whose votes are averaged.
-        device: for instance cuda.
+        weights: Files of exported networks (torch.export.save), [n, 3, y, x] -> [n, 4, y, x]. Their
+            votes are averaged.
+        device: For instance cuda.
 
     Raises:
-        ModelError: a file is missing, or no exported network.
+        ModelError: A file is missing, or is not an exported network.
     """
 
     def __init__(self, weights: Sequence[str], device: str = "cpu") -> None:
@@ -33,12 +35,15 @@ class OmniCloudMask:
         self._models = [_loaded(path) for path in self.weights]
 
     def __call__(self, image: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
-        """Classes uint8 [y, x] of B03, B04 and B08, uint16 [3, y, x], reflectance x 10000, 0 = no data."""
+        """Classify B03, B04 and B08: uint8 [y, x].
+
+        The input is uint16 [3, y, x], reflectance x 10000, 0 = no data.
+        """
         if not image.any():
             return np.zeros(image.shape[1:], dtype=np.uint8)
         green, red, nir = image.astype(np.float32)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a block is smaller than its default patch, which is how it is meant
+            warnings.simplefilter("ignore")  # blocks smaller than its default patch are intended
             seen = omnicloudmask.predict_from_array(
                 np.stack([red, green, nir]), custom_models=list(self._models), inference_device=self.device
             )

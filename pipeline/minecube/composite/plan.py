@@ -1,8 +1,9 @@
-"""What a site-year will ask for, said before a pixel is read: from its scene list, its grid and its recipe alone.
+"""Estimate of a site-year's reads, time and cost from scene list, grid and recipe.
 
-Per block, scene that comes near it and band: one request for the file's header, the first time, and one for each row of the
-file's tiles that the block's window touches; as many bytes as those tiles hold. That is the most: of a scene of which no clear
-pixel is wanted the bands are not read, and which those are only the pixels say.
+The estimate reads no pixels. It counts requests per block, nearby scene and band. The first read of
+a file needs one request for its header. Each row of file tiles in the block's window needs one
+request, and all bytes of these tiles. The estimate is an upper bound. Bands of a scene without
+wanted clear pixels are not read, but only the pixels show this.
 """
 
 from __future__ import annotations
@@ -27,42 +28,43 @@ from minecube.grid import PIXEL_M, at_resolution, blocks, padded
 from minecube.reader import HEAD, READ_THREADS
 
 _STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
-"""Bytes a pixel takes in the files where the item does not say their size: of real Collection 1 items, 0.5 to 2.4, SCL 0.02 to
-0.09."""
-_OVERVIEWS = 0.75  # of a file's bytes are its full resolution, where it has overviews of a half, a quarter ...
+"""Bytes per pixel in the files, used if the item does not list the file size. Real Collection 1
+items have 0.5 to 2.4, and SCL 0.02 to 0.09."""
+_OVERVIEWS = 0.75  # share of the full resolution in the bytes of a file with overviews
 _CPU_S_PER_MB, _CPU_S_PER_MPX = 0.009, 0.010
-"""Core-seconds to inflate a megabyte, and to mask and reduce a million pixels: fitted to medians of 1024 px of 20 and 40 dates,
-which it meets within a quarter (a cloud server of 2026; the ratio to yours is anybody's guess). Geomedians take several times
-as long."""
+"""Core-seconds to inflate a megabyte, and to mask and reduce a million pixels. Fitted to medians
+of 1024 px from 20 and 40 dates, with errors up to a quarter (on a cloud server of 2026; your
+machine's speed differs). Geomedians take several times as long."""
 _CPU_S_PER_READ, _CPU_S_PER_SITE_YEAR = 0.005, 0.5
-"""Core-seconds to open a file and place a window of it, and to begin, check and commit a site-year: a guess from small
-builds on the same server."""
+"""Core-seconds to open a file and place a window of it, and to begin, check and commit a
+site-year. A guess from small builds on the same server."""
 START_S = 3.0
-"""Seconds that a command takes to begin."""
+"""Start-up time of a command in seconds."""
 _OFFSET_BANDS, _REGISTRATION_BANDS = 4, 2
-"""Reads of a scene, SCL among them, that check its offset (`scenes.offsets`) and its place (`composite.registration`)."""
-_CHECKED_PX = 200  # side of the window that checks look at, by overviews where the site is larger
-_BASE_BYTES = 100_000_000  # of the reading threads' own buffers
+"""Reads per scene, SCL included, to check its offset (`scenes.offsets`) and its position
+(`composite.registration`)."""
+_CHECKED_PX = 200  # side of the window read by checks
+_BASE_BYTES = 100_000_000  # buffers of the reading threads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Where a build runs: how fast, and what it costs; `--prices FILE` has any of them."""
+    """Speed and prices of the machine for a build; `--prices FILE` may set any of them."""
 
     latency_s: float = 0.05
-    """From a request to the first byte of its answer."""
+    """Seconds from a request to the first byte of its answer."""
     mb_per_s: float = 50.0
-    """Megabytes a second that the network brings."""
+    """Network speed in megabytes per second."""
     cores: int = 2
     currency: str = "USD"
     per_1000_requests: float | None = None
     per_gb: float | None = None
-    """Of data read: what leaves a provider's region."""
+    """Price per gigabyte read: data leaving a provider's region."""
     per_core_hour: float | None = None
 
     @classmethod
     def load(cls, path: Path) -> Terms:
-        """Terms of a YAML file; raises CatalogError where it holds anything else."""
+        """Load terms from a YAML file; raise CatalogError for any other content."""
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
@@ -80,34 +82,34 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one site-year, or several, take at most."""
+    """Upper bounds for one site-year, or for several."""
 
     site_years: int = 0
     scenes: int = 0
     reads: int = 0
-    """For the composite."""
+    """Reads for the composite."""
     checks: int = 0
-    """Reads that check offsets and places, on top of `reads`."""
+    """Reads to check offsets and positions, on top of `reads`."""
     requests: int = 0
-    """Of reads and checks, as `bytes` and `pixels` are."""
+    """Requests of reads and checks; `bytes` and `pixels` also cover both."""
     bytes: int = 0
     pixels: int = 0
-    """Read, at their own sizes."""
+    """Pixels read, at their own sizes."""
     block_bytes: int = 0
-    """Memory of the largest block in hand."""
+    """Memory of the largest block."""
     connections: int = READ_THREADS
-    """Requests in flight, at most."""
+    """Maximum number of simultaneous requests."""
 
     def __add__(self, other: Estimate) -> Estimate:
-        """Both, one after the other."""
+        """Add two estimates run one after the other."""
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         sums["block_bytes"] = max(self.block_bytes, other.block_bytes)
         return Estimate(**{**sums, "connections": min(self.connections, other.connections)})
 
     def seconds(self, terms: Terms) -> float:
-        """How long: as waiting, network or cores have it, whichever takes longest, for they go on at once.
+        """Estimate the duration: the longest of waiting, transfer and computing.
 
-        A guess: `pace` compares it with what builds took.
+        All three run at the same time. `pace` compares this estimate with real builds.
         """
         waiting = self.requests * terms.latency_s / self.connections
         working = self.bytes / 1e6 * _CPU_S_PER_MB + self.pixels / 1e6 * _CPU_S_PER_MPX
@@ -115,7 +117,8 @@ class Estimate:
         return max(waiting, self.bytes / 1e6 / terms.mb_per_s, working / terms.cores)
 
     def cost(self, terms: Terms, pace: float = 1.0) -> float | None:
-        """In the terms' currency, at that pace; None where they name no price."""
+        """Compute the cost at this pace in the currency of the terms; None if they have no
+        prices."""
         prices = (terms.per_1000_requests, terms.per_gb, terms.per_core_hour)
         if prices == (None, None, None):
             return None
@@ -124,16 +127,19 @@ class Estimate:
 
 
 def took(estimate: Estimate, seconds: float) -> dict[str, float]:
-    """What a provenance notes of the time of a build, for later plans: the estimate, and seconds of this machine as a whole."""
+    """Build the provenance note about a build's time, for later plans.
+
+    The note has the estimate and the elapsed seconds of the whole machine.
+    """
     return {**asdict(estimate), "seconds": round(seconds, 3)}
 
 
 def pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | None:
-    """How many times longer than estimated earlier builds took; None if there are none.
+    """Compute the ratio of real to estimated time over earlier builds; None without builds.
 
     Args:
-        notes: of each build, what `took` gave.
-        terms: where they ran, and the next one will.
+        notes: The result of `took` for each build.
+        terms: Terms of the machine for these builds and the next one.
     """
     names = {f.name for f in fields(Estimate)}
     seconds = estimated = 0.0
@@ -145,7 +151,7 @@ def pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | None:
 
 
 def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Estimate:
-    """The most that `composite` of these scenes on this grid will read, and the memory that a block takes."""
+    """Estimate the upper bounds of reading these scenes with `composite`, and a block's memory."""
     sums, most, opened = np.zeros(4, dtype=np.int64), 0, set()
     for block in blocks(grid, recipe.block_px):
         box = grid[block]
@@ -182,7 +188,10 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
 
 
 def _checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> tuple[int, int, int, int]:
-    """Reads, requests, bytes and pixels that check offsets and places; headers are counted with the composite."""
+    """Count reads, requests, bytes and pixels of the checks of offsets and positions.
+
+    Headers are counted with the composite.
+    """
     height, width = (min(side, _CHECKED_PX) for side in grid.shape)
     repeats = _OFFSET_BANDS + (_REGISTRATION_BANDS if recipe.registration else 0)
     sums = np.zeros(4, dtype=np.int64)
@@ -193,11 +202,11 @@ def _checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> tupl
 
 
 def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool) -> tuple[int, int, int, int]:
-    """Reads, requests, bytes and pixels of a window."""
+    """Count reads, requests, bytes and pixels of a window."""
     tile, asset = scene.properties["minecube:tile_px"], scene.assets[band]
     shape, stored = asset.extra_fields["proj:shape"], asset.extra_fields["file:size"]
     per_pixel = stored * _OVERVIEWS / math.prod(shape) if stored else _STORED[band if band == SCL else size_m]
-    # A window begins anywhere in a tile, so on average it touches as many as it is long, and a part of one more.
+    # A window begins anywhere in a tile. On average, n pixels touch tiles of n + tile - 1 pixels.
     height, width = (min(n + tile - 1, side) for n, side in zip(window, shape, strict=True))
     remote = "://" in asset.href
     requests = (math.ceil(height / tile) + first) * remote

@@ -1,8 +1,9 @@
-"""Ranks over days by sorting networks: medians, percentiles, quartiles of what a pixel has, in numpy.
+"""Ranks over days by sorting networks in numpy: medians, percentiles and quartiles.
 
-A pixel misses some days, so that its median lies at another rank than its neighbour's. As many of its missing values as are
-needed are taken as lowest, the others as highest, until the rank is the same for all; then one sorting network (Batcher 1968,
-AFIPS 32), of which only what leads to that rank is left, serves a whole tile by minima and maxima of days.
+Pixels miss different days, so their medians lie at different ranks. To equalise the ranks, some
+missing values are filled with the lowest value and the others with the highest. Then one sorting
+network serves a whole tile by minima and maxima of days (Batcher 1968, AFIPS 32). The network
+contains only the comparisons needed for the wanted rank.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 Pixels = npt.NDArray[Any]
 
-_TILE = 32768  # pixels, such that what is worked on stays in the caches
+_TILE = 32768  # pixels, few enough for the caches
 
 
 def median(observed: UInt16) -> UInt16:
-    """Median of what is observed: uint16 [y, x], halves rounded to even, 0 = not observed.
+    """Compute the median of observed values: uint16 [y, x], 0 = not observed.
+
+    Halves are rounded to even.
 
     Args:
-        observed: uint16 [day, y, x], 0 = not observed.
+        observed: Array uint16 [day, y, x], 0 = not observed.
     """
     ranks = (np.arange(len(observed) + 1) - 1) // 2
     out = np.zeros(observed.shape[1:], dtype=np.uint16)
@@ -43,10 +46,12 @@ def median(observed: UInt16) -> UInt16:
 
 
 def percentile(observed: UInt16, percent: float) -> UInt16:
-    """Percentile of what is observed, numpy's method "linear": uint16 [y, x], halves rounded to even, 0 = not observed.
+    """Compute a percentile of observed values: uint16 [y, x], 0 = not observed.
+
+    The method is numpy's "linear". Halves are rounded to even.
 
     Args:
-        observed: uint16 [day, y, x], 0 = not observed.
+        observed: Array uint16 [day, y, x], 0 = not observed.
         percent: 0..100.
     """
     exact = np.maximum(np.arange(len(observed) + 1) - 1, 0) * (percent / 100)  # of 0..days observations
@@ -56,20 +61,20 @@ def percentile(observed: UInt16, percent: float) -> UInt16:
     for part, rows, missing in _tiles(observed, out):
         low, high, count = _at_rank(rows, missing, ranks)
         share = shares[count]
-        high = np.where(share > 0, high, low)  # of the highest rank there is no next
+        high = np.where(share > 0, high, low)  # the highest rank has no next value
         between = high.astype(np.float64) - low
-        # From the nearer of both, as numpy does, so that rounding is the same.
+        # Interpolate from the nearer value, as numpy does, for the same rounding.
         value = np.where(share < 0.5, low + between * share, high - between * (1 - share))
         part[:] = np.where(count > 0, np.rint(value), 0)
     return out
 
 
 def lower_quartile(values: Int32, known: Bool) -> Int32:
-    """The value at rank (n - 1) // 4 of the n known ones: int32 [y, x], 0 where none is known.
+    """Select the value at rank (n - 1) // 4 of the n known values: int32 [y, x], 0 = none known.
 
     Args:
-        values: int32 [day, y, x].
-        known: bool [day, y, x].
+        values: Array int32 [day, y, x].
+        known: Flags bool [day, y, x].
     """
     out = np.zeros(values.shape[1:], dtype=np.int32)
     ranks = np.maximum(np.arange(len(values) + 1) - 1, 0) // 4
@@ -80,11 +85,12 @@ def lower_quartile(values: Int32, known: Bool) -> Int32:
 
 
 def median_of_seen(values: Pixels, seen: Bool) -> Float32:
-    """Median over days of what is seen, not rounded: float32 [row, pixel], 0 = none.
+    """Compute the median over days of seen values, not rounded: float32 [row, pixel], 0 = none.
 
     Args:
-        values: uint16 [day, row, pixel], or int32, then the bits of floats >= 0, whose order is the same; 0 where not seen.
-        seen: bool [day, pixel], the same for each row.
+        values: Array uint16 [day, row, pixel], 0 = not seen. Or int32 with the bits of floats >= 0,
+            sorting in the same order.
+        seen: Flags bool [day, pixel], the same for each row.
     """
     days, lines, width = values.shape
     rows = np.empty((days + 1, lines * width), values.dtype)
@@ -93,7 +99,7 @@ def median_of_seen(values: Pixels, seen: Bool) -> Float32:
     missing[:] = ~seen[:, None]
     low, high, count = _at_rank(rows, missing.reshape(days, -1), (np.arange(days + 1) - 1) // 2)
     high = np.where(count & 1, low, high)
-    low, high = (np.where(count > 0, a, 0) for a in (low, high))  # the bits of what stands for missing are no number
+    low, high = (np.where(count > 0, a, 0) for a in (low, high))  # a fill may have the bits of NaN
     if values.dtype == np.int32:
         low, high = (a.astype(np.int32).view(np.float32) for a in (low, high))
     middle: Float32 = (low.astype(np.float32) + high).astype(np.float32) * np.float32(0.5)
@@ -102,10 +108,11 @@ def median_of_seen(values: Pixels, seen: Bool) -> Float32:
 
 @functools.cache
 def _network(size: int, wanted: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
-    """Batcher's odd-even merge sort of `size` rows, without what does not lead to the wanted ranks.
+    """Build Batcher's odd-even merge sort of `size` rows, reduced to the wanted ranks.
 
     Returns:
-        Pairs of rows, the first to take the minimum, and whether that and whether the maximum is of use.
+        Pairs of rows. The first row takes the minimum. Two flags mark if the minimum and if the
+        maximum is needed.
     """
     pairs: list[tuple[int, int]] = []
     run = 1
@@ -126,9 +133,10 @@ def _network(size: int, wanted: tuple[int, ...]) -> tuple[tuple[int, int, bool, 
 
 
 def _tiles(values: Pixels, out: Pixels, known: Bool | None = None) -> Iterator[tuple[Pixels, Pixels, Pixels]]:
-    """Parts of `out` as 1-d views, each with its values [day + 1, pixel], 0 where missing, and missing [day, pixel], 0 or 1.
+    """Yield 1-d views of parts of `out`, each with its values and missing flags.
 
-    Both are of the values' type and used again for the next part; the last row of values is spare.
+    Values are [day + 1, pixel], 0 = missing, with a spare last row. Missing flags are [day, pixel],
+    0 or 1. Both have the type of `values`, and the next part reuses their memory.
     """
     days, result = len(values), out.reshape(-1)
     if not values.size:
@@ -150,18 +158,20 @@ def _tiles(values: Pixels, out: Pixels, known: Bool | None = None) -> Iterator[t
 
 
 def _at_rank(rows: Pixels, missing: Pixels, ranks: npt.NDArray[np.int64], above: int = 1) -> tuple[Pixels, Pixels, Pixels]:
-    """Of each pixel the value at the rank that belongs to its count, the next higher one, and the count.
+    """Select each pixel's value at the rank for its count, the next higher value, and the count.
 
     Args:
-        rows: [day + 1, pixel], uint16 or int32, 0 where missing; the last row is spare. All are overwritten.
-        missing: the same type [day, pixel], 0 or 1.
-        ranks: of 0..days observations, the rank wanted; it never rises by more than one.
-        above: 0 where the next higher value is not needed; it is then the value again.
+        rows: Array [day + 1, pixel], uint16 or int32, 0 = missing. The last row is spare. All rows
+            are overwritten.
+        missing: Array [day, pixel] of the same type, 0 or 1.
+        ranks: Wanted rank for 0..days observations. It never rises by more than one.
+        above: 0 if the next higher value is not needed. The value itself then replaces it.
     """
     days, limits = len(missing), np.iinfo(rows.dtype)
     *layers, spare = list(rows)
     count = (days - missing.sum(axis=0, dtype=rows.dtype)).astype(np.int16)
-    # What is missing goes below the rank until it is that of a pixel that misses nothing, then above it.
+    # Fill missing days with the lowest value until the rank equals that of a complete pixel,
+    # then with the highest.
     left = (ranks[days] - ranks).astype(rows.dtype)[count]
     low = np.empty_like(left)
     for row, miss in zip(layers, missing, strict=True):

@@ -1,8 +1,11 @@
-"""Many observations of a year -> one, in numpy: spectral medians by iteration, dates by score; `ranks` has the rest.
+"""Reducers of many observations of a year to one, in numpy.
 
-`observed` is uint16 [day, y, x], a day being an overpass: reflectance x 10000, 0 = not observed, valid >= 1. `stack` is
-uint16 [band, day, y, x], 0 in all bands or in none. A pixel's result depends on its own values alone, bit by bit, and not on
-how the image is cut: sums run over days and bands in their order, never along pixels.
+This module has spectral medians by iteration and dates by score. `ranks` has the others.
+
+`observed` is uint16 [day, y, x]: reflectance x 10000, 0 = not observed, valid >= 1. A day is an
+overpass. `stack` is uint16 [band, day, y, x], 0 in all bands or in none. A pixel's result depends
+bit by bit only on its own values, not on the cut of the image. Sums run over days and bands in
+their order, never along pixels.
 """
 
 from __future__ import annotations
@@ -40,18 +43,19 @@ __all__ = [
 
 YEAR_DAYS = 365.25
 CLOSE = 0.003
-"""Stored units: steps shorter than this end the search for a geomedian, as a rule within 1e-5 of reflectance."""
+"""Stored units: a shorter step ends the search for a geomedian, usually within 1e-5 of
+reflectance."""
 MOST_STEPS = 100
 MOST_AHEAD = 20
-"""How many of its own steps ahead of itself the search may leap."""
+"""Maximum length of a leap ahead in the search, in its own steps."""
 TOUCHING = 1e-3
-"""Stored units: nearer to an observation than this is on it."""
-_TILE = 4096  # pixels, such that what is worked on stays in the caches
+"""Stored units: a point nearer than this to an observation is on it."""
+_TILE = 4096  # pixels, few enough for the caches
 _TINY = np.float32(1e-30)
 
 
 class Geomedian(NamedTuple):
-    """The geomedian of a stack and how far its observations lie from it."""
+    """The geomedian of a stack and the deviations of its observations."""
 
     reflectance: UInt16
     """[band, y, x], x 10000, halves rounded to even, 0 = none."""
@@ -64,40 +68,44 @@ class Geomedian(NamedTuple):
 
 
 class Reducers(Protocol):
-    """What a block is reduced with: this module, or `torch_reducers.TorchReducers`."""
+    """Reducers of a block: this module, or `torch_reducers.TorchReducers`."""
 
     def median(self, observed: UInt16) -> UInt16:
-        """See the function of that name, like all here."""
+        """Return the median: uint16 [y, x]."""
 
     def percentile(self, observed: UInt16, percent: float) -> UInt16:
-        """uint16 [y, x]."""
+        """Return the percentile: uint16 [y, x]."""
 
     def geomedian(self, stack: UInt16) -> Geomedian:
-        """Geomedian and deviations."""
+        """Return the geomedian and its deviations."""
 
     def medoid(self, stack: UInt16) -> Int16:
-        """int16 [y, x], index of a day."""
+        """Return the day of the medoid: int16 [y, x]."""
 
     def max_ndvi(self, red: UInt16, nir: UInt16) -> Int16:
-        """int16 [y, x], index of a day."""
+        """Return the day of highest NDVI: int16 [y, x]."""
 
     def best_pixel(self, score: Float32, observed: Bool) -> Int16:
-        """int16 [y, x], index of a day."""
+        """Return the day of highest score: int16 [y, x]."""
 
     def taken(self, observed: UInt16, index: Int16) -> UInt16:
-        """uint16 [y, x]."""
+        """Return the values of the chosen days: uint16 [y, x]."""
 
 
 def geomedian(stack: UInt16) -> Geomedian:
-    """The spectrum with the least sum of Euclidean distances to those observed, and the median deviations from it.
+    """Compute the geomedian and the median deviations from it.
 
-    Roberts, Mueller and McIntyre 2017 (IEEE TGRS 55, high-dimensional pixel composites), Roberts, Dunn and Mueller 2018
-    (IGARSS, median absolute deviations). Weiszfeld's iteration, with Vardi and Zhang's (2000, PNAS 97) way off an observation
-    it lands on, from the median of each band; each step leaps ahead along the last two (Anderson acceleration of depth one)
-    unless the sum of distances rose. Of two observations any point between is a geomedian: it is the middle.
+    The geomedian is the spectrum with the least sum of Euclidean distances to the observations. See
+    Roberts, Mueller and McIntyre 2017 (IEEE TGRS 55, high-dimensional pixel composites). For the
+    median absolute deviations see Roberts, Dunn and Mueller 2018 (IGARSS).
+
+    The search is Weiszfeld's iteration from the median of each band. Vardi and Zhang's method
+    (2000, PNAS 97) leaves an observation reached by the search. Each step leaps ahead along the
+    last two steps (Anderson acceleration of depth one), unless the sum of distances rose. With two
+    observations, any point between them is a geomedian; the result is their middle.
 
     Args:
-        stack: uint16 [band, day, y, x], 0 = not observed, in all bands or in none.
+        stack: Array uint16 [band, day, y, x], 0 = not observed, in all bands or in none.
     """
     bands, days, *shape = stack.shape
     flat = stack.reshape(bands, days, math.prod(shape))
@@ -121,12 +129,13 @@ def geomedian(stack: UInt16) -> Geomedian:
 
 
 def medoid(stack: UInt16) -> Int16:
-    """The day whose spectrum has the least sum of Euclidean distances to the others: int16 [y, x], -1 = not observed.
+    """Choose the day with the least sum of spectral distances to the others: int16 [y, x].
 
-    Of equal ones the earliest. Distances are of single precision and their sums exact, so that equal ones stay equal.
+    Distances are Euclidean. -1 = not observed. Among equal days, the earliest is chosen. Distances
+    have single precision and their sums are exact, so equal days stay equal.
 
     Args:
-        stack: uint16 [band, day, y, x], 0 = not observed, in all bands or in none.
+        stack: Array uint16 [band, day, y, x], 0 = not observed, in all bands or in none.
     """
     bands, days, *shape = stack.shape
     flat = stack.reshape(bands, days, math.prod(shape))
@@ -142,11 +151,11 @@ def medoid(stack: UInt16) -> Int16:
 
 
 def max_ndvi(red: UInt16, nir: UInt16) -> Int16:
-    """The day of highest NDVI: int16 [y, x], of equal ones the earliest, -1 = not observed.
+    """Choose the day of highest NDVI: int16 [y, x], the earliest of equal days, -1 = not observed.
 
     Args:
-        red: uint16 [day, y, x], 0 = not observed.
-        nir: the same of near infrared.
+        red: Array uint16 [day, y, x], 0 = not observed.
+        nir: Near infrared, likewise.
     """
     out = np.full(red.shape[1:], -1, dtype=np.int16)
     best_red, best_nir = np.ones(out.shape, dtype=np.uint32), np.zeros(out.shape, dtype=np.uint32)
@@ -160,11 +169,11 @@ def max_ndvi(red: UInt16, nir: UInt16) -> Int16:
 
 
 def best_pixel(score: Float32, observed: Bool) -> Int16:
-    """The day of highest score: int16 [y, x], of equal ones the earliest, -1 = not observed.
+    """Choose the day of highest score: int16 [y, x], the earliest of equal days, -1 = not observed.
 
     Args:
-        score: float32 [day, y, x], finite where observed.
-        observed: bool [day, y, x].
+        score: Array float32 [day, y, x], finite at observations.
+        observed: Flags bool [day, y, x].
     """
     out = np.full(score.shape[1:], -1, dtype=np.int16)
     best = np.full(out.shape, -np.inf, dtype=np.float32)
@@ -178,16 +187,17 @@ def best_pixel(score: Float32, observed: Bool) -> Int16:
 def best_pixel_score(
     day_of_year: npt.NDArray[np.integer[Any]], cloud_distance_m: Float32, opacity: Float32, sharpness: Float32, rule: BestPixel
 ) -> Float32:
-    """How good each observation is: float32 [day, y, x], the weighted sum of four parts from 0 to 1.
+    """Score each observation: float32 [day, y, x], a weighted sum of four parts from 0 to 1.
 
-    After Griffiths et al. 2013 (IEEE JSTARS 6) and White et al. 2014 (Canadian Journal of Remote Sensing 40).
+    After Griffiths et al. 2013 (IEEE JSTARS 6) and White et al. 2014 (Canadian Journal of Remote
+    Sensing 40).
 
     Args:
-        day_of_year: of each day, 1..366.
-        cloud_distance_m: float32 [day, y, x], metres to the nearest cloud or shadow of that day.
-        opacity: float32 [day, y, x], excess of haze in reflectance.
-        sharpness: float32 [day, y, x], as `sharpness` gives it.
-        rule: the best day, where each part ends, and its weight.
+        day_of_year: Day of the year of each day, 1..366.
+        cloud_distance_m: Metres to the day's nearest cloud or shadow, float32 [day, y, x].
+        opacity: Excess of haze in reflectance, float32 [day, y, x].
+        sharpness: Result of `sharpness`, float32 [day, y, x].
+        rule: The best day, and the limit and weight of each part.
     """
     apart = np.abs(day_of_year.astype(np.float64) - rule.day)
     apart = np.minimum(apart, YEAR_DAYS - apart)
@@ -203,13 +213,15 @@ def best_pixel_score(
 
 
 def sharpness(band: UInt16) -> Float32:
-    """Local detail of each date relative to the pixel's sharpest date: float32 [day, y, x], 0..1; 0 = not observed.
+    """Measure each date's local detail relative to the pixel's sharpest date: float32 [day, y, x].
 
-    Detail is the absolute Laplacian averaged over the pixels of a 5 x 5 window that have one: that are observed with their
-    four neighbours. It looks three pixels far; beyond the image nothing is observed. Where no date has any, all are 1.
+    Values are 0..1, 0 = not observed. Detail is the mean absolute Laplacian in a 5 x 5 window. A
+    pixel has a Laplacian if it and its four neighbours are observed. So the measure depends on
+    pixels up to three pixels away. Pixels beyond the image count as unobserved. If no date has
+    detail, all observations get 1.
 
     Args:
-        band: uint16 [day, y, x], 0 = not observed.
+        band: Array uint16 [day, y, x], 0 = not observed.
     """
     out = np.zeros(band.shape, dtype=np.float32)
     for of_day, detail in zip(band, out, strict=True):
@@ -229,11 +241,11 @@ def sharpness(band: UInt16) -> Float32:
 
 
 def taken(observed: UInt16, index: Int16) -> UInt16:
-    """The value of the day that was chosen: uint16 [y, x], 0 where the index is -1.
+    """Take the value of the chosen day: uint16 [y, x], 0 at index -1.
 
     Args:
-        observed: uint16 [day, y, x], 0 = not observed.
-        index: int16 [y, x], -1 = none.
+        observed: Array uint16 [day, y, x], 0 = not observed.
+        index: Array int16 [y, x], -1 = none.
     """
     if not len(observed):
         return np.zeros(index.shape, dtype=np.uint16)
@@ -242,7 +254,7 @@ def taken(observed: UInt16, index: Int16) -> UInt16:
 
 
 class _Search(NamedTuple):
-    """Where the search for geomedians stands, float32 [band, pixel]; `cost` [pixel]."""
+    """State of the search for geomedians: float32 [band, pixel], `cost` [pixel]."""
 
     step: Float32
     reached: Float32
@@ -250,9 +262,13 @@ class _Search(NamedTuple):
 
 
 def _geomedian_tile(tile: UInt16, seen: Bool) -> tuple[Float32, Float32]:
-    """Geomedian float32 [band, pixel] in stored units, 0 = none, and its deviations float32 [3, pixel], NaN = none."""
+    """Compute geomedian and deviations of a tile.
+
+    The geomedian is float32 [band, pixel] in stored units, 0 = none. Deviations are float32 [3,
+    pixel], NaN = none.
+    """
     origin = median_of_seen(tile.swapaxes(0, 1), seen)
-    # From the origin differences are small and, being halves of integers, exact.
+    # Differences from the origin are small, and exact as halves of integers.
     spectra = tile.astype(np.float32)
     spectra -= origin[:, None]
     weight = seen.astype(np.float32)
@@ -264,9 +280,10 @@ def _geomedian_tile(tile: UInt16, seen: Bool) -> tuple[Float32, Float32]:
 
 
 def _searched(spectra: Float32, weight: Float32) -> Float32:
-    """Geomedian float32 [band, pixel] of spectra [band, day, pixel]; weight [day, pixel] is 1 where observed, else 0.
+    """Search the geomedians float32 [band, pixel] of spectra [band, day, pixel].
 
-    Each pixel stops by itself; those that have are laid aside when they are half.
+    `weight` [day, pixel] is 1 at observations, else 0. Each pixel stops independently. Once half of
+    the pixels have stopped, the search drops the stopped pixels from its arrays.
     """
     at = np.zeros((len(spectra), spectra.shape[2]), dtype=np.float32)
     out, where = at.copy(), np.arange(at.shape[1])
@@ -283,7 +300,7 @@ def _searched(spectra: Float32, weight: Float32) -> Float32:
         left = np.count_nonzero(going)
         if not left:
             return out
-        if 1 < left <= len(where) // 2:  # not one: numpy sums one column in another order
+        if 1 < left <= len(where) // 2:  # at least two: numpy sums one column in another order
             spectra, weight, at = (np.compress(going, a, axis=-1) for a in (spectra, weight, at))
             before = _Search(*(np.compress(going, a, axis=-1) for a in before))
             where, going = where[going], going[going]
@@ -292,9 +309,11 @@ def _searched(spectra: Float32, weight: Float32) -> Float32:
 
 
 def _on_observation(spectra: Float32, weight: Float32, at: Float32) -> Float32:
-    """Geomedians [band, pixel], of which those that are the observation next to them are put there: steps near it are short.
+    """Move geomedians [band, pixel] onto their nearest observation if it is the geomedian itself.
 
-    It is one where the others pull no harder than it, or those equal to it, hold; between two they pull just as hard.
+    Near this observation the steps of the search are short. An observation is the geomedian if the
+    summed unit vectors towards the others are shorter than the number of observations equal to it.
+    With two observations both sides are equal, so neither is chosen.
     """
     away = _squared_distance(spectra, at)
     away[weight == 0] = np.inf
@@ -312,12 +331,16 @@ def _on_observation(spectra: Float32, weight: Float32, at: Float32) -> Float32:
 
 
 def _leap(now: _Search, before: _Search | None) -> tuple[Float32, _Search]:
-    """Where to go next, and what to remember: `now`, or `before` where the last leap made it worse, to go on from there."""
+    """Return the next point and the state to remember.
+
+    The state is `now`. If the last leap raised the cost, the state is `before`, and the search
+    continues from its end.
+    """
     if before is None:
         return now.reached, now
     turn = now.step - before.step
     ahead = _dot(now.step, turn) / np.maximum(_dot(turn, turn), _TINY)
-    ahead = np.where(ahead < 0.5, np.maximum(ahead, -MOST_AHEAD), 0)  # steps that grow are no sequence to see the end of
+    ahead = np.where(ahead < 0.5, np.maximum(ahead, -MOST_AHEAD), 0)  # growing steps do not converge
     target = now.reached - ahead.astype(np.float32) * (now.reached - before.reached)
     worse = now.cost > before.cost * np.float32(1 + 1e-6)
     if not worse.any():
@@ -327,7 +350,10 @@ def _leap(now: _Search, before: _Search | None) -> tuple[Float32, _Search]:
 
 
 def _weiszfeld(spectra: Float32, weight: Float32, at: Float32) -> _Search:
-    """One step of Weiszfeld's iteration from `at` [band, pixel], and the sum of distances there."""
+    """Take one step of Weiszfeld's iteration from `at` [band, pixel].
+
+    The cost in the result is the sum of distances at `at`.
+    """
     distance = np.sqrt(_squared_distance(spectra, at))
     touching = distance <= TOUCHING
     touches = touching.any()
@@ -340,7 +366,7 @@ def _weiszfeld(spectra: Float32, weight: Float32, at: Float32) -> _Search:
         np.add.reduce(drawn, axis=0, out=step[band])
     step /= total
     step -= at * (total > _TINY)
-    if touches:  # stay, unless the others pull harder than those it lies on
+    if touches:  # stay, unless the others pull harder than the touched observations
         held = np.add.reduce(touching * weight, axis=0)
         pulled = np.sqrt(_dot(step, step)) * total
         step *= np.maximum(1 - held / np.maximum(pulled, _TINY), 0)
@@ -348,9 +374,10 @@ def _weiszfeld(spectra: Float32, weight: Float32, at: Float32) -> _Search:
 
 
 def _deviations(spectra: Float32, weight: Float32, at: Float32, origin: Float32) -> Float32:
-    """Euclidean, cosine and Bray-Curtis distance of each observation from the geomedian: float32 [day, 3, pixel], 0 = none.
+    """Measure each observation's distances from the geomedian: float32 [day, 3, pixel], 0 = none.
 
-    The cosine's is (d² - (|a| - |b|)²) / 2|a||b|, d being the Euclidean: 1 - cos would lose its digits.
+    The three are Euclidean, cosine and Bray-Curtis distance. The cosine distance is (d² - (|a| -
+    |b|)²) / 2|a||b| with the Euclidean distance d. 1 - cos would lose digits.
     """
     middle = origin + at
     length, squared = np.sqrt(_dot(middle, middle)), _squared_distance(spectra, at)
@@ -374,7 +401,10 @@ def _deviations(spectra: Float32, weight: Float32, at: Float32, origin: Float32)
 
 
 def _medoid_tile(spectra: Float32, seen: Bool) -> npt.NDArray[np.int64]:
-    """Index of the medoid among the days [pixel], -1 = none; of spectra [band, day, pixel]."""
+    """Return the index of the medoid among the days [pixel], -1 = none.
+
+    Spectra are [band, day, pixel].
+    """
     total, weight = np.zeros(seen.shape), seen.astype(np.float32)
     for day in range(len(seen) - 1):
         distance = np.sqrt(_squared_distance(spectra[:, day + 1 :], spectra[:, day]))
@@ -386,7 +416,10 @@ def _medoid_tile(spectra: Float32, seen: Bool) -> npt.NDArray[np.int64]:
 
 
 def _squared_distance(spectra: Float32, to: Float32) -> Float32:
-    """float32 [day, pixel], of spectra [band, day, pixel] to one [band, pixel]."""
+    """Compute squared distances of spectra [band, day, pixel] to one spectrum [band, pixel].
+
+    Returns float32 [day, pixel].
+    """
     out, apart = np.zeros(spectra.shape[1:], dtype=np.float32), np.empty(spectra.shape[1:], dtype=np.float32)
     for values, middle in zip(spectra, to, strict=True):
         np.subtract(values, middle, out=apart)
@@ -396,13 +429,13 @@ def _squared_distance(spectra: Float32, to: Float32) -> Float32:
 
 
 def _dot(a: Float32, b: Float32) -> Float32:
-    """float32 [pixel], the inner product over bands, in their order."""
+    """Compute the inner product over bands, in their order: float32 [pixel]."""
     product: Float32 = functools.reduce(np.add, a * b)
     return product
 
 
 def _sum_5x5(values: Int32) -> Int32:
-    """Sums over the 5 x 5 windows around each pixel; beyond the image there is 0."""
+    """Sum the 5 x 5 window around each pixel, with 0 beyond the image."""
     wide = np.pad(values, 2)
     height, width = values.shape
     rows = sum((wide[i : i + height] for i in range(1, 5)), wide[:height])

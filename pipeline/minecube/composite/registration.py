@@ -1,20 +1,21 @@
-"""Scenes that lie beside the others: the shift of each against what all show where they are clear, from its edges.
+"""Displacement of each scene from the others, measured from edges of clear ground.
 
-edges       The gradient of one band as a complex number, its angle doubled and its length cut short: where a border lies
-            and which way it runs, not which side is brighter nor by how much (Fitch et al. 2002, orientation correlation,
-            BMVC; doubled angles: Bigun and Granlund 1987, ICCV). A field that is ploughed, a season or haze turns or
-            fades contrasts, and moves no border.
-clear       Only ground that SCL calls clear, 40 m inside it; all else is 0 and correlates with nothing. Nothing is filled
-            in, since what is filled in lies where the reference does and would draw shifts to 0.
-reference   The mean of the edges of the scenes so far, each put back by its shift: borders that last add up, those of one
-            date fade, and patches that are pieced together leave no seams as brightness would. The clearest scene comes
-            first; then each is compared again with the mean of all others.
-peak        The correlation over shifts of up to 8 pixels either way; a parabola through the nine values at its peak tells
-            the tenths. Where another peak is nearly as high, as over water, along one lone border or under cloud, the shift
-            is not told.
-zero        Nobody knows where a place really lies, and the first reference may be what is shifted: zero is the median of
-            the shifts that lie within 10 m of the scene that is nearest to all others. So shifts are of scenes against
-            most scenes of their year, and one that shifts all of them alike is not seen.
+Edges       The gradient of one band as a complex number, with doubled angle and limited length. It has
+            the position and direction of a border, without its polarity and contrast (Fitch et al. 2002,
+            orientation correlation, BMVC; doubled angles: Bigun and Granlund 1987, ICCV). Ploughing,
+            seasons and haze turn or fade contrasts, but do not move borders.
+Clear       Ground called clear by SCL, at least 4 pixels from other ground. All else is 0 and does not
+            correlate. Gaps are not filled in: the fill would lie in the same place as the
+            reference's and bias shifts towards 0.
+Reference   The mean of the edges of the scenes so far, each corrected by its shift. Lasting borders
+            add up, and borders of one date fade. A mosaic of edges has no seams, unlike one of brightness.
+            The clearest scene comes first. Later, each scene is compared with the mean of all others.
+Peak        The correlation over shifts of up to 8 pixels in each direction. A parabola through the nine
+            values at its peak gives tenths of a pixel. If another peak is nearly as high, the shift is
+            unknown. This happens over water, along a single border or under cloud.
+Zero        The true position of a place is unknown, and the first reference may be the displaced scene.
+            Zero is the median of the shifts within 1 pixel of the scene nearest to all others. So
+            shifts are relative to most scenes of the year. A common shift of all scenes is not detected.
 """
 
 from __future__ import annotations
@@ -40,22 +41,25 @@ from minecube.reader import Ledger, begin
 log = logging.getLogger(__name__)
 
 SHIFT = "minecube:shift_m"
-"""Item property: [east, north] in metres; read on a grid moved by as much, the scene's pixels lie on the others'."""
+"""Item property: [east, north] in metres. Reads on a grid moved by this shift align the scene
+with the others."""
 _BANDS = ("B04", "B03", "B08", "B02", "B05", "B8A", "B06", "B07", "B11", "B12")
-"""In order of preference, among the finest: red tells soil from leaves and is not hazy as blue is."""
+"""Bands in order of preference among the finest. Red separates soil from leaves and is less hazy
+than blue."""
 _HIDDEN = (0, 1, 3, 8, 9, 10, 11)  # SCL: no data, defective, shadow, cloud, cirrus, snow
-_WINDOW = 510  # pixels a side: of a larger site, the middle
-_REACH, _FARTHEST = 8, 6  # pixels either way that are looked at, and the farthest shift believed; rules go up to 5
-_FRINGE = 4  # pixels beside cloud and the window's edge that are not looked at: what SCL misses, and what a gradient sees
+_WINDOW = 510  # side in pixels; larger sites are read in their middle only
+_REACH, _FARTHEST = 8, 6  # pixels: search range, longest accepted shift; rules allow up to 5
+_FRINGE = 4  # unused pixels next to cloud (SCL misses some) and the window's edge (gradients)
 _SMOOTH = 0.5  # pixels, sigma before the gradient; 1 blurs borders and doubles errors
-_STRONG = 0.9  # quantile of gradients at which an edge counts half, so that water and noise count little
-_LEAST = 1000  # pixels that a scene and the reference must share; in a few hundred, some unlike ones look alike
-# Measured on simulated pairs, some of them lakes or under 70 % cloud: of 988 unlike ones none passes both, and 3 pass the first
-# alone; of 102 alike ones 81 are told, with errors of 0.06 pixels (median) to 0.2.
+_STRONG = 0.9  # quantile of gradients with half weight; water and noise get little weight
+_LEAST = 1000  # least pixels shared with the reference; a few hundred can match by chance
+# Measured on simulated pairs, including lakes and 70 % cloud. Of 988 different pairs none passes both
+# limits, and 3 pass the first one. Of 102 matching pairs 81 are measured, with errors of 0.06 pixels
+# (median) to 0.2.
 _DISTINCT, _STANDS_OUT = 0.5, 6.0
-_APART = 3.5  # pixels from the peak at which another one is another one
-_TOGETHER = 1.0  # pixels between scenes that agree
-_STARTS = 3  # scenes to begin with, should the first be like no other
+_APART = 3.5  # pixels from the peak; a separate peak is farther away
+_TOGETHER = 1.0  # greatest distance in pixels between agreeing scenes
+_STARTS = 3  # first scenes to try, in case the first one matches no other
 
 Bool = npt.NDArray[np.bool_]
 Complex = npt.NDArray[np.complex64]
@@ -66,18 +70,18 @@ UInt16 = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True, kw_only=True)
 class Shift:
-    """How far one scene lies beside the others of its year."""
+    """Displacement of one scene from the others of its year."""
 
     scene: str
     dx_m: float | None
-    """Metres that its content lies too far east; None where that cannot be told, and then `dy_m`, too."""
+    """Displacement of its content to the east in metres; None if unknown, as is `dy_m` then."""
     dy_m: float | None
-    """The same, north."""
+    """Displacement to the north in metres."""
     peak: float | None
-    """By which share the correlation's peak stands above any other, 0..1; one below a half is not believed. None where nothing
-    was compared."""
+    """Share by which the correlation's peak exceeds any other peak, 0..1. Shifts with a share
+    below a half are rejected. None if nothing was compared."""
     pixels: int
-    """Clear pixels that it was told from."""
+    """Number of clear pixels used."""
 
     def __str__(self) -> str:
         if self.dx_m is None or self.dy_m is None:
@@ -86,15 +90,18 @@ class Shift:
 
     @property
     def distance_m(self) -> float:
-        """How far that is; 0 where it cannot be told: nobody is accused then."""
+        """Length of the displacement in metres; 0 if unknown, so the scene is kept."""
         return math.hypot(self.dx_m or 0.0, self.dy_m or 0.0)
 
 
 def shifts(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None) -> list[Shift]:
-    """One shift a scene, in the order given; reads SCL of each in the middle of the site, and one band where that is clear.
+    """Measure one shift per scene, in the given order.
+
+    Reads SCL of each scene in the middle of the site, and one band of scenes with enough clear
+    ground.
 
     Raises:
-        ReadError: a pixel that cannot be read, where the ledger does not allow it.
+        ReadError: A pixel cannot be read, and the ledger does not allow this.
     """
     shared = [b for b in _BANDS if all(b in s.assets for s in scenes)]
     if not scenes or not shared:
@@ -118,10 +125,11 @@ def shifts(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = 
 
 
 def registered(scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Registration) -> list[pystac.Item]:
-    """Keep the scenes beyond the rule, leave them out, or mark them to be read where they lie; the log names them.
+    """Keep, drop or mark the scenes displaced by more than the rule allows, and log their names.
 
-    Those marked are copies that carry `SHIFT`. Both axes and all bands move by exactly that, which no file's pixels are
-    multiples of, so that they are resampled: whole pixels, which a band of 20 m has every 20 m, could leave 10 m of it.
+    Marked scenes are copies with `SHIFT`, read at their corrected position. Both axes and all bands
+    move by exactly this shift. It is no multiple of a file's pixel size, so the bands are
+    resampled. Shifts by whole pixels could leave an error of 10 m in a 20 m band.
     """
     done = {"record": "kept as it is", "drop": "left out", "shift": "read where it lies"}[rule.beyond]
     kept = []
@@ -129,7 +137,7 @@ def registered(scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Regi
         if shift.distance_m <= rule.most_px * PIXEL_M:
             kept.append(scene)
             continue
-        # Metres are usual until 2021, and mended by a shift.
+        # Displacements of metres are usual until 2021, and a shift corrects them.
         log.log(logging.INFO if rule.beyond == "shift" else logging.WARNING, "%s (%s)", shift, done)
         if rule.beyond == "record":
             kept.append(scene)
@@ -141,7 +149,7 @@ def registered(scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Regi
 
 
 def as_rows(found: Sequence[Shift]) -> list[dict[str, Any]]:
-    """Shifts as plain JSON, for provenance: metres to a tenth."""
+    """Convert shifts to plain JSON for provenance, with metres rounded to tenths."""
     return [
         {
             "scene": s.scene,
@@ -155,14 +163,14 @@ def as_rows(found: Sequence[Shift]) -> list[dict[str, Any]]:
 
 
 def compared(edges: Sequence[Complex]) -> tuple[Floats, Floats]:
-    """The shifts of all scenes, by the module's rule.
+    """Measure the shifts of all scenes by the module's method.
 
     Args:
-        edges: of each scene, as `edges_of` gives them, all of one shape.
+        edges: Edges of each scene from `edges_of`, all of one shape.
 
     Returns:
-        float64 [scene, 2], pixels east and north, NaN where not told; float64 [scene], how distinct the peak is, 0..1, NaN
-        where nothing was compared.
+        float64 [scene, 2], pixels east and north, NaN = unknown.
+        float64 [scene], distinctness of the peak, 0..1, NaN = not compared.
     """
     counts = np.array([np.count_nonzero(e) for e in edges])
     order = [n for n in np.argsort(-counts, kind="stable").tolist() if counts[n] >= _LEAST]
@@ -173,8 +181,9 @@ def compared(edges: Sequence[Complex]) -> tuple[Floats, Floats]:
             break
     moved, peaks = np.full((len(edges), 2), np.nan), np.full(len(edges), np.nan)
     if len(told) > 1:
-        # From here on most lie at no shift, where nothing is resampled; a first scene that lies half a pixel beside would have
-        # all others read off between two values of the correlation, where a parabola is least exact.
+        # From here on most scenes have no shift and are not resampled. If the first scene were displaced
+        # by half a pixel, all other peaks would lie between two values of the correlation. There a
+        # parabola is least exact.
         zero = zero_of(np.array(list(told.values())))
         told = {n: shift - zero for n, shift in told.items()}
         everyone = Mean(edges[0].shape)
@@ -192,7 +201,8 @@ def compared(edges: Sequence[Complex]) -> tuple[Floats, Floats]:
 
 
 def edges_of(pixels: UInt16, clear: Bool) -> Complex:
-    """Where borders lie and which way they run, complex64 [y, x], at most 1 long; 0 where not clear."""
+    """Compute position and direction of borders: complex64 [y, x], length at most 1, 0 = not
+    clear."""
     inside = ndimage.binary_erosion(clear, np.ones((3, 3)), iterations=_FRINGE)
     if not inside.any():
         return np.zeros(pixels.shape, dtype=np.complex64)
@@ -204,13 +214,16 @@ def edges_of(pixels: UInt16, clear: Bool) -> Complex:
 
 
 class Mean:
-    """The running reference: sums of edges [y, x] that were put back where they belong, and how many."""
+    """The running reference: sums and counts of edges [y, x], each corrected by its shift."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.sum, self.count = np.zeros(shape, dtype=np.complex64), np.zeros(shape, dtype=np.float32)
 
     def add(self, edges: Complex, shift: Floats, times: int = 1) -> None:
-        """Add a scene's edges, put back by its shift, pixels east and north; or take them away, `times` -1."""
+        """Add a scene's edges, corrected by its shift in pixels east and north.
+
+        `times` -1 removes them.
+        """
         seen, (height, width) = (edges != 0).astype(np.float32), edges.shape
         for (down, of_row), (right, of_column) in itertools.product(_whole(shift[1]), _whole(-shift[0])):  # rows go south
             to = np.s_[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
@@ -220,20 +233,26 @@ class Mean:
             self.count[to] += weight * seen[source]
 
     def edges(self) -> Complex:
-        """Their mean, complex64 [y, x], 0 where there are none."""
-        some = self.count > 0.5  # half a pixel of one, what bilinear weights leave
+        """Return the mean edges, complex64 [y, x], 0 = none."""
+        some = self.count > 0.5  # at least half a pixel, after bilinear weights
         mean: Complex = np.where(some, self.sum / np.maximum(self.count, np.float32(0.5)), 0)
         return mean
 
 
 def _whole(shift: float) -> tuple[tuple[int, float], tuple[int, float]]:
-    """A shift in pixels as the two whole ones around it and their shares: bilinear, and far faster than `ndimage.shift`."""
+    """Split a shift in pixels into the two nearest whole shifts and their weights.
+
+    This is bilinear, and far faster than `ndimage.shift`.
+    """
     below = math.floor(shift)
     return (below, below + 1 - shift), (below + 1, shift - below)
 
 
 def shift_of(edges: Complex, reference: Complex) -> tuple[Floats, float]:
-    """By how much edges lie east and north of a reference, in pixels, NaN if not told; and how distinct the peak is, 0..1."""
+    """Measure the shift of edges from a reference, and the distinctness of the peak.
+
+    The shift is in pixels east and north, NaN = unknown. Distinctness is 0..1.
+    """
     if np.count_nonzero((edges != 0) & (reference != 0)) < _LEAST:
         return np.full(2, np.nan), 0.0
     surface = correlation(edges, reference)
@@ -253,11 +272,12 @@ def shift_of(edges: Complex, reference: Complex) -> tuple[Floats, float]:
 
 
 def correlation(edges: Complex, reference: Complex) -> Float:
-    """How alike the pixels are that both have, -1..1, at each whole shift: float32 [2 * `_REACH` + 1, the same].
+    """Correlate edges with a reference at each whole shift: float32, -1..1.
 
-    No shift is in the middle; what lies further down or right of it is for edges that do.
+    The shape is [2 * `_REACH` + 1, 2 * `_REACH` + 1]. Only pixels present in both count. The middle
+    is no shift. Values below or right of it are for edges displaced in this direction.
     """
-    shape = [fft.next_fast_len(n + _REACH) for n in edges.shape]  # what leaves at one side must not come in at the other
+    shape = [fft.next_fast_len(n + _REACH) for n in edges.shape]  # padded, so shifts do not wrap around
     shifts = np.ix_(*[np.arange(-_REACH, _REACH + 1)] * 2)
 
     def sums(ours: Float, theirs: Float) -> Float:
@@ -267,35 +287,38 @@ def correlation(edges: Complex, reference: Complex) -> Float:
     product = fft.ifft2(fft.fft2(edges, shape) * fft.fft2(reference, shape).conj())[shifts].real
     (our_power, ours), (their_power, theirs) = ((np.abs(e) ** 2, (e != 0).astype(np.float32)) for e in (edges, reference))
     power = sums(our_power, theirs) * sums(ours, their_power)
-    # Where hardly any pixels meet, power is rounding, by which nothing must be divided.
+    # With hardly any common pixels, power is rounding error: do not divide by it.
     least = np.float32(1e-3) * power.max() + np.float32(1e-9)
     alike: Float = product / np.sqrt(np.maximum(power, least))
     return alike
 
 
 def vertex(nine: Float) -> tuple[float, float]:
-    """Where a parabola through [3, 3] values, in least squares, is highest: columns and rows from the middle, 1 at most."""
+    """Find the maximum of a least-squares parabola through [3, 3] values.
+
+    Returns columns and rows from the middle, at most 1.
+    """
     x = np.array([-1.0, 0.0, 1.0])
     columns, rows = nine.sum(axis=0), nine.sum(axis=1)
     slope = np.array([columns @ x, rows @ x]) / 6
     bend_x, bend_y = columns @ x**2 - 2 / 3 * columns.sum(), rows @ x**2 - 2 / 3 * rows.sum()
     bend = np.array([[bend_x, x @ nine @ x / 4], [x @ nine @ x / 4, bend_y]])
     if bend_x >= 0 or np.linalg.det(bend) <= 0:
-        return 0.0, 0.0  # not a summit
+        return 0.0, 0.0  # not a maximum
     right, down = np.clip(-np.linalg.solve(bend, slope), -1, 1).tolist()
     return right, down
 
 
 def zero_of(moved: Floats) -> Floats:
-    """Where shifts [scene, 2], the clearest first, are counted from: [2], by the module's rule."""
+    """Compute the zero of shifts [scene, 2], clearest scene first: [2], by the module's method."""
     apart = np.linalg.norm(moved[:, None] - moved[None], axis=-1)
-    near = apart[apart.sum(axis=1).argmin()] <= _TOGETHER  # of two scenes as near, the clearer
+    near = apart[apart.sum(axis=1).argmin()] <= _TOGETHER  # among equally near scenes, the clearest
     zero: Floats = np.median(moved[near], axis=0)
     return zero
 
 
 def _chain(edges: Sequence[Complex], order: Sequence[int]) -> dict[int, Floats]:
-    """The shifts that are told when scenes are compared one after another with the mean of those before."""
+    """Measure the shift of each scene from the mean of the scenes before it, if possible."""
     mean, told = Mean(edges[order[0]].shape), {order[0]: np.zeros(2)}
     mean.add(edges[order[0]], np.zeros(2))
     for n in order[1:]:
@@ -307,13 +330,19 @@ def _chain(edges: Sequence[Complex], order: Sequence[int]) -> dict[int, Floats]:
 
 
 def _finest(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> tuple[str, int]:
-    """The finest of bands that all scenes have, of equals the first; and the pixel size in metres that all have it at."""
+    """Choose the finest band common to all scenes, and the pixel size in metres common to them.
+
+    Among equal bands, the first is chosen.
+    """
     sizes = [max(int(s.assets[b].extra_fields["gsd"]) for s in scenes) for b in bands]
     return min(zip(bands, sizes, strict=True), key=lambda band: band[1])
 
 
 def _middle(grid: GeoBox) -> GeoBox:
-    """The grid, or its middle where it is larger than `_WINDOW` pixels, from a multiple of 60 m to another."""
+    """Return the grid, or its middle if it is larger than `_WINDOW` pixels.
+
+    The middle begins at a multiple of 60 m.
+    """
     step = ALIGN_M // PIXEL_M
     first = [max(n - _WINDOW, 0) // 2 // step * step for n in grid.shape]
     rows, columns = (slice(a, min(a + _WINDOW, n)) for a, n in zip(first, grid.shape, strict=True))
@@ -322,7 +351,10 @@ def _middle(grid: GeoBox) -> GeoBox:
 
 
 def _read(scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger | None) -> list[Complex]:
-    """The edges of each scene [y, x]; of those with too little clear ground the band is not read, and all are 0."""
+    """Read the edges [y, x] of each scene.
+
+    Scenes with too little clear ground get zeros, and their band is not read.
+    """
     masks = _results([begin(s, SCL, grid, ledger) for s in scenes])
     clear = [~np.isin(scl, _HIDDEN) for scl in masks]
     use = [n for n, c in enumerate(clear) if np.count_nonzero(c) >= _LEAST]
@@ -332,7 +364,7 @@ def _read(scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger
 
 
 def _results(reads: Sequence[Future[UInt16]]) -> list[UInt16]:
-    """What was read; where one fails, those not yet begun are given up."""
+    """Wait for all reads and return their pixels; if one fails, cancel those not yet begun."""
     try:
         return [read.result() for read in reads]
     finally:

@@ -1,8 +1,8 @@
-"""The reducers on a GPU, in torch: numpy in, numpy out, and the same results.
+"""Reducers on a GPU in torch: numpy in, numpy out, and the same results.
 
-Ranks, the medoid and the best dates are the same to the bit: they are of integers, or of single steps that IEEE 754 rounds in
-one way only. The geomedian is searched for in the same way in double precision, and is within 1e-5 of reflectance of numpy's
-but where the sum of distances is all but flat.
+Ranks, medoid and best dates are identical to the bit. They use integers, or single steps with only
+one rounding under IEEE 754. The geomedian uses the same search in double precision. It is within
+1e-5 of reflectance of numpy's, unless the sum of distances is almost flat.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ Int16 = npt.NDArray[np.int16]
 Float32 = npt.NDArray[np.float32]
 
 STRIP_VALUES = 2**26
-"""Values of a stack that are on the device at a time; at most 24 bytes each."""
+"""Maximum number of stack values on the device at a time, at most 24 bytes each."""
 CLOSE, TOUCHING = 3e-8, 1e-8
-"""Reflectance: a step shorter than the first ends a search; what is nearer to an observation than the second is on it."""
+"""Reflectance: a step shorter than CLOSE ends a search. A point nearer than TOUCHING to an
+observation is on it."""
 _ABOVE_ALL = 2**16
 _TINY = 1e-12
 
@@ -39,18 +40,18 @@ class TorchReducers:
         device: cuda, cuda:1, cpu, ...
 
     Raises:
-        ModelError: torch does not know the device, or sees no such GPU.
+        ModelError: Torch does not know the device, or finds no such GPU.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device_of(device)
 
     def median(self, observed: UInt16) -> UInt16:
-        """As `reducers.median`."""
+        """Compute `reducers.median`."""
         return self.percentile(observed, 50)
 
     def percentile(self, observed: UInt16, percent: float) -> UInt16:
-        """As `reducers.percentile`."""
+        """Compute `reducers.percentile`."""
         days = len(observed)
         out = np.zeros(observed.shape[1:], dtype=np.uint16)
         if not days:
@@ -72,7 +73,7 @@ class TorchReducers:
         return out
 
     def geomedian(self, stack: UInt16) -> Geomedian:
-        """As `reducers.geomedian`, within 1e-5 of reflectance."""
+        """Compute `reducers.geomedian`, within 1e-5 of reflectance."""
         bands, days, *shape = stack.shape
         flat = stack.reshape(bands, days, math.prod(shape))
         middle = np.zeros((bands, flat.shape[2]), dtype=np.uint16)
@@ -88,7 +89,7 @@ class TorchReducers:
         return Geomedian(middle.reshape(bands, *shape), emad, smad, bcmad)
 
     def medoid(self, stack: UInt16) -> Int16:
-        """As `reducers.medoid`."""
+        """Compute `reducers.medoid`."""
         bands, days, *shape = stack.shape
         flat = stack.reshape(bands, days, math.prod(shape))
         out = np.full(flat.shape[2], -1, dtype=np.int16)
@@ -103,17 +104,17 @@ class TorchReducers:
         return out.reshape(shape)
 
     def max_ndvi(self, red: UInt16, nir: UInt16) -> Int16:
-        """As `reducers.max_ndvi`."""
+        """Compute `reducers.max_ndvi`."""
         out = np.full(red.shape[1:], -1, dtype=np.int16)
         result, reds, nirs = out.reshape(-1), red.reshape(len(red), out.size), nir.reshape(len(nir), out.size)
         for part in _strips(reds):
             r, n = self._there(reds[:, part]), self._there(nirs[:, part])
-            # Two ratios of 16 bit numbers that differ do so in double precision, too.
+            # Different ratios of 16-bit numbers stay different in double precision.
             result[part] = _first_least(torch.where(r > 0, -n.double() / r.double(), torch.inf)).cpu().numpy()
         return out
 
     def best_pixel(self, score: Float32, observed: Bool) -> Int16:
-        """As `reducers.best_pixel`."""
+        """Compute `reducers.best_pixel`."""
         out = np.full(score.shape[1:], -1, dtype=np.int16)
         result, scores, seen = out.reshape(-1), score.reshape(len(score), out.size), observed.reshape(len(score), out.size)
         for part in _strips(scores):
@@ -122,7 +123,7 @@ class TorchReducers:
         return out
 
     def taken(self, observed: UInt16, index: Int16) -> UInt16:
-        """As `reducers.taken`."""
+        """Compute `reducers.taken`."""
         days = len(observed)
         out = np.zeros(index.shape, dtype=np.uint16)
         result, flat, chosen = out.reshape(-1), observed.reshape(days, out.size), index.reshape(-1)
@@ -133,13 +134,19 @@ class TorchReducers:
         return out
 
     def _there(self, values: UInt16) -> Tensor:
-        """The values as int32 on the device; they travel as 16 bits, of which torch knows the signed ones best."""
+        """Copy the values to the device as int32.
+
+        They are transferred as int16: torch supports signed types best.
+        """
         signed = torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).to(self.device)
         return signed.to(torch.int32) & 0xFFFF
 
 
 def _strips(values: npt.NDArray[Any]) -> Iterator[slice]:
-    """Runs of pixels, the last dimension, that are worth `STRIP_VALUES` values; none where there are no days."""
+    """Yield ranges of pixels (the last dimension) of about `STRIP_VALUES` values each.
+
+    Without days there are no ranges.
+    """
     *lead, pixels = values.shape
     each = int(np.prod(lead))
     step = max(STRIP_VALUES // max(each, 1), 1)
@@ -147,7 +154,10 @@ def _strips(values: npt.NDArray[Any]) -> Iterator[slice]:
 
 
 def _first_least(values: Tensor) -> Tensor:
-    """Index of the least along days [pixel], the first of equal ones, -1 where all are infinite; argmin may take any."""
+    """Return the index of the least value along days [pixel], -1 if all are infinite.
+
+    It is the first of equal values; argmin may return any of them.
+    """
     least = values.min(0).values
     days = torch.arange(len(values), device=values.device)[:, None]
     first = torch.where(values == least, days, len(values)).min(0).values
@@ -155,7 +165,10 @@ def _first_least(values: Tensor) -> Tensor:
 
 
 def _middle(values: Tensor, seen: Tensor) -> Tensor:
-    """Median of float32 [..., day, pixel] over the days seen [day, pixel], the mean of two if they are even; 0 where none."""
+    """Compute the median of float32 [..., day, pixel] over the days seen [day, pixel].
+
+    An even number of days gives the mean of the two middle values. 0 = none.
+    """
     count = seen.sum(0)
     ordered = torch.where(seen, values, torch.inf).sort(-2).values
     ranks = torch.stack([(count - 1).clamp(min=0) // 2, count // 2])
@@ -165,7 +178,10 @@ def _middle(values: Tensor, seen: Tensor) -> Tensor:
 
 
 def _geomedian(spectra: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Geomedian [band, pixel] of reflectance float64 [band, day, pixel], and its deviations [3, pixel]."""
+    """Compute geomedian [band, pixel] and deviations [3, pixel] of reflectance.
+
+    The input is float64 [band, day, pixel].
+    """
     middle = _at_observations(spectra, seen, _searched(spectra, seen.double()))
     apart = torch.stack([(v - m).abs() for v, m in zip(spectra, middle, strict=True)]).sum(0)
     total = torch.stack([v + m for v, m in zip(spectra, middle, strict=True)]).sum(0)
@@ -180,7 +196,10 @@ def _geomedian(spectra: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _searched(spectra: Tensor, there: Tensor) -> Tensor:
-    """Geomedians [band, pixel] of spectra [band, day, pixel], `there` 1 where seen: the search of `reducers`, on the device."""
+    """Search the geomedians [band, pixel] of spectra [band, day, pixel], as `reducers` does.
+
+    `there` is 1 at observations.
+    """
     origin = _middle(spectra, there > 0)
     spectra, at = spectra - origin[:, None], torch.zeros_like(origin)
     out, where = torch.zeros_like(at), torch.arange(at.shape[1], device=at.device)
@@ -214,7 +233,10 @@ def _leap(
 
 
 def _weiszfeld(spectra: Tensor, there: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One step from `at` [band, pixel], where it leads, and the sum of distances at its start."""
+    """Take one step from `at` [band, pixel].
+
+    Returns the step, its end, and the sum of distances at its start.
+    """
     distance = _squared_distance(spectra, at).sqrt()
     touching = (distance <= TOUCHING) * there
     pull = (there - touching) / distance.clamp(min=TOUCHING)
@@ -226,7 +248,10 @@ def _weiszfeld(spectra: Tensor, there: Tensor, at: Tensor) -> tuple[Tensor, Tens
 
 
 def _at_observations(spectra: Tensor, seen: Tensor, middle: Tensor) -> Tensor:
-    """The same, on the nearest observation where that is the geomedian itself (Kuhn 1973, Mathematical Programming 4)."""
+    """Move geomedians onto the nearest observation if it is the geomedian itself.
+
+    See Kuhn 1973, Mathematical Programming 4.
+    """
     away = torch.where(seen, _squared_distance(spectra, middle), torch.inf)
     index = away.argmin(0)
     nearest = spectra.gather(1, index.expand(len(spectra), 1, -1))[:, 0]
@@ -238,7 +263,11 @@ def _at_observations(spectra: Tensor, seen: Tensor, middle: Tensor) -> Tensor:
 
 
 def _squared_distance(spectra: Tensor, to: Tensor) -> Tensor:
-    """float32 [day, pixel], of spectra [band, day, pixel] to one [band, pixel]; bands in their order, as numpy's."""
+    """Compute squared distances of spectra [band, day, pixel] to one spectrum [band, pixel].
+
+    Returns [day, pixel] in the dtype of the spectra. Bands are summed in their order, as numpy
+    does.
+    """
     out = torch.zeros_like(spectra[0])
     for values, middle in zip(spectra, to, strict=True):
         apart = values - middle

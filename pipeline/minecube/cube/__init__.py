@@ -1,25 +1,27 @@
-"""The Zarr store: one group per site. A site-year is built apart and put in place by its commit.
+"""The Zarr store: one group per site. A site-year is built apart; its commit puts it in place.
 
     cubes.zarr/
-      Germany_1/                     one xarray dataset: reflectance, the recipe's layers, footprint, its fraction
-        builds/2020/                 the marker of a committed site-year: its provenance as attributes;
-          scenes                     its scene list, the bytes of a stac-geoparquet file,
-          reads                      and what became of every read, the bytes of a Parquet file
-        builds/2020.RUN.new/         a site-year that is being built (staging.py)
+      Germany_1/                   one xarray dataset: reflectance, the recipe's layers, footprint,
+                                   footprint fraction
+        builds/2020/               marker of a committed site-year, its provenance as attributes
+          scenes                   its scene list, the bytes of a stac-geoparquet file
+          reads                    outcome of every read, the bytes of a Parquet file
+        builds/2020.RUN.new/       a site-year under construction (staging.py)
         predictions/unet-small-1a2b3c4d/   one xarray dataset per model: probability, or change
-      .locks/                        locks of runs that write at this moment (locks.py)
+      .locks/                      locks of running writers (locks.py)
 
-A site-year without a marker is not committed and has no pixels. A marker keeps the size and SHA-256 of every object of its
-site-year, taken as the object was written. Labels and predictions keep theirs in their own attributes, and the site's group
-keeps a hash of its metadata. `verify` checks the store against them.
+A site-year without a marker is not committed and has no pixels. A marker lists the size and SHA-256
+of every object of its site-year, computed while writing. Labels and predictions keep theirs in
+their own attributes. The site's group keeps a hash of its metadata. `verify` checks the store
+against them.
 
     store.py     opens stores and groups             template.py     makes a group without pixels
-    builds.py    provenance, markers, read counts    staging.py      builds a year apart and commits it
+    builds.py    provenance, markers, read counts    staging.py      builds and commits a year
     opening.py   opens cubes to read                 pixels.py       reads arrays faster than Zarr
-    locks.py     keeps two runs apart                predictions.py  writes and opens maps of models
-    verify.py    checks a store                      windows.py      windows for training
-    packed.py    opens a store in one zip            pack.py         makes it
-    names.py     finds a prediction by its name
+    commits.py   detects writes during reads         predictions.py  writes and opens maps of models
+    locks.py     keeps two runs apart                windows.py      windows for training
+    verify.py    checks a store                      pack.py         packs a store into one zip
+    packed.py    opens a packed store                names.py        finds a prediction by its name
 """
 
 from __future__ import annotations
@@ -141,11 +143,11 @@ log = logging.getLogger(__name__)
 
 
 def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> bool:
-    """Check that the site's group, if there is one, fits these years, this grid and this recipe. Returns whether there is one.
+    """Check the site's group against years, grid and recipe. Returns whether the group exists.
 
     Raises:
-        CubeError: the group was made with another recipe or on another grid, lacks an array, or would need a year before
-            those it has.
+        CubeError: the group was made with another recipe or on another grid, lacks its metadata or
+            an array, or would need a new year before its last one.
     """
     group = group_at(store, site.id)
     if group is None and has_objects(store, site.id):
@@ -179,7 +181,7 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
 
 
 def margin_of(store: str, site_id: str) -> float | None:
-    """The margin in metres that the site's grid was made with; None if the store has no such site."""
+    """Return the margin of the site's grid in metres; None if the store has no such site."""
     group = group_at(store, site_id)
     if group is None or is_being_made(group):
         return None
@@ -187,10 +189,10 @@ def margin_of(store: str, site_id: str) -> float | None:
 
 
 def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
-    """Create the site's group for these years, without pixels, or make room for those it lacks.
+    """Create the site's group for these years without pixels, or make room for missing years.
 
     Raises:
-        BusyError: another run has been changing the group for minutes.
+        BusyError: another run has held the group for minutes.
         CubeError: as `check`, or the store cannot be written.
     """
     with writing(store), hold(store, site.id, wait_s=WAIT_S):
@@ -207,7 +209,7 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         empty.to_zarr(target, group=site.id, mode="a", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
         group = zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False)
         made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
-        if site.margin:  # as in stores of versions without margins
+        if site.margin:  # 0 is not stored, as in older versions
             made["margin"] = site.margin
         if site.title:
             made["title"] = site.title
@@ -230,30 +232,33 @@ def write_year(
     stopped: Callable[[], bool] = lambda: False,
     finished: Callable[[], Mapping[str, Any]] = dict,
 ) -> bool:
-    """Build a site-year apart, block by block, and commit it. Returns False if that very build is committed already.
+    """Build a site-year apart, block by block, and commit it. Returns False if already committed.
 
-    A committed year that is replaced stays readable until the commit, and for good if the new build fails.
+    With `overwrite`, the old year stays readable until the commit. It stays for good if the new
+    build fails.
 
     Args:
         store: local path or object-store URL.
-        composite: lazy Dataset of `reflectance` and the recipe's layers, its Dask chunks the cube's shards.
-        provenance: what the build is made of (`provenance_of`): its site and year say where it goes, `build_id` names it.
+        composite: lazy Dataset of `reflectance` and the recipe's layers. Its Dask chunks are the
+            cube's shards.
+        provenance: origin of the build (`provenance_of`). Its site and year give the place.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
-        reads: counts of the reads that computing makes.
-        before: the counts that `reads` began with (`reads_so_far`). Blocks that an earlier process left with others are made
-            again.
-        completeness: share of the planned reads below which the year is not committed.
-        overwrite: replace a committed year that was built from something else.
-        scheduler: the name of the Dask scheduler that computes the blocks; default: the one in force.
+        reads: counts of the reads of this computation.
+        before: the starting counts of `reads` (`reads_so_far`). Staged blocks with other counts are
+            made again.
+        completeness: minimum share of the planned reads for a commit.
+        overwrite: replace another committed build of the year.
+        scheduler: name of the Dask scheduler; default: the active one.
         workers: blocks computed at a time.
-        stopped: asked between blocks; once true, the year is left as it is, to be resumed.
-        finished: asked once all blocks are computed: what else the provenance notes, such as the time that they took.
+        stopped: called between blocks. After True, the year can be resumed later.
+        finished: called after the last block. Returns further entries of the provenance, such as
+            the time taken.
 
     Raises:
         BusyError: another run is building this site-year.
-        CubeError: as `is_committed`; blocks and shards do not match, no pixel was observed, it was stopped, or the store cannot
-            be written.
-        ReadError: more pixels could not be read than `completeness` allows; the year is not committed.
+        CubeError: as `is_committed`; blocks and shards do not match, no pixel was observed, the
+            build was stopped, or the store cannot be written.
+        ReadError: more reads were lost than `completeness` allows. The year is not committed.
     """
     site_id = provenance["site"]
     year = provenance["year"]
@@ -272,7 +277,7 @@ def write_year(
         counts = dict(reads.totals()) if reads else {}
         seen = bool(staging.arrays["quality"][:].any())
         if counts.get("completeness", 1.0) < completeness or (counts.get("lost") and not seen):
-            discard(store, site_id, year)  # so that the next run reads again what was lost
+            discard(store, site_id, year)  # the next run reads the lost pixels again
             raise ReadError(incomplete(site_id, year, counts, reads, completeness))
         if not seen:
             raise CubeError(
@@ -296,10 +301,11 @@ def _build_blocks(
     how: Mapping[str, Any],
     stopped: Callable[[], bool],
 ) -> None:
-    """Compute the blocks that are not done, a few at a time, and note them.
+    """Compute the missing blocks, a few at a time, and note them.
 
-    Pixels come first, then the note that they are done with the counts of their reads. A run that is killed in between computes
-    these blocks again and counts some reads twice. No block counts as done whose lost reads are not counted.
+    A block's pixels are written first. Then one note marks it as done and adds its read counts. A
+    run killed in between computes the block again and counts some reads twice. Every done block has
+    its lost reads counted.
     """
     where = f"{staging.site_id} {staging.year}"
     blocks = _blocks(staging.arrays["clear_count"])
@@ -323,7 +329,7 @@ def _build_blocks(
 
 
 def settle(store: str, site_id: str, year: int) -> None:
-    """Put a committed year in place that a killed run has left between commit and place. Does nothing to other years.
+    """Put the objects of a committed year in place after a killed run. Other years stay as is.
 
     Raises:
         CubeError: the store cannot be written.
@@ -336,16 +342,18 @@ def settle(store: str, site_id: str, year: int) -> None:
 
 
 def uncommit(store: str, site_id: str, years: Iterable[int], judged: Mapping[int, Mapping[str, Any]] | None = None) -> None:
-    """Take the commit off years and remove their pixels, so that the same `minecube build` makes them again.
+    """Withdraw the commits of years and remove their pixels.
+
+    The same `minecube build` then rebuilds the years.
 
     Args:
         store: local path or object-store URL.
         site_id: the site.
         years: the years.
-        judged: the markers that were found to be wrong, by year; a year that has another marker by now is left alone.
+        judged: faulty markers by year. A year with another marker by now is left alone.
 
     Raises:
-        BusyError: another run is building one of the years, or has built it since.
+        BusyError: another run is building one of the years, or has rebuilt it.
         CubeError: the store cannot be written.
     """
     for year in years:
@@ -357,15 +365,17 @@ def uncommit(store: str, site_id: str, years: Iterable[int], judged: Mapping[int
 def write_footprint(
     store: str, site_id: str, footprint: xr.DataArray, origin: str, fraction: xr.DataArray | None = None
 ) -> None:
-    """Write yearly masks (uint8 [year, y, x]: 1 mine, 0 not, 255 unknown) of the years they name; `origin` names their source.
+    """Write yearly masks (uint8 [year, y, x]: 1 mine, 0 not mine, 255 unknown) into their years.
 
-    `fraction` is the share of each pixel that is mine (uint8 [year, y, x] x 250, 255 unknown) in the same years. Without it,
-    the fraction of those years becomes unknown, so that it never belongs to another footprint. Labels that a killed run left
-    half written are not opened until they are written again.
+    `origin` names the source of the masks. `fraction` is the share of each pixel covered by mine
+    (uint8 [year, y, x] x 250, 255 unknown). Without it, the fraction of these years becomes
+    unknown: the old one belongs to another footprint. Labels half written by a killed run cannot be
+    opened until the next complete write.
 
     Raises:
-        BusyError: another run has been changing the site's group for minutes.
-        CubeError: the masks lie on another grid or in years the cube lacks, or the store cannot be written.
+        BusyError: another run has held the site's group for minutes.
+        CubeError: the masks lie on another grid or in years missing from the cube, or the store
+            cannot be written.
     """
     fraction = xr.full_like(footprint, 255) if fraction is None else fraction.sel(year=footprint.year)
     with writing(store), hold(store, site_id, wait_s=WAIT_S):
@@ -390,14 +400,14 @@ def write_footprint(
 
 
 def _like(array: zarr.Array) -> dict[str, Any]:
-    """What makes another array of the same layout."""
+    """Return the arguments for another array of the same layout."""
     names = array.metadata.dimension_names
     layout = {"shape": array.shape, "dtype": array.dtype, "chunks": array.chunks, "shards": array.shards}
     return {**layout, "fill_value": array.fill_value, "dimension_names": names, "compressors": array.compressors}
 
 
 def _check_alignment(composite: xr.Dataset, arrays: Mapping[str, zarr.Array]) -> None:
-    """Blocks must be shards: two writers in one shard lose one's pixels without an error."""
+    """Compare blocks with shards. Two writers to one shard would lose pixels without an error."""
     for name, array in arrays.items():
         data = composite[name]
         want = tuple(
@@ -421,7 +431,7 @@ def _compute_blocks(
     blocks: Sequence[tuple[int, int]],
     how: Mapping[str, Any],
 ) -> dict[str, list[Any]]:
-    """Compute blocks into staged arrays. Returns the checksums of their shards, as `Summing.below` has them."""
+    """Compute blocks into staged arrays. Returns their shards' checksums as in `Summing.below`."""
     side = arrays["clear_count"].shards[-1]
 
     @dask.delayed(pure=False)  # type: ignore[untyped-decorator]
@@ -432,12 +442,12 @@ def _compute_blocks(
             array = arrays[name]
             array[(0, ..., rows, columns)] = part
             key = array.metadata.encode_chunk_key((0,) * (array.ndim - 2) + block)
-            # The array's own store, which may be another process's; a block of nothing but fill value is no object.
+            # The array may have the store of another process. An all-fill block is not stored.
             if (written := array.store.sums.get(f"{array.path}/{key}")) is not None:
                 sums[f"{name}/{key}"] = written
         return sums
 
-    # Not optimised one by one: each would inline the task that makes the block, which would be made once a layer.
+    # Optimising each layer alone would inline the block's task and compute it once per layer.
     chunks = {name: composite[name].data.to_delayed(optimize_graph=False) for name in arrays}
     tasks = []
     for r, c in blocks:

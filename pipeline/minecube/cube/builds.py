@@ -1,4 +1,4 @@
-"""Markers of committed site-years: what each year is made of, and what became of its reads."""
+"""Markers of committed site-years: provenance and read counts of each year."""
 
 from __future__ import annotations
 
@@ -21,37 +21,42 @@ from minecube.cube.store import digest, exists, group_of, reading, site_group
 from minecube.errors import CubeError, StaleError
 
 PLACING = "placing"
-"""Attribute of the marker of a committed year whose objects are being renamed to their places: `made`, its provenance, and
-`staging`, the group where they are. Versions that do not know it take the year for uncommitted."""
+"""Attribute of the marker of a committed year while its objects are renamed to their places.
+
+It holds `made`, the provenance, and `staging`, the group with the objects. Versions without this
+attribute take the year for uncommitted."""
 WITHDRAWN = "withdrawn"
-"""Attribute of the marker of a year whose pixels are being removed: their keys."""
+"""Attribute of the marker of a year during removal of its pixels. It holds the keys of the
+pixels."""
 STAGED = ".new"
-"""Suffix of the group of a year that is being built, next to its marker: `2020.1a2b3c4d.new`."""
+"""Suffix of the group of a year under construction, next to its marker: `2020.1a2b3c4d.new`."""
 LEFT_OUT = "left_out"
-"""Attribute of a scene in a provenance: why its pixels were not used."""
+"""Attribute of an unused scene in a provenance: the reason."""
 COPY_OF = "copy_of"
-"""Attribute of a scene in a provenance that was read in place of another one, whose files are gone: the other's id."""
+"""Attribute of a copy in a provenance, read in place of a scene with missing files: that scene's
+id."""
 _POLL_S = 0.02
 PLACED_S = 10.0
-"""Time to wait until objects are in place: renaming takes milliseconds on a disk, and seconds in an object store."""
+"""Time to wait for objects to be in place: renaming takes milliseconds on a disk, but seconds in an
+object store."""
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
 
 
 class Account(Protocol):
-    """Counts of the reads behind a composite, complete once it has been computed (`reader.Ledger`)."""
+    """Read counts of a composite, complete after its computation (`reader.Ledger`)."""
 
     def totals(self) -> Mapping[str, float]:
-        """planned, lost, completeness and others."""
+        """Return planned, lost, completeness and others."""
 
     def lost(self) -> Sequence[str]:
-        """A line for each lost read."""
+        """Return one line per lost read."""
 
     def to_parquet(self) -> bytes:
-        """All counts, as the bytes of a Parquet file."""
+        """Return all counts as the bytes of a Parquet file."""
 
 
 def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any], **more: Any) -> dict[str, Any]:
-    """What a site-year is made of, as plain JSON: everything that `build_id` hashes, and what else a reader may ask."""
+    """Describe the origin of a site-year as plain JSON: the input of `build_id` and more."""
     listed = [_entry(s) for s in scenes]
     return {
         "site": site.id,
@@ -66,7 +71,7 @@ def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: S
 
 
 def _entry(scene: Any) -> dict[str, Any]:
-    """What a provenance says of a scene."""
+    """Return a scene's entry in a provenance."""
     return {
         "id": scene.id,
         "source": scene.properties["minecube:source"],
@@ -77,10 +82,10 @@ def _entry(scene: Any) -> dict[str, Any]:
 
 
 def build_id(provenance: Mapping[str, Any]) -> str:
-    """The name of a build: a hash of its site, year, recipe, scenes and code version; 16 hexadecimal digits."""
+    """Hash a build's site, year, grid, recipe, scenes and version to 16 hexadecimal digits."""
     made_of = {k: provenance[k] for k in ("site", "year", "grid", "version")}
-    # A scene that was left out afterwards is listed with the reason: the build is that of the same scenes.
-    # The same holds for one whose copy was read, since its files may be back when the build is made again.
+    # Scenes left out later still count: the build is named by its listed scenes.
+    # Copies do not count: the original's files may be back at the next build.
     listed = [scene for scene in provenance["scenes"] if COPY_OF not in scene]
     made_of["scenes"] = [{k: v for k, v in scene.items() if k != LEFT_OUT} for scene in listed]
     made_of["recipe"] = {k: v for k, v in provenance["recipe"].items() if k != "title"}
@@ -88,31 +93,31 @@ def build_id(provenance: Mapping[str, Any]) -> str:
 
 
 def is_staged(key: str) -> bool:
-    """Whether an object, named relative to its site's group, belongs to a year that is being built."""
+    """Whether a key, relative to the site's group, belongs to a year under construction."""
     first, _, rest = key.partition("/")
     return first == "builds" and rest.split("/")[0].endswith(STAGED)
 
 
 def staged_year(name: str) -> int | None:
-    """The year of a group below `builds`, be it a marker or a year that is being built; None for other names."""
+    """Return the year of a group below `builds` (marker or staging); None for other names."""
     first = name.split(".")[0]
     return int(first) if first.isdigit() and (name == first or name.endswith(STAGED)) else None
 
 
 def leave_out(provenance: dict[str, Any], why: Mapping[str, str]) -> None:
-    """Note in a provenance which of its scenes were left out after all: scene id -> reason."""
+    """Note the scenes left out after the search in a provenance (scene id -> reason)."""
     for scene in used_scenes(provenance):
         if scene["id"] in why:
             scene[LEFT_OUT] = why[scene["id"]]
 
 
 def note_copies(provenance: dict[str, Any], copies: Mapping[str, Any], why: Mapping[str, str]) -> None:
-    """Note in a provenance which scenes were read from a copy in another source.
+    """Note copies, read from other sources, in a provenance.
 
     Args:
-        provenance: as `provenance_of` gives it.
+        provenance: as from `provenance_of`.
         copies: scene id -> its copy.
-        why: scene id -> which file is gone.
+        why: scene id -> its missing file.
     """
     leave_out(provenance, {name: why[name] for name in copies})
     listed = [*provenance["scenes"], *({**_entry(copy), COPY_OF: name} for name, copy in copies.items())]
@@ -120,21 +125,22 @@ def note_copies(provenance: dict[str, Any], copies: Mapping[str, Any], why: Mapp
 
 
 def used_scenes(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The scenes of a provenance whose pixels were used."""
+    """Return the used scenes of a provenance."""
     return [scene for scene in provenance["scenes"] if LEFT_OUT not in scene]
 
 
 def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
-    """Provenance of the committed years of a site; empty if there is none.
+    """Return the provenance of a site's committed years; empty if no year is committed.
 
-    A year whose objects are just being put in place is waited for; it is left out if the run that does so was killed.
+    If a year's objects are being put in place, this waits for them. A year left out of place by a
+    killed run is skipped.
     """
     if not exists(store, f"{site_id}/builds"):
         return {}
     found = {}
     with reading(store, site_id):
         years = sorted(int(y) for y in group_of(store, site_id)["year"][:] if y > 0)
-    # Year by year: a listing would find markers that other threads are only beginning.
+    # Year by year: a listing would also find markers just begun by other threads.
     for year in years:
         marker = marker_of(store, site_id, year, wait_s=PLACED_S)
         if marker is not None and PLACING not in marker:
@@ -143,13 +149,15 @@ def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
 
 
 def marker_of(store: str, site_id: str, year: int, *, wait_s: float = 0.0) -> dict[str, Any] | None:
-    """The provenance of a committed year; None if the year is not committed. `PLACING` is set while it is put in place.
+    """Return the provenance of a committed year; None if the year is not committed.
+
+    `PLACING` is set while its objects are put in place.
 
     Args:
         store: local path or object-store URL.
         site_id: the site.
         year: the year.
-        wait_s: seconds to wait until the objects of the year are in place.
+        wait_s: seconds to wait for the objects.
     """
     until = time.monotonic() + wait_s
     while True:
@@ -165,25 +173,26 @@ def marker_of(store: str, site_id: str, year: int, *, wait_s: float = 0.0) -> di
 
 
 def pixels_of(made: Mapping[str, Any]) -> str:
-    """Names the pixels of a committed year: its build, and a hash of them.
+    """Name the pixels of a committed year by its build and a hash of their checksums.
 
-    The same build made again after reads were lost, or offsets decided otherwise, has other pixels under its name.
+    The same build can have other pixels, for example after lost reads or other offset decisions.
     """
     sums = {key: of for key, of in made.get("checksums", {}).items() if key.startswith("reflectance/")}
     return f"{made['build_id']}:{digest(sums)[:16]}"
 
 
 def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 0.0) -> bool:
-    """Whether that very build is committed; False if another build is committed that may be replaced.
+    """Whether this build is committed; False if another committed build may be replaced.
 
     Args:
         store: local path or object-store URL.
-        provenance: what the build is made of (`provenance_of`).
-        overwrite: whether another build of the year may be replaced, and the same one if it lacks reads.
-        completeness: share of its planned reads below which the same build is made again, with `overwrite`.
+        provenance: origin of the build (`provenance_of`).
+        overwrite: allow replacing another build of the year, or the same build with too few reads.
+        completeness: with `overwrite`, minimum share of planned reads for the same build to be
+            kept.
 
     Raises:
-        StaleError: the year is committed with another build, which may not be replaced.
+        StaleError: the year is committed with another build, and `overwrite` is False.
     """
     site_id = provenance["site"]
     year = provenance["year"]
@@ -204,15 +213,17 @@ def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool =
 
 
 def completeness_of(marker: Mapping[str, Any]) -> float:
-    """Share of its planned reads that a committed year has."""
+    """Return the share of planned reads in a committed year."""
     return float(marker.get("reads", {}).get("completeness", 1.0))
 
 
 def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
-    """What became of every read of a committed site-year: one row a scene and band, columns as in `reader.ledger.COUNTS`.
+    """Return the read counts of a committed site-year.
+
+    The table has one row per scene and band, with the columns of `reader.ledger.COUNTS`.
 
     Raises:
-        CubeError: the year is not committed, or its reads were not counted.
+        CubeError: the year is not committed, or has no read counts.
     """
     if year not in builds(store, site_id) or "reads" not in (marker := group_of(store, f"{site_id}/builds/{year}")):
         raise CubeError(f"{store}: there are no counts of reads for {site_id} {year}; build it first")
@@ -220,7 +231,7 @@ def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
 
 
 def note_incomplete(store: str, site_id: str) -> None:
-    """Write into the cube's attributes which years were committed with lost reads: `incomplete_reads`, year -> share read."""
+    """Note years with lost reads in the cube's attribute `incomplete_reads`: year -> share read."""
     with hold(store, site_id, wait_s=WAIT_S):
         group = site_group(store, site_id, mode="r+")
         shares = {}
@@ -233,7 +244,7 @@ def note_incomplete(store: str, site_id: str) -> None:
 
 
 def run_of(provenance: Mapping[str, Any]) -> str:
-    """What blocks of one year must have in common: the build, and what became of scenes in doubt."""
+    """Hash the common inputs of a year's blocks: the build, and decisions on doubtful scenes."""
     doubts = ("on_offset_conflict", "offset_conflicts", "scl_errors", "shifts")
     resolved: list[Any] = [provenance.get(name) for name in doubts]
     resolved += [[scene["id"], scene["source"]] for scene in provenance["scenes"] if COPY_OF in scene]
@@ -241,7 +252,7 @@ def run_of(provenance: Mapping[str, Any]) -> str:
 
 
 def incomplete(site_id: str, year: int, counts: Mapping[str, float], reads: Account | None, completeness: float) -> str:
-    """What is said of a year that has too few of its reads."""
+    """Return the error message for a year with too few reads."""
     first = next(iter(reads.lost()), "") if reads else ""
     why = f"which leaves {counts['completeness']:.2%} where --min-read-completeness asks for {completeness:.2%}"
     why = why if counts["completeness"] < completeness else "which leaves no pixel"

@@ -1,4 +1,4 @@
-"""Notice when years or labels are written while they are being read."""
+"""Detect writes to years or labels during a read."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from minecube.errors import CubeError
 
 
 class Watch(Protocol):
-    """What a read of pixels must not see two states of."""
+    """A check for writes during a read of pixels."""
 
     def check(self, indices: Iterable[int]) -> None:
-        """Raise CubeError if one of these years has changed since it was opened, or must not be read."""
+        """Raise CubeError if one of these years has changed since opening, or must not be read."""
 
     def need_absent(self, key: str) -> None:
-        """Raise CubeError if an object that is not there should be."""
+        """Raise CubeError if an absent object should exist."""
 
     def __hash__(self) -> int:
-        """Watches are values."""
+        """Make watches hashable: they are values."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a site as they were when it was opened."""
+    """The labels of a site at the time of opening."""
 
     store: str
     path: str
-    """Of the array."""
+    """Path of the array."""
     unfinished: tuple[int, ...]
-    """Indices of years whose labels are half written."""
+    """Indices of years with half-written labels."""
     sha256: str
-    """Names the state of the labels; empty if there are none."""
+    """Identity of the labels' state; empty for a site without labels."""
     stamp: Any
-    """Of the array's metadata. Another one is looked into: it may be that of more years."""
+    """Stamp of the array's metadata. If it changes, the metadata is read: it may only have more
+    years."""
 
     @classmethod
     def of(cls, store: str, site_id: str, name: str) -> Labels:
-        """The labels as they are now."""
+        """Read the current state of the labels."""
         store = absolute(store)
         stamp = _stamp(store, f"{site_id}/{name}/zarr.json")
         with reading(store, site_id):
@@ -55,7 +56,7 @@ class Labels:
         return cls(store, f"{site_id}/{name}", unfinished, str(attrs.get("sha256", "")), stamp)
 
     def check(self, indices: Iterable[int]) -> None:
-        """Raise CubeError if labels are half written, or were written since they were opened."""
+        """Raise CubeError if labels are half written, or were written after opening."""
         site_id = self.path.split("/")[0]
         if set(self.unfinished) & set(indices):
             raise CubeError(
@@ -75,27 +76,27 @@ class Labels:
             raise CubeError(f"{self.store}: {self.path} cannot be read ({error}); run `minecube verify`") from error
 
     def need_absent(self, key: str) -> None:
-        """Labels that are nothing but fill value are no object."""
+        """Do nothing: labels of fill value only are not stored."""
 
 
 @dataclass(frozen=True)
 class Commits:
-    """The markers of a site as they were when it was opened."""
+    """The markers of a site at the time of opening."""
 
     store: str
     site_id: str
     years: tuple[int, ...]
-    """By index on the first axis."""
+    """Years by index on the first axis."""
     committed: tuple[int, ...]
-    """Years that are committed."""
+    """Committed years."""
     stamps: tuple[Any, ...]
-    """What tells each marker from another one of its name; None if there is none."""
+    """Stamp of each marker; None if missing, `PLACING` if the year is being put in place."""
     shards: frozenset[str] = field(repr=False)
     """Shards of committed years, relative to the site's group."""
 
     @classmethod
     def of(cls, store: str, site_id: str) -> Commits:
-        """The markers as they are now; raises CubeError if the site is not there."""
+        """Read the current markers; raises CubeError if the site is missing."""
         store = absolute(store)
         with reading(store, site_id):
             years = tuple(int(y) for y in site_group(store, site_id, "r")["year"][:])
@@ -104,7 +105,7 @@ class Commits:
         shards: set[str] = set()
         for year in years:
             stamp, marker = _stamped(store, site_id, year)
-            # A year that is being put in place may have pixels of two builds: it is not read.
+            # A year being put in place may have pixels of two builds, so it is not read.
             stamps.append(PLACING if marker is not None and PLACING in marker else stamp)
             if marker is not None and PLACING not in marker:
                 committed.append(year)
@@ -112,9 +113,9 @@ class Commits:
         return cls(store, site_id, years, tuple(committed), tuple(stamps), frozenset(shards))
 
     def check(self, indices: Iterable[int]) -> None:
-        """Raise CubeError if one of these years was committed or withdrawn since the site was opened."""
+        """Raise CubeError if one of these years was committed or withdrawn since opening."""
         if is_packed(self.store):
-            return  # it is never written
+            return  # a packed store never changes
         for index in indices:
             if index < len(self.years) and self._stamp(self.years[index]) != self.stamps[index]:
                 raise CubeError(
@@ -126,7 +127,7 @@ class Commits:
         return _stamp(self.store, f"{self.site_id}/builds/{year}/zarr.json")
 
     def need_absent(self, key: str) -> None:
-        """Raise CubeError if an object that is not there was committed; `key` is that of the store."""
+        """Raise CubeError if an absent object was committed. `key` is relative to the store."""
         name = key.removeprefix(f"{self.site_id}/")
         if name in self.shards:
             self.check([int(name.split("/")[2])])
@@ -134,7 +135,7 @@ class Commits:
 
 
 def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
-    """The stamp of a marker, and the marker that has it."""
+    """Return a marker and its stamp, from the same moment."""
     key = f"{site_id}/builds/{year}/zarr.json"
     while True:
         before = _stamp(store, key)
@@ -144,10 +145,10 @@ def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] |
 
 
 def _stamp(store: str, key: str) -> Any:
-    """What tells an object from another one of its name; None if there is none."""
+    """Return the stamp of an object; None if the object is missing."""
     try:
         if "://" in store:
             return objects(store).head(key)["e_tag"]
-        return stamp_of(os.stat(f"{store}/{key}"))  # noqa: PTH116  asked for at every read
+        return stamp_of(os.stat(f"{store}/{key}"))  # noqa: PTH116  called at every read
     except (FileNotFoundError, NotADirectoryError):  # the latter in a packed store
         return None

@@ -1,13 +1,14 @@
-"""Locks that keep two runs from writing the same part of a store.
+"""Locks to keep two runs from writing the same part of a store.
 
-A lock has a name, such as `Germany_1` or `Germany_1/builds/2020`. Locks lie in `.locks` inside the store.
+A lock has a name, such as `Germany_1` or `Germany_1/builds/2020`. Locks lie in `.locks` in the
+store.
 
-    folder        flock(2): the kernel frees the lock of a process that was killed
-    object store  a lease, written with conditional puts: its holder renews it every few seconds; a lease that nobody renews
-                  for `LEASE_S` is dead and is taken over. Only this machine's monotonic clock is used, so that a clock
-                  that is set wrong does no harm.
+    folder        flock(2): the kernel frees the lock of a killed process
+    object store  a lease, written with conditional puts. Its holder renews it every few seconds.
+                  After `LEASE_S` without renewal it is dead and is taken over. Leases use only this
+                  machine's monotonic clock, so a wrong clock does no harm.
 
-Two threads of one process exclude each other, too.
+Two threads of one process also exclude each other.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ from minecube.errors import BusyError, CubeError
 log = logging.getLogger(__name__)
 
 LOCKS = ".locks"
-"""Where locks lie in a store."""
+"""Folder of the locks in a store."""
 LEASE_S = 30.0
-"""A lease that has not been renewed for so long is dead."""
+"""Seconds without renewal before a lease is dead."""
 RENEW_S = 5.0
-"""Time between two renewals of a lease."""
+"""Seconds between two renewals of a lease."""
 WAIT_S = 120.0
-"""Time to wait for a lock that others hold for a short time only, such as that of a site's metadata."""
+"""Seconds to wait for a briefly held lock, such as that of a site's metadata."""
 _POLL_S = 0.05
 
 
 class Lock(Protocol):
-    """A lock that this run holds."""
+    """A lock held by this run."""
 
     def check(self) -> None:
-        """Raise BusyError if another run has taken the lock over."""
+        """Raise BusyError if another run has taken over the lock."""
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
 
     Args:
         store: local path or object-store URL.
-        name: what is locked, as a path within the store.
+        name: path of the locked part.
         wait_s: seconds to wait for another holder.
 
     Raises:
@@ -77,19 +78,19 @@ def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
 
 
 def _busy(store: object, name: str, holder: dict[str, Any]) -> BusyError:
-    """The error for a lock that another run holds."""
+    """Return the error for a lock held by another run."""
     who = f"process {holder.get('process', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
     return BusyError(f"{store}: {name} is being written by another run ({who}); wait until it ends, then run this again")
 
 
 def _holder() -> dict[str, Any]:
-    """What a lock says of the run that holds it."""
+    """Describe this run for a lock's content."""
     since = datetime.now(tz=UTC).isoformat(timespec="seconds")
     return {"owner": secrets.token_hex(8), "host": socket.gethostname(), "process": os.getpid(), "since": since}
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """What a lock says; empty if it is still being written."""
+    """Parse a lock's content; empty while the lock is still being written."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -101,17 +102,17 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 class _FileLock:
-    """A flock is lost only with its process."""
+    """A flock. It is lost only with its process."""
 
     def check(self) -> None:
-        """Nothing can have taken the lock over."""
+        """Do nothing: no run can take over a flock."""
 
 
 _held: set[int] = set()
 
 
 def _close_in_child() -> None:
-    """Close the locks of the parent process: a forked child would keep them after the parent's death."""
+    """Close the parent's locks in a forked child: it would hold them after the parent's death."""
     for file in _held:
         with contextlib.suppress(OSError):
             os.close(file)
@@ -140,16 +141,16 @@ def _file_lock(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
         os.pwrite(file, json.dumps(_holder()).encode(), 0)
         yield _FileLock()
     finally:
-        # The name goes before the lock does. Who waits for the file without a name notices that, and opens it again.
+        # Remove the name before the lock. A waiting run notices this and opens the file again.
         path.unlink(missing_ok=True)
         _held.discard(file)
         os.close(file)
-        with contextlib.suppress(OSError):  # others hold locks
+        with contextlib.suppress(OSError):  # other locks are held
             locks.rmdir()
 
 
 def _try_flock(path: Path) -> int | None:
-    """The locked file, open; None if another run holds the lock."""
+    """Open and lock a file; None if another run holds the lock."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -158,9 +159,9 @@ def _try_flock(path: Path) -> int | None:
         return None  # another run removed the empty folder at this moment
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        with contextlib.suppress(OSError):  # the file of another user, who has done so
+        with contextlib.suppress(OSError):  # a file of another user, already with this mode
             os.fchmod(file, 0o666)
-    except FileNotFoundError:  # likewise
+    except FileNotFoundError:  # another run removed the empty folder at this moment
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,12 +184,12 @@ def _try_flock(path: Path) -> int | None:
 
 
 def _tag_of(meta: Any) -> dict[str, str]:
-    """What a conditional put needs to know of an object: S3 and Azure compare `e_tag`, Google Cloud Storage `version`."""
+    """Return the tag for a conditional put: S3 and Azure compare `e_tag`, Google `version`."""
     return {name: str(meta[name]) for name in ("e_tag", "version") if meta.get(name) is not None}
 
 
 class _Lease:
-    """A lease object, renewed by a thread until it is released."""
+    """A lease object, renewed by a thread until release."""
 
     def __init__(self, store: str, name: str) -> None:
         self.store = store
@@ -202,11 +203,11 @@ class _Lease:
         self._thread = threading.Thread(target=self._renew, name=f"lease of {name}", daemon=True)
 
     def _content(self) -> bytes:
-        self._count += 1  # each renewal is another content, so it has another tag
+        self._count += 1  # each renewal has other content and therefore another tag
         return json.dumps({**self.mine, "renewed": self._count}).encode()
 
     def _seen(self) -> tuple[dict[str, str], dict[str, Any]] | None:
-        """Tag and content of the lease as it is now; None if there is none."""
+        """Return tag and content of the current lease; None if there is no lease."""
         try:
             found = self.objects.get(self.key)
             return _tag_of(found.meta), _parsed(bytes(found.bytes()))
@@ -214,9 +215,10 @@ class _Lease:
             return None
 
     def _put(self, mode: Any) -> bool:
-        """Write the lease under a condition; whether it is ours now.
+        """Write the lease under a condition. Returns whether this run holds it now.
 
-        A put whose answer was lost is repeated by the client and then looks like a conflict, so the owner is read back.
+        If the answer to a put is lost, the client repeats the put, and the repeat looks like a
+        conflict. The owner is therefore read back.
         """
         content = self._content()
         try:
@@ -229,7 +231,7 @@ class _Lease:
         return True
 
     def take(self, wait_s: float) -> None:
-        """Take the lease. A holder that does not renew it for `LEASE_S` is dead."""
+        """Take the lease. A holder without renewal for `LEASE_S` is dead."""
         until = time.monotonic() + wait_s
         watched: dict[str, str] = {}
         since = time.monotonic()
@@ -254,22 +256,22 @@ class _Lease:
         while not self._released.wait(RENEW_S):
             try:
                 if not self._put(self.tag):
-                    return  # `check` says so
+                    return  # `check` reports it
             except (obstore.exceptions.BaseError, OSError) as error:
                 log.info("%s: the lease of %s was not renewed (%s)", self.store, self.name, type(error).__name__)
 
     def check(self) -> None:
-        """Raise BusyError if another run has taken the lease over."""
+        """Raise BusyError if another run has taken over the lease."""
         seen = self._seen()
         holder = {} if seen is None else seen[1]
         if holder.get("owner") != self.mine["owner"]:
             raise _busy(self.store, self.name, holder)
 
     def release(self) -> None:
-        """Remove the lease if it is still ours."""
+        """Remove the lease if this run still holds it."""
         self._released.set()
         self._thread.join()
-        with contextlib.suppress(obstore.exceptions.BaseError, OSError):  # it dies by itself
+        with contextlib.suppress(obstore.exceptions.BaseError, OSError):  # the lease then expires
             seen = self._seen()
             if seen is not None and seen[1].get("owner") == self.mine["owner"]:
                 self.objects.delete(self.key)

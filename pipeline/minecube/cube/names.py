@@ -1,4 +1,4 @@
-"""Find a prediction by its name, or by the model that made it."""
+"""Find a prediction by its name, or by the model behind it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from minecube.cube.store import digest, exists, group_of
 from minecube.errors import CubeError
 
 _EXACT = "="
-"""Prefix of a name that stands for itself, and not for a model card."""
+"""Prefix of an exact prediction name, never a model card."""
 
 
 def find_prediction(store: str, site_ids: Sequence[str], wanted: str) -> str:
-    """Return the name of the prediction that `wanted` means at these sites.
+    """Return the name of the prediction meant by `wanted` at these sites.
 
-    `wanted` is the name of a prediction, or the id of the model card that made one. `=NAME` means the prediction of exactly
-    that name. `wanted+hmm` means the smoothed map of the prediction that `wanted` means.
+    `wanted` is the name of a prediction, or the id of its model card. `=NAME` means the prediction
+    of exactly this name. `wanted+hmm` means the smoothed map of the prediction meant by `wanted`.
 
     Raises:
         CubeError: no prediction fits, or several do.
@@ -31,7 +31,7 @@ def find_prediction(store: str, site_ids: Sequence[str], wanted: str) -> str:
     if not exact:
         matches = [name for name in originals if name == model or _card_of(store, site_ids, name) == model]
     if len(matches) > 1:
-        # Only "=" tells a name from the card of that name.
+        # "=" distinguishes a name from a card of the same name.
         choices = " or ".join(f"{_EXACT}{name}" if name == model else name for name in matches)
         raise CubeError(f"{store}: {model!r} may mean {choices}; name one of them")
     found = f"{matches[0]}{plus}{suffix}" if matches else wanted
@@ -42,16 +42,16 @@ def find_prediction(store: str, site_ids: Sequence[str], wanted: str) -> str:
 
 
 def choose_name(store: str, site_ids: Sequence[str], about: Mapping[str, Any], default: str) -> str:
-    """Return the name under which to write a model's maps.
+    """Return the name for a model's maps.
 
-    Older versions named a prediction by its model card alone. If such a prediction of the same model exists, its name is
-    returned. Otherwise `default` is returned.
+    Older versions named a prediction only by its model card. That name is returned if it exists,
+    for the same model at every site with it. Otherwise `default` is returned.
 
     Args:
         store: The cubes.
         site_ids: The sites to map.
-        about: What made the maps, with the card's id.
-        default: The name for a model that has no older prediction.
+        about: Origin of the maps, with the card's id.
+        default: The name for a model without an older prediction.
     """
     card = str(about["id"])
     made_by = [model for site_id in site_ids if (model := _model_of(store, site_id, card)) is not None]
@@ -60,7 +60,7 @@ def choose_name(store: str, site_ids: Sequence[str], about: Mapping[str, Any], d
 
 
 def _listed(store: str, site_id: str) -> list[str]:
-    """List the names of a site's predictions, damaged ones among them."""
+    """List the names of a site's predictions, including damaged ones."""
     files = group_of(store, "").store
 
     async def listed() -> list[str]:
@@ -76,7 +76,7 @@ def _card_of(store: str, site_ids: Sequence[str], name: str) -> str | None:
 
 
 def _model_of(store: str, site_id: str, name: str) -> dict[str, Any] | None:
-    """Return what made a site's prediction; None if it is missing or damaged."""
+    """Return the origin of a site's prediction; None if it is missing or damaged."""
     path = f"{site_id}/predictions/{name}"
     try:
         model = group_of(store, path).attrs.get("model") if exists(store, path) else None

@@ -1,7 +1,8 @@
 """Open cubes to read: lazily, and never with two builds of one year mixed.
 
-Every read of pixels ends with a look at the markers. If a year was committed or withdrawn since the cube was opened, the read
-fails, because its blocks could come from two builds. A shard that a marker lists and that is gone is an error, not fill value.
+Every read of pixels ends with a check of the markers. If a year was committed or withdrawn after
+opening, the read fails: its blocks could come from two builds. A missing shard is an error if a
+marker lists it, not fill value.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ REFLECTANCE_SCALE = 10_000
 
 
 def open_cube(store: str, site_id: str) -> xr.Dataset:
-    """Open a site's cube with all its years, lazily. A year that is not committed reads as no data.
+    """Open a site's cube with all its years, lazily. A year without a commit reads as no data.
 
-    Dimensions are year, band, y, x; `cube/__init__.py` lists the variables. Attributes are text and numbers, and variables have
-    no encoding, so that `to_netcdf` and `to_zarr` work.
+    Dimensions are year, band, y, x. `cube/__init__.py` lists the variables. Attributes are text and
+    numbers, and variables have no encoding. `to_netcdf` and `to_zarr` therefore work.
 
     Raises:
-        CubeError: there is no such site, or the store was not made by minecube. Reading raises it if a year is built again
-            meanwhile, or if a shard is missing or damaged.
+        CubeError: the site is missing, or the store is not of minecube. Also raised on reading, if
+            a year was rebuilt or a shard is missing or damaged.
     """
     return _open(Commits.of(store, site_id))
 
 
 def open_committed(store: str, site_id: str) -> xr.Dataset:
-    """Open a site's cube as `open_cube` does, with committed years only. This is the way to read a cube.
+    """Open a site's cube as `open_cube`, with committed years only. Use this to read a cube.
 
     Raises:
         CubeError: as `open_cube`, or the site has no committed year.
@@ -51,7 +52,7 @@ def open_committed(store: str, site_id: str) -> xr.Dataset:
 
 
 def _open(commits: Commits) -> xr.Dataset:
-    """Open the cube whose markers these are."""
+    """Open the cube with these markers."""
     store = commits.store
     site_id = commits.site_id
     with reading(store, site_id):
@@ -63,20 +64,24 @@ def _open(commits: Commits) -> xr.Dataset:
                 opened[name] = _lazy(array.variable, Pixels.of(store, f"{site_id}/{name}", watch))
     for variable in opened.variables.values():
         variable.encoding = {}
-    # A run that was killed while it made room for more years has left room without a name.
+    # A run killed while making room for more years leaves room without a name.
     opened = opened.isel(year=np.flatnonzero(opened["year"] > 0))
     return opened.assign_attrs({name: _plain(value) for name, value in opened.attrs.items()})
 
 
 def grid_and_years(store: str, site_id: str) -> tuple[GeoBox, list[int]]:
-    """Read the grid of a site's cube, and all its years, from metadata. Raises CubeError if there is no such site."""
+    """Read the grid of a site's cube, and all its years, from metadata.
+
+    Raises:
+        CubeError: the site is missing.
+    """
     group = site_group(store, site_id, "r")
     with reading(store, site_id):
         return grid_in(group.attrs), [int(year) for year in group["year"][:]]
 
 
 def as_float(cube: xr.Dataset) -> xr.Dataset:
-    """Convert stored reflectance (uint16 x 10000, 0 = no data) to surface reflectance: float32, NaN where there is no data."""
+    """Convert reflectance from uint16 x 10000 (0 = no data) to float32 (NaN = no data)."""
     stored = cube["reflectance"]
     scaled = stored.astype(np.float32) / np.float32(REFLECTANCE_SCALE)
     attrs = {name: value for name, value in stored.attrs.items() if name not in ("nodata", "units")}
@@ -86,7 +91,7 @@ def as_float(cube: xr.Dataset) -> xr.Dataset:
 
 
 def _lazy(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
-    """The variable, read in Dask chunks by `pixels`, without the checksums in its attributes."""
+    """Wrap a variable in Dask chunks read by `pixels`, without checksums in its attributes."""
     attrs = {name: _plain(value) for name, value in variable.attrs.items() if name == "origin" or name not in WRITTEN_LATER}
     lazy = xr.Variable(variable.dims, indexing.LazilyIndexedArray(LazyPixels(pixels)), attrs)
     chunk = (1, *pixels.shape[1:-2], *pixels.chunk)
@@ -94,6 +99,6 @@ def _lazy(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
 
 
 def _plain(value: Any) -> Any:
-    """An attribute that NetCDF can hold: nested values become JSON."""
+    """Convert an attribute for NetCDF: nested values become JSON."""
     nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
     return json.dumps(value) if nested else value

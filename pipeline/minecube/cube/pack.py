@@ -1,8 +1,9 @@
-"""A store into one zip: what is committed, byte for byte; the same store gives the same file, to the last bit.
+"""Pack the committed part of a store into one zip, byte for byte.
 
-What `verify` would find wrong stays wrong. Left out are site-years that are not committed: their blocks may change meanwhile,
-and nobody reads them. What is packed must not: whatever commits or withdraws anything changes metadata or the list of objects,
-so both are looked at again in the end.
+The same store always gives the same file. Packing repairs nothing: findings of `verify` remain. It
+leaves out uncommitted site-years, because their blocks may still change. The packed part must not
+change meanwhile. Every commit or withdrawal changes metadata or the list of objects, so both are
+checked again at the end.
 """
 
 from __future__ import annotations
@@ -24,40 +25,42 @@ from minecube.cube.verify import _attributes, _content, _listed
 from minecube.errors import CubeError
 from minecube.files import replacing
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip knows: when objects were written is no part of what they are
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date of zip files, so that write times do not matter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """What was packed."""
+    """Content of a packed file."""
 
     site_years: int
     objects: int
     bytes: int
-    """Of the file."""
+    """Size of the file."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     left_out: tuple[str, ...]
-    """Site-years that are not committed, and sites of which none is."""
+    """Uncommitted site-years, and sites without a committed year."""
 
 
 def pack(
     store: str, out: Path, names: Sequence[str] | None = None, progress: Callable[[int, int, str], None] = lambda *_: None
 ) -> Packing:
-    """Write the committed site-years of these sites (all by default), with labels and predictions, into a zip.
+    """Write the committed site-years of these sites, with labels and predictions, into a zip.
 
-    Members are stored, not compressed, sorted by key, dated 1980; Zip64 where they need it. The whole file replaces an older
-    one. Two runs may pack to one file at once: the last one to finish keeps its file. Memory is that of the largest object.
+    Members are stored without compression, sorted by key and dated 1980, with Zip64 if needed. The
+    complete file replaces an older one. Two runs may pack to one file at once: the last to finish
+    wins. Memory holds the largest object.
 
     Args:
-        store: any store that can be read.
+        store: any readable store.
         out: the file; its name ends in .zip.
-        names: of sites.
-        progress: called with steps done, of how many, and which: an object each, and the file's checksum.
+        names: of sites; default: all.
+        progress: called with the finished steps, their total, and the current step. Each object is
+            one step, and so is the file's checksum.
 
     Raises:
-        CubeError: no such site, nothing committed, an object that cannot be read, one of those packed that was changed by
-            another command meanwhile, or a file that cannot be written.
+        CubeError: a site is missing, nothing is committed, an object cannot be read, another
+            command changed a packed object meanwhile, or the file cannot be written.
     """
     if out.suffix != SUFFIX or (Path(store).is_dir() and Path(store).resolve() in out.resolve().parents):
         raise CubeError(f"{out}: expected a file whose name ends in {SUFFIX}, by which a packed store is known, beside {store}")
@@ -84,7 +87,7 @@ def pack(
             _write(raw, store, keys, part, progress)
             changed = set(keys) ^ set(_kept(store, _listed(store), done))
             changed |= {key for key, _ in before.items() ^ _metadata(raw, keys).items()}
-            for name in chosen:  # withdrawn before the first look at metadata
+            for name in chosen:  # detect withdrawals before the first metadata check
                 withdrawn = done[name] - _committed(raw, name, listed[name])
                 changed |= {f"{name}/builds/{year}/zarr.json" for year in withdrawn}
             if changed:
@@ -112,26 +115,26 @@ def _write(raw: Any, store: str, keys: Sequence[str], part: Path, progress: Call
                 why = "is gone; is it being written to?" if content is None else f"cannot be read ({content})"
                 raise CubeError(f"{store}: {key} {why}; `minecube verify` says what else is wrong, nothing was packed")
             member = zipfile.ZipInfo(key, _EPOCH)
-            member.create_system = 3  # Unix, whatever this runs on
+            member.create_system = 3  # Unix, on every platform
             member.external_attr = 0o100644 << 16
             made.writestr(member, content)
             progress(done, len(keys) + 1, key)
 
 
 def _metadata(raw: Any, keys: Iterable[str]) -> dict[str, int | None]:
-    """The CRC-32 of every group's and array's metadata; None where it cannot be read."""
+    """Return the CRC-32 of the metadata of every group and array; None if unreadable."""
     contents = ((key, _content(raw, key)) for key in keys if key.endswith("zarr.json"))
     return {key: zlib.crc32(content) if isinstance(content, bytes) else None for key, content in contents}
 
 
 def _marked(files: Iterable[str]) -> set[int]:
-    """Years that are committed or were begun."""
+    """Return the committed or begun years."""
     names = {path.split("/")[1] for path in files if path.startswith("builds/") and path.count("/") > 1}
     return {year for name in names if (year := staged_year(name)) is not None}
 
 
 def _committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
-    """Years whose marker says that they are committed, or cannot be read."""
+    """Return years with a committed or unreadable marker."""
     found = set()
     for year in _marked(files):
         content = _content(raw, f"{name}/builds/{year}/zarr.json")
@@ -144,7 +147,7 @@ def _committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
 
 
 def _kept(store: str, listed: Mapping[str, Iterable[str]], done: Mapping[str, set[int]]) -> list[str]:
-    """The store's objects, sorted, of sites with committed years, without those of years that are being built."""
+    """List the objects of sites with committed years, sorted, without those of unfinished years."""
     keys = ["zarr.json"]
     for name in (name for name, years in done.items() if years):
         files = listed.get(name, ())
@@ -155,7 +158,7 @@ def _kept(store: str, listed: Mapping[str, Iterable[str]], done: Mapping[str, se
 
 
 def _begun(store: str, name: str, idle: set[int]) -> Iterator[str]:
-    """What the objects that builds of these years write begin with."""
+    """Yield the key prefixes of objects of these years."""
     group = site_group(store, name, "r")
     at = [i for i, year in enumerate(group["year"][:]) if int(year) in idle]
     yield from (f"builds/{year}/" for year in idle)

@@ -1,7 +1,8 @@
-"""A packed store: the whole Zarr store in one zip, read where it lies. `minecube pack` makes it, nobody writes into it.
+"""Read a packed store: a whole Zarr store in one zip, made by `minecube pack` and read-only.
 
-Its members are the store's objects under their own keys, stored as they are, so that any part of one is a part of the file:
-zarr-python's own ZipStore opens it, too, but reads a shard from its beginning to seek in it (Python before 3.13).
+Its members are the store's objects under their keys. They are not compressed, so a part of an
+object is a part of the file. zarr-python's ZipStore also opens it. To seek in a shard, ZipStore
+reads the shard from its beginning (Python before 3.13).
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from zarr.storage import ZipStore
 from minecube.errors import CubeError
 
 SUFFIX = ".zip"
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7; name and extra field follow, then the bytes
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7, before name, extra field and bytes
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, struct.error)
 
 Stamp = tuple[int, int, int]
-"""What tells a file from another of its name: inode, time, size."""
+"""Identity of a version of a file: inode, time, size."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where an object lies, as the zip's directory has it."""
+    """Place of an object, from the zip's directory."""
 
     header: int
     size: int
@@ -40,7 +41,11 @@ class Member:
 
 
 def is_packed(store: str) -> bool:
-    """Whether that names a packed store, be it there or not; raises CubeError for one that is far away."""
+    """Whether the name is that of a packed store, existing or not.
+
+    Raises:
+        CubeError: the packed store is remote.
+    """
     if not store.rstrip("/").endswith(SUFFIX) or Path(store).is_dir():
         return False
     if "://" in store:
@@ -49,7 +54,7 @@ def is_packed(store: str) -> bool:
 
 
 def need_writable(store: str) -> None:
-    """Raises CubeError for a packed store."""
+    """Raise CubeError for a packed store."""
     if is_packed(store):
         raise CubeError(
             f"{store}: is a packed store, which is only read; write to the store it was packed from, or unpack it "
@@ -58,21 +63,21 @@ def need_writable(store: str) -> None:
 
 
 def unpacked(store: str) -> str:
-    """The folder that a packed store is said to be unpacked into, where that is needed: not the one it was packed from."""
+    """Return the folder to suggest for unpacking. It differs from the original folder."""
     return f"{store.rstrip('/').removesuffix(SUFFIX)}-unpacked"
 
 
 def stamp_of(stat: os.stat_result) -> Stamp:
-    """A file's stamp."""
+    """Return a file's stamp."""
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 @lru_cache(maxsize=8)
 def directory(path: str, _stamp: Stamp) -> Mapping[str, Member]:
-    """Key -> member of a zip, as the file of that stamp has it.
+    """Map the keys of a zip to its members, for the file of this stamp.
 
     Raises:
-        CubeError: it is no zip, or damaged, or packed by others in a way that has to be unpacked.
+        CubeError: the file is no zip, is damaged, or has compressed or encrypted members.
     """
     try:
         with zipfile.ZipFile(path) as opened:
@@ -91,7 +96,11 @@ def directory(path: str, _stamp: Stamp) -> Mapping[str, Member]:
 
 
 def members(store: str) -> Mapping[str, Member]:
-    """Key -> member of a packed store as it is now; raises CubeError as `directory` does, or where there is none."""
+    """Map the keys of a packed store to its current members.
+
+    Raises:
+        CubeError: as `directory`, or the store is missing.
+    """
     try:
         return directory(store.rstrip("/"), stamp_of(Path(store.rstrip("/")).stat()))
     except OSError as error:
@@ -99,7 +108,11 @@ def members(store: str) -> Mapping[str, Member]:
 
 
 def start_of(header: bytes, key: str, member: Member) -> int:
-    """Where a member's bytes begin, by its header in place; raises OSError where that is not of this member."""
+    """Return the offset of a member's bytes, from its local header.
+
+    Raises:
+        OSError: the header is not that of the member.
+    """
     if len(header) < _LOCAL_HEADER.size:
         raise OSError("the zip ends before it")
     magic, _, _, method, *_, name, extra = _LOCAL_HEADER.unpack(header[: _LOCAL_HEADER.size])
@@ -110,16 +123,18 @@ def start_of(header: bytes, key: str, member: Member) -> int:
 
 
 def header_of(content: Any, key: str, member: Member) -> bytes:
-    """The bytes of a mapped zip that `start_of` wants."""
+    """Return a member's local header from a mapped zip, for `start_of`."""
     return bytes(content[member.header : member.header + _LOCAL_HEADER.size + len(key.encode())])
 
 
 def read(store: str, key: str, first: int = 0, end: int | None = None) -> bytes:
-    """Bytes `first` to `end` of an object, an end below 0 counted from its own end; all of it is held to the zip's CRC-32.
+    """Read bytes `first` to `end` of an object. Negative values count from the object's end.
+
+    A complete object is checked against the zip's CRC-32.
 
     Raises:
-        KeyError: no such object.
-        OSError: it cannot be read, or is damaged.
+        KeyError: the object is missing.
+        OSError: the object cannot be read, or is damaged.
     """
     member = members(store)[key]
     first, last, _ = slice(first, end).indices(member.size)
@@ -140,10 +155,10 @@ def _start(file: BinaryIO, key: str, member: Member) -> int:
 
 
 class PackedStore(ZipStore):  # type: ignore[misc]
-    """Zarr's ZipStore, which lists; objects and parts of them are read where they lie, by as many threads as ask."""
+    """Zarr's ZipStore with direct reads of objects and parts, from any number of threads."""
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        """An object or a part of it; None where there is none; raises CubeError where it is damaged."""
+        """Read an object or a part of it; None if missing. Raises CubeError if damaged."""
         match byte_range:
             case None:
                 part = (0, None)
@@ -163,7 +178,7 @@ class PackedStore(ZipStore):  # type: ignore[misc]
             raise CubeError(f"{self.path}: {key} is damaged ({error}); `minecube verify` says what else is") from error
 
     async def get_partial_values(self, prototype: Any, key_ranges: Any) -> list[Any]:
-        """Several of them."""
+        """Read several objects or parts."""
         return [await self.get(key, prototype, part) for key, part in key_ranges]
 
 
@@ -173,28 +188,33 @@ def _opened(path: str, _stamp: Stamp, _process: int) -> PackedStore:
 
 
 def zarr_store(store: str) -> PackedStore:
-    """What Zarr opens; one a process, since reading a large directory takes seconds."""
-    members(store)  # which says in a sentence what is wrong with it
+    """Return the Zarr store, one per process: reading a large directory takes seconds."""
+    members(store)  # raises a clear error
     path = store.rstrip("/")
     return _opened(path, stamp_of(Path(path).stat()), os.getpid())
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What `verify` and `pack` use of an obstore store."""
+    """The part of an obstore store used by `verify` and `pack`."""
 
     store: str
 
     def list(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches of path and size."""
+        """Yield batches of path and size."""
         yield [{"path": key, "size": member.size} for key, member in members(self.store).items()]
 
     def list_with_delimiter(self) -> Mapping[str, Any]:
-        """The first parts of all paths, as obstore gives them."""
+        """Return the first parts of all paths, in obstore's form."""
         return {"common_prefixes": sorted({key.split("/")[0] for key in members(self.store) if "/" in key})}
 
     def get(self, path: str) -> _Object:
-        """An object; raises FileNotFoundError where there is none, OSError where it is damaged."""
+        """Read an object.
+
+        Raises:
+            FileNotFoundError: the object is missing.
+            OSError: the object is damaged.
+        """
         try:
             return _Object(read(self.store, path))
         except KeyError as error:
@@ -206,5 +226,5 @@ class _Object:
     content: bytes
 
     def bytes(self) -> bytes:
-        """All of it."""
+        """Return the whole content."""
         return self.content

@@ -1,9 +1,9 @@
-"""Read parts of an array of a cube, faster than Zarr does.
+"""Read parts of an array of a cube, faster than Zarr.
 
-Zarr takes 0.6 ms for each chunk, of which a quarter is unpacking, so shards on a local disk are mapped into memory here, and
-the chunks that a part touches are asked for before the first is waited for. A packed store is mapped as a whole, once a
-process; its directory says where each shard lies. Shards compressed in a way not known here, and those of object stores, are
-read by Zarr.
+Zarr takes 0.6 ms per chunk, a quarter of it for unpacking. This module maps shards on a local disk
+into memory. It requests all chunks of a part before it waits for the first. A packed store is
+mapped as a whole, once per process, and its directory locates the shards. Zarr reads the shards of
+object stores and shards of other compression.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from minecube.cube.commits import Watch
 from minecube.cube.store import absolute, zarr_store
 from minecube.errors import CubeError
 
-_ABSENT = 2**64 - 1  # offset of a chunk that holds nothing but fill value (Zarr v3, sharding-indexed codec)
+_ABSENT = 2**64 - 1  # offset of a chunk of fill value only (Zarr v3, sharding-indexed codec)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """An array [year, ..., y, x] of a store, from which windows are cut."""
+    """An array [year, ..., y, x] of a store, as a source of windows."""
 
     store: str
     path: str
@@ -44,17 +44,17 @@ class Pixels:
     chunk: tuple[int, int]
     shard: tuple[int, int]
     codec: Any
-    """What unpacks a chunk; None where Zarr has to read it."""
+    """Decoder of a chunk; None if Zarr has to read it."""
     summed: bool
-    """Whether a CRC-32C follows each chunk."""
+    """Whether each chunk ends in a CRC-32C."""
     packed: bool
-    """Whether the store is."""
+    """Whether the store is packed."""
     watch: Watch | None = None
-    """What a read must not see two states of."""
+    """Check for writes during a read."""
 
     @classmethod
     def of(cls, store: str, path: str, watch: Watch | None = None) -> Pixels:
-        """Open the array at that path."""
+        """Open the array at this path."""
         store = absolute(store)
         array = zarr.open_array(zarr_store(store), path=path, mode="r")
         chunk, shard = array.chunks[-2:], array.shards[-2:]
@@ -63,7 +63,7 @@ class Pixels:
         return cls(store, path, array.shape, array.dtype, fill, chunk, shard, codec, summed, in_zip, watch)
 
     def cut(self, years: Sequence[int], y: int, x: int, size: int) -> npt.NDArray[Any]:
-        """A window of the years at these places: [year, ..., size, size], fill value beyond the site."""
+        """Read a window at year indices: [year, ..., size, size], fill value outside the site."""
         rows, columns = (slice(at, min(at + size, n)) for at, n in zip((y, x), self.shape[-2:], strict=True))
         out = np.empty((len(years), *self.shape[1:-2], size, size), self.dtype)
         out[..., rows.stop - y :, :] = out[..., columns.stop - x :] = self.fill
@@ -71,9 +71,10 @@ class Pixels:
         return out
 
     def __getitem__(self, key: tuple[int | slice | npt.NDArray[np.intp], ...]) -> npt.NDArray[Any]:
-        """Any part, each axis by itself: one index, a slice, or indices; rows and columns by index or in steps take long.
+        """Read any part. Each axis takes an index, a slice or a list of indices.
 
-        Whoever reads a whole site would have all its files in this process's memory by and by: these are let go.
+        Rows and columns given by index or with a step are slow. The pages read are released:
+        otherwise reading a whole site would gradually keep all its files in this process's memory.
         """
         first, *lead, down, across = key
         inside = [slice(*p.indices(n)) for p, n in zip((down, across), self.shape[-2:], strict=True) if isinstance(p, slice)]
@@ -85,7 +86,7 @@ class Pixels:
         shape = [max(part.stop - part.start, 0) for part in inside]
         out = np.empty((years.size, *self.shape[1:-2], *shape), self.dtype)
         self._fill(out, years.ravel().tolist(), rows, columns, keep=False)
-        for part, n in zip(lead, self.shape[1:-2], strict=True):  # the bands, if there are any
+        for part, n in zip(lead, self.shape[1:-2], strict=True):  # the bands, if any
             if not np.array_equal(np.arange(n)[part], np.arange(n)):
                 out = out[:, part]
         return out if years.ndim else out[0]
@@ -93,18 +94,18 @@ class Pixels:
     def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool) -> None:
         if self.codec is None:
             array = self._array()
-            for n, year in enumerate(years):  # by slices: Zarr would look up pixel by pixel what is asked for by indices
+            for n, year in enumerate(years):  # by slice: for indices, Zarr looks up each pixel
                 out[n] = array[(year, *(slice(None) for _ in self.shape[1:-2]), rows, columns)]
         else:
             self._unpack(out, years, rows, columns, keep=keep)
         self._check(years)
 
     def _array(self) -> zarr.Array:
-        """The array as Zarr opens it, of a store in which no shard of a commit may be missing."""
+        """Open the array with Zarr. A missing shard of a commit is an error."""
         return _opened(self.store, self.path, self.watch, os.getpid())
 
     def _check(self, years: Sequence[int]) -> None:
-        """Raise CubeError if one of these years has changed since it was opened."""
+        """Raise CubeError if one of these years has changed since the array was opened."""
         if self.watch is not None:
             self.watch.check(years)
 
@@ -118,7 +119,7 @@ class Pixels:
                     if key not in shards:
                         shards[key] = self._shard(*key)
                     shard = shards[key]
-                    # A chunk of nothing but fill value is not stored, nor is such a shard.
+                    # Chunks and shards of fill value only are not stored.
                     if shard is None or shard.index[row][column][0] == _ABSENT:
                         out[n][..., here, left] = self.fill
                         continue
@@ -138,14 +139,15 @@ class Pixels:
                 raise CubeError(f"{self.store}: {self.path} has a damaged chunk ({error}); run `minecube verify`") from error
             target[...] = chunk[inside]
         for read in shards.values() if not keep else ():
-            if read is not None:  # as a whole: what is read brings what lies around it
+            if read is not None:  # release the whole shard: the system also reads the surroundings
                 page = read.start % mmap.PAGESIZE
                 read.file.madvise(mmap.MADV_DONTNEED, read.start - page, read.size + page)
 
     def _checked(self, content: memoryview, shard: _Shard, offset: int) -> memoryview:
-        """A chunk without its CRC-32C, which is checked when the chunk is first read; raises ValueError if it is wrong.
+        """Return a chunk without its CRC-32C. Raises ValueError if the CRC-32C is wrong.
 
-        The checksum takes a tenth of the time of unpacking, and windows read each chunk several times.
+        The check runs only at the first read of a chunk, because windows read each chunk several
+        times. It takes a tenth of the time of unpacking.
         """
         if not self.summed:
             return content
@@ -156,12 +158,12 @@ class Pixels:
         return content[:-4]
 
     def _shard(self, year: int, down: int, across: int) -> _Shard | None:
-        """A shard in memory; None where it is nothing but fill value."""
+        """Map a shard into memory; None if it holds fill value only."""
         key = "/".join((self.path, "c", str(year), *("0" for _ in self.shape[1:-2]), str(down), str(across)))
         shape = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
         path = self.store.rstrip("/") if self.packed else f"{self.store}/{key}"
         try:
-            stamp = packed.stamp_of(os.stat(path))  # noqa: PTH116  a Path for each takes longer than the rest
+            stamp = packed.stamp_of(os.stat(path))  # noqa: PTH116  a Path is slower
         except FileNotFoundError as error:
             if self.packed:
                 raise CubeError(f"{path}: is gone; put it back, or open another store") from error
@@ -175,13 +177,13 @@ class Pixels:
 
 @lru_cache(maxsize=256)
 def _opened(store: str, path: str, watch: Watch | None, _process: int) -> zarr.Array:
-    """An array as Zarr opens it, once per process: in an object store each opening is a request."""
+    """Open an array with Zarr, once per process: in an object store each opening is a request."""
     there = zarr_store(store) if watch is None else _WholeStore(zarr_store(store), watch)
     return zarr.open_array(there, path=path, mode="r", zarr_format=3)
 
 
 class _WholeStore(WrapperStore):  # type: ignore[misc]
-    """A store in which a shard of a commit that is missing is an error, not fill value."""
+    """A store without silent gaps: a missing shard of a commit is an error, not fill value."""
 
     def __init__(self, store: Any, watch: Watch) -> None:
         super().__init__(store)
@@ -191,7 +193,7 @@ class _WholeStore(WrapperStore):  # type: ignore[misc]
         return _WholeStore(store, self.watch)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        """An object, or a part of it; None if it is not there and need not be."""
+        """Get an object or a part of it; None if it is absent and was not committed."""
         content = await super().get(key, prototype, byte_range)
         if content is None:
             self.watch.need_absent(key)
@@ -199,7 +201,7 @@ class _WholeStore(WrapperStore):  # type: ignore[misc]
 
 
 class LazyPixels(BackendArray):
-    """Pixels in the form that xarray indexes lazily."""
+    """Pixels for xarray's lazy indexing."""
 
     def __init__(self, pixels: Pixels) -> None:
         self._pixels, self.shape, self.dtype = pixels, pixels.shape, pixels.dtype
@@ -213,19 +215,20 @@ class LazyPixels(BackendArray):
 class _Shard:
     file: mmap.mmap
     start: int
-    """Where in the file it begins."""
+    """Offset of the shard in the file."""
     size: int
     index: Any
-    """[row][column]: offset from its start, and bytes, of each chunk."""
+    """[row][column] -> offset of each chunk from the shard's start, and its bytes."""
     checked: set[int] = field(default_factory=set)
-    """Where in the file the chunks begin whose checksum is right."""
+    """Offsets in the file of chunks with a correct checksum."""
 
 
-@lru_cache(maxsize=512)  # each holds one of the files that a process may have open, of which 1024 are usual
+@lru_cache(maxsize=512)  # each entry is an open file; a process usually may have 1024
 def _mapped(path: str, _stamp: packed.Stamp, shape: tuple[int, int]) -> _Shard:
-    """A shard's file in memory, as the file of that stamp has it.
+    """Map a shard's file of this stamp into memory.
 
-    Zarr replaces files as a whole, so what is mapped stays what it was, and a shard that is built anew is another one.
+    Zarr replaces whole files. The mapped bytes therefore never change, and a rebuilt shard has
+    another stamp.
     """
     file = _map(path)
     return _indexed(path, file, 0, len(file), shape)
@@ -233,7 +236,7 @@ def _mapped(path: str, _stamp: packed.Stamp, shape: tuple[int, int]) -> _Shard:
 
 @lru_cache(maxsize=4096)
 def _member(path: str, stamp: packed.Stamp, key: str, shape: tuple[int, int]) -> _Shard | None:
-    """A shard of a packed store, whose file is mapped as a whole."""
+    """Locate a shard in the memory map of a packed store; None if it is absent."""
     member = packed.directory(path, stamp).get(key)
     if member is None:
         return None
@@ -249,7 +252,7 @@ def _member(path: str, stamp: packed.Stamp, key: str, shape: tuple[int, int]) ->
 
 @lru_cache(maxsize=8)
 def _whole(path: str, _stamp: packed.Stamp) -> mmap.mmap:
-    """A packed store in memory, read nowhere but where it is asked to: with what lies around it, half as much again is read."""
+    """Map a packed store, without read-ahead. Read-ahead would read half as much again."""
     file = _map(path)
     file.madvise(mmap.MADV_RANDOM)
     return file
@@ -261,7 +264,7 @@ def _map(path: str) -> mmap.mmap:
 
 
 def _indexed(where: str, file: mmap.mmap, start: int, size: int, shape: tuple[int, int]) -> _Shard:
-    """With its index: the last bytes, before a checksum of theirs."""
+    """Make a shard with its index, stored before the last four bytes (the index checksum)."""
     count = shape[0] * shape[1]
     if size < 16 * count + 4:
         raise CubeError(f"{where}: is too short for a shard, so it is damaged; run `minecube verify`")
@@ -270,7 +273,7 @@ def _indexed(where: str, file: mmap.mmap, start: int, size: int, shape: tuple[in
 
 
 def _cuts(part: slice, chunk: int, shard: int) -> list[tuple[tuple[int, int], slice, slice]]:
-    """The chunks that a part of one axis touches: shard and place in it, where in the part, where in the chunk."""
+    """List the chunks on one axis of a part: (shard, place in it), slice of part and of chunk."""
     cuts = []
     for n in range(part.start // chunk, -(-part.stop // chunk)):
         first, last = max(part.start, n * chunk), min(part.stop, (n + 1) * chunk)
@@ -280,9 +283,9 @@ def _cuts(part: slice, chunk: int, shard: int) -> list[tuple[tuple[int, int], sl
 
 
 def _codec(metadata: Any) -> tuple[Any, bool]:
-    """What unpacks a chunk of an array whose shards are packed as the template packs them, and whether a CRC-32C follows.
+    """Return the decoder of an array's chunks, and whether each chunk ends in a CRC-32C.
 
-    None for arrays that are packed otherwise.
+    Arrays packed in another way than the template's have no decoder (None).
     """
     (sharding,) = metadata["codecs"]
     if sharding["name"] != "sharding_indexed" or sharding["configuration"].get("index_location", "end") != "end":

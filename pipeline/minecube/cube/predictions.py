@@ -1,9 +1,13 @@
-"""Maps of models: written in rows from top to bottom, committed view by view, opened only if they are whole.
+"""Write and open maps of models.
 
-A view is what a model sees at once: one year, a pair of years, or all years. The group of a prediction lists in its attributes
-all its views (`views`) and those that are whole (`done`), with the builds they were mapped from, and keeps checksums of these
-alone. A run that was killed leaves shards of a view that is not done; the next run maps that view again, and no other. One run
-at a time writes a prediction.
+A map is written in rows from top to bottom and committed view by view. Only complete maps can be
+opened.
+
+A view is the input of one model call: one year, a pair of years, or all years. The attributes of a
+prediction's group list all its views (`views`) and the complete ones (`done`). For each complete
+view, `done` names the builds behind it. Checksums cover complete views only. A killed run leaves
+shards of an incomplete view. The next run maps only incomplete views again. Only one run at a time
+writes a prediction.
 """
 
 from __future__ import annotations
@@ -49,31 +53,32 @@ class Rows(Protocol):
 
     @property
     def view(self) -> View:
-        """Whose."""
+        """The view of these rows."""
 
     @property
     def y(self) -> int:
-        """The first."""
+        """The first row."""
 
     @property
     def values(self) -> npt.NDArray[np.uint8]:
-        """[time, class, row, x]."""
+        """Levels as [time, class, row, x]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What is to be mapped, and by what."""
+    """The views to map, and the model."""
 
     model: str
-    """Names the group."""
+    """Name of the group."""
     views: Sequence[View]
     about: Mapping[str, Any]
-    """What makes the map, as plain JSON. A map that something else made is only replaced with `overwrite`."""
+    """Origin of the map, as plain JSON. A map of another origin is only replaced with
+    `overwrite`."""
     variable: str = "probability"
     """probability (year, y, x), or change (pair, class, y, x)."""
     classes: Sequence[str] = ("mine",)
     computed: str = ""
-    """Where and how; a map computed elsewhere is still the same map."""
+    """Place and manner of the computation. They do not change the identity of a map."""
 
     def __post_init__(self) -> None:
         if self.variable not in _LONG_NAMES:
@@ -88,22 +93,24 @@ def write_prediction(
     *,
     overwrite: bool = False,
 ) -> list[View]:
-    """Write and commit the views that are not there yet, one after the other; which these were.
+    """Write and commit the missing views one by one. Returns these views.
 
-    A view is there if this very model mapped it from the builds that the cube holds now. Memory is that of two rows of shards:
-    one is written while the next is gathered.
+    A view is present if the same model mapped it from the current builds of the cube. One row of
+    shards is written while the next is gathered. Memory holds both.
 
     Args:
         store: local path or object-store URL.
         site_id: the site.
-        prediction: what is to be there in the end; what is there besides, of the same model, stays.
-        rows: called with the views to be mapped; gives each one's rows, from top to bottom without a gap, in this order.
-        overwrite: replace whatever is there, also the map of another model.
+        prediction: the views to have at the end. Other views of the same model stay.
+        rows: called with the missing views. Yields their rows in this order, each view from top to
+            bottom without a gap.
+        overwrite: replace the whole prediction, also one of another model.
 
     Raises:
         BusyError: another run is writing this prediction.
-        CubeError: a year is not committed or was built again meanwhile, another model made the prediction of that name, rows
-            are missing, or the store cannot be written. What was committed by then stays.
+        CubeError: a year is not committed or was rebuilt meanwhile, another model made the
+            prediction, rows are missing, or the store cannot be written. Views committed before the
+            error stay.
     """
     target, now = summing(store), _pixels(store, site_id)
     unbuilt = [_label(view) for view in prediction.views if len(_of(view, now)) < len(view)]
@@ -139,12 +146,15 @@ def write_prediction(
 def write_probability(
     store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any], *, made_of: str | None = None
 ) -> None:
-    """Put a model's mine probability (uint8 [year, y, x], x 250, 255 = none) into its own group, replacing an older run's.
+    """Write a model's mine probability into its own group, replacing an older one.
 
-    `made_of` names the prediction that it was made of: once that is another model's, this one is no longer opened.
+    The probability is uint8 [year, y, x], x 250, 255 = missing. `card` is the origin of the map, as
+    plain JSON. `made_of` names the source prediction. Once another model replaces the source, the
+    map can no longer be opened.
 
     Raises:
-        CubeError: the probability lies on another grid than the cube, or the store cannot be written.
+        CubeError: the probability lies on another grid than the cube, or the store cannot be
+            written.
     """
     with reading(store, site_id):
         grid = grid_in(site_group(store, site_id, mode="r").attrs)
@@ -169,11 +179,11 @@ def write_probability(
 
 
 def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
-    """A model's probability over a site, lazy uint8 [year, y, x], x 250, 255 = none.
+    """Open a model's probability over a site: lazy uint8 [year, y, x], x 250, 255 = missing.
 
     Raises:
-        CubeError: that model did not run there, or not to its end, or on other builds than the cube now holds; or the map was
-            made of another model's than is there now.
+        CubeError: the model has not mapped the site completely, the cube has other builds by now,
+            the model maps change, or another model has replaced the map's source.
     """
     probability = _open(store, site_id, model, "probability")
     unmapped = set(_pixels(store, site_id)) - {str(year) for year in probability["year"].to_numpy()}
@@ -183,18 +193,24 @@ def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
 
 
 def open_change(store: str, site_id: str, model: str) -> xr.DataArray:
-    """A model's change over a site, lazy uint8 [pair, class, y, x], x 250, 255 where either year has no observation.
+    """Open a model's change over a site: lazy uint8 [pair, class, y, x], x 250.
 
-    Coordinates `first` and `second` are the years of each pair, `class` says what changed: changed; new; or removed and new.
+    The value is 255 if either year has no observation. Coordinates `first` and `second` are the
+    years of each pair. `class` is "changed", "new", or "removed" and "new".
 
     Raises:
-        CubeError: as `open_probability`; years that were built later are no error, since no pair of them was asked for.
+        CubeError: as `open_probability`. Years built later are no error: no map of them was
+            requested.
     """
     return _open(store, site_id, model, "change")
 
 
 def mapped_by(store: str, site_id: str, model: str) -> str:
-    """What a model maps of a site, probability or change; raises CubeError where it did not run."""
+    """Return the variable mapped by a model at a site: probability or change.
+
+    Raises:
+        CubeError: the site has no prediction of this model.
+    """
     return str(_group(store, site_id, model).attrs.get("variable", "probability"))
 
 
@@ -230,12 +246,12 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
         )
     opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=path, consolidated=False)
     found = opened[variable].assign_attrs(model=attrs["model"], builds=mapped_from)
-    whole = [n for n, done in places(attrs).items() if done]  # not those of years that are no longer there
+    whole = [n for n, done in places(attrs).items() if done]  # without views of uncommitted years
     return found if len(whole) == found.shape[0] else found.isel({found.dims[0]: whole})
 
 
 def _maker(store: str, site_id: str, model: str) -> str | None:
-    """Digest of what made a prediction, be it only begun; None where there is none."""
+    """Return the digest of a prediction's origin, also of an unfinished one; None if missing."""
     path = f"{site_id}/predictions/{model}"
     return digest(group_of(store, path).attrs.get("model")) if exists(store, path) else None
 
@@ -261,12 +277,12 @@ def _views(attrs: Mapping[str, Any]) -> list[View]:
 
 
 def _axis(variable: str, views: Sequence[View]) -> list[Any]:
-    """What the first axis is of: pairs, or the years of all views."""
+    """Return the values of the first axis: pairs, or the years of all views."""
     return list(views) if variable == "change" else [year for view in views for year in view]
 
 
 def _places(variable: str, views: Sequence[View]) -> dict[View, list[int]]:
-    """Where on the first axis each view is."""
+    """Return the indices of each view on the first axis."""
     axis = _axis(variable, views)
     return {view: [axis.index(v) for v in ([view] if variable == "change" else view)] for view in views}
 
@@ -274,7 +290,10 @@ def _places(variable: str, views: Sequence[View]) -> dict[View, list[int]]:
 def _begin(
     store: str, site_id: str, prediction: Prediction, target: Summing, now: Mapping[str, str], *, overwrite: bool
 ) -> tuple[zarr.Group, dict[str, Any]]:
-    """The group, with room for all views; and which of them are whole and up to date: the others are no longer committed."""
+    """Open the group with room for all views. Returns the group and its complete, current views.
+
+    The other views lose their commit.
+    """
     path, variable = f"{site_id}/predictions/{prediction.model}", prediction.variable
     attrs = {} if overwrite else _kept(store, path, prediction)
     old = _views(attrs)
@@ -303,25 +322,31 @@ def _sums(target: Summing, path: str) -> dict[str, list[Any]]:
 
 
 def place_of(key: str) -> int | None:
-    """Index on the first axis of a shard of a prediction, by its key in the prediction's group; None for other objects."""
+    """Return the first index of a shard, from its key in the group; None for other objects."""
     variable, *rest = key.split("/")
     return int(rest[1]) if variable in _LONG_NAMES and rest[:1] == ["c"] and rest[1].isdigit() else None
 
 
 def places(attrs: Mapping[str, Any]) -> dict[int, bool]:
-    """By the attributes of a prediction's group: each index on the first axis, and whether what is there is whole."""
+    """Map each index on the first axis to True if its view is complete.
+
+    `attrs` are the attributes of a prediction's group.
+    """
     at = _places(attrs.get("variable", ""), _views(attrs))
     return {n: _label(view) in attrs.get("done", {}) for view, indices in at.items() for n in indices}
 
 
 def unmapped(attrs: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """By the attributes of a prediction's group: its views of committed years (`now`) that are not whole."""
+    """List the incomplete views of committed years (`now`).
+
+    `attrs` are the attributes of a prediction's group.
+    """
     done = attrs.get("done", {})
     return [_label(view) for view in _views(attrs) if _label(view) not in done and len(_of(view, now)) == len(view)]
 
 
 def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
-    """Return the attributes that an earlier run of this model left; empty if there are none, or if they are damaged.
+    """Return the attributes left by an earlier run of this model; empty if missing or damaged.
 
     Raises:
         CubeError: another model made the prediction.
@@ -343,7 +368,7 @@ def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
 
 
 def _template(store: str, site_id: str, prediction: Prediction, target: Summing) -> None:
-    """The group without a pixel."""
+    """Create the group without pixels."""
     about = site_group(store, site_id, mode="r").attrs
     with reading(store, site_id):
         grid, recipe = grid_in(about), about[NAMED]["recipe"]
@@ -352,14 +377,14 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
     lead: tuple[int, ...] = ()
     dims: tuple[str, ...] = ("year", "y", "x")
     if variable == "change":
-        # Pairs are many, and a pixel of one is a byte: shards of two blocks' side keep the files few.
+        # Pairs are many and take one byte per pixel. Shards of two blocks' side keep the files few.
         side, lead, dims = 2 * side, (len(prediction.classes),), ("pair", "class", "y", "x")
         coords["class"] = np.asarray(prediction.classes, dtype=object)
     coords |= {name: (dims[0], np.array(values, np.int64)) for name, values in _coordinates(variable, prediction.views).items()}
     empty = dask.array.full((len(axis), *lead, *grid.shape), 255, dtype="uint8", chunks=(1, *lead, side, side))
     described = {"long_name": _LONG_NAMES[variable], "nodata": 255, "grid_mapping": "spatial_ref"}
     dataset = xr.Dataset({variable: (dims, empty, described)}, coords=coords, attrs=geozarr(grid))
-    if side % (2 * chunk) == 0:  # a chunk takes Zarr half a millisecond, however few bytes it has
+    if side % (2 * chunk) == 0:  # Zarr takes half a millisecond per chunk, also for a small one
         chunk *= 2
     shape = {"chunks": (1, *lead, chunk, chunk), "shards": (1, *lead, side, side), "fill_value": 255}
     path = f"{site_id}/predictions/{prediction.model}"
@@ -376,19 +401,22 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
 
 
 def _coordinates(variable: str, views: Sequence[View]) -> dict[str, list[int]]:
-    """What names the places on the first axis."""
+    """Return the coordinates along the first axis."""
     axis = _axis(variable, views)
     return {"first": [v[0] for v in axis], "second": [v[1] for v in axis]} if variable == "change" else {"year": axis}
 
 
 def _fits(group: zarr.Group, variable: str, views: Sequence[View]) -> bool:
-    """Whether there is room for these views and no more, by their names."""
+    """Whether the group has room for exactly these views, under their names."""
     named = all(group[name][:].tolist() == values for name, values in _coordinates(variable, views).items())
     return named and group[variable].shape[0] == len(_axis(variable, views))
 
 
 def _grow(group: zarr.Group, variable: str, views: Sequence[View]) -> None:
-    """Room for these views, and their names: all of it written, since a run killed here has left any part of it."""
+    """Make room for these views, and write all their names.
+
+    A run killed during this step may have left any part of them.
+    """
     for name, values in {variable: None, **_coordinates(variable, views)}.items():
         array = group[name]
         array.resize((len(_axis(variable, views)), *array.shape[1:]))
@@ -399,7 +427,7 @@ def _grow(group: zarr.Group, variable: str, views: Sequence[View]) -> None:
 def _by_view(
     rows: Iterator[Rows], todo: Sequence[View], array: zarr.Array
 ) -> Iterator[tuple[View, Iterator[tuple[int, npt.NDArray[np.uint8]]]]]:
-    """Each view, and its map in whole rows of shards: first row, and [time, class, row, x]."""
+    """Yield each view and its map in whole rows of shards: first row, and [time, class, row, x]."""
     height, side = array.shape[-2], array.shards[-2]
 
     def parts(view: View) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:

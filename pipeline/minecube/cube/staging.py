@@ -1,12 +1,13 @@
-"""Keep a site-year that is being built apart from committed pixels, then put it in their place.
+"""Build a site-year apart from committed pixels, then put it in their place.
 
-    SITE/builds/2020.RUN.new/   attributes: finished blocks, their checksums, the counts of their reads
-      reflectance, ...          one array per variable [build, ..., y, x], in the shards of the cube
+    SITE/builds/2020.RUN.new/   attributes: finished blocks, their checksums and read counts
+      reflectance, ...          one array per variable [build, ..., y, x], in the cube's shards
       scenes, reads             bytes, written last
 
-The commit is one object: the marker `SITE/builds/2020` is replaced by the new provenance under `placing`. The objects are then
-renamed to their places, and the marker is written again without `placing`. Until the commit, the old year is untouched. After
-it, `finish` completes a run that was killed. `open_committed` leaves out a year with `placing`.
+The commit is a single write: the new provenance replaces the marker `SITE/builds/2020`, under
+`placing`. The objects are then renamed to their places. Finally the marker is written without
+`placing`. Until the commit, the old year is untouched. After it, `finish` completes the work of a
+killed run. `open_committed` leaves out a year with `placing`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ log = logging.getLogger(__name__)
 
 
 def staging_path(site_id: str, year: int, run: str) -> str:
-    """The group of a site-year that a run is building."""
+    """Return the path of the staging group of a site-year and run."""
     return f"{site_id}/builds/{year}.{run}{STAGED}"
 
 
 @dataclass
 class Staging:
-    """Arrays of a site-year that is being built, and what is known of its blocks."""
+    """Arrays of a site-year under construction, and notes on its blocks."""
 
     store: str
     site_id: str
@@ -50,7 +51,7 @@ class Staging:
 
     @property
     def blocks(self) -> list[str]:
-        """Blocks that are done, as `row/column`."""
+        """Finished blocks, as `row/column`."""
         return list(self.group.attrs["blocks"])
 
     @property
@@ -59,14 +60,17 @@ class Staging:
         return dict(self.group.attrs["checksums"])
 
     def note(self, blocks: Sequence[str], checksums: Mapping[str, Any], counts: bytes | None) -> None:
-        """Note blocks as done, together with the counts of their reads: one object, so that both are kept or neither."""
+        """Note blocks as done, with their read counts, in one write: both are kept or neither."""
         noted: dict[str, Any] = {"blocks": list(blocks), "checksums": dict(checksums)}
         if counts is not None:
             noted["reads"] = base64.b64encode(counts).decode()
         self.group.attrs.put(noted)
 
     def commit(self, provenance: Mapping[str, Any], blobs: Mapping[str, bytes]) -> None:
-        """Commit the year with this provenance and these bytes (`scenes`, `reads`), and put its objects in place."""
+        """Commit the year with this provenance and these bytes, and put its objects in place.
+
+        `blobs` holds `scenes`, and `reads` if reads were counted.
+        """
         for name, content in blobs.items():
             put_bytes(self.group, name, content)
         written = self.target.below(self.group.path, self.group.path)
@@ -81,7 +85,11 @@ class Staging:
 
 
 def year_index(group: zarr.Group, year: int) -> int:
-    """Index of a year on the first axis of a cube; raises CubeError if the cube has no room for it."""
+    """Return a year's index on the first axis of a cube.
+
+    Raises:
+        CubeError: the cube has no room for the year.
+    """
     there = [int(y) for y in group["year"][:]]
     if year not in there:
         raise CubeError(f"year {year} is not in the cube, which has {there[0]}..{there[-1]}; build it first")
@@ -89,21 +97,22 @@ def year_index(group: zarr.Group, year: int) -> int:
 
 
 def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
-    """Store bytes as a one-dimensional array of their own."""
+    """Store bytes as a separate one-dimensional array."""
     data = np.frombuffer(content, dtype=np.uint8)
     group.create_array(name, data=data, overwrite=True, dimension_names=(f"byte_of_{name}",))
 
 
 def open_staging(store: str, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None) -> Staging:
-    """Open the staging group of a run, with the blocks that an earlier process of the same run left there.
+    """Open the staging group of a run, with the blocks left by an earlier process of the same run.
 
     Args:
         store: local path or object-store URL.
         site_id: the site.
         year: a year of the cube.
-        names: variables that are built.
-        run: identity of the build (`run_of`). What other runs left of the year is removed.
-        before: counts of reads that this process goes on from. Blocks whose counts are others are removed, too.
+        names: variables to build.
+        run: identity of the build (`run_of`). Remains of other runs of the year are removed.
+        before: read counts at the start of this process. Staged blocks with other counts are
+            removed.
     """
     path = staging_path(site_id, year, run)
     target = summing(store)
@@ -124,7 +133,7 @@ def open_staging(store: str, site_id: str, year: int, names: Sequence[str], run:
 
 
 def _is_resumable(store: str, path: str, group: zarr.Group, before: bytes | None) -> bool:
-    """Whether the counts of reads are known, and all shards that were noted are there in their sizes."""
+    """Whether the read counts equal `before` and all noted shards exist with their sizes."""
     counts = counts_of(group)
     if "blocks" not in group.attrs or counts != before or ("reads" in group.attrs and counts is None):
         return False
@@ -151,7 +160,7 @@ def _create_staged(group: zarr.Group, name: str, like: zarr.Array) -> None:
 
 
 def counts_of(group: zarr.Group) -> bytes | None:
-    """The counts of reads of a year that is being built; None if there are none or they cannot be read."""
+    """Return the read counts of a year under construction; None if missing or unreadable."""
     try:
         content = base64.b64decode(group.attrs["reads"], validate=True)
         pd.read_parquet(io.BytesIO(content))
@@ -161,18 +170,18 @@ def counts_of(group: zarr.Group) -> bytes | None:
 
 
 def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
-    """The counts of reads of an interrupted run of that very build; None if there are none."""
+    """Return the read counts of an interrupted run of the same build; None if missing."""
     group = group_at(store, staging_path(provenance["site"], provenance["year"], run_of(provenance)))
     return None if group is None else counts_of(group)
 
 
 def discard(store: str, site_id: str, year: int) -> None:
-    """Remove what builds of a year have left, if there is anything."""
+    """Remove all remains of builds of a year."""
     _discard_others(store, site_id, year, keep="")
 
 
 def _discard_others(store: str, site_id: str, year: int, keep: str) -> None:
-    """Remove what builds of a year have left, apart from one group."""
+    """Remove all remains of builds of a year except one group."""
     below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
     for path in (found.rstrip("/") for found in below):
         name = path.rpartition("/")[2]
@@ -181,26 +190,26 @@ def _discard_others(store: str, site_id: str, year: int, keep: str) -> None:
 
 
 def is_begun(store: str, site_id: str, year: int) -> bool:
-    """Whether a build of a year was begun and has not ended."""
+    """Whether an unfinished build of a year exists."""
     below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
     names = [found.rstrip("/").rpartition("/")[2] for found in below]
     return any(name.endswith(STAGED) and staged_year(name) == year for name in names)
 
 
 def _remove(store: str, path: str) -> None:
-    """Remove a staging group, if it is there."""
+    """Remove a staging group if it exists."""
     group = group_at(store, path, "r+")
     if group is not None:
-        group.attrs.put({})  # first, so that no block counts as done once its shards are gone
+        group.attrs.put({})  # first: no block may count as done without its shards
     parent, _, name = path.rpartition("/")
     with contextlib.suppress(FileNotFoundError, KeyError):
         del group_of(store, parent, "r+")[name]
 
 
 def finish(store: str, site_id: str, year: int) -> None:
-    """Put the objects of a committed year in place, if a run was killed before it had done so.
+    """Put the objects of a committed year in place after a killed run.
 
-    A commit of which an object is lost is taken back, so that the year can be built again.
+    If an object is lost, the commit is withdrawn. The year can then be built again.
     """
     marker = group_at(store, f"{site_id}/builds/{year}", "r+")
     if marker is None or PLACING not in marker.attrs:
@@ -211,7 +220,7 @@ def finish(store: str, site_id: str, year: int) -> None:
     index = year_index(cube, year)
     for key in sorted({*made["checksums"], *_shard_keys(cube, index)}):
         if key not in made["checksums"]:
-            _delete(store, [f"{site_id}/{key}"])  # of the year that is replaced
+            _delete(store, [f"{site_id}/{key}"])  # of the replaced year
         elif not _place(store, f"{staged}/{_staged_key(key)}", f"{site_id}/{key}", made["checksums"][key]):
             log.warning("%s: %s %s lost %s before it was in place; the year is built again", store, site_id, year, key)
             withdraw(store, site_id, year)
@@ -219,11 +228,14 @@ def finish(store: str, site_id: str, year: int) -> None:
     if "reads" in made:
         note_incomplete(store, site_id)
     discard(store, site_id, year)
-    marker.attrs.put(made)  # last, so that a run that is killed before is finished by the next one
+    marker.attrs.put(made)  # last: after a kill, the next run finishes the work
 
 
 def _place(store: str, source: str, target: str, checksum: Sequence[Any]) -> bool:
-    """Rename an object to its place; whether it is there now, with its checksum if it was there before."""
+    """Rename an object to its place. Returns whether it is in place.
+
+    An object renamed earlier must match its checksum.
+    """
     raw = objects(store)
     try:
         raw.rename(source, target)
@@ -236,13 +248,13 @@ def _place(store: str, source: str, target: str, checksum: Sequence[Any]) -> boo
 
 
 def _placed_key(key: str, index: int) -> str:
-    """Where a staged shard belongs: the first index of its chunk key is that of the year."""
+    """Return the final key of a staged shard: its first chunk index becomes that of the year."""
     name, _, rest = key.partition("/c/0/")
     return f"{name}/c/{index}/{rest}"
 
 
 def _staged_key(key: str) -> str:
-    """Where an object of a commit lies until it is put in place; both keys are relative to their groups."""
+    """Return the staged key of a committed object. Both keys are relative to their groups."""
     first, *rest = key.split("/")
     if first == "builds":
         return "/".join(rest[1:])
@@ -250,12 +262,12 @@ def _staged_key(key: str) -> str:
 
 
 def built_names(cube: zarr.Group) -> list[str]:
-    """Names of the variables that builds write."""
+    """Return the names of the variables written by builds."""
     return ["reflectance", *recipe_of(cube.attrs[NAMED]["recipe"]).layers]
 
 
 def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
-    """All objects that a year can have in the variables that builds write."""
+    """Yield the keys of all possible shards of a year, in the variables written by builds."""
     for name in built_names(cube):
         array = cube[name]
         rows, columns = (-(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True))
@@ -266,7 +278,7 @@ def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
 
 
 def _empty_unfinished(store: str, site_id: str, year: int) -> None:
-    """Remove pixels of a year that is not committed: those of older versions, and of a withdrawal that was killed."""
+    """Remove pixels of an uncommitted year, left by older versions or a killed withdrawal."""
     marker = group_at(store, f"{site_id}/builds/{year}", "r+")
     if marker is None or not marker.attrs or "build_id" in marker.attrs:
         return
@@ -276,16 +288,16 @@ def _empty_unfinished(store: str, site_id: str, year: int) -> None:
 
 
 def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> None:
-    """Take the commit off a year, and remove what was staged of it and the pixels that its marker lists.
+    """Withdraw the commit of a year, and remove its staged objects and the pixels in its marker.
 
     Args:
         store: local path or object-store URL.
         site_id: the site.
-        year: the year. Its marker may be damaged, and then lists no pixels.
-        judged: `sha256` of the marker that was found to be wrong; None for whatever marker is there.
+        year: the year. A damaged marker lists no pixels.
+        judged: `sha256` of the faulty marker; None for any marker.
 
     Raises:
-        BusyError: the year has been built again since it was judged.
+        BusyError: the year has been built again since the check.
     """
     path = f"{site_id}/builds/{year}"
     try:
@@ -304,7 +316,7 @@ def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> 
 
 
 def _delete(store: str, keys: Iterable[str]) -> None:
-    """Remove objects, if they are there."""
+    """Remove objects if they exist."""
     raw = objects(store)
     for key in keys:
         with contextlib.suppress(FileNotFoundError):

@@ -25,22 +25,23 @@ from minecube.cube.packed import is_packed, need_writable
 from minecube.errors import CubeError
 
 FORMAT = 1
-"""Version of the layout; a store of another one is refused."""
+"""Version of the layout. Stores of another version are refused."""
 SCHEMES = ("s3", "gs", "az")
-"""Kinds of object stores, by the scheme of their URLs."""
+"""URL schemes of object stores."""
 _ANSWERS_S = 8
-"""How long after its first request an object store is no longer asked again."""
+"""Seconds after the first request before an object store is given up."""
 BEING_MADE = 0
-"""Format of a group that is being created. A run that is killed there starts again."""
+"""Format of a group under construction. After a kill, its construction starts again."""
 NAMED = "minecube"
-"""Attribute under which a site's group says what it is."""
+"""Attribute of a site's group with its description."""
 
 
 def folder_of(store: str) -> Path | None:
-    """The folder of a local store; None for an object store.
+    """Return the folder of a local store; None for an object store.
 
     Raises:
-        CubeError: the name is empty, or a URL of another kind than `SCHEMES`, or of no bucket.
+        CubeError: the name is empty, or is a URL of another scheme than `SCHEMES` or without a
+            bucket.
     """
     if not store.strip():
         raise CubeError("the store has no name; name a folder, or an object store such as s3://bucket/cubes.zarr")
@@ -56,7 +57,7 @@ def folder_of(store: str) -> Path | None:
 
 
 def absolute(store: str) -> str:
-    """The store by a name that does not depend on the folder of a process."""
+    """Return the store's name independently of the working directory."""
     folder = folder_of(store)
     return store if folder is None else str(folder.absolute())
 
@@ -70,7 +71,10 @@ def has_objects(store: str, path: str) -> bool:
 
 
 def client_of(url: str) -> Any:
-    """The client of an object store, one per URL and process: it keeps its connections, which do not survive a fork."""
+    """Return the client of an object store, one per URL and process.
+
+    A client keeps its connections, and they do not survive a fork.
+    """
     return _client(url.rstrip("/"), os.getpid())
 
 
@@ -81,7 +85,7 @@ def _client(url: str, _process: int) -> Any:
 
 
 def _check_endpoint(url: str) -> None:
-    """Raise CubeError if the endpoint of an S3 store is no URL: obstore 0.12 panics on it, and prints pages."""
+    """Raise CubeError if an S3 endpoint is no URL: obstore 0.12 panics and prints pages."""
     for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
         endpoint = os.environ.get(variable, "")
         if url.startswith("s3://") and endpoint and not endpoint.startswith(("https://", "http://")):
@@ -89,11 +93,12 @@ def _check_endpoint(url: str) -> None:
 
 
 def check_answers(store: str) -> None:
-    """List one object of an object store, so that one that does not answer is found in seconds instead of minutes.
+    """List one object of an object store, to find a silent store in seconds instead of minutes.
 
     Raises:
         CubeError: as `folder_of`, or the endpoint is no URL.
-        obstore.exceptions.BaseError: the store does not answer, refuses the keys, or has no such bucket.
+        obstore.exceptions.BaseError: the store does not answer, refuses the keys, or lacks the
+            bucket.
     """
     if folder_of(store) is None:
         _check_endpoint(store)
@@ -102,7 +107,7 @@ def check_answers(store: str) -> None:
 
 
 def objects(store: str) -> Any:
-    """The objects of a store as they are stored, without Zarr."""
+    """Open the stored objects of a store, without Zarr."""
     if is_packed(store):
         return packed.Objects(store)
     folder = folder_of(store)
@@ -110,20 +115,20 @@ def objects(store: str) -> Any:
 
 
 class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]
-    """Zarr's store in a folder, without the files that other processes are writing at this moment.
+    """Zarr's folder store, without the temporary files of other writers.
 
-    Zarr 3.1.6 lists them as members of a group and warns of each.
+    Zarr 3.1.6 lists these files as members of a group and warns of each.
     """
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """Names below a prefix."""
+        """List the names below a prefix."""
         async for name in super().list_dir(prefix):
             if not name.endswith(".partial"):
                 yield name
 
 
 def zarr_store(store: str) -> Any:
-    """The Zarr store of that name."""
+    """Open the Zarr store of that name."""
     if is_packed(store):
         return packed.zarr_store(store)
     folder = folder_of(store)
@@ -131,9 +136,10 @@ def zarr_store(store: str) -> Any:
 
 
 class Summing(WrapperStore):  # type: ignore[misc]
-    """A store that keeps the size and SHA-256 of every object on its way out: nothing is read again for it.
+    """A store with the size and SHA-256 of every object written through it.
 
-    They are of the stored bytes, so that `sha256sum` on the file says the same.
+    They are computed while writing, without another read. The SHA-256 is that of the stored bytes,
+    as from `sha256sum` on the file.
     """
 
     def __init__(self, store: Any, sums: dict[str, list[Any]] | None = None) -> None:
@@ -141,56 +147,60 @@ class Summing(WrapperStore):  # type: ignore[misc]
         self.sums = {} if sums is None else sums
 
     def _with_store(self, store: Any) -> Summing:
-        return Summing(store, self.sums)  # read-only twins share them
+        return Summing(store, self.sums)  # read-only twins share the sums
 
     async def set(self, key: str, value: Any) -> None:
-        """Sum, then write."""
+        """Sum an object, then write it."""
         self.sums[key] = await asyncio.to_thread(sum_of, value.as_numpy_array())
         await super().set(key, value)
 
     async def delete(self, key: str) -> None:
-        """Forget its sum, then remove it."""
-        self.sums.pop(key, None)  # a chunk of nothing but its fill value is no object
+        """Forget an object's sum, then remove the object."""
+        self.sums.pop(key, None)  # Zarr deletes a chunk of fill value only
         await super().delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        """Forget the sums of all below, then remove it."""
+        """Forget the sums below a prefix, then remove the objects."""
         for key in [key for key in list(self.sums) if key.startswith(f"{prefix.rstrip('/')}/")]:
             self.sums.pop(key, None)
         await super().delete_dir(prefix)
 
     def below(self, path: str, within: str) -> dict[str, list[Any]]:
-        """The sums of objects below `path`, their keys relative to the group `within`."""
-        # A copy, since other threads write: their keys must not change the table while it is gone through.
+        """Return the sums of objects below `path`, with keys relative to the group `within`."""
+        # Iterate over a copy, because other threads add keys meanwhile.
         found = sorted((key, value) for key, value in list(self.sums.items()) if key.startswith(f"{path}/"))
         return {key.removeprefix(f"{within}/"): value for key, value in found}
 
 
 def summing(store: str) -> Summing:
-    """The Zarr store of that name, which keeps checksums of all that is written through it."""
+    """Open the Zarr store of that name, with checksums of everything written through it."""
     need_writable(store)
     return Summing(zarr_store(store))
 
 
 def sum_of(content: Any) -> list[Any]:
-    """Size and SHA-256 of an object's bytes."""
+    """Return size and SHA-256 of an object's bytes."""
     return [memoryview(content).nbytes, hashlib.sha256(content).hexdigest()]
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of what is plain JSON, whatever the order of its keys."""
-    as_stored = json.loads(json.dumps(value))  # where keys are text and tuples are lists
+    """Return the SHA-256 of plain JSON, independent of the order of its keys."""
+    as_stored = json.loads(json.dumps(value))  # with keys as text and tuples as lists
     return hashlib.sha256(json.dumps(as_stored, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes with a `sha256` of all the others."""
+    """Return the attributes with a `sha256` of all others."""
     rest = {name: value for name, value in attrs.items() if name != "sha256"}
     return {**rest, "sha256": digest(rest)}
 
 
 def exists(store: str, path: str) -> bool:
-    """Whether there is a group at that path; raises CubeError where it is damaged, or the store is a file."""
+    """Whether a group exists at this path.
+
+    Raises:
+        CubeError: the group is damaged, or the store is a file.
+    """
     folder = folder_of(store)
     if folder is not None and not folder.exists():
         return False
@@ -204,12 +214,21 @@ def exists(store: str, path: str) -> bool:
 
 
 def group_at(store: str, path: str, mode: str = "r") -> zarr.Group | None:
-    """The group at that path; None if there is none. Raises CubeError if it is damaged, or if the store is a file."""
+    """Return the group at this path; None if it is missing.
+
+    Raises:
+        CubeError: the group is damaged, or the store is a file.
+    """
     return group_of(store, path, mode) if exists(store, path) else None
 
 
 def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
-    """The group at that path; raises CubeError where it is damaged, FileNotFoundError where there is none."""
+    """Return the group at this path.
+
+    Raises:
+        CubeError: the group is damaged.
+        FileNotFoundError: the group is missing.
+    """
     if mode != "r":
         need_writable(store)
     with reading(store, path):
@@ -217,14 +236,15 @@ def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
 
 
 def begin_group(store: str, path: str, attributes: Mapping[str, Any]) -> None:
-    """Create a group with these attributes, or empty the one that is there, whatever a killed run left of it.
+    """Create a group with these attributes, or empty an existing one.
 
-    The attributes come first and are never gone, so that the group says at any moment what it is.
+    This also clears remains of a killed run. The attributes are written first and never removed.
+    The group is therefore identified at any moment.
     """
     need_writable(store)
     target = zarr_store(store)
     parent = path.rpartition("/")[0]
-    with contextlib.suppress(zarr.errors.ContainsGroupError):  # another run has made it since Zarr looked
+    with contextlib.suppress(zarr.errors.ContainsGroupError):  # made by another run just now
         zarr.open_group(target, path=parent, mode="a", use_consolidated=False)
     try:
         group = group_at(store, path, "r+")
@@ -239,13 +259,13 @@ def begin_group(store: str, path: str, attributes: Mapping[str, Any]) -> None:
 
 
 def is_being_made(group: zarr.Group) -> bool:
-    """Whether the group is a site whose creation was interrupted."""
+    """Whether the group is a site with unfinished creation."""
     return bool(group.attrs.get(NAMED) == {"format": BEING_MADE})
 
 
 @contextmanager
 def reading(store: str, path: str) -> Iterator[None]:
-    """Turns what is raised on something damaged into a CubeError."""
+    """Convert errors on damaged data to CubeError."""
     try:
         yield
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
@@ -258,7 +278,11 @@ def reading(store: str, path: str) -> Iterator[None]:
 
 
 def site_group(store: str, site_id: str, mode: str) -> zarr.Group:
-    """A site's group; raises CubeError where there is none, or one of another version."""
+    """Return a site's group.
+
+    Raises:
+        CubeError: the site is missing, unfinished, or of another version.
+    """
     if not exists(store, site_id):
         there = ", ".join(sites(store)) or "no site"
         raise CubeError(f"{store}: no site {site_id!r}; it has {there}")
@@ -272,7 +296,11 @@ def site_group(store: str, site_id: str, mode: str) -> zarr.Group:
 
 
 def sites(store: str) -> list[str]:
-    """Names of the sites in a store; raises CubeError if minecube made no store there."""
+    """List the names of the sites in a store.
+
+    Raises:
+        CubeError: there is no store.
+    """
     if not exists(store, ""):
         raise CubeError(f"{store}: there is no store; `minecube build` makes one")
     raw = objects(store)
@@ -291,7 +319,7 @@ def sites(store: str) -> list[str]:
 
 @contextmanager
 def writing(store: str) -> Iterator[None]:
-    """Turns a packed store, a full disk or a forbidden folder into a CubeError."""
+    """Convert a packed store, a full disk or a forbidden folder to CubeError."""
     need_writable(store)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A site's group before it has a pixel: variables, chunks, shards, coordinates, and the conventions that others read."""
+"""Make a site's group without pixels: variables, chunks, shards, coordinates and conventions."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from minecube.cube.store import NAMED, Summing, digest, objects, sealed, site_gr
 from minecube.errors import CubeError
 
 LABELLING = "labelling"
-"""Attribute of footprints: years whose labels are being written, so that they may not be read."""
+"""Attribute of label arrays: years being written, not to be read."""
 WRITTEN_LATER = ("origin", "checksums", LABELLING, "sha256")
-"""Attributes of arrays that are written with their pixels, not with the template."""
+"""Attributes of arrays written with their pixels, not with the template."""
 GEOZARR = ("zarr_conventions", "proj:code", "spatial:dimensions", "spatial:transform", "spatial:shape", "spatial:bbox")
-"""Attributes of a site's group that say where it lies."""
+"""Attributes of a site's group with its location."""
 
 FRACTION = "footprint_fraction"
 LABELS = ("footprint", FRACTION)
-"""Variables that labels are written to."""
+"""Variables for labels."""
 FRACTION_ATTRS = {"long_name": "share of the pixel that is mine x 250", "units": "0.004", "nodata": 255}
 
 
 def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
-    """The site's dataset, lazy, without a pixel: footprint and its fraction 255 (unknown), all else 0."""
+    """Make the site's lazy dataset without pixels: all fill value.
+
+    Footprint and its fraction are 255 (unknown), integers 0 and floats NaN.
+    """
     shape, block = (len(years), *grid.shape), (1, recipe.block_px, recipe.block_px)
     bands = len(recipe.bands)
     mapped = {"grid_mapping": "spatial_ref"}
@@ -64,35 +67,35 @@ def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
             ),
             FRACTION: empty(255, "uint8", FRACTION_ATTRS),
         },
-        # object, so that it becomes Zarr v3's `string`; fixed-length text has no specification there
+        # object becomes Zarr v3's `string`; fixed-length text has no specification there
         coords={"year": np.asarray(years, dtype=np.int64), "band": np.asarray(recipe.bands, dtype=object), **coords},
     )
 
 
 def fill_of(dtype: Any) -> float:
-    """What stands where nothing was observed: NaN among floats, 0 among integers."""
+    """Return the value of unobserved pixels: NaN for floats, 0 for integers."""
     return float("nan") if np.dtype(dtype).kind == "f" else 0
 
 
 def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
-    """A variable's chunks, shards and fill value; a shard is one of the recipe's blocks, of all bands."""
+    """Return a variable's chunks, shards and fill value. A shard is one block of all bands."""
     lead = variable.shape[1:-2]
-    # Numbers come off the disk by half faster, and in less room, than packed by Zarr's own choice (benchmarks/windows.py
-    # --table): the bits of a place lie together, and LZ4 unpacks at 3 GB/s. Classes are next to nothing either way, but
-    # a window has many chunks, and Zstandard takes 25 us for one of them, LZ4 5.
+    # Bitshuffle and LZ4 read numbers 1.5 times as fast as Zarr's default, in less space
+    # (benchmarks/windows.py --table). Bitshuffle groups bits of equal place. LZ4 unpacks 3 GB/s.
+    # Classes are small either way, but a window has many chunks: Zstandard takes 25 us each, LZ4 5.
     shuffle = "noshuffle" if variable.dtype.itemsize == 1 else "bitshuffle"
     fill = 255 if variable.name in ("footprint", FRACTION) else fill_of(variable.dtype)
     return {
         "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
         "shards": (1, *lead, recipe.block_px, recipe.block_px),
         "fill_value": fill,
-        # LZ4 has no checksum: without CRC-32C, a flipped bit would be read as pixels.
+        # LZ4 has no checksum. Without CRC-32C, a flipped bit would be read as pixels.
         "compressors": (BloscCodec(cname="lz4hc", clevel=5, shuffle=shuffle), Crc32cCodec()),
     }
 
 
 def identity(metadata: Mapping[str, Any]) -> str:
-    """A hash of what is never to change in an array's `zarr.json`: all but the number of years, and what labels write."""
+    """Hash the constant part of an array's `zarr.json`: all but years and notes of labels."""
     attrs = {k: v for k, v in metadata.get("attributes", {}).items() if k not in WRITTEN_LATER}
     kept = {**metadata, "attributes": attrs}
     if "year" in (metadata.get("dimension_names") or ())[:1]:
@@ -101,20 +104,23 @@ def identity(metadata: Mapping[str, Any]) -> str:
 
 
 def identities(store: str, site_id: str, group: zarr.Group) -> dict[str, str]:
-    """The `identity` of each array of a group, by name."""
+    """Return the `identity` of each array of a group, by name."""
     stored = objects(store)
     names = sorted(name for name, _ in group.arrays())
     return {n: identity(json.loads(bytes(stored.get(f"{site_id}/{n}/zarr.json").bytes()))) for n in names}
 
 
 def group_digest(attrs: Mapping[str, Any]) -> str:
-    """A hash of what a site's group says of itself: what it is, how it was made, and where it lies."""
+    """Hash the description of a site's group: identity, origin and location."""
     about = {k: v for k, v in attrs[NAMED].items() if k != "sha256"}
     return digest({**{k: v for k, v in attrs.items() if k in GEOZARR}, NAMED: about})
 
 
 def seal_group(group: zarr.Group) -> None:
-    """Keep in a site's group which years it has room for, and a hash of what it is; not where an older version made it."""
+    """Note the years with room in a site's group, and a hash of the group.
+
+    Groups of older versions are left alone.
+    """
     about = {**group.attrs[NAMED], "years": [int(y) for y in group["year"][:]]}
     about["sha256"] = group_digest({**group.attrs, NAMED: about})
     if "arrays" in about and about != group.attrs[NAMED]:
@@ -122,10 +128,10 @@ def seal_group(group: zarr.Group) -> None:
 
 
 def begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
-    """Note that labels of these years (index -> year) are being written, and forget their checksums."""
+    """Note labels of these years (index -> year) as being written, and forget their checksums."""
     kept = {k: s for k, s in array.attrs.get("checksums", {}).items() if int(k.split("/")[2]) not in years}
     noted = {"origin": array.attrs.get("origin", ""), "checksums": kept, LABELLING: sorted(years.values())}
-    array.attrs.put({**array.attrs, **sealed(noted)})  # not `update`, which writes each attribute by itself
+    array.attrs.put({**array.attrs, **sealed(noted)})  # `update` would write one by one
 
 
 def need_labels(store: str, site_id: str) -> None:
@@ -141,7 +147,7 @@ def need_labels(store: str, site_id: str) -> None:
 
 
 def note_labels(array: zarr.Array, target: Summing, origin: str) -> None:
-    """Note the origin of labels and the checksums of their shards, once they are written."""
+    """Note the origin of finished labels and the checksums of their shards."""
     name = array.path.rpartition("/")[2]
     new = {k: s for k, s in target.below(array.path, array.path.removesuffix(f"/{name}")).items() if "/c/" in k}
     checksums = dict(sorted({**array.attrs["checksums"], **new}.items()))
@@ -149,7 +155,10 @@ def note_labels(array: zarr.Array, target: Summing, origin: str) -> None:
 
 
 def geozarr(grid: GeoBox) -> dict[str, Any]:
-    """Group attributes of the GeoZarr conventions `proj:` and `spatial:` (zarr-conventions/geo-proj and /spatial, v1)."""
+    """Return group attributes of the GeoZarr conventions `proj:` and `spatial:`.
+
+    Source: zarr-conventions/geo-proj and zarr-conventions/spatial, v1.
+    """
 
     def convention(repository: str, name: str, uuid: str, about: str) -> dict[str, str]:
         return {
@@ -176,19 +185,19 @@ def geozarr(grid: GeoBox) -> dict[str, Any]:
 
 
 def grid_in(attrs: Mapping[str, Any]) -> GeoBox:
-    """The grid that these attributes of a group tell of, as `geozarr` has them."""
+    """Return the grid described by a group's attributes, as from `geozarr`."""
     height, width = attrs["spatial:shape"]
     return GeoBox((height, width), Affine(*attrs["spatial:transform"]), attrs["proj:code"])
 
 
 def extend(group: zarr.Group, years: Sequence[int]) -> None:
-    """Room for later years at the end, where it shifts no committed year."""
-    # A run killed here may have left years of 0 at the end: room that has no name yet.
+    """Make room for later years at the end. Committed years keep their index."""
+    # A run killed here may have left years of 0 at the end: room without a name.
     there = [int(y) for y in group["year"][:] if y > 0]
     new = sorted(set(years) - set(there))
     if not new and len(there) == len(group["year"][:]):
         return
-    # The coordinate last: until it has grown, the longer arrays end in years that nobody can name.
+    # The coordinate comes last. Until then, the added part of the arrays has no year.
     for name, array in sorted(group.arrays(), key=lambda named: named[0] == "year"):
         if name != "year" and array.ndim < 3:
             continue

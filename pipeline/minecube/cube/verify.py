@@ -1,16 +1,18 @@
-"""Check a store: each object against the checksum taken as it was written, and pixels against each other.
+"""Check a store: objects against their checksums, and pixels against each other.
 
-An object that is gone is read by Zarr as fill value, without an error: a false zero. So what must be there is known from the
-markers, not from what is there; and a shard of another place decodes as well as the right one, so decoding proves nothing.
+Zarr reads a missing object as fill value, without an error: a false zero. The markers therefore
+list the expected objects. A shard of another place decodes without an error, so decoding proves
+nothing.
 
-    markers, labels, predictions   a sha256 of their own attributes, in which the checksums of their objects are
-    the site's group               a sha256 of recipe and place, and of each array's metadata
-    coordinates                    made anew from the grid
-    pixels                         decoded from the very bytes that were summed: reflectance, quality and counts must agree
+    markers, labels, predictions   SHA-256 of their own attributes, with the objects' checksums
+    the site's group               SHA-256 of recipe and location, and of each array's metadata
+    coordinates                    computed again from the grid
+    pixels                         decoded from the checksummed bytes; reflectance, quality and
+                                   counts must agree
 
-What a run left that was killed is `unfinished`: it is no damage, and running the same command again completes it.
+Remains of a killed run are `unfinished`, not damaged. The same command completes them.
 
-Objects are read as they are stored, one block of one year at a time in each thread: a shard of each variable, and its pixels.
+Each thread reads one block of one year at a time: one shard per variable, and its pixels.
 """
 
 from __future__ import annotations
@@ -50,26 +52,26 @@ from minecube.errors import CubeError, MinecubeError
 
 _SETTLED = ("zarr_format", "node_type", "data_type", "dimension_names", "fill_value", "chunk_key_encoding")
 _CLEAR_KINDS = (1, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
-"""Of `quality`: those whose observations `clear_count` counts."""
+"""Values of `quality` with observations counted in `clear_count`."""
 UNFINISHED = "unfinished"
-"""Kind of what a killed run left, or a run that is at work."""
+"""Kind of a finding about a killed or running command."""
 CURES = ("build", "site", "label", "predict", "remove", "group")
-"""What mends a finding: build the year again, the whole site, its labels or a prediction, remove the object, or write an
-empty group again."""
+"""Ways to repair a finding: build the year or the whole site again, write labels or a prediction
+again, remove the object, or write an empty group again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that is not as it was written."""
+    """A difference between an object or variable and its written state."""
 
     site: str
     year: int | None
-    """None where it is of all years, or of none."""
+    """None for all years, or for an object without a year."""
     kind: str
-    """missing, damaged, foreign (of another place), unexpected, contradictory, stale, unverifiable (has no checksum), or
-    unfinished."""
+    """missing, damaged, foreign (of another place), unexpected, contradictory, stale, unverifiable
+    (no checksum), or unfinished."""
     what: str
-    """The object, relative to the site's group; or the variable."""
+    """The object, relative to the site's group, or the variable."""
     found: str
     cure: str
     """One of `CURES`."""
@@ -81,18 +83,18 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was looked at, and what was found."""
+    """Extent and findings of a check."""
 
     sites: tuple[str, ...]
     committed: Mapping[str, Mapping[int, Mapping[str, Any]]]
-    """Site -> committed year -> its provenance, as far as that can be read."""
+    """Site -> committed year -> its provenance, if readable."""
     objects: int
     bytes: int
     findings: tuple[Finding, ...]
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is wrong, apart from what is unfinished."""
+        """Whether all findings, if any, are `unfinished`."""
         return all(f.kind == UNFINISHED for f in self.findings)
 
     @property
@@ -107,10 +109,10 @@ class Report:
 
 
 def named_sites(store: str) -> list[str]:
-    """Names of the sites in a store, also of those that Zarr cannot open any more.
+    """List the sites in a store, also those unreadable for Zarr.
 
     Raises:
-        CubeError: there is no store, it cannot be listed, or nothing in it is ours.
+        CubeError: there is no store, it cannot be listed, or it contains nothing of minecube.
     """
     return sorted(_listed(store))
 
@@ -122,12 +124,12 @@ def verify(
     workers: int = 4,
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Report:
-    """Every object of these sites (all by default), read once and held to what was written; nothing is changed.
+    """Check every object of these sites (default: all). Reads each object once and changes nothing.
 
-    Years being built are left out. Memory is that of `workers` blocks.
+    Unfinished builds are reported, but their objects are not read. Memory holds `workers` blocks.
 
     Raises:
-        CubeError: as `named_sites`, or one of the names is not there.
+        CubeError: as `named_sites`, or the store lacks one of the names.
     """
     files = _listed(store)
     unknown = sorted(set(names or ()) - set(files))
@@ -156,7 +158,7 @@ def verify(
 
 
 def _listed(store: str) -> dict[str, dict[str, int]]:
-    """Site -> object, relative to its group -> bytes."""
+    """Map each site to its objects (key relative to its group -> bytes)."""
     folder = folder_of(store)
     if folder is not None and not (folder.is_dir() or is_packed(store)):
         found = "is a file" if folder.exists() else "there is no store"
@@ -178,22 +180,22 @@ def _listed(store: str) -> dict[str, dict[str, int]]:
 
 def _is_ours(raw: Any, name: str, files: Mapping[str, int]) -> bool:
     if any(path.startswith("builds/") for path in files):
-        return True  # also where its own metadata is gone
+        return True  # also without its own metadata
     return NAMED in (_attributes(_content(raw, f"{name}/zarr.json")) or {})
 
 
 def _content(raw: Any, path: str) -> Any:
-    """An object's bytes; None where it is gone, the error where it cannot be read."""
+    """Return an object's bytes; None if it is missing, the error if it cannot be read."""
     try:
         return bytes(raw.get(path).bytes())
     except FileNotFoundError:
         return None
-    except (obstore.exceptions.BaseError, OSError) as error:  # a bad sector, say
+    except (obstore.exceptions.BaseError, OSError) as error:  # a bad sector, for example
         return error
 
 
 def _json(content: Any) -> Any:
-    """What stands in a JSON object; None where it is damaged."""
+    """Parse a JSON object; None if it is missing or damaged."""
     try:
         return json.loads(content) if isinstance(content, bytes) else None
     except ValueError:
@@ -201,7 +203,7 @@ def _json(content: Any) -> Any:
 
 
 def _attributes(content: Any) -> dict[str, Any] | None:
-    """Of a Zarr group; None where it is none."""
+    """Return the attributes in a Zarr group's metadata; None if there is no valid group."""
     group = _json(content)
     if not isinstance(group, dict) or (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
         return None
@@ -210,7 +212,7 @@ def _attributes(content: Any) -> dict[str, Any] | None:
 
 
 def _named(path: str) -> str:
-    """A shard as people call it: variable and block."""
+    """Return a readable name of a shard, with variable and block; other paths as they are."""
     variable, c, place = path.partition("/c/")
     at = place.split("/")
     return f"{variable.rpartition('/')[2]} block {at[-2]}/{at[-1]} ({path})" if c and len(at) > 2 else path
@@ -228,38 +230,38 @@ Task = Callable[[], list[Finding]]
 
 @dataclass
 class _Site:
-    """A site as it is stored: first what stands in its metadata (`survey`), then its other objects (`tasks`)."""
+    """One stored site. `survey` checks its metadata, `tasks` its other objects."""
 
     raw: Any
     name: str
     files: Mapping[str, int]
     committed: dict[int, dict[str, Any]] = field(default_factory=dict)
     sums: dict[str, list[Any]] = field(default_factory=dict)
-    """Object -> size and SHA-256 that were written, of all whose list is whole."""
+    """Object -> size and SHA-256 as written, from all intact lists."""
     years: list[int] = field(default_factory=list)
-    """The coordinate."""
+    """Values of the coordinate."""
     metadata: dict[str, bytes] = field(default_factory=dict)
     """Array -> its `zarr.json`."""
     built: set[str] = field(default_factory=lambda: {"reflectance", "clear_count", "quality"})
-    """Variables that builds write; others are labels."""
+    """Variables written by builds. The others are labels."""
     unsure: set[int] = field(default_factory=set)
     """Committed years without checksums."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What the group says of itself."""
+    """The group's attribute `minecube`."""
     judged: dict[str, Any] = field(default_factory=dict)
-    """Metadata that says what years, labels and maps must be -> its content when it was read."""
+    """Metadata of years, labels and maps -> its content when read, to detect later changes."""
     labelling: set[int] = field(default_factory=set)
-    """Years whose labels are unfinished."""
+    """Years with unfinished labels."""
     grid: GeoBox | None = None
     mapped: dict[str, dict[int, bool]] = field(default_factory=dict)
-    """Prediction -> index of each of its years, or pairs, and whether it is whole; not of those without checksums."""
+    """Prediction -> index on the first axis -> whether it is complete. Needs checksums."""
     lossy: Mapping[str, float] = field(default_factory=dict)
     """`incomplete_reads` of the group."""
     expected: Mapping[str, Any] = field(default_factory=dict)
-    """Array -> its `zarr.json`, made anew."""
+    """Array -> its `zarr.json`, made again from the template."""
 
     def survey(self) -> list[Finding]:
-        """What is wrong with metadata, markers and coordinates; and which objects are missing or too many."""
+        """Check metadata, markers and coordinates, and report missing and unexpected objects."""
         found = list(self._group())
         found += self._markers()
         found += self._labels()
@@ -269,7 +271,7 @@ class _Site:
         return found
 
     def without_changed(self, findings: list[Finding]) -> list[Finding]:
-        """The findings, with those about years, labels or maps that were written meanwhile replaced by one `unfinished`."""
+        """Replace the findings about metadata written during the check by one `unfinished` each."""
         changed = {key for key, content in self.judged.items() if _content(self.raw, f"{self.name}/{key}") != content}
         kept = [f for f in findings if f.site != self.name or _metadata_of(f) not in changed]
         about = {_metadata_of(f): f for f in findings if f.site == self.name and _metadata_of(f) in changed}
@@ -278,7 +280,7 @@ class _Site:
         return kept
 
     def tasks(self, known: Mapping[str, str]) -> Iterator[Task]:
-        """Checks of the objects' content. `known` says of each SHA-256 where it belongs."""
+        """Yield checks of the objects' content. `known` maps each SHA-256 to its place."""
         blocks: dict[tuple[int, int, int], list[str]] = {}
         for key in sorted({*self.sums, *self.files}):
             at = self._place(key)
@@ -293,7 +295,7 @@ class _Site:
             yield partial(self._records, year)
 
     def _unfinished(self, what: str, found: str, cure: str, year: int | None = None, command: str = "") -> Finding:
-        """A finding about what a run has left; `command` is the subcommand that completes it, by default that of the cure."""
+        """Make a finding about remains of a run. `command` completes them (default: the cure)."""
         said = f"{found}; run `minecube {command or cure}` again, unless it is still running"
         return self._find(UNFINISHED, what, said, cure, year)
 
@@ -301,7 +303,7 @@ class _Site:
         return Finding(site=self.name, year=year, kind=kind, what=what, found=found, cure=cure)
 
     def _place(self, key: str) -> tuple[int, int, int] | None:
-        """Index of the year, row and column of a variable's shard; None for other objects."""
+        """Return the year index, row and column of a variable's shard; None for other objects."""
         parts = key.split("/")
         if parts[1:2] != ["c"] or len(at := parts[2:]) < 3 or not all(part.isdigit() for part in at):
             return None
@@ -311,7 +313,7 @@ class _Site:
         return self.years[index] if index < len(self.years) else None
 
     def _about(self, key: str) -> tuple[int | None, str]:
-        """Year and cure of what is wrong with an object."""
+        """Return the year and the cure of a faulty object."""
         first, *rest = key.split("/")
         if first == "predictions":
             return None, "predict"
@@ -356,7 +358,7 @@ class _Site:
     def _arrays(self, grid: GeoBox, recipe: Recipe, about: Mapping[str, Any]) -> Iterator[Finding]:
         years, identities = self.years, about.get("arrays", {})
         noted = about.get("years", years)
-        # Room for another year has the name 0 until it is named.
+        # Room for another year is named 0 until the year is written.
         named = years[: years.index(0)] if 0 in years else years
         growing = years != noted and named[: len(noted)] == noted and not any(years[len(named) :])
         if growing:
@@ -372,7 +374,7 @@ class _Site:
         for name in sorted({*self.expected, *identities}):
             held = _json(self.metadata.get(name))
             if name == FRACTION and name not in {*self.metadata, *identities}:
-                continue  # a cube made before there were fractions; labelled again, it has one
+                continue  # a cube of a version without fractions: the next labelling adds one
             if held is None:
                 kind = "damaged" if name in self.metadata else "missing"
                 yield self._find(kind, f"{name}/zarr.json", "without it no pixel of the variable can be read", "site")
@@ -396,11 +398,11 @@ class _Site:
             yield self._find("damaged", name, f"coordinate: {why}", "site")
 
     def _values(self, name: str, default: Any) -> Any:
-        """A small array, whole; the default where it cannot be read."""
+        """Read a small array as a whole; return the default if it cannot be read."""
         contents = {path: _content(self.raw, f"{self.name}/{path}") for path in self.files if path.startswith(f"{name}/")}
         try:
             return _opened({path.removeprefix(f"{name}/"): c for path, c in contents.items()})[...]
-        except Exception:  # whatever damaged bytes make zarr and its codecs raise: the caller reports it
+        except Exception:  # zarr may raise anything on damaged bytes: the caller reports it
             return default
 
     def _markers(self) -> Iterator[Finding]:
@@ -410,7 +412,7 @@ class _Site:
         staged = {p.split("/")[1] for p in self.files if is_staged(p)}
         begun = {year for name in staged if (year := staged_year(name)) is not None}
         for name in sorted(staged):
-            # Unless it was committed since the store was listed.
+            # The year may have been committed since the store was listed.
             if any(_content(self.raw, f"{self.name}/{p}") is not None for p in self.files if p.startswith(f"builds/{name}/")):
                 yield self._unfinished(f"builds/{name}", "the year was being built", "build", staged_year(name))
         stored = {at[0] for p in self.files if (at := self._place(p)) and p.split("/")[0] in self.built}
@@ -470,7 +472,7 @@ class _Site:
         yield from self._same_make(year, path, attrs)
 
     def _same_make(self, year: int, path: str, attrs: Mapping[str, Any]) -> Iterator[Finding]:
-        """Whether the year was made with the group's recipe, on its grid."""
+        """Compare the recipe, grid and share of reads of a year with the group."""
         if self.grid is None:
             return
         theirs = {k: v for k, v in self.about["recipe"].items() if k != "title"}
@@ -540,7 +542,7 @@ class _Site:
             yield self._find("missing", key, said, cure, year)
 
     def _unexpected(self) -> Iterator[Finding]:
-        """Objects that nothing accounts for."""
+        """Report objects without any record."""
         whole = {y for y, attrs in self.committed.items() if "checksums" in attrs}
         arrays = {*self.expected, *self.about.get("arrays", {})}
         for key in sorted(set(self.files) - set(self.sums) - {"zarr.json", "builds/zarr.json", "predictions/zarr.json"}):
@@ -574,7 +576,7 @@ class _Site:
     # Content
 
     def _summed(self, key: str, content: Any, known: Mapping[str, str]) -> Finding | None:
-        """What is wrong with an object's bytes."""
+        """Compare an object's bytes with its checksum; None if they agree."""
         year, cure = self._about(key)
         if not isinstance(content, bytes):
             said = "is gone" if content is None else f"cannot be read ({content})"
@@ -592,7 +594,7 @@ class _Site:
         return [found] if found else []
 
     def _block(self, at: tuple[int, int, int], keys: Sequence[str], known: Mapping[str, str]) -> list[Finding]:
-        """One block of one year: its shards' bytes, then what its pixels say of each other."""
+        """Check a block of a year: the bytes of its shards, then its pixels against each other."""
         found: list[Finding] = []
         pixels: dict[str, Any] = {}
         lacking = {key.split("/")[0] for key in keys if key not in self.files}
@@ -605,7 +607,7 @@ class _Site:
                 continue
             try:
                 pixels[name] = _decoded(self.metadata[name], key.removeprefix(f"{name}/"), content, at)
-            except Exception as error:  # whatever damaged bytes make zarr and its codecs raise: it is reported
+            except Exception as error:  # zarr and its codecs may raise anything on damaged bytes
                 year, cure = self._about(key)
                 found.append(self._find("damaged", key, f"cannot be decoded ({type(error).__name__}: {error})", cure, year))
                 lacking.add(name)
@@ -620,7 +622,7 @@ class _Site:
         return found
 
     def _records(self, year: int) -> list[Finding]:
-        """Whether scene list and counts of reads are those that the marker speaks of."""
+        """Compare scene list and read counts with the marker."""
         attrs, found = self.committed[year], []
         for name, told in (("scenes", attrs.get("scenes")), ("reads", attrs.get("reads"))):
             path = f"builds/{year}/{name}"
@@ -629,7 +631,7 @@ class _Site:
                 continue  # nothing to compare, or reported as missing
             try:
                 table = pd.read_parquet(io.BytesIO(bytes(values)), columns=["id"] if name == "scenes" else None)
-            except Exception as error:  # whatever damaged bytes make Parquet raise: it is reported
+            except Exception as error:  # Parquet may raise anything on damaged bytes
                 found.append(self._find("damaged", path, f"cannot be read as Parquet ({type(error).__name__})", "build", year))
                 continue
             if name == "scenes":
@@ -642,7 +644,7 @@ class _Site:
 
 
 def _metadata_of(finding: Finding) -> str:
-    """The metadata that says what an object of a finding must be."""
+    """Return the key of the metadata behind a finding."""
     first, *rest = finding.what.split("/")
     if finding.cure == "build":
         return f"builds/{finding.year}/zarr.json"
@@ -650,7 +652,7 @@ def _metadata_of(finding: Finding) -> str:
 
 
 def _has_more_years(held: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether an array differs from what was asked for in having more years only."""
+    """Whether an array differs from the expected shape only by more years."""
     first, *rest = held["shape"]
     return bool(first > asked["shape"][0] and rest == list(asked["shape"][1:]))
 
@@ -666,21 +668,21 @@ def _is_coordinate(metadata: Any, at: Sequence[str]) -> bool:
 
 
 def _opened(contents: Mapping[str, Any]) -> zarr.Array:
-    """An array whose objects are these."""
+    """Open an array with these objects."""
     buffer = default_buffer_prototype().buffer
     memory = {path: buffer.from_bytes(content) for path, content in contents.items() if isinstance(content, bytes)}
     return zarr.open_array(zarr.storage.MemoryStore(memory), mode="r")
 
 
 def _decoded(metadata: bytes, key: str, content: bytes, at: tuple[int, int, int]) -> Any:
-    """The pixels of one shard, from the bytes themselves."""
+    """Decode the pixels of one shard from its bytes."""
     array = _opened({"zarr.json": metadata, key: content})
     rows, columns = (slice(n * side, (n + 1) * side) for n, side in zip(at[1:], array.shards[-2:], strict=True))
     return array[(at[0], ..., rows, columns)]
 
 
 def _impossible(values: Any, attrs: Mapping[str, Any]) -> Iterator[str]:
-    """Values that a variable cannot have."""
+    """Report invalid values of a variable with flags."""
     if "flag_values" in attrs:
         strange = sorted(set(np.unique(values).tolist()) - {*attrs["flag_values"], attrs.get("nodata")})
         if strange:
@@ -688,7 +690,7 @@ def _impossible(values: Any, attrs: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _disagreements(pixels: Mapping[str, Any]) -> Iterator[str]:
-    """What a block's variables must have in common; one that is absent is all fill value."""
+    """Report contradictions between a block's variables. A missing variable is all fill value."""
     if not pixels:
         return
     shape = next(iter(pixels.values())).shape[-2:]

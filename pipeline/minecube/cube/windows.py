@@ -1,10 +1,10 @@
-"""Windows of cubes for training: one place through the years, cut when it is asked for; no patch is ever written.
+"""Cut windows of cubes for training: one place over the years, without writing patches.
 
-A map-style dataset needs a length and items by number, which is all there is here, so that this is torch's and yet needs no
-torch: `torch.utils.data.DataLoader(CubeDataset(store), batch_size=8, num_workers=2)`. What an item is follows from its number
-and the seed alone, whichever worker cuts it.
+The dataset has a length and numbered items, as torch's map-style datasets, but needs no torch:
+`torch.utils.data.DataLoader(CubeDataset(store), batch_size=8, num_workers=2)`. An item depends only
+on its number and the seed, not on the worker.
 
-A window touches four to nine chunks of each year, which `pixels` reads.
+A window touches four to nine chunks of each year. `pixels` reads them.
 """
 
 from __future__ import annotations
@@ -25,50 +25,53 @@ from minecube.cube.store import site_group, sites
 from minecube.errors import CubeError
 
 VIEWS = ("year", "pair", "series")
-"""One year, two years in their order, or all."""
+"""One year, two years in order, or all years."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Where an item is cut; it reaches beyond a site that is smaller than it."""
+    """Place of an item. It reaches beyond a smaller site."""
 
     site: str
     years: tuple[int, ...]
     y: int
     x: int
-    """First row and column."""
+    """First row and column (`y`, `x`)."""
 
 
 @dataclass
 class CubeDataset:
     """Windows of committed years as dictionaries of numpy arrays, by number.
 
-    `reflectance` uint16 [year, band, y, x] (x 10000, 0 = no observation), `footprint` uint8 [year, y, x] (1 mine, 0 not, 255
-    unknown, left as it is), `years` int64 [year], and `site`, `y`, `x`. What lies beyond a site smaller than a window is 0 and
-    255. With an object store, give the DataLoader
-    `multiprocessing_context="spawn"`: its client does not survive a fork.
+    `reflectance` is uint16 [year, band, y, x], x 10000, 0 = no observation. `footprint` is uint8
+    [year, y, x]: 1 mine, 0 not mine, 255 unknown (left as is). `years` is int64 [year]. `site`, `y`
+    and `x` give the place of the window.
+
+    Outside a small site, reflectance is 0 and the footprint 255. For an object store, give the
+    DataLoader `multiprocessing_context="spawn"`: the store's client does not survive a fork.
 
     Raises:
-        CubeError: no such site, no committed year, years asked for that a site has not, or sites that differ in years or bands
-            where their windows have to be alike.
+        CubeError: a site is missing, has no committed year or lacks a requested year; or sites with
+            different years or bands cannot share a batch.
     """
 
     store: str
     """A folder, a packed store, or an object-store URL."""
     site_ids: Sequence[str] | None = None
-    """All sites by default."""
+    """Sites; default: all."""
     size: int = 160
-    """Side of a window in pixels: 160 are those of EuroMineNet's loaders."""
+    """Side of a window in pixels. EuroMineNet's loaders use 160."""
     view: str = "series"
-    """Of `VIEWS`."""
+    """One of `VIEWS`."""
     years: Sequence[int] | None = None
-    """All committed years by default; a series is of all of them."""
+    """Years; default: all committed ones. A series holds all of them."""
     step: int | None = None
-    """None: windows anywhere. Else all windows so far apart, the last of a row and column flush with the far border."""
+    """Distance of windows in pixels; the last row and column touch the far border. None: random
+    places."""
     length: int | None = None
-    """How many windows anywhere; by default as many as tile the sites once."""
+    """Number of random windows; default: as many as tile the sites once."""
     seed: int = 0
-    """Of windows anywhere; another one for each epoch."""
+    """Seed of random windows. Use another one per epoch."""
     _sites: dict[str, _Site] = field(init=False, repr=False, default_factory=dict)
     _tiles: list[Window] = field(init=False, repr=False, default_factory=list)
 
@@ -112,7 +115,7 @@ class CubeDataset:
         return [site.shape for site in self._sites.values()]
 
     def window(self, index: int) -> Window:
-        """Where item `index` is cut; raises IndexError beyond the last."""
+        """Return the place of item `index`; raises IndexError after the last one."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         if self.step:
@@ -127,31 +130,34 @@ class CubeDataset:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Ids."""
+        """Ids of the sites."""
         return tuple(self._sites)
 
     @property
     def bands(self) -> tuple[str, ...]:
-        """Of every site, in the order of `reflectance`."""
+        """Bands of every site, in the order of `reflectance`."""
         return next(iter(self._sites.values())).bands
 
     @property
     def forkable(self) -> bool:
-        """Whether processes that are forked off may cut, too."""
+        """Whether forked processes may cut windows, too."""
         return "://" not in self.store
 
     def years_of(self, site: str) -> tuple[int, ...]:
-        """The years of a site that windows are cut from, ascending."""
+        """Return the years of a site's windows, ascending."""
         return self._sites[site].years
 
     def shape_of(self, site: str) -> tuple[int, int]:
-        """Rows and columns of a site."""
+        """Return rows and columns of a site."""
         return self._sites[site].shape
 
     def cut(
         self, site: str, years: Sequence[int], y: int, x: int, size: int
     ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
-        """`reflectance` and `footprint` of any window: [year, band, size, size] and [year, size, size], as in an item."""
+        """Cut `reflectance` and `footprint` of any window, with values as in an item.
+
+        Their shapes are [year, band, size, size] and [year, size, size].
+        """
         of, at = self._sites[site], [self._sites[site].index[year] for year in years]
         return of.reflectance.cut(at, y, x, size), of.footprint.cut(at, y, x, size)
 
@@ -169,10 +175,10 @@ class CubeDataset:
 
 
 def open_reflectance(store: str, site_id: str) -> xr.DataArray:
-    """Reflectance of a site's committed years, lazy as in `open_committed`, but without Dask and quick to read in rows.
+    """Open reflectance of a site's committed years: lazy, without Dask, and fast to read in rows.
 
     Raises:
-        CubeError: no such site, or no committed year.
+        CubeError: the site is missing or has no committed year.
     """
     site, group = _Site.of(store, site_id, None), site_group(store, site_id, "r")
     pixels = site.reflectance
@@ -185,7 +191,7 @@ def open_reflectance(store: str, site_id: str) -> xr.DataArray:
 
 
 def _corners(length: int, size: int, step: int) -> list[int]:
-    """Where windows begin along one side."""
+    """Return the starts of windows along one side."""
     last = max(length - size, 0)
     return [*range(0, last, step), last]
 
@@ -194,7 +200,7 @@ def _corners(length: int, size: int, step: int) -> list[int]:
 class _Site:
     years: tuple[int, ...]
     index: dict[int, int]
-    """Year -> its place in the arrays."""
+    """Year -> its index in the arrays."""
     bands: tuple[str, ...]
     reflectance: Pixels
     footprint: Pixels

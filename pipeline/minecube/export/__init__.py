@@ -1,12 +1,16 @@
-"""Cubes and footprints as files that other tools open, each with licence and citation of all it was made from.
+"""Export cubes and footprints to common formats, with licence and citation of every input.
 
-    images.py     Cloud Optimized GeoTIFFs, GeoParquet, GeoPackage      stac.py       collection, items, stac-geoparquet
-    netcdf.py     NetCDF by the CF conventions                          zarrs.py      Zarr with multiscales, Zarr v2
-    croissant.py  a description for those who learn from them           publish.py    Icechunk, a tag a release
-    credits.py    whose the inputs are, on what terms                   layers.py, files.py  what they share
+    images.py      Cloud Optimized GeoTIFFs, GeoParquet, GeoPackage
+    stac.py        collection, items, stac-geoparquet
+    netcdf.py      NetCDF following the CF conventions
+    zarrs.py       Zarr with multiscales, Zarr v2
+    croissant.py   data set description for machine learning
+    publish.py     Icechunk, one tag per release
+    credits.py     sources and licences of the inputs
+    layers.py, files.py  shared parts
 
-Each file or folder is written under a hidden name and then renamed. A full disk or a killed run leaves no partial file.
-`publish` needs an extra package and is imported by its own name.
+Each file or folder is written under a hidden name and then renamed. A full disk or a killed run
+leaves no partial file. `publish` needs an extra package and is imported by its own name.
 """
 
 from minecube.export.credits import EUROMINENET, NOT_STATED, SEVERAL, Credit, credits_of, lines

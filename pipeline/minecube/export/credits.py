@@ -1,7 +1,8 @@
-"""What a cube is made from, and on whose terms: licence and citation of every input, to travel with every export.
+"""Collect licence and citation of every input of a cube, for its exports.
 
-The imagery is always Copernicus Sentinel data; the labels say themselves whence they are (`footprint.attrs["origin"]`, such
-as "EuroMineNet (CC BY 4.0)" or "pits.gpkg (own digitising, ODbL-1.0)"), a model's card says what its weights may be used for.
+The imagery is always Copernicus Sentinel data. Labels state their source in
+`footprint.attrs["origin"]`, such as "EuroMineNet (CC BY 4.0)" or "pits.gpkg (own digitising,
+ODbL-1.0)". A model's card states the licence of its weights.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ import xarray as xr
 SENTINEL_TERMS = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
 NOT_STATED = "not stated"
 SEVERAL = " | "
-"""What stands between the sources of labels in an origin."""
-_UNKNOWN = 255  # of footprints: nobody mapped it
+"""Separator between the sources of labels in an origin."""
+_UNKNOWN = 255  # unmapped footprint pixel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Credit:
-    """One input: what it is, and what its maker asks of those who pass it on."""
+    """One input and the terms of its maker."""
 
     kind: str
     """imagery, labels or model."""
     name: str
     licence: str
-    """SPDX identifier where there is one; "not stated" where nobody said."""
+    """SPDX identifier if one exists, or "not stated"."""
     url: str = ""
-    """The licence's text."""
+    """Address of the licence's text."""
     dois: tuple[str, ...] = ()
     citation: str = ""
-    """How it is to be named."""
+    """Requested citation."""
 
 
 EUROMINENET = Credit(
@@ -47,7 +48,7 @@ EUROMINENET = Credit(
 
 
 def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
-    """The inputs behind the variables of a cube; a footprint of which every pixel is unknown has none."""
+    """List the inputs behind a cube's variables; an all-unknown footprint has none."""
     found = []
     if any(not str(name).startswith("footprint") for name in cube.data_vars):
         notice = f"Contains modified Copernicus Sentinel data {span_of(cube)}."  # the terms' own wording
@@ -70,18 +71,22 @@ def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
 
 
 def span_of(cube: xr.Dataset) -> str:
-    """The cube's years: `2020`, or `2019-2021`."""
+    """Return the cube's years: `2020`, or `2019-2021`."""
     years = [int(y) for y in cube["year"].to_numpy().ravel()]
     return f"{min(years)}-{max(years)}" if len(years) > 1 else f"{years[0]}"
 
 
 def of_labels(origin: str) -> list[Credit]:
-    """What an origin such as `pits.gpkg (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325` says; several have ` | ` between them."""
+    """Parse an origin such as `pits.gpkg (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325`.
+
+    Several sources are separated by ` | `.
+    """
     return list(dict.fromkeys(_of_one(part.strip()) for part in origin.split(SEVERAL.strip())))
 
 
 def _of_one(origin: str) -> Credit:
-    # The licence is what stands last in brackets: names have brackets, too, as `Maus et al. (2022) (CC-BY-SA-4.0)`.
+    # The last brackets are the licence. Names have brackets, too:
+    # `Maus et al. (2022) (CC-BY-SA-4.0)`.
     found = re.fullmatch(r"(?P<name>.*?)(?:\s*\((?P<licence>[^()]*)\))?(?P<dois>(?:\s*doi:\S+)*)", origin)
     name, licence, said = found.group("name", "licence", "dois") if found else (origin, None, "")
     if name.strip().lower() == EUROMINENET.name.lower():
@@ -94,7 +99,10 @@ def _of_one(origin: str) -> Credit:
 
 
 def _spdx(licence: str) -> tuple[str, str]:
-    """SPDX identifier and text of a Creative Commons licence as people write it; all others stay as they are."""
+    """Return SPDX identifier and URL of a Creative Commons licence in common spelling.
+
+    Other licences are returned stripped, without a URL.
+    """
     found = re.fullmatch(r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence.strip(), re.IGNORECASE)
     if found:
         kind, version = found.group(1).upper(), found.group(2)
@@ -105,7 +113,10 @@ def _spdx(licence: str) -> tuple[str, str]:
 
 
 def lines(credits_: Iterable[Credit]) -> dict[str, str]:
-    """The same as three lines of text, for attributes and tags: `license`, `acknowledgement`, `references`; none is empty."""
+    """Format credits as text for attributes and tags.
+
+    The keys are `license`, `acknowledgement` and `references`. Empty entries are omitted.
+    """
     credits_ = list(credits_)
     text = {
         "license": "; ".join(f"{c.kind}: {c.name}, {c.licence}" + (f" ({c.url})" if c.url else "") for c in credits_),

@@ -1,7 +1,7 @@
-"""A Croissant 1.0 description (JSON-LD) of exported files, for those who find and load data sets to learn from.
+"""Write a Croissant 1.0 description (JSON-LD) of exported files, for machine learning.
 
-Every file is named with its size and SHA-256; tables are record sets whose fields are their columns. Terms:
-https://docs.mlcommons.org/croissant/docs/croissant-spec-1.0.html.
+Every file is listed with its size and SHA-256. Tables become record sets with their columns as
+fields. Terms: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.0.html.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEDIA = {
     ".nc": "application/netcdf",
     ".tif": "image/tiff",
 }
-# The specification's own, appendix 1.
+# Terms of the specification, appendix 1.
 _CR = """
     citeAs column conformsTo containedIn equivalentProperty extract field fileProperty fileObject fileSet format includes
     isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator source
@@ -50,18 +50,20 @@ CONTEXT: Mapping[str, Any] = {
 def write_croissant(
     out: Path, files: Iterable[Path], credited: Iterable[Credit], *, title: str, about: str, published: date
 ) -> Path:
-    """Write `croissant.json` into `out`, which describes these files below it; return its path. Hrefs are relative to it.
+    """Write `croissant.json` for these files into `out` and return its path.
+
+    Hrefs are relative to `out`.
 
     Args:
-        out: the folder everything lies in.
-        files: images, tables, NetCDF files. Zarrs are folders, which Croissant cannot name with a checksum: leave them out.
-        credited: the inputs whose licences and citations it carries.
-        title: the data set's title.
-        about: what this is, for people.
-        published: when the data set came to be.
+        out: The folder above all files.
+        files: Images, tables, NetCDF files. Leave out Zarrs: Croissant has no checksum for folders.
+        credited: The inputs to credit with licence and citation.
+        title: The data set's title.
+        about: Description for people.
+        published: Publication date of the data set.
 
     Raises:
-        CubeError: no file, one that lies outside `out` or cannot be read, or the description cannot be written.
+        CubeError: there is no file, one lies outside `out` or cannot be read, or writing fails.
     """
     files = sorted(files)
     if not files:
@@ -106,7 +108,7 @@ def _file_object(path: Path, out: Path) -> dict[str, Any]:
 
 
 def _record_set(path: Path, out: Path) -> dict[str, Any]:
-    """A table's columns of plain kinds; geometries and nested ones are left to the tools that read GeoParquet."""
+    """List a table's columns of plain types; geometries and nested columns are left out."""
     table = path.stem
     kinds = {f.name: _kind(f.type) for f in pq.read_schema(path)}
     return {

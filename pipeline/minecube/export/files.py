@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and what a catalogue says of them."""
+"""Write complete files and folders, and describe files for a catalogue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _need_zarr(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256, in hexadecimal; raises CubeError where it cannot be read."""
+    """Return size in bytes and SHA-256 (hexadecimal); raise CubeError if unreadable."""
     try:
         with path.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
@@ -51,13 +51,13 @@ def sha256_of(path: Path) -> tuple[int, str]:
 
 
 def listed(path: Path, folder: Path, title: str) -> dict[str, Any]:
-    """Href, title, size and checksum of a file, as a STAC asset has them."""
+    """Return href, title, size and checksum of a file as a STAC asset."""
     size, digest = sha256_of(path)
-    # Multihash: 0x12 says SHA-256, 0x20 its 32 bytes.
+    # Multihash: 0x12 is SHA-256, 0x20 its length of 32 bytes.
     return {"href": href(path, folder), "title": title, "file:size": size, "file:checksum": f"1220{digest}"}
 
 
 def href(path: Path, folder: Path) -> str:
-    """The path as seen from the folder: `./pit/pit_2020.json`."""
+    """Return the path relative to the folder: `./pit/pit_2020.json`."""
     relative = Path(os.path.relpath(path, folder)).as_posix()
     return relative if relative.startswith(".") else f"./{relative}"

@@ -1,4 +1,4 @@
-"""Cloud Optimized GeoTIFFs that say what they are, footprints as GeoParquet or GeoPackage, and tables as CSV."""
+"""Write self-describing Cloud Optimized GeoTIFFs, footprint tables and CSV."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ log = logging.getLogger(__name__)
 
 
 def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Path]:
-    """One Cloud Optimized GeoTIFF a year and variable, `<site>_<year>_<variable>.tif` in `out`; their paths.
+    """Write one Cloud Optimized GeoTIFF per year and variable and return the paths.
 
-    Of reflectance (one image band per band, uint16), footprint and probability (uint8), those the cube has; a year in
-    which a variable holds nothing but nodata gets no file. Values are the cube's own; scale, nodata, licence and citation
-    stand in the file, and where `cube.attrs["builds"]` has it (year -> `minecube.cube.builds`) what it was built from.
+    Files are `<site>_<year>_<variable>.tif` in `out`. Reflectance has one image band per band
+    (uint16), footprint and probability are uint8. Variables missing from the cube are skipped, and
+    so are years without a valid pixel. Values are the cube's own. Scale, nodata, licence and
+    citation are stored in the file. Provenance from `cube.attrs["builds"]` (year ->
+    `minecube.cube.builds`) is added if present, except to footprints.
 
     Raises:
-        CubeError: the cube does not lie on the grid, or a file cannot be written.
+        CubeError: the cube does not match the grid, or writing fails.
     """
     need_on_grid(cube, grid, site)
     written = []
@@ -57,17 +59,20 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
 
 
 def write_layers(layers: xr.Dataset, mapped: xr.DataArray, grid: GeoBox, out: Path, site: str) -> list[Path]:
-    """One Cloud Optimized GeoTIFF a layer (y, x) that was read from a map, `<site>_<layer>.tif` in `out`; their paths.
+    """Write one Cloud Optimized GeoTIFF per layer derived from a map and return the paths.
+
+    Files are `<site>_<layer>.tif` in `out`.
 
     Args:
-        layers: Integers; attribute nodata, and long_name, flag_masks and flag_meanings where there are, go into the file.
-        mapped: The probability (year, y, x) they were read from, with the model's card: on its terms they may be used.
-        grid: The grid they lie on.
+        layers: Integer layers (y, x). Attribute `nodata` is required. The optional `long_name`,
+            `flag_masks` and `flag_meanings` are written, too.
+        mapped: The source probability (year, y, x) with its model card. The card's terms apply.
+        grid: Grid of the layers.
         out: Folder.
         site: The site's name.
 
     Raises:
-        CubeError: the layers do not lie on the grid, or a file cannot be written.
+        CubeError: the layers do not match the grid, or writing fails.
     """
     need_on_grid(layers, grid, site)
     credited, written = _credited(mapped.rename("probability").to_dataset()), []
@@ -84,7 +89,7 @@ def write_layers(layers: xr.Dataset, mapped: xr.DataArray, grid: GeoBox, out: Pa
 
 
 def _credited(layer: xr.Dataset) -> dict[str, str]:
-    """Tags that say on whose terms: TIFF's own copyright tag for people, `credits` for programs."""
+    """Build licence tags: TIFF's own copyright tag for people, `credits` for programs."""
     found = credits_of(layer)
     text = lines(found)
     copyright_ = ". ".join(v.rstrip(".") for v in (text.get("acknowledgement"), text["license"]) if v)
@@ -107,7 +112,7 @@ def _write_cog(
     profile = {"crs": str(grid.crs), "transform": grid.affine, "nodata": layer.nodata, "dtype": values.dtype}
     profile |= {"count": len(bands), "height": grid.shape[0], "width": grid.shape[1]}
     options = {"compress": "DEFLATE", "predictor": "YES", "blocksize": 512, "overview_resampling": layer.overview}
-    # Into memory first: a disk that fills up is then Python's OSError, not a private error class of rasterio's.
+    # Write to memory first: a full disk then raises OSError, not a private rasterio error.
     with MemoryFile() as memory:
         with memory.open(driver="COG", **profile, **options) as image:
             image.write(values)
@@ -119,15 +124,15 @@ def _write_cog(
 
 
 def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | None = None) -> None:
-    """Write footprints as GeoParquet (`.parquet`) or GeoPackage (`.gpkg`), by the path's suffix.
+    """Write footprints as GeoParquet (`.parquet`) or GeoPackage (`.gpkg`), by suffix.
 
     Args:
-        table: The outlines. What stands in `table.attrs` (licence, citation: text) goes along, as the file's metadata.
+        table: The outlines. Text in `table.attrs` (licence, citation) becomes file metadata.
         path: The file.
-        changed: When the table last changed, which a GeoPackage says; now by default.
+        changed: Date of the last change, stored in a GeoPackage. Default: now.
 
     Raises:
-        CubeError: another suffix, or the file cannot be written.
+        CubeError: the suffix is not supported, or writing fails.
     """
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".gpkg"):
@@ -139,14 +144,17 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | No
             about = {str(k): str(v) for k, v in table.attrs.items()}
             flat = _distinct_columns(table)
             names = {str(c).lower() for c in flat.columns}
-            # The columns that a GeoPackage adds, under names that the table has not.
+            # Names for the columns added by GeoPackage, unused in the table.
             own = {"FID": _free_name("fid", names), "GEOMETRY_NAME": _free_name("geom", names)}
             with _gdal_date(changed):
                 flat.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None, layer_options=own)
 
 
 def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
-    """Rename columns that differ in case alone, which a GeoPackage takes for one, and write further geometries as text."""
+    """Rename columns differing only in case, and write further geometries as text.
+
+    A GeoPackage ignores case in column names.
+    """
     seen: set[str] = set()
     names: dict[str, str] = {}
     for column in map(str, table.columns):
@@ -160,14 +168,14 @@ def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
 
 
 def _free_name(name: str, names: Collection[str]) -> str:
-    """The name, with a number if lower-case names have it."""
+    """Return the name, numbered if `names` (in lower case) already has it."""
     numbered = (name, *(f"{name}_{n}" for n in range(1, len(names) + 1)))
     return next(free for free in numbered if free.lower() not in names)
 
 
 @contextmanager
 def _gdal_date(date: datetime | None) -> Iterator[None]:
-    """Let GDAL write this date into GeoPackages instead of the present time."""
+    """Make GDAL write this date into GeoPackages instead of the present time."""
     before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
     text = date.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z") if date else before
     pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": text})
@@ -178,6 +186,6 @@ def _gdal_date(date: datetime | None) -> Iterator[None]:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """A table as CSV, without its index; raises CubeError where the file cannot be written."""
+    """Write a table as CSV without its index; raise CubeError if writing fails."""
     with whole(path) as part:
         table.to_csv(part, index=False)

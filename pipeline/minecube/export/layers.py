@@ -1,4 +1,4 @@
-"""What the variables of a cube are to the tools that open an export: titles, nodata, scale, CF's names, wavelengths."""
+"""Describe a cube's variables for exports: title, nodata, scale, CF names, wavelengths."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from minecube.export.credits import credits_of, lines, span_of
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """How one variable of a cube becomes an image."""
+    """Export settings of one variable."""
 
     title: str
     nodata: int
     scale: float
     """Pixel value x scale = physical value."""
     overview: str
-    """GDAL resampling of the overviews: classes must not be averaged."""
+    """GDAL resampling of the overviews. Classes must not be averaged."""
     roles: tuple[str, ...]
     cf: Mapping[str, Any] = field(default_factory=dict)
-    """Attributes of the CF conventions, beside `scale_factor` and the nodata value."""
+    """CF attributes, except `scale_factor` and the nodata value."""
 
 
 LAYERS = {
@@ -51,11 +51,12 @@ LAYERS = {
         title="Mine probability", nodata=255, scale=1 / 250, overview="AVERAGE", roles=("data",), cf={"units": "1"}
     ),
 }
-# What is no image of its own, and is described all the same.
+# Not exported as an image, but described in NetCDF and Zarr.
 FRACTION = Layer(
     title="Share of the pixel that is mine", nodata=255, scale=1 / 250, overview="AVERAGE", roles=(), cf={"units": "1"}
 )
-# Name in the STAC EO extension v1.1, and centre in micrometres (Sentinel-2A's, from MTD_MSIL2A.xml, Spectral_Information).
+# Name in the STAC EO extension v1.1, and centre in micrometres
+# (Sentinel-2A, from MTD_MSIL2A.xml, Spectral_Information).
 SPECTRUM = {
     "B02": ("blue", 0.4927),
     "B03": ("green", 0.5598),
@@ -71,7 +72,7 @@ SPECTRUM = {
 
 
 def need_on_grid(cube: xr.Dataset, grid: GeoBox, site: str) -> None:
-    """Raises CubeError where the cube's coordinates are not the grid's pixel centres."""
+    """Raise CubeError unless the cube's coordinates are the grid's pixel centres."""
     expected = xr_coords(grid)
     for axis in ("y", "x"):
         if cube.sizes[axis] != expected[axis].size or not np.allclose(cube[axis], expected[axis], rtol=0, atol=1e-3):
@@ -82,13 +83,14 @@ def need_on_grid(cube: xr.Dataset, grid: GeoBox, site: str) -> None:
 
 
 def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
-    """The cube's values, with the attributes of the CF conventions, and with licence and citation of all that is in it.
+    """Add CF attributes, licences and citations to a cube.
 
-    Variables keep dimensions, dtype and every value; `_FillValue` and `scale_factor` are attributes that say what they mean.
-    `cube.attrs["builds"]`, where it is there, is year -> provenance (`minecube.cube.builds`).
+    Variables keep dimensions, dtype and every value. The attributes `_FillValue` and `scale_factor`
+    describe the stored values. The optional `cube.attrs["builds"]` maps year -> provenance
+    (`minecube.cube.builds`).
 
     Raises:
-        CubeError: the cube does not lie on the grid.
+        CubeError: the cube does not match the grid.
     """
     need_on_grid(cube, grid, site)
     made = cube.attrs.get("builds", {})
@@ -103,7 +105,7 @@ def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
         )
         centres = {"standard_name": "radiation_wavelength", "long_name": "centre of the band", "units": "um"}
         coords["wavelength"] = ("band", np.array([SPECTRUM[b][1] for b in bands]), centres)
-    names = sorted(map(str, cube.data_vars))  # a store lists its variables in any order
+    names = sorted(map(str, cube.data_vars))  # a store lists them in any order
     variables = {name: _described(cube[name]) for name in names}
     about = {
         "Conventions": "CF-1.11",
@@ -122,7 +124,7 @@ def _history(build: Mapping[str, Any]) -> str:
 
 
 def placed(grid: GeoBox) -> dict[str, Any]:
-    """The coordinates of a grid with CF's names: x, y and spatial_ref."""
+    """Return a grid's coordinates with CF names: x, y and spatial_ref."""
     found = dict(xr_coords(grid))
     for axis in ("x", "y"):
         attrs = {"standard_name": f"projection_{axis}_coordinate", "long_name": f"{axis} of pixel centres", "units": "m"}
@@ -140,7 +142,7 @@ def _described(variable: xr.DataArray) -> xr.Variable:
         attrs |= {k: v for k, v in variable.attrs.items() if k in ("flag_meanings",) or (k == "units" and v)}
         if "flag_values" in variable.attrs:
             attrs["flag_values"] = np.asarray(variable.attrs["flag_values"], variable.dtype)
-    # As attributes, not as xarray's `encoding`: values are stored as they are, not to be divided by the scale.
+    # Plain attributes: xarray's `encoding` would divide the values by the scale on writing.
     if layer:
         attrs["_FillValue"] = variable.dtype.type(layer.nodata)
         if layer.scale != 1:

@@ -1,12 +1,16 @@
-"""Releases of a store in Icechunk: every tag is one state of all cubes, kept for good, and two of them can be compared.
+"""Publish releases of a store in Icechunk.
 
-A release holds what is committed: pixels of years without a marker stay behind. Objects are copied as they are, so that
-pixels are the store's own to the last bit, and only those that differ from what the repository holds: what two tags differ
-in is then what was really changed. A commit is one object: a run that is killed before it leaves the repository as it was.
-A run that is killed later can be repeated: the tag is then made, or found to hold this state.
+Every tag is one permanent state of all cubes. Two tags can be compared. A release contains
+committed data only: pixels of years without a marker are left out.
 
-On a local folder Icechunk is safe for one process at a time (its own words), which a lock on the folder sees to. On S3 it is
-for any number.
+Pixels are copied bit for bit. Licence and citations are added to the attributes of each site's
+group. Only changed objects are written, so two tags differ only in real changes.
+
+A commit is one object. A run killed before the commit leaves the repository unchanged. A run killed
+later can be repeated: it creates the tag or finds it complete.
+
+In a local folder, Icechunk supports only one process at a time, so the folder is locked. On S3 it
+supports any number of processes.
 """
 
 from __future__ import annotations
@@ -30,22 +34,25 @@ from zarr.core.sync import sync
 from minecube.errors import CubeError
 
 _ROOT = "zarr.json"
-_AT_ONCE = 16  # objects under way: enough to hide an object store's latency, few enough to hold in memory
-_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # names that Icechunk lists as they were given, and any disk can hold
-_CHUNK = re.compile(r"/c(/\d+)*$")  # how Zarr v3 names chunks; that of an array without dimensions is `c`
+_AT_ONCE = 16  # objects in flight: hides an object store's latency and still fits in memory
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # names safe in Icechunk and on any disk
+_CHUNK = re.compile(r"/c(/\d+)*$")  # Zarr v3 chunk names; `c` for arrays without dimensions
 
 
 def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
-    """The Icechunk repository in a folder, or at `s3://bucket/prefix` with the keys and endpoint of the environment.
+    """Open the Icechunk repository in a folder or at `s3://bucket/prefix`.
+
+    S3 keys and endpoint come from the environment.
 
     Raises:
-        CubeError: there is none and `create` is false, another kind of URL, or it cannot be opened.
+        CubeError: the repository is missing and `create` is false, the folder has other content,
+            the URL scheme is not supported, or opening fails.
     """
     scheme, _, rest = place.partition("://")
     if not rest:
-        if not create and not Path(place).exists():  # Icechunk would make the folder
+        if not create and not Path(place).exists():  # Icechunk would create the folder
             raise CubeError(f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one")
-        icechunk.set_logs_filter("error")  # its warning that a folder bears one process only, which `publish` locks it for
+        icechunk.set_logs_filter("error")  # it warns about several processes, but `publish` locks
         storage = icechunk.local_filesystem_storage(place)
     elif scheme == "s3":
         bucket, _, prefix = rest.partition("/")
@@ -74,20 +81,21 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
 def publish(
     source: zarr.Group, years: Mapping[str, Sequence[int]], place: str, tag: str, about: Mapping[str, Mapping[str, str]]
 ) -> tuple[int, int] | None:
-    """Make the repository hold what these sites hold, commit that, and name the commit by the tag.
-
-    Returns how many objects were written, and how many were removed; None if the tag already holds this very state.
+    """Copy the state of these sites to the repository, commit it and tag the commit.
 
     Args:
-        source: root of the store.
-        years: site -> its committed years. Sites that are not named are in no later release, either.
-        place: the repository, as `open_repository` takes it; made where it is not there.
-        tag: name of the release; never moved.
-        about: site -> attributes of its group: licence and citations.
+        source: Root of the store.
+        years: Site -> its committed years. Unlisted sites are removed from this and later releases.
+        place: The repository, as for `open_repository`. It is created if missing.
+        tag: Name of the release. A tag never moves.
+        about: Site -> attributes of its group: licence and citations.
+
+    Returns:
+        The numbers of objects written and removed. None if the tag already has this state.
 
     Raises:
-        CubeError: the tag is no name for a tag, holds another state, or was deleted; another process publishes there; or
-            something cannot be read or written. The branch `main` then stays as it was.
+        CubeError: the tag is invalid, has another state or was deleted; another process publishes
+            to the folder; or reading or writing fails. The branch `main` then stays unchanged.
     """
     if not _TAG.fullmatch(tag):
         raise CubeError(f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; choose another name")
@@ -109,7 +117,7 @@ def publish(
             repository.create_tag(tag, snapshot)
         except icechunk.IcechunkError as error:
             repository.reset_branch("main", before, from_snapshot_id=snapshot)
-            if "already exists" in str(error):  # although it is not listed
+            if "already exists" in str(error):  # deleted tags are not listed
                 raise CubeError(
                     f"{place}: tag {tag!r} was deleted, and Icechunk never uses a tag again; choose another name"
                 ) from error
@@ -118,7 +126,10 @@ def publish(
 
 
 def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
-    """Keys of a site in the store, those of chunks and markers of uncommitted years, and files that are no Zarr, left out."""
+    """Yield the keys of a site in the store.
+
+    Chunks and markers of uncommitted years are skipped, and so are files outside the Zarr format.
+    """
     there = [int(y) for y in np.asarray(source[f"{site}/year"])]
     gone = {index for index, year in enumerate(there) if year not in years}
 
@@ -127,7 +138,7 @@ def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
 
     for key in sync(found()):
         if not key.endswith(f"/{_ROOT}") and not _CHUNK.search(key):
-            continue  # what a killed write left, or somebody put there
+            continue  # leftover of a killed write, or a foreign file
         name, *rest = key.removeprefix(f"{site}/").split("/")
         if name == "builds" and rest[0].isdigit() and int(rest[0]) not in years:
             continue
@@ -137,7 +148,7 @@ def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
 
 
 async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
-    """Set what differs and delete what is not wanted; how many objects each was."""
+    """Write changed objects and delete unwanted ones; return both counts."""
     prototype = default_buffer_prototype()
     gone = sorted([key async for key in target.list() if key not in wanted], key=_order, reverse=True)
     for key in gone:
@@ -159,7 +170,7 @@ async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapp
 
 
 async def _holds(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> bool:
-    """Report whether a release holds the wanted objects, as they are in the store, and no others."""
+    """Report whether a release has exactly the wanted objects, with the store's content."""
     if {key async for key in target.list()} != wanted:
         return False
 
@@ -180,7 +191,7 @@ def _batches(keys: Collection[str]) -> Iterator[list[str]]:
 
 
 async def _wanted(source: zarr.Group, key: str, about: Mapping[str, Mapping[str, str]]) -> bytes:
-    """Read an object of the store as a release holds it: a site's group with licence and citations."""
+    """Read an object of the store, adding licence and citations to a site's group."""
     found = await source.store.get(key, default_buffer_prototype())
     if found is None:
         raise CubeError(f"{key}: was in the store a moment ago and is not any more; publish when nothing is being built")
@@ -190,12 +201,15 @@ async def _wanted(source: zarr.Group, key: str, about: Mapping[str, Mapping[str,
 
 
 def _order(key: str) -> tuple[bool, int, str]:
-    """Metadata before chunks, groups before what is in them: Icechunk takes a chunk only into an array that it knows."""
+    """Sort metadata before chunks, and groups before their members.
+
+    Icechunk accepts a chunk only after its array.
+    """
     return not key.endswith(_ROOT), key.count("/"), key
 
 
 def _same(old: bytes, new: bytes, key: str) -> bool:
-    """Whether two objects say the same; Icechunk writes metadata its own way."""
+    """Compare two objects; JSON metadata by value, since Icechunk rewrites it."""
     return old == new or (key.endswith(_ROOT) and json.loads(old) == json.loads(new))
 
 
@@ -206,7 +220,11 @@ def _with_attributes(content: bytes, attributes: Mapping[str, str]) -> bytes:
 
 
 def releases(place: str) -> list[tuple[str, str, str]]:
-    """Name, time (UTC, ISO 8601) and snapshot of every tag, oldest first; raises CubeError as `open_repository`."""
+    """List name, time (UTC, ISO 8601) and snapshot of every tag, oldest first.
+
+    Raises:
+        CubeError: as `open_repository`.
+    """
     repository = open_repository(place)
     with _icechunk(place):
         found = []
@@ -217,13 +235,14 @@ def releases(place: str) -> list[tuple[str, str, str]]:
 
 
 def differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
-    """What is not the same in two releases: site, year ("all" where it is no year's), variable; sorted, each once.
+    """List the differences between two releases as unique, sorted (site, year, variable).
 
-    Icechunk says what was written since the release that both come from; of that, contents are compared. So it is right for
-    any two tags: in either order, on both sides of a rollback, and where something was changed and changed back.
+    The year is "all" for objects without a year. Icechunk lists the objects written since the
+    common ancestor of the two tags, and their contents are compared. The result is therefore
+    correct for any two tags: in either order, across a rollback, and after a change was undone.
 
     Raises:
-        CubeError: no such tag, or no repository.
+        CubeError: a tag or the repository is missing.
     """
     repository = open_repository(place)
     with _icechunk(place):
@@ -246,7 +265,7 @@ def _touched(repository: icechunk.Repository, start: str, end: str) -> Iterator[
 
 
 async def _compared(stores: Sequence[Any], keys: Collection[str]) -> dict[str, str]:
-    """Of these keys those whose objects differ, and how: new, gone or changed."""
+    """Map each key with different objects to "new", "gone" or "changed"."""
     changed = {}
     for key in keys:
         before, after = [await _content(store, key) for store in stores]
@@ -257,7 +276,7 @@ async def _compared(stores: Sequence[Any], keys: Collection[str]) -> dict[str, s
 
 async def _content(store: Any, key: str) -> bytes | None:
     if not key.endswith(_ROOT) and not await store.exists(_CHUNK.sub(f"/{_ROOT}", key)):
-        return None  # where Icechunk would raise, since not even the array is there
+        return None  # Icechunk raises if the array is missing
     found = await store.get(key, default_buffer_prototype())
     return None if found is None else bytes(found.to_bytes())
 
@@ -277,7 +296,10 @@ def _rows(stores: Sequence[Any], changed: Mapping[str, str]) -> set[tuple[str, s
 
 
 def _row(store: Any, site: str, rest: str, how: str) -> tuple[str, str, str]:
-    """Site, year and variable of a key below the site's group, and how it differs, where it did not just change."""
+    """Return site, year and variable of a key below the site's group.
+
+    The variable gets a suffix for anything but a plain change.
+    """
     suffix = "" if how == "changed" else f" ({how})"
     if rest.startswith("builds/"):
         _, year, *more = rest.split("/")
@@ -290,15 +312,15 @@ def _row(store: Any, site: str, rest: str, how: str) -> tuple[str, str, str]:
         return site, "all", name + suffix
     beside = "/".join([site, *name.split("/")[:-1], "year"])
     years = zarr.open_array(store, path=beside, mode="r")
-    # That a chunk is there or not says no more than that it holds something else: one of nothing but nodata is not written.
+    # No suffix: all-nodata chunks are not stored, so a new or missing chunk is a plain change.
     return site, str(np.asarray(years)[int(chunk.split("/")[0])]), name
 
 
 def rollback(place: str, tag: str) -> None:
-    """Make `main` what it was at the tag, so that the next release starts from there; later tags stay.
+    """Reset `main` to the tag; the next release starts from there and later tags stay.
 
     Raises:
-        CubeError: no such tag, or no repository.
+        CubeError: the tag or the repository is missing.
     """
     repository = open_repository(place)
     with nullcontext() if "://" in place else _alone(Path(place)), _icechunk(place):
@@ -315,7 +337,13 @@ def _need_tags(repository: icechunk.Repository, place: str, *tags: str) -> None:
 
 @contextmanager
 def _alone(folder: Path, *, make: bool = False) -> Iterator[None]:
-    """The folder locked for this process, for as long as it lives at most; raises CubeError where another one holds it."""
+    """Lock the folder for this process.
+
+    The lock ends with the process at the latest.
+
+    Raises:
+        CubeError: another process has the lock, or the folder cannot be used.
+    """
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +363,7 @@ def _alone(folder: Path, *, make: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _icechunk(place: str) -> Iterator[None]:
-    """Turns what Icechunk raises into a CubeError."""
+    """Convert Icechunk errors to CubeError."""
     try:
         yield
     except icechunk.IcechunkError as error:

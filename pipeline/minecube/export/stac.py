@@ -1,10 +1,10 @@
-"""A STAC collection of exported images, with their items as stac-geoparquet, too.
+"""Write a STAC collection of exported images, with its items as stac-geoparquet.
 
-    out/collection.json                   written last: what it lists is there
+    out/collection.json                   written last, after everything it lists
     out/items.parquet                     the items as one table
-    out/pit/pit_2020.json                 one item a site-year, beside its images
+    out/pit/pit_2020.json                 one item per site-year, next to its images
 
-The items say what the images themselves say: they are read back for it.
+Item fields are read back from the images.
 """
 
 from __future__ import annotations
@@ -46,22 +46,24 @@ EXTENSIONS = {
 def write_stac(
     out: Path, cogs: Iterable[Path], tables: Mapping[str, Path], *, title: str, about: str, licence: str = "other"
 ) -> Path:
-    """A self-contained STAC collection of images made by `write_cogs` and of other files; the path of collection.json.
+    """Write a self-contained STAC collection and return the path of collection.json.
 
-    One item a site-year, saved beside its images, with them as assets; all items once more in items.parquet. All hrefs are
-    relative, so the folder can be moved or served as it is. Checksums are multihashes (SHA-256). Licence and citation of
-    every input, which the images carry, become links, providers and publications.
+    It lists images made by `write_cogs` and other files. Each site-year becomes one item next to
+    its images, with the images as assets. items.parquet repeats all items. All hrefs are relative,
+    so the folder can be moved or served unchanged. Checksums are multihashes (SHA-256). Licence and
+    citation of every input come from the images and become links, providers and publications.
 
     Args:
-        out: the folder everything lies in; collection.json is written there.
-        cogs: images below `out`.
-        tables: asset key -> file below `out`: footprints as GeoParquet or GeoPackage, whole cubes as NetCDF or Zarr.
-        title: the collection's title; its id is made of it.
-        about: what this is, for people; the attribution that the Copernicus terms demand is added.
-        licence: SPDX identifier of the whole, or "other": those of its inputs, which are linked.
+        out: The common folder, also of collection.json.
+        cogs: Images below `out`.
+        tables: Asset key -> file below `out`: footprints as GeoParquet or GeoPackage, whole cubes
+            as NetCDF or Zarr.
+        title: The collection's title, also the basis of its id.
+        about: Description for people. The attribution required by the Copernicus terms is added.
+        licence: SPDX identifier of the whole, or "other" for the linked licences of the inputs.
 
     Raises:
-        CubeError: no image, an image or table that lies outside `out` or cannot be read, or a file cannot be written.
+        CubeError: there is no image, a file lies outside `out` or cannot be read, or writing fails.
     """
     site_years: dict[Path, list[Path]] = {}
     for cog in sorted(cogs):
@@ -72,7 +74,7 @@ def write_stac(
     if outside:
         raise CubeError(f"{outside[0]}: lies outside {out}, so the collection could not be moved with it; export it there")
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    credited: dict[Credit, None] = {}  # in the order in which they are met, each once
+    credited: dict[Credit, None] = {}  # unique, in order of appearance
     items = {path: _item(path, images, out / "collection.json", name, credited) for path, images in site_years.items()}
     assets = {key: file_asset(key, table, out) for key, table in tables.items()}
     imagery_first = tuple(sorted(credited, key=lambda c: c.kind != "imagery"))
@@ -88,7 +90,7 @@ def write_stac(
 
 
 def _seen_from(out: Path, path: Path, item: Mapping[str, Any]) -> dict[str, Any]:
-    """The item with hrefs relative to `out`, where the table lies, rather than to its own file."""
+    """Return the item with hrefs relative to `out`, the folder of the table."""
 
     def moved(entry: Mapping[str, Any]) -> dict[str, Any]:
         there = entry["href"]
@@ -104,7 +106,7 @@ def _write_items(items: list[dict[str, Any]], path: Path) -> None:
 
 
 def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credited: dict[Credit, None]) -> dict[str, Any]:
-    """The item of a site-year; adds what its images were made from to `credited`."""
+    """Build the item of a site-year and add the inputs of its images to `credited`."""
     assets: dict[str, Any] = {}
     properties: dict[str, Any] = {}
     own: dict[Credit, None] = {}
@@ -150,7 +152,7 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
         "bbox": list(bounds),
         "properties": {
             "title": f"{tags['site']} {year}",
-            "datetime": middle_of(int(year)),  # null is allowed, but QGIS and gdalcubes list such items as empty
+            "datetime": middle_of(int(year)),  # QGIS and gdalcubes treat null as empty
             "start_datetime": f"{year}-01-01T00:00:00Z",
             "end_datetime": f"{year}-12-31T23:59:59Z",
             "constellation": "sentinel-2",
@@ -216,7 +218,7 @@ def _collection(
 
 
 def _license_links(credited: Iterable[Credit]) -> list[dict[str, str]]:
-    """A link to the text of each licence, once."""
+    """Link the text of each licence once."""
     found = {c.url: f"{c.name}: {c.licence}" for c in credited if c.url}
     return [{"rel": "license", "href": url, "title": title} for url, title in found.items()]
 

@@ -1,4 +1,4 @@
-"""What images and cubes say of themselves, in the fields of STAC's extensions; each reads it back from the file."""
+"""Read STAC extension fields back from exported images and cubes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,25 @@ CLASSES = {0: "not mine", 1: "mine", 255: "unknown"}
 
 
 def credits_in(tags: Mapping[str, str]) -> list[Credit]:
-    """The inputs that an image's tags name."""
+    """Read the credited inputs from an image's tags."""
     return [Credit(**{**c, "dois": tuple(c["dois"])}) for c in json.loads(tags.get("credits", "[]"))]
 
 
 def middle_of(year: int) -> str:
-    """The middle of a year in RFC 3339, as the exported NetCDF files have it: noon or, in leap years, midnight."""
+    """Return the middle of a year in RFC 3339: noon or, in leap years, midnight.
+
+    The exported NetCDF files use the same time.
+    """
     start = np.datetime64(f"{year}-01-01", "s")
     end = np.datetime64(f"{year + 1}-01-01", "s")
     return f"{start + (end - start) // 2}Z"
 
 
 def processing(build: Mapping[str, Any]) -> dict[str, Any]:
-    """How the composite was made: the processing extension's fields and three of ours; nothing where nobody noted it."""
+    """Return provenance: the processing extension's fields and three of ours.
+
+    Empty if the provenance is unknown.
+    """
     if not build:
         return {}
     baselines = ", ".join(build["baselines"])
@@ -54,13 +60,13 @@ def processing(build: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label(src: rasterio.DatasetReader) -> dict[str, Any]:
-    """The label extension's fields of a footprint, with the pixels of each class counted."""
+    """Return the label extension's fields of a footprint, with pixel counts per class."""
     values, counts = np.unique(src.read(1), return_counts=True)
     seen = [{"name": CLASSES[int(v)], "count": int(n)} for v, n in zip(values, counts, strict=True)]
     whence = "".join(f", from {c.name} ({c.licence})" for c in credits_in(src.tags()))
     return {
         "label:type": "raster",
-        "label:properties": None,  # which the extension asks of rasters
+        "label:properties": None,  # required for rasters
         "label:classes": [{"name": None, "classes": list(CLASSES.values())[:2]}],
         "label:tasks": ["segmentation"],
         "label:description": f"Mine footprint: 1 mine, 0 not mine, 255 unknown{whence}",
@@ -69,7 +75,7 @@ def label(src: rasterio.DatasetReader) -> dict[str, Any]:
 
 
 def dimensions(src: rasterio.DatasetReader, bands: str) -> dict[str, Any]:
-    """The datacube extension's dimensions of an image: pixel centres from the first to the last."""
+    """Return the datacube dimensions of an image: first to last pixel centre."""
     height, width = src.shape
     (x0, y0), (x1, y1) = src.xy(0, 0), src.xy(height - 1, width - 1)
     place = {"type": "spatial", "reference_system": src.crs.to_epsg()}
@@ -81,7 +87,12 @@ def dimensions(src: rasterio.DatasetReader, bands: str) -> dict[str, Any]:
 
 
 def image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
-    """The asset of an image made by `write_cogs`; raises CubeError where it cannot be read, KeyError where it is another's."""
+    """Build the asset of an image made by `write_cogs`.
+
+    Raises:
+        CubeError: the image cannot be read.
+        KeyError: the image was not made by `write_cogs`.
+    """
     variable = src.tags()["variable"]
     layer = LAYERS[variable]
     pixel = {"data_type": src.dtypes[0], "nodata": src.nodata, "scale": src.scales[0], "spatial_resolution": src.res[0]}
@@ -100,7 +111,10 @@ def image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
 
 
 def file_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
-    """A table of footprints, or a cube of all years with its dimensions; a Zarr, being a folder, has no checksum."""
+    """Build the asset of a footprint table or of a cube with its dimensions.
+
+    A Zarr is a folder and therefore has no checksum.
+    """
     media = {"type": MEDIA[path.suffix]}
     if path.suffix in (".parquet", ".gpkg"):
         return {**listed(path, out, f"Mine footprints as polygons: {key}"), **media, "roles": ["data", "labels"]}

@@ -1,11 +1,13 @@
-"""A site's cube as Zarr for others: v3 as a pyramid by the GeoZarr conventions, and v2 for GDAL before 3.13 and QGIS.
+"""Export a site's cube as Zarr: v3 as a GeoZarr pyramid, v2 for GDAL before 3.13 and QGIS.
 
-    pit.zarr/      multiscales: which of the groups is derived from which
-      0/           10 m, the cube's own values          1/  20 m          2/  40 m ...
+    pit.zarr/      multiscales: derivation of the groups
+      0/           10 m, the cube's own values
+      1/           20 m
+      2/           40 m ...
     pit.v2.zarr/   one group, all of its metadata in one file (.zmetadata)
 
-Neither is sharded, which is what keeps GDAL before 3.13 from the cubes themselves. Conventions: zarr-conventions/multiscales,
-proj and spatial, v0.1. GDAL's own `_CRS` stands beside them.
+Neither is sharded: sharding stops GDAL before 3.13 from reading the cubes themselves. Conventions:
+zarr-conventions/multiscales, proj and spatial, v0.1. GDAL's own `_CRS` is added.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from minecube.export.layers import described, placed
 CHUNK_PX = 512
 _GZIP_TIME = slice(4, 8)  # bytes of a gzip header, RFC 1952
 SMALLEST_PX = 256
-"""Levels are added until the longer side has no more than this."""
-# What a coarser pixel is made of; others take the nearest, since a day of the year, say, has no mean.
+"""Levels are added until the longer side is at most this long."""
+# Resampling per variable. Others take the nearest pixel: a day of the year has no mean.
 METHODS = {
     "reflectance": "average",
     "probability": "average",
@@ -40,7 +42,7 @@ METHODS = {
 
 
 class _TimelessGzip(GzipCodec):  # type: ignore[misc]
-    """Gzip without the time of compression, so that two exports of a store are equal."""
+    """Gzip without a timestamp, for reproducible exports."""
 
     async def encode(self, chunks_and_specs: Iterable[tuple[Any, Any]]) -> Iterable[Any]:
         """Compress chunks, and clear the time in each header."""
@@ -54,13 +56,15 @@ def _without_time(chunk: Any) -> Any:
 
 
 def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
-    """The cube as a Zarr v3 pyramid, groups `0` (the cube's own values, bit for bit), `1` (half the resolution), ...; the path.
+    """Write the cube as a Zarr v3 pyramid and return its path.
 
-    Coarser levels are made of the finest: reflectance, probability, fractions and clear counts by the mean of the pixels that
-    hold a value, footprint and quality by the value that most of them have, all others by the nearest. dtype and nodata stay.
+    Group `0` has the cube's own values, bit for bit. Group `1` has half the resolution, and so on.
+    Every level is computed from the finest. Reflectance, probability, fractions and clear counts
+    use the mean of valid pixels. Footprint and quality use the most frequent value. All others use
+    the nearest pixel. dtype and nodata stay the same.
 
     Raises:
-        CubeError: the cube does not lie on the grid, `folder` is something else than a Zarr, or it cannot be written.
+        CubeError: the cube does not match the grid, `folder` is not a Zarr, or writing fails.
     """
     finest = described(cube, grid, site)
     grids = [grid]
@@ -85,10 +89,11 @@ def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
 
 
 def write_zarr2(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
-    """The cube as one Zarr v2 group with consolidated metadata, for GDAL before 3.13 and QGIS; the path.
+    """Write the cube as one Zarr v2 group and return its path.
 
-    Stored values are the cube's own, bit for bit. Nodata is the arrays' fill value and `scale_factor` an attribute, as GDAL
-    takes them: `xarray.open_zarr` decodes both unless it is told `mask_and_scale=False`.
+    The metadata is consolidated, for GDAL before 3.13 and QGIS. Stored values are the cube's own,
+    bit for bit. Nodata is the arrays' fill value and `scale_factor` an attribute, as GDAL expects.
+    `xarray.open_zarr` decodes both unless called with `mask_and_scale=False`.
 
     Raises:
         CubeError: as `write_zarr`.
@@ -100,28 +105,31 @@ def write_zarr2(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path
 
 
 def _coarser(cube: xr.Dataset, coarse: GeoBox, factor: int) -> xr.Dataset:
-    """The cube on a coarser grid that shares its upper left corner."""
+    """Resample the cube to a coarser grid with the same upper left corner."""
     variables = {str(n): _resampled(v, factor) for n, v in cube.data_vars.items()}
     coords = {str(n): c.variable for n, c in cube.coords.items() if n not in ("x", "y", "spatial_ref")}
     return xr.Dataset(variables, {**coords, **placed(coarse)}, cube.attrs)
 
 
 def _resampled(variable: xr.DataArray, factor: int) -> xr.Variable:
-    """The variable with pixels `factor` times as large; those at the lower and right edge are made of what is left there."""
+    """Resample a variable to pixels `factor` times as large.
+
+    Pixels at the lower and right edge use the remaining fine pixels.
+    """
     method = METHODS.get(str(variable.name), "nearest")
     made = RESAMPLE[method](variable.to_numpy(), factor, variable.attrs.get("_FillValue"))
     return xr.Variable(variable.dims, made, {**variable.attrs, "resampling_method": method})
 
 
 def _sums(values: NDArray[Any], factor: int) -> NDArray[Any]:
-    """Sums over blocks of the last two dimensions."""
+    """Sum blocks of `factor` x `factor` pixels over the last two dimensions."""
     for axis in (-2, -1):
         values = np.add.reduceat(values, np.arange(0, values.shape[axis], factor), axis=axis, dtype=np.int64)
     return values
 
 
 def _average(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
-    """The mean of integers, rounded, of pixels that hold a value; nodata where none does."""
+    """Average valid integer pixels and round; blocks without a valid pixel get nodata."""
     valid = np.ones_like(values, bool) if nodata is None else values != nodata
     counts = _sums(valid, factor)
     means = _sums(np.where(valid, values, 0), factor) / np.maximum(counts, 1)
@@ -129,14 +137,14 @@ def _average(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
 
 
 def _mode(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
-    """The value that most pixels have, the smaller of two that as many have; nodata where none has another."""
+    """Take the most frequent value, the smaller on a tie; nodata for blocks without values."""
     classes = np.array([c for c in np.unique(values) if c != nodata] or [nodata], values.dtype)
     counts = np.stack([_sums(values == c, factor) for c in classes])
     return np.where(counts.any(axis=0), classes[counts.argmax(axis=0)], nodata or 0).astype(values.dtype)
 
 
 def _nearest(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:  # noqa: ARG001  as the others are called
-    """The value of the pixel at the coarser one's centre, or of the last there is."""
+    """Take the pixel at the coarse pixel's centre, or the last pixel at an edge."""
     rows, columns = (np.minimum(np.arange(0, n, factor) + factor // 2, n - 1) for n in values.shape[-2:])
     return values[..., rows[:, None], columns]
 
@@ -145,9 +153,10 @@ RESAMPLE = {"average": _average, "mode": _mode, "nearest": _nearest}
 
 
 def _nodata_in_words(cube: xr.Dataset) -> xr.Dataset:
-    """Integers that xarray leaves integers: it turns what has `_FillValue` or `scale_factor` into floats.
+    """Rename the attributes of integers to keep xarray from decoding them to floats.
 
-    And text of any length, Zarr v3's `string`: that of fixed length has no specification there.
+    `_FillValue` becomes `nodata`. `scale_factor` moves into `long_name` and `units`. Band names
+    become Zarr v3 `string`: fixed-length text has no specification in v3.
     """
     said = cube.assign_coords(band=cube["band"].astype(object)) if "band" in cube else cube.copy()
     for variable in said.data_vars.values():
@@ -162,7 +171,7 @@ def _nodata_in_words(cube: xr.Dataset) -> xr.Dataset:
 
 
 def _for_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
-    """The same with GDAL's own attribute for the CRS, and flags as JSON has them."""
+    """Add GDAL's own CRS attribute and make flag values JSON lists."""
     said = cube.copy()
     for variable in said.data_vars.values():
         variable.attrs["_CRS"] = {"url": f"http://www.opengis.net/def/crs/EPSG/0/{grid.crs.epsg}", "wkt": grid.crs.to_wkt()}
@@ -172,7 +181,10 @@ def _for_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
 
 
 def _encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
-    """One year, all bands and 512 x 512 pixels a chunk; packed as every GDAL can unpack, coordinates, too."""
+    """Set chunks and compression: one year, all bands and 512 x 512 pixels per chunk.
+
+    Every variable gets a compressor readable by any GDAL, coordinates included.
+    """
     packed: dict[str, dict[str, Any]] = {str(name): {"compressors": compressor} for name in cube.variables}
     for name, v in cube.data_vars.items():
         packed[str(name)]["chunks"] = (1, *v.shape[1:-2], *(min(CHUNK_PX, n) for n in v.shape[-2:]))
@@ -197,7 +209,7 @@ _UUID = {
 
 
 def _conventions(*names: str) -> dict[str, Any]:
-    """What says that attributes are to be read by these conventions."""
+    """Declare the conventions followed by the attributes."""
     home = "https://{}/zarr-conventions/{}/{}v0.1/{}"
     found = [
         {

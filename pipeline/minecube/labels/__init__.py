@@ -1,20 +1,20 @@
-"""Polygons of mines to masks on the site's grid, and masks back to polygons.
+"""Convert polygons of mines to masks on the site's grid, and masks back to polygons.
 
-    read_polygons(path, layer)             -> GeoDataFrame             valid, with years; what was mended is logged
-    match_sites(polygons, sites, path)     -> GeoDataFrame             sites by their ids, however the file spells them
-    survey(path)                           -> Survey                   repaired further, and what was found in a table
-    compare({mapper: polygons}, grids)     -> DataFrame                areas, intersection, union, IoU of each two mappers
-    rasterize(polygons, grid, years)       -> DataArray[year, y, x]    1 mine, 0 not, 255 unknown: by pixel centres
-    covered(polygons, grid, years)         -> DataArray[year, y, x]    share of each pixel under a polygon x 250
-    vectorize(footprint, grid, site)       -> GeoDataFrame             along pixel edges: rasterises to the same mask
-    identify(polygons)                     -> GeoDataFrame             ids that a pit keeps as it grows, splits, merges
-    simplify(polygons, pixel_m)            -> GeoDataFrame             fewer corners, the same area
+    read_polygons(path, layer)           -> GeoDataFrame           valid, with years; repairs logged
+    match_sites(polygons, sites, path)   -> GeoDataFrame           sites renamed to catalogue ids
+    survey(path)                         -> Survey                 further repairs, table of
+    findings compare({mapper: polygons}, grids)   -> DataFrame              areas and IoU of pairs
+    of mappers rasterize(polygons, grid, years)     -> DataArray[year, y, x]  1 mine, 0 not, 255
+    unknown covered(polygons, grid, years)       -> DataArray[year, y, x]  share under a polygon x
+    250 vectorize(footprint, grid, site)     -> GeoDataFrame           outlines along pixel edges
+    identify(polygons)                   -> GeoDataFrame           ids of pits through the years
+    simplify(polygons, pixel_m)          -> GeoDataFrame           fewer corners, the same area
 
-    polygons.py  files, repair, years, wrong hemispheres        masks.py     polygons to pixels and back
-    survey.py    what is wrong with a file of polygons          compare.py   two mappers of one mine
+    polygons.py  files, repair, years, wrong hemispheres     masks.py    polygons to pixels and back
+    survey.py    errors in a file of polygons                compare.py  two mappers of one mine
     outlines.py  identify, simplify
 
-A pixel nobody mapped is 255, never 0: a false "not mine" would be learnt and scored as if it were true.
+A pixel outside the mapped area is 255, never 0. A false "not mine" would be learnt and scored.
 """
 
 from minecube.labels.compare import compare

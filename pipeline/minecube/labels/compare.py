@@ -1,4 +1,4 @@
-"""Two mappers of one mine held against each other: what both mapped, what either did, in polygons and in pixels."""
+"""Compare two mappers of one mine, in polygons and in pixels."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ COLUMNS = (
 
 
 def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]) -> pd.DataFrame:
-    """Areas and agreement of each two mappers by site and year, then pooled (site "pooled": a ratio of sums): COLUMNS.
+    """Compare each pair of mappers by site and year, and pooled.
 
-    Areas are of what lies on the site's grid, overlaps counted once, in `grid.equal_area_crs`; IoU is of the polygons, raster
-    IoU of their masks on the grid. `raster_area_off` is the mask's area over the polygons', less one, both in the grid's CRS.
-    Polygons that only touch the grid have area 0. The IoU of two empty masks is NaN, as is any other division by 0.
-    `year` is null where neither mapper's polygons have years. Sites and years that one of two did not map are left out:
-    they say nothing on how the two agree.
+    Areas lie on the site's grid and count overlaps once. Their CRS is `grid.equal_area_crs`. `iou`
+    compares the polygons, `raster_iou` their masks on the grid. `raster_area_off` is the mask's
+    area over the polygons' area, minus one, both in the grid's CRS. Polygons touching the grid only
+    at its border have area 0. Division by 0 gives NaN, as in the IoU of two empty masks. `year` is
+    null if both mappers' polygons have no years. Sites and years mapped by one of the two are left
+    out. They cannot show agreement.
 
     Args:
-        mappers: name -> polygons, as `read_polygons` gives them; rows that name no `site` count at each grid that they reach.
+        mappers: name -> polygons from `read_polygons`. Rows without a `site` count at all grids.
         grids: site -> grid.
+
+    Returns:
+        Table with COLUMNS. Rows with site "pooled" are ratios of sums.
     """
     rows = []
     for mapper, other in combinations(mappers, 2):
@@ -71,7 +75,7 @@ def _agreement(a: gpd.GeoDataFrame, b: gpd.GeoDataFrame, grid: GeoBox) -> tuple[
     one, two = (shapely.intersection(shapely.union_all(t.geometry.to_numpy()), grid.extent.geom) for t in (a, b))
     both, either = shapely.intersection(one, two), shapely.union(one, two)
     areas = area_m2(gpd.GeoSeries([one, two, both, either], crs=str(grid.crs)), grid).to_list()
-    # As of one year that they all hold in, since that is how they were chosen.
+    # Rows are already selected by year. Without year columns they hold in any year, so 0 will do.
     masks = [rasterize(t[["geometry"]], grid, [0]).to_numpy() == 1 for t in (a, b)]
     pixels = [int((masks[0] & masks[1]).sum()), int((masks[0] | masks[1]).sum())]
     pixel_m2 = abs(grid.affine.determinant)

@@ -1,10 +1,11 @@
-"""Mapped regions as outlines to publish: ids that last through the years, and fewer corners on the same area.
+"""Give mapped regions ids that last through the years, and simplify their outlines.
 
-A region takes the id of the earlier region that it overlaps most. Where several would take one id (a split), the largest
-overlap has it. Another one takes the id that is left of those of which it holds at least half, if there is one; else it gets
-a new id, and the one that it did not get as its `parent`. An id that no region takes is over where one holds at least half of
-its last outline (a merge), and named in `merged` of that region. Otherwise it was not seen, and may come back after a gap of
-up to two mapped years; after that the place gets a new id.
+A region takes the id of the earlier region with the largest overlap. If several regions claim one
+id (a split), the largest overlap gets it. The other parts take an unclaimed id of which they cover
+at least half, if any. Otherwise they get a new id, with the contested id as `parent`. An untaken id
+ends if one region covers at least half of its last outline (a merge). That region lists it in
+`merged`. Other missing ids may return after a gap of up to two mapped years. Later the place gets a
+new id.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ import pandas as pd
 import shapely
 
 GAP_YEARS = 2
-"""Mapped years through which an id lasts unseen."""
+"""Number of mapped years an id may be missing."""
 SWALLOWED = 0.5
-"""Share of an outline that lies in another region from which on the two have merged; below, it has vanished."""
+"""Least share of an outline inside another region for a merge."""
 AREA_MOVED = 0.0049
-"""How far a simplified outline may be from the area it had: 0.5 %, less what another projection makes of it."""
+"""Largest change in area by simplification: 0.5 %, minus a margin for other projections."""
 TOLERANCES_PX = (1.0, 0.5, 0.25, 0.0)
 
 _Shapes = npt.NDArray[np.object_]
 
 
 def identify(polygons: gpd.GeoDataFrame, years: Iterable[int] | None = None) -> gpd.GeoDataFrame:
-    """The same rows with `id`, `parent`, `merged` (text, null where none): by which rules, the module says.
+    """Add the text columns `id`, `parent` and `merged` by the module's rules (null if empty).
 
-    Ids are the site's name and a number, by first year, then by area (largest first), whatever the order of the rows; what
-    is mapped in later years changes no earlier id. `merged` names ids separated by commas.
+    Ids are the site's name and a number, by first year, then by area (largest first). The order of
+    the rows does not matter. Later years do not change earlier ids. `merged` lists ids separated by
+    commas.
 
     Args:
-        polygons: columns site, year, geometry, as `vectorize` gives them; polygons of one year and site do not overlap.
-        years: the years that were mapped, also those without a mine; by default those that polygons are of.
+        polygons: columns site, year, geometry, as from `vectorize`. Polygons of one year and site
+            do not overlap.
+        years: the mapped years, including those without a mine. Default: the years of the polygons.
     """
     named = polygons.assign(**{name: pd.Series(pd.NA, polygons.index, "string") for name in ("id", "parent", "merged")})
     mapped = sorted(set(polygons["year"]) | set(years or ()))
@@ -68,7 +71,7 @@ def _in_order(rows: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
 def _handed_on(
     shapes: _Shapes, last_seen: dict[str, tuple[int, shapely.Geometry]]
 ) -> tuple[list[str | None], list[str | None], list[list[str]]]:
-    """For each shape the id that it inherits, its parent's, and the ids that end in it."""
+    """Return, for each shape, its inherited id, its parent's id, and the ids merged into it."""
     ids: list[str | None] = [None] * len(shapes)
     parents: list[str | None] = [None] * len(shapes)
     merged: list[list[str]] = [[] for _ in shapes]
@@ -77,14 +80,15 @@ def _handed_on(
     if not names or not len(shapes):
         return ids, parents, merged
     region, old = shapely.STRtree(earlier).query(shapes, predicate="intersects")
-    # Rounded, so that equal overlaps are equal on every machine.
+    # Rounded, to make equal overlaps equal on every machine.
     overlap = shapely.area(shapely.intersection(shapes[region], earlier[old])).round(3)
     region, old, overlap = (v[overlap > 0] for v in (region, old, overlap))
     recent = np.array([last_seen[i][0] for i in names])[old]
-    best_first = np.lexsort((old, region, -recent, -overlap))  # ties: seen last, then the larger region, then the older id
-    claims: dict[int, int] = {}  # region -> the earlier one that it overlaps most
-    heirs: dict[int, int] = {}  # earlier region -> of those that claim it, the one with the largest overlap
-    holders: dict[int, int] = {}  # earlier region -> the one that holds at least half of it
+    # Ties: the latest seen, then the larger region, then the older id.
+    best_first = np.lexsort((old, region, -recent, -overlap))
+    claims: dict[int, int] = {}  # region -> the earlier region with the largest overlap
+    heirs: dict[int, int] = {}  # earlier region -> its claimant with the largest overlap
+    holders: dict[int, int] = {}  # earlier region -> the region covering at least half of it
     for pair in best_first:
         r, o = int(region[pair]), int(old[pair])
         if r not in claims:
@@ -108,14 +112,16 @@ def _handed_on(
 
 
 def simplify(polygons: gpd.GeoDataFrame, pixel_m: float) -> gpd.GeoDataFrame:
-    """The same rows with fewer corners: areas within 0.5 %, holes kept, valid, and no overlap within a site and year.
+    """Draw the rows with fewer corners: areas within 0.5 %, holes kept, valid, without overlaps.
 
-    Outlines along pixel edges are first led through the middles of the edges, which makes stairs slopes, then simplified by at
-    most a pixel and moved by what brings the area back: by less, or not at all, where the area would still be too far off, a
-    hole be lost, or two polygons overlap. `area_m2` stays that of the pixels.
+    Overlaps are tested within a site and year. Outlines along pixel edges first go through the
+    middles of the edges, turning stairs into slopes. Then they are simplified by at most a pixel,
+    and moved to restore the area. The tolerance is reduced if the area is still off, a hole is
+    lost, or two polygons overlap. If none works, the outline stays unchanged. `area_m2` remains the
+    area of the pixels.
 
     Args:
-        polygons: as `vectorize` gives them: columns site, year, geometry along the edges of pixels.
+        polygons: as from `vectorize`, with columns site, year, geometry along the edges of pixels.
         pixel_m: the side of a pixel.
     """
     drawn = polygons.geometry.to_numpy().copy()
@@ -136,7 +142,7 @@ def _simplified(exact: _Shapes, pixel_m: float) -> _Shapes:
 
 
 def _put_back(drawn: _Shapes, exact: _Shapes) -> npt.NDArray[np.int64]:
-    """Makes those that overlap exact again, which do not, until none does; which they were."""
+    """Restore exact outlines for overlapping shapes until none overlap. Return their indices."""
     back = np.array([], np.int64)
     while True:
         pairs = shapely.STRtree(drawn).query(drawn, predicate="intersects")
@@ -149,7 +155,7 @@ def _put_back(drawn: _Shapes, exact: _Shapes) -> npt.NDArray[np.int64]:
 
 
 def _at_area_of(exact: _Shapes, simple: _Shapes) -> _Shapes:
-    """Moved outward all along the outline, or inward, by the few decimetres that bring the area back."""
+    """Move outlines outward or inward by a few decimetres to restore the exact areas."""
     missing = (shapely.area(exact) - shapely.area(simple)) / shapely.length(simple)
     moved: _Shapes = shapely.buffer(simple, missing, join_style="mitre")
     return moved
@@ -157,12 +163,13 @@ def _at_area_of(exact: _Shapes, simple: _Shapes) -> _Shapes:
 
 def _fits(drawn: _Shapes, exact: _Shapes) -> npt.NDArray[np.bool_]:
     moved = np.abs(shapely.area(drawn) - shapely.area(exact)) <= AREA_MOVED * shapely.area(exact)
-    fits: npt.NDArray[np.bool_] = moved & (_holes(drawn) == _holes(exact))  # valid it is: so are all that `buffer` makes
+    # `buffer` always gives valid shapes.
+    fits: npt.NDArray[np.bool_] = moved & (_holes(drawn) == _holes(exact))
     return fits
 
 
 def _holes(shapes: _Shapes) -> npt.NDArray[np.int64]:
-    """Of polygons; -1 of anything else, so that nothing else fits."""
+    """Count the holes of polygons. Other types give -1, so they never fit."""
     return np.where(shapely.get_type_id(shapes) == 3, shapely.get_num_interior_rings(shapes), -1)
 
 

@@ -1,4 +1,4 @@
-"""Files of mine polygons, read and mended; the years a polygon holds for; and polygons that lie in the wrong place."""
+"""Read and repair files of mine polygons, find their years, and detect misplaced polygons."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from minecube.catalog import FIRST_YEAR, same_names
 from minecube.errors import LabelError
 from minecube.vectors import areal_parts, areas_of_collections, read_vector, texts, understood_columns
 
-YEARS = range(1900, 2101)  # calendar years a polygon may carry; anything else is a typing error
+YEARS = range(1900, 2101)  # valid calendar years of a polygon; others are typing errors
 AREAL = ("Polygon", "MultiPolygon")
 UNDERSTOOD = {name: name for name in ("year", "start", "end", "site", "mapped")} | {"begin": "start"}
-"""Column in lower case -> what it means; `begin` is KML's."""
+"""Column in lower case -> meaning. `begin` comes from KML."""
 _MONTH, _DAY = "(?:0?[1-9]|1[0-2])", "(?:0?[1-9]|[12][0-9]|3[01])"
 _DATE = (
     rf"^(?:(\d{{4}})[-/]{_MONTH}(?:[-/]{_DAY}(?:[T ].*)?)?"  # 2019-06-01T10:00, 2019/6
@@ -50,34 +50,41 @@ _YEAR_WITHIN = r"(?<![\d.,])(20\d\d)(?![0-9A-Za-z]|[.,]\d)"  # C2019, Sommer 201
 _OTHER_NUMBER = r"(?<!\d)(?!20\d\d(?!\d))\d{3,}"
 _MOST = 0.8
 _SAMPLE = 1000
-"""Values of a column that are searched for years in other forms."""
+"""Number of values per column searched for years in other forms."""
 _ID_NAME = r"Id$|ID$|(?:^|[^a-z])[a-z]?id$|objectid$"
 _TIMED_NAME = r"time|date|stamp|epoch|acq|taken|obs"
 _DATED_NAME = r"year|date(?!d)|jahr|datum|ann[eé]e|fecha|(?<![a-z])(?:a[nñ]o|anno|rok)(?![a-z])"
-"""Words by which a column's name says that it holds years or dates."""
+"""Words in the names of columns with years or dates."""
 NEAR_M = 10_000
-"""A polygon farther than this from its site is in the wrong place: no mine is mapped so far beside its area of interest."""
+"""Largest distance of a polygon from its site. Farther polygons are misplaced."""
 
 log = logging.getLogger(__name__)
 
 
 def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
-    """Read mine polygons from a file of `minecube.vectors.NAMED`, valid and with area, in the file's own CRS.
+    """Read mine polygons from a file of `minecube.vectors.NAMED`, in the file's own CRS.
 
-    Understood, in any case, are the columns `year` (Int64), or `start` and `end` (Int64: the years through which a polygon
-    holds, null where open; dates count by their year), `site` (text) and `mapped` (true or false: a true row is no mine, but
-    an area that was looked at, beyond which nothing is known). A row without years holds for all. Other columns are kept.
-    `repaired` is true where an invalid polygon was mended; those rows, rows dropped because they hold no area, lines and points
-    dropped from collections, and columns that look like years and are not understood are logged as warnings. The index is
-    the row in the file, from 0. GeoJSON without `crs` is longitude and latitude (RFC 7946).
+    All polygons returned are valid and have area. Column names may be in any case:
+
+        year        Int64.
+        start, end  First and last year, Int64, null if open. Dates count by their year.
+        site        Text.
+        mapped      True for a surveyed area, false for a mine.
+
+    A row without years holds for all years. If a file has surveyed areas, nothing is known outside
+    them. Other columns are kept. `repaired` is true for repaired polygons. The log warns of repairs
+    and of rows dropped for lack of area. It also warns of lines and points dropped from
+    collections, and of unused columns with likely years. The index is the row in the file, from 0.
+    GeoJSON without `crs` is longitude and latitude (RFC 7946).
 
     Args:
         path: the file.
         layer: the layer to read, as in `minecube.vectors.read_vector`.
 
     Raises:
-        LabelError: unreadable, empty, without CRS, coordinates that cannot be degrees, other geometries than polygons, a
-            year that is no calendar year, a row with `year` and `start` or `end`, or one that ends before it starts.
+        LabelError: the file is unreadable, empty or without CRS. Or coordinates cannot be degrees,
+            or there are other geometries than polygons. Or a year is no calendar year, a row has
+            `year` and `start` or `end`, or it ends before it starts.
     """
     raw = load(path, layer)
     table = mended(raw)
@@ -92,7 +99,7 @@ def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
 
 
 def load(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
-    """The file's rows as they are, columns understood; raises LabelError as `read_polygons`."""
+    """Read the file's rows, with columns understood. Raise LabelError like `read_polygons`."""
     try:
         table = read_vector(path, layer)
     except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, Arrow's ValueErrors
@@ -106,7 +113,7 @@ def load(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
             "(ogr2ogr -a_srs EPSG:..., or the missing .prj) and retry"
         )
     table = (table if table.geometry.name == "geometry" else table.rename_geometry("geometry")).reset_index(drop=True)
-    try:  # a YEAR left unread would spread one year's polygons over all years
+    try:  # an unread YEAR would spread one year's polygons over all years
         table = understood_columns(table, UNDERSTOOD)
     except ValueError as error:
         raise LabelError(f"{path}: {error}") from error
@@ -131,7 +138,7 @@ def load(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
 
 
 def unread_years(table: gpd.GeoDataFrame) -> list[str]:
-    """Columns that look like years or dates and are not understood; none if every row says its years."""
+    """List unused columns with likely years or dates, unless all rows have complete years."""
     if not open_ended(table).any():
         return []
     others = table.columns.drop([name for name in {*UNDERSTOOD.values(), "geometry"} if name in table])
@@ -139,7 +146,7 @@ def unread_years(table: gpd.GeoDataFrame) -> list[str]:
 
 
 def open_ended(table: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
-    """Which rows do not say both their first and their last year."""
+    """Mark rows without a first or last year."""
     first, last = spans(table)
     return np.isinf(first) | np.isinf(last)
 
@@ -148,7 +155,7 @@ def _looks_dated(column: pd.Series, name: str) -> bool:
     if isinstance(column.dtype, gpd.array.GeometryDtype):
         return False
     values = texts(column).dropna()
-    if values.empty or values.str.contains("\ufffd").any():  # bytes of something else than text
+    if values.empty or values.str.contains("\ufffd").any():  # bytes of another content than text
         return False
     are_ids = re.search(_ID_NAME, name) is not None
     are_numbers = pd.api.types.is_numeric_dtype(column)
@@ -162,7 +169,7 @@ def _looks_dated(column: pd.Series, name: str) -> bool:
 
 
 def _holds_dates(values: pd.Series) -> bool:
-    """Whether half of these texts hold a whole date, or only years, of the mission."""
+    """Return whether half of the texts contain a whole date, or only years, of the mission."""
     dates = values.str.extract(_DATE_WITHIN).bfill(axis="columns").iloc[:, 0]
     years = values.str.extract(_YEARS_ALONE)[0]
     found = dates.fillna(years).where(~_are_numbers(values))
@@ -170,9 +177,9 @@ def _holds_dates(values: pd.Series) -> bool:
 
 
 def _holds_years(values: pd.Series, name: str) -> bool:
-    """Whether most of these numbers or texts hold a year of the mission in another form.
+    """Return whether most numbers or texts contain a year of the mission in another form.
 
-    A single year within a text may be part of a name: several years are needed.
+    A single year within a text may be part of a name, so at least two different years are needed.
     """
     numbers = values.str.extract(_YEAR_AND_DAY_OR_MONTH).bfill(axis="columns").iloc[:, 0]
     if float(_of_mission(numbers).mean()) >= _MOST or _are_seconds(values, name):
@@ -183,9 +190,10 @@ def _holds_years(values: pd.Series, name: str) -> bool:
 
 
 def _are_seconds(values: pd.Series, name: str) -> bool:
-    """Whether most of these are seconds or milliseconds since 1970, of the mission's years.
+    """Return whether most values are seconds or milliseconds since 1970, in the mission's years.
 
-    Ids and phone numbers may be as large: whole minutes are needed, or a name that says time.
+    Ids and phone numbers may be as large. So the values must be whole minutes, or the name must
+    mention time.
     """
     numbers = pd.to_numeric(values.where(values.str.fullmatch(r"\d{10}(\d{3})?(\.0+)?"))).astype("Float64")
     seconds = numbers.where(numbers < 1e10, numbers / 1000)
@@ -200,28 +208,29 @@ def _are_numbers(values: pd.Series) -> pd.Series:
 
 
 def _of_mission(years: pd.Series) -> pd.Series:
-    """Which are years from the mission's first one to the next one."""
+    """Mark years from the mission's first to next year."""
     mission = range(FIRST_YEAR, datetime.now(tz=UTC).year + 2)
     return pd.to_numeric(years).isin(list(mission)).fillna(False).astype(bool)
 
 
 def _years_in(values: pd.Series) -> pd.Series:
-    """Years of numbers, dates, or texts of either, Float64; missing where it holds no year."""
+    """Extract years from numbers, dates, or texts of either, Float64, missing without one."""
     found = texts(values).str.extract(_DATE)
     year = found[0].fillna(found[1]).fillna(found[2])
     return pd.to_numeric(year.fillna(texts(values)), errors="coerce").astype("Float64")
 
 
 def left_out_parts(table: gpd.GeoDataFrame) -> dict[int, str]:
-    """Row (from 0) -> the lines and points of its GeometryCollection, in words."""
+    """Map each row (from 0) to a description of its GeometryCollection's lines and points."""
     words = areas_of_collections(table.geometry.to_numpy())[1]
     return {int(row): words[row] for row in np.flatnonzero(words != "")}
 
 
 def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) -> gpd.GeoDataFrame:
-    """Rename each `site` to the id that it means. The log reports which names differ from their id.
+    """Rename each `site` to its catalogue id, and log the changed names.
 
-    A name means the id that it is, or the only one that differs in case, accents, blanks and `_ . -` alone. Other names stay.
+    A name may equal an id, or match only one id apart from case, accents, blanks and `_ . -`. Other
+    names stay.
 
     Raises:
         LabelError: a name may mean several ids.
@@ -239,7 +248,7 @@ def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) ->
 
 
 def of_site(polygons: gpd.GeoDataFrame, site: str) -> npt.NDArray[np.bool_]:
-    """Which rows name this site."""
+    """Mark the rows of this site."""
     if "site" not in polygons:
         return np.zeros(len(polygons), bool)
     own: npt.NDArray[np.bool_] = (polygons["site"] == site).to_numpy(bool, na_value=False)
@@ -247,7 +256,7 @@ def of_site(polygons: gpd.GeoDataFrame, site: str) -> npt.NDArray[np.bool_]:
 
 
 def of_no_site(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
-    """Which rows name no site; each counts at all sites that it reaches."""
+    """Mark the rows without a site. Each counts at all sites in reach."""
     if "site" not in polygons:
         return np.ones(len(polygons), bool)
     unnamed: npt.NDArray[np.bool_] = polygons["site"].isna().to_numpy(bool)
@@ -306,22 +315,22 @@ def _need_order(table: gpd.GeoDataFrame, path: Path) -> None:
 
 
 def mended(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
-    """The same rows with valid shapes, flat, and `repaired`; a shape without area stays, empty or missing."""
+    """Return the rows with valid, flat shapes and `repaired`. Shapes without area stay."""
     shapes, _ = areas_of_collections(shapely.force_2d(table.geometry.to_numpy()))
     broken = ~shapely.is_valid(shapes) & ~shapely.is_missing(shapes)
-    # "structure" unites a shell that crosses itself; the default rule (even-odd) would cut holes into the mine.
+    # "structure" unites a self-crossing shell. The default rule (even-odd) would cut holes.
     shapes[broken] = [areal_parts(s) for s in shapely.make_valid(shapes[broken], method="structure", keep_collapsed=False)]
     return table.set_geometry(gpd.GeoSeries(shapes, index=table.index, crs=table.crs)).assign(repaired=broken)
 
 
 def without_area(shapes: gpd.GeoSeries) -> npt.NDArray[np.bool_]:
-    """Which are missing, empty or flat."""
+    """Mark missing, empty and flat shapes."""
     empty: npt.NDArray[np.bool_] = shapely.is_missing(shapes) | ~(shapely.area(shapes.to_numpy()) > 0)
     return empty
 
 
 def with_area(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
-    """The rows that hold area; raises LabelError where none does."""
+    """Select the rows with area. Raise LabelError without any."""
     empty = without_area(table.geometry)
     if empty.all():
         raise LabelError(f"{path}: holds no polygon with area; expected at least one")
@@ -329,19 +338,19 @@ def with_area(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
 
 
 def rows_text(which: npt.ArrayLike) -> str:
-    """The true rows, counted from 1 as an attribute table shows them."""
+    """Name the true rows, counted from 1 as in an attribute table."""
     return index_text(np.flatnonzero(np.asarray(which, bool)))
 
 
 def index_text(index: Iterable[int]) -> str:
-    """The rows of an index from 0, counted from 1 as an attribute table shows them."""
+    """Name rows of an index from 0, counted from 1 as in an attribute table."""
     numbers = [str(n + 1) for n in index]
     more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
     return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:10])}{more}"
 
 
 def spans(polygons: gpd.GeoDataFrame) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """First and last year each row holds for; -inf and inf where that is open."""
+    """Return the first and last year of each row, -inf and inf if open."""
 
     def column(name: str) -> npt.NDArray[np.float64]:
         values = polygons[name] if name in polygons else pd.Series(np.nan, index=polygons.index)
@@ -353,7 +362,8 @@ def spans(polygons: gpd.GeoDataFrame) -> tuple[npt.NDArray[np.float64], npt.NDAr
 
 
 def _true_or_false(column: pd.Series, path: Path) -> pd.Series:
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # Shapefiles know no truth
+    # Shapefiles have no boolean type.
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     said = texts(column).str.lower().fillna("false")
     if not said.isin(list(words)).all():
         raise LabelError(
@@ -364,7 +374,7 @@ def _true_or_false(column: pd.Series, path: Path) -> pd.Series:
 
 
 def mapped(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
-    """Which rows are areas that were looked at, and no mine."""
+    """Mark the rows with surveyed areas, as opposed to mines."""
     rows: npt.NDArray[np.bool_] = (
         np.zeros(len(polygons), bool) if "mapped" not in polygons else polygons["mapped"].to_numpy(bool)
     )
@@ -372,7 +382,10 @@ def mapped(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
 
 
 def years_of(*tables: gpd.GeoDataFrame) -> list[int]:
-    """The years that these polygons speak of, ascending: each named one and those between; empty where all hold for ever."""
+    """List years of polygons, ascending: named years, and years in between.
+
+    The list is empty if all rows hold forever.
+    """
     found = [spans(t) for t in tables]
     ends = np.concatenate([end for span in found for end in span])
     ends = ends[np.isfinite(ends)]
@@ -386,14 +399,15 @@ def years_of(*tables: gpd.GeoDataFrame) -> list[int]:
 
 
 def years_or_all(*tables: gpd.GeoDataFrame) -> list[int | None]:
-    """The same, or None alone where all hold for ever."""
+    """List the years of polygons like `years_of`, or [None] if all rows hold forever."""
     return [*years_of(*tables)] if years_of(*tables) else [None]
 
 
 def distances_m(lonlat: gpd.GeoSeries, area: shapely.Geometry) -> npt.NDArray[np.float64]:
-    """Metres from each shape to the area, both in longitude and latitude: 0 where they meet, inf where it is off the globe.
+    """Compute metres from each shape to the area, both in longitude and latitude.
 
-    Between the points that are nearest in degrees, so some per cent too large where the two lie far apart.
+    The distance is 0 if they meet, and inf for shapes off the globe. It is measured between the
+    points nearest in degrees. So it is some per cent too large for distant shapes.
     """
     ends = np.full((len(lonlat), 2, 2), np.nan)
     lines = shapely.shortest_line(lonlat.to_numpy(), area)
@@ -407,10 +421,11 @@ def distances_m(lonlat: gpd.GeoSeries, area: shapely.Geometry) -> npt.NDArray[np
 
 
 def swaps_that_place(polygons: gpd.GeoSeries, area: shapely.Geometry) -> pd.Series:
-    """Of each polygon the mistake that explains why it lies elsewhere, in words; "" where none does.
+    """Name each misplaced polygon's likely coordinate mistake, "" if unknown.
 
-    Tried are longitude and latitude swapped, their signs lost, both, and a UTM zone of the other hemisphere; a mistake explains
-    a polygon that its mending brings within 10 km of the area (in longitude and latitude). Of several, what explains most.
+    Candidates are swapped longitude and latitude, lost signs, both, and a UTM zone of the other
+    hemisphere. A mistake explains a polygon if its correction lies within 10 km of the area (in
+    longitude and latitude). If several fit, the one explaining most polygons wins.
     """
     places = {words: distances_m(lonlat, area) <= NEAR_M for words, lonlat in _mended_places(polygons)}
     mistakes = pd.Series("", polygons.index)
@@ -420,7 +435,7 @@ def swaps_that_place(polygons: gpd.GeoSeries, area: shapely.Geometry) -> pd.Seri
 
 
 def likely_swap(mistakes: pd.Series) -> str:
-    """The most frequent of them as a clause to append, how many it explains; "" where none explains any."""
+    """Return the most frequent mistake and its count as a clause, or ""."""
     named = mistakes[mistakes != ""].value_counts()
     return f"; {named.index[0]}, {named.iloc[0]} of {len(mistakes)} would lie there" if len(named) else ""
 
@@ -447,6 +462,6 @@ def _mended_places(polygons: gpd.GeoSeries) -> Iterator[tuple[str, gpd.GeoSeries
 
 
 def years_text(years: Iterable[int]) -> str:
-    """2020, or 2018..2020 (3 years)."""
+    """Format years as 2020, or 2018..2020 (3 years)."""
     known = sorted(set(years))
     return f"{known[0]}" if len(known) == 1 else f"{known[0]}..{known[-1]} ({len(known)} years)"

@@ -1,20 +1,25 @@
-"""What is wrong with a file of polygons, and the same polygons with it put right.
+"""Find errors in a file of polygons, and repair them.
 
-In this order, each on what the former left:
+The steps run in this order, each on the result of the one before:
 
-    invalid       mended as `read_polygons` does                    no area       left out
-    collection    its areas are kept, its lines and points left out
-    unknown site  kept: its `site` is none of those asked for       at no site    left out: over 10 km from all, naming none
-    no site       kept: it names no site, in a file whose other rows do, and counts at each site that it reaches
-    elsewhere     left out: over 10 km from the site it names, or a swap of coordinates would put it at a site
-    duplicate     left out: the shape and years of an earlier row
-    sliver        left out: a part that is narrower everywhere than the least width (no circle of that diameter fits in);
-                  kept at sites with `mapped` areas, whose labels are drawn along pixels
-    hole          kept, or filled where it is such a sliver
-    overlap       cut from the later row, so that no ground is twice there and none is lost; kept where their years differ
+    invalid       repaired as in `read_polygons`
+    collection    areas kept, lines and points left out
+    no area       left out
+    unknown site  kept: its `site` is not among those requested
+    elsewhere     left out: over 10 km from its site; or without a site, far from all, if swapped
+                  coordinates would put it at one
+    at no site    left out: over 10 km from all sites, without a site's name or a likely swap
+    no site       kept: its `site` is empty in a file with sites; counts at each site in reach
+    duplicate     left out: shape and years of an earlier row
+    sliver        left out: a part narrower everywhere than the least width (no circle of that
+                  diameter fits); kept at sites with `mapped` areas, since pixels shape their labels
+    hole          kept, or filled if it is a sliver
+    overlap       cut from the later row, so no ground counts twice and none is lost; kept if years
+                  differ
 
-Areas that were looked at (`mapped`) stay as they are. Other rows are held against rows of the same site, and of the same mapper
-where a column says whose they are. Areas are in EPSG:6933 (equal-area, worldwide).
+Surveyed areas (`mapped`) stay unchanged. Other rows are compared with rows of the same site. With a
+column for mappers, they are compared only with rows of the same mapper. Areas are in EPSG:6933
+(equal-area, worldwide).
 """
 
 from __future__ import annotations
@@ -53,23 +58,23 @@ from minecube.labels.polygons import (
 from minecube.vectors import areal_parts, texts
 
 MIN_WIDTH_M = 5.0
-"""Half a pixel: what is narrower holds a pixel's centre by chance only."""
+"""Half a pixel. Narrower parts contain a pixel's centre only by chance."""
 FINDINGS = ("finding", "row", "site", "years", "area_m2", "done", "about")
 LEAST_OVERLAP_M2 = 1.0
-"""Smaller overlaps are what rounded coordinates make of a common border."""
+"""Smaller overlaps result from rounded coordinates of a common border."""
 _EQUAL_AREA = 6933  # NSIDC EASE-Grid 2.0 Global: Lambert cylindrical equal-area on WGS 84
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """A file of polygons looked through."""
+    """Repaired polygons of a file, and its findings."""
 
     polygons: gpd.GeoDataFrame
-    """The repaired rows in the file's CRS, its columns and `row` (in the file, from 1) and `repaired`."""
+    """Repaired rows in the file's CRS, with its columns, `row` (from 1) and `repaired`."""
     findings: pd.DataFrame
-    """One row a finding, columns FINDINGS; `area_m2` is that of the part it is about, `done` what became of it."""
+    """One row per finding, columns FINDINGS. `area_m2` is the affected area, `done` the action."""
     rows: int
-    """How many rows the file has."""
+    """Number of rows in the file."""
 
 
 def survey(
@@ -80,19 +85,20 @@ def survey(
     by: str | None = None,
     min_width_m: float = MIN_WIDTH_M,
 ) -> Survey:
-    """The file's polygons, repaired, and what was found: by which rules, the module says.
+    """Repair the file's polygons by the module's rules, and list the findings.
 
     Args:
-        path: a file as `read_polygons` takes.
+        path: a file for `read_polygons`.
         layer: the layer to read, as in `minecube.vectors.read_vector`.
-        sites: id -> area of interest in longitude and latitude; polygons far from theirs are found. A row without a site's
-            name may lie at any.
-        by: column that says who mapped a row, where several mapped the same ground; in any case.
+        sites: id -> area of interest in longitude and latitude, to find misplaced polygons. A row
+            without a site's name may lie at any site.
+        by: column with the mapper of a row, in any case, if several mapped the same ground.
         min_width_m: the least width of a part or a hole; 0 keeps all.
 
     Raises:
-        LabelError: as `read_polygons`; no such column, a negative width, or no polygon lies at its site: the message says
-            which swap of coordinates would put them there; or all are slivers.
+        LabelError: see `read_polygons`. Also raised for a missing column, a negative width, slivers
+            only, or polygons without a requested site. Or no polygon lies at its site, and the
+            message names a swap of coordinates to explain it.
     """
     if not min_width_m >= 0:
         raise LabelError(f"expected a least width of 0 m or more, found {min_width_m:g}")
@@ -115,7 +121,7 @@ def survey(
     along_pixels = set(_groups(looked_at, None)[0])
     kept = []
     for (site, _), own in mines.groupby(_groups(mines, by)):
-        # Labels drawn along pixel edges, as those of an import, may be one pixel wide, which is 4 m in the north.
+        # Labels drawn along pixel edges (imports, for example) may be one pixel wide (4 m).
         kept.append(_cleaned(own, 0 if site in along_pixels else min_width_m, notes))
     polygons = pd.concat([*kept, looked_at]).sort_values("row").reset_index(drop=True)
     if polygons.empty:
@@ -129,14 +135,17 @@ def survey(
 
 
 def mapped_areas(polygons: gpd.GeoDataFrame, by: str | None = None) -> pd.DataFrame:
-    """Area by site, mapper and year, each place counted once: site, mapper, year (null: all), polygons, holes, area_m2."""
+    """Tabulate area by site, mapper and year, counting each place once.
+
+    Columns are site, mapper, year (null for all), polygons, holes and area_m2.
+    """
     rows, mines = [], polygons[~mapped(polygons)]
     for (site, mapper), own in mines.groupby(_groups(mines, by)):
         first, last = spans(own)
         for year in years_or_all(own):
             holds = own.geometry[(first <= year) & (year <= last)] if year else own.geometry
             union = areal_parts(shapely.union_all(holds.to_numpy()))
-            # Where two rows meet in a cut, rounding leaves pinholes.
+            # Rounding leaves pinholes along the cut between two rows.
             holes = _areas(_hole_polygons(shapely.get_parts(union))[0], own.crs) >= LEAST_OVERLAP_M2
             rows.append((site, mapper, year, len(holds), int(holes.sum()), _areas([union], own.crs).item()))
     table = pd.DataFrame(rows, columns=["site", "mapper", "year", "polygons", "holes", "area_m2"])
@@ -144,7 +153,7 @@ def mapped_areas(polygons: gpd.GeoDataFrame, by: str | None = None) -> pd.DataFr
 
 
 def _with_column(table: gpd.GeoDataFrame, name: str, path: Path) -> gpd.GeoDataFrame:
-    """The table with its column of this name, whose case may differ; raises LabelError without one."""
+    """Rename the column matching `name` apart from case. Raise LabelError without one."""
     same = [str(c) for c in table.columns if c == name] or [str(c) for c in table.columns if str(c).lower() == name.lower()]
     if len(same) != 1 or same == ["geometry"]:
         columns = ", ".join(str(c) for c in table.columns if c != "geometry") or "none"
@@ -153,7 +162,7 @@ def _with_column(table: gpd.GeoDataFrame, name: str, path: Path) -> gpd.GeoDataF
 
 
 def _groups(table: gpd.GeoDataFrame, by: str | None) -> list[pd.Series]:
-    """What tells site and mapper of a row; "" where nothing does."""
+    """Return each row's site and mapper for grouping, "" if missing."""
     none = pd.Series("", table.index, dtype="string")
     return [(texts(table[c]).fillna("") if c in table else none).rename(c) for c in ("site", by)]
 
@@ -161,7 +170,10 @@ def _groups(table: gpd.GeoDataFrame, by: str | None) -> list[pd.Series]:
 def _note(
     notes: list[dict[str, Any]], finding: str, rows: gpd.GeoDataFrame, done: str, about: Any = "", area: Any = None
 ) -> None:
-    """Adds a finding for each row; `about`, and `area` in m2 (the row's by default), are one for each or one for all."""
+    """Append a finding for each row.
+
+    `about` and `area` (in m2, by default the row's) hold one value per row, or one for all rows.
+    """
     areas = _areas(rows.geometry, rows.crs) if area is None else np.broadcast_to(area, len(rows))
     abouts = [about] * len(rows) if isinstance(about, str) else about
     names = rows["site"] if "site" in rows else [None] * len(rows)
@@ -179,7 +191,7 @@ def _span_text(first: float, last: float) -> str:
 
 def _areas(shapes: Any, crs: Any) -> npt.NDArray[np.float64]:
     flat = gpd.GeoSeries(list(shapes), crs=crs)
-    # Edges are straight in the file's CRS: in pieces of 100 m they are so in the other, to 0.1 m2 a kilometre.
+    # Edges are straight in the file's CRS. Pieces of 100 m limit the error to 0.1 m2 per kilometre.
     flat = flat.segmentize(0.001 if flat.crs.is_geographic else 100).to_crs(_EQUAL_AREA)
     areas: npt.NDArray[np.float64] = np.nan_to_num(flat.area.to_numpy(np.float64))
     return areas
@@ -188,7 +200,7 @@ def _areas(shapes: Any, crs: Any) -> npt.NDArray[np.float64]:
 def _near(
     table: gpd.GeoDataFrame, sites: Mapping[str, shapely.Geometry], path: Path, notes: list[dict[str, Any]]
 ) -> gpd.GeoDataFrame:
-    """The rows that lie at their site, or name one that was not asked for."""
+    """Select the rows near their site, or of an unknown site. Raise LabelError if none is left."""
     own = table["site"] if "site" in table else pd.Series(pd.NA, table.index, "string")
     foreign = (own.notna() & ~own.isin(list(sites))).to_numpy()
     if foreign.all():
@@ -197,7 +209,8 @@ def _near(
     _note(notes, "unknown site", table[foreign], "kept")
     lonlat = table.geometry.to_crs(4326)
     metres = np.stack([distances_m(lonlat, area) for area in sites.values()])
-    metres[[(own.notna() & (own != site)).to_numpy(bool) for site in sites]] = np.inf  # a row that names a site is of no other
+    # A row with a site's name belongs to no other site.
+    metres[[(own.notna() & (own != site)).to_numpy(bool) for site in sites]] = np.inf
     nearest, km = np.array(list(sites))[metres.argmin(axis=0)], metres.min(axis=0) / 1000
     far = (km > NEAR_M / 1000) & ~foreign
     swaps = pd.Series("", table.index)
@@ -213,7 +226,7 @@ def _near(
     away = np.array([f"{k:.0f} km from {site}" for k, site in zip(km, nearest, strict=True)], dtype=object)
     explained = (swaps != "").to_numpy()
     away[explained] = [f"{a}; {swap}, it would lie there" for a, swap in zip(away[explained], swaps[explained], strict=True)]
-    # A row that names no site may well be of one that was not asked for: a file of the whole world is.
+    # A row without a site may belong to a site not requested, as in a file of the whole world.
     wrong = far & (own.notna().to_numpy() | explained)
     _note(notes, "elsewhere", table[wrong], "left out", away[wrong])
     _note(notes, "at no site", table[far & ~wrong], "left out", away[far & ~wrong])
@@ -221,7 +234,7 @@ def _near(
 
 
 def _cleaned(table: gpd.GeoDataFrame, min_width_m: float, notes: list[dict[str, Any]]) -> gpd.GeoDataFrame:
-    """Rows of one site and mapper without duplicates, overlaps and slivers."""
+    """Remove duplicates, overlaps and slivers from rows of one site and mapper."""
     first, last = spans(table)
     shape = shapely.to_wkb(shapely.normalize(table.geometry.to_numpy()))
     same = pd.DataFrame({"shape": shape, "first": first, "last": last, "row": table["row"].to_numpy()})
@@ -280,14 +293,14 @@ def _note_pieces(
     of: npt.NDArray[np.int64],
     done: str,
 ) -> None:
-    """One finding for each row that has pieces of the kind: how many, and their area."""
+    """Append one finding per row with such pieces: their number and area."""
     rows, count = np.unique(of, return_counts=True)
     sizes = np.bincount(of, _areas(pieces, table.crs), len(table))
     _note(notes, finding, table.iloc[rows], done, [f"{n} of them" for n in count], sizes[rows])
 
 
 def _hole_polygons(shapes: npt.NDArray[np.object_]) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.int64]]:
-    """The holes as polygons, and which shape each is in."""
+    """Return the holes as polygons, and the index of each hole's shape."""
     holes = [shapely.Polygon(hole) for shape in shapes for hole in shape.interiors]
     found = np.empty(len(holes), dtype=object)
     found[:] = holes
@@ -295,10 +308,10 @@ def _hole_polygons(shapes: npt.NDArray[np.object_]) -> tuple[npt.NDArray[np.obje
 
 
 def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
-    """The rows of mines that hold no pixel's centre, by their index: `rasterize` draws no pixel of them."""
+    """Return the index of mine rows without a pixel's centre, not drawn by `rasterize`."""
     here = on_grid(polygons.loc[~mapped(polygons), ["geometry"]], grid, needed=False)
-    # A shape's area is at most its length times the radius of the largest circle in it. A circle of half a pixel's diagonal
-    # holds a centre.
+    # A shape's area is at most its length times the radius of its largest circle. A circle with
+    # radius of half a pixel's diagonal contains a centre.
     radius = np.hypot(grid.resolution.x, grid.resolution.y) / 2
     small = here[(here.area <= here.length * radius) & here.within(grid.extent.geom)]
     drawn = [_is_drawn(shape, _around(grid, shape)) for shape in small.geometry]
@@ -307,7 +320,7 @@ def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
 
 
 def _is_drawn(shape: shapely.Geometry, grid: GeoBox) -> bool:
-    """Whether `rasterize` draws a pixel: it looks at each pixel slightly off its centre."""
+    """Return whether `rasterize` draws a pixel. It samples each pixel slightly off its centre."""
     height, width = grid.shape
     column, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     x, y = grid.affine * OFF_EDGES * (column, row)
@@ -315,16 +328,17 @@ def _is_drawn(shape: shapely.Geometry, grid: GeoBox) -> bool:
 
 
 def _around(grid: GeoBox, shape: shapely.Geometry) -> GeoBox:
-    """The pixels of the grid around a shape within it."""
+    """Return the part of the grid around a shape inside it."""
     x, y = ~grid.affine * np.reshape(shape.bounds, (2, 2)).T
     rows, columns = (slice(max(int(min(v)), 0), int(max(v)) + 1) for v in (y, x))
     return grid[rows, columns]
 
 
 def _narrow(lonlat: npt.NDArray[np.object_], width_m: float) -> npt.NDArray[np.bool_]:
-    """Which polygons (longitude, latitude) no circle of that diameter fits into."""
+    """Mark polygons (longitude, latitude) too narrow for a circle of this diameter."""
     plane = np.array([_in_metres(shape) for shape in lonlat], dtype=object)
-    # Where no such circle fits, every point is within half of the width of an edge, so the area is less than that strip's.
+    # In a narrow polygon every point is within half the width of an edge. So the area is at most the
+    # area of this strip.
     maybe = shapely.area(plane) <= shapely.length(plane) * width_m / 2
     narrow = np.zeros(len(plane), bool)
     narrow[maybe] = shapely.is_empty(shapely.buffer(plane[maybe], -width_m / 2))
@@ -332,7 +346,7 @@ def _narrow(lonlat: npt.NDArray[np.object_], width_m: float) -> npt.NDArray[np.b
 
 
 def _in_metres(shape: shapely.Geometry) -> shapely.Geometry:
-    """The shape around its own middle, in metres: true to about 1 % for what is a few kilometres large."""
+    """Project a shape to metres around its middle, true to about 1 % over a few kilometres."""
     west, south, east, north = shape.bounds
     lat = np.deg2rad((south + north) / 2)
     geod = Geod(ellps="WGS84")

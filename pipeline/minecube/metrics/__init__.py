@@ -1,34 +1,42 @@
-"""Scores of footprints through time: `count` makes additive integer states, `+` joins them, formulas come last.
+"""Score footprints through time. `count` gives integer states, `+` joins them, formulas come last.
 
-    states.py     counts: `Scores`, to JSON and back      counting.py   footprints -> counts, fast
-    curves.py     probabilities -> counts, and curves      change.py     maps of change -> counts
-    formulas.py   counts -> scores                         intervals.py  how sure they are, by bootstrap over sites
-    baselines.py  maps that must lose
+    states.py     counts: `Scores`, to JSON and back     counting.py   footprints -> counts, fast
+    curves.py     probabilities -> counts and curves     change.py     maps of change -> counts
+    formulas.py   counts -> scores                       intervals.py  bootstrap over sites
+    baselines.py  trivial maps
 
-Joined states of blocks, sites and machines give the scores of all their pixels together: a ratio of sums, never a mean of
-ratios. A score whose denominator is zero is NaN, because nothing was there to be judged: never 0, never 1.
+Joined states of blocks, sites and machines give the scores of all their pixels together. A score is
+a ratio of sums, never a mean of ratios. A zero denominator gives NaN, never 0 or 1, since there is
+nothing to judge.
 
-Unknown pixels (255) are left out, each where it matters: a pixel counts in a year if truth and prediction are known then, and
-in a pair of years if they are known in both. Where truth is known but the prediction is not, the pixel is counted as
-unmapped, so that a map cannot gain unseen by leaving out what is hard.
+Unknown pixels (255) are left out. A pixel counts in a year if truth and prediction are known in it.
+It counts in a pair of years if they are known in both. A pixel with known truth and unknown
+prediction counts as unmapped. So a map cannot gain unseen by leaving out hard pixels.
 
-Let y be truth and p prediction, b = [y_t != y_(t-1)] and c = [p_t != p_(t-1)] with t-1 the year listed before t.
-- Boundary F1: precision is the share of the prediction's boundary pixels within 3 px of the truth's, recall the reverse (Csurka
-  et al. 2013, BMVC). Boundary pixels are mine with a known neighbour, of the four, that is not; a site's edge is no boundary.
-- CA-TIoU, version 1. EuroMineNet (arXiv:2510.14661) names it, but its public code lacks the formula; this one is ours. Pixels
-  whose truth takes one value in all its known years are stratum S, those with both values are stratum C. In each the tube IoU
-  is sum |p and y| / sum |p or y| over pixels and years; CA-TIoU is the mean of the two, NaN unless both are defined.
-- BC, SC, SCS as DynamicEarthNet's authors compute them (Toker et al. 2022, CVPR; their evaluation code): BC = sum |b and c| /
-  sum |b or c|; SC is the IoU of y_t and p_t over pixels with b = 1, averaged over the classes that y_t has there; SCS is their
-  mean. SC does not ask whether p changed: a map that never changes has BC = 0, but not SC = 0.
-- VC_n, video consistency (Miao et al. 2021, CVPR, VSPW; their evaluation code): of the pixels whose truth is one class in all
-  of n consecutive years, the share whose prediction is one class in all of them. Whether it is the right one is not asked: a
-  map that never changes has VC_n = 1. Theirs is a mean of ratios, by window, that leaves out the last window of a video; ours
-  is the ratio of sums over all windows. The counts are kept by window, so that theirs can be had, too.
-- Change over all pairs of years, in three variants: `change` (any), `transition` (right only if removed and new are told apart;
-  both together, `same` being background) and `expansion` (new alone). A map that never changes scores 0 in each.
-- AUPRC is the average precision. F1@r: that of the r pixel pairs with the highest scores, r the number of those that truly
-  changed; no threshold is chosen. Brier score, and expected calibration error in ten bins, of the footprints' probabilities.
+Let y be truth, p prediction and t-1 the year listed before t. Let b = [y_t != y_(t-1)] and
+c = [p_t != p_(t-1)].
+- Boundary F1: Precision is the share of the prediction's boundary pixels within 3 px of the
+  truth's. Recall is the reverse (Csurka et al. 2013, BMVC). Boundary pixels are mine, and one of
+  their four neighbours is known and not mine. A site's edge is no boundary.
+- CA-TIoU, version 1: named by EuroMineNet (arXiv:2510.14661). Its public code lacks the formula, so
+  this formula is ours. Stratum S has the pixels with one truth value in all their known years.
+  Stratum C has the pixels with both values. In each stratum the tube IoU is sum |p and y| / sum |p
+  or y| over pixels and years. CA-TIoU is the mean of the two, NaN unless both are defined.
+- BC, SC, SCS: Computed as by DynamicEarthNet's authors (Toker et al. 2022, CVPR; their evaluation
+  code). BC = sum |b and c| / sum |b or c|. SC is the IoU of y_t and p_t over pixels with b = 1,
+  averaged over the classes of y_t in these pixels. SCS is the mean of BC and SC. SC ignores whether
+  p changed. So a map without any change has BC = 0, but not SC = 0.
+- VC_n, video consistency (Miao et al. 2021, CVPR, VSPW; their evaluation code): Take the pixels
+  with one truth class in n consecutive years. VC_n is the share with one predicted class in all n
+  years, right or wrong. So a map without any change has VC_n = 1. The original is a mean of ratios
+  by window, and leaves out the last window of a video. Ours is the ratio of sums over all windows.
+  Counts are kept by window, so the original is available too.
+- Change over all pairs of years, in three variants. `change` is any change. `transition`
+  pools removed and new, with `same` as background. A hit needs the right direction. `expansion` is
+  new alone. A map without any change scores 0 in each.
+- AUPRC is the average precision. F1@r is the F1 of the r pixel pairs with the highest scores. Here
+  r is the number of true changes, so no threshold is chosen. Footprint probabilities also have the
+  Brier score and the expected calibration error in ten bins.
 """
 
 from minecube.metrics.baselines import baselines

@@ -1,4 +1,4 @@
-"""Maps that know nothing of the imagery: a model that scores no better has learnt nothing of what the score asks."""
+"""Trivial maps made without imagery. A useful model must score better."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from minecube.metrics.states import UNKNOWN
 
 
 def baselines(truth: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
-    """Name -> prediction (year, y, x), 1 mine, 0 not, 255 unknown, as `count` takes it. They are made from the truth itself.
+    """Make trivial predictions from the truth, as name -> (year, y, x) for `count`.
 
-    - "never changes": each pixel as it is in the first year in which it is known. It scores 0 in change, BC and expansion.
-    - "always mine": a mine everywhere. So does it.
-    - "last year's map": the truth of the year listed before; unknown in the first. A hard one in all but change: truth is
-      mostly what it was, but each change is seen a year late.
+    Values are 1 mine, 0 not, 255 unknown.
+
+    - "never changes": each pixel has the value of its first known year. It scores 0 in change, BC
+      and expansion.
+    - "always mine": a mine everywhere. It scores 0 in the same three.
+    - "last year's map": the truth of the year listed before, unknown in the first. It is hard to
+      beat except in change. Truth is mostly unchanged, but this map sees each change a year late.
 
     Args:
         truth: (year, y, x): 1 mine, 0 not, 255 unknown.

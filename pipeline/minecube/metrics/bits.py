@@ -1,10 +1,13 @@
-"""The loops of `counting`, compiled by numba: footprints as bits, 64 pixels of a row to a word, the lowest bit leftmost.
+"""The loops of `counting`, compiled by numba, on footprints as bits.
 
-A site is gone through in bands of rows that stay in the processor's cache. Of each, all years of truth and prediction are
-packed, with a few rows above and below, and a word of nothing before and after each row; rows follow one another. What is done
-to a word is done to all its pixels, and numba makes of loops over words the processor's vectors, counts of bits among them,
-where an index cannot be negative: it is that of a slice from 0 on, or has no sign. A slice costs a count of its owners, which
-is much for the short loops of boundaries, so these have indices without a sign.
+A word holds 64 pixels of a row, the lowest bit leftmost. A site is processed in bands of rows small
+enough for the processor's cache. In each band, truth and prediction of all years are packed. A few
+rows above and below are included, with an empty word before and after each row.
+
+An operation on a word applies to all its pixels. Numba turns loops over words into vector
+instructions, including bit counts, if indices cannot be negative. This holds for slices from 0 on
+and for unsigned indices. A slice costs a reference count, too much for the short loops of
+boundaries. So these loops use unsigned indices.
 """
 
 from __future__ import annotations
@@ -26,23 +29,25 @@ Ints = NDArray[np.int64]
 Range = tuple[int, int]
 
 MARGIN_PX = BOUNDARY_PX + 1
-"""What a block's boundary pixels depend on around it."""
+"""Margin of context around a block needed for its boundary pixels."""
 _NOT, _MINE, _UNKNOWN = np.uint8(0), np.uint8(1), np.uint8(UNKNOWN)
 _0, _1, _2, _3, _61, _62, _63 = (np.uint64(n) for n in (0, 1, 2, 3, 61, 62, 63))
 
 
 class Sums(NamedTuple):
-    """Pixels and pixel-years, counted."""
+    """Counts of pixels and pixel-years."""
 
     alike: Ints
-    """(2): pixels that are alike in all years, in truth and prediction; and those of them that are mine. The others make up
-    all that follows, but for the boundaries."""
+    """(2): pixels equal in all years, truth and prediction; then the mine pixels among them.
+
+    All other counts, except the boundaries, cover only the remaining pixels.
+    """
     years: Ints
     """(3, year): mine in truth, in prediction, in both."""
     edges: Ints
     """(4, year): the last four of `Mapped`."""
     pairs: Ints
-    """(year, year, 10): as `Pair`, by first and second year, the same or later."""
+    """(year, year, 10): as `Pair`, by first and second year. The second is the same or later."""
     steps: Ints
     """(6): as `Steps`."""
     tubes: Ints
@@ -52,7 +57,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def zero(cls, years: int) -> Sums:
-        """Of so many years."""
+        """Create zero counts for a number of years."""
         shapes = (2,), (3, years), (4, years), (years, years, 10), (6,), (2,), (2, years, years)
         return cls(*(np.zeros(shape, np.int64) for shape in shapes))
 
@@ -63,7 +68,10 @@ def _byte_at(context: Any, builder: Any, signature: Any, row: Any, at: Any) -> A
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _equal(_context: Any, row: Any, _at: Any, _value: Any) -> Any:
-    """Which of the 64 bytes of a row from `at` on have that value: one comparison of vectors, which no loop is made into."""
+    """Compare the 64 bytes of a row from `at` on with a value, as bits of a word.
+
+    This is one vector comparison. The compiler does not derive it from a loop.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, at, value = arguments
@@ -80,14 +88,15 @@ def _equal(_context: Any, row: Any, _at: Any, _value: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _fetch(_context: Any, row: Any, _at: Any) -> Any:
-    """Have the byte `at` places on from a row's beginning, within the array or not, brought near the processor meanwhile."""
+    """Prefetch the byte at offset `at` of a row into the cache. It may lie outside the array."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _byte_at(context, builder, signature, *arguments)
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
-        builder.call(prefetch, [address, number(0), number(2), number(1)])  # to read; to the second cache; data
+        # The arguments mean read access, second cache, data.
+        builder.call(prefetch, [address, number(0), number(2), number(1)])
         return context.get_dummy_value()
 
     return types.void(row, types.intp), code
@@ -95,26 +104,26 @@ def _fetch(_context: Any, row: Any, _at: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _size(_context: Any, _word: Any) -> Any:
-    """Bits set in a word."""
+    """Count the bits set in a word."""
     return types.uint64(types.uint64), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
 
 
 @compiled
 def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: int, part: int, sums: Sums) -> bool:
-    """Count a site's rows, and of them the pixels that `own` names; the others are context.
+    """Count a site's rows, for the pixels in `own`. Other pixels are context.
 
     Args:
-        truth: (year, y, x), contiguous, 64 columns or more: 1 mine, 0 not, 255 unknown.
-        pred: Likewise.
-        rows: First, and last + 1.
-        site: Bits of a row that lie in the site, a word more on either side.
-        own: Of them those that are to be counted.
-        band: Rows at a time.
-        part: Words at a time, of those whose pixels are not all alike.
-        sums: What is counted is added here.
+        truth: Shape (year, y, x), contiguous, 64 columns or more: 1 mine, 0 not, 255 unknown.
+        pred: Same layout as truth.
+        rows: First row, and last + 1.
+        site: Bits of a row inside the site, with an extra word on either side.
+        own: The bits of `site` to be counted.
+        band: Rows per band.
+        part: Words per call of `_add`, for words with pixels not all alike.
+        sums: The counts are added here.
 
     Returns:
-        Whether all values are 0, 1 or 255. Where not, the sums are of no use.
+        Whether all values are 0, 1 or 255. If False, the sums are invalid.
     """
     years, height, _ = truth.shape
     across, high = len(site), band + 2 * MARGIN_PX
@@ -142,22 +151,29 @@ def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: i
 
 @compiled
 def _pack(truth: Bytes, pred: Bytes, inside: Range, first: int, mine: Words) -> tuple[bool, bool]:
-    """Bits of what is a mine; whether there is anything but 0 and 1, and whether that is 255."""
+    """Pack mine pixels as bits.
+
+    Returns:
+        Whether there are values other than 0 and 1, and whether these are all 255.
+    """
     years, _, width = truth.shape
     words = -(-width // 64)
     over = np.uint64(64 * words - width)
     others = wrong = False
     for y in range(*inside):
-        for t in range(years):  # all in turn: memory is read faster from several places than from one
+        # All years in turn, since several memory streams are read faster than one.
+        for t in range(years):
             for k in range(2):
                 row, out = truth[t, y] if k == 0 else pred[t, y], mine[k, t, 1:, y - first]
                 more = _0
                 for w in range(words - 1):
-                    _fetch(row, 64 * w + 2 * width)  # two rows on: no processor foresees 20 rows taken in turn
+                    # Two rows ahead. No processor foresees 20 rows read in turn.
+                    _fetch(row, 64 * w + 2 * width)
                     bits = _equal(row, 64 * w, _MINE)
                     more |= ~(bits | _equal(row, 64 * w, _NOT))
                     out[w] = bits
-                bits = _equal(row, width - 64, _MINE)  # the last word is the end of the last 64 pixels
+                # The last word holds the end of the last 64 pixels.
+                bits = _equal(row, width - 64, _MINE)
                 more |= ~(bits | _equal(row, width - 64, _NOT))
                 out[words - 1] = bits >> over
                 if more:
@@ -181,7 +197,7 @@ def _pack_unknown(truth: Bytes, pred: Bytes, inside: Range, first: int, unknown:
 
 @compiled
 def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: int, sums: Sums) -> None:
-    """Edge pixels of both, and those of them that are near the other's."""
+    """Count the edge pixels of truth and prediction, and those near the other's edges."""
     _, years, size = mine.shape
     blank, edges, spare = outside, np.zeros((2, size), np.uint64), np.empty(high, np.uint64)
     starts, ends = np.zeros((2, size // high), np.intp), np.zeros((2, size // high), np.intp)
@@ -205,7 +221,7 @@ def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: i
 
 @compiled
 def _span(mine: Words, at: int, end: int) -> Range:
-    """From the first word with a mine to the last."""
+    """Return the first word with a mine, and one past the last."""
     while at < end and not mine[at]:
         at += 1
     while end > at and not mine[end - 1]:
@@ -215,7 +231,7 @@ def _span(mine: Words, at: int, end: int) -> Range:
 
 @compiled
 def _edges(mine: Words, blank: Words, high: int, at: int, end: int, edges: Words) -> None:
-    """Mine, and of the four neighbours one that is not, both known."""
+    """Mark known mine pixels with a known non-mine pixel among their four neighbours."""
     side = np.uint64(high)
     for i in range(np.uint64(at), np.uint64(end)):
         full = mine[i] | blank[i]
@@ -227,9 +243,11 @@ def _edges(mine: Words, blank: Words, high: int, at: int, end: int, edges: Words
 
 @compiled
 def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words, spare: Words) -> tuple[np.uint64, np.uint64]:
-    """How many of one's own edge pixels there are, and how many whose centre lies within BOUNDARY_PX = 3 of one of the others'.
+    """Count own edge pixels, and those near the other's edge pixels.
 
-    That is 3 to the sides in the same row, 2 in the two rows above and below, and the one above and below at 3.
+    Near means a distance of centres up to BOUNDARY_PX = 3. In the same row this is 3 pixels to each
+    side. In the two rows above and below it is 2. In the third row it is the pixel straight above
+    or below.
     """
     some = near = _0
     if at >= end:
@@ -251,7 +269,10 @@ def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words,
 
 @compiled
 def _changes(mine: Words, unknown: Words, own: Words, part: int, sums: Sums) -> None:
-    """Find the words in which own pixels are not alike in all years, truth and prediction, and count these pixels."""
+    """Count own pixels alike in all years, truth and prediction, and pass on the rest.
+
+    `_add` counts the remaining pixels, `part` words at a time.
+    """
     _, years, size = mine.shape
     some, every = mine[0, 0].copy(), mine[0, 0].copy()
     for k in range(2):
@@ -288,7 +309,11 @@ def _changes(mine: Words, unknown: Words, own: Words, part: int, sums: Sums) -> 
 
 @compiled
 def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: Sums) -> None:
-    """Count bits (year, word): mine in truth, of those mapped; in prediction, of those known; truth known; and both known."""
+    """Count bits [year, word], and add them to the sums.
+
+    `truth` has mine bits among those with known truth (`mapped`). `pred` has mine bits among those
+    with both known (`known`).
+    """
     years = len(truth)
     ever, always = np.zeros(n, np.uint64), ~np.zeros(n, np.uint64)
     for t in range(years):
@@ -323,8 +348,10 @@ def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: S
 def _pair(
     y0: Words, y1: Words, p0: Words, p1: Words, m0: Words, m1: Words, k0: Words, k1: Words, n: int
 ) -> tuple[np.uint64, ...]:
-    """Of two years, the second the same or later: what `Pair` lists. Arrays of their own take a quarter less time than parts
-    of one, where pixels are noise."""
+    """Count the fields of `Pair` for two years, the second the same or later.
+
+    Separate arrays take a quarter less time than parts of one array for noisy pixels.
+    """
     every = mapped = new = gone = new_said = gone_said = new_new = new_gone = gone_new = gone_gone = _0
     for w in range(n):
         known = k0[w] & k1[w]
@@ -348,7 +375,7 @@ def _pair(
 
 @compiled
 def _through(truth: Words, pred: Words, known: Words, n: int, sums: Sums) -> None:
-    """Steps from each year to the next, and windows in which nothing moves."""
+    """Count steps from each year to the next, and windows without change."""
     years = len(truth)
     still, kept = np.empty((years, n), np.uint64), np.empty((years, n), np.uint64)
     for t in range(1, years):

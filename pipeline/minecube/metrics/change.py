@@ -1,4 +1,4 @@
-"""Maps of change, scored as footprints are: what two yearly maps say by their difference, a change model says itself."""
+"""Score maps of change like footprints. A change model predicts change directly."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ def count_change(
     pairs: Sequence[tuple[int, int]],
     classes: Sequence[str],
 ) -> Scores:
-    """Counts of a change model's probabilities: pairs of years, and pixels by probability and truth.
+    """Count a change model's probabilities by pair of years, and pixels by probability and truth.
 
-    A pixel has changed from one half on; where it is both removed and new by that, it is what is more probable. A model of one
-    class is scored in the variant that it can know: ("changed",) in `change`, ("new",) in `expansion`.
+    A pixel has changed from probability one half on. If both removed and new reach it, the more
+    probable one counts. A model of one class is scored in its own variant: ("changed",) in
+    `change`, ("new",) in `expansion`.
 
     Args:
-        change: (pair, class, y, x): probability x 250, 255 none.
-        truth: (year, y, x): footprints, 1 mine, 0 not, 255 unknown.
-        years: Ascending; of the truth.
-        pairs: First and second year, as change has them; the first is the earlier.
+        change: Shape (pair, class, y, x): probability x 250, 255 for unknown.
+        truth: Shape (year, y, x): footprints, 1 mine, 0 not, 255 unknown.
+        years: Years of the truth, ascending.
+        pairs: First and second year, in the order of `change`. The first is the earlier.
         classes: ("changed",), ("new",) or ("removed", "new"), in any order.
 
     Raises:
-        ModelError: shapes, pairs or classes are others, or a value is no stored probability.
+        ModelError: shapes, pairs or classes are wrong, or a value is no stored probability.
     """
     y, p = stack_of(truth, "truth", years), np.asarray(change)
     named = tuple(sorted(classes, key=KNOWN.index)) if set(classes) <= set(KNOWN) else tuple(classes)
@@ -76,7 +77,10 @@ def count_change(
 
 
 def _said(maps: NDArray[np.uint8], classes: tuple[str, ...]) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
-    """-1, 0 or 1 of each pixel, any change of unknown direction as 1; and the probability that it changed at all."""
+    """Return -1, 0 or 1 for each pixel, and its probability of any change.
+
+    A change of unknown direction is 1.
+    """
     score = maps.max(axis=0)
     said = (score >= HALF).astype(np.int8)
     if classes == ("removed", "new"):

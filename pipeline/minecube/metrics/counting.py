@@ -1,4 +1,4 @@
-"""Pixels -> counts: what is counted by `bits`, checked before and named afterwards."""
+"""Check footprints, count their pixels with `bits`, and name the counts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from minecube.metrics.bits import Bytes, Sums, add
 from minecube.metrics.states import UNKNOWN, Mapped, Pair, Scores, Steps, Tubes, Window
 
 _BAND_PX = 128
-"""Rows at a time: with ten years and sites of 1000 pixels 0.4 MB of bits, which stay in a core's cache."""
+"""Rows per band. Ten years of 1000 pixels take 0.4 MB of bits, within a core's cache."""
 _WORDS = 256
-"""Words at a time in which something moves: with ten years 80 kB, which stay nearer still."""
+"""Words with changes per call. Ten years take 80 kB, within a smaller cache."""
 _SAME_SAME = [field.name for field in fields(Pair)].index("same_same")
 
 
@@ -28,18 +28,19 @@ def count(
     *,
     core: tuple[slice, slice] | None = None,
 ) -> Scores:
-    """The counts of one site, or of one block of it.
+    """Count the pixels of one site, or of one block of it.
 
     Args:
-        pred: (year, y, x): 1 mine, 0 not, 255 unknown.
-        truth: Likewise.
-        years: Ascending; of both arrays.
-        core: Which (y, x) pixels to count; the others are context. A block's counts add up to those of its site, to the last
-            boundary pixel, if the arrays reach MARGIN_PX beyond the block on all sides where the site does.
+        pred: Shape (year, y, x): 1 mine, 0 not, 255 unknown.
+        truth: Shape (year, y, x), same values.
+        years: Years of both arrays, ascending.
+        core: Pixels (y, x) to count; the others are context. The counts of all blocks add up
+            exactly to those of the site, including boundary pixels. For this the arrays must reach
+            MARGIN_PX beyond each block, or to the site's edge.
 
     Raises:
-        ModelError: shapes or years differ, a value is none of 0, 1, 255 (a probability, say), or `core` leaves pixels out
-            between its first and its last.
+        ModelError: shapes or years differ, a value is not 0, 1 or 255 (a probability, for example),
+            or `core` skips pixels.
     """
     p, y = stack_of(pred, "prediction", years), stack_of(truth, "truth", years)
     if p.shape != y.shape:
@@ -61,7 +62,7 @@ def count(
 
 
 def stack_of(stack: Bytes | xr.DataArray, what: str, years: Sequence[int]) -> Bytes:
-    """The pixels as (year, y, x); raises ModelError unless they are of these years, ascending."""
+    """Return the pixels as (year, y, x). Raise ModelError for other or unsorted years."""
     if isinstance(stack, xr.DataArray):
         stack = stack.transpose("year", "y", "x")
         found = stack["year"].to_numpy().tolist() if "year" in stack.coords else list(years)
@@ -76,20 +77,21 @@ def stack_of(stack: Bytes | xr.DataArray, what: str, years: Sequence[int]) -> By
 
 
 def _footprints(stack: NDArray[Any], what: str) -> Bytes:
-    """As bytes in a row; bytes themselves are checked where they are packed."""
+    """Convert to contiguous bytes. Values of byte arrays are checked later, while packing."""
     if stack.dtype != np.uint8:
         check(stack, what)
-    return np.require(stack, np.uint8, ["C", "W"])  # one kind of array, so that one is compiled
+    # A single kind of array, so only one version is compiled.
+    return np.require(stack, np.uint8, ["C", "W"])
 
 
 def check(stack: NDArray[Any], what: str) -> None:
-    """Raises ModelError for what is no footprint."""
+    """Raise ModelError for values other than 0, 1 and 255."""
     if ((stack != 0) & (stack != 1) & (stack != UNKNOWN)).any():
         raise ModelError(f"the {what} holds values other than 0, 1 and {UNKNOWN} (unknown); threshold probabilities first")
 
 
 def _within(width: int, first: int, last: int) -> NDArray[np.uint64]:
-    """Bits of a row of that width that lie from `first` to `last`, a word of nothing on either side."""
+    """Return a row's bits, set from `first` up to `last`, with an empty word on either side."""
     x = np.arange(-64, -(-width // 64) * 64 + 64)
     return np.packbits((x >= first) & (x < last), bitorder="little").view(np.uint64)
 

@@ -1,7 +1,7 @@
-"""Scores of stored probabilities, from how many pixels have each of the 251 and which truth: exact, whatever the threshold.
+"""Score stored probabilities from counts of pixels by probability (251 steps) and truth.
 
-The change between two years has no probability of its own where years were mapped one by one: its score there is the distance
-of the two probabilities, in stored steps. A change model gives its own.
+The scores are exact for any threshold. Years mapped one by one have no probability of change. Their
+score of change is the distance of the two probabilities, in stored steps. Change models give one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minecube.metrics.counting import check, stack_of
 from minecube.metrics.states import LEVELS, UNKNOWN, Histogram, Scores
 
 BINS = 10
-"""Of the reliability diagram and the expected calibration error, of equal width."""
+"""Number of equal bins in the reliability diagram and the expected calibration error."""
 
 
 def count_probability(
@@ -30,16 +30,18 @@ def count_probability(
     *,
     core: tuple[slice, slice] | None = None,
 ) -> Scores:
-    """Pixels by probability and truth, by year and, of change, by gap; to be added to what `count` gives of the same pixels.
+    """Count pixels by probability and truth, per year, and per gap for change.
+
+    Add the result to that of `count` for the same pixels.
 
     Args:
-        probability: (year, y, x): mine x 250, 255 none.
-        truth: (year, y, x): 1 mine, 0 not, 255 unknown.
-        years: Ascending; of both arrays.
-        core: Which (y, x) pixels to count.
+        probability: Shape (year, y, x): mine x 250, 255 for unknown.
+        truth: Shape (year, y, x): 1 mine, 0 not, 255 unknown.
+        years: Years of both arrays, ascending.
+        core: Pixels (y, x) to count.
 
     Raises:
-        ModelError: shapes or years differ, a probability is 251..254, or a truth none of the three.
+        ModelError: shapes or years differ, a probability is 251..254, or a truth value is invalid.
     """
     p, y = stack_of(probability, "probability", years), stack_of(truth, "truth", years)
     if p.shape != y.shape:
@@ -66,8 +68,11 @@ def _count(
     footprint: NDArray[np.int64],
     change: NDArray[np.int64],
 ) -> None:
-    """Add pixels [year, pixel] to `footprint` [year, 251, 2] and, of all pairs of years, `change` [gap, 251, 2]; which `gap`
-    it is of a year [and an earlier one]."""
+    """Add pixels [year, pixel] to the counts, in place.
+
+    Years go to `footprint` [year, 251, 2] and all pairs of years to `change` [gap, 251, 2].
+    `gap` [year, earlier year] is the first index of `change`.
+    """
     years, pixels = p.shape
     for n in range(pixels):
         for i in range(years):
@@ -81,7 +86,7 @@ def _count(
 
 
 def checked(probability: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Itself; raises ModelError where a value is no stored probability."""
+    """Return stored probabilities unchanged. Raise ModelError for invalid ones."""
     if probability.dtype != np.uint8 or ((probability > LEVELS) & (probability != UNKNOWN)).any():
         raise ModelError(
             f"the probability is {probability.dtype} with values up to {probability.max(initial=0)}; expected uint8, "
@@ -91,13 +96,16 @@ def checked(probability: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def histogram(score: NDArray[np.uint8], truth: NDArray[np.uint8]) -> Histogram:
-    """Of pixels, all known: score 0..250, truth 0 or 1."""
+    """Count known pixels by score (0..250) and truth (0 or 1)."""
     counts = [np.bincount(score, minlength=LEVELS + 1), np.bincount(score[truth == 1], minlength=LEVELS + 1)]
     return Histogram(np.stack([counts[0] - counts[1], counts[1]], axis=1).astype(np.int64))
 
 
 def auprc(pixels: NDArray[Any]) -> Any:
-    """Average precision of (..., 251, 2): the sum over thresholds of precision times what recall gains (no interpolation)."""
+    """Compute the average precision of (..., 251, 2).
+
+    It is the sum over thresholds of precision times the gain in recall, without interpolation.
+    """
     hits, drawn = _from_above(pixels)
     all_true = hits[..., -1:]
     gained = np.diff(hits, axis=-1, prepend=0)
@@ -107,13 +115,14 @@ def auprc(pixels: NDArray[Any]) -> Any:
 
 
 def f1_at_r(pixels: NDArray[Any]) -> Any:
-    """F1 of the r highest scores, r the number of those that are true: then precision, recall and F1 are one number.
+    """Compute the F1 of the r highest scores, r being the number of true pixels.
 
-    Of pixels with the score at which r is reached, as many are true as are on average.
+    Precision, recall and F1 are then equal. If only part of the pixels with the last score are
+    needed, they count with their average share of true ones.
     """
     hits, drawn = _from_above(pixels)
     true = hits[..., -1]
-    at = (drawn < true[..., None]).sum(axis=-1)[..., None]  # the threshold at which r is reached
+    at = (drawn < true[..., None]).sum(axis=-1)[..., None]  # the threshold for reaching r
     at = np.minimum(at, LEVELS)
     before = np.maximum(at - 1, 0)
     taken, sure = (np.where(at > 0, np.take_along_axis(a, before, -1), 0)[..., 0] for a in (drawn, hits))
@@ -123,7 +132,7 @@ def f1_at_r(pixels: NDArray[Any]) -> Any:
 
 
 def brier(pixels: NDArray[Any]) -> Any:
-    """Mean squared distance of probability and truth."""
+    """Compute the mean squared distance of probability and truth."""
     p = np.arange(LEVELS + 1) / LEVELS
     off = pixels[..., 0] @ p**2 + pixels[..., 1] @ (1 - p) ** 2
     known = pixels.sum(axis=(-2, -1))
@@ -131,14 +140,17 @@ def brier(pixels: NDArray[Any]) -> Any:
 
 
 def ece(pixels: NDArray[Any]) -> Any:
-    """Expected calibration error: the mean over pixels of |share that is a mine - mean probability| of the pixel's bin."""
+    """Compute the expected calibration error.
+
+    It is the mean over pixels of |share of mine - mean probability| in the pixel's bin.
+    """
     mine, said, drawn = _binned(pixels)
     known = drawn.sum(axis=-1)
     return np.abs(mine - said).sum(axis=-1) / np.where(known > 0, known, np.nan)
 
 
 def precision_recall(h: Histogram) -> pd.DataFrame:
-    """threshold, precision, recall: a row for each probability that occurs, from the highest down."""
+    """Tabulate threshold, precision and recall of occurring probabilities, highest first."""
     hits, drawn = _from_above(h.pixels)
     table = pd.DataFrame({"threshold": np.arange(LEVELS, -1, -1) / LEVELS})
     table["precision"] = hits / np.where(drawn > 0, drawn, np.nan)
@@ -147,7 +159,7 @@ def precision_recall(h: Histogram) -> pd.DataFrame:
 
 
 def reliability(h: Histogram) -> pd.DataFrame:
-    """predicted (mean probability), observed (share that is a mine) and pixels, a row for each bin that has any."""
+    """Tabulate predicted (mean probability), observed (mine share) and pixels per non-empty bin."""
     mine, said, drawn = _binned(h.pixels)
     there = drawn > 0
     columns = {"predicted": said[there] / drawn[there], "observed": mine[there] / drawn[there], "pixels": drawn[there]}
@@ -155,13 +167,16 @@ def reliability(h: Histogram) -> pd.DataFrame:
 
 
 def _from_above(pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """True ones, and all, at or above each threshold, from the highest down."""
+    """Count true pixels, and all pixels, at or above each threshold, from the highest down."""
     down = pixels[..., ::-1, :]
     return np.cumsum(down[..., 1], axis=-1), np.cumsum(down.sum(axis=-1), axis=-1)
 
 
 def _binned(pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """By bin: how many are mine, the sum of probabilities, how many there are. A bin has its upper edge, not its lower."""
+    """Return, by bin, the mine pixels, the sum of probabilities, and all pixels.
+
+    A bin includes its upper edge, not its lower one. The first bin includes 0.
+    """
     p = np.arange(LEVELS + 1)
     at = np.maximum(-(-p * BINS // LEVELS) - 1, 0)
     in_bin = (at[:, None] == np.arange(BINS)).astype(np.float64)

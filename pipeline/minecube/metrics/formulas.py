@@ -1,4 +1,7 @@
-"""Counts -> scores. All formulas work on numbers and, element by element, on arrays of them: many resamples at once."""
+"""Compute scores from counts.
+
+All formulas accept numbers or arrays. Arrays give many resamples at once, element by element.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,16 @@ VARIANTS = {
     ("changed",): ("change",),
     ("new",): ("expansion",),
 }
-"""Change classes of a model -> what it can be right or wrong in."""
+"""Change classes of a model -> variants of change scores."""
 _PARTS: tuple[type[_Counts], ...] = (Mapped, Pair, Tubes, Steps)
 
 
 def finish(scores: Scores) -> dict[str, float]:
-    """All scores, each of all pixels, years and pairs together: footprints, boundary, through time, change, probabilities.
+    """Compute all scores, pooled over pixels, years and pairs.
 
-    Whoever was not counted is not there (no footprint scores for a change model, no Brier score without probabilities), but
-    where all is zero, `Scores()`, all scores of footprints are there, and NaN.
+    These are scores of footprints, boundaries, consistency through time, change and probabilities.
+    Scores without counts are left out: a change model has no footprint scores, for example. The
+    empty `Scores()` returns all footprint scores, as NaN.
     """
     kinds = kinds_of([scores])
     return {name: float(value) for name, value in formulas(vector(scores, kinds), kinds).items()}
@@ -39,7 +43,7 @@ def finish(scores: Scores) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Kinds:
-    """Which counts there are."""
+    """Kinds of counts available."""
 
     maps: bool
     windows: tuple[int, ...]
@@ -49,7 +53,10 @@ class Kinds:
 
 
 def kinds_of(scores: Sequence[Scores]) -> Kinds:
-    """Of several scores that are to be compared: what any of them has."""
+    """Return the kinds of counts in any of several scores to be compared.
+
+    `variants` are those shared by all of them.
+    """
     classes = {s.classes for s in scores if s.pairs} or {()}
     maps = any(s.years for s in scores) or not any(s.pairs for s in scores)
     variants = [v for v in VARIANTS[()] if all(v in VARIANTS[c] for c in classes)]
@@ -58,7 +65,7 @@ def kinds_of(scores: Sequence[Scores]) -> Kinds:
 
 
 def vector(scores: Scores, kinds: Kinds) -> NDArray[np.int64]:
-    """All that formulas of the pooled scores need, in a row: rows add up as scores do."""
+    """Return all counts needed by the formulas, as one row. Rows add up as scores do."""
     parts: list[_Counts] = [
         sum(scores.years.values(), Mapped()),
         sum(scores.pairs.values(), Pair()),
@@ -75,7 +82,7 @@ def vector(scores: Scores, kinds: Kinds) -> NDArray[np.int64]:
 
 
 def formulas(counts: NDArray[Any], kinds: Kinds) -> dict[str, Floats]:
-    """(..., counts) as `vector` orders them -> scores (...)."""
+    """Compute scores (...) from counts (..., counts) in the order of `vector`."""
     at = 0
     parts: list[Any] = []
     for part in (*_PARTS, *(Window for _ in kinds.windows)):
@@ -98,7 +105,7 @@ def formulas(counts: NDArray[Any], kinds: Kinds) -> dict[str, Floats]:
 
 
 def by_year(scores: Scores) -> pd.DataFrame:
-    """Footprint and boundary scores, one row per year; with those of probabilities, where they were counted."""
+    """Tabulate footprint and boundary scores by year, with scores of probabilities if counted."""
     table = _table(scores.years, _of_maps, "year")
     if scores.footprint:
         rows = {year: of_footprint(h.pixels.ravel()) for year, h in scores.footprint.items()}
@@ -107,13 +114,13 @@ def by_year(scores: Scores) -> pd.DataFrame:
 
 
 def by_pair(scores: Scores) -> pd.DataFrame:
-    """Change scores, one row per pair of years."""
+    """Tabulate change scores by pair of years."""
     named = {f"{a}-{b}": pair for (a, b), pair in scores.pairs.items()}
     return _table(named, lambda pair: _of_change(pair, VARIANTS[scores.classes]), "years")
 
 
 def by_gap(scores: Scores) -> pd.DataFrame:
-    """Change scores, one row per number of calendar years between the two of a pair."""
+    """Tabulate change scores by gap, the number of calendar years between a pair."""
     variants = VARIANTS[scores.classes]
     gaps: dict[int, Pair] = {}
     for (first, second), pair in scores.pairs.items():
@@ -179,7 +186,7 @@ def _of_change(n: Pair, variants: Sequence[str]) -> dict[str, Floats]:
 
 
 def of_footprint(counts: NDArray[Any]) -> dict[str, Floats]:
-    """Scores of probabilities of a mine: (..., 502), a flat Histogram."""
+    """Compute scores of mine probabilities from (..., 502), a flat Histogram."""
     pixels = counts.reshape(*counts.shape[:-1], LEVELS + 1, 2)
     return {"auprc": auprc(pixels), "ece": ece(pixels), "brier": brier(pixels)}
 
@@ -200,6 +207,6 @@ def _rates(tp: Floats, fp: Floats, fn: Floats) -> dict[str, Floats]:
 
 
 def _ratio(part: Floats, whole: Floats) -> Floats:
-    """NaN where there is nothing to judge."""
+    """Divide a part by a whole; NaN if the whole is 0."""
     whole = np.asarray(whole, np.float64)
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole != 0)

@@ -1,9 +1,10 @@
-"""How sure a pooled score is, given that other sites could have been chosen: bootstrap over sites.
+"""Estimate the uncertainty of pooled scores by bootstrap over sites.
 
-Sites are drawn with replacement, as many as there are; their counts are added up, and the formulas are of the sums. Pixels of
-one site are not independent, so that nothing less than a site is drawn. Intervals are percentiles of the resampled scores
-(Efron & Tibshirani 1993, ch. 13), or bias-corrected and accelerated (BCa, ch. 14). Resamples in which a score is undefined are
-left out of its interval. Of one site no interval can be had: it is NaN.
+It reflects the choice of sites. Sites are drawn with replacement, as many as there are. Their
+counts are added up before the formulas apply. Pixels of one site are not independent, so whole
+sites are drawn. Intervals are percentiles of the resampled scores (Efron & Tibshirani 1993, ch.
+13), or bias-corrected and accelerated (BCa, ch. 14). Resamples with an undefined score are left out
+of its interval. A single site has no interval: it is NaN.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ RESAMPLES = 2000
 def intervals(
     sites: Mapping[str, Scores], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0, method: str = "percentile"
 ) -> pd.DataFrame:
-    """Scores of all sites together: score, low and high, one row per score. The same seed gives the same interval.
+    """Compute pooled scores of all sites with intervals: score, low and high, one row per score.
+
+    The same seed gives the same interval.
 
     Args:
         sites: Counts by site.
-        level: Of confidence.
-        resamples: How many.
-        seed: Of the draws.
+        level: Confidence level.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
         method: "percentile" or "bca".
 
     Raises:
-        ModelError: no site, or another method.
+        ModelError: there is no site, or the method is unknown.
     """
     return _table({"score": sites}, lambda scores: scores[0], level, resamples, seed, method)
 
@@ -50,10 +53,12 @@ def difference(
     seed: int = 0,
     method: str = "percentile",
 ) -> pd.DataFrame:
-    """How much higher the first's pooled scores are than the second's: as `intervals`, both of the same drawn sites each time.
+    """Compute how much higher the first pooled scores are than the second, with intervals.
+
+    The table is as in `intervals`. Each resample uses the same sites for both.
 
     Raises:
-        ModelError: the sites, or the pairs of years of one of them, are not the same.
+        ModelError: the two differ in sites, or in the pairs of years of a site. Or see `intervals`.
     """
     if set(one) != set(other):
         lacking = sorted(set(one) ^ set(other))
@@ -76,12 +81,12 @@ def _table(
     if not all(sets.values()):
         raise ModelError("there is no site to score; name at least one")
     kinds = [kinds_of(list(sites.values())) for sites in sets.values()]
-    # By name, so that the same draws mean the same sites, and the order in which they were counted does not matter.
+    # Sorted by name, so the same draws mean the same sites, for any order of counting.
     counts = [np.stack([vector(sites[s], k) for s in sorted(sites)]) for sites, k in zip(sets.values(), kinds, strict=True)]
     number = len(counts[0])
 
     def scores(weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        # In floats, products run in BLAS; counts stay exact below 2^53.
+        # In floats, products run in BLAS. Counts stay exact below 2^53.
         found = [formulas(weights.astype(np.float64) @ c.astype(np.float64), k) for c, k in zip(counts, kinds, strict=True)]
         return {name: np.asarray(of([f[name] for f in found])) for name in found[0] if all(name in f for f in found)}
 

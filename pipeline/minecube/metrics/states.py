@@ -1,4 +1,4 @@
-"""What scores are made of: integers that add up over blocks, sites and machines, and go through JSON unchanged."""
+"""Integer counts for scores, additive over blocks, sites and machines, and stored as JSON."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from minecube.errors import ModelError
 
 UNKNOWN = 255
 LEVELS = 250
-"""Stored probabilities are 0..250, of 250."""
+"""Highest stored probability. Stored values are 0..250."""
 HALF = 125
-"""Stored probability from which a pixel is a mine, or has changed."""
+"""Lowest stored probability of a mine pixel, or of a changed pixel."""
 BOUNDARY_PX = 3
 VERSION = 1
-"""Of the JSON form."""
+"""Version of the JSON form."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,28 @@ class _Counts:
 
 @dataclass(frozen=True)
 class Mapped(_Counts):
-    """Pixels of one year."""
+    """Counts of pixels in one year."""
 
     tp: int = 0
     fp: int = 0
     fn: int = 0
     tn: int = 0
     unmapped: int = 0
-    """Truth known, prediction not; in none of the others."""
+    """Truth known, prediction unknown. Not part of the other counts."""
     drawn: int = 0
-    """Boundary pixels of the prediction, and those of them near the truth's."""
+    """Boundary pixels of the prediction; `drawn_near` has those near the truth's boundary."""
     drawn_near: int = 0
     true: int = 0
-    """Boundary pixels of the truth, and those of them near the prediction's."""
+    """Boundary pixels of the truth; `true_near` has those near the prediction's boundary."""
     true_near: int = 0
 
 
 @dataclass(frozen=True)
 class Tubes(_Counts):
-    """Pixel-years that are mine in truth and prediction, and in either, where truth is steady (S) and where it changes (C)."""
+    """Counts of mine pixel-years in both truth and prediction, and in either.
+
+    Stratum S has pixels with steady truth, C those with changing truth.
+    """
 
     s_both: int = 0
     s_either: int = 0
@@ -57,14 +60,14 @@ class Tubes(_Counts):
 
 @dataclass(frozen=True)
 class Steps(_Counts):
-    """Pixels from one listed year to the next."""
+    """Counts of pixels from one listed year to the next."""
 
     both: int = 0
     """b and c"""
     either: int = 0
     """b or c"""
     y1p1: int = 0
-    """Where b = 1: y_t and p_t."""
+    """Values of y_t and p_t for b = 1."""
     y1p0: int = 0
     y0p1: int = 0
     y0p0: int = 0
@@ -72,7 +75,7 @@ class Steps(_Counts):
 
 @dataclass(frozen=True)
 class Pair(_Counts):
-    """Pixels of a pair of years: truth first, prediction second."""
+    """Counts of pixels in a pair of years: truth first, prediction second."""
 
     new_new: int = 0
     new_same: int = 0
@@ -84,17 +87,17 @@ class Pair(_Counts):
     same_same: int = 0
     same_gone: int = 0
     unmapped: int = 0
-    """Truth known in both years, prediction not; in none of the others."""
+    """Truth known in both years, prediction not. Not part of the other counts."""
 
 
 @dataclass(frozen=True)
 class Window(_Counts):
-    """Pixels known in all listed years from one to another, both among them."""
+    """Counts of pixels known in all listed years from a first to a last year, inclusive."""
 
     steady: int = 0
-    """Truth is the same in all."""
+    """Truth is the same in all years."""
     kept: int = 0
-    """So is the prediction, right or wrong."""
+    """Truth and prediction are each the same in all years; the prediction may be wrong."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,20 +121,23 @@ C = TypeVar("C", _Counts, Histogram, Mapped, Pair, Window)
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything the scores are made of; `Scores()` is zero."""
+    """All counts needed for scores. `Scores()` is zero."""
 
     years: Mapping[int, Mapped] = field(default_factory=dict)
     pairs: Mapping[tuple[int, int], Pair] = field(default_factory=dict)
     tubes: Tubes = Tubes()
     steps: Steps = Steps()
     windows: Mapping[tuple[int, int, int], Window] = field(default_factory=dict)
-    """By first and last year and the number of listed years from one to the other."""
+    """Keys are first year, last year and number of listed years from one to the other."""
     footprint: Mapping[int, Histogram] = field(default_factory=dict)
-    """By year: probability of a mine."""
+    """Histogram of the mine probability, by year."""
     change: Mapping[int, Histogram] = field(default_factory=dict)
-    """By gap, in calendar years: of change (of expansion, where that is all the model tells)."""
+    """Histogram of change by gap in calendar years, or of expansion for an ("new",) model."""
     classes: tuple[str, ...] = ()
-    """What a change model tells: ("changed",), ("new",) or ("removed", "new"); () for footprints, which tell all of it."""
+    """A change model's classes: ("changed",), ("new",), ("removed", "new"), or () for footprints.
+
+    Footprints give both directions of change.
+    """
 
     def __add__(self, other: Scores) -> Scores:
         if self.pairs and other.pairs and self.classes != other.classes:
@@ -151,7 +157,7 @@ class Scores:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON: numbers, text, lists and objects; `of_json` reads it back."""
+        """Return plain JSON (numbers, text, lists and objects) for `of_json`."""
         return {
             "version": VERSION,
             "years": {str(year): _numbers(n) for year, n in self.years.items()},
@@ -166,10 +172,10 @@ class Scores:
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> Scores:
-        """The counts again.
+        """Read the counts from JSON.
 
         Raises:
-            ModelError: it is not what this version of `to_json` writes.
+            ModelError: the content differs from the output of this version's `to_json`.
         """
         try:
             if content["version"] != VERSION:

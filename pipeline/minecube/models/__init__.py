@@ -1,12 +1,12 @@
-"""Networks by card: built, saved, loaded, and applied to whole sites.
+"""Build, save and load networks by card, and apply them to whole sites.
 
-A card's task says what a network takes and gives, float32; every class is a logit of its own:
+The card's task determines a network's input and output (float32). Each class has its own logit:
 
     mapping   (n, band, y, x)        ->  (n, class, y, x)          one year: mine
-    change    (n, 2, band, y, x)     ->  (n, class, y, x)          two years, the earlier first: what changed between them
+    change    (n, 2, band, y, x)     ->  (n, class, y, x)          two years: changes, earlier first
     series    (n, year, band, y, x)  ->  (n, year, class, y, x)    all years at once: mine in each
 
-`logits` brings the three to one form, [n, time, band, y, x] -> [n, time, class, y, x].
+`logits` gives all three one form: [n, time, band, y, x] -> [n, time, class, y, x].
 """
 
 from __future__ import annotations

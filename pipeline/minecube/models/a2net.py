@@ -1,4 +1,4 @@
-"""A2Net: neighbouring scales of a MobileNetV2, differences, and attention by coarse change maps."""
+"""A2Net: MobileNetV2 features of neighbouring scales, compared with change-map attention."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from minecube.models.blocks import InvertedResidual, convolution, enlarge
 from minecube.models.options import options_of
 
 _MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""Expansion, channels, blocks, stride of each stage: Sandler et al. 2018 (arXiv:1801.04381), table 2."""
+"""Expansion, channels, blocks and stride per stage (Sandler et al. 2018, arXiv:1801.04381, table
+2)."""
 _KEPT = (1, 2, 4, 6)
-"""Stages whose features are used: a 4th, 8th, 16th and 32nd of the size."""
+"""Stages used as features, at 1/4, 1/8, 1/16 and 1/32 of the size."""
 
 
 def a2net(card: ModelCard) -> nn.Module:
-    """A2Net; options `width` (64), and `encoder`, by which MobileNetV2's channels are multiplied (1).
+    """Build A2Net from a card.
+
+    Options: `width` (64) and `encoder`, a factor for MobileNetV2's channels (1).
 
     Raises:
-        ModelError: the classes ask for the order of the dates.
+        ModelError: The classes are not `changed` alone. A2Net does not see the order of the dates.
     """
     if card.classes != ("changed",):
         raise ModelError(
@@ -32,11 +35,12 @@ def a2net(card: ModelCard) -> nn.Module:
 
 
 class A2Net(nn.Module):
-    """Li et al. 2023 (IEEE TGRS, 10.1109/TGRS.2023.3241436).
+    """A2Net of Li et al. 2023 (IEEE TGRS, 10.1109/TGRS.2023.3241436).
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 32; gives logits (n, classes, y, x), the same whichever date
-    comes first. The maps of the coarser scales steer attention as in the paper, but are not supervised: here there is one
-    loss on one output. The encoder starts from random weights, as ImageNet's are for three bands.
+    Input: (n, 2, bands, y, x), sides multiples of 32. Output: logits (n, classes, y, x), the same
+    for either order of the dates. As in the paper, the maps of coarser scales steer attention.
+    Unlike in the paper, these maps are not supervised: there is one loss on one output. The encoder
+    starts from random weights, since ImageNet weights are for three bands.
     """
 
     def __init__(self, bands: int, classes: int, *, width: int = 64, encoder: float = 1.0) -> None:
@@ -50,7 +54,7 @@ class A2Net(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         levels = self.encoder(pair.flatten(0, 1))
         found = []
         for i, (gather, compare) in enumerate(zip(self.gather, self.compare, strict=True)):
@@ -94,7 +98,7 @@ def _convolution(inputs: int, outputs: int, dilation: int = 1, *, activation: bo
 
 
 class _Neighbours(nn.Module):
-    """One scale with those beside it: the finer is pooled, the coarser enlarged."""
+    """Fusion of one scale with the next finer (pooled) and the next coarser (enlarged)."""
 
     def __init__(self, channels: list[int], own: int, width: int) -> None:
         super().__init__()
@@ -113,7 +117,7 @@ class _Neighbours(nn.Module):
 
 
 class _Compare(nn.Module):
-    """The difference of two dates seen ever closer, through dilations of 7, 5, 3 and 1 pixels."""
+    """Difference of two dates, refined by convolutions of dilation 7, 5, 3 and 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -128,7 +132,7 @@ class _Compare(nn.Module):
 
 
 class _Attend(nn.Module):
-    """Features weighted by a coarse change map, and by what that map leaves."""
+    """Features weighted by a coarse change map and its complement."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""BIT: two dates compared through a handful of tokens each."""
+"""BIT: compare two dates through a few tokens per date."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from minecube.models.options import options_of
 
 
 def bit(card: ModelCard) -> nn.Module:
-    """BIT; options `width` (of the ResNet-18's first stage, 64), `depth` (of the decoder, 8), `head` (its heads' size, 8)."""
+    """Build BIT from a card.
+
+    Options: `width` (channels of the ResNet-18's first stage, 64), `depth` (of the decoder, 8) and
+    `head` (size of a decoder head, 8).
+    """
     return BIT(len(card.bands), len(card.classes), **options_of(card, width=64, depth=8, head=8))
 
 
 class BIT(nn.Module):
-    """Bitemporal image transformer: Chen, Qi and Shi 2021 (arXiv:2103.00208).
+    """Bitemporal image transformer of Chen, Qi and Shi 2021 (arXiv:2103.00208).
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 8; gives logits (n, classes, y, x). The ResNet-18 is without
-    its last stage, and its third does not halve (S4 in the paper), 32 channels, 4 tokens a date, 8 heads. Attention is
-    scaled by the heads' size, as the paper's formula says; the authors' code takes the channels. Unlike there, one logit a
-    class, no softmax, and weights start at random.
+    Input: (n, 2, bands, y, x), sides multiples of 8. Output: logits (n, classes, y, x). The
+    ResNet-18 lacks its last stage, and its third stage keeps the resolution (S4 in the paper).
+    There are 32 channels, 4 tokens per date and 8 heads. Attention is scaled by the head size, as
+    in the paper's formula. The authors' code scales by the channels. Unlike there, each class has
+    one logit without softmax, and weights start at random.
     """
 
     def __init__(self, bands: int, classes: int, *, width: int = 64, depth: int = 8, head: int = 8, tokens: int = 4) -> None:
@@ -37,7 +42,7 @@ class BIT(nn.Module):
         self.head = nn.Sequential(convolution(channels, channels), nn.Conv2d(channels, classes, 3, padding=1))
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         features = [self.reduce(functional.interpolate(date, scale_factor=2)) for date in siamese(self.encoder, pair)[-1]]
         tokens = torch.cat([self._tokens(x) for x in features], dim=1) + self.position
         tokens = self.context(tokens, tokens)
@@ -57,7 +62,10 @@ class BIT(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention of (n, a, channel) to (n, b, channel), and a perceptron, each after a normalisation and beside a shortcut."""
+    """Attention from (n, a, channel) to (n, b, channel), then a perceptron.
+
+    Each follows a normalisation and has a shortcut.
+    """
 
     def __init__(self, channels: int, head: int, heads: int = 8) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What several networks are made of: convolutions with their normalisation, residual blocks, squeeze-and-excitation."""
+"""Building blocks shared by networks: convolutions, residual blocks, squeeze-and-excitation."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ def convolution(
     groups: int = 1,
     activation: Callable[[], nn.Module] | None = nn.ReLU,
 ) -> nn.Sequential:
-    """Padded convolution without bias, batch normalisation, and an activation if any."""
+    """Build a padded convolution without bias, batch normalisation and an optional activation."""
     convolved = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     layers: list[nn.Module] = [convolved, nn.BatchNorm2d(outputs)]
     return nn.Sequential(*layers, *([activation()] if activation else []))
 
 
 def siamese(encoder: nn.Module, pair: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What the encoder gives, level by level, for the first date and for the second of (n, 2, band, y, x).
+    """Encode both dates of (n, 2, band, y, x) and return their features per level.
 
-    Both dates pass in one batch, so that in training they are normalised by the same statistics.
+    Both dates pass in one batch. In training they share the normalisation statistics.
     """
     levels: list[Tensor] = encoder(pair.flatten(0, 1))
     return [(both[:, 0], both[:, 1]) for both in (torch.unflatten(level, 0, (-1, 2)) for level in levels)]
 
 
 def enlarge(x: Tensor, like: Tensor) -> Tensor:
-    """Bilinear, to the height and width of `like`."""
+    """Resize bilinearly to the height and width of `like`."""
     return functional.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class Pyramid(nn.Module):
-    """Blocks one after another, with the image halved (by maxima) between them; gives what each block gives."""
+    """Chain of blocks with 2 x 2 max pooling between them; returns all blocks' outputs."""
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """One tensor a block, the finest first."""
+        """Return one tensor per block, the finest first."""
         found: list[Tensor] = []
         for block in self.blocks:
             found.append(block(functional.max_pool2d(found[-1], 2) if found else x))
@@ -54,9 +54,10 @@ class Pyramid(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Hu, Shen and Sun 2018 (arXiv:1709.01507): channels weighted by a small network of their means.
+    """Squeeze-and-excitation of Hu, Shen and Sun 2018 (arXiv:1709.01507).
 
-    With `maximum`, of their maxima too, as in the channel attention of Woo et al. 2018 (arXiv:1807.06521).
+    A small network weights the channels by their means. With `maximum` it also uses their maxima,
+    as the channel attention of Woo et al. 2018 (arXiv:1807.06521).
     """
 
     def __init__(
@@ -75,19 +76,22 @@ class SqueezeExcite(nn.Module):
         )
 
     def gate(self, x: Tensor) -> Tensor:
-        """Weights in 0..1, (n, channel, 1, 1)."""
+        """Return the channel weights in 0..1, (n, channel, 1, 1)."""
         weight: Tensor = self.weigh(x.mean((2, 3), keepdim=True))
         if self.maximum:
             weight = weight + self.weigh(x.amax((2, 3), keepdim=True))
         return weight.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The weighted channels."""
+        """Weight the channels."""
         return x * self.gate(x)
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016, arXiv:1512.03385), with squeeze-and-excitation if wanted."""
+    """Two convolutions with a shortcut (He et al. 2016, arXiv:1512.03385).
+
+    Squeeze-and-excitation is optional.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, squeeze: bool = False) -> None:
         super().__init__()
@@ -100,19 +104,19 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same else convolution(inputs, outputs, 1, stride=stride, activation=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, inputs, y, x) -> (n, outputs, y / stride, x / stride)."""
+        """Map (n, inputs, y, x) to (n, outputs, y / stride, x / stride)."""
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
 class Stages(nn.Module):
-    """A stem, and stages one after another; gives what each stage gives."""
+    """Stem and chain of stages; returns all stages' outputs."""
 
     def __init__(self, stem: nn.Module, stages: Iterable[nn.Module]) -> None:
         super().__init__()
         self.stem, self.stages = stem, nn.ModuleList(stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """One tensor a stage, the finest first."""
+        """Return one tensor per stage, the finest first."""
         x = self.stem(x)
         found = []
         for stage in self.stages:
@@ -122,10 +126,11 @@ class Stages(nn.Module):
 
 
 class ResNet(Stages):
-    """The residual network of basic blocks: `depths` (2, 2, 2, 2) and `width` 64 are ResNet-18, (3, 4, 6, 3) is ResNet-34.
+    """Residual network of basic blocks.
 
-    Gives its stages' features, width x 1, 2, 4, ... channels at a 4th, 8th, 16th, ... of the size; at the same size as
-    the stage before where `strides` says 1.
+    With `width` 64, `depths` (2, 2, 2, 2) give ResNet-18 and (3, 4, 6, 3) ResNet-34. Stages have
+    width x 1, 2, 4, ... channels at 1/4, 1/8, 1/16, ... of the size. A stride of 1 keeps the size
+    of the stage before.
     """
 
     def __init__(
@@ -143,9 +148,10 @@ class ResNet(Stages):
 
 
 class InvertedResidual(nn.Module):
-    """A depth-wise convolution among more channels than it takes and gives (Sandler et al. 2018, arXiv:1801.04381).
+    """Depth-wise convolution on expanded channels (Sandler et al. 2018, arXiv:1801.04381).
 
-    With `squeeze`, a quarter of the input channels, as in EfficientNet (Tan and Le 2019, arXiv:1905.11946).
+    `squeeze` adds squeeze-and-excitation with a quarter of the input channels, and SiLU, as in
+    EfficientNet (Tan and Le 2019, arXiv:1905.11946).
     """
 
     def __init__(
@@ -163,6 +169,6 @@ class InvertedResidual(nn.Module):
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, inputs, y, x) -> (n, outputs, y / stride, x / stride)."""
+        """Map (n, inputs, y, x) to (n, outputs, y / stride, x / stride)."""
         found: Tensor = self.body(x)
         return x + found if self.shortcut else found

@@ -13,20 +13,24 @@ from minecube.models.blocks import ResNet, convolution, enlarge, siamese
 from minecube.models.options import options_of
 
 _THRESHOLD = 0.01
-"""Below it a mixed frequency is taken as noise: the authors' code."""
+"""Mixed frequencies below this threshold count as noise (from the authors' code)."""
 
 
 def changefft(card: ModelCard) -> nn.Module:
-    """ChangeFFT; options `width` and `depths` (of the ResNet, 64 and 2, 2, 2, 2), `head` (width of the UPerNet head, 512)."""
+    """Build ChangeFFT from a card.
+
+    Options: `width` (64) and `depths` (2, 2, 2, 2) of the ResNet, and `head` (width of the UPerNet
+    head, 512).
+    """
     return ChangeFFT(len(card.bands), len(card.classes), **options_of(card, width=64, depths=(2, 2, 2, 2), head=512))
 
 
 class ChangeFFT(nn.Module):
-    """Yu et al. 2024 (MineNetCD, IEEE TGRS, arXiv:2407.03971).
+    """ChangeFFT of Yu et al. 2024 (MineNetCD, IEEE TGRS, arXiv:2407.03971).
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 32; gives logits (n, classes, y, x). The encoder is the
-    lightest of those the paper compares, a ResNet-18, from random weights. The auxiliary head is left out, as here there is
-    one loss on one output; and so is the drop path.
+    Input: (n, 2, bands, y, x), sides multiples of 32. Output: logits (n, classes, y, x). The
+    encoder is a ResNet-18 from random weights, the lightest one compared in the paper. The
+    auxiliary head is left out, since there is one loss on one output. Drop path is left out too.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class ChangeFFT(nn.Module):
         self.head = nn.Conv2d(head, classes, 1)
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         found = []
         for (first, second), normal, mix in zip(siamese(self.encoder, pair), self.normal, self.mix, strict=True):
             difference = second - first
@@ -50,9 +54,10 @@ class ChangeFFT(nn.Module):
 
 
 class FrequencyMix(nn.Module):
-    """Channels (n, y, x, channel) mixed by two complex layers, alike at every frequency, in four blocks of channels.
+    """Channel mixing of (n, y, x, channel) by two complex layers, alike at every frequency.
 
-    Einstein FFT of Patro and Agneeswaran 2024 (SiMBA, arXiv:2403.15360), which the authors take over.
+    The layers act on four blocks of channels. This is Einstein FFT of Patro and Agneeswaran 2024
+    (SiMBA, arXiv:2403.15360), adopted by the authors of ChangeFFT.
     """
 
     def __init__(self, channels: int, blocks: int = 4) -> None:
@@ -63,8 +68,8 @@ class FrequencyMix(nn.Module):
         self.bias = nn.ParameterList(0.02 * torch.randn(*self.shape, 2) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mixed image, (n, y, x, channel), in the precision it came in."""
-        # Single precision whatever the network runs in: there is no complex number of half precision on CPUs.
+        """Return the mixed image (n, y, x, channel) in the precision of the input."""
+        # Always single precision: CPUs have no complex numbers of half precision.
         spectrum = torch.fft.fft2(torch.unflatten(x.float(), -1, self.shape), dim=(1, 2), norm="ortho")
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
             kernel = torch.view_as_complex(weight.float().contiguous())
@@ -76,7 +81,10 @@ class FrequencyMix(nn.Module):
 
 
 class UPerNetHead(nn.Module):
-    """Xiao et al. 2018 (arXiv:1807.10221): the coarsest level pooled over 1, 2, 3 and 6 cells, and a feature pyramid."""
+    """Decoder head of Xiao et al. 2018 (arXiv:1807.10221).
+
+    It pools the coarsest level over 1, 2, 3 and 6 cells and fuses all levels in a feature pyramid.
+    """
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
@@ -88,7 +96,7 @@ class UPerNetHead(nn.Module):
         self.fuse = convolution(len(channels) * width, width)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """(n, width, y, x) at the size of the first level."""
+        """Return (n, width, y, x) at the size of the first level."""
         last = levels[-1]
         above = self.coarsest(torch.cat([last, *(enlarge(pool(last), last) for pool in self.pool)], dim=1))
         found = [above]

@@ -1,4 +1,4 @@
-"""ChangeFormer: differences of two dates between hierarchical transformers."""
+"""ChangeFormer: differences of two dates' features from a hierarchical transformer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from minecube.models.options import options_of
 
 
 def changeformer(card: ModelCard) -> nn.Module:
-    """ChangeFormer; options `widths` and `depths` of the encoder's four stages, `width` of the decoder."""
+    """Build ChangeFormer from a card.
+
+    Options: `widths` and `depths` of the encoder's four stages, `width` of the decoder.
+    """
     own = options_of(card, widths=(64, 128, 320, 512), depths=(3, 3, 4, 3), width=256)
     return ChangeFormer(len(card.bands), len(card.classes), **own)
 
 
 class ChangeFormer(nn.Module):
-    """Bandara and Patel 2022 (arXiv:2201.01293), in the form of their code's ChangeFormerV6.
+    """ChangeFormer of Bandara and Patel 2022 (arXiv:2201.01293), as V6 of their code.
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 32; gives logits (n, classes, y, x). Left out: the maps of
-    the four scales, which the authors supervise too, as here there is one loss on one output; dropout and drop path;
-    their softmax, as each class has a logit of its own.
+    Input: (n, 2, bands, y, x), sides multiples of 32. Output: logits (n, classes, y, x). The
+    authors also supervise maps of four scales. Here there is one loss on one output. Dropout and
+    drop path are left out. Each class has its own logit in place of the authors' softmax.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class ChangeFormer(nn.Module):
         self.head = nn.Conv2d(width, classes, 3, padding=1)
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         levels = siamese(self.encoder, pair)
         found: list[Tensor] = []
         for (first, second), reduce, compare in reversed(list(zip(levels, self.reduce, self.compare, strict=True))):
@@ -81,7 +84,10 @@ class _Residual(nn.Module):
 
 
 class _MixTransformer(nn.Module):
-    """SegFormer's encoder (Xie et al. 2021, arXiv:2105.15203); ChangeFormer's patches are all 7 pixels wide."""
+    """SegFormer's encoder (Xie et al. 2021, arXiv:2105.15203) with ChangeFormer's patches.
+
+    All patches are 7 pixels wide.
+    """
 
     def __init__(self, bands: int, widths: Sequence[int], depths: Sequence[int]) -> None:
         super().__init__()
@@ -113,7 +119,10 @@ class _MixTransformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention to a coarser image, then a perceptron that looks at neighbours, on (n, y * x, channel)."""
+    """Attention to a coarser image, then a perceptron with a depth-wise convolution.
+
+    Input and output are (n, y * x, channel).
+    """
 
     def __init__(self, width: int, heads: int, shrink: int) -> None:
         super().__init__()

@@ -1,12 +1,14 @@
-"""Networks at work on a stream of windows: on the cores of a CPU, or on a GPU.
+"""Apply networks to a stream of windows, on the cores of a CPU or on a GPU.
 
-On the CPU every core has a thread that takes a few neighbouring windows at a time through kernels of one thread. A kernel
-that splits a sum among threads, or is chosen by the size of a batch, moves the last bits of a logit. Here none splits, and
-which windows go together follows from the network and from where they lie: so a map does not depend on the number of cores or
-workers, on who is first, or on anything asked for here. It is also the fastest way (benchmarks/predict.py).
+On a CPU every core runs one thread. A thread passes a few neighbouring windows at a time through
+single-threaded kernels. A kernel split among threads, or chosen by batch size, changes the last
+bits of a logit. Here no kernel is split. Windows are grouped by the network and by their position
+only. A map therefore does not depend on cores, workers or thread timing. This is also the fastest
+way (benchmarks/predict.py).
 
-On a GPU windows are gathered into batches, across rows, sites' years and pairs. How many to a batch is tried out, doubling
-until memory or throughput stops; one that runs out of memory later is halved and its windows are taken again.
+On a GPU windows are gathered into batches across rows, site-years and pairs. The batch size is
+doubled until memory or throughput stops growing. If a later batch runs out of memory, the size is
+halved and its windows are computed again.
 """
 
 from __future__ import annotations
@@ -39,32 +41,33 @@ from minecube.models.streams import Strip, uploaded
 
 T = TypeVar("T")
 _Sums = tuple[int, NDArray[np.int64], NDArray[np.bool_]]
-"""Of neighbouring windows: the column at which the first begins, what all add to their row, and whether each is of numbers."""
+"""Result of neighbouring windows: left column of the first, their weighted sums for the row, and
+per window whether all logits are finite."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_GAIN = 1.05  # a batch twice as large has to be faster by this, or it is not worth its memory
-_LARGEST = 1024  # windows to a batch
-# Windows to a call on a CPU: a call costs each layer something, but what a layer takes and gives should not leave the cache.
-# Of 21 small networks none is slower by this than by 4, 8 or 17 windows to a call, their sites' rows having 17, by more than
-# two hundredths.
-_BEST, _BYTES = 16, 3.7e6  # the former at most; the latter of what a layer takes and gives, in the mean over the layers
+_GAIN = 1.05  # minimum speed-up of a doubled batch
+_LARGEST = 1024  # windows per batch
+# Windows per call on a CPU: enough to amortise the overhead of a call, few enough to keep a layer's
+# input and output in cache. Measured on 21 small networks with 17 windows per row: at most 2 %
+# slower than 4, 8 or 17 windows per call.
+_BEST, _BYTES = 16, 3.7e6  # maximum windows; input plus output bytes, mean over layers
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Where and how a network computes."""
+    """Device, threads, batch size and precision of a computation."""
 
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     workers: int | None = None
-    """Threads on a CPU; by default as many as there are cores for this process."""
+    """Threads on a CPU. Default: the cores available to this process."""
     batch: int | None = None
-    """Windows to a call on a GPU; by default what is fastest. On a CPU this says nothing."""
+    """Windows per call on a GPU. Default: the fastest size found. Ignored on a CPU."""
     precision: str | None = None
-    """fp32 or bf16 (autocast); by default bf16 on a GPU and fp32 on a CPU."""
+    """fp32 or bf16 (autocast). Default: bf16 on a GPU, fp32 on a CPU."""
     compiled: bool = False
-    """Whether torch.compile rewrites the network for a GPU first: minutes, once, for a faster map."""
+    """Whether to run torch.compile for a GPU first: minutes once, then faster maps."""
 
     def __post_init__(self) -> None:
         counts = [n for n in (self.workers, self.batch) if n is not None]
@@ -74,14 +77,14 @@ class Compute:
                 f"{self.workers}, {self.batch}"
             )
         if self.compiled and self.device.startswith("cpu"):
-            # Groups differ in size, and each size would be compiled anew, until torch gives up at one that chance decides.
+            # Group sizes vary. torch would compile each one, and give up at a size left to chance.
             raise ModelError(
                 "torch.compile is for GPUs; on a CPU it takes its time, gains nothing, and a map's last bits would depend on "
                 "which windows come first: leave --compile out"
             )
 
     def place(self) -> torch.device:
-        """The device; raises ModelError where it is not there."""
+        """Return the device; raises ModelError if it is not available."""
         return device_of(self.device)
 
     def __str__(self) -> str:
@@ -91,11 +94,13 @@ class Compute:
 def rows_of(
     forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], compute: Compute
 ) -> Generator[tuple[T, Tensor, Tensor], None, None]:
-    """Of every strip, in order, the sums of its logits by weight, int64 [time, class, window, columns], on the device; and of
-    each of its windows whether all its logits are numbers.
+    """Yield each strip's logit sums, in order, as (`Strip.of`, sums, finite).
+
+    Sums are weighted, int64 [time, class, window, columns], on the device. `finite` marks the
+    windows with only finite logits.
 
     Raises:
-        ModelError: the device's memory does not hold one window.
+        ModelError: The device's memory cannot hold one window.
     """
     if forward.place.type == "cpu":
         yield from on_cores(forward, strips, ramp, compute.workers or _cores())
@@ -104,10 +109,10 @@ def rows_of(
 
 
 def ready(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward:
-    """A copy of the network where it is to compute, made as fast as it can be there, for views of these years.
+    """Copy the network to its device and optimise it there for views of these years.
 
     Raises:
-        ModelError: the device is not there.
+        ModelError: The device is not available.
     """
     place, side = compute.place(), trained.card.window_px
     network = deepcopy(trained.network).to(place).eval()
@@ -122,7 +127,7 @@ def ready(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward:
 
 
 def _cores() -> int:
-    """Those this process may use, which on a shared machine are not all."""
+    """Count the cores available to this process; a shared machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -131,12 +136,15 @@ def _precision(compute: Compute, place: torch.device) -> str:
 
 
 class Forward:
-    """Windows uint16 [n, time, band, y, x] -> logits float32 [n, time, class, y, x]; normalised on the device."""
+    """Prepared network: windows uint16 [n, time, band, y, x] -> logits [n, time, class, y, x].
+
+    Logits are float32. Windows are normalised on the device.
+    """
 
     def __init__(self, network: nn.Module, trained: Trained, compute: Compute, years: Sequence[int]) -> None:
         self.place, self.trained, self._years = compute.place(), trained, years
         self.group = compute.batch
-        """Windows to a call; None where it is still to be found out."""
+        """Windows per call; None until it is determined."""
         if compute.compiled:
             network.compile(dynamic=False)
         self._network = network
@@ -146,12 +154,15 @@ class Forward:
         self._mean, self._scale = mean, 1 / std
 
     def normal(self, windows: Tensor) -> Tensor:
-        """As `network.normalise` has them."""
+        """Normalise windows as `network.normalise` does."""
         values = windows.to(torch.float32)
         return torch.where(values > 0, (values - self._mean).mul_(self._scale), 0)
 
     def together(self, window: Tensor) -> int:
-        """How many windows like this one, [1, time, band, y, x] in floating point, a call on a CPU is best given."""
+        """Choose the number of windows per call on a CPU.
+
+        `window` is one window [1, time, band, y, x] in floating point.
+        """
         sizes: list[int] = []
 
         def note(_: nn.Module, given: tuple[object, ...], output: object) -> None:
@@ -169,8 +180,11 @@ class Forward:
         return min(max(round(_BYTES * len(sizes) / max(sum(sizes), 1)), 1), _BEST)
 
     def __call__(self, windows: Tensor, full: int | None = None) -> Tensor:
-        """Those in floating point are normalised already. A compiled network is given `full` windows however few there are:
-        each other number would be compiled anew."""
+        """Compute the logits of windows; windows in floating point are already normalised.
+
+        For a compiled network, fewer windows than `full` are padded to `full`. Each other number
+        would be compiled again.
+        """
         values = windows if windows.is_floating_point() else self.normal(windows)
         if self._compiled and full and len(values) < full:
             values = torch.cat([values, values.new_zeros((full - len(values), *values.shape[1:]))])
@@ -182,12 +196,13 @@ class Forward:
 def on_cores(
     forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64], workers: int
 ) -> Iterator[tuple[T, Tensor, Tensor]]:
-    """`rows_of` by threads that take a few windows each."""
+    """Compute `rows_of` by threads with a few windows per call."""
     side, best, own = len(ramp), forward.group or 1, threading.local()
     mean, std = (np.array(of, np.float32) for of in (forward.trained.mean, forward.trained.std))
 
     def some(pixels: NDArray[np.uint16], lefts: Sequence[int]) -> _Sums:
-        if len(getattr(own, "windows", ())) < len(lefts):  # kept: to be given new memory each time takes longer than to fill it
+        # Memory is reused: allocating it takes longer than filling it.
+        if len(getattr(own, "windows", ())) < len(lefts):
             own.windows = np.empty((len(lefts), *pixels.shape[1:3], side, side), np.float32)
         windows = own.windows[: len(lefts)]
         for window, left in zip(windows, lefts, strict=True):
@@ -202,13 +217,14 @@ def on_cores(
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for strip in strips:
-                pixels = np.ascontiguousarray(np.asarray(strip.pixels).transpose(2, 0, 1, 3))  # no copy of what `mapping` gives
+                # Strips of `mapping` are not copied here.
+                pixels = np.ascontiguousarray(np.asarray(strip.pixels).transpose(2, 0, 1, 3))
                 calls = [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts, best)]
                 waiting.append((strip, calls))
-                # Always more calls than workers in hand, so that none waits for another's row to end.
+                # Keep more calls pending than workers, so no worker waits for the end of a row.
                 while len(waiting) > 1 and sum(len(found) for _, found in list(waiting)[1:]) >= 2 * workers:
                     yield _row(*waiting.popleft())
-                if len(waiting) > 2 * workers + 1:  # rows of which few or no windows have anything in them
+                if len(waiting) > 2 * workers + 1:  # rows with few or no windows to compute
                     yield _row(*waiting.popleft())
             while waiting:
                 yield _row(*waiting.popleft())
@@ -220,8 +236,10 @@ def on_cores(
 def cut(
     strip: NDArray[np.uint16], left: int, mean: NDArray[np.float32], std: NDArray[np.float32], out: NDArray[np.float32]
 ) -> None:
-    """Put a window of a strip [row, time, band, column], contiguous, into `out` [time, band, row, column]: as
-    `network.normalise` has it bit by bit."""
+    """Write a window of a contiguous strip [row, time, band, column] into `out`.
+
+    `out` is [time, band, row, column], bit by bit as from `network.normalise`.
+    """
     times, bands, rows, side = out.shape
     for y in range(rows):
         for t in range(times):
@@ -233,8 +251,10 @@ def cut(
 
 
 def _together(lefts: Sequence[int], best: int) -> list[Sequence[int]]:
-    """A row's windows in groups as equal as can be, of `best` or about as many: one call of half as many again costs less than
-    two of half its size."""
+    """Split a row's windows into groups of equal size, about `best` each.
+
+    One call of 1.5 x `best` windows costs less than two of half that size.
+    """
     if not lefts:
         return []
     count = max(round(len(lefts) / best), 1)
@@ -244,7 +264,10 @@ def _together(lefts: Sequence[int], best: int) -> list[Sequence[int]]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Also for the caller, who adds up and would keep the cores busy with waiting; until the map is whole."""
+    """Limit the calling thread to one torch thread until the map is finished.
+
+    The calling thread adds up results. More threads would keep the cores busy with waiting.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -266,31 +289,34 @@ def _row(strip: Strip[T], calls: list[Future[_Sums]]) -> tuple[T, Tensor, Tensor
 
 
 def _finite(found: Tensor) -> Tensor:
-    """Of each window's logits [n, ...], whether all are numbers: what is not one leaves no sum that is."""
+    """Report per window [n, ...] whether all logits are finite (a sum propagates NaN and inf)."""
     return found.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
 
 
 def on_gpu(forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64]) -> Iterator[tuple[T, Tensor, Tensor]]:
-    """`rows_of` by batches, of as many windows as the last site's, if there was one."""
+    """Compute `rows_of` in batches, starting with the last site's batch size, if any."""
     with closing(uploaded(strips, forward.place)) as there:
         forward.group = yield from in_batches(forward, there, torch.from_numpy(ramp).to(forward.place), forward.group)
 
 
 @dataclass
 class _Row(Generic[T]):
-    """A strip whose windows are being computed."""
+    """Strip with windows still to compute."""
 
     strip: Strip[T]
     finite: Tensor
     left: int
-    """Windows to go."""
+    """Windows still to compute."""
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 def in_batches(
     forward: Callable[[Tensor, int | None], Tensor], strips: Iterator[Strip[T]], ramp: Tensor, batch: int | None
 ) -> Generator[tuple[T, Tensor, Tensor], None, int | None]:
-    """`rows_of` by batches, across rows; the same on any device. Gives back how many windows to a batch were found to fit."""
+    """Compute `rows_of` in batches across rows, in the same way on any device.
+
+    Returns the batch size found to fit.
+    """
     rows: deque[_Row[T]] = deque()
     todo: deque[tuple[_Row[T], int]] = deque()
     for strip in strips:
@@ -306,7 +332,7 @@ def in_batches(
         while rows and not rows[0].left:
             done = rows.popleft()
             yield done.strip.of, done.total, done.finite
-    fits = batch  # what is left fills no batch, so that it says nothing of them
+    fits = batch  # the remaining windows fill no batch and do not test its size
     while todo and batch is not None:
         batch = _take(forward, todo, ramp, batch)
     for done in rows:
@@ -315,7 +341,10 @@ def in_batches(
 
 
 def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Row[T], int]], ramp: Tensor, batch: int) -> int:
-    """Compute a batch of the windows to do, and add it up. How many the next may have: half, where this did not fit."""
+    """Compute one batch of pending windows, add it up, and return the next batch size.
+
+    The size is halved if the batch did not fit into memory.
+    """
     group = list(islice(todo, batch))
     cut = [torch.as_tensor(row.strip.pixels)[..., row.strip.lefts[n] :][..., : len(ramp)] for row, n in group]
     found: Tensor | None = None
@@ -326,7 +355,7 @@ def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Ro
             raise ModelError(
                 "the device's memory does not hold one window of this model; use a device with more, or a smaller model"
             ) from error
-    if found is None:  # not within `except`, where the error still holds on to what was too much
+    if found is None:  # outside `except`: the error still references tensors there
         if ramp.is_cuda:
             torch.cuda.empty_cache()
         log.warning("out of memory at %d windows to a batch; going on with %d", batch, batch // 2)
@@ -343,7 +372,10 @@ def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Ro
 
 
 def found_batch(seconds: Callable[[int], float]) -> int:
-    """Windows to a batch: doubled until memory or throughput stops. `seconds` says how long one of that size takes."""
+    """Find the batch size by doubling until memory or throughput stops growing.
+
+    `seconds` measures one batch of a given size.
+    """
     best, fastest, size = 1, 0.0, 1
     while size <= _LARGEST:
         try:
@@ -359,7 +391,7 @@ def found_batch(seconds: Callable[[int], float]) -> int:
 def _timed(forward: Callable[[Tensor, int | None], Tensor], window: Tensor) -> Callable[[int], float]:
     def seconds(size: int) -> float:
         windows = window.expand(size, *window.shape).contiguous()
-        for _ in range(2):  # the first call chooses kernels, and compiles
+        for _ in range(2):  # the first call chooses kernels and compiles
             start = time.perf_counter()
             forward(windows, size)
             if windows.is_cuda:

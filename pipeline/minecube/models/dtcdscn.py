@@ -13,16 +13,20 @@ from minecube.models.options import options_of
 
 
 def dtcdscn(card: ModelCard) -> nn.Module:
-    """DTCDSCN; options `width` (of the encoder's first stage, 64) and `depths` (3, 4, 6, 3: an SE-ResNet-34)."""
+    """Build DTCDSCN from a card.
+
+    Options: `width` (channels of the encoder's first stage, 64) and `depths` (3, 4, 6, 3: an
+    SE-ResNet-34).
+    """
     return DTCDSCN(len(card.bands), len(card.classes), **options_of(card, width=64, depths=(3, 4, 6, 3)))
 
 
 class DTCDSCN(nn.Module):
-    """Liu et al. 2020 (arXiv:1909.07726): the change detection half of the dual task constrained network.
+    """Change detection half of the dual task network of Liu et al. 2020 (arXiv:1909.07726).
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 32; gives logits (n, classes, y, x). Its other half maps
-    buildings in each date, with a centre, decoder and head of the same shape on the same encoder; it is left out, as its
-    output plays no part in the change map and has no label here.
+    Input: (n, 2, bands, y, x), sides multiples of 32. Output: logits (n, classes, y, x). The other
+    half maps buildings per date on the same encoder, with a centre, decoder and head of the same
+    shape. It is left out: its output does not affect the change map and has no label here.
     """
 
     def __init__(self, bands: int, classes: int, *, width: int = 64, depths: Sequence[int] = (3, 4, 6, 3)) -> None:
@@ -40,7 +44,7 @@ class DTCDSCN(nn.Module):
         )
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         *finer, coarsest = [first - second for first, second in siamese(self.encoder, pair)]
         x = self.centre(coarsest)
         *decoder, last = self.decoder
@@ -51,7 +55,7 @@ class DTCDSCN(nn.Module):
 
 
 class _Dilated(nn.Module):
-    """D-LinkNet's centre: ever wider convolutions, all of them added up."""
+    """D-LinkNet's centre: sum over a chain of ever wider convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -66,7 +70,10 @@ class _Dilated(nn.Module):
 
 
 class _Decode(nn.Module):
-    """Twice the size, after the dual attention (channel and place; Roy et al. 2018, arXiv:1803.02579) beside a shortcut."""
+    """Dual attention with a shortcut, then enlargement to twice the size.
+
+    The attention is by channel and by place (Roy et al. 2018, arXiv:1803.02579).
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Files of tensors and plain values: written whole or not at all, and opened only where every byte is as it was written.
+"""Write files of tensors and plain values whole, and open only undamaged ones.
 
-No code of a file is ever run. torch's restricted unpickler (`weights_only`, safe from torch 2.6 on: CVE-2025-32434) reads
-tensors and plain values. numpy's scalars become numbers. Objects of other classes become placeholders, or are refused.
+No code of a file is ever run. torch's restricted unpickler (`weights_only`, safe since torch 2.6:
+CVE-2025-32434) reads tensors and plain values. numpy scalars become numbers. Objects of other
+classes become placeholders or are refused.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ _FOREIGN = (
     TypeError,
     ValueError,
 )
-"""What zipfile and torch raise on a file that is none of theirs, or damaged."""
+"""Exceptions of zipfile and torch for foreign or damaged files."""
 
 
 def pickled(content: Mapping[str, Any]) -> memoryview:
-    """The bytes of a file of these, tensors among them."""
+    """Serialise a dictionary of tensors and plain values by torch.save."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     return buffer.getbuffer()
 
 
 class Placeholder:
-    """Stands for an object of another class: it keeps what the file says of the object, and runs none of its code.
+    """Stand-in for an object of another class, with its arguments and state, without its code.
 
-    A subclass is made per class of the file, of the same module and name.
+    A subclass is made per class of the file, with the same module and name.
     """
 
     said: tuple[Any, ...] = ()
     state: Any = None
 
     def __new__(cls, *said: Any) -> Any:
-        """Keep the arguments; those of a numpy scalar, its dtype and bytes, make a number."""
+        """Keep the arguments, or make a number of a numpy scalar's dtype and bytes."""
         if f"{cls.__module__}.{cls.__name__}" in _NUMPY:
             dtype, content = said
             return np.frombuffer(content, np.dtype(str(dtype.said[0])).newbyteorder(dtype.state[1]))[0].item()
@@ -70,25 +71,29 @@ class Placeholder:
 
 
 _NUMPY = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-"""What makes a scalar in pickles of numpy 1 and 2."""
+"""Makers of scalars in pickles of numpy 1 and 2."""
 _ONE_AT_A_TIME = threading.Lock()
-"""The classes that torch accepts are one list for all threads."""
+"""Lock for torch's list of accepted classes, shared by all threads."""
 
 
 def unpickled(content: bytes, otherwise: str, placeholders: bool = False) -> Any:
-    """What is in a file that `pickled` or `torch.save` made, tensors on the CPU and plain values: nothing in it is run.
+    """Read a file of `pickled` or `torch.save` without running any code in it.
+
+    Tensors are loaded on the CPU.
 
     Args:
-        content: the file's bytes.
-        otherwise: what to say of another file.
-        placeholders: put a `Placeholder` where the file has an object of another class, instead of refusing the file.
+        content: The file's bytes.
+        otherwise: Error message for a foreign or damaged file.
+        placeholders: Whether to put a `Placeholder` for an object of another class. Otherwise the
+            file is refused.
 
     Raises:
-        ModelError: it is something else, or damaged; says `otherwise`, and what the file is if its format is known.
+        ModelError: The file is foreign or damaged. The message is `otherwise`, plus the format if
+            known.
     """
     file = io.BytesIO(content)
     try:
-        with zipfile.ZipFile(file) as parts:  # which knows the checksums that torch writes, and does not look at
+        with zipfile.ZipFile(file) as parts:  # checks the checksums: torch writes but ignores them
             damaged = parts.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
@@ -119,11 +124,11 @@ _BEGINNINGS = {
     rb'.{6}\0\0\{"': "a safetensors file: load its tensors and save them by torch.save",
 }
 _PROGRAMS = {"constants.pkl": "a TorchScript archive", "archive_format": "a program of torch.export"}
-"""Zip archives of torch, by a part of theirs."""
+"""Zip archives of torch, by the name of a member."""
 
 
 def kind_of(content: bytes) -> str:
-    """Whose file this is, and what to do with it; empty if its format is unknown or the file is damaged."""
+    """Name a file's format and the remedy; empty if the format is unknown or the file damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             names = {name.partition("/")[2] for name in parts.namelist()}
@@ -142,7 +147,7 @@ def kind_of(content: bytes) -> str:
 
 
 def _classes(content: bytes) -> str:
-    """The classes in a file of torch.save that are not loaded."""
+    """List the first classes in a file of torch.save that are not loaded."""
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
     except _FOREIGN:
@@ -151,9 +156,13 @@ def _classes(content: bytes) -> str:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file, whole or not at all; raises ModelError where it cannot be (folder missing or read-only, disk full)."""
+    """Write a file whole or not at all.
+
+    Raises:
+        ModelError: The file cannot be written (folder missing or read-only, disk full).
+    """
     try:
         with replacing(path) as draft:
             draft.write_bytes(content)
-    except (OSError, ValueError) as error:  # the latter of a name that cannot be one
+    except (OSError, ValueError) as error:  # ValueError: invalid file name
         raise ModelError(f"{path}: could not be written ({error}); what was there before is as it was") from error

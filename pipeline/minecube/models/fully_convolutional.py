@@ -1,4 +1,4 @@
-"""FC-EF, FC-Siam-conc and FC-Siam-diff: U-Nets that see two dates."""
+"""FC-EF, FC-Siam-conc and FC-Siam-diff: U-Nets for two dates."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ from minecube.models.options import options_of
 
 
 def fc_ef(card: ModelCard) -> nn.Module:
-    """Both dates as bands of one image; options: `width` (of the first level, 16 in the paper), `dropout` (0.2)."""
+    """Build FC-EF: both dates are bands of one image.
+
+    Options: `width` (of the first level, 16 in the paper) and `dropout` (0.2).
+    """
     return _of(card, "early")
 
 
 def fc_siam_conc(card: ModelCard) -> nn.Module:
-    """Each date encoded alone, both skipped to the decoder; options as of `fc_ef`."""
+    """Build FC-Siam-conc: dates are encoded alone, and both skip to the decoder.
+
+    Options are those of `fc_ef`.
+    """
     return _of(card, "both")
 
 
 def fc_siam_diff(card: ModelCard) -> nn.Module:
-    """Each date encoded alone, the difference skipped to the decoder; options as of `fc_ef`."""
+    """Build FC-Siam-diff: dates are encoded alone, and their difference skips to the decoder.
+
+    Options are those of `fc_ef`.
+    """
     return _of(card, "difference")
 
 
@@ -33,11 +42,13 @@ def _of(card: ModelCard, skip: str) -> nn.Module:
 
 
 class FullyConvolutional(nn.Module):
-    """Daudt, Le Saux and Boulch 2018 (arXiv:1810.08462).
+    """Networks of Daudt, Le Saux and Boulch 2018 (arXiv:1810.08462).
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 16; gives logits (n, classes, y, x). `skip` is early,
-    both or difference. The deepest features that are decoded are the second date's, as in the authors' code (the paper
-    does not say), so even with |difference| the order of the dates is seen. Unlike there, one logit a class, no softmax.
+    Input: (n, 2, bands, y, x), sides multiples of 16. Output: logits (n, classes, y, x). `skip` is
+    early, both or difference. If dates are encoded alone, the decoder starts from the second date's
+    deepest features, as in the authors' code. The paper leaves this open. The order of the dates
+    therefore matters even with |difference|. Unlike there, each class has one logit without
+    softmax.
     """
 
     def __init__(self, bands: int, classes: int, *, skip: str, width: int = 16, dropout: float = 0.2) -> None:
@@ -57,7 +68,7 @@ class FullyConvolutional(nn.Module):
         self.head = nn.Conv2d(width, classes, 3, padding=1)
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         if self.skip == "early":
             skipped: list[Tensor] = self.encoder(pair.flatten(1, 2))
             deepest = skipped[-1]

@@ -1,11 +1,12 @@
-"""Where windows lie over a site, and how their logits become one map.
+"""Place windows over a site and blend their logits into one map.
 
-Windows overlap by half and begin a quarter beyond the site, which is mirrored there, so that no pixel is judged at a window's
-rim only. Their logits, not their labels, are blended by weights that fall to zero at the windows' edges: a squared sine, of
-which neighbours add up to one. Sums are kept in integers, which add up to the same in any order.
+Windows overlap by half and begin a quarter beyond the site. The site is mirrored there, so no pixel
+lies only at the rim of windows. Logits, not labels, are blended by weights falling to zero at the
+windows' edges. The weights are squared sines. Those of neighbours add up to one. Integer sums are
+the same in any order.
 
-Rows of windows follow each other downwards. Once a row is in, no later one touches the upper half of it: those rows of pixels
-are finished, and only the lower half is kept.
+Rows of windows follow each other downwards. Later rows never touch the upper half of a row. Those
+rows of pixels are finished, and only the lower half is kept.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from minecube.compiled import compiled
 SCALE = 250
 """Stored probability of one; the integers above it are free for `NODATA`."""
 NODATA = 255
-"""Stored probability where nothing is known."""
-_LOGIT_STEPS = 2**20  # per unit of logit; a float32 logit near 8 has no finer steps
-_LOGIT_LIMIT = 30.0  # beyond it the stored probability no longer moves, and the sums stay far from overflow (2 ** 45)
+"""Stored probability of unknown pixels."""
+_LOGIT_STEPS = 2**20  # per unit of logit; float32 logits near 8 have no finer steps
+_LOGIT_LIMIT = 30.0  # constant stored probability beyond; sums far from overflow (2 ** 45)
 _LIMIT, _STEPS = np.float32(_LOGIT_LIMIT), np.float32(_LOGIT_STEPS)
 _WEIGHT_STEPS = 2**10  # per unit of blending weight, in y and in x
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Windows of one size over a site; positions are those of the mirrored image, which begins `beyond` pixels earlier."""
+    """Windows of one size over a site.
+
+    Positions are those of the mirrored image, starting `beyond` pixels before the site.
+    """
 
     height: int
     width: int
@@ -40,43 +44,46 @@ class Layout:
 
     @property
     def step(self) -> int:
-        """From one window to the next."""
+        """Pixels from one window to the next."""
         return self.window_px // 2
 
     @property
     def beyond(self) -> int:
-        """Pixels that are mirrored before the first row and column."""
+        """Mirrored pixels before the first row and column."""
         return self.window_px // 4
 
     @cached_property
     def rows(self) -> NDArray[np.intp]:
-        """Row of the site that stands in each row of the mirrored image."""
+        """Row of the site in each row of the mirrored image."""
         return self._mirrored(self.height)
 
     @cached_property
     def columns(self) -> NDArray[np.intp]:
-        """Likewise."""
+        """Column of the site in each column of the mirrored image."""
         return self._mirrored(self.width)
 
     @cached_property
     def tops(self) -> range:
-        """Where rows of windows begin."""
+        """First row of each row of windows."""
         return range(0, len(self.rows) - self.window_px + 1, self.step)
 
     @cached_property
     def lefts(self) -> range:
-        """Where columns of windows begin."""
+        """First column of each column of windows."""
         return range(0, len(self.columns) - self.window_px + 1, self.step)
 
     @cached_property
     def ramp(self) -> NDArray[np.int64]:
-        """Weight along one side of a window."""
+        """Weights along one side of a window."""
         turn = np.pi * (np.arange(self.window_px) + 0.5) / self.window_px
         weights: NDArray[np.int64] = np.rint(np.sin(turn) ** 2 * _WEIGHT_STEPS).astype(np.int64)
         return weights
 
     def finished(self, top: int) -> tuple[slice, slice]:
-        """Rows that are whole once the windows at `top` are in: of the site, and among the windows' own rows."""
+        """Return the rows finished once the windows at `top` are added.
+
+        The first slice counts in the site, the second in the windows' own rows.
+        """
         whole = self.window_px if top == self.tops[-1] else self.step
         first, last = (min(max(top + n - self.beyond, 0), self.height) for n in (0, whole))
         return slice(first, last), slice(first + self.beyond - top, last + self.beyond - top)
@@ -89,20 +96,23 @@ class Layout:
 
 
 class Blend:
-    """The rows of one map, one row of windows after the other, downwards; on the device where the logits are."""
+    """Rows of one map from rows of windows, downwards, on the device of the logits."""
 
     def __init__(self, layout: Layout, place: torch.device) -> None:
         self._layout, self._total = layout, torch.zeros((), dtype=torch.int64)
         self._ramp = torch.from_numpy(layout.ramp).to(place)
-        # Without regard to windows that were left out: they had no observed pixel, so these weights are not asked for there.
+        # These include skipped windows: all pixels of a skipped window are NODATA anyway.
         self._weights = [torch.from_numpy(_sums(layout.ramp, at)).to(place) for at in (layout.tops, layout.lefts)]
-        # Compared with rather than computed by exp, of which the last bit may depend on where in an array a value stands.
+        # Limits replace exp: its last bit may depend on the position of a value in the array.
         steps = (np.arange(SCALE) + 0.5) / SCALE
         self._limits = torch.from_numpy(np.log(steps / (1 - steps))).to(place)
 
     def down(self, top: int, row: Tensor) -> Tensor:
-        """Add a row of windows, int64 [time, class, window, columns], which is not kept; the rows `finished` by it, uint8
-        [time, class, row, x], x `SCALE`."""
+        """Add a row of windows and return the rows `finished` by it.
+
+        `row` is int64 [time, class, window, columns] and is overwritten. The result is uint8 [time,
+        class, row, x], x `SCALE`.
+        """
         step, own = self._layout.step, self._layout.finished(top)[1]
         inside = slice(self._layout.beyond, self._layout.beyond + self._layout.width)
         down, across = self._weights
@@ -118,7 +128,10 @@ class Blend:
 
 
 def across(row: Tensor, left: int, weighted: Tensor) -> None:
-    """Add one window [..., window, window], as `weighted` has it, to its row, int64 [..., window, columns]."""
+    """Add one window [..., window, window] of `weighted` to its row, in place.
+
+    The row is int64 [..., window, columns].
+    """
     row[..., left : left + weighted.shape[-1]] += weighted
 
 
@@ -130,9 +143,10 @@ def summed(
     total: NDArray[np.int64],
     finite: NDArray[np.bool_],
 ) -> None:
-    """Add windows [window, time, class, row, x] to their row [time, class, row, column]: `weighted` and `across`, in one pass.
+    """Weight windows and add them to their row: `weighted` and `across` in one pass.
 
-    `finite` says of each window whether all its logits are numbers.
+    Windows are [window, time, class, row, x], the row [time, class, row, column]. `finite` marks
+    the windows with only finite logits.
     """
     count, times, classes, rows, side = logits.shape
     for n in range(count):
@@ -149,8 +163,12 @@ def summed(
 
 
 def blended(row: Tensor, before: Tensor, ramp: Tensor, weight: Tensor, limits: Tensor, at: tuple[int, int]) -> Tensor:
-    """Have a row of windows become sums, with those of the row `before` in its first rows; and what these are from row and
-    column `at` on, as numbers of limits that lie below, once they are divided by their weight [row, column]."""
+    """Blend a row of windows with the overlap of the row above, and return uint8 levels.
+
+    `row` is weighted by `ramp` in place, and `before` is added to its first rows. A level is the
+    number of `limits` below the sum divided by its weight [row, column]. Levels start at row and
+    column `at`.
+    """
     row.mul_(ramp[:, None])
     row[..., : before.shape[-2], :] += before
     (y, x), (height, width) = at, weight.shape
@@ -166,7 +184,7 @@ def blended_on_cpu(
     limits: NDArray[np.float64],
     at: tuple[int, int],
 ) -> NDArray[np.uint8]:
-    """`blended`, in one pass."""
+    """Compute `blended` in one pass."""
     times, classes, rows, columns = row.shape
     height, width = weight.shape
     levels = np.empty((times, classes, height, width), np.uint8)
@@ -188,8 +206,8 @@ def blended_on_cpu(
 
 
 def weighted(logits: Tensor, ramp: Tensor) -> Tensor:
-    """Logits float32 [..., window] as the integers that are added up, by their weight along x."""
-    # Exact in float32: a power of two, and beyond 2 ** 24 of these steps there is nothing to be rounded.
+    """Convert logits float32 [..., window] to integers weighted along x."""
+    # Exact in float32: the factor is a power of two, and values beyond 2 ** 24 steps are whole.
     steps = logits.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).mul_(_LOGIT_STEPS).round_()
     return steps.to(torch.int64).mul_(ramp)
 

@@ -1,10 +1,11 @@
-"""Mapping networks of the libraries: segmentation-models-pytorch, timm and transformers (`pip install 'minecube[models]'`).
+"""Mapping networks of segmentation-models-pytorch, timm and transformers.
 
-Each takes (n, bands, y, x) and gives logits (n, classes, y, x); its weights are named as the library names them, so that a
-state_dict of the library's own fits. None ever downloads anything: weights come by the card, or by training.
+They need `pip install 'minecube[models]'`. Each maps (n, bands, y, x) to logits (n, classes, y, x).
+Weights keep the library's names, so its own state_dicts fit. No network downloads anything: weights
+come from the card or from training.
 
-DeepLabV3(+) and UPerNet pool a window to one pixel and normalise that over the batch, which in training needs two windows at
-least; torch says so. All others train on one.
+DeepLabV3(+) and UPerNet pool a window to one pixel and normalise it over the batch. In training
+they need at least two windows, and torch reports fewer. All others train on one.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from minecube.models.options import options_of
 
 
 def _mend_torchvision() -> None:
-    """Declare two operators that torchvision's files for CUDA lack beside a CPU build of torch, if it is there and so.
+    """Declare two operators missing in a CUDA torchvision with a CPU build of torch.
 
-    timm imports torchvision, and its import fails on the first of them. None of these networks calls either. A torchvision
-    that imports is left alone: declared twice, its own would be refused.
+    timm imports torchvision, and the import fails at the first missing operator. No network here
+    calls them. An intact torchvision is left alone, since its operators cannot be declared twice.
     """
     try:
         importlib.import_module("torchvision")
@@ -73,20 +74,21 @@ _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def unet(card: ModelCard) -> nn.Module:
-    """U-Net (Ronneberger et al. 2015, arXiv:1505.04597) whose descending half is the option `encoder`."""
+    """Build U-Net (Ronneberger et al. 2015, arXiv:1505.04597) on the option `encoder`."""
     return _smp(card, smp.Unet)
 
 
 def linknet(card: ModelCard) -> nn.Module:
-    """LinkNet (Chaurasia and Culurciello 2017, arXiv:1707.03718) on the option `encoder`."""
+    """Build LinkNet (Chaurasia and Culurciello 2017, arXiv:1707.03718) on the option `encoder`."""
     return _smp(card, smp.Linknet)
 
 
 def pspnet(card: ModelCard) -> nn.Module:
-    """PSPNet (Zhao et al. 2017, arXiv:1612.01105) on the option `encoder`; `width` of the pyramid, 512 as published.
+    """Build PSPNet (Zhao et al. 2017, arXiv:1612.01105) on the option `encoder`.
 
-    As published, the last two stages are dilated, so that features are at an eighth of the resolution; the library's own
-    default leaves these stages away. Where the paper fuses the pyramid by a 3 x 3 convolution, the library does by a 1 x 1.
+    Option `width` is the pyramid's, 512 as published. As published, the last two stages are
+    dilated, with features at 1/8 of the resolution. The library leaves these stages out by default.
+    It fuses the pyramid by a 1 x 1 convolution, the paper by 3 x 3.
     """
     options = options_of(card, encoder="resnet50", width=512)
     network = _smp(card, smp.PSPNet, {"psp_out_channels": options["width"], "encoder_depth": 5, "upsampling": 8}, options)
@@ -95,15 +97,19 @@ def pspnet(card: ModelCard) -> nn.Module:
 
 
 def deeplabv3plus(card: ModelCard) -> nn.Module:
-    """DeepLabV3+ (Chen et al. 2018, arXiv:1802.02611) at output stride 16; options `encoder` and `width`, 256 as published."""
+    """Build DeepLabV3+ (Chen et al. 2018, arXiv:1802.02611) at output stride 16.
+
+    Options: `encoder` and `width` (256 as published).
+    """
     options = options_of(card, encoder="resnet50", width=256)
     return _smp(card, smp.DeepLabV3Plus, {"decoder_channels": options["width"]}, options)
 
 
 def deeplabv3(card: ModelCard) -> nn.Module:
-    """DeepLabV3 (Chen et al. 2017, arXiv:1706.05587) on MobileViTV2 (Mehta and Rastegari 2022, arXiv:2206.02680).
+    """Build DeepLabV3 (Chen et al. 2017, arXiv:1706.05587) on MobileViTV2.
 
-    At output stride 16 with rates 6, 12 and 18; `width` of the pyramid, 512 as published.
+    The option `encoder` selects the MobileViTV2 (Mehta and Rastegari 2022, arXiv:2206.02680).
+    Output stride is 16, with rates 6, 12 and 18. Option `width` is the pyramid's, 512 as published.
     """
     options = options_of(card, encoder="mobilevitv2-1.0", width=512)
     config = transformers.MobileViTV2Config(
@@ -117,7 +123,7 @@ def deeplabv3(card: ModelCard) -> nn.Module:
 
 
 def segformer(card: ModelCard) -> nn.Module:
-    """SegFormer (Xie et al. 2021, arXiv:2105.15203), b0 to b5 by the option `encoder`."""
+    """Build SegFormer (Xie et al. 2021, arXiv:2105.15203), b0 to b5 by the option `encoder`."""
     channels, depths, width = _size(card, _SEGFORMER, options_of(card, encoder="b2")["encoder"])
     config = transformers.SegformerConfig(
         num_channels=len(card.bands),
@@ -130,9 +136,10 @@ def segformer(card: ModelCard) -> nn.Module:
 
 
 def upernet(card: ModelCard) -> nn.Module:
-    """UPerNet (Xiao et al. 2018, arXiv:1807.10221) on ConvNeXt or Swin, by the option `encoder`.
+    """Build UPerNet (Xiao et al. 2018, arXiv:1807.10221) on ConvNeXt or Swin.
 
-    `width` of the pyramids, 512 as published. Without the auxiliary head, which only serves a loss of its own.
+    The option `encoder` selects the backbone. Option `width` is the pyramids', 512 as published.
+    The auxiliary head is left out, as it only serves its own loss.
     """
     options = options_of(card, encoder="swin-tiny", width=512)
     config = transformers.UperNetConfig(
@@ -145,15 +152,18 @@ def upernet(card: ModelCard) -> nn.Module:
 
 
 def mask2former(card: ModelCard) -> nn.Module:
-    """Mask2Former (Cheng et al. 2022, arXiv:2112.01527) on Swin, by the option `encoder`, with a logit for every class.
+    """Build Mask2Former (Cheng et al. 2022, arXiv:2112.01527) on Swin, with a logit per class.
 
-    `queries`, each a mask and what it is of: a class, background, or nothing. The paper's semantic inference gives a class
-    the score s_c = sum over queries of p(c) sigmoid(mask), and a pixel the class of the highest. Here a class's logit is
-    log s_c - log s_background, at the masks' resolution (a quarter) and then brought to the window's: above zero where the
-    paper would choose the class over the background, and trained by the same loss by pixel as all other networks. That
-    stands in for the paper's loss by matched sets of masks, which is for telling objects apart; there are none here.
+    The option `encoder` selects the Swin. Each of the `queries` has a mask and a kind: a class,
+    background or nothing. In the paper's semantic inference, a class scores s_c = sum over queries
+    of p(c) sigmoid(mask), and a pixel gets the class of the highest score. Here a class's logit is
+    log s_c - log s_background. It is computed at the masks' resolution (a quarter), then enlarged.
+    It is above zero if the paper would choose the class over the background. Training uses the same
+    loss per pixel as all other networks. The paper's loss by matched sets of masks is for
+    separating objects, and these labels have no objects.
 
-    `width` (256), `encoder_layers` (6, of the pixel decoder) and `decoder_layers` (9): as published by default.
+    Other options, with published defaults: `width` (256), `encoder_layers` (6, of the pixel
+    decoder) and `decoder_layers` (9).
     """
     options = options_of(card, encoder="swin-tiny", width=256, queries=100, encoder_layers=6, decoder_layers=9)
     width = options["width"]
@@ -162,7 +172,8 @@ def mask2former(card: ModelCard) -> nn.Module:
         num_labels=1 + len(card.classes),
         num_queries=options["queries"],
         encoder_layers=options["encoder_layers"],
-        decoder_layers=options["decoder_layers"] + 1,  # the library counts the masks of the queries as they start, too
+        # The library also counts the masks of the initial queries.
+        decoder_layers=options["decoder_layers"] + 1,
         feature_size=width,
         mask_feature_size=width,
         hidden_dim=width,
@@ -170,8 +181,8 @@ def mask2former(card: ModelCard) -> nn.Module:
         dim_feedforward=8 * width,
     )
     network = transformers.Mask2FormerForUniversalSegmentation(config)
-    # As in the paper's own code. As the library draws them, all queries are of the same class and their masks flat: then the
-    # masks cancel out of a class's odds, and nothing is learnt for thousands of windows.
+    # As in the paper's own code. The library draws flat masks and one class for all queries.
+    # Masks then cancel out of a class's odds, and nothing is learnt for thousands of windows.
     network.class_predictor.reset_parameters()
     features = network.model.pixel_level_module.decoder.mask_projection
     nn.init.kaiming_uniform_(features.weight, a=1)
@@ -209,7 +220,8 @@ def _smp(
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     encoder = (options or options_of(card, encoder="resnet50"))["encoder"]
-    # Two families stay out: Mix Transformers are under a licence that forbids commerce (see segformer), timm- is a name of old.
+    # Two families are left out. The licence of Mix Transformers forbids commerce (see segformer),
+    # and timm- names are outdated.
     known = [name for name in smp.encoders.get_encoder_names() if not name.startswith(("mit_", "timm-"))]
     known += [f"tu-{name}" for name in timm.list_models()]
     if encoder not in known:
@@ -225,11 +237,13 @@ def _smp(
 
 
 def _giving(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:
-    """A network of transformers that gives these logits in place of its own kind of answer."""
+    """Make a network of transformers return these logits instead of its own output."""
     for name, module in network.named_modules():
-        if name.endswith("swin.layernorm"):  # of the classifier that Swin was made for; nothing here goes through it
+        # Swin's classifier would use this layer; no data passes it here.
+        if name.endswith("swin.layernorm"):
             module.requires_grad_(False)
-        if isinstance(module, nn.BatchNorm2d):  # some networks there draw its scale about zero: no signal would come through
+        # Some networks draw its scale around zero, which blocks the signal.
+        if isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
     network.register_forward_hook(logits)
     return network
@@ -240,8 +254,9 @@ def _enlarged(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
 
 
 def _by_class(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
-    # In logarithms: a score may be far below the least float, and its gradient is wanted all the same.
-    kinds = found.class_queries_logits.float().log_softmax(-1)[..., :-1]  # (n, query, background and classes)
+    # In logarithms: a score may underflow, but its gradient is needed.
+    # (n, query, background and classes)
+    kinds = found.class_queries_logits.float().log_softmax(-1)[..., :-1]
     masks = nn.functional.logsigmoid(found.masks_queries_logits.float())  # (n, query, y, x)
     scores = [torch.logsumexp(masks + kinds[..., c, None, None], dim=1) for c in range(kinds.shape[-1])]
     logits = torch.stack(scores[1:], 1) - scores[0][:, None]

@@ -1,8 +1,9 @@
-"""Whole sites mapped by overlapping windows, in memory that does not grow with the number of their rows.
+"""Map whole sites by overlapping windows, in memory independent of their number of rows.
 
-A view is what a network sees at once, by its card's task: one year, two years, or all. Views are mapped one after the other,
-each from top to bottom: rows of pixels are read ahead while the network computes, cut into windows, and given away as soon as
-no later window touches them. How windows become a map: `layout`. Who computes: `compute`.
+A view is the years seen at once by a network: one, two or all, by its card's task. Views are mapped
+one after the other, from top to bottom. Rows of pixels are read ahead while the network computes,
+and cut into windows. Rows are yielded as soon as no later window touches them. `layout` blends
+windows into a map, and `compute` runs the network.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from minecube.models.network import Trained, select_bands
 from minecube.models.streams import Strip, ahead, landed
 
 View = tuple[int, ...]
-"""Years that are seen at once, in their order."""
+"""Years seen at once, in ascending order."""
 HERE = Compute()
-"""On all cores of this machine."""
-_READ_ROWS = 256  # or more: whole chunks, so that few are unpacked twice, and whole windows
+"""Default computation, on all cores of this machine."""
+_READ_ROWS = 256  # minimum rows per read; at least a window, rounded up to whole chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,18 @@ class Rows:
     y: int
     """First row."""
     values: NDArray[np.uint8]
-    """[time, class, row, x], probability x 250, 255 = none; time is the view's years for a series, else one."""
+    """[time, class, row, x], probability x 250, 255 = unknown. `time` is the view's years for a
+    series, else one."""
 
 
 def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None = None) -> list[View]:
-    """What the card's network maps of these years: each, each pair (or those named), or all at once.
+    """List a card's views of these years: each year, each pair, or all at once.
+
+    `pairs` restricts the pairs of change; by default all.
 
     Raises:
-        ModelError: too few years for the task, or no pair asked for, or one that is none, or of other years.
+        ModelError: There are too few years for the task. `pairs` is empty or given for another
+            task. A pair is not two of these years in ascending order.
     """
     ordered = tuple(sorted(years))
     if pairs is not None and card.task != "change":
@@ -77,10 +82,12 @@ def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None
 
 
 def about(trained: Trained) -> dict[str, Any]:
-    """What made a map, as plain JSON: the card, the SHA-256 of all weights, what it was trained on, how windows overlap.
+    """Describe the origin of a map as plain JSON.
 
-    Equal, and of the same builds, maps are the same but for the last bits that `compute` may move. Where the weights were got
-    is left out: a place makes no map, and a signed URL is a secret; and so are scores, which are known only afterwards.
+    It holds the card, the SHA-256 of all weights, the training sites, normalisation and the overlap
+    of windows. Equal descriptions give equal maps of the same builds, apart from last bits (see
+    `compute`). The address of the weights is left out: it does not affect a map, and a signed URL
+    is a secret. Scores are left out, since they are known only afterwards.
     """
     weights = hashlib.sha256()
     for name, value in sorted(trained.network.state_dict().items()):
@@ -105,23 +112,27 @@ def predict(
     compute: Compute = HERE,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.DataArray:
-    """Probability of the card's classes in every pixel, in memory: uint8, x 250, 255 where any band has no observation.
+    """Predict the probability of the card's classes in every pixel, in memory.
+
+    Values are uint8, x 250, and 255 if any band has no observation.
 
     Args:
         trained: The model.
-        reflectance: (band, y, x) or (year, band, y, x), uint16, 0 = no observation; if lazy, read in strips.
-        pairs: Of years, for change; all by default.
-        compute: Where and how.
-        progress: Called with windows done and windows in all.
+        reflectance: (band, y, x) or (year, band, y, x), uint16, 0 = no observation. Lazy arrays are
+            read in strips.
+        pairs: Pairs of years for change, by default all.
+        compute: Device and its use.
+        progress: Called with windows done and windows in total.
 
     Returns:
-        Mapping and series: (y, x) or (year, y, x). Change: (pair, class, y, x) with coordinates `first` and `second` (years)
-        and `class`; 255 where either year has no observation.
+        Mapping and series: (y, x) or (year, y, x).
+        Change: (pair, class, y, x) with coordinates `first` and `second` (years) and `class`; 255
+            if either year has no observation.
 
     Raises:
-        ModelError: as `Mapper.rows`.
+        ModelError: As for `views_of` and `Mapper.rows`.
     """
-    # A year without a name is as good as any.
+    # The number of an unnamed year does not matter.
     named = reflectance if "year" in reflectance.coords else reflectance.assign_coords(year=0)
     cube = named if "year" in named.dims else named.expand_dims("year")
     views = views_of(trained.card, [int(year) for year in cube["year"]], pairs)
@@ -149,7 +160,10 @@ def predict(
 
 
 class Mapper:
-    """A trained network, ready to map site after site: on its device, and made fast there, once for all of them."""
+    """Trained network ready to map site after site.
+
+    It is moved to its device and optimised there once for all sites.
+    """
 
     def __init__(self, trained: Trained, compute: Compute = HERE) -> None:
         self.trained, self.compute = trained, compute
@@ -158,23 +172,25 @@ class Mapper:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """`about` the model."""
+        """Description of the model by `about`."""
         return about(self.trained)
 
     @property
     def name(self) -> str:
-        """Default name of its predictions: the card's id and the beginning of the weights' SHA-256."""
+        """Default name of its predictions: card id and first digits of the weights' SHA-256."""
         return f"{self.trained.card.id}-{self.about['weights_sha256'][:8]}"
 
     def check(self, reflectance: xr.DataArray, views: Sequence[View]) -> None:
-        """See that these views can be mapped, before anything is read or written.
+        """Check before any reading or writing if these views can be mapped.
 
         Raises:
-            ModelError: bands are missing or in another order than the card's, pixels are not uint16, a year is missing, the
-                network takes another number of years, or the device is not there.
+            ModelError: Bands are missing or in another order than the card's. Pixels are not
+                uint16. A year is missing. The network takes another number of years. The device is
+                not available.
         """
         card = self.trained.card
-        takes = getattr(self.trained.network, "years", None)  # of networks that take one number of years only
+        # Some networks take one number of years only.
+        takes = getattr(self.trained.network, "years", None)
         years = [int(year) for year in select_bands(reflectance, card)["year"]]
         lacking = sorted({year for view in views for year in view} - set(years))
         if lacking:
@@ -190,13 +206,14 @@ class Mapper:
     def rows(
         self, reflectance: xr.DataArray, views: Sequence[View], progress: Callable[[int, int], None] | None = None
     ) -> Generator[Rows, None, None]:
-        """The maps of these views, one after the other, each in rows from top to bottom, as they are finished.
+        """Yield the maps of these views one after the other, in finished rows from top to bottom.
 
-        On the CPU the result depends on nothing but model and pixels: not on workers, cores in use, strips, or order of
-        windows. Another machine may still move the last bits of a logit; so may bf16, and batches on a GPU.
+        On a CPU in fp32 the result depends only on model and pixels. Workers, cores, strips and the
+        order of windows have no effect. Another machine, bf16, and batches on a GPU may change the
+        last bits of a logit.
 
         Raises:
-            ModelError: as `check`; a logit is not a number, or the device is too small.
+            ModelError: As for `check`. A logit is not a number. The device has too little memory.
         """
         self.check(reflectance, views)
         card = self.trained.card
@@ -223,11 +240,14 @@ class Mapper:
                     yield Rows(view=part.view, y=site.start, values=np.where(known, values.numpy(), np.uint8(NODATA)))
 
     def _forward(self, view: View) -> Forward:
-        """What computes views like this one. Only a series is told its years."""
+        """Return the network prepared for views like this one.
+
+        Only a network for series receives the years.
+        """
         like = view if self.trained.card.task == "series" else len(view)
-        with self._lock:  # threads may map sites by the same model
+        with self._lock:  # several threads may use the same model
             if self._ready is None or self._ready[0] != like:
-                self._ready = None  # not two at once in a GPU's memory
+                self._ready = None  # never two in a GPU's memory
                 self._ready = (like, ready(self.trained, self.compute, view))
             return self._ready[1]
 
@@ -239,9 +259,9 @@ class _Part:
     view: View
     top: int
     lefts: tuple[int, ...]
-    """Of the windows that are computed: those with a pixel that will not be NODATA."""
+    """First columns of the windows to compute, each with a known pixel."""
     known: NDArray[np.bool_]
-    """[time, window, x] of the site: pixels that will not be NODATA."""
+    """[time, window, x] of the site: pixels known in the map, not NODATA."""
 
 
 def _times(card: ModelCard, view: View) -> int:
@@ -251,7 +271,7 @@ def _times(card: ModelCard, view: View) -> int:
 def _blended(
     found: Iterator[tuple[_Part, Tensor, Tensor]], layout: Layout, card: ModelCard, place: torch.device
 ) -> Iterator[tuple[_Part, Tensor, Tensor]]:
-    """Finished rows [time, class, row, x] of every row of windows, still on the device."""
+    """Yield finished rows [time, class, row, x] per row of windows, still on the device."""
     blend = Blend(layout, place)
     for part, row, finite in found:
         if part.top == 0:
@@ -263,17 +283,20 @@ def _blended(
 
 
 def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str) -> Iterator[Strip[_Part]]:
-    """Rows of windows of every view; each row of pixels is read once a view, in whole rows of the store's chunks."""
+    """Yield the rows of windows of every view.
+
+    Each row of pixels is read once per view, in whole rows of the store's chunks.
+    """
     chunk = int(cube.encoding.get("chunks", (1,))[-2:][0])
     read = -(-max(layout.window_px, _READ_ROWS) // chunk) * chunk
     years = [int(year) for year in cube["year"]]
     side = layout.window_px
     needs = [layout.rows[top : top + side] for top in layout.tops]
-    # What a later row of windows still asks for: mirrored ones go back up.
+    # First row needed from here on: mirrored rows of windows go back up.
     first = np.minimum.accumulate([rows.min() for rows in needs][::-1])[::-1]
     for view in views:
         at = [years.index(year) for year in view]
-        # Rows first: so any of them, of all bands, lie in one piece.
+        # Rows come first, so any range of rows with all bands is contiguous.
         held, begin, end = np.empty((0, len(at), cube.sizes["band"], len(layout.columns)), np.uint16), 0, 0
         known = np.empty((0, len(at), layout.width), np.bool_)
         for top, rows, oldest in zip(layout.tops, needs, first, strict=True):
@@ -290,13 +313,16 @@ def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
                 sure = np.logical_and.reduce(sure, axis=0, keepdims=True)
             seen = np.logical_or.reduce(sure, axis=(0, 1))[layout.columns]
             lefts = tuple(left for left in layout.lefts if seen[left : left + side].any())
-            # One without any such pixel touches only pixels that come out as NODATA.
+            # A window without a known pixel only touches NODATA pixels.
             part_of = _Part(view=view, top=top, lefts=lefts, known=sure)
             yield Strip(of=part_of, pixels=held[here].transpose(1, 2, 0, 3), lefts=lefts)
 
 
 def _followed(rows: NDArray[np.uint16], new: NDArray[np.uint16], layout: Layout) -> NDArray[np.uint16]:
-    """Rows [row, time, band, columns], and after them new ones [row, time, band, x], mirrored beyond the site's sides."""
+    """Append new rows [row, time, band, x] to rows [row, time, band, columns].
+
+    The new rows are mirrored beyond the site's sides.
+    """
     wide = np.empty((len(rows) + len(new), *rows.shape[1:]), np.uint16)
     wide[: len(rows)] = rows
     inside = slice(layout.beyond, layout.beyond + layout.width)

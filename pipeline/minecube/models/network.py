@@ -1,4 +1,4 @@
-"""From a card to a network, to a file, and back."""
+"""Build networks from cards, save them to files and load them."""
 
 from __future__ import annotations
 
@@ -43,31 +43,33 @@ ARCHITECTURES = {
     # Series
     "series-attention": "series:series_attention",
 }
-"""Architecture -> where its function (card) -> network is: a module is loaded when one of its networks is asked for."""
+"""Architecture -> module:function building its network from a card. Modules are loaded on demand.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A network and all that is needed to apply it."""
+    """A trained network and the data to apply it."""
 
     card: ModelCard
     network: nn.Module
     """In evaluation mode, on the CPU."""
     mean: tuple[float, ...]
-    """Per band of the card, reflectance x 10000, of the training sites."""
+    """Mean reflectance x 10000 per band of the card, over the training sites."""
     std: tuple[float, ...]
-    """Likewise; never zero."""
+    """Standard deviation, like `mean`; never zero."""
     sites: tuple[str, ...]
-    """What it was trained on: scores there are not scores on unseen ground."""
+    """Training sites. Scores on them are not scores on unseen ground."""
     training: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """How, as plain JSON: settings, seed, validation sites, the epoch that was kept, its scores; empty where not known."""
+    """Settings, seed, validation sites, chosen epoch and its scores, as plain JSON; empty if
+    unknown."""
 
 
 def build(card: ModelCard) -> nn.Module:
-    """The card's network with fresh weights, by torch's global random state.
+    """Build the card's network with fresh weights from torch's global random state.
 
     Raises:
-        ModelError: there is no such architecture, or it has no such options, or none like these.
+        ModelError: The architecture is unknown, or its options are unknown or invalid.
     """
     if card.architecture not in ARCHITECTURES:
         raise ModelError(
@@ -85,7 +87,11 @@ def build(card: ModelCard) -> nn.Module:
 
 
 def parameters(card: ModelCard) -> int:
-    """How many numbers the card's network learns; none of them is drawn. Raises ModelError as `build` does."""
+    """Count the trainable numbers of the card's network without drawing them.
+
+    Raises:
+        ModelError: As for `build`.
+    """
     with torch.device("meta"):
         return sum(p.numel() for p in build(card).parameters() if p.requires_grad)
 
@@ -94,7 +100,7 @@ def save(trained: Trained, path: Path) -> None:
     """Write the model to one file, whole or not at all.
 
     Raises:
-        ModelError: the file cannot be written (folder missing or read-only, disk full).
+        ModelError: The file cannot be written (folder missing or read-only, disk full).
     """
     content = {
         "format": FORMAT,
@@ -109,10 +115,11 @@ def save(trained: Trained, path: Path) -> None:
 
 
 def load(path: Path) -> Trained:
-    """The model of a file that `save` wrote.
+    """Load a model from a file written by `save`.
 
     Raises:
-        ModelError: the file cannot be read, is not one of ours, or its weights are another architecture's.
+        ModelError: The file cannot be read, is not one of ours, or its weights are another
+            architecture's.
     """
     try:
         content = path.read_bytes()
@@ -122,19 +129,23 @@ def load(path: Path) -> Trained:
 
 
 def foreign(where: str) -> str:
-    """What to say of a file that is no model."""
+    """Return the error message for a file without a model."""
     return f"{where}: is not a model that minecube wrote, or is damaged; train one with `minecube train`"
 
 
 def model_of(content: Any, where: str) -> Trained:
-    """The model of what `save` wrote; raises ModelError where a part is missing, or is another version's or architecture's."""
+    """Build the model from the content of a file written by `save`.
+
+    Raises:
+        ModelError: A part is missing, or of another version or architecture.
+    """
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ModelError(
             f"{where}: is not a model of this version of minecube (expected {FORMAT}, found {found or 'no format'}); "
             "train one with `minecube train`, or name another program's weights in a card (models.yaml)"
         )
-    content = {"training": {}, **content}  # which older files do not say
+    content = {"training": {}, **content}  # missing in older files
     parts = {"card": dict, "mean": list, "std": list, "sites": list, "training": dict, "weights": dict}
     wrong = [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]
     if wrong:
@@ -154,7 +165,8 @@ def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module
     """Fill the card's network with these weights, in evaluation mode.
 
     Raises:
-        ModelError: the weights are another network's, are no dense tensors of floats, or are not finite.
+        ModelError: The weights are another network's, are no dense tensors of floats, or are not
+            finite.
     """
     network = build(card)
     _need_numbers(network.state_dict(), weights, where)
@@ -170,7 +182,7 @@ def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module
 
 
 def _need_numbers(expected: Mapping[str, Tensor], found: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError if tensors have no values, no floats where floats are expected, NaN, or infinity."""
+    """Raise ModelError for tensors without values, of a wrong type, or with NaN or infinity."""
     problems: dict[str, list[str]] = {}
     for name, value in found.items():
         if name in expected and isinstance(value, Tensor) and (problem := _problem(expected[name], value)):
@@ -181,7 +193,7 @@ def _need_numbers(expected: Mapping[str, Tensor], found: Mapping[str, Any], wher
 
 
 def _problem(expected: Tensor, found: Tensor) -> str:
-    """Say in words why a tensor cannot be a weight; "" if it can."""
+    """Describe the problem of a tensor as a weight; "" if it can be one."""
     if found.is_meta:
         return "no values (device meta)"
     if found.layout != torch.strided:
@@ -197,7 +209,7 @@ def _and_more(names: Sequence[str]) -> str:
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:
-    """What found weights lack, have more, or have in another shape, one of them by name."""
+    """Count missing, unexpected and misshapen weights, with one name of each."""
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in found.items()}
     found_otherwise = [n for n, value in expected.items() if n in shapes and shapes[n] != value.shape]
     differences = {
@@ -218,9 +230,10 @@ def _card(fields: dict[str, Any], where: str) -> ModelCard:
 
 
 def logits(network: Callable[..., Tensor], task: str, windows: Tensor, years: Sequence[int] | None = None) -> Tensor:
-    """Of windows [n, time, band, y, x], the logits [n, time, class, y, x]; time is one year, two (giving one), or all.
+    """Compute logits [n, time, class, y, x] of windows [n, time, band, y, x].
 
-    `years` says which the windows are of; a network that sees a series is told, since a gap of three years is none of one.
+    Windows have one year, two (giving one), or all. `years` are the windows' years. Only a network
+    for series receives them, since a gap of three years differs from one year.
     """
     if task == "series":
         return network(windows, None if years is None else torch.tensor(years, device=windows.device))
@@ -230,7 +243,10 @@ def logits(network: Callable[..., Tensor], task: str, windows: Tensor, years: Se
 def normalise(
     windows: NDArray[np.uint16] | NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
 ) -> NDArray[np.float32]:
-    """Reflectance (n, band, y, x) as the network takes it: zero mean, unit deviation, zero where there is no observation."""
+    """Normalise reflectance (n, band, y, x) to zero mean and unit deviation.
+
+    Unobserved pixels become zero.
+    """
     shape = (-1, 1, 1)
     values: NDArray[np.float32] = windows - np.asarray(mean, np.float32).reshape(shape)
     values /= np.asarray(std, np.float32).reshape(shape)
@@ -239,10 +255,10 @@ def normalise(
 
 
 def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
-    """The card's bands of a cube's reflectance, ([year,] band, y, x), still lazy.
+    """Select the card's bands of a cube's reflectance, ([year,] band, y, x), still lazy.
 
     Raises:
-        ModelError: bands are missing or in another order than the card's, or pixels are not uint16.
+        ModelError: Bands are missing or in another order than the card's, or pixels are not uint16.
     """
     order = [d for d in ("year", "band", "y", "x") if d != "year" or d in reflectance.dims]
     if set(reflectance.dims) != set(order) or reflectance.dtype != np.uint16:

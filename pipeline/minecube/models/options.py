@@ -1,4 +1,4 @@
-"""A card's own options, held to what its architecture knows."""
+"""Check a card's options against those of its architecture."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from minecube.errors import ModelError
 
 
 def options_of(card: ModelCard, **defaults: Any) -> dict[str, Any]:
-    """The card's options on top of these defaults, which say what each has to be.
+    """Merge the card's options into these defaults and check their kinds.
 
-    A name for a name; a whole number above 0 for a whole number; a number of 0 or more for one with a point; as many whole
-    numbers above 0 for several.
+    Each option must be of its default's kind. Kinds are a name, a whole number above 0, a number of
+    0 or more (default with a point), or as many whole numbers above 0 as in the default.
 
     Raises:
-        ModelError: an option that is none of these, or another kind of value.
+        ModelError: An option is unknown or of another kind.
     """
     unknown = sorted(set(card.options) - set(defaults))
     if unknown:
@@ -29,7 +29,7 @@ def options_of(card: ModelCard, **defaults: Any) -> dict[str, Any]:
 
 
 def _unlike(value: Any, default: Any) -> str:
-    """What was expected, where the value is not of the default's kind."""
+    """Describe the expected kind; empty if the value is of the default's kind."""
     if isinstance(default, str):
         return "" if isinstance(value, str) else "a name"
     if isinstance(default, int):

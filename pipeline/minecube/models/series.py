@@ -1,10 +1,14 @@
-"""All years at once: a U-Net a year, and attention between the years.
+"""Map all years at once: a U-Net per year, and attention between the years.
 
-What a single year leaves open, a cloud's edge, a bare field, the years around it often settle: mines come and go over
-years, weather does not. So each place looks at its other years three times: by attention where the image is coarsest;
-by the same attention, enlarged, at the finer levels on the way up (as in U-TAE, Garnot and Landrieu 2021,
-arXiv:2107.07933, which gives one map for the whole series where this gives one a year); and, at full size, by means over
-the years before, after and around, whose weights by distance in years are learned.
+Other years often settle the doubts of a single year, such as a cloud's edge or a bare field. Mines
+come and go over years, weather does not. Each place looks at its other years three times:
+
+1. at the coarsest level, by attention
+2. at the finer levels on the way up, by the same attention, enlarged
+3. at full size, by means over the years before, after and around
+
+Step 2 follows U-TAE (Garnot and Landrieu 2021, arXiv:2107.07933). U-TAE gives one map per series,
+this network one per year. The means' weights by distance in years are learned.
 """
 
 from __future__ import annotations
@@ -18,25 +22,30 @@ from minecube.models.blocks import Pyramid, convolution, enlarge
 from minecube.models.options import options_of
 
 _REACH = 10
-"""Years; what is further away weighs like this."""
+"""Years; larger distances weigh as much as this one."""
 
 
 def series_attention(card: ModelCard) -> nn.Module:
-    """The network; options `width` (of the first level), `depth` (times it is halved), `heads` and `layers` of attention."""
+    """Build the network from a card.
+
+    Options: `width` (of the first level), `depth` (number of halvings), `heads` and `layers` of
+    attention.
+    """
     return SeriesAttention(len(card.bands), len(card.classes), **options_of(card, width=16, depth=3, heads=4, layers=1))
 
 
 class SeriesAttention(nn.Module):
-    """Takes (n, year, bands, y, x) with sides that are multiples of 2 ** depth; gives logits (n, year, classes, y, x).
+    """Network for a series of any number of years.
 
-    Any number of years. A pixel that is 0 in all bands was not observed: no other year looks at it, but it has an output,
-    made of the years that were. Distances in years are all that is known of time: nothing depends on the calendar.
+    Input: (n, year, bands, y, x), sides multiples of 2 ** depth. Output: logits (n, year, classes,
+    y, x). A pixel with 0 in all bands was not observed. Other years ignore it, but it has an output
+    from the observed years. Time enters only as distance in years, independent of the calendar.
     """
 
     def __init__(self, bands: int, classes: int, *, width: int = 16, depth: int = 3, heads: int = 4, layers: int = 1) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(depth + 1)]
-        # One more band says what was observed.
+        # One more band marks observed pixels.
         self.encoder = Pyramid(_two_convolutions(a, b) for a, b in zip([bands + 1, *channels], channels, strict=False))
         self.attention = nn.ModuleList(_Attention(channels[-1], heads) for _ in range(layers))
         self.mix = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels[-2:0:-1])
@@ -46,7 +55,10 @@ class SeriesAttention(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, series: Tensor, years: Tensor | None = None) -> Tensor:
-        """Logits of (n, year, bands, y, x); `years` (int, one a year of the series) are taken as consecutive if not given."""
+        """Return the logits of (n, year, bands, y, x).
+
+        `years` (int, one per year of the series) are consecutive by default.
+        """
         shape = series.shape[:2]
         years = torch.arange(shape[1], device=series.device) if years is None else years
         apart = (years[None, :] - years[:, None]).clamp(-_REACH, _REACH) + _REACH  # [looking, looked at]
@@ -58,7 +70,8 @@ class SeriesAttention(nn.Module):
         x = words.flatten(0, 1)
         for level, (up, merge) in enumerate(zip(self.up, self.merge, strict=True)):
             beside = skipped.pop()
-            if level < len(self.mix):  # at full size, attention of every pair of years would be larger than all the rest
+            # At full size, attention of all pairs of years would be larger than all the rest.
+            if level < len(self.mix):
                 pooled = _weighted(weight, torch.unflatten(beside, 0, shape), _coarser(seen, beside))
                 beside = beside + self.mix[level](pooled.flatten(0, 1))
             x = merge(torch.cat([beside, up(x)], dim=1))
@@ -72,16 +85,16 @@ def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _coarser(seen: Tensor, like: Tensor) -> Tensor:
-    """1 where anything of a coarser pixel was observed, else 0: (n, year, 1, y, x)."""
+    """Mark coarser pixels with any observation by 1, others by 0: (n, year, 1, y, x)."""
     factor = seen.shape[-1] // like.shape[-1]
     return torch.unflatten(functional.max_pool2d(seen.flatten(0, 1), factor), 0, seen.shape[:2])
 
 
 def _weighted(weight: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """Of values (n, year, channel, y, x), the sums over years by weight [n, head, looking, looked at, y, x].
+    """Sum values (n, year, channel, y, x) over years by weight.
 
-    Weights are enlarged to the values' size and shared out anew among what was observed there; each head has its share of
-    the channels.
+    Weights are [n, head, looking, looked at, y, x]. If smaller than the values, they are enlarged
+    and normalised again over the observed years. Each head has its share of the channels.
     """
     heads = weight.shape[1]
     if weight.shape[-2:] != values.shape[-2:]:
@@ -92,7 +105,10 @@ def _weighted(weight: Tensor, values: Tensor, seen: Tensor) -> Tensor:
 
 
 class _Attention(nn.Module):
-    """Years of one place look at each other; gives (n, year, channel, y, x) and the weights they looked by."""
+    """Attention between the years of one place.
+
+    It returns (n, year, channel, y, x) and the attention weights.
+    """
 
     def __init__(self, channels: int, heads: int, size: int = 8) -> None:
         super().__init__()
@@ -101,7 +117,7 @@ class _Attention(nn.Module):
         self.query, self.key = (nn.Conv2d(channels, heads * size, 1) for _ in range(2))
         self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(2))
         self.perceptron = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU(), nn.Conv2d(2 * channels, channels, 1))
-        # Heads differ from the start in how far they look.
+        # Heads start with different reach in years.
         slopes = 2.0 ** -torch.arange(1, heads + 1)
         self.distance = nn.Parameter(-slopes[:, None] * torch.arange(-_REACH, _REACH + 1).abs())
 
@@ -120,19 +136,22 @@ class _Attention(nn.Module):
 
 
 class _Coherence(nn.Module):
-    """Beside a shortcut: what a year's features become when means over the years before, after and around are known."""
+    """Update of a year's features, added to a shortcut.
+
+    It uses means over the years before, after and around.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         apart = torch.arange(-_REACH, _REACH + 1)
         near = -apart.abs() / 2
-        # A year weighs little in its own mean before or after, but is all there is where there are no such years.
+        # A year weighs little in its own mean before or after, unless no such years exist.
         self.distance = nn.Parameter(torch.stack([near - 6 * (apart >= 0), near - 6 * (apart <= 0), near]))
         self.blend = nn.Sequential(nn.Conv2d(4 * channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, seen: Tensor, apart: Tensor) -> Tensor:
         weight = self.distance.exp()[:, apart]  # [mean, looking, looked at]
-        # Channels last, as they lie in memory: years are then summed by one product of matrices, without a copy.
+        # Channels last, as in memory: one matrix product then sums the years without a copy.
         last, observed = x.movedim(2, -1), seen.movedim(2, -1)
         known = (last * observed).flatten(2)
         means = [

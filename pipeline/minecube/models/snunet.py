@@ -11,16 +11,20 @@ from minecube.models.options import options_of
 
 
 def snunet(card: ModelCard) -> nn.Module:
-    """SNUNet with ECAM; option `width`, channels of the first level (32 in the paper's SNUNet-CD/32)."""
+    """Build SNUNet with ECAM from a card.
+
+    Option: `width`, channels of the first level (32 in the paper's SNUNet-CD/32).
+    """
     return SNUNet(len(card.bands), len(card.classes), **options_of(card, width=32))
 
 
 class SNUNet(nn.Module):
-    """Fang, Li, Shao and Li 2021 (IEEE GRSL, 10.1109/LGRS.2021.3056416).
+    """SNUNet of Fang, Li, Shao and Li 2021 (IEEE GRSL, 10.1109/LGRS.2021.3056416).
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 16; gives logits (n, classes, y, x). The ensemble channel
-    attention module (ECAM) weighs the four outputs of full resolution; as in the paper, the deepest level sees the second
-    date only. Unlike there, one logit a class in place of a softmax over two.
+    Input: (n, 2, bands, y, x), sides multiples of 16. Output: logits (n, classes, y, x). The
+    ensemble channel attention module (ECAM) weights the four outputs of full resolution. As in the
+    paper, the deepest level sees only the second date. Unlike there, each class has one logit in
+    place of a softmax over two.
     """
 
     def __init__(self, bands: int, classes: int, width: int = 32) -> None:
@@ -28,7 +32,7 @@ class SNUNet(nn.Module):
         c = [width * 2**level for level in range(5)]
         self.encoder = Pyramid([_Block(a, b) for a, b in zip([bands, *c], c, strict=False)])
         nodes = [(level, step) for step in range(1, 5) for level in range(5 - step)]
-        # Node (level, step) sees both dates, the nodes before it on its level, and the one before it a level below.
+        # Node (level, step) sees both dates, earlier nodes of its level, and (level + 1, step - 1).
         self.nodes = nn.ModuleDict(
             {f"{level}_{step}": _Block((1 + step) * c[level] + c[level + 1], c[level]) for level, step in nodes}
         )
@@ -40,7 +44,7 @@ class SNUNet(nn.Module):
         self.head = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         dates = siamese(self.encoder, pair)
         found: list[list[Tensor]] = [[second] for _, second in dates]
         for step in range(1, 5):
@@ -56,7 +60,7 @@ class SNUNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions; what the first gives, before it is normalised, is added to the second."""
+    """Two convolutions with a shortcut from the first, before its normalisation."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

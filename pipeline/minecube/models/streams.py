@@ -1,4 +1,7 @@
-"""What flows through a network: rows of windows made ahead by a thread, copied to a GPU while it computes, and back."""
+"""Stream rows of windows through a network.
+
+A thread makes rows ahead. They are copied to a GPU while it computes, and results are copied back.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,15 @@ class Strip(Generic[T]):
     """A row of windows."""
 
     of: T
-    """Whatever its map has to know of it."""
+    """Data of any type for its map."""
     pixels: NDArray[np.uint16] | Tensor
     """[time, band, window, columns], 0 = no observation."""
     lefts: tuple[int, ...]
-    """Columns at which its windows begin."""
+    """First columns of its windows."""
 
 
 def uploaded(strips: Iterator[Strip[T]], place: torch.device) -> Generator[Strip[T], None, None]:
-    """Strips on the GPU, copied there from pinned memory while it computes."""
+    """Copy strips to the GPU from pinned memory while it computes."""
     copying = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
 
     def upload() -> Iterator[tuple[Strip[T], torch.cuda.Event]]:
@@ -51,7 +54,10 @@ def uploaded(strips: Iterator[Strip[T]], place: torch.device) -> Generator[Strip
 
 
 def landed(found: Iterator[tuple[T, Tensor, Tensor]]) -> Iterator[tuple[T, Tensor, Tensor]]:
-    """The same tensors in the CPU's memory; a GPU is given three more to compute before the first is waited for."""
+    """Copy the tensors to the CPU's memory.
+
+    A GPU receives three more items to compute before the first is awaited.
+    """
     flying: deque[tuple[T, Tensor, Tensor, torch.cuda.Event | None]] = deque()
     for of, *tensors in found:
         if not any(t.is_cuda for t in tensors):
@@ -73,7 +79,10 @@ def _waited(flown: tuple[T, Tensor, Tensor, torch.cuda.Event | None]) -> tuple[T
 
 
 def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """The same items, `depth` of them made by a thread before they are asked for; close it to end the thread."""
+    """Yield the same items, with `depth` of them made ahead by a thread.
+
+    Close the generator to end the thread.
+    """
     with ThreadPoolExecutor(1) as maker:
         coming = deque(maker.submit(next, items, _END) for _ in range(depth))
         try:

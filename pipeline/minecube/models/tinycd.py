@@ -1,4 +1,4 @@
-"""TinyCD: the first blocks of an EfficientNet, and masks of what they mix."""
+"""TinyCD: the first stages of an EfficientNet, and masks of their mixed features."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from minecube.models.options import options_of
 
 
 def tinycd(card: ModelCard) -> nn.Module:
-    """TinyCD; options `widths` of the encoder's stem and three stages, `depths` of the stages, `decoder` widths."""
+    """Build TinyCD from a card.
+
+    Options: `widths` of the encoder's stem and three stages, `depths` of the stages, `decoder`
+    widths.
+    """
     own = options_of(card, widths=(48, 24, 32, 56), depths=(2, 4, 4), decoder=(64, 64, 32))
     return TinyCD(len(card.bands), len(card.classes), **own)
 
 
 class TinyCD(nn.Module):
-    """Codegoni, Lombardi and Ferrari 2022 (arXiv:2207.13159); the default widths and depths are EfficientNet-b4's.
+    """TinyCD of Codegoni, Lombardi and Ferrari 2022 (arXiv:2207.13159).
 
-    Takes (n, 2, bands, y, x) with sides that are multiples of 8; gives logits (n, classes, y, x). The encoder starts from
-    random weights, as ImageNet's are for three bands, and without its stochastic depth.
+    Input: (n, 2, bands, y, x), sides multiples of 8. Output: logits (n, classes, y, x). Default
+    widths and depths are EfficientNet-b4's. The encoder starts from random weights, since ImageNet
+    weights are for three bands. It has no stochastic depth.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class TinyCD(nn.Module):
         self.head = nn.Sequential(_pointwise(last, last // 2, last // 4), nn.Conv2d(last // 4, classes, 1))
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Logits of (n, 2, bands, y, x)."""
+        """Return the logits of a pair (n, 2, bands, y, x)."""
         *levels, deepest = [(pair[:, 0], pair[:, 1]), *siamese(self.encoder, pair)]
         x = self.mix(_interleave(*deepest))
         for up, mask, dates in zip(self.up, reversed(self.masks), reversed(levels), strict=True):
@@ -56,7 +61,7 @@ class TinyCD(nn.Module):
 
 
 def _encoder(bands: int, widths: Sequence[int], depths: Sequence[int]) -> Stages:
-    """The first three stages of an EfficientNet, at half, a 4th and an 8th of the size."""
+    """Build the first three stages of an EfficientNet, at 1/2, 1/4 and 1/8 of the size."""
     stages = []
     for i, (stride, expansion, kernel) in enumerate(((1, 1, 3), (2, 6, 3), (2, 6, 5))):
         blocks = [
@@ -75,7 +80,7 @@ def _encoder(bands: int, widths: Sequence[int], depths: Sequence[int]) -> Stages
 
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
-    """Channels of the two dates by turns, so that a grouped convolution mixes each with its counterpart."""
+    """Alternate the channels of two dates, so a grouped convolution mixes counterparts."""
     return torch.stack([first, second], dim=2).flatten(1, 2)
 
 

@@ -12,14 +12,18 @@ from minecube.models.options import options_of
 
 
 def unet(card: ModelCard) -> nn.Module:
-    """A U-Net of the card's options `width` (channels of the first level) and `depth` (times the image is halved)."""
+    """Build a U-Net from a card.
+
+    Options: `width` (channels of the first level) and `depth` (number of halvings).
+    """
     return UNet(len(card.bands), len(card.classes), **options_of(card, width=16, depth=3))
 
 
 class UNet(nn.Module):
-    """Ronneberger, Fischer and Brox 2015 (arXiv:1505.04597), with padded convolutions and batch normalisation.
+    """U-Net of Ronneberger, Fischer and Brox 2015 (arXiv:1505.04597).
 
-    Takes (n, bands, y, x) float32 with sides that are multiples of 2 ** depth; gives logits (n, classes, y, x).
+    Convolutions are padded and have batch normalisation. Input: (n, bands, y, x) float32, sides
+    multiples of 2 ** depth. Output: logits (n, classes, y, x).
     """
 
     def __init__(self, bands: int, classes: int, width: int, depth: int) -> None:
@@ -33,7 +37,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of (n, bands, y, x)."""
+        """Return the logits of (n, bands, y, x)."""
         skipped = [self.inlet(x)]
         for down in self.down:
             skipped.append(down(skipped[-1]))
@@ -45,7 +49,7 @@ class UNet(nn.Module):
 
 
 def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
-    # Batch normalisation, not group: what is bright ground is a matter of absolute reflectance, not of the window.
+    # Batch, not group normalisation: bright ground is a matter of absolute reflectance.
     layers: list[nn.Module] = []
     for a, b in ((inputs, outputs), (outputs, outputs)):
         layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]

@@ -1,7 +1,8 @@
-"""Trained weights by card: got whole, held to the card's sha256, and only then opened.
+"""Get trained weights by card, check their SHA-256, and only then open them.
 
-A file is one of ours, which knows its card, mean and deviation. Or it holds a state_dict of the card's network, and the card
-gives mean and deviation. The state_dict may lie in a checkpoint, as Lightning writes them, under a prefix of its own.
+A file is either one of ours, with card, mean and deviation, or a state_dict of the card's network.
+For a state_dict, the card gives mean and deviation. The state_dict may lie in a checkpoint, as
+Lightning writes them, under its own prefix.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ _TIMEOUT_S = 60
 
 
 def find(name: str, cards: Mapping[str, ModelCard], cache: Path | None = None) -> Trained:
-    """The trained model of a file, or else that of a card, by its name.
+    """Load a trained model by the path of its file or by the name of a card.
 
     Args:
-        name: Path of a file that `save` wrote, or a key of `cards`.
-        cards: The catalogue's.
-        cache: As in `fetch`.
+        name: Path of a file written by `save`, or a key of `cards`.
+        cards: The catalogue's cards.
+        cache: As for `fetch`.
 
     Raises:
-        ModelError: it is neither; the file is not a model; the card has no weights, or `fetch` refuses them.
+        ModelError: The name is neither. The file is not a model. The card has no weights, or
+            `fetch` refuses them.
     """
     if Path(name).is_file():
         return load(Path(name))
@@ -51,16 +53,17 @@ def find(name: str, cards: Mapping[str, ModelCard], cache: Path | None = None) -
 
 
 def fetch(card: ModelCard, cache: Path | None = None) -> Trained:
-    """The card's network with the weights that it names.
+    """Load the card's network with the weights named in the card.
 
     Args:
-        card: Its `weights` say where they are: http(s)://, or a path.
-        cache: Folder where downloads are kept, by their hash. By default `minecube` in torch's own (`torch.hub.get_dir()`,
-            which `TORCH_HOME` moves).
+        card: Its `weights` have an address, http(s):// or a path.
+        cache: Folder of downloads, named by hash. Default: `minecube` in torch's own
+            (`torch.hub.get_dir()`, set by `TORCH_HOME`).
 
     Raises:
-        ModelError: the card names no weights; they cannot be got, or written; their hash is not the card's; they are of
-            another architecture, task, other options, bands or classes; they say no mean and deviation and nor does the card.
+        ModelError: The card names no weights. The weights cannot be read, downloaded or written.
+            Their hash is not the card's. They are of another architecture, task, other options,
+            bands or classes. Neither they nor the card have mean and deviation.
     """
     if card.weights is None:
         raise ModelError(
@@ -75,7 +78,11 @@ def fetch(card: ModelCard, cache: Path | None = None) -> Trained:
 
 
 def _verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
-    """What the file is called in messages, and what is in it; raises ModelError where that is not what the card means."""
+    """Return the file's name for messages, and its content.
+
+    Raises:
+        ModelError: The file cannot be read, or its hash is not the card's.
+    """
     if "://" not in weights.href:
         content = _read(Path(weights.href))
         _need_hash(weights, weights.href, hashlib.sha256(content).hexdigest())
@@ -102,7 +109,7 @@ def _need_hash(weights: Weights, where: str, found: str) -> None:
 
 
 def _download(weights: Weights, kept: Path) -> None:
-    """The file at the URL as `kept`, whole and of the right hash, or not at all."""
+    """Download the URL to `kept`, whole and with the right hash, or not at all."""
     where = _without_query(weights.href)
     if not weights.href.startswith(("http://", "https://")):
         raise ModelError(f"{where}: expected weights at http(s)://, or a path; get the file yourself, and put its path there")
@@ -112,18 +119,18 @@ def _download(weights: Weights, kept: Path) -> None:
         with replacing(kept) as part:
             with requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
                 answer.raise_for_status()
-                for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
+                for piece in answer.iter_content(1 << 20):  # raises if cut short
                     file.write(piece)
                     digest.update(piece)
             _need_hash(weights, where, digest.hexdigest())
-    except OSError as error:  # requests' errors are, too
+    except OSError as error:  # includes those of requests
         raise UnreadWeightsError(
             f"{where}: the weights cannot be downloaded to {kept.parent} ({_without_query(str(error))}); try again"
         ) from error
 
 
 def _without_query(text: str) -> str:
-    """Without what may be a secret: the signature of a signed URL."""
+    """Remove the query of URLs, since a signature in it is a secret."""
     return re.sub(r"\?\S*", "", text)
 
 
@@ -156,14 +163,15 @@ def _plain(card: ModelCard, content: Any, where: str) -> Trained:
 
 
 def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
-    """The network's state_dict in a file of another program, by the network's own names.
+    """Extract the network's state_dict from another program's file, by the network's own names.
 
-    It may lie one level down (`state_dict` of Lightning), and below a prefix (`module.` of DataParallel, `model.` of
-    Lightning). Tensors without the prefix are left out, and named in a warning. Without a prefix, tensors of parts that the
-    network does not have are left out likewise, such as those of a loss.
+    It may lie one level down (`state_dict` of Lightning), and below a prefix (`module.` of
+    DataParallel, `model.` of Lightning). Tensors without the prefix are left out and named in a
+    warning. Without a prefix, tensors of parts unknown to the network, such as a loss, are left out
+    likewise.
 
     Raises:
-        ModelError: the file holds no such state_dict, or several.
+        ModelError: The file holds no such state_dict, or several.
     """
     with torch.device("meta"):
         names = list(build(card).state_dict())
@@ -177,7 +185,7 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
             "which are meant; save those that are"
         )
     if not found and list(states) == [""]:
-        return states[""]  # which `filled` refuses, by the names that differ
+        return states[""]  # `filled` refuses it and names the differences
     if not found:
         raise ModelError(
             f"{where}: expected a model that minecube wrote, or a state_dict of {card.architecture}, with tensors such as "
@@ -196,7 +204,10 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
 
 
 def _tensors(content: Any) -> dict[str, dict[str, Tensor]]:
-    """The tables of tensors in a file, by where they lie; `_orig_mod`, which torch.compile puts into names, is left out."""
+    """Collect the tables of tensors in a file, by their place.
+
+    `_orig_mod`, put into names by torch.compile, is removed.
+    """
     if not isinstance(content, dict):
         return {}
     places = {"": content, **{str(key): value for key, value in content.items() if isinstance(value, dict)}}
@@ -208,15 +219,15 @@ def _tensors(content: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def _prefixes(state: Mapping[str, Tensor], names: list[str]) -> list[str]:
-    """What stands before all of a network's names in a state_dict, an empty prefix included."""
-    # Networks count their batches since torch 0.4.1; `load_state_dict` does without.
+    """List the prefixes of a state_dict before all of a network's names, "" included."""
+    # Batch counters exist since torch 0.4.1; `load_state_dict` works without them.
     needed = [name for name in names if not name.endswith("num_batches_tracked")]
     before = [name.removesuffix(needed[0]) for name in state if name.endswith(needed[0])]
     return [p for p in before if p[-1:] in ("", ".") and all(p + name in state for name in needed)]
 
 
 def _described(content: Any, states: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """What a file of another program holds instead of the card's weights."""
+    """Describe the content of another program's file."""
     if isinstance(content, Placeholder):
         return f"a pickled {_class(content)}, whose code is not run"
     if not isinstance(content, dict):

@@ -1,17 +1,20 @@
-"""The one way pixels are read: one asset onto one grid, in its own pixels wherever they fall on the grid.
+"""Pixel reader: one asset onto one grid, at its own pixels if they fit the grid.
 
-`read` trusts the file, never the item. A file of the grid's zone whose pixels are the grid's, or whole multiples of them,
-is read as a plain window (a 20 m pixel is repeated, not interpolated); anything else, above all a scene of the
-neighbouring UTM zone, is warped. A file is a GeoTIFF or JPEG 2000 at a local path, http(s):// or s3://. `remote` fetches the
-bytes of the latter. `minecube.network` says which hrefs are allowed, `minecube.images` which files are opened.
-A read that fails raises, or is lost in the `Ledger` that allows it: an error never becomes a zero unseen.
+`read` trusts the file, not the item. A file in the grid's zone is read as a plain window if its
+pixels are the grid's or whole multiples of them. A 20 m pixel is repeated, not interpolated. Any
+other file is warped, typically a scene of the neighbouring UTM zone. A file is a GeoTIFF or JPEG
+2000 at a local path, http(s):// or s3://. `remote` fetches the bytes of remote files.
+`minecube.network` decides the allowed hrefs, `minecube.images` the files to open. A failed read
+raises, or is recorded as lost if the `Ledger` allows this. An error never becomes an unrecorded
+zero.
 
-A dataset is opened, read and closed by one thread, within one read. What is worth keeping, the header's bytes and the
-connection, is shared by all (`remote`), so that nothing is asked for twice.
+One thread opens, reads and closes a dataset within one read. All threads share the header bytes and
+the connections (`remote`), so nothing is requested twice.
 
-All of stackstac stays in this module. It is called in the only mode in which it was found correct pixel for pixel:
-explicit epsg, resolution and bounds, pixel-centre coordinates, no rescaling, integers with 0 as fill, on items that
-carry nothing but names, so that no metadata can shift or drop a read and no graph holds a URL.
+All use of stackstac stays in this module. It is called in the only mode found correct for every
+pixel. This mode has explicit epsg, resolution and bounds, pixel-centre coordinates, no rescaling,
+and integers with fill 0. The items contain only names. So no metadata can shift or drop a read, and
+no graph contains a URL.
 """
 
 from __future__ import annotations
@@ -79,38 +82,44 @@ __all__ = [
 ]
 
 READ_THREADS = 64
-"""Reads in flight in a process: they wait on networks and disks, so it has nothing to do with Dask's threads or the cores."""
+"""Simultaneous reads in a process. Reads wait for networks and disks, so the number is
+independent of Dask's threads and the cores."""
 LOCAL_THREADS = (os.cpu_count() or 1) + 1
-"""The same of local files, which wait for a core rather than for an answer. More would keep from it what reduces the pixels."""
+"""Simultaneous reads of local files. They wait for a core, not for an answer. More would take
+cores from the reducers."""
 UInt16 = npt.NDArray[np.uint16]
-_SAME = 1e-3  # corners that agree to a thousandth of a pixel are the same corner: they are whole metres in UTM
-_SAME_SIZE = 1e-6  # pixel sizes must agree far better: the difference adds up over 10980 pixels
+_SAME = 1e-3  # pixels: corners this close are the same, as whole metres in UTM
+_SAME_SIZE = 1e-6  # pixel sizes must agree better: errors add up over 10980 pixels
 
 
 _PLAIN = Access()
 _MOST_PX = 10_980**2  # pixels of a band of a Sentinel-2 tile at 10 m
-_STRIP_PX = 2**23  # pixels of a file that are warped at once: 16 MB, a site of 29 km at 10 m
-_MOST_DN = 32767  # numbers above are defects and fill values of products: no ground or cloud is so bright
+_STRIP_PX = 2**23  # pixels of a file warped at once: 16 MB, a site of 29 km at 10 m
+_MOST_DN = 32767  # higher numbers are defects and fill values: no ground or cloud is brighter
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One file of a scene, and how to get at it."""
+    """One file of a scene and its access."""
 
     scene: str
     band: str
     href: str
     access: Access = _PLAIN
     origin: str | None = None
-    """The host of the catalogue that lists it, empty for a local one; None if the caller vouches for the href."""
+    """Host of the catalogue listing the file, empty for a local one; None if the caller vouches
+    for the href."""
 
     @classmethod
     def of(cls, scene: pystac.Item, band: str) -> Asset:
-        """Return the scene's file of a band; raise ReadError if there is no such file, or it must not be read."""
+        """Return the scene's file of a band.
+
+        Raises ReadError if the file does not exist or must not be read.
+        """
         if band not in scene.assets:
             raise ReadError(f"scene {scene.id}: no asset for {band}; it has {', '.join(sorted(scene.assets))}")
         origin = scene.properties.get("minecube:origin")
-        if not isinstance(origin, str):  # None would mean that the caller vouches for the href
+        if not isinstance(origin, str):  # with None, the caller would vouch for the href
             raise ReadError(
                 f"scene {scene.id}: expected the host of its catalogue in minecube:origin, found {origin!r}. Search again."
             )
@@ -124,7 +133,10 @@ class Asset:
         return asset
 
     def read(self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None, out: UInt16 | None = None) -> UInt16:
-        """As `read`; counted in the ledger, which may allow that it is lost: then uint16 zeros."""
+        """Call `read` and count it in the ledger.
+
+        A read lost with the ledger's permission returns uint16 zeros.
+        """
         if ledger is None:
             return read(self.href, grid, resampling, self.access, out=out, origin=self.origin)
         tally, began = Tally(), time.perf_counter()
@@ -156,21 +168,22 @@ class Asset:
 def stack(
     items: Sequence[pystac.Item], grid: GeoBox, bands: Sequence[str], *, chunk_px: int = 512, ledger: Ledger | None = None
 ) -> xr.DataArray:
-    """The lazy view of scenes on a grid, one time step per item in the order given.
+    """Stack scenes on a grid lazily, one time step per item in the given order.
 
     Args:
-        items: normalised scenes (`minecube.scenes`) of any sources and UTM zones.
-        grid: where the pixels go; its own resolution, whatever the files'.
-        bands: band names, or SCL, in the order wanted.
-        chunk_px: side of a Dask chunk.
-        ledger: counts the reads, where they are made in this process.
+        items: Normalised scenes (`minecube.scenes`) of any sources and UTM zones.
+        grid: Grid of the result. Its resolution may differ from the files'.
+        bands: Band names, or SCL, in the wanted order.
+        chunk_px: Side of a Dask chunk.
+        ledger: Counts the reads made in this process.
 
     Returns:
-        uint16 [time, band, y, x]: surface reflectance x 10000 with the offset removed, valid pixels >= 1, 0 = no data;
-        SCL as its class numbers. Coordinates: `id` and `offset` per time, pixel centres for y and x, `spatial_ref`.
+        uint16 [time, band, y, x]: Surface reflectance x 10000 with the offset removed, valid pixels
+        >= 1, 0 = no data. SCL as class numbers.
+        Coordinates are `id` and `offset` per time, pixel centres for y and x, and `spatial_ref`.
 
     Raises:
-        ReadError: no items, or one without a band; when computed, a pixel that cannot be read.
+        ReadError: There are no items, or one lacks a band. When computed: A pixel cannot be read.
     """
     if not items:
         raise ReadError("no scenes to stack; expected at least one item")
@@ -195,12 +208,13 @@ def stack(
 
 
 def read_band(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None) -> UInt16:
-    """One band of one scene on a grid, as `stack` has it, without a graph: uint16 [y, x]; in `out`, where that is given.
+    """Read one band of one scene onto a grid: uint16 [y, x].
 
-    Of a scene that was found to lie beside the others (`minecube:shift_m`, east and north), as if it lay with them.
+    The result equals `stack`'s, but without a graph. It is put into `out` if given. A registration
+    shift in `minecube:shift_m` (east and north) is applied.
 
     Raises:
-        ReadError: the scene has no such band, or its pixels cannot be read.
+        ReadError: The scene lacks this band, or its pixels cannot be read.
     """
     asset = Asset.of(scene, band)
     if shift := scene.properties.get("minecube:shift_m"):
@@ -215,13 +229,14 @@ def read_band(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None
 def begin(
     scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None
 ) -> Future[UInt16]:
-    """`read_band` on the threads that all reads of this process share: many for what is far away, few for local files."""
+    """Start `read_band` on the process's shared threads: many for remote files, few for local
+    ones."""
     far = band in scene.assets and not is_local(scene.assets[band].href)
     return _threads(READ_THREADS if far else LOCAL_THREADS).submit(read_band, scene, band, grid, ledger, out)
 
 
 def fetched(stacked: xr.DataArray) -> UInt16:
-    """The pixels of a stack, read on `READ_THREADS` threads that all stacks of this process share."""
+    """Compute the pixels of a stack on the `READ_THREADS` threads shared by all stacks."""
     pixels: UInt16 = stacked.data.compute(scheduler="threads", pool=_threads(READ_THREADS))
     return pixels
 
@@ -232,13 +247,14 @@ def _threads(n: int) -> ThreadPoolExecutor:
 
 
 def remove_offset(raw: UInt16, offset: npt.NDArray[np.int32] | int) -> UInt16:
-    """Digital numbers with BOA_ADD_OFFSET added: uint16, valid pixels at least 1, nodata 0 stays 0.
+    """Add BOA_ADD_OFFSET to digital numbers: uint16, valid pixels at least 1, nodata 0 stays 0.
 
-    Cut before it is added, since uint16 would wrap: a dark 900 with offset -1000 must become 1, not 65436.
+    Values are clipped before the addition, because uint16 would wrap. A dark 900 with offset -1000
+    must become 1, not 65436.
     """
     down = np.clip(-np.asarray(offset, dtype=np.int32), -65534, 65534)
     low, high = np.maximum(1 + down, 1).astype(np.uint16), np.minimum(65535 + down, 65535).astype(np.uint16)
-    shifted: UInt16 = np.clip(raw, low, high) - down.astype(np.uint16)  # of a negative `down` modulo 2 ** 16, as the sum is
+    shifted: UInt16 = np.clip(raw, low, high) - down.astype(np.uint16)  # negative `down` wraps, as the sum does
     shifted *= raw != 0
     return shifted
 
@@ -252,24 +268,27 @@ def read(
     out: UInt16 | None = None,
     origin: str | None = None,
 ) -> UInt16:
-    """One single-band file on the grid: uint16 (y, x), 0 where the file has nothing valid.
+    """Read one single-band file onto the grid: uint16 (y, x), 0 at invalid pixels.
 
-    Not valid are 0, the file's nodata, pixels that its mask hides, and numbers above 32767. Resampling uses valid pixels only.
-    A resampled pixel is 0 if the file's pixel at its centre is not valid. Overviews are not read.
-    Files in the grid's zone whose pixels nest in the grid are read without resampling; `resampling` is for the rest.
+    Invalid pixels are 0, the file's nodata, pixels hidden by its mask, and numbers above 32767.
+    Resampling uses valid pixels only. A resampled pixel is 0 if the file's pixel at its centre is
+    invalid. Overviews are not read. Files in the grid's zone with pixels nested in the grid are
+    read without resampling.
 
     Args:
-        href: local path, or file://, http(s):// or s3:// URL.
-        grid: where the pixels go.
-        resampling: for files that have to be warped.
-        access: how requests are signed; not at all by default.
-        tally: counts requests and bytes.
-        out: where the pixels are put, so that nothing is copied; a new array by default.
-        origin: host of the catalogue that lists the href, empty for a local one; by default the caller vouches for it.
+        href: Local path, or file://, http(s):// or s3:// URL.
+        grid: Grid of the result.
+        resampling: Method for files to be warped.
+        access: Signing of requests. By default, requests are unsigned.
+        tally: Counts requests and bytes.
+        out: Array for the pixels, to avoid a copy. By default a new array.
+        origin: Host of the catalogue listing the href, empty for a local one. By default the caller
+            vouches for the href.
 
     Raises:
-        ReadError: the href must not be read; the file is missing, truncated, no GeoTIFF or JPEG 2000, larger than a
-            Sentinel-2 tile, has several bands or is not of unsigned integers up to 16 bits.
+        ReadError: The href must not be read. The file is missing, truncated, no GeoTIFF or JPEG
+            2000, or larger than a Sentinel-2 tile. It has several bands, or is not of unsigned
+            integers up to 16 bits.
     """
     tally = tally or Tally()
     try:
@@ -282,7 +301,7 @@ def read(
                 )
             native = _nested(src, grid)
             pixels = _read_nested(src, grid, native, tally, out) if native else _put(_warp(src, grid, resampling, tally), out)
-            if tally.error:  # GDAL was given zeros for bytes that did not come
+            if tally.error:  # GDAL got zeros instead of missing bytes
                 raise RequestError(str(tally.error)) from tally.error
             return pixels
     except ForbiddenError as error:
@@ -310,7 +329,10 @@ def _open(href: str, access: Access, origin: str, tally: Tally) -> rasterio.Data
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The beginning of a local file; raises MissingError if it is missing or cut, RequestError if it cannot be read."""
+    """Read the first bytes of a local file.
+
+    Raises MissingError if the file is missing or cut, RequestError if it cannot be read.
+    """
     try:
         if not path.is_file() and path.exists():
             raise ForbiddenError("expected a file, found something else")
@@ -331,7 +353,10 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _need_whole(head: Head) -> None:
-    """Raise MissingError if a remote file is empty or ends within its header, as far as its first bytes tell."""
+    """Raise MissingError if a remote file is empty or ends within its header.
+
+    Only its first bytes are checked.
+    """
     _need_header(lambda start, length: head.data[start : start + length], head.size)
 
 
@@ -341,9 +366,10 @@ def _need_header(read_at: Callable[[int, int], bytes], size: int) -> None:
 
 
 def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
-    """The first of these bands whose file is missing, empty or cut, and why; empty if none is, or that cannot be known now.
+    """Find the first of these bands with a missing, empty or cut file, and report the reason.
 
-    Asks for the first bytes of each file, which reads need anyway.
+    Returns an empty text if no file is missing, or if this cannot be checked now. Requests the
+    first bytes of each file; reads need these anyway.
     """
     asked = [_threads(READ_THREADS).submit(_missing, Asset.of(scene, band)) for band in bands]
     return next((f"{band} is gone ({why})" for band, why in zip(bands, [a.result() for a in asked], strict=True) if why), "")
@@ -365,22 +391,22 @@ def _missing(asset: Asset) -> str:
 class NativeReader:
     """stackstac's reader protocol over `read`: a window of a stack is a window of the grid.
 
-    `stackstac.stack(items, reader=NativeReader, ...)` reads hrefs as they are; for those that have to be signed, give
-    `functools.partial(NativeReader, access=source.access)`. Nothing is kept open between reads, so a reader may be used from
-    any thread and pickled; each asset is read once a block anyway.
+    `stackstac.stack(items, reader=NativeReader, ...)` reads unsigned hrefs. For signed hrefs, pass
+    `functools.partial(NativeReader, access=source.access)`. Files are closed after each read, so a
+    reader can be pickled and used from any thread. Each asset is read only once per block anyway.
 
     Args:
-        url: href of the asset, or its name among `assets`.
-        spec: stackstac's grid.
-        resampling: for files that have to be warped.
-        dtype: uint16, as `fill_value`, `scale_offset` and `errors_as_nodata` must be as `stack` gives them.
-        fill_value: 0.
-        scale_offset: (1, 0).
-        gdal_env: not used.
-        errors_as_nodata: none.
-        access: how requests are signed.
-        assets: assets by name, for stacks of several sources.
-        ledger: counts the reads.
+        url: Href of the asset, or its name among `assets`.
+        spec: Grid in stackstac's form.
+        resampling: Method for files to be warped.
+        dtype: Must be uint16.
+        fill_value: Must be 0.
+        scale_offset: Must be (1, 0).
+        gdal_env: Not used.
+        errors_as_nodata: Must be empty.
+        access: Signing of requests.
+        assets: Assets by name, for stacks of several sources.
+        ledger: Counts the reads.
     """
 
     def __init__(
@@ -405,13 +431,13 @@ class NativeReader:
             raise ReadError("stackstac must be called with dtype uint16, fill_value 0, rescale False and no errors_as_nodata")
 
     def read(self, window: Window, **_: Any) -> UInt16:
-        """The window of the grid, uint16 (y, x); raises ReadError."""
+        """Read a window of the grid: uint16 (y, x); raise ReadError if it cannot be read."""
         spec = self.spec
         corner = spec.transform @ Affine.translation(window.col_off, window.row_off)
         return self.asset.read(GeoBox((window.height, window.width), corner, spec.epsg), self.resampling, self.ledger)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is open."""
 
 
 def _stackstac(
@@ -422,7 +448,7 @@ def _stackstac(
     chunk_px: int,
     ledger: Ledger | None,
 ) -> da.Array:
-    # stackstac is shown names, and the grid itself as each item's place, so that it neither skips nor drops.
+    # stackstac gets only names, and the grid as each item's place. So it skips or drops no item.
     assets = {f"{n}/{band}": Asset.of(item, band) for n, item in enumerate(items) for band in bands}
     place = {"proj:epsg": grid.crs.epsg, "proj:bbox": list(grid.boundingbox)}
     light = [
@@ -448,7 +474,7 @@ def _stackstac(
             fill_value=np.uint16(0),
             chunksize=chunk_px,
             resampling=resampling,
-            errors_as_nodata=(),  # its default turns a missing file into zeros
+            errors_as_nodata=(),  # the default turns a missing file into zeros
             properties=False,
             band_coords=False,
             reader=functools.partial(NativeReader, assets=assets, ledger=ledger),
@@ -460,17 +486,21 @@ def _stackstac(
     return stacked.data
 
 
-_STACKSTAC_LOCK = threading.Lock()  # it caches projections in plain dictionaries
+_STACKSTAC_LOCK = threading.Lock()  # stackstac caches projections in plain dictionaries
 
 
 @functools.lru_cache(256)
 def _same_crs(wkt: str, crs: CRS) -> bool:
-    """Whether both are one system; asked once, since a comparison takes as long as a tenth of a read."""
+    """Compare two reference systems, cached: a comparison takes a tenth of a read."""
     return bool(crs == wkt)
 
 
 def _nested(src: rasterio.DatasetReader, grid: GeoBox) -> tuple[int, int, int] | None:
-    """How the file's pixels nest in the grid: (grid pixels per file pixel, x and y distance of the corners in grid pixels)."""
+    """Test if the file's pixels nest in the grid.
+
+    Returns grid pixels per file pixel, and x and y distance of the corners in grid pixels. Returns
+    None if the pixels do not nest.
+    """
     t, size = src.transform, abs(grid.resolution.x)
     if src.crs is None or not _same_crs(src.crs.to_wkt(), grid.crs) or t.b or t.d or abs(t.a + t.e) > _SAME_SIZE * size:
         return None
@@ -486,7 +516,7 @@ def _read_nested(
 ) -> UInt16:
     ratio, dx, dy = native
     height, width = grid.shape
-    # First and last file pixel, both cut to the file: boundless reads would fill with whatever nodata the file declares.
+    # First and last file pixel, cut to the file: boundless reads would fill with the file's nodata.
     x0, x1 = max(dx // ratio, 0), min(-(-(dx + width) // ratio), src.width)
     y0, y1 = max(dy // ratio, 0), min(-(-(dy + height) // ratio), src.height)
     if x0 >= x1 or y0 >= y1:
@@ -498,7 +528,7 @@ def _read_nested(
     if whole:
         return pixels
     pixels = pixels.repeat(ratio, axis=0).repeat(ratio, axis=1)
-    top, left = y0 * ratio - dy, x0 * ratio - dx  # where the first file pixel falls on the grid; negative: cut
+    top, left = y0 * ratio - dy, x0 * ratio - dx  # first file pixel on the grid; negative: cut
     pixels = pixels[max(-top, 0) :, max(-left, 0) :][: height - max(top, 0), : width - max(left, 0)]
     made = np.zeros((height, width), dtype=np.uint16)
     made[max(top, 0) :, max(left, 0) :][: pixels.shape[0], : pixels.shape[1]] = pixels
@@ -526,7 +556,7 @@ def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tal
 
 
 def _rows_per_strip(src: rasterio.DatasetReader, grid: GeoBox) -> int:
-    """Return how many rows of the grid need about `_STRIP_PX` pixels of the file."""
+    """Return the number of grid rows covered by about `_STRIP_PX` pixels of the file."""
     around = _around(src, grid)
     columns = min(around.width, src.width)
     rows_per_row = around.height / grid.shape[0]
@@ -534,15 +564,18 @@ def _rows_per_strip(src: rasterio.DatasetReader, grid: GeoBox) -> int:
 
 
 def _around(src: rasterio.DatasetReader, grid: GeoBox) -> Window:
-    """Return the window of the file that surrounds the grid."""
+    """Return the file's window around the grid."""
     return from_bounds(*transform_bounds(grid.crs.to_wkt(), src.crs, *grid.boundingbox), transform=src.transform)
 
 
 def _warp_strip(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
-    """Resample the file's own pixels, never its overviews: an average in an overview may contain invalid pixels."""
+    """Resample the file's own pixels, never its overviews.
+
+    Averages in an overview may contain invalid pixels.
+    """
     around = _around(src, grid)
     size = abs(grid.resolution.x) / abs(src.transform.a)
-    reach = math.ceil(max(size, 1)) + 2  # pixels beyond the grid's corners that a pixel of the grid may be averaged from
+    reach = math.ceil(max(size, 1)) + 2  # pixels beyond the grid used for averages
     x0, x1 = max(math.floor(around.col_off) - reach, 0), min(math.ceil(around.col_off + around.width) + reach, src.width)
     y0, y1 = max(math.floor(around.row_off) - reach, 0), min(math.ceil(around.row_off + around.height) + reach, src.height)
     if x0 >= x1 or y0 >= y1:
@@ -560,11 +593,13 @@ def _warp_strip(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resamplin
 def _on_grid(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
     """Resample an image to a grid: uint16 [y, x]. 0 is nodata in both."""
     height, width = grid.shape
-    # How many source pixels a target pixel looks at. GDAL guesses it from the bounding box of the window, so that the same
-    # pixel differs by hundreds from window to window (its warp option XSCALE; "may vary among chunks").
+    # Number of target pixels per source pixel. GDAL guesses it from the bounding box of the window,
+    # so values of one pixel differ by hundreds between windows (warp option XSCALE; "may vary among
+    # chunks").
     scale = str(abs(src.transform.a) / abs(grid.resolution.x))
-    # Pixels by which a position may be off; GDAL's default is an eighth. Nearest is exact, so that the mask does not depend on
-    # the window; bilinear is off by less than a rounding step, exact would take four times as long.
+    # Position error in pixels; GDAL's default is an eighth. Nearest is exact, to make the mask
+    # independent of the window. Bilinear errs by less than a rounding step; exact positions would
+    # take four times as long.
     tolerance = 1e-9 if resampling is Resampling.nearest else 1e-3
     with WarpedVRT(
         src,
@@ -585,7 +620,10 @@ def _on_grid(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) 
 
 
 def _valid(src: rasterio.DatasetReader, window: Window, out: UInt16 | None = None) -> UInt16:
-    """The pixels of a window, 0 for nodata, for what the file's mask hides and for numbers out of range."""
+    """Read the pixels of a window, with 0 at invalid pixels.
+
+    These are nodata, pixels hidden by the file's mask and numbers out of range.
+    """
     pixels: UInt16 = src.read(1, window=window, out=out).astype(np.uint16, copy=False)
     if src.nodata:
         pixels[pixels == src.nodata] = 0
@@ -599,7 +637,7 @@ def _valid(src: rasterio.DatasetReader, window: Window, out: UInt16 | None = Non
 def _count_stored(src: rasterio.DatasetReader, window: Window, tally: Tally) -> None:
     """Count the stored bytes of a window of a local GeoTIFF: its compressed tiles."""
     if tally.bytes:
-        return  # a remote one, whose bytes were counted as they came
+        return  # a remote file: its bytes are already counted
     height, width = src.block_shapes[0]
     x0, x1 = max(int(window.col_off), 0), min(int(window.col_off + window.width), src.width)
     y0, y1 = max(int(window.row_off), 0), min(int(window.row_off + window.height), src.height)

@@ -1,6 +1,6 @@
-"""What became of every read: planned, read, retried, lost; bytes and seconds; by scene and band.
+"""Counts of all reads by scene and band: planned, read, retried, lost, bytes and seconds.
 
-Counts are additive: over blocks, over the runs of a build that was interrupted, over machines.
+Counts are additive over blocks, over runs of an interrupted build, and over machines.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ import pandas as pd
 from minecube.catalog import SCL
 
 COUNTS = ("planned", "read", "lost", "requests", "retried", "bytes", "seconds")
-"""One read is one asset's window. requests: asked of the network (0 for local files); retried: those asked again; bytes: of
-the answers, or of the local file's compressed tiles; seconds: from the first request to the pixels, waiting included."""
+"""One read is one asset's window. requests: sent to the network (0 for local files). retried:
+repeated requests. bytes: of the answers, or of the local file's compressed tiles. seconds: from
+the first request to the pixels, waiting included."""
 _KEY = ["scene", "band"]
 
 
 class Ledger:
-    """Counts of one site-year, for any thread of this process; a copy in another process is new, and allows no loss.
+    """Counts of one site-year, for any thread of this process.
+
+    A copy in another process starts empty and allows no loss.
 
     Args:
-        lossy: whether a read that is lost leaves its pixels unobserved, instead of failing at once.
-        before: a table of counts to go on from, as `to_parquet` wrote it.
-        copied: whether a file that is gone for good fails all the same, since another source may have a copy.
+        lossy: Allow lost reads and leave their pixels unobserved. Otherwise a lost read fails at
+            once.
+        before: Table of counts to continue from, as written by `to_parquet`.
+        copied: Fail on permanently missing files even if lossy. Another source may have a copy.
     """
 
     def __init__(self, *, lossy: bool = False, before: bytes | None = None, copied: bool = False) -> None:
@@ -39,13 +43,13 @@ class Ledger:
                 self._reasons[row["scene"], row["band"]] = row["reason"]
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
-        return Ledger, ()  # strict: what is lost where nobody counts must fail
+        return Ledger, ()  # unpickled ledgers are strict: a failed read raises
 
     def __dask_tokenize__(self) -> int:
         return id(self)
 
     def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:
-        """Add counts of a read; `reason` says why one was lost."""
+        """Add counts of a read; `reason` explains a lost read."""
         with self._lock:
             row = self._counts.setdefault((scene, band), dict.fromkeys(COUNTS, 0))
             for name, value in counts.items():
@@ -54,13 +58,14 @@ class Ledger:
                 self._reasons[scene, band] = reason
 
     def repeated(self) -> Ledger:
-        """The same account, for what was read before: it costs once more, and was planned once."""
+        """Return a view for repeated reads: their cost is counted, but not planned again."""
         return _Repeated(self)
 
     def totals(self) -> dict[str, float]:
-        """Sums of all counts, and `completeness`: the share of planned reads that were read, 1 where none was planned.
+        """Sum all counts and compute `completeness`, the share of planned reads done.
 
-        With a mask, the bands of its scene are lost, too, which then nobody plans to read.
+        Completeness is 1 if no read was planned. A lost SCL read also counts as a lost read of each
+        other band, since these are never planned.
         """
         with self._lock:
             sums = {name: sum(row[name] for row in self._counts.values()) for name in COUNTS}
@@ -72,12 +77,12 @@ class Ledger:
         return {**whole, "completeness": (sums["planned"] - sums["lost"]) / wanted if wanted else 1.0}
 
     def lost(self) -> list[str]:
-        """A line for each scene and band of which a read was lost, with the reason."""
+        """List a line with the reason for each scene and band with a lost read."""
         with self._lock:
             return [f"{scene} {band}: {reason}" for (scene, band), reason in sorted(self._reasons.items())]
 
     def table(self) -> pd.DataFrame:
-        """One row a scene and band: `COUNTS`, and why a read was lost."""
+        """Return one row per scene and band: `COUNTS`, and the reason of a lost read."""
         with self._lock:
             rows = [
                 {"scene": scene, "band": band, **row, "reason": self._reasons.get((scene, band), "")}
@@ -87,7 +92,7 @@ class Ledger:
         return pd.DataFrame(rows, columns=[*_KEY, *COUNTS, "reason"]).astype(types)
 
     def to_parquet(self) -> bytes:
-        """The table as the bytes of a Parquet file."""
+        """Return the table as the bytes of a Parquet file."""
         out = io.BytesIO()
         self.table().to_parquet(out, index=False)
         return out.getvalue()
@@ -99,5 +104,5 @@ class _Repeated(Ledger):
         self._of = of
 
     def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:
-        # One that is lost only now is read no longer.
+        # A repeated read lost now no longer counts as read.
         self._of.add(scene, band, reason=reason, **{**counts, "planned": 0, "read": -counts.get("lost", 0)})

@@ -1,17 +1,20 @@
-"""Bytes of remote files by range requests: signed when made, retried by the class of what went wrong, never half.
+"""Remote files by byte-range requests: signed on use, retried by kind of error, never partial.
 
-GDAL's own network layer caches a failure or a short answer and replays it, does not say what it retried, and knows the
-tokens of few providers. Here it asks for byte ranges through a Python file object instead (`RemoteFile`), which holds
-neither credentials nor a signed URL, and every request is one of `Remote.fetch`: answered in full, tried again, or lost.
+GDAL's own network layer caches and replays failures and short answers. It does not report its
+retries, and supports the tokens of few providers. Here GDAL requests byte ranges through a Python
+file object instead (`RemoteFile`). This object holds neither credentials nor a signed URL. Every
+request is one call of `Remote.fetch`: answered in full, tried again, or lost.
 
-What is tried again: connections that break, answers that stop short or stall, and HTTP 408, 425, 429 and 5xx (RFC 9110,
-sections 15.5 and 15.6), after a pause that doubles, drawn at random, or as long as the server asks for (Retry-After). 401 and
-403 (and 400, S3's answer to an expired session) are tried again with a new signature where requests are signed. A host that
-cannot be reached at all is tried for seconds only, then remembered (`network`). Anything else is final: it would be the same
-next time.
+Broken connections, short or stalled answers, and HTTP 408, 425, 429 and 5xx are tried again (RFC
+9110, sections 15.5 and 15.6). The pause before a retry is random with a doubling limit, or as long
+as the server asks (Retry-After). 401 and 403 are tried again with a new signature if requests are
+signed. So is 400, S3's answer to an expired session. An unreachable host is tried for seconds only
+and then remembered (`network`). All other errors are final, since a retry would give the same
+result.
 
-Tokens and signatures go only to the hosts and buckets that the source names (`Access.credentials_for`). All others are asked
-without them. Redirects are followed without them, too, and every connection keeps the rules of `network`.
+Tokens and signatures go only to the hosts and buckets named by the source
+(`Access.credentials_for`). All others get unsigned requests. Redirects are also followed without
+tokens. Every connection follows the rules of `network`.
 """
 
 from __future__ import annotations
@@ -47,59 +50,62 @@ from minecube.network import ForbiddenError, MissingError, RequestError, without
 log = logging.getLogger(__name__)
 
 HEAD = 16384
-"""Bytes of a file that come with its first request: the header of a COG of a whole Sentinel-2 tile fits."""
-_BLOCK = 65536  # least that is asked for beyond the head by plain reads; ranges of tiles are asked for as they are
-_HEADS = 2048  # heads kept, 32 MB: every block of a site opens the same files
+"""Bytes of a file fetched by its first request. The header of a COG of a whole Sentinel-2 tile
+fits."""
+_BLOCK = 65536  # smallest plain read beyond the head; ranges of tiles are fetched exactly
+_HEADS = 2048  # heads in the cache, 32 MB: all blocks of a site open the same files
 PATIENCE_S = network.PATIENCE_S
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 15.0
-# Silence on a connection that ends a try: short at first, for most answers begin within a second, then twice as long each time.
+# Silence on a connection ends a try. The limit is short at first, since most answers begin within a
+# second, and doubles with each try.
 _CONNECT_S, _STALL_S, _LONGEST_STALL_S = 10.0, 2.5, 40.0
-_SIGNATURES = 4  # new ones that a request is tried with
+_SIGNATURES = 4  # new signatures per request
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _UNSIGNED = {400, 401, 403}
-_MISSING = {403, 404, 410}  # 403 is also what S3 answers for a missing object of a bucket that may not be listed
-_NEEDS_KEYS = {401, 403, 409}  # 409: Azure's answer where public access is off
+_MISSING = {403, 404, 410}  # 403: S3's answer for a missing object of an unlisted bucket, too
+_NEEDS_KEYS = {401, 403, 409}  # 409: Azure's answer without public access
 _SIGNED_FOR = timedelta(minutes=30)
 _REDIRECTS = 5
 _LONGEST_REFUSED_PAUSE_S = 1.0  # a last try must end in time
-_TOKEN_BYTES = 65536  # most that a token service may answer
-_SIGNING = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}  # of asking AWS for a machine's own keys
+_TOKEN_BYTES = 65536  # longest answer of a token service
+_SIGNING = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}  # for AWS's keys of the machine
 
 
 interrupted = threading.Event()
-"""Set while the process is to end: requests in trouble are then given up instead of tried again."""
+"""Set when the process is about to end: requests in trouble are then given up instead of
+retried."""
 
 
 @dataclass
 class Tally:
-    """What one read asked of the network."""
+    """Network use of one read."""
 
     requests: int = 0
     retried: int = 0
     bytes: int = 0
     error: Exception | None = None
-    """Why GDAL was given no bytes, or false ones: whoever has read through it must ask."""
+    """Reason for missing or false bytes given to GDAL. The caller of GDAL must check it."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The beginning of a file, which holds a COG's header."""
+    """The beginning of a file, including a COG's header."""
 
     data: bytes
     size: int
     version: str
-    """ETag: bytes of two versions of a file would make an image that never was."""
+    """ETag of the file: bytes of two versions would make a false image."""
 
 
 class _Checked(urllib3.connection.HTTPConnection):
-    """A connection whose address is checked before a byte is sent, also of TLS."""
+    """A connection with its address checked before any byte is sent, TLS included."""
 
     def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check = check
 
     def _new_conn(self) -> socket.socket:
-        """Connect, and raise ForbiddenError if the host has an address that must not be reached."""
+        """Connect, and raise ForbiddenError if the host has a forbidden address."""
         connected = super()._new_conn()
         try:
             self._check(self.host, connected.getpeername()[0])
@@ -110,7 +116,7 @@ class _Checked(urllib3.connection.HTTPConnection):
 
 
 class _CheckedTls(_Checked, urllib3.connection.HTTPSConnection):
-    """The same over TLS."""
+    """A checked connection over TLS."""
 
 
 class _Pools(urllib3.PoolManager):
@@ -127,7 +133,7 @@ class _Pools(urllib3.PoolManager):
         scheme: str | None = "http",
         pool_kwargs: dict[str, Any] | None = None,
     ) -> urllib3.HTTPConnectionPool:
-        """The pool of a host."""
+        """Return the pool of a host."""
         pool = super().connection_from_host(host, port, scheme, pool_kwargs)
         kind = _CheckedTls if scheme == "https" else _Checked
         pool.ConnectionCls = functools.partial(kind, check=self._check)  # type: ignore[assignment]
@@ -135,7 +141,10 @@ class _Pools(urllib3.PoolManager):
 
 
 class Remote:
-    """Requests in one way of access, for hrefs from one origin; one a process (`remote_for`), for any thread."""
+    """Requests for one access and hrefs from one origin.
+
+    A process has one per access and origin (`remote_for`), for any thread.
+    """
 
     def __init__(self, access: Access, origin: str = "") -> None:
         self.access = access
@@ -150,7 +159,7 @@ class Remote:
         network.check_address(host, address, self._origin, self._named)
 
     def head(self, href: str, tally: Tally) -> Head:
-        """The file's first bytes, its size and version; raises RequestError."""
+        """Fetch the file's first bytes, its size and version; raise RequestError on failure."""
         known = self._heads.get(href)
         if known is None:
             known = self._fetch(href, 0, HEAD, tally, None)
@@ -161,26 +170,29 @@ class Remote:
         return known
 
     def fetch(self, href: str, head: Head, start: int, length: int, tally: Tally) -> bytes:
-        """Exactly these bytes, or all up to the file's end; raises RequestError."""
+        """Fetch exactly these bytes, or all up to the file's end; raise RequestError on failure."""
         stop = min(start + length, head.size)
         if stop <= len(head.data):
             return head.data[start:stop]
         return self._fetch(href, start, stop - start, tally, head).data
 
     def version(self, href: str) -> tuple[int, str | None]:
-        """The size of a file now, and its ETag, None if the server gives none; raises RequestError."""
+        """Fetch the current size and ETag of a file; raise RequestError on failure.
+
+        The ETag is None if the server gives none.
+        """
         found = self._fetch(href, 0, 1, Tally(), None)
         return found.size, found.version or None
 
     def whole(self, href: str, most: int) -> bytes:
-        """All bytes of a file that has at most so many; raises RequestError."""
+        """Fetch all bytes of a file of limited size; raise RequestError on failure."""
         found = self._fetch(href, 0, most, Tally(), None)
         if found.size > most:
             raise RequestError(f"expected at most {most:,} bytes, found {found.size:,}")
         return found.data
 
     def _fetch(self, href: str, start: int, length: int, tally: Tally, head: Head | None) -> Head:
-        began = 0.0  # of the trouble: a request may have queued for its connection long before
+        began = 0.0  # start of the trouble; the request may have queued long before
         pause, stall = _FIRST_PAUSE_S, _STALL_S
         signatures, tried = 0, 0
         while True:
@@ -195,7 +207,7 @@ class Remote:
             _give_up_in_the_end(trouble, time.monotonic() - began, tried)
             tally.retried += 1
             log.debug("%s: %s; try %d", without_query(href), trouble, tried + 1)
-            # All of it random: requests that failed together must not come back together.
+            # Draw the pause at random, so failed requests do not return all at once.
             longest = _LONGEST_REFUSED_PAUSE_S if trouble.unreachable else pause
             wait = max(trouble.wait_s, random.uniform(0, min(pause, longest)))  # noqa: S311  no secret depends on it
             if interrupted.wait(wait):
@@ -203,7 +215,10 @@ class Remote:
             pause, stall = min(2 * pause, _LONGEST_PAUSE_S), min(2 * stall, _LONGEST_STALL_S)
 
     def _try(self, href: str, start: int, length: int, tally: Tally, head: Head | None, stall: float, may_resign: bool) -> Head:
-        """Ask once; raises _TroubleError for what may pass, RequestError for what is final."""
+        """Send a request once.
+
+        Raises _TroubleError for temporary errors, RequestError for final ones.
+        """
         headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
         try:
             url, key = self._signed(href)
@@ -232,7 +247,7 @@ class Remote:
         raise _TroubleError(problem, wait_s=retry_after(answer.headers.get("Retry-After")), resigned=resigned)
 
     def _ask(self, url: str, headers: Mapping[str, str], stall: float) -> urllib3.BaseHTTPResponse:
-        """The answer to a GET, wherever redirects lead; its body is not read yet."""
+        """Send a GET, follow redirects and return the answer with its body unread."""
         for _ in range(_REDIRECTS + 1):
             network.need_reachable(url)
             try:
@@ -263,12 +278,12 @@ class Remote:
     def _checked(
         self, answer: urllib3.BaseHTTPResponse, href: str, start: int, length: int, tally: Tally, head: Head | None
     ) -> Head:
-        """The answer's bytes if they are those that were asked for."""
+        """Return the answer's bytes after checking them against the requested range."""
         place = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", answer.headers.get("Content-Range", ""))
         length_sent = length_of(answer.headers.get("Content-Length"))
         size = int(place[3]) if place else (-1 if length_sent is None else length_sent)
         if answer.status == 200 and (start or not 0 <= size <= length):
-            # A file shorter than the range may come whole; one that is longer is not wanted whole.
+            # Accept a whole file only if it is shorter than the range.
             answer.close()
             raise RequestError("the server does not answer byte ranges, which reading windows of images needs")
         if answer.status == 206 and (not place or int(place[1]) != start):
@@ -287,12 +302,12 @@ class Remote:
         return Head(data, size, version)
 
     def _signed(self, href: str) -> tuple[str, str | None]:
-        """The URL to ask, and what its signature is kept under; None where nothing is signed."""
+        """Return the URL to request and the key of its signature, None if unsigned."""
         if href.startswith("s3://"):
             return self._at_s3(href)
         host = network.host_of(href)
         parts = urlsplit(href)
-        # Never in the clear, unless the token service itself is asked so.
+        # Never send a token over plain HTTP, unless the token service itself uses it.
         same_scheme = parts.scheme == urlsplit(self.access.href or "").scheme
         if self.access.kind == "planetary-computer" and host in self.access.hosts() and same_scheme:
             container = f"{host.split('.')[0]}/{parts.path[1:].partition('/')[0]}"
@@ -304,7 +319,7 @@ class Remote:
         return self.access.kind != "plain" and not self.access.anonymous
 
     def _token(self, container: str) -> str:
-        """The container's token, asked for anew once most of its life is over."""
+        """Return the container's token, requesting a new one near the end of its life."""
         with self._signing:
             token, until = self._tokens.get(container, ("", 0.0))
             if time.time() >= until:
@@ -324,18 +339,21 @@ class Remote:
             return token
 
     def _at_s3(self, href: str) -> tuple[str, str | None]:
-        """The URL of an object, signed if the source names its bucket."""
+        """Return the URL of an object, signed if the source names its bucket."""
         bucket, _, path = href.removeprefix("s3://").partition("/")
         if self.access.anonymous or bucket not in self.access.credentials_for:
             url, key = f"{self._endpoint()}/{bucket}/{quote(path)}", None
         else:
             url, key = self._presigned(href, bucket, path), bucket
-        if self.access.kind == "s3":  # the user chose its endpoint, in the source or in the environment
+        if self.access.kind == "s3":  # endpoint chosen by the user, in source or environment
             self._named.add(network.host_of(url))
         return url, key
 
     def _endpoint(self) -> str:
-        """Return the endpoint of unsigned requests: the user's own for sources of kind s3, AWS's for all others."""
+        """Return the endpoint of unsigned requests.
+
+        This is the user's own for sources of kind s3, AWS's for all others.
+        """
         own = (self.access.href or os.environ.get("AWS_ENDPOINT_URL")) if self.access.kind == "s3" else None
         return own or f"https://s3.{self.access.region or 'us-east-1'}.amazonaws.com"
 
@@ -352,30 +370,31 @@ class Remote:
             raise RequestError(why) from error
 
     def _forget(self, key: str | None, url: str) -> None:
-        """No longer use the signature that was refused; another thread may have renewed it already."""
+        """Discard a refused signature, unless another thread has already renewed it."""
         with self._signing:
             if key in self._tokens and url.endswith(self._tokens[key][0]):
                 del self._tokens[key]
 
 
 class Session(requests.Session):
-    """A session of requests whose redirects keep the rules of `network`."""
+    """A session of requests with redirects under the rules of `network`."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Where a redirect leads; raises ForbiddenError if it must not be followed."""
+        """Return the target of a redirect; raise ForbiddenError if it must not be followed."""
         target = super().get_redirect_target(resp)
         if target is None:
             return None
-        resp.close()  # its body is not wanted, and may have no end
+        resp.close()  # the body is unwanted and may be endless
         return network.redirected(resp.url, target, network.origin_of(resp.url), resolve=True)
 
 
 _REMOTES: dict[tuple[Access, str], Remote] = {}
-_MAKING = threading.Lock()  # two at once would have twice the connections
+_MAKING = threading.Lock()  # two at once would double the connections
 
 
 def remote_for(access: Access, origin: str = "") -> Remote:
-    """The process's connections for one way of access and hrefs from one origin (`network.origin_of`)."""
+    """Return the process's `Remote` for one access and one origin of hrefs
+    (`network.origin_of`)."""
     with _MAKING:
         if (access, origin) not in _REMOTES:
             _REMOTES[access, origin] = Remote(access, origin)
@@ -383,7 +402,7 @@ def remote_for(access: Access, origin: str = "") -> Remote:
 
 
 def access_to(url: str) -> Access:
-    """Return how to get at a URL that the user gave; raise ForbiddenError if it must not be read.
+    """Return the access for a URL given by the user; raise ForbiddenError if it must not be read.
 
     An s3:// URL is signed with the environment's keys.
     """
@@ -393,7 +412,10 @@ def access_to(url: str) -> Access:
 
 @functools.cache
 def _bucket(access: Access, name: str) -> Any:
-    """obstore's store of a bucket, asked for nothing but signatures; it takes keys from the environment."""
+    """Return obstore's store of a bucket, used only for signatures.
+
+    It takes keys from the environment.
+    """
     options: dict[str, Any] = {"retry_config": _SIGNING}
     if access.region:
         options["region"] = access.region
@@ -405,11 +427,11 @@ def _bucket(access: Access, name: str) -> Any:
 
 
 def check_credentials(access: Access, source_id: str) -> None:
-    """Raise CatalogError if requests are to be signed with keys that the environment lacks, or for no bucket."""
+    """Raise CatalogError if signed requests lack keys in the environment, or name no bucket."""
     if access.kind != "s3" or access.anonymous:
         return
     lacking = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if not os.environ.get(name)]
-    if lacking and access.href:  # AWS itself knows other ways than keys: roles of machines, profiles
+    if lacking and access.href:  # AWS also has machine roles and profiles
         raise CatalogError(
             f"source {source_id!r} reads from {access.href}, which needs keys: {' and '.join(lacking)} not set in the "
             "environment; get them from the provider's site and export them"
@@ -422,16 +444,16 @@ def check_credentials(access: Access, source_id: str) -> None:
 
 
 class _TroubleError(Exception):
-    """A try that failed in a way that may pass."""
+    """A failed try with a temporary error."""
 
     def __init__(self, problem: str, *, wait_s: float = 0.0, resigned: bool = False, unreachable: str = "") -> None:
         super().__init__(problem)
         self.wait_s = wait_s
-        """Seconds that the server asks to wait."""
+        """Seconds to wait at the server's request."""
         self.resigned = resigned
-        """Whether the next try has a new signature."""
+        """True if the next try has a new signature."""
         self.unreachable = unreachable
-        """The URL whose host cannot be reached."""
+        """URL of an unreachable host."""
 
 
 def _give_up_in_the_end(trouble: _TroubleError, lasted_s: float, tries: int) -> None:
@@ -445,7 +467,7 @@ def _give_up_in_the_end(trouble: _TroubleError, lasted_s: float, tries: int) -> 
 
 
 def _body(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:
-    """The body of an answer as it is sent, at most so many bytes, in `PATIENCE_S` at most."""
+    """Read the raw body of an answer, limited to `most` bytes and `PATIENCE_S` seconds."""
     parts: list[bytes] = []
     left = most
     until = time.monotonic() + PATIENCE_S
@@ -456,12 +478,15 @@ def _body(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:
             if time.monotonic() > until:
                 raise _TroubleError(f"{most - left} bytes of {most} in {PATIENCE_S:.0f} s")
     finally:
-        answer.close()  # of one that was read to its end, the connection is back in its pool already
+        answer.close()  # after a full read, the connection is already back in its pool
     return b"".join(parts)
 
 
 def _drain(answer: urllib3.BaseHTTPResponse) -> None:
-    """Free the connection of an answer that is not wanted; one with a long body, or without an end, is closed."""
+    """Free the connection of an unwanted answer.
+
+    It is closed if the body is long or has no known length.
+    """
     length = length_of(answer.headers.get("Content-Length"))
     if length is not None and length <= _BLOCK:
         answer.drain_conn()
@@ -470,12 +495,13 @@ def _drain(answer: urllib3.BaseHTTPResponse) -> None:
 
 
 def length_of(value: str | None) -> int | None:
-    """Return the number of bytes that a Content-Length header announces, or None if it announces no valid number."""
+    """Return the byte count of a Content-Length header, or None if it has no valid number."""
     return int(value) if value and re.fullmatch(r"[0-9]{1,18}", value) else None
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number or a date); 0 where it does not."""
+    """Return the server's requested wait in seconds, or 0 (RFC 9110, 10.2.3: a number or a
+    date)."""
     if not value:
         return 0.0
     if (seconds := length_of(value.strip())) is not None:
@@ -492,17 +518,17 @@ def _reason(error: BaseException) -> str:
 
 
 class Ranges(Protocol):
-    """Where the bytes of a file come from."""
+    """Source of a file's bytes."""
 
     def fetch(self, href: str, head: Head, start: int, length: int, tally: Tally) -> bytes:
-        """These bytes, or all up to the file's end; raises OSError."""
+        """Fetch these bytes, or all up to the file's end; raise OSError on failure."""
 
 
 class RemoteFile:
-    """A remote file as GDAL wants it: seekable, read by one thread; ranges of tiles are fetched as they are.
+    """A seekable remote file for GDAL, read by one thread; ranges of tiles are fetched exactly.
 
-    GDAL calls it from C++, where a Python exception ends the process. So none leaves it: what went wrong is left in the tally,
-    and GDAL is given zeros, which whoever called GDAL must not take for pixels.
+    GDAL calls it from C++, and a Python exception there would end the process. So errors are stored
+    in the tally instead, and GDAL gets zeros. The caller of GDAL must not use them as pixels.
     """
 
     def __init__(self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _BLOCK) -> None:
@@ -513,10 +539,10 @@ class RemoteFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is held open."""
+        """Do nothing: no resource is open."""
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no resource is open."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a position, as files do."""
@@ -524,11 +550,11 @@ class RemoteFile:
         return self._at
 
     def tell(self) -> int:
-        """The position."""
+        """Return the position."""
         return self._at
 
     def read(self, length: int = -1) -> bytes:
-        """The bytes from the position on; fewer only at the file's end."""
+        """Read bytes from the position; fewer only at the file's end."""
         stop = self._head.size if length < 0 else min(self._at + length, self._head.size)
         if stop <= self._at:
             return b""
@@ -542,7 +568,7 @@ class RemoteFile:
         return data
 
     def get_byte_ranges(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-        """The bytes of each range, as many as were asked for."""
+        """Return the bytes of each range, padded with zeros to the requested length."""
         found = [self._fetched(start, length) for start, length in zip(offsets, sizes, strict=True)]
         if any(len(data) < length for data, length in zip(found, sizes, strict=True)) and not self._tally.error:
             self._tally.error = MissingError(f"it ends after {self._head.size} bytes, before the tiles that its header names")
@@ -552,7 +578,7 @@ class RemoteFile:
         if not self._tally.error:
             try:
                 return self._source.fetch(self._href, self._head, start, length, self._tally)
-            except Exception as error:  # kept, and raised by the reader: see above
+            except Exception as error:  # stored, and raised by the reader: see the class
                 self._tally.error = error
         return bytes(min(length, max(self._head.size - start, 0)))
 
@@ -565,31 +591,31 @@ class Opened:
         self._made_of = source, href, head, tally, least
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> RemoteFile:
-        """The file, whatever it is called: names that GDAL sees, and may log, hold no URL."""
+        """Open the file under any name. Names visible to GDAL and its logs contain no URL."""
         del path, mode
         return RemoteFile(*self._made_of)
 
     def isfile(self, path: str) -> bool:
-        """Yes."""
+        """Return True."""
         del path
         return True
 
     def isdir(self, path: str) -> bool:
-        """No."""
+        """Return False."""
         del path
         return False
 
     def ls(self, path: str) -> list[str]:
-        """Nothing lies beside it: sidecars would be asked for, one request each."""
+        """Return an empty list, so GDAL does not request sidecar files."""
         del path
         return []
 
     def mtime(self, path: str) -> int:
-        """Unknown."""
+        """Return 0: unknown."""
         del path
         return 0
 
     def size(self, path: str) -> int:
-        """Bytes of the file."""
+        """Return the file's size in bytes."""
         del path
         return self._made_of[2].size

@@ -1,16 +1,21 @@
-"""The published EuroMineNet archive: read in place, audited, and written again from cubes.
+"""Import, audit and re-create the published EuroMineNet archive.
 
-    archive.py    a zip read where it lies, by ranges of bytes      importing.py  what it says of each site
-    audit.py      what is wrong with it and with its split          layout.py     cubes in its layout and on its grids
+    archive.py    read a zip in place, by byte ranges
+    importing.py  read each site's images and labels
+    audit.py      check the archive and its split
+    layout.py     write cubes in its layout and on its grids
 
-An import is a folder, and a catalogue of the user's own (`--catalog`):
+An import is a folder, also usable as a catalogue (`--catalog`):
 
-    sites.geojson     each site's area of interest, split and years: what all its images cover together
-    labels.parquet    GeoParquet, EPSG:4326: site, year, mapped, geometry, and source, licence, doi; regions of mine along pixel
-                      edges, and, with `mapped` true, the extent within which all else is not mine
-    years.parquet     a row a site and year: names, grid of the image, size and values of the label, and what is wrong with it
-    changes.parquet   a row a site and pair of years: pixels compared, appeared, vanished
-    import.json       which archive that is of, and members that are named otherwise than they should be; written last
+    sites.geojson     each site's area of interest, split and years; the area is the bounding box of
+                      all its images
+    labels.parquet    GeoParquet, EPSG:4326: site, year, mapped, geometry, source, licence, doi;
+                      mine regions along pixel edges, and rows with `mapped` true: the extent of
+                      the image, no mine outside the regions
+    years.parquet     one row per site and year: names, grid of the image, size and values of the
+                      label, problem
+    changes.parquet   one row per site and pair of years: pixels compared, appeared, vanished
+    import.json       the archive and its members with unexpected names; written last
 """
 
 from __future__ import annotations
@@ -56,37 +61,39 @@ __all__ = [
     "write_json",
 ]
 
-_AT_ONCE = 3  # sites, each with its images at a time: a run that is killed loses no more than these
+_AT_ONCE = 3  # sites read in parallel; a killed run loses at most these
 _TABLES = ("years", "labels", "changes")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """An import, as tables; see the module for their columns."""
+    """An import as tables; the module lists their columns."""
 
     sites: gpd.GeoDataFrame
     years: pd.DataFrame
     labels: gpd.GeoDataFrame
     changes: pd.DataFrame
     about: Mapping[str, Any]
-    """import.json."""
+    """Content of import.json."""
 
 
 def import_release(
     archive: Archive, out: Path, release: Release, known: Sequence[Site], done: Callable[[str], None] = lambda _: None
 ) -> Imported:
-    """Read headers and labels of the whole archive into a folder; sites that are there already are not read again.
+    """Read headers and labels of the whole archive into a folder.
+
+    Sites read by an earlier run are reused.
 
     Args:
-        archive: the zip.
-        out: the folder.
-        release: what is known of it.
-        known: sites of the catalogue, whose split and country are taken over.
-        done: called with each site's name.
+        archive: The zip.
+        out: The folder.
+        release: Metadata of the release.
+        known: Sites of the catalogue. Their split and country are copied.
+        done: Called with each site's name.
 
     Raises:
-        ReleaseError: members cannot be read (the other sites are kept for the next run), the folder has another archive's
-            import, or it cannot be written.
+        ReleaseError: members cannot be read (the other sites are kept for the next run), the folder
+            has another archive's import, or writing fails.
     """
     found, identity = find(archive.names()), archive.identity()
     parts, begun = out / "parts", _begun(out)
@@ -120,7 +127,11 @@ def import_release(
 
 
 def _begun(out: Path) -> Path:
-    """The folder of an import's notes; raises ReleaseError where `out` has a catalogue of the user's own."""
+    """Return the folder of an import's notes.
+
+    Raises:
+        ReleaseError: `out` has a catalogue made by the user.
+    """
     begun = out / "parts" if (out / "parts").exists() else out
     if (out / "sites.geojson").exists() and not (begun / "import.json").exists():
         raise ReleaseError(f"{out}: has a sites.geojson that no import wrote, and would lose it; name another folder")
@@ -128,12 +139,12 @@ def _begun(out: Path) -> Path:
 
 
 def open_import(folder: Path) -> Imported:
-    """An import that is finished; raises ReleaseError where there is none."""
+    """Open a finished import; raise ReleaseError if the folder has none."""
     try:
         about = json.loads((folder / "import.json").read_text(encoding="utf-8"))
         tables = [pd.read_parquet(folder / f"{n}.parquet") for n in ("years", "changes")]
         labels, sites = gpd.read_parquet(folder / "labels.parquet"), read_vector(folder / "sites.geojson")
-    except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, Arrow's the others
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: pyogrio; others: Arrow
         raise ReleaseError(
             f"{folder}: holds no finished import of a release ({error}); run `minecube release import` first"
         ) from error
@@ -141,7 +152,11 @@ def open_import(folder: Path) -> Imported:
 
 
 def label_of(imported: Imported, site: str, year: int) -> npt.NDArray[np.uint8]:
-    """A label of an import, as published: uint8 [y, x] on its image's grid, 255 mine, 0 not; all 0 where it has none."""
+    """Rebuild a label of an import as published.
+
+    Returns:
+        uint8 [y, x] on its image's grid: 255 mine, 0 not. All 0 without a mine region.
+    """
     of_year = imported.years[(imported.years["site"] == site) & (imported.years["year"] == year)].iloc[0]
     shape, place = (int(of_year["height"]), int(of_year["width"])), Affine(*of_year["transform"])
     labels = imported.labels
@@ -153,27 +168,30 @@ def label_of(imported: Imported, site: str, year: int) -> npt.NDArray[np.uint8]:
 
 
 def placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]:
-    """Year -> its row of `years`, of those whose image has a place."""
+    """Map each year with a georeferenced image to its row of `years`."""
     rows: Any = imported.years[imported.years["site"] == site].to_dict("records")
     return {int(r["year"]): r for r in rows if r["transform"] is not None and not (r["problem"] or "").startswith("image")}
 
 
 def need_same(archive: Archive, imported: Imported, folder: Path) -> None:
-    """Raises ReleaseError where the import is of another archive."""
+    """Raise ReleaseError if the import is from another archive."""
     if archive.identity() != imported.about["identity"]:
         raise ReleaseError(f"{archive.where}: is not the archive that {folder} was imported from ({imported.about['archive']})")
 
 
 def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, _of: None) -> Path:
-    """The archive as a file in the folder, whole; one that was got from that URL before is taken for it.
+    """Download the complete archive into the folder and return its path.
+
+    An earlier download from the same URL is reused.
 
     Args:
-        url: http(s)://
-        out: the folder.
-        done: called with the bytes of each part, and of all.
+        url: An http(s):// URL.
+        out: The folder.
+        done: Called with the bytes of each part and the total.
 
     Raises:
-        ReleaseError: it cannot be got in full, or written; or, before a byte is asked for, the folder is none to import into.
+        ReleaseError: the download is incomplete or writing fails. A folder with a catalogue made by
+            the user also raises, before the first request.
     """
     _begun(out)
     path = out / f"archive-{hashlib.sha256(without_query(url).encode()).hexdigest()[:12]}.zip"
@@ -190,10 +208,10 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
         ):
             answer.raise_for_status()
             size = length_of(answer.headers.get("Content-Length")) or 0
-            for piece in answer.iter_content(1 << 20):  # which raises where it ends before its length
+            for piece in answer.iter_content(1 << 20):  # raises on an incomplete answer
                 file.write(piece)
                 done(len(piece), size)
-    except (OSError, ForbiddenError) as error:  # requests' errors are OSErrors
+    except (OSError, ForbiddenError) as error:  # requests raises OSErrors
         why = why_unreachable(url, error) or without_query(str(error))
         kind = ReleaseError if isinstance(error, ForbiddenError) else UnreadArchiveError
         raise kind(f"{without_query(url)}: cannot be downloaded to {out} ({why}); try again") from error
@@ -201,13 +219,13 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
 
 
 def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str], None]) -> list[ReleaseSite]:
-    """All sites, in order; those of an earlier run from where it put them."""
+    """Read all sites in order; sites of an earlier run come from its folder."""
     interrupted.clear()
     sites = found.sites()
     failed: list[str] = []
     kind: type[ReleaseError] = ReleaseError
     with warnings.catch_warnings(), ThreadPoolExecutor(_AT_ONCE) as pool:
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels are not, which is known
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels have no georeference
         tasks = {pool.submit(_read_once, archive, found, site, parts): site for site in sites}
         left = set(tasks)
         try:
@@ -222,7 +240,7 @@ def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str
                     failed += [f"{tasks[task]}: {error}"] if error else []
                     done(tasks[task])
         except BaseException:
-            interrupted.set()  # no request in trouble is waited for
+            interrupted.set()  # stop retrying failed requests
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if failed:
@@ -247,7 +265,7 @@ def _part(folder: Path) -> ReleaseSite:
 
 
 def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of all sites as one; a column that a site has no value for takes its type from the others."""
+    """Join the tables of all sites; an empty column takes its type from other sites."""
     if isinstance(tables[0], gpd.GeoDataFrame):
         joined: pd.DataFrame = pd.concat([table for table in tables if len(table)] or [tables[0]])
         return joined
@@ -256,7 +274,7 @@ def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site]) -> gpd.GeoDataFrame:
-    """Sites with a place, as the catalogue has them."""
+    """List georeferenced sites as catalogue rows."""
     catalogue = {s.id: s for s in known}
     rows = []
     for of_site in read:
@@ -271,7 +289,7 @@ def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site])
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON, the whole file or none; raises ReleaseError where it cannot be written."""
+    """Write a complete JSON file; raise ReleaseError if writing fails."""
     try:
         with replacing(path) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

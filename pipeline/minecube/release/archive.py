@@ -1,8 +1,9 @@
-"""A zip archive read where it lies, by ranges of bytes: its directory, then what is wanted of its members.
+"""Read a zip archive in place, by byte ranges: first its directory, then the wanted members.
 
-zipfile does the reading, of Zip64 and of every compression it knows, with checksums; only where its bytes come from is ours.
-It is given a file that holds some spans of the archive and says which it lacks; those are fetched, by many threads at a time,
-and it is asked again. Members that lie side by side, as the labels of a site do, are one request.
+zipfile does the reading, including Zip64, all its compressions and checksums. This module only
+supplies the bytes. zipfile gets a file with some spans of the archive. A read outside the spans
+raises an error with the missing range. The range is then fetched and the read repeated. Many
+threads can read in parallel. Adjacent members, such as the labels of a site, share one request.
 """
 
 from __future__ import annotations
@@ -36,34 +37,37 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_END = 1024  # bytes at the end that are asked for first: they say where the directory begins
-_FIRST = 1200  # of an image: the beginning of its header; its place on Earth comes after the list of its strips
-_LEAST = 1024  # asked for at a time after that; GDAL wants no more than 1024 at a time
-_GAP = 4096  # bytes between members for which one request is still better than two
-# What zipfile raises of members: checksum, end, encryption, a packing it does not know; and what the packings raise.
+_END = 1024  # bytes requested first, from the end: they locate the directory
+_FIRST = 1200  # first bytes of an image header; the georeference follows the list of strips
+_LEAST = 1024  # minimum of later requests; GDAL reads at most 1024 at a time
+_GAP = 4096  # bytes between members; up to this gap one request beats two
+# Errors of zipfile (checksum, truncation, encryption, unknown compression) and of decompressors.
 _BROKEN = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, lzma.LZMAError, OSError)
 _LOCAL_HEADER = 30  # bytes before the name (APPNOTE.TXT, 4.3.7)
-_AROUND = _LOCAL_HEADER + 2 * 65535 + 24  # most of a member beside its content: name, extra field and data descriptor
+_AROUND = _LOCAL_HEADER + 2 * 65535 + 24  # maximum overhead: name, extra field, data descriptor
 MOST_PX = 5000**2
-"""Pixels of a band that an image or label may have: 50 x 50 km."""
+"""Maximum pixels per band of an image or label: 50 x 50 km."""
 MOST_BYTES = 2**29
-"""Bytes that an image or label may take, as a file and as pixels."""
-_MOST_PREFIX = 2**27  # of a packed image, to reach its header
+"""Maximum bytes of an image or label, as a file and as pixels."""
+_MOST_PREFIX = 2**27  # bytes unpacked to reach an image's header
 _MOST_DIRECTORY = 2**26  # bytes of an archive's directory: half a million members
 _PIECE = 65536  # bytes unpacked at a time
 _BY_PIECES = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Packings of which Python unpacks a piece. Of others it unpacks all that it is given, so that it is given little at a time."""
-_PACKED_PIECE = 64  # bytes: of bzip2 they become 90 MB at most
+"""Compressions with piecewise unpacking in Python.
+
+Others unpack all of their input at once, so the input is limited.
+"""
+_PACKED_PIECE = 64  # bytes; bzip2 expands them to 90 MB at most
 
 
 class Bytes(Protocol):
-    """A file of which ranges can be read from any thread; `tally` counts what was."""
+    """A file with range reads from any thread; `tally` counts the traffic."""
 
     size: int
     tally: Tally
 
     def fetch(self, start: int, length: int) -> bytes:
-        """Exactly these bytes; raises RequestError."""
+        """Return exactly these bytes; raise RequestError otherwise."""
 
 
 class LocalBytes:
@@ -74,12 +78,12 @@ class LocalBytes:
         self.size = path.stat().st_size
 
     def fetch(self, start: int, length: int) -> bytes:
-        """Exactly these bytes; raises RequestError."""
+        """Return exactly these bytes; raise RequestError otherwise."""
         try:
-            with self._path.open("rb") as file:  # each time: a file of many threads would have one position
+            with self._path.open("rb") as file:  # reopened: threads would share one position
                 file.seek(start)
                 data = file.read(length)
-        except OSError as error:  # of the disk, which must not be taken for one of what was read
+        except OSError as error:  # a disk error, not an error of the content
             raise RequestError(error.strerror or str(error)) from error
         if len(data) < length:
             raise RequestError(f"{len(data)} bytes of {length} from {start} on; it has become shorter")
@@ -88,7 +92,7 @@ class LocalBytes:
 
 
 class RemoteBytes:
-    """A file at http(s):// or s3://, asked for until it is answered in full."""
+    """A file at http(s):// or s3://; incomplete answers are requested again."""
 
     def __init__(self, url: str, access: Access) -> None:
         self._url, self.tally = url, Tally()
@@ -98,7 +102,7 @@ class RemoteBytes:
         self._lock = threading.Lock()
 
     def fetch(self, start: int, length: int) -> bytes:
-        """Exactly these bytes; raises RequestError."""
+        """Return exactly these bytes; raise RequestError otherwise."""
         tally = Tally()
         try:
             return self._remote.fetch(self._url, self._head, start, length, tally)
@@ -109,7 +113,10 @@ class RemoteBytes:
 
 
 class _LackingError(Exception):
-    """The spans held do not have these bytes. No OSError, which zipfile would take for a broken archive."""
+    """A read outside the available spans, with the missing range.
+
+    Not an OSError: zipfile would report a broken archive.
+    """
 
     def __init__(self, start: int, length: int) -> None:
         super().__init__(start, length)
@@ -117,7 +124,7 @@ class _LackingError(Exception):
 
 
 class _Spans(io.RawIOBase):
-    """Some spans of a file, for zipfile, which reads under a lock of its own."""
+    """Some spans of a file, for zipfile. zipfile reads under its own lock."""
 
     def __init__(self, size: int) -> None:
         self._size, self._at = size, 0
@@ -142,7 +149,7 @@ class _Spans(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if at < 0:  # as files do: zipfile looks for Zip64 before an end that may be the beginning
+        if at < 0:  # zipfile seeks Zip64 before the end, even in short files
             raise OSError(errno.EINVAL, "expected a place within the file")
         self._at = at
         return at
@@ -151,7 +158,7 @@ class _Spans(io.RawIOBase):
         return self._at
 
     def read(self, length: int = -1) -> bytes:
-        """All that is asked for: zipfile takes less for the end."""
+        """Return all requested bytes; zipfile treats fewer as the end."""
         stop = self._size if length < 0 else min(self._at + length, self._size)
         found, at = [], self._at
         with self._lock:
@@ -167,18 +174,18 @@ class _Spans(io.RawIOBase):
 
 
 class BrokenMemberError(ReleaseError):
-    """A member that is not what its name or the directory says; the others may be."""
+    """A member contradicts its name or the directory; others may be intact."""
 
 
 class Archive:
     """A zip archive, local or remote.
 
     Args:
-        where: path, or http(s):// or s3:// URL.
-        access: how requests are signed.
+        where: Path, or http(s):// or s3:// URL.
+        access: How requests are signed.
 
     Raises:
-        ReleaseError: it cannot be read, or is no zip archive, or one that was cut off.
+        ReleaseError: the archive cannot be read, is truncated or empty, or is not a zip archive.
     """
 
     def __init__(self, where: str, access: Access | None = None) -> None:
@@ -208,30 +215,35 @@ class Archive:
         starts = sorted(m.header_offset for m in self._members.values())
         ends = dict(zip(starts, [*starts[1:], self._zip.start_dir], strict=True))
         self._ends = {
-            # No further than its content reaches: what lies between two members is not fetched.
+            # At most the member's own length: gaps between members are not fetched.
             name: min(ends[m.header_offset], m.header_offset + m.compress_size + _AROUND)
             for name, m in self._members.items()
         }
 
     def names(self) -> list[str]:
-        """Of its members, in the order of its directory."""
+        """List member names in the order of the directory."""
         return list(self._members)
 
     def size_of(self, name: str) -> int:
-        """Bytes of a member as the directory has it, packed or unpacked, whichever is more."""
+        """Return a member's packed or unpacked bytes, the larger, from the directory."""
         return max(self._members[name].file_size, self._members[name].compress_size)
 
     def checksum_of(self, name: str) -> int:
-        """CRC-32 of a member, unpacked, as the directory has it."""
+        """Return the CRC-32 of an unpacked member from the directory."""
         return self._members[name].CRC
 
     def identity(self) -> str:
-        """SHA-256 of names, sizes and checksums of all members: the same for the same archive, wherever it lies."""
+        """Hash names, sizes and checksums of all members with SHA-256.
+
+        The same archive has the same hash at any location.
+        """
         listed = [(m.filename, m.file_size, m.CRC) for m in self._members.values()]
         return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Members and their content; None where that is not what the directory says, or packed in a way not known here.
+        """Yield members with their content, or None.
+
+        None marks a member with an unknown compression, or one contradicting the directory.
 
         Raises:
             ReleaseError: the archive cannot be read, or a member has more than `MOST_BYTES`.
@@ -258,10 +270,10 @@ class Archive:
 
     @contextmanager
     def image(self, name: str) -> Iterator[rasterio.DatasetReader]:
-        """A member that is a GeoTIFF, opened by its header alone: a few thousand bytes, wherever in the archive it lies.
+        """Open a GeoTIFF member by its header alone: a few thousand bytes.
 
         Raises:
-            BrokenMemberError: it is no image, or not what the directory says.
+            BrokenMemberError: the member is not an image or contradicts the directory.
             ReleaseError: the archive cannot be read.
         """
         member, tally = self._members[name], Tally()
@@ -278,7 +290,7 @@ class Archive:
                 held.append(member.header_offset)
                 first = part.fetch("", Head(b"", 0, ""), 0, _FIRST, tally)
             opener = Opened(part, name, Head(first[: member.file_size], member.file_size, ""), tally, least=_LEAST)
-            # GDAL is given no other name: it would look for files beside it.
+            # A fixed name keeps GDAL from searching for sidecar files.
             with (
                 rasterio.Env(**images.SETTINGS),
                 images.open_image("remote/image", first, most_px=MOST_PX, most_bytes=MOST_BYTES, opener=opener) as image,
@@ -298,7 +310,7 @@ class Archive:
                 self._spans.drop(start)
 
     def _runs(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Members that lie side by side."""
+        """Group adjacent members."""
         run: list[str] = []
         for name in names:
             if run and self._members[name].header_offset - self._ends[run[-1]] > _GAP:
@@ -315,10 +327,12 @@ class Archive:
             raise self._unreadable(error) from error
 
     def _with_more(self, work: Callable[[], T], held: list[int], most: int, least: int = 0) -> T:
-        """What `work` gives, done again whenever it lacked bytes, which are then fetched, and noted in `held`.
+        """Call `work` until all its bytes are available, and return its result.
+
+        Missing bytes are fetched after each call. Their start offsets are added to `held`.
 
         Raises:
-            BadZipFile: it lacks more bytes at a time than `most`.
+            BadZipFile: one missing range is longer than `most`.
         """
         while True:
             try:
@@ -326,14 +340,17 @@ class Archive:
             except _LackingError as lacking:
                 if lacking.length > most:
                     raise zipfile.BadZipFile(f"expected at most {most:,} bytes, found {lacking.length:,}") from lacking
-                # Backwards where the file ends: that is how zipfile looks for the directory.
+                # Extend backwards at the end of the file: zipfile searches the directory there.
                 start = max(min(lacking.start, self.bytes.size - least), 0)
                 self._hold(start, max(lacking.start + lacking.length - start, min(least, self.bytes.size - start)))
                 held.append(start)
-                least *= 2  # `work` begins anew each time
+                least *= 2  # each repetition starts from scratch
 
     def prefix(self, member: zipfile.ZipInfo, length: int, held: list[int]) -> bytes:
-        """The first bytes of a packed member; what is fetched for it is noted in `held`."""
+        """Unpack the first bytes of a packed member.
+
+        Start offsets of fetched spans are added to `held`.
+        """
 
         if length > _MOST_PREFIX:
             raise zipfile.BadZipFile(f"expected its header within {_MOST_PREFIX:,} bytes")
@@ -341,7 +358,7 @@ class Archive:
         return self._with_more(lambda: self._unpacked(member, length), held, member.compress_size + _AROUND, least)
 
     def _unpacked(self, member: zipfile.ZipInfo, length: int) -> bytes:
-        """The first bytes of a member, unpacked piece by piece: no more memory is taken than the directory says."""
+        """Unpack a member's first bytes in pieces, at most its size in the directory."""
         whole = member.compress_type not in _BY_PIECES
         piece = _PACKED_PIECE if whole else _PIECE
         found = bytearray()
@@ -361,25 +378,25 @@ class Archive:
 
 
 class _Stored:
-    """A member that is not packed, as a file of its own."""
+    """A member without compression, as a file."""
 
     def __init__(self, source: Bytes) -> None:
         self._source, self.start = source, 0
 
     def fetch(self, href: str, head: Head, start: int, length: int, tally: Tally) -> bytes:
-        """These bytes of the member."""
+        """Return these bytes of the member."""
         del href, tally
         return self._source.fetch(self.start + start, min(length, head.size - start))
 
 
 class _Packed:
-    """A packed member: whatever is wanted of it, all before that has to be unpacked."""
+    """A packed member; reading a byte requires unpacking all bytes before it."""
 
     def __init__(self, archive: Archive, member: zipfile.ZipInfo, held: list[int]) -> None:
         self._archive, self._member, self._held, self._known = archive, member, held, b""
 
     def fetch(self, href: str, head: Head, start: int, length: int, tally: Tally) -> bytes:
-        """These bytes of the member."""
+        """Return these bytes of the member."""
         del href, head, tally
         if len(self._known) < min(start + length, self._member.file_size):
             self._known = self._archive.prefix(self._member, start + length, self._held)

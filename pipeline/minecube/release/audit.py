@@ -1,6 +1,6 @@
-"""What is wrong with a release and its split: findings, rates of change and band statistics, from an import of it.
+"""Audit an import and its split: findings, rates of change and band statistics.
 
-Each check is a function of tables that gives findings, so that one more is one more function.
+Each check is a function from tables to findings. A new check is one more function.
 """
 
 from __future__ import annotations
@@ -30,39 +30,42 @@ from minecube.release import Imported
 from minecube.release.archive import MOST_BYTES, MOST_PX, Archive
 
 NEAR_M = 5000
-"""Sites closer than this see the same ground or the same weather: on both sides of a split they tell the test's answers."""
+"""Sites closer than this share ground or weather, and leak test answers across a split."""
 JUMP = 0.1
-"""Share of a site's pixels that no mine changes from one year to the next; over all of Europe it is about 0.005."""
+"""Implausible share of a site's pixels changed in one year. Mean over Europe: about 0.005."""
 STEP = 500
-"""Digital numbers by which the darkest pixels of all bands rise or fall together; half of BOA_ADD_OFFSET."""
-_AT_ONCE = 3  # images that are read
-_SAME = 0.05  # share by which statistics may differ from those published
+"""Threshold, in digital numbers, for a common step of the darkest pixels of all bands.
+
+Half of BOA_ADD_OFFSET.
+"""
+_AT_ONCE = 3  # images read in parallel
+_SAME = 0.05  # tolerated relative difference from published statistics
 
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem of a release or its split."""
 
     check: str
     site: str
-    """Empty where it is of the release as a whole."""
+    """Empty for the release as a whole."""
     year: int
-    """0 where it is of all years."""
+    """0 for all years."""
     found: str
 
 
 Split = Mapping[str, Sequence[str]]
-"""train, val and test -> the names of their sites, as they are listed."""
+"""train, val and test -> site names in listed order."""
 
 
 def audit(imported: Imported, release: Release, split: Split, pixels: pd.DataFrame | None = None) -> list[Finding]:
-    """All findings, sorted by check, site and year.
+    """Run all checks and return findings sorted by check, site and year.
 
     Args:
-        imported: the import.
-        release: what is known of the release.
-        split: the split, repetitions and all.
-        pixels: `pixel_sums` of its images; without it, what their pixels would tell is not looked at.
+        imported: The import.
+        release: Metadata of the release.
+        split: The split, including repetitions.
+        pixels: `pixel_sums` of its images. Without it, the pixel checks are skipped.
     """
     found = [
         *_names(imported.about),
@@ -79,7 +82,7 @@ def audit(imported: Imported, release: Release, split: Split, pixels: pd.DataFra
 
 
 def split_of(release: Release, known: Iterable[Site]) -> Split:
-    """The published split, as the catalogue has it."""
+    """Return the published split from the catalogue."""
     found: dict[str, list[str]] = {}
     for site in known:
         if site.split and (site.labels or "").startswith(release.name):
@@ -88,7 +91,13 @@ def split_of(release: Release, known: Iterable[Site]) -> Split:
 
 
 def read_split(path: Path) -> Split:
-    """A split of the user's: JSON, `{"train": ["Germany_1", ...], "val": [...], "test": [...]}`; raises ReleaseError."""
+    """Read a user's split from a JSON file.
+
+    Format: `{"train": ["Germany_1", ...], "val": [...], "test": [...]}`.
+
+    Raises:
+        ReleaseError: the file is unreadable or has another format.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -101,17 +110,23 @@ def read_split(path: Path) -> Split:
 
 
 def change_rates(changes: pd.DataFrame) -> pd.DataFrame:
-    """By pair of years, over all sites: pixels, appeared, vanished, rate (a ratio of sums)."""
+    """Sum changes over all sites, per pair of years.
+
+    Returns:
+        Columns year_1, year_2, pixels, appeared, vanished, rate (a ratio of sums).
+    """
     summed = changes.groupby(["year_1", "year_2"], as_index=False)[["pixels", "appeared", "vanished"]].sum()
     return summed.assign(rate=(summed["appeared"] + summed["vanished"]) / summed["pixels"])
 
 
 def pixel_sums(archive: Archive, years: pd.DataFrame, done: Callable[[str], None] = lambda _: None) -> pd.DataFrame:
-    """Sums over all pixels of all images, which reads all of the archive: additive over sites and years.
+    """Sum the pixels of all images. This reads the whole archive.
+
+    The sums are additive over sites and years.
 
     Returns:
-        A row a site, year and band: pixels, sum, squares, and low, the first percentile; pixels that are 0 in all bands are not
-        counted.
+        One row per site, year and band: pixels, sum, squares, and low, the first percentile. Pixels
+        with 0 in all bands are excluded.
 
     Raises:
         ReleaseError: an image cannot be read.
@@ -119,7 +134,7 @@ def pixel_sums(archive: Archive, years: pd.DataFrame, done: Callable[[str], None
     images = list(_rows(years[years["image"].notna()]))
     sums: list[tuple[Any, ...]] = []
     with warnings.catch_warnings(), ThreadPoolExecutor(_AT_ONCE) as pool:
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # an image without a place is a finding already
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # already reported as a finding
         for row, of_image in zip(images, pool.map(lambda r: _image_sums(archive, r), images), strict=True):
             sums += of_image
             done(row.site)
@@ -129,7 +144,7 @@ def pixel_sums(archive: Archive, years: pd.DataFrame, done: Callable[[str], None
 def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
     ((name, content),) = archive.read([row.image])
     if not content:
-        return []  # no image, which is a finding already
+        return []  # unreadable, already reported as a finding
     try:
         with (
             rasterio.Env(**images.SETTINGS),
@@ -147,10 +162,13 @@ def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
 
 
 def band_statistics(pixels: pd.DataFrame, release: Release) -> pd.DataFrame:
-    """By band: mean and standard deviation of all pixels, as published, and the published deviation put right."""
+    """Compute mean and standard deviation per band.
+
+    If the release publishes statistics, its values and the corrected published deviation are added.
+    """
     summed = pixels.groupby("band")[["pixels", "sum", "squares"]].sum().reindex(BANDS)
     mean = summed["sum"] / summed["pixels"]
-    # Integers until here: the difference of two large numbers is taken of exact ones.
+    # Exact integers: the difference of two large floats would lose digits.
     std = [
         (int(q) * int(n) - int(s) ** 2) ** 0.5 / int(n) if n > 0 else np.nan
         for n, s, q in summed.fillna(0).itertuples(index=False)
@@ -239,7 +257,7 @@ def _moved(before: tuple[float, ...], after: tuple[float, ...]) -> str:
 
 
 def _parts_of(split: Split) -> dict[str, list[str]]:
-    """Site -> the parts that name it, each time."""
+    """Map each site to its parts of the split, with repetitions."""
     found: dict[str, list[str]] = {}
     for part, names in split.items():
         for name in names:
@@ -294,12 +312,12 @@ def _statistics(bands: pd.DataFrame) -> Iterator[Finding]:
 
 
 def _rows(table: pd.DataFrame) -> Iterable[Any]:
-    """Rows with their columns as attributes, of whatever type these are."""
+    """Iterate over rows with columns as attributes of any type."""
     return table.itertuples()
 
 
 def counted(found: Iterable[Finding]) -> dict[str, int]:
-    """How many findings of each check."""
+    """Count the findings of each check."""
     of: dict[str, int] = {}
     for finding in found:
         of[finding.check] = of.get(finding.check, 0) + 1

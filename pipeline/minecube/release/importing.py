@@ -1,8 +1,9 @@
-"""What the archive says of each site: its images' grids, its labels as polygons, and how they change from year to year.
+"""Read the archive's sites: image grids, labels as polygons, changes between years.
 
-The published labels have neither CRS nor place: both are their image's of the same year (trap 20). A label that does not fit
-its image, or has other values than 0 and 255, is left out by name: where its pixels lie, or what they mean, is not known, and
-a guess would be learnt as truth.
+The published labels have neither CRS nor location. Both come from the image of the same year. A
+label is skipped and listed by name if its size differs from its image or it has values other than 0
+and 255. The location or meaning of its pixels is unknown, and a guess would enter training as
+truth.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ log = logging.getLogger(__name__)
 
 UInt8 = npt.NDArray[np.uint8]
 
-_AT_ONCE = 8  # headers of a site
-_MOST_BYTES_PER_PX = 8  # of a label, as a file: one is usual
+_AT_ONCE = 8  # headers per site, in parallel
+_MOST_BYTES_PER_PX = 8  # of a label file; typically one
 _MOST_LABEL_HEADER = 1_000_000
-_MOST_REGIONS = 100_000  # of mine in a label: each becomes a polygon
+_MOST_REGIONS = 100_000  # mine regions of a label, each a polygon
 MINE = 255
-"""Of the published labels, whose other value is 0."""
+"""Mine pixels in published labels; the other value is 0."""
 # `EuroMineNet/Portuga_1/label/Year2015.tif`; some files are called Label2015.tif or year2015.tif instead.
 _NAMED = re.compile(
     r"(?:^|/)(?P<site>[^/]+)/(?P<kind>image|label)s?/(?P<word>[A-Za-z]+)_?(?P<year>(?:19|20)\d\d)\.tiff?$", re.I
@@ -51,41 +52,41 @@ _NO_DATA = re.compile(r"(?:^|/)(?:__MACOSX/|\.[^/]+$|Thumbs\.db$)")
 
 @dataclass(frozen=True)
 class Found:
-    """The members of an archive by what they are."""
+    """The members of an archive by type."""
 
     images: Mapping[tuple[str, int], str]
     """Site and year -> name."""
     labels: Mapping[tuple[str, int], str]
     renamed: tuple[str, ...]
-    """Understood, though not named Year2015.tif."""
+    """Recognised members with a name other than Year2015.tif."""
     twice: tuple[str, ...]
-    """Of a site-year that another member has already; not used."""
+    """Ignored members: another member has the same site-year."""
     strange: tuple[str, ...]
-    """Not understood."""
+    """Unrecognised members."""
 
     def sites(self) -> list[str]:
-        """By name, their numbers as numbers."""
+        """List site names, with their numbers in numeric order."""
         return sorted({site for site, _ in (*self.images, *self.labels)}, key=by_number)
 
 
 def by_number(name: str) -> tuple[str, int, str]:
-    """A key that sorts Germany_2 before Germany_10."""
+    """Return a sort key for names: Germany_2 before Germany_10."""
     word, number = re.fullmatch(r"(.*?)(\d*)", name).groups()  # type: ignore[union-attr]
     return word, int(number or -1), name
 
 
 def find(names: Iterable[str]) -> Found:
-    """Images and labels among the members of an archive; raises ReleaseError where there is none."""
+    """Find images and labels in an archive; raise ReleaseError if both are missing."""
     found: dict[str, dict[tuple[str, int], str]] = {"image": {}, "label": {}}
     renamed, twice, strange = [], [], []
     everything = [n for n in names if not _NO_DATA.search(n)]
-    # Those named as all should be come first, so that they are the ones kept.
+    # Regular names come first and therefore win over duplicates.
     for name in sorted(everything, key=lambda n: (not re.search(r"/Year\d{4}\.tif$", n), n)):
         match = _NAMED.search(name.replace("\\", "/"))
         outside = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
         if (
             outside or not match or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", match["site"])
-        ):  # which names groups of a cube, too
+        ):  # site ids are group names, too
             strange.append(name)
             continue
         of_kind, place = found[match["kind"].lower()], (match["site"], int(match["year"]))
@@ -105,7 +106,7 @@ def find(names: Iterable[str]) -> Found:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteYear:
-    """What the archive has of one site and year; what it lacks is None."""
+    """The archive's data of one site and year; None for missing parts."""
 
     site: str
     year: int
@@ -113,7 +114,7 @@ class SiteYear:
     """Name of the member."""
     label: str | None = None
     image_crc: int | None = None
-    """Checksum of the member: two sites of one image show."""
+    """CRC of the member; it reveals two sites with the same image."""
     height: int | None = None
     """Of the image, pixels."""
     width: int | None = None
@@ -121,13 +122,13 @@ class SiteYear:
     dtype: str | None = None
     crs: str | None = None
     transform: tuple[float, ...] | None = None
-    """Six numbers, as rasterio has them."""
+    """Six numbers in rasterio's order."""
     label_height: int | None = None
     label_width: int | None = None
     label_values: tuple[int, ...] | None = None
     mine_px: int | None = None
     problem: str | None = None
-    """Why the label is not used, or the image has no place."""
+    """Reason for an unused label or an image without location."""
 
 
 @dataclass(frozen=True)
@@ -135,23 +136,26 @@ class ReleaseSite:
     """One site of the archive, as tables."""
 
     years: pd.DataFrame
-    """A row a year: the fields of `SiteYear`."""
+    """One row per year, with the fields of `SiteYear`."""
     labels: gpd.GeoDataFrame
-    """EPSG:4326; columns site, year, mapped, geometry: a row a region of mine, along pixel edges, and one a year with
-    `mapped` true, the extent of the image, within which all else is not mine."""
+    """EPSG:4326; columns site, year, mapped, geometry.
+
+    One row per mine region, along pixel edges. One row per year with `mapped` true: the extent of
+    the image, no mine outside the regions.
+    """
     changes: pd.DataFrame
-    """A row a pair of years: site, year_1, year_2, pixels, appeared, vanished."""
+    """One row per pair of years: site, year_1, year_2, pixels, appeared, vanished."""
 
 
 def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
-    """Headers of a site's images, and its labels, from the archive.
+    """Read the image headers and the labels of a site.
 
     Raises:
-        ReleaseError: the archive cannot be read; what is broken in it is a problem of its row.
+        ReleaseError: the archive cannot be read. Broken members are recorded as problems instead.
     """
     years = sorted({year for name, year in (*found.images, *found.labels) if name == site})
     pictures = [found.images[site, year] for year in years if (site, year) in found.images]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # what takes time is waiting for answers
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # waiting for answers dominates
         headers = dict(zip(pictures, pool.map(lambda name: _header(archive, name), pictures), strict=True))
     table = {year: _row(archive, headers, site, year, found) for year in years}
     wanted = {row["label"]: year for year, row in table.items() if row["label"] and row["problem"] is None}
@@ -172,7 +176,10 @@ def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
 
 
 def extent_of(years: pd.DataFrame) -> shapely.Polygon | None:
-    """The area that all images of a site cover together, EPSG:4326; None where none has a place."""
+    """Return the bounding box of all images of a site, EPSG:4326.
+
+    None if no image is georeferenced.
+    """
     placed = years[years["transform"].notna() & years["problem"].fillna("").str.startswith("image").eq(False)]
     rows: Any = placed.to_dict("records")
     extents = [_extent((r["height"], r["width"]), Affine(*r["transform"])) for r in rows]
@@ -200,7 +207,7 @@ def _header(archive: Archive, name: str) -> dict[str, Any]:
 
 
 def _row(archive: Archive, headers: Mapping[str, dict[str, Any]], site: str, year: int, found: Found) -> dict[str, Any]:
-    """What is known of a site-year before its label is read, and why that is not to be read."""
+    """Collect the facts of a site-year before its label is read, including any problem."""
     image, label = found.images.get((site, year)), found.labels.get((site, year))
     row: dict[str, Any] = {"site": site, "year": year, "image": image, "label": label, "problem": None}
     row |= headers[image] if image else {}
@@ -216,7 +223,10 @@ def _row(archive: Archive, headers: Mapping[str, dict[str, Any]], site: str, yea
 
 
 def _mask(content: bytes | None, row: dict[str, Any]) -> UInt8 | None:
-    """A label's first band, if it has its image's pixels; None where it has not, or is no image. Notes what it has."""
+    """Read a label's first band; None if it is unreadable or its size differs from the image.
+
+    Size, values, mine pixels and problems are recorded in `row`.
+    """
     if not content:
         return None
     try:
@@ -243,7 +253,7 @@ def _mask(content: bytes | None, row: dict[str, Any]) -> UInt8 | None:
 
 
 def _image_problem(row: Mapping[str, Any]) -> str | None:
-    """Why an image has no place, or its label has none."""
+    """Return the reason for an unusable image, or for a label without an image."""
     if row["image"] and "height" not in row:
         return "image: is no image, or arrived broken"
     if row["image"] and (row["crs"] != "EPSG:4326" or row["transform"][:6] == tuple(Affine.identity())[:6]):
@@ -256,7 +266,7 @@ def _image_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:
-    """Why a label that was read is not used."""
+    """Return the reason for skipping a label after reading it."""
     if "label_height" not in row:
         return "label: is no image, or arrived broken"
     if (row["label_height"], row["label_width"]) != (row["height"], row["width"]):
@@ -283,7 +293,7 @@ def _extent(shape: tuple[int, ...], affine: Affine) -> shapely.Polygon:
 
 
 def _changes(site: str, masks: Mapping[int, tuple[UInt8, Affine]]) -> pd.DataFrame:
-    """Counts of changed pixels of all pairs of years whose labels lie on one grid."""
+    """Count changed pixels for all pairs of years with labels on one grid."""
     rows = []
     for first, last in itertools.combinations(sorted(masks), 2):
         (before, there), (after, here) = masks[first], masks[last]

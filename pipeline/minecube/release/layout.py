@@ -1,11 +1,14 @@
-"""Cubes in the published layout, on the published grid: what loaders written for the release run on unchanged.
+"""Write cubes in the published layout and on the published grid.
+
+Loaders for the release read the result unchanged.
 
     EuroMineNet/Germany_1/image/Year2015.tif   int16, ten bands, EPSG:4326
     EuroMineNet/Germany_1/label/Year2015.tif   uint8, 0 or 255, the same pixels, no CRS
 
-A label goes back to where it came from through the covered fraction. A mask of 10 m pixels, sampled at pixels of 10 m by 6, has
-lost up to a pixel along every edge (IoU 0.95 to 0.98); the fraction, between four pixels' centres, knows where in them the edge
-lies (0.997 and better). A region of a few pixels is lost in part all the same: 4 x 4 of them at 66 degrees north have 0.93.
+Labels are resampled through the covered fraction. A 10 m mask, sampled at pixels of 10 m by 6 m,
+loses up to one pixel along every edge (IoU 0.95 to 0.98). Interpolating the fraction between four
+pixel centres locates the edge within pixels (IoU 0.997 and better). Regions of a few pixels still
+lose some area: regions of 4 x 4 pixels at 66 degrees north reach 0.93.
 """
 
 from __future__ import annotations
@@ -30,18 +33,21 @@ from minecube.files import replacing
 from minecube.grid import PIXEL_DEG
 
 FOLDER = "EuroMineNet"
-_SLACK_M = 1.0  # an edge that is straight in degrees was followed from point to point when the cube's grid was made
+_SLACK_M = 1.0  # the cube's grid follows edges, straight in degrees, only at sampled points
 FULL, UNKNOWN = 250, 255
-"""Of `footprint_fraction`: all of the pixel, and not known."""
+"""Values of `footprint_fraction`: fully covered, and unknown."""
 
 
 def release_grid(year: Any) -> GeoBox:
-    """The grid of a site and year of an import, from its row of `years`."""
+    """Build the grid of a site and year from its row of `years` in an import."""
     return GeoBox((int(year["height"]), int(year["width"])), Affine(*year["transform"]), year["crs"])
 
 
 def own_grid(grid: GeoBox) -> GeoBox:
-    """A grid as the release has them, of what no release has: the largest that lies within the cube's."""
+    """Return the largest grid of the release's kind within the cube's grid.
+
+    Use it for sites outside the release.
+    """
     above, below, before, after = _edges(grid, "EPSG:4326")
     west, east, south, north = before[:, 0].max(), after[:, 0].min(), below[:, 1].max(), above[:, 1].min()
     left, top = math.ceil(west / PIXEL_DEG), math.floor(north / PIXEL_DEG)
@@ -50,14 +56,19 @@ def own_grid(grid: GeoBox) -> GeoBox:
 
 
 def image_on(reflectance: xr.DataArray, grid: GeoBox) -> npt.NDArray[np.int16]:
-    """A year's reflectance on another grid: int16 [band, y, x], x 10000, 0 = not observed; between pixels' centres, bilinear.
+    """Resample a year's reflectance bilinearly to another grid.
+
+    Pixels with less than half of their weight observed become 0.
 
     Args:
-        reflectance: uint16 [band, y, x], 0 = not observed, georeferenced as cubes are.
-        grid: where it goes.
+        reflectance: uint16 [band, y, x], 0 = not observed, georeferenced like cubes.
+        grid: The target grid.
+
+    Returns:
+        int16 [band, y, x], x 10000, 0 = not observed.
 
     Raises:
-        ReleaseError: the grid reaches beyond the cube.
+        ReleaseError: the grid extends beyond the cube.
     """
     there = reflectance.odc.geobox
     need_within(there, grid)
@@ -69,15 +80,19 @@ def image_on(reflectance: xr.DataArray, grid: GeoBox) -> npt.NDArray[np.int16]:
 
 
 def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBox) -> npt.NDArray[np.uint8] | None:
-    """A year's footprint on another grid: uint8 [y, x], 255 mine, 0 not; None where some of it is unknown.
+    """Resample a year's footprint to another grid.
 
     Args:
         footprint: uint8 [y, x], 1 mine, 0 not, 255 unknown.
-        fraction: uint8 [y, x], covered by mine, x 250, 255 unknown; where given, the edge lies where half is covered.
-        grid: where it goes.
+        fraction: uint8 [y, x], share covered by mine x 250, 255 unknown. If given, the edge is at
+            half coverage.
+        grid: The target grid.
+
+    Returns:
+        uint8 [y, x], 255 mine, 0 not. None if any pixel is unknown.
 
     Raises:
-        ReleaseError: the grid reaches beyond the cube.
+        ReleaseError: the grid extends beyond the cube.
     """
     there = footprint.odc.geobox
     need_within(there, grid)
@@ -86,31 +101,35 @@ def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBo
         nearest = ndimage.map_coordinates(footprint.values, at, order=0, mode="nearest")
         return None if (nearest == UNKNOWN).any() else (nearest * np.uint8(255)).astype(np.uint8)
     covered, share = _between(fraction.values, fraction.values != UNKNOWN, at)
-    # Of a pixel at the edge of what was mapped, the neighbours beyond are unknown.
+    # At the edge of the mapped area one known neighbour is enough.
     return None if (share == 0).any() else np.where(covered >= FULL / 2, np.uint8(255), np.uint8(0))
 
 
 def write(
     out: Path, site: str, year: int, image: npt.NDArray[np.int16], label: npt.NDArray[np.uint8] | None, grid: GeoBox
 ) -> None:
-    """A year of a site in the release's layout below `out`, in place of what is there; raises ReleaseError if it cannot be."""
+    """Write a year of a site in the release's layout below `out`, replacing older files.
+
+    Raises:
+        ReleaseError: writing fails.
+    """
     place = {"crs": str(grid.crs), "transform": grid.affine}
     _write(out / FOLDER / site / "image" / f"Year{year}.tif", image, place)
     path = out / FOLDER / site / "label" / f"Year{year}.tif"
     if label is not None:
         _write(path, label[None], {})
     else:
-        path.unlink(missing_ok=True)  # of an earlier export: it is of another cube than the image beside it
+        path.unlink(missing_ok=True)  # from an earlier export of another cube
 
 
 def iou(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
-    """Intersection over union of two labels; 1 where both are empty."""
+    """Compute intersection over union of two labels; 1 if both are empty."""
     both, either = ((one > 0) & (other > 0)).sum(), ((one > 0) | (other > 0)).sum()
     return float(both / either) if either else 1.0
 
 
 def need_within(cube: GeoBox, grid: GeoBox) -> None:
-    """Raises ReleaseError where a grid reaches beyond the cube: what is there would be a false zero."""
+    """Raise ReleaseError if a grid extends beyond the cube: outside would be false zeros."""
     edges = np.concatenate(_edges(grid, str(cube.crs)))
     left, bottom, right, top = cube.boundingbox
     (west, south), (east, north) = edges.min(axis=0), edges.max(axis=0)
@@ -123,7 +142,7 @@ def need_within(cube: GeoBox, grid: GeoBox) -> None:
 
 
 def _edges(grid: GeoBox, crs: str) -> tuple[npt.NDArray[np.float64], ...]:
-    """Points [n, 2] along the top, bottom, left and right edge of a grid, in another CRS."""
+    """Project points [n, 2] on the top, bottom, left and right edge of a grid."""
     height, width = grid.shape
     at = np.linspace(0, 1, 65)
     rows, columns = at * height, at * width
@@ -136,7 +155,11 @@ def _edges(grid: GeoBox, crs: str) -> tuple[npt.NDArray[np.float64], ...]:
 
 
 def _centres(grid: GeoBox, there: GeoBox) -> npt.NDArray[np.float64]:
-    """Of all pixel centres of a grid, row and column in another: [2, y, x], whole at that one's pixel centres."""
+    """Locate all pixel centres of a grid in another grid.
+
+    Returns:
+        row and column, [2, y, x]; integers at the other grid's pixel centres.
+    """
     rows, columns = np.mgrid[: grid.shape[0], : grid.shape[1]] + 0.5
     transform = Transformer.from_crs(str(grid.crs), str(there.crs), always_xy=True).transform
     columns, rows = ~there.affine @ transform(*(grid.affine @ (columns, rows)))
@@ -146,9 +169,12 @@ def _centres(grid: GeoBox, there: GeoBox) -> npt.NDArray[np.float64]:
 def _between(
     values: npt.NDArray[Any], known: npt.NDArray[np.bool_], at: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Bilinear between those of the four neighbours that are known, and what share of the weight these have.
+    """Interpolate bilinearly between valid neighbours.
 
-    Not GDAL's warp: where pixels are all but of one size it widens the kernel, and blurs.
+    GDAL's warp is avoided: at nearly equal pixel sizes it widens the kernel and blurs.
+
+    Returns:
+        the values, and the weight of the valid neighbours (0..1).
     """
     share = ndimage.map_coordinates(known.astype(np.float64), at, order=1, mode="nearest")
     total = ndimage.map_coordinates(np.where(known, values, 0).astype(np.float64), at, order=1, mode="nearest")
@@ -156,10 +182,11 @@ def _between(
 
 
 def _write(path: Path, pixels: npt.NDArray[Any], place: dict[str, Any]) -> None:
-    profile = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **place}  # not packed: any loader reads it
-    # In memory first: a disk that is full is then Python's OSError.
+    # Uncompressed: any loader can read it.
+    profile = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **place}
+    # Write to memory first: a full disk then raises OSError.
     with MemoryFile() as memory, warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels have no place, as published
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels have none
         with memory.open(height=pixels.shape[1], width=pixels.shape[2], **profile) as image:
             image.write(pixels)
         try:

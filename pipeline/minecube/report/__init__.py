@@ -1,9 +1,8 @@
-"""Pictures of what was built and mapped: a strip of years with outlines, area by year, composites side by side; and, before
-anything is built, of what there is to build it from.
+"""Draw cubes and maps: strips of years, area by year, composites and scene coverage.
 
-All images of one picture share one stretch, so what looks brighter is brighter. What was not observed is hatched grey,
-never black: black would pass for water. Outlines are cyan and magenta, which differ in lightness as well as in hue, so that
-they stay apart for colour-blind eyes.
+All images of one picture share one stretch, so their brightness is comparable. Pixels without
+observation are hatched grey, since black looks like water. Outlines are cyan and magenta. These
+differ in lightness and hue, and colour-blind readers can distinguish them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,10 @@ from minecube.errors import CubeError
 from minecube.files import replacing
 
 OUTLINES = (("#00f0ff", 2.2), ("#ff00c8", 1.0))
-"""Colour and width in points of the first and the second footprint: broad below, thin on top, both seen where they agree."""
+"""Colour and width in points of the first and second footprint.
+
+The thin second line is drawn on the broad first.
+"""
 MAPPED, TRUTH, GAIN, LOSS = "#222222", "#009e73", "#d55e00", "#0072b2"  # the last three from Okabe and Ito's palette
 INK = "#333333"
 TRUE_COLOUR = ["B04", "B03", "B02"]
@@ -42,16 +44,21 @@ Image = npt.NDArray[np.uint16]
 
 
 def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
-    """Write a PNG with one true-colour panel a year, outlined by the footprints; a year without observation is hatched.
+    """Write a PNG with one true-colour panel per year and outlines of the footprints.
+
+    Years without data are hatched.
 
     Args:
-        cube: reflectance (year, band, y, x) uint16, 0 = no observation, and clear_count (year, y, x).
-        footprints: name in the legend -> (year, y, x), 1 mine, on the cube's grid; at most two, years may lack.
-        out: path of the PNG.
-        title: stands above all panels.
+        cube: Variables reflectance (year, band, y, x) uint16, 0 = no observation, and clear_count
+            (year, y, x).
+        footprints: Name in the legend -> (year, y, x), 1 mine, on the cube's grid. At most two;
+            years may be missing.
+        out: Path of the PNG.
+        title: Title above all panels.
 
     Raises:
-        CubeError: a band of true colour is missing, a footprint is on another grid, or the file cannot be written.
+        CubeError: A band of true colour is missing, a footprint has another grid, or the file
+            cannot be written.
     """
     years = [int(y) for y in cube.year.to_numpy()]
     images = [_rgb(cube.reflectance.sel(year=year), f"year {year}") for year in years]
@@ -74,15 +81,15 @@ def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, t
 
 
 def comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
-    """Write a PNG with true-colour images of one place side by side, named by their keys, in one stretch.
+    """Write a PNG with true-colour images of one place side by side, in one stretch.
 
     Args:
-        images: caption -> reflectance (band, y, x) uint16, 0 = no observation, all of one shape.
-        out: path of the PNG.
-        title: stands above all panels.
+        images: Caption -> reflectance (band, y, x) uint16, 0 = no observation, all of one shape.
+        out: Path of the PNG.
+        title: Title above all panels.
 
     Raises:
-        CubeError: a band of true colour is missing or the file cannot be written.
+        CubeError: A band of true colour is missing or the file cannot be written.
     """
     rgb = [_rgb(image, caption) for caption, image in images.items()]
     fig, panels = _panels(rgb, title, legend_in=0)
@@ -94,17 +101,18 @@ def comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> Non
 
 
 def area_plot(areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, pd.DataFrame] | None = None) -> None:
-    """Write a PNG with, for each site, mine area by year as a line and gain and loss as bars below it.
+    """Write a PNG of mine area by year per site, with gain and loss as bars below the line.
 
-    A year is left out of the line, and the line broken, where more of it is unknown than mine.
+    The line has a gap in years with more unknown than mine area.
 
     Args:
-        areas: site -> columns year, area_m2, gain_m2, loss_m2 (NaN: nothing to compare with) and, optionally, unknown_m2.
-        out: path of the PNG.
-        truth: site -> the same columns of the reference; a dashed line.
+        areas: Site -> columns year, area_m2, gain_m2, loss_m2 (NaN: nothing to compare with) and,
+            optionally, unknown_m2.
+        out: Path of the PNG.
+        truth: Site -> the same columns of the reference, drawn as a dashed line.
 
     Raises:
-        CubeError: there is no site to plot, or the file cannot be written.
+        CubeError: There is no site to plot, or the file cannot be written.
     """
     if not areas:
         raise CubeError(f"{out}: there is no area to plot; score or predict a site first")
@@ -139,20 +147,22 @@ def area_plot(areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, 
 
 
 def coverage_map(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: str) -> None:
-    """Write a PNG of what there is to build from: a row a site and source, a cell a month, darker for more usable dates.
+    """Write a PNG of the usable dates, with a row per site and source and a cell per month.
 
-    Pink where a month of the season has none. In each cell a bar as long as the share of passes that the source does not
-    list. Months out of season are hatched; years with too few usable dates are framed, those not audited crossed out.
+    Darker cells have more usable dates. Months of the season without usable dates are pink. A bar
+    in a cell shows the share of passes missing in the source. Months out of season are hatched.
+    Years with too few usable dates are framed, and years without audit are crossed out.
 
     Args:
-        months: site, year, month, source, usable, expected, missing (the last two may be NA) and state, as `scenes.coverage`
-            has them; sites and sources are drawn in their order.
-        years: site, year, source, usable and state; the last source of a site-year says whether it is framed.
-        out: path of the PNG.
-        title: stands above it.
+        months: Columns site, year, month, source, usable, expected, missing (the last two may be
+            NA) and state, as in `scenes.coverage`. Sites and sources are drawn in their order.
+        years: Columns site, year, source, usable and state. The state of a site-year's last source
+            decides on the frame.
+        out: Path of the PNG.
+        title: Title above the picture.
 
     Raises:
-        CubeError: there is no month to draw, or the file cannot be written.
+        CubeError: There is no month to draw, or the file cannot be written.
     """
     if months.empty:
         raise CubeError(f"{out}: there is no month to draw; audit a site and a year first")
@@ -176,14 +186,14 @@ _LEGEND_IN = 7.6
 
 
 class _Table:
-    """Where the rows and cells of a coverage map are, in inches; large where they are few."""
+    """Positions of the rows and cells of a coverage map, in inches. Few cells are drawn large."""
 
     top = 1.15
 
     def __init__(self, months: pd.DataFrame) -> None:
         self.rows = list(months[["site", "source"]].drop_duplicates().itertuples(index=False, name=None))
         sites = list(dict.fromkeys(site for site, _ in self.rows))
-        # A site's rows lie together, also where its years were listed by different sources.
+        # Keep a site's rows together, also if different sources list its years.
         self.rows.sort(key=lambda row: sites.index(row[0]))
         self.years = sorted(months["year"].unique())
         self.roomy = len(self.rows) * len(self.years) <= 250 and len(self.years) <= 4
@@ -197,7 +207,7 @@ class _Table:
         self.left = 0.2 + 0.085 * max(map(len, sites)) + self.sources_in
 
     def x(self, year: int, month: int = 1) -> float:
-        """The left edge of a month."""
+        """Return the left edge of a month."""
         return self.year_in * self.years.index(year) + self.cell[0] * (month - 1)
 
 
@@ -230,13 +240,13 @@ def _cells(ax: Axes, table: _Table, months: pd.DataFrame, shades: ScalarMappable
 
 
 def _site_years(ax: Axes, table: _Table, years: pd.DataFrame) -> None:
-    """The ground that shows out of season, frames around too few dates, sums; crosses through those that are not there."""
+    """Draw hatching, sums, frames around years with few dates, and crosses for missing years."""
     width, height = table.cell
     for site in dict.fromkeys(site for site, _ in table.rows):
         own = [y for (s, _), y in table.y.items() if s == site]
         for year in table.years:
             rows = years[(years["site"] == site) & (years["year"] == year)]
-            # A little inside, so that frames above each other stay apart.
+            # Slightly smaller, to separate the frames of neighbouring rows.
             box = ((table.x(year) + 0.01, own[0] + 0.01), 12 * width - 0.02, own[-1] + height - own[0] - 0.02)
             if rows.empty:
                 ax.add_patch(Rectangle(*box, facecolor="white", edgecolor="#888888", hatch="xx", lw=0.8))
@@ -252,7 +262,7 @@ def _site_years(ax: Axes, table: _Table, years: pd.DataFrame) -> None:
 
 
 def _headings(ax: Axes, table: _Table) -> None:
-    """Years and months above, sites and sources to the left."""
+    """Write years and months above, and sites and sources to the left."""
     width, height = table.cell
     for year in table.years:
         ax.text(table.x(year) + 6 * width, -0.2, str(year), fontsize=9, fontweight="bold", color=INK, ha="center", va="bottom")
@@ -304,7 +314,7 @@ def _plain(ax: Axes) -> None:
 
 
 def _rgb(reflectance: xr.DataArray, what: str) -> Image:
-    """Red, green and blue (y, x, 3) uint16; 0 in all three where one of them was not observed."""
+    """Return red, green and blue (y, x, 3) uint16. A pixel is 0 in all three if one band is 0."""
     missing = [b for b in TRUE_COLOUR if b not in reflectance.band]
     if missing:
         raise CubeError(f"{what}: a true-colour picture needs {', '.join(TRUE_COLOUR)}, but there is no {', '.join(missing)}")
@@ -313,7 +323,10 @@ def _rgb(reflectance: xr.DataArray, what: str) -> Image:
 
 
 def _stretch(images: Sequence[Image]) -> tuple[float, float]:
-    """The darkest and brightest value shown: those of the image with the least glare, so that clouds do not darken the rest."""
+    """Return the darkest and brightest value shown.
+
+    Both are the lowest over the images, so clouds in one image do not darken the others.
+    """
     ends = [np.percentile(image[image > 0], (0.5, 99)) for image in images if image.any()]
     low, high = np.min(ends, axis=0) if ends else (0, 1)
     return float(low), float(max(high, low + 1))
@@ -337,7 +350,7 @@ def _panels(images: Sequence[Image], title: str, legend_in: float) -> tuple[Figu
 def _show(ax: Axes, image: Image, stretch: tuple[float, float]) -> None:
     height, width = image.shape[:2]
     low, high = stretch
-    shades = np.clip((image - low) / (high - low), 0, 1) ** 0.6  # forest is dark: gamma lifts it
+    shades = np.clip((image - low) / (high - low), 0, 1) ** 0.6  # gamma brightens dark forest
     opaque = (image > 0).all(axis=-1, keepdims=True)
     ax.add_patch(Rectangle((0, 0), width, height, facecolor="#d9d9d9", edgecolor="#a6a6a6", hatch="////", lw=0, zorder=0))
     ax.imshow(np.concatenate([shades, opaque], axis=-1), extent=(0, width, height, 0), interpolation="antialiased", zorder=1)
@@ -346,7 +359,7 @@ def _show(ax: Axes, image: Image, stretch: tuple[float, float]) -> None:
 
 
 def _outline(ax: Axes, mine: npt.NDArray[np.bool_], colour: str, width: float) -> None:
-    """The pixel edges between mine and not mine, in the coordinates of `_show`."""
+    """Draw the pixel edges between mine and background, in the coordinates of `_show`."""
     framed = np.pad(mine, 1)
     y, x = np.nonzero(framed[1:-1, 1:] != framed[1:-1, :-1])
     upright = np.stack([np.stack([x, y], -1), np.stack([x, y + 1], -1)], axis=1)
@@ -368,13 +381,13 @@ def _scale_bar(ax: Axes, pixel_m: float, shape: tuple[int, ...]) -> None:
 
 
 def _legend(fig: Figure, lines: Sequence[Line2D]) -> None:
-    # On dark ground, as they are over the imagery: on white, cyan is hard to see.
+    # A dark background, like the imagery: cyan is hard to see on white.
     legend = fig.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9, labelcolor="white")
     legend.get_frame().set(facecolor="#414b3d", edgecolor="none", alpha=1)
 
 
 def _save(fig: Figure, out: Path) -> None:
-    """Write the figure as PNG; raises CubeError where the file cannot be written."""
+    """Write the figure as PNG. Raises CubeError if the file cannot be written."""
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png")
     try:

@@ -1,4 +1,7 @@
-"""Pictures of score tables: by year and gap, reliability, precision and recall; models differ in colour, mark and dash."""
+"""Draw score tables: scores by year and gap, reliability, precision and recall.
+
+Models differ in colour, mark and dash.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,22 @@ STYLES = [(colour, mark, dash) for dash, (mark, colour) in product(DASHES, tuple
 T = TypeVar("T")
 
 MARKED = 30
-"""More points than these are a line without marks."""
+"""Lines with more points have no marks."""
 
 
 def lines(tables: Mapping[str, pd.Series], out: Path, title: str, *, axes: tuple[str, str], models: Sequence[str] = ()) -> None:
-    """Write a PNG with a score, 0 to 1, over years or gaps.
+    """Write a PNG of a score, 0 to 1, over years or gaps.
 
     Args:
-        tables: model -> score by whole number; NaN is a gap in the line.
-        out: path of the PNG.
-        title: stands above it.
-        axes: labels of the two axes, with their units.
-        models: all that there are, so that each looks alike in all pictures; in order of the tables by default.
+        tables: Model -> score by whole number. NaN is a gap in the line.
+        out: Path of the PNG.
+        title: Title above the picture.
+        axes: Labels of the two axes, with their units.
+        models: All models of a set of pictures, to give each the same style in all; by default
+            those of `tables`.
 
     Raises:
-        CubeError: there is no score to draw, or the file cannot be written.
+        CubeError: There is no score to draw, or the file cannot be written.
     """
     fig, ax = _square(title, axes, wide=5.6, found=tables, out=out)
     for (model, scores), (colour, mark, dash) in _styled(tables, models):
@@ -49,17 +53,17 @@ def lines(tables: Mapping[str, pd.Series], out: Path, title: str, *, axes: tuple
 def precision_recall(
     tables: Mapping[str, pd.DataFrame], out: Path, title: str, share: float, *, models: Sequence[str] = ()
 ) -> None:
-    """Write a PNG of precision over recall, all thresholds.
+    """Write a PNG of precision over recall for all thresholds.
 
     Args:
-        tables: model -> columns threshold, precision and recall, thresholds descending.
-        out: path of the PNG.
-        title: stands above it.
-        share: of pixels that are true: the precision of a model that draws by chance, a dotted line.
-        models: as for `lines`.
+        tables: Model -> columns threshold, precision and recall, thresholds descending.
+        out: Path of the PNG.
+        title: Title above the picture.
+        share: Share of true pixels. It is the precision of chance, drawn as a dotted line.
+        models: As for `lines`.
 
     Raises:
-        CubeError: there is nothing to draw, or the file cannot be written.
+        CubeError: There is nothing to draw, or the file cannot be written.
     """
     fig, ax = _square(title, ("recall (marks: threshold one half)", "precision"), wide=4.6, found=tables, out=out)
     for (model, table), (colour, mark, dash) in _styled(tables, models):
@@ -74,16 +78,18 @@ def precision_recall(
 
 
 def reliability(tables: Mapping[str, pd.DataFrame], out: Path, title: str, *, models: Sequence[str] = ()) -> None:
-    """Write a PNG of how often a pixel is a mine over how probable it was said to be, and how many pixels that is of.
+    """Write a PNG of the observed share of mine pixels over the predicted probability.
+
+    Larger marks stand for more pixels.
 
     Args:
-        tables: model -> columns predicted, observed (both 0 to 1) and pixels, a row a bin.
-        out: path of the PNG.
-        title: stands above it.
-        models: as for `lines`.
+        tables: Model -> columns predicted, observed (both 0 to 1) and pixels, one row per bin.
+        out: Path of the PNG.
+        title: Title above the picture.
+        models: As for `lines`.
 
     Raises:
-        CubeError: there is nothing to draw, or the file cannot be written.
+        CubeError: There is nothing to draw, or the file cannot be written.
     """
     labels = ("probability said, mean of the bin (larger marks: more pixels)", "share that is a mine")
     fig, ax = _square(title, labels, wide=4.6, found=tables, out=out)

@@ -1,14 +1,15 @@
-"""STAC search to normalised, deduplicated scenes, saved as a stac-geoparquet snapshot before a pixel is read.
+"""STAC search to normalised, deduplicated scenes, saved as stac-geoparquet before pixels are read.
 
-A scene is a `pystac.Item` whatever provider listed it: assets B02..B12 and SCL, `proj:code`, and under `minecube:` the
-source, how to get at its files, the acquisition it belongs to, and the radiometric offset its pixels still carry, with the
-reason.
+A scene is a `pystac.Item` in the project's own terms, for every provider. It has the assets
+B02..B12 and SCL, and `proj:code`. Properties under `minecube:` hold the source, the access to its
+files and the acquisition. They also hold the radiometric offset still in the pixels, with the
+reason for it.
 
-    find.py       APIs and files of items: every page, each item once
-    normalise.py  one provider's item -> a scene; copies told apart; sources in order of preference
-    snapshot.py   the list of a site-year on disk, with its hash
-    offsets.py    the offset that was decided, checked in the pixels
-    coverage.py   what was found against what the satellites' orbits would have it
+    find.py       Searches APIs and files of items: every page, each item once.
+    normalise.py  Turns a provider's item into a scene, finds copies, ranks sources.
+    snapshot.py   Saves the list of a site-year, with its hash.
+    offsets.py    Checks the decided offset in the pixels.
+    coverage.py   Compares the scenes found with the passes expected from the orbits.
 """
 
 from __future__ import annotations
@@ -62,42 +63,48 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _FOUND = re.compile(r"""found ('.*'|".*"|[0-9.]+)(?=;)""")
-"""A malformed value in a reason: it differs from item to item."""
+"""A malformed value in a reason. It differs between items."""
 _NAMED = 9
-"""Refused items that a warning names, at most; the scene list has all."""
+"""Largest number of refused items in a warning. The scene list has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search brought: the scenes, and what became of the other items."""
+    """Result of a search: the scenes, and the reasons for refused items."""
 
     scenes: tuple[pystac.Item, ...]
-    """Normalised, one an acquisition and tile, ordered by time and id."""
+    """Normalised, one per acquisition and tile, ordered by time and id."""
     listed: int = 0
-    """Items that the sources listed."""
+    """Number of items listed by the sources."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Id of an item that cannot be used -> why."""
+    """Id of an unusable item -> reason."""
 
     @property
     def copies(self) -> int:
-        """Items left out because a newer processing, or a preferred source, has the same acquisition."""
+        """Count the items replaced by a newer processing or by a preferred source."""
         return self.listed - len(self.refused) - len(self.scenes)
 
 
 class NothingFoundError(SceneError):
-    """A search that was answered, and found nothing usable."""
+    """An answered search without any usable scene."""
 
     def __init__(self, message: str, found: Found) -> None:
         super().__init__(message)
         self.found = found
-        """No scene, but what was listed, and why it was refused."""
+        """Has no scenes, only the number of listed items and the reasons for refusal."""
 
 
 def search(site: Site, year: int, *sources: Source) -> Found:
-    """All usable scenes of one calendar year over a site, of the sources in order of preference.
+    """Search all usable scenes of one calendar year over a site.
 
-    Each acquisition comes from the first source that lists it, in its newest baseline. Searched month by month; ids are
-    counted once and compared with what the API says it has. Items that cannot be used are logged and kept with the reason.
+    Each acquisition comes from the first source with a usable scene of it, in its newest baseline.
+    API searches run month by month. Each id counts once, and the total is compared with the API's
+    own count. Unusable items are logged and kept with the reason.
+
+    Args:
+        site: the site.
+        year: the calendar year.
+        sources: in order of preference.
 
     Raises:
         NothingFoundError: no source has a usable scene.
@@ -136,7 +143,7 @@ def search(site: Site, year: int, *sources: Source) -> Found:
 
 
 def _scene(feature: Mapping[str, Any], name: str, source: Source) -> pystac.Item | str:
-    """Normalise an item, or return why it is refused."""
+    """Normalise an item, or return the reason for its refusal."""
     try:
         return normalise(item_of(feature, name), source)
     except SceneError as error:
@@ -147,7 +154,10 @@ def _scene(feature: Mapping[str, Any], name: str, source: Source) -> pystac.Item
 
 
 def _log_refused(reasons: Mapping[str, str]) -> None:
-    """Warn of refused items by name: one line for each reason, since a file may hold hundreds of another collection."""
+    """Log one warning per reason, with the names of the refused items.
+
+    A file may hold hundreds of items of another collection.
+    """
     alike: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         kind = _FOUND.sub("found", reason.replace(name, "{}"))
@@ -158,7 +168,7 @@ def _log_refused(reasons: Mapping[str, str]) -> None:
 
 
 def check_years(years: Iterable[int]) -> None:
-    """Raises SceneError for a year in which Sentinel-2 took no image."""
+    """Raise SceneError for a year without Sentinel-2 images."""
     for year in years:
         if not has_images(year):
             last = datetime.now(tz=UTC).year
@@ -166,15 +176,17 @@ def check_years(years: Iterable[int]) -> None:
 
 
 def has_images(year: int) -> bool:
-    """Whether Sentinel-2 took images in that year."""
+    """Return whether Sentinel-2 took images in the year."""
     return FIRST_YEAR <= year <= datetime.now(tz=UTC).year
 
 
 def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
-    """The scenes a recipe uses: those of its months, and of the wider season it falls back on, not cloudier than it allows.
+    """Select the scenes for a recipe.
+
+    They lie in the recipe's months or wider months, and have at most its `max_cloud_cover`.
 
     Raises:
-        SceneError: those of its months are of fewer dates than the recipe asks for; says how many there were and what to widen.
+        SceneError: the scenes of the recipe's months have fewer dates than `min_dates`.
     """
     chosen = usable(scenes, recipe)
     if len(dates(chosen)) < recipe.min_dates:
@@ -190,7 +202,7 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
 
 
 def need_dates(scenes: Sequence[pystac.Item], recipe: Recipe, year: int) -> None:
-    """Raise SceneError if the scenes of a year, of a recipe's months, are of fewer dates than the recipe needs."""
+    """Raise SceneError if a year's usable scenes have fewer dates than the recipe's `min_dates`."""
     days = dates([s for s in usable(scenes, recipe) if s.datetime and s.datetime.year == year])
     if len(days) < recipe.min_dates:
         raise SceneError(
@@ -200,34 +212,34 @@ def need_dates(scenes: Sequence[pystac.Item], recipe: Recipe, year: int) -> None
 
 
 def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
-    """The scenes of a recipe's months that are not cloudier than it allows, however few they are."""
+    """Select the scenes of a recipe's months with at most its `max_cloud_cover`."""
     return _of_months(scenes, recipe, recipe.months)
 
 
 def _of_months(scenes: Iterable[pystac.Item], recipe: Recipe, months: Sequence[int]) -> list[pystac.Item]:
     in_season = [s for s in scenes if s.datetime and s.datetime.month in months]
-    # Of unknown cloud cover, too: the mask sees the clouds, and this number only spares reading the worst.
+    # Scenes of unknown cloud cover stay. The mask finds the clouds. This test only saves reads.
     return [s for s in in_season if (s.properties["eo:cloud_cover"] or 0) <= recipe.max_cloud_cover]
 
 
 def mean_cloud_cover(scenes: Iterable[pystac.Item]) -> float:
-    """The mean of the scenes whose cloud cover is known, in percent; NaN if it is known of none."""
+    """Average the known cloud covers, in percent. Return NaN if no cloud cover is known."""
     shares = [s.properties["eo:cloud_cover"] for s in scenes if s.properties["eo:cloud_cover"] is not None]
     return sum(shares) / len(shares) if shares else math.nan
 
 
 def dates(scenes: Iterable[pystac.Item]) -> list[str]:
-    """The solar days on which they were taken, YYYY-MM-DD, each once."""
+    """Return the scenes' distinct solar days, YYYY-MM-DD, sorted."""
     return sorted({s.properties["minecube:solar_day"] for s in scenes})
 
 
 def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Sequence[Source]) -> None:
-    """Check that a saved list belongs to a year, sources and place, and that its sources allow its files.
+    """Check the year, sources, place and files of a saved list.
 
-    A list of another place would come out as zeros. A list that somebody else made could name any file.
+    A list of another place would produce zeros. A list from a stranger could name any file.
 
     Raises:
-        SceneError: it does not belong to them, or names a file that must not be read.
+        SceneError: the list belongs to something else, or names a forbidden file.
     """
     area, known = area_of(grid_of(site)), {s.id for s in sources}
     years = {s.datetime.year for s in scenes if s.datetime} - {year}

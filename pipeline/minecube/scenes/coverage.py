@@ -1,7 +1,9 @@
-"""What sources list of a site against what the satellites' orbits would have: by year, month and source, no pixel read.
+"""Compare the scenes listed for a site with the passes expected from the satellites' orbits.
 
-Sentinel-2 comes over again exactly 10 days later (143 orbits), S2B 5 days after S2A, and S2C flies where S2A did. So one
-acquisition tells every pass on its orbit in all years: product names of 2015 to 2025 keep to that day for day.
+The comparison is by year, month and source. It reads no pixels. Sentinel-2 repeats its track
+exactly every 10 days (143 orbits). S2B flies 5 days behind S2A, and S2C took S2A's place. One
+acquisition therefore gives all passes on its orbit, in all years. Product names of 2015 to 2025
+agree to the day.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from minecube.catalog import Recipe
 from minecube.scenes import Found, dates, mean_cloud_cover, merge, usable
 
 ALL = "all"
-"""The source of rows on what the sources have together."""
+"""Source name in rows for all sources together."""
 TOO_FEW = "too few"
-"""State of a site-year with fewer usable dates than the recipe asks for."""
+"""State of a site-year with fewer usable dates than the recipe needs."""
 _CYCLE = 10  # days, or 143 orbits (ESA, Sentinel-2 mission guide)
-# Satellite -> days it flies behind S2A's place, first day of its data there, and last.
+# Satellite -> days behind S2A's place, first and last day of its data there.
 _FLOWN = {
-    "S2A": (0, date(2015, 7, 4), date(2025, 1, 20)),  # moved away to make room; its extension since is no full cycle
+    # S2A then moved away to make room. Its later data have no full cycle.
+    "S2A": (0, date(2015, 7, 4), date(2025, 1, 20)),
     "S2B": (5, date(2017, 7, 1), date.max),
     "S2C": (0, date(2025, 1, 21), date.max),  # operational from that day (ESA, Sentinel-2 operations)
 }
@@ -33,7 +36,7 @@ _FIRST = min(first for _, first, _ in _FLOWN.values())
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What one source has of one site-year; a source that answered and has nothing has an empty `Found`."""
+    """Scenes of one site-year from one source. `found` is empty if the source has none."""
 
     site: str
     year: int
@@ -42,16 +45,21 @@ class Listing:
 
 
 def expected(scenes: Iterable[pystac.Item], year: int, until: date = date.max) -> dict[date, date] | None:
-    """The days on which a satellite passed over the place in a year: solar day -> UTC date. None: no scene names its orbit.
+    """Return the expected passes of a year, as solar day -> UTC date.
 
-    Of the orbits on which the scenes were taken, by the satellites that flew then; a pass of one satellite tells those of the
-    others. An upper bound: outside Europe and Africa not every pass was imaged in 2015 and 2016, in the polar night none is,
-    and an orbit whose edge only grazes the site is not always listed. S2A is not expected from 21 January 2025 on.
+    The passes follow the orbits of the given scenes, for each satellite in service at the time. The
+    result is an upper bound. In 2015 and 2016 not every pass was imaged outside Europe and Africa.
+    No pass is imaged in the polar night. An orbit may be missing from listings if only its edge
+    touches the site. S2A is not expected from 21 January 2025 on.
 
     Args:
-        scenes: normalised, of one site; the more years, the surer that every orbit is among them.
-        year: of UTC, as searches and recipes count; beyond 157 degrees east the solar day is a day ahead.
-        until: the last UTC date on which a pass would be listed by now.
+        scenes: normalised scenes of one site. More years make it likelier to include every orbit.
+        year: UTC year, as in searches and recipes. East of 157 degrees east the solar day is one
+            ahead.
+        until: the last UTC date with listed passes.
+
+    Returns:
+        Passes in order, or None if no scene names its orbit.
     """
     tracks = {track for scene in scenes if (track := _track(scene))}
     passes: dict[date, date] = {}
@@ -65,26 +73,29 @@ def expected(scenes: Iterable[pystac.Item], year: int, until: date = date.max) -
 
 
 def _track(scene: pystac.Item) -> tuple[int, int, int] | None:
-    """(relative orbit, S2A's day in the cycle, days that the solar day is ahead of UTC); None where it cannot be told."""
+    """Return (relative orbit, S2A's day in the cycle, solar day minus UTC date), or None."""
     orbit, satellite = scene.properties["sat:relative_orbit"], scene.properties["minecube:datatake"][:3]
     solar = date.fromisoformat(scene.properties["minecube:solar_day"])
     if orbit is None or satellite not in _FLOWN:
         return None
     behind, first, last = _FLOWN[satellite]
-    # S2A elsewhere, or a satellite on trial: what it saw then tells nothing of the others' passes.
+    # Outside these dates the satellite was elsewhere or on trial. Other passes cannot be derived.
     return (orbit, (solar.toordinal() - behind) % _CYCLE, (solar - _utc(scene)).days) if first <= solar <= last else None
 
 
 def audit(listings: Sequence[Listing], recipe: Recipe, until: date) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Coverage of one site by month and by year, as `by_month` and `by_year` have it.
+    """Tabulate the coverage of one site with `by_month` and `by_year`.
 
-    Where a year is listed by several sources, rows of source `all` follow: what they have together, each acquisition from the
-    first that has it.
+    If several sources list a year, rows of source `all` follow. These pool the sources, with each
+    acquisition from the first source listing it.
 
     Args:
-        listings: of one site, each year's in order of preference.
-        recipe: says which dates are usable and how many a year needs.
-        until: the last UTC date on which a pass would be listed by now.
+        listings: Of one site, each year's in order of preference.
+        recipe: Defines usable dates and the minimum per year.
+        until: the last UTC date with listed passes.
+
+    Returns:
+        The table by month and the table by year.
     """
     pooled = [scene for listing in listings for scene in listing.found.scenes]
     months, years = [], []
@@ -101,19 +112,27 @@ def _together(listings: Sequence[Listing]) -> Listing:
     found = Found(
         scenes=tuple(merge(listing.found.scenes for listing in listings)),
         listed=sum(listing.found.listed for listing in listings),
-        # One id may be refused of several sources.
+        # Several sources may refuse the same id.
         refused={f"{listing.source}/{i}": why for listing in listings for i, why in listing.found.refused.items()},
     )
     return Listing(site=listings[0].site, year=listings[0].year, source=ALL, found=found)
 
 
 def by_month(listing: Listing, passes: Mapping[date, date] | None, recipe: Recipe, until: date) -> pd.DataFrame:
-    """Twelve rows of what a source has of a site-year, by UTC month.
+    """Tabulate one listing by UTC month, in twelve rows.
 
-    scenes, days (solar days they are of), usable (days whose scenes the recipe uses), cloud (mean cover in percent, NaN where
-    there is no scene), baselines ("02.14 05.00"), expected (days with a pass), missing (those of which nothing is listed),
-    missing_days ("2020-03-02 2020-03-05", solar), and state: ok, gap (in season, nothing usable), out of season, before launch
-    or to come. expected and missing are NA where no scene of the site names its orbit.
+    Columns:
+        scenes: Number of scenes.
+        days: Solar days with a scene.
+        usable: Days with a scene usable for the recipe.
+        cloud: Mean cloud cover in percent, NaN without scenes.
+        baselines: Text such as "02.14 05.00".
+        expected: Days with a pass.
+        missing: Expected days without a listed scene.
+        missing_days: Those solar days, for example "2020-03-02 2020-03-05".
+        state: One of ok, gap (in season, nothing usable), out of season, before launch, or to come.
+
+    `expected` and `missing` are NA if no scene of the site names its orbit.
     """
     seen = set(dates(listing.found.scenes))
     rows = []
@@ -143,17 +162,18 @@ def by_month(listing: Listing, passes: Mapping[date, date] | None, recipe: Recip
 
 
 def by_year(listing: Listing, months: pd.DataFrame, recipe: Recipe, until: date) -> pd.DataFrame:
-    """One row of what a source has of a site-year: whether the recipe can be followed.
+    """Summarise one listing in one row, with the state of its recipe.
 
-    Of the whole year: listed, refused, copies (as `Found` has them), scenes, cloud, baselines. Of the recipe's months: days,
-    expected, missing, usable, needed (the recipe's minimum), gap_days (the longest stretch of the season without a usable
-    date), gap ("2020-04-01..2020-05-20") and state, `ok` or `too few`.
+    Columns for the whole year are listed, refused, copies (see `Found`), scenes, cloud and
+    baselines. Columns for the recipe's months are days, expected, missing, usable, needed (the
+    recipe's minimum), gap_days, gap and state. The gap is the longest run of days without a usable
+    date in the season, for example "2020-04-01..2020-05-20". State is `ok` or `too few`.
 
     Args:
-        listing: what the source has.
-        months: its rows by month.
-        recipe: the recipe that they were made with.
-        until: the last UTC date on which a pass would be listed by now.
+        listing: Scenes of one source.
+        months: The listing's rows from `by_month`.
+        recipe: the recipe used for `months`.
+        until: the last UTC date with listed passes.
     """
     found = listing.found
     season = months[months["month"].isin(recipe.months)]
@@ -181,7 +201,7 @@ def by_year(listing: Listing, months: pd.DataFrame, recipe: Recipe, until: date)
 
 
 def _longest_gap(year: int, usable_on: set[date], recipe: Recipe, until: date) -> list[date]:
-    """The longest run of days of the season, each the day after the other, without a usable date."""
+    """Return the longest run of consecutive days in the season without a usable date."""
     longest: list[date] = []
     run: list[date] = []
     for day in _days(max(date(year, 1, 1), _FIRST), min(date(year, 12, 31), until)):

@@ -1,7 +1,7 @@
-"""Asking a STAC API, or a file of items, for all that it lists of an area and a year: every page, each item once.
+"""List all items of an area and a year, from a STAC API or a file of items.
 
-Links and redirects of an API stay on its host. What it sends is bounded: an answer to `_PAGE_BYTES`, a month to `_MONTH_BYTES`
-and `_PAGES`.
+All pages are read, and each item counts once. Links and redirects of an API stay on its host. The
+size of answers is limited: `_PAGE_BYTES` per answer, `_MONTH_BYTES` and `_PAGES` per month.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ Feature = dict[str, Any]
 Ints = npt.NDArray[np.int64]
 
 PAGE = 100
-"""Items a page."""
-_PAGE_BYTES = 100_000_000  # most that an API may answer to one request; 100 items have about a megabyte
-_PAGES = 200  # most of one month: 20,000 items, of which a site has a few dozen
-_MONTH_BYTES = 200_000_000  # most of one month
-_INDEX_BYTES = 2**30  # most of a file of items, as it is and unpacked
+"""Items per page."""
+_PAGE_BYTES = 100_000_000  # per answer of an API; 100 items take about a megabyte
+_PAGES = 200  # per month: 20,000 items; a site has a few dozen
+_MONTH_BYTES = 200_000_000  # per month
+_INDEX_BYTES = 2**30  # per file of items, packed and unpacked
 _INDEX_ITEMS = 1_000_000
-_FRESH_S = 60.0  # after which a remote file is asked whether it has changed
-_MOST_KEPT = 8  # files of items in memory
+_FRESH_S = 60.0  # interval between checks of a remote file for changes
+_MOST_KEPT = 8  # files of items kept in memory
 _TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated", "published", "unpublished", "expires")
-"""Columns of times."""
+"""Columns with times."""
 _TOP = {"type", "stac_version", "stac_extensions", "id", "collection"}
-"""Columns that are no properties, besides those of the place and the assets."""
-_TYPE_SHOWN = 60  # most characters of a type that an error shows
-_BATCH = 1000  # most rows of a file of items that are unpacked at a time
+"""Columns outside the properties, apart from place and assets."""
+_TYPE_SHOWN = 60  # characters of a type shown in an error
+_BATCH = 1000  # rows of a file of items unpacked at a time
 _CONNECT_S, _READ_S = 10.0, 60.0
-_PAUSE_S = 0.5  # before a request is tried again; doubled each time, unless the connection was refused
+_PAUSE_S = 0.5  # before the first retry; doubles each time, except after a refused connection
 _AGAIN = {429, 500, 502, 503, 504}
 _API_FAULTS = (
     APIError,
@@ -75,7 +75,7 @@ _API_FAULTS = (
     DoesNotConformTo,
     OSError,  # also of requests
     pystac.errors.STACError,
-    # What the client makes of answers that are JSON, but no STAC.
+    # The client's reaction to answers in JSON but not in STAC.
     ValueError,
     KeyError,
     TypeError,
@@ -94,18 +94,18 @@ _FILE_FAULTS = (
     pystac.errors.STACTypeError,
     shapely.errors.ShapelyError,
 )
-"""What reading a file raises if it is no stac-geoparquet."""
+"""Errors raised by files other than stac-geoparquet."""
 _TRIES = 9
-_HUNG_TRIES = 2  # of requests that are not answered in `_READ_S`
+_HUNG_TRIES = 2  # for requests without an answer in `_READ_S`
 
 
 class _ColumnError(Exception):
-    """A column of a file of items has a type that cannot be read."""
+    """An unreadable type of a column in a file of items."""
 
 
 @dataclass
 class _Pace:
-    """Lets one request start every `every_s`, whatever thread it comes from."""
+    """Rate limit shared by all threads: one request starts every `every_s`."""
 
     every_s: float
     _next: float = 0.0
@@ -123,22 +123,22 @@ class _Pace:
 
 @functools.cache
 def _pace(href: str, searches_per_s: float) -> _Pace:
-    """The pace of all requests of this process to one API."""
+    """Return the rate limit shared by this process's requests to one API."""
     log.debug("%s: at most %g requests a second", href, searches_per_s)
     return _Pace(1 / searches_per_s)
 
 
 class _ApiSession(Session):
-    """A session whose redirects stay on the host."""
+    """Session with redirects restricted to the same host."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Where a redirect leads; raises ForbiddenError if that is another host."""
+        """Return the target of a redirect. Raise ForbiddenError if it is on another host."""
         target = super().get_redirect_target(resp)
         return target and _on_host(target, origin_of(resp.url))
 
 
 def _on_host(url: str, host: str) -> str:
-    """The URL; raises ForbiddenError if it is on another host."""
+    """Return the URL. Raise ForbiddenError if it is on another host."""
     network.check_url(url, host)
     found = network.host_of(url)
     if found != host:
@@ -147,7 +147,7 @@ def _on_host(url: str, host: str) -> str:
 
 
 class _CatalogueIO(StacApiIO):
-    """The client's requests: to the source's host alone, at the pace that it allows, each answer bounded."""
+    """Client requests with limits: the source's host only, its rate, and bounded answers."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -157,11 +157,14 @@ class _CatalogueIO(StacApiIO):
         self._left = _MONTH_BYTES
 
     def begin_month(self) -> None:
-        """Allow `_MONTH_BYTES` more."""
+        """Reset the byte budget to `_MONTH_BYTES`."""
         self._left = _MONTH_BYTES
 
     def read_text(self, source: pystac.link.HREF, *args: Any, **kwargs: Any) -> str:
-        """Return what a link or URL leads to. The client's own method would open a link without a scheme as a local file."""
+        """Read the target of a link or URL.
+
+        The client's own method would open a link without a scheme as a local file.
+        """
         if isinstance(source, pystac.Link):
             return super().read_text(source, *args, **kwargs)
         return self.request(str(source), *args, **kwargs)
@@ -173,7 +176,7 @@ class _CatalogueIO(StacApiIO):
         headers: dict[str, str] | None = None,
         parameters: dict[str, Any] | None = None,
     ) -> str:
-        """The body of the answer; raises APIError, ForbiddenError or RequestError."""
+        """Return the body of the answer. Raise APIError, ForbiddenError or RequestError."""
         url = _on_host(urljoin(self._at, href), self._host)
         verb = (method or "GET").upper()
         if verb not in ("GET", "POST"):
@@ -191,7 +194,7 @@ class _CatalogueIO(StacApiIO):
         return body.decode()
 
     def _answer(self, url: str, request: requests.Request) -> requests.Response:
-        """The answer to a request, whose body is not read yet; tried again for what may pass."""
+        """Send a request and retry temporary failures. The answer's body is not read yet."""
         network.need_reachable(url)
         prepared = self.session.prepare_request(request)
         settings = self.session.merge_environment_settings(url, {}, True, None, None)
@@ -200,7 +203,8 @@ class _CatalogueIO(StacApiIO):
             wait = _PAUSE_S * 2 ** (tried - 1) + random.uniform(0, _PAUSE_S)  # noqa: S311  no secret depends on it
             try:
                 answer = self.session.send(prepared, timeout=(_CONNECT_S, _READ_S), **settings)
-            except requests.exceptions.ConnectionError as error:  # of reads that time out, too, if the client kept them
+            # Read timeouts may arrive as ConnectionError too.
+            except requests.exceptions.ConnectionError as error:
                 wait = _wait_after(error, url, time.monotonic() - began, tried) or wait
             except requests.exceptions.Timeout as error:
                 if tried >= _HUNG_TRIES:
@@ -217,7 +221,11 @@ class _CatalogueIO(StacApiIO):
 
 
 def _wait_after(error: requests.exceptions.ConnectionError, url: str, lasted_s: float, tried: int) -> float | None:
-    """Seconds to wait after a connection that failed, None for as usual; raises RequestError if it is not tried again."""
+    """Return the seconds to wait after a failed connection, or None for the usual wait.
+
+    Raises:
+        RequestError: there is no further try.
+    """
     why = network.why_unreachable(url, error)
     if why and lasted_s + _PAUSE_S > network.REFUSED_S:
         network.note_unreachable(url, why)
@@ -228,7 +236,7 @@ def _wait_after(error: requests.exceptions.ConnectionError, url: str, lasted_s: 
 
 
 def _bounded(answer: requests.Response, most: int) -> bytes:
-    """The body of an answer, unpacked; raises RequestError if it is longer than that, or is not sent in time."""
+    """Return the unpacked body. Raise RequestError if it is too long or too late."""
     body = bytearray()
     until = time.monotonic() + network.PATIENCE_S
     for part in answer.iter_content(65536):
@@ -241,16 +249,20 @@ def _bounded(answer: requests.Response, most: int) -> bytes:
 
 
 def items_of(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
-    """Everything the source lists of that calendar year over the area (EPSG:4326), as it lists it: GeoJSON of STAC items.
+    """List a source's items for a calendar year and an area in EPSG:4326.
+
+    Returns:
+        GeoJSON features as the source lists them.
 
     Raises:
-        UnansweredError: the source does not answer, or its pages held another number of items than it says match.
+        UnansweredError: the source does not answer, or its pages differ from its own count.
+        SceneError: a file of items is unusable, or a link leads to another host.
     """
     return _from_api(source, area, year) if source.kind == "stac-api" else _from_file(source, area, year)
 
 
 def _from_api(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
-    """Month by month, so that no sequence of pages is long enough to break."""
+    """Search month by month, to keep each sequence of pages short."""
     by_id: dict[str, Feature] = {}
     try:
         api = _CatalogueIO(source)
@@ -260,7 +272,8 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
                 continue
             api.begin_month()
             ids, matched = _month(client, source.collection, area, month)
-            if matched is not None and matched != len(ids):  # items may have been added between two pages
+            # Items may have been added between two pages.
+            if matched is not None and matched != len(ids):
                 api.begin_month()
                 ids, matched = _month(client, source.collection, area, month)
             if matched is not None and matched != len(ids):
@@ -273,7 +286,7 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
         hint = "" if isinstance(error, RequestError | ForbiddenError) else "; check the URL and the network"
         kind = SceneError if isinstance(error, ForbiddenError) else UnansweredError
         raise kind(f"{source.href}: the search for {year} failed ({error}){hint}") from error
-    # Those without a footprint stay, so that they are refused by name.
+    # Items without a footprint stay, so they are refused by name later.
     footprints = {name: footprint_of(shape_of(item.get("geometry"))) for name, item in by_id.items()}
     return [by_id[name] for name, shape in footprints.items() if shape.is_empty or shapely.intersects(shape, area)]
 
@@ -281,19 +294,19 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
 def _month(
     client: pystac_client.Client, collection: str, area: BaseGeometry, month: str
 ) -> tuple[dict[str, Feature], int | None]:
-    """Items by id, and how many the API says match, where it does."""
+    """Return items by id, and the API's own count or None."""
     asked = client.search(collections=[collection], intersects=shapely.geometry.mapping(area), datetime=month, limit=PAGE)
     pages = list(itertools.islice(asked.pages_as_dicts(), _PAGES + 1))
     if len(pages) > _PAGES:
         raise RequestError(f"expected at most {_PAGES} pages of {month}, found more")
     ids = {_key(feature): feature if isinstance(feature, dict) else {} for page in pages for feature in page["features"]}
-    # The first page tells; the client would ask for it once more.
+    # Use the count in the first page. The client would request that page again.
     context = pages[0].get("context") or {} if pages else {}
     return ids, pages[0].get("numberMatched", context.get("matched")) if pages else None
 
 
 def _key(feature: object) -> str:
-    """What two listings of one item share: its id, or all of an item without one."""
+    """Return a key shared by two listings of one item: its id, or the whole item without one."""
     name = feature.get("id") if isinstance(feature, dict) else None
     return name if isinstance(name, str) else json.dumps(feature, sort_keys=True)
 
@@ -302,11 +315,12 @@ def _from_file(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
     index = _index_of(source.href)
     with _explained(source.href):
         found = _features(index.rows_of(area, year))
-    folder = source.href.rpartition("/")[0]  # a local one is absolute: the catalogue's loader sees to it
+    # A local href is absolute already, by the catalogue's loader.
+    folder = source.href.rpartition("/")[0]
     listed = [item["assets"] for item in found if isinstance(item["assets"], dict)]
     for asset in (asset for assets in listed for asset in assets.values() if isinstance(asset, dict)):
         href = asset.get("href")
-        # A name with a colon is no path: it is left as it is, and refused.
+        # A name with a colon is not a path. It stays unchanged and is refused later.
         if isinstance(href, str) and ":" not in href and not href.startswith("/"):
             asset["href"] = f"{folder}/{href.removeprefix('./')}"
     return found
@@ -314,18 +328,18 @@ def _from_file(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
 
 @dataclass(frozen=True)
 class _Index:
-    """A file of items in memory, and what searches choose its rows by."""
+    """File of items in memory, with the keys for selecting its rows."""
 
     schema: pa.Schema
     batches: Sequence[pa.RecordBatch]
     starts: Ints
-    """The first row of each batch."""
+    """First row of each batch."""
     years: Ints
-    """Year of each row, of UTC; 0 if it is unknown."""
+    """UTC year of each row, 0 if unknown."""
     tree: shapely.STRtree
-    """Footprints of all rows, empty if a row has none."""
+    """Footprints of all rows, empty for rows without one."""
     placeless: Ints
-    """Rows without a footprint. Every search lists them, so that they are refused by name instead of lost."""
+    """Rows without a footprint. Every search lists them, so they are refused by name."""
 
     @classmethod
     def of(cls, table: pa.Table) -> _Index:
@@ -341,7 +355,10 @@ class _Index:
         )
 
     def rows_of(self, area: BaseGeometry, year: int) -> pa.Table:
-        """The rows of a year, and of an unknown one, whose footprint meets the area, in the order of the file."""
+        """Return rows of the year or of unknown year over the area, in file order.
+
+        Rows without a footprint are included.
+        """
         over_area = self.tree.query(area, predicate="intersects")
         rows = np.sort(np.concatenate([over_area, self.placeless]))
         rows = rows[np.isin(self.years[rows], (year, 0))]
@@ -354,26 +371,29 @@ class _Index:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An index, and which version of its file it is of."""
+    """Index with the version of its file."""
 
     index: _Index
     version: tuple[object, ...]
     until: float
-    """When to look again whether the file has changed."""
+    """Time of the next check for changes."""
 
 
 _kept: dict[str, _Kept] = {}
-_reading = threading.Lock()  # each file is read by one thread
+_reading = threading.Lock()  # one thread reads a file at a time
 
 
 def _index_of(href: str) -> _Index:
-    """The index of a file of items, which is read once, and again when it has changed; raises SceneError as `read_items`."""
+    """Return the index of a file of items, read again after changes.
+
+    Raises errors like `read_items`.
+    """
     with _reading:
         kept = _kept.pop(href, None)
         if kept is None or time.monotonic() >= kept.until:
             version = _version(href)
             if kept is None or version != kept.version or None in version:
-                kept = None  # before the new one is read: two would not fit into memory
+                kept = None  # free the old index first, since two would not fit into memory
                 table = _unpacked(href)
                 with _explained(href):
                     kept = _Kept(_Index.of(table), version, 0.0)
@@ -385,7 +405,7 @@ def _index_of(href: str) -> _Index:
 
 
 def _version(href: str) -> tuple[object, ...]:
-    """What differs if a file has changed; None in it if that cannot be known."""
+    """Return a tuple with a different value after each change. It contains None if unknown."""
     with _explained(href):
         if is_local(href):
             about = Path(local_path(href)).stat()
@@ -394,12 +414,17 @@ def _version(href: str) -> tuple[object, ...]:
 
 
 def over(item: pystac.Item, area: BaseGeometry) -> bool:
-    """Whether the item's footprint meets the area, also where either crosses the antimeridian."""
+    """Return whether an item's footprint meets the area, including across the antimeridian."""
     return bool(shapely.intersects(footprint_of(shape_of(item.geometry)), area))
 
 
 def read_items(path: Path | str) -> list[pystac.Item]:
-    """All items of a stac-geoparquet file, local or remote; raises SceneError where it is none, or too large."""
+    """Read all items of a local or remote stac-geoparquet file.
+
+    Raises:
+        SceneError: the file is not stac-geoparquet, or too large.
+        UnansweredError: a remote file cannot be fetched.
+    """
     table = _unpacked(str(path))
     with _explained(str(path)):
         features = _features(table)
@@ -408,7 +433,7 @@ def read_items(path: Path | str) -> list[pystac.Item]:
 
 @contextmanager
 def _explained(href: str) -> Iterator[None]:
-    """Raise SceneError for what goes wrong with a file of items."""
+    """Turn errors from a file of items into SceneError or UnansweredError."""
     try:
         yield
     except ForbiddenError as error:
@@ -423,7 +448,7 @@ def _explained(href: str) -> Iterator[None]:
 
 
 def _unpacked(href: str) -> pa.Table:
-    """A file of items as a table whose times are timestamps; raises SceneError where it is none, or too large."""
+    """Read a file of items as a table with timestamps. Raise errors like `read_items`."""
     with _explained(href):
         table = _table(pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href))))
         lacking = [name for name in ("id", "geometry", "assets") if name not in table.column_names]
@@ -442,14 +467,14 @@ def _unpacked(href: str) -> pa.Table:
 
 
 def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column in types whose rows can be selected; most columns are as they should be."""
+    """Cast a column to types with selectable rows. Most columns need no cast."""
     stored = _storage(column)
     kind = _plain_type(stored.type)
     return stored if kind == stored.type else stored.cast(kind)
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
-    """Return a type without views, with times in UTC: Parquet stores times in UTC whatever zone a file names."""
+    """Return the type without views, with times in UTC. Parquet stores all times in UTC."""
     if pa.types.is_string_view(kind):
         return pa.large_string()
     if pa.types.is_binary_view(kind):
@@ -466,7 +491,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _need_types(schema: pa.Schema) -> None:
-    """Raise _ColumnError if the columns of places, assets or times have types that hold something else."""
+    """Raise _ColumnError for wrong types of the columns with places, assets or times."""
     types = pa.types
     geometry, assets = schema.field("geometry").type, schema.field("assets").type
     value = geometry.value_type if types.is_dictionary(geometry) else geometry
@@ -488,12 +513,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _brief(kind: pa.DataType) -> str:
-    """The beginning of a type's name: that of a struct has all of its fields."""
+    """Shorten a type's name. A struct's name lists all its fields."""
     return f"{str(kind)[:_TYPE_SHOWN]}{'...' * (len(str(kind)) > _TYPE_SHOWN)}"
 
 
 def _note_unread(table: pa.Table, values: pd.Series, times: pd.Series) -> pa.Table:
-    """Keep the values that are no times in a column, so that their items are refused with them."""
+    """Store unreadable times in an extra column, so their items are refused with the value."""
     unread = times.isna() & values.notna()
     if not unread.any():
         return table
@@ -502,14 +527,14 @@ def _note_unread(table: pa.Table, values: pd.Series, times: pd.Series) -> pa.Tab
 
 
 def _as_times(column: pa.ChunkedArray) -> pd.Series:
-    """Times of UTC to the microsecond; NaT if they are unknown."""
+    """Parse times to UTC microseconds, NaT if unknown."""
     times: pd.Series = pd.to_datetime(column.to_pandas(), utc=True, errors="coerce", format="ISO8601")
     known: pd.Series = times.dt.as_unit("us")
     return known
 
 
 def _years(table: pa.Table) -> Ints:
-    """The year in which each row was taken, as `taken` has it; 0 if it is unknown."""
+    """Return each row's UTC year by `datetime`, else by `start_datetime`. Unknown years are 0."""
     columns = [name for name in ("datetime", "start_datetime") if name in table.column_names]
     times = pd.Series(pd.NaT, index=range(table.num_rows), dtype="datetime64[us, UTC]")
     for name in columns:
@@ -519,14 +544,15 @@ def _years(table: pa.Table) -> Ints:
 
 
 def _shapes(table: pa.Table) -> Any:
-    """The geometry of each row; None if there is none, or it is no WKB."""
+    """Return the geometry of each row, None if missing or invalid WKB."""
     return shapely.from_wkb(_storage(table.column("geometry")).to_numpy(), on_invalid="ignore")
 
 
 def _footprints(shapes: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
-    """`footprint_of` each shape; most are plain polygons, which it leaves as they are."""
+    """Apply `footprint_of` to each shape. Most are plain polygons, and stay unchanged."""
     west, south, east, north = shapely.bounds(shapes).T
-    plain = (west >= -180) & (east <= 180) & (east - west <= 180) & (south >= -90) & (north <= 90)  # not of NaN
+    # These tests are False for NaN.
+    plain = (west >= -180) & (east <= 180) & (east - west <= 180) & (south >= -90) & (north <= 90)
     plain &= (shapely.get_type_id(shapes) == shapely.GeometryType.POLYGON) & shapely.is_valid(shapes) & ~shapely.has_z(shapes)
     footprints = shapes.copy()
     for row in np.flatnonzero(~plain):
@@ -535,16 +561,17 @@ def _footprints(shapes: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
 
 
 def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column without its extension type."""
+    """Return a column without its extension type."""
     if not isinstance(column.type, pa.BaseExtensionType):
         return column
     return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
 
 
 def _features(table: pa.Table) -> list[Feature]:
-    """Rows as GeoJSON features, with footprints of any type and none.
+    """Convert rows to GeoJSON features, with footprints of any type or none.
 
-    The library's own conversion takes five times as long, and needs a polygon and a bounding box in every row.
+    The library's conversion takes five times as long. It also needs a polygon and a bounding box in
+    every row.
     """
     shapes = _shapes(table)
     names = set(table.column_names)
@@ -557,14 +584,14 @@ def _features(table: pa.Table) -> list[Feature]:
     for row, shape in zip(table.to_pylist(), shapes, strict=True):
         feature: Feature = {"type": "Feature", "stac_version": "1.0.0", "geometry": None, "bbox": None, "links": []}
         if shape is not None:
-            # GeoJSON as parsers give it, with lists for tuples.
+            # Parsers return GeoJSON with lists in place of tuples.
             feature["geometry"] = json.loads(json.dumps(shapely.geometry.mapping(shape)))
             feature["bbox"] = list(shape.bounds)
         assets = _by_name(row.pop("assets"))
         if isinstance(assets, dict):
             assets = {k: a if isinstance(a, dict) else _by_name(a) for k, a in assets.items() if a is not None}
         feature["assets"] = assets
-        # A file that several were joined to has null where one of them lacked the column.
+        # Joined files have null in columns missing from one of their parts.
         feature |= {name: value for name in _TOP & row.keys() if (value := row.pop(name)) is not None}
         feature["properties"] = row
         features.append(feature)
@@ -572,7 +599,10 @@ def _features(table: pa.Table) -> list[Feature]:
 
 
 def _by_name(value: Any) -> Any:
-    """Assets, or one asset, as a dictionary: a map column has pairs, and some files have JSON. Anything else is returned."""
+    """Return assets, or one asset, as a dictionary.
+
+    A map column has pairs, and some files have JSON. Other values are returned unchanged.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -584,14 +614,14 @@ def _by_name(value: Any) -> Any:
 
 
 def _table(file: pq.ParquetFile) -> pa.Table:
-    """Unpack a Parquet file batch by batch; raise RequestError if it holds more than a list of scenes would.
+    """Unpack a Parquet file batch by batch. Raise RequestError above the limits of a scene list.
 
-    Its metadata count a repeated value once, so the unpacked batches are counted too.
+    The file's metadata count a repeated value once, so the unpacked batches are counted too.
     """
     about = file.metadata
     groups = [about.row_group(n).total_byte_size for n in range(about.num_row_groups)]
     _need_size(about.num_rows, sum(groups))
-    # A row takes at most what the metadata say of its group, so one batch stays within the limit.
+    # A row takes at most its group's size in the metadata, so one batch stays within the limit.
     rows = _INDEX_BYTES // max([1, *groups])
     tables = [pa.Table.from_batches([], file.schema_arrow)]
     pending: list[pa.RecordBatch] = []
@@ -606,19 +636,19 @@ def _table(file: pq.ParquetFile) -> pa.Table:
 
 
 def _joined(pending: list[pa.RecordBatch]) -> pa.Table:
-    """One piece of small batches, which are taken off the list: each takes 200 KB on top of its rows."""
+    """Join small batches and empty the list. Each batch takes 200 KB on top of its rows."""
     piece = pa.Table.from_batches(pending).combine_chunks()
     pending.clear()
     return piece
 
 
 def _need_size(items: int, unpacked: int) -> None:
-    """Raise RequestError for more items or bytes than a list of scenes would hold."""
+    """Raise RequestError for too many items or bytes for a list of scenes."""
     if items > _INDEX_ITEMS or unpacked > _INDEX_BYTES:
         expected = f"expected at most {_INDEX_ITEMS:,} items and {_INDEX_BYTES:,} bytes"
         raise RequestError(f"{expected}, found {items:,} and {unpacked:,}")
 
 
 def _fetched(url: str) -> bytes:
-    """A remote file as a whole: an index of scenes is small beside one scene."""
+    """Fetch a remote file as a whole. An index is small compared with one scene."""
     return remote_for(access_to(url), origin_of(url)).whole(url, _INDEX_BYTES)

@@ -1,4 +1,4 @@
-"""A coarse look at all scenes of a site-year, from which they are judged before any is composited."""
+"""Read a coarse view of all scenes of a site-year, to judge them before compositing."""
 
 from __future__ import annotations
 
@@ -23,40 +23,43 @@ CLEAR = (2, 4, 5, 6)
 """SCL: dark, vegetation, bare, water."""
 _UNSEEN = (0, 1)  # SCL: no data and defective
 _BANDS = ("B02", "B04", "B12", "B11", "B03", "B05", "B06", "B07", "B08", "B8A")
-"""The three first that all scenes have: far apart in the spectrum, so that cloud and snow move them differently."""
-_PIXELS = 40_000  # largest number of pixels of a look: 20 m pixels for a place of 4 km, averages for a larger one
+"""Preference order: the first three bands common to all scenes are read.
+
+They are far apart in the spectrum, so cloud and snow change them differently.
+"""
+_PIXELS = 40_000  # per look; 20 m pixels for a place of 4 km, averages for a larger one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What scenes show of a place, in `_PIXELS` pixels at most."""
+    """Coarse pixels of several scenes, at most `_PIXELS` per scene."""
 
     ids: tuple[str, ...]
     bands: tuple[str, ...]
     stored: npt.NDArray[np.float32]
-    """float32 [scene, band, pixel], numbers as stored, the offset still in them; NaN where not observed."""
+    """float32 [scene, band, pixel], stored numbers including the offset, NaN if not observed."""
     scl: npt.NDArray[np.uint16]
     """uint16 [scene, pixel]."""
 
     def of(self, scenes: Sequence[pystac.Item]) -> Look:
-        """The same of some of the scenes, in their order."""
+        """Select scenes, in the given order."""
         rows = [self.ids.index(scene.id) for scene in scenes]
         ids = tuple(scene.id for scene in scenes)
         return Look(ids=ids, bands=self.bands, stored=self.stored[rows], scl=self.scl[rows])
 
 
 def look_at(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None, needed: Sequence[str] = _BANDS) -> Look:
-    """Read SCL and three bands of scenes, in the order given.
+    """Read SCL and three bands of scenes, in the given order.
 
     Args:
-        scenes: scenes of one site-year.
+        scenes: Scenes of one site-year.
         grid: the site's grid.
-        ledger: counts the reads.
-        needed: bands of the recipe. Others help to judge a scene, but are not needed: if one of them cannot be read, only
-            needed bands are.
+        ledger: Counts the reads.
+        needed: Bands of the recipe. Other bands help to judge a scene but are optional. If one of
+            them cannot be read, only needed bands are used.
 
     Raises:
-        ReadError: a pixel that cannot be read, where the ledger does not allow it.
+        ReadError: a pixel cannot be read, and the ledger does not allow this.
     """
     common = [band for band in _BANDS if all(band in scene.assets for scene in scenes)]
     try:
@@ -77,7 +80,8 @@ def _look(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None, ba
     as_stored = []
     for scene in scenes:
         copy = scene.clone()
-        copy.properties["minecube:offset"] = 0  # `stack` would cut at 1 what comes out negative
+        # With an offset, `stack` would replace negative results by 1.
+        copy.properties["minecube:offset"] = 0
         as_stored.append(copy)
     coarse = coarse_of(grid)
     pixels = fetched(stack(as_stored, coarse, (*bands, SCL), chunk_px=max(coarse.shape), ledger=ledger))
@@ -87,7 +91,7 @@ def _look(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None, ba
 
 
 def coarse_of(grid: GeoBox) -> GeoBox:
-    """The grid in about `_PIXELS` pixels at most, of whole 20 m."""
+    """Coarsen the grid to about `_PIXELS` pixels or fewer, with pixels in multiples of 20 m."""
     factor = 2 * max(1, math.ceil(math.sqrt(math.prod(grid.shape) / _PIXELS) / 2))
     height, width = (-(-n // factor) for n in grid.shape)
     return GeoBox((height, width), grid.transform @ Affine.scale(factor), grid.crs)

@@ -1,4 +1,4 @@
-"""An item of any provider in the project's own terms: one scene, with nothing left that belongs to the provider."""
+"""Convert an item of any provider to one scene in the project's own terms."""
 
 from __future__ import annotations
 
@@ -27,35 +27,41 @@ from minecube.network import ForbiddenError, check_href, origin_of, without_quer
 log = logging.getLogger(__name__)
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
-_SHOWN = 60  # most characters of a malformed value that an error shows
+_SHOWN = 60  # characters of a malformed value shown in an error
 _SIGNS = re.compile(
     "sig|se|sp|sv|sr|st|sk[a-z]+|x-(amz|goog)-.*|signature|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid|.*token",
     re.I,
 )
-"""Query keys of Azure's, AWS's, Google's and CloudFront's signatures."""
+"""Query keys in signatures of Azure, AWS, Google and CloudFront."""
 UNREAD_TIME = "minecube:unread_datetime"
-"""Property of an item of a file: a datetime that is no time."""
+"""Property with an unreadable datetime of an item from a file."""
 _UNKNOWN = {"", "none", "null", "nan", "<na>", "nat"}
-"""Spellings of an unknown value, in lower case: what tables and their libraries make of null."""
+"""Lower-case spellings of an unknown value, as tables and their libraries write null."""
 _NUMERIC = (int, float, str, Decimal, np.floating, np.integer)
-"""Types of numbers in items, and of text that may be one."""
+"""Types of numbers in items, and of text with a possible number."""
 _LEVEL_1 = re.compile(r"(?<![A-Z0-9])(S2MSI|MSIL|L|LEVEL[-_ ]?)1[ABC](?![A-Z0-9])|^level (L|LEVEL[-_ ]?)?1[ABC]?$", re.I)
-"""In names of products, types, levels and collections of Level-1: S2A_MSIL1C_2022..., S2MSI1C, L1C, sentinel-2-l1c."""
+"""Level-1 in names of products, types, levels and collections.
+
+Examples are S2A_MSIL1C_2022..., S2MSI1C, L1C and sentinel-2-l1c.
+"""
 _PLAIN_NAME = re.compile(r"/[A-Za-z0-9_]+\.(tiff?|jp2)$")
 _LEVEL_2A = re.compile("L2A", re.I)
 _UNREAD_TYPE = re.compile(r"zarr|netcdf|hdf|grib|png|jpe?g(?!2)|xml|json|zip|pdf|html", re.I)
-"""Media types of what is no image of a band: only GeoTIFF and JPEG 2000 are read (`minecube.images`)."""
+"""Media types of unreadable formats. Bands must be GeoTIFF or JPEG 2000 (`minecube.images`)."""
 _UNREAD_SUFFIX = re.compile(r"\.(zarr|nc4?|h5|hdf5?|he5|grib2?|png|jpe?g|xml|json|zip|pdf|html)(/|$)", re.I)
 _SAME_GRANULE_S = 2
-"""Starts of a granule differ by no more between processings; the parts of a split datatake start many seconds apart."""
+"""Largest difference in a granule's start between processings.
+
+Parts of a split datatake start many seconds apart.
+"""
 
 
 def item_of(feature: Mapping[str, Any], name: str) -> pystac.Item:
-    """Turn a listed feature into an item. Leave out assets without an href, and links to other places.
+    """Turn a listed feature into an item. Drop assets without an href and links to other places.
 
     Args:
-        feature: GeoJSON as an API or a file lists it. Any part of it may be malformed.
-        name: what errors call the item.
+        feature: GeoJSON from an API or a file. Any part of it may be malformed.
+        name: the item's name in errors.
 
     Raises:
         SceneError: the item cannot be used. The message names the item and the reason.
@@ -88,7 +94,7 @@ def item_of(feature: Mapping[str, Any], name: str) -> pystac.Item:
 
 
 def _time(properties: Mapping[str, Any], name: str) -> datetime:
-    """Return an item's datetime, or the start of its interval; raise SceneError if neither is a time."""
+    """Return an item's datetime, or the start of its interval. Raise SceneError without either."""
     listed = [properties.get(key) for key in ("datetime", "start_datetime", UNREAD_TIME)]
     for value in listed[:2]:
         if isinstance(value, str):
@@ -118,11 +124,12 @@ def _has_href(asset: object) -> bool:
 
 
 def normalise(item: pystac.Item, source: Source) -> pystac.Item:
-    """The item as a scene: STAC 1.0 or 1.1, whatever the provider calls its bands, projection and acquisition.
+    """Convert an item to a scene, from STAC 1.0 or 1.1 and any provider's names.
 
     Raises:
-        SceneError: it is no Level-2A product of the source's collection; lacks footprint, time, acquisition, baseline or a
-            band; contradicts itself; or names a file that cannot or must not be read. Names item and reason.
+        SceneError: the item is not a Level-2A product of the source's collection. Or it lacks a
+            footprint, time, acquisition, baseline or band. Or it contradicts itself, or names a
+            forbidden or unreadable file. The message names the item and the reason.
     """
     _need_product(item, source)
     assets = _band_assets(item, source)
@@ -169,16 +176,20 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
 
 
 def shape_of(geometry: Mapping[str, Any] | None) -> BaseGeometry | None:
-    """A GeoJSON geometry of any type; None if there is none, or it is malformed."""
+    """Parse a GeoJSON geometry of any type. Return None if it is missing or malformed."""
     try:
-        with np.errstate(invalid="ignore"):  # of NaN among the coordinates, which `footprint_of` notices
+        # For NaN in the coordinates, detected by `footprint_of`.
+        with np.errstate(invalid="ignore"):
             return shapely.geometry.shape(geometry) if geometry else None
     except (shapely.errors.ShapelyError, TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError):
         return None
 
 
 def _need_product(item: pystac.Item, source: Source) -> None:
-    """Raise SceneError for another product than the Level-2A that a source lists: a file of items may hold several."""
+    """Raise SceneError for any product other than the source's Level-2A.
+
+    A file of items may hold several products.
+    """
     stated = [f"level {_first(item, 'processing:level')}", _first(item, "s2:product_type"), _product(item), item.id]
     collection = item.collection_id or ""
     if not _LEVEL_2A.search(collection):
@@ -191,7 +202,7 @@ def _need_product(item: pystac.Item, source: Source) -> None:
 
 
 def _need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
-    """Raise SceneError if a band lies in a format that is not read, or all bands in one Zarr."""
+    """Raise SceneError if a band has an unreadable format, or all bands lie in one Zarr."""
     formats = {key: _other_format(asset) for key, asset in (assets or item.assets).items()}
     wrong = {key: why for key, why in formats.items() if why and (assets or "zarr" in why.lower())}
     for key, why in wrong.items():
@@ -200,7 +211,7 @@ def _need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
 
 
 def _other_format(asset: pystac.Asset) -> str:
-    """Media type or suffix of what is no image of a band; empty for what may be one."""
+    """Return the media type or suffix of an unreadable format, else an empty text."""
     if _UNREAD_TYPE.search(str(asset.media_type or "")):
         return f"media type {asset.media_type}"
     suffix = _UNREAD_SUFFIX.search(str(asset.href).partition("?")[0].partition("#")[0])
@@ -208,7 +219,7 @@ def _other_format(asset: pystac.Asset) -> str:
 
 
 def _band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
-    """Band, and SCL -> its asset, where the item has one with an href."""
+    """Map each band found, and SCL, to its asset with an href."""
     bands = source.bands()
     keys = {band: (source.assets[band],) if band in source.assets else ASSET_KEYS[band] for band in bands}
     assets = {k: asset for k, asset in item.assets.items() if isinstance(asset.href, str)}
@@ -217,17 +228,20 @@ def _band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
 
 
 def same_access(scene: pystac.Item, source: Source) -> bool:
-    """Whether a scene's files are got at as its source says now; how many connections at a time may have changed."""
+    """Return whether a scene was saved with the source's current access rules.
+
+    The number of connections may differ.
+    """
     said = json.loads(scene.properties.get("minecube:access", "{}"))
     ours = json.loads(json.dumps(dataclasses.asdict(source.access)))
     return bool({**said, "connections": 1} == {**ours, "connections": 1})
 
 
 def need_allowed(scene: pystac.Item, source: Source) -> None:
-    """Raise SceneError if a scene names a file that its source must not make a build read."""
+    """Raise SceneError if a scene names a file forbidden for its source."""
     origin = origin_of(source.href)
     hosts = source.access.hosts()
-    # The bands of a scene lie in one folder: names without any special sign are checked once for all.
+    # A scene's bands share one folder, so names without special signs need only one check.
     distinct = {_PLAIN_NAME.sub("/x.tif", asset.href): (band, asset) for band, asset in scene.assets.items()}
     for name, (band, asset) in distinct.items():
         try:
@@ -237,16 +251,20 @@ def need_allowed(scene: pystac.Item, source: Source) -> None:
 
 
 def taken(item: pystac.Item) -> datetime | None:
-    """When it was taken: its datetime, or, where that is null, the start of its interval."""
+    """Return an item's datetime, or the start of its interval if that is null."""
     return item.datetime or item.common_metadata.start_datetime
 
 
 def acquisition(item: pystac.Item) -> tuple[str, str]:
-    """(datatake, start of its granule), equal for every processing and provider of the acquisition.
+    """Return (datatake, granule start), equal for all processings and providers of an acquisition.
 
-    The datatake is `S2A_20200302T102021`: the satellite and when it began to look, of the datatake's or the product's name.
-    The start is the sensing start of the datastrip, which tells the two granules of a split datatake apart (Sentinel-2 PSD
-    14.9, section 3.4); where the item does not name the datastrip, it stands in the granule's folder too.
+    The datatake is the satellite and the start of sensing, for example `S2A_20200302T102021`. It is
+    read from the datatake's or the product's name. The granule start is the datastrip's sensing
+    start. It separates the two granules of a split datatake (Sentinel-2 PSD 14.9, section 3.4).
+    Without a datastrip, it is read from the granule's folder or the item's id.
+
+    Raises:
+        SceneError: the item lacks one of the two.
     """
     named = _first(item, "s2:datatake_id", "eopf:datatake_id", "sentinel:datatake_id") or _product(item)
     take = re.match(r"G?(S2[A-D])_(?:MSIL2A_)?(\d{8}T\d{6})_", named)
@@ -265,17 +283,19 @@ def acquisition(item: pystac.Item) -> tuple[str, str]:
 
 
 def deduplicate(scenes: Iterable[pystac.Item]) -> list[pystac.Item]:
-    """One scene per acquisition and tile, whatever the order they come in: the newest baseline, then the newest processing.
+    """Keep one scene per acquisition and tile: the newest baseline, then the newest processing.
 
-    The two granules of a split datatake start at different times and are both kept.
+    The order of the input does not matter. The two granules of a split datatake start at different
+    times, and both stay.
     """
     return [max(copies, key=_version) for copies in _by_acquisition(scenes)]
 
 
 def merge(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
-    """Scenes of several sources, in order of preference: of each acquisition the first source's, never two.
+    """Merge scenes of several sources, in order of preference. Keep the first source's copy.
 
-    A later source's newer baseline does not count: within the first source's own the newest was chosen already.
+    A newer baseline of a later source does not count. Each source's list is already reduced to its
+    newest baselines.
     """
     ranked = [(rank, scene) for rank, listed in enumerate(lists) for scene in listed]
     rank_of = {id(scene): rank for rank, scene in ranked}
@@ -284,14 +304,14 @@ def merge(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
 
 
 def copies_of(scene: pystac.Item, listed: Iterable[pystac.Item]) -> list[pystac.Item]:
-    """Scenes of a list that show the same acquisition and tile as another scene."""
+    """Return the listed scenes of the same acquisition and tile as another scene."""
     groups = _by_acquisition([scene, *listed])
     group = next(copies for copies in groups if any(copy is scene for copy in copies))
     return [copy for copy in group if copy is not scene]
 
 
 def _by_acquisition(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:
-    """Groups of copies, ordered by time and id of their first."""
+    """Group copies. Groups are ordered by the time and id of their first scene."""
     takes: dict[tuple[str, str], list[tuple[datetime, str, pystac.Item]]] = {}
     for scene in scenes:
         p = scene.properties
@@ -314,16 +334,21 @@ def _version(scene: pystac.Item) -> tuple[str, str, str]:
 
 
 def solar_day(when: datetime, tile: str) -> str:
-    """The local solar date, YYYY-MM-DD: tiles and granules of one overpass share it, wherever on Earth midnight falls.
+    """Return the local solar date, YYYY-MM-DD, shared by tiles and granules of one overpass.
 
-    By the middle of the tile's UTM zone, which, unlike a footprint's, does not jump at the antimeridian.
+    It depends on the centre of the tile's UTM zone. Unlike a footprint's centre, this does not jump
+    at the antimeridian.
     """
     longitude = 6 * int(tile[:2]) - 183
     return (when + timedelta(hours=longitude / 15)).date().isoformat()
 
 
 def _assets(item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset]) -> Iterable[tuple[str, pystac.Asset]]:
-    """Band -> its asset in the project's own terms. A recipe misses a band that a source does not promise and an item lacks."""
+    """Yield (band, asset) in the project's own terms.
+
+    Raises:
+        SceneError: the item lacks an asset named by the source. Other bands may be missing.
+    """
     lacking = [band for band in source.assets if band not in assets]
     if lacking:
         raise _refused(item, f"has no asset {source.assets[lacking[0]]!r} for {lacking[0]}")
@@ -344,7 +369,7 @@ def _assets(item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset
 
 
 def _unsigned(href: str) -> str:
-    """The href without what signs it: signatures are made when a file is read, and never kept."""
+    """Remove the signature from an href. Signatures are created at each read and never stored."""
     if "?" not in href:
         return href
     parts = urlsplit(href)
@@ -353,7 +378,7 @@ def _unsigned(href: str) -> str:
 
 
 def number(value: object) -> float | None:
-    """The finite number that a field holds, also as text; None for null, NaN, infinity and anything else."""
+    """Parse a finite number, also from text. Return None for any other value."""
     if isinstance(value, bool) or not isinstance(value, _NUMERIC):
         return None
     try:
@@ -364,38 +389,41 @@ def number(value: object) -> float | None:
 
 
 def _numbers(value: object) -> list[float]:
-    """The numbers of a list; empty if it is no list, or one of them is unknown."""
+    """Parse a list of numbers. Return an empty list for other values or any unknown number."""
     listed = [number(v) for v in value] if isinstance(value, list | tuple) else []
     finite = [n for n in listed if n is not None]
     return finite if len(finite) == len(listed) else []
 
 
 def _shape(fields: Mapping[str, Any]) -> list[int]:
-    """Rows and columns of `proj:shape`; empty if they are unknown."""
+    """Return rows and columns of `proj:shape`, empty if unknown."""
     sides = [round(n) for n in _numbers(fields.get("proj:shape"))]
     return sides if len(sides) == 2 and min(sides) > 0 else []
 
 
 def _cloud_cover(item: pystac.Item) -> float | None:
-    """Percent of the tile; None if it is unknown, which recipes let through: the mask sees the clouds."""
+    """Return the cloud cover in percent of the tile, or None if unknown."""
     share = number(item.properties.get("eo:cloud_cover"))
     return share if share is not None and 0 <= share <= 100 else None
 
 
 def _first(item: pystac.Item, *names: str) -> str:
-    """The first of these properties that is known, as text; empty if none is."""
+    """Return the first known property as text, or an empty text."""
     listed = [str(item.properties.get(name, "")).strip() for name in names]
     return next((text for text in listed if text.lower() not in _UNKNOWN), "")
 
 
 def _product(item: pystac.Item) -> str:
-    """The product's name, S2A_MSIL2A_<start>_N<baseline>_R<orbit>_T<tile>_<made>; empty where the item does not tell."""
+    """Return the product's name, or an empty text.
+
+    The form is S2A_MSIL2A_<start>_N<baseline>_R<orbit>_T<tile>_<made>.
+    """
     uri = _first(item, "s2:product_uri", "sentinel:product_id")
     return uri or (item.id if item.id.startswith("S2") and "_MSIL" in item.id else "")
 
 
 def _baseline(item: pystac.Item) -> str:
-    """NN.NN, from the properties or from the product's name (`_N0500_`)."""
+    """Return the baseline as NN.NN, from the properties or the product's name (`_N0500_`)."""
     stated = re.fullmatch(
         r"(\d{1,2})\.(\d{1,2})", _first(item, "s2:processing_baseline", "sentinel:processing_baseline", "processing:version")
     )
@@ -412,7 +440,11 @@ def _baseline(item: pystac.Item) -> str:
 
 
 def _offset(item: pystac.Item, baseline: str, source: Source, assets: Mapping[str, pystac.Asset]) -> tuple[int, str]:
-    """What to add to the pixels, and why. What the item declares as raster offset is not asked: it is wrong where applied."""
+    """Return the number to add to the pixels, and the reason.
+
+    Sources' rules decide, since raster offsets declared by items may be applied already. A declared
+    offset counts only for products of one's own Sen2Cor.
+    """
     declared = _declared_offsets(assets)
     if baseline >= "99":
         return _own_offset(item, baseline, source.offset, set(declared.values()))
@@ -426,25 +458,25 @@ def _offset(item: pystac.Item, baseline: str, source: Source, assets: Mapping[st
 
 
 def _declared_offsets(assets: Mapping[str, pystac.Asset]) -> dict[str, int]:
-    """Band -> what its asset says is to be added to digital numbers, where it says so."""
+    """Map each band to its declared raster offset, if there is one."""
     found = {band: _declared_offset(asset) for band, asset in assets.items() if band != SCL}
     return {band: offset for band, offset in found.items() if offset is not None}
 
 
 def _declared_offset(asset: pystac.Asset) -> int | None:
-    """The raster offset of an asset, in digital numbers; None if it declares none."""
+    """Return an asset's raster offset in digital numbers, or None if not declared."""
     for fields in (asset.extra_fields, *_bands(asset)):
         offset = _first_number(fields, "raster:offset", "offset")
         if offset is None:
             continue
-        # Without a scale, what is so small can only be reflectance.
+        # Without a scale, a value below 10 can only be reflectance.
         unstated = 1e-4 if abs(offset) < 10 else 1
         return round(offset / (_first_number(fields, "raster:scale", "scale") or unstated))
     return None
 
 
 def _first_number(fields: Mapping[str, Any], *names: str) -> float | None:
-    """The first of these fields that is a number; None if none is."""
+    """Return the first of these fields with a number, or None."""
     for name in names:
         found = number(fields.get(name))
         if found is not None:
@@ -453,7 +485,10 @@ def _first_number(fields: Mapping[str, Any], *names: str) -> float | None:
 
 
 def _own_offset(item: pystac.Item, baseline: str, rule: Offset, declared: set[int]) -> tuple[int, str]:
-    """What to add to a product of one's own Sen2Cor, whose offset depends on its version and on the Level-1C it was given."""
+    """Return the offset of a product from one's own Sen2Cor, and the reason.
+
+    It depends on the version of Sen2Cor and on the Level-1C input.
+    """
     marks = f"baseline {baseline} marks a product of one's own Sen2Cor"
     if rule.own is None:
         way = "write own (-1000, 0 or declared) into the offset of its source"
@@ -480,7 +515,7 @@ def _tile(item: pystac.Item) -> str:
     tile = _first(item, "s2:mgrs_tile", "grid:code")
     if not tile:
         parts = [_first(item, f"mgrs:{p}", f"sentinel:{p}") for p in ("utm_zone", "latitude_band", "grid_square")]
-        zone = re.sub(r"\.0+$", "", parts[0])  # tables make 32.0 or 32.00 of a zone
+        zone = re.sub(r"\.0+$", "", parts[0])  # tables turn a zone into 32.0 or 32.00
         tile = "".join([zone, *parts[1:]])
     named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
     tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
@@ -491,7 +526,10 @@ def _tile(item: pystac.Item) -> str:
 
 
 def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) -> str:
-    """EPSG:NNNNN of the item or its assets, as code, WKT or PROJJSON; they and the tile must agree, which has only one."""
+    """Return EPSG:NNNNN of the tile. Raise SceneError if the item or its assets state another.
+
+    They may state it as code, WKT or PROJJSON.
+    """
     shown: list[Mapping[str, Any]] = [item.properties, *(asset.extra_fields for asset in assets)]
     said = {code for fields in shown for code in _codes(fields)}
     of_tile = f"EPSG:{32600 + 100 * (tile[2] < 'N') + int(tile[:2])}"
@@ -502,7 +540,8 @@ def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) ->
 
 def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
     for name in {"proj:code", "proj:epsg"} & fields.keys():
-        # EPSG:32632, 32632, 32632.0 from a table, urn:ogc:def:crs:EPSG::32632; "EPSG:None" is none.
+        # Accepts EPSG:32632, 32632, 32632.0 (tables) and urn:ogc:def:crs:EPSG::32632, but not
+        # "EPSG:None".
         code = re.search(r"(\d{4,6})(?:\.0+)?$", str(fields.get(name)))
         if code:
             yield f"EPSG:{code[1]}"
@@ -517,7 +556,7 @@ def _codes(fields: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _orbit(item: pystac.Item) -> int | None:
-    """Relative orbit, 1..143."""
+    """Return the relative orbit (1..143), or None."""
     named = re.search(r"_R(\d{3})_", _product(item))
     stated = number(item.properties.get("sat:relative_orbit"))
     if stated is not None:
@@ -526,7 +565,7 @@ def _orbit(item: pystac.Item) -> int | None:
 
 
 def _pixel_size(asset: pystac.Asset) -> int | None:
-    """Metres a pixel, as an asset states them; None if it does not."""
+    """Return an asset's pixel size in metres, or None if not stated."""
     fields = asset.extra_fields
     transform = fields.get("proj:transform")
     if isinstance(transform, list | tuple) and transform:
@@ -540,13 +579,16 @@ def _pixel_size(asset: pystac.Asset) -> int | None:
 
 
 def _bands(asset: pystac.Asset) -> list[Mapping[str, Any]]:
-    """What an asset says of its bands, in the terms of STAC 1.0 and of STAC 1.1."""
+    """Return the asset's descriptions of its bands, in terms of STAC 1.0 and 1.1."""
     listed = [asset.extra_fields.get(name) for name in ("raster:bands", "bands")]
     return [band for bands in listed if isinstance(bands, list | tuple) for band in bands if isinstance(band, Mapping)]
 
 
 def _generated(item: pystac.Item) -> str:
-    """When the product was made, for telling two processings in one baseline apart; as text that sorts by time."""
+    """Return the product's creation time, as text in order of time.
+
+    It separates two processings of the same baseline.
+    """
     named = re.search(r"_(\d{8}T\d{6})(?:\.SAFE)?$", _product(item))
     if named:
         return named.group(1)

@@ -1,27 +1,30 @@
-"""The offset that was decided for each scene, checked in the pixels: scenes of one place must agree about its ground.
+"""Check each scene's decided offset in the pixels. All scenes must agree about the ground.
 
-Providers' flags are wrong on some scenes, and for months at a time (Element 84's issues earth-search 66 and 71,
-cirrus-earth-search 33). A stored number is reflectance x 10000, or that plus 1000; which of the two, pixels say:
+Providers' flags are wrong on some scenes, and for months at a time. See Element 84's issues 66 and
+71 in earth-search and 33 in cirrus-earth-search. A stored number is reflectance x 10000, with or
+without 1000 on top. The pixels show the difference in four steps:
 
-    step      By how much a scene is brighter than the others are where it and they are clear: the median over the pixels on
-              which all its bands moved alike, to within 300, if half of those agree as well. A wrong offset moves all bands
-              of all pixels by 1000; haze, snow, shadow and seasons move them differently. So scenes fall into groups 1000
-              apart, whichever of them are right. A veil of cloud may move all bands alike where none is of the short-wave
-              infrared, but it takes the ground's contrast away, as no offset does.
-    level     The darkest group carries nothing if its darkest ground, less 1000, would be darker than black, however few
-              scenes it has. If not, and there is one group only, it carries 1000 if things grow and yet nothing is darker
-              than 0.1, as leaves are. Where neither proves it, as on bright desert, the level is the one that contradicts
-              the fewest decisions, and nothing is told if those are more than a quarter.
-    dark      A scene that no step tells, under cloud or snow or alone, carries nothing if some of it, less 1000, would be
-              darker than black.
-    overpass  What is left is told by another tile of its overpass, which saw the same ground or cloud: where both have it
-              they differ by nothing or by 1000, and then the brighter carries it.
+    step      Measure the scene's excess brightness over the lower quartile of the other scenes. Use
+              pixels clear in both, with all bands moved alike to within 300. Take their median if
+              their interquartile range is at most 300. A wrong offset moves all bands of all pixels
+              by 1000. Haze, snow, shadow and seasons move bands differently. So scenes form groups
+              1000 apart. A veil of cloud may move all bands alike if no band is short-wave
+              infrared. But a veil reduces the ground's contrast, and an offset does not.
+    level     Decide the level of the darkest group. It carries 0 if its darkest ground, less 1000,
+              would be darker than black. This holds for any number of scenes. A single group
+              carries 1000 if there is vegetation but nothing darker than 0.1, as leaves are. If
+              neither test decides (bright desert, for example), choose the level contradicting the
+              fewest decisions. If it contradicts more than a quarter, give no answer.
+    dark      A scene without a step (cloud, snow, or a single scene) carries 0 if some of it, less
+              1000, would be darker than black.
+    overpass  Compare remaining scenes with another tile of their overpass, over the same ground or
+              cloud. The two differ by 0 or by 1000, and then the brighter one carries 1000.
 
-A scene that is all cloud and has no such neighbour can be told by nobody: its step is None, and it is not accused. Nor is one
-that would carry what no product carries: something else is wrong with it.
+An all-cloud scene without a usable neighbour cannot be checked. Its step stays None, and it counts
+as no conflict. The same applies to scenes with an impossible result. They have another fault.
 
-The check needs a blue or red band, because only there is some ground dark in every season. Without such a band, the step of
-every scene is None.
+The check needs a blue or red band. Only these have dark ground in every season. Without one of
+them, every step stays None.
 """
 
 from __future__ import annotations
@@ -42,23 +45,28 @@ from minecube.scenes.looks import CLEAR, Look
 log = logging.getLogger(__name__)
 
 POLICIES = ("warn", "fix", "drop", "fail")
-"""What becomes of a scene in conflict: kept as it is, read with the other offset, left out, or the end of its site-year."""
+"""Treatment of a scene in conflict.
+
+warn: keep it. fix: read it with the other offset. drop: leave it out. fail: fail the site-year.
+"""
 OFFSET = 1000
 _VEGETATION = 4
-# Leaves and water absorb blue and red light, so some ground stays below 0.07 there in every season. Such ground proves that a
-# scene carries nothing. Leaves reflect 0.2 to 0.5 in the near infrared, and up to 0.1 in green. Short-wave infrared is dark
-# over open water only. In these bands growth and drying may brighten all fields by as much as an offset does.
+# Leaves and water absorb blue and red light, so some ground stays below 0.07 there in every season.
+# Such ground proves an offset of 0. Leaves reflect 0.2 to 0.5 in the near infrared and up to 0.1 in
+# green. Short-wave infrared is dark over open water only. In these bands growth and drying may
+# brighten all fields by as much as an offset does.
 _DARK_BANDS = frozenset({"B01", "B02", "B04"})
-# Measured on 11 simulated archives, 5040 scenes with 5 to 60 % of flags wrong: no right one is accused with _ALIKE from 200 to
-# 400, _NEAR from 200 to 300, _ENOUGH from 10 to 40 or _BLACK from -400 to -200, and hardly fewer wrong ones are found.
-_ALIKE = 300  # cloud that brightens B12 by 1000 brightens B02 by 2400
-_NEAR = 250  # 98 % of right steps lie from about -60 to 250; in between lies thin cloud, and with 400 some is accused
-_CONTRAST = 0.87  # a veil that adds 750 or more lets through less of the ground's contrast: (1 - 0.075) ** 2
-_ENOUGH = 20  # pixels that a comparison needs
-_BLACK = -300  # reflectance x 10000; water and shade of correct products may be some way below 0
-_LEAF, _GREEN = 1000, 0.05  # vegetation is darker in blue or red; the share of the ground that has to be vegetation
-_MOST = 0.25  # share of decisions that may be wrong where nothing but they tells
-_ROUNDS = 4  # of comparing and moving; enough where every offset is wrong
+# Measured on 11 simulated archives with 5040 scenes and 5 to 60 % wrong flags. No correct scene is
+# reported with _ALIKE 200 to 400, _NEAR 200 to 300, _ENOUGH 10 to 40 or _BLACK -400 to -200. Hardly
+# fewer wrong scenes are found.
+_ALIKE = 300  # cloud brightening B12 by 1000 brightens B02 by 2400
+_NEAR = 250  # 98 % of right steps lie in -60 to 250; with 400, thin cloud gives false conflicts
+_CONTRAST = 0.87  # contrast left by a veil adding 750 is less: (1 - 0.075) ** 2
+_ENOUGH = 20  # pixels needed for a comparison
+_BLACK = -300  # reflectance x 10000; correct water and shade may lie below 0
+_LEAF, _GREEN = 1000, 0.05  # vegetation: upper limit in blue or red, least share of the ground
+_MOST = 0.25  # share of wrong decisions, if only the decisions can give the level
+_ROUNDS = 4  # of comparing and moving; enough even if every offset is wrong
 
 Float = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
@@ -69,17 +77,19 @@ UInt16 = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What the pixels say of one scene's offset."""
+    """Result of the pixel check for one scene's offset."""
 
     scene: str
     offset: int
-    """As decided from source, baseline and flags."""
+    """As decided by source, baseline and flags."""
     step: float | None
-    """By how much it is brighter than the place is, reflectance x 10000: near 0 where its offset is right; None where it
-    cannot be told."""
+    """Excess brightness over the place, reflectance x 10000.
+
+    Near 0 for a right offset, None if unknown.
+    """
     conflict: bool
     should_be: int | None
-    """The offset that would agree; None where there is no conflict."""
+    """The offset in agreement with the pixels. None without a conflict."""
 
     def __str__(self) -> str:
         there = f"{self.step:+.0f} against the scenes around it"
@@ -87,9 +97,9 @@ class Check:
 
 
 def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
-    """Check the offset of each scene, in the order given, from a coarse look at them.
+    """Check the offset of each scene, in the given order, from a coarse look.
 
-    The step of every scene is None if the look has fewer than two bands, or neither a blue nor a red band.
+    All steps stay None if the look has fewer than two bands, or neither a blue nor a red band.
     """
     offsets = np.array([int(s.properties["minecube:offset"]) for s in scenes])
     carried, above = np.full((2, len(scenes)), np.nan)
@@ -112,10 +122,10 @@ def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
 
 
 def resolve(scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str) -> list[pystac.Item]:
-    """The scenes to go on with: those in conflict kept, mended or left out as the policy has it, each with a warning.
+    """Apply the policy to scenes in conflict, and log a warning for each.
 
     Raises:
-        SceneError: the policy is `fail` and there is a conflict, or it leaves no scene.
+        SceneError: the policy is `fail` and there is a conflict, or no scene is left.
     """
     conflicts = [c for c in checks if c.conflict]
     for check in conflicts:
@@ -142,21 +152,21 @@ def resolve(scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str)
 
 
 def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
-    """Checks as plain JSON, for provenance: the conflicts alone."""
+    """Return the conflicts as plain JSON, for provenance."""
     return [{"scene": c.scene, "offset": c.offset, "step": c.step, "should_be": c.should_be} for c in checks if c.conflict]
 
 
 def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str]) -> tuple[Floats, Floats]:
-    """What scenes carry on top of reflectance, by the module's rule: 0 or 1000.
+    """Estimate the number on top of reflectance in each scene, 0 or 1000, by the module's rules.
 
     Args:
-        stored: [scene, band, pixel], two bands or more, NaN where not observed.
-        scl: [scene, pixel].
-        offsets: as decided, 0 or -1000.
-        overpass: equal for scenes of one overpass.
+        stored: Array [scene, band, pixel], two bands or more, NaN if not observed.
+        scl: Array [scene, pixel].
+        offsets: As decided, 0 or -1000.
+        overpass: Equal for scenes of one overpass.
 
     Returns:
-        What each carries, and by how much it is brighter than the place is with nothing on top; NaN where not told.
+        The number per scene, and its brightness above the place without offset. NaN if unknown.
     """
     clear = np.isin(scl, CLEAR) & np.isfinite(stored[:, 0])
     dark = np.array([_darkest(s) for s in stored])
@@ -172,7 +182,7 @@ def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str
         base -= OFFSET * np.nan_to_num(shift)
         carried = OFFSET * (level + shift)
         above = carried + step
-        carried[black & (carried > 0)] = np.nan  # its own pixels contradict each other
+        carried[black & (carried > 0)] = np.nan  # the scene's own pixels contradict each other
     impossible = np.isfinite(carried) & ~np.isin(carried, (0, OFFSET))
     carried[impossible] = np.nan
     lone = black & np.isnan(above)
@@ -182,9 +192,10 @@ def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str
 
 
 def levels(stored: Float, clear: Bool, black: Bool, decided: Ints) -> tuple[Floats, Floats]:
-    """Of which group each scene is, in thousands, NaN where not told; and its step from that group.
+    """Group scenes by brightness, in thousands, and return each scene's step from its group.
 
-    Begins with what was decided, and with nothing for what would be darker than black.
+    Levels start from the decisions, but from 0 if less 1000 would be darker than black.
+    Unknown scenes have NaN.
     """
     level = np.where(black, 0, decided).astype(np.float64)
     for _ in range(_ROUNDS):
@@ -192,7 +203,7 @@ def levels(stored: Float, clear: Bool, black: Bool, decided: Ints) -> tuple[Floa
         near = np.rint(step / OFFSET)
         told = (np.abs(near) <= 1) & (np.abs(step - OFFSET * near) <= _NEAR)
         up, down = told & (near > 0), told & (near < 0)
-        moved = up if up.any() else down  # with both at once, two scenes would change places for ever
+        moved = up if up.any() else down  # moving both at once would swap two scenes forever
         level[moved] += near[moved]
         if not moved.any():
             break
@@ -200,14 +211,17 @@ def levels(stored: Float, clear: Bool, black: Bool, decided: Ints) -> tuple[Floa
 
 
 def steps(ground: Float, clear: Bool) -> Floats:
-    """By how much each scene [scene, band, pixel] is brighter than the others where all are clear; NaN if few pixels tell."""
+    """Return each scene's excess brightness over the other scenes, for [scene, band, pixel].
+
+    NaN marks scenes with too few comparable pixels, too much spread, or a veil.
+    """
     found = np.full(len(ground), np.nan)
     if len(ground) < 2:
         return found
     ranked, counts = _ranked(ground, clear), clear.sum(axis=0)
     below, above = (_quartile(ranked, counts - 1, further) for further in (0, 1))
     for n, ours in enumerate(ground):
-        # The lower quartile without this scene: what stood next, where this one stands at or below it.
+        # The lower quartile without this scene. A scene at or below it shifts it by one rank.
         theirs = np.where(ours <= below, above, below)
         moved = np.where(clear[n] & (counts > 1), ours - theirs, np.float32(np.nan))
         alike = np.ptp(moved, axis=0) <= _ALIKE
@@ -219,13 +233,13 @@ def steps(ground: Float, clear: Bool) -> Floats:
 
 
 def lowest(dark: float, green: float, level: Floats, offsets: Ints) -> float:
-    """What the lowest group carries, in thousands; NaN where nothing tells.
+    """Return the number carried by the lowest group, in thousands, or NaN if unknown.
 
     Args:
-        dark: the darkest ground, should the lowest group carry nothing.
-        green: share of the ground that is vegetation.
-        level: the group of each scene, the lowest 0.
-        offsets: as decided.
+        dark: The darkest ground, assuming an offset of 0 in the lowest group.
+        green: Share of vegetation in the ground.
+        level: The group of each scene, the lowest being 0.
+        offsets: As decided.
     """
     if dark < OFFSET + _BLACK:
         return float((dark - _BLACK) // OFFSET)
@@ -237,7 +251,10 @@ def lowest(dark: float, green: float, level: Floats, offsets: Ints) -> float:
 
 
 def _tell_by_overpass(stored: Float, overpass: Sequence[str], carried: Floats, above: Floats) -> None:
-    """Fill in what is not told and another scene of the overpass tells; twice, for what one tells another by a third."""
+    """Fill in unknown scenes from other scenes of the overpass, in place.
+
+    Two rounds let a scene learn from another by way of a third.
+    """
     pairs = [(a, b) for a, b in itertools.permutations(range(len(stored)), 2) if overpass[a] == overpass[b]]
     apart = {(a, b): _apart(stored[a], stored[b]) for a, b in pairs if np.isnan(carried[a])}
     for _, ((a, b), by) in itertools.product(range(2), apart.items()):
@@ -250,7 +267,7 @@ def _tell_by_overpass(stored: Float, overpass: Sequence[str], carried: Floats, a
 
 
 def _apart(ours: Float, theirs: Float) -> float:
-    """By how much one scene is brighter than another of its overpass, about -1000, 0 or 1000; else NaN."""
+    """Return one scene's excess over another of its overpass, about -1000, 0 or 1000, else NaN."""
     both = np.isfinite(ours[0]) & np.isfinite(theirs[0])
     if both.sum() < _ENOUGH:
         return np.nan
@@ -260,23 +277,26 @@ def _apart(ours: Float, theirs: Float) -> float:
 
 
 def _less(stored: Float, level: Floats) -> Float:
-    """What is left of [scene, band, pixel] without the thousands of each scene; NaN where those are."""
+    """Subtract each scene's level from [scene, band, pixel]. NaN levels give NaN."""
     return stored - OFFSET * level.astype(np.float32)[:, None, None]
 
 
 def _ranked(ground: Float, clear: Bool) -> Float:
-    """[scene, band, pixel] where clear, sorted along the scenes, NaN last."""
+    """Sort the clear values of [scene, band, pixel] along the scenes, NaN last."""
     return np.sort(np.where(clear[:, None], ground, np.float32(np.nan)), axis=0)
 
 
 def _quartile(ranked: Float, counts: Ints, further: int = 0) -> Float:
-    """The lower quartile of the first `counts` [pixel] of what is ranked, or what stands `further` on; [band, pixel]."""
+    """Return the lower quartile of the first `counts` [pixel] ranks, as [band, pixel].
+
+    `further` selects a later rank.
+    """
     at = np.minimum(np.maximum(counts - 1, 0) // 4 + further, len(ranked) - 1)
     there: Float = np.take_along_axis(ranked, at[None, None], axis=0)[0]
     return there
 
 
 def _darkest(seen: Float) -> float:
-    """The 2nd percentile of [band, pixel] in the band where it is lowest; NaN where too few pixels are observed."""
+    """Return the lowest band's 2nd percentile of [band, pixel], NaN for too few pixels."""
     finite = np.isfinite(seen[0])
     return float(np.percentile(seen[:, finite], 2, axis=1).min()) if finite.sum() >= _ENOUGH else np.nan

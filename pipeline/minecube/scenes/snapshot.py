@@ -1,4 +1,7 @@
-"""The scene list of a site-year on disk: stac-geoparquet, with what was refused and a hash, written before a pixel is read."""
+"""Save and load the scene list of a site-year, as stac-geoparquet with a hash.
+
+The list includes the refused items. It is written before pixels are read.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ from minecube.scenes import Found
 from minecube.scenes.find import read_items
 
 FORMAT = 2
-"""Version of what a saved scene holds; a list of another one is refused."""
-_KEY = b"minecube"  # of the file's own metadata
+"""Version of a saved scene's contents. Lists of other versions are refused."""
+_KEY = b"minecube"  # key in the file's own metadata
 
 
 def digest(scenes: Sequence[pystac.Item]) -> str:
-    """The SHA-256 of the scenes, whatever order they come in and however Parquet packs them."""
+    """Return the SHA-256 of scenes, for any order and Parquet packing."""
     return _digest([scene.to_dict(include_self_link=False) for scene in scenes])
 
 
@@ -40,7 +43,7 @@ def _digest(features: Sequence[dict[str, Any]]) -> str:
 
 
 def to_bytes(scenes: Sequence[pystac.Item]) -> bytes:
-    """Scenes as the bytes of a stac-geoparquet file."""
+    """Return scenes as the bytes of a stac-geoparquet file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scenes.parquet"
         _write(Found(scenes=tuple(scenes), listed=len(scenes)), path)
@@ -57,7 +60,7 @@ def _write(found: Found, path: Path, belongs: str = "") -> None:
 
 @functools.cache
 def _geoparquet() -> dict[bytes, bytes]:
-    """What the library notes in a file by which readers know GeoParquet: the same for every list of scenes."""
+    """Return the library's GeoParquet metadata, the same for every list of scenes."""
     bounds = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), 0.0)
     place = pa.Table.from_pylist([{"geometry": shapely.to_wkb(shapely.Point(0, 0)), "bbox": bounds}])
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +70,10 @@ def _geoparquet() -> dict[bytes, bytes]:
 
 
 def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
-    """Scenes as a stac-geoparquet table: the library's own conversion measures the memory of the process, for 50 ms a list."""
+    """Return scenes as a stac-geoparquet table.
+
+    The library's conversion measures the process's memory, and takes 50 ms per list for it.
+    """
     rows = []
     for feature in features:
         row = {name: value for name, value in feature.items() if name != "properties"} | feature["properties"]
@@ -79,22 +85,27 @@ def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def belongs_to(site: Site, year: int, sources: Sequence[Source]) -> str:
-    """What a scene list was searched for, as a hash: place, year, and the sources' rules, which its scenes have taken on.
+    """Return a hash of a search: site, grid, year and the sources' rules.
 
-    Not where a source is: its archive may have moved, and a list must do with the API gone.
+    Scenes depend on these rules. The address of a source is not included. Its archive may move, and
+    a list must work without the API.
     """
     grid = grid_of(site)
     rules = [{k: v for k, v in as_dict(s).items() if k not in ("title", "href", "licence", "searches_per_s")} for s in sources]
     for rule in rules:
         rule["access"].pop("connections")
         if rule["offset"]["own"] is None:
-            del rule["offset"]["own"]  # as in lists that were saved before there was such a rule
+            del rule["offset"]["own"]  # absent in lists saved before this rule existed
     asked = {"site": site.id, "grid": [str(grid.crs), *grid.transform[:6], *grid.shape], "year": year, "sources": rules}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def save(found: Found, path: Path, belongs: str = "") -> None:
-    """Write a scene list, whole or not at all, with what it belongs to; raises CubeError where that cannot be written."""
+    """Write a scene list and its search hash, complete or not at all.
+
+    Raises:
+        CubeError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
@@ -106,11 +117,11 @@ def save(found: Found, path: Path, belongs: str = "") -> None:
 
 
 def load(path: Path, belongs: str = "") -> Found:
-    """A scene list, as `save` was given it, held to what it must belong to, where that is named.
+    """Load a saved scene list, and check its search hash if `belongs` is given.
 
     Raises:
-        SceneError: the file is missing, is no scene list, belongs to something else, or its scenes are no longer those that
-            were saved.
+        SceneError: the file is missing, is no scene list, belongs to something else, or its scenes
+            have changed since they were saved.
     """
     items = read_items(path)
     said = _about(path)
@@ -123,7 +134,7 @@ def load(path: Path, belongs: str = "") -> Found:
 
 
 def need_belonging(path: Path, belongs: str) -> None:
-    """Raise SceneError if a scene list was searched for something else than `belongs_to` gives; its scenes are not read."""
+    """Raise SceneError if a list's search hash differs from `belongs`. Scenes are not read."""
     if _about(path)["belongs_to"] != belongs:
         raise SceneError(
             f"{path}: was searched for another place, or by another rule of its source; remove it to search again, or name "
@@ -132,7 +143,7 @@ def need_belonging(path: Path, belongs: str) -> None:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What `save` noted of a scene list; raises SceneError if it is none of this version."""
+    """Read the metadata written by `save`. Raise SceneError if missing or of another version."""
     about = (pq.read_schema(path).metadata or {}).get(_KEY)
     if about is None:
         raise SceneError(

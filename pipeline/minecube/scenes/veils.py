@@ -1,18 +1,20 @@
-"""Dates on which the scene classification (SCL) errs as a whole: it misses thin cirrus, or sees cirrus over clear ground.
+"""Find dates with a wrong scene classification (SCL): missed thin cirrus, or false cirrus.
 
-Sen2Cor calls thin cirrus clear on some dates. On others it calls clear ground cirrus, the clearest date of a season among
-them. The haze index blue - red / 2 shows both (see `HazeTest`). The excess of a date is the part of
-its index outside the usual range of the pixel, over what SCL calls clear:
+Sen2Cor calls thin cirrus clear on some dates. On others it calls clear ground cirrus, even on the
+clearest date of a season. The haze index blue - red / 2 shows both (see `HazeTest`). A date's
+excess is the part of its index outside the pixel's usual range:
 
-    usual       From the lowest to the highest of three: the lower quartile of all dates, the lower of the two dates before,
-                and the lower of the two dates after; and a tenth more, since clear ground varies with sun, view and
-                moisture. A veil passes. Ground that has changed stays changed, so a pit that opens is no veil.
-    veiled      The median excess over what SCL calls clear is above `date_excess`. Or its upper quartile is, and exceeds
-                the lower quartile by more than twice as much. Each band sees high cloud from its own angle, so streaks are
-                blue here and red there.
-    no cirrus   Over what SCL calls cirrus, the median excess is below `date_excess`, and 95 % of it below twice as much.
+    usual       From the lowest to the highest of three values, widened by a tenth. These are the
+                lower quartile of all dates, the lower of the two dates before, and the lower of the
+                two dates after. The tenth allows for sun, view and moisture. A veil passes, but
+                changed ground stays changed, so a new pit is no veil.
+    veiled      In pixels called clear, the median excess is above `date_excess`. Or the upper
+                quartile is, and exceeds the lower quartile by more than twice as much. Each band
+                sees high cloud from its own angle, so streaks are blue here and red there.
+    no cirrus   In pixels called cirrus, the median excess is below `date_excess`, and 95 % of the
+                excess is below twice as much.
 
-A scene with too few pixels to judge keeps its classification.
+A scene with too few comparable pixels keeps its classification.
 """
 
 from __future__ import annotations
@@ -33,18 +35,22 @@ Float32 = npt.NDArray[np.float32]
 log = logging.getLogger(__name__)
 
 SCL_IS = "minecube:scl"
-"""Item property: `veiled` or `no cirrus`, how the classification errs over the whole scene."""
+"""Item property with the error of the whole scene's classification: `veiled` or `no cirrus`."""
 _CIRRUS = 10
-_LEAST = 0.2  # share of the observed pixels that must be called cirrus before one asks whether they are
-_ENOUGH = 50  # pixels that a scene is judged by
-_LOOKS = 3  # dates on which each of them is clear
+_LEAST = 0.2  # least share of cirrus in the observed pixels for the test of false cirrus
+_ENOUGH = 50  # pixels needed to judge a scene
+_LOOKS = 3  # clear dates needed per pixel
 _VARIES = np.float32(0.1)
-"""Share by which the brightness of clear ground varies between dates."""
+"""Variation of clear ground's brightness between dates, as a share."""
 _MEANT = {"veiled": "SCL misses thin cloud over the whole scene", "no cirrus": "SCL calls clear ground cirrus"}
 
 
 def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[pystac.Item]:
-    """The scenes, those whose classification errs as a whole as copies that say how (`SCL_IS`), each with a line in the log."""
+    """Judge scenes by `rule`, and log each wrong classification.
+
+    Returns:
+        The scenes, with copies in place of wrong ones. The copies have the error in `SCL_IS`.
+    """
     verdicts = [""] * len(scenes)
     if {"B02", "B04"} <= set(look.bands) and rule.date_excess and scenes:
         offsets = np.array([scene.properties["minecube:offset"] for scene in scenes], np.float32)
@@ -65,7 +71,7 @@ def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[py
 
 
 def as_rows(scenes: Sequence[pystac.Item]) -> list[dict[str, Any]]:
-    """What was judged as plain JSON, for provenance: the errors alone."""
+    """Return the wrong classifications as plain JSON, for provenance."""
     return [{"scene": s.id, "scl": s.properties[SCL_IS]} for s in scenes if SCL_IS in s.properties]
 
 
@@ -73,10 +79,10 @@ def judge(haze: Float32, scl: npt.NDArray[np.uint16], days: Sequence[str], most:
     """Return `veiled`, `no cirrus` or an empty text for each scene.
 
     Args:
-        haze: [scene, pixel], blue - red / 2, reflectance, NaN where not observed.
+        haze: [scene, pixel], blue - red / 2, reflectance, NaN if not observed.
         scl: [scene, pixel].
-        days: solar day of each scene, YYYY-MM-DD. Scenes of one day show the same sky, and count once.
-        most: median excess of a date that is trusted.
+        days: solar day of each scene, YYYY-MM-DD. Scenes of one day count once.
+        most: largest median excess of a correct date.
     """
     observed = np.isfinite(haze)
     clear = np.isin(scl, CLEAR) & observed
@@ -103,13 +109,13 @@ def judge(haze: Float32, scl: npt.NDArray[np.uint16], days: Sequence[str], most:
 
 
 def _usual(haze: Float32) -> tuple[Float32, Float32]:
-    """The lowest and highest usual index of each pixel on each day, [day, pixel].
+    """Return the lowest and highest usual index of each pixel on each day, [day, pixel].
 
     Args:
-        haze: [day, pixel], NaN = not clear.
+        haze: [day, pixel], NaN if not clear.
 
     Returns:
-        Two arrays; NaN = clear on no day.
+        Two arrays, NaN if no day is clear.
     """
     looks = np.isfinite(haze).sum(axis=0)
     ranked = np.sort(haze, axis=0)  # NaN last
@@ -122,7 +128,7 @@ def _usual(haze: Float32) -> tuple[Float32, Float32]:
 
 
 def _lower_of_two_earlier(haze: Float32) -> Float32:
-    """The lower index of the two clear days before each day, [day, pixel]; NaN if there is no such day."""
+    """Return the lower index of the two clear days before each day, [day, pixel]."""
     lower = np.full_like(haze, np.nan)
     last, last_but_one = np.full((2, haze.shape[1]), np.nan, np.float32)
     for day, today in enumerate(haze):

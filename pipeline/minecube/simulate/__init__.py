@@ -1,13 +1,13 @@
-"""A Sentinel-2 world with known truth: real files as a real archive has them, and beside them what was really there.
+"""Simulate a Sentinel-2 archive of real files, together with its ground truth.
 
-    land (spectra, mine)  what lies where in a year, and its reflectance on a day
-    passes                when a satellite comes over, and which tiles its scene is cut into
-    sky, observe          cloud, haze, shadow, snow, noise; what the scene classification makes of it
-    granules, items       tiles and halves of datatakes, as each provider lists them
+    land (spectra, mine)  ground cover per year and its reflectance per day
+    passes                overpass dates, and the tiles of each scene
+    sky, observe          cloud, haze, shadow, snow, noise, and the scene classification
+    granules, items       tiles and halves of datatakes in each provider's listing
     archive               COGs, STAC items, stac-geoparquet
 
-Everything is drawn from the seed, the site's id and the thing's own name, so a scene does not depend on which other sites,
-years or styles are made, or in which order.
+Random numbers depend only on the seed, the site's id and the object's name. A scene is therefore
+independent of other sites, years and styles, and of their order.
 """
 
 from __future__ import annotations
@@ -41,33 +41,36 @@ from minecube.simulate.truth import UInt8, footprint_of, reflectance_of, sky_see
 __all__ = ["World", "simulate"]
 
 MARGIN_M = 300
-"""How far the scenes reach beyond the site."""
+"""Margin of the scenes around the site."""
 _LEAST_PX = 48
 _WRITERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What is to be simulated; a World that cannot be raises CatalogError."""
+    """Settings of a simulation; invalid settings raise CatalogError."""
 
     years: tuple[int, ...]
     dates_per_year: int = 22
     """Acquisition dates from April to October."""
     sparse_dates: int = 7
-    """The same in a sparse year."""
+    """Acquisition dates from April to October in a sparse year."""
     sparse_years: tuple[int, ...] = (2015,)
     winter_dates: int = 2
-    """Dates in December to February, with snow; on top of the others."""
+    """Additional dates in December to February, with snow."""
     styles: tuple[str, ...] = STYLES
-    """Providers whose archives are imitated."""
+    """Imitated providers."""
     one_style_per_site: bool = False
-    """Each site is listed by one style, in turn; otherwise every site by every style."""
+    """List each site in one style, in turn, instead of in every style."""
     wrong_flags: float = 0.0
-    """Share of Earth Search's items, from baseline 04.00 on, whose flag says the wrong thing about the offset."""
+    """Share of Earth Search items with a wrong offset flag, from baseline 04.00 on."""
     scl_errors: bool = False
-    """As in real archives, SCL errs on whole dates, the clearest among them, and leaves the edges of clouds unclassified."""
+    """Add SCL errors of real archives.
+
+    Some whole dates are wrong, including the clearest one. Cloud edges are unclassified.
+    """
     shifts: bool = False
-    """As in real archives, scenes lie metres beside each other, until 2021 more so."""
+    """Displace scenes by metres, as in real archives, more strongly before 2021-03-30."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ class World:
             _need(self.dates(year) <= most, f"at most {most} dates in {year}, the times Sentinel-2 passed", self.dates(year))
 
     def dates(self, year: int) -> int:
-        """Acquisition dates of that year, winter left out."""
+        """Return the number of acquisition dates in a year, without winter."""
         return self.sparse_dates if year in self.sparse_years else self.dates_per_year
 
 
@@ -98,22 +101,25 @@ def _need(condition: object, expected: str, found: object) -> None:
 
 
 def simulate(sites: Sequence[Site], out: Path, world: World, *, progress: Callable[[str], None] | None = None) -> None:
-    """Write an archive of the sites, as `archive` lays it out, and the truth behind it.
+    """Write an archive of the sites, as laid out in `archive`, and its ground truth.
 
         truth.zarr                one group per site:
-            reflectance  uint16 (year, band, y, x), x 10000: the median over all April to October dates of what a sensor
-                         without noise sees through a clear sky; bands of 20 m are so at 20 m
+            reflectance  uint16 (year, band, y, x), x 10000: the median over all April to October
+                         dates, seen by a noise-free sensor through a clear sky; 20 m bands are
+                         averaged to 20 m
             footprint    uint8 (year, y, x): 1 mine, 0 not
-            sky          uint8 (time, y, x), by solar day: 0 not observed, 1 clear, 2 contaminated, which is where cloud, halo,
-                         thin cloud, haze, shadow or snow moves the reflectance of some band by more than 0.02
+            sky          uint8 (time, y, x), by solar day: 0 not observed, 1 clear, 2 contaminated:
+                         cloud, halo, thin cloud, haze, shadow or snow changes the reflectance of
+                         a band by more than 0.02
         truth_footprints.parquet  the outlines behind `footprint`, EPSG:4326: site, year, geometry
-        truth_offsets.parquet     what the pixels of each item carry on top of reflectance x 10000: style, id, carried, and
-                                  whether its flag is wrong
+        truth_offsets.parquet     the offset in the pixels of each item, added to reflectance x
+                                  10000: style, id, carried, misflagged
 
-    Nothing of it is there before all of it is.
+    `out` appears only when it is complete.
 
     Raises:
-        CatalogError: a site has no area or is too small, ids repeat, `out` is not empty or cannot be written.
+        CatalogError: there is no site, a site has no area or is too small, ids repeat, or `out` is
+            not empty or cannot be written.
     """
     _need(sites, "at least one site", "none")
     ids = [s.id for s in sites]
@@ -157,7 +163,7 @@ def _simulate_all(sites: Sequence[Site], out: Path, world: World, progress: Call
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """A site with all that does not change from year to year."""
+    """A site's properties shared by all years."""
 
     site: Site
     grid: GeoBox
@@ -177,7 +183,7 @@ def _place(site: Site, world: World, listed_by: Sequence[Source], taken: set[str
 
 
 def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[str, list[tuple[Item, Product]]]:
-    """Write a site-year with its truth; what comes back are its items by style, each with the product it lists."""
+    """Write a site-year with its truth; return (item, product) pairs per style."""
     ground = ground_of(place.land, year)
     longitude = place.grid.geographic_extent.centroid.coords[0][0]
     passes = overpasses(place.draw, longitude, year, world.dates(year), world.winter_dates, world.scl_errors, world.shifts)
@@ -189,7 +195,7 @@ def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[st
             seen = observe(place.draw, place.grid, place.canvas, ground, overpass)
             sky[np.datetime64(overpass.day, "ns")] = sky_seen(seen, overpass, place.tiles, place.grid, place.canvas)
             cut = list(granules(seen, overpass, place.tiles, place.grid, place.canvas))
-            # One date is written while the next is computed, and no more are held.
+            # One date is written while the next is computed, to limit memory.
             for style, product, item in writing:
                 items[style].append((item.result(), product))
             writing = [

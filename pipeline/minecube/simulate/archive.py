@@ -1,7 +1,7 @@
-"""An archive on disk: one folder per item with its COGs, a stac-geoparquet of all items, and the sources that list them.
+"""Write an archive to disk: COGs per item, a stac-geoparquet of all items, sources.yaml.
 
-sources.yaml                        one source per provider imitated
-earth-search.parquet                its items; hrefs relative to this file, so that the folder can be moved
+sources.yaml                        one source per imitated provider
+earth-search.parquet                its items; hrefs relative to this file, so the folder is movable
 earth-search/<item id>/item.json    the same item, hrefs relative to it
 earth-search/<item id>/B04.tif ...
 """
@@ -28,7 +28,7 @@ from minecube.simulate.passes import epsg
 
 
 def write_item(out: Path, source: Source, granule: Granule, product: Product) -> Item:
-    """Write one item with its files; what comes back is the item as the stac-geoparquet lists it."""
+    """Write one item with its files; return its entry for the stac-geoparquet."""
     style = source.id
     item, files = item_of(style, granule, product, source.assets)
     folder = out / style / item["id"]
@@ -40,7 +40,8 @@ def write_item(out: Path, source: Source, granule: Granule, product: Product) ->
             pixels = granule.scl
         else:
             fine = has_data if counts[band].shape == has_data.shape else has_data.repeat(2, axis=0).repeat(2, axis=1)
-            # No pixel with data is 0, the mark of no data; where the offset is still in, noise may leave less than 1000.
+            # Pixels with data are at least 1; 0 is nodata. With the offset still included, noise
+            # can leave less than 1000.
             pixels = np.where(fine, np.maximum(counts[band].astype(np.int32) + product.offset, 1), 0).astype(np.uint16)
         _write_cog(folder / name, pixels, at_resolution(granule.tile.box, granule.layout(band)[0]))
     (folder / "item.json").write_text(json.dumps(item, indent=1), encoding="utf-8")
@@ -49,13 +50,13 @@ def write_item(out: Path, source: Source, granule: Granule, product: Product) ->
 
 
 def write_index(out: Path, style: str, items: list[Item]) -> None:
-    """Write the stac-geoparquet of one style, by time and id."""
+    """Write the stac-geoparquet of one style, sorted by time and id."""
     ordered = sorted(items, key=lambda i: (i["properties"]["datetime"], i["id"]))
     stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(ordered), out / f"{style}.parquet")
 
 
 def write_sources(out: Path, real: Mapping[str, Source]) -> None:
-    """Write `sources.yaml`: for every style the provider's own rules, and the file beside it to read."""
+    """Write `sources.yaml`: for each style the provider's offset rules and the parquet file."""
     entries: dict[str, Any] = {}
     for style, source in real.items():
         rule = {"value": source.offset.value, "from_baseline": source.offset.from_baseline}
@@ -73,7 +74,7 @@ def write_sources(out: Path, real: Mapping[str, Source]) -> None:
 
 
 def _write_cog(path: Path, pixels: npt.NDArray[Any], where: GeoBox) -> None:
-    # Level 1: noisy counts shrink hardly less, in half the time.
+    # Level 1: noisy counts compress almost as well, in half the time.
     with rasterio.open(
         path,
         "w",

@@ -1,4 +1,4 @@
-"""An observation cut into what an archive holds: tiles, and the halves of a split datatake."""
+"""Cut an observation into the units of an archive: tiles and halves of split datatakes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minecube.simulate.observe import NATIVE_M, Counts, Observation
 from minecube.simulate.passes import SCL_M, Overpass, Tile, epsg, neighbour_is_west, swath
 from minecube.simulate.sky import UInt8
 
-_OVERLAP_PX = 3  # of 20 m; what the halves of a split datatake share on either side of the cut
+_OVERLAP_PX = 3  # 20 m pixels; overlap of split halves on either side of the cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class Granule:
     parts: int
     counts: dict[str, Counts]
     old_counts: dict[str, Counts]
-    """As first processed; empty from the offset on."""
+    """Counts of the first processing; empty from the offset on."""
     scl: UInt8
-    """0 where this granule has no data; counts mean nothing there."""
+    """0 without data in this granule; counts are meaningless there."""
     geometry: dict[str, Any]
     """GeoJSON of the area with data."""
     bbox: list[float]
@@ -51,34 +51,34 @@ class Granule:
         object.__setattr__(self, "share", np.bincount(self.scl.ravel(), minlength=12) * (100 / self.scl.size))
 
     def percent(self, value: int) -> float:
-        """Share of an SCL class: of the tile for 0, of the pixels with data for the others."""
+        """Return an SCL class's percentage: for 0 of the tile, for others of pixels with data."""
         of = 100.0 if value == 0 else max(100 - float(self.share[0]), 1e-9)
         return round(float(self.share[value]) * 100 / of, 6)
 
     @property
     def cloud_cover(self) -> float:
-        """Percent of pixels that SCL calls cloud or thin cirrus."""
+        """Percentage of pixels classified as cloud or thin cirrus by SCL."""
         return round(sum(self.percent(c) for c in (8, 9, 10)), 6)
 
     @property
     def sensed(self) -> datetime:
-        """When it was taken, UTC."""
+        """Sensing time, UTC."""
         return self.overpass.sensed + timedelta(seconds=9 * self.part)
 
     @property
     def strip_start(self) -> datetime:
-        """Sensing start of the datastrip: what tells the halves of a split datatake apart."""
+        """Sensing start of the datastrip; it differs between halves of a split datatake."""
         return self.overpass.start + timedelta(minutes=5, seconds=33 + 14 * self.part)
 
     def layout(self, band: str) -> tuple[int, list[int], list[float]]:
-        """Pixel size in metres, shape and affine transform of the band's file."""
+        """Return pixel size in metres, shape and affine transform of the band's file."""
         size = SCL_M if band == SCL else NATIVE_M[band]
         where = at_resolution(self.tile.box, size)
         return size, list(where.shape), list(where.transform)[:6]
 
 
 def granules(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox) -> Iterator[Granule]:
-    """What is listed of an overpass: its tiles, each in two granules where the datatake was split."""
+    """Yield the listed tiles of an overpass, in two granules if the datatake was split."""
     area = swath(canvas, grid, overpass)
     parts = 2 if overpass.split else 1
     for tile in listed(tiles, overpass, grid):
@@ -112,7 +112,7 @@ def granules(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: Geo
 
 
 def listed(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile]:
-    """The tiles of an overpass that the catalogue has."""
+    """Return the tiles of an overpass in the catalogue."""
     west, east, neighbour = tiles
     own = [west, east]
     if overpass.gap:
@@ -121,9 +121,10 @@ def listed(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile]:
 
 
 def on_tile(pixels: npt.NDArray[Any], tile: Tile, size_m: int) -> npt.NDArray[Any]:
-    """Canvas pixels of that size [y, x] as the tile has them: cut out, or warped to the neighbouring zone.
+    """Return canvas pixels of one size [y, x] on a tile: cropped, or warped to another zone.
 
-    Counts are interpolated between the four nearest, classes (uint8) are the nearest, 0 outside the canvas.
+    Counts are interpolated bilinearly. Classes (uint8) take the nearest pixel, 0 outside the
+    canvas.
     """
     if tile.warp is not None:
         classes = pixels.dtype == np.uint8
@@ -135,7 +136,7 @@ def on_tile(pixels: npt.NDArray[Any], tile: Tile, size_m: int) -> npt.NDArray[An
 
 
 def _rows(tile: Tile, part: int, parts: int) -> slice:
-    """Rows of 20 m pixels with data; the halves of a split datatake overlap a little."""
+    """Return the rows of 20 m pixels with data; halves of a split datatake overlap."""
     n = tile.box.shape[0] // 2
     if parts == 1:
         return slice(0, n)

@@ -1,7 +1,7 @@
-"""STAC items as Earth Search, Planetary Computer and CDSE write them, for pixels that are simulated.
+"""Write STAC items of simulated pixels in the style of the providers.
 
-Ids, property names, extensions and asset keys are those of the providers' real items; a property `minecube:simulated` says
-what these are.
+Styles are Earth Search, Planetary Computer and CDSE. Ids, property names, extensions and asset keys
+match the providers' real items. A property `minecube:simulated` marks simulated items.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minecube.simulate.passes import OFFSET_DAY, epsg
 
 Item = dict[str, Any]
 STYLES = ("earth-search", "planetary-computer", "cdse")
-"""Sources of the shipped catalogue whose ways are known."""
+"""Supported sources of the shipped catalogue."""
 _BASELINES = (
     (date(2015, 1, 1), "02.14"),
     (date(2021, 3, 30), "03.01"),
@@ -28,7 +28,7 @@ _BASELINES = (
     (date(2023, 12, 13), "05.10"),
     (date(2024, 7, 23), "05.11"),
 )
-_BAND = {  # common name, title, centre and width in micrometres, as Earth Search has them
+_BAND = {  # common name, title, centre and width in micrometres, from Earth Search
     "B02": ("blue", "Blue (band 2)", 0.49, 0.098),
     "B03": ("green", "Green (band 3)", 0.56, 0.045),
     "B04": ("red", "Red (band 4)", 0.665, 0.038),
@@ -62,25 +62,26 @@ class Product:
 
     baseline: str
     offset: int
-    """What its pixels carry on top of reflectance x 10000."""
+    """Offset in the pixels, added to reflectance x 10000."""
     generated: datetime
     sequence: int = 0
     facility: str = "2APS"
     old: bool = False
     """Pixels of the old processing: biased and misregistered."""
     flag: bool | None = None
-    """What Earth Search says of whether it has removed the offset; None where its item is right."""
+    """Earth Search's flag for a removed offset; None if the flag is correct."""
 
 
 def products(style: str, granule: Granule) -> list[Product]:
-    """The processings of a granule that a provider lists.
+    """Return a provider's processings of a granule.
 
-    Earth Search has removed the offset and says so; it lists acquisitions from before the offset twice, as first processed
-    and in baseline 05.00. CDSE has reprocessed them and carries the offset throughout. Planetary Computer has the old
-    baseline alone; its pixels are clean here all the same, or nobody could come to the truth with that provider.
+    Earth Search has removed the offset and flags the removal. Before the offset it lists
+    acquisitions twice: as first processed and in baseline 05.00. CDSE has reprocessed them and
+    always includes the offset. Planetary Computer has only the old baseline. Its pixels are clean
+    here, otherwise no one could recover the truth from this provider.
     """
     taken = granule.overpass
-    late = timedelta(minutes=7 * granule.part)  # tells the halves of a split datatake apart
+    late = timedelta(minutes=7 * granule.part)  # distinguishes the halves of a split datatake
     fresh = taken.sensed + timedelta(hours=3, minutes=40) + late
     again = datetime(2023, 3, 1) + (taken.sensed - datetime(2015, 1, 1)) / 20 + late
     baseline = max(b for b in _BASELINES if b[0] <= taken.day)[1]
@@ -98,14 +99,18 @@ def products(style: str, granule: Granule) -> list[Product]:
 
 
 def misflagged(product: Product, rng: np.random.Generator) -> Product:
-    """The product with a flag that is wrong, in one of the two ways: removed but not said so, said so but not removed."""
+    """Give a product a wrong flag in one of two ways.
+
+    The offset is removed but not flagged, or flagged but not removed.
+    """
     return replace(product, flag=False) if rng.random() < 0.5 else replace(product, flag=True, offset=1000)
 
 
 def item_of(style: str, granule: Granule, product: Product, assets: Mapping[str, str]) -> tuple[Item, dict[str, str]]:
-    """A provider's item, and the file name of each band in it. `assets` is the source's band -> asset key.
+    """Build a provider's item, and map each band to its file name.
 
-    Hrefs are `./<file name>`: relative to the item.
+    `assets` is the source's mapping of bands to asset keys. Hrefs are `./<file name>`, relative to
+    the item.
     """
     make = {"earth-search": _earth_search, "planetary-computer": _planetary_computer, "cdse": _cdse}[style]
     item = make(granule, product)
@@ -228,7 +233,7 @@ def _cdse(granule: Granule, product: Product) -> Item:
 
 
 def _s2(granule: Granule, product: Product) -> Item:
-    """What Earth Search and Planetary Computer both take from the product's metadata."""
+    """Return the product metadata used by both Earth Search and Planetary Computer."""
     made = f"{product.facility}_{product.generated:%Y%m%dT%H%M%S}_A{granule.overpass.absolute_orbit:06d}"
     return {
         "s2:degraded_msi_data_percentage": 0.0,
@@ -259,7 +264,7 @@ def _asset_earth_search(granule: Granule, band: str) -> Item:
         "center_wavelength": centre,
         "full_width_half_max": width,
     }
-    # Declared although the pixels no longer carry it, as the provider does.
+    # Like the provider, declare the offset although it was removed from the pixels.
     raster |= {"bits_per_sample": 15, "scale": 0.0001, "offset": -0.1}
     return {"title": f"{title} - {size}m", "eo:bands": [about], "gsd": size, "raster:bands": [raster], **place}
 
@@ -319,7 +324,10 @@ def _file_name(style: str, granule: Granule, band: str) -> str:
 
 
 def _product_name(granule: Granule, product: Product) -> str:
-    """S2A_MSIL2A_<datatake start>_N<baseline>_R<orbit>_T<tile>_<discriminator> (Sentinel-2 PSD 14.9, section 3.4)."""
+    """Build the product name (Sentinel-2 PSD 14.9, section 3.4).
+
+    S2A_MSIL2A_<datatake start>_N<baseline>_R<orbit>_T<tile>_<discriminator>
+    """
     p = granule.overpass
     return (
         f"{p.satellite}_MSIL2A_{p.start:%Y%m%dT%H%M%S}_N{product.baseline.replace('.', '')}_R{p.orbit:03d}"

@@ -1,4 +1,4 @@
-"""The ground of a site: what lies where in a given calendar year, and its clean reflectance on any day of it."""
+"""Simulate the ground of a site per calendar year, and its clean reflectance per day."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minecube.simulate.spectra import Patches
 Ids = npt.NDArray[np.int32]
 Point = npt.NDArray[np.float64]
 Layer = Callable[[Bool, Ids, list[str]], None]
-"""Where, which of the new patches, and what kind those are: what is laid later covers what was laid before."""
+"""Mask, index into the new patches, and their kinds. Later layers cover earlier ones."""
 _ARABLE = ("winter cereal", "maize", "ley", "fallow")
 _HOUSES = (
     "red roof",
@@ -37,28 +37,31 @@ _HOUSES = (
     "grey roof",
     "white roof",
 )
-_BENCH_M = 70  # width of a bench of the pit, its face included
-_RECLAIMED_YEARS = 15  # after this a former mine is land like any other
+_BENCH_M = 70  # width of a pit bench, including its face
+_RECLAIMED_YEARS = 15  # afterwards a former mine is ordinary land
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ground:
-    """One site in one calendar year, on the canvas (the site's grid with a margin)."""
+    """One site in one calendar year on the canvas (the site's grid with a margin)."""
 
     patch: Ids
-    """Which patch a pixel belongs to, int32 [y, x]."""
+    """Index of each pixel's patch, int32 [y, x]."""
     shade: Float
-    """Brightness of the pixel within its patch, 1 = as the patch; constant through the year."""
+    """Brightness of a pixel relative to its patch, constant through the year."""
     patches: Patches
     kinds: list[str]
     """Kind of every patch."""
     water: Bool
     dazzling: Bool
-    """Ground so bright that scene classification takes it for cloud: kaolin, chalk, white roofs."""
+    """Bright ground classified as cloud by SCL: kaolin, white roofs."""
     mine: Mine
 
     def reflectance(self, spectra: Float) -> Float:
-        """Clean reflectance 0..1 of one band, float32 [y, x], from that band's column of `patches.spectra(day)`."""
+        """Return the clean reflectance 0..1 of one band, float32 [y, x].
+
+        `spectra` is the band's column of `patches.spectra(day)`.
+        """
         seen: Float = spectra[self.patch]
         seen *= self.shade
         return seen
@@ -66,7 +69,7 @@ class Ground:
 
 @dataclass(frozen=True, kw_only=True)
 class Land:
-    """What of a site does not change from year to year."""
+    """A site's land features shared by all years."""
 
     grid: GeoBox
     canvas: GeoBox
@@ -81,7 +84,7 @@ class Land:
 
 
 def land_of(grid: GeoBox, canvas: GeoBox, draw: Draw) -> Land:
-    """The lasting land of a site, drawn on its canvas."""
+    """Draw the permanent land of a site on its canvas."""
     rng = draw("land")
     box = canvas.extent.boundingbox
     side = min(grid.extent.boundingbox.span_x, grid.extent.boundingbox.span_y)
@@ -117,7 +120,10 @@ def land_of(grid: GeoBox, canvas: GeoBox, draw: Draw) -> Land:
 
 
 def ground_of(land: Land, year: int) -> Ground:
-    """The site in one calendar year: fields change hands, the mine moves on, what it left is green again."""
+    """Draw the site in one calendar year.
+
+    Crops rotate, the mine moves on, and former mine land becomes green.
+    """
     rng = land.draw("ground", year)
     mine = mine_of(land.grid, land.draw, year)
     kinds: list[str] = []
@@ -158,7 +164,7 @@ def ground_of(land: Land, year: int) -> Ground:
 
 
 def _lay_mine(land: Land, mine: Mine, lay: Layer) -> Float:
-    """The mine's surfaces, and how its relief shades them: float32 [y, x] around 1."""
+    """Add the mine's surfaces and return the shading of its relief: float32 [y, x] around 1."""
     rng = land.draw("mine ground")
     inside, pit, dump = (_burn(land.canvas, [s]) for s in (mine.outline, mine.pits, mine.dumps))
     rough = fractal(rng, land.canvas.shape.yx, 25, slope=2.2)
@@ -172,7 +178,8 @@ def _lay_mine(land: Land, mine: Mine, lay: Layer) -> Float:
         str(rng.choice(["coal", "rock"])),
     ]
     lay(pit, np.minimum(bench.astype(np.int32), len(strata) - 1), strata)
-    shade = np.where(pit & (bench % 1 < 0.22) & (depth > 12), np.float32(0.78), np.float32(1))  # the faces, turned from the sun
+    # Bench faces lie in shade.
+    shade = np.where(pit & (bench % 1 < 0.22) & (depth > 12), np.float32(0.78), np.float32(1))
 
     ridge = ndimage.distance_transform_edt(dump) * 10 + 25 * rough
     lay(dump, (fractal(rng, land.canvas.shape.yx, 60) > 0.9).astype(np.int32), ["dump", "pioneers"])
@@ -186,7 +193,11 @@ def _lay_mine(land: Land, mine: Mine, lay: Layer) -> Float:
 
 
 def _years_since(land: Land, year: int) -> Ids:
-    """Years since a pixel that is no mine now was one, 1.._RECLAIMED_YEARS; 0 where it was none, or too long ago."""
+    """Count years since a pixel was last mine, 1.._RECLAIMED_YEARS.
+
+    0 if it was never mine, or longer ago. The current year is ignored: the mine is drawn on top
+    later.
+    """
     since = np.zeros(land.canvas.shape, dtype=np.int32)
     for age in range(_RECLAIMED_YEARS, 0, -1):
         since[_burn(land.canvas, [mine_of(land.grid, land.draw, year - age).outline])] = age
@@ -194,7 +205,7 @@ def _years_since(land: Land, year: int) -> Ids:
 
 
 def _burn(canvas: GeoBox, shapes: Iterable[BaseGeometry]) -> Bool:
-    """Pixels whose centre lies in one of the shapes."""
+    """Mark pixels with their centre in one of the shapes."""
     drawn = [s for s in shapes if not s.is_empty]
     if not drawn:
         return np.zeros(canvas.shape, dtype=np.bool_)
@@ -203,13 +214,13 @@ def _burn(canvas: GeoBox, shapes: Iterable[BaseGeometry]) -> Bool:
 
 
 def _metres(canvas: GeoBox) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Pixel centres, y and x."""
+    """Return pixel centres, y and x."""
     y, x = (np.asarray(canvas.coords[d].values, dtype=np.float64) for d in ("y", "x"))
     return y, x
 
 
 def _parcels(rng: np.random.Generator, x: Float, y: Float) -> Ids:
-    """Fields: strips of uneven width across a random direction, each cut into lengths of its own."""
+    """Draw fields: strips of uneven width in a random direction, cut into uneven lengths."""
     angle = rng.uniform(0, np.pi)
     across = (x - x.mean()) * np.cos(angle) + (y - y.mean()) * np.sin(angle)
     along = (y - y.mean()) * np.cos(angle) - (x - x.mean()) * np.sin(angle)
@@ -224,13 +235,13 @@ def _parcels(rng: np.random.Generator, x: Float, y: Float) -> Ids:
 
 
 def _cells(rng: np.random.Generator, shape: tuple[int, int], kinds: int) -> Ids:
-    """Random plots of 20 m."""
+    """Draw random plots of 20 m."""
     plots: Ids = rng.integers(0, kinds, (shape[0] // 2, shape[1] // 2), dtype=np.int32).repeat(2, axis=0).repeat(2, axis=1)
     return plots
 
 
 def _bent(rng: np.random.Generator, start: Point, end: Point, bend: float) -> LineString:
-    """A winding line between two points; `bend` is its swing relative to its length."""
+    """Draw a winding line between two points; `bend` is its swing relative to its length."""
     t = np.linspace(0, 1, 80)[:, None]
     along = np.asarray(end) - start
     aside = np.array([-along[1], along[0]])

@@ -1,4 +1,4 @@
-"""Where a site's mine is in any calendar year: smooth outlines that grow, shift and are reclaimed."""
+"""Simulate a site's mine per calendar year: smooth outlines, growth, shift, reclamation."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class Mine:
     outline: BaseGeometry
     """Pits, dumps and lake in one smooth line."""
     footprint: MultiPolygon
-    """The outline, cut at the site's edge."""
+    """The outline, clipped to the site."""
 
 
 def mine_of(grid: GeoBox, draw: Draw, year: int) -> Mine:
-    """The mine of one site in any year.
+    """Return the mine of one site in any year.
 
-    A main pit advances across the site; the dump that fills it follows, and behind that the land is given back. An outer
-    dump beside it is greened from its rim. A second pit opens, a third one closes. Lengths scale with the site.
+    A main pit advances across the site. An inner dump follows and fills it, and the land behind the
+    dump is reclaimed. An outer dump next to the pit is reclaimed from its rim. A second pit opens,
+    a third one closes. Lengths scale with the site.
     """
     rng = draw("mine")
     box = grid.extent.boundingbox
@@ -57,7 +58,7 @@ def mine_of(grid: GeoBox, draw: Draw, year: int) -> Mine:
     pits = shapely.union_all([p for p in (main, second, third) if p.area > 2000])
     deep = main.difference(inner).buffer(-0.035 * side)
     lake = _blob(front + ahead * side * 0.05, side * (0.035 + 0.012 * np.tanh((year - 2018) / 5)), wobble[5]).intersection(deep)
-    # Opened and closed by 20 m: no slivers, no needles, corners as round as an excavator leaves them.
+    # Closed and opened by 20 m: removes slivers and needles, and rounds corners.
     outline = shapely.union_all([pits, inner, outer]).buffer(20).buffer(-40).buffer(20)
     road = LineString([front, front - ahead * side * 0.09, beside]).buffer(9)
     return Mine(
@@ -79,13 +80,16 @@ def _direction(angle: float) -> Vector:
 
 
 def _ramp(year: float, start: float, length: float) -> float:
-    """0 before `start`, 1 from `start + length` on, smooth between."""
+    """Return 0 before `start`, 1 from `start + length` on, smooth between."""
     t = float(np.clip((year - start) / length, 0, 1))
     return t * t * (3 - 2 * t)
 
 
 def _wobble(rng: np.random.Generator) -> tuple[Vector, ...]:
-    """Amplitudes and phases of the outline's harmonics 2 to 6: what makes a blob that blob in every year."""
+    """Draw amplitudes and phases of an outline's harmonics 2 to 6.
+
+    They keep a blob's shape the same in every year.
+    """
     harmonics = np.arange(2, 7)
     return rng.uniform(0.3, 1.0, 5) * 0.28 / harmonics, rng.uniform(0, 2 * np.pi, 5)
 

@@ -1,4 +1,4 @@
-"""Randomness that belongs to one thing alone, and fields of it that look like nature."""
+"""Random generators by name, and random fields with a natural look."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import scipy.fft
 Float = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 Draw = Callable[..., np.random.Generator]
-"""Names of a thing -> its own generator: `draw("sky", 2020, 155)`."""
+"""Names of an object -> its generator: `draw("sky", 2020, 155)`."""
 
 
 def streams(seed: int, site_id: str) -> Draw:
-    """Generators by name for one site: what is drawn for a date depends on nothing else that is simulated."""
+    """Create generators by name for one site.
+
+    Numbers for a date are independent of everything else simulated.
+    """
 
     def draw(*names: object) -> np.random.Generator:
         return np.random.default_rng([seed, *(zlib.crc32(str(n).encode()) for n in (site_id, *names))])
@@ -26,10 +29,11 @@ def streams(seed: int, site_id: str) -> Draw:
 
 
 def fractal(rng: np.random.Generator, shape: tuple[int, int], longest_px: float, slope: float = 3.0) -> Float:
-    """A self-similar field, float32 [y, x], mean 0 and standard deviation 1.
+    """Create a self-similar field, float32 [y, x], mean 0 and standard deviation 1.
 
-    White noise whose power falls with frequency as f ** -slope, flat above wavelengths of `longest_px`: 3 gives clouds and
-    woods, less gives rougher ground.
+    It is white noise with a power falling with frequency as f ** -slope. The power is flat above
+    wavelengths of `longest_px`. A slope of 3 gives clouds and woods, a smaller one gives rougher
+    ground.
     """
     size = [scipy.fft.next_fast_len(n, real=True) for n in shape]
     wave = scipy.fft.rfft2(rng.standard_normal(size, dtype=np.float32))
@@ -42,7 +46,7 @@ def fractal(rng: np.random.Generator, shape: tuple[int, int], longest_px: float,
 
 
 def halved(pixels: npt.NDArray[Any]) -> Float:
-    """The last two dimensions at twice the pixel size: means of 2 x 2."""
+    """Average 2 x 2 pixels of the last two dimensions."""
     of = pixels.astype(np.float32, copy=False)
     means: Float = (of[..., ::2, ::2] + of[..., 1::2, ::2] + of[..., ::2, 1::2] + of[..., 1::2, 1::2]) * np.float32(0.25)
     return means

@@ -1,4 +1,4 @@
-"""One acquisition of one site: what the sensor recorded on the canvas, and how much of it was the ground."""
+"""Simulate one acquisition of one site: the recorded pixels and their contamination."""
 
 from __future__ import annotations
 
@@ -19,28 +19,34 @@ from minecube.simulate.sky import VISIBLE, UInt8, classify, sky_of
 Counts = npt.NDArray[np.int16]
 NATIVE_M = {b: 10 if b in ("B02", "B03", "B04", "B08") else 20 for b in BANDS}
 _NOISE = np.array([0.0022, 0.0022, 0.0024, 0.003, 0.003, 0.003, 0.0036, 0.0032, 0.0028, 0.0028], dtype=np.float32)
-# What the first processing adds to the clean counts: aerosol it did not correct.
+# Uncorrected aerosol in the first processing, added to the clean counts.
 _OLD_BIAS = np.array([170, 150, 140, 130, 120, 120, 120, 110, 110, 100], dtype=np.int16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """All on the canvas; counts are reflectance x 10000 without offset, below zero where noise makes them so."""
+    """One acquisition on the canvas.
+
+    Counts are reflectance x 10000 without offset. Noise can make them negative.
+    """
 
     counts: dict[str, Counts]
     """Band -> int16 [y, x] at its own pixel size."""
     old_counts: dict[str, Counts]
-    """The same as the old baseline has it; empty from the offset on, when there is one processing."""
+    """Counts of the old baseline. Empty from the offset on: one processing exists."""
     scl: UInt8
     """At 20 m; 0 outside the swath."""
     contaminated: Bool
-    """At 10 m: cloud, halo, thin cloud, haze, shadow or snow moves some band by more than VISIBLE."""
+    """At 10 m: cloud, halo, thin cloud, haze, shadow or snow moves a band by over VISIBLE."""
     azimuth: float
     elevation: float
 
 
 def observe(draw: Draw, grid: GeoBox, canvas: GeoBox, ground: Ground, overpass: Overpass) -> Observation:
-    """The acquisition of one overpass: ground, displaced by a part of a pixel on some dates, sky, sensor noise."""
+    """Simulate the acquisition of one overpass.
+
+    Ground, sky and sensor noise are combined. Some dates are displaced by a fraction of a pixel.
+    """
     rng = draw("sensor", overpass.day)
     latitude = canvas.geographic_extent.centroid.coords[0][1]
     azimuth, elevation = sun(overpass.day, latitude)
@@ -77,7 +83,10 @@ def observe(draw: Draw, grid: GeoBox, canvas: GeoBox, ground: Ground, overpass: 
 
 
 def _as_first_processed(counts: dict[str, Counts]) -> dict[str, Counts]:
-    """Too bright by 0.01 to 0.02, and one 10 m pixel off to the south-east."""
+    """Add the errors of the old processing.
+
+    Reflectance is too bright by 0.01 to 0.02. Pixels are displaced by 10 m to the south-east.
+    """
     made = {}
     for bias, (band, clean) in zip(_OLD_BIAS, counts.items(), strict=True):
         moved = np.pad(clean, ((1, 0), (1, 0)), mode="edge")
@@ -90,7 +99,7 @@ def _as_first_processed(counts: dict[str, Counts]) -> dict[str, Counts]:
 
 
 def displaced(pixels: Float, down: float, right: float) -> Float:
-    """Pixels [y, x] moved by parts of a pixel, each between its neighbours in proportion."""
+    """Move pixels [y, x] by a fraction of a pixel, interpolating linearly."""
     for axis, by in ((0, down), (1, right)):
         if by:
             step = 1 if by > 0 else -1

@@ -1,4 +1,4 @@
-"""When a satellite comes over, on which orbit, and which tiles its scene is cut into."""
+"""Simulate overpass dates, orbits, and the tiles of a scene."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from minecube.grid import ALIGN_M, PIXEL_M, at_resolution
 from minecube.simulate.noise import Draw
 
 SEASON = (4, 10)
-"""First and last month of the acquisition dates that a median of the year is made of."""
+"""First and last month of the dates behind an annual median."""
 SCL_M = 20
 OFFSET_DAY = date(2022, 1, 25)
-"""Baseline 04.00: from here on every new product carries BOA_ADD_OFFSET (Sentinel-2 PSD 14.9)."""
+"""Baseline 04.00: new products from here on have BOA_ADD_OFFSET (Sentinel-2 PSD 14.9)."""
 REFINED = date(2021, 3, 30)
-"""Baseline 03.00: from here on scenes of Europe are fitted to the Global Reference Image."""
+"""Baseline 03.00: scenes of Europe from here on match the Global Reference Image."""
 _CYCLE = timedelta(days=10)  # 143 orbits
-# One acquisition per satellite and relative orbit that really took place; all others follow from the cycle. Two orbits
-# three days apart, whose swaths overlap.
+# One real acquisition per satellite and relative orbit; all others follow from the cycle. The two
+# orbits are three days apart and their swaths overlap.
 _KNOWN = {
     ("S2A", 65): (date(2020, 3, 2), 24515),
     ("S2A", 108): (date(2020, 3, 5), 24558),
@@ -39,7 +39,7 @@ Pass = tuple[date, str, int]
 """Day, satellite, relative orbit."""
 _SNOW = (1, 2, 12)  # months
 FULL, CUT = 65, 108
-"""The orbit whose swath covers the site, and the one whose swath ends within it."""
+"""FULL's swath covers the whole site; CUT's swath ends within it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,59 +53,66 @@ class Overpass:
     """Relative orbit."""
     absolute_orbit: int
     start: datetime
-    """Start of the datatake, UTC; the site is seen some minutes later."""
+    """Start of the datatake, UTC; the site is sensed some minutes later."""
     sensed: datetime
     cover: float
-    """Share of the sky that is cloud, 0..1."""
+    """Share of cloud in the sky, 0..1."""
     snow: bool
     split: bool
     """Downlinked in two pieces: two granules of one datatake."""
     neighbour: bool
     """The neighbouring zone's tile is listed."""
     gap: bool
-    """The catalogue lacks the own-zone tile on the side where the neighbouring zone's is."""
+    """The own-zone tile on the side of the neighbouring zone is missing from the catalogue."""
     astray_px: float | None
-    """Standard deviation, on either axis, of how far the scene lies beside its place; None where two in five lie beside it."""
+    """Standard deviation of the scene's displacement per axis, pixels.
+
+    None: two in five scenes are displaced, by up to 0.4 pixels.
+    """
     edges_unclassified: bool
-    """SCL leaves most of a cloud's edges unclassified."""
+    """SCL leaves most cloud edges unclassified."""
     false_cirrus: bool
-    """SCL calls most of the clear ground cirrus."""
+    """SCL classifies most of the clear ground as cirrus."""
     unseen_cirrus: bool
-    """Thin cirrus, each band's streaks elsewhere, that SCL does not see at all."""
+    """Thin cirrus missed by SCL, with streaks at a different place in each band."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One tile of the archive: its own pixel grid, and where its pixels are on the canvas."""
+    """One tile of the archive: its pixel grid and its position on the canvas."""
 
     name: str
     """MGRS, for instance 33UUS."""
     box: GeoBox
     """10 m."""
     area: Polygon
-    """The part of its extent that the canvas covers, in its own CRS."""
+    """The canvas's part of the tile's extent, in the tile's CRS."""
     cols: slice
-    """Columns of the canvas at 10 m that it has; it has all rows."""
+    """The tile's columns of the canvas at 10 m; it has all rows."""
     warp: Warp | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warp:
-    """How a tile of the neighbouring zone and the site see each other's pixels; arrays as `positions` makes them."""
+    """Pixel positions between a tile of the neighbouring zone and the site.
+
+    Arrays have the format of `positions`.
+    """
 
     from_canvas: dict[int, npt.NDArray[np.float64]]
-    """Pixel size -> where the tile's pixels lie on the canvas."""
+    """Pixel size -> positions of the tile's pixels on the canvas."""
     to_site: npt.NDArray[np.float64]
-    """Where the site's 10 m pixels lie on the tile's 20 m ones."""
+    """Positions of the site's 10 m pixels on the tile's 20 m pixels."""
 
 
 def overpasses(
     draw: Draw, longitude: float, year: int, dates: int, winter: int, scl_errors: bool = False, shifts: bool = False
 ) -> list[Overpass]:
-    """The acquisitions of a year, by day: `dates` within the season, half on either orbit, and `winter` with snow about.
+    """Simulate the acquisitions of a year, sorted by day.
 
-    At most `dates_possible(year)` within the season, and as many winter dates as there were passes. See `World` for
-    errors and shifts.
+    `dates` of them are within the season, half on either orbit. `winter` of them have snow. The
+    season has at most `dates_possible(year)` dates. Winter dates are limited to real passes. See
+    `World` for errors and shifts.
     """
     rng = draw("passes", year)
     cover = _season(rng, year, FULL, -(-dates // 2)) | _season(rng, year, CUT, dates // 2)
@@ -128,7 +135,7 @@ def overpasses(
                 sensed=sensed,
                 cover=cover[day, satellite, orbit],
                 snow=day.month in _SNOW,
-                # A clear one, so that both halves are needed.
+                # The second clearest, so both halves are needed.
                 split=at == min(1, len(clearest) - 1),
                 neighbour=number % 3 == 0,
                 gap=number % 6 == 3,
@@ -142,21 +149,21 @@ def overpasses(
 
 
 def _season(rng: np.random.Generator, year: int, orbit: int, n: int) -> dict[Pass, float]:
-    """Dates of one orbit with their cloud cover, both strewn evenly over the season.
+    """Choose dates of one orbit with their cloud cover, both spread evenly over the season.
 
-    Cover is U-shaped, from clear to overcast, as it is over Central Europe.
+    Cover is U-shaped, from clear to overcast, as over Central Europe.
     """
     possible = _in_season(year, orbit)
     edges = [i * len(possible) // n for i in range(n + 1)] if n else []
     chosen = [possible[rng.integers(a, b)] for a, b in itertools.pairwise(edges)]
-    # The golden ratio strews ranks evenly: fine and cloudy spells, none of them a season long.
+    # The golden ratio spreads ranks evenly: clear and cloudy spells stay short.
     rank = np.argsort(np.argsort((np.arange(n) * 0.618 + rng.random()) % 1))
     cover = np.interp((rank + 0.5) / max(n, 1), (0, 0.35, 0.55, 0.78, 1), (0, 0.02, 0.2, 0.9, 1))
     return dict(zip(chosen, cover.tolist(), strict=True))
 
 
 def dates_possible(year: int) -> int:
-    """How many times the satellites passed over a site from April to October; both orbits equally often."""
+    """Return the possible dates from April to October, both orbits equally often."""
     return 2 * min(len(_in_season(year, orbit)) for orbit in (FULL, CUT))
 
 
@@ -176,7 +183,10 @@ def _passes(year: int, orbit: int) -> list[Pass]:
 
 
 def sun(day: date, latitude: float) -> tuple[float, float]:
-    """Azimuth and elevation in degrees at half past ten, solar time (declination after Cooper 1969)."""
+    """Compute the sun's azimuth and elevation in degrees at 10:30 solar time.
+
+    Declination after Cooper 1969.
+    """
     declination = math.radians(23.45) * math.sin(2 * math.pi * (284 + day.timetuple().tm_yday) / 365)
     hour, phi = math.radians(-22.5), math.radians(latitude)
     up = math.sin(phi) * math.sin(declination) + math.cos(phi) * math.cos(declination) * math.cos(hour)
@@ -186,7 +196,10 @@ def sun(day: date, latitude: float) -> tuple[float, float]:
 
 
 def swath(canvas: GeoBox, grid: GeoBox, overpass: Overpass) -> Polygon:
-    """The part of the canvas that the orbit sees. The edge leans as a descending orbit does, 13 degrees off south."""
+    """Return the part of the canvas seen by the orbit.
+
+    The edge leans like a descending orbit, 13 degrees off south.
+    """
     whole = canvas.extent.boundingbox
     if overpass.orbit == FULL:
         return box(*whole.bbox)
@@ -200,12 +213,16 @@ def swath(canvas: GeoBox, grid: GeoBox, overpass: Overpass) -> Polygon:
 
 
 def tiles_of(grid: GeoBox, canvas: GeoBox, taken: set[str]) -> list[Tile]:
-    """A, the west 65 % of the site; B, the east half; C, 60 % of it in the neighbouring UTM zone, on the side it lies.
+    """Return three tiles: A, B and C.
+
+    A covers the west 65 % of the site, and B the east half. C is in the nearer neighbouring UTM
+    zone and covers the 60 % of the site facing this zone.
 
     Args:
-        grid: the site's grid.
-        canvas: the grid with a margin; tiles reach to its edge.
-        taken: names in use; the new ones are added. Two sites of one square get tiles of different names.
+        grid: The site's grid.
+        canvas: The grid with a margin; tiles extend to its edge.
+        taken: Names in use; the new ones are added. Two sites in one square get different tile
+            names.
     """
     site, whole = grid.extent.boundingbox, canvas.extent.boundingbox
     west = _aligned(BoundingBox(whole.left, whole.bottom, site.left + 0.65 * site.span_x, whole.top, grid.crs))
@@ -219,7 +236,7 @@ def tiles_of(grid: GeoBox, canvas: GeoBox, taken: set[str]) -> list[Tile]:
 
 
 def neighbour_is_west(grid: GeoBox) -> bool:
-    """Whether the nearer of the two neighbouring UTM zones lies to the west."""
+    """Report whether the nearer neighbouring UTM zone lies to the west."""
     return bool(grid.geographic_extent.centroid.coords[0][0] % 6 < 3)
 
 
@@ -245,7 +262,11 @@ def _neighbour(grid: GeoBox, canvas: GeoBox, taken: set[str]) -> Tile:
 
 
 def positions(of: GeoBox, on: GeoBox) -> npt.NDArray[np.float64]:
-    """Where the pixel centres of one grid lie on another: float64 [2, y, x], row and column, 0 = centre of the first."""
+    """Locate the pixel centres of one grid on another.
+
+    Returns:
+        float64 [2, y, x], row and column, 0 = centre of the first pixel.
+    """
     y, x = np.meshgrid(*(of.coords[d].values for d in ("y", "x")), indexing="ij")
     x, y = Transformer.from_crs(epsg(of), epsg(on), always_xy=True).transform(x, y)
     col, row = ~on.transform * (x, y)
@@ -253,19 +274,22 @@ def positions(of: GeoBox, on: GeoBox) -> npt.NDArray[np.float64]:
 
 
 def epsg(box: GeoBox) -> int:
-    """EPSG code of a UTM grid."""
+    """Return the EPSG code of a UTM grid."""
     return int(str(box.crs).removeprefix("EPSG:"))
 
 
 def _aligned(area: BoundingBox) -> BoundingBox:
-    """Grown to the corners that Sentinel-2 tiles keep to."""
+    """Extend an area to the corner alignment of Sentinel-2 tiles."""
     left, bottom = (math.floor(v / ALIGN_M) * ALIGN_M for v in (area.left, area.bottom))
     right, top = (math.ceil(v / ALIGN_M) * ALIGN_M for v in (area.right, area.top))
     return BoundingBox(left, bottom, right, top, area.crs)
 
 
 def _name(tile: GeoBox, step: int, taken: set[str]) -> str:
-    """The MGRS square (NGA.STND.0037, 2.0.0) of the tile's middle, or the next one north that is free."""
+    """Name a tile by its centre's MGRS square (NGA.STND.0037, 2.0.0).
+
+    If the name is taken, the next free square to the north is used.
+    """
     zone = epsg(tile) % 100
     ((x, y),) = tile.extent.centroid.coords
     lat = float(np.clip(tile.geographic_extent.centroid.coords[0][1], -80, 83.9))

@@ -1,4 +1,4 @@
-"""An archive laid out as EuroMineNet's release, small and with known labels: what reading the real one is tried on."""
+"""Write a small archive in EuroMineNet's layout with known labels, to test reading."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def write_release(
     shape: tuple[int, int] = (320, 280),
     packed: bool = True,
 ) -> Masks:
-    """A zip of images and labels; what the labels are, uint8 [y, x] 0 or 255, by site and year.
+    """Write a zip of images and labels.
 
     Args:
-        path: the zip.
-        sites: name -> longitude and latitude of the upper left corner.
-        years: of each site.
-        shape: rows and columns.
-        packed: members are deflated; otherwise they lie there as they are.
+        path: The zip.
+        sites: Name -> longitude and latitude of the upper left corner.
+        years: Years of each site.
+        shape: Rows and columns.
+        packed: Deflate the members instead of storing them.
+
+    Returns:
+        (site, year) -> label, uint8 [y, x], 0 or 255.
     """
     masks: Masks = {}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1) as archive:
@@ -48,7 +51,7 @@ def write_release(
             ground = (ground - ground.mean()) / ground.std()
             noise = rng.standard_normal((len(MEAN), *shape), dtype=np.float32)
             for step, year in enumerate(years):
-                # A pit that grows from year to year, with what lies around it.
+                # A pit, larger every year.
                 masks[site, year] = np.where(ground > np.quantile(ground, 0.95 - 0.003 * step), np.uint8(255), np.uint8(0))
                 spread = np.array(SPREAD)[:, None, None]
                 image = np.array(MEAN)[:, None, None] + spread * (0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1))
@@ -59,7 +62,11 @@ def write_release(
 
 
 def tiff(pixels: npt.NDArray[np.int16] | npt.NDArray[np.uint8], **place: object) -> bytes:
-    """A GeoTIFF of [band, y, x]: labels packed and without a place, as in the release, images as GDAL writes them."""
+    """Write a GeoTIFF of [band, y, x].
+
+    Without `place` it is a label as in the release: compressed, not georeferenced. Images have
+    GDAL's default format.
+    """
     profile = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **place}
     if not place:
         profile["compress"] = "lzw"

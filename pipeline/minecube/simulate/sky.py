@@ -1,4 +1,4 @@
-"""What lies between the ground and the sensor on one date, what it does to the pixels, and what SCL makes of it."""
+"""Simulate the sky of one date, its effect on pixels and its SCL."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ from minecube.simulate.passes import SCL_M, Overpass
 from minecube.simulate.spectra import MATERIAL
 
 UInt8 = npt.NDArray[np.uint8]
-# How strongly thin cloud and haze scatter, and how dark a shadow is, by band: both fall with wavelength, since what lights
-# a shadow is the blue sky.
+# Scattering of thin cloud and haze, and darkening by shadow, per band. Both fall with wavelength:
+# the blue sky lights shadows.
 _SCATTER = np.array([1.0, 0.92, 0.82, 0.76, 0.68, 0.63, 0.56, 0.5, 0.24, 0.15], dtype=np.float32)
 _SHADE = np.array([0.46, 0.52, 0.57, 0.6, 0.63, 0.65, 0.67, 0.68, 0.72, 0.74], dtype=np.float32)
-# Bands look at one spot one after the other, from angles that differ: how far apart they see a cloud at 10 km, in 20 m pixels
-# along the track, and how strongly its ice scatters.
+# Bands view a spot one after the other at different angles. Displacement of a cloud at 10 km, in
+# 20 m pixels along the track, and scattering of its ice.
 _PARALLAX_PX = (0, 4, 8, 10, 11, 12, 2, 13, 15, 18)
 _ICE = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.98, 0.95, 0.5, 0.4], dtype=np.float32)
-_FALSE_CIRRUS = 0.6  # of clear ground, on a date of that
-_MARGIN_PX = 100  # clouds this far outside still throw their shadow inside
+_FALSE_CIRRUS = 0.6  # share of clear ground, on dates with false cirrus
+_MARGIN_PX = 100  # clouds up to this far outside cast shadows inside
 VISIBLE = 0.02
-"""A pixel is contaminated where cloud, halo, haze, shadow or snow moves its reflectance by more than this in any band."""
+"""Smallest contamination: a reflectance change above this in any band.
+
+Cloud, halo, haze, shadow and snow cause it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sky:
-    """All at 20 m on the canvas, float32 [y, x], 0..1."""
+    """Layers at 20 m on the canvas, float32 [y, x], 0..1."""
 
     cloud: Float
-    """Opacity of cloud with its halo."""
+    """Opacity of cloud, including its halo."""
     white: Float
-    """Brightness of that cloud, around 1."""
+    """Brightness of the cloud, around 1."""
     veil: Float
     """Opacity of thin cloud and haze in the blue."""
     shadow: Float
     snow: Float
     """Share of the ground under snow."""
     cirrus: Float
-    """Opacity of high thin cloud, which each band sees elsewhere and SCL not at all."""
+    """Opacity of high thin cloud. Its position differs per band and SCL misses it."""
     veil_missed: bool
-    """SCL sees only the thickest of the veil on this date."""
+    """SCL detects only the thickest veil on this date."""
 
     def over(self, clean: Float, band: int) -> Float:
-        """The ground of one band, at 10 or 20 m, seen through this sky."""
+        """Return the ground of one band, at 10 or 20 m, seen through this sky."""
 
         def at(layer: Float) -> Float:
             # Clouds are soft enough for repeated pixels.
@@ -66,7 +69,10 @@ class Sky:
 
 
 def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: float, elevation: float) -> Sky:
-    """The sky over a canvas of `shape` 20 m pixels on one date; azimuth and elevation of the sun in degrees."""
+    """Simulate the sky over a canvas of `shape` 20 m pixels on one date.
+
+    Azimuth and elevation are those of the sun, in degrees.
+    """
     rng = draw("sky", overpass.day)
     m = _MARGIN_PX
     wide = (shape[0] + 2 * m, shape[1] + 2 * m)
@@ -80,7 +86,7 @@ def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: floa
     halo = ndimage.gaussian_filter((dense > 0.4).astype(np.float32), 2.2) * np.float32(0.45)
     cloud = np.maximum(dense * 0.96, halo)
 
-    # The shadow lies opposite the sun, as far off as the cloud is high.
+    # The shadow lies opposite the sun; its distance grows with cloud height.
     reach = rng.uniform(500, 1500) / math.tan(math.radians(max(elevation, 15))) / SCL_M
     down, right = (round(reach * f(math.radians(azimuth))) for f in (math.cos, lambda a: -math.sin(a)))
     down, right = (int(np.clip(v, -m, m)) for v in (down, right))
@@ -101,7 +107,7 @@ def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: floa
 
 
 def _cirrus(rng: np.random.Generator, shape: tuple[int, int]) -> Float:
-    """Streaks four times as long as wide over a thin layer: float32 [y, x]."""
+    """Simulate streaks, four times as long as wide, over a thin layer: float32 [y, x]."""
     height, width = shape
     streaks = fractal(rng, (height, -(-width // 4)), 12, slope=2.4).repeat(4, axis=1)[:, :width]
     opacity: Float = np.clip(np.float32(0.06) + np.float32(0.05) * streaks, 0, 0.3)
@@ -109,17 +115,21 @@ def _cirrus(rng: np.random.Generator, shape: tuple[int, int]) -> Float:
 
 
 def classify(draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: dict[str, Float]) -> UInt8:
-    """The scene classification of one date as Sen2Cor would make it, errors included: uint8 [y, x] at 20 m, no 0.
+    """Imitate Sen2Cor's scene classification of one date, including its errors.
 
-    It misses the halo of clouds and, on some dates, thin cloud; it calls dazzling mine ground cloud on nearly every date; it
-    takes some dark water for shadow and some shadow for dark ground. On some overpasses it errs on the whole date.
+    It misses the halo of clouds and, on some dates, thin cloud. It classifies dazzling mine ground
+    as cloud on nearly every date. It takes some dark water for shadow and some shadow for dark
+    ground. On some overpasses the whole date is wrong.
 
     Args:
-        draw: the site's generators.
-        ground: the year's ground.
-        sky: the date's sky.
-        overpass: the date.
-        clean: ground reflectance of B04 and B08 on that date, float32 [y, x] at 20 m.
+        draw: The site's generators.
+        ground: The year's ground.
+        sky: The date's sky.
+        overpass: The date.
+        clean: Ground reflectance of B04 and B08 on this date, float32 [y, x] at 20 m.
+
+    Returns:
+        uint8 [y, x] at 20 m, without 0.
     """
     rng = draw("scl", overpass.day)
     noise = rng.random((2, *sky.cloud.shape), dtype=np.float32)
@@ -133,7 +143,7 @@ def classify(draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: di
     scl[(sky.shadow > 0.3) & (noise[0] > 0.03) & (scl != 6)] = 3
     scl[(sky.shadow > 0.3) & (noise[0] <= 0.03)] = 2
     scl[sky.veil > (0.15 if sky.veil_missed else 0.045)] = 10
-    # Whether the date is one of the few on which dazzling ground is seen for what it is; and the flicker of single pixels.
+    # On a few dates dazzling ground is classified correctly. Noise makes single pixels flicker.
     fooled = rng.random() < 0.97
     dazzled = (halved(ground.dazzling) > 0.2) & (noise[1] < 0.97) & fooled
     scl[dazzled] = np.where(halved(ground.shade)[dazzled] > 1, 9, 8)

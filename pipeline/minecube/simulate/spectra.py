@@ -1,4 +1,4 @@
-"""What ground looks like in ten bands on any day: materials, and the kinds of ground that change between them."""
+"""Reflectance of ground in ten bands on any day: materials and their seasonal mixtures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# Surface reflectance in percent, B02 B03 B04 B05 B06 B07 B08 B8A B11 B12; rounded from the shapes every spectral library
-# shows: chlorophyll's absorption and red edge, water's in the near infrared, iron oxide's slope in soils.
+# Surface reflectance in percent, B02 B03 B04 B05 B06 B07 B08 B8A B11 B12. Rounded from typical
+# spectral libraries: absorption and red edge of chlorophyll, absorption of water in the near
+# infrared, slope of iron oxide in soils.
 _PERCENT = {
     "conifer": (2.0, 3.6, 2.3, 5.2, 14.5, 18.0, 20.0, 21.5, 10.0, 4.8),
     "broadleaf": (2.3, 4.8, 2.7, 8.2, 25.0, 32.0, 34.0, 36.0, 17.0, 7.6),
@@ -40,20 +41,20 @@ MATERIAL = {name: np.array(values, dtype=np.float32) / 100 for name, values in _
 
 
 class Kind(NamedTuple):
-    """A kind of ground: what it is made of through the year, and how much one of them differs from the next."""
+    """A kind of ground: its materials through the year and its variation."""
 
     bare: str
-    """Material when nothing grows."""
+    """Material without growth."""
     leaf: str = "grass"
     dead: str = "straw"
     evergreen: float = 0.0
     """Share of leaf all year."""
     up: float = 999.0
-    """Day of the year on which half the rest has grown; 999: nothing grows."""
+    """Day of the year with half of the rest grown; 999: no growth."""
     down: float = 999.0
-    """Day on which half of it is gone."""
+    """Day of the year with half of the growth gone."""
     residue: float = 0.0
-    """Share of dead matter on the ground afterwards."""
+    """Share of dead matter on the ground after growth."""
     texture: float = 0.03
     """Relative standard deviation of pixels within a patch."""
     varies: float = 0.08
@@ -89,12 +90,15 @@ KINDS = {
     "kaolin": Kind("kaolin", texture=0.04, varies=0.04),
     "gravel": Kind("sand", texture=0.05),
 }
-"""Days are those of the northern temperate zone. The state of a field holds for most of April to October, so that a median
-of the year means something; the change of state is in it all the same."""
+"""Days are for the northern temperate zone.
+
+A field keeps its state for most of April to October, so the median of the year is meaningful. The
+change of state is included.
+"""
 
 
 class Patches:
-    """The patches of a site-year, each of one kind but with colour, brightness and timing of its own."""
+    """The patches of a site-year, each with its own kind, colour, brightness and timing."""
 
     def __init__(self, kinds: list[str], rng: np.random.Generator) -> None:
         rows = [KINDS[k] for k in kinds]
@@ -113,7 +117,7 @@ class Patches:
         self.texture = np.array([r.texture for r in rows], dtype=np.float32)
 
     def spectra(self, day_of_year: int) -> npt.NDArray[np.float32]:
-        """Reflectance 0..1 of every patch on that day: float32 [patch, band]."""
+        """Return the reflectance 0..1 of every patch on one day: float32 [patch, band]."""
         grown = _logistic((day_of_year - self._up) / 6)
         gone = _logistic((day_of_year - self._down) / 6)
         leaf = self._evergreen + (1 - self._evergreen) * grown * (1 - gone)

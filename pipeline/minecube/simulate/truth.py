@@ -1,4 +1,4 @@
-"""What was really there: kept beside the archive, on the site's grid."""
+"""Compute and write the ground truth next to the archive, on the site's grid."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ from minecube.simulate.passes import SCL_M, SEASON, Overpass, Tile
 
 UInt8 = npt.NDArray[np.uint8]
 SKY = ("not observed", "clear", "contaminated")
-"""What the numbers of the `sky` layer mean."""
+"""Meanings of the values of the `sky` layer."""
 
 
 def reflectance_of(ground: Ground, passes: Sequence[Overpass], inside: tuple[slice, slice]) -> npt.NDArray[np.uint16]:
-    """The year's clean reflectance: uint16 [band, y, x], x 10000, the median over the April to October dates.
+    """Compute the year's clean reflectance as the median over the April to October dates.
 
-    What a sensor without noise would see through a clear sky: bands of 20 m are means over their own pixels, each of which
-    fills four of 10 m.
+    It simulates a noise-free sensor and a clear sky. Bands of 20 m are averaged over their own
+    pixels; each 20 m value fills four pixels of 10 m.
 
     Args:
-        ground: the year's ground.
-        passes: the year's overpasses.
-        inside: the site's window of the canvas, even numbers.
+        ground: The year's ground.
+        passes: The year's overpasses.
+        inside: The site's window of the canvas, even numbers.
+
+    Returns:
+        uint16 [band, y, x], x 10000.
     """
     days = [p.day for p in passes if SEASON[0] <= p.day.month <= SEASON[1]]
     spectra = [ground.patches.spectra(day.timetuple().tm_yday) for day in days]
@@ -52,13 +55,13 @@ def reflectance_of(ground: Ground, passes: Sequence[Overpass], inside: tuple[sli
 
 
 def footprint_of(mine: Mine, grid: GeoBox) -> UInt8:
-    """1 where the pixel's centre lies in the mine: uint8 [y, x]."""
+    """Rasterise the mine: uint8 [y, x], 1 if the pixel's centre lies in it."""
     burnt: UInt8 = rasterio.features.rasterize([mine.footprint], grid.shape, transform=grid.transform, dtype=np.uint8)
     return burnt
 
 
 def sky_seen(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox) -> UInt8:
-    """Which pixels of the site were observed on the date, and clear: uint8 [y, x], index into `SKY`."""
+    """Classify the site's pixels on one date: uint8 [y, x], index into `SKY`."""
     inside = window(grid, canvas)
     covered: Bool = np.zeros(grid.shape, dtype=np.bool_)
     for tile in listed(tiles, overpass, grid):
@@ -74,7 +77,7 @@ def sky_seen(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: Geo
 
 
 def window(grid: GeoBox, canvas: GeoBox) -> tuple[slice, slice]:
-    """The site on its canvas, which reaches equally far on all sides."""
+    """Return the site's window of its canvas; the margin is equal on all sides."""
     margin = (canvas.shape[0] - grid.shape[0]) // 2
     return slice(margin, margin + grid.shape[0]), slice(margin, margin + grid.shape[1])
 
@@ -87,7 +90,7 @@ def write_year(
     layers: tuple[npt.NDArray[np.uint16], UInt8],
     sky: Mapping[np.datetime64, UInt8],
 ) -> None:
-    """Add a year to a site's group: reflectance and footprint, and the sky of its dates."""
+    """Add a year to a site's group: reflectance, footprint, and the sky of its dates."""
     place = odc.geo.xr.xr_coords(grid)
     reflectance, footprint = layers
     of_year = xr.Dataset(

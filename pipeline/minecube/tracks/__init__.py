@@ -1,19 +1,23 @@
-"""Footprints through time: yearly probabilities smoothed over all years, and what then is told of each pixel and site.
+"""Smooth yearly probabilities over all years, and derive events and areas from them.
 
-    rates = learn_rates([probability, ...])   -> Rates                    or rates_from_labels(footprints), or your own
-    smooth(probability, rates)                -> DataArray[year, y, x]    posterior x 250, each year given all years
-    likeliest(probability, rates)             -> DataArray[year, y, x]    footprint of the likeliest path (Viterbi)
-    threshold(probability)                    -> DataArray[year, y, x]    footprint at one half
-    events(footprint, posterior)              -> Dataset[y, x]            onset, end, reclaimed, kind, flips
-    areas(footprint, grid)                    -> DataFrame                m2 by year, gain and loss
-    expected_areas(smoothed, raw, grid)       -> DataFrame                m2 by year with intervals
-    expansion(areas)                          -> Expansion                when a site opened, how fast it grows
+    learn_rates([probability, ...])     -> Rates                  or rates_from_labels(footprints)
+    smooth(probability, rates)          -> DataArray[year, y, x]  posterior x 250, given all years
+    likeliest(probability, rates)       -> DataArray[year, y, x]  likeliest path (Viterbi)
+    threshold(probability)              -> DataArray[year, y, x]  footprint at one half
+    events(footprint, posterior)        -> Dataset[y, x]          onset, end, reclaimed, kind, flips
+    areas(footprint, grid)              -> DataFrame              m2 by year, gain and loss
+    expected_areas(smoothed, raw, grid) -> DataFrame              m2 by year with intervals
+    expansion(areas)                    -> Expansion              opening and growth of a site
 
-    areas.py      footprints counted on an equal-area map    smoothing.py        the hidden Markov model, in numpy
-    learning.py   its rates                                  torch_smoothing.py  the same on a GPU
-    events.py     what became of a pixel, and of a site      uncertainty.py      how far off an area may be
+    areas.py            footprints and their areas on an equal-area map
+    learning.py         rates of the hidden Markov model
+    smoothing.py        the hidden Markov model, in numpy
+    torch_smoothing.py  the same on a GPU
+    events.py           history of pixels and sites
+    uncertainty.py      intervals of areas
 
-A raw yearly map errs anew each year, so each of its errors is an event: smooth first.
+Rates may also be given by hand. A raw yearly map has new errors each year, and each error looks
+like an event. Smooth it first.
 """
 
 from minecube.tracks.areas import HALF, MINE, NOT_MINE, UNKNOWN, areas, onset, threshold

@@ -1,8 +1,9 @@
-"""Footprints of probabilities, areas by year, and the year in which each pixel became a mine.
+"""Compute footprints of probabilities, areas by year, and the year of each pixel's onset.
 
-Areas are stated in the grid's equal-area projection, since a UTM pixel is up to 0.2 % larger or smaller on the ground than
-its 100 m2. They are counted, not drawn: pixels per cell of 64 x 64, times what a pixel is worth there (the area of the cell's
-projected outline over its pixels), which agrees with projecting every pixel's polygon to better than 0.001 %.
+Areas are in the grid's equal-area projection, since a UTM pixel differs from 100 m2 on the ground
+by up to 0.2 %. Pixels are counted per cell of 64 x 64 and multiplied by the cell's mean pixel area.
+This is the area of the cell's projected outline, divided by its pixels. The result agrees with
+projecting every pixel's polygon to better than 0.001 %.
 """
 
 from __future__ import annotations
@@ -20,18 +21,24 @@ from minecube.grid import equal_area_crs
 
 MINE, NOT_MINE, UNKNOWN = np.uint8(1), np.uint8(0), np.uint8(255)
 HALF = 125
-"""Stored probability (x 250) from which a pixel is a mine."""
-_CELL_PX = 64  # UTM's scale moves by less than 1e-5 over 640 m
+"""Lowest stored probability (x 250) of a mine pixel."""
+_CELL_PX = 64  # UTM's scale changes by less than 1e-5 over 640 m
 
 
 def threshold(probability: xr.DataArray) -> xr.DataArray:
-    """Footprint of a probability x 250: uint8, 1 from one half on, 0 below, 255 where there is none; same dimensions."""
+    """Convert a probability x 250 to a footprint of the same dimensions.
+
+    The footprint is uint8: 1 from one half on, 0 below, 255 unknown.
+    """
     footprint = (probability >= HALF).astype(np.uint8).where(probability != UNKNOWN, UNKNOWN)
     return footprint.rename("footprint").assign_attrs(long_name="mine footprint", nodata=int(UNKNOWN))
 
 
 def onset(footprint: xr.DataArray) -> xr.DataArray:
-    """First year in which each pixel is a mine: (y, x) uint16, 0 = in none; unknown years (255) say neither yes nor no."""
+    """Return the first mine year of each pixel: (y, x) uint16, 0 = never.
+
+    Unknown years (255) are ignored.
+    """
     years = footprint["year"].astype(np.uint16)
     never = np.iinfo(np.uint16).max
     first = years.where(footprint == MINE, never).min("year")
@@ -41,17 +48,19 @@ def onset(footprint: xr.DataArray) -> xr.DataArray:
 
 
 def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
-    """Mine area by year, in m2: columns year, area_m2, gain_m2, loss_m2, unknown_m2.
+    """Compute mine area by year in m2.
 
-    Gain and loss are against the last year in which a pixel was known, so that no change is lost in a gap; where nothing is
-    unknown, area grows by gain - loss. In the first year they are NaN: there is nothing to compare with.
+    Columns are year, area_m2, gain_m2, loss_m2, unknown_m2. Gain and loss compare with a pixel's
+    last known year, so no change is lost in a gap. Without unknown pixels, area grows by gain -
+    loss. In the first year both are NaN, as there is no earlier year.
 
     Args:
         footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending.
-        grid: The grid it lies on.
+        grid: The footprint's grid.
 
     Raises:
-        LabelError: the footprint has other dimensions or another shape than the grid, or its years do not ascend.
+        LabelError: The footprint has other dimensions or another shape than the grid, or its years
+            do not ascend.
     """
     years = footprint["year"].to_numpy().tolist() if "year" in footprint.coords else []
     if footprint.dims != ("year", "y", "x") or footprint.shape[1:] != tuple(grid.shape) or years != sorted(set(years)):
@@ -73,19 +82,19 @@ def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
 
 
 def pixel_areas(grid: GeoBox) -> NDArray[np.float64]:
-    """What each pixel (y, x) is worth in m2 in the equal-area projection."""
+    """Compute the area of each pixel (y, x) in m2, in the equal-area projection."""
     height, width = grid.shape
     cells = _pixel_m2(grid).repeat(_CELL_PX, axis=0).repeat(_CELL_PX, axis=1)
     return cells[:height, :width]
 
 
 def _edges(size: int) -> NDArray[np.int64]:
-    """Where cells begin, and the end of the last, which is shorter."""
+    """Return the starts of cells, and the end of the last, possibly shorter one."""
     return np.append(np.arange(0, size, _CELL_PX), size)
 
 
 def _pixel_m2(grid: GeoBox) -> NDArray[np.float64]:
-    """Mean area of the pixels of each cell (cell rows, cell columns)."""
+    """Compute the mean pixel area of each cell (cell rows, cell columns)."""
     rows, columns = (_edges(size) for size in grid.shape)
     size_x, _, left, _, size_y, top = grid.affine[:6]
     move = Transformer.from_crs(str(grid.crs), equal_area_crs(grid), always_xy=True)

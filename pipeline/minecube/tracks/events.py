@@ -1,11 +1,11 @@
-"""What became of each pixel, and of a site: when it opened and ended, at once or by and by, and how often it changed.
+"""Derive the history of pixels and sites: opening, end, abruptness and number of changes.
 
-A pixel's change is abrupt where the posterior goes from below 0.2 to above 0.8, or back, from one year of the series to the
-next: the year is certain. Elsewhere it is gradual: ground that opens by and by, or evidence that does not settle on one year. A
-site expands abruptly where one year brings at least half of all the ground it gains, and gradually elsewhere. Both definitions
-are ours.
+A pixel's change is abrupt if the posterior goes from below 0.2 to above 0.8, or back, between two
+successive years of the series. Its year is then certain. Otherwise the change is gradual. The
+ground changes slowly, or the evidence leaves the year open. A site expands abruptly if one year
+brings at least half of all its gain, and otherwise gradually. Both definitions are ours.
 
-These are read from smoothed maps: in raw ones, each error is an event.
+Use smoothed maps: in raw ones, each error is an event.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from minecube.tracks.smoothing import SCALE, checked_years
 
 LOW, HIGH = round(0.2 * SCALE), round(0.8 * SCALE)
 LARGEST_STEP = 0.5
-"""Share of all gain from which one year's makes a site's expansion abrupt."""
+"""Minimum share of one year in all gain for an abrupt expansion of a site."""
 OPEN_SHARE, GAIN_SHARE = 0.1, 0.05
-"""Shares of a site's largest area: with the first it is open; what gains less than the second in all years does not expand."""
+"""Shares of a site's largest area. From the first on, the site is open. With a total gain up to the
+second, it does not expand."""
 KINDS = {
     "there_at_first": 1,
     "there_at_last": 2,
@@ -36,25 +37,28 @@ KINDS = {
     "closed_gradually": 32,
     "opened_again": 64,
 }
-"""Flags of layer `kind`: 0 was never a mine. Opening is the first one, closing the last one, of a mine that is none at last."""
+"""Flags of layer `kind`; 0: never a mine. `opened_*` describe the first opening. `closed_*`
+describe the last closing of a pixel outside any mine in its last known year."""
 
 
 def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
-    """Layers (y, x) that say what became of each pixel.
+    """Derive layers (y, x) of each pixel's history.
 
     Args:
-        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; smoothed (`likeliest`, or `threshold` of `smooth`).
+        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown. Smoothed by `likeliest`, or
+            `threshold` of `smooth`.
         posterior: (year, y, x) uint8 x 250 of `smooth`, of the same years.
 
     Returns:
-        onset uint16: first mine year, 0 = none; the first year of all may be late: then kind says there_at_first.
-        end uint16: last mine year, 0 = none.
-        reclaimed uint8: 1 was a mine and is none in the last known year, 0 not so, 255 never known.
-        kind uint8: flags, see `KINDS`; 255 never known.
-        flips uint8: changes from one known year to the next; 255 never known.
+        onset uint16: First mine year, 0 = never. With there_at_first in kind, the true onset may be
+            earlier.
+        end uint16: Last mine year, 0 = never.
+        reclaimed uint8: 1 was a mine, but not in the last known year; 0 otherwise; 255 never known.
+        kind uint8: Flags, see `KINDS`; 255 never known.
+        flips uint8: Changes between successive known years; 255 never known.
 
     Raises:
-        LabelError: dimensions, dtype or years are not as described, or those of the two differ.
+        LabelError: Dimensions, dtype or years are not as described, or differ between the two.
     """
     years = checked_years(footprint)
     if checked_years(posterior) != years or posterior.shape != footprint.shape:
@@ -72,7 +76,7 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
         opened, closed = mine & (last == NOT_MINE), (now == NOT_MINE) & (last == MINE)
         kind[mine & (last == UNKNOWN)] |= KINDS["there_at_first"]
         again = opened & (onset > 0)
-        # What closed and opened again has not closed for good.
+        # A pixel opened again has not closed for good.
         kind[again] = kind[again] & ~np.uint8(KINDS["closed_abruptly"] | KINDS["closed_gradually"]) | KINDS["opened_again"]
         _mark(kind, opened & ~again, (sure < LOW) & (p > HIGH), "opened")
         _mark(kind, closed, (sure > HIGH) & (p < LOW), "closed")
@@ -103,13 +107,15 @@ def _mark(kind: NDArray[np.uint8], where: NDArray[np.bool_], abrupt: NDArray[np.
 
 
 def flip_rate(*footprints: xr.DataArray) -> float:
-    """Changes that go back on an earlier one, per step from one known year to the next; 0 where no pixel changes twice.
+    """Return the reversed changes per step between successive known years.
 
-    Of all sites' footprints together, each (year, y, x) uint8: 1 mine, 0 not, 255 unknown. A mine that opened and was reclaimed
-    has gone back once, truly. NaN where no pixel is known in two years.
+    Every change of a pixel after its first counts as reversed. A mine opened and then reclaimed
+    counts once, although its changes are true. Footprints are (year, y, x) uint8: 1 mine, 0 not,
+    255 unknown. The rate is over all of them together. It is 0 if no pixel changes twice, and NaN
+    if no pixel is known in two years.
 
     Raises:
-        LabelError: one is no footprint.
+        LabelError: An argument is not a footprint.
     """
     back = steps = 0
     for footprint in footprints:
@@ -127,24 +133,26 @@ def flip_rate(*footprints: xr.DataArray) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """A site's story in a few numbers."""
+    """Opening and growth of a site."""
 
     opened: int
-    """First year with a tenth of its largest area; the series' first year may be late. 0: no mine in any year."""
+    """First year with a tenth of the site's largest area; 0: never a mine. The true opening may lie
+    before the series' first year."""
     growth_m2_per_year: float
-    """Slope of area over years by least squares; NaN of one year."""
+    """Slope of area over years by least squares; NaN for one year."""
     kind: str
-    """abrupt, gradual, or none where next to nothing was gained."""
+    """abrupt, gradual, or none for almost no gain."""
     largest_year: int
-    """The year that brought most ground; 0 where none did."""
+    """Year of the largest gain; 0 for kind none."""
     largest_share: float
-    """Its share of all gain."""
+    """Share of the largest gain in all gain; 0 for kind none."""
 
 
 def expansion(areas: pd.DataFrame) -> Expansion:
-    """How a site grew, of its table of `areas`: columns year, area_m2, gain_m2.
+    """Summarise the growth of a site from its table of `areas`.
 
-    A gain over several years counts as spread evenly over them, so it is abrupt only where even so one year has half of all.
+    Used columns are year, area_m2 and gain_m2. A gain over several years counts as spread evenly
+    over them. It is abrupt only if one of these years still has half of all gain.
     """
     years, area = areas["year"].to_numpy(), areas["area_m2"].to_numpy()
     opened = int(years[np.argmax(area >= OPEN_SHARE * area.max())]) if area.max() > 0 else 0

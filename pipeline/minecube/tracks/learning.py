@@ -1,9 +1,10 @@
-"""Rates of opening and closing, learned from labels, or from the probabilities themselves by expectation maximisation.
+"""Learn rates of opening and closing from labels or from probabilities.
 
-Baum and Welch's (Rabiner 1989, Proceedings of the IEEE 77, section III C) with the evidence held fixed, since a stored
-probability says already what speaks for a mine: given rates, count the openings and closings one has to expect; from these,
-rates; and again. Each turn makes the series at least as likely as before. Years that are left out are years without evidence,
-so a gap of three years counts as three steps. Counts add up over sites.
+From probabilities it is expectation maximisation: Baum and Welch's method (Rabiner 1989,
+Proceedings of the IEEE 77, section III C). Evidence is fixed, since a stored probability already
+gives it. Each turn counts the expected openings and closings at the current rates, and computes new
+rates from them. Each turn makes the series at least as likely as before. Missing years are years
+without evidence, so a gap of three years counts as three steps. Counts add up over sites.
 """
 
 from __future__ import annotations
@@ -35,15 +36,18 @@ from minecube.tracks.smoothing import (
 )
 
 MOST_TURNS, CLOSE = 200, 1e-3
-"""Turns at most, and the relative change of both rates at which they end."""
+"""Maximum number of turns, and the relative change of both rates at convergence."""
 _SAMPLE_PX = 1 << 16
-_CERTAIN = 1e12  # odds of a label
+_CERTAIN = 1e12  # odds of a labelled mine
 Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Distinct series of stored values through consecutive years, uint8 (year, series), and how often each is there."""
+    """Distinct series of stored values over consecutive years, uint8 (year, series).
+
+    `weights` are their numbers of occurrences.
+    """
 
     values: NDArray[np.uint8]
     weights: Float64
@@ -51,14 +55,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Expected:
-    """What one expects to have happened, in pixels: additive over series, sites and machines."""
+    """Expected counts in pixels; they add up over series, sites and machines."""
 
     opened: float = 0
     stayed_closed: float = 0
     closed: float = 0
     stayed_open: float = 0
     first: float = 0
-    """Mine pixels of the first year."""
+    """Mine pixels in the first year."""
     pixels: float = 0
     log_likelihood: float = 0
 
@@ -66,7 +70,10 @@ class Expected:
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
 
     def rates(self, before: Rates) -> Rates:
-        """The rates and the share of the first year that make this likeliest; prior and temper as before."""
+        """Compute the likeliest rates and initial share for these counts.
+
+        Prior and temper are as before.
+        """
         opening, closing = (
             min(max(some / whole if whole else LEAST, LEAST), MOST)
             for some, whole in ((self.opened, self.opened + self.stayed_closed), (self.closed, self.closed + self.stayed_open))
@@ -75,18 +82,20 @@ class Expected:
 
 
 def learn_rates(probabilities: Iterable[xr.DataArray], *, prior: float | None = None, temper: float = TEMPER) -> Rates:
-    """Rates under which these maps are likeliest, learned from nothing but them.
+    """Learn the likeliest rates for these maps, from the maps alone.
 
-    Of each map the same share of pixels is drawn, about 65 thousand in all: the same maps give the same rates.
+    The same share of pixels is drawn from each map, about 65 thousand in all. The same maps give
+    the same rates.
 
     Args:
-        probabilities: Of each site, (year, y, x) uint8 x 250, 255 = none; years ascending, gaps allowed.
-        prior: Mine share the model was trained with. By default the mean of the maps, which is what posteriors have for a mean
-            under their own prior.
-        temper: As `Rates.temper`.
+        probabilities: One per site, (year, y, x) uint8 x 250, 255 = unknown; years ascending, gaps
+            allowed.
+        prior: Mine share of the model's training. Default: the mean of the maps, as posteriors have
+            this mean under their own prior.
+        temper: As in `Rates.temper`.
 
     Raises:
-        LabelError: no map, none with a known pixel, or one that is no stored probability.
+        LabelError: There is no map. No map has a known pixel. A map is no stored probability.
     """
     series = sampled(list(probabilities))
     start = _under_own_prior(series, temper=temper)
@@ -95,7 +104,11 @@ def learn_rates(probabilities: Iterable[xr.DataArray], *, prior: float | None = 
 
 
 def rates_given(probabilities: Iterable[xr.DataArray], opening: float, closing: float, *, temper: float = TEMPER) -> Rates:
-    """These rates, with the mean of the maps as initial share and prior; errors as `learn_rates`, or of rates out of bounds."""
+    """Make rates of these two, with the maps' mean as initial share and prior.
+
+    Raises:
+        LabelError: As for `learn_rates`, or the rates are out of bounds.
+    """
     return replace(_under_own_prior(sampled(list(probabilities)), temper=temper), opening=opening, closing=closing)
 
 
@@ -105,7 +118,10 @@ def _under_own_prior(series: Sequence[Series], temper: float) -> Rates:
 
 
 def maximise(series: Sequence[Series], start: Rates) -> tuple[Rates, list[float]]:
-    """Rates of these series, and the log-likelihood before each turn; prior and temper stay as they are."""
+    """Maximise the likelihood of these series over the rates.
+
+    Returns the rates and the log-likelihood before each turn. Prior and temper stay as they are.
+    """
     rates, told = start, []
     for _ in range(MOST_TURNS):
         table = evidence(rates).astype(np.float64)
@@ -122,7 +138,7 @@ def _settled(before: Rates, after: Rates, close: float) -> bool:
 
 
 def mean_probability(series: Sequence[Series], least: float = LEAST_SHARE) -> float:
-    """Of all known values, `least` from 0 and 1."""
+    """Compute the mean of all known values, limited to `least` .. 1 - `least`."""
     total = known = 0.0
     for s in series:
         there = s.values != UNKNOWN
@@ -132,7 +148,13 @@ def mean_probability(series: Sequence[Series], least: float = LEAST_SHARE) -> fl
 
 
 def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
-    """The n-th part of the maps' pixels, drawn alike each time, equal series together; raises LabelError as `learn_rates`."""
+    """Sample the same share of pixels of each map, and merge equal series.
+
+    The sample is the same each time.
+
+    Raises:
+        LabelError: As for `learn_rates`.
+    """
     if not sum(p.size for p in probabilities):
         raise LabelError("there is no map to learn rates from; name sites that a model has mapped, or give rates")
     step = -(-sum(p.sizes["y"] * p.sizes["x"] for p in probabilities) // _SAMPLE_PX)
@@ -140,7 +162,7 @@ def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
     for probability in probabilities:
         years = checked_years(probability)
         values = probability.to_numpy().reshape(len(years), -1)
-        # Not every n-th: of a width that shares a factor with it, that is the same few columns of all rows.
+        # Random: every n-th pixel is in the same few columns if n and the width share a factor.
         chosen = np.random.default_rng(0).choice(values.shape[1], -(-values.shape[1] // step), replace=False, shuffle=False)
         values = values[:, chosen]
         need_stored(bool(((values > SCALE) & (values < UNKNOWN)).any()))
@@ -157,13 +179,15 @@ def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
 
 
 def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
-    """How often pixels went from one known state to the next known: (state, next state, years between) -> pixels; additive.
+    """Count pixels by steps between successive known states.
+
+    Keys are (state, next state, years between). Counts of several sites can be added.
 
     Args:
         footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending.
 
     Raises:
-        LabelError: it is no footprint.
+        LabelError: The argument is not a footprint.
     """
     years = checked_years(footprint)
     values = footprint.to_numpy()
@@ -171,7 +195,7 @@ def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
         raise LabelError(f"the labels hold values other than 0, 1 and {UNKNOWN} (unknown); give footprints, not probabilities")
     counts: Counter[tuple[int, int, int]] = Counter()
     for i, j in combinations(range(len(years)), 2):
-        # Known in both and in no year between: a longer step over a known year would count it twice.
+        # Known in both years and in none between: steps over a known year would count twice.
         adjacent = (values[i + 1 : j] == UNKNOWN).all(axis=0)
         if not adjacent.any():
             continue
@@ -182,16 +206,18 @@ def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
 
 
 def rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float = TEMPER) -> Rates:
-    """Rates of opening and closing of labelled sites; their mine share becomes the initial share and the prior.
+    """Estimate rates of opening and closing from labelled sites.
 
-    Meant for the sites that the model was trained on: then the share is the one its probabilities were learned under.
+    The sites' mine share becomes the initial share and the prior. Use the training sites of the
+    model: its probabilities were learned under their share.
 
     Args:
-        footprints: Of each site, (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending, gaps allowed.
-        temper: As `Rates.temper`.
+        footprints: One per site, (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending,
+            gaps allowed.
+        temper: As in `Rates.temper`.
 
     Raises:
-        LabelError: no pixel is known in two years, or one is no footprint.
+        LabelError: No pixel is known in two years, or an argument is not a footprint.
     """
     steps: Counter[tuple[int, int, int]] = Counter()
     mine = known = 0
@@ -210,7 +236,10 @@ def rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float = TEM
 
 
 def rates_of_steps(steps: Mapping[tuple[int, int, int], int], start: Rates) -> Rates:
-    """The likeliest rates of counted steps: their shares where all are of one year, else by the same maximisation."""
+    """Estimate the likeliest rates from counted steps.
+
+    For steps of one year these are the shares. Longer steps need expectation maximisation.
+    """
     rates = start
     for _ in range(MOST_TURNS):
         found = Expected()
@@ -225,9 +254,10 @@ def rates_of_steps(steps: Mapping[tuple[int, int, int], int], start: Rates) -> R
 
 
 def expected(likely: Float64, weights: Float64, rates: Rates) -> Expected:
-    """Expected steps of series with likelihood ratios (year, series), each that often; years are consecutive.
+    """Compute the expected steps of series from likelihood ratios (year, series) and weights.
 
-    The log-likelihood is that of the ratios: it differs from the series' own by what no rate changes.
+    Years are consecutive. The log-likelihood is that of the ratios. It differs from the series' own
+    by a term independent of the rates.
     """
     a00, a01, a10, a11 = rates.over(1)
     begun = rates.initial / (1 - rates.initial)

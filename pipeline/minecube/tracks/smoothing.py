@@ -1,21 +1,25 @@
-"""Yearly probabilities smoothed by a hidden Markov model of two states, pixel by pixel: the posterior, or the likeliest path.
+"""Smooth yearly probabilities pixel by pixel, by a hidden Markov model of two states.
 
-Ground is a mine or not. From one year to the next it opens with one probability and closes with another; over a gap of g years
-the matrix of these is taken to the power g, so a year that is left out is to the posterior a year of which nothing is known.
-Forward-backward and Viterbi are Rabiner's (1989, Proceedings of the IEEE 77); for such a smoothing of land-cover maps see
-Abercrombie and Friedl (2016, IEEE TGRS 54). With two states all of it can be said in odds r = P(mine) / P(not mine), one number
-a pixel and year, and with a_ij the chance to go from state i to j:
+Ground is a mine or not. From one year to the next it opens with one probability and closes with
+another. Over a gap of g years, the matrix of these is taken to the power g. For the posterior, a
+missing year thus equals a year without evidence. Forward-backward and Viterbi follow Rabiner (1989,
+Proceedings of the IEEE 77). Abercrombie and Friedl (2016, IEEE TGRS 54) smooth land-cover maps in
+this way. With two states, odds r = P(mine) / P(not mine) suffice: one number per pixel and year.
+With a_ij the probability to go from state i to j:
 
     forward    f_t = l_t (a_01 + a_11 f_(t-1)) / (a_00 + a_10 f_(t-1))
     backward   b_t = (a_10 + a_11 l_(t+1) b_(t+1)) / (a_00 + a_01 l_(t+1) b_(t+1)),  1 in the last year
-    posterior odds f_t b_t;  Viterbi: the same forward with the larger term in place of each sum
+    posterior  odds f_t b_t
+    Viterbi    the same forward, with the larger term in place of each sum
 
-l_t = (p / (1 - p) / (prior / (1 - prior))) ^ temper says how much a year's probability p speaks for a mine. A network's p is a
-posterior under the mine share it was trained with, so that odds are divided out; and its errors come again year after year, so
-that ten years tell less than ten independent ones: temper < 1 says so. 255 says nothing: l_t = 1.
+l_t = (p / (1 - p) / (prior / (1 - prior))) ^ temper is the evidence of a year's probability p for a
+mine. A network's p is a posterior under the mine share of its training, so the odds of this prior
+are divided out. Its errors come again year after year. Ten years hold less evidence than ten
+independent ones, hence temper < 1. A value of 255 has no evidence: l_t = 1.
 
-Odds keep their relative precision at both ends, where probabilities of 32 bits round to 1. A stored 0 is taken for 1/500, half
-a step, and 250 for 499/500; with rates not below `LEAST` no odds leaves 1e-20 .. 1e20, far within float32.
+Odds keep their relative precision at both ends. Probabilities of 32 bits round to 1 there. A stored
+0 counts as 1/500, half a step, and 250 as 499/500. With rates not below `LEAST`, odds stay in 1e-20
+.. 1e20, far within float32.
 """
 
 from __future__ import annotations
@@ -36,30 +40,32 @@ from minecube.tracks.areas import UNKNOWN
 
 SCALE = 250
 LEAST, MOST = 1e-6, 0.5
-"""Bounds of the rates: a rate of 0 would make a state final and leave its odds without bounds."""
+"""Bounds of the rates. A rate of 0 would make a state final and its odds unbounded."""
 LEAST_SHARE, LEAST_PRIOR = 1e-4, 0.01
-"""Bounds of shares, and as far from 1; under a prior near 1/500 a stored 0, taken for that, would be no evidence any more."""
+"""Lower bounds of initial share and prior; the upper ones are as far from 1. Under a prior near
+1/500, a stored 0 would be no evidence, since it counts as 1/500."""
 TEMPER = 0.75
-"""Within 0.004 of the best CA-TIoU for errors independent or half lasting, too sure or not: `benchmarks/tracks.py`."""
-_BLOCK_PX = 1 << 14  # with ten years 0.7 MB of odds and evidence: they stay in a core's cache
+"""Within 0.004 of the best CA-TIoU for errors independent or half lasting, and for overconfident
+maps or not: `benchmarks/tracks.py`."""
+_BLOCK_PX = 1 << 14  # 0.7 MB of odds and evidence for ten years, within a core's cache
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How ground becomes a mine and stops being one, and how far a stored probability is believed."""
+    """Rates of opening and closing, and the weight of stored probabilities."""
 
     opening: float
-    """Chance that ground which is no mine is one a year later."""
+    """Probability per year of ground outside mines to become a mine."""
     closing: float
-    """Chance that a mine is none a year later."""
+    """Probability per year of a mine to close."""
     initial: float
-    """Chance to be a mine in the first year, before anything is seen."""
+    """Probability of a mine in the first year, before any evidence."""
     prior: float
-    """Mine share under which the probabilities are posteriors; it is divided out."""
+    """Mine share assumed by the probabilities as posteriors; it is divided out."""
     temper: float = TEMPER
-    """Power of each year's evidence, in (0, 1]: 1 for errors that are independent from year to year."""
+    """Power of each year's evidence, in (0, 1]: 1 for errors independent between years."""
 
     def __post_init__(self) -> None:
         for name in ("opening", "closing"):
@@ -78,7 +84,10 @@ class Rates:
             raise LabelError(f"temper is {self.temper}; expected more than 0, which would believe no year, and at most 1")
 
     def over(self, years: int) -> tuple[float, float, float, float]:
-        """Chances a_00, a_01, a_10, a_11 to go from not mine (0) or mine (1) to either within so many years."""
+        """Return the transition probabilities a_00, a_01, a_10, a_11 over this number of years.
+
+        State 0 is not mine, state 1 is mine.
+        """
         both = self.opening + self.closing
         moved = -math.expm1(years * math.log1p(-both)) if both < 1 else 1.0
         opened, closed = self.opening / both * moved, self.closing / both * moved
@@ -86,11 +95,15 @@ class Rates:
 
 
 Kernel = Callable[[UInt8, Sequence[int], Rates], UInt8]
-"""Stored probabilities (year, pixel), years and rates -> stored posteriors, or 0 / 1, likewise; 255 where no year is known."""
+"""Stored probabilities (year, pixel), years and rates -> stored posteriors, or 0 / 1, of the same
+shape; 255 if no year is known."""
 
 
 def evidence(rates: Rates) -> Float32:
-    """Likelihood ratio mine : not mine of each stored value, float32 [256]; 1 for 255, NaN for 251..254, which are none."""
+    """Tabulate the likelihood ratio mine : not mine of each stored value, float32 [256].
+
+    It is 1 for 255, and NaN for the invalid values 251..254.
+    """
     share = np.clip(np.arange(SCALE + 1) / SCALE, 0.5 / SCALE, 1 - 0.5 / SCALE)
     table = np.full(256, np.nan)
     table[: SCALE + 1] = (share / (1 - share) / (rates.prior / (1 - rates.prior))) ** rates.temper
@@ -99,18 +112,18 @@ def evidence(rates: Rates) -> Float32:
 
 
 def smooth(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None) -> xr.DataArray:
-    """Posterior mine probability of each year given all years: uint8 (year, y, x) x 250, 255 where no year is known.
+    """Compute the posterior mine probability of each year given all years.
 
-    A year in which a pixel is unknown (255) is filled from the others. Pixels do not see each other, so blocks give what the
-    whole gives.
+    The result is uint8 (year, y, x) x 250, 255 if no year is known. Unknown years (255) of a pixel
+    are filled from its other years. Pixels are independent, so blocks give the same as the whole.
 
     Args:
-        probability: (year, y, x) uint8 x 250, 255 = none; years ascending, not necessarily without gaps.
+        probability: (year, y, x) uint8 x 250, 255 = unknown; years ascending, gaps allowed.
         rates: Given, or learned (`learn_rates`, `rates_from_labels`).
-        kernel: `posterior`, or its twin on a GPU.
+        kernel: `posterior` (default), or its twin on a GPU.
 
     Raises:
-        LabelError: other dimensions or dtype, years that do not ascend, values 251..254.
+        LabelError: Dimensions or dtype are wrong, years do not ascend, or values are 251..254.
     """
     return (
         _applied(probability, rates, kernel or posterior)
@@ -120,10 +133,11 @@ def smooth(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None
 
 
 def likeliest(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None) -> xr.DataArray:
-    """Footprint (year, y, x) of the likeliest path of each pixel through all years: uint8, 1 mine, 0 not, 255 never known.
+    """Compute the footprint (year, y, x) of each pixel's likeliest path through all years.
 
-    One story that hangs together, where the posterior cut at one half takes each year for itself: it changes state a little
-    less often. Arguments and errors as `smooth`; `kernel` is `viterbi` or its twin.
+    The footprint is uint8: 1 mine, 0 not, 255 never known. The path is consistent over the years.
+    The posterior cut at one half decides each year alone, and changes state slightly more often.
+    Arguments and errors are those of `smooth`. `kernel` is `viterbi` or its twin.
     """
     return (
         _applied(probability, rates, kernel or viterbi)
@@ -140,7 +154,11 @@ def _applied(probability: xr.DataArray, rates: Rates, kernel: Kernel) -> xr.Data
 
 
 def checked_years(probability: xr.DataArray) -> list[int]:
-    """The years of a stored probability or footprint (year, y, x); raises LabelError where it is none."""
+    """Return the years of a stored probability or footprint (year, y, x).
+
+    Raises:
+        LabelError: The array is neither.
+    """
     years = [int(y) for y in probability["year"].to_numpy()] if "year" in probability.coords else []
     if probability.dims != ("year", "y", "x") or probability.dtype != np.uint8 or not years or years != sorted(set(years)):
         raise LabelError(
@@ -151,27 +169,30 @@ def checked_years(probability: xr.DataArray) -> list[int]:
 
 
 def posterior(values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-    """The `Kernel` of `smooth`: forward-backward in numpy."""
+    """Run forward-backward in numpy, as the `Kernel` of `smooth`."""
     return _in_blocks(_posterior, values, years, rates)
 
 
 def viterbi(values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-    """The `Kernel` of `likeliest`: Viterbi in numpy. Of paths that are as likely, the one that stays as it is."""
+    """Run Viterbi in numpy, as the `Kernel` of `likeliest`.
+
+    Of equally likely paths, it takes the one without a change.
+    """
     return _in_blocks(_viterbi, values, years, rates)
 
 
 def steps_of(years: Sequence[int], rates: Rates) -> list[tuple[np.float32, ...]]:
-    """Transition chances a_00, a_01, a_10, a_11 from each year to the next, in float32."""
+    """List the transition probabilities a_00, a_01, a_10, a_11 of successive years, in float32."""
     return [tuple(np.float32(a) for a in rates.over(after - before)) for before, after in pairwise(years)]
 
 
 def initial_odds(rates: Rates) -> np.float32:
-    """Odds of a mine in the first year, before its evidence."""
+    """Return the odds of a mine in the first year, before its evidence."""
     return np.float32(rates.initial / (1 - rates.initial))
 
 
 def need_stored(unfit: bool) -> None:
-    """Raises LabelError where a value stands for no probability."""
+    """Raise LabelError if a value is no stored probability."""
     if unfit:
         raise LabelError(
             f"the probability holds values of {SCALE + 1}..254; expected 0..{SCALE} (x {SCALE}), or {UNKNOWN} where there is "
@@ -211,7 +232,7 @@ def _posterior(values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]
         ahead = likely[t + 1] * back
         back = (ahead * a11 + a10) / (ahead * a01 + a00)
         odds[t] *= back
-    # R / (1 + R) would be inf / inf where R overflows; 1 / (1 + R) is right at both ends.
+    # R / (1 + R) would be inf / inf if R overflows; 1 / (1 + R) is right at both ends.
     return np.rint(SCALE - SCALE / (odds + 1)).astype(np.uint8)
 
 

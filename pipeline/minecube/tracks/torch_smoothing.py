@@ -1,6 +1,7 @@
-"""The smoothing of `smoothing` on a GPU, in torch: numpy in, numpy out, the same to the last stored step.
+"""Smooth as `smoothing` does, on a GPU in torch, equal to the last stored step.
 
-Each step is one operation of float32 that IEEE 754 rounds in one way only, in the same order; no two are fused.
+Input and output are numpy. Each step is one operation of float32 with a unique rounding in IEEE
+754. Operations keep their order and are never fused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from minecube.tracks.areas import UNKNOWN
 from minecube.tracks.smoothing import SCALE, Rates, UInt8, evidence, initial_odds, need_stored, steps_of
 
 STRIP_VALUES = 2**26
-"""Values that are on the device at a time; at most 20 bytes each."""
+"""Values on the device at a time, at most 20 bytes each."""
 
 
 class TorchSmoothing:
@@ -33,18 +34,18 @@ class TorchSmoothing:
         self.device = device_of(device)
 
     def posterior(self, values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-        """As `smoothing.posterior`."""
+        """Compute `smoothing.posterior` on the device."""
         return self._in_strips(_posterior, values, years, rates)
 
     def viterbi(self, values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
-        """As `smoothing.viterbi`."""
+        """Compute `smoothing.viterbi` on the device."""
         return self._in_strips(_viterbi, values, years, rates)
 
     def _in_strips(
         self, strip: Callable[[Tensor, list[list[float]], float], Tensor], values: UInt8, years: Sequence[int], rates: Rates
     ) -> UInt8:
         table = torch.from_numpy(evidence(rates)).to(self.device)
-        # float of a float32 is exact, and a scalar beside a float32 tensor is taken as float32 again.
+        # float of a float32 is exact, and a float32 tensor takes scalars as float32 again.
         steps = [[float(a) for a in step] for step in steps_of(years, rates)]
         out = np.empty_like(values)
         for part in _strips(*values.shape):
@@ -72,7 +73,7 @@ def _posterior(likely: Tensor, steps: list[list[float]], start: float) -> Tensor
         ahead = likely[t + 1] * back
         back = (ahead * a11 + a10) / (ahead * a01 + a00)
         odds[t] *= back
-    # Through a tensor: torch makes of number / tensor a reciprocal and a product, which rounds twice.
+    # Divide two tensors: torch computes number / tensor by a reciprocal and rounds twice.
     return (SCALE - torch.full_like(odds, SCALE) / (odds + 1)).round()
 
 

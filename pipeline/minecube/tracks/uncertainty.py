@@ -1,21 +1,25 @@
-"""Mine area by year with an interval: expected from posteriors, and as wide as errors are alike in neighbouring pixels.
+"""Estimate mine area by year with an interval, from posteriors and correlated errors.
 
-The expected area is the sum of p w, with p a pixel's posterior and w its area on an equal-area map. If pixels erred each on its
-own, its variance would be the sum of w^2 p (1 - p), and intervals absurdly narrow: a map that errs at one pixel errs beside it,
-too. With rho(d) the correlation of errors at distance d and s = w sqrt(p (1 - p)),
+The expected area is the sum of p w, with p a pixel's posterior and w its area on an equal-area map.
+For independent errors of pixels, its variance would be the sum of w^2 p (1 - p). Intervals would be
+far too narrow, since neighbouring pixels have similar errors. With rho(d) the correlation of errors
+at distance d and s = w sqrt(p (1 - p)),
 
     variance = sum over i, j of s_i s_j rho(d_ij)  +  shift^2
 
-rho is measured, without any truth, on what smoothing changes from year to year: the yearly map less the smoothed one, less the
-mean of that over the years. It is averaged over rows and columns by distance, up to `REACH_PX`; what is left of it there is
-taken as one error of the whole site in that year, common to all pixels, as a hazy year's is.
+`rho` is measured without any truth, on the yearly changes made by smoothing. A change is the yearly
+map less the smoothed one, less the mean of that difference over the years. `rho` is averaged over
+rows and columns by distance, up to `REACH_PX`. The remaining correlation there counts as one error
+of the whole site in that year, common to all pixels, such as that of a hazy year.
 
-What lasts through all years is in no difference between them. Smoothing takes each year for a new witness, and where errors
-come again it settles, surely and wrongly, on one side. By how much is unknown, but for a sign of it: the shift, the mean over
-years of the yearly maps' expected area less the smoothed one's, which is zero where both are right. It is taken for a standard
-deviation. On simulated maps (`benchmarks/tracks.py`) 95 % intervals hold the true area in 85 to 100 of 100 site-years; without
-the shift in 20 to 75, and of pixels that err alone in 0 to 25. An error that yearly and smoothed maps share, a quarry always
-taken for a mine, say, no map tells.
+Errors lasting through all years cancel out in these changes. Smoothing takes each year for a new
+witness. If errors come again, it settles firmly on the wrong side. The size of this error is
+unknown, and the shift is its only sign. The shift is the mean over years of the yearly maps'
+expected area less the smoothed one's. It is zero if both are right, and counts as a standard
+deviation. On simulated maps (`benchmarks/tracks.py`), 95 % intervals contain the true area in 85 to
+100 of 100 site-years. Without the shift it is 20 to 75, and for independent errors of pixels 0 to
+25. No map reveals an error shared by yearly and smoothed maps, such as a quarry always mapped as a
+mine.
 """
 
 from __future__ import annotations
@@ -37,33 +41,36 @@ from minecube.tracks.smoothing import SCALE, checked_years
 REACH_PX = 64
 NORMAL_95 = 1.959964
 _LAGS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, REACH_PX)
-_FAINT = 0.05  # correlation below which what is measured is chance
-_ACTIVE = 5  # stored steps from 0 and 250 within which a pixel is settled
+_FAINT = 0.05  # smaller correlations are chance
+_ACTIVE = 5  # stored steps from 0 or 250 of a settled pixel
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """How alike errors of a year are by distance."""
+    """Correlation of errors in one year by distance."""
 
     near: NDArray[np.float64]
     """At 0, 1, 2 ... `REACH_PX` pixels; 1 at first."""
     common: float = 0.0
-    """What all pixels share, at any distance."""
+    """Part shared by all pixels, at any distance."""
 
 
 ALONE = Correlation(np.array([1.0]))
-"""Pixels that err on their own: for comparison."""
+"""Independent errors of pixels, for comparison."""
 
 
 def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
-    """Correlation of a model's errors in one year by distance, measured on what smoothing changed.
+    """Measure the correlation of a model's errors in one year by distance.
+
+    It is measured on the changes made by smoothing.
 
     Args:
-        raw: (year, y, x) uint8 x 250, 255 = none.
-        smoothed: `smooth` of it.
+        raw: (year, y, x) uint8 x 250, 255 = unknown.
+        smoothed: `smooth` of `raw`.
 
     Raises:
-        LabelError: they are not of one shape and the same years, or of one year only, which shows no change from year to year.
+        LabelError: Shapes or years differ. There is one year only, without changes from year to
+            year.
     """
     years = _checked_pair(raw, smoothed)
     if len(years) < 2:
@@ -75,11 +82,12 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     known = before != UNKNOWN
     unsettled = (known & (before > _ACTIVE) & (before < SCALE - _ACTIVE)).any(axis=0)
     unsettled |= (known & ((before > SCALE // 2) != (after > SCALE // 2))).any(axis=0)
-    lags = (0, *(lag for lag in _LAGS if lag <= min(unsettled.shape) // 2))  # farther apart are too few, all near the edges
+    # Larger distances have too few pairs, all near the edges.
+    lags = (0, *(lag for lag in _LAGS if lag <= min(unsettled.shape) // 2))
     own, pairs = np.zeros(len(lags)), np.zeros(len(lags))
 
     def changes() -> Iterator[NDArray[np.float32]]:
-        """Year by year, 0 where it is unknown."""
+        """Yield the change of each year, 0 for unknown pixels."""
         return (np.where(k, b.astype(np.float32) - a, np.float32(0)) for b, a, k in zip(before, after, known, strict=True))
 
     mean = sum(changes(), np.float32(0)) / np.maximum(known.sum(axis=0), 1).astype(np.float32)
@@ -99,26 +107,28 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     common = float(np.clip(alike[1:][-3:].mean(), 0, 1))
     common = common if common >= _FAINT else 0.0
     faint = alike < common + _FAINT
-    alike[int(np.argmax(faint)) if faint.any() else len(alike) :] = common  # from there on it is chance
+    alike[int(np.argmax(faint)) if faint.any() else len(alike) :] = common  # chance from there on
     return Correlation(np.interp(np.arange(REACH_PX + 1), lags, np.clip(alike, common, 1)), common)
 
 
 def expected_areas(
     smoothed: xr.DataArray, raw: xr.DataArray, grid: GeoBox, correlation: Correlation | None = None
 ) -> pd.DataFrame:
-    """Expected mine area by year, in m2: columns year, expected_m2, sd_m2, low_m2, high_m2, the last two of 95 in 100.
+    """Compute the expected mine area by year in m2, with a 95 % interval.
 
-    The interval is the normal one, cut at 0 and at the known ground.
+    Columns are year, expected_m2, sd_m2, low_m2 and high_m2. The interval is normal, cut at 0 and
+    at the known area.
 
     Args:
-        smoothed: (year, y, x) uint8 x 250 of `smooth`; 255 = never known, which counts for nothing.
-        raw: What it was made of.
-        grid: The grid they lie on.
-        correlation: Of the errors; by default as measured on the two (`error_correlation`).
+        smoothed: (year, y, x) uint8 x 250 of `smooth`; 255 = never known, without area.
+        raw: The maps before smoothing.
+        grid: The grid of the maps.
+        correlation: Correlation of the errors. Default: as measured on the two
+            (`error_correlation`).
 
     Raises:
-        LabelError: the maps are not two of one shape and the same years, or have another shape than the grid; or one year only,
-            and no correlation.
+        LabelError: The maps differ in shape or years. Their shape is not the grid's. There is one
+            year only and no correlation.
     """
     years = _checked_pair(raw, smoothed)
     if smoothed.shape[1:] != tuple(grid.shape):
@@ -151,7 +161,10 @@ def _checked_pair(raw: xr.DataArray, smoothed: xr.DataArray) -> list[int]:
 
 
 def _kernel(correlation: Correlation) -> NDArray[np.float64]:
-    """What `near` has beyond `common`, by distance in both directions; as small as holds all of it."""
+    """Tabulate the part of `near` beyond `common` by distance in both directions.
+
+    The table is as small as possible.
+    """
     more = correlation.near - correlation.common
     more = more[: int(np.flatnonzero(more > 0).max(initial=0)) + 2]
     reach = len(more) - 1

@@ -1,9 +1,13 @@
-"""Networks fitted to cubes; windows are cut from the cubes as they are needed, and none is written.
+"""Fit networks to cubes, with windows cut from the cubes on demand.
 
-source.py      where windows come from, what a task sees of them, what is to be learnt
-survey.py      one pass before: normalisation, and where labels and the rare class are
-windows.py     windows to learn from and to be judged by, drawn, cut, turned and jittered
-loss.py        the loss             checkpoint.py  state and log on disk
+No window is written to disk.
+
+source.py      sites to cut windows from, views and targets of a task
+survey.py      one pass before: normalisation, positions of labels and of the rare class
+windows.py     windows for training and validation: drawn, cut, turned and jittered
+loss.py        the loss
+judge.py       scores on the validation sites
+checkpoint.py  state and log on disk
 fitting.py     the training
 
 survey(train) -> Survey;  Windows(train, survey)[epoch, number] -> image, target;  fit(...) -> Fitted

@@ -1,4 +1,7 @@
-"""What a training keeps on disk after each epoch, so that it can go on: all of its state in one file, and a log beside it."""
+"""Keep a training's state on disk after each epoch, to resume it.
+
+One file holds all of the state. A log lies next to it.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +21,42 @@ FORMAT = "minecube-training-1"
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What came of an epoch; scores are those of the validation sites, NaN without any."""
+    """Results of an epoch.
+
+    Scores are those of the validation sites, NaN without any.
+    """
 
     epoch: int
-    """From 1."""
+    """Number from 1."""
     loss: float
-    """Mean over its steps."""
+    """Mean over the epoch's steps."""
     f1: float
     iou: float
     precision: float
     recall: float
     learning_rate: float
-    """Of its last step."""
+    """Learning rate of the last step."""
     seconds: float
-    """Validation included."""
+    """Duration, including validation."""
     windows_per_s: float
-    """Of all processes together, validation left out."""
+    """Windows per second of all processes together, without validation."""
 
 
 def write_state(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a training's state, whole or not at all; raises ModelError where it cannot be written."""
+    """Write a training's state, whole or not at all.
+
+    Raises:
+        ModelError: The file cannot be written.
+    """
     write_whole(path, pickled({"format": FORMAT, **content}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state that `write_state` wrote; raises ModelError where the file is not one, or is damaged."""
+    """Read a state written by `write_state`.
+
+    Raises:
+        ModelError: The file cannot be read, is not a state, or is damaged.
+    """
     foreign = f"{path}: is not the state of a training of this version of minecube, or is damaged; remove it to train afresh"
     try:
         found = path.read_bytes()
@@ -55,7 +69,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def need_same(path: Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises ModelError, naming what differs, where a state is that of another training than the one asked for."""
+    """Raise ModelError with the differences if a state is another training's."""
     different = []
     for name, value in asked.items():
         if isinstance(value, Mapping):
@@ -72,7 +86,11 @@ def need_same(path: Path, state: Mapping[str, Any], asked: Mapping[str, Any]) ->
 
 
 def write_log(path: Path, history: Sequence[Epoch]) -> None:
-    """Write all epochs so far as CSV, whole or not at all; raises ModelError where it cannot be written."""
+    """Write all epochs so far as CSV, whole or not at all.
+
+    Raises:
+        ModelError: The file cannot be written.
+    """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(f.name for f in dataclasses.fields(Epoch))

@@ -1,4 +1,4 @@
-"""The training itself: plain torch, on one process or on several that `torchrun` starts."""
+"""Train a network in plain torch, on one process or on several started by `torchrun`."""
 
 from __future__ import annotations
 
@@ -30,66 +30,68 @@ from minecube.train.windows import Tiles, Windows, batches, steps_of
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How it is computed and what is kept; of these, the seed alone decides on the network."""
+    """Ways to compute and keep a training; only the seed affects the network."""
 
     seed: int = 0
-    """Of the first weights, the windows and their augmentation."""
+    """Seed of the first weights, the windows and their augmentation."""
     device: str = "cpu"
     workers: int = 0
-    """Processes that cut windows; 0: the one that trains."""
+    """Processes cutting windows; 0: the training process."""
     checkpoint: Path | None = None
-    """File for the state after each epoch; the log is beside it, `.csv` in place of its suffix."""
+    """File for the state after each epoch. The log has the same name with suffix `.csv`."""
     resume: bool = False
-    """Whether to go on from the checkpoint, where there is one."""
+    """Whether to resume from the checkpoint, if it exists."""
     progress: Callable[[int, int, str], None] | None = None
-    """Called after each step with steps done, steps in all, and a note."""
+    """Called after each step with steps done, steps in total, and a note."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What came of a training."""
+    """Result of a training."""
 
     trained: Trained
-    """With the weights of the best epoch."""
+    """Model with the weights of the best epoch."""
     best: Epoch
-    """That of the highest F1 on the validation sites; the last, without any."""
+    """Epoch of the highest F1 on the validation sites, or the last epoch without any."""
     history: tuple[Epoch, ...]
 
 
 @dataclass
 class _State:
-    """What a training changes as it goes."""
+    """Changing state of a training."""
 
     network: nn.Module
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     history: list[Epoch] = field(default_factory=list)
     best: int = -1
-    """Its place in the history."""
+    """Index of the best epoch in the history."""
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     ended: bool = False
 
 
 def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings, run: Run = Run()) -> Fitted:
-    """The card's network trained on all pixels of `train` that are both labelled and observed.
+    """Train the card's network on all labelled and observed pixels of `train`.
 
-    Same cubes, settings, seed and number of threads: same network, also if it was interrupted and resumed, and whatever the
-    number of workers. (Threads split sums, so that last bits differ between machines; so do several GPUs.) Under `torchrun`,
-    with a process group already there, each process learns from its share of every batch, and gradients are averaged; batch
-    normalisation looks at a process's own share.
+    The same cubes, settings, seed and number of threads give the same network. Interruptions and
+    the number of workers have no effect. Threads and GPUs split sums, so last bits differ between
+    machines. Under `torchrun`, with an existing process group, each process learns from its share
+    of every batch. Gradients are averaged. Batch normalisation uses a process's own share.
 
     Args:
-        card: What to train.
-        train: The sites to learn from; normalisation and the choice of windows know no others.
-        valid: The sites by whose F1 (of all classes together, counts pooled over windows, unknown pixels left out) the best
-            epoch is chosen and training stops early. None: the last epoch is kept.
-        settings: How, as in `catalog/presets.yaml`.
-        run: Where, and what to keep.
+        card: The network to train.
+        train: Sites to learn from. Normalisation and the choice of windows use only these.
+        valid: Validation sites. Their F1 selects the best epoch and stops training early. It is of
+            all classes together, with counts pooled over windows, without unknown pixels. None: the
+            last epoch is kept.
+        settings: Settings as in `catalog/presets.yaml`.
+        run: Device, checkpoint and other options.
 
     Raises:
-        ModelError: the sites lack bands, labels, years or a class; some are in both; the window does not fit the card, nor the
-            network its task; the device is not there; the loss is no longer a number (the checkpoint of the last epoch stays as
-            it is); or the checkpoint is another training's.
+        ModelError: The sites lack bands, labels, years or a class. Sites are in both sources. The
+            window does not fit the card, or the network its task. The device is not available. The
+            loss is not finite (the last epoch's checkpoint stays). The checkpoint is another
+            training's. The checkpoint is of an interrupted training, without `resume`.
     """
     place = device_of(run.device)
     _check(card, settings, train, valid)
@@ -143,7 +145,7 @@ def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | N
 
 
 def _try(network: nn.Module, windows: Windows) -> None:
-    """See that the network takes windows of its card's task, and gives what is to be learnt."""
+    """Check the network's input and output on windows of its card's task."""
     card, view, side = windows.card, windows.survey.views[0][1], windows.size
     given = torch.zeros(1, len(view), len(card.bands), side, side, device=next(network.parameters()).device)
     wanted = (1, len(view) if card.task == "series" else 1, len(card.classes), side, side)
@@ -163,7 +165,7 @@ def _try(network: nn.Module, windows: Windows) -> None:
 
 
 def _asked(card: ModelCard, settings: Settings, run: Run, windows: Windows, tiles: Tiles | None) -> dict[str, Any]:
-    """What two runs have to agree on to be one training."""
+    """Collect the values two runs must share to be one training."""
     numbers = zip(card.bands, windows.survey.mean, windows.survey.std, strict=True)
     surveys = {"training": windows.survey} | ({"validation": tiles.survey} if tiles else {})
     for_people = {"title", "paper", "licence", "source", "trained_on", "scores"}
@@ -179,7 +181,11 @@ def _asked(card: ModelCard, settings: Settings, run: Run, windows: Windows, tile
 
 
 def _resumed(run: Run, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The state to go on from; raises ModelError where it is another training's, or one would be lost."""
+    """Read the state to resume from, if any.
+
+    Raises:
+        ModelError: The state is another training's, or would be lost.
+    """
     if run.checkpoint is None or not run.checkpoint.exists():
         return None
     state = read_state(run.checkpoint)
@@ -221,13 +227,13 @@ def _keep(state: _State, path: Path, asked: dict[str, Any]) -> None:
 def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked: dict[str, Any]) -> None:
     settings, (rank, processes) = windows.settings, _share()
     place = next(state.network.parameters()).device
-    # Not all of a network's weights need have a gradient, but it is the same ones each step.
+    # Some weights may have no gradient, but they are the same ones each step.
     network = nn.parallel.DistributedDataParallel(state.network, static_graph=True) if processes > 1 else state.network
     begun = len(state.history)
     stream = iter(_loader(windows, run, batches(len(windows), settings, begun, (rank, processes))))
     judging = None if tiles is None else _loader(tiles, run, _shared_out(tiles, settings, rank, processes))
     for epoch in range(begun, settings.epochs):
-        # No other random state is kept: dropout in an epoch follows from these three.
+        # Dropout in an epoch depends only on these three. No other random state is kept.
         torch.manual_seed(int(np.random.SeedSequence([run.seed, epoch, rank]).generate_state(1, np.uint32)[0]))
         start, steps = time.monotonic(), steps_of(len(windows), settings, processes)
         total = 0.0
@@ -265,7 +271,7 @@ def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked
 
 
 def _step(network: nn.Module, optimiser: torch.optim.Optimizer, item: list[Tensor], windows: Windows) -> float:
-    """One step on a batch; its loss."""
+    """Train one step on a batch and return its loss."""
     image, wanted = item
     with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type in windows.settings.bf16):
         found = logits(network, windows.card.task, image, windows.survey.views[0][1])
@@ -290,11 +296,11 @@ def _no_number(windows: Windows, epoch: int, step: int, loss: float, checkpoint:
 
 
 def _choose(state: _State, settings: Settings, by_f1: bool) -> None:
-    """Note whether the epoch was the best so far, and whether it was the last."""
+    """Note if the epoch is the best so far, and if it is the last."""
     last = len(state.history) - 1
     if not by_f1 or state.best < 0 or state.history[last].f1 > state.history[state.best].f1:
         state.best = last
-        if by_f1:  # else the last weights are the best
+        if by_f1:  # otherwise the last weights are used
             state.best_weights = {name: value.detach().cpu().clone() for name, value in state.network.state_dict().items()}
     waited = settings.patience is not None and by_f1 and last - state.best >= settings.patience
     state.ended = waited or last + 1 == settings.epochs
@@ -317,7 +323,7 @@ def _shared_out(tiles: Tiles, settings: Settings, rank: int, processes: int) -> 
 
 
 def _share() -> tuple[int, int]:
-    """Which of how many processes this is."""
+    """Return this process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

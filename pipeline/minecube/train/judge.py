@@ -1,4 +1,4 @@
-"""How good a network is on the validation sites while it is trained."""
+"""Score a network on the validation sites during training."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from minecube.models import logits
 
 
 def judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, settings: Settings, years: Sequence[int]) -> Tensor:
-    """Of the loader's windows, pixels rightly, wrongly, and wrongly not said to be of a class: int64 [3], classes together.
+    """Count true positives, false positives and false negatives of the loader's pixels.
 
-    Those whose target is unknown are in none. Where processes share the windows out, the counts are of all.
+    Counts are int64 [3], of all classes together, without unknown targets. If processes share the
+    windows, the counts are of all processes.
 
     Raises:
-        ModelError: no pixel is of a class, so that F1 would tell nothing.
+        ModelError: No pixel is of a class, so F1 has no meaning.
     """
     place = next(network.parameters()).device
     counts = torch.zeros(3, dtype=torch.int64, device=place)
     if dist.is_initialized():
-        for buffer in network.buffers():  # each process has gathered statistics of its own
+        for buffer in network.buffers():  # statistics differ between processes
             dist.broadcast(buffer, 0)
     network.eval()
     with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=place.type in settings.bf16):
@@ -46,7 +47,7 @@ def judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, setting
 
 
 def scores_of(counts: Tensor) -> dict[str, float]:
-    """Formulas over the counts of `judged`: NaN where nothing was there to be judged."""
+    """Compute scores from the counts of `judged`; NaN if undefined."""
     tp, fp, fn = (int(n) for n in counts)
 
     def ratio(part: int, whole: int) -> float:

@@ -1,4 +1,4 @@
-"""The loss, from sums that add up over processes."""
+"""Compute the loss from sums over processes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from minecube.catalog import Settings
 
 
 def loss_of(logits: Tensor, wanted: Tensor, settings: Settings) -> Tensor:
-    """Binary cross entropy over the known pixels of all classes, and the Dice loss beside it if the settings say so.
+    """Compute binary cross entropy over the known pixels of all classes, plus optional Dice loss.
 
-    Both are formulas over sums of the whole batch. Where it is shared out among processes, the sums are added up before the
-    formulas, so that the loss and its gradient (averaged over processes) are those of one process with all windows.
+    Both are formulas over sums of the whole batch. If processes share a batch, their sums are added
+    up before the formulas. Loss and gradient (averaged over processes) then equal those of one
+    process with all windows.
 
     Args:
         logits: [n, time, class, y, x].
-        wanted: Likewise, 1, 0, or above for unknown.
-        settings: `positive_weight`, `focal` and `dice`.
+        wanted: Targets of the same shape: 1, 0, or above for unknown.
+        settings: Used are `positive_weight`, `focal` and `dice`.
     """
     known, yes = wanted <= 1, (wanted == 1).float()
-    logits = torch.where(known, logits.float(), 0)  # even one that is no number
+    # Replaces logits of unknown pixels, also NaN.
+    logits = torch.where(known, logits.float(), 0)
     each = nn.functional.binary_cross_entropy_with_logits(logits, yes, reduction="none")
     if settings.focal:
-        # -log of the probability of what is true, so its exponential is that probability.
+        # `each` is -log of the true class's probability, and exp(-each) this probability.
         each = each * (1 - torch.exp(-each)) ** settings.focal
     each = each * (1 + (settings.positive_weight - 1) * yes)
     sums = [torch.where(known, each, 0).sum()[None], known.sum()[None].float()]
@@ -42,7 +44,10 @@ def loss_of(logits: Tensor, wanted: Tensor, settings: Settings) -> Tensor:
 
 
 class _Total(torch.autograd.Function):
-    """The sum over all processes; its gradient is the sum of theirs, which DistributedDataParallel then averages."""
+    """Sum over all processes.
+
+    Its gradient is the sum of their gradients, averaged by DistributedDataParallel afterwards.
+    """
 
     @staticmethod
     def forward(ctx: object, values: Tensor) -> Tensor:  # noqa: ARG004  torch passes it

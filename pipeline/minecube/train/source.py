@@ -1,4 +1,4 @@
-"""Where windows come from, what a card's task takes of them, and what is to be learnt."""
+"""Cut windows from sites, list the views of a card's task, and compute targets."""
 
 from __future__ import annotations
 
@@ -15,41 +15,47 @@ from minecube.catalog import ModelCard
 from minecube.errors import ModelError
 
 UNKNOWN = 255
-"""In labels and targets: not to be learnt from."""
+"""Unknown pixels in labels and targets; training ignores them."""
 
 
 class Source(Protocol):
-    """Sites of which windows can be cut; `cube.CubeDataset` is one, read from a store, and `Cubes` another, in memory."""
+    """Sites to cut windows from.
+
+    `cube.CubeDataset` reads them from a store. `Cubes` holds them in memory.
+    """
 
     @property
     def sites(self) -> Sequence[str]:
-        """Ids."""
+        """Site ids."""
 
     @property
     def bands(self) -> Sequence[str]:
-        """Of every site, in order."""
+        """Bands of every site, in order."""
 
     @property
     def forkable(self) -> bool:
-        """Whether processes that are forked off may cut, too; else they are started afresh."""
+        """Whether forked processes may cut windows, too; otherwise they are started afresh."""
 
     def years_of(self, site: str) -> tuple[int, ...]:
-        """The site's years, ascending."""
+        """Return the site's years, ascending."""
 
     def shape_of(self, site: str) -> tuple[int, int]:
-        """Rows and columns of the site."""
+        """Return the site's rows and columns."""
 
     def cut(self, site: str, years: Sequence[int], y: int, x: int, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-        """Reflectance [year, band, size, size], 0 unobserved, and footprint [year, size, size]; beyond the site 0 and 255."""
+        """Cut reflectance [year, band, size, size] and footprint [year, size, size].
+
+        Unobserved reflectance is 0. Beyond the site, values are 0 and 255.
+        """
 
 
 @dataclass(frozen=True)
 class Cubes:
-    """A source in memory.
+    """Source in memory.
 
     Raises:
-        ModelError: a cube without `reflectance` uint16 (year, band, y, x) or `footprint` uint8 (year, y, x), or with other
-            bands than the first.
+        ModelError: There is no cube. A cube lacks `reflectance` uint16 (year, band, y, x) or
+            `footprint` uint8 (year, y, x). A cube has other bands than the first.
     """
 
     cubes: Mapping[str, xr.Dataset]
@@ -84,30 +90,30 @@ class Cubes:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Ids."""
+        """Site ids."""
         return tuple(self.cubes)
 
     @property
     def bands(self) -> tuple[str, ...]:
-        """Of every site."""
+        """Bands of every site."""
         return _bands(next(iter(self.cubes.values())))
 
     @property
     def forkable(self) -> bool:
-        """Memory is shared with what is forked off."""
+        """True: forked processes share the memory."""
         return True
 
     def years_of(self, site: str) -> tuple[int, ...]:
-        """The site's years, ascending."""
+        """Return the site's years, ascending."""
         return tuple(sorted(int(year) for year in self.cubes[site]["year"]))
 
     def shape_of(self, site: str) -> tuple[int, int]:
-        """Rows and columns of the site."""
+        """Return the site's rows and columns."""
         height, width = self._arrays[site][1].shape[1:]
         return height, width
 
     def cut(self, site: str, years: Sequence[int], y: int, x: int, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-        """As of every source."""
+        """Cut a window as described in `Source.cut`."""
         (image, label), known = self._arrays[site], self.years_of(site)
         at = [known.index(year) for year in years]
         inside = image[at, :, y : y + size, x : x + size]
@@ -123,7 +129,11 @@ def _bands(cube: xr.Dataset) -> tuple[str, ...]:
 
 
 def bands_at(source: Source, card: ModelCard) -> list[int]:
-    """Where the card's bands are in the source's windows; raises ModelError where they are missing or in another order."""
+    """Return the positions of the card's bands in the source's windows.
+
+    Raises:
+        ModelError: Bands are missing or in another order.
+    """
     found = list(source.bands)
     if [b for b in found if b in card.bands] != list(card.bands):
         raise ModelError(
@@ -134,14 +144,16 @@ def bands_at(source: Source, card: ModelCard) -> list[int]:
 
 
 View = tuple[str, tuple[int, ...]]
-"""A site, and the years that a network sees together."""
+"""A site, and the years seen together by a network."""
 
 
 def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[View]:
-    """What the card's task sees of each site: each year, each pair of years (`gaps` apart, if given), or all of them.
+    """List the card's views of each site: each year, each pair of years, or all years.
+
+    `gaps` restricts the pairs to these numbers of years apart.
 
     Raises:
-        ModelError: a pair is asked for where there is none, or a series of sites that differ in years.
+        ModelError: A site has no view, or sites of a series differ in years.
     """
     found: list[View] = []
     for site in source.sites:
@@ -169,11 +181,14 @@ def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[Vie
 
 
 def target(label: NDArray[np.uint8], classes: Sequence[str]) -> NDArray[np.uint8]:
-    """What a network shall say of the footprints [year, y, x] (1 mine, 0 not, above: unknown) of a view.
+    """Compute the targets of a view from its footprints [year, y, x].
+
+    Footprints are 1 mine, 0 not, above: unknown.
 
     Returns:
-        uint8 [time, class, y, x], 1 yes, 0 no, UNKNOWN: of the class mine, the footprint of each year; of the others, the
-        change from the first of two years to the second, unknown where either is.
+        uint8 [time, class, y, x]: 1 yes, 0 no, UNKNOWN. For the class mine, the footprint of each
+            year. For other classes, the change from the first to the second year, unknown if either
+            is unknown.
     """
     known = label <= 1
     if tuple(classes) == ("mine",):

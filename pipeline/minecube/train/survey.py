@@ -1,7 +1,8 @@
-"""One pass over the sites before training: normalisation, and where there is something to be learnt.
+"""Survey the sites in one pass before training: normalisation, labels and rare class.
 
-A site is read in blocks of a shard's size, a year at a time, so memory does not grow with it. What is kept of a site is a bit
-for each cell of up to 16 x 16 pixels and view: enough to lay windows where labels are, and where the rare class is.
+A site is read in blocks of a shard's size, one year at a time, so memory does not grow with it. One
+bit is kept per view and cell of up to 16 x 16 pixels. This suffices to place windows over labels
+and over the rare class.
 """
 
 from __future__ import annotations
@@ -16,34 +17,36 @@ from minecube.errors import ModelError
 from minecube.train.source import UNKNOWN, Source, View, bands_at, target, views
 
 BLOCK_PX = 512
-"""Of the recipes' shards; a multiple of every cell."""
+"""Size of the recipes' shards; a multiple of every cell."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of the pixels of a source."""
+    """Results of the survey of a source."""
 
     mean: tuple[float, ...]
-    """Of each band of the card, reflectance x 10000, over the pixels and years in which every band was observed."""
+    """Mean reflectance x 10000 per band of the card, over pixels and years with every band
+    observed."""
     std: tuple[float, ...]
-    """Likewise; at least 1, one step of the stored integers."""
+    """Standard deviation, like `mean`; at least 1, one step of the stored integers."""
     views: tuple[View, ...]
     cell_px: int
     known: tuple[NDArray[np.bool_], ...]
-    """Of each view, the cells [row, column] with a pixel whose target is known."""
+    """Per view, the cells [row, column] with a pixel of known target."""
     rare: tuple[NDArray[np.bool_], ...]
-    """Likewise, with a pixel that is of one of the classes."""
+    """Per view, the cells [row, column] with a pixel of one of the classes."""
     positive: tuple[int, ...]
     """Pixels of each class, over all views."""
     pixels: int
-    """Pixels whose target is known, over all views."""
+    """Pixels of known target, over all views."""
 
 
 def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
-    """The survey of a source's sites, as the card sees them.
+    """Survey a source's sites for a card.
 
     Raises:
-        ModelError: no pixel is both labelled and observed, or there is none of a class; bands or years do not fit.
+        ModelError: A site has no pixel both labelled and observed. A class has no pixel. Bands or
+            years do not fit.
     """
     chosen, cell = views(source, card, settings.gaps), _cell_px(settings.window_px or card.window_px)
     of_site: dict[str, list[int]] = {}
@@ -84,22 +87,28 @@ def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
 
 
 def _cell_px(window_px: int) -> int:
-    """The largest power of two up to 16 and a quarter of a window, which can then hold a cell and has room to move."""
+    """Return the largest power of two up to 16 and to a quarter of a window.
+
+    The window can then hold a cell and has room to move.
+    """
     return min(16, 1 << max((window_px // 4).bit_length() - 1, 0))
 
 
 class _Sums:
-    """Of observed pixels, exact in any order: whole numbers throughout."""
+    """Sums over observed pixels in whole numbers, exact in any order."""
 
     def __init__(self, bands: list[int]) -> None:
         self.bands, self.count = bands, 0
         self.total, self.squares = [0] * len(bands), [0] * len(bands)
 
     def add(self, reflectance: NDArray[np.uint16], footprint: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Count a block of one year in; its labels [y, x], unknown where there is no observation."""
+        """Add a block of one year, and return its labels [y, x].
+
+        Labels are unknown without observation.
+        """
         image = reflectance[0, self.bands]
         observed = (image > 0).all(axis=0)
-        # A block's sums of squares stay below 2 ** 53, so that float64, which is quicker, is exact as well.
+        # A block's sums of squares stay below 2 ** 53, so the quicker float64 is exact, too.
         values = image[:, observed].astype(np.float64)
         self.count += values.shape[1]
         for band, row in enumerate(values):
@@ -108,7 +117,7 @@ class _Sums:
         return np.where(observed, footprint[0], np.uint8(UNKNOWN))
 
     def finish(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of each band."""
+        """Return mean and deviation of each band."""
         n = self.count
         pairs = list(zip(self.total, self.squares, strict=True))
         variance = [(n * squares - total**2) / n**2 for total, squares in pairs]

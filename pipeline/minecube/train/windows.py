@@ -1,7 +1,7 @@
-"""Windows to learn from and to be judged by, cut when they are asked for.
+"""Cut windows for training and validation on demand.
 
-Window i of epoch e follows from (seed, e, i) alone: where it lies, how it is turned and jittered. So it is the same whichever
-process cuts it, and after a training that was interrupted. Both classes here are datasets to torch's DataLoader.
+Position, turn and jitter of window i in epoch e depend only on (seed, e, i). The window is the same
+in any process, and after an interruption. Both classes are datasets for torch's DataLoader.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from minecube.train.survey import Survey
 T = TypeVar("T", bound=np.generic)
 
 Item = tuple[NDArray[np.float32], NDArray[np.uint8]]
-"""What a network takes, [time, band, y, x], and what it shall say, [time, class, y, x]: 1, 0, or UNKNOWN."""
+"""Input [time, band, y, x] and target [time, class, y, x] of a network; targets are 1, 0 or
+UNKNOWN."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A window; it reaches beyond a site that is smaller than it."""
+    """Position of a window; it extends beyond a site smaller than it."""
 
     view: View
     y: int
@@ -38,9 +39,10 @@ class Place:
 class Windows:
     """Training windows by (epoch, number), both from 0.
 
-    Anywhere, the share `rare` of them is laid over a cell with a pixel of the classes, each such cell of each view being as
-    likely as another; the others likewise over a cell with any known pixel. A cell lies anywhere in its window that the site's
-    borders allow. With `step_px`, each window of that grid is had once an epoch, in an order of chance.
+    The share `rare` of them is placed over a cell with a pixel of the classes. Each such cell of
+    each view is equally likely. The others are placed likewise over a cell with a known pixel. The
+    position of the cell in its window is random, within the site's borders. With `step_px`, windows
+    form a grid instead. Each is used once per epoch, in random order.
     """
 
     source: Source
@@ -69,11 +71,11 @@ class Windows:
         self._ends = {kind: np.cumsum(each) for kind, each in counts.items()}
 
     def __len__(self) -> int:
-        """Windows of an epoch."""
+        """Return the number of windows per epoch."""
         return self.settings.windows or int(self._ends["grid"][-1])
 
     def place(self, epoch: int, number: int) -> Place:
-        """Where the window lies."""
+        """Return the position of a window."""
         return self._drawn(epoch, number)[0]
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
@@ -100,22 +102,26 @@ class Windows:
         return Place(self.survey.views[view], y, x), rng
 
     def _within(self, kind: str, number: int) -> tuple[int, int]:
-        """The view that has number `number` of all cells or windows of a kind, and its number there."""
+        """Find the view of number `number` among all cells or windows of a kind, and the number
+        there."""
         view = int(np.searchsorted(self._ends[kind], number, "right"))
         return view, number - (int(self._ends[kind][view - 1]) if view else 0)
 
 
 @dataclass
 class Tiles:
-    """Windows that cover the sites once in each view, by number; those of `valid_windows`, where the settings say so."""
+    """Windows covering the sites once in each view, by number.
+
+    With `valid_windows`, only a sample of them.
+    """
 
     source: Source
     card: ModelCard
     settings: Settings
     survey: Survey
-    """Of these sites."""
+    """Survey of these sites."""
     mean: tuple[float, ...]
-    """Of the training sites."""
+    """Mean of the training sites; `std` likewise."""
     std: tuple[float, ...]
     size: int = field(init=False)
     places: list[Place] = field(init=False, repr=False)
@@ -131,7 +137,7 @@ class Tiles:
             for x in range(0, self.source.shape_of(view[0])[1], self.size)
         ]
         wanted = self.settings.valid_windows
-        if wanted is not None and wanted < len(self.places):  # the same ones for every model and seed
+        if wanted is not None and wanted < len(self.places):  # same for all models and seeds
             chosen = np.random.default_rng(0).choice(len(self.places), wanted, replace=False)
             self.places = [self.places[i] for i in sorted(chosen)]
 
@@ -140,7 +146,7 @@ class Tiles:
 
     def __getitem__(self, number: int) -> Item:
         place = self.places[number]
-        # The last of a row is flush with the border, for the network's sake; what the one before has judged is left out.
+        # The last window of a row ends at the border. Its overlap with the one before is unknown.
         y, x = (
             min(at, max(n - self.size, 0))
             for at, n in zip((place.y, place.x), self.source.shape_of(place.view[0]), strict=True)
@@ -151,7 +157,10 @@ class Tiles:
 
 
 def cut(source: Source, bands: list[int], place: Place, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-    """Reflectance [time, band, y, x] and labels [time, y, x] of a window; labels are unknown where any band is unobserved."""
+    """Cut reflectance [time, band, y, x] and labels [time, y, x] of a window.
+
+    Labels are unknown if any band is unobserved.
+    """
     image, label = source.cut(*place.view, place.y, place.x, size)
     image = image[:, bands]
     return image, np.where((image > 0).all(axis=1), label, np.uint8(UNKNOWN))
@@ -160,13 +169,18 @@ def cut(source: Source, bands: list[int], place: Place, size: int) -> tuple[NDAr
 def augmented(
     image: NDArray[np.uint16], wanted: NDArray[np.uint8], settings: Settings, task: str, rng: np.random.Generator
 ) -> Item:
-    """Image and target jittered, turned and flipped alike, in all years; of a series, some years without image."""
+    """Jitter an image, then turn and flip image and target.
+
+    Jitter differs between years and bands. Turns and flips are the same in all years. In a series,
+    some years lose their image.
+    """
     times, bands = image.shape[:2]
     gain = rng.normal(1, settings.jitter, (times, 1)) * rng.normal(1, settings.jitter, (times, bands))
     if task == "series":
         away = rng.random(times) < settings.year_dropout
-        gain[away & (np.arange(times) != rng.integers(times))] = 0  # one at least stays
-    varied = image.astype(np.float32) * gain[..., None, None].astype(np.float32)  # what has no observation stays zero
+        gain[away & (np.arange(times) != rng.integers(times))] = 0  # at least one stays
+    # Unobserved pixels stay zero.
+    varied = image.astype(np.float32) * gain[..., None, None].astype(np.float32)
     if not settings.turns:
         return varied, wanted
     turns, flip = int(rng.integers(4)), int(rng.choice((1, -1)))
@@ -178,20 +192,21 @@ def augmented(
 
 
 def batches(length: int, settings: Settings, first: int, share: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
-    """The keys of all steps from epoch `first` on, of process `share[0]` among `share[1]`."""
+    """Yield the keys of all steps from epoch `first` on, for process `share[0]` of `share[1]`."""
     for epoch in range(first, settings.epochs):
         yield from ([(epoch, int(i)) for i in step[share[0] :: share[1]]] for step in _steps(length, settings, share[1]))
 
 
 def steps_of(length: int, settings: Settings, processes: int) -> int:
-    """Steps of an epoch."""
+    """Return the steps of an epoch."""
     return len(_steps(length, settings, processes))
 
 
 def _steps(length: int, settings: Settings, processes: int) -> list[NDArray[np.int64]]:
-    """An epoch's windows by step: batches of like size, none of which leaves a process less than two windows.
+    """Split an epoch's windows into steps of similar size.
 
-    (Batch normalisation over a single value, as in pyramid pooling, has no deviation.)
+    Each process has at least two windows per step. Batch normalisation over a single value, as in
+    pyramid pooling, has no deviation.
     """
     length = max(length, 2 * processes)
     return np.array_split(np.arange(length), max(min(-(-length // settings.batch), length // (2 * processes)), 1))
@@ -203,6 +218,6 @@ def _order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 
 def _corners(length: int, size: int, step: int) -> list[int]:
-    """Where windows begin along one side."""
+    """Return the starts of windows along one side."""
     last = max(length - size, 0)
     return [*range(0, last, step), last]
