@@ -406,7 +406,7 @@ def test_a_polygon_larger_than_the_projection_still_covers_the_grid(bounds):
 @pytest.mark.parametrize(
     ("polygons", "years", "says"),
     [
-        (table([]), [2020], "there are none"),
+        (table([]), [2020], "the table is empty"),
         (table([px(0, 0, 1, 1)], None), [2020], "no CRS"),
         (table([px(0, 0, 1, 1)]), [], "no year"),
         (table([shapely.box(1e20, 1e20, 2e20, 2e20)]), [2020], "cannot be placed on the globe"),

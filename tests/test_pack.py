@@ -480,7 +480,7 @@ def test_one_that_is_replaced_is_another(small, whole, sites, tmp_path):
     for content, said in (
         (whole_file[: start + size // 2], "is no zip, or a damaged one"),
         (whole_file[:start] + bytes(size - 68) + whole_file[start + size - 68 :], "has a damaged chunk"),
-        (whole_file[: start - 40] + bytes(40) + whole_file[start:], "points beside it"),
+        (whole_file[: start - 40] + bytes(40) + whole_file[start:], "points outside the file's data"),
     ):
         out.unlink()
         out.write_bytes(content)

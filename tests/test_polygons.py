@@ -96,7 +96,7 @@ def test_labels_drawn_along_pixels_keep_what_is_one_pixel_wide(tmp_path):
 
 def test_sites_without_a_place_cannot_be_held_against(tmp_path):
     _, said = run("polygons", written(tmp_path, table([box(0, 0, 100, 100)])), "--sites", "Germany_1", ok=2)
-    assert "Germany_1: the catalogue has no place for them yet, so nothing can be held against it" in said
+    assert "Germany_1: the catalogue has no place for them yet, so nothing can be compared with it" in said
 
 
 def test_invalid_shapes_are_mended_and_those_without_area_left_out(tmp_path):

@@ -787,7 +787,7 @@ def test_a_loss_that_is_no_number_stops_says_where_and_keeps_the_last_state(
 
 
 def test_windows_fit_the_network_and_devices_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="multiple of 4 px, found 18 in settings plain"):
+    with pytest.raises(ModelError, match="multiples of 4 px, found 18 in settings plain"):
         fit(SMALL, Cubes({"a": cube(1)}), None, dataclasses.replace(PLAIN, window_px=18))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ModelError, match=r"'cuda' was asked for, but torch .* sees 0 GPUs"):
@@ -1038,7 +1038,7 @@ def test_published_presets_are_as_told_and_say_so() -> None:
     [
         ("batch: 1", "'batch': expected 2 or more"),
         ("rare: 1.5", "'rare': expected a share"),
-        ("{rare: 0.5, step_px: 16}", "'rare': expected 0 beside step_px"),
+        ("{rare: 0.5, step_px: 16}", "'rare': expected 0 with step_px"),
         ("year_dropout: 1", "'year_dropout'"),
         ("optimiser: sgd", "adam or adamw, found 'sgd'"),
         ("schedule: cosine", "one-cycle or constant"),

@@ -328,7 +328,7 @@ def test_pixels_that_cannot_be(whole, tmp_path, make):
     for name, at, value, said in (
         ("reflectance", (1, 5, 70), 0, "1 pixels have a quality, but no reflectance in some band"),
         ("quality", (5, 70), 0, "1 pixels have reflectance, but no quality"),
-        ("clear_count", (5, 70), 0, "1 pixels count clear observations where quality says there are none"),
+        ("clear_count", (5, 70), 0, "1 pixels count clear observations where quality has no clear kind"),
         ("quality", (5, 70), 9, "expected [0, 1, 2, 3, 4, 5, 6] or 0, found [9]"),
     ):
         store, made = str(tmp_path / f"{name}{value}.zarr"), year_of(grid, 1).compute()

@@ -211,7 +211,7 @@ class Access:
         kinds = ("plain", "planetary-computer", "s3")
         need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
         need(self.kind != "planetary-computer" or self.href, "href", "the URL of the token service, found none")
-        need(self.kind == "s3" or not (self.region or self.anonymous), "region", f"kind s3 beside it, found {self.kind!r}")
+        need(self.kind == "s3" or not (self.region or self.anonymous), "region", f"kind s3 for this field, found {self.kind!r}")
         need(not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}")
         signs = self.kind != "plain" and not self.anonymous
         found = ", ".join(self.credentials_for)

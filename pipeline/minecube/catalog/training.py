@@ -75,7 +75,7 @@ class Settings:
         need(min(self.gaps, default=1) > 0, "gaps", f"years above 0, found {list(self.gaps)}")
         need(0 <= self.rare <= 1, "rare", f"a share of 0..1, found {self.rare}")
         need(0 <= self.year_dropout < 1, "year_dropout", f"a share of 0..1, below 1, found {self.year_dropout}")
-        need(not (self.step_px and self.rare), "rare", f"0 beside step_px, which takes each window once, found {self.rare}")
+        need(not (self.step_px and self.rare), "rare", f"0 with step_px, which takes each window once, found {self.rare}")
         need(0 <= self.jitter <= 0.2, "jitter", f"0..0.2, found {self.jitter}")
         need(self.optimiser in ("adam", "adamw"), "optimiser", f"adam or adamw, found {self.optimiser!r}")
         need(self.schedule in ("one-cycle", "constant"), "schedule", f"one-cycle or constant, found {self.schedule!r}")

@@ -88,13 +88,13 @@ def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path)
     return found
 
 
-def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, anew: bool = False) -> scenes.Found:
+def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, search_again: bool = False) -> scenes.Found:
     """Find the site-year's scenes as `known_scenes` does, and save their list.
 
-    A later run then builds from the same list. `anew` searches even if a list exists.
+    A later run then builds from the same list. `search_again` ignores an existing list.
     """
     path = list_path(site, year, sources, folder)
-    if path.exists() and not anew:
+    if path.exists() and not search_again:
         return known_scenes(site, year, sources, folder)
     found = scenes.search(site, year, *sources)
     snapshot.save(found, path, snapshot.belongs_to(site, year, sources))

@@ -69,7 +69,7 @@ def demo(out: Path, epochs: int, seed: int) -> None:
         make_world(sites, world, World(years=YEARS, one_style_per_site=True, seed=seed))
     with _stage("build the cubes"):
         listed_by = _build(sites, world, store, out / "scenes")
-    with _stage("measure them against the truth, and a naive median beside them"):
+    with _stage("compare them and a naive median with the truth"):
         summary = _against_truth(sites, world, store, out, listed_by)
     with _stage("label"):
         outlines = labels.read_polygons(world / "truth_footprints.parquet")

@@ -101,8 +101,8 @@ def polygons(
     if unplaced := sorted(set(chosen) - set(areas)):
         said = f"{', '.join(unplaced[:8])}{' and others' if unplaced[8:] else ''}: the catalogue has no place for them yet"
         if not areas:
-            raise LabelError(f"{said}, so nothing can be held against it; import their release (--catalog), or name a file")
-        click.echo(f"{said}; their polygons are not held against it", err=True)
+            raise LabelError(f"{said}, so nothing can be compared with it; import their release (--catalog), or name a file")
+        click.echo(f"{said}; their polygons are not compared with it", err=True)
     files = [(file, layer), *([(second, compare_layer)] if second else [])]
     looked = [labels.survey(path, layer=name, sites=areas, by=by, min_width_m=min_width_m) for path, name in files]
     names = _distinct_names(files)
@@ -159,7 +159,7 @@ def _distinct_names(files: Sequence[tuple[Path, str | None]]) -> list[str]:
 def _by_mapper(found: gpd.GeoDataFrame, column: str) -> dict[str, gpd.GeoDataFrame]:
     mappers = {str(name): own for name, own in found.groupby(column)}
     if len(mappers) < 2:
-        raise LabelError(f"column {column!r} names {', '.join(mappers) or 'nobody'} only; a comparison takes two mappers")
+        raise LabelError(f"column {column!r} names {', '.join(mappers) or 'no mapper'} only; a comparison takes two mappers")
     return mappers
 
 

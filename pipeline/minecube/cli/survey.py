@@ -70,7 +70,7 @@ def search(
     with progress_bar("searching", len(chosen) * len(years)) as advance:
         for site in chosen:
             for year in years:
-                found = building.saved_scenes(site, year, sources, out, anew=True)
+                found = building.saved_scenes(site, year, sources, out, search_again=True)
                 baselines = sorted({s.properties["s2:processing_baseline"] for s in found.scenes})
                 cloud = scenes.mean_cloud_cover(found.scenes)
                 shown = "?" if math.isnan(cloud) else f"{cloud:.0f}"

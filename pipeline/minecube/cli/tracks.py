@@ -196,7 +196,7 @@ def _shown(rows: Sequence[dict[str, object]]) -> str:
         "site",
         "opened",
         "ha at first",
-        "ha at last",
+        "ha finally",
         "95 %",
         "ha/year",
         "expansion",

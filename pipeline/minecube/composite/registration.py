@@ -85,7 +85,7 @@ class Shift:
 
     def __str__(self) -> str:
         if self.dx_m is None or self.dy_m is None:
-            return f"{self.scene}: whether it lies beside the others cannot be told from {self.pixels} clear pixels"
+            return f"{self.scene}: its displacement is unknown, from {self.pixels} clear pixels"
         return f"{self.scene}: lies {self.dx_m:+.1f} m east and {self.dy_m:+.1f} m north of the others"
 
     @property

@@ -63,7 +63,7 @@ def pack(
             command changed a packed object meanwhile, or the file cannot be written.
     """
     if out.suffix != SUFFIX or (Path(store).is_dir() and Path(store).resolve() in out.resolve().parents):
-        raise CubeError(f"{out}: expected a file whose name ends in {SUFFIX}, by which a packed store is known, beside {store}")
+        raise CubeError(f"{out}: expected a file name that ends in {SUFFIX}, outside {store}")
     if is_packed(store) and out.resolve() == Path(store).resolve():
         raise CubeError(f"{out}: is the packed store itself; name another file")
     listed = _listed(store)

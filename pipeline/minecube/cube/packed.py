@@ -118,7 +118,7 @@ def start_of(header: bytes, key: str, member: Member) -> int:
     magic, _, _, method, *_, name, extra = _LOCAL_HEADER.unpack(header[: _LOCAL_HEADER.size])
     there = header[_LOCAL_HEADER.size : _LOCAL_HEADER.size + name]
     if (magic, method, there) != (b"PK\x03\x04", zipfile.ZIP_STORED, key.encode()):
-        raise OSError("the zip's directory points beside it")
+        raise OSError("the zip's directory points outside the file's data")
     return member.header + _LOCAL_HEADER.size + int(name) + int(extra)
 
 

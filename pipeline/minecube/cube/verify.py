@@ -701,7 +701,7 @@ def _disagreements(pixels: Mapping[str, Any]) -> Iterator[str]:
         ("have a quality, but no reflectance in some band", seen & (reflectance == 0).any(axis=0)),
         ("have reflectance, but no quality", ~seen & (reflectance > 0).any(axis=0)),
         (
-            "count clear observations where quality says there are none, or the other way round",
+            "count clear observations where quality has no clear kind, or the other way round",
             (pixels.get("clear_count", np.zeros(shape, np.uint16)) > 0) != np.isin(quality, _CLEAR_KINDS),
         ),
         *(

@@ -63,13 +63,13 @@ def label(src: rasterio.DatasetReader) -> dict[str, Any]:
     """Return the label extension's fields of a footprint, with pixel counts per class."""
     values, counts = np.unique(src.read(1), return_counts=True)
     seen = [{"name": CLASSES[int(v)], "count": int(n)} for v, n in zip(values, counts, strict=True)]
-    whence = "".join(f", from {c.name} ({c.licence})" for c in credits_in(src.tags()))
+    sources = "".join(f", from {c.name} ({c.licence})" for c in credits_in(src.tags()))
     return {
         "label:type": "raster",
         "label:properties": None,  # required for rasters
         "label:classes": [{"name": None, "classes": list(CLASSES.values())[:2]}],
         "label:tasks": ["segmentation"],
-        "label:description": f"Mine footprint: 1 mine, 0 not mine, 255 unknown{whence}",
+        "label:description": f"Mine footprint: 1 mine, 0 not mine, 255 unknown{sources}",
         "label:overviews": [{"counts": seen}],
     }
 

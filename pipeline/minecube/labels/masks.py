@@ -110,7 +110,7 @@ def _by_year(
     Raises errors like `rasterize`.
     """
     if polygons.empty or polygons.crs is None:
-        raise LabelError(f"cannot place polygons on the grid: {'there are none' if polygons.empty else 'they have no CRS'}")
+        raise LabelError(f"cannot place polygons on the grid: {'the table is empty' if polygons.empty else 'they have no CRS'}")
     here = on_grid(polygons, grid)
     first, last = spans(here)
     dated = np.isfinite(first) | np.isfinite(last)

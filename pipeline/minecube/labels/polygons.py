@@ -302,10 +302,7 @@ def _need_order(table: gpd.GeoDataFrame, path: Path) -> None:
     year, start, end = (table.get(name, missing) for name in ("year", "start", "end"))
     both = year.notna() & (start.notna() | end.notna())
     if both.any():
-        raise LabelError(
-            f"{path}: expected `year`, or `start` and `end`, found both in {rows_text(both)}; which of them holds cannot be "
-            "told, so empty one"
-        )
+        raise LabelError(f"{path}: expected `year`, or `start` and `end`, found both in {rows_text(both)}; empty one of them")
     backwards = (start > end).fillna(False)
     if backwards.any():
         raise LabelError(

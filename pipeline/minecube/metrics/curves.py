@@ -90,7 +90,7 @@ def checked(probability: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if probability.dtype != np.uint8 or ((probability > LEVELS) & (probability != UNKNOWN)).any():
         raise ModelError(
             f"the probability is {probability.dtype} with values up to {probability.max(initial=0)}; expected uint8, "
-            f"0..{LEVELS}, and {UNKNOWN} where there is none"
+            f"0..{LEVELS}, and {UNKNOWN} for unknown"
         )
     return probability
 

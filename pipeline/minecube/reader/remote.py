@@ -179,7 +179,7 @@ class Remote:
     def version(self, href: str) -> tuple[int, str | None]:
         """Fetch the current size and ETag of a file; raise RequestError on failure.
 
-        The ETag is None if the server gives none.
+        Without an ETag from the server, the second value stays None.
         """
         found = self._fetch(href, 0, 1, Tally(), None)
         return found.size, found.version or None

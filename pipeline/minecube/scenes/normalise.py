@@ -433,9 +433,7 @@ def _baseline(item: pystac.Item) -> str:
         raise _refused(item, f"says baseline {stated[0]}, and its product's name N{named[1]}{named[2]}")
     baseline = f"{stated[1]:0>2}.{stated[2]:0<2}" if stated else f"{named[1]}.{named[2]}" if named else ""
     if not baseline:
-        raise _refused(
-            item, "names no processing baseline NN.NN, so whether its pixels carry the offset of -1000 cannot be told"
-        )
+        raise _refused(item, "names no processing baseline NN.NN, which decides on the offset of -1000")
     return baseline
 
 
@@ -521,7 +519,7 @@ def _tile(item: pystac.Item) -> str:
     tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
     match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
     if not match or not 1 <= int(match.group(1)) <= 60:
-        raise _refused(item, f"names no MGRS tile (found {tile!r}), so duplicates cannot be told")
+        raise _refused(item, f"names no MGRS tile (found {tile!r}), so duplicates cannot be detected")
     return f"{int(match.group(1)):02d}{match.group(2)}"
 
 

@@ -93,7 +93,7 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
         {
             "onset": (("y", "x"), onset, {"long_name": "first year as a mine", "nodata": 0}),
             "end": (("y", "x"), end, {"long_name": "last year as a mine", "nodata": 0}),
-            "reclaimed": (("y", "x"), reclaimed, {"long_name": "was a mine and is none", "nodata": int(UNKNOWN)}),
+            "reclaimed": (("y", "x"), reclaimed, {"long_name": "was a mine and is background", "nodata": int(UNKNOWN)}),
             "kind": (("y", "x"), kind, {"long_name": "how it opened and closed", "nodata": int(UNKNOWN), **flags}),
             "flips": (("y", "x"), flips, {"long_name": "changes from year to year", "nodata": int(UNKNOWN)}),
         },

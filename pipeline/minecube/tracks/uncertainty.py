@@ -155,7 +155,7 @@ def _checked_pair(raw: xr.DataArray, smoothed: xr.DataArray) -> list[int]:
     if checked_years(smoothed) != years or raw.shape != smoothed.shape:
         raise LabelError(
             f"expected a map and its smoothed twin, found {dict(raw.sizes)} with years {years} and {dict(smoothed.sizes)} with "
-            f"{smoothed['year'].to_numpy().tolist()}; what smoothing changed would be told of other pixels"
+            f"{smoothed['year'].to_numpy().tolist()}; the two must have the same grid and years"
         )
     return years
 

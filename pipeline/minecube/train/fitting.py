@@ -126,8 +126,8 @@ def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | N
     size = settings.window_px or card.window_px
     if size % card.multiple_px:
         raise ModelError(
-            f"model {card.id}: expected windows whose side is a multiple of {card.multiple_px} px, found {size} in settings "
-            f"{settings.id}; so often does the network halve them: set window_px to such a side"
+            f"model {card.id}: expected window_px in multiples of {card.multiple_px} px, found {size} in settings "
+            f"{settings.id}; the network halves windows that often; set another window_px"
         )
     if card.task == "series" and valid is not None:
         learnt, other = train.years_of(train.sites[0]), valid.years_of(valid.sites[0])

@@ -89,7 +89,7 @@ def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
 def _cell_px(window_px: int) -> int:
     """Return the largest power of two up to 16 and to a quarter of a window.
 
-    The window can then hold a cell and has room to move.
+    A window then has room for one cell at any position.
     """
     return min(16, 1 << max((window_px // 4).bit_length() - 1, 0))
 
