@@ -70,19 +70,29 @@ DATES, SIDE, WIDE = 40, 1024, 2048
 LEFT, TOP = 360000, 5600040
 HIDING = (3, 8, 9, 10)
 """SCL classes that all contenders mask, and nothing else: what they make of it must be the same to the last bit."""
-PLAIN = Recipe(id="plain", title="SCL and a median", mask=(MaskRule(classes=HIDING),), block_px=SIDE)
+PLAIN = Recipe(
+    id="plain", title="SCL and a median", mask=(MaskRule(classes=HIDING),), block_px=SIDE
+)
 GEOMEDIAN = dataclasses.replace(PLAIN, id="geomedian", reducer="geomedian", block_px=SIDE // 2)
 YEARS = (2015, 2020, 2022)
 
 
 def main() -> None:
     """Run one contender, or all parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here, for the documentation")
-    parser.add_argument("--picture", type=Path, help="draw one mine block under three composites here")
+    parser.add_argument(
+        "--markdown", type=Path, help="write the tables here, for the documentation"
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="draw one mine block under three composites here"
+    )
     parser.add_argument("--quick", action="store_true", help="one round instead of three")
-    parser.add_argument("--run", nargs=3, metavar=("CONTENDER", "ARCHIVE", "DATES"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--run", nargs=3, metavar=("CONTENDER", "ARCHIVE", "DATES"), help=argparse.SUPPRESS
+    )
     asked = parser.parse_args()
     if asked.run:
         print(json.dumps(run_here(asked.run[0], asked.run[1], int(asked.run[2]))))
@@ -117,17 +127,26 @@ def main() -> None:
 # The archive: COGs of 512-pixel tiles, noise that deflates as real bands do, clouds of many sizes
 
 
-def write_archive(folder: Path, dates: int, cover: Callable[[np.random.Generator], float], compress: str = "deflate") -> None:
+def write_archive(
+    folder: Path,
+    dates: int,
+    cover: Callable[[np.random.Generator], float],
+    compress: str = "deflate",
+) -> None:
     """`dates` scenes of `WIDE` pixels a side, of which the share `cover` is cloud; the site is their middle."""
     rng = np.random.default_rng(0)
-    land = np.clip(ndimage.gaussian_filter(rng.standard_normal((WIDE, WIDE)), 4) * 8000 + 1800, 200, 6000)
+    land = np.clip(
+        ndimage.gaussian_filter(rng.standard_normal((WIDE, WIDE)), 4) * 8000 + 1800, 200, 6000
+    )
     covers = [cover(np.random.default_rng([5, date])) for date in range(dates)]
 
     def write(date: int) -> None:
         rng = np.random.default_rng([1, date])
         field = sum(_noise(rng, size) * size for size in (16, 32, 64))
         cloud = (
-            field > np.quantile(field, 1 - covers[date]) if 0 < covers[date] < 1 else np.full(field.shape, covers[date] >= 1)
+            field > np.quantile(field, 1 - covers[date])
+            if 0 < covers[date] < 1
+            else np.full(field.shape, covers[date] >= 1)
         )
         for band, size in NATIVE_M.items():
             ground = land[:: size // 10, :: size // 10]
@@ -140,10 +159,19 @@ def write_archive(folder: Path, dates: int, cover: Callable[[np.random.Generator
                 pixels = np.clip(seen, 1, 20000).astype(np.uint16)
             path = folder / f"{date:02d}" / f"{band}.tif"
             path.parent.mkdir(parents=True, exist_ok=True)
-            profile = {"driver": "COG", "count": 1, "dtype": pixels.dtype, "crs": "EPSG:32633", "nodata": 0, "blocksize": 512}
+            profile = {
+                "driver": "COG",
+                "count": 1,
+                "dtype": pixels.dtype,
+                "crs": "EPSG:32633",
+                "nodata": 0,
+                "blocksize": 512,
+            }
             profile |= {"compress": "deflate", "predictor": 2} if compress else {"compress": "none"}
             transform = Affine(size, 0, LEFT, 0, -size, TOP)
-            with rasterio.open(path, "w", height=len(pixels), width=len(pixels), transform=transform, **profile) as out:
+            with rasterio.open(
+                path, "w", height=len(pixels), width=len(pixels), transform=transform, **profile
+            ) as out:
                 out.write(pixels, 1)
 
     with ThreadPoolExecutor(2) as pool:
@@ -158,12 +186,20 @@ def _noise(rng: np.random.Generator, size: int) -> np.ndarray[Any, Any]:
 
 def site_grid(height: int = SIDE, width: int = SIDE) -> GeoBox:
     """The middle of the scenes."""
-    return GeoBox((height, width), Affine(10, 0, LEFT + 5 * (WIDE - SIDE), 0, -10, TOP - 5 * (WIDE - SIDE)), "EPSG:32633")
+    return GeoBox(
+        (height, width),
+        Affine(10, 0, LEFT + 5 * (WIDE - SIDE), 0, -10, TOP - 5 * (WIDE - SIDE)),
+        "EPSG:32633",
+    )
 
 
 def raw_items(folder: Path | str, dates: int) -> list[pystac.Item]:
     """The scenes as a catalogue lists them, with all that stackstac and odc-stac ask for."""
-    area = box(*GeoBox((WIDE, WIDE), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633").geographic_extent.boundingbox)
+    area = box(
+        *GeoBox(
+            (WIDE, WIDE), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633"
+        ).geographic_extent.boundingbox
+    )
     found = []
     for date in range(dates):
         day = pd.Timestamp("2021-04-03 10:00") + pd.Timedelta(days=5 * date)
@@ -176,8 +212,15 @@ def raw_items(folder: Path | str, dates: int) -> list[pystac.Item]:
         )
         for band, size in NATIVE_M.items():
             side = WIDE * 10 // size
-            place = {"proj:shape": [side, side], "proj:transform": [size, 0, LEFT, 0, -size, TOP, 0, 0, 1], "gsd": size}
-            item.add_asset(band, pystac.Asset(f"{folder}/{date:02d}/{band}.tif", roles=["data"], extra_fields=place))
+            place = {
+                "proj:shape": [side, side],
+                "proj:transform": [size, 0, LEFT, 0, -size, TOP, 0, 0, 1],
+                "gsd": size,
+            }
+            item.add_asset(
+                band,
+                pystac.Asset(f"{folder}/{date:02d}/{band}.tif", roles=["data"], extra_fields=place),
+            )
         found.append(item)
     return found
 
@@ -232,9 +275,16 @@ def stackstac_xarray(folder: str, dates: int) -> np.ndarray[Any, Any]:
 def odc_xarray(folder: str, dates: int) -> np.ndarray[Any, Any]:
     """odc-stac, everything at 10 m, xarray's median over time."""
     loaded = odc.stac.load(
-        raw_items(folder, dates), bands=[*BANDS, SCL], geobox=site_grid(), chunks={"x": 512, "y": 512}, dtype="uint16", nodata=0
+        raw_items(folder, dates),
+        bands=[*BANDS, SCL],
+        geobox=site_grid(),
+        chunks={"x": 512, "y": 512},
+        dtype="uint16",
+        nodata=0,
     )
-    return _xarray_median(loaded[SCL], loaded[list(BANDS)].to_array("band").transpose("time", "band", "y", "x"))
+    return _xarray_median(
+        loaded[SCL], loaded[list(BANDS)].to_array("band").transpose("time", "band", "y", "x")
+    )
 
 
 def _xarray_median(scl: xr.DataArray, bands: xr.DataArray) -> np.ndarray[Any, Any]:
@@ -257,14 +307,18 @@ def odc_bottleneck(folder: str, dates: int) -> np.ndarray[Any, Any]:
         seen = values.astype(np.float32)
         seen[~mask | (values == 0)] = np.nan
         middle = np.nan_to_num(np.rint(bottleneck.nanmedian(seen, axis=0))).astype(np.uint16)
-        out[BANDS.index(band)] = middle if middle.shape == grid.shape else middle.repeat(2, axis=0).repeat(2, axis=1)
+        out[BANDS.index(band)] = (
+            middle if middle.shape == grid.shape else middle.repeat(2, axis=0).repeat(2, axis=1)
+        )
 
     fine = clear.repeat(2, axis=1).repeat(2, axis=2)
     with ThreadPoolExecutor(2) as pool:
         waiting = []
         for band in BANDS:
             where, mask = (grid, fine) if NATIVE_M[band] == 10 else (half, clear)
-            values = odc.stac.load(items, bands=[band], geobox=where, dtype="uint16", nodata=0, pool=8)[band].values
+            values = odc.stac.load(
+                items, bands=[band], geobox=where, dtype="uint16", nodata=0, pool=8
+            )[band].values
             waiting.append(pool.submit(reduce, band, values, mask))
         for done in waiting:
             done.result()
@@ -293,7 +347,9 @@ def geomad_kernel(folder: str, dates: int) -> None:
         strip = grid[top : top + 64]
         pixels = fetched(stack(items, strip, BANDS, chunk_px=SIDE))
         clear = ~np.isin(fetched(stack(items, strip, [SCL], chunk_px=SIDE))[:, 0], (0, *HIDING))
-        spectra = np.where(clear[:, None], pixels, np.float32(np.nan)).astype(np.float32) / np.float32(1e4)
+        spectra = np.where(clear[:, None], pixels, np.float32(np.nan)).astype(
+            np.float32
+        ) / np.float32(1e4)
         spectra = np.ascontiguousarray(spectra.transpose(2, 3, 1, 0))
         start = time.perf_counter()
         middle = geomad.nangeomedian_pcm(spectra, num_threads=2, eps=1e-6)
@@ -320,13 +376,19 @@ def run_here(name: str, folder: str, dates: int) -> dict[str, Any]:
     start = time.perf_counter()
     made = CONTENDERS[name](folder, dates)
     seconds = getattr(CONTENDERS[name], "seconds", time.perf_counter() - start)
-    digest = hashlib.sha256(np.ascontiguousarray(made).tobytes()).hexdigest() if made is not None else ""
+    digest = (
+        hashlib.sha256(np.ascontiguousarray(made).tobytes()).hexdigest() if made is not None else ""
+    )
     return {"seconds": seconds, "peak_mb": peak_mb(), "hash": digest}
 
 
 def peak_mb() -> float:
     """Memory of this process at its highest; what getrusage says may be its parent's, from before it was this program."""
-    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1e3
 
 
@@ -353,7 +415,10 @@ def against_others(folder: Path, rounds: int, say: Say) -> dict[str, Any]:
     peak = {name: statistics.median(r["peak_mb"] for r in found) for name, found in runs.items()}
     hashes = {runs[name][0]["hash"] for name in list(CONTENDERS)[:4]}
     mine = seconds["minecube"]
-    rows = [(name, round(seconds[name], 2), round(peak[name]), f"{mine / seconds[name]:.2f}") for name in CONTENDERS]
+    rows = [
+        (name, round(seconds[name], 2), round(peak[name]), f"{mine / seconds[name]:.2f}")
+        for name in CONTENDERS
+    ]
     say(
         f"{DATES} dates x {len(BANDS)} bands and SCL, {SIDE} x {SIDE} at 10 m, COGs on disk; medians "
         + ("identical" if len(hashes) == 1 else "DIFFER"),
@@ -385,19 +450,31 @@ def bytes_read(folder: Path, say: Say) -> dict[str, Any]:
     for name, most in (("all", None), ("K = 12", 12), ("K = 6", 6)):
         ledger = Ledger()
         start = time.perf_counter()
-        made[name] = composite(items, grid, dataclasses.replace(PLAIN, max_clear_observations=most), ledger).compute()
-        seconds[name], read[name] = time.perf_counter() - start, ledger.totals()["bytes"] / everything.totals()["bytes"]
+        made[name] = composite(
+            items, grid, dataclasses.replace(PLAIN, max_clear_observations=most), ledger
+        ).compute()
+        seconds[name], read[name] = (
+            time.perf_counter() - start,
+            ledger.totals()["bytes"] / everything.totals()["bytes"],
+        )
     ground = made["all"]["reflectance"].values.astype(float)
     rows = []
     for name in read:
         off = float(np.sqrt(((made[name]["reflectance"].values - ground) ** 2).mean())) / 1e4
         fewest = int(made[name]["clear_count"].min())
-        rows.append((name, f"{100 * read[name]:.1f}", round(seconds[name], 2), fewest, f"{off:.5f}"))
+        rows.append(
+            (name, f"{100 * read[name]:.1f}", round(seconds[name], 2), fewest, f"{off:.5f}")
+        )
     say(
         f"An archive in which {dull} of {DATES} dates are fully clouded over the site",
-        table(("dates read", "% of all bytes", "s", "fewest clear dates", "RMSE against all"), rows),
+        table(
+            ("dates read", "% of all bytes", "s", "fewest clear dates", "RMSE against all"), rows
+        ),
     )
-    return {"cloudy_bytes_fraction": round(read["all"], 3), "k12_bytes_fraction": round(read["K = 12"], 3)}
+    return {
+        "cloudy_bytes_fraction": round(read["all"], 3),
+        "k12_bytes_fraction": round(read["K = 12"], 3),
+    }
 
 
 def _share_cloudy(item: pystac.Item) -> float:
@@ -408,7 +485,10 @@ def _share_cloudy(item: pystac.Item) -> float:
 def scaling(folder: Path, rounds: int, say: Say) -> dict[str, Any]:
     """Seconds and memory over dates and over area."""
     rows, figures = [], {}
-    for what, sizes in (("dates", [(n, SIDE) for n in (10, 20, 30, 40)]), ("area", [(20, n) for n in (512, 1024, 1536, 2048)])):
+    for what, sizes in (
+        ("dates", [(n, SIDE) for n in (10, 20, 30, 40)]),
+        ("area", [(20, n) for n in (512, 1024, 1536, 2048)]),
+    ):
         amounts, took = [], []
         for dates, side in sizes:
             runs = [_one_size(folder, dates, side) for _ in range(rounds)]
@@ -419,9 +499,12 @@ def scaling(folder: Path, rounds: int, say: Say) -> dict[str, Any]:
         slope, start = np.polyfit(amounts, took, 1)
         worst = float(np.abs(np.polyval((slope, start), amounts) / took - 1).max())
         unit = "date" if what == "dates" else "Mpx"
-        figures[f"linear_in_{what}"] = f"{start:.2f} s + {slope:.3f} s a {unit}, within {100 * worst:.0f} %"
+        figures[f"linear_in_{what}"] = (
+            f"{start:.2f} s + {slope:.3f} s a {unit}, within {100 * worst:.0f} %"
+        )
     say(
-        "Cost over dates and area, blocks of 512: " + "; ".join(f"{k}: {v}" for k, v in figures.items()),
+        "Cost over dates and area, blocks of 512: "
+        + "; ".join(f"{k}: {v}" for k, v in figures.items()),
         table(("over", "dates", "size", "s", "peak MB of the process"), rows),
     )
     return figures
@@ -435,7 +518,17 @@ def _one_size(folder: Path, dates: int, side: int) -> tuple[float, float]:
         "c.floor(sys.argv[2], 2); t = time.perf_counter(); made = c.composite(items, g, r).compute(); "
         "print(time.perf_counter() - t, c.peak_mb())"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), str(folder), str(dates), str(side)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        code,
+        str(Path(__file__).parent),
+        str(folder),
+        str(dates),
+        str(side),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, peak = done.stdout.split()[-2:]
     return float(seconds), float(peak)
@@ -451,7 +544,9 @@ def two_workers(folder: Path, say: Say) -> dict[str, Any]:
     took = {}
     for workers in (1, 2):
         with (
-            LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+            LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None
+            ) as cluster,
             Client(cluster),
         ):
             lazy.isel(y=slice(0, 256)).compute()  # every worker has imported all
@@ -459,7 +554,10 @@ def two_workers(folder: Path, say: Say) -> dict[str, Any]:
             lazy.compute()
             took[workers] = time.perf_counter() - start
     rows = [(workers, round(seconds, 1)) for workers, seconds in took.items()]
-    say("Geomedian of 20 dates, 16 blocks of 256, on Dask workers of one thread", table(("workers", "s"), rows))
+    say(
+        "Geomedian of 20 dates, 16 blocks of 256, on Dask workers of one thread",
+        table(("workers", "s"), rows),
+    )
     return {"two_workers_speedup": round(took[1] / took[2], 3)}
 
 
@@ -471,8 +569,12 @@ def quality(place: Path, picture: Path | None, say: Say) -> dict[str, Any]:
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
     worlds = {
         "simulated world": World(years=YEARS, one_style_per_site=True),
-        "world whose scene classification errs by whole dates": World(years=YEARS, one_style_per_site=True, scl_errors=True),
-        "world whose scenes lie metres beside each other": World(years=YEARS, one_style_per_site=True, shifts=True),
+        "world whose scene classification errs by whole dates": World(
+            years=YEARS, one_style_per_site=True, scl_errors=True
+        ),
+        "world whose scenes lie metres beside each other": World(
+            years=YEARS, one_style_per_site=True, shifts=True
+        ),
     }
     measured = {}
     for number, (name, world) in enumerate(worlds.items()):
@@ -482,19 +584,37 @@ def quality(place: Path, picture: Path | None, say: Say) -> dict[str, Any]:
         if picture and not number:
             draw(next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1]), picture)
     plain, *_ = measured.values()
-    return {"quality": measured, "residual_cloud_pct": max(plain[name]["cloud_pct"] for name in REDUCERS)}
+    return {
+        "quality": measured,
+        "residual_cloud_pct": max(plain[name]["cloud_pct"] for name in REDUCERS),
+    }
 
 
 def _scored(years: Sequence[SiteYear], world: str, say: Say) -> dict[str, dict[str, float]]:
     """The scores of every way, printed as a table."""
-    measured = {name: scores([measure(year, way(year)) for year in years]) for name, way in WAYS.items()}
+    measured = {
+        name: scores([measure(year, way(year)) for year in years]) for name, way in WAYS.items()
+    }
     rows = [
         (name, *(f"{v:.4f}" if k.startswith("rmse") else f"{v:.3f}" for k, v in found.items()))
         for name, found in measured.items()
     ]
     say(
         f"Against the truth of {len(years)} site-years of the {world}",
-        table(("", "RMSE", "on the mine", "elsewhere", "bright %", "cloud %", "cloud % of mine", "dark %", "holes %"), rows)
+        table(
+            (
+                "",
+                "RMSE",
+                "on the mine",
+                "elsewhere",
+                "bright %",
+                "cloud %",
+                "cloud % of mine",
+                "dark %",
+                "holes %",
+            ),
+            rows,
+        )
         + "\nbright: blue more than 0.03 above the truth; cloud: and as much above the median of the truly clear observations,"
         "\nwhich has those by its scenes' displacement alone, or, where one day is chosen, and that day not clear there;"
         "\ndark: red 0.01 and B08 0.04 below the truth, as in a shadow; holes: empty although a clear observation existed",
@@ -504,8 +624,14 @@ def _scored(years: Sequence[SiteYear], world: str, say: Say) -> dict[str, dict[s
 
 def draw(year: SiteYear, path: Path) -> None:
     """One mine block under three composites, and the truth."""
-    middle = {"dims": ("band", "y", "x"), "coords": {"band": list(BANDS), **odc.geo.xr.xr_coords(year.grid)}}
-    drawn = {name: xr.DataArray(WAYS[way](year)["reflectance"].values, **middle) for name, way in PICTURED.items()}
+    middle = {
+        "dims": ("band", "y", "x"),
+        "coords": {"band": list(BANDS), **odc.geo.xr.xr_coords(year.grid)},
+    }
+    drawn = {
+        name: xr.DataArray(WAYS[way](year)["reflectance"].values, **middle)
+        for name, way in PICTURED.items()
+    }
     drawn["truth: no cloud, no noise"] = xr.DataArray(year.truth, **middle)
     report.comparison(drawn, path, f"{year.name} {year.year}, simulated")
 
@@ -558,7 +684,9 @@ def site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
                         truth=truth["reflectance"].sel(year=year).values,
                         mine=truth["footprint"].sel(year=year).values == 1,
                         sky=sky[sky.time.dt.year == year],
-                        oracle=oracle(scenes.usable(listed_scenes, load_recipes()["naive-median"]), grid, sky),
+                        oracle=oracle(
+                            scenes.usable(listed_scenes, load_recipes()["naive-median"]), grid, sky
+                        ),
                     )
                 )
     return found
@@ -584,7 +712,9 @@ def made_by(year: SiteYear, recipe: Recipe) -> xr.Dataset:
     if recipe.haze:
         used = veils.judged(used, look_at(used, year.grid), recipe.haze)
     if recipe.registration:
-        used = registration.registered(used, registration.shifts(used, year.grid), recipe.registration)
+        used = registration.registered(
+            used, registration.shifts(used, year.grid), recipe.registration
+        )
     return composite(used, year.grid, recipe, year=year.year).load()
 
 
@@ -607,11 +737,25 @@ def odc_mask_and_median(year: SiteYear) -> xr.Dataset:
     for offset in sorted({s.properties["minecube:offset"] for s in used}):
         own = [s for s in used if s.properties["minecube:offset"] == offset]
         how = {SCL: "nearest", "*": "bilinear"}
-        loaded = odc.stac.load(own, bands=[*BANDS, SCL], geobox=year.grid, groupby="solar_day", resampling=how, nodata=0)
-        bands = loaded[list(BANDS)].to_array("band").transpose("band", "time", "y", "x").values.astype(np.float32)
+        loaded = odc.stac.load(
+            own,
+            bands=[*BANDS, SCL],
+            geobox=year.grid,
+            groupby="solar_day",
+            resampling=how,
+            nodata=0,
+        )
+        bands = (
+            loaded[list(BANDS)]
+            .to_array("band")
+            .transpose("band", "time", "y", "x")
+            .values.astype(np.float32)
+        )
         clear = ~np.isin(loaded[SCL].values, (0, 1, 3, 8, 9, 10, 11))
         parts.append(np.where(clear & (bands != 0), np.maximum(bands + offset, 1), np.nan))
-    out: np.ndarray[Any, Any] = np.nan_to_num(np.rint(bottleneck.nanmedian(np.concatenate(parts, axis=1), axis=1)))
+    out: np.ndarray[Any, Any] = np.nan_to_num(
+        np.rint(bottleneck.nanmedian(np.concatenate(parts, axis=1), axis=1))
+    )
     return _as_dataset(out.astype(np.uint16))
 
 
@@ -623,8 +767,12 @@ def measure(year: SiteYear, of: xr.Dataset) -> dict[str, float]:
     if "day_of_year" in of:
         cloud = bright & ~clear_then(year.sky, of["day_of_year"].values)
     else:
-        cloud = bright & (made[0].astype(np.float32) - year.oracle[0] > CLOUDY) & (year.oracle[0] > 0)
-    dark = (off[BANDS.index("B08")] < -400) & (off[BANDS.index("B04")] < -100) & (year.oracle[0] > 0)
+        cloud = (
+            bright & (made[0].astype(np.float32) - year.oracle[0] > CLOUDY) & (year.oracle[0] > 0)
+        )
+    dark = (
+        (off[BANDS.index("B08")] < -400) & (off[BANDS.index("B04")] < -100) & (year.oracle[0] > 0)
+    )
     squares = (off**2).mean(axis=0)
     return {
         "pixels": year.mine.size,
@@ -687,13 +835,23 @@ def _ways() -> dict[str, Callable[[SiteYear], xr.Dataset]]:
         "eurominenet": known["eurominenet"],
         "no haze test": dataclasses.replace(best, haze=None),
         "no bright override": dataclasses.replace(best, bright_override=None),
-        "no dilation": dataclasses.replace(best, mask=tuple(dataclasses.replace(r, dilate_m=0) for r in best.mask)),
-        "shadow opened, too": dataclasses.replace(best, mask=tuple(_opened(r) if r.classes == (3,) else r for r in best.mask)),
+        "no dilation": dataclasses.replace(
+            best, mask=tuple(dataclasses.replace(r, dilate_m=0) for r in best.mask)
+        ),
+        "shadow opened, too": dataclasses.replace(
+            best, mask=tuple(_opened(r) if r.classes == (3,) else r for r in best.mask)
+        ),
         "no opening": dataclasses.replace(best, mask=tuple(_opened(r, 0) for r in best.mask)),
-        "no shadow rule": dataclasses.replace(best, mask=tuple(r for r in best.mask if r.classes != (3,))),
-        "no date test": dataclasses.replace(best, haze=dataclasses.replace(best.haze, date_excess=None) if best.haze else None),
+        "no shadow rule": dataclasses.replace(
+            best, mask=tuple(r for r in best.mask if r.classes != (3,))
+        ),
+        "no date test": dataclasses.replace(
+            best, haze=dataclasses.replace(best.haze, date_excess=None) if best.haze else None
+        ),
         "no registration": dataclasses.replace(best, registration=None),
-        "scenes beyond half a pixel left out": dataclasses.replace(best, registration=Registration(most_px=0.5, beyond="drop")),
+        "scenes beyond half a pixel left out": dataclasses.replace(
+            best, registration=Registration(most_px=0.5, beyond="drop")
+        ),
         "no fallback": dataclasses.replace(best, fallback=()),
         "K = 6": dataclasses.replace(best, max_clear_observations=6),
     }
@@ -737,9 +895,22 @@ def on_gpu(say: Say) -> dict[str, Any]:
         there = _median_seconds(lambda: run(gpu, array))  # noqa: B023
         with ThreadPoolExecutor(2) as pool:
             here = _median_seconds(lambda: list(pool.map(lambda half: run(reducers, half), halves)))  # noqa: B023
-        rows.append((name, f"{array.nbytes / there / 1e9:.2f}", f"{array.nbytes / here / 1e9:.2f}", f"{here / there:.1f}"))
-        figures[name] = {"gpu_gb_per_s": array.nbytes / there / 1e9, "cpu_gb_per_s": array.nbytes / here / 1e9}
-    say(f"Reducers on {torch.cuda.get_device_name()}", table(("", "GB/s of input", "two cores", "times"), rows))
+        rows.append(
+            (
+                name,
+                f"{array.nbytes / there / 1e9:.2f}",
+                f"{array.nbytes / here / 1e9:.2f}",
+                f"{here / there:.1f}",
+            )
+        )
+        figures[name] = {
+            "gpu_gb_per_s": array.nbytes / there / 1e9,
+            "cpu_gb_per_s": array.nbytes / here / 1e9,
+        }
+    say(
+        f"Reducers on {torch.cuda.get_device_name()}",
+        table(("", "GB/s of input", "two cores", "times"), rows),
+    )
     return {"gpu": figures}
 
 

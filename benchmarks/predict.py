@@ -56,11 +56,17 @@ CORES = len(os.sched_getaffinity(0))
 
 def main() -> None:
     """Each model in turn, then memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--models", help="cards, comma-separated; by default those whose name ends in -small")
+    parser.add_argument(
+        "--models", help="cards, comma-separated; by default those whose name ends in -small"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8, help="about how long one run is to take")
+    parser.add_argument(
+        "--seconds", type=float, default=8, help="about how long one run is to take"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory")
     parser.add_argument("--peak", nargs=2, metavar=("STORE", "MODEL"), help=argparse.SUPPRESS)
@@ -69,7 +75,11 @@ def main() -> None:
     if asked.peak:
         print(peak(*asked.peak, cards))
         return
-    names = asked.models.split(",") if asked.models else [name for name in cards if name.endswith("-small")]
+    names = (
+        asked.models.split(",")
+        if asked.models
+        else [name for name in cards if name.endswith("-small")]
+    )
     gpu = f", {torch.cuda.get_device_name(asked.device)}" if asked.device.startswith("cuda") else ""
     load = f"load {os.getloadavg()[0]:.1f}"
     machine = f"{platform.machine()}, {CORES} cores{gpu}, {load}, Python {platform.python_version()}, torch {torch.__version__}"
@@ -77,12 +87,23 @@ def main() -> None:
     keep_memory()  # as `minecube predict` does; the network alone has it, too
     with tempfile.TemporaryDirectory() as folder:
         store = make(Path(folder) / "cubes.zarr", WIDTH)
-        found = {name: compared(store, cards[name], asked.rounds, asked.seconds, asked.device) for name in names}
-        figures = {"machine": machine, "end_to_end_fraction": {name: of["fraction"] for name, of in found.items()}}
+        found = {
+            name: compared(store, cards[name], asked.rounds, asked.seconds, asked.device)
+            for name in names
+        }
+        figures = {
+            "machine": machine,
+            "end_to_end_fraction": {name: of["fraction"] for name, of in found.items()},
+        }
         figures |= {"models": found}
         shown = ("fraction", "folded", "mpx_s", "km2_s", "windows_s", "alone")
         rows = [(name, *(of[key] for key in shown)) for name, of in found.items()]
-        print(table(("model", "fraction", "folded", "Mpx/s", "km2/s", "windows/s", "best way alone"), rows))
+        print(
+            table(
+                ("model", "fraction", "folded", "Mpx/s", "km2/s", "windows/s", "best way alone"),
+                rows,
+            )
+        )
         if not asked.no_memory:
             figures["memory_mb"] = memory(Path(folder), names[0])
             print(table(("rows", "MB"), list(figures["memory_mb"].items())))
@@ -93,23 +114,44 @@ def main() -> None:
 
 def make(store: Path, height: int) -> str:
     """A cube of that height, WIDTH wide; pixels alike over 60 m and 12 m, as land is, so that they pack as a cube's do."""
-    corners = box(360025, 5600040 - height * 10 + 25, 360000 + WIDTH * 10 - 25, 5600015)  # snapped outwards to the grid
+    corners = box(
+        360025, 5600040 - height * 10 + 25, 360000 + WIDTH * 10 - 25, 5600015
+    )  # snapped outwards to the grid
     move = Transformer.from_crs(32633, 4326, always_xy=True).transform
     site = Site(id="pit", geometry=shapely.transform(corners, move, interleaved=False))
     grid, rng, side = grid_of(site), np.random.default_rng(1), RECIPE.block_px
-    coarse, fine = (ndimage.gaussian_filter(rng.standard_normal(grid.shape, dtype=np.float32), s) for s in (6, 1.2))
+    coarse, fine = (
+        ndimage.gaussian_filter(rng.standard_normal(grid.shape, dtype=np.float32), s)
+        for s in (6, 1.2)
+    )
     ground = 350 * coarse / coarse.std() + 120 * fine / fine.std()
     cube.create(str(store), site, grid, YEARS, RECIPE)
-    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+    told = {
+        "minecube:source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": "r",
+    }
     scene = types.SimpleNamespace(id="a", properties=told)
     for year in YEARS:
         noise = rng.standard_normal((len(BANDS), *grid.shape), dtype=np.float32)
-        pixels = (1200 + 150 * np.arange(len(BANDS))[:, None, None] + ground + 40 * noise).clip(1, 10000).astype(np.uint16)
+        pixels = (
+            (1200 + 150 * np.arange(len(BANDS))[:, None, None] + ground + 40 * noise)
+            .clip(1, 10000)
+            .astype(np.uint16)
+        )
         one = da.ones(tuple(grid.shape), chunks=side)
         layers = {"clear_count": one.astype(np.uint16), "quality": one.astype(np.uint8)}
-        made = {"reflectance": (("band", "y", "x"), da.from_array(pixels, chunks=(len(BANDS), side, side)))}
+        made = {
+            "reflectance": (
+                ("band", "y", "x"),
+                da.from_array(pixels, chunks=(len(BANDS), side, side)),
+            )
+        }
         made |= {name: (("y", "x"), layer) for name, layer in layers.items()}
-        cube.write_year(str(store), xr.Dataset(made), cube.provenance_of(site, year, grid, RECIPE, [scene]), b"")
+        cube.write_year(
+            str(store), xr.Dataset(made), cube.provenance_of(site, year, grid, RECIPE, [scene]), b""
+        )
     return str(store)
 
 
@@ -117,7 +159,9 @@ def untrained(card: ModelCard) -> models.Trained:
     """The network as it is before training: as fast as after it."""
     torch.manual_seed(0)
     n = len(card.bands)
-    return models.Trained(card=card, network=models.build(card).eval(), mean=(1900.0,) * n, std=(500.0,) * n, sites=())
+    return models.Trained(
+        card=card, network=models.build(card).eval(), mean=(1900.0,) * n, std=(500.0,) * n, sites=()
+    )
 
 
 def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> float:
@@ -132,7 +176,9 @@ def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> f
         variable="change" if card.task == "change" else "probability",
         classes=card.classes,
     )
-    wrote = cube.write_prediction(store, "pit", prediction, lambda todo: mapper.rows(reflectance, todo), overwrite=True)
+    wrote = cube.write_prediction(
+        store, "pit", prediction, lambda todo: mapper.rows(reflectance, todo), overwrite=True
+    )
     assert wrote == views
     return time.perf_counter() - start
 
@@ -144,9 +190,17 @@ def windows_of(store: str, trained: models.Trained, views: list[models.View]) ->
     layout = Layout(reflectance.sizes["y"], reflectance.sizes["x"], card.window_px)
     side, found = card.window_px, []
     for view in views:
-        image = models.select_bands(reflectance, card).sel(year=list(view)).to_numpy()[:, :, layout.rows][..., layout.columns]
+        image = (
+            models.select_bands(reflectance, card)
+            .sel(year=list(view))
+            .to_numpy()[:, :, layout.rows][..., layout.columns]
+        )
         for top, left in product(layout.tops, layout.lefts):
-            found.append(models.normalise(image[..., top : top + side, left : left + side], trained.mean, trained.std))
+            found.append(
+                models.normalise(
+                    image[..., top : top + side, left : left + side], trained.mean, trained.std
+                )
+            )
     return torch.from_numpy(np.stack(found))
 
 
@@ -176,14 +230,26 @@ def ways(trained: models.Trained, device: str, window: torch.Tensor) -> Iterator
 
         def on_each_core(windows: torch.Tensor, batch: int, call: Way = call) -> None:
             before = torch.get_num_threads()
-            with ThreadPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(lambda at: call(windows[at : at + batch]), range(0, len(windows), batch)))
+            with ThreadPoolExecutor(
+                CORES, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                list(
+                    pool.map(
+                        lambda at: call(windows[at : at + batch]), range(0, len(windows), batch)
+                    )
+                )
             torch.set_num_threads(before)
 
         for batch in (16, 64, 256) if gpu else (1, 4, 16):
-            yield f"all on one call, {batch} windows, {layout}", lambda w, b=batch, f=on_all_cores: f(w, b)
+            yield (
+                f"all on one call, {batch} windows, {layout}",
+                lambda w, b=batch, f=on_all_cores: f(w, b),
+            )
         for batch in () if gpu else (1, 4, 8, 16):
-            yield f"a call a core, {batch} windows, {layout}", lambda w, b=batch, f=on_each_core: f(w, b)
+            yield (
+                f"a call a core, {batch} windows, {layout}",
+                lambda w, b=batch, f=on_each_core: f(w, b),
+            )
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -193,14 +259,20 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: str) -> dict[str, Any]:
+def compared(
+    store: str, card: ModelCard, rounds: int, seconds: float, device: str
+) -> dict[str, Any]:
     """One model, both ways in turn."""
     trained = untrained(card)
     mapper = models.Mapper(trained, Compute(device=device))
     sizes = xr.open_zarr(store, group="pit", consolidated=False).sizes
     layout = Layout(sizes["y"], sizes["x"], card.window_px)
     each = len(layout.tops) * len(layout.lefts)
-    every = {"mapping": [(y,) for y in YEARS], "change": list(combinations(YEARS, 2)), "series": [YEARS]}[card.task]
+    every = {
+        "mapping": [(y,) for y in YEARS],
+        "change": list(combinations(YEARS, 2)),
+        "series": [YEARS],
+    }[card.task]
     some = windows_of(store, trained, every[:1])
     some = some[: min(each, 64)].to(device)
     speeds = {}
@@ -211,7 +283,9 @@ def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: s
         again = [] if hopeless else [timed(lambda way=way: way(some)) / len(some) for _ in range(2)]
         speeds[name] = min([took, *again])
     order = sorted(speeds, key=lambda name: speeds[name])
-    best = [name for name in order if not name.endswith("folded")][:2] + [name for name in order if name.endswith("folded")][:1]
+    best = [name for name in order if not name.endswith("folded")][:2] + [
+        name for name in order if name.endswith("folded")
+    ][:1]
     count = min(max(round(seconds / speeds[best[0]] / each), 1), len(every))
     views = every[:count]
     windows = windows_of(store, trained, views).to(device)
@@ -223,7 +297,9 @@ def compared(store: str, card: ModelCard, rounds: int, seconds: float, device: s
         turns = [*((name, lambda name=name: chosen[name](windows)) for name in best)]
         runs = [*turns, ("end to end", lambda: end_to_end(store, mapper, views))]
         for name, run in runs if n % 2 else reversed(runs):
-            (whole if name == "end to end" else alone[name]).append(run() if name == "end to end" else timed(run))
+            (whole if name == "end to end" else alone[name]).append(
+                run() if name == "end to end" else timed(run)
+            )
     middle = {name: statistics.median(times) for name, times in alone.items()}
     way, took = min(best[:2], key=lambda name: middle[name]), statistics.median(whole)
     maps = sum(len(view) if card.task == "series" else 1 for view in views)
@@ -248,7 +324,9 @@ def memory(folder: Path, model: str) -> dict[str, float]:
     for times in (1, 8):
         store = make(folder / f"tall_{times}.zarr", times * WIDTH)
         ask = [sys.executable, __file__, "--peak", store, model]
-        found[str(times * WIDTH)] = float(subprocess.run(ask, check=True, capture_output=True, text=True).stdout)
+        found[str(times * WIDTH)] = float(
+            subprocess.run(ask, check=True, capture_output=True, text=True).stdout
+        )
     return found
 
 
@@ -258,7 +336,13 @@ def peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
     views = models.views_of(card, YEARS)
     with torch.inference_mode():  # what torch keeps for itself once it has computed
         trained.network(
-            torch.zeros(1, *(() if card.task == "mapping" else (2,)), len(card.bands), card.window_px, card.window_px)
+            torch.zeros(
+                1,
+                *(() if card.task == "mapping" else (2,)),
+                len(card.bands),
+                card.window_px,
+                card.window_px,
+            )
         )
     before = _megabytes("VmRSS")
     keep_memory()  # only now, so that nothing freed is counted as taken up before

@@ -34,7 +34,17 @@ from scipy import ndimage
 from shapely.geometry import box, mapping
 
 from minecube import cube, scenes
-from minecube.catalog import BANDS, NATIVE_M, SCL, Access, Recipe, Site, load_recipes, load_sites, load_sources
+from minecube.catalog import (
+    BANDS,
+    NATIVE_M,
+    SCL,
+    Access,
+    Recipe,
+    Site,
+    load_recipes,
+    load_sites,
+    load_sources,
+)
 from minecube.cli import build as building
 from minecube.composite import composite
 from minecube.grid import at_resolution, grid_of
@@ -51,15 +61,25 @@ YEARS = (2020, 2022)
 
 def main() -> None:
     """Run all parts and print, and write, what came of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw the two distributions of offset steps here")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the dates, one run instead of three, one seed")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a quarter of the dates, one run instead of three, one seed",
+    )
     asked = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        figures = far_away(place / "far", DATES // 4 if asked.quick else DATES, 1 if asked.quick else 3)
+        figures = far_away(
+            place / "far", DATES // 4 if asked.quick else DATES, 1 if asked.quick else 3
+        )
         figures |= troubled(place / "world")
         figures |= wrong_flags(place / "flags", (1,) if asked.quick else (1, 2, 3), asked.plot)
     for name, value in figures.items():
@@ -72,7 +92,9 @@ def main() -> None:
 @contextmanager
 def served(folder: Path, *trouble: str) -> Iterator[str]:
     """The URL under which the folder is served, with that trouble."""
-    server = subprocess.Popen([sys.executable, str(SERVER), str(folder), *trouble], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER), str(folder), *trouble], stdout=subprocess.PIPE, text=True
+    )
     try:
         yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
     finally:
@@ -87,7 +109,9 @@ def far_away(folder: Path, dates: int, runs: int) -> dict[str, object]:
     """Seconds to read a site-year, and to composite it, from disk and over the network."""
     grid = archive(folder, dates)
     here = listed(str(folder), grid, dates)
-    seconds: dict[str, list[float]] = {name: [] for name in ("read here", "read far", "composite here", "composite far")}
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("read here", "read far", "composite here", "composite far")
+    }
     ledger = Ledger()
     read(here, grid, Ledger())  # the page cache is warm for both
     for run in range(runs):
@@ -104,9 +128,15 @@ def far_away(folder: Path, dates: int, runs: int) -> dict[str, object]:
             c, composite_here = timed(lambda: composite(here, grid, recipe).load())  # noqa: B023
             d, composite_far = timed(lambda: composite(far, grid, recipe).load())  # noqa: B023
             assert c.identical(d), "composites differ"
-        for name, value in zip(seconds, (seconds_here, seconds_far, composite_here, composite_far), strict=True):
+        for name, value in zip(
+            seconds, (seconds_here, seconds_far, composite_here, composite_far), strict=True
+        ):
             seconds[name].append(value)
-        print(f"  run {run + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()), flush=True)
+        print(
+            f"  run {run + 1}: "
+            + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()),
+            flush=True,
+        )
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     totals = ledger.totals()
     return {
@@ -133,7 +163,11 @@ def read(listed_scenes: list[pystac.Item], grid: GeoBox, ledger: Ledger) -> int:
     total = 0
     for size in (10, 20):
         bands = [b for b in (*BANDS, SCL) if NATIVE_M[b] == size]
-        total += int(fetched(stack(listed_scenes, at_resolution(grid, size), bands, chunk_px=SIDE, ledger=ledger)).sum())
+        total += int(
+            fetched(
+                stack(listed_scenes, at_resolution(grid, size), bands, chunk_px=SIDE, ledger=ledger)
+            ).sum()
+        )
     return total
 
 
@@ -149,7 +183,9 @@ def archive(folder: Path, dates: int) -> GeoBox:
             if band == SCL:
                 pixels = np.where(base > 3200, 8, 4).astype(np.uint8)
             else:
-                pixels = np.clip(base + date + rng.standard_normal(base.shape) * 20, 1, 20000).astype(np.uint16)
+                pixels = np.clip(
+                    base + date + rng.standard_normal(base.shape) * 20, 1, 20000
+                ).astype(np.uint16)
             path = folder / f"{date:02d}" / f"{band}.tif"
             path.parent.mkdir(parents=True, exist_ok=True)
             with rasterio.open(
@@ -242,7 +278,10 @@ def troubled(folder: Path) -> dict[str, object]:
     with served(folder) as url:
         lost = built(folder, url, site, recipe, "lost")
     states = {o.year: o.state for o in lost.outcomes}
-    return figures | {"lost_site_year_committed": states[2022] == "built", "other_site_year_committed": states[2020] == "built"}
+    return figures | {
+        "lost_site_year_committed": states[2022] == "built",
+        "other_site_year_committed": states[2020] == "built",
+    }
 
 
 @dataclasses.dataclass
@@ -256,16 +295,24 @@ class Built:
     seconds: float
 
 
-def built(folder: Path, root: str, site: Site, recipe: Recipe, name: str, access: Access | None = None) -> Built:
+def built(
+    folder: Path, root: str, site: Site, recipe: Recipe, name: str, access: Access | None = None
+) -> Built:
     """The site's years built from the archive at that root."""
     (source,) = load_sources(folder / "sources.yaml").values()
-    source = dataclasses.replace(source, href=f"{root}/planetary-computer.parquet", access=access or Access())
+    source = dataclasses.replace(
+        source, href=f"{root}/planetary-computer.parquet", access=access or Access()
+    )
     out = folder.parent / name
-    job = building.Job(store=str(out / "cubes.zarr"), sources=(source,), recipe=recipe, snapshots=out / "scenes")
+    job = building.Job(
+        store=str(out / "cubes.zarr"), sources=(source,), recipe=recipe, snapshots=out / "scenes"
+    )
     start = time.perf_counter()
     outcomes = building.build(job, [site], YEARS)
     seconds = time.perf_counter() - start
-    used = scenes.select(building.known_scenes(site, YEARS[-1], job.sources, job.snapshots).scenes, recipe)
+    used = scenes.select(
+        building.known_scenes(site, YEARS[-1], job.sources, job.snapshots).scenes, recipe
+    )
     return Built(outcomes, cube.open_cube(job.store, site.id).load().drop_attrs(), used, seconds)
 
 
@@ -283,7 +330,11 @@ def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
     for seed in seeds:
         world = folder / str(seed)
-        simulate(sites, world, World(years=(2020, 2022), styles=("earth-search",), wrong_flags=0.05, seed=seed))
+        simulate(
+            sites,
+            world,
+            World(years=(2020, 2022), styles=("earth-search",), wrong_flags=0.05, seed=seed),
+        )
         carried = pd.read_parquet(world / "truth_offsets.parquet").set_index("id")["carried"]
         (source,) = load_sources(world / "sources.yaml").values()
         for site in sites:
@@ -291,7 +342,10 @@ def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict
                 found = scenes.search(site, year, source).scenes
                 used = {s.id for s in scenes.select(found, recipe)}
                 checks = offsets.check_offsets(found, look_at(found, grid_of(site)))
-                rows += [(c.scene in used, c.offset != -carried[c.scene], c.conflict, c.step) for c in checks]
+                rows += [
+                    (c.scene in used, c.offset != -carried[c.scene], c.conflict, c.step)
+                    for c in checks
+                ]
     table = pd.DataFrame(rows, columns=["used", "wrong", "conflict", "step"])
     used = table[table.used]
     if plot:
@@ -316,10 +370,23 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     bins = np.arange(-1300, 1301, 40)
-    for wrong, colour, label in ((False, "#4477aa", "offset right"), (True, "#cc3311", "offset wrong")):
+    for wrong, colour, label in (
+        (False, "#4477aa", "offset right"),
+        (True, "#cc3311", "offset wrong"),
+    ):
         steps = table[(table.wrong == wrong) & table.step.notna()].step
-        axes.hist(steps.clip(-1290, 1290), bins, color=colour, label=f"{label}: {len(steps)} scenes", alpha=0.85)
-    axes.set(yscale="log", xlabel="step against the scenes around it (reflectance x 10000)", ylabel="scenes")
+        axes.hist(
+            steps.clip(-1290, 1290),
+            bins,
+            color=colour,
+            label=f"{label}: {len(steps)} scenes",
+            alpha=0.85,
+        )
+    axes.set(
+        yscale="log",
+        xlabel="step against the scenes around it (reflectance x 10000)",
+        ylabel="scenes",
+    )
     axes.axvspan(-500, 500, color="0.92", zorder=0)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,8 +45,15 @@ def main() -> None:
     """Make, import, kill, resume, compare; print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--side", type=int, default=480, help="pixels a side of the images; the release's have about 800")
-    parser.add_argument("--stored", action="store_true", help="members lie in the archive as they are, not deflated")
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=480,
+        help="pixels a side of the images; the release's have about 800",
+    )
+    parser.add_argument(
+        "--stored", action="store_true", help="members lie in the archive as they are, not deflated"
+    )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         figures = measured(Path(place), asked.side, packed=not asked.stored)
@@ -97,7 +104,11 @@ def measured(place: Path, side: int, *, packed: bool) -> dict[str, Any]:
 
 def imported(url: str, out: Path) -> None:
     """The command line's import."""
-    subprocess.run([*MINECUBE, "release", "import", url, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*MINECUBE, "release", "import", url, "--out", str(out)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 MINECUBE = [sys.executable, "-c", "from minecube.cli import main; main()"]
@@ -105,7 +116,9 @@ MINECUBE = [sys.executable, "-c", "from minecube.cli import main; main()"]
 
 def killed_halfway(url: str, out: Path, requests: int) -> None:
     """The same, killed once the server was asked so often."""
-    process = subprocess.Popen([*MINECUBE, "release", "import", f"{url}/EuroMineNet.zip", "--out", str(out)])
+    process = subprocess.Popen(
+        [*MINECUBE, "release", "import", f"{url}/EuroMineNet.zip", "--out", str(out)]
+    )
     while process.poll() is None and counts(url)["requests"] < requests:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -128,7 +141,9 @@ def labels_of(folder: Path, masks: Masks) -> Iterator[bool]:
     for (site, year), mask in masks.items():
         row = rows.loc[(site, year)]
         own = polygons[(polygons["site"] == site) & (polygons["year"] == year)]
-        drawn = features.rasterize(own.geometry, mask.shape, transform=Affine(*row["transform"]), default_value=255)
+        drawn = features.rasterize(
+            own.geometry, mask.shape, transform=Affine(*row["transform"]), default_value=255
+        )
         yield bool(np.array_equal(drawn, mask))
 
 
@@ -136,9 +151,16 @@ def same(one: Path, other: Path) -> bool:
     """Whether two imports are the same files, but for the port in the archive's URL."""
     names = sorted(p.name for p in one.iterdir())
     tables = [n for n in names if n != "import.json"]
-    abouts = [json.loads((folder / "import.json").read_text()) | {"archive": ""} for folder in (one, other)]
+    abouts = [
+        json.loads((folder / "import.json").read_text()) | {"archive": ""}
+        for folder in (one, other)
+    ]
     listed = sorted(p.name for p in other.iterdir()) == names
-    return listed and abouts[0] == abouts[1] and all((one / n).read_bytes() == (other / n).read_bytes() for n in tables)
+    return (
+        listed
+        and abouts[0] == abouts[1]
+        and all((one / n).read_bytes() == (other / n).read_bytes() for n in tables)
+    )
 
 
 def counts(url: str) -> dict[str, int]:

@@ -49,7 +49,9 @@ Site = tuple[Pixels, Pixels]
 
 def main() -> None:
     """Measure, print and, if asked, write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sites", type=int, default=133)
     parser.add_argument("--rounds", type=int, default=3)
@@ -61,9 +63,13 @@ def main() -> None:
     for kind, make in (("realistic", realistic), ("noise", noise)):
         made = [make(seed) for seed in range(DISTINCT)]
         # Other places in memory, other rows: nothing is found in a cache that would not be there of different sites.
-        sites = [tuple(np.roll(a, 7 * n, axis=1) for a in made[n % DISTINCT]) for n in range(asked.sites)]
+        sites = [
+            tuple(np.roll(a, 7 * n, axis=1) for a in made[n % DISTINCT]) for n in range(asked.sites)
+        ]
         found = compared(sites, asked.rounds, asked.threads)  # type: ignore[arg-type]
-        figures |= {f"{kind}_{name}" if kind == "noise" else name: value for name, value in found.items()}
+        figures |= {
+            f"{kind}_{name}" if kind == "noise" else name: value for name, value in found.items()
+        }
         del sites
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,11 @@ def realistic(seed: int) -> Site:
 
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
     at_y, at_x = rng.uniform(-0.2, 0.2, 2)
-    ground = -8 * np.hypot(y - at_y, (x - at_x) * rng.uniform(0.7, 1.4)) + 0.8 * field(25) + 0.15 * field(6)
+    ground = (
+        -8 * np.hypot(y - at_y, (x - at_x) * rng.uniform(0.7, 1.4))
+        + 0.8 * field(25)
+        + 0.15 * field(6)
+    )
     outline, bias = np.quantile(ground, 1 - rng.uniform(0.04, 0.2)), 0.08 * field(10)
     levels = outline + 0.05 * (len(YEARS) / 2 - np.arange(len(YEARS)))
     truth = np.stack([ground > level for level in levels])
@@ -115,7 +125,9 @@ def differing(site: Site) -> int:
     buffer, found = np.empty(BUFFER, np.bool_), 0
     for at in range(0, len(pred), BUFFER):
         part = pred[at : at + BUFFER]
-        found += np.count_nonzero(np.not_equal(part, truth[at : at + BUFFER], out=buffer[: len(part)]))
+        found += np.count_nonzero(
+            np.not_equal(part, truth[at : at + BUFFER], out=buffer[: len(part)])
+        )
     return found
 
 
@@ -150,7 +162,9 @@ def check(scores: metrics.Scores, matrices: Any) -> None:
     """That both counted the same."""
     for i, (year, n) in enumerate(scores.years.items()):
         assert matrices["year", i].tolist() == [[n.tn, n.fp], [n.fn, n.tp]], year
-    for of, (years, n) in zip(combinations(range(len(YEARS)), 2), scores.pairs.items(), strict=True):
+    for of, (years, n) in zip(
+        combinations(range(len(YEARS)), 2), scores.pairs.items(), strict=True
+    ):
         tp = n.new_new + n.new_gone + n.gone_new + n.gone_gone
         fn, fp = n.new_same + n.gone_same, n.same_new + n.same_gone
         assert matrices["pair", of].tolist() == [[n.same_same, fp], [fn, tp]], years
@@ -179,7 +193,10 @@ def compared(sites: Sequence[Site], rounds: int, threads: int) -> dict[str, Any]
         start = time.perf_counter()
         matrices = list(pool.map(with_torchmetrics, few))
         seconds["torchmetrics"] = [(time.perf_counter() - start) * len(sites) / len(few)]
-    check(sum((score(site) for site in few), metrics.Scores()), {n: sum(m[n] for m in matrices) for n in matrices[0]})
+    check(
+        sum((score(site) for site in few), metrics.Scores()),
+        {n: sum(m[n] for m in matrices) for n in matrices[0]},
+    )
     middle = {name: statistics.median(each) for name, each in seconds.items()}
     size = sum(a.nbytes for site in sites for a in site)
     names = {
@@ -188,7 +205,10 @@ def compared(sites: Sequence[Site], rounds: int, threads: int) -> dict[str, Any]
         "score": "metrics.count",
         "torchmetrics": f"torchmetrics, scaled from {len(few)} sites",
     }
-    rows = [(names[n], s, size / s / 1e9, s / (size / 2) * 1e9, middle["xor"] / s) for n, s in middle.items()]
+    rows = [
+        (names[n], s, size / s / 1e9, s / (size / 2) * 1e9, middle["xor"] / s)
+        for n, s in middle.items()
+    ]
     print(table(("what", "s", "GB/s", "ns a pixel-year", "of the pass"), rows), flush=True)
     return {
         "bandwidth_fraction": middle["xor"] / middle["score"],

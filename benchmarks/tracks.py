@@ -47,15 +47,24 @@ Maps = np.ndarray[Any, np.dtype[np.uint8]]
 
 def main() -> None:
     """All three parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="two sites and two kinds of errors")
-    parser.add_argument("--side", type=int, default=2100, help="of the map whose smoothing is timed")
+    parser.add_argument(
+        "--side", type=int, default=2100, help="of the map whose smoothing is timed"
+    )
     asked = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(machine, flush=True)
     settings, sites = (SETTINGS[::3], SITES[:2]) if asked.quick else (SETTINGS, SITES)
-    figures = {"machine": machine, **speed(asked.side), "gain": gain(settings, sites), "coverage": coverage(settings, sites)}
+    figures = {
+        "machine": machine,
+        **speed(asked.side),
+        "gain": gain(settings, sites),
+        "coverage": coverage(settings, sites),
+    }
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -71,15 +80,30 @@ def speed(side: int, rounds: int = 3) -> dict[str, Any]:
     rates = Rates(opening=0.01, closing=0.02, initial=0.1, prior=0.1)
     some = values[:, :2000]
     ours = timed(lambda: tracks.posterior(values, YEARS, rates), rounds)
-    figures = {"side": side, "seconds": ours, "seconds_viterbi": timed(lambda: tracks.viterbi(values, YEARS, rates), rounds)}
+    figures = {
+        "side": side,
+        "seconds": ours,
+        "seconds_viterbi": timed(lambda: tracks.viterbi(values, YEARS, rates), rounds),
+    }
     figures["seconds_numpy"] = timed(lambda: plain(values, rates), 1)
-    figures["seconds_per_pixel"] = timed(lambda: [one(some[:, n], rates) for n in range(2000)], 1) * side * side / 2000
-    figures["vs_numpy"], figures["vs_per_pixel"] = figures["seconds_numpy"] / ours, figures["seconds_per_pixel"] / ours
+    figures["seconds_per_pixel"] = (
+        timed(lambda: [one(some[:, n], rates) for n in range(2000)], 1) * side * side / 2000
+    )
+    figures["vs_numpy"], figures["vs_per_pixel"] = (
+        figures["seconds_numpy"] / ours,
+        figures["seconds_per_pixel"] / ours,
+    )
     off = np.abs(tracks.posterior(some, YEARS, rates).astype(int) - plain(some, rates))
     figures["steps_off"] = int(off.max())
     figures["values_off"] = float((off > 0).mean())
-    rows = [(name, figures[f"seconds{end}"]) for name, end in (("ours", ""), ("Viterbi", "_viterbi"), ("numpy", "_numpy"))]
-    print(table(("smoothing", "seconds"), [*rows, ("pixel by pixel", figures["seconds_per_pixel"])]), flush=True)
+    rows = [
+        (name, figures[f"seconds{end}"])
+        for name, end in (("ours", ""), ("Viterbi", "_viterbi"), ("numpy", "_numpy"))
+    ]
+    print(
+        table(("smoothing", "seconds"), [*rows, ("pixel by pixel", figures["seconds_per_pixel"])]),
+        flush=True,
+    )
     return figures
 
 
@@ -143,10 +167,16 @@ def truth_of(seed: int, side: int = SIDE) -> Maps:
         shape = np.hypot(y - cy, x - cx) + 6 * field(r, side, 6)
         opens, start, growth = r.choice([-5, -5, 2, 5]), r.uniform(10, 30), r.uniform(0, 2.5)
         closes, away = r.choice([3, 6, 99]), r.uniform(0, 2 * np.pi)
-        back = np.hypot(y - cy - start * np.sin(away), x - cx - start * np.cos(away)) + 4 * field(r, side, 5)
+        back = np.hypot(y - cy - start * np.sin(away), x - cx - start * np.cos(away)) + 4 * field(
+            r, side, 5
+        )
         for t in range(max(opens, 0), len(YEARS)):
             own = shape < (start if opens < 0 else 8) + growth * (t - max(opens, 0))
-            green = (back < 6 + 4 * (t - closes)) & (shape < start + growth * 10) if t >= closes else False
+            green = (
+                (back < 6 + 4 * (t - closes)) & (shape < start + growth * 10)
+                if t >= closes
+                else False
+            )
             mine[t] = (mine[t] | own) & ~np.asarray(green)
     return mine.astype(np.uint8)
 
@@ -160,7 +190,12 @@ def score_of(seed: int, lasting: float) -> np.ndarray:
     for mine in truth:
         soft = 2 * ndimage.gaussian_filter(2.0 * mine - 1, 1.2)
         own = 0.8 * field(r, side, 2.5) + 0.6 * r.standard_normal((side, side))
-        scores.append(soft + np.sqrt(lasting) * always + np.sqrt(1 - lasting) * own + 0.3 * r.standard_normal())
+        scores.append(
+            soft
+            + np.sqrt(lasting) * always
+            + np.sqrt(1 - lasting) * own
+            + 0.3 * r.standard_normal()
+        )
     return np.stack(scores)
 
 
@@ -189,7 +224,10 @@ def on_years(values: Maps) -> xr.DataArray:
 
 def scores(footprints: dict[int, xr.DataArray]) -> dict[str, float]:
     """Scores of all sites together, and flips: per cent of steps that go back on an earlier one."""
-    counted = sum((metrics.count(f.to_numpy(), truth_of(s), YEARS) for s, f in footprints.items()), metrics.Scores())
+    counted = sum(
+        (metrics.count(f.to_numpy(), truth_of(s), YEARS) for s, f in footprints.items()),
+        metrics.Scores(),
+    )
     found = metrics.finish(counted)
     flips = statistics.mean(tracks.flip_rate(f) for f in footprints.values())
     return {name: round(found[name], 4) for name in SHOWN} | {"flips": round(100 * flips, 3)}
@@ -201,7 +239,9 @@ def gain(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) -> l
     for lasting, too_sure in settings:
         raw = {seed: maps_of(seed, lasting, too_sure) for seed in sites}
         said = {"lasting": lasting, "too_sure": too_sure}
-        rows.append({**said, "way": "raw", **scores({s: tracks.threshold(p) for s, p in raw.items()})})
+        rows.append(
+            {**said, "way": "raw", **scores({s: tracks.threshold(p) for s, p in raw.items()})}
+        )
         labelled = tracks.rates_from_labels(on_years(truth_of(seed)) for seed in OTHERS)
         learned = tracks.learn_rates(raw.values())
         ways = {
@@ -209,12 +249,21 @@ def gain(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) -> l
             "rates of labels": labelled,
             "rates 0.01": dataclasses.replace(learned, opening=0.01, closing=0.01),
             "prior not divided out": tracks.learn_rates(raw.values(), prior=0.5),
-            **{f"temper {temper}": tracks.learn_rates(raw.values(), temper=temper) for temper in (0.35, 0.5, 1.0)},
+            **{
+                f"temper {temper}": tracks.learn_rates(raw.values(), temper=temper)
+                for temper in (0.35, 0.5, 1.0)
+            },
         }
         for way, rates in ways.items():
             smoothed = {s: tracks.threshold(tracks.smooth(p, rates)) for s, p in raw.items()}
             rows.append({**said, "way": way, **scores(smoothed)})
-        rows.append({**said, "way": "likeliest path", **scores({s: tracks.likeliest(p, learned) for s, p in raw.items()})})
+        rows.append(
+            {
+                **said,
+                "way": "likeliest path",
+                **scores({s: tracks.likeliest(p, learned) for s, p in raw.items()}),
+            }
+        )
     print("\n" + table(tuple(rows[0]), [tuple(row.values()) for row in rows]), flush=True)
     return rows
 
@@ -222,14 +271,22 @@ def gain(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) -> l
 # Coverage
 
 
-def coverage(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) -> list[dict[str, Any]]:
+def coverage(
+    settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]
+) -> list[dict[str, Any]]:
     """How many of all sites' years have their true area within 95 % intervals, and how wide these are."""
     grid = GeoBox((SIDE, SIDE), Affine(10, 0, 500_020, 0, -10, 5_600_040), "EPSG:32633")
     rows = []
     for lasting, too_sure in settings:
         raw = {seed: maps_of(seed, lasting, too_sure) for seed in sites}
         rates = tracks.learn_rates(raw.values())
-        held: dict[str, list[float]] = {"within": [], "within_unshifted": [], "within_alone": [], "width": [], "off": []}
+        held: dict[str, list[float]] = {
+            "within": [],
+            "within_unshifted": [],
+            "within_alone": [],
+            "width": [],
+            "off": [],
+        }
         for seed, probability in raw.items():
             smoothed = tracks.smooth(probability, rates)
             true = tracks.areas(on_years(truth_of(seed)), grid)["area_m2"]
@@ -240,11 +297,19 @@ def coverage(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) 
                 ("within_unshifted", smoothed, tracks.error_correlation(probability, smoothed)),
             ):
                 found = tracks.expected_areas(smoothed, yearly, grid, correlation)
-                held[name] += ((found["low_m2"] <= true) & (true <= found["high_m2"])).astype(float).tolist()
+                held[name] += (
+                    ((found["low_m2"] <= true) & (true <= found["high_m2"])).astype(float).tolist()
+                )
                 if name == "within":
                     held["width"] += ((found["high_m2"] - found["low_m2"]) / true).tolist()
                     held["off"] += (found["expected_m2"] / true - 1).abs().tolist()
-        rows.append({"lasting": lasting, "too_sure": too_sure, **{k: round(statistics.mean(v), 4) for k, v in held.items()}})
+        rows.append(
+            {
+                "lasting": lasting,
+                "too_sure": too_sure,
+                **{k: round(statistics.mean(v), 4) for k, v in held.items()},
+            }
+        )
     print("\n" + table(tuple(rows[0]), [tuple(row.values()) for row in rows]), flush=True)
     return rows
 

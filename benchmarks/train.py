@@ -35,7 +35,9 @@ STEPS = 12
 
 def main() -> None:
     """Measure each model and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--store", required=True)
     parser.add_argument("--sites", default="*")
     parser.add_argument("--model", nargs="+", default=["unet-small"])
@@ -51,15 +53,29 @@ def main() -> None:
     for name in asked.model:
         card = load_models()[name]
         view = {"mapping": "year", "change": "pair", "series": "series"}[card.task]
-        figures[name] = measured(card, load_presets()[asked.preset], cube.CubeDataset(asked.store, sites, view=view), asked)
+        figures[name] = measured(
+            card,
+            load_presets()[asked.preset],
+            cube.CubeDataset(asked.store, sites, view=view),
+            asked,
+        )
     headings = list(next(iter(figures.values())))
-    print(table(["model", *headings], [[name, *(found[h] for h in headings)] for name, found in figures.items()]))
+    print(
+        table(
+            ["model", *headings],
+            [[name, *(found[h] for h in headings)] for name, found in figures.items()],
+        )
+    )
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps({"machine": machine, "models": figures}, indent=2) + "\n", encoding="utf-8")
+        asked.json.write_text(
+            json.dumps({"machine": machine, "models": figures}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
-def measured(card: ModelCard, settings: Settings, source: Any, asked: argparse.Namespace) -> dict[str, float]:
+def measured(
+    card: ModelCard, settings: Settings, source: Any, asked: argparse.Namespace
+) -> dict[str, float]:
     """The figures of one model."""
     start = time.perf_counter()
     surveyed = train.survey(source, card, settings)
@@ -70,11 +86,18 @@ def measured(card: ModelCard, settings: Settings, source: Any, asked: argparse.N
     optimiser = torch.optim.Adam(network.parameters())
 
     def batches() -> Any:
-        keys = [[(0, step * settings.batch + n) for n in range(settings.batch)] for step in range(STEPS + 1)]
-        return DataLoader(windows, batch_sampler=keys, num_workers=asked.workers, pin_memory=place.type == "cuda")  # type: ignore[arg-type]
+        keys = [
+            [(0, step * settings.batch + n) for n in range(settings.batch)]
+            for step in range(STEPS + 1)
+        ]
+        return DataLoader(
+            windows, batch_sampler=keys, num_workers=asked.workers, pin_memory=place.type == "cuda"
+        )  # type: ignore[arg-type]
 
     def stepped(batch: Any) -> None:
-        fitting._step(network, optimiser, [part.to(place, non_blocking=True) for part in batch], windows)
+        fitting._step(
+            network, optimiser, [part.to(place, non_blocking=True) for part in batch], windows
+        )
 
     def speed(stream: Any, use: Any) -> tuple[float, float]:
         """Windows a second, and this process's processor seconds a window."""

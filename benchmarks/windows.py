@@ -65,15 +65,22 @@ PACKINGS = {
 
 def main() -> None:
     """Make both layouts, or the table of chunks and packings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="try chunk sizes and packings instead")
     asked = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(machine, flush=True)
-    with tempfile.TemporaryDirectory() as folder:  # on a disk: where TMPDIR is memory, `forget` says so
-        figures = {"machine": machine, **(tried(Path(folder)) if asked.table else compared(Path(folder), asked.rounds))}
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # on a disk: where TMPDIR is memory, `forget` says so
+        figures = {
+            "machine": machine,
+            **(tried(Path(folder)) if asked.table else compared(Path(folder), asked.rounds)),
+        }
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -82,7 +89,10 @@ def main() -> None:
 def land(side: int) -> tuple[np.ndarray, np.ndarray]:
     """Coarse and fine structure of deviation 1."""
     rng = np.random.default_rng(1)
-    fields = [ndimage.gaussian_filter(rng.standard_normal((side, side), dtype=np.float32), s) for s in (6, 1.2)]
+    fields = [
+        ndimage.gaussian_filter(rng.standard_normal((side, side), dtype=np.float32), s)
+        for s in (6, 1.2)
+    ]
     return fields[0] / fields[0].std(), fields[1] / fields[1].std()
 
 
@@ -91,7 +101,13 @@ def year_of(ground: tuple[np.ndarray, np.ndarray], year: int) -> np.ndarray:
     rng, (coarse, fine) = np.random.default_rng(year), ground
     made = np.empty((len(BANDS), *coarse.shape), np.uint16)
     for n, band in enumerate(BANDS):
-        pixels = 1200 + 150 * n + coarse * 350 + fine * 120 + rng.standard_normal(coarse.shape, dtype=np.float32) * 40
+        pixels = (
+            1200
+            + 150 * n
+            + coarse * 350
+            + fine * 120
+            + rng.standard_normal(coarse.shape, dtype=np.float32) * 40
+        )
         if NATIVE_M[band] == 20:
             pixels = pixels[::2, ::2].repeat(2, axis=0).repeat(2, axis=1)
         made[n] = np.clip(pixels, 1, 10000)
@@ -107,22 +123,49 @@ def mine_of(side: int, year: int) -> np.ndarray:
 def make(folder: Path) -> tuple[Path, Path]:
     """The cube and the patches; where they are."""
     store, patches, ground = folder / "cubes.zarr", folder / "patches", land(SIDE)
-    corners = box(360025, 5600040 - SIDE * 10 + 25, 360000 + SIDE * 10 - 25, 5600015)  # snapped outwards to the grid
+    corners = box(
+        360025, 5600040 - SIDE * 10 + 25, 360000 + SIDE * 10 - 25, 5600015
+    )  # snapped outwards to the grid
     move = Transformer.from_crs(32633, 4326, always_xy=True).transform
     site = Site(id="pit", geometry=shapely.transform(corners, move, interleaved=False))
     grid = grid_of(site)
     cube.create(str(store), site, grid, YEARS, RECIPE)
-    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+    told = {
+        "minecube:source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": "r",
+    }
     scene = types.SimpleNamespace(id="a", properties=told)
     for year in YEARS:
         pixels, mine = year_of(ground, year), mine_of(SIDE, year)
-        clear = (12 + 3 * ground[0] + np.random.default_rng(-year % 99).standard_normal((SIDE, SIDE))).clip(1)[::2, ::2]
-        layers = {"clear_count": clear.repeat(2, axis=0).repeat(2, axis=1).astype(np.uint16), "quality": (mine | 1)}
+        clear = (
+            12 + 3 * ground[0] + np.random.default_rng(-year % 99).standard_normal((SIDE, SIDE))
+        ).clip(1)[::2, ::2]
+        layers = {
+            "clear_count": clear.repeat(2, axis=0).repeat(2, axis=1).astype(np.uint16),
+            "quality": (mine | 1),
+        }
         side = RECIPE.block_px
-        made = {"reflectance": (("band", "y", "x"), da.from_array(pixels, chunks=(len(BANDS), side, side)))}
-        made |= {name: (("y", "x"), da.from_array(layer, chunks=side)) for name, layer in layers.items()}
-        cube.write_year(str(store), xr.Dataset(made), cube.provenance_of(site, year, grid, RECIPE, [scene]), b"", workers=2)
-        labels = xr.DataArray(mine[None], dims=("year", "y", "x"), coords={"year": [year], **xr_coords(grid)})
+        made = {
+            "reflectance": (
+                ("band", "y", "x"),
+                da.from_array(pixels, chunks=(len(BANDS), side, side)),
+            )
+        }
+        made |= {
+            name: (("y", "x"), da.from_array(layer, chunks=side)) for name, layer in layers.items()
+        }
+        cube.write_year(
+            str(store),
+            xr.Dataset(made),
+            cube.provenance_of(site, year, grid, RECIPE, [scene]),
+            b"",
+            workers=2,
+        )
+        labels = xr.DataArray(
+            mine[None], dims=("year", "y", "x"), coords={"year": [year], **xr_coords(grid)}
+        )
         cube.write_footprint(str(store), site.id, labels, origin="drawn")
         for y, x in places():
             part = patches / f"{y}_{x}"
@@ -175,7 +218,9 @@ def forget(place: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     kept = sum(pages_in_memory(path) for path in files)
     if kept:
-        raise SystemExit(f"{kept} pages of {place} are still in memory: this file system does not forget, so nothing is cold")
+        raise SystemExit(
+            f"{kept} pages of {place} are still in memory: this file system does not forget, so nothing is cold"
+        )
 
 
 def pages_in_memory(path: Path) -> int:
@@ -184,7 +229,9 @@ def pages_in_memory(path: Path) -> int:
         whole = np.frombuffer(mapped, np.uint8)
         flags = np.zeros(-(-len(whole) // mmap.PAGESIZE), np.uint8)
         failed = ctypes.CDLL(None).mincore(
-            ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(len(whole)), ctypes.c_void_p(flags.ctypes.data)
+            ctypes.c_void_p(whole.ctypes.data),
+            ctypes.c_size_t(len(whole)),
+            ctypes.c_void_p(flags.ctypes.data),
         )
         del whole
     if failed:
@@ -216,12 +263,19 @@ def compared(folder: Path, rounds: int) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {}
     for n in range(rounds):
         for name, place in places_of.items():
-            dataset = Patches(place) if name == "patches" else cube.CubeDataset(str(place), length=len(places()), seed=n)
+            dataset = (
+                Patches(place)
+                if name == "patches"
+                else cube.CubeDataset(str(place), length=len(places()), seed=n)
+            )
             forget(place)
             speeds.setdefault(f"{name}_cold", []).append(speed(dataset))
             speeds.setdefault(f"{name}_warm", []).append(speed(dataset))
     middle = {name: statistics.median(each) for name, each in speeds.items()}
-    room = {name: dict(zip(("bytes", "files"), on_disk(place), strict=True)) for name, place in places_of.items()}
+    room = {
+        name: dict(zip(("bytes", "files"), on_disk(place), strict=True))
+        for name, place in places_of.items()
+    }
     ratios, rows = {}, []
     for what, values in (
         ("cold", {name: middle[f"{name}_cold"] for name in places_of}),
@@ -231,7 +285,9 @@ def compared(folder: Path, rounds: int) -> dict[str, Any]:
     ):
         ratios[f"{what}_ratio"] = values["packed"] / values["patches"]
         ratios[f"built_{what}_ratio"] = values["built"] / values["patches"]
-        unit = {"cold": "samples/s, cold", "warm": "samples/s, warm", "bytes": "MB on disk"}.get(what, what)
+        unit = {"cold": "samples/s, cold", "warm": "samples/s, warm", "bytes": "MB on disk"}.get(
+            what, what
+        )
         shown = [v / 1e6 if what == "bytes" else v for v in values.values()]
         rows.append((unit, *shown, ratios[f"{what}_ratio"], ratios[f"built_{what}_ratio"]))
     print(table(("what", *places_of, "packed / patches", "built / patches"), rows))
@@ -248,8 +304,14 @@ def tried(folder: Path) -> dict[str, Any]:
     for chunk, (name, packing) in itertools.product((64, 80, 128, 160, 256), PACKINGS.items()):
         path, side = folder / f"{chunk}_{name}", 1024 // chunk * chunk
         start = time.process_time()
-        how = {"chunks": (1, 10, chunk, chunk), "shards": (1, 10, side, side), "compressors": packing}
-        array = zarr.create_array(path, name="reflectance", shape=pixels.shape, dtype="u2", fill_value=0, **how)
+        how = {
+            "chunks": (1, 10, chunk, chunk),
+            "shards": (1, 10, side, side),
+            "compressors": packing,
+        }
+        array = zarr.create_array(
+            path, name="reflectance", shape=pixels.shape, dtype="u2", fill_value=0, **how
+        )
         array[:] = pixels
         packed = time.process_time() - start
         array = zarr.open_array(path / "reflectance")
@@ -267,7 +329,14 @@ def tried(folder: Path) -> dict[str, Any]:
         mb = pixels.nbytes / 1e6
         print(".", end="", flush=True)
         rows.append((chunk, name, size, min(window) * 1e3, mb / min(whole), mb / packed))
-    headings = ("chunk", "packing", "bytes / raw", "window, CPU ms a year", "map, MB a CPU s", "packing, MB a CPU s")
+    headings = (
+        "chunk",
+        "packing",
+        "bytes / raw",
+        "window, CPU ms a year",
+        "map, MB a CPU s",
+        "packing, MB a CPU s",
+    )
     print("\n" + table(headings, rows))
     return {"table": [dict(zip(headings, row, strict=True)) for row in rows]}
 

@@ -144,11 +144,15 @@ class Archive:
         time = dt.datetime.fromisoformat(when).replace(tzinfo=dt.UTC)
         stamp = time.strftime("%Y%m%dT%H%M%S")
         start, processed = start or stamp, processed or stamp
-        name = f"S2A_MSIL2A_{stamp}_N{baseline.replace('.', '')}_R022_T{tile}_{processed}_{start[-6:]}"
+        name = (
+            f"S2A_MSIL2A_{stamp}_N{baseline.replace('.', '')}_R022_T{tile}_{processed}_{start[-6:]}"
+        )
         assets = {}
         for band, values in {**pixels, "SCL": scl}.items():
             where = grid.zoom_out(self.resolution[band] / 10)
-            full = np.broadcast_to(values, where.shape).astype(np.uint8 if band == "SCL" else np.uint16)
+            full = np.broadcast_to(values, where.shape).astype(
+                np.uint8 if band == "SCL" else np.uint16
+            )
             path = write_tif(self.root / name / f"{band}.tif", full, where)
             place = {"gsd": self.resolution[band], "proj:shape": list(where.shape)}
             assets[band] = pystac.Asset(str(path), extra_fields=place)
@@ -183,14 +187,21 @@ def archive(tmp_path: Path) -> Archive:
     return Archive(tmp_path / "archive")
 
 
-def grid_at(left: float, top: float, width: int, height: int, epsg: int = 32633, size: float = 10) -> GeoBox:
+def grid_at(
+    left: float, top: float, width: int, height: int, epsg: int = 32633, size: float = 10
+) -> GeoBox:
     return GeoBox((height, width), Affine(size, 0, left, 0, -size, top), f"EPSG:{epsg}")
 
 
 @contextmanager
 def served(folder: Path, *trouble: object) -> Iterator[str]:
     """URL of the folder on a loopback server of its own process."""
-    command = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(folder), *map(str, trouble)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("range_server.py")),
+        str(folder),
+        *map(str, trouble),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout
@@ -220,7 +231,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             monkeypatch.setenv(name, value)
         # What is stored belongs to the process, not to the server.
         for method, path in (("POST", "moto-api/reset"), ("PUT", "mines")):
-            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{path}", method=method), timeout=20)
+            urllib.request.urlopen(
+                urllib.request.Request(f"{endpoint}/{path}", method=method), timeout=20
+            )
         store._client.cache_clear()  # its clients know the server of an earlier test
         yield "s3://mines"
     finally:

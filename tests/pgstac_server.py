@@ -35,14 +35,20 @@ def programs():
             hint = "pip install pypgstac 'psycopg[binary,pool]' stac-fastapi.pgstac uvicorn"
             raise Unavailable(f"the Python package {package} is missing; {hint}") from None
     # Debian keeps them off PATH, one folder a version.
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: float(p.parent.name), reverse=True)
+    folders = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: float(p.parent.name), reverse=True
+    )
     folders += [Path(p).resolve().parent for p in [shutil.which("initdb")] if p]
     for folder in folders:
-        if all((folder / name).exists() for name in ("initdb", "postgres", "pg_isready", "pg_config")):
+        if all(
+            (folder / name).exists() for name in ("initdb", "postgres", "pg_isready", "pg_config")
+        ):
             share = subprocess.check_output([folder / "pg_config", "--sharedir"], text=True).strip()
             if Path(share, "extension", "postgis.control").exists():
                 return folder
-    raise Unavailable("Postgres' server with PostGIS is missing; apt-get install postgresql-postgis")
+    raise Unavailable(
+        "Postgres' server with PostGIS is missing; apt-get install postgresql-postgis"
+    )
 
 
 @contextlib.contextmanager
@@ -54,7 +60,13 @@ def pgstac(folder: Path, collection: dict, items: list[dict]) -> Iterator[str]:
         port = str(probe.getsockname()[1])
     # The caller's own Postgres must not be reached by mistake.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
-    env |= {"PGHOST": "127.0.0.1", "PGPORT": port, "PGUSER": "postgres", "PGPASSWORD": "any", "PGDATABASE": "postgres"}
+    env |= {
+        "PGHOST": "127.0.0.1",
+        "PGPORT": port,
+        "PGUSER": "postgres",
+        "PGPASSWORD": "any",
+        "PGDATABASE": "postgres",
+    }
     client = {"cwd": folder, "env": env}
     with contextlib.ExitStack() as stack:
         # Not in `folder`: a socket's path is at most 107 characters long, and pytest's folders are shut to other users.
@@ -64,26 +76,58 @@ def pgstac(folder: Path, collection: dict, items: list[dict]) -> Iterator[str]:
             nobody = pwd.getpwnam("nobody")
             os.chown(data, nobody.pw_uid, nobody.pw_gid)
             server |= {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        finish([tools / "initdb", "-D", "db", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N"], **server)
+        finish(
+            [
+                tools / "initdb",
+                "-D",
+                "db",
+                "-U",
+                "postgres",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--locale=C",
+                "-N",
+            ],
+            **server,
+        )
         # With its context on, pgstac says how many items match.
         options = ["-c", "fsync=off", "-c", "listen_addresses=127.0.0.1", "-c", "pgstac.context=on"]
         postgres = [tools / "postgres", "-D", "db", "-k", data, *options]
         ready = [tools / "pg_isready", "-q"]
-        up = running(postgres, folder / "postgres.log", lambda: not subprocess.run(ready, env=env).returncode, **server)
+        up = running(
+            postgres,
+            folder / "postgres.log",
+            lambda: not subprocess.run(ready, env=env).returncode,
+            **server,
+        )
         stack.enter_context(up)
         pypgstac = [sys.executable, "-m", "pypgstac.pypgstac"]
         finish([*pypgstac, "migrate"], **client)
         for table, rows in (("collections", [collection]), ("items", items)):
             (folder / table).write_text("\n".join(json.dumps(row) for row in rows))
             finish([*pypgstac, "load", table, table], **client)
-        app = [sys.executable, "-m", "uvicorn", "--factory", "stac_fastapi.pgstac.app:create_app", "--port", "0"]
+        app = [
+            sys.executable,
+            "-m",
+            "uvicorn",
+            "--factory",
+            "stac_fastapi.pgstac.app:create_app",
+            "--port",
+            "0",
+        ]
         log = folder / "api.log"
-        stack.enter_context(running(app, log, lambda: "running on http" in log.read_text(), **client))
+        stack.enter_context(
+            running(app, log, lambda: "running on http" in log.read_text(), **client)
+        )
         yield re.search(r"running on (http://\S+)", log.read_text())[1]
 
 
 def finish(command, **options):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout[-3000:]}")
 
@@ -92,7 +136,10 @@ def finish(command, **options):
 def running(command, log, ready, **options):
     # So that it ends even with a test run that is killed.
     tether = ["setpriv", "--pdeathsig", "INT", "--"] if shutil.which("setpriv") else []
-    with log.open("w") as out, subprocess.Popen([*tether, *command], stdout=out, stderr=out, **options) as process:
+    with (
+        log.open("w") as out,
+        subprocess.Popen([*tether, *command], stdout=out, stderr=out, **options) as process,
+    ):
         try:
             give_up = time.monotonic() + 60
             while not ready():

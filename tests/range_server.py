@@ -19,7 +19,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 class Server:
     def __init__(self, asked):
         self.asked, self.random, self.tokens = asked, random.Random(asked.seed), {}
-        self.counts = dict.fromkeys(("requests", "ok", "failed", "truncated", "stalled", "refused", "peak", "bytes"), 0)
+        self.counts = dict.fromkeys(
+            ("requests", "ok", "failed", "truncated", "stalled", "refused", "peak", "bytes"), 0
+        )
         self.now = 0
 
     async def client(self, reader, writer):
@@ -68,18 +70,29 @@ class Server:
         if luck < asked.fail:
             self.counts["failed"] += 1
             return await self.send(
-                writer, asked.status, b"busy", {"Retry-After": asked.retry_after} if asked.retry_after else {}
+                writer,
+                asked.status,
+                b"busy",
+                {"Retry-After": asked.retry_after} if asked.retry_after else {},
             )
         path = Path(asked.folder) / unquote(parts.path).lstrip("/")
         if not path.is_file():
             return await self.send(writer, 404, b"no such key")
         size = path.stat().st_size
-        span = re.fullmatch(r"bytes=(\d*)-(\d*)", headers.get("range", "")) if not asked.no_ranges else None
-        first, last = (int(span[1] or 0), min(int(span[2] or size), size - 1)) if span else (0, size - 1)
+        span = (
+            re.fullmatch(r"bytes=(\d*)-(\d*)", headers.get("range", ""))
+            if not asked.no_ranges
+            else None
+        )
+        first, last = (
+            (int(span[1] or 0), min(int(span[2] or size), size - 1)) if span else (0, size - 1)
+        )
         if span and not span[1]:  # the last so many
             first, last = max(size - int(span[2]), 0), size - 1
         if asked.redirect and "again" not in parse_qs(parts.query):
-            return await self.send(writer, 302, b"", {"Location": f"{parts.path}?{parts.query}&again=1"})
+            return await self.send(
+                writer, 302, b"", {"Location": f"{parts.path}?{parts.query}&again=1"}
+            )
         if asked.only_before and first >= asked.only_before:
             return await self.send(writer, 404, b"no such key")
         if first >= size:
@@ -95,7 +108,9 @@ class Server:
             self.counts["truncated"] += 1
             # In turn: the connection breaks off; the answer is short and says so, as some proxies do.
             if self.counts["truncated"] % 2:
-                await self.send(writer, 206 if span else 200, body[: len(body) // 2], more, length=len(body))
+                await self.send(
+                    writer, 206 if span else 200, body[: len(body) // 2], more, length=len(body)
+                )
                 return False
             return await self.send(writer, 206 if span else 200, body[: len(body) // 2], more)
         if luck - asked.truncate < asked.stall:
@@ -103,15 +118,23 @@ class Server:
             await asyncio.sleep(asked.stall_s)
         self.counts["ok"] += 1
         self.counts["bytes"] += len(body)
-        return await self.send(writer, 206 if span else 200, b"" if method == "HEAD" else body, more, length=len(body))
+        return await self.send(
+            writer, 206 if span else 200, b"" if method == "HEAD" else body, more, length=len(body)
+        )
 
     def token(self):
         token = secrets.token_hex(8)
         self.tokens[token] = until = time.time() + self.asked.token_life
-        return {"msft:expiry": datetime.fromtimestamp(until, tz=UTC).isoformat(), "token": f"sv=1&sig={token}"}
+        return {
+            "msft:expiry": datetime.fromtimestamp(until, tz=UTC).isoformat(),
+            "token": f"sv=1&sig={token}",
+        }
 
     async def send(self, writer, status, body, more=None, length=None):
-        lines = {"Content-Length": len(body) if length is None else length, "Content-Type": "application/octet-stream"}
+        lines = {
+            "Content-Length": len(body) if length is None else length,
+            "Content-Type": "application/octet-stream",
+        }
         head = "".join(f"{k}: {v}\r\n" for k, v in {**lines, **(more or {})}.items())
         writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + body)
         await writer.drain()
@@ -131,12 +154,22 @@ if __name__ == "__main__":
     parser.add_argument("--fail", type=float, default=0, help="share of requests that fail")
     parser.add_argument("--status", type=int, default=503, help="how they fail")
     parser.add_argument("--retry-after", default="", help="what failures say of when to come back")
-    parser.add_argument("--truncate", type=float, default=0, help="share of answers that stop short")
+    parser.add_argument(
+        "--truncate", type=float, default=0, help="share of answers that stop short"
+    )
     parser.add_argument("--stall", type=float, default=0, help="share of answers that come late")
     parser.add_argument("--stall-s", type=float, default=10, help="how late")
-    parser.add_argument("--token-life", type=float, default=0, help="seconds; /token/* gives one, files need one")
-    parser.add_argument("--redirect", action="store_true", help="send every request elsewhere first")
-    parser.add_argument("--only-before", type=int, default=0, help="ranges from this byte on are not found")
-    parser.add_argument("--no-ranges", action="store_true", help="whole files, whatever was asked for")
+    parser.add_argument(
+        "--token-life", type=float, default=0, help="seconds; /token/* gives one, files need one"
+    )
+    parser.add_argument(
+        "--redirect", action="store_true", help="send every request elsewhere first"
+    )
+    parser.add_argument(
+        "--only-before", type=int, default=0, help="ranges from this byte on are not found"
+    )
+    parser.add_argument(
+        "--no-ranges", action="store_true", help="whole files, whatever was asked for"
+    )
     parser.add_argument("--seed", type=int, default=0)
     asyncio.run(main(parser.parse_args()))

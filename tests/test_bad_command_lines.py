@@ -358,20 +358,39 @@ def world(tmp_path_factory, make):
     """A built and labelled store of three sites, a model that nobody trained, and the archive."""
     folder = tmp_path_factory.mktemp("world")
     site = make.site("a", 360000, 5600040, 48, 48)
-    simulate([site], folder / "archive", World(years=(2020, 2022), dates_per_year=4, winter_dates=1, styles=("earth-search",)))
-    gpd.GeoDataFrame({"id": ["a"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
+    simulate(
+        [site],
+        folder / "archive",
+        World(years=(2020, 2022), dates_per_year=4, winter_dates=1, styles=("earth-search",)),
+    )
+    gpd.GeoDataFrame({"id": ["a"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(
+        folder / "sites.geojson"
+    )
     shutil.copy(folder / "archive" / "truth_footprints.parquet", folder / "mine.parquet")
-    given = ["--sites", "sites.geojson", "--catalog", "archive", "--source", "sim-earth-search", "--years", "2020,2022"]
+    given = [
+        "--sites",
+        "sites.geojson",
+        "--catalog",
+        "archive",
+        "--source",
+        "sim-earth-search",
+        "--years",
+        "2020,2022",
+    ]
     given = [str(folder / word) if (folder / word).exists() else word for word in given]
     store = str(folder / "cubes.zarr")
     assert CliRunner().invoke(cli, ["build", *given, "--store", store]).exit_code == 0
-    done = CliRunner().invoke(cli, ["label", "--store", store, "--polygons", str(folder / "mine.parquet")])
+    done = CliRunner().invoke(
+        cli, ["label", "--store", store, "--polygons", str(folder / "mine.parquet")]
+    )
     assert done.exit_code == 0, done.output
     for name in "bc":
         shutil.copytree(folder / "cubes.zarr" / "a", folder / "cubes.zarr" / name)
     card = load_models()["unet-small"]
     bands = len(card.bands)
-    trained = models.Trained(card=card, network=models.build(card), mean=(1.0,) * bands, std=(1.0,) * bands, sites=("a",))
+    trained = models.Trained(
+        card=card, network=models.build(card), mean=(1.0,) * bands, std=(1.0,) * bands, sites=("a",)
+    )
     models.save(trained, folder / "model.pt")
     return folder
 
@@ -388,10 +407,19 @@ def damaged(world, tmp_path_factory):
     (folder / "state.pt.ckpt").write_bytes(junk)
     for name in ("folder.geojson", "folder.gpkg", "folder.zip"):
         (folder / name).mkdir()
-    gpd.GeoDataFrame({"id": ["p"]}, geometry=[Point(10, 50)], crs=4326).to_file(folder / "points.geojson")
+    gpd.GeoDataFrame({"id": ["p"]}, geometry=[Point(10, 50)], crs=4326).to_file(
+        folder / "points.geojson"
+    )
     site = gpd.read_file(world / "sites.geojson").geometry[0]
-    for name, ids in (("long_id", ["L" * 5000]), ("one_id", ["a"]), ("twin_ids", ["a/b", "a b"]), ("zarr_id", ["zarr.json"])):
-        gpd.GeoDataFrame({"id": ids}, geometry=[site] * len(ids), crs=4326).to_file(folder / f"{name}.geojson")
+    for name, ids in (
+        ("long_id", ["L" * 5000]),
+        ("one_id", ["a"]),
+        ("twin_ids", ["a/b", "a b"]),
+        ("zarr_id", ["zarr.json"]),
+    ):
+        gpd.GeoDataFrame({"id": ids}, geometry=[site] * len(ids), crs=4326).to_file(
+            folder / f"{name}.geojson"
+        )
     pd.DataFrame({"a": [1]}).to_parquet(folder / "table.parquet")
     catalogs = {
         "open": b"a: [1, 2\nb: {c\n",
@@ -414,7 +442,9 @@ def damaged(world, tmp_path_factory):
     api, file = source % ("stac-api", "v1"), source % ("stac-geoparquet", "items.parquet")
     (folder / "dead" / "sources.yaml").write_text(f"dead: {api}\ndead-file: {file}\n")
     weights = f"{{href: 'http://127.0.0.1:9/w.pt', sha256: '{'0' * 64}'}}"
-    (folder / "dead" / "models.yaml").write_text(f"far: {{title: t, architecture: unet, weights: {weights}}}\n")
+    (folder / "dead" / "models.yaml").write_text(
+        f"far: {{title: t, architecture: unet, weights: {weights}}}\n"
+    )
     (folder / "nan.yaml").write_text("latency_s: .nan\n")
     (folder / "list.json").write_text("[1]")
     (folder / "deep.json").write_text("[" * 100_000)
@@ -449,16 +479,28 @@ def answers(world, damaged, tmp_path_factory):
     words = [[word.format(w=world, d=damaged) for word in shlex.split(line)] for line in lines]
     # An endpoint at which nobody listens.
     dead = environment(
-        AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_ALLOW_HTTP="true", AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b"
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+        AWS_ALLOW_HTTP="true",
+        AWS_ACCESS_KEY_ID="a",
+        AWS_SECRET_ACCESS_KEY="b",
     )
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, str(runs)], input=json.dumps(words), env=dead, capture_output=True, text=True
+        [sys.executable, "-c", LAUNCHER, str(runs)],
+        input=json.dumps(words),
+        env=dead,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = {}
     for number, code, seconds in map(json.loads, done.stdout.splitlines()):
         err = (runs / str(number) / "err").read_text()
-        found[lines[number]] = (code, seconds, err, [p.name for p in (runs / str(number) / "cwd").rglob("*")])
+        found[lines[number]] = (
+            code,
+            seconds,
+            err,
+            [p.name for p in (runs / str(number) / "cwd").rglob("*")],
+        )
     return found, before
 
 
@@ -514,7 +556,9 @@ def test_no_option_is_empty_or_twice(tmp_path, monkeypatch):
         for blank in ("", " "):
             need_refusal([*words, option, *[blank] * param.nargs], option, "found an empty one")
         if not param.multiple:
-            need_refusal([*words, *[option, *["x"] * param.nargs] * 2], option, "found several times")
+            need_refusal(
+                [*words, *[option, *["x"] * param.nargs] * 2], option, "found several times"
+            )
         asked += 1
     assert asked > 90
     assert list(tmp_path.iterdir()) == []
@@ -531,11 +575,23 @@ def need_refusal(words, option, said):
 def test_words_that_may_be_long_or_several():
     context = click.Context(cli)
     command = import_module("minecube.cli.results").export
-    check_words(context, command, "export", ["--store", "s3://b/" + "x" * 999, "--format", "cog", "--format", "netcdf"])
-    check_words(context, command, "export", ["--sites", ",".join(["Germany_1"] * 99), "--store", "/".join(["folder"] * 99)])
+    check_words(
+        context,
+        command,
+        "export",
+        ["--store", "s3://b/" + "x" * 999, "--format", "cog", "--format", "netcdf"],
+    )
+    check_words(
+        context,
+        command,
+        "export",
+        ["--sites", ",".join(["Germany_1"] * 99), "--store", "/".join(["folder"] * 99)],
+    )
 
 
-@pytest.mark.parametrize("store", ["cubes.zarr", "/data/cubes.zarr", "s3://b/x", "gs://b/x", "az://c/x", "a b", "C:/x"])
+@pytest.mark.parametrize(
+    "store", ["cubes.zarr", "/data/cubes.zarr", "s3://b/x", "gs://b/x", "az://c/x", "a b", "C:/x"]
+)
 def test_places_that_may_hold_a_store(store, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     folder = folder_of(store)
@@ -552,12 +608,19 @@ def test_an_endpoint_that_is_no_url(monkeypatch):
 def test_errors_that_are_explained():
     """By classes of the libraries themselves."""
     killed = KilledWorker("build_year-1", None, 3)
-    assert "a worker died on it 4 times, most often for lack of memory; give each worker more memory" in explain(killed)
+    assert (
+        "a worker died on it 4 times, most often for lack of memory; give each worker more memory"
+        in explain(killed)
+    )
     assert "the Dask scheduler is gone; committed site-years are safe" in explain(CancelledError())
     dump = "Generic S3 error: Error performing GET http://h/x in 1.7s, after 9 retries, max_retries: 9, retry_timeout: 9s  - no"
-    said = explain(obstore.exceptions.GenericError(dump + "\n\nDebug source:\nGeneric {\n    store: 1\n}"))
+    said = explain(
+        obstore.exceptions.GenericError(dump + "\n\nDebug source:\nGeneric {\n    store: 1\n}")
+    )
     assert "(Generic S3 error: Error performing GET http://h/x - no)" in said
-    assert explain(OSError(28, "No space left on device", "/x")).startswith("/x: No space left on device; ")
+    assert explain(OSError(28, "No space left on device", "/x")).startswith(
+        "/x: No space left on device; "
+    )
     assert explain(FieldError("field 'href': expected a URL")) == "field 'href': expected a URL"
     assert exit_code_of(FieldError()) == exit_code_of(RecursionError()) == 2
     assert exit_code_of(OSError(28, "No space left on device")) == exit_code_of(MemoryError()) == 1
@@ -580,10 +643,13 @@ cli.main(sys.argv[1:])
 
 def test_a_bug_of_ours_is_one_sentence_and_a_traceback_when_asked():
     plain, loud = (
-        subprocess.run([sys.executable, "-c", BUG, *more, "sites"], capture_output=True, text=True) for more in ([], ["-v"])
+        subprocess.run([sys.executable, "-c", BUG, *more, "sites"], capture_output=True, text=True)
+        for more in ([], ["-v"])
     )
     (line,) = plain.stderr.splitlines()
-    assert line.startswith("internal error: ZeroDivisionError: nobody expects this; please report it")
+    assert line.startswith(
+        "internal error: ZeroDivisionError: nobody expects this; please report it"
+    )
     assert "Traceback" in loud.stderr
     assert line in loud.stderr
     assert plain.returncode == loud.returncode == 70
@@ -616,7 +682,8 @@ cli.main(sys.argv[1:])
 
 def test_only_our_log_is_shown():
     plain, loud = (
-        subprocess.run([sys.executable, "-c", LOGS, *more, "sites"], capture_output=True, text=True) for more in ([], ["-v"])
+        subprocess.run([sys.executable, "-c", LOGS, *more, "sites"], capture_output=True, text=True)
+        for more in ([], ["-v"])
     )
     assert plain.stderr.splitlines() == ["WARNING our warning"]
     assert loud.stderr.splitlines() == ["WARNING our warning", "INFO our news"]
@@ -653,7 +720,11 @@ def test_an_interrupt_is_one_sentence(world, tmp_path, line, seconds, said):
     if words[0] == "tracks":
         words[2] = _with_a_map(world, tmp_path)
     command = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", INTERRUPTED, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     )
     try:
         assert command.stderr.readline() == "ready\n"
@@ -663,7 +734,9 @@ def test_an_interrupt_is_one_sentence(world, tmp_path, line, seconds, said):
     finally:
         command.kill()
         command.communicate()
-    (sentence,) = [text for text in err.splitlines() if not text.endswith(" ...")]  # the demo names what it is at
+    (sentence,) = [
+        text for text in err.splitlines() if not text.endswith(" ...")
+    ]  # the demo names what it is at
     assert said in sentence
     assert command.returncode == 130
     assert not (tmp_path / "m.pt").exists()
@@ -683,15 +756,32 @@ def test_a_scheduler_that_dies_is_one_sentence(world, tmp_path):
     """It has no worker, so the build waits for it; without it, the same command builds."""
     pytest.importorskip("distributed")
     address = tmp_path / "scheduler.json"
-    start = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    scheduler = subprocess.Popen([*start, "--scheduler-file", str(address)], stderr=subprocess.DEVNULL)
+    start = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--no-dashboard",
+    ]
+    scheduler = subprocess.Popen(
+        [*start, "--scheduler-file", str(address)], stderr=subprocess.DEVNULL
+    )
     words = [word.format(w=world) for word in shlex.split(f"build {BUILD} --store new.zarr")]
     command = [sys.executable, "-c", "from minecube.cli import main; main()", *words]
     build = None
     try:
         _wait_for(address)
         given = ["--scheduler", json.loads(address.read_text())["address"]]
-        build = subprocess.Popen([*command, *given], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        build = subprocess.Popen(
+            [*command, *given],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         _wait_for(tmp_path / "new.zarr" / "a")
         time.sleep(2)
         scheduler.kill()

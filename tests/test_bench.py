@@ -56,7 +56,17 @@ def world(tmp_path_factory):
 
 
 def bench(world, out, *more, ok=0):
-    common = ["bench", "--store", str(world / "cubes.zarr"), "--catalog", str(world), "--preset", "quick", "--out", str(out)]
+    common = [
+        "bench",
+        "--store",
+        str(world / "cubes.zarr"),
+        "--catalog",
+        str(world),
+        "--preset",
+        "quick",
+        "--out",
+        str(out),
+    ]
     done = CliRunner().invoke(cli, [*common, *(more or (*SPLIT, "--models", "mini*"))])
     assert done.exit_code == ok, done.output
     return done.output
@@ -74,7 +84,9 @@ def out(world, tmp_path_factory):
 
 def rows(path):
     lines = path.read_text().splitlines()
-    head, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
+    head, *body = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])
+    )
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
 
 
@@ -90,9 +102,13 @@ def test_labels_are_the_truths_pixels(world):
         assert opened["year"].values.tolist() == list(YEARS)
         assert opened["footprint"].shape[1:] == (60, 60)
         grid = opened.odc.geobox
-        outlines = gpd.read_parquet(world / "truth" / f"{name}.parquet").to_crs(grid.crs).set_index("year")
+        outlines = (
+            gpd.read_parquet(world / "truth" / f"{name}.parquet").to_crs(grid.crs).set_index("year")
+        )
         for year in YEARS:
-            drawn = rasterio.features.rasterize([outlines.geometry[year]], grid.shape, transform=grid.transform)
+            drawn = rasterio.features.rasterize(
+                [outlines.geometry[year]], grid.shape, transform=grid.transform
+            )
             assert (
                 opened["footprint"].sel(year=year).values != drawn
             ).mean() < 0.002  # corners moved by the way through degrees
@@ -126,12 +142,17 @@ def test_scores_are_those_of_the_stored_maps(world, out):
             b, c = truth[first] != truth[second], change.values[pair, 0] >= 125
             moved, drawn, both = moved + b.sum(), drawn + c.sum(), both + (b & c).sum()
     assert rows(out / "mapping.md")["mini"]["iou"].split()[0] == f"{hit / either:.3f}"
-    assert rows(out / "change.md")["mini-pairs"]["change_f1"].split()[0] == f"{2 * both / (moved + drawn):.3f}"
+    assert (
+        rows(out / "change.md")["mini-pairs"]["change_f1"].split()[0]
+        == f"{2 * both / (moved + drawn):.3f}"
+    )
 
 
 def test_what_is_trained_and_mapped_is_not_done_again(world, out, monkeypatch):
     assert (out / "first").read_bytes() == (out / "models" / "mini.pt").read_bytes()
-    before = {name: (out / name).read_text() for name in ("mapping.md", "change.md", "models/mini.json")}
+    before = {
+        name: (out / name).read_text() for name in ("mapping.md", "change.md", "models/mini.json")
+    }
 
     def refused(*_args, **_more):
         raise AssertionError("trained again")
@@ -159,12 +180,16 @@ def test_another_benchmark_in_the_same_folder_is_refused(world, out):
 
 
 def test_bad_use(world, tmp_path):
-    twice = bench(world, tmp_path, "--train", "t*_1", "--valid", "valid_1", "--test", "test_*", ok=2)
+    twice = bench(
+        world, tmp_path, "--train", "t*_1", "--valid", "valid_1", "--test", "test_*", ok=2
+    )
     assert "test_1: expected each site in one part" in twice
     assert "unknown model 'gpt*'" in bench(world, tmp_path, *SPLIT, "--models", "mini,gpt*", ok=2)
     assert not any(tmp_path.iterdir())
     (tmp_path / "bench.json").write_text("[1")
-    assert "is not what `minecube bench` writes" in bench(world, tmp_path, *SPLIT, "--models", "mini", ok=2)
+    assert "is not what `minecube bench` writes" in bench(
+        world, tmp_path, *SPLIT, "--models", "mini", ok=2
+    )
 
 
 def test_sites_without_labels_are_found_before_anything_is_trained(world, tmp_path, monkeypatch):
@@ -185,7 +210,10 @@ def test_flips_are_pooled_over_sites(world, out):
     for name in ("test_1", "test_2"):
         found = cube.open_probability(store, name, called(store, "mini")).values >= 125
         changes = (np.diff(found.astype(int), axis=0) != 0).sum(axis=0)
-        back, steps = back + np.maximum(changes - 1, 0).sum(), steps + changes.size * (len(YEARS) - 1)
+        back, steps = (
+            back + np.maximum(changes - 1, 0).sum(),
+            steps + changes.size * (len(YEARS) - 1),
+        )
     assert rows(out / "mapping.md")["mini"]["flips"] == f"{back / steps:.2%}"
 
 
@@ -204,9 +232,17 @@ def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monk
     monkeypatch.setattr(cube, "open_probability", lambda *of: opened(*of).isel(year=[0]))
     predictions = {name: called(store, name) for name in ("mini", "mini+hmm")}
     for name, prediction in predictions.items():
-        maps = {site: module.tracks.threshold(cube.open_probability(store, site, prediction)) for site in ("test_1", "test_2")}
-        counted[name] = {site: module.metrics.count(found, found, YEARS[:1]) for site, found in maps.items()}
-    tables, card = module.Tables.of(counted, [("mini+hmm", "mini")]), models.load(out / "models" / "mini.pt").card
+        maps = {
+            site: module.tracks.threshold(cube.open_probability(store, site, prediction))
+            for site in ("test_1", "test_2")
+        }
+        counted[name] = {
+            site: module.metrics.count(found, found, YEARS[:1]) for site, found in maps.items()
+        }
+    tables, card = (
+        module.Tables.of(counted, [("mini+hmm", "mini")]),
+        models.load(out / "models" / "mini.pt").card,
+    )
     module.written(store, tables, [card], {}, tmp_path, predictions)
     change = rows(tmp_path / "change.md")["mini"]
     assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")

@@ -25,7 +25,15 @@ def figures(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_mapping(tmp_path: Path) -> None:
     found = figures(
-        tmp_path, "predict.py", "--models", "tinycd-small,unet-small", "--rounds", "1", "--seconds", "0.1", "--no-memory"
+        tmp_path,
+        "predict.py",
+        "--models",
+        "tinycd-small,unet-small",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.1",
+        "--no-memory",
     )
     assert list(found["end_to_end_fraction"]) == ["tinycd-small", "unet-small"]
     for name, fraction in found["end_to_end_fraction"].items():

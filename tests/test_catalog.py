@@ -69,16 +69,32 @@ RECIPE = "mine: {title: t%s}\n"
 @pytest.mark.parametrize(
     ("load", "text", "said"),
     [
-        (load_sources, SOURCE % ", colour: red", "entry 'mine': field 'colour': expected one of title"),
+        (
+            load_sources,
+            SOURCE % ", colour: red",
+            "entry 'mine': field 'colour': expected one of title",
+        ),
         (
             load_sources,
             SOURCE.replace("stac-api", "ftp") % "",
             "field 'kind': expected one of stac-api, stac-geoparquet, found 'ftp'",
         ),
-        (load_sources, SOURCE.replace(", SCL: scl", "") % "", "field 'assets': expected an entry for SCL"),
+        (
+            load_sources,
+            SOURCE.replace(", SCL: scl", "") % "",
+            "field 'assets': expected an entry for SCL",
+        ),
         (load_sources, SOURCE.replace("title: t, ", "") % "", "field 'title': expected a value"),
-        (load_sources, SOURCE % ", offset: {from_baseline: 4.0}", "field 'from_baseline': expected str, found 4.0"),
-        (load_sources, SOURCE % ", offset: {value: true}", "field 'value': expected int, found True"),
+        (
+            load_sources,
+            SOURCE % ", offset: {from_baseline: 4.0}",
+            "field 'from_baseline': expected str, found 4.0",
+        ),
+        (
+            load_sources,
+            SOURCE % ", offset: {value: true}",
+            "field 'value': expected int, found True",
+        ),
         (load_sources, SOURCE % "" + SOURCE % "", "'mine' stands there twice"),
         (
             load_sources,
@@ -93,28 +109,72 @@ RECIPE = "mine: {title: t%s}\n"
         (load_sources, "- just\n- a list\n", "expected entries by id, found list"),
         (load_sources, "mine: 3\n", "entry 'mine': expected fields, found int"),
         (load_sources, "a: [", "cannot be read as a catalogue"),
-        (load_recipes, RECIPE % ", bands: [B02, B99]", "field 'bands': expected bands of B02.* found B99"),
+        (
+            load_recipes,
+            RECIPE % ", bands: [B02, B99]",
+            "field 'bands': expected bands of B02.* found B99",
+        ),
         (load_recipes, RECIPE % ", bands: [B03, B02]", "in the order B02"),
-        (load_recipes, RECIPE % ", months: [13]", r"field 'months': expected 1..12, ascending, each once, found \[13\]"),
-        (load_recipes, RECIPE % ", reducer: mean", "field 'reducer': expected one of median, percentile, .*, found 'mean'"),
+        (
+            load_recipes,
+            RECIPE % ", months: [13]",
+            r"field 'months': expected 1..12, ascending, each once, found \[13\]",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", reducer: mean",
+            "field 'reducer': expected one of median, percentile, .*, found 'mean'",
+        ),
         (
             load_recipes,
             RECIPE % ", percentile: 40",
             "field 'percentile': expected a value with reducer percentile, and with no",
         ),
-        (load_recipes, RECIPE % ", reducer: percentile", "field 'percentile': expected a value with reducer percentile"),
-        (load_recipes, RECIPE % ", reducer: percentile, percentile: 120", r"field 'percentile': expected 0..100, found 120"),
-        (load_recipes, RECIPE % ", reducer: best-pixel", "field 'best_pixel': expected a value with reducer best-pixel"),
+        (
+            load_recipes,
+            RECIPE % ", reducer: percentile",
+            "field 'percentile': expected a value with reducer percentile",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", reducer: percentile, percentile: 120",
+            r"field 'percentile': expected 0..100, found 120",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", reducer: best-pixel",
+            "field 'best_pixel': expected a value with reducer best-pixel",
+        ),
         (
             load_recipes,
             RECIPE % ", reducer: max-ndvi, bands: [B04]",
             "field 'bands': expected B04 and B08, which reducer max-ndvi",
         ),
-        (load_recipes, RECIPE % ", bright_override: {classes: []}", r"field 'classes': expected SCL 1..11, found \(\)"),
-        (load_recipes, RECIPE % ", fallback: [hope]", "field 'fallback': expected steps of ungrown, thin"),
-        (load_recipes, RECIPE % ", fallback: [thin, thin]", "field 'fallback': expected steps of .*, each once"),
-        (load_recipes, RECIPE % ", months: [6], fallback: [wider-season]", "field 'wider_months': expected 1..12"),
-        (load_recipes, RECIPE % ", months: [6], wider_months: [7]", "field 'wider_months': expected the step wider-season"),
+        (
+            load_recipes,
+            RECIPE % ", bright_override: {classes: []}",
+            r"field 'classes': expected SCL 1..11, found \(\)",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", fallback: [hope]",
+            "field 'fallback': expected steps of ungrown, thin",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", fallback: [thin, thin]",
+            "field 'fallback': expected steps of .*, each once",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", months: [6], fallback: [wider-season]",
+            "field 'wider_months': expected 1..12",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", months: [6], wider_months: [7]",
+            "field 'wider_months': expected the step wider-season",
+        ),
         (
             load_recipes,
             RECIPE % ", months: [6], wider_months: [6], fallback: [wider-season]",
@@ -125,20 +185,52 @@ RECIPE = "mine: {title: t%s}\n"
             RECIPE % ", min_clear: 2, fallback: [cloud]",
             "field 'min_clear': expected 1, or more and a fallback of ungrown",
         ),
-        (load_recipes, RECIPE % ", max_clear_observations: 2", "field 'max_clear_observations': expected at least 3"),
-        (load_recipes, RECIPE % ", bright_override: {}", r"field 'bright_override': expected classes .*, found \[8, 9\]"),
-        (load_recipes, RECIPE % ", haze: {}, bands: [B04]", "field 'haze': expected B02 and B04 among the bands"),
+        (
+            load_recipes,
+            RECIPE % ", max_clear_observations: 2",
+            "field 'max_clear_observations': expected at least 3",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", bright_override: {}",
+            r"field 'bright_override': expected classes .*, found \[8, 9\]",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", haze: {}, bands: [B04]",
+            "field 'haze': expected B02 and B04 among the bands",
+        ),
         (
             load_recipes,
             RECIPE % ", second_opinion: {weights: [a.pt]}, bands: [B04]",
             "field 'second_opinion': expected B03 and",
         ),
-        (load_recipes, RECIPE % ", second_opinion: {weights: []}", "field 'weights': expected files of models, found none"),
-        (load_recipes, RECIPE % ", mask: [{classes: [11], months: [0]}]", r"field 'months': expected 1..12"),
-        (load_recipes, RECIPE % ", registration: {beyond: guess}", "field 'beyond': expected record, drop or shift"),
-        (load_recipes, RECIPE % ", registration: {most_px: 0}", "field 'most_px': expected pixels above 0"),
+        (
+            load_recipes,
+            RECIPE % ", second_opinion: {weights: []}",
+            "field 'weights': expected files of models, found none",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", mask: [{classes: [11], months: [0]}]",
+            r"field 'months': expected 1..12",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", registration: {beyond: guess}",
+            "field 'beyond': expected record, drop or shift",
+        ),
+        (
+            load_recipes,
+            RECIPE % ", registration: {most_px: 0}",
+            "field 'most_px': expected pixels above 0",
+        ),
         (load_recipes, RECIPE % ", mask: [{classes: [14]}]", "field 'classes': expected SCL 1..11"),
-        (load_recipes, RECIPE % ", block_px: 100, chunk_px: 100", "field 'block_px': expected a multiple of 8"),
+        (
+            load_recipes,
+            RECIPE % ", block_px: 100, chunk_px: 100",
+            "field 'block_px': expected a multiple of 8",
+        ),
         (
             load_models,
             "m: {title: t, architecture: unet, task: driving}\n",
@@ -166,7 +258,13 @@ BOWTIE = gpd.GeoSeries.from_wkt(["POLYGON ((13 50, 13.1 50.1, 13.1 50, 13 50.1, 
 
 @pytest.mark.parametrize("suffix", [".geojson", ".gpkg", ".parquet", ".shp"])
 def test_sites_of_ones_own_in_any_format_and_projection(tmp_path, suffix):
-    path = sites_file(tmp_path, gpd.GeoSeries([MINE, OTHER], crs=4326).to_crs(32633), 32633, suffix, name=["North pit", "B"])
+    path = sites_file(
+        tmp_path,
+        gpd.GeoSeries([MINE, OTHER], crs=4326).to_crs(32633),
+        32633,
+        suffix,
+        name=["North pit", "B"],
+    )
     if suffix == ".geojson":
         gpd.read_file(path).to_crs(4326).to_file(path)
     found = load_sites(path)
@@ -178,12 +276,32 @@ def test_sites_of_ones_own_in_any_format_and_projection(tmp_path, suffix):
     ("geometries", "columns", "said"),
     [
         ([MINE, OTHER], {"id": ["a", "a"]}, "site 'a' stands there twice"),
-        ([BOWTIE], {"id": ["a"]}, "site 'a': field 'geometry': expected a valid polygon, found Self-intersection"),
-        ([Point(13, 50)], {"id": ["a"]}, "site 'a': field 'geometry': expected a polygon, found Point"),
-        ([MINE], {"id": ["a"], "contry": ["Austria"]}, "field 'contry': expected geometry or one of id, country"),
-        ([MINE], {"id": ["a"], "years": ["20x"]}, "field 'years': expected 2015-2024 or a list of years, found '20x'"),
+        (
+            [BOWTIE],
+            {"id": ["a"]},
+            "site 'a': field 'geometry': expected a valid polygon, found Self-intersection",
+        ),
+        (
+            [Point(13, 50)],
+            {"id": ["a"]},
+            "site 'a': field 'geometry': expected a polygon, found Point",
+        ),
+        (
+            [MINE],
+            {"id": ["a"], "contry": ["Austria"]},
+            "field 'contry': expected geometry or one of id, country",
+        ),
+        (
+            [MINE],
+            {"id": ["a"], "years": ["20x"]},
+            "field 'years': expected 2015-2024 or a list of years, found '20x'",
+        ),
         ([MINE], {"id": ["../../etc"]}, "field 'id': expected letters"),
-        ([MINE], {"id": ["a"], "split": ["dev"]}, "field 'split': expected train, val, test or null, found 'dev'"),
+        (
+            [MINE],
+            {"id": ["a"], "split": ["dev"]},
+            "field 'split': expected train, val, test or null, found 'dev'",
+        ),
     ],
 )
 def test_a_wrong_site_is_named(tmp_path, geometries, columns, said):
@@ -206,7 +324,9 @@ def test_margins_of_files_and_catalogues(tmp_path):
 
 @pytest.mark.parametrize("margin", [-1, 100_001, "wide", True])
 def test_a_margin_that_is_none_is_refused(tmp_path, margin):
-    with pytest.raises(CatalogError, match=r"site 'a': field 'margin': expected metres from 0 to 100000, found"):
+    with pytest.raises(
+        CatalogError, match=r"site 'a': field 'margin': expected metres from 0 to 100000, found"
+    ):
         load_sites(sites_file(tmp_path, [MINE], 4326, ".parquet", id=["a"], margin=[margin]))
 
 
@@ -214,7 +334,9 @@ def test_what_users_files_hold(tmp_path):
     """Z coordinates, numbers with a gap as ids, years as text or number, a geometry column of another name."""
     high = Polygon([(13, 50, 300), (13.05, 50, 310), (13.05, 50.03, 320)])
     table = gpd.GeoDataFrame(
-        {"id": [7, None], "years": ["2015-2017", "2020"], "note": ["x", "y"]}, geometry=[high, OTHER], crs=4326
+        {"id": [7, None], "years": ["2015-2017", "2020"], "note": ["x", "y"]},
+        geometry=[high, OTHER],
+        crs=4326,
     )
     table.rename_geometry("geom").to_parquet(tmp_path / "own.parquet")
     first, second = load_sites(str(tmp_path / "own.parquet"))
@@ -283,7 +405,9 @@ def test_names_that_are_no_ids_are_kept_as_titles_and_reported(tmp_path, caplog)
 
 
 def test_two_names_of_one_id_are_refused_by_name(tmp_path):
-    with pytest.raises(CatalogError, match=r"sites 'Bełża' and 'Belza' would both have the id 'Belza'; rename one"):
+    with pytest.raises(
+        CatalogError, match=r"sites 'Bełża' and 'Belza' would both have the id 'Belza'; rename one"
+    ):
         load_sites(sites_file(tmp_path, [MINE, OTHER], name=["Bełża", "Belza"]))
     with pytest.raises(CatalogError, match=r"site 'a' stands there twice"):
         load_sites(sites_file(tmp_path, [MINE, OTHER], name=["a", "a"]))
@@ -291,21 +415,29 @@ def test_two_names_of_one_id_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".geojson", ".shp", ".parquet"])
 def test_columns_are_understood_in_any_case(tmp_path, suffix):
-    columns = {"NAME": ["Alpha", "Beta"], "Country": ["Greece", "Spain"], "YEARS": ["2015-2016", "2020"]}
+    columns = {
+        "NAME": ["Alpha", "Beta"],
+        "Country": ["Greece", "Spain"],
+        "YEARS": ["2015-2016", "2020"],
+    }
     first, second = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=suffix, **columns))
     assert (first.id, first.country, first.years) == ("Alpha", "Greece", (2015, 2016))
     assert (second.id, second.country, second.years) == ("Beta", "Spain", (2020,))
 
 
 def test_twins_of_a_column_are_refused_unless_one_is_empty(tmp_path):
-    with pytest.raises(CatalogError, match="has the columns name, NAME, which mean the same; keep one"):
+    with pytest.raises(
+        CatalogError, match="has the columns name, NAME, which mean the same; keep one"
+    ):
         load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", name=["a"], NAME=["b"]))
     (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", name=[None], NAME=["b"]))
     assert site.id == "b"
 
 
 def test_rows_without_a_name_are_numbered_and_reported(tmp_path, caplog):
-    found = load_sites(sites_file(tmp_path, [MINE, OTHER], id=[None, " "], name=["a", "???"], owner=["x", "y"]))
+    found = load_sites(
+        sites_file(tmp_path, [MINE, OTHER], id=[None, " "], name=["a", "???"], owner=["x", "y"])
+    )
     assert [site.id for site in found] == ["a", "site_2"]
     assert "'???' is site_2" in caplog.text
     caplog.clear()
@@ -322,12 +454,18 @@ def test_numbers_with_a_gap_are_whole(tmp_path, column):
 
 @pytest.mark.parametrize("suffix", [".geojson", ".gpkg", ".parquet", ".fgb"])
 def test_sites_without_columns_are_numbered(tmp_path, suffix):
-    assert [site.id for site in load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=suffix))] == ["site_1", "site_2"]
+    assert [site.id for site in load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=suffix))] == [
+        "site_1",
+        "site_2",
+    ]
 
 
 @pytest.mark.parametrize(
     "content",
-    [MINE.__geo_interface__, {"type": "Feature", "properties": None, "geometry": MINE.__geo_interface__}],
+    [
+        MINE.__geo_interface__,
+        {"type": "Feature", "properties": None, "geometry": MINE.__geo_interface__},
+    ],
     ids=["geometry", "feature"],
 )
 def test_a_bare_geometry_is_one_site(tmp_path, content):
@@ -340,12 +478,14 @@ def test_a_bare_geometry_is_one_site(tmp_path, content):
 
 
 def test_blank_text_is_missing_in_every_column(tmp_path):
-    blank = {key: [" ", ""] for key in ("id", "title", "country", "split", "labels", "years", "margin")}
+    blank = {
+        key: [" ", ""] for key in ("id", "title", "country", "split", "labels", "years", "margin")
+    }
     first, second = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", **blank))
     assert (first.id, second.id) == ("site_1", "site_2")
-    assert {(s.title, s.country, s.split, s.labels, s.years, s.margin) for s in (first, second)} == {
-        ("", "", None, None, (), 1000)
-    }
+    assert {
+        (s.title, s.country, s.split, s.labels, s.years, s.margin) for s in (first, second)
+    } == {("", "", None, None, (), 1000)}
 
 
 def test_numbers_as_text_are_numbers(tmp_path):
@@ -353,47 +493,66 @@ def test_numbers_as_text_are_numbers(tmp_path):
     first, second = load_sites(sites_file(tmp_path, [MINE, OTHER], **columns))
     assert (first.margin, second.margin) == (500, 12.5)
     assert (first.years, second.years) == ((2019,), (2015, 2016, 2017))
-    decimals = sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", id=["a", "b"], margin=[Decimal("60"), None])
+    decimals = sites_file(
+        tmp_path, [MINE, OTHER], suffix=".parquet", id=["a", "b"], margin=[Decimal("60"), None]
+    )
     assert [site.margin for site in load_sites(decimals)] == [60, 1000]
-    listed = sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", id=["a", "b"], years=[["2019", " "], []])
+    listed = sites_file(
+        tmp_path, [MINE, OTHER], suffix=".parquet", id=["a", "b"], years=[["2019", " "], []]
+    )
     assert [site.years for site in load_sites(listed)] == [(2019,), ()]
 
 
 @pytest.mark.parametrize("margin", ["500 m", "nan", "inf", "-1"])
 def test_a_margin_of_text_that_is_no_number_of_metres_is_refused(tmp_path, margin):
-    with pytest.raises(CatalogError, match=r"site 'a': field 'margin': expected metres from 0 to 100000, found"):
+    with pytest.raises(
+        CatalogError, match=r"site 'a': field 'margin': expected metres from 0 to 100000, found"
+    ):
         load_sites(sites_file(tmp_path, [MINE], id=["a"], margin=[margin]))
 
 
 @pytest.mark.parametrize("field", ["labels", "country", "split", "title"])
 def test_a_list_where_text_is_expected_is_refused(tmp_path, field):
     path = sites_file(tmp_path, [MINE], suffix=".parquet", id=["a"], **{field: [["x", "y"]]})
-    with pytest.raises(CatalogError, match=rf"site 'a': field '{field}': expected text, found \['x', 'y'\]"):
+    with pytest.raises(
+        CatalogError, match=rf"site 'a': field '{field}': expected text, found \['x', 'y'\]"
+    ):
         load_sites(path)
 
 
 def test_fields_of_text_are_text(tmp_path):
-    (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", id=[7], country=[1], labels=[2.0]))
+    (site,) = load_sites(
+        sites_file(tmp_path, [MINE], suffix=".parquet", id=[7], country=[1], labels=[2.0])
+    )
     assert (site.id, site.country, site.labels) == ("7", "1", "2")
 
 
 def test_bytes_that_are_no_text_do_not_hinder(tmp_path):
-    (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", id=[b"pit"], photo=[b"\x89PNG\xff"]))
+    (site,) = load_sites(
+        sites_file(tmp_path, [MINE], suffix=".parquet", id=[b"pit"], photo=[b"\x89PNG\xff"])
+    )
     assert site.id == "pit"
     (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", id=[b"Gr\xf6"]))
     assert site.id == "Gr"
 
 
 def test_twins_are_joined_where_no_row_fills_both(tmp_path):
-    found = load_sites(sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", name=["a", None], NAME=[" ", "b"]))
+    found = load_sites(
+        sites_file(tmp_path, [MINE, OTHER], suffix=".parquet", name=["a", None], NAME=[" ", "b"])
+    )
     assert [site.id for site in found] == ["a", "b"]
 
 
 def test_the_areas_of_a_collection_are_kept(tmp_path, caplog):
-    mixed = GeometryCollection([MINE, MultiPoint([(13, 50), (14, 50)]), GeometryCollection([OTHER, OTHER.exterior])])
+    mixed = GeometryCollection(
+        [MINE, MultiPoint([(13, 50), (14, 50)]), GeometryCollection([OTHER, OTHER.exterior])]
+    )
     (site,) = load_sites(sites_file(tmp_path, [mixed], id=["a"]))
     assert site.geometry.equals(MINE | OTHER)
-    assert "site a: the areas of its collection were kept, left out: 1 LineString, 2 Point" in caplog.text
+    assert (
+        "site a: the areas of its collection were kept, left out: 1 LineString, 2 Point"
+        in caplog.text
+    )
     with pytest.raises(CatalogError, match="expected a polygon, found GeometryCollection"):
         load_sites(sites_file(tmp_path, [GeometryCollection([Point(13, 50)])], id=["a"]))
 

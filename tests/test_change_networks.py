@@ -35,7 +35,9 @@ from minecube.models.tinycd import TinyCD
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CARDS = load_models()
-CHANGE = [name for name, card in CARDS.items() if card.task == "change" and not name.endswith("-small")]
+CHANGE = [
+    name for name, card in CARDS.items() if card.task == "change" and not name.endswith("-small")
+]
 TINY: dict[str, dict[str, Any]] = {
     "fc-ef": {"width": 4},
     "fc-siam-conc": {"width": 4},
@@ -62,8 +64,12 @@ def settled(network: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.copy_(torch.rand(module.running_mean.shape, generator=generator) - 0.5)
-            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+            module.running_mean.copy_(
+                torch.rand(module.running_mean.shape, generator=generator) - 0.5
+            )
+            module.running_var.copy_(
+                torch.rand(module.running_var.shape, generator=generator) + 0.5
+            )
     return network.eval()
 
 
@@ -88,7 +94,9 @@ def count(network: nn.Module) -> int:
         (lambda: BIT(3, 2, head=64), 3.50),
     ],
 )
-def test_parameters_are_as_others_count_them(network: Callable[[], nn.Module], millions: float) -> None:
+def test_parameters_are_as_others_count_them(
+    network: Callable[[], nn.Module], millions: float
+) -> None:
     # To the last digit that is given.
     assert round(count(network()) / 1e6, 2) == millions
 
@@ -163,13 +171,29 @@ def test_options_are_the_papers_unless_the_card_says_others() -> None:
     [
         ("fc-ef", {"droput": 0.5}, "fc-ef has no option 'droput'; there is: width, dropout"),
         ("fc-ef", {"dropout": -1}, "option 'dropout': expected a number of 0 or more, found -1"),
-        ("fc-ef", {"dropout": 1.5}, r"fc-ef cannot be built with \{'dropout': 1.5\} \(dropout probability"),
+        (
+            "fc-ef",
+            {"dropout": 1.5},
+            r"fc-ef cannot be built with \{'dropout': 1.5\} \(dropout probability",
+        ),
         ("snunet", {"width": 0}, "option 'width': expected a whole number above 0, found 0"),
-        ("unet-small", {"width": "wide"}, "option 'width': expected a whole number above 0, found 'wide'"),
-        ("dtcdscn", {"depths": [3, 4]}, r"option 'depths': expected 4 whole numbers above 0, found \[3, 4\]"),
+        (
+            "unet-small",
+            {"width": "wide"},
+            "option 'width': expected a whole number above 0, found 'wide'",
+        ),
+        (
+            "dtcdscn",
+            {"depths": [3, 4]},
+            r"option 'depths': expected 4 whole numbers above 0, found \[3, 4\]",
+        ),
         ("tinycd", {"widths": 48}, "option 'widths': expected 4 whole numbers above 0, found 48"),
         ("changefft", {"depths": [1, 1, 1, True]}, "expected 4 whole numbers above 0"),
-        ("a2net", {"encoder": "mobilenet"}, "option 'encoder': expected a number of 0 or more, found 'mobilenet'"),
+        (
+            "a2net",
+            {"encoder": "mobilenet"},
+            "option 'encoder': expected a number of 0 or more, found 'mobilenet'",
+        ),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str) -> None:
@@ -183,7 +207,10 @@ def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str)
 @pytest.mark.parametrize("name", CHANGE)
 def test_any_bands_classes_and_sizes(name: str) -> None:
     multiple = CARDS[name].multiple_px
-    for bands, classes in ((("B02", "B03", "B04"), ("changed",)), (CARDS[name].bands, ("changed",))):
+    for bands, classes in (
+        (("B02", "B03", "B04"), ("changed",)),
+        (CARDS[name].bands, ("changed",)),
+    ):
         network = tiny(name, bands=bands, classes=classes).eval()
         for height, width in ((multiple, 2 * multiple), (96, 64)):
             shape = network(torch.randn(2, 2, len(bands), height, width)).shape
@@ -204,7 +231,9 @@ def test_a_network_that_cannot_tell_the_order_refuses_classes_that_need_it() -> 
             tiny("a2net", classes=classes)
 
 
-@pytest.mark.parametrize("name", [n for n, card in CARDS.items() if card.task != "mapping" and n.endswith("-small")])
+@pytest.mark.parametrize(
+    "name", [n for n, card in CARDS.items() if card.task != "mapping" and n.endswith("-small")]
+)
 def test_small_cards_learn_are_saved_loaded_and_map_a_site(name: str, tmp_path: Path) -> None:
     """A few steps of training; then the same map, to the last bit, from the network and from its file."""
     card, years = dataclasses.replace(CARDS[name], window_px=32), [2015, 2020, 2022]
@@ -221,16 +250,22 @@ def test_small_cards_learn_are_saved_loaded_and_map_a_site(name: str, tmp_path: 
         losses[-1].backward()
         optimiser.step()
     assert losses[-1] < losses[0]
-    trained = models.Trained(card=card, network=network.eval(), mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",))
+    trained = models.Trained(
+        card=card, network=network.eval(), mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",)
+    )
     models.save(trained, tmp_path / "model.pt")
     pixels = np.random.default_rng(0).integers(1, 3000, (3, 10, 40, 36)).astype(np.uint16)
     pixels[1, :, 5, 7] = 0
-    site = xr.DataArray(pixels, dims=("year", "band", "y", "x"), coords={"year": years, "band": list(card.bands)})
+    site = xr.DataArray(
+        pixels, dims=("year", "band", "y", "x"), coords={"year": years, "band": list(card.bands)}
+    )
     maps = [models.predict(of, site) for of in (trained, models.load(tmp_path / "model.pt"))]
     np.testing.assert_array_equal(*maps)
     if card.task == "change":
         assert maps[0].dims == ("pair", "class", "y", "x")
-        pairs = [tuple(map(int, pair)) for pair in zip(maps[0]["first"], maps[0]["second"], strict=True)]
+        pairs = [
+            tuple(map(int, pair)) for pair in zip(maps[0]["first"], maps[0]["second"], strict=True)
+        ]
         assert pairs == [(2015, 2020), (2015, 2022), (2020, 2022)]
         assert (maps[0].values[:, 0, 5, 7] == 255).tolist() == [True, False, True]
     else:
@@ -245,13 +280,21 @@ def test_a_series_is_mapped_by_the_years_that_it_is_of() -> None:
     torch.manual_seed(0)
     network = models.build(card).eval()
     for layer in network.attention:
-        nn.init.normal_(layer.distance, std=4)  # as after training, when how far apart years are matters
+        nn.init.normal_(
+            layer.distance, std=4
+        )  # as after training, when how far apart years are matters
     nn.init.normal_(network.head.weight, std=4)
-    trained = models.Trained(card=card, network=network, mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",))
+    trained = models.Trained(
+        card=card, network=network, mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",)
+    )
     pixels = np.random.default_rng(0).integers(1, 3000, (3, 10, 32, 32)).astype(np.uint16)
     maps = []
     for years in ([2015, 2016, 2017], [2015, 2020, 2024]):
-        site = xr.DataArray(pixels, dims=("year", "band", "y", "x"), coords={"year": years, "band": list(card.bands)})
+        site = xr.DataArray(
+            pixels,
+            dims=("year", "band", "y", "x"),
+            coords={"year": years, "band": list(card.bands)},
+        )
         maps.append(models.predict(trained, site).values)
         windows = torch.from_numpy(models.normalise(pixels, trained.mean, trained.std))[None]
         with torch.inference_mode():
@@ -277,11 +320,15 @@ def test_every_shipped_card_of_change_and_series_builds(name: str) -> None:
 def test_gradients_reach_every_parameter(name: str) -> None:
     network = tiny(name).train()
     for module in network.modules():
-        if isinstance(module, SqueezeExcite):  # of one or two units here, which chance may have switched off
+        if isinstance(
+            module, SqueezeExcite
+        ):  # of one or two units here, which chance may have switched off
             module.weigh[1] = nn.ELU()
     pair = torch.randn(2, 2, 10, 96, 96)
     (network(pair) * torch.randn(2, 1, 96, 96)).sum().backward()
-    dead = {key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    dead = {
+        key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    }
     # What BIT's last layer adds to both dates alike is gone from their difference.
     assert dead == ({"decoder.0.perceptron.2.bias"} if name == "bit" else set())
 
@@ -296,7 +343,9 @@ def test_every_band_of_both_dates_is_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHANGE)
 def test_the_order_of_the_dates_matters_where_it_should(name: str) -> None:
-    network = tiny(name).train()  # normalised by what it sees, so that every level has its say in an untrained network
+    network = tiny(
+        name
+    ).train()  # normalised by what it sees, so that every level has its say in an untrained network
     pair = torch.randn(2, 2, 10, 64, 64)
     there, back = network(pair), network(pair.flip(1))
     if name == "a2net":  # |difference| at all levels
@@ -330,7 +379,9 @@ def test_fc_siam_diff_skips_zeros_where_dates_are_equal() -> None:
     network = settled(tiny("fc-siam-diff"))
     seen: list[torch.Tensor] = []
     for decode in network.decoder:
-        decode.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, given[0].shape[1] // 2 :]))
+        decode.register_forward_pre_hook(
+            lambda _, given: seen.append(given[0][:, given[0].shape[1] // 2 :])
+        )
     network(torch.randn(1, 1, 10, 32, 32).expand(-1, 2, -1, -1, -1))
     assert len(seen) == 4
     assert all((skipped == 0).all() for skipped in seen)
@@ -351,9 +402,15 @@ def test_frequencies_are_mixed_as_by_a_circular_convolution() -> None:
     for layer, (weight, bias) in enumerate(zip(mix.weight, mix.bias, strict=True)):
         w, b = (a.detach().double().numpy() for a in (weight, bias))
         w, b = w[..., 0] + 1j * w[..., 1], b[..., 0] + 1j * b[..., 1]
-        spectrum = np.concatenate([spectrum[..., 4 * k : 4 * k + 4] @ w[k] + b[k] for k in range(2)], axis=-1)
+        spectrum = np.concatenate(
+            [spectrum[..., 4 * k : 4 * k + 4] @ w[k] + b[k] for k in range(2)], axis=-1
+        )
         parts = np.stack([spectrum.real, spectrum.imag])
-        parts = np.maximum(parts, 0) if layer == 0 else np.sign(parts) * np.maximum(np.abs(parts) - 0.01, 0)
+        parts = (
+            np.maximum(parts, 0)
+            if layer == 0
+            else np.sign(parts) * np.maximum(np.abs(parts) - 0.01, 0)
+        )
         spectrum = parts[0] + 1j * parts[1]
     expected = np.fft.ifft2(spectrum, axes=(0, 1), norm="ortho").real
     np.testing.assert_allclose(mix(x)[0].detach().numpy(), expected, atol=1e-4)
@@ -382,7 +439,9 @@ def test_tinycd_mixes_each_channel_with_its_counterpart() -> None:
         assert touched.tolist() == [c == channel for c in range(3)]
 
 
-@pytest.mark.parametrize("name", ["dtcdscn", "changeformer", "changefft", "a2net", "snunet", "fc-siam-diff"])
+@pytest.mark.parametrize(
+    "name", ["dtcdscn", "changeformer", "changefft", "a2net", "snunet", "fc-siam-diff"]
+)
 def test_each_scale_has_its_say(name: str) -> None:
     # Of the encoder's levels one at a time is blotted out in both dates.
     network = tiny(name).eval()
@@ -430,7 +489,9 @@ def changes(seed: int, n: int = 8, side: int = 32) -> tuple[torch.Tensor, torch.
     return torch.from_numpy(pairs.astype(np.float32)), torch.from_numpy(changed)
 
 
-def fitted(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: int, rate: float = 5e-3) -> list[float]:
+def fitted(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: int, rate: float = 5e-3
+) -> list[float]:
     optimiser = torch.optim.Adam(network.parameters(), rate)
     losses = []
     for _ in range(steps):
@@ -479,10 +540,14 @@ def test_any_number_of_years(years: int, depth: int, layers: int, height: int, w
 
 def test_gradients_reach_every_parameter_of_the_series_network() -> None:
     network = series(layers=2).train()
-    (network(images(2, 21)) * images(2, 21)[:, :, :1]).sum().backward()  # all distances up to the last
+    (
+        network(images(2, 21)) * images(2, 21)[:, :, :1]
+    ).sum().backward()  # all distances up to the last
     dead = [key for key, p in network.named_parameters() if not p.grad.abs().sum() > 0]
     assert dead == []
-    assert all((p.grad != 0).all() for key, p in network.named_parameters() if key.endswith("distance"))
+    assert all(
+        (p.grad != 0).all() for key, p in network.named_parameters() if key.endswith("distance")
+    )
 
 
 def test_every_year_is_seen_by_every_other() -> None:
@@ -510,8 +575,13 @@ def test_only_distances_in_years_count() -> None:
     given_ = images(1, 4)
     consecutive = network(given_)
     assert torch.equal(network(given_, torch.tensor([2017, 2018, 2019, 2020])), consecutive)
-    assert not torch.allclose(network(given_, torch.tensor([2015, 2018, 2019, 2024])), consecutive, atol=1e-4)
-    far = [network(given_, torch.tensor([0, 10 + more, 20 + 2 * more, 30 + 3 * more])) for more in (0, 7)]
+    assert not torch.allclose(
+        network(given_, torch.tensor([2015, 2018, 2019, 2024])), consecutive, atol=1e-4
+    )
+    far = [
+        network(given_, torch.tensor([0, 10 + more, 20 + 2 * more, 30 + 3 * more]))
+        for more in (0, 7)
+    ]
     assert torch.equal(*far)  # beyond ten years it is all the same
 
 
@@ -540,11 +610,17 @@ def test_weights_are_shared_out_anew_among_what_was_observed() -> None:
     values = torch.randn(1, 3, 4, 4, 4, generator=generator)
     observed = (torch.rand(1, 3, 1, 4, 4, generator=generator) < 0.6).float()
     found = network_module._weighted(weight, values, observed).numpy()
-    large = nn.functional.interpolate(weight.flatten(1, 3), (4, 4), mode="bilinear").reshape(1, 2, 3, 3, 4, 4).numpy()
+    large = (
+        nn.functional.interpolate(weight.flatten(1, 3), (4, 4), mode="bilinear")
+        .reshape(1, 2, 3, 3, 4, 4)
+        .numpy()
+    )
     for year, channel, y, x in itertools.product(range(3), range(4), range(4), range(4)):
         seen = [t for t in range(3) if observed[0, t, 0, y, x]]
         weights = large[0, channel // 2, year, :, y, x]
-        expected = sum(weights[t] * values[0, t, channel, y, x].item() for t in seen) / max(sum(weights[seen]), 1e-4)
+        expected = sum(weights[t] * values[0, t, channel, y, x].item() for t in seen) / max(
+            sum(weights[seen]), 1e-4
+        )
         assert found[0, year, channel, y, x] == pytest.approx(expected, abs=1e-5)
 
 
@@ -563,7 +639,9 @@ def test_a_series_without_any_observation_is_no_error() -> None:
     assert torch.isfinite(settled(series())(torch.zeros(1, 3, 10, 16, 16))).all()
 
 
-def clouded(seed: int, n: int = 8, years: int = 6, side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def clouded(
+    seed: int, n: int = 8, years: int = 6, side: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Series of a mine that appears and stays; each year's image is hidden in part by clouds as bright as a mine."""
     r = np.random.default_rng(seed)
     mine = np.zeros((n, years, 1, side, side), np.float32)

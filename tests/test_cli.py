@@ -70,13 +70,25 @@ def test_every_help_shows_an_example(command):
 def test_the_list_of_commands():
     out, _ = run("--help")
     listed = out.split("Commands:")[1]
-    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "] == list(COMMANDS)
+    assert [
+        line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "
+    ] == list(COMMANDS)
 
 
 def test_the_list_of_sites_says_which_years():
     out, _ = run_here("sites", "--sites", "demo_1,Austria_1")
     demo, austria = (line.split() for line in out.splitlines()[2:])
-    assert demo == ["demo_1", "Simulated", "train", "2015,2020,2022", "EPSG:32633", "384", "x", "384", "px"]
+    assert demo == [
+        "demo_1",
+        "Simulated",
+        "train",
+        "2015,2020,2022",
+        "EPSG:32633",
+        "384",
+        "x",
+        "384",
+        "px",
+    ]
     assert austria == ["Austria_1", "Austria", "train", "2015-2024", "no", "polygon", "yet"]
 
 
@@ -85,8 +97,14 @@ def world(tmp_path_factory, make):
     """A site of 120 x 96 px, two years, one provider; polygons of the site and of its mine."""
     folder = tmp_path_factory.mktemp("world")
     site = make.site("pit", 360000, 5600040, 120, 96)
-    simulate([site], folder / "archive", World(years=(2020, 2022), dates_per_year=6, winter_dates=1, styles=("earth-search",)))
-    gpd.GeoDataFrame({"id": ["pit"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
+    simulate(
+        [site],
+        folder / "archive",
+        World(years=(2020, 2022), dates_per_year=6, winter_dates=1, styles=("earth-search",)),
+    )
+    gpd.GeoDataFrame({"id": ["pit"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(
+        folder / "sites.geojson"
+    )
     return folder
 
 
@@ -130,7 +148,11 @@ def test_built_cubes_and_labels(world, built):
 
 def test_a_second_build_keeps_everything_and_needs_no_archive(world, built, tmp_path):
     """The scene lists were saved: the same build again works with the source gone, and does nothing."""
-    shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search", "*.parquet"))
+    shutil.copytree(
+        world / "archive",
+        tmp_path / "archive",
+        ignore=shutil.ignore_patterns("earth-search", "*.parquet"),
+    )
     shutil.copy(world / "sites.geojson", tmp_path)
     out, _ = run("build", *args(tmp_path, built))
     assert out.count("kept") == 2
@@ -167,7 +189,13 @@ def test_train_predict_score_export(built, tmp_path):
     assert sites["pit"] == sites["pooled"]
     out, _ = run("export", "--store", built, "--out", tmp_path / "export", "--model", "unet-small")
     made = {p.name for p in (tmp_path / "export").rglob("*") if p.is_file()}
-    assert {"collection.json", "pit_2020_reflectance.tif", "pit_2022_probability.tif", "pit_strip.png", "areas.png"} <= made
+    assert {
+        "collection.json",
+        "pit_2020_reflectance.tif",
+        "pit_2022_probability.tif",
+        "pit_strip.png",
+        "areas.png",
+    } <= made
     kinds = [f"footprints_{kind}" for kind in ("labels", "mapped")]
     assert {f"{kind}.{suffix}" for kind in kinds for suffix in ("parquet", "gpkg")} <= made
     for kind in kinds:
@@ -198,7 +226,11 @@ def test_other_scenes_are_refused_unless_told(world, built, tmp_path):
     (lists := tmp_path / "lists").mkdir()
     for path in (world / "cubes.zarr-scenes").glob("*.parquet"):
         listed = snapshot.load(path).scenes
-        summer = [s for s in listed if 4 <= s.datetime.month <= 10 and s.properties["eo:cloud_cover"] <= 90]
+        summer = [
+            s
+            for s in listed
+            if 4 <= s.datetime.month <= 10 and s.properties["eo:cloud_cover"] <= 90
+        ]
         kept = [s for s in listed if "2020" not in path.name or s.id != summer[0].id]
         belongs = snapshot.belongs_to(site, int(path.name.split("_")[1]), [source])
         snapshot.save(Found(scenes=tuple(kept), listed=len(kept)), lists / path.name, belongs)
@@ -241,7 +273,13 @@ def test_an_interrupted_build_goes_on(world, tmp_path):
     import os
 
     store = tmp_path / "cubes.zarr"
-    command = [sys.executable, "-c", "from minecube.cli import main; main()", "build", *map(str, args(world, store))]
+    command = [
+        sys.executable,
+        "-c",
+        "from minecube.cli import main; main()",
+        "build",
+        *map(str, args(world, store)),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(store.glob("pit/builds/*/zarr.json")) and process.poll() is None:
         time.sleep(0.02)
@@ -255,16 +293,28 @@ def test_an_interrupted_build_goes_on(world, tmp_path):
 
 
 BAD = {
-    "unknown site": (("sites", "--sites", "Atlantis_*"), "unknown site 'Atlantis_*'; the catalogue has Austria_1"),
+    "unknown site": (
+        ("sites", "--sites", "Atlantis_*"),
+        "unknown site 'Atlantis_*'; the catalogue has Austria_1",
+    ),
     "no such file": (("sites", "--sites", "mines.geojson"), "mines.geojson: no such file"),
-    "years": (("search", "--sites", "demo_1", "--years", "20x", "--source", "cdse"), "expected years such as 2019-2023"),
-    "years backwards": (("search", "--sites", "demo_1", "--years", "2023-2019", "--source", "cdse"), "expected years such as"),
+    "years": (
+        ("search", "--sites", "demo_1", "--years", "20x", "--source", "cdse"),
+        "expected years such as 2019-2023",
+    ),
+    "years backwards": (
+        ("search", "--sites", "demo_1", "--years", "2023-2019", "--source", "cdse"),
+        "expected years such as",
+    ),
     "unknown source": (
         ("search", "--sites", "demo_1", "--years", "2020", "--source", "nasa"),
         "unknown source 'nasa'; there is: cdse, earth-",
     ),
     "unknown command": (("fly",), "No such command 'fly'"),
-    "no store": (("export", "--store", "nowhere.zarr", "--out", "x"), "nowhere.zarr: there is no store"),
+    "no store": (
+        ("export", "--store", "nowhere.zarr", "--out", "x"),
+        "nowhere.zarr: there is no store",
+    ),
     "no model": (
         ("train", "--store", "nowhere.zarr", "--out", "x", "--model", "gpt"),
         "unknown model 'gpt'; there is: a2net",
@@ -288,7 +338,10 @@ def test_bad_use(case, tmp_path, monkeypatch):
         ({"--years": "2012"}, "year 2012: expected 2015"),
         ({"--years": "2099"}, "year 2099: expected 2015"),
         ({"--device": "gpu7"}, "device 'gpu7' is not one that torch knows"),
-        ({"--recipe": "winter-mean"}, "unknown recipe 'winter-mean'; there is: annual-geomedian, annual-median"),
+        (
+            {"--recipe": "winter-mean"},
+            "unknown recipe 'winter-mean'; there is: annual-geomedian, annual-median",
+        ),
         ({"--source": "nasa"}, "unknown source 'nasa'"),
         ({"--store": "/proc/cubes.zarr"}, "cannot be written"),
         ({"--sites": "Germany_1"}, "site 'Germany_1' has no area of interest yet"),
@@ -318,16 +371,24 @@ def test_every_recipe_is_built(world, built, tmp_path, recipe, layers):
     for years in ("2020", "2022"):
         run_here("build", *args(world, store, years), "--recipe", recipe)
     made, usual = (xr.open_zarr(s, group="pit", consolidated=False) for s in (store, built))
-    types, usual_types = ({name: str(v.dtype) for name, v in each.data_vars.items()} for each in (made, usual))
+    types, usual_types = (
+        {name: str(v.dtype) for name, v in each.data_vars.items()} for each in (made, usual)
+    )
     assert types == usual_types | layers
     seen = made.reflectance.values.all(axis=1)
     assert seen.mean() > 0.9
-    off = (made.reflectance.astype(float) - usual.reflectance.astype(float)).values.transpose(0, 2, 3, 1)[seen] / 1e4
+    off = (made.reflectance.astype(float) - usual.reflectance.astype(float)).values.transpose(
+        0, 2, 3, 1
+    )[seen] / 1e4
     assert np.sqrt((off**2).mean()) < 0.05
     for name in layers:
         values = made[name].values
         assert (values[seen] >= 0).all()
-        assert np.isnan(values[~seen]).all() if layers[name] == "float32" else (values[~seen] == 0).all()
+        assert (
+            np.isnan(values[~seen]).all()
+            if layers[name] == "float32"
+            else (values[~seen] == 0).all()
+        )
     assert all("shifts" in made for made in cube.builds(str(store), "pit").values())
 
 
@@ -350,10 +411,16 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
 
     _, chosen = building.chosen_scenes(job, site, 2022, find)
     assert asked == [2022, 2021, 2023]
-    summer = [s.id for s in listed[2020].scenes if s.datetime.month in recipe.months and s.properties["eo:cloud_cover"] <= 90]
+    summer = [
+        s.id
+        for s in listed[2020].scenes
+        if s.datetime.month in recipe.months and s.properties["eo:cloud_cover"] <= 90
+    ]
     assert {s.id for s in chosen if s.datetime.year == 2020} == set(summer) != set()
     last, asked = datetime.now(tz=UTC).year, []
-    building.chosen_scenes(job, site, last, lambda _site, year, *_: asked.append(year) or listed[2020])
+    building.chosen_scenes(
+        job, site, last, lambda _site, year, *_: asked.append(year) or listed[2020]
+    )
     assert asked == [last, last - 1]  # no year to come
 
     def fails(_site, year, *_):
@@ -371,9 +438,15 @@ def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
     (source,) = load_sources(world / "archive" / "sources.yaml").values()
     recipe, cubes = load_recipes()["naive-median"], {}
     for lift in (0, 1):
-        tools = Tools(reducers=types.SimpleNamespace(median=lambda seen, lift=lift: reducers.median(seen) + np.uint16(lift)))
+        tools = Tools(
+            reducers=types.SimpleNamespace(
+                median=lambda seen, lift=lift: reducers.median(seen) + np.uint16(lift)
+            )
+        )
         store = str(tmp_path / f"{lift}.zarr")
-        job = building.Job(store=store, sources=(source,), recipe=recipe, snapshots=tmp_path, tools=tools)
+        job = building.Job(
+            store=store, sources=(source,), recipe=recipe, snapshots=tmp_path, tools=tools
+        )
         assert [o.state for o in building.build(job, sites, [2020])] == ["built"]
         cubes[lift] = xr.open_zarr(store, group="pit", consolidated=False)["reflectance"].load()
     np.testing.assert_array_equal(cubes[1], cubes[0] + 1)
@@ -385,12 +458,22 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
     asked, found = {}, building.registration.shifts
 
     def accused(beside_m, scenes_, *rest):
-        return [dataclasses.replace(s, dx_m=beside_m, dy_m=0.0) if n < 1 else s for n, s in enumerate(found(scenes_, *rest))]
+        return [
+            dataclasses.replace(s, dx_m=beside_m, dy_m=0.0) if n < 1 else s
+            for n, s in enumerate(found(scenes_, *rest))
+        ]
 
     for beside_m in (0.0, 20.0):
         monkeypatch.setattr(building.registration, "shifts", functools.partial(accused, beside_m))
-        recipe = dataclasses.replace(load_recipes()["naive-median"], registration=Registration(most_px=0.5, beyond="drop"))
-        job = building.Job(store=str(tmp_path / f"{beside_m}"), sources=(source,), recipe=recipe, snapshots=tmp_path)
+        recipe = dataclasses.replace(
+            load_recipes()["naive-median"], registration=Registration(most_px=0.5, beyond="drop")
+        )
+        job = building.Job(
+            store=str(tmp_path / f"{beside_m}"),
+            sources=(source,),
+            recipe=recipe,
+            snapshots=tmp_path,
+        )
         (made,) = building.build(job, sites, [2020])
         assert made.state == "built"
         asked[beside_m] = made.reads["planned"]
@@ -408,7 +491,9 @@ def test_a_store_keeps_the_margin_it_was_built_with(world, tmp_path):
 
     def built(store, *more, ok=0):
         lists = ["--scenes", tmp_path / f"{store}-scenes"]
-        return run_here("build", *inside, *args(world, tmp_path / store, "2020")[2:], *lists, *more, ok=ok)
+        return run_here(
+            "build", *inside, *args(world, tmp_path / store, "2020")[2:], *lists, *more, ok=ok
+        )
 
     assert "324 x 300 px" not in run_here("sites", "--sites", world / "sites.geojson")[0]
     out, err = run_here("sites", *inside)
@@ -417,21 +502,34 @@ def test_a_store_keeps_the_margin_it_was_built_with(world, tmp_path):
     assert "EPSG:32633 144 x 120 px" in run_here("sites", *inside, "--margin", 100)[0]
     _, err = built("old", "--margin", 0)
     assert err == ""
-    assert "margin" not in zarr.open_group(tmp_path / "old")["pit"].attrs["minecube"]  # as in stores of earlier versions
+    assert (
+        "margin" not in zarr.open_group(tmp_path / "old")["pit"].attrs["minecube"]
+    )  # as in stores of earlier versions
     out, err = built("old")
     assert "kept" in out
     assert err.splitlines()[0] == f"margin around pit: 0 m, as in {tmp_path / 'old'}"
     _, err = built("old", "--margin", 500, ok=2)
-    assert "polygon or --margin has changed (the store has a margin of 0 m, asked for was 500 m)" in err
+    assert (
+        "polygon or --margin has changed (the store has a margin of 0 m, asked for was 500 m)"
+        in err
+    )
     out, err = built("new", "--margin", 100)
     assert "built" in out
     assert "margin around pit: 100 m" in err
     out, err = built("new")
     assert "kept" in out
     assert f"margin around pit: 100 m, as in {tmp_path / 'new'}" in err
-    out, _ = run_here("plan", *inside, *args(world, tmp_path / "new", "2020")[2:], "--scenes", tmp_path / "new-scenes")
+    out, _ = run_here(
+        "plan",
+        *inside,
+        *args(world, tmp_path / "new", "2020")[2:],
+        "--scenes",
+        tmp_path / "new-scenes",
+    )
     assert "committed" in out
-    wide, narrow = (xr.open_zarr(tmp_path / name, group="pit", consolidated=False) for name in ("new", "old"))
+    wide, narrow = (
+        xr.open_zarr(tmp_path / name, group="pit", consolidated=False) for name in ("new", "old")
+    )
     assert (wide.sizes["x"], wide.sizes["y"]) == (144, 120)  # twice 60 m on each side
     assert wide.x.values[12:-12].tolist() == narrow.x.values.tolist()
     assert wide.y.values[12:-12].tolist() == narrow.y.values.tolist()
@@ -440,14 +538,20 @@ def test_a_store_keeps_the_margin_it_was_built_with(world, tmp_path):
 def test_a_country_is_shown_its_plan_and_not_built(world, tmp_path):
     (pit,) = load_sites(world / "sites.geojson")
     x, y = pit.geometry.centroid.coords[0]
-    gpd.GeoDataFrame({"id": ["country"]}, geometry=[box(x - 1, y - 0.7, x + 1, y + 0.7)], crs=4326).to_file(
-        tmp_path / "country.geojson"
-    )
-    given = ["--sites", tmp_path / "country.geojson", *args(world, tmp_path / "new.zarr", "2020")[2:]]
+    gpd.GeoDataFrame(
+        {"id": ["country"]}, geometry=[box(x - 1, y - 0.7, x + 1, y + 0.7)], crs=4326
+    ).to_file(tmp_path / "country.geojson")
+    given = [
+        "--sites",
+        tmp_path / "country.geojson",
+        *args(world, tmp_path / "new.zarr", "2020")[2:],
+    ]
     out, err = run_here("build", *given, ok=2)
     assert "MB a block" in out  # the plan
     (km2,) = re.findall(r"country \(([\d,]+) km2\): larger than 2500 km2", err)
-    assert 18_000 < int(km2.replace(",", "")) < 28_000  # 1.4 of 111 km by 2 of 65..75, and what the grid adds at its corners
+    assert (
+        18_000 < int(km2.replace(",", "")) < 28_000
+    )  # 1.4 of 111 km by 2 of 65..75, and what the grid adds at its corners
     assert [f.name for f in tmp_path.iterdir()] == ["country.geojson"]
 
 
@@ -460,7 +564,9 @@ def test_a_large_site_is_built_when_asked_twice(world, tmp_path, monkeypatch):
 
 def test_a_second_opinion_that_is_not_installed(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "omnicloudmask", None)
-    shutil.copytree(world / "archive", tmp_path / "own", ignore=shutil.ignore_patterns("earth-search", "truth*"))
+    shutil.copytree(
+        world / "archive", tmp_path / "own", ignore=shutil.ignore_patterns("earth-search", "truth*")
+    )
     text = "asks: {title: t, bands: [B03, B04, B08], second_opinion: {weights: [net.pt]}}\n"
     (tmp_path / "own" / "recipes.yaml").write_text(text)
     given = dict(zip(*[iter(args(world, tmp_path / "new.zarr"))] * 2, strict=True))
@@ -490,10 +596,16 @@ def test_polygons_that_do_not_fit(built, world, tmp_path):
 def test_an_invalid_polygon_is_repaired_and_reported(world, built, tmp_path):
     site = gpd.read_file(world / "sites.geojson").geometry[0]
     west, south, east, north = site.bounds
-    bowtie = f"POLYGON(({west} {south}, {east} {north}, {east} {south}, {west} {north}, {west} {south}))"
-    gpd.GeoDataFrame(geometry=gpd.GeoSeries.from_wkt([bowtie]), crs=4326).to_file(tmp_path / "bowtie.gpkg")
+    bowtie = (
+        f"POLYGON(({west} {south}, {east} {north}, {east} {south}, {west} {north}, {west} {south}))"
+    )
+    gpd.GeoDataFrame(geometry=gpd.GeoSeries.from_wkt([bowtie]), crs=4326).to_file(
+        tmp_path / "bowtie.gpkg"
+    )
     shutil.copytree(built, tmp_path / "cubes.zarr")
-    _, err = run("label", "--store", tmp_path / "cubes.zarr", "--polygons", tmp_path / "bowtie.gpkg")
+    _, err = run(
+        "label", "--store", tmp_path / "cubes.zarr", "--polygons", tmp_path / "bowtie.gpkg"
+    )
     assert "repaired" in err
 
 
@@ -512,13 +624,18 @@ def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
     run("build", *args(tmp_path, whole, years="2022"))
     run("build", *args(tmp_path, mixed, years="2022", source="half,sim-earth-search"))
     provenance = cube.builds(str(mixed), "pit")[2022]
-    by_source = {s: {x["id"] for x in provenance["scenes"] if x["source"] == s} for s in ("half", "sim-earth-search")}
+    by_source = {
+        s: {x["id"] for x in provenance["scenes"] if x["source"] == s}
+        for s in ("half", "sim-earth-search")
+    }
     assert all(by_source.values())
     assert by_source["half"] == {x["id"] for x in provenance["scenes"]} & {i["id"] for i in half}
     assert sorted(i for ids in by_source.values() for i in ids) == sorted(
         x["id"] for x in cube.builds(str(whole), "pit")[2022]["scenes"]
     )
-    one, other = (xr.open_zarr(s, group="pit", consolidated=False).drop_attrs() for s in (whole, mixed))
+    one, other = (
+        xr.open_zarr(s, group="pit", consolidated=False).drop_attrs() for s in (whole, mixed)
+    )
     xr.testing.assert_identical(one.load(), other.load())
 
 
@@ -532,8 +649,14 @@ def test_provenance_tells_the_reads(world, built):
     assert totals["bytes"] == reads.bytes.sum() > 0
     ids = {s["id"] for s in made["scenes"]}
     assert set(reads.scene) <= ids
-    assert set(reads[reads.band == "SCL"].scene) == ids  # the mask of every scene, the bands of those that are needed
-    assert (made["offset_conflicts"], made["refused"], made["on_offset_conflict"]) == ([], {}, "drop")
+    assert (
+        set(reads[reads.band == "SCL"].scene) == ids
+    )  # the mask of every scene, the bands of those that are needed
+    assert (made["offset_conflicts"], made["refused"], made["on_offset_conflict"]) == (
+        [],
+        {},
+        "drop",
+    )
     assert len(made["snapshot"]) == 64
 
 
@@ -578,7 +701,9 @@ def test_a_lost_read_may_be_allowed(world, tmp_path):
     assert (out.count("built"), out.count("kept")) == (1, 1), err
     share = cube.builds(str(store), "pit")[2022]["reads"]["completeness"]
     assert 0.9 < share < 1
-    assert xr.open_zarr(store, group="pit", consolidated=False).attrs["incomplete_reads"] == {"2022": share}
+    assert xr.open_zarr(store, group="pit", consolidated=False).attrs["incomplete_reads"] == {
+        "2022": share
+    }
     reads = cube.reads(str(store), "pit", 2022)
     assert reads[reads.lost > 0].band.tolist() == ["B11"]
     assert "No such file" in reads[reads.lost > 0].reason.item()
@@ -587,7 +712,9 @@ def test_a_lost_read_may_be_allowed(world, tmp_path):
     assert err == f"pit 2022: has {share:.2%} of its reads; use --overwrite to build it again\n"
     _, err = run("build", *args(tmp_path, store), "--overwrite", ok=1)
     assert "1 of 2 site-years failed; " in err
-    assert cube.builds(str(store), "pit")[2022]["reads"]["completeness"] == share  # the old year stays
+    assert (
+        cube.builds(str(store), "pit")[2022]["reads"]["completeness"] == share
+    )  # the old year stays
 
 
 @pytest.mark.parametrize("policy", ["warn", "fix", "drop", "fail"])
@@ -596,7 +723,9 @@ def test_a_wrong_flag(world, built, tmp_path, policy):
     shutil.copytree(world / "archive", tmp_path / "archive")
     shutil.copy(world / "sites.geojson", tmp_path)
     items = gpd.read_parquet(tmp_path / "archive" / "earth-search.parquet")
-    clear = items[(items.datetime.dt.year == 2022) & items.datetime.dt.month.between(5, 9)].sort_values("eo:cloud_cover")
+    clear = items[
+        (items.datetime.dt.year == 2022) & items.datetime.dt.month.between(5, 9)
+    ].sort_values("eo:cloud_cover")
     victim = clear.iloc[0]["id"]
     for path in (tmp_path / "archive" / "earth-search" / victim).glob("B*.tif"):
         with rasterio.open(path) as src:
@@ -606,7 +735,11 @@ def test_a_wrong_flag(world, built, tmp_path, policy):
             out.write(np.where(pixels == 0, 0, pixels + 1000).astype(np.uint16), 1)
     store = tmp_path / "cubes.zarr"
     out, err = run(
-        "build", *args(tmp_path, store, years="2022"), "--on-offset-conflict", policy, ok=1 if policy == "fail" else 0
+        "build",
+        *args(tmp_path, store, years="2022"),
+        "--on-offset-conflict",
+        policy,
+        ok=1 if policy == "fail" else 0,
     )
     if policy == "fail":
         assert "1 of" in err
@@ -617,9 +750,14 @@ def test_a_wrong_flag(world, built, tmp_path, policy):
     (conflict,) = made["offset_conflicts"]
     assert (conflict["scene"], conflict["offset"], conflict["should_be"]) == (victim, 0, -1000)
     assert 850 < conflict["step"] < 1150
-    plain, got = (xr.open_zarr(s, group="pit", consolidated=False).reflectance.sel(year=2022).values for s in (built, store))
+    plain, got = (
+        xr.open_zarr(s, group="pit", consolidated=False).reflectance.sel(year=2022).values
+        for s in (built, store)
+    )
     if policy == "fix":
-        np.testing.assert_array_equal(np.abs(got.astype(int) - plain) <= 1, True)  # what was 0 or 1 cannot be told any more
+        np.testing.assert_array_equal(
+            np.abs(got.astype(int) - plain) <= 1, True
+        )  # what was 0 or 1 cannot be told any more
     else:
         assert (got != plain).any()
 
@@ -637,9 +775,17 @@ main()
 
 def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
     """Every image is answered with 503, which is waited out for minutes; not after Ctrl-C, whatever thread is given it."""
-    shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("truth*"))
+    shutil.copytree(
+        world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("truth*")
+    )
     shutil.copy(world / "sites.geojson", tmp_path)
-    server = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path / "archive"), "--fail", "1"]
+    server = [
+        sys.executable,
+        str(Path(__file__).with_name("range_server.py")),
+        str(tmp_path / "archive"),
+        "--fail",
+        "1",
+    ]
     process = subprocess.Popen(server, stdout=subprocess.PIPE, text=True)
     try:
         url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
@@ -681,8 +827,14 @@ def test_no_signature_is_written(world, built, tmp_path):
     """Tokens that expire during the build: nothing lost, and no file, log or line on the screen holds one."""
     shutil.copytree(world / "archive", tmp_path / "archive")
     shutil.copy(world / "sites.geojson", tmp_path)
-    server = [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path / "archive")]
-    process = subprocess.Popen([*server, "--token-life", "0.5", "--delay", "0.02"], stdout=subprocess.PIPE, text=True)
+    server = [
+        sys.executable,
+        str(Path(__file__).with_name("range_server.py")),
+        str(tmp_path / "archive"),
+    ]
+    process = subprocess.Popen(
+        [*server, "--token-life", "0.5", "--delay", "0.02"], stdout=subprocess.PIPE, text=True
+    )
     try:
         url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
         known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
@@ -709,14 +861,22 @@ def test_no_signature_is_written(world, built, tmp_path):
     assert not [p for p in written if b"sig=" in p.read_bytes()]
     for year in (2020, 2022):  # these are compressed
         for name in ("scenes", "reads"):
-            content = zarr.open_array(store, path=f"pit/builds/{year}/{name}", mode="r")[:].tobytes()
-            assert not any(b"sig=" in str(row).encode() for row in pq.read_table(io.BytesIO(content)).to_pylist())
+            content = zarr.open_array(store, path=f"pit/builds/{year}/{name}", mode="r")[
+                :
+            ].tobytes()
+            assert not any(
+                b"sig=" in str(row).encode()
+                for row in pq.read_table(io.BytesIO(content)).to_pylist()
+            )
     for year in (2020, 2022):
         totals = cube.builds(str(store), "pit")[year]["reads"]
         assert (totals["lost"], totals["completeness"]) == (0, 1)
         assert totals["requests"] > 0
     a, b = (
-        xr.open_zarr(s, group="pit", consolidated=False).drop_vars(["footprint", "footprint_fraction"]) for s in (built, store)
+        xr.open_zarr(s, group="pit", consolidated=False).drop_vars(
+            ["footprint", "footprint_fraction"]
+        )
+        for s in (built, store)
     )
     xr.testing.assert_identical(a.drop_attrs().load(), b.drop_attrs().load())
 
@@ -725,7 +885,9 @@ def test_bad_sources(world, tmp_path, monkeypatch):
     """Each is one sentence, exit 2, and nothing written."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
-    shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search"))
+    shutil.copytree(
+        world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search")
+    )
     shutil.copy(world / "sites.geojson", tmp_path)
     known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
     raw = items_of(tmp_path / "archive" / "earth-search.parquet")[:4]
@@ -733,7 +895,10 @@ def test_bad_sources(world, tmp_path, monkeypatch):
         item["properties"].pop("s2:datastrip_id")
     write_items(raw, tmp_path / "archive" / "unusable.parquet")
     with html_server() as url:
-        known["keyless"] = {**known["sim-earth-search"], "access": {"kind": "s3", "href": "https://eodata.example.org"}}
+        known["keyless"] = {
+            **known["sim-earth-search"],
+            "access": {"kind": "s3", "href": "https://eodata.example.org"},
+        }
         known["html"] = {**known["sim-earth-search"], "kind": "stac-api", "href": url}
         known["unusable"] = {**known["sim-earth-search"], "href": "unusable.parquet"}
         (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
@@ -752,7 +917,10 @@ def test_bad_sources(world, tmp_path, monkeypatch):
     known["html"]["access"] = {"kind": "ftp"}
     (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
     _, err = run("build", *args(tmp_path, tmp_path / "new.zarr"), ok=2)
-    assert "sources.yaml: entry 'html': field 'kind': expected one of plain, planetary-computer, s3" in err
+    assert (
+        "sources.yaml: entry 'html': field 'kind': expected one of plain, planetary-computer, s3"
+        in err
+    )
 
 
 def test_a_list_of_another_site(world, built, tmp_path, make):
@@ -760,11 +928,16 @@ def test_a_list_of_another_site(world, built, tmp_path, make):
     lists.mkdir()
     for year in (2020, 2022):
         shutil.copy(
-            world / "cubes.zarr-scenes" / f"pit_{year}_sim-earth-search.parquet", lists / f"far_{year}_sim-earth-search.parquet"
+            world / "cubes.zarr-scenes" / f"pit_{year}_sim-earth-search.parquet",
+            lists / f"far_{year}_sim-earth-search.parquet",
         )
     far = make.site("far", 460000, 5600040, 60, 60)
-    gpd.GeoDataFrame({"id": ["far"]}, geometry=[far.geometry], crs=4326).to_file(tmp_path / "sites.geojson")
-    shutil.copytree(world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search"))
+    gpd.GeoDataFrame({"id": ["far"]}, geometry=[far.geometry], crs=4326).to_file(
+        tmp_path / "sites.geojson"
+    )
+    shutil.copytree(
+        world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("earth-search")
+    )
     for command in ("build", "plan"):
         _, err = run(command, *args(tmp_path, tmp_path / "new.zarr"), "--scenes", lists, ok=2)
         assert "the saved list for far 2020 from sim-earth-search holds scenes elsewhere" in err
@@ -818,7 +991,10 @@ def faults():
 faults()
 print(faults())
 """
-    asked = [subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True) for how in ("kept", "freed")]
+    asked = [
+        subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True)
+        for how in ("kept", "freed")
+    ]
     kept, freed = (int(done.stdout) for done in asked)
     assert freed > 100
     assert kept < freed / 20

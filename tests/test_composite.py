@@ -11,7 +11,16 @@ import pytest
 from scipy import ndimage
 
 from minecube import scenes
-from minecube.catalog import BANDS, NATIVE_M, BestPixel, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion
+from minecube.catalog import (
+    BANDS,
+    NATIVE_M,
+    BestPixel,
+    BrightOverride,
+    HazeTest,
+    MaskRule,
+    Recipe,
+    SecondOpinion,
+)
 from minecube.composite import Tools, bands, block, composite
 from minecube.errors import ReadError
 from minecube.grid import grid_of
@@ -22,7 +31,11 @@ PLAIN = Recipe(id="plain", title="no mask", bands=("B04", "B11"), block_px=64, c
 MASKED = dataclasses.replace(
     PLAIN,
     id="masked",
-    mask=(MaskRule(classes=(8, 9), open_m=40, dilate_m=60), MaskRule(classes=(3,), dilate_m=20), MaskRule(classes=(11,))),
+    mask=(
+        MaskRule(classes=(8, 9), open_m=40, dilate_m=60),
+        MaskRule(classes=(3,), dilate_m=20),
+        MaskRule(classes=(11,)),
+    ),
 )
 
 
@@ -34,13 +47,19 @@ def by_brute_force(listed, grid, recipe, files):  # noqa: C901  one long loop, a
     for i, scene in enumerate(listed):  # in order of preference
         scl, where = files[scene.id]["SCL"], files[scene.id]["grid"]
         d = days.index(scene.properties["minecube:solar_day"])
-        top, left = round((where.transform.f - grid.transform.f) / -20), round((where.transform.c - grid.transform.c) / 20)
+        top, left = (
+            round((where.transform.f - grid.transform.f) / -20),
+            round((where.transform.c - grid.transform.c) / 20),
+        )
         for r in range(n20[0]):
             for c in range(n20[1]):
                 y, x = r - top, c - left
                 around = [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
                 # The outermost pixel of the coverage is not trusted.
-                inside = all(0 <= a < scl.shape[0] and 0 <= b < scl.shape[1] and scl[a, b] != 0 for a, b in around)
+                inside = all(
+                    0 <= a < scl.shape[0] and 0 <= b < scl.shape[1] and scl[a, b] != 0
+                    for a, b in around
+                )
                 if inside and owner[d, r, c] < 0:
                     owner[d, r, c], day_scl[d, r, c] = i, scl[y, x]
     hidden = np.zeros(day_scl.shape, bool)
@@ -84,11 +103,19 @@ def year_of_scenes(archive, make, rng, bright=False):
         y, x = rng.integers(0, h // 2 - 4), rng.integers(0, w // 2 - 4)
         scl[y : y + 4, x : x + 4] = rng.choice([3, 8, 9, 11])
         if bright:  # ground at a fixed place that is called cloud each time, in a ragged shape
-            row, column = (round(v) for v in ((where.transform.f - TOP) / 20, (LEFT - where.transform.c) / 20))
+            row, column = (
+                round(v) for v in ((where.transform.f - TOP) / 20, (LEFT - where.transform.c) / 20)
+            )
             for k in range(14):
-                scl[max(row + 8 + k, 0) : row + 9 + k, max(column + 8 - k % 3, 0) : column + 20 + k % 5] = 9
+                scl[
+                    max(row + 8 + k, 0) : row + 9 + k,
+                    max(column + 8 - k % 3, 0) : column + 20 + k % 5,
+                ] = 9
         scl[: rng.integers(0, 6)] = 0
-        pixels = {"B04": rng.integers(1, 4000, (h, w)), "B11": rng.integers(1, 4000, (h // 2, w // 2))}
+        pixels = {
+            "B04": rng.integers(1, 4000, (h, w)),
+            "B11": rng.integers(1, 4000, (h // 2, w // 2)),
+        }
         listed.append(archive.scene(when, where, pixels, scl, **kwargs))
         files[listed[-1].id] = {**pixels, "SCL": scl, "grid": where}
 
@@ -96,14 +123,26 @@ def year_of_scenes(archive, make, rng, bright=False):
         add(f"2020-06-0{day}T10:00:00", make.grid(LEFT - 200, TOP + 200, 64, 100))
         add(f"2020-06-0{day}T10:00:05", make.grid(LEFT + 200, TOP + 200, 90, 100), tile="33UVR")
     add("2020-07-01T10:00:00", make.grid(LEFT - 200, TOP + 200, 120, 100), baseline="05.00")
-    add("2020-07-06T10:00:00", make.grid(LEFT - 200, TOP + 200, 120, 60), start="20200706T100001", baseline="04.00")
-    add("2020-07-06T10:00:00", make.grid(LEFT - 200, TOP - 200, 120, 60), start="20200706T100025", baseline="04.00")
+    add(
+        "2020-07-06T10:00:00",
+        make.grid(LEFT - 200, TOP + 200, 120, 60),
+        start="20200706T100001",
+        baseline="04.00",
+    )
+    add(
+        "2020-07-06T10:00:00",
+        make.grid(LEFT - 200, TOP - 200, 120, 60),
+        start="20200706T100025",
+        baseline="04.00",
+    )
     return listed, files
 
 
 def test_against_brute_force(archive, make):
     grid = make.grid(LEFT, TOP, 72, 66)
-    recipe = dataclasses.replace(MASKED, mask=tuple(dataclasses.replace(r, open_m=0) for r in MASKED.mask))
+    recipe = dataclasses.replace(
+        MASKED, mask=tuple(dataclasses.replace(r, open_m=0) for r in MASKED.mask)
+    )
     listed, files = year_of_scenes(archive, make, np.random.default_rng(1))
     # Clouds beside the grid reach into it.
     expected, count = by_brute_force(listed, grid.pad(6), recipe, files)
@@ -120,14 +159,20 @@ def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive, ma
     grid = make.grid(LEFT, TOP, 72, 66)
     recipe = dataclasses.replace(MASKED, bright_override=BrightOverride(window_m=120))
     listed, _ = year_of_scenes(archive, make, np.random.default_rng(2), bright=True)
-    whole = composite(listed, grid, dataclasses.replace(recipe, block_px=128, chunk_px=128)).compute()
+    whole = composite(
+        listed, grid, dataclasses.replace(recipe, block_px=128, chunk_px=128)
+    ).compute()
     plain = composite(listed, grid, dataclasses.replace(recipe, bright_override=None)).compute()
     assert (whole.clear_count > plain.clear_count).any()  # so the override has something to do
     for side in (16, 24, 40):
         order = np.random.default_rng(side).permutation(len(listed))
-        made = composite([listed[i] for i in order], grid, dataclasses.replace(recipe, block_px=side, chunk_px=8)).compute()
+        made = composite(
+            [listed[i] for i in order], grid, dataclasses.replace(recipe, block_px=side, chunk_px=8)
+        ).compute()
         for name in whole.data_vars:
-            np.testing.assert_array_equal(made[name], whole[name], err_msg=f"{name}, blocks of {side}")
+            np.testing.assert_array_equal(
+                made[name], whole[name], err_msg=f"{name}, blocks of {side}"
+            )
 
 
 def test_haze_goes_and_changed_ground_stays(archive, make):
@@ -175,7 +220,9 @@ def test_dark_pixels_do_not_wrap_and_nodata_is_not_an_observation(archive, make)
     grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
     holed = np.full((180, 180), 950, np.uint16)
     holed[100:120] = 0
-    listed = [archive.scene("2022-06-01T10:00:00", where, {"B04": holed, "B11": 1300}, baseline="04.00")]
+    listed = [
+        archive.scene("2022-06-01T10:00:00", where, {"B04": holed, "B11": 1300}, baseline="04.00")
+    ]
     made = composite(listed, grid, PLAIN).compute()
     rows = slice(100 - 60, 120 - 60)
     seen = np.ones(60, bool)
@@ -191,24 +238,38 @@ def test_the_neighbouring_zone_lands_where_gdal_puts_it(archive, make):
     """Our mosaic of a warped scene against odc-stac's loading of the same item."""
     grid = make.grid(LEFT, TOP, 120, 90)
     y, x = np.mgrid[:400, :400]
-    pixels = {"B04": (2000 + 5 * x + 3 * y).astype(np.uint16), "B11": (1000 + 4 * x + 2 * y)[::2, ::2].astype(np.uint16)}
-    item = archive.item("2020-06-01T10:00:00", make.grid(784000, 5607000, 400, 400, 32632), pixels, tile="32UQB")
+    pixels = {
+        "B04": (2000 + 5 * x + 3 * y).astype(np.uint16),
+        "B11": (1000 + 4 * x + 2 * y)[::2, ::2].astype(np.uint16),
+    }
+    item = archive.item(
+        "2020-06-01T10:00:00", make.grid(784000, 5607000, 400, 400, 32632), pixels, tile="32UQB"
+    )
     made = composite([scenes.normalise(item, archive.source)], grid, PLAIN).compute()
-    theirs = odc.stac.load([item], bands=["B04", "B11"], geobox=grid, resampling="bilinear", dtype="uint16", nodata=0)
+    theirs = odc.stac.load(
+        [item], bands=["B04", "B11"], geobox=grid, resampling="bilinear", dtype="uint16", nodata=0
+    )
     assert (made.clear_count == 1).all()
     off = np.abs(made.reflectance.sel(band="B04").astype(int) - theirs.B04[0].astype(int))
     assert off.max() <= 2
     # 20 m bands are kept at 20 m and repeated: within a pixel's gradient of interpolating at 10 m.
-    assert np.abs(made.reflectance.sel(band="B11").astype(int) - theirs.B11[0].astype(int)).max() <= 6
+    assert (
+        np.abs(made.reflectance.sel(band="B11").astype(int) - theirs.B11[0].astype(int)).max() <= 6
+    )
 
 
 def test_scenes_of_the_grids_own_zone_come_first(archive, make):
     """A warped pixel is only taken where no unresampled one is, though its scene came first."""
     grid = make.grid(LEFT, TOP, 60, 60)
     neighbour = archive.scene(
-        "2020-06-01T10:00:00", make.grid(784000, 5607000, 400, 400, 32632), {"B04": 5000, "B11": 5000}, tile="32UQB"
+        "2020-06-01T10:00:00",
+        make.grid(784000, 5607000, 400, 400, 32632),
+        {"B04": 5000, "B11": 5000},
+        tile="32UQB",
     )
-    own = archive.scene("2020-06-01T10:00:14", make.grid(LEFT - 600, TOP + 600, 90, 180), {"B04": 2000, "B11": 2000})
+    own = archive.scene(
+        "2020-06-01T10:00:14", make.grid(LEFT - 600, TOP + 600, 90, 180), {"B04": 2000, "B11": 2000}
+    )
     made = composite([neighbour, own], grid, PLAIN).compute()
     values = made.reflectance.sel(band="B04").values
     # The own scene ends 300 m into the grid, and its last 20 m pixel is not trusted.
@@ -219,7 +280,9 @@ def test_scenes_of_the_grids_own_zone_come_first(archive, make):
 def test_20_m_pixels_are_repeated_not_shifted(archive, make):
     grid, where = make.grid(LEFT, TOP, 64, 48), make.grid(LEFT - 300, TOP + 300, 140, 120)
     b11 = make.unique(60, 70)
-    made = composite([archive.scene("2020-06-01T10:00:00", where, {"B04": 7, "B11": b11})], grid, PLAIN).compute()
+    made = composite(
+        [archive.scene("2020-06-01T10:00:00", where, {"B04": 7, "B11": b11})], grid, PLAIN
+    ).compute()
     expected = b11[15 : 15 + 24, 15 : 15 + 32].repeat(2, axis=0).repeat(2, axis=1)
     np.testing.assert_array_equal(made.reflectance.sel(band="B11"), expected)
 
@@ -240,14 +303,21 @@ def test_it_is_lazy_and_its_graph_grows_with_blocks_not_with_scenes(archive, mak
 def test_a_scene_without_a_band_is_named(archive, make):
     scene = archive.scene("2020-06-01T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     with pytest.raises(ReadError, match=rf"{scene.id}: has no B08, which recipe 'plain' needs"):
-        composite([scene], make.grid(LEFT, TOP, 60, 60), dataclasses.replace(PLAIN, bands=("B04", "B08", "B11")))
+        composite(
+            [scene],
+            make.grid(LEFT, TOP, 60, 60),
+            dataclasses.replace(PLAIN, bands=("B04", "B08", "B11")),
+        )
 
 
 def test_a_pixel_always_cloudy_is_filled_and_not_counted_clear(archive, make):
     grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
     scl = np.full((90, 90), 4, np.uint8)
     scl[40:50, 40:50] = 9
-    listed = [archive.scene(f"2020-06-0{d}T10:00:00", where, {"B04": 1000 + d, "B11": 2000}, scl) for d in (1, 4, 6)]
+    listed = [
+        archive.scene(f"2020-06-0{d}T10:00:00", where, {"B04": 1000 + d, "B11": 2000}, scl)
+        for d in (1, 4, 6)
+    ]
     made = composite(listed, grid, MASKED).compute()
     assert made.reflectance.values.all()
     assert (made.clear_count.values[20:40, 20:40] == 0).all()
@@ -267,7 +337,11 @@ def test_an_observation_is_one_in_all_bands_and_the_next_best_takes_its_place(ar
         archive.scene("2020-06-04T10:00:00", where, {"B04": cloudy_b04, "B11": 6000}, 9),
     ]
     made = composite(listed, grid, MASKED).compute()
-    expected = [((slice(0, 20)), 1000, 2000, 1, 1), (slice(20, 40), 5000, 6000, 0, 4), (slice(40, 60), 0, 0, 0, 0)]
+    expected = [
+        ((slice(0, 20)), 1000, 2000, 1, 1),
+        (slice(20, 40), 5000, 6000, 0, 4),
+        (slice(40, 60), 0, 0, 0, 0),
+    ]
     for columns, b04, b11, count, quality in expected:
         assert np.unique(made.reflectance.values[0][:, columns]) == [b04]
         assert np.unique(made.reflectance.values[1][:, columns]) == [b11]
@@ -282,7 +356,9 @@ def test_what_bands_lack_is_found_at_once(archive, make, monkeypatch):
     for n in range(6):
         b04, b11 = np.full((180, 180), 1000 + n), np.full((90, 90), 2000 + n)
         (b04 if n % 2 else b11)[70 // (2 - n % 2) : 80 // (2 - n % 2)] = 0
-        listed.append(archive.scene(f"2020-06-{1 + 2 * n:02d}T10:00:00", where, {"B04": b04, "B11": b11}))
+        listed.append(
+            archive.scene(f"2020-06-{1 + 2 * n:02d}T10:00:00", where, {"B04": b04, "B11": b11})
+        )
     rounds, made = [], block._Block.made
     monkeypatch.setattr(block._Block, "made", lambda self: rounds.append(1) or made(self))
     composite(listed, grid, PLAIN).compute()
@@ -304,7 +380,13 @@ def tiles_with_holes(archive, make, rng):
                 b11[row : row + 5, column : column + 7] = rng.choice([0, 65535])
             where, tile = make.grid(LEFT - 600, TOP + 600, 240, 240), f"33U{'UVW'[n]}R"
             listed.append(
-                archive.scene(f"2020-06-{1 + 4 * day:02d}T10:00:{n:02d}", where, {"B04": b04, "B11": b11}, scl, tile=tile)
+                archive.scene(
+                    f"2020-06-{1 + 4 * day:02d}T10:00:{n:02d}",
+                    where,
+                    {"B04": b04, "B11": b11},
+                    scl,
+                    tile=tile,
+                )
             )
             tiles.append((day, scl, b04, b11))
     return listed, tiles
@@ -334,21 +416,29 @@ def first_whole_tile(tiles, reach):
 
 def test_a_hole_in_a_tile_is_filled_from_the_next_tile_of_the_day(archive, make):
     grid = make.grid(LEFT, TOP, 80, 80)
-    recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,), dilate_m=60),), fallback=(), block_px=96)
+    recipe = dataclasses.replace(
+        PLAIN, mask=(MaskRule(classes=(9,), dilate_m=60),), fallback=(), block_px=96
+    )
     listed, tiles = tiles_with_holes(archive, make, np.random.default_rng(3))
     expected = first_whole_tile(tiles, 3)
     made = composite(listed, grid, recipe).compute()
     np.testing.assert_array_equal(made.clear_count, np.isfinite(expected[:, 0]).sum(axis=0))
     seen = np.isfinite(expected[:, 0]).any(axis=0)
-    np.testing.assert_array_equal(made.reflectance.values[:, seen], np.rint(np.nanmedian(expected[..., seen], axis=0)))
+    np.testing.assert_array_equal(
+        made.reflectance.values[:, seen], np.rint(np.nanmedian(expected[..., seen], axis=0))
+    )
     assert not made.reflectance.values[:, ~seen].any()
     bright = dataclasses.replace(recipe, bright_override=BrightOverride(window_m=120, classes=(9,)))
     for rules in (recipe, bright):
         whole = composite(listed, grid, rules).compute()
         for side in (16, 40):
-            cut = composite(listed, grid, dataclasses.replace(rules, block_px=side, chunk_px=8)).compute()
+            cut = composite(
+                listed, grid, dataclasses.replace(rules, block_px=side, chunk_px=8)
+            ).compute()
             for name in whole.data_vars:
-                np.testing.assert_array_equal(cut[name], whole[name], err_msg=f"{name}, blocks of {side}")
+                np.testing.assert_array_equal(
+                    cut[name], whole[name], err_msg=f"{name}, blocks of {side}"
+                )
 
 
 @pytest.mark.parametrize("holed", [False, True])
@@ -365,12 +455,15 @@ def test_the_next_tile_of_a_day_is_read_only_for_holes(archive, make, holed):
     hole = np.zeros((60, 60), bool)
     hole[20:40, 10:30] = holed
     np.testing.assert_array_equal(
-        made.reflectance.values - np.array([1000, 2000])[:, None, None], np.where(hole, 10, 0)[None].repeat(2, 0)
+        made.reflectance.values - np.array([1000, 2000])[:, None, None],
+        np.where(hole, 10, 0)[None].repeat(2, 0),
     )
     assert (made.clear_count == 1).all()
     assert (made.quality == 1).all()
     table = ledger.table().set_index(["scene", "band"])
-    read = {(0, "SCL"), (1, "SCL"), (0, "B04"), (0, "B11")} | ({(1, "B04"), (1, "B11")} if holed else set())
+    read = {(0, "SCL"), (1, "SCL"), (0, "B04"), (0, "B11")} | (
+        {(1, "B04"), (1, "B11")} if holed else set()
+    )
     assert set(table.index) == {(listed[n].id, band) for n, band in read}
     assert (table.planned == 1).all()
     assert (table.read == 1).all()
@@ -386,7 +479,9 @@ def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive, make):
     ]
     for band in ("B04", "B11"):
         Path(listed[0].assets[band].href).unlink()
-    assert np.unique(composite(listed, grid, MASKED).compute().reflectance.sel(band="B04")) == [1000]
+    assert np.unique(composite(listed, grid, MASKED).compute().reflectance.sel(band="B04")) == [
+        1000
+    ]
     with pytest.raises(ReadError, match="No such file"):
         composite(listed, grid, PLAIN).compute()
 
@@ -433,8 +528,13 @@ def four_bands(archive, make, rng, days=9, cloud=0.2, bright=0.0):
         scl = np.where((rng.random((160, 160)) < cloud) | always, 9, 4).astype(np.uint8)
         if day % 3 == 0:
             scl[:, : rng.integers(60, 100)] = 0
-        pixels = {b: rng.integers(100, 4000, (320, 320) if b != "B11" else (160, 160)).astype(np.uint16) for b in FOUR}
-        listed.append(many.scene(f"2020-0{4 + day % 6}-{3 + 2 * day:02d}T10:00:00", where, pixels, scl))
+        pixels = {
+            b: rng.integers(100, 4000, (320, 320) if b != "B11" else (160, 160)).astype(np.uint16)
+            for b in FOUR
+        }
+        listed.append(
+            many.scene(f"2020-0{4 + day % 6}-{3 + 2 * day:02d}T10:00:00", where, pixels, scl)
+        )
         files.append({**pixels, "SCL": scl})
     return listed, files
 
@@ -447,7 +547,15 @@ def spectra(files, row, column):
         scl = content["SCL"]
         around = scl[y // 2 - 1 : y // 2 + 2, x // 2 - 1 : x // 2 + 2]
         if around.all() and scl[y // 2, x // 2] == 4:
-            kept.append((day, [int(content[b][y, x]) if b != "B11" else int(content[b][y // 2, x // 2]) for b in FOUR]))
+            kept.append(
+                (
+                    day,
+                    [
+                        int(content[b][y, x]) if b != "B11" else int(content[b][y // 2, x // 2])
+                        for b in FOUR
+                    ],
+                )
+            )
     return kept
 
 
@@ -502,11 +610,18 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
     """Each date's bands are its own number: whatever is chosen, all bands and the day of year are of the same date."""
     grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
     many, rng = dataclasses.replace(archive, bands=FOUR), np.random.default_rng(8)
-    recipe = dataclasses.replace(PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer=reducer, **EVERY[reducer])
+    recipe = dataclasses.replace(
+        PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer=reducer, **EVERY[reducer]
+    )
     listed = []
     for n in range(6):
         scl = np.where(rng.random((200, 200)) < 0.3, 9, 4).astype(np.uint8)
-        pixels = {"B02": 1000 + n, "B04": 1100 + n, "B08": 2000 + int(rng.integers(0, 900)) // 10 * 10 + n, "B11": 3000 + n}
+        pixels = {
+            "B02": 1000 + n,
+            "B04": 1100 + n,
+            "B08": 2000 + int(rng.integers(0, 900)) // 10 * 10 + n,
+            "B11": 3000 + n,
+        }
         listed.append(many.scene(f"2020-07-{1 + 3 * n:02d}T10:00:00", where, pixels, scl))
     made = composite(listed, grid, recipe).compute()
     date = made.reflectance.sel(band="B02").values - 1000
@@ -514,22 +629,35 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make, reducer):
     for band, base in (("B04", 1100), ("B11", 3000)):
         np.testing.assert_array_equal(made.reflectance.sel(band=band).values - base, date)
     np.testing.assert_array_equal(made.reflectance.sel(band="B08").values % 10, date)
-    np.testing.assert_array_equal(made.day_of_year.values, 183 + 3 * date)  # 1 July 2020 is the 183rd day
+    np.testing.assert_array_equal(
+        made.day_of_year.values, 183 + 3 * date
+    )  # 1 July 2020 is the 183rd day
 
 
-@pytest.mark.parametrize(("reducer", "band"), [("best-pixel", "B02"), ("best-pixel", "B04"), ("max-ndvi", "B04")])
+@pytest.mark.parametrize(
+    ("reducer", "band"), [("best-pixel", "B02"), ("best-pixel", "B04"), ("max-ndvi", "B04")]
+)
 def test_a_black_pixel_is_chosen_only_where_all_are(archive, make, reducer, band):
     """Blue of 1 is free of haze, and red of 1 of the highest NDVI there is, on the best day of the year, too."""
     grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
     many = dataclasses.replace(archive, bands=FOUR)
-    recipe = dataclasses.replace(PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer=reducer, **EVERY[reducer])
+    recipe = dataclasses.replace(
+        PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer=reducer, **EVERY[reducer]
+    )
     ground = {"B02": 500, "B04": 700, "B08": 2500, "B11": 1900}
-    better, worse = (ground | {band: np.full((400, 400), ground[band], np.uint16)} for _ in range(2))
+    better, worse = (
+        ground | {band: np.full((400, 400), ground[band], np.uint16)} for _ in range(2)
+    )
     better[band][:, :170], worse[band][:, :160] = 1, 1
     worse |= {"B08": 2000}
-    listed = [many.scene("2020-07-24T10:00:00", where, better), many.scene("2020-09-24T10:00:00", where, worse)]
+    listed = [
+        many.scene("2020-07-24T10:00:00", where, better),
+        many.scene("2020-09-24T10:00:00", where, worse),
+    ]
     made = composite(listed, grid, recipe).compute()
-    day = np.where((np.arange(48) >= 10) & (np.arange(48) < 20), 268, 206)  # black on both, on the better one, on neither
+    day = np.where(
+        (np.arange(48) >= 10) & (np.arange(48) < 20), 268, 206
+    )  # black on both, on the better one, on neither
     np.testing.assert_array_equal(made.day_of_year.values, np.broadcast_to(day, (36, 48)))
     assert (made.clear_count == 2).all()
 
@@ -562,7 +690,10 @@ def days_with_black(archive, make, rng, holes=0.0):
         pixels[day] *= usable & (pixels[day] != 0).all(axis=0)
         listed.append(
             many.scene(
-                f"2020-0{5 + day % 5}-{3 + 3 * day:02d}T10:00:00", make.grid(LEFT - 1600, TOP + 1600, 400, 400), files, scl
+                f"2020-0{5 + day % 5}-{3 + 3 * day:02d}T10:00:00",
+                make.grid(LEFT - 1600, TOP + 1600, 400, 400),
+                files,
+                scl,
             )
         )
     return listed, pixels
@@ -604,9 +735,13 @@ def test_the_date_black_in_the_fewest_bands_is_chosen(archive, make, reducer, ho
     assert (made.reflectance.values[3:, :, :20][:, seen[:, :20]] == 1).all()  # the water
     assert (expected[:, :, 20:] == 1).mean() < 0.02 < (pixels[:, :, :, 20:] == 1).mean()
     for side in (16, 40):
-        cut = composite(listed, grid, dataclasses.replace(recipe, block_px=side, chunk_px=8)).compute()
+        cut = composite(
+            listed, grid, dataclasses.replace(recipe, block_px=side, chunk_px=8)
+        ).compute()
         for name in made.data_vars:
-            np.testing.assert_array_equal(cut[name], made[name], err_msg=f"{name}, blocks of {side}")
+            np.testing.assert_array_equal(
+                cut[name], made[name], err_msg=f"{name}, blocks of {side}"
+            )
 
 
 @pytest.mark.parametrize("water", [False, True])
@@ -620,7 +755,11 @@ def test_black_bands_are_read_once_more_and_others_once(archive, make, monkeypat
     pixels = {"B02": 500, "B04": 700, "B08": 2500, "B11": b11}
     listed = [many.scene(f"2020-0{month}-24T10:00:00", where, pixels) for month in (6, 7, 8)]
     read, begin = [], bands.begin
-    monkeypatch.setattr(bands, "begin", lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a))
+    monkeypatch.setattr(
+        bands,
+        "begin",
+        lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a),
+    )
     ledger = Ledger()
     made = composite(listed, grid, recipe, ledger).compute()
     assert (made.quality == 1).all()
@@ -647,14 +786,18 @@ def test_the_medoid_of_two_is_the_one_that_is_less_black(archive, make, band):
         many.scene("2020-08-24T10:00:00", where, ground),
     ]
     made = composite(listed, grid, recipe).compute()
-    np.testing.assert_array_equal(made.day_of_year, np.broadcast_to(np.where(np.arange(48) < 20, 237, 206), (36, 48)))
+    np.testing.assert_array_equal(
+        made.day_of_year, np.broadcast_to(np.where(np.arange(48) < 20, 237, 206), (36, 48))
+    )
     assert (made.clear_count == 2).all()
 
 
 def test_bands_read_into_the_memory_of_others_are_the_same(archive, make, monkeypatch):
     """One band ahead, against all at once, which share nothing: two tiles a day, clouds, a veil."""
     grid, rng = make.grid(LEFT, TOP, 96, 72), np.random.default_rng(12)
-    recipe = dataclasses.replace(PLAIN, bands=BANDS, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=())
+    recipe = dataclasses.replace(
+        PLAIN, bands=BANDS, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=()
+    )
     ten, listed = dataclasses.replace(archive, bands=BANDS), []
     for n in range(7):
         for left in (-1200, 480) if n % 2 else (-1200,):
@@ -664,21 +807,35 @@ def test_bands_read_into_the_memory_of_others_are_the_same(archive, make, monkey
             for _ in range(12):
                 row, column = rng.integers(40, 110, 2)
                 scl[row : row + 14, column : column + 14] = 9
-            pixels = {b: rng.integers(1000, 1200, (height, width)) for b in BANDS if NATIVE_M[b] == 10}
-            pixels |= {b: rng.integers(1000, 1200, (height // 2, width // 2)) for b in BANDS if NATIVE_M[b] == 20}
+            pixels = {
+                b: rng.integers(1000, 1200, (height, width)) for b in BANDS if NATIVE_M[b] == 10
+            }
+            pixels |= {
+                b: rng.integers(1000, 1200, (height // 2, width // 2))
+                for b in BANDS
+                if NATIVE_M[b] == 20
+            }
             pixels["B02"] += 2000 * (n == 3)  # a veil over all of that day
-            listed.append(ten.scene(f"2020-06-{1 + 4 * n:02d}T10:00:{left % 60:02d}", where, pixels, scl))
+            listed.append(
+                ten.scene(f"2020-06-{1 + 4 * n:02d}T10:00:{left % 60:02d}", where, pixels, scl)
+            )
     monkeypatch.setattr(bands, "AHEAD", 99)
     apart = composite(listed, grid, recipe).compute()
     read, begin = [], bands.begin
     monkeypatch.setattr(bands, "AHEAD", 0)
-    monkeypatch.setattr(bands, "begin", lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a))
+    monkeypatch.setattr(
+        bands,
+        "begin",
+        lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a),
+    )
     made = composite(listed, grid, recipe).compute()
     assert (made.clear_count == 0).any()
     assert made.clear_count.max() == 6
     for name in made.data_vars:
         np.testing.assert_array_equal(made[name], apart[name], err_msg=name)
-    of_veil = {band for scene, band in read if scene in {s.id for s in listed if s.datetime.day == 13}}
+    of_veil = {
+        band for scene, band in read if scene in {s.id for s in listed if s.datetime.day == 13}
+    }
     assert {"B02", "B04"} <= of_veil
     assert not {"B08", "B8A", "B11", "B12"} & of_veil
 
@@ -692,10 +849,16 @@ def test_a_date_that_is_clear_beside_the_block_only_is_no_observation_in_it(arch
         scl[:, 57:60] = 4
         pixels = {"B02": value // 2, "B04": value, "B11": value}
         listed.append(three.scene(f"2020-06-{1 + 5 * n:02d}T10:00:00", where, pixels, scl))
-    recipe = dataclasses.replace(PLAIN, bands=three.bands, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=())
+    recipe = dataclasses.replace(
+        PLAIN, bands=three.bands, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=()
+    )
     made = composite(listed, grid, recipe).compute()
     assert (made.clear_count == 3).all()
-    assert [np.unique(made.reflectance.sel(band=b)).tolist() for b in three.bands] == [[300], [600], [600]]
+    assert [np.unique(made.reflectance.sel(band=b)).tolist() for b in three.bands] == [
+        [300],
+        [600],
+        [600],
+    ]
 
 
 @pytest.mark.parametrize("reducer", EVERY)
@@ -703,9 +866,15 @@ def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, make, reducer):
     """Five dates, the third hazy over the left half and of the highest NDVI there: no pixel of it, no hole for it."""
     grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
     many, rng, listed = dataclasses.replace(archive, bands=FOUR), np.random.default_rng(2), []
-    recipe = dataclasses.replace(PLAIN, bands=FOUR, haze=HazeTest(), reducer=reducer, **EVERY[reducer], block_px=32)
+    recipe = dataclasses.replace(
+        PLAIN, bands=FOUR, haze=HazeTest(), reducer=reducer, **EVERY[reducer], block_px=32
+    )
     for n in range(5):
-        blue, red, nir = np.full((320, 320), 400), rng.integers(480, 520, (320, 320)), np.full((320, 320), 2000 + n)
+        blue, red, nir = (
+            np.full((320, 320), 400),
+            rng.integers(480, 520, (320, 320)),
+            np.full((320, 320), 2000 + n),
+        )
         if n == 2:
             blue[:, :144], nir[:, :144] = 1500, 9000
         pixels = {"B02": blue, "B04": red, "B08": nir, "B11": 3000 + n}
@@ -720,9 +889,17 @@ def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, make, reducer):
 def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive, make):
     grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 2400, TOP + 2400, 600, 600)
     many = dataclasses.replace(archive, bands=FOUR)
-    rule = BestPixel(day=196, day_spread=20, opacity_weight=0, sharpness_weight=0, cloud_distance_m=300)
+    rule = BestPixel(
+        day=196, day_spread=20, opacity_weight=0, sharpness_weight=0, cloud_distance_m=300
+    )
     recipe = dataclasses.replace(
-        PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer="best-pixel", best_pixel=rule, block_px=48, chunk_px=48
+        PLAIN,
+        bands=FOUR,
+        mask=(MaskRule(classes=(9,)),),
+        reducer="best-pixel",
+        best_pixel=rule,
+        block_px=48,
+        chunk_px=48,
     )
     scl = np.full((300, 300), 4, np.uint8)
     scl[:, :124] = 9  # of the best date: cloud up to column 8 of the grid
@@ -733,7 +910,9 @@ def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive, make):
     ]
     made = composite(listed, grid, recipe).compute()
     # Ten days off its day costs 1 - exp(-1 / 8) = 0.1175 of a date, a cloud at d metres, up to 300, 1 - d / 300.
-    away = np.maximum((np.arange(48) // 2 * 2 - 8) * 10 + 20, 0)  # of 20 m pixels: from the last cloudy one
+    away = np.maximum(
+        (np.arange(48) // 2 * 2 - 8) * 10 + 20, 0
+    )  # of 20 m pixels: from the last cloudy one
     best = np.where((away > 0) & (np.minimum(away / 300, 1) > np.exp(-1 / 8)), 1000, 2000)
     np.testing.assert_array_equal(made.reflectance.values[0], np.broadcast_to(best, (48, 48)))
     np.testing.assert_array_equal(np.unique(made.day_of_year), [196, 206])
@@ -744,13 +923,22 @@ def test_a_cloud_is_kept_away_from_across_blocks(archive, make):
     grid, where = make.grid(LEFT, TOP, 128, 48), make.grid(LEFT - 1500, TOP + 1500, 500, 400)
     only = BestPixel(day_weight=0, opacity_weight=0, sharpness_weight=0, cloud_distance_m=1000)
     recipe = dataclasses.replace(
-        PLAIN, bands=FOUR, mask=(MaskRule(classes=(9,)),), reducer="best-pixel", best_pixel=only, block_px=64
+        PLAIN,
+        bands=FOUR,
+        mask=(MaskRule(classes=(9,)),),
+        reducer="best-pixel",
+        best_pixel=only,
+        block_px=64,
     )
     many, listed = dataclasses.replace(archive, bands=FOUR), []
     for n in range(2):
         scl = np.full((200, 250), 4, np.uint8)
         scl[:, 75] = 4 if n else 9  # the grid's first 20 m
-        listed.append(many.scene(f"2020-07-{6 + 5 * n:02d}T10:00:00", where, dict.fromkeys(FOUR, 1000 + n), scl))
+        listed.append(
+            many.scene(
+                f"2020-07-{6 + 5 * n:02d}T10:00:00", where, dict.fromkeys(FOUR, 1000 + n), scl
+            )
+        )
     taken = composite(listed, grid, recipe).compute().reflectance.sel(band="B04").values - 1000
     far = 20 * (np.arange(128) // 2)  # metres from the cloud, pixel of 20 m to pixel
     np.testing.assert_array_equal(taken, np.broadcast_to(far < 1000, taken.shape).astype(int))
@@ -760,14 +948,22 @@ def test_the_surroundings_of_bright_ground_reach_across_blocks(archive, make):
     """A bright spot in the second block on ten dates; on two, cloud in the first, 300 m off: there it is cloud, too."""
     grid, where = make.grid(LEFT, TOP, 128, 48), make.grid(LEFT - 1500, TOP + 1500, 500, 400)
     recipe = dataclasses.replace(
-        PLAIN, mask=(MaskRule(classes=(9,)),), bright_override=BrightOverride(classes=(9,)), fallback=(), block_px=64
+        PLAIN,
+        mask=(MaskRule(classes=(9,)),),
+        bright_override=BrightOverride(classes=(9,)),
+        fallback=(),
+        block_px=64,
     )
     listed = []
     for n in range(10):
         scl = np.full((200, 250), 5, np.uint8)
         scl[80:84, 75 + 35 : 75 + 37] = 9  # 700 m into the grid
         scl[:, 75 + 5 : 75 + 20] = 9 if n < 2 else 5  # 100 to 400 m into it
-        listed.append(archive.scene(f"2020-07-{1 + 3 * n:02d}T10:00:00", where, {"B04": 1000, "B11": 1000}, scl))
+        listed.append(
+            archive.scene(
+                f"2020-07-{1 + 3 * n:02d}T10:00:00", where, {"B04": 1000, "B11": 1000}, scl
+            )
+        )
     count = composite(listed, grid, recipe).compute().clear_count.values
     np.testing.assert_array_equal(np.unique(count[10:18, 70:74]), [8])
     np.testing.assert_array_equal(np.unique(count[:, 74:]), [10])
@@ -817,7 +1013,9 @@ def test_a_wider_season_and_a_neighbouring_year_fill_what_summer_leaves(archive,
 def test_the_clearest_dates_are_read_and_no_hole_is_left(archive, make):
     """Twelve dates, of which three clear ones are enough; one corner is clear on another date only."""
     grid, where = make.grid(LEFT, TOP, 80, 80), make.grid(LEFT - 600, TOP + 600, 200, 200)
-    recipe = dataclasses.replace(MASKED, mask=(MaskRule(classes=(9,)),), max_clear_observations=3, block_px=96)
+    recipe = dataclasses.replace(
+        MASKED, mask=(MaskRule(classes=(9,)),), max_clear_observations=3, block_px=96
+    )
     listed = []
     for n in range(12):
         scl = np.full((100, 100), 4, np.uint8)
@@ -825,7 +1023,11 @@ def test_the_clearest_dates_are_read_and_no_hole_is_left(archive, make):
             scl[:, :50] = 9
         if n != 5:
             scl[60:70, 60:70] = 9  # rows and columns 60-79 of the grid
-        listed.append(archive.scene(f"2020-06-{1 + 2 * n:02d}T10:00:00", where, {"B04": 1000 + n, "B11": 2000}, scl))
+        listed.append(
+            archive.scene(
+                f"2020-06-{1 + 2 * n:02d}T10:00:00", where, {"B04": 1000 + n, "B11": 2000}, scl
+            )
+        )
     ledger = Ledger()
     made = composite(listed, grid, recipe, ledger).compute()
     np.testing.assert_array_equal(np.unique(made.clear_count), [1, 3])
@@ -833,14 +1035,18 @@ def test_the_clearest_dates_are_read_and_no_hole_is_left(archive, make):
     table = ledger.table()
     assert table[table.band == "B04"].scene.nunique() == 4
     assert table[table.band == "SCL"].scene.nunique() == 12
-    everything = composite(listed, grid, dataclasses.replace(recipe, max_clear_observations=None)).compute()
+    everything = composite(
+        listed, grid, dataclasses.replace(recipe, max_clear_observations=None)
+    ).compute()
     assert ((everything.clear_count > 0) == (made.clear_count > 0)).all()
 
 
 @pytest.mark.parametrize("reducer", EVERY)
 def test_a_block_made_in_parts_is_the_same(archive, make, reducer, monkeypatch):
     """So that memory has a bound whatever the number of dates."""
-    grid = make.grid(LEFT, TOP, 180, 156)  # half of which is no multiple of the bright override's cells
+    grid = make.grid(
+        LEFT, TOP, 180, 156
+    )  # half of which is no multiple of the bright override's cells
     mask = (MaskRule(classes=(9,), dilate_m=40),)
     override = BrightOverride(window_m=120, classes=(9,))
     recipe = dataclasses.replace(
@@ -874,7 +1080,9 @@ def test_a_second_opinion_is_asked_of_every_date(archive, make):
     hazy = np.full((320, 320), 2000)
     hazy[:, 150:] = 5000
     listed = [
-        dataclasses.replace(archive, bands=bands).scene(f"2020-06-0{n}T10:00:00", where, {"B03": 500, "B04": 600, "B08": nir})
+        dataclasses.replace(archive, bands=bands).scene(
+            f"2020-06-0{n}T10:00:00", where, {"B03": 500, "B04": 600, "B08": nir}
+        )
         for n, nir in ((1, 2000), (3, hazy), (5, 2000))
     ]
     asked = []
@@ -890,13 +1098,26 @@ def test_a_second_opinion_is_asked_of_every_date(archive, make):
     with pytest.raises(ReadError, match="asks for second opinion on clouds, and none is given"):
         composite(listed, grid, recipe)
     with pytest.raises(ReadError, match="asks for no second opinion on clouds, and one is given"):
-        composite(listed, grid, dataclasses.replace(recipe, second_opinion=None), tools=Tools(opinion=opinion))
+        composite(
+            listed,
+            grid,
+            dataclasses.replace(recipe, second_opinion=None),
+            tools=Tools(opinion=opinion),
+        )
 
 
 def test_layers_without_an_observation(archive, make):
     """A scene beside the grid: integers are 0 and deviations NaN, never a number that could be one."""
-    far = [archive.scene("2020-06-01T10:00:00", make.grid(LEFT + 90000, TOP, 60, 60), {"B04": 1, "B11": 1})]
-    near_by = [archive.scene("2020-06-01T10:00:00", make.grid(LEFT + 300, TOP, 60, 60), {"B04": 1, "B11": 1})]
+    far = [
+        archive.scene(
+            "2020-06-01T10:00:00", make.grid(LEFT + 90000, TOP, 60, 60), {"B04": 1, "B11": 1}
+        )
+    ]
+    near_by = [
+        archive.scene(
+            "2020-06-01T10:00:00", make.grid(LEFT + 300, TOP, 60, 60), {"B04": 1, "B11": 1}
+        )
+    ]
     recipe = dataclasses.replace(PLAIN, reducer="geomedian")
     for listed, seen in ((far, False), (near_by, True)):
         made = composite(listed, make.grid(LEFT, TOP, 60, 60), recipe).compute()

@@ -34,7 +34,11 @@ def two(archive, make):
         items = []
         for day, value in zip(DATES, VALUES, strict=True):
             pixels = {"B04": value + more, "B11": value + more}
-            items.append(listing.item(f"{day}T10:00:00", grid, pixels, processed=processed).to_dict(transform_hrefs=False))
+            items.append(
+                listing.item(f"{day}T10:00:00", grid, pixels, processed=processed).to_dict(
+                    transform_hrefs=False
+                )
+            )
         table = stac_geoparquet.arrow.parse_stac_items_to_arrow(items)
         stac_geoparquet.arrow.to_parquet(table, listing.root / "items.parquet")
     return archive, second
@@ -42,7 +46,13 @@ def two(archive, make):
 
 def job_of(two, tmp_path, **more):
     sources = tuple(listing.source for listing in two)
-    return building.Job(store=str(tmp_path / "c.zarr"), sources=sources, recipe=RECIPE, snapshots=tmp_path / "lists", **more)
+    return building.Job(
+        store=str(tmp_path / "c.zarr"),
+        sources=sources,
+        recipe=RECIPE,
+        snapshots=tmp_path / "lists",
+        **more,
+    )
 
 
 def built(job, site):
@@ -75,7 +85,9 @@ def test_a_missing_file_is_read_from_the_next_source(two, site, tmp_path, band):
     assert of[gone]["left_out"] == f"{band} is gone (No such file or directory)"
     assert (of[copy]["source"], of[copy]["copy_of"]) == ("second", gone)
     assert {scene["id"] for scene in cube.used_scenes(marker)} == set(of) - {gone}
-    assert outcome.copies == {gone: f"{band} is gone (No such file or directory); read {copy} of second instead"}
+    assert outcome.copies == {
+        gone: f"{band} is gone (No such file or directory); read {copy} of second instead"
+    }
     assert marker["reads"]["completeness"] == 1
     assert not cube.verify(job.store).findings
     again = built(job, site)
@@ -87,7 +99,9 @@ def test_all_that_is_gone_is_found_at_once(two, site, tmp_path, monkeypatch):
     shutil.rmtree(folder_of(first, "2020-06-01"))
     (folder_of(first, "2020-07-01") / "B11.tif").unlink()
     tries, composited = [], building._composited
-    monkeypatch.setattr(building, "_composited", lambda *args, **more: tries.append(1) or composited(*args, **more))
+    monkeypatch.setattr(
+        building, "_composited", lambda *args, **more: tries.append(1) or composited(*args, **more)
+    )
     job = job_of(two, tmp_path)
     assert built(job, site).state == "built"
     assert pixels(job) == [207]
@@ -107,7 +121,10 @@ def test_a_broken_file_is_read_from_the_next_source(two, site, tmp_path):
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize(("size", "why"), [(0, "it is empty"), (8, "it ends after 8 bytes, before its header does"), (300, "")])
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [(0, "it is empty"), (8, "it ends after 8 bytes, before its header does"), (300, "")],
+)
 def test_an_empty_or_cut_file_is_gone(two, site, tmp_path, make, size, why, far):
     """300 bytes hold the directory of a GeoTIFF, without the projection that it names."""
     first, second = two
@@ -116,7 +133,10 @@ def test_an_empty_or_cut_file_is_gone(two, site, tmp_path, make, size, why, far)
     why = why or "it ends after 300 bytes, before its header does"
     with make.served(tmp_path) as url:
         href = f"{url}/{path.relative_to(tmp_path)}" if far else str(path)
-        with pytest.raises(GoneError, match=rf"B04\.tif: cannot be read \({why}\), .*; check that the file is there and whole"):
+        with pytest.raises(
+            GoneError,
+            match=rf"B04\.tif: cannot be read \({why}\), .*; check that the file is there and whole",
+        ):
             read(href, scenes.grid_of(site))
     job = job_of(two, tmp_path)
     outcome = built(job, site)
@@ -141,7 +161,10 @@ def test_a_file_of_another_format_is_an_error(two, site, tmp_path):
     path.write_text("<html>")
     outcome = built(job_of(two, tmp_path), site)
     assert outcome.state == "failed"
-    assert "B04.tif: is not read (expected a GeoTIFF or JPEG 2000 file, found another format)" in outcome.message
+    assert (
+        "B04.tif: is not read (expected a GeoTIFF or JPEG 2000 file, found another format)"
+        in outcome.message
+    )
     assert outcome.message.endswith("replace the file")
 
 
@@ -152,8 +175,13 @@ def test_what_no_source_has_fails_and_names_the_option(two, site, tmp_path):
     job = job_of(two, tmp_path)
     outcome = built(job, site)
     assert outcome.state == "failed"
-    assert f"{folder_of(first, '2020-06-01')}/B04.tif: cannot be read (No such file or directory)" in outcome.message
-    assert outcome.message.endswith("; name one more --source that has it, or accept lost reads with --min-read-completeness")
+    assert (
+        f"{folder_of(first, '2020-06-01')}/B04.tif: cannot be read (No such file or directory)"
+        in outcome.message
+    )
+    assert outcome.message.endswith(
+        "; name one more --source that has it, or accept lost reads with --min-read-completeness"
+    )
     (outcome,) = building.build(dataclasses.replace(job, min_read_completeness=0.5), [site], [2020])
     assert outcome.state == "built"
     marker = cube.builds(job.store, "pit")[2020]
@@ -196,7 +224,8 @@ def test_an_interrupted_build_with_copies_goes_on(two, site, tmp_path, monkeypat
         building,
         "_composited",
         lambda job, site, year, chosen, *args, **more: (
-            begun.append({s.id for s in chosen}) or composited(job, site, year, chosen, *args, **more)
+            begun.append({s.id for s in chosen})
+            or composited(job, site, year, chosen, *args, **more)
         ),
     )
     assert built(job, site).state == "built"

@@ -30,11 +30,23 @@ from minecube.errors import CubeError
 from minecube.scenes import Found, coverage
 from minecube.simulate import World, passes, simulate
 
-RECIPE = dataclasses.replace(load_recipes()["annual-median"], min_dates=1)  # April to October, at most 90 % cloudy
+RECIPE = dataclasses.replace(
+    load_recipes()["annual-median"], min_dates=1
+)  # April to October, at most 90 % cloudy
 LATER = date(2031, 1, 1)
 
 
-def scene(satellite, day, orbit=65, *, cloud=10.0, tile="33UUR", baseline="05.00", source="first", utc=None):
+def scene(
+    satellite,
+    day,
+    orbit=65,
+    *,
+    cloud=10.0,
+    tile="33UUR",
+    baseline="05.00",
+    source="first",
+    utc=None,
+):
     """What `normalise` would make of an acquisition at half past ten, as far as coverage asks."""
     when = utc or datetime.fromisoformat(f"{day}T10:30:00").replace(tzinfo=UTC)
     stamp = when.strftime("%Y%m%dT%H%M%S")
@@ -58,7 +70,12 @@ def scene(satellite, day, orbit=65, *, cloud=10.0, tile="33UUR", baseline="05.00
 
 
 def listing(found, year=2020, source="first", **counts):
-    return coverage.Listing(site="pit", year=year, source=source, found=Found(scenes=tuple(found), listed=len(found), **counts))
+    return coverage.Listing(
+        site="pit",
+        year=year,
+        source=source,
+        found=Found(scenes=tuple(found), listed=len(found), **counts),
+    )
 
 
 def days_of(passed):
@@ -74,11 +91,23 @@ def test_passes_by_hand():
     assert year[:5] == ["2020-01-02", "2020-01-07", "2020-01-12", "2020-01-17", "2020-01-22"]
     assert len(year) == 73  # 2 January to 27 December, every fifth day
     assert year[-1] == "2020-12-27"
-    summer = [d for d in days_of(coverage.expected([scene("S2A", "2020-03-02")], 2017)) if "2017-06" <= d < "2017-08"]
+    summer = [
+        d
+        for d in days_of(coverage.expected([scene("S2A", "2020-03-02")], 2017))
+        if "2017-06" <= d < "2017-08"
+    ]
     # S2B began on 1 July 2017, which was one of its days.
     assert summer == [
         *("2017-06-06", "2017-06-16", "2017-06-26"),
-        *("2017-07-01", "2017-07-06", "2017-07-11", "2017-07-16", "2017-07-21", "2017-07-26", "2017-07-31"),
+        *(
+            "2017-07-01",
+            "2017-07-06",
+            "2017-07-11",
+            "2017-07-16",
+            "2017-07-21",
+            "2017-07-26",
+            "2017-07-31",
+        ),
     ]
 
 
@@ -105,9 +134,14 @@ def test_the_real_items_agree(real_data):
     both = []
     for file, source in (
         ("earthsearch_l2a/S2A_32TMT_20200302_1_L2A.json", "earth-search"),
-        ("planetary_computer/S2B_MSIL2A_20200705T101559_R065_T32TMT_20200825T083452.json", "planetary-computer"),
+        (
+            "planetary_computer/S2B_MSIL2A_20200705T101559_R065_T32TMT_20200825T083452.json",
+            "planetary-computer",
+        ),
     ):
-        item = pystac.Item.from_dict(json.loads((real_data / "stac_items" / file).read_text()), migrate=False)
+        item = pystac.Item.from_dict(
+            json.loads((real_data / "stac_items" / file).read_text()), migrate=False
+        )
         both.append(scenes.normalise(item, sources[source]))
     assert {s.properties["sat:relative_orbit"] for s in both} == {65}
     a, b = (coverage.expected([s], 2020) for s in both)
@@ -121,7 +155,9 @@ def test_passes_are_the_simulators(year, seen):
     truth = [passes._passes(2020, orbit) for orbit in (passes.FULL, passes.CUT)]
     first = [next(p for p in listed if p[1] == satellite) for listed in truth for satellite in seen]
     expected = coverage.expected([scene(s, day, orbit) for day, s, orbit in first], year)
-    assert list(expected) == sorted(p[0] for orbit in (passes.FULL, passes.CUT) for p in passes._passes(year, orbit))
+    assert list(expected) == sorted(
+        p[0] for orbit in (passes.FULL, passes.CUT) for p in passes._passes(year, orbit)
+    )
 
 
 def test_s2c_takes_over_from_s2a():
@@ -142,8 +178,13 @@ def test_s2c_takes_over_from_s2a():
 def test_nothing_is_expected_that_is_not_listed_yet():
     passed = coverage.expected([scene("S2A", "2020-03-02")], 2020, until=date(2020, 1, 12))
     assert days_of(passed) == ["2020-01-02", "2020-01-07", "2020-01-12"]
-    months, years = coverage.audit([listing([scene("S2A", "2020-03-02")])], RECIPE, date(2020, 5, 31))
-    assert months["state"].tolist() == ["out of season"] * 3 + ["gap"] * 2 + ["to come"] * 5 + ["out of season"] * 2
+    months, years = coverage.audit(
+        [listing([scene("S2A", "2020-03-02")])], RECIPE, date(2020, 5, 31)
+    )
+    assert (
+        months["state"].tolist()
+        == ["out of season"] * 3 + ["gap"] * 2 + ["to come"] * 5 + ["out of season"] * 2
+    )
     assert years["gap"].tolist() == ["2020-04-01..2020-05-31"]
 
 
@@ -163,7 +204,11 @@ def test_a_pass_belongs_to_the_utc_year_in_which_it_is_listed():
     assert days_of(coverage.expected([first], 2021))[0] == "2021-01-06"
     months, _ = coverage.audit([listing([first], 2020)], RECIPE, LATER)
     december = months.iloc[11]
-    assert (december["days"], december["expected"], december["missing"]) == (1, 7, 6)  # 1, 6, ... 31 December UTC
+    assert (december["days"], december["expected"], december["missing"]) == (
+        1,
+        7,
+        6,
+    )  # 1, 6, ... 31 December UTC
 
 
 # Any list of scenes
@@ -196,7 +241,10 @@ def listings(draw):
 @given(listings())
 def test_what_is_found_is_never_missing_and_nothing_else_is_made_up(found):
     known = {
-        (s.properties["minecube:datatake"][:3], date.fromisoformat(s.properties["minecube:solar_day"]))
+        (
+            s.properties["minecube:datatake"][:3],
+            date.fromisoformat(s.properties["minecube:solar_day"]),
+        )
         for s in found
         if s.properties["sat:relative_orbit"]
     }
@@ -206,7 +254,12 @@ def test_what_is_found_is_never_missing_and_nothing_else_is_made_up(found):
     assert list(coverage.expected(found, 2020) or {}) == brute
     own = [s for s in found if s.datetime.year == 2020]
     months, _ = coverage.audit(
-        [listing(own), *(listing([s for s in found if s.datetime.year == y], y) for y in (2019, 2021))], RECIPE, LATER
+        [
+            listing(own),
+            *(listing([s for s in found if s.datetime.year == y], y) for y in (2019, 2021)),
+        ],
+        RECIPE,
+        LATER,
     )
     months = months[months["year"] == 2020]
     missing = " ".join(months["missing_days"]).split()
@@ -224,18 +277,30 @@ def test_counts_by_brute_force(found):
     used = set()
     for row in months.itertuples():
         there = [s for s in own if s.properties["minecube:solar_day"][5:7] == f"{row.month:02d}"]
-        fine = {s.properties["minecube:solar_day"] for s in there if s.properties["eo:cloud_cover"] <= 90}
+        fine = {
+            s.properties["minecube:solar_day"]
+            for s in there
+            if s.properties["eo:cloud_cover"] <= 90
+        }
         fine = fine if 4 <= row.month <= 10 else set()
         used |= fine
         assert (row.scenes, row.usable) == (len(there), len(fine))
         assert row.days == len({s.properties["minecube:solar_day"] for s in there})
-        assert row.baselines.split() == sorted({s.properties["s2:processing_baseline"] for s in there})
-        np.testing.assert_allclose(row.cloud, np.mean([s.properties["eo:cloud_cover"] for s in there]) if there else np.nan)
-        assert row.state == ("out of season" if not 4 <= row.month <= 10 else "ok" if fine else "gap")
+        assert row.baselines.split() == sorted(
+            {s.properties["s2:processing_baseline"] for s in there}
+        )
+        np.testing.assert_allclose(
+            row.cloud, np.mean([s.properties["eo:cloud_cover"] for s in there]) if there else np.nan
+        )
+        assert row.state == (
+            "out of season" if not 4 <= row.month <= 10 else "ok" if fine else "gap"
+        )
     year = years.iloc[0]
     assert (year["scenes"], year["usable"]) == (len(own), len(used))
     assert year["days"] == months["days"][3:10].sum()
-    season = "".join("x" if str(date(2020, 4, 1) + timedelta(days=n)) in used else "." for n in range(214))
+    season = "".join(
+        "x" if str(date(2020, 4, 1) + timedelta(days=n)) in used else "." for n in range(214)
+    )
     assert year["gap_days"] == max(map(len, season.split("x")))
     if used:
         assert sorted(used) == scenes.dates(scenes.select(own, RECIPE))
@@ -258,8 +323,14 @@ def test_the_first_year_begins_with_the_first_image():
 def test_sources_together():
     """Each acquisition from the first source that has it; orbits from all of them; a source without any is a row of zeros."""
     first = [scene("S2A", "2020-05-01", cloud=95.0), scene("S2A", "2020-05-11")]
-    second = [scene("S2A", "2020-05-01", cloud=1.0, source="second"), scene("S2B", "2020-05-06", source="second")]
-    asked = [listing(first, refused={"x": "why"}), listing(second, source="second", refused={"x": "why"})]
+    second = [
+        scene("S2A", "2020-05-01", cloud=1.0, source="second"),
+        scene("S2B", "2020-05-06", source="second"),
+    ]
+    asked = [
+        listing(first, refused={"x": "why"}),
+        listing(second, source="second", refused={"x": "why"}),
+    ]
     asked = [dataclasses.replace(a, found=dataclasses.replace(a.found, listed=5)) for a in asked]
     months, years = coverage.audit([*asked, listing([], source="third")], RECIPE, LATER)
     may = months[months["month"] == 5].set_index("source")
@@ -285,8 +356,14 @@ def test_sources_together():
 def test_the_recipes_minimum():
     found = [scene("S2A", f"2020-0{m}-15") for m in (5, 6, 7)]
     for needed, state in ((3, "ok"), (4, coverage.TOO_FEW)):
-        _, years = coverage.audit([listing(found)], dataclasses.replace(RECIPE, min_dates=needed), LATER)
-        assert (years["state"].item(), years["needed"].item(), years["usable"].item()) == (state, needed, 3)
+        _, years = coverage.audit(
+            [listing(found)], dataclasses.replace(RECIPE, min_dates=needed), LATER
+        )
+        assert (years["state"].item(), years["needed"].item(), years["usable"].item()) == (
+            state,
+            needed,
+            3,
+        )
 
 
 # The command
@@ -298,19 +375,36 @@ def world(tmp_path_factory, make):
     folder = tmp_path_factory.mktemp("world")
     site = make.site("pit", 360000, 5600040, 120, 96)
     styles = ("earth-search", "planetary-computer")
-    simulate([site], folder / "made", World(years=(2020, 2022), dates_per_year=6, winter_dates=1, styles=styles))
+    simulate(
+        [site],
+        folder / "made",
+        World(years=(2020, 2022), dates_per_year=6, winter_dates=1, styles=styles),
+    )
     (folder / "catalog").mkdir()
     for path in [*(folder / "made").glob("*.parquet"), folder / "made" / "sources.yaml"]:
         shutil.copy(path, folder / "catalog")
     (folder / "catalog" / "recipes.yaml").write_text(
         "greedy: {title: Wants more than there is, months: [4, 5, 6, 7, 8, 9, 10], max_cloud_cover: 90, min_dates: 7}\n"
     )
-    gpd.GeoDataFrame({"id": ["pit"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(folder / "sites.geojson")
+    gpd.GeoDataFrame({"id": ["pit"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(
+        folder / "sites.geojson"
+    )
     return folder
 
 
-def run(world, out, *more, ok=0, years="2020,2022", source="sim-earth-search,sim-planetary-computer"):
-    given_ = ("--sites", world / "sites.geojson", "--catalog", world / "catalog", "--years", years, "--source", source)
+def run(
+    world, out, *more, ok=0, years="2020,2022", source="sim-earth-search,sim-planetary-computer"
+):
+    given_ = (
+        "--sites",
+        world / "sites.geojson",
+        "--catalog",
+        world / "catalog",
+        "--years",
+        years,
+        "--source",
+        source,
+    )
     done = CliRunner().invoke(cli, [str(a) for a in ("audit", *given_, "--out", out, *more)])
     assert done.exit_code == ok, f"exit {done.exit_code}\n{done.output}"
     return done.stdout, done.stderr
@@ -318,22 +412,36 @@ def run(world, out, *more, ok=0, years="2020,2022", source="sim-earth-search,sim
 
 def raw_items(world, style):
     table = pq.read_table(world / "catalog" / f"{style}.parquet")
-    return [pystac.Item.from_dict(d, migrate=False) for d in stac_geoparquet.arrow.stac_table_to_items(table)]
+    return [
+        pystac.Item.from_dict(d, migrate=False)
+        for d in stac_geoparquet.arrow.stac_table_to_items(table)
+    ]
 
 
 def test_audit_of_an_archive(world, tmp_path):
     out, err = run(world, tmp_path / "audit")
     assert err == ""
-    assert sorted(p.name for p in (tmp_path / "audit").iterdir()) == ["audit.csv", "audit.parquet", "audit.png"]
+    assert sorted(p.name for p in (tmp_path / "audit").iterdir()) == [
+        "audit.csv",
+        "audit.parquet",
+        "audit.png",
+    ]
     months = pd.read_parquet(tmp_path / "audit" / "audit.parquet")
     years = pd.read_csv(tmp_path / "audit" / "audit.csv")
     assert len(months) == 2 * 12 * 3
     assert len(years) == 2 * 3
-    truth = {p for orbit in (passes.FULL, passes.CUT) for y in (2020, 2022) for p in passes._passes(y, orbit)}
+    truth = {
+        p
+        for orbit in (passes.FULL, passes.CUT)
+        for y in (2020, 2022)
+        for p in passes._passes(y, orbit)
+    }
     for style in ("earth-search", "planetary-computer"):
         items = raw_items(world, style)
         for row in months[months["source"] == f"sim-{style}"].itertuples():
-            there = [i for i in items if (i.datetime.year, i.datetime.month) == (row.year, row.month)]
+            there = [
+                i for i in items if (i.datetime.year, i.datetime.month) == (row.year, row.month)
+            ]
             seen = {i.datetime.date() for i in there}
             fine = {i.datetime.date() for i in there if i.properties["eo:cloud_cover"] <= 90}
             due = {d for d, _, _ in truth if (d.year, d.month) == (row.year, row.month)}
@@ -376,7 +484,9 @@ def test_a_source_that_lists_nothing_is_a_row_of_zeros(world, tmp_path):
     assert empty[["scenes", "days", "usable"]].sum().tolist() == [0, 0, 0]
     # Which orbits see the site is known from the other year.
     assert (empty["expected"] == empty["missing"]).all()
-    assert empty["expected"].sum() == len({p for o in (passes.FULL, passes.CUT) for p in passes._passes(2021, o)})
+    assert empty["expected"].sum() == len(
+        {p for o in (passes.FULL, passes.CUT) for p in passes._passes(2021, o)}
+    )
 
 
 def test_sources_too_thin_alone_are_enough_together(world, tmp_path):
@@ -393,7 +503,9 @@ def test_sources_too_thin_alone_are_enough_together(world, tmp_path):
     (catalog / "sources.yaml").write_text(yaml.safe_dump(known))
     recipe = yaml.safe_load((catalog / "recipes.yaml").read_text())["greedy"]
     (catalog / "recipes.yaml").write_text(yaml.safe_dump({"modest": recipe | {"min_dates": 4}}))
-    out, err = run(tmp_path / "world", tmp_path / "both", "--recipe", "modest", source="half-0,half-1")
+    out, err = run(
+        tmp_path / "world", tmp_path / "both", "--recipe", "modest", source="half-0,half-1"
+    )
     assert err == ""
     assert out.count(coverage.TOO_FEW) == 4
     run(tmp_path / "world", tmp_path / "one", "--recipe", "modest", source="half-1", ok=1)
@@ -415,7 +527,9 @@ def gone(world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     with (tmp_path / "world" / "catalog" / "sources.yaml").open("a") as f:
         href = f"http://127.0.0.1:{server.server_port}"
-        f.write(f"\ngone: {{title: Gone, kind: stac-api, href: '{href}', collection: c, offset: {{value: -1000}}}}\n")
+        f.write(
+            f"\ngone: {{title: Gone, kind: stac-api, href: '{href}', collection: c, offset: {{value: -1000}}}}\n"
+        )
     yield tmp_path / "world"
     server.shutdown()
     server.server_close()
@@ -467,7 +581,9 @@ def test_help_shows_an_example():
 
 
 def drawn(path, found, recipe=RECIPE, until=LATER):
-    report.coverage_map(*coverage.audit([listing(found)], recipe, until), path, "Usable dates by month")
+    report.coverage_map(
+        *coverage.audit([listing(found)], recipe, until), path, "Usable dates by month"
+    )
     return imread(path)[..., :3]
 
 
@@ -491,7 +607,9 @@ def test_the_picture_follows_the_counts(tmp_path):
 @pytest.mark.parametrize("sites", [1, 60])
 def test_pictures_of_few_and_of_many(tmp_path, sites):
     """Ten years of many sites are not larger than a screen scrolls; no row and no year is lost."""
-    months, years = coverage.audit([listing([scene("S2A", f"{y}-05-01")], y) for y in range(2016, 2026)], RECIPE, LATER)
+    months, years = coverage.audit(
+        [listing([scene("S2A", f"{y}-05-01")], y) for y in range(2016, 2026)], RECIPE, LATER
+    )
     tables = [pd.concat([t.assign(site=f"pit_{n}") for n in range(sites)]) for t in (months, years)]
     report.coverage_map(*tables, tmp_path / "map.png", "Usable dates by month")
     height, width = imread(tmp_path / "map.png").shape[:2]

@@ -33,7 +33,14 @@ from minecube.grid import grid_of
 
 RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
 YEARS = (2019, 2020, 2021)
-PROVENANCE = {"site": "mine", "year": 2020, "grid": {}, "recipe": {}, "scenes": [{"id": "a"}], "version": "1"}
+PROVENANCE = {
+    "site": "mine",
+    "year": 2020,
+    "grid": {},
+    "recipe": {},
+    "scenes": [{"id": "a"}],
+    "version": "1",
+}
 
 
 def year_of(grid, recipe=RECIPE, seed=0):
@@ -44,10 +51,18 @@ def year_of(grid, recipe=RECIPE, seed=0):
         {
             "reflectance": (
                 ("band", "y", "x"),
-                da.from_array(rng.integers(0, 9000, (2, *shape)).astype(np.uint16), chunks=(2, block, block)),
+                da.from_array(
+                    rng.integers(0, 9000, (2, *shape)).astype(np.uint16), chunks=(2, block, block)
+                ),
             ),
-            "clear_count": (("y", "x"), da.from_array(rng.integers(0, 30, shape).astype(np.uint16), chunks=block)),
-            "quality": (("y", "x"), da.from_array(rng.integers(0, 5, shape).astype(np.uint8), chunks=block)),
+            "clear_count": (
+                ("y", "x"),
+                da.from_array(rng.integers(0, 30, shape).astype(np.uint16), chunks=block),
+            ),
+            "quality": (
+                ("y", "x"),
+                da.from_array(rng.integers(0, 5, shape).astype(np.uint8), chunks=block),
+            ),
         }
     )
 
@@ -70,7 +85,9 @@ def test_what_is_written_is_what_is_read(store, grid):
     assert cube.write_year(store, made, PROVENANCE, b"scene list")
     opened = xr.open_zarr(store, group="mine", consolidated=False)
     for name in made.data_vars:
-        assert opened[name].dtype == made[name].dtype  # no fill value that would turn integers into floats
+        assert (
+            opened[name].dtype == made[name].dtype
+        )  # no fill value that would turn integers into floats
         np.testing.assert_array_equal(opened[name].sel(year=2020), made[name])
         assert not opened[name].sel(year=[2019, 2021]).values.any()
     assert (opened.footprint == 255).all()
@@ -106,7 +123,14 @@ def test_a_template_killed_half_way_is_made_anew(store, site, grid):
 
 def test_years_killed_half_way_are_named_anew(store, site, grid):
     """The arrays have grown and the year has no name yet."""
-    for name in ("reflectance", "clear_count", "quality", "footprint", "footprint_fraction", "year"):
+    for name in (
+        "reflectance",
+        "clear_count",
+        "quality",
+        "footprint",
+        "footprint_fraction",
+        "year",
+    ):
         array = zarr.open_array(f"{store}/mine/{name}", mode="r+")
         array.resize((4, *array.shape[1:]))
     cube.create(store, site, grid, [2020, 2023], RECIPE)
@@ -128,19 +152,26 @@ def test_a_build_told_to_stop_stops_between_blocks_and_goes_on_later(store, grid
     again, blocks = failing_after(made, 10_000)
     assert cube.write_year(store, again, PROVENANCE, b"")
     assert len(blocks) == 8
-    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_committed(store, "mine").reflectance[0], made.reflectance
+    )
 
 
 def test_a_prediction_of_another_build_is_refused(store, grid):
     made = year_of(grid)
     cube.write_year(store, made, PROVENANCE, b"")
     masks = xr.DataArray(
-        np.zeros((1, *grid.shape), np.uint8), dims=("year", "y", "x"), coords={"year": [2020], **odc.geo.xr.xr_coords(grid)}
+        np.zeros((1, *grid.shape), np.uint8),
+        dims=("year", "y", "x"),
+        coords={"year": [2020], **odc.geo.xr.xr_coords(grid)},
     )
     cube.write_probability(store, "mine", "net", masks, {"id": "net"})
     cube.open_probability(store, "mine", "net")
     cube.write_year(store, made, {**PROVENANCE, "year": 2021}, b"")
-    with pytest.raises(CubeError, match="'net' mapped mine before 2021 was built as it is now; run `minecube predict` again"):
+    with pytest.raises(
+        CubeError,
+        match="'net' mapped mine before 2021 was built as it is now; run `minecube predict` again",
+    ):
         cube.open_probability(store, "mine", "net")
 
 
@@ -169,9 +200,14 @@ def test_it_is_georeferenced_unaided_to_the_centimetre(store, grid):
 
 
 def test_gdal_reads_it_where_it_is_new_enough(store, grid):
-    newest = max(tuple(int(n) for n in v.split(".")[:2]) for v in (rasterio.__gdal_version__, pyogrio.__gdal_version_string__))
+    newest = max(
+        tuple(int(n) for n in v.split(".")[:2])
+        for v in (rasterio.__gdal_version__, pyogrio.__gdal_version_string__)
+    )
     if newest < (3, 13):
-        pytest.skip(f"GDAL reads sharded Zarr v3 from 3.13 on, here is {newest}; COGs are the way for older ones")
+        pytest.skip(
+            f"GDAL reads sharded Zarr v3 from 3.13 on, here is {newest}; COGs are the way for older ones"
+        )
     cube.write_year(store, made := year_of(grid), PROVENANCE, b"")
     with rasterio.open(f'ZARR:"{store}":/mine/clear_count:1') as src:
         np.testing.assert_array_equal(src.read(1), made.clear_count)
@@ -184,21 +220,29 @@ def test_a_rerun_does_nothing_and_another_build_is_refused(store, grid):
     def fail():
         raise AssertionError("a block was computed again")
 
-    lazy = made.map(lambda v: v.copy(data=da.map_blocks(lambda _: fail(), v.data, dtype=v.dtype, meta=np.array((), v.dtype))))
+    lazy = made.map(
+        lambda v: v.copy(
+            data=da.map_blocks(lambda _: fail(), v.data, dtype=v.dtype, meta=np.array((), v.dtype))
+        )
+    )
     assert not cube.write_year(store, lazy, PROVENANCE, b"")
     other = {**PROVENANCE, "scenes": [{"id": "b"}]}
     with pytest.raises(CubeError, match=r"mine 2020 is committed as build .* use --overwrite"):
         cube.write_year(store, made, other, b"")
     again = year_of(grid, seed=1)
     assert cube.write_year(store, again, other, b"", overwrite=True)
-    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), again.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_cube(store, "mine").reflectance.sel(year=2020), again.reflectance
+    )
 
 
 def test_each_block_is_made_once(archive, make, tmp_path):
     """Three variables come from one task a block."""
     site = make.site("mine", 360000, 5600040, 60, 48)
     recipe = dataclasses.replace(RECIPE, block_px=32)
-    scene = archive.scene("2020-06-01T10:00:00", make.grid(359400, 5600640, 180, 180), {"B04": 7, "B11": 9})
+    scene = archive.scene(
+        "2020-06-01T10:00:00", make.grid(359400, 5600640, 180, 180), {"B04": 7, "B11": 9}
+    )
     where, made = str(tmp_path / "cubes.zarr"), []
     cube.create(where, site, grid_of(site), [2020], recipe)
     block = module.composite_block
@@ -230,7 +274,9 @@ def failing_after(made, blocks):
         seen.append(1)
         return pixels
 
-    counted = made.reflectance.copy(data=made.reflectance.data.map_blocks(block, dtype=np.uint16, meta=np.array((), np.uint16)))
+    counted = made.reflectance.copy(
+        data=made.reflectance.data.map_blocks(block, dtype=np.uint16, meta=np.array((), np.uint16))
+    )
     return made.assign(reflectance=counted), seen
 
 
@@ -250,7 +296,9 @@ def test_a_stopped_run_commits_nothing_and_resumes(store, grid):
         assert cube.write_year(store, whole, PROVENANCE, b"")
     assert len(first) == 9
     assert len(second) <= 12 - 8
-    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_committed(store, "mine").reflectance[0], made.reflectance
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +318,9 @@ def test_leftovers_of_another_build_are_not_resumed(store, grid, other):
     with pytest.raises(StoppedError):
         cube.write_year(store, failing_after(old, 9)[0], {**PROVENANCE, **other}, b"")
     assert cube.write_year(store, new, PROVENANCE, b"")
-    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), new.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_cube(store, "mine").reflectance.sel(year=2020), new.reflectance
+    )
 
 
 def test_a_lost_read_keeps_the_year_uncommitted(store, grid):
@@ -280,7 +330,9 @@ def test_a_lost_read_keeps_the_year_uncommitted(store, grid):
     made = year_of(grid)
     broken = made.assign(
         reflectance=made.reflectance.copy(
-            data=made.reflectance.data.map_blocks(lost, dtype=np.uint16, meta=np.array((), np.uint16))
+            data=made.reflectance.data.map_blocks(
+                lost, dtype=np.uint16, meta=np.array((), np.uint16)
+            )
         )
     )
     with pytest.raises(ReadError):
@@ -297,7 +349,9 @@ def test_blocks_that_are_not_shards_are_refused(store, grid, block):
 
 
 def test_another_recipe_or_grid_is_refused(store, site, grid):
-    with pytest.raises(CubeError, match="made with recipe 'small', which differs from 'small' in months"):
+    with pytest.raises(
+        CubeError, match="made with recipe 'small', which differs from 'small' in months"
+    ):
         cube.create(store, site, grid, YEARS, dataclasses.replace(RECIPE, months=(6, 7)))
     with pytest.raises(CubeError, match="lies on another grid"):
         cube.create(store, site, grid.pad(6), YEARS, RECIPE)
@@ -352,7 +406,10 @@ def test_the_fraction_goes_with_its_footprint(store, site, grid, earlier):
     rng = np.random.default_rng(0)
     coords = {"year": [2021, 2019], **odc.geo.xr.xr_coords(grid)}
     masks, shares = (
-        xr.DataArray(rng.integers(0, top, (2, *grid.shape)).astype(np.uint8), coords, ("year", "y", "x")) for top in (2, 251)
+        xr.DataArray(
+            rng.integers(0, top, (2, *grid.shape)).astype(np.uint8), coords, ("year", "y", "x")
+        )
+        for top in (2, 251)
     )
     cube.write_footprint(store, "mine", masks, "a test", shares.sortby("year"))
     cube.create(store, site, grid, [2024], RECIPE)
@@ -361,10 +418,19 @@ def test_the_fraction_goes_with_its_footprint(store, site, grid, earlier):
     np.testing.assert_array_equal(opened.footprint_fraction.sel(year=[2021, 2019]), shares)
     assert (opened.footprint_fraction.sel(year=[2020, 2024]) == 255).all()
     assert opened.footprint_fraction.dtype == np.uint8
-    assert opened.footprint_fraction.attrs == opened.footprint_fraction.attrs | {"nodata": 255, "origin": "a test"}
+    assert opened.footprint_fraction.attrs == opened.footprint_fraction.attrs | {
+        "nodata": 255,
+        "origin": "a test",
+    }
     assert opened.footprint_fraction.odc.geobox == grid
-    made, beside = (zarr.open_array(f"{store}/mine/{name}") for name in ("footprint_fraction", "footprint"))
-    assert (made.chunks, made.shards, made.fill_value) == (beside.chunks, beside.shards, beside.fill_value)
+    made, beside = (
+        zarr.open_array(f"{store}/mine/{name}") for name in ("footprint_fraction", "footprint")
+    )
+    assert (made.chunks, made.shards, made.fill_value) == (
+        beside.chunks,
+        beside.shards,
+        beside.fill_value,
+    )
     # Another footprint, of which no fraction is known: the old one must not stay beside it.
     cube.write_footprint(store, "mine", masks.sel(year=[2019]), "another")
     opened = cube.open_cube(store, "mine")
@@ -377,7 +443,10 @@ def test_the_fraction_goes_with_its_footprint(store, site, grid, earlier):
 @pytest.mark.parametrize("killed_at", ["footprint", "footprint_fraction"])
 def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, killed_at):
     coords = {"year": [2019], **odc.geo.xr.xr_coords(grid)}
-    first, second = (xr.DataArray(np.full((1, *grid.shape), v, np.uint8), coords, ("year", "y", "x")) for v in (0, 1))
+    first, second = (
+        xr.DataArray(np.full((1, *grid.shape), v, np.uint8), coords, ("year", "y", "x"))
+        for v in (0, 1)
+    )
     cube.write_footprint(store, "mine", first, "first", first)
     note = cube.note_labels
 
@@ -394,14 +463,20 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
     assert not half.reflectance[0, 0, :9, :9].values.any()
     for name in ("footprint", "footprint_fraction"):
         if name != "footprint_fraction" or killed_at == name:
-            with pytest.raises(CubeError, match="labels of mine are being written, or a run was killed while it wrote them"):
+            with pytest.raises(
+                CubeError,
+                match="labels of mine are being written, or a run was killed while it wrote them",
+            ):
                 half[name].sel(year=2019).load()
     with pytest.raises(CubeError, match="labels of mine 2019 are being written"):
         need_labels(store, "mine")
     report = cube.verify(store)
     assert report.whole
     assert {(f.kind, f.year) for f in report.findings} == {("unfinished", 2019)}
-    assert cube.grid_and_years(store, "mine") == (grid, list(YEARS))  # so that they can be written again
+    assert cube.grid_and_years(store, "mine") == (
+        grid,
+        list(YEARS),
+    )  # so that they can be written again
     cube.write_footprint(store, "mine", second, "second", second * np.uint8(250))
     opened = cube.open_cube(store, "mine").sel(year=2019)
     assert (opened.footprint == 1).all()
@@ -411,12 +486,18 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
 
 def test_labels_written_while_they_are_read_are_an_error(store, grid):
     coords = {"year": [2019], **odc.geo.xr.xr_coords(grid)}
-    first, second = (xr.DataArray(np.full((1, *grid.shape), v, np.uint8), coords, ("year", "y", "x")) for v in (0, 1))
+    first, second = (
+        xr.DataArray(np.full((1, *grid.shape), v, np.uint8), coords, ("year", "y", "x"))
+        for v in (0, 1)
+    )
     cube.write_footprint(store, "mine", first, "first", first)
     opened = cube.open_cube(store, "mine")
     cube.write_footprint(store, "mine", second, "second", second)
     for name in ("footprint", "footprint_fraction"):
-        with pytest.raises(CubeError, match="labels of mine were written while they were being read; open the cube again"):
+        with pytest.raises(
+            CubeError,
+            match="labels of mine were written while they were being read; open the cube again",
+        ):
             opened[name].load()
 
 
@@ -458,8 +539,12 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
         except CubeError as error:
             print(error)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    assert "cannot be written (File too large); committed site-years are unharmed" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
+    assert "cannot be written (File too large); committed site-years are unharmed" in done.stdout, (
+        done.stderr
+    )
     assert cube.builds(store, "mine") == {}
 
 
@@ -476,7 +561,11 @@ class Counted:
 
     def totals(self):
         planned = 10 * self.blocks
-        return {"planned": planned, "lost": self.lost_reads, "completeness": 1 - self.lost_reads / planned if planned else 1.0}
+        return {
+            "planned": planned,
+            "lost": self.lost_reads,
+            "completeness": 1 - self.lost_reads / planned if planned else 1.0,
+        }
 
     def lost(self):
         return ["some_scene B04: HTTP 404"] if self.lost_reads else []
@@ -494,14 +583,19 @@ class Counted:
             return block
 
         return made.assign(
-            quality=made.quality.copy(data=made.quality.data.map_blocks(count, dtype=np.uint8, meta=np.ndarray(())))
+            quality=made.quality.copy(
+                data=made.quality.data.map_blocks(count, dtype=np.uint8, meta=np.ndarray(()))
+            )
         )
 
 
 def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
     """12 blocks of 10 reads, 3 of them lost: 97.5 %."""
     reads, made = Counted(lost=3), year_of(grid)
-    with pytest.raises(ReadError, match=r"mine 2020: 3 of 120 reads were lost, which leaves 97.50% .* asks for 100.00%.*404"):
+    with pytest.raises(
+        ReadError,
+        match=r"mine 2020: 3 of 120 reads were lost, which leaves 97.50% .* asks for 100.00%.*404",
+    ):
         cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads)
     assert cube.builds(store, "mine") == {}
     assert "incomplete_reads" not in cube.open_cube(store, "mine").attrs
@@ -509,8 +603,14 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
     reads = Counted(lost=3)
     assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, completeness=0.97)
     assert reads.blocks == 12
-    assert cube.builds(store, "mine")[2020]["reads"] == {"planned": 120, "lost": 3, "completeness": 0.975}
-    assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {"2020": 0.975}
+    assert cube.builds(store, "mine")[2020]["reads"] == {
+        "planned": 120,
+        "lost": 3,
+        "completeness": 0.975,
+    }
+    assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {
+        "2020": 0.975
+    }
     assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
     assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.97)
     # What was accepted once stays accepted, until --overwrite asks for more.
@@ -518,7 +618,9 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
     assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.97, overwrite=True)
     # Built anew with nothing lost, the cube no longer says so.
     whole = Counted()
-    assert cube.write_year(store, whole.over(made), PROVENANCE, b"", reads=whole, completeness=0.99, overwrite=True)
+    assert cube.write_year(
+        store, whole.over(made), PROVENANCE, b"", reads=whole, completeness=0.99, overwrite=True
+    )
     assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {}
 
 
@@ -526,7 +628,15 @@ def test_counts_of_an_interrupted_run_are_kept(store, grid):
     reads, made = Counted(), year_of(grid)
     asked = iter([False, False, True])
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store,
+            reads.over(made),
+            PROVENANCE,
+            b"",
+            reads=reads,
+            workers=2,
+            stopped=lambda: next(asked),
+        )
     kept = cube.reads_so_far(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [40]
     assert cube.reads_so_far(store, {**PROVENANCE, "version": "2"}) is None  # of another build
@@ -539,7 +649,12 @@ def test_another_way_with_conflicting_offsets_is_another_build(store, grid):
     made, calm = year_of(grid), {**PROVENANCE, "on_offset_conflict": "drop", "offset_conflicts": []}
     assert cube.write_year(store, made, calm, b"")
     assert cube.is_committed(store, {**calm, "on_offset_conflict": "fix"})
-    torn = {**PROVENANCE, "year": 2021, "on_offset_conflict": "drop", "offset_conflicts": [{"scene": "a"}]}
+    torn = {
+        **PROVENANCE,
+        "year": 2021,
+        "on_offset_conflict": "drop",
+        "offset_conflicts": [{"scene": "a"}],
+    }
     assert cube.write_year(store, made, torn, b"")
     assert cube.is_committed(store, torn)
     with pytest.raises(CubeError, match="another version or --on-offset-conflict"):
@@ -562,9 +677,13 @@ def test_a_run_killed_before_its_counts_are_kept_does_those_blocks_again(store, 
     kept = cube.reads_so_far(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [20]  # of the first batch
     again = Counted()
-    assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again, before=kept, workers=2)
+    assert cube.write_year(
+        store, again.over(made), PROVENANCE, b"", reads=again, before=kept, workers=2
+    )
     assert again.blocks == 12 - 2
-    assert cube.builds(store, "mine")[2020]["reads"]["planned"] == 100  # this fake counts its own blocks only
+    assert (
+        cube.builds(store, "mine")[2020]["reads"]["planned"] == 100
+    )  # this fake counts its own blocks only
 
 
 def test_blocks_of_another_policy_are_not_gone_on_with(store, grid):
@@ -575,11 +694,16 @@ def test_blocks_of_another_policy_are_not_gone_on_with(store, grid):
     with pytest.raises(CubeError, match="stopped"):
         cube.write_year(store, kept, torn, b"", workers=2, stopped=lambda: next(asked))
     assert cube.write_year(store, dropped, {**torn, "on_offset_conflict": "drop"}, b"")
-    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance.sel(year=2020), dropped.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_cube(store, "mine").reflectance.sel(year=2020), dropped.reflectance
+    )
 
 
 def test_a_year_of_which_all_was_lost_says_so(store, grid):
-    empty, reads = year_of(grid).map(lambda v: v.copy(data=da.zeros_like(v.data))), Counted(lost=120)
+    empty, reads = (
+        year_of(grid).map(lambda v: v.copy(data=da.zeros_like(v.data))),
+        Counted(lost=120),
+    )
     with pytest.raises(ReadError, match="120 of 120 reads were lost, which leaves no pixel"):
         cube.write_year(store, reads.over(empty), PROVENANCE, b"", reads=reads, completeness=0)
     assert cube.reads_so_far(store, PROVENANCE) is None
@@ -595,7 +719,15 @@ def test_counts_of_another_build_are_not_gone_on_with(store, grid):
     made, asked, other = year_of(grid), iter([False, True]), {**PROVENANCE, "version": "2"}
     first, second = Counted(), Dies()
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, first.over(made), PROVENANCE, b"", reads=first, workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store,
+            first.over(made),
+            PROVENANCE,
+            b"",
+            reads=first,
+            workers=2,
+            stopped=lambda: next(asked),
+        )
     with pytest.raises(KeyboardInterrupt):
         cube.write_year(store, second.over(made), other, b"", reads=second, workers=2)
     assert cube.reads_so_far(store, other) is None
@@ -607,7 +739,10 @@ def test_checksums_are_of_objects_that_are_there(tmp_path):
     group = zarr.open_group(target, mode="a")
     for size in (3_000_000, 300):
         put_bytes(group, "reads", np.random.default_rng(size).bytes(size))
-    there = {p.relative_to(tmp_path / "cubes.zarr").as_posix() for p in (tmp_path / "cubes.zarr/reads").rglob("*")}
+    there = {
+        p.relative_to(tmp_path / "cubes.zarr").as_posix()
+        for p in (tmp_path / "cubes.zarr/reads").rglob("*")
+    }
     assert {key for key in target.sums if key.startswith("reads/")} == there - {"reads/c"}
 
 
@@ -616,7 +751,15 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
     reads, made = Counted(), year_of(grid)
     asked = iter([False, False, True])
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store,
+            reads.over(made),
+            PROVENANCE,
+            b"",
+            reads=reads,
+            workers=2,
+            stopped=lambda: next(asked),
+        )
     (path,) = Path(store).glob("mine/builds/2020.*.new/zarr.json")
     staged = json.loads(path.read_text())
     assert len(staged["attributes"]["blocks"]) == 4
@@ -635,7 +778,15 @@ def test_blocks_of_a_process_whose_counts_are_unknown_are_made_again(store, grid
     other, made = Counted(lost=3), year_of(grid)
     asked = iter([False, True])
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, other.over(made), PROVENANCE, b"", reads=other, workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store,
+            other.over(made),
+            PROVENANCE,
+            b"",
+            reads=other,
+            workers=2,
+            stopped=lambda: next(asked),
+        )
     reads = Counted()
     assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, before=before)
     assert reads.blocks == 12
@@ -645,7 +796,10 @@ def test_a_site_that_lost_its_metadata_is_not_created_again(store, site, grid):
     cube.write_year(store, year_of(grid), PROVENANCE, b"")
     Path(store, "mine/zarr.json").unlink()
     there = sorted(Path(store).rglob("*"))
-    with pytest.raises(CubeError, match=r"mine has lost its zarr.json, but has other objects; run `minecube verify`"):
+    with pytest.raises(
+        CubeError,
+        match=r"mine has lost its zarr.json, but has other objects; run `minecube verify`",
+    ):
         cube.create(store, site, grid, YEARS, RECIPE)
     assert sorted(Path(store).rglob("*")) == there
 
@@ -682,7 +836,9 @@ def test_a_noted_block_whose_shard_is_gone_is_made_again(store, grid):
         cube.write_year(store, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
     (staged(store) / "reflectance/c/0/0/0/0").unlink()
     assert cube.write_year(store, made, PROVENANCE, b"")
-    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_committed(store, "mine").reflectance[0], made.reflectance
+    )
 
 
 class Interrupted(BaseException):
@@ -717,7 +873,9 @@ def test_a_commit_that_lost_an_object_is_taken_back_and_built_again(store, grid,
     else:
         shutil.rmtree(staged(store))
     assert cube.write_year(store, new, other, b"", overwrite=True)
-    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], new.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_committed(store, "mine").reflectance[0], new.reflectance
+    )
     np.testing.assert_array_equal(cube.open_committed(store, "mine").quality[0], new.quality)
 
 
@@ -731,7 +889,9 @@ def test_a_year_that_is_half_in_its_place_is_not_read(store, grid, monkeypatch):
         cube.open_cube(store, "mine").reflectance.sel(year=2020).load()
     cube.settle(store, "mine", 2020)
     assert cube.open_committed(store, "mine").year.values.tolist() == [2019, 2020]
-    np.testing.assert_array_equal(cube.open_cube(store, "mine").reflectance[1], year_of(grid, seed=2).reflectance)
+    np.testing.assert_array_equal(
+        cube.open_cube(store, "mine").reflectance[1], year_of(grid, seed=2).reflectance
+    )
 
 
 def test_a_withdrawn_year_that_was_half_in_its_place_is_built_again(store, grid, monkeypatch):
@@ -739,4 +899,6 @@ def test_a_withdrawn_year_that_was_half_in_its_place_is_built_again(store, grid,
     kill_while_placing(store, made, PROVENANCE, monkeypatch)
     cube.uncommit(store, "mine", [2020])
     assert cube.write_year(store, made, PROVENANCE, b"")
-    np.testing.assert_array_equal(cube.open_committed(store, "mine").reflectance[0], made.reflectance)
+    np.testing.assert_array_equal(
+        cube.open_committed(store, "mine").reflectance[0], made.reflectance
+    )

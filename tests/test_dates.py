@@ -31,7 +31,9 @@ def listed(archive, make, dates):
     rng = np.random.default_rng(0)
     corners = cKDTree(rng.uniform(0, 360, (600, 2)))
     field = corners.query(np.indices((360, 360)).reshape(2, -1).T)[1].reshape(360, 360)
-    texture = rng.uniform(300, 3000, 600)[field] + 30 * ndimage.gaussian_filter(rng.normal(size=(360, 360)), 1)
+    texture = rng.uniform(300, 3000, 600)[field] + 30 * ndimage.gaussian_filter(
+        rng.normal(size=(360, 360)), 1
+    )
     items = []
     for date, shifted in dates.items():
         full = np.roll(texture, SHIFTED_PX if shifted else 0, axis=1).astype(np.uint16)
@@ -53,7 +55,12 @@ def job_of(source, tmp_path, min_dates):
         chunk_px=32,
         registration=Registration(most_px=0.5, beyond="drop"),
     )
-    return building.Job(store=str(tmp_path / "cubes.zarr"), sources=(source,), recipe=recipe, snapshots=tmp_path / "lists")
+    return building.Job(
+        store=str(tmp_path / "cubes.zarr"),
+        sources=(source,),
+        recipe=recipe,
+        snapshots=tmp_path / "lists",
+    )
 
 
 DATES = {"2020-05-01": False, "2020-06-01": False, "2020-07-01": True, "2020-08-01": False}
@@ -65,7 +72,12 @@ def test_scenes_left_out_are_listed_with_the_reason_and_not_counted(archive, mak
     assert (outcome.state, outcome.scenes, outcome.days) == ("built", 3, 3), outcome.message
     marker = cube.builds(job.store, "pit")[2020]
     left_out = {scene["id"][11:19]: scene.get("left_out") for scene in marker["scenes"]}
-    assert left_out == {"20200501": None, "20200601": None, "20200701": "registration", "20200801": None}
+    assert left_out == {
+        "20200501": None,
+        "20200601": None,
+        "20200701": "registration",
+        "20200801": None,
+    }
     assert len(cube.used_scenes(marker)) == 3
     kept = read_items(blob(job.store, tmp_path))
     assert sorted(scene.id[11:19] for scene in kept) == ["20200501", "20200601", "20200801"]

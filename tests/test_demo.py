@@ -21,7 +21,14 @@ pytestmark = pytest.mark.slow
 def demo(tmp_path_factory):
     """(folder, what it printed): the demo in a process of its own."""
     out = tmp_path_factory.mktemp("demo") / "demo"
-    command = [sys.executable, "-c", "from minecube.cli import main; main()", "demo", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        "from minecube.cli import main; main()",
+        "demo",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -32,7 +39,9 @@ def test_what_it_must_reach(demo):
     assert summary["composite_rmse"] <= min(0.015, summary["composite_rmse_naive"] / 5)
     assert summary["residual_cloud_pct"] <= 0.5
     assert summary["holes_pct"] == 0
-    assert min(summary["map_iou_2020"], summary["map_iou_2022"]) >= 0.85  # the years with enough scenes
+    assert (
+        min(summary["map_iou_2020"], summary["map_iou_2022"]) >= 0.85
+    )  # the years with enough scenes
     assert summary["composite_rmse_mine"] <= 1.5 * summary["composite_rmse"]
     assert summary["peak_rss_mb"] <= 3000
     for key in ("map_iou", "ca_tiou", "change_f1", "area_error_pct", "seconds"):
@@ -68,12 +77,23 @@ def test_each_provider_took_part(demo):
     for site in cube.sites(str(demo[0] / "cubes.zarr")):
         for build in cube.builds(str(demo[0] / "cubes.zarr"), site).values():
             used |= {(s["source"], s["offset"]) for s in build["scenes"]}
-    assert {source for source, _ in used} == {"sim-earth-search", "sim-planetary-computer", "sim-cdse"}
+    assert {source for source, _ in used} == {
+        "sim-earth-search",
+        "sim-planetary-computer",
+        "sim-cdse",
+    }
     assert {("sim-cdse", -1000), ("sim-earth-search", 0), ("sim-planetary-computer", -1000)} <= used
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(demo):
-    command = [sys.executable, "-c", "from minecube.cli import main; main()", "demo", "--out", str(demo[0])]
+    command = [
+        sys.executable,
+        "-c",
+        "from minecube.cli import main; main()",
+        "demo",
+        "--out",
+        str(demo[0]),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "is not empty" in done.stderr

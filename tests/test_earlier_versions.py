@@ -45,10 +45,17 @@ def pixels_of(year):
 
 def build(store, site, year):
     quality = (pixels_of(year)[0] > 0).astype(np.uint8)
-    made = {"reflectance": (("band", "y", "x"), da.from_array(pixels_of(year), chunks=(10, 64, 64)))}
+    made = {
+        "reflectance": (("band", "y", "x"), da.from_array(pixels_of(year), chunks=(10, 64, 64)))
+    }
     for name, dtype in (("clear_count", np.uint16), ("quality", np.uint8)):
         made[name] = (("y", "x"), da.from_array(quality.astype(dtype), chunks=64))
-    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+    told = {
+        "minecube:source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": "r",
+    }
     scene = types.SimpleNamespace(id="a", properties=told)
     pd.DataFrame({"id": ["a"]}).to_parquet(listed := io.BytesIO())
     provenance = cube.provenance_of(site, year, grid_of(site), RECIPE, [scene])
@@ -85,7 +92,9 @@ def test_work_goes_on(store, site):
     assert not build(store, site, 2020)  # it is there
     for year in (2021, 2022):
         assert build(store, site, year)
-    assert "pit: 2 years mapped" in run("predict", "--store", store, "--model", EARLIER / "model.pt", "--name", "tiny")
+    assert "pit: 2 years mapped" in run(
+        "predict", "--store", store, "--model", EARLIER / "model.pt", "--name", "tiny"
+    )
     opened = cube.open_committed(store, "pit").load()
     for year in (2019, 2020, 2021, 2022):
         np.testing.assert_array_equal(opened.reflectance.sel(year=year), pixels_of(year))
@@ -95,11 +104,15 @@ def test_work_goes_on(store, site):
     assert not (cube.open_committed(store, "pit").footprint == 1).any()
     assert [f.kind for f in cube.verify(store).findings] == ["stale"]  # tiny+hmm, of two years
     run("pack", "--store", store, "--out", f"{store}.zip")
-    xr.testing.assert_equal(cube.open_committed(f"{store}.zip", "pit"), cube.open_committed(store, "pit"))
+    xr.testing.assert_equal(
+        cube.open_committed(f"{store}.zip", "pit"), cube.open_committed(store, "pit")
+    )
 
 
 def test_a_model_maps_as_it_did(store):
     mapper = models.load(EARLIER / "model.pt")
     reflectance = cube.open_committed(store, "pit").reflectance.load()
     found = models.predict(mapper, reflectance).astype(int)
-    assert abs(found - cube.open_probability(store, "pit", "tiny").astype(int)).max() <= 1  # another processor's last bit
+    assert (
+        abs(found - cube.open_probability(store, "pit", "tiny").astype(int)).max() <= 1
+    )  # another processor's last bit

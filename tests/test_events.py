@@ -29,7 +29,9 @@ YEARS = [2016, 2017, 2019, 2020, 2023]
 
 def on_years(values: object, years: list[int] = YEARS) -> xr.DataArray:
     array = np.asarray(values, np.uint8)
-    return xr.DataArray(array.reshape(len(array), *array.shape[1:]), dims=("year", "y", "x"), coords={"year": years})
+    return xr.DataArray(
+        array.reshape(len(array), *array.shape[1:]), dims=("year", "y", "x"), coords={"year": years}
+    )
 
 
 def grid(height: int, width: int) -> GeoBox:
@@ -84,7 +86,9 @@ def test_events_are_those_of_loops(states: np.ndarray, odds: np.ndarray) -> None
 
 
 def test_layers_are_small_integers_on_the_grid() -> None:
-    footprint = on_years(np.zeros((5, 2, 3))).assign_coords(y=[25.0, 15.0], x=[5.0, 15.0, 25.0], spatial_ref=32633)
+    footprint = on_years(np.zeros((5, 2, 3))).assign_coords(
+        y=[25.0, 15.0], x=[5.0, 15.0, 25.0], spatial_ref=32633
+    )
     found = tracks.events(footprint, footprint)
     assert {n: v.dtype.name for n, v in found.items()} == {
         "onset": "uint16",
@@ -112,14 +116,22 @@ def test_events_of_two_smoothings_are_refused() -> None:
 
 def test_flip_rate_counts_what_goes_back() -> None:
     #  opens; opens and is reclaimed; forth, back, forth over an unknown year; unknown but once
-    states = [[[0, 0, 0, 255]], [[0, 1, 1, 255]], [[1, 1, 255, 255]], [[1, 0, 0, 1]], [[1, 0, 1, 255]]]
+    states = [
+        [[0, 0, 0, 255]],
+        [[0, 1, 1, 255]],
+        [[1, 1, 255, 255]],
+        [[1, 0, 0, 1]],
+        [[1, 0, 1, 255]],
+    ]
     steps = 4 + 4 + 3 + 0
     assert tracks.flip_rate(on_years(states)) == pytest.approx((0 + 1 + 2) / steps)
     unknown = on_years(np.full((5, 2, 2), 255))
     assert math.isnan(tracks.flip_rate(unknown))
     # Of sites together: steps that are known count, not pixels that are not.
     calm = on_years(np.zeros((5, 1, 2)))
-    assert tracks.flip_rate(on_years(states), unknown, calm) == pytest.approx((0 + 1 + 2) / (steps + 8))
+    assert tracks.flip_rate(on_years(states), unknown, calm) == pytest.approx(
+        (0 + 1 + 2) / (steps + 8)
+    )
 
 
 def test_a_site_that_opens_and_one_that_grows() -> None:
@@ -156,7 +168,10 @@ def binary_correlation(distance: np.ndarray, p: float) -> np.ndarray:
     """Of z = [g < quantile(p)] at two points, by the bivariate normal distribution."""
     cut = scipy.stats.norm.ppf(p)
     rho = np.exp(-(distance**2) / (4 * SIGMA**2))
-    both = [scipy.stats.multivariate_normal.cdf([cut, cut], cov=[[1, c], [c, 1]]) if c < 1 - 1e-9 else p for c in rho]
+    both = [
+        scipy.stats.multivariate_normal.cdf([cut, cut], cov=[[1, c], [c, 1]]) if c < 1 - 1e-9 else p
+        for c in rho
+    ]
     return (np.array(both) - p * p) / (p * (1 - p))
 
 
@@ -169,10 +184,14 @@ def test_intervals_hold_the_area_of_fields_whose_errors_are_alike() -> None:
     alone = tracks.expected_areas(posterior, posterior, grid(SIDE, SIDE), tracks.ALONE)
     worth = uncertainty.pixel_areas(grid(SIDE, SIDE))
     r = np.random.default_rng(0)
-    drawn = np.array([(worth * (blur(r, SIDE, SIGMA) < scipy.stats.norm.ppf(p))).sum() for _ in range(400)])
+    drawn = np.array(
+        [(worth * (blur(r, SIDE, SIGMA) < scipy.stats.norm.ppf(p))).sum() for _ in range(400)]
+    )
     assert table["expected_m2"][0] == pytest.approx(drawn.mean(), rel=0.02)
     assert table["sd_m2"][0] == pytest.approx(drawn.std(), rel=0.12)
-    within, within_alone = (((t["low_m2"][0] <= drawn) & (drawn <= t["high_m2"][0])).mean() for t in (table, alone))
+    within, within_alone = (
+        ((t["low_m2"][0] <= drawn) & (drawn <= t["high_m2"][0])).mean() for t in (table, alone)
+    )
     assert 0.92 <= within <= 0.98
     assert within_alone < 0.35  # what taking pixels for independent would claim to be 0.95
 
@@ -192,7 +211,9 @@ def test_an_error_common_to_all_pixels_does_not_shrink_with_their_number() -> No
     maps = on_years(np.full((1, 40, 50), 125), [2020])
     whole = tracks.expected_areas(maps, maps, grid(40, 50), tracks.Correlation(np.ones(65), 1.0))
     assert whole["sd_m2"][0] == pytest.approx(0.5 * uncertainty.pixel_areas(grid(40, 50)).sum())
-    half = tracks.expected_areas(maps, maps, grid(40, 50), tracks.Correlation(np.r_[1, np.full(64, 0.5)], 0.5))
+    half = tracks.expected_areas(
+        maps, maps, grid(40, 50), tracks.Correlation(np.r_[1, np.full(64, 0.5)], 0.5)
+    )
     assert half["sd_m2"][0] == pytest.approx(whole["sd_m2"][0] * math.sqrt(0.5), rel=1e-2)
 
 
@@ -200,7 +221,9 @@ def test_every_pair_of_pixels_counts_by_its_distance() -> None:
     stored = np.random.default_rng(2).integers(0, 251, (1, 9, 12))
     maps = on_years(stored, [2020])
     alike = tracks.Correlation(np.clip(1 - np.arange(65) / 5.0, 0.1, 1), 0.1)
-    spread = (uncertainty.pixel_areas(grid(9, 12)) * np.sqrt(stored[0] / 250 * (1 - stored[0] / 250))).ravel()
+    spread = (
+        uncertainty.pixel_areas(grid(9, 12)) * np.sqrt(stored[0] / 250 * (1 - stored[0] / 250))
+    ).ravel()
     y, x = (a.ravel() for a in np.mgrid[:9, :12])
     away = np.hypot(y[:, None] - y, x[:, None] - x)
     variance = spread @ np.interp(away, np.arange(65), alike.near) @ spread
@@ -212,9 +235,18 @@ def test_correlation_is_measured_as_it_was_planted() -> None:
     r = np.random.default_rng(3)
     smoothed = np.full((10, 200, 200), 125)
     for common in (0.0, 0.5):
-        noise = np.stack([math.sqrt(1 - common) * blur(r, 200, SIGMA) + math.sqrt(common) * z for z in r.standard_normal(10)])
+        noise = np.stack(
+            [
+                math.sqrt(1 - common) * blur(r, 200, SIGMA) + math.sqrt(common) * z
+                for z in r.standard_normal(10)
+            ]
+        )
         # As many years up as down, so that ten draws of the common error have the variance they were planted with.
-        noise += math.sqrt(common) * (np.resize([1, -1], 10) - noise.mean(axis=(1, 2)))[:, None, None] if common else 0
+        noise += (
+            math.sqrt(common) * (np.resize([1, -1], 10) - noise.mean(axis=(1, 2)))[:, None, None]
+            if common
+            else 0
+        )
         raw = np.clip(np.rint(125 + 25 * noise), 6, 244)
         years = list(range(2010, 2020))
         found = tracks.error_correlation(on_years(raw, years), on_years(smoothed, years))
@@ -228,14 +260,24 @@ def test_years_that_are_not_known_leave_the_others_their_intervals() -> None:
     r, years = np.random.default_rng(5), list(range(2010, 2020))
     smoothed = np.full((10, 120, 120), 125)
     raw = np.clip(np.rint(115 + 25 * np.stack([blur(r, 120, SIGMA) for _ in years])), 6, 244)
-    every = np.add.outer(np.arange(120), np.arange(120)) % 10 == np.arange(10)[:, None, None]  # each pixel in another year
+    every = (
+        np.add.outer(np.arange(120), np.arange(120)) % 10 == np.arange(10)[:, None, None]
+    )  # each pixel in another year
     whole, gap, speckled = raw, raw.copy(), np.where(every, 255, raw)
     gap[4] = 255
-    found = [tracks.error_correlation(on_years(a, years), on_years(smoothed, years)).near[1:9] for a in (whole, gap, speckled)]
+    found = [
+        tracks.error_correlation(on_years(a, years), on_years(smoothed, years)).near[1:9]
+        for a in (whole, gap, speckled)
+    ]
     assert found[0][1] > 0.8
     np.testing.assert_allclose(found[1:], [found[0]] * 2, atol=0.05)
     # The yearly maps say a tenth of one half less than the smoothed, in all years that there are.
-    sd = [tracks.expected_areas(on_years(smoothed, years), on_years(a, years), grid(120, 120))["sd_m2"] for a in (whole, gap)]
+    sd = [
+        tracks.expected_areas(on_years(smoothed, years), on_years(a, years), grid(120, 120))[
+            "sd_m2"
+        ]
+        for a in (whole, gap)
+    ]
     assert sd[1].mean() == pytest.approx(sd[0].mean(), rel=0.05)
 
 
@@ -256,15 +298,21 @@ def test_what_lasts_widens_the_interval() -> None:
     whole = uncertainty.pixel_areas(grid(30, 30)).sum()
     np.testing.assert_allclose(found["sd_m2"], 0.1 * whole)
     assert (found["high_m2"] <= whole + 1e-6).all()
-    unknown = raw.copy(data=np.where(np.arange(30) < 15, 255, 225).astype(np.uint8) * np.ones((5, 30, 1), np.uint8))
-    np.testing.assert_allclose(tracks.expected_areas(smoothed, unknown, grid(30, 30))["sd_m2"], 0.05 * whole, rtol=1e-3)
+    unknown = raw.copy(
+        data=np.where(np.arange(30) < 15, 255, 225).astype(np.uint8) * np.ones((5, 30, 1), np.uint8)
+    )
+    np.testing.assert_allclose(
+        tracks.expected_areas(smoothed, unknown, grid(30, 30))["sd_m2"], 0.05 * whole, rtol=1e-3
+    )
 
 
 def test_ground_never_known_has_no_area() -> None:
     stored = np.full((5, 10, 10), 250)
     stored[:, :, 5:] = 255
     found = tracks.expected_areas(on_years(stored), on_years(stored), grid(10, 10))
-    np.testing.assert_allclose(found["expected_m2"], uncertainty.pixel_areas(grid(10, 10))[:, :5].sum())
+    np.testing.assert_allclose(
+        found["expected_m2"], uncertainty.pixel_areas(grid(10, 10))[:, :5].sum()
+    )
 
 
 def test_maps_of_other_grids_and_years_are_refused() -> None:
@@ -272,7 +320,9 @@ def test_maps_of_other_grids_and_years_are_refused() -> None:
     with pytest.raises(LabelError, match="grid"):
         tracks.expected_areas(maps, maps, grid(10, 11))
     with pytest.raises(LabelError, match="twin"):
-        tracks.expected_areas(maps, on_years(np.full((5, 10, 10), 9), [2015, *YEARS[1:]]), grid(10, 10))
+        tracks.expected_areas(
+            maps, on_years(np.full((5, 10, 10), 9), [2015, *YEARS[1:]]), grid(10, 10)
+        )
     with pytest.raises(LabelError, match="two years or more"):
         tracks.expected_areas(maps[:1], maps[:1], grid(10, 10))
 
@@ -292,7 +342,9 @@ def bench() -> ModuleType:
 
 
 @pytest.mark.parametrize(("lasting", "too_sure"), [(0.0, 1.0), (0.5, 3.0)])
-def test_smoothing_gains_in_every_score_through_time(bench: ModuleType, lasting: float, too_sure: float) -> None:
+def test_smoothing_gains_in_every_score_through_time(
+    bench: ModuleType, lasting: float, too_sure: float
+) -> None:
     raw = {seed: bench.maps_of(seed, lasting, too_sure) for seed in bench.SITES[:2]}
     rates = tracks.learn_rates(raw.values())
     before = bench.scores({s: tracks.threshold(p) for s, p in raw.items()})
@@ -312,6 +364,8 @@ def test_smoothing_gains_in_every_score_through_time(bench: ModuleType, lasting:
 def test_the_textbooks_posterior_is_ours(bench: ModuleType) -> None:
     values = np.random.default_rng(5).integers(0, 251, (10, 3000), dtype=np.uint8)
     rates = tracks.Rates(opening=0.01, closing=0.02, initial=0.1, prior=0.1)
-    off = np.abs(tracks.posterior(values, bench.YEARS, rates).astype(int) - bench.plain(values, rates))
+    off = np.abs(
+        tracks.posterior(values, bench.YEARS, rates).astype(int) - bench.plain(values, rates)
+    )
     assert off.max() <= 1
     assert (off > 0).mean() < 1e-3  # ties of rounding only

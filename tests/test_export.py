@@ -78,22 +78,38 @@ LABEL = {
                 "label:type": {"enum": ["raster", "vector"]},
                 "label:properties": {"type": "null"},  # of rasters
                 "label:classes": {
-                    "items": {"required": ["name", "classes"], "properties": {"name": {"type": "null"}}},
+                    "items": {
+                        "required": ["name", "classes"],
+                        "properties": {"name": {"type": "null"}},
+                    },
                     "minItems": 1,
                 },
                 "label:description": {"type": "string", "minLength": 1},
-                "label:tasks": {"items": {"enum": ["regression", "classification", "detection", "segmentation"]}},
+                "label:tasks": {
+                    "items": {"enum": ["regression", "classification", "detection", "segmentation"]}
+                },
                 "label:overviews": {
                     "items": {
                         "properties": {
-                            "counts": {"items": {"properties": {"name": {"type": "string"}, "count": {"type": "integer"}}}}
+                            "counts": {
+                                "items": {
+                                    "properties": {
+                                        "name": {"type": "string"},
+                                        "count": {"type": "integer"},
+                                    }
+                                }
+                            }
                         }
                     }
                 },
             },
-            "propertyNames": {"pattern": "^(?!label:)|^label:(type|properties|classes|description|tasks|methods|overviews)$"},
+            "propertyNames": {
+                "pattern": "^(?!label:)|^label:(type|properties|classes|description|tasks|methods|overviews)$"
+            },
         },
-        "links": {"contains": {"properties": {"rel": {"const": "source"}}, "required": ["label:assets"]}},
+        "links": {
+            "contains": {"properties": {"rel": {"const": "source"}}, "required": ["label:assets"]}
+        },
     },
 }
 PROCESSING = {
@@ -103,8 +119,14 @@ PROCESSING = {
             "properties": {
                 "processing:level": {"pattern": "^(RAW|L[0-4][A-C]?)$"},
                 "processing:lineage": {"type": "string"},
-                "processing:datetime": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)$"},
-                "processing:software": {"type": "object", "additionalProperties": {"type": "string"}},
+                "processing:datetime": {
+                    "type": "string",
+                    "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)$",
+                },
+                "processing:software": {
+                    "type": "object",
+                    "additionalProperties": {"type": "string"},
+                },
             },
             "propertyNames": {
                 "pattern": "^(?!processing:)|^processing:(expression|lineage|level|facility|version|software|datetime)$"
@@ -122,7 +144,11 @@ def cube_on(grid, years=(2020, 2021), probability=False):
     footprint = rng.choice(np.array([0, 1, 255], np.uint8), (len(years), height, width))
     coords = {"year": list(years), "band": list(BANDS), **xr_coords(grid)}
     cube = xr.Dataset(
-        {"reflectance": (("year", "band", "y", "x"), reflectance), "footprint": (("year", "y", "x"), footprint)}, coords
+        {
+            "reflectance": (("year", "band", "y", "x"), reflectance),
+            "footprint": (("year", "y", "x"), footprint),
+        },
+        coords,
     )
     return cube.assign(probability=cube.footprint // 2) if probability else cube
 
@@ -141,7 +167,9 @@ def exported(tmp_path_factory):
     cube.probability.attrs["model"] = {"id": "unet-small", "licence": "Apache-2.0"}
     cogs = write_cogs(cube, GRID, out / "pit", "pit")
     write_footprints(footprints(), out / "footprints.parquet")
-    write_stac(out, cogs, {"truth": out / "footprints.parquet"}, title="Three pits", about="A test.")
+    write_stac(
+        out, cogs, {"truth": out / "footprints.parquet"}, title="Three pits", about="A test."
+    )
     return out, cube, cogs
 
 
@@ -150,7 +178,11 @@ def exported(tmp_path_factory):
 
 def test_every_cog_is_one_and_holds_the_cubes_values(exported):
     _, cube, cogs = exported
-    names = [f"pit_{y}_{v}.tif" for y in (2020, 2021) for v in ("reflectance", "footprint", "probability")]
+    names = [
+        f"pit_{y}_{v}.tif"
+        for y in (2020, 2021)
+        for v in ("reflectance", "footprint", "probability")
+    ]
     assert [c.name for c in cogs] == names
     for path in cogs:
         valid, errors, warnings = cog_validate(path, strict=True)
@@ -197,7 +229,9 @@ def test_years_without_a_value_and_variables_without_a_place_get_no_file(tmp_pat
     cube = cube_on(SMALL)
     cube.reflectance.loc[{"year": 2021}] = 0
     cube.footprint[:] = 255
-    assert [p.name for p in write_cogs(cube, SMALL, tmp_path, "pit")] == ["pit_2020_reflectance.tif"]
+    assert [p.name for p in write_cogs(cube, SMALL, tmp_path, "pit")] == [
+        "pit_2020_reflectance.tif"
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["pit_2020_reflectance.tif"]
 
 
@@ -228,7 +262,9 @@ def test_tables_come_back_whole(tmp_path, name, rows):
         assert pyogrio.list_layers(path)[0][0] == "footprints"
         back = gpd.read_file(path)
     assert back.crs.to_epsg() == 32633
-    assert back[["site", "year", "area_m2"]].to_dict("list") == footprints()[:rows][["site", "year", "area_m2"]].to_dict("list")
+    assert back[["site", "year", "area_m2"]].to_dict("list") == footprints()[:rows][
+        ["site", "year", "area_m2"]
+    ].to_dict("list")
     assert shapely.equals(back.geometry.values, footprints().geometry.values[:rows]).all()
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
@@ -252,13 +288,17 @@ def validator(monkeypatch):
     )
     for path in set(SCHEMAS.glob("*.json")) - set(SCHEMAS.glob("projjson*")):
         name, version = path.stem.split("_")
-        own.schema_cache[f"https://stac-extensions.github.io/{name}/{version}/schema.json"] = json.loads(path.read_text())
+        own.schema_cache[f"https://stac-extensions.github.io/{name}/{version}/schema.json"] = (
+            json.loads(path.read_text())
+        )
     monkeypatch.setattr(pystac.validation.RegisteredValidator, "_validator", own)
     return own
 
 
 def test_the_collection_validates_with_every_extension_it_names(exported, validator, tmp_path):
-    moved = shutil.copytree(exported[0], tmp_path / "elsewhere")  # relative links: the folder can go anywhere
+    moved = shutil.copytree(
+        exported[0], tmp_path / "elsewhere"
+    )  # relative links: the folder can go anywhere
     collection = pystac.Collection.from_file(str(moved / "collection.json"))
     assert collection.validate_all() == 2
     items = sorted(collection.get_items(), key=lambda i: i.id)
@@ -268,7 +308,9 @@ def test_the_collection_validates_with_every_extension_it_names(exported, valida
     for asset in (*items[0].assets.values(), *collection.assets.values()):
         assert Path(asset.get_absolute_href()).is_relative_to(moved)
         assert Path(asset.get_absolute_href()).exists()
-    text = (moved / "collection.json").read_text() + "".join(p.read_text() for p in moved.glob("pit/*.json"))
+    text = (moved / "collection.json").read_text() + "".join(
+        p.read_text() for p in moved.glob("pit/*.json")
+    )
     assert str(exported[0]) not in text
 
 
@@ -317,7 +359,9 @@ def test_items_say_where_when_and_what(exported):
     assert item.properties["proj:code"] == "EPSG:32633"
     assert item.properties["proj:shape"] == [700, 1100]
     assert item.properties["proj:transform"] == [10, 0, 399960, 0, -10, 5700000]
-    lon, lat = Transformer.from_crs(32633, 4326, always_xy=True).transform([399960, 410960] * 2, [5700000] * 2 + [5693000] * 2)
+    lon, lat = Transformer.from_crs(32633, 4326, always_xy=True).transform(
+        [399960, 410960] * 2, [5700000] * 2 + [5693000] * 2
+    )
     assert item.bbox == pytest.approx([min(lon), min(lat), max(lon), max(lat)], abs=1e-4)
     assert shapely.equals_exact(
         shapely.normalize(shapely.geometry.shape(item.geometry)),
@@ -328,7 +372,12 @@ def test_items_say_where_when_and_what(exported):
     assert asset["file:size"] == cogs[0].stat().st_size
     assert asset["file:checksum"] == "1220" + hashlib.sha256(cogs[0].read_bytes()).hexdigest()
     assert [b["name"] for b in asset["eo:bands"]] == list(BANDS)
-    assert asset["raster:bands"][0] == {"data_type": "uint16", "nodata": 0, "scale": 1e-4, "spatial_resolution": 10}
+    assert asset["raster:bands"][0] == {
+        "data_type": "uint16",
+        "nodata": 0,
+        "scale": 1e-4,
+        "spatial_resolution": 10,
+    }
 
 
 @pytest.mark.parametrize("year", [2020, 2021])
@@ -338,16 +387,25 @@ def test_items_say_what_the_pixels_were_made_of(exported, year):
     assert said["minecube:read_completeness"] == (0.975 if year == 2021 else 1)
     assert said["processing:software"] == {"minecube": "0.1.0", "numpy": "2.4.6"}
     assert said["processing:lineage"] == "Median, from 3 scenes of processing baselines 05.00"
-    assert (said["minecube:build_id"], said["minecube:scenes"]) == (f"{year}abc", ["scene_0", "scene_1", "scene_2"])
+    assert (said["minecube:build_id"], said["minecube:scenes"]) == (
+        f"{year}abc",
+        ["scene_0", "scene_1", "scene_2"],
+    )
 
 
 def test_items_are_labels_with_the_pixels_of_each_class_counted(exported):
     out, cube, _ = exported
-    item = pystac.Item.from_file(str(out / "pit" / "pit_2020.json"))  # pystac's own label module warns on import
+    item = pystac.Item.from_file(
+        str(out / "pit" / "pit_2020.json")
+    )  # pystac's own label module warns on import
     values = cube.footprint.sel(year=2020).values
     (overview,) = item.properties["label:overviews"]
     counted = {c["name"]: c["count"] for c in overview["counts"]}
-    assert counted == {"not mine": (values == 0).sum(), "mine": (values == 1).sum(), "unknown": (values == 255).sum()}
+    assert counted == {
+        "not mine": (values == 0).sum(),
+        "mine": (values == 1).sum(),
+        "unknown": (values == 255).sum(),
+    }
     assert item.properties["label:type"] == "raster"
     assert item.properties["label:classes"] == [{"name": None, "classes": ["not mine", "mine"]}]
     assert item.properties["label:description"].endswith("from EuroMineNet (CC-BY-4.0)")
@@ -377,20 +435,32 @@ def test_the_table_of_items_is_the_items(exported):
     assert table.crs.to_epsg() == 4326
     back = list(stac_table_to_items(pq.read_table(out / "items.parquet")))
     for dictionary in back:
-        item, own = pystac.Item.from_dict(dictionary), pystac.Item.from_file(str(out / "pit" / f"{dictionary['id']}.json"))
-        assert shapely.equals_exact(shapely.geometry.shape(item.geometry), shapely.geometry.shape(own.geometry), 1e-9)
+        item, own = (
+            pystac.Item.from_dict(dictionary),
+            pystac.Item.from_file(str(out / "pit" / f"{dictionary['id']}.json")),
+        )
+        assert shapely.equals_exact(
+            shapely.geometry.shape(item.geometry), shapely.geometry.shape(own.geometry), 1e-9
+        )
         assert {k: (out / a.href).resolve() for k, a in item.assets.items()} == {
             k: Path(a.get_absolute_href()) for k, a in own.assets.items()
         }
         assert item.properties["cube:variables"]["reflectance"]["dimensions"] == ["bands", "y", "x"]
         assert (
-            item.assets["reflectance"].extra_fields["file:checksum"] == own.assets["reflectance"].extra_fields["file:checksum"]
+            item.assets["reflectance"].extra_fields["file:checksum"]
+            == own.assets["reflectance"].extra_fields["file:checksum"]
         )
 
 
 def test_band_names_and_wavelengths_are_those_of_real_products(real_data):
-    item = json.loads((real_data / "stac_items" / "earthsearch_c1" / "S2B_T24MUA_20250731T130245_L2A.json").read_text())
-    theirs = {b["name"]: b["common_name"] for a in item["assets"].values() for b in a.get("eo:bands", [])}
+    item = json.loads(
+        (
+            real_data / "stac_items" / "earthsearch_c1" / "S2B_T24MUA_20250731T130245_L2A.json"
+        ).read_text()
+    )
+    theirs = {
+        b["name"]: b["common_name"] for a in item["assets"].values() for b in a.get("eo:bands", [])
+    }
     assert {b: SPECTRUM[b][0] for b in BANDS} == {b: theirs[b] for b in BANDS}
     (product,) = real_data.glob("safe_metadata/S2A_MSIL2A_2023*/MTD_MSIL2A.xml")
     bands = ElementTree.parse(product).iter("Spectral_Information")
@@ -403,7 +473,9 @@ def test_an_index_of_an_image_that_is_opened_scaled_is_not_scaled_again(exported
     """As docs/formats.md advises, since xarray keeps attributes through arithmetic."""
     _, cube, cogs = exported
     (image,) = (path for path in cogs if path.name == "pit_2020_reflectance.tif")
-    red, nir = (cube.reflectance.sel(year=2020, band=band).values.astype(float) for band in ("B04", "B08"))
+    red, nir = (
+        cube.reflectance.sel(year=2020, band=band).values.astype(float) for band in ("B04", "B08")
+    )
     with np.errstate(invalid="ignore"):
         expected = np.where((red == 0) | (nir == 0), np.nan, (nir - red) / (nir + red))
     scaled = rioxarray.open_rasterio(image, mask_and_scale=True)
@@ -453,7 +525,9 @@ def test_licence_and_citation_of_every_input_travel(exported):
     for path in cogs[:3]:
         with rasterio.open(path) as src:
             said[path.stem.split("_")[2]] = src.tags()["TIFFTAG_COPYRIGHT"]
-    assert said["reflectance"].startswith("Contains modified Copernicus Sentinel data 2020. imagery: Copernicus Sentinel-2")
+    assert said["reflectance"].startswith(
+        "Contains modified Copernicus Sentinel data 2020. imagery: Copernicus Sentinel-2"
+    )
     assert "EuroMineNet" not in said["reflectance"]
     assert "CC-BY-4.0" in said["footprint"]
     assert "arXiv:2510.14661" in said["footprint"]
@@ -463,17 +537,37 @@ def test_licence_and_citation_of_every_input_travel(exported):
 @pytest.mark.parametrize(
     ("origin", "name", "licence", "dois"),
     [
-        ("EuroMineNet (CC BY 4.0)", "EuroMineNet", "CC-BY-4.0", ("10.14278/rodare.4656", "10.48550/arXiv.2510.14661")),
-        ("maus (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325", "maus", "CC-BY-SA-4.0", ("10.1594/PANGAEA.942325",)),
+        (
+            "EuroMineNet (CC BY 4.0)",
+            "EuroMineNet",
+            "CC-BY-4.0",
+            ("10.14278/rodare.4656", "10.48550/arXiv.2510.14661"),
+        ),
+        (
+            "maus (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325",
+            "maus",
+            "CC-BY-SA-4.0",
+            ("10.1594/PANGAEA.942325",),
+        ),
         ("pits.gpkg", "pits.gpkg", "not stated", ()),
         ("pits.gpkg doi:10.5281/zenodo.1.", "pits.gpkg", "not stated", ("10.5281/zenodo.1",)),
         ("osm (ODbL-1.0)", "osm", "ODbL-1.0", ()),
-        ("maus, tang (CC BY 4.0; CC BY-SA 4.0)", "maus, tang", "CC BY 4.0; CC BY-SA 4.0", ()),  # neither is the licence of both
+        (
+            "maus, tang (CC BY 4.0; CC BY-SA 4.0)",
+            "maus, tang",
+            "CC BY 4.0; CC BY-SA 4.0",
+            (),
+        ),  # neither is the licence of both
         ("mine (CC0)", "mine", "CC0-1.0", ()),
         ("half (open", "half (open", "not stated", ()),
         ("Maus et al. (2022) (CC BY-SA 4.0)", "Maus et al. (2022)", "CC-BY-SA-4.0", ()),
         ("Tang & Werner (2023) (not stated)", "Tang & Werner (2023)", "not stated", ()),
-        ("eurominenet_corrected_by_us.gpkg (not stated)", "eurominenet_corrected_by_us.gpkg", "not stated", ()),
+        (
+            "eurominenet_corrected_by_us.gpkg (not stated)",
+            "eurominenet_corrected_by_us.gpkg",
+            "not stated",
+            (),
+        ),
         ("", "mine polygons of unstated origin", "not stated", ()),
     ],
 )
@@ -486,10 +580,18 @@ def test_an_origin_says_name_licence_and_dois(origin, name, licence, dois):
 
 def test_each_source_of_labels_is_credited():
     cube = cube_on(SMALL)[["footprint"]]
-    sources = ("EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656", "OpenStreetMap (ODbL-1.0)", "osm.gpkg (not stated)")
+    sources = (
+        "EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656",
+        "OpenStreetMap (ODbL-1.0)",
+        "osm.gpkg (not stated)",
+    )
     cube.footprint.attrs["origin"] = " | ".join(sources)
     found = [(c.name, c.licence) for c in credits_of(cube)]
-    assert found == [("EuroMineNet", "CC-BY-4.0"), ("OpenStreetMap", "ODbL-1.0"), ("osm.gpkg", "not stated")]
+    assert found == [
+        ("EuroMineNet", "CC-BY-4.0"),
+        ("OpenStreetMap", "ODbL-1.0"),
+        ("osm.gpkg", "not stated"),
+    ]
 
 
 def test_footprints_nobody_mapped_need_no_credit():
@@ -518,7 +620,12 @@ def test_what_cannot_be_listed_is_refused(tmp_path):
     for out, cogs, tables, says in [
         (tmp_path / "in", [], {}, "no image to list"),
         (tmp_path / "in", [cog], {}, "lies outside"),
-        (tmp_path / "in", [tmp_path / "in" / "pit_2020_reflectance.tif"], {}, "not an image that write_cogs made"),
+        (
+            tmp_path / "in",
+            [tmp_path / "in" / "pit_2020_reflectance.tif"],
+            {},
+            "not an image that write_cogs made",
+        ),
         (tmp_path / "in", [stranger], {}, "not an image that write_cogs made"),
         (tmp_path / "out", [cog], {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
     ]:
@@ -596,7 +703,9 @@ def test_what_threads_write_after_another_one_failed_does_not_stay(tmp_path):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_an_unwritable_folder_is_one_sentence(tmp_path, name):
-    (tmp_path / "file").write_text("a file where the folder should be")  # root ignores permissions, so they cannot be tested
+    (tmp_path / "file").write_text(
+        "a file where the folder should be"
+    )  # root ignores permissions, so they cannot be tested
     with pytest.raises(CubeError, match="cannot be written"):
         write_anything(name, tmp_path / "file")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -610,7 +719,11 @@ def test_a_killed_export_leaves_no_half_file_and_the_next_one_tidies_up(tmp_path
         "spec = u.spec_from_file_location('me', sys.argv[1]); me = u.module_from_spec(spec); spec.loader.exec_module(me)\n"
         "me.write_anything(sys.argv[2], Path(sys.argv[3]))"
     )
-    ran = subprocess.run([sys.executable, "-c", dies, __file__, name, str(tmp_path)], check=False, stderr=subprocess.DEVNULL)
+    ran = subprocess.run(
+        [sys.executable, "-c", dies, __file__, name, str(tmp_path)],
+        check=False,
+        stderr=subprocess.DEVNULL,
+    )
     assert ran.returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
     assert left

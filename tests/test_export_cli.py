@@ -56,7 +56,10 @@ def year_of(grid, seed):
     shape = grid.shape
     return xr.Dataset(
         {
-            "reflectance": (("band", "y", "x"), blocks(rng.integers(1, 9000, (10, *shape)).astype(np.uint16))),
+            "reflectance": (
+                ("band", "y", "x"),
+                blocks(rng.integers(1, 9000, (10, *shape)).astype(np.uint16)),
+            ),
             "clear_count": (("y", "x"), blocks(rng.integers(1, 30, shape).astype(np.uint16))),
             "quality": (("y", "x"), blocks(np.ones(shape, np.uint8))),
         }
@@ -72,11 +75,15 @@ def build(store, site, year, seed=0, scene="S2A", overwrite=False):
         "year": year,
         "grid": {},
         "recipe": {"title": RECIPE.title},
-        "scenes": [{"id": scene, "source": "s", "baseline": "05.00", "offset": 0, "offset_reason": "r"}],
+        "scenes": [
+            {"id": scene, "source": "s", "baseline": "05.00", "offset": 0, "offset_reason": "r"}
+        ],
         "version": "0.1.0",
         "libraries": {"numpy": np.__version__},
     }
-    assert cube.write_year(store, year_of(grid, seed), provenance, b"scene list", overwrite=overwrite)
+    assert cube.write_year(
+        store, year_of(grid, seed), provenance, b"scene list", overwrite=overwrite
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +118,18 @@ def mapped(made, tmp_path_factory):
     store = shutil.copytree(made, tmp_path_factory.mktemp("mapped") / "cubes.zarr")
     footprint = cube.open_committed(str(store), "pit")["footprint"].load()
     probability = (footprint * 200 + 20).astype(np.uint8)
-    cube.write_probability(str(store), "pit", "net-11111111", probability, {"id": "net", "licence": "MIT"})
+    cube.write_probability(
+        str(store), "pit", "net-11111111", probability, {"id": "net", "licence": "MIT"}
+    )
     return store
 
 
 @pytest.fixture(scope="module")
 def exported(made, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "export"
-    formats = [f for name in ("cog", "netcdf", "zarr", "zarr2", "croissant") for f in ("--format", name)]
+    formats = [
+        f for name in ("cog", "netcdf", "zarr", "zarr2", "croissant") for f in ("--format", name)
+    ]
     return out, run("export", "--store", made, "--out", out, *formats)
 
 
@@ -137,14 +148,23 @@ def test_every_format_holds_the_committed_years(exported, made):
     for name, found in opened.items():
         assert list(found.year.values) == [2019, 2021], name
         for variable in expected.data_vars:
-            np.testing.assert_array_equal(found[variable].values, expected[variable].values, err_msg=f"{name} {variable}")
+            np.testing.assert_array_equal(
+                found[variable].values, expected[variable].values, err_msg=f"{name} {variable}"
+            )
         found.close()
     assert f"{out}: 4 images; open {out}/collection.json" in printed
-    assert [line for line in printed.splitlines() if "croissant" in line] == [f"{out}/croissant.json"]
+    assert [line for line in printed.splitlines() if "croissant" in line] == [
+        f"{out}/croissant.json"
+    ]
     collection = pystac.Collection.from_file(str(out / "collection.json"))
-    assert {"pit_netcdf", "pit_zarr", "pit_zarr2", "footprints_labels", "footprints_labels_gpkg", "items"} == set(
-        collection.assets
-    )
+    assert {
+        "pit_netcdf",
+        "pit_zarr",
+        "pit_zarr2",
+        "footprints_labels",
+        "footprints_labels_gpkg",
+        "items",
+    } == set(collection.assets)
     item = next(collection.get_items())
     assert item.properties["processing:software"] == {"minecube": "0.1.0", "numpy": np.__version__}
     assert item.properties["minecube:scenes"] == ["S2A"]
@@ -167,9 +187,14 @@ def test_a_polygon_files_licence_reaches_every_export(exported):
 
 
 def test_polygons_of_many_sources_go_by_their_files_name():
-    drawn = gpd.GeoDataFrame({"source": [f"survey {n}" for n in range(9)], "LICENSE": ["ODbL-1.0"] * 9})
+    drawn = gpd.GeoDataFrame(
+        {"source": [f"survey {n}" for n in range(9)], "LICENSE": ["ODbL-1.0"] * 9}
+    )
     assert _origin(drawn, Path("osm.gpkg")) == "osm.gpkg (ODbL-1.0)"
-    assert _origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg")) == "survey 0 (not stated) | survey 1 (not stated)"
+    assert (
+        _origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg"))
+        == "survey 0 (not stated) | survey 1 (not stated)"
+    )
     drawn["LICENSE"] = ["CC BY 4.0"] + ["ODbL-1.0"] * 8
     said = _origin(drawn.assign(doi=["10.1/a", *[None] * 8])[:2], Path("osm.gpkg"))
     assert said == "survey 0 (CC BY 4.0) doi:10.1/a | survey 1 (ODbL-1.0)"
@@ -177,9 +202,17 @@ def test_polygons_of_many_sources_go_by_their_files_name():
 
 def test_one_format_writes_that_alone(made, tmp_path):
     run("export", "--store", made, "--out", tmp_path / "a", "--format", "netcdf")
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["a/pit/pit.nc"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [
+        "a/pit/pit.nc"
+    ]
     run("export", "--store", made, "--out", tmp_path / "b")
-    assert {p.suffix for p in (tmp_path / "b").rglob("*") if p.is_file()} == {".gpkg", ".json", ".parquet", ".png", ".tif"}
+    assert {p.suffix for p in (tmp_path / "b").rglob("*") if p.is_file()} == {
+        ".gpkg",
+        ".json",
+        ".parquet",
+        ".png",
+        ".tif",
+    }
     out = run("export", "--store", made, "--out", tmp_path / "c", "--format", "croissant", ok=2)
     assert "add --format cog or --format netcdf" in out
     assert not (tmp_path / "c").exists()
@@ -187,7 +220,9 @@ def test_one_format_writes_that_alone(made, tmp_path):
 
 def files_of(folder):
     return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
     }
 
 
@@ -197,14 +232,30 @@ def test_the_same_store_is_exported_to_the_same_bytes(mapped, tmp_path):
     for zone, seed in (("UTC", "1"), ("Asia/Tokyo", "2")):
         folder = tmp_path / f"in {zone.lower().replace('/', ' ')}"
         (folder / "here").mkdir(parents=True)
-        command = [sys.executable, "-c", "from minecube.cli import main; main()", "export", "--model", "net"]
+        command = [
+            sys.executable,
+            "-c",
+            "from minecube.cli import main; main()",
+            "export",
+            "--model",
+            "net",
+        ]
         command += ["--store", str(mapped), "--out", "../out"]
         command += [f for name in FORMATS for f in ("--format", name)]
         environment = {**os.environ, "TZ": zone, "PYTHONHASHSEED": seed}
-        subprocess.run(command, cwd=folder / "here", env=environment, check=True, capture_output=True)
+        subprocess.run(
+            command, cwd=folder / "here", env=environment, check=True, capture_output=True
+        )
         made.append(files_of(folder / "out"))
         time.sleep(2.1)
-    assert {Path(name).suffix for name in made[0]} > {".tif", ".nc", ".parquet", ".gpkg", ".json", ".png"}
+    assert {Path(name).suffix for name in made[0]} > {
+        ".tif",
+        ".nc",
+        ".parquet",
+        ".gpkg",
+        ".json",
+        ".png",
+    }
     assert made[0] == made[1]
 
 
@@ -218,12 +269,25 @@ def small(tmp_path_factory, hole):
     footprint = opened["footprint"].load().copy(data=np.zeros((2, 60, 60), np.uint8))
     footprint[:, 20:40, 10:30] = labels.MINE
     cube.write_footprint(store, "hole", footprint, "drawn")
-    cube.write_probability(store, "hole", "net", (footprint * 200 + 20).astype(np.uint8), {"id": "net", "licence": "MIT"})
+    cube.write_probability(
+        store,
+        "hole",
+        "net",
+        (footprint * 200 + 20).astype(np.uint8),
+        {"id": "net", "licence": "MIT"},
+    )
     return store
 
 
 WRITERS = {
-    "export": ("export", "--model", "net", *(f for name in FORMATS for f in ("--format", name)), "--out", "out"),
+    "export": (
+        "export",
+        "--model",
+        "net",
+        *(f for name in FORMATS for f in ("--format", name)),
+        "--out",
+        "out",
+    ),
     "score": ("score", "--model", "net", "--baselines", "--out", "out"),
     "tracks": ("tracks", "--model", "net", "--rates", "0.01,0.01", "--out", "out"),
     "release export": ("release", "export", "--out", "out"),
@@ -245,7 +309,9 @@ def writer(request, small, tmp_path, monkeypatch):
 def assert_whole(folder, expected):
     """Assert that every file under a final name is whole; hidden folders hold drafts."""
     found = {name: of for name, of in files_of(folder).items() if ".part-" not in name}
-    assert found.items() <= expected.items(), {name for name, of in found.items() if expected.get(name) != of}
+    assert found.items() <= expected.items(), {
+        name for name, of in found.items() if expected.get(name) != of
+    }
 
 
 def test_a_command_that_stops_at_any_file_goes_on_when_it_is_run_again(writer, monkeypatch):
@@ -323,7 +389,9 @@ def test_a_model_stands_for_its_only_prediction(mapped, tmp_path):
 # --- Croissant ----------------------------------------------------------------------------------------------------------
 
 
-rdflib_warns = pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")  # what mlcroissant uses
+rdflib_warns = pytest.mark.filterwarnings(
+    "ignore:ConjunctiveGraph is deprecated:DeprecationWarning"
+)  # what mlcroissant uses
 
 
 @rdflib_warns
@@ -338,7 +406,10 @@ def test_croissants_own_library_finds_no_fault(exported, caplog):
         "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice",
         "https://creativecommons.org/licenses/by-sa/4.0/",
     }
-    assert metadata.cite_as == "Contains modified Copernicus Sentinel data 2019-2021.; maus, doi:10.1594/PANGAEA.942325"
+    assert (
+        metadata.cite_as
+        == "Contains modified Copernicus Sentinel data 2019-2021.; maus, doi:10.1594/PANGAEA.942325"
+    )
 
 
 @rdflib_warns
@@ -356,8 +427,14 @@ def test_croissants_records_are_the_tables_rows(exported):
 
 def test_every_file_is_named_with_its_checksum(exported):
     out, _ = exported
-    named = {f["contentUrl"]: f for f in json.loads((out / "croissant.json").read_text())["distribution"]}
-    there = {p.relative_to(out).as_posix() for s in ("tif", "nc", "parquet", "gpkg") for p in out.rglob(f"*.{s}")}
+    named = {
+        f["contentUrl"]: f for f in json.loads((out / "croissant.json").read_text())["distribution"]
+    }
+    there = {
+        p.relative_to(out).as_posix()
+        for s in ("tif", "nc", "parquet", "gpkg")
+        for p in out.rglob(f"*.{s}")
+    }
     assert set(named) == there
     for name, entry in named.items():
         assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
@@ -372,7 +449,14 @@ def test_what_croissant_cannot_name_is_refused(tmp_path):
         ([tmp_path / "in" / "a.tif"], "cannot be read"),
     ]:
         with pytest.raises(CubeError, match=says):
-            write_croissant(tmp_path / "in", files, [EUROMINENET], title="t", about="a", published=dt.date(2024, 1, 1))
+            write_croissant(
+                tmp_path / "in",
+                files,
+                [EUROMINENET],
+                title="t",
+                about="a",
+                published=dt.date(2024, 1, 1),
+            )
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -380,7 +464,9 @@ def test_what_croissant_cannot_name_is_refused(tmp_path):
 
 
 def session_of(place, **which):
-    return icechunk.Repository.open(icechunk.local_filesystem_storage(str(place))).readonly_session(**which)
+    return icechunk.Repository.open(icechunk.local_filesystem_storage(str(place))).readonly_session(
+        **which
+    )
 
 
 def released(place, tag, group="pit"):
@@ -408,7 +494,9 @@ def mask_of(store, value):
     opened = cube.open_cube(str(store), "pit")
     masks = np.full((1, *opened.odc.geobox.shape), value, np.uint8)
     return xr.DataArray(
-        masks, {"year": [2020], "y": opened.y, "x": opened.x, "spatial_ref": opened.spatial_ref}, ("year", "y", "x")
+        masks,
+        {"year": [2020], "y": opened.y, "x": opened.x, "spatial_ref": opened.spatial_ref},
+        ("year", "y", "x"),
     )
 
 
@@ -427,7 +515,9 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
     for name in first.data_vars:
         np.testing.assert_array_equal(opened[name].values, first[name].values)
     now = released(tmp_path / "releases", "v3")
-    np.testing.assert_array_equal(now.reflectance.values, cube.open_cube(str(store), "pit").reflectance.values)
+    np.testing.assert_array_equal(
+        now.reflectance.values, cube.open_cube(str(store), "pit").reflectance.values
+    )
     assert "EuroMineNet, CC-BY-4.0" in now.license
     assert "EuroMineNet" not in opened.license
 
@@ -437,14 +527,20 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
         "pit   all   footprint_fraction (metadata)",
         "pit   all   site (metadata)",  # the licences
     ]
-    rows = [line.split(maxsplit=2) for line in run("publish", *where, "--diff", "v2", "v3").splitlines()[2:]]
+    rows = [
+        line.split(maxsplit=2)
+        for line in run("publish", *where, "--diff", "v2", "v3").splitlines()[2:]
+    ]
     assert ["hole", "all", "the whole site (new)"] in rows
     assert {tuple(r) for r in rows if r[0] == "pit"} == {
         ("pit", "2019", "reflectance"),
         ("pit", "2019", "clear_count"),
         ("pit", "2019", "provenance"),
     }
-    back = [line.split(maxsplit=2) for line in run("publish", *where, "--diff", "v3", "v2").splitlines()[2:]]
+    back = [
+        line.split(maxsplit=2)
+        for line in run("publish", *where, "--diff", "v3", "v2").splitlines()[2:]
+    ]
     assert back == [[s, y, w.replace("new", "gone")] for s, y, w in rows]
     listed = run("publish", *where).splitlines()[2:]
     assert [line.split()[0] for line in listed] == ["v1", "v2", "v3"]
@@ -454,13 +550,17 @@ def test_years_that_are_not_committed_are_not_published(growing, pit, tmp_path):
     store, where = growing
     half = zarr.open_group(str(store), path="pit", mode="r+")
     half["reflectance"][2] = 7  # blocks of a run that was killed before its commit
-    (store / "pit" / "reflectance" / "c" / "0" / "0" / "0" / "0.1f.partial").write_text("killed while writing")
+    (store / "pit" / "reflectance" / "c" / "0" / "0" / "0" / "0.1f.partial").write_text(
+        "killed while writing"
+    )
     zarr.open_group(str(store), path="pit/builds/2021", mode="a").attrs["building"] = "x"
     run("publish", *where, "--tag", "v1")
     opened = released(tmp_path / "releases", "v1")
     assert (opened.reflectance.sel(year=2021) == 0).all()
     assert set(
-        zarr.open_group(session_of(tmp_path / "releases", tag="v1").store, path="pit/builds", mode="r").group_keys()
+        zarr.open_group(
+            session_of(tmp_path / "releases", tag="v1").store, path="pit/builds", mode="r"
+        ).group_keys()
     ) == {"2019", "2020"}
 
 
@@ -469,14 +569,18 @@ def test_a_release_of_the_same_store_writes_nothing(growing):
     run("publish", *where, "--tag", "v1")
     assert "0 objects differed" in run("publish", *where, "--tag", "v2")
     assert run("publish", *where, "--diff", "v1", "v2") == "v1 and v2 are the same\n"
-    assert "v2 already holds these 2 site-years; nothing was written" in run("publish", *where, "--tag", "v2")
+    assert "v2 already holds these 2 site-years; nothing was written" in run(
+        "publish", *where, "--tag", "v2"
+    )
     assert "has no tag 'v9'; it has v1, v2" in run("publish", *where, "--diff", "v1", "v9", ok=2)
 
 
 def history(place):
     """List the snapshots of `main`, newest first, and the tags."""
     repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(place)))
-    return [snapshot.id for snapshot in repository.ancestry(branch="main")], sorted(repository.list_tags())
+    return [snapshot.id for snapshot in repository.ancestry(branch="main")], sorted(
+        repository.list_tags()
+    )
 
 
 def test_a_tag_of_another_state_is_refused(growing, pit, tmp_path):
@@ -500,7 +604,9 @@ def test_a_tag_of_another_state_is_refused(growing, pit, tmp_path):
         assert "v1 already holds these 2 site-years" in run("publish", *where, "--tag", "v1")
 
 
-@pytest.mark.parametrize("tag", ["a/b", "../v1", ".", "..", "a b", "Größe", "v1?", "a\nb", "-v1", "x" * 101, "a%20b"])
+@pytest.mark.parametrize(
+    "tag", ["a/b", "../v1", ".", "..", "a b", "Größe", "v1?", "a\nb", "-v1", "x" * 101, "a%20b"]
+)
 def test_a_bad_tag_is_refused_before_anything_is_written(growing, tmp_path, tag):
     _, where = growing
     assert "letters, digits, . _ -" in run("publish", *where, f"--tag={tag}", ok=2)
@@ -518,7 +624,9 @@ def test_a_deleted_tag_leaves_main_as_it_was(growing, tmp_path):
     store, where = growing
     run("publish", *where, "--tag", "v1")
     run("publish", *where, "--tag", "v2")
-    icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "releases"))).delete_tag("v2")
+    icechunk.Repository.open(
+        icechunk.local_filesystem_storage(str(tmp_path / "releases"))
+    ).delete_tag("v2")
     cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
     before = history(tmp_path / "releases")
     assert "tag 'v2' was deleted" in run("publish", *where, "--tag", "v2", ok=2)
@@ -535,13 +643,21 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
     run("publish", *where, "--tag", "v2")
     assert "main is what it was at v1" in run("publish", *where, "--rollback", "v1")
     main = (
-        icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "releases"))).readonly_session("main").store
+        icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "releases")))
+        .readonly_session("main")
+        .store
     )
-    np.testing.assert_array_equal(xr.open_zarr(main, group="pit", consolidated=False).footprint.values, before)
-    assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()  # the tag stays
+    np.testing.assert_array_equal(
+        xr.open_zarr(main, group="pit", consolidated=False).footprint.values, before
+    )
+    assert (
+        released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1
+    ).all()  # the tag stays
     cube.write_footprint(str(store), "pit", mask_of(store, labels.NOT_MINE), "mended")
     run("publish", *where, "--tag", "v3")
-    assert "pit   2020  footprint\n" in run("publish", *where, "--diff", "v2", "v3")  # on both sides of the rollback
+    assert "pit   2020  footprint\n" in run(
+        "publish", *where, "--diff", "v2", "v3"
+    )  # on both sides of the rollback
     assert "has no tag 'v9'" in run("publish", *where, "--rollback", "v9", ok=2)
 
 
@@ -562,18 +678,21 @@ def test_a_site_that_is_gone_is_in_no_later_release(growing, hole, tmp_path):
     run("publish", *where, "--tag", "v1")
     run("publish", *where, "--tag", "v2", "--sites", "pit")
     assert "hole  all   the whole site (gone)" in run("publish", *where, "--diff", "v1", "v2")
-    assert list(zarr.open_group(session_of(tmp_path / "releases", tag="v2").store, mode="r").group_keys()) == ["pit"]
+    assert list(
+        zarr.open_group(session_of(tmp_path / "releases", tag="v2").store, mode="r").group_keys()
+    ) == ["pit"]
     assert (released(tmp_path / "releases", "v1", "hole").reflectance.sel(year=2020) > 0).all()
 
 
 def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
     _, where = growing
     run("publish", *where, "--tag", "v1")
-    holds = (
-        "import fcntl, os, sys; h = os.open(sys.argv[1], 0); fcntl.flock(h, fcntl.LOCK_EX); print('held', flush=True); input()"
-    )
+    holds = "import fcntl, os, sys; h = os.open(sys.argv[1], 0); fcntl.flock(h, fcntl.LOCK_EX); print('held', flush=True); input()"
     other = subprocess.Popen(
-        [sys.executable, "-c", holds, str(tmp_path / "releases")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", holds, str(tmp_path / "releases")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert other.stdout.readline() == "held\n"
@@ -587,8 +706,16 @@ def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
     ("moment", "tags", "then"),
     [
         ("Session.commit = lambda *_, **__: die()", ["v1"], "v2 holds 2 site-years; 4 objects"),
-        ("Repository.create_tag = lambda *_, **__: die()", ["v1"], "v2 holds 2 site-years; 0 objects"),
-        ("Repository.create_tag = lambda *a: (tag(*a), die())", ["v1", "v2"], "v2 already holds these 2 site-years"),
+        (
+            "Repository.create_tag = lambda *_, **__: die()",
+            ["v1"],
+            "v2 holds 2 site-years; 0 objects",
+        ),
+        (
+            "Repository.create_tag = lambda *a: (tag(*a), die())",
+            ["v1", "v2"],
+            "v2 already holds these 2 site-years",
+        ),
     ],
 )
 def test_a_run_that_is_killed_can_be_repeated(growing, tmp_path, moment, tags, then):
@@ -603,7 +730,10 @@ def test_a_run_that_is_killed_can_be_repeated(growing, tmp_path, moment, tags, t
         "from minecube.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", dies, "publish", *map(str, where), "--tag", "v2"]
-    assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
+        == -signal.SIGKILL
+    )
     assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == tags
     assert then in run("publish", *where, "--tag", "v2")
     assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()
@@ -620,15 +750,23 @@ def test_a_folder_of_something_else_is_left_alone(growing, tmp_path):
     (tmp_path / "file").write_text("a file")
     out = run("publish", "--store", store, "--icechunk", tmp_path / "file", "--tag", "v1", ok=2)
     assert "is no folder that can be used" in out
-    assert "expected a folder or s3://" in run("publish", "--store", store, "--icechunk", "ftp://a/b", "--tag", "v1", ok=2)
-    assert "give one of them" in run("publish", "--store", store, "--icechunk", "x", "--tag", "v1", "--rollback", "v1", ok=2)
+    assert "expected a folder or s3://" in run(
+        "publish", "--store", store, "--icechunk", "ftp://a/b", "--tag", "v1", ok=2
+    )
+    assert "give one of them" in run(
+        "publish", "--store", store, "--icechunk", "x", "--tag", "v1", "--rollback", "v1", ok=2
+    )
 
 
 def test_releases_on_s3(growing, monkeypatch):
     from moto.server import ThreadedMotoServer
 
     store, _ = growing
-    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}.items():
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(name, value)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -645,10 +783,17 @@ def test_releases_on_s3(growing, monkeypatch):
         run("publish", *where, "--tag", "v2")
         assert "pit   2020  footprint\n" in run("publish", *where, "--diff", "v1", "v2")
         storage = icechunk.s3_storage(
-            bucket="cubes", prefix="releases", endpoint_url=endpoint, allow_http=True, force_path_style=True, from_env=True
+            bucket="cubes",
+            prefix="releases",
+            endpoint_url=endpoint,
+            allow_http=True,
+            force_path_style=True,
+            from_env=True,
         )
         opened = xr.open_zarr(
-            icechunk.Repository.open(storage).readonly_session(tag="v2").store, group="pit", consolidated=False
+            icechunk.Repository.open(storage).readonly_session(tag="v2").store,
+            group="pit",
+            consolidated=False,
         )
         expected = cube.open_cube(str(store), "pit")
         np.testing.assert_array_equal(opened.reflectance.values, expected.reflectance.values)
@@ -665,7 +810,18 @@ def test_without_icechunk_it_says_what_to_install(growing):
     assert "needs Icechunk: pip install 'minecube[publish]'" in done.stderr
     code = code.replace("'icechunk'", "'netCDF4'")
     out = Path(store).parent / "out"
-    command = [sys.executable, "-c", code, "export", "--store", str(store), "--format", "netcdf", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "export",
+        "--store",
+        str(store),
+        "--format",
+        "netcdf",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert "needs one package more: pip install 'minecube[publish]'" in done.stderr

@@ -29,7 +29,9 @@ from minecube.catalog import BANDS
 from minecube.errors import CubeError
 from minecube.export import write_cogs, write_netcdf, write_stac, write_zarr, write_zarr2
 
-GRID = GeoBox((301, 530), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")  # odd, so that the last coarse pixel is cut
+GRID = GeoBox(
+    (301, 530), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633"
+)  # odd, so that the last coarse pixel is cut
 YEARS = (2019, 2021)
 
 
@@ -40,23 +42,44 @@ def cube_on(grid, seed=0):
     reflectance = rng.integers(0, 65536, (len(YEARS), len(BANDS), height, width)).astype(np.uint16)
     reflectance[:, :, :40, :40] = 0
     quality = rng.integers(0, 7, shape).astype(np.uint8)
-    flags = {"flag_values": list(range(7)), "flag_meanings": "none a b c d e f", "nodata": 0, "units": "1"}
+    flags = {
+        "flag_values": list(range(7)),
+        "flag_meanings": "none a b c d e f",
+        "nodata": 0,
+        "units": "1",
+    }
     deviation = rng.random(shape).astype(np.float32)
     deviation[:, 5:9] = np.nan
     fraction = rng.choice(np.array([0, 100, 250, 255], np.uint8), shape)
     layers = {
-        "footprint_fraction": (fraction, {"long_name": "share x 250", "units": "0.004", "nodata": 255}),
-        "clear_count": (rng.integers(0, 90, shape).astype(np.uint16), {"long_name": "clear days", "units": "1"}),
+        "footprint_fraction": (
+            fraction,
+            {"long_name": "share x 250", "units": "0.004", "nodata": 255},
+        ),
+        "clear_count": (
+            rng.integers(0, 90, shape).astype(np.uint16),
+            {"long_name": "clear days", "units": "1"},
+        ),
         "quality": (quality, {"long_name": "how a pixel came about", **flags}),
         "smad": (deviation, {"long_name": "spectral deviation", "units": "1"}),
-        "footprint": (rng.choice(np.array([0, 1, 255], np.uint8), shape), {"origin": "EuroMineNet (CC BY 4.0)"}),
-        "probability": (rng.integers(0, 251, shape).astype(np.uint8), {"model": {"id": "net", "licence": "MIT"}}),
+        "footprint": (
+            rng.choice(np.array([0, 1, 255], np.uint8), shape),
+            {"origin": "EuroMineNet (CC BY 4.0)"},
+        ),
+        "probability": (
+            rng.integers(0, 251, shape).astype(np.uint8),
+            {"model": {"id": "net", "licence": "MIT"}},
+        ),
     }
-    variables = {name: (("year", "y", "x"), values, attrs) for name, (values, attrs) in layers.items()}
+    variables = {
+        name: (("year", "y", "x"), values, attrs) for name, (values, attrs) in layers.items()
+    }
     variables["reflectance"] = (("year", "band", "y", "x"), reflectance)
     builds = {year: {"build_id": f"b{year}", "version": "0.1.0"} for year in YEARS}
     builds[2021]["reads"] = {"completeness": 0.975}
-    return xr.Dataset(variables, {"year": list(YEARS), "band": list(BANDS), **xr_coords(grid)}, {"builds": builds})
+    return xr.Dataset(
+        variables, {"year": list(YEARS), "band": list(BANDS), **xr_coords(grid)}, {"builds": builds}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +147,22 @@ def test_netcdf_passes_the_cf_checker(netcdf, tmp_path):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             ComplianceChecker.run_checker(
-                str(netcdf), ["cf:1.11"], 0, "normal", output_filename=str(tmp_path / "report.txt"), output_format="text"
+                str(netcdf),
+                ["cf:1.11"],
+                0,
+                "normal",
+                output_filename=str(tmp_path / "report.txt"),
+                output_format="text",
             )
     report = (tmp_path / "report.txt").read_text()
     assert "cf:1.11" in report
     assert "Errors" not in report, report
     # What it warns of: bands stand between time and y, as in the cube; uint16, which CF allows since 1.9, it does not know.
     warned = [line for line in report.splitlines() if line.startswith("* ")]
-    assert all("reflectance's spatio-temporal dimensions" in w or "not of type byte, short, or int" in w for w in warned), (
-        warned
-    )
+    assert all(
+        "reflectance's spatio-temporal dimensions" in w or "not of type byte, short, or int" in w
+        for w in warned
+    ), warned
 
 
 def test_gdal_reads_netcdf_in_its_place(netcdf, cube):
@@ -165,11 +194,16 @@ def test_the_finest_level_is_the_cube(pyramid, cube):
 
 def test_the_conventions_own_package_finds_it_valid(pyramid):
     root = zarr.open_group(pyramid, mode="r")
-    for group, names in ((root, {"multiscales", "proj", "spatial"}), (root["0"], {"proj", "spatial"})):
+    for group, names in (
+        (root, {"multiscales", "proj", "spatial"}),
+        (root["0"], {"proj", "spatial"}),
+    ):
         attributes = dict(group.attrs)
         zarr_cm.validate_all(attributes)
         assert {c["name"] for c in attributes["zarr_conventions"]} == names
-    zarr_cm.multiscales.validate_group_metadata({"zarr_format": 3, "node_type": "group", "attributes": dict(root.attrs)})
+    zarr_cm.multiscales.validate_group_metadata(
+        {"zarr_format": 3, "node_type": "group", "attributes": dict(root.attrs)}
+    )
     with pytest.raises(ValueError, match="layout"):
         zarr_cm.validate_all({**root.attrs, "multiscales": {"layout": []}})
 
@@ -182,8 +216,16 @@ def test_each_level_lies_where_the_convention_says(pyramid):
         opened = xr.open_zarr(pyramid, group=entry["asset"], consolidated=False)
         side = 10 * 2**level
         assert entry["transform"] == {"scale": [2**level] * 2, "translation": [0, 0]}
-        assert entry["spatial:shape"] == [-(-301 // 2**level), -(-530 // 2**level)] == list(opened.reflectance.shape[-2:])
-        assert entry["spatial:transform"] == [side, 0, 399960, 0, -side, 5700000] == opened.attrs["spatial:transform"]
+        assert (
+            entry["spatial:shape"]
+            == [-(-301 // 2**level), -(-530 // 2**level)]
+            == list(opened.reflectance.shape[-2:])
+        )
+        assert (
+            entry["spatial:transform"]
+            == [side, 0, 399960, 0, -side, 5700000]
+            == opened.attrs["spatial:transform"]
+        )
         assert (float(opened.x[0]), float(opened.y[0])) == (399960 + side / 2, 5700000 - side / 2)
         assert opened.rio.transform() == Affine(side, 0, 399960, 0, -side, 5700000)
 
@@ -201,7 +243,9 @@ def test_coarser_reflectance_is_the_mean_of_what_was_observed(pyramid, cube, lev
     made = opened.reflectance.values
     for year, band in ((0, 0), (1, 9)):
         blocks = blocks_of(cube.reflectance.values[year, band].astype(float), 2**level)
-        expected = np.array([[b[b > 0].mean() if (b > 0).any() else 0 for b in row] for row in blocks])
+        expected = np.array(
+            [[b[b > 0].mean() if (b > 0).any() else 0 for b in row] for row in blocks]
+        )
         assert (np.abs(made[year, band] - expected) <= 0.5 + 1e-9).all()
         assert ((made[year, band] == 0) == (expected == 0)).all()
 
@@ -209,7 +253,9 @@ def test_coarser_reflectance_is_the_mean_of_what_was_observed(pyramid, cube, lev
 def test_coarser_fractions_are_means_of_what_is_known(pyramid, cube):
     made = xr.open_zarr(pyramid, group="1", consolidated=False).footprint_fraction.values[0]
     blocks = blocks_of(cube.footprint_fraction.values[0].astype(float), 2)
-    expected = np.array([[b[b < 255].mean() if (b < 255).any() else 255 for b in row] for row in blocks])
+    expected = np.array(
+        [[b[b < 255].mean() if (b < 255).any() else 255 for b in row] for row in blocks]
+    )
     assert (np.abs(made - expected) <= 0.5).all()
     assert (expected == 255).any()
 
@@ -231,7 +277,9 @@ def test_other_layers_take_a_value_that_is_there(pyramid, cube):
         for block, value in zip(row, values, strict=True):
             assert np.isin(value, block) or (np.isnan(value) and np.isnan(block).any())
     # The last row and column are of one pixel each, and take it.
-    np.testing.assert_array_equal(opened.smad.values[:, -1, :-1], cube.smad.values[:, -1, 1::2][:, :-1])
+    np.testing.assert_array_equal(
+        opened.smad.values[:, -1, :-1], cube.smad.values[:, -1, 1::2][:, :-1]
+    )
 
 
 @settings(max_examples=15, deadline=None)  # writes files: what that takes is the disk's
@@ -239,10 +287,14 @@ def test_other_layers_take_a_value_that_is_there(pyramid, cube):
 def test_levels_halve_until_they_are_small(tmp_path_factory, height, width):
     grid = GeoBox((height, width), GRID.affine, "EPSG:32633")
     cube = xr.Dataset(
-        {"footprint": (("year", "y", "x"), np.ones((1, height, width), np.uint8))}, {"year": [2020], **xr_coords(grid)}
+        {"footprint": (("year", "y", "x"), np.ones((1, height, width), np.uint8))},
+        {"year": [2020], **xr_coords(grid)},
     )
     made = write_zarr(cube, grid, tmp_path_factory.mktemp("any") / "a.zarr", "a")
-    sizes = [entry["spatial:shape"] for entry in zarr.open_group(made, mode="r").attrs["multiscales"]["layout"]]
+    sizes = [
+        entry["spatial:shape"]
+        for entry in zarr.open_group(made, mode="r").attrs["multiscales"]["layout"]
+    ]
     assert max(sizes[-1]) <= 256 < max(sizes[-2])
     for (h1, w1), (h2, w2) in pairwise(sizes):
         assert 2 * h2 - h1 in (0, 1)
@@ -269,7 +321,11 @@ def test_gdal_3_10_reads_zarr_v2(second, cube):
         with rasterio.open(f'ZARR:"{second}":/{name}') as src:
             assert np.array_equal(src.read(), cube[name].values)
             assert src.crs.to_epsg() == 32633
-            assert src.nodata == {"footprint": 255, "footprint_fraction": 255, "probability": 255}.get(name)
+            assert src.nodata == {
+                "footprint": 255,
+                "footprint_fraction": 255,
+                "probability": 255,
+            }.get(name)
 
 
 def test_xarray_reads_zarr_v2(second, cube):
@@ -304,7 +360,9 @@ def gdal():
 @pytest.mark.parametrize(("level", "which"), [("0", "pyramid"), ("1", "pyramid"), (None, "second")])
 def test_gdal_3_12_reads_both(gdal, request, cube, level, which):
     path = request.getfixturevalue(which)
-    expected = xr.open_zarr(path, group=level, mask_and_scale=False, consolidated=level is None).reflectance
+    expected = xr.open_zarr(
+        path, group=level, mask_and_scale=False, consolidated=level is None
+    ).reflectance
     years, bands, height, width = expected.shape
     array = "/".join(["", *([level] if level else []), "reflectance"])
     opened = gdal.GDALOpenEx(f'ZARR:"{path}":{array}'.encode(), 2, None, None, None)
@@ -336,12 +394,23 @@ def test_licence_and_citation_stand_in_every_one(netcdf, pyramid, second):
         xr.open_zarr(pyramid, group="1", consolidated=False),
         xr.open_zarr(second),
     ):
-        assert "imagery: Copernicus Sentinel-2, European Space Agency, Copernicus Sentinel data terms" in opened.license
-        assert "labels: EuroMineNet, CC-BY-4.0 (https://creativecommons.org/licenses/by/4.0/)" in opened.license
+        assert (
+            "imagery: Copernicus Sentinel-2, European Space Agency, Copernicus Sentinel data terms"
+            in opened.license
+        )
+        assert (
+            "labels: EuroMineNet, CC-BY-4.0 (https://creativecommons.org/licenses/by/4.0/)"
+            in opened.license
+        )
         assert "model: model net, MIT" in opened.license
-        assert opened.acknowledgement.startswith("Contains modified Copernicus Sentinel data 2019-2021; EuroMineNet")
+        assert opened.acknowledgement.startswith(
+            "Contains modified Copernicus Sentinel data 2019-2021; EuroMineNet"
+        )
         assert "https://doi.org/10.14278/rodare.4656" in opened.references
-        assert opened.history == "2019: build b2019, minecube 0.1.0; 2021: build b2021, minecube 0.1.0, 97.50% of its reads"
+        assert (
+            opened.history
+            == "2019: build b2019, minecube 0.1.0; 2021: build b2021, minecube 0.1.0, 97.50% of its reads"
+        )
         opened.close()
     assert "CC-BY-4.0" in zarr.open_group(pyramid, mode="r").attrs["license"]
 
@@ -350,11 +419,21 @@ def test_licence_and_citation_stand_in_every_one(netcdf, pyramid, second):
 def test_a_second_export_takes_the_place_of_the_first(tmp_path, write):
     grid = GeoBox((30, 50), GRID.affine, "EPSG:32633")
     for seed in (1, 2):
-        made = write(cube_on(grid, seed), grid, tmp_path / ("a.nc" if write is write_netcdf else "a.zarr"), "a")
+        made = write(
+            cube_on(grid, seed),
+            grid,
+            tmp_path / ("a.nc" if write is write_netcdf else "a.zarr"),
+            "a",
+        )
     if write is write_netcdf:
         opened = xr.open_dataset(made, mask_and_scale=False)
     else:
-        opened = xr.open_zarr(made, group="0" if write is write_zarr else None, mask_and_scale=False, consolidated=False)
+        opened = xr.open_zarr(
+            made,
+            group="0" if write is write_zarr else None,
+            mask_and_scale=False,
+            consolidated=False,
+        )
     raw(opened, cube_on(grid, 2))
     opened.close()
     assert [p.name for p in tmp_path.iterdir()] == [made.name]
@@ -403,16 +482,26 @@ def test_the_collection_lists_whole_cubes_with_their_dimensions(tmp_path):
         "zarr": write_zarr(cube, grid, tmp_path / "pit" / "pit.zarr", "pit"),
         "zarr2": write_zarr2(cube, grid, tmp_path / "pit" / "pit.v2.zarr", "pit"),
     }
-    collection = pystac.Collection.from_file(str(write_stac(tmp_path, cogs, whole, title="t", about="a")))
+    collection = pystac.Collection.from_file(
+        str(write_stac(tmp_path, cogs, whole, title="t", about="a"))
+    )
     for key, path in whole.items():
         asset = collection.assets[key]
         assert Path(asset.get_absolute_href()) == path
         assert asset.extra_fields["cube:dimensions"]["band"]["values"] == list(BANDS)
         time = "time" if key == "netcdf" else "year"
-        assert asset.extra_fields["cube:dimensions"][time]["extent"] == ["2019-01-01T00:00:00Z", "2021-12-31T23:59:59Z"]
+        assert asset.extra_fields["cube:dimensions"][time]["extent"] == [
+            "2019-01-01T00:00:00Z",
+            "2021-12-31T23:59:59Z",
+        ]
         if time == "time":
             with xr.open_dataset(path) as opened:
                 middles = [f"{moment}Z" for moment in opened.time.values.astype("datetime64[s]")]
             assert asset.extra_fields["cube:dimensions"]["time"]["values"] == middles
-        assert asset.extra_fields["cube:variables"]["reflectance"]["dimensions"] == [time, "band", "y", "x"]
+        assert asset.extra_fields["cube:variables"]["reflectance"]["dimensions"] == [
+            time,
+            "band",
+            "y",
+            "x",
+        ]
         assert ("file:checksum" in asset.extra_fields) == path.is_file()

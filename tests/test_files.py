@@ -24,7 +24,10 @@ HOLDS_A_DRAFT = (
 def writer_of(path: Path) -> subprocess.Popen[str]:
     """Start a process that stops while it writes."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS_A_DRAFT, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDS_A_DRAFT, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout
     assert process.stdout.readline() == "writing\n"
@@ -84,7 +87,9 @@ def test_the_draft_of_a_killed_writer_is_removed_by_the_next(tmp_path: Path) -> 
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_writer_that_has_not_locked_its_draft_yet_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_has_not_locked_its_draft_yet_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second writer starts and ends at the moment when the first one is about to lock."""
     path = tmp_path / "a.txt"
     lock = files._lock
@@ -113,7 +118,9 @@ def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == ["cube.zarr"]
 
 
-def test_the_older_folder_comes_back_when_the_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_older_folder_comes_back_when_the_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "cube.zarr"
     path.mkdir()
     (path / "old").write_text("old")

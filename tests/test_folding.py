@@ -72,7 +72,10 @@ def test_every_network_says_the_same_in_fewer_layers(name: str) -> None:
     windows = torch.randn(2, len(years), len(card.bands), card.window_px, card.window_px)
     with torch.inference_mode():
         expected = models.logits(network, card.task, windows, years)
-    folded(network, lambda: models.logits(network, card.task, torch.zeros(1, *windows.shape[1:]), years))
+    folded(
+        network,
+        lambda: models.logits(network, card.task, torch.zeros(1, *windows.shape[1:]), years),
+    )
     with torch.inference_mode():
         found = models.logits(network, card.task, windows, years)
     assert norms(network) == LEFT.get(card.architecture, 0)
@@ -91,8 +94,18 @@ def test_only_what_comes_right_after_a_convolution_is_folded() -> None:
     same(Between(), 1)
     same(nn.Sequential(norm(), nn.Conv2d(3, 3, 1)), 1)
     same(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), norm()), 1)
-    same(nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)), nn.Sequential(norm(), nn.ReLU())), 0)
-    same(nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, bias=False), norm(6), nn.Conv2d(6, 3, 1), norm()), 0)
+    same(
+        nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)), nn.Sequential(norm(), nn.ReLU())
+        ),
+        0,
+    )
+    same(
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3, groups=3, bias=False), norm(6), nn.Conv2d(6, 3, 1), norm()
+        ),
+        0,
+    )
 
 
 def test_a_convolution_that_is_used_elsewhere_stays() -> None:
@@ -154,7 +167,11 @@ def test_what_happens_is_what_counts() -> None:
 
     class Asks(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.convolution(x)) if float(x.mean()) > 10 else self.norm(self.convolution(x)).relu()
+            return (
+                self.norm(self.convolution(x))
+                if float(x.mean()) > 10
+                else self.norm(self.convolution(x)).relu()
+            )
 
     class Weighs(Both):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -196,9 +213,15 @@ def test_norms_of_other_kinds_and_layers_with_hooks_stay() -> None:
             return 2 * super().forward(x)
 
     same(nn.Sequential(nn.Conv2d(3, 3, 1), learnt(Doubled(3))), 1)
-    for layer, register in ((0, "register_forward_hook"), (1, "register_forward_hook"), (0, "register_forward_pre_hook")):
+    for layer, register in (
+        (0, "register_forward_hook"),
+        (1, "register_forward_hook"),
+        (0, "register_forward_pre_hook"),
+    ):
         network = nn.Sequential(nn.Conv2d(3, 3, 1), norm())
-        getattr(network[layer], register)(lambda _, given, found=None: (given[0] if found is None else found) + 1)
+        getattr(network[layer], register)(
+            lambda _, given, found=None: (given[0] if found is None else found) + 1
+        )
         same(network, 1)
 
 

@@ -36,9 +36,14 @@ def test_any_sites_grid(lon, lat, width, height):
     assert all(v == int(v) and v % 60 == 0 for v in (left, bottom, right, top))
     assert (grid.resolution.x, grid.resolution.y) == (10, -10)
     middle = lon + width / 2
-    assert grid.crs.epsg in (32600 + int((middle + 180) // 6) + 1, 32700 + int((middle + 180) // 6) + 1)
+    assert grid.crs.epsg in (
+        32600 + int((middle + 180) // 6) + 1,
+        32700 + int((middle + 180) // 6) + 1,
+    )
     # The polygon's own corners, by another way, lie inside, and the grid reaches at most 60 m beyond its bulging edges.
-    x, y = Transformer.from_crs(4326, grid.crs.epsg, always_xy=True).transform(*np.array(site.geometry.exterior.coords).T)
+    x, y = Transformer.from_crs(4326, grid.crs.epsg, always_xy=True).transform(
+        *np.array(site.geometry.exterior.coords).T
+    )
     assert left - 1e-3 <= min(x)
     assert max(x) <= right + 1e-3
     assert bottom - 1e-3 <= min(y)
@@ -51,7 +56,9 @@ def test_a_margin_is_ground_on_each_side(steps, columns, rows, margin_steps):
     """The margin in metres of the grid: polygons and margins of whole 60 m come out exactly."""
     left, bottom, margin = 500_000 - 500_000 % 60 + 60 * steps, 5_600_040, 60 * margin_steps
     mine = box(left, bottom, left + 60 * columns, bottom + 60 * rows)
-    lonlat = shapely.transform(mine, Transformer.from_crs(32633, 4326, always_xy=True).transform, interleaved=False)
+    lonlat = shapely.transform(
+        mine, Transformer.from_crs(32633, 4326, always_xy=True).transform, interleaved=False
+    )
     grown = mine.buffer(margin, join_style="mitre")
     grid = grid_of(Site(id="s", geometry=lonlat, margin=margin))
     # An edge that is straight in degrees bulges, by up to a metre here, which takes another 60 m.
@@ -64,26 +71,36 @@ def test_margins_of_a_square_of_twenty_times_sixty_metres(margin, side):
     """1000 m takes seventeen times 60 m on each side, 90 m two."""
     mine = box(500_040, 5_600_040, 501_240, 5_601_240)
     lonlat = shapely.transform(
-        mine.buffer(-1, join_style="mitre"), Transformer.from_crs(32633, 4326, always_xy=True).transform, interleaved=False
+        mine.buffer(-1, join_style="mitre"),
+        Transformer.from_crs(32633, 4326, always_xy=True).transform,
+        interleaved=False,
     )
     assert grid_of(Site(id="s", geometry=lonlat, margin=margin)).shape == (side, side)
 
 
 def test_the_demo_sites_are_384_pixels():
-    assert {tuple(grid_of(s).shape) for s in load_sites() if s.id.startswith("demo_")} == {(384, 384)}
+    assert {tuple(grid_of(s).shape) for s in load_sites() if s.id.startswith("demo_")} == {
+        (384, 384)
+    }
 
 
 def test_a_grid_does_not_grow_when_its_own_corners_come_back():
     """Through degrees and back a corner moves by micrometres; it must not take another 60 m with it."""
     grid = grid_of(site_at(13.0, 50.0, 0.05, 0.03))
     back = Transformer.from_crs(grid.crs.epsg, 4326, always_xy=True)
-    outline = box(*grid.boundingbox).segmentize(20)  # an edge that is straight in degrees would bulge beyond it
+    outline = box(*grid.boundingbox).segmentize(
+        20
+    )  # an edge that is straight in degrees would bulge beyond it
     again = Site(id="s", geometry=shapely.transform(outline, back.transform, interleaved=False))
     assert grid_of(again) == grid
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300).map(lambda n: n * 6), st.integers(1, 300).map(lambda n: n * 6), st.integers(1, 700))
+@given(
+    st.integers(1, 300).map(lambda n: n * 6),
+    st.integers(1, 300).map(lambda n: n * 6),
+    st.integers(1, 700),
+)
 def test_blocks_tile_the_grid(height, width, size):
     grid = grid_of(site_at(13.0, 50.0, 0.05, 0.03))[:6, :6]
     grid = GeoBox((height, width), grid.transform, grid.crs)
@@ -105,12 +122,16 @@ def test_coarser_and_padded_grids_share_corners():
     assert np.subtract(wide.boundingbox, grid.boundingbox).tolist() == [-240, -240, 240, 240]
 
 
-@pytest.mark.parametrize(("lon", "lat"), [(14.0, 51.0), (-70.0, -23.0), (118.0, -22.5), (24.0, 65.0)])
+@pytest.mark.parametrize(
+    ("lon", "lat"), [(14.0, 51.0), (-70.0, -23.0), (118.0, -22.5), (24.0, 65.0)]
+)
 def test_areas_agree_with_the_ellipsoids(lon, lat):
     """The area of a projected polygon against its geodesic area."""
     polygon = box(lon, lat, lon + 0.05, lat + 0.03).segmentize(0.001)
     crs = equal_area_crs(grid_of(Site(id="s", geometry=polygon)))
-    flat = shapely.transform(polygon, Transformer.from_crs(4326, crs, always_xy=True).transform, interleaved=False)
+    flat = shapely.transform(
+        polygon, Transformer.from_crs(4326, crs, always_xy=True).transform, interleaved=False
+    )
     true, _ = Geod(ellps="GRS80").geometry_area_perimeter(polygon)
     assert abs(flat.area / abs(true) - 1) < 1e-5
 
@@ -128,7 +149,15 @@ def test_the_zone_inside_of_which_a_site_lies_is_the_one_that_proj_names(make):
     """At random places, and close to borders, the equator and Norway's and Svalbard's exceptions, which EPSG's zones lack."""
     rng = np.random.default_rng(0)
     places = [*zip(rng.uniform(-179, 179, 12), rng.uniform(-79, 83, 12), strict=True)]
-    places += [(5.0, 60.0), (15.0, 78.0), (11.99, 50.0), (12.0, 50.0), (-179.9, 10.0), (20.0, 0.001), (20.0, -0.02)]
+    places += [
+        (5.0, 60.0),
+        (15.0, 78.0),
+        (11.99, 50.0),
+        (12.0, 50.0),
+        (-179.9, 10.0),
+        (20.0, 0.001),
+        (20.0, -0.02),
+    ]
     for x, y in places:
         shape = shapely.box(x, y, x + 0.01, y + 0.01)
         expected = CRS.utm(Geometry(shape, "EPSG:4326"))

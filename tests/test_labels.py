@@ -24,7 +24,14 @@ from pyproj import CRS, Geod, Transformer
 from minecube.catalog import Site
 from minecube.errors import LabelError
 from minecube.grid import grid_of
-from minecube.labels import covered, match_sites, rasterize, read_polygons, rows_without_centre, vectorize
+from minecube.labels import (
+    covered,
+    match_sites,
+    rasterize,
+    read_polygons,
+    rows_without_centre,
+    vectorize,
+)
 from minecube.labels.masks import fractions, on_grid
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
@@ -40,7 +47,9 @@ def table(shapes, crs="EPSG:32633", **columns):
 
 def px(row, col, height, width):
     """The rectangle of whole pixels with that corner and size."""
-    return shapely.box(LEFT + 10 * col, TOP - 10 * (row + height), LEFT + 10 * (col + width), TOP - 10 * row)
+    return shapely.box(
+        LEFT + 10 * col, TOP - 10 * (row + height), LEFT + 10 * (col + width), TOP - 10 * row
+    )
 
 
 def centres(grid):
@@ -57,7 +66,9 @@ def sampled(grid):
 
 def as_mask(array, grid=GRID, years=(2020,)):
     coords = {"year": np.array(years), **xr_coords(grid)}
-    return xr.DataArray(np.asarray(array, np.uint8).reshape(len(years), *grid.shape), coords, ("year", "y", "x"))
+    return xr.DataArray(
+        np.asarray(array, np.uint8).reshape(len(years), *grid.shape), coords, ("year", "y", "x")
+    )
 
 
 def written(tmp_path, polygons, name="mines.gpkg"):
@@ -105,7 +116,9 @@ def test_every_pixel_is_decided_by_its_centre(row):
     shapely.prepare(polygon)
     inside = shapely.contains_xy(polygon, x, y)
     assert 0.01 < inside.mean() < 0.9
-    assert np.array_equal(rasterize(table([polygon], str(grid.crs)), grid, [2019]).values[0], inside.astype(np.uint8))
+    assert np.array_equal(
+        rasterize(table([polygon], str(grid.crs)), grid, [2019]).values[0], inside.astype(np.uint8)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,9 +128,13 @@ def test_any_polygon_is_decided_by_pixel_centres(corners):
     if polygon.geom_type != "Polygon" or not polygon.intersects(GRID.extent.geom):
         return
     x, y = sampled(GRID)
-    decided = ~shapely.dwithin(polygon.boundary, shapely.points(x, y), 1e-6)  # rounding decides on the edge itself
+    decided = ~shapely.dwithin(
+        polygon.boundary, shapely.points(x, y), 1e-6
+    )  # rounding decides on the edge itself
     expected = shapely.contains_xy(polygon, x, y)
-    assert np.array_equal(rasterize(table([polygon]), GRID, [2020]).values[0][decided], expected[decided])
+    assert np.array_equal(
+        rasterize(table([polygon]), GRID, [2020]).values[0][decided], expected[decided]
+    )
 
 
 @pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3035", "EPSG:3857"])
@@ -161,7 +178,9 @@ def drawn_in(way, shape):
         return table([shape]).to_crs(way)
     lonlat = table([shape]).to_crs(4326)
     digits = int(way.split()[0])
-    return lonlat.set_geometry(shapely.transform(lonlat.geometry.to_numpy(), lambda xy: np.round(xy, digits)))
+    return lonlat.set_geometry(
+        shapely.transform(lonlat.geometry.to_numpy(), lambda xy: np.round(xy, digits))
+    )
 
 
 def burnt(shape):
@@ -169,10 +188,14 @@ def burnt(shape):
 
 
 @pytest.mark.parametrize("clockwise", [False, True])
-@pytest.mark.parametrize("way", ["EPSG:32633", "EPSG:32632", "EPSG:4326", "EPSG:3857", "9 decimals"])
+@pytest.mark.parametrize(
+    "way", ["EPSG:32633", "EPSG:32632", "EPSG:4326", "EPSG:3857", "9 decimals"]
+)
 def test_a_pixel_of_landsat_is_nine_pixels(way, clockwise):
     expected = np.zeros((1, *GRID.shape), np.uint8)
-    expected[0, 4:7, 7:10] = 1  # rows from 45 to 75 m, columns from 75 to 105 m: centres on top and left edges are in
+    expected[0, 4:7, 7:10] = (
+        1  # rows from 45 to 75 m, columns from 75 to 105 m: centres on top and left edges are in
+    )
     shape = shapely.orient_polygons(landsat(1, 2), exterior_cw=clockwise)
     assert np.array_equal(rasterize(drawn_in(way, shape), GRID, [2020]), expected)
 
@@ -189,14 +212,20 @@ def test_ten_by_ten_pixels_of_landsat_are_nine_hundred():
 def test_known_areas_that_share_an_edge_share_no_pixel():
     areas = [landsat(0, 0, 5, 5), landsat(0, 5, 5, 5)]
     known = [
-        rasterize(table([area, landsat(1, 1)], year=[2020] * 2, mapped=[True, False]), GRID, [2020]).values[0] != 255
+        rasterize(
+            table([area, landsat(1, 1)], year=[2020] * 2, mapped=[True, False]), GRID, [2020]
+        ).values[0]
+        != 255
         for area in areas
     ]
     assert [int(k.sum()) for k in known] == [225, 225 + 9]  # the mine is known in both
     assert (known[0] & known[1]).sum() == 9
 
 
-ways = [(5.0, w) for w in ("EPSG:32633", "EPSG:32632", "EPSG:4326", "7 decimals")] + [(0.01, "EPSG:32633"), (0.01, "EPSG:4326")]
+ways = [(5.0, w) for w in ("EPSG:32633", "EPSG:32632", "EPSG:4326", "7 decimals")] + [
+    (0.01, "EPSG:32633"),
+    (0.01, "EPSG:4326"),
+]
 
 
 @pytest.mark.parametrize(("metres", "way"), ways)
@@ -212,7 +241,9 @@ def test_a_partition_of_the_plane_burns_each_pixel_once(metres, way, data):
     around = [(-100, -100), (-100, 300), (300, -100), (300, 300)]
     corners = shapely.MultiPoint(np.array([*points, *around]) * [1, -1] + [LEFT, TOP])
     triangles = shapely.get_parts(shapely.delaunay_triangles(corners))
-    owner = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(triangles), max_size=len(triangles))))
+    owner = np.array(
+        data.draw(st.lists(st.integers(0, 3), min_size=len(triangles), max_size=len(triangles)))
+    )
     turned = data.draw(st.lists(st.booleans(), min_size=4, max_size=4))
     burns = np.zeros(SMALL.shape, int)
     for n in np.unique(owner):
@@ -249,7 +280,9 @@ def test_rows_of_null_year_hold_for_all_years_and_do_not_make_a_year_known():
     unmapped = footprint.sel(year=2018).values
     assert (unmapped == 1).sum() == 25
     assert (unmapped == 255).sum() == unmapped.size - 25
-    everywhere = rasterize(table([px(0, 0, 5, 5)], year=pd.array([None], dtype="Int64")), GRID, [2018, 2019])
+    everywhere = rasterize(
+        table([px(0, 0, 5, 5)], year=pd.array([None], dtype="Int64")), GRID, [2018, 2019]
+    )
     assert (everywhere.sum(("y", "x")) == 25).all()
 
 
@@ -264,7 +297,9 @@ def test_spans_hold_through_their_years_either_end_open():
     footprint = rasterize(drawn, GRID, range(2014, 2022))
     # Pixels by year: the row without years is 8, on top of every year; in 2018 no row with years holds, so it is unknown.
     assert ((footprint == 1).sum(("y", "x")) == [10, 10, 9, 9, 8, 12, 12, 12]).all()
-    assert [bool((footprint.sel(year=y) == 255).any()) for y in footprint.year] == [y == 2018 for y in footprint.year]
+    assert [bool((footprint.sel(year=y) == 255).any()) for y in footprint.year] == [
+        y == 2018 for y in footprint.year
+    ]
     with pytest.raises(LabelError, match=r"are of 2016\.\.2017 \(2 years\), asked for was 2020"):
         rasterize(drawn[:1], GRID, [2020])
 
@@ -282,7 +317,9 @@ def test_overlaps_count_once_and_holes_stay_open():
 def pixel_boxes(grid):
     row, col = np.mgrid[: grid.shape[0], : grid.shape[1]]
     a = grid.affine
-    return shapely.box(a.c + a.a * col, a.f + a.e * (row + 1), a.c + a.a * (col + 1), a.f + a.e * row)
+    return shapely.box(
+        a.c + a.a * col, a.f + a.e * (row + 1), a.c + a.a * (col + 1), a.f + a.e * row
+    )
 
 
 corners = st.lists(st.tuples(st.floats(-60, 160), st.floats(-60, 130)), min_size=3, max_size=8)
@@ -292,7 +329,10 @@ corners = st.lists(st.tuples(st.floats(-60, 160), st.floats(-60, 130)), min_size
 @given(st.lists(corners, min_size=1, max_size=4), st.booleans())
 def test_the_covered_fraction_is_each_pixels_intersection_with_the_union(drawn, hollow):
     grid = GeoBox((7, 10), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633")
-    shapes = [shapely.convex_hull(shapely.MultiPoint([(LEFT + x, TOP - y) for x, y in one])) for one in drawn]
+    shapes = [
+        shapely.convex_hull(shapely.MultiPoint([(LEFT + x, TOP - y) for x, y in one]))
+        for one in drawn
+    ]
     if hollow:
         shapes = [s.difference(shapely.affinity.scale(s, 0.5, 0.6)) for s in shapes]
     shapes = [s for s in shapes if s.geom_type == "Polygon" and s.area > 1e-3]
@@ -359,11 +399,17 @@ def test_polygons_elsewhere_are_told_by_their_distance(lon, lat, km):
 @pytest.mark.parametrize(
     ("move", "says"),
     [
-        (lambda lon, lat: (lat, lon), "with longitude and latitude swapped, 2 of 3 would lie there"),
+        (
+            lambda lon, lat: (lat, lon),
+            "with longitude and latitude swapped, 2 of 3 would lie there",
+        ),
         (lambda lon, lat: (-lon, lat), "with the sign of longitude changed, 2 of 3"),
         (lambda lon, lat: (lon, -lat), "with the sign of latitude changed, 2 of 3"),
         (lambda lon, lat: (-lon, -lat), "with both signs changed, 2 of 3"),
-        (lambda lon, lat: (-lat, lon), "with longitude and latitude swapped and the sign of latitude changed, 2 of 3"),
+        (
+            lambda lon, lat: (-lat, lon),
+            "with longitude and latitude swapped and the sign of latitude changed, 2 of 3",
+        ),
     ],
 )
 def test_the_message_says_which_swap_would_put_them_here(move, says):
@@ -394,7 +440,11 @@ def test_a_valley_away_no_swap_is_named():
 
 def test_polygons_around_the_globe_do_not_hide_the_one_here():
     lonlat = table([px(1, 1, 6, 7)]).to_crs(4326).geometry
-    world = [shapely.box(lon, lat, lon + 0.1, lat + 0.1) for lon in range(-180, 180, 30) for lat in (-89, 0, 51, 89)]
+    world = [
+        shapely.box(lon, lat, lon + 0.1, lat + 0.1)
+        for lon in range(-180, 180, 30)
+        for lat in (-89, 0, 51, 89)
+    ]
     assert rasterize(table([*world, *lonlat], "EPSG:4326"), GRID, [2020]).sum() == 42
 
 
@@ -450,7 +500,8 @@ def test_regions_that_meet_at_a_corner_are_two_and_holes_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("epsg", "left", "top"), [(32633, 399960, 5700000), (32719, 500000, 7300020), (32633, 166020, 4000020)]
+    ("epsg", "left", "top"),
+    [(32633, 399960, 5700000), (32719, 500000, 7300020), (32633, 166020, 4000020)],
 )
 def test_area_is_the_ellipsoids_not_the_pixel_counts(epsg, left, top):
     # On the central meridian a UTM pixel of 100 m2 covers 100.08 m2 of ground.
@@ -480,7 +531,11 @@ def test_a_footprint_of_another_grid_is_refused():
 
 @pytest.mark.parametrize("name", ["m.geojson", "m.gpkg", "m.parquet", "m.shp"])
 def test_every_format_gives_the_same_mask(tmp_path, name):
-    drawn = table([px(0, 0, 5, 5), px(2, 2, 9, 9)], year=pd.array([2019, None], dtype="Int64"), Site=["a", "b"]).to_crs(4326)
+    drawn = table(
+        [px(0, 0, 5, 5), px(2, 2, 9, 9)],
+        year=pd.array([2019, None], dtype="Int64"),
+        Site=["a", "b"],
+    ).to_crs(4326)
     polygons = read_polygons(written(tmp_path, drawn, name))
     assert polygons["year"].dtype == "Int64"
     assert polygons["year"].fillna(0).tolist() == [2019, 0]
@@ -495,26 +550,47 @@ def test_shouted_column_names_are_understood(tmp_path):
 
 
 def test_spans_are_read_as_years_and_dates(tmp_path):
-    drawn = table([px(0, 0, 5, 5)] * 3, Start=["2018-04-01", "2019", None], END=["2020", "2021-12-31T00:00:00Z", None])
+    drawn = table(
+        [px(0, 0, 5, 5)] * 3,
+        Start=["2018-04-01", "2019", None],
+        END=["2020", "2021-12-31T00:00:00Z", None],
+    )
     polygons = read_polygons(written(tmp_path, drawn, "m.gpkg"))
     assert polygons["start"].dtype == polygons["end"].dtype == "Int64"
     assert polygons["start"].fillna(0).tolist() == [2018, 2019, 0]
     assert polygons["end"].fillna(0).tolist() == [2020, 2021, 0]
     dates = table([px(0, 0, 5, 5)] * 2, start=pd.to_datetime(["2018-04-01", None]))
-    assert read_polygons(written(tmp_path, dates, "d.gpkg"))["start"].fillna(0).tolist() == [2018, 0]
+    assert read_polygons(written(tmp_path, dates, "d.gpkg"))["start"].fillna(0).tolist() == [
+        2018,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
-    "date", ["2019-06-01", "2019-12-31T23:00:00Z", "2019/6", "2019.06.01", "20190601", "1.6.2019", "06/13/2019", "6/2019"]
+    "date",
+    [
+        "2019-06-01",
+        "2019-12-31T23:00:00Z",
+        "2019/6",
+        "2019.06.01",
+        "20190601",
+        "1.6.2019",
+        "06/13/2019",
+        "6/2019",
+    ],
 )
 @pytest.mark.parametrize("column", ["year", "start", "end"])
 def test_a_date_counts_by_its_year(tmp_path, column, date):
-    assert read_polygons(written(tmp_path, table([px(0, 0, 5, 5)], **{column: [date]})))[column].tolist() == [2019]
+    assert read_polygons(written(tmp_path, table([px(0, 0, 5, 5)], **{column: [date]})))[
+        column
+    ].tolist() == [2019]
 
 
 @pytest.mark.parametrize("name", ["m.gpkg", "m.parquet", "m.shp"])
 def test_a_column_of_dates_is_years(tmp_path, name):
-    drawn = table([px(0, 0, 5, 5)] * 2, Year=pd.Series(pd.to_datetime(["2019-06-01", "2022-01-01"])).dt.date)
+    drawn = table(
+        [px(0, 0, 5, 5)] * 2, Year=pd.Series(pd.to_datetime(["2019-06-01", "2022-01-01"])).dt.date
+    )
     assert read_polygons(written(tmp_path, drawn, name))["year"].tolist() == [2019, 2022]
 
 
@@ -547,7 +623,13 @@ def test_a_column_that_may_be_years_is_named(tmp_path, caplog, column, values, n
 def test_nothing_is_said_of_dates_where_years_are_known_or_nothing_looks_like_one(tmp_path, caplog):
     known = table([px(0, 0, 5, 5)] * 2, year=[2019, 2022], created=["2023-01-01"] * 2)
     read_polygons(written(tmp_path, known, "known.gpkg"))
-    plain = table([px(0, 0, 5, 5)] * 2, height=[120.5, 99], validated=[1, 0], note=["Pit 2019", None], tile=[3301, 3302])
+    plain = table(
+        [px(0, 0, 5, 5)] * 2,
+        height=[120.5, 99],
+        validated=[1, 0],
+        note=["Pit 2019", None],
+        tile=[3301, 3302],
+    )
     read_polygons(written(tmp_path, plain, "plain.gpkg"))
     assert not caplog.records
 
@@ -654,7 +736,9 @@ def test_blank_years_are_missing(tmp_path):
 
 @pytest.mark.parametrize("name", ["photo", "site", "year", "mapped"])
 def test_bytes_that_are_no_text_are_never_a_crash(tmp_path, name):
-    path = written(tmp_path, table([px(0, 0, 5, 5)] * 2, **{name: [b"\xff\xfe", b"\x89PNG"]}), "m.parquet")
+    path = written(
+        tmp_path, table([px(0, 0, 5, 5)] * 2, **{name: [b"\xff\xfe", b"\x89PNG"]}), "m.parquet"
+    )
     if name in ("photo", "site"):
         assert len(read_polygons(path)) == 2
         return
@@ -677,23 +761,36 @@ def test_a_numeric_site_with_a_gap_is_whole_and_a_blank_one_missing(tmp_path):
 
 
 def test_sites_are_matched_whatever_their_case_blanks_and_accents(caplog):
-    drawn = table([px(0, 0, 5, 5)] * 4, site=pd.array(["big pit", "Bełża", "Other", None], dtype="string"))
+    drawn = table(
+        [px(0, 0, 5, 5)] * 4, site=pd.array(["big pit", "Bełża", "Other", None], dtype="string")
+    )
     found = match_sites(drawn, ["Big_Pit", "Belza"], Path("m.gpkg"))
     assert found["site"].fillna("-").tolist() == ["Big_Pit", "Belza", "Other", "-"]
     assert "m.gpkg: sites by another name: 'big pit' is Big_Pit, 'Bełża' is Belza" in caplog.text
-    with pytest.raises(LabelError, match=r"m\.gpkg: site 'big pit' may be Big_Pit or big-pit; spell it as one of them"):
+    with pytest.raises(
+        LabelError,
+        match=r"m\.gpkg: site 'big pit' may be Big_Pit or big-pit; spell it as one of them",
+    ):
         match_sites(drawn, ["Big_Pit", "big-pit"], Path("m.gpkg"))
 
 
 def test_collections_give_their_areas_and_name_what_is_left_out(tmp_path, caplog):
-    mixed = shapely.GeometryCollection([px(0, 0, 4, 4), shapely.LineString([(LEFT, TOP), (LEFT + 200, TOP)])])
+    mixed = shapely.GeometryCollection(
+        [px(0, 0, 4, 4), shapely.LineString([(LEFT, TOP), (LEFT + 200, TOP)])]
+    )
     path = written(tmp_path, table([px(20, 20, 3, 3), mixed]))
     found = read_polygons(path)
     assert rasterize(found, GRID, [2020]).sum() == 16 + 9
     assert not found["repaired"].any()
     assert "the areas of the collection in row 2 were kept, left out: 1 LineString" in caplog.text
     with pytest.raises(LabelError, match="found GeometryCollection in row 1"):
-        read_polygons(written(tmp_path, table([shapely.GeometryCollection([shapely.Point(LEFT, TOP)])]), "lines.gpkg"))
+        read_polygons(
+            written(
+                tmp_path,
+                table([shapely.GeometryCollection([shapely.Point(LEFT, TOP)])]),
+                "lines.gpkg",
+            )
+        )
 
 
 def test_the_index_is_the_row_of_the_file(tmp_path):
@@ -703,30 +800,46 @@ def test_the_index_is_the_row_of_the_file(tmp_path):
 
 @given(
     st.lists(
-        st.tuples(st.floats(20, 350), st.floats(20, 250), st.floats(0.5, 12), st.floats(0.5, 120), st.floats(0, 90)), min_size=1
+        st.tuples(
+            st.floats(20, 350),
+            st.floats(20, 250),
+            st.floats(0.5, 12),
+            st.floats(0.5, 120),
+            st.floats(0, 90),
+        ),
+        min_size=1,
     )
 )
 @settings(max_examples=40, deadline=None)
 def test_rows_without_a_pixels_centre(drawn):
-    shapes = [shapely.affinity.rotate(shapely.box(x, y, x + w, y + h), a) for x, y, w, h, a in drawn]
+    shapes = [
+        shapely.affinity.rotate(shapely.box(x, y, x + w, y + h), a) for x, y, w, h, a in drawn
+    ]
     shapes = [shapely.transform(shape, lambda xy: xy * [1, -1] + [LEFT, TOP]) for shape in shapes]
     x, y = sampled(GRID)
     holds = [bool(shapely.contains_xy(shape, x, y).any()) for shape in shapes]
     # A shape that reaches beyond the grid may hold centres there, and is not reported.
-    expected = [n for n, shape in enumerate(shapes) if not holds[n] and shape.within(GRID.extent.geom)]
+    expected = [
+        n for n, shape in enumerate(shapes) if not holds[n] and shape.within(GRID.extent.geom)
+    ]
     assert rows_without_centre(table(shapes), GRID).tolist() == expected
 
 
 def test_a_centre_on_an_edge_is_decided_as_it_is_drawn():
     """One pixel to the right of its corner, edges through centres: a row holds a centre if and only if a pixel is drawn."""
-    shapes = [shapely.affinity.translate(px(5, 5, h, w), 5, -5) for h, w in ((1, 1), (0.5, 1), (1, 0.5), (0.5, 0.5))]
+    shapes = [
+        shapely.affinity.translate(px(5, 5, h, w), 5, -5)
+        for h, w in ((1, 1), (0.5, 1), (1, 0.5), (0.5, 0.5))
+    ]
     shapes.append(
         shapely.LineString([(LEFT + 5, TOP - 5), (LEFT + 35, TOP - 5)])
         .buffer(1, cap_style="flat")
         .intersection(shapely.box(LEFT, TOP - 5, LEFT + 100, TOP))
     )
     drawn = [bool((rasterize(table([shape]), GRID, [0]) == 1).any()) for shape in shapes]
-    assert rows_without_centre(table(shapes), GRID).tolist() == [n for n, is_drawn in enumerate(drawn) if not is_drawn]
+    assert rows_without_centre(table(shapes), GRID).tolist() == [
+        n for n, is_drawn in enumerate(drawn) if not is_drawn
+    ]
 
 
 def test_geojson_without_crs_is_longitude_and_latitude(tmp_path):
@@ -743,7 +856,9 @@ def test_geojson_without_crs_is_longitude_and_latitude(tmp_path):
 
 
 def test_invalid_polygons_are_repaired_and_reported(tmp_path, caplog):
-    bow_tie = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP - 100), (LEFT + 100, TOP), (LEFT, TOP - 100)])
+    bow_tie = shapely.Polygon(
+        [(LEFT, TOP), (LEFT + 100, TOP - 100), (LEFT + 100, TOP), (LEFT, TOP - 100)]
+    )
     # A shell that runs over itself: the overlap is mine, not a hole as the even-odd rule has it.
     looped = shapely.from_wkt("POLYGON((0 0,0 30,20 30,20 10,10 10,10 20,30 20,30 0,0 0))")
     looped = shapely.transform(looped, lambda c: c * [10, -10] + [LEFT + 200, TOP])
@@ -765,7 +880,10 @@ def test_invalid_polygons_are_repaired_and_reported(tmp_path, caplog):
         (table([px(0, 0, 1, 1)], None), "has no CRS"),
         (table([]), "holds no polygon"),
         (table([None]), "holds no polygon with area"),
-        (table([px(0, 0, 1, 1), shapely.Point(LEFT, TOP)]), "expected polygons, found Point in row 2"),
+        (
+            table([px(0, 0, 1, 1), shapely.Point(LEFT, TOP)]),
+            "expected polygons, found Point in row 2",
+        ),
         (table([px(0, 0, 1, 1)], "EPSG:4326"), "look projected"),
         (table([shapely.box(0, 0, np.inf, 1)]), "infinite"),
         (table([px(0, 0, 1, 1)] * 2, year=["2019", "around 2020"]), "found around 2020 in row 2"),
@@ -775,9 +893,15 @@ def test_invalid_polygons_are_repaired_and_reported(tmp_path, caplog):
         (table([px(0, 0, 1, 1)], year=["2019-20"]), "found 2019-20"),
         (table([px(0, 0, 1, 1)], year=["20191301"]), "found 20191301"),
         (table([px(0, 0, 1, 1)], year=[2019], Year=[2018]), "columns year, Year"),
-        (table([px(0, 0, 1, 1)] * 2, start=[2019, 2021], end=[2019, 2020]), r"end before they start \(row 2\)"),
+        (
+            table([px(0, 0, 1, 1)] * 2, start=[2019, 2021], end=[2019, 2020]),
+            r"end before they start \(row 2\)",
+        ),
         (table([px(0, 0, 1, 1)] * 2, year=[None, 2019], start=[2018, 2018]), "found both in row 2"),
-        (table([px(0, 0, 1, 1)], start=["spring 2019"]), "column start: expected whole calendar years"),
+        (
+            table([px(0, 0, 1, 1)], start=["spring 2019"]),
+            "column start: expected whole calendar years",
+        ),
         (table([px(0, 0, 1, 1)], end=["19-01-01"]), "or null for an open end"),
     ],
 )
@@ -796,7 +920,8 @@ def test_a_shapefile_without_prj_has_no_crs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("m.geojson", "{oops"), ("m.parquet", "oops"), ("m.gpkg", ""), ("m.csv", "year\n2019\n")]
+    ("name", "content"),
+    [("m.geojson", "{oops"), ("m.parquet", "oops"), ("m.gpkg", ""), ("m.csv", "year\n2019\n")],
 )
 def test_unreadable_files_are_refused(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -828,7 +953,9 @@ def test_only_what_was_looked_at_is_known():
 
 def test_what_was_looked_at_ends_within_a_pixel():
     """A pixel is known by its centre; of one that is known, the share is that of the mine, of others there is none."""
-    area = shapely.affinity.translate(px(5, 5, 10, 10), xoff=4)  # its left edge lies in pixel 5, left of the centre
+    area = shapely.affinity.translate(
+        px(5, 5, 10, 10), xoff=4
+    )  # its left edge lies in pixel 5, left of the centre
     polygons = table([area, area], year=[2020, 2020], mapped=[True, False])
     assert rasterize(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 1, 1]
     assert covered(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 150, 250]
@@ -848,5 +975,7 @@ def test_what_was_looked_at_is_no_mine_in_any_format(tmp_path, name):
 
 def test_a_column_mapped_that_means_something_else_is_refused(tmp_path):
     path = written(tmp_path, table([px(1, 1, 3, 3)], mapped=["by hand"]))
-    with pytest.raises(LabelError, match=r"column mapped: expected true .* found 'by hand'; rename the column"):
+    with pytest.raises(
+        LabelError, match=r"column mapped: expected true .* found 'by hand'; rename the column"
+    ):
         read_polygons(path)

@@ -95,9 +95,14 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
             print("held", flush=True)
             time.sleep(60)
     """
-    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(BusyError, match=rf"process {holder.pid} on "), locks.hold(str(tmp_path / "cubes.zarr"), "pit"):
+    with (
+        pytest.raises(BusyError, match=rf"process {holder.pid} on "),
+        locks.hold(str(tmp_path / "cubes.zarr"), "pit"),
+    ):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
@@ -115,7 +120,9 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
             print("held", flush=True)
             time.sleep(60)
     """
-    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -135,10 +142,16 @@ def test_a_lease_that_is_renewed_is_not_taken_over(bucket, quick):
     store = f"{bucket}/a/cubes.zarr"
     with locks.hold(store, "pit") as first:
         start = time.monotonic()
-        with pytest.raises(BusyError, match=r"a/cubes.zarr: pit is being written by another run"), locks.hold(store, "pit"):
+        with (
+            pytest.raises(BusyError, match=r"a/cubes.zarr: pit is being written by another run"),
+            locks.hold(store, "pit"),
+        ):
             pass
         assert time.monotonic() - start < locks.LEASE_S
-        with pytest.raises(BusyError), locks.hold(store, "pit", wait_s=2):  # longer than a dead lease lasts
+        with (
+            pytest.raises(BusyError),
+            locks.hold(store, "pit", wait_s=2),
+        ):  # longer than a dead lease lasts
             pass
         first.check()
         with locks.hold(store, "quarry"):
@@ -175,7 +188,10 @@ def test_a_put_whose_answer_was_lost_is_no_conflict(bucket):
 def test_a_tag_holds_what_each_store_compares():
     """Google Cloud Storage refuses a conditional put without the version (generation) of the object."""
     assert locks._tag_of({"e_tag": '"a"', "version": None, "size": 3}) == {"e_tag": '"a"'}
-    assert locks._tag_of({"e_tag": '"a"', "version": "17", "size": 3}) == {"e_tag": '"a"', "version": "17"}
+    assert locks._tag_of({"e_tag": '"a"', "version": "17", "size": 3}) == {
+        "e_tag": '"a"',
+        "version": "17",
+    }
 
 
 def test_of_many_takers_one_wins(bucket, quick):
@@ -198,7 +214,9 @@ def test_of_many_takers_one_wins(bucket, quick):
 
 def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, monkeypatch):
     """A laptop sleeps in the middle of a build, another run takes over and commits, and the first one wakes."""
-    spec = importlib.util.spec_from_file_location("opening", Path(__file__).with_name("test_opening.py"))
+    spec = importlib.util.spec_from_file_location(
+        "opening", Path(__file__).with_name("test_opening.py")
+    )
     test_opening = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(test_opening)
     monkeypatch.setattr(locks, "LEASE_S", 0.6)

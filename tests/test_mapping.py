@@ -29,7 +29,12 @@ from minecube.models.streams import Strip
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ModelCard(
-    id="small", title="for tests", architecture="unet", options={"width": 4, "depth": 2}, window_px=16, multiple_px=4
+    id="small",
+    title="for tests",
+    architecture="unet",
+    options={"width": 4, "depth": 2},
+    window_px=16,
+    multiple_px=4,
 )
 WIDE = dataclasses.replace(SMALL, options={"width": 16, "depth": 3}, window_px=32, multiple_px=8)
 CHANGE = dataclasses.replace(SMALL, id="pairs", task="change", classes=("removed", "new"))
@@ -37,8 +42,12 @@ SERIES = dataclasses.replace(SMALL, id="years", task="series")
 YEARS = (2018, 2019, 2021)
 
 
-def reflectance(seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)) -> xr.DataArray:
-    pixels = np.random.default_rng(seed).integers(1, 3000, (len(years), len(BANDS), height, width), dtype=np.uint16)
+def reflectance(
+    seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)
+) -> xr.DataArray:
+    pixels = np.random.default_rng(seed).integers(
+        1, 3000, (len(years), len(BANDS), height, width), dtype=np.uint16
+    )
     coords = {
         "year": list(years),
         "band": list(BANDS),
@@ -77,7 +86,9 @@ class Network(torch.nn.Module):
 
 def given_by(forward: Callable[[torch.Tensor], torch.Tensor], card: ModelCard = SMALL) -> Trained:
     n = len(card.bands)
-    return Trained(card=card, network=Network(forward), mean=(1000.0,) * n, std=(500.0,) * n, sites=())
+    return Trained(
+        card=card, network=Network(forward), mean=(1000.0,) * n, std=(500.0,) * n, sites=()
+    )
 
 
 def pair_of(x: torch.Tensor) -> torch.Tensor:
@@ -126,7 +137,9 @@ def same_sums(sums: list[np.ndarray], runs: list[Callable[[], object]]) -> bool:
 # The map
 
 
-@pytest.mark.parametrize(("height", "width"), [(48, 40), (5, 7), (1, 33), (16, 16), (17, 15), (100, 9)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(48, 40), (5, 7), (1, 33), (16, 16), (17, 15), (100, 9)]
+)
 def test_any_size_of_site_is_mapped_on_its_own_grid(height: int, width: int) -> None:
     of = reflectance(3, height, width)
     found = predict(untrained(), of)
@@ -143,7 +156,10 @@ def test_the_map_is_that_of_brute_force(height: int, width: int) -> None:
     """Every window of the mirrored image by itself, blended in floating point over the whole."""
     model, of = untrained(), reflectance(1, height, width, (2019,))
     side, step, beyond = 16, 8, 4
-    ends = [max(-(-(n + 2 * beyond - side) // step), 0) * step + side - n - beyond for n in (height, width)]
+    ends = [
+        max(-(-(n + 2 * beyond - side) // step), 0) * step + side - n - beyond
+        for n in (height, width)
+    ]
     image = np.pad(of.values[0], [(0, 0), (beyond, ends[0]), (beyond, ends[1])], mode="reflect")
     ramp = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
     total, weight = np.zeros((2, *image.shape[1:]))
@@ -156,7 +172,9 @@ def test_the_map_is_that_of_brute_force(height: int, width: int) -> None:
             weight[y : y + side, x : x + side] += ramp[:, None] * ramp
     expected = stored(total / weight)[beyond : beyond + height, beyond : beyond + width]
     assert np.ptp(expected) > 20
-    assert np.abs(predict(model, of).values[0] - expected).max() <= 0.5 + 0.1  # weights are kept in steps of a thousandth
+    assert (
+        np.abs(predict(model, of).values[0] - expected).max() <= 0.5 + 0.1
+    )  # weights are kept in steps of a thousandth
 
 
 def test_windows_and_strips_do_not_show() -> None:
@@ -170,21 +188,33 @@ def test_windows_and_strips_do_not_show() -> None:
 def test_logits_are_blended_not_probabilities_and_the_rim_of_a_window_counts_little() -> None:
     # Windows give +8 in their left half, -2 in their right: where two meet, logits by squared sine are known in closed form.
     half = torch.where(torch.arange(16) < 8, 8.0, -2.0).expand(1, 1, 16, 16)
-    found = predict(given_by(lambda x: half.expand(len(x), -1, -1, -1)), reflectance(5, 24, 64)).values[0, 12, 4:52]
-    weight = np.sin(np.pi * (np.arange(8) + 0.5) / 16) ** 2  # of the window that begins here; its left half lies over
+    found = predict(
+        given_by(lambda x: half.expand(len(x), -1, -1, -1)), reflectance(5, 24, 64)
+    ).values[0, 12, 4:52]
+    weight = (
+        np.sin(np.pi * (np.arange(8) + 0.5) / 16) ** 2
+    )  # of the window that begins here; its left half lies over
     logits = 8 * weight + -2 * (1 - weight)  # the right half of the one before
     assert np.abs(found.reshape(-1, 8).astype(int) - np.rint(stored(logits))).max() <= 1
 
 
 def test_pairs_see_the_earlier_year_first() -> None:
     of = reflectance(6, 50, 30, YEARS)
-    found = predict(given_by(pair_of, CHANGE), of.sel(year=[2021, 2018, 2019]))  # whatever the cube's order
+    found = predict(
+        given_by(pair_of, CHANGE), of.sel(year=[2021, 2018, 2019])
+    )  # whatever the cube's order
     assert found.dims == ("pair", "class", "y", "x")
-    assert list(zip(found["first"].values, found["second"].values, strict=True)) == [(2018, 2019), (2018, 2021), (2019, 2021)]
+    assert list(zip(found["first"].values, found["second"].values, strict=True)) == [
+        (2018, 2019),
+        (2018, 2021),
+        (2019, 2021),
+    ]
     assert found["class"].values.tolist() == ["removed", "new"]
     for n, (a, b) in enumerate(views_of(CHANGE, YEARS)):
         before, after = (normal(of.sel(year=year).isel(band=0).values) for year in (a, b))
-        assert np.abs(found.values[n] - stored(np.stack([after - before, before]))).max() <= 0.5 + 1e-3
+        assert (
+            np.abs(found.values[n] - stored(np.stack([after - before, before]))).max() <= 0.5 + 1e-3
+        )
     two = predict(given_by(pair_of, CHANGE), of, pairs=[(2019, 2021), (2018, 2019)])
     np.testing.assert_array_equal(two.values, found.values[[0, 2]])
 
@@ -242,7 +272,9 @@ def test_windows_without_an_observed_pixel_are_not_computed(hole: slice) -> None
     layout = Layout(64, 64, 16)
     live = np.pad((of.values[0] > 0).all(axis=0), [(4, 4), (4, 4)], mode="reflect")
     count = sum(len(windows) for windows in seen)
-    assert count == sum(live[y : y + 16, x : x + 16].any() for y in layout.tops for x in layout.lefts)
+    assert count == sum(
+        live[y : y + 16, x : x + 16].any() for y in layout.tops for x in layout.lefts
+    )
     assert 0 < count < len(layout.tops) * len(layout.lefts) / 3
     of.values[...] = 0
     seen.clear()
@@ -267,7 +299,9 @@ def test_a_hole_does_not_move_the_pixels_around_it() -> None:
 def test_the_map_is_the_same_whatever_the_workers_and_the_batch(sums: list[np.ndarray]) -> None:
     # Wide enough for the libraries to choose another kernel for another batch, or number of threads, as they do.
     model, of = untrained(WIDE), reflectance(6, 70, 53, (2019,))
-    hows = [Compute(workers=n) for n in (1, 2, 3, 8)] + [Compute(workers=2, batch=n) for n in (1, 7, 1000)]
+    hows = [Compute(workers=n) for n in (1, 2, 3, 8)] + [
+        Compute(workers=2, batch=n) for n in (1, 7, 1000)
+    ]
     assert same_sums(sums, [lambda how=how: predict(model, of, compute=how) for how in hows])
 
 
@@ -284,14 +318,18 @@ def test_the_map_is_the_same_whatever_the_threads_of_the_caller(sums: list[np.nd
     assert same_sums(sums, [lambda n=n: with_threads(n) for n in (1, 2, 4)])
 
 
-def test_the_map_is_the_same_whichever_window_is_first(sums: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_map_is_the_same_whichever_window_is_first(
+    sums: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some calls take long, others overtake them."""
     model, of, forward = untrained(), reflectance(7, 70, 153), compute.Forward.__call__
 
     def delayed(seed: int) -> None:
         rng, ended = random.Random(seed), list[int]()
 
-        def call(self: compute.Forward, windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
+        def call(
+            self: compute.Forward, windows: torch.Tensor, full: int | None = None
+        ) -> torch.Tensor:
             found = forward(self, windows, full)
             time.sleep(rng.choice((0, 0, 0.02)))
             ended.append(hash(windows.numpy().tobytes()))
@@ -302,12 +340,16 @@ def test_the_map_is_the_same_whichever_window_is_first(sums: list[np.ndarray], m
         orders.append(ended)
 
     orders: list[list[int]] = []
-    assert same_sums(sums, [lambda: predict(model, of), *(lambda seed=seed: delayed(seed) for seed in range(3))])
+    assert same_sums(
+        sums, [lambda: predict(model, of), *(lambda seed=seed: delayed(seed) for seed in range(3))]
+    )
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1])
 
 
-def test_the_map_is_the_same_whatever_the_height_of_strips(sums: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_map_is_the_same_whatever_the_height_of_strips(
+    sums: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, of = untrained(), holes(reflectance(8, 131, 53))
 
     def read(rows: int, chunks: tuple[int, ...] | None) -> None:
@@ -317,7 +359,14 @@ def test_the_map_is_the_same_whatever_the_height_of_strips(sums: list[np.ndarray
             here.encoding["chunks"] = chunks
         predict(model, here)
 
-    runs = [(1, None), (17, None), (1000, None), (1, (1, 10, 7, 7)), (40, (1, 10, 50, 50)), (1, (1, 10, 128, 128))]
+    runs = [
+        (1, None),
+        (17, None),
+        (1000, None),
+        (1, (1, 10, 7, 7)),
+        (40, (1, 10, 50, 50)),
+        (1, (1, 10, 128, 128)),
+    ]
     assert same_sums(sums, [lambda r=rows, c=chunks: read(r, c) for rows, chunks in runs])
 
 
@@ -331,15 +380,27 @@ def test_windows_are_cut_as_they_are_normalised(left: int) -> None:
     found = np.full((2, 3, 16, 16), np.nan, np.float32)
     compute.cut(strip, left, *(v[0].astype(np.float32) for v in (mean, std)), found)
     with np.errstate(divide="ignore"):
-        expected = models.normalise(strip[..., left : left + 16].transpose(1, 2, 0, 3), tuple(mean[0]), tuple(std[0]))
+        expected = models.normalise(
+            strip[..., left : left + 16].transpose(1, 2, 0, 3), tuple(mean[0]), tuple(std[0])
+        )
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize(
     ("width", "years", "best", "calls"),
-    [(2, 1, 16, 1), (20, 1, 9, 1), (22, 1, 8, 2), (32, 1, 6, 2), (40, 1, 5, 2), (32, 2, 3, 4), (1024, 1, 1, 12)],
+    [
+        (2, 1, 16, 1),
+        (20, 1, 9, 1),
+        (22, 1, 8, 2),
+        (32, 1, 6, 2),
+        (40, 1, 5, 2),
+        (32, 2, 3, 4),
+        (1024, 1, 1, 12),
+    ],
 )
-def test_windows_go_together_by_what_a_layer_takes_and_gives(width: int, years: int, best: int, calls: int) -> None:
+def test_windows_go_together_by_what_a_layer_takes_and_gives(
+    width: int, years: int, best: int, calls: int
+) -> None:
     """Two layers of 1 x 1 take 10 and width floats a pixel and year, and give width and 1: half of the sum, in the mean."""
     card = dataclasses.replace(SERIES, window_px=64, multiple_px=1)
     given = list[int]()
@@ -402,12 +463,18 @@ def test_a_network_is_made_ready_once_for_all_sites_and_again_for_a_series_of_ot
             found = list(mapper.rows(site, each))
             expected = list(Mapper(model).rows(site, each))
             made.pop()
-            assert all(np.array_equal(a.values, b.values) for a, b in zip(found, expected, strict=True))
+            assert all(
+                np.array_equal(a.values, b.values) for a, b in zip(found, expected, strict=True)
+            )
         assert made == ([(2018, 2019), (2019, 2021)] if model.card is SERIES else [views[0][0]])
 
 
 def test_threads_map_sites_by_one_mapper_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    mapper, sites, made = Mapper(untrained(WIDE)), [reflectance(n, 131, 53) for n in range(4)], list[object]()
+    mapper, sites, made = (
+        Mapper(untrained(WIDE)),
+        [reflectance(n, 131, 53) for n in range(4)],
+        list[object](),
+    )
 
     def ready(*of: object) -> compute.Forward:
         made.append(of)
@@ -428,19 +495,35 @@ def test_threads_map_sites_by_one_mapper_made_ready_once(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("count", "best", "sizes"),
-    [(0, 16, []), (1, 16, [1]), (17, 16, [17]), (23, 16, [23]), (25, 16, [12, 13]), (41, 16, [13, 14, 14]), (7, 1, [1] * 7)],
+    [
+        (0, 16, []),
+        (1, 16, [1]),
+        (17, 16, [17]),
+        (23, 16, [23]),
+        (25, 16, [12, 13]),
+        (41, 16, [13, 14, 14]),
+        (7, 1, [1] * 7),
+    ],
 )
-def test_windows_of_a_row_go_in_equal_groups_of_about_the_best_size(count: int, best: int, sizes: list[int]) -> None:
+def test_windows_of_a_row_go_in_equal_groups_of_about_the_best_size(
+    count: int, best: int, sizes: list[int]
+) -> None:
     groups = compute._together(range(count), best)
     assert [n for group in groups for n in group] == list(range(count))
     assert sorted(map(len, groups)) == sizes
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 50), st.integers(0, 2**31), st.sampled_from([4, 6, 7, 16]))
-def test_rows_come_once_and_in_order_whatever_the_size(height: int, width: int, seed: int, window: int) -> None:
+@given(
+    st.integers(1, 80), st.integers(1, 50), st.integers(0, 2**31), st.sampled_from([4, 6, 7, 16])
+)
+def test_rows_come_once_and_in_order_whatever_the_size(
+    height: int, width: int, seed: int, window: int
+) -> None:
     of = reflectance(seed, height, width, (2019,))
-    model = given_by(lambda x: x[:, :1], dataclasses.replace(SMALL, window_px=window, multiple_px=1))
+    model = given_by(
+        lambda x: x[:, :1], dataclasses.replace(SMALL, window_px=window, multiple_px=1)
+    )
     rows = list(Mapper(model).rows(of, [(2019,)]))
     assert [r.y for r in rows] == np.cumsum([0, *(r.values.shape[-2] for r in rows)])[:-1].tolist()
     whole = np.concatenate([r.values for r in rows], axis=-2)[0, 0]
@@ -456,7 +539,9 @@ def test_every_pixel_is_well_inside_of_some_window(size: int, window: int) -> No
     centres = np.array(layout.tops) + (window - 1) / 2 - layout.beyond
     distance = np.abs(np.arange(size)[:, None] - centres).min(axis=1)
     assert distance.max() <= window / 4 + 1
-    np.testing.assert_array_equal(layout.rows[layout.beyond : layout.beyond + size], np.arange(size))
+    np.testing.assert_array_equal(
+        layout.rows[layout.beyond : layout.beyond + size], np.arange(size)
+    )
 
 
 # Streams
@@ -465,17 +550,23 @@ def test_every_pixel_is_well_inside_of_some_window(size: int, window: int) -> No
 def recording(of: xr.DataArray, read: list[int]) -> xr.DataArray:
     """The same pixels, lazy: chunks of 16 rows, of which each notes its first row as it is read."""
 
-    def block(values: np.ndarray, block_info: dict[int, dict[str, list[tuple[int, int]]]]) -> np.ndarray:
+    def block(
+        values: np.ndarray, block_info: dict[int, dict[str, list[tuple[int, int]]]]
+    ) -> np.ndarray:
         read.append(block_info[0]["array-location"][2][0])
         return values
 
     lazy = of.chunk({"year": 1, "y": 16})
-    lazy = lazy.copy(data=lazy.data.map_blocks(block, dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16)))
+    lazy = lazy.copy(
+        data=lazy.data.map_blocks(block, dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16))
+    )
     lazy.encoding["chunks"] = (1, 10, 16, 40)
     return lazy
 
 
-def test_every_row_is_read_once_a_view_and_not_long_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_read_once_a_view_and_not_long_before_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(mapping, "_READ_ROWS", 16)
     of, read = reflectance(9, 208, 40, YEARS), list[int]()
     lazy = recording(of, read)
@@ -501,12 +592,19 @@ def test_memory_is_flat_in_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -
         import dask.array as da
 
         made = da.map_blocks(
-            rows, chunks=((1,), (10,), (16,) * (height // 16), (150,)), dtype=np.uint16, meta=np.empty((0,) * 4, np.uint16)
+            rows,
+            chunks=((1,), (10,), (16,) * (height // 16), (150,)),
+            dtype=np.uint16,
+            meta=np.empty((0,) * 4, np.uint16),
         )
-        lazy = xr.DataArray(made, dims=("year", "band", "y", "x"), coords={"year": [2019], "band": list(BANDS)})
+        lazy = xr.DataArray(
+            made, dims=("year", "band", "y", "x"), coords={"year": [2019], "band": list(BANDS)}
+        )
         lazy.encoding["chunks"] = (1, 10, 16, 150)
         tracemalloc.start()
-        seen = sum(r.values.shape[-2] for r in Mapper(model, Compute(workers=2)).rows(lazy, [(2019,)]))
+        seen = sum(
+            r.values.shape[-2] for r in Mapper(model, Compute(workers=2)).rows(lazy, [(2019,)])
+        )
         left, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert seen == height
@@ -541,17 +639,23 @@ def test_a_reader_is_ahead_by_as_much_as_was_asked_for_and_ends_when_closed() ->
     assert list(streams.ahead(iter(range(50)))) == list(range(50))
 
 
-def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(mapping, "_READ_ROWS", 16)
     of, before = reflectance(1, 200, 40, (2019,)), threading.active_count()
 
-    def block(values: np.ndarray, block_info: dict[int, dict[str, list[tuple[int, int]]]]) -> np.ndarray:
+    def block(
+        values: np.ndarray, block_info: dict[int, dict[str, list[tuple[int, int]]]]
+    ) -> np.ndarray:
         if block_info[0]["array-location"][2][0] == 96:
             raise OSError("bad sector")
         return values
 
     lazy = of.chunk({"y": 16})
-    lazy = lazy.copy(data=lazy.data.map_blocks(block, dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16)))
+    lazy = lazy.copy(
+        data=lazy.data.map_blocks(block, dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16))
+    )
     with dask.config.set(scheduler="synchronous"):  # so that no thread is Dask's
         with pytest.raises(OSError, match="bad sector"):
             predict(untrained(), lazy)
@@ -566,12 +670,18 @@ def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(monkeypat
 
 
 def batched(
-    batch: int | None, forward: Callable[..., torch.Tensor] | None = None, at_end: list[int | None] | None = None
+    batch: int | None,
+    forward: Callable[..., torch.Tensor] | None = None,
+    at_end: list[int | None] | None = None,
 ) -> Callable[..., object]:
     """In place of `rows_of`: what a GPU does, on the CPU."""
 
-    def rows_of(made: compute.Forward, strips: Iterator[Strip[object]], ramp: np.ndarray, _: Compute) -> Iterator[object]:
-        found = yield from compute.in_batches(forward or made, strips, torch.from_numpy(ramp), batch)
+    def rows_of(
+        made: compute.Forward, strips: Iterator[Strip[object]], ramp: np.ndarray, _: Compute
+    ) -> Iterator[object]:
+        found = yield from compute.in_batches(
+            forward or made, strips, torch.from_numpy(ramp), batch
+        )
         if at_end is not None:
             at_end.append(found)
 
@@ -579,13 +689,17 @@ def batched(
 
 
 @pytest.mark.parametrize("batch", [None, 1, 5, 64, 10_000])
-def test_batches_across_rows_and_years_give_the_same_map(batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_across_rows_and_years_give_the_same_map(
+    batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of = holes(reflectance(11, 70, 53))
     expected = predict(untrained(), of)
     monkeypatch.setattr(mapping, "rows_of", batched(batch))
     found = predict(untrained(), of)
     assert np.array_equal(found == 255, expected == 255)
-    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # the last bits of a logit depend on the batch
+    assert (
+        np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    )  # the last bits of a logit depend on the batch
 
 
 def test_out_of_memory_halves_the_batch_and_takes_the_same_windows_again(
@@ -602,12 +716,17 @@ def test_out_of_memory_halves_the_batch_and_takes_the_same_windows_again(
 
     of = reflectance(12, 70, 53)
     monkeypatch.setattr(mapping, "rows_of", batched(40, forward, at_end))
-    assert np.abs(predict(given_by(lambda x: x), of).values - stored(normal(of.values[:, 0]))).max() <= 0.5 + 1e-3
+    assert (
+        np.abs(predict(given_by(lambda x: x), of).values - stored(normal(of.values[:, 0]))).max()
+        <= 0.5 + 1e-3
+    )
     assert sizes[:4] == [40, 20, 10, 5]
     assert set(sizes[3:-1]) == {5}
     assert at_end == [5]  # of which the next site makes use
     layout = Layout(70, 53, 16)
-    assert sum(size for size in sizes if size <= 6) == 2 * len(layout.tops) * len(layout.lefts)  # each once
+    assert sum(size for size in sizes if size <= 6) == 2 * len(layout.tops) * len(
+        layout.lefts
+    )  # each once
     assert "out of memory at 10 windows to a batch; going on with 5" in caplog.text
 
 
@@ -619,7 +738,9 @@ def test_a_batch_is_looked_for_once_and_used_for_all_sites(monkeypatch: pytest.M
         tried.append(seconds)
         return 12
 
-    def limited(self: compute.Forward, windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
+    def limited(
+        self: compute.Forward, windows: torch.Tensor, full: int | None = None
+    ) -> torch.Tensor:
         sizes.append(len(windows))
         if len(windows) > room[0]:
             raise torch.OutOfMemoryError("no room")
@@ -628,7 +749,9 @@ def test_a_batch_is_looked_for_once_and_used_for_all_sites(monkeypatch: pytest.M
     monkeypatch.setattr(compute, "found_batch", found_batch)
     monkeypatch.setattr(compute, "uploaded", lambda strips, _: (strip for strip in strips))
     monkeypatch.setattr(compute.Forward, "__call__", limited)
-    monkeypatch.setattr(mapping, "rows_of", lambda forward, strips, ramp, _: compute.on_gpu(forward, strips, ramp))
+    monkeypatch.setattr(
+        mapping, "rows_of", lambda forward, strips, ramp, _: compute.on_gpu(forward, strips, ramp)
+    )
     mapper, of = Mapper(untrained()), reflectance(13, 70, 53)
     mapper._forward((2019,)).group = None  # as it is on a GPU
     expected = predict(untrained(), of)
@@ -637,7 +760,12 @@ def test_a_batch_is_looked_for_once_and_used_for_all_sites(monkeypatch: pytest.M
     for fits, size in ((100, 12), (100, 12), (7, 6), (100, 6)):
         room[0], sizes[:] = fits, []
         rows = list(mapper.rows(of, [(2019,), (2020,)]))
-        found = np.concatenate([np.concatenate([r.values for r in rows if r.view == (y,)], axis=-2)[0] for y in (2019, 2020)])
+        found = np.concatenate(
+            [
+                np.concatenate([r.values for r in rows if r.view == (y,)], axis=-2)[0]
+                for y in (2019, 2020)
+            ]
+        )
         assert np.abs(found.astype(int) - expected.values.astype(int)).max() <= 1
         done = [n for n in sizes if n <= fits]
         assert sum(done) == count
@@ -655,11 +783,20 @@ def test_memory_that_runs_out_over_the_last_few_says_nothing_of_the_next_site() 
             raise torch.OutOfMemoryError("no room")
         return windows[:, :, :1].float()
 
-    strips = [Strip(of=n, pixels=np.ones((1, 10, 16, 16 * 11), np.uint16), lefts=tuple(range(0, 176, 16))) for n in range(1)]
+    strips = [
+        Strip(of=n, pixels=np.ones((1, 10, 16, 16 * 11), np.uint16), lefts=tuple(range(0, 176, 16)))
+        for n in range(1)
+    ]
     fits = list[int | None]()
 
     def batches() -> Iterator[tuple[object, torch.Tensor, torch.Tensor]]:
-        fits.append((yield from compute.in_batches(forward, iter(strips), torch.ones(16, dtype=torch.int64), 8)))
+        fits.append(
+            (
+                yield from compute.in_batches(
+                    forward, iter(strips), torch.ones(16, dtype=torch.int64), 8
+                )
+            )
+        )
 
     ((_, total, _),) = batches()
     assert (total == 2**20).all()
@@ -684,7 +821,9 @@ def test_the_batch_doubles_until_memory_or_throughput_stops() -> None:
             raise torch.OutOfMemoryError("no room")
         return fixed + size * 0.01
 
-    assert compute.found_batch(lambda n: seconds(n, 0.1, 10**6)) == 128  # 256 would be faster by 3.9 % only
+    assert (
+        compute.found_batch(lambda n: seconds(n, 0.1, 10**6)) == 128
+    )  # 256 would be faster by 3.9 % only
     assert tried == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert compute.found_batch(lambda n: seconds(n, 0.1, 20)) == 16
     assert compute.found_batch(lambda n: seconds(n, 0, 10**6)) == 1
@@ -724,7 +863,9 @@ def test_views() -> None:
     with pytest.raises(ModelError, match="change needs 2 years or more, found 2019"):
         views_of(CHANGE, [2019])
     for pairs in ([(2019, 2018)], [(2018, 2020)], [(2018, 2018)]):
-        with pytest.raises(ModelError, match=f"of the years 2018, 2019, 2021, .* found {pairs[0][0]}-{pairs[0][1]}"):
+        with pytest.raises(
+            ModelError, match=f"of the years 2018, 2019, 2021, .* found {pairs[0][0]}-{pairs[0][1]}"
+        ):
             views_of(CHANGE, YEARS, pairs)
     with pytest.raises(ModelError, match="pairs of years are for change; its task is mapping"):
         views_of(SMALL, YEARS, [(2018, 2019)])
@@ -747,7 +888,9 @@ def test_mapping_evaluates_and_leaves_the_model_as_it_was() -> None:
     model.network.train()  # statistics of each window in place of those learnt, unless mapping sees to it
     xr.testing.assert_identical(predict(model, of), expected)
     assert model.network.training
-    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.network.state_dict().items()
+    )
 
 
 def test_bands_are_taken_by_name() -> None:
@@ -777,7 +920,9 @@ def test_ways_to_compute_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ModelError, match="'gpu' is not one that torch knows"):
         predict(untrained(), reflectance(14), compute=Compute(device="gpu"))
     for wrong in ({"precision": "fp8"}, {"workers": 0}, {"batch": -1}):
-        with pytest.raises(ModelError, match="expected a precision of fp32, bf16, workers and batch of 1 or more"):
+        with pytest.raises(
+            ModelError, match="expected a precision of fp32, bf16, workers and batch of 1 or more"
+        ):
             Compute(**wrong)  # type: ignore[arg-type]
 
 
@@ -799,13 +944,19 @@ def test_what_made_a_map_follows_from_the_weights() -> None:
     signed = Weights(href="https://example.org/a.pt?signature=secret", sha256="a1" * 32)
     elsewhere = dataclasses.replace(a.card, weights=signed, scores={"iou": 0.9})
     assert models.about(dataclasses.replace(a, card=elsewhere)) == models.about(a)
-    assert models.about(a)["mapped_by"] == {"window_px": 16, "step_px": 8, "weights": "squared sine"}
+    assert models.about(a)["mapped_by"] == {
+        "window_px": 16,
+        "step_px": 8,
+        "weights": "squared sine",
+    }
 
 
 def test_sums_are_exact_and_limited() -> None:
     logits = torch.tensor([[[1e9, -1e9], [0.5, 2**-21], [29.9999981, 3 * 2**-21]]])
     found = weighted(logits, torch.tensor([1, 1024]))
-    assert found.tolist() == [[[30 * 2**20, -30 * 2**30], [2**19, 0], [int(logits[0, 2, 0].item() * 2**20), 2 * 1024]]]
+    assert found.tolist() == [
+        [[30 * 2**20, -30 * 2**30], [2**19, 0], [int(logits[0, 2, 0].item() * 2**20), 2 * 1024]]
+    ]
     row = torch.ones((1, 3, 3), dtype=torch.int64)
     across(row, 1, found)
     assert row[..., 0].tolist() == [[1, 1, 1]]
@@ -821,7 +972,9 @@ def test_rows_are_summed_on_a_cpu_as_they_are_on_a_gpu() -> None:
     total, finite = np.zeros((2, 2, 16, 32), np.int64), np.empty(3, np.bool_)
     summed(logits, lefts, ramp, total, finite)
     expected = torch.zeros(total.shape, dtype=torch.int64)
-    for left, window in zip(lefts, weighted(torch.from_numpy(logits), torch.from_numpy(ramp)), strict=True):
+    for left, window in zip(
+        lefts, weighted(torch.from_numpy(logits), torch.from_numpy(ramp)), strict=True
+    ):
         across(expected, int(left), window)
     numbers = np.ones(total.shape, bool)
     numbers[1, 1, 5, 11] = False
@@ -832,7 +985,10 @@ def test_rows_are_summed_on_a_cpu_as_they_are_on_a_gpu() -> None:
 @pytest.mark.parametrize("top", [True, False])
 def test_rows_are_blended_on_a_cpu_as_they_are_on_a_gpu(top: bool) -> None:
     rng = np.random.default_rng(1)
-    ramp, limits = Layout(40, 40, 16).ramp, np.sort([0, *rng.normal(0, 3, 249)])  # a sum of zero is not above it
+    ramp, limits = (
+        Layout(40, 40, 16).ramp,
+        np.sort([0, *rng.normal(0, 3, 249)]),
+    )  # a sum of zero is not above it
     weight = rng.integers(1000, 1050, (9, 20)) * 1000 * 2.0**20
     row, before = (rng.integers(-(2**33), 2**33, (2, 3, n, 32)) for n in (16, 0 if top else 8))
     row[1, 2, 3:12, 4:24] = 0

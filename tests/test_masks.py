@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minecube.catalog import FALLBACKS, QUALITY, BrightOverride, HazeTest, MaskRule, Recipe, SecondOpinion, load_recipes
+from minecube.catalog import (
+    FALLBACKS,
+    QUALITY,
+    BrightOverride,
+    HazeTest,
+    MaskRule,
+    Recipe,
+    SecondOpinion,
+    load_recipes,
+)
 from minecube.composite.masks import (
     chosen,
     clearest,
@@ -30,7 +39,12 @@ INT32 = st.integers(-(2**20), 2**20)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 999), st.sampled_from([0.2, 0.8, 0.95]), st.sampled_from([0, 20, 60, 100]), st.sampled_from([0, 40, 60]))
+@given(
+    st.integers(0, 999),
+    st.sampled_from([0.2, 0.8, 0.95]),
+    st.sampled_from([0, 20, 60, 100]),
+    st.sampled_from([0, 40, 60]),
+)
 def test_grow_opens_and_dilates_in_metres(seed, share, dilate_m, open_m):
     flagged = np.random.default_rng(seed).random((2, 12, 13)) < share
     rule = MaskRule(classes=(8,), dilate_m=dilate_m, open_m=open_m)
@@ -101,7 +115,9 @@ def test_ground_that_was_never_observed_says_nothing_of_bright_ground(share, bey
     scl, *_ = mine_under_changing_sky(share)
     wide = np.pad(scl, ((0, 0), (beyond, beyond), (beyond, beyond)))
     found = persistently_bright(wide, BrightOverride())
-    np.testing.assert_array_equal(found[:, beyond:-beyond, beyond:-beyond], persistently_bright(scl, BrightOverride()))
+    np.testing.assert_array_equal(
+        found[:, beyond:-beyond, beyond:-beyond], persistently_bright(scl, BrightOverride())
+    )
     assert found.sum() == found[:, beyond:-beyond, beyond:-beyond].sum()
 
 
@@ -160,15 +176,21 @@ def test_of_two_observations_the_hazy_one_goes():
 
 def test_kinds_rank_what_is_not_clear():
     scl = np.array([[[4, 9, 3, 10, 0, 4, 4, 4, 4, 4]]], np.uint8)
-    recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,), dilate_m=20), MaskRule(classes=(3, 10))))
-    np.testing.assert_array_equal(kinds(scl, recipe, MONTHS, OWN)[0, 0], [2, 4, 3, 3, 0, 1, 1, 1, 1, 1])
+    recipe = dataclasses.replace(
+        PLAIN, mask=(MaskRule(classes=(9,), dilate_m=20), MaskRule(classes=(3, 10)))
+    )
+    np.testing.assert_array_equal(
+        kinds(scl, recipe, MONTHS, OWN)[0, 0], [2, 4, 3, 3, 0, 1, 1, 1, 1, 1]
+    )
 
 
 @pytest.mark.parametrize("name", ["annual-median", "annual-geomedian", "summer-bap", "eurominenet"])
 def test_shipped_recipes_take_what_is_unclassified_for_no_clear_ground(name):
     """Of real ones, 97 % are cloud in season."""
     scl = np.array([[[4, 7, 5]]], np.uint8)
-    np.testing.assert_array_equal(kinds(scl, load_recipes()[name], MONTHS, OWN)[0, 0], [1, FALLBACKS["thin"], 1])
+    np.testing.assert_array_equal(
+        kinds(scl, load_recipes()[name], MONTHS, OWN)[0, 0], [1, FALLBACKS["thin"], 1]
+    )
 
 
 def test_a_rule_holds_in_its_months():
@@ -202,7 +224,10 @@ def test_bright_ground_is_not_hidden_by_the_second_opinion_either():
     scl, mine, overcast = mine_under_changing_sky(0.1)
     rule = (MaskRule(classes=(8, 9)),)
     recipe = dataclasses.replace(
-        PLAIN, mask=rule, bright_override=BrightOverride(), second_opinion=SecondOpinion(weights=("any",), dilate_m=0)
+        PLAIN,
+        mask=rule,
+        bright_override=BrightOverride(),
+        second_opinion=SecondOpinion(weights=("any",), dilate_m=0),
     )
     agrees = np.isin(scl, (8, 9)).astype(np.uint8)  # that it is cloud
     found = kinds(scl, recipe, MONTHS, OWN, agrees)
@@ -219,14 +244,19 @@ def test_one_date_alone_says_nothing_of_bright_ground():
 
 def test_thin_cloud_is_taken_where_there_is_nothing_else_and_only_there():
     kind = np.array([[[1, 3]], [[3, 3]], [[3, 0]]], np.uint8)
-    use, quality = chosen(kind, dataclasses.replace(PLAIN, min_clear=3, fallback=("ungrown", "thin")))
+    use, quality = chosen(
+        kind, dataclasses.replace(PLAIN, min_clear=3, fallback=("ungrown", "thin"))
+    )
     np.testing.assert_array_equal(use[:, 0], [[True, True], [False, True], [False, False]])
     np.testing.assert_array_equal(quality, [[1, 3]])
 
 
 def test_a_pixel_seen_through_haze_only_stays_and_says_so():
     hot, use = np.zeros((3, 5, 5), np.int32), np.ones((3, 5, 5), bool)
-    hot[0], use[1:, 2, 2] = 20000, False  # 0.25 of excess on the first date, the only one of the middle pixel
+    hot[0], use[1:, 2, 2] = (
+        20000,
+        False,
+    )  # 0.25 of excess on the first date, the only one of the middle pixel
     kept, quality, _ = without_haze(hot, use, np.ones((5, 5), np.uint8), HazeTest())
     hazy = np.zeros((5, 5), bool)
     hazy[2, 2] = True
@@ -249,7 +279,8 @@ def test_fallbacks_in_the_order_of_the_recipe():
     default = chosen(kind, PLAIN)
     np.testing.assert_array_equal(default[1], [[1, 2, 1, 4, 0]])
     np.testing.assert_array_equal(
-        default[0][:, 0].T.astype(int), [[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0] * 4]
+        default[0][:, 0].T.astype(int),
+        [[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0] * 4],
     )
     wider = dataclasses.replace(
         PLAIN,
@@ -260,14 +291,22 @@ def test_fallbacks_in_the_order_of_the_recipe():
     )
     use, quality = chosen(kind, wider)
     np.testing.assert_array_equal(quality, [[1, 6, 5, 4, 0]])
-    np.testing.assert_array_equal(use[:, 0].T.astype(int), [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 1, 0], [0] * 4])
+    np.testing.assert_array_equal(
+        use[:, 0].T.astype(int), [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 1, 0], [0] * 4]
+    )
     none = dataclasses.replace(PLAIN, fallback=())
     np.testing.assert_array_equal(chosen(kind, none)[1], [[1, 0, 1, 0, 0]])
     assert max(FALLBACKS.values()) == len(QUALITY) - 1
 
 
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(3, 9), st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 5)))
+@given(
+    hnp.arrays(
+        np.uint8,
+        st.tuples(st.integers(3, 9), st.integers(1, 5), st.integers(1, 5)),
+        elements=st.integers(0, 5),
+    )
+)
 def test_the_clearest_are_clear_and_leave_no_hole(kind):
     days = np.arange(len(kind)) * 10
     use = clearest(kind, 3, 2, days)
@@ -299,11 +338,17 @@ def test_others_are_read_only_where_the_clearest_lack():
 
 
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=INT32), st.integers(0, 4))
+@given(
+    hnp.arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=INT32),
+    st.integers(0, 4),
+)
 def test_window_sums_are_cut_at_the_edges(values, half):
     got = window_sum(values, half)
     for y, x in np.ndindex(values.shape):
-        assert got[y, x] == values[max(y - half, 0) : y + half + 1, max(x - half, 0) : x + half + 1].sum()
+        assert (
+            got[y, x]
+            == values[max(y - half, 0) : y + half + 1, max(x - half, 0) : x + half + 1].sum()
+        )
 
 
 def test_cloud_distance():

@@ -37,7 +37,9 @@ from minecube.metrics import Scores, count, finish
 YEARS = [2015, 2016, 2018, 2019]
 
 
-def series(seed: int, shape: tuple[int, int, int] = (4, 17, 23), unknown: float = 0.1) -> np.ndarray:
+def series(
+    seed: int, shape: tuple[int, int, int] = (4, 17, 23), unknown: float = 0.1
+) -> np.ndarray:
     """Footprints of which some pixels never change, some do, and some are unknown now and then."""
     r = np.random.default_rng(seed)
     years, height, width = shape
@@ -87,7 +89,12 @@ def by_loops(p: np.ndarray, y: np.ndarray) -> dict[str, float]:
     rates = {
         f"{name}_{score}": f(t, q, zero_division=np.nan)
         for name, (t, q) in variants.items()
-        for score, f in (("f1", f1_score), ("iou", _jaccard), ("precision", precision_score), ("recall", recall_score))
+        for score, f in (
+            ("f1", f1_score),
+            ("iou", _jaccard),
+            ("precision", precision_score),
+            ("recall", recall_score),
+        )
     }
     transition = {
         "transition_f1": f1_score(a, b, labels=[-1, 1], average="micro"),
@@ -95,7 +102,14 @@ def by_loops(p: np.ndarray, y: np.ndarray) -> dict[str, float]:
         "transition_precision": precision_score(a, b, labels=[-1, 1], average="micro"),
         "transition_recall": recall_score(a, b, labels=[-1, 1], average="micro"),
     }
-    tubes = {"tiou_s": s, "tiou_c": c, "ca_tiou": (s + c) / 2, "bc": bc, "sc": sc, "scs": (bc + sc) / 2}
+    tubes = {
+        "tiou_s": s,
+        "tiou_c": c,
+        "ca_tiou": (s + c) / 2,
+        "bc": bc,
+        "sc": sc,
+        "scs": (bc + sc) / 2,
+    }
     return tubes | rates | transition
 
 
@@ -103,10 +117,14 @@ def _jaccard(t: np.ndarray, q: np.ndarray, zero_division: float) -> float:
     return jaccard_score(t, q) if (t | q).any() else zero_division
 
 
-def test_counts_are_the_same_however_many_rows_and_words_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_the_same_however_many_rows_and_words_are_taken_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     p, y = (series(seed, (10, 43, 61), unknown=0) for seed in (11, 12))
     p[:, :9], y[:, :9] = 0, 0
-    p[:, 9:16], y[:, 9:16] = (series(seed, (10, 7, 61)) for seed in (13, 14))  # unknown pixels in two bands alone
+    p[:, 9:16], y[:, 9:16] = (
+        series(seed, (10, 7, 61)) for seed in (13, 14)
+    )  # unknown pixels in two bands alone
     whole = count(p, y, range(10))
     monkeypatch.setattr("minecube.metrics.counting._BAND_PX", 8)
     monkeypatch.setattr("minecube.metrics.counting._WORDS", 7)
@@ -147,23 +165,33 @@ def boundaries(p: np.ndarray, y: np.ndarray) -> list[int]:
         found = np.zeros(mask.shape, bool)
         for a, b in np.argwhere((mask == 1) & known):
             near = [(a - 1, b), (a + 1, b), (a, b - 1), (a, b + 1)]
-            inside = [n for n in near if 0 <= n[0] < mask.shape[0] and 0 <= n[1] < mask.shape[1] and known[n]]
+            inside = [
+                n
+                for n in near
+                if 0 <= n[0] < mask.shape[0] and 0 <= n[1] < mask.shape[1] and known[n]
+            ]
             found[a, b] = any(mask[n] == 0 for n in inside)
         return found
 
     drawn, true = edge(p), edge(y)
-    near_true, near_drawn = (distance_transform_edt(~of) <= 3 if of.any() else np.zeros_like(of) for of in (true, drawn))
+    near_true, near_drawn = (
+        distance_transform_edt(~of) <= 3 if of.any() else np.zeros_like(of) for of in (true, drawn)
+    )
     return [int(of.sum()) for of in (drawn, drawn & near_true, true, true & near_drawn)]
 
 
 @pytest.mark.parametrize("band", [128, 8])
 @pytest.mark.parametrize("width", [61, 200])
-def test_boundaries_are_those_of_euclidean_distances(width: int, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boundaries_are_those_of_euclidean_distances(
+    width: int, band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of pits, of single pixels scattered, and of both, some unknown in the upper rows, year by year."""
     monkeypatch.setattr("minecube.metrics.counting._BAND_PX", band)
     r = np.random.default_rng(3)
     shape = (6, 43, width)
-    pits = np.kron(r.integers(0, 2, (2, 6, 5, -(-width // 9))), np.ones((9, 9), int))[..., :43, :width]
+    pits = np.kron(r.integers(0, 2, (2, 6, 5, -(-width // 9))), np.ones((9, 9), int))[
+        ..., :43, :width
+    ]
     single = r.random((2, *shape)) < 0.03
     kinds = np.array([0, 1, 2, 0, 1, 1]).reshape(-1, 1, 1)
     p, y = np.where(kinds == 0, pits, np.where(kinds == 1, single, pits ^ single)).astype(np.uint8)
@@ -177,7 +205,10 @@ def test_boundaries_are_those_of_euclidean_distances(width: int, band: int, monk
 
 
 def test_boundary_f1_is_that_of_its_counts() -> None:
-    p, y = (np.kron(np.random.default_rng(n).integers(0, 2, (1, 6, 7)), np.ones((1, 9, 9), np.uint8)) for n in (3, 4))
+    p, y = (
+        np.kron(np.random.default_rng(n).integers(0, 2, (1, 6, 7)), np.ones((1, 9, 9), np.uint8))
+        for n in (3, 4)
+    )
     drawn, drawn_near, true, true_near = boundaries(p[0], y[0])
     precision, recall = drawn_near / drawn, true_near / true
     assert 0.1 < precision < 0.9
@@ -198,8 +229,12 @@ def test_boundary_tolerance_is_three_pixels(shift: int, expected: float, at: int
 
 def test_scores_by_hand() -> None:
     # Six pixels, three years: truth, prediction.
-    y = np.array([[0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 0, 0], [0, 0, 0]]).T.reshape(3, 1, 6)
-    p = np.array([[0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]]).T.reshape(3, 1, 6)
+    y = np.array([[0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 0, 0], [0, 0, 0]]).T.reshape(
+        3, 1, 6
+    )
+    p = np.array([[0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]]).T.reshape(
+        3, 1, 6
+    )
     found = finish(count(p.astype(np.uint8), y.astype(np.uint8), [2019, 2020, 2021]))
     # S: pixels 1, 2, 6: both 3, either 4. C: pixels 3, 4, 5: both 2 + 1 + 1, either 2 + 2 + 3.
     assert found["tiou_s"] == 3 / 4
@@ -242,9 +277,19 @@ def test_a_map_that_never_changes_scores_zero_in_change_though_not_in_mapping() 
     found = finish(scores)
     assert found["iou"] > 0.5
     assert found["tiou_s"] == 1
-    changes = ("bc", "change_f1", "change_iou", "transition_f1", "transition_iou", "expansion_f1", "expansion_iou")
+    changes = (
+        "bc",
+        "change_f1",
+        "change_iou",
+        "transition_f1",
+        "transition_iou",
+        "expansion_f1",
+        "expansion_iou",
+    )
     assert [found[name] for name in changes] == [0] * len(changes)
-    assert (metrics.by_pair(scores)[["change_f1", "transition_f1", "expansion_f1"]] == 0).all(axis=None)
+    assert (metrics.by_pair(scores)[["change_f1", "transition_f1", "expansion_f1"]] == 0).all(
+        axis=None
+    )
 
 
 def test_all_mine_is_no_good_map() -> None:
@@ -260,7 +305,10 @@ def test_nothing_to_judge_is_nan_not_zero_or_one() -> None:
     found = finish(count(empty, empty, [2019, 2020, 2021]))
     assert found.pop("accuracy") == 1
     assert found.pop("unmapped") == found.pop("change_unmapped") == 0
-    assert [found.pop(f"vc_{n}") for n in (2, 3)] == [1, 1]  # nothing moved, and nothing is a class, too
+    assert [found.pop(f"vc_{n}") for n in (2, 3)] == [
+        1,
+        1,
+    ]  # nothing moved, and nothing is a class, too
     assert all(math.isnan(value) for value in found.values())
     assert all(math.isnan(value) for value in finish(Scores()).values())
     json.dumps(found)
@@ -289,22 +337,38 @@ def test_unknown_pixels_are_left_out_whatever_stands_there() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([14, 63, 64, 65, 130]), st.integers(1, 11), st.integers(1, 13))
-def test_counts_of_blocks_add_up_to_those_of_the_site(seed: int, width: int, at_y: int, at_x: int) -> None:
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([14, 63, 64, 65, 130]),
+    st.integers(1, 11),
+    st.integers(1, 13),
+)
+def test_counts_of_blocks_add_up_to_those_of_the_site(
+    seed: int, width: int, at_y: int, at_x: int
+) -> None:
     at_x = at_x * width // 14
     p, y = (series(n, (3, 12, width)) for n in (seed, seed + 1))
     years = [2019, 2020, 2021]
     total = Scores()
     for rows in (slice(0, at_y), slice(at_y, 12)):
         for columns in (slice(0, at_x), slice(at_x, width)):
-            context = tuple(slice(max(s.start - metrics.MARGIN_PX, 0), s.stop + metrics.MARGIN_PX) for s in (rows, columns))
-            core = tuple(slice(s.start - c.start, s.stop - c.start) for s, c in zip((rows, columns), context, strict=True))
+            context = tuple(
+                slice(max(s.start - metrics.MARGIN_PX, 0), s.stop + metrics.MARGIN_PX)
+                for s in (rows, columns)
+            )
+            core = tuple(
+                slice(s.start - c.start, s.stop - c.start)
+                for s, c in zip((rows, columns), context, strict=True)
+            )
             total += count(p[:, *context], y[:, *context], years, core=core)  # type: ignore[arg-type]
     assert total == count(p, y, years)
 
 
 def test_counts_of_sites_with_other_years_add_up() -> None:
-    one, two = count(series(11), series(12), YEARS), count(series(13)[:3], series(14)[:3], [2016, 2019, 2024])
+    one, two = (
+        count(series(11), series(12), YEARS),
+        count(series(13)[:3], series(14)[:3], [2016, 2019, 2024]),
+    )
     both = one + two
     assert both == two + one
     assert both + Scores() == both
@@ -324,17 +388,23 @@ def test_pooling_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
 def test_gaps_are_calendar_years_and_pairs_are_all_pairs() -> None:
     p, y = series(15), series(16)
     scores = count(p, y, YEARS)
-    assert metrics.by_pair(scores).index.tolist() == sorted(f"{a}-{b}" for a, b in combinations(YEARS, 2))
+    assert metrics.by_pair(scores).index.tolist() == sorted(
+        f"{a}-{b}" for a, b in combinations(YEARS, 2)
+    )
     gaps = metrics.by_gap(scores)
     assert gaps.index.tolist() == [1, 2, 3, 4]  # not 1, 2, 3: 2017 is not among the years
-    alone = finish(count(p[[0, 2]], y[[0, 2]], [2015, 2018]) + count(p[[1, 3]], y[[1, 3]], [2016, 2019]))
+    alone = finish(
+        count(p[[0, 2]], y[[0, 2]], [2015, 2018]) + count(p[[1, 3]], y[[1, 3]], [2016, 2019])
+    )
     assert gaps.loc[3].to_dict() == pytest.approx({name: alone[name] for name in gaps.columns})
 
 
 def test_dataarrays_are_scored_by_their_own_years() -> None:
     p, y = series(17), series(18)
     label = xr.DataArray(y, dims=("year", "y", "x"), coords={"year": YEARS})
-    turned = xr.DataArray(p, dims=("year", "y", "x"), coords={"year": YEARS}).transpose("x", "y", "year")
+    turned = xr.DataArray(p, dims=("year", "y", "x"), coords={"year": YEARS}).transpose(
+        "x", "y", "year"
+    )
     assert count(turned, label, YEARS) == count(p, y, YEARS)
     with pytest.raises(ModelError, match="one year would be scored as another"):
         count(turned.assign_coords(year=[2014, 2015, 2016, 2017]), label, YEARS)
@@ -374,9 +444,12 @@ def test_a_value_that_is_no_footprint_is_found_wherever_it_is(width: int, of: st
 
 
 @pytest.mark.parametrize(
-    "change", [lambda a: a[:, ::2], lambda a: a[:, :, ::-1], np.asfortranarray, lambda a: a.astype(np.int64)]
+    "change",
+    [lambda a: a[:, ::2], lambda a: a[:, :, ::-1], np.asfortranarray, lambda a: a.astype(np.int64)],
 )
-def test_it_does_not_matter_how_pixels_lie_in_memory(change: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_it_does_not_matter_how_pixels_lie_in_memory(
+    change: Callable[[np.ndarray], np.ndarray],
+) -> None:
     p, y = change(series(17)), change(series(18))
     p.flags.writeable = False
     assert count(p, y, YEARS) == count(p.astype(np.uint8, "C"), y.astype(np.uint8, "C"), YEARS)
@@ -397,7 +470,9 @@ def by_loops_of_years(p: np.ndarray, y: np.ndarray) -> tuple[list, list]:
     for i, j in combinations(range(len(y)), 2):
         both = known[i] & known[j]
         truth, pred = (a[j][both].astype(int) - a[i][both] for a in (y, p))
-        cells = [np.sum((truth == a) & (pred == b)) for a, b in itertools.product((1, -1, 0), (1, 0, -1))]
+        cells = [
+            np.sum((truth == a) & (pred == b)) for a, b in itertools.product((1, -1, 0), (1, 0, -1))
+        ]
         pairs.append([*cells, np.sum(labelled[i] & labelled[j] & ~both)])
     return maps, pairs
 
@@ -415,9 +490,13 @@ def by_loops_of_years(p: np.ndarray, y: np.ndarray) -> tuple[list, list]:
     ],
     ids=str,
 )
-def test_counts_do_not_depend_on_how_pixels_are_packed(shape: tuple[int, int, int], unknown: float) -> None:
+def test_counts_do_not_depend_on_how_pixels_are_packed(
+    shape: tuple[int, int, int], unknown: float
+) -> None:
     p, y = series(20, shape, unknown), series(21, shape, unknown)
-    p[:, :, : shape[2] // 4] = y[:, :, : shape[2] // 4] = 0  # words in which nothing moves are not looked at again
+    p[:, :, : shape[2] // 4] = y[:, :, : shape[2] // 4] = (
+        0  # words in which nothing moves are not looked at again
+    )
     years = list(range(2000, 2000 + shape[0]))
     scores = count(p, y, years)
     maps, pairs = by_loops_of_years(p, y)
@@ -455,7 +534,12 @@ def test_counts_go_through_json_unchanged() -> None:
     back = Scores.of_json(json.loads(json.dumps(scores.to_json())))
     assert back == scores
     assert back + scores == scores + scores
-    for wrong in ({}, {**scores.to_json(), "version": 0}, {**scores.to_json(), "footprint": {"2015": [[1, 2]]}}, []):
+    for wrong in (
+        {},
+        {**scores.to_json(), "version": 0},
+        {**scores.to_json(), "footprint": {"2015": [[1, 2]]}},
+        [],
+    ):
         with pytest.raises(ModelError, match="count again"):
             Scores.of_json(wrong)  # type: ignore[arg-type]
 
@@ -478,8 +562,12 @@ def test_video_consistency_is_vspws(n: int) -> None:
     windows = [w for (_, _, long), w in sorted(scores.windows.items()) if long == n]
     assert len(windows) == 10 - n + 1
     # Theirs: the mean of ratios, without the last window.
-    assert np.mean([w.kept / w.steady for w in windows[:-1]]) == pytest.approx(np.mean(vspw(y, p, n, 10 - n)))
-    assert finish(scores)[f"vc_{n}"] == sum(w.kept for w in windows) / sum(w.steady for w in windows)
+    assert np.mean([w.kept / w.steady for w in windows[:-1]]) == pytest.approx(
+        np.mean(vspw(y, p, n, 10 - n))
+    )
+    assert finish(scores)[f"vc_{n}"] == sum(w.kept for w in windows) / sum(
+        w.steady for w in windows
+    )
     never = finish(count(np.broadcast_to(p[0], p.shape), y, years))
     assert never[f"vc_{n}"] == 1
 
@@ -495,7 +583,9 @@ def test_video_consistency_leaves_out_what_is_unknown_in_the_window() -> None:
     }
 
 
-def chances(seed: int, shape: tuple[int, int, int], levels: int = 251) -> tuple[np.ndarray, np.ndarray]:
+def chances(
+    seed: int, shape: tuple[int, int, int], levels: int = 251
+) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities x 250 that tell something, some unknown, and truth."""
     r = np.random.default_rng(seed)
     p = r.integers(0, levels, shape) * (250 // (levels - 1))
@@ -508,7 +598,9 @@ def chances(seed: int, shape: tuple[int, int, int], levels: int = 251) -> tuple[
 def test_curves_are_scikit_learns(levels: int) -> None:
     p, y = chances(30, (4, 15, 16), levels)
     scores = metrics.count_probability(p, y, YEARS)
-    table = metrics.by_year(count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, YEARS) + scores)
+    table = metrics.by_year(
+        count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, YEARS) + scores
+    )
     known = (p != 255) & (y != 255)
     for i, year in enumerate(YEARS):
         t, q = y[i][known[i]], p[i][known[i]] / 250
@@ -541,7 +633,9 @@ def test_change_is_ranked_by_the_distance_of_probabilities() -> None:
     for _ in range(400):
         order = np.lexsort([rng.random(len(score)), -np.array(score)])[:r]
         hits.append(np.array(truth)[order].mean())
-    assert found["change_f1_at_r"] == pytest.approx(np.mean(hits), abs=4 * np.std(hits) / 20 + 1e-12)
+    assert found["change_f1_at_r"] == pytest.approx(
+        np.mean(hits), abs=4 * np.std(hits) / 20 + 1e-12
+    )
 
 
 def test_f1_at_r_by_hand() -> None:
@@ -567,7 +661,10 @@ def test_a_truth_that_is_none_of_the_three_is_refused_where_probabilities_are_co
 def test_curves_of_blocks_add_up(seed: int, at: int) -> None:
     p, y = chances(seed, (3, 9, 7))
     years = [2019, 2020, 2022]
-    parts = [metrics.count_probability(p, y, years, core=(rows, slice(None))) for rows in (slice(0, at), slice(at, 9))]
+    parts = [
+        metrics.count_probability(p, y, years, core=(rows, slice(None)))
+        for rows in (slice(0, at), slice(at, 9))
+    ]
     assert parts[0] + parts[1] == metrics.count_probability(p, y, years)
     assert sorted(parts[0].change) == [1, 2, 3]
 
@@ -598,11 +695,20 @@ def as_change(p: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
         (("new", "removed"), {"change", "transition", "expansion"}),
     ],
 )
-def test_maps_of_change_are_scored_as_footprints_are(classes: tuple[str, ...], variants: set[str]) -> None:
+def test_maps_of_change_are_scored_as_footprints_are(
+    classes: tuple[str, ...], variants: set[str]
+) -> None:
     p, y = series(32), series(33)
-    of_maps, of_change = count(p, y, YEARS), metrics.count_change(as_change(p, classes), y, YEARS, PAIRS, classes)
+    of_maps, of_change = (
+        count(p, y, YEARS),
+        metrics.count_change(as_change(p, classes), y, YEARS, PAIRS, classes),
+    )
     expected, found = (metrics.by_gap(s) for s in (of_maps, of_change))
-    names = [name for name in expected.columns if name.split("_")[0] in variants and name != "change_unmapped"]
+    names = [
+        name
+        for name in expected.columns
+        if name.split("_")[0] in variants and name != "change_unmapped"
+    ]
     assert {name.split("_")[0] for name in found.columns} - {"change"} == variants - {"change"}
     assert found[names].equals(expected[names])
     assert finish(of_change).keys() >= set(names)
@@ -621,7 +727,9 @@ def test_a_perfect_map_of_change_scores_one_and_one_without_change_zero() -> Non
         assert set(found.values()) == {1.0}
         none = np.zeros((len(PAIRS), len(classes), *y.shape[1:]), np.uint8)
         scores = {
-            n: v for n, v in finish(metrics.count_change(none, y, YEARS, PAIRS, classes)).items() if n.endswith(("f1", "iou"))
+            n: v
+            for n, v in finish(metrics.count_change(none, y, YEARS, PAIRS, classes)).items()
+            if n.endswith(("f1", "iou"))
         }
         assert set(scores.values()) == {0.0}
 
@@ -653,7 +761,9 @@ def test_change_the_wrong_way_round_is_refused() -> None:
 
 def test_scores_of_different_change_classes_are_not_joined() -> None:
     y = series(36)
-    one, other = (metrics.count_change(as_change(y, c), y, YEARS, PAIRS, c) for c in (("new",), ("changed",)))
+    one, other = (
+        metrics.count_change(as_change(y, c), y, YEARS, PAIRS, c) for c in (("new",), ("changed",))
+    )
     with pytest.raises(ModelError, match="score the two models apart"):
         one + other
     assert Scores() + one == one
@@ -663,7 +773,9 @@ def test_a_probability_is_no_footprint_and_the_reverse() -> None:
     with pytest.raises(ModelError, match="expected uint8"):
         metrics.count_probability(np.full((1, 3, 3), 0.5), np.zeros((1, 3, 3), np.uint8), [2020])  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"0\.\.250"):
-        metrics.count_probability(np.full((1, 3, 3), 252, np.uint8), np.zeros((1, 3, 3), np.uint8), [2020])
+        metrics.count_probability(
+            np.full((1, 3, 3), 252, np.uint8), np.zeros((1, 3, 3), np.uint8), [2020]
+        )
 
 
 def test_baselines_lose_where_they_must() -> None:
@@ -672,7 +784,9 @@ def test_baselines_lose_where_they_must() -> None:
     found = {name: finish(count(p, y, years)) for name, p in metrics.baselines(y).items()}
     assert list(found) == ["never changes", "always mine", "last year's map"]
     for name in ("never changes", "always mine"):
-        assert [found[name][s] for s in ("change_f1", "transition_f1", "expansion_f1", "bc")] == [0] * 4
+        assert [found[name][s] for s in ("change_f1", "transition_f1", "expansion_f1", "bc")] == [
+            0
+        ] * 4
     assert found["always mine"]["recall"] == 1
     assert found["never changes"]["tiou_s"] == 1
     assert found["never changes"]["unmapped"] == 0
@@ -685,7 +799,9 @@ def sites_of(number: int, seed: int = 0) -> dict[str, Scores]:
     found = {}
     for n in range(number):
         y = series(1000 * seed + n, (3, 8, 9 + n), unknown=0)
-        p = np.where(np.random.default_rng(n).random(y.shape) < 0.04 * (n + 1), 1 - y, y).astype(np.uint8)
+        p = np.where(np.random.default_rng(n).random(y.shape) < 0.04 * (n + 1), 1 - y, y).astype(
+            np.uint8
+        )
         found[f"s{n}"] = count(p, y, [2019, 2020, 2021])
     return found
 
@@ -702,7 +818,12 @@ def test_intervals_are_scipys(method: str, name: str) -> None:
 
     rng = np.random.default_rng(5)
     expected = bootstrap(
-        (np.arange(9),), pooled, n_resamples=500, method=method.replace("bca", "BCa"), vectorized=False, random_state=rng
+        (np.arange(9),),
+        pooled,
+        n_resamples=500,
+        method=method.replace("bca", "BCa"),
+        vectorized=False,
+        random_state=rng,
     ).confidence_interval
     assert table.loc[name, "score"] == pytest.approx(pooled(np.arange(9)))
     assert table.loc[name, ["low", "high"]].tolist() == pytest.approx(list(expected))
@@ -725,7 +846,9 @@ def test_the_same_seed_gives_the_same_interval_and_one_site_none() -> None:
     assert metrics.intervals(sites, seed=3).equals(metrics.intervals(sites, seed=3))
     assert not metrics.intervals(sites, seed=3).equals(metrics.intervals(sites, seed=4))
     alone = metrics.intervals({"s0": sites["s0"]})
-    assert alone["score"].dropna().to_dict() == {n: v for n, v in finish(sites["s0"]).items() if not math.isnan(v)}
+    assert alone["score"].dropna().to_dict() == {
+        n: v for n, v in finish(sites["s0"]).items() if not math.isnan(v)
+    }
     assert alone[["low", "high"]].isna().all(axis=None)
     with pytest.raises(ModelError, match="no site"):
         metrics.intervals({})
@@ -737,10 +860,17 @@ def test_differences_are_paired_by_site() -> None:
     one = sites_of(8)
     worse = {}
     for name, scores in one.items():  # a little worse at each site
-        years = {y: dataclasses.replace(n, tp=n.tp - 2, fn=n.fn + 2) for y, n in scores.years.items()}
+        years = {
+            y: dataclasses.replace(n, tp=n.tp - 2, fn=n.fn + 2) for y, n in scores.years.items()
+        }
         worse[name] = dataclasses.replace(scores, years=years)
     paired = metrics.difference(one, dict(reversed(worse.items())))
-    assert 0 < paired.loc["recall", "low"] < paired.loc["recall", "score"] < paired.loc["recall", "high"]
+    assert (
+        0
+        < paired.loc["recall", "low"]
+        < paired.loc["recall", "score"]
+        < paired.loc["recall", "high"]
+    )
     apart = [metrics.intervals(s).loc["recall"] for s in (one, worse)]
     assert apart[0]["low"] < apart[1]["high"]  # unpaired, they overlap
     with pytest.raises(ModelError, match="same sites"):
@@ -757,7 +887,8 @@ def test_formulas_work_on_many_resamples_at_once() -> None:
     p, y = chances(40, (3, 8, 8))
     years = [2019, 2020, 2021]
     several = [
-        count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, years) + metrics.count_probability(p, y, years),
+        count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, years)
+        + metrics.count_probability(p, y, years),
         count(y, y, years),
         Scores(),
     ]

@@ -20,7 +20,12 @@ from minecube.models import Trained, load, predict, save
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ModelCard(
-    id="small", title="for tests", architecture="unet", options={"width": 4, "depth": 2}, window_px=16, multiple_px=4
+    id="small",
+    title="for tests",
+    architecture="unet",
+    options={"width": 4, "depth": 2},
+    window_px=16,
+    multiple_px=4,
 )
 
 
@@ -53,7 +58,12 @@ def test_parameters_are_those_of_the_architecture() -> None:
 def test_the_shipped_card_builds_and_gives_logits_of_its_windows() -> None:
     card = load_models()["unet-small"]
     network = models.build(card).eval()
-    assert network(torch.zeros(1, 10, card.window_px, card.window_px)).shape == (1, 1, card.window_px, card.window_px)
+    assert network(torch.zeros(1, 10, card.window_px, card.window_px)).shape == (
+        1,
+        1,
+        card.window_px,
+        card.window_px,
+    )
 
 
 # Files
@@ -63,7 +73,12 @@ def test_a_saved_model_maps_as_before(tmp_path: Path) -> None:
     path, trained = tmp_path / "model.pt", untrained()
     save(trained, path)
     found = load(path)
-    assert (found.card, found.mean, found.std, found.sites) == (trained.card, trained.mean, trained.std, ("a",))
+    assert (found.card, found.mean, found.std, found.sites) == (
+        trained.card,
+        trained.mean,
+        trained.std,
+        ("a",),
+    )
     pixels = np.random.default_rng(15).integers(1, 3000, (len(BANDS), 48, 40), dtype=np.uint16)
     of = xr.DataArray(pixels, dims=("band", "y", "x"), coords={"band": list(BANDS)})
     xr.testing.assert_identical(predict(found, of), predict(trained, of))
@@ -71,7 +86,9 @@ def test_a_saved_model_maps_as_before(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_a_model_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.pt"
     save(untrained(seed=0), path)
     before = path.read_bytes()
@@ -144,7 +161,9 @@ def altered(path: Path, **changes: object) -> None:
         ({"attention": True}, "does not know.*attention"),
     ],
 )
-def test_models_of_another_architecture_are_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+def test_models_of_another_architecture_are_refused(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
     path = tmp_path / "model.pt"
     save(untrained(), path)
     altered(path, **changes)

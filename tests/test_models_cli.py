@@ -36,7 +36,15 @@ def own_catalog(folder: Path, name: str = "own", architecture: str = "unet") -> 
 
 def test_every_network_is_listed_once() -> None:
     lines = run("models").splitlines()
-    assert lines[0].split() == ["name", "task", "architecture", "classes", "window", "weights", "paper"]
+    assert lines[0].split() == [
+        "name",
+        "task",
+        "architecture",
+        "classes",
+        "window",
+        "weights",
+        "paper",
+    ]
     assert [line.split()[0] for line in lines[2:]] == list(load_models())
     (segformer,) = (line for line in lines if line.startswith("segformer-b2 "))
     assert segformer.split("  ", 1)[0] == "segformer-b2"
@@ -64,17 +72,30 @@ def test_a_card_is_shown_in_full_with_the_number_of_its_parameters() -> None:
     assert found["paper"] == card.paper
     assert found["weights"] == "none yet: `minecube train`"
     assert "licence" not in found  # of weights that there are not
-    assert int(found["parameters"].replace(",", "")) == sum(p.numel() for p in network.build(card).parameters())
+    assert int(found["parameters"].replace(",", "")) == sum(
+        p.numel() for p in network.build(card).parameters()
+    )
 
 
 def test_cards_of_ones_own_with_weights_and_scores(tmp_path: Path) -> None:
     folder = own_catalog(tmp_path)
-    (line,) = (line for line in run("models", "--catalog", folder).splitlines() if line.startswith("own "))
+    (line,) = (
+        line for line in run("models", "--catalog", folder).splitlines() if line.startswith("own ")
+    )
     assert line.split()[1:] == ["mapping", "unet", "mine", "160", "px", "yes"]
-    for arguments in (("models", "show", "own", "--catalog", folder), ("models", "--catalog", folder, "show", "own")):
+    for arguments in (
+        ("models", "show", "own", "--catalog", folder),
+        ("models", "--catalog", folder, "show", "own"),
+    ):
         out = run(*arguments)
         assert "licence " in out
-        for text in ("https://example.org/own.pt", "a1" * 32, "weights: revision  3", "Germany_1, Austria_2", "score: iou"):
+        for text in (
+            "https://example.org/own.pt",
+            "a1" * 32,
+            "weights: revision  3",
+            "Germany_1, Austria_2",
+            "score: iou",
+        ):
             assert text in out
     for arguments in (("--json", "show", "own"), ("show", "own", "--json")):
         said = json.loads(run("models", "--catalog", folder, *arguments))
@@ -85,12 +106,24 @@ def test_cards_of_ones_own_with_weights_and_scores(tmp_path: Path) -> None:
 
 def test_the_file_of_a_trained_network_is_shown_with_how_it_came_to_be(tmp_path: Path) -> None:
     card = load_models()["unet-small"]
-    training = {"settings": {"id": "cpu", "epochs": 10}, "seed": 3, "epoch": 7, "validation F1": 0.875}
+    training = {
+        "settings": {"id": "cpu", "epochs": 10},
+        "seed": 3,
+        "epoch": 7,
+        "validation F1": 0.875,
+    }
     of = network.Trained(
-        card=card, network=network.build(card), mean=(1500.0,) * 10, std=(400.0,) * 10, sites=("pit", "pond"), training=training
+        card=card,
+        network=network.build(card),
+        mean=(1500.0,) * 10,
+        std=(400.0,) * 10,
+        sites=("pit", "pond"),
+        training=training,
     )
     network.save(of, tmp_path / "model.pt")
-    lines = dict(line.split("  ", 1) for line in run("models", "show", tmp_path / "model.pt").splitlines())
+    lines = dict(
+        line.split("  ", 1) for line in run("models", "show", tmp_path / "model.pt").splitlines()
+    )
     found = {name.strip(): text.strip() for name, text in lines.items()}
     assert found["trained on"] == "pit pond"
     assert (found["seed"], found["epoch"], found["validation F1"]) == ("3", "7", "0.875")
@@ -105,10 +138,14 @@ def test_the_file_of_a_trained_network_is_shown_with_how_it_came_to_be(tmp_path:
 
 
 def test_unknown_names_and_architectures_are_named(tmp_path: Path) -> None:
-    assert "unknown model 'segformer-b7'; there is: " in (out := run("models", "show", "segformer-b7", ok=2))
+    assert "unknown model 'segformer-b7'; there is: " in (
+        out := run("models", "show", "segformer-b7", ok=2)
+    )
     assert "segformer-b2" in out
     folder = own_catalog(tmp_path, architecture="gpt")
-    assert "model own: unknown architecture 'gpt'" in run("models", "show", "own", "--catalog", folder, ok=2)
+    assert "model own: unknown architecture 'gpt'" in run(
+        "models", "show", "own", "--catalog", folder, ok=2
+    )
     assert "segformer-b2' is in the shipped catalogue already" in run(
         "models", "--catalog", own_catalog(tmp_path, "segformer-b2"), ok=2
     )
@@ -152,12 +189,20 @@ main(["models"])
     assert "segformer-b2" in done.stdout
 
 
-def test_a_command_that_needs_a_library_says_how_to_install_it(without: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_needs_a_library_says_how_to_install_it(
+    without: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @click.command()
     def train() -> None:
         network.build(load_models()["segformer-b0-small"])
 
-    monkeypatch.setitem(COMMANDS, "train", ("stand_in", "Stands in for the real one, which looks for a store first."))
+    monkeypatch.setitem(
+        COMMANDS,
+        "train",
+        ("stand_in", "Stands in for the real one, which looks for a store first."),
+    )
     monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(train=train))
     without("transformers", "minecube.models.libraries")
-    assert "`minecube train` needs transformers: pip install 'minecube[models]'" in run("train", ok=2)
+    assert "`minecube train` needs transformers: pip install 'minecube[models]'" in run(
+        "train", ok=2
+    )

@@ -49,7 +49,10 @@ def test_names_that_only_gdal_understands_are_refused_from_anywhere(href, origin
         check_href(href, origin)
 
 
-@given(st.integers(0, 4), st.sampled_from(["/vsicurl/http://x/a.tif", "<VRTDataset/>", "HDF5:/data/a.h5://x"]))
+@given(
+    st.integers(0, 4),
+    st.sampled_from(["/vsicurl/http://x/a.tif", "<VRTDataset/>", "HDF5:/data/a.h5://x"]),
+)
 def test_percent_encoding_hides_nothing(times, name):
     for _ in range(times):
         name = "".join(f"%{ord(c):02X}" if not c.isalnum() else c for c in name)
@@ -59,7 +62,11 @@ def test_percent_encoding_hides_nothing(times, name):
 
 @pytest.mark.parametrize(
     "href",
-    ["https://files.example.org/a b/B04.tif?x=1", "http://files.example.org:8080/urn:eop:x/B04.jp2", "s3://bucket/a/B04.tif"],
+    [
+        "https://files.example.org/a b/B04.tif?x=1",
+        "http://files.example.org:8080/urn:eop:x/B04.jp2",
+        "s3://bucket/a/B04.tif",
+    ],
 )
 def test_remote_files_are_allowed_from_anywhere(href):
     check_href(href, PUBLIC)
@@ -67,13 +74,20 @@ def test_remote_files_are_allowed_from_anywhere(href):
 
 
 @pytest.mark.parametrize(
-    "href", ["https://h.example.org/vsi-archive/a.tif", "https://h.example.org/a?x=/vsi", "https://h.example.org/a?x=/vsizip/b"]
+    "href",
+    [
+        "https://h.example.org/vsi-archive/a.tif",
+        "https://h.example.org/a?x=/vsi",
+        "https://h.example.org/a?x=/vsizip/b",
+    ],
 )
 def test_remote_names_that_look_like_gdals_are_allowed(href):
     check_href(href, PUBLIC)
 
 
-@pytest.mark.parametrize("path", ["/data/vsites/a.tif", "/data/S2A_20200101T10:20:21/B02.tif", "/data/vsi/a.tif"])
+@pytest.mark.parametrize(
+    "path", ["/data/vsites/a.tif", "/data/S2A_20200101T10:20:21/B02.tif", "/data/vsi/a.tif"]
+)
 def test_local_names_that_look_like_gdals_are_allowed(path):
     check_href(path, "")
     check_href(f"file://{path}", "")
@@ -83,7 +97,9 @@ def test_the_virtual_file_systems_of_this_gdal_are_known(tmp_path, make):
     """GDAL lists them, with those that rasterio adds. A name that the list here lacks would be allowed."""
     libraries = list((Path(rasterio.__file__).parents[1] / "rasterio.libs").glob("libgdal*"))
     if not libraries:
-        pytest.skip("not run: rasterio was not installed from a wheel for Linux, so its GDAL is elsewhere")
+        pytest.skip(
+            "not run: rasterio was not installed from a wheel for Linux, so its GDAL is elsewhere"
+        )
     prefixes = ctypes.CDLL(str(libraries[0])).VSIGetFileSystemsPrefixes
     prefixes.restype = ctypes.POINTER(ctypes.c_char_p)
     path = make.tif(tmp_path / "a.tif", make.unique(4, 4), make.grid(0, 0, 4, 4))
@@ -97,18 +113,41 @@ def test_the_virtual_file_systems_of_this_gdal_are_known(tmp_path, make):
 
 
 @pytest.mark.parametrize(
-    "href", ["/data/B04.tif", "data/B04.tif", "../B04.tif", "file:///data/B04.tif", "FILE:///data/B04.tif"]
+    "href",
+    ["/data/B04.tif", "data/B04.tif", "../B04.tif", "file:///data/B04.tif", "FILE:///data/B04.tif"],
 )
 def test_local_files_are_for_local_catalogues(href):
     check_href(href, "")
-    with pytest.raises(ForbiddenError, match=rf"it is a local file, but its catalogue is at {PUBLIC}"):
+    with pytest.raises(
+        ForbiddenError, match=rf"it is a local file, but its catalogue is at {PUBLIC}"
+    ):
         check_href(href, PUBLIC)
 
 
-PRIVATE = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "100.64.0.1", "0.0.0.0", "[::1]", "[fd00::1]"]
+PRIVATE = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "192.168.0.1",
+    "172.16.0.1",
+    "100.64.0.1",
+    "0.0.0.0",
+    "[::1]",
+    "[fd00::1]",
+]
 SHORT = ["127.1", "2130706433", "0x7f.0.0.1", "[::ffff:127.0.0.1]", "localhost"]
-EMBEDDED = ["[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]", "[64:ff9b:1::1]"]  # 127.0.0.1 within IPv6
-LINK_LOCAL = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "2852039166", "[64:ff9b::a9fe:a9fe]"]
+EMBEDDED = [
+    "[64:ff9b::7f00:1]",
+    "[2002:7f00:1::]",
+    "[::127.0.0.1]",
+    "[64:ff9b:1::1]",
+]  # 127.0.0.1 within IPv6
+LINK_LOCAL = [
+    "169.254.169.254",
+    "[fe80::1]",
+    "[::ffff:169.254.169.254]",
+    "2852039166",
+    "[64:ff9b::a9fe:a9fe]",
+]
 SPECIAL = [*LINK_LOCAL, "168.63.129.16", "[fd00:ec2::254]", "224.0.0.1", "[ff02::1]", "[ff0e::1]"]
 
 
@@ -150,17 +189,24 @@ def test_no_catalogue_reaches_special_addresses(no_dns, host):
             check_href(f"http://{host}/latest/B04.tif", origin)
 
 
-@pytest.mark.parametrize("host", ["93.184.216.34", "[2606:4700::1111]", "[64:ff9b::5db8:d822]", "[2002:5db8:d822::]"])
+@pytest.mark.parametrize(
+    "host", ["93.184.216.34", "[2606:4700::1111]", "[64:ff9b::5db8:d822]", "[2002:5db8:d822::]"]
+)
 def test_public_addresses_are_reached_in_every_form(no_dns, host):
     check_href(f"http://{host}/B04.tif", PUBLIC)
 
 
 def test_a_host_with_a_public_and_a_private_address_counts_as_public(monkeypatch):
     """A catalogue could add a private address to its own name, and would reach it there."""
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("93.184.216.34", "10.0.0.5")]
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+        for address in ("93.184.216.34", "10.0.0.5")
+    ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
     network.forget_unreachable()
-    with pytest.raises(ForbiddenError, match=r"both\.example\.org has the address 10\.0\.0\.5, which is not public"):
+    with pytest.raises(
+        ForbiddenError, match=r"both\.example\.org has the address 10\.0\.0\.5, which is not public"
+    ):
         check_address("both.example.org", "10.0.0.5", "both.example.org")
     check_address("both.example.org", "93.184.216.34", "both.example.org")
     network.forget_unreachable()
@@ -173,15 +219,28 @@ def test_a_name_is_judged_by_its_address(no_dns):
             check_address("files.example.org", address, PUBLIC)
 
 
-MALFORMED = ["http://[::1/x.zip", "http://files.example.org:port/x", "http://files.example.org:99999/x"]
+MALFORMED = [
+    "http://[::1/x.zip",
+    "http://files.example.org:port/x",
+    "http://files.example.org:99999/x",
+]
 ENCODED = ["http://files%2eexample.org/x", "http://%a1/x"]
 
 
 @pytest.mark.parametrize(
-    "url", [*MALFORMED, *ENCODED, "http://127.0.0.1\\@files.example.org/x", "http://files.example.org/a\\b"]
+    "url",
+    [
+        *MALFORMED,
+        *ENCODED,
+        "http://127.0.0.1\\@files.example.org/x",
+        "http://files.example.org/a\\b",
+    ],
 )
 def test_urls_that_libraries_read_differently_are_refused(url):
-    for check in (lambda: check_href(url, PUBLIC), lambda: redirected("http://a.example.org/x", url, PUBLIC)):
+    for check in (
+        lambda: check_href(url, PUBLIC),
+        lambda: redirected("http://a.example.org/x", url, PUBLIC),
+    ):
         with pytest.raises(ForbiddenError):
             check()
 
@@ -200,7 +259,10 @@ def test_the_host_that_is_checked_is_the_host_that_is_asked(rest):
 
 def test_redirects_stay_on_the_web(no_dns):
     assert redirected("http://a.example.org/x/y", "../z", PUBLIC) == "http://a.example.org/z"
-    assert redirected("http://a.example.org/x", "https://b.example.org/", PUBLIC) == "https://b.example.org/"
+    assert (
+        redirected("http://a.example.org/x", "https://b.example.org/", PUBLIC)
+        == "https://b.example.org/"
+    )
     for url, target in (
         ("http://a.example.org/x", "file:///data/x"),
         ("http://a.example.org/x", "ftp://b.example.org/x"),
@@ -234,4 +296,7 @@ def test_other_errors_are_not_taken_for_an_unreachable_host():
         requests.get("http://127.0.0.1:1/", timeout=5)
     except requests.ConnectionError as error:
         said = network.why_unreachable("http://user:secret@127.0.0.1:1/", error)
-    assert said == "127.0.0.1:1 cannot be reached (Connection refused): check the address, and that the server is running"
+    assert (
+        said
+        == "127.0.0.1:1 cannot be reached (Connection refused): check the address, and that the server is running"
+    )

@@ -41,19 +41,32 @@ def count(architecture: str, classes: int = 1, bands: int = 10, **options: objec
     """Parameters of the network, for any number of classes, which a card could not ask for."""
     card = ModelCard(id="counted", title="", architecture=architecture, options=options)
     stand_in = types.SimpleNamespace(
-        id=card.id, architecture=architecture, options=options, bands=range(bands), classes=range(classes)
+        id=card.id,
+        architecture=architecture,
+        options=options,
+        bands=range(bands),
+        classes=range(classes),
     )
     with torch.device("meta"):
         return sum(
-            p.numel() for p in getattr(libraries, models.ARCHITECTURES[architecture].partition(":")[2])(stand_in).parameters()
+            p.numel()
+            for p in getattr(libraries, models.ARCHITECTURES[architecture].partition(":")[2])(
+                stand_in
+            ).parameters()
         )
 
 
 def test_there_are_ten_each_in_two_sizes() -> None:
     assert len(CARDS) == 20
     assert len(SMALL) == 10
-    pairs = sorted((c.architecture, c.paper.split(";")[-1].split(",")[0]) for c in CARDS.values() if c.id not in SMALL)
-    assert pairs == sorted((c.architecture, c.paper.split(";")[-1].split(",")[0]) for c in SMALL.values())
+    pairs = sorted(
+        (c.architecture, c.paper.split(";")[-1].split(",")[0])
+        for c in CARDS.values()
+        if c.id not in SMALL
+    )
+    assert pairs == sorted(
+        (c.architecture, c.paper.split(";")[-1].split(",")[0]) for c in SMALL.values()
+    )
     assert all("arXiv:" in card.paper for card in CARDS.values())
 
 
@@ -80,8 +93,12 @@ def test_there_are_ten_each_in_two_sizes() -> None:
         (34.0, "deeplabv3", 150, {"encoder": "mobilevitv2-2.0"}),
     ],
 )
-def test_parameters_are_as_published(published: float, architecture: str, classes: int, options: dict[str, str]) -> None:
-    assert count(architecture, classes, bands=3, **options) / 1e6 == pytest.approx(published, abs=0.051)
+def test_parameters_are_as_published(
+    published: float, architecture: str, classes: int, options: dict[str, str]
+) -> None:
+    assert count(architecture, classes, bands=3, **options) / 1e6 == pytest.approx(
+        published, abs=0.051
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,12 +113,16 @@ def test_parameters_are_as_published(published: float, architecture: str, classe
         (122, "convnext-base", 512),
     ],
 )
-def test_parameters_of_upernet_are_as_published_without_the_auxiliary_head(published: int, encoder: str, features: int) -> None:
+def test_parameters_of_upernet_are_as_published_without_the_auxiliary_head(
+    published: int, encoder: str, features: int
+) -> None:
     auxiliary = 9 * features * 256 + 2 * 256 + 256 * 150 + 150
     assert round((count("upernet", 150, 3, encoder=encoder) + auxiliary) / 1e6) == published
 
 
-@pytest.mark.parametrize(("published", "encoder"), [(47, "swin-tiny"), (69, "swin-small"), (107, "swin-base")])
+@pytest.mark.parametrize(
+    ("published", "encoder"), [(47, "swin-tiny"), (69, "swin-small"), (107, "swin-base")]
+)
 def test_parameters_of_mask2former_are_as_published(published: int, encoder: str) -> None:
     # Table 1: COCO, 133 classes; one of them is background here.
     assert round(count("mask2former", 132, 3, encoder=encoder) / 1e6) == published
@@ -136,7 +157,10 @@ def unet_decoder(features: list[int]) -> int:
 def linknet_decoder(features: list[int]) -> int:
     # Each block: 1 x 1 to a quarter, transposed 4 x 4 with a bias, 1 x 1 to the next feature's channels; a head of 1 x 1.
     outs = [*features[1:], 32]
-    blocks = [conv(a, a // 4) + conv(a // 4, a // 4, 4) + a // 4 + conv(a // 4, b) for a, b in zip(features, outs, strict=True)]
+    blocks = [
+        conv(a, a // 4) + conv(a // 4, a // 4, 4) + a // 4 + conv(a // 4, b)
+        for a, b in zip(features, outs, strict=True)
+    ]
     return sum(blocks) + 32 + 1
 
 
@@ -147,7 +171,9 @@ def pspnet_decoder(a: int, width: int) -> int:
 
 def deeplabv3plus_decoder(a: int, low: int, width: int) -> int:
     pyramid = 2 * conv(a, width) + 3 * separable(a, width) + conv(5 * width, width)
-    return pyramid + separable(width, width) + conv(low, 48) + separable(width + 48, width) + width + 1
+    return (
+        pyramid + separable(width, width) + conv(low, 48) + separable(width + 48, width) + width + 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,12 +182,21 @@ def deeplabv3plus_decoder(a: int, low: int, width: int) -> int:
         ("unet-resnet50", RESNET50 + 7 * 49 * 64 + unet_decoder([2048, 1024, 512, 256, 64])),
         ("unet-resnet18-small", RESNET18 + 7 * 49 * 64 + unet_decoder([512, 256, 128, 64, 64])),
         ("linknet-resnet50", RESNET50 + 7 * 49 * 64 + linknet_decoder([2048, 1024, 512, 256, 64])),
-        ("linknet-resnet18-small", RESNET18 + 7 * 49 * 64 + linknet_decoder([512, 256, 128, 64, 64])),
+        (
+            "linknet-resnet18-small",
+            RESNET18 + 7 * 49 * 64 + linknet_decoder([512, 256, 128, 64, 64]),
+        ),
         ("pspnet-resnet50", RESNET50 + 7 * 49 * 64 + pspnet_decoder(2048, 512)),
         ("pspnet-resnet18-small", RESNET18 + 7 * 49 * 64 + pspnet_decoder(512, 128)),
         ("deeplabv3plus-resnet50", RESNET50 + 7 * 49 * 64 + deeplabv3plus_decoder(2048, 256, 256)),
-        ("deeplabv3plus-resnet18-small", RESNET18 + 7 * 49 * 64 + deeplabv3plus_decoder(512, 64, 128)),
-        ("deeplabv3plus-mobilenetv2", MOBILENETV2 + 7 * 9 * 32 + deeplabv3plus_decoder(1280, 24, 256)),
+        (
+            "deeplabv3plus-resnet18-small",
+            RESNET18 + 7 * 49 * 64 + deeplabv3plus_decoder(512, 64, 128),
+        ),
+        (
+            "deeplabv3plus-mobilenetv2",
+            MOBILENETV2 + 7 * 9 * 32 + deeplabv3plus_decoder(1280, 24, 256),
+        ),
     ],
 )
 def test_parameters_are_those_counted_by_hand(name: str, expected: int) -> None:
@@ -185,10 +220,17 @@ def test_every_card_builds_and_gives_logits_of_its_windows(name: str) -> None:
         assert network(torch.empty(3, 10, height, width)).shape == (3, 1, height, width)
 
 
-@pytest.mark.parametrize(("name", "stride"), [("pspnet-resnet50", 8), ("deeplabv3plus-resnet50", 16)])
+@pytest.mark.parametrize(
+    ("name", "stride"), [("pspnet-resnet50", 8), ("deeplabv3plus-resnet50", 16)]
+)
 def test_features_are_as_fine_as_published(name: str, stride: int) -> None:
     network = models.build(CARDS[name]).to("meta").eval()
-    assert network.encoder(torch.empty(1, 10, 160, 160, device="meta"))[-1].shape == (1, 2048, 160 // stride, 160 // stride)
+    assert network.encoder(torch.empty(1, 10, 160, 160, device="meta"))[-1].shape == (
+        1,
+        2048,
+        160 // stride,
+        160 // stride,
+    )
 
 
 def test_mobilevit_keeps_a_sixteenth() -> None:
@@ -222,15 +264,21 @@ def scene(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Reflectance (band, y, x) in which a mine, a bright disc, stands out; and the mine."""
     r = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
-    mine = np.hypot(y - r.uniform(0.3, 0.7) * height, x - r.uniform(0.3, 0.7) * width) < 0.25 * min(height, width)
-    return np.clip(r.normal(1000, 150, (10, height, width)) + 900 * mine, 1, None).astype(np.uint16), mine
+    mine = np.hypot(y - r.uniform(0.3, 0.7) * height, x - r.uniform(0.3, 0.7) * width) < 0.25 * min(
+        height, width
+    )
+    return np.clip(r.normal(1000, 150, (10, height, width)) + 900 * mine, 1, None).astype(
+        np.uint16
+    ), mine
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_it_trains_is_saved_and_maps_as_before(name: str, tmp_path: Path) -> None:
     card = dataclasses.replace(SMALL[name], window_px=64)
     network = built(card).train()
-    image, mine = (np.stack(pixels) for pixels in zip(*(scene(seed, 64, 64) for seed in range(2)), strict=True))
+    image, mine = (
+        np.stack(pixels) for pixels in zip(*(scene(seed, 64, 64) for seed in range(2)), strict=True)
+    )
     mean, std = (1000.0,) * 10, (300.0,) * 10
     x = torch.from_numpy(models.normalise(image, mean, std))
     y = torch.from_numpy(mine[:, None].astype(np.float32))
@@ -244,11 +292,18 @@ def test_it_trains_is_saved_and_maps_as_before(name: str, tmp_path: Path) -> Non
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-        reached |= {n for n, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        reached |= {
+            n
+            for n, p in network.named_parameters()
+            if p.grad is not None and p.grad.abs().sum() > 0
+        }
     assert {n for n, p in network.named_parameters() if p.requires_grad} - reached == set()
     assert losses[-1] < losses[0]
 
-    models.save(Trained(card=card, network=network.eval(), mean=mean, std=std, sites=("a",)), tmp_path / "model.pt")
+    models.save(
+        Trained(card=card, network=network.eval(), mean=mean, std=std, sites=("a",)),
+        tmp_path / "model.pt",
+    )
     found = models.load(tmp_path / "model.pt")
     assert found.card == card
     pixels = scene(9, 70, 53)[0]
@@ -275,7 +330,11 @@ def test_a_batch_of_one_trains_unless_it_is_said_not_to(name: str) -> None:
 def test_a_fresh_network_already_answers_to_what_it_sees(name: str) -> None:
     # Seen: scales of normalisation drawn about zero, and queries that are all of one class, let no signal through.
     network = built(SMALL[name]).train()
-    x = torch.from_numpy(np.stack([models.normalise(scene(i, 64, 64)[0], (1000.0,) * 10, (300.0,) * 10) for i in range(2)]))
+    x = torch.from_numpy(
+        np.stack(
+            [models.normalise(scene(i, 64, 64)[0], (1000.0,) * 10, (300.0,) * 10) for i in range(2)]
+        )
+    )
     torch.manual_seed(0)  # of dropout
     assert network(x).std(dim=(2, 3)).min() > 0.003
 
@@ -300,7 +359,9 @@ def test_queries_become_the_odds_of_the_papers_scores() -> None:
     r = np.random.default_rng(0)
     kinds, masks = r.normal(0, 2, (2, 5, 4)), r.normal(0, 2, (2, 5, 6, 7))
     share = np.exp(kinds) / np.exp(kinds).sum(-1, keepdims=True)
-    score = np.einsum("nqc,nqyx->ncyx", share[..., :-1], 1 / (1 + np.exp(-masks)))  # equation of semantic inference
+    score = np.einsum(
+        "nqc,nqyx->ncyx", share[..., :-1], 1 / (1 + np.exp(-masks))
+    )  # equation of semantic inference
     found = by_class(torch.from_numpy(kinds), torch.from_numpy(masks)).numpy()
     odds = score[:, 1:] / score[:, :1]
     np.testing.assert_allclose(1 / (1 + np.exp(-found)), odds / (1 + odds), rtol=1e-5)
@@ -328,12 +389,28 @@ def test_queries_far_from_any_doubt_give_numbers_and_gradients() -> None:
         ("linknet", {"encoder": "tu-swin_tinny"}, "unknown encoder 'tu-swin_tinny'"),
         ("pspnet", {"encoder": "vgg16"}, r"pspnet cannot be built with \{'encoder': 'vgg16'\}"),
         ("deeplabv3plus", {"width": 0}, "option 'width': expected a whole number above 0, found 0"),
-        ("deeplabv3plus", {"width": True}, "option 'width': expected a whole number above 0, found True"),
-        ("deeplabv3", {"encoder": "mobilevit-1.0"}, "no encoder 'mobilevit-1.0'; there is: mobilevitv2-0.5, "),
+        (
+            "deeplabv3plus",
+            {"width": True},
+            "option 'width': expected a whole number above 0, found True",
+        ),
+        (
+            "deeplabv3",
+            {"encoder": "mobilevit-1.0"},
+            "no encoder 'mobilevit-1.0'; there is: mobilevitv2-0.5, ",
+        ),
         ("segformer", {"encoder": "b6"}, "no encoder 'b6'; there is: b0, b1, b2, b3, b4, b5$"),
         ("segformer", {"encoder": 2}, "option 'encoder': expected a name, found 2"),
-        ("upernet", {"encoder": "resnet50"}, "no encoder 'resnet50'; there is: convnext-atto, .*, swin-base$"),
-        ("mask2former", {"queries": "many"}, "option 'queries': expected a whole number above 0, found 'many'"),
+        (
+            "upernet",
+            {"encoder": "resnet50"},
+            "no encoder 'resnet50'; there is: convnext-atto, .*, swin-base$",
+        ),
+        (
+            "mask2former",
+            {"queries": "many"},
+            "option 'queries': expected a whole number above 0, found 'many'",
+        ),
     ],
 )
 def test_wrong_options_are_named(architecture: str, options: dict[str, object], words: str) -> None:
@@ -344,7 +421,9 @@ def test_wrong_options_are_named(architecture: str, options: dict[str, object], 
 # Libraries
 
 
-def test_the_libraries_are_loaded_when_one_of_their_networks_is_asked_for_and_then_without_a_warning() -> None:
+def test_the_libraries_are_loaded_when_one_of_their_networks_is_asked_for_and_then_without_a_warning() -> (
+    None
+):
     code = """
 import sys
 from minecube import models
@@ -353,7 +432,9 @@ assert not {"timm", "transformers", "segmentation_models_pytorch"} & set(sys.mod
 models.build(load_models()["linknet-resnet18-small"])
 assert "timm" in sys.modules
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -28,7 +28,9 @@ HIGH_CLOUD = np.array([6200, 6000, 3400])
 def ground(pixels=900, seed=0, brighter=0):
     """Fields and woods in B02, B04, B12, [band, pixel], reflectance x 10000."""
     rng = np.random.default_rng(seed)
-    return (rng.uniform([[200], [150], [300]], [[900], [1500], [2500]], (3, pixels)) + brighter).astype(np.float32)
+    return (
+        rng.uniform([[200], [150], [300]], [[900], [1500], [2500]], (3, pixels)) + brighter
+    ).astype(np.float32)
 
 
 def seen(n, land, cover=0.0, seed=1):
@@ -36,7 +38,9 @@ def seen(n, land, cover=0.0, seed=1):
     rng = np.random.default_rng(seed)
     numbers = land + rng.normal(0, 20, (n, *land.shape))
     cloudy = rng.random((n, land.shape[1])) < cover
-    numbers = np.where(cloudy[:, None], HIGH_CLOUD[:, None] * rng.uniform(0.8, 1.1, (n, 1, land.shape[1])), numbers)
+    numbers = np.where(
+        cloudy[:, None], HIGH_CLOUD[:, None] * rng.uniform(0.8, 1.1, (n, 1, land.shape[1])), numbers
+    )
     return numbers.astype(np.float32), np.where(cloudy, CLOUD, VEGETATION).astype(np.uint16)
 
 
@@ -53,14 +57,18 @@ def told(numbers, scl, carries, decided, overpass=None):
 
 def test_quartile_of_the_others_against_brute_force():
     rng = np.random.default_rng(3)
-    values = rng.permutation(7 * 2 * 80).reshape(7, 2, 80).astype(np.float32) / 8  # no two move more than 300 apart
+    values = (
+        rng.permutation(7 * 2 * 80).reshape(7, 2, 80).astype(np.float32) / 8
+    )  # no two move more than 300 apart
     clear = rng.random((7, 80)) < 0.5
     clear[:, 0], clear[1:, 1] = False, False  # nobody, and one alone
     for n in range(7):
         expected = []
         for band in range(2):
             for pixel in range(80):
-                others = sorted(values[m, band, pixel] for m in range(7) if m != n and clear[m, pixel])
+                others = sorted(
+                    values[m, band, pixel] for m in range(7) if m != n and clear[m, pixel]
+                )
                 expected.append(others[(len(others) - 1) // 4] if others else np.nan)
         moved = np.where(clear[n], values[n] - np.reshape(expected, (2, 80)), np.nan)
         expected_step = np.nanmedian(moved.mean(axis=0))
@@ -88,7 +96,13 @@ def test_step_is_the_thousand_and_neither_haze_nor_cloud_nor_snow():
 @pytest.mark.parametrize(
     ("dark", "green", "level", "decided", "expected"),
     [
-        (200, 0.5, [0, 0, 1], [-1000, -1000, 0], 0),  # too dark to carry it, though all decisions contradict
+        (
+            200,
+            0.5,
+            [0, 0, 1],
+            [-1000, -1000, 0],
+            0,
+        ),  # too dark to carry it, though all decisions contradict
         (699, 0.5, [0, 0], [-1000, -1000], 0),
         (-800, 0.5, [0, 1, 1], [0, 0, 0], -1),  # the lowest is below what any scene can be
         (1000, 0.06, [0, 0], [0, 0], 1),  # leaves so bright
@@ -112,7 +126,9 @@ def test_wrong_ones_are_found_however_many(direction, wrong):
     numbers, scl = seen(20, ground(), cover=0.6)
     carries, decided = np.zeros(20, int), np.zeros(20, int)
     carries[15:], decided[15:] = 1000, -1000  # some right ones of the other kind
-    (carries if direction == "left in" else decided)[:wrong] += 1000 if direction == "left in" else -1000
+    (carries if direction == "left in" else decided)[:wrong] += (
+        1000 if direction == "left in" else -1000
+    )
     carried, above = told(numbers, scl, carries, decided)
     np.testing.assert_array_equal(carried, carries)
     np.testing.assert_allclose(above, carries, atol=60)
@@ -133,14 +149,19 @@ def test_a_bright_place_goes_by_the_decisions_that_agree():
         truth[4], flags[4] = carries, decided
         np.testing.assert_array_equal(told(numbers, scl, truth, flags)[0], truth)
     # With as many one way as the other nobody can say which are right, so none is accused.
-    assert np.isnan(told(numbers, scl, np.zeros(20, int), np.where(np.arange(20) < 10, 0, -1000))[0]).all()
+    assert np.isnan(
+        told(numbers, scl, np.zeros(20, int), np.where(np.arange(20) < 10, 0, -1000))[0]
+    ).all()
 
 
 def test_two_scenes_do_not_change_places_for_ever():
     numbers, _ = seen(2, ground(brighter=1200))
     scl = np.full((2, 900), BARE, np.uint16)
     level, step = offsets.levels(
-        numbers + np.array([0, 1000], np.float32)[:, None, None], scl == BARE, np.zeros(2, bool), np.zeros(2, int)
+        numbers + np.array([0, 1000], np.float32)[:, None, None],
+        scl == BARE,
+        np.zeros(2, bool),
+        np.zeros(2, int),
     )
     assert level[1] - level[0] == 1
     assert abs(step).max() < 60
@@ -162,10 +183,14 @@ def test_pixels_that_are_alike_by_chance_tell_nothing():
     thick = np.linspace(650, 1350, 60)
     numbers[2, :, :60] = numbers[3, :, :60] + thick
     assert np.isnan(told(numbers, scl, [0] * 6, [0] * 6)[0][2])
-    numbers[2, :, :60] = numbers[3, :, :60] + np.sort(np.append(thick[::2], [1000] * 30))  # half of them by as much
+    numbers[2, :, :60] = numbers[3, :, :60] + np.sort(
+        np.append(thick[::2], [1000] * 30)
+    )  # half of them by as much
     assert told(numbers, scl, [0] * 6, [0] * 6)[0][2] == 1000
     scl[2] = CLOUD
-    assert np.isnan(told(numbers, scl, [0] * 6, [0] * 6)[0][2])  # accused on clear pixels of its own only
+    assert np.isnan(
+        told(numbers, scl, [0] * 6, [0] * 6)[0][2]
+    )  # accused on clear pixels of its own only
 
 
 @pytest.mark.parametrize("brightness", [700, 1000, 1300])
@@ -173,7 +198,10 @@ def test_pixels_that_are_alike_by_chance_tell_nothing():
 def test_uniform_cloud_without_short_wave_infrared_is_not_accused(fields, brightness):
     """A veil of cloud adds its own light and lets through the rest of the ground's: blue, red and near infrared alike."""
     rng = np.random.default_rng(2)
-    low, high = {"woods": ([200, 150, 2000], [600, 700, 4000]), "bare": ([600, 900, 1300], [1500, 2200, 3000])}[fields]
+    low, high = {
+        "woods": ([200, 150, 2000], [600, 700, 4000]),
+        "bare": ([600, 900, 1300], [1500, 2200, 3000]),
+    }[fields]
     land = rng.uniform(np.reshape(low, (3, 1)), np.reshape(high, (3, 1)), (3, 900))
     numbers, scl = seen(6, land.astype(np.float32))
     numbers[2] = brightness + (1 - brightness / 1e4) ** 2 * numbers[2]
@@ -189,7 +217,9 @@ def test_what_no_product_carries_is_not_told(carries):
     numbers, scl = seen(6, ground(brighter=1500))
     scl[:] = BARE
     others = carries - 1000 if carries == 2000 else 0
-    carried, above = told(numbers, scl, [others, others, carries, others, others, others], [-others] * 6)
+    carried, above = told(
+        numbers, scl, [others, others, carries, others, others, others], [-others] * 6
+    )
     assert np.isnan([carried[2], above[2]]).all()
     assert (np.delete(carried, 2) == others).all()
 
@@ -247,11 +277,26 @@ def place(archive, site):
     def scene(when, carried=0, offset=0, *, brighter=0, cloud=False, scl=VEGETATION, tile="33UUR"):
         land = ground(half[0] * half[1], brighter=brighter).reshape(3, *half)
         noise = np.random.default_rng(int(when[5:7] + when[8:10])).normal(0, 15, land.shape)
-        numbers = np.full(land.shape, 6000) * np.array([1, 0.97, 0.55])[:, None, None] if cloud else land + noise
+        numbers = (
+            np.full(land.shape, 6000) * np.array([1, 0.97, 0.55])[:, None, None]
+            if cloud
+            else land + noise
+        )
         stored = np.clip(numbers + carried, 1, None).astype(np.uint16)
-        pixels = {b: s.repeat(2, axis=0).repeat(2, axis=1) for b, s in zip(("B02", "B04"), stored, strict=False)}
+        pixels = {
+            b: s.repeat(2, axis=0).repeat(2, axis=1)
+            for b, s in zip(("B02", "B04"), stored, strict=False)
+        }
         scl = CLOUD if cloud else scl
-        return archive.scene(when, grid, pixels | {"B12": stored[2]}, scl, baseline="05.09", tile=tile, **{APPLIED: not offset})
+        return archive.scene(
+            when,
+            grid,
+            pixels | {"B12": stored[2]},
+            scl,
+            baseline="05.09",
+            tile=tile,
+            **{APPLIED: not offset},
+        )
 
     return grid, scene
 
@@ -266,7 +311,9 @@ def test_two_scenes_of_which_one_is_wrong(place):
         checks = checked([scene(DAYS[0]), scene(DAYS[1], carried, offset)], grid)
         assert summary(checks) == [(False, None), (True, should_be)]
         assert checks[0].step == pytest.approx(0, abs=40)
-        assert checks[1].step == pytest.approx(1000 + 2 * offset, abs=40)  # below black where it was taken off twice
+        assert checks[1].step == pytest.approx(
+            1000 + 2 * offset, abs=40
+        )  # below black where it was taken off twice
     assert [c.scene for c in checks] == sorted(c.scene for c in checks)
 
 
@@ -346,7 +393,11 @@ def three(place):
     """A right scene and two that another offset fits, and what was found of them."""
     _, scene = place
     listed = [scene(when) for when in DAYS[:3]]
-    return listed, [check(listed[0], False, None, 3.0), check(listed[1], True, -1000), check(listed[2], True, -1000, 990.0)]
+    return listed, [
+        check(listed[0], False, None, 3.0),
+        check(listed[1], True, -1000),
+        check(listed[2], True, -1000, 990.0),
+    ]
 
 
 def test_policies(three, caplog):
@@ -375,8 +426,12 @@ def test_policies(three, caplog):
 
 def test_real_dates_of_april_2023(real_data, tmp_path, make):
     """Twelve dates without offset, of which some are clear: none is accused, and those that are made wrong are found."""
-    with xr.open_dataset(real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False) as data:
-        arrays = {b: data[f"S2-L2A-{b}"].values.astype(np.uint16) for b in ("B04", "B08", "B11", "SCL")}
+    with xr.open_dataset(
+        real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False
+    ) as data:
+        arrays = {
+            b: data[f"S2-L2A-{b}"].values.astype(np.uint16) for b in ("B04", "B08", "B11", "SCL")
+        }
         days = data.t.values.astype("datetime64[D]").astype(str)
         left, top = float(data.x[0]) - 5, float(data.y[0]) + 5
     arrays = {b: np.where(a == 65535, 0, a) for b, a in arrays.items()}
@@ -390,7 +445,13 @@ def test_real_dates_of_april_2023(real_data, tmp_path, make):
             on_top = 1000 * (n in wrong)
             assets = {
                 b: pystac.Asset(
-                    str(make.tif(folder / day / f"{b}.tif", np.where(a[n], a[n] + on_top * (b != "SCL"), 0).astype("u2"), grid))
+                    str(
+                        make.tif(
+                            folder / day / f"{b}.tif",
+                            np.where(a[n], a[n] + on_top * (b != "SCL"), 0).astype("u2"),
+                            grid,
+                        )
+                    )
                 )
                 for b, a in arrays.items()
             }
@@ -413,9 +474,13 @@ def test_real_dates_of_april_2023(real_data, tmp_path, make):
 @pytest.fixture
 def april(real_data):
     """The same twelve dates as `checks(bands, decided, on_top)`: offsets as decided, numbers with `on_top` added."""
-    with xr.open_dataset(real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False) as data:
+    with xr.open_dataset(
+        real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False
+    ) as data:
         arrays = {b: data[f"S2-L2A-{b}"].values.reshape(12, -1) for b in (*OF_APRIL, "SCL")}
-    missing = np.any([np.isin(arrays[b], (0, 65535)) for b in OF_APRIL], axis=0) | np.isin(arrays["SCL"], (0, 1))
+    missing = np.any([np.isin(arrays[b], (0, 65535)) for b in OF_APRIL], axis=0) | np.isin(
+        arrays["SCL"], (0, 1)
+    )
 
     def checks(bands, decided=(0,) * 12, on_top=(0,) * 12):
         stored = np.stack([arrays[b] for b in bands], axis=1) + np.reshape(on_top, (12, 1, 1))
@@ -427,9 +492,14 @@ def april(real_data):
 
 def looked_at(bands, stored, scl, decided):
     ids = tuple(f"{n:02d}" for n in range(len(stored)))
-    properties = [{"minecube:offset": offset, "minecube:datatake": name} for name, offset in zip(ids, decided, strict=True)]
+    properties = [
+        {"minecube:offset": offset, "minecube:datatake": name}
+        for name, offset in zip(ids, decided, strict=True)
+    ]
     when = np.datetime64("2023-04-01T10:50:31").astype(object)
-    listed = [pystac.Item(name, None, None, when, p) for name, p in zip(ids, properties, strict=True)]
+    listed = [
+        pystac.Item(name, None, None, when, p) for name, p in zip(ids, properties, strict=True)
+    ]
     return check_offsets(listed, Look(ids=ids, bands=tuple(bands), stored=stored, scl=scl))
 
 
@@ -451,9 +521,14 @@ def test_wrong_offsets_of_april_2023_in_few_bands(april, bands):
     """The offset is removed from numbers without it, or left in numbers that have it: on one clear date or on both."""
     for wrong in (CLEAR_IN_APRIL[:1], CLEAR_IN_APRIL[1:], CLEAR_IN_APRIL):
         is_wrong = np.isin(np.arange(12), wrong)
-        removed, left = april(bands, np.where(is_wrong, -1000, 0)), april(bands, on_top=np.where(is_wrong, 1000, 0))
+        removed, left = (
+            april(bands, np.where(is_wrong, -1000, 0)),
+            april(bands, on_top=np.where(is_wrong, 1000, 0)),
+        )
         for checks, should_be in ((removed, 0), (left, -1000)):
-            assert [(n, c.should_be) for n, c in enumerate(checks) if c.conflict] == [(n, should_be) for n in wrong]
+            assert [(n, c.should_be) for n, c in enumerate(checks) if c.conflict] == [
+                (n, should_be) for n in wrong
+            ]
 
 
 LEAVES = {
@@ -469,7 +544,9 @@ LEAVES = {
 """Range of reflectance x 10000 of dry fields."""
 
 
-@pytest.mark.parametrize("bands", [b for n in (2, 3) for b in itertools.combinations(LEAVES, n)], ids="+".join)
+@pytest.mark.parametrize(
+    "bands", [b for n in (2, 3) for b in itertools.combinations(LEAVES, n)], ids="+".join
+)
 def test_bands_without_blue_or_red_give_no_answer(bands):
     rng = np.random.default_rng(0)
     land = rng.uniform(*np.transpose([LEAVES[b] for b in bands])[:, :, None], (len(bands), 900))
@@ -484,7 +561,9 @@ def test_bands_without_blue_or_red_give_no_answer(bands):
 def test_simulated_years(tmp_path, make):
     """Of the scenes that a recipe uses all wrong ones are accused and no right one; of all scenes no right one."""
     sites = [make.site("a", 360000, 5600040, 120, 120), make.site("b", 420000, 5640000, 120, 120)]
-    world = World(years=(2023,), styles=("earth-search",), wrong_flags=0.2, seed=4, dates_per_year=18)
+    world = World(
+        years=(2023,), styles=("earth-search",), wrong_flags=0.2, seed=4, dates_per_year=18
+    )
     simulate(sites, tmp_path / "w", world)
     truth = pd.read_parquet(tmp_path / "w" / "truth_offsets.parquet").set_index("id")
     source = load_sources(tmp_path / "w" / "sources.yaml")["sim-earth-search"]
@@ -500,6 +579,8 @@ def test_simulated_years(tmp_path, make):
                 wrong += check.conflict
                 untold += check.step is None
             for check in checked(listed, grid_of(site)):
-                assert not check.conflict or check.should_be == -int(truth.carried[check.scene]), check
+                assert not check.conflict or check.should_be == -int(truth.carried[check.scene]), (
+                    check
+                )
     assert wrong >= 10
     assert untold <= 2

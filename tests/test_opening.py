@@ -51,7 +51,12 @@ def build(store, site, year, value, **how):
         "clear_count": (("y", "x"), da.from_array(quality.astype(np.uint16), chunks=64)),
         "quality": (("y", "x"), da.from_array(quality, chunks=64)),
     }
-    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+    told = {
+        "minecube:source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": "r",
+    }
     scene = types.SimpleNamespace(id=f"scene {value}", properties=told)
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
     return cube.write_year(store, xr.Dataset(made), provenance, b"", **how)
@@ -65,7 +70,10 @@ def test_a_failed_rebuild_leaves_the_old_year(store, site, monkeypatch):
         build(store, site, 2020, 3000, overwrite=True, workers=1, stopped=lambda: next(asked))
     assert cube.builds(store, "pit")[2020] == marker
     xr.testing.assert_identical(cube.open_committed(store, "pit").load(), before)
-    assert int(xr.open_zarr(store, group="pit", consolidated=False).reflectance.sel(year=2020).max()) == 2007
+    assert (
+        int(xr.open_zarr(store, group="pit", consolidated=False).reflectance.sel(year=2020).max())
+        == 2007
+    )
     assert build(store, site, 2020, 3000, overwrite=True)
     assert int(cube.open_committed(store, "pit").reflectance.sel(year=2020).max()) == 3007
 
@@ -74,7 +82,10 @@ def test_a_year_that_is_being_built_reads_as_no_data_to_everyone(store, site):
     asked = iter([False, True])
     with pytest.raises(CubeError, match="stopped"):
         build(store, site, 2021, 3000, workers=1, stopped=lambda: next(asked))
-    for opened in (xr.open_zarr(store, group="pit", consolidated=False), cube.open_cube(store, "pit")):
+    for opened in (
+        xr.open_zarr(store, group="pit", consolidated=False),
+        cube.open_cube(store, "pit"),
+    ):
         assert not opened.reflectance.sel(year=2021).values.any()
     assert cube.open_committed(store, "pit").year.values.tolist() == [2019, 2020]
 
@@ -110,7 +121,9 @@ def test_a_reader_during_overwrite_never_sees_a_mixture(store, site, tmp_path):
             test_opening.build({store!r}, site, 2020, (4000, 2000)[n % 2], overwrite=True)
             print(n, flush=True)
     """
-    writer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout.readline() == "0\n"
     seen: list[int] = []
     deadline = time.monotonic() + 120
@@ -118,7 +131,11 @@ def test_a_reader_during_overwrite_never_sees_a_mixture(store, site, tmp_path):
         while len(seen) < 100 or len(set(seen)) < 2:
             assert time.monotonic() < deadline
             try:
-                pixels = cube.open_committed(store, "pit").reflectance.sel(year=2020, band="B04").to_numpy()
+                pixels = (
+                    cube.open_committed(store, "pit")
+                    .reflectance.sel(year=2020, band="B04")
+                    .to_numpy()
+                )
             except CubeError as error:
                 assert "was built again while it was being read" in str(error)  # noqa: PT017
                 continue
@@ -147,7 +164,9 @@ def test_a_missing_shard_is_an_error_in_an_object_store_too(bucket, site):
     from_url(url).delete("pit/reflectance/c/1/0/1/1")
     opened = cube.open_committed(url, "pit")
     assert int(opened.reflectance[:, :, :64, :64].max()) == 2007
-    with pytest.raises(CubeError, match="pit/reflectance/c/1/0/1/1 is missing although it was committed"):
+    with pytest.raises(
+        CubeError, match="pit/reflectance/c/1/0/1/1 is missing although it was committed"
+    ):
         opened.reflectance.load()
     opened = cube.open_committed(url, "pit")
     build(url, site, 2020, 3000, overwrite=True)
@@ -169,13 +188,17 @@ def test_a_flipped_bit_is_an_error_not_a_pixel(store, tmp_path):
             cube.open_committed(store, "pit").reflectance.sel(year=2019)[:, :64, :64].load()
         with pytest.raises(ValueError, match=r"checksum|crc32c"):
             zarr.open_array(f"{store}/pit/reflectance", mode="r")[0, :, :64, :64]
-    assert int(cube.open_committed(store, "pit").reflectance.sel(year=2019)[:, 64:, 64:].max()) == 1007
+    assert (
+        int(cube.open_committed(store, "pit").reflectance.sel(year=2019)[:, 64:, 64:].max()) == 1007
+    )
 
 
 def test_natural_next_steps_work(store, site, tmp_path):
     grid = grid_of(site)
     masks = xr.DataArray(
-        np.ones((1, *grid.shape), np.uint8), dims=("year", "y", "x"), coords={"year": [2020], **odc.geo.xr.xr_coords(grid)}
+        np.ones((1, *grid.shape), np.uint8),
+        dims=("year", "y", "x"),
+        coords={"year": [2020], **odc.geo.xr.xr_coords(grid)},
     )
     cube.write_footprint(store, "pit", masks, "drawn (CC0)")
     opened = minecube.open_committed(store, "pit")
@@ -207,5 +230,9 @@ def test_reflectance_as_numbers(store):
     assert float(red[20, 20]) == pytest.approx(0.2)
     ndvi = (infrared - red) / (infrared + red)
     assert float(ndvi.mean()) == pytest.approx(7 / 4007, rel=1e-4)
-    assert as_float.reflectance.attrs == {"grid_mapping": "spatial_ref", "long_name": "surface reflectance", "units": "1"}
+    assert as_float.reflectance.attrs == {
+        "grid_mapping": "spatial_ref",
+        "long_name": "surface reflectance",
+        "units": "1",
+    }
     assert as_float.odc.geobox == minecube.open_committed(store, "pit").odc.geobox

@@ -44,7 +44,9 @@ def opinion(monkeypatch):
 def test_bands_arrive_as_it_expects_them(opinion, tmp_path):
     """Green, red, near infrared come in the cube's order, and are handed on as red, green, near infrared."""
     side = torch.export.Dim("side", min=2, max=4096), torch.export.Dim("width", min=2, max=4096)
-    program = torch.export.export(Thick(), (torch.zeros(1, 3, 8, 9),), dynamic_shapes=({2: side[0], 3: side[1]},))
+    program = torch.export.export(
+        Thick(), (torch.zeros(1, 3, 8, 9),), dynamic_shapes=({2: side[0], 3: side[1]},)
+    )
     torch.export.save(program, tmp_path / "net.pt")
     look = opinion.OmniCloudMask([str(tmp_path / "net.pt")])
     image = np.full((3, 6, 8), 500, np.uint16)

@@ -36,7 +36,9 @@ def footprint_of(masks, first_year=2015):
 
 def drawn(*years):
     """A footprint from drawings, one a year, rows parted by slashes: # is mine."""
-    return footprint_of([[[char == "#" for char in row] for row in year.split("/")] for year in years])
+    return footprint_of(
+        [[[char == "#" for char in row] for row in year.split("/")] for year in years]
+    )
 
 
 def identified(*years):
@@ -51,7 +53,9 @@ def pixels_of(shape, grid):
 def by_year(polygons):
     """Year -> id -> pixels."""
     return {
-        year: {i: round(shape.area / 100) for i, shape in zip(rows["id"], rows.geometry, strict=True)}
+        year: {
+            i: round(shape.area / 100) for i, shape in zip(rows["id"], rows.geometry, strict=True)
+        }
         for year, rows in polygons.groupby("year")
     }
 
@@ -66,7 +70,11 @@ def row_of(polygons, year, pit):
 
 def test_a_pit_keeps_its_id_as_it_grows_and_another_gets_the_next():
     found = identified("##......", "###....#", "####..##")
-    assert by_year(found) == {2015: {"pit_1": 2}, 2016: {"pit_1": 3, "pit_2": 1}, 2017: {"pit_1": 4, "pit_2": 2}}
+    assert by_year(found) == {
+        2015: {"pit_1": 2},
+        2016: {"pit_1": 3, "pit_2": 1},
+        2017: {"pit_1": 4, "pit_2": 2},
+    }
     assert found["parent"].isna().all()
     assert found["merged"].isna().all()
 
@@ -147,7 +155,11 @@ def test_sites_are_numbered_on_their_own():
     assert found["site"].tolist() == both["site"].tolist()
 
 
-scenes = arrays(np.uint8, st.tuples(st.integers(1, 5), st.just(6), st.just(7)), elements=st.sampled_from([0, 0, 1]))
+scenes = arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 5), st.just(6), st.just(7)),
+    elements=st.sampled_from([0, 0, 1]),
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -160,7 +172,12 @@ def test_ids_are_unique_in_a_year_whatever_the_order_and_later_years_change_none
     assert found["id"].notna().all()
     order = list(range(len(regions)))
     random.shuffle(order)
-    assert identify(regions.iloc[order], years).sort_index().drop(columns="geometry").equals(found.drop(columns="geometry"))
+    assert (
+        identify(regions.iloc[order], years)
+        .sort_index()
+        .drop(columns="geometry")
+        .equals(found.drop(columns="geometry"))
+    )
     early = regions[regions["year"] < years[-1]]
     assert identify(early, years[:-1])["id"].tolist() == found.loc[early.index, "id"].tolist()
     over = set()
@@ -249,7 +266,9 @@ def test_every_pixel_of_a_region_that_is_large_enough_is_in_exactly_one_polygon(
             times += pixels_of(shape, grid)
         expected = list(_large_regions(mask == 1, least_px))
         assert len(shapes) == len(expected)
-        assert np.array_equal(times, np.sum(expected, axis=0, dtype=int) if expected else np.zeros(mask.shape, int))
+        assert np.array_equal(
+            times, np.sum(expected, axis=0, dtype=int) if expected else np.zeros(mask.shape, int)
+        )
         assert times.max(initial=0) <= 1
 
 

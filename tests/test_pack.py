@@ -44,16 +44,31 @@ def year_of(grid, seed):
     quality = rng.integers(1, 7, grid.shape).astype(np.uint8)
     quality[64:, 128:] = 0  # if there is such a block
     reflectance = np.where(quality, rng.integers(1, 9000, (2, *grid.shape)), 0).astype(np.uint16)
-    clear = np.where(np.isin(quality, (1, 5, 6)), rng.integers(1, 30, grid.shape), 0).astype(np.uint16)
+    clear = np.where(np.isin(quality, (1, 5, 6)), rng.integers(1, 30, grid.shape), 0).astype(
+        np.uint16
+    )
     layers = {"reflectance": reflectance, "clear_count": clear, "quality": quality}
     return xr.Dataset(
-        {n: (("band", "y", "x")[3 - v.ndim :], da.from_array(v, chunks=(2, 64, 64)[3 - v.ndim :])) for n, v in layers.items()}
+        {
+            n: (
+                ("band", "y", "x")[3 - v.ndim :],
+                da.from_array(v, chunks=(2, 64, 64)[3 - v.ndim :]),
+            )
+            for n, v in layers.items()
+        }
     )
 
 
 def provenance(site, year):
-    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
-    return cube.provenance_of(site, year, grid_of(site), RECIPE, [types.SimpleNamespace(id="a", properties=told)])
+    told = {
+        "minecube:source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": "r",
+    }
+    return cube.provenance_of(
+        site, year, grid_of(site), RECIPE, [types.SimpleNamespace(id="a", properties=told)]
+    )
 
 
 def built(store, site, years=(2019, 2020), begun=()):
@@ -67,7 +82,9 @@ def built(store, site, years=(2019, 2020), begun=()):
         with pytest.raises(CubeError, match="stopped with"):
             cube.write_year(store, year_of(grid, year), provenance(site, year), scenes(), **how)
     mask = np.random.default_rng(1).integers(0, 2, (3, *grid.shape)).astype(np.uint8)
-    masks = xr.DataArray(mask, dims=("year", "y", "x"), coords={"year": list(YEARS), **odc.geo.xr.xr_coords(grid)})
+    masks = xr.DataArray(
+        mask, dims=("year", "y", "x"), coords={"year": list(YEARS), **odc.geo.xr.xr_coords(grid)}
+    )
     cube.write_footprint(store, site.id, masks, origin="drawn")
     if years:
         cube.write_probability(store, site.id, "net", masks.sel(year=list(years)), {"id": "net"})
@@ -114,7 +131,9 @@ def small(whole):
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_what_the_command_says(zipped):
@@ -123,7 +142,10 @@ def test_what_the_command_says(zipped):
     sha256, size = hashlib.sha256(out.read_bytes()).hexdigest(), out.stat().st_size
     with zipfile.ZipFile(out) as opened:
         objects = len(opened.namelist())
-    assert done.stdout == f"{out}: 4 site-years, {objects} objects, {size / 1e6:,.1f} MB, sha256 {sha256}\n"
+    assert (
+        done.stdout
+        == f"{out}: 4 site-years, {objects} objects, {size / 1e6:,.1f} MB, sha256 {sha256}\n"
+    )
     assert list(out.parent.glob(".*")) == []
 
 
@@ -150,14 +172,25 @@ def test_zarr_and_xarray_open_it_unaided(whole, zipped):
         group, asked = zarr.open_group(store, mode="r"), zarr.open_group(str(whole), mode="r")
         arrays = {name: a for name, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
         assert {n.split("/")[0] for n in arrays} == {"pit", "pond"}
-        assert {"pit/reflectance", "pond/predictions/net/probability", "pond/builds/2019/scenes"} < set(arrays)
+        assert {
+            "pit/reflectance",
+            "pond/predictions/net/probability",
+            "pond/builds/2019/scenes",
+        } < set(arrays)
         for name, array in arrays.items():
             expected = asked[name][...]
-            if name.startswith("pit/") and len(array.shape) > 2 and "footprint" not in name and "net" not in name:
+            if (
+                name.startswith("pit/")
+                and len(array.shape) > 2
+                and "footprint" not in name
+                and "net" not in name
+            ):
                 expected[2] = 0  # the year that was only begun
             np.testing.assert_array_equal(array[...], expected, err_msg=name)
         with xr.open_zarr(store, group="pond", consolidated=False) as opened:
-            xr.testing.assert_identical(opened.load(), xr.open_zarr(whole, group="pond", consolidated=False).load())
+            xr.testing.assert_identical(
+                opened.load(), xr.open_zarr(whole, group="pond", consolidated=False).load()
+            )
 
 
 def test_gdal_says_of_it_what_it_says_of_the_folder(whole, zipped):
@@ -179,7 +212,9 @@ def test_it_opens_as_the_folder_does(whole, zipped):
     assert cube.sites(here) == ["pit", "pond"]
     for name in cube.sites(here):
         assert cube.builds(here, name) == cube.builds(there, name)
-        xr.testing.assert_identical(cube.open_committed(here, name).load(), cube.open_committed(there, name).load())
+        xr.testing.assert_identical(
+            cube.open_committed(here, name).load(), cube.open_committed(there, name).load()
+        )
         probability = [cube.open_probability(store, name, "net").load() for store in (here, there)]
         xr.testing.assert_identical(*probability)
     with pytest.raises(CubeError, match="no site 'plan'; it has pit, pond"):
@@ -228,8 +263,15 @@ def test_workers_cut_the_same(whole, zipped):
                         told.update(batch[name].numpy().tobytes())
                 print(told.hexdigest())
     """
-    Path(whole.with_name("workers.py")).write_text(textwrap.dedent(script))  # spawned processes read it again
-    done = subprocess.run([sys.executable, str(whole.with_name("workers.py"))], capture_output=True, text=True, check=False)
+    Path(whole.with_name("workers.py")).write_text(
+        textwrap.dedent(script)
+    )  # spawned processes read it again
+    done = subprocess.run(
+        [sys.executable, str(whole.with_name("workers.py"))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 4, done.stderr
     assert len(set(lines)) == 1
@@ -261,7 +303,9 @@ def test_two_packs_at_once_both_end_with_a_whole_file(whole, zipped, tmp_path):
 
 def test_sites_are_chosen(whole, tmp_path):
     out = tmp_path / "deep" / "p.zip"
-    done = CliRunner().invoke(cli, ["pack", "--store", str(whole), "--sites", "po*", "--out", str(out)])
+    done = CliRunner().invoke(
+        cli, ["pack", "--store", str(whole), "--sites", "po*", "--out", str(out)]
+    )
     assert done.exit_code == 0
     assert not done.stderr
     assert cube.sites(str(out)) == ["pond"]
@@ -289,11 +333,16 @@ def test_zip64(whole, tmp_path, monkeypatch):
     content = out.read_bytes()
     assert content.count(b"PK\x06\x06") == 1  # its end of central directory
     with zipfile.ZipFile(out) as opened:
-        extras = [opened.getinfo(name).extra[:2] for name in ("pit/reflectance/c/0/0/0/1", "pit/x/zarr.json")]
+        extras = [
+            opened.getinfo(name).extra[:2]
+            for name in ("pit/reflectance/c/0/0/0/1", "pit/x/zarr.json")
+        ]
     assert extras == [b"\x01\x00"] * 2
     subprocess.run(["unzip", "-tq", str(out)], check=True, capture_output=True)
     assert not cube.verify(str(out)).findings
-    same(cube.CubeDataset(str(out), size=120)[0], cube.CubeDataset(str(whole), ["pit"], size=120)[0])
+    same(
+        cube.CubeDataset(str(out), size=120)[0], cube.CubeDataset(str(whole), ["pit"], size=120)[0]
+    )
 
 
 def test_verify_says_of_it_what_it_says_of_the_folder(zipped, tmp_path):
@@ -358,7 +407,9 @@ def test_what_is_read_whole_is_held_to_the_zips_own_checksum(small, tmp_path):
     out = Path(shutil.copy(small, tmp_path / "pond.zip"))
     start, size = place(out, "pond/x/c/0")
     flip(out, start + size - 1)
-    with pytest.raises(CubeError, match=r"pond/x/c/0 is damaged \(its CRC-32 is not that of the zip's directory\)"):
+    with pytest.raises(
+        CubeError, match=r"pond/x/c/0 is damaged \(its CRC-32 is not that of the zip's directory\)"
+    ):
         cube.open_cube(str(out), "pond")
     assert "x" in {f.what for f in cube.verify(str(out)).findings}
 
@@ -369,7 +420,9 @@ def test_a_zip_that_lost_its_beginning(small, tmp_path):
     assert "damaged" in {f.kind for f in cube.verify(str(out)).findings}
 
 
-@having(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@having(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(at=st.integers(0, 2**40), bit=st.integers(0, 7), tail=st.booleans())
 def test_a_bit_flipped_anywhere_is_found_or_changes_nothing(whole, small, tmp_path, at, bit, tail):
     """Be it in a member, or in the zip's own structure (its directory is the tail)."""
@@ -392,7 +445,10 @@ def test_a_bit_flipped_anywhere_is_found_or_changes_nothing(whole, small, tmp_pa
         (lambda p: p.write_bytes(b""), "is no zip, or a damaged one"),
         (lambda p: p.write_text("not found"), "is no zip, or a damaged one"),
         (lambda p: p.unlink(), "there is no"),
-        (lambda p: again(p, zipfile.ZIP_DEFLATED), "is compressed or encrypted.*unzip it, and `minecube pack` the folder"),
+        (
+            lambda p: again(p, zipfile.ZIP_DEFLATED),
+            "is compressed or encrypted.*unzip it, and `minecube pack` the folder",
+        ),
     ],
 )
 def test_what_is_no_packed_store_is_said_so(small, tmp_path, harm, said):
@@ -415,15 +471,23 @@ def test_zips_of_other_hands(whole, tmp_path):
     """Folders as members of their own, a comment at the end, no order: zip -0 makes such."""
     store = Path(shutil.copytree(whole, tmp_path / "cubes.zarr"))
     out = tmp_path / "other.zip"
-    subprocess.run(["zip", "-0", "-r", "-q", "-z", str(out), "."], cwd=store, check=True, input=b"by hand\n")
+    subprocess.run(
+        ["zip", "-0", "-r", "-q", "-z", str(out), "."], cwd=store, check=True, input=b"by hand\n"
+    )
     assert cube.verify(str(out)).whole
     assert cube.sites(str(out)) == ["pit", "plan", "pond"]
-    same(cube.CubeDataset(str(out), ["pit"], size=120)[0], cube.CubeDataset(str(whole), ["pit"], size=120)[0])
+    same(
+        cube.CubeDataset(str(out), ["pit"], size=120)[0],
+        cube.CubeDataset(str(whole), ["pit"], size=120)[0],
+    )
 
 
 def test_a_store_far_away_and_a_folder_of_that_name(whole, tmp_path):
     for look in (cube.verify, cube.sites, cube.CubeDataset, cube.builds):
-        with pytest.raises(CubeError, match=r"s3://b/cubes.zip: a packed store is read from a local disk; download it"):
+        with pytest.raises(
+            CubeError,
+            match=r"s3://b/cubes.zip: a packed store is read from a local disk; download it",
+        ):
             look(*["s3://b/cubes.zip", "pit"][: 1 + (look is cube.builds)])
     folder = shutil.copytree(whole, tmp_path / "cubes.zip")
     assert cube.sites(str(folder)) == ["pit", "plan", "pond"]
@@ -479,8 +543,14 @@ def test_one_that_is_replaced_is_another(small, whole, sites, tmp_path):
     whole_file = out.read_bytes()
     for content, said in (
         (whole_file[: start + size // 2], "is no zip, or a damaged one"),
-        (whole_file[:start] + bytes(size - 68) + whole_file[start + size - 68 :], "has a damaged chunk"),
-        (whole_file[: start - 40] + bytes(40) + whole_file[start:], "points outside the file's data"),
+        (
+            whole_file[:start] + bytes(size - 68) + whole_file[start + size - 68 :],
+            "has a damaged chunk",
+        ),
+        (
+            whole_file[: start - 40] + bytes(40) + whole_file[start:],
+            "points outside the file's data",
+        ),
     ):
         out.unlink()
         out.write_bytes(content)
@@ -515,18 +585,28 @@ def finish(store, site):
     cube.write_year(store, year_of(grid_of(site), 2021), provenance(site, 2021), scenes())
 
 
-def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(copied, sites, tmp_path, monkeypatch):
+def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(
+    copied, sites, tmp_path, monkeypatch
+):
     out = tmp_path / "p.zip"
     with monkeypatch.context() as patched:
         meanwhile(patched, lambda: finish(copied, sites["pit"]))
-        with pytest.raises(CubeError, match=r"pit/builds/2021/\S+ was written while it was packed.*nothing was packed"):
+        with pytest.raises(
+            CubeError,
+            match=r"pit/builds/2021/\S+ was written while it was packed.*nothing was packed",
+        ):
             cube.pack(copied, out, ["pit"])
     assert not out.exists()
     assert cube.pack(copied, out, ["pit"]).site_years == 3
 
 
-def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(copied, tmp_path, monkeypatch):
-    module, marker = sys.modules["minecube.cube.pack"], Path(copied) / "pond" / "builds" / "2020" / "zarr.json"
+def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(
+    copied, tmp_path, monkeypatch
+):
+    module, marker = (
+        sys.modules["minecube.cube.pack"],
+        Path(copied) / "pond" / "builds" / "2020" / "zarr.json",
+    )
     kept = module._kept
 
     def then(*of):
@@ -536,12 +616,16 @@ def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(copied
         return found
 
     monkeypatch.setattr(module, "_kept", then)
-    with pytest.raises(CubeError, match=r"pond/builds/2020/zarr.json was written while it was packed"):
+    with pytest.raises(
+        CubeError, match=r"pond/builds/2020/zarr.json was written while it was packed"
+    ):
         cube.pack(copied, tmp_path / "p.zip")
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zarr"]
 
 
-def test_a_year_that_is_built_meanwhile_does_not_matter_to_the_others(copied, sites, zipped, tmp_path):
+def test_a_year_that_is_built_meanwhile_does_not_matter_to_the_others(
+    copied, sites, zipped, tmp_path
+):
     steps = []
 
     def progress(*step):
@@ -556,12 +640,21 @@ def test_a_year_that_is_built_meanwhile_does_not_matter_to_the_others(copied, si
 @pytest.mark.parametrize("when", ["first", "midst", "zarr.json"])
 @pytest.mark.parametrize(
     ("what", "midst"),
-    [("built", "clear_count/c/0/0/0"), ("mapped", "predictions/net/probability/c/0/0/0"), ("labelled", "footprint/c/0/0/0")],
+    [
+        ("built", "clear_count/c/0/0/0"),
+        ("mapped", "predictions/net/probability/c/0/0/0"),
+        ("labelled", "footprint/c/0/0/0"),
+    ],
 )
-def test_what_is_written_anew_while_it_is_packed_is_said(copied, sites, tmp_path, what, midst, when):
+def test_what_is_written_anew_while_it_is_packed_is_said(
+    copied, sites, tmp_path, what, midst, when
+):
     """Else its shards would be of one make and its marker of another."""
     site, out = sites["pond"], tmp_path / "p.zip"
-    opened, places = cube.open_cube(copied, "pond").footprint.load(), {"first": "builds/2019/zarr.json", "midst": midst}
+    opened, places = (
+        cube.open_cube(copied, "pond").footprint.load(),
+        {"first": "builds/2019/zarr.json", "midst": midst},
+    )
 
     def progress(_done, _of, key):
         if key != f"pond/{places.get(when, when)}":
@@ -570,7 +663,13 @@ def test_what_is_written_anew_while_it_is_packed_is_said(copied, sites, tmp_path
             other = {**provenance(site, 2020), "scenes": []}
             cube.write_year(copied, year_of(grid_of(site), 7), other, scenes(), overwrite=True)
         elif what == "mapped":
-            cube.write_probability(copied, "pond", "net", 1 - opened.sel(year=[2019, 2020]), {"id": "net", "weights": "b"})
+            cube.write_probability(
+                copied,
+                "pond",
+                "net",
+                1 - opened.sel(year=[2019, 2020]),
+                {"id": "net", "weights": "b"},
+            )
         else:
             cube.write_footprint(copied, "pond", 1 - opened, origin="drawn again")
 
@@ -581,7 +680,9 @@ def test_what_is_written_anew_while_it_is_packed_is_said(copied, sites, tmp_path
 
 def test_a_year_committed_after_it_was_listed_lacks_nothing_to_verify(copied, sites, monkeypatch):
     meanwhile(monkeypatch, lambda: finish(copied, sites["pit"]), "verify")
-    assert {(f.kind, f.what) for f in cube.verify(copied, ["pit"]).findings} == {("stale", "predictions/net")}
+    assert {(f.kind, f.what) for f in cube.verify(copied, ["pit"]).findings} == {
+        ("stale", "predictions/net")
+    }
 
 
 def test_a_packing_that_ends_early_leaves_the_old_file(whole, tmp_path):

@@ -22,22 +22,33 @@ CONDA = {"dask": "dask-core", "matplotlib": "matplotlib-base", "torch": "pytorch
 
 
 def split(requirement):
-    name, _, versions = re.fullmatch(r"([A-Za-z0-9_.-]+)(\[.*\])?\s*([<>=!~].*)?", requirement).groups()
+    name, _, versions = re.fullmatch(
+        r"([A-Za-z0-9_.-]+)(\[.*\])?\s*([<>=!~].*)?", requirement
+    ).groups()
     return name, versions or ""
 
 
 def test_environment_yml_names_what_pyproject_needs():
     extras = PROJECT["optional-dependencies"]
     needed = {split(r) for r in [*PROJECT["dependencies"], *extras["torch"], *extras["cluster"]]}
-    listed = {split(r) for r in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]}
-    assert listed == {(CONDA.get(n, n), v) for n, v in needed} | {("python", PROJECT["requires-python"])}
+    listed = {
+        split(r) for r in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    }
+    assert listed == {(CONDA.get(n, n), v) for n, v in needed} | {
+        ("python", PROJECT["requires-python"])
+    }
 
 
 def test_every_requirement_is_pinned_for_the_tests():
     pinned = {
-        split(line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+        split(line)[0].lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
     }
-    wanted = [*PROJECT["dependencies"], *(r for e in ("torch", "cluster", "dev") for r in PROJECT["optional-dependencies"][e])]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(r for e in ("torch", "cluster", "dev") for r in PROJECT["optional-dependencies"][e]),
+    ]
     assert {split(r)[0].lower() for r in wanted} <= pinned
 
 
@@ -57,7 +68,12 @@ def test_all_extras_are_there():
 def test_importing_it_loads_neither_dask_nor_torch():
     heavy = {"torch", "dask", "distributed", "stackstac"}
     code = f"import sys, minecube; minecube.Site; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_every_public_name_is_there():
@@ -71,12 +87,25 @@ def test_every_public_name_is_there():
 @pytest.mark.slow
 def test_the_wheel_works_from_an_empty_folder(tmp_path):
     """Built, installed in a new environment, run where no checkout is; its requirements are this environment's."""
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path / "dist"),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("minecube-*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", wheel],
+        check=True,
+        capture_output=True,
+    )
     (folder,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     here = next(p for p in map(Path, sys.path) if p.name == "site-packages")
     # A .pth file would bring this environment's editable minecube along, too; a plain path does not.
@@ -86,7 +115,12 @@ def test_the_wheel_works_from_an_empty_folder(tmp_path):
     def run(*arguments):
         command = [str(tmp_path / "venv" / "bin" / "minecube"), *arguments]
         return subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=empty, env={"PATH": "/usr/bin:/bin"}
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=empty,
+            env={"PATH": "/usr/bin:/bin"},
         ).stdout
 
     asked = [python, "-c", "import minecube; print(minecube.__file__)"]

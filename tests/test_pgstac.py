@@ -17,7 +17,9 @@ from minecube import scenes
 from minecube.catalog import Site, load_sources
 from minecube.errors import SceneError
 
-_SPEC = importlib.util.spec_from_file_location("pgstac_server", Path(__file__).with_name("pgstac_server.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "pgstac_server", Path(__file__).with_name("pgstac_server.py")
+)
 pgstac_server = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(pgstac_server)
 
@@ -27,7 +29,10 @@ COLLECTION = {
     "id": "sentinel-2-l2a",
     "description": "Recorded items of Earth Search",
     "license": "other",
-    "extent": {"spatial": {"bbox": [[-180, -90, 180, 90]]}, "temporal": {"interval": [["2015-06-27T00:00:00Z", None]]}},
+    "extent": {
+        "spatial": {"bbox": [[-180, -90, 180, 90]]},
+        "temporal": {"interval": [["2015-06-27T00:00:00Z", None]]},
+    },
     "links": [],
 }
 OVERPASSES = 130
@@ -51,7 +56,10 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def recorded(real_data):
-    pages = [json.loads(p.read_text()) for p in sorted((real_data / "stac_items" / "search_pages").glob("*.json"))]
+    pages = [
+        json.loads(p.read_text())
+        for p in sorted((real_data / "stac_items" / "search_pages").glob("*.json"))
+    ]
     return {f["id"]: f for page in pages for f in page["response"]["features"]}
 
 
@@ -62,7 +70,9 @@ def api(recorded, tmp_path_factory):
     times = [dt.datetime(2019, 3, 1, 0, 30) + n * dt.timedelta(hours=5) for n in range(OVERPASSES)]
     more = [moved(item, time, 20000 + n) for n, time in enumerate(times) for item in originals]
     try:
-        with pgstac_server.pgstac(tmp_path_factory.mktemp("pgstac"), COLLECTION, [*recorded.values(), *more]) as url:
+        with pgstac_server.pgstac(
+            tmp_path_factory.mktemp("pgstac"), COLLECTION, [*recorded.values(), *more]
+        ) as url:
             yield url
     except pgstac_server.Unavailable as missing:
         pytest.skip(f"not run: {missing}")
@@ -74,7 +84,9 @@ def moved(item, time, orbit):
     p = item["properties"]
     item["id"] = item["id"].replace("20200302", stamp)
     p["datetime"] = f"{time.isoformat()}Z"
-    p["s2:datatake_id"] = p["s2:datatake_id"].replace("20200302T102021_024515", f"{stamp}_{orbit:06d}")
+    p["s2:datatake_id"] = p["s2:datatake_id"].replace(
+        "20200302T102021_024515", f"{stamp}_{orbit:06d}"
+    )
     p["s2:datastrip_id"] = p["s2:datastrip_id"].replace("S20200302T102554", f"S{stamp}")
     p["s2:product_uri"] = p["s2:product_uri"].replace("20200302T102021", stamp, 1)
     assert stamp in p["s2:datatake_id"]
@@ -108,18 +120,27 @@ def test_the_recorded_items_come_back_once_each(corner, expected, recorded, sour
         assert scene.assets["B04"].href == item["assets"]["red"]["href"]
         assert scene.assets["SCL"].href == item["assets"]["scl"]["href"]
         # pgstac keeps items in parts and puts them together again: nothing of the recorded one may be lost.
-        assert scene.to_dict() == scenes.normalise(pystac.Item.from_dict(item, migrate=False), source).to_dict()
+        assert (
+            scene.to_dict()
+            == scenes.normalise(pystac.Item.from_dict(item, migrate=False), source).to_dict()
+        )
 
 
 def test_pages_are_followed_to_the_last(api, source, allgaeu):
-    asked = {"collections": ["sentinel-2-l2a"], "datetime": "2019-03-01T00:00:00Z/2019-03-31T23:59:59Z", "limit": 100}
+    asked = {
+        "collections": ["sentinel-2-l2a"],
+        "datetime": "2019-03-01T00:00:00Z/2019-03-31T23:59:59Z",
+        "limit": 100,
+    }
     page = requests.post(f"{api}/search", json=asked, timeout=60).json()
     assert (page["numberMatched"], len(page["features"])) == (2 * OVERPASSES, 100)
     listed = search(allgaeu, 2019, source)
     assert len(listed) == OVERPASSES
     assert all(s.id.endswith("_1_L2A") for s in listed)
     start = dt.datetime(2019, 3, 1, 0, 30, tzinfo=dt.UTC)
-    assert [s.datetime for s in listed] == [start + n * dt.timedelta(hours=5) for n in range(OVERPASSES)]
+    assert [s.datetime for s in listed] == [
+        start + n * dt.timedelta(hours=5) for n in range(OVERPASSES)
+    ]
 
 
 def test_an_empty_search_says_what_was_searched(source, allgaeu):

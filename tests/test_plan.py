@@ -46,17 +46,26 @@ def test_reads_are_those_that_are_made(listed, site):
 
 
 def test_scenes_elsewhere_are_not_planned(listed, site, archive, make):
-    far = archive.scene("2020-07-21T10:00:00", make.grid(LEFT + 50000, TOP, 240, 180), {"B04": 1, "B11": 1})
-    assert plan.estimate([*listed, far], grid_of(site), RECIPE).reads == plan.estimate(listed, grid_of(site), RECIPE).reads
+    far = archive.scene(
+        "2020-07-21T10:00:00", make.grid(LEFT + 50000, TOP, 240, 180), {"B04": 1, "B11": 1}
+    )
+    assert (
+        plan.estimate([*listed, far], grid_of(site), RECIPE).reads
+        == plan.estimate(listed, grid_of(site), RECIPE).reads
+    )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(tile=st.sampled_from([64, 128, 512]), window=st.integers(1, 900))
 def test_tiles_touched_by_brute_force(listed, tile, window):
     """The mean over every place a window can begin at, by counting tiles; in a file that is large, and known to be of 1 GB."""
     scene = listed[0].clone()
     scene.properties["minecube:tile_px"] = tile
-    scene.assets["B04"] = pystac.Asset("https://x/B04.tif", extra_fields={"file:size": 10**9, "proj:shape": [10980, 10980]})
+    scene.assets["B04"] = pystac.Asset(
+        "https://x/B04.tif", extra_fields={"file:size": 10**9, "proj:shape": [10980, 10980]}
+    )
     counted = np.mean([len({(start + k) // tile for k in range(window)}) for start in range(tile)])
     _, requests, read_bytes, pixels = plan._asset(scene, "B04", 10, (window, window), first=False)
     assert read_bytes == pytest.approx(counted**2 * tile**2 * 0.75 * 10**9 / 10980**2, rel=1e-3)
@@ -79,16 +88,24 @@ def test_time_is_what_takes_longest_and_cost_is_counted():
     assert asked.seconds(dataclasses.replace(terms, latency_s=1.0)) == pytest.approx(100)
     assert asked.seconds(dataclasses.replace(terms, mb_per_s=1e6, cores=1)) == pytest.approx(10)
     assert asked.cost(terms) == pytest.approx(6.4 * 0.5 + 1 * 0.1 + 20 * 2 / 3600 * 0.36)
-    assert asked.cost(terms, pace=2.0) == pytest.approx(6.4 * 0.5 + 1 * 0.1 + 2 * 20 * 2 / 3600 * 0.36)
+    assert asked.cost(terms, pace=2.0) == pytest.approx(
+        6.4 * 0.5 + 1 * 0.1 + 2 * 20 * 2 / 3600 * 0.36
+    )
     assert asked.cost(plan.Terms()) is None
     # 1000 reads and 400 checks of 5 ms, and 10 site-years of half a second: 12 core-seconds.
-    assert plan.Estimate(site_years=10, reads=1000, checks=400).seconds(terms) == pytest.approx(12 / 2)
+    assert plan.Estimate(site_years=10, reads=1000, checks=400).seconds(terms) == pytest.approx(
+        12 / 2
+    )
 
 
 def test_plans_add_up():
-    one = plan.Estimate(scenes=1, reads=2, requests=3, bytes=4, pixels=5, block_bytes=6, connections=4)
+    one = plan.Estimate(
+        scenes=1, reads=2, requests=3, bytes=4, pixels=5, block_bytes=6, connections=4
+    )
     other = plan.Estimate(scenes=10, reads=20, requests=30, bytes=40, pixels=50, block_bytes=60)
-    both = plan.Estimate(scenes=11, reads=22, requests=33, bytes=44, pixels=55, block_bytes=60, connections=4)
+    both = plan.Estimate(
+        scenes=11, reads=22, requests=33, bytes=44, pixels=55, block_bytes=60, connections=4
+    )
     assert one + other == other + one == both
 
 
@@ -114,9 +131,13 @@ def test_a_plan_is_as_slow_as_the_builds_before_it():
     terms = plan.Terms()
     asked = [plan.Estimate(site_years=n, reads=100 * n, checks=40 * n) for n in (10, 5)]
     assert [estimate.seconds(terms) for estimate in asked] == pytest.approx([6, 3])
-    notes = [plan.took(estimate, seconds) for estimate, seconds in zip(asked, (20.0, 16.0), strict=True)]
+    notes = [
+        plan.took(estimate, seconds) for estimate, seconds in zip(asked, (20.0, 16.0), strict=True)
+    ]
     assert plan.pace(notes, terms) == pytest.approx(4)
-    assert plan.pace([{**note, "of a later version": 1} for note in notes], terms) == pytest.approx(4)
+    assert plan.pace([{**note, "of a later version": 1} for note in notes], terms) == pytest.approx(
+        4
+    )
     assert plan.pace([], terms) is None
 
 

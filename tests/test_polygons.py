@@ -54,7 +54,9 @@ def surveyed(folder, polygons, **how):
 
 def found(looked):
     """(finding, row, done), without the counts."""
-    return [tuple(row) for row in looked.findings[["finding", "row", "done"]].itertuples(index=False)]
+    return [
+        tuple(row) for row in looked.findings[["finding", "row", "done"]].itertuples(index=False)
+    ]
 
 
 def run(*arguments, ok=0):
@@ -72,39 +74,61 @@ def test_nothing_is_found_in_sound_polygons_and_they_stay_as_they_are(tmp_path):
     assert looked.findings.empty
     assert looked.rows == 2
     assert looked.polygons.geometry.geom_equals(drawn.geometry).all()
-    assert looked.polygons[["name", "row", "repaired"]].to_numpy().tolist() == [["a", 1, False], ["b", 2, False]]
+    assert looked.polygons[["name", "row", "repaired"]].to_numpy().tolist() == [
+        ["a", 1, False],
+        ["b", 2, False],
+    ]
 
 
 def test_areas_that_were_looked_at_are_no_mines(tmp_path):
     """They overlap every mine and are none: neither findings, nor counted, nor compared."""
-    drawn = table([box(0, 0, 300, 300), box(50, 50, 100, 100)], year=[2019, 2019], mapped=[True, False])
+    drawn = table(
+        [box(0, 0, 300, 300), box(50, 50, 100, 100)], year=[2019, 2019], mapped=[True, False]
+    )
     looked = surveyed(tmp_path, drawn)
     assert looked.findings.empty
     assert looked.polygons[["row", "mapped"]].to_numpy().tolist() == [[1, True], [2, False]]
     assert mapped_areas(looked.polygons)["polygons"].tolist() == [1]
     mine = drawn.iloc[[1]].drop(columns="mapped")
-    assert compare({"a": looked.polygons, "b": mine}, {"all": GRID})["iou"].tolist()[0] == pytest.approx(1)
+    assert compare({"a": looked.polygons, "b": mine}, {"all": GRID})["iou"].tolist()[
+        0
+    ] == pytest.approx(1)
 
 
 def test_labels_drawn_along_pixels_keep_what_is_one_pixel_wide(tmp_path):
     """A column of the release's pixels is 4 m wide in the north; the same column in a file without `mapped` is a sliver."""
-    drawn = table([box(0, 0, 300, 300), box(50, 50, 4, 100)], year=[2019, 2019], site=["a", "a"], mapped=[True, False])
+    drawn = table(
+        [box(0, 0, 300, 300), box(50, 50, 4, 100)],
+        year=[2019, 2019],
+        site=["a", "a"],
+        mapped=[True, False],
+    )
     assert len(surveyed(tmp_path, drawn).polygons) == 2
     with pytest.raises(LabelError, match="no polygon is wider than 5 m"):
         surveyed(tmp_path, drawn.iloc[[1]].drop(columns="mapped"))
 
 
 def test_sites_without_a_place_cannot_be_held_against(tmp_path):
-    _, said = run("polygons", written(tmp_path, table([box(0, 0, 100, 100)])), "--sites", "Germany_1", ok=2)
-    assert "Germany_1: the catalogue has no place for them yet, so nothing can be compared with it" in said
+    _, said = run(
+        "polygons", written(tmp_path, table([box(0, 0, 100, 100)])), "--sites", "Germany_1", ok=2
+    )
+    assert (
+        "Germany_1: the catalogue has no place for them yet, so nothing can be compared with it"
+        in said
+    )
 
 
 def test_invalid_shapes_are_mended_and_those_without_area_left_out(tmp_path):
-    bow_tie = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP - 100), (LEFT + 100, TOP), (LEFT, TOP - 100)])
+    bow_tie = shapely.Polygon(
+        [(LEFT, TOP), (LEFT + 100, TOP - 100), (LEFT + 100, TOP), (LEFT, TOP - 100)]
+    )
     flat = shapely.Polygon([(LEFT, TOP), (LEFT + 100, TOP), (LEFT + 50, TOP)])
     looked = surveyed(tmp_path, table([box(500, 0, 50, 50), bow_tie, None, flat]))
     assert ("invalid", 2, "repaired") in found(looked)
-    assert [f for f in found(looked) if f[2] == "left out"] == [("no area", 3, "left out"), ("no area", 4, "left out")]
+    assert [f for f in found(looked) if f[2] == "left out"] == [
+        ("no area", 3, "left out"),
+        ("no area", 4, "left out"),
+    ]
     assert "Self-intersection" in looked.findings.set_index("row")["about"][2]
     assert looked.polygons["row"].tolist() == [1, 2]
     assert looked.polygons.area.tolist() == [2500, 5000]
@@ -122,13 +146,19 @@ def test_duplicates_are_told_whatever_corner_they_begin_at_and_not_across_years(
 
 
 def test_overlaps_are_cut_from_the_later_row(tmp_path):
-    looked = surveyed(tmp_path, table([box(0, 0, 100, 100), box(60, 0, 100, 100), box(10, 10, 20, 20)]))
+    looked = surveyed(
+        tmp_path, table([box(0, 0, 100, 100), box(60, 0, 100, 100), box(10, 10, 20, 20)])
+    )
     assert found(looked) == [
         ("overlap", 2, "cut from this row"),
         ("overlap", 3, "cut from this row"),
         ("overlap", 3, "left out"),
     ]
-    assert looked.findings["about"].tolist() == ["with row 1", "with row 1", "wholly within earlier rows"]
+    assert looked.findings["about"].tolist() == [
+        "with row 1",
+        "with row 1",
+        "wholly within earlier rows",
+    ]
     assert looked.findings["area_m2"].tolist() == pytest.approx([4000, 400, 400], rel=2e-3)
     assert looked.polygons.area.tolist() == pytest.approx([10_000, 6000])
 
@@ -136,7 +166,9 @@ def test_overlaps_are_cut_from_the_later_row(tmp_path):
 def test_what_a_cut_leaves_by_rounding_is_no_row(tmp_path):
     # Corners that no float holds exactly, in degrees: the inner one stands out by a millionth of a square metre.
     outer = shapely.Polygon([(13.1, 51.1), (13.3, 51.2), (13.2, 51.4)])
-    inner = shapely.Polygon([outer.boundary.interpolate(f, normalized=True) for f in (0.02, 0.04, 0.27, 0.64, 0.81)])
+    inner = shapely.Polygon(
+        [outer.boundary.interpolate(f, normalized=True) for f in (0.02, 0.04, 0.27, 0.64, 0.81)]
+    )
     looked = surveyed(tmp_path, table([outer, inner], "EPSG:4326"))
     assert found(looked) == [("overlap", 2, "cut from this row"), ("overlap", 2, "left out")]
     assert looked.polygons["row"].tolist() == [1]
@@ -157,14 +189,19 @@ def test_overlaps_are_of_one_site_and_year(tmp_path, columns, done):
     columns = {k: v if k == "site" else pd.array(v, dtype="Int64") for k, v in columns.items()}
     looked = surveyed(tmp_path, table([box(0, 0, 100, 100), box(50, 0, 100, 100)], **columns))
     assert looked.findings["done"].tolist() == done
-    assert looked.polygons.area.tolist() == [10_000, 5000 if done == ["cut from this row"] else 10_000]
+    assert looked.polygons.area.tolist() == [
+        10_000,
+        5000 if done == ["cut from this row"] else 10_000,
+    ]
 
 
 def test_overlaps_of_two_mappers_are_none_where_a_column_tells_them_apart(tmp_path):
     drawn = table([box(0, 0, 100, 100), box(50, 0, 100, 100)], who=["x", "y"])
     assert surveyed(tmp_path, drawn, by="who").findings.empty
     assert len(surveyed(tmp_path, drawn).findings) == 1
-    with pytest.raises(LabelError, match="no column 'mapper' that says who mapped a row; its columns are who"):
+    with pytest.raises(
+        LabelError, match="no column 'mapper' that says who mapped a row; its columns are who"
+    ):
         surveyed(tmp_path, drawn, by="mapper")
 
 
@@ -175,13 +212,17 @@ def test_a_sliver_is_what_no_circle_of_that_width_fits_into(tmp_path, width, is_
     strip = shapely.affinity.rotate(box(300, 0, width, 300), 30)
     holed = box(0, 0, 100, 100).difference(box(20, 20, 60, width)).difference(box(20, 60, 30, 30))
     looked = surveyed(tmp_path, table([shapely.union(holed, strip)]).to_crs(crs))
-    expected = [("hole", 1, "filled"), ("hole", 1, "kept"), ("sliver", 1, "left out")] if is_sliver else [("hole", 1, "kept")]
+    expected = (
+        [("hole", 1, "filled"), ("hole", 1, "kept"), ("sliver", 1, "left out")]
+        if is_sliver
+        else [("hole", 1, "kept")]
+    )
     assert sorted(found(looked)) == expected
     area = 10_000 - 900 if is_sliver else 10_000 - 900 - 60 * width + strip.area
     assert looked.polygons.to_crs(32633).area.sum() == pytest.approx(area, rel=1e-6)
-    assert survey(tmp_path / "mines.parquet", min_width_m=0).polygons.to_crs(32633).area.sum() == pytest.approx(
-        10_000 - 900 - 60 * width + strip.area, rel=1e-6
-    )
+    assert survey(tmp_path / "mines.parquet", min_width_m=0).polygons.to_crs(
+        32633
+    ).area.sum() == pytest.approx(10_000 - 900 - 60 * width + strip.area, rel=1e-6)
 
 
 def test_a_row_of_slivers_only_is_left_out(tmp_path):
@@ -195,11 +236,15 @@ def test_a_row_of_slivers_only_is_left_out(tmp_path):
 
 
 rectangles = st.lists(
-    st.tuples(st.integers(0, 80), st.integers(0, 80), st.integers(20, 90), st.integers(20, 90)), min_size=1, max_size=7
+    st.tuples(st.integers(0, 80), st.integers(0, 80), st.integers(20, 90), st.integers(20, 90)),
+    min_size=1,
+    max_size=7,
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(rectangles)
 def test_no_ground_is_lost_or_twice_there(tmp_path, drawn):
     shapes = [box(*one) for one in drawn]
@@ -208,12 +253,18 @@ def test_no_ground_is_lost_or_twice_there(tmp_path, drawn):
     assert kept.is_valid.all()
     assert shapely.union_all(kept.geometry.to_numpy()).symmetric_difference(union).area < 1e-6
     assert kept.area.sum() == pytest.approx(union.area, abs=1e-6)
-    assert mapped_areas(table(shapes))["area_m2"].item() == pytest.approx(mapped_areas(kept)["area_m2"].item(), rel=1e-6)
+    assert mapped_areas(table(shapes))["area_m2"].item() == pytest.approx(
+        mapped_areas(kept)["area_m2"].item(), rel=1e-6
+    )
 
 
 def test_areas_are_the_ellipsoids_by_site_and_year_each_place_once():
     drawn = table(
-        [box(0, 0, 100, 100), box(50, 0, 100, 100), box(0, 200, 90, 90).difference(box(20, 220, 40, 40))],
+        [
+            box(0, 0, 100, 100),
+            box(50, 0, 100, 100),
+            box(0, 200, 90, 90).difference(box(20, 220, 40, 40)),
+        ],
         site=["a", "a", "b"],
         start=pd.array([2018, 2019, None], dtype="Int64"),
         end=pd.array([2019, None, None], dtype="Int64"),
@@ -222,7 +273,9 @@ def test_areas_are_the_ellipsoids_by_site_and_year_each_place_once():
     assert areas.index.to_list()[:2] == [("a", 2018), ("a", 2019)]
     assert areas["polygons"].tolist() == [1, 2, 1]
     assert areas["holes"].tolist() == [0, 0, 1]
-    lonlat = gpd.GeoSeries([box(0, 0, 100, 100), box(0, 0, 150, 100), drawn.geometry[2]], crs=32633).to_crs(4326)
+    lonlat = gpd.GeoSeries(
+        [box(0, 0, 100, 100), box(0, 0, 150, 100), drawn.geometry[2]], crs=32633
+    ).to_crs(4326)
     on_ellipsoid = [abs(Geod(ellps="WGS84").geometry_area_perimeter(shape)[0]) for shape in lonlat]
     assert areas["area_m2"].tolist() == pytest.approx(on_ellipsoid, rel=1e-6)
 
@@ -230,13 +283,17 @@ def test_areas_are_the_ellipsoids_by_site_and_year_each_place_once():
 # --- elsewhere ----------------------------------------------------------------------------------------------------------
 
 SITES = {
-    name: gpd.GeoSeries([shapely.box(LEFT + x, TOP - 400, LEFT + x + 600, TOP)], crs=32633).to_crs(4326)[0]
+    name: gpd.GeoSeries([shapely.box(LEFT + x, TOP - 400, LEFT + x + 600, TOP)], crs=32633).to_crs(
+        4326
+    )[0]
     for name, x in (("a", 0), ("b", 100_000))
 }
 
 
 def lonlat_mines():
-    mines = gpd.GeoSeries([box(0, 0, 100, 100), box(100_000, 0, 100, 100), box(100_200, 0, 100, 100)], crs=32633)
+    mines = gpd.GeoSeries(
+        [box(0, 0, 100, 100), box(100_000, 0, 100, 100), box(100_200, 0, 100, 100)], crs=32633
+    )
     return mines.to_crs(4326).to_numpy()
 
 
@@ -255,18 +312,30 @@ def test_a_row_in_the_wrong_hemisphere_is_found_by_its_distance(tmp_path):
     assert looked.polygons["row"].tolist() == [1]
 
 
-def test_a_row_at_another_site_than_it_names_is_elsewhere_and_one_that_names_none_may_lie_at_any(tmp_path):
-    looked = surveyed(tmp_path, table(lonlat_mines(), "EPSG:4326", site=["a", "a", None]), sites=SITES)
+def test_a_row_at_another_site_than_it_names_is_elsewhere_and_one_that_names_none_may_lie_at_any(
+    tmp_path,
+):
+    looked = surveyed(
+        tmp_path, table(lonlat_mines(), "EPSG:4326", site=["a", "a", None]), sites=SITES
+    )
     assert found(looked) == [("elsewhere", 2, "left out"), ("no site", 3, "kept")]
-    assert looked.findings["about"][0] == "99 km from a"  # 100 km less the 600 m of the area, on the ground
-    shapes = [*lonlat_mines(), shapely.box(100, 1, 100.1, 1.1), shapely.transform(lonlat_mines()[0], lambda xy: xy[:, ::-1])]
+    assert (
+        looked.findings["about"][0] == "99 km from a"
+    )  # 100 km less the 600 m of the area, on the ground
+    shapes = [
+        *lonlat_mines(),
+        shapely.box(100, 1, 100.1, 1.1),
+        shapely.transform(lonlat_mines()[0], lambda xy: xy[:, ::-1]),
+    ]
     looked = surveyed(tmp_path, table(shapes, "EPSG:4326"), sites=SITES)
     assert found(looked) == [("at no site", 4, "left out"), ("elsewhere", 5, "left out")]
     assert looked.polygons["row"].tolist() == [1, 2, 3]
 
 
 def test_rows_of_sites_that_were_not_asked_for_are_kept(tmp_path):
-    looked = surveyed(tmp_path, table(lonlat_mines(), "EPSG:4326", site=["a", "c", "b"]), sites=SITES)
+    looked = surveyed(
+        tmp_path, table(lonlat_mines(), "EPSG:4326", site=["a", "c", "b"]), sites=SITES
+    )
     assert found(looked) == [("unknown site", 2, "kept")]
     assert len(looked.polygons) == 3
     with pytest.raises(LabelError, match=r"of a site that was asked for \(a, b\); its are c, d"):
@@ -277,13 +346,18 @@ def test_rows_of_sites_that_were_not_asked_for_are_kept(tmp_path):
 def test_a_file_that_lies_elsewhere_as_a_whole_is_refused_and_says_which_swap(tmp_path, named):
     swapped = [shapely.transform(s, lambda xy: xy[:, ::-1]) for s in lonlat_mines()]
     columns = {"site": ["a", "b", "b"]} if named else {}
-    with pytest.raises(LabelError, match=r"within 10 km.*with longitude and latitude swapped, 3 of 3 would lie there"):
+    with pytest.raises(
+        LabelError,
+        match=r"within 10 km.*with longitude and latitude swapped, 3 of 3 would lie there",
+    ):
         surveyed(tmp_path, table(swapped, "EPSG:4326", **columns), sites=SITES)
 
 
 def test_of_two_swaps_that_explain_a_row_the_one_that_explains_more_is_named(tmp_path):
     # Near Greenwich a change of the sign of longitude is a few kilometres only, so that of latitude explains one row as well.
-    drawn = table([shapely.box(-0.02, -51.1, -0.01, -51), shapely.box(-0.29, -51.1, -0.28, -51)], "EPSG:4326")
+    drawn = table(
+        [shapely.box(-0.02, -51.1, -0.01, -51), shapely.box(-0.29, -51.1, -0.28, -51)], "EPSG:4326"
+    )
     with pytest.raises(LabelError, match="with both signs changed, 2 of 2 would lie there"):
         surveyed(tmp_path, drawn, sites={"a": shapely.box(0, 51, 0.3, 51.1)})
 
@@ -293,7 +367,9 @@ def test_of_two_swaps_that_explain_a_row_the_one_that_explains_more_is_named(tmp
 
 def test_two_mappers_by_hand():
     one = table([box(0, 0, 200, 100), box(100, 0, 100, 100)])  # an overlap of its own, counted once
-    two = table([box(100, 0, 200, 100), box(0, 300, 1000, 10)])  # 600 m of the strip lie on the grid
+    two = table(
+        [box(100, 0, 200, 100), box(0, 300, 1000, 10)]
+    )  # 600 m of the strip lie on the grid
     found = compare({"one": one, "two": two}, {"pit": GRID})
     assert found["site"].tolist() == ["pit", "pooled"]
     row = found.iloc[0]
@@ -310,18 +386,30 @@ def test_two_mappers_by_hand():
 def test_pooled_is_a_ratio_of_sums_over_sites_and_years_that_both_mapped():
     second = GeoBox((40, 60), Affine(10, 0, LEFT + 5000, 0, -10, TOP), "EPSG:32633")
     one = table(
-        [box(0, 0, 100, 100), box(5000, 0, 400, 100), box(0, 0, 100, 100)], site=["a", "b", "a"], year=[2018, 2018, 2019]
+        [box(0, 0, 100, 100), box(5000, 0, 400, 100), box(0, 0, 100, 100)],
+        site=["a", "b", "a"],
+        year=[2018, 2018, 2019],
     )
-    two = table([box(50, 0, 100, 100), box(5100, 0, 300, 100), box(0, 0, 9, 9)], site=["a", "b", "c"], year=[2018] * 3)
+    two = table(
+        [box(50, 0, 100, 100), box(5100, 0, 300, 100), box(0, 0, 9, 9)],
+        site=["a", "b", "c"],
+        year=[2018] * 3,
+    )
     found = compare({"one": one, "two": two}, {"a": GRID, "b": second, "c": GRID})
-    assert found[["site", "year"]].fillna(0).to_numpy().tolist() == [["a", 2018], ["b", 2018], ["pooled", 0]]
+    assert found[["site", "year"]].fillna(0).to_numpy().tolist() == [
+        ["a", 2018],
+        ["b", 2018],
+        ["pooled", 0],
+    ]
     assert found["iou"].to_list() == pytest.approx([1 / 3, 3 / 4, 35_000 / 55_000], rel=1e-5)
     assert found["raster_iou"].to_list() == pytest.approx([1 / 3, 3 / 4, 350 / 550])
 
 
 def test_polygons_that_hold_for_all_years_are_compared_in_those_of_the_other():
     by_span = table(
-        [box(0, 0, 100, 100), box(100, 0, 100, 100)], start=pd.array([2018, 2019], "Int64"), end=pd.array([2019, None], "Int64")
+        [box(0, 0, 100, 100), box(100, 0, 100, 100)],
+        start=pd.array([2018, 2019], "Int64"),
+        end=pd.array([2019, None], "Int64"),
     )
     found = compare({"all": table([box(0, 0, 100, 100)]), "span": by_span}, {"pit": GRID})
     assert found["year"].fillna(0).tolist() == [2018, 2019, 0]
@@ -337,7 +425,9 @@ def test_three_mappers_make_three_pairs():
 
 def test_mappers_of_landsat_pixels_share_none_along_an_edge():
     """Their edges run through centres of pixels: 30 m with corners on odd multiples of 15 m."""
-    found = compare({"one": table([box(15, 15, 90, 60)]), "two": table([box(105, 15, 60, 60)])}, {"pit": GRID})
+    found = compare(
+        {"one": table([box(15, 15, 90, 60)]), "two": table([box(105, 15, 60, 60)])}, {"pit": GRID}
+    )
     assert found[["pixels_both", "pixels_either"]].iloc[0].to_list() == [0, 54 + 36]
     off = found[["raster_area_off", "other_raster_area_off"]].iloc[0].to_list()
     assert off == pytest.approx([0, 0], abs=1e-12)
@@ -351,10 +441,23 @@ ACROSS_THE_EDGE = box(-100, 100, 200, 100)
 def test_polygons_that_only_touch_the_grid_have_area_0_and_no_iou():
     found = compare({"one": table([TOUCHING]), "two": table([TOUCHING])}, {"pit": GRID})
     assert found["site"].tolist() == ["pit", "pooled"]
-    counts = ["area_m2", "other_area_m2", "intersection_m2", "union_m2", "pixels_both", "pixels_either"]
+    counts = [
+        "area_m2",
+        "other_area_m2",
+        "intersection_m2",
+        "union_m2",
+        "pixels_both",
+        "pixels_either",
+    ]
     assert (found[counts] == 0).all(axis=None)
-    assert found[["iou", "raster_iou", "raster_area_off", "other_raster_area_off"]].isna().all(axis=None)
-    row = compare({"one": table([TOUCHING]), "two": table([ACROSS_THE_EDGE])}, {"pit": GRID}).iloc[0]
+    assert (
+        found[["iou", "raster_iou", "raster_area_off", "other_raster_area_off"]]
+        .isna()
+        .all(axis=None)
+    )
+    row = compare({"one": table([TOUCHING]), "two": table([ACROSS_THE_EDGE])}, {"pit": GRID}).iloc[
+        0
+    ]
     assert row["area_m2"] == row["iou"] == row["raster_iou"] == 0
     assert row["other_area_m2"] == pytest.approx(10_000, rel=2e-3)
     assert np.isnan(row["raster_area_off"])
@@ -374,11 +477,16 @@ def test_polygons_without_a_pixel_have_an_iou_and_no_raster_iou():
 def test_of_real_mappers_the_raster_agrees_with_the_vector():
     mines = read_polygons(REAL)
     grids = {
-        str(site): grid_of(Site(id=str(site), geometry=shapely.box(*own.total_bounds))) for site, own in mines.groupby("site")
+        str(site): grid_of(Site(id=str(site), geometry=shapely.box(*own.total_bounds)))
+        for site, own in mines.groupby("site")
     }
     mappers = {str(name): own for name, own in mines.groupby("source")}
     found = compare(mappers, grids)
-    assert found[found["site"] != "pooled"].groupby(["mapper", "other"]).size().to_list() == [2, 3, 3]
+    assert found[found["site"] != "pooled"].groupby(["mapper", "other"]).size().to_list() == [
+        2,
+        3,
+        3,
+    ]
     assert (np.abs(found["raster_iou"] - found["iou"]) <= 1e-3).all()
     off = found[["raster_area_off", "other_raster_area_off"]].abs().to_numpy()
     assert np.nanmax(off) <= 1e-3
@@ -394,7 +502,11 @@ def test_of_real_mappers_the_raster_agrees_with_the_vector():
 
 @pytest.mark.parametrize("out", ["repaired.parquet", "repaired.gpkg"])
 def test_the_command_reports_and_writes_what_it_repaired(tmp_path, out):
-    drawn = table([box(0, 0, 100, 100), box(60, 0, 100, 100), box(300, 0, 3, 100)], year=[2019, 2019, 2019], site=["pit"] * 3)
+    drawn = table(
+        [box(0, 0, 100, 100), box(60, 0, 100, 100), box(300, 0, 3, 100)],
+        year=[2019, 2019, 2019],
+        site=["pit"] * 3,
+    )
     path = written(tmp_path, drawn, "mines.gpkg")
     said, _ = run("polygons", path, "--out", tmp_path / out, "--json", tmp_path / "report.json")
     assert "3 rows, 2 kept" in said
@@ -432,10 +544,17 @@ def test_the_command_on_a_site_of_another_place(tmp_path):
     shapes = lonlat_mines()
     shapes[0] = shapely.transform(shapes[0], lambda xy: xy[:, ::-1])
     path = written(tmp_path, table(shapes, "EPSG:4326", site=["a", "b", "b"]), "mines.gpkg")
-    said, _ = run("polygons", path, "--sites", tmp_path / "sites.geojson", "--out", tmp_path / "o.gpkg", ok=1)
+    said, _ = run(
+        "polygons", path, "--sites", tmp_path / "sites.geojson", "--out", tmp_path / "o.gpkg", ok=1
+    )
     assert "with longitude and latitude swapped, it would lie there" in said
     assert len(gpd.read_file(tmp_path / "o.gpkg")) == 2
-    world = written(tmp_path, table([*lonlat_mines(), *[shapely.box(x, 1, x + 0.1, 1.1) for x in range(30)]], "EPSG:4326"))
+    world = written(
+        tmp_path,
+        table(
+            [*lonlat_mines(), *[shapely.box(x, 1, x + 0.1, 1.1) for x in range(30)]], "EPSG:4326"
+        ),
+    )
     said, _ = run("polygons", world, "--sites", tmp_path / "sites.geojson")
     assert "33 rows, 3 kept" in said
     assert [line.split()[:6] for line in said.splitlines() if "at no site" in line] == [
@@ -460,9 +579,15 @@ def test_the_command_on_a_site_of_another_place(tmp_path):
 def test_mistakes_are_one_sentence_and_nothing_is_written(tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, table([box(0, 0, 100, 100)], who=["x"]), "mines.gpkg")
-    written(tmp_path, table([box(0, 0, 100, 100), box(0, 200, 99, 99)], site=["a", "a"], who=["x", "y"]), "far.gpkg")
+    written(
+        tmp_path,
+        table([box(0, 0, 100, 100), box(0, 200, 99, 99)], site=["a", "a"], who=["x", "y"]),
+        "far.gpkg",
+    )
     written(tmp_path, table([box(0, 0, 100, 100)], site=["b"]), "other.gpkg")
-    written(tmp_path, table([box(0, 0, 100, 100), box(0, 300_000, 99, 99)], who=["x", "y"]), "wide.gpkg")
+    written(
+        tmp_path, table([box(0, 0, 100, 100), box(0, 300_000, 99, 99)], who=["x", "y"]), "wide.gpkg"
+    )
     before = sorted(p.name for p in tmp_path.iterdir())
     extra = [] if "--out" in arguments else ["--out", "o.parquet"]
     _, err = run("polygons", *arguments, *extra, "--json", "o.json", ok=2)

@@ -50,7 +50,13 @@ def store(tmp_path, make):
     """Two sites and two years, without pixels."""
     for name, x in PLACES.items():
         site = make.site(name, LEFT + x, TOP, 60, 60)
-        cube.create(str(tmp_path / "cubes.zarr"), site, grid_of(site), [2019, 2022], load_recipes()["annual-median"])
+        cube.create(
+            str(tmp_path / "cubes.zarr"),
+            site,
+            grid_of(site),
+            [2019, 2022],
+            load_recipes()["annual-median"],
+        )
     return tmp_path / "cubes.zarr"
 
 
@@ -58,7 +64,9 @@ def store(tmp_path, make):
 def sites(tmp_path, make):
     """The same two sites as a file."""
     places = [make.site(name, LEFT + x, TOP, 60, 60).geometry for name, x in PLACES.items()]
-    gpd.GeoDataFrame({"id": list(PLACES)}, geometry=places, crs=4326).to_file(tmp_path / "sites.geojson")
+    gpd.GeoDataFrame({"id": list(PLACES)}, geometry=places, crs=4326).to_file(
+        tmp_path / "sites.geojson"
+    )
     return tmp_path / "sites.geojson"
 
 
@@ -84,7 +92,10 @@ def layers_by_year(folder):
 
 def test_layers_are_named_and_chosen(store, sites, tmp_path):
     path = layers_by_year(tmp_path)
-    for command in (("label", "--store", store, "--polygons", path, "--sites", "pit"), ("polygons", path)):
+    for command in (
+        ("label", "--store", store, "--polygons", path, "--sites", "pit"),
+        ("polygons", path),
+    ):
         _, err = run(*command, ok=2)
         assert "mines_2019" in err
         assert "mines_2022" in err
@@ -105,15 +116,30 @@ def test_layers_are_named_and_chosen(store, sites, tmp_path):
 def test_layers_of_sites_and_of_a_second_file(tmp_path, make):
     path = tmp_path / "all.gpkg"
     for name, x in PLACES.items():
-        rows = gpd.GeoDataFrame({"id": [name]}, geometry=[make.site(name, LEFT + x, TOP, 60, 60).geometry], crs=4326)
+        rows = gpd.GeoDataFrame(
+            {"id": [name]}, geometry=[make.site(name, LEFT + x, TOP, 60, 60).geometry], crs=4326
+        )
         rows.to_file(path, layer=f"area_{name}", mode="a" if path.exists() else "w")
     table(A, B).to_file(path, layer="one", mode="a")
     table(A).to_file(path, layer="two", mode="a")
     _, err = run("sites", "--sites", path, ok=2)
     assert "area_pit" in err
-    assert run("sites", "--sites", path, "--layer", "area_pit")[0].splitlines()[-1].startswith("pit ")
+    assert (
+        run("sites", "--sites", path, "--layer", "area_pit")[0].splitlines()[-1].startswith("pit ")
+    )
     assert run("sites", "--sites", path, "--sites-layer", "area_*")[0].count("EPSG:32633") == 2
-    compare = ("polygons", path, "--layer", "one", "--sites", path, "--sites-layer", "area_pit", "--compare", path)
+    compare = (
+        "polygons",
+        path,
+        "--layer",
+        "one",
+        "--sites",
+        path,
+        "--sites-layer",
+        "area_pit",
+        "--compare",
+        path,
+    )
     report = tmp_path / "report.json"
     run(*compare, "--compare-layer", "two", "--json", report)
     read = json.loads(report.read_text())
@@ -127,7 +153,9 @@ def test_layers_of_sites_and_of_a_second_file(tmp_path, make):
     assert json.loads(report.read_text())["comparison"][0]["iou"] == pytest.approx(0.8, rel=1e-3)
     _, err = run("sites", "--sites", "demo_1", "--layer", "pits", ok=2)
     assert "expected a file of sites with the layer 'pits', found --sites demo_1" in err
-    _, err = run("polygons", path, "--layer", "one", "--compare", "id", "--compare-layer", "two", ok=2)
+    _, err = run(
+        "polygons", path, "--layer", "one", "--compare", "id", "--compare-layer", "two", ok=2
+    )
     assert "--compare-layer is of a second file" in err
 
 
@@ -138,7 +166,10 @@ def test_every_command_that_reads_sites_or_polygons_has_a_layer(command):
     assert ("--sites-layer" in out) or "--sites " not in out
 
 
-@pytest.mark.parametrize("suffix", [".geojson", ".json", ".gpkg", ".kml", ".fgb", ".shp", ".zip", ".parquet", ".geoparquet"])
+@pytest.mark.parametrize(
+    "suffix",
+    [".geojson", ".json", ".gpkg", ".kml", ".fgb", ".shp", ".zip", ".parquet", ".geoparquet"],
+)
 @pytest.mark.parametrize("upper", [False, True])
 def test_sites_are_of_every_format_that_polygons_are_of(tmp_path, suffix, upper):
     rows = table(A, Name=["Bełża"]).to_crs(4326)
@@ -187,7 +218,9 @@ def test_sites_without_columns_and_with_lists_are_no_crash(tmp_path):
 
 def test_bytes_that_are_no_text_pass_through_every_command(store, sites, tmp_path):
     path = tmp_path / "mines.parquet"
-    table(A, B, photo=[b"\xff", b"\xfe"], source=[b"\xff", b"\xfe"], about=[{"a": 1}, {"a": 2}]).to_parquet(path)
+    table(
+        A, B, photo=[b"\xff", b"\xfe"], source=[b"\xff", b"\xfe"], about=[{"a": 1}, {"a": 2}]
+    ).to_parquet(path)
     run("label", "--store", store, "--polygons", path, "--sites", "pit")
     assert footprint(store, "pit", 2019) == (500, True)
     run("polygons", path, "--sites", sites, "--compare", "source", "--out", tmp_path / "out.gpkg")
@@ -205,7 +238,9 @@ def test_sites_of_a_store_are_found_by_their_names(store, tmp_path):
 
 @pytest.mark.parametrize("blank", [None, "", "  "])
 def test_rows_without_a_site_count_where_they_lie(store, sites, tmp_path, blank):
-    path = written(tmp_path, table(A, OF_BIG, B, FAR, site=["pit", "Big_Pit", blank, blank], year=[2019] * 4))
+    path = written(
+        tmp_path, table(A, OF_BIG, B, FAR, site=["pit", "Big_Pit", blank, blank], year=[2019] * 4)
+    )
     _, err = run("label", "--store", store, "--polygons", path)
     assert footprint(store, "pit", 2019) == (500, True)
     assert footprint(store, "Big_Pit", 2019) == (25, True)
@@ -213,7 +248,9 @@ def test_rows_without_a_site_count_where_they_lie(store, sites, tmp_path, blank)
     assert "1 of 4 polygons name no site, reach none of these sites and are left out: row 4" in err
     report = tmp_path / "report.json"
     run("polygons", path, "--sites", sites, "--json", report)
-    found = {(f["finding"], f["row"], f["done"]) for f in json.loads(report.read_text())["findings"]}
+    found = {
+        (f["finding"], f["row"], f["done"]) for f in json.loads(report.read_text())["findings"]
+    }
     assert found == {("no site", 3, "kept"), ("at no site", 4, "left out")}
 
 
@@ -221,25 +258,41 @@ def test_rows_that_miss_the_site_they_name_are_named(store, tmp_path):
     path = written(tmp_path, table(A, FAR, OF_BIG, site=["pit", "pit", "Big_Pit"]))
     _, err = run("label", "--store", store, "--polygons", path)
     assert "1 of 3 polygons do not reach the site that they name and are left out: row 2" in err
-    _, err = run("label", "--store", store, "--polygons", written(tmp_path, table(A, site=["pit"]), "a.gpkg"), ok=2)
+    _, err = run(
+        "label",
+        "--store",
+        store,
+        "--polygons",
+        written(tmp_path, table(A, site=["pit"]), "a.gpkg"),
+        ok=2,
+    )
     assert "no polygon of site 'Big_Pit'; its `site` column has pit" in err
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_mappers_that_only_touch_a_site_are_compared_without_iou(sites, tmp_path):
     edge = grid_of(load_sites(sites)[0]).boundingbox.left
-    touching, across = (shapely.box(edge - 100, TOP - 200, edge + inside, TOP - 100) for inside in (0, 100))
+    touching, across = (
+        shapely.box(edge - 100, TOP - 200, edge + inside, TOP - 100) for inside in (0, 100)
+    )
     path = written(tmp_path, table(touching, touching, site=["pit", "pit"], who=["x", "y"]))
     report = tmp_path / "report.json"
     out, err = run("polygons", path, "--sites", sites, "--compare", "who", "--json", report)
     assert err == ""
     for row in compared(out):
-        assert [float(row[name]) for name in ("area_km2", "other_area_km2", "intersection_km2", "union_km2")] == [0] * 4
+        assert [
+            float(row[name])
+            for name in ("area_km2", "other_area_km2", "intersection_km2", "union_km2")
+        ] == [0] * 4
         assert row["iou"] == row["raster_iou"] == "-"
     rows = json.loads(report.read_text())["comparison"]
-    assert [(r["area_m2"], r["union_m2"], r["iou"], r["raster_iou"]) for r in rows] == [(0, 0, None, None)] * 2
+    assert [(r["area_m2"], r["union_m2"], r["iou"], r["raster_iou"]) for r in rows] == [
+        (0, 0, None, None)
+    ] * 2
     one_touches = table(touching, across, site=["pit", "pit"], who=["x", "y"])
-    out, _ = run("polygons", written(tmp_path, one_touches, "b.gpkg"), "--sites", sites, "--compare", "who")
+    out, _ = run(
+        "polygons", written(tmp_path, one_touches, "b.gpkg"), "--sites", sites, "--compare", "who"
+    )
     row = compared(out)[0]
     assert float(row["area_km2"]) == float(row["iou"]) == float(row["raster_iou"]) == 0
     assert float(row["other_area_km2"]) == pytest.approx(0.01, rel=2e-3)
@@ -268,7 +321,9 @@ def test_two_mappers_are_compared_without_an_area(tmp_path, sites, others):
     one = written(tmp_path, table(A, **sites), "one.gpkg")
     two = written(tmp_path, table(A, **others), "two.gpkg")
     run("polygons", one, "--compare", two, "--json", tmp_path / "report.json")
-    assert [row["iou"] for row in json.loads((tmp_path / "report.json").read_text())["comparison"]] == pytest.approx([1, 1])
+    assert [
+        row["iou"] for row in json.loads((tmp_path / "report.json").read_text())["comparison"]
+    ] == pytest.approx([1, 1])
 
 
 def test_a_file_without_a_site_says_what_it_does_not_draw(store, tmp_path):
@@ -305,7 +360,9 @@ def test_a_site_that_may_be_two_is_refused(store, tmp_path, make):
 
 def test_numbers_with_a_gap_name_the_same_sites(tmp_path, make):
     places = [make.site("x", LEFT + x, TOP, 60, 60).geometry for x in PLACES.values()]
-    path = written(tmp_path, gpd.GeoDataFrame({"id": [7.0, 8.0]}, geometry=places, crs=4326), "numbers.gpkg")
+    path = written(
+        tmp_path, gpd.GeoDataFrame({"id": [7.0, 8.0]}, geometry=places, crs=4326), "numbers.gpkg"
+    )
     out, _ = run("sites", "--sites", path)
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["7", "8"]
     mines = written(tmp_path, table(A, OF_BIG, B, site=[7, 8, None]))
@@ -319,12 +376,23 @@ def test_numbers_with_a_gap_name_the_same_sites(tmp_path, make):
 def test_a_column_of_dates_that_is_not_read_is_named_with_the_years(store, sites, tmp_path):
     path = written(tmp_path, table(A, B, date=["2019-06-01", "2022-06-01"]))
     _, err = run("label", "--store", store, "--polygons", path, "--sites", "pit")
-    assert "column `date` may hold years, but only the columns `year`, or `start` and `end`, are read as years" in err
+    assert (
+        "column `date` may hold years, but only the columns `year`, or `start` and `end`, are read as years"
+        in err
+    )
     assert "pit: rows without years are drawn in 2019, 2022" in err
     assert [footprint(store, "pit", year)[0] for year in (2019, 2022)] == [500, 500]
     _, err = run("polygons", path, "--sites", sites)
     assert "column `date` may hold years" in err
-    run("label", "--store", store, "--sites", "pit", "--polygons", written(tmp_path, table(A, YEAR=["2022-06-01"]), "y.gpkg"))
+    run(
+        "label",
+        "--store",
+        store,
+        "--sites",
+        "pit",
+        "--polygons",
+        written(tmp_path, table(A, YEAR=["2022-06-01"]), "y.gpkg"),
+    )
     assert [footprint(store, "pit", year) for year in (2019, 2022)] == [(0, False), (400, True)]
 
 
@@ -335,8 +403,18 @@ def test_polygons_that_hold_no_centre_are_counted(store, tmp_path):
     assert "pit: 2 of 3 polygons hold no pixel's centre (rows 1, 3)" in err
     assert "`footprint_fraction` has their area" in err
     fraction = cube.open_cube(str(store), "pit")["footprint_fraction"].sel(year=2019).to_numpy()
-    assert fraction.sum() / 250 * 100 == pytest.approx(40_000 + 600, rel=1e-3)  # the tiny one lies within A
-    _, err = run("label", "--store", store, "--polygons", written(tmp_path, table(A), "a.gpkg"), "--sites", "pit")
+    assert fraction.sum() / 250 * 100 == pytest.approx(
+        40_000 + 600, rel=1e-3
+    )  # the tiny one lies within A
+    _, err = run(
+        "label",
+        "--store",
+        store,
+        "--polygons",
+        written(tmp_path, table(A), "a.gpkg"),
+        "--sites",
+        "pit",
+    )
     assert "centre" not in err
     sited = table(A, OF_BIG, strip, site=["pit", "Big_Pit", "pit"])
     _, err = run("label", "--store", store, "--polygons", written(tmp_path, sited, "sited.gpkg"))
@@ -395,7 +473,9 @@ def test_a_column_of_mappers_is_found_in_any_case(tmp_path):
 
 def test_names_become_ids_of_groups_and_titles(tmp_path, make):
     site = make.site("x", LEFT, TOP, 60, 60).geometry
-    rows = gpd.GeoDataFrame({"id": ["way/10001"], "name": ["Kamieniołom Górny"]}, geometry=[site], crs=4326)
+    rows = gpd.GeoDataFrame(
+        {"id": ["way/10001"], "name": ["Kamieniołom Górny"]}, geometry=[site], crs=4326
+    )
     out, err = run("sites", "--sites", written(tmp_path, rows, "osm.geojson"))
     assert out.splitlines()[0].split()[-1] == "title"
     assert out.splitlines()[-1].split()[0] == "way_10001"
@@ -407,6 +487,11 @@ def test_names_become_ids_of_groups_and_titles(tmp_path, make):
 def test_a_group_keeps_the_title(tmp_path, make):
     site = make.site("x", LEFT, TOP, 60, 60)
     titled = type(site)(id="way_1", title="Kamieniołom Górny", geometry=site.geometry)
-    cube.create(str(tmp_path / "c.zarr"), titled, grid_of(titled), [2019], load_recipes()["annual-median"])
-    assert zarr.open_group(tmp_path / "c.zarr" / "way_1", mode="r").attrs["minecube"]["title"] == "Kamieniołom Górny"
+    cube.create(
+        str(tmp_path / "c.zarr"), titled, grid_of(titled), [2019], load_recipes()["annual-median"]
+    )
+    assert (
+        zarr.open_group(tmp_path / "c.zarr" / "way_1", mode="r").attrs["minecube"]["title"]
+        == "Kamieniołom Górny"
+    )
     assert np.array_equal(cube.grid_and_years(str(tmp_path / "c.zarr"), "way_1")[1], [2019])

@@ -48,15 +48,25 @@ def store(tmp_path, site):
 def build(store, site, year, version="1", overwrite=False, seed=0, **how):
     grid, rng = grid_of(site), np.random.default_rng([year, seed])
     pixels = rng.integers(1, 3000, (10, *grid.shape)).astype(np.uint16)
-    layers = {"clear_count": np.full(grid.shape, 3, np.uint16), "quality": np.ones(grid.shape, np.uint8)}
+    layers = {
+        "clear_count": np.full(grid.shape, 3, np.uint16),
+        "quality": np.ones(grid.shape, np.uint8),
+    }
     made = {"reflectance": (("band", "y", "x"), da.from_array(pixels, chunks=(10, 64, 64)))}
     made |= {name: (("y", "x"), da.from_array(layer, chunks=64)) for name, layer in layers.items()}
-    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": version}
+    told = {
+        "minecube:source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": version,
+    }
     scene = types.SimpleNamespace(id=f"a{version}", properties=told)
     listed = io.BytesIO()
     pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
-    cube.write_year(store, xr.Dataset(made), provenance, listed.getvalue(), overwrite=overwrite, **how)
+    cube.write_year(
+        store, xr.Dataset(made), provenance, listed.getvalue(), overwrite=overwrite, **how
+    )
 
 
 def value(view, y, classes=1, times=1):
@@ -65,7 +75,9 @@ def value(view, y, classes=1, times=1):
     return [[(base + 50 * t + 20 * c) % 251 for c in range(classes)] for t in range(times)]
 
 
-def rows_of(todo, heights=(7, 40, 1, 64, 38), width=90, classes=1, series=False, asked=None, dies_after=None):
+def rows_of(
+    todo, heights=(7, 40, 1, 64, 38), width=90, classes=1, series=False, asked=None, dies_after=None
+):
     """Rows of all views in uneven blocks; dies after so many, if asked."""
     if asked is not None:
         asked.append(list(todo))
@@ -81,12 +93,20 @@ def rows_of(todo, heights=(7, 40, 1, 64, 38), width=90, classes=1, series=False,
             y, count = y + height, count + 1
 
 
-def mapped(store, views, *, about=NET, overwrite=False, variable="probability", classes=("mine",), **how):
+def mapped(
+    store, views, *, about=NET, overwrite=False, variable="probability", classes=("mine",), **how
+):
     """Which views were asked for, and then written."""
     asked = []
-    prediction = Prediction(model="net", views=views, about=about, variable=variable, classes=classes)
+    prediction = Prediction(
+        model="net", views=views, about=about, variable=variable, classes=classes
+    )
     wrote = cube.write_prediction(
-        store, "pit", prediction, lambda todo: rows_of(todo, asked=asked, classes=len(classes), **how), overwrite=overwrite
+        store,
+        "pit",
+        prediction,
+        lambda todo: rows_of(todo, asked=asked, classes=len(classes), **how),
+        overwrite=overwrite,
     )
     assert wrote == (asked[0] if asked else [])
     return wrote
@@ -114,7 +134,9 @@ def test_years_are_written_in_rows_and_found_again(store, site):
     found = cube.open_probability(store, "pit", "net")
     assert found.odc.geobox == grid_of(site)
     assert found.attrs["model"] == NET
-    assert found.attrs["builds"] == {str(y): a["build_id"] for y, a in cube.builds(store, "pit").items()}
+    assert found.attrs["builds"] == {
+        str(y): a["build_id"] for y, a in cube.builds(store, "pit").items()
+    }
     assert cube.verify(store).findings == ()
     unaided = xr.open_zarr(store, group="pit/predictions/net", consolidated=False)
     assert unaided.probability.dtype == np.uint8
@@ -126,7 +148,9 @@ def test_pairs_have_years_and_classes(store):
     assert mapped(store, PAIRS, variable="change", classes=classes) == list(PAIRS)
     found = cube.open_change(store, "pit", "net")
     assert found.dims == ("pair", "class", "y", "x")
-    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == list(PAIRS)
+    assert list(
+        zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)
+    ) == list(PAIRS)
     assert found["class"].values.tolist() == list(classes)
     for n, pair in enumerate(PAIRS):
         np.testing.assert_array_equal(found[n], expected(pair, 2)[0])
@@ -137,11 +161,15 @@ def test_pairs_have_years_and_classes(store):
 
 def test_a_pair_is_few_files(store, tmp_path):
     mapped(store, PAIRS, variable="change")
-    files = [p for p in (tmp_path / "cubes.zarr/pit/predictions/net/change/c").rglob("*") if p.is_file()]
+    files = [
+        p for p in (tmp_path / "cubes.zarr/pit/predictions/net/change/c").rglob("*") if p.is_file()
+    ]
     assert len(files) == 3 * 2  # of 150 x 90 px, in shards of 128
 
 
-@pytest.mark.parametrize(("variable", "views", "shard"), [("probability", years(2019), 64), ("change", PAIRS, 128)])
+@pytest.mark.parametrize(
+    ("variable", "views", "shard"), [("probability", years(2019), 64), ("change", PAIRS, 128)]
+)
 def test_chunks_are_of_twice_the_side_of_reflectance(store, variable, views, shard):
     mapped(store, views, variable=variable)
     array = zarr.open_array(store, path=f"pit/predictions/net/{variable}", mode="r")
@@ -151,7 +179,12 @@ def test_chunks_are_of_twice_the_side_of_reflectance(store, variable, views, sha
 def test_a_site_whose_place_is_damaged_is_one_sentence(store, tmp_path):
     metadata = tmp_path / "cubes.zarr/pit/zarr.json"
     about = json.loads(metadata.read_text())
-    for wrong in ({}, {"spatial:shape": None}, {"spatial:shape": [1]}, {"spatial:transform": [1, 2]}):
+    for wrong in (
+        {},
+        {"spatial:shape": None},
+        {"spatial:shape": [1]},
+        {"spatial:transform": [1, 2]},
+    ):
         attrs = {k: v for k, v in about["attributes"].items() if k != "spatial:shape"} | wrong
         metadata.write_text(json.dumps({**about, "attributes": attrs}))
         with pytest.raises(CubeError, match="pit cannot be read"):
@@ -182,11 +215,16 @@ def test_a_killed_run_goes_on_with_the_years_that_are_not_done(store, blocks):
         mapped(store, years(2019, 2020, 2021), dies_after=blocks)
     done = blocks // 5
     lacking = ", ".join(map(str, (2019, 2020, 2021)[done:]))
-    with pytest.raises(CubeError, match=f"not mapped pit to its end: of 3 maps lack {lacking if done else ''}"):
+    with pytest.raises(
+        CubeError, match=f"not mapped pit to its end: of 3 maps lack {lacking if done else ''}"
+    ):
         cube.open_probability(store, "pit", "net")
     (finding,) = cube.verify(store).findings
     assert (finding.kind, finding.what) == ("unfinished", "predictions/net")
-    assert finding.found == f"{lacking} not mapped; run `minecube predict` again, unless it is still running"
+    assert (
+        finding.found
+        == f"{lacking} not mapped; run `minecube predict` again, unless it is still running"
+    )
     assert mapped(store, years(2019, 2020, 2021)) == years(2019, 2020, 2021)[done:]
     whole(store, 2019, 2020, 2021)
     assert cube.verify(store).findings == ()
@@ -196,10 +234,18 @@ def test_a_killed_run_over_an_older_map_leaves_none_of_it(store):
     """Else the older map's rows would stand in the new one's."""
     mapped(store, years(2019, 2020, 2021))
     with pytest.raises(KeyboardInterrupt):
-        mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}, dies_after=7, overwrite=True)
+        mapped(
+            store,
+            years(2019, 2020, 2021),
+            about={**NET, "weights_sha256": "b"},
+            dies_after=7,
+            overwrite=True,
+        )
     with pytest.raises(CubeError, match="of 3 maps lack 2020, 2021"):
         cube.open_probability(store, "pit", "net")
-    assert mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}) == years(2020, 2021)
+    assert mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}) == years(
+        2020, 2021
+    )
 
 
 @pytest.mark.parametrize("dies_after", [None, 7])
@@ -210,12 +256,15 @@ def test_another_model_replaces_a_prediction_only_when_told(store, dies_after):
     for how in (other, {**other, "variable": "change"}, {"variable": "change"}):
         views = PAIRS if "variable" in how else years(2019, 2020, 2021)
         with pytest.raises(
-            CubeError, match=r"pit/predictions/net was made by another model; choose another --name, or .* --over"
+            CubeError,
+            match=r"pit/predictions/net was made by another model; choose another --name, or .* --over",
         ):
             mapped(store, views, **how)
     mapped(store, years(2019, 2020, 2021))
     whole(store, 2019, 2020, 2021)
-    assert mapped(store, years(2019, 2020, 2021), **other, overwrite=True) == years(2019, 2020, 2021)
+    assert mapped(store, years(2019, 2020, 2021), **other, overwrite=True) == years(
+        2019, 2020, 2021
+    )
     assert cube.open_probability(store, "pit", "net").attrs["model"]["weights_sha256"] == "b"
     assert mapped(store, PAIRS, variable="change", **other, overwrite=True) == list(PAIRS)
     assert cube.verify(store).findings == ()
@@ -271,10 +320,14 @@ def test_the_same_build_of_other_pixels_is_mapped_anew(store, site):
     assert cube.verify(store).findings == ()
 
 
-@pytest.mark.parametrize(("variable", "views"), [("probability", years(2021, 2022)), ("change", [(2021, 2022)])])
+@pytest.mark.parametrize(
+    ("variable", "views"), [("probability", years(2021, 2022)), ("change", [(2021, 2022)])]
+)
 def test_a_year_that_is_not_committed_is_not_mapped(store, site, variable, views):
     """Else its map would be of no build, and never out of date."""
-    with pytest.raises(CubeError, match=r"(2021-)?2022 of pit is not committed, and its pixels may change"):
+    with pytest.raises(
+        CubeError, match=r"(2021-)?2022 of pit is not committed, and its pixels may change"
+    ):
         mapped(store, views, variable=variable)
     with pytest.raises(CubeError, match="no prediction of 'net' for pit"):
         cube.open_probability(store, "pit", "net")
@@ -298,20 +351,28 @@ def test_later_years_and_pairs_join_those_that_are_there(store, site):
     mapped(store, PAIRS[1:2], overwrite=True, **change)
     assert mapped(store, PAIRS, **change) == [PAIRS[0], PAIRS[2]]
     found = cube.open_change(store, "pit", "net")
-    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == [
-        PAIRS[n] for n in (1, 0, 2)
-    ]
+    assert list(
+        zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)
+    ) == [PAIRS[n] for n in (1, 0, 2)]
     np.testing.assert_array_equal(found[1], expected(PAIRS[0])[0])
     assert cube.verify(store).findings == ()
 
 
 @pytest.mark.parametrize("dies_at", ["change", "first", "first written", "group"])
-@pytest.mark.parametrize("then", [(PAIRS[0], PAIRS[2]), PAIRS[:1], PAIRS], ids=["other", "fewer", "more"])
-def test_a_run_killed_while_it_makes_room_leaves_no_pair_under_another_ones_name(store, monkeypatch, dies_at, then):
+@pytest.mark.parametrize(
+    "then", [(PAIRS[0], PAIRS[2]), PAIRS[:1], PAIRS], ids=["other", "fewer", "more"]
+)
+def test_a_run_killed_while_it_makes_room_leaves_no_pair_under_another_ones_name(
+    store, monkeypatch, dies_at, then
+):
     """Room is made array by array; the group says last what it is for."""
     mapped(store, PAIRS[:1], variable="change")
     name, _, written = dies_at.partition(" ")
-    where, does = (zarr.Array, "__setitem__" if written else "resize") if name != "group" else (Attributes, "put")
+    where, does = (
+        (zarr.Array, "__setitem__" if written else "resize")
+        if name != "group"
+        else (Attributes, "put")
+    )
     done = getattr(where, does)
 
     def dying(self, *args):
@@ -327,7 +388,9 @@ def test_a_run_killed_while_it_makes_room_leaves_no_pair_under_another_ones_name
             mapped(store, PAIRS[:2], variable="change")
     mapped(store, then, variable="change")
     found = cube.open_change(store, "pit", "net")
-    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == list(then)
+    assert list(
+        zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)
+    ) == list(then)
     for n, pair in enumerate(then):
         np.testing.assert_array_equal(found[n], expected(pair)[0])
     assert cube.verify(store).findings == ()
@@ -338,7 +401,9 @@ def test_a_series_of_more_years_is_another_one(store, site):
     build(store, site, 2022)
     longer = (2019, 2020, 2021, 2022)
     assert mapped(store, [longer], series=True) == [longer]
-    np.testing.assert_array_equal(cube.open_probability(store, "pit", "net"), expected(longer, series=True)[:, 0])
+    np.testing.assert_array_equal(
+        cube.open_probability(store, "pit", "net"), expected(longer, series=True)[:, 0]
+    )
     assert cube.verify(store).findings == ()
 
 
@@ -357,20 +422,30 @@ def constant(todo, value, meanwhile=None):
         for y in (0, 64, 128):
             if meanwhile and (n, y) == (1, 64):
                 meanwhile()
-            yield types.SimpleNamespace(view=view, y=y, values=np.full((1, 1, min(64, 150 - y), 90), value, np.uint8))
+            yield types.SimpleNamespace(
+                view=view, y=y, values=np.full((1, 1, min(64, 150 - y), 90), value, np.uint8)
+            )
 
 
-@pytest.mark.parametrize("other", [NET, {**NET, "weights_sha256": "b"}], ids=["same model", "another of that name"])
+@pytest.mark.parametrize(
+    "other", [NET, {**NET, "weights_sha256": "b"}], ids=["same model", "another of that name"]
+)
 def test_of_two_runs_at_once_the_second_is_told_and_writes_nothing(store, other):
     """Else the maps of one would stand under the name, and the checksums, of the other."""
     three = years(2019, 2020, 2021)
 
     def meanwhile():
-        with pytest.raises(BusyError, match=r"pit/predictions/net is being written by another run \(process \d+ on "):
+        with pytest.raises(
+            BusyError,
+            match=r"pit/predictions/net is being written by another run \(process \d+ on ",
+        ):
             mapped(store, three, about=other)
 
     first = Prediction(model="net", views=three, about=NET)
-    assert cube.write_prediction(store, "pit", first, lambda todo: constant(todo, 5, meanwhile)) == three
+    assert (
+        cube.write_prediction(store, "pit", first, lambda todo: constant(todo, 5, meanwhile))
+        == three
+    )
     assert (cube.open_probability(store, "pit", "net") == 5).all()
     assert cube.verify(store).findings == ()
 
@@ -382,7 +457,11 @@ def test_two_models_map_one_site_at_once(store):
         others.append(mapped(store, three))
 
     other = Prediction(model="other", views=three, about={"id": "other"})
-    assert cube.write_prediction(store, "pit", other, lambda todo: constant(todo, 5, meanwhile)) == others[0] == three
+    assert (
+        cube.write_prediction(store, "pit", other, lambda todo: constant(todo, 5, meanwhile))
+        == others[0]
+        == three
+    )
     whole(store, 2019, 2020, 2021)
     assert (cube.open_probability(store, "pit", "other") == 5).all()
     assert cube.verify(store).findings == ()
@@ -390,7 +469,10 @@ def test_two_models_map_one_site_at_once(store):
 
 def test_missing_rows_are_not_committed(store):
     for heights in ((7, 40), (7, 40, 1, 64)):
-        with pytest.raises(CubeError, match=r"expected row \d+ of 2019, found (none|row 0 of 2020); this map is not committed"):
+        with pytest.raises(
+            CubeError,
+            match=r"expected row \d+ of 2019, found (none|row 0 of 2020); this map is not committed",
+        ):
             mapped(store, years(2019, 2020), heights=heights)
         with pytest.raises(CubeError, match="not mapped pit to its end"):
             cube.open_probability(store, "pit", "net")
@@ -403,11 +485,17 @@ def test_a_shard_that_comes_out_empty_leaves_none_of_before(store, tmp_path):
 
     def nothing(todo):
         for view in todo:
-            yield types.SimpleNamespace(view=view, y=0, values=np.full((1, 1, 150, 90), 255, np.uint8))
+            yield types.SimpleNamespace(
+                view=view, y=0, values=np.full((1, 1, 150, 90), 255, np.uint8)
+            )
 
-    cube.write_prediction(store, "pit", Prediction(model="net", views=years(2019), about=NET), nothing, overwrite=True)
+    cube.write_prediction(
+        store, "pit", Prediction(model="net", views=years(2019), about=NET), nothing, overwrite=True
+    )
     assert not shard.exists()
-    assert [f.kind for f in cube.verify(store).findings] == ["stale"]  # 2020 and 2021 were not mapped
+    assert [f.kind for f in cube.verify(store).findings] == [
+        "stale"
+    ]  # 2020 and 2021 were not mapped
 
 
 def test_flipped_bits_are_found(store, tmp_path):
@@ -417,7 +505,11 @@ def test_flipped_bits_are_found(store, tmp_path):
     content[40] ^= 1
     shard.write_bytes(content)
     (finding,) = cube.verify(store).findings
-    assert (finding.kind, finding.cure, finding.what) == ("damaged", "predict", "predictions/net/change/c/1/0/0/0")
+    assert (finding.kind, finding.cure, finding.what) == (
+        "damaged",
+        "predict",
+        "predictions/net/change/c/1/0/0/0",
+    )
     shard.unlink()
     assert [f.kind for f in cube.verify(store).findings] == ["missing"]
 
@@ -430,7 +522,9 @@ def test_a_damaged_group_is_begun_anew(store, tmp_path):
 
 
 def test_other_variables_are_refused():
-    with pytest.raises(CubeError, match="expected a prediction of probability or change, found 'height'"):
+    with pytest.raises(
+        CubeError, match="expected a prediction of probability or change, found 'height'"
+    ):
         Prediction(model="net", views=years(2019), about={}, variable="height")
 
 
@@ -454,7 +548,13 @@ def model_file(path, task="mapping", seed=0, **more):
         **more,
     )
     n = len(card.bands)
-    trained = models.Trained(card=card, network=models.build(card).eval(), mean=(1500.0,) * n, std=(900.0,) * n, sites=("a",))
+    trained = models.Trained(
+        card=card,
+        network=models.build(card).eval(),
+        mean=(1500.0,) * n,
+        std=(900.0,) * n,
+        sites=("a",),
+    )
     models.save(trained, path)
     return trained
 
@@ -482,7 +582,9 @@ def test_predict_maps_resumes_and_says_how_fast(store, site, tmp_path):
     assert found.attrs["model"]["trained_on"] == ["a"]
     assert len(found.attrs["model"]["weights_sha256"]) == 64
     assert name == f"tiny-{found.attrs['model']['weights_sha256'][:8]}"
-    group = json.loads((tmp_path / f"cubes.zarr/pit/predictions/{name}/zarr.json").read_text())["attributes"]
+    group = json.loads((tmp_path / f"cubes.zarr/pit/predictions/{name}/zarr.json").read_text())[
+        "attributes"
+    ]
     assert group["done"]["2019"]["computed"].startswith("torch ")
     assert group["done"]["2019"]["computed"].endswith(" on cpu in fp32")
     assert cube.verify(store).findings == ()
@@ -501,17 +603,24 @@ def test_a_second_model_leaves_the_maps_of_the_first(store, tmp_path):
         model_file(tmp_path / folder / "m.pt", seed=seed)
         ask = ("predict", "--store", store, "--model", tmp_path / folder / "m.pt")
         run(*ask)
-        (name,) = {p.name for p in (tmp_path / "cubes.zarr/pit/predictions").iterdir() if p.is_dir()} - {*kept}
+        (name,) = {
+            p.name for p in (tmp_path / "cubes.zarr/pit/predictions").iterdir() if p.is_dir()
+        } - {*kept}
         kept[name] = cube.open_probability(store, "pit", name).load()
         shutil.copy(tmp_path / folder / "m.pt", tmp_path / f"copy-{seed}.pt")
-        assert f"mapped already; prediction {name} " in run(*ask[:-1], tmp_path / f"copy-{seed}.pt")[0]
+        assert (
+            f"mapped already; prediction {name} " in run(*ask[:-1], tmp_path / f"copy-{seed}.pt")[0]
+        )
     for name, found in kept.items():
         xr.testing.assert_identical(cube.open_probability(store, "pit", name).load(), found)
     first, second = kept.values()
     both = " or ".join(sorted(kept))
     for command in ("score", "export", "tracks"):
         out = ("--out", tmp_path / command)
-        assert f"'tiny' may mean {both}; name one of them" in run(command, "--store", store, "--model", "tiny", *out, ok=2)[1]
+        assert (
+            f"'tiny' may mean {both}; name one of them"
+            in run(command, "--store", store, "--model", "tiny", *out, ok=2)[1]
+        )
     run(*ask, "--name", "mine")
     again = ("predict", "--store", store, "--model", tmp_path / "copy-0.pt", "--name", "mine")
     refused = run(*again, ok=2)[1]
@@ -528,16 +637,35 @@ def test_verify_says_how_to_make_a_damaged_prediction_again(store, tmp_path):
     """The command that it prints mends it, be it of a model or smoothed."""
     model_file(tmp_path / "m.pt")
     run("predict", "--store", store, "--model", tmp_path / "m.pt", "--name", "spring")
-    run("tracks", "--store", store, "--model", "spring", "--rates", "0.01,0.01", "--out", tmp_path / "tracks")
+    run(
+        "tracks",
+        "--store",
+        store,
+        "--model",
+        "spring",
+        "--rates",
+        "0.01,0.01",
+        "--out",
+        tmp_path / "tracks",
+    )
     assert cube.verify(store).findings == ()
     for name, command in (
-        ("spring", f"minecube predict --store {store} --sites pit --model FILE --name spring --overwrite"),
+        (
+            "spring",
+            f"minecube predict --store {store} --sites pit --model FILE --name spring --overwrite",
+        ),
         ("spring+hmm", f"minecube tracks --store {store} --sites pit --model spring --out FOLDER"),
     ):
-        (tmp_path / f"cubes.zarr/pit/predictions/{name}/probability/c/0/0/0").write_bytes(b"damaged")
-        assert command in [line.strip() for line in run("verify", "--store", store, ok=1)[0].splitlines()]
+        (tmp_path / f"cubes.zarr/pit/predictions/{name}/probability/c/0/0/0").write_bytes(
+            b"damaged"
+        )
+        assert command in [
+            line.strip() for line in run("verify", "--store", store, ok=1)[0].splitlines()
+        ]
         said = (
-            command.removeprefix("minecube ").replace("FILE", str(tmp_path / "m.pt")).replace("FOLDER", str(tmp_path / "again"))
+            command.removeprefix("minecube ")
+            .replace("FILE", str(tmp_path / "m.pt"))
+            .replace("FOLDER", str(tmp_path / "again"))
         )
         run(*said.split())
         assert cube.verify(store).findings == ()
@@ -546,15 +674,27 @@ def test_verify_says_how_to_make_a_damaged_prediction_again(store, tmp_path):
 def test_find_a_prediction_by_its_name_or_its_model_card(store, site, tmp_path):
     def add(name, card):
         views = years(2019, 2020, 2021)
-        cube.write_prediction(store, "pit", Prediction(model=name, views=views, about={"id": card}), lambda todo: rows_of(todo))
+        cube.write_prediction(
+            store,
+            "pit",
+            Prediction(model=name, views=views, about={"id": card}),
+            lambda todo: rows_of(todo),
+        )
 
     def find(wanted):
         return cube.find_prediction(store, ["pit"], wanted)
 
-    with pytest.raises(CubeError, match="no prediction of 'unet' for pit; run `minecube predict` first"):
+    with pytest.raises(
+        CubeError, match="no prediction of 'unet' for pit; run `minecube predict` first"
+    ):
         find("unet")
     add("unet-small-11111111", "unet-small")
-    assert find("unet-small") == find("unet-small-11111111") == find("=unet-small-11111111") == "unet-small-11111111"
+    assert (
+        find("unet-small")
+        == find("unet-small-11111111")
+        == find("=unet-small-11111111")
+        == "unet-small-11111111"
+    )
     for other in ("unet", "unet-small-1", "=unet-small"):  # the beginning of a name means nothing
         with pytest.raises(CubeError, match=f"no prediction of '{other}'"):
             find(other)
@@ -567,11 +707,15 @@ def test_find_a_prediction_by_its_name_or_its_model_card(store, site, tmp_path):
     assert find("unet-small+hmm") == find("=unet-small-11111111+hmm") == "unet-small-11111111+hmm"
     assert find("unet-small") == "unet-small-11111111"
     with pytest.raises(
-        CubeError, match=r"no prediction of 'spring\+hmm' for pit; it has spring, unet-small-11111111, unet-small-"
+        CubeError,
+        match=r"no prediction of 'spring\+hmm' for pit; it has spring, unet-small-11111111, unet-small-",
     ):
         find("spring+hmm")
     add("unet-small-22222222", "unet-small")
-    with pytest.raises(CubeError, match="'unet-small' may mean unet-small-11111111 or unet-small-22222222; name one of them"):
+    with pytest.raises(
+        CubeError,
+        match="'unet-small' may mean unet-small-11111111 or unet-small-22222222; name one of them",
+    ):
         find("unet-small+hmm")
     (tmp_path / "cubes.zarr/pit/predictions/unet-small-22222222/zarr.json").write_text("{")
     assert find("unet") == "spring"
@@ -591,9 +735,21 @@ def test_a_map_named_by_its_card_alone_is_continued_or_told_apart(store, tmp_pat
     (new,) = names - {"tiny"}
     assert new.startswith("tiny-")
     for command in ("score", "export", "tracks"):
-        said = run(command, "--store", store, "--model", "tiny", "--out", tmp_path / command, ok=2)[1]
+        said = run(command, "--store", store, "--model", "tiny", "--out", tmp_path / command, ok=2)[
+            1
+        ]
         assert f"'tiny' may mean =tiny or {new}; name one of them" in said
-    run("tracks", "--store", store, "--model", "=tiny", "--rates", "0.01,0.01", "--out", tmp_path / "tracks")
+    run(
+        "tracks",
+        "--store",
+        store,
+        "--model",
+        "=tiny",
+        "--rates",
+        "0.01,0.01",
+        "--out",
+        tmp_path / "tracks",
+    )
     assert (tmp_path / "cubes.zarr/pit/predictions/tiny+hmm").is_dir()
     assert cube.find_prediction(store, ["pit"], "=tiny+hmm") == "tiny+hmm"
 
@@ -622,7 +778,9 @@ def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
     out, err = run("predict", "--store", store, "--model", tmp_path / "m.pt", ok=1)
     assert "pit: 3 years mapped" in out
     assert "not mapped, no committed year: quarry" in err
-    _, err = run("predict", "--store", store, "--sites", "quarry", "--model", tmp_path / "m.pt", ok=2)
+    _, err = run(
+        "predict", "--store", store, "--sites", "quarry", "--model", tmp_path / "m.pt", ok=2
+    )
     assert "no committed year in quarry" in err
 
 
@@ -630,8 +788,13 @@ def test_sites_of_a_store_are_named_by_the_file_they_were_built_of(store, site, 
     model_file(tmp_path / "m.pt")
     other = make.site("quarry", 380000, 5600040, 90, 90)
     cube.create(store, other, grid_of(other), (2019,), RECIPE)
-    for name, sites in (("one", [site]), ("both", [site, make.site("dump", 390000, 5600040, 90, 90)])):
-        table = gpd.GeoDataFrame({"id": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326)
+    for name, sites in (
+        ("one", [site]),
+        ("both", [site, make.site("dump", 390000, 5600040, 90, 90)]),
+    ):
+        table = gpd.GeoDataFrame(
+            {"id": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326
+        )
         table.to_file(tmp_path / f"{name}.geojson")
     ask = ("predict", "--store", store, "--model", tmp_path / "m.pt", "--sites")
     out, err = run(*ask, tmp_path / "one.geojson")
@@ -661,15 +824,22 @@ def test_predict_maps_pairs_by_gap_and_by_name(store, tmp_path, monkeypatch):
     trained = model_file(tmp_path / "c.pt", task="change", classes=("removed", "new"))
     ask = ("predict", "--store", store, "--model", tmp_path / "c.pt")
     for gap in ("7", "0"):
-        assert "of the years 2019, 2020, 2021, found none as asked for" in run(*ask, "--pairs", gap, ok=2)[1]
+        assert (
+            "of the years 2019, 2020, 2021, found none as asked for"
+            in run(*ask, "--pairs", gap, ok=2)[1]
+        )
     assert not (tmp_path / "cubes.zarr/pit/predictions").exists()
     assert "pit: 2 pairs mapped" in run(*ask, "--pairs", "1")[0]
     name = cube.find_prediction(store, ["pit"], "tiny")
     found = cube.open_change(store, "pit", name)
-    assert list(zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)) == [PAIRS[0], PAIRS[2]]
+    assert list(
+        zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)
+    ) == [PAIRS[0], PAIRS[2]]
     assert "pit: mapped already" in run(*ask, "--pairs", "2019-2020")[0]
     assert "pit: 1 pairs mapped" in run(*ask)[0]
     reflectance = cube.open_committed(store, "pit")["reflectance"].load()
     expected = models.predict(trained, reflectance, pairs=[PAIRS[0], PAIRS[2], PAIRS[1]])
-    np.testing.assert_array_equal(cube.open_change(store, "pit", name).values, expected.values[[0, 2, 1]])
+    np.testing.assert_array_equal(
+        cube.open_change(store, "pit", name).values, expected.values[[0, 2, 1]]
+    )
     assert "expected pairs of two of the years" in run(*ask, "--pairs", "2019-2030", ok=2)[1]

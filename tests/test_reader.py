@@ -36,7 +36,9 @@ def expected_nearest(pixels, file_grid, grid):
     return out
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     ratio=st.sampled_from([1, 2, 6]),
     dx=st.integers(-50, 90),
@@ -44,7 +46,9 @@ def expected_nearest(pixels, file_grid, grid):
     width=st.integers(1, 40),
     height=st.integers(1, 40),
 )
-def test_any_window_of_a_nested_file_is_read_as_it_is(tmp_path_factory, make, ratio, dx, dy, width, height):
+def test_any_window_of_a_nested_file_is_read_as_it_is(
+    tmp_path_factory, make, ratio, dx, dy, width, height
+):
     file_grid = make.grid(LEFT, TOP, 24, 18, size=10 * ratio)
     path = tmp_path_factory.getbasetemp() / f"nested_{ratio}.tif"
     pixels = make.unique(18, 24)
@@ -56,7 +60,9 @@ def test_any_window_of_a_nested_file_is_read_as_it_is(tmp_path_factory, make, ra
 
 def test_pixels_that_are_not_square_are_not_taken_as_nested(tmp_path, make):
     rows = np.arange(1, 31, dtype=np.uint16)[:, None].repeat(20, axis=1)
-    make.tif(tmp_path / "tall.tif", rows, GeoBox(rows.shape, Affine(10, 0, LEFT, 0, -20, TOP), 32633))
+    make.tif(
+        tmp_path / "tall.tif", rows, GeoBox(rows.shape, Affine(10, 0, LEFT, 0, -20, TOP), 32633)
+    )
     got = read(str(tmp_path / "tall.tif"), make.grid(LEFT, TOP, 20, 60))
     np.testing.assert_array_equal(got, rows.repeat(2, axis=0))
 
@@ -77,12 +83,19 @@ def test_the_file_is_trusted_not_the_item(real_data, make):
     ("epsg", "left", "top", "size"),
     [
         (32632, 784000, 5607000, 10),  # the neighbouring zone
-        (32633, LEFT - 95, TOP + 100, 10),  # the same zone, half a pixel off: must not be read as if it were nested
+        (
+            32633,
+            LEFT - 95,
+            TOP + 100,
+            10,
+        ),  # the same zone, half a pixel off: must not be read as if it were nested
         (32633, LEFT - 100, TOP + 105, 10),
         (32633, LEFT - 100, TOP + 100, 10.2),  # pixels that are nearly 10 m
     ],
 )
-def test_what_does_not_nest_is_warped_to_pixel_centres(tmp_path, make, resampling, epsg, left, top, size):
+def test_what_does_not_nest_is_warped_to_pixel_centres(
+    tmp_path, make, resampling, epsg, left, top, size
+):
     file_grid = make.grid(left, top, 300, 300, epsg, size=size)
     row, column = np.mgrid[:300, :300]
     pixels = (3000 + 10 * column + 7 * row + 500 * np.sin(column / 9.0)).astype(np.uint16)
@@ -106,7 +119,11 @@ def test_a_warped_pixel_does_not_depend_on_the_window_it_is_read_in(tmp_path, ma
     grid = make.grid(LEFT + 200, TOP - 200, 120, 90)
     for resampling in (Resampling.nearest, Resampling.bilinear):
         whole = read(str(tmp_path / "band.tif"), grid, resampling)
-        for rows, columns in ((slice(0, 30), slice(0, 50)), (slice(30, 90), slice(50, 120)), (slice(44, 45), slice(7, 113))):
+        for rows, columns in (
+            (slice(0, 30), slice(0, 50)),
+            (slice(30, 90), slice(50, 120)),
+            (slice(44, 45), slice(7, 113)),
+        ):
             part = read(str(tmp_path / "band.tif"), grid[rows, columns], resampling)
             off = np.abs(part.astype(int) - whole[rows, columns])
             assert off.max() <= (0 if resampling is Resampling.nearest else 5)
@@ -134,7 +151,9 @@ def test_what_is_not_valid_is_no_pixel_and_mixed_into_none(tmp_path, make, where
     pixels = np.random.default_rng(3).integers(1, 7777, (60, 60)).astype(np.uint16)
     hidden = np.random.default_rng(4).random((60, 60)) < 0.1
     zeros = make.tif(tmp_path / "zeros.tif", np.where(hidden, 0, pixels), grid)
-    spoilt = np.where(hidden, how if isinstance(how, int) else 7777, pixels).astype(np.uint16)  # 7777 may be reflectance
+    spoilt = np.where(hidden, how if isinstance(how, int) else 7777, pixels).astype(
+        np.uint16
+    )  # 7777 may be reflectance
     path = make.tif(tmp_path / "spoilt.tif", spoilt, grid, nodata=7777 if how == "nodata" else None)
     if how == "mask":
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as out:
@@ -166,7 +185,9 @@ def average_of_valid(pixels, valid, factor):
         for column in range(width):
             down = np.abs(np.arange(pixels.shape[0]) + 0.5 - factor * (row + 0.5))
             across = np.abs(np.arange(pixels.shape[1]) + 0.5 - factor * (column + 0.5))
-            weights = np.clip(1 - down / factor, 0, None)[:, None] * np.clip(1 - across / factor, 0, None)
+            weights = np.clip(1 - down / factor, 0, None)[:, None] * np.clip(
+                1 - across / factor, 0, None
+            )
             weights = weights * valid
             if valid[int(factor * (row + 0.5)), int(factor * (column + 0.5))]:
                 expected[row, column] = (weights * pixels).sum() / weights.sum()
@@ -182,12 +203,21 @@ def test_coarse_pixels_are_averages_of_valid_pixels(tmp_path, make, how, factor)
     valid[:, :20] = False
     number = how if isinstance(how, int) else {"mask": 1400, "nodata": 7777}.get(how, 0)
     nodata = {"nodata": 7777, "zero, nodata 65535": 65535}.get(how)
-    path = make.tif(tmp_path / "band.tif", np.where(valid, pixels, number).astype(np.uint16), grid, nodata=nodata)
+    path = make.tif(
+        tmp_path / "band.tif",
+        np.where(valid, pixels, number).astype(np.uint16),
+        grid,
+        nodata=nodata,
+    )
     if how == "mask":
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as out:
             out.write_mask(valid)
     expected = average_of_valid(pixels, valid, factor)
-    got = read(str(path), make.grid(LEFT, TOP, 60 // factor, 60 // factor, size=10 * factor), Resampling.bilinear)
+    got = read(
+        str(path),
+        make.grid(LEFT, TOP, 60 // factor, 60 // factor, size=10 * factor),
+        Resampling.bilinear,
+    )
     np.testing.assert_array_equal(got == 0, expected == 0)
     assert 0 < (got == 0).mean() < 0.5
     np.testing.assert_allclose(got, expected, atol=1)
@@ -195,7 +225,9 @@ def test_coarse_pixels_are_averages_of_valid_pixels(tmp_path, make, how, factor)
 
 def test_overviews_are_not_read(tmp_path, make):
     """An average in an overview may contain invalid pixels."""
-    path = make.tif(tmp_path / "band.tif", np.full((256, 256), 1400, np.uint16), make.grid(LEFT, TOP, 256, 256))
+    path = make.tif(
+        tmp_path / "band.tif", np.full((256, 256), 1400, np.uint16), make.grid(LEFT, TOP, 256, 256)
+    )
     with rasterio.open(path, "r+") as out:
         out.build_overviews([2, 4, 8], Resampling.average)
     for level in range(3):
@@ -261,11 +293,16 @@ def test_stack_agrees_with_odc_stac_and_plain_rasterio(archive, site, make):
     raw, listed = [], []
     for day in (3, 8):
         where = make.grid(LEFT - 600 + 60 * day, TOP + 600, 260, 220)
-        pixels = {"B04": rng.integers(1, 9000, (220, 260)), "B11": rng.integers(1, 9000, (110, 130))}
+        pixels = {
+            "B04": rng.integers(1, 9000, (220, 260)),
+            "B11": rng.integers(1, 9000, (110, 130)),
+        }
         raw.append(archive.item(f"2020-07-{day:02d}T10:00:00", where, pixels))
         listed.append(scenes.normalise(raw[-1], archive.source))
     ours = scenes.stack(listed, grid, ("B04", "B11")).values
-    theirs = odc.stac.load(raw, bands=["B04", "B11"], geobox=grid, dtype="uint16", nodata=0).to_dataarray("band")
+    theirs = odc.stac.load(
+        raw, bands=["B04", "B11"], geobox=grid, dtype="uint16", nodata=0
+    ).to_dataarray("band")
     np.testing.assert_array_equal(ours, theirs.transpose("time", "band", "y", "x").values)
     with rasterio.open(raw[0].assets["B11"].href) as src:
         x, y = float(ours.shape[3]) * 5 + LEFT, TOP - 300.0
@@ -289,7 +326,11 @@ def test_stack_mixes_sources(archive, site, make, tmp_path):
 @pytest.mark.parametrize("keep", [0.3, 0.7])
 def test_a_truncated_file_fails_loudly(tmp_path, make, keep):
     grid = make.grid(LEFT, TOP, 500, 500)
-    whole = make.tif(tmp_path / "B04.tif", np.random.default_rng(0).integers(1, 9000, (500, 500)).astype(np.uint16), grid)
+    whole = make.tif(
+        tmp_path / "B04.tif",
+        np.random.default_rng(0).integers(1, 9000, (500, 500)).astype(np.uint16),
+        grid,
+    )
     content = whole.read_bytes()
     whole.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(ReadError, match=r"B04\.tif: cannot be read .* not written"):
@@ -309,7 +350,11 @@ FORMATS = {
 def test_a_file_cut_anywhere_in_its_header_is_gone(tmp_path, make, form):
     """No length gives other pixels: GDAL opens what lacks its place, its fill value or its mask."""
     grid = make.grid(LEFT, TOP, 60, 60)
-    options = {name: value for name, value in ({"compress": None} | FORMATS[form]).items() if value is not None}
+    options = {
+        name: value
+        for name, value in ({"compress": None} | FORMATS[form]).items()
+        if value is not None
+    }
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
         path = make.tif(tmp_path / "B04.tif", make.unique(60, 60), grid, **options)
         if form == "internal mask":
@@ -320,7 +365,9 @@ def test_a_file_cut_anywhere_in_its_header_is_gone(tmp_path, make, form):
     lengths = [*range(0, 900, 3), *range(900, len(whole), 101), *range(len(whole) - 40, len(whole))]
     for length in lengths:
         path.write_bytes(whole[:length])
-        with pytest.raises(GoneError, match=r"B04\.tif: cannot be read .* check that the file is there and whole"):
+        with pytest.raises(
+            GoneError, match=r"B04\.tif: cannot be read .* check that the file is there and whole"
+        ):
             read(str(path), grid)
 
 

@@ -29,7 +29,9 @@ def build(folder, items, outline, epsg, year, bands, assets, resolution=None, re
 
     The recipe's bands and blocks are those of the test; by default it is a plain mask and the median.
     """
-    table = stac_geoparquet.arrow.parse_stac_items_to_arrow([i.to_dict(transform_hrefs=False) for i in items])
+    table = stac_geoparquet.arrow.parse_stac_items_to_arrow(
+        [i.to_dict(transform_hrefs=False) for i in items]
+    )
     stac_geoparquet.arrow.to_parquet(table, folder / "items.parquet")
     source = {"title": "t", "kind": "stac-geoparquet", "href": "items.parquet", "assets": assets}
     source["collection"] = items[0].collection_id or "c"
@@ -41,12 +43,26 @@ def build(folder, items, outline, epsg, year, bands, assets, resolution=None, re
     )
     (folder / "recipes.yaml").write_text(yaml.safe_dump({"plain": recipe}))
     lonlat = gpd.GeoSeries([outline], crs=epsg).to_crs(4326)
-    gpd.GeoDataFrame({"id": ["real"], "margin": [0]}, geometry=lonlat, crs=4326).to_file(folder / "sites.gpkg")
-    arguments = ["build", "--sites", folder / "sites.gpkg", "--catalog", folder, "--source", "real", "--recipe", "plain"]
+    gpd.GeoDataFrame({"id": ["real"], "margin": [0]}, geometry=lonlat, crs=4326).to_file(
+        folder / "sites.gpkg"
+    )
+    arguments = [
+        "build",
+        "--sites",
+        folder / "sites.gpkg",
+        "--catalog",
+        folder,
+        "--source",
+        "real",
+        "--recipe",
+        "plain",
+    ]
     arguments += ["--years", year, "--store", folder / "cubes.zarr"]
     done = CliRunner().invoke(cli, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
-    return xr.open_zarr(folder / "cubes.zarr", group="real", consolidated=False).sel(year=year).load()
+    return (
+        xr.open_zarr(folder / "cubes.zarr", group="real", consolidated=False).sel(year=year).load()
+    )
 
 
 def composite_by_numpy(stack, scl):
@@ -63,8 +79,13 @@ def composite_by_numpy(stack, scl):
 def april(real_data, tmp_path_factory, make):
     """openEO's NetCDF of April 2023 as items: twelve dates of which two are clear; all bands at 10 m, SCL too."""
     folder = tmp_path_factory.mktemp("april")
-    with xr.open_dataset(real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False) as data:
-        arrays = {b: data[f"S2-L2A-{b}"].values.astype(np.uint16) for b in ("B01", "B04", "B08", "B11", "SCL")}
+    with xr.open_dataset(
+        real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False
+    ) as data:
+        arrays = {
+            b: data[f"S2-L2A-{b}"].values.astype(np.uint16)
+            for b in ("B01", "B04", "B08", "B11", "SCL")
+        }
         blue = arrays.pop("B01")
         times = data.t.values.astype("datetime64[D]").astype(str)
         left, top = float(data.x[0]) - 5, float(data.y[0]) + 5
@@ -80,7 +101,13 @@ def april(real_data, tmp_path_factory, make):
         assets = {}
         for band, pixels in arrays.items():
             path = make.tif(
-                folder / day / f"{band}.tif", pixels[t], grid, driver="COG", tiled=None, blockxsize=None, blockysize=None
+                folder / day / f"{band}.tif",
+                pixels[t],
+                grid,
+                driver="COG",
+                tiled=None,
+                blockxsize=None,
+                blockysize=None,
             )
             assets[band] = pystac.Asset(str(path))
         items.append(
@@ -103,7 +130,15 @@ def april(real_data, tmp_path_factory, make):
     outline = box(left + 63, top - 597, left + 537, top - 63)
     inside = (..., slice(6, 60), slice(6, 54))
     stack = np.stack([arrays[b] for b in ("B02", "B04", "B08", "B11")], axis=1)[inside]
-    job = (items, outline, epsg, 2023, ["B02", "B04", "B08", "B11"], {b: b for b in arrays}, dict.fromkeys(arrays, 10))
+    job = (
+        items,
+        outline,
+        epsg,
+        2023,
+        ["B02", "B04", "B08", "B11"],
+        {b: b for b in arrays},
+        dict.fromkeys(arrays, 10),
+    )
     return job, stack, arrays["SCL"][inside], times.tolist()
 
 
@@ -130,20 +165,35 @@ def test_the_shipped_recipes_on_april_2023(april, tmp_path, name):
     clear = stack[[days.index("2023-04-05"), days.index("2023-04-15")]].astype(float)
     ours = made.reflectance.values
     assert ((ours >= 0.98 * clear.min(axis=0)) & (ours <= 1.02 * clear.max(axis=0))).all()
-    assert (made.quality == 1).mean() > 0.99  # on few pixels SCL calls one date cirrus, and leaves the other unclassified
+    assert (
+        made.quality == 1
+    ).mean() > 0.99  # on few pixels SCL calls one date cirrus, and leaves the other unclassified
 
 
 def test_one_real_earth_search_scene(real_data, tmp_path):
     """The item says 10 and 20 m, its files are 100 and 200 m: the file is right, and its pixels are repeated."""
     folder = real_data / "earthsearch_scene_29RKH_20200219"
-    item = pystac.Item.from_dict(json.loads((folder / "S2A_29RKH_20200219_0_L2A.json").read_text()), migrate=False)
+    item = pystac.Item.from_dict(
+        json.loads((folder / "S2A_29RKH_20200219_0_L2A.json").read_text()), migrate=False
+    )
     item.links = []
     with open(folder / "S2A_29RKH_20200219_0_L2A.json") as text:  # noqa: PTH123
         hrefs = {k: a["href"].rpartition("/")[2] for k, a in json.load(text)["assets"].items()}
     item.assets = {k: a for k, a in item.assets.items() if (folder / hrefs[k]).exists()}
     for key, asset in item.assets.items():
         asset.href = str(folder / hrefs[key])
-    common = ("blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "swir16", "swir22")
+    common = (
+        "blue",
+        "green",
+        "red",
+        "rededge1",
+        "rededge2",
+        "rededge3",
+        "nir",
+        "nir08",
+        "swir16",
+        "swir22",
+    )
     assets = {**dict(zip(BANDS, common, strict=True)), "SCL": "scl"}
     left, top, width, height = 240000, 2760000, 300, 240
     outline = box(left + 3, top - 10 * height + 3, left + 10 * width - 3, top - 3)
@@ -156,7 +206,9 @@ def test_one_real_earth_search_scene(real_data, tmp_path):
             columns = ((left + 5 + 10 * np.arange(width) - src.transform.c) // size).astype(int)
         return values[np.ix_(rows, columns)]
 
-    values, count, quality = composite_by_numpy(np.stack([pixels(k) for k in common])[None], pixels("scl")[None])
+    values, count, quality = composite_by_numpy(
+        np.stack([pixels(k) for k in common])[None], pixels("scl")[None]
+    )
     np.testing.assert_array_equal(made.reflectance, values)
     np.testing.assert_array_equal(made.clear_count, count)
     np.testing.assert_array_equal(made.quality, quality)
@@ -166,10 +218,15 @@ def test_one_real_earth_search_scene(real_data, tmp_path):
 def test_the_outline_may_lie_where_the_scene_is_not(real_data, tmp_path):
     """A site half beside the scene: what is beside is empty, what is inside is not."""
     folder = real_data / "earthsearch_scene_29RKH_20200219"
-    item = pystac.Item.from_dict(json.loads((folder / "S2A_29RKH_20200219_0_L2A.json").read_text()), migrate=False)
+    item = pystac.Item.from_dict(
+        json.loads((folder / "S2A_29RKH_20200219_0_L2A.json").read_text()), migrate=False
+    )
     item.links = []
     item.assets = {k: item.assets[k] for k in ("red", "scl")}
-    item.assets["red"].href, item.assets["scl"].href = str(folder / "B04.tif"), str(folder / "SCL.tif")
+    item.assets["red"].href, item.assets["scl"].href = (
+        str(folder / "B04.tif"),
+        str(folder / "SCL.tif"),
+    )
     outline = box(199980 - 1197, 2760000 - 1197, 199980 + 1197, 2760000 - 3)
     made = build(tmp_path, [item], outline, 32629, 2020, ["B04"], {"B04": "red", "SCL": "scl"})
     seen = (made.reflectance.values > 0).any(axis=0)

@@ -64,17 +64,21 @@ def stacks(draw, days=DAYS, bands=BANDS, high=9000):
     shape = (draw(bands), draw(days), draw(st.integers(1, 2)), draw(st.integers(1, 4)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     stack = rng.integers(1, high + 1, shape).astype(np.uint16)
-    return stack * (rng.random(shape[1:]) >= draw(st.sampled_from([0, 0.3, 0.8, 1]))).astype(np.uint16)
+    return stack * (rng.random(shape[1:]) >= draw(st.sampled_from([0, 0.3, 0.8, 1]))).astype(
+        np.uint16
+    )
 
 
 def year(bands=6, days=24, side=(9, 11), seed=0):
     """A likely year, uint16 [band, day, y, x]: seasons, noise, clouds that the mask has missed, a third missing."""
     rng = np.random.default_rng(seed)
-    ground = rng.uniform(300, 3500, (bands, 1, *side)) + rng.normal(0, 1, (1, days, *side)) * rng.uniform(
-        50, 500, (bands, 1, *side)
-    )
+    ground = rng.uniform(300, 3500, (bands, 1, *side)) + rng.normal(
+        0, 1, (1, days, *side)
+    ) * rng.uniform(50, 500, (bands, 1, *side))
     cloud = (rng.random((1, days, *side)) < 0.08) * rng.uniform(500, 6000, (bands, days, *side))
-    stack = np.clip(np.rint(ground + cloud + rng.normal(0, 60, (bands, days, *side))), 1, 65535).astype(np.uint16)
+    stack = np.clip(
+        np.rint(ground + cloud + rng.normal(0, 60, (bands, days, *side))), 1, 65535
+    ).astype(np.uint16)
     return stack * (rng.random((days, *side)) > 0.35).astype(np.uint16)
 
 
@@ -101,7 +105,9 @@ def plain_geomedian(spectra, most=200_000):
         apart = spectra - one
         far = np.linalg.norm(apart, axis=1)
         others = far > 0
-        if np.linalg.norm((apart[others] / far[others, None]).sum(axis=0)) <= np.count_nonzero(~others):
+        if np.linalg.norm((apart[others] / far[others, None]).sum(axis=0)) <= np.count_nonzero(
+            ~others
+        ):
             return one
     at = spectra.mean(axis=0) + 1e-3  # beside whatever is in the very middle
     for _ in range(most):
@@ -146,13 +152,21 @@ def test_torch_has_the_same_ranks(observed, percent):
     pytest.importorskip("torch")
     there = TorchReducers("cpu")
     np.testing.assert_array_equal(there.median(observed), reducers.median(observed))
-    np.testing.assert_array_equal(there.percentile(observed, percent), reducers.percentile(observed, percent))
+    np.testing.assert_array_equal(
+        there.percentile(observed, percent), reducers.percentile(observed, percent)
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(observations(), st.one_of(PERCENTS, st.floats(0, 100, allow_subnormal=False)), st.randoms(use_true_random=False))
+@given(
+    observations(),
+    st.one_of(PERCENTS, st.floats(0, 100, allow_subnormal=False)),
+    st.randoms(use_true_random=False),
+)
 def test_percentile_is_numpys_of_the_non_zero(observed, percent, shuffle):
-    expected = pixelwise(lambda v: np.rint(np.percentile(v.astype(np.float64), percent)), observed, np.uint16)
+    expected = pixelwise(
+        lambda v: np.rint(np.percentile(v.astype(np.float64), percent)), observed, np.uint16
+    )
     np.testing.assert_array_equal(reducers.percentile(observed, percent), expected)
     order = shuffle.sample(range(len(observed)), len(observed))
     np.testing.assert_array_equal(reducers.percentile(observed[order], percent), expected)
@@ -162,7 +176,9 @@ def test_percentile_is_numpys_of_the_non_zero(observed, percent, shuffle):
 @given(DAYS, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.4, 0.9, 1.0]))
 def test_lower_quartile_is_a_value_that_is_there(days, seed, missing):
     rng = np.random.default_rng(seed)
-    values = rng.choice(np.array([-(2**31), -70000, -3, 0, 1, 5, 70000, 2**31 - 1], np.int32), (days, 2, 3))
+    values = rng.choice(
+        np.array([-(2**31), -70000, -3, 0, 1, 5, 70000, 2**31 - 1], np.int32), (days, 2, 3)
+    )
     known = rng.random(values.shape) >= missing
     made = lower_quartile(values, known)
     assert made.dtype == np.int32
@@ -223,7 +239,9 @@ def test_images_larger_than_a_tile_and_not_contiguous(days):
     quartile = lower_quartile(observed.astype(np.int32) - 4000, observed > 0)
     ordered, count = np.sort(values, axis=0), (observed > 0).sum(axis=0)
     rank = np.maximum(count - 1, 0) // 4
-    np.testing.assert_array_equal(quartile[some], np.take_along_axis(ordered, rank[None], axis=0)[0][some] - 4000)
+    np.testing.assert_array_equal(
+        quartile[some], np.take_along_axis(ordered, rank[None], axis=0)[0][some] - 4000
+    )
 
 
 # Geomedian
@@ -244,7 +262,9 @@ def test_geomedian_of_a_likely_year(how):
             np.median(1 - unit @ to),
             np.median(np.abs(spectra - at).sum(axis=1) / (spectra + at).sum(axis=1)),
         )
-        np.testing.assert_allclose([made.emad[yx], made.smad[yx], made.bcmad[yx]], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            [made.emad[yx], made.smad[yx], made.bcmad[yx]], expected, rtol=1e-4, atol=1e-6
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -252,7 +272,11 @@ def test_geomedian_of_a_likely_year(how):
 def test_nothing_has_a_lower_sum_of_distances(stack, shuffle):
     pytest.importorskip("torch")
     order = shuffle.sample(range(stack.shape[1]), stack.shape[1])
-    mades = [reducers.geomedian(stack), reducers.geomedian(stack[:, order]), TorchReducers("cpu").geomedian(stack)]
+    mades = [
+        reducers.geomedian(stack),
+        reducers.geomedian(stack[:, order]),
+        TorchReducers("cpu").geomedian(stack),
+    ]
     for yx in np.ndindex(stack.shape[2:]):
         spectra, _ = spectra_of(stack, yx)
         for made in mades:
@@ -286,7 +310,10 @@ def test_geomedian_of_few_and_wild_observations(how, days):
         ([[1000, 500], [2000, 700]], [1500, 600]),  # any point between is one; the middle is given
         ([[1000, 500], [1001, 503]], [1000, 502]),  # 1000.5, 501.5
         ([[100, 100], [300, 300], [9000, 9000]], [300, 300]),  # on a line: the one between
-        ([[1000, 1000], [1000, 1000], [1000, 1000], [5000, 100], [9000, 9000]], [1000, 1000]),  # most are the same
+        (
+            [[1000, 1000], [1000, 1000], [1000, 1000], [5000, 100], [9000, 9000]],
+            [1000, 1000],
+        ),  # most are the same
         ([[1000, 1000], [3000, 1000], [1000, 3000], [3000, 3000]], [2000, 2000]),  # a square
         ([[1, 1], [65535, 65535], [65535, 65535]], [65535, 65535]),
         ([[1, 65535], [65535, 1]], [32768, 32768]),
@@ -301,7 +328,11 @@ def test_geomedians_known_by_hand(how, spectra, expected):
 
 
 def test_of_an_even_number_on_a_line_it_is_between_the_two_in_the_middle(how):
-    made = how.geomedian(np.array([[100, 100], [200, 200], [300, 300], [9000, 9000]], np.uint16).T.reshape(2, 4, 1, 1))
+    made = how.geomedian(
+        np.array([[100, 100], [200, 200], [300, 300], [9000, 9000]], np.uint16).T.reshape(
+            2, 4, 1, 1
+        )
+    )
     one, other = made.reflectance.ravel()
     assert one == other
     assert 200 <= one <= 300
@@ -309,7 +340,15 @@ def test_of_an_even_number_on_a_line_it_is_between_the_two_in_the_middle(how):
 
 def test_it_leaves_an_observation_that_is_the_median_of_each_band(how):
     """The trap of Weiszfeld's start: on an observation, whose weight is infinite, a plain step stays for good."""
-    spectra = np.array([[2000, 2000, 2000], [2900, 1900, 1900], [1900, 2900, 1900], [1900, 1900, 2900], [2100, 2100, 2100]])
+    spectra = np.array(
+        [
+            [2000, 2000, 2000],
+            [2900, 1900, 1900],
+            [1900, 2900, 1900],
+            [1900, 1900, 2900],
+            [2100, 2100, 2100],
+        ]
+    )
     assert (np.median(spectra, axis=0) == spectra[0]).all()
     spectra[1:] += np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0], [700, 700, 700]])
     at = plain_geomedian(spectra.astype(np.float64))
@@ -322,7 +361,9 @@ def test_deviations_of_two_observations_are_those_of_both(how):
     """A geomedian of two is the middle, from which both are equally far."""
     stack = np.array([[1000, 3000], [2000, 2000]], np.uint16).reshape(2, 2, 1, 1)
     made = how.geomedian(stack)
-    angle = 1 - np.array([[1000, 2000], [3000, 2000]]) @ [2000, 2000] / np.hypot([1000, 3000], 2000) / np.hypot(2000, 2000)
+    angle = 1 - np.array([[1000, 2000], [3000, 2000]]) @ [2000, 2000] / np.hypot(
+        [1000, 3000], 2000
+    ) / np.hypot(2000, 2000)
     np.testing.assert_allclose(made.emad, [[0.1]], rtol=1e-6)
     np.testing.assert_allclose(made.smad, [[angle.mean()]], rtol=1e-5)
     np.testing.assert_allclose(made.bcmad, [[(1000 / 7000 + 1000 / 9000) / 2]], rtol=1e-6)
@@ -355,7 +396,9 @@ def test_medoid_is_that_of_an_exhaustive_search(stack, coarse):
         totals = np.array([cost(spectra, one) for one in spectra])
         near = days[totals <= totals.min() * (1 + 1e-6) + 1e-6]
         assert made[yx] in near
-        if len({tuple(spectra[days == day][0]) for day in near}) == 1:  # not different ones, equal within rounding
+        if (
+            len({tuple(spectra[days == day][0]) for day in near}) == 1
+        ):  # not different ones, equal within rounding
             assert made[yx] == near[0]
 
 
@@ -373,23 +416,35 @@ def test_medoids_known_by_hand(how):
 @given(observations(), st.integers(0, 2**32 - 1))
 def test_max_ndvi_is_the_first_of_the_highest(red, seed):
     pytest.importorskip("torch")
-    nir = np.random.default_rng(seed).choice(np.array([1, 2, 1000, 2000, 65535], np.uint16), red.shape)
+    nir = np.random.default_rng(seed).choice(
+        np.array([1, 2, 1000, 2000, 65535], np.uint16), red.shape
+    )
     nir[red == 0] = 0
     r, n = red.astype(np.float64), nir.astype(np.float64)
     ndvi = np.where(red > 0, (n - r) / np.maximum(n + r, 1), -2)
-    expected = np.where((red > 0).any(axis=0), ndvi.argmax(axis=0), -1) if len(red) else np.full(red.shape[1:], -1)
+    expected = (
+        np.where((red > 0).any(axis=0), ndvi.argmax(axis=0), -1)
+        if len(red)
+        else np.full(red.shape[1:], -1)
+    )
     for made in (reducers.max_ndvi(red, nir), TorchReducers("cpu").max_ndvi(red, nir)):
         np.testing.assert_array_equal(made, expected)
         assert made.dtype == np.int16
 
 
 @settings(max_examples=80, deadline=None)
-@given(hnp.arrays(np.float32, (5, 2, 3), elements=st.sampled_from([0.0, -1.5, 0.25, 3.5])), hnp.arrays(bool, (5, 2, 3)))
+@given(
+    hnp.arrays(np.float32, (5, 2, 3), elements=st.sampled_from([0.0, -1.5, 0.25, 3.5])),
+    hnp.arrays(bool, (5, 2, 3)),
+)
 def test_best_pixel_is_the_first_of_the_highest_that_is_observed(score, observed):
     pytest.importorskip("torch")
     seen = np.where(observed, score, -np.inf)
     expected = np.where(observed.any(axis=0), seen.argmax(axis=0), -1)
-    for made in (reducers.best_pixel(score, observed), TorchReducers("cpu").best_pixel(score, observed)):
+    for made in (
+        reducers.best_pixel(score, observed),
+        TorchReducers("cpu").best_pixel(score, observed),
+    ):
         np.testing.assert_array_equal(made, expected)
         assert made.dtype == np.int16
 
@@ -422,7 +477,13 @@ def test_the_score_is_a_weighted_sum_of_four_parts():
     season = np.exp(-(np.array([0, 10, 10.25]) ** 2) / 200)  # the year is a circle, of 365.25 days
     np.testing.assert_allclose(best.ravel(), season + 1 + 1 + 0.5, rtol=1e-6)
     assert best.dtype == np.float32
-    worse = best_pixel_score(np.array([5, 5, 5]), flat + 250, flat + np.array([0.01, 0.05, 0.3])[:, None, None], flat, rule)
+    worse = best_pixel_score(
+        np.array([5, 5, 5]),
+        flat + 250,
+        flat + np.array([0.01, 0.05, 0.3])[:, None, None],
+        flat,
+        rule,
+    )
     np.testing.assert_allclose(worse.ravel(), np.array([0.8, 0, 0]) + 1 + 0.25, rtol=1e-5)
     clearer = best_pixel_score(np.array([5] * 3), flat, flat - 0.2, flat, rule)
     np.testing.assert_allclose(clearer.ravel(), 2)  # less haze than none is none
@@ -434,7 +495,9 @@ def plain_sharpness(band):
     for day in range(days):
         bent = np.full((height, width), np.nan)
         for y, x in itertools.product(range(1, height - 1), range(1, width - 1)):
-            five = [int(band[day, y + a, x + b]) for a, b in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))]
+            five = [
+                int(band[day, y + a, x + b]) for a, b in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))
+            ]
             if all(five):
                 bent[y, x] = abs(4 * five[0] - sum(five[1:]))
         for y, x in itertools.product(range(height), range(width)):
@@ -458,7 +521,8 @@ def test_sharpness_is_relative_to_the_sharpest_date():
     assert (made[band == 0] == 0).all()
     assert (made[:, 0, 0] == 1).all()
     np.testing.assert_array_equal(
-        made[:, 3:-3, 3:-3], sharpness(np.pad(band, ((0, 0), (5, 5), (5, 5)), "reflect"))[:, 8:-8, 8:-8]
+        made[:, 3:-3, 3:-3],
+        sharpness(np.pad(band, ((0, 0), (5, 5), (5, 5)), "reflect"))[:, 8:-8, 8:-8],
     )
     np.testing.assert_array_equal(made[:, 4:9, 5:8], sharpness(band[:, 1:12, 2:11])[:, 3:-3, 3:-3])
 
@@ -473,7 +537,12 @@ def test_a_pixel_depends_on_nothing_but_itself(how):
     stack[:, 3:5, 2] = 0
     whole = how.geomedian(stack)
     medoid, median, low = how.medoid(stack), how.median(stack[1]), how.percentile(stack[1], 20)
-    boxes = [np.s_[:2, :], np.s_[2:, :], np.s_[:, 3:5], *(np.s_[y : y + 1, x : x + 1] for y in range(6) for x in range(7))]
+    boxes = [
+        np.s_[:2, :],
+        np.s_[2:, :],
+        np.s_[:, 3:5],
+        *(np.s_[y : y + 1, x : x + 1] for y in range(6) for x in range(7)),
+    ]
     for box in boxes:
         part = stack[(slice(None), slice(None), *box)]
         made = how.geomedian(part)
@@ -483,7 +552,10 @@ def test_a_pixel_depends_on_nothing_but_itself(how):
                 np.testing.assert_array_equal(getattr(made, name), getattr(whole, name)[box])
         else:  # sums in torch may be in another order
             np.testing.assert_allclose(made.emad, whole.emad[box], rtol=1e-4)
-            assert np.abs(made.reflectance.astype(int) - whole.reflectance[(slice(None), *box)]).max() <= 1
+            assert (
+                np.abs(made.reflectance.astype(int) - whole.reflectance[(slice(None), *box)]).max()
+                <= 1
+            )
         np.testing.assert_array_equal(how.medoid(part), medoid[box])
         np.testing.assert_array_equal(how.median(part[1]), median[box])
         np.testing.assert_array_equal(how.percentile(part[1], 20), low[box])
@@ -491,9 +563,13 @@ def test_a_pixel_depends_on_nothing_but_itself(how):
 
 def test_ranks_go_on_where_a_tile_ends():
     rng = np.random.default_rng(6)
-    observed = rng.integers(1, 9000, (6, 211, 173)).astype(np.uint16)  # 36503 pixels, where a tile is of 32768
+    observed = rng.integers(1, 9000, (6, 211, 173)).astype(
+        np.uint16
+    )  # 36503 pixels, where a tile is of 32768
     np.testing.assert_array_equal(reducers.median(observed), np.rint(np.median(observed, axis=0)))
-    np.testing.assert_array_equal(reducers.percentile(observed, 30), np.rint(np.percentile(observed, 30, axis=0)))
+    np.testing.assert_array_equal(
+        reducers.percentile(observed, 30), np.rint(np.percentile(observed, 30, axis=0))
+    )
     low = lower_quartile(observed.astype(np.int32), observed > 0)
     np.testing.assert_array_equal(low, np.sort(observed, axis=0)[1])
 
@@ -502,7 +578,9 @@ def test_tiles_and_strips_do_not_show(monkeypatch):
     stack = year(bands=3, days=13, side=(70, 90), seed=5)
     whole, medoid = reducers.geomedian(stack), reducers.medoid(stack)
     strips = [slice(0, 1), slice(1, 32), slice(32, 70)]
-    for made, field in zip(zip(*(reducers.geomedian(stack[:, :, s]) for s in strips), strict=True), whole, strict=True):
+    for made, field in zip(
+        zip(*(reducers.geomedian(stack[:, :, s]) for s in strips), strict=True), whole, strict=True
+    ):
         np.testing.assert_array_equal(np.concatenate(made, axis=-2), field)
     pytest.importorskip("torch")
     monkeypatch.setattr("minecube.composite.torch_reducers.STRIP_VALUES", 3 * 13 * 1000)
@@ -512,7 +590,11 @@ def test_tiles_and_strips_do_not_show(monkeypatch):
     made = there.geomedian(stack)
     assert np.abs(made.reflectance.astype(int) - whole.reflectance).max() <= 1
     assert (made.reflectance != whole.reflectance).mean() < 0.01
-    for name in ("emad", "smad", "bcmad"):  # of 6300 pixels a few, of few and wild observations, are all but flat
+    for name in (
+        "emad",
+        "smad",
+        "bcmad",
+    ):  # of 6300 pixels a few, of few and wild observations, are all but flat
         off = np.abs(getattr(made, name) - getattr(whole, name))
         assert np.nanmax(off) < 5e-5
         assert (off > 1e-5).sum() < 10
@@ -523,9 +605,13 @@ def test_tiles_and_strips_do_not_show(monkeypatch):
 
 def test_a_device_that_is_not_there_is_said_to_be_missing():
     pytest.importorskip("torch")
-    with pytest.raises(ModelError, match=r"'cuda:99' was asked for, but torch .* sees \d+ GPUs here; use cpu"):
+    with pytest.raises(
+        ModelError, match=r"'cuda:99' was asked for, but torch .* sees \d+ GPUs here; use cpu"
+    ):
         TorchReducers("cuda:99")
-    with pytest.raises(ModelError, match="'abacus' is not one that torch knows; expected cpu, cuda"):
+    with pytest.raises(
+        ModelError, match="'abacus' is not one that torch knows; expected cpu, cuda"
+    ):
         TorchReducers("abacus")
 
 

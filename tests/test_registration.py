@@ -19,7 +19,16 @@ from scipy.spatial import cKDTree
 
 from minecube.catalog import Registration
 from minecube.composite import registration
-from minecube.composite.registration import Shift, as_rows, compared, correlation, edges_of, registered, shift_of, shifts
+from minecube.composite.registration import (
+    Shift,
+    as_rows,
+    compared,
+    correlation,
+    edges_of,
+    registered,
+    shift_of,
+    shifts,
+)
 from minecube.errors import ReadError
 from minecube.reader import Ledger, read, read_band
 
@@ -46,9 +55,13 @@ class Land:
         n = round((10 * px + 240) / FINE)
         self.fields = round(((px + 24) / field_px) ** 2)
         corners = cKDTree(rng.uniform(0, n, (self.fields, 2)))
-        self.field = corners.query(np.indices((n, n)).reshape(2, -1).T.astype(np.float32))[1].reshape(n, n)
+        self.field = corners.query(np.indices((n, n)).reshape(2, -1).T.astype(np.float32))[
+            1
+        ].reshape(n, n)
         self.colour = rng.uniform(300, 2000, self.fields)
-        self.uneven = (60 * cloudlike(n, rng, 1.3) + 150 * cloudlike(n, rng, 1.8)).astype(np.float32)
+        self.uneven = (60 * cloudlike(n, rng, 1.3) + 150 * cloudlike(n, rng, 1.8)).astype(
+            np.float32
+        )
 
     @property
     def grid(self):
@@ -67,14 +80,21 @@ class Land:
         """A date as it looks on a grid of any zone, its content lying by `shift` metres too far east and north."""
         grid = grid or self.grid
         size = grid.resolution.x
-        rows, columns = (np.arange(0.5, 4 * n) / 4 for n in grid.shape)  # 4 x 4 points in each pixel
+        rows, columns = (
+            np.arange(0.5, 4 * n) / 4 for n in grid.shape
+        )  # 4 x 4 points in each pixel
         x, y = grid.transform * np.meshgrid(columns, rows)
         if grid.crs.epsg != EPSG:
             x, y = Transformer.from_crs(grid.crs.epsg, EPSG, always_xy=True).transform(x, y)
-        row, column = (np.rint(d / FINE - 0.5).astype(int) for d in (TOP + 120 - y + shift[1], x - LEFT + 120 - shift[0]))
+        row, column = (
+            np.rint(d / FINE - 0.5).astype(int)
+            for d in (TOP + 120 - y + shift[1], x - LEFT + 120 - shift[0])
+        )
         n = len(self.field)
         there = (row >= 0) & (row < n) & (column >= 0) & (column < n)
-        points = np.where(there, self.on_a_date((row.clip(0, n - 1), column.clip(0, n - 1)), changes), 0)
+        points = np.where(
+            there, self.on_a_date((row.clip(0, n - 1), column.clip(0, n - 1)), changes), 0
+        )
         mean = points.reshape(grid.shape[0], 4, grid.shape[1], 4).mean(axis=(1, 3))
         noisy = mean + self.rng.normal(0, noise * 10 / size, mean.shape)
         return np.where(mean > 0, np.clip(noisy, 1, 60000), 0).round().astype(np.uint16)
@@ -88,7 +108,9 @@ def clouded(pixels, share, rng):
     thick, shadow = np.clip(3 * above, 0, 1), np.roll(above > 0.1, (6, -5), (0, 1))
     thick10 = ndimage.zoom(thick, 2, order=1)
     dark = np.where(shadow.repeat(2, 0).repeat(2, 1), 0.6 * pixels, pixels)
-    return (dark * (1 - thick10) + 6000 * thick10).astype(np.uint16), np.where(thick > 0.1, CLOUD, np.where(shadow, SHADOW, 4))
+    return (dark * (1 - thick10) + 6000 * thick10).astype(np.uint16), np.where(
+        thick > 0.1, CLOUD, np.where(shadow, SHADOW, 4)
+    )
 
 
 def edges(pixels, scl):
@@ -109,7 +131,11 @@ def test_a_year_of_known_shifts(seed, field_px):
     year = []
     for shift, share in zip(made, land.rng.permutation(cover), strict=True):
         pixels = land.seen(shift)
-        year.append(edges(*clouded(pixels, share, land.rng)) if share else edges(pixels, np.full((120, 120), VEGETATION)))
+        year.append(
+            edges(*clouded(pixels, share, land.rng))
+            if share
+            else edges(pixels, np.full((120, 120), VEGETATION))
+        )
     found, peak = compared(year)
     clear = np.array([np.count_nonzero(e) for e in year])
     error = np.linalg.norm(found - made / 10, axis=1)
@@ -125,7 +151,9 @@ def test_nobody_is_accused_who_lies_right_and_small_sites_are_told_too():
     accused = told = 0
     for seed in range(6):
         land = Land(120, 50 + seed, (9, 14, 24)[seed % 3])
-        year = [edges(*clouded(land.seen(), land.rng.uniform(0.01, 0.7), land.rng)) for _ in range(7)]
+        year = [
+            edges(*clouded(land.seen(), land.rng.uniform(0.01, 0.7), land.rng)) for _ in range(7)
+        ]
         found, _ = compared(year)
         accused += np.count_nonzero(np.linalg.norm(found, axis=1) > 0.5)
         told += np.count_nonzero(np.isfinite(found[:, 0]))
@@ -157,10 +185,18 @@ def test_shifts_too_small_to_matter_are_told_from_each_other():
 
 def test_zero_is_among_those_that_agree():
     one, other = np.array([[0.1, 0], [-0.1, 0.1], [0, -0.1]]), np.array([[2.0, 2], [2.1, 2]])
-    np.testing.assert_allclose(registration.zero_of(np.concatenate([other, one])), [0, 0], atol=0.11)
-    np.testing.assert_array_equal(registration.zero_of(np.array([[3.0, 0], [0, 0]])), [3, 0])  # of two, the clearer
-    np.testing.assert_array_equal(registration.zero_of(np.array([[0.0, 0], [0.4, -0.2]])), [0.2, -0.1])
-    np.testing.assert_array_equal(registration.zero_of(np.array([[0.0, 0], [2.0, 0], [0, 0], [2.0, 0]])), [0, 0])
+    np.testing.assert_allclose(
+        registration.zero_of(np.concatenate([other, one])), [0, 0], atol=0.11
+    )
+    np.testing.assert_array_equal(
+        registration.zero_of(np.array([[3.0, 0], [0, 0]])), [3, 0]
+    )  # of two, the clearer
+    np.testing.assert_array_equal(
+        registration.zero_of(np.array([[0.0, 0], [0.4, -0.2]])), [0.2, -0.1]
+    )
+    np.testing.assert_array_equal(
+        registration.zero_of(np.array([[0.0, 0], [2.0, 0], [0, 0], [2.0, 0]])), [0, 0]
+    )
 
 
 def test_what_cannot_be_told():
@@ -174,7 +210,9 @@ def test_what_cannot_be_told():
 
     water = [250 + 15 * rng.normal(size=(120, 120)) for _ in range(6)]
     assert not told(*water)
-    assert not told(*(1000 + 1000 * (np.arange(120) > 60)[None] + w for w in water))  # one straight border: where along it?
+    assert not told(
+        *(1000 + 1000 * (np.arange(120) > 60)[None] + w for w in water)
+    )  # one straight border: where along it?
     assert not told(*(1000 + 300 * cloudlike(120, rng, 1.5) for _ in range(6)))
     land = Land(120, 5)
     assert told(land.seen(), land.seen())
@@ -190,7 +228,9 @@ def test_a_first_scene_like_no_other_does_not_spoil_the_rest():
     made = np.zeros((6, 2))
     made[4] = -15, 5
     year = [edges(*clouded(land.seen(s), 0.3, rng)) for s in made]
-    haze = edges_of((1000 + 300 * cloudlike(120, rng, 1.5)).astype(np.uint16), np.ones((120, 120), bool))
+    haze = edges_of(
+        (1000 + 300 * cloudlike(120, rng, 1.5)).astype(np.uint16), np.ones((120, 120), bool)
+    )
     found, _ = compared([haze, *year])
     assert np.isnan(found[0]).all()
     np.testing.assert_allclose(found[1:], made / 10, atol=0.15)
@@ -198,13 +238,20 @@ def test_a_first_scene_like_no_other_does_not_spoil_the_rest():
 
 def test_correlation_by_brute_force():
     rng = np.random.default_rng(1)
-    ours, theirs = (rng.normal(size=(2, 40, 31)) + 1j * rng.normal(size=(2, 40, 31))).astype(np.complex64)
+    ours, theirs = (rng.normal(size=(2, 40, 31)) + 1j * rng.normal(size=(2, 40, 31))).astype(
+        np.complex64
+    )
     ours[:, 20:], theirs[5:15] = 0, 0
     surface = correlation(ours, theirs)
     for down, right in itertools.product((-8, -3, 0, 2, 8), repeat=2):
         product = our_power = their_power = 0.0
         for y, x in itertools.product(range(40), range(31)):
-            if 0 <= y + down < 40 and 0 <= x + right < 31 and ours[y + down, x + right] and theirs[y, x]:
+            if (
+                0 <= y + down < 40
+                and 0 <= x + right < 31
+                and ours[y + down, x + right]
+                and theirs[y, x]
+            ):
                 a, b = ours[y + down, x + right], theirs[y, x]
                 product, our_power, their_power = (
                     product + (a * b.conj()).real,
@@ -228,14 +275,22 @@ def test_edges_know_neither_sign_nor_brightness():
     pixels = Land(120, 2).seen(noise=0)
     clear = np.ones(pixels.shape, bool)
     clear[:, 60:70] = False
-    plain, turned = edges_of(pixels, clear), edges_of((5000 - pixels.astype(int) // 2).astype(np.uint16), clear)
+    plain, turned = (
+        edges_of(pixels, clear),
+        edges_of((5000 - pixels.astype(int) // 2).astype(np.uint16), clear),
+    )
     np.testing.assert_allclose(turned, plain, atol=0.02)
     assert abs(plain).max() <= 1
     assert not plain[:, 56:74].any()
     assert plain[4:-4, 4:56].all(axis=1).mean() > 0.9
     assert not plain[:4].any()
-    northward = edges_of(np.arange(120, dtype=np.uint16)[:, None] * np.ones((1, 120), np.uint16), np.ones((120, 120), bool))
-    assert (northward[10:-10, 10:-10].real < 0).all()  # the angle of a border that runs east, doubled
+    northward = edges_of(
+        np.arange(120, dtype=np.uint16)[:, None] * np.ones((1, 120), np.uint16),
+        np.ones((120, 120), bool),
+    )
+    assert (
+        northward[10:-10, 10:-10].real < 0
+    ).all()  # the angle of a border that runs east, doubled
 
 
 def world(archive, land, made, dates, zones=None):
@@ -246,7 +301,15 @@ def world(archive, land, made, dates, zones=None):
         grid = zones.get(day, land.grid)
         band = next(b for b in archive.bands if b != "SCL")
         where = grid.zoom_out(archive.resolution[band] / 10)
-        listed.append(archive.scene(day, grid, {band: land.seen(shift, where)}, VEGETATION, tile=f"{grid.crs.epsg - 32600}UUR"))
+        listed.append(
+            archive.scene(
+                day,
+                grid,
+                {band: land.seen(shift, where)},
+                VEGETATION,
+                tile=f"{grid.crs.epsg - 32600}UUR",
+            )
+        )
     return listed
 
 
@@ -266,9 +329,15 @@ def test_scenes_of_an_archive(archive):
     listed = world(archive, land, made, dates[:6], {dates[4]: neighbour, dates[5]: neighbour})
     swath = land.seen((-7.5, 10))
     parts = []
-    for tile, columns in (("33UUR", slice(0, 80)), ("33UUS", slice(76, 144))):  # one overpass in two granules, cut
+    for tile, columns in (
+        ("33UUR", slice(0, 80)),
+        ("33UUS", slice(76, 144)),
+    ):  # one overpass in two granules, cut
         part, scl = np.zeros_like(swath), np.zeros((72, 72), np.uint8)
-        part[:, columns], scl[:, columns.start // 2 : columns.stop // 2] = swath[:, columns], VEGETATION
+        part[:, columns], scl[:, columns.start // 2 : columns.stop // 2] = (
+            swath[:, columns],
+            VEGETATION,
+        )
         parts.append(archive.scene(dates[6], land.grid, {"B04": part}, scl, tile=tile))
     white = archive.scene(dates[7], land.grid, {"B04": 6000}, CLOUD)
     listed = [white, *listed, *parts]
@@ -316,8 +385,13 @@ def test_registered_pixels_lie_where_they_should(archive):
         )
         np.testing.assert_array_equal(read_band(kept[2], band, grid)[inner], moved)
         # 12.5 m is little more than half of a 20 m pixel, and bilinear resampling blurs.
-        assert np.abs(moved - right).mean() < (0.5 if band == "B04" else 0.7) * np.abs(raw - right).mean()
-        left = shift_of(*(edges_of(p.astype(np.uint16), np.ones(p.shape, bool)) for p in (moved, right)))[0]
+        assert (
+            np.abs(moved - right).mean()
+            < (0.5 if band == "B04" else 0.7) * np.abs(raw - right).mean()
+        )
+        left = shift_of(
+            *(edges_of(p.astype(np.uint16), np.ones(p.shape, bool)) for p in (moved, right))
+        )[0]
         assert band == "B11" or np.hypot(*left) < 0.1
     there = GeoBox(coarse.shape, Affine.translation(dx, dy) @ coarse.transform, coarse.crs)
     right, raw, moved = (
@@ -325,7 +399,9 @@ def test_registered_pixels_lie_where_they_should(archive):
         for scene, on in ((listed[0], coarse), (kept[2], coarse), (kept[2], there))
     )
     np.testing.assert_array_equal(read_band(kept[2], "SCL", coarse)[inner], moved)
-    np.testing.assert_array_equal(moved[:, :-1], raw[:, 1:])  # 12.5 m is more than half of its pixels, 7.5 m less
+    np.testing.assert_array_equal(
+        moved[:, :-1], raw[:, 1:]
+    )  # 12.5 m is more than half of its pixels, 7.5 m less
     assert (moved != right).mean() < (raw != right).mean()
 
 
@@ -375,7 +451,9 @@ def test_of_a_large_site_only_the_middle_is_read(make):
 def test_what_is_done_with_them(caplog):
     def scene(name):
         when = np.datetime64("2021-06-01T10:00:00").astype(object)
-        return pystac.Item(id=name, geometry=None, bbox=None, datetime=when, properties={"minecube:offset": 0})
+        return pystac.Item(
+            id=name, geometry=None, bbox=None, datetime=when, properties={"minecube:offset": 0}
+        )
 
     listed = [scene(name) for name in "abcd"]
     shift = Shift(scene="a", dx_m=3.0, dy_m=-4.0, peak=0.9, pixels=5000)  # 5 m, no more
@@ -386,11 +464,19 @@ def test_what_is_done_with_them(caplog):
         dataclasses.replace(shift, scene="d", dx_m=-13.27, dy_m=0.0),
     ]
     with caplog.at_level(logging.INFO):
-        kept = {b: registered(listed, found, Registration(most_px=0.5, beyond=b)) for b in ("record", "drop", "shift")}
+        kept = {
+            b: registered(listed, found, Registration(most_px=0.5, beyond=b))
+            for b in ("record", "drop", "shift")
+        }
     assert kept["record"] == listed
     assert kept["drop"] == [listed[0], listed[2]]
     assert [s.id for s in kept["shift"]] == list("abcd")
-    assert [s.properties.get("minecube:shift_m") for s in kept["shift"]] == [None, [3.0, -4.1], None, [-13.3, 0.0]]
+    assert [s.properties.get("minecube:shift_m") for s in kept["shift"]] == [
+        None,
+        [3.0, -4.1],
+        None,
+        [-13.3, 0.0],
+    ]
     assert not any("minecube:shift_m" in s.properties for s in listed)
     assert kept["shift"][0] is listed[0]
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 4 + ["INFO"] * 2
@@ -404,7 +490,9 @@ def test_what_is_done_with_them(caplog):
 
 def test_real_dates(real_data):
     """April 2023 in Belgium: two clear dates lie alike, and one of them, moved by 1.3 pixels, is the one that is found."""
-    with xr.open_dataset(real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False) as data:
+    with xr.open_dataset(
+        real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False
+    ) as data:
         red, scl = (data[f"S2-L2A-{b}"].values.astype(np.uint16) for b in ("B04", "SCL"))
     clear = ~np.isin(scl, registration._HIDDEN) & (red != 65535)
     year = [edges_of(pixels, seen) for pixels, seen in zip(red, clear, strict=True)]

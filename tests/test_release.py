@@ -42,7 +42,14 @@ YEARS = (2015, 2016, 2017)
 SITES = {"Germany_1": (12.0, 51.0), "Germany_10": (12.3, 51.2), "Portuga_2": (-8.0, 38.0)}
 SHAPE = (90, 70)
 KNOWN = Release(
-    id="small", name="Small", title="small", citation="none", licence="CC-BY-4.0", doi="10.1/x", sites=3, years=YEARS
+    id="small",
+    name="Small",
+    title="small",
+    citation="none",
+    licence="CC-BY-4.0",
+    doi="10.1/x",
+    sites=3,
+    years=YEARS,
 )
 SPLIT = [Site(id=name, country="Somewhere", split="train", labels="Small (free)") for name in SITES]
 NAMES = {"train": list(SITES)}
@@ -87,10 +94,14 @@ def image(site, year):
 def drawn(made, site, year):
     """The polygons of a site-year as pixels on its image's grid, by GDAL."""
     row = made.years.set_index(["site", "year"]).loc[(site, year)]
-    own = made.labels[(made.labels["site"] == site) & (made.labels["year"] == year) & ~made.labels["mapped"]]
+    own = made.labels[
+        (made.labels["site"] == site) & (made.labels["year"] == year) & ~made.labels["mapped"]
+    ]
     shape, place = (int(row["height"]), int(row["width"])), Affine(*row["transform"])
     return (
-        features.rasterize(own.geometry, out_shape=shape, transform=place, default_value=255) if len(own) else np.zeros(shape)
+        features.rasterize(own.geometry, out_shape=shape, transform=place, default_value=255)
+        if len(own)
+        else np.zeros(shape)
     )
 
 
@@ -100,13 +111,19 @@ def test_labels_come_out_bit_identical(whole, tmp_path):
     assert set(zip(made.years["site"], made.years["year"], strict=True)) == set(masks)
     for (site, year), mask in masks.items():
         np.testing.assert_array_equal(drawn(made, site, year), mask)
-    assert made.years["mine_px"].tolist() == [int((masks[s, y] == 255).sum()) for s in SITES for y in YEARS]
+    assert made.years["mine_px"].tolist() == [
+        int((masks[s, y] == 255).sum()) for s in SITES for y in YEARS
+    ]
     assert made.years["problem"].isna().all()
-    assert made.labels[["source", "licence", "doi"]].drop_duplicates().to_numpy().tolist() == [["Small", "CC-BY-4.0", "10.1/x"]]
+    assert made.labels[["source", "licence", "doi"]].drop_duplicates().to_numpy().tolist() == [
+        ["Small", "CC-BY-4.0", "10.1/x"]
+    ]
 
 
 def test_regions_that_meet_at_a_corner_are_valid_polygons(whole, tmp_path):
-    board = np.kron(np.indices((9, 7)).sum(axis=0) % 2, np.ones((10, 10), int)).astype(np.uint8) * np.uint8(255)
+    board = np.kron(np.indices((9, 7)).sum(axis=0) % 2, np.ones((10, 10), int)).astype(
+        np.uint8
+    ) * np.uint8(255)
 
     def checked(members):
         members[label("Germany_1", 2015)] = tiff(board[None])
@@ -121,7 +138,9 @@ def test_sites_are_where_their_images_are(whole, tmp_path):
     for site in load_sites(tmp_path / "made" / "sites.geojson", catalogue=True):
         west, north = SITES[site.id]
         height, width = (n * PIXEL_DEG for n in SHAPE)
-        assert site.geometry.bounds == pytest.approx((west, north - height, west + width, north), abs=1e-9)
+        assert site.geometry.bounds == pytest.approx(
+            (west, north - height, west + width, north), abs=1e-9
+        )
         assert (site.split, site.country, site.years) == ("train", "Somewhere", YEARS)
 
 
@@ -131,7 +150,11 @@ def test_changes_are_counted_between_all_years(whole, tmp_path):
     assert len(made) == len(SITES) * 3
     for row in made.itertuples():
         before, after = masks[row.site, row.year_1] == 255, masks[row.site, row.year_2] == 255
-        assert (row.pixels, row.appeared, row.vanished) == (before.size, (after & ~before).sum(), (before & ~after).sum())
+        assert (row.pixels, row.appeared, row.vanished) == (
+            before.size,
+            (after & ~before).sum(),
+            (before & ~after).sum(),
+        )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -139,7 +162,9 @@ def test_few_bytes_are_asked_for(make, tmp_path, packed):
     """Of the release's own size, images would be 14 MB; here they are 1.8 MB, so that headers weigh eight times as much."""
     path = tmp_path / "served" / "EuroMineNet.zip"
     path.parent.mkdir()
-    write_release(path, {"Germany_1": (12.0, 51.0)}, range(2015, 2020), shape=(320, 280), packed=packed)
+    write_release(
+        path, {"Germany_1": (12.0, 51.0)}, range(2015, 2020), shape=(320, 280), packed=packed
+    )
     with zipfile.ZipFile(path) as content:
         labels = sum(m.compress_size for m in content.infolist() if "/label/" in m.filename)
     with make.served(path.parent) as url:
@@ -150,7 +175,9 @@ def test_few_bytes_are_asked_for(make, tmp_path, packed):
     assert len(made.years) == 5
     assert archive.bytes.tally.requests == requests
     assert archive.bytes.tally.bytes - labels < 0.005 * path.stat().st_size
-    assert requests <= 3 + 1 + 5 * 3  # the directory; labels, which lie apart here; two or three a header
+    assert (
+        requests <= 3 + 1 + 5 * 3
+    )  # the directory; labels, which lie apart here; two or three a header
 
 
 def test_labels_side_by_side_are_one_request(make, whole, tmp_path):
@@ -191,19 +218,33 @@ def test_headers_are_what_gdal_reads_of_the_file(tmp_path, layout, packed):
     pixels = np.random.default_rng(0).integers(1, 3000, (10, 200, 150)).astype(np.int16)
     place = {"crs": "EPSG:4326", "transform": Affine(PIXEL_DEG, 0, 20.5, 0, -PIXEL_DEG, 44.5)}
     with rasterio.open(
-        tmp_path / "a.tif", "w", driver="GTiff", count=10, dtype="int16", height=200, width=150, **place, **LAYOUTS[layout]
+        tmp_path / "a.tif",
+        "w",
+        driver="GTiff",
+        count=10,
+        dtype="int16",
+        height=200,
+        width=150,
+        **place,
+        **LAYOUTS[layout],
     ) as out:
         out.write(pixels)
     if layout == "directory at the end":
         _moved_to_the_end(tmp_path / "a.tif")
     with zipfile.ZipFile(tmp_path / "a.zip", "w", packed) as made:
         made.writestr("before", b"x" * 5000)
-        with made.open("a.tif", "w", force_zip64=True) as member:  # so that something stands between its name and its bytes
+        with made.open(
+            "a.tif", "w", force_zip64=True
+        ) as member:  # so that something stands between its name and its bytes
             member.write((tmp_path / "a.tif").read_bytes())
         made.writestr("after", b"y" * 5000)
     archive = release.Archive(str(tmp_path / "a.zip"))
     with archive.image("a.tif") as found, rasterio.open(tmp_path / "a.tif") as expected:
-        assert (found.shape, found.count, found.dtypes) == (expected.shape, expected.count, expected.dtypes)
+        assert (found.shape, found.count, found.dtypes) == (
+            expected.shape,
+            expected.count,
+            expected.dtypes,
+        )
         assert (found.crs, found.transform) == (expected.crs, expected.transform)
     if packed == zipfile.ZIP_STORED:
         assert archive.bytes.tally.bytes < 12_000
@@ -234,7 +275,9 @@ def test_an_archive_of_more_than_four_gigabytes(tmp_path):
     with (tmp_path / "big.zip").open("wb") as file:
         file.seek(5 << 30)
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
-            made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", tiff(np.full((1, 4, 5), 255, np.uint8)))
+            made.writestr(
+                "EuroMineNet/Spain_1/label/Year2015.tif", tiff(np.full((1, 4, 5), 255, np.uint8))
+            )
             with made.open("second", "w", force_zip64=True) as member:
                 member.write(b"z" * 100)
     archive = release.Archive(str(tmp_path / "big.zip"))
@@ -279,7 +322,9 @@ def test_an_import_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
         return read(archive, found, site)
 
     monkeypatch.setattr(release, "read_site", stops)
-    with pytest.raises(ReleaseError, match="Portuga_2: the line is dead; 2 sites are read, run again"):
+    with pytest.raises(
+        ReleaseError, match="Portuga_2: the line is dead; 2 sites are read, run again"
+    ):
         imported(whole[0], tmp_path / "resumed")
     assert not (tmp_path / "resumed" / "sites.geojson").exists()
     with pytest.raises(ReleaseError, match="holds no finished import"):
@@ -289,14 +334,18 @@ def test_an_import_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
     files = sorted(p.name for p in (tmp_path / "at_once").iterdir())
     assert sorted(p.name for p in (tmp_path / "resumed").iterdir()) == files
     for name in files:
-        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes(), name
+        assert (tmp_path / "resumed" / name).read_bytes() == (
+            tmp_path / "at_once" / name
+        ).read_bytes(), name
     imported(whole[0], tmp_path / "resumed")
     assert len(asked) == 4
 
 
 def test_a_folder_holds_one_archive(whole, tmp_path):
     imported(whole[0], tmp_path / "made")
-    other = changed(whole[0], tmp_path / "other.zip", lambda members: members.pop(label("Germany_1", 2016)))
+    other = changed(
+        whole[0], tmp_path / "other.zip", lambda members: members.pop(label("Germany_1", 2016))
+    )
     with pytest.raises(ReleaseError, match="holds an import of another archive"):
         imported(other, tmp_path / "made")
 
@@ -306,10 +355,14 @@ def test_an_archive_is_known_by_its_content(tmp_path):
     contents = {"a": b"1", "b": b"2", "c": b"1"}
     for name, digit in contents.items():
         with zipfile.ZipFile(
-            tmp_path / f"{name}.zip", "w", zipfile.ZIP_STORED if name == "a" else zipfile.ZIP_DEFLATED
+            tmp_path / f"{name}.zip",
+            "w",
+            zipfile.ZIP_STORED if name == "a" else zipfile.ZIP_DEFLATED,
         ) as made:
             made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", digit)
-    one, other, again = (release.Archive(str(tmp_path / f"{name}.zip")).identity() for name in contents)
+    one, other, again = (
+        release.Archive(str(tmp_path / f"{name}.zip")).identity() for name in contents
+    )
     assert one == again != other
 
 
@@ -317,7 +370,9 @@ def test_quirks_of_names(whole, tmp_path):
     def rename(members):
         members["EuroMineNet/Germany_1/label/Label2015.tif"] = members.pop(label("Germany_1", 2015))
         members["EuroMineNet/Germany_1/image/year2016.tif"] = members.pop(image("Germany_1", 2016))
-        members["EuroMineNet/Germany_1/label/Label2017.tif"] = tiff(np.zeros((1, 3, 3), np.uint8))  # Year2017.tif is there
+        members["EuroMineNet/Germany_1/label/Label2017.tif"] = tiff(
+            np.zeros((1, 3, 3), np.uint8)
+        )  # Year2017.tif is there
         members["__MACOSX/EuroMineNet/Germany_1/label/._Year2015.tif"] = b"x"
         members["EuroMineNet/readme.txt"] = b"x"
 
@@ -325,7 +380,10 @@ def test_quirks_of_names(whole, tmp_path):
     assert made.years["problem"].isna().all()
     for (site, year), mask in whole[1].items():
         np.testing.assert_array_equal(drawn(made, site, year), mask)
-    assert made.about["renamed"] == ["EuroMineNet/Germany_1/image/year2016.tif", "EuroMineNet/Germany_1/label/Label2015.tif"]
+    assert made.about["renamed"] == [
+        "EuroMineNet/Germany_1/image/year2016.tif",
+        "EuroMineNet/Germany_1/label/Label2015.tif",
+    ]
     assert made.about["twice"] == ["EuroMineNet/Germany_1/label/Label2017.tif"]
     assert made.about["strange"] == ["EuroMineNet/readme.txt"]
     found = auditing.audit(made, KNOWN, NAMES)
@@ -359,7 +417,11 @@ def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
     archive = release.Archive(str(path))
     facts = replace(KNOWN, excluded=("Spain_4",))
     # Spain_4 has the images of Portuga_2, and so lies where it lies; the split has it on the other side.
-    split = {"train": ["Germany_1", *SITES], "test": ["Spain_4"], "val": ["Austria_1", "Germany_10"]}
+    split = {
+        "train": ["Germany_1", *SITES],
+        "test": ["Spain_4"],
+        "val": ["Austria_1", "Germany_10"],
+    }
     found = auditing.audit(made, facts, split, auditing.pixel_sums(archive, made.years))
     assert {(f.check, f.site, f.year) for f in found} == {
         ("name", "", 0),
@@ -384,9 +446,18 @@ def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
     said = {(f.check, f.site, f.year): f.found for f in found}
     assert said["split", "Germany_1", 0] == "is named 2 times in train"
     assert said["split", "Germany_10", 0] == "is named in train and in val"
-    assert said["label", "Germany_1", 2015] == "expected the image's 90 x 70 pixels, found 89 x 70; it is left out"
-    assert said["label", "Germany_1", 2016] == "expected the values 0 and 255, found 0, 1; it is left out"
-    assert said["grid", "Germany_10", 2017] == "lies +2.00 pixels to the right and -1.00 down of the year before"
+    assert (
+        said["label", "Germany_1", 2015]
+        == "expected the image's 90 x 70 pixels, found 89 x 70; it is left out"
+    )
+    assert (
+        said["label", "Germany_1", 2016]
+        == "expected the values 0 and 255, found 0, 1; it is left out"
+    )
+    assert (
+        said["grid", "Germany_10", 2017]
+        == "lies +2.00 pixels to the right and -1.00 down of the year before"
+    )
     assert said["neighbours", "Portuga_2", 0] == "(train) overlaps Spain_4 (test)"
 
 
@@ -415,15 +486,32 @@ def test_neighbours_are_those_within_five_kilometres(whole, tmp_path):
 
 
 def test_offsets_step_where_all_bands_do(whole, tmp_path):
-    lows = {2015: (200, 300), 2016: (800, 950), 2017: (1250, 1400), 2018: (700, 850), 2019: (1300, 900), 2020: (1310, 1420)}
-    rows = [("a", y, b, 1, 0, 0, low) for y, of in lows.items() for b, low in zip(("B02", "B12"), of, strict=True)]
+    lows = {
+        2015: (200, 300),
+        2016: (800, 950),
+        2017: (1250, 1400),
+        2018: (700, 850),
+        2019: (1300, 900),
+        2020: (1310, 1420),
+    }
+    rows = [
+        ("a", y, b, 1, 0, 0, low)
+        for y, of in lows.items()
+        for b, low in zip(("B02", "B12"), of, strict=True)
+    ]
     pixels = pd.DataFrame(rows, columns=["site", "year", "band", "pixels", "sum", "squares", "low"])
     assert tables(whole, tmp_path, pixels=pixels) == [("offset", "a", 2016), ("offset", "a", 2018)]
 
 
 def test_labels_jump_from_one_year_to_the_next(whole, tmp_path):
-    rows = [("a", 2015, 2016, 100, 10, 0), ("a", 2016, 2017, 100, 5, 6), ("a", 2015, 2017, 100, 50, 0)]
-    changes = pd.DataFrame(rows, columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"])
+    rows = [
+        ("a", 2015, 2016, 100, 10, 0),
+        ("a", 2016, 2017, 100, 5, 6),
+        ("a", 2015, 2017, 100, 50, 0),
+    ]
+    changes = pd.DataFrame(
+        rows, columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"]
+    )
     assert tables(whole, tmp_path, changes=changes) == [("label jump", "a", 2017)]
 
 
@@ -432,7 +520,9 @@ def test_a_label_that_is_mine_everywhere(whole, tmp_path):
         members[label("Portuga_2", 2016)] = tiff(np.full((1, *SHAPE), 255, np.uint8))
 
     made = imported(changed(whole[0], tmp_path / "a.zip", full), tmp_path / "made")
-    assert ("label full", "Portuga_2", 2016) in [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)]
+    assert ("label full", "Portuga_2", 2016) in [
+        (f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)
+    ]
 
 
 def test_pixels_without_an_observation_are_not_counted(whole, tmp_path):
@@ -445,7 +535,8 @@ def test_pixels_without_an_observation_are_not_counted(whole, tmp_path):
 
     path = changed(whole[0], tmp_path / "a.zip", holed)
     bands = auditing.band_statistics(
-        auditing.pixel_sums(release.Archive(str(path)), imported(path, tmp_path / "made").years), KNOWN
+        auditing.pixel_sums(release.Archive(str(path)), imported(path, tmp_path / "made").years),
+        KNOWN,
     )
     assert bands["mean"].round(4).tolist() == [7.0] * 3 + [round(7 * 50 / 60, 4)] * 7
 
@@ -454,7 +545,9 @@ def test_labels_that_do_not_fit_are_left_out_and_empty_ones_are_known(whole, tmp
     made = imported(changed(whole[0], tmp_path / "a.zip", spoil), tmp_path / "made")
     of_site = made.labels[made.labels["site"] == "Germany_1"]
     assert of_site[["year", "mapped"]].to_numpy().tolist() == [[2017, True]]
-    assert set(made.changes["site"]) == {"Portuga_2"}  # Germany_10's two labels lie on different pixels
+    assert set(made.changes["site"]) == {
+        "Portuga_2"
+    }  # Germany_10's two labels lie on different pixels
     assert of_site.geometry.iloc[0].area == pytest.approx(90 * 70 * PIXEL_DEG**2)
 
 
@@ -466,9 +559,18 @@ UPRIGHT = Affine(PIXEL_DEG, 0, 12.0, 0, -PIXEL_DEG, 51.0)
     [
         ({"nodata": 0}, "expected EPSG:4326 and a place, found no CRS"),
         ({"crs": "EPSG:4326"}, "expected EPSG:4326 and a place, found EPSG:4326"),
-        ({"crs": "EPSG:32633", "transform": UPRIGHT}, "expected EPSG:4326 and a place, found EPSG:32633"),
-        ({"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.rotation(3)}, "expected north up, found a turned grid"),
-        ({"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.scale(1, -1)}, "expected north up, found a turned grid"),
+        (
+            {"crs": "EPSG:32633", "transform": UPRIGHT},
+            "expected EPSG:4326 and a place, found EPSG:32633",
+        ),
+        (
+            {"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.rotation(3)},
+            "expected north up, found a turned grid",
+        ),
+        (
+            {"crs": "EPSG:4326", "transform": UPRIGHT @ Affine.scale(1, -1)},
+            "expected north up, found a turned grid",
+        ),
     ],
 )
 def test_images_without_a_place_give_their_label_none(whole, tmp_path, place, found):
@@ -476,9 +578,13 @@ def test_images_without_a_place_give_their_label_none(whole, tmp_path, place, fo
         members[image("Germany_1", 2015)] = tiff(np.ones((10, *SHAPE), np.int16), **place)
 
     made = imported(changed(whole[0], tmp_path / "a.zip", misplaced), tmp_path / "made")
-    assert made.years.set_index(["site", "year"])["problem"].dropna().to_dict() == {("Germany_1", 2015): f"image: {found}"}
+    assert made.years.set_index(["site", "year"])["problem"].dropna().to_dict() == {
+        ("Germany_1", 2015): f"image: {found}"
+    }
     assert set(made.labels.loc[made.labels["site"] == "Germany_1", "year"]) == {2016, 2017}
-    assert [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)] == [("image", "Germany_1", 2015)]
+    assert [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)] == [
+        ("image", "Germany_1", 2015)
+    ]
     assert made.sites.set_index("id").loc["Germany_1"].geometry.bounds == pytest.approx(
         (12.0, 51.0 - SHAPE[0] * PIXEL_DEG, 12.0 + SHAPE[1] * PIXEL_DEG, 51.0), abs=1e-9
     )
@@ -493,14 +599,18 @@ def test_band_statistics_are_those_of_all_pixels(whole, tmp_path):
             with rasterio.MemoryFile(archive.read(name)) as memory, memory.open() as src:
                 everything.append(src.read().reshape(10, -1))
     pixels = np.concatenate(everything, axis=1).astype(np.float64)
-    known = replace(KNOWN, band_mean=tuple(pixels.mean(axis=1)), band_std=tuple(pixels.std(axis=1) / 2**0.5))
+    known = replace(
+        KNOWN, band_mean=tuple(pixels.mean(axis=1)), band_std=tuple(pixels.std(axis=1) / 2**0.5)
+    )
     sums = auditing.pixel_sums(release.Archive(str(whole[0])), made.years)
     bands = auditing.band_statistics(sums, known)
     np.testing.assert_allclose(bands["mean"], pixels.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(bands["std"], pixels.std(axis=1), rtol=1e-9)
     np.testing.assert_allclose(bands["corrected_std"], bands["std"], rtol=1e-9)
     found = auditing.audit(made, known, NAMES, sums)
-    assert [f.found.rpartition(", ")[2] for f in found] == ["which is the true one divided by the square root of 2"] * 10
+    assert [f.found.rpartition(", ")[2] for f in found] == [
+        "which is the true one divided by the square root of 2"
+    ] * 10
     wrong = auditing.audit(made, replace(known, band_std=(1.0,) * 10), NAMES, sums)
     assert all("not for the square root of 2" in f.found for f in wrong)
     assert list(bands.index) == list(BANDS)
@@ -516,7 +626,9 @@ def test_change_rates_are_ratios_of_sums():
 
 def test_an_archive_that_was_cut_off(whole, tmp_path):
     (tmp_path / "cut.zip").write_bytes(whole[0].read_bytes()[:-5000])
-    with pytest.raises(ReleaseError, match=r"expected a zip archive, found .* without a whole directory .* cut off"):
+    with pytest.raises(
+        ReleaseError, match=r"expected a zip archive, found .* without a whole directory .* cut off"
+    ):
         release.Archive(str(tmp_path / "cut.zip"))
 
 
@@ -538,7 +650,9 @@ def test_members_that_are_broken_are_named_and_left_out(whole, tmp_path):
         members[label("Portuga_2", 2016)] = b""
         members[label("Portuga_2", 2017)] = b"II*\0 and then nothing"
 
-    path = flipped(changed(whole[0], tmp_path / "a.zip", break_), tmp_path / "b.zip", label("Germany_10", 2016))
+    path = flipped(
+        changed(whole[0], tmp_path / "a.zip", break_), tmp_path / "b.zip", label("Germany_10", 2016)
+    )
     made = imported(path, tmp_path / "made")
     problems = made.years.set_index(["site", "year"])["problem"].dropna().to_dict()
     assert problems == {
@@ -550,7 +664,9 @@ def test_members_that_are_broken_are_named_and_left_out(whole, tmp_path):
     assert set(made.labels["site"]) == {"Germany_1", "Germany_10"}
     for site, year in (("Germany_1", 2015), ("Germany_10", 2015), ("Germany_10", 2017)):
         np.testing.assert_array_equal(drawn(made, site, year), whole[1][site, year])
-    sums = auditing.pixel_sums(release.Archive(str(path)), made.years[made.years["image"] != image("Portuga_2", 2015)])
+    sums = auditing.pixel_sums(
+        release.Archive(str(path)), made.years[made.years["image"] != image("Portuga_2", 2015)]
+    )
     found = auditing.audit(made, KNOWN, NAMES, sums)
     assert {(f.site, f.year) for f in found if f.check in ("image", "label")} == set(problems)
 
@@ -558,8 +674,12 @@ def test_members_that_are_broken_are_named_and_left_out(whole, tmp_path):
 @pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_packings_that_break_are_none_of_pythons_errors(tmp_path, packed):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", packed) as made:
-        made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", np.random.default_rng(0).bytes(5000))
-        made.writestr("EuroMineNet/Spain_1/image/Year2015.tif", np.random.default_rng(0).bytes(5000))
+        made.writestr(
+            "EuroMineNet/Spain_1/label/Year2015.tif", np.random.default_rng(0).bytes(5000)
+        )
+        made.writestr(
+            "EuroMineNet/Spain_1/image/Year2015.tif", np.random.default_rng(0).bytes(5000)
+        )
     path = tmp_path / "a.zip"
     for name in ("label", "image"):
         path = flipped(path, tmp_path / f"{name}.zip", f"EuroMineNet/Spain_1/{name}/Year2015.tif")
@@ -588,7 +708,10 @@ def test_a_line_that_breaks_is_not_taken_for_a_broken_member(whole, tmp_path, mo
         return fetch(self, start, length)
 
     monkeypatch.setattr(archive_module.LocalBytes, "fetch", sometimes)
-    with pytest.raises(ReleaseError, match=r"cannot be read \(HTTP 503, after 9 tries\).* 0 sites are read, run again"):
+    with pytest.raises(
+        ReleaseError,
+        match=r"cannot be read \(HTTP 503, after 9 tries\).* 0 sites are read, run again",
+    ):
         imported(whole[0], tmp_path / "made")
 
 
@@ -597,7 +720,9 @@ def test_names_that_no_group_can_have_are_strange(whole, tmp_path):
         for name in [n for n in members if "Portuga_2" in n]:
             members[name.replace("Portuga_2", "North Macedonia_1")] = members.pop(name)
         members["./EuroMineNet/Spain_1/label/Year2015.tif"] = members[label("Germany_1", 2015)]
-        members["EuroMineNet\\Spain_2\\label\\Year2015.tif"] = members[label("Germany_1", 2015)]  # as some packers write
+        members["EuroMineNet\\Spain_2\\label\\Year2015.tif"] = members[
+            label("Germany_1", 2015)
+        ]  # as some packers write
 
     made = imported(changed(whole[0], tmp_path / "a.zip", rename), tmp_path / "made")
     assert set(made.years["site"]) == {"Germany_1", "Germany_10", "Spain_1", "Spain_2"}
@@ -615,7 +740,14 @@ def test_a_catalogue_of_the_users_is_not_overwritten(whole, tmp_path):
 def test_nothing_is_downloaded_into_a_catalogue_of_the_users(make, whole, tmp_path):
     (tmp_path / "sites.geojson").write_text("precious")
     with make.served(whole[0].parent) as url:
-        asked = ["release", "import", f"{url}/EuroMineNet.zip", "--download", "--out", str(tmp_path)]
+        asked = [
+            "release",
+            "import",
+            f"{url}/EuroMineNet.zip",
+            "--download",
+            "--out",
+            str(tmp_path),
+        ]
         done = CliRunner().invoke(cli, asked)
         with urllib.request.urlopen(f"{url}/counts") as answer:
             assert json.load(answer)["requests"] == 0
@@ -648,13 +780,18 @@ def test_the_published_split_is_the_catalogues():
     """132 distinct names for 133 sites, Germany_13 twice: as the authors' code lists them."""
     published = json.loads(FACTS.read_text())["released_split"]
     ours = auditing.split_of(load_releases()["eurominenet"], load_sites())
-    assert {part: sorted(names) for part, names in ours.items()} == {part: sorted(names) for part, names in published.items()}
+    assert {part: sorted(names) for part, names in ours.items()} == {
+        part: sorted(names) for part, names in published.items()
+    }
 
 
 def test_another_archive_is_not_the_release(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as made:
         made.writestr("something/else.txt", "x")
-    with pytest.raises(ReleaseError, match=r"expected members such as .*found something/else.txt: not the EuroMineNet release"):
+    with pytest.raises(
+        ReleaseError,
+        match=r"expected members such as .*found something/else.txt: not the EuroMineNet release",
+    ):
         release.find(release.Archive(str(tmp_path / "a.zip")).names())
 
 
@@ -674,7 +811,10 @@ def test_a_server_without_ranges_needs_a_download(make, whole, tmp_path):
 
 
 def test_a_download_that_stops_short_is_none(make, whole, tmp_path):
-    with make.served(whole[0].parent, "--truncate", 1) as url, pytest.raises(ReleaseError, match="cannot be downloaded"):
+    with (
+        make.served(whole[0].parent, "--truncate", 1) as url,
+        pytest.raises(ReleaseError, match="cannot be downloaded"),
+    ):
         release.download(f"{url}/EuroMineNet.zip", tmp_path / "made")
     assert list((tmp_path / "made").iterdir()) == []
 
@@ -685,10 +825,15 @@ def test_the_command_line_says_what_came_of_it(whole, tmp_path):
     done = CliRunner().invoke(cli, ["release", "import", str(path), "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "4 sites, 10 site-years, 7 labels of 9" in done.output
-    assert "left out: Germany_1 2015: label: expected the image's 90 x 70 pixels, found 89 x 70" in done.output
+    assert (
+        "left out: Germany_1 2015: label: expected the image's 90 x 70 pixels, found 89 x 70"
+        in done.output
+    )
     listed = CliRunner().invoke(cli, ["sites", "--catalog", str(out), "--sites", "Germany_1"])
     assert "EPSG:32633" in listed.output  # which the shipped catalogue cannot say
-    audited = CliRunner().invoke(cli, ["release", "audit", str(out), "--json", str(said), "--pixels", str(path)])
+    audited = CliRunner().invoke(
+        cli, ["release", "audit", str(out), "--json", str(said), "--pixels", str(path)]
+    )
     assert audited.exit_code == 1, audited.output
     assert "label empty" in audited.output
     content = json.loads(said.read_text())
@@ -719,14 +864,24 @@ def problems_of(whole, tmp_path, change):
 
 def sparse(path, side=200_000, bands=1, **place):
     """A TIFF without a pixel, whose header says how many there are."""
-    profile = {"count": bands, "dtype": "uint8", "tiled": True, "blockxsize": 4096, "blockysize": 4096} | place
-    with rasterio.open(path, "w", driver="GTiff", height=side, width=side, sparse_ok=True, BIGTIFF="YES", **profile):
+    profile = {
+        "count": bands,
+        "dtype": "uint8",
+        "tiled": True,
+        "blockxsize": 4096,
+        "blockysize": 4096,
+    } | place
+    with rasterio.open(
+        path, "w", driver="GTiff", height=side, width=side, sparse_ok=True, BIGTIFF="YES", **profile
+    ):
         pass
     assert path.stat().st_size < 100_000
     return path.read_bytes()
 
 
-def test_a_label_that_unpacks_to_far_more_than_its_image_is_refused_by_name(whole, tmp_path, monkeypatch):
+def test_a_label_that_unpacks_to_far_more_than_its_image_is_refused_by_name(
+    whole, tmp_path, monkeypatch
+):
     """200 MB of zeros in 0.2 MB."""
 
     def bomb(members):
@@ -743,7 +898,10 @@ def test_a_label_that_unpacks_to_far_more_than_its_image_is_refused_by_name(whol
     assert label("Germany_1", 2015) not in read
     assert label("Germany_1", 2016) in read
     (problem,) = made.years["problem"].dropna()
-    assert problem == "label: expected at most 1,050,400 bytes for the image's 90 x 70 pixels, found 200,000,000"
+    assert (
+        problem
+        == "label: expected at most 1,050,400 bytes for the image's 90 x 70 pixels, found 200,000,000"
+    )
     refused = made.years[made.years["problem"].notna()]
     assert (refused["site"].tolist(), refused["year"].tolist()) == (["Germany_1"], [2015])
 
@@ -765,7 +923,9 @@ def test_a_member_takes_no_more_memory_than_its_directory_says(tmp_path, packing
     with zipfile.ZipFile(path, "w", packing) as made:
         made.writestr("x", bytes(size))
     content = path.read_bytes()
-    at = content.rindex(struct.pack("<I", size))  # of the directory: uncompressed size (APPNOTE.TXT, 4.3.12)
+    at = content.rindex(
+        struct.pack("<I", size)
+    )  # of the directory: uncompressed size (APPNOTE.TXT, 4.3.12)
     path.write_bytes(content[:at] + struct.pack("<I", 5000) + content[at + 4 :])
     archive = release.Archive(str(path))
     tracemalloc.start()
@@ -782,25 +942,42 @@ def test_a_label_of_more_pixels_than_any_image_is_not_read(whole, tmp_path):
     _, problems = problems_of(whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): huge}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert problems == {("Germany_1", 2015): "label: expected at most 25,000,000 pixels, found 200,000 x 200,000"}
+    assert problems == {
+        ("Germany_1", 2015): "label: expected at most 25,000,000 pixels, found 200,000 x 200,000"
+    }
     assert peak < 30e6
 
 
 def test_a_label_of_other_pixels_than_its_image_is_not_read(whole, tmp_path, monkeypatch):
     """Its header tells."""
     other = tiff(np.zeros((1, 800, 800), np.uint8))
-    monkeypatch.setattr(importing.np, "unique", lambda mask: pytest.fail("read") if mask.shape == (800, 800) else np.array([0]))
-    _, problems = problems_of(whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): other}))
-    assert problems == {("Germany_1", 2015): "label: expected the image's 90 x 70 pixels, found 800 x 800"}
+    monkeypatch.setattr(
+        importing.np,
+        "unique",
+        lambda mask: pytest.fail("read") if mask.shape == (800, 800) else np.array([0]),
+    )
+    _, problems = problems_of(
+        whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): other})
+    )
+    assert problems == {
+        ("Germany_1", 2015): "label: expected the image's 90 x 70 pixels, found 800 x 800"
+    }
 
 
 def test_an_image_of_more_pixels_than_allowed_is_not_read(whole, tmp_path):
     place = {"crs": "EPSG:4326", "transform": Affine(PIXEL_DEG, 0, 12, 0, -PIXEL_DEG, 51)}
     huge = sparse(tmp_path / "huge.tif", bands=10, **place)
-    made, problems = problems_of(whole, tmp_path, lambda m: m.update({image("Germany_1", 2015): huge}))
-    assert problems == {("Germany_1", 2015): "image: expected at most 25,000,000 pixels, found 200,000 x 200,000"}
+    made, problems = problems_of(
+        whole, tmp_path, lambda m: m.update({image("Germany_1", 2015): huge})
+    )
+    assert problems == {
+        ("Germany_1", 2015): "image: expected at most 25,000,000 pixels, found 200,000 x 200,000"
+    }
     tracemalloc.start()
-    with pytest.raises(ReleaseError, match=r"Germany_1/image/Year2015\.tif is no image \(expected at most 25,000,000 pixels"):
+    with pytest.raises(
+        ReleaseError,
+        match=r"Germany_1/image/Year2015\.tif is no image \(expected at most 25,000,000 pixels",
+    ):
         auditing.pixel_sums(release.Archive(str(tmp_path / "a.zip")), made.years)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -829,8 +1006,15 @@ def test_images_and_labels_of_another_format_are_not_followed(whole, tmp_path):
 def test_a_label_of_too_many_regions_makes_no_polygons(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(importing, "_MOST_REGIONS", 1000)
     board = (np.indices(SHAPE).sum(axis=0) % 2).astype(np.uint8) * np.uint8(255)
-    _, problems = problems_of(whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): tiff(board[None])}))
-    assert problems == {("Germany_1", 2015): f"label: expected at most 1,000 regions of mine, found {board.size // 2:,}"}
+    _, problems = problems_of(
+        whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): tiff(board[None])})
+    )
+    assert problems == {
+        (
+            "Germany_1",
+            2015,
+        ): f"label: expected at most 1,000 regions of mine, found {board.size // 2:,}"
+    }
 
 
 def test_a_directory_that_is_too_large_is_not_read(whole, monkeypatch):
@@ -851,7 +1035,11 @@ def test_what_lies_between_two_members_is_not_fetched(tmp_path):
 
 
 def test_names_that_lead_out_of_a_folder_are_strange(whole, tmp_path):
-    names = ["../../Spain_1/label/Year2015.tif", "/Spain_1/label/Year2015.tif", "a\\..\\Spain_1\\label\\Year2015.tif"]
+    names = [
+        "../../Spain_1/label/Year2015.tif",
+        "/Spain_1/label/Year2015.tif",
+        "a\\..\\Spain_1\\label\\Year2015.tif",
+    ]
 
     def add(members):
         members |= dict.fromkeys(names, members[label("Germany_1", 2015)])
@@ -867,11 +1055,17 @@ def test_names_that_lead_out_of_a_folder_are_strange(whole, tmp_path):
 def test_a_server_that_is_not_there_is_said_at_once(tmp_path, clock, more):
     network.forget_unreachable()
     start = clock.now
-    done = CliRunner().invoke(cli, ["release", "import", "http://127.0.0.1:1/a.zip", "--out", str(tmp_path / "made"), *more])
+    done = CliRunner().invoke(
+        cli,
+        ["release", "import", "http://127.0.0.1:1/a.zip", "--out", str(tmp_path / "made"), *more],
+    )
     assert clock.now - start <= network.REFUSED_S
     assert done.exit_code == 1
     (line,) = [text for text in done.output.splitlines() if text.startswith("error: ")]
-    assert "127.0.0.1:1 cannot be reached (Connection refused): check the address, and that the server is running" in line
+    assert (
+        "127.0.0.1:1 cannot be reached (Connection refused): check the address, and that the server is running"
+        in line
+    )
 
 
 def test_an_s3_endpoint_that_is_not_there_and_keys_that_are_not(tmp_path, clock, monkeypatch):
@@ -880,7 +1074,9 @@ def test_an_s3_endpoint_that_is_not_there_and_keys_that_are_not(tmp_path, clock,
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     network.forget_unreachable()
     start = clock.now
-    with pytest.raises(ReleaseError, match=r"^s3://dead/a\.zip: cannot be read \(127\.0\.0\.1:1 cannot be reached"):
+    with pytest.raises(
+        ReleaseError, match=r"^s3://dead/a\.zip: cannot be read \(127\.0\.0\.1:1 cannot be reached"
+    ):
         release.Archive("s3://dead/a.zip")
     assert clock.now - start <= network.REFUSED_S
 
@@ -889,13 +1085,19 @@ def test_a_download_keeps_to_the_rules_of_redirects(tmp_path, monkeypatch):
     answer = requests.Response()
     answer.status_code, answer.url = 302, "https://files.example.org/a.zip"
     answer.raw = io.BytesIO()
-    for target in ("http://files.example.org/a.zip", "file:///data/a.zip", "https://127.0.0.1/a.zip"):
+    for target in (
+        "http://files.example.org/a.zip",
+        "file:///data/a.zip",
+        "https://127.0.0.1/a.zip",
+    ):
         answer.headers["Location"] = target
         with pytest.raises(network.ForbiddenError):
             Session().get_redirect_target(answer)
 
 
-@pytest.mark.parametrize("url", ["http://[::1/x.zip", "http://127.0.0.1:port/x.zip", "ftp://127.0.0.1/x.zip", "s3://"])
+@pytest.mark.parametrize(
+    "url", ["http://[::1/x.zip", "http://127.0.0.1:port/x.zip", "ftp://127.0.0.1/x.zip", "s3://"]
+)
 def test_an_invalid_url_is_an_error_of_the_archive(tmp_path, url):
     with pytest.raises(ReleaseError, match=r"is not read \(expected"):
         release.Archive(url)

@@ -42,20 +42,28 @@ def on(grid, values):
 def centres(grid, of):
     """Rows and columns, fractional, in grid `of` of all pixel centres of `grid`: by pyproj."""
     rows, columns = np.mgrid[: grid.shape[0], : grid.shape[1]] + 0.5
-    x, y = Transformer.from_crs(str(grid.crs), str(of.crs), always_xy=True).transform(*(grid.affine @ (columns, rows)))
+    x, y = Transformer.from_crs(str(grid.crs), str(of.crs), always_xy=True).transform(
+        *(grid.affine @ (columns, rows))
+    )
     columns, rows = ~of.affine @ (x, y)
     return rows - 0.5, columns - 0.5
 
 
 def covered(label, there, grid, parts=10):
     """How much of each pixel the label's pixels cover, of 250: a hundred points a pixel."""
-    fine = GeoBox((grid.shape[0] * parts, grid.shape[1] * parts), grid.affine @ Affine.scale(1 / parts), grid.crs)
+    fine = GeoBox(
+        (grid.shape[0] * parts, grid.shape[1] * parts),
+        grid.affine @ Affine.scale(1 / parts),
+        grid.crs,
+    )
     rows, columns = (np.rint(a).astype(int) for a in centres(fine, there))
     inside = (rows >= 0) & (rows < label.shape[0]) & (columns >= 0) & (columns < label.shape[1])
     mine = np.zeros(fine.shape, bool)
     mine[inside] = label[rows[inside], columns[inside]] > 0
     share = mine.reshape(grid.shape[0], parts, grid.shape[1], parts).mean(axis=(1, 3))
-    return np.rint(share * 250).astype(np.uint8), mine[parts // 2 :: parts, parts // 2 :: parts].astype(np.uint8)
+    return np.rint(share * 250).astype(np.uint8), mine[
+        parts // 2 :: parts, parts // 2 :: parts
+    ].astype(np.uint8)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -63,14 +71,26 @@ def test_images_are_read_between_the_cubes_pixels(place):
     """Against another interpolation. GDAL's warp widens its kernel where pixels are all but of one size: some 4 DN here."""
     grid, cube = release_like(place)
     rng = np.random.default_rng(0)
-    values = np.stack([ndimage.gaussian_filter(rng.uniform(0, 9000, cube.shape), 3) for _ in range(2)]).astype(np.uint16) + 1
+    values = (
+        np.stack(
+            [ndimage.gaussian_filter(rng.uniform(0, 9000, cube.shape), 3) for _ in range(2)]
+        ).astype(np.uint16)
+        + 1
+    )
     made = layout.image_on(on(cube, values), grid)
     rows, columns = centres(grid, cube)
     for band, got in zip(values, made, strict=True):
         known = RegularGridInterpolator([np.arange(n) for n in band.shape], band.astype(np.float64))
-        inside = (rows >= 0) & (columns >= 0) & (rows <= band.shape[0] - 1) & (columns <= band.shape[1] - 1)
+        inside = (
+            (rows >= 0)
+            & (columns >= 0)
+            & (rows <= band.shape[0] - 1)
+            & (columns <= band.shape[1] - 1)
+        )
         assert inside.mean() > 0.99
-        assert np.abs(got[inside] - known(np.stack([rows, columns], axis=-1)[inside])).max() <= 0.501
+        assert (
+            np.abs(got[inside] - known(np.stack([rows, columns], axis=-1)[inside])).max() <= 0.501
+        )
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -79,13 +99,24 @@ def test_places_are_gdals(place):
     grid, cube = release_like(place)
     mask = np.random.default_rng(0).integers(0, 2, cube.shape).astype(np.uint8)
     size = {"height": cube.shape[0], "width": cube.shape[1], "count": 1, "dtype": "uint8"}
-    exact = {"crs": "EPSG:4326", "transform": grid.affine, "height": grid.shape[0], "width": grid.shape[1], "tolerance": 1e-9}
+    exact = {
+        "crs": "EPSG:4326",
+        "transform": grid.affine,
+        "height": grid.shape[0],
+        "width": grid.shape[1],
+        "tolerance": 1e-9,
+    }
     with MemoryFile() as memory:
         with memory.open(driver="GTiff", crs=str(cube.crs), transform=cube.affine, **size) as file:
             file.write(mask, 1)
-        with memory.open() as file, WarpedVRT(file, resampling=Resampling.nearest, **exact) as warped:
+        with (
+            memory.open() as file,
+            WarpedVRT(file, resampling=Resampling.nearest, **exact) as warped,
+        ):
             expected = warped.read(1)
-    assert (layout.label_on(on(cube, mask), None, grid) // 255 != expected).mean() < 1e-4  # one or two lie between two
+    assert (
+        layout.label_on(on(cube, mask), None, grid) // 255 != expected
+    ).mean() < 1e-4  # one or two lie between two
 
 
 def test_nothing_seen_stays_nothing():
@@ -97,8 +128,15 @@ def test_nothing_seen_stays_nothing():
     rows, columns = centres(grid, cube)
     inside = (rows > 101) & (rows < 138) & (columns > 101) & (columns < 138)
     assert (made[0][inside] == 0).all()
-    nearest = (np.rint(rows) >= 100) & (np.rint(rows) < 140) & (np.rint(columns) >= 100) & (np.rint(columns) < 140)
-    assert (made[0] == 0).sum() == pytest.approx(nearest.sum(), rel=0.01)  # neither grown nor shrunk
+    nearest = (
+        (np.rint(rows) >= 100)
+        & (np.rint(rows) < 140)
+        & (np.rint(columns) >= 100)
+        & (np.rint(columns) < 140)
+    )
+    assert (made[0] == 0).sum() == pytest.approx(
+        nearest.sum(), rel=0.01
+    )  # neither grown nor shrunk
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -145,19 +183,34 @@ def test_a_site_of_no_release_gets_the_largest_grid_within_its_cube(place):
 def test_files_are_as_the_releases(tmp_path):
     """Names, types, bands, values; the label on the same pixels without CRS and place."""
     grid, cube = release_like("Alentejo")
-    values = np.stack([np.full(cube.shape, 100 * n + 1, np.uint16) for n in range(9)] + [np.full(cube.shape, 40000, np.uint16)])
+    values = np.stack(
+        [np.full(cube.shape, 100 * n + 1, np.uint16) for n in range(9)]
+        + [np.full(cube.shape, 40000, np.uint16)]
+    )
     label = layout.label_on(on(cube, np.ones(cube.shape, np.uint8)), None, grid)
     layout.write(tmp_path, "Portuga_1", 2019, layout.image_on(on(cube, values), grid), label, grid)
     with rasterio.open(tmp_path / "EuroMineNet/Portuga_1/image/Year2019.tif") as image:
-        assert (image.count, set(image.dtypes), image.crs.to_epsg(), image.transform) == (10, {"int16"}, 4326, grid.affine)
+        assert (image.count, set(image.dtypes), image.crs.to_epsg(), image.transform) == (
+            10,
+            {"int16"},
+            4326,
+            grid.affine,
+        )
         pixels = image.read()
     assert [int(b.max()) for b in pixels] == [*range(1, 901, 100), 32767]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(tmp_path / "EuroMineNet/Portuga_1/label/Year2019.tif") as written:
-            assert (written.count, written.dtypes[0], written.crs, written.transform) == (1, "uint8", None, Affine.identity())
+            assert (written.count, written.dtypes[0], written.crs, written.transform) == (
+                1,
+                "uint8",
+                None,
+                Affine.identity(),
+            )
             assert written.shape == pixels.shape[1:]
             assert set(np.unique(written.read())) == {255}
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["Year2019.tif"] * 2
     layout.write(tmp_path, "Portuga_1", 2019, layout.image_on(on(cube, values), grid), None, grid)
-    assert [p.parent.name for p in tmp_path.rglob("*") if p.is_file()] == ["image"]  # no label of another cube stays
+    assert [p.parent.name for p in tmp_path.rglob("*") if p.is_file()] == [
+        "image"
+    ]  # no label of another cube stays

@@ -37,11 +37,28 @@ def rebuilt(tmp_path_factory):
     run("simulate", *of_site, "--out", place / "world", "--dates", "6")
     # The world's catalogue has no sites: it is one of sources, and the import one of sites.
     (place / "imported" / "sources.yaml").write_text(
-        (place / "world" / "sources.yaml").read_text().replace("href: ", f"href: {place / 'world'}/")
+        (place / "world" / "sources.yaml")
+        .read_text()
+        .replace("href: ", f"href: {place / 'world'}/")
     )
     run("build", *of_site, "--source", "sim-cdse", "--store", place / "cubes.zarr")
-    run("label", "--store", place / "cubes.zarr", "--polygons", place / "imported" / "labels.parquet")
-    said = run("release", "export", "--store", place / "cubes.zarr", "--import", place / "imported", "--out", place / "again")
+    run(
+        "label",
+        "--store",
+        place / "cubes.zarr",
+        "--polygons",
+        place / "imported" / "labels.parquet",
+    )
+    said = run(
+        "release",
+        "export",
+        "--store",
+        place / "cubes.zarr",
+        "--import",
+        place / "imported",
+        "--out",
+        place / "again",
+    )
     return place, said
 
 
@@ -69,7 +86,12 @@ def test_images_lie_on_the_releases_pixels(rebuilt):
                 memory.open() as src,
                 rasterio.open(place / "again" / name) as new,
             ):
-                assert (new.shape, new.transform, new.crs, new.dtypes) == (src.shape, src.transform, src.crs, src.dtypes)
+                assert (new.shape, new.transform, new.crs, new.dtypes) == (
+                    src.shape,
+                    src.transform,
+                    src.crs,
+                    src.dtypes,
+                )
                 assert (new.read() > 0).mean() > 0.99
 
 
@@ -77,9 +99,21 @@ def test_a_year_that_the_release_lacks_lies_where_its_others_do(rebuilt, tmp_pat
     place, _ = rebuilt
     shutil.copytree(place / "imported", tmp_path / "less")
     years = pd.read_parquet(tmp_path / "less" / "years.parquet")
-    years.loc[years["year"] == 2021, ["crs", "problem"]] = ["EPSG:32633", "image: expected EPSG:4326 and a place"]
+    years.loc[years["year"] == 2021, ["crs", "problem"]] = [
+        "EPSG:32633",
+        "image: expected EPSG:4326 and a place",
+    ]
     years.to_parquet(tmp_path / "less" / "years.parquet")
-    run("release", "export", "--store", place / "cubes.zarr", "--import", tmp_path / "less", "--out", tmp_path)
+    run(
+        "release",
+        "export",
+        "--store",
+        place / "cubes.zarr",
+        "--import",
+        tmp_path / "less",
+        "--out",
+        tmp_path,
+    )
     shapes = []
     for year in YEARS:
         with rasterio.open(tmp_path / f"EuroMineNet/{SITE}/image/Year{year}.tif") as image:
@@ -92,7 +126,16 @@ def test_a_site_that_is_not_in_the_import_is_refused(rebuilt, tmp_path):
     shutil.copytree(place / "imported", tmp_path / "other")
     sites = tmp_path / "other" / "sites.geojson"
     sites.write_text(sites.read_text().replace(SITE, "Germany_2"))
-    asked = ["release", "export", "--store", place / "cubes.zarr", "--import", tmp_path / "other", "--out", tmp_path / "out"]
+    asked = [
+        "release",
+        "export",
+        "--store",
+        place / "cubes.zarr",
+        "--import",
+        tmp_path / "other",
+        "--out",
+        tmp_path / "out",
+    ]
     done = CliRunner().invoke(cli, list(map(str, asked)))
     assert done.exit_code == 2
     assert f"{SITE} not in" in done.output

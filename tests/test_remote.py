@@ -129,7 +129,9 @@ class Noted(Ranged):
     def do_GET(self):
         self.asked.append(f"{self.path} {dict(self.headers)}")
         if self.path.startswith("/token/"):
-            body = json.dumps({"token": "sig=SECRET", "msft:expiry": "2999-01-01T00:00:00+00:00"}).encode()
+            body = json.dumps(
+                {"token": "sig=SECRET", "msft:expiry": "2999-01-01T00:00:00+00:00"}
+            ).encode()
             self.send_response(200)
         elif self.elsewhere:
             self.send_response(302)
@@ -156,13 +158,25 @@ def running(handler):
 @pytest.fixture
 def band(tmp_path, make):
     """A tiled file of 700 x 600 pixels no two of which are alike, its grid and pixels."""
-    grid, pixels = make.grid(LEFT, TOP, 700, 600), np.random.default_rng(0).integers(1, 9000, (600, 700)).astype(np.uint16)
-    as_cog = {"driver": "COG", "blocksize": 64, "overviews": "NONE", "tiled": None, "blockxsize": None, "blockysize": None}
+    grid, pixels = (
+        make.grid(LEFT, TOP, 700, 600),
+        np.random.default_rng(0).integers(1, 9000, (600, 700)).astype(np.uint16),
+    )
+    as_cog = {
+        "driver": "COG",
+        "blocksize": 64,
+        "overviews": "NONE",
+        "tiled": None,
+        "blockxsize": None,
+        "blockysize": None,
+    }
     make.tif(tmp_path / "files" / "B04.tif", pixels, grid, **as_cog)
     return tmp_path / "files", grid, pixels
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_reads_of_a_remote_file_are_its_bytes(data, flaky_bytes):
     """Seeks, reads and ranges in any order, under failures, short answers and stalls."""
@@ -174,7 +188,10 @@ def test_any_reads_of_a_remote_file_are_its_bytes(data, flaky_bytes):
         length = data.draw(st.integers(0, 200_000))
         stop = min(start + length, len(content))
         if data.draw(st.booleans()):
-            assert file.get_byte_ranges([start, 5], [stop - start, 10]) == [content[start:stop], content[5:15]]
+            assert file.get_byte_ranges([start, 5], [stop - start, 10]) == [
+                content[start:stop],
+                content[5:15],
+            ]
         else:
             assert file.seek(start) == start
             assert file.read(length) == content[start:stop]
@@ -182,7 +199,9 @@ def test_any_reads_of_a_remote_file_are_its_bytes(data, flaky_bytes):
     assert file.seek(-3, os.SEEK_END) == len(content) - 3
     assert file.read() == content[-3:]
     assert tally.error is None
-    assert [len(x) for x in file.get_byte_ranges([len(content) - 3], [10])] == [10]  # GDAL copies as many as it asked for
+    assert [len(x) for x in file.get_byte_ranges([len(content) - 3], [10])] == [
+        10
+    ]  # GDAL copies as many as it asked for
     assert "it ends after 300001 bytes" in str(tally.error)
 
 
@@ -191,7 +210,9 @@ def flaky_bytes(tmp_path_factory, served):
     folder = tmp_path_factory.mktemp("flaky")
     content = np.random.default_rng(1).bytes(300_001)
     (folder / "x.bin").write_bytes(content)
-    with served(folder, "--fail", 0.33, "--truncate", 0.1, "--stall", 0.02, "--stall-s", 0.1) as url:
+    with served(
+        folder, "--fail", 0.33, "--truncate", 0.1, "--stall", 0.02, "--stall-s", 0.1
+    ) as url:
         yield f"{url}/x.bin", content, Remote(Access())
         assert counts(url)["failed"] > 20
         assert counts(url)["truncated"] > 5
@@ -205,7 +226,9 @@ def test_a_window_from_a_server_in_trouble(band, served):
         for y in range(0, 600, 60):
             tallies.append(Tally())
             window = grid[y : y + 60, 100:400]
-            np.testing.assert_array_equal(read(f"{url}/B04.tif", window, tally=tallies[-1]), pixels[y : y + 60, 100:400])
+            np.testing.assert_array_equal(
+                read(f"{url}/B04.tif", window, tally=tallies[-1]), pixels[y : y + 60, 100:400]
+            )
         seen = counts(url)
     assert sum(t.requests for t in tallies) == seen["requests"]
     assert sum(t.retried for t in tallies) >= seen["failed"] + seen["truncated"] > 0
@@ -215,13 +238,19 @@ def test_a_window_from_a_server_in_trouble(band, served):
 def test_what_is_final_is_not_asked_twice(band, status, tries, served):
     folder, grid, _ = band
     with served(folder, "--fail", 1, "--status", status) as url:
-        with pytest.raises(ReadError, match=rf"B04\.tif: cannot be read \(HTTP {status}.*not written"):
+        with pytest.raises(
+            ReadError, match=rf"B04\.tif: cannot be read \(HTTP {status}.*not written"
+        ):
             read(f"{url}/B04.tif", grid)
         assert counts(url)["requests"] == tries
 
 
-@pytest.mark.parametrize(("status", "gone"), [(403, True), (404, True), (410, True), (401, False), (501, False)])
-def test_files_that_are_gone_for_good_are_told_from_others(band, archive, make, status, gone, served):
+@pytest.mark.parametrize(
+    ("status", "gone"), [(403, True), (404, True), (410, True), (401, False), (501, False)]
+)
+def test_files_that_are_gone_for_good_are_told_from_others(
+    band, archive, make, status, gone, served
+):
     """Another source may have a copy of what is gone; a server in trouble may come back."""
     folder, grid, _ = band
     scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
@@ -231,7 +260,9 @@ def test_files_that_are_gone_for_good_are_told_from_others(band, archive, make, 
             read(f"{url}/B04.tif", grid)
         assert isinstance(caught.value, GoneError) is gone
         scene.assets["B04"].href = f"{url}/B04.tif"
-        assert missing(scene, ["SCL", "B04", "B11"]).startswith(f"B04 is gone (HTTP {status}" if gone else "")
+        assert missing(scene, ["SCL", "B04", "B11"]).startswith(
+            f"B04 is gone (HTTP {status}" if gone else ""
+        )
         assert bool(missing(scene, ["SCL", "B04", "B11"])) is gone
     scene.assets["B04"].href = str(folder / "nothing.tif")
     assert missing(scene, ["B11", "B04"]) == "B04 is gone (No such file or directory)"
@@ -248,7 +279,10 @@ def test_a_refusal_names_the_setting_that_would_sign(band, status, served):
         signing = Access(kind="s3", href=url, credentials_for=("ours",))
         with pytest.raises(ReadError, match=rf"HTTP {status}.*; {hint} of its source"):
             read("s3://files/B04.tif", grid, access=signing)
-        for access in (Access(), Access(kind="s3", href=url, anonymous=True)):  # nothing could be listed there
+        for access in (
+            Access(),
+            Access(kind="s3", href=url, anonymous=True),
+        ):  # nothing could be listed there
             with pytest.raises(ReadError, match=rf"HTTP {status}") as caught:
                 read(f"{url}/B04.tif", grid, access=access)
             assert hint not in str(caught.value)
@@ -270,10 +304,14 @@ REFUSED = r"127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the a
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_server_that_is_not_there_is_tried_once_a_run(make, clock, monkeypatch, share):
     """Whatever share of its longest each pause is drawn as."""
-    monkeypatch.setattr(module.random, "uniform", lambda low, high: max(0.01, low + share * (high - low)))
+    monkeypatch.setattr(
+        module.random, "uniform", lambda low, high: max(0.01, low + share * (high - low))
+    )
     grid, start = make.grid(LEFT, TOP, 10, 10), clock.now
     first, second, third = Tally(), Tally(), Tally()
-    with pytest.raises(ReadError, match=rf"^http://127\.0\.0\.1:1/B04\.tif: cannot be read \({REFUSED}\)") as caught:
+    with pytest.raises(
+        ReadError, match=rf"^http://127\.0\.0\.1:1/B04\.tif: cannot be read \({REFUSED}\)"
+    ) as caught:
         read("http://127.0.0.1:1/B04.tif?sig=secret", grid, tally=first)
     assert "secret" not in str(caught.value)
     assert first.requests > 1  # a server may be restarting
@@ -311,7 +349,9 @@ def test_a_server_that_restarts_is_waited_for(band):
 
 
 def test_a_host_name_that_is_not_found(make):
-    with pytest.raises(ReadError, match=r"the host name nowhere\.invalid is not found: check its spelling, and"):
+    with pytest.raises(
+        ReadError, match=r"the host name nowhere\.invalid is not found: check its spelling, and"
+    ):
         read("http://nowhere.invalid/B04.tif", make.grid(LEFT, TOP, 10, 10))
 
 
@@ -350,7 +390,10 @@ def test_the_server_says_when_to_come_back(band, served):
 
 def test_a_server_without_ranges_is_named(band, served):
     folder, grid, _ = band
-    with served(folder, "--no-ranges") as url, pytest.raises(ReadError, match="does not answer byte ranges"):
+    with (
+        served(folder, "--no-ranges") as url,
+        pytest.raises(ReadError, match="does not answer byte ranges"),
+    ):
         read(f"{url}/B04.tif", grid)
 
 
@@ -391,17 +434,23 @@ def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
     folder, grid, pixels = band
     caplog.set_level("DEBUG")
     with served(folder, "--token-life", 0.5) as url:
-        access = Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",))
+        access = Access(
+            kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",)
+        )
         href = f"{url}/B04.tif"
         for y in range(0, 600, 40):
-            np.testing.assert_array_equal(read(href, grid[y : y + 40], access=access), pixels[y : y + 40])
+            np.testing.assert_array_equal(
+                read(href, grid[y : y + 40], access=access), pixels[y : y + 40]
+            )
             time.sleep(0.1)
         # The token is thought to be good for longer than it is, as where clocks differ.
         source = module.remote_for(access, "127.0.0.1")
         (container,) = source._tokens
         source._tokens[container] = ("sv=1&sig=stale", time.time() + 1000)
         tally = Tally()
-        np.testing.assert_array_equal(read(href, grid[300:340], access=access, tally=tally), pixels[300:340])
+        np.testing.assert_array_equal(
+            read(href, grid[300:340], access=access, tally=tally), pixels[300:340]
+        )
         assert tally.retried == 1
         assert counts(url)["refused"] == 1
     shown = caplog.text + "".join(capfd.readouterr())
@@ -412,7 +461,9 @@ def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
 def test_a_token_service_that_gives_none(band, served):
     folder, grid, _ = band
     with served(folder) as url:
-        access = Access(kind="planetary-computer", href=f"{url}/nowhere", credentials_for=("127.0.0.1",))
+        access = Access(
+            kind="planetary-computer", href=f"{url}/nowhere", credentials_for=("127.0.0.1",)
+        )
         with pytest.raises(ReadError, match=r"/nowhere gives no token for 127/B04\.tif: HTTP 404"):
             read(f"{url}/B04.tif", grid, access=access)
 
@@ -428,7 +479,12 @@ def test_a_lost_read_fails_unless_the_ledger_allows_it(archive, make, site):
     assert not values[0, 0].any()
     assert (values[0, 1] == 6).all()
     totals = lossy.totals()
-    assert (totals["planned"], totals["read"], totals["lost"], totals["completeness"]) == (2, 1, 1, 0.5)
+    assert (totals["planned"], totals["read"], totals["lost"], totals["completeness"]) == (
+        2,
+        1,
+        1,
+        0.5,
+    )
     assert strict.totals()["lost"] == 1
     (line,) = lossy.lost()
     assert line.startswith(f"{scene.id} B04: ")
@@ -458,7 +514,18 @@ def test_what_is_lost_counts_as_not_observed(archive, make, site):
 def test_a_ledger_goes_on_where_it_was(tmp_path):
     """Sums of two runs, kept as Parquet between them, by hand."""
     first = Ledger()
-    first.add("a", "B04", planned=2, read=1, lost=1, requests=5, retried=1, bytes=100, seconds=0.5, reason="why")
+    first.add(
+        "a",
+        "B04",
+        planned=2,
+        read=1,
+        lost=1,
+        requests=5,
+        retried=1,
+        bytes=100,
+        seconds=0.5,
+        reason="why",
+    )
     second = Ledger(before=first.to_parquet())
     second.add("a", "B04", planned=1, read=1, requests=2, bytes=10, seconds=0.25)
     second.add("b", "SCL", planned=1, read=1)
@@ -486,25 +553,58 @@ def test_as_stackstacs_own_reader(band, make, served):
     with served(folder) as url:
         item = {
             "id": "x",
-            "properties": {"datetime": "2020-07-05T10:00:00Z", "proj:epsg": 32633, "proj:bbox": list(grid.boundingbox)},
+            "properties": {
+                "datetime": "2020-07-05T10:00:00Z",
+                "proj:epsg": 32633,
+                "proj:bbox": list(grid.boundingbox),
+            },
             "assets": {"B04": {"href": f"{url}/B04.tif"}},
         }
-        options = {"epsg": 32633, "resolution": 10, "bounds": tuple(grid.boundingbox), "snap_bounds": False}
-        options |= {"dtype": np.dtype("uint16"), "fill_value": np.uint16(0), "rescale": False, "errors_as_nodata": ()}
+        options = {
+            "epsg": 32633,
+            "resolution": 10,
+            "bounds": tuple(grid.boundingbox),
+            "snap_bounds": False,
+        }
+        options |= {
+            "dtype": np.dtype("uint16"),
+            "fill_value": np.uint16(0),
+            "rescale": False,
+            "errors_as_nodata": (),
+        }
         for reader in (NativeReader, functools.partial(NativeReader, access=Access())):
-            stacked = stackstac.stack([item], assets=["B04"], reader=reader, xy_coords="center", **options)
+            stacked = stackstac.stack(
+                [item], assets=["B04"], reader=reader, xy_coords="center", **options
+            )
             np.testing.assert_array_equal(stacked.values[0, 0], pixels)
 
 
 @pytest.fixture
 def jp2(tmp_path, make):
     """Lossless JPEG 2000 of several tiles, as the products have it."""
-    grid, pixels = make.grid(LEFT, TOP, 700, 600), np.random.default_rng(0).integers(1, 4000, (600, 700)).astype(np.uint16)
+    grid, pixels = (
+        make.grid(LEFT, TOP, 700, 600),
+        np.random.default_rng(0).integers(1, 4000, (600, 700)).astype(np.uint16),
+    )
     path = tmp_path / "files" / "B04.jp2"
     path.parent.mkdir()
-    options = {"driver": "JP2OpenJPEG", "REVERSIBLE": "YES", "QUALITY": "100", "BLOCKXSIZE": 256, "BLOCKYSIZE": 256}
+    options = {
+        "driver": "JP2OpenJPEG",
+        "REVERSIBLE": "YES",
+        "QUALITY": "100",
+        "BLOCKXSIZE": 256,
+        "BLOCKYSIZE": 256,
+    }
     with rasterio.open(
-        path, "w", height=600, width=700, count=1, dtype="uint16", crs="EPSG:32633", transform=grid.transform, **options
+        path,
+        "w",
+        height=600,
+        width=700,
+        count=1,
+        dtype="uint16",
+        crs="EPSG:32633",
+        transform=grid.transform,
+        **options,
     ) as out:
         out.write(pixels, 1)
     return path, grid, pixels
@@ -516,7 +616,9 @@ def test_jpeg_2000_here_and_from_a_server_in_trouble(jp2, monkeypatch, served):
     path, grid, pixels = jp2
     np.testing.assert_array_equal(read(str(path), grid[100:300, 200:500]), pixels[100:300, 200:500])
     with served(path.parent, "--fail", 0.3, "--truncate", 0.1) as url:
-        np.testing.assert_array_equal(read(f"{url}/B04.jp2", grid[100:300, 200:500]), pixels[100:300, 200:500])
+        np.testing.assert_array_equal(
+            read(f"{url}/B04.jp2", grid[100:300, 200:500]), pixels[100:300, 200:500]
+        )
 
 
 @pytest.fixture
@@ -544,10 +646,13 @@ def test_files_in_s3(s3, jp2, band):
     obstore.put(bucket, "a/B04.jp2", path)
     obstore.put(bucket, "a/B04.tif", folder / "B04.tif")
     np.testing.assert_array_equal(
-        read("s3://eodata/a/B04.jp2", grid[100:300, 200:500], access=access), pixels[100:300, 200:500]
+        read("s3://eodata/a/B04.jp2", grid[100:300, 200:500], access=access),
+        pixels[100:300, 200:500],
     )
     np.testing.assert_array_equal(read("s3://eodata/a/B04.tif", grid, access=access), tif_pixels)
-    with pytest.raises(ReadError, match=r"^s3://eodata/a/none\.tif: cannot be read \(HTTP 404") as caught:
+    with pytest.raises(
+        ReadError, match=r"^s3://eodata/a/none\.tif: cannot be read \(HTTP 404"
+    ) as caught:
         read("s3://eodata/a/none.tif", grid, access=access)
     assert "ignature" not in str(caught.value)
 
@@ -562,14 +667,19 @@ def test_public_objects_are_asked_for_without_a_signature(band, served):
 def test_requests_to_s3_are_signed(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    access = Access(kind="s3", href="https://eodata.example.org", region="default", credentials_for=("eodata",))
+    access = Access(
+        kind="s3", href="https://eodata.example.org", region="default", credentials_for=("eodata",)
+    )
     url, _ = Remote(access)._signed("s3://eodata/a b/x.jp2")
     assert url.startswith("https://eodata.example.org/eodata/a%20b/x.jp2?")
     assert "X-Amz-Signature=" in url
     assert "very-secret" not in url
     other, _ = Remote(access)._signed("s3://elsewhere/a b/x.jp2")
     assert other == "https://eodata.example.org/elsewhere/a%20b/x.jp2"
-    assert Remote(Access())._signed("s3://eodata/x.jp2")[0] == "https://s3.us-east-1.amazonaws.com/eodata/x.jp2"
+    assert (
+        Remote(Access())._signed("s3://eodata/x.jp2")[0]
+        == "https://s3.us-east-1.amazonaws.com/eodata/x.jp2"
+    )
 
 
 def test_only_sources_of_kind_s3_use_an_endpoint_of_the_user(monkeypatch):
@@ -578,7 +688,10 @@ def test_only_sources_of_kind_s3_use_an_endpoint_of_the_user(monkeypatch):
     service = Access(kind="planetary-computer", href="https://tokens.example.org/token")
     for access in (Access(), service):
         remote = Remote(access, "stac.example.org")
-        assert remote._signed("s3://a/b.tif") == ("https://s3.us-east-1.amazonaws.com/a/b.tif", None)
+        assert remote._signed("s3://a/b.tif") == (
+            "https://s3.us-east-1.amazonaws.com/a/b.tif",
+            None,
+        )
         with pytest.raises(network.ForbiddenError, match=r"10\.0\.0\.5"):
             remote._check("10.0.0.5", "10.0.0.5")
     remote = Remote(Access(kind="s3", anonymous=True), "stac.example.org")
@@ -589,12 +702,17 @@ def test_only_sources_of_kind_s3_use_an_endpoint_of_the_user(monkeypatch):
 def test_a_source_without_keys(monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    with pytest.raises(CatalogError, match=r"'cdse' reads from https://x, which needs keys: AWS_ACCESS_KEY_ID not set"):
+    with pytest.raises(
+        CatalogError,
+        match=r"'cdse' reads from https://x, which needs keys: AWS_ACCESS_KEY_ID not set",
+    ):
         check_credentials(Access(kind="s3", href="https://x", credentials_for=("b",)), "cdse")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     check_credentials(Access(kind="s3", href="https://x", credentials_for=("b",)), "cdse")
     for access in (Access(kind="s3", href="https://x"), Access(kind="s3")):
-        with pytest.raises(CatalogError, match="'cdse' signs requests, but names no bucket: list its buckets in"):
+        with pytest.raises(
+            CatalogError, match="'cdse' signs requests, but names no bucket: list its buckets in"
+        ):
             check_credentials(access, "cdse")
     check_credentials(Access(kind="s3", href="https://x", anonymous=True), "cdse")
     check_credentials(Access(), "plain")
@@ -664,9 +782,14 @@ def test_a_lost_mask_takes_its_bands_with_it(archive, make):
     """One date of four: a quarter is gone, though it is one read of ten a block."""
     grid, where = make.grid(LEFT, TOP, 240, 180), make.grid(LEFT - 600, TOP + 600, 360, 300)
     days = (1, 6, 11, 16)
-    listed = [archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 5, "B11": 6}) for day in days]
+    listed = [
+        archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 5, "B11": 6}) for day in days
+    ]
     Path(listed[0].assets["SCL"].href).unlink()
-    ledger, recipe = Ledger(lossy=True), Recipe(id="r", title="t", bands=("B04", "B11"), block_px=240, chunk_px=120)
+    ledger, recipe = (
+        Ledger(lossy=True),
+        Recipe(id="r", title="t", bands=("B04", "B11"), block_px=240, chunk_px=120),
+    )
     made = composite(listed, grid, recipe, ledger).compute()
     assert (made.clear_count == 3).all()
     totals = ledger.totals()
@@ -676,14 +799,25 @@ def test_a_lost_mask_takes_its_bands_with_it(archive, make):
 def test_a_lost_band_is_read_around_and_counted_once(archive, make):
     """Its date is left out of all bands, for which the block is made again: what is read again was planned once."""
     grid, where = make.grid(LEFT, TOP, 240, 180), make.grid(LEFT - 600, TOP + 600, 360, 300)
-    listed = [archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 100 * day, "B11": 6}) for day in (1, 6, 11, 16)]
+    listed = [
+        archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 100 * day, "B11": 6})
+        for day in (1, 6, 11, 16)
+    ]
     Path(listed[2].assets["B11"].href).unlink()
-    ledger, recipe = Ledger(lossy=True), Recipe(id="r", title="t", bands=("B04", "B11"), block_px=240, chunk_px=120)
+    ledger, recipe = (
+        Ledger(lossy=True),
+        Recipe(id="r", title="t", bands=("B04", "B11"), block_px=240, chunk_px=120),
+    )
     made = composite(listed, grid, recipe, ledger).compute()
     assert (made.clear_count == 3).all()
     assert np.unique(made.reflectance.sel(band="B04")) == [600]  # of 100, 600 and 1600
     totals = ledger.totals()
-    assert (totals["planned"], totals["read"], totals["lost"], totals["completeness"]) == (12, 11, 1, 11 / 12)
+    assert (totals["planned"], totals["read"], totals["lost"], totals["completeness"]) == (
+        12,
+        11,
+        1,
+        11 / 12,
+    )
 
 
 def test_a_ledger_in_another_process_allows_no_loss(tmp_path):
@@ -697,7 +831,9 @@ def test_a_read_that_gdal_makes_shows_no_url(band, caplog, served):
     """What fails within GDAL is told by the request that failed, not by GDAL's name for the file."""
     folder, grid, _ = band
     content = (folder / "B04.tif").read_bytes()
-    (folder / "B04.tif").write_bytes(content[: len(content) // 2])  # the header promises tiles that are not there
+    (folder / "B04.tif").write_bytes(
+        content[: len(content) // 2]
+    )  # the header promises tiles that are not there
     with served(folder) as url, pytest.raises(ReadError, match=rf"^{url}/B04\.tif: cannot be read"):
         read(f"{url}/B04.tif?sig=secret", grid, Resampling.nearest)
     assert "secret" not in caplog.text
@@ -719,12 +855,16 @@ def test_a_token_is_for_the_hosts_that_the_source_names(band):
     folder, grid, pixels = band
     with noted(folder) as (url, asked):
         foreign = url.replace("127.0.0.1", "localhost")
-        access = Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",))
+        access = Access(
+            kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",)
+        )
         np.testing.assert_array_equal(read(f"{foreign}/B04.tif", grid, access=access), pixels)
         assert asked
         assert not [a for a in asked if "SECRET" in a or a.startswith("/token/")]
         with noted(folder, f"{foreign}/B04.tif") as (named, asked_first):
-            access = Access(kind="planetary-computer", href=f"{named}/token", credentials_for=("127.0.0.1",))
+            access = Access(
+                kind="planetary-computer", href=f"{named}/token", credentials_for=("127.0.0.1",)
+            )
             np.testing.assert_array_equal(read(f"{named}/B04.tif", grid, access=access), pixels)
             assert any("SECRET" in a for a in asked_first)  # the named host does see it
         assert not [a for a in asked if "SECRET" in a or "uthorization" in a]
@@ -734,7 +874,9 @@ def test_a_backslash_hides_no_host(band):
     """urlsplit takes what follows @ for the host, urllib3 what comes before the backslash."""
     folder, grid, _ = band
     with noted(folder) as (url, asked):
-        access = Access(kind="planetary-computer", href=f"{url}/token", credentials_for=("blob.example.org",))
+        access = Access(
+            kind="planetary-computer", href=f"{url}/token", credentials_for=("blob.example.org",)
+        )
         with pytest.raises(ReadError, match="expected a URL without a backslash"):
             read(f"{url}\\@blob.example.org/c/B04.tif", grid, access=access)
         with pytest.raises(network.RequestError, match="expected a URL without a backslash"):
@@ -776,7 +918,9 @@ def test_headers_without_sense_are_a_failed_read(band, monkeypatch, status, sent
         read(f"{url}/B04.tif", grid)
 
 
-@pytest.mark.parametrize("href", ["http://[::1/B04.tif", "http://127.0.0.1:port/B04.tif", "s3://", "s3:///B04.tif"])
+@pytest.mark.parametrize(
+    "href", ["http://[::1/B04.tif", "http://127.0.0.1:port/B04.tif", "s3://", "s3:///B04.tif"]
+)
 def test_an_invalid_url_is_not_read(make, href):
     with pytest.raises(ReadError, match="is not read"):
         read(href, make.grid(LEFT, TOP, 10, 10))
@@ -789,8 +933,15 @@ def test_a_bucket_is_no_host():
 
 
 def test_a_token_is_not_sent_in_the_clear():
-    access = Access(kind="planetary-computer", href="https://tokens.example.org", credentials_for=("files.example.org",))
-    assert Remote(access)._signed("http://files.example.org/c/B04.tif") == ("http://files.example.org/c/B04.tif", None)
+    access = Access(
+        kind="planetary-computer",
+        href="https://tokens.example.org",
+        credentials_for=("files.example.org",),
+    )
+    assert Remote(access)._signed("http://files.example.org/c/B04.tif") == (
+        "http://files.example.org/c/B04.tif",
+        None,
+    )
 
 
 def test_another_bucket_is_asked_without_a_signature(band, monkeypatch):
@@ -812,13 +963,22 @@ def test_a_name_of_a_public_catalogue_that_has_a_private_address_is_not_asked(ba
     folder, grid, pixels = band
     lookup = socket.getaddrinfo
     ours = {"stac.example.org": "93.184.216.34", "files.example.org": "127.0.0.1"}
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **more: lookup(ours.get(host, host), *args, **more))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *args, **more: lookup(ours.get(host, host), *args, **more),
+    )
     with noted(folder) as (url, asked):
         href = f"{url}/B04.tif".replace("127.0.0.1", "files.example.org")
-        with pytest.raises(ReadError, match=r"files\.example\.org has the address 127\.0\.0\.1, which is not public"):
+        with pytest.raises(
+            ReadError,
+            match=r"files\.example\.org has the address 127\.0\.0\.1, which is not public",
+        ):
             read(href, grid, origin="stac.example.org")
         assert asked == []
-        np.testing.assert_array_equal(read(href, grid, origin="files.example.org"), pixels)  # its own API is there
+        np.testing.assert_array_equal(
+            read(href, grid, origin="files.example.org"), pixels
+        )  # its own API is there
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -836,17 +996,25 @@ def test_a_forbidden_address_is_sent_nothing(scheme):
             assert connection.recv(1) == b""
 
 
-@pytest.mark.parametrize("target", ["file:///data/B04.tif", "ftp://127.0.0.1/B04.tif", "http://169.254.169.254/B04.tif"])
+@pytest.mark.parametrize(
+    "target", ["file:///data/B04.tif", "ftp://127.0.0.1/B04.tif", "http://169.254.169.254/B04.tif"]
+)
 def test_a_redirect_leads_nowhere_else(band, target):
     folder, grid, _ = band
-    with noted(folder, target) as (url, asked), pytest.raises(ReadError, match=r"B04\.tif: cannot be read"):
+    with (
+        noted(folder, target) as (url, asked),
+        pytest.raises(ReadError, match=r"B04\.tif: cannot be read"),
+    ):
         read(f"{url}/B04.tif", grid)
     assert len(asked) == 1
 
 
 def test_redirects_have_an_end(band):
     folder, grid, _ = band
-    with noted(folder, "/B04.tif") as (url, asked), pytest.raises(ReadError, match="more than 5 redirects"):
+    with (
+        noted(folder, "/B04.tif") as (url, asked),
+        pytest.raises(ReadError, match="more than 5 redirects"),
+    ):
         read(f"{url}/B04.tif", grid)
     assert len(asked) == 6
 
@@ -867,7 +1035,8 @@ def test_a_virtual_format_is_not_followed(band, far):
     with running(functools.partial(Ranged, directory=str(folder))) as url:
         href = f"{url}/V.tif" if far else str(folder / "V.tif")
         with pytest.raises(
-            ReadError, match=r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format"
+            ReadError,
+            match=r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format",
         ):
             read(href, grid)
 
@@ -885,11 +1054,15 @@ def test_overviews_in_another_file_are_not_followed(band, make, far):
         assert np.unique(src.read(1, out_shape=(64, 64))) == [4321]
     with running(functools.partial(Ranged, directory=str(folder))) as url:
         href = f"{url}/V.tif" if far else str(folder / "V.tif")
-        with pytest.raises(ReadError, match=r"V\.tif: is not read \(expected an image without OVERVIEWS metadata"):
+        with pytest.raises(
+            ReadError, match=r"V\.tif: is not read \(expected an image without OVERVIEWS metadata"
+        ):
             read(href, grid)
 
 
-@pytest.mark.parametrize("href", ["/vsicurl/{url}/B04.tif", "/vsis3/bucket/B04.tif", "GTIFF_DIR:1:{folder}/B04.tif"])
+@pytest.mark.parametrize(
+    "href", ["/vsicurl/{url}/B04.tif", "/vsis3/bucket/B04.tif", "GTIFF_DIR:1:{folder}/B04.tif"]
+)
 def test_gdals_own_names_are_not_opened(band, href):
     folder, grid, _ = band
     with pytest.raises(ReadError, match=r"it is a special name of GDAL|found GTIFF_DIR:"):
@@ -900,7 +1073,9 @@ def test_file_urls_are_local_files(band):
     folder, grid, pixels = band
     (folder / "a b.tif").write_bytes((folder / "B04.tif").read_bytes())
     np.testing.assert_array_equal(read(f"file://{folder}/a%20b.tif", grid), pixels)
-    with pytest.raises(ReadError, match=r"it is a local file, but its catalogue is at stac\.example\.org"):
+    with pytest.raises(
+        ReadError, match=r"it is a local file, but its catalogue is at stac\.example\.org"
+    ):
         read(f"file://{folder}/a%20b.tif", grid, origin="stac.example.org")
 
 
@@ -937,8 +1112,14 @@ def test_world_files_are_not_read(tmp_path, make):
 
 
 HUGE = {
-    "pixels": ({"height": 200_000, "width": 200_000, "blockxsize": 512, "blockysize": 512}, r"200,000 x 200,000"),
-    "a tile": ({"height": 600, "width": 700, "blockxsize": 50_000, "blockysize": 50_000}, r"tiles of .* 50,000 x 50,000"),
+    "pixels": (
+        {"height": 200_000, "width": 200_000, "blockxsize": 512, "blockysize": 512},
+        r"200,000 x 200,000",
+    ),
+    "a tile": (
+        {"height": 600, "width": 700, "blockxsize": 50_000, "blockysize": 50_000},
+        r"tiles of .* 50,000 x 50,000",
+    ),
 }
 
 
@@ -982,10 +1163,16 @@ def certificate(tmp_path_factory):
     now = dt.datetime.now(dt.UTC)
     made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
     made = made.not_valid_before(now - dt.timedelta(1)).not_valid_after(now + dt.timedelta(1))
-    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-    signed = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(key, hashes.SHA256())
+    made = made.add_extension(
+        x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False
+    )
+    signed = made.add_extension(
+        x509.BasicConstraints(ca=True, path_length=None), critical=True
+    ).sign(key, hashes.SHA256())
     path = tmp_path_factory.mktemp("tls") / "localhost.pem"
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     path.write_bytes(signed.public_bytes(serialization.Encoding.PEM) + private)
     return path
 
@@ -1005,9 +1192,13 @@ def running_tls(handler, certificate):
         server.server_close()
 
 
-def test_a_file_is_read_over_tls_from_a_server_with_a_trusted_certificate(band, certificate, monkeypatch):
+def test_a_file_is_read_over_tls_from_a_server_with_a_trusted_certificate(
+    band, certificate, monkeypatch
+):
     folder, grid, pixels = band
-    monkeypatch.setattr(module, "_REMOTES", {})  # connections keep the certificates that they began with
+    monkeypatch.setattr(
+        module, "_REMOTES", {}
+    )  # connections keep the certificates that they began with
     handler = functools.partial(Ranged, directory=str(folder))
     with running_tls(handler, certificate) as url:
         monkeypatch.setattr(network, "REFUSED_S", 0.0)

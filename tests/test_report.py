@@ -35,7 +35,11 @@ def red_cube(years):
     coords = {"year": list(years), "band": BANDS, **xr_coords(GRID)}
     clear = np.full((len(years), *GRID.shape), 9, np.uint16)
     return xr.Dataset(
-        {"reflectance": (("year", "band", "y", "x"), reflectance), "clear_count": (("year", "y", "x"), clear)}, coords
+        {
+            "reflectance": (("year", "band", "y", "x"), reflectance),
+            "clear_count": (("year", "y", "x"), clear),
+        },
+        coords,
     )
 
 
@@ -57,12 +61,20 @@ def panels(picture, colour=RED):
     """The (rows, columns) of each panel, by the colour that fills it."""
     labels, count = ndimage.label(ndimage.binary_closing(near(picture, colour), iterations=3))
     found = ndimage.find_objects(labels)
-    return [f for f, n in zip(found, ndimage.sum_labels(labels > 0, labels, range(1, count + 1)), strict=True) if n > 5000]
+    return [
+        f
+        for f, n in zip(
+            found, ndimage.sum_labels(labels > 0, labels, range(1, count + 1)), strict=True
+        )
+        if n > 5000
+    ]
 
 
 def box_of(mask):
     rows, columns = np.nonzero(mask)
-    return np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]) / np.repeat(mask.shape, 2)
+    return np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]) / np.repeat(
+        mask.shape, 2
+    )
 
 
 @pytest.fixture
@@ -94,14 +106,21 @@ def test_a_panel_a_year_in_the_sites_proportions(tmp_path, years, rows):
 
 def test_outlines_lie_on_the_edges_of_the_masks(tmp_path):
     years = [2019, 2020]
-    truth, predicted = square(years, slice(10, 30), slice(6, 24)), square(years, slice(4, 12), slice(30, 60))
+    truth, predicted = (
+        square(years, slice(10, 30), slice(6, 24)),
+        square(years, slice(4, 12), slice(30, 60)),
+    )
     strip(red_cube(years), {"truth": truth, "predicted": predicted}, tmp_path / "s.png", "pit")
     picture = read(tmp_path / "s.png")
     assert len(panels(picture)) == 2
     for y, x in panels(picture):
         panel = picture[y, x]
-        assert box_of(near(panel, CYAN)) == pytest.approx(np.array([10 / 40, 30 / 40, 6 / 60, 24 / 60]), abs=0.02)
-        assert box_of(near(panel, MAGENTA)) == pytest.approx(np.array([4 / 40, 12 / 40, 30 / 60, 1]), abs=0.02)
+        assert box_of(near(panel, CYAN)) == pytest.approx(
+            np.array([10 / 40, 30 / 40, 6 / 60, 24 / 60]), abs=0.02
+        )
+        assert box_of(near(panel, MAGENTA)) == pytest.approx(
+            np.array([4 / 40, 12 / 40, 30 / 60, 1]), abs=0.02
+        )
         middle = panel[panel.shape[0] // 2, int(15 / 60 * panel.shape[1])]
         assert near(middle, RED)  # the mine itself stays visible
 
@@ -158,7 +177,11 @@ def test_all_years_share_one_stretch(tmp_path):
     picture = read(tmp_path / "s.png")
     height, width = picture.shape[:2]
     upper, lower = height // 3, 2 * height // 3
-    dark, same, bright = picture[upper, width // 4], picture[upper, 3 * width // 4], picture[lower, 3 * width // 4]
+    dark, same, bright = (
+        picture[upper, width // 4],
+        picture[upper, 3 * width // 4],
+        picture[lower, 3 * width // 4],
+    )
     assert np.array_equal(dark, same)
     assert bright.mean() > dark.mean() + 50
 
@@ -167,7 +190,9 @@ def test_titles_say_year_and_clear_dates(tmp_path, figures):
     cube = red_cube([2019, 2020])
     cube.clear_count[0, :3] = 40  # the median is not moved by a few
     cube.reflectance.loc[{"year": 2020}] = 0
-    strip(cube, {"truth": square([2019], slice(0, 5), slice(0, 5))}, tmp_path / "s.png", "Pit of Most")
+    strip(
+        cube, {"truth": square([2019], slice(0, 5), slice(0, 5))}, tmp_path / "s.png", "Pit of Most"
+    )
     (figure,) = figures
     assert figure.get_suptitle() == "Pit of Most"
     titles = [ax.get_title() for ax in figure.axes]
@@ -183,7 +208,9 @@ def test_the_scale_bar_is_as_long_as_it_says(tmp_path, figures):
     picture = read(tmp_path / "s.png")
     ((y, x),) = panels(picture)
     white = near(picture[y, x], WHITE, 2)
-    longest = max((white[row].sum() for row in range(int(0.92 * white.shape[0]), white.shape[0])), default=0)
+    longest = max(
+        (white[row].sum() for row in range(int(0.92 * white.shape[0]), white.shape[0])), default=0
+    )
     assert longest / white.shape[1] == pytest.approx(200 / 600, abs=0.02)
     assert "200 m" in [t.get_text() for t in figures[0].axes[0].texts]
 
@@ -195,9 +222,13 @@ def test_clouds_in_one_image_do_not_darken_the_others(tmp_path):
     ground = red_cube([2020]).reflectance.sel(year=2020)
     cloudy = ground.copy()
     cloudy[:, :30] = 9000
-    comparison({"naive": cloudy, "composite": ground, "truth": ground}, tmp_path / "c.png", "pit, 2020")
+    comparison(
+        {"naive": cloudy, "composite": ground, "truth": ground}, tmp_path / "c.png", "pit, 2020"
+    )
     picture = read(tmp_path / "c.png")
-    heights = sorted(y.stop - y.start for y, _ in panels(picture))  # of what is ground-coloured in each of the three
+    heights = sorted(
+        y.stop - y.start for y, _ in panels(picture)
+    )  # of what is ground-coloured in each of the three
     assert heights[1] == heights[2]
     assert heights[0] / heights[1] == pytest.approx(1 / 4, abs=0.02)
 
@@ -206,11 +237,18 @@ def test_clouds_in_one_image_do_not_darken_the_others(tmp_path):
 
 
 def areas(scale=1.0):
-    table = {"year": [2018, 2019, 2020], "area_m2": [4e4, 5e4, 6e4], "gain_m2": [np.nan, 2e4, 1e4], "loss_m2": [np.nan, 1e4, 0]}
+    table = {
+        "year": [2018, 2019, 2020],
+        "area_m2": [4e4, 5e4, 6e4],
+        "gain_m2": [np.nan, 2e4, 1e4],
+        "loss_m2": [np.nan, 1e4, 0],
+    }
     return pd.DataFrame(table) * [1, scale, scale, scale]
 
 
-@pytest.mark.parametrize(("scale", "unit", "shown"), [(1, "ha", [4, 5, 6]), (100, "km²", [4, 5, 6])])
+@pytest.mark.parametrize(
+    ("scale", "unit", "shown"), [(1, "ha", [4, 5, 6]), (100, "km²", [4, 5, 6])]
+)
 def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown):
     area_plot({"pit": areas(scale)}, tmp_path / "a.png", {"pit": areas(scale)})
     above, below = figures[0].subfigs[0].axes
@@ -221,13 +259,20 @@ def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown
     assert above.get_ylim()[0] == 0
     heights = [bar.get_height() for bar in below.patches]
     assert np.nan_to_num(heights) == pytest.approx([0, 2, 1, 0, -1, 0])
-    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["mapped", "truth", "gain", "loss"]
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == [
+        "mapped",
+        "truth",
+        "gain",
+        "loss",
+    ]
 
 
 def test_years_that_are_mostly_unknown_break_the_line(tmp_path, figures):
     table = areas().assign(area_m2=[4e4, 0, 6e4], unknown_m2=[0, 9e6, 100])
     area_plot({"pit": table}, tmp_path / "a.png")
-    assert np.array_equal(figures[0].subfigs[0].axes[0].lines[0].get_ydata(), [4, np.nan, 6], equal_nan=True)
+    assert np.array_equal(
+        figures[0].subfigs[0].axes[0].lines[0].get_ydata(), [4, np.nan, 6], equal_nan=True
+    )
 
 
 def test_a_year_known_to_be_without_mine_is_zero(tmp_path, figures):
@@ -238,7 +283,9 @@ def test_a_year_known_to_be_without_mine_is_zero(tmp_path, figures):
 
 def test_many_sites_fill_a_grid(tmp_path, figures):
     area_plot({f"pit_{n}": areas() for n in range(5)}, tmp_path / "a.png")
-    assert [s.axes[0].get_title() for s in figures[0].subfigs if s.axes] == [f"pit_{n}" for n in range(5)]
+    assert [s.axes[0].get_title() for s in figures[0].subfigs if s.axes] == [
+        f"pit_{n}" for n in range(5)
+    ]
     assert figures[0].get_size_inches()[0] < 12
 
 
@@ -248,8 +295,14 @@ def test_many_sites_fill_a_grid(tmp_path, figures):
 @pytest.mark.parametrize(
     ("draw", "says"),
     [
-        (lambda out: strip(red_cube([2020]).sel(band=["B02", "B08"]), {}, out, "pit"), "there is no B04, B03"),
-        (lambda out: strip(red_cube([2020]), {"truth": square([2020], 0, 0)[:, 1:]}, out, "pit"), "not of the cube's 40 x 60"),
+        (
+            lambda out: strip(red_cube([2020]).sel(band=["B02", "B08"]), {}, out, "pit"),
+            "there is no B04, B03",
+        ),
+        (
+            lambda out: strip(red_cube([2020]), {"truth": square([2020], 0, 0)[:, 1:]}, out, "pit"),
+            "not of the cube's 40 x 60",
+        ),
         (lambda out: area_plot({}, out), "no area to plot"),
     ],
 )

@@ -32,7 +32,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minecube import cube, network, scenes
-from minecube.catalog import Access, Offset, Recipe, Site, Source, as_dict, load_recipes, load_sources
+from minecube.catalog import (
+    Access,
+    Offset,
+    Recipe,
+    Site,
+    Source,
+    as_dict,
+    load_recipes,
+    load_sources,
+)
 from minecube.cli import build as building
 from minecube.errors import CatalogError, ReadError, SceneError
 from minecube.grid import grid_of
@@ -85,7 +94,9 @@ def real(real_data):
 
 
 def test_every_real_item_gets_its_offset(real):
-    got = {name: scenes.normalise(*pair).properties["minecube:offset"] for name, pair in real.items()}
+    got = {
+        name: scenes.normalise(*pair).properties["minecube:offset"] for name, pair in real.items()
+    }
     assert {k: got[k] for k in OFFSETS if k in got} == OFFSETS
 
 
@@ -94,7 +105,9 @@ def test_real_items_after_pystac_migrated_them(real):
     for name, (item, source) in real.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it cannot migrate is not of interest here
-            migrated = pystac.Item.from_dict(item.to_dict(include_self_link=False, transform_hrefs=False))
+            migrated = pystac.Item.from_dict(
+                item.to_dict(include_self_link=False, transform_hrefs=False)
+            )
         old, new = scenes.normalise(item, source), scenes.normalise(migrated, source)
         assert new.properties == old.properties, name
 
@@ -128,10 +141,15 @@ def test_the_newest_baseline_wins_whatever_the_order(real):
     names = [n for n in real if "32TMT" in n and n.startswith("S2A_32TMT")]
     listed = [scenes.normalise(*real[n]) for n in names]
     for order in (listed, listed[::-1], listed[1:] + listed[:1]):
-        assert [s.id for s in scenes.deduplicate(order)] == ["S2A_32TMT_20200302_1_L2A", "S2A_32TMT_20200305_1_L2A"]
+        assert [s.id for s in scenes.deduplicate(order)] == [
+            "S2A_32TMT_20200302_1_L2A",
+            "S2A_32TMT_20200305_1_L2A",
+        ]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(order=st.permutations(range(6)))
 def test_split_datatake_kept_older_copies_dropped(archive, make, order):
     grid = make.grid(LEFT, TOP, 60, 60)
@@ -140,10 +158,39 @@ def test_split_datatake_kept_older_copies_dropped(archive, make, order):
     twice = "2020-07-05T10:00:00"
     listed = [
         archive.scene(twice, grid, {"B04": 1, "B11": 1}, baseline="02.14", **upper),
-        archive.scene(twice, grid, {"B04": 1, "B11": 1}, baseline="05.00", processed="20230101T000000", **upper),
-        archive.scene(twice, grid, {"B04": 1, "B11": 1}, baseline="05.00", processed="20230601T000000", **upper),
-        archive.scene(twice, grid, {"B04": 1, "B11": 1}, baseline="05.00", processed="20230101T000000", **lower),
-        archive.scene(twice, grid, {"B04": 1, "B11": 1}, baseline="05.00", processed="20230601T000000", tile="33UVR", **upper),
+        archive.scene(
+            twice,
+            grid,
+            {"B04": 1, "B11": 1},
+            baseline="05.00",
+            processed="20230101T000000",
+            **upper,
+        ),
+        archive.scene(
+            twice,
+            grid,
+            {"B04": 1, "B11": 1},
+            baseline="05.00",
+            processed="20230601T000000",
+            **upper,
+        ),
+        archive.scene(
+            twice,
+            grid,
+            {"B04": 1, "B11": 1},
+            baseline="05.00",
+            processed="20230101T000000",
+            **lower,
+        ),
+        archive.scene(
+            twice,
+            grid,
+            {"B04": 1, "B11": 1},
+            baseline="05.00",
+            processed="20230601T000000",
+            tile="33UVR",
+            **upper,
+        ),
         archive.scene("2020-07-08T10:00:00", grid, {"B04": 1, "B11": 1}),
     ]
     kept = scenes.deduplicate([listed[i] for i in order])
@@ -173,11 +220,23 @@ def test_unusable_items_are_refused_by_name(real):
     reasons = {
         "no geometry": refused(no_geometry, item, source),
         "no asset 'nir'": refused(lambda c: c["assets"].pop("nir"), item, source),
-        "names no processing baseline": refused(without("s2:processing_baseline", "s2:product_uri"), item, source),
+        "names no processing baseline": refused(
+            without("s2:processing_baseline", "s2:product_uri"), item, source
+        ),
         "names no acquisition": refused(without("s2:datastrip_id"), item, source),
-        "expected one projection": refused(lambda c: c["properties"].update({"proj:epsg": 32633}), item, source),
+        "expected one projection": refused(
+            lambda c: c["properties"].update({"proj:epsg": 32633}), item, source
+        ),
         "names no MGRS tile": refused(
-            without("grid:code", "mgrs:utm_zone", "mgrs:latitude_band", "mgrs:grid_square", "s2:product_uri"), item, source
+            without(
+                "grid:code",
+                "mgrs:utm_zone",
+                "mgrs:latitude_band",
+                "mgrs:grid_square",
+                "s2:product_uri",
+            ),
+            item,
+            source,
         ),
     }
     for reason, said in reasons.items():
@@ -233,8 +292,14 @@ def test_ways_to_say_a_projection(real):
     for way in ways:
         assert scenes.normalise(changed(item, way), source).properties == expected
     other = pyproj.CRS.from_epsg(32633)
-    for way in (of_item(code="EPSG:32633"), of_item(wkt2=other.to_wkt()), of_assets(projjson=other.to_json_dict())):
-        assert "expected one projection, EPSG:32632 of its tile 32TMT, found EPSG:32633" in refused(way, item, source)
+    for way in (
+        of_item(code="EPSG:32633"),
+        of_item(wkt2=other.to_wkt()),
+        of_assets(projjson=other.to_json_dict()),
+    ):
+        assert "expected one projection, EPSG:32632 of its tile 32TMT, found EPSG:32633" in refused(
+            way, item, source
+        )
 
 
 def test_bands_under_the_keys_in_common_use(real):
@@ -243,8 +308,12 @@ def test_bands_under_the_keys_in_common_use(real):
     for name, (item, source) in real.items():
         expected = scenes.normalise(item, source)
         got = scenes.normalise(item, bare)
-        assert {b: a.href for b, a in got.assets.items()} == {b: a.href for b, a in expected.assets.items()}, name
-        assert [a.extra_fields for a in got.assets.values()] == [a.extra_fields for a in expected.assets.values()]
+        assert {b: a.href for b, a in got.assets.items()} == {
+            b: a.href for b, a in expected.assets.items()
+        }, name
+        assert [a.extra_fields for a in got.assets.values()] == [
+            a.extra_fields for a in expected.assets.values()
+        ]
 
 
 def test_pixel_sizes_of_stac_1_1(real):
@@ -306,7 +375,10 @@ def test_a_start_that_shifts_by_a_second_is_the_same_granule(archive, make):
     grid, when = make.grid(LEFT, TOP, 60, 60), "2020-07-05T10:00:00"
     starts = {"old": "20200705T100100", "new": "20200705T100101", "other part": "20200705T100106"}
     baselines = {"old": "02.14", "new": "05.00", "other part": "05.00"}
-    listed = {k: archive.scene(when, grid, {"B04": 1, "B11": 1}, start=starts[k], baseline=baselines[k]) for k in starts}
+    listed = {
+        k: archive.scene(when, grid, {"B04": 1, "B11": 1}, start=starts[k], baseline=baselines[k])
+        for k in starts
+    }
     for order in itertools.permutations(listed):
         kept = scenes.deduplicate([listed[k] for k in order])
         assert {s.id for s in kept} == {listed["new"].id, listed["other part"].id}
@@ -329,17 +401,28 @@ def test_the_antimeridian(archive, make):
     assert scene.properties["minecube:solar_day"] == "2020-07-06"
     # A footprint that is cut already stays as it is.
     assert scenes.normalise(
-        pystac.Item.from_dict(scene.to_dict() | {"properties": item.to_dict()["properties"]}), archive.source
+        pystac.Item.from_dict(scene.to_dict() | {"properties": item.to_dict()["properties"]}),
+        archive.source,
     )
 
 
 def test_what_is_refused_is_kept_with_the_reason(archive, make, tmp_path):
     grid, site = make.grid(LEFT, TOP, 60, 60), make.site("s", LEFT, TOP, 60, 60)
     fine = archive.item("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
-    older = archive.item("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline="02.12", processed="20200101T000000")
-    nameless = archive.item("2020-07-08T10:00:00", grid, {"B04": 1, "B11": 1}, **{"s2:datastrip_id": ""})
+    older = archive.item(
+        "2020-07-05T10:00:00",
+        grid,
+        {"B04": 1, "B11": 1},
+        baseline="02.12",
+        processed="20200101T000000",
+    )
+    nameless = archive.item(
+        "2020-07-08T10:00:00", grid, {"B04": 1, "B11": 1}, **{"s2:datastrip_id": ""}
+    )
     items = [i.to_dict(transform_hrefs=False) for i in (fine, older, nameless)]
-    stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(items), archive.source.href)
+    stac_geoparquet.arrow.to_parquet(
+        stac_geoparquet.arrow.parse_stac_items_to_arrow(items), archive.source.href
+    )
     found = scenes.search(site, 2020, archive.source)
     assert ([s.id for s in found.scenes], found.listed, found.copies) == ([fine.id], 3, 1)
     assert list(found.refused) == [nameless.id]
@@ -367,9 +450,14 @@ def test_a_list_is_of_its_place_and_its_sources_rules(archive, make, tmp_path):
 
 def test_a_list_of_another_version_is_refused(real, tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "FORMAT", 0)
-    snapshot.save(scenes.Found(scenes=(scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"]),)), tmp_path / "x.parquet")
+    snapshot.save(
+        scenes.Found(scenes=(scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"]),)),
+        tmp_path / "x.parquet",
+    )
     monkeypatch.undo()
-    with pytest.raises(SceneError, match=r"x\.parquet: was saved by another version of minecube; search again"):
+    with pytest.raises(
+        SceneError, match=r"x\.parquet: was saved by another version of minecube; search again"
+    ):
         snapshot.load(tmp_path / "x.parquet")
 
 
@@ -377,7 +465,10 @@ def test_signatures_of_hrefs_are_not_kept(archive, make):
     item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     for asked, kept in (
         ("https://x/a.tif?sv=1&sig=LEAKED&se=2", "https://x/a.tif"),
-        ("https://x/a.tif?version=7&X-Amz-Signature=LEAKED&X-Amz-Security-Token=t", "https://x/a.tif?version=7"),
+        (
+            "https://x/a.tif?version=7&X-Amz-Signature=LEAKED&X-Amz-Security-Token=t",
+            "https://x/a.tif?version=7",
+        ),
         ("https://x/a b+c.tif", "https://x/a b+c.tif"),
     ):
         item.assets["B04"].href = asked
@@ -389,7 +480,9 @@ def test_what_contradicts_itself_or_is_spelled_otherwise(real):
     expected = scenes.normalise(item, source).properties
 
     def with_properties(**fields):
-        return lambda content: content["properties"].update({k.replace("__", ":"): v for k, v in fields.items()})
+        return lambda content: content["properties"].update(
+            {k.replace("__", ":"): v for k, v in fields.items()}
+        )
 
     assert "says baseline 02.14, and its product's name N0500" in refused(
         with_properties(s2__processing_baseline="02.14"), item, source
@@ -401,12 +494,22 @@ def test_what_contradicts_itself_or_is_spelled_otherwise(real):
         {"grid__code": "MGRS-32tmt"},
         {"s2__mgrs_tile": "T32TMT"},
     ):
-        assert scenes.normalise(changed(item, with_properties(**fields)), source).properties == expected, fields
+        assert (
+            scenes.normalise(changed(item, with_properties(**fields)), source).properties
+            == expected
+        ), fields
     interval = changed(
-        item, with_properties(datetime=None, start_datetime="2020-03-02T10:27:44.564000Z", end_datetime="2020-03-02T10:28:00Z")
+        item,
+        with_properties(
+            datetime=None,
+            start_datetime="2020-03-02T10:27:44.564000Z",
+            end_datetime="2020-03-02T10:28:00Z",
+        ),
     )
     assert scenes.normalise(interval, source).properties == expected
-    empty = changed(item, lambda content: content.update(geometry={"type": "Polygon", "coordinates": []}))
+    empty = changed(
+        item, lambda content: content.update(geometry={"type": "Polygon", "coordinates": []})
+    )
     with pytest.raises(SceneError, match="has no geometry"):
         scenes.normalise(empty, source)
 
@@ -419,7 +522,11 @@ def test_the_newer_of_two_processings_of_one_baseline(archive, make):
         for p in ("20230101T000000", "20230601T000000")
     )
     older.id, newer.id = "z", "a"
-    assert [s.id for s in scenes.deduplicate([newer, older])] == [s.id for s in scenes.deduplicate([older, newer])] == ["a"]
+    assert (
+        [s.id for s in scenes.deduplicate([newer, older])]
+        == [s.id for s in scenes.deduplicate([older, newer])]
+        == ["a"]
+    )
 
 
 def test_a_snapshot_that_was_changed_is_refused(real, tmp_path):
@@ -434,7 +541,9 @@ def test_a_snapshot_that_was_changed_is_refused(real, tmp_path):
 
 
 def test_a_snapshot_gives_back_what_was_saved(real, tmp_path):
-    listed = sorted((scenes.normalise(*pair) for pair in real.values()), key=lambda s: (s.datetime, s.id))
+    listed = sorted(
+        (scenes.normalise(*pair) for pair in real.values()), key=lambda s: (s.datetime, s.id)
+    )
     found = scenes.Found(scenes=tuple(listed), listed=99, refused={"some": "why"})
     snapshot.save(found, tmp_path / "snapshot.parquet")
     back = snapshot.load(tmp_path / "snapshot.parquet")
@@ -476,9 +585,14 @@ def test_a_file_that_is_no_snapshot(tmp_path):
 def test_selection_by_recipe_says_what_to_widen(archive, make):
     grid = make.grid(LEFT, TOP, 60, 60)
     winter = archive.scene("2020-01-05T10:00:00", grid, {"B04": 1, "B11": 1})
-    cloudy = archive.scene("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": 95.0})
+    cloudy = archive.scene(
+        "2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": 95.0}
+    )
     recipe = dataclasses.replace(load_recipes()["annual-median"], min_dates=1)
-    with pytest.raises(SceneError, match=r"none of 2 scenes, and needs 1 dates: 1 are in months .* at most 90 % cloudy; widen"):
+    with pytest.raises(
+        SceneError,
+        match=r"none of 2 scenes, and needs 1 dates: 1 are in months .* at most 90 % cloudy; widen",
+    ):
         scenes.select([winter, cloudy], recipe)
     fine = archive.scene("2020-07-08T10:00:00", grid, {"B04": 1, "B11": 1})
     assert [s.id for s in scenes.select([winter, cloudy, fine], recipe)] == [fine.id]
@@ -486,7 +600,12 @@ def test_selection_by_recipe_says_what_to_widen(archive, make):
 
 def test_solar_day_is_local(archive, make):
     """23:50 UTC over eastern Siberia is already the next day there."""
-    item = archive.item("2020-07-05T23:50:00", make.grid(500000, 7000020, 60, 60, 32658), {"B04": 1, "B11": 1}, tile="58VEP")
+    item = archive.item(
+        "2020-07-05T23:50:00",
+        make.grid(500000, 7000020, 60, 60, 32658),
+        {"B04": 1, "B11": 1},
+        tile="58VEP",
+    )
     assert scenes.normalise(item, archive.source).properties["minecube:solar_day"] == "2020-07-06"
 
 
@@ -494,7 +613,9 @@ def test_solar_day_is_local(archive, make):
 def served(tmp_path):
     """URL under which `tmp_path` is served with byte ranges."""
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(Path(__file__).with_name("range_server.py")), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
     server.terminate()
@@ -512,9 +633,15 @@ def test_a_remote_file_of_items_and_its_images(archive, make, tmp_path, served):
     source = dataclasses.replace(archive.source, href=f"{served}/items.parquet")
     (scene,) = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, source).scenes
     assert scene.assets["B04"].href.startswith(served)
-    np.testing.assert_array_equal(scenes.stack([scene], grid, ["B04"]).values[0, 0], make.unique(60, 60))
+    np.testing.assert_array_equal(
+        scenes.stack([scene], grid, ["B04"]).values[0, 0], make.unique(60, 60)
+    )
     with pytest.raises(SceneError, match="cannot be read as stac-geoparquet"):
-        scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, dataclasses.replace(source, href=f"{served}/none.parquet"))
+        scenes.search(
+            make.site("s", LEFT, TOP, 60, 60),
+            2020,
+            dataclasses.replace(source, href=f"{served}/none.parquet"),
+        )
 
 
 # A STAC API on loopback
@@ -560,7 +687,10 @@ class Api:
                         "id": "test",
                         "stac_version": "1.0.0",
                         "description": "test",
-                        "conformsTo": ["https://api.stacspec.org/v1.0.0/core", "https://api.stacspec.org/v1.0.0/item-search"],
+                        "conformsTo": [
+                            "https://api.stacspec.org/v1.0.0/core",
+                            "https://api.stacspec.org/v1.0.0/item-search",
+                        ],
                         "links": [
                             {"rel": "self", "href": api.url},
                             {"rel": "root", "href": api.url},
@@ -580,7 +710,11 @@ class Api:
                 if api.hang:
                     time.sleep(2)
                 if api.posts <= api.fail_first:
-                    self.answer({"code": "busy"}, status=429 if api.retry_after else 503, retry_after=api.retry_after)
+                    self.answer(
+                        {"code": "busy"},
+                        status=429 if api.retry_after else 503,
+                        retry_after=api.retry_after,
+                    )
                     return
                 first, last = asked["datetime"].split("/")
                 match = [i for i in api.items if first <= i["properties"]["datetime"] <= last]
@@ -594,8 +728,14 @@ class Api:
                 # A page that repeats an item of the last one, as the recorded searches do.
                 again = match[at - 1 : at] if at else []
                 shown = page[:-1] if api.lose and not links else [*again, *page]
-                told = {"context": {"matched": len(match)}} if api.old else {"numberMatched": len(match)}
-                self.answer({"type": "FeatureCollection", "features": shown, "links": links, **told})
+                told = (
+                    {"context": {"matched": len(match)}}
+                    if api.old
+                    else {"numberMatched": len(match)}
+                )
+                self.answer(
+                    {"type": "FeatureCollection", "features": shown, "links": links, **told}
+                )
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -608,7 +748,10 @@ class Api:
 
 @pytest.fixture
 def api(real_data):
-    recorded = [json.loads(p.read_text()) for p in sorted((real_data / "stac_items" / "search_pages").glob("*.json"))]
+    recorded = [
+        json.loads(p.read_text())
+        for p in sorted((real_data / "stac_items" / "search_pages").glob("*.json"))
+    ]
     items = [f for page in recorded for f in page["response"]["features"]]
     served = Api(items)
     yield served
@@ -619,7 +762,9 @@ def api(real_data):
 def searched(api, make):
     """A site in the recorded search's box, and Earth Search moved to loopback."""
     source = dataclasses.replace(load_sources()["earth-search"], href=api.url)
-    return Site(id="Allgaeu", geometry=make.site("x", 600000, 5280000, 400, 400, 32632).geometry), source
+    return Site(
+        id="Allgaeu", geometry=make.site("x", 600000, 5280000, 400, 400, 32632).geometry
+    ), source
 
 
 def test_the_recorded_search(api, searched):
@@ -681,7 +826,10 @@ def searched_as(searched):
 @pytest.mark.parametrize(
     ("href", "said"),
     [
-        ("http://localhost:1/search", "localhost; links and redirects of an API must stay on its host"),
+        (
+            "http://localhost:1/search",
+            "localhost; links and redirects of an API must stay on its host",
+        ),
         ("//files.example.org/search", r"files\.example\.org; links and redirects"),
         ("file:///data/items.json", "expected an http"),
         ("http://169.254.169.254/latest", "which is not public"),
@@ -696,7 +844,9 @@ def test_next_links_and_redirects_stay_on_the_host(api, searched, href, said):
         scenes.search(*searched_as(searched))
 
 
-@pytest.mark.parametrize("href", ["file:///data/items.json", "file:items.json", "ftp://127.0.0.1/search"])
+@pytest.mark.parametrize(
+    "href", ["file:///data/items.json", "file:items.json", "ftp://127.0.0.1/search"]
+)
 def test_a_search_link_leads_to_the_web(api, searched, href):
     """The client would open a local file of this name."""
     api.search_href = href
@@ -727,7 +877,9 @@ def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(find, limit, value)
             patched.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("it was read"))
-            with pytest.raises(SceneError, match="cannot be read as stac-geoparquet \\(expected at most"):
+            with pytest.raises(
+                SceneError, match="cannot be read as stac-geoparquet \\(expected at most"
+            ):
                 scenes.search(site, 2020, archive.source)
 
 
@@ -748,7 +900,10 @@ def test_a_file_is_measured_as_it_is_unpacked(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
-    with pytest.raises(SceneError, match=r"expected at most 1,000,000 items and 5,000,000 bytes, found 5,000 and \d"):
+    with pytest.raises(
+        SceneError,
+        match=r"expected at most 1,000,000 items and 5,000,000 bytes, found 5,000 and \d",
+    ):
         find.read_items(path)
     assert max(most) < 15_000_000
 
@@ -757,7 +912,9 @@ def test_a_month_has_a_limit_of_bytes(api, searched, monkeypatch):
     """The recorded month has two pages, and each month has a limit of its own."""
     answers = []
     bounded = find._bounded
-    monkeypatch.setattr(find, "_bounded", lambda *args: answers.append(bounded(*args)) or answers[-1])
+    monkeypatch.setattr(
+        find, "_bounded", lambda *args: answers.append(bounded(*args)) or answers[-1]
+    )
     found = scenes.search(*searched_as(searched)).scenes
     sizes = [len(answer) for answer in answers]
     two = sum(sorted(sizes)[-2:])  # the only month with items
@@ -766,7 +923,9 @@ def test_a_month_has_a_limit_of_bytes(api, searched, monkeypatch):
     monkeypatch.setattr(find, "_MONTH_BYTES", two)
     assert [s.id for s in scenes.search(*searched_as(searched)).scenes] == [s.id for s in found]
     monkeypatch.setattr(find, "_MONTH_BYTES", two - 1)
-    with pytest.raises(SceneError, match=f"expected at most {two - 1:,} bytes of one month, found more"):
+    with pytest.raises(
+        SceneError, match=f"expected at most {two - 1:,} bytes of one month, found more"
+    ):
         scenes.search(*searched_as(searched))
 
 
@@ -776,20 +935,30 @@ def test_an_api_that_is_not_there_is_tried_once_a_run(searched, clock, caplog, c
     dead, spent = dataclasses.replace(searched[1], href="http://127.0.0.1:1/v1"), []
     for year in (2019, 2020, 2021):
         start = clock.now
-        with pytest.raises(SceneError, match=r"failed \(127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the"):
+        with pytest.raises(
+            SceneError,
+            match=r"failed \(127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the",
+        ):
             scenes.search(searched[0], year, dead)
         spent.append(clock.now - start)
     network.forget_unreachable()
     assert network.REFUSED_S / 2 < spent[0] <= network.REFUSED_S
     assert max(spent[1:]) < 1  # the pace of searches
-    assert not [r for r in caplog.records if r.name.startswith(("urllib3", "pystac_client")) and r.levelname != "DEBUG"]
+    assert not [
+        r
+        for r in caplog.records
+        if r.name.startswith(("urllib3", "pystac_client")) and r.levelname != "DEBUG"
+    ]
     assert capfd.readouterr().err == ""
 
 
 def test_an_api_that_hangs_is_given_up(api, searched, monkeypatch):
     monkeypatch.setattr(find, "_READ_S", 0.3)
     api.hang, start = True, time.monotonic()
-    with pytest.raises(SceneError, match=r"127\.0\.0\.1 took the connection and sent nothing for 0 s: try again later"):
+    with pytest.raises(
+        SceneError,
+        match=r"127\.0\.0\.1 took the connection and sent nothing for 0 s: try again later",
+    ):
         scenes.search(*searched_as(searched))
     network.forget_unreachable()
     assert time.monotonic() - start < 5
@@ -812,18 +981,24 @@ def listed(archive, make, tmp_path, served):
 
     def at(href):
         item.assets["B04"].href = href
-        table = stac_geoparquet.arrow.parse_stac_items_to_arrow([item.to_dict(transform_hrefs=False)])
+        table = stac_geoparquet.arrow.parse_stac_items_to_arrow(
+            [item.to_dict(transform_hrefs=False)]
+        )
         stac_geoparquet.arrow.to_parquet(table, tmp_path / "items.parquet")
         return dataclasses.replace(archive.source, href=f"{served}/items.parquet"), item
 
     return at, local, make.site("s", LEFT, TOP, 60, 60)
 
 
-@pytest.mark.parametrize("form", ["{}", "file://{}", "FILE://{}", "/vsicurl/file://{}", "GTIFF_DIR:1:{}"])
+@pytest.mark.parametrize(
+    "form", ["{}", "file://{}", "FILE://{}", "/vsicurl/file://{}", "GTIFF_DIR:1:{}"]
+)
 def test_a_remote_catalogue_names_no_local_file(listed, form, tmp_path):
     at, local, site = listed
     source, item = at(form.format(local))
-    with pytest.raises(SceneError, match=f"item {item.id}: asset B04 is not read from .*; it is refused"):
+    with pytest.raises(
+        SceneError, match=f"item {item.id}: asset B04 is not read from .*; it is refused"
+    ):
         scenes.search(site, 2020, source)
     store = str(tmp_path / "cubes.zarr")
     job = building.Job(store=store, sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
@@ -839,10 +1014,19 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
     (scene,) = scenes.search(site, 2020, source).scenes
     scene.assets["B04"].href = str(local)
     scene.properties["minecube:origin"] = ""
-    job = building.Job(store=str(tmp_path / "c.zarr"), sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
+    job = building.Job(
+        store=str(tmp_path / "c.zarr"),
+        sources=(source,),
+        recipe=PLAIN,
+        snapshots=tmp_path / "lists",
+    )
     path = building.list_path(site, 2020, [source], job.snapshots)
-    snapshot.save(scenes.Found(scenes=(scene,), listed=1), path, snapshot.belongs_to(site, 2020, [source]))
-    with pytest.raises(SceneError, match=f"item {scene.id}: asset B04 is not read from {local}: it is a local file"):
+    snapshot.save(
+        scenes.Found(scenes=(scene,), listed=1), path, snapshot.belongs_to(site, 2020, [source])
+    )
+    with pytest.raises(
+        SceneError, match=f"item {scene.id}: asset B04 is not read from {local}: it is a local file"
+    ):
         building.build(job, [site], [2020])
     assert not Path(job.store).exists()
 
@@ -856,7 +1040,9 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
     access = json.loads(scene.properties["minecube:access"])
     access |= {"kind": "s3", "href": "http://evil.example.org", "credentials_for": ["ours"]}
     scene.properties["minecube:access"] = json.dumps(access)
-    with pytest.raises(SceneError, match=f"scene {scene.id}: its files are got at in another way than test says"):
+    with pytest.raises(
+        SceneError, match=f"scene {scene.id}: its files are got at in another way than test says"
+    ):
         scenes.belonging([scene], site, 2020, [archive.source])
 
 
@@ -880,7 +1066,9 @@ def test_a_scene_without_origin_is_not_read(archive, make):
     grid = make.grid(LEFT, TOP, 60, 60)
     scene = archive.scene("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
     del scene.properties["minecube:origin"]
-    with pytest.raises(ReadError, match="expected the host of its catalogue in minecube:origin, found None"):
+    with pytest.raises(
+        ReadError, match="expected the host of its catalogue in minecube:origin, found None"
+    ):
         scenes.stack([scene], grid, ["B04"])
 
 
@@ -888,7 +1076,12 @@ def test_a_scene_that_was_changed_after_it_was_listed_is_checked_when_it_is_read
     at, local, site = listed
     source, _ = at("archive/none.tif")
     (scene,) = scenes.search(site, 2020, source).scenes
-    for href in (str(local), f"file://{local}", f"/vsicurl/{local}", "http://169.254.169.254/latest"):
+    for href in (
+        str(local),
+        f"file://{local}",
+        f"/vsicurl/{local}",
+        "http://169.254.169.254/latest",
+    ):
         scene.assets["B04"].href = href
         with pytest.raises(ReadError, match=f"scene {scene.id}: B04 is not read from"):
             scenes.stack([scene], scenes.grid_of(site), ["B04"])
@@ -901,10 +1094,18 @@ def test_an_image_of_another_format_is_refused_by_name_and_nothing_is_committed(
         f"<SourceFilename>{local}</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
     )
     source, _ = at("V.tif")
-    job = building.Job(store=str(tmp_path / "c.zarr"), sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
+    job = building.Job(
+        store=str(tmp_path / "c.zarr"),
+        sources=(source,),
+        recipe=PLAIN,
+        snapshots=tmp_path / "lists",
+    )
     (outcome,) = building.build(job, [site], [2020])
     assert outcome.state == "failed"
-    assert re.search(r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format\)", outcome.message)
+    assert re.search(
+        r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format\)",
+        outcome.message,
+    )
     assert not cube.builds(job.store, site.id)
 
 
@@ -916,7 +1117,8 @@ def test_an_api_that_answers_html(api, searched):
 
 def test_an_empty_search_says_what_was_searched(api, searched):
     with pytest.raises(
-        SceneError, match=r"no scene of 2021 over Allgaeu \(west.*sentinel-2-l2a at http.*0 listed, 0 refused; try"
+        SceneError,
+        match=r"no scene of 2021 over Allgaeu \(west.*sentinel-2-l2a at http.*0 listed, 0 refused; try",
     ):
         scenes.search(searched[0], 2021, searched[1])
 
@@ -927,7 +1129,19 @@ def test_years_without_sentinel_2(searched, year):
         scenes.search(searched[0], year, searched[1])
 
 
-UNKNOWN = [None, float("nan"), float("inf"), float("-inf"), "nan", "NaN", "Infinity", "", "unknown", [], True]
+UNKNOWN = [
+    None,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "nan",
+    "NaN",
+    "Infinity",
+    "",
+    "unknown",
+    [],
+    True,
+]
 
 
 @pytest.mark.parametrize("value", UNKNOWN, ids=map(repr, UNKNOWN))
@@ -938,12 +1152,21 @@ def test_an_unknown_number_is_unknown_however_it_is_spelled(archive, make, value
     bare = changed(item, _without_numbers)
     expected = scenes.normalise(bare, source)
     assert expected.properties["eo:cloud_cover"] is None
-    assert expected.assets["B04"].extra_fields == {"gsd": 10, "file:size": 0, "proj:shape": [10980, 10980]}
+    assert expected.assets["B04"].extra_fields == {
+        "gsd": 10,
+        "file:size": 0,
+        "proj:shape": [10980, 10980],
+    }
 
     def spell(content):
-        content["properties"] |= dict.fromkeys(("eo:cloud_cover", "sat:relative_orbit", "proj:epsg", "proj:shape"), value)
+        content["properties"] |= dict.fromkeys(
+            ("eo:cloud_cover", "sat:relative_orbit", "proj:epsg", "proj:shape"), value
+        )
         for asset in content["assets"].values():
-            asset |= dict.fromkeys(("gsd", "file:size", "proj:shape", "proj:transform", "raster:spatial_resolution"), value)
+            asset |= dict.fromkeys(
+                ("gsd", "file:size", "proj:shape", "proj:transform", "raster:spatial_resolution"),
+                value,
+            )
             asset |= {"proj:shape": [value, value], "proj:transform": [value] * 6}
             asset["raster:bands"] = [{"spatial_resolution": value, "offset": value, "scale": value}]
 
@@ -968,34 +1191,50 @@ def test_numbers_as_text_and_from_tables(archive, make):
     item.properties |= {"eo:cloud_cover": "12.5", "sat:relative_orbit": 22.0}
     item.properties |= {"mgrs:utm_zone": 33.0, "mgrs:latitude_band": "U", "mgrs:grid_square": "UR"}
     scene = scenes.normalise(item, source)
-    assert scene.assets["B04"].extra_fields == {"gsd": 10, "file:size": 4321, "proj:shape": [60, 60]}
+    assert scene.assets["B04"].extra_fields == {
+        "gsd": 10,
+        "file:size": 4321,
+        "proj:shape": [60, 60],
+    }
     assert scene.properties["eo:cloud_cover"] == 12.5
-    assert (scene.properties["sat:relative_orbit"], scene.properties["s2:mgrs_tile"]) == (22, "33UUR")
+    assert (scene.properties["sat:relative_orbit"], scene.properties["s2:mgrs_tile"]) == (
+        22,
+        "33UUR",
+    )
 
 
 def test_names_that_a_table_made_nan_are_taken_from_the_products_name(archive, make):
     item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     expected = scenes.normalise(item, archive.source).properties
     for value in (float("nan"), "nan", None):
-        item.properties |= dict.fromkeys(("s2:processing_baseline", "s2:datatake_id", "s2:mgrs_tile"), value)
+        item.properties |= dict.fromkeys(
+            ("s2:processing_baseline", "s2:datatake_id", "s2:mgrs_tile"), value
+        )
         assert scenes.normalise(item, archive.source).properties == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), None, -1.0, 101.0])
-def test_scenes_of_unknown_cloud_cover_are_used_and_counted_in_no_mean(archive, make, tmp_path, value):
+def test_scenes_of_unknown_cloud_cover_are_used_and_counted_in_no_mean(
+    archive, make, tmp_path, value
+):
     grid, site = make.grid(LEFT, TOP, 60, 60), make.site("s", LEFT, TOP, 60, 60)
     days = {"2020-07-05": 20.0, "2020-07-08": value, "2020-07-11": 40.0, "2020-07-14": value}
     items = [
-        archive.item(f"{day}T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": cloud}) for day, cloud in days.items()
+        archive.item(f"{day}T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": cloud})
+        for day, cloud in days.items()
     ]
     listed = [i.to_dict(transform_hrefs=False) for i in items]
-    stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(listed), archive.source.href)
+    stac_geoparquet.arrow.to_parquet(
+        stac_geoparquet.arrow.parse_stac_items_to_arrow(listed), archive.source.href
+    )
     found = scenes.search(site, 2020, archive.source)
     assert len(scenes.select(found.scenes, dataclasses.replace(PLAIN, min_dates=4))) == 4
     assert scenes.mean_cloud_cover(found.scenes) == 30.0
     assert np.isnan(scenes.mean_cloud_cover(found.scenes[1::2]))
     snapshot.save(found, tmp_path / "list.parquet")
-    assert [s.to_dict() for s in snapshot.load(tmp_path / "list.parquet").scenes] == [s.to_dict() for s in found.scenes]
+    assert [s.to_dict() for s in snapshot.load(tmp_path / "list.parquet").scenes] == [
+        s.to_dict() for s in found.scenes
+    ]
 
 
 SQUARE = shapely.box(15.0, 51.44, 15.01, 51.45)
@@ -1027,7 +1266,9 @@ def write_features(features, path, geometries=None):
     """A stac-geoparquet file of features; with these geometries instead of their own."""
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow(features).read_all()
     if geometries is not None:
-        column = pa.array([None if g is None else shapely.to_wkb(g) for g in geometries], type=pa.binary())
+        column = pa.array(
+            [None if g is None else shapely.to_wkb(g) for g in geometries], type=pa.binary()
+        )
         table = table.set_column(table.column_names.index("geometry"), "geometry", column)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
@@ -1036,17 +1277,26 @@ def write_features(features, path, geometries=None):
 def features_of(archive, make, n=3, **properties):
     grid = make.grid(LEFT, TOP, 60, 60)
     days = [f"2020-07-{day:02d}T10:00:00" for day in range(5, 5 + n)]
-    return [archive.item(day, grid, {"B04": 1, "B11": 1}, **properties).to_dict(transform_hrefs=False) for day in days]
+    return [
+        archive.item(day, grid, {"B04": 1, "B11": 1}, **properties).to_dict(transform_hrefs=False)
+        for day in days
+    ]
 
 
 def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, make):
     """Nulls and nested lists included; times of another zone, which the library labels as UTC, are told in UTC."""
     features = features_of(archive, make)
-    features[0]["properties"] |= {"created": "2020-07-06T01:02:03.456789Z", "eo:cloud_cover": None, "s2:lists": [[1, 2], []]}
+    features[0]["properties"] |= {
+        "created": "2020-07-06T01:02:03.456789Z",
+        "eo:cloud_cover": None,
+        "s2:lists": [[1, 2], []],
+    }
     features[1]["assets"].pop("B11")
     features[1]["properties"]["none"] = None
     write_features(features, tmp_path / "items.parquet")
-    library = list(stac_geoparquet.arrow.stac_table_to_items(pq.read_table(tmp_path / "items.parquet")))
+    library = list(
+        stac_geoparquet.arrow.stac_table_to_items(pq.read_table(tmp_path / "items.parquet"))
+    )
     read = find.read_items(tmp_path / "items.parquet")
     for item, expected in zip(read, library, strict=True):
         found = item.to_dict(include_self_link=False, transform_hrefs=False)
@@ -1065,7 +1315,9 @@ def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, 
     there = table.column("datetime").cast(pa.timestamp("us", tz="Europe/Berlin"))
     table = table.set_column(table.column_names.index("datetime"), "datetime", there)
     pq.write_table(table, tmp_path / "berlin.parquet")
-    assert [i.datetime for i in find.read_items(tmp_path / "berlin.parquet")] == [i.datetime for i in read]
+    assert [i.datetime for i in find.read_items(tmp_path / "berlin.parquet")] == [
+        i.datetime for i in read
+    ]
 
 
 @pytest.mark.parametrize("kind", AREAS)
@@ -1073,11 +1325,15 @@ def test_footprints_of_every_type_that_has_an_area(archive, make, kind):
     """From a file and from an API; the area is that of the square, or of the two halves that a bow tie leaves."""
     features = features_of(archive, make)
     own = shapely.geometry.shape(features[0]["geometry"])
-    moved = shapely.affinity.translate(AREAS[kind], own.centroid.x - 15.005, own.centroid.y - 51.445)
+    moved = shapely.affinity.translate(
+        AREAS[kind], own.centroid.x - 15.005, own.centroid.y - 51.445
+    )
     write_features(features, archive.root / "items.parquet", [moved, own, own])
     found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert (len(found.scenes), found.refused) == (3, {})
-    in_json = pystac.Item.from_dict(features[0] | {"geometry": json.loads(json.dumps(shapely.geometry.mapping(moved)))})
+    in_json = pystac.Item.from_dict(
+        features[0] | {"geometry": json.loads(json.dumps(shapely.geometry.mapping(moved)))}
+    )
     for scene in (found.scenes[0], scenes.normalise(in_json, archive.source)):
         footprint = shapely.geometry.shape(scene.geometry)
         assert footprint.geom_type in ("Polygon", "MultiPolygon")
@@ -1093,15 +1349,24 @@ def test_a_footprint_without_area_refuses_its_item_by_name_and_no_other(archive,
     found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [features[0]["id"], features[2]["id"]]
     assert list(found.refused) == [features[1]["id"]]
-    assert "has no geometry with an area: expected polygons in longitude and latitude" in found.refused[features[1]["id"]]
+    assert (
+        "has no geometry with an area: expected polygons in longitude and latitude"
+        in found.refused[features[1]["id"]]
+    )
 
 
 MALFORMED = [
     {"type": "Polygon"},
     {"type": "Blob", "coordinates": []},
     {"type": "GeometryCollection", "geometries": [None]},
-    {"type": "Polygon", "coordinates": [[[15.0, 51.44], [float("nan"), 51.45], [15.01, 51.44], [15.0, 51.44]]]},
-    {"type": "Polygon", "coordinates": [[[15.0, 51.44], [None, 51.45], [15.01, 51.44], [15.0, 51.44]]]},
+    {
+        "type": "Polygon",
+        "coordinates": [[[15.0, 51.44], [float("nan"), 51.45], [15.01, 51.44], [15.0, 51.44]]],
+    },
+    {
+        "type": "Polygon",
+        "coordinates": [[[15.0, 51.44], [None, 51.45], [15.01, 51.44], [15.0, 51.44]]],
+    },
     {"coordinates": [1]},
     {},
 ]
@@ -1143,7 +1408,9 @@ def test_level_1_is_told_by_name_type_level_or_collection(archive, make, change)
     """With all assets of Level-2A, and newer: it would win over the Level-2A copy."""
     feature, *_ = features_of(archive, make, 1)
     other = copy.deepcopy(feature)
-    other |= {name: value for name, value in change.items() if ":" not in name} or {"id": "an id that tells nothing"}
+    other |= {name: value for name, value in change.items() if ":" not in name} or {
+        "id": "an id that tells nothing"
+    }
     other["properties"] |= {name: value for name, value in change.items() if ":" in name}
     write_features([feature, other], archive.root / "items.parquet")
     found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
@@ -1152,13 +1419,19 @@ def test_level_1_is_told_by_name_type_level_or_collection(archive, make, change)
 
 
 def test_names_that_are_not_of_level_1(archive, make):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, tile="31CLC")
+    item = archive.item(
+        "2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, tile="31CLC"
+    )
     item.properties |= {"proj:epsg": 32731, "processing:level": "L2", "s2:product_type": "S2MSI2A"}
     item.set_collection(None)
     item.collection_id = "sentinel-2-l2a-from-l1c"
-    assert scenes.normalise(item, dataclasses.replace(archive.source, collection=item.collection_id))
+    assert scenes.normalise(
+        item, dataclasses.replace(archive.source, collection=item.collection_id)
+    )
     item.id = "1"
-    assert scenes.normalise(item, dataclasses.replace(archive.source, collection=item.collection_id))
+    assert scenes.normalise(
+        item, dataclasses.replace(archive.source, collection=item.collection_id)
+    )
 
 
 def test_a_file_lists_its_collection_alone_as_an_api_does(archive, make, caplog):
@@ -1182,7 +1455,11 @@ def test_a_file_lists_its_collection_alone_as_an_api_does(archive, make, caplog)
 @pytest.mark.parametrize(
     ("href", "media_type", "said"),
     [
-        ("a.zarr/measurements/reflectance/r10m/b04", "application/vnd+zarr", "is Zarr (media type application/vnd+zarr)"),
+        (
+            "a.zarr/measurements/reflectance/r10m/b04",
+            "application/vnd+zarr",
+            "is Zarr (media type application/vnd+zarr)",
+        ),
         (
             "s3://bucket/a/b04",
             "application/vnd.zarr; version=3; profile=multiscales",
@@ -1195,7 +1472,9 @@ def test_a_file_lists_its_collection_alone_as_an_api_does(archive, make, caplog)
         ("preview.jpg", "image/jpeg", "is in another format (media type image/jpeg)"),
     ],
 )
-def test_formats_that_are_not_read_are_refused_where_they_are_listed(archive, make, href, media_type, said):
+def test_formats_that_are_not_read_are_refused_where_they_are_listed(
+    archive, make, href, media_type, said
+):
     item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     item.assets["B11"] = pystac.Asset(href, media_type=media_type)
     for source in (archive.source, dataclasses.replace(archive.source, assets={})):
@@ -1221,7 +1500,9 @@ def test_formats_that_are_not_read_are_refused_where_they_are_listed(archive, ma
 def test_media_types_of_images(archive, make, media_type):
     item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     item.assets["B11"].media_type = media_type
-    item.assets["preview"] = pystac.Asset("x.zarr", media_type="application/vnd+zarr")  # which nobody reads
+    item.assets["preview"] = pystac.Asset(
+        "x.zarr", media_type="application/vnd+zarr"
+    )  # which nobody reads
     assert scenes.normalise(item, archive.source)
 
 
@@ -1239,7 +1520,9 @@ def test_an_item_without_scene_classification_is_refused(archive, make):
     item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     source = dataclasses.replace(archive.source, assets={})
     item.assets["SCL"].href = None  # of a table whose other items have it
-    with pytest.raises(SceneError, match=r"has no scene classification \(SCL\), only B04, B11, SCL"):
+    with pytest.raises(
+        SceneError, match=r"has no scene classification \(SCL\), only B04, B11, SCL"
+    ):
         scenes.normalise(item, source)
     del item.assets["SCL"]
     with pytest.raises(SceneError, match=r"has no scene classification \(SCL\), only B04, B11"):
@@ -1260,18 +1543,27 @@ def test_products_of_ones_own_sen2cor_need_their_offset_declared(archive, make):
     def with_own(own):
         return dataclasses.replace(archive.source, offset=Offset(own=own))
 
-    with pytest.raises(SceneError, match=r"own Sen2Cor, .* write own \(-1000, 0 or declared\) into the offset of its source"):
+    with pytest.raises(
+        SceneError,
+        match=r"own Sen2Cor, .* write own \(-1000, 0 or declared\) into the offset of its source",
+    ):
         scenes.normalise(item, archive.source)
     for own in (-1000, 0, -350):
         properties = scenes.normalise(item, with_own(own)).properties
         assert properties["minecube:offset"] == own
         assert properties["minecube:offset_reason"].endswith(f"its source gives {own}")
-    with pytest.raises(SceneError, match="expected one raster offset declared for all its bands, found none"):
+    with pytest.raises(
+        SceneError, match="expected one raster offset declared for all its bands, found none"
+    ):
         scenes.normalise(item, with_own("declared"))
-    with pytest.raises(SceneError, match="expected one raster offset declared for all its bands, found -1000, 0"):
+    with pytest.raises(
+        SceneError, match="expected one raster offset declared for all its bands, found -1000, 0"
+    ):
         scenes.normalise(declaring(item.clone(), B04=-0.1, B11=0), with_own("declared"))
     for offset, number in ((-0.1, -1000), (0, 0)):
-        scene = scenes.normalise(declaring(item.clone(), B04=offset, B11=offset), with_own("declared"))
+        scene = scenes.normalise(
+            declaring(item.clone(), B04=offset, B11=offset), with_own("declared")
+        )
         assert scene.properties["minecube:offset"] == number
     # The rule of ESA's baselines is as it was.
     fresh = archive.item("2022-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline="05.00")
@@ -1280,7 +1572,9 @@ def test_products_of_ones_own_sen2cor_need_their_offset_declared(archive, make):
 
 def test_what_a_source_may_say_of_own_products(tmp_path):
     path = tmp_path / "sources.yaml"
-    entry = "s: {title: t, kind: stac-geoparquet, href: x.parquet, collection: c, offset: {own: %s}}"
+    entry = (
+        "s: {title: t, kind: stac-geoparquet, href: x.parquet, collection: c, offset: {own: %s}}"
+    )
     for own, value in (("-1000", -1000), ("0", 0), ("declared", "declared"), ("null", None)):
         path.write_text(entry % own)
         assert load_sources(path)["s"].offset.own == value
@@ -1297,7 +1591,12 @@ def test_lists_that_were_saved_before_there_was_such_a_rule_still_belong(archive
     for name in ("title", "href", "licence", "searches_per_s"):
         del rule[name]
     del rule["access"]["connections"], rule["offset"]["own"]
-    asked = {"site": "s", "grid": [str(grid.crs), *grid.transform[:6], *grid.shape], "year": 2020, "sources": [rule]}
+    asked = {
+        "site": "s",
+        "grid": [str(grid.crs), *grid.transform[:6], *grid.shape],
+        "year": 2020,
+        "sources": [rule],
+    }
     expected = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     assert snapshot.belongs_to(site, 2020, [source]) == expected
     own = dataclasses.replace(source, offset=dataclasses.replace(source.offset, own=0))
@@ -1310,22 +1609,51 @@ def test_a_real_item_of_earth_search_v0_is_refused_for_the_true_reason(real_data
     bare = Source(id="own", title="t", kind="stac-api", href="http://x", collection="c")
     with pytest.raises(SceneError) as caught:
         scenes.normalise(item, bare)
-    assert "names no acquisition (datatake 'S2A_MSIL2A_20190524T101031_N0212_R022_T31NBJ_20190524T130304' without" in str(
+    assert (
+        "names no acquisition (datatake 'S2A_MSIL2A_20190524T101031_N0212_R022_T31NBJ_20190524T130304' without"
+        in str(caught.value)
+    )
+    assert "Earth Search v0, so list it from its successor, earth-search; it is refused" in str(
         caught.value
     )
-    assert "Earth Search v0, so list it from its successor, earth-search; it is refused" in str(caught.value)
-    item.properties["sentinel:datastrip_id"] = "S2A_OPER_MSI_L2A_DS_MPS__20190524T130304_S20190524T101030_N02.12"
+    item.properties["sentinel:datastrip_id"] = (
+        "S2A_OPER_MSI_L2A_DS_MPS__20190524T130304_S20190524T101030_N02.12"
+    )
     scene = scenes.normalise(item, bare)
-    known = ("s2:mgrs_tile", "s2:processing_baseline", "sat:relative_orbit", "minecube:datatake", "minecube:granule_start")
-    assert [scene.properties[name] for name in known] == ["31NBJ", "02.12", 22, "S2A_20190524T101031", "20190524T101030"]
+    known = (
+        "s2:mgrs_tile",
+        "s2:processing_baseline",
+        "sat:relative_orbit",
+        "minecube:datatake",
+        "minecube:granule_start",
+    )
+    assert [scene.properties[name] for name in known] == [
+        "31NBJ",
+        "02.12",
+        22,
+        "S2A_20190524T101031",
+        "20190524T101030",
+    ]
 
 
 @pytest.mark.parametrize(
     ("baseline", "flag", "offset", "fields", "warned"),
     [
-        ("05.00", None, -1000, {"raster:bands": [{"scale": 0.0001, "offset": -0.05}]}, "-500 for B04"),
+        (
+            "05.00",
+            None,
+            -1000,
+            {"raster:bands": [{"scale": 0.0001, "offset": -0.05}]},
+            "-500 for B04",
+        ),
         ("05.00", None, -1000, {"raster:offset": 0.1, "raster:scale": 0.0001}, "1000 for B04"),
-        ("05.00", None, -1000, {"bands": [{"raster:scale": 0.0001, "raster:offset": -0.2}]}, "-2000 for B04"),
+        (
+            "05.00",
+            None,
+            -1000,
+            {"bands": [{"raster:scale": 0.0001, "raster:offset": -0.2}]},
+            "-2000 for B04",
+        ),
         ("05.00", None, -1000, {"raster:bands": [{"offset": -0.05}]}, "-500 for B04"),
         ("02.14", None, 0, {"raster:bands": [{"offset": -300, "scale": 1}]}, "-300 for B04"),
         ("05.00", None, -1000, {"raster:bands": [{"scale": 0.0001, "offset": -0.1}]}, ""),
@@ -1341,22 +1669,36 @@ def test_a_declared_offset_that_no_product_has_is_warned_of_by_name(
 ):
     properties = {} if flag is None else {"earthsearch:boa_offset_applied": flag}
     grid = make.grid(LEFT, TOP, 60, 60)
-    item = archive.item("2022-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline=baseline, **properties)
+    item = archive.item(
+        "2022-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline=baseline, **properties
+    )
     item.assets["B04"].extra_fields |= fields
     scene = scenes.normalise(item, archive.source)
     assert scene.properties["minecube:offset"] == offset
     said = [record.message for record in caplog.records]
     assert len(said) == bool(warned)
     if warned:
-        assert said[0].startswith(f"item {item.id}: declares offset {warned}; the rule of source test gives {offset}")
+        assert said[0].startswith(
+            f"item {item.id}: declares offset {warned}; the rule of source test gives {offset}"
+        )
         assert scene.properties["minecube:offset_reason"].endswith(f"; the item declares {warned}")
     else:
         assert "declares" not in scene.properties["minecube:offset_reason"]
 
 
 def test_flags_as_tables_spell_them(archive, make):
-    item = archive.item("2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00")
-    for value, offset in ((True, 0), ("true", 0), (1.0, 0), (False, -1000), ("false", -1000), (None, -1000), (0.0, -1000)):
+    item = archive.item(
+        "2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00"
+    )
+    for value, offset in (
+        (True, 0),
+        ("true", 0),
+        (1.0, 0),
+        (False, -1000),
+        ("false", -1000),
+        (None, -1000),
+        (0.0, -1000),
+    ):
         item.properties["earthsearch:boa_offset_applied"] = value
         assert scenes.normalise(item, archive.source).properties["minecube:offset"] == offset, value
 
@@ -1388,7 +1730,11 @@ def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, make, tmp_path)
     for west, south in ((14.2, 50.3), (15.1, 51.2), (13.0, 50.0)):
         area = shapely.box(west, south, west + 0.05, south + 0.05)
         for year in (2019, 2021, 2024):
-            expected = [str(k) for k in range(n) if days[k][:4] == str(year) and footprints[k].intersects(area)]
+            expected = [
+                str(k)
+                for k in range(n)
+                if days[k][:4] == str(year) and footprints[k].intersects(area)
+            ]
             assert [f["id"] for f in find.items_of(archive.source, area, year)] == expected
 
 
@@ -1399,19 +1745,27 @@ def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive, make, m
     monkeypatch.setattr(find, "_unpacked", lambda href: reads.append(href) or unpacked(href))
     write_features(features, path)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: len(scenes.search(site, 2020, archive.source).scenes), range(8)))
+        found = list(
+            pool.map(lambda _: len(scenes.search(site, 2020, archive.source).scenes), range(8))
+        )
     assert (found, len(reads)) == ([3] * 8, 1)
     write_features(features[:2], path)
     assert len(scenes.search(site, 2020, archive.source).scenes) == 2
     assert len(reads) == 2
 
 
-def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(archive, make, tmp_path, clock, monkeypatch):
+def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(
+    archive, make, tmp_path, clock, monkeypatch
+):
     """By size and ETag, which the test's server makes of time and size; a server without ETag sends the file again."""
     features = features_of(archive, make)
     write_features(features, tmp_path / "remote" / "items.parquet")
     fetched, whole = [], remote.Remote.whole
-    monkeypatch.setattr(remote.Remote, "whole", lambda self, url, most: fetched.append(url) or whole(self, url, most))
+    monkeypatch.setattr(
+        remote.Remote,
+        "whole",
+        lambda self, url, most: fetched.append(url) or whole(self, url, most),
+    )
     with make.served(tmp_path / "remote") as url:
         href = f"{url}/items.parquet"
         index = find._index_of(href)
@@ -1461,7 +1815,10 @@ def test_times_as_text_and_files_without_boxes_or_links(archive, make, tmp_path)
     with pytest.raises(scenes.NothingFoundError, match="0 listed"):
         scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
     pq.write_table(table.drop_columns("geometry"), path)
-    with pytest.raises(SceneError, match=r"items\.parquet: cannot be read as stac-geoparquet \(expected a column 'geometry'"):
+    with pytest.raises(
+        SceneError,
+        match=r"items\.parquet: cannot be read as stac-geoparquet \(expected a column 'geometry'",
+    ):
         scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
 
 
@@ -1512,7 +1869,9 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_one_unusable_item_of_an_api_is_refused_for_the_true_reason(archive, make, monkeypatch, case):
+def test_one_unusable_item_of_an_api_is_refused_for_the_true_reason(
+    archive, make, monkeypatch, case
+):
     change, reason = UNUSABLE[case]
     features = features_of(archive, make)
     change(features[1])
@@ -1548,15 +1907,21 @@ def test_items_without_id_are_refused_one_by_one_and_pages_with_them_are_read(ap
         patched.setattr(scenes, "items_of", lambda *_: list(copy.deepcopy(ids).values()))
         found = scenes.search(site, 2020, source)
     assert "S2A_32TNT_20200302_1_L2A" in [scene.id for scene in found.scenes]
-    assert [reason.partition(": ")[2] for name, reason in found.refused.items() if name.startswith("without id")] == [
-        "expected an id, found None; it is refused"
-    ] * 3
+    assert [
+        reason.partition(": ")[2]
+        for name, reason in found.refused.items()
+        if name.startswith("without id")
+    ] == ["expected an id, found None; it is refused"] * 3
 
 
 UNNEEDED = {
     "null thumbnail": lambda feature: feature["assets"].update(thumbnail=None),
-    "thumbnail of nulls": lambda feature: feature["assets"].update(thumbnail={"href": None, "type": None}),
-    "thumbnail without href": lambda feature: feature["assets"].update(thumbnail={"type": "image/png"}),
+    "thumbnail of nulls": lambda feature: feature["assets"].update(
+        thumbnail={"href": None, "type": None}
+    ),
+    "thumbnail without href": lambda feature: feature["assets"].update(
+        thumbnail={"type": "image/png"}
+    ),
     "thumbnail as text": lambda feature: feature["assets"].update(thumbnail="t.png"),
     "no version": _broken(stac_version=...),
     "null version": _broken(stac_version=None),
@@ -1565,7 +1930,9 @@ UNNEEDED = {
     "null extensions": _broken(stac_extensions=[None]),
     "number for an id": _broken(id=7),
     "zero for an id": _broken(id=0),
-    "start without end": lambda feature: feature["properties"].update(datetime=None, start_datetime="2020-07-06T10:00:00Z"),
+    "start without end": lambda feature: feature["properties"].update(
+        datetime=None, start_datetime="2020-07-06T10:00:00Z"
+    ),
 }
 
 
@@ -1601,12 +1968,21 @@ def column(name, values):
 
 
 def _as_map(assets):
-    return pa.array([list(row.items()) for row in assets.to_pylist()], pa.map_(pa.string(), assets.type.field(0).type))
+    return pa.array(
+        [list(row.items()) for row in assets.to_pylist()],
+        pa.map_(pa.string(), assets.type.field(0).type),
+    )
 
 
 def _with_view(assets):
-    fields = [field.with_type(pa.string_view()) if field.name == "href" else field for field in assets.type.field(0).type]
-    return pa.array(assets.to_pylist(), pa.struct([pa.field(asset.name, pa.struct(fields)) for asset in assets.type]))
+    fields = [
+        field.with_type(pa.string_view()) if field.name == "href" else field
+        for field in assets.type.field(0).type
+    ]
+    return pa.array(
+        assets.to_pylist(),
+        pa.struct([pa.field(asset.name, pa.struct(fields)) for asset in assets.type]),
+    )
 
 
 READ = {
@@ -1617,17 +1993,29 @@ READ = {
     "assets as map of maps": (
         "assets",
         lambda assets: pa.array(
-            [[(band, [("href", asset["href"])]) for band, asset in row.items()] for row in assets.to_pylist()],
+            [
+                [(band, [("href", asset["href"])]) for band, asset in row.items()]
+                for row in assets.to_pylist()
+            ],
             pa.map_(pa.string(), pa.map_(pa.string(), pa.string())),
         ),
     ),
-    "assets as JSON": ("assets", lambda assets: pa.array([json.dumps(row) for row in assets.to_pylist()])),
+    "assets as JSON": (
+        "assets",
+        lambda assets: pa.array([json.dumps(row) for row in assets.to_pylist()]),
+    ),
     "unknown zone": ("datetime", lambda times: times.cast(pa.timestamp("us", "Mars/Olympus"))),
-    "unknown zone of another column": ("s2:seen", pa.array([0, 1, 2], pa.timestamp("ms", "Mars/Olympus"))),
+    "unknown zone of another column": (
+        "s2:seen",
+        pa.array([0, 1, 2], pa.timestamp("ms", "Mars/Olympus")),
+    ),
     "null types": ("type", pa.array(["Feature", None, None])),
     "null versions": ("stac_version", pa.array(["1.1.0", None, "1.0.0"])),
     "seven decimals": ("created", pa.array(["2020-07-06T00:00:00.1234567Z", None, "2020-07-06"])),
-    "nine decimals": ("datetime", pa.array([f"2020-07-0{day}T10:00:00.000000789Z" for day in (5, 6, 7)])),
+    "nine decimals": (
+        "datetime",
+        pa.array([f"2020-07-0{day}T10:00:00.000000789Z" for day in (5, 6, 7)]),
+    ),
 }
 
 
@@ -1636,15 +2024,29 @@ def test_files_of_items_as_other_tools_write_them(archive, make, case):
     """The days and bands of three items, by hand."""
     found = rewritten(archive, make, column(*READ[case]))
     assert found.refused == {}
-    assert [str(s.datetime) for s in found.scenes] == [f"2020-07-0{day} 10:00:00+00:00" for day in (5, 6, 7)]
+    assert [str(s.datetime) for s in found.scenes] == [
+        f"2020-07-0{day} 10:00:00+00:00" for day in (5, 6, 7)
+    ]
     assert [sorted(s.assets) for s in found.scenes] == [["B04", "B11", "SCL"]] * 3
     assert all(Path(asset.href).is_file() for s in found.scenes for asset in s.assets.values())
 
 
 UNREAD = {
-    "geometry as list": ("geometry", pa.array([[[0.0, 1.0]]] * 3), r"expected WKB in column 'geometry', found list<"),
-    "geometry as struct": ("geometry", pa.array([{"type": "Point"}] * 3), r"expected WKB in column 'geometry', found struct<"),
-    "assets as list": ("assets", pa.array([["B04"]] * 3), r"expected structs with an href in column 'assets', found list<"),
+    "geometry as list": (
+        "geometry",
+        pa.array([[[0.0, 1.0]]] * 3),
+        r"expected WKB in column 'geometry', found list<",
+    ),
+    "geometry as struct": (
+        "geometry",
+        pa.array([{"type": "Point"}] * 3),
+        r"expected WKB in column 'geometry', found struct<",
+    ),
+    "assets as list": (
+        "assets",
+        pa.array([["B04"]] * 3),
+        r"expected structs with an href in column 'assets', found list<",
+    ),
     "hrefs": (
         "assets",
         pa.array([{"B04": "a.tif"}] * 3),
@@ -1693,11 +2095,15 @@ def test_times_that_are_not_iso_are_refused_with_what_was_found(archive, make, c
 
 def test_decimals_are_numbers(archive, make):
     """A column of DECIMAL, as databases write it: 95 % is no unknown cover, and 33.00 is zone 33."""
-    percent = pa.array([decimal.Decimal("95.0"), decimal.Decimal("12.5"), None], pa.decimal128(10, 1))
+    percent = pa.array(
+        [decimal.Decimal("95.0"), decimal.Decimal("12.5"), None], pa.decimal128(10, 1)
+    )
     found = rewritten(archive, make, column("eo:cloud_cover", percent))
     assert [s.properties["eo:cloud_cover"] for s in found.scenes] == [95.0, 12.5, None]
     assert len(scenes.usable(found.scenes, dataclasses.replace(PLAIN, max_cloud_cover=60))) == 2
-    item = archive.item("2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00")
+    item = archive.item(
+        "2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00"
+    )
     del item.properties["s2:mgrs_tile"]
     item.properties |= {
         "mgrs:utm_zone": decimal.Decimal("33.00"),
@@ -1708,7 +2114,13 @@ def test_decimals_are_numbers(archive, make):
         "sat:relative_orbit": np.float16(22),
     }
     scene = scenes.normalise(item, archive.source).properties
-    assert (scene["s2:mgrs_tile"], scene["minecube:offset"], scene["sat:relative_orbit"]) == ("33UUR", 0, 22)
+    assert (scene["s2:mgrs_tile"], scene["minecube:offset"], scene["sat:relative_orbit"]) == (
+        "33UUR",
+        0,
+        22,
+    )
     item.properties["proj:epsg"] = decimal.Decimal("32632.00")
-    with pytest.raises(SceneError, match="expected one projection, EPSG:32633 of its tile 33UUR, found EPSG:32632"):
+    with pytest.raises(
+        SceneError, match="expected one projection, EPSG:32633 of its tile 33UUR, found EPSG:32632"
+    ):
         scenes.normalise(item, archive.source)

@@ -37,16 +37,28 @@ def build(store, site, labelled=True):
     for year in YEARS:
         flat = da.ones(tuple(grid.shape), chunks=64, dtype=np.uint16)
         made = {
-            "reflectance": (("band", "y", "x"), da.ones((2, *grid.shape), chunks=(2, 64, 64), dtype=np.uint16)),
+            "reflectance": (
+                ("band", "y", "x"),
+                da.ones((2, *grid.shape), chunks=(2, 64, 64), dtype=np.uint16),
+            ),
             "clear_count": (("y", "x"), flat),
             "quality": (("y", "x"), flat.astype(np.uint8)),
         }
-        told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+        told = {
+            "minecube:source": "s",
+            "s2:processing_baseline": "05.00",
+            "minecube:offset": 0,
+            "minecube:offset_reason": "r",
+        }
         scene = types.SimpleNamespace(id="a", properties=told)
-        cube.write_year(store, xr.Dataset(made), cube.provenance_of(site, year, grid, RECIPE, [scene]), b"")
+        cube.write_year(
+            store, xr.Dataset(made), cube.provenance_of(site, year, grid, RECIPE, [scene]), b""
+        )
     y, x = np.mgrid[: grid.shape[0], : grid.shape[1]]
     away = np.hypot(y - grid.shape[0] / 2, x - grid.shape[1] / 2)
-    truth = np.stack([away < min(grid.shape) / 5 + 2 * n for n in range(len(YEARS))]).astype(np.uint8)
+    truth = np.stack([away < min(grid.shape) / 5 + 2 * n for n in range(len(YEARS))]).astype(
+        np.uint8
+    )
     truth[1, :9, :11] = 255
     if labelled:
         cube.write_footprint(store, site.id, stack(truth, grid), origin="drawn")
@@ -54,7 +66,9 @@ def build(store, site, labelled=True):
 
 
 def stack(values, grid):
-    return xr.DataArray(values, dims=("year", "y", "x"), coords={"year": YEARS, **odc.geo.xr.xr_coords(grid)})
+    return xr.DataArray(
+        values, dims=("year", "y", "x"), coords={"year": YEARS, **odc.geo.xr.xr_coords(grid)}
+    )
 
 
 def probability(truth, seed, noise):
@@ -72,7 +86,9 @@ def write_change(store, site, model, change, classes, pairs=PAIRS):
         for view in todo:
             yield types.SimpleNamespace(view=view, y=0, values=change[PAIRS.index(view)][None])
 
-    about = cube.Prediction(model=model, views=pairs, about={"id": model}, variable="change", classes=classes)
+    about = cube.Prediction(
+        model=model, views=pairs, about={"id": model}, variable="change", classes=classes
+    )
     cube.write_prediction(store, site, about, rows)
 
 
@@ -86,14 +102,25 @@ def world(tmp_path_factory, make):
         pixels[name] = {"truth": truth}
         for m, (model, noise) in enumerate((("sharp", 0.4), ("rough", 2.0))):
             pixels[name][model] = probability(truth, 10 * n + m, noise)
-            cube.write_probability(store, name, model, stack(pixels[name][model], grid), {"id": model})
+            cube.write_probability(
+                store, name, model, stack(pixels[name][model], grid), {"id": model}
+            )
         p = pixels[name]["sharp"].astype(int)
-        moves = np.array([[np.maximum(p[i] - p[j], 0), np.maximum(p[j] - p[i], 0)] for i, j in combinations(range(4), 2)])
+        moves = np.array(
+            [
+                [np.maximum(p[i] - p[j], 0), np.maximum(p[j] - p[i], 0)]
+                for i, j in combinations(range(4), 2)
+            ]
+        )
         pixels[name]["pairs"] = moves.astype(np.uint8)
         write_change(store, name, "pairs", pixels[name]["pairs"], ("removed", "new"))
-        write_change(store, name, "near", pixels[name]["pairs"], ("removed", "new"), [PAIRS[0], PAIRS[-1]])
+        write_change(
+            store, name, "near", pixels[name]["pairs"], ("removed", "new"), [PAIRS[0], PAIRS[-1]]
+        )
     grid, truth = build(store, make.site("bare", 360000 + 90000, 5600040, 60, 60), labelled=False)
-    cube.write_probability(store, "bare", "sharp", stack(probability(truth, 0, 0.4), grid), {"id": "sharp"})
+    cube.write_probability(
+        store, "bare", "sharp", stack(probability(truth, 0, 0.4), grid), {"id": "sharp"}
+    )
     return store, pixels
 
 
@@ -116,7 +143,9 @@ def test_a_site_is_scored_by_blocks_as_it_is_whole(world, rows, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_PX", rows)
     for name, of_site in pixels.items():
         assert module.score_site(store, name, "sharp") == whole(of_site, "sharp")
-        expected = metrics.count_change(of_site["pairs"], of_site["truth"], YEARS, PAIRS, ("removed", "new"))
+        expected = metrics.count_change(
+            of_site["pairs"], of_site["truth"], YEARS, PAIRS, ("removed", "new")
+        )
         assert module.score_site(store, name, "pairs") == expected
 
 
@@ -131,7 +160,16 @@ def test_several_models_in_one_table(world, tmp_path):
     store, pixels = world
     out = tmp_path / "out"
     shown = run(
-        *("score", "--store", store, "--sites", "p*,quarry", "--model", "sharp,rough,pairs", "--baselines"),
+        *(
+            "score",
+            "--store",
+            store,
+            "--sites",
+            "p*,quarry",
+            "--model",
+            "sharp,rough,pairs",
+            "--baselines",
+        ),
         *("--json", tmp_path / "scores.json", "--out", out),
     )
     found = json.loads((tmp_path / "scores.json").read_text())
@@ -154,14 +192,20 @@ def test_several_models_in_one_table(world, tmp_path):
     assert "change_f1" in found["differences"]["pairs - sharp"]
     assert "iou" not in found["differences"]["pairs - sharp"]
     # The same in all files.
-    rows = {r["model"]: r for r in csv.DictReader((out / "pooled.csv").open()) if r["name"] == "iou"}
+    rows = {
+        r["model"]: r for r in csv.DictReader((out / "pooled.csv").open()) if r["name"] == "iou"
+    }
     assert float(rows["sharp"]["score"]) == sharp["sites"]["pooled"]["iou"]
     text = f"{ends['score']:.3f} [{ends['low']:.3f}, {ends['high']:.3f}]"
-    cells = {line.split("|")[1].strip(): line for line in (out / "scores.md").read_text().splitlines()}
+    cells = {
+        line.split("|")[1].strip(): line for line in (out / "scores.md").read_text().splitlines()
+    }
     assert text in cells["sharp"]
     assert text in (out / "scores.tex").read_text()
     assert len({line.count("|") for line in cells.values()}) == 1
-    assert {line.count("&") for line in (out / "scores.tex").read_text().splitlines() if "&" in line} == {16 - 1}
+    assert {
+        line.count("&") for line in (out / "scores.tex").read_text().splitlines() if "&" in line
+    } == {16 - 1}
     by_site = list(csv.DictReader((out / "by_site.csv").open()))
     assert len(by_site) == 6 * 3
     # Counts of machines are joined without the pixels.
@@ -169,7 +213,13 @@ def test_several_models_in_one_table(world, tmp_path):
     joined = sum((metrics.Scores.of_json(c) for c in counts["sharp"].values()), metrics.Scores())
     assert metrics.finish(joined)["iou"] == sharp["sites"]["pooled"]["iou"]
     made = {p.name for p in out.glob("*.png")}
-    names = ("iou_by_year", "change_f1_by_gap", "reliability", "precision_recall", "change_precision_recall")
+    names = (
+        "iou_by_year",
+        "change_f1_by_gap",
+        "reliability",
+        "precision_recall",
+        "change_precision_recall",
+    )
     assert made == {f"{n}.png" for n in names}
     assert not list(out.glob(".*"))
 
@@ -177,9 +227,13 @@ def test_several_models_in_one_table(world, tmp_path):
 def test_every_year_gap_and_pair_of_every_site_is_a_row(world, tmp_path):
     store, pixels = world
     run("score", "--store", store, "--sites", "p*", "--model", "sharp,pairs", "--out", tmp_path)
-    tables = {n: list(csv.DictReader((tmp_path / f"by_{n}.csv").open())) for n in ("year", "gap", "pair")}
+    tables = {
+        n: list(csv.DictReader((tmp_path / f"by_{n}.csv").open())) for n in ("year", "gap", "pair")
+    }
     sites = ["pit", "pond", "pooled"]
-    assert [(r["model"], r["site"], r["year"]) for r in tables["year"]] == [("sharp", s, str(y)) for s in sites for y in YEARS]
+    assert [(r["model"], r["site"], r["year"]) for r in tables["year"]] == [
+        ("sharp", s, str(y)) for s in sites for y in YEARS
+    ]
     for table, count in (("gap", 4), ("pair", 6)):
         each = [(m, s) for m in ("sharp", "pairs") for s in sites for _ in range(count)]
         assert [(r["model"], r["site"]) for r in tables[table]] == each
@@ -187,8 +241,14 @@ def test_every_year_gap_and_pair_of_every_site_is_a_row(world, tmp_path):
     for (i, a), (j, b) in combinations(enumerate(YEARS), 2):
         known = (p[i] != 255) & (p[j] != 255) & (y[i] != 255) & (y[j] != 255)
         drawn, moved = ((v[i][known] >= h) != (v[j][known] >= h) for v, h in ((p, 125), (y, 1)))
-        (row,) = (r for r in tables["pair"] if (r["model"], r["site"], r["years"]) == ("sharp", "pond", f"{a}-{b}"))
-        assert float(row["change_f1"]) == pytest.approx(2 * (drawn & moved).sum() / (drawn.sum() + moved.sum()))
+        (row,) = (
+            r
+            for r in tables["pair"]
+            if (r["model"], r["site"], r["years"]) == ("sharp", "pond", f"{a}-{b}")
+        )
+        assert float(row["change_f1"]) == pytest.approx(
+            2 * (drawn & moved).sum() / (drawn.sum() + moved.sum())
+        )
 
 
 def test_counts_of_two_machines_are_joined(world, tmp_path, monkeypatch):
@@ -200,13 +260,19 @@ def test_counts_of_two_machines_are_joined(world, tmp_path, monkeypatch):
     files = [tmp_path / site / "counts.json" for site in ("pit", "quarry")]
     join = [word for file in files for word in ("--join", file)]
     run(*ask, "pond", *join, "--json", tmp_path / "joined.json")
-    one, other = (json.loads((tmp_path / f"{n}.json").read_text())["models"] for n in ("all", "joined"))
+    one, other = (
+        json.loads((tmp_path / f"{n}.json").read_text())["models"] for n in ("all", "joined")
+    )
     assert list(one) == list(other) == ["sharp", "rough"]
     for model, found in other.items():
         assert found["sites"] == one[model]["sites"]
         assert found["by_year"] == one[model]["by_year"]
-        assert found["intervals"] == one[model]["intervals"]  # the same draws, whatever was counted first
-    monkeypatch.setattr(module, "score_site", None)  # nothing is counted before these are seen to be wrong
+        assert (
+            found["intervals"] == one[model]["intervals"]
+        )  # the same draws, whatever was counted first
+    monkeypatch.setattr(
+        module, "score_site", None
+    )  # nothing is counted before these are seen to be wrong
     assert "pit of sharp is already counted" in run(*ask, "pit", *join, ok=2)
     assert "pit of sharp is already counted" in run(*ask, "pond", *join, *join, ok=2)
     (tmp_path / "other.json").write_text('{"sharp": {"a": {}}}')
@@ -216,7 +282,17 @@ def test_counts_of_two_machines_are_joined(world, tmp_path, monkeypatch):
 
 def test_one_site_has_no_interval_and_says_why(world, tmp_path):
     store, _ = world
-    shown = run("score", "--store", store, "--sites", "pond", "--model", "sharp", "--json", tmp_path / "s.json")
+    shown = run(
+        "score",
+        "--store",
+        store,
+        "--sites",
+        "pond",
+        "--model",
+        "sharp",
+        "--json",
+        tmp_path / "s.json",
+    )
     assert "no interval can be had" in shown
     found = json.loads((tmp_path / "s.json").read_text())["models"]["sharp"]["intervals"]["iou"]
     assert found["low"] is found["high"] is None
@@ -231,13 +307,21 @@ def test_one_site_has_no_interval_and_says_why(world, tmp_path):
         (("--sites", "pond", "--model", "none"), "no prediction of 'none' for pond"),
         (("--sites", "pond", "--model", "sharp,sharp"), "each model once"),
         (("--sites", "pont", "--model", "sharp"), "unknown site 'pont'"),
-        (("--sites", "pond", "--model", "sharp,near"), "pond is scored over 2 and 6 pairs of years"),
-        (("--sites", "pond", "--model", "near", "--baselines"), "pond is scored over 6 and 2 pairs of years"),
+        (
+            ("--sites", "pond", "--model", "sharp,near"),
+            "pond is scored over 2 and 6 pairs of years",
+        ),
+        (
+            ("--sites", "pond", "--model", "near", "--baselines"),
+            "pond is scored over 6 and 2 pairs of years",
+        ),
     ],
 )
 def test_what_cannot_be_scored_says_so_and_writes_nothing(world, tmp_path, arguments, words):
     out = tmp_path / "out"
-    shown = run("score", "--store", world[0], *arguments, "--out", out, "--json", tmp_path / "s.json", ok=2)
+    shown = run(
+        "score", "--store", world[0], *arguments, "--out", out, "--json", tmp_path / "s.json", ok=2
+    )
     assert words in shown
     assert not out.exists()
     assert not (tmp_path / "s.json").exists()
@@ -250,12 +334,25 @@ def test_labels_are_asked_for_before_predictions(world):
 
 def test_a_place_that_cannot_be_written_says_so(world, tmp_path):
     (tmp_path / "file").write_text("")
-    shown = run("score", "--store", world[0], "--sites", "pond", "--model", "sharp", "--out", tmp_path / "file" / "x", ok=2)
+    shown = run(
+        "score",
+        "--store",
+        world[0],
+        "--sites",
+        "pond",
+        "--model",
+        "sharp",
+        "--out",
+        tmp_path / "file" / "x",
+        ok=2,
+    )
     assert "cannot be written" in shown
 
 
 def test_names_are_safe_in_latex():
-    table = module.pd.DataFrame({"iou": ["0.5"]}, index=module.pd.Index(["a_b & 50 %"], name="model"))
+    table = module.pd.DataFrame(
+        {"iou": ["0.5"]}, index=module.pd.Index(["a_b & 50 %"], name="model")
+    )
     assert r"a\_b \& 50 \% & 0.5 \\" in module.latex(table)
 
 
@@ -263,7 +360,9 @@ def test_names_are_safe_in_latex():
 def figures(monkeypatch):
     saved = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))[1])
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))[1]
+    )
     return saved
 
 
@@ -275,7 +374,9 @@ def test_pictures_show_the_tables(tmp_path, figures):
     assert (first.get_color(), first.get_marker()) != (second.get_color(), second.get_marker())
     assert [t.get_text() for t in figures[-1].legends[0].get_texts()] == ["a", "b"]
     assert figures[-1].axes[0].get_ylabel() == "IoU"
-    curve = module.pd.DataFrame({"threshold": [0.9, 0.4], "precision": [1.0, 0.5], "recall": [0.2, 1.0]})
+    curve = module.pd.DataFrame(
+        {"threshold": [0.9, 0.4], "precision": [1.0, 0.5], "recall": [0.2, 1.0]}
+    )
     pictures.precision_recall({"a": curve}, tmp_path / "p.png", "t", 0.25)
     line, mark, chance = figures[-1].axes[0].lines
     assert line.get_xdata().tolist() == [0.2, 1.0]

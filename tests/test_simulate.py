@@ -102,14 +102,21 @@ def baseline(item: dict[str, Any]) -> str:
     return p.get("s2:processing_baseline") or p["processing:version"]
 
 
-def on_site(world: Path, style: str, item: dict[str, Any], band: str, truth: xr.Dataset) -> np.ndarray:
+def on_site(
+    world: Path, style: str, item: dict[str, Any], band: str, truth: xr.Dataset
+) -> np.ndarray:
     """A band of an item on the site's 10 m grid, nearest neighbour, by GDAL's warper; 0 where it has no data."""
     grid = truth.odc.geobox
     out = np.zeros(grid.shape, dtype=np.uint16)
     key = SHIPPED[style].assets[band]
     with rasterio.open(world / style / item["id"] / item["assets"][key]["href"]) as file:
         rasterio.warp.reproject(
-            rasterio.band(file, 1), out, dst_crs=str(grid.crs), dst_transform=grid.transform, src_nodata=0, dst_nodata=0
+            rasterio.band(file, 1),
+            out,
+            dst_crs=str(grid.crs),
+            dst_transform=grid.transform,
+            src_nodata=0,
+            dst_nodata=0,
         )
     return out
 
@@ -124,13 +131,17 @@ def newest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def day_of(item: dict[str, Any]) -> str:
-    return str(item["properties"]["datetime"][:10])  # at 13 degrees east the solar day is the UTC day
+    return str(
+        item["properties"]["datetime"][:10]
+    )  # at 13 degrees east the solar day is the UTC day
 
 
 # ---------------------------------------------------------------- radiometry
 
 
-def test_one_acquisition_holds_the_same_reflectance_in_every_style_once_the_offset_is_gone(world: Path) -> None:
+def test_one_acquisition_holds_the_same_reflectance_in_every_style_once_the_offset_is_gone(
+    world: Path,
+) -> None:
     kept = {s: {acquisition(i): i for i in newest(items(world, s))} for s in STYLES}
     assert set(kept["earth-search"]) == set(kept["planetary-computer"]) == set(kept["cdse"])
     below = 0
@@ -139,7 +150,9 @@ def test_one_acquisition_holds_the_same_reflectance_in_every_style_once_the_offs
         scl = read(world, "earth-search", item, "SCL")
         for band in BANDS:
             clean = read(world, "earth-search", item, band).astype(int)
-            seen = np.repeat(np.repeat(scl != 0, len(clean) // len(scl), axis=0), len(clean) // len(scl), axis=1).astype(int)
+            seen = np.repeat(
+                np.repeat(scl != 0, len(clean) // len(scl), axis=0), len(clean) // len(scl), axis=1
+            ).astype(int)
             # Valid pixels are never 0, pixels without data always.
             assert ((clean != 0) == seen).all()
             for style, carried in (("planetary-computer", 1000 * after), ("cdse", 1000)):
@@ -156,7 +169,9 @@ def test_one_acquisition_holds_the_same_reflectance_in_every_style_once_the_offs
 def test_offset_is_declared_and_flagged_as_the_providers_do(world: Path) -> None:
     for item in items(world, "earth-search"):
         assert item["properties"]["earthsearch:boa_offset_applied"] is (baseline(item) >= "04.00")
-        assert item["assets"]["red"]["raster:bands"][0]["offset"] == -0.1  # declared whatever the pixels are
+        assert (
+            item["assets"]["red"]["raster:bands"][0]["offset"] == -0.1
+        )  # declared whatever the pixels are
     for item in items(world, "cdse"):
         assert item["assets"]["B04_10m"]["raster:offset"] == -0.1
     for item in items(world, "planetary-computer"):
@@ -164,7 +179,9 @@ def test_offset_is_declared_and_flagged_as_the_providers_do(world: Path) -> None
         assert (baseline(item) >= "04.00") is (day_of(item) >= "2022-01-25")
 
 
-def test_before_the_offset_earth_search_lists_an_old_and_a_new_baseline_and_the_old_one_is_worse(world: Path) -> None:
+def test_before_the_offset_earth_search_lists_an_old_and_a_new_baseline_and_the_old_one_is_worse(
+    world: Path,
+) -> None:
     pairs = defaultdict(list)
     for item in items(world, "earth-search"):
         pairs[acquisition(item)].append(item)
@@ -180,7 +197,10 @@ def test_before_the_offset_earth_search_lists_an_old_and_a_new_baseline_and_the_
         moved = before[1:, 1:][valid] - after[:-1, :-1][valid]
         # The bias, and nothing else once the misregistration of one pixel is undone.
         assert 100 <= np.median(moved) <= 200
-        assert np.abs(moved - np.median(moved)).mean() < np.abs(before - after - np.median(moved))[1:, 1:][valid].mean()
+        assert (
+            np.abs(moved - np.median(moved)).mean()
+            < np.abs(before - after - np.median(moved))[1:, 1:][valid].mean()
+        )
     assert {baseline(i) for i in items(world, "planetary-computer", 2020)} == {"02.12"}
     assert {baseline(i) for i in items(world, "cdse", 2020)} == {"05.00"}
 
@@ -194,7 +214,9 @@ def test_both_granules_of_a_split_datatake_are_needed(world: Path) -> None:
             halves = defaultdict(list)
             for item in newest(items(world, style, year)):
                 halves[acquisition(item)[:2]].append(item)
-            split = [sorted(v, key=lambda i: acquisition(i)[2]) for v in halves.values() if len(v) == 2]
+            split = [
+                sorted(v, key=lambda i: acquisition(i)[2]) for v in halves.values() if len(v) == 2
+            ]
             assert len(split) >= 1
             for north, south in split:
                 assert day_of(north) == day_of(south)
@@ -206,10 +228,14 @@ def test_both_granules_of_a_split_datatake_are_needed(world: Path) -> None:
                 shared = (a != 0) & (b != 0)
                 assert shared.any()
                 np.testing.assert_array_equal(a[shared], b[shared])
-                assert (a != 0).any(axis=1).argmax() < (b != 0).any(axis=1).argmax()  # the first seen lies north
+                assert (a != 0).any(axis=1).argmax() < (b != 0).any(
+                    axis=1
+                ).argmax()  # the first seen lies north
 
 
-def test_two_tiles_overlap_hold_the_same_pixels_and_cover_the_site_only_together(world: Path, truth: xr.Dataset) -> None:
+def test_two_tiles_overlap_hold_the_same_pixels_and_cover_the_site_only_together(
+    world: Path, truth: xr.Dataset
+) -> None:
     by_day = defaultdict(dict)
     for item in newest(items(world, "cdse")):
         if item["assets"]["B04_10m"]["proj:code"] == "EPSG:32633" and "_R065_" in item["id"]:
@@ -217,7 +243,10 @@ def test_two_tiles_overlap_hold_the_same_pixels_and_cover_the_site_only_together
     whole = [v for v in by_day.values() if len(v) == 2]
     assert whole
     for tiles in whole:
-        seen = [np.max([on_site(world, "cdse", i, "B04", truth) for i in parts], axis=0) for parts in tiles.values()]
+        seen = [
+            np.max([on_site(world, "cdse", i, "B04", truth) for i in parts], axis=0)
+            for parts in tiles.values()
+        ]
         west, east = sorted(seen, key=lambda a: (a != 0).any(axis=0).argmax())
         both = (west != 0) & (east != 0)
         np.testing.assert_array_equal(west[both], east[both])
@@ -227,7 +256,9 @@ def test_two_tiles_overlap_hold_the_same_pixels_and_cover_the_site_only_together
         assert ((west != 0) | (east != 0)).all()
 
 
-def test_tiles_lie_on_the_archives_grid_and_reach_beyond_the_site(world: Path, truth: xr.Dataset) -> None:
+def test_tiles_lie_on_the_archives_grid_and_reach_beyond_the_site(
+    world: Path, truth: xr.Dataset
+) -> None:
     left, bottom, right, top = truth.odc.geobox.extent.boundingbox.bbox
     for style in STYLES:
         for item in items(world, style):
@@ -236,7 +267,9 @@ def test_tiles_lie_on_the_archives_grid_and_reach_beyond_the_site(world: Path, t
                     assert [v % 60 for v in file.bounds] == [0, 0, 0, 0]
                     assert list(file.transform)[:6] == asset["proj:transform"]
                     assert list(file.shape) == asset["proj:shape"]
-                    epsg = item["properties"].get("proj:epsg") or asset["proj:code"].removeprefix("EPSG:")
+                    epsg = item["properties"].get("proj:epsg") or asset["proj:code"].removeprefix(
+                        "EPSG:"
+                    )
                     assert file.crs.to_epsg() == int(epsg)
                     if file.crs.to_epsg() == 32633:
                         assert file.bounds.bottom <= bottom - 200
@@ -246,13 +279,19 @@ def test_tiles_lie_on_the_archives_grid_and_reach_beyond_the_site(world: Path, t
 
 
 def test_the_neighbouring_zone_shows_the_same_ground(world: Path, truth: xr.Dataset) -> None:
-    found = [i for i in newest(items(world, "earth-search")) if i["properties"]["proj:epsg"] == 32632]
+    found = [
+        i for i in newest(items(world, "earth-search")) if i["properties"]["proj:epsg"] == 32632
+    ]
     assert found
     compared = 0
     for item in found:
         there = on_site(world, "earth-search", item, "B08", truth).astype(float)
         same = [i for i in newest(items(world, "earth-search")) if day_of(i) == day_of(item)]
-        here = [on_site(world, "earth-search", i, "B08", truth) for i in same if i["properties"]["proj:epsg"] == 32633]
+        here = [
+            on_site(world, "earth-search", i, "B08", truth)
+            for i in same
+            if i["properties"]["proj:epsg"] == 32633
+        ]
         home = np.max(here, axis=0).astype(float)
         both = (there != 0) & (home != 0)
         if both.sum() < 500 or home[both].std() < 100:
@@ -270,7 +309,9 @@ def test_one_of_two_orbits_leaves_a_wedge_without_data(world: Path, truth: xr.Da
         if item["assets"]["B04_10m"]["proj:code"] == "EPSG:32633":
             scl = read(world, "cdse", item, "SCL")
             area = gpd.GeoSeries([shape(item["geometry"])], crs=4326).to_crs(32633).area[0]
-            assert area == pytest.approx((scl != 0).sum() * 400, rel=0.04)  # the item's geometry is where the data are
+            assert area == pytest.approx(
+                (scl != 0).sum() * 400, rel=0.04
+            )  # the item's geometry is where the data are
             split = (scl != 0).any(axis=1).mean() < 0.9
             shares[item["properties"]["sat:relative_orbit"], split].append((scl != 0).mean())
     assert set(shares) == {(65, False), (65, True), (108, False)}
@@ -282,7 +323,9 @@ def test_one_of_two_orbits_leaves_a_wedge_without_data(world: Path, truth: xr.Da
     assert edge[0] > edge[-1] > 0
 
 
-def test_a_catalogue_gap_is_filled_by_the_neighbouring_zone_alone(world: Path, truth: xr.Dataset) -> None:
+def test_a_catalogue_gap_is_filled_by_the_neighbouring_zone_alone(
+    world: Path, truth: xr.Dataset
+) -> None:
     zones = defaultdict(set)
     for item in items(world, "cdse"):
         zones[day_of(item)].add((acquisition(item)[1], item["assets"]["B04_10m"]["proj:code"]))
@@ -300,7 +343,9 @@ def test_a_catalogue_gap_is_filled_by_the_neighbouring_zone_alone(world: Path, t
 # ---------------------------------------------------------------- classification and sky
 
 
-def test_bright_mine_ground_is_called_cloud_on_nearly_every_clear_date(world: Path, truth: xr.Dataset) -> None:
+def test_bright_mine_ground_is_called_cloud_on_nearly_every_clear_date(
+    world: Path, truth: xr.Dataset
+) -> None:
     flagged = clear = elsewhere = others = 0
     for item in newest(items(world, "earth-search")):
         if item["properties"]["proj:epsg"] != 32633 or day_of(item)[5:7] in ("01", "02", "12"):
@@ -332,7 +377,9 @@ def test_scl_misses_halo_and_thin_cloud_but_not_thick_cloud(world: Path, truth: 
         # Unflagged, on a date without thin cloud, and no more than 40 m from what is flagged.
         if not (scl == 10).any():
             land = truth.footprint.sel(year=int(day_of(item)[:4])).values == 0
-            near = ndimage.binary_dilation(np.isin(scl, (8, 9)) & land, iterations=4) & np.isin(scl, (2, 4, 5, 6))
+            near = ndimage.binary_dilation(np.isin(scl, (8, 9)) & land, iterations=4) & np.isin(
+                scl, (2, 4, 5, 6)
+            )
             halo += int((near & dirty).sum())
             ring += int(near.sum())
         white = on_site(world, "earth-search", item, "B02", truth) > 5000
@@ -348,7 +395,10 @@ def test_snow_lies_in_winter_only(world: Path) -> None:
     for item in newest(items(world, "planetary-computer")):
         winter = day_of(item)[5:7] in ("01", "02", "12")
         assert (item["properties"]["s2:snow_ice_percentage"] > 0) is winter
-    assert {day_of(i)[5:7] in ("01", "02", "12") for i in items(world, "planetary-computer")} == {True, False}
+    assert {day_of(i)[5:7] in ("01", "02", "12") for i in items(world, "planetary-computer")} == {
+        True,
+        False,
+    }
 
 
 def test_truth_says_clear_where_the_pixels_are_the_ground_and_contaminated_where_they_are_not(
@@ -385,12 +435,18 @@ def test_truth_says_clear_where_the_pixels_are_the_ground_and_contaminated_where
 # ---------------------------------------------------------------- truth
 
 
-def test_truth_is_the_median_of_the_clean_dates_at_each_bands_own_resolution(place: Site, truth: xr.Dataset) -> None:
+def test_truth_is_the_median_of_the_clean_dates_at_each_bands_own_resolution(
+    place: Site, truth: xr.Dataset
+) -> None:
     grid = grid_of(place)
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
     ground = ground_of(land_of(grid, canvas, draw), 2020)
-    days = [d for d in truth.time.values if 4 <= d.astype("M8[M]").astype(int) % 12 + 1 <= 10 and str(d)[:4] == "2020"]
+    days = [
+        d
+        for d in truth.time.values
+        if 4 <= d.astype("M8[M]").astype(int) % 12 + 1 <= 10 and str(d)[:4] == "2020"
+    ]
     assert len(days) == 6
     for index, band in enumerate(BANDS):
         dates = []
@@ -398,7 +454,9 @@ def test_truth_is_the_median_of_the_clean_dates_at_each_bands_own_resolution(pla
             number = int((day.astype("M8[D]") - np.datetime64("2020-01-01")).astype(int)) + 1
             plane = ground.reflectance(ground.patches.spectra(number)[:, index])[inside]
             if band not in ("B02", "B03", "B04", "B08"):
-                means = plane.reshape(grid.shape[0] // 2, 2, grid.shape[1] // 2, 2).mean(axis=(1, 3))
+                means = plane.reshape(grid.shape[0] // 2, 2, grid.shape[1] // 2, 2).mean(
+                    axis=(1, 3)
+                )
                 plane = np.kron(means, np.ones((2, 2)))
             dates.append(plane)
         expected = np.median(np.stack(dates), axis=0) * 10000
@@ -417,7 +475,11 @@ def test_the_median_of_truly_clear_pixels_comes_close_to_the_truth_and_that_of_a
             found[day_of(item)].append(item)
     for day, parts in found.items():
         for band in ("B03", "B08", "B12"):
-            dates[band].append(np.max([on_site(world, "earth-search", i, band, truth) for i in parts], axis=0).astype(float))
+            dates[band].append(
+                np.max(
+                    [on_site(world, "earth-search", i, band, truth) for i in parts], axis=0
+                ).astype(float)
+            )
         clear.append(truth.sky.sel(time=day).values.squeeze() == 1)
     for band, stack in dates.items():
         seen = np.where(np.stack(stack) == 0, np.nan, np.stack(stack))
@@ -425,7 +487,9 @@ def test_the_median_of_truly_clear_pixels_comes_close_to_the_truth_and_that_of_a
         enough = (~np.isnan(masked)).sum(axis=0) >= 2
         of = truth.reflectance.sel(year=2022, band=band).values.astype(float)
         mine = truth.footprint.sel(year=2022).values[enough] == 1
-        good, naive = ((np.nanmedian(s[:, enough], axis=0) - of[enough]) / 1e4 for s in (masked, seen))
+        good, naive = (
+            (np.nanmedian(s[:, enough], axis=0) - of[enough]) / 1e4 for s in (masked, seen)
+        )
         assert np.sqrt((good[mine] ** 2).mean()) < 0.01
         assert np.sqrt((good[mine] ** 2).mean()) < 0.5 * np.sqrt((naive[mine] ** 2).mean())
 
@@ -448,7 +512,10 @@ def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(plac
     assert (often >= 2).mean() >= 0.999
     assert 0.4 < 1 - np.mean(clear) < 0.65  # wedge and cloud
     truth = reflectance_of(ground, passes, inside)
-    off = [np.nanmedian(stacks[b], axis=0)[often > 0] - truth[k][often > 0] for k, b in enumerate(BANDS)]
+    off = [
+        np.nanmedian(stacks[b], axis=0)[often > 0] - truth[k][often > 0]
+        for k, b in enumerate(BANDS)
+    ]
     assert np.sqrt(np.square(off).mean()) / 1e4 < 0.01
 
 
@@ -469,7 +536,9 @@ def test_errors_of_scene_classifications(place: Site) -> None:
             assert clear.sum() > 0.9 * (seen.scl != 0).sum()
             assert cloudy[clear].mean() > 0.8
             counts = seen.counts["B02"].astype(float), seen.counts["B04"].astype(float)
-            streaks = [np.diff(c, axis=0).ravel() for c in counts]  # along the track, where bands see them apart
+            streaks = [
+                np.diff(c, axis=0).ravel() for c in counts
+            ]  # along the track, where bands see them apart
             assert np.corrcoef(*streaks)[0, 1] < 0.9
         if overpass.false_cirrus:
             cirrus = seen.scl == 10
@@ -487,9 +556,13 @@ def test_scenes_lie_beside_each_other(place: Site) -> None:
     off: dict[int, list[float]] = {}
     for year in (2020, 2022):
         ground = ground_of(land_of(grid, canvas, draw), year)
-        for overpass in [p for p in overpasses(draw, 13.0, year, 22, 0, shifts=True) if p.cover < 0.03]:
+        for overpass in [
+            p for p in overpasses(draw, 13.0, year, 22, 0, shifts=True) if p.cover < 0.03
+        ]:
             seen = observe(draw, grid, canvas, ground, overpass).counts["B04"] / 1e4
-            clean = ground.reflectance(ground.patches.spectra(overpass.day.timetuple().tm_yday)[:, BANDS.index("B04")])
+            clean = ground.reflectance(
+                ground.patches.spectra(overpass.day.timetuple().tm_yday)[:, BANDS.index("B04")]
+            )
             slopes = np.stack([slope.ravel() for slope in np.gradient(clean)], axis=1)
             shift, *_ = np.linalg.lstsq(slopes, (seen - clean).ravel(), rcond=None)
             off.setdefault(year, []).append(10 * float(np.hypot(*shift)))
@@ -500,7 +573,10 @@ def test_scenes_lie_beside_each_other(place: Site) -> None:
 def test_footprint_is_the_outline_by_pixel_centre(world: Path, truth: xr.Dataset) -> None:
     outlines = gpd.read_parquet(world / "truth_footprints.parquet")
     assert outlines.crs == "EPSG:4326"
-    assert list(outlines[["site", "year"]].itertuples(index=False, name=None)) == [("small", 2020), ("small", 2022)]
+    assert list(outlines[["site", "year"]].itertuples(index=False, name=None)) == [
+        ("small", 2020),
+        ("small", 2022),
+    ]
     local = outlines.to_crs(truth.odc.geobox.crs.to_epsg())
     x, y = np.meshgrid(truth.x.values, truth.y.values)
     for row in local.itertuples():
@@ -538,10 +614,15 @@ def test_reclaimed_land_is_green_again() -> None:
     land = land_of(grid, canvas, draw)
     was, ground = ground_of(land, 2016), ground_of(land, 2023)
     x, y = np.meshgrid(*(canvas.coords[d].values for d in ("x", "y")))
-    given = shapely.contains_xy(was.mine.outline, x, y) & ~shapely.contains_xy(ground.mine.outline, x, y)
+    given = shapely.contains_xy(was.mine.outline, x, y) & ~shapely.contains_xy(
+        ground.mine.outline, x, y
+    )
     assert given.sum() > 100
     assert set(np.array(ground.kinds)[ground.patch[given]]) == {"young"}
-    red, nir = (ground.reflectance(ground.patches.spectra(180)[:, BANDS.index(b)])[given] for b in ("B04", "B08"))
+    red, nir = (
+        ground.reflectance(ground.patches.spectra(180)[:, BANDS.index(b)])[given]
+        for b in ("B04", "B08")
+    )
     assert np.median((nir - red) / (nir + red)) > 0.4
 
 
@@ -558,7 +639,9 @@ def test_dates_follow_the_satellites_and_sparse_years_are_sparse() -> None:
     assert {p.satellite for p in full} == {"S2A", "S2B"}
     assert {p.orbit for p in full} == {65, 108}
     assert sum(p.split for p in full) == 1
-    for p in full:  # relative orbit from the absolute one: S2A minus 140, S2B minus 26 (143 orbits a cycle)
+    for p in (
+        full
+    ):  # relative orbit from the absolute one: S2A minus 140, S2B minus 26 (143 orbits a cycle)
         assert (p.absolute_orbit - {"S2A": 140, "S2B": 26}[p.satellite]) % 143 == p.orbit % 143
         assert p.start < p.sensed
     covers = [p.cover for p in full if not p.snow]
@@ -577,9 +660,14 @@ def test_known_acquisitions_have_their_real_numbers(real_data: Path) -> None:
         found[path.stem] = json.loads(path.read_text())
     checked = 0
     for item in found.values():
-        taken = re.fullmatch(r"G(S2.)_(\d{4})(\d\d)(\d\d)T\d{6}_(\d{6})_N.*", prop(item, "datatake_id"))
+        taken = re.fullmatch(
+            r"G(S2.)_(\d{4})(\d\d)(\d\d)T\d{6}_(\d{6})_N.*", prop(item, "datatake_id")
+        )
         assert taken
-        orbits = {(p.satellite, p.day.isoformat()): p for p in overpasses(streams(0, "x"), 8.0, 2020, 84, 90)}
+        orbits = {
+            (p.satellite, p.day.isoformat()): p
+            for p in overpasses(streams(0, "x"), 8.0, 2020, 84, 90)
+        }
         key = (taken.group(1), "-".join(taken.group(2, 3, 4)))
         if key in orbits:
             checked += 1
@@ -592,11 +680,21 @@ def test_known_acquisitions_have_their_real_numbers(real_data: Path) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_items_are_valid_stac_and_come_back_from_geoparquet_whole(world: Path, style: str) -> None:
-    listed = {i["id"]: i for i in stac_geoparquet.arrow.stac_table_to_items(pq.read_table(world / f"{style}.parquet"))}
+    listed = {
+        i["id"]: i
+        for i in stac_geoparquet.arrow.stac_table_to_items(
+            pq.read_table(world / f"{style}.parquet")
+        )
+    }
     written = items(world, style)
-    assert list(listed) == [i["id"] for i in sorted(written, key=lambda i: (i["properties"]["datetime"], i["id"]))]
+    assert list(listed) == [
+        i["id"] for i in sorted(written, key=lambda i: (i["properties"]["datetime"], i["id"]))
+    ]
     for item in written:
-        validate_dict(pystac.Item.from_dict(item).to_dict(include_self_link=False, transform_hrefs=False), extensions=[])
+        validate_dict(
+            pystac.Item.from_dict(item).to_dict(include_self_link=False, transform_hrefs=False),
+            extensions=[],
+        )
         back = listed[item["id"]]
         assert back["properties"] == item["properties"]
         assert shape(back["geometry"]).equals(shape(item["geometry"]))
@@ -608,20 +706,42 @@ def test_items_are_valid_stac_and_come_back_from_geoparquet_whole(world: Path, s
 
 
 @pytest.mark.parametrize(
-    ("style", "folder"), [("earth-search", "earthsearch_l2a"), ("planetary-computer", "planetary_computer"), ("cdse", "cdse")]
+    ("style", "folder"),
+    [
+        ("earth-search", "earthsearch_l2a"),
+        ("planetary-computer", "planetary_computer"),
+        ("cdse", "cdse"),
+    ],
 )
 def test_items_say_what_the_providers_items_say_and_nothing_they_do_not(
     world: Path, real_data: Path, style: str, folder: str
 ) -> None:
-    real = [json.loads(p.read_text()) for p in sorted((real_data / "stac_items" / folder).glob("*.json"))]
+    real = [
+        json.loads(p.read_text())
+        for p in sorted((real_data / "stac_items" / folder).glob("*.json"))
+    ]
     keys = {k for i in real for k in i["properties"]}
     for item in items(world, style):
         assert set(item["properties"]) - {"minecube:simulated"} <= keys
         assert item["stac_version"] == real[0]["stac_version"]
         assert set(item["stac_extensions"]) <= {e for r in real for e in r["stac_extensions"]}
         assert re.sub(r"\d", "9", item["id"].replace("S2B", "S2A"))[:4] == "S9A_"
-        shapes = {re.sub(r"[0-9]", "9", re.sub(r"(?<=[0-9])[A-Z]{3}(?=_)", "XXX", r["id"].replace("S2B", "S2A"))) for r in real}
-        assert re.sub(r"[0-9]", "9", re.sub(r"(?<=[0-9])[A-Z]{3}(?=_)", "XXX", item["id"].replace("S2B", "S2A"))) in shapes
+        shapes = {
+            re.sub(
+                r"[0-9]",
+                "9",
+                re.sub(r"(?<=[0-9])[A-Z]{3}(?=_)", "XXX", r["id"].replace("S2B", "S2A")),
+            )
+            for r in real
+        }
+        assert (
+            re.sub(
+                r"[0-9]",
+                "9",
+                re.sub(r"(?<=[0-9])[A-Z]{3}(?=_)", "XXX", item["id"].replace("S2B", "S2A")),
+            )
+            in shapes
+        )
         for key, asset in item["assets"].items():
             of = {k for r in real if key in r["assets"] for k in r["assets"][key]}
             assert set(asset) <= of
@@ -674,14 +794,18 @@ def test_truth_lies_on_the_sites_grid(place: Site, truth: xr.Dataset) -> None:
 def pixels_of(world: Path, site: str, year: int) -> dict[str, bytes]:
     truth = xr.open_zarr(world / "truth.zarr", group=site, consolidated=False).load()
     inside = truth.odc.geobox.geographic_extent.geom
-    found = {f"truth {n}": truth[n].sel(year=year).values.tobytes() for n in ("reflectance", "footprint")}
+    found = {
+        f"truth {n}": truth[n].sel(year=year).values.tobytes() for n in ("reflectance", "footprint")
+    }
     found["truth sky"] = truth.sky.sel(time=str(year)).values.tobytes()
     for item in items(world, "cdse", year):
         if shape(item["geometry"]).intersects(inside):
             for band in ("B02", "B11", "SCL"):
-                found["/".join([*acquisition(item)[::2], item["assets"]["SCL_20m"]["proj:code"], band])] = read(
-                    world, "cdse", item, band
-                ).tobytes()
+                found[
+                    "/".join(
+                        [*acquisition(item)[::2], item["assets"]["SCL_20m"]["proj:code"], band]
+                    )
+                ] = read(world, "cdse", item, band).tobytes()
     return found
 
 
@@ -689,7 +813,9 @@ def test_a_scene_depends_on_nothing_but_seed_site_and_date(tmp_path: Path) -> No
     a, b = site_of("a", 360000, 5600040, 48, 60), site_of("b", 390000, 5580000, 54, 48)
     few = {"dates_per_year": 2, "winter_dates": 0}
     simulate([a, b], tmp_path / "both", World(years=(2019, 2023), styles=("cdse",), **few))
-    simulate([b], tmp_path / "alone", World(years=(2023,), styles=("planetary-computer", "cdse"), **few))
+    simulate(
+        [b], tmp_path / "alone", World(years=(2023,), styles=("planetary-computer", "cdse"), **few)
+    )
     simulate([b], tmp_path / "other", World(years=(2023,), styles=("cdse",), seed=1, **few))
     both, alone, other = (pixels_of(tmp_path / n, "b", 2023) for n in ("both", "alone", "other"))
     assert len(both) > 10
@@ -703,7 +829,13 @@ def test_a_scene_depends_on_nothing_but_seed_site_and_date(tmp_path: Path) -> No
 def test_styles_take_turns_when_each_site_has_one(tmp_path: Path) -> None:
     sites = [site_of(n, 360000 + 30000 * k, 5600040, 48, 48) for k, n in enumerate(("a", "b", "c"))]
     said: list[str] = []
-    world = World(years=(2023,), dates_per_year=2, winter_dates=0, styles=("cdse", "earth-search"), one_style_per_site=True)
+    world = World(
+        years=(2023,),
+        dates_per_year=2,
+        winter_dates=0,
+        styles=("cdse", "earth-search"),
+        one_style_per_site=True,
+    )
     simulate(sites, tmp_path / "out", world, progress=said.append)
     assert said == ["a 2023", "b 2023", "c 2023"]
     made = ["cdse", "cdse.parquet", "earth-search", "earth-search.parquet", "sources.yaml"]
@@ -746,7 +878,12 @@ def test_a_world_that_cannot_be_is_refused(wrong: dict[str, Any], says: str) -> 
 def test_bad_sites_and_folders_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     fine, tiny = site_of("fine", 360000, 5600040, 48, 48), site_of("tiny", 360000, 5600040, 12, 48)
     world = World(years=(2023,), dates_per_year=1)
-    for sites, says in (([], "one site"), ([fine, fine], "once"), ([tiny], "48 pixels"), ([Site(id="null")], "null")):
+    for sites, says in (
+        ([], "one site"),
+        ([fine, fine], "once"),
+        ([tiny], "48 pixels"),
+        ([Site(id="null")], "null"),
+    ):
         with pytest.raises(CatalogError, match=says):
             simulate(sites, tmp_path / "out", world)
     (tmp_path / "file").write_text("no folder")
@@ -759,13 +896,19 @@ def test_bad_sites_and_folders_are_refused_and_leave_nothing(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(archive, "_write_cog", full)
     with pytest.raises(CatalogError, match="No space left"):
-        simulate([site_of("a", 360000, 5600040, 48, 48)], tmp_path / "out", World(years=(2023,), dates_per_year=1))
+        simulate(
+            [site_of("a", 360000, 5600040, 48, 48)],
+            tmp_path / "out",
+            World(years=(2023,), dates_per_year=1),
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,16 +23,24 @@ RATES = Rates(opening=0.03, closing=0.01, initial=0.2, prior=0.3, temper=0.6)
 
 def maps(values: object, years: object = YEARS) -> xr.DataArray:
     array = np.asarray(values, np.uint8)
-    return xr.DataArray(array.reshape(len(array), 1, -1), dims=("year", "y", "x"), coords={"year": list(years)})
+    return xr.DataArray(
+        array.reshape(len(array), 1, -1), dims=("year", "y", "x"), coords={"year": list(years)}
+    )
 
 
 def series(seed: int, years: int, pixels: int, unknown: float = 0.1) -> np.ndarray:
     r = np.random.default_rng(seed)
-    values = np.where(r.random((years, pixels)) < 0.4, r.choice([0, 250], (years, pixels)), r.integers(0, 251, (years, pixels)))
+    values = np.where(
+        r.random((years, pixels)) < 0.4,
+        r.choice([0, 250], (years, pixels)),
+        r.integers(0, 251, (years, pixels)),
+    )
     return np.where(r.random((years, pixels)) < unknown, 255, values).astype(np.uint8)
 
 
-def every_path(values: np.ndarray, years: tuple[int, ...], rates: Rates) -> tuple[np.ndarray, dict[tuple[int, ...], float]]:
+def every_path(
+    values: np.ndarray, years: tuple[int, ...], rates: Rates
+) -> tuple[np.ndarray, dict[tuple[int, ...], float]]:
     """Posterior of each year and the probability of each path, by all 2^T of them, each step of a year a matrix product."""
     yearly = np.array([[1 - rates.opening, rates.opening], [rates.closing, 1 - rates.closing]])
     weight = {}
@@ -48,7 +56,9 @@ def every_path(values: np.ndarray, years: tuple[int, ...], rates: Rates) -> tupl
                 p *= of_state**rates.temper
         weight[path] = p
     total = sum(weight.values())
-    marginal = np.array([sum(w for path, w in weight.items() if path[t]) / total for t in range(len(years))])
+    marginal = np.array(
+        [sum(w for path, w in weight.items() if path[t]) / total for t in range(len(years))]
+    )
     return marginal, {path: w / total for path, w in weight.items()}
 
 
@@ -60,16 +70,25 @@ rates_of = st.builds(
     prior=st.sampled_from([0.01, 0.07, 0.5, 0.99]),
     temper=st.sampled_from([0.2, 0.75, 1.0]),
 )
-values_of = st.lists(st.one_of(st.sampled_from([0, 125, 250, 255]), st.integers(0, 250)), min_size=1, max_size=7)
+values_of = st.lists(
+    st.one_of(st.sampled_from([0, 125, 250, 255]), st.integers(0, 250)), min_size=1, max_size=7
+)
 
 
 @settings(deadline=None, max_examples=120)
 @given(values_of, rates_of, st.data())
-def test_posterior_and_path_are_those_of_every_path(values: list[int], rates: Rates, data: st.DataObject) -> None:
-    gaps = data.draw(st.lists(st.integers(1, 4), min_size=len(values) - 1, max_size=len(values) - 1))
+def test_posterior_and_path_are_those_of_every_path(
+    values: list[int], rates: Rates, data: st.DataObject
+) -> None:
+    gaps = data.draw(
+        st.lists(st.integers(1, 4), min_size=len(values) - 1, max_size=len(values) - 1)
+    )
     years = tuple(itertools.accumulate(gaps, initial=2015))
     column = np.array(values, np.uint8)[:, None]
-    found, path = smoothing.posterior(column, years, rates)[:, 0], smoothing.viterbi(column, years, rates)[:, 0]
+    found, path = (
+        smoothing.posterior(column, years, rates)[:, 0],
+        smoothing.viterbi(column, years, rates)[:, 0],
+    )
     if (column == 255).all():
         assert (found == 255).all()
         assert (path == 255).all()
@@ -85,11 +104,22 @@ def test_a_path_worked_by_hand() -> None:
     rates = Rates(opening=0.1, closing=0.1, initial=0.5, prior=0.5, temper=1)
     # 111: 4 .9 1 .9 4 = 12.96; 101: 4 .1 4 .1 4 = .64; 011: .9 .1 4 = .36 (1 * .1 * 1 * .9 * 4); 110: 4 .9 1 .1 1 = .36;
     # 001: .9 4 .1 4 = 1.44; 100: 4 .1 4 .9 = 1.44; 000: .9 4 .9 = 3.24; 010: .1 .1 = .01
-    one = {"111": 12.96, "101": 0.64, "011": 0.36, "110": 0.36, "001": 1.44, "100": 1.44, "000": 3.24, "010": 0.01}
+    one = {
+        "111": 12.96,
+        "101": 0.64,
+        "011": 0.36,
+        "110": 0.36,
+        "001": 1.44,
+        "100": 1.44,
+        "000": 3.24,
+        "010": 0.01,
+    }
     total = sum(one.values())
     expected = [sum(v for k, v in one.items() if k[t] == "1") / total for t in range(3)]
     values = np.array([[200], [50], [200]], np.uint8)
-    assert smoothing.posterior(values, (2015, 2016, 2017), rates)[:, 0].tolist() == [round(250 * p) for p in expected]
+    assert smoothing.posterior(values, (2015, 2016, 2017), rates)[:, 0].tolist() == [
+        round(250 * p) for p in expected
+    ]
     assert smoothing.viterbi(values, (2015, 2016, 2017), rates)[:, 0].tolist() == [1, 1, 1]
 
 
@@ -107,9 +137,13 @@ def test_a_year_left_out_is_a_year_of_which_nothing_is_known() -> None:
 def test_unknown_is_no_probability() -> None:
     # Were 255 taken for a probability of 1.02, the year in between would make all three a mine.
     rates = dataclasses.replace(RATES, initial=0.5, prior=0.5)
-    found = smoothing.posterior(np.array([[60], [255], [60]], np.uint8), (2015, 2016, 2017), rates)[:, 0]
+    found = smoothing.posterior(np.array([[60], [255], [60]], np.uint8), (2015, 2016, 2017), rates)[
+        :, 0
+    ]
     assert (found < 60).all()
-    alone = smoothing.posterior(np.array([[255], [255], [255], [0]], np.uint8), (2015, 2016, 2017, 2018), rates)[:, 0]
+    alone = smoothing.posterior(
+        np.array([[255], [255], [255], [0]], np.uint8), (2015, 2016, 2017, 2018), rates
+    )[:, 0]
     assert alone.tolist() == sorted(alone.tolist(), reverse=True)
     assert alone[0] < 125
 
@@ -118,7 +152,9 @@ def test_one_year_under_its_own_prior_stays_as_it_is() -> None:
     # Divided out and put back: the wrong way round, or once too often, it would not come back.
     rates = Rates(opening=0.01, closing=0.02, initial=0.07, prior=0.07, temper=1)
     values = np.arange(251, dtype=np.uint8)[None]
-    np.testing.assert_array_equal(smoothing.posterior(values, (2020,), rates)[0, 1:-1], values[0, 1:-1])
+    np.testing.assert_array_equal(
+        smoothing.posterior(values, (2020,), rates)[0, 1:-1], values[0, 1:-1]
+    )
     # Under a prior of one half a mine's odds are 0.93 / 0.07 = 13 times what they should be.
     low = smoothing.posterior(values, (2020,), dataclasses.replace(rates, prior=0.5))[0]
     assert (low[1:-1] < values[0, 1:-1]).all()
@@ -143,7 +179,9 @@ def test_nothing_overflows_at_the_ends() -> None:
             assert (smoothing.posterior(values, range(60), rates) == stored).all()
             assert (smoothing.viterbi(values, range(60), rates) == stored // 250).all()
         turned = np.repeat(np.array([0, 250, 0], np.uint8), 20)[:, None]
-        found = smoothing.posterior(turned, range(60), dataclasses.replace(rates, initial=0.5, prior=0.5))
+        found = smoothing.posterior(
+            turned, range(60), dataclasses.replace(rates, initial=0.5, prior=0.5)
+        )
     assert found[5, 0] == 0
     assert found[30, 0] == 250
     assert found[55, 0] == 0
@@ -168,9 +206,14 @@ def test_a_change_is_in_the_year_it_was_seen() -> None:
 
 
 def test_a_single_years_error_is_mended_and_a_lasting_change_is_not() -> None:
-    values = np.array([[10, 10, 10, 240, 10, 10, 10, 10], [10, 10, 10, 240, 240, 240, 240, 240]], np.uint8).T
+    values = np.array(
+        [[10, 10, 10, 240, 10, 10, 10, 10], [10, 10, 10, 240, 240, 240, 240, 240]], np.uint8
+    ).T
     rates = dataclasses.replace(RATES, prior=0.5)
-    for found in (smoothing.posterior(values, YEARS, rates) >= 125, smoothing.viterbi(values, YEARS, rates) == 1):
+    for found in (
+        smoothing.posterior(values, YEARS, rates) >= 125,
+        smoothing.viterbi(values, YEARS, rates) == 1,
+    ):
         assert found[:, 0].tolist() == [False] * 8
         assert found[:, 1].tolist() == [False] * 3 + [True] * 5
 
@@ -194,11 +237,16 @@ def test_torch_refuses_what_is_not_there() -> None:
 
 def test_blocks_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     values = xr.DataArray(
-        series(2, 8, 37 * 61).reshape(8, 37, 61), dims=("year", "y", "x"), coords={"year": list(YEARS), "x": np.arange(61.0)}
+        series(2, 8, 37 * 61).reshape(8, 37, 61),
+        dims=("year", "y", "x"),
+        coords={"year": list(YEARS), "x": np.arange(61.0)},
     )
     for run in (tracks.smooth, tracks.likeliest):
         whole = run(values, RATES)
-        parts = [[run(values[:, y : y + 16, x : x + 20], RATES) for x in range(0, 61, 20)] for y in range(0, 37, 16)]
+        parts = [
+            [run(values[:, y : y + 16, x : x + 20], RATES) for x in range(0, 61, 20)]
+            for y in range(0, 37, 16)
+        ]
         xr.testing.assert_equal(xr.combine_nested(parts, ["y", "x"]), whole)
         monkeypatch.setattr(smoothing, "_BLOCK_PX", 100)
         xr.testing.assert_identical(run(values, RATES), whole)
@@ -211,7 +259,9 @@ def test_blocks_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_lazy_maps_and_maps_of_other_layout() -> None:
     values = maps(series(3, 8, 40))
-    xr.testing.assert_identical(tracks.smooth(values.chunk(year=1), RATES), tracks.smooth(values, RATES))
+    xr.testing.assert_identical(
+        tracks.smooth(values.chunk(year=1), RATES), tracks.smooth(values, RATES)
+    )
     turned = values.transpose("x", "year", "y").copy().transpose("year", "y", "x")
     xr.testing.assert_identical(tracks.smooth(turned, RATES), tracks.smooth(values, RATES))
 
@@ -236,7 +286,15 @@ def test_what_is_no_stored_probability_is_refused(spoil, said) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"opening": 0.0}, {"closing": 0.6}, {"initial": 0.0}, {"prior": 1.0}, {"temper": 0.0}, {"opening": math.nan}]
+    "wrong",
+    [
+        {"opening": 0.0},
+        {"closing": 0.6},
+        {"initial": 0.0},
+        {"prior": 1.0},
+        {"temper": 0.0},
+        {"opening": math.nan},
+    ],
 )
 def test_rates_that_are_none(wrong: dict[str, float]) -> None:
     with pytest.raises(LabelError, match=next(iter(wrong))):
@@ -259,7 +317,9 @@ def chain(seed: int, rates: Rates, years: int, pixels: int) -> np.ndarray:
 def seen(seed: int, states: np.ndarray, prior: float) -> np.ndarray:
     """Stored probabilities that are true posteriors, under `prior`, of states seen through noise."""
     noisy = np.where(states, 1.0, -1.0) + np.random.default_rng(seed).normal(0, 1, states.shape)
-    odds = np.exp(2 * noisy) * prior / (1 - prior)  # normal densities at +1 and -1: their ratio is exp(2 y)
+    odds = (
+        np.exp(2 * noisy) * prior / (1 - prior)
+    )  # normal densities at +1 and -1: their ratio is exp(2 y)
     return np.rint(250 * odds / (1 + odds)).astype(np.uint8)
 
 
@@ -308,7 +368,10 @@ def test_expected_counts_add_up_over_sites_and_equal_series() -> None:
     table = smoothing.evidence(RATES).astype(float)
     values = series(4, 8, 200)
     whole = learning.expected(table[values], np.ones(200), RATES)
-    parts = sum((learning.expected(table[v], np.ones(50), RATES) for v in np.split(values, 4, axis=1)), learning.Expected())
+    parts = sum(
+        (learning.expected(table[v], np.ones(50), RATES) for v in np.split(values, 4, axis=1)),
+        learning.Expected(),
+    )
     twice = learning.expected(table[values], np.full(200, 2.0), RATES)
     for name, value in vars(whole).items():
         assert getattr(parts, name) == pytest.approx(value)
@@ -341,13 +404,25 @@ def test_rates_of_labels_are_counted() -> None:
     #        0->1  0->0  1->1  1->0  0->?->?, then 1: three steps of which nothing is known
     labels = [[0, 0, 1, 1, 0], [1, 0, 1, 0, 255], [1, 0, 1, 0, 255], [1, 255, 1, 0, 1]]
     found = learning.steps_of_labels(maps(labels, range(2015, 2019)))
-    assert dict(found) == {(0, 1, 1): 1, (0, 0, 1): 2 + 2, (1, 1, 1): 2 + 3, (1, 0, 1): 1, (0, 1, 3): 1}
+    assert dict(found) == {
+        (0, 1, 1): 1,
+        (0, 0, 1): 2 + 2,
+        (1, 1, 1): 2 + 3,
+        (1, 0, 1): 1,
+        (0, 1, 3): 1,
+    }
     planted = Rates(opening=0.02, closing=0.06, initial=0.3, prior=0.3)
     states = chain(7, planted, 10, 100_000).astype(np.uint8)
-    rates = tracks.rates_from_labels([maps(half, range(2015, 2025)) for half in np.split(states, 2, axis=1)])
+    rates = tracks.rates_from_labels(
+        [maps(half, range(2015, 2025)) for half in np.split(states, 2, axis=1)]
+    )
     stays, turns = states[:-1] == states[1:], states[:-1] != states[1:]
-    assert rates.opening == pytest.approx((turns & (states[:-1] == 0)).sum() / (states[:-1] == 0).sum(), rel=1e-3)
-    assert rates.closing == pytest.approx(1 - (stays & (states[:-1] == 1)).sum() / (states[:-1] == 1).sum(), rel=1e-3)
+    assert rates.opening == pytest.approx(
+        (turns & (states[:-1] == 0)).sum() / (states[:-1] == 0).sum(), rel=1e-3
+    )
+    assert rates.closing == pytest.approx(
+        1 - (stays & (states[:-1] == 1)).sum() / (states[:-1] == 1).sum(), rel=1e-3
+    )
     assert rates.prior == rates.initial == pytest.approx(states.mean())
     # Of every third year: what is seen to change is less than three years' changes, and the rates are those of one year.
     thinned = tracks.rates_from_labels([maps(states[::3], range(2015, 2025, 3))])

@@ -18,7 +18,9 @@ YEARS = [2018, 2019, 2021]
 
 
 def footprint(values: object, years: list[int] = YEARS) -> xr.DataArray:
-    return xr.DataArray(np.asarray(values, np.uint8), dims=("year", "y", "x"), coords={"year": years})
+    return xr.DataArray(
+        np.asarray(values, np.uint8), dims=("year", "y", "x"), coords={"year": years}
+    )
 
 
 def grid(height: int, width: int, left: float = 700_020, epsg: int = 32633) -> GeoBox:
@@ -34,7 +36,9 @@ def projected_m2(mask: np.ndarray, where: GeoBox) -> float:
 
 
 # 200 km and 330 km east of the central meridian, on it, and outside EPSG:3035's area of use.
-@pytest.mark.parametrize(("left", "epsg"), [(700_020, 32633), (830_040, 32633), (499_980, 32633), (300_000, 32719)])
+@pytest.mark.parametrize(
+    ("left", "epsg"), [(700_020, 32633), (830_040, 32633), (499_980, 32633), (300_000, 32719)]
+)
 def test_areas_are_those_of_projected_pixels(left: int, epsg: int) -> None:
     where = grid(150, 90, left, epsg)
     masks = np.random.default_rng(0).random((1, 150, 90)) < 0.4
@@ -54,7 +58,9 @@ def test_worth_of_a_pixel_follows_its_place_in_the_grid() -> None:
     where = grid(10, 4000, 780_000)
     east = np.zeros((1, 10, 4000), np.uint8)
     east[:, :, -50:] = 1
-    assert tracks.areas(footprint(east, [2020]), where)["area_m2"][0] == pytest.approx(projected_m2(east[0], where), rel=1e-5)
+    assert tracks.areas(footprint(east, [2020]), where)["area_m2"][0] == pytest.approx(
+        projected_m2(east[0], where), rel=1e-5
+    )
 
 
 def test_gain_and_loss_by_hand() -> None:
@@ -77,7 +83,9 @@ def test_where_all_is_known_area_grows_by_gain_minus_loss() -> None:
     masks = np.random.default_rng(1).integers(0, 2, (3, 130, 70))
     table = tracks.areas(footprint(masks), grid(130, 70))
     growth = table["area_m2"].diff()[1:]
-    np.testing.assert_allclose(growth, (table["gain_m2"] - table["loss_m2"])[1:], rtol=1e-9, atol=1e-3)
+    np.testing.assert_allclose(
+        growth, (table["gain_m2"] - table["loss_m2"])[1:], rtol=1e-9, atol=1e-3
+    )
 
 
 def test_areas_refuse_another_grid_and_years_out_of_order() -> None:
@@ -94,7 +102,9 @@ def test_onset_is_the_first_mine_year() -> None:
     assert found.dims == ("y", "x")
     for y in range(20):
         for x in range(30):
-            assert found.values[y, x] == next((year for year, v in zip(YEARS, values[:, y, x], strict=True) if v == 1), 0)
+            assert found.values[y, x] == next(
+                (year for year, v in zip(YEARS, values[:, y, x], strict=True) if v == 1), 0
+            )
 
 
 def test_threshold_at_one_half_keeps_what_is_unknown() -> None:

@@ -56,10 +56,19 @@ def store(tmp_path_factory, sites) -> Path:
         grid = grid_of(site)
         shape = tuple(grid.shape)
         cube.create(str(path), site, grid, YEARS, RECIPE)
-        said = {"site": site.id, "grid": {}, "recipe": {"title": RECIPE.title}, "version": "0.1.0", "libraries": {}}
+        said = {
+            "site": site.id,
+            "grid": {},
+            "recipe": {"title": RECIPE.title},
+            "version": "0.1.0",
+            "libraries": {},
+        }
         scene = {"id": "S2A", "source": "s", "baseline": "05.00", "offset": 0, "offset_reason": "r"}
         for year in YEARS:
-            layers = {"reflectance": np.ones((10, *shape), np.uint16), "clear_count": np.ones(shape, np.uint16)}
+            layers = {
+                "reflectance": np.ones((10, *shape), np.uint16),
+                "clear_count": np.ones(shape, np.uint16),
+            }
             layers["quality"] = np.ones(shape, np.uint8)
             made = xr.Dataset(
                 {
@@ -70,7 +79,9 @@ def store(tmp_path_factory, sites) -> Path:
                     for k, v in layers.items()
                 }
             )
-            assert cube.write_year(str(path), made, {**said, "year": year, "scenes": [scene]}, b"scenes")
+            assert cube.write_year(
+                str(path), made, {**said, "year": year, "scenes": [scene]}, b"scenes"
+            )
         mine, r = truth(site.id, shape), np.random.default_rng(n)
         probability = np.where(mine == 1, 245, 5) + r.integers(-4, 5, mine.shape)
         flicker = r.random(mine.shape) < 0.02
@@ -85,7 +96,10 @@ def store(tmp_path_factory, sites) -> Path:
 def test_when_did_it_open_and_how_fast_does_it_grow(store, tmp_path):
     out = tmp_path / "out"
     said = run("tracks", "--store", store, "--model", "net", "--out", out)
-    pit, hole = (next(line.split() for line in said.splitlines() if line.startswith(name)) for name in ("pit", "hole"))
+    pit, hole = (
+        next(line.split() for line in said.splitlines() if line.startswith(name))
+        for name in ("pit", "hole")
+    )
     assert pit[1] == "2018"
     assert hole[1:3] == ["<=", "2016"]
     assert re.search(r"abrupt, 9\d% in 2018", said)
@@ -95,7 +109,9 @@ def test_when_did_it_open_and_how_fast_does_it_grow(store, tmp_path):
     assert told["reclaimed_ha"].tolist() == pytest.approx([0, 8], rel=0.05, abs=0.05)
     assert (told["flip_rate"] < 0.1 * told["flip_rate_raw"]).all()
     areas = pd.read_csv(out / "areas.csv")
-    assert areas.groupby("site")["year"].apply(list).to_dict() == {name: list(YEARS) for name in OPENS}
+    assert areas.groupby("site")["year"].apply(list).to_dict() == {
+        name: list(YEARS) for name in OPENS
+    }
     assert (areas["low_m2"] <= areas["expected_m2"]).all()
     assert (areas["expected_m2"] <= areas["high_m2"]).all()
     with rasterio.open(out / "hole" / "hole_onset.tif") as image:
@@ -103,13 +119,17 @@ def test_when_did_it_open_and_how_fast_does_it_grow(store, tmp_path):
         assert image.transform == grid_of_store(store, "hole").affine
         np.testing.assert_array_equal(image.read(1)[10:50, 10:50], 2016)
         assert image.nodata == 0
-        assert {c["name"]: c["licence"] for c in json.loads(image.tags()["credits"])}["model net"] == "MIT"
+        assert {c["name"]: c["licence"] for c in json.loads(image.tags()["credits"])}[
+            "model net"
+        ] == "MIT"
     with rasterio.open(out / "hole" / "hole_kind.tif") as image:
         kind = image.read(1)[10:50, 10:50]
         assert image.tags()["flag_meanings"].split()[4] == "closed_abruptly"
         assert np.isin(kind[:, :20], (1 + 16, 1 + 32)).mean() > 0.95  # there at first, and closed
         assert (kind[:, 20:] == 1 + 2).mean() > 0.95
-    assert {p.name for p in (out / "pit").iterdir()} == {f"pit_{n}.tif" for n in ("onset", "end", "reclaimed", "kind", "flips")}
+    assert {p.name for p in (out / "pit").iterdir()} == {
+        f"pit_{n}.tif" for n in ("onset", "end", "reclaimed", "kind", "flips")
+    }
 
 
 def grid_of_store(store, name):
@@ -129,11 +149,17 @@ def test_a_smoothed_map_is_a_prediction_like_any_other(store, tmp_path):
     scores = {}
     for model in ("net", "net+hmm"):
         run("score", "--store", store, "--model", model, "--json", tmp_path / "s.json")
-        scores[model] = json.loads((tmp_path / "s.json").read_text())["models"][model]["sites"]["pooled"]
+        scores[model] = json.loads((tmp_path / "s.json").read_text())["models"][model]["sites"][
+            "pooled"
+        ]
     for name in ("iou", "ca_tiou", "bc", "change_f1"):
         assert scores["net+hmm"][name] > scores["net"][name]
-    assert "+hmm" not in run("verify", "--store", store, ok=1)  # which finds fault with the scene lists of this test alone
-    assert "smoothed already" in run("tracks", "--store", store, "--model", "net+hmm", "--out", tmp_path / "o", ok=2)
+    assert "+hmm" not in run(
+        "verify", "--store", store, ok=1
+    )  # which finds fault with the scene lists of this test alone
+    assert "smoothed already" in run(
+        "tracks", "--store", store, "--model", "net+hmm", "--out", tmp_path / "o", ok=2
+    )
 
 
 def test_a_smoothed_map_is_not_opened_once_another_model_has_mapped(store, tmp_path):
@@ -147,14 +173,21 @@ def test_a_smoothed_map_is_not_opened_once_another_model_has_mapped(store, tmp_p
     cube.open_probability(str(store), "pit", "net+hmm")
     cube.write_probability(str(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"})
     try:
-        for command in (("score", "--model", "net+hmm"), ("export", "--model", "net+hmm", "--out", tmp_path / "e")):
+        for command in (
+            ("score", "--model", "net+hmm"),
+            ("export", "--model", "net+hmm", "--out", tmp_path / "e"),
+        ):
             said = run(*command, "--store", store, "--sites", "pit", ok=2)
             assert "'net+hmm' of pit was made of an earlier 'net'" in said
             assert "minecube tracks" in said
-        zarr.open_group(str(store), path="pit/predictions/net", mode="r+").attrs.put({})  # a run was killed that had just begun
+        zarr.open_group(str(store), path="pit/predictions/net", mode="r+").attrs.put(
+            {}
+        )  # a run was killed that had just begun
         with pytest.raises(CubeError, match=r"'net\+hmm' of pit was made of an earlier 'net'"):
             cube.open_probability(str(store), "pit", "net+hmm")
-        cube.write_probability(str(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"})
+        cube.write_probability(
+            str(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"}
+        )
         tracked()
         smoothed = cube.open_probability(str(store), "pit", "net+hmm")
         assert (smoothed.values[:, 0, -10:] > 125).all()  # of the map that is there now
@@ -164,11 +197,35 @@ def test_a_smoothed_map_is_not_opened_once_another_model_has_mapped(store, tmp_p
 
 def test_rates_of_labels_given_and_wrong(store, tmp_path):
     out = tmp_path / "out"
-    run("tracks", "--store", store, "--model", "net", "--sites", "hole", "--rates", "labels:pit", "--out", out)
+    run(
+        "tracks",
+        "--store",
+        store,
+        "--model",
+        "net",
+        "--sites",
+        "hole",
+        "--rates",
+        "labels:pit",
+        "--out",
+        out,
+    )
     labels = cube.open_committed(str(store), "pit")["footprint"]
     card = cube.open_probability(str(store), "hole", "net+hmm").attrs["model"]
     assert tracks.Rates(**card["rates"]) == tracks.rates_from_labels([labels])
-    run("tracks", "--store", store, "--model", "net", "--rates", "0.02,0.001", "--temper", "0.5", "--out", out)
+    run(
+        "tracks",
+        "--store",
+        store,
+        "--model",
+        "net",
+        "--rates",
+        "0.02,0.001",
+        "--temper",
+        "0.5",
+        "--out",
+        out,
+    )
     card = cube.open_probability(str(store), "hole", "net+hmm").attrs["model"]
     assert [card["rates"][k] for k in ("opening", "closing", "temper")] == [0.02, 0.001, 0.5]
     before = {p: p.stat().st_mtime_ns for folder in (tmp_path, store) for p in folder.rglob("*")}
@@ -178,17 +235,39 @@ def test_rates_of_labels_given_and_wrong(store, tmp_path):
         ("0,0.1", "opening"),
         ("0.01,nan", "closing"),
     ):
-        assert message in run("tracks", "--store", store, "--model", "net", "--rates", rates, "--out", out, ok=2)
-    assert "no prediction of 'other'" in run("tracks", "--store", store, "--model", "other", "--out", tmp_path / "o", ok=2)
-    assert "unknown site" in run("tracks", "--store", store, "--model", "net", "--rates", "labels:x", "--out", out, ok=2)
-    assert "abacus" in run("tracks", "--store", store, "--model", "net", "--device", "abacus", "--out", out, ok=2)
-    assert {p: p.stat().st_mtime_ns for folder in (tmp_path, store) for p in folder.rglob("*")} == before
+        assert message in run(
+            "tracks", "--store", store, "--model", "net", "--rates", rates, "--out", out, ok=2
+        )
+    assert "no prediction of 'other'" in run(
+        "tracks", "--store", store, "--model", "other", "--out", tmp_path / "o", ok=2
+    )
+    assert "unknown site" in run(
+        "tracks", "--store", store, "--model", "net", "--rates", "labels:x", "--out", out, ok=2
+    )
+    assert "abacus" in run(
+        "tracks", "--store", store, "--model", "net", "--device", "abacus", "--out", out, ok=2
+    )
+    assert {
+        p: p.stat().st_mtime_ns for folder in (tmp_path, store) for p in folder.rglob("*")
+    } == before
 
 
 def test_on_torch_the_same(store, tmp_path):
     made = []
     for device in ("cpu", "cpu:0"):
-        run("tracks", "--store", store, "--model", "net", "--sites", "pit", "--device", device, "--out", tmp_path / "out")
+        run(
+            "tracks",
+            "--store",
+            store,
+            "--model",
+            "net",
+            "--sites",
+            "pit",
+            "--device",
+            device,
+            "--out",
+            tmp_path / "out",
+        )
         made.append(cube.open_probability(str(store), "pit", "net+hmm").values)
     np.testing.assert_array_equal(*made)
 

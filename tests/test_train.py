@@ -37,7 +37,18 @@ from minecube.cli import cli
 from minecube.errors import CatalogError, ModelError
 from minecube.grid import grid_of
 from minecube.models import load, predict
-from minecube.train import Cubes, Run, Tiles, Windows, checkpoint, fit, fitting, survey, target, views
+from minecube.train import (
+    Cubes,
+    Run,
+    Tiles,
+    Windows,
+    checkpoint,
+    fit,
+    fitting,
+    survey,
+    target,
+    views,
+)
 from minecube.train.loss import loss_of
 from minecube.train.windows import augmented, batches, steps_of
 
@@ -46,19 +57,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 survey_file = sys.modules["minecube.train.survey"]
 
 SMALL = ModelCard(
-    id="small", title="for tests", architecture="unet", options={"width": 4, "depth": 2}, window_px=16, multiple_px=4
+    id="small",
+    title="for tests",
+    architecture="unet",
+    options={"width": 4, "depth": 2},
+    window_px=16,
+    multiple_px=4,
 )
 CHANGE = dataclasses.replace(SMALL, id="pairs", task="change", classes=("removed", "new"))
 SERIES = dataclasses.replace(SMALL, id="all-years", task="series")
 PLAIN = Settings(id="plain", title="for tests", epochs=3, batch=8, learning_rate=3e-3)
 
 
-def cube(seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)) -> xr.Dataset:
+def cube(
+    seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)
+) -> xr.Dataset:
     """Bright discs, the mines, in dim noise; another disc each year."""
     r = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     mine = np.stack(
-        [np.hypot(y - r.uniform(0.3, 0.7) * height, x - r.uniform(0.3, 0.7) * width) < r.uniform(8, 14) for _ in years]
+        [
+            np.hypot(y - r.uniform(0.3, 0.7) * height, x - r.uniform(0.3, 0.7) * width)
+            < r.uniform(8, 14)
+            for _ in years
+        ]
     )
     pixels = r.normal(1000, 150, (len(years), len(BANDS), height, width)) + 900 * mine[:, None]
     return xr.Dataset(
@@ -70,7 +92,9 @@ def cube(seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = 
     )
 
 
-def with_holes(seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)) -> xr.Dataset:
+def with_holes(
+    seed: int, height: int = 48, width: int = 40, years: tuple[int, ...] = (2019, 2020)
+) -> xr.Dataset:
     """The same with unknown labels and unobserved pixels, some in one band only."""
     of, r = cube(seed, height, width, years), np.random.default_rng(seed)
     of.footprint.values[r.random(of.footprint.shape) < 0.1] = 255
@@ -99,7 +123,9 @@ class Flat(nn.Module):
         super().__init__()
         self.task = card.task
         inputs = len(card.bands) * (2 if card.task == "change" else 1)
-        self.layers = nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, len(card.classes), 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, len(card.classes), 1)
+        )
 
     def forward(self, x: torch.Tensor, _years: torch.Tensor | None = None) -> torch.Tensor:
         if self.task == "mapping":
@@ -126,7 +152,11 @@ def test_targets_are_what_each_pair_of_pixels_says(values: list[int]) -> None:
     assert (found.dtype, found.shape) == (np.uint8, (1, 3, 3, 4))
     for y, x in np.ndindex(3, 4):
         before, after = int(label[0, y, x]), int(label[1, y, x])
-        told = {"new": (before, after) == (0, 1), "removed": (before, after) == (1, 0), "changed": before != after}
+        told = {
+            "new": (before, after) == (0, 1),
+            "removed": (before, after) == (1, 0),
+            "changed": before != after,
+        }
         for c, name in enumerate(classes):
             assert found[0, c, y, x] == (255 if 255 in (before, after) else told[name])
     assert np.array_equal(target(label, ("mine",)), label[:, None])
@@ -135,15 +165,19 @@ def test_targets_are_what_each_pair_of_pixels_says(values: list[int]) -> None:
 def test_views_are_those_of_the_task() -> None:
     years = tuple(range(2015, 2025))
     source = Cubes({"a": cube(1, years=years), "b": cube(2, 8, 8, (2016, 2020, 2021))})
-    assert views(source, SMALL) == [("a", (y,)) for y in years] + [("b", (y,)) for y in (2016, 2020, 2021)]
+    assert views(source, SMALL) == [("a", (y,)) for y in years] + [
+        ("b", (y,)) for y in (2016, 2020, 2021)
+    ]
     pairs = views(source, CHANGE)
     assert len(pairs) == 45 + 3
     assert pairs[-3:] == [("b", (2016, 2020)), ("b", (2016, 2021)), ("b", (2020, 2021))]
     assert all(first < second for _, (first, second) in pairs)
     far = views(source, CHANGE, (4, 9))
-    assert far == [("a", (y, y + 4)) if y < 2021 else ("a", (2015, 2024)) for y in range(2015, 2016)] + [
-        ("a", (2015, 2024))
-    ] + [("a", (y, y + 4)) for y in range(2016, 2021)] + [("b", (2016, 2020))]
+    assert far == [
+        ("a", (y, y + 4)) if y < 2021 else ("a", (2015, 2024)) for y in range(2015, 2016)
+    ] + [("a", (2015, 2024))] + [("a", (y, y + 4)) for y in range(2016, 2021)] + [
+        ("b", (2016, 2020))
+    ]
     assert views(Cubes({"a": cube(1, years=years)}), SERIES) == [("a", years)]
 
 
@@ -151,7 +185,9 @@ def test_years_come_in_their_order_whatever_the_order_in_the_cube() -> None:
     of = cube(1, years=(2018, 2019, 2021))
     plain, turned = Cubes({"a": of}), Cubes({"a": of.isel(year=[2, 0, 1])})
     assert views(turned, CHANGE) == views(plain, CHANGE)
-    for one, other in zip(turned.cut("a", (2018, 2021), 3, 4, 20), plain.cut("a", (2018, 2021), 3, 4, 20), strict=True):
+    for one, other in zip(
+        turned.cut("a", (2018, 2021), 3, 4, 20), plain.cut("a", (2018, 2021), 3, 4, 20), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -163,7 +199,10 @@ def test_years_that_do_not_fit_the_task_are_refused() -> None:
         fit(CHANGE, Cubes({"b": two}), None, dataclasses.replace(PLAIN, gaps=(2, 3)))
     with pytest.raises(ModelError, match=r"those of a \(2019\), found 2019, 2020 at b"):
         fit(SERIES, Cubes({"a": one, "b": two}), None, PLAIN)
-    with pytest.raises(ModelError, match=r"as many of the validation sites as of the training sites \(2\), found 1 at a"):
+    with pytest.raises(
+        ModelError,
+        match=r"as many of the validation sites as of the training sites \(2\), found 1 at a",
+    ):
         fit(SERIES, Cubes({"b": two}), Cubes({"a": one}), PLAIN)
 
 
@@ -185,23 +224,36 @@ def test_normalisation_is_that_of_observed_training_pixels() -> None:
     a, b, unseen = with_holes(1), with_holes(2, 33, 70), cube(3)
     unseen.reflectance.values[...] += 5000  # were it looked at, the mean would tell
     three = dataclasses.replace(SMALL, bands=("B03", "B08", "B12"))
-    model = fit(three, Cubes({"a": a, "b": b}), Cubes({"c": unseen}), dataclasses.replace(PLAIN, epochs=1)).trained
+    model = fit(
+        three, Cubes({"a": a, "b": b}), Cubes({"c": unseen}), dataclasses.replace(PLAIN, epochs=1)
+    ).trained
     images = np.concatenate(
-        [c.reflectance.sel(band=list(three.bands)).values.swapaxes(0, 1).reshape(3, -1) for c in (a, b)], axis=1
+        [
+            c.reflectance.sel(band=list(three.bands)).values.swapaxes(0, 1).reshape(3, -1)
+            for c in (a, b)
+        ],
+        axis=1,
     )
     observed = images[:, (images > 0).all(axis=0)].astype(np.longdouble)
     np.testing.assert_allclose(model.mean, observed.mean(axis=1).astype(float), rtol=1e-14)
     np.testing.assert_allclose(model.std, observed.std(axis=1).astype(float), rtol=1e-12)
 
 
-def test_the_survey_reads_blocks_and_says_the_same_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_survey_reads_blocks_and_says_the_same_whatever_their_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = Counted({"a": with_holes(1, 70, 45), "b": with_holes(2, 20, 100)})
     whole = survey(source, CHANGE, PLAIN)
     monkeypatch.setattr(survey_file, "BLOCK_PX", 32)
     Counted.largest = 0
     found = survey(source, CHANGE, PLAIN)
     assert Counted.largest == 10 * 32 * 32  # one year of one block
-    assert (found.mean, found.std, found.positive, found.pixels) == (whole.mean, whole.std, whole.positive, whole.pixels)
+    assert (found.mean, found.std, found.positive, found.pixels) == (
+        whole.mean,
+        whole.std,
+        whole.positive,
+        whole.pixels,
+    )
     for name in ("known", "rare"):
         pairs = zip(getattr(found, name), getattr(whole, name), strict=True)
         assert all(np.array_equal(one, other) for one, other in pairs)
@@ -214,7 +266,9 @@ def test_the_survey_reads_blocks_and_says_the_same_whatever_their_size(monkeypat
     width=st.integers(1, 50),
     side=st.sampled_from([4, 8, 12, 16, 32, 96, 160]),
 )
-def test_the_survey_finds_every_cell_and_pixel(seed: int, height: int, width: int, side: int) -> None:
+def test_the_survey_finds_every_cell_and_pixel(
+    seed: int, height: int, width: int, side: int
+) -> None:
     of = with_holes(seed, height, width, (2018, 2019, 2020))
     of.footprint.values[0, 0, 0], of.footprint.values[1:, 0, 0] = 0, 1  # some change at least
     of.footprint.values[0, -1, -1], of.footprint.values[1:, -1, -1] = 1, 0
@@ -229,7 +283,10 @@ def test_the_survey_finds_every_cell_and_pixel(seed: int, height: int, width: in
     positive, pixels = Counter(), 0
     for n, (_, (first, second)) in enumerate(found.views):
         known = (labels[first] < 2) & (labels[second] < 2)
-        gone, new = known & (labels[first] > labels[second]), known & (labels[first] < labels[second])
+        gone, new = (
+            known & (labels[first] > labels[second]),
+            known & (labels[first] < labels[second]),
+        )
         positive.update(removed=int(gone.sum()), new=int(new.sum()))
         pixels += int(known.sum())
         for row, column in np.ndindex(-(-height // cell), -(-width // cell)):
@@ -243,7 +300,9 @@ def test_the_survey_finds_every_cell_and_pixel(seed: int, height: int, width: in
 def test_what_cannot_be_learnt_is_refused() -> None:
     of = cube(1)
     of.footprint.values[...] = 255
-    with pytest.raises(ModelError, match="cubes of a have no pixel that is both labelled and observed"):
+    with pytest.raises(
+        ModelError, match="cubes of a have no pixel that is both labelled and observed"
+    ):
         fit(SMALL, Cubes({"a": of, "b": cube(2)}), None, PLAIN)
     of.footprint.values[0], of.reflectance.values[0] = 1, 0
     with pytest.raises(ModelError, match="both labelled and observed"):
@@ -278,7 +337,9 @@ def test_bands_are_taken_by_name() -> None:
         fit(SMALL, Cubes({"a": of.isel(band=slice(0, 9))}), None, once)
     with pytest.raises(ModelError, match="no names"):
         fit(SMALL, Cubes({"a": of.drop_vars("band")}), None, once)
-    with pytest.raises(ModelError, match=r"site b: expected the bands B02, .*, as of the other sites"):
+    with pytest.raises(
+        ModelError, match=r"site b: expected the bands B02, .*, as of the other sites"
+    ):
         Cubes({"a": of, "b": of.isel(band=slice(0, 9))})
 
 
@@ -308,13 +369,16 @@ def test_as_many_windows_as_asked_for_hold_the_rare_class(card: ModelCard, rare:
     for _, years in windows.survey.views:
         for cy, cx in itertools.product(range(0, 60, 4), range(0, 70, 4)):
             ys, xs = (
-                [at for at in range(size - 15) if at <= c and at + 16 >= min(c + 4, size)] for c, size in ((cy, 60), (cx, 70))
+                [at for at in range(size - 15) if at <= c and at + 16 >= min(c + 4, size)]
+                for c, size in ((cy, 60), (cx, 70))
             )
             all_ += 1
             there = 2020 in years
             count += there * np.mean([y + 16 > 55 for y in ys]) * np.mean([x + 16 > 67 for x in xs])
     expected = rare + (1 - rare) * count / all_
-    assert np.mean(held) == pytest.approx(expected, abs=4 * math.sqrt(max(expected * (1 - expected), 1e-6) / 400))
+    assert np.mean(held) == pytest.approx(
+        expected, abs=4 * math.sqrt(max(expected * (1 - expected), 1e-6) / 400)
+    )
 
 
 def test_windows_anywhere_are_everywhere_that_a_label_is() -> None:
@@ -323,7 +387,9 @@ def test_windows_anywhere_are_everywhere_that_a_label_is() -> None:
     windows = drawn(Cubes({"a": of, "b": small}), SMALL, PLAIN)
     places = [windows.place(0, i) for i in range(5000)]
     assert {p.view for p in places} == {("a", (2019,)), ("b", (2019,)), ("b", (2020,))}
-    assert {(p.y, p.x) for p in places if p.view[0] == "a"} == {(y, x) for y in range(9) for x in range(5)}
+    assert {(p.y, p.x) for p in places if p.view[0] == "a"} == {
+        (y, x) for y in range(9) for x in range(5)
+    }
     assert {(p.y, p.x) for p in places if p.view[0] == "b"} == {(0, x) for x in range(15)}
     assert [windows.place(0, i) for i in range(30)] == places[:30]
     assert [windows.place(1, i) for i in range(30)] != places[:30]
@@ -333,7 +399,9 @@ def test_windows_anywhere_are_everywhere_that_a_label_is() -> None:
 def test_windows_a_step_apart_are_had_once_an_epoch() -> None:
     source = Cubes({"a": cube(1, 40, 33), "b": cube(2, 10, 50)})
     windows = drawn(source, SMALL, dataclasses.replace(PLAIN, step_px=16))
-    expected = {("a", y, x) for y in (0, 16, 24) for x in (0, 16, 17)} | {("b", 0, x) for x in (0, 16, 32, 34)}
+    expected = {("a", y, x) for y in (0, 16, 24) for x in (0, 16, 17)} | {
+        ("b", 0, x) for x in (0, 16, 32, 34)
+    }
     orders = []
     for epoch in range(2):
         places = [windows.place(epoch, i) for i in range(len(windows))]
@@ -346,13 +414,19 @@ def test_windows_a_step_apart_are_had_once_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("card", [SMALL, CHANGE, SERIES])
-def test_image_and_labels_are_turned_alike_in_all_years_and_unobserved_pixels_are_left_out(card: ModelCard) -> None:
+def test_image_and_labels_are_turned_alike_in_all_years_and_unobserved_pixels_are_left_out(
+    card: ModelCard,
+) -> None:
     # Every band holds the label of its year, so after any turn, flip and shift they must still agree.
     of = cube(18, 40, 20)
     values = of.reflectance.values
     values[...] = 1000 + 3000 * of.footprint.values[:, None].astype(int)
     values[:, 4, 25:29, 5:9] = 0
-    windows = drawn(Cubes({"a": of}), dataclasses.replace(card, window_px=32), dataclasses.replace(PLAIN, jitter=0.03))
+    windows = drawn(
+        Cubes({"a": of}),
+        dataclasses.replace(card, window_px=32),
+        dataclasses.replace(PLAIN, jitter=0.03),
+    )
     seen = set()
     for number in range(40):
         image, wanted = windows[0, number]
@@ -379,8 +453,12 @@ def test_turns_and_flips_are_the_eight_of_a_square_equally_often() -> None:
     square = image[0, 0].astype(np.float32)
     all_eight = {np.rot90(form, k).tobytes() for form in (square, square.T) for k in range(4)}
     assert set(forms) == all_eight
-    assert sum((n - 500) ** 2 / 500 for n in forms.values()) < 24.3  # chi square, 7 degrees of freedom, p = 0.001
-    varied, _ = augmented(image, image.astype(np.uint8), dataclasses.replace(still, turns=False), "mapping", rng)
+    assert (
+        sum((n - 500) ** 2 / 500 for n in forms.values()) < 24.3
+    )  # chi square, 7 degrees of freedom, p = 0.001
+    varied, _ = augmented(
+        image, image.astype(np.uint8), dataclasses.replace(still, turns=False), "mapping", rng
+    )
     assert np.array_equal(varied, image)
 
 
@@ -389,7 +467,9 @@ def test_jitter_has_a_factor_for_the_image_and_one_for_each_band() -> None:
     image[:, :, 1, 1] = 0
     rng, label = np.random.default_rng(0), np.zeros((2, 1, 2, 2), np.uint8)
     varying = dataclasses.replace(PLAIN, jitter=0.04, turns=False)
-    gains = np.stack([augmented(image, label, varying, "change", rng)[0] for _ in range(4000)]) / 10000
+    gains = (
+        np.stack([augmented(image, label, varying, "change", rng)[0] for _ in range(4000)]) / 10000
+    )
     assert (gains[..., 1, 1] == 0).all()  # no observation stays none
     assert (gains[..., 0, 0] == gains[..., 0, 1]).all()
     each = gains[..., 0, 0].reshape(4000, 6)
@@ -427,12 +507,16 @@ def test_batches_hold_every_window_once_an_epoch_and_none_is_of_one(
     windows: int, batch: int, processes: int, first: int
 ) -> None:
     settings = dataclasses.replace(PLAIN, batch=batch, epochs=3)
-    shares = [list(batches(windows, settings, first, (rank, processes))) for rank in range(processes)]
+    shares = [
+        list(batches(windows, settings, first, (rank, processes))) for rank in range(processes)
+    ]
     steps = steps_of(windows, settings, processes)
     assert {len(share) for share in shares} == {steps * (3 - first)}
     together = list(zip(*shares, strict=True))
     keys = [key for step in together for share in step for key in share]
-    assert sorted(keys) == [(e, i) for e in range(first, 3) for i in range(max(windows, 2 * processes))]
+    assert sorted(keys) == [
+        (e, i) for e in range(first, 3) for i in range(max(windows, 2 * processes))
+    ]
     assert min(len(share) for step in together for share in step) >= 2
     assert all(len({key[0] for share in step for key in share}) == 1 for step in together)
     if batch >= 4 * processes:
@@ -458,7 +542,8 @@ def test_validation_windows_judge_every_pixel_once(height: int, width: int) -> N
         year = tiles.places[number].view[1][0]
         seen.update((year, int(pixel) - 1) for pixel in image[0, 0][known])
         assert np.array_equal(
-            wanted[0, 0][known], of.footprint.sel(year=year).values.ravel()[image[0, 0][known].astype(int) - 1]
+            wanted[0, 0][known],
+            of.footprint.sel(year=year).values.ravel()[image[0, 0][known].astype(int) - 1],
         )
     assert seen == {(year, i): 1 for year in (2019, 2020) for i in range(height * width)}
 
@@ -474,13 +559,17 @@ class Threshold(nn.Module):
         return x[:, :1] + 0 * self.kept
 
 
-def test_scores_are_those_of_the_pooled_pixels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_pooled_pixels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(fitting, "build", Threshold)
     train, valid = {"a": cube(1)}, {"b": with_holes(2, 21, 50), "c": with_holes(3, 40, 17)}
     run = Run(checkpoint=tmp_path / "x.ckpt")
     fitted = fit(SMALL, Cubes(train), Cubes(valid), dataclasses.replace(PLAIN, epochs=1), run)
     truth = np.concatenate([labels_of(of).ravel() for of in valid.values()])
-    said = np.concatenate([(of.reflectance.values[:, 0] >= fitted.trained.mean[0]).ravel() for of in valid.values()])
+    said = np.concatenate(
+        [(of.reflectance.values[:, 0] >= fitted.trained.mean[0]).ravel() for of in valid.values()]
+    )
     truth, said = truth[truth < 2], said[truth < 2]
     best = fitted.best
     assert best.f1 == pytest.approx(f1_score(truth, said), abs=1e-12)
@@ -490,7 +579,17 @@ def test_scores_are_those_of_the_pooled_pixels(monkeypatch: pytest.MonkeyPatch, 
     with (tmp_path / "x.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["f1"]) == pytest.approx(best.f1, rel=1e-5)
-    assert list(row) == ["epoch", "loss", "f1", "iou", "precision", "recall", "learning_rate", "seconds", "windows_per_s"]
+    assert list(row) == [
+        "epoch",
+        "loss",
+        "f1",
+        "iou",
+        "precision",
+        "recall",
+        "learning_rate",
+        "seconds",
+        "windows_per_s",
+    ]
 
 
 def test_windows_of_validation_that_hold_no_mine_are_no_measure(flat: None) -> None:
@@ -499,7 +598,9 @@ def test_windows_of_validation_that_hold_no_mine_are_no_measure(flat: None) -> N
         fit(SMALL, Cubes({"a": cube(1)}), Cubes({"b": corner(200, 200)}), one)
 
 
-def test_it_stops_when_f1_no_longer_grows_and_returns_the_best_epoch(flat: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_stops_when_f1_no_longer_grows_and_returns_the_best_epoch(
+    flat: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = iter([5, 9, 8, 9, 9, 7, 3])  # an equal one is no better
     after: list[dict[str, torch.Tensor]] = []
 
@@ -545,19 +646,29 @@ def by_hand(logits: np.ndarray, wanted: np.ndarray, settings: Settings) -> float
     return sum(terms) / len(terms) + settings.dice * sum(dice) / len(dice)
 
 
-@pytest.mark.parametrize("how", [{}, {"positive_weight": 3.0}, {"focal": 2.0}, {"dice": 0.7}, {"focal": 1.0, "dice": 1.0}])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"positive_weight": 3.0}, {"focal": 2.0}, {"dice": 0.7}, {"focal": 1.0, "dice": 1.0}],
+)
 def test_the_loss_is_its_formula_over_known_pixels(how: dict[str, float]) -> None:
     r, settings = np.random.default_rng(0), dataclasses.replace(PLAIN, **how)
-    logits, wanted = r.normal(0, 2, (2, 1, 2, 5, 4)), r.choice([0, 1, 255], (2, 1, 2, 5, 4)).astype(np.uint8)
+    logits, wanted = (
+        r.normal(0, 2, (2, 1, 2, 5, 4)),
+        r.choice([0, 1, 255], (2, 1, 2, 5, 4)).astype(np.uint8),
+    )
     expected = by_hand(logits, wanted, settings)
-    logits[wanted == 255] = r.choice([1e30, math.nan, -math.inf], (wanted == 255).sum())  # not even looked at
+    logits[wanted == 255] = r.choice(
+        [1e30, math.nan, -math.inf], (wanted == 255).sum()
+    )  # not even looked at
     given_ = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
     loss = loss_of(given_, torch.from_numpy(wanted), settings)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert (given_.grad[torch.from_numpy(wanted == 255)] == 0).all()
     assert (given_.grad[torch.from_numpy(wanted < 2)] != 0).all()
-    nothing = loss_of(given_.detach(), torch.full((2, 1, 2, 5, 4), 255), dataclasses.replace(settings, dice=0.0))
+    nothing = loss_of(
+        given_.detach(), torch.full((2, 1, 2, 5, 4), 255), dataclasses.replace(settings, dice=0.0)
+    )
     assert nothing.item() == 0
 
 
@@ -592,7 +703,9 @@ def test_unknown_labels_and_missing_pixels_teach_nothing() -> None:
 
 @pytest.mark.parametrize("card", [SMALL, CHANGE, SERIES])
 def test_every_task_is_learnt(card: ModelCard, flat: None) -> None:
-    settings = dataclasses.replace(PLAIN, epochs=8, dice=0.5, learning_rate=0.02, rare=0.5, year_dropout=0.1, windows=64)
+    settings = dataclasses.replace(
+        PLAIN, epochs=8, dice=0.5, learning_rate=0.02, rare=0.5, year_dropout=0.1, windows=64
+    )
     fitted = fit(card, Cubes({"a": cube(1), "b": cube(2)}), Cubes({"c": cube(3)}), settings)
     assert fitted.history[-1].loss < fitted.history[0].loss / 2
     assert fitted.best.f1 > 0.8
@@ -602,7 +715,12 @@ def test_small_sites_and_flat_bands_can_be_trained_on() -> None:
     of = cube(19, 11, 13)
     of.footprint.values[:, 5, 5] = 1
     of.reflectance.values[:, 5] = 700
-    model = fit(SMALL, Cubes({"a": of}), Cubes({"b": cube(20, 7, 30)}), dataclasses.replace(PLAIN, epochs=1, batch=64)).trained
+    model = fit(
+        SMALL,
+        Cubes({"a": of}),
+        Cubes({"b": cube(20, 7, 30)}),
+        dataclasses.replace(PLAIN, epochs=1, batch=64),
+    ).trained
     assert model.std[5] == 1
     assert model.mean[5] == 700
 
@@ -631,14 +749,20 @@ def test_same_cubes_and_seed_give_the_same_network() -> None:
     first = fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=3)).trained.network
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
     torch.rand(5)
-    assert same(first, fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=3)).trained.network)
-    assert not same(first, fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=4)).trained.network)
+    assert same(
+        first, fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=3)).trained.network
+    )
+    assert not same(
+        first, fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=4)).trained.network
+    )
 
 
 def with_dropout(card: ModelCard) -> nn.Module:
     """Batch normalisation and random numbers of torch's own: all that a state has to know of."""
     first = nn.Conv2d(len(card.bands), 6, 3, padding=1)
-    return nn.Sequential(first, nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.3), nn.Conv2d(6, len(card.classes), 1))
+    return nn.Sequential(
+        first, nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.3), nn.Conv2d(6, len(card.classes), 1)
+    )
 
 
 class Stopped(Exception):  # noqa: N818
@@ -659,7 +783,9 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
     at: int, schedule: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fitting, "build", with_dropout)
-    settings = dataclasses.replace(PLAIN, epochs=4, windows=24, schedule=schedule, optimiser="adamw", weight_decay=0.1)
+    settings = dataclasses.replace(
+        PLAIN, epochs=4, windows=24, schedule=schedule, optimiser="adamw", weight_decay=0.1
+    )
     sources = Cubes({"a": with_holes(1)}), Cubes({"b": with_holes(2)})
     whole = fit(SMALL, *sources, settings, Run(checkpoint=tmp_path / "whole.ckpt"))
     path = tmp_path / "other.ckpt"
@@ -668,19 +794,28 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
     assert path.exists() == (at > 3)
     keys: list[tuple[int, int]] = []
     taken = Windows.__getitem__
-    monkeypatch.setattr(Windows, "__getitem__", lambda self, key: (keys.append(key), taken(self, key))[1])
+    monkeypatch.setattr(
+        Windows, "__getitem__", lambda self, key: (keys.append(key), taken(self, key))[1]
+    )
     seen: list[int] = []
     resumed = fit(
-        SMALL, *sources, settings, Run(checkpoint=path, resume=True, progress=lambda done, total, _: seen.append(done))
+        SMALL,
+        *sources,
+        settings,
+        Run(checkpoint=path, resume=True, progress=lambda done, total, _: seen.append(done)),
     )
     begun = (at - 1) // 3
     assert sorted(keys) == [(e, i) for e in range(begun, 4) for i in range(24)]
     assert seen == list(range(3 * begun + 1, 13))
     assert same(resumed.trained.network, whole.trained.network)
     shown = [dataclasses.replace(epoch, seconds=0, windows_per_s=0) for epoch in resumed.history]
-    assert shown == [dataclasses.replace(epoch, seconds=0, windows_per_s=0) for epoch in whole.history]
+    assert shown == [
+        dataclasses.replace(epoch, seconds=0, windows_per_s=0) for epoch in whole.history
+    ]
     states = [torch.load(p, weights_only=True) for p in (path, tmp_path / "whole.ckpt")]
-    assert all(torch.equal(v, states[1]["network"][name]) for name, v in states[0]["network"].items())
+    assert all(
+        torch.equal(v, states[1]["network"][name]) for name, v in states[0]["network"].items()
+    )
     moments = [state["optimiser"]["state"] for state in states]
     assert all(torch.equal(moments[0][n]["exp_avg"], moments[1][n]["exp_avg"]) for n in moments[0])
     with (tmp_path / "other.csv").open() as file:
@@ -690,10 +825,14 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
 def test_a_finished_training_is_not_done_again(flat: None, tmp_path: Path) -> None:
     source, run = Cubes({"a": cube(1)}), Run(checkpoint=tmp_path / "x.ckpt", resume=True)
     done = fit(SMALL, source, Cubes({"b": cube(2)}), PLAIN, run)
-    again = fit(SMALL, source, Cubes({"b": cube(2)}), PLAIN, dataclasses.replace(run, progress=stop_at(1)))
+    again = fit(
+        SMALL, source, Cubes({"b": cube(2)}), PLAIN, dataclasses.replace(run, progress=stop_at(1))
+    )
     assert same(again.trained.network, done.trained.network)
     assert again.history == done.history
-    afresh = fit(SMALL, source, Cubes({"b": cube(2)}), PLAIN, dataclasses.replace(run, resume=False))
+    afresh = fit(
+        SMALL, source, Cubes({"b": cube(2)}), PLAIN, dataclasses.replace(run, resume=False)
+    )
     assert same(afresh.trained.network, done.trained.network)
 
 
@@ -706,11 +845,24 @@ def test_the_state_of_another_training_is_refused(flat: None, tmp_path: Path) ->
     before = path.read_bytes()
     resume = Run(checkpoint=path, resume=True)
     wider = dataclasses.replace(SMALL, options={"width": 8, "depth": 2})
-    with pytest.raises(ModelError, match=r"another training, it differs in card's options \(\{'width': 4"):
+    with pytest.raises(
+        ModelError, match=r"another training, it differs in card's options \(\{'width': 4"
+    ):
         fit(wider, Cubes(of), valid, PLAIN, resume)
-    with pytest.raises(ModelError, match=r"differs in settings's batch \(8, now 4\); settings's dice \(0.0, now 1.0\); seed"):
-        fit(SMALL, Cubes(of), valid, dataclasses.replace(PLAIN, batch=4, dice=1.0), dataclasses.replace(resume, seed=1))
-    with pytest.raises(ModelError, match=r"training sites \(\['a', 'b'\], now \['a'\]\); normalisation's B02"):
+    with pytest.raises(
+        ModelError,
+        match=r"differs in settings's batch \(8, now 4\); settings's dice \(0.0, now 1.0\); seed",
+    ):
+        fit(
+            SMALL,
+            Cubes(of),
+            valid,
+            dataclasses.replace(PLAIN, batch=4, dice=1.0),
+            dataclasses.replace(resume, seed=1),
+        )
+    with pytest.raises(
+        ModelError, match=r"training sites \(\['a', 'b'\], now \['a'\]\); normalisation's B02"
+    ):
         fit(SMALL, Cubes({"a": of["a"]}), valid, PLAIN, resume)
     with pytest.raises(ModelError, match=r"validation sites \(\['c'\], now \[\]\)"):
         fit(SMALL, Cubes(of), None, PLAIN, resume)
@@ -738,7 +890,10 @@ def test_a_state_with_a_flipped_bit_is_not_gone_on_from(flat: None, tmp_path: Pa
     path, source = tmp_path / "x.ckpt", Cubes({"a": cube(1)})
     with pytest.raises(Stopped):
         fit(SMALL, source, None, PLAIN, Run(checkpoint=path, progress=stop_at(7)))
-    content, weight = bytearray(path.read_bytes()), checkpoint.read_state(path)["network"]["layers.0.weight"]
+    content, weight = (
+        bytearray(path.read_bytes()),
+        checkpoint.read_state(path)["network"]["layers.0.weight"],
+    )
     at = bytes(content).index(weight.numpy().tobytes())
     content[at + 3] ^= 0x40  # in the exponent
     path.write_bytes(content)
@@ -746,7 +901,9 @@ def test_a_state_with_a_flipped_bit_is_not_gone_on_from(flat: None, tmp_path: Pa
         fit(SMALL, source, None, PLAIN, Run(checkpoint=path, resume=True))
 
 
-def test_a_state_is_written_whole_or_not_at_all(flat: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_written_whole_or_not_at_all(
+    flat: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.ckpt"
     calls = itertools.count()
     real = Path.write_bytes
@@ -759,7 +916,9 @@ def test_a_state_is_written_whole_or_not_at_all(flat: None, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ModelError, match=r"x\.ckpt: could not be written .*No space left.*as it was"):
+    with pytest.raises(
+        ModelError, match=r"x\.ckpt: could not be written .*No space left.*as it was"
+    ):
         fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN, Run(checkpoint=path))
     assert len(checkpoint.read_state(path)["history"]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.ckpt", "x.csv"]
@@ -770,10 +929,13 @@ def test_a_loss_that_is_no_number_stops_says_where_and_keeps_the_last_state(
 ) -> None:
     path, calls = tmp_path / "x.ckpt", itertools.count(1)
     settings = dataclasses.replace(PLAIN, windows=16, epochs=3)
-    monkeypatch.setattr(fitting, "loss_of", lambda *given_: loss_of(*given_) * (math.nan if next(calls) == 4 else 1))
+    monkeypatch.setattr(
+        fitting, "loss_of", lambda *given_: loss_of(*given_) * (math.nan if next(calls) == 4 else 1)
+    )
     source = Cubes({"a": cube(1)})
     with pytest.raises(
-        ModelError, match=r"became nan in epoch 2, step 2 \(windows of a 2019, a 2020\); .*x.ckpt holds epoch 1"
+        ModelError,
+        match=r"became nan in epoch 2, step 2 \(windows of a 2019, a 2020\); .*x.ckpt holds epoch 1",
     ):
         fit(SMALL, source, None, settings, Run(checkpoint=path))
     monkeypatch.setattr(fitting, "loss_of", loss_of)
@@ -797,16 +959,24 @@ def test_windows_fit_the_network_and_devices_are_there(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"task": "change", "classes": ("changed",)}, "unet cannot be applied to windows of the task change"),
+        (
+            {"task": "change", "classes": ("changed",)},
+            "unet cannot be applied to windows of the task change",
+        ),
         ({"task": "series"}, "unet cannot be applied to windows of the task series"),
-        ({"architecture": "snunet", "options": {"width": 4}}, "snunet cannot be applied to windows of the task mapping"),
+        (
+            {"architecture": "snunet", "options": {"width": 4}},
+            "snunet cannot be applied to windows of the task mapping",
+        ),
         (
             {"options": {"width": 4, "depth": 3}, "window_px": 20},
             r"\(1, 1, 10, 20, 20\).*correct the card's task, options or mul",
         ),
     ],
 )
-def test_a_card_whose_network_is_for_another_task_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_a_card_whose_network_is_for_another_task_is_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     run = Run(checkpoint=tmp_path / "x.ckpt")
     with pytest.raises(ModelError, match=f"model small: .*{words}"):
         fit(dataclasses.replace(SMALL, **changes), Cubes({"a": cube(1)}), None, PLAIN, run)
@@ -815,14 +985,19 @@ def test_a_card_whose_network_is_for_another_task_is_refused(changes: dict[str, 
 
 def test_a_network_that_gives_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "build", lambda _: nn.Conv2d(10, 1, 3))
-    with pytest.raises(ModelError, match=r"expected logits \(1, 1, 1, 16, 16\) .*found \(1, 1, 1, 14, 14\)"):
+    with pytest.raises(
+        ModelError, match=r"expected logits \(1, 1, 1, 16, 16\) .*found \(1, 1, 1, 14, 14\)"
+    ):
         fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN)
 
 
 def test_bfloat16_on_request(flat: None) -> None:
     half = dataclasses.replace(PLAIN, bf16=("cpu",))
     source = Cubes({"a": cube(1)})
-    found, exact = fit(SMALL, source, None, half).history[-1].loss, fit(SMALL, source, None, PLAIN).history[-1].loss
+    found, exact = (
+        fit(SMALL, source, None, half).history[-1].loss,
+        fit(SMALL, source, None, PLAIN).history[-1].loss,
+    )
     assert found != exact
     assert found == pytest.approx(exact, rel=0.02)
 
@@ -852,7 +1027,9 @@ SCRIPT = """
 
 
 def started(code: str, **environment: str) -> subprocess.Popen[str]:
-    script = textwrap.dedent(SCRIPT.format(here=str(Path(__file__).parent), file=__file__)) + textwrap.dedent(code)
+    script = textwrap.dedent(
+        SCRIPT.format(here=str(Path(__file__).parent), file=__file__)
+    ) + textwrap.dedent(code)
     return subprocess.Popen(
         [sys.executable, "-W", "error::UserWarning", "-c", script],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -868,7 +1045,9 @@ def ended(process: subprocess.Popen[str]) -> str:
     return out
 
 
-@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])  # those started afresh import torch
+@pytest.mark.parametrize(
+    "forks", [True, pytest.param(False, marks=pytest.mark.slow)]
+)  # those started afresh import torch
 def test_workers_do_not_change_the_network(forks: bool) -> None:
     code = f"""
         fitting.build = t.with_dropout
@@ -910,12 +1089,17 @@ def test_two_processes_learn_what_one_does_from_the_whole_batch(tmp_path: Path) 
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     jobs = [started(code, WORLD_SIZE="1", NAME="one")]
-    jobs += [started(code, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, NAME="two", **where) for rank in "01"]
+    jobs += [
+        started(code, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, NAME="two", **where)
+        for rank in "01"
+    ]
     for job in jobs:
         ended(job)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert len(one["gradients"]) == len(two["gradients"]) == 6
-    for a, b in zip(one["gradients"][0], two["gradients"][0], strict=True):  # from the same weights: the same to rounding
+    for a, b in zip(
+        one["gradients"][0], two["gradients"][0], strict=True
+    ):  # from the same weights: the same to rounding
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-3, atol=1e-4)
@@ -955,12 +1139,21 @@ def store(tmp_path_factory: pytest.TempPathFactory, make: Any) -> Path:
 
 
 def command(store: Path, out: Path, *more: str) -> list[str]:
-    usual = {"--store": str(store / "cubes.zarr"), "--catalog": str(store), "--preset": "quick", "--out": str(out)}
-    start = [word for option, value in usual.items() if option not in more for word in (option, value)]
+    usual = {
+        "--store": str(store / "cubes.zarr"),
+        "--catalog": str(store),
+        "--preset": "quick",
+        "--out": str(out),
+    }
+    start = [
+        word for option, value in usual.items() if option not in more for word in (option, value)
+    ]
     return ["train", *start, *more]
 
 
-def test_the_command_trains_and_says_what_came_of_it(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_trains_and_says_what_came_of_it(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "model.pt"
     done = CliRunner().invoke(cli, command(store, out, "--valid", "B_*", "--epochs", "2"))
     assert done.exit_code == 0, done.output
@@ -971,7 +1164,11 @@ def test_the_command_trains_and_says_what_came_of_it(store: Path, tmp_path: Path
     best = max(rows, key=lambda row: float(row["f1"]))
     scores = f"F1 {float(best['f1']):.3f} and IoU {float(best['iou']):.3f} on B_1"
     assert f"unet-small trained on A_1, A_2; epoch {best['epoch']} of 2, {scores}" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt", "model.pt.ckpt", "model.pt.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model.pt",
+        "model.pt.ckpt",
+        "model.pt.csv",
+    ]
     resumed = CliRunner().invoke(cli, command(store, out, "--valid", "B_*", "--resume"))
     assert resumed.exit_code == 2
     assert "differs in settings's epochs (2, now 3)" in resumed.output
@@ -982,7 +1179,10 @@ def test_the_command_trains_and_says_what_came_of_it(store: Path, tmp_path: Path
     [
         (("--valid", "*"), "no site is left to learn from, for --valid * names them all"),
         (("--valid", "C_*"), "unknown site 'C_*'"),
-        (("--preset", "fast"), "unknown preset 'fast'; there is: cpu, default, demo, published-change"),
+        (
+            ("--preset", "fast"),
+            "unknown preset 'fast'; there is: cpu, default, demo, published-change",
+        ),
         (("--device", "gpu7"), "device 'gpu7' is not one that torch knows"),
         (("--device", "cuda"), "sees 0 GPUs here"),
         (("--out", "nowhere/model.pt"), "nowhere/model.pt: its folder is not there"),
@@ -1005,7 +1205,15 @@ def test_bad_use_of_the_command(
 def test_torchrun_starts_several_that_train_one_network(store: Path, tmp_path: Path) -> None:
     main = tmp_path / "main.py"
     main.write_text("from minecube.cli import main\nmain()\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(main)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(main),
+    ]
     done = subprocess.run(
         launch + command(store, tmp_path / "model.pt", "--valid", "B_1", "--workers", "1"),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -1024,9 +1232,20 @@ def test_torchrun_starts_several_that_train_one_network(store: Path, tmp_path: P
 def test_published_presets_are_as_told_and_say_so() -> None:
     for name in ("published-mapping", "published-change"):
         found = load_presets()[name]
-        assert (found.optimiser, found.learning_rate, found.schedule, found.weight_decay) == ("adam", 1e-4, "constant", 0)
+        assert (found.optimiser, found.learning_rate, found.schedule, found.weight_decay) == (
+            "adam",
+            1e-4,
+            "constant",
+            0,
+        )
         assert (found.epochs, found.batch, found.window_px, found.step_px) == (10, 64, 160, 160)
-        assert (found.gaps, found.rare, found.turns, found.jitter, found.patience) == ((), 0, False, 0, None)
+        assert (found.gaps, found.rare, found.turns, found.jitter, found.patience) == (
+            (),
+            0,
+            False,
+            0,
+            None,
+        )
         assert "2510.14661" in found.source
         assert "nferred" in found.source
         assert "told" in found.source  # not read in the paper

@@ -36,12 +36,21 @@ def written(path, shape=MINE):
             for part in ("shp", "shx", "dbf", "prj"):
                 archive.write(path.with_suffix(f".{part}"), f"mines/{path.stem}.{part}")
     else:
-        drivers = {".geojson": "GeoJSON", ".json": "GeoJSON", ".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".kml": "LIBKML"}
+        drivers = {
+            ".geojson": "GeoJSON",
+            ".json": "GeoJSON",
+            ".gpkg": "GPKG",
+            ".fgb": "FlatGeobuf",
+            ".kml": "LIBKML",
+        }
         table.to_file(path, driver=drivers.get(path.suffix, "ESRI Shapefile"))
     return path
 
 
-@pytest.mark.parametrize("suffix", ["geojson", "json", "gpkg", "parquet", "geoparquet", "shp", "SHP", "zip", "fgb", "kml"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["geojson", "json", "gpkg", "parquet", "geoparquet", "shp", "SHP", "zip", "fgb", "kml"],
+)
 def test_every_named_format_is_read(tmp_path, suffix):
     path = written(tmp_path / f"mines.{suffix.lower()}")
     if suffix == "SHP":
@@ -63,7 +72,9 @@ VRT = '<OGRVRTDataSource><OGRVRTLayer name="other"><SrcDataSource>{other}</SrcDa
 KML = '<?xml version="1.0"?><!-- drawn --><kml xmlns="http://www.opengis.net/kml/2.2"><Document>{}</Document></kml>'
 
 
-@pytest.mark.parametrize("suffix", ["geojson", "json", "gpkg", "shp", "fgb", "kml", "vrt", "parquet", "zip"])
+@pytest.mark.parametrize(
+    "suffix", ["geojson", "json", "gpkg", "shp", "fgb", "kml", "vrt", "parquet", "zip"]
+)
 def test_a_file_that_names_another_file_is_refused(tmp_path, suffix):
     other = written(tmp_path / "other.gpkg", OTHER)
     path = tmp_path / f"mines.{suffix}"
@@ -136,7 +147,9 @@ def pits_2022():
 
 def kml(*folders):
     """A document with folders (name, placemarks)."""
-    inside = "".join(f"<Folder><name>{name}</name>{''.join(marks)}</Folder>" for name, marks in folders)
+    inside = "".join(
+        f"<Folder><name>{name}</name>{''.join(marks)}</Folder>" for name, marks in folders
+    )
     return KML.format(inside)
 
 
@@ -150,7 +163,10 @@ def two_layers(path):
     """A file with the layers mines_2019 (one row) and mines_2022 (two rows)."""
     layers = {"mines_2019": pit_2019(), "mines_2022": pits_2022()}
     if path.suffix in (".kml", ".kmz"):
-        marks = ((name, [placemark(shape, "m") for shape in rows.geometry]) for name, rows in layers.items())
+        marks = (
+            (name, [placemark(shape, "m") for shape in rows.geometry])
+            for name, rows in layers.items()
+        )
         text = kml(*marks)
         if path.suffix == ".kml":
             path.write_text(text)
@@ -176,9 +192,16 @@ def two_layers(path):
 @pytest.mark.parametrize("suffix", ["gpkg", "gdb", "kml", "kmz", "zip"])
 def test_of_several_layers_of_polygons_none_is_taken_unasked(tmp_path, suffix):
     path = two_layers(tmp_path / f"mines.{suffix}")
-    refused(path, r"expected one layer of polygons, found 2: mines_2019 \(.*\), mines_2022 \(.*\); name the one .* --layer")
-    assert [len(read_polygons(path, layer)) for layer in ("mines_2019", "mines_2022", "mines_*")] == [1, 2, 3]
-    with pytest.raises(LabelError, match=r"expected a layer 'mines_2020', found mines_2019 .*, mines_2022"):
+    refused(
+        path,
+        r"expected one layer of polygons, found 2: mines_2019 \(.*\), mines_2022 \(.*\); name the one .* --layer",
+    )
+    assert [
+        len(read_polygons(path, layer)) for layer in ("mines_2019", "mines_2022", "mines_*")
+    ] == [1, 2, 3]
+    with pytest.raises(
+        LabelError, match=r"expected a layer 'mines_2020', found mines_2019 .*, mines_2022"
+    ):
         read_polygons(path, "mines_2020")
 
 
@@ -198,7 +221,9 @@ def test_the_only_layer_of_polygons_is_taken_and_the_others_named(tmp_path, capl
     layers = [("notes", points), ("mines", pit_2019()), ("template", pit_2019().iloc[:0])]
     for name, rows in layers if first else layers[::-1]:
         rows.to_file(path, layer=name, mode="a" if path.exists() else "w")
-    pyogrio.write_dataframe(pd.DataFrame({"style": ["red"]}), path, layer="layer_styles", append=True)
+    pyogrio.write_dataframe(
+        pd.DataFrame({"style": ["red"]}), path, layer="layer_styles", append=True
+    )
     with caplog.at_level("WARNING"):
         assert read_polygons(path)["year"].tolist() == [2019]
     assert "layer mines was read" in caplog.text
@@ -208,10 +233,20 @@ def test_the_only_layer_of_polygons_is_taken_and_the_others_named(tmp_path, capl
 
 def test_a_table_of_raster_tiles_is_no_layer(tmp_path):
     path = tmp_path / "mines.gpkg"
-    profile = {"driver": "GPKG", "width": 256, "height": 256, "count": 3, "dtype": "uint8", "crs": "EPSG:4326"}
+    profile = {
+        "driver": "GPKG",
+        "width": 256,
+        "height": 256,
+        "count": 3,
+        "dtype": "uint8",
+        "crs": "EPSG:4326",
+    }
     with rasterio.open(path, "w", **profile, transform=from_origin(10, 50, 1e-3, 1e-3)) as image:
         image.write(np.ones((3, 256, 256), "uint8"))
-    refused(path, r"found a file that GDAL cannot open \('mines.gpkg' not recognized as .* file format\); check the file")
+    refused(
+        path,
+        r"found a file that GDAL cannot open \('mines.gpkg' not recognized as .* file format\); check the file",
+    )
     pit_2019().to_file(path, layer="pits", mode="a")
     assert read_polygons(path)["year"].tolist() == [2019]
 
@@ -245,7 +280,9 @@ def test_twins_of_one_folder_have_the_suffix_of_their_file(tmp_path):
             archive.write(tmp_path / f"a.{part}", f"a.{part}")
         archive.write(tmp_path / "a.geojson", "new/a.geojson")
     refused(path, r"found 3: a.geojson \(Polygon\), a.shp \(Polygon\), new/a \(Polygon\)")
-    assert [len(read_polygons(path, layer)) for layer in ("a.shp", "a.geojson", "new/a", "a.*")] == [1, 2, 2, 3]
+    assert [
+        len(read_polygons(path, layer)) for layer in ("a.shp", "a.geojson", "new/a", "a.*")
+    ] == [1, 2, 2, 3]
     with pytest.raises(LabelError, match=r"expected a layer 'a', found a\.geojson"):
         read_polygons(path, "a")
 
@@ -261,7 +298,9 @@ def test_columns_of_joined_layers_may_differ_in_case(tmp_path):
     assert found["site"].fillna("").tolist() == ["7", "b", ""]
     both = tmp_path / "both.parquet"
     table(MINE, OTHER, Year=[2019, None], YEAR=[2019, 2022]).to_parquet(both)
-    with pytest.raises(LabelError, match="has the columns Year, YEAR, which mean the same; keep one"):
+    with pytest.raises(
+        LabelError, match="has the columns Year, YEAR, which mean the same; keep one"
+    ):
         read_polygons(both)
 
 
@@ -287,7 +326,11 @@ def test_a_folder_in_a_zip_may_end_like_a_file(tmp_path):
 
 def test_other_encodings_are_named(tmp_path):
     path = tmp_path / "mines.geojson"
-    feature = {"type": "Feature", "properties": {"name": "Größe"}, "geometry": MINE.__geo_interface__}
+    feature = {
+        "type": "Feature",
+        "properties": {"name": "Größe"},
+        "geometry": MINE.__geo_interface__,
+    }
     path.write_bytes(json.dumps(feature, ensure_ascii=False).encode("latin-1"))
     refused(path, "expected text in UTF-8, found another encoding; convert the file to UTF-8")
     path.write_bytes(json.dumps(feature).encode("utf-16"))
@@ -309,11 +352,20 @@ def test_tags_of_kml_may_have_a_prefix(tmp_path):
 
 def test_folders_and_files_are_told_apart(tmp_path):
     (tmp_path / "mines.geojson").mkdir()
-    refused(tmp_path / "mines.geojson", "expected a file with the suffix .geojson, found a folder; name the file")
+    refused(
+        tmp_path / "mines.geojson",
+        "expected a file with the suffix .geojson, found a folder; name the file",
+    )
     (tmp_path / "mines.gdb").write_text("x")
-    refused(tmp_path / "mines.gdb", "expected a folder with the suffix .gdb, found a file; name the folder")
+    refused(
+        tmp_path / "mines.gdb",
+        "expected a folder with the suffix .gdb, found a file; name the folder",
+    )
     (tmp_path / "empty.gdb").mkdir()
-    refused(tmp_path / "empty.gdb", "expected a File Geodatabase, found a folder without a00000001.gdbtable")
+    refused(
+        tmp_path / "empty.gdb",
+        "expected a File Geodatabase, found a folder without a00000001.gdbtable",
+    )
 
 
 def test_parquet_with_text_for_geometry_is_described(tmp_path):
@@ -379,8 +431,14 @@ def wkb_type():
 )
 def test_native_geometry_is_read_with_its_crs(tmp_path, wkb_type, about, crs):
     shape = table(MINE).to_crs(crs).geometry[0]
-    column = pa.ExtensionArray.from_storage(wkb_type(json.dumps(about)), pa.array([shape.wkb, None], pa.binary()))
-    pq.write_table(pa.table({"year": [2019, 2020], "shape": column}), tmp_path / "mines.parquet", store_schema=False)
+    column = pa.ExtensionArray.from_storage(
+        wkb_type(json.dumps(about)), pa.array([shape.wkb, None], pa.binary())
+    )
+    pq.write_table(
+        pa.table({"year": [2019, 2020], "shape": column}),
+        tmp_path / "mines.parquet",
+        store_schema=False,
+    )
     found = read_polygons(tmp_path / "mines.parquet")
     assert found["year"].tolist() == [2019]
     assert found.to_crs(4326).geometry[0].equals_exact(MINE, 1e-9, normalize=True)
@@ -388,11 +446,19 @@ def test_native_geometry_is_read_with_its_crs(tmp_path, wkb_type, about, crs):
 
 def test_parquet_without_geometry_is_refused_in_words_of_its_own(tmp_path):
     pd.DataFrame({"geometry": [MINE.wkb]}).to_parquet(tmp_path / "mines.parquet")
-    refused(tmp_path / "mines.parquet", "expected GeoParquet, or a column of Parquet's type GEOMETRY")
+    refused(
+        tmp_path / "mines.parquet", "expected GeoParquet, or a column of Parquet's type GEOMETRY"
+    )
 
 
 def test_a_geometry_that_cannot_be_read_is_one_sentence(tmp_path):
     plain = pa.table({"geometry": pa.array([b"no shape"], pa.binary())})
-    geo = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB", "geometry_types": []}}}
-    pq.write_table(plain.replace_schema_metadata({"geo": json.dumps(geo)}), tmp_path / "mines.parquet")
+    geo = {
+        "version": "1.0.0",
+        "primary_column": "geometry",
+        "columns": {"geometry": {"encoding": "WKB", "geometry_types": []}},
+    }
+    pq.write_table(
+        plain.replace_schema_metadata({"geo": json.dumps(geo)}), tmp_path / "mines.parquet"
+    )
     refused(tmp_path / "mines.parquet", "cannot be read")

@@ -63,7 +63,9 @@ def test_a_cloud_in_a_corner_is_no_veil():
     assert judged(haze, scl)[2] == ""
 
 
-@pytest.mark.parametrize(("more", "verdict"), [(0.0, "no cirrus"), (0.006, "no cirrus"), (0.02, ""), (0.05, "")])
+@pytest.mark.parametrize(
+    ("more", "verdict"), [(0.0, "no cirrus"), (0.006, "no cirrus"), (0.02, ""), (0.05, "")]
+)
 def test_cirrus_is_asked_whether_it_is_any(more, verdict):
     haze, scl = seen()
     haze[3, :240] += more
@@ -121,7 +123,11 @@ def test_the_order_of_scenes_does_not_matter():
     haze[6] += 0.02
     order = np.random.default_rng(1).permutation(9)
     days = [f"2020-05-{day + 1:02d}" for day in order]
-    assert [order[n] for n, verdict in enumerate(veils.judge(haze[order], scl[order], days, MOST)) if verdict] == [6]
+    assert [
+        order[n]
+        for n, verdict in enumerate(veils.judge(haze[order], scl[order], days, MOST))
+        if verdict
+    ] == [6]
 
 
 def test_too_few_pixels_or_dates_tell_nothing():
@@ -139,7 +145,11 @@ def test_too_few_pixels_or_dates_tell_nothing():
 def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make, cirrus_masked):
     """Of three dates: one veiled, one of which SCL calls all cirrus, and one of cloud; at the right edge the veiled alone."""
     grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 300, TOP + 300, 120, 120)
-    mask = (MaskRule(classes=(8, 9)), MaskRule(classes=(10,))) if cirrus_masked else (MaskRule(classes=(8, 9)),)
+    mask = (
+        (MaskRule(classes=(8, 9)), MaskRule(classes=(10,)))
+        if cirrus_masked
+        else (MaskRule(classes=(8, 9)),)
+    )
     recipe = Recipe(id="t", title="t", bands=("B04", "B11"), mask=mask, block_px=48, chunk_px=48)
     scl = np.full((60, 60), CIRRUS, np.uint8)
     scl[:, 35:] = 0
@@ -153,14 +163,22 @@ def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make
     listed[0].properties[veils.SCL_IS], listed[1].properties[veils.SCL_IS] = "veiled", "no cirrus"
     made = composite(listed, grid, recipe).compute()
     inside = np.arange(48) // 2 + 15 < 34  # the outermost pixel of a scene is left out
-    np.testing.assert_array_equal(made.reflectance.values[0], np.broadcast_to(np.where(inside, 500, 700), (48, 48)))
-    np.testing.assert_array_equal(made.quality.values, np.broadcast_to(np.where(inside, 1, 3), (48, 48)))
+    np.testing.assert_array_equal(
+        made.reflectance.values[0], np.broadcast_to(np.where(inside, 500, 700), (48, 48))
+    )
+    np.testing.assert_array_equal(
+        made.quality.values, np.broadcast_to(np.where(inside, 1, 3), (48, 48))
+    )
 
 
 def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
     """Each year has a date that is veiled unseen, and one, the clearest, on which SCL sees cirrus that is none."""
     site, years = make.site("pit", LEFT, TOP, 120, 120), (2020, 2022)
-    simulate([site], tmp_path / "w", World(years=years, styles=("earth-search",), scl_errors=True, seed=2))
+    simulate(
+        [site],
+        tmp_path / "w",
+        World(years=years, styles=("earth-search",), scl_errors=True, seed=2),
+    )
     source = load_sources(tmp_path / "w" / "sources.yaml")["sim-earth-search"]
     recipe = load_recipes()["annual-median"]
     grid = grid_of(site)
@@ -170,24 +188,37 @@ def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
         used = scenes.select(scenes.search(site, year, source).scenes, recipe)
         found = veils.judged(used, look_at(used, grid), recipe.haze)
         passes = overpasses(streams(2, "pit"), longitude, year, 22, 2, scl_errors=True)
-        truth = {p.day: "veiled" for p in passes if p.unseen_cirrus} | {p.day: "no cirrus" for p in passes if p.false_cirrus}
+        truth = {p.day: "veiled" for p in passes if p.unseen_cirrus} | {
+            p.day: "no cirrus" for p in passes if p.false_cirrus
+        }
         assert len(truth) == 2
-        told = {s.datetime.date(): s.properties[veils.SCL_IS] for s in found if veils.SCL_IS in s.properties}
+        told = {
+            s.datetime.date(): s.properties[veils.SCL_IS]
+            for s in found
+            if veils.SCL_IS in s.properties
+        }
         assert {day: told.get(day) for day in truth} == truth
         for day in set(told) - set(truth):  # other dates have haze or the halos of clouds
             assert told[day] == "veiled"
             over = sky.sel(time=str(day)).values
             assert (over == 2).sum() > 0.3 * (over > 0).sum()
-        assert all(veils.SCL_IS not in s.properties for s in used)  # the caller's own are as they were
+        assert all(
+            veils.SCL_IS not in s.properties for s in used
+        )  # the caller's own are as they were
         rows = veils.as_rows(found)
         assert {row["scl"] for row in rows} == {"veiled", "no cirrus"}
-        off = veils.judged(used, look_at(used, grid), dataclasses.replace(recipe.haze, date_excess=None))
+        off = veils.judged(
+            used, look_at(used, grid), dataclasses.replace(recipe.haze, date_excess=None)
+        )
         assert veils.as_rows(off) == []
 
 
 def test_without_blue_or_red_nothing_is_asked(archive, make):
     grid = make.grid(LEFT, TOP, 48, 48)
-    listed = [archive.scene(f"2020-0{month}-05T10:00:00", grid, {"B04": 700, "B11": 700}) for month in (5, 6, 7)]
+    listed = [
+        archive.scene(f"2020-0{month}-05T10:00:00", grid, {"B04": 700, "B11": 700})
+        for month in (5, 6, 7)
+    ]
     assert veils.judged(listed, look_at(listed, grid), HazeTest(date_excess=MOST)) == listed
     assert veils.judged([], look_at([], grid), HazeTest(date_excess=MOST)) == []
 

@@ -43,7 +43,9 @@ def year_of(grid, seed):
     quality[128:, 192:] = 0  # if there is such a block
     seen = quality > 0
     reflectance = np.where(seen, rng.integers(1, 9000, (2, *grid.shape)), 0).astype(np.uint16)
-    clear = np.where(np.isin(quality, (1, 5, 6)), rng.integers(1, 30, grid.shape), 0).astype(np.uint16)
+    clear = np.where(np.isin(quality, (1, 5, 6)), rng.integers(1, 30, grid.shape), 0).astype(
+        np.uint16
+    )
 
     def lazy(values):
         return da.from_array(values, chunks=(*values.shape[:-2], 64, 64))
@@ -77,9 +79,17 @@ class Counted:
 
 
 def provenance(site, year):
-    told = {"source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+    told = {
+        "source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": "r",
+    }
     scene = types.SimpleNamespace(
-        id="a", properties={k if k.startswith("s2") or ":" in k else f"minecube:{k}": v for k, v in told.items()}
+        id="a",
+        properties={
+            k if k.startswith("s2") or ":" in k else f"minecube:{k}": v for k, v in told.items()
+        },
     )
     return cube.provenance_of(site, year, grid_of(site), RECIPE, [scene])
 
@@ -90,7 +100,9 @@ def built(store, site, years=(2019, 2020)):
     cube.create(store, site, grid, YEARS, RECIPE)
     for year in years:
         seed = year + (site.id == "quarry") * 100
-        cube.write_year(store, year_of(grid, seed), provenance(site, year), parquet(id=["a"]), reads=Counted())
+        cube.write_year(
+            store, year_of(grid, seed), provenance(site, year), parquet(id=["a"]), reads=Counted()
+        )
     rng = np.random.default_rng(1)
     masks = xr.DataArray(
         rng.integers(0, 2, (3, *grid.shape)).astype(np.uint8),
@@ -142,7 +154,10 @@ def test_what_is_whole_passes(whole):
     assert report.findings == ()
     assert report.rebuild == {}
     assert report.sites == ("pit", "quarry")
-    assert {site: list(of) for site, of in report.committed.items()} == {"pit": [2019, 2020], "quarry": [2020]}
+    assert {site: list(of) for site, of in report.committed.items()} == {
+        "pit": [2019, 2020],
+        "quarry": [2020],
+    }
     assert report.objects == sum(p.is_file() for p in whole.rglob("*")) - 1  # the root's own
     assert [s[0] for s in steps] == list(range(1, steps[-1][1] + 1))
 
@@ -162,8 +177,15 @@ def test_checksums_are_those_of_the_files_and_an_empty_block_has_none(whole):
 def test_a_flipped_bit(store):
     flip(store / SHARD, 1000)
     finding = only(store)
-    assert (finding.site, finding.year, finding.kind, finding.cure) == ("pit", 2020, "damaged", "build")
-    assert str(finding).startswith("pit 2020: damaged: reflectance block 1/2 (reflectance/c/1/0/1/2): ")
+    assert (finding.site, finding.year, finding.kind, finding.cure) == (
+        "pit",
+        2020,
+        "damaged",
+        "build",
+    )
+    assert str(finding).startswith(
+        "pit 2020: damaged: reflectance block 1/2 (reflectance/c/1/0/1/2): "
+    )
     assert cube.verify(str(store)).rebuild == {"pit": [2020]}
     assert found(store, names=["quarry"]) == ()
 
@@ -174,7 +196,10 @@ def test_a_shard_that_is_gone(store):
     by_zarr = zarr.open_array(str(store / "pit/reflectance"), mode="r")
     assert not by_zarr[1, :, 64:128, 128:192].any()
     opened = cube.open_cube(str(store), "pit").reflectance.sel(year=2020)
-    with pytest.raises(CubeError, match=r"reflectance/c/1/0/1/2 is missing although it was committed; run `minecube verify`"):
+    with pytest.raises(
+        CubeError,
+        match=r"reflectance/c/1/0/1/2 is missing although it was committed; run `minecube verify`",
+    ):
         opened[:, 64:128, 128:192].load()
     assert opened[:, :64].values.any()
     finding = only(store)
@@ -226,7 +251,11 @@ def test_an_object_too_many(store, path, year):
     (store / path).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(store / SHARD, store / path)
     finding = only(store)
-    assert (finding.kind, finding.cure, finding.what) == ("unexpected", "remove", path.removeprefix("pit/"))
+    assert (finding.kind, finding.cure, finding.what) == (
+        "unexpected",
+        "remove",
+        path.removeprefix("pit/"),
+    )
     assert finding.year == year
 
 
@@ -252,7 +281,9 @@ def test_markers(store):
 def test_a_marker_of_another_year(store):
     shutil.rmtree(store / "pit/builds/2020")
     shutil.copytree(store / "pit/builds/2019", store / "pit/builds/2020")
-    assert ("foreign", 2020, "is that of pit 2019") in [(f.kind, f.year, f.found) for f in found(store)]
+    assert ("foreign", 2020, "is that of pit 2019") in [
+        (f.kind, f.year, f.found) for f in found(store)
+    ]
 
 
 def test_scene_lists_and_reads(store):
@@ -269,7 +300,10 @@ def test_scene_lists_and_reads(store):
     ("name", "change"),
     [
         ("reflectance", lambda m: m.update(data_type="int16")),
-        ("reflectance", lambda m: m["chunk_key_encoding"]["configuration"].update(separator=".")),  # one bit from "/"
+        (
+            "reflectance",
+            lambda m: m["chunk_key_encoding"]["configuration"].update(separator="."),
+        ),  # one bit from "/"
         ("quality", lambda m: m.update(fill_value=1)),
         ("reflectance", lambda m: m["attributes"].update(units="1")),
         ("spatial_ref", lambda m: m["attributes"].update(crs_wkt="none")),
@@ -295,7 +329,9 @@ def test_coordinates(store):
 def test_years_that_changed_places(store):
     """Nothing is damaged, and 2019 is read as 2018."""
     zarr.open_array(store / "pit/year", mode="r+")[:] = [2018, 2019, 2020]
-    assert "its pixels are at [0] among the years [2018, 2019, 2020]" in " ".join(map(str, found(store)))
+    assert "its pixels are at [0] among the years [2018, 2019, 2020]" in " ".join(
+        map(str, found(store))
+    )
 
 
 def test_the_groups_own_metadata(store):
@@ -328,15 +364,27 @@ def test_pixels_that_cannot_be(whole, tmp_path, make):
     for name, at, value, said in (
         ("reflectance", (1, 5, 70), 0, "1 pixels have a quality, but no reflectance in some band"),
         ("quality", (5, 70), 0, "1 pixels have reflectance, but no quality"),
-        ("clear_count", (5, 70), 0, "1 pixels count clear observations where quality has no clear kind"),
+        (
+            "clear_count",
+            (5, 70),
+            0,
+            "1 pixels count clear observations where quality has no clear kind",
+        ),
         ("quality", (5, 70), 9, "expected [0, 1, 2, 3, 4, 5, 6] or 0, found [9]"),
     ):
         store, made = str(tmp_path / f"{name}{value}.zarr"), year_of(grid, 1).compute()
         made.quality[5, 70], made.clear_count[5, 70], made.reflectance[:, 5, 70] = 1, 3, 9
         made[name][at] = value
         cube.create(store, site, grid, YEARS, RECIPE)
-        cube.write_year(store, made.chunk({"y": 64, "x": 64, "band": -1}), provenance(site, 2020), parquet(id=["a"]))
-        assert any(f.kind == "contradictory" and f.year == 2020 and said in f.found for f in found(store)), name
+        cube.write_year(
+            store,
+            made.chunk({"y": 64, "x": 64, "band": -1}),
+            provenance(site, 2020),
+            parquet(id=["a"]),
+        )
+        assert any(
+            f.kind == "contradictory" and f.year == 2020 and said in f.found for f in found(store)
+        ), name
 
 
 def test_labels(store, make):
@@ -355,7 +403,9 @@ def test_labels_written_again_bring_their_checksums_along(store, make):
     grid = grid_of(make.site("pit", 360000, 5600040, 240, 180))
     mask = np.full((1, *grid.shape), 255, np.uint8)
     mask[0, :10, :10] = 1  # eleven of its twelve blocks are no objects any more
-    masks = xr.DataArray(mask, dims=("year", "y", "x"), coords={"year": [2020], **odc.geo.xr.xr_coords(grid)})
+    masks = xr.DataArray(
+        mask, dims=("year", "y", "x"), coords={"year": [2020], **odc.geo.xr.xr_coords(grid)}
+    )
     cube.write_footprint(str(store), "pit", masks, origin="anew")
     assert found(store) == ()
     (store / "pit/footprint/c/1/0/0").unlink()
@@ -366,15 +416,23 @@ def test_predictions(store):
     flip(store / "pit/predictions/net/probability/c/0/1/1", 40)
     finding = only(store)
     assert (finding.kind, finding.cure) == ("damaged", "predict")
-    assert str(finding).startswith("pit: damaged: probability block 1/1 (predictions/net/probability/c/0/1/1)")
+    assert str(finding).startswith(
+        "pit: damaged: probability block 1/1 (predictions/net/probability/c/0/1/1)"
+    )
 
 
 def test_built_before_there_were_checksums(store):
     """Unverifiable is not whole; what can be seen without checksums is seen."""
     for part in (store / "pit/builds/2020/zarr.json", store / "pit/predictions/net/zarr.json"):
         edit(part, lambda m: [m["attributes"].pop(k) for k in ("checksums", "sha256")])
-    edit(store / "pit/footprint/zarr.json", lambda m: [m["attributes"].pop(k) for k in ("checksums", "sha256")])
-    edit(store / "pit/zarr.json", lambda m: [m["attributes"]["minecube"].pop(k) for k in ("arrays", "years", "sha256")])
+    edit(
+        store / "pit/footprint/zarr.json",
+        lambda m: [m["attributes"].pop(k) for k in ("checksums", "sha256")],
+    )
+    edit(
+        store / "pit/zarr.json",
+        lambda m: [m["attributes"]["minecube"].pop(k) for k in ("arrays", "years", "sha256")],
+    )
     shutil.rmtree(store / "pit/footprint_fraction")  # nor were there fractions
     findings = found(store)
     assert {f.kind for f in findings} == {"unverifiable"}
@@ -393,7 +451,10 @@ def test_fractions_that_were_there_are_missed(store):
 
 
 def test_a_year_being_built_is_left_out(store):
-    edit(store / "pit/builds/2020/zarr.json", lambda m: m.update(attributes={"building": "x", "blocks": ["0/0"]}))
+    edit(
+        store / "pit/builds/2020/zarr.json",
+        lambda m: m.update(attributes={"building": "x", "blocks": ["0/0"]}),
+    )
     shutil.rmtree(store / "pit/predictions")
     assert found(store) == ()
 
@@ -404,7 +465,9 @@ def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
     cube.create(store, site, grid_of(site), YEARS, RECIPE)
     asked = iter([False, False, True])
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, made, told, b"", reads=Counted(), workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store, made, told, b"", reads=Counted(), workers=2, stopped=lambda: next(asked)
+        )
     report = cube.verify(store)
     (finding,) = report.findings
     assert (finding.kind, finding.year) == ("unfinished", 2020)
@@ -437,7 +500,13 @@ def test_what_was_rebuilt_and_extended_passes(store, make):
     site = make.site("pit", 360000, 5600040, 240, 180)
     cube.create(str(store), site, grid_of(site), [2023], RECIPE)
     assert found(store) == ()
-    cube.write_year(str(store), year_of(grid_of(site), 5), provenance(site, 2023), parquet(id=["a"]), reads=Counted())
+    cube.write_year(
+        str(store),
+        year_of(grid_of(site), 5),
+        provenance(site, 2023),
+        parquet(id=["a"]),
+        reads=Counted(),
+    )
     assert {f.kind for f in found(store)} == {"stale"}  # the prediction has not seen it
 
 
@@ -450,7 +519,12 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     assert "pit 2020: damaged: reflectance block 1/2" in ran.output
     assert command in ran.output
     said = json.loads(out.read_text())
-    assert (said["ok"], said["rebuild"], said["sites"], said["site_years"]) == (False, {"pit": [2020]}, ["pit", "quarry"], 3)
+    assert (said["ok"], said["rebuild"], said["sites"], said["site_years"]) == (
+        False,
+        {"pit": [2020]},
+        ["pit", "quarry"],
+        3,
+    )
     assert said["findings"][0]["what"] == "reflectance/c/1/0/1/2"
     assert any(line.startswith(command) for line in said["commands"])
     # The build that is there is not made again, until its commit is taken off.
@@ -464,13 +538,18 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     assert list(cube.builds(str(store), "pit")) == [2019]
     assert cube.write_year(*again, reads=Counted())
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store)])
-    assert (ran.exit_code, ran.output.splitlines()[-1].endswith("all as it was written")) == (0, True), ran.output
+    assert (ran.exit_code, ran.output.splitlines()[-1].endswith("all as it was written")) == (
+        0,
+        True,
+    ), ran.output
 
 
 def test_the_command_line_in_a_process_of_its_own(whole):
     """Where nothing has been imported by others before."""
     script = f"from minecube.cli import main; main(['verify', '--store', {str(whole)!r}])"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stdout.endswith("all as it was written\n")) == (0, True), ran.stderr
 
 
@@ -511,7 +590,9 @@ def test_any_flipped_bit_of_any_file_is_found(tiny, data):
     try:
         flip(path, at, bit)
         if not found(tiny, names=["pit"]):
-            assert path.name == "zarr.json" or path.parent.parent.parent == tiny / "pit"  # metadata, or a coordinate
+            assert (
+                path.name == "zarr.json" or path.parent.parent.parent == tiny / "pit"
+            )  # metadata, or a coordinate
             assert same_to_a_reader(path) == before
     finally:
         path.write_bytes(content)
@@ -525,7 +606,11 @@ def same_to_a_reader(path):
         except ValueError:
             return None
     try:
-        return zarr.open_array(path.parent.parent, mode="r")[...].tobytes() if path.parent.name == "c" else None
+        return (
+            zarr.open_array(path.parent.parent, mode="r")[...].tobytes()
+            if path.parent.name == "c"
+            else None
+        )
     except Exception:
         return None
 
@@ -575,14 +660,25 @@ def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, mak
         found = survey(self)
         if self.name == "pit":
             listed = parquet(id=["a"])
-            cube.write_year(str(store), year_of(grid_of(site), 5), other, listed, reads=Counted(), overwrite=True)
+            cube.write_year(
+                str(store),
+                year_of(grid_of(site), 5),
+                other,
+                listed,
+                reads=Counted(),
+                overwrite=True,
+            )
         return found
 
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["minecube.cube.verify"]._Site, "survey", meanwhile)
         report = cube.verify(str(store))
     assert report.whole
-    assert {f.found.split(";")[0] for f in report.findings} == {"it was written while it was verified"}
-    with pytest.raises(BusyError, match="pit 2020 was built again since it was verified; verify it again"):
+    assert {f.found.split(";")[0] for f in report.findings} == {
+        "it was written while it was verified"
+    }
+    with pytest.raises(
+        BusyError, match="pit 2020 was built again since it was verified; verify it again"
+    ):
         cube.uncommit(str(store), "pit", [2020], judged)
     assert list(cube.builds(str(store), "pit")) == [2019, 2020]

@@ -36,10 +36,14 @@ MEAN, STD = (900.0, 2100.0), (300.0, 800.0)
 def trained(card: ModelCard = CARD, seed: int = 0) -> Trained:
     torch.manual_seed(seed)
     n = len(card.bands)
-    return Trained(card=card, network=models.build(card).eval(), mean=MEAN[:n], std=STD[:n], sites=("a", "b"))
+    return Trained(
+        card=card, network=models.build(card).eval(), mean=MEAN[:n], std=STD[:n], sites=("a", "b")
+    )
 
 
-def with_weights(path: Path, href: str | None = None, card: ModelCard = CARD, **more: object) -> ModelCard:
+def with_weights(
+    path: Path, href: str | None = None, card: ModelCard = CARD, **more: object
+) -> ModelCard:
     """The card, whose weights are this file's, at this URL."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     return dataclasses.replace(card, weights=Weights(href=href or str(path), sha256=found, **more))
@@ -91,7 +95,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def test_weights_are_downloaded_once(server: Server, tmp_path: Path) -> None:
     save(trained(), server.folder / "mine.pt")
-    card, cache = with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt"), tmp_path / "cache"
+    card, cache = (
+        with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt"),
+        tmp_path / "cache",
+    )
     found = fetch(card, cache)
     assert same(found.network, trained().network)
     assert not found.network.training
@@ -103,14 +110,19 @@ def test_weights_are_downloaded_once(server: Server, tmp_path: Path) -> None:
 
 def test_a_copy_that_was_damaged_is_got_again(server: Server, tmp_path: Path) -> None:
     save(trained(), server.folder / "mine.pt")
-    card, cache = with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt"), tmp_path / "cache"
+    card, cache = (
+        with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt"),
+        tmp_path / "cache",
+    )
     cache.mkdir()
     (cache / f"{card.weights.sha256}.pt").write_bytes(b"half a fi")
     assert same(fetch(card, cache).network, trained().network)
     assert len(server.asked) == 1
 
 
-def test_the_cache_is_torchs_by_default(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_torchs_by_default(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     save(trained(), server.folder / "mine.pt")
     card = with_weights(server.folder / "mine.pt", f"{server.url}/mine.pt")
@@ -133,14 +145,20 @@ def test_another_hash_is_refused_before_anything_is_opened(
 ) -> None:
     save(trained(seed=0), tmp_path / "right.pt")
     save(trained(seed=1), server.folder / "mine.pt")
-    right, wrong = (hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "right.pt", server.folder / "mine.pt"))
+    right, wrong = (
+        hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in (tmp_path / "right.pt", server.folder / "mine.pt")
+    )
 
     def opened(*_: object, **__: object) -> None:
         pytest.fail("was opened")
 
     monkeypatch.setattr(torch, "load", opened)
     for href in (f"{server.url}/mine.pt", str(server.folder / "mine.pt")):
-        with pytest.raises(ModelError, match=f"mine.pt: expected a file of sha256 {right}.*found {wrong}.*not opened.*again"):
+        with pytest.raises(
+            ModelError,
+            match=f"mine.pt: expected a file of sha256 {right}.*found {wrong}.*not opened.*again",
+        ):
             fetch(with_weights(tmp_path / "right.pt", href), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -159,7 +177,9 @@ def test_what_cannot_be_downloaded_leaves_nothing(server: Server, tmp_path: Path
     def at(href: str) -> ModelCard:
         return dataclasses.replace(good, weights=dataclasses.replace(good.weights, href=href))
 
-    with pytest.raises(ModelError, match=r"gone.pt: the weights cannot be downloaded to .*404") as caught:
+    with pytest.raises(
+        ModelError, match=r"gone.pt: the weights cannot be downloaded to .*404"
+    ) as caught:
         fetch(at(f"{server.url}/gone.pt?signature=secret"), cache)
     assert "secret" not in str(caught.value)
     server.cut = 1000
@@ -191,10 +211,14 @@ def test_what_cannot_be_downloaded_leaves_nothing(server: Server, tmp_path: Path
         ({"architecture": "pspnet"}, "architecture pspnet, found unet"),
     ],
 )
-def test_weights_of_another_card_are_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+def test_weights_of_another_card_are_refused(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
     save(trained(), tmp_path / "mine.pt")
     card = with_weights(tmp_path / "mine.pt", card=dataclasses.replace(CARD, **changes))
-    with pytest.raises(ModelError, match=f"expected weights of model mine-net with {words}.*correct the card"):
+    with pytest.raises(
+        ModelError, match=f"expected weights of model mine-net with {words}.*correct the card"
+    ):
         fetch(card)
 
 
@@ -209,7 +233,10 @@ def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
 def test_another_mean_than_the_files_is_refused(tmp_path: Path) -> None:
     save(trained(), tmp_path / "mine.pt")
     assert fetch(with_weights(tmp_path / "mine.pt", mean=MEAN, std=STD)).mean == MEAN
-    with pytest.raises(ModelError, match=r"expected mean \(1\.0, 2100\.0\), as the card says, found \(900\.0, 2100\.0\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"expected mean \(1\.0, 2100\.0\), as the card says, found \(900\.0, 2100\.0\)",
+    ):
         fetch(with_weights(tmp_path / "mine.pt", mean=(1.0, 2100.0), std=STD))
 
 
@@ -227,7 +254,9 @@ def test_a_plain_state_dict_is_taken_with_mean_and_deviation_of_the_card(tmp_pat
         fetch(with_weights(path, card=wide, mean=MEAN, std=STD))
     for content in ({}, [1, 2], {"weights": 3}, {"model": {"a": torch.zeros(1)}}):
         torch.save(content, path)
-        with pytest.raises(ModelError, match="expected a model that minecube wrote, or a state_dict"):
+        with pytest.raises(
+            ModelError, match="expected a model that minecube wrote, or a state_dict"
+        ):
             fetch(with_weights(path, mean=MEAN, std=STD))
 
 
@@ -241,10 +270,15 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: value for name, value in trained().network.state_dict().items()}
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.module."],
+)
 def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, prefix: str) -> None:
     assert same(taken(tmp_path / "w.pt", prefixed(prefix)), trained().network)
-    assert same(taken(tmp_path / "w.pt", {"epoch": 3, "state_dict": prefixed(prefix)}), trained().network)
+    assert same(
+        taken(tmp_path / "w.pt", {"epoch": 3, "state_dict": prefixed(prefix)}), trained().network
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
@@ -268,27 +302,46 @@ def test_a_checkpoint_of_lightning_is_taken_and_what_is_left_out_named(
         "state_dict": {**prefixed("model."), "criterion.pos_weight": torch.ones(1)},
         "optimizer_states": [torch.optim.Adam(network.parameters()).state_dict()],
         "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.3)}},
-        "hyper_parameters": {"lr": np.float64(1e-3), "where": Path("a"), "loss": torch.nn.BCELoss(), "f1": np.ones(3)},
+        "hyper_parameters": {
+            "lr": np.float64(1e-3),
+            "where": Path("a"),
+            "loss": torch.nn.BCELoss(),
+            "f1": np.ones(3),
+        },
     }
     assert same(taken(tmp_path / "w.ckpt", content), network)
-    assert [r.getMessage().partition(": ")[2] for r in caplog.records if r.levelname == "WARNING"] == [
-        "left out criterion.pos_weight, which are no weights of unet"
-    ]
+    assert [
+        r.getMessage().partition(": ")[2] for r in caplog.records if r.levelname == "WARNING"
+    ] == ["left out criterion.pos_weight, which are no weights of unet"]
 
 
 def test_numpy_scalars_do_not_hinder(tmp_path: Path) -> None:
-    scalars = {"f1": np.float64(0.9), "loss": np.float32(0.1), "epoch": np.int64(3), "done": np.bool_(True)}
+    scalars = {
+        "f1": np.float64(0.9),
+        "loss": np.float32(0.1),
+        "epoch": np.int64(3),
+        "done": np.bool_(True),
+    }
     assert same(taken(tmp_path / "w.pt", {**prefixed(""), **scalars}), trained().network)
-    assert same(taken(tmp_path / "w.pt", {"model_state_dict": prefixed(""), **scalars}), trained().network)
+    assert same(
+        taken(tmp_path / "w.pt", {"model_state_dict": prefixed(""), **scalars}), trained().network
+    )
 
 
 def test_numpy_scalars_in_a_model_of_ours_are_numbers(tmp_path: Path) -> None:
     content = {"mean": np.float32(MEAN), "std": np.float64(STD)}
-    save(dataclasses.replace(trained(), mean=tuple(content["mean"]), std=tuple(content["std"])), tmp_path / "mine.pt")
+    save(
+        dataclasses.replace(trained(), mean=tuple(content["mean"]), std=tuple(content["std"])),
+        tmp_path / "mine.pt",
+    )
     assert {type(v) for v in torch.load(tmp_path / "mine.pt", weights_only=True)["mean"]} == {float}
     written = torch.load(tmp_path / "mine.pt", weights_only=True)
     written |= {name: list(values) for name, values in content.items()}
-    written["training"] = {"f1": np.float64(0.9), "epoch": np.int16(-3), "turned": np.array([2.5], ">f4")[0]}
+    written["training"] = {
+        "f1": np.float64(0.9),
+        "epoch": np.int16(-3),
+        "turned": np.array([2.5], ">f4")[0],
+    }
     torch.save(written, tmp_path / "mine.pt")
     found = models.load(tmp_path / "mine.pt")
     assert (found.mean, found.std) == (MEAN, STD)
@@ -297,9 +350,14 @@ def test_numpy_scalars_in_a_model_of_ours_are_numbers(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_there_twice_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds the weights of unet 2 times \(model; ema\).*save those that are"):
+    with pytest.raises(
+        ModelError, match=r"holds the weights of unet 2 times \(model; ema\).*save those that are"
+    ):
         taken(tmp_path / "w.pt", {"model": prefixed(""), "ema": prefixed("")})
-    with pytest.raises(ModelError, match=r"2 times \(prefix 'student.' in state_dict; prefix 'teacher.' in state_dict\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"2 times \(prefix 'student.' in state_dict; prefix 'teacher.' in state_dict\)",
+    ):
         taken(tmp_path / "w.pt", {"state_dict": prefixed("student.") | prefixed("teacher.")})
 
 
@@ -308,7 +366,9 @@ def test_weights_twice_without_a_prefix_are_named(tmp_path: Path) -> None:
         taken(tmp_path / "w.pt", prefixed("") | prefixed("module."))
 
 
-def test_tensors_of_a_loss_are_left_out_without_a_prefix_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_of_a_loss_are_left_out_without_a_prefix_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     loss = {"criterion.weight": torch.ones(1), "n_averaged": torch.tensor(3)}
     assert same(taken(tmp_path / "w.pt", prefixed("") | loss), trained().network)
     assert "left out criterion.weight, n_averaged, which are no weights of unet" in caplog.text
@@ -333,24 +393,33 @@ def test_tensors_that_are_no_finite_floats_are_refused(tmp_path: Path, changed, 
     path = tmp_path / "w.pt"
     state = prefixed("")
     state["head.weight"] = changed(state["head.weight"])
-    with pytest.raises(ModelError, match=f"w.pt: expected dense tensors of finite floats, found {words}; save") as caught:
+    with pytest.raises(
+        ModelError, match=f"w.pt: expected dense tensors of finite floats, found {words}; save"
+    ) as caught:
         taken(path, state)
     assert "\n" not in str(caught.value)
     save(trained(), path)
     torch.save(torch.load(path, weights_only=True) | {"weights": state}, path)
-    with pytest.raises(ModelError, match=f"expected dense tensors of finite floats, found {words}; save"):
+    with pytest.raises(
+        ModelError, match=f"expected dense tensors of finite floats, found {words}; save"
+    ):
         models.load(path)
 
 
 def test_floats_of_other_widths_are_taken(tmp_path: Path) -> None:
     for kind in (torch.float16, torch.bfloat16, torch.float64):
-        state = {name: v.to(kind) if v.is_floating_point() else v for name, v in prefixed("").items()}
+        state = {
+            name: v.to(kind) if v.is_floating_point() else v for name, v in prefixed("").items()
+        }
         found = taken(tmp_path / "w.pt", state).state_dict()
         assert torch.equal(found["head.weight"], state["head.weight"].float())
 
 
 def test_tensors_that_differ_alike_are_counted(tmp_path: Path) -> None:
-    state = {name: v * float("nan") if name.startswith("head.") else v for name, v in prefixed("").items()}
+    state = {
+        name: v * float("nan") if name.startswith("head.") else v
+        for name, v in prefixed("").items()
+    }
     assert [name for name in state if name.startswith("head.")] == ["head.weight", "head.bias"]
     with pytest.raises(ModelError, match=r"NaN or infinity in head\.weight and 1 more;"):
         taken(tmp_path / "w.pt", state)
@@ -358,25 +427,36 @@ def test_tensors_that_differ_alike_are_counted(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_told_by_the_tensors_that_differ(tmp_path: Path) -> None:
     path, names = tmp_path / "w.pt", list(prefixed(""))
-    with pytest.raises(ModelError, match=rf"{len(names)} missing, such as {names[0]}; 1 not expected, such as a.weight"):
+    with pytest.raises(
+        ModelError,
+        match=rf"{len(names)} missing, such as {names[0]}; 1 not expected, such as a.weight",
+    ):
         taken(path, {"a.weight": torch.zeros(1)})
     with pytest.raises(ModelError, match=r"\(1 not expected, such as more\)"):
         taken(path, prefixed("module.") | {"module.more": torch.zeros(1)})
     with pytest.raises(ModelError, match=r"\(1 of another shape, such as head.bias\)"):
         taken(path, prefixed("module.") | {"module.head.bias": torch.zeros(9)})
-    with pytest.raises(ModelError, match=f"with tensors such as {names[0]}; found a.weight in state_dict"):
+    with pytest.raises(
+        ModelError, match=f"with tensors such as {names[0]}; found a.weight in state_dict"
+    ):
         taken(path, {"state_dict": {"a.weight": torch.zeros(1)}})
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_files_of_other_programs_are_named(tmp_path: Path) -> None:
     path, network = tmp_path / "w.pt", trained().network
-    with pytest.raises(ModelError, match=r"found a pickled minecube.models.unet.UNet, whose code is not run; save"):
+    with pytest.raises(
+        ModelError, match=r"found a pickled minecube.models.unet.UNet, whose code is not run; save"
+    ):
         taken(path, network)
-    with pytest.raises(ModelError, match=r"a dictionary of numpy\._core\.multiarray\._reconstruct \(a\)"):
+    with pytest.raises(
+        ModelError, match=r"a dictionary of numpy\._core\.multiarray\._reconstruct \(a\)"
+    ):
         taken(path, {"a": np.ones(3)})
     torch.save(network, path)
-    with pytest.raises(ModelError, match=r"looks like a file with objects of minecube.models.unet.UNet, "):
+    with pytest.raises(
+        ModelError, match=r"looks like a file with objects of minecube.models.unet.UNet, "
+    ):
         models.load(path)
     torch.save(network.state_dict(), path, _use_new_zipfile_serialization=False)
     with pytest.raises(ModelError, match=r"a file of torch.save before torch 1\.6"):
@@ -395,7 +475,9 @@ def test_files_of_other_programs_are_named(tmp_path: Path) -> None:
     }
     for content, kind in others.items():
         path.write_bytes(content)
-        with pytest.raises(ModelError, match=f"is not a model that minecube wrote.*looks like {kind}"):
+        with pytest.raises(
+            ModelError, match=f"is not a model that minecube wrote.*looks like {kind}"
+        ):
             fetch(with_weights(path))
 
 
@@ -408,12 +490,18 @@ class Opener(Evil):
 
 def test_nothing_runs_wherever_it_stands_in_a_checkpoint(tmp_path: Path) -> None:
     evil = Opener(tmp_path / "written")
-    assert same(taken(tmp_path / "w.pt", {"state_dict": prefixed(""), "hyper_parameters": {"a": evil}}), trained().network)
+    assert same(
+        taken(tmp_path / "w.pt", {"state_dict": prefixed(""), "hyper_parameters": {"a": evil}}),
+        trained().network,
+    )
     for content in ({**prefixed(""), "head.bias": evil}, {"state_dict": evil}, [evil]):
         with pytest.raises(ModelError):
             taken(tmp_path / "w.pt", content)
     save(trained(), tmp_path / "mine.pt")
-    torch.save(torch.load(tmp_path / "mine.pt", weights_only=True) | {"training": {"a": evil}}, tmp_path / "mine.pt")
+    torch.save(
+        torch.load(tmp_path / "mine.pt", weights_only=True) | {"training": {"a": evil}},
+        tmp_path / "mine.pt",
+    )
     with pytest.raises(ModelError, match="is not a model that minecube wrote"):
         models.load(tmp_path / "mine.pt")
     with pytest.raises(ModelError, match="is not a model that minecube wrote"):
@@ -463,15 +551,26 @@ def test_a_file_cut_anywhere_or_with_a_flipped_bit_is_never_another_model(tmp_pa
 # Finding
 
 
-def test_a_model_is_found_by_file_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_found_by_file_or_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(trained(seed=0), tmp_path / "mine.pt")
     save(trained(seed=1), tmp_path / "own.pt")
-    cards = {"mine-net": with_weights(tmp_path / "mine.pt"), "untrained": dataclasses.replace(CARD, id="untrained")}
+    cards = {
+        "mine-net": with_weights(tmp_path / "mine.pt"),
+        "untrained": dataclasses.replace(CARD, id="untrained"),
+    }
     assert same(find("mine-net", cards).network, trained(seed=0).network)
     assert same(find(str(tmp_path / "own.pt"), cards).network, trained(seed=1).network)
-    with pytest.raises(ModelError, match="model untrained: its card names no trained weights; train it with `minecube train"):
+    with pytest.raises(
+        ModelError,
+        match="model untrained: its card names no trained weights; train it with `minecube train",
+    ):
         find("untrained", cards)
-    with pytest.raises(ModelError, match="mine-nett: is neither the file of a trained model nor a model of the catalogue"):
+    with pytest.raises(
+        ModelError,
+        match="mine-nett: is neither the file of a trained model nor a model of the catalogue",
+    ):
         find("mine-nett", cards)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine-net").mkdir()  # a folder of that name is no file
@@ -481,7 +580,9 @@ def test_a_model_is_found_by_file_or_by_name(tmp_path: Path, monkeypatch: pytest
 # The card
 
 
-def test_weights_in_a_catalogue_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_a_catalogue_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own").mkdir()
     save(trained(), tmp_path / "own" / "mine.pt")
     digest = hashlib.sha256((tmp_path / "own" / "mine.pt").read_bytes()).hexdigest()
@@ -504,7 +605,10 @@ def test_weights_in_a_catalogue_lie_beside_it(tmp_path: Path, monkeypatch: pytes
         ("{href: a, sha256: 12ab}", "sha256.*64 hexadecimal digits"),
         (f"{{href: a, sha256: '{'0' * 64}', mean: [1]}}", "as many numbers as mean"),
         (f"{{href: a, sha256: '{'0' * 64}', mean: [1, 2], std: [1, 0]}}", "above 0"),
-        (f"{{href: a, sha256: '{'0' * 64}', mean: [1, 2], std: [1, 2]}}", "a number for each of 10 bands, found 2"),
+        (
+            f"{{href: a, sha256: '{'0' * 64}', mean: [1, 2], std: [1, 2]}}",
+            "a number for each of 10 bands, found 2",
+        ),
     ],
 )
 def test_wrong_weights_in_a_card_are_named(tmp_path: Path, fields: str, words: str) -> None:

@@ -35,21 +35,35 @@ def built(store, site, years, recipe=RECIPE):
     grid = grid_of(site)
     cube.create(store, site, grid, years, recipe)
     for n, year in enumerate(years[:-1]):
-        pixels = np.arange(2 * grid.shape[0] * grid.shape[1]).reshape(2, *grid.shape) % 65521 + n + 1
+        pixels = (
+            np.arange(2 * grid.shape[0] * grid.shape[1]).reshape(2, *grid.shape) % 65521 + n + 1
+        )
         pixels[:, 64:128, :64] = 0
         side = recipe.block_px
         flat = da.ones(tuple(grid.shape), chunks=side, dtype=np.uint16)
         made = {
-            "reflectance": (("band", "y", "x"), da.from_array(pixels.astype(np.uint16), chunks=(2, side, side))),
+            "reflectance": (
+                ("band", "y", "x"),
+                da.from_array(pixels.astype(np.uint16), chunks=(2, side, side)),
+            ),
             "clear_count": (("y", "x"), flat),
             "quality": (("y", "x"), flat.astype(np.uint8)),
         }
-        told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+        told = {
+            "minecube:source": "s",
+            "s2:processing_baseline": "05.00",
+            "minecube:offset": 0,
+            "minecube:offset_reason": "r",
+        }
         scene = types.SimpleNamespace(id="a", properties=told)
-        cube.write_year(store, xr.Dataset(made), cube.provenance_of(site, year, grid, recipe, [scene]), b"")
+        cube.write_year(
+            store, xr.Dataset(made), cube.provenance_of(site, year, grid, recipe, [scene]), b""
+        )
     mask = np.random.default_rng(0).choice([0, 1, 255], (len(years), *grid.shape)).astype(np.uint8)
     mask[:, :, :64] = 255
-    masks = xr.DataArray(mask, dims=("year", "y", "x"), coords={"year": years, **odc.geo.xr.xr_coords(grid)})
+    masks = xr.DataArray(
+        mask, dims=("year", "y", "x"), coords={"year": years, **odc.geo.xr.xr_coords(grid)}
+    )
     cube.write_footprint(store, site.id, masks, origin="drawn")
 
 
@@ -57,14 +71,20 @@ def built(store, site, years, recipe=RECIPE):
 def store(tmp_path_factory, make):
     where = str(tmp_path_factory.mktemp("windows") / "cubes.zarr")
     for n, (name, (width, height)) in enumerate(SIZES.items()):
-        built(where, make.site(name, 360000 + n * 6000, 5600040, width, height), [2019, 2020, 2022, 2023])
+        built(
+            where,
+            make.site(name, 360000 + n * 6000, 5600040, width, height),
+            [2019, 2020, 2022, 2023],
+        )
     return where
 
 
 def plain(store, window, size):
     """The same by xarray and numpy."""
     opened = cube.open_cube(store, window.site).sel(year=list(window.years))
-    part = opened.isel(y=slice(window.y, window.y + size), x=slice(window.x, window.x + size)).compute()
+    part = opened.isel(
+        y=slice(window.y, window.y + size), x=slice(window.x, window.x + size)
+    ).compute()
     beyond = [(0, size - part.sizes["y"]), (0, size - part.sizes["x"])]
     return (
         np.pad(part.reflectance.values, [(0, 0), (0, 0), *beyond]),
@@ -83,7 +103,12 @@ def is_plain(store, dataset, index):
 
 
 @having(max_examples=60, deadline=None)
-@given(view=st.sampled_from(cube.windows.VIEWS), size=st.integers(1, 260), seed=st.integers(0, 99), index=st.integers(0, 20))
+@given(
+    view=st.sampled_from(cube.windows.VIEWS),
+    size=st.integers(1, 260),
+    seed=st.integers(0, 99),
+    index=st.integers(0, 20),
+)
 def test_any_window_is_the_slice_that_numpy_cuts(store, view, size, seed, index):
     is_plain(store, cube.CubeDataset(store, view=view, size=size, seed=seed, length=21), index)
 
@@ -94,24 +119,41 @@ def test_a_window_asked_for_by_its_place_is_the_slice_that_numpy_cuts(store, siz
     dataset = cube.CubeDataset(store, ["pit"])
     years = (2019, 2022) if two else (2020,)
     window = cube.Window(site="pit", years=years, y=y, x=x)
-    for found, expected in zip(dataset.cut("pit", years, y, x, size), plain(store, window, size), strict=True):
+    for found, expected in zip(
+        dataset.cut("pit", years, y, x, size), plain(store, window, size), strict=True
+    ):
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
 
 
 def test_it_says_what_training_has_to_know(store):
     dataset = cube.CubeDataset(store, years=[2022, 2019])
-    assert (dataset.sites, dataset.bands, dataset.forkable) == (("pit", "pond"), ("B04", "B11"), True)
+    assert (dataset.sites, dataset.bands, dataset.forkable) == (
+        ("pit", "pond"),
+        ("B04", "B11"),
+        True,
+    )
     assert (dataset.years_of("pond"), dataset.shape_of("pond")) == ((2019, 2022), (54, 48))
 
 
 @pytest.mark.parametrize("task", ["mapping", "change", "series"])
 def test_training_sees_the_same_in_a_store_and_in_memory(store, task):
     classes = ("new",) if task == "change" else ("mine",)
-    card = ModelCard(id="m", title="t", architecture="a", task=task, classes=classes, bands=("B11",), window_px=64)
+    card = ModelCard(
+        id="m",
+        title="t",
+        architecture="a",
+        task=task,
+        classes=classes,
+        bands=("B11",),
+        window_px=64,
+    )
     settings = Settings(id="s", title="t", rare=0.5, year_dropout=0.2)
     opened = {"pit": cube.open_committed(store, "pit").load()}
-    seen = [(of, train.survey(of, card, settings)) for of in (cube.CubeDataset(store, ["pit"]), train.Cubes(opened))]
+    seen = [
+        (of, train.survey(of, card, settings))
+        for of in (cube.CubeDataset(store, ["pit"]), train.Cubes(opened))
+    ]
     assert seen[0][1].mean == seen[1][1].mean
     assert seen[0][1].std == seen[1][1].std
     windows = [train.Windows(of, card, settings, survey) for of, survey in seen]
@@ -141,7 +183,9 @@ def test_windows_a_step_apart_end_flush_with_the_far_border(store):
     """As the crops of the published loaders: 240 x 180 pixels in windows of 100."""
     dataset = cube.CubeDataset(store, ["pit"], size=100, step=100, view="year", years=[2020, 2022])
     places = [(w.y, w.x, w.years) for w in map(dataset.window, range(len(dataset)))]
-    assert places == [(y, x, (year,)) for y in (0, 80) for x in (0, 100, 140) for year in (2020, 2022)]
+    assert places == [
+        (y, x, (year,)) for y in (0, 80) for x in (0, 100, 140) for year in (2020, 2022)
+    ]
     for index in range(len(dataset)):
         is_plain(store, dataset, index)
     with pytest.raises(IndexError):
@@ -163,7 +207,9 @@ def test_windows_anywhere_are_everywhere(store):
     """Every corner that a window may have is had, and sites as often as they are large."""
     dataset = cube.CubeDataset(store, size=46, length=4000)
     drawn = [dataset.window(i) for i in range(4000)]
-    assert {(w.y, w.x) for w in drawn if w.site == "pond"} == {(y, x) for y in range(9) for x in range(3)}
+    assert {(w.y, w.x) for w in drawn if w.site == "pond"} == {
+        (y, x) for y in range(9) for x in range(3)
+    }
     share = sum(w.site == "pond" for w in drawn) / len(drawn)
     assert share == pytest.approx(48 * 54 / (48 * 54 + 240 * 180), abs=0.015)
     assert max(w.y for w in drawn) == 180 - 46
@@ -185,7 +231,9 @@ def test_workers_cut_the_same(store):
                     told = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
                     print(workers, batch["site"], told, arrays[0].dtype, arrays[0].shape)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 8, done.stderr
     assert [line[1:] for line in lines[:4]] == [line[1:] for line in lines[4:]]
@@ -203,7 +251,11 @@ def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path
     if how == "codec":  # deflated chunks, as another template may have them
         where = str(tmp_path / "cubes.zarr")
         packed = zarr.codecs.GzipCodec()
-        monkeypatch.setattr(cube, "encoding_of", lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": packed})
+        monkeypatch.setattr(
+            cube,
+            "encoding_of",
+            lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": packed},
+        )
         built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
     assert module.Pixels.of(where, "pit/reflectance").codec is None
     assert module.Pixels.of(store, "pit/reflectance").codec is not None
@@ -214,7 +266,11 @@ def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path
 def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
     """Zstandard, as Zarr has it by itself."""
     where = str(tmp_path / "cubes.zarr")
-    monkeypatch.setattr(cube, "encoding_of", lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": "auto"})
+    monkeypatch.setattr(
+        cube,
+        "encoding_of",
+        lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": "auto"},
+    )
     built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
     assert module.Pixels.of(where, "pit/reflectance").codec.codec_id == "zstd"
     is_plain(where, cube.CubeDataset(where, size=100, length=1), 0)
@@ -291,10 +347,16 @@ def by_zarr(store):
 def _of(size):
     """An index, some, or a slice of an axis."""
     index = st.integers(-size, size - 1)
-    some = st.lists(index, max_size=4) | st.permutations(range(size)).map(lambda all_: list(all_)[:9])
+    some = st.lists(index, max_size=4) | st.permutations(range(size)).map(
+        lambda all_: list(all_)[:9]
+    )
     # xarray 2026.9 takes no empty slice that goes backwards, of any file.
-    steps = st.slices(size).filter(lambda part: (part.step or 1) > 0 or len(range(*part.indices(size))) > 0)
-    rows = st.lists(st.integers(0, size), min_size=2, max_size=2).map(lambda ends: slice(*sorted(ends)))
+    steps = st.slices(size).filter(
+        lambda part: (part.step or 1) > 0 or len(range(*part.indices(size))) > 0
+    )
+    rows = st.lists(st.integers(0, size), min_size=2, max_size=2).map(
+        lambda ends: slice(*sorted(ends))
+    )
     return rows | st.one_of(rows, index, some, steps)
 
 
@@ -311,9 +373,14 @@ def test_any_part_of_reflectance_is_that_of_the_opened_cube(store, zarr_reads, d
         np.testing.assert_array_equal(found.isel(part), opened.isel(part))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells what of a file is in this process's memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="tells what of a file is in this process's memory"
+)
 def test_a_site_that_is_read_through_does_not_stay_in_memory(tmp_path, make):
-    store, recipe = str(tmp_path / "cubes.zarr"), dataclasses.replace(RECIPE, block_px=256, chunk_px=128)
+    store, recipe = (
+        str(tmp_path / "cubes.zarr"),
+        dataclasses.replace(RECIPE, block_px=256, chunk_px=128),
+    )
     built(store, make.site("pit", 360000, 5600040, 600, 500), [2019, 2020], recipe)
     array = zarr.open_array(store, path="pit/reflectance", mode="r+")
     array[:1] = np.random.default_rng(0).integers(1, 65535, (1, *array.shape[1:]), np.uint16)

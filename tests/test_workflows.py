@@ -35,17 +35,36 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 def world(tmp_path_factory, make):
     """Two small sites in one archive, built by the plain command."""
     folder = tmp_path_factory.mktemp("world")
-    sites = [make.site("north", 360000, 5600040, 60, 48), make.site("south", 363000, 5590020, 48, 60)]
-    simulate(sites, folder / "archive", World(years=(2022,), dates_per_year=4, winter_dates=0, styles=("planetary-computer",)))
-    table = gpd.GeoDataFrame({"id": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326)
+    sites = [
+        make.site("north", 360000, 5600040, 60, 48),
+        make.site("south", 363000, 5590020, 48, 60),
+    ]
+    simulate(
+        sites,
+        folder / "archive",
+        World(years=(2022,), dates_per_year=4, winter_dates=0, styles=("planetary-computer",)),
+    )
+    table = gpd.GeoDataFrame(
+        {"id": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326
+    )
     table.to_file(folder / "archive" / "sites.geojson")
-    done = CliRunner().invoke(cli, ["build", "--sites", "north,south", "--store", str(folder / "plain.zarr"), *common(folder)])
+    done = CliRunner().invoke(
+        cli,
+        ["build", "--sites", "north,south", "--store", str(folder / "plain.zarr"), *common(folder)],
+    )
     assert done.exit_code == 0, done.output
     return folder
 
 
 def common(folder):
-    return ["--years", "2022", "--catalog", str(folder / "archive"), "--source", "sim-planetary-computer"]
+    return [
+        "--years",
+        "2022",
+        "--catalog",
+        str(folder / "archive"),
+        "--source",
+        "sim-planetary-computer",
+    ]
 
 
 def assert_same(one, other, names):
@@ -57,7 +76,14 @@ def assert_same(one, other, names):
 
 def on_cluster(*arguments):
     return subprocess.run(
-        [sys.executable, str(WORKFLOWS / "cluster.py"), "--workers", "2", "--", *map(str, arguments)],
+        [
+            sys.executable,
+            str(WORKFLOWS / "cluster.py"),
+            "--workers",
+            "2",
+            "--",
+            *map(str, arguments),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -74,7 +100,18 @@ def test_on_worker_processes(world):
 
 
 def test_without_a_worker_nothing_is_waited_for():
-    command = [sys.executable, str(WORKFLOWS / "cluster.py"), "--workers", "0", "--", "predict", "--store", "s", "--model", "m"]
+    command = [
+        sys.executable,
+        str(WORKFLOWS / "cluster.py"),
+        "--workers",
+        "0",
+        "--",
+        "predict",
+        "--store",
+        "s",
+        "--model",
+        "m",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "--workers 0: expected 1 or more" in done.stderr
@@ -86,12 +123,18 @@ def model_in(folder):
     n = len(card.bands)
     network = models.build(card).eval()
     torch.set_rng_state(torch_state)
-    models.save(models.Trained(card=card, network=network, mean=(1500.0,) * n, std=(500.0,) * n, sites=()), folder / "model.pt")
+    models.save(
+        models.Trained(card=card, network=network, mean=(1500.0,) * n, std=(500.0,) * n, sites=()),
+        folder / "model.pt",
+    )
     return folder / "model.pt"
 
 
 def test_sites_are_mapped_on_worker_processes(world, tmp_path):
-    model, stores = model_in(tmp_path), [shutil.copytree(world / "plain.zarr", tmp_path / f"{n}.zarr") for n in range(2)]
+    model, stores = (
+        model_in(tmp_path),
+        [shutil.copytree(world / "plain.zarr", tmp_path / f"{n}.zarr") for n in range(2)],
+    )
     done = on_cluster("predict", "--store", stores[0], "--model", model)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": 1 years mapped") == 2
@@ -100,7 +143,9 @@ def test_sites_are_mapped_on_worker_processes(world, tmp_path):
     assert plain.exit_code == 0, plain.output
     for name in ("north", "south"):
         one, other = (
-            cube.open_probability(str(store), name, cube.find_prediction(str(store), [name], "unet-small")).load()
+            cube.open_probability(
+                str(store), name, cube.find_prediction(str(store), [name], "unet-small")
+            ).load()
             for store in stores
         )
         assert one.max() > one.min()
@@ -110,9 +155,19 @@ def test_sites_are_mapped_on_worker_processes(world, tmp_path):
 
 
 def test_what_a_worker_cannot_do_is_one_sentence(world, tmp_path):
-    done = on_cluster("predict", "--store", world / "plain.zarr", "--model", model_in(tmp_path), "--device", "cuda:7")
+    done = on_cluster(
+        "predict",
+        "--store",
+        world / "plain.zarr",
+        "--model",
+        model_in(tmp_path),
+        "--device",
+        "cuda:7",
+    )
     assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # among what workers log
+    said = [
+        line for line in done.stderr.splitlines() if line.startswith("error: ")
+    ]  # among what workers log
     assert len(said) == 1
     assert "cuda:7" in said[0]
     assert not (world / "plain.zarr/north/predictions").exists()
@@ -128,7 +183,11 @@ def test_a_worker_that_lives_on_takes_the_model_that_is_there_now(tmp_path):
     file, found = model_in(tmp_path), []
     for mean in (1500.0, 100.0):
         models.save(dataclasses.replace(models.load(file), mean=(mean,) * 10), file)
-        found.append(_the_same(str(file), None, _makes(models.Mapper(models.load(file))), models.Compute()).trained.mean[0])
+        found.append(
+            _the_same(
+                str(file), None, _makes(models.Mapper(models.load(file))), models.Compute()
+            ).trained.mean[0]
+        )
     assert found == [1500.0, 100.0]
 
 
@@ -150,7 +209,13 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
 
     here = str(tmp_path)
     assert given("cubes.zarr", ["a"], "model.pt", "it", Path("mine"), "how", pairs=None) == [
-        ("a", ((f"{here}/cubes.zarr", "a", (f"{here}/model.pt", tmp_path / "mine", "it", "how")), {"pairs": None}))
+        (
+            "a",
+            (
+                (f"{here}/cubes.zarr", "a", (f"{here}/model.pt", tmp_path / "mine", "it", "how")),
+                {"pairs": None},
+            ),
+        )
     ]
     assert given("s3://bucket/cubes", ["a"], "unet-small", "it", None, "how") == [
         ("a", (("s3://bucket/cubes", "a", ("unet-small", None, "it", "how")), {}))
@@ -159,11 +224,18 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
 
 def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
-    job = build.Job(store="cubes.zarr", sources=(), recipe=load_recipes()["annual-median"], snapshots=Path("lists"))
+    job = build.Job(
+        store="cubes.zarr",
+        sources=(),
+        recipe=load_recipes()["annual-median"],
+        snapshots=Path("lists"),
+    )
     monkeypatch.setattr(build, "build_year", lambda job, *_: job)
     with ThreadPoolExecutor(1) as pool:
         (given,) = build._run(job, [(make.site("a", 360000, 5600040, 60, 48), 2022)], pool)
-    assert given == dataclasses.replace(job, store=str(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists")
+    assert given == dataclasses.replace(
+        job, store=str(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists"
+    )
 
 
 def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatch):
@@ -174,7 +246,10 @@ def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatc
         time.sleep(0.2)
         raise RuntimeError("no room")
 
-    with pytest.raises(WorkerError, match=r"a: RuntimeError: no room; committed maps are safe; run the same command again"):
+    with pytest.raises(
+        WorkerError,
+        match=r"a: RuntimeError: no room; committed maps are safe; run the same command again",
+    ):
         mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], "model", "it", None, "how")
     assert len(begun) <= 2
 
@@ -187,7 +262,9 @@ def test_ctrl_c_is_heard_while_tasks_run_whatever_thread_gets_it():
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         return end.wait(20)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that share out tests do not listen
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # processes that share out tests do not listen
     with ThreadPoolExecutor(1) as pool:
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -202,7 +279,12 @@ def test_as_a_job_array(world, tmp_path):
     """As SLURM runs it: one task a line, in any order; a task that runs twice changes nothing."""
     (tmp_path / "sites.txt").write_text("north\nsouth\n")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {"YEARS": "2022", "SOURCE": "sim-planetary-computer", "CATALOG": str(world / "archive"), "STORE": "cubes.zarr"}
+    settings = {
+        "YEARS": "2022",
+        "SOURCE": "sim-planetary-computer",
+        "CATALOG": str(world / "archive"),
+        "STORE": "cubes.zarr",
+    }
     for task, state in (("2", "built"), ("1", "built"), ("2", "kept")):
         done = subprocess.run(
             ["bash", str(WORKFLOWS / "slurm_array.sh")],
@@ -218,10 +300,16 @@ def test_as_a_job_array(world, tmp_path):
 
 
 def test_the_cron_line_is_a_command_of_ours():
-    lines = [line for line in (WORKFLOWS / "crontab").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (WORKFLOWS / "crontab").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert len(lines) == 1
     words = shlex.split(lines[0].split("&&")[1].split(">>")[0])
     assert words[0].endswith("bin/minecube")
     words[words.index("--years") + 1] = "2024"
     done = CliRunner().invoke(cli, [*words[1:], "--dry-run"])
-    assert "no such file; expected polygons of sites" in done.output  # all options are known, only the user's file is not there
+    assert (
+        "no such file; expected polygons of sites" in done.output
+    )  # all options are known, only the user's file is not there

@@ -29,7 +29,9 @@ def world(tmp_path_factory, make):
 
 
 def made(site, source, year, recipe=RECIPE):
-    return composite(scenes.select(scenes.search(site, year, source).scenes, recipe), grid_of(site), recipe).compute()
+    return composite(
+        scenes.select(scenes.search(site, year, source).scenes, recipe), grid_of(site), recipe
+    ).compute()
 
 
 def rmse(composite, truth, year):
@@ -39,7 +41,10 @@ def rmse(composite, truth, year):
 
 def test_every_provider_gives_the_same_composite(world):
     site, sources, _ = world
-    one, two, three = (made(site, sources[f"sim-{s}"], 2022) for s in ("earth-search", "planetary-computer", "cdse"))
+    one, two, three = (
+        made(site, sources[f"sim-{s}"], 2022)
+        for s in ("earth-search", "planetary-computer", "cdse")
+    )
     xr.testing.assert_identical(one, two)
     xr.testing.assert_identical(one, three)
 
@@ -55,7 +60,10 @@ def test_every_provider_gives_the_same_composite(world):
 def test_a_wrong_offset_rule_is_seen_in_the_truth(world, style, rule):
     site, sources, truth = world
     source = sources[f"sim-{style}"]
-    right, wrong = made(site, source, 2022), made(site, dataclasses.replace(source, offset=rule), 2022)
+    right, wrong = (
+        made(site, source, 2022),
+        made(site, dataclasses.replace(source, offset=rule), 2022),
+    )
     assert rmse(right, truth, 2022) < 0.025
     assert rmse(wrong, truth, 2022) > 0.05
 
@@ -66,10 +74,17 @@ def test_old_baselines_are_dropped(world):
     found = scenes.search(site, 2020, sources["sim-earth-search"]).scenes
     assert {s.properties["s2:processing_baseline"] for s in found} == {"05.00"}
     keys = [
-        (s.properties["minecube:datatake"], s.properties["s2:mgrs_tile"], s.properties["minecube:granule_start"]) for s in found
+        (
+            s.properties["minecube:datatake"],
+            s.properties["s2:mgrs_tile"],
+            s.properties["minecube:granule_start"],
+        )
+        for s in found
     ]
     assert len(set(keys)) == len(keys)
-    assert len({k[:2] for k in keys}) < len(keys)  # a split datatake: two granules of one tile, both kept
+    assert len({k[:2] for k in keys}) < len(
+        keys
+    )  # a split datatake: two granules of one tile, both kept
     assert {s.properties["proj:code"] for s in found} == {"EPSG:32633", "EPSG:32632"}
 
 
@@ -77,13 +92,19 @@ def test_old_baselines_are_dropped(world):
 def test_each_step_of_the_mask_earns_its_place(world, without):
     site, sources, truth = world
     source = sources["sim-cdse"]
-    bare = dataclasses.replace(RECIPE, bright_override=None, **({"mask": ()} if without == "mask" else {}))
+    bare = dataclasses.replace(
+        RECIPE, bright_override=None, **({"mask": ()} if without == "mask" else {})
+    )
     mine = truth.footprint.values == 1
 
     def errors(recipe):
         full = [made(site, source, y, recipe) for y in (2020, 2022)]
-        off = np.stack([c.reflectance.values.astype(float) for c in full]) - truth.reflectance.values
-        return (off**2).mean(), np.mean([(c.quality.values[m] > 1).mean() for c, m in zip(full, mine, strict=True)])
+        off = (
+            np.stack([c.reflectance.values.astype(float) for c in full]) - truth.reflectance.values
+        )
+        return (off**2).mean(), np.mean(
+            [(c.quality.values[m] > 1).mean() for c, m in zip(full, mine, strict=True)]
+        )
 
     (with_it, filled), (without_it, filled_without) = errors(RECIPE), errors(bare)
     if without == "bright_override":
@@ -96,7 +117,11 @@ def test_each_step_of_the_mask_earns_its_place(world, without):
 def test_scenes_beside_each_other_cost_no_dates(tmp_path, make):
     """Until 2021 scenes lie about 6 m off: the shipped recipe keeps them all, and in a year of few is nearer to the truth."""
     site = make.site("pit", 360000, 5600040, 120, 120)
-    simulate([site], tmp_path / "w", World(years=(2020,), dates_per_year=7, styles=("earth-search",), shifts=True))
+    simulate(
+        [site],
+        tmp_path / "w",
+        World(years=(2020,), dates_per_year=7, styles=("earth-search",), shifts=True),
+    )
     truth = xr.open_zarr(tmp_path / "w" / "truth.zarr", group="pit", consolidated=False).load()
     source = load_sources(tmp_path / "w" / "sources.yaml")["sim-earth-search"]
     recipe = dataclasses.replace(RECIPE, min_dates=1)
@@ -107,5 +132,7 @@ def test_scenes_beside_each_other_cost_no_dates(tmp_path, make):
     all_of_them = registered(used, found, RECIPE.registration)
     assert [s.id for s in all_of_them] == [s.id for s in used]
     fewer = registered(used, found, Registration(most_px=0.5, beyond="drop"))
-    ours, theirs = (rmse(composite(kept, grid, recipe).compute(), truth, 2020) for kept in (all_of_them, fewer))
+    ours, theirs = (
+        rmse(composite(kept, grid, recipe).compute(), truth, 2020) for kept in (all_of_them, fewer)
+    )
     assert ours < theirs

@@ -21,7 +21,9 @@ from minecube.cli import main as minecube
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on the cluster and exit with its code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--workers", type=int, help="start this many worker processes here")
     where.add_argument("--scheduler", help="address of a Dask scheduler")
@@ -29,12 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     asked = parser.parse_args(argv)
     if asked.workers is not None and asked.workers < 1:
-        parser.error(f"--workers {asked.workers}: expected 1 or more; without a worker nothing begins, nor ends")
+        parser.error(
+            f"--workers {asked.workers}: expected 1 or more; without a worker nothing begins, nor ends"
+        )
     command = [asked.command, *asked.arguments, "--scheduler"]
     if asked.scheduler:
         minecube([*command, asked.scheduler])
     # One task at a time in a worker: a site-year brings its own reading threads, and its memory is that of one.
-    with LocalCluster(n_workers=asked.workers, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(
+        n_workers=asked.workers, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
         minecube([*command, cluster.scheduler_address])
 
 

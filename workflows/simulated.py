@@ -40,22 +40,32 @@ def sites(counts: dict[str, int], side_m: int = SIDE_M) -> gpd.GeoDataFrame:
     names = [f"{part}_{n + 1}" for part, count in counts.items() for n in range(count)]
     to_degrees = Transformer.from_crs(32633, 4326, always_xy=True).transform
     # A little within 10 m pixels, so that grids come out as large as asked.
-    corners = [(360000 + n % 8 * APART_M + 5, 5600040 - n // 8 * APART_M - 5) for n in range(len(names))]
+    corners = [
+        (360000 + n % 8 * APART_M + 5, 5600040 - n // 8 * APART_M - 5) for n in range(len(names))
+    ]
     squares = [shapely.box(x, y - side_m + 10, x + side_m - 10, y) for x, y in corners]
     return gpd.GeoDataFrame(
-        {"id": names}, geometry=[shapely.transform(s, to_degrees, interleaved=False) for s in squares], crs=4326
+        {"id": names},
+        geometry=[shapely.transform(s, to_degrees, interleaved=False) for s in squares],
+        crs=4326,
     )
 
 
 def make(site: Site, out: Path, years: Sequence[int], world: World) -> str:
     """Simulate, build and label one site; its scenes are removed once its cube is there."""
-    store, archive, recipe = str(out / "cubes.zarr"), out / "worlds" / site.id, load_recipes()["annual-median"]
+    store, archive, recipe = (
+        str(out / "cubes.zarr"),
+        out / "worlds" / site.id,
+        load_recipes()["annual-median"],
+    )
     truth = out / "truth" / f"{site.id}.parquet"
     if not truth.exists():
         if not archive.exists():
             simulate([site], archive, world)
         (source,) = load_sources(archive / "sources.yaml").values()
-        job = building.Job(store=store, sources=(source,), recipe=recipe, snapshots=archive / "scenes")
+        job = building.Job(
+            store=store, sources=(source,), recipe=recipe, snapshots=archive / "scenes"
+        )
         for outcome in building.build(job, [site], years):
             if outcome.state == "failed":
                 raise MinecubeError(f"{outcome.site} {outcome.year}: {outcome.message}")
@@ -70,20 +80,33 @@ def make(site: Site, out: Path, years: Sequence[int], world: World) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make all sites of the split, two at a time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/simulated"))
     for part, count in SPLIT.items():
-        parser.add_argument(f"--{part}", type=int, default=count, help=f"sites of this part of the split ({count})")
+        parser.add_argument(
+            f"--{part}", type=int, default=count, help=f"sites of this part of the split ({count})"
+        )
     parser.add_argument("--years", type=int, nargs="+", default=YEARS)
     parser.add_argument("--side", type=int, default=SIDE_M, help=f"of a site, in metres ({SIDE_M})")
-    parser.add_argument("--dates", type=int, default=12, help="acquisitions in a year's growing season (12)")
+    parser.add_argument(
+        "--dates", type=int, default=12, help="acquisitions in a year's growing season (12)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args(argv)
     asked.out.mkdir(parents=True, exist_ok=True)
-    sites({part: getattr(asked, part) for part in SPLIT}, asked.side).to_file(asked.out / "sites.geojson")
+    sites({part: getattr(asked, part) for part in SPLIT}, asked.side).to_file(
+        asked.out / "sites.geojson"
+    )
     world = World(
-        years=tuple(asked.years), dates_per_year=asked.dates, sparse_dates=5, winter_dates=0, styles=(STYLE,), seed=asked.seed
+        years=tuple(asked.years),
+        dates_per_year=asked.dates,
+        sparse_dates=5,
+        winter_dates=0,
+        styles=(STYLE,),
+        seed=asked.seed,
     )
     chosen = load_sites(asked.out / "sites.geojson", catalogue=True)
     with ProcessPoolExecutor(asked.processes) as pool:

@@ -16,7 +16,9 @@ def device_of(name: str) -> torch.device:
     try:
         place = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"device {name!r} is not one that torch knows; expected cpu, cuda or cuda:N") from error
+        raise ModelError(
+            f"device {name!r} is not one that torch knows; expected cpu, cuda or cuda:N"
+        ) from error
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"device {name!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
@@ -25,5 +27,7 @@ def device_of(name: str) -> torch.device:
     try:
         torch.zeros(1, device=place).tolist()  # other kinds of devices have names even if missing
     except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
-        raise ModelError(f"device {name!r} is not there for torch {torch.__version__}; use cpu, cuda or cuda:N") from error
+        raise ModelError(
+            f"device {name!r} is not there for torch {torch.__version__}; use cpu, cuda or cuda:N"
+        ) from error
     return place

@@ -79,7 +79,11 @@ def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:
     eps = 0.0005
     left, bottom = (int((v + eps) // ALIGN_M) * ALIGN_M for v in (box.left, box.bottom))
     right, top = (-int((-v + eps) // ALIGN_M) * ALIGN_M for v in (box.right, box.top))
-    return GeoBox(((top - bottom) // PIXEL_M, (right - left) // PIXEL_M), Affine(PIXEL_M, 0, left, 0, -PIXEL_M, top), crs)
+    return GeoBox(
+        ((top - bottom) // PIXEL_M, (right - left) // PIXEL_M),
+        Affine(PIXEL_M, 0, left, 0, -PIXEL_M, top),
+        crs,
+    )
 
 
 def at_resolution(grid: GeoBox, resolution_m: int) -> GeoBox:
@@ -109,7 +113,9 @@ def equal_area_crs(grid: GeoBox) -> pyproj.CRS:
     lon, lat = grid.geographic_extent.centroid.coords[0]
     if -25 <= lon <= 45 and 33 <= lat <= 72:  # EPSG:3035's area of use without the Atlantic islands
         return pyproj.CRS.from_epsg(3035)
-    return pyproj.CRS.from_proj4(f"+proj=laea +lat_0={lat:.4f} +lon_0={lon:.4f} +datum=WGS84 +units=m")
+    return pyproj.CRS.from_proj4(
+        f"+proj=laea +lat_0={lat:.4f} +lon_0={lon:.4f} +datum=WGS84 +units=m"
+    )
 
 
 def area_of(grid: GeoBox) -> BaseGeometry:
@@ -158,6 +164,10 @@ def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
 
     whole = shapely.transform(shape, eastward, interleaved=False)
     left = whole.intersection(shapely.box(0, -90, 180, 90))
-    right = shapely.transform(whole.intersection(shapely.box(180, -90, 360, 90)), lambda x, y: (x - 360, y), interleaved=False)
+    right = shapely.transform(
+        whole.intersection(shapely.box(180, -90, 360, 90)),
+        lambda x, y: (x - 360, y),
+        interleaved=False,
+    )
     pieces = [p for half in (left, right) for p in shapely.get_parts(half) if p.area > 0]
     return shapely.MultiPolygon(pieces)

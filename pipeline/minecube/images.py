@@ -39,7 +39,24 @@ _DRIVERS = {
     b"\0\0\0\x0cjP  \r\n\x87\n": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",  # a bare codestream
 }
-_VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_VALUE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
 """Type of a TIFF field -> bytes of one value."""
 _DIRECTORIES = 32  # of a TIFF: one per image, overview and mask
 _FIELDS = 4096  # of a directory: a GeoTIFF has a few dozen
@@ -95,7 +112,9 @@ def _number(read: Callable[[int, int], bytes], form: str, at: int) -> int | None
     return int(struct.unpack(form, content)[0]) if len(content) == struct.calcsize(form) else None
 
 
-def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any) -> rasterio.DatasetReader:
+def open_image(
+    name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any
+) -> rasterio.DatasetReader:
     """Open a GeoTIFF or JPEG 2000 file, within `rasterio.Env(**SETTINGS)`.
 
     Args:
@@ -116,7 +135,9 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
     image = rasterio.open(name, sharing=False, driver=driver, **options)
     try:
         if image.tags(ns="OVERVIEWS"):
-            raise ForbiddenError("expected an image without OVERVIEWS metadata, which lets GDAL open another file")
+            raise ForbiddenError(
+                "expected an image without OVERVIEWS metadata, which lets GDAL open another file"
+            )
         _need_size(image, most_px, most_bytes)
     except ForbiddenError:
         image.close()
@@ -127,12 +148,18 @@ def open_image(name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30
 def _need_size(image: rasterio.DatasetReader, most_px: int, most_bytes: int) -> None:
     """Raise TooLargeError if the header declares more than allowed. Reads no pixels."""
     if image.width * image.height > most_px:
-        raise TooLargeError(f"expected at most {most_px:,} pixels, found {image.height:,} x {image.width:,}")
+        raise TooLargeError(
+            f"expected at most {most_px:,} pixels, found {image.height:,} x {image.width:,}"
+        )
     height, width = max(image.block_shapes, key=math.prod, default=(0, 0))
     if height * width > most_px:
-        raise TooLargeError(f"expected tiles of at most {most_px:,} pixels, found {height:,} x {width:,}")
+        raise TooLargeError(
+            f"expected tiles of at most {most_px:,} pixels, found {height:,} x {width:,}"
+        )
     per_pixel = sum(_SIZES.get(name) or np.dtype(name).itemsize for name in image.dtypes)
     # A tile may hold all bands, and may be larger than the image.
     needed = max(image.width * image.height, height * width) * per_pixel
     if needed > most_bytes:
-        raise TooLargeError(f"expected at most {most_bytes:,} bytes of pixels, found {needed:,} in {image.count} bands")
+        raise TooLargeError(
+            f"expected at most {most_bytes:,} bytes of pixels, found {needed:,} in {image.count} bands"
+        )

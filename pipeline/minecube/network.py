@@ -54,7 +54,13 @@ _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
 # Cloud metadata services outside link-local addresses: Azure, Alibaba, Oracle, AWS and Google.
 _METADATA = {
     ipaddress.ip_address(address)
-    for address in ("168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
+    for address in (
+        "168.63.129.16",
+        "100.100.100.200",
+        "192.0.0.192",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+    )
 }
 _DECODED = 5  # maximum levels of percent-encoding of a name
 
@@ -89,7 +95,9 @@ def host_of(url: str) -> str:
 
 @functools.lru_cache(1024)  # all bands of a scene, and most scenes, share one host
 def _parsed_host(url: str) -> str:
-    from urllib3.util import parse_url  # only for remote files: the command line loads this module first
+    from urllib3.util import (
+        parse_url,
+    )  # only for remote files: the command line loads this module first
 
     try:
         written = urlsplit(url).netloc.rpartition("@")[2]
@@ -161,10 +169,14 @@ def check_address(host: str, address: str, origin: str, named: Collection[str] =
         return
     special = ip.is_link_local or ip.is_multicast or ip in _METADATA
     if special or not (_is_public(ip) or _may_reach_private(origin)):
-        raise ForbiddenError(f"{host} has the address {address}, which is not public; name the host in the source to allow it")
+        raise ForbiddenError(
+            f"{host} has the address {address}, which is not public; name the host in the source to allow it"
+        )
 
 
-def redirected(url: str, location: str, origin: str, named: Collection[str] = (), *, resolve: bool = False) -> str:
+def redirected(
+    url: str, location: str, origin: str, named: Collection[str] = (), *, resolve: bool = False
+) -> str:
     """Return the target of a redirect; raise ForbiddenError if it must not be followed.
 
     With `resolve`, the addresses of its host are looked up and checked. Use it if no later

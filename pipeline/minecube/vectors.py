@@ -26,7 +26,9 @@ import pyogrio
 import shapely
 from pyproj import CRS
 
-NAMED = "GeoJSON, GeoPackage, GeoParquet, Shapefile, FlatGeobuf, KML or File Geodatabase, also zipped"
+NAMED = (
+    "GeoJSON, GeoPackage, GeoParquet, Shapefile, FlatGeobuf, KML or File Geodatabase, also zipped"
+)
 _FIRST = 2**16
 """Number of first bytes that determine a file's format."""
 _FORMATS = {
@@ -63,7 +65,9 @@ _LISTED = 8
 """Maximum number of columns listed in an error."""
 _ENCRYPTED = 1
 """Flag bit of a zip member with a password."""
-_COLLECTIONS = [shapely.GeometryType[f"MULTI{kind}"].value for kind in ("POINT", "LINESTRING", "POLYGON")]
+_COLLECTIONS = [
+    shapely.GeometryType[f"MULTI{kind}"].value for kind in ("POINT", "LINESTRING", "POLYGON")
+]
 _COLLECTIONS.append(shapely.GeometryType.GEOMETRYCOLLECTION.value)
 
 log = logging.getLogger(__name__)
@@ -103,34 +107,50 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
         with tempfile.TemporaryDirectory() as folder:
             return _read_layers(path, _zipped_layers(place, Path(folder)), layer)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"expected a zip file, found a damaged one ({error}); make it again") from error
+        raise ValueError(
+            f"expected a zip file, found a damaged one ({error}); make it again"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
             "expected text in UTF-8, found another encoding; convert the file to UTF-8, for example with iconv"
         ) from error
     except shapely.errors.ShapelyError as error:
-        raise ValueError(f"expected polygons, found geometries that cannot be read ({error}); convert the file") from error
+        raise ValueError(
+            f"expected polygons, found geometries that cannot be read ({error}); convert the file"
+        ) from error
 
 
 def _check_format(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
-        raise ValueError(f"expected {NAMED}, found the suffix {suffix!r}; convert the file with ogr2ogr")
+        raise ValueError(
+            f"expected {NAMED}, found the suffix {suffix!r}; convert the file with ogr2ogr"
+        )
     if path.parts[1].startswith("vsi"):
-        raise ValueError("expected a file, found a name that GDAL treats as virtual; move the file to another folder")
+        raise ValueError(
+            "expected a file, found a name that GDAL treats as virtual; move the file to another folder"
+        )
     if path.is_dir() != (suffix == ".gdb") and path.exists():
         wanted, found = ("folder", "file") if suffix == ".gdb" else ("file", "folder")
-        raise ValueError(f"expected a {wanted} with the suffix {suffix}, found a {found}; name the {wanted} of polygons")
+        raise ValueError(
+            f"expected a {wanted} with the suffix {suffix}, found a {found}; name the {wanted} of polygons"
+        )
     if suffix == ".gdb" and path.is_dir() and not (path / _CONTENTS).is_file():
-        raise ValueError(f"expected a File Geodatabase, found a folder without {_CONTENTS}; name another folder")
+        raise ValueError(
+            f"expected a File Geodatabase, found a folder without {_CONTENTS}; name another folder"
+        )
     with (path / _CONTENTS if suffix == ".gdb" else path).open("rb") as file:
         first = file.read(_FIRST)
     if suffix in _TEXTS and first.startswith(_UTF_16):
         raise ValueError("expected text in UTF-8, found UTF-16; save the file as UTF-8")
     if not re.match(_FORMATS[suffix], first, re.DOTALL):
-        raise ValueError(f"expected the format of the suffix {suffix}, found another; correct the suffix or convert the file")
+        raise ValueError(
+            f"expected the format of the suffix {suffix}, found another; correct the suffix or convert the file"
+        )
     if suffix in _TEXTS and re.search(_OTHER_DRIVERS, first):
-        raise ValueError("expected features, found a text that refers to other files; convert the file with ogr2ogr")
+        raise ValueError(
+            "expected features, found a text that refers to other files; convert the file with ogr2ogr"
+        )
 
 
 def _layers_of(path: Path) -> list[_Layer]:
@@ -141,14 +161,21 @@ def _layers_of(path: Path) -> list[_Layer]:
         return [_Layer(path=path, name=path.stem, kind="Unknown", number=None)]
     if suffix == ".kml" and (time := re.search(_SHORT_TIME, path.read_bytes())):
         year = time[2].decode()
-        raise ValueError(f"expected whole dates in <{time[1].decode()}>, found {year}; write {year[:4]}-01-01 or the like")
+        raise ValueError(
+            f"expected whole dates in <{time[1].decode()}>, found {year}; write {year[:4]}-01-01 or the like"
+        )
     try:
         listed = enumerate(pyogrio.list_layers(path))
     except pyogrio.errors.DataSourceError as error:
         # Without GDAL's advice to name a driver: minecube chooses the driver.
         text = str(error).replace(str(path), path.name).partition(".; It might help")[0]
-        raise ValueError(f"expected features, found a file that GDAL cannot open ({text}); check the file") from error
-    return [_Layer(path=path, name=str(name), kind=kind, number=number) for number, (name, kind) in listed]
+        raise ValueError(
+            f"expected features, found a file that GDAL cannot open ({text}); check the file"
+        ) from error
+    return [
+        _Layer(path=path, name=str(name), kind=kind, number=number)
+        for number, (name, kind) in listed
+    ]
 
 
 def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
@@ -161,16 +188,26 @@ def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
         members = [member for member in archive.infolist() if _may_be_polygons(member)]
         size = sum(member.file_size for member in members)
         if size > _MOST_ZIPPED:
-            raise ValueError(f"expected at most {_MOST_ZIPPED:,} bytes in the zip file, found {size:,}; unzip it")
+            raise ValueError(
+                f"expected at most {_MOST_ZIPPED:,} bytes in the zip file, found {size:,}; unzip it"
+            )
         if any(member.flag_bits & _ENCRYPTED for member in members):
-            raise ValueError("expected a zip file without a password, found an encrypted one; unzip it and name the file in it")
+            raise ValueError(
+                "expected a zip file without a password, found an encrypted one; unzip it and name the file in it"
+            )
         try:
             for member in members:
                 archive.extract(member, folder)
         except NotImplementedError as error:
-            raise ValueError(f"expected a zip file that Python can read ({error}); unzip it and name the file in it") from error
+            raise ValueError(
+                f"expected a zip file that Python can read ({error}); unzip it and name the file in it"
+            ) from error
     paths = sorted(folder.rglob("*"))
-    files = [path for path in paths if path.suffix.lower() == ".gdb" or (path.suffix.lower() in _ZIPPED and path.is_file())]
+    files = [
+        path
+        for path in paths
+        if path.suffix.lower() == ".gdb" or (path.suffix.lower() in _ZIPPED and path.is_file())
+    ]
     layers = [layer for file in files for layer in _layers_of(file)]
     if not layers:
         raise ValueError(f"expected {NAMED}; found none of these in the zip file")
@@ -203,7 +240,9 @@ def _read_layers(path: Path, layers: Sequence[_Layer], wanted: str | None) -> gp
         same = [layer for layer in layers if layer.name == wanted]
         chosen = same or [layer for layer in layers if fnmatch.fnmatchcase(layer.name, wanted)]
         if not chosen:
-            raise ValueError(f"expected a layer {wanted!r}, found {_listed(layers)}; name one of these")
+            raise ValueError(
+                f"expected a layer {wanted!r}, found {_listed(layers)}; name one of these"
+            )
         return _joined([_read_layer(layer) for layer in chosen])
     if len(layers) == 1:
         return _read_layer(layers[0])
@@ -214,9 +253,16 @@ def _read_layers(path: Path, layers: Sequence[_Layer], wanted: str | None) -> gp
             "--sites-layer for a file of --sites"
         )
     if not areal:
-        raise ValueError(f"expected a layer of polygons, found {_listed(layers) or 'no layer'}; name another file")
+        raise ValueError(
+            f"expected a layer of polygons, found {_listed(layers) or 'no layer'}; name another file"
+        )
     others = _listed([layer for layer in layers if layer not in areal])
-    log.warning("%s: layer %s was read; these hold no polygons and were left out: %s", path, areal[0].name, others)
+    log.warning(
+        "%s: layer %s was read; these hold no polygons and were left out: %s",
+        path,
+        areal[0].name,
+        others,
+    )
     return _read_layer(areal[0])
 
 
@@ -231,7 +277,9 @@ def _has_areas(layer: _Layer) -> bool:
         return bool(info["features"])
     if layer.kind and re.search("Unknown|Collection", layer.kind):
         table = _read_layer(layer)
-        return isinstance(table, gpd.GeoDataFrame) and bool((shapely.get_dimensions(table.geometry) == 2).any())
+        return isinstance(table, gpd.GeoDataFrame) and bool(
+            (shapely.get_dimensions(table.geometry) == 2).any()
+        )
     return False
 
 
@@ -240,9 +288,14 @@ def _joined(tables: Sequence[gpd.GeoDataFrame]) -> gpd.GeoDataFrame:
     if len(tables) == 1:
         return tables[0]
     if not all(isinstance(table, gpd.GeoDataFrame) and table.crs is not None for table in tables):
-        raise ValueError("expected layers with geometries and a CRS to join, found one without; name the others one by one")
+        raise ValueError(
+            "expected layers with geometries and a CRS to join, found one without; name the others one by one"
+        )
     name = tables[0].geometry.name
-    same = [table.rename(columns={table.geometry.name: name}).set_geometry(name).to_crs(tables[0].crs) for table in tables]
+    same = [
+        table.rename(columns={table.geometry.name: name}).set_geometry(name).to_crs(tables[0].crs)
+        for table in tables
+    ]
     return pd.concat([table for table in same if len(table)] or same[:1], ignore_index=True)
 
 
@@ -263,7 +316,9 @@ def _read_parquet(path: Path) -> gpd.GeoDataFrame:
     if b"geo" in metadata:
         return gpd.read_parquet(path)
     columns = [file.schema.column(n) for n in range(len(file.schema.names))]
-    native = {c.path: c.logical_type for c in columns if c.logical_type.type in ("GEOMETRY", "GEOGRAPHY")}
+    native = {
+        c.path: c.logical_type for c in columns if c.logical_type.type in ("GEOMETRY", "GEOGRAPHY")
+    }
     if not native:
         fields = [f"{field.name} ({field.type})" for field in file.schema_arrow]
         found = ", ".join(fields[:_LISTED])
@@ -275,7 +330,9 @@ def _read_parquet(path: Path) -> gpd.GeoDataFrame:
     for name, kind in native.items():
         crs = _parquet_crs(json.loads(kind.to_json()).get("crs") or "", metadata)
         table[name] = gpd.GeoSeries.from_wkb(table[name], crs=crs)
-    return gpd.GeoDataFrame(table, geometry="geometry" if "geometry" in native else next(iter(native)))
+    return gpd.GeoDataFrame(
+        table, geometry="geometry" if "geometry" in native else next(iter(native))
+    )
 
 
 def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
@@ -309,7 +366,9 @@ def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> 
         filled = [name for name in twins if texts(table[name]).notna().any()] or twins[:1]
         if len(filled) > 1:
             table = table.assign(**{filled[0]: _coalesced(table, filled)})
-        table = table.drop(columns=[name for name in twins if name != filled[0]]).rename(columns={filled[0]: meaning})
+        table = table.drop(columns=[name for name in twins if name != filled[0]]).rename(
+            columns={filled[0]: meaning}
+        )
     return table
 
 
@@ -339,13 +398,19 @@ def texts(column: pd.Series) -> pd.Series:
 
 
 def _text(value: object) -> str:
-    return bytes(value).decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)
+    return (
+        bytes(value).decode(errors="replace")
+        if isinstance(value, bytes | bytearray)
+        else str(value)
+    )
 
 
 def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
     """Return the polygons of a collection as one multipolygon."""
     parts = _single_parts(shape)
-    return shapely.multipolygons(parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON.value])
+    return shapely.multipolygons(
+        parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON.value]
+    )
 
 
 def areas_of_collections(
@@ -358,13 +423,17 @@ def areas_of_collections(
     """
     kept = shapes.copy()
     left_out = np.full(len(shapes), "", object)
-    for n in np.flatnonzero(shapely.get_type_id(shapes) == shapely.GeometryType.GEOMETRYCOLLECTION.value):
+    for n in np.flatnonzero(
+        shapely.get_type_id(shapes) == shapely.GeometryType.GEOMETRYCOLLECTION.value
+    ):
         areas = areal_parts(shapes[n])
         if shapely.is_empty(areas):
             continue
         kept[n] = areas
         kinds = Counter(part.geom_type for part in _single_parts(shapes[n]))
-        left_out[n] = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind != "Polygon")
+        left_out[n] = ", ".join(
+            f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind != "Polygon"
+        )
     return kept, left_out
 
 

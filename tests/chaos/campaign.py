@@ -67,12 +67,33 @@ class World:
 
     def build(self, years: str, scenes: str = "a", sites: str = "sites", *more: str) -> list[str]:
         """A build of these years from scene list `a` or `b`."""
-        where = ["--catalog", str(self.root), "--sites", str(self.root / f"{sites}.geojson"), "--source", f"mine-{scenes}"]
-        return ["build", *where, "--years", years, "--scenes", str(self.root / f"lists-{scenes}"), *more]
+        where = [
+            "--catalog",
+            str(self.root),
+            "--sites",
+            str(self.root / f"{sites}.geojson"),
+            "--source",
+            f"mine-{scenes}",
+        ]
+        return [
+            "build",
+            *where,
+            "--years",
+            years,
+            "--scenes",
+            str(self.root / f"lists-{scenes}"),
+            *more,
+        ]
 
     def label(self, which: str) -> list[str]:
         """Labels of polygons `a` or `b`."""
-        return ["label", "--sites", "pit", "--polygons", str(self.root / f"polygons-{which}.geojson")]
+        return [
+            "label",
+            "--sites",
+            "pit",
+            "--polygons",
+            str(self.root / f"polygons-{which}.geojson"),
+        ]
 
     def predict(self, which: str, *more: str) -> list[str]:
         """A map of model `a` or `b`."""
@@ -100,21 +121,39 @@ def make_world(root: Path) -> World:
                 for band, values in zip(bands, texture, strict=True):
                     step = conftest.NATIVE[band] // 10
                     pixels[band] = values[::step, ::step] + np.uint16(more + year - 2000)
-                items.append(archive.item(f"{year}-{month:02d}-0{month}T10:00:00", grid, pixels).to_dict())
+                items.append(
+                    archive.item(f"{year}-{month:02d}-0{month}T10:00:00", grid, pixels).to_dict()
+                )
         path = root / f"items-{letter}.parquet"
-        stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(items), path)
+        stac_geoparquet.arrow.to_parquet(
+            stac_geoparquet.arrow.parse_stac_items_to_arrow(items), path
+        )
         assets = {band: band for band in (*bands, "SCL")}
-        sources[f"mine-{letter}"] = {"title": letter, "kind": "stac-geoparquet", "href": path.name, "collection": "test"}
+        sources[f"mine-{letter}"] = {
+            "title": letter,
+            "kind": "stac-geoparquet",
+            "href": path.name,
+            "collection": "test",
+        }
         sources[f"mine-{letter}"] |= {"licence": "none", "assets": assets}
-        frame = gpd.GeoDataFrame(geometry=[pit.geometry.buffer(-0.0005 if more else -0.001)], crs=4326)
+        frame = gpd.GeoDataFrame(
+            geometry=[pit.geometry.buffer(-0.0005 if more else -0.001)], crs=4326
+        )
         frame["site"] = "pit"
         frame.to_file(root / f"polygons-{letter}.geojson")
         torch.manual_seed(more)
         card = ModelCard(
-            id="tiny", title="t", architecture="unet", options={"width": 2, "depth": 1}, window_px=32, multiple_px=2
+            id="tiny",
+            title="t",
+            architecture="unet",
+            options={"width": 2, "depth": 1},
+            window_px=32,
+            multiple_px=2,
         )
         mean = (1500.0,) * len(card.bands)
-        trained = models.Trained(card=card, network=models.build(card).eval(), mean=mean, std=mean, sites=("x",))
+        trained = models.Trained(
+            card=card, network=models.build(card).eval(), mean=mean, std=mean, sites=("x",)
+        )
         models.save(trained, root / f"{letter}.pt")
     (root / "sources.yaml").write_text(json.dumps(sources))
     return World(root)
@@ -137,7 +176,9 @@ def run(words: Sequence[str], store: str, gate: Any = None, delay_s: float = 0.0
         return _ended(process, Path(folder))
 
 
-def run_pair(first: Sequence[str], second: Sequence[str], store: str, delay_s: float) -> list[Ended]:
+def run_pair(
+    first: Sequence[str], second: Sequence[str], store: str, delay_s: float
+) -> list[Ended]:
     """Run two commands that start at the same moment, the second `delay_s` later."""
     gate = _FORK.Barrier(2)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
@@ -147,16 +188,23 @@ def run_pair(first: Sequence[str], second: Sequence[str], store: str, delay_s: f
         ]
         for process in started:
             process.join(120)
-        return [_ended(process, Path(folder)) for process, folder in zip(started, (one, other), strict=True)]
+        return [
+            _ended(process, Path(folder))
+            for process, folder in zip(started, (one, other), strict=True)
+        ]
 
 
 def _start(words: Sequence[str], store: str, folder: Path, gate: Any, delay_s: float) -> Any:
-    process = _FORK.Process(target=_command, args=([*words, "--store", store], folder, gate, delay_s, dict(os.environ)))
+    process = _FORK.Process(
+        target=_command, args=([*words, "--store", store], folder, gate, delay_s, dict(os.environ))
+    )
     process.start()
     return process
 
 
-def _command(words: Sequence[str], folder: Path, gate: Any, delay_s: float, environment: dict[str, str]) -> None:
+def _command(
+    words: Sequence[str], folder: Path, gate: Any, delay_s: float, environment: dict[str, str]
+) -> None:
     """Run a command in this process, which ends with it."""
     os.environ |= environment  # the server that forks keeps that of its start, before there was an object store
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
@@ -194,10 +242,16 @@ def pixels_of(store: str) -> dict[str, str]:
         for year in years:
             one = opened.sel(year=year)
             seen[f"{site} {year}"] = _hash(one.reflectance, one.clear_count, one.quality)
-        seen[f"{site} labels"] = _hash(opened.footprint.isel(year=0), opened.footprint_fraction.isel(year=0))
+        seen[f"{site} labels"] = _hash(
+            opened.footprint.isel(year=0), opened.footprint_fraction.isel(year=0)
+        )
         for name in _maps(store, site):
-            with contextlib.suppress(CubeError):  # unfinished, or of an earlier build: not read either
-                seen[f"{site} {name}"] = _hash(cube.open_probability(store, site, name).sel(year=years[0]))
+            with contextlib.suppress(
+                CubeError
+            ):  # unfinished, or of an earlier build: not read either
+                seen[f"{site} {name}"] = _hash(
+                    cube.open_probability(store, site, name).sel(year=years[0])
+                )
     return seen
 
 
@@ -207,7 +261,9 @@ def _maps(store: str, site: str) -> list[str]:
 
 
 def _hash(*arrays: Any) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(a.to_numpy()).tobytes() for a in arrays)).hexdigest()[:12]
+    return hashlib.sha256(
+        b"".join(np.ascontiguousarray(a.to_numpy()).tobytes() for a in arrays)
+    ).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -231,9 +287,19 @@ def pairs_of(world: World, out: Path) -> list[Pair]:
     return [
         Pair("create one site twice", "empty", pit, pit),
         Pair("overwrite two ways", "built", over_a, over_b),
-        Pair("predict with two models under one name", "built", world.predict("a", *same), world.predict("b", *same)),
+        Pair(
+            "predict with two models under one name",
+            "built",
+            world.predict("a", *same),
+            world.predict("b", *same),
+        ),
         Pair("label two ways", "built", world.label("a"), world.label("b")),
-        Pair("extend by two years", "built", world.build("2020", "a", "pit"), world.build("2021", "a", "pit")),
+        Pair(
+            "extend by two years",
+            "built",
+            world.build("2020", "a", "pit"),
+            world.build("2021", "a", "pit"),
+        ),
         Pair("verify and overwrite", "built", ["verify"], over_b),
         Pair("create two sites", "empty", pit, world.build("2019", "a", "pond")),
         Pair("extend by the same year", "built", world.build("2020"), world.build("2020")),
@@ -271,7 +337,9 @@ class Known:
     def wanted(self, which: int) -> dict[str, set[str | None]]:
         """By name: what may be seen of what a command makes, once it has exited with 0."""
         made = {name for name, value in self.alone[which].items() if self.before.get(name) != value}
-        return {name: {state.get(name) for state in (self.alone[which], *self.in_turn)} for name in made}
+        return {
+            name: {state.get(name) for state in (self.alone[which], *self.in_turn)} for name in made
+        }
 
 
 @dataclass
@@ -296,7 +364,10 @@ class Campaign:
         if pair.name not in self.known:
             before = pixels_of(self.place("built")) if pair.before == "built" else {}
             alone = (self._after(pair, [pair.first]), self._after(pair, [pair.second]))
-            in_turn = [self._after(pair, [pair.first, pair.second]), self._after(pair, [pair.second, pair.first])]
+            in_turn = [
+                self._after(pair, [pair.first, pair.second]),
+                self._after(pair, [pair.second, pair.first]),
+            ]
             self.known[pair.name] = Known(before, alone, in_turn)
         return self.known[pair.name]
 
@@ -325,18 +396,33 @@ class Campaign:
         if seen:
             report = cube.verify(store)
             found["damaged"] += [str(f) for f in report.findings if f.kind != "stale"]
-        found["damaged"] += [f"{name} is of no command" for name, value in seen.items() if value not in known.values(name)]
-        found["lost"] += [name for name in known.before if name not in seen and None not in known.values(name)]
+        found["damaged"] += [
+            f"{name} is of no command"
+            for name, value in seen.items()
+            if value not in known.values(name)
+        ]
+        found["lost"] += [
+            name for name in known.before if name not in seen and None not in known.values(name)
+        ]
         # Two builds may each leave a year to the other, and say so: nothing is lost if each is there.
-        lacking = [n for which in (0, 1) for n, values in known.wanted(which).items() if seen.get(n) not in values]
+        lacking = [
+            n
+            for which in (0, 1)
+            for n, values in known.wanted(which).items()
+            if seen.get(n) not in values
+        ]
         if lacking and all(one.code for one in ended):
             found["lost"].append(f"both failed, without {lacking}: {ended}")
         for which, one in enumerate(ended):
-            wrong = {name for name, values in known.wanted(which).items() if seen.get(name) not in values}
+            wrong = {
+                name for name, values in known.wanted(which).items() if seen.get(name) not in values
+            }
             if one.code == 0 and wrong:
                 found["dishonest_exits"].append(f"exit 0 without {wrong}: {one.out}{one.err}")
             elif one.code != 0 and not is_one_sentence(one):
-                found["dishonest_exits"].append(f"exit {one.code}: {one.out[-500:]}{one.err[-3000:]}")
+                found["dishonest_exits"].append(
+                    f"exit {one.code}: {one.out[-500:]}{one.err[-3000:]}"
+                )
         remove_store(store)
         return found
 
@@ -375,7 +461,11 @@ def remove_store(store: str) -> None:
 def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
     """Read a year while it is replaced again and again: reads, those refused, those with pixels of two builds, builds seen."""
     known = campaign.know(
-        next(pair for pair in pairs_of(campaign.world, campaign.world.root) if pair.name == "overwrite two ways")
+        next(
+            pair
+            for pair in pairs_of(campaign.world, campaign.world.root)
+            if pair.name == "overwrite two ways"
+        )
     )
     store = campaign.place("read")
     copy_store(campaign.place("built"), store)
@@ -396,7 +486,12 @@ def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
     finally:
         writer.kill()
         writer.join()
-    return {"reads": reads, "refused": tally["refused"], "mixed_reads": tally["mixed"], "builds_seen": len(seen)}
+    return {
+        "reads": reads,
+        "refused": tally["refused"],
+        "mixed_reads": tally["mixed"],
+        "builds_seen": len(seen),
+    }
 
 
 def _overwrite_for_ever(world: World, store: str) -> None:
@@ -431,12 +526,20 @@ def places(where: str, root: Path) -> Iterator[Callable[[str], str]]:
         server.stop()
 
 
-def run_campaign(pairs: int, where: Sequence[str], seed: int, reads: int, root: Path) -> dict[str, Any]:
+def run_campaign(
+    pairs: int, where: Sequence[str], seed: int, reads: int, root: Path
+) -> dict[str, Any]:
     """Run so many pairs, shared out to the places, and return the tally."""
     world = make_world(root)
     kinds = pairs_of(world, root)
     delays = random.Random(seed)
-    tally: dict[str, Any] = {"pairs": 0, "damaged": 0, "lost": 0, "dishonest_exits": 0, "examples": []}
+    tally: dict[str, Any] = {
+        "pairs": 0,
+        "damaged": 0,
+        "lost": 0,
+        "dishonest_exits": 0,
+        "examples": [],
+    }
     for place_name in where:
         with places(place_name, root) as place:
             campaign = Campaign.prepare(world, place)
@@ -445,11 +548,17 @@ def run_campaign(pairs: int, where: Sequence[str], seed: int, reads: int, root: 
                 delay_s = delays.choice((0.0, 0.0, delays.uniform(0, 0.3)))
                 found = campaign.try_pair(pair, number, delay_s)
                 wrong = ", ".join(what for what, each in found.items() if each)
-                print(f"{place_name} {number + 1}: {pair.name}{': ' if wrong else ''}{wrong}", file=sys.stderr, flush=True)
+                print(
+                    f"{place_name} {number + 1}: {pair.name}{': ' if wrong else ''}{wrong}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 tally["pairs"] += 1
                 for what, each in found.items():
                     tally[what] += bool(each)
-                    tally["examples"] += [f"{place_name}, {pair.name}: {what}: {text}" for text in each]
+                    tally["examples"] += [
+                        f"{place_name}, {pair.name}: {what}: {text}" for text in each
+                    ]
             if reads and place_name == "folder":
                 tally |= read_during_overwrite(campaign, reads)
     return tally
@@ -457,9 +566,15 @@ def run_campaign(pairs: int, where: Sequence[str], seed: int, reads: int, root: 
 
 def command_line() -> types.SimpleNamespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=200, help="pairs in all, shared out to the places")
-    parser.add_argument("--reads", type=int, default=10_000, help="reads of a year that is being overwritten")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=200, help="pairs in all, shared out to the places"
+    )
+    parser.add_argument(
+        "--reads", type=int, default=10_000, help="reads of a year that is being overwritten"
+    )
     parser.add_argument("--where", default="folder,s3", help="folder, s3 or both")
     parser.add_argument("--seed", type=int, default=0, help="of the delays between two commands")
     parser.add_argument("--json", type=Path, help="write the tally to this file")
@@ -469,11 +584,16 @@ def command_line() -> types.SimpleNamespace:
 if __name__ == "__main__":
     asked = command_line()
     with tempfile.TemporaryDirectory() as made_in:
-        result = run_campaign(asked.pairs, asked.where.split(","), asked.seed, asked.reads, Path(made_in))
+        result = run_campaign(
+            asked.pairs, asked.where.split(","), asked.seed, asked.reads, Path(made_in)
+        )
     examples = result.pop("examples")
     for example in examples[:20]:
         print(example)
     print(json.dumps(result))
     if asked.json:
         asked.json.write_text(json.dumps({**result, "examples": examples}, indent=2) + "\n")
-    sys.exit(any(result[what] for what in ("damaged", "lost", "dishonest_exits")) or result.get("mixed_reads", 0) > 0)
+    sys.exit(
+        any(result[what] for what in ("damaged", "lost", "dishonest_exits"))
+        or result.get("mixed_reads", 0) > 0
+    )

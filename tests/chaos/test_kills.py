@@ -67,7 +67,12 @@ def build(store, site, year=2020, seed=1, overwrite=False):
         "clear_count": (("y", "x"), da.from_array(quality.astype(np.uint16), chunks=64)),
         "quality": (("y", "x"), da.from_array(quality, chunks=64)),
     }
-    told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0, "minecube:offset_reason": "r"}
+    told = {
+        "minecube:source": "s",
+        "s2:processing_baseline": "05.00",
+        "minecube:offset": 0,
+        "minecube:offset_reason": "r",
+    }
     scene = types.SimpleNamespace(id=f"scene {seed}", properties=told)
     listed = io.BytesIO()
     pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
@@ -88,7 +93,9 @@ def predict(store, site, model="a", years=(2019, 2020), overwrite=False):
 
     def rows(views):
         for view in views:
-            yield types.SimpleNamespace(view=view, y=0, values=np.full((1, 1, *grid.shape), ord(model), np.uint8))
+            yield types.SimpleNamespace(
+                view=view, y=0, values=np.full((1, 1, *grid.shape), ord(model), np.uint8)
+            )
 
     wanted = cube.Prediction(model="net", views=[(year,) for year in years], about={"id": model})
     cube.write_prediction(store, "pit", wanted, rows, overwrite=overwrite)
@@ -114,11 +121,17 @@ COMMANDS = {
     "create": (lambda *_: None, create),
     "extend": (mapped, lambda store, site: create(store, site, (2020, 2022, 2023))),
     "first build": (create, build),
-    "another build in its place": (mapped, lambda store, site: build(store, site, seed=2, overwrite=True)),
+    "another build in its place": (
+        mapped,
+        lambda store, site: build(store, site, seed=2, overwrite=True),
+    ),
     "label": (two_years, label),
     "label again": (labelled, lambda store, site: label(store, site, 0)),
     "predict": (labelled, predict),
-    "predict with another model": (mapped, lambda store, site: predict(store, site, "b", overwrite=True)),
+    "predict with another model": (
+        mapped,
+        lambda store, site: predict(store, site, "b", overwrite=True),
+    ),
     "withdraw": (mapped, lambda store, _: cube.uncommit(store, "pit", [2020])),
 }
 
@@ -144,17 +157,24 @@ def committed(store):
         opened = cube.open_committed(store, "pit").load()
     except CubeError:
         return None
-    return {int(year): opened.reflectance.sel(year=year).to_numpy().tobytes() for year in opened.year}
+    return {
+        int(year): opened.reflectance.sel(year=year).to_numpy().tobytes() for year in opened.year
+    }
 
 
 def damage(store):
     """What `verify` finds, apart from what is unfinished and maps of an earlier build."""
-    return [str(f) for f in cube.verify(str(store)).findings if f.kind not in ("unfinished", "stale")]
+    return [
+        str(f) for f in cube.verify(str(store)).findings if f.kind not in ("unfinished", "stale")
+    ]
 
 
 def is_mixed(found, old, new):
     """Whether a year has pixels that it had neither before the command nor after it."""
-    return any(pixels not in ((old or {}).get(year), (new or {}).get(year)) for year, pixels in (found or {}).items())
+    return any(
+        pixels not in ((old or {}).get(year), (new or {}).get(year))
+        for year, pixels in (found or {}).items()
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

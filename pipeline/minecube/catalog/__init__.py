@@ -29,7 +29,16 @@ import yaml
 from geopandas import GeoDataFrame
 from shapely.geometry.base import BaseGeometry
 
-from minecube.catalog.fields import BANDS, NATIVE_M, SCL, FieldError, need, need_name, safe_name, same_names
+from minecube.catalog.fields import (
+    BANDS,
+    NATIVE_M,
+    SCL,
+    FieldError,
+    need,
+    need_name,
+    safe_name,
+    same_names,
+)
 from minecube.catalog.model import TASKS, ModelCard, Weights
 from minecube.catalog.recipe import (
     FALLBACKS,
@@ -92,9 +101,22 @@ __all__ = [
     "yaml_problem",
 ]
 
-_COMMON_NAMES = ("blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "swir16", "swir22", "scl")
+_COMMON_NAMES = (
+    "blue",
+    "green",
+    "red",
+    "rededge1",
+    "rededge2",
+    "rededge3",
+    "nir",
+    "nir08",
+    "swir16",
+    "swir22",
+    "scl",
+)
 ASSET_KEYS = {
-    band: (common, band, f"{band}_{NATIVE_M[band]}m") for band, common in zip((*BANDS, SCL), _COMMON_NAMES, strict=True)
+    band: (common, band, f"{band}_{NATIVE_M[band]}m")
+    for band, common in zip((*BANDS, SCL), _COMMON_NAMES, strict=True)
 }
 """Band -> asset keys in common use: Element 84's, Microsoft's and CDSE's, at the band's own pixel size."""
 FIRST_YEAR = 2015
@@ -153,15 +175,27 @@ class Site:
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         fits = number and 0 <= self.margin <= LARGEST_MARGIN_M
         need(fits, "margin", f"metres from 0 to {LARGEST_MARGIN_M}, found {self.margin!r}")
-        need(self.split in (None, "train", "val", "test"), "split", f"train, val, test or null, found {self.split!r}")
+        need(
+            self.split in (None, "train", "val", "test"),
+            "split",
+            f"train, val, test or null, found {self.split!r}",
+        )
         if self.geometry is not None:
             kind = self.geometry.geom_type
             need(kind in ("Polygon", "MultiPolygon"), "geometry", f"a polygon, found {kind}")
             need(not self.geometry.is_empty, "geometry", "a polygon with area, found an empty one")
-            need(self.geometry.is_valid, "geometry", f"a valid polygon, found {shapely.is_valid_reason(self.geometry)}")
+            need(
+                self.geometry.is_valid,
+                "geometry",
+                f"a valid polygon, found {shapely.is_valid_reason(self.geometry)}",
+            )
             west, south, east, north = self.geometry.bounds
             in_degrees = west >= -180 and east <= 180 and south >= -90 and north <= 90
-            need(in_degrees, "geometry", f"longitude and latitude in degrees, found bounds {self.geometry.bounds}")
+            need(
+                in_degrees,
+                "geometry",
+                f"longitude and latitude in degrees, found bounds {self.geometry.bounds}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +218,11 @@ class Offset:
     def __post_init__(self) -> None:
         fits = self.own is None or self.own == "declared" or isinstance(self.own, int)
         need(fits, "own", f"a number or declared, found {self.own!r}")
-        need(re.fullmatch(r"\d\d\.\d\d", self.from_baseline), "from_baseline", f"NN.NN, found {self.from_baseline!r}")
+        need(
+            re.fullmatch(r"\d\d\.\d\d", self.from_baseline),
+            "from_baseline",
+            f"NN.NN, found {self.from_baseline!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,13 +248,29 @@ class Access:
     def __post_init__(self) -> None:
         kinds = ("plain", "planetary-computer", "s3")
         need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
-        need(self.kind != "planetary-computer" or self.href, "href", "the URL of the token service, found none")
-        need(self.kind == "s3" or not (self.region or self.anonymous), "region", f"kind s3 for this field, found {self.kind!r}")
-        need(not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}")
+        need(
+            self.kind != "planetary-computer" or self.href,
+            "href",
+            "the URL of the token service, found none",
+        )
+        need(
+            self.kind == "s3" or not (self.region or self.anonymous),
+            "region",
+            f"kind s3 for this field, found {self.kind!r}",
+        )
+        need(
+            not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}"
+        )
         signs = self.kind != "plain" and not self.anonymous
         found = ", ".join(self.credentials_for)
-        need(signs or not self.credentials_for, "credentials_for", f"no names where nothing is signed, found {found}")
-        bare = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in self.credentials_for)
+        need(
+            signs or not self.credentials_for,
+            "credentials_for",
+            f"no names where nothing is signed, found {found}",
+        )
+        bare = all(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in self.credentials_for
+        )
         need(bare, "credentials_for", f"bare names such as files.example.org, found {found}")
         need(1 <= self.connections <= 256, "connections", f"1..256, found {self.connections}")
 
@@ -259,12 +313,24 @@ class Source:
         kinds = ("stac-api", "stac-geoparquet")
         need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
         names = {*BANDS, SCL}
-        need(set(self.assets) <= names, "assets", f"bands of {', '.join([*BANDS, SCL])}, found {', '.join(self.assets)}")
-        need(not self.assets or SCL in self.assets, "assets", f"an entry for {SCL} (the mask), found {', '.join(self.assets)}")
+        need(
+            set(self.assets) <= names,
+            "assets",
+            f"bands of {', '.join([*BANDS, SCL])}, found {', '.join(self.assets)}",
+        )
+        need(
+            not self.assets or SCL in self.assets,
+            "assets",
+            f"an entry for {SCL} (the mask), found {', '.join(self.assets)}",
+        )
         sizes = set(self.resolution_m) <= names and set(self.resolution_m.values()) <= {10, 20}
         need(sizes, "resolution_m", f"10 or 20 metres by band, found {dict(self.resolution_m)}")
         need(self.tile_px > 0, "tile_px", f"pixels above 0, found {self.tile_px}")
-        need(0 < self.searches_per_s <= 100, "searches_per_s", f"above 0 and up to 100, found {self.searches_per_s}")
+        need(
+            0 < self.searches_per_s <= 100,
+            "searches_per_s",
+            f"above 0 and up to 100, found {self.searches_per_s}",
+        )
         fits = self.since is None or re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", self.since)
         need(fits, "since", f"a month YYYY-MM in quotes, found {self.since!r}")
 
@@ -280,7 +346,11 @@ def _catalog_dir() -> Path:
 
 
 def load_sites(
-    path: Path | str | None = None, *, catalogue: bool = False, margin: float | None = None, layer: str | None = None
+    path: Path | str | None = None,
+    *,
+    catalogue: bool = False,
+    margin: float | None = None,
+    layer: str | None = None,
 ) -> list[Site]:
     """Load the sites of a file of polygons (`minecube.vectors.NAMED`).
 
@@ -306,17 +376,23 @@ def load_sites(
     try:
         table = read_vector(path, layer)
         if not isinstance(table, GeoDataFrame):
-            raise CatalogError(f"{path}: holds a table without geometry; expected polygons of sites")
+            raise CatalogError(
+                f"{path}: holds a table without geometry; expected polygons of sites"
+            )
         table = understood_columns(table, {name: name for name in (*_SITE_FIELDS, "name", "site")})
     except (OSError, ValueError, RuntimeError) as error:
         raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
     unknown = sorted(set(table.columns) - {*_SITE_FIELDS, table.geometry.name})
     if unknown and catalogue:
-        raise CatalogError(f"{path}: field {unknown[0]!r}: expected geometry or one of {', '.join(_SITE_FIELDS)}")
+        raise CatalogError(
+            f"{path}: field {unknown[0]!r}: expected geometry or one of {', '.join(_SITE_FIELDS)}"
+        )
     if table.empty:
         raise CatalogError(f"{path}: holds no site; expected at least one polygon")
     if table.crs is None:
-        raise CatalogError(f"{path}: has no CRS, so its coordinates cannot be placed; set one (ogr2ogr -a_srs) and retry")
+        raise CatalogError(
+            f"{path}: has no CRS, so its coordinates cannot be placed; set one (ogr2ogr -a_srs) and retry"
+        )
     table = table.to_crs(4326).reset_index(drop=True)
     names = _texts_of(table, "id", "name", "site")
     ids = [safe_name(name) or f"site_{row}" for row, name in enumerate(names, start=1)]
@@ -331,7 +407,12 @@ def load_sites(
     sites = []
     for row, site_id, title, shape, lost in zip(rows, ids, titles, shapes, left_out, strict=True):
         if lost:
-            log.warning("%s: site %s: the areas of its collection were kept, left out: %s", path, site_id, lost)
+            log.warning(
+                "%s: site %s: the areas of its collection were kept, left out: %s",
+                path,
+                site_id,
+                lost,
+            )
         known: dict[str, Any] = {
             "id": site_id,
             "title": "" if title == site_id else title,
@@ -342,7 +423,11 @@ def load_sites(
         try:
             for field in _TEXT_FIELDS:
                 need(not isinstance(row[field], _NESTED), field, f"text, found {row[field]!r}")
-            known |= {"country": row["country"] or "", "split": row["split"], "labels": row["labels"]}
+            known |= {
+                "country": row["country"] or "",
+                "split": row["split"],
+                "labels": row["labels"],
+            }
             sites.append(Site(**known, years=_years(row["years"])))
         except ValueError as error:
             raise CatalogError(f"{path}: site {site_id[:100]!r}: {error}") from error
@@ -355,7 +440,9 @@ def _rows_of(table: GeoDataFrame) -> list[dict[str, Any]]:
 
     Blank text becomes None. Text fields become text, except lists and dictionaries.
     """
-    rows: list[dict[str, Any]] = [dict.fromkeys((*_TEXT_FIELDS, "years", "margin")) for _ in range(len(table))]
+    rows: list[dict[str, Any]] = [
+        dict.fromkeys((*_TEXT_FIELDS, "years", "margin")) for _ in range(len(table))
+    ]
     for name in rows[0]:
         if name not in table:
             continue
@@ -368,7 +455,9 @@ def _rows_of(table: GeoDataFrame) -> list[dict[str, Any]]:
             if isinstance(value, _NESTED):
                 row[name] = value or None
             elif not pd.isna(text):
-                row[name] = text if name in _TEXT_FIELDS or isinstance(value, str | bytes) else value
+                row[name] = (
+                    text if name in _TEXT_FIELDS or isinstance(value, str | bytes) else value
+                )
     return rows
 
 
@@ -437,7 +526,10 @@ def _mended(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometr
     mended = shapely.union_all([p for p in parts if p.geom_type in ("Polygon", "MultiPolygon")])
     reason = shapely.is_valid_reason(shape)
     log.warning(
-        "%s: site %s: its polygon was invalid (%s) and has been repaired; compare it with what was meant", path, site_id, reason
+        "%s: site %s: its polygon was invalid (%s) and has been repaired; compare it with what was meant",
+        path,
+        site_id,
+        reason,
     )
     return mended
 
@@ -446,7 +538,10 @@ def load_sources(path: Path | None = None) -> dict[str, Source]:
     """Load a `sources.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = Path(path or _catalog_dir() / "sources.yaml").resolve()
     sources = _load_yaml(Source, path)
-    return {s.id: dataclasses.replace(s, href=_beside(path, s.href)) if s.kind != "stac-api" else s for s in sources}
+    return {
+        s.id: dataclasses.replace(s, href=_beside(path, s.href)) if s.kind != "stac-api" else s
+        for s in sources
+    }
 
 
 def _beside(path: Path, href: str) -> str:
@@ -487,7 +582,11 @@ def load_models(path: Path | None = None) -> dict[str, ModelCard]:
     """Load the model cards of a `models.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = Path(path or _catalog_dir() / "models.yaml").resolve()
     cards = _load_yaml(ModelCard, path)
-    placed = {m.id: dataclasses.replace(m.weights, href=_beside(path, m.weights.href)) for m in cards if m.weights}
+    placed = {
+        m.id: dataclasses.replace(m.weights, href=_beside(path, m.weights.href))
+        for m in cards
+        if m.weights
+    }
     return {m.id: dataclasses.replace(m, weights=placed.get(m.id)) for m in cards}
 
 
@@ -530,7 +629,9 @@ def _load_yaml(cls: type[T], path: Path) -> list[T]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise CatalogError(f"{path}: cannot be read as a catalogue: {yaml_problem(error)}") from error
+        raise CatalogError(
+            f"{path}: cannot be read as a catalogue: {yaml_problem(error)}"
+        ) from error
     if not isinstance(content, Mapping):
         raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
     loaded = []
@@ -559,7 +660,11 @@ def _build(cls: type[T], entry: Mapping[str, Any]) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in entry:
         need(name in fields, name, f"one of {', '.join(f for f in fields if f != 'id')}")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     for name in sorted(required - set(entry)):
         raise FieldError(f"field {name!r}: expected a value, found none")
     return cls(**{name: _convert(hints[name], value, name) for name, value in entry.items()})
@@ -574,16 +679,28 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
         fitting = [a for a in kinds if isinstance(a, type) and isinstance(value, a)]
         return None if value is None else _convert((fitting or kinds)[0], value, field)
     if dataclasses.is_dataclass(hint):
-        need(isinstance(value, Mapping), field, f"fields of {getattr(hint, '__name__', '')}, found {value!r}")
+        need(
+            isinstance(value, Mapping),
+            field,
+            f"fields of {getattr(hint, '__name__', '')}, found {value!r}",
+        )
         return _build(typing.cast("type[Any]", hint), value)
     if origin is tuple:
-        need(isinstance(value, Sequence) and not isinstance(value, str), field, f"a list, found {value!r}")
+        need(
+            isinstance(value, Sequence) and not isinstance(value, str),
+            field,
+            f"a list, found {value!r}",
+        )
         return tuple(_convert(args[0], v, field) for v in value)
     if origin is not None and issubclass(origin, Mapping):
         need(isinstance(value, Mapping), field, f"names and values, found {value!r}")
         return {str(k): _convert(args[1], v, field) for k, v in value.items()}
     fits = isinstance(value, int | float) if hint is float else isinstance(value, hint)
-    need(fits and not (isinstance(value, bool) and hint is not bool), field, f"{hint.__name__}, found {value!r}")
+    need(
+        fits and not (isinstance(value, bool) and hint is not bool),
+        field,
+        f"{hint.__name__}, found {value!r}",
+    )
     return hint(value)
 
 
@@ -592,9 +709,13 @@ def _need_unique(ids: Sequence[str], names: Sequence[str], path: Path) -> None:
     first: dict[str, str] = {}
     for site_id, name in zip(ids, names, strict=True):
         if first.get(site_id) == name or (site_id in first and not name):
-            raise CatalogError(f"{path}: site {site_id!r} stands there twice; ids name groups of the cube, so rename one")
+            raise CatalogError(
+                f"{path}: site {site_id!r} stands there twice; ids name groups of the cube, so rename one"
+            )
         if site_id in first:
-            raise CatalogError(f"{path}: sites {first[site_id]!r} and {name!r} would both have the id {site_id!r}; rename one")
+            raise CatalogError(
+                f"{path}: sites {first[site_id]!r} and {name!r} would both have the id {site_id!r}; rename one"
+            )
         first[site_id] = name
 
 
@@ -606,6 +727,8 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands there twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)

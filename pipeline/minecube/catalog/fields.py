@@ -31,7 +31,11 @@ def need(condition: object, field: str, expected: str) -> None:
 def need_name(name: str, field: str = "id") -> None:
     """Raise FieldError if a name cannot name both a Zarr group and a file."""
     shown = repr(name if len(name) <= LONGEST_NAME else f"{name[:20]}...")
-    need(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name), field, f"letters, digits, _ . -, found {shown}")
+    need(
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name),
+        field,
+        f"letters, digits, _ . -, found {shown}",
+    )
     need(len(name) <= LONGEST_NAME, field, f"up to {LONGEST_NAME} characters, found {len(name):,}")
     need(name != "zarr.json", field, "another name than zarr.json, which Zarr needs for itself")
 
@@ -72,4 +76,8 @@ def _key(name: str) -> str:
 def need_months(field: str, months: tuple[int, ...], at_least: int = 1) -> None:
     """Raise FieldError unless these are calendar months, ascending, each once."""
     in_order = all(1 <= m <= 12 for m in months) and list(months) == sorted(set(months))
-    need(len(months) >= at_least and in_order, field, f"1..12, ascending, each once, found {list(months)}")
+    need(
+        len(months) >= at_least and in_order,
+        field,
+        f"1..12, ascending, each once, found {list(months)}",
+    )

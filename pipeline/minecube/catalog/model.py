@@ -33,8 +33,16 @@ class Weights:
     """Standard deviation per band, likewise."""
 
     def __post_init__(self) -> None:
-        need(re.fullmatch("[0-9a-f]{64}", self.sha256), "sha256", f"64 hexadecimal digits, found {self.sha256!r}")
-        need(len(self.mean) == len(self.std), "std", f"as many numbers as mean ({len(self.mean)}), found {len(self.std)}")
+        need(
+            re.fullmatch("[0-9a-f]{64}", self.sha256),
+            "sha256",
+            f"64 hexadecimal digits, found {self.sha256!r}",
+        )
+        need(
+            len(self.mean) == len(self.std),
+            "std",
+            f"as many numbers as mean ({len(self.mean)}), found {len(self.std)}",
+        )
         need(all(s > 0 for s in self.std), "std", f"numbers above 0, found {list(self.std)}")
 
 
@@ -76,17 +84,33 @@ class ModelCard:
         need_name(self.id)
         need(self.task in TASKS, "task", f"one of {', '.join(TASKS)}, found {self.task!r}")
         known = TASKS[self.task]
-        fits = self.classes and len(set(self.classes)) == len(self.classes) and set(self.classes) <= set(known)
+        fits = (
+            self.classes
+            and len(set(self.classes)) == len(self.classes)
+            and set(self.classes) <= set(known)
+        )
         need(
-            fits, "classes", f"some of {', '.join(known)} for {self.task}, each once, found {', '.join(self.classes) or 'none'}"
+            fits,
+            "classes",
+            f"some of {', '.join(known)} for {self.task}, each once, found {', '.join(self.classes) or 'none'}",
         )
         unknown = [b for b in self.bands if b not in BANDS]
-        need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
-        need(len(set(self.bands)) == len(self.bands), "bands", f"each band once, found {', '.join(self.bands)}")
+        need(
+            self.bands and not unknown,
+            "bands",
+            f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}",
+        )
+        need(
+            len(set(self.bands)) == len(self.bands),
+            "bands",
+            f"each band once, found {', '.join(self.bands)}",
+        )
         need(self.multiple_px > 0, "multiple_px", f"pixels above 0, found {self.multiple_px}")
         said = self.weights.mean if self.weights else ()
         need(
-            not said or len(said) == len(self.bands), "mean", f"a number for each of {len(self.bands)} bands, found {len(said)}"
+            not said or len(said) == len(self.bands),
+            "mean",
+            f"a number for each of {len(self.bands)} bands, found {len(said)}",
         )
         fits_px = self.window_px > 0 and self.window_px % self.multiple_px == 0
         need(fits_px, "window_px", f"a multiple of {self.multiple_px}, found {self.window_px}")

@@ -33,10 +33,15 @@ class Layer:
 LAYERS = {
     "clear_count": Layer(dtype="uint16", long_name="clear observations behind each pixel"),
     "quality": Layer(dtype="uint8", long_name="how a pixel came about"),
-    "emad": Layer(dtype="float32", long_name="median Euclidean distance of the observations from their geomedian, reflectance"),
+    "emad": Layer(
+        dtype="float32",
+        long_name="median Euclidean distance of the observations from their geomedian, reflectance",
+    ),
     "smad": Layer(dtype="float32", long_name="the same, cosine distance"),
     "bcmad": Layer(dtype="float32", long_name="the same, Bray-Curtis distance"),
-    "day_of_year": Layer(dtype="uint16", long_name="day of the year of the one observation taken", units="d"),
+    "day_of_year": Layer(
+        dtype="uint16", long_name="day of the year of the one observation taken", units="d"
+    ),
 }
 """No data is 0 in integer layers and NaN in float layers."""
 
@@ -54,7 +59,11 @@ class MaskRule:
     """Calendar months of the rule: snow may be the ground in January, but not in July."""
 
     def __post_init__(self) -> None:
-        need(self.classes and all(1 <= c <= 11 for c in self.classes), "classes", f"SCL 1..11, found {self.classes}")
+        need(
+            self.classes and all(1 <= c <= 11 for c in self.classes),
+            "classes",
+            f"SCL 1..11, found {self.classes}",
+        )
         need_months("months", self.months)
         for field, value, most in (("open_m", self.open_m, 500), ("dilate_m", self.dilate_m, 1000)):
             fits = 0 <= value <= most and value % 20 == 0
@@ -75,7 +84,11 @@ class BrightOverride:
     """Half width of the surroundings."""
 
     def __post_init__(self) -> None:
-        need(self.classes and all(1 <= c <= 11 for c in self.classes), "classes", f"SCL 1..11, found {self.classes}")
+        need(
+            self.classes and all(1 <= c <= 11 for c in self.classes),
+            "classes",
+            f"SCL 1..11, found {self.classes}",
+        )
         need(0 < self.flagged <= 1, "flagged", f"a share above 0 and up to 1, found {self.flagged}")
         need(0 <= self.around < 1, "around", f"a share from 0 to below 1, found {self.around}")
         need(0 < self.window_m <= 5000, "window_m", f"1..5000 metres, found {self.window_m}")
@@ -97,7 +110,11 @@ class HazeTest:
 
     def __post_init__(self) -> None:
         for field, value in (("excess", self.excess), ("date_excess", self.date_excess)):
-            need(value is None or 0 < value < 1, field, f"a reflectance above 0 and below 1, found {value}")
+            need(
+                value is None or 0 < value < 1,
+                field,
+                f"a reflectance above 0 and below 1, found {value}",
+            )
         need(0 < self.window_m <= 500, "window_m", f"1..500 metres, found {self.window_m}")
 
 
@@ -117,7 +134,11 @@ class SecondOpinion:
 
     def __post_init__(self) -> None:
         need(self.weights, "weights", "files of models, found none")
-        need(self.classes and all(1 <= c <= 3 for c in self.classes), "classes", f"1..3, found {self.classes}")
+        need(
+            self.classes and all(1 <= c <= 3 for c in self.classes),
+            "classes",
+            f"1..3, found {self.classes}",
+        )
         fits = 0 <= self.dilate_m <= 1000 and self.dilate_m % 20 == 0
         need(fits, "dilate_m", f"a multiple of 20 m up to 1000, found {self.dilate_m}")
 
@@ -142,10 +163,22 @@ class BestPixel:
     def __post_init__(self) -> None:
         need(1 <= self.day <= 366, "day", f"1..366, found {self.day}")
         need(self.day_spread > 0, "day_spread", f"days above 0, found {self.day_spread}")
-        need(0 < self.cloud_distance_m <= 2000, "cloud_distance_m", f"metres above 0 up to 2000, found {self.cloud_distance_m}")
-        need(0 < self.opacity < 1, "opacity", f"a reflectance above 0 and below 1, found {self.opacity}")
+        need(
+            0 < self.cloud_distance_m <= 2000,
+            "cloud_distance_m",
+            f"metres above 0 up to 2000, found {self.cloud_distance_m}",
+        )
+        need(
+            0 < self.opacity < 1,
+            "opacity",
+            f"a reflectance above 0 and below 1, found {self.opacity}",
+        )
         weights = (self.day_weight, self.cloud_weight, self.opacity_weight, self.sharpness_weight)
-        need(min(weights) >= 0 and sum(weights) > 0, "day_weight", f"weights of 0 or more, one above 0, found {weights}")
+        need(
+            min(weights) >= 0 and sum(weights) > 0,
+            "day_weight",
+            f"weights of 0 or more, one above 0, found {weights}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +192,11 @@ class Registration:
 
     def __post_init__(self) -> None:
         need(0 < self.most_px <= 5, "most_px", f"pixels above 0 up to 5, found {self.most_px}")
-        need(self.beyond in ("record", "drop", "shift"), "beyond", f"record, drop or shift, found {self.beyond!r}")
+        need(
+            self.beyond in ("record", "drop", "shift"),
+            "beyond",
+            f"record, drop or shift, found {self.beyond!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,16 +247,36 @@ class Recipe:
 
     def __post_init__(self) -> None:
         unknown = [b for b in self.bands if b not in BANDS]
-        need(self.bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}")
-        need(list(self.bands) == [b for b in BANDS if b in self.bands], "bands", f"in the order {', '.join(BANDS)}, each once")
+        need(
+            self.bands and not unknown,
+            "bands",
+            f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}",
+        )
+        need(
+            list(self.bands) == [b for b in BANDS if b in self.bands],
+            "bands",
+            f"in the order {', '.join(BANDS)}, each once",
+        )
         need_months("months", self.months)
-        need(0 < self.max_cloud_cover <= 100, "max_cloud_cover", f"percent above 0, found {self.max_cloud_cover}")
+        need(
+            0 < self.max_cloud_cover <= 100,
+            "max_cloud_cover",
+            f"percent above 0, found {self.max_cloud_cover}",
+        )
         need(self.min_dates >= 1, "min_dates", f"1 or more, found {self.min_dates}")
         self._check_mask()
         self._check_reducer()
         fits = self.chunk_px > 0 and self.block_px > 0 and self.block_px % self.chunk_px == 0
-        need(fits, "block_px", f"a multiple of chunk_px, both above 0, found {self.block_px} and {self.chunk_px}")
-        need(self.block_px % 8 == 0, "block_px", f"a multiple of 8, so that 20 m pixels are whole, found {self.block_px}")
+        need(
+            fits,
+            "block_px",
+            f"a multiple of chunk_px, both above 0, found {self.block_px} and {self.chunk_px}",
+        )
+        need(
+            self.block_px % 8 == 0,
+            "block_px",
+            f"a multiple of 8, so that 20 m pixels are whole, found {self.block_px}",
+        )
 
     def _check_mask(self) -> None:
         for field, needed in (("haze", {"B02", "B04"}), ("second_opinion", {"B03", "B04", "B08"})):
@@ -228,30 +285,66 @@ class Recipe:
         if self.bright_override:
             masked = {c for rule in self.mask for c in rule.classes}
             others = sorted(set(self.bright_override.classes) - masked)
-            need(not others, "bright_override", f"classes that a mask rule hides, found {others}, which none does")
+            need(
+                not others,
+                "bright_override",
+                f"classes that a mask rule hides, found {others}, which none does",
+            )
         unknown = [s for s in self.fallback if s not in FALLBACKS]
         expected = f"steps of {', '.join(FALLBACKS)}, each once"
-        need(not unknown and len(set(self.fallback)) == len(self.fallback), "fallback", f"{expected}, found {self.fallback}")
+        need(
+            not unknown and len(set(self.fallback)) == len(self.fallback),
+            "fallback",
+            f"{expected}, found {self.fallback}",
+        )
         wider = "wider-season" in self.fallback
         need_months("wider_months", self.wider_months, at_least=1 if wider else 0)
-        need(wider or not self.wider_months, "wider_months", "the step wider-season in fallback, or no months")
+        need(
+            wider or not self.wider_months,
+            "wider_months",
+            "the step wider-season in fallback, or no months",
+        )
         both = sorted(set(self.wider_months) & set(self.months))
         need(not both, "wider_months", f"months that are not in months already, found {both}")
         adding = {"ungrown", "wider-season", "neighbour-year"} & set(self.fallback)
         fits = self.min_clear == 1 or (self.min_clear > 1 and bool(adding))
-        need(fits, "min_clear", f"1, or more and a fallback of ungrown, wider-season or neighbour-year, found {self.min_clear}")
+        need(
+            fits,
+            "min_clear",
+            f"1, or more and a fallback of ungrown, wider-season or neighbour-year, found {self.min_clear}",
+        )
         most = self.max_clear_observations
         fits = most is None or most >= max(3, self.min_clear)
-        need(fits, "max_clear_observations", f"at least 3 and min_clear, or null for all, found {most}")
+        need(
+            fits,
+            "max_clear_observations",
+            f"at least 3 and min_clear, or null for all, found {most}",
+        )
 
     def _check_reducer(self) -> None:
-        need(self.reducer in REDUCERS, "reducer", f"one of {', '.join(REDUCERS)}, found {self.reducer!r}")
+        need(
+            self.reducer in REDUCERS,
+            "reducer",
+            f"one of {', '.join(REDUCERS)}, found {self.reducer!r}",
+        )
         for name in ("percentile", "best_pixel"):
             used, set_to = self.reducer == name.replace("_", "-"), getattr(self, name)
-            need(used == (set_to is not None), name, f"a value with reducer {name.replace('_', '-')}, and with no other")
-        need(self.percentile is None or 0 <= self.percentile <= 100, "percentile", f"0..100, found {self.percentile}")
+            need(
+                used == (set_to is not None),
+                name,
+                f"a value with reducer {name.replace('_', '-')}, and with no other",
+            )
+        need(
+            self.percentile is None or 0 <= self.percentile <= 100,
+            "percentile",
+            f"0..100, found {self.percentile}",
+        )
         needed = {"max-ndvi": {"B04", "B08"}, "best-pixel": {"B02", "B04"}}.get(self.reducer, set())
-        need(needed <= set(self.bands), "bands", f"{' and '.join(sorted(needed))}, which reducer {self.reducer} looks at")
+        need(
+            needed <= set(self.bands),
+            "bands",
+            f"{' and '.join(sorted(needed))}, which reducer {self.reducer} looks at",
+        )
 
     @property
     def layers(self) -> dict[str, Layer]:

@@ -71,16 +71,40 @@ class Settings:
         for name in ("window_px", "step_px", "windows", "epochs", "patience", "valid_windows"):
             value = getattr(self, name)
             need(value is None or value > 0, name, f"1 or more, found {value}")
-        need(self.batch > 1, "batch", f"2 or more (statistics over a batch need two), found {self.batch}")
+        need(
+            self.batch > 1,
+            "batch",
+            f"2 or more (statistics over a batch need two), found {self.batch}",
+        )
         need(min(self.gaps, default=1) > 0, "gaps", f"years above 0, found {list(self.gaps)}")
         need(0 <= self.rare <= 1, "rare", f"a share of 0..1, found {self.rare}")
-        need(0 <= self.year_dropout < 1, "year_dropout", f"a share of 0..1, below 1, found {self.year_dropout}")
-        need(not (self.step_px and self.rare), "rare", f"0 with step_px, which takes each window once, found {self.rare}")
+        need(
+            0 <= self.year_dropout < 1,
+            "year_dropout",
+            f"a share of 0..1, below 1, found {self.year_dropout}",
+        )
+        need(
+            not (self.step_px and self.rare),
+            "rare",
+            f"0 with step_px, which takes each window once, found {self.rare}",
+        )
         need(0 <= self.jitter <= 0.2, "jitter", f"0..0.2, found {self.jitter}")
-        need(self.optimiser in ("adam", "adamw"), "optimiser", f"adam or adamw, found {self.optimiser!r}")
-        need(self.schedule in ("one-cycle", "constant"), "schedule", f"one-cycle or constant, found {self.schedule!r}")
+        need(
+            self.optimiser in ("adam", "adamw"),
+            "optimiser",
+            f"adam or adamw, found {self.optimiser!r}",
+        )
+        need(
+            self.schedule in ("one-cycle", "constant"),
+            "schedule",
+            f"one-cycle or constant, found {self.schedule!r}",
+        )
         need(self.learning_rate > 0, "learning_rate", f"above 0, found {self.learning_rate}")
         need(self.positive_weight > 0, "positive_weight", f"above 0, found {self.positive_weight}")
         for name in ("weight_decay", "focal", "dice"):
             need(getattr(self, name) >= 0, name, f"0 or more, found {getattr(self, name)}")
-        need(set(self.bf16) <= {"cpu", "cuda"}, "bf16", f"some of cpu, cuda, found {', '.join(self.bf16)}")
+        need(
+            set(self.bf16) <= {"cpu", "cuda"},
+            "bf16",
+            f"some of cpu, cuda, found {', '.join(self.bf16)}",
+        )

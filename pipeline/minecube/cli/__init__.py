@@ -34,9 +34,18 @@ COMMANDS = {
     "sites": ("minecube.cli.data", "List the sites of the catalogue or of a file."),
     "simulate": ("minecube.cli.data", "Simulate a Sentinel-2 archive with known truth."),
     "search": ("minecube.cli.survey", "Search the scenes of sites and years, and save the lists."),
-    "audit": ("minecube.cli.survey", "Compare what sources list with the passes expected from the orbits."),
-    "plan": ("minecube.cli.survey", "Estimate the requests, bytes, memory, time and cost of a build."),
-    "release": ("minecube.cli.release", "Import, audit or re-create the published EuroMineNet archive."),
+    "audit": (
+        "minecube.cli.survey",
+        "Compare what sources list with the passes expected from the orbits.",
+    ),
+    "plan": (
+        "minecube.cli.survey",
+        "Estimate the requests, bytes, memory, time and cost of a build.",
+    ),
+    "release": (
+        "minecube.cli.release",
+        "Import, audit or re-create the published EuroMineNet archive.",
+    ),
     "build": ("minecube.cli.data", "Composite scenes into annual cubes."),
     "polygons": ("minecube.cli.polygons", "Check, repair and compare mine polygons."),
     "label": ("minecube.cli.data", "Draw mine polygons on the grids of the cubes."),
@@ -46,9 +55,15 @@ COMMANDS = {
     "tracks": ("minecube.cli.tracks", "Smooth maps through time; date openings and growth."),
     "score": ("minecube.cli.score", "Compare predictions with labels."),
     "bench": ("minecube.cli.bench", "Train, apply and score several networks on one split."),
-    "export": ("minecube.cli.results", "Export COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures."),
+    "export": (
+        "minecube.cli.results",
+        "Export COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures.",
+    ),
     "publish": ("minecube.cli.publish", "Save releases of a store in Icechunk, and compare them."),
-    "verify": ("minecube.cli.verify", "Check a store against its checksums and list what to rebuild."),
+    "verify": (
+        "minecube.cli.verify",
+        "Check a store against its checksums and list what to rebuild.",
+    ),
     "pack": ("minecube.cli.verify", "Pack a store into one read-only zip file."),
     "demo": ("minecube.cli.demo", "Run the whole pipeline on a simulated world and score it."),
 }
@@ -78,7 +93,9 @@ def _missing(error: ModuleNotFoundError, command: str) -> Exception:
     if error.name not in EXTRAS:
         return error
     package, extra = EXTRAS[error.name]
-    return click.UsageError(f"`minecube {command}` needs {package}: pip install 'minecube[{extra}]'")
+    return click.UsageError(
+        f"`minecube {command}` needs {package}: pip install 'minecube[{extra}]'"
+    )
 
 
 class _Stages(click.Group):
@@ -104,7 +121,9 @@ class _Stages(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, words = super().resolve_command(ctx, args)
         if name and command:
             check_words(ctx, command, name, words)
@@ -118,7 +137,10 @@ class _Stages(click.Group):
         except ModuleNotFoundError as error:  # libraries of networks are loaded late
             raise _missing(error, ctx.invoked_subcommand or "") from error
         except KeyboardInterrupt:
-            click.echo(f"interrupted; {AFTER_INTERRUPT.get(ctx.invoked_subcommand or '', _AGAIN)}", err=True)
+            click.echo(
+                f"interrupted; {AFTER_INTERRUPT.get(ctx.invoked_subcommand or '', _AGAIN)}",
+                err=True,
+            )
             ctx.exit(130)
         except Exception as error:
             said = explain(error)
@@ -135,7 +157,12 @@ def _fail(ctx: click.Context, text: str, code: int) -> NoReturn:
 
 @click.group(cls=_Stages, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="minecube")
-@click.option("-v", "--verbose", is_flag=True, help="Print more: refused scenes with reasons, and what is resumed.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Print more: refused scenes with reasons, and what is resumed.",
+)
 def cli(verbose: bool) -> None:
     """Build cloud-free annual Sentinel-2 cubes of mines, map the mines, and measure how they change.
 

@@ -31,7 +31,17 @@ from minecube.cli.common import (
 )
 from minecube.cli.learn import state_of, train_network
 from minecube.cli.predict import map_site
-from minecube.cli.score import Counted, Tables, baselines_of, cell, latex, markdown, score_site, write, write_all
+from minecube.cli.score import (
+    Counted,
+    Tables,
+    baselines_of,
+    cell,
+    latex,
+    markdown,
+    score_site,
+    write,
+    write_all,
+)
 from minecube.cli.tracks import SUFFIX, write_smoothed
 from minecube.errors import CatalogError, ModelError
 
@@ -75,9 +85,27 @@ class Split:
 )
 @sites_layer_option("--layer", "--sites-layer")
 @catalog_option
-@click.option("--models", "wanted", default="*-small", show_default=True, help="Names of networks, comma-separated, * allowed.")
-@click.option("--preset", "preset_id", default="cpu", show_default=True, help="Training settings (catalog/presets.yaml).")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of weights, windows and augmentation.")
+@click.option(
+    "--models",
+    "wanted",
+    default="*-small",
+    show_default=True,
+    help="Names of networks, comma-separated, * allowed.",
+)
+@click.option(
+    "--preset",
+    "preset_id",
+    default="cpu",
+    show_default=True,
+    help="Training settings (catalog/presets.yaml).",
+)
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Seed of weights, windows and augmentation.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 def bench(
@@ -106,7 +134,10 @@ def bench(
     settings = pick(common.presets(catalog), preset_id, "preset")
     compute = models.Compute(device=device)
     compute.place()
-    _agree(out / "bench.json", {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed})
+    _agree(
+        out / "bench.json",
+        {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed},
+    )
     below = {site: baselines_of(store, site) for site in split.test}  # fails early without labels
     took = {}
     predictions: dict[str, str] = {}
@@ -134,11 +165,17 @@ def bench(
 def compared(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
     """List models to compare: smoothed with raw maps, and series models with all others."""
     smoothed = [(c.id + SUFFIX, c.id) for c in cards if c.task != "change"]
-    return smoothed + [(a.id, b.id) for a in cards if a.task == "series" for b in cards if a is not b]
+    return smoothed + [
+        (a.id, b.id) for a in cards if a.task == "series" for b in cards if a is not b
+    ]
 
 
 def _split(store: str, train: SiteChoice, valid: SiteChoice, test: SiteChoice) -> Split:
-    split = Split(train=stored_sites(store, train), valid=stored_sites(store, valid), test=stored_sites(store, test))
+    split = Split(
+        train=stored_sites(store, train),
+        valid=stored_sites(store, valid),
+        test=stored_sites(store, test),
+    )
     parts = [*split.train, *split.valid, *split.test]
     twice = sorted({name for name in parts if parts.count(name) > 1})
     if twice:
@@ -154,7 +191,9 @@ def _chosen(known: Mapping[str, ModelCard], wanted: str) -> list[ModelCard]:
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise CatalogError(f"unknown model {pattern!r}; `minecube models` lists what there is")
-    return [card for name, card in known.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    return [
+        card for name, card in known.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)
+    ]
 
 
 def _agree(path: Path, asked: Mapping[str, Any]) -> None:
@@ -166,8 +205,12 @@ def _agree(path: Path, asked: Mapping[str, Any]) -> None:
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
-            raise CatalogError(f"{path}: is not what `minecube bench` writes; remove it, or name another --out") from error
-        different = [name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))]
+            raise CatalogError(
+                f"{path}: is not what `minecube bench` writes; remove it, or name another --out"
+            ) from error
+        different = [
+            name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))
+        ]
         if different:
             raise CatalogError(
                 f"{path}: is of a benchmark with other {', '.join(different)}; two of them in one table cannot be compared, so "
@@ -178,7 +221,13 @@ def _agree(path: Path, asked: Mapping[str, Any]) -> None:
 
 
 def _run(
-    store: str, split: Split, card: ModelCard, settings: Settings, run: training.Run, compute: models.Compute, out: Path
+    store: str,
+    split: Split,
+    card: ModelCard,
+    settings: Settings,
+    run: training.Run,
+    compute: models.Compute,
+    out: Path,
 ) -> tuple[dict[str, float], str]:
     """Train a network if needed, map the test sites, and smooth the maps.
 
@@ -193,10 +242,16 @@ def _run(
         fitted = train_network(store, split.train, split.valid, card, settings, run)
         models.save(fitted.trained, file)
         state_of(file).unlink()
-        took |= {"train_s": time.monotonic() - start, "valid_f1": fitted.best.f1, "epoch": fitted.best.epoch}
+        took |= {
+            "train_s": time.monotonic() - start,
+            "valid_f1": fitted.best.f1,
+            "epoch": fitted.best.epoch,
+        }
     trained = models.load(file)
     if trained.card != card:
-        raise ModelError(f"{file}: was trained by another card of that name; remove it, or name another --out")
+        raise ModelError(
+            f"{file}: was trained by another card of that name; remove it, or name another --out"
+        )
     mapper = models.Mapper(trained, compute)
     prediction = cube.choose_name(store, split.test, mapper.about, mapper.name)
     mapped = [map_site(store, site, mapper, prediction=prediction) for site in split.test]
@@ -240,22 +295,37 @@ def written(
     for name in (*maps, *smoothed, *baselines):
         flips = ""
         if name not in baselines:
-            drawn = (tracks.threshold(cube.open_probability(store, site, predictions[name])) for site in tables.counted[name])
+            drawn = (
+                tracks.threshold(cube.open_probability(store, site, predictions[name]))
+                for site in tables.counted[name]
+            )
             flips = _number(tracks.flip_rate(*drawn), ".2%")
-        mapping[name] = [_size(took.get(name)), *(cell(spread[name].loc[score]) for score in MAPPING), flips]
+        mapping[name] = [
+            _size(took.get(name)),
+            *(cell(spread[name].loc[score]) for score in MAPPING),
+            flips,
+        ]
     for name in (*changes, *maps, *smoothed, *baselines):
         by_gap = metrics.by_gap(pooled[name]).get("change_f1", pd.Series())  # empty for one year
-        scores = [cell(spread[name].loc[score]) if score in spread[name].index else "" for score in CHANGE]
+        scores = [
+            cell(spread[name].loc[score]) if score in spread[name].index else "" for score in CHANGE
+        ]
         change[name] = [_size(took.get(name)), *scores, *(_number(by_gap.get(g)) for g in GAPS)]
     paths = []
     for file, rows, names in (
         ("mapping", mapping, (*MAPPING, "flips")),
         ("change", change, (*CHANGE, *(f"F1, gap {gap}" for gap in GAPS))),
     ):
-        of = pd.DataFrame.from_dict(rows, orient="index", columns=["M weights", *names]).rename_axis("model")
+        of = pd.DataFrame.from_dict(
+            rows, orient="index", columns=["M weights", *names]
+        ).rename_axis("model")
         paths += [write(out / f"{file}.md", markdown(of)), write(out / f"{file}.tex", latex(of))]
-    best = sorted(smoothed, key=lambda name: float(spread[name]["score"]["ca_tiou"]), reverse=True)[:3]
-    finest = sorted(changes, key=lambda name: float(spread[name]["score"]["change_f1"]), reverse=True)[:3]
+    best = sorted(smoothed, key=lambda name: float(spread[name]["score"]["ca_tiou"]), reverse=True)[
+        :3
+    ]
+    finest = sorted(
+        changes, key=lambda name: float(spread[name]["score"]["change_f1"]), reverse=True
+    )[:3]
     shown = [name for m in best for name in (m.removesuffix(SUFFIX), m)]
     return paths + write_all(tables, out / "scores", [*shown, *finest, *baselines])
 

@@ -88,7 +88,9 @@ def known_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path)
     return found
 
 
-def saved_scenes(site: Site, year: int, sources: Sequence[Source], folder: Path, *, search_again: bool = False) -> scenes.Found:
+def saved_scenes(
+    site: Site, year: int, sources: Sequence[Source], folder: Path, *, search_again: bool = False
+) -> scenes.Found:
     """Find the site-year's scenes as `known_scenes` does, and save their list.
 
     A later run then builds from the same list. `search_again` ignores an existing list.
@@ -119,7 +121,9 @@ def remembered(find: Callable[..., scenes.Found]) -> Callable[..., scenes.Found]
     return remembering
 
 
-def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Found]) -> tuple[scenes.Found, list[pystac.Item]]:
+def chosen_scenes(
+    job: Job, site: Site, year: int, find: Callable[..., scenes.Found]
+) -> tuple[scenes.Found, list[pystac.Item]]:
     """Return the year's scenes, and the scenes for the recipe.
 
     The second includes the neighbouring years if the recipe falls back on them. A neighbour may
@@ -141,7 +145,9 @@ def chosen_scenes(job: Job, site: Site, year: int, find: Callable[..., scenes.Fo
             if not scenes.has_images(other):
                 continue
             try:
-                chosen += scenes.usable(find(site, other, job.sources, job.snapshots).scenes, job.recipe)
+                chosen += scenes.usable(
+                    find(site, other, job.sources, job.snapshots).scenes, job.recipe
+                )
             except scenes.NothingFoundError as error:  # a search without answer fails the year
                 log.info("%s %s: nothing to take from %s: %s", site.id, year, other, error)
     return found, chosen
@@ -152,7 +158,9 @@ def list_path(site: Site, year: int, sources: Sequence[Source], folder: Path) ->
     return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
 
 
-def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Callable[[], bool] = lambda: False) -> Outcome:
+def build_year(
+    job: Job, site: Site, year: int, workers: int = 1, stopped: Callable[[], bool] = lambda: False
+) -> Outcome:
     """Build and commit one site-year, the unit of work on every machine.
 
     Never raises MinecubeError: a failed outcome contains the reason.
@@ -162,7 +170,9 @@ def build_year(job: Job, site: Site, year: int, workers: int = 1, stopped: Calla
         return _built(job, site, year, workers, stopped)
     except LostReadError as error:
         hint = "; name one more --source that has it, or accept lost reads with --min-read-completeness"
-        return _failed(job.store, site, year, LostReadError(f"{error}{hint}"), time.monotonic() - start)
+        return _failed(
+            job.store, site, year, LostReadError(f"{error}{hint}"), time.monotonic() - start
+        )
     except MinecubeError as error:
         return _failed(job.store, site, year, error, time.monotonic() - start)
 
@@ -182,24 +192,53 @@ def _built(job: Job, site: Site, year: int, workers: int, stopped: Callable[[], 
         refused=dict(found.refused),
         on_offset_conflict=job.on_offset_conflict,
     )
-    done = Outcome(site=site.id, year=year, state="kept", scenes=len(chosen), days=len(scenes.dates(chosen)))
-    if cube.is_committed(job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness):
+    done = Outcome(
+        site=site.id, year=year, state="kept", scenes=len(chosen), days=len(scenes.dates(chosen))
+    )
+    if cube.is_committed(
+        job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness
+    ):
         marker = cube.builds(job.store, site.id)[year]
         ids = {scene.get("copy_of", scene["id"]) for scene in cube.used_scenes(marker)}
         used = [scene for scene in chosen if scene.id in ids]
         share = cube.completeness_of(marker)
-        gaps = f"has {share:.2%} of its reads; use --overwrite to build it again" if share < job.min_read_completeness else ""
-        return replace(done, scenes=len(used), days=len(scenes.dates(used)), message=gaps, seconds=time.monotonic() - start)
-    copies = Copies(job.sources, job.recipe.bands, lambda year, source: saved_scenes(site, year, [source], job.snapshots))
+        gaps = (
+            f"has {share:.2%} of its reads; use --overwrite to build it again"
+            if share < job.min_read_completeness
+            else ""
+        )
+        return replace(
+            done,
+            scenes=len(used),
+            days=len(scenes.dates(used)),
+            message=gaps,
+            seconds=time.monotonic() - start,
+        )
+    copies = Copies(
+        job.sources,
+        job.recipe.bands,
+        lambda year, source: saved_scenes(site, year, [source], job.snapshots),
+    )
     if copies.possible and cube.is_begun(job.store, site.id, year):
         copies.take(chosen)  # as in the interrupted run, to resume it
     while True:
         made = json.loads(json.dumps(provenance))  # each try adds its own notes
         cube.note_copies(made, copies.found, copies.why)
         try:
-            outcome = _composited(job, site, year, copies.in_place(chosen), made, workers, stopped, copied=copies.possible)
+            outcome = _composited(
+                job,
+                site,
+                year,
+                copies.in_place(chosen),
+                made,
+                workers,
+                stopped,
+                copied=copies.possible,
+            )
         except GoneError as error:
-            if not copies.possible or not (copies.take(chosen, error) or job.min_read_completeness < 1):
+            if not copies.possible or not (
+                copies.take(chosen, error) or job.min_read_completeness < 1
+            ):
                 raise
         else:
             return replace(outcome, copies=copies.said(), seconds=time.monotonic() - start)
@@ -228,7 +267,10 @@ def _composited(
     checks = offsets.check_offsets(chosen, look)
     used = offsets.resolve(chosen, checks, job.on_offset_conflict)
     left_out = dict.fromkeys(_lacking(chosen, used), "offset")
-    provenance |= {"offset_conflicts": offsets.as_rows(checks), "offset_untold": [c.scene for c in checks if c.step is None]}
+    provenance |= {
+        "offset_conflicts": offsets.as_rows(checks),
+        "offset_untold": [c.scene for c in checks if c.step is None],
+    }
     if job.recipe.haze:
         used = veils.judged(used, look.of(used), job.recipe.haze)
         provenance["scl_errors"] = veils.as_rows(used)
@@ -258,7 +300,9 @@ def _composited(
         scheduler="threads",
         workers=workers,
         stopped=stopped,
-        finished=lambda: {} if before else {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)},
+        finished=lambda: (
+            {} if before else {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)}
+        ),
     )
     return Outcome(
         site=site.id,
@@ -300,7 +344,9 @@ def build(
     for source in job.sources:
         lacking = [b for b in job.recipe.bands if b not in source.bands()]
         if lacking:
-            raise CatalogError(f"source {source.id!r} has no {', '.join(lacking)}, which recipe {job.recipe.id!r} needs")
+            raise CatalogError(
+                f"source {source.id!r} has no {', '.join(lacking)}, which recipe {job.recipe.id!r} needs"
+            )
         check_credentials(source.access, source.id)
     for site in sites:
         cube.check(job.store, site, grid_of(site), years, job.recipe)
@@ -340,7 +386,9 @@ def _searched(
     return todo, outcomes
 
 
-def _run(job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None) -> Iterator[Outcome]:
+def _run(
+    job: Job, todo: Sequence[tuple[Site, int]], executor: Executor | None
+) -> Iterator[Outcome]:
     """Yield outcomes as they come.
 
     After an interruption, finish the current blocks and begin no others.
@@ -379,4 +427,10 @@ def _failed(store: str, site: Site, year: int, error: BaseException, seconds: fl
         kept = year in cube.builds(store, site.id)
     except MinecubeError:  # a damaged group, reported by the error or by `verify`
         kept = False
-    return Outcome(site=site.id, year=year, state="stale" if kept else "failed", message=failure_text(error), seconds=seconds)
+    return Outcome(
+        site=site.id,
+        year=year,
+        state="stale" if kept else "failed",
+        message=failure_text(error),
+        seconds=seconds,
+    )

@@ -65,7 +65,9 @@ class SiteChoice:
     def is_file(self) -> bool:
         """Return whether the text names a file, by its suffix, its folder, or an existing file."""
         path = Path(self.text)
-        return path.suffix.lower() in SUFFIXES or (path.suffix != "" and (path.name != self.text or path.is_file()))
+        return path.suffix.lower() in SUFFIXES or (
+            path.suffix != "" and (path.name != self.text or path.is_file())
+        )
 
 
 class FiniteRange(click.FloatRange):
@@ -74,7 +76,9 @@ class FiniteRange(click.FloatRange):
     Rejects infinity and NaN (click accepts NaN in every range).
     """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         """Convert text to a number, or fail."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
@@ -108,7 +112,9 @@ class OutFolder(click.Path):
         return path
 
 
-def _check_place(kind: click.ParamType[Any], path: Path, param: click.Parameter | None, ctx: click.Context | None) -> None:
+def _check_place(
+    kind: click.ParamType[Any], path: Path, param: click.Parameter | None, ctx: click.Context | None
+) -> None:
     """Fail if no file can be written at a path.
 
     Tries to write a temporary file, since permissions do not show what an administrator may write.
@@ -117,7 +123,11 @@ def _check_place(kind: click.ParamType[Any], path: Path, param: click.Parameter 
     try:
         tempfile.TemporaryFile(dir=above).close()
     except OSError as error:
-        kind.fail(f"{str(path)!r}: {above} cannot be written to ({error.strerror}); name another place", param, ctx)
+        kind.fail(
+            f"{str(path)!r}: {above} cannot be written to ({error.strerror}); name another place",
+            param,
+            ctx,
+        )
 
 
 SEED = click.IntRange(min=0, max=2**32 - 1)
@@ -138,7 +148,8 @@ store_option = click.option(
 
 
 scheduler_option = click.option(
-    "--scheduler", help="Address of a Dask scheduler (tcp://host:8786). [default: run on this machine]"
+    "--scheduler",
+    help="Address of a Dask scheduler (tcp://host:8786). [default: run on this machine]",
 )
 
 
@@ -149,7 +160,10 @@ def _writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
 
 
 writable_store_option = click.option(
-    "--store", required=True, callback=_writable, help="Store of cubes: a folder or an object-store URL."
+    "--store",
+    required=True,
+    callback=_writable,
+    help="Store of cubes: a folder or an object-store URL.",
 )
 margin_option = click.option(
     "--margin",
@@ -209,7 +223,9 @@ def sites_with_polygons_option(command: F) -> F:
 
 def layer_option(command: F) -> F:
     """Add --layer for a file of polygons."""
-    return click.option("--layer", help="Layer of the polygon file, if several layers have polygons. * is allowed.")(command)
+    return click.option(
+        "--layer", help="Layer of the polygon file, if several layers have polygons. * is allowed."
+    )(command)
 
 
 catalog_option = click.option(
@@ -229,7 +245,11 @@ source_option = click.option(
     "earlier ones lack.",
 )
 recipe_option = click.option(
-    "--recipe", "recipe_id", default="annual-median", show_default=True, help="Recipe of the composite (catalog/recipes.yaml)."
+    "--recipe",
+    "recipe_id",
+    default="annual-median",
+    show_default=True,
+    help="Recipe of the composite (catalog/recipes.yaml).",
 )
 snapshots_option = click.option(
     "--scenes",
@@ -244,7 +264,9 @@ class Years(click.ParamType[tuple[int, ...]]):
 
     name = "years"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
         """Convert text to ascending years, each once."""
         if isinstance(value, tuple):
             return value
@@ -257,7 +279,9 @@ class Years(click.ParamType[tuple[int, ...]]):
         return tuple(sorted(years))
 
 
-years_option = click.option("--years", type=Years(), required=True, help="Years: 2019-2023, or 2019,2021.")
+years_option = click.option(
+    "--years", type=Years(), required=True, help="Years: 2019-2023, or 2019,2021."
+)
 
 
 def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
@@ -280,7 +304,9 @@ def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
     return [known[name] for name in matching(wanted.text, list(known), "the catalogue")]
 
 
-def sites_with_margin(wanted: SiteChoice, catalog: Path | None, margin: float | None, store: str | None = None) -> list[Site]:
+def sites_with_margin(
+    wanted: SiteChoice, catalog: Path | None, margin: float | None, store: str | None = None
+) -> list[Site]:
     """Choose sites and print the margins of their grids.
 
     `margin` (--margin) applies to all sites. Without `margin`, sites in the store keep the margin
@@ -293,7 +319,11 @@ def sites_with_margin(wanted: SiteChoice, catalog: Path | None, margin: float | 
     chosen = choose_sites(wanted, catalog)
     if margin is not None:
         chosen = [dataclasses.replace(site, margin=margin) for site in chosen]
-    stored = {site.id: cube.margin_of(store, site.id) for site in chosen} if store and margin is None else {}
+    stored = (
+        {site.id: cube.margin_of(store, site.id) for site in chosen}
+        if store and margin is None
+        else {}
+    )
     kept = {name: found for name, found in stored.items() if found is not None}
     named: dict[str, list[str]] = {}
     for site in chosen:
@@ -309,7 +339,9 @@ def sites_with_margin(wanted: SiteChoice, catalog: Path | None, margin: float | 
 
 def _need_file(wanted: SiteChoice) -> None:
     if wanted.layer is not None:
-        raise CatalogError(f"expected a file of sites with the layer {wanted.layer!r}, found --sites {wanted}; name the file")
+        raise CatalogError(
+            f"expected a file of sites with the layer {wanted.layer!r}, found --sites {wanted}; name the file"
+        )
 
 
 def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = None) -> list[str]:
@@ -331,7 +363,9 @@ def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = N
     names = [site.id for site in choose_sites(wanted, None)]
     lacking = [name for name in names if name not in there]
     if lacking:
-        raise CatalogError(f"{store}: no site {lacking[0]!r} of {wanted}; it has {', '.join(sorted(there))}; build it first")
+        raise CatalogError(
+            f"{store}: no site {lacking[0]!r} of {wanted}; it has {', '.join(sorted(there))}; build it first"
+        )
     return names
 
 
@@ -375,7 +409,9 @@ def presets(catalog: Path | None) -> dict[str, Settings]:
     return _with_own(load_presets, catalog, "presets.yaml", "preset")
 
 
-def _with_own(load: Callable[..., dict[str, T]], catalog: Path | None, file: str, what: str) -> dict[str, T]:
+def _with_own(
+    load: Callable[..., dict[str, T]], catalog: Path | None, file: str, what: str
+) -> dict[str, T]:
     known = load()
     if catalog and (catalog / file).exists():
         _merge(known, load(catalog / file), catalog, what)
@@ -385,7 +421,9 @@ def _with_own(load: Callable[..., dict[str, T]], catalog: Path | None, file: str
 def _merge(known: dict[str, T], own: dict[str, T], catalog: Path, what: str) -> None:
     twice = sorted(set(known) & set(own))
     if twice:
-        raise CatalogError(f"{catalog}: {what} {twice[0]!r} is in the shipped catalogue already; give yours another id")
+        raise CatalogError(
+            f"{catalog}: {what} {twice[0]!r} is in the shipped catalogue already; give yours another id"
+        )
     known.update(own)
 
 
@@ -397,9 +435,13 @@ def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
         if not found and not set(pattern) & set("*?["):
             found = same_names(pattern, names)
             if len(found) > 1:
-                raise CatalogError(f"site {pattern!r} may be {' or '.join(found)}; spell it as one of them")
+                raise CatalogError(
+                    f"site {pattern!r} may be {' or '.join(found)}; spell it as one of them"
+                )
         if not found and Path(pattern).is_file():
-            raise CatalogError(f"{pattern}: expected a site or a file with the suffix of its format; rename the file")
+            raise CatalogError(
+                f"{pattern}: expected a site or a file with the suffix of its format; rename the file"
+            )
         if not found:
             shown = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "") or "no site"
             raise CatalogError(f"unknown site {pattern!r}; {where} has {shown}")
@@ -432,7 +474,9 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[...,
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
         task = bar.add_task(title, total=total, note="")
 
         def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
@@ -453,7 +497,9 @@ def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
     try:
         from distributed import Client  # an extra, for clusters only
     except ModuleNotFoundError as error:
-        raise CatalogError("--scheduler needs one package more: pip install 'minecube[cluster]'") from error
+        raise CatalogError(
+            "--scheduler needs one package more: pip install 'minecube[cluster]'"
+        ) from error
     for name in ("distributed", "distributed.client"):  # both print through their own handlers
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -517,6 +563,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     right = [all(isinstance(r[i], int | float) for r in rows) for i in range(len(headings))]
 
     def line(cells: Sequence[str]) -> str:
-        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)).rstrip()
+        return "  ".join(
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)
+        ).rstrip()
 
     return "\n".join([line(headings), line(["-" * w for w in widths]), *map(line, text)])

@@ -24,7 +24,12 @@ class Copies:
         find: Lists the scenes of a year in one source. May raise SceneError.
     """
 
-    def __init__(self, sources: Sequence[Source], bands: Sequence[str], find: Callable[[int, Source], scenes.Found]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        bands: Sequence[str],
+        find: Callable[[int, Source], scenes.Found],
+    ) -> None:
         self._order = [source.id for source in sources]
         self._sources = sources
         self._bands = (SCL, *bands)
@@ -71,7 +76,9 @@ class Copies:
         if not self._later(scene):
             return ""
         bands = [band for band in self._bands if band in scene.assets]
-        broken = next((band for band in bands if error and scene.assets[band].href == error.href), "")
+        broken = next(
+            (band for band in bands if error and scene.assets[band].href == error.href), ""
+        )
         return missing(scene, bands) or (f"{broken} cannot be read" if broken else "")
 
     def _later(self, scene: pystac.Item) -> Sequence[Source]:
@@ -81,10 +88,18 @@ class Copies:
         """Take the first copy with all its files, in the order of the later sources."""
         for source in self._later(current):
             for copy in scenes.copies_of(scene, self._scenes_of(scene, source)):
-                if all(band in copy.assets for band in self._bands) and not missing(copy, self._bands):
+                if all(band in copy.assets for band in self._bands) and not missing(
+                    copy, self._bands
+                ):
                     self.found[scene.id] = copy
                     self.why[scene.id] = why
-                    log.warning("scene %s: %s; %s of source %s is read instead", scene.id, why, copy.id, source.id)
+                    log.warning(
+                        "scene %s: %s; %s of source %s is read instead",
+                        scene.id,
+                        why,
+                        copy.id,
+                        source.id,
+                    )
                     return
 
     def _scenes_of(self, scene: pystac.Item, source: Source) -> Sequence[pystac.Item]:

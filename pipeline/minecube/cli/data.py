@@ -72,10 +72,18 @@ def sites(wanted: SiteChoice, margin: float | None, catalog: Path | None) -> Non
     rows = []
     for site in sites_with_margin(wanted, catalog, margin):
         grid = grid_of(site) if site.geometry is not None else None
-        whole = len(site.years) > 1 and site.years == tuple(range(site.years[0], site.years[-1] + 1))
-        years = f"{site.years[0]}-{site.years[-1]}" if whole else ",".join(map(str, site.years)) or "-"
-        where = f"EPSG:{grid.crs.epsg} {grid.shape.x} x {grid.shape.y} px" if grid else "no polygon yet"
-        rows.append((site.id, site.country or "-", site.split or "-", years, where, site.title or "-"))
+        whole = len(site.years) > 1 and site.years == tuple(
+            range(site.years[0], site.years[-1] + 1)
+        )
+        years = (
+            f"{site.years[0]}-{site.years[-1]}" if whole else ",".join(map(str, site.years)) or "-"
+        )
+        where = (
+            f"EPSG:{grid.crs.epsg} {grid.shape.x} x {grid.shape.y} px" if grid else "no polygon yet"
+        )
+        rows.append(
+            (site.id, site.country or "-", site.split or "-", years, where, site.title or "-")
+        )
     titled = any(row[-1] != "-" for row in rows)
     columns = ("site", "country", "split", "years", "grid", "title")[: 6 if titled else 5]
     click.echo(table(columns, [row[: len(columns)] for row in rows]))
@@ -85,16 +93,28 @@ def sites(wanted: SiteChoice, margin: float | None, catalog: Path | None) -> Non
 @sites_option
 @margin_option
 @catalog_option
-@click.option("--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate.")
+@click.option(
+    "--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
     help="Folder for the archive. Pass it to other commands as --catalog.",
 )
-@click.option("--dates", "dates_per_year", default=22, show_default=True, help="Acquisition dates per growing season.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels.")
-def simulate(wanted: SiteChoice, margin: float | None, catalog: Path | None, out: Path, **world: Any) -> None:
+@click.option(
+    "--dates",
+    "dates_per_year",
+    default=22,
+    show_default=True,
+    help="Acquisition dates per growing season.",
+)
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels."
+)
+def simulate(
+    wanted: SiteChoice, margin: float | None, catalog: Path | None, out: Path, **world: Any
+) -> None:
     """Simulate a Sentinel-2 archive over sites, with the truth.
 
     Each site is listed in the style of another provider.
@@ -108,7 +128,9 @@ def simulate(wanted: SiteChoice, margin: float | None, catalog: Path | None, out
     asked = World(**world)
     with progress_bar("simulating") as advance:
         make_world(chosen, out, asked, progress=lambda note: advance(note=note))
-    click.echo(f"{out}: {len(chosen)} sites, {len(asked.years)} years; use it with --catalog {out} --source sim-earth-search")
+    click.echo(
+        f"{out}: {len(chosen)} sites, {len(asked.years)} years; use it with --catalog {out} --source sim-earth-search"
+    )
 
 
 @click.command()
@@ -142,13 +164,22 @@ def simulate(wanted: SiteChoice, margin: float | None, catalog: Path | None, out
     show_default=True,
     help="Commit a site-year only if at least this share of its reads succeeded. Below 1, lost reads count as unobserved.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Device for the reducers: cpu, or a GPU (cuda).")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Device for the reducers: cpu, or a GPU (cuda).",
+)
 @click.option(
     "--yes",
     is_flag=True,
     help=f"Also build sites larger than {LARGE_KM2} km2. Without --yes, their plan is shown and nothing is built.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan, as `minecube plan` does. Reads no pixels and writes nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan, as `minecube plan` does. Reads no pixels and writes nothing.",
+)
 @click.pass_context
 def build(
     ctx: click.Context,
@@ -178,7 +209,13 @@ def build(
     """
     recipe = pick(recipes(catalog), recipe_id, "recipe")
     folder = scenes_folder(snapshots, store)
-    job = building.Job(store=store, sources=choose_sources(source_ids, catalog), recipe=recipe, snapshots=folder, **how)
+    job = building.Job(
+        store=store,
+        sources=choose_sources(source_ids, catalog),
+        recipe=recipe,
+        snapshots=folder,
+        **how,
+    )
     chosen = sites_with_margin(wanted, catalog, margin, store)
     if dry_run:
         ctx.exit(show_plan(job, chosen, years, plan.Terms()))
@@ -191,13 +228,27 @@ def build(
             "check the polygon, or say --yes"
         )
     job = dataclasses.replace(job, tools=_tools(recipe, device, catalog))
-    with progress_bar("building", len(chosen) * len(years)) as advance, executor_of(scheduler) as executor:
-        outcomes = building.build(job, chosen, years, executor, lambda o: advance(note=f"{o.site} {o.year}"))
+    with (
+        progress_bar("building", len(chosen) * len(years)) as advance,
+        executor_of(scheduler) as executor,
+    ):
+        outcomes = building.build(
+            job, chosen, years, executor, lambda o: advance(note=f"{o.site} {o.year}")
+        )
     click.echo(
         table(
             ("site", "year", "state", "scenes", "days", "offsets in conflict", "lost reads", "s"),
             [
-                (o.site, o.year, o.state, o.scenes, o.days, o.conflicts, o.reads.get("lost", 0), round(o.seconds, 1))
+                (
+                    o.site,
+                    o.year,
+                    o.state,
+                    o.scenes,
+                    o.days,
+                    o.conflicts,
+                    o.reads.get("lost", 0),
+                    round(o.seconds, 1),
+                )
                 for o in outcomes
             ],
         )
@@ -222,7 +273,10 @@ def _exit_if_failed(ctx: click.Context, outcomes: Sequence[building.Outcome], st
             err=True,
         )
     if stale:
-        click.echo(f"{stale} of {len(outcomes)} site-years failed; {store} keeps an older build of them", err=True)
+        click.echo(
+            f"{stale} of {len(outcomes)} site-years failed; {store} keeps an older build of them",
+            err=True,
+        )
     if failed or stale:
         ctx.exit(1)
 
@@ -261,7 +315,10 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     if not built:
         return
     planned = sum((o.planned for o in built if o.planned), plan.Estimate())
-    looks = {name: sum(o.looks[name] for o in built) for name in ("planned", "requests", "bytes", "retried")}
+    looks = {
+        name: sum(o.looks[name] for o in built)
+        for name in ("planned", "requests", "bytes", "retried")
+    }
     reads = {name: sum(o.reads[name] for o in built) for name in looks}
     actual = {name: reads[name] + looks[name] for name in looks}
     rows = [
@@ -311,19 +368,29 @@ def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> 
         reached |= set(own.index)
         _report_missed(own, grid, site_id)
         if unread:
-            click.echo(f"{site_id}: rows without years are drawn in {', '.join(map(str, years))}", err=True)
+            click.echo(
+                f"{site_id}: rows without years are drawn in {', '.join(map(str, years))}", err=True
+            )
         footprint = labels.rasterize(own, grid, years)
         fraction = labels.covered(own, grid, years)
         cube.write_footprint(store, site_id, footprint, _origin(own, polygons), fraction)
         for year in footprint.year.values:
             mask = footprint.sel(year=year).values
             known = (mask != 255).any()
-            rows.append((site_id, int(year), round(float((mask == 1).sum()) / 1e4, 3) if known else "unknown"))
+            rows.append(
+                (
+                    site_id,
+                    int(year),
+                    round(float((mask == 1).sum()) / 1e4, 3) if known else "unknown",
+                )
+            )
     click.echo(table(("site", "year", "mine km2"), rows))
     _report_unused(found, reached, [row[0] for row in rows], there, polygons)
 
 
-def _polygons_of(polygons: gpd.GeoDataFrame, site_id: str, grid: GeoBox, path: Path) -> gpd.GeoDataFrame:
+def _polygons_of(
+    polygons: gpd.GeoDataFrame, site_id: str, grid: GeoBox, path: Path
+) -> gpd.GeoDataFrame:
     """Return the rows on a site's grid naming this site or no site.
 
     Raises LabelError without such rows.
@@ -346,14 +413,24 @@ def _report_missed(polygons: gpd.GeoDataFrame, grid: GeoBox, site_id: str) -> No
 
 
 def _report_unused(
-    polygons: gpd.GeoDataFrame, drawn: set[Any], labelled: Sequence[str], there: Sequence[str], path: Path
+    polygons: gpd.GeoDataFrame,
+    drawn: set[Any],
+    labelled: Sequence[str],
+    there: Sequence[str],
+    path: Path,
 ) -> None:
     """Report rows without a site, and rows drawn nowhere."""
     unnamed = labels.of_no_site(polygons)
     reaching = polygons.index.isin(drawn)
-    astray = ~unnamed & ~reaching & np.any([labels.of_site(polygons, site) for site in set(labelled)], axis=0)
+    astray = (
+        ~unnamed
+        & ~reaching
+        & np.any([labels.of_site(polygons, site) for site in set(labelled)], axis=0)
+    )
     reports = {
-        "name no site and are drawn at each site that they reach": unnamed & reaching & (not unnamed.all()),
+        "name no site and are drawn at each site that they reach": unnamed
+        & reaching
+        & (not unnamed.all()),
         "name no site, reach none of these sites and are left out": unnamed & ~reaching,
         "do not reach the site that they name and are left out": astray,
     }
@@ -361,26 +438,37 @@ def _report_unused(
         if rows.any():
             said = f"{path}: {rows.sum()} of {len(polygons)} polygons {words}: {labels.index_text(polygons.index[rows])}"
             click.echo(said, err=True)
-    foreign = polygons["site"][~unnamed & ~polygons["site"].isin(there)].value_counts() if "site" in polygons else {}
+    foreign = (
+        polygons["site"][~unnamed & ~polygons["site"].isin(there)].value_counts()
+        if "site" in polygons
+        else {}
+    )
     if len(foreign):
         names = ", ".join(f"{name} ({count})" for name, count in list(foreign.items())[:_SOURCES])
         more = f" and {len(foreign) - _SOURCES} more" if len(foreign) > _SOURCES else ""
-        click.echo(f"{path}: left out, rows of sites that the store has not: {names}{more}", err=True)
+        click.echo(
+            f"{path}: left out, rows of sites that the store has not: {names}{more}", err=True
+        )
 
 
 def _origin(polygons: gpd.GeoDataFrame, path: Path) -> str:
     """Format the origins of polygons: `EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656`."""
-    names = [c for c in polygons.columns if str(c).lower() in ("source", "licence", "license", "doi")]
+    names = [
+        c for c in polygons.columns if str(c).lower() in ("source", "licence", "license", "doi")
+    ]
     columns = {str(c).lower(): texts(polygons[c]).fillna("") for c in names}
     licence = columns.get("licence", columns.get("license"))
     none = pd.Series("", polygons.index, dtype="string")
-    told = pd.DataFrame({"source": columns.get("source", none), "licence": none if licence is None else licence})
+    told = pd.DataFrame(
+        {"source": columns.get("source", none), "licence": none if licence is None else licence}
+    )
     told["doi"] = columns.get("doi", none)
     if told["source"].nunique() > _SOURCES:
         told["source"] = ""  # some maps have one source per polygon
     rows = told.drop_duplicates().sort_values(["source", "licence", "doi"]).itertuples(index=False)
     # Always write a licence: otherwise brackets in a name would be read as one.
     named = (
-        (source or path.name, licence or exporting.NOT_STATED, f" doi:{doi}" if doi else "") for source, licence, doi in rows
+        (source or path.name, licence or exporting.NOT_STATED, f" doi:{doi}" if doi else "")
+        for source, licence, doi in rows
     )
     return exporting.SEVERAL.join(f"{source} ({licence}){doi}" for source, licence, doi in named)

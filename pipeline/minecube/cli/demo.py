@@ -47,8 +47,20 @@ MODEL, RECIPE = "unet-small", "annual-median"
     show_default=True,
     help="New or empty folder for all results.",
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Number of training epochs.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the simulated world and of the training.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help="Number of training epochs.",
+)
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Seed of the simulated world and of the training.",
+)
 def demo(out: Path, epochs: int, seed: int) -> None:
     """Run the whole pipeline on a simulated world, and score it against the truth.
 
@@ -61,7 +73,9 @@ def demo(out: Path, epochs: int, seed: int) -> None:
       minecube demo --out build/demo
     """
     if out.exists() and any(out.iterdir()):
-        raise CatalogError(f"{out}: is not empty; the demo starts afresh, so remove it or choose another --out")
+        raise CatalogError(
+            f"{out}: is not empty; the demo starts afresh, so remove it or choose another --out"
+        )
     start = time.monotonic()
     world, store = out / "world", str(out / "cubes.zarr")
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
@@ -75,14 +89,19 @@ def demo(out: Path, epochs: int, seed: int) -> None:
         outlines = labels.read_polygons(world / "truth_footprints.parquet")
         for site in sites:
             own, grid = outlines[outlines["site"] == site.id], grid_of(site)
-            footprint, fraction = labels.rasterize(own, grid, YEARS), labels.covered(own, grid, YEARS)
+            footprint, fraction = (
+                labels.rasterize(own, grid, YEARS),
+                labels.covered(own, grid, YEARS),
+            )
             cube.write_footprint(store, site.id, footprint, "simulated truth", fraction)
     learnt = [s.id for s in sites if s.split == "train"]
     unseen = next(s.id for s in sites if s.split == "test")
     with _stage(f"train on {', '.join(learnt)}"):
         cubes = {name: cube.open_committed(store, name).load() for name in learnt}
         settings = dataclasses.replace(load_presets()["demo"], epochs=epochs)
-        trained = training.fit(load_models()[MODEL], training.Cubes(cubes), None, settings, training.Run(seed=seed)).trained
+        trained = training.fit(
+            load_models()[MODEL], training.Cubes(cubes), None, settings, training.Run(seed=seed)
+        ).trained
         models.save(trained, out / "model.pt")
         del cubes
     with _stage("map all three"):
@@ -95,11 +114,17 @@ def demo(out: Path, epochs: int, seed: int) -> None:
         export_sites(store, [s.id for s in sites], out / "export", mapper.name)
     summary["seconds"] = round(time.monotonic() - start, 1)
     summary["peak_rss_mb"] = round(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (1e6 if sys.platform == "darwin" else 1e3)
     )
     write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     click.echo(_shown(summary))
-    for file in (f"export/{unseen}/{unseen}_strip.png", "comparison.png", "export/areas.png", "export/collection.json"):
+    for file in (
+        f"export/{unseen}/{unseen}_strip.png",
+        "comparison.png",
+        "export/areas.png",
+        "export/collection.json",
+    ):
         click.echo(f"see {out}/{file}")
 
 
@@ -117,7 +142,9 @@ def _build(sites: list[Site], world: Path, store: str, lists: Path) -> dict[str,
     listed_by: dict[str, str] = {}
     for source in known.values():
         own = [s for s in sites if _lists(source.href, s)]
-        job = building.Job(store=store, sources=(source,), recipe=load_recipes()[RECIPE], snapshots=lists)
+        job = building.Job(
+            store=store, sources=(source,), recipe=load_recipes()[RECIPE], snapshots=lists
+        )
         for outcome in building.build(job, own, YEARS):
             if outcome.state == "failed":
                 raise MinecubeError(f"{outcome.site} {outcome.year}: {outcome.message}")
@@ -129,7 +156,9 @@ def _lists(href: str, site: Site) -> bool:
     return bool(gpd.read_parquet(href, columns=["geometry"]).intersects(site.geometry).any())
 
 
-def _against_truth(sites: list[Site], world: Path, store: str, out: Path, listed_by: dict[str, str]) -> dict[str, float]:
+def _against_truth(
+    sites: list[Site], world: Path, store: str, out: Path, listed_by: dict[str, str]
+) -> dict[str, float]:
     """Compare all composites with the clean reflectance, and draw one of them."""
     squares = {"ours": 0.0, "naive": 0.0, "mine": 0.0}
     pixels = cloudy = cloudy_naive = holes = mine_pixels = 0
@@ -139,9 +168,13 @@ def _against_truth(sites: list[Site], world: Path, store: str, out: Path, listed
         for year in YEARS:
             clean = truth["reflectance"].sel(year=year).values.astype(np.float32)
             ours = made["reflectance"].sel(year=year).values
-            listed = snapshot.load(out / "scenes" / f"{site.id}_{year}_{listed_by[site.id]}.parquet").scenes
+            listed = snapshot.load(
+                out / "scenes" / f"{site.id}_{year}_{listed_by[site.id]}.parquet"
+            ).scenes
             everything = load_recipes()["naive-median"]
-            naive = composite(scenes.select(listed, everything), grid_of(site), everything)["reflectance"].compute()
+            naive = composite(scenes.select(listed, everything), grid_of(site), everything)[
+                "reflectance"
+            ].compute()
             mine = truth["footprint"].sel(year=year).values == 1
             off, off_naive = ours - clean, naive.values - clean
             squares["ours"] += float((off**2).sum())
@@ -153,7 +186,10 @@ def _against_truth(sites: list[Site], world: Path, store: str, out: Path, listed
             cloudy_naive += int((off_naive[0] > CLOUDY).sum())
             holes += int(((ours == 0).any(axis=0) & _seen_clear(truth, year)).sum())
             if site.split == "test" and year == YEARS[-1]:
-                images = {"median of everything": naive, "minecube": made["reflectance"].sel(year=year).load()}
+                images = {
+                    "median of everything": naive,
+                    "minecube": made["reflectance"].sel(year=year).load(),
+                }
                 images["truth: no cloud, no noise"] = truth["reflectance"].sel(year=year).load()
                 report.comparison(images, out / "comparison.png", f"{site.id} {year}")
     bands = len(load_recipes()[RECIPE].bands)
@@ -175,7 +211,9 @@ def _seen_clear(truth: xr.Dataset, year: int) -> npt.NDArray[np.bool_]:
     """Return the pixels with a clear observation in the recipe's months, bool (y, x)."""
     months = load_recipes()[RECIPE].months
     sky = truth["sky"].sel(time=str(year))
-    seen: npt.NDArray[np.bool_] = (sky.sel(time=sky.time.dt.month.isin(months)) == 1).any("time").values
+    seen: npt.NDArray[np.bool_] = (
+        (sky.sel(time=sky.time.dt.month.isin(months)) == 1).any("time").values
+    )
     return seen
 
 
@@ -185,10 +223,17 @@ def _scores(store: str, unseen: str, world: Path, prediction: str) -> dict[str, 
     summary = {"map_iou": finished["iou"]} | {f"map_iou_{y}": by_year["iou"][y] for y in YEARS}
     summary |= {k: finished[k] for k in SHOWN if k != "iou"}
     grid = cube.open_cube(store, unseen).odc.geobox
-    mapped = tracks.areas(tracks.threshold(cube.open_probability(store, unseen, prediction)).load(), grid)
-    truth = tracks.areas(xr.open_zarr(world / "truth.zarr", group=unseen, consolidated=False)["footprint"].load(), grid)
+    mapped = tracks.areas(
+        tracks.threshold(cube.open_probability(store, unseen, prediction)).load(), grid
+    )
+    truth = tracks.areas(
+        xr.open_zarr(world / "truth.zarr", group=unseen, consolidated=False)["footprint"].load(),
+        grid,
+    )
     off = np.abs(mapped["area_m2"] / truth["area_m2"] - 1)
-    return {k: round(float(v), 4) for k, v in summary.items()} | {"area_error_pct": round(100 * float(off.mean()), 2)}
+    return {k: round(float(v), 4) for k, v in summary.items()} | {
+        "area_error_pct": round(100 * float(off.mean()), 2)
+    }
 
 
 MEANINGS = {
@@ -208,4 +253,6 @@ MEANINGS = {
 
 
 def _shown(summary: dict[str, float]) -> str:
-    return table(("measure", "value", "what it is"), [(k, summary[k], MEANINGS.get(k, "")) for k in summary])
+    return table(
+        ("measure", "value", "what it is"), [(k, summary[k], MEANINGS.get(k, "")) for k in summary]
+    )

@@ -12,7 +12,13 @@ _KEYS = {
     "MicrosoftAzure": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for public data",
 }
 # Places where obstore looks for a virtual machine's keys, if it has no keys.
-_ASKS_THE_MACHINE = ("169.254.169.254", "/latest/api/token", "metadata.google.internal", "/computeMetadata/", "Account must be")
+_ASKS_THE_MACHINE = (
+    "169.254.169.254",
+    "/latest/api/token",
+    "metadata.google.internal",
+    "/computeMetadata/",
+    "Account must be",
+)
 
 
 def explain(error: BaseException) -> str | None:
@@ -64,7 +70,11 @@ def _explain_cluster(error: BaseException, names: set[str]) -> str:
 def _explain_object_store(text: str, names: set[str]) -> str:
     # Cut obstore's debug output, a dump of its values over dozens of lines.
     said = one_line(text.partition("Debug source:")[0])
-    said = re.sub(r" in [\d.]+[mµn]?s\b|, after \d+ retries|, max_retries: \d+|, retry_timeout: \d+s", "", said)
+    said = re.sub(
+        r" in [\d.]+[mµn]?s\b|, after \d+ retries|, max_retries: \d+|, retry_timeout: \d+s",
+        "",
+        said,
+    )
     keys = next((variables for kind, variables in _KEYS.items() if kind in said), _KEYS["S3"])
     if any(sign in said for sign in _ASKS_THE_MACHINE):
         return f"the object store needs keys and none are set; set {keys}"

@@ -44,11 +44,31 @@ MOST_WORKERS = 256
     help="Names of validation sites, comma-separated, * allowed. Their F1 chooses the best epoch. They are not trained on.",
 )
 @catalog_option
-@click.option("--model", "model_id", default="unet-small", show_default=True, help="Network to train (catalog/models.yaml).")
-@click.option("--preset", "preset_id", default="default", show_default=True, help="Training settings (catalog/presets.yaml).")
+@click.option(
+    "--model",
+    "model_id",
+    default="unet-small",
+    show_default=True,
+    help="Network to train (catalog/models.yaml).",
+)
+@click.option(
+    "--preset",
+    "preset_id",
+    default="default",
+    show_default=True,
+    help="Training settings (catalog/presets.yaml).",
+)
 @click.option("--out", type=OutFile(), required=True, help="File for the trained model.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Number of epochs. [default: the preset's]")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of weights, windows and augmentation.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help="Number of epochs. [default: the preset's]"
+)
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Seed of weights, windows and augmentation.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
     "--workers",
@@ -58,7 +78,9 @@ MOST_WORKERS = 256
     help="Number of processes that load windows.",
 )
 @click.option(
-    "--resume", is_flag=True, help="Resume from <out>.ckpt, if it exists. The result is the same as without the interruption."
+    "--resume",
+    is_flag=True,
+    help="Resume from <out>.ckpt, if it exists. The result is the same as without the interruption.",
 )
 def train(
     store: str,
@@ -82,29 +104,50 @@ def train(
       minecube train --store cubes.zarr --sites 'Germany_*' --valid 'Spain_*' --preset cpu --out model.pt
       torchrun --nproc-per-node 4 --no-python minecube train --store cubes.zarr --device cuda --out model.pt
     """
-    card, settings = pick(common.models(catalog), model_id, "model"), pick(common.presets(catalog), preset_id, "preset")
+    card, settings = (
+        pick(common.models(catalog), model_id, "model"),
+        pick(common.presets(catalog), preset_id, "preset"),
+    )
     settings = dataclasses.replace(settings, epochs=epochs or settings.epochs)
     judged = stored_sites(store, valid) if valid else []
     learnt = [name for name in stored_sites(store, wanted) if name not in judged]
     if not learnt:
-        raise CatalogError(f"--sites {wanted}: no site is left to learn from, for --valid {valid} names them all")
+        raise CatalogError(
+            f"--sites {wanted}: no site is left to learn from, for --valid {valid} names them all"
+        )
     if not out.absolute().parent.is_dir():
-        raise ModelError(f"{out}: its folder is not there, so the model could not be written; make it first")
+        raise ModelError(
+            f"{out}: its folder is not there, so the model could not be written; make it first"
+        )
     with _processes(how.pop("device")) as (device, first):
         fitted = train_network(
-            store, learnt, judged, card, settings, training.Run(checkpoint=state_of(out), device=device, **how)
+            store,
+            learnt,
+            judged,
+            card,
+            settings,
+            training.Run(checkpoint=state_of(out), device=device, **how),
         )
     if not first:
         return
     models.save(fitted.trained, out)
     best = fitted.best
     score = f", F1 {best.f1:.3f} and IoU {best.iou:.3f} on {', '.join(judged)}" if judged else ""
-    click.echo(f"{out}: {card.id} trained on {', '.join(learnt)}; epoch {best.epoch} of {len(fitted.history)}{score}")
-    click.echo(f"see {out}.csv for the log; {out}.ckpt, the state to go on from, is no longer needed")
+    click.echo(
+        f"{out}: {card.id} trained on {', '.join(learnt)}; epoch {best.epoch} of {len(fitted.history)}{score}"
+    )
+    click.echo(
+        f"see {out}.csv for the log; {out}.ckpt, the state to go on from, is no longer needed"
+    )
 
 
 def train_network(
-    store: str, learnt: Sequence[str], judged: Sequence[str], card: ModelCard, settings: Settings, run: training.Run
+    store: str,
+    learnt: Sequence[str],
+    judged: Sequence[str],
+    card: ModelCard,
+    settings: Settings,
+    run: training.Run,
 ) -> training.Fitted:
     """Train a network on sites of a store, and validate it on others, with a progress bar.
 
@@ -121,7 +164,9 @@ def train_network(
             advance(n=done - seen, note=note, total=steps)
             seen = done
 
-        return training.fit(card, source, valid, settings, dataclasses.replace(run, progress=progress))
+        return training.fit(
+            card, source, valid, settings, dataclasses.replace(run, progress=progress)
+        )
 
 
 def state_of(out: Path) -> Path:

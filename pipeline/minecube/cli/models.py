@@ -38,10 +38,20 @@ def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
         click.echo(json.dumps([as_dict(card) for card in cards], indent=2))
         return
     rows = [
-        (c.id, c.task, c.architecture, ",".join(c.classes), f"{c.window_px} px", "yes" if c.weights else "no", _paper(c))
+        (
+            c.id,
+            c.task,
+            c.architecture,
+            ",".join(c.classes),
+            f"{c.window_px} px",
+            "yes" if c.weights else "no",
+            _paper(c),
+        )
         for c in cards
     ]
-    click.echo(table(("name", "task", "architecture", "classes", "window", "weights", "paper"), rows))
+    click.echo(
+        table(("name", "task", "architecture", "classes", "window", "weights", "paper"), rows)
+    )
 
 
 @models.command()
@@ -75,7 +85,9 @@ def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> 
     if not weights and not trained:
         lines["weights"] = "none yet: `minecube train`"
     lines |= {f"score: {key}": _text(value) for key, value in scores.items()}
-    lines["parameters"] = f"{parameters:,}" if parameters else "not counted: pip install 'minecube[models]'"
+    lines["parameters"] = (
+        f"{parameters:,}" if parameters else "not counted: pip install 'minecube[models]'"
+    )
     lines = {key: text for key, text in lines.items() if text}
     width = max(map(len, lines))
     click.echo("\n".join(f"{key.ljust(width)}  {text}" for key, text in lines.items()))

@@ -56,7 +56,10 @@ Larger grids span countries, not mines.
     "--compare",
     help="Compare mappers. Either the column with the mapper of each row, or a second file of polygons.",
 )
-@click.option("--compare-layer", help="Layer of the second file, if several layers have polygons. * is allowed.")
+@click.option(
+    "--compare-layer",
+    help="Layer of the second file, if several layers have polygons. * is allowed.",
+)
 @click.option(
     "--min-width",
     "min_width_m",
@@ -92,23 +95,39 @@ def polygons(
     """
     chosen = {s.id: s for s in choose_sites(wanted, catalog)} if wanted else {}
     if out and out.suffix.lower() not in (".parquet", ".gpkg"):
-        raise LabelError(f"{out}: expected a name in .parquet or .gpkg for the repaired polygons; choose one")
+        raise LabelError(
+            f"{out}: expected a name in .parquet or .gpkg for the repaired polygons; choose one"
+        )
     second = Path(compare) if compare and Path(compare).suffix.lower() in SUFFIXES else None
     by = compare if not second else None
     if compare_layer and not second:
-        raise click.UsageError("--compare-layer is of a second file of polygons; name that file with --compare")
-    areas = {s.id: shapely.geometry.shape(s.geometry) for s in chosen.values() if s.geometry is not None}
+        raise click.UsageError(
+            "--compare-layer is of a second file of polygons; name that file with --compare"
+        )
+    areas = {
+        s.id: shapely.geometry.shape(s.geometry) for s in chosen.values() if s.geometry is not None
+    }
     if unplaced := sorted(set(chosen) - set(areas)):
         said = f"{', '.join(unplaced[:8])}{' and others' if unplaced[8:] else ''}: the catalogue has no place for them yet"
         if not areas:
-            raise LabelError(f"{said}, so nothing can be compared with it; import their release (--catalog), or name a file")
+            raise LabelError(
+                f"{said}, so nothing can be compared with it; import their release (--catalog), or name a file"
+            )
         click.echo(f"{said}; their polygons are not compared with it", err=True)
     files = [(file, layer), *([(second, compare_layer)] if second else [])]
-    looked = [labels.survey(path, layer=name, sites=areas, by=by, min_width_m=min_width_m) for path, name in files]
+    looked = [
+        labels.survey(path, layer=name, sites=areas, by=by, min_width_m=min_width_m)
+        for path, name in files
+    ]
     names = _distinct_names(files)
-    found = pd.concat([s.findings.assign(file=name) for name, s in zip(names, looked, strict=True)], ignore_index=True)
+    found = pd.concat(
+        [s.findings.assign(file=name) for name, s in zip(names, looked, strict=True)],
+        ignore_index=True,
+    )
     for (path, _), each in zip(files, looked, strict=True):
-        click.echo(f"{path}: {each.rows} rows, {len(each.polygons)} kept, {each.polygons.crs.to_string()}")
+        click.echo(
+            f"{path}: {each.rows} rows, {len(each.polygons)} kept, {each.polygons.crs.to_string()}"
+        )
     _show_findings(found)
     repaired = looked[0].polygons
     mapped = labels.mapped_areas(repaired, by)
@@ -120,8 +139,16 @@ def polygons(
         grids = {i: grid_of(s) for i, s in chosen.items() if i in areas} or _grids_around(mappers)
         agreement = labels.compare(mappers, grids)
         if agreement.empty:
-            raise LabelError(f"{file}: nothing to compare: no site and year has polygons of two of {', '.join(mappers)}")
-        click.echo("\n" + _km2(agreement.drop(columns=["pixels_both", "pixels_either"]), always=("iou", "raster_iou")))
+            raise LabelError(
+                f"{file}: nothing to compare: no site and year has polygons of two of {', '.join(mappers)}"
+            )
+        click.echo(
+            "\n"
+            + _km2(
+                agreement.drop(columns=["pixels_both", "pixels_either"]),
+                always=("iou", "raster_iou"),
+            )
+        )
     if out:
         exporting.write_footprints(repaired, out)
     if report:
@@ -150,16 +177,24 @@ def _distinct_names(files: Sequence[tuple[Path, str | None]]) -> list[str]:
     Raises LabelError if one layer occurs twice.
     """
     paths = [path for path, _ in files]
-    for names in ([path.name for path in paths], [str(path) for path in paths], [f"{path}:{layer}" for path, layer in files]):
+    for names in (
+        [path.name for path in paths],
+        [str(path) for path in paths],
+        [f"{path}:{layer}" for path, layer in files],
+    ):
         if len(set(names)) == len(names):
             return names
-    raise LabelError(f"{paths[0]}: the same polygons twice; name another file, or another --compare-layer")
+    raise LabelError(
+        f"{paths[0]}: the same polygons twice; name another file, or another --compare-layer"
+    )
 
 
 def _by_mapper(found: gpd.GeoDataFrame, column: str) -> dict[str, gpd.GeoDataFrame]:
     mappers = {str(name): own for name, own in found.groupby(column)}
     if len(mappers) < 2:
-        raise LabelError(f"column {column!r} names {', '.join(mappers) or 'no mapper'} only; a comparison takes two mappers")
+        raise LabelError(
+            f"column {column!r} names {', '.join(mappers) or 'no mapper'} only; a comparison takes two mappers"
+        )
     return mappers
 
 
@@ -170,7 +205,9 @@ def _grids_around(mappers: Mapping[str, gpd.GeoDataFrame]) -> dict[str, GeoBox]:
     sited = [t[["site", "geometry"]].to_crs(4326) for t in named]
     grids = {}
     for site, own in pd.concat(sited).groupby("site"):
-        grid = grids[str(site)] = grid_of(Site(id="around", geometry=shapely.box(*own.total_bounds)))
+        grid = grids[str(site)] = grid_of(
+            Site(id="around", geometry=shapely.box(*own.total_bounds))
+        )
         if max(grid.shape) > LARGEST_PX:
             raise LabelError(
                 f"the polygons of site {site!r} spread over {max(grid.shape) // 100} km; name the sites they are of "
@@ -192,18 +229,25 @@ def _show_findings(found: pd.DataFrame) -> None:
     if len(told) > SHOWN or len(told) < len(found):
         counts = found.groupby(["finding", "done"])["area_m2"].agg(["size", "sum"]).reset_index()
         rows = [(f, done, n, round(area)) for f, done, n, area in counts.itertuples(index=False)]
-        click.echo(f"\nin all, {len(found)} findings:\n" + table(("finding", "done", "rows", "area_m2"), rows))
+        click.echo(
+            f"\nin all, {len(found)} findings:\n"
+            + table(("finding", "done", "rows", "area_m2"), rows)
+        )
 
 
 def _km2(frame: pd.DataFrame, always: Sequence[str] = ()) -> str:
     """Format the table with areas in km2; see `_without_empty`."""
     areas = {str(c): f"{str(c)[:-3]}_km2" for c in frame if str(c).endswith("_m2")}
-    return _without_empty(frame.assign(**{c: frame[c] / 1e6 for c in areas}).rename(columns=areas), always)
+    return _without_empty(
+        frame.assign(**{c: frame[c] / 1e6 for c in areas}).rename(columns=areas), always
+    )
 
 
 def _without_empty(frame: pd.DataFrame, always: Sequence[str] = ()) -> str:
     """Format the table without its empty columns. Columns in `always` are shown even if they are empty."""
-    shown = frame[[c for c in frame if c in always or (frame[c].notna() & (frame[c].astype(str) != "")).any()]]
+    shown = frame[
+        [c for c in frame if c in always or (frame[c].notna() & (frame[c].astype(str) != "")).any()]
+    ]
     rows = [tuple("-" if pd.isna(v) else v for v in row) for row in shown.itertuples(index=False)]
     return table([str(c) for c in shown], rows)
 
@@ -220,4 +264,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         with replacing(path) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise CatalogError(f"{path}: the report cannot be written ({error.strerror}); name another file") from error
+        raise CatalogError(
+            f"{path}: the report cannot be written ({error.strerror}); name another file"
+        ) from error

@@ -43,7 +43,9 @@ class Pairs(click.ParamType[tuple[int | Pair, ...]]):
 
     name = "pairs"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | Pair, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | Pair, ...]:
         """Convert text to gaps and pairs, in the given order."""
         if isinstance(value, tuple):
             return value
@@ -51,7 +53,11 @@ class Pairs(click.ParamType[tuple[int | Pair, ...]]):
         for part in str(value).split(","):
             match = re.fullmatch(r"\s*(\d{4})\s*-\s*(\d{4})\s*|\s*(\d{1,2})\s*", part)
             if not match:
-                self.fail(f"{value!r}: expected gaps such as 1,2 or pairs of years such as 2019-2021", param, ctx)
+                self.fail(
+                    f"{value!r}: expected gaps such as 1,2 or pairs of years such as 2019-2021",
+                    param,
+                    ctx,
+                )
             found.append(int(match[3]) if match[3] else (int(match[1]), int(match[2])))
         return tuple(found)
 
@@ -122,7 +128,9 @@ def map_site(
             overwrite=overwrite,
         )
     maps = sum(len(view) if card.task == "series" else 1 for view in mapped)
-    return Mapped(maps, maps * reflectance.sizes["y"] * reflectance.sizes["x"], time.monotonic() - start)
+    return Mapped(
+        maps, maps * reflectance.sizes["y"] * reflectance.sizes["x"], time.monotonic() - start
+    )
 
 
 def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.View]:
@@ -149,7 +157,10 @@ def _on_workers(
     # Workers may run in other folders than this process.
     there, where = absolute(store), absolute(model) if Path(model).is_file() else model
     cards = catalog and catalog.absolute()
-    tasks = {pool.submit(_on_worker, there, name, where, cards, made_by, compute, **how): name for name in names}
+    tasks = {
+        pool.submit(_on_worker, there, name, where, cards, made_by, compute, **how): name
+        for name in names
+    }
     try:
         for task in as_ended(tasks):
             try:
@@ -167,13 +178,21 @@ def _on_workers(
 
 
 def _on_worker(
-    store: str, name: str, model: str, catalog: Path | None, made_by: str, compute: models.Compute, **how: Any
+    store: str,
+    name: str,
+    model: str,
+    catalog: Path | None,
+    made_by: str,
+    compute: models.Compute,
+    **how: Any,
 ) -> Mapped:
     return map_site(store, name, _the_same(model, catalog, made_by, compute), **how)
 
 
 @functools.lru_cache(maxsize=1)
-def _the_same(model: str, catalog: Path | None, made_by: str, compute: models.Compute) -> models.Mapper:
+def _the_same(
+    model: str, catalog: Path | None, made_by: str, compute: models.Compute
+) -> models.Mapper:
     """Load the model on a worker, and cache it on the device until another model is needed.
 
     Raises ModelError if the worker finds another model than the calling machine.
@@ -208,7 +227,9 @@ def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None
 @catalog_option
 @scheduler_option
 @click.option(
-    "--model", required=True, help="File of a trained model, or the name of a model with weights (catalog/models.yaml)."
+    "--model",
+    required=True,
+    help="File of a trained model, or the name of a model with weights (catalog/models.yaml).",
 )
 @click.option(
     "--name",
@@ -218,13 +239,20 @@ def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
-    "--pairs", type=Pairs(), help="Pairs of years for a model of change: gaps (1,2) or pairs (2019-2021,...). [default: all]"
+    "--pairs",
+    type=Pairs(),
+    help="Pairs of years for a model of change: gaps (1,2) or pairs (2019-2021,...). [default: all]",
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), help="Precision of the network. [default: bf16 on a GPU, fp32 on a CPU]"
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Precision of the network. [default: bf16 on a GPU, fp32 on a CPU]",
 )
 @click.option(
-    "--compile", "compiled", is_flag=True, help="Compile the network for a GPU first (torch.compile). Takes minutes, once."
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile the network for a GPU first (torch.compile). Takes minutes, once.",
 )
 @click.option(
     "--overwrite",
@@ -263,10 +291,15 @@ def predict(
     compute = models.Compute(**how)
     if scheduler is None:
         compute.place()
-    mapper, names = models.Mapper(models.find(model, common.models(catalog)), compute), stored_sites(store, wanted)
+    mapper, names = (
+        models.Mapper(models.find(model, common.models(catalog)), compute),
+        stored_sites(store, wanted),
+    )
     built = [name for name in names if cube.builds(store, name)]
     if not built:
-        raise CubeError(f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built")
+        raise CubeError(
+            f"{store}: no committed year in {', '.join(names)}; run `minecube build` until it says built"
+        )
     total, start = Mapped(0, 0, 0.0), time.monotonic()
     written = prediction or cube.choose_name(store, built, mapper.about, mapper.name)
     asked: dict[str, Any] = {"prediction": written, "pairs": pairs, "overwrite": overwrite}
@@ -277,15 +310,24 @@ def predict(
             found = ((name, map_site(store, name, mapper, **asked)) for name in built)
         else:
             one_thread = replace(compute, workers=1)
-            found = _on_workers(pool, store, built, model, _makes(mapper), catalog, one_thread, **asked)
+            found = _on_workers(
+                pool, store, built, model, _makes(mapper), catalog, one_thread, **asked
+            )
         for name, one in found:
             what = "pairs" if mapper.trained.card.task == "change" else "years"
             said = f"{one.maps} {what} mapped, {one}" if one.maps else "mapped already"
-            click.echo(f"{name}: {said}; prediction {written} ({store}, group {name}/predictions/{written})")
-            total = Mapped(total.maps + one.maps, total.pixels + one.pixels, time.monotonic() - start)
+            click.echo(
+                f"{name}: {said}; prediction {written} ({store}, group {name}/predictions/{written})"
+            )
+            total = Mapped(
+                total.maps + one.maps, total.pixels + one.pixels, time.monotonic() - start
+            )
     if len(built) > 1 and total.maps:
         click.echo(f"in all: {total}")
     if len(built) < len(names):
         left = ", ".join(name for name in names if name not in built)
-        click.echo(f"not mapped, no committed year: {left}; run `minecube build` until it says built", err=True)
+        click.echo(
+            f"not mapped, no committed year: {left}; run `minecube build` until it says built",
+            err=True,
+        )
         ctx.exit(1)

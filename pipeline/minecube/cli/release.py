@@ -12,14 +12,25 @@ import odc.geo.xr  # noqa: F401  registers the .odc accessor
 from minecube import cube
 from minecube import release as releases
 from minecube.catalog import BANDS, Release, load_releases, load_sites, pick
-from minecube.cli.common import SiteChoice, progress_bar, sites_option, store_option, stored_sites, table
+from minecube.cli.common import (
+    SiteChoice,
+    progress_bar,
+    sites_option,
+    store_option,
+    stored_sites,
+    table,
+)
 from minecube.errors import CatalogError
 from minecube.network import without_query
 from minecube.release import audit as auditing
 from minecube.release import layout
 
 release_option = click.option(
-    "--release", "release_id", default="eurominenet", show_default=True, help="Published dataset (catalog/releases.yaml)."
+    "--release",
+    "release_id",
+    default="eurominenet",
+    show_default=True,
+    help="Published dataset (catalog/releases.yaml).",
 )
 SHOWN = 12
 """Most findings printed per check. The JSON has all."""
@@ -63,7 +74,9 @@ def _check_archive(_ctx: click.Context, _param: click.Parameter, where: str | No
     help="Folder for the import. Pass it to other commands as --catalog.",
 )
 @click.option(
-    "--download", is_flag=True, help="Download the whole archive into that folder first. For servers without byte ranges."
+    "--download",
+    is_flag=True,
+    help="Download the whole archive into that folder first. For servers without byte ranges.",
 )
 @release_option
 def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
@@ -84,7 +97,9 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     opened = releases.Archive(archive)
     sites = releases.find(opened.names()).sites()
     with progress_bar("importing", len(sites)) as advance:
-        imported = releases.import_release(opened, out, known, load_sites(), lambda name: advance(note=name))
+        imported = releases.import_release(
+            opened, out, known, load_sites(), lambda name: advance(note=name)
+        )
     left_out = imported.years["problem"].dropna()
     strange = imported.about["strange"]
     click.echo(
@@ -95,8 +110,13 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     for row in imported.years.loc[left_out.index].to_dict("records"):
         click.echo(f"left out: {row['site']} {row['year']}: {row['problem']}", err=True)
     if strange:
-        click.echo(f"not understood: {strange[0]}{f' and {len(strange) - 1} others' if strange[1:] else ''}", err=True)
-    click.echo(f"use it with --catalog {out}, and its labels with `minecube label --polygons {out}/labels.parquet`")
+        click.echo(
+            f"not understood: {strange[0]}{f' and {len(strange) - 1} others' if strange[1:] else ''}",
+            err=True,
+        )
+    click.echo(
+        f"use it with --catalog {out}, and its labels with `minecube label --polygons {out}/labels.parquet`"
+    )
 
 
 @release.command()
@@ -113,9 +133,16 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Split to audit (JSON). [default: the published split]",
 )
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="File for all findings and tables.")
+@click.option(
+    "--json",
+    "out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for all findings and tables.",
+)
 @click.pass_context
-def audit(ctx: click.Context, folder: Path, archive: str | None, split_file: Path | None, out: Path | None) -> None:
+def audit(
+    ctx: click.Context, folder: Path, archive: str | None, split_file: Path | None, out: Path | None
+) -> None:
     """List faults of an imported release and of its split. Exits with 1 if there are any.
 
     \b
@@ -129,32 +156,50 @@ def audit(ctx: click.Context, folder: Path, archive: str | None, split_file: Pat
         releases.need_same(opened, imported, folder)
         with progress_bar("reading images", int(imported.years["image"].notna().sum())) as advance:
             pixels = auditing.pixel_sums(opened, imported.years, lambda name: advance(note=name))
-    split = auditing.read_split(split_file) if split_file else auditing.split_of(known, load_sites())
+    split = (
+        auditing.read_split(split_file) if split_file else auditing.split_of(known, load_sites())
+    )
     found = auditing.audit(imported, known, split, pixels)
     rates = auditing.change_rates(imported.changes)
     counts = auditing.counted(found)
     click.echo(table(("check", "findings"), list(counts.items())) if found else "nothing is wrong")
     rows = [
-        (f.check, f.site or "-", f.year or "-", f.found) for of in counts for f in [f for f in found if f.check == of][:SHOWN]
+        (f.check, f.site or "-", f.year or "-", f.found)
+        for of in counts
+        for f in [f for f in found if f.check == of][:SHOWN]
     ]
     if rows:
         click.echo("\n" + table(("check", "site", "year", "what was found"), rows))
     if len(rows) < len(found):
-        click.echo(f"and {len(found) - len(rows)} more, of checks with over {SHOWN}; --json FILE has all")
+        click.echo(
+            f"and {len(found) - len(rows)} more, of checks with over {SHOWN}; --json FILE has all"
+        )
     following = rates[rates["year_2"] == rates["year_1"] + 1].to_dict("records")
     if following:
         shown = [
-            (f"{r['year_1']}-{r['year_2']}", *(f"{100 * r[k] / r['pixels']:.3f}" for k in ("appeared", "vanished")))
+            (
+                f"{r['year_1']}-{r['year_2']}",
+                *(f"{100 * r[k] / r['pixels']:.3f}" for k in ("appeared", "vanished")),
+            )
             for r in following
         ]
         click.echo("\n" + table(("pair of years", "appeared %", "vanished %"), shown))
     bands = auditing.band_statistics(pixels, known).reset_index() if pixels is not None else None
     if bands is not None:
-        click.echo("\n" + table(tuple(map(str, bands.columns)), [tuple(r) for r in bands.to_numpy().tolist()]))
+        click.echo(
+            "\n"
+            + table(tuple(map(str, bands.columns)), [tuple(r) for r in bands.to_numpy().tolist()])
+        )
     else:
-        click.echo("\nnot looked at: band statistics and offset steps, for which --pixels ARCHIVE reads all images")
+        click.echo(
+            "\nnot looked at: band statistics and offset steps, for which --pixels ARCHIVE reads all images"
+        )
     if out:
-        content = {"counts": counts, "findings": [dataclasses.asdict(f) for f in found], "changes": rates.to_dict("records")}
+        content = {
+            "counts": counts,
+            "findings": [dataclasses.asdict(f) for f in found],
+            "changes": rates.to_dict("records"),
+        }
         content |= {"bands": bands.to_dict("records")} if bands is not None else {}
         releases.write_json(out, content)
     ctx.exit(1 if found else 0)
@@ -169,7 +214,12 @@ def audit(ctx: click.Context, folder: Path, archive: str | None, split_file: Pat
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of an import, for the release's own grids.",
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for EuroMineNet/.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for EuroMineNet/.",
+)
 def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> None:
     """Write cubes in the layout of the release: int16 images and 0/255 labels in EPSG:4326.
 
@@ -190,15 +240,23 @@ def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> No
         for name in names:
             rows.append(export_site(store, name, imported, out))
             advance(note=name)
-    click.echo(table(("site", "images", "labels", "without label", "lowest IoU with the release's"), rows))
-    click.echo(f"{out}/{layout.FOLDER}: {sum(r[1] for r in rows)} images, {sum(r[2] for r in rows)} labels")
+    click.echo(
+        table(("site", "images", "labels", "without label", "lowest IoU with the release's"), rows)
+    )
+    click.echo(
+        f"{out}/{layout.FOLDER}: {sum(r[1] for r in rows)} images, {sum(r[2] for r in rows)} labels"
+    )
 
 
-def export_site(store: str, name: str, imported: releases.Imported | None, out: Path) -> tuple[str, int, int, str, str]:
+def export_site(
+    store: str, name: str, imported: releases.Imported | None, out: Path
+) -> tuple[str, int, int, str, str]:
     """Write a site's years in the release's layout. Returns a row of the command's table."""
     opened = cube.open_committed(store, name)
     if tuple(opened.band.values) != BANDS:
-        raise CatalogError(f"{store}: {name} has the bands {', '.join(opened.band.values)}; the release has {', '.join(BANDS)}")
+        raise CatalogError(
+            f"{store}: {name} has the bands {', '.join(opened.band.values)}; the release has {', '.join(BANDS)}"
+        )
     placed = {} if imported is None else releases.placed_years(imported, name)
     without, agreed = [], []
     for year in map(int, opened.year.values):
@@ -213,7 +271,12 @@ def export_site(store: str, name: str, imported: releases.Imported | None, out: 
         layout.write(out, name, year, layout.image_on(of_year["reflectance"], grid), label, grid)
         if label is None:
             without.append(str(year))
-        elif imported is not None and year in placed and placed[year]["problem"] is None and placed[year]["label"]:
+        elif (
+            imported is not None
+            and year in placed
+            and placed[year]["problem"] is None
+            and placed[year]["label"]
+        ):
             agreed.append((layout.iou(label, releases.label_of(imported, name, year)), year))
     lowest = f"{min(agreed)[0]:.4f} ({min(agreed)[1]})" if agreed else "-"
     years = opened.sizes["year"]

@@ -33,7 +33,8 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 @sites_option
 @click.option("--out", type=OutFolder(), required=True, help="Folder for the files.")
 @click.option(
-    "--model", help="Also export this prediction: its name, or the id of a model with only one. =NAME: exactly that name."
+    "--model",
+    help="Also export this prediction: its name, or the id of a model with only one. =NAME: exactly that name.",
 )
 @click.option(
     "--format",
@@ -54,7 +55,14 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
     show_default=True,
     help="Minimum mapping unit in m2. Smaller holes of footprints are filled, then smaller regions removed.",
 )
-def export(store: str, wanted: SiteChoice, out: Path, model: str | None, formats: tuple[str, ...], min_area_m2: float) -> None:
+def export(
+    store: str,
+    wanted: SiteChoice,
+    out: Path,
+    model: str | None,
+    formats: tuple[str, ...],
+    min_area_m2: float,
+) -> None:
     """Export cubes, footprints and maps to formats that other tools open.
 
     By default: one COG per year, footprints as GeoParquet and GeoPackage, a STAC collection, and
@@ -67,13 +75,21 @@ def export(store: str, wanted: SiteChoice, out: Path, model: str | None, formats
       minecube export --store cubes.zarr --format cog --format netcdf --format croissant --out export
     """
     if "croissant" in formats and not {"cog", "netcdf"} & set(formats):
-        raise click.UsageError("--format croissant describes files of the other formats: add --format cog or --format netcdf")
+        raise click.UsageError(
+            "--format croissant describes files of the other formats: add --format cog or --format netcdf"
+        )
     names = stored_sites(store, wanted)
     if model is not None:
         model = stored_prediction(store, names, model)
     with progress_bar("exporting", len(names)) as advance:
         images, others = export_sites(
-            store, names, out, model, lambda name: advance(note=name), formats=formats, min_area_m2=min_area_m2
+            store,
+            names,
+            out,
+            model,
+            lambda name: advance(note=name),
+            formats=formats,
+            min_area_m2=min_area_m2,
         )
     if images:
         click.echo(f"{out}: {len(images)} images; open {out}/collection.json")
@@ -135,19 +151,35 @@ def export_sites(
             exporting.write_footprints(outline, tables[key], changed)
     if areas:
         main = areas.get("mapped") or areas["labels"]
-        report.area_plot(main, out / "areas.png", areas["labels"] if "mapped" in areas and "labels" in areas else None)
+        report.area_plot(
+            main,
+            out / "areas.png",
+            areas["labels"] if "mapped" in areas and "labels" in areas else None,
+        )
     recipe = next(iter(cube.builds(store, names[0]).values()))["recipe"]["title"]
-    described = {"title": "minecube export", "about": f"Annual Sentinel-2 composites of mines. {recipe}."}
+    described = {
+        "title": "minecube export",
+        "about": f"Annual Sentinel-2 composites of mines. {recipe}.",
+    }
     if "cog" in formats:
         exporting.write_stac(out, cogs, {**tables, **whole}, **described)
     others = list(whole.values())
     if "croissant" in formats:
-        listed = [*cogs, *tables.values(), *(p for p in others if p.is_file()), *([out / "items.parquet"] if cogs else [])]
-        others.append(exporting.write_croissant(out, listed, credited, published=changed.date(), **described))
+        listed = [
+            *cogs,
+            *tables.values(),
+            *(p for p in others if p.is_file()),
+            *([out / "items.parquet"] if cogs else []),
+        ]
+        others.append(
+            exporting.write_croissant(out, listed, credited, published=changed.date(), **described)
+        )
     return cogs, others
 
 
-def _whole_cubes(opened: xr.Dataset, folder: Path, name: str, formats: Collection[str]) -> dict[str, Path]:
+def _whole_cubes(
+    opened: xr.Dataset, folder: Path, name: str, formats: Collection[str]
+) -> dict[str, Path]:
     """Write all years of a site to one file or folder per format.
 
     Returns the paths by asset key.
@@ -164,8 +196,12 @@ def _whole_cubes(opened: xr.Dataset, folder: Path, name: str, formats: Collectio
     }
 
 
-def _outlines(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float) -> gpd.GeoDataFrame:
+def _outlines(
+    footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float
+) -> gpd.GeoDataFrame:
     """Outline the footprint's regions: with ids, simplified, in longitude and latitude."""
     regions = labels.vectorize(footprint, grid, site, min_area_m2)
     known = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
-    return labels.simplify(labels.identify(regions, known.to_numpy().tolist()), grid.resolution.x).to_crs(4326)
+    return labels.simplify(
+        labels.identify(regions, known.to_numpy().tolist()), grid.resolution.x
+    ).to_crs(4326)

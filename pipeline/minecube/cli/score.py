@@ -31,7 +31,14 @@ from minecube.files import replacing
 from minecube.report import scores as pictures
 
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
-CHANGE_SHOWN = ("change_f1", "change_iou", "transition_f1", "expansion_f1", "change_auprc", "change_f1_at_r")
+CHANGE_SHOWN = (
+    "change_f1",
+    "change_iou",
+    "transition_f1",
+    "expansion_f1",
+    "change_auprc",
+    "change_f1_at_r",
+)
 BLOCK_PX = 512
 """Rows per block. Blocks keep memory independent of a site's height."""
 
@@ -91,13 +98,17 @@ def score(
     sites = stored_sites(store, wanted)
     asked = [name.strip() for name in models.split(",")]
     if not all(asked):
-        raise CatalogError(f"--model {models}: expected names with a comma between them, found an empty name")
+        raise CatalogError(
+            f"--model {models}: expected names with a comma between them, found an empty name"
+        )
     if len(set(asked)) < len(asked):
         raise CatalogError(f"--model {models}: expected each model once")
     joining = [(path, _read_counts(path)) for path in joined]  # before the slow counting
     named = [stored_prediction(store, sites, name) for name in asked]
     if len(set(named)) < len(named):
-        raise CatalogError(f"--model {models}: two of the names stand for one prediction; expected each model once")
+        raise CatalogError(
+            f"--model {models}: two of the names stand for one prediction; expected each model once"
+        )
     counted: Counted = {name: {} for name in named}
     for path, counts in joining:
         _join(counted, path, counts, sites)
@@ -127,7 +138,9 @@ def _read_counts(path: Path) -> Counted:
             for model, sites in json.loads(path.read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, AttributeError, RecursionError, ModelError) as error:
-        raise CatalogError(f"{path}: expected counts.json as `minecube score --out` writes it ({error})") from error
+        raise CatalogError(
+            f"{path}: expected counts.json as `minecube score --out` writes it ({error})"
+        ) from error
 
 
 def _join(counted: Counted, path: Path, found: Counted, own: Sequence[str]) -> None:
@@ -158,13 +171,21 @@ def score_site(store: str, name: str, model: str) -> metrics.Scores:
     years = [int(y) for y in truth.year]
     if cube.mapped_by(store, name, model) == "change":
         change = cube.open_change(store, name, model)
-        pairs = list(zip(change["first"].to_numpy().tolist(), change["second"].to_numpy().tolist(), strict=True))
+        pairs = list(
+            zip(
+                change["first"].to_numpy().tolist(),
+                change["second"].to_numpy().tolist(),
+                strict=True,
+            )
+        )
         classes = [str(c) for c in change["class"].to_numpy()]
         total = metrics.Scores()
         for context, (own, _) in _blocks(truth):
             rows = slice(context.start + own.start, context.start + own.stop)
             block = change.isel(y=rows).transpose("pair", "class", "y", "x").to_numpy()
-            total += metrics.count_change(block, truth.isel(y=rows).to_numpy(), years, pairs, classes)
+            total += metrics.count_change(
+                block, truth.isel(y=rows).to_numpy(), years, pairs, classes
+            )
         return total
     probability = cube.open_probability(store, name, model)
     missing = sorted(set(years) - {int(y) for y in probability.year})
@@ -176,8 +197,12 @@ def score_site(store: str, name: str, model: str) -> metrics.Scores:
     total = metrics.Scores()
     for rows, core in _blocks(truth):
         p, y = (a.isel(y=rows).transpose("year", "y", "x").to_numpy() for a in (probability, truth))
-        footprint = np.where(p == metrics.UNKNOWN, metrics.UNKNOWN, p >= metrics.HALF).astype(np.uint8)
-        total += metrics.count(footprint, y, years, core=core) + metrics.count_probability(p, y, years, core=core)
+        footprint = np.where(p == metrics.UNKNOWN, metrics.UNKNOWN, p >= metrics.HALF).astype(
+            np.uint8
+        )
+        total += metrics.count(footprint, y, years, core=core) + metrics.count_probability(
+            p, y, years, core=core
+        )
     return total
 
 
@@ -196,7 +221,10 @@ def _blocks(truth: xr.DataArray) -> Iterator[tuple[slice, tuple[slice, slice]]]:
     for first in range(0, height, BLOCK_PX):
         last = min(first + BLOCK_PX, height)
         top = max(first - metrics.MARGIN_PX, 0)
-        yield slice(top, min(last + metrics.MARGIN_PX, height)), (slice(first - top, last - top), slice(None))
+        yield (
+            slice(top, min(last + metrics.MARGIN_PX, height)),
+            (slice(first - top, last - top), slice(None)),
+        )
 
 
 def baselines_of(store: str, site: str) -> dict[str, metrics.Scores]:
@@ -207,7 +235,9 @@ def baselines_of(store: str, site: str) -> dict[str, metrics.Scores]:
     for rows, core in _blocks(truth):
         y = truth.isel(y=rows).transpose("year", "y", "x").to_numpy()
         for name, pred in metrics.baselines(y).items():
-            found[name] = found.get(name, metrics.Scores()) + metrics.count(pred, y, years, core=core)
+            found[name] = found.get(name, metrics.Scores()) + metrics.count(
+                pred, y, years, core=core
+            )
     return found
 
 
@@ -239,22 +269,48 @@ class Tables:
         parts = []
         for model, sites in self.counted.items():
             shown = SHOWN if self.pooled[model].years else _of_change(self.intervals[model])
-            finished = {site: metrics.finish(c) for site, c in [*sites.items(), ("pooled", self.pooled[model])]}
-            parts.append(model + "\n" + table(("site", *shown), [(s, *(f[k] for k in shown)) for s, f in finished.items()]))
-            by = metrics.by_year(self.pooled[model]) if self.pooled[model].years else metrics.by_gap(self.pooled[model])
-            rows = [(n, *(float(v) for v in row)) for n, row in zip(by.index, by.to_numpy(), strict=True)]
+            finished = {
+                site: metrics.finish(c)
+                for site, c in [*sites.items(), ("pooled", self.pooled[model])]
+            }
+            parts.append(
+                model
+                + "\n"
+                + table(
+                    ("site", *shown), [(s, *(f[k] for k in shown)) for s, f in finished.items()]
+                )
+            )
+            by = (
+                metrics.by_year(self.pooled[model])
+                if self.pooled[model].years
+                else metrics.by_gap(self.pooled[model])
+            )
+            rows = [
+                (n, *(float(v) for v in row))
+                for n, row in zip(by.index, by.to_numpy(), strict=True)
+            ]
             parts.append(table((str(by.index.name), *by.columns), rows))
         if len(self.counted) > 1 or len(next(iter(self.counted.values()))) > 1:
             pooled = self.summary()
-            parts.append(table(("pooled", *pooled.columns), [(n, *row) for n, row in zip(pooled.index, pooled.to_numpy())]))  # noqa: B905
+            parts.append(
+                table(
+                    ("pooled", *pooled.columns),
+                    [(n, *row) for n, row in zip(pooled.index, pooled.to_numpy())],
+                )
+            )  # noqa: B905
         if any(len(sites) == 1 for sites in self.counted.values()):
-            parts.append("One site alone: no interval can be had, since it takes other sites to say how much they differ.")
+            parts.append(
+                "One site alone: no interval can be had, since it takes other sites to say how much they differ."
+            )
         return "\n\n".join(parts)
 
     def summary(self) -> pd.DataFrame:
         """Return pooled scores with intervals as text, one row per model."""
         names = list(dict.fromkeys([*SHOWN, *CHANGE_SHOWN]))
-        rows = {m: {n: cell(t.loc[n]) if n in t.index else "" for n in names} for m, t in self.intervals.items()}
+        rows = {
+            m: {n: cell(t.loc[n]) if n in t.index else "" for n in names}
+            for m, t in self.intervals.items()
+        }
         return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("model")
 
     def long(self) -> dict[str, pd.DataFrame]:
@@ -262,11 +318,24 @@ class Tables:
 
         Rows are per model and site, year, gap, pair of years or score.
         """
-        finished: Callable[[metrics.Scores], pd.DataFrame] = lambda c: pd.DataFrame([metrics.finish(c)])  # noqa: E731
-        sites = {(m, s): finished(c) for m, by_site in self.counted.items() for s, c in by_site.items()}
+        finished: Callable[[metrics.Scores], pd.DataFrame] = lambda c: pd.DataFrame(
+            [metrics.finish(c)]
+        )  # noqa: E731
+        sites = {
+            (m, s): finished(c) for m, by_site in self.counted.items() for s, c in by_site.items()
+        }
         tables = {"by_site": pd.concat(sites, names=["model", "site"]).droplevel(2)}
-        for name, of in (("by_year", metrics.by_year), ("by_gap", metrics.by_gap), ("by_pair", metrics.by_pair)):
-            found = {(m, s): of(c) for m in self.counted for s, c in self._all(m) if c.years or name != "by_year"}
+        for name, of in (
+            ("by_year", metrics.by_year),
+            ("by_gap", metrics.by_gap),
+            ("by_pair", metrics.by_pair),
+        ):
+            found = {
+                (m, s): of(c)
+                for m in self.counted
+                for s, c in self._all(m)
+                if c.years or name != "by_year"
+            }
             if found:
                 tables[name] = pd.concat(found, names=["model", "site"])
         tables["pooled"] = pd.concat(self.intervals, names=["model"])
@@ -279,8 +348,13 @@ class Tables:
         return {
             "models": {
                 m: {
-                    "sites": {s: metrics.finish(c) for s, c in [*sites.items(), ("pooled", self.pooled[m])]},
-                    "by_year": {s: metrics.by_year(c).to_dict("index") for s, c in self._all(m) if c.years},
+                    "sites": {
+                        s: metrics.finish(c)
+                        for s, c in [*sites.items(), ("pooled", self.pooled[m])]
+                    },
+                    "by_year": {
+                        s: metrics.by_year(c).to_dict("index") for s, c in self._all(m) if c.years
+                    },
                     "by_gap": {s: metrics.by_gap(c).to_dict("index") for s, c in self._all(m)},
                     "intervals": self.intervals[m].to_dict("index"),
                 }
@@ -316,12 +390,24 @@ def _drawn(tables: Tables, out: Path, models: Sequence[str]) -> list[Path]:
     moved = {m: sum_of(c.change) for m, c in pooled.items() if c.change}
     names = [
         out / f"{n}.png"
-        for n in ("iou_by_year", "change_f1_by_gap", "reliability", "precision_recall", "change_precision_recall")
+        for n in (
+            "iou_by_year",
+            "change_f1_by_gap",
+            "reliability",
+            "precision_recall",
+            "change_precision_recall",
+        )
     ]
     drawn = []
     if maps:
         scores = {m: metrics.by_year(c)["iou"] for m, c in maps.items()}
-        pictures.lines(scores, names[0], "Footprints by year", axes=("year", "IoU of footprints"), models=models)
+        pictures.lines(
+            scores,
+            names[0],
+            "Footprints by year",
+            axes=("year", "IoU of footprints"),
+            models=models,
+        )
         drawn.append(names[0])
     gaps = {m: t["change_f1"] for m, c in pooled.items() if "change_f1" in (t := metrics.by_gap(c))}
     if gaps:
@@ -330,10 +416,16 @@ def _drawn(tables: Tables, out: Path, models: Sequence[str]) -> list[Path]:
         drawn.append(names[1])
     if said:
         pictures.reliability(
-            {m: metrics.reliability(h) for m, h in said.items()}, names[2], "Reliability of footprints", models=models
+            {m: metrics.reliability(h) for m, h in said.items()},
+            names[2],
+            "Reliability of footprints",
+            models=models,
         )
         drawn.append(names[2])
-    for histograms, path, title in ((said, names[3], "Footprints"), (moved, names[4], "Change, all pairs of years")):
+    for histograms, path, title in (
+        (said, names[3], "Footprints"),
+        (moved, names[4], "Change, all pairs of years"),
+    ):
         if histograms:
             curves = {m: metrics.precision_recall(h) for m, h in histograms.items()}
             first = next(iter(histograms.values())).pixels
@@ -359,12 +451,22 @@ def latex(summary: pd.DataFrame) -> str:
     """Format the summary as a LaTeX tabular for booktabs."""
     rows = [("model", *summary.columns), *_rows(summary)]
     head, *body = (" & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows)
-    lines = [rf"\begin{{tabular}}{{l{'r' * len(summary.columns)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    lines = [
+        rf"\begin{{tabular}}{{l{'r' * len(summary.columns)}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+    ]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
 def _rows(summary: pd.DataFrame) -> list[tuple[str, ...]]:
-    return [(str(name), *map(str, row)) for name, row in zip(summary.index, summary.to_numpy(), strict=True)]
+    return [
+        (str(name), *map(str, row))
+        for name, row in zip(summary.index, summary.to_numpy(), strict=True)
+    ]
 
 
 def _escaped(text: str) -> str:
@@ -392,7 +494,9 @@ def write(path: Path, text: str) -> Path:
         with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CatalogError(f"{path}: the scores cannot be written ({error.strerror}); name another place") from error
+        raise CatalogError(
+            f"{path}: the scores cannot be written ({error.strerror}); name another place"
+        ) from error
     return path
 
 

@@ -52,9 +52,20 @@ _LAG = timedelta(days=2)
 @years_option
 @source_option
 @catalog_option
-@click.option("--out", type=OutFolder(), default=Path("scenes"), show_default=True, help="Folder for the scene lists.")
+@click.option(
+    "--out",
+    type=OutFolder(),
+    default=Path("scenes"),
+    show_default=True,
+    help="Folder for the scene lists.",
+)
 def search(
-    wanted: SiteChoice, margin: float | None, years: tuple[int, ...], source_ids: str, catalog: Path | None, out: Path
+    wanted: SiteChoice,
+    margin: float | None,
+    years: tuple[int, ...],
+    source_ids: str,
+    catalog: Path | None,
+    out: Path,
 ) -> None:
     """Search the scenes of sites and years, and save one list per site-year.
 
@@ -74,10 +85,17 @@ def search(
                 baselines = sorted({s.properties["s2:processing_baseline"] for s in found.scenes})
                 cloud = scenes.mean_cloud_cover(found.scenes)
                 shown = "?" if math.isnan(cloud) else f"{cloud:.0f}"
-                counts = (len(found.scenes), len(scenes.dates(found.scenes)), found.copies, len(found.refused))
+                counts = (
+                    len(found.scenes),
+                    len(scenes.dates(found.scenes)),
+                    found.copies,
+                    len(found.refused),
+                )
                 rows.append((site.id, year, *counts, shown, ", ".join(baselines)))
                 advance(note=site.id)
-    click.echo(table(("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines"), rows))
+    click.echo(
+        table(("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines"), rows)
+    )
     click.echo(f"saved in {out}")
 
 
@@ -132,7 +150,9 @@ def audit(
     unanswered = len(chosen) * len(years) - sum(by_year["year"].nunique() for _, by_year in parts)
     few = 0
     if parts:
-        by_month, by_year = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+        by_month, by_year = (
+            pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True)
+        )
         few = _show_audit(by_year, recipe)
         _save_audit(by_month, by_year, out, recipe)
     if few or unanswered:
@@ -159,11 +179,18 @@ def _show_unread(unread: Sequence[Unread]) -> None:
         by_source.setdefault(one.source, []).append(one)
     for source, missing in by_source.items():
         others = f" and {len(missing) - 1} other site-years are" if len(missing) > 1 else " is"
-        click.echo(f"error: {missing[0].site_year}{others} not audited, {source}: {missing[0].reason}", err=True)
+        click.echo(
+            f"error: {missing[0].site_year}{others} not audited, {source}: {missing[0].reason}",
+            err=True,
+        )
 
 
 def _listings(
-    site: Site, years: Sequence[int], sources: Sequence[Source], unread: list[Unread], done: Callable[[str], None]
+    site: Site,
+    years: Sequence[int],
+    sources: Sequence[Source],
+    unread: list[Unread],
+    done: Callable[[str], None],
 ) -> list[coverage.Listing]:
     """List the scenes of each source and year.
 
@@ -172,7 +199,10 @@ def _listings(
     listings: list[coverage.Listing] = []
     pool = ThreadPoolExecutor(max_workers=_SEARCHES)
     try:
-        tasks = {year: [pool.submit(_listing, site, year, source) for source in sources] for year in years}
+        tasks = {
+            year: [pool.submit(_listing, site, year, source) for source in sources]
+            for year in years
+        }
         for year, asked in tasks.items():
             errors: list[Unread] = []
             for source, task in zip(sources, asked, strict=True):
@@ -204,9 +234,13 @@ def _show_audit(by_year: pd.DataFrame, recipe: Recipe) -> int:
     """
     shown = ["site", "year", "source", "listed", "refused", "copies", "scenes"]
     shown += ["days", "expected", "missing", "usable", "gap_days", "cloud", "baselines", "state"]
-    text = by_year.assign(cloud=["-" if pd.isna(c) else f"{c:.0f}" for c in by_year["cloud"]])[shown].astype(object)
+    text = by_year.assign(cloud=["-" if pd.isna(c) else f"{c:.0f}" for c in by_year["cloud"]])[
+        shown
+    ].astype(object)
     rows = text.where(text.notna(), "?").to_numpy().tolist()
-    click.echo(table([name.replace("gap_days", "gap").replace("cloud", "cloud %") for name in shown], rows))
+    click.echo(
+        table([name.replace("gap_days", "gap").replace("cloud", "cloud %") for name in shown], rows)
+    )
     months = ", ".join(map(str, recipe.months))
     click.echo(
         f"days, expected, missing and usable are dates of months {months}; gap is the most days in a row without a usable one"
@@ -224,14 +258,21 @@ def _show_audit(by_year: pd.DataFrame, recipe: Recipe) -> int:
 
 def _save_audit(by_month: pd.DataFrame, by_year: pd.DataFrame, out: Path, recipe: Recipe) -> None:
     """Write each file completely or not at all. Raises CubeError if a file cannot be written."""
-    for path, write in ((out / "audit.parquet", by_month.to_parquet), (out / "audit.csv", by_year.to_csv)):
+    for path, write in (
+        (out / "audit.parquet", by_month.to_parquet),
+        (out / "audit.csv", by_year.to_csv),
+    ):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
                 write(part, index=False)
         except OSError as error:
-            raise CubeError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error
-    report.coverage_map(by_month, by_year, out / "audit.png", f"Usable dates by month, recipe {recipe.id}")
+            raise CubeError(
+                f"{path}: cannot be written ({error.strerror or error}); choose another --out"
+            ) from error
+    report.coverage_map(
+        by_month, by_year, out / "audit.png", f"Usable dates by month, recipe {recipe.id}"
+    )
     click.echo(f"saved in {out}")
 
 
@@ -281,7 +322,9 @@ def plan(
     ctx.exit(show_plan(job, sites_with_margin(wanted, catalog, margin, store), years, terms))
 
 
-def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], terms: planning.Terms) -> int:
+def show_plan(
+    job: building.Job, chosen: Sequence[Site], years: Sequence[int], terms: planning.Terms
+) -> int:
     """Print upper bounds for each site-year, and their sum over the uncommitted ones.
 
     Returns:
@@ -295,7 +338,12 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
     rows: list[tuple[object, ...]] = []
     total = planning.Estimate()
     committed = {site.id: cube.builds(job.store, site.id) for site in chosen}
-    notes = [made["took"] for years_made in committed.values() for made in years_made.values() if "took" in made]
+    notes = [
+        made["took"]
+        for years_made in committed.values()
+        for made in years_made.values()
+        if "took" in made
+    ]
     pace = planning.pace(notes, terms)
     find = building.remembered(building.known_scenes)
     for site in chosen:
@@ -317,17 +365,36 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
                 needs = planning.Estimate(scenes=len(listed))
             total += needs
             rows.append(_row(site.id, year, state, len(scenes.dates(listed)), needs, terms, pace))
-    if len(failed) == len(rows) and not all(isinstance(e, scenes.NothingFoundError) and not e.found.refused for e in failed):
+    if len(failed) == len(rows) and not all(
+        isinstance(e, scenes.NothingFoundError) and not e.found.refused for e in failed
+    ):
         raise failed[0]
     for failure in failed:
         click.echo(f"error: {failure}", err=True)
     if len(rows) > 1:
         rows.append(_row("all", "", "", "", total, terms, pace))
     priced = ("cost " + terms.currency,) if total.cost(terms) is not None else ()
-    headings = ("site", "year", "state", "days", "scenes", "reads", "checks", "requests", "MB", "MB a block", "s", *priced)
+    headings = (
+        "site",
+        "year",
+        "state",
+        "days",
+        "scenes",
+        "reads",
+        "checks",
+        "requests",
+        "MB",
+        "MB a block",
+        "s",
+        *priced,
+    )
     click.echo(table(headings, rows))
-    assumed = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(terms).items() if value is not None)
-    click.echo(f"reads, checks, requests, MB and MB a block are the most, with {assumed}; nothing was read or written")
+    assumed = ", ".join(
+        f"{name} {value}" for name, value in dataclasses.asdict(terms).items() if value is not None
+    )
+    click.echo(
+        f"reads, checks, requests, MB and MB a block are the most, with {assumed}; nothing was read or written"
+    )
     how = "a guess, since this store has no builds to compare with; it may be wrong several times over"
     if pace is not None:
         how = f"from {len(notes)} builds in this store, which took {pace:.2f} times the guess for their size"
@@ -338,11 +405,21 @@ def show_plan(job: building.Job, chosen: Sequence[Site], years: Sequence[int], t
 
 
 def _row(
-    site: str, year: object, state: str, days: object, needs: planning.Estimate, terms: planning.Terms, pace: float | None
+    site: str,
+    year: object,
+    state: str,
+    days: object,
+    needs: planning.Estimate,
+    terms: planning.Terms,
+    pace: float | None,
 ) -> tuple[object, ...]:
     cost = needs.cost(terms, pace or 1.0)
     return (
         *(site, year, state, days, needs.scenes, needs.reads, needs.checks, needs.requests),
-        *(round(needs.bytes / 1e6, 1), round(needs.block_bytes / 1e6), round(needs.seconds(terms) * (pace or 1.0), 1)),
+        *(
+            round(needs.bytes / 1e6, 1),
+            round(needs.block_bytes / 1e6),
+            round(needs.seconds(terms) * (pace or 1.0), 1),
+        ),
         *(() if cost is None else (f"{cost:.4f}",)),
     )

@@ -38,16 +38,25 @@ class HowFast(click.ParamType[str | tuple[float, float]]):
     name = "rates"
 
     def convert(
-        self, value: str | tuple[float, float], param: click.Parameter | None, ctx: click.Context | None
+        self,
+        value: str | tuple[float, float],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
     ) -> str | tuple[float, float]:
         """Convert text to opening and closing per year, or return the word unchanged."""
-        if isinstance(value, tuple) or value in ("learned", "labels") or value.startswith("labels:"):
+        if (
+            isinstance(value, tuple)
+            or value in ("learned", "labels")
+            or value.startswith("labels:")
+        ):
             return value
         try:
             opening, closing = (float(part) for part in value.split(","))
         except ValueError:
             self.fail(
-                f"{value!r}: expected learned, labels, labels:SITES, or two chances per year such as 0.01,0.005", param, ctx
+                f"{value!r}: expected learned, labels, labels:SITES, or two chances per year such as 0.01,0.005",
+                param,
+                ctx,
             )
         return opening, closing
 
@@ -87,10 +96,21 @@ class Track:
     show_default=True,
     help="Weight of each year's map. 1: errors of different years are independent. Less smooths more.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Device for the smoothing: cpu, or a GPU (cuda).")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Device for the smoothing: cpu, or a GPU (cuda).",
+)
 @click.option("--out", type=OutFolder(), required=True, help="Folder for layers and tables.")
 def tracks(
-    store: str, wanted: SiteChoice, model: str, rates: str | tuple[float, float], temper: float, device: str, out: Path
+    store: str,
+    wanted: SiteChoice,
+    model: str,
+    rates: str | tuple[float, float],
+    temper: float,
+    device: str,
+    out: Path,
 ) -> None:
     """Smooth a model's yearly maps through time, and date openings, growth and reclamation.
 
@@ -106,7 +126,9 @@ def tracks(
     """
     names = stored_sites(store, wanted)
     if model.endswith(SUFFIX):
-        raise CatalogError(f"--model {model}: the map is smoothed already; name the map without {SUFFIX}")
+        raise CatalogError(
+            f"--model {model}: the map is smoothed already; name the map without {SUFFIX}"
+        )
     kernel = _kernel(device)
     model = stored_prediction(store, names, model)
     maps = {name: cube.open_probability(store, name, model) for name in names}
@@ -117,7 +139,13 @@ def tracks(
         for name, lazy in maps.items():
             grid, probability = lazy.odc.geobox, lazy.compute()
             track = follow(probability, grid, found, kernel)
-            write_smoothed(store, name, model, track.smoothed, {**probability.attrs["model"], "rates": asdict(found)})
+            write_smoothed(
+                store,
+                name,
+                model,
+                track.smoothed,
+                {**probability.attrs["model"], "rates": asdict(found)},
+            )
             export.write_layers(track.layers, probability, grid, out / name, name)
             tables.append(track.areas.assign(site=name)[["site", *track.areas.columns]])
             rows.append({"site": name, **track.summary})
@@ -131,7 +159,9 @@ def tracks(
     )
 
 
-def follow(probability: xr.DataArray, grid: GeoBox, rates: tracking.Rates, kernel: Kernel | None = None) -> Track:
+def follow(
+    probability: xr.DataArray, grid: GeoBox, rates: tracking.Rates, kernel: Kernel | None = None
+) -> Track:
     """Smooth a site's map (year, y, x), in memory, and derive its events and areas.
 
     Raises LabelError if the map has one year only.
@@ -162,7 +192,9 @@ def follow(probability: xr.DataArray, grid: GeoBox, rates: tracking.Rates, kerne
     return Track(smoothed, layers, areas, summary)
 
 
-def write_smoothed(store: str, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]) -> None:
+def write_smoothed(
+    store: str, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]
+) -> None:
     """Write a model's smoothed map to the store as MODEL+hmm.
 
     Raises CubeError if it cannot be written.
@@ -181,7 +213,9 @@ def _kernel(device: str) -> Kernel | None:
     return TorchSmoothing(device).posterior
 
 
-def _rates(store: str, maps: dict[str, xr.DataArray], how: str | tuple[float, float], temper: float) -> tracking.Rates:
+def _rates(
+    store: str, maps: dict[str, xr.DataArray], how: str | tuple[float, float], temper: float
+) -> tracking.Rates:
     if isinstance(how, tuple):
         return tracking.rates_given(maps.values(), *how, temper=temper)
     if how == "learned":
@@ -206,9 +240,30 @@ def _shown(rows: Sequence[dict[str, object]]) -> str:
     )
     shown = []
     for row in rows:
-        opened = "never" if not row["opened"] else f"<= {row['opened']}" if row["there_at_first"] else str(row["opened"])
-        growth = f"{row['expansion']}, {row['largest_share']:.0%} in {row['largest_year']}" if row["largest_year"] else "none"
+        opened = (
+            "never"
+            if not row["opened"]
+            else f"<= {row['opened']}"
+            if row["there_at_first"]
+            else str(row["opened"])
+        )
+        growth = (
+            f"{row['expansion']}, {row['largest_share']:.0%} in {row['largest_year']}"
+            if row["largest_year"]
+            else "none"
+        )
         between = f"{row['last_low_ha']:.4g}-{row['last_high_ha']:.4g}"
         ends = (row[k] for k in ("reclaimed_ha", "flip_rate_raw", "flip_rate"))
-        shown.append((row["site"], opened, row["first_ha"], row["last_ha"], between, row["growth_ha_per_year"], growth, *ends))
+        shown.append(
+            (
+                row["site"],
+                opened,
+                row["first_ha"],
+                row["last_ha"],
+                between,
+                row["growth_ha_per_year"],
+                growth,
+                *ends,
+            )
+        )
     return table(headings, shown)

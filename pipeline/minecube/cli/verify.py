@@ -29,7 +29,11 @@ _SHOWN = 50
 @sites_option
 @click.option("--json", "out", type=OutFile(), help="File for all findings.")
 @click.option(
-    "--workers", type=click.IntRange(1, 256), default=4, show_default=True, help="Number of blocks checked at the same time."
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Number of blocks checked at the same time.",
 )
 @click.option(
     "--uncommit",
@@ -37,7 +41,14 @@ _SHOWN = 50
     help="Withdraw damaged site-years and delete their pixels. The next `minecube build` rebuilds them.",
 )
 @click.pass_context
-def verify(ctx: click.Context, store: str, wanted: SiteChoice, out: Path | None, workers: int, uncommit: bool) -> None:
+def verify(
+    ctx: click.Context,
+    store: str,
+    wanted: SiteChoice,
+    out: Path | None,
+    workers: int,
+    uncommit: bool,
+) -> None:
     """Check a store against its checksums, and list what to rebuild.
 
     Reads every object once. Detects flipped bits and missing or foreign chunks, and compares metadata,
@@ -53,7 +64,10 @@ def verify(ctx: click.Context, store: str, wanted: SiteChoice, out: Path | None,
     names = stored_sites(store, wanted, cube.named_sites(store))
     with progress_bar("verifying") as advance:
         report = cube.verify(
-            store, names, workers=workers, progress=lambda done, total, name: advance(note=f"{name}, {done} of {total}")
+            store,
+            names,
+            workers=workers,
+            progress=lambda done, total, name: advance(note=f"{name}, {done} of {total}"),
         )
     for finding in report.findings[:_SHOWN]:
         click.echo(str(finding))
@@ -78,7 +92,9 @@ def verify(ctx: click.Context, store: str, wanted: SiteChoice, out: Path | None,
             with replacing(out) as draft:
                 draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise CatalogError(f"{out}: the findings cannot be written ({error.strerror}); name another file") from error
+            raise CatalogError(
+                f"{out}: the findings cannot be written ({error.strerror}); name another file"
+            ) from error
     if report.whole:
         unfinished = f", {len(report.findings)} unfinished" if report.findings else ""
         click.echo(f"{store}: {looked}: all as it was written{unfinished}")
@@ -106,14 +122,23 @@ def _commands(store: str, report: cube.Report) -> list[str]:
         first = f"unzip -d {folder} {store}   # or do the following to the store that was packed"
         return [first, *lines, f"minecube pack --store {folder} --out {store}"] if lines else []
     whole = {f.site for f in report.findings if f.cure == "site"}
-    lines = [f"remove {store.rstrip('/')}/{site}   # what all its years share is damaged" for site in sorted(whole)]
+    lines = [
+        f"remove {store.rstrip('/')}/{site}   # what all its years share is damaged"
+        for site in sorted(whole)
+    ]
     part = [site for site in report.rebuild if site not in whole]
     if part:
         lines.append(f"minecube verify --store {store} --sites {','.join(part)} --uncommit")
     for site, years in report.rebuild.items():
         made = [report.committed[site].get(y, {}) for y in [*years, *report.committed[site]]]
-        sources = list(dict.fromkeys(s["source"] for attrs in made for s in attrs.get("scenes", ()) if "source" in s))
-        recipe = next((attrs["recipe"]["id"] for attrs in made if "id" in attrs.get("recipe", {})), "RECIPE")
+        sources = list(
+            dict.fromkeys(
+                s["source"] for attrs in made for s in attrs.get("scenes", ()) if "source" in s
+            )
+        )
+        recipe = next(
+            (attrs["recipe"]["id"] for attrs in made if "id" in attrs.get("recipe", {})), "RECIPE"
+        )
         lines.append(
             f"minecube build --store {store} --sites {site} --years {','.join(map(str, years))} "
             f"--source {','.join(sources) or 'SOURCE'} --recipe {recipe}   # and the --catalog, or the file of --sites, it had"
@@ -138,7 +163,9 @@ def _commands(store: str, report: cube.Report) -> list[str]:
             lines.append(f"remove {path}")
         elif finding.cure == "group":
             group = path.removesuffix("/zarr.json")
-            lines.append(f'remove {path}, then python -c \'import zarr; zarr.open_group("{group}", mode="a")\'')
+            lines.append(
+                f'remove {path}, then python -c \'import zarr; zarr.open_group("{group}", mode="a")\''
+            )
     return lines
 
 
@@ -158,7 +185,11 @@ def pack(store: str, wanted: SiteChoice, out: Path) -> None:
     """
     names = stored_sites(store, wanted, cube.named_sites(store))
     with progress_bar("packing") as advance:
-        made = cube.pack(store, out, names, lambda _done, total, name: advance(note=name, total=total))
+        made = cube.pack(
+            store, out, names, lambda _done, total, name: advance(note=name, total=total)
+        )
     if made.left_out:
         click.echo(f"left out, not committed: {', '.join(made.left_out)}", err=True)
-    click.echo(f"{out}: {made.site_years} site-years, {made.objects} objects, {made.bytes / 1e6:,.1f} MB, sha256 {made.sha256}")
+    click.echo(
+        f"{out}: {made.site_years} site-years, {made.objects} objects, {made.bytes / 1e6:,.1f} MB, sha256 {made.sha256}"
+    )

@@ -12,7 +12,9 @@ _LONGEST = 255
 """Most bytes of a file name on common file systems. Sites and models give folders their names."""
 
 
-def check_words(parent: click.Context, command: click.Command, name: str, words: Sequence[str]) -> None:
+def check_words(
+    parent: click.Context, command: click.Command, name: str, words: Sequence[str]
+) -> None:
     """Check the words given to a command and to its subcommands.
 
     Raises:
@@ -26,7 +28,9 @@ def check_words(parent: click.Context, command: click.Command, name: str, words:
             check_words(ctx, below, rest[0], rest[1:])
     for param in order:
         if order.count(param) > 1 and not _takes_several(param):
-            raise click.BadParameter("expected once, found several times; keep one of them", ctx=ctx, param=param)
+            raise click.BadParameter(
+                "expected once, found several times; keep one of them", ctx=ctx, param=param
+            )
         for word in _texts(values.get(param.name or "")):
             _check_word(word, ctx, param)
 
@@ -39,17 +43,27 @@ def _texts(value: Any) -> list[str]:
     """List the words of an option, for single, repeated and multiple values."""
     if isinstance(value, str):
         return [value]
-    return [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []
+    return (
+        [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []
+    )
 
 
 def _check_word(word: str, ctx: click.Context, param: click.Parameter) -> None:
     if not word.strip():
         raise click.BadParameter(
-            "expected a value, found an empty one; give one, or leave the option out", ctx=ctx, param=param
+            "expected a value, found an empty one; give one, or leave the option out",
+            ctx=ctx,
+            param=param,
         )
     # URLs may have long signatures.
-    longest = 0 if "://" in word else max(len(part.encode(errors="replace")) for part in re.split("[,/]", word))
+    longest = (
+        0
+        if "://" in word
+        else max(len(part.encode(errors="replace")) for part in re.split("[,/]", word))
+    )
     if longest > _LONGEST:
         raise click.BadParameter(
-            f"expected names of up to {_LONGEST} characters, found one of {longest:,}; shorten it", ctx=ctx, param=param
+            f"expected names of up to {_LONGEST} characters, found one of {longest:,}; shorten it",
+            ctx=ctx,
+            param=param,
         )

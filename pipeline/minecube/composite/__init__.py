@@ -87,17 +87,24 @@ def composite(
     year = _checked(scenes, recipe, year, tools)
     shared = dask.delayed(in_mosaic_order(scenes, grid), pure=False, traverse=False)
     task = dask.delayed(composite_block, pure=False, traverse=False)
-    layers = {"reflectance": np.dtype("uint16")} | {name: np.dtype(layer.dtype) for name, layer in recipe.layers.items()}
+    layers = {"reflectance": np.dtype("uint16")} | {
+        name: np.dtype(layer.dtype) for name, layer in recipe.layers.items()
+    }
     rows: dict[str, list[list[da.Array]]] = {name: [] for name in layers}
-    for _, row in itertools.groupby(blocks(grid, recipe.block_px), key=lambda block: block[0].start):
+    for _, row in itertools.groupby(
+        blocks(grid, recipe.block_px), key=lambda block: block[0].start
+    ):
         boxes = [grid[block] for block in row]
         made = [task(shared, box, recipe, year, tools, ledger) for box in boxes]
         for name, dtype in layers.items():
             lead = (len(recipe.bands),) if name == "reflectance" else ()
             parts = zip(made, boxes, strict=True)
-            rows[name].append([da.from_delayed(m[name], (*lead, *box.shape), dtype=dtype) for m, box in parts])
+            rows[name].append(
+                [da.from_delayed(m[name], (*lead, *box.shape), dtype=dtype) for m, box in parts]
+            )
     variables = {
-        name: (("band", "y", "x") if name == "reflectance" else ("y", "x"), da.block(parts)) for name, parts in rows.items()
+        name: (("band", "y", "x") if name == "reflectance" else ("y", "x"), da.block(parts))
+        for name, parts in rows.items()
     }
     return xr.Dataset(variables, coords={"band": list(recipe.bands), **odc.geo.xr.xr_coords(grid)})
 
@@ -114,14 +121,26 @@ def _checked(scenes: Sequence[pystac.Item], recipe: Recipe, year: int | None, to
             )
         missing = [b for b in (*recipe.bands, SCL) if b not in scene.assets]
         if missing:
-            raise ReadError(f"scene {scene.id}: has no {', '.join(missing)}, which recipe {recipe.id!r} needs")
+            raise ReadError(
+                f"scene {scene.id}: has no {', '.join(missing)}, which recipe {recipe.id!r} needs"
+            )
     finest = min(size_of(b, scenes) for b in recipe.bands)
     if recipe.haze and any(size_of(b, scenes) != finest for b in ("B02", "B04")):
-        raise ReadError(f"recipe {recipe.id!r} tests for haze, which needs B02 and B04 at the finest resolution of its bands")
+        raise ReadError(
+            f"recipe {recipe.id!r} tests for haze, which needs B02 and B04 at the finest resolution of its bands"
+        )
     if bool(recipe.second_opinion) != bool(tools.opinion):
-        asked, given = ("asks for", "none is given") if recipe.second_opinion else ("asks for no", "one is given")
-        raise ReadError(f"recipe {recipe.id!r} {asked} second opinion on clouds, and {given}: tools=Tools(opinion=...)")
+        asked, given = (
+            ("asks for", "none is given")
+            if recipe.second_opinion
+            else ("asks for no", "one is given")
+        )
+        raise ReadError(
+            f"recipe {recipe.id!r} {asked} second opinion on clouds, and {given}: tools=Tools(opinion=...)"
+        )
     years = sorted({s.datetime.year for s in scenes if s.datetime})
     if year is None and len(years) > 1:
-        raise ReadError(f"the scenes are of {years[0]}..{years[-1]}, of which a composite is of one year; say which: year=...")
+        raise ReadError(
+            f"the scenes are of {years[0]}..{years[-1]}, of which a composite is of one year; say which: year=..."
+        )
     return years[0] if year is None else year

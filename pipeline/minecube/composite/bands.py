@@ -61,7 +61,9 @@ class Bands:
         ledger: Counts the reads.
     """
 
-    def __init__(self, observations: Observations, use: Bool, box: GeoBox, ledger: Ledger | None) -> None:
+    def __init__(
+        self, observations: Observations, use: Bool, box: GeoBox, ledger: Ledger | None
+    ) -> None:
         self.days = np.flatnonzero(use.any(axis=(1, 2)))
         """Indices of the used days among all days."""
         self.use = use[self.days]
@@ -69,7 +71,9 @@ class Bands:
         index = {int(day): n for n, day in enumerate(self.days)}
         self._day_of = [index.get(day, -1) for day in observations.day_of]
         self._windows = self._wanted()
-        self._reading: deque[tuple[str, UInt16, deque[tuple[int, Window, Future[UInt16]]]]] = deque()
+        self._reading: deque[tuple[str, UInt16, deque[tuple[int, Window, Future[UInt16]]]]] = (
+            deque()
+        )
         self._queue: deque[str] = deque()
         self._spare: dict[int, list[UInt16]] = {}
 
@@ -94,7 +98,9 @@ class Bands:
             if self._alone(scene):
                 masked(seen[day], self.use[day], size, out=seen[day])
             else:
-                seen[(day, *_scaled(window, size))] |= masked(pixels, self._where(scene, window), size, out=pixels)
+                seen[(day, *_scaled(window, size))] |= masked(
+                    pixels, self._where(scene, window), size, out=pixels
+                )
         return seen
 
     def spent(self, seen: UInt16, band: str) -> None:
@@ -136,9 +142,15 @@ class Bands:
                 if out is None and day not in begun:
                     seen[day] = 0
                 begun.add(day)
-                ledger = self._ledger.repeated() if self._ledger and (scene, band) in self._of.asked else self._ledger
+                ledger = (
+                    self._ledger.repeated()
+                    if self._ledger and (scene, band) in self._of.asked
+                    else self._ledger
+                )
                 self._of.asked.add((scene, band))
-                reads.append((scene, window, begin(self._of.scenes[scene], band, box[place], ledger, out)))
+                reads.append(
+                    (scene, window, begin(self._of.scenes[scene], band, box[place], ledger, out))
+                )
             for day in set(range(len(seen))) - begun:
                 seen[day] = 0
             self._reading.append((band, seen, reads))
@@ -160,7 +172,11 @@ class Bands:
         """Flag the used pixels of a scene in a window of 20 m pixels."""
         day = self._day_of[scene]
         use = self.use[(day, *window)]
-        return use if self._alone(scene) else use & (self._of.owner[(int(self.days[day]), *window)] == scene)
+        return (
+            use
+            if self._alone(scene)
+            else use & (self._of.owner[(int(self.days[day]), *window)] == scene)
+        )
 
 
 def _scaled(window: Window, size_m: int) -> Window:
@@ -179,7 +195,10 @@ def masked(pixels: UInt16, use: Bool, size_m: int, out: UInt16) -> UInt16:
     # View two 10 m pixels as one 32-bit value, to mask both at once.
     wide = use.astype(np.uint32) * np.uint32(0xFFFFFFFF)
     *lead, height, width = use.shape
-    before, after = (np.ascontiguousarray(a).view(np.uint32).reshape(*lead, height, 2, width) for a in (pixels, out))
+    before, after = (
+        np.ascontiguousarray(a).view(np.uint32).reshape(*lead, height, 2, width)
+        for a in (pixels, out)
+    )
     np.bitwise_and(before, wide[..., None, :], out=after)
     return out
 
@@ -209,7 +228,9 @@ def _whole(pixels: UInt16, size_m: int) -> Bool:
     """Flag the 20 m pixels with data in all of their parts."""
     scale = MASK_M // size_m
     height, width = pixels.shape
-    whole: Bool = (pixels != 0).reshape(height // scale, scale, width // scale, scale).all(axis=(1, 3))
+    whole: Bool = (
+        (pixels != 0).reshape(height // scale, scale, width // scale, scale).all(axis=(1, 3))
+    )
     return whole
 
 

@@ -54,7 +54,12 @@ class Tools:
 
 
 def composite_block(
-    scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, year: int, tools: Tools, ledger: Ledger | None = None
+    scenes: Sequence[pystac.Item],
+    box: GeoBox,
+    recipe: Recipe,
+    year: int,
+    tools: Tools,
+    ledger: Ledger | None = None,
 ) -> Layers:
     """Composite one block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x].
 
@@ -78,7 +83,9 @@ def composite_block(
 def _empty(box: GeoBox, recipe: Recipe) -> Layers:
     made: Layers = {"reflectance": np.zeros((len(recipe.bands), *box.shape), np.uint16)}
     for name, layer in recipe.layers.items():
-        made[name] = np.full(box.shape, np.nan if layer.dtype.startswith("float") else 0, layer.dtype)
+        made[name] = np.full(
+            box.shape, np.nan if layer.dtype.startswith("float") else 0, layer.dtype
+        )
     return made
 
 
@@ -112,14 +119,22 @@ class _Block:
 
     @classmethod
     def of(
-        cls, scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, year: int, tools: Tools, ledger: Ledger | None
+        cls,
+        scenes: Sequence[pystac.Item],
+        box: GeoBox,
+        recipe: Recipe,
+        year: int,
+        tools: Tools,
+        ledger: Ledger | None,
     ) -> _Block:
         """Read SCL and make the mask."""
         of_days = DayMasks(scenes, box, recipe, year, tools.opinion, ledger)
         made = of_days.all()
         yeardays = np.array([w.timetuple().tm_yday for w in of_days.when])
         observed = Observations(scenes, of_days.days, made.owner, made.kind)
-        return cls(observed, made.away, yeardays, of_days, box, margins_m(recipe)[0], recipe, tools, ledger)
+        return cls(
+            observed, made.away, yeardays, of_days, box, margins_m(recipe)[0], recipe, tools, ledger
+        )
 
     def made(self) -> Layers | None:
         """Reduce the block.
@@ -137,20 +152,27 @@ class _Block:
             return out
         first = [b for b in recipe.bands if b in looked_at(recipe)]
         ahead = Bands(self.of_mask, use, padded(self.box, self.fringe_m), self.ledger)
-        bands = Bands(self.of_mask.inside(self.fringe_m // MASK_M), self.inside(use), self.box, self.ledger)
+        bands = Bands(
+            self.of_mask.inside(self.fringe_m // MASK_M), self.inside(use), self.box, self.ledger
+        )
         try:
             ahead.read(first)
             bands.read([b for b in recipe.bands if b not in first])
             seen = {band: ahead.next() for band in first}
             excess = np.zeros(ahead.use.shape, dtype=np.int32)
             if recipe.haze:
-                excess = 2 * summed(seen["B02"], self.size("B02")) - summed(seen["B04"], self.size("B04"))
+                excess = 2 * summed(seen["B02"], self.size("B02")) - summed(
+                    seen["B04"], self.size("B04")
+                )
                 left, quality, excess = masks.without_haze(excess, ahead.use, quality, recipe.haze)
                 ahead.narrow(left)
                 bands.narrow(self.inside(left[np.searchsorted(ahead.days, bands.days)]))
             use = bands.use
             count = np.where(np.isin(self.inside(quality), _CLEAR_KINDS), use.sum(axis=0), 0)
-            out["clear_count"][:], out["quality"][:] = finer(count, MASK_M), finer(self.inside(quality), MASK_M)
+            out["clear_count"][:], out["quality"][:] = (
+                finer(count, MASK_M),
+                finer(self.inside(quality), MASK_M),
+            )
             self._reduce(ahead, bands, seen, excess, out)
         finally:
             ahead.cancel()
@@ -176,7 +198,9 @@ class _Block:
                 np.copyto(self.away[day], later.away[0], where=struck)
         of.lacking.clear()
 
-    def _reduce(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32, out: Layers) -> None:
+    def _reduce(
+        self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32, out: Layers
+    ) -> None:
         how, percent, rows = self.tools.reducers, self.recipe.percentile, out["reflectance"]
         if self.recipe.reducer in ("median", "percentile"):
             for k, band, values in self._each(ahead, bands, seen):
@@ -187,7 +211,9 @@ class _Block:
             self._geomedian(list(self._each(ahead, bands, seen)), out)
         elif self.recipe.reducer == "medoid":
             everything = list(self._each(ahead, bands, seen))
-            index = np.concatenate([how.medoid(_one_of_two(stack)) for _, stack in self._strips(everything)])
+            index = np.concatenate(
+                [how.medoid(_one_of_two(stack)) for _, stack in self._strips(everything)]
+            )
             self._taken(everything, index, bands, out)
         else:
             usable = bands.use
@@ -196,12 +222,18 @@ class _Block:
             self._taken(self._each(ahead, bands, dict(seen)), index, bands, out)
             self._replace_black(ahead, bands.days, usable, seen, excess, index, out)
 
-    def _each(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16]) -> Iterator[tuple[int, str, UInt16]]:
+    def _each(
+        self, ahead: Bands, bands: Bands, seen: dict[str, UInt16]
+    ) -> Iterator[tuple[int, str, UInt16]]:
         """Yield place, name and pixels [day, y, x] of each band, beginning with the bands read
         ahead."""
         names = self.recipe.bands
         for band in [*seen, *(b for b in names if b not in seen)]:
-            values = self._used(ahead, bands.days, bands.use, seen.pop(band), band) if band in seen else bands.next()
+            values = (
+                self._used(ahead, bands.days, bands.use, seen.pop(band), band)
+                if band in seen
+                else bands.next()
+            )
             yield names.index(band), band, values
 
     def _used(self, ahead: Bands, days: Days, use: Bool, seen: UInt16, band: str) -> UInt16:
@@ -209,15 +241,21 @@ class _Block:
 
         The band read ahead has a fringe and contains more observations.
         """
-        inside = np.ascontiguousarray(self.inside(seen, self.size(band))[np.searchsorted(ahead.days, days)])
+        inside = np.ascontiguousarray(
+            self.inside(seen, self.size(band))[np.searchsorted(ahead.days, days)]
+        )
         return masked(inside, use, self.size(band), out=inside)
 
-    def _strips(self, everything: Sequence[tuple[int, str, UInt16]]) -> Iterator[tuple[slice, UInt16]]:
+    def _strips(
+        self, everything: Sequence[tuple[int, str, UInt16]]
+    ) -> Iterator[tuple[slice, UInt16]]:
         """Yield strips of rows with all bands stacked: uint16 [band, day, y, x] at 10 m."""
         height, width = self.box.shape
         for top in range(0, height, _STRIP_PX):
             rows = slice(top, min(top + _STRIP_PX, height))
-            stack = np.empty((len(everything), len(everything[0][2]), rows.stop - top, width), dtype=np.uint16)
+            stack = np.empty(
+                (len(everything), len(everything[0][2]), rows.stop - top, width), dtype=np.uint16
+            )
             for k, band, values in everything:
                 scale = self.size(band) // PIXEL_M
                 stack[k] = finer(values[:, top // scale : rows.stop // scale], self.size(band))
@@ -230,7 +268,9 @@ class _Block:
             for name in ("emad", "smad", "bcmad"):
                 out[name][rows] = getattr(made, name)
 
-    def _taken(self, each: Iterable[tuple[int, str, UInt16]], index: Int16, bands: Bands, out: Layers) -> None:
+    def _taken(
+        self, each: Iterable[tuple[int, str, UInt16]], index: Int16, bands: Bands, out: Layers
+    ) -> None:
         """Write the chosen day of each pixel to `out`."""
         out["day_of_year"][:] = np.where(index >= 0, self.yeardays[bands.days][index], 0)
         for k, band, values in each:
@@ -243,18 +283,27 @@ class _Block:
         """
         choice = self._choice(ahead, bands.days, bands.use, seen, excess)
         black = self._black(ahead, bands.days, bands.use, seen)
-        return choice.choose(choice.observed if black is None else _least_black(choice.observed, black))
+        return choice.choose(
+            choice.observed if black is None else _least_black(choice.observed, black)
+        )
 
-    def _choice(self, ahead: Bands, days: Days, use: Bool, seen: dict[str, UInt16], excess: Int32) -> _Choice:
+    def _choice(
+        self, ahead: Bands, days: Days, use: Bool, seen: dict[str, UInt16], excess: Int32
+    ) -> _Choice:
         """Rate the observations in use, bool [day, y, x] at 20 m."""
         how, rule = self.tools.reducers, self.recipe.best_pixel
         if rule is None or self.away is None:
-            red, nir = (finer(self._used(ahead, days, use, seen[b], b), self.size(b)) for b in ("B04", "B08"))
+            red, nir = (
+                finer(self._used(ahead, days, use, seen[b], b), self.size(b))
+                for b in ("B04", "B08")
+            )
             return _Choice(red != 0, lambda some: how.max_ndvi(red * some, nir * some))
         same = np.searchsorted(ahead.days, days)
         hazy = (excess[same] / 8e4).astype(np.float32)
         sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
-        score = reducers.best_pixel_score(self.yeardays[days], finer(self.away[days], MASK_M), finer(hazy, MASK_M), sharp, rule)
+        score = reducers.best_pixel_score(
+            self.yeardays[days], finer(self.away[days], MASK_M), finer(hazy, MASK_M), sharp, rule
+        )
         inside = self.inside(score, PIXEL_M)
         return _Choice(finer(use, MASK_M), lambda some: how.best_pixel(inside, some))
 
@@ -274,7 +323,14 @@ class _Block:
         return count
 
     def _replace_black(
-        self, ahead: Bands, days: Days, usable: Bool, seen: dict[str, UInt16], excess: Int32, index: Int16, out: Layers
+        self,
+        ahead: Bands,
+        days: Days,
+        usable: Bool,
+        seen: dict[str, UInt16],
+        excess: Int32,
+        index: Int16,
+        out: Layers,
     ) -> None:
         """Choose again if the chosen day is black in a band not in `seen` before the choice.
 
@@ -305,16 +361,28 @@ class _Block:
                 asking = self._bands(days, usable & where)
                 try:
                     asking.read([band])
-                    count[np.searchsorted(days, asking.days)] += finer(asking.next() == _BLACK, self.size(band))
+                    count[np.searchsorted(days, asking.days)] += finer(
+                        asking.next() == _BLACK, self.size(band)
+                    )
                 finally:
                     asking.cancel()
             if self.of_mask.lacking:
                 return
             better = choice.choose(_least_black(choice.observed, count))
-            self._take_again(ahead, days, usable, seen, np.where(better == index, np.int16(-1), better), out)
+            self._take_again(
+                ahead, days, usable, seen, np.where(better == index, np.int16(-1), better), out
+            )
             index = better
 
-    def _take_again(self, ahead: Bands, days: Days, usable: Bool, seen: dict[str, UInt16], index: Int16, out: Layers) -> None:
+    def _take_again(
+        self,
+        ahead: Bands,
+        days: Days,
+        usable: Bool,
+        seen: dict[str, UInt16],
+        index: Int16,
+        out: Layers,
+    ) -> None:
         """Replace the pixels with an index, int16 [y, x] at 10 m, by the pixels of the indexed
         day."""
         changed = index >= 0
@@ -380,7 +448,9 @@ def _one_of_two(stack: UInt16) -> UInt16:
 def _any_of_four(flags: Bool) -> Bool:
     """Flag the 20 m pixels [..., y, x] with a flag in any of their four 10 m pixels."""
     *lead, height, width = flags.shape
-    four: Bool = np.logical_or.reduce(flags.reshape(*lead, height // 2, 2, width // 2, 2), axis=(-3, -1))
+    four: Bool = np.logical_or.reduce(
+        flags.reshape(*lead, height // 2, 2, width // 2, 2), axis=(-3, -1)
+    )
     return four
 
 

@@ -62,7 +62,11 @@ class DayMasks:
         first = [scenes[self.days.index(day)] for day in range(max(self.days) + 1)]
         self.when = [s.datetime for s in first if s.datetime]
         """Time of each day's first scene."""
-        self._scenes, self._wide, self._edge = scenes, padded(box, margin), (margin - fringe) // MASK_M
+        self._scenes, self._wide, self._edge = (
+            scenes,
+            padded(box, margin),
+            (margin - fringe) // MASK_M,
+        )
         self._recipe, self._opinion, self._ledger = recipe, opinion, ledger
         self._seasons = [season(s, recipe, year) for s in first]
         self._scl: UInt8 | None = None
@@ -101,7 +105,11 @@ class DayMasks:
 
     def _cropped(self, owner: Int16, kind: UInt8) -> Masks:
         best = self._recipe.best_pixel
-        away = cropped(masks.cloud_distance_m(kind, best.cloud_distance_m), self._edge).copy() if best else None
+        away = (
+            cropped(masks.cloud_distance_m(kind, best.cloud_distance_m), self._edge).copy()
+            if best
+            else None
+        )
         return Masks(cropped(owner, self._edge).copy(), cropped(kind, self._edge).copy(), away)
 
     def _classes(self, scenes: Sequence[int], ledger: Ledger | None) -> Iterator[UInt8]:
@@ -110,19 +118,27 @@ class DayMasks:
         reads = deque(begin(self._scenes[n], SCL, of_scl, ledger) for n in scenes)
         try:
             for n in scenes:
-                yield masks.corrected(reads.popleft().result().astype(np.uint8), self._scenes[n].properties.get(SCL_IS))
+                yield masks.corrected(
+                    reads.popleft().result().astype(np.uint8),
+                    self._scenes[n].properties.get(SCL_IS),
+                )
         finally:
             for read in reads:
                 read.cancel()
 
-    def _opinions(self, scenes: Sequence[int], days: Sequence[int], owner: Int16, ledger: Ledger | None) -> UInt8 | None:
+    def _opinions(
+        self, scenes: Sequence[int], days: Sequence[int], owner: Int16, ledger: Ledger | None
+    ) -> UInt8 | None:
         """Compute the second mask of each day: uint8 [day, y, x] at 20 m; None without an opinion.
 
         A value is the highest class among the four 10 m pixels.
         """
         if self._opinion is None:
             return None
-        reads = {n: [begin(self._scenes[n], b, self._wide, ledger) for b in OPINION_BANDS] for n in scenes}
+        reads = {
+            n: [begin(self._scenes[n], b, self._wide, ledger) for b in OPINION_BANDS]
+            for n in scenes
+        }
         out = np.zeros(owner.shape, dtype=np.uint8)
         try:
             for day, of_day in enumerate(owner):
@@ -131,7 +147,11 @@ class DayMasks:
                     where = finer(of_day == scene, MASK_M)
                     for layer, read in zip(image, reads[scene], strict=True):
                         np.copyto(layer, read.result(), where=where)
-                out[day] = self._opinion(image).reshape(owner.shape[1], 2, owner.shape[2], 2).max(axis=(1, 3))
+                out[day] = (
+                    self._opinion(image)
+                    .reshape(owner.shape[1], 2, owner.shape[2], 2)
+                    .max(axis=(1, 3))
+                )
         finally:
             for read in (r for of_scene in reads.values() for r in of_scene):
                 read.cancel()
@@ -145,7 +165,9 @@ def season(scene: pystac.Item, recipe: Recipe, year: int) -> int:
     """
     when = scene.datetime
     if when and when.month in recipe.months:
-        neighbour = FALLBACKS["neighbour-year"] if "neighbour-year" in recipe.fallback else masks.UNUSABLE
+        neighbour = (
+            FALLBACKS["neighbour-year"] if "neighbour-year" in recipe.fallback else masks.UNUSABLE
+        )
         return CLEAR if when.year == year else neighbour
     wider = when and when.year == year and when.month in recipe.wider_months
     return FALLBACKS["wider-season"] if wider else masks.UNUSABLE

@@ -88,7 +88,13 @@ def corrected(scl: UInt8, error: str | None) -> UInt8:
     return scl
 
 
-def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int], opinion: UInt8 | None = None) -> UInt8:
+def kinds(
+    scl: UInt8,
+    recipe: Recipe,
+    months: Sequence[int],
+    seasons: Sequence[int],
+    opinion: UInt8 | None = None,
+) -> UInt8:
     """Classify each observation: an index into `QUALITY`, 0 = not observed, 255 = unusable.
 
     Args:
@@ -106,11 +112,25 @@ def kinds(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[i
     out = np.empty_like(scl)
     for day, layer in enumerate(scl):  # day by day, to need no memory beyond the result
         bright = None if ground is None else ground[day]
-        out[day] = kinds_of_day(layer, bright, recipe, months[day], seasons[day], None if opinion is None else opinion[day])
+        out[day] = kinds_of_day(
+            layer,
+            bright,
+            recipe,
+            months[day],
+            seasons[day],
+            None if opinion is None else opinion[day],
+        )
     return out
 
 
-def kinds_of_day(layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, season: int, opinion: UInt8 | None) -> UInt8:
+def kinds_of_day(
+    layer: UInt8,
+    bright: Bool | None,
+    recipe: Recipe,
+    month: int,
+    season: int,
+    opinion: UInt8 | None,
+) -> UInt8:
     """Classify the observations of one day: uint8 [y, x], as `kinds` returns them.
 
     Args:
@@ -200,7 +220,9 @@ def persistently_bright(scl: UInt8, rule: BrightOverride) -> Bool:
         # Leave out the date itself: among few dates, a single flag makes a pixel stand out.
         ordinary = flags - flagged[day] <= usual * (looks - observed[day])
         counted = observed[day] & ordinary
-        cloudy, seen = (window_sum(_cell_sums(layer), half) for layer in (flagged[day] & counted, counted))
+        cloudy, seen = (
+            window_sum(_cell_sums(layer), half) for layer in (flagged[day] & counted, counted)
+        )
         # Surroundings without observations are no evidence.
         clear = (cloudy <= rule.around * seen) & (seen > 0)
         clear_around[day] = _of_cells(clear, share.shape) & observed[day]
@@ -292,7 +314,9 @@ def clearest(kind: UInt8, most: int, enough: int, day_of_year: Sequence[int]) ->
     left, picked = [d for d in range(len(clear)) if clear[d].any()], list[int]()
 
     def gains(needed: int) -> npt.NDArray[np.float64]:
-        return np.array([np.count_nonzero(clear[d] & (count < needed)) for d in left], dtype=np.float64)
+        return np.array(
+            [np.count_nonzero(clear[d] & (count < needed)) for d in left], dtype=np.float64
+        )
 
     while left and len(picked) < most and (gain := gains(most)).any():
         if picked:
@@ -308,7 +332,9 @@ def clearest(kind: UInt8, most: int, enough: int, day_of_year: Sequence[int]) ->
     return use
 
 
-def without_haze(hot: Int32, use: Bool, quality: UInt8, rule: HazeTest) -> tuple[Bool, UInt8, Int32]:
+def without_haze(
+    hot: Int32, use: Bool, quality: UInt8, rule: HazeTest
+) -> tuple[Bool, UInt8, Int32]:
     """Remove observations under thin cloud.
 
     If all observations of a pixel are hazy, they stay. The pixel's quality then changes from clear
@@ -340,7 +366,11 @@ def without_haze(hot: Int32, use: Bool, quality: UInt8, rule: HazeTest) -> tuple
     left = use & ~hazy
     some = left.any(axis=0)
     worse = ~some & (quality == CLEAR)
-    return np.where(some, left, use), np.where(worse, FALLBACKS["thin"], quality).astype(np.uint8), hot
+    return (
+        np.where(some, left, use),
+        np.where(worse, FALLBACKS["thin"], quality).astype(np.uint8),
+        hot,
+    )
 
 
 def window_sum(values: Int32, half: int) -> Int32:

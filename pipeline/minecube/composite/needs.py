@@ -57,7 +57,9 @@ def near(scenes: Sequence[pystac.Item], around: GeoBox) -> list[pystac.Item]:
     west, south, east, north = area.bounds
 
     def comes_near(scene: pystac.Item) -> bool:
-        if scene.bbox and len(scene.bbox) == 4 and scene.bbox[0] <= scene.bbox[2]:  # not across the antimeridian
+        if (
+            scene.bbox and len(scene.bbox) == 4 and scene.bbox[0] <= scene.bbox[2]
+        ):  # not across the antimeridian
             left, bottom, right, top = scene.bbox
             if left > east or right < west or bottom > north or top < south:
                 return False
@@ -108,9 +110,14 @@ def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     """
     fringe, margin = margins_m(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
-    clear = min(days, recipe.max_clear_observations * 3 // 2) if recipe.max_clear_observations else days
+    clear = (
+        min(days, recipe.max_clear_observations * 3 // 2) if recipe.max_clear_observations else days
+    )
     wide, inner = (math.prod(at_resolution(padded(box, m), MASK_M).shape) for m in (margin, fringe))
-    by_band = [2 * math.prod(at_resolution(padded(box, fringe), size_of(b, scenes)).shape) for b in recipe.bands]
+    by_band = [
+        2 * math.prod(at_resolution(padded(box, fringe), size_of(b, scenes)).shape)
+        for b in recipe.bands
+    ]
     together = recipe.reducer in ("geomedian", "medoid")
     held: int = sum(by_band)
     if not together:
@@ -123,5 +130,7 @@ def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
 
 def connections(scenes: Sequence[pystac.Item], most: int) -> int:
     """Return the maximum number of simultaneous pixel requests."""
-    allowed: list[int] = [json.loads(s.properties["minecube:access"])["connections"] for s in scenes]
+    allowed: list[int] = [
+        json.loads(s.properties["minecube:access"])["connections"] for s in scenes
+    ]
     return min([most, *allowed])

@@ -45,7 +45,9 @@ class OmniCloudMask:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # blocks smaller than its default patch are intended
             seen = omnicloudmask.predict_from_array(
-                np.stack([red, green, nir]), custom_models=list(self._models), inference_device=self.device
+                np.stack([red, green, nir]),
+                custom_models=list(self._models),
+                inference_device=self.device,
             )
         return np.asarray(seen, dtype=np.uint8).reshape(image.shape[1:])
 
@@ -56,7 +58,14 @@ class OmniCloudMask:
 def _loaded(path: str) -> torch.nn.Module:
     try:
         return torch.export.load(path).module()
-    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ModelError(
             f"{path}: expected an exported network for clouds (torch.export.save), and it cannot be loaded ({error}); check "
             "second_opinion.weights of the recipe"

@@ -68,15 +68,27 @@ class Terms:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-            raise CatalogError(f"{path}: cannot be read as prices: {yaml_problem(error)}") from error
+            raise CatalogError(
+                f"{path}: cannot be read as prices: {yaml_problem(error)}"
+            ) from error
         if not isinstance(content, Mapping):
-            raise CatalogError(f"{path}: expected names and values such as per_gb: 0.09, found {type(content).__name__}")
+            raise CatalogError(
+                f"{path}: expected names and values such as per_gb: 0.09, found {type(content).__name__}"
+            )
         for name, value in content.items():
             if name not in {f.name for f in fields(cls)}:
-                raise CatalogError(f"{path}: field {name!r}: expected one of {', '.join(f.name for f in fields(cls))}")
-            fits = isinstance(value, str) if name == "currency" else type(value) in (int, float) and value >= 0
+                raise CatalogError(
+                    f"{path}: field {name!r}: expected one of {', '.join(f.name for f in fields(cls))}"
+                )
+            fits = (
+                isinstance(value, str)
+                if name == "currency"
+                else type(value) in (int, float) and value >= 0
+            )
             if not fits or (name in ("mb_per_s", "cores") and not value):
-                raise CatalogError(f"{path}: field {name!r}: expected a number above 0 (currency: text), found {value!r}")
+                raise CatalogError(
+                    f"{path}: field {name!r}: expected a number above 0 (currency: text), found {value!r}"
+                )
         return cls(**content)
 
 
@@ -113,7 +125,9 @@ class Estimate:
         """
         waiting = self.requests * terms.latency_s / self.connections
         working = self.bytes / 1e6 * _CPU_S_PER_MB + self.pixels / 1e6 * _CPU_S_PER_MPX
-        working += (self.reads + self.checks) * _CPU_S_PER_READ + self.site_years * _CPU_S_PER_SITE_YEAR
+        working += (
+            self.reads + self.checks
+        ) * _CPU_S_PER_READ + self.site_years * _CPU_S_PER_SITE_YEAR
         return max(waiting, self.bytes / 1e6 / terms.mb_per_s, working / terms.cores)
 
     def cost(self, terms: Terms, pace: float = 1.0) -> float | None:
@@ -123,7 +137,12 @@ class Estimate:
         if prices == (None, None, None):
             return None
         core_hours = self.seconds(terms) * pace * terms.cores / 3600
-        return sum((p or 0) * n for p, n in zip(prices, (self.requests / 1e3, self.bytes / 1e9, core_hours), strict=True))
+        return sum(
+            (p or 0) * n
+            for p, n in zip(
+                prices, (self.requests / 1e3, self.bytes / 1e9, core_hours), strict=True
+            )
+        )
 
 
 def took(estimate: Estimate, seconds: float) -> dict[str, float]:
@@ -187,7 +206,9 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
     )
 
 
-def _checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> tuple[int, int, int, int]:
+def _checks(
+    scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe
+) -> tuple[int, int, int, int]:
     """Count reads, requests, bytes and pixels of the checks of offsets and positions.
 
     Headers are counted with the composite.
@@ -196,18 +217,31 @@ def _checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> tupl
     repeats = _OFFSET_BANDS + (_REGISTRATION_BANDS if recipe.registration else 0)
     sums = np.zeros(4, dtype=np.int64)
     for scene in scenes:
-        sums += repeats * np.array(_asset(scene, recipe.bands[0], PIXEL_M, (height, width), first=False))
+        sums += repeats * np.array(
+            _asset(scene, recipe.bands[0], PIXEL_M, (height, width), first=False)
+        )
     reads, requests, read_bytes, pixels = sums.tolist()
     return reads, requests, read_bytes, pixels
 
 
-def _asset(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool) -> tuple[int, int, int, int]:
+def _asset(
+    scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool
+) -> tuple[int, int, int, int]:
     """Count reads, requests, bytes and pixels of a window."""
     tile, asset = scene.properties["minecube:tile_px"], scene.assets[band]
     shape, stored = asset.extra_fields["proj:shape"], asset.extra_fields["file:size"]
-    per_pixel = stored * _OVERVIEWS / math.prod(shape) if stored else _STORED[band if band == SCL else size_m]
+    per_pixel = (
+        stored * _OVERVIEWS / math.prod(shape)
+        if stored
+        else _STORED[band if band == SCL else size_m]
+    )
     # A window begins anywhere in a tile. On average, n pixels touch tiles of n + tile - 1 pixels.
     height, width = (min(n + tile - 1, side) for n, side in zip(window, shape, strict=True))
     remote = "://" in asset.href
     requests = (math.ceil(height / tile) + first) * remote
-    return 1, requests, int(height * width * per_pixel) + HEAD * first * remote, window[0] * window[1]
+    return (
+        1,
+        requests,
+        int(height * width * per_pixel) + HEAD * first * remote,
+        window[0] * window[1],
+    )

@@ -54,7 +54,9 @@ def percentile(observed: UInt16, percent: float) -> UInt16:
         observed: Array uint16 [day, y, x], 0 = not observed.
         percent: 0..100.
     """
-    exact = np.maximum(np.arange(len(observed) + 1) - 1, 0) * (percent / 100)  # of 0..days observations
+    exact = np.maximum(np.arange(len(observed) + 1) - 1, 0) * (
+        percent / 100
+    )  # of 0..days observations
     ranks = np.floor(exact).astype(np.int64)
     shares = exact - ranks
     out = np.zeros(observed.shape[1:], dtype=np.uint16)
@@ -132,7 +134,9 @@ def _network(size: int, wanted: tuple[int, ...]) -> tuple[tuple[int, int, bool, 
     return tuple(kept[::-1])
 
 
-def _tiles(values: Pixels, out: Pixels, known: Bool | None = None) -> Iterator[tuple[Pixels, Pixels, Pixels]]:
+def _tiles(
+    values: Pixels, out: Pixels, known: Bool | None = None
+) -> Iterator[tuple[Pixels, Pixels, Pixels]]:
     """Yield 1-d views of parts of `out`, each with its values and missing flags.
 
     Values are [day + 1, pixel], 0 = missing, with a spare last row. Missing flags are [day, pixel],
@@ -157,7 +161,9 @@ def _tiles(values: Pixels, out: Pixels, known: Bool | None = None) -> Iterator[t
         yield result[start:stop], row, miss
 
 
-def _at_rank(rows: Pixels, missing: Pixels, ranks: npt.NDArray[np.int64], above: int = 1) -> tuple[Pixels, Pixels, Pixels]:
+def _at_rank(
+    rows: Pixels, missing: Pixels, ranks: npt.NDArray[np.int64], above: int = 1
+) -> tuple[Pixels, Pixels, Pixels]:
     """Select each pixel's value at the rank for its count, the next higher value, and the count.
 
     Args:

@@ -185,7 +185,11 @@ def best_pixel(score: Float32, observed: Bool) -> Int16:
 
 
 def best_pixel_score(
-    day_of_year: npt.NDArray[np.integer[Any]], cloud_distance_m: Float32, opacity: Float32, sharpness: Float32, rule: BestPixel
+    day_of_year: npt.NDArray[np.integer[Any]],
+    cloud_distance_m: Float32,
+    opacity: Float32,
+    sharpness: Float32,
+    rule: BestPixel,
 ) -> Float32:
     """Score each observation: float32 [day, y, x], a weighted sum of four parts from 0 to 1.
 
@@ -231,7 +235,12 @@ def sharpness(band: UInt16) -> Float32:
         for neighbour in around:
             has &= neighbour > 0
         bent = np.abs(4 * ring[1:-1, 1:-1] - sum(around)) * has
-        np.divide(_sum_5x5(bent), np.maximum(_sum_5x5(has.astype(np.int32)), 1), out=detail, casting="same_kind")
+        np.divide(
+            _sum_5x5(bent),
+            np.maximum(_sum_5x5(has.astype(np.int32)), 1),
+            out=detail,
+            casting="same_kind",
+        )
         detail *= of_day > 0
     sharpest = out.max(axis=0, initial=0)
     for of_day, detail in zip(band, out, strict=True):
@@ -340,7 +349,9 @@ def _leap(now: _Search, before: _Search | None) -> tuple[Float32, _Search]:
         return now.reached, now
     turn = now.step - before.step
     ahead = _dot(now.step, turn) / np.maximum(_dot(turn, turn), _TINY)
-    ahead = np.where(ahead < 0.5, np.maximum(ahead, -MOST_AHEAD), 0)  # growing steps do not converge
+    ahead = np.where(
+        ahead < 0.5, np.maximum(ahead, -MOST_AHEAD), 0
+    )  # growing steps do not converge
     target = now.reached - ahead.astype(np.float32) * (now.reached - before.reached)
     worse = now.cost > before.cost * np.float32(1 + 1e-6)
     if not worse.any():
@@ -393,7 +404,9 @@ def _deviations(spectra: Float32, weight: Float32, at: Float32, origin: Float32)
     np.sqrt(lengths, out=lengths)
     out = np.empty((len(weight), 3, at.shape[1]), dtype=np.float32)
     out[:, 0] = np.sqrt(squared) / np.float32(1e4)
-    out[:, 1] = np.maximum(squared - (lengths - length) ** 2, 0) / np.maximum(2 * lengths * length, _TINY)
+    out[:, 1] = np.maximum(squared - (lengths - length) ** 2, 0) / np.maximum(
+        2 * lengths * length, _TINY
+    )
     total += functools.reduce(np.add, middle)
     out[:, 2] = apart / np.maximum(total, _TINY)
     out *= weight[:, None]
@@ -420,7 +433,10 @@ def _squared_distance(spectra: Float32, to: Float32) -> Float32:
 
     Returns float32 [day, pixel].
     """
-    out, apart = np.zeros(spectra.shape[1:], dtype=np.float32), np.empty(spectra.shape[1:], dtype=np.float32)
+    out, apart = (
+        np.zeros(spectra.shape[1:], dtype=np.float32),
+        np.empty(spectra.shape[1:], dtype=np.float32),
+    )
     for values, middle in zip(spectra, to, strict=True):
         np.subtract(values, middle, out=apart)
         np.multiply(apart, apart, out=apart)

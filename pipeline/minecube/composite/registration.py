@@ -86,7 +86,9 @@ class Shift:
     def __str__(self) -> str:
         if self.dx_m is None or self.dy_m is None:
             return f"{self.scene}: its displacement is unknown, from {self.pixels} clear pixels"
-        return f"{self.scene}: lies {self.dx_m:+.1f} m east and {self.dy_m:+.1f} m north of the others"
+        return (
+            f"{self.scene}: lies {self.dx_m:+.1f} m east and {self.dy_m:+.1f} m north of the others"
+        )
 
     @property
     def distance_m(self) -> float:
@@ -94,7 +96,9 @@ class Shift:
         return math.hypot(self.dx_m or 0.0, self.dy_m or 0.0)
 
 
-def shifts(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None) -> list[Shift]:
+def shifts(
+    scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None
+) -> list[Shift]:
     """Measure one shift per scene, in the given order.
 
     Reads SCL of each scene in the middle of the site, and one band of scenes with enough clear
@@ -110,7 +114,9 @@ def shifts(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = 
     edges = _read(scenes, band, at_resolution(_middle(grid), size_m), ledger)
     moved, peaks = compared(edges)
     found = []
-    for scene, seen, (east, north), peak in zip(scenes, edges, (moved * size_m).tolist(), peaks.tolist(), strict=True):
+    for scene, seen, (east, north), peak in zip(
+        scenes, edges, (moved * size_m).tolist(), peaks.tolist(), strict=True
+    ):
         told = not math.isnan(east)
         found.append(
             Shift(
@@ -124,14 +130,18 @@ def shifts(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = 
     return found
 
 
-def registered(scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Registration) -> list[pystac.Item]:
+def registered(
+    scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Registration
+) -> list[pystac.Item]:
     """Keep, drop or mark the scenes displaced by more than the rule allows, and log their names.
 
     Marked scenes are copies with `SHIFT`, read at their corrected position. Both axes and all bands
     move by exactly this shift. It is no multiple of a file's pixel size, so the bands are
     resampled. Shifts by whole pixels could leave an error of 10 m in a 20 m band.
     """
-    done = {"record": "kept as it is", "drop": "left out", "shift": "read where it lies"}[rule.beyond]
+    done = {"record": "kept as it is", "drop": "left out", "shift": "read where it lies"}[
+        rule.beyond
+    ]
     kept = []
     for scene, shift in zip(scenes, found, strict=True):
         if shift.distance_m <= rule.most_px * PIXEL_M:
@@ -209,7 +219,9 @@ def edges_of(pixels: UInt16, clear: Bool) -> Complex:
     north, east = np.gradient(ndimage.gaussian_filter(pixels.astype(np.float32), _SMOOTH))
     power = north**2 + east**2
     strong = np.quantile(power[inside], _STRONG) + np.float32(1e-6)
-    edges: Complex = np.where(inside, (east + 1j * north) ** 2 / (power + strong), 0).astype(np.complex64)
+    edges: Complex = np.where(inside, (east + 1j * north) ** 2 / (power + strong), 0).astype(
+        np.complex64
+    )
     return edges
 
 
@@ -217,7 +229,10 @@ class Mean:
     """The running reference: sums and counts of edges [y, x], each corrected by its shift."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.sum, self.count = np.zeros(shape, dtype=np.complex64), np.zeros(shape, dtype=np.float32)
+        self.sum, self.count = (
+            np.zeros(shape, dtype=np.complex64),
+            np.zeros(shape, dtype=np.float32),
+        )
 
     def add(self, edges: Complex, shift: Floats, times: int = 1) -> None:
         """Add a scene's edges, corrected by its shift in pixels east and north.
@@ -225,9 +240,13 @@ class Mean:
         `times` -1 removes them.
         """
         seen, (height, width) = (edges != 0).astype(np.float32), edges.shape
-        for (down, of_row), (right, of_column) in itertools.product(_whole(shift[1]), _whole(-shift[0])):  # rows go south
+        for (down, of_row), (right, of_column) in itertools.product(
+            _whole(shift[1]), _whole(-shift[0])
+        ):  # rows go south
             to = np.s_[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
-            source = np.s_[max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)]
+            source = np.s_[
+                max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
+            ]
             weight = np.float32(times * of_row * of_column)
             self.sum[to] += weight * edges[source]
             self.count[to] += weight * seen[source]
@@ -277,15 +296,21 @@ def correlation(edges: Complex, reference: Complex) -> Float:
     The shape is [2 * `_REACH` + 1, 2 * `_REACH` + 1]. Only pixels present in both count. The middle
     is no shift. Values below or right of it are for edges displaced in this direction.
     """
-    shape = [fft.next_fast_len(n + _REACH) for n in edges.shape]  # padded, so shifts do not wrap around
+    shape = [
+        fft.next_fast_len(n + _REACH) for n in edges.shape
+    ]  # padded, so shifts do not wrap around
     shifts = np.ix_(*[np.arange(-_REACH, _REACH + 1)] * 2)
 
     def sums(ours: Float, theirs: Float) -> Float:
-        both: Float = fft.irfft2(fft.rfft2(ours, shape) * fft.rfft2(theirs, shape).conj(), shape)[shifts]
+        both: Float = fft.irfft2(fft.rfft2(ours, shape) * fft.rfft2(theirs, shape).conj(), shape)[
+            shifts
+        ]
         return both
 
     product = fft.ifft2(fft.fft2(edges, shape) * fft.fft2(reference, shape).conj())[shifts].real
-    (our_power, ours), (their_power, theirs) = ((np.abs(e) ** 2, (e != 0).astype(np.float32)) for e in (edges, reference))
+    (our_power, ours), (their_power, theirs) = (
+        (np.abs(e) ** 2, (e != 0).astype(np.float32)) for e in (edges, reference)
+    )
     power = sums(our_power, theirs) * sums(ours, their_power)
     # With hardly any common pixels, power is rounding error: do not divide by it.
     least = np.float32(1e-3) * power.max() + np.float32(1e-9)
@@ -350,7 +375,9 @@ def _middle(grid: GeoBox) -> GeoBox:
     return middle
 
 
-def _read(scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger | None) -> list[Complex]:
+def _read(
+    scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger | None
+) -> list[Complex]:
     """Read the edges [y, x] of each scene.
 
     Scenes with too little clear ground get zeros, and their band is not read.
@@ -358,9 +385,14 @@ def _read(scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger
     masks = _results([begin(s, SCL, grid, ledger) for s in scenes])
     clear = [~np.isin(scl, _HIDDEN) for scl in masks]
     use = [n for n, c in enumerate(clear) if np.count_nonzero(c) >= _LEAST]
-    pixels = dict(zip(use, _results([begin(scenes[n], band, grid, ledger) for n in use]), strict=True))
+    pixels = dict(
+        zip(use, _results([begin(scenes[n], band, grid, ledger) for n in use]), strict=True)
+    )
     nothing = np.zeros(grid.shape, dtype=np.complex64)
-    return [edges_of(pixels[n], c & (pixels[n] != 0)) if n in pixels else nothing for n, c in enumerate(clear)]
+    return [
+        edges_of(pixels[n], c & (pixels[n] != 0)) if n in pixels else nothing
+        for n, c in enumerate(clear)
+    ]
 
 
 def _results(reads: Sequence[Future[UInt16]]) -> list[UInt16]:

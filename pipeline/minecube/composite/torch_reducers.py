@@ -56,7 +56,9 @@ class TorchReducers:
         out = np.zeros(observed.shape[1:], dtype=np.uint16)
         if not days:
             return out
-        exact = torch.arange(-1, days, dtype=torch.float64, device=self.device).clamp(min=0) * (percent / 100)
+        exact = torch.arange(-1, days, dtype=torch.float64, device=self.device).clamp(min=0) * (
+            percent / 100
+        )
         ranks = exact.floor().long()  # of 0..days observations
         shares = exact - ranks
         flat, result = observed.reshape(days, -1), out.reshape(-1)
@@ -106,17 +108,27 @@ class TorchReducers:
     def max_ndvi(self, red: UInt16, nir: UInt16) -> Int16:
         """Compute `reducers.max_ndvi`."""
         out = np.full(red.shape[1:], -1, dtype=np.int16)
-        result, reds, nirs = out.reshape(-1), red.reshape(len(red), out.size), nir.reshape(len(nir), out.size)
+        result, reds, nirs = (
+            out.reshape(-1),
+            red.reshape(len(red), out.size),
+            nir.reshape(len(nir), out.size),
+        )
         for part in _strips(reds):
             r, n = self._there(reds[:, part]), self._there(nirs[:, part])
             # Different ratios of 16-bit numbers stay different in double precision.
-            result[part] = _first_least(torch.where(r > 0, -n.double() / r.double(), torch.inf)).cpu().numpy()
+            result[part] = (
+                _first_least(torch.where(r > 0, -n.double() / r.double(), torch.inf)).cpu().numpy()
+            )
         return out
 
     def best_pixel(self, score: Float32, observed: Bool) -> Int16:
         """Compute `reducers.best_pixel`."""
         out = np.full(score.shape[1:], -1, dtype=np.int16)
-        result, scores, seen = out.reshape(-1), score.reshape(len(score), out.size), observed.reshape(len(score), out.size)
+        result, scores, seen = (
+            out.reshape(-1),
+            score.reshape(len(score), out.size),
+            observed.reshape(len(score), out.size),
+        )
         for part in _strips(scores):
             there, flags = (torch.from_numpy(a[:, part]).to(self.device) for a in (scores, seen))
             result[part] = _first_least(torch.where(flags, -there, torch.inf)).cpu().numpy()
@@ -150,7 +162,9 @@ def _strips(values: npt.NDArray[Any]) -> Iterator[slice]:
     *lead, pixels = values.shape
     each = int(np.prod(lead))
     step = max(STRIP_VALUES // max(each, 1), 1)
-    return (slice(start, min(start + step, pixels)) for start in range(0, pixels if each else 0, step))
+    return (
+        slice(start, min(start + step, pixels)) for start in range(0, pixels if each else 0, step)
+    )
 
 
 def _first_least(values: Tensor) -> Tensor:
@@ -185,7 +199,10 @@ def _geomedian(spectra: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     middle = _at_observations(spectra, seen, _searched(spectra, seen.double()))
     apart = torch.stack([(v - m).abs() for v, m in zip(spectra, middle, strict=True)]).sum(0)
     total = torch.stack([v + m for v, m in zip(spectra, middle, strict=True)]).sum(0)
-    lengths, length = _squared_distance(spectra, torch.zeros_like(middle)).sqrt(), (middle * middle).sum(0).sqrt()
+    lengths, length = (
+        _squared_distance(spectra, torch.zeros_like(middle)).sqrt(),
+        (middle * middle).sum(0).sqrt(),
+    )
     directions, direction = spectra / lengths.clamp(min=_TINY), middle / length.clamp(min=_TINY)
     away = [
         _squared_distance(spectra, middle).sqrt(),
@@ -213,7 +230,12 @@ def _searched(spectra: Tensor, there: Tensor) -> Tensor:
         if not going.any():
             break
         if not going.all():
-            where, at, spectra, there = where[going], at[:, going], spectra[:, :, going], there[:, going]
+            where, at, spectra, there = (
+                where[going],
+                at[:, going],
+                spectra[:, :, going],
+                there[:, going],
+            )
             before = (before[0][:, going], before[1][:, going], before[2][going])
     return out + origin
 
@@ -241,7 +263,9 @@ def _weiszfeld(spectra: Tensor, there: Tensor, at: Tensor) -> tuple[Tensor, Tens
     touching = (distance <= TOUCHING) * there
     pull = (there - touching) / distance.clamp(min=TOUCHING)
     total = pull.sum(0)
-    step = torch.stack([(values * pull).sum(0) for values in spectra]) / total.clamp(min=_TINY) - at * (total > 0)
+    step = torch.stack([(values * pull).sum(0) for values in spectra]) / total.clamp(
+        min=_TINY
+    ) - at * (total > 0)
     held, pulled = touching.sum(0), (step**2).sum(0).sqrt() * total
     step = torch.where(held > 0, step * (1 - held / pulled.clamp(min=_TINY)).clamp(min=0), step)
     return step, at + step, (distance * there).sum(0)
@@ -257,7 +281,9 @@ def _at_observations(spectra: Tensor, seen: Tensor, middle: Tensor) -> Tensor:
     nearest = spectra.gather(1, index.expand(len(spectra), 1, -1))[:, 0]
     away = _squared_distance(spectra, nearest).sqrt()
     unit = torch.where(seen & (away > 0), 1 / away.clamp(min=_TINY), 0)
-    pull = torch.stack([((values - at) * unit).sum(0) for values, at in zip(spectra, nearest, strict=True)])
+    pull = torch.stack(
+        [((values - at) * unit).sum(0) for values, at in zip(spectra, nearest, strict=True)]
+    )
     best = (pull * pull).sum(0).sqrt() < ((away == 0) & seen).sum(0) * (1 - 1e-6)
     return torch.where(best, nearest, middle)
 

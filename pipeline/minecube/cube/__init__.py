@@ -60,8 +60,24 @@ from minecube.cube.names import choose_name, find_prediction
 from minecube.cube.opening import as_float, grid_and_years, open_committed, open_cube
 from minecube.cube.pack import Packing, pack
 from minecube.cube.packed import is_packed, need_writable, unpacked
-from minecube.cube.predictions import Prediction, mapped_by, open_change, open_probability, write_prediction, write_probability
-from minecube.cube.staging import Staging, discard, finish, is_begun, open_staging, reads_so_far, withdraw, year_index
+from minecube.cube.predictions import (
+    Prediction,
+    mapped_by,
+    open_change,
+    open_probability,
+    write_prediction,
+    write_probability,
+)
+from minecube.cube.staging import (
+    Staging,
+    discard,
+    finish,
+    is_begun,
+    open_staging,
+    reads_so_far,
+    withdraw,
+    year_index,
+)
 from minecube.cube.store import (
     BEING_MADE,
     FORMAT,
@@ -151,7 +167,9 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
     """
     group = group_at(store, site.id)
     if group is None and has_objects(store, site.id):
-        raise CubeError(f"{store}: {site.id} has lost its zarr.json, but has other objects; run `minecube verify`")
+        raise CubeError(
+            f"{store}: {site.id} has lost its zarr.json, but has other objects; run `minecube verify`"
+        )
     if group is None or is_being_made(group):
         return False
     made = site_group(store, site.id, mode="r").attrs[NAMED]
@@ -206,9 +224,22 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
         encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
         target = zarr_store(store)
         begin_group(store, site.id, {NAMED: {"format": BEING_MADE}})
-        empty.to_zarr(target, group=site.id, mode="a", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
+        empty.to_zarr(
+            target,
+            group=site.id,
+            mode="a",
+            compute=False,
+            consolidated=False,
+            zarr_format=3,
+            encoding=encoding,
+        )
         group = zarr.open_group(target, path=site.id, mode="r+", use_consolidated=False)
-        made = {"format": FORMAT, "site": site.id, "recipe": as_dict(recipe), "arrays": identities(store, site.id, group)}
+        made = {
+            "format": FORMAT,
+            "site": site.id,
+            "recipe": as_dict(recipe),
+            "arrays": identities(store, site.id, group),
+        }
         if site.margin:  # 0 is not stored, as in older versions
             made["margin"] = site.margin
         if site.title:
@@ -284,7 +315,12 @@ def write_year(
                 f"{site_id} {year}: no scene has a pixel here, so nothing is committed; check polygon and scene list"
             )
         committed = datetime.now(tz=UTC).isoformat(timespec="seconds")
-        made = {**provenance, **finished(), "build_id": build_id(provenance), "committed": committed}
+        made = {
+            **provenance,
+            **finished(),
+            "build_id": build_id(provenance),
+            "committed": committed,
+        }
         blobs = {"scenes": scenes}
         if reads:
             made["reads"] = counts
@@ -313,7 +349,9 @@ def _build_blocks(
     checksums = staging.checksums
     todo = [b for b in blocks if f"{b[0]}/{b[1]}" not in done]
     if len(todo) < len(blocks):
-        log.info("%s: going on with block %d of %d", where, len(blocks) - len(todo) + 1, len(blocks))
+        log.info(
+            "%s: going on with block %d of %d", where, len(blocks) - len(todo) + 1, len(blocks)
+        )
     workers = how["num_workers"]
     for at in range(0, len(todo), workers):
         lock.check()
@@ -341,7 +379,12 @@ def settle(store: str, site_id: str, year: int) -> None:
         finish(store, site_id, year)
 
 
-def uncommit(store: str, site_id: str, years: Iterable[int], judged: Mapping[int, Mapping[str, Any]] | None = None) -> None:
+def uncommit(
+    store: str,
+    site_id: str,
+    years: Iterable[int],
+    judged: Mapping[int, Mapping[str, Any]] | None = None,
+) -> None:
     """Withdraw the commits of years and remove their pixels.
 
     The same `minecube build` then rebuilds the years.
@@ -363,7 +406,11 @@ def uncommit(store: str, site_id: str, years: Iterable[int], judged: Mapping[int
 
 
 def write_footprint(
-    store: str, site_id: str, footprint: xr.DataArray, origin: str, fraction: xr.DataArray | None = None
+    store: str,
+    site_id: str,
+    footprint: xr.DataArray,
+    origin: str,
+    fraction: xr.DataArray | None = None,
 ) -> None:
     """Write yearly masks (uint8 [year, y, x]: 1 mine, 0 not mine, 255 unknown) into their years.
 
@@ -377,7 +424,9 @@ def write_footprint(
         CubeError: the masks lie on another grid or in years missing from the cube, or the store
             cannot be written.
     """
-    fraction = xr.full_like(footprint, 255) if fraction is None else fraction.sel(year=footprint.year)
+    fraction = (
+        xr.full_like(footprint, 255) if fraction is None else fraction.sel(year=footprint.year)
+    )
     with writing(store), hold(store, site_id, wait_s=WAIT_S):
         group = site_group(store, site_id, mode="r+")
         if not footprint.odc.geobox == fraction.odc.geobox == grid_in(group.attrs):
@@ -386,11 +435,18 @@ def write_footprint(
             )
         if FRACTION not in group:  # a cube of a version without fractions
             attrs = {**FRACTION_ATTRS, "grid_mapping": "spatial_ref"}
-            zarr.create_array(zarr_store(store), name=f"{site_id}/{FRACTION}", **_like(group["footprint"]), attributes=attrs)
+            zarr.create_array(
+                zarr_store(store),
+                name=f"{site_id}/{FRACTION}",
+                **_like(group["footprint"]),
+                attributes=attrs,
+            )
         years = {year_index(group, int(year)): int(year) for year in footprint.year.values}
         layers = {FRACTION: fraction, "footprint": footprint}
         for name in layers:
-            begin_labels(zarr.open_array(zarr_store(store), path=f"{site_id}/{name}", mode="r+"), years)
+            begin_labels(
+                zarr.open_array(zarr_store(store), path=f"{site_id}/{name}", mode="r+"), years
+            )
         for name, layer in layers.items():
             target = summing(store)
             array = zarr.open_array(target, path=f"{site_id}/{name}", mode="r+")
@@ -402,8 +458,18 @@ def write_footprint(
 def _like(array: zarr.Array) -> dict[str, Any]:
     """Return the arguments for another array of the same layout."""
     names = array.metadata.dimension_names
-    layout = {"shape": array.shape, "dtype": array.dtype, "chunks": array.chunks, "shards": array.shards}
-    return {**layout, "fill_value": array.fill_value, "dimension_names": names, "compressors": array.compressors}
+    layout = {
+        "shape": array.shape,
+        "dtype": array.dtype,
+        "chunks": array.chunks,
+        "shards": array.shards,
+    }
+    return {
+        **layout,
+        "fill_value": array.fill_value,
+        "dimension_names": names,
+        "compressors": array.compressors,
+    }
 
 
 def _check_alignment(composite: xr.Dataset, arrays: Mapping[str, zarr.Array]) -> None:
@@ -411,7 +477,8 @@ def _check_alignment(composite: xr.Dataset, arrays: Mapping[str, zarr.Array]) ->
     for name, array in arrays.items():
         data = composite[name]
         want = tuple(
-            tuple(min(side, n - at) for at in range(0, n, side)) for n, side in zip(array.shape, array.shards, strict=True)
+            tuple(min(side, n - at) for at in range(0, n, side))
+            for n, side in zip(array.shape, array.shards, strict=True)
         )
         if data.shape != array.shape[1:] or data.chunks != want[1:]:
             raise CubeError(
@@ -421,7 +488,9 @@ def _check_alignment(composite: xr.Dataset, arrays: Mapping[str, zarr.Array]) ->
 
 
 def _blocks(array: zarr.Array) -> list[tuple[int, int]]:
-    rows, columns = (-(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True))
+    rows, columns = (
+        -(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True)
+    )
     return [(r, c) for r in range(rows) for c in range(columns)]
 
 
@@ -435,7 +504,9 @@ def _compute_blocks(
     side = arrays["clear_count"].shards[-1]
 
     @dask.delayed(pure=False)  # type: ignore[untyped-decorator]
-    def write(block: tuple[int, int], parts: Sequence[np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+    def write(
+        block: tuple[int, int], parts: Sequence[np.ndarray[Any, Any]]
+    ) -> dict[str, list[Any]]:
         rows, columns = (slice(i * side, (i + 1) * side) for i in block)
         sums = {}
         for name, part in zip(arrays, parts, strict=True):

@@ -55,13 +55,19 @@ class Account(Protocol):
         """Return all counts as the bytes of a Parquet file."""
 
 
-def provenance_of(site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any], **more: Any) -> dict[str, Any]:
+def provenance_of(
+    site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any], **more: Any
+) -> dict[str, Any]:
     """Describe the origin of a site-year as plain JSON: the input of `build_id` and more."""
     listed = [_entry(s) for s in scenes]
     return {
         "site": site.id,
         "year": year,
-        "grid": {"crs": f"EPSG:{grid.crs.epsg}", "transform": list(grid.transform)[:6], "shape": list(grid.shape)},
+        "grid": {
+            "crs": f"EPSG:{grid.crs.epsg}",
+            "transform": list(grid.transform)[:6],
+            "shape": list(grid.shape),
+        },
         "recipe": as_dict(recipe),
         "scenes": sorted(listed, key=lambda s: str(s["id"])),
         "version": metadata.version("minecube"),
@@ -111,7 +117,9 @@ def leave_out(provenance: dict[str, Any], why: Mapping[str, str]) -> None:
             scene[LEFT_OUT] = why[scene["id"]]
 
 
-def note_copies(provenance: dict[str, Any], copies: Mapping[str, Any], why: Mapping[str, str]) -> None:
+def note_copies(
+    provenance: dict[str, Any], copies: Mapping[str, Any], why: Mapping[str, str]
+) -> None:
     """Note copies, read from other sources, in a provenance.
 
     Args:
@@ -120,7 +128,10 @@ def note_copies(provenance: dict[str, Any], copies: Mapping[str, Any], why: Mapp
         why: scene id -> its missing file.
     """
     leave_out(provenance, {name: why[name] for name in copies})
-    listed = [*provenance["scenes"], *({**_entry(copy), COPY_OF: name} for name, copy in copies.items())]
+    listed = [
+        *provenance["scenes"],
+        *({**_entry(copy), COPY_OF: name} for name, copy in copies.items()),
+    ]
     provenance["scenes"] = sorted(listed, key=lambda s: str(s["id"]))
 
 
@@ -177,11 +188,15 @@ def pixels_of(made: Mapping[str, Any]) -> str:
 
     The same build can have other pixels, for example after lost reads or other offset decisions.
     """
-    sums = {key: of for key, of in made.get("checksums", {}).items() if key.startswith("reflectance/")}
+    sums = {
+        key: of for key, of in made.get("checksums", {}).items() if key.startswith("reflectance/")
+    }
     return f"{made['build_id']}:{digest(sums)[:16]}"
 
 
-def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 0.0) -> bool:
+def is_committed(
+    store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 0.0
+) -> bool:
     """Whether this build is committed; False if another committed build may be replaced.
 
     Args:
@@ -201,7 +216,9 @@ def is_committed(store: str, provenance: Mapping[str, Any], *, overwrite: bool =
     if there is None or PLACING in there:
         return False
     conflicts = there.get("offset_conflicts")
-    same = there["build_id"] == build and (not conflicts or there["on_offset_conflict"] == provenance["on_offset_conflict"])
+    same = there["build_id"] == build and (
+        not conflicts or there["on_offset_conflict"] == provenance["on_offset_conflict"]
+    )
     if overwrite:
         return same and completeness_of(there) >= completeness
     if not same:
@@ -225,8 +242,12 @@ def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
     Raises:
         CubeError: the year is not committed, or has no read counts.
     """
-    if year not in builds(store, site_id) or "reads" not in (marker := group_of(store, f"{site_id}/builds/{year}")):
-        raise CubeError(f"{store}: there are no counts of reads for {site_id} {year}; build it first")
+    if year not in builds(store, site_id) or "reads" not in (
+        marker := group_of(store, f"{site_id}/builds/{year}")
+    ):
+        raise CubeError(
+            f"{store}: there are no counts of reads for {site_id} {year}; build it first"
+        )
     return pd.read_parquet(io.BytesIO(bytes(marker["reads"][:])))
 
 
@@ -247,11 +268,17 @@ def run_of(provenance: Mapping[str, Any]) -> str:
     """Hash the common inputs of a year's blocks: the build, and decisions on doubtful scenes."""
     doubts = ("on_offset_conflict", "offset_conflicts", "scl_errors", "shifts")
     resolved: list[Any] = [provenance.get(name) for name in doubts]
-    resolved += [[scene["id"], scene["source"]] for scene in provenance["scenes"] if COPY_OF in scene]
-    return hashlib.sha256(json.dumps([build_id(provenance), resolved], sort_keys=True).encode()).hexdigest()[:16]
+    resolved += [
+        [scene["id"], scene["source"]] for scene in provenance["scenes"] if COPY_OF in scene
+    ]
+    return hashlib.sha256(
+        json.dumps([build_id(provenance), resolved], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
-def incomplete(site_id: str, year: int, counts: Mapping[str, float], reads: Account | None, completeness: float) -> str:
+def incomplete(
+    site_id: str, year: int, counts: Mapping[str, float], reads: Account | None, completeness: float
+) -> str:
     """Return the error message for a year with too few reads."""
     first = next(iter(reads.lost()), "") if reads else ""
     why = f"which leaves {counts['completeness']:.2%} where --min-read-completeness asks for {completeness:.2%}"

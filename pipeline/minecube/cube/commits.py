@@ -66,14 +66,18 @@ class Labels:
         if is_packed(self.store) or _stamp(self.store, f"{self.path}/zarr.json") == self.stamp:
             return
         if self._sha256() != self.sha256:
-            raise CubeError(f"{self.store}: labels of {site_id} were written while they were being read; open the cube again")
+            raise CubeError(
+                f"{self.store}: labels of {site_id} were written while they were being read; open the cube again"
+            )
 
     def _sha256(self) -> str:
         try:
             content = bytes(objects(self.store).get(f"{self.path}/zarr.json").bytes())
             return str(json.loads(content)["attributes"].get("sha256", ""))
         except (OSError, ValueError, KeyError) as error:
-            raise CubeError(f"{self.store}: {self.path} cannot be read ({error}); run `minecube verify`") from error
+            raise CubeError(
+                f"{self.store}: {self.path} cannot be read ({error}); run `minecube verify`"
+            ) from error
 
     def need_absent(self, key: str) -> None:
         """Do nothing: labels of fill value only are not stored."""
@@ -109,7 +113,9 @@ class Commits:
             stamps.append(PLACING if marker is not None and PLACING in marker else stamp)
             if marker is not None and PLACING not in marker:
                 committed.append(year)
-                shards.update(key for key in marker.get("checksums", ()) if not key.startswith("builds/"))
+                shards.update(
+                    key for key in marker.get("checksums", ()) if not key.startswith("builds/")
+                )
         return cls(store, site_id, years, tuple(committed), tuple(stamps), frozenset(shards))
 
     def check(self, indices: Iterable[int]) -> None:
@@ -131,7 +137,9 @@ class Commits:
         name = key.removeprefix(f"{self.site_id}/")
         if name in self.shards:
             self.check([int(name.split("/")[2])])
-            raise CubeError(f"{self.store}: {key} is missing although it was committed; run `minecube verify`")
+            raise CubeError(
+                f"{self.store}: {key} is missing although it was committed; run `minecube verify`"
+            )
 
 
 def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:

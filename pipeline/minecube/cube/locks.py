@@ -80,13 +80,20 @@ def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
 def _busy(store: object, name: str, holder: dict[str, Any]) -> BusyError:
     """Return the error for a lock held by another run."""
     who = f"process {holder.get('process', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
-    return BusyError(f"{store}: {name} is being written by another run ({who}); wait until it ends, then run this again")
+    return BusyError(
+        f"{store}: {name} is being written by another run ({who}); wait until it ends, then run this again"
+    )
 
 
 def _holder() -> dict[str, Any]:
     """Describe this run for a lock's content."""
     since = datetime.now(tz=UTC).isoformat(timespec="seconds")
-    return {"owner": secrets.token_hex(8), "host": socket.gethostname(), "process": os.getpid(), "since": since}
+    return {
+        "owner": secrets.token_hex(8),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "since": since,
+    }
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -223,7 +230,11 @@ class _Lease:
         content = self._content()
         try:
             self.tag = _tag_of(self.objects.put(self.key, content, mode=mode))
-        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError):
+        except (
+            obstore.exceptions.AlreadyExistsError,
+            obstore.exceptions.PreconditionError,
+            FileNotFoundError,
+        ):
             seen = self._seen()
             if seen is None or seen[1].get("owner") != self.mine["owner"]:
                 return False
@@ -247,7 +258,9 @@ class _Lease:
                 if renewed and time.monotonic() >= until:
                     raise _busy(self.store, self.name, holder)
             elif time.monotonic() - since > LEASE_S and self._put(watched):
-                log.info("%s: took over the lease of %s from a run that is gone", self.store, self.name)
+                log.info(
+                    "%s: took over the lease of %s from a run that is gone", self.store, self.name
+                )
                 break
             time.sleep(min(RENEW_S / 10, 0.5))
         self._thread.start()
@@ -258,7 +271,12 @@ class _Lease:
                 if not self._put(self.tag):
                     return  # `check` reports it
             except (obstore.exceptions.BaseError, OSError) as error:
-                log.info("%s: the lease of %s was not renewed (%s)", self.store, self.name, type(error).__name__)
+                log.info(
+                    "%s: the lease of %s was not renewed (%s)",
+                    self.store,
+                    self.name,
+                    type(error).__name__,
+                )
 
     def check(self) -> None:
         """Raise BusyError if another run has taken over the lease."""

@@ -29,7 +29,9 @@ def find_prediction(store: str, site_ids: Sequence[str], wanted: str) -> str:
     originals = sorted({name.partition("+")[0] for name in names})
     matches = [name for name in originals if name == model]
     if not exact:
-        matches = [name for name in originals if name == model or _card_of(store, site_ids, name) == model]
+        matches = [
+            name for name in originals if name == model or _card_of(store, site_ids, name) == model
+        ]
     if len(matches) > 1:
         # "=" distinguishes a name from a card of the same name.
         choices = " or ".join(f"{_EXACT}{name}" if name == model else name for name in matches)
@@ -54,7 +56,9 @@ def choose_name(store: str, site_ids: Sequence[str], about: Mapping[str, Any], d
         default: The name for a model without an older prediction.
     """
     card = str(about["id"])
-    made_by = [model for site_id in site_ids if (model := _model_of(store, site_id, card)) is not None]
+    made_by = [
+        model for site_id in site_ids if (model := _model_of(store, site_id, card)) is not None
+    ]
     same = [digest(model) == digest(dict(about)) for model in made_by]
     return card if same and all(same) else default
 
@@ -64,7 +68,9 @@ def _listed(store: str, site_id: str) -> list[str]:
     files = group_of(store, "").store
 
     async def listed() -> list[str]:
-        return [name async for name in files.list_dir(f"{site_id}/predictions") if name != "zarr.json"]
+        return [
+            name async for name in files.list_dir(f"{site_id}/predictions") if name != "zarr.json"
+        ]
 
     return list(sync(listed()))
 

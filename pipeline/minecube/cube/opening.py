@@ -47,7 +47,9 @@ def open_committed(store: str, site_id: str) -> xr.Dataset:
     """
     commits = Commits.of(store, site_id)
     if not commits.committed:
-        raise CubeError(f"{store}: {site_id} has no committed year; run `minecube build` until it says built")
+        raise CubeError(
+            f"{store}: {site_id} has no committed year; run `minecube build` until it says built"
+        )
     return _open(commits).sel(year=sorted(commits.committed))
 
 
@@ -56,7 +58,9 @@ def _open(commits: Commits) -> xr.Dataset:
     store = commits.store
     site_id = commits.site_id
     with reading(store, site_id):
-        opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=site_id, consolidated=False, chunks=None)
+        opened: xr.Dataset = xr.open_zarr(
+            zarr_store(store), group=site_id, consolidated=False, chunks=None
+        )
         opened["year"].load()
         for name, array in opened.data_vars.items():
             if array.dims[:1] == ("year",):
@@ -92,7 +96,11 @@ def as_float(cube: xr.Dataset) -> xr.Dataset:
 
 def _lazy(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
     """Wrap a variable in Dask chunks read by `pixels`, without checksums in its attributes."""
-    attrs = {name: _plain(value) for name, value in variable.attrs.items() if name == "origin" or name not in WRITTEN_LATER}
+    attrs = {
+        name: _plain(value)
+        for name, value in variable.attrs.items()
+        if name == "origin" or name not in WRITTEN_LATER
+    }
     lazy = xr.Variable(variable.dims, indexing.LazilyIndexedArray(LazyPixels(pixels)), attrs)
     chunk = (1, *pixels.shape[1:-2], *pixels.chunk)
     return lazy.chunk(dict(zip(variable.dims, chunk, strict=True)))
@@ -100,5 +108,7 @@ def _lazy(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
 
 def _plain(value: Any) -> Any:
     """Convert an attribute for NetCDF: nested values become JSON."""
-    nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
+    nested = isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(v, dict | list) for v in value)
+    )
     return json.dumps(value) if nested else value

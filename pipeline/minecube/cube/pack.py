@@ -43,7 +43,10 @@ class Packing:
 
 
 def pack(
-    store: str, out: Path, names: Sequence[str] | None = None, progress: Callable[[int, int, str], None] = lambda *_: None
+    store: str,
+    out: Path,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Packing:
     """Write the committed site-years of these sites, with labels and predictions, into a zip.
 
@@ -62,7 +65,9 @@ def pack(
         CubeError: a site is missing, nothing is committed, an object cannot be read, another
             command changed a packed object meanwhile, or the file cannot be written.
     """
-    if out.suffix != SUFFIX or (Path(store).is_dir() and Path(store).resolve() in out.resolve().parents):
+    if out.suffix != SUFFIX or (
+        Path(store).is_dir() and Path(store).resolve() in out.resolve().parents
+    ):
         raise CubeError(f"{out}: expected a file name that ends in {SUFFIX}, outside {store}")
     if is_packed(store) and out.resolve() == Path(store).resolve():
         raise CubeError(f"{out}: is the packed store itself; name another file")
@@ -74,9 +79,15 @@ def pack(
     done = {name: _committed(raw, name, listed[name]) for name in chosen}
     left_out: list[str] = []
     for name in chosen:
-        left_out += [f"{name} {year}" for year in sorted(_marked(listed[name]) - done[name])] if done[name] else [name]
+        left_out += (
+            [f"{name} {year}" for year in sorted(_marked(listed[name]) - done[name])]
+            if done[name]
+            else [name]
+        )
     if not any(done.values()):
-        raise CubeError(f"{store}: no site-year of {', '.join(left_out)} is committed, so nothing can be packed; build first")
+        raise CubeError(
+            f"{store}: no site-year of {', '.join(left_out)} is committed, so nothing can be packed; build first"
+        )
     for name in (name for name, years in done.items() if years):
         need_labels(store, name)
     keys = _kept(store, listed, done)
@@ -104,16 +115,26 @@ def pack(
             f"{out}: cannot be written ({error.strerror or error}); make room or name another file, and pack again"
         ) from error
     years = sum(map(len, done.values()))
-    return Packing(site_years=years, objects=len(keys), bytes=size, sha256=sha256, left_out=tuple(left_out))
+    return Packing(
+        site_years=years, objects=len(keys), bytes=size, sha256=sha256, left_out=tuple(left_out)
+    )
 
 
-def _write(raw: Any, store: str, keys: Sequence[str], part: Path, progress: Callable[[int, int, str], None]) -> None:
+def _write(
+    raw: Any, store: str, keys: Sequence[str], part: Path, progress: Callable[[int, int, str], None]
+) -> None:
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as made:
         for done, key in enumerate(keys, start=1):
             content = _content(raw, key)
             if not isinstance(content, bytes):
-                why = "is gone; is it being written to?" if content is None else f"cannot be read ({content})"
-                raise CubeError(f"{store}: {key} {why}; `minecube verify` says what else is wrong, nothing was packed")
+                why = (
+                    "is gone; is it being written to?"
+                    if content is None
+                    else f"cannot be read ({content})"
+                )
+                raise CubeError(
+                    f"{store}: {key} {why}; `minecube verify` says what else is wrong, nothing was packed"
+                )
             member = zipfile.ZipInfo(key, _EPOCH)
             member.create_system = 3  # Unix, on every platform
             member.external_attr = 0o100644 << 16
@@ -124,12 +145,17 @@ def _write(raw: Any, store: str, keys: Sequence[str], part: Path, progress: Call
 def _metadata(raw: Any, keys: Iterable[str]) -> dict[str, int | None]:
     """Return the CRC-32 of the metadata of every group and array; None if unreadable."""
     contents = ((key, _content(raw, key)) for key in keys if key.endswith("zarr.json"))
-    return {key: zlib.crc32(content) if isinstance(content, bytes) else None for key, content in contents}
+    return {
+        key: zlib.crc32(content) if isinstance(content, bytes) else None
+        for key, content in contents
+    }
 
 
 def _marked(files: Iterable[str]) -> set[int]:
     """Return the committed or begun years."""
-    names = {path.split("/")[1] for path in files if path.startswith("builds/") and path.count("/") > 1}
+    names = {
+        path.split("/")[1] for path in files if path.startswith("builds/") and path.count("/") > 1
+    }
     return {year for name in names if (year := staged_year(name)) is not None}
 
 
@@ -146,14 +172,18 @@ def _committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
     return found
 
 
-def _kept(store: str, listed: Mapping[str, Iterable[str]], done: Mapping[str, set[int]]) -> list[str]:
+def _kept(
+    store: str, listed: Mapping[str, Iterable[str]], done: Mapping[str, set[int]]
+) -> list[str]:
     """List the objects of sites with committed years, sorted, without those of unfinished years."""
     keys = ["zarr.json"]
     for name in (name for name, years in done.items() if years):
         files = listed.get(name, ())
         idle = _marked(files) - done[name]
         begun = tuple(_begun(store, name, idle)) if idle else ()
-        keys += [f"{name}/{key}" for key in files if not key.startswith(begun) and not is_staged(key)]
+        keys += [
+            f"{name}/{key}" for key in files if not key.startswith(begun) and not is_staged(key)
+        ]
     return sorted(keys)
 
 

@@ -49,7 +49,9 @@ def is_packed(store: str) -> bool:
     if not store.rstrip("/").endswith(SUFFIX) or Path(store).is_dir():
         return False
     if "://" in store:
-        raise CubeError(f"{store}: a packed store is read from a local disk; download it, or unzip it there")
+        raise CubeError(
+            f"{store}: a packed store is read from a local disk; download it, or unzip it there"
+        )
     return True
 
 
@@ -86,7 +88,9 @@ def directory(path: str, _stamp: Stamp) -> Mapping[str, Member]:
         raise CubeError(
             f"{path}: is no zip, or a damaged one ({error}), so nothing in it can be found; copy or download it again"
         ) from error
-    strange = [m.filename for m in listed if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1]
+    strange = [
+        m.filename for m in listed if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1
+    ]
     if strange:
         raise CubeError(
             f"{path}: {strange[0]} is compressed or encrypted, so no part of it can be read by itself; unzip it, and "
@@ -104,7 +108,9 @@ def members(store: str) -> Mapping[str, Member]:
     try:
         return directory(store.rstrip("/"), stamp_of(Path(store.rstrip("/")).stat()))
     except OSError as error:
-        raise CubeError(f"{store}: there is no such packed store ({error.strerror}); `minecube pack` makes one") from error
+        raise CubeError(
+            f"{store}: there is no such packed store ({error.strerror}); `minecube pack` makes one"
+        ) from error
 
 
 def start_of(header: bytes, key: str, member: Member) -> int:
@@ -171,11 +177,15 @@ class PackedStore(ZipStore):  # type: ignore[misc]
             case _:
                 raise TypeError(f"expected a range of bytes, found {byte_range}")
         try:
-            return prototype.buffer.from_bytes(await asyncio.to_thread(read, str(self.path), key, *part))
+            return prototype.buffer.from_bytes(
+                await asyncio.to_thread(read, str(self.path), key, *part)
+            )
         except KeyError:
             return None
         except OSError as error:
-            raise CubeError(f"{self.path}: {key} is damaged ({error}); `minecube verify` says what else is") from error
+            raise CubeError(
+                f"{self.path}: {key} is damaged ({error}); `minecube verify` says what else is"
+            ) from error
 
     async def get_partial_values(self, prototype: Any, key_ranges: Any) -> list[Any]:
         """Read several objects or parts."""
@@ -206,7 +216,11 @@ class Objects:
 
     def list_with_delimiter(self) -> Mapping[str, Any]:
         """Return the first parts of all paths, in obstore's form."""
-        return {"common_prefixes": sorted({key.split("/")[0] for key in members(self.store) if "/" in key})}
+        return {
+            "common_prefixes": sorted(
+                {key.split("/")[0] for key in members(self.store) if "/" in key}
+            )
+        }
 
     def get(self, path: str) -> _Object:
         """Read an object.

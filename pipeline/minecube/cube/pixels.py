@@ -60,11 +60,15 @@ class Pixels:
         chunk, shard = array.chunks[-2:], array.shards[-2:]
         codec, summed = (None, False) if "://" in store else _codec(array.metadata.to_dict())
         fill, in_zip = array.metadata.fill_value, packed.is_packed(store)
-        return cls(store, path, array.shape, array.dtype, fill, chunk, shard, codec, summed, in_zip, watch)
+        return cls(
+            store, path, array.shape, array.dtype, fill, chunk, shard, codec, summed, in_zip, watch
+        )
 
     def cut(self, years: Sequence[int], y: int, x: int, size: int) -> npt.NDArray[Any]:
         """Read a window at year indices: [year, ..., size, size], fill value outside the site."""
-        rows, columns = (slice(at, min(at + size, n)) for at, n in zip((y, x), self.shape[-2:], strict=True))
+        rows, columns = (
+            slice(at, min(at + size, n)) for at, n in zip((y, x), self.shape[-2:], strict=True)
+        )
         out = np.empty((len(years), *self.shape[1:-2], size, size), self.dtype)
         out[..., rows.stop - y :, :] = out[..., columns.stop - x :] = self.fill
         self._fill(out[..., : rows.stop - y, : columns.stop - x], years, rows, columns, keep=True)
@@ -77,7 +81,11 @@ class Pixels:
         otherwise reading a whole site would gradually keep all its files in this process's memory.
         """
         first, *lead, down, across = key
-        inside = [slice(*p.indices(n)) for p, n in zip((down, across), self.shape[-2:], strict=True) if isinstance(p, slice)]
+        inside = [
+            slice(*p.indices(n))
+            for p, n in zip((down, across), self.shape[-2:], strict=True)
+            if isinstance(p, slice)
+        ]
         if [part.step for part in inside] != [1, 1]:
             found = self._array().oindex[key]
             self._check(np.arange(self.shape[0])[first].ravel().tolist())
@@ -91,7 +99,15 @@ class Pixels:
                 out = out[:, part]
         return out if years.ndim else out[0]
 
-    def _fill(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool) -> None:
+    def _fill(
+        self,
+        out: npt.NDArray[Any],
+        years: Sequence[int],
+        rows: slice,
+        columns: slice,
+        *,
+        keep: bool,
+    ) -> None:
         if self.codec is None:
             array = self._array()
             for n, year in enumerate(years):  # by slice: for indices, Zarr looks up each pixel
@@ -109,7 +125,15 @@ class Pixels:
         if self.watch is not None:
             self.watch.check(years)
 
-    def _unpack(self, out: npt.NDArray[Any], years: Sequence[int], rows: slice, columns: slice, *, keep: bool) -> None:
+    def _unpack(
+        self,
+        out: npt.NDArray[Any],
+        years: Sequence[int],
+        rows: slice,
+        columns: slice,
+        *,
+        keep: bool,
+    ) -> None:
         parts: list[tuple[npt.NDArray[Any], tuple[Any, ...], _Shard, int, int]] = []
         shards: dict[tuple[int, int, int], _Shard | None] = {}
         for n, year in enumerate(years):
@@ -125,18 +149,24 @@ class Pixels:
                         continue
                     file, (offset, length) = shard.file, shard.index[row][column]
                     if offset + length > shard.size:
-                        raise CubeError(f"{self.store}: {self.path} ends before its chunks do; run `minecube verify`")
+                        raise CubeError(
+                            f"{self.store}: {self.path} ends before its chunks do; run `minecube verify`"
+                        )
                     offset += shard.start
                     page = offset % mmap.PAGESIZE
                     file.madvise(mmap.MADV_WILLNEED, offset - page, length + page)
-                    parts.append((out[n][..., here, left], (..., there, right), shard, offset, length))
+                    parts.append(
+                        (out[n][..., here, left], (..., there, right), shard, offset, length)
+                    )
         chunk = np.empty((*self.shape[1:-2], *self.chunk), self.dtype)
         for target, inside, shard, offset, length in parts:
             try:
                 content = memoryview(shard.file)[offset : offset + length]
                 self.codec.decode(self._checked(content, shard, offset), out=chunk)
             except (RuntimeError, ValueError) as error:
-                raise CubeError(f"{self.store}: {self.path} has a damaged chunk ({error}); run `minecube verify`") from error
+                raise CubeError(
+                    f"{self.store}: {self.path} has a damaged chunk ({error}); run `minecube verify`"
+                ) from error
             target[...] = chunk[inside]
         for read in shards.values() if not keep else ():
             if read is not None:  # release the whole shard: the system also reads the surroundings
@@ -159,7 +189,9 @@ class Pixels:
 
     def _shard(self, year: int, down: int, across: int) -> _Shard | None:
         """Map a shard into memory; None if it holds fill value only."""
-        key = "/".join((self.path, "c", str(year), *("0" for _ in self.shape[1:-2]), str(down), str(across)))
+        key = "/".join(
+            (self.path, "c", str(year), *("0" for _ in self.shape[1:-2]), str(down), str(across))
+        )
         shape = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
         path = self.store.rstrip("/") if self.packed else f"{self.store}/{key}"
         try:
@@ -267,7 +299,9 @@ def _indexed(where: str, file: mmap.mmap, start: int, size: int, shape: tuple[in
     """Make a shard with its index, stored before the last four bytes (the index checksum)."""
     count = shape[0] * shape[1]
     if size < 16 * count + 4:
-        raise CubeError(f"{where}: is too short for a shard, so it is damaged; run `minecube verify`")
+        raise CubeError(
+            f"{where}: is too short for a shard, so it is damaged; run `minecube verify`"
+        )
     index = np.frombuffer(file[start + size - 16 * count - 4 : start + size - 4], "<u8")
     return _Shard(file, start, size, index.reshape(*shape, 2).tolist())
 
@@ -277,7 +311,10 @@ def _cuts(part: slice, chunk: int, shard: int) -> list[tuple[tuple[int, int], sl
     cuts = []
     for n in range(part.start // chunk, -(-part.stop // chunk)):
         first, last = max(part.start, n * chunk), min(part.stop, (n + 1) * chunk)
-        here, there = slice(first - part.start, last - part.start), slice(first - n * chunk, last - n * chunk)
+        here, there = (
+            slice(first - part.start, last - part.start),
+            slice(first - n * chunk, last - n * chunk),
+        )
         cuts.append((divmod(n, shard // chunk), here, there))
     return cuts
 
@@ -288,7 +325,10 @@ def _codec(metadata: Any) -> tuple[Any, bool]:
     Arrays packed in another way than the template's have no decoder (None).
     """
     (sharding,) = metadata["codecs"]
-    if sharding["name"] != "sharding_indexed" or sharding["configuration"].get("index_location", "end") != "end":
+    if (
+        sharding["name"] != "sharding_indexed"
+        or sharding["configuration"].get("index_location", "end") != "end"
+    ):
         return None, False
     inner = [codec["name"] for codec in sharding["configuration"]["codecs"]]
     index = [codec["name"] for codec in sharding["configuration"]["index_codecs"]]

@@ -45,7 +45,10 @@ from minecube.cube.template import geozarr, grid_in
 from minecube.errors import CubeError
 
 View = tuple[int, ...]
-_LONG_NAMES = {"probability": "mine probability x 250", "change": "probability of change between two years x 250"}
+_LONG_NAMES = {
+    "probability": "mine probability x 250",
+    "change": "probability of change between two years x 250",
+}
 
 
 class Rows(Protocol):
@@ -82,7 +85,9 @@ class Prediction:
 
     def __post_init__(self) -> None:
         if self.variable not in _LONG_NAMES:
-            raise CubeError(f"expected a prediction of {' or '.join(_LONG_NAMES)}, found {self.variable!r}")
+            raise CubeError(
+                f"expected a prediction of {' or '.join(_LONG_NAMES)}, found {self.variable!r}"
+            )
 
 
 def write_prediction(
@@ -139,12 +144,20 @@ def write_prediction(
                 lock.check()
                 done[_label(view)] = {"builds": _of(view, now), "computed": prediction.computed}
                 sums = {**written, **_sums(target, group.path)}
-                group.attrs.put(sealed({**group.attrs, "done": done, "checksums": sums}))  # the commit
+                group.attrs.put(
+                    sealed({**group.attrs, "done": done, "checksums": sums})
+                )  # the commit
     return todo
 
 
 def write_probability(
-    store: str, site_id: str, model: str, probability: xr.DataArray, card: Mapping[str, Any], *, made_of: str | None = None
+    store: str,
+    site_id: str,
+    model: str,
+    probability: xr.DataArray,
+    card: Mapping[str, Any],
+    *,
+    made_of: str | None = None,
 ) -> None:
     """Write a model's mine probability into its own group, replacing an older one.
 
@@ -174,8 +187,18 @@ def write_probability(
             yield Whole(view, probability.sel(year=list(view)).to_numpy()[None])
 
     views = [(int(year),) for year in probability["year"]]
-    origin = {"made_of": {"prediction": made_of, "digest": _maker(store, site_id, made_of)}} if made_of else {}
-    write_prediction(store, site_id, Prediction(model=model, views=views, about={**card, **origin}), rows, overwrite=True)
+    origin = (
+        {"made_of": {"prediction": made_of, "digest": _maker(store, site_id, made_of)}}
+        if made_of
+        else {}
+    )
+    write_prediction(
+        store,
+        site_id,
+        Prediction(model=model, views=views, about={**card, **origin}),
+        rows,
+        overwrite=True,
+    )
 
 
 def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
@@ -189,7 +212,11 @@ def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
     unmapped = set(_pixels(store, site_id)) - {str(year) for year in probability["year"].to_numpy()}
     if unmapped:
         raise _stale(store, site_id, model, min(unmapped))
-    return probability if probability.indexes["year"].is_monotonic_increasing else probability.sortby("year")
+    return (
+        probability
+        if probability.indexes["year"].is_monotonic_increasing
+        else probability.sortby("year")
+    )
 
 
 def open_change(store: str, site_id: str, model: str) -> xr.DataArray:
@@ -217,7 +244,9 @@ def mapped_by(store: str, site_id: str, model: str) -> str:
 def _group(store: str, site_id: str, model: str) -> zarr.Group:
     path = f"{site_id}/predictions/{model}"
     if not exists(store, path):
-        raise CubeError(f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first")
+        raise CubeError(
+            f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first"
+        )
     return group_of(store, path)
 
 
@@ -226,7 +255,9 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
     attrs = dict(group.attrs)
     views, done, now = _views(attrs), attrs.get("done", {}), _pixels(store, site_id)
     if views and attrs["variable"] != variable:
-        raise CubeError(f"{store}: {model!r} maps {attrs['variable']}, not {variable}; name a model that does")
+        raise CubeError(
+            f"{store}: {model!r} maps {attrs['variable']}, not {variable}; name a model that does"
+        )
     lacking = unmapped(attrs, now)
     if not done or lacking or group[variable].shape[0] != len(_axis(variable, views)):
         rest = "those that were begun last" if done else "all"
@@ -234,8 +265,17 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
             f"{store}: {model!r} has not mapped {site_id} to its end: of {len(views) or 'its'} maps lack "
             f"{', '.join(lacking) or rest}; run `minecube predict` again, it goes on from there"
         )
-    mapped_from = {year: build.partition(":")[0] for of in done.values() for year, build in of["builds"].items()}
-    changed = [year for of in done.values() for year, build in of["builds"].items() if now.get(year) != build]
+    mapped_from = {
+        year: build.partition(":")[0]
+        for of in done.values()
+        for year, build in of["builds"].items()
+    }
+    changed = [
+        year
+        for of in done.values()
+        for year, build in of["builds"].items()
+        if now.get(year) != build
+    ]
     if changed:
         raise _stale(store, site_id, model, min(changed))
     origin = attrs["model"].get("made_of")
@@ -257,7 +297,9 @@ def _maker(store: str, site_id: str, model: str) -> str | None:
 
 
 def _stale(store: str, site_id: str, model: str, year: str) -> CubeError:
-    return CubeError(f"{store}: {model!r} mapped {site_id} before {year} was built as it is now; run `minecube predict` again")
+    return CubeError(
+        f"{store}: {model!r} mapped {site_id} before {year} was built as it is now; run `minecube predict` again"
+    )
 
 
 def _pixels(store: str, site_id: str) -> dict[str, str]:
@@ -284,11 +326,19 @@ def _axis(variable: str, views: Sequence[View]) -> list[Any]:
 def _places(variable: str, views: Sequence[View]) -> dict[View, list[int]]:
     """Return the indices of each view on the first axis."""
     axis = _axis(variable, views)
-    return {view: [axis.index(v) for v in ([view] if variable == "change" else view)] for view in views}
+    return {
+        view: [axis.index(v) for v in ([view] if variable == "change" else view)] for view in views
+    }
 
 
 def _begin(
-    store: str, site_id: str, prediction: Prediction, target: Summing, now: Mapping[str, str], *, overwrite: bool
+    store: str,
+    site_id: str,
+    prediction: Prediction,
+    target: Summing,
+    now: Mapping[str, str],
+    *,
+    overwrite: bool,
 ) -> tuple[zarr.Group, dict[str, Any]]:
     """Open the group with room for all views. Returns the group and its complete, current views.
 
@@ -304,15 +354,25 @@ def _begin(
         attrs, views = {}, list(prediction.views)
         _template(store, site_id, prediction, target)
     group = zarr.open_group(target, path=path, mode="r+", use_consolidated=False)
-    kept = {name: of for name, of in attrs.get("done", {}).items() if of["builds"] == _of(map(int, name.split("-")), now)}
+    kept = {
+        name: of
+        for name, of in attrs.get("done", {}).items()
+        if of["builds"] == _of(map(int, name.split("-")), now)
+    }
     if attrs and (kept, views) == (attrs["done"], old) and _fits(group, variable, views):
         return group, kept
-    again = {n for view, at in _places(variable, views).items() if _label(view) not in kept for n in at}
+    again = {
+        n for view, at in _places(variable, views).items() if _label(view) not in kept for n in at
+    }
     if not fresh:
         _grow(group, variable, views)
     sums = {**attrs.get("checksums", {}), **_sums(target, path)}
     sums = {key: value for key, value in sums.items() if place_of(key) not in again}
-    about = {"model": dict(prediction.about), "variable": variable, "views": [list(view) for view in views]}
+    about = {
+        "model": dict(prediction.about),
+        "variable": variable,
+        "views": [list(view) for view in views],
+    }
     group.attrs.put(sealed({**group.attrs, **about, "done": kept, "checksums": sums}))
     return group, kept
 
@@ -324,7 +384,11 @@ def _sums(target: Summing, path: str) -> dict[str, list[Any]]:
 def place_of(key: str) -> int | None:
     """Return the first index of a shard, from its key in the group; None for other objects."""
     variable, *rest = key.split("/")
-    return int(rest[1]) if variable in _LONG_NAMES and rest[:1] == ["c"] and rest[1].isdigit() else None
+    return (
+        int(rest[1])
+        if variable in _LONG_NAMES and rest[:1] == ["c"] and rest[1].isdigit()
+        else None
+    )
 
 
 def places(attrs: Mapping[str, Any]) -> dict[int, bool]:
@@ -333,7 +397,9 @@ def places(attrs: Mapping[str, Any]) -> dict[int, bool]:
     `attrs` are the attributes of a prediction's group.
     """
     at = _places(attrs.get("variable", ""), _views(attrs))
-    return {n: _label(view) in attrs.get("done", {}) for view, indices in at.items() for n in indices}
+    return {
+        n: _label(view) in attrs.get("done", {}) for view, indices in at.items() for n in indices
+    }
 
 
 def unmapped(attrs: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
@@ -342,7 +408,11 @@ def unmapped(attrs: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     `attrs` are the attributes of a prediction's group.
     """
     done = attrs.get("done", {})
-    return [_label(view) for view in _views(attrs) if _label(view) not in done and len(_of(view, now)) == len(view)]
+    return [
+        _label(view)
+        for view in _views(attrs)
+        if _label(view) not in done and len(_of(view, now)) == len(view)
+    ]
 
 
 def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
@@ -360,7 +430,10 @@ def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
     attrs = dict(group.attrs)
     if attrs != sealed(attrs):
         return {}
-    if digest(attrs.get("model")) != digest(dict(prediction.about)) or attrs.get("variable") != prediction.variable:
+    if (
+        digest(attrs.get("model")) != digest(dict(prediction.about))
+        or attrs.get("variable") != prediction.variable
+    ):
         raise CubeError(
             f"{store}: {path} was made by another model; choose another --name, or replace that prediction with --overwrite"
         )
@@ -380,13 +453,22 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
         # Pairs are many and take one byte per pixel. Shards of two blocks' side keep the files few.
         side, lead, dims = 2 * side, (len(prediction.classes),), ("pair", "class", "y", "x")
         coords["class"] = np.asarray(prediction.classes, dtype=object)
-    coords |= {name: (dims[0], np.array(values, np.int64)) for name, values in _coordinates(variable, prediction.views).items()}
-    empty = dask.array.full((len(axis), *lead, *grid.shape), 255, dtype="uint8", chunks=(1, *lead, side, side))
+    coords |= {
+        name: (dims[0], np.array(values, np.int64))
+        for name, values in _coordinates(variable, prediction.views).items()
+    }
+    empty = dask.array.full(
+        (len(axis), *lead, *grid.shape), 255, dtype="uint8", chunks=(1, *lead, side, side)
+    )
     described = {"long_name": _LONG_NAMES[variable], "nodata": 255, "grid_mapping": "spatial_ref"}
     dataset = xr.Dataset({variable: (dims, empty, described)}, coords=coords, attrs=geozarr(grid))
     if side % (2 * chunk) == 0:  # Zarr takes half a millisecond per chunk, also for a small one
         chunk *= 2
-    shape = {"chunks": (1, *lead, chunk, chunk), "shards": (1, *lead, side, side), "fill_value": 255}
+    shape = {
+        "chunks": (1, *lead, chunk, chunk),
+        "shards": (1, *lead, side, side),
+        "fill_value": 255,
+    }
     path = f"{site_id}/predictions/{prediction.model}"
     begin_group(store, path, {})
     dataset.to_zarr(
@@ -403,12 +485,18 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
 def _coordinates(variable: str, views: Sequence[View]) -> dict[str, list[int]]:
     """Return the coordinates along the first axis."""
     axis = _axis(variable, views)
-    return {"first": [v[0] for v in axis], "second": [v[1] for v in axis]} if variable == "change" else {"year": axis}
+    return (
+        {"first": [v[0] for v in axis], "second": [v[1] for v in axis]}
+        if variable == "change"
+        else {"year": axis}
+    )
 
 
 def _fits(group: zarr.Group, variable: str, views: Sequence[View]) -> bool:
     """Whether the group has room for exactly these views, under their names."""
-    named = all(group[name][:].tolist() == values for name, values in _coordinates(variable, views).items())
+    named = all(
+        group[name][:].tolist() == values for name, values in _coordinates(variable, views).items()
+    )
     return named and group[variable].shape[0] == len(_axis(variable, views))
 
 
@@ -436,14 +524,21 @@ def _by_view(
             given = next(rows, None)
             if given is None or given.view != view or given.y != at:
                 found = "none" if given is None else f"row {given.y} of {_label(given.view)}"
-                raise CubeError(f"expected row {at} of {_label(view)}, found {found}; this map is not committed")
+                raise CubeError(
+                    f"expected row {at} of {_label(view)}, found {found}; this map is not committed"
+                )
             done = 0
             while done < given.values.shape[-2]:
                 first = at // side * side
                 if at == first:
-                    gathered = np.empty((*given.values.shape[:2], min(side, height - first), array.shape[-1]), np.uint8)
+                    gathered = np.empty(
+                        (*given.values.shape[:2], min(side, height - first), array.shape[-1]),
+                        np.uint8,
+                    )
                 count = min(given.values.shape[-2] - done, first + gathered.shape[-2] - at)
-                gathered[..., at - first : at - first + count, :] = given.values[..., done : done + count, :]
+                gathered[..., at - first : at - first + count, :] = given.values[
+                    ..., done : done + count, :
+                ]
                 at, done = at + count, done + count
                 if at == first + gathered.shape[-2]:
                     yield first, gathered
@@ -455,4 +550,6 @@ def _by_view(
 def _put(array: zarr.Array, at: Sequence[int], y: int, values: npt.NDArray[np.uint8]) -> None:
     place = (slice(y, y + values.shape[-2]), slice(None))
     for n, of_one in zip(at, values, strict=True):
-        array[(n, *(slice(None) for _ in range(array.ndim - 3)), *place)] = of_one if array.ndim == 4 else of_one[0]
+        array[(n, *(slice(None) for _ in range(array.ndim - 3)), *place)] = (
+            of_one if array.ndim == 4 else of_one[0]
+        )

@@ -26,7 +26,18 @@ import zarr
 
 from minecube.catalog import recipe_of
 from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, note_incomplete, run_of, staged_year
-from minecube.cube.store import NAMED, Summing, begin_group, group_at, group_of, objects, sealed, site_group, sum_of, summing
+from minecube.cube.store import (
+    NAMED,
+    Summing,
+    begin_group,
+    group_at,
+    group_of,
+    objects,
+    sealed,
+    site_group,
+    sum_of,
+    summing,
+)
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -59,7 +70,9 @@ class Staging:
         """Shard, relative to this group -> size and SHA-256."""
         return dict(self.group.attrs["checksums"])
 
-    def note(self, blocks: Sequence[str], checksums: Mapping[str, Any], counts: bytes | None) -> None:
+    def note(
+        self, blocks: Sequence[str], checksums: Mapping[str, Any], counts: bytes | None
+    ) -> None:
         """Note blocks as done, with their read counts, in one write: both are kept or neither."""
         noted: dict[str, Any] = {"blocks": list(blocks), "checksums": dict(checksums)}
         if counts is not None:
@@ -74,12 +87,18 @@ class Staging:
         for name, content in blobs.items():
             put_bytes(self.group, name, content)
         written = self.target.below(self.group.path, self.group.path)
-        kept = {f"builds/{self.year}/{key}": value for key, value in written.items() if key.split("/")[0] in blobs}
+        kept = {
+            f"builds/{self.year}/{key}": value
+            for key, value in written.items()
+            if key.split("/")[0] in blobs
+        }
         index = year_index(site_group(self.store, self.site_id, "r"), self.year)
         for key, value in self.checksums.items():
             kept[_placed_key(key, index)] = value
         made = sealed({**provenance, "checksums": kept})
-        marker = zarr.open_group(self.target, path=f"{self.site_id}/builds/{self.year}", mode="a", use_consolidated=False)
+        marker = zarr.open_group(
+            self.target, path=f"{self.site_id}/builds/{self.year}", mode="a", use_consolidated=False
+        )
         marker.attrs.put({PLACING: {"made": made, "staging": self.group.path}})  # the commit
         finish(self.store, self.site_id, self.year)
 
@@ -92,7 +111,9 @@ def year_index(group: zarr.Group, year: int) -> int:
     """
     there = [int(y) for y in group["year"][:]]
     if year not in there:
-        raise CubeError(f"year {year} is not in the cube, which has {there[0]}..{there[-1]}; build it first")
+        raise CubeError(
+            f"year {year} is not in the cube, which has {there[0]}..{there[-1]}; build it first"
+        )
     return there.index(year)
 
 
@@ -102,7 +123,9 @@ def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
     group.create_array(name, data=data, overwrite=True, dimension_names=(f"byte_of_{name}",))
 
 
-def open_staging(store: str, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None) -> Staging:
+def open_staging(
+    store: str, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None
+) -> Staging:
     """Open the staging group of a run, with the blocks left by an earlier process of the same run.
 
     Args:
@@ -135,11 +158,18 @@ def open_staging(store: str, site_id: str, year: int, names: Sequence[str], run:
 def _is_resumable(store: str, path: str, group: zarr.Group, before: bytes | None) -> bool:
     """Whether the read counts equal `before` and all noted shards exist with their sizes."""
     counts = counts_of(group)
-    if "blocks" not in group.attrs or counts != before or ("reads" in group.attrs and counts is None):
+    if (
+        "blocks" not in group.attrs
+        or counts != before
+        or ("reads" in group.attrs and counts is None)
+    ):
         return False
     raw = objects(store)
     try:
-        return all(raw.head(f"{path}/{key}")["size"] == size for key, (size, _) in group.attrs["checksums"].items())
+        return all(
+            raw.head(f"{path}/{key}")["size"] == size
+            for key, (size, _) in group.attrs["checksums"].items()
+        )
     except FileNotFoundError:
         return False
 
@@ -171,7 +201,9 @@ def counts_of(group: zarr.Group) -> bytes | None:
 
 def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
     """Return the read counts of an interrupted run of the same build; None if missing."""
-    group = group_at(store, staging_path(provenance["site"], provenance["year"], run_of(provenance)))
+    group = group_at(
+        store, staging_path(provenance["site"], provenance["year"], run_of(provenance))
+    )
     return None if group is None else counts_of(group)
 
 
@@ -221,8 +253,16 @@ def finish(store: str, site_id: str, year: int) -> None:
     for key in sorted({*made["checksums"], *_shard_keys(cube, index)}):
         if key not in made["checksums"]:
             _delete(store, [f"{site_id}/{key}"])  # of the replaced year
-        elif not _place(store, f"{staged}/{_staged_key(key)}", f"{site_id}/{key}", made["checksums"][key]):
-            log.warning("%s: %s %s lost %s before it was in place; the year is built again", store, site_id, year, key)
+        elif not _place(
+            store, f"{staged}/{_staged_key(key)}", f"{site_id}/{key}", made["checksums"][key]
+        ):
+            log.warning(
+                "%s: %s %s lost %s before it was in place; the year is built again",
+                store,
+                site_id,
+                year,
+                key,
+            )
             withdraw(store, site_id, year)
             return
     if "reads" in made:
@@ -270,10 +310,14 @@ def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
     """Yield the keys of all possible shards of a year, in the variables written by builds."""
     for name in built_names(cube):
         array = cube[name]
-        rows, columns = (-(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True))
+        rows, columns = (
+            -(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True)
+        )
         for row in range(rows):
             for column in range(columns):
-                key = array.metadata.encode_chunk_key((index, *(0,) * (array.ndim - 3), row, column))
+                key = array.metadata.encode_chunk_key(
+                    (index, *(0,) * (array.ndim - 3), row, column)
+                )
                 yield f"{name}/{key}"
 
 
@@ -306,7 +350,9 @@ def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> 
     except CubeError:
         attrs = {}
     if judged is not None and attrs.get("sha256") not in (judged, None):
-        raise BusyError(f"{store}: {site_id} {year} was built again since it was verified; verify it again")
+        raise BusyError(
+            f"{store}: {site_id} {year} was built again since it was verified; verify it again"
+        )
     listed = attrs.get(WITHDRAWN, attrs.get(PLACING, {}).get("made", attrs).get("checksums", ()))
     pixels = [key for key in listed if not key.startswith("builds/")]
     begin_group(store, path, {WITHDRAWN: pixels})

@@ -44,15 +44,21 @@ def folder_of(store: str) -> Path | None:
             bucket.
     """
     if not store.strip():
-        raise CubeError("the store has no name; name a folder, or an object store such as s3://bucket/cubes.zarr")
+        raise CubeError(
+            "the store has no name; name a folder, or an object store such as s3://bucket/cubes.zarr"
+        )
     scheme, colon, place = store.partition("://")
     if not colon:
         return Path(store)
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise CubeError(f"{store}: expected a folder or a URL that begins with {known}; found {scheme}://")
+        raise CubeError(
+            f"{store}: expected a folder or a URL that begins with {known}; found {scheme}://"
+        )
     if not place.strip("/"):
-        raise CubeError(f"{store}: names no bucket; expected a URL such as {scheme}://bucket/cubes.zarr")
+        raise CubeError(
+            f"{store}: names no bucket; expected a URL such as {scheme}://bucket/cubes.zarr"
+        )
     return None
 
 
@@ -88,8 +94,14 @@ def _check_endpoint(url: str) -> None:
     """Raise CubeError if an S3 endpoint is no URL: obstore 0.12 panics and prints pages."""
     for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
         endpoint = os.environ.get(variable, "")
-        if url.startswith("s3://") and endpoint and not endpoint.startswith(("https://", "http://")):
-            raise CubeError(f"{variable} is {endpoint!r}; expected the URL of an endpoint such as https://s3.example.org")
+        if (
+            url.startswith("s3://")
+            and endpoint
+            and not endpoint.startswith(("https://", "http://"))
+        ):
+            raise CubeError(
+                f"{variable} is {endpoint!r}; expected the URL of an endpoint such as https://s3.example.org"
+            )
 
 
 def check_answers(store: str) -> None:
@@ -102,7 +114,9 @@ def check_answers(store: str) -> None:
     """
     if folder_of(store) is None:
         _check_endpoint(store)
-        hurried = from_url(store, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=_ANSWERS_S)})
+        hurried = from_url(
+            store, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=_ANSWERS_S)}
+        )
         next(iter(obstore.list(hurried, chunk_size=1)), None)
 
 
@@ -168,7 +182,9 @@ class Summing(WrapperStore):  # type: ignore[misc]
     def below(self, path: str, within: str) -> dict[str, list[Any]]:
         """Return the sums of objects below `path`, with keys relative to the group `within`."""
         # Iterate over a copy, because other threads add keys meanwhile.
-        found = sorted((key, value) for key, value in list(self.sums.items()) if key.startswith(f"{path}/"))
+        found = sorted(
+            (key, value) for key, value in list(self.sums.items()) if key.startswith(f"{path}/")
+        )
         return {key.removeprefix(f"{within}/"): value for key, value in found}
 
 
@@ -205,7 +221,9 @@ def exists(store: str, path: str) -> bool:
     if folder is not None and not folder.exists():
         return False
     if folder is not None and folder.is_file() and not is_packed(store):
-        raise CubeError(f"{store}: is a file; expected a folder, the URL of one, or a packed store, whose name ends in .zip")
+        raise CubeError(
+            f"{store}: is a file; expected a folder, the URL of one, or a packed store, whose name ends in .zip"
+        )
     try:
         group_of(store, path)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
@@ -288,10 +306,14 @@ def site_group(store: str, site_id: str, mode: str) -> zarr.Group:
         raise CubeError(f"{store}: no site {site_id!r}; it has {there}")
     group = group_of(store, site_id, mode)
     if is_being_made(group):
-        raise CubeError(f"{store}: {site_id} is being created, or a run was killed then; run `minecube build` again")
+        raise CubeError(
+            f"{store}: {site_id} is being created, or a run was killed then; run `minecube build` again"
+        )
     known = group.attrs.get(NAMED, {})
     if known.get("format") != FORMAT:
-        raise CubeError(f"{store}: group {site_id!r} was not made by this version of minecube; use another --store")
+        raise CubeError(
+            f"{store}: group {site_id!r} was not made by this version of minecube; use another --store"
+        )
     return group
 
 
@@ -309,7 +331,9 @@ def sites(store: str) -> list[str]:
         for path in sorted(raw.list_with_delimiter()["common_prefixes"]):
             name = path.rstrip("/")
             try:
-                attributes = json.loads(bytes(raw.get(f"{name}/zarr.json").bytes())).get("attributes", {})
+                attributes = json.loads(bytes(raw.get(f"{name}/zarr.json").bytes())).get(
+                    "attributes", {}
+                )
             except FileNotFoundError:
                 continue
             if attributes.get(NAMED, {"format": BEING_MADE}) != {"format": BEING_MADE}:

@@ -23,13 +23,24 @@ LABELLING = "labelling"
 """Attribute of label arrays: years being written, not to be read."""
 WRITTEN_LATER = ("origin", "checksums", LABELLING, "sha256")
 """Attributes of arrays written with their pixels, not with the template."""
-GEOZARR = ("zarr_conventions", "proj:code", "spatial:dimensions", "spatial:transform", "spatial:shape", "spatial:bbox")
+GEOZARR = (
+    "zarr_conventions",
+    "proj:code",
+    "spatial:dimensions",
+    "spatial:transform",
+    "spatial:shape",
+    "spatial:bbox",
+)
 """Attributes of a site's group with its location."""
 
 FRACTION = "footprint_fraction"
 LABELS = ("footprint", FRACTION)
 """Variables for labels."""
-FRACTION_ATTRS = {"long_name": "share of the pixel that is mine x 250", "units": "0.004", "nodata": 255}
+FRACTION_ATTRS = {
+    "long_name": "share of the pixel that is mine x 250",
+    "units": "0.004",
+    "nodata": 255,
+}
 
 
 def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
@@ -41,17 +52,32 @@ def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
     bands = len(recipe.bands)
     mapped = {"grid_mapping": "spatial_ref"}
 
-    def empty(fill: float, dtype: str, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
-        return ("year", "y", "x"), dask.array.full(shape, fill, dtype=dtype, chunks=block), {**attrs, **mapped}
+    def empty(
+        fill: float, dtype: str, attrs: dict[str, Any]
+    ) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
+        return (
+            ("year", "y", "x"),
+            dask.array.full(shape, fill, dtype=dtype, chunks=block),
+            {**attrs, **mapped},
+        )
 
-    reflectance = dask.array.zeros((shape[0], bands, *shape[1:]), dtype="uint16", chunks=(1, bands, *block[1:]))
+    reflectance = dask.array.zeros(
+        (shape[0], bands, *shape[1:]), dtype="uint16", chunks=(1, bands, *block[1:])
+    )
     described = {"long_name": "surface reflectance x 10000", "units": "1e-4", "nodata": 0, **mapped}
-    flags = {"flag_values": list(range(len(QUALITY))), "flag_meanings": " ".join(m.replace(" ", "_") for m in QUALITY)}
+    flags = {
+        "flag_values": list(range(len(QUALITY))),
+        "flag_meanings": " ".join(m.replace(" ", "_") for m in QUALITY),
+    }
     layers = {
         name: empty(
             fill_of(layer.dtype),
             layer.dtype,
-            {"long_name": layer.long_name, "units": layer.units, **({"nodata": 0} | flags if name == "quality" else {})},
+            {
+                "long_name": layer.long_name,
+                "units": layer.units,
+                **({"nodata": 0} | flags if name == "quality" else {}),
+            },
         )
         for name, layer in recipe.layers.items()
     }
@@ -63,12 +89,20 @@ def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
             "footprint": empty(
                 255,
                 "uint8",
-                {"long_name": "mine footprint: 1 mine, 0 not mine, 255 unknown", "nodata": 255, "flag_values": [0, 1]},
+                {
+                    "long_name": "mine footprint: 1 mine, 0 not mine, 255 unknown",
+                    "nodata": 255,
+                    "flag_values": [0, 1],
+                },
             ),
             FRACTION: empty(255, "uint8", FRACTION_ATTRS),
         },
         # object becomes Zarr v3's `string`; fixed-length text has no specification there
-        coords={"year": np.asarray(years, dtype=np.int64), "band": np.asarray(recipe.bands, dtype=object), **coords},
+        coords={
+            "year": np.asarray(years, dtype=np.int64),
+            "band": np.asarray(recipe.bands, dtype=object),
+            **coords,
+        },
     )
 
 
@@ -107,7 +141,10 @@ def identities(store: str, site_id: str, group: zarr.Group) -> dict[str, str]:
     """Return the `identity` of each array of a group, by name."""
     stored = objects(store)
     names = sorted(name for name, _ in group.arrays())
-    return {n: identity(json.loads(bytes(stored.get(f"{site_id}/{n}/zarr.json").bytes()))) for n in names}
+    return {
+        n: identity(json.loads(bytes(stored.get(f"{site_id}/{n}/zarr.json").bytes())))
+        for n in names
+    }
 
 
 def group_digest(attrs: Mapping[str, Any]) -> str:
@@ -129,8 +166,16 @@ def seal_group(group: zarr.Group) -> None:
 
 def begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
     """Note labels of these years (index -> year) as being written, and forget their checksums."""
-    kept = {k: s for k, s in array.attrs.get("checksums", {}).items() if int(k.split("/")[2]) not in years}
-    noted = {"origin": array.attrs.get("origin", ""), "checksums": kept, LABELLING: sorted(years.values())}
+    kept = {
+        k: s
+        for k, s in array.attrs.get("checksums", {}).items()
+        if int(k.split("/")[2]) not in years
+    }
+    noted = {
+        "origin": array.attrs.get("origin", ""),
+        "checksums": kept,
+        LABELLING: sorted(years.values()),
+    }
     array.attrs.put({**array.attrs, **sealed(noted)})  # `update` would write one by one
 
 
@@ -149,9 +194,15 @@ def need_labels(store: str, site_id: str) -> None:
 def note_labels(array: zarr.Array, target: Summing, origin: str) -> None:
     """Note the origin of finished labels and the checksums of their shards."""
     name = array.path.rpartition("/")[2]
-    new = {k: s for k, s in target.below(array.path, array.path.removesuffix(f"/{name}")).items() if "/c/" in k}
+    new = {
+        k: s
+        for k, s in target.below(array.path, array.path.removesuffix(f"/{name}")).items()
+        if "/c/" in k
+    }
     checksums = dict(sorted({**array.attrs["checksums"], **new}.items()))
-    array.attrs.put({**array.attrs, **sealed({"origin": origin, "checksums": checksums, LABELLING: []})})
+    array.attrs.put(
+        {**array.attrs, **sealed({"origin": origin, "checksums": checksums, LABELLING: []})}
+    )
 
 
 def geozarr(grid: GeoBox) -> dict[str, Any]:
@@ -172,9 +223,17 @@ def geozarr(grid: GeoBox) -> dict[str, Any]:
     return {
         "zarr_conventions": [
             convention(
-                "geo-proj", "proj:", "f17cb550-5864-4468-aeb7-f3180cfb622f", "Coordinate reference system of the arrays"
+                "geo-proj",
+                "proj:",
+                "f17cb550-5864-4468-aeb7-f3180cfb622f",
+                "Coordinate reference system of the arrays",
             ),
-            convention("spatial", "spatial:", "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4", "From array indices to coordinates"),
+            convention(
+                "spatial",
+                "spatial:",
+                "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4",
+                "From array indices to coordinates",
+            ),
         ],
         "proj:code": f"EPSG:{grid.crs.epsg}",
         "spatial:dimensions": ["y", "x"],

@@ -33,7 +33,15 @@ from odc.geo.geobox import GeoBox
 from zarr.core.buffer import default_buffer_prototype
 
 from minecube.catalog import FALLBACKS, Recipe, recipe_of
-from minecube.cube.builds import PLACING, WITHDRAWN, build_id, is_staged, pixels_of, staged_year, used_scenes
+from minecube.cube.builds import (
+    PLACING,
+    WITHDRAWN,
+    build_id,
+    is_staged,
+    pixels_of,
+    staged_year,
+    used_scenes,
+)
 from minecube.cube.packed import is_packed
 from minecube.cube.predictions import place_of, places, unmapped
 from minecube.cube.store import BEING_MADE, FORMAT, NAMED, folder_of, objects, sealed, sum_of
@@ -50,7 +58,14 @@ from minecube.cube.template import (
 )
 from minecube.errors import CubeError, MinecubeError
 
-_SETTLED = ("zarr_format", "node_type", "data_type", "dimension_names", "fill_value", "chunk_key_encoding")
+_SETTLED = (
+    "zarr_format",
+    "node_type",
+    "data_type",
+    "dimension_names",
+    "fill_value",
+    "chunk_key_encoding",
+)
 _CLEAR_KINDS = (1, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
 """Values of `quality` with observations counted in `clear_count`."""
 UNFINISHED = "unfinished"
@@ -104,7 +119,9 @@ class Report:
         for f in self.findings:
             if f.kind in ("unverifiable", UNFINISHED) or f.cure not in ("build", "site"):
                 continue
-            years.setdefault(f.site, set()).update(self.committed[f.site] if f.cure == "site" or f.year is None else [f.year])
+            years.setdefault(f.site, set()).update(
+                self.committed[f.site] if f.cure == "site" or f.year is None else [f.year]
+            )
         return {site: sorted(of) for site, of in sorted(years.items())}
 
 
@@ -143,7 +160,9 @@ def verify(
     known = {value[1]: f"{s.name} {_named(key)}" for s in sites for key, value in s.sums.items()}
     tasks = [(s.name, task) for s in sites for task in s.tasks(known)]
     with ThreadPoolExecutor(workers) as pool:
-        for done, ((name, _), found) in enumerate(zip(tasks, pool.map(lambda t: t[1](), tasks), strict=True), start=1):
+        for done, ((name, _), found) in enumerate(
+            zip(tasks, pool.map(lambda t: t[1](), tasks), strict=True), start=1
+        ):
             findings += found
             progress(done, len(tasks), name)
     for site in sites:
@@ -162,7 +181,9 @@ def _listed(store: str) -> dict[str, dict[str, int]]:
     folder = folder_of(store)
     if folder is not None and not (folder.is_dir() or is_packed(store)):
         found = "is a file" if folder.exists() else "there is no store"
-        raise CubeError(f"{store}: {found}; name the folder, or the URL, that `minecube build` was given as --store")
+        raise CubeError(
+            f"{store}: {found}; name the folder, or the URL, that `minecube build` was given as --store"
+        )
     groups: dict[str, dict[str, int]] = {}
     try:
         raw = objects(store)
@@ -171,10 +192,14 @@ def _listed(store: str) -> dict[str, dict[str, int]]:
                 name, _, path = entry["path"].partition("/")
                 groups.setdefault(name, {})[path] = entry["size"]
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
-        raise CubeError(f"{store}: cannot be listed ({error}); check its name, and the keys it needs") from error
+        raise CubeError(
+            f"{store}: cannot be listed ({error}); check its name, and the keys it needs"
+        ) from error
     ours = {name: files for name, files in groups.items() if _is_ours(raw, name, files)}
     if not ours:
-        raise CubeError(f"{store}: no site of minecube is in it, so there is nothing to verify; name another --store")
+        raise CubeError(
+            f"{store}: no site of minecube is in it, so there is nothing to verify; name another --store"
+        )
     return ours
 
 
@@ -205,7 +230,10 @@ def _json(content: Any) -> Any:
 def _attributes(content: Any) -> dict[str, Any] | None:
     """Return the attributes in a Zarr group's metadata; None if there is no valid group."""
     group = _json(content)
-    if not isinstance(group, dict) or (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
+    if not isinstance(group, dict) or (group.get("zarr_format"), group.get("node_type")) != (
+        3,
+        "group",
+    ):
         return None
     attrs = group.get("attributes")
     return attrs if isinstance(attrs, dict) else None
@@ -215,14 +243,25 @@ def _named(path: str) -> str:
     """Return a readable name of a shard, with variable and block; other paths as they are."""
     variable, c, place = path.partition("/c/")
     at = place.split("/")
-    return f"{variable.rpartition('/')[2]} block {at[-2]}/{at[-1]} ({path})" if c and len(at) > 2 else path
+    return (
+        f"{variable.rpartition('/')[2]} block {at[-2]}/{at[-1]} ({path})"
+        if c and len(at) > 2
+        else path
+    )
 
 
 def _empty_group(site: str, path: str, content: Any) -> Iterator[Finding]:
     found = _json(content)
     if content is None or found != {"attributes": {}, "zarr_format": 3, "node_type": "group"}:
         kind = "missing" if content is None else "damaged"
-        yield Finding(site=site, year=None, kind=kind, what=path, found="expected an empty Zarr group", cure="group")
+        yield Finding(
+            site=site,
+            year=None,
+            kind=kind,
+            what=path,
+            found="expected an empty Zarr group",
+            cure="group",
+        )
 
 
 Task = Callable[[], list[Finding]]
@@ -272,11 +311,27 @@ class _Site:
 
     def without_changed(self, findings: list[Finding]) -> list[Finding]:
         """Replace the findings about metadata written during the check by one `unfinished` each."""
-        changed = {key for key, content in self.judged.items() if _content(self.raw, f"{self.name}/{key}") != content}
+        changed = {
+            key
+            for key, content in self.judged.items()
+            if _content(self.raw, f"{self.name}/{key}") != content
+        }
         kept = [f for f in findings if f.site != self.name or _metadata_of(f) not in changed]
-        about = {_metadata_of(f): f for f in findings if f.site == self.name and _metadata_of(f) in changed}
+        about = {
+            _metadata_of(f): f
+            for f in findings
+            if f.site == self.name and _metadata_of(f) in changed
+        }
         for key, finding in sorted(about.items()):
-            kept.append(self._unfinished(key, "it was written while it was verified", finding.cure, finding.year, "verify"))
+            kept.append(
+                self._unfinished(
+                    key,
+                    "it was written while it was verified",
+                    finding.cure,
+                    finding.year,
+                    "verify",
+                )
+            )
         return kept
 
     def tasks(self, known: Mapping[str, str]) -> Iterator[Task]:
@@ -294,18 +349,26 @@ class _Site:
         for year in self.committed:
             yield partial(self._records, year)
 
-    def _unfinished(self, what: str, found: str, cure: str, year: int | None = None, command: str = "") -> Finding:
+    def _unfinished(
+        self, what: str, found: str, cure: str, year: int | None = None, command: str = ""
+    ) -> Finding:
         """Make a finding about remains of a run. `command` completes them (default: the cure)."""
         said = f"{found}; run `minecube {command or cure}` again, unless it is still running"
         return self._find(UNFINISHED, what, said, cure, year)
 
-    def _find(self, kind: str, what: str, found: str, cure: str, year: int | None = None) -> Finding:
+    def _find(
+        self, kind: str, what: str, found: str, cure: str, year: int | None = None
+    ) -> Finding:
         return Finding(site=self.name, year=year, kind=kind, what=what, found=found, cure=cure)
 
     def _place(self, key: str) -> tuple[int, int, int] | None:
         """Return the year index, row and column of a variable's shard; None for other objects."""
         parts = key.split("/")
-        if parts[1:2] != ["c"] or len(at := parts[2:]) < 3 or not all(part.isdigit() for part in at):
+        if (
+            parts[1:2] != ["c"]
+            or len(at := parts[2:]) < 3
+            or not all(part.isdigit() for part in at)
+        ):
             return None
         return int(at[0]), int(at[-2]), int(at[-1])
 
@@ -325,10 +388,18 @@ class _Site:
     # Metadata
 
     def _group(self) -> Iterator[Finding]:
-        names = {path.split("/")[0] for path in self.files if path.count("/") == 1 and path.endswith("/zarr.json")}
+        names = {
+            path.split("/")[0]
+            for path in self.files
+            if path.count("/") == 1 and path.endswith("/zarr.json")
+        }
         names -= {"builds", "predictions"}
-        contents = {name: _content(self.raw, f"{self.name}/{name}/zarr.json") for name in sorted(names)}
-        self.metadata = {name: content for name, content in contents.items() if isinstance(content, bytes)}
+        contents = {
+            name: _content(self.raw, f"{self.name}/{name}/zarr.json") for name in sorted(names)
+        }
+        self.metadata = {
+            name: content for name, content in contents.items() if isinstance(content, bytes)
+        }
         self.years = [int(y) for y in self._values("year", [])]
         attrs = _attributes(_content(self.raw, f"{self.name}/zarr.json")) or {}
         about = attrs.get(NAMED, {})
@@ -336,21 +407,38 @@ class _Site:
             yield self._unfinished("zarr.json", "the site's group was being created", "build")
             return
         if not isinstance(about, dict) or about.get("format") != FORMAT:
-            yield self._find("damaged", "zarr.json", "is not the metadata of a site of this version", "site")
+            yield self._find(
+                "damaged", "zarr.json", "is not the metadata of a site of this version", "site"
+            )
             return
         try:
             recipe = recipe_of(about["recipe"])
             grid = grid_in(attrs)
         except (MinecubeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            yield self._find("damaged", "zarr.json", f"recipe or place cannot be understood ({error})", "site")
+            yield self._find(
+                "damaged", "zarr.json", f"recipe or place cannot be understood ({error})", "site"
+            )
             return
-        if {"sha256", "arrays", "years"} & set(about) and about.get("sha256") != group_digest(attrs):
-            yield self._find("damaged", "zarr.json", "recipe or place is not what the group was made with", "site")
+        if {"sha256", "arrays", "years"} & set(about) and about.get("sha256") != group_digest(
+            attrs
+        ):
+            yield self._find(
+                "damaged",
+                "zarr.json",
+                "recipe or place is not what the group was made with",
+                "site",
+            )
         elif about.get("site") != self.name:
             yield self._find("foreign", "zarr.json", f"is of site {about.get('site')!r}", "site")
-        off = sorted(k for k, v in geozarr(grid).items() if k.startswith(("proj:", "spatial:")) and attrs.get(k) != v)
+        off = sorted(
+            k
+            for k, v in geozarr(grid).items()
+            if k.startswith(("proj:", "spatial:")) and attrs.get(k) != v
+        )
         if off:
-            yield self._find("contradictory", "zarr.json", f"{', '.join(off)} are not those of the grid", "site")
+            yield self._find(
+                "contradictory", "zarr.json", f"{', '.join(off)} are not those of the grid", "site"
+            )
         self.built |= {"reflectance", *recipe.layers}
         yield from self._arrays(grid, recipe, about)
         self.about, self.grid, self.lossy = about, grid, attrs.get("incomplete_reads", {})
@@ -364,58 +452,96 @@ class _Site:
         if growing:
             yield self._unfinished("year", "room for another year was being made", "build")
         if not named or sorted(set(named)) != named or (years != noted and not growing):
-            yield self._find("damaged", "year", f"expected {about.get('years', 'ascending years')}, found {years}", "site")
+            yield self._find(
+                "damaged",
+                "year",
+                f"expected {about.get('years', 'ascending years')}, found {years}",
+                "site",
+            )
         empty = template(grid, years or [2000], recipe)
         memory: dict[str, Any] = {}
         encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
         store = zarr.storage.MemoryStore(memory)
-        empty.to_zarr(store, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding)
-        self.expected = {n: json.loads(memory[f"{n}/zarr.json"].to_bytes()) for n in map(str, empty.variables)}
+        empty.to_zarr(
+            store, mode="w", compute=False, consolidated=False, zarr_format=3, encoding=encoding
+        )
+        self.expected = {
+            n: json.loads(memory[f"{n}/zarr.json"].to_bytes()) for n in map(str, empty.variables)
+        }
         for name in sorted({*self.expected, *identities}):
             held = _json(self.metadata.get(name))
             if name == FRACTION and name not in {*self.metadata, *identities}:
                 continue  # a cube of a version without fractions: the next labelling adds one
             if held is None:
                 kind = "damaged" if name in self.metadata else "missing"
-                yield self._find(kind, f"{name}/zarr.json", "without it no pixel of the variable can be read", "site")
+                yield self._find(
+                    kind,
+                    f"{name}/zarr.json",
+                    "without it no pixel of the variable can be read",
+                    "site",
+                )
                 continue
             asked = self.expected.get(name, held)
             keys = (*_SETTLED, *(("chunk_grid", "shape") if name in empty.data_vars else ()))
             off = [k for k in keys if held.get(k) != asked.get(k)]
             if off == ["shape"] and _has_more_years(held, asked):
-                yield self._unfinished(f"{name}/zarr.json", "room for another year was being made", "build")
+                yield self._unfinished(
+                    f"{name}/zarr.json", "room for another year was being made", "build"
+                )
             elif off:
                 said = "; ".join(f"{k} {held.get(k)}, expected {asked.get(k)}" for k in off)
                 yield self._find("damaged", f"{name}/zarr.json", said, "site")
             elif name in identities and identities[name] != identity(held):
-                yield self._find("damaged", f"{name}/zarr.json", "is not what the group was made with", "site")
+                yield self._find(
+                    "damaged", f"{name}/zarr.json", "is not what the group was made with", "site"
+                )
         for name in map(str, empty.coords):
             want = empty[name].to_numpy()
             got = self._values(name, None)
-            if name == "year" or (got is not None and got.shape == want.shape and (got == want).all()):
+            if name == "year" or (
+                got is not None and got.shape == want.shape and (got == want).all()
+            ):
                 continue
             why = "cannot be read" if got is None else "values are not those of the grid"
             yield self._find("damaged", name, f"coordinate: {why}", "site")
 
     def _values(self, name: str, default: Any) -> Any:
         """Read a small array as a whole; return the default if it cannot be read."""
-        contents = {path: _content(self.raw, f"{self.name}/{path}") for path in self.files if path.startswith(f"{name}/")}
+        contents = {
+            path: _content(self.raw, f"{self.name}/{path}")
+            for path in self.files
+            if path.startswith(f"{name}/")
+        }
         try:
             return _opened({path.removeprefix(f"{name}/"): c for path, c in contents.items()})[...]
         except Exception:  # zarr may raise anything on damaged bytes: the caller reports it
             return default
 
     def _markers(self) -> Iterator[Finding]:
-        seen = {int(p.split("/")[1]) for p in self.files if p.startswith("builds/") and p.split("/")[1].isdigit()}
+        seen = {
+            int(p.split("/")[1])
+            for p in self.files
+            if p.startswith("builds/") and p.split("/")[1].isdigit()
+        }
         if seen or "builds/zarr.json" in self.files:
-            yield from _empty_group(self.name, "builds/zarr.json", _content(self.raw, f"{self.name}/builds/zarr.json"))
+            yield from _empty_group(
+                self.name, "builds/zarr.json", _content(self.raw, f"{self.name}/builds/zarr.json")
+            )
         staged = {p.split("/")[1] for p in self.files if is_staged(p)}
         begun = {year for name in staged if (year := staged_year(name)) is not None}
         for name in sorted(staged):
             # The year may have been committed since the store was listed.
-            if any(_content(self.raw, f"{self.name}/{p}") is not None for p in self.files if p.startswith(f"builds/{name}/")):
-                yield self._unfinished(f"builds/{name}", "the year was being built", "build", staged_year(name))
-        stored = {at[0] for p in self.files if (at := self._place(p)) and p.split("/")[0] in self.built}
+            if any(
+                _content(self.raw, f"{self.name}/{p}") is not None
+                for p in self.files
+                if p.startswith(f"builds/{name}/")
+            ):
+                yield self._unfinished(
+                    f"builds/{name}", "the year was being built", "build", staged_year(name)
+                )
+        stored = {
+            at[0] for p in self.files if (at := self._place(p)) and p.split("/")[0] in self.built
+        }
         for year in sorted(seen | begun | {y for i in stored if (y := self._year(i)) is not None}):
             path = f"builds/{year}/zarr.json"
             content = _content(self.raw, f"{self.name}/{path}")
@@ -425,10 +551,14 @@ class _Site:
                 continue
             if attrs is None:
                 kind, said = (
-                    ("missing", "pixels are there, but") if content is None else ("damaged", "cannot be understood, so")
+                    ("missing", "pixels are there, but")
+                    if content is None
+                    else ("damaged", "cannot be understood, so")
                 )
                 self.committed[year] = {}
-                yield self._find(kind, path, f"{said} nothing says what the year is made of", "build", year)
+                yield self._find(
+                    kind, path, f"{said} nothing says what the year is made of", "build", year
+                )
                 continue
             if not attrs or ("building" in attrs and "build_id" not in attrs):
                 continue  # not built, or begun by an older version
@@ -458,16 +588,30 @@ class _Site:
         except (KeyError, TypeError, AttributeError):
             made = "none"
         if made != attrs["build_id"]:
-            yield damaged(f"says it is build {attrs['build_id']}, but what it is made of is build {made}")
+            yield damaged(
+                f"says it is build {attrs['build_id']}, but what it is made of is build {made}"
+            )
         if (attrs.get("site"), attrs.get("year")) != (self.name, year):
-            yield self._find("foreign", path, f"is that of {attrs.get('site')} {attrs.get('year')}", "build", year)
+            yield self._find(
+                "foreign",
+                path,
+                f"is that of {attrs.get('site')} {attrs.get('year')}",
+                "build",
+                year,
+            )
         if year not in self.years:
-            yield self._find("contradictory", path, f"the cube's years are {self.years}", "site", year)
+            yield self._find(
+                "contradictory", path, f"the cube's years are {self.years}", "site", year
+            )
             return
         at = {a[0] for key in attrs.get("checksums", {}) if (a := self._place(key))}
         if at - {self.years.index(year)}:
             yield self._find(
-                "contradictory", path, f"its pixels are at {sorted(at)} among the years {self.years}", "site", year
+                "contradictory",
+                path,
+                f"its pixels are at {sorted(at)} among the years {self.years}",
+                "site",
+                year,
             )
         yield from self._same_make(year, path, attrs)
 
@@ -477,11 +621,23 @@ class _Site:
             return
         theirs = {k: v for k, v in self.about["recipe"].items() if k != "title"}
         if {k: v for k, v in attrs.get("recipe", {}).items() if k != "title"} != theirs:
-            yield self._find("contradictory", path, "was made by another recipe than the site's group", "build", year)
+            yield self._find(
+                "contradictory",
+                path,
+                "was made by another recipe than the site's group",
+                "build",
+                year,
+            )
         grid = attrs.get("grid", {})
         here = (f"EPSG:{self.grid.crs.epsg}", list(self.grid.transform)[:6], list(self.grid.shape))
         if (grid.get("crs"), grid.get("transform"), grid.get("shape")) != here:
-            yield self._find("contradictory", path, "was made on another grid than the site's group", "build", year)
+            yield self._find(
+                "contradictory",
+                path,
+                "was made on another grid than the site's group",
+                "build",
+                year,
+            )
         share = attrs.get("reads", {}).get("completeness", 1.0)
         if self.lossy.get(str(year), 1.0) != share:
             said = f"incomplete_reads says {self.lossy.get(str(year), 1.0)}, the marker {share}"
@@ -496,7 +652,12 @@ class _Site:
             if not kept or name in self.built:
                 continue
             if "checksums" in kept and kept != sealed(kept):
-                yield self._find("damaged", f"{name}/zarr.json", "origin or checksums are not what was written", "label")
+                yield self._find(
+                    "damaged",
+                    f"{name}/zarr.json",
+                    "origin or checksums are not what was written",
+                    "label",
+                )
                 continue
             for year in kept.get(LABELLING, ()):
                 self.labelling.add(year)
@@ -504,7 +665,13 @@ class _Site:
             self.sums |= kept.get("checksums", {})
 
     def _predictions(self) -> Iterator[Finding]:
-        models = sorted({p.split("/")[1] for p in self.files if p.startswith("predictions/") and p.count("/") > 1})
+        models = sorted(
+            {
+                p.split("/")[1]
+                for p in self.files
+                if p.startswith("predictions/") and p.count("/") > 1
+            }
+        )
         if models:
             path = "predictions/zarr.json"
             yield from _empty_group(self.name, path, _content(self.raw, f"{self.name}/{path}"))
@@ -516,22 +683,39 @@ class _Site:
             if attrs is None or ("checksums" in attrs and attrs != sealed(attrs)):
                 yield self._find("damaged", path, "is not what was written", "predict")
             elif "model" not in attrs:
-                yield self._unfinished(f"predictions/{model}", "the map was being created", "predict")
+                yield self._unfinished(
+                    f"predictions/{model}", "the map was being created", "predict"
+                )
             elif "checksums" not in attrs:
-                yield self._find("unverifiable", path, "was made before checksums were kept", "predict")
+                yield self._find(
+                    "unverifiable", path, "was made before checksums were kept", "predict"
+                )
             else:
-                self.sums |= {f"predictions/{model}/{key}": value for key, value in attrs["checksums"].items()}
+                self.sums |= {
+                    f"predictions/{model}/{key}": value for key, value in attrs["checksums"].items()
+                }
                 self.mapped[model] = places(attrs)
                 lacking = unmapped(attrs, now)
                 if lacking:
                     command = "tracks" if "made_of" in attrs["model"] else "predict"
                     said = f"{', '.join(lacking)} not mapped"
                     yield self._unfinished(f"predictions/{model}", said, "predict", command=command)
-                of = {year: build for done in attrs.get("done", {}).values() for year, build in done["builds"].items()}
+                of = {
+                    year: build
+                    for done in attrs.get("done", {}).values()
+                    for year, build in done["builds"].items()
+                }
                 years = {str(year) for view in attrs.get("views", ()) for year in view}
                 later = set(now) - years if attrs.get("variable") == "probability" else set()
-                if (later or any(now.get(year) != build for year, build in of.items())) and all(self.committed.values()):
-                    yield self._find("stale", f"predictions/{model}", "was mapped from other builds than there are", "predict")
+                if (later or any(now.get(year) != build for year, build in of.items())) and all(
+                    self.committed.values()
+                ):
+                    yield self._find(
+                        "stale",
+                        f"predictions/{model}",
+                        "was mapped from other builds than there are",
+                        "predict",
+                    )
 
     def _missing(self) -> Iterator[Finding]:
         for key in sorted(set(self.sums) - set(self.files)):
@@ -545,7 +729,11 @@ class _Site:
         """Report objects without any record."""
         whole = {y for y, attrs in self.committed.items() if "checksums" in attrs}
         arrays = {*self.expected, *self.about.get("arrays", {})}
-        for key in sorted(set(self.files) - set(self.sums) - {"zarr.json", "builds/zarr.json", "predictions/zarr.json"}):
+        for key in sorted(
+            set(self.files)
+            - set(self.sums)
+            - {"zarr.json", "builds/zarr.json", "predictions/zarr.json"}
+        ):
             first, *rest = key.split("/")
             if is_staged(key):
                 continue
@@ -555,14 +743,23 @@ class _Site:
                     continue
             elif first == "predictions" and len(rest) > 1:
                 place = place_of("/".join(rest[1:]))
-                being_mapped = place is not None and not self.mapped.get(rest[0], {}).get(place, True)
+                being_mapped = place is not None and not self.mapped.get(rest[0], {}).get(
+                    place, True
+                )
                 if rest[0] not in self.mapped or rest[1:] == ["zarr.json"] or being_mapped:
                     continue
             elif first in self.metadata and (first in arrays or not self.about):
                 at = self._place(key)
-                if rest == ["zarr.json"] or (rest[:1] == ["c"] and _is_coordinate(_json(self.metadata[first]), rest[1:])):
+                if rest == ["zarr.json"] or (
+                    rest[:1] == ["c"] and _is_coordinate(_json(self.metadata[first]), rest[1:])
+                ):
                     continue
-                if at and first in self.built and self._year(at[0]) is not None and self._year(at[0]) not in whole:
+                if (
+                    at
+                    and first in self.built
+                    and self._year(at[0]) is not None
+                    and self._year(at[0]) not in whole
+                ):
                     continue  # of a year being built, or without checksums
                 if at and first not in self.built and self._year(at[0]) in self.labelling:
                     continue
@@ -571,7 +768,13 @@ class _Site:
                     yield self._find("unverifiable", key, said, "label", self._year(at[0]))
                     continue
             at = self._place(key)
-            yield self._find("unexpected", key, "nothing that was written here", "remove", self._year(at[0]) if at else None)
+            yield self._find(
+                "unexpected",
+                key,
+                "nothing that was written here",
+                "remove",
+                self._year(at[0]) if at else None,
+            )
 
     # Content
 
@@ -586,14 +789,20 @@ class _Site:
             return None
         if sha256 in known:
             return self._find("foreign", key, f"is that of {known[sha256]}", cure, year)
-        said = f"{size} bytes, of which some are not those written" if size == written[0] else f"{size} of {written[0]} bytes"
+        said = (
+            f"{size} bytes, of which some are not those written"
+            if size == written[0]
+            else f"{size} of {written[0]} bytes"
+        )
         return self._find("damaged", key, said, cure, year)
 
     def _object(self, key: str, known: Mapping[str, str]) -> list[Finding]:
         found = self._summed(key, _content(self.raw, f"{self.name}/{key}"), known)
         return [found] if found else []
 
-    def _block(self, at: tuple[int, int, int], keys: Sequence[str], known: Mapping[str, str]) -> list[Finding]:
+    def _block(
+        self, at: tuple[int, int, int], keys: Sequence[str], known: Mapping[str, str]
+    ) -> list[Finding]:
         """Check a block of a year: the bytes of its shards, then its pixels against each other."""
         found: list[Finding] = []
         pixels: dict[str, Any] = {}
@@ -606,10 +815,20 @@ class _Site:
                 lacking.add(name)
                 continue
             try:
-                pixels[name] = _decoded(self.metadata[name], key.removeprefix(f"{name}/"), content, at)
+                pixels[name] = _decoded(
+                    self.metadata[name], key.removeprefix(f"{name}/"), content, at
+                )
             except Exception as error:  # zarr and its codecs may raise anything on damaged bytes
                 year, cure = self._about(key)
-                found.append(self._find("damaged", key, f"cannot be decoded ({type(error).__name__}: {error})", cure, year))
+                found.append(
+                    self._find(
+                        "damaged",
+                        key,
+                        f"cannot be decoded ({type(error).__name__}: {error})",
+                        cure,
+                        year,
+                    )
+                )
                 lacking.add(name)
         contradiction = partial(self._find, "contradictory", year=self._year(at[0]))
         for name, values in pixels.items():
@@ -627,19 +846,43 @@ class _Site:
         for name, told in (("scenes", attrs.get("scenes")), ("reads", attrs.get("reads"))):
             path = f"builds/{year}/{name}"
             values = self._values(path, None)
-            if told is None or any(k.startswith(f"{path}/") and k not in self.files for k in self.sums):
+            if told is None or any(
+                k.startswith(f"{path}/") and k not in self.files for k in self.sums
+            ):
                 continue  # nothing to compare, or reported as missing
             try:
-                table = pd.read_parquet(io.BytesIO(bytes(values)), columns=["id"] if name == "scenes" else None)
+                table = pd.read_parquet(
+                    io.BytesIO(bytes(values)), columns=["id"] if name == "scenes" else None
+                )
             except Exception as error:  # Parquet may raise anything on damaged bytes
-                found.append(self._find("damaged", path, f"cannot be read as Parquet ({type(error).__name__})", "build", year))
+                found.append(
+                    self._find(
+                        "damaged",
+                        path,
+                        f"cannot be read as Parquet ({type(error).__name__})",
+                        "build",
+                        year,
+                    )
+                )
                 continue
             if name == "scenes":
                 agree = sorted(table["id"]) == sorted(s["id"] for s in used_scenes(attrs))
             else:
-                agree = all(int(table[k].sum()) == told[k] for k in ("planned", "lost") if k in told and k in table)
+                agree = all(
+                    int(table[k].sum()) == told[k]
+                    for k in ("planned", "lost")
+                    if k in told and k in table
+                )
             if not agree:
-                found.append(self._find("contradictory", path, f"is not of the {name} that the marker counts", "build", year))
+                found.append(
+                    self._find(
+                        "contradictory",
+                        path,
+                        f"is not of the {name} that the marker counts",
+                        "build",
+                        year,
+                    )
+                )
         return found
 
 
@@ -648,7 +891,11 @@ def _metadata_of(finding: Finding) -> str:
     first, *rest = finding.what.split("/")
     if finding.cure == "build":
         return f"builds/{finding.year}/zarr.json"
-    return f"predictions/{rest[0]}/zarr.json" if first == "predictions" and rest else f"{first.split(' ')[0]}/zarr.json"
+    return (
+        f"predictions/{rest[0]}/zarr.json"
+        if first == "predictions" and rest
+        else f"{first.split(' ')[0]}/zarr.json"
+    )
 
 
 def _has_more_years(held: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
@@ -670,21 +917,29 @@ def _is_coordinate(metadata: Any, at: Sequence[str]) -> bool:
 def _opened(contents: Mapping[str, Any]) -> zarr.Array:
     """Open an array with these objects."""
     buffer = default_buffer_prototype().buffer
-    memory = {path: buffer.from_bytes(content) for path, content in contents.items() if isinstance(content, bytes)}
+    memory = {
+        path: buffer.from_bytes(content)
+        for path, content in contents.items()
+        if isinstance(content, bytes)
+    }
     return zarr.open_array(zarr.storage.MemoryStore(memory), mode="r")
 
 
 def _decoded(metadata: bytes, key: str, content: bytes, at: tuple[int, int, int]) -> Any:
     """Decode the pixels of one shard from its bytes."""
     array = _opened({"zarr.json": metadata, key: content})
-    rows, columns = (slice(n * side, (n + 1) * side) for n, side in zip(at[1:], array.shards[-2:], strict=True))
+    rows, columns = (
+        slice(n * side, (n + 1) * side) for n, side in zip(at[1:], array.shards[-2:], strict=True)
+    )
     return array[(at[0], ..., rows, columns)]
 
 
 def _impossible(values: Any, attrs: Mapping[str, Any]) -> Iterator[str]:
     """Report invalid values of a variable with flags."""
     if "flag_values" in attrs:
-        strange = sorted(set(np.unique(values).tolist()) - {*attrs["flag_values"], attrs.get("nodata")})
+        strange = sorted(
+            set(np.unique(values).tolist()) - {*attrs["flag_values"], attrs.get("nodata")}
+        )
         if strange:
             yield f"expected {attrs['flag_values']} or {attrs.get('nodata')}, found {strange[:5]}"
 
@@ -702,10 +957,14 @@ def _disagreements(pixels: Mapping[str, Any]) -> Iterator[str]:
         ("have reflectance, but no quality", ~seen & (reflectance > 0).any(axis=0)),
         (
             "count clear observations where quality has no clear kind, or the other way round",
-            (pixels.get("clear_count", np.zeros(shape, np.uint16)) > 0) != np.isin(quality, _CLEAR_KINDS),
+            (pixels.get("clear_count", np.zeros(shape, np.uint16)) > 0)
+            != np.isin(quality, _CLEAR_KINDS),
         ),
         *(
-            (f"have {name}, but no quality", ~seen & (np.isfinite(values) if values.dtype.kind == "f" else values > 0))
+            (
+                f"have {name}, but no quality",
+                ~seen & (np.isfinite(values) if values.dtype.kind == "f" else values > 0),
+            )
             for name, values in pixels.items()
             if name not in ("quality", "reflectance", "clear_count")
         ),

@@ -77,8 +77,13 @@ class CubeDataset:
 
     def __post_init__(self) -> None:
         if self.view not in VIEWS or self.size < 1 or (self.step is not None and self.step < 1):
-            raise CubeError(f"windows: expected a view of {', '.join(VIEWS)}, sizes and steps of 1 or more, found {self}")
-        self._sites = {name: _Site.of(self.store, name, self.years) for name in self.site_ids or sites(self.store)}
+            raise CubeError(
+                f"windows: expected a view of {', '.join(VIEWS)}, sizes and steps of 1 or more, found {self}"
+            )
+        self._sites = {
+            name: _Site.of(self.store, name, self.years)
+            for name in self.site_ids or sites(self.store)
+        }
         for what in ("bands", "years"):
             each = {getattr(site, what) for site in self._sites.values()}
             if len(each) > 1 and (what == "bands" or self.view == "series"):
@@ -88,7 +93,9 @@ class CubeDataset:
                 )
         for name, site in self._sites.items():
             if self.view == "pair" and len(site.years) < 2:
-                raise CubeError(f"{self.store}: {name} has one year only, {site.years[0]}, so there is no pair of years")
+                raise CubeError(
+                    f"{self.store}: {name} has one year only, {site.years[0]}, so there is no pair of years"
+                )
         if self.step:
             self._tiles = [
                 Window(site=name, years=years, y=y, x=x)
@@ -108,7 +115,10 @@ class CubeDataset:
             return len(self._tiles)
         if self.length is not None:
             return self.length
-        tiling = (len(_corners(h, self.size, self.size)) * len(_corners(w, self.size, self.size)) for h, w in self._shapes())
+        tiling = (
+            len(_corners(h, self.size, self.size)) * len(_corners(w, self.size, self.size))
+            for h, w in self._shapes()
+        )
         return sum(tiling)
 
     def _shapes(self) -> list[tuple[int, int]]:
@@ -218,7 +228,9 @@ class _Site:
         lacking = sorted(set(years or ()) - set(committed))
         if lacking or not committed:
             there = ", ".join(map(str, committed)) or "none"
-            raise CubeError(f"{store}: {name} has no committed year {lacking[0] if lacking else ''}; committed are {there}")
+            raise CubeError(
+                f"{store}: {name} has no committed year {lacking[0] if lacking else ''}; committed are {there}"
+            )
         at = {int(year): i for i, year in enumerate(group["year"][:])}
         return cls(
             years=tuple(sorted(years or committed)),

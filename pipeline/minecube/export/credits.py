@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-SENTINEL_TERMS = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
+SENTINEL_TERMS = (
+    "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
+)
 NOT_STATED = "not stated"
 SEVERAL = " | "
 """Separator between the sources of labels in an origin."""
@@ -51,7 +53,9 @@ def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
     """List the inputs behind a cube's variables; an all-unknown footprint has none."""
     found = []
     if any(not str(name).startswith("footprint") for name in cube.data_vars):
-        notice = f"Contains modified Copernicus Sentinel data {span_of(cube)}."  # the terms' own wording
+        notice = (
+            f"Contains modified Copernicus Sentinel data {span_of(cube)}."  # the terms' own wording
+        )
         found.append(
             Credit(
                 kind="imagery",
@@ -66,7 +70,11 @@ def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
     if "probability" in cube:
         card = cube["probability"].attrs.get("model", {})
         name = card.get("id", "a model without a card")
-        found.append(Credit(kind="model", name=f"model {name}", licence=card.get("licence", "") or NOT_STATED))
+        found.append(
+            Credit(
+                kind="model", name=f"model {name}", licence=card.get("licence", "") or NOT_STATED
+            )
+        )
     return tuple(found)
 
 
@@ -87,7 +95,9 @@ def of_labels(origin: str) -> list[Credit]:
 def _of_one(origin: str) -> Credit:
     # The last brackets are the licence. Names have brackets, too:
     # `Maus et al. (2022) (CC-BY-SA-4.0)`.
-    found = re.fullmatch(r"(?P<name>.*?)(?:\s*\((?P<licence>[^()]*)\))?(?P<dois>(?:\s*doi:\S+)*)", origin)
+    found = re.fullmatch(
+        r"(?P<name>.*?)(?:\s*\((?P<licence>[^()]*)\))?(?P<dois>(?:\s*doi:\S+)*)", origin
+    )
     name, licence, said = found.group("name", "licence", "dois") if found else (origin, None, "")
     if name.strip().lower() == EUROMINENET.name.lower():
         return EUROMINENET
@@ -95,7 +105,9 @@ def _of_one(origin: str) -> Credit:
     dois = tuple(d.rstrip(".,;)") for d in re.findall(r"10\.\d{4,9}/\S+", said))
     named = name.strip() or "mine polygons of unstated origin"
     citation = named + "".join(f", doi:{d}" for d in dois)
-    return Credit(kind="labels", name=named, licence=spdx or NOT_STATED, url=url, dois=dois, citation=citation)
+    return Credit(
+        kind="labels", name=named, licence=spdx or NOT_STATED, url=url, dois=dois, citation=citation
+    )
 
 
 def _spdx(licence: str) -> tuple[str, str]:
@@ -103,10 +115,15 @@ def _spdx(licence: str) -> tuple[str, str]:
 
     Other licences are returned stripped, without a URL.
     """
-    found = re.fullmatch(r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence.strip(), re.IGNORECASE)
+    found = re.fullmatch(
+        r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence.strip(), re.IGNORECASE
+    )
     if found:
         kind, version = found.group(1).upper(), found.group(2)
-        return f"CC-{kind}-{version}", f"https://creativecommons.org/licenses/{kind.lower()}/{version}/"
+        return (
+            f"CC-{kind}-{version}",
+            f"https://creativecommons.org/licenses/{kind.lower()}/{version}/",
+        )
     if re.fullmatch(r"CC[ -]?0([ -]1\.0)?", licence.strip(), re.IGNORECASE):
         return "CC0-1.0", "https://creativecommons.org/publicdomain/zero/1.0/"
     return licence.strip(), ""
@@ -119,7 +136,9 @@ def lines(credits_: Iterable[Credit]) -> dict[str, str]:
     """
     credits_ = list(credits_)
     text = {
-        "license": "; ".join(f"{c.kind}: {c.name}, {c.licence}" + (f" ({c.url})" if c.url else "") for c in credits_),
+        "license": "; ".join(
+            f"{c.kind}: {c.name}, {c.licence}" + (f" ({c.url})" if c.url else "") for c in credits_
+        ),
         "acknowledgement": "; ".join(c.citation.rstrip(".") for c in credits_ if c.citation),
         "references": " ".join(f"https://doi.org/{d}" for c in credits_ for d in c.dois),
     }

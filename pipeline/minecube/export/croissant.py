@@ -48,7 +48,13 @@ CONTEXT: Mapping[str, Any] = {
 
 
 def write_croissant(
-    out: Path, files: Iterable[Path], credited: Iterable[Credit], *, title: str, about: str, published: date
+    out: Path,
+    files: Iterable[Path],
+    credited: Iterable[Credit],
+    *,
+    title: str,
+    about: str,
+    published: date,
 ) -> Path:
     """Write `croissant.json` for these files into `out` and return its path.
 
@@ -67,7 +73,9 @@ def write_croissant(
     """
     files = sorted(files)
     if not files:
-        raise CubeError(f"{out}: there is no file for a Croissant description to name; export images or NetCDF, too")
+        raise CubeError(
+            f"{out}: there is no file for a Croissant description to name; export images or NetCDF, too"
+        )
     credited = list(credited)
     terms = [c.url or f"{c.name}: {c.licence}" for c in credited]
     content = {
@@ -78,7 +86,9 @@ def write_croissant(
         "description": about,
         "license": terms,
         "citeAs": "; ".join(c.citation for c in credited if c.citation),
-        "creator": [{"@type": "sc:Organization", "name": c.name} for c in credited if c.kind != "model"],
+        "creator": [
+            {"@type": "sc:Organization", "name": c.name} for c in credited if c.kind != "model"
+        ],
         "isBasedOn": [f"https://doi.org/{d}" for c in credited for d in c.dois],
         "datePublished": published.isoformat(),
         "version": metadata.version("minecube"),
@@ -87,13 +97,17 @@ def write_croissant(
         "recordSet": [_record_set(f, out) for f in files if f.suffix == ".parquet"],
     }
     with whole(out / "croissant.json") as part:
-        part.write_text(json.dumps({k: v for k, v in content.items() if v}, indent=2) + "\n", encoding="utf-8")
+        part.write_text(
+            json.dumps({k: v for k, v in content.items() if v}, indent=2) + "\n", encoding="utf-8"
+        )
     return out / "croissant.json"
 
 
 def _file_object(path: Path, out: Path) -> dict[str, Any]:
     if not path.resolve().is_relative_to(out.resolve()):
-        raise CubeError(f"{path}: lies outside {out}, so the description could not be moved with it; export it there")
+        raise CubeError(
+            f"{path}: lies outside {out}, so the description could not be moved with it; export it there"
+        )
     size, digest = sha256_of(path)
     name = href(path, out).removeprefix("./")
     return {
@@ -121,7 +135,10 @@ def _record_set(path: Path, out: Path) -> dict[str, Any]:
                 "@id": f"{table}/{column}",
                 "name": column,
                 "dataType": kind,
-                "source": {"fileObject": {"@id": href(path, out).removeprefix("./")}, "extract": {"column": column}},
+                "source": {
+                    "fileObject": {"@id": href(path, out).removeprefix("./")},
+                    "extract": {"column": column},
+                },
             }
             for column, kind in kinds.items()
             if kind
@@ -131,7 +148,9 @@ def _record_set(path: Path, out: Path) -> dict[str, Any]:
 
 def _kind(of: pa.DataType) -> str | None:
     tests = {
-        "sc:Text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t),
+        "sc:Text": lambda t: (
+            pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t)
+        ),
         "sc:Integer": pa.types.is_integer,
         "sc:Float": pa.types.is_floating,
         "sc:Boolean": pa.types.is_boolean,

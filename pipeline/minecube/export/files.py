@@ -32,12 +32,16 @@ def whole(path: Path) -> Iterator[Path]:
                 _need_zarr(path)
     except (OSError, DataSourceError, DataLayerError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CubeError(f"{path}: cannot be written ({reason}); no half file stays; mend that and export again") from error
+        raise CubeError(
+            f"{path}: cannot be written ({reason}); no half file stays; mend that and export again"
+        ) from error
 
 
 def _need_zarr(path: Path) -> None:
     if not any((path / name).is_file() for name in ("zarr.json", ".zgroup")):
-        raise CubeError(f"{path}: expected a Zarr to replace, found something else; move it away or name another folder")
+        raise CubeError(
+            f"{path}: expected a Zarr to replace, found something else; move it away or name another folder"
+        )
 
 
 def sha256_of(path: Path) -> tuple[int, str]:
@@ -47,14 +51,21 @@ def sha256_of(path: Path) -> tuple[int, str]:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
             return content.tell(), digest
     except OSError as error:
-        raise CubeError(f"{path}: cannot be read ({error.strerror}), so it cannot be listed") from error
+        raise CubeError(
+            f"{path}: cannot be read ({error.strerror}), so it cannot be listed"
+        ) from error
 
 
 def listed(path: Path, folder: Path, title: str) -> dict[str, Any]:
     """Return href, title, size and checksum of a file as a STAC asset."""
     size, digest = sha256_of(path)
     # Multihash: 0x12 is SHA-256, 0x20 its length of 32 bytes.
-    return {"href": href(path, folder), "title": title, "file:size": size, "file:checksum": f"1220{digest}"}
+    return {
+        "href": href(path, folder),
+        "title": title,
+        "file:size": size,
+        "file:checksum": f"1220{digest}",
+    }
 
 
 def href(path: Path, folder: Path) -> str:

@@ -52,13 +52,19 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
             bands = [str(b) for b in layer.band.to_numpy()] if "band" in layer.dims else [name]
             path = out / f"{site}_{year}_{name}.tif"
             tags = {"site": site, "year": str(year), "variable": name}
-            tags |= _credited(cube[[name]].sel(year=[year])) | (_built(made) if name != "footprint" else {})
-            _write_cog(path, values.reshape(len(bands), *grid.shape), bands, grid, LAYERS[name], tags)
+            tags |= _credited(cube[[name]].sel(year=[year])) | (
+                _built(made) if name != "footprint" else {}
+            )
+            _write_cog(
+                path, values.reshape(len(bands), *grid.shape), bands, grid, LAYERS[name], tags
+            )
             written.append(path)
     return written
 
 
-def write_layers(layers: xr.Dataset, mapped: xr.DataArray, grid: GeoBox, out: Path, site: str) -> list[Path]:
+def write_layers(
+    layers: xr.Dataset, mapped: xr.DataArray, grid: GeoBox, out: Path, site: str
+) -> list[Path]:
     """Write one Cloud Optimized GeoTIFF per layer derived from a map and return the paths.
 
     Files are `<site>_<layer>.tif` in `out`.
@@ -78,10 +84,16 @@ def write_layers(layers: xr.Dataset, mapped: xr.DataArray, grid: GeoBox, out: Pa
     credited, written = _credited(mapped.rename("probability").to_dataset()), []
     for name, layer in layers.data_vars.items():
         about = Layer(
-            title=layer.attrs.get("long_name", str(name)), nodata=layer.attrs["nodata"], scale=1, overview="NEAREST", roles=()
+            title=layer.attrs.get("long_name", str(name)),
+            nodata=layer.attrs["nodata"],
+            scale=1,
+            overview="NEAREST",
+            roles=(),
         )
         tags = {"site": site, "variable": str(name), "long_name": about.title, **credited}
-        tags |= {k: str(layer.attrs[k]) for k in ("flag_masks", "flag_meanings") if k in layer.attrs}
+        tags |= {
+            k: str(layer.attrs[k]) for k in ("flag_masks", "flag_meanings") if k in layer.attrs
+        }
         path = out / f"{site}_{name}.tif"
         _write_cog(path, layer.to_numpy()[None], [str(name)], grid, about, tags)
         written.append(path)
@@ -92,7 +104,9 @@ def _credited(layer: xr.Dataset) -> dict[str, str]:
     """Build licence tags: TIFF's own copyright tag for people, `credits` for programs."""
     found = credits_of(layer)
     text = lines(found)
-    copyright_ = ". ".join(v.rstrip(".") for v in (text.get("acknowledgement"), text["license"]) if v)
+    copyright_ = ". ".join(
+        v.rstrip(".") for v in (text.get("acknowledgement"), text["license"]) if v
+    )
     return {"TIFFTAG_COPYRIGHT": copyright_, "credits": json.dumps([asdict(c) for c in found])}
 
 
@@ -107,11 +121,26 @@ def _built(made: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write_cog(
-    path: Path, values: np.ndarray[Any, Any], bands: list[str], grid: GeoBox, layer: Layer, tags: Mapping[str, str]
+    path: Path,
+    values: np.ndarray[Any, Any],
+    bands: list[str],
+    grid: GeoBox,
+    layer: Layer,
+    tags: Mapping[str, str],
 ) -> None:
-    profile = {"crs": str(grid.crs), "transform": grid.affine, "nodata": layer.nodata, "dtype": values.dtype}
+    profile = {
+        "crs": str(grid.crs),
+        "transform": grid.affine,
+        "nodata": layer.nodata,
+        "dtype": values.dtype,
+    }
     profile |= {"count": len(bands), "height": grid.shape[0], "width": grid.shape[1]}
-    options = {"compress": "DEFLATE", "predictor": "YES", "blocksize": 512, "overview_resampling": layer.overview}
+    options = {
+        "compress": "DEFLATE",
+        "predictor": "YES",
+        "blocksize": 512,
+        "overview_resampling": layer.overview,
+    }
     # Write to memory first: a full disk then raises OSError, not a private rasterio error.
     with MemoryFile() as memory:
         with memory.open(driver="COG", **profile, **options) as image:
@@ -136,7 +165,9 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | No
     """
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".gpkg"):
-        raise CubeError(f"{path}: expected a name in .parquet or .gpkg, found {suffix or 'no suffix'!r}; choose one")
+        raise CubeError(
+            f"{path}: expected a name in .parquet or .gpkg, found {suffix or 'no suffix'!r}; choose one"
+        )
     with whole(path) as part:
         if suffix == ".parquet":
             table.to_parquet(part)
@@ -147,7 +178,13 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | No
             # Names for the columns added by GeoPackage, unused in the table.
             own = {"FID": _free_name("fid", names), "GEOMETRY_NAME": _free_name("geom", names)}
             with _gdal_date(changed):
-                flat.to_file(part, driver="GPKG", layer="footprints", layer_metadata=about or None, layer_options=own)
+                flat.to_file(
+                    part,
+                    driver="GPKG",
+                    layer="footprints",
+                    layer_metadata=about or None,
+                    layer_options=own,
+                )
 
 
 def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
@@ -163,7 +200,11 @@ def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     renamed = [f"{old} is {new}" for old, new in names.items() if old != new]
     if renamed:
         log.warning("columns that differ in case alone were renamed: %s", ", ".join(renamed))
-    texts = {c: table[c].to_wkt() for c in table.columns[table.dtypes == "geometry"] if c != table.geometry.name}
+    texts = {
+        c: table[c].to_wkt()
+        for c in table.columns[table.dtypes == "geometry"]
+        if c != table.geometry.name
+    }
     return table.assign(**texts).rename(columns=names)
 
 

@@ -48,12 +48,22 @@ LAYERS = {
         cf={"flag_values": np.array([0, 1], np.uint8), "flag_meanings": "not_mine mine"},
     ),
     "probability": Layer(
-        title="Mine probability", nodata=255, scale=1 / 250, overview="AVERAGE", roles=("data",), cf={"units": "1"}
+        title="Mine probability",
+        nodata=255,
+        scale=1 / 250,
+        overview="AVERAGE",
+        roles=("data",),
+        cf={"units": "1"},
     ),
 }
 # Not exported as an image, but described in NetCDF and Zarr.
 FRACTION = Layer(
-    title="Share of the pixel that is mine", nodata=255, scale=1 / 250, overview="AVERAGE", roles=(), cf={"units": "1"}
+    title="Share of the pixel that is mine",
+    nodata=255,
+    scale=1 / 250,
+    overview="AVERAGE",
+    roles=(),
+    cf={"units": "1"},
 )
 # Name in the STAC EO extension v1.1, and centre in micrometres
 # (Sentinel-2A, from MTD_MSIL2A.xml, Spectral_Information).
@@ -75,7 +85,9 @@ def need_on_grid(cube: xr.Dataset, grid: GeoBox, site: str) -> None:
     """Raise CubeError unless the cube's coordinates are the grid's pixel centres."""
     expected = xr_coords(grid)
     for axis in ("y", "x"):
-        if cube.sizes[axis] != expected[axis].size or not np.allclose(cube[axis], expected[axis], rtol=0, atol=1e-3):
+        if cube.sizes[axis] != expected[axis].size or not np.allclose(
+            cube[axis], expected[axis], rtol=0, atol=1e-3
+        ):
             raise CubeError(
                 f"{site}: the cube's {axis} coordinates are not the grid's pixel centres, so its images would lie in the wrong "
                 "place; export it on the grid it was built on"
@@ -103,7 +115,11 @@ def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
             np.asarray(bands),
             {"long_name": "Sentinel-2 band", "standard_name": "sensor_band_identifier"},
         )
-        centres = {"standard_name": "radiation_wavelength", "long_name": "centre of the band", "units": "um"}
+        centres = {
+            "standard_name": "radiation_wavelength",
+            "long_name": "centre of the band",
+            "units": "um",
+        }
         coords["wavelength"] = ("band", np.array([SPECTRUM[b][1] for b in bands]), centres)
     names = sorted(map(str, cube.data_vars))  # a store lists them in any order
     variables = {name: _described(cube[name]) for name in names}
@@ -120,26 +136,40 @@ def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
 
 def _history(build: Mapping[str, Any]) -> str:
     share = build.get("reads", {}).get("completeness", 1.0)
-    return f"build {build['build_id']}, minecube {build['version']}" + (f", {share:.2%} of its reads" if share < 1 else "")
+    return f"build {build['build_id']}, minecube {build['version']}" + (
+        f", {share:.2%} of its reads" if share < 1 else ""
+    )
 
 
 def placed(grid: GeoBox) -> dict[str, Any]:
     """Return a grid's coordinates with CF names: x, y and spatial_ref."""
     found = dict(xr_coords(grid))
     for axis in ("x", "y"):
-        attrs = {"standard_name": f"projection_{axis}_coordinate", "long_name": f"{axis} of pixel centres", "units": "m"}
+        attrs = {
+            "standard_name": f"projection_{axis}_coordinate",
+            "long_name": f"{axis} of pixel centres",
+            "units": "m",
+        }
         found[axis] = (axis, found[axis].to_numpy(), {**attrs, "axis": axis.upper()})
-    found["spatial_ref"] = found["spatial_ref"].assign_attrs(long_name="coordinate reference system").variable
+    found["spatial_ref"] = (
+        found["spatial_ref"].assign_attrs(long_name="coordinate reference system").variable
+    )
     return found
 
 
 def _described(variable: xr.DataArray) -> xr.Variable:
     layer = FRACTION if variable.name == "footprint_fraction" else LAYERS.get(str(variable.name))
-    attrs: dict[str, Any] = {"long_name": layer.title if layer else variable.attrs.get("long_name", str(variable.name))}
+    attrs: dict[str, Any] = {
+        "long_name": layer.title if layer else variable.attrs.get("long_name", str(variable.name))
+    }
     if layer:
         attrs |= layer.cf
     else:
-        attrs |= {k: v for k, v in variable.attrs.items() if k in ("flag_meanings",) or (k == "units" and v)}
+        attrs |= {
+            k: v
+            for k, v in variable.attrs.items()
+            if k in ("flag_meanings",) or (k == "units" and v)
+        }
         if "flag_values" in variable.attrs:
             attrs["flag_values"] = np.asarray(variable.attrs["flag_values"], variable.dtype)
     # Plain attributes: xarray's `encoding` would divide the values by the scale on writing.
@@ -149,6 +179,8 @@ def _described(variable: xr.DataArray) -> xr.Variable:
             attrs["scale_factor"] = layer.scale
     elif variable.dtype.kind == "f":
         attrs["_FillValue"] = variable.dtype.type("nan")
-    elif (nodata := variable.attrs.get("nodata")) is not None and nodata not in variable.attrs.get("flag_values", ()):
+    elif (nodata := variable.attrs.get("nodata")) is not None and nodata not in variable.attrs.get(
+        "flag_values", ()
+    ):
         attrs["_FillValue"] = variable.dtype.type(nodata)
     return xr.Variable(variable.dims, variable.data, {**attrs, "grid_mapping": "spatial_ref"})

@@ -39,7 +39,9 @@ def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
         try:
             timed.to_netcdf(part, engine="netcdf4", format="NETCDF4", encoding=encoding)
         except ModuleNotFoundError as error:
-            raise CubeError("--format netcdf needs one package more: pip install 'minecube[publish]'") from error
+            raise CubeError(
+                "--format netcdf needs one package more: pip install 'minecube[publish]'"
+            ) from error
         except RuntimeError as error:  # raised by netCDF4 on a full disk
             raise OSError(None, str(error)) from error
     return path
@@ -47,10 +49,23 @@ def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
 
 def _timed(cube: xr.Dataset) -> xr.Dataset:
     """Convert years to CF times: days since 1970 with bounds; the `year` coordinate stays."""
-    first = np.array([f"{y}-01-01" for y in cube["year"].to_numpy()], "datetime64[D]").astype(np.int64)
-    end = np.array([f"{y + 1}-01-01" for y in cube["year"].to_numpy()], "datetime64[D]").astype(np.int64)
-    about = {"standard_name": "time", "long_name": "middle of the year", "axis": "T", "bounds": "time_bnds"}
-    about |= {"units": "days since 1970-01-01", "calendar": "standard", "units_metadata": "leap_seconds: none"}
+    first = np.array([f"{y}-01-01" for y in cube["year"].to_numpy()], "datetime64[D]").astype(
+        np.int64
+    )
+    end = np.array([f"{y + 1}-01-01" for y in cube["year"].to_numpy()], "datetime64[D]").astype(
+        np.int64
+    )
+    about = {
+        "standard_name": "time",
+        "long_name": "middle of the year",
+        "axis": "T",
+        "bounds": "time_bnds",
+    }
+    about |= {
+        "units": "days since 1970-01-01",
+        "calendar": "standard",
+        "units_metadata": "leap_seconds: none",
+    }
     # CF allows no text coordinate with its dimension's own name, so it becomes `band_name`.
     named = cube.reset_index("band").rename_vars(band="band_name") if "band" in cube.dims else cube
     timed = named.rename_dims(year="time").assign_coords(time=("time", (first + end) / 2, about))

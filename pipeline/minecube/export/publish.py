@@ -51,7 +51,9 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
     scheme, _, rest = place.partition("://")
     if not rest:
         if not create and not Path(place).exists():  # Icechunk would create the folder
-            raise CubeError(f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one")
+            raise CubeError(
+                f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one"
+            )
         icechunk.set_logs_filter("error")  # it warns about several processes, but `publish` locks
         storage = icechunk.local_filesystem_storage(place)
     elif scheme == "s3":
@@ -61,25 +63,37 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
             bucket=bucket,
             prefix=prefix.rstrip("/") or None,
             from_env=True,
-            region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            region=os.environ.get("AWS_REGION")
+            or os.environ.get("AWS_DEFAULT_REGION")
+            or "us-east-1",
             endpoint_url=endpoint,
             allow_http=bool(endpoint and endpoint.startswith("http://")),
             force_path_style=bool(endpoint),
         )
     else:
-        raise CubeError(f"{place}: expected a folder or s3://bucket/prefix, found {scheme}://; releases go to one of those")
+        raise CubeError(
+            f"{place}: expected a folder or s3://bucket/prefix, found {scheme}://; releases go to one of those"
+        )
     with _icechunk(place):
         if not icechunk.Repository.exists(storage):
             if not create:
-                raise CubeError(f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one")
+                raise CubeError(
+                    f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one"
+                )
             if not rest and Path(place).exists() and any(Path(place).iterdir()):
-                raise CubeError(f"{place}: is not empty and no Icechunk repository, so nothing is written there; name another")
+                raise CubeError(
+                    f"{place}: is not empty and no Icechunk repository, so nothing is written there; name another"
+                )
             return icechunk.Repository.create(storage)
         return icechunk.Repository.open(storage)
 
 
 def publish(
-    source: zarr.Group, years: Mapping[str, Sequence[int]], place: str, tag: str, about: Mapping[str, Mapping[str, str]]
+    source: zarr.Group,
+    years: Mapping[str, Sequence[int]],
+    place: str,
+    tag: str,
+    about: Mapping[str, Mapping[str, str]],
 ) -> tuple[int, int] | None:
     """Copy the state of these sites to the repository, commit it and tag the commit.
 
@@ -98,7 +112,9 @@ def publish(
             to the folder; or reading or writing fails. The branch `main` then stays unchanged.
     """
     if not _TAG.fullmatch(tag):
-        raise CubeError(f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; choose another name")
+        raise CubeError(
+            f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; choose another name"
+        )
     with nullcontext() if "://" in place else _alone(Path(place), make=True), _icechunk(place):
         repository = open_repository(place, create=True)
         wanted = {_ROOT, *(key for site in years for key in _keys(source, site, years[site]))}
@@ -112,7 +128,9 @@ def publish(
         before = snapshot = session.snapshot_id
         changed: tuple[int, int] = sync(_mirror(source, session.store, wanted, about))
         if session.has_uncommitted_changes:
-            snapshot = session.commit(f"Release {tag}", metadata={site: dict(text) for site, text in about.items()})
+            snapshot = session.commit(
+                f"Release {tag}", metadata={site: dict(text) for site, text in about.items()}
+            )
         try:
             repository.create_tag(tag, snapshot)
         except icechunk.IcechunkError as error:
@@ -147,10 +165,14 @@ def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
         yield key
 
 
-async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> tuple[int, int]:
+async def _mirror(
+    source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]
+) -> tuple[int, int]:
     """Write changed objects and delete unwanted ones; return both counts."""
     prototype = default_buffer_prototype()
-    gone = sorted([key async for key in target.list() if key not in wanted], key=_order, reverse=True)
+    gone = sorted(
+        [key async for key in target.list() if key not in wanted], key=_order, reverse=True
+    )
     for key in gone:
         await target.delete(key)
 
@@ -169,7 +191,9 @@ async def _mirror(source: zarr.Group, target: Any, wanted: set[str], about: Mapp
     return sum(written), len(gone)
 
 
-async def _holds(source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]) -> bool:
+async def _holds(
+    source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]
+) -> bool:
     """Report whether a release has exactly the wanted objects, with the store's content."""
     if {key async for key in target.list()} != wanted:
         return False
@@ -194,7 +218,9 @@ async def _wanted(source: zarr.Group, key: str, about: Mapping[str, Mapping[str,
     """Read an object of the store, adding licence and citations to a site's group."""
     found = await source.store.get(key, default_buffer_prototype())
     if found is None:
-        raise CubeError(f"{key}: was in the store a moment ago and is not any more; publish when nothing is being built")
+        raise CubeError(
+            f"{key}: was in the store a moment ago and is not any more; publish when nothing is being built"
+        )
     content = bytes(found.to_bytes())
     site, _, rest = key.partition("/")
     return _with_attributes(content, about[site]) if rest == _ROOT and site in about else content
@@ -249,7 +275,12 @@ def differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
         _need_tags(repository, place, old, new)
         lines = [[s.id for s in repository.ancestry(tag=tag)] for tag in (old, new)]
         common = next(s for s in lines[0] if s in lines[1])
-        touched = {key for line in lines if line[0] != common for key in _touched(repository, common, line[0])}
+        touched = {
+            key
+            for line in lines
+            if line[0] != common
+            for key in _touched(repository, common, line[0])
+        }
         stores = [repository.readonly_session(tag=tag).store for tag in (old, new)]
         changed: dict[str, str] = sync(_compared(stores, touched))
         return sorted(_rows(stores, changed))
@@ -305,7 +336,11 @@ def _row(store: Any, site: str, rest: str, how: str) -> tuple[str, str, str]:
         _, year, *more = rest.split("/")
         return site, year, ("provenance" if more[:1] in ([], [_ROOT]) else more[0]) + suffix
     if rest.endswith(_ROOT):
-        return site, "all", (rest.removesuffix(_ROOT).rstrip("/") or "site") + (suffix or " (metadata)")
+        return (
+            site,
+            "all",
+            (rest.removesuffix(_ROOT).rstrip("/") or "site") + (suffix or " (metadata)"),
+        )
     name = _CHUNK.sub("", rest)
     chunk = rest.removeprefix(f"{name}/c").lstrip("/")
     if chunk.count("/") < 2:
@@ -349,7 +384,9 @@ def _alone(folder: Path, *, make: bool = False) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise CubeError(f"{folder}: is no folder that can be used ({error.strerror}); name another") from error
+        raise CubeError(
+            f"{folder}: is no folder that can be used ({error.strerror}); name another"
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -367,5 +404,8 @@ def _icechunk(place: str) -> Iterator[None]:
     try:
         yield
     except icechunk.IcechunkError as error:
-        said = next((line.strip(" x") for line in str(error).splitlines() if line.strip(" x|")), type(error).__name__)
+        said = next(
+            (line.strip(" x") for line in str(error).splitlines() if line.strip(" x|")),
+            type(error).__name__,
+        )
         raise CubeError(f"{place}: {said}; the releases that are there are unharmed") from error

@@ -25,7 +25,16 @@ from minecube.errors import CubeError
 from minecube.export.credits import Credit
 from minecube.export.files import href, listed, whole
 from minecube.export.layers import LAYERS
-from minecube.export.stac_fields import MEDIA, credits_in, dimensions, file_asset, image_asset, label, middle_of, processing
+from minecube.export.stac_fields import (
+    MEDIA,
+    credits_in,
+    dimensions,
+    file_asset,
+    image_asset,
+    label,
+    middle_of,
+    processing,
+)
 
 STAC_VERSION = "1.1.0"
 EXTENSIONS = {
@@ -44,7 +53,13 @@ EXTENSIONS = {
 
 
 def write_stac(
-    out: Path, cogs: Iterable[Path], tables: Mapping[str, Path], *, title: str, about: str, licence: str = "other"
+    out: Path,
+    cogs: Iterable[Path],
+    tables: Mapping[str, Path],
+    *,
+    title: str,
+    about: str,
+    licence: str = "other",
 ) -> Path:
     """Write a self-contained STAC collection and return the path of collection.json.
 
@@ -69,19 +84,36 @@ def write_stac(
     for cog in sorted(cogs):
         site_years.setdefault(cog.with_name(cog.stem.rpartition("_")[0] + ".json"), []).append(cog)
     if not site_years:
-        raise CubeError(f"{out}: there is no image to list, so there is no collection to write; export images first")
-    outside = [p for p in (*site_years, *tables.values()) if not p.resolve().is_relative_to(out.resolve())]
+        raise CubeError(
+            f"{out}: there is no image to list, so there is no collection to write; export images first"
+        )
+    outside = [
+        p for p in (*site_years, *tables.values()) if not p.resolve().is_relative_to(out.resolve())
+    ]
     if outside:
-        raise CubeError(f"{outside[0]}: lies outside {out}, so the collection could not be moved with it; export it there")
+        raise CubeError(
+            f"{outside[0]}: lies outside {out}, so the collection could not be moved with it; export it there"
+        )
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     credited: dict[Credit, None] = {}  # unique, in order of appearance
-    items = {path: _item(path, images, out / "collection.json", name, credited) for path, images in site_years.items()}
+    items = {
+        path: _item(path, images, out / "collection.json", name, credited)
+        for path, images in site_years.items()
+    }
     assets = {key: file_asset(key, table, out) for key, table in tables.items()}
     imagery_first = tuple(sorted(credited, key=lambda c: c.kind != "imagery"))
-    collection = _collection(name, list(items.values()), title, about, licence, imagery_first, assets)
+    collection = _collection(
+        name, list(items.values()), title, about, licence, imagery_first, assets
+    )
     collection["links"] += [_link("item", path, out) for path in items]
-    mirror = {"type": MEDIA[".parquet"], "roles": ["collection-mirror"], "title": "The items as stac-geoparquet"}
-    _write_items([_seen_from(out, path, item) for path, item in items.items()], out / "items.parquet")
+    mirror = {
+        "type": MEDIA[".parquet"],
+        "roles": ["collection-mirror"],
+        "title": "The items as stac-geoparquet",
+    }
+    _write_items(
+        [_seen_from(out, path, item) for path, item in items.items()], out / "items.parquet"
+    )
     collection["assets"] = {**assets, "items": {**listed(out / "items.parquet", out, ""), **mirror}}
     for path, content in {**items, out / "collection.json": collection}.items():
         with whole(path) as part:
@@ -102,10 +134,14 @@ def _seen_from(out: Path, path: Path, item: Mapping[str, Any]) -> dict[str, Any]
 
 def _write_items(items: list[dict[str, Any]], path: Path) -> None:
     with whole(path) as part:
-        stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(items), part)
+        stac_geoparquet.arrow.to_parquet(
+            stac_geoparquet.arrow.parse_stac_items_to_arrow(items), part
+        )
 
 
-def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credited: dict[Credit, None]) -> dict[str, Any]:
+def _item(
+    path: Path, images: Iterable[Path], collection: Path, name: str, credited: dict[Credit, None]
+) -> dict[str, Any]:
     """Build the item of a site-year and add the inputs of its images to `credited`."""
     assets: dict[str, Any] = {}
     properties: dict[str, Any] = {}
@@ -126,7 +162,9 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
                 if tags["variable"] == "footprint":
                     properties |= label(src)
         except (rasterio.errors.RasterioIOError, KeyError) as error:
-            raise CubeError(f"{image}: is not an image that write_cogs made ({error}), so it cannot be listed") from error
+            raise CubeError(
+                f"{image}: is not an image that write_cogs made ({error}), so it cannot be listed"
+            ) from error
         properties |= processing(json.loads(tags.get("build", "{}")))
         properties["cube:dimensions"] = {**properties.get("cube:dimensions", {}), **place}
         variable = {
@@ -138,10 +176,19 @@ def _item(path: Path, images: Iterable[Path], collection: Path, name: str, credi
         own |= dict.fromkeys(credits_in(tags))
     credited |= own
     year = tags["year"]
-    links = [_link(rel, collection, path.parent) for rel in ("root", "parent", "collection")] + _license_links(own)
+    links = [
+        _link(rel, collection, path.parent) for rel in ("root", "parent", "collection")
+    ] + _license_links(own)
     if "label:type" in properties:
-        links.append({**_link("source", path, path.parent), "label:assets": [k for k in ("reflectance",) if k in assets]})
-    used = {"projection", "raster", "eo", "file", "datacube"} | {k.partition(":")[0] for k in properties}
+        links.append(
+            {
+                **_link("source", path, path.parent),
+                "label:assets": [k for k in ("reflectance",) if k in assets],
+            }
+        )
+    used = {"projection", "raster", "eo", "file", "datacube"} | {
+        k.partition(":")[0] for k in properties
+    }
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
@@ -178,7 +225,10 @@ def _collection(
 ) -> dict[str, Any]:
     west, south, east, north = zip(*(i["bbox"] for i in items), strict=True)
     properties = [i["properties"] for i in items]
-    start, end = min(p["start_datetime"] for p in properties), max(p["end_datetime"] for p in properties)
+    start, end = (
+        min(p["start_datetime"] for p in properties),
+        max(p["end_datetime"] for p in properties),
+    )
     esa = {
         "name": "European Space Agency, Copernicus Sentinel-2",
         "roles": ["producer", "licensor"],
@@ -191,7 +241,11 @@ def _collection(
         if c.kind != "imagery"
     ]
     version = metadata.version("minecube")
-    made_by = {"name": f"minecube {version}", "roles": ["processor"], "processing:software": {"minecube": version}}
+    made_by = {
+        "name": f"minecube {version}",
+        "roles": ["processor"],
+        "processing:software": {"minecube": version},
+    }
     root = {"rel": "root", "href": "./collection.json", "type": "application/json"}
     publications = [{"doi": d, "citation": c.citation} for c in credited for d in c.dois]
     used = {"file", "processing"} | ({"scientific"} if publications else set())
@@ -211,7 +265,10 @@ def _collection(
             "spatial": {"bbox": [[min(west), min(south), max(east), max(north)]]},
             "temporal": {"interval": [[start, end]]},
         },
-        "summaries": {"constellation": ["sentinel-2"], "proj:code": sorted({p["proj:code"] for p in properties})},
+        "summaries": {
+            "constellation": ["sentinel-2"],
+            "proj:code": sorted({p["proj:code"] for p in properties}),
+        },
         **({"sci:publications": publications} if publications else {}),
         "links": [root, *_license_links(credited), *cited],
     }

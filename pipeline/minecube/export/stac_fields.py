@@ -27,7 +27,9 @@ CLASSES = {0: "not mine", 1: "mine", 255: "unknown"}
 
 def credits_in(tags: Mapping[str, str]) -> list[Credit]:
     """Read the credited inputs from an image's tags."""
-    return [Credit(**{**c, "dois": tuple(c["dois"])}) for c in json.loads(tags.get("credits", "[]"))]
+    return [
+        Credit(**{**c, "dois": tuple(c["dois"])}) for c in json.loads(tags.get("credits", "[]"))
+    ]
 
 
 def middle_of(year: int) -> str:
@@ -95,7 +97,12 @@ def image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
     """
     variable = src.tags()["variable"]
     layer = LAYERS[variable]
-    pixel = {"data_type": src.dtypes[0], "nodata": src.nodata, "scale": src.scales[0], "spatial_resolution": src.res[0]}
+    pixel = {
+        "data_type": src.dtypes[0],
+        "nodata": src.nodata,
+        "scale": src.scales[0],
+        "spatial_resolution": src.res[0],
+    }
     asset: dict[str, Any] = {
         **listed(path, path.parent, layer.title),
         "type": "image/tiff; application=geotiff; profile=cloud-optimized",
@@ -104,9 +111,13 @@ def image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
     }
     if variable == "reflectance":
         spectra = [(b, *SPECTRUM[b]) for b in src.descriptions]
-        asset["eo:bands"] = [{"name": b, "common_name": common, "center_wavelength": um} for b, common, um in spectra]
+        asset["eo:bands"] = [
+            {"name": b, "common_name": common, "center_wavelength": um} for b, common, um in spectra
+        ]
     if variable == "footprint":
-        asset["file:values"] = [{"values": [value], "summary": text} for value, text in CLASSES.items()]
+        asset["file:values"] = [
+            {"values": [value], "summary": text} for value, text in CLASSES.items()
+        ]
     return asset
 
 
@@ -117,36 +128,63 @@ def file_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
     """
     media = {"type": MEDIA[path.suffix]}
     if path.suffix in (".parquet", ".gpkg"):
-        return {**listed(path, out, f"Mine footprints as polygons: {key}"), **media, "roles": ["data", "labels"]}
+        return {
+            **listed(path, out, f"Mine footprints as polygons: {key}"),
+            **media,
+            "roles": ["data", "labels"],
+        }
     title = f"Cube of all years: {key}"
-    place = listed(path, out, title) if path.is_file() else {"href": href(path, out), "title": title}
+    place = (
+        listed(path, out, title) if path.is_file() else {"href": href(path, out), "title": title}
+    )
     try:
         how: dict[str, Any] = {"engine": "netcdf4"}
         if path.suffix == ".zarr":
-            how = {"engine": "zarr", "group": "0" if (path / "0").is_dir() else None, "consolidated": False}
+            how = {
+                "engine": "zarr",
+                "group": "0" if (path / "0").is_dir() else None,
+                "consolidated": False,
+            }
         with xr.open_dataset(path, decode_times=False, mask_and_scale=False, **how) as cube:
             return {**place, **media, "roles": ["data"], **_cube_fields(cube)}
     except (OSError, ValueError, ImportError) as error:
-        raise CubeError(f"{path}: cannot be read ({error}), so the collection cannot list it") from error
+        raise CubeError(
+            f"{path}: cannot be read ({error}), so the collection cannot list it"
+        ) from error
 
 
 def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
-    epsg = int(cube["spatial_ref"].attrs["crs_wkt"].rpartition('"EPSG",')[2].partition("]")[0].strip('"'))
+    epsg = int(
+        cube["spatial_ref"].attrs["crs_wkt"].rpartition('"EPSG",')[2].partition("]")[0].strip('"')
+    )
     place = {"type": "spatial", "reference_system": epsg}
     years = [int(y) for y in cube["year"]]
     span = [f"{years[0]}-01-01T00:00:00Z", f"{years[-1]}-12-31T23:59:59Z"]
     dimensions: dict[str, Any] = {
-        axis: {**place, "axis": axis, "extent": [float(cube[axis].min()), float(cube[axis].max())]} for axis in ("x", "y")
+        axis: {**place, "axis": axis, "extent": [float(cube[axis].min()), float(cube[axis].max())]}
+        for axis in ("x", "y")
     }
     bands = cube["band_name" if "band_name" in cube.coords else "band"].to_numpy()
     dimensions["band"] = {"type": "bands", "values": [str(b) for b in bands]}
     if "time" in cube.dims:
-        dimensions["time"] = {"type": "temporal", "extent": span, "values": [middle_of(y) for y in years]}
+        dimensions["time"] = {
+            "type": "temporal",
+            "extent": span,
+            "values": [middle_of(y) for y in years],
+        }
     else:
-        dimensions["year"] = {"type": "temporal", "extent": span, "values": [f"{y}-01-01T00:00:00Z" for y in years]}
+        dimensions["year"] = {
+            "type": "temporal",
+            "extent": span,
+            "values": [f"{y}-01-01T00:00:00Z" for y in years],
+        }
     layers = {str(n): v for n, v in cube.data_vars.items() if "y" in v.dims}
     described = {
-        n: {"type": "data", "dimensions": [str(d) for d in v.dims], "description": str(v.attrs["long_name"])}
+        n: {
+            "type": "data",
+            "dimensions": [str(d) for d in v.dims],
+            "description": str(v.attrs["long_name"]),
+        }
         for n, v in sorted(layers.items())  # Zarr lists its arrays in any order
     }
     return {"cube:dimensions": dimensions, "cube:variables": described}

@@ -46,7 +46,10 @@ class _TimelessGzip(GzipCodec):  # type: ignore[misc]
 
     async def encode(self, chunks_and_specs: Iterable[tuple[Any, Any]]) -> Iterable[Any]:
         """Compress chunks, and clear the time in each header."""
-        return [None if chunk is None else _without_time(chunk) for chunk in await super().encode(chunks_and_specs)]
+        return [
+            None if chunk is None else _without_time(chunk)
+            for chunk in await super().encode(chunks_and_specs)
+        ]
 
 
 def _without_time(chunk: Any) -> Any:
@@ -72,19 +75,47 @@ def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
         grids.append(grid.zoom_out(2 ** len(grids)))
     layout = []
     for level, coarse in enumerate(grids):
-        entry: dict[str, Any] = {"asset": str(level), "transform": {"scale": [2.0**level] * 2, "translation": [0.0, 0.0]}}
+        entry: dict[str, Any] = {
+            "asset": str(level),
+            "transform": {"scale": [2.0**level] * 2, "translation": [0.0, 0.0]},
+        }
         entry |= {"derived_from": "0", "resampling_method": "average"} if level else {}
-        layout.append(entry | {k: v for k, v in _spatial(coarse).items() if k in ("spatial:shape", "spatial:transform")})
+        layout.append(
+            entry
+            | {
+                k: v
+                for k, v in _spatial(coarse).items()
+                if k in ("spatial:shape", "spatial:transform")
+            }
+        )
     with whole(folder) as part:
-        about = {**finest.attrs, **_spatial(grid), "multiscales": {"layout": layout, "resampling_method": "average"}}
-        zarr.open_group(part, mode="w", zarr_format=3, attributes={**about, **_conventions("multiscales", "proj", "spatial")})
+        about = {
+            **finest.attrs,
+            **_spatial(grid),
+            "multiscales": {"layout": layout, "resampling_method": "average"},
+        }
+        zarr.open_group(
+            part,
+            mode="w",
+            zarr_format=3,
+            attributes={**about, **_conventions("multiscales", "proj", "spatial")},
+        )
         for level, coarse in enumerate(grids):
             data = finest if level == 0 else _coarser(finest, coarse, 2**level)
-            data = _for_gdal(_nodata_in_words(data), grid).assign_attrs(**_spatial(coarse), **_conventions("proj", "spatial"))
+            data = _for_gdal(_nodata_in_words(data), grid).assign_attrs(
+                **_spatial(coarse), **_conventions("proj", "spatial")
+            )
             encoding = _encoding(data, _TimelessGzip())
             for name, variable in data.data_vars.items():
                 encoding[str(name)]["fill_value"] = variable.attrs.get("nodata", 0)
-            data.to_zarr(part, group=str(level), mode="a", zarr_format=3, consolidated=False, encoding=encoding)
+            data.to_zarr(
+                part,
+                group=str(level),
+                mode="a",
+                zarr_format=3,
+                consolidated=False,
+                encoding=encoding,
+            )
     return folder
 
 
@@ -100,14 +131,22 @@ def write_zarr2(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path
     """
     data = _for_gdal(described(cube, grid, site), grid)
     with whole(folder) as part:
-        data.to_zarr(part, mode="w", zarr_format=2, consolidated=True, encoding=_encoding(data, {"id": "zlib", "level": 6}))
+        data.to_zarr(
+            part,
+            mode="w",
+            zarr_format=2,
+            consolidated=True,
+            encoding=_encoding(data, {"id": "zlib", "level": 6}),
+        )
     return folder
 
 
 def _coarser(cube: xr.Dataset, coarse: GeoBox, factor: int) -> xr.Dataset:
     """Resample the cube to a coarser grid with the same upper left corner."""
     variables = {str(n): _resampled(v, factor) for n, v in cube.data_vars.items()}
-    coords = {str(n): c.variable for n, c in cube.coords.items() if n not in ("x", "y", "spatial_ref")}
+    coords = {
+        str(n): c.variable for n, c in cube.coords.items() if n not in ("x", "y", "spatial_ref")
+    }
     return xr.Dataset(variables, {**coords, **placed(coarse)}, cube.attrs)
 
 
@@ -124,7 +163,9 @@ def _resampled(variable: xr.DataArray, factor: int) -> xr.Variable:
 def _sums(values: NDArray[Any], factor: int) -> NDArray[Any]:
     """Sum blocks of `factor` x `factor` pixels over the last two dimensions."""
     for axis in (-2, -1):
-        values = np.add.reduceat(values, np.arange(0, values.shape[axis], factor), axis=axis, dtype=np.int64)
+        values = np.add.reduceat(
+            values, np.arange(0, values.shape[axis], factor), axis=axis, dtype=np.int64
+        )
     return values
 
 
@@ -140,12 +181,16 @@ def _mode(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
     """Take the most frequent value, the smaller on a tie; nodata for blocks without values."""
     classes = np.array([c for c in np.unique(values) if c != nodata] or [nodata], values.dtype)
     counts = np.stack([_sums(values == c, factor) for c in classes])
-    return np.where(counts.any(axis=0), classes[counts.argmax(axis=0)], nodata or 0).astype(values.dtype)
+    return np.where(counts.any(axis=0), classes[counts.argmax(axis=0)], nodata or 0).astype(
+        values.dtype
+    )
 
 
 def _nearest(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:  # noqa: ARG001  as the others are called
     """Take the pixel at the coarse pixel's centre, or the last pixel at an edge."""
-    rows, columns = (np.minimum(np.arange(0, n, factor) + factor // 2, n - 1) for n in values.shape[-2:])
+    rows, columns = (
+        np.minimum(np.arange(0, n, factor) + factor // 2, n - 1) for n in values.shape[-2:]
+    )
     return values[..., rows[:, None], columns]
 
 
@@ -166,7 +211,10 @@ def _nodata_in_words(cube: xr.Dataset) -> xr.Dataset:
             variable.attrs["nodata"] = int(fill)
         if (scale := variable.attrs.pop("scale_factor", None)) is not None:
             times = round(1 / scale)
-            variable.attrs |= {"long_name": f"{variable.attrs['long_name']}, times {times}", "units": f"{scale:g}"}
+            variable.attrs |= {
+                "long_name": f"{variable.attrs['long_name']}, times {times}",
+                "units": f"{scale:g}",
+            }
     return said
 
 
@@ -174,7 +222,10 @@ def _for_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
     """Add GDAL's own CRS attribute and make flag values JSON lists."""
     said = cube.copy()
     for variable in said.data_vars.values():
-        variable.attrs["_CRS"] = {"url": f"http://www.opengis.net/def/crs/EPSG/0/{grid.crs.epsg}", "wkt": grid.crs.to_wkt()}
+        variable.attrs["_CRS"] = {
+            "url": f"http://www.opengis.net/def/crs/EPSG/0/{grid.crs.epsg}",
+            "wkt": grid.crs.to_wkt(),
+        }
         if "flag_values" in variable.attrs:
             variable.attrs["flag_values"] = np.asarray(variable.attrs["flag_values"]).tolist()
     return said
@@ -185,7 +236,9 @@ def _encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
 
     Every variable gets a compressor readable by any GDAL, coordinates included.
     """
-    packed: dict[str, dict[str, Any]] = {str(name): {"compressors": compressor} for name in cube.variables}
+    packed: dict[str, dict[str, Any]] = {
+        str(name): {"compressors": compressor} for name in cube.variables
+    }
     for name, v in cube.data_vars.items():
         packed[str(name)]["chunks"] = (1, *v.shape[1:-2], *(min(CHUNK_PX, n) for n in v.shape[-2:]))
     return packed
@@ -215,7 +268,9 @@ def _conventions(*names: str) -> dict[str, Any]:
         {
             "uuid": _UUID[name],
             "name": name,
-            "schema_url": home.format("raw.githubusercontent.com", name, "refs/tags/", "schema.json"),
+            "schema_url": home.format(
+                "raw.githubusercontent.com", name, "refs/tags/", "schema.json"
+            ),
             "spec_url": home.format("github.com", name, "blob/", "README.md"),
         }
         for name in names

@@ -72,14 +72,20 @@ def _held(polygons: gpd.GeoDataFrame, year: int | None) -> gpd.GeoDataFrame:
 
 
 def _agreement(a: gpd.GeoDataFrame, b: gpd.GeoDataFrame, grid: GeoBox) -> tuple[float, ...]:
-    one, two = (shapely.intersection(shapely.union_all(t.geometry.to_numpy()), grid.extent.geom) for t in (a, b))
+    one, two = (
+        shapely.intersection(shapely.union_all(t.geometry.to_numpy()), grid.extent.geom)
+        for t in (a, b)
+    )
     both, either = shapely.intersection(one, two), shapely.union(one, two)
     areas = area_m2(gpd.GeoSeries([one, two, both, either], crs=str(grid.crs)), grid).to_list()
     # Rows are already selected by year. Without year columns they hold in any year, so 0 will do.
     masks = [rasterize(t[["geometry"]], grid, [0]).to_numpy() == 1 for t in (a, b)]
     pixels = [int((masks[0] & masks[1]).sum()), int((masks[0] | masks[1]).sum())]
     pixel_m2 = abs(grid.affine.determinant)
-    off = [_ratio(mask.sum() * pixel_m2, shape.area) - 1 for mask, shape in zip(masks, (one, two), strict=True)]
+    off = [
+        _ratio(mask.sum() * pixel_m2, shape.area) - 1
+        for mask, shape in zip(masks, (one, two), strict=True)
+    ]
     return (*areas, _ratio(areas[2], areas[3]), *pixels, _ratio(pixels[0], pixels[1]), *off)
 
 

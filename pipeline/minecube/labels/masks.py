@@ -24,7 +24,14 @@ from rasterio import features
 
 from minecube.errors import LabelError
 from minecube.grid import equal_area_crs
-from minecube.labels.polygons import likely_swap, mapped, spans, swaps_that_place, years_of, years_text
+from minecube.labels.polygons import (
+    likely_swap,
+    mapped,
+    spans,
+    swaps_that_place,
+    years_of,
+    years_text,
+)
 
 MINE, NOT_MINE, UNKNOWN = np.uint8(1), np.uint8(0), np.uint8(255)
 WHOLE = 250
@@ -62,7 +69,11 @@ def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) ->
     for mask, (known, shapes) in zip(masks, _by_year(polygons, grid, wanted), strict=True):
         mask[:] = np.where(known, NOT_MINE, UNKNOWN)
         _burn(shapes, grid, mask)
-    attrs = {"long_name": "mine footprint", "flag_values": [0, 1, 255], "flag_meanings": "not_mine mine unknown"}
+    attrs = {
+        "long_name": "mine footprint",
+        "flag_values": [0, 1, 255],
+        "flag_meanings": "not_mine mine unknown",
+    }
     return _on_years("footprint", masks, wanted, grid, attrs)
 
 
@@ -84,7 +95,11 @@ def covered(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> x
         # is known.
         told = known if isinstance(known, np.ndarray) else known | (share > 0)
         layer[:] = np.where(told, share, UNKNOWN)
-    attrs = {"long_name": "share of the pixel that is mine x 250", "scale": 1 / WHOLE, "nodata": int(UNKNOWN)}
+    attrs = {
+        "long_name": "share of the pixel that is mine x 250",
+        "scale": 1 / WHOLE,
+        "nodata": int(UNKNOWN),
+    }
     return _on_years("footprint_fraction", layers, wanted, grid, attrs)
 
 
@@ -96,7 +111,11 @@ def _wanted(years: Iterable[int]) -> list[int]:
 
 
 def _on_years(
-    name: str, values: npt.NDArray[np.uint8], years: list[int], grid: GeoBox, attrs: Mapping[str, object]
+    name: str,
+    values: npt.NDArray[np.uint8],
+    years: list[int],
+    grid: GeoBox,
+    attrs: Mapping[str, object],
 ) -> xr.DataArray:
     coords = {"year": np.array(years, np.int64), **xr_coords(grid)}
     return xr.DataArray(values, coords, ("year", "y", "x"), name=name, attrs=attrs)
@@ -110,7 +129,9 @@ def _by_year(
     Raises errors like `rasterize`.
     """
     if polygons.empty or polygons.crs is None:
-        raise LabelError(f"cannot place polygons on the grid: {'the table is empty' if polygons.empty else 'they have no CRS'}")
+        raise LabelError(
+            f"cannot place polygons on the grid: {'the table is empty' if polygons.empty else 'they have no CRS'}"
+        )
     here = on_grid(polygons, grid)
     first, last = spans(here)
     dated = np.isfinite(first) | np.isfinite(last)
@@ -132,7 +153,9 @@ def _by_year(
 def _burn(shapes: npt.NDArray[np.object_], grid: GeoBox, mask: npt.NDArray[np.uint8]) -> None:
     """Set pixels (y, x) with their centre in a shape to 1. Shapes are in the grid's CRS."""
     if len(shapes):  # rasterio refuses an empty list
-        features.rasterize(shapes, out=mask, transform=grid.affine * OFF_EDGES, default_value=int(MINE))
+        features.rasterize(
+            shapes, out=mask, transform=grid.affine * OFF_EDGES, default_value=int(MINE)
+        )
 
 
 def fractions(shape: shapely.Geometry, grid: GeoBox) -> npt.NDArray[np.float64]:
@@ -150,11 +173,17 @@ def fractions(shape: shapely.Geometry, grid: GeoBox) -> npt.NDArray[np.float64]:
     edges = ring[1:] == ring[:-1]
     start, end = _cut(*_cut(xy[:-1][edges], xy[1:][edges], axis=0), axis=1)
     x, y = (start + end).T / 2
-    row, column = (np.clip(v.astype(np.int64), 0, size - 1) for v, size in ((y, height), (x, width)))
+    row, column = (
+        np.clip(v.astype(np.int64), 0, size - 1) for v, size in ((y, height), (x, width))
+    )
     down, beside = end[:, 1] - start[:, 1], x - column
     at = row * (width + 1) + column
-    gained = np.bincount(np.append(at, at + 1), np.append(down * (1 - beside), down * beside), height * (width + 1))
-    share: npt.NDArray[np.float64] = np.abs(np.cumsum(gained.reshape(height, width + 1), axis=1)[:, :width])
+    gained = np.bincount(
+        np.append(at, at + 1), np.append(down * (1 - beside), down * beside), height * (width + 1)
+    )
+    share: npt.NDArray[np.float64] = np.abs(
+        np.cumsum(gained.reshape(height, width + 1), axis=1)[:, :width]
+    )
     return np.minimum(share, 1)
 
 
@@ -171,7 +200,9 @@ def _cut(
 
     def ends(nth: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         line = np.where(run > 0, low[edge] + nth, high[edge] - nth)
-        along = np.where(nth == 0, 0, np.where(nth == pieces[edge], 1, (line - start[edge, axis]) / run))
+        along = np.where(
+            nth == 0, 0, np.where(nth == pieces[edge], 1, (line - start[edge, axis]) / run)
+        )
         return start[edge] + along[:, None] * whole
 
     return ends(nth), ends(nth + 1)
@@ -182,7 +213,13 @@ def on_grid(polygons: gpd.GeoDataFrame, grid: GeoBox, needed: bool = True) -> gp
     extent = gpd.GeoSeries([grid.extent.geom], crs=str(grid.crs)).segmentize(1000)
     same = polygons.crs == extent.crs
     # Edges are straight in their own CRS. Pieces of about a kilometre keep them within 3 cm.
-    drawn = polygons if same else polygons.set_geometry(polygons.segmentize(0.01 if polygons.crs.is_geographic else 1000))
+    drawn = (
+        polygons
+        if same
+        else polygons.set_geometry(
+            polygons.segmentize(0.01 if polygons.crs.is_geographic else 1000)
+        )
+    )
     lonlat = drawn.to_crs(4326).geometry
     if not np.isfinite(shapely.get_coordinates(lonlat)).all():
         raise LabelError(
@@ -190,7 +227,9 @@ def on_grid(polygons: gpd.GeoDataFrame, grid: GeoBox, needed: bool = True) -> gp
         )
     around = extent.to_crs(4326)
     if not same:  # shapes far away have no place in this projection, so cut in degrees
-        drawn = drawn.set_geometry(lonlat.intersection(shapely.box(*around.total_bounds))).to_crs(extent.crs)
+        drawn = drawn.set_geometry(lonlat.intersection(shapely.box(*around.total_bounds))).to_crs(
+            extent.crs
+        )
     here = drawn[drawn.intersects(extent.iloc[0])]
     if here.empty and needed:
         swap = likely_swap(swaps_that_place(polygons.geometry, around.iloc[0]))
@@ -200,7 +239,9 @@ def on_grid(polygons: gpd.GeoDataFrame, grid: GeoBox, needed: bool = True) -> gp
 
 def _how_far(lonlat: gpd.GeoSeries, centre: shapely.Point) -> str:
     lon, lat = shapely.get_coordinates(lonlat).T
-    metres = Geod(ellps="WGS84").inv(np.full_like(lon, centre.x), np.full_like(lat, centre.y), lon, lat)[2]
+    metres = Geod(ellps="WGS84").inv(
+        np.full_like(lon, centre.x), np.full_like(lat, centre.y), lon, lat
+    )[2]
     at = int(np.argmin(metres))
     return (
         f"no polygon reaches the grid around {centre.x:.3f}, {centre.y:.3f}: the nearest of {len(lonlat)} is "
@@ -209,7 +250,9 @@ def _how_far(lonlat: gpd.GeoSeries, centre: shapely.Point) -> str:
     )
 
 
-def vectorize(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float = 0) -> gpd.GeoDataFrame:
+def vectorize(
+    footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float = 0
+) -> gpd.GeoDataFrame:
     """Draw the mine as polygons: columns site, year, area_m2, geometry, sorted by year.
 
     Each row is one region connected over pixel edges (4-connectivity). Regions meeting at a corner
@@ -231,7 +274,9 @@ def vectorize(footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: flo
     """
     if footprint.dims != ("year", "y", "x") or footprint.shape[1:] != tuple(grid.shape):
         expected = f"year, y, x with {grid.shape[0]} x {grid.shape[1]} px"
-        raise LabelError(f"footprint of {site}: expected {expected}, found {dict(footprint.sizes)}; it is of another grid")
+        raise LabelError(
+            f"footprint of {site}: expected {expected}, found {dict(footprint.sizes)}; it is of another grid"
+        )
     if not min_area_m2 >= 0:
         raise LabelError(f"expected a minimum mapping unit of 0 m2 or more, found {min_area_m2:g}")
     regions = []
@@ -256,13 +301,20 @@ def area_m2(shapes: gpd.GeoSeries, grid: GeoBox) -> pd.Series:
     return areas
 
 
-def _without_small_holes(shapes: list[shapely.Polygon], grid: GeoBox, min_area_m2: float) -> gpd.GeoSeries:
+def _without_small_holes(
+    shapes: list[shapely.Polygon], grid: GeoBox, min_area_m2: float
+) -> gpd.GeoSeries:
     holes = [hole for shape in shapes for hole in shape.interiors]
     of = [n for n, shape in enumerate(shapes) for _ in shape.interiors]
-    large = area_m2(gpd.GeoSeries([shapely.Polygon(hole) for hole in holes], crs=str(grid.crs)), grid) >= min_area_m2
+    large = (
+        area_m2(gpd.GeoSeries([shapely.Polygon(hole) for hole in holes], crs=str(grid.crs)), grid)
+        >= min_area_m2
+    )
     kept: dict[int, list[shapely.LinearRing]] = {n: [] for n in of}
     for n, hole, is_large in zip(of, holes, large, strict=True):
         if is_large:
             kept[n].append(hole)
-    filled = [shapely.Polygon(s.exterior, kept[n]) if n in kept else s for n, s in enumerate(shapes)]
+    filled = [
+        shapely.Polygon(s.exterior, kept[n]) if n in kept else s for n, s in enumerate(shapes)
+    ]
     return gpd.GeoSeries(filled, crs=str(grid.crs))

@@ -41,7 +41,9 @@ def identify(polygons: gpd.GeoDataFrame, years: Iterable[int] | None = None) -> 
             do not overlap.
         years: the mapped years, including those without a mine. Default: the years of the polygons.
     """
-    named = polygons.assign(**{name: pd.Series(pd.NA, polygons.index, "string") for name in ("id", "parent", "merged")})
+    named = polygons.assign(
+        **{name: pd.Series(pd.NA, polygons.index, "string") for name in ("id", "parent", "merged")}
+    )
     mapped = sorted(set(polygons["year"]) | set(years or ()))
     for site in sorted(set(polygons["site"])):
         last_seen: dict[str, tuple[int, shapely.Geometry]] = {}
@@ -59,7 +61,9 @@ def identify(polygons: gpd.GeoDataFrame, years: Iterable[int] | None = None) -> 
             last_seen |= {str(i): (now, shape) for i, shape in zip(ids, rows.geometry, strict=True)}
             named.loc[rows.index, "id"] = pd.array(ids, "string")
             named.loc[rows.index, "parent"] = pd.array(parents, "string")
-            named.loc[rows.index, "merged"] = pd.array([",".join(names) or None for names in merged], "string")
+            named.loc[rows.index, "merged"] = pd.array(
+                [",".join(names) or None for names in merged], "string"
+            )
     return named
 
 
@@ -147,7 +151,9 @@ def _put_back(drawn: _Shapes, exact: _Shapes) -> npt.NDArray[np.int64]:
     while True:
         pairs = shapely.STRtree(drawn).query(drawn, predicate="intersects")
         pairs = pairs[:, pairs[0] < pairs[1]]
-        clash = np.unique(pairs[:, shapely.relate_pattern(drawn[pairs[0]], drawn[pairs[1]], "T********")])
+        clash = np.unique(
+            pairs[:, shapely.relate_pattern(drawn[pairs[0]], drawn[pairs[1]], "T********")]
+        )
         if not clash.size:
             return back
         drawn[clash] = exact[clash]
@@ -174,6 +180,9 @@ def _holes(shapes: _Shapes) -> npt.NDArray[np.int64]:
 
 
 def _through_middles(shape: shapely.Polygon, pixel_m: float) -> shapely.Polygon:
-    rings = [shapely.get_coordinates(ring) for ring in shapely.get_rings(shapely.segmentize(shape, pixel_m))]
+    rings = [
+        shapely.get_coordinates(ring)
+        for ring in shapely.get_rings(shapely.segmentize(shape, pixel_m))
+    ]
     middles = [(xy[:-1] + xy[1:]) / 2 for xy in rings]
     return shapely.Polygon(middles[0], middles[1:])

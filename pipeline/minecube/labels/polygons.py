@@ -17,11 +17,19 @@ from pyproj import CRS, Geod
 
 from minecube.catalog import FIRST_YEAR, same_names
 from minecube.errors import LabelError
-from minecube.vectors import areal_parts, areas_of_collections, read_vector, texts, understood_columns
+from minecube.vectors import (
+    areal_parts,
+    areas_of_collections,
+    read_vector,
+    texts,
+    understood_columns,
+)
 
 YEARS = range(1900, 2101)  # valid calendar years of a polygon; others are typing errors
 AREAL = ("Polygon", "MultiPolygon")
-UNDERSTOOD = {name: name for name in ("year", "start", "end", "site", "mapped")} | {"begin": "start"}
+UNDERSTOOD = {name: name for name in ("year", "start", "end", "site", "mapped")} | {
+    "begin": "start"
+}
 """Column in lower case -> meaning. `begin` comes from KML."""
 _MONTH, _DAY = "(?:0?[1-9]|1[0-2])", "(?:0?[1-9]|[12][0-9]|3[01])"
 _DATE = (
@@ -41,7 +49,9 @@ _DATE_WITHIN = (
     rf"|(?<![a-z]){_MONTH_NAME}{_PART}(?:\d\d?(?:st|nd|rd|th)?[-_ ./,]+)?(20\d\d)"  # Jun 2019, June 1, 2019
     r")(?!\d)"
 )
-_YEARS_ALONE = r"(?i)^\W*(20\d\d)(?:\W+(?:[a-z]{1,3}\W+)?(?:20\d\d|\d\d?))*\W*$"  # 2019/2020, 2019 to 2020
+_YEARS_ALONE = (
+    r"(?i)^\W*(20\d\d)(?:\W+(?:[a-z]{1,3}\W+)?(?:20\d\d|\d\d?))*\W*$"  # 2019/2020, 2019 to 2020
+)
 _YEAR_AND_DAY_OR_MONTH = (
     r"(?<![\d.,])(20\d\d)(?:00[1-9]|0[1-9]\d|[12]\d\d|3[0-5]\d|36[0-6]|0[1-9]|1[0-2])(?:\.0+)?(?![\d,]|\.\d)"  # 2019152, 201906
     r"|^(?:0?[1-9]|1[0-2])\.(20\d\d)$"  # 06.2019
@@ -90,11 +100,18 @@ def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     table = mended(raw)
     empty = without_area(table.geometry)
     if (table["repaired"] & ~empty).any():
-        log.warning("%s: invalid polygons were repaired: %s", path, rows_text(table["repaired"] & ~empty))
+        log.warning(
+            "%s: invalid polygons were repaired: %s", path, rows_text(table["repaired"] & ~empty)
+        )
     if empty.any():
         log.warning("%s: rows without area were left out: %s", path, rows_text(empty))
     for row, parts in left_out_parts(raw).items():
-        log.warning("%s: the areas of the collection in row %d were kept, left out: %s", path, row + 1, parts)
+        log.warning(
+            "%s: the areas of the collection in row %d were kept, left out: %s",
+            path,
+            row + 1,
+            parts,
+        )
     return with_area(table, path)
 
 
@@ -102,7 +119,11 @@ def load(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read the file's rows, with columns understood. Raise LabelError like `read_polygons`."""
     try:
         table = read_vector(path, layer)
-    except (OSError, ValueError, RuntimeError) as error:  # pyogrio's errors are RuntimeErrors, Arrow's ValueErrors
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # pyogrio's errors are RuntimeErrors, Arrow's ValueErrors
         reason = str(error).strip() or type(error).__name__
         raise LabelError(f"{path}: cannot be read as polygons: {reason}") from error
     if not isinstance(table, gpd.GeoDataFrame) or table.empty:
@@ -112,7 +133,9 @@ def load(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
             f"{path}: has no CRS, so its polygons cannot be placed on the grid; set the one they were drawn in "
             "(ogr2ogr -a_srs EPSG:..., or the missing .prj) and retry"
         )
-    table = (table if table.geometry.name == "geometry" else table.rename_geometry("geometry")).reset_index(drop=True)
+    table = (
+        table if table.geometry.name == "geometry" else table.rename_geometry("geometry")
+    ).reset_index(drop=True)
     try:  # an unread YEAR would spread one year's polygons over all years
         table = understood_columns(table, UNDERSTOOD)
     except ValueError as error:
@@ -141,7 +164,9 @@ def unread_years(table: gpd.GeoDataFrame) -> list[str]:
     """List unused columns with likely years or dates, unless all rows have complete years."""
     if not open_ended(table).any():
         return []
-    others = table.columns.drop([name for name in {*UNDERSTOOD.values(), "geometry"} if name in table])
+    others = table.columns.drop(
+        [name for name in {*UNDERSTOOD.values(), "geometry"} if name in table]
+    )
     return [str(name) for name in others if _looks_dated(table[name].dropna(), str(name))]
 
 
@@ -184,7 +209,9 @@ def _holds_years(values: pd.Series, name: str) -> bool:
     numbers = values.str.extract(_YEAR_AND_DAY_OR_MONTH).bfill(axis="columns").iloc[:, 0]
     if float(_of_mission(numbers).mean()) >= _MOST or _are_seconds(values, name):
         return True
-    years = values.str.extract(_YEAR_WITHIN)[0].where(~values.str.contains(_OTHER_NUMBER) & ~_are_numbers(values))
+    years = values.str.extract(_YEAR_WITHIN)[0].where(
+        ~values.str.contains(_OTHER_NUMBER) & ~_are_numbers(values)
+    )
     found = _of_mission(years)
     return float(found.mean()) >= _MOST and len(years[found].unique()) > 1
 
@@ -195,7 +222,9 @@ def _are_seconds(values: pd.Series, name: str) -> bool:
     Ids and phone numbers may be as large. So the values must be whole minutes, or the name must
     mention time.
     """
-    numbers = pd.to_numeric(values.where(values.str.fullmatch(r"\d{10}(\d{3})?(\.0+)?"))).astype("Float64")
+    numbers = pd.to_numeric(values.where(values.str.fullmatch(r"\d{10}(\d{3})?(\.0+)?"))).astype(
+        "Float64"
+    )
     seconds = numbers.where(numbers < 1e10, numbers / 1000)
     found = _of_mission(pd.to_datetime(seconds, unit="s", errors="coerce").dt.year)
     if not re.search(_TIMED_NAME, name.lower()):
@@ -204,7 +233,9 @@ def _are_seconds(values: pd.Series, name: str) -> bool:
 
 
 def _are_numbers(values: pd.Series) -> pd.Series:
-    return pd.to_numeric(values, errors="coerce").notna() | values.str.fullmatch(r"\d+,(?!20\d\d$)\d+")
+    return pd.to_numeric(values, errors="coerce").notna() | values.str.fullmatch(
+        r"\d+,(?!20\d\d$)\d+"
+    )
 
 
 def _of_mission(years: pd.Series) -> pd.Series:
@@ -240,10 +271,16 @@ def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) ->
     found = {name: same_names(name, sites) for name in polygons["site"].dropna().unique()}
     for name, ids in found.items():
         if len(ids) > 1:
-            raise LabelError(f"{path}: site {name!r} may be {' or '.join(ids)}; spell it as one of them")
+            raise LabelError(
+                f"{path}: site {name!r} may be {' or '.join(ids)}; spell it as one of them"
+            )
     renamed = {name: ids[0] for name, ids in found.items() if ids and ids[0] != name}
     if renamed:
-        log.warning("%s: sites by another name: %s", path, ", ".join(f"{name!r} is {renamed[name]}" for name in renamed))
+        log.warning(
+            "%s: sites by another name: %s",
+            path,
+            ", ".join(f"{name!r} is {renamed[name]}" for name in renamed),
+        )
     return polygons.assign(site=polygons["site"].replace(renamed))
 
 
@@ -273,7 +310,9 @@ def _need_areal(table: gpd.GeoDataFrame, path: Path) -> None:
             "they have no area to rasterise, so take them out (ogr2ogr -nlt) and retry"
         )
     if not np.isfinite(shapely.get_coordinates(table.geometry)).all():
-        raise LabelError(f"{path}: some coordinates are infinite or not a number, so the polygons cannot be placed; mend them")
+        raise LabelError(
+            f"{path}: some coordinates are infinite or not a number, so the polygons cannot be placed; mend them"
+        )
     west, south, east, north = table.total_bounds
     if table.crs.is_geographic and (west < -180.1 or south < -90.1 or east > 360.1 or north > 90.1):
         raise LabelError(
@@ -302,7 +341,9 @@ def _need_order(table: gpd.GeoDataFrame, path: Path) -> None:
     year, start, end = (table.get(name, missing) for name in ("year", "start", "end"))
     both = year.notna() & (start.notna() | end.notna())
     if both.any():
-        raise LabelError(f"{path}: expected `year`, or `start` and `end`, found both in {rows_text(both)}; empty one of them")
+        raise LabelError(
+            f"{path}: expected `year`, or `start` and `end`, found both in {rows_text(both)}; empty one of them"
+        )
     backwards = (start > end).fillna(False)
     if backwards.any():
         raise LabelError(
@@ -316,13 +357,20 @@ def mended(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     shapes, _ = areas_of_collections(shapely.force_2d(table.geometry.to_numpy()))
     broken = ~shapely.is_valid(shapes) & ~shapely.is_missing(shapes)
     # "structure" unites a self-crossing shell. The default rule (even-odd) would cut holes.
-    shapes[broken] = [areal_parts(s) for s in shapely.make_valid(shapes[broken], method="structure", keep_collapsed=False)]
-    return table.set_geometry(gpd.GeoSeries(shapes, index=table.index, crs=table.crs)).assign(repaired=broken)
+    shapes[broken] = [
+        areal_parts(s)
+        for s in shapely.make_valid(shapes[broken], method="structure", keep_collapsed=False)
+    ]
+    return table.set_geometry(gpd.GeoSeries(shapes, index=table.index, crs=table.crs)).assign(
+        repaired=broken
+    )
 
 
 def without_area(shapes: gpd.GeoSeries) -> npt.NDArray[np.bool_]:
     """Mark missing, empty and flat shapes."""
-    empty: npt.NDArray[np.bool_] = shapely.is_missing(shapes) | ~(shapely.area(shapes.to_numpy()) > 0)
+    empty: npt.NDArray[np.bool_] = shapely.is_missing(shapes) | ~(
+        shapely.area(shapes.to_numpy()) > 0
+    )
     return empty
 
 
@@ -373,7 +421,9 @@ def _true_or_false(column: pd.Series, path: Path) -> pd.Series:
 def mapped(polygons: gpd.GeoDataFrame) -> npt.NDArray[np.bool_]:
     """Mark the rows with surveyed areas, as opposed to mines."""
     rows: npt.NDArray[np.bool_] = (
-        np.zeros(len(polygons), bool) if "mapped" not in polygons else polygons["mapped"].to_numpy(bool)
+        np.zeros(len(polygons), bool)
+        if "mapped" not in polygons
+        else polygons["mapped"].to_numpy(bool)
     )
     return rows
 
@@ -389,7 +439,11 @@ def years_of(*tables: gpd.GeoDataFrame) -> list[int]:
     if not ends.size:
         return []
     years: set[int] = set()
-    for first, last in {pair for starts, stops in found for pair in zip(starts.tolist(), stops.tolist(), strict=True)}:
+    for first, last in {
+        pair
+        for starts, stops in found
+        for pair in zip(starts.tolist(), stops.tolist(), strict=True)
+    }:
         if np.isfinite([first, last]).any():
             years |= set(range(int(max(first, ends.min())), int(min(last, ends.max())) + 1))
     return sorted(years)
@@ -424,7 +478,9 @@ def swaps_that_place(polygons: gpd.GeoSeries, area: shapely.Geometry) -> pd.Seri
     hemisphere. A mistake explains a polygon if its correction lies within 10 km of the area (in
     longitude and latitude). If several fit, the one explaining most polygons wins.
     """
-    places = {words: distances_m(lonlat, area) <= NEAR_M for words, lonlat in _mended_places(polygons)}
+    places = {
+        words: distances_m(lonlat, area) <= NEAR_M for words, lonlat in _mended_places(polygons)
+    }
     mistakes = pd.Series("", polygons.index)
     for words, explained in sorted(places.items(), key=lambda place: -place[1].sum()):
         mistakes[explained & (mistakes == "")] = words
@@ -434,7 +490,11 @@ def swaps_that_place(polygons: gpd.GeoSeries, area: shapely.Geometry) -> pd.Seri
 def likely_swap(mistakes: pd.Series) -> str:
     """Return the most frequent mistake and its count as a clause, or ""."""
     named = mistakes[mistakes != ""].value_counts()
-    return f"; {named.index[0]}, {named.iloc[0]} of {len(mistakes)} would lie there" if len(named) else ""
+    return (
+        f"; {named.index[0]}, {named.iloc[0]} of {len(mistakes)} would lie there"
+        if len(named)
+        else ""
+    )
 
 
 def _mended_places(polygons: gpd.GeoSeries) -> Iterator[tuple[str, gpd.GeoSeries]]:
@@ -450,12 +510,16 @@ def _mended_places(polygons: gpd.GeoSeries) -> Iterator[tuple[str, gpd.GeoSeries
     }
     for words, (swap, sign_x, sign_y) in moves.items():
         moved = shapely.transform(
-            polygons.to_numpy(), lambda xy, s=swap, sx=sign_x, sy=sign_y: (xy[:, ::-1] if s else xy) * [sx, sy]
+            polygons.to_numpy(),
+            lambda xy, s=swap, sx=sign_x, sy=sign_y: (xy[:, ::-1] if s else xy) * [sx, sy],
         )
         yield words, gpd.GeoSeries(moved, index=polygons.index, crs=polygons.crs).to_crs(4326)
     if zone := polygons.crs.utm_zone:
         other = CRS.from_dict({"proj": "utm", "zone": int(zone[:-1]), "south": zone[-1] == "N"})
-        yield "in the UTM zone of the other hemisphere", polygons.set_crs(other, allow_override=True).to_crs(4326)
+        yield (
+            "in the UTM zone of the other hemisphere",
+            polygons.set_crs(other, allow_override=True).to_crs(4326),
+        )
 
 
 def years_text(years: Iterable[int]) -> str:

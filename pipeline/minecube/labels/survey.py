@@ -107,9 +107,21 @@ def survey(
         raw = _with_column(raw, by, path)
     table = mended(raw).assign(row=np.arange(1, len(raw) + 1))
     notes: list[dict[str, Any]] = []
-    _note(notes, "invalid", table[table["repaired"]], "repaired", shapely.is_valid_reason(raw.geometry[table["repaired"]]))
+    _note(
+        notes,
+        "invalid",
+        table[table["repaired"]],
+        "repaired",
+        shapely.is_valid_reason(raw.geometry[table["repaired"]]),
+    )
     collections = left_out_parts(raw)
-    _note(notes, "collection", table.iloc[list(collections)], "areas kept", [f"left out: {p}" for p in collections.values()])
+    _note(
+        notes,
+        "collection",
+        table.iloc[list(collections)],
+        "areas kept",
+        [f"left out: {p}" for p in collections.values()],
+    )
     _note(notes, "no area", table[without_area(table.geometry)], "left out")
     table = with_area(table, path)
     if sites:
@@ -125,7 +137,9 @@ def survey(
         kept.append(_cleaned(own, 0 if site in along_pixels else min_width_m, notes))
     polygons = pd.concat([*kept, looked_at]).sort_values("row").reset_index(drop=True)
     if polygons.empty:
-        raise LabelError(f"{path}: no polygon is wider than {min_width_m:g} m anywhere, so none is left; lower the least width")
+        raise LabelError(
+            f"{path}: no polygon is wider than {min_width_m:g} m anywhere, so none is left; lower the least width"
+        )
     found = pd.DataFrame(notes, columns=list(FINDINGS))
     return Survey(
         polygons=polygons,
@@ -147,17 +161,23 @@ def mapped_areas(polygons: gpd.GeoDataFrame, by: str | None = None) -> pd.DataFr
             union = areal_parts(shapely.union_all(holds.to_numpy()))
             # Rounding leaves pinholes along the cut between two rows.
             holes = _areas(_hole_polygons(shapely.get_parts(union))[0], own.crs) >= LEAST_OVERLAP_M2
-            rows.append((site, mapper, year, len(holds), int(holes.sum()), _areas([union], own.crs).item()))
+            rows.append(
+                (site, mapper, year, len(holds), int(holes.sum()), _areas([union], own.crs).item())
+            )
     table = pd.DataFrame(rows, columns=["site", "mapper", "year", "polygons", "holes", "area_m2"])
     return table.astype({"year": "Int64"})
 
 
 def _with_column(table: gpd.GeoDataFrame, name: str, path: Path) -> gpd.GeoDataFrame:
     """Rename the column matching `name` apart from case. Raise LabelError without one."""
-    same = [str(c) for c in table.columns if c == name] or [str(c) for c in table.columns if str(c).lower() == name.lower()]
+    same = [str(c) for c in table.columns if c == name] or [
+        str(c) for c in table.columns if str(c).lower() == name.lower()
+    ]
     if len(same) != 1 or same == ["geometry"]:
         columns = ", ".join(str(c) for c in table.columns if c != "geometry") or "none"
-        raise LabelError(f"{path}: has no column {name!r} that says who mapped a row; its columns are {columns}")
+        raise LabelError(
+            f"{path}: has no column {name!r} that says who mapped a row; its columns are {columns}"
+        )
     return table.rename(columns={same[0]: name})
 
 
@@ -168,7 +188,12 @@ def _groups(table: gpd.GeoDataFrame, by: str | None) -> list[pd.Series]:
 
 
 def _note(
-    notes: list[dict[str, Any]], finding: str, rows: gpd.GeoDataFrame, done: str, about: Any = "", area: Any = None
+    notes: list[dict[str, Any]],
+    finding: str,
+    rows: gpd.GeoDataFrame,
+    done: str,
+    about: Any = "",
+    area: Any = None,
 ) -> None:
     """Append a finding for each row.
 
@@ -179,14 +204,26 @@ def _note(
     names = rows["site"] if "site" in rows else [None] * len(rows)
     years = map(_span_text, *spans(rows))
     for row, site, span, size, words in zip(rows["row"], names, years, areas, abouts, strict=True):
-        values = (finding, int(row), None if pd.isna(site) else str(site), span, round(float(size), 1), done, words)
+        values = (
+            finding,
+            int(row),
+            None if pd.isna(site) else str(site),
+            span,
+            round(float(size), 1),
+            done,
+            words,
+        )
         notes.append(dict(zip(FINDINGS, values, strict=True)))
 
 
 def _span_text(first: float, last: float) -> str:
     if not np.isfinite([first, last]).any():
         return "all"
-    return f"{first:.0f}" if first == last else "..".join("" if np.isinf(end) else f"{end:.0f}" for end in (first, last))
+    return (
+        f"{first:.0f}"
+        if first == last
+        else "..".join("" if np.isinf(end) else f"{end:.0f}" for end in (first, last))
+    )
 
 
 def _areas(shapes: Any, crs: Any) -> npt.NDArray[np.float64]:
@@ -198,14 +235,19 @@ def _areas(shapes: Any, crs: Any) -> npt.NDArray[np.float64]:
 
 
 def _near(
-    table: gpd.GeoDataFrame, sites: Mapping[str, shapely.Geometry], path: Path, notes: list[dict[str, Any]]
+    table: gpd.GeoDataFrame,
+    sites: Mapping[str, shapely.Geometry],
+    path: Path,
+    notes: list[dict[str, Any]],
 ) -> gpd.GeoDataFrame:
     """Select the rows near their site, or of an unknown site. Raise LabelError if none is left."""
     own = table["site"] if "site" in table else pd.Series(pd.NA, table.index, "string")
     foreign = (own.notna() & ~own.isin(list(sites))).to_numpy()
     if foreign.all():
         names = ", ".join(sorted(set(own.dropna()))[:8])
-        raise LabelError(f"{path}: no polygon is of a site that was asked for ({', '.join(list(sites)[:8])}); its are {names}")
+        raise LabelError(
+            f"{path}: no polygon is of a site that was asked for ({', '.join(list(sites)[:8])}); its are {names}"
+        )
     _note(notes, "unknown site", table[foreign], "kept")
     lonlat = table.geometry.to_crs(4326)
     metres = np.stack([distances_m(lonlat, area) for area in sites.values()])
@@ -223,9 +265,14 @@ def _near(
             f"{path}: no polygon lies within {NEAR_M / 1000:.0f} km of its site: the nearest is {km[row]:.0f} km from "
             f"{nearest[row]}{likely_swap(swaps[far])}; their masks would be empty, so mend the file, or name the right sites"
         )
-    away = np.array([f"{k:.0f} km from {site}" for k, site in zip(km, nearest, strict=True)], dtype=object)
+    away = np.array(
+        [f"{k:.0f} km from {site}" for k, site in zip(km, nearest, strict=True)], dtype=object
+    )
     explained = (swaps != "").to_numpy()
-    away[explained] = [f"{a}; {swap}, it would lie there" for a, swap in zip(away[explained], swaps[explained], strict=True)]
+    away[explained] = [
+        f"{a}; {swap}, it would lie there"
+        for a, swap in zip(away[explained], swaps[explained], strict=True)
+    ]
     # A row without a site may belong to a site not requested, as in a file of the whole world.
     wrong = far & (own.notna().to_numpy() | explained)
     _note(notes, "elsewhere", table[wrong], "left out", away[wrong])
@@ -233,11 +280,15 @@ def _near(
     return table[~far]
 
 
-def _cleaned(table: gpd.GeoDataFrame, min_width_m: float, notes: list[dict[str, Any]]) -> gpd.GeoDataFrame:
+def _cleaned(
+    table: gpd.GeoDataFrame, min_width_m: float, notes: list[dict[str, Any]]
+) -> gpd.GeoDataFrame:
     """Remove duplicates, overlaps and slivers from rows of one site and mapper."""
     first, last = spans(table)
     shape = shapely.to_wkb(shapely.normalize(table.geometry.to_numpy()))
-    same = pd.DataFrame({"shape": shape, "first": first, "last": last, "row": table["row"].to_numpy()})
+    same = pd.DataFrame(
+        {"shape": shape, "first": first, "last": last, "row": table["row"].to_numpy()}
+    )
     earlier = same.groupby(["shape", "first", "last"])["row"].transform("min")
     twice = (earlier < same["row"]).to_numpy()
     _note(notes, "duplicate", table[twice], "left out", [f"as row {r}" for r in earlier[twice]])
@@ -266,7 +317,9 @@ def _cut_overlaps(table: gpd.GeoDataFrame, notes: list[dict[str, Any]]) -> gpd.G
     return cut[~swallowed]
 
 
-def _without_slivers(table: gpd.GeoDataFrame, min_width_m: float, notes: list[dict[str, Any]]) -> gpd.GeoDataFrame:
+def _without_slivers(
+    table: gpd.GeoDataFrame, min_width_m: float, notes: list[dict[str, Any]]
+) -> gpd.GeoDataFrame:
     shapes, of = shapely.get_parts(table.geometry.to_numpy(), return_index=True)
     lonlat = gpd.GeoSeries(shapes, crs=table.crs).to_crs(4326).to_numpy()
     thin = _narrow(lonlat, min_width_m)
@@ -282,7 +335,9 @@ def _without_slivers(table: gpd.GeoDataFrame, min_width_m: float, notes: list[di
     whole = table.geometry.to_numpy().copy()
     for n in touched:
         whole[n] = shapely.multipolygons(shapes[(of == n) & ~thin])
-    return table.set_geometry(gpd.GeoSeries(whole, index=table.index, crs=table.crs))[~shapely.is_empty(whole)]
+    return table.set_geometry(gpd.GeoSeries(whole, index=table.index, crs=table.crs))[
+        ~shapely.is_empty(whole)
+    ]
 
 
 def _note_pieces(
@@ -299,7 +354,9 @@ def _note_pieces(
     _note(notes, finding, table.iloc[rows], done, [f"{n} of them" for n in count], sizes[rows])
 
 
-def _hole_polygons(shapes: npt.NDArray[np.object_]) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.int64]]:
+def _hole_polygons(
+    shapes: npt.NDArray[np.object_],
+) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.int64]]:
     """Return the holes as polygons, and the index of each hole's shape."""
     holes = [shapely.Polygon(hole) for shape in shapes for hole in shape.interiors]
     found = np.empty(len(holes), dtype=object)
@@ -352,4 +409,6 @@ def _in_metres(shape: shapely.Geometry) -> shapely.Geometry:
     geod = Geod(ellps="WGS84")
     bent = 1 - geod.es * np.sin(lat) ** 2
     per_degree = np.deg2rad([geod.a * np.cos(lat) / bent**0.5, geod.a * (1 - geod.es) / bent**1.5])
-    return shapely.transform(shape, lambda xy: (xy - [(west + east) / 2, (south + north) / 2]) * per_degree)
+    return shapely.transform(
+        shape, lambda xy: (xy - [(west + east) / 2, (south + north) / 2]) * per_degree
+    )

@@ -76,7 +76,9 @@ def _equal(_context: Any, row: Any, _at: Any, _value: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, at, value = arguments
         kind, places = ir.VectorType(ir.IntType(8), 64), ir.VectorType(ir.IntType(32), 64)
-        found = builder.load(builder.bitcast(_byte_at(context, builder, signature, row, at), kind.as_pointer()))
+        found = builder.load(
+            builder.bitcast(_byte_at(context, builder, signature, row, at), kind.as_pointer())
+        )
         found.align = 1
         blank = ir.Constant(kind, ir.Undefined)
         one = builder.insert_element(blank, value, ir.Constant(ir.IntType(32), 0))
@@ -105,11 +107,22 @@ def _fetch(_context: Any, row: Any, _at: Any) -> Any:
 @intrinsic  # type: ignore[untyped-decorator]
 def _size(_context: Any, _word: Any) -> Any:
     """Count the bits set in a word."""
-    return types.uint64(types.uint64), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
+    return types.uint64(
+        types.uint64
+    ), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
 
 
 @compiled
-def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: int, part: int, sums: Sums) -> bool:
+def add(
+    truth: Bytes,
+    pred: Bytes,
+    rows: Range,
+    site: Words,
+    own: Words,
+    band: int,
+    part: int,
+    sums: Sums,
+) -> bool:
     """Count a site's rows, for the pixels in `own`. Other pixels are context.
 
     Args:
@@ -127,7 +140,10 @@ def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: i
     """
     years, height, _ = truth.shape
     across, high = len(site), band + 2 * MARGIN_PX
-    mine, unknown = np.zeros((2, years, across, high), np.uint64), np.zeros((0, years, across, high), np.uint64)
+    mine, unknown = (
+        np.zeros((2, years, across, high), np.uint64),
+        np.zeros((0, years, across, high), np.uint64),
+    )
     blank, counted = np.empty((across, high), np.uint64), np.empty((across, high), np.uint64)
     for top in range(rows[0], rows[1], band):
         first, end = top - MARGIN_PX, min(top + band, rows[1])
@@ -143,7 +159,10 @@ def add(truth: Bytes, pred: Bytes, rows: Range, site: Words, own: Words, band: i
             unknown = np.zeros_like(mine)
             _pack_unknown(truth, pred, inside, first, unknown)
         size = across * high
-        flat, flat_unknown = mine.reshape((2, years, size)), unknown.reshape((len(unknown), years, size))
+        flat, flat_unknown = (
+            mine.reshape((2, years, size)),
+            unknown.reshape((len(unknown), years, size)),
+        )
         _boundaries(flat, flat_unknown, blank.reshape(-1), counted.reshape(-1), high, sums)
         _changes(flat, flat_unknown, counted.reshape(-1), part, sums)
     return True
@@ -196,7 +215,9 @@ def _pack_unknown(truth: Bytes, pred: Bytes, inside: Range, first: int, unknown:
 
 
 @compiled
-def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: int, sums: Sums) -> None:
+def _boundaries(
+    mine: Words, unknown: Words, outside: Words, own: Words, high: int, sums: Sums
+) -> None:
     """Count the edge pixels of truth and prediction, and those near the other's edges."""
     _, years, size = mine.shape
     blank, edges, spare = outside, np.zeros((2, size), np.uint64), np.empty(high, np.uint64)
@@ -213,7 +234,10 @@ def _boundaries(mine: Words, unknown: Words, outside: Words, own: Words, high: i
         for k in range(2):
             its, others = edges[k], edges[1 - k]
             for w in range(1, size // high - 1):
-                at, end = max(starts[k, w], w * high + MARGIN_PX), min(ends[k, w], (w + 1) * high - MARGIN_PX)
+                at, end = (
+                    max(starts[k, w], w * high + MARGIN_PX),
+                    min(ends[k, w], (w + 1) * high - MARGIN_PX),
+                )
                 some, near = _near(its, own, high, at, end, others, spare)
                 sums.edges[2 - 2 * k, t] += np.int64(some)
                 sums.edges[3 - 2 * k, t] += np.int64(near)
@@ -242,7 +266,9 @@ def _edges(mine: Words, blank: Words, high: int, at: int, end: int, edges: Words
 
 
 @compiled
-def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words, spare: Words) -> tuple[np.uint64, np.uint64]:
+def _near(
+    edges: Words, own: Words, high: int, at: int, end: int, others: Words, spare: Words
+) -> tuple[np.uint64, np.uint64]:
     """Count own edge pixels, and those near the other's edge pixels.
 
     Near means a distance of centres up to BOUNDARY_PX = 3. In the same row this is 3 pixels to each
@@ -259,8 +285,18 @@ def _near(edges: Words, own: Words, high: int, at: int, end: int, others: Words,
         spare[i - first] = two | bits >> _1 | bits >> _2 | east << _63 | east << _62
     for i in range(np.uint64(at), np.uint64(end)):
         j = i - first
-        close = spare[j - _2] | spare[j - _1] | spare[j] | spare[j + _1] | spare[j + _2] | others[i - _3] | others[i + _3]
-        close |= others[i] << _3 | others[i - side] >> _61 | others[i] >> _3 | others[i + side] << _61
+        close = (
+            spare[j - _2]
+            | spare[j - _1]
+            | spare[j]
+            | spare[j + _1]
+            | spare[j + _2]
+            | others[i - _3]
+            | others[i + _3]
+        )
+        close |= (
+            others[i] << _3 | others[i - side] >> _61 | others[i] >> _3 | others[i + side] << _61
+        )
         its = edges[i] & own[i]
         some += _size(its)
         near += _size(its & close)
@@ -338,7 +374,9 @@ def _add(truth: Words, pred: Words, mapped: Words, known: Words, n: int, sums: S
             sums.tubes[c] += np.int64(size)
     for i in range(years):
         for j in range(i, years):
-            sizes = _pair(truth[i], truth[j], pred[i], pred[j], mapped[i], mapped[j], known[i], known[j], n)
+            sizes = _pair(
+                truth[i], truth[j], pred[i], pred[j], mapped[i], mapped[j], known[i], known[j], n
+            )
             for c, size in enumerate(sizes):
                 sums.pairs[i, j, c] += np.int64(size)
     _through(truth, pred, known, n, sums)
@@ -352,7 +390,9 @@ def _pair(
 
     Separate arrays take a quarter less time than parts of one array for noisy pixels.
     """
-    every = mapped = new = gone = new_said = gone_said = new_new = new_gone = gone_new = gone_gone = _0
+    every = mapped = new = gone = new_said = gone_said = new_new = new_gone = gone_new = (
+        gone_gone
+    ) = _0
     for w in range(n):
         known = k0[w] & k1[w]
         moves, said = (y0[w] ^ y1[w]) & known, (p0[w] ^ p1[w]) & known
@@ -370,7 +410,18 @@ def _pair(
     new_same, gone_same = new - new_new - new_gone, gone - gone_new - gone_gone
     same_new, same_gone = new_said - new_new - gone_new, gone_said - new_gone - gone_gone
     same_same = every - new - gone - same_new - same_gone
-    return new_new, new_same, new_gone, gone_new, gone_same, gone_gone, same_new, same_same, same_gone, mapped - every
+    return (
+        new_new,
+        new_same,
+        new_gone,
+        gone_new,
+        gone_same,
+        gone_gone,
+        same_new,
+        same_same,
+        same_gone,
+        mapped - every,
+    )
 
 
 @compiled

@@ -41,9 +41,13 @@ def count_change(
         ModelError: shapes, pairs or classes are wrong, or a value is no stored probability.
     """
     y, p = stack_of(truth, "truth", years), np.asarray(change)
-    named = tuple(sorted(classes, key=KNOWN.index)) if set(classes) <= set(KNOWN) else tuple(classes)
+    named = (
+        tuple(sorted(classes, key=KNOWN.index)) if set(classes) <= set(KNOWN) else tuple(classes)
+    )
     if named not in VARIANTS or not named:
-        raise ModelError(f"change classes {tuple(classes)}; expected ('changed',), ('new',) or ('removed', 'new')")
+        raise ModelError(
+            f"change classes {tuple(classes)}; expected ('changed',), ('new',) or ('removed', 'new')"
+        )
     if p.shape != (len(pairs), len(named), *y.shape[1:]):
         raise ModelError(
             f"change has shape {p.shape} for {len(pairs)} pairs and {len(named)} classes, truth {y.shape}; scores need "
@@ -66,7 +70,9 @@ def count_change(
         known = labelled & (maps != UNKNOWN).all(axis=0)
         moved = after[known].astype(np.int8) - before[known].astype(np.int8)
         said, score = _said(maps[:, known], named)
-        table = np.bincount(3 * (1 - moved) + (1 - said), minlength=9).reshape(3, 3)  # new, same, gone
+        table = np.bincount(3 * (1 - moved) + (1 - said), minlength=9).reshape(
+            3, 3
+        )  # new, same, gone
         new, same, gone = table.tolist()
         unmapped = int(np.count_nonzero(labelled) - len(moved))
         counted[int(first), int(second)] = Pair(*(*new, *gone, *same, unmapped))
@@ -76,7 +82,9 @@ def count_change(
     return Scores(pairs=counted, change=curves, classes=named)
 
 
-def _said(maps: NDArray[np.uint8], classes: tuple[str, ...]) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+def _said(
+    maps: NDArray[np.uint8], classes: tuple[str, ...]
+) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
     """Return -1, 0 or 1 for each pixel, and its probability of any change.
 
     A change of unknown direction is 1.

@@ -44,11 +44,17 @@ def count(
     """
     p, y = stack_of(pred, "prediction", years), stack_of(truth, "truth", years)
     if p.shape != y.shape:
-        raise ModelError(f"prediction has shape {p.shape}, truth {y.shape}; scores need the same years on the same grid")
+        raise ModelError(
+            f"prediction has shape {p.shape}, truth {y.shape}; scores need the same years on the same grid"
+        )
     p, y = _footprints(p, "prediction"), _footprints(y, "truth")
-    rows, columns = (range(n)[of] for n, of in zip(p.shape[1:], core or (slice(None), slice(None)), strict=True))
+    rows, columns = (
+        range(n)[of] for n, of in zip(p.shape[1:], core or (slice(None), slice(None)), strict=True)
+    )
     if {rows.step, columns.step} != {1}:
-        raise ModelError(f"expected a core of rows and columns one after another, found {core}; scores would be of others, too")
+        raise ModelError(
+            f"expected a core of rows and columns one after another, found {core}; scores would be of others, too"
+        )
     sums = Sums.zero(len(years))
     if rows and columns:
         width, bands = p.shape[2], -(-len(rows) // _BAND_PX)
@@ -67,9 +73,16 @@ def stack_of(stack: Bytes | xr.DataArray, what: str, years: Sequence[int]) -> By
         stack = stack.transpose("year", "y", "x")
         found = stack["year"].to_numpy().tolist() if "year" in stack.coords else list(years)
         if found != list(years):
-            raise ModelError(f"the {what} has the years {found}, expected {list(years)}; one year would be scored as another")
+            raise ModelError(
+                f"the {what} has the years {found}, expected {list(years)}; one year would be scored as another"
+            )
     values = np.asarray(stack)
-    if values.ndim != 3 or len(values) != len(years) or list(years) != sorted(set(years)) or not len(years):
+    if (
+        values.ndim != 3
+        or len(values) != len(years)
+        or list(years) != sorted(set(years))
+        or not len(years)
+    ):
         raise ModelError(
             f"the {what} has shape {values.shape} for the years {list(years)}; expected (year, y, x) and ascending years"
         )
@@ -87,7 +100,9 @@ def _footprints(stack: NDArray[Any], what: str) -> Bytes:
 def check(stack: NDArray[Any], what: str) -> None:
     """Raise ModelError for values other than 0, 1 and 255."""
     if ((stack != 0) & (stack != 1) & (stack != UNKNOWN)).any():
-        raise ModelError(f"the {what} holds values other than 0, 1 and {UNKNOWN} (unknown); threshold probabilities first")
+        raise ModelError(
+            f"the {what} holds values other than 0, 1 and {UNKNOWN} (unknown); threshold probabilities first"
+        )
 
 
 def _within(width: int, first: int, last: int) -> NDArray[np.uint64]:
@@ -101,11 +116,17 @@ def _scores(sums: Sums, years: Sequence[int]) -> Scores:
     alike, always = sums.alike.tolist()
     truth, pred, both = (sums.years + always).tolist()
     sums.pairs[..., _SAME_SAME] += alike
-    pairs, lasting, edges = sums.pairs.tolist(), (sums.windows + alike).tolist(), sums.edges.T.tolist()
+    pairs, lasting, edges = (
+        sums.pairs.tolist(),
+        (sums.windows + alike).tolist(),
+        sums.edges.T.tolist(),
+    )
     maps, moves, spans = {}, {}, {}
     for i, first in enumerate(named):
         tp, fp, fn = both[i], pred[i] - both[i], truth[i] - both[i]
-        maps[first] = Mapped(tp, fp, fn, pairs[i][i][_SAME_SAME] - tp - fp - fn, pairs[i][i][-1], *edges[i])
+        maps[first] = Mapped(
+            tp, fp, fn, pairs[i][i][_SAME_SAME] - tp - fp - fn, pairs[i][i][-1], *edges[i]
+        )
         for j, second in enumerate(named[i + 1 :], start=i + 1):
             moves[first, second] = Pair(*pairs[i][j])
             spans[first, second, j - i + 1] = Window(lasting[0][i][j], lasting[1][i][j])

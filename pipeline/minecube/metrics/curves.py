@@ -45,8 +45,13 @@ def count_probability(
     """
     p, y = stack_of(probability, "probability", years), stack_of(truth, "truth", years)
     if p.shape != y.shape:
-        raise ModelError(f"probability has shape {p.shape}, truth {y.shape}; scores need the same years on the same grid")
-    p, y = (stack[:, *(core or (slice(None), slice(None)))].reshape(len(years), -1) for stack in (checked(p), y))
+        raise ModelError(
+            f"probability has shape {p.shape}, truth {y.shape}; scores need the same years on the same grid"
+        )
+    p, y = (
+        stack[:, *(core or (slice(None), slice(None)))].reshape(len(years), -1)
+        for stack in (checked(p), y)
+    )
     check(y, "truth")
     gaps = np.subtract.outer(years, years)
     each = np.unique(gaps[gaps > 0])
@@ -55,7 +60,9 @@ def count_probability(
     p, y = (np.ascontiguousarray(stack, np.uint8) for stack in (p, y))
     _count(p, y, np.searchsorted(each, gaps), footprint, change)
     return Scores(
-        footprint={int(year): Histogram(pixels) for year, pixels in zip(years, footprint, strict=True)},
+        footprint={
+            int(year): Histogram(pixels) for year, pixels in zip(years, footprint, strict=True)
+        },
         change={int(gap): Histogram(pixels) for gap, pixels in zip(each, change, strict=True)},
     )
 
@@ -97,7 +104,10 @@ def checked(probability: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def histogram(score: NDArray[np.uint8], truth: NDArray[np.uint8]) -> Histogram:
     """Count known pixels by score (0..250) and truth (0 or 1)."""
-    counts = [np.bincount(score, minlength=LEVELS + 1), np.bincount(score[truth == 1], minlength=LEVELS + 1)]
+    counts = [
+        np.bincount(score, minlength=LEVELS + 1),
+        np.bincount(score[truth == 1], minlength=LEVELS + 1),
+    ]
     return Histogram(np.stack([counts[0] - counts[1], counts[1]], axis=1).astype(np.int64))
 
 
@@ -125,8 +135,12 @@ def f1_at_r(pixels: NDArray[Any]) -> Any:
     at = (drawn < true[..., None]).sum(axis=-1)[..., None]  # the threshold for reaching r
     at = np.minimum(at, LEVELS)
     before = np.maximum(at - 1, 0)
-    taken, sure = (np.where(at > 0, np.take_along_axis(a, before, -1), 0)[..., 0] for a in (drawn, hits))
-    tied, right = (np.take_along_axis(a, at, -1)[..., 0] - b for a, b in ((drawn, taken), (hits, sure)))
+    taken, sure = (
+        np.where(at > 0, np.take_along_axis(a, before, -1), 0)[..., 0] for a in (drawn, hits)
+    )
+    tied, right = (
+        np.take_along_axis(a, at, -1)[..., 0] - b for a, b in ((drawn, taken), (hits, sure))
+    )
     found = sure + np.where(tied > 0, (true - taken) * right / np.maximum(tied, 1), 0)
     return found / np.where(true > 0, true, np.nan)
 
@@ -162,7 +176,11 @@ def reliability(h: Histogram) -> pd.DataFrame:
     """Tabulate predicted (mean probability), observed (mine share) and pixels per non-empty bin."""
     mine, said, drawn = _binned(h.pixels)
     there = drawn > 0
-    columns = {"predicted": said[there] / drawn[there], "observed": mine[there] / drawn[there], "pixels": drawn[there]}
+    columns = {
+        "predicted": said[there] / drawn[there],
+        "observed": mine[there] / drawn[there],
+        "pixels": drawn[there],
+    }
     return pd.DataFrame(columns)
 
 

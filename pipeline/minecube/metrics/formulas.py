@@ -61,7 +61,13 @@ def kinds_of(scores: Sequence[Scores]) -> Kinds:
     maps = any(s.years for s in scores) or not any(s.pairs for s in scores)
     variants = [v for v in VARIANTS[()] if all(v in VARIANTS[c] for c in classes)]
     windows = tuple(sorted({n for s in scores for _, _, n in s.windows}))
-    return Kinds(maps, windows, any(s.footprint for s in scores), any(s.change for s in scores), tuple(variants))
+    return Kinds(
+        maps,
+        windows,
+        any(s.footprint for s in scores),
+        any(s.change for s in scores),
+        tuple(variants),
+    )
 
 
 def vector(scores: Scores, kinds: Kinds) -> NDArray[np.int64]:
@@ -72,7 +78,10 @@ def vector(scores: Scores, kinds: Kinds) -> NDArray[np.int64]:
         scores.tubes,
         scores.steps,
     ]
-    parts += [sum((w for key, w in scores.windows.items() if key[2] == n), Window()) for n in kinds.windows]
+    parts += [
+        sum((w for key, w in scores.windows.items() if key[2] == n), Window())
+        for n in kinds.windows
+    ]
     numbers = [np.array([getattr(part, f.name) for part in parts for f in fields(part)], np.int64)]
     empty = np.zeros((LEVELS + 1, 2), np.int64)
     for wanted, histograms in ((kinds.footprint, scores.footprint), (kinds.change, scores.change)):
@@ -93,7 +102,9 @@ def formulas(counts: NDArray[Any], kinds: Kinds) -> dict[str, Floats]:
     found: dict[str, Floats] = {}
     if kinds.maps:
         found |= _of_maps(mapped) | _through_time(tubes, steps)
-        found |= {f"vc_{n}": _ratio(w.kept, w.steady) for n, w in zip(kinds.windows, windows, strict=True)}
+        found |= {
+            f"vc_{n}": _ratio(w.kept, w.steady) for n, w in zip(kinds.windows, windows, strict=True)
+        }
     found |= _of_change(pair, kinds.variants)
     size = 2 * (LEVELS + 1)
     if kinds.footprint:
@@ -127,12 +138,16 @@ def by_gap(scores: Scores) -> pd.DataFrame:
         gaps[second - first] = gaps.get(second - first, Pair()) + pair
     table = _table(gaps, lambda pair: _of_change(pair, variants), "gap")
     if scores.change:
-        rows = {gap: _of_change_curve(h.pixels.ravel(), variants) for gap, h in scores.change.items()}
+        rows = {
+            gap: _of_change_curve(h.pixels.ravel(), variants) for gap, h in scores.change.items()
+        }
         table = table.join(pd.DataFrame.from_dict(rows, orient="index"))
     return table
 
 
-def _table(counts: Mapping[K, Any], of: Callable[[Any], dict[str, Floats]], index: str) -> pd.DataFrame:
+def _table(
+    counts: Mapping[K, Any], of: Callable[[Any], dict[str, Floats]], index: str
+) -> pd.DataFrame:
     rows = [{name: float(value) for name, value in of(value).items()} for value in counts.values()]
     return pd.DataFrame(rows, index=pd.Index(list(counts), name=index)).sort_index()
 
@@ -155,7 +170,10 @@ def _through_time(tubes: Tubes, steps: Steps) -> dict[str, Floats]:
     bc = _ratio(steps.both, steps.either)
     wrong = steps.y1p0 + steps.y0p1
     there1, there0 = (np.asarray(n) > 0 for n in (steps.y1p1 + steps.y1p0, steps.y0p0 + steps.y0p1))
-    classes = [np.where(there, _ratio(hit, hit + wrong), 0) for hit, there in ((steps.y1p1, there1), (steps.y0p0, there0))]
+    classes = [
+        np.where(there, _ratio(hit, hit + wrong), 0)
+        for hit, there in ((steps.y1p1, there1), (steps.y0p0, there0))
+    ]
     sc = _ratio(sum(classes), there1.astype(int) + there0.astype(int))
     return {
         "tiou_s": tiou_s,
@@ -173,7 +191,11 @@ def _of_change(n: Pair, variants: Sequence[str]) -> dict[str, Floats]:
     counts = {
         "change": (n.new_new + n.new_gone + n.gone_new + n.gone_gone, truly, drawn),
         "transition": (n.new_new + n.gone_gone, truly, drawn),
-        "expansion": (n.new_new, n.new_new + n.new_same + n.new_gone, n.new_new + n.gone_new + n.same_new),
+        "expansion": (
+            n.new_new,
+            n.new_new + n.new_same + n.new_gone,
+            n.new_new + n.gone_new + n.same_new,
+        ),
     }
     known = truly + n.same_new + n.same_same + n.same_gone
     rates = {
@@ -209,4 +231,6 @@ def _rates(tp: Floats, fp: Floats, fn: Floats) -> dict[str, Floats]:
 def _ratio(part: Floats, whole: Floats) -> Floats:
     """Divide a part by a whole; NaN if the whole is 0."""
     whole = np.asarray(whole, np.float64)
-    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole != 0)
+    return np.divide(
+        part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole != 0
+    )

@@ -25,7 +25,12 @@ RESAMPLES = 2000
 
 
 def intervals(
-    sites: Mapping[str, Scores], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0, method: str = "percentile"
+    sites: Mapping[str, Scores],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    method: str = "percentile",
 ) -> pd.DataFrame:
     """Compute pooled scores of all sites with intervals: score, low and high, one row per score.
 
@@ -62,7 +67,9 @@ def difference(
     """
     if set(one) != set(other):
         lacking = sorted(set(one) ^ set(other))
-        raise ModelError(f"a paired difference needs the same sites of both, but {lacking[0]} is scored in one of them alone")
+        raise ModelError(
+            f"a paired difference needs the same sites of both, but {lacking[0]} is scored in one of them alone"
+        )
     unlike = sorted(name for name in one if set(one[name].pairs) != set(other[name].pairs))
     if unlike:
         numbers = " and ".join(str(len(scores[unlike[0]].pairs)) for scores in (one, other))
@@ -70,11 +77,23 @@ def difference(
             f"{unlike[0]} is scored over {numbers} pairs of years, not the same ones, and change over longer gaps is easier; "
             "map the same pairs by both, or score them one by one"
         )
-    return _table({"one": one, "other": other}, lambda scores: scores[0] - scores[1], level, resamples, seed, method)
+    return _table(
+        {"one": one, "other": other},
+        lambda scores: scores[0] - scores[1],
+        level,
+        resamples,
+        seed,
+        method,
+    )
 
 
 def _table(
-    sets: Mapping[str, Mapping[str, Scores]], of: Any, level: float, resamples: int, seed: int, method: str
+    sets: Mapping[str, Mapping[str, Scores]],
+    of: Any,
+    level: float,
+    resamples: int,
+    seed: int,
+    method: str,
 ) -> pd.DataFrame:
     if method not in ("percentile", "bca"):
         raise ModelError(f"interval method {method!r}; expected percentile or bca")
@@ -82,32 +101,52 @@ def _table(
         raise ModelError("there is no site to score; name at least one")
     kinds = [kinds_of(list(sites.values())) for sites in sets.values()]
     # Sorted by name, so the same draws mean the same sites, for any order of counting.
-    counts = [np.stack([vector(sites[s], k) for s in sorted(sites)]) for sites, k in zip(sets.values(), kinds, strict=True)]
+    counts = [
+        np.stack([vector(sites[s], k) for s in sorted(sites)])
+        for sites, k in zip(sets.values(), kinds, strict=True)
+    ]
     number = len(counts[0])
 
     def scores(weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
         # In floats, products run in BLAS. Counts stay exact below 2^53.
-        found = [formulas(weights.astype(np.float64) @ c.astype(np.float64), k) for c, k in zip(counts, kinds, strict=True)]
-        return {name: np.asarray(of([f[name] for f in found])) for name in found[0] if all(name in f for f in found)}
+        found = [
+            formulas(weights.astype(np.float64) @ c.astype(np.float64), k)
+            for c, k in zip(counts, kinds, strict=True)
+        ]
+        return {
+            name: np.asarray(of([f[name] for f in found]))
+            for name in found[0]
+            if all(name in f for f in found)
+        }
 
     drawn = np.random.default_rng(seed).integers(0, number, (resamples, number))
     times = np.zeros((resamples, number))
     np.add.at(times, (np.arange(resamples)[:, None], drawn), 1)
-    pooled, spread, without = scores(np.ones((1, number))), scores(times), scores(1 - np.eye(number))
+    pooled, spread, without = (
+        scores(np.ones((1, number))),
+        scores(times),
+        scores(1 - np.eye(number)),
+    )
     rows = {}
     for name, value in pooled.items():
         ends = (np.nan, np.nan)
         if number > 1 and not np.isnan(value[0]):
             ends = _ends(float(value[0]), spread[name], without[name], level, method)
         rows[name] = (float(value[0]), *ends)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["score", "low", "high"]).rename_axis("name")
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=["score", "low", "high"]
+    ).rename_axis("name")
 
 
-def _ends(value: float, spread: NDArray[Any], without: NDArray[Any], level: float, method: str) -> tuple[float, float]:
+def _ends(
+    value: float, spread: NDArray[Any], without: NDArray[Any], level: float, method: str
+) -> tuple[float, float]:
     spread = spread[~np.isnan(spread)]
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if method == "bca" and np.ptp(spread) > 0:
-        below = (np.count_nonzero(spread < value) + np.count_nonzero(spread <= value)) / (2 * len(spread))
+        below = (np.count_nonzero(spread < value) + np.count_nonzero(spread <= value)) / (
+            2 * len(spread)
+        )
         bias = ndtri(below)
         off = np.nanmean(without) - without[~np.isnan(without)]
         cubes = 6 * (off**2).sum() ** 1.5

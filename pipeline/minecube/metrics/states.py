@@ -164,7 +164,9 @@ class Scores:
             "pairs": {f"{a}-{b}": _numbers(n) for (a, b), n in self.pairs.items()},
             "tubes": _numbers(self.tubes),
             "steps": _numbers(self.steps),
-            "windows": {f"{a}-{b}-{n}": _numbers(window) for (a, b, n), window in self.windows.items()},
+            "windows": {
+                f"{a}-{b}-{n}": _numbers(window) for (a, b, n), window in self.windows.items()
+            },
             "footprint": {str(year): h.pixels.tolist() for year, h in self.footprint.items()},
             "change": {str(gap): h.pixels.tolist() for gap, h in self.change.items()},
             "classes": list(self.classes),
@@ -185,7 +187,10 @@ class Scores:
                 {(int(key[:4]), int(key[5:])): Pair(**n) for key, n in content["pairs"].items()},
                 Tubes(**content["tubes"]),
                 Steps(**content["steps"]),
-                {(int(key[:4]), int(key[5:9]), int(key[10:])): Window(**n) for key, n in content["windows"].items()},
+                {
+                    (int(key[:4]), int(key[5:9]), int(key[10:])): Window(**n)
+                    for key, n in content["windows"].items()
+                },
                 {int(year): _histogram(rows) for year, rows in content["footprint"].items()},
                 {int(gap): _histogram(rows) for gap, rows in content["change"].items()},
                 tuple(content["classes"]),
@@ -204,9 +209,14 @@ def _numbers(counts: _Counts) -> dict[str, int]:
 def _histogram(rows: Any) -> Histogram:
     pixels = np.array(rows)
     if pixels.shape != (LEVELS + 1, 2) or pixels.dtype.kind != "i":
-        raise ValueError(f"a histogram of {pixels.shape} {pixels.dtype}, expected whole numbers ({LEVELS + 1}, 2)")
+        raise ValueError(
+            f"a histogram of {pixels.shape} {pixels.dtype}, expected whole numbers ({LEVELS + 1}, 2)"
+        )
     return Histogram(pixels.astype(np.int64))
 
 
 def _joined(one: Mapping[K, C], other: Mapping[K, C]) -> dict[K, C]:
-    return {**one, **{key: one[key] + value if key in one else value for key, value in other.items()}}
+    return {
+        **one,
+        **{key: one[key] + value if key in one else value for key, value in other.items()},
+    }

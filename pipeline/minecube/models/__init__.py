@@ -14,7 +14,17 @@ from __future__ import annotations
 from minecube.models.compute import Compute
 from minecube.models.layout import NODATA, SCALE
 from minecube.models.mapping import Mapper, Rows, View, about, predict, views_of
-from minecube.models.network import ARCHITECTURES, Trained, build, load, logits, normalise, parameters, save, select_bands
+from minecube.models.network import (
+    ARCHITECTURES,
+    Trained,
+    build,
+    load,
+    logits,
+    normalise,
+    parameters,
+    save,
+    select_bands,
+)
 from minecube.models.weights import fetch, find
 
 __all__ = [

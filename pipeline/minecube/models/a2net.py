@@ -11,7 +11,15 @@ from minecube.errors import ModelError
 from minecube.models.blocks import InvertedResidual, convolution, enlarge
 from minecube.models.options import options_of
 
-_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+_MOBILENET = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 """Expansion, channels, blocks and stride per stage (Sandler et al. 2018, arXiv:1801.04381, table
 2)."""
 _KEPT = (1, 2, 4, 6)
@@ -47,7 +55,9 @@ class A2Net(nn.Module):
         super().__init__()
         self.encoder = _MobileNet(bands, encoder)
         channels = [max(int(_MOBILENET[stage][1] * encoder), 1) for stage in _KEPT]
-        self.gather = nn.ModuleList(_Neighbours(channels[max(i - 1, 0) : i + 2], channels[i], width) for i in range(4))
+        self.gather = nn.ModuleList(
+            _Neighbours(channels[max(i - 1, 0) : i + 2], channels[i], width) for i in range(4)
+        )
         self.compare = nn.ModuleList(_Compare(width) for _ in range(4))
         self.attend = nn.ModuleList(_Attend(width) for _ in range(3))
         self.merge = nn.ModuleList(_convolution(width, width) for _ in range(3))
@@ -75,7 +85,9 @@ class _MobileNet(nn.Module):
         for expansion, channels, depth, stride in _MOBILENET:
             outputs = max(int(channels * factor), 1)
             blocks = [InvertedResidual(inputs, outputs, stride=stride, expansion=expansion)]
-            blocks += [InvertedResidual(outputs, outputs, expansion=expansion) for _ in range(depth - 1)]
+            blocks += [
+                InvertedResidual(outputs, outputs, expansion=expansion) for _ in range(depth - 1)
+            ]
             self.stages.append(nn.Sequential(*blocks))
             inputs = outputs
 
@@ -89,7 +101,9 @@ class _MobileNet(nn.Module):
         return found
 
 
-def _convolution(inputs: int, outputs: int, dilation: int = 1, *, activation: bool = True) -> nn.Sequential:
+def _convolution(
+    inputs: int, outputs: int, dilation: int = 1, *, activation: bool = True
+) -> nn.Sequential:
     layers: list[nn.Module] = [
         nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation),
         nn.BatchNorm2d(outputs),
@@ -104,13 +118,17 @@ class _Neighbours(nn.Module):
         super().__init__()
         self.reduce = nn.ModuleList(_convolution(c, width // 2) for c in channels)
         inside = len(channels) * (width // 2)
-        self.fuse = nn.Sequential(_convolution(inside, width), _convolution(width, width, activation=False))
+        self.fuse = nn.Sequential(
+            _convolution(inside, width), _convolution(width, width, activation=False)
+        )
         self.shortcut = nn.Conv2d(own, width, 1)
 
     def forward(self, levels: list[Tensor], own: Tensor) -> Tensor:
         side = own.shape[-1]
         near = [
-            enlarge(reduce(functional.max_pool2d(level, 2) if level.shape[-1] > side else level), own)
+            enlarge(
+                reduce(functional.max_pool2d(level, 2) if level.shape[-1] > side else level), own
+            )
             for reduce, level in zip(self.reduce, levels, strict=True)
         ]
         return torch.relu(self.fuse(torch.cat(near, dim=1)) + self.shortcut(own))
@@ -121,7 +139,9 @@ class _Compare(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.look = nn.ModuleList(_convolution(width, width, dilation, activation=False) for dilation in (7, 5, 3, 1))
+        self.look = nn.ModuleList(
+            _convolution(width, width, dilation, activation=False) for dilation in (7, 5, 3, 1)
+        )
         self.again = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, difference: Tensor) -> Tensor:

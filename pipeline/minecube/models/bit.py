@@ -30,7 +30,16 @@ class BIT(nn.Module):
     one logit without softmax, and weights start at random.
     """
 
-    def __init__(self, bands: int, classes: int, *, width: int = 64, depth: int = 8, head: int = 8, tokens: int = 4) -> None:
+    def __init__(
+        self,
+        bands: int,
+        classes: int,
+        *,
+        width: int = 64,
+        depth: int = 8,
+        head: int = 8,
+        tokens: int = 4,
+    ) -> None:
         super().__init__()
         channels = 32
         self.encoder = ResNet(bands, width, (2, 2, 2), strides=(1, 2, 1))
@@ -39,11 +48,16 @@ class BIT(nn.Module):
         self.position = nn.Parameter(torch.randn(1, 2 * tokens, channels))
         self.context = _Layer(channels, 64)
         self.decoder = nn.ModuleList(_Layer(channels, head) for _ in range(depth))
-        self.head = nn.Sequential(convolution(channels, channels), nn.Conv2d(channels, classes, 3, padding=1))
+        self.head = nn.Sequential(
+            convolution(channels, channels), nn.Conv2d(channels, classes, 3, padding=1)
+        )
 
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
-        features = [self.reduce(functional.interpolate(date, scale_factor=2)) for date in siamese(self.encoder, pair)[-1]]
+        features = [
+            self.reduce(functional.interpolate(date, scale_factor=2))
+            for date in siamese(self.encoder, pair)[-1]
+        ]
         tokens = torch.cat([self._tokens(x) for x in features], dim=1) + self.position
         tokens = self.context(tokens, tokens)
         decoded = []
@@ -53,7 +67,9 @@ class BIT(nn.Module):
                 pixels = layer(pixels, words)
             decoded.append(pixels.transpose(1, 2).reshape(x.shape))
         difference = (decoded[0] - decoded[1]).abs()
-        logits: Tensor = self.head(functional.interpolate(difference, scale_factor=4, mode="bilinear", align_corners=False))
+        logits: Tensor = self.head(
+            functional.interpolate(difference, scale_factor=4, mode="bilinear", align_corners=False)
+        )
         return logits
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -71,9 +87,13 @@ class _Layer(nn.Module):
         super().__init__()
         self.heads = heads
         self.before, self.middle = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.query, self.key, self.value = (nn.Linear(channels, heads * head, bias=False) for _ in range(3))
+        self.query, self.key, self.value = (
+            nn.Linear(channels, heads * head, bias=False) for _ in range(3)
+        )
         self.out = nn.Linear(heads * head, channels)
-        self.perceptron = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+        self.perceptron = nn.Sequential(
+            nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)
+        )
 
     def forward(self, x: Tensor, to: Tensor) -> Tensor:
         normal, other = self.before(x), self.before(to)
@@ -81,6 +101,8 @@ class _Layer(nn.Module):
             layer(of).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, of in ((self.query, normal), (self.key, other), (self.value, other))
         )
-        x = x + self.out(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        x = x + self.out(
+            functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
         found: Tensor = x + self.perceptron(self.middle(x))
         return found

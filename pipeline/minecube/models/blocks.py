@@ -30,7 +30,10 @@ def siamese(encoder: nn.Module, pair: Tensor) -> list[tuple[Tensor, Tensor]]:
     Both dates pass in one batch. In training they share the normalisation statistics.
     """
     levels: list[Tensor] = encoder(pair.flatten(0, 1))
-    return [(both[:, 0], both[:, 1]) for both in (torch.unflatten(level, 0, (-1, 2)) for level in levels)]
+    return [
+        (both[:, 0], both[:, 1])
+        for both in (torch.unflatten(level, 0, (-1, 2)) for level in levels)
+    ]
 
 
 def enlarge(x: Tensor, like: Tensor) -> Tensor:
@@ -72,7 +75,9 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         self.maximum = maximum
         self.weigh = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1, bias=bias), activation(), nn.Conv2d(hidden, channels, 1, bias=bias)
+            nn.Conv2d(channels, hidden, 1, bias=bias),
+            activation(),
+            nn.Conv2d(hidden, channels, 1, bias=bias),
         )
 
     def gate(self, x: Tensor) -> Tensor:
@@ -93,7 +98,9 @@ class BasicBlock(nn.Module):
     Squeeze-and-excitation is optional.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, squeeze: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int = 1, squeeze: bool = False
+    ) -> None:
         super().__init__()
         self.body = nn.Sequential(
             convolution(inputs, outputs, stride=stride),
@@ -101,7 +108,11 @@ class BasicBlock(nn.Module):
             SqueezeExcite(outputs, max(outputs // 16, 1)) if squeeze else nn.Identity(),
         )
         same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else convolution(inputs, outputs, 1, stride=stride, activation=None)
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else convolution(inputs, outputs, 1, stride=stride, activation=None)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, inputs, y, x) to (n, outputs, y / stride, x / stride)."""
@@ -134,7 +145,13 @@ class ResNet(Stages):
     """
 
     def __init__(
-        self, bands: int, width: int, depths: Sequence[int], *, strides: Sequence[int] = (1, 2, 2, 2), squeeze: bool = False
+        self,
+        bands: int,
+        width: int,
+        depths: Sequence[int],
+        *,
+        strides: Sequence[int] = (1, 2, 2, 2),
+        squeeze: bool = False,
     ) -> None:
         stem = nn.Sequential(convolution(bands, width, 7, stride=2), nn.MaxPool2d(3, 2, 1))
         stages, channels = [], width
@@ -155,15 +172,28 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, stride: int = 1, expansion: int = 6, kernel: int = 3, squeeze: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        stride: int = 1,
+        expansion: int = 6,
+        kernel: int = 3,
+        squeeze: bool = False,
     ) -> None:
         super().__init__()
         activation = nn.SiLU if squeeze else nn.ReLU6
         inside = inputs * expansion
         self.body = nn.Sequential(
-            convolution(inputs, inside, 1, activation=activation) if expansion > 1 else nn.Identity(),
-            convolution(inside, inside, kernel, stride=stride, groups=inside, activation=activation),
-            SqueezeExcite(inside, max(inputs // 4, 1), bias=True, activation=nn.SiLU) if squeeze else nn.Identity(),
+            convolution(inputs, inside, 1, activation=activation)
+            if expansion > 1
+            else nn.Identity(),
+            convolution(
+                inside, inside, kernel, stride=stride, groups=inside, activation=activation
+            ),
+            SqueezeExcite(inside, max(inputs // 4, 1), bias=True, activation=nn.SiLU)
+            if squeeze
+            else nn.Identity(),
             convolution(inside, outputs, 1, activation=None),
         )
         self.shortcut = stride == 1 and inputs == outputs

@@ -22,7 +22,11 @@ def changefft(card: ModelCard) -> nn.Module:
     Options: `width` (64) and `depths` (2, 2, 2, 2) of the ResNet, and `head` (width of the UPerNet
     head, 512).
     """
-    return ChangeFFT(len(card.bands), len(card.classes), **options_of(card, width=64, depths=(2, 2, 2, 2), head=512))
+    return ChangeFFT(
+        len(card.bands),
+        len(card.classes),
+        **options_of(card, width=64, depths=(2, 2, 2, 2), head=512),
+    )
 
 
 class ChangeFFT(nn.Module):
@@ -34,7 +38,13 @@ class ChangeFFT(nn.Module):
     """
 
     def __init__(
-        self, bands: int, classes: int, *, width: int = 64, depths: Sequence[int] = (2, 2, 2, 2), head: int = 512
+        self,
+        bands: int,
+        classes: int,
+        *,
+        width: int = 64,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        head: int = 512,
     ) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(len(depths))]
@@ -47,7 +57,9 @@ class ChangeFFT(nn.Module):
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
         found = []
-        for (first, second), normal, mix in zip(siamese(self.encoder, pair), self.normal, self.mix, strict=True):
+        for (first, second), normal, mix in zip(
+            siamese(self.encoder, pair), self.normal, self.mix, strict=True
+        ):
             difference = second - first
             found.append(difference + mix(normal(difference.movedim(1, -1))).movedim(-1, 1))
         return enlarge(self.head(self.decoder(found)), pair)
@@ -64,16 +76,23 @@ class FrequencyMix(nn.Module):
         super().__init__()
         self.shape = (blocks, channels // blocks)
         # The last dimension holds the real and the imaginary part.
-        self.weight = nn.ParameterList(0.02 * torch.randn(*self.shape, channels // blocks, 2) for _ in range(2))
+        self.weight = nn.ParameterList(
+            0.02 * torch.randn(*self.shape, channels // blocks, 2) for _ in range(2)
+        )
         self.bias = nn.ParameterList(0.02 * torch.randn(*self.shape, 2) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mixed image (n, y, x, channel) in the precision of the input."""
         # Always single precision: CPUs have no complex numbers of half precision.
-        spectrum = torch.fft.fft2(torch.unflatten(x.float(), -1, self.shape), dim=(1, 2), norm="ortho")
+        spectrum = torch.fft.fft2(
+            torch.unflatten(x.float(), -1, self.shape), dim=(1, 2), norm="ortho"
+        )
         for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
             kernel = torch.view_as_complex(weight.float().contiguous())
-            mixed = torch.view_as_real(torch.einsum("...bi,bio->...bo", spectrum, kernel)) + bias.float()
+            mixed = (
+                torch.view_as_real(torch.einsum("...bi,bio->...bo", spectrum, kernel))
+                + bias.float()
+            )
             mixed = mixed.relu() if layer == 0 else functional.softshrink(mixed, _THRESHOLD)
             spectrum = torch.view_as_complex(mixed.contiguous())
         image: Tensor = torch.fft.ifft2(spectrum, dim=(1, 2), norm="ortho").real.flatten(-2)
@@ -89,7 +108,10 @@ class UPerNetHead(nn.Module):
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
         cells = (1, 2, 3, 6)
-        self.pool = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(c), convolution(channels[-1], width, 1)) for c in cells)
+        self.pool = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(c), convolution(channels[-1], width, 1))
+            for c in cells
+        )
         self.coarsest = convolution(channels[-1] + len(cells) * width, width)
         self.reduce = nn.ModuleList(convolution(c, width, 1) for c in channels[:-1])
         self.smooth = nn.ModuleList(convolution(width, width) for _ in channels[:-1])
@@ -98,10 +120,16 @@ class UPerNetHead(nn.Module):
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Return (n, width, y, x) at the size of the first level."""
         last = levels[-1]
-        above = self.coarsest(torch.cat([last, *(enlarge(pool(last), last) for pool in self.pool)], dim=1))
+        above = self.coarsest(
+            torch.cat([last, *(enlarge(pool(last), last) for pool in self.pool)], dim=1)
+        )
         found = [above]
-        for level, reduce, smooth in reversed(list(zip(levels[:-1], self.reduce, self.smooth, strict=True))):
+        for level, reduce, smooth in reversed(
+            list(zip(levels[:-1], self.reduce, self.smooth, strict=True))
+        ):
             above = reduce(level) + enlarge(above, level)
             found.append(smooth(above))
-        fused: Tensor = self.fuse(torch.cat([enlarge(level, levels[0]) for level in reversed(found)], dim=1))
+        fused: Tensor = self.fuse(
+            torch.cat([enlarge(level, levels[0]) for level in reversed(found)], dim=1)
+        )
         return fused

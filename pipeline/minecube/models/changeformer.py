@@ -45,7 +45,10 @@ class ChangeFormer(nn.Module):
         self.compare = nn.ModuleList(_compare(width) for _ in widths)
         self.fuse = nn.Sequential(nn.Conv2d(len(widths) * width, width, 1), nn.BatchNorm2d(width))
         self.up = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), _Residual(width)) for _ in range(2)
+            nn.Sequential(
+                nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), _Residual(width)
+            )
+            for _ in range(2)
         )
         self.head = nn.Conv2d(width, classes, 3, padding=1)
 
@@ -53,7 +56,9 @@ class ChangeFormer(nn.Module):
         """Return the logits of a pair (n, 2, bands, y, x)."""
         levels = siamese(self.encoder, pair)
         found: list[Tensor] = []
-        for (first, second), reduce, compare in reversed(list(zip(levels, self.reduce, self.compare, strict=True))):
+        for (first, second), reduce, compare in reversed(
+            list(zip(levels, self.reduce, self.compare, strict=True))
+        ):
             difference = compare(torch.cat([reduce(first), reduce(second)], dim=1))
             found.append(difference + enlarge(found[-1], difference) if found else difference)
         x = self.fuse(torch.cat([enlarge(level, found[-1]) for level in found], dim=1))
@@ -76,7 +81,9 @@ def _compare(width: int) -> nn.Module:
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = x + 0.1 * self.body(x)
@@ -98,7 +105,9 @@ class _MixTransformer(nn.Module):
                 {
                     "patches": nn.Conv2d(above[i], widths[i], 7, strides[i], 3),
                     "first": nn.LayerNorm(widths[i]),
-                    "blocks": nn.ModuleList(_Block(widths[i], heads[i], shrinks[i]) for _ in range(depths[i])),
+                    "blocks": nn.ModuleList(
+                        _Block(widths[i], heads[i], shrinks[i]) for _ in range(depths[i])
+                    ),
                     "last": nn.LayerNorm(widths[i]),
                 }
             )
@@ -128,7 +137,11 @@ class _Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.before, self.middle = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.both, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.query, self.both, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
         self.shrink = nn.Conv2d(width, width, shrink, stride=shrink) if shrink > 1 else None
         self.shrunk = nn.LayerNorm(width) if shrink > 1 else None
         self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -140,8 +153,13 @@ class _Block(nn.Module):
             image = words.transpose(1, 2).unflatten(2, size)
             other = self.shrunk(self.shrink(image).flatten(2).transpose(1, 2))
         key, value = self.both(other).chunk(2, dim=-1)
-        query, key, value = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (self.query(words), key, value))
-        x = x + self.out(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        query, key, value = (
+            a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for a in (self.query(words), key, value)
+        )
+        x = x + self.out(
+            functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
         wide = self.widen(self.middle(x))
         near = self.near(wide.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         found: Tensor = x + self.narrow(functional.gelu(near))

@@ -88,7 +88,9 @@ class Compute:
         return device_of(self.device)
 
     def __str__(self) -> str:
-        return f"torch {torch.__version__} on {self.place().type} in {_precision(self, self.place())}"
+        return (
+            f"torch {torch.__version__} on {self.place().type} in {_precision(self, self.place())}"
+        )
 
 
 def rows_of(
@@ -141,7 +143,9 @@ class Forward:
     Logits are float32. Windows are normalised on the device.
     """
 
-    def __init__(self, network: nn.Module, trained: Trained, compute: Compute, years: Sequence[int]) -> None:
+    def __init__(
+        self, network: nn.Module, trained: Trained, compute: Compute, years: Sequence[int]
+    ) -> None:
         self.place, self.trained, self._years = compute.place(), trained, years
         self.group = compute.batch
         """Windows per call; None until it is determined."""
@@ -149,7 +153,10 @@ class Forward:
             network.compile(dynamic=False)
         self._network = network
         self._compiled, self._dtype = compute.compiled, PRECISIONS[_precision(compute, self.place)]
-        numbers = (torch.tensor(v, dtype=torch.float32, device=self.place) for v in (trained.mean, trained.std))
+        numbers = (
+            torch.tensor(v, dtype=torch.float32, device=self.place)
+            for v in (trained.mean, trained.std)
+        )
         mean, std = (v.view(-1, 1, 1) for v in numbers)
         self._mean, self._scale = mean, 1 / std
 
@@ -169,7 +176,9 @@ class Forward:
             if isinstance(output, Tensor):
                 sizes.append(sum(t.nbytes for t in (*given, output) if isinstance(t, Tensor)))
 
-        layers = [m for m in self._network.modules() if m is not self._network and not any(m.children())]
+        layers = [
+            m for m in self._network.modules() if m is not self._network and not any(m.children())
+        ]
         if not layers:
             return _BEST
         noting = [layer.register_forward_hook(note) for layer in layers]
@@ -188,7 +197,10 @@ class Forward:
         values = windows if windows.is_floating_point() else self.normal(windows)
         if self._compiled and full and len(values) < full:
             values = torch.cat([values, values.new_zeros((full - len(values), *values.shape[1:]))])
-        with torch.inference_mode(), torch.autocast(self.place.type, self._dtype, enabled=self._dtype != torch.float32):
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.place.type, self._dtype, enabled=self._dtype != torch.float32),
+        ):
             found = logits(self._network, self.trained.card.task, values, self._years)
         return found[: len(windows)].float()
 
@@ -214,7 +226,10 @@ def on_cores(
         return lefts[0], total, finite
 
     waiting: deque[tuple[Strip[T], list[Future[_Sums]]]] = deque()
-    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        _one_thread_each(),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         try:
             for strip in strips:
                 # Strips of `mapping` are not copied here.
@@ -222,7 +237,10 @@ def on_cores(
                 calls = [pool.submit(some, pixels, lefts) for lefts in _together(strip.lefts, best)]
                 waiting.append((strip, calls))
                 # Keep more calls pending than workers, so no worker waits for the end of a row.
-                while len(waiting) > 1 and sum(len(found) for _, found in list(waiting)[1:]) >= 2 * workers:
+                while (
+                    len(waiting) > 1
+                    and sum(len(found) for _, found in list(waiting)[1:]) >= 2 * workers
+                ):
                     yield _row(*waiting.popleft())
                 if len(waiting) > 2 * workers + 1:  # rows with few or no windows to compute
                     yield _row(*waiting.popleft())
@@ -234,7 +252,11 @@ def on_cores(
 
 @compiled
 def cut(
-    strip: NDArray[np.uint16], left: int, mean: NDArray[np.float32], std: NDArray[np.float32], out: NDArray[np.float32]
+    strip: NDArray[np.uint16],
+    left: int,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    out: NDArray[np.float32],
 ) -> None:
     """Write a window of a contiguous strip [row, time, band, column] into `out`.
 
@@ -285,7 +307,11 @@ def _row(strip: Strip[T], calls: list[Future[_Sums]]) -> tuple[T, Tensor, Tensor
         row = np.zeros((*row.shape[:-1], strip.pixels.shape[-1]), np.int64)
         for left, total, _ in found:
             row[..., left : left + total.shape[-1]] += total
-    return strip.of, torch.from_numpy(row), torch.from_numpy(np.concatenate([finite for *_, finite in found]))
+    return (
+        strip.of,
+        torch.from_numpy(row),
+        torch.from_numpy(np.concatenate([finite for *_, finite in found])),
+    )
 
 
 def _finite(found: Tensor) -> Tensor:
@@ -293,10 +319,14 @@ def _finite(found: Tensor) -> Tensor:
     return found.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
 
 
-def on_gpu(forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64]) -> Iterator[tuple[T, Tensor, Tensor]]:
+def on_gpu(
+    forward: Forward, strips: Iterator[Strip[T]], ramp: NDArray[np.int64]
+) -> Iterator[tuple[T, Tensor, Tensor]]:
     """Compute `rows_of` in batches, starting with the last site's batch size, if any."""
     with closing(uploaded(strips, forward.place)) as there:
-        forward.group = yield from in_batches(forward, there, torch.from_numpy(ramp).to(forward.place), forward.group)
+        forward.group = yield from in_batches(
+            forward, there, torch.from_numpy(ramp).to(forward.place), forward.group
+        )
 
 
 @dataclass
@@ -311,7 +341,10 @@ class _Row(Generic[T]):
 
 
 def in_batches(
-    forward: Callable[[Tensor, int | None], Tensor], strips: Iterator[Strip[T]], ramp: Tensor, batch: int | None
+    forward: Callable[[Tensor, int | None], Tensor],
+    strips: Iterator[Strip[T]],
+    ramp: Tensor,
+    batch: int | None,
 ) -> Generator[tuple[T, Tensor, Tensor], None, int | None]:
     """Compute `rows_of` in batches across rows, in the same way on any device.
 
@@ -340,13 +373,21 @@ def in_batches(
     return fits
 
 
-def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Row[T], int]], ramp: Tensor, batch: int) -> int:
+def _take(
+    forward: Callable[[Tensor, int | None], Tensor],
+    todo: deque[tuple[_Row[T], int]],
+    ramp: Tensor,
+    batch: int,
+) -> int:
     """Compute one batch of pending windows, add it up, and return the next batch size.
 
     The size is halved if the batch did not fit into memory.
     """
     group = list(islice(todo, batch))
-    cut = [torch.as_tensor(row.strip.pixels)[..., row.strip.lefts[n] :][..., : len(ramp)] for row, n in group]
+    cut = [
+        torch.as_tensor(row.strip.pixels)[..., row.strip.lefts[n] :][..., : len(ramp)]
+        for row, n in group
+    ]
     found: Tensor | None = None
     try:
         found = forward(torch.stack(cut), batch)
@@ -363,7 +404,9 @@ def _take(forward: Callable[[Tensor, int | None], Tensor], todo: deque[tuple[_Ro
     for each, good, (row, n) in zip(weighted(found, ramp), _finite(found), group, strict=True):
         if not row.total.dim():
             columns = row.strip.pixels.shape[-1]
-            row.total = torch.zeros((*each.shape[:-1], columns), dtype=torch.int64, device=each.device)
+            row.total = torch.zeros(
+                (*each.shape[:-1], columns), dtype=torch.int64, device=each.device
+            )
         across(row.total, row.strip.lefts[n], each)
         row.finite[n] = good
         row.left -= 1
@@ -388,7 +431,9 @@ def found_batch(seconds: Callable[[int], float]) -> int:
     return best
 
 
-def _timed(forward: Callable[[Tensor, int | None], Tensor], window: Tensor) -> Callable[[int], float]:
+def _timed(
+    forward: Callable[[Tensor, int | None], Tensor], window: Tensor
+) -> Callable[[int], float]:
     def seconds(size: int) -> float:
         windows = window.expand(size, *window.shape).contiguous()
         for _ in range(2):  # the first call chooses kernels and compiles

@@ -18,7 +18,9 @@ def dtcdscn(card: ModelCard) -> nn.Module:
     Options: `width` (channels of the encoder's first stage, 64) and `depths` (3, 4, 6, 3: an
     SE-ResNet-34).
     """
-    return DTCDSCN(len(card.bands), len(card.classes), **options_of(card, width=64, depths=(3, 4, 6, 3)))
+    return DTCDSCN(
+        len(card.bands), len(card.classes), **options_of(card, width=64, depths=(3, 4, 6, 3))
+    )
 
 
 class DTCDSCN(nn.Module):
@@ -29,12 +31,16 @@ class DTCDSCN(nn.Module):
     shape. It is left out: its output does not affect the change map and has no label here.
     """
 
-    def __init__(self, bands: int, classes: int, *, width: int = 64, depths: Sequence[int] = (3, 4, 6, 3)) -> None:
+    def __init__(
+        self, bands: int, classes: int, *, width: int = 64, depths: Sequence[int] = (3, 4, 6, 3)
+    ) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(4)]
         self.encoder = ResNet(bands, width, depths, squeeze=True)
         self.centre = _Dilated(channels[3])
-        self.decoder = nn.ModuleList(_Decode(a, b) for a, b in zip(channels[::-1], [*channels[2::-1], width], strict=True))
+        self.decoder = nn.ModuleList(
+            _Decode(a, b) for a, b in zip(channels[::-1], [*channels[2::-1], width], strict=True)
+        )
         self.head = nn.Sequential(
             nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -59,7 +65,9 @@ class _Dilated(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=d, dilation=d) for d in (1, 2, 4, 8))
+        self.layers = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=d, dilation=d) for d in (1, 2, 4, 8)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         total = x

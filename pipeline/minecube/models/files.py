@@ -61,7 +61,9 @@ class Placeholder:
         """Keep the arguments, or make a number of a numpy scalar's dtype and bytes."""
         if f"{cls.__module__}.{cls.__name__}" in _NUMPY:
             dtype, content = said
-            return np.frombuffer(content, np.dtype(str(dtype.said[0])).newbyteorder(dtype.state[1]))[0].item()
+            return np.frombuffer(
+                content, np.dtype(str(dtype.said[0])).newbyteorder(dtype.state[1])
+            )[0].item()
         made = super().__new__(cls)
         made.said = said
         return made
@@ -101,7 +103,10 @@ def unpickled(content: bytes, otherwise: str, placeholders: bool = False) -> Any
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         known = names if placeholders else {*_NUMPY, "numpy.dtype"}.intersection(names)
         file.seek(0)
-        with _ONE_AT_A_TIME, torch.serialization.safe_globals([_placeholder(name) for name in known]):
+        with (
+            _ONE_AT_A_TIME,
+            torch.serialization.safe_globals([_placeholder(name) for name in known]),
+        ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except _FOREIGN as error:
         kind = kind_of(content)
@@ -123,7 +128,10 @@ _BEGINNINGS = {
     rb"\x08.[\x12:]": "an ONNX model: save the network's state_dict() by torch.save",
     rb'.{6}\0\0\{"': "a safetensors file: load its tensors and save them by torch.save",
 }
-_PROGRAMS = {"constants.pkl": "a TorchScript archive", "archive_format": "a program of torch.export"}
+_PROGRAMS = {
+    "constants.pkl": "a TorchScript archive",
+    "archive_format": "a program of torch.export",
+}
 """Zip archives of torch, by the name of a member."""
 
 
@@ -134,7 +142,9 @@ def kind_of(content: bytes) -> str:
             names = {name.partition("/")[2] for name in parts.namelist()}
             damaged = parts.testzip()
     except _FOREIGN:
-        return next((kind for start, kind in _BEGINNINGS.items() if re.match(start, content, re.DOTALL)), "")
+        return next(
+            (kind for start, kind in _BEGINNINGS.items() if re.match(start, content, re.DOTALL)), ""
+        )
     if damaged:
         return ""
     program = next((kind for part, kind in _PROGRAMS.items() if part in names), None)
@@ -143,7 +153,11 @@ def kind_of(content: bytes) -> str:
     if "data.pkl" not in names:
         return "a zip archive of something else"
     classes = _classes(content)
-    return f"a file with objects of {classes}: save the network's state_dict() alone" if classes else ""
+    return (
+        f"a file with objects of {classes}: save the network's state_dict() alone"
+        if classes
+        else ""
+    )
 
 
 def _classes(content: bytes) -> str:
@@ -165,4 +179,6 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         with replacing(path) as draft:
             draft.write_bytes(content)
     except (OSError, ValueError) as error:  # ValueError: invalid file name
-        raise ModelError(f"{path}: could not be written ({error}); what was there before is as it was") from error
+        raise ModelError(
+            f"{path}: could not be written ({error}); what was there before is as it was"
+        ) from error

@@ -52,10 +52,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._parts = [m for m in network.modules() if type(m) is nn.Conv2d or isinstance(m, nn.BatchNorm2d)]
+        self._parts = [
+            m for m in network.modules() if type(m) is nn.Conv2d or isinstance(m, nn.BatchNorm2d)
+        ]
         # Hooks may change inputs, outputs or weights.
-        self._unfit: set[nn.Module] = {m for m in self._parts if m._forward_hooks or m._forward_pre_hooks}
-        self._weights = {id(t): m for m in self._parts for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+        self._unfit: set[nn.Module] = {
+            m for m in self._parts if m._forward_hooks or m._forward_pre_hooks
+        }
+        self._weights = {
+            id(t): m
+            for m in self._parts
+            for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+        }
         self._given_by = WeakTensorKeyDictionary()
         self._users: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
         self._sources: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
@@ -64,7 +72,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Record the calls of parts in this context."""
-        hooks = [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in self._parts]
+        hooks = [
+            part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in self._parts
+        ]
         hooks += [part.register_forward_hook(self._leave) for part in self._parts]
         try:
             yield
@@ -77,7 +87,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = []
         for convolution, users in self._users.items():
             user, *others = users
-            if others or not isinstance(user, nn.BatchNorm2d) or not isinstance(convolution, nn.Conv2d):
+            if (
+                others
+                or not isinstance(user, nn.BatchNorm2d)
+                or not isinstance(convolution, nn.Conv2d)
+            ):
                 continue
             if self._sources[user] == {convolution} and not {user, convolution} & self._unfit:
                 found.append((convolution, user))

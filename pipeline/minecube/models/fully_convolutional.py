@@ -38,7 +38,9 @@ def fc_siam_diff(card: ModelCard) -> nn.Module:
 
 
 def _of(card: ModelCard, skip: str) -> nn.Module:
-    return FullyConvolutional(len(card.bands), len(card.classes), skip=skip, **options_of(card, width=16, dropout=0.2))
+    return FullyConvolutional(
+        len(card.bands), len(card.classes), skip=skip, **options_of(card, width=16, dropout=0.2)
+    )
 
 
 class FullyConvolutional(nn.Module):
@@ -51,18 +53,30 @@ class FullyConvolutional(nn.Module):
     softmax.
     """
 
-    def __init__(self, bands: int, classes: int, *, skip: str, width: int = 16, dropout: float = 0.2) -> None:
+    def __init__(
+        self, bands: int, classes: int, *, skip: str, width: int = 16, dropout: float = 0.2
+    ) -> None:
         super().__init__()
         self.skip = skip
         channels = [width * 2**level for level in range(4)]
         above = [bands * 2 if skip == "early" else bands, *channels]
         self.encoder = Pyramid(
-            [_layers([a, *[b] * (2 + level // 2)], dropout) for level, (a, b) in enumerate(zip(above, channels, strict=False))]
+            [
+                _layers([a, *[b] * (2 + level // 2)], dropout)
+                for level, (a, b) in enumerate(zip(above, channels, strict=False))
+            ]
         )
         copies = 2 if skip == "both" else 1
-        self.up = nn.ModuleList(nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1) for c in reversed(channels))
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1)
+            for c in reversed(channels)
+        )
         self.decoder = nn.ModuleList(
-            _layers([c * (1 + copies), *[c] * (1 + level // 2), channels[level - 1] if level else c], dropout, last=level == 0)
+            _layers(
+                [c * (1 + copies), *[c] * (1 + level // 2), channels[level - 1] if level else c],
+                dropout,
+                last=level == 0,
+            )
             for level, c in reversed(list(enumerate(channels)))
         )
         self.head = nn.Conv2d(width, classes, 3, padding=1)
@@ -75,7 +89,10 @@ class FullyConvolutional(nn.Module):
         else:
             levels = siamese(self.encoder, pair)
             deepest = levels[-1][1]
-            skipped = [torch.cat(level, dim=1) if self.skip == "both" else (level[0] - level[1]).abs() for level in levels]
+            skipped = [
+                torch.cat(level, dim=1) if self.skip == "both" else (level[0] - level[1]).abs()
+                for level in levels
+            ]
         x = functional.max_pool2d(deepest, 2)
         for up, decode, beside in zip(self.up, self.decoder, reversed(skipped), strict=True):
             x = decode(torch.cat([up(x), beside], dim=1))
@@ -86,5 +103,10 @@ class FullyConvolutional(nn.Module):
 def _layers(channels: list[int], dropout: float, *, last: bool = False) -> nn.Module:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(channels):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.Dropout2d(dropout)]
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Dropout2d(dropout),
+        ]
     return nn.Sequential(*layers[: -4 if last else None])

@@ -102,7 +102,9 @@ class Blend:
         self._layout, self._total = layout, torch.zeros((), dtype=torch.int64)
         self._ramp = torch.from_numpy(layout.ramp).to(place)
         # These include skipped windows: all pixels of a skipped window are NODATA anyway.
-        self._weights = [torch.from_numpy(_sums(layout.ramp, at)).to(place) for at in (layout.tops, layout.lefts)]
+        self._weights = [
+            torch.from_numpy(_sums(layout.ramp, at)).to(place) for at in (layout.tops, layout.lefts)
+        ]
         # Limits replace exp: its last bit may depend on the position of a value in the array.
         steps = (np.arange(SCALE) + 0.5) / SCALE
         self._limits = torch.from_numpy(np.log(steps / (1 - steps))).to(place)
@@ -116,12 +118,16 @@ class Blend:
         step, own = self._layout.step, self._layout.finished(top)[1]
         inside = slice(self._layout.beyond, self._layout.beyond + self._layout.width)
         down, across = self._weights
-        weight = (down[top + own.start : top + own.stop, None] * across[inside] * _LOGIT_STEPS).to(torch.float64)
+        weight = (down[top + own.start : top + own.stop, None] * across[inside] * _LOGIT_STEPS).to(
+            torch.float64
+        )
         before, at = self._total if top else row[..., :0, :], (own.start, inside.start)
         if row.is_cuda:
             levels = blended(row, before, self._ramp, weight, self._limits, at)
         else:
-            sums, earlier, ramp, divisor, limits = (t.numpy() for t in (row, before, self._ramp, weight, self._limits))
+            sums, earlier, ramp, divisor, limits = (
+                t.numpy() for t in (row, before, self._ramp, weight, self._limits)
+            )
             levels = torch.from_numpy(blended_on_cpu(sums, earlier, ramp, divisor, limits, at))
         self._total = row[..., step:, :].contiguous()
         return levels
@@ -162,7 +168,9 @@ def summed(
         finite[n] = not wrong
 
 
-def blended(row: Tensor, before: Tensor, ramp: Tensor, weight: Tensor, limits: Tensor, at: tuple[int, int]) -> Tensor:
+def blended(
+    row: Tensor, before: Tensor, ramp: Tensor, weight: Tensor, limits: Tensor, at: tuple[int, int]
+) -> Tensor:
     """Blend a row of windows with the overlap of the row above, and return uint8 levels.
 
     `row` is weighted by `ramp` in place, and `before` is added to its first rows. A level is the

@@ -36,8 +36,12 @@ def _mend_torchvision() -> None:
     except RuntimeError:
         if torch.version.cuda is not None:
             raise
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torch.library.define(
+            "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+        torch.library.define(
+            "torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
 
 
 _mend_torchvision()
@@ -91,7 +95,12 @@ def pspnet(card: ModelCard) -> nn.Module:
     It fuses the pyramid by a 1 x 1 convolution, the paper by 3 x 3.
     """
     options = options_of(card, encoder="resnet50", width=512)
-    network = _smp(card, smp.PSPNet, {"psp_out_channels": options["width"], "encoder_depth": 5, "upsampling": 8}, options)
+    network = _smp(
+        card,
+        smp.PSPNet,
+        {"psp_out_channels": options["width"], "encoder_depth": 5, "upsampling": 8},
+        options,
+    )
     network.encoder.make_dilated(8)  # type: ignore[operator, union-attr]
     return network
 
@@ -165,7 +174,9 @@ def mask2former(card: ModelCard) -> nn.Module:
     Other options, with published defaults: `width` (256), `encoder_layers` (6, of the pixel
     decoder) and `decoder_layers` (9).
     """
-    options = options_of(card, encoder="swin-tiny", width=256, queries=100, encoder_layers=6, decoder_layers=9)
+    options = options_of(
+        card, encoder="swin-tiny", width=256, queries=100, encoder_layers=6, decoder_layers=9
+    )
     width = options["width"]
     config = transformers.Mask2FormerConfig(
         backbone_config=_backbone(card, options["encoder"], _SWIN),
@@ -192,16 +203,23 @@ def mask2former(card: ModelCard) -> nn.Module:
 
 def _size(card: ModelCard, sizes: Mapping[str, Any], encoder: str) -> Any:
     if encoder not in sizes:
-        raise ModelError(f"model {card.id}: {card.architecture} knows no encoder {encoder!r}; there is: {', '.join(sizes)}")
+        raise ModelError(
+            f"model {card.id}: {card.architecture} knows no encoder {encoder!r}; there is: {', '.join(sizes)}"
+        )
     return sizes[encoder]
 
 
-def _backbone(card: ModelCard, encoder: str, sizes: Mapping[str, tuple[int, tuple[int, ...]]]) -> Any:
+def _backbone(
+    card: ModelCard, encoder: str, sizes: Mapping[str, tuple[int, tuple[int, ...]]]
+) -> Any:
     width, depths = _size(card, sizes, encoder)
     channels = [width * 2**stage for stage in range(4)]
     if encoder in _CONVNEXT:
         return transformers.ConvNextConfig(
-            num_channels=len(card.bands), hidden_sizes=channels, depths=list(depths), out_features=_STAGES
+            num_channels=len(card.bands),
+            hidden_sizes=channels,
+            depths=list(depths),
+            out_features=_STAGES,
         )
     return transformers.SwinConfig(
         num_channels=len(card.bands),
@@ -222,7 +240,9 @@ def _smp(
     encoder = (options or options_of(card, encoder="resnet50"))["encoder"]
     # Two families are left out. The licence of Mix Transformers forbids commerce (see segformer),
     # and timm- names are outdated.
-    known = [name for name in smp.encoders.get_encoder_names() if not name.startswith(("mit_", "timm-"))]
+    known = [
+        name for name in smp.encoders.get_encoder_names() if not name.startswith(("mit_", "timm-"))
+    ]
     known += [f"tu-{name}" for name in timm.list_models()]
     if encoder not in known:
         close = difflib.get_close_matches(encoder, known, 5, 0)
@@ -231,7 +251,11 @@ def _smp(
             "(those of segmentation-models-pytorch, and of timm behind tu-)"
         )
     built: nn.Module = network(
-        encoder_name=encoder, encoder_weights=None, in_channels=len(card.bands), classes=len(card.classes), **(more or {})
+        encoder_name=encoder,
+        encoder_weights=None,
+        in_channels=len(card.bands),
+        classes=len(card.classes),
+        **(more or {}),
     )
     return built
 
@@ -250,7 +274,9 @@ def _giving(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:
 
 
 def _enlarged(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
-    return nn.functional.interpolate(found.logits, given[0].shape[-2:], mode="bilinear", align_corners=False)
+    return nn.functional.interpolate(
+        found.logits, given[0].shape[-2:], mode="bilinear", align_corners=False
+    )
 
 
 def _by_class(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
@@ -258,6 +284,10 @@ def _by_class(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
     # (n, query, background and classes)
     kinds = found.class_queries_logits.float().log_softmax(-1)[..., :-1]
     masks = nn.functional.logsigmoid(found.masks_queries_logits.float())  # (n, query, y, x)
-    scores = [torch.logsumexp(masks + kinds[..., c, None, None], dim=1) for c in range(kinds.shape[-1])]
+    scores = [
+        torch.logsumexp(masks + kinds[..., c, None, None], dim=1) for c in range(kinds.shape[-1])
+    ]
     logits = torch.stack(scores[1:], 1) - scores[0][:, None]
-    return nn.functional.interpolate(logits, given[0].shape[-2:], mode="bilinear", align_corners=False)
+    return nn.functional.interpolate(
+        logits, given[0].shape[-2:], mode="bilinear", align_corners=False
+    )

@@ -49,7 +49,9 @@ class Rows:
     series, else one."""
 
 
-def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None = None) -> list[View]:
+def views_of(
+    card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None = None
+) -> list[View]:
     """List a card's views of these years: each year, each pair, or all at once.
 
     `pairs` restricts the pairs of change; by default all.
@@ -60,11 +62,15 @@ def views_of(card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None
     """
     ordered = tuple(sorted(years))
     if pairs is not None and card.task != "change":
-        raise ModelError(f"model {card.id}: pairs of years are for change; its task is {card.task}, so leave them out")
+        raise ModelError(
+            f"model {card.id}: pairs of years are for change; its task is {card.task}, so leave them out"
+        )
     least = {"change": 2}.get(card.task, 1)
     if len(ordered) < least:
         found = ", ".join(map(str, ordered)) or "none"
-        raise ModelError(f"model {card.id}: {card.task} needs {least} years or more, found {found}; build more years")
+        raise ModelError(
+            f"model {card.id}: {card.task} needs {least} years or more, found {found}; build more years"
+        )
     if pairs is not None and not pairs:
         raise ModelError(
             f"model {card.id}: expected pairs of two of the years {', '.join(map(str, ordered))}, found none as asked for; "
@@ -92,15 +98,25 @@ def about(trained: Trained) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, value in sorted(trained.network.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    card = {name: value for name, value in as_dict(trained.card).items() if name not in ("weights", "scores")}
+        weights.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    card = {
+        name: value
+        for name, value in as_dict(trained.card).items()
+        if name not in ("weights", "scores")
+    }
     return {
         **card,
         "trained_on": list(trained.sites),
         "weights_sha256": weights.hexdigest(),
         "mean": list(trained.mean),
         "std": list(trained.std),
-        "mapped_by": {"window_px": trained.card.window_px, "step_px": trained.card.window_px // 2, "weights": "squared sine"},
+        "mapped_by": {
+            "window_px": trained.card.window_px,
+            "step_px": trained.card.window_px // 2,
+            "weights": "squared sine",
+        },
     }
 
 
@@ -137,15 +153,24 @@ def predict(
     cube = named if "year" in named.dims else named.expand_dims("year")
     views = views_of(trained.card, [int(year) for year in cube["year"]], pairs)
     shape = (cube.sizes["y"], cube.sizes["x"])
-    found = np.empty((len(views), _times(trained.card, views[0]), len(trained.card.classes), *shape), np.uint8)
+    found = np.empty(
+        (len(views), _times(trained.card, views[0]), len(trained.card.classes), *shape), np.uint8
+    )
     for rows in Mapper(trained, compute).rows(cube, views, progress):
         found[views.index(rows.view), :, :, rows.y : rows.y + rows.values.shape[-2]] = rows.values
-    there = {name: c for name, c in cube.isel(band=0, drop=True).coords.items() if "year" not in c.dims}
+    there = {
+        name: c for name, c in cube.isel(band=0, drop=True).coords.items() if "year" not in c.dims
+    }
     attrs = {"long_name": f"{trained.card.task} probability x {SCALE}", "nodata": NODATA}
     if trained.card.task == "change":
-        there |= {name: ("pair", [view[n] for view in views]) for n, name in enumerate(("first", "second"))}
+        there |= {
+            name: ("pair", [view[n] for view in views])
+            for n, name in enumerate(("first", "second"))
+        }
         there["class"] = list(trained.card.classes)
-        return xr.DataArray(found[:, 0], dims=("pair", "class", "y", "x"), coords=there, name="change", attrs=attrs)
+        return xr.DataArray(
+            found[:, 0], dims=("pair", "class", "y", "x"), coords=there, name="change", attrs=attrs
+        )
     attrs["long_name"] = f"mine probability x {SCALE}"
     years = xr.DataArray(
         found.reshape(-1, *shape),
@@ -194,7 +219,9 @@ class Mapper:
         years = [int(year) for year in select_bands(reflectance, card)["year"]]
         lacking = sorted({year for view in views for year in view} - set(years))
         if lacking:
-            raise ModelError(f"model {card.id}: year {lacking[0]} is not in the cube, which has {', '.join(map(str, years))}")
+            raise ModelError(
+                f"model {card.id}: year {lacking[0]} is not in the cube, which has {', '.join(map(str, years))}"
+            )
         for view in views:
             if takes is not None and len(view) != takes:
                 raise ModelError(
@@ -204,7 +231,10 @@ class Mapper:
         self.compute.place()
 
     def rows(
-        self, reflectance: xr.DataArray, views: Sequence[View], progress: Callable[[int, int], None] | None = None
+        self,
+        reflectance: xr.DataArray,
+        views: Sequence[View],
+        progress: Callable[[int, int], None] | None = None,
     ) -> Generator[Rows, None, None]:
         """Yield the maps of these views one after the other, in finished rows from top to bottom.
 
@@ -224,7 +254,9 @@ class Mapper:
             closing(ahead(_strips(cube, views, layout, card.task))) as strips,
             closing(rows_of(forward, strips, layout.ramp, self.compute)) as found,
         ):
-            for done, (part, values, finite) in enumerate(landed(_blended(found, layout, card, forward.place)), start=1):
+            for done, (part, values, finite) in enumerate(
+                landed(_blended(found, layout, card, forward.place)), start=1
+            ):
                 if not bool(finite.all()):
                     left = part.lefts[int(torch.nonzero(~finite)[0])]
                     y, x = max(part.top - layout.beyond, 0), max(left - layout.beyond, 0)
@@ -237,7 +269,11 @@ class Mapper:
                     progress(done * len(layout.lefts), len(views) * each)
                 if site.stop > site.start:
                     known = part.known[:, None, own]
-                    yield Rows(view=part.view, y=site.start, values=np.where(known, values.numpy(), np.uint8(NODATA)))
+                    yield Rows(
+                        view=part.view,
+                        y=site.start,
+                        values=np.where(known, values.numpy(), np.uint8(NODATA)),
+                    )
 
     def _forward(self, view: View) -> Forward:
         """Return the network prepared for views like this one.
@@ -269,7 +305,10 @@ def _times(card: ModelCard, view: View) -> int:
 
 
 def _blended(
-    found: Iterator[tuple[_Part, Tensor, Tensor]], layout: Layout, card: ModelCard, place: torch.device
+    found: Iterator[tuple[_Part, Tensor, Tensor]],
+    layout: Layout,
+    card: ModelCard,
+    place: torch.device,
 ) -> Iterator[tuple[_Part, Tensor, Tensor]]:
     """Yield finished rows [time, class, row, x] per row of windows, still on the device."""
     blend = Blend(layout, place)
@@ -277,12 +316,19 @@ def _blended(
         if part.top == 0:
             blend = Blend(layout, place)
         if not part.lefts:
-            shape = (_times(card, part.view), len(card.classes), layout.window_px, len(layout.columns))
+            shape = (
+                _times(card, part.view),
+                len(card.classes),
+                layout.window_px,
+                len(layout.columns),
+            )
             row = torch.zeros(shape, dtype=torch.int64, device=place)
         yield part, blend.down(part.top, row), finite
 
 
-def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str) -> Iterator[Strip[_Part]]:
+def _strips(
+    cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
+) -> Iterator[Strip[_Part]]:
     """Yield the rows of windows of every view.
 
     Each row of pixels is read once per view, in whole rows of the store's chunks.
@@ -297,14 +343,20 @@ def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
     for view in views:
         at = [years.index(year) for year in view]
         # Rows come first, so any range of rows with all bands is contiguous.
-        held, begin, end = np.empty((0, len(at), cube.sizes["band"], len(layout.columns)), np.uint16), 0, 0
+        held, begin, end = (
+            np.empty((0, len(at), cube.sizes["band"], len(layout.columns)), np.uint16),
+            0,
+            0,
+        )
         known = np.empty((0, len(at), layout.width), np.bool_)
         for top, rows, oldest in zip(layout.tops, needs, first, strict=True):
             while end <= rows.max():
                 part = slice(end, min(end + read, layout.height))
                 new = cube.isel(year=at, y=part).to_numpy()
                 held = _followed(held[oldest - begin :], new.transpose(2, 0, 1, 3), layout)
-                known = np.concatenate([known[oldest - begin :], new.min(axis=1).transpose(1, 0, 2) > 0])
+                known = np.concatenate(
+                    [known[oldest - begin :], new.min(axis=1).transpose(1, 0, 2) > 0]
+                )
                 begin, end = int(oldest), part.stop
             whole = rows[-1] - rows[0] == side - 1  # nothing mirrored: no copy
             here = slice(rows[0] - begin, rows[-1] + 1 - begin) if whole else rows - begin
@@ -318,7 +370,9 @@ def _strips(cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
             yield Strip(of=part_of, pixels=held[here].transpose(1, 2, 0, 3), lefts=lefts)
 
 
-def _followed(rows: NDArray[np.uint16], new: NDArray[np.uint16], layout: Layout) -> NDArray[np.uint16]:
+def _followed(
+    rows: NDArray[np.uint16], new: NDArray[np.uint16], layout: Layout
+) -> NDArray[np.uint16]:
     """Append new rows [row, time, band, x] to rows [row, time, band, columns].
 
     The new rows are mirrored beyond the site's sides.

@@ -79,7 +79,14 @@ def build(card: ModelCard) -> nn.Module:
     function = getattr(importlib.import_module(f"minecube.models.{module}"), name)
     try:
         network: nn.Module = function(card)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(
             f"model {card.id}: {card.architecture} cannot be built with {dict(card.options)} ({error}); try other options"
         ) from error
@@ -146,10 +153,19 @@ def model_of(content: Any, where: str) -> Trained:
             "train one with `minecube train`, or name another program's weights in a card (models.yaml)"
         )
     content = {"training": {}, **content}  # missing in older files
-    parts = {"card": dict, "mean": list, "std": list, "sites": list, "training": dict, "weights": dict}
+    parts = {
+        "card": dict,
+        "mean": list,
+        "std": list,
+        "sites": list,
+        "training": dict,
+        "weights": dict,
+    }
     wrong = [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]
     if wrong:
-        raise ModelError(f"{where}: says it is a {FORMAT}, but lacks {', '.join(wrong)}; train it again")
+        raise ModelError(
+            f"{where}: says it is a {FORMAT}, but lacks {', '.join(wrong)}; train it again"
+        )
     card = _card(content["card"], where)
     mean, std, sites = (tuple(content[key]) for key in ("mean", "std", "sites"))
     numbers = all(isinstance(value, int | float) for value in (*mean, *std))
@@ -158,7 +174,9 @@ def model_of(content: Any, where: str) -> Trained:
             f"{where}: expected mean and deviation of {len(card.bands)} bands, found {mean} and {std}; train it again"
         )
     network = filled(card, content["weights"], where)
-    return Trained(card=card, network=network, mean=mean, std=std, sites=sites, training=content["training"])
+    return Trained(
+        card=card, network=network, mean=mean, std=std, sites=sites, training=content["training"]
+    )
 
 
 def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module:
@@ -185,11 +203,19 @@ def _need_numbers(expected: Mapping[str, Tensor], found: Mapping[str, Any], wher
     """Raise ModelError for tensors without values, of a wrong type, or with NaN or infinity."""
     problems: dict[str, list[str]] = {}
     for name, value in found.items():
-        if name in expected and isinstance(value, Tensor) and (problem := _problem(expected[name], value)):
+        if (
+            name in expected
+            and isinstance(value, Tensor)
+            and (problem := _problem(expected[name], value))
+        ):
             problems.setdefault(problem, []).append(name)
     if problems:
-        words = "; ".join(f"{problem} in {names[0]}{_and_more(names)}" for problem, names in problems.items())
-        raise ModelError(f"{where}: expected dense tensors of finite floats, found {words}; save such weights, or name others")
+        words = "; ".join(
+            f"{problem} in {names[0]}{_and_more(names)}" for problem, names in problems.items()
+        )
+        raise ModelError(
+            f"{where}: expected dense tensors of finite floats, found {words}; save such weights, or name others"
+        )
 
 
 def _problem(expected: Tensor, found: Tensor) -> str:
@@ -198,7 +224,11 @@ def _problem(expected: Tensor, found: Tensor) -> str:
         return "no values (device meta)"
     if found.layout != torch.strided:
         return str(found.layout).removeprefix("torch.")
-    if found.is_quantized or found.is_complex() or (expected.is_floating_point() and not found.is_floating_point()):
+    if (
+        found.is_quantized
+        or found.is_complex()
+        or (expected.is_floating_point() and not found.is_floating_point())
+    ):
         return str(found.dtype).removeprefix("torch.")
     finite = not found.is_floating_point() or bool(torch.isfinite(found.to(torch.float32)).all())
     return "" if finite else "NaN or infinity"
@@ -211,13 +241,17 @@ def _and_more(names: Sequence[str]) -> str:
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:
     """Count missing, unexpected and misshapen weights, with one name of each."""
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in found.items()}
-    found_otherwise = [n for n, value in expected.items() if n in shapes and shapes[n] != value.shape]
+    found_otherwise = [
+        n for n, value in expected.items() if n in shapes and shapes[n] != value.shape
+    ]
     differences = {
         "missing": [name for name in expected if name not in found],
         "not expected": [name for name in found if name not in expected],
         "of another shape": found_otherwise,
     }
-    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in differences.items() if names)
+    return "; ".join(
+        f"{len(names)} {what}, such as {names[0]}" for what, names in differences.items() if names
+    )
 
 
 def _card(fields: dict[str, Any], where: str) -> ModelCard:
@@ -229,14 +263,18 @@ def _card(fields: dict[str, Any], where: str) -> ModelCard:
         ) from error
 
 
-def logits(network: Callable[..., Tensor], task: str, windows: Tensor, years: Sequence[int] | None = None) -> Tensor:
+def logits(
+    network: Callable[..., Tensor], task: str, windows: Tensor, years: Sequence[int] | None = None
+) -> Tensor:
     """Compute logits [n, time, class, y, x] of windows [n, time, band, y, x].
 
     Windows have one year, two (giving one), or all. `years` are the windows' years. Only a network
     for series receives them, since a gap of three years differs from one year.
     """
     if task == "series":
-        return network(windows, None if years is None else torch.tensor(years, device=windows.device))
+        return network(
+            windows, None if years is None else torch.tensor(years, device=windows.device)
+        )
     return network(windows[:, 0] if task == "mapping" else windows)[:, None]
 
 

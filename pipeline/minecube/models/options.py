@@ -19,12 +19,16 @@ def options_of(card: ModelCard, **defaults: Any) -> dict[str, Any]:
     """
     unknown = sorted(set(card.options) - set(defaults))
     if unknown:
-        raise ModelError(f"model {card.id}: {card.architecture} has no option {unknown[0]!r}; there is: {', '.join(defaults)}")
+        raise ModelError(
+            f"model {card.id}: {card.architecture} has no option {unknown[0]!r}; there is: {', '.join(defaults)}"
+        )
     found = {**defaults, **card.options}
     for name, default in defaults.items():
         expected = _unlike(found[name], default)
         if expected:
-            raise ModelError(f"model {card.id}: option {name!r}: expected {expected}, found {found[name]!r}")
+            raise ModelError(
+                f"model {card.id}: option {name!r}: expected {expected}, found {found[name]!r}"
+            )
     return found
 
 
@@ -35,8 +39,14 @@ def _unlike(value: Any, default: Any) -> str:
     if isinstance(default, int):
         return "" if _whole(value) else "a whole number above 0"
     if isinstance(default, float):
-        return "" if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 else "a number of 0 or more"
-    several = isinstance(value, list | tuple) and len(value) == len(default) and all(map(_whole, value))
+        return (
+            ""
+            if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+            else "a number of 0 or more"
+        )
+    several = (
+        isinstance(value, list | tuple) and len(value) == len(default) and all(map(_whole, value))
+    )
     return "" if several else f"{len(default)} whole numbers above 0"
 
 

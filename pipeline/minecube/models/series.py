@@ -31,7 +31,9 @@ def series_attention(card: ModelCard) -> nn.Module:
     Options: `width` (of the first level), `depth` (number of halvings), `heads` and `layers` of
     attention.
     """
-    return SeriesAttention(len(card.bands), len(card.classes), **options_of(card, width=16, depth=3, heads=4, layers=1))
+    return SeriesAttention(
+        len(card.bands), len(card.classes), **options_of(card, width=16, depth=3, heads=4, layers=1)
+    )
 
 
 class SeriesAttention(nn.Module):
@@ -42,11 +44,22 @@ class SeriesAttention(nn.Module):
     from the observed years. Time enters only as distance in years, independent of the calendar.
     """
 
-    def __init__(self, bands: int, classes: int, *, width: int = 16, depth: int = 3, heads: int = 4, layers: int = 1) -> None:
+    def __init__(
+        self,
+        bands: int,
+        classes: int,
+        *,
+        width: int = 16,
+        depth: int = 3,
+        heads: int = 4,
+        layers: int = 1,
+    ) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(depth + 1)]
         # One more band marks observed pixels.
-        self.encoder = Pyramid(_two_convolutions(a, b) for a, b in zip([bands + 1, *channels], channels, strict=False))
+        self.encoder = Pyramid(
+            _two_convolutions(a, b) for a, b in zip([bands + 1, *channels], channels, strict=False)
+        )
         self.attention = nn.ModuleList(_Attention(channels[-1], heads) for _ in range(layers))
         self.mix = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels[-2:0:-1])
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * c, c, 2, stride=2) for c in channels[-2::-1])
@@ -61,7 +74,9 @@ class SeriesAttention(nn.Module):
         """
         shape = series.shape[:2]
         years = torch.arange(shape[1], device=series.device) if years is None else years
-        apart = (years[None, :] - years[:, None]).clamp(-_REACH, _REACH) + _REACH  # [looking, looked at]
+        apart = (years[None, :] - years[:, None]).clamp(
+            -_REACH, _REACH
+        ) + _REACH  # [looking, looked at]
         seen = (series != 0).any(dim=2, keepdim=True).to(series.dtype)
         *skipped, x = self.encoder(torch.cat([series, seen], dim=2).flatten(0, 1))
         words = torch.unflatten(x, 0, shape)
@@ -72,7 +87,9 @@ class SeriesAttention(nn.Module):
             beside = skipped.pop()
             # At full size, attention of all pairs of years would be larger than all the rest.
             if level < len(self.mix):
-                pooled = _weighted(weight, torch.unflatten(beside, 0, shape), _coarser(seen, beside))
+                pooled = _weighted(
+                    weight, torch.unflatten(beside, 0, shape), _coarser(seen, beside)
+                )
                 beside = beside + self.mix[level](pooled.flatten(0, 1))
             x = merge(torch.cat([beside, up(x)], dim=1))
         x = self.coherence(torch.unflatten(x, 0, shape), seen, apart).flatten(0, 1)
@@ -101,7 +118,9 @@ def _weighted(weight: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         weight = torch.unflatten(enlarge(weight.flatten(1, 3), values), 1, weight.shape[1:4])
         weight = weight * seen[:, None, None, :, 0]
         weight = weight * weight.sum(dim=3, keepdim=True).clamp(min=1e-4).reciprocal()
-    return torch.einsum("nhtsyx,nshcyx->nthcyx", weight, torch.unflatten(values, 2, (heads, -1))).flatten(2, 3)
+    return torch.einsum(
+        "nhtsyx,nshcyx->nthcyx", weight, torch.unflatten(values, 2, (heads, -1))
+    ).flatten(2, 3)
 
 
 class _Attention(nn.Module):
@@ -116,7 +135,9 @@ class _Attention(nn.Module):
         self.before, self.middle = (nn.LayerNorm(channels) for _ in range(2))
         self.query, self.key = (nn.Conv2d(channels, heads * size, 1) for _ in range(2))
         self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(2))
-        self.perceptron = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU(), nn.Conv2d(2 * channels, channels, 1))
+        self.perceptron = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 1), nn.GELU(), nn.Conv2d(2 * channels, channels, 1)
+        )
         # Heads start with different reach in years.
         slopes = 2.0 ** -torch.arange(1, heads + 1)
         self.distance = nn.Parameter(-slopes[:, None] * torch.arange(-_REACH, _REACH + 1).abs())
@@ -125,10 +146,18 @@ class _Attention(nn.Module):
         shape = x.shape[:2]
         flat = x.flatten(0, 1)
         normal = self.before(flat.movedim(1, -1)).movedim(-1, 1)
-        query, key = (a(normal).unflatten(1, (self.heads, -1)).unflatten(0, shape) for a in (self.query, self.key))
-        score = torch.einsum("nthcyx,nshcyx->nhtsyx", query, key) * self.scale + self.distance[:, apart][None, ..., None, None]
+        query, key = (
+            a(normal).unflatten(1, (self.heads, -1)).unflatten(0, shape)
+            for a in (self.query, self.key)
+        )
+        score = (
+            torch.einsum("nthcyx,nshcyx->nhtsyx", query, key) * self.scale
+            + self.distance[:, apart][None, ..., None, None]
+        )
         observed = seen[:, None, None, :, 0]
-        weight = score.masked_fill(observed == 0, torch.finfo(score.dtype).min).softmax(dim=3) * observed
+        weight = (
+            score.masked_fill(observed == 0, torch.finfo(score.dtype).min).softmax(dim=3) * observed
+        )
         pooled = _weighted(weight, self.value(normal).unflatten(0, shape), seen).flatten(0, 1)
         flat = flat + self.out(pooled)
         flat = flat + self.perceptron(self.middle(flat.movedim(1, -1)).movedim(-1, 1))
@@ -146,8 +175,12 @@ class _Coherence(nn.Module):
         apart = torch.arange(-_REACH, _REACH + 1)
         near = -apart.abs() / 2
         # A year weighs little in its own mean before or after, unless no such years exist.
-        self.distance = nn.Parameter(torch.stack([near - 6 * (apart >= 0), near - 6 * (apart <= 0), near]))
-        self.blend = nn.Sequential(nn.Conv2d(4 * channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1))
+        self.distance = nn.Parameter(
+            torch.stack([near - 6 * (apart >= 0), near - 6 * (apart <= 0), near])
+        )
+        self.blend = nn.Sequential(
+            nn.Conv2d(4 * channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1)
+        )
 
     def forward(self, x: Tensor, seen: Tensor, apart: Tensor) -> Tensor:
         weight = self.distance.exp()[:, apart]  # [mean, looking, looked at]
@@ -155,7 +188,8 @@ class _Coherence(nn.Module):
         last, observed = x.movedim(2, -1), seen.movedim(2, -1)
         known = (last * observed).flatten(2)
         means = [
-            (w @ known).view(last.shape) * (w @ observed.flatten(2)).clamp(min=1e-6).reciprocal().view(observed.shape)
+            (w @ known).view(last.shape)
+            * (w @ observed.flatten(2)).clamp(min=1e-6).reciprocal().view(observed.shape)
             for w in weight
         ]
         both = torch.cat([last, *means], dim=-1).movedim(-1, 2)

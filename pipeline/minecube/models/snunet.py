@@ -34,10 +34,16 @@ class SNUNet(nn.Module):
         nodes = [(level, step) for step in range(1, 5) for level in range(5 - step)]
         # Node (level, step) sees both dates, earlier nodes of its level, and (level + 1, step - 1).
         self.nodes = nn.ModuleDict(
-            {f"{level}_{step}": _Block((1 + step) * c[level] + c[level + 1], c[level]) for level, step in nodes}
+            {
+                f"{level}_{step}": _Block((1 + step) * c[level] + c[level + 1], c[level])
+                for level, step in nodes
+            }
         )
         self.up = nn.ModuleDict(
-            {f"{level}_{step}": nn.ConvTranspose2d(c[level + 1], c[level + 1], 2, stride=2) for level, step in nodes}
+            {
+                f"{level}_{step}": nn.ConvTranspose2d(c[level + 1], c[level + 1], 2, stride=2)
+                for level, step in nodes
+            }
         )
         self.within = SqueezeExcite(width, max(width // 4, 1), maximum=True)
         self.across = SqueezeExcite(4 * width, max(width // 4, 1), maximum=True)
@@ -51,7 +57,9 @@ class SNUNet(nn.Module):
             for level in range(5 - step):
                 at = f"{level}_{step}"
                 below = self.up[at](found[level + 1][step - 1])
-                found[level].append(self.nodes[at](torch.cat([*dates[level], *found[level][1:], below], dim=1)))
+                found[level].append(
+                    self.nodes[at](torch.cat([*dates[level], *found[level][1:], below], dim=1))
+                )
         outputs = found[0][1:]
         together = torch.cat(outputs, dim=1)
         within = self.within.gate(torch.stack(outputs).sum(dim=0)).repeat(1, 4, 1, 1)
@@ -66,7 +74,10 @@ class _Block(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.rest = nn.Sequential(
-            nn.BatchNorm2d(outputs), nn.ReLU(), nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -63,8 +63,13 @@ def landed(found: Iterator[tuple[T, Tensor, Tensor]]) -> Iterator[tuple[T, Tenso
         if not any(t.is_cuda for t in tensors):
             yield of, tensors[0], tensors[1]
             continue
-        here = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
-        flying.append((of, here[0], here[1], torch.cuda.current_stream(tensors[0].device).record_event()))
+        here = [
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            for t in tensors
+        ]
+        flying.append(
+            (of, here[0], here[1], torch.cuda.current_stream(tensors[0].device).record_event())
+        )
         if len(flying) > 3:
             yield _waited(flying.popleft())
     while flying:

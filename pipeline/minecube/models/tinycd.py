@@ -43,11 +43,17 @@ class TinyCD(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = _encoder(bands, widths, depths)
-        self.masks = nn.ModuleList([_mask(bands, 10, 5), *(_mask(w, w // 2, w // 4) for w in widths[1:3])])
+        self.masks = nn.ModuleList(
+            [_mask(bands, 10, 5), *(_mask(w, w // 2, w // 4) for w in widths[1:3])]
+        )
         self.mix = _mix(widths[3])
-        self.up = nn.ModuleList(_separable(a, b) for a, b in zip([widths[3], *decoder], decoder, strict=False))
+        self.up = nn.ModuleList(
+            _separable(a, b) for a, b in zip([widths[3], *decoder], decoder, strict=False)
+        )
         last = decoder[-1]
-        self.head = nn.Sequential(_pointwise(last, last // 2, last // 4), nn.Conv2d(last // 4, classes, 1))
+        self.head = nn.Sequential(
+            _pointwise(last, last // 2, last // 4), nn.Conv2d(last // 4, classes, 1)
+        )
 
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
@@ -55,7 +61,10 @@ class TinyCD(nn.Module):
         x = self.mix(_interleave(*deepest))
         for up, mask, dates in zip(self.up, reversed(self.masks), reversed(levels), strict=True):
             size = dates[0].shape[-2:]
-            x = up(functional.interpolate(x, size, mode="bilinear", align_corners=True) * mask(_interleave(*dates)))
+            x = up(
+                functional.interpolate(x, size, mode="bilinear", align_corners=True)
+                * mask(_interleave(*dates))
+            )
         logits: Tensor = self.head(x)
         return logits
 
@@ -86,7 +95,9 @@ def _interleave(first: Tensor, second: Tensor) -> Tensor:
 
 def _mix(channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(2 * channels, channels, 3, padding=1, groups=channels), nn.PReLU(), nn.InstanceNorm2d(channels)
+        nn.Conv2d(2 * channels, channels, 3, padding=1, groups=channels),
+        nn.PReLU(),
+        nn.InstanceNorm2d(channels),
     )
 
 

@@ -31,7 +31,9 @@ class UNet(nn.Module):
         channels = [width * 2**level for level in range(depth + 1)]
         steps = list(itertools.pairwise(channels))
         self.inlet = _two_convolutions(bands, width)
-        self.down = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), _two_convolutions(a, b)) for a, b in steps)
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(2), _two_convolutions(a, b)) for a, b in steps
+        )
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in reversed(steps))
         self.merge = nn.ModuleList(_two_convolutions(2 * a, a) for a, _ in reversed(steps))
         self.head = nn.Conv2d(width, classes, 1)
@@ -52,5 +54,9 @@ def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
     # Batch, not group normalisation: bright ground is a matter of absolute reflectance.
     layers: list[nn.Module] = []
     for a, b in ((inputs, outputs), (outputs, outputs)):
-        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(a, b, 3, padding=1, bias=False),
+            nn.BatchNorm2d(b),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers)

@@ -112,12 +112,17 @@ def _download(weights: Weights, kept: Path) -> None:
     """Download the URL to `kept`, whole and with the right hash, or not at all."""
     where = _without_query(weights.href)
     if not weights.href.startswith(("http://", "https://")):
-        raise ModelError(f"{where}: expected weights at http(s)://, or a path; get the file yourself, and put its path there")
+        raise ModelError(
+            f"{where}: expected weights at http(s)://, or a path; get the file yourself, and put its path there"
+        )
     digest = hashlib.sha256()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as part:
-            with requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
+            with (
+                requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer,
+                part.open("wb") as file,
+            ):
                 answer.raise_for_status()
                 for piece in answer.iter_content(1 << 20):  # raises if cut short
                     file.write(piece)
@@ -146,7 +151,9 @@ def _ours(card: ModelCard, content: dict[str, Any], where: str) -> Trained:
     for name in ("mean", "std"):
         said, found = getattr(card.weights, name), getattr(trained, name)
         if said and said != found:
-            raise ModelError(f"{where}: expected {name} {said}, as the card says, found {found}; leave it out of the card")
+            raise ModelError(
+                f"{where}: expected {name} {said}, as the card says, found {found}; leave it out of the card"
+            )
     return dataclasses.replace(trained, card=card)
 
 
@@ -159,7 +166,13 @@ def _plain(card: ModelCard, content: Any, where: str) -> Trained:
             f"and `std` of its bands in the weights of model {card.id}"
         )
     sites = tuple(site.strip() for site in card.trained_on.split(",") if site.strip())
-    return Trained(card=card, network=filled(card, state, where), mean=weights.mean, std=weights.std, sites=sites)
+    return Trained(
+        card=card,
+        network=filled(card, state, where),
+        mean=weights.mean,
+        std=weights.std,
+        sites=sites,
+    )
 
 
 def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
@@ -176,8 +189,13 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
     with torch.device("meta"):
         names = list(build(card).state_dict())
     states = _tensors(content)
-    found = [(place, prefix) for place, state in states.items() for prefix in _prefixes(state, names)]
-    places = [" in ".join(filter(None, [prefix and f"prefix {prefix!r}", place])) for place, prefix in found]
+    found = [
+        (place, prefix) for place, state in states.items() for prefix in _prefixes(state, names)
+    ]
+    places = [
+        " in ".join(filter(None, [prefix and f"prefix {prefix!r}", place]))
+        for place, prefix in found
+    ]
     if len(found) > 1:
         listed = "; ".join(place or "without a prefix" for place in places)
         raise ModelError(
@@ -193,13 +211,26 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
         )
     place, prefix = found[0]
     parts = {name.partition(".")[0] for name in names}
-    others = [n for n in states[place] if not n.startswith(prefix) or (not prefix and n.partition(".")[0] not in parts)]
+    others = [
+        n
+        for n in states[place]
+        if not n.startswith(prefix) or (not prefix and n.partition(".")[0] not in parts)
+    ]
     left_out = set(others)
-    own = {name.removeprefix(prefix): value for name, value in states[place].items() if name not in left_out}
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in states[place].items()
+        if name not in left_out
+    }
     if places[0]:
         log.info("%s: the weights are those with %s", where, places[0])
     if others:
-        log.warning("%s: left out %s, which are no weights of %s", where, ", ".join(others), card.architecture)
+        log.warning(
+            "%s: left out %s, which are no weights of %s",
+            where,
+            ", ".join(others),
+            card.architecture,
+        )
     return own
 
 
@@ -210,9 +241,16 @@ def _tensors(content: Any) -> dict[str, dict[str, Tensor]]:
     """
     if not isinstance(content, dict):
         return {}
-    places = {"": content, **{str(key): value for key, value in content.items() if isinstance(value, dict)}}
+    places = {
+        "": content,
+        **{str(key): value for key, value in content.items() if isinstance(value, dict)},
+    }
     tables = {
-        place: {str(name).replace("_orig_mod.", ""): value for name, value in table.items() if isinstance(value, Tensor)}
+        place: {
+            str(name).replace("_orig_mod.", ""): value
+            for name, value in table.items()
+            if isinstance(value, Tensor)
+        }
         for place, table in places.items()
     }
     return {place: table for place, table in tables.items() if table}
@@ -233,7 +271,10 @@ def _described(content: Any, states: Mapping[str, Mapping[str, Tensor]]) -> str:
     if not isinstance(content, dict):
         return f"a {_class(content)}"
     if states:
-        return ", ".join(f"{next(iter(state))} in {place or 'no dictionary of its own'}" for place, state in states.items())
+        return ", ".join(
+            f"{next(iter(state))} in {place or 'no dictionary of its own'}"
+            for place, state in states.items()
+        )
     keys = ", ".join(map(str, list(content)[:5]))
     kinds = ", ".join(sorted({_class(value) for value in content.values()})[:5])
     return f"a dictionary of {kinds} ({keys})" if content else "an empty dictionary"

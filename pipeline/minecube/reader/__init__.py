@@ -62,7 +62,15 @@ from minecube.network import (
     without_query,
 )
 from minecube.reader.ledger import Ledger
-from minecube.reader.remote import HEAD, Head, Opened, Tally, check_credentials, interrupted, remote_for
+from minecube.reader.remote import (
+    HEAD,
+    Head,
+    Opened,
+    Tally,
+    check_credentials,
+    interrupted,
+    remote_for,
+)
 
 __all__ = [
     "HEAD",
@@ -117,7 +125,9 @@ class Asset:
         Raises ReadError if the file does not exist or must not be read.
         """
         if band not in scene.assets:
-            raise ReadError(f"scene {scene.id}: no asset for {band}; it has {', '.join(sorted(scene.assets))}")
+            raise ReadError(
+                f"scene {scene.id}: no asset for {band}; it has {', '.join(sorted(scene.assets))}"
+            )
         origin = scene.properties.get("minecube:origin")
         if not isinstance(origin, str):  # with None, the caller would vouch for the href
             raise ReadError(
@@ -129,10 +139,14 @@ class Asset:
         try:
             check_href(asset.href, origin, access.hosts())
         except ForbiddenError as error:
-            raise ReadError(f"scene {scene.id}: {band} is not read from {without_query(asset.href)}: {error}") from error
+            raise ReadError(
+                f"scene {scene.id}: {band} is not read from {without_query(asset.href)}: {error}"
+            ) from error
         return asset
 
-    def read(self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None, out: UInt16 | None = None) -> UInt16:
+    def read(
+        self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None, out: UInt16 | None = None
+    ) -> UInt16:
         """Call `read` and count it in the ledger.
 
         A read lost with the ledger's permission returns uint16 zeros.
@@ -166,7 +180,12 @@ class Asset:
 
 
 def stack(
-    items: Sequence[pystac.Item], grid: GeoBox, bands: Sequence[str], *, chunk_px: int = 512, ledger: Ledger | None = None
+    items: Sequence[pystac.Item],
+    grid: GeoBox,
+    bands: Sequence[str],
+    *,
+    chunk_px: int = 512,
+    ledger: Ledger | None = None,
 ) -> xr.DataArray:
     """Stack scenes on a grid lazily, one time step per item in the given order.
 
@@ -189,17 +208,30 @@ def stack(
         raise ReadError("no scenes to stack; expected at least one item")
     offsets = np.array([i.properties["minecube:offset"] for i in items], dtype=np.int32)
     layers = {}
-    for names, resampling in (([b for b in bands if b != SCL], Resampling.bilinear), ([SCL], Resampling.nearest)):
+    for names, resampling in (
+        ([b for b in bands if b != SCL], Resampling.bilinear),
+        ([SCL], Resampling.nearest),
+    ):
         wanted = [b for b in names if b in bands]
         if wanted:
             raw = _stackstac(items, wanted, grid, resampling, chunk_px, ledger)
             shift = da.from_array(offsets[:, None, None, None], chunks=(1, -1, -1, -1))
-            pixels = raw if wanted == [SCL] else da.map_blocks(remove_offset, raw, shift, dtype=np.uint16)
+            pixels = (
+                raw
+                if wanted == [SCL]
+                else da.map_blocks(remove_offset, raw, shift, dtype=np.uint16)
+            )
             layers.update({b: pixels[:, k] for k, b in enumerate(wanted)})
     data = da.stack([layers[b] for b in bands], axis=1)
     coords: dict[str, Any] = {
         **odc.geo.xr.xr_coords(grid),
-        "time": ("time", np.array([i.datetime.replace(tzinfo=None) for i in items if i.datetime], dtype="datetime64[ns]")),
+        "time": (
+            "time",
+            np.array(
+                [i.datetime.replace(tzinfo=None) for i in items if i.datetime],
+                dtype="datetime64[ns]",
+            ),
+        ),
         "band": ("band", list(bands)),
         "id": ("time", [i.id for i in items]),
         "offset": ("time", offsets),
@@ -207,7 +239,13 @@ def stack(
     return xr.DataArray(data, dims=("time", "band", "y", "x"), coords=coords, name="reflectance")
 
 
-def read_band(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None) -> UInt16:
+def read_band(
+    scene: pystac.Item,
+    band: str,
+    grid: GeoBox,
+    ledger: Ledger | None = None,
+    out: UInt16 | None = None,
+) -> UInt16:
     """Read one band of one scene onto a grid: uint16 [y, x].
 
     The result equals `stack`'s, but without a graph. It is put into `out` if given. A registration
@@ -227,12 +265,18 @@ def read_band(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None
 
 
 def begin(
-    scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None, out: UInt16 | None = None
+    scene: pystac.Item,
+    band: str,
+    grid: GeoBox,
+    ledger: Ledger | None = None,
+    out: UInt16 | None = None,
 ) -> Future[UInt16]:
     """Start `read_band` on the process's shared threads: many for remote files, few for local
     ones."""
     far = band in scene.assets and not is_local(scene.assets[band].href)
-    return _threads(READ_THREADS if far else LOCAL_THREADS).submit(read_band, scene, band, grid, ledger, out)
+    return _threads(READ_THREADS if far else LOCAL_THREADS).submit(
+        read_band, scene, band, grid, ledger, out
+    )
 
 
 def fetched(stacked: xr.DataArray) -> UInt16:
@@ -253,8 +297,13 @@ def remove_offset(raw: UInt16, offset: npt.NDArray[np.int32] | int) -> UInt16:
     must become 1, not 65436.
     """
     down = np.clip(-np.asarray(offset, dtype=np.int32), -65534, 65534)
-    low, high = np.maximum(1 + down, 1).astype(np.uint16), np.minimum(65535 + down, 65535).astype(np.uint16)
-    shifted: UInt16 = np.clip(raw, low, high) - down.astype(np.uint16)  # negative `down` wraps, as the sum does
+    low, high = (
+        np.maximum(1 + down, 1).astype(np.uint16),
+        np.minimum(65535 + down, 65535).astype(np.uint16),
+    )
+    shifted: UInt16 = np.clip(raw, low, high) - down.astype(
+        np.uint16
+    )  # negative `down` wraps, as the sum does
     shifted *= raw != 0
     return shifted
 
@@ -300,15 +349,23 @@ def read(
                     f"{without_query(href)}: expected one band of uint8 or uint16, found {found}; not a Sentinel-2 band"
                 )
             native = _nested(src, grid)
-            pixels = _read_nested(src, grid, native, tally, out) if native else _put(_warp(src, grid, resampling, tally), out)
+            pixels = (
+                _read_nested(src, grid, native, tally, out)
+                if native
+                else _put(_warp(src, grid, resampling, tally), out)
+            )
             if tally.error:  # GDAL got zeros instead of missing bytes
                 raise RequestError(str(tally.error)) from tally.error
             return pixels
     except ForbiddenError as error:
         name = without_query(href)
-        raise ReadError(f"{name}: is not read ({error}), so its site-year is not written; replace the file") from error
+        raise ReadError(
+            f"{name}: is not read ({error}), so its site-year is not written; replace the file"
+        ) from error
     except (rasterio.errors.RasterioError, RequestError) as error:
-        why = tally.error or (error if isinstance(error, RequestError) else error.__cause__ or error)
+        why = tally.error or (
+            error if isinstance(error, RequestError) else error.__cause__ or error
+        )
         message = (
             f"{without_query(href)}: cannot be read ({without_query(str(why))}), so its site-year is not written; check that "
             "the file is there and whole, then run again"
@@ -325,7 +382,9 @@ def _open(href: str, access: Access, origin: str, tally: Tally) -> rasterio.Data
     source = remote_for(access, origin)
     head = source.head(href, tally)
     _need_whole(head)
-    return images.open_image("remote/image", head.data, most_px=_MOST_PX, opener=Opened(source, href, head, tally))
+    return images.open_image(
+        "remote/image", head.data, most_px=_MOST_PX, opener=Opened(source, href, head, tally)
+    )
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -348,7 +407,11 @@ def _first_bytes(path: Path) -> bytes:
     except MissingError:
         raise
     except OSError as error:
-        kind = MissingError if isinstance(error, FileNotFoundError | NotADirectoryError) else RequestError
+        kind = (
+            MissingError
+            if isinstance(error, FileNotFoundError | NotADirectoryError)
+            else RequestError
+        )
         raise kind(error.strerror or str(error)) from error
 
 
@@ -362,7 +425,9 @@ def _need_whole(head: Head) -> None:
 
 def _need_header(read_at: Callable[[int, int], bytes], size: int) -> None:
     if images.is_cut(read_at, size):
-        raise MissingError(f"it ends after {size:,} bytes, before its header does" if size else "it is empty")
+        raise MissingError(
+            f"it ends after {size:,} bytes, before its header does" if size else "it is empty"
+        )
 
 
 def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
@@ -372,7 +437,14 @@ def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
     first bytes of each file; reads need these anyway.
     """
     asked = [_threads(READ_THREADS).submit(_missing, Asset.of(scene, band)) for band in bands]
-    return next((f"{band} is gone ({why})" for band, why in zip(bands, [a.result() for a in asked], strict=True) if why), "")
+    return next(
+        (
+            f"{band} is gone ({why})"
+            for band, why in zip(bands, [a.result() for a in asked], strict=True)
+            if why
+        ),
+        "",
+    )
 
 
 def _missing(asset: Asset) -> str:
@@ -425,16 +497,27 @@ class NativeReader:
         ledger: Ledger | None = None,
     ) -> None:
         del gdal_env
-        self.asset = assets[url] if assets else Asset(scene="", band="", href=url, access=access or _PLAIN)
+        self.asset = (
+            assets[url] if assets else Asset(scene="", band="", href=url, access=access or _PLAIN)
+        )
         self.spec, self.resampling, self.ledger = spec, resampling, ledger
-        if (dtype, fill_value, scale_offset, errors_as_nodata) != (np.dtype("uint16"), 0, (1, 0), ()):
-            raise ReadError("stackstac must be called with dtype uint16, fill_value 0, rescale False and no errors_as_nodata")
+        if (dtype, fill_value, scale_offset, errors_as_nodata) != (
+            np.dtype("uint16"),
+            0,
+            (1, 0),
+            (),
+        ):
+            raise ReadError(
+                "stackstac must be called with dtype uint16, fill_value 0, rescale False and no errors_as_nodata"
+            )
 
     def read(self, window: Window, **_: Any) -> UInt16:
         """Read a window of the grid: uint16 (y, x); raise ReadError if it cannot be read."""
         spec = self.spec
         corner = spec.transform @ Affine.translation(window.col_off, window.row_off)
-        return self.asset.read(GeoBox((window.height, window.width), corner, spec.epsg), self.resampling, self.ledger)
+        return self.asset.read(
+            GeoBox((window.height, window.width), corner, spec.epsg), self.resampling, self.ledger
+        )
 
     def close(self) -> None:
         """Do nothing: no file is open."""
@@ -454,7 +537,10 @@ def _stackstac(
     light = [
         {
             "id": item.id,
-            "properties": {"datetime": item.datetime.isoformat() if item.datetime else None, **place},
+            "properties": {
+                "datetime": item.datetime.isoformat() if item.datetime else None,
+                **place,
+            },
             "assets": {band: {"href": f"{n}/{band}"} for band in bands},
         }
         for n, item in enumerate(items)
@@ -482,7 +568,9 @@ def _stackstac(
     expected = (len(items), len(bands), *grid.shape)
     same = stacked.shape == expected and np.array_equal(stacked.x, grid.coordinates["x"].values)
     if not (same and np.array_equal(stacked.y, grid.coordinates["y"].values)):
-        raise ReadError(f"stackstac laid out {stacked.shape}, expected {expected} on the grid's coordinates")
+        raise ReadError(
+            f"stackstac laid out {stacked.shape}, expected {expected} on the grid's coordinates"
+        )
     return stacked.data
 
 
@@ -502,17 +590,32 @@ def _nested(src: rasterio.DatasetReader, grid: GeoBox) -> tuple[int, int, int] |
     None if the pixels do not nest.
     """
     t, size = src.transform, abs(grid.resolution.x)
-    if src.crs is None or not _same_crs(src.crs.to_wkt(), grid.crs) or t.b or t.d or abs(t.a + t.e) > _SAME_SIZE * size:
+    if (
+        src.crs is None
+        or not _same_crs(src.crs.to_wkt(), grid.crs)
+        or t.b
+        or t.d
+        or abs(t.a + t.e) > _SAME_SIZE * size
+    ):
         return None
     ratio, dx, dy = t.a / size, (grid.transform.c - t.c) / size, (t.f - grid.transform.f) / size
     whole, left, top = round(ratio), round(dx), round(dy)
-    if whole < 1 or abs(ratio - whole) > _SAME_SIZE or abs(dx - left) > _SAME or abs(dy - top) > _SAME:
+    if (
+        whole < 1
+        or abs(ratio - whole) > _SAME_SIZE
+        or abs(dx - left) > _SAME
+        or abs(dy - top) > _SAME
+    ):
         return None
     return whole, left, top
 
 
 def _read_nested(
-    src: rasterio.DatasetReader, grid: GeoBox, native: tuple[int, int, int], tally: Tally, out: UInt16 | None
+    src: rasterio.DatasetReader,
+    grid: GeoBox,
+    native: tuple[int, int, int],
+    tally: Tally,
+    out: UInt16 | None,
 ) -> UInt16:
     ratio, dx, dy = native
     height, width = grid.shape
@@ -523,7 +626,11 @@ def _read_nested(
         return _put(np.zeros((height, width), dtype=np.uint16), out)
     window = Window(x0, y0, x1 - x0, y1 - y0)
     _count_stored(src, window, tally)
-    whole = ratio == 1 and (window.height, window.width) == (height, width) and src.dtypes[0] == "uint16"
+    whole = (
+        ratio == 1
+        and (window.height, window.width) == (height, width)
+        and src.dtypes[0] == "uint16"
+    )
     pixels = _valid(src, window, out if whole else None)
     if whole:
         return pixels
@@ -542,10 +649,14 @@ def _put(pixels: UInt16, out: UInt16 | None) -> UInt16:
     return out
 
 
-def _warp(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally) -> UInt16:
+def _warp(
+    src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally
+) -> UInt16:
     if src.crs is None:
         name = without_query(src.name)
-        raise ReadError(f"{name}: the file has no CRS, so its pixels cannot be placed on the grid; replace the file")
+        raise ReadError(
+            f"{name}: the file has no CRS, so its pixels cannot be placed on the grid; replace the file"
+        )
     _count_stored(src, _around(src, grid), tally)
     rows = _rows_per_strip(src, grid)
     warped = np.empty(grid.shape, dtype=np.uint16)
@@ -565,7 +676,9 @@ def _rows_per_strip(src: rasterio.DatasetReader, grid: GeoBox) -> int:
 
 def _around(src: rasterio.DatasetReader, grid: GeoBox) -> Window:
     """Return the file's window around the grid."""
-    return from_bounds(*transform_bounds(grid.crs.to_wkt(), src.crs, *grid.boundingbox), transform=src.transform)
+    return from_bounds(
+        *transform_bounds(grid.crs.to_wkt(), src.crs, *grid.boundingbox), transform=src.transform
+    )
 
 
 def _warp_strip(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
@@ -576,14 +689,26 @@ def _warp_strip(src: rasterio.DatasetReader, grid: GeoBox, resampling: Resamplin
     around = _around(src, grid)
     size = abs(grid.resolution.x) / abs(src.transform.a)
     reach = math.ceil(max(size, 1)) + 2  # pixels beyond the grid used for averages
-    x0, x1 = max(math.floor(around.col_off) - reach, 0), min(math.ceil(around.col_off + around.width) + reach, src.width)
-    y0, y1 = max(math.floor(around.row_off) - reach, 0), min(math.ceil(around.row_off + around.height) + reach, src.height)
+    x0, x1 = (
+        max(math.floor(around.col_off) - reach, 0),
+        min(math.ceil(around.col_off + around.width) + reach, src.width),
+    )
+    y0, y1 = (
+        max(math.floor(around.row_off) - reach, 0),
+        min(math.ceil(around.row_off + around.height) + reach, src.height),
+    )
     if x0 >= x1 or y0 >= y1:
         return np.zeros(grid.shape, dtype=np.uint16)
     window = Window(x0, y0, x1 - x0, y1 - y0)
     # Invalid pixels become nodata first: GDAL would average a defect with its neighbours.
     with MemoryFile() as memory:
-        profile = {"driver": "GTiff", "count": 1, "dtype": "uint16", "crs": src.crs, "transform": src.window_transform(window)}
+        profile = {
+            "driver": "GTiff",
+            "count": 1,
+            "dtype": "uint16",
+            "crs": src.crs,
+            "transform": src.window_transform(window),
+        }
         with memory.open(**profile, width=window.width, height=window.height) as valid:
             valid.write(_valid(src, window), 1)
         with memory.open() as valid:

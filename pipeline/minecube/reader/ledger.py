@@ -31,7 +31,9 @@ class Ledger:
         copied: Fail on permanently missing files even if lossy. Another source may have a copy.
     """
 
-    def __init__(self, *, lossy: bool = False, before: bytes | None = None, copied: bool = False) -> None:
+    def __init__(
+        self, *, lossy: bool = False, before: bytes | None = None, copied: bool = False
+    ) -> None:
         self.lossy = lossy
         self.copied = copied
         self._lock = threading.Lock()
@@ -74,18 +76,29 @@ class Ledger:
         whole = {name: value if name == "seconds" else int(value) for name, value in sums.items()}
         whole["seconds"] = round(whole["seconds"], 3)
         wanted = sums["planned"] + unasked
-        return {**whole, "completeness": (sums["planned"] - sums["lost"]) / wanted if wanted else 1.0}
+        return {
+            **whole,
+            "completeness": (sums["planned"] - sums["lost"]) / wanted if wanted else 1.0,
+        }
 
     def lost(self) -> list[str]:
         """List a line with the reason for each scene and band with a lost read."""
         with self._lock:
-            return [f"{scene} {band}: {reason}" for (scene, band), reason in sorted(self._reasons.items())]
+            return [
+                f"{scene} {band}: {reason}"
+                for (scene, band), reason in sorted(self._reasons.items())
+            ]
 
     def table(self) -> pd.DataFrame:
         """Return one row per scene and band: `COUNTS`, and the reason of a lost read."""
         with self._lock:
             rows = [
-                {"scene": scene, "band": band, **row, "reason": self._reasons.get((scene, band), "")}
+                {
+                    "scene": scene,
+                    "band": band,
+                    **row,
+                    "reason": self._reasons.get((scene, band), ""),
+                }
                 for (scene, band), row in sorted(self._counts.items())
             ]
         types = {name: float if name == "seconds" else "int64" for name in COUNTS}
@@ -105,4 +118,6 @@ class _Repeated(Ledger):
 
     def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:
         # A repeated read lost now no longer counts as read.
-        self._of.add(scene, band, reason=reason, **{**counts, "planned": 0, "read": -counts.get("lost", 0)})
+        self._of.add(
+            scene, band, reason=reason, **{**counts, "planned": 0, "read": -counts.get("lost", 0)}
+        )

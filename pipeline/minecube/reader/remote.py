@@ -68,7 +68,10 @@ _SIGNED_FOR = timedelta(minutes=30)
 _REDIRECTS = 5
 _LONGEST_REFUSED_PAUSE_S = 1.0  # a last try must end in time
 _TOKEN_BYTES = 65536  # longest answer of a token service
-_SIGNING = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}  # for AWS's keys of the machine
+_SIGNING = {
+    "max_retries": 1,
+    "retry_timeout": timedelta(seconds=5),
+}  # for AWS's keys of the machine
 
 
 interrupted = threading.Event()
@@ -214,7 +217,16 @@ class Remote:
                 raise RequestError(f"{trouble}; interrupted")
             pause, stall = min(2 * pause, _LONGEST_PAUSE_S), min(2 * stall, _LONGEST_STALL_S)
 
-    def _try(self, href: str, start: int, length: int, tally: Tally, head: Head | None, stall: float, may_resign: bool) -> Head:
+    def _try(
+        self,
+        href: str,
+        start: int,
+        length: int,
+        tally: Tally,
+        head: Head | None,
+        stall: float,
+        may_resign: bool,
+    ) -> Head:
         """Send a request once.
 
         Raises _TroubleError for temporary errors, RequestError for final ones.
@@ -229,7 +241,10 @@ class Remote:
             raise RequestError(str(error)) from error
         except urllib3.exceptions.HTTPError as error:
             problem = without_query(_reason(error))
-            if isinstance(error, urllib3.exceptions.LocationValueError) or "CERTIFICATE_VERIFY_FAILED" in problem:
+            if (
+                isinstance(error, urllib3.exceptions.LocationValueError)
+                or "CERTIFICATE_VERIFY_FAILED" in problem
+            ):
                 raise RequestError(problem) from error
             raise _TroubleError(problem) from error
         _drain(answer)
@@ -241,10 +256,16 @@ class Remote:
             raise MissingError("it is empty")
         elif answer.status not in _AGAIN:
             unsigned = answer.status in _NEEDS_KEYS and key is None
-            hint = "; list the host or bucket in credentials_for of its source" if unsigned and self._may_sign() else ""
+            hint = (
+                "; list the host or bucket in credentials_for of its source"
+                if unsigned and self._may_sign()
+                else ""
+            )
             kind = MissingError if answer.status in _MISSING else RequestError
             raise kind(f"{problem} {answer.reason or ''}".strip() + hint)
-        raise _TroubleError(problem, wait_s=retry_after(answer.headers.get("Retry-After")), resigned=resigned)
+        raise _TroubleError(
+            problem, wait_s=retry_after(answer.headers.get("Retry-After")), resigned=resigned
+        )
 
     def _ask(self, url: str, headers: Mapping[str, str], stall: float) -> urllib3.BaseHTTPResponse:
         """Send a GET, follow redirects and return the answer with its body unread."""
@@ -276,19 +297,32 @@ class Remote:
         raise RequestError(f"more than {_REDIRECTS} redirects")
 
     def _checked(
-        self, answer: urllib3.BaseHTTPResponse, href: str, start: int, length: int, tally: Tally, head: Head | None
+        self,
+        answer: urllib3.BaseHTTPResponse,
+        href: str,
+        start: int,
+        length: int,
+        tally: Tally,
+        head: Head | None,
     ) -> Head:
         """Return the answer's bytes after checking them against the requested range."""
-        place = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", answer.headers.get("Content-Range", ""))
+        place = re.fullmatch(
+            r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})",
+            answer.headers.get("Content-Range", ""),
+        )
         length_sent = length_of(answer.headers.get("Content-Length"))
         size = int(place[3]) if place else (-1 if length_sent is None else length_sent)
         if answer.status == 200 and (start or not 0 <= size <= length):
             # Accept a whole file only if it is shorter than the range.
             answer.close()
-            raise RequestError("the server does not answer byte ranges, which reading windows of images needs")
+            raise RequestError(
+                "the server does not answer byte ranges, which reading windows of images needs"
+            )
         if answer.status == 206 and (not place or int(place[1]) != start):
             answer.close()
-            raise _TroubleError(f"Content-Range {answer.headers.get('Content-Range')!r} for bytes from {start} on")
+            raise _TroubleError(
+                f"Content-Range {answer.headers.get('Content-Range')!r} for bytes from {start} on"
+            )
         expected = min(length, size - start)
         data = _body(answer, expected)
         tally.bytes += len(data)
@@ -330,10 +364,18 @@ class Remote:
                 try:
                     content = json.loads(body)
                     token = content["token"]
-                    left = (datetime.fromisoformat(content["msft:expiry"]) - datetime.now(tz=UTC)).total_seconds()
+                    left = (
+                        datetime.fromisoformat(content["msft:expiry"]) - datetime.now(tz=UTC)
+                    ).total_seconds()
                 except (ValueError, KeyError, TypeError) as error:
-                    said = f"HTTP {answer.status}" if answer.status != 200 else f"an answer without token ({error})"
-                    raise RequestError(f"{self.access.href} gives no token for {container}: {said}") from error
+                    said = (
+                        f"HTTP {answer.status}"
+                        if answer.status != 200
+                        else f"an answer without token ({error})"
+                    )
+                    raise RequestError(
+                        f"{self.access.href} gives no token for {container}: {said}"
+                    ) from error
                 until = time.time() + left - min(60.0, left / 10)
                 self._tokens[container] = token, until
             return token
@@ -354,7 +396,11 @@ class Remote:
 
         This is the user's own for sources of kind s3, AWS's for all others.
         """
-        own = (self.access.href or os.environ.get("AWS_ENDPOINT_URL")) if self.access.kind == "s3" else None
+        own = (
+            (self.access.href or os.environ.get("AWS_ENDPOINT_URL"))
+            if self.access.kind == "s3"
+            else None
+        )
         return own or f"https://s3.{self.access.region or 'us-east-1'}.amazonaws.com"
 
     def _presigned(self, href: str, bucket: str, path: str) -> str:
@@ -407,7 +453,11 @@ def access_to(url: str) -> Access:
     An s3:// URL is signed with the environment's keys.
     """
     network.check_href(url, network.origin_of(url))
-    return Access(kind="s3", credentials_for=(urlsplit(url).netloc,)) if url.startswith("s3://") else Access()
+    return (
+        Access(kind="s3", credentials_for=(urlsplit(url).netloc,))
+        if url.startswith("s3://")
+        else Access()
+    )
 
 
 @functools.cache
@@ -430,7 +480,9 @@ def check_credentials(access: Access, source_id: str) -> None:
     """Raise CatalogError if signed requests lack keys in the environment, or name no bucket."""
     if access.kind != "s3" or access.anonymous:
         return
-    lacking = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if not os.environ.get(name)]
+    lacking = [
+        name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if not os.environ.get(name)
+    ]
     if lacking and access.href:  # AWS also has machine roles and profiles
         raise CatalogError(
             f"source {source_id!r} reads from {access.href}, which needs keys: {' and '.join(lacking)} not set in the "
@@ -446,7 +498,9 @@ def check_credentials(access: Access, source_id: str) -> None:
 class _TroubleError(Exception):
     """A failed try with a temporary error."""
 
-    def __init__(self, problem: str, *, wait_s: float = 0.0, resigned: bool = False, unreachable: str = "") -> None:
+    def __init__(
+        self, problem: str, *, wait_s: float = 0.0, resigned: bool = False, unreachable: str = ""
+    ) -> None:
         super().__init__(problem)
         self.wait_s = wait_s
         """Seconds to wait at the server's request."""
@@ -514,7 +568,9 @@ def retry_after(value: str | None) -> float:
 
 def _reason(error: BaseException) -> str:
     inner = getattr(error, "reason", None)
-    return _reason(inner) if isinstance(inner, BaseException) else f"{type(error).__name__}: {error}"
+    return (
+        _reason(inner) if isinstance(inner, BaseException) else f"{type(error).__name__}: {error}"
+    )
 
 
 class Ranges(Protocol):
@@ -531,8 +587,16 @@ class RemoteFile:
     in the tally instead, and GDAL gets zeros. The caller of GDAL must not use them as pixels.
     """
 
-    def __init__(self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _BLOCK) -> None:
-        self._source, self._href, self._head, self._tally, self._least = source, href, head, tally, least
+    def __init__(
+        self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _BLOCK
+    ) -> None:
+        self._source, self._href, self._head, self._tally, self._least = (
+            source,
+            href,
+            head,
+            tally,
+            least,
+        )
         self._at, self._start, self._buffer = 0, 0, b""
 
     def __enter__(self) -> RemoteFile:
@@ -546,7 +610,9 @@ class RemoteFile:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a position, as files do."""
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._head.size}[whence]
+        self._at = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._head.size}[whence]
+        )
         return self._at
 
     def tell(self) -> int:
@@ -562,7 +628,10 @@ class RemoteFile:
             data = self._head.data[self._at : stop]
         else:
             if not self._start <= self._at <= stop <= self._start + len(self._buffer):
-                self._start, self._buffer = self._at, self._fetched(self._at, max(stop - self._at, self._least))
+                self._start, self._buffer = (
+                    self._at,
+                    self._fetched(self._at, max(stop - self._at, self._least)),
+                )
             data = self._buffer[self._at - self._start : stop - self._start]
         self._at += len(data)
         return data
@@ -570,8 +639,13 @@ class RemoteFile:
     def get_byte_ranges(self, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
         """Return the bytes of each range, padded with zeros to the requested length."""
         found = [self._fetched(start, length) for start, length in zip(offsets, sizes, strict=True)]
-        if any(len(data) < length for data, length in zip(found, sizes, strict=True)) and not self._tally.error:
-            self._tally.error = MissingError(f"it ends after {self._head.size} bytes, before the tiles that its header names")
+        if (
+            any(len(data) < length for data, length in zip(found, sizes, strict=True))
+            and not self._tally.error
+        ):
+            self._tally.error = MissingError(
+                f"it ends after {self._head.size} bytes, before the tiles that its header names"
+            )
         return [data.ljust(length, b"\0") for data, length in zip(found, sizes, strict=True)]
 
     def _fetched(self, start: int, length: int) -> bytes:
@@ -587,7 +661,9 @@ class RemoteFile:
 class Opened:
     """One remote file for `rasterio.open(..., opener=)`."""
 
-    def __init__(self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _BLOCK) -> None:
+    def __init__(
+        self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _BLOCK
+    ) -> None:
         self._made_of = source, href, head, tally, least
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> RemoteFile:

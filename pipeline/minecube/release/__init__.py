@@ -78,7 +78,11 @@ class Imported:
 
 
 def import_release(
-    archive: Archive, out: Path, release: Release, known: Sequence[Site], done: Callable[[str], None] = lambda _: None
+    archive: Archive,
+    out: Path,
+    release: Release,
+    known: Sequence[Site],
+    done: Callable[[str], None] = lambda _: None,
 ) -> Imported:
     """Read headers and labels of the whole archive into a folder.
 
@@ -100,7 +104,9 @@ def import_release(
     if (begun / "import.json").exists():
         other = json.loads((begun / "import.json").read_text(encoding="utf-8"))
         if other["identity"] != identity:
-            raise ReleaseError(f"{out}: holds an import of another archive ({other['archive']}); name another folder")
+            raise ReleaseError(
+                f"{out}: holds an import of another archive ({other['archive']}); name another folder"
+            )
         if begun is out:
             return open_import(out)
     about = {"archive": archive.where, "identity": identity, "release": release.id}
@@ -115,14 +121,20 @@ def import_release(
                 f"{archive.where}: no image has a place on Earth, so no site of it has; is it the whole release?"
             )
         tables = {t: _together([getattr(r, t) for r in read]) for t in _TABLES}
-        tables["labels"] = tables["labels"].assign(source=release.name, licence=release.licence, doi=release.doi)
+        tables["labels"] = tables["labels"].assign(
+            source=release.name, licence=release.licence, doi=release.doi
+        )
         for name, table in tables.items():
             _write_parquet(table.reset_index(drop=True), out / f"{name}.parquet")
-        write_json(out / "sites.geojson", json.loads(_sites(read, release, known).to_json(drop_id=True)))
+        write_json(
+            out / "sites.geojson", json.loads(_sites(read, release, known).to_json(drop_id=True))
+        )
         write_json(out / "import.json", about)
         shutil.rmtree(parts)
     except OSError as error:
-        raise ReleaseError(f"{out}: cannot be written ({error.strerror or error}); mend that and import again") from error
+        raise ReleaseError(
+            f"{out}: cannot be written ({error.strerror or error}); mend that and import again"
+        ) from error
     return open_import(out)
 
 
@@ -134,7 +146,9 @@ def _begun(out: Path) -> Path:
     """
     begun = out / "parts" if (out / "parts").exists() else out
     if (out / "sites.geojson").exists() and not (begun / "import.json").exists():
-        raise ReleaseError(f"{out}: has a sites.geojson that no import wrote, and would lose it; name another folder")
+        raise ReleaseError(
+            f"{out}: has a sites.geojson that no import wrote, and would lose it; name another folder"
+        )
     return begun
 
 
@@ -143,7 +157,10 @@ def open_import(folder: Path) -> Imported:
     try:
         about = json.loads((folder / "import.json").read_text(encoding="utf-8"))
         tables = [pd.read_parquet(folder / f"{n}.parquet") for n in ("years", "changes")]
-        labels, sites = gpd.read_parquet(folder / "labels.parquet"), read_vector(folder / "sites.geojson")
+        labels, sites = (
+            gpd.read_parquet(folder / "labels.parquet"),
+            read_vector(folder / "sites.geojson"),
+        )
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: pyogrio; others: Arrow
         raise ReleaseError(
             f"{folder}: holds no finished import of a release ({error}); run `minecube release import` first"
@@ -157,26 +174,38 @@ def label_of(imported: Imported, site: str, year: int) -> npt.NDArray[np.uint8]:
     Returns:
         uint8 [y, x] on its image's grid: 255 mine, 0 not. All 0 without a mine region.
     """
-    of_year = imported.years[(imported.years["site"] == site) & (imported.years["year"] == year)].iloc[0]
+    of_year = imported.years[
+        (imported.years["site"] == site) & (imported.years["year"] == year)
+    ].iloc[0]
     shape, place = (int(of_year["height"]), int(of_year["width"])), Affine(*of_year["transform"])
     labels = imported.labels
-    regions = labels[(labels["site"] == site) & (labels["year"] == year) & ~labels["mapped"]].geometry
+    regions = labels[
+        (labels["site"] == site) & (labels["year"] == year) & ~labels["mapped"]
+    ].geometry
     if regions.empty:
         return np.zeros(shape, np.uint8)
-    drawn: npt.NDArray[np.uint8] = features.rasterize(regions, shape, transform=place, default_value=MINE, dtype="uint8")
+    drawn: npt.NDArray[np.uint8] = features.rasterize(
+        regions, shape, transform=place, default_value=MINE, dtype="uint8"
+    )
     return drawn
 
 
 def placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]:
     """Map each year with a georeferenced image to its row of `years`."""
     rows: Any = imported.years[imported.years["site"] == site].to_dict("records")
-    return {int(r["year"]): r for r in rows if r["transform"] is not None and not (r["problem"] or "").startswith("image")}
+    return {
+        int(r["year"]): r
+        for r in rows
+        if r["transform"] is not None and not (r["problem"] or "").startswith("image")
+    }
 
 
 def need_same(archive: Archive, imported: Imported, folder: Path) -> None:
     """Raise ReleaseError if the import is from another archive."""
     if archive.identity() != imported.about["identity"]:
-        raise ReleaseError(f"{archive.where}: is not the archive that {folder} was imported from ({imported.about['archive']})")
+        raise ReleaseError(
+            f"{archive.where}: is not the archive that {folder} was imported from ({imported.about['archive']})"
+        )
 
 
 def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, _of: None) -> Path:
@@ -214,11 +243,15 @@ def download(url: str, out: Path, done: Callable[[int, int], None] = lambda _n, 
     except (OSError, ForbiddenError) as error:  # requests raises OSErrors
         why = why_unreachable(url, error) or without_query(str(error))
         kind = ReleaseError if isinstance(error, ForbiddenError) else UnreadArchiveError
-        raise kind(f"{without_query(url)}: cannot be downloaded to {out} ({why}); try again") from error
+        raise kind(
+            f"{without_query(url)}: cannot be downloaded to {out} ({why}); try again"
+        ) from error
     return path
 
 
-def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str], None]) -> list[ReleaseSite]:
+def _read_sites(
+    archive: Archive, found: Found, parts: Path, done: Callable[[str], None]
+) -> list[ReleaseSite]:
     """Read all sites in order; sites of an earlier run come from its folder."""
     interrupted.clear()
     sites = found.sites()
@@ -245,7 +278,9 @@ def _read_sites(archive: Archive, found: Found, parts: Path, done: Callable[[str
             raise
     if failed:
         more = f" (and {len(failed) - 1} sites more)" if len(failed) > 1 else ""
-        raise kind(f"{failed[0]}{more}; {len(sites) - len(failed)} sites are read, run again to try just the others")
+        raise kind(
+            f"{failed[0]}{more}; {len(sites) - len(failed)} sites are read, run again to try just the others"
+        )
     return [_part(parts / site) for site in sites]
 
 
@@ -273,7 +308,9 @@ def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=tables[0].columns)
 
 
-def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site]) -> gpd.GeoDataFrame:
+def _sites(
+    read: Sequence[ReleaseSite], release: Release, known: Sequence[Site]
+) -> gpd.GeoDataFrame:
     """List georeferenced sites as catalogue rows."""
     catalogue = {s.id: s for s in known}
     rows = []
@@ -283,7 +320,16 @@ def _sites(read: Sequence[ReleaseSite], release: Release, known: Sequence[Site])
             continue
         there = catalogue.get(site) or Site(id=site)
         years = sorted(int(y) for y in of_site.labels["year"].unique())
-        rows.append((site, there.country or None, there.split, years, f"{release.title} ({release.licence})", extent))
+        rows.append(
+            (
+                site,
+                there.country or None,
+                there.split,
+                years,
+                f"{release.title} ({release.licence})",
+                extent,
+            )
+        )
     columns = ["id", "country", "split", "years", "labels", "geometry"]
     return gpd.GeoDataFrame(rows, columns=columns, geometry="geometry", crs=4326)
 
@@ -294,7 +340,9 @@ def write_json(path: Path, content: Any) -> None:
         with replacing(path) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ReleaseError(f"{path}: cannot be written ({error.strerror}); name another file") from error
+        raise ReleaseError(
+            f"{path}: cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def _write_parquet(table: pd.DataFrame, path: Path) -> None:

@@ -30,7 +30,14 @@ from rasterio.errors import RasterioError
 from minecube import images
 from minecube.catalog import Access
 from minecube.errors import ReleaseError, UnreadArchiveError
-from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of, without_query
+from minecube.network import (
+    ForbiddenError,
+    RequestError,
+    is_local,
+    local_path,
+    origin_of,
+    without_query,
+)
 from minecube.reader.remote import Head, Opened, Tally, access_to, remote_for
 
 T = TypeVar("T")
@@ -86,7 +93,9 @@ class LocalBytes:
         except OSError as error:  # a disk error, not an error of the content
             raise RequestError(error.strerror or str(error)) from error
         if len(data) < length:
-            raise RequestError(f"{len(data)} bytes of {length} from {start} on; it has become shorter")
+            raise RequestError(
+                f"{len(data)} bytes of {length} from {start} on; it has become shorter"
+            )
         self.tally.bytes += len(data)
         return data
 
@@ -192,7 +201,9 @@ class Archive:
         self.where = without_query(where)
         try:
             self.bytes: Bytes = (
-                LocalBytes(Path(local_path(where))) if is_local(where) else RemoteBytes(where, access or access_to(where))
+                LocalBytes(Path(local_path(where)))
+                if is_local(where)
+                else RemoteBytes(where, access or access_to(where))
             )
         except OSError as error:
             raise self._unreadable(error) from error
@@ -201,7 +212,9 @@ class Archive:
         self._spans = _Spans(self.bytes.size)
         held: list[int] = []
         try:
-            self._zip = self._with_more(lambda: zipfile.ZipFile(self._spans), held, _MOST_DIRECTORY, _END)
+            self._zip = self._with_more(
+                lambda: zipfile.ZipFile(self._spans), held, _MOST_DIRECTORY, _END
+            )
         except zipfile.BadZipFile as error:
             raise ReleaseError(
                 f"{self.where}: expected a zip archive, found {self.bytes.size:,} bytes without a whole directory at their end "
@@ -209,7 +222,9 @@ class Archive:
             ) from error
         self._members = {m.filename: m for m in self._zip.infolist() if not m.is_dir()}
         if not self._members:
-            raise ReleaseError(f"{self.where}: expected a zip archive of images and labels, found one without a file")
+            raise ReleaseError(
+                f"{self.where}: expected a zip archive of images and labels, found one without a file"
+            )
         for start in held:
             self._spans.drop(start)
         starts = sorted(m.header_offset for m in self._members.values())
@@ -263,7 +278,9 @@ class Archive:
                     try:
                         yield name, self._unpacked(self._members[name], MOST_BYTES)
                     except _BROKEN as error:
-                        log.warning("%s: its member %s cannot be unpacked: %s", self.where, name, error)
+                        log.warning(
+                            "%s: its member %s cannot be unpacked: %s", self.where, name, error
+                        )
                         yield name, None
             finally:
                 self._spans.drop(start)
@@ -278,9 +295,15 @@ class Archive:
         """
         member, tally = self._members[name], Tally()
         held: list[int] = []
-        part = _Stored(self.bytes) if member.compress_type == zipfile.ZIP_STORED else _Packed(self, member, held)
+        part = (
+            _Stored(self.bytes)
+            if member.compress_type == zipfile.ZIP_STORED
+            else _Packed(self, member, held)
+        )
         try:
-            begin = self.bytes.fetch(member.header_offset, min(_FIRST, self._ends[name] - member.header_offset))
+            begin = self.bytes.fetch(
+                member.header_offset, min(_FIRST, self._ends[name] - member.header_offset)
+            )
             if isinstance(part, _Stored):
                 named, more = (int.from_bytes(begin[at : at + 2], "little") for at in (26, 28))
                 part.start = member.header_offset + _LOCAL_HEADER + named + more
@@ -289,11 +312,19 @@ class Archive:
                 self._spans.hold(member.header_offset, begin)
                 held.append(member.header_offset)
                 first = part.fetch("", Head(b"", 0, ""), 0, _FIRST, tally)
-            opener = Opened(part, name, Head(first[: member.file_size], member.file_size, ""), tally, least=_LEAST)
+            opener = Opened(
+                part,
+                name,
+                Head(first[: member.file_size], member.file_size, ""),
+                tally,
+                least=_LEAST,
+            )
             # A fixed name keeps GDAL from searching for sidecar files.
             with (
                 rasterio.Env(**images.SETTINGS),
-                images.open_image("remote/image", first, most_px=MOST_PX, most_bytes=MOST_BYTES, opener=opener) as image,
+                images.open_image(
+                    "remote/image", first, most_px=MOST_PX, most_bytes=MOST_BYTES, opener=opener
+                ) as image,
             ):
                 if tally.error:
                     raise tally.error
@@ -304,7 +335,9 @@ class Archive:
                 raise cause from error
             if isinstance(cause, RequestError):
                 raise self._unreadable(cause) from error
-            raise BrokenMemberError(f"{self.where}: its member {name} cannot be read as an image ({cause})") from error
+            raise BrokenMemberError(
+                f"{self.where}: its member {name} cannot be read as an image ({cause})"
+            ) from error
         finally:
             for start in held:
                 self._spans.drop(start)
@@ -339,10 +372,17 @@ class Archive:
                 return work()
             except _LackingError as lacking:
                 if lacking.length > most:
-                    raise zipfile.BadZipFile(f"expected at most {most:,} bytes, found {lacking.length:,}") from lacking
+                    raise zipfile.BadZipFile(
+                        f"expected at most {most:,} bytes, found {lacking.length:,}"
+                    ) from lacking
                 # Extend backwards at the end of the file: zipfile searches the directory there.
                 start = max(min(lacking.start, self.bytes.size - least), 0)
-                self._hold(start, max(lacking.start + lacking.length - start, min(least, self.bytes.size - start)))
+                self._hold(
+                    start,
+                    max(
+                        lacking.start + lacking.length - start, min(least, self.bytes.size - start)
+                    ),
+                )
                 held.append(start)
                 least *= 2  # each repetition starts from scratch
 
@@ -355,7 +395,9 @@ class Archive:
         if length > _MOST_PREFIX:
             raise zipfile.BadZipFile(f"expected its header within {_MOST_PREFIX:,} bytes")
         least = _GAP if member.compress_type not in _BY_PIECES else 0
-        return self._with_more(lambda: self._unpacked(member, length), held, member.compress_size + _AROUND, least)
+        return self._with_more(
+            lambda: self._unpacked(member, length), held, member.compress_size + _AROUND, least
+        )
 
     def _unpacked(self, member: zipfile.ZipInfo, length: int) -> bytes:
         """Unpack a member's first bytes in pieces, at most its size in the directory."""
@@ -374,7 +416,9 @@ class Archive:
         needs_download = "byte ranges" in why
         hint = "; or let it be downloaded first (--download)" if needs_download else ""
         kind = UnreadArchiveError if "://" in self.where and not needs_download else ReleaseError
-        return kind(f"{self.where}: cannot be read ({without_query(why)}); check that it is there{hint}")
+        return kind(
+            f"{self.where}: cannot be read ({without_query(why)}); check that it is there{hint}"
+        )
 
 
 class _Stored:

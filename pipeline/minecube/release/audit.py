@@ -58,7 +58,9 @@ Split = Mapping[str, Sequence[str]]
 """train, val and test -> site names in listed order."""
 
 
-def audit(imported: Imported, release: Release, split: Split, pixels: pd.DataFrame | None = None) -> list[Finding]:
+def audit(
+    imported: Imported, release: Release, split: Split, pixels: pd.DataFrame | None = None
+) -> list[Finding]:
     """Run all checks and return findings sorted by check, site and year.
 
     Args:
@@ -105,7 +107,9 @@ def read_split(path: Path) -> Split:
     parts = content if isinstance(content, dict) else {}
     names = [n for part in parts.values() for n in (part if isinstance(part, list) else [None])]
     if not names or not all(isinstance(n, str) for n in names):
-        raise ReleaseError(f'{path}: expected {{"train": ["Germany_1", ...], "val": [...], ...}}, found something else')
+        raise ReleaseError(
+            f'{path}: expected {{"train": ["Germany_1", ...], "val": [...], ...}}, found something else'
+        )
     return parts
 
 
@@ -115,11 +119,15 @@ def change_rates(changes: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns year_1, year_2, pixels, appeared, vanished, rate (a ratio of sums).
     """
-    summed = changes.groupby(["year_1", "year_2"], as_index=False)[["pixels", "appeared", "vanished"]].sum()
+    summed = changes.groupby(["year_1", "year_2"], as_index=False)[
+        ["pixels", "appeared", "vanished"]
+    ].sum()
     return summed.assign(rate=(summed["appeared"] + summed["vanished"]) / summed["pixels"])
 
 
-def pixel_sums(archive: Archive, years: pd.DataFrame, done: Callable[[str], None] = lambda _: None) -> pd.DataFrame:
+def pixel_sums(
+    archive: Archive, years: pd.DataFrame, done: Callable[[str], None] = lambda _: None
+) -> pd.DataFrame:
     """Sum the pixels of all images. This reads the whole archive.
 
     The sums are additive over sites and years.
@@ -135,7 +143,9 @@ def pixel_sums(archive: Archive, years: pd.DataFrame, done: Callable[[str], None
     sums: list[tuple[Any, ...]] = []
     with warnings.catch_warnings(), ThreadPoolExecutor(_AT_ONCE) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # already reported as a finding
-        for row, of_image in zip(images, pool.map(lambda r: _image_sums(archive, r), images), strict=True):
+        for row, of_image in zip(
+            images, pool.map(lambda r: _image_sums(archive, r), images), strict=True
+        ):
             sums += of_image
             done(row.site)
     return pd.DataFrame(sums, columns=["site", "year", "band", "pixels", "sum", "squares", "low"])
@@ -149,15 +159,24 @@ def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
         with (
             rasterio.Env(**images.SETTINGS),
             MemoryFile(content) as memory,
-            images.open_image(memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES) as image,
+            images.open_image(
+                memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES
+            ) as image,
         ):
             values: npt.NDArray[np.int16] = image.read().reshape(image.count, -1)
     except (RasterioError, ForbiddenError) as error:
-        raise ReleaseError(f"{archive.where}: its member {name} is no image ({error}); get the archive again") from error
+        raise ReleaseError(
+            f"{archive.where}: its member {name} is no image ({error}); get the archive again"
+        ) from error
     values, found = values[:, (values != 0).any(axis=0)], []
     for band, of_band in zip(BANDS, values, strict=False):
-        low, exact = float(np.percentile(of_band, 1)) if of_band.size else np.nan, of_band.astype(np.int64)
-        found.append((row.site, row.year, band, of_band.size, int(exact.sum()), int((exact**2).sum()), low))
+        low, exact = (
+            float(np.percentile(of_band, 1)) if of_band.size else np.nan,
+            of_band.astype(np.int64),
+        )
+        found.append(
+            (row.site, row.year, band, of_band.size, int(exact.sum()), int((exact**2).sum()), low)
+        )
     return found
 
 
@@ -183,7 +202,11 @@ def band_statistics(pixels: pd.DataFrame, release: Release) -> pd.DataFrame:
 def _names(about: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
     for kind, check, text in (
         ("renamed", "name", "is not named YearYYYY.tif"),
-        ("twice", "repeated member", "is of a site and year that another member has; it is not used"),
+        (
+            "twice",
+            "repeated member",
+            "is of a site and year that another member has; it is not used",
+        ),
         ("strange", "strange member", "is neither an image nor a label of a site and year"),
     ):
         yield from (Finding(check, "", 0, f"{name} {text}") for name in about[kind])
@@ -194,10 +217,19 @@ def _sites(years: pd.DataFrame, release: Release, split: Split) -> Iterator[Find
     if len(there) != release.sites:
         yield Finding("sites", "", 0, f"expected {release.sites} sites, found {len(there)}")
     if len(parts_of) != release.sites:
-        yield Finding("split", "", 0, f"the split names {len(parts_of)} distinct sites, for {release.sites} of the release")
+        yield Finding(
+            "split",
+            "",
+            0,
+            f"the split names {len(parts_of)} distinct sites, for {release.sites} of the release",
+        )
     for site, parts in parts_of.items():
         if len(parts) > 1:
-            where = f"{len(parts)} times in {parts[0]}" if len(set(parts)) == 1 else f"in {' and in '.join(parts)}"
+            where = (
+                f"{len(parts)} times in {parts[0]}"
+                if len(set(parts)) == 1
+                else f"in {' and in '.join(parts)}"
+            )
             yield Finding("split", site, 0, f"is named {where}")
         if site not in there:
             yield Finding("split", site, 0, f"is in the split ({parts[0]}), and not in the archive")
@@ -209,14 +241,19 @@ def _sites(years: pd.DataFrame, release: Release, split: Split) -> Iterator[Find
     for _, same in images.groupby(["year", "image_crc", "height", "width"]):
         if len(same) > 1:
             first, *others = _rows(same)
-            yield from (Finding("repeated site", o.site, o.year, f"has the image of {first.site}") for o in others)
+            yield from (
+                Finding("repeated site", o.site, o.year, f"has the image of {first.site}")
+                for o in others
+            )
 
 
 def _years(years: pd.DataFrame, release: Release) -> Iterator[Finding]:
     for site, rows in years.groupby("site"):
         for kind in ("image", "label"):
             lacking = sorted(set(release.years) - set(rows.loc[rows[kind].notna(), "year"]))
-            yield from (Finding("year missing", str(site), year, f"has no {kind}") for year in lacking)
+            yield from (
+                Finding("year missing", str(site), year, f"has no {kind}") for year in lacking
+            )
         yield from (
             Finding("year", str(site), int(y), "is not a year of the release")
             for y in sorted(set(rows["year"]) - set(release.years))
@@ -226,7 +263,12 @@ def _years(years: pd.DataFrame, release: Release) -> Iterator[Finding]:
 def _labels(years: pd.DataFrame) -> Iterator[Finding]:
     for row in _rows(years[years["label"].notna()]):
         if row.problem and row.problem.startswith("label"):
-            yield Finding("label", row.site, row.year, f"{row.problem.removeprefix('label: ')}; it is left out")
+            yield Finding(
+                "label",
+                row.site,
+                row.year,
+                f"{row.problem.removeprefix('label: ')}; it is left out",
+            )
         elif row.mine_px == 0:
             yield Finding("label empty", row.site, row.year, "has no mine")
         elif row.mine_px == row.label_height * row.label_width:
@@ -237,12 +279,19 @@ def _images(years: pd.DataFrame) -> Iterator[Finding]:
     images = years[years["image"].notna()]
     for row in _rows(images):
         if row.problem and row.problem.startswith("image"):
-            yield Finding("image", row.site, row.year, f"{row.problem.removeprefix('image: ')}; its label has no place")
+            yield Finding(
+                "image",
+                row.site,
+                row.year,
+                f"{row.problem.removeprefix('image: ')}; its label has no place",
+            )
         if row.dtype and (row.bands, row.dtype) != (len(BANDS), "int16"):
             found = f"expected {len(BANDS)} bands of int16, found {int(row.bands)} of {row.dtype}"
             yield Finding("image", row.site, row.year, found)
     for site, rows in images[~images["problem"].fillna("").str.startswith("image")].groupby("site"):
-        grids = [(r.year, (r.height, r.width, *r.transform)) for r in _rows(rows.sort_values("year"))]
+        grids = [
+            (r.year, (r.height, r.width, *r.transform)) for r in _rows(rows.sort_values("year"))
+        ]
         for (_, before), (year, after) in itertools.pairwise(grids):
             if before != after:
                 yield Finding("grid", str(site), year, _moved(before, after))
@@ -275,7 +324,12 @@ def _neighbours(sites: gpd.GeoDataFrame, split: Split) -> Iterator[Finding]:
         if a < b and one["split"] != other["split"]:
             apart = one.geometry.distance(other.geometry)
             how = f"lies {apart / 1000:.1f} km from" if apart else "overlaps"
-            yield Finding("neighbours", one["id"], 0, f"({one['split']}) {how} {other['id']} ({other['split']})")
+            yield Finding(
+                "neighbours",
+                one["id"],
+                0,
+                f"({one['split']}) {how} {other['id']} ({other['split']})",
+            )
 
 
 def _jumps(changes: pd.DataFrame) -> Iterator[Finding]:
@@ -283,13 +337,20 @@ def _jumps(changes: pd.DataFrame) -> Iterator[Finding]:
     for row in _rows(following):
         rate = (row.appeared + row.vanished) / row.pixels
         if rate > JUMP:
-            yield Finding("label jump", row.site, row.year_2, f"{rate:.1%} of its pixels changed since the year before")
+            yield Finding(
+                "label jump",
+                row.site,
+                row.year_2,
+                f"{rate:.1%} of its pixels changed since the year before",
+            )
 
 
 def _steps(pixels: pd.DataFrame) -> Iterator[Finding]:
     for site, rows in pixels.groupby("site"):
         low = rows.pivot_table(index="year", columns="band", values="low").sort_index()
-        for (_, before), (year, after) in itertools.pairwise(zip(low.index, low.to_numpy(), strict=True)):
+        for (_, before), (year, after) in itertools.pairwise(
+            zip(low.index, low.to_numpy(), strict=True)
+        ):
             least, most = float(np.min(after - before)), float(np.max(after - before))
             if least > STEP or most < -STEP:
                 found = f"the darkest pixels of all bands step by {least:+.0f} to {most:+.0f} from the year before"
@@ -301,11 +362,18 @@ def _statistics(bands: pd.DataFrame) -> Iterator[Finding]:
         return
     for band, row in bands.to_dict("index").items():
         if abs(row["mean"] / row["published_mean"] - 1) > _SAME:
-            yield Finding("band statistics", "", 0, f"{band}: mean {row['mean']:.1f}, published {row['published_mean']:.1f}")
+            yield Finding(
+                "band statistics",
+                "",
+                0,
+                f"{band}: mean {row['mean']:.1f}, published {row['published_mean']:.1f}",
+            )
         if abs(row["std"] / row["published_std"] - 1) > _SAME:
             near = abs(row["std"] / row["corrected_std"] - 1) <= _SAME
             why = (
-                "which is the true one divided by the square root of 2" if near else "and that is not for the square root of 2"
+                "which is the true one divided by the square root of 2"
+                if near
+                else "and that is not for the square root of 2"
             )
             found = f"{band}: standard deviation {row['std']:.1f}, published {row['published_std']:.1f}, {why}"
             yield Finding("band statistics", "", 0, found)

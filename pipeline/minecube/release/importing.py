@@ -45,7 +45,8 @@ MINE = 255
 """Mine pixels in published labels; the other value is 0."""
 # `EuroMineNet/Portuga_1/label/Year2015.tif`; some files are called Label2015.tif or year2015.tif instead.
 _NAMED = re.compile(
-    r"(?:^|/)(?P<site>[^/]+)/(?P<kind>image|label)s?/(?P<word>[A-Za-z]+)_?(?P<year>(?:19|20)\d\d)\.tiff?$", re.I
+    r"(?:^|/)(?P<site>[^/]+)/(?P<kind>image|label)s?/(?P<word>[A-Za-z]+)_?(?P<year>(?:19|20)\d\d)\.tiff?$",
+    re.I,
 )
 _NO_DATA = re.compile(r"(?:^|/)(?:__MACOSX/|\.[^/]+$|Thumbs\.db$)")
 
@@ -156,9 +157,13 @@ def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
     years = sorted({year for name, year in (*found.images, *found.labels) if name == site})
     pictures = [found.images[site, year] for year in years if (site, year) in found.images]
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # waiting for answers dominates
-        headers = dict(zip(pictures, pool.map(lambda name: _header(archive, name), pictures), strict=True))
+        headers = dict(
+            zip(pictures, pool.map(lambda name: _header(archive, name), pictures), strict=True)
+        )
     table = {year: _row(archive, headers, site, year, found) for year in years}
-    wanted = {row["label"]: year for year, row in table.items() if row["label"] and row["problem"] is None}
+    wanted = {
+        row["label"]: year for year, row in table.items() if row["label"] and row["problem"] is None
+    }
     masks: dict[int, tuple[UInt8, Affine]] = {}
     for name, content in archive.read(wanted):
         row = table[wanted[name]]
@@ -171,7 +176,9 @@ def read_site(archive: Archive, found: Found, site: str) -> ReleaseSite:
         regions += [(site, year, False, region) for region in _regions(mask, affine)]
         regions.append((site, year, True, _extent(mask.shape, affine)))
     rows = [asdict(SiteYear(**row)) for row in table.values()]
-    labels = gpd.GeoDataFrame(regions, columns=["site", "year", "mapped", "geometry"], geometry="geometry", crs=4326)
+    labels = gpd.GeoDataFrame(
+        regions, columns=["site", "year", "mapped", "geometry"], geometry="geometry", crs=4326
+    )
     return ReleaseSite(pd.DataFrame(rows), labels, _changes(site, masks))
 
 
@@ -180,7 +187,9 @@ def extent_of(years: pd.DataFrame) -> shapely.Polygon | None:
 
     None if no image is georeferenced.
     """
-    placed = years[years["transform"].notna() & years["problem"].fillna("").str.startswith("image").eq(False)]
+    placed = years[
+        years["transform"].notna() & years["problem"].fillna("").str.startswith("image").eq(False)
+    ]
     rows: Any = placed.to_dict("records")
     extents = [_extent((r["height"], r["width"]), Affine(*r["transform"])) for r in rows]
     return shapely.box(*shapely.union_all(extents).bounds) if extents else None
@@ -206,14 +215,24 @@ def _header(archive: Archive, name: str) -> dict[str, Any]:
         return {**crc, "problem": f"image: {error.__cause__}" if too_large else None}
 
 
-def _row(archive: Archive, headers: Mapping[str, dict[str, Any]], site: str, year: int, found: Found) -> dict[str, Any]:
+def _row(
+    archive: Archive, headers: Mapping[str, dict[str, Any]], site: str, year: int, found: Found
+) -> dict[str, Any]:
     """Collect the facts of a site-year before its label is read, including any problem."""
     image, label = found.images.get((site, year)), found.labels.get((site, year))
-    row: dict[str, Any] = {"site": site, "year": year, "image": image, "label": label, "problem": None}
+    row: dict[str, Any] = {
+        "site": site,
+        "year": year,
+        "image": image,
+        "label": label,
+        "problem": None,
+    }
     row |= headers[image] if image else {}
     row["problem"] = row["problem"] or _image_problem(row)
     if label and row["problem"] is None:
-        most = min(row["height"] * row["width"] * _MOST_BYTES_PER_PX + _MOST_LABEL_HEADER, MOST_BYTES)
+        most = min(
+            row["height"] * row["width"] * _MOST_BYTES_PER_PX + _MOST_LABEL_HEADER, MOST_BYTES
+        )
         if archive.size_of(label) > most:
             shape = f"{row['height']} x {row['width']}"
             row["problem"] = (
@@ -233,7 +252,9 @@ def _mask(content: bytes | None, row: dict[str, Any]) -> UInt8 | None:
         with (
             rasterio.Env(**images.SETTINGS),
             MemoryFile(content) as memory,
-            images.open_image(memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES) as label,
+            images.open_image(
+                memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES
+            ) as label,
         ):
             row |= {"label_height": label.height, "label_width": label.width}
             if label.shape != (row["height"], row["width"]):
@@ -248,7 +269,9 @@ def _mask(content: bytes | None, row: dict[str, Any]) -> UInt8 | None:
     row |= {"label_values": tuple(np.unique(mask).tolist()), "mine_px": int((mask == MINE).sum())}
     regions = ndimage.label(mask == MINE)[1]
     if regions > _MOST_REGIONS:
-        row["problem"] = f"label: expected at most {_MOST_REGIONS:,} regions of mine, found {regions:,}"
+        row["problem"] = (
+            f"label: expected at most {_MOST_REGIONS:,} regions of mine, found {regions:,}"
+        )
     return mask
 
 
@@ -256,7 +279,9 @@ def _image_problem(row: Mapping[str, Any]) -> str | None:
     """Return the reason for an unusable image, or for a label without an image."""
     if row["image"] and "height" not in row:
         return "image: is no image, or arrived broken"
-    if row["image"] and (row["crs"] != "EPSG:4326" or row["transform"][:6] == tuple(Affine.identity())[:6]):
+    if row["image"] and (
+        row["crs"] != "EPSG:4326" or row["transform"][:6] == tuple(Affine.identity())[:6]
+    ):
         return f"image: expected EPSG:4326 and a place, found {row['crs'] or 'no CRS'}"
     if row["image"] and (row["transform"][1] or row["transform"][3] or row["transform"][4] >= 0):
         return "image: expected north up, found a turned grid"
@@ -283,7 +308,8 @@ def _problem(row: Mapping[str, Any]) -> str | None:
 def _regions(mask: UInt8, affine: Affine) -> list[shapely.Geometry]:
     mine = (mask == MINE).astype(np.uint8)
     return [
-        shapely.geometry.shape(s) for s, _ in features.shapes(mine, mask=mine.astype(bool), connectivity=4, transform=affine)
+        shapely.geometry.shape(s)
+        for s, _ in features.shapes(mine, mask=mine.astype(bool), connectivity=4, transform=affine)
     ]
 
 
@@ -298,6 +324,11 @@ def _changes(site: str, masks: Mapping[int, tuple[UInt8, Affine]]) -> pd.DataFra
     for first, last in itertools.combinations(sorted(masks), 2):
         (before, there), (after, here) = masks[first], masks[last]
         if before.shape == after.shape and there == here:
-            appeared, vanished = int(((before == 0) & (after == MINE)).sum()), int(((before == MINE) & (after == 0)).sum())
+            appeared, vanished = (
+                int(((before == 0) & (after == MINE)).sum()),
+                int(((before == MINE) & (after == 0)).sum()),
+            )
             rows.append((site, first, last, before.size, appeared, vanished))
-    return pd.DataFrame(rows, columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"])
+    return pd.DataFrame(
+        rows, columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"]
+    )

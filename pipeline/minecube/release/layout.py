@@ -40,7 +40,9 @@ FULL, UNKNOWN = 250, 255
 
 def release_grid(year: Any) -> GeoBox:
     """Build the grid of a site and year from its row of `years` in an import."""
-    return GeoBox((int(year["height"]), int(year["width"])), Affine(*year["transform"]), year["crs"])
+    return GeoBox(
+        (int(year["height"]), int(year["width"])), Affine(*year["transform"]), year["crs"]
+    )
 
 
 def own_grid(grid: GeoBox) -> GeoBox:
@@ -49,10 +51,17 @@ def own_grid(grid: GeoBox) -> GeoBox:
     Use it for sites outside the release.
     """
     above, below, before, after = _edges(grid, "EPSG:4326")
-    west, east, south, north = before[:, 0].max(), after[:, 0].min(), below[:, 1].max(), above[:, 1].min()
+    west, east, south, north = (
+        before[:, 0].max(),
+        after[:, 0].min(),
+        below[:, 1].max(),
+        above[:, 1].min(),
+    )
     left, top = math.ceil(west / PIXEL_DEG), math.floor(north / PIXEL_DEG)
     shape = (top - math.ceil(south / PIXEL_DEG), math.floor(east / PIXEL_DEG) - left)
-    return GeoBox(shape, Affine(PIXEL_DEG, 0, left * PIXEL_DEG, 0, -PIXEL_DEG, top * PIXEL_DEG), "EPSG:4326")
+    return GeoBox(
+        shape, Affine(PIXEL_DEG, 0, left * PIXEL_DEG, 0, -PIXEL_DEG, top * PIXEL_DEG), "EPSG:4326"
+    )
 
 
 def image_on(reflectance: xr.DataArray, grid: GeoBox) -> npt.NDArray[np.int16]:
@@ -75,11 +84,17 @@ def image_on(reflectance: xr.DataArray, grid: GeoBox) -> npt.NDArray[np.int16]:
     at, out = _centres(grid, there), np.zeros((reflectance.sizes["band"], *grid.shape), np.int16)
     for band, into in zip(reflectance.values, out, strict=True):
         value, share = _between(band, band != 0, at)
-        np.copyto(into, np.minimum(np.rint(value), np.iinfo(np.int16).max).astype(np.int16), where=share >= 0.5)
+        np.copyto(
+            into,
+            np.minimum(np.rint(value), np.iinfo(np.int16).max).astype(np.int16),
+            where=share >= 0.5,
+        )
     return out
 
 
-def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBox) -> npt.NDArray[np.uint8] | None:
+def label_on(
+    footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBox
+) -> npt.NDArray[np.uint8] | None:
     """Resample a year's footprint to another grid.
 
     Args:
@@ -106,7 +121,12 @@ def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBo
 
 
 def write(
-    out: Path, site: str, year: int, image: npt.NDArray[np.int16], label: npt.NDArray[np.uint8] | None, grid: GeoBox
+    out: Path,
+    site: str,
+    year: int,
+    image: npt.NDArray[np.int16],
+    label: npt.NDArray[np.uint8] | None,
+    grid: GeoBox,
 ) -> None:
     """Write a year of a site in the release's layout below `out`, replacing older files.
 
@@ -151,7 +171,12 @@ def _edges(grid: GeoBox, crs: str) -> tuple[npt.NDArray[np.float64], ...]:
     def moved(row: npt.ArrayLike, column: npt.ArrayLike) -> npt.NDArray[np.float64]:
         return np.stack(transform(*(grid.affine @ np.broadcast_arrays(column, row))), axis=-1)
 
-    return moved(0.0, columns), moved(float(height), columns), moved(rows, 0.0), moved(rows, float(width))
+    return (
+        moved(0.0, columns),
+        moved(float(height), columns),
+        moved(rows, 0.0),
+        moved(rows, float(width)),
+    )
 
 
 def _centres(grid: GeoBox, there: GeoBox) -> npt.NDArray[np.float64]:
@@ -177,7 +202,9 @@ def _between(
         the values, and the weight of the valid neighbours (0..1).
     """
     share = ndimage.map_coordinates(known.astype(np.float64), at, order=1, mode="nearest")
-    total = ndimage.map_coordinates(np.where(known, values, 0).astype(np.float64), at, order=1, mode="nearest")
+    total = ndimage.map_coordinates(
+        np.where(known, values, 0).astype(np.float64), at, order=1, mode="nearest"
+    )
     return total / np.where(share > 0, share, 1), share
 
 
@@ -194,4 +221,6 @@ def _write(path: Path, pixels: npt.NDArray[Any], place: dict[str, Any]) -> None:
             with replacing(path) as part:
                 part.write_bytes(memory.getbuffer())
         except OSError as error:
-            raise ReleaseError(f"{path}: cannot be written ({error.strerror}); mend that and export again") from error
+            raise ReleaseError(
+                f"{path}: cannot be written ({error.strerror}); mend that and export again"
+            ) from error

@@ -33,12 +33,23 @@ OUTLINES = (("#00f0ff", 2.2), ("#ff00c8", 1.0))
 
 The thin second line is drawn on the broad first.
 """
-MAPPED, TRUTH, GAIN, LOSS = "#222222", "#009e73", "#d55e00", "#0072b2"  # the last three from Okabe and Ito's palette
+MAPPED, TRUTH, GAIN, LOSS = (
+    "#222222",
+    "#009e73",
+    "#d55e00",
+    "#0072b2",
+)  # the last three from Okabe and Ito's palette
 INK = "#333333"
 TRUE_COLOUR = ["B04", "B03", "B02"]
 PANEL_IN, DPI = 2.9, 120
 SHADES = "YlGnBu"  # of usable dates; ColorBrewer, safe for colour-blind eyes
-NONE_USABLE, TOO_FEW, MISSING, OUT_OF_SEASON, NO_PASS = "#f5b5d0", "#c2006b", "#d55e00", "#e9e9e9", "#f7f7f7"
+NONE_USABLE, TOO_FEW, MISSING, OUT_OF_SEASON, NO_PASS = (
+    "#f5b5d0",
+    "#c2006b",
+    "#d55e00",
+    "#e9e9e9",
+    "#f7f7f7",
+)
 
 Image = npt.NDArray[np.uint16]
 
@@ -65,18 +76,27 @@ def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, t
     for name, footprint in footprints.items():
         if footprint.shape[-2:] != images[0].shape[:2]:
             expected = " x ".join(map(str, images[0].shape[:2]))
-            raise CubeError(f"{title}: footprint {name!r} is not of the cube's {expected} px; draw it on its own grid")
+            raise CubeError(
+                f"{title}: footprint {name!r} is not of the cube's {expected} px; draw it on its own grid"
+            )
     fig, panels = _panels(images, title, legend_in=0.35 if footprints else 0)
     styles = dict(zip(footprints, OUTLINES, strict=False))
     for ax, year, image in zip(panels, years, images, strict=True):
         clear = f"{cube.clear_count.sel(year=year).median().item():.0f} clear dates"
-        ax.set_title(f"$\\bf{{{year}}}$   {clear if image.any() else 'no observation'}", fontsize=10, color=INK)
+        ax.set_title(
+            f"$\\bf{{{year}}}$   {clear if image.any() else 'no observation'}",
+            fontsize=10,
+            color=INK,
+        )
         for name, (colour, width) in styles.items():
             if year in footprints[name].year:
                 _outline(ax, footprints[name].sel(year=year).to_numpy() == 1, colour, width)
     _scale_bar(panels[0], abs(float(cube.x[1] - cube.x[0])), images[0].shape)
     if styles:
-        _legend(fig, [Line2D([], [], color=c, lw=w + 0.8, label=name) for name, (c, w) in styles.items()])
+        _legend(
+            fig,
+            [Line2D([], [], color=c, lw=w + 0.8, label=name) for name, (c, w) in styles.items()],
+        )
     _save(fig, out)
 
 
@@ -100,7 +120,9 @@ def comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> Non
     _save(fig, out)
 
 
-def area_plot(areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, pd.DataFrame] | None = None) -> None:
+def area_plot(
+    areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, pd.DataFrame] | None = None
+) -> None:
     """Write a PNG of mine area by year per site, with gain and loss as bars below the line.
 
     The line has a gap in years with more unknown than mine area.
@@ -121,14 +143,31 @@ def area_plot(areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, 
     unit, unit_m2 = ("km²", 1e6) if largest >= 1e6 else ("ha", 1e4)
     rows = -(-len(areas) // 4)
     columns = -(-len(areas) // rows)
-    fig = Figure(figsize=(PANEL_IN * max(columns, 2), 3.0 * rows + 0.3), dpi=DPI, layout="constrained")
+    fig = Figure(
+        figsize=(PANEL_IN * max(columns, 2), 3.0 * rows + 0.3), dpi=DPI, layout="constrained"
+    )
     boxes = fig.subfigures(rows, columns, squeeze=False).ravel()
     for box, (site, table) in zip(boxes, areas.items(), strict=False):
         above, below = box.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         above.set_title(site, fontsize=10, color=INK, fontweight="bold")
-        above.plot(table["year"], _known(table) / unit_m2, color=MAPPED, marker="o", ms=3.5, lw=1.6, label="mapped")
+        above.plot(
+            table["year"],
+            _known(table) / unit_m2,
+            color=MAPPED,
+            marker="o",
+            ms=3.5,
+            lw=1.6,
+            label="mapped",
+        )
         if site in truth:
-            style = {"color": TRUTH, "ls": (0, (4, 2)), "lw": 1.6, "marker": "o", "ms": 3.5, "mfc": "white"}
+            style = {
+                "color": TRUTH,
+                "ls": (0, (4, 2)),
+                "lw": 1.6,
+                "marker": "o",
+                "ms": 3.5,
+                "mfc": "white",
+            }
             above.plot(truth[site]["year"], _known(truth[site]) / unit_m2, label="truth", **style)
         below.bar(table["year"], table["gain_m2"] / unit_m2, width=0.6, color=GAIN, label="gain")
         below.bar(table["year"], -table["loss_m2"] / unit_m2, width=0.6, color=LOSS, label="loss")
@@ -137,12 +176,26 @@ def area_plot(areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, 
         above.set_ylabel(f"mine area, {unit}", fontsize=8)
         below.set_ylabel(f"change, {unit}", fontsize=8)
         below.xaxis.set_major_locator(
-            FixedLocator(table["year"].tolist()) if len(table) <= 6 else MaxNLocator(integer=True, nbins=6)
+            FixedLocator(table["year"].tolist())
+            if len(table) <= 6
+            else MaxNLocator(integer=True, nbins=6)
         )
         for ax in (above, below):
             _plain(ax)
-    drawn = {name: line for box in boxes for ax in box.axes for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(drawn.values(), drawn, loc="outside lower center", ncols=len(drawn), fontsize=8, frameon=False)
+    drawn = {
+        name: line
+        for box in boxes
+        for ax in box.axes
+        for line, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    fig.legend(
+        drawn.values(),
+        drawn,
+        loc="outside lower center",
+        ncols=len(drawn),
+        fontsize=8,
+        frameon=False,
+    )
     _save(fig, out)
 
 
@@ -167,7 +220,10 @@ def coverage_map(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: st
     if months.empty:
         raise CubeError(f"{out}: there is no month to draw; audit a site and a year first")
     table = _Table(months)
-    fig = Figure(figsize=(max(table.left + table.wide + 0.2, _LEGEND_IN), table.top + table.high + 0.35), dpi=DPI)
+    fig = Figure(
+        figsize=(max(table.left + table.wide + 0.2, _LEGEND_IN), table.top + table.high + 0.35),
+        dpi=DPI,
+    )
     ax = fig.add_axes(_inches(fig, table.left, table.top, table.wide, table.high))
     ax.set(xlim=(0, table.wide), ylim=(table.high, 0))
     ax.set_axis_off()
@@ -176,7 +232,13 @@ def coverage_map(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: st
     _site_years(ax, table, years)
     _headings(ax, table)
     fig.text(
-        0.1 / fig.get_figwidth(), 1 - 0.1 / fig.get_figheight(), title, va="top", fontsize=12, color=INK, fontweight="bold"
+        0.1 / fig.get_figwidth(),
+        1 - 0.1 / fig.get_figheight(),
+        title,
+        va="top",
+        fontsize=12,
+        color=INK,
+        fontweight="bold",
     )
     _coverage_legend(fig, shades)
     _save(fig, out)
@@ -191,7 +253,9 @@ class _Table:
     top = 1.15
 
     def __init__(self, months: pd.DataFrame) -> None:
-        self.rows = list(months[["site", "source"]].drop_duplicates().itertuples(index=False, name=None))
+        self.rows = list(
+            months[["site", "source"]].drop_duplicates().itertuples(index=False, name=None)
+        )
         sites = list(dict.fromkeys(site for site, _ in self.rows))
         # Keep a site's rows together, also if different sources list its years.
         self.rows.sort(key=lambda row: sites.index(row[0]))
@@ -200,7 +264,9 @@ class _Table:
         self.cell = (0.25, 0.25) if self.roomy else (0.13, 0.16 if len(self.rows) <= 150 else 0.11)
         self.year_in = 12 * self.cell[0] + (0.55 if self.roomy else 0.1)
         between = 0.1 if len(self.rows) > len(sites) else 0
-        places = [n * self.cell[1] + sites.index(site) * between for n, (site, _) in enumerate(self.rows)]
+        places = [
+            n * self.cell[1] + sites.index(site) * between for n, (site, _) in enumerate(self.rows)
+        ]
         self.y = dict(zip(self.rows, places, strict=True))
         self.wide, self.high = self.year_in * len(self.years), places[-1] + self.cell[1]
         self.sources_in = 0.2 + 0.068 * max(len(source) for _, source in self.rows)
@@ -211,7 +277,9 @@ class _Table:
         return self.year_in * self.years.index(year) + self.cell[0] * (month - 1)
 
 
-def _inches(fig: Figure, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
+def _inches(
+    fig: Figure, left: float, top: float, width: float, height: float
+) -> tuple[float, float, float, float]:
     wide, high = fig.get_size_inches()
     return left / wide, 1 - (top + height) / high, width / wide, height / high
 
@@ -222,21 +290,38 @@ def _cells(ax: Axes, table: _Table, months: pd.DataFrame, shades: ScalarMappable
     left = np.array([table.x(y, m) for y, m in zip(months["year"], months["month"], strict=True)])
     above = np.array([table.y[key] for key in zip(months["site"], months["source"], strict=True)])
     boxes = np.stack([left, above], -1)[:, None] + corners * (width, height)
-    outside, idle = months["state"] == "out of season", months["state"].isin(["before launch", "to come"])
+    outside, idle = (
+        months["state"] == "out of season",
+        months["state"].isin(["before launch", "to come"]),
+    )
     season = (~outside & ~idle).to_numpy()
     usable = months["usable"].to_numpy(float)
     colours = np.where(usable[:, None] > 0, shades.to_rgba(usable), to_rgba(NONE_USABLE))
     colours[idle] = to_rgba(NO_PASS)
-    ax.add_collection(PolyCollection(list(boxes[~outside]), facecolors=colours[~outside], edgecolors="white", linewidths=0.6))
+    ax.add_collection(
+        PolyCollection(
+            list(boxes[~outside]), facecolors=colours[~outside], edgecolors="white", linewidths=0.6
+        )
+    )
     share = (months["missing"] / months["expected"]).astype("Float64").fillna(0.0).to_numpy(float)
     marked, thick = season & (share > 0), (0.18 if table.roomy else 0.32) * height
     bars = corners * np.stack([share * width * 0.84, np.full(share.shape, thick)], -1)[:, None]
     bars += np.stack([left + 0.08 * width, above + 0.93 * height - thick], -1)[:, None]
-    ax.add_collection(PolyCollection(list(bars[marked]), facecolors=MISSING, edgecolors="white", linewidths=0.4))
+    ax.add_collection(
+        PolyCollection(list(bars[marked]), facecolors=MISSING, edgecolors="white", linewidths=0.4)
+    )
     if table.roomy:
         for x, y, n in zip(left[season], above[season], usable[season], strict=True):
             colour = "white" if n > 0.55 * (shades.get_clim()[1] or 1) else INK
-            ax.text(x + width / 2, y + 0.4 * height, f"{n:.0f}", color=colour, fontsize=7.5, ha="center", va="center")
+            ax.text(
+                x + width / 2,
+                y + 0.4 * height,
+                f"{n:.0f}",
+                color=colour,
+                fontsize=7.5,
+                ha="center",
+                va="center",
+            )
 
 
 def _site_years(ax: Axes, table: _Table, years: pd.DataFrame) -> None:
@@ -247,16 +332,41 @@ def _site_years(ax: Axes, table: _Table, years: pd.DataFrame) -> None:
         for year in table.years:
             rows = years[(years["site"] == site) & (years["year"] == year)]
             # Slightly smaller, to separate the frames of neighbouring rows.
-            box = ((table.x(year) + 0.01, own[0] + 0.01), 12 * width - 0.02, own[-1] + height - own[0] - 0.02)
+            box = (
+                (table.x(year) + 0.01, own[0] + 0.01),
+                12 * width - 0.02,
+                own[-1] + height - own[0] - 0.02,
+            )
             if rows.empty:
-                ax.add_patch(Rectangle(*box, facecolor="white", edgecolor="#888888", hatch="xx", lw=0.8))
+                ax.add_patch(
+                    Rectangle(*box, facecolor="white", edgecolor="#888888", hatch="xx", lw=0.8)
+                )
                 continue
-            ax.add_patch(Rectangle(*box, facecolor=OUT_OF_SEASON, edgecolor="#c4c4c4", hatch="/////", lw=0, zorder=0))
+            ax.add_patch(
+                Rectangle(
+                    *box,
+                    facecolor=OUT_OF_SEASON,
+                    edgecolor="#c4c4c4",
+                    hatch="/////",
+                    lw=0,
+                    zorder=0,
+                )
+            )
             if rows["state"].iloc[-1] != "ok":
-                ax.add_patch(Rectangle(*box, facecolor="none", edgecolor=TOO_FEW, lw=2 if table.roomy else 1.3, zorder=3))
+                ax.add_patch(
+                    Rectangle(
+                        *box,
+                        facecolor="none",
+                        edgecolor=TOO_FEW,
+                        lw=2 if table.roomy else 1.3,
+                        zorder=3,
+                    )
+                )
             for row in rows.itertuples() if table.roomy else ():
                 where = (table.x(year) + 12 * width + 0.3, table.y[site, row.source] + height / 2)
-                text = ax.text(*where, f"{row.usable}", fontsize=8, color=INK, ha="right", va="center")
+                text = ax.text(
+                    *where, f"{row.usable}", fontsize=8, color=INK, ha="right", va="center"
+                )
                 if row.state != "ok":
                     text.set(color=TOO_FEW, fontweight="bold")
 
@@ -265,15 +375,41 @@ def _headings(ax: Axes, table: _Table) -> None:
     """Write years and months above, and sites and sources to the left."""
     width, height = table.cell
     for year in table.years:
-        ax.text(table.x(year) + 6 * width, -0.2, str(year), fontsize=9, fontweight="bold", color=INK, ha="center", va="bottom")
+        ax.text(
+            table.x(year) + 6 * width,
+            -0.2,
+            str(year),
+            fontsize=9,
+            fontweight="bold",
+            color=INK,
+            ha="center",
+            va="bottom",
+        )
         for month, letter in enumerate("JFMAMJJASOND", start=1):
             where = (table.x(year, month) + width / 2, -0.05)
-            ax.text(*where, letter, fontsize=7 if table.roomy else 5.5, color="#777777", ha="center", va="bottom")
+            ax.text(
+                *where,
+                letter,
+                fontsize=7 if table.roomy else 5.5,
+                color="#777777",
+                ha="center",
+                va="bottom",
+            )
         if table.roomy:
-            ax.text(table.x(year) + 12 * width + 0.3, -0.05, "sum", fontsize=7, color="#777777", ha="right", va="bottom")
+            ax.text(
+                table.x(year) + 12 * width + 0.3,
+                -0.05,
+                "sum",
+                fontsize=7,
+                color="#777777",
+                ha="right",
+                va="bottom",
+            )
         if table.high > 6:  # the headings above are out of sight
             where = (table.x(year) + 6 * width, table.high + 0.05)
-            ax.text(*where, str(year), fontsize=9, fontweight="bold", color=INK, ha="center", va="top")
+            ax.text(
+                *where, str(year), fontsize=9, fontweight="bold", color=INK, ha="center", va="top"
+            )
     small = 7.5 if height > 0.12 else 6
     named = set()
     for (site, source), y in table.y.items():
@@ -281,24 +417,45 @@ def _headings(ax: Axes, table: _Table) -> None:
         if site not in named:
             named.add(site)
             where = (0.1 - table.left, y + height / 2)
-            ax.text(*where, site, fontsize=min(small + 1, 8.5), fontweight="bold", color=INK, va="center")
+            ax.text(
+                *where,
+                site,
+                fontsize=min(small + 1, 8.5),
+                fontweight="bold",
+                color=INK,
+                va="center",
+            )
 
 
 def _coverage_legend(fig: Figure, shades: ScalarMappable) -> None:
     bar = fig.add_axes(_inches(fig, 0.12, 0.42, 1.3, 0.1))
-    fig.colorbar(shades, cax=bar, orientation="horizontal", ticks=MaxNLocator(integer=True, nbins=5))
+    fig.colorbar(
+        shades, cax=bar, orientation="horizontal", ticks=MaxNLocator(integer=True, nbins=5)
+    )
     bar.tick_params(labelsize=7, color=INK, labelcolor=INK, length=2, pad=1)
     bar.set_title("usable dates", fontsize=7, color=INK, pad=2)
     marks = [
         Patch(facecolor=NONE_USABLE, label="no usable date"),
         Patch(facecolor=MISSING, label="share of passes that is not listed"),
-        Patch(facecolor=OUT_OF_SEASON, edgecolor="#c4c4c4", hatch="/////", lw=0, label="out of season"),
+        Patch(
+            facecolor=OUT_OF_SEASON, edgecolor="#c4c4c4", hatch="/////", lw=0, label="out of season"
+        ),
         Patch(facecolor=NO_PASS, edgecolor="#dddddd", label="before launch, or to come"),
-        Patch(facecolor="none", edgecolor=TOO_FEW, lw=1.8, label="too few usable dates for the recipe"),
+        Patch(
+            facecolor="none", edgecolor=TOO_FEW, lw=1.8, label="too few usable dates for the recipe"
+        ),
         Patch(facecolor="white", edgecolor="#888888", hatch="xxxx", lw=0.8, label="not audited"),
     ]
     where = (1.6 / fig.get_figwidth(), 1 - 0.32 / fig.get_figheight())
-    fig.legend(handles=marks, loc="upper left", bbox_to_anchor=where, ncols=3, fontsize=7, frameon=False, labelcolor=INK)
+    fig.legend(
+        handles=marks,
+        loc="upper left",
+        bbox_to_anchor=where,
+        ncols=3,
+        fontsize=7,
+        frameon=False,
+        labelcolor=INK,
+    )
 
 
 def _known(table: pd.DataFrame) -> pd.Series:
@@ -317,7 +474,9 @@ def _rgb(reflectance: xr.DataArray, what: str) -> Image:
     """Return red, green and blue (y, x, 3) uint16. A pixel is 0 in all three if one band is 0."""
     missing = [b for b in TRUE_COLOUR if b not in reflectance.band]
     if missing:
-        raise CubeError(f"{what}: a true-colour picture needs {', '.join(TRUE_COLOUR)}, but there is no {', '.join(missing)}")
+        raise CubeError(
+            f"{what}: a true-colour picture needs {', '.join(TRUE_COLOUR)}, but there is no {', '.join(missing)}"
+        )
     image: Image = reflectance.sel(band=TRUE_COLOUR).transpose("y", "x", "band").to_numpy()
     return image * (image > 0).all(axis=-1, keepdims=True)
 
@@ -336,7 +495,11 @@ def _panels(images: Sequence[Image], title: str, legend_in: float) -> tuple[Figu
     rows = -(-len(images) // 5)
     columns = -(-len(images) // rows)
     height = min(2.0, max(0.5, images[0].shape[0] / images[0].shape[1])) * PANEL_IN + 0.3
-    fig = Figure(figsize=(PANEL_IN * max(columns, 2), height * rows + 0.35 + legend_in), dpi=DPI, layout="constrained")
+    fig = Figure(
+        figsize=(PANEL_IN * max(columns, 2), height * rows + 0.35 + legend_in),
+        dpi=DPI,
+        layout="constrained",
+    )
     fig.suptitle(title, fontsize=12, color=INK, fontweight="bold")
     axes = list(fig.subplots(rows, columns, squeeze=False).ravel())
     for ax in axes[len(images) :]:
@@ -352,8 +515,24 @@ def _show(ax: Axes, image: Image, stretch: tuple[float, float]) -> None:
     low, high = stretch
     shades = np.clip((image - low) / (high - low), 0, 1) ** 0.6  # gamma brightens dark forest
     opaque = (image > 0).all(axis=-1, keepdims=True)
-    ax.add_patch(Rectangle((0, 0), width, height, facecolor="#d9d9d9", edgecolor="#a6a6a6", hatch="////", lw=0, zorder=0))
-    ax.imshow(np.concatenate([shades, opaque], axis=-1), extent=(0, width, height, 0), interpolation="antialiased", zorder=1)
+    ax.add_patch(
+        Rectangle(
+            (0, 0),
+            width,
+            height,
+            facecolor="#d9d9d9",
+            edgecolor="#a6a6a6",
+            hatch="////",
+            lw=0,
+            zorder=0,
+        )
+    )
+    ax.imshow(
+        np.concatenate([shades, opaque], axis=-1),
+        extent=(0, width, height, 0),
+        interpolation="antialiased",
+        zorder=1,
+    )
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     ax.spines[:].set_color("#888888")
 
@@ -366,23 +545,41 @@ def _outline(ax: Axes, mine: npt.NDArray[np.bool_], colour: str, width: float) -
     y, x = np.nonzero(framed[1:, 1:-1] != framed[:-1, 1:-1])
     level = np.stack([np.stack([x, y], -1), np.stack([x + 1, y], -1)], axis=1)
     edges = np.concatenate([upright, level])
-    ax.add_collection(LineCollection(list(edges), colors=colour, linewidths=width, capstyle="round", zorder=2))
+    ax.add_collection(
+        LineCollection(list(edges), colors=colour, linewidths=width, capstyle="round", zorder=2)
+    )
 
 
 def _scale_bar(ax: Axes, pixel_m: float, shape: tuple[int, ...]) -> None:
     height, width = shape[:2]
-    fitting = [m for m in (100, 200, 500, 1000, 2000, 5000, 10_000, 20_000) if m <= 0.4 * width * pixel_m]
+    fitting = [
+        m for m in (100, 200, 500, 1000, 2000, 5000, 10_000, 20_000) if m <= 0.4 * width * pixel_m
+    ]
     metres = fitting[-1] if fitting else int(pixel_m)
     long, thick, left, top = metres / pixel_m, 0.015 * height, 0.05 * width, 0.93 * height
-    ax.add_patch(Rectangle((left, top), long, thick, facecolor="white", edgecolor="black", lw=0.6, zorder=4))
+    ax.add_patch(
+        Rectangle((left, top), long, thick, facecolor="white", edgecolor="black", lw=0.6, zorder=4)
+    )
     text = f"{metres / 1000:g} km" if metres >= 1000 else f"{metres} m"
     behind = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.5}
-    ax.text(left + long / 2, top - thick, text, color="white", fontsize=8, ha="center", va="bottom", bbox=behind, zorder=4)
+    ax.text(
+        left + long / 2,
+        top - thick,
+        text,
+        color="white",
+        fontsize=8,
+        ha="center",
+        va="bottom",
+        bbox=behind,
+        zorder=4,
+    )
 
 
 def _legend(fig: Figure, lines: Sequence[Line2D]) -> None:
     # A dark background, like the imagery: cyan is hard to see on white.
-    legend = fig.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9, labelcolor="white")
+    legend = fig.legend(
+        handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9, labelcolor="white"
+    )
     legend.get_frame().set(facecolor="#414b3d", edgecolor="none", alpha=1)
 
 
@@ -395,4 +592,6 @@ def _save(fig: Figure, out: Path) -> None:
         with replacing(out) as part:
             part.write_bytes(drawn.getbuffer())
     except OSError as error:
-        raise CubeError(f"{out}: cannot be written ({error.strerror}); mend that and draw again") from error
+        raise CubeError(
+            f"{out}: cannot be written ({error.strerror}); mend that and draw again"
+        ) from error

@@ -119,7 +119,11 @@ def search(site: Site, year: int, *sources: Source) -> Found:
         usable_here: list[pystac.Item] = []
         for number, feature in enumerate(items_of(source, area, year), 1):
             listed_id = feature.get("id")
-            name = f"without id ({number} of {source.id})" if listed_id in (None, "") else str(listed_id)
+            name = (
+                f"without id ({number} of {source.id})"
+                if listed_id in (None, "")
+                else str(listed_id)
+            )
             scene = _scene(feature, name, source)
             if isinstance(scene, str):
                 reasons[name] = scene
@@ -148,7 +152,9 @@ def _scene(feature: Mapping[str, Any], name: str, source: Source) -> pystac.Item
         return normalise(item_of(feature, name), source)
     except SceneError as error:
         return str(error)
-    except Exception as error:  # Libraries raise errors of many classes. One item must not end a search.
+    except (
+        Exception
+    ) as error:  # Libraries raise errors of many classes. One item must not end a search.
         log.debug("item %s", name, exc_info=True)
         return f"item {name}: is malformed ({type(error).__name__}: {error}); it is refused"
 
@@ -164,7 +170,11 @@ def _log_refused(reasons: Mapping[str, str]) -> None:
         alike.setdefault(kind, []).append(name)
     for names in alike.values():
         others = ", ".join(names[1:_NAMED]) + ", ..." * (len(names) > _NAMED)
-        log.warning("%s%s", reasons[names[0]], f", and so are {len(names) - 1} more: {others}" if others else "")
+        log.warning(
+            "%s%s",
+            reasons[names[0]],
+            f", and so are {len(names) - 1} more: {others}" if others else "",
+        )
 
 
 def check_years(years: Iterable[int]) -> None:
@@ -172,7 +182,9 @@ def check_years(years: Iterable[int]) -> None:
     for year in years:
         if not has_images(year):
             last = datetime.now(tz=UTC).year
-            raise SceneError(f"year {year}: expected {FIRST_YEAR}..{last}; Sentinel-2 has images of no other year")
+            raise SceneError(
+                f"year {year}: expected {FIRST_YEAR}..{last}; Sentinel-2 has images of no other year"
+            )
 
 
 def has_images(year: int) -> bool:
@@ -216,7 +228,9 @@ def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     return _of_months(scenes, recipe, recipe.months)
 
 
-def _of_months(scenes: Iterable[pystac.Item], recipe: Recipe, months: Sequence[int]) -> list[pystac.Item]:
+def _of_months(
+    scenes: Iterable[pystac.Item], recipe: Recipe, months: Sequence[int]
+) -> list[pystac.Item]:
     in_season = [s for s in scenes if s.datetime and s.datetime.month in months]
     # Scenes of unknown cloud cover stay. The mask finds the clouds. This test only saves reads.
     return [s for s in in_season if (s.properties["eo:cloud_cover"] or 0) <= recipe.max_cloud_cover]
@@ -224,7 +238,9 @@ def _of_months(scenes: Iterable[pystac.Item], recipe: Recipe, months: Sequence[i
 
 def mean_cloud_cover(scenes: Iterable[pystac.Item]) -> float:
     """Average the known cloud covers, in percent. Return NaN if no cloud cover is known."""
-    shares = [s.properties["eo:cloud_cover"] for s in scenes if s.properties["eo:cloud_cover"] is not None]
+    shares = [
+        s.properties["eo:cloud_cover"] for s in scenes if s.properties["eo:cloud_cover"] is not None
+    ]
     return sum(shares) / len(shares) if shares else math.nan
 
 
@@ -233,7 +249,9 @@ def dates(scenes: Iterable[pystac.Item]) -> list[str]:
     return sorted({s.properties["minecube:solar_day"] for s in scenes})
 
 
-def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Sequence[Source]) -> None:
+def belonging(
+    scenes: Sequence[pystac.Item], site: Site, year: int, sources: Sequence[Source]
+) -> None:
     """Check the year, sources, place and files of a saved list.
 
     A list of another place would produce zeros. A list from a stranger could name any file.
@@ -245,7 +263,11 @@ def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Seq
     years = {s.datetime.year for s in scenes if s.datetime} - {year}
     foreign = {str(s.properties.get("minecube:source")) for s in scenes} - known
     elsewhere = [s for s in scenes if not over(s, area)]
-    wrong = [f"of {y}" for y in years] + [f"from {s}" for s in foreign] + [f"elsewhere ({s.id})" for s in elsewhere]
+    wrong = (
+        [f"of {y}" for y in years]
+        + [f"from {s}" for s in foreign]
+        + [f"elsewhere ({s.id})" for s in elsewhere]
+    )
     if wrong:
         raise SceneError(
             f"the saved list for {site.id} {year} from {', '.join(sorted(known))} holds scenes {wrong[0]}; it belongs to "
@@ -256,7 +278,9 @@ def belonging(scenes: Sequence[pystac.Item], site: Site, year: int, sources: Seq
         source = by_id[scene.properties["minecube:source"]]
         need_allowed(scene, source)
         if not same_access(scene, source):
-            raise SceneError(f"scene {scene.id}: its files are got at in another way than {source.id} says; search again")
+            raise SceneError(
+                f"scene {scene.id}: its files are got at in another way than {source.id} says; search again"
+            )
         origin = scene.properties.get("minecube:origin")
         if origin != origin_of(source.href):
             raise SceneError(

@@ -29,7 +29,11 @@ _FLOWN = {
     # S2A then moved away to make room. Its later data have no full cycle.
     "S2A": (0, date(2015, 7, 4), date(2025, 1, 20)),
     "S2B": (5, date(2017, 7, 1), date.max),
-    "S2C": (0, date(2025, 1, 21), date.max),  # operational from that day (ESA, Sentinel-2 operations)
+    "S2C": (
+        0,
+        date(2025, 1, 21),
+        date.max,
+    ),  # operational from that day (ESA, Sentinel-2 operations)
 }
 _FIRST = min(first for _, first, _ in _FLOWN.values())
 
@@ -44,7 +48,9 @@ class Listing:
     found: Found
 
 
-def expected(scenes: Iterable[pystac.Item], year: int, until: date = date.max) -> dict[date, date] | None:
+def expected(
+    scenes: Iterable[pystac.Item], year: int, until: date = date.max
+) -> dict[date, date] | None:
     """Return the expected passes of a year, as solar day -> UTC date.
 
     The passes follow the orbits of the given scenes, for each satellite in service at the time. The
@@ -74,16 +80,25 @@ def expected(scenes: Iterable[pystac.Item], year: int, until: date = date.max) -
 
 def _track(scene: pystac.Item) -> tuple[int, int, int] | None:
     """Return (relative orbit, S2A's day in the cycle, solar day minus UTC date), or None."""
-    orbit, satellite = scene.properties["sat:relative_orbit"], scene.properties["minecube:datatake"][:3]
+    orbit, satellite = (
+        scene.properties["sat:relative_orbit"],
+        scene.properties["minecube:datatake"][:3],
+    )
     solar = date.fromisoformat(scene.properties["minecube:solar_day"])
     if orbit is None or satellite not in _FLOWN:
         return None
     behind, first, last = _FLOWN[satellite]
     # Outside these dates the satellite was elsewhere or on trial. Other passes cannot be derived.
-    return (orbit, (solar.toordinal() - behind) % _CYCLE, (solar - _utc(scene)).days) if first <= solar <= last else None
+    return (
+        (orbit, (solar.toordinal() - behind) % _CYCLE, (solar - _utc(scene)).days)
+        if first <= solar <= last
+        else None
+    )
 
 
-def audit(listings: Sequence[Listing], recipe: Recipe, until: date) -> tuple[pd.DataFrame, pd.DataFrame]:
+def audit(
+    listings: Sequence[Listing], recipe: Recipe, until: date
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tabulate the coverage of one site with `by_month` and `by_year`.
 
     If several sources list a year, rows of source `all` follow. These pool the sources, with each
@@ -113,12 +128,18 @@ def _together(listings: Sequence[Listing]) -> Listing:
         scenes=tuple(merge(listing.found.scenes for listing in listings)),
         listed=sum(listing.found.listed for listing in listings),
         # Several sources may refuse the same id.
-        refused={f"{listing.source}/{i}": why for listing in listings for i, why in listing.found.refused.items()},
+        refused={
+            f"{listing.source}/{i}": why
+            for listing in listings
+            for i, why in listing.found.refused.items()
+        },
     )
     return Listing(site=listings[0].site, year=listings[0].year, source=ALL, found=found)
 
 
-def by_month(listing: Listing, passes: Mapping[date, date] | None, recipe: Recipe, until: date) -> pd.DataFrame:
+def by_month(
+    listing: Listing, passes: Mapping[date, date] | None, recipe: Recipe, until: date
+) -> pd.DataFrame:
     """Tabulate one listing by UTC month, in twelve rows.
 
     Columns:
@@ -138,7 +159,11 @@ def by_month(listing: Listing, passes: Mapping[date, date] | None, recipe: Recip
     rows = []
     for month in range(1, 13):
         scenes = [s for s in listing.found.scenes if _utc(s).month == month]
-        due = None if passes is None else [solar.isoformat() for solar, utc in passes.items() if utc.month == month]
+        due = (
+            None
+            if passes is None
+            else [solar.isoformat() for solar, utc in passes.items() if utc.month == month]
+        )
         lacking = [day for day in due or () if day not in seen]
         days = len(dates(usable(scenes, recipe)))
         rows.append(

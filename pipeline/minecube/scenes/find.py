@@ -59,7 +59,16 @@ _INDEX_BYTES = 2**30  # per file of items, packed and unpacked
 _INDEX_ITEMS = 1_000_000
 _FRESH_S = 60.0  # interval between checks of a remote file for changes
 _MOST_KEPT = 8  # files of items kept in memory
-_TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated", "published", "unpublished", "expires")
+_TIMES = (
+    "datetime",
+    "start_datetime",
+    "end_datetime",
+    "created",
+    "updated",
+    "published",
+    "unpublished",
+    "expires",
+)
 """Columns with times."""
 _TOP = {"type", "stac_version", "stac_extensions", "id", "collection"}
 """Columns outside the properties, apart from place and assets."""
@@ -142,7 +151,9 @@ def _on_host(url: str, host: str) -> str:
     network.check_url(url, host)
     found = network.host_of(url)
     if found != host:
-        raise ForbiddenError(f"it leads to {found}; links and redirects of an API must stay on its host")
+        raise ForbiddenError(
+            f"it leads to {found}; links and redirects of an API must stay on its host"
+        )
     return url
 
 
@@ -190,7 +201,9 @@ class _CatalogueIO(StacApiIO):
         if self._left < 0:
             raise RequestError(f"expected at most {_MONTH_BYTES:,} bytes of one month, found more")
         if not answer.ok:
-            raise APIError(f"HTTP {answer.status_code} {answer.reason}: {body[:200].decode(errors='replace')}")
+            raise APIError(
+                f"HTTP {answer.status_code} {answer.reason}: {body[:200].decode(errors='replace')}"
+            )
         return body.decode()
 
     def _answer(self, url: str, request: requests.Request) -> requests.Response:
@@ -220,7 +233,9 @@ class _CatalogueIO(StacApiIO):
         raise AssertionError  # the loop has no end
 
 
-def _wait_after(error: requests.exceptions.ConnectionError, url: str, lasted_s: float, tried: int) -> float | None:
+def _wait_after(
+    error: requests.exceptions.ConnectionError, url: str, lasted_s: float, tried: int
+) -> float | None:
     """Return the seconds to wait after a failed connection, or None for the usual wait.
 
     Raises:
@@ -231,7 +246,9 @@ def _wait_after(error: requests.exceptions.ConnectionError, url: str, lasted_s: 
         network.note_unreachable(url, why)
         raise RequestError(why) from error
     if tried >= _TRIES:
-        raise RequestError(f"{origin_of(url)} broke {tried} connections: try again later") from error
+        raise RequestError(
+            f"{origin_of(url)} broke {tried} connections: try again later"
+        ) from error
     return _PAUSE_S if why else None
 
 
@@ -258,7 +275,11 @@ def items_of(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
         UnansweredError: the source does not answer, or its pages differ from its own count.
         SceneError: a file of items is unusable, or a link leads to another host.
     """
-    return _from_api(source, area, year) if source.kind == "stac-api" else _from_file(source, area, year)
+    return (
+        _from_api(source, area, year)
+        if source.kind == "stac-api"
+        else _from_file(source, area, year)
+    )
 
 
 def _from_api(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
@@ -283,23 +304,42 @@ def _from_api(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
                 )
             by_id |= ids
     except _API_FAULTS as error:
-        hint = "" if isinstance(error, RequestError | ForbiddenError) else "; check the URL and the network"
+        hint = (
+            ""
+            if isinstance(error, RequestError | ForbiddenError)
+            else "; check the URL and the network"
+        )
         kind = SceneError if isinstance(error, ForbiddenError) else UnansweredError
         raise kind(f"{source.href}: the search for {year} failed ({error}){hint}") from error
     # Items without a footprint stay, so they are refused by name later.
-    footprints = {name: footprint_of(shape_of(item.get("geometry"))) for name, item in by_id.items()}
-    return [by_id[name] for name, shape in footprints.items() if shape.is_empty or shapely.intersects(shape, area)]
+    footprints = {
+        name: footprint_of(shape_of(item.get("geometry"))) for name, item in by_id.items()
+    }
+    return [
+        by_id[name]
+        for name, shape in footprints.items()
+        if shape.is_empty or shapely.intersects(shape, area)
+    ]
 
 
 def _month(
     client: pystac_client.Client, collection: str, area: BaseGeometry, month: str
 ) -> tuple[dict[str, Feature], int | None]:
     """Return items by id, and the API's own count or None."""
-    asked = client.search(collections=[collection], intersects=shapely.geometry.mapping(area), datetime=month, limit=PAGE)
+    asked = client.search(
+        collections=[collection],
+        intersects=shapely.geometry.mapping(area),
+        datetime=month,
+        limit=PAGE,
+    )
     pages = list(itertools.islice(asked.pages_as_dicts(), _PAGES + 1))
     if len(pages) > _PAGES:
         raise RequestError(f"expected at most {_PAGES} pages of {month}, found more")
-    ids = {_key(feature): feature if isinstance(feature, dict) else {} for page in pages for feature in page["features"]}
+    ids = {
+        _key(feature): feature if isinstance(feature, dict) else {}
+        for page in pages
+        for feature in page["features"]
+    }
     # Use the count in the first page. The client would request that page again.
     context = pages[0].get("context") or {} if pages else {}
     return ids, pages[0].get("numberMatched", context.get("matched")) if pages else None
@@ -318,7 +358,9 @@ def _from_file(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
     # A local href is absolute already, by the catalogue's loader.
     folder = source.href.rpartition("/")[0]
     listed = [item["assets"] for item in found if isinstance(item["assets"], dict)]
-    for asset in (asset for assets in listed for asset in assets.values() if isinstance(asset, dict)):
+    for asset in (
+        asset for assets in listed for asset in assets.values() if isinstance(asset, dict)
+    ):
         href = asset.get("href")
         # A name with a colon is not a path. It stays unchanged and is refused later.
         if isinstance(href, str) and ":" not in href and not href.startswith("/"):
@@ -364,7 +406,8 @@ class _Index:
         rows = rows[np.isin(self.years[rows], (year, 0))]
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
         parts = [
-            self.batches[n].take(pa.array(rows[batch_of_row == n] - self.starts[n])) for n in np.unique(batch_of_row).tolist()
+            self.batches[n].take(pa.array(rows[batch_of_row == n] - self.starts[n]))
+            for n in np.unique(batch_of_row).tolist()
         ]
         return pa.Table.from_batches(parts, self.schema).combine_chunks()
 
@@ -428,7 +471,10 @@ def read_items(path: Path | str) -> list[pystac.Item]:
     table = _unpacked(str(path))
     with _explained(str(path)):
         features = _features(table)
-        return [pystac.Item.from_dict(feature, migrate=False, preserve_dict=False) for feature in features]
+        return [
+            pystac.Item.from_dict(feature, migrate=False, preserve_dict=False)
+            for feature in features
+        ]
 
 
 @contextmanager
@@ -442,22 +488,34 @@ def _explained(href: str) -> Iterator[None]:
         kind = SceneError if is_local(href) else UnansweredError
         raise kind(f"{href}: cannot be read as stac-geoparquet ({error})") from error
     except _ColumnError as error:
-        raise SceneError(f"{href}: cannot be read as stac-geoparquet ({error}); write it again with stac-geoparquet") from error
+        raise SceneError(
+            f"{href}: cannot be read as stac-geoparquet ({error}); write it again with stac-geoparquet"
+        ) from error
     except _FILE_FAULTS as error:
-        raise SceneError(f"{href}: cannot be read as stac-geoparquet ({error}); check the path, or search again") from error
+        raise SceneError(
+            f"{href}: cannot be read as stac-geoparquet ({error}); check the path, or search again"
+        ) from error
 
 
 def _unpacked(href: str) -> pa.Table:
     """Read a file of items as a table with timestamps. Raise errors like `read_items`."""
     with _explained(href):
-        table = _table(pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href))))
+        table = _table(
+            pq.ParquetFile(local_path(href) if is_local(href) else io.BytesIO(_fetched(href)))
+        )
         lacking = [name for name in ("id", "geometry", "assets") if name not in table.column_names]
         if lacking:
-            raise ValueError(f"expected a column {lacking[0]!r}, found {', '.join(table.column_names[:8])}")
-        table = pa.Table.from_arrays([_plain_column(column) for column in table.columns], names=table.column_names)
+            raise ValueError(
+                f"expected a column {lacking[0]!r}, found {', '.join(table.column_names[:8])}"
+            )
+        table = pa.Table.from_arrays(
+            [_plain_column(column) for column in table.columns], names=table.column_names
+        )
         _need_types(table.schema)
         for name in _TIMES:
-            if name in table.column_names and not pa.types.is_timestamp(table.schema.field(name).type):
+            if name in table.column_names and not pa.types.is_timestamp(
+                table.schema.field(name).type
+            ):
                 values = table.column(name)
                 times = _as_times(values)
                 if name == "datetime":
@@ -495,17 +553,39 @@ def _need_types(schema: pa.Schema) -> None:
     types = pa.types
     geometry, assets = schema.field("geometry").type, schema.field("assets").type
     value = geometry.value_type if types.is_dictionary(geometry) else geometry
-    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, _is_text, types.is_null)
+    tests = (
+        types.is_binary,
+        types.is_large_binary,
+        types.is_fixed_size_binary,
+        _is_text,
+        types.is_null,
+    )
     if not any(test(value) for test in tests):
         raise _ColumnError(f"expected WKB in column 'geometry', found {_brief(geometry)}")
-    inner = [field.type for field in assets] if types.is_struct(assets) else [assets.item_type] if types.is_map(assets) else []
-    objects = [kind for kind in inner if types.is_struct(kind) or types.is_map(kind) or types.is_null(kind)]
+    inner = (
+        [field.type for field in assets]
+        if types.is_struct(assets)
+        else [assets.item_type]
+        if types.is_map(assets)
+        else []
+    )
+    objects = [
+        kind for kind in inner if types.is_struct(kind) or types.is_map(kind) or types.is_null(kind)
+    ]
     if not objects and not (_is_text(assets) or types.is_null(assets)):
-        raise _ColumnError(f"expected structs with an href in column 'assets', found {_brief(assets)}")
+        raise _ColumnError(
+            f"expected structs with an href in column 'assets', found {_brief(assets)}"
+        )
     if "datetime" in schema.names and "start_datetime" not in schema.names:
         time_type = schema.field("datetime").type
-        if types.is_integer(time_type) or types.is_floating(time_type) or types.is_decimal(time_type):
-            raise _ColumnError(f"expected timestamps or ISO 8601 texts in column 'datetime', found {_brief(time_type)}")
+        if (
+            types.is_integer(time_type)
+            or types.is_floating(time_type)
+            or types.is_decimal(time_type)
+        ):
+            raise _ColumnError(
+                f"expected timestamps or ISO 8601 texts in column 'datetime', found {_brief(time_type)}"
+            )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -528,7 +608,9 @@ def _note_unread(table: pa.Table, values: pd.Series, times: pd.Series) -> pa.Tab
 
 def _as_times(column: pa.ChunkedArray) -> pd.Series:
     """Parse times to UTC microseconds, NaT if unknown."""
-    times: pd.Series = pd.to_datetime(column.to_pandas(), utc=True, errors="coerce", format="ISO8601")
+    times: pd.Series = pd.to_datetime(
+        column.to_pandas(), utc=True, errors="coerce", format="ISO8601"
+    )
     known: pd.Series = times.dt.as_unit("us")
     return known
 
@@ -553,7 +635,11 @@ def _footprints(shapes: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
     west, south, east, north = shapely.bounds(shapes).T
     # These tests are False for NaN.
     plain = (west >= -180) & (east <= 180) & (east - west <= 180) & (south >= -90) & (north <= 90)
-    plain &= (shapely.get_type_id(shapes) == shapely.GeometryType.POLYGON) & shapely.is_valid(shapes) & ~shapely.has_z(shapes)
+    plain &= (
+        (shapely.get_type_id(shapes) == shapely.GeometryType.POLYGON)
+        & shapely.is_valid(shapes)
+        & ~shapely.has_z(shapes)
+    )
     footprints = shapes.copy()
     for row in np.flatnonzero(~plain):
         footprints[row] = footprint_of(shapes[row])
@@ -575,24 +661,38 @@ def _features(table: pa.Table) -> list[Feature]:
     """
     shapes = _shapes(table)
     names = set(table.column_names)
-    table = table.drop_columns([name for name in ("geometry", "bbox", "proj:geometry", "links") if name in names])
+    table = table.drop_columns(
+        [name for name in ("geometry", "bbox", "proj:geometry", "links") if name in names]
+    )
     for name in names.intersection(_TIMES):
         times = table.column(name).cast(pa.timestamp("us", tz="UTC"), safe=False)
         texts = pc.strftime(times, format="%Y-%m-%dT%H:%M:%SZ")
         table = table.set_column(table.column_names.index(name), name, texts)
     features: list[Feature] = []
     for row, shape in zip(table.to_pylist(), shapes, strict=True):
-        feature: Feature = {"type": "Feature", "stac_version": "1.0.0", "geometry": None, "bbox": None, "links": []}
+        feature: Feature = {
+            "type": "Feature",
+            "stac_version": "1.0.0",
+            "geometry": None,
+            "bbox": None,
+            "links": [],
+        }
         if shape is not None:
             # Parsers return GeoJSON with lists in place of tuples.
             feature["geometry"] = json.loads(json.dumps(shapely.geometry.mapping(shape)))
             feature["bbox"] = list(shape.bounds)
         assets = _by_name(row.pop("assets"))
         if isinstance(assets, dict):
-            assets = {k: a if isinstance(a, dict) else _by_name(a) for k, a in assets.items() if a is not None}
+            assets = {
+                k: a if isinstance(a, dict) else _by_name(a)
+                for k, a in assets.items()
+                if a is not None
+            }
         feature["assets"] = assets
         # Joined files have null in columns missing from one of their parts.
-        feature |= {name: value for name in _TOP & row.keys() if (value := row.pop(name)) is not None}
+        feature |= {
+            name: value for name in _TOP & row.keys() if (value := row.pop(name)) is not None
+        }
         feature["properties"] = row
         features.append(feature)
     return features

@@ -48,7 +48,12 @@ class Look:
         return Look(ids=ids, bands=self.bands, stored=self.stored[rows], scl=self.scl[rows])
 
 
-def look_at(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None, needed: Sequence[str] = _BANDS) -> Look:
+def look_at(
+    scenes: Sequence[pystac.Item],
+    grid: GeoBox,
+    ledger: Ledger | None = None,
+    needed: Sequence[str] = _BANDS,
+) -> Look:
     """Read SCL and three bands of scenes, in the given order.
 
     Args:
@@ -68,15 +73,25 @@ def look_at(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None =
         left = [band for band in common if band in needed][:3]
         if set(common[:3]) <= set(left):
             raise
-        log.info("a band that the recipe does not need cannot be read; scenes are judged by %s", ", ".join(left))
+        log.info(
+            "a band that the recipe does not need cannot be read; scenes are judged by %s",
+            ", ".join(left),
+        )
         return _look(scenes, grid, ledger, left)
 
 
-def _look(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None, bands: Sequence[str]) -> Look:
+def _look(
+    scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None, bands: Sequence[str]
+) -> Look:
     ids = tuple(scene.id for scene in scenes)
     bands = tuple(bands)
     if not scenes:
-        return Look(ids=ids, bands=bands, stored=np.empty((0, len(bands), 0), np.float32), scl=np.empty((0, 0), np.uint16))
+        return Look(
+            ids=ids,
+            bands=bands,
+            stored=np.empty((0, len(bands), 0), np.float32),
+            scl=np.empty((0, 0), np.uint16),
+        )
     as_stored = []
     for scene in scenes:
         copy = scene.clone()
@@ -84,10 +99,17 @@ def _look(scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None, ba
         copy.properties["minecube:offset"] = 0
         as_stored.append(copy)
     coarse = coarse_of(grid)
-    pixels = fetched(stack(as_stored, coarse, (*bands, SCL), chunk_px=max(coarse.shape), ledger=ledger))
+    pixels = fetched(
+        stack(as_stored, coarse, (*bands, SCL), chunk_px=max(coarse.shape), ledger=ledger)
+    )
     stored, scl = np.split(pixels.reshape(*pixels.shape[:2], -1), [-1], axis=1)
     seen = (stored != 0).all(axis=1, keepdims=True) & ~np.isin(scl, _UNSEEN)
-    return Look(ids=ids, bands=bands, stored=np.where(seen, stored.astype(np.float32), np.float32(np.nan)), scl=scl[:, 0])
+    return Look(
+        ids=ids,
+        bands=bands,
+        stored=np.where(seen, stored.astype(np.float32), np.float32(np.nan)),
+        scl=scl[:, 0],
+    )
 
 
 def coarse_of(grid: GeoBox) -> GeoBox:

@@ -39,7 +39,10 @@ _UNKNOWN = {"", "none", "null", "nan", "<na>", "nat"}
 """Lower-case spellings of an unknown value, as tables and their libraries write null."""
 _NUMERIC = (int, float, str, Decimal, np.floating, np.integer)
 """Types of numbers in items, and of text with a possible number."""
-_LEVEL_1 = re.compile(r"(?<![A-Z0-9])(S2MSI|MSIL|L|LEVEL[-_ ]?)1[ABC](?![A-Z0-9])|^level (L|LEVEL[-_ ]?)?1[ABC]?$", re.I)
+_LEVEL_1 = re.compile(
+    r"(?<![A-Z0-9])(S2MSI|MSIL|L|LEVEL[-_ ]?)1[ABC](?![A-Z0-9])|^level (L|LEVEL[-_ ]?)?1[ABC]?$",
+    re.I,
+)
 """Level-1 in names of products, types, levels and collections.
 
 Examples are S2A_MSIL1C_2022..., S2MSI1C, L1C and sentinel-2-l1c.
@@ -48,7 +51,9 @@ _PLAIN_NAME = re.compile(r"/[A-Za-z0-9_]+\.(tiff?|jp2)$")
 _LEVEL_2A = re.compile("L2A", re.I)
 _UNREAD_TYPE = re.compile(r"zarr|netcdf|hdf|grib|png|jpe?g(?!2)|xml|json|zip|pdf|html", re.I)
 """Media types of unreadable formats. Bands must be GeoTIFF or JPEG 2000 (`minecube.images`)."""
-_UNREAD_SUFFIX = re.compile(r"\.(zarr|nc4?|h5|hdf5?|he5|grib2?|png|jpe?g|xml|json|zip|pdf|html)(/|$)", re.I)
+_UNREAD_SUFFIX = re.compile(
+    r"\.(zarr|nc4?|h5|hdf5?|he5|grib2?|png|jpe?g|xml|json|zip|pdf|html)(/|$)", re.I
+)
 _SAME_GRANULE_S = 2
 """Largest difference in a granule's start between processings.
 
@@ -84,7 +89,11 @@ def item_of(feature: Mapping[str, Any], name: str) -> pystac.Item:
         datetime=_time(properties, name),
         properties=properties,
         collection=None if collection is None else str(collection),
-        assets={key: pystac.Asset.from_dict(asset) for key, asset in (assets or {}).items() if _has_href(asset)},
+        assets={
+            key: pystac.Asset.from_dict(asset)
+            for key, asset in (assets or {}).items()
+            if _has_href(asset)
+        },
     )
     links = feature.get("links")
     for link in links if isinstance(links, list) else ():
@@ -111,12 +120,16 @@ def _time(properties: Mapping[str, Any], name: str) -> datetime:
 def _unusable(name: str, expected: str, found: object) -> SceneError:
     shown = repr(found)
     more = "..." if len(shown) > _SHOWN else ""
-    return SceneError(f"item {name}: expected {expected}, found {shown[:_SHOWN]}{more}; it is refused")
+    return SceneError(
+        f"item {name}: expected {expected}, found {shown[:_SHOWN]}{more}; it is refused"
+    )
 
 
 def _is_self(link: object) -> bool:
     """Return whether a link names the item's own place. Relative hrefs of assets start there."""
-    return isinstance(link, dict) and link.get("rel") == "self" and isinstance(link.get("href"), str)
+    return (
+        isinstance(link, dict) and link.get("rel") == "self" and isinstance(link.get("href"), str)
+    )
 
 
 def _has_href(asset: object) -> bool:
@@ -141,7 +154,10 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
     footprint = footprint_of(shape)
     if footprint.is_empty:
         kind = shape.geom_type if shape else "none"
-        raise _refused(item, f"has no geometry with an area: expected polygons in longitude and latitude, found {kind}")
+        raise _refused(
+            item,
+            f"has no geometry with an area: expected polygons in longitude and latitude, found {kind}",
+        )
     baseline, tile = _baseline(item), _tile(item)
     offset, reason = _offset(item, baseline, source, assets)
     datatake, start = acquisition(item)
@@ -170,7 +186,10 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         assets=dict(_assets(item, source, assets)),
     )
     if SCL not in scene.assets:
-        raise _refused(item, f"has no scene classification (SCL), only {', '.join(item.assets) or 'no asset at all'}")
+        raise _refused(
+            item,
+            f"has no scene classification (SCL), only {', '.join(item.assets) or 'no asset at all'}",
+        )
     need_allowed(scene, source)
     return scene
 
@@ -181,7 +200,15 @@ def shape_of(geometry: Mapping[str, Any] | None) -> BaseGeometry | None:
         # For NaN in the coordinates, detected by `footprint_of`.
         with np.errstate(invalid="ignore"):
             return shapely.geometry.shape(geometry) if geometry else None
-    except (shapely.errors.ShapelyError, TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError):
+    except (
+        shapely.errors.ShapelyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        RecursionError,
+    ):
         return None
 
 
@@ -190,7 +217,12 @@ def _need_product(item: pystac.Item, source: Source) -> None:
 
     A file of items may hold several products.
     """
-    stated = [f"level {_first(item, 'processing:level')}", _first(item, "s2:product_type"), _product(item), item.id]
+    stated = [
+        f"level {_first(item, 'processing:level')}",
+        _first(item, "s2:product_type"),
+        _product(item),
+        item.id,
+    ]
     collection = item.collection_id or ""
     if not _LEVEL_2A.search(collection):
         stated.append(collection)
@@ -198,7 +230,10 @@ def _need_product(item: pystac.Item, source: Source) -> None:
     if level_1:
         raise _refused(item, f"expected a Level-2A product, found Level-1 ({level_1})")
     if source.kind == "stac-geoparquet" and collection not in ("", source.collection):
-        raise _refused(item, f"expected collection {source.collection}, which source {source.id} lists, found {collection}")
+        raise _refused(
+            item,
+            f"expected collection {source.collection}, which source {source.id} lists, found {collection}",
+        )
 
 
 def _need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
@@ -221,7 +256,10 @@ def _other_format(asset: pystac.Asset) -> str:
 def _band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
     """Map each band found, and SCL, to its asset with an href."""
     bands = source.bands()
-    keys = {band: (source.assets[band],) if band in source.assets else ASSET_KEYS[band] for band in bands}
+    keys = {
+        band: (source.assets[band],) if band in source.assets else ASSET_KEYS[band]
+        for band in bands
+    }
     assets = {k: asset for k, asset in item.assets.items() if isinstance(asset.href, str)}
     found = {band: next((assets[k] for k in keys[band] if k in assets), None) for band in bands}
     return {band: asset for band, asset in found.items() if asset is not None}
@@ -242,12 +280,16 @@ def need_allowed(scene: pystac.Item, source: Source) -> None:
     origin = origin_of(source.href)
     hosts = source.access.hosts()
     # A scene's bands share one folder, so names without special signs need only one check.
-    distinct = {_PLAIN_NAME.sub("/x.tif", asset.href): (band, asset) for band, asset in scene.assets.items()}
+    distinct = {
+        _PLAIN_NAME.sub("/x.tif", asset.href): (band, asset) for band, asset in scene.assets.items()
+    }
     for name, (band, asset) in distinct.items():
         try:
             check_href(name, origin, hosts)
         except ForbiddenError as error:
-            raise _refused(scene, f"asset {band} is not read from {without_query(asset.href)}: {error}") from error
+            raise _refused(
+                scene, f"asset {band} is not read from {without_query(asset.href)}: {error}"
+            ) from error
 
 
 def taken(item: pystac.Item) -> datetime | None:
@@ -266,19 +308,34 @@ def acquisition(item: pystac.Item) -> tuple[str, str]:
     Raises:
         SceneError: the item lacks one of the two.
     """
-    named = _first(item, "s2:datatake_id", "eopf:datatake_id", "sentinel:datatake_id") or _product(item)
+    named = _first(item, "s2:datatake_id", "eopf:datatake_id", "sentinel:datatake_id") or _product(
+        item
+    )
     take = re.match(r"G?(S2[A-D])_(?:MSIL2A_)?(\d{8}T\d{6})_", named)
-    strip = re.search(r"_S(\d{8}T\d{6})", _first(item, "s2:datastrip_id", "eopf:datastrip_id", "sentinel:datastrip_id"))
+    strip = re.search(
+        r"_S(\d{8}T\d{6})",
+        _first(item, "s2:datastrip_id", "eopf:datastrip_id", "sentinel:datastrip_id"),
+    )
     hrefs = (asset.href for asset in item.assets.values())
-    folder = strip or next((m for m in (re.search(r"/L2A_T\w{5}_A\d{6}_(\d{8}T\d{6})/", h) for h in hrefs) if m), None)
+    folder = strip or next(
+        (m for m in (re.search(r"/L2A_T\w{5}_A\d{6}_(\d{8}T\d{6})/", h) for h in hrefs) if m), None
+    )
     start = folder or re.fullmatch(r"S2[A-D]_T\w{5}_(\d{8}T\d{6})_L2A", item.id)
     if not take or not start:
-        lacking = f"datatake {named!r} without datastrip or granule" if take else f"no datatake, found {named!r}"
+        lacking = (
+            f"datatake {named!r} without datastrip or granule"
+            if take
+            else f"no datatake, found {named!r}"
+        )
         old = any(name.startswith("sentinel:") for name in item.properties)
         hint = (
-            "; sentinel:* properties are those of Earth Search v0, so list it from its successor, earth-search" if old else ""
+            "; sentinel:* properties are those of Earth Search v0, so list it from its successor, earth-search"
+            if old
+            else ""
         )
-        raise _refused(item, f"names no acquisition ({lacking}), so copies of it could be counted twice{hint}")
+        raise _refused(
+            item, f"names no acquisition ({lacking}), so copies of it could be counted twice{hint}"
+        )
     return f"{take[1]}_{take[2]}", start[1]
 
 
@@ -316,7 +373,9 @@ def _by_acquisition(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:
     for scene in scenes:
         p = scene.properties
         started = datetime.strptime(p["minecube:granule_start"], "%Y%m%dT%H%M%S")
-        takes.setdefault((p["minecube:datatake"], p["s2:mgrs_tile"]), []).append((started, scene.id, scene))
+        takes.setdefault((p["minecube:datatake"], p["s2:mgrs_tile"]), []).append(
+            (started, scene.id, scene)
+        )
     groups: list[list[pystac.Item]] = []
     for copies in takes.values():
         last = None
@@ -343,7 +402,9 @@ def solar_day(when: datetime, tile: str) -> str:
     return (when + timedelta(hours=longitude / 15)).date().isoformat()
 
 
-def _assets(item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset]) -> Iterable[tuple[str, pystac.Asset]]:
+def _assets(
+    item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset]
+) -> Iterable[tuple[str, pystac.Asset]]:
     """Yield (band, asset) in the project's own terms.
 
     Raises:
@@ -360,7 +421,9 @@ def _assets(item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset
         yield (
             band,
             pystac.Asset(
-                _unsigned(asset.href if "://" in asset.href else asset.get_absolute_href() or asset.href),
+                _unsigned(
+                    asset.href if "://" in asset.href else asset.get_absolute_href() or asset.href
+                ),
                 media_type=asset.media_type,
                 roles=asset.roles,
                 extra_fields=fields,
@@ -373,7 +436,9 @@ def _unsigned(href: str) -> str:
     if "?" not in href:
         return href
     parts = urlsplit(href)
-    kept = [(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not _SIGNS.fullmatch(k)]
+    kept = [
+        (k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if not _SIGNS.fullmatch(k)
+    ]
     return urlunsplit(parts._replace(query=urlencode(kept)))
 
 
@@ -425,19 +490,30 @@ def _product(item: pystac.Item) -> str:
 def _baseline(item: pystac.Item) -> str:
     """Return the baseline as NN.NN, from the properties or the product's name (`_N0500_`)."""
     stated = re.fullmatch(
-        r"(\d{1,2})\.(\d{1,2})", _first(item, "s2:processing_baseline", "sentinel:processing_baseline", "processing:version")
+        r"(\d{1,2})\.(\d{1,2})",
+        _first(
+            item, "s2:processing_baseline", "sentinel:processing_baseline", "processing:version"
+        ),
     )
     named = re.search(r"_N(\d\d)(\d\d)_", _product(item))
     # 4.0 and 05.00 are both in use.
     if stated and named and f"{stated[1]:0>2}{stated[2]:0<2}" != named[1] + named[2]:
-        raise _refused(item, f"says baseline {stated[0]}, and its product's name N{named[1]}{named[2]}")
-    baseline = f"{stated[1]:0>2}.{stated[2]:0<2}" if stated else f"{named[1]}.{named[2]}" if named else ""
+        raise _refused(
+            item, f"says baseline {stated[0]}, and its product's name N{named[1]}{named[2]}"
+        )
+    baseline = (
+        f"{stated[1]:0>2}.{stated[2]:0<2}" if stated else f"{named[1]}.{named[2]}" if named else ""
+    )
     if not baseline:
-        raise _refused(item, "names no processing baseline NN.NN, which decides on the offset of -1000")
+        raise _refused(
+            item, "names no processing baseline NN.NN, which decides on the offset of -1000"
+        )
     return baseline
 
 
-def _offset(item: pystac.Item, baseline: str, source: Source, assets: Mapping[str, pystac.Asset]) -> tuple[int, str]:
+def _offset(
+    item: pystac.Item, baseline: str, source: Source, assets: Mapping[str, pystac.Asset]
+) -> tuple[int, str]:
     """Return the number to add to the pixels, and the reason.
 
     Sources' rules decide, since raster offsets declared by items may be applied already. A declared
@@ -447,10 +523,20 @@ def _offset(item: pystac.Item, baseline: str, source: Source, assets: Mapping[st
     if baseline >= "99":
         return _own_offset(item, baseline, source.offset, set(declared.values()))
     offset, reason = _ruled_offset(item, baseline, source.offset)
-    odd = {band: value for band, value in declared.items() if value not in (0, source.offset.value, offset)}
+    odd = {
+        band: value
+        for band, value in declared.items()
+        if value not in (0, source.offset.value, offset)
+    }
     if odd:
         shown = ", ".join(f"{value} for {band}" for band, value in odd.items())
-        log.warning("item %s: declares offset %s; the rule of source %s gives %d", item.id, shown, source.id, offset)
+        log.warning(
+            "item %s: declares offset %s; the rule of source %s gives %d",
+            item.id,
+            shown,
+            source.id,
+            offset,
+        )
         reason += f"; the item declares {shown}"
     return offset, reason
 
@@ -482,7 +568,9 @@ def _first_number(fields: Mapping[str, Any], *names: str) -> float | None:
     return None
 
 
-def _own_offset(item: pystac.Item, baseline: str, rule: Offset, declared: set[int]) -> tuple[int, str]:
+def _own_offset(
+    item: pystac.Item, baseline: str, rule: Offset, declared: set[int]
+) -> tuple[int, str]:
     """Return the offset of a product from one's own Sen2Cor, and the reason.
 
     It depends on the version of Sen2Cor and on the Level-1C input.
@@ -495,7 +583,9 @@ def _own_offset(item: pystac.Item, baseline: str, rule: Offset, declared: set[in
         return rule.own, f"{marks}; its source gives {rule.own}"
     if len(declared) != 1:
         shown = ", ".join(map(str, sorted(declared))) or "none"
-        raise _refused(item, f"{marks}: expected one raster offset declared for all its bands, found {shown}")
+        raise _refused(
+            item, f"{marks}: expected one raster offset declared for all its bands, found {shown}"
+        )
     return min(declared), f"{marks}; it declares {min(declared)}"
 
 
@@ -505,21 +595,36 @@ def _ruled_offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, 
     flag = _first(item, rule.applied_flag) if rule.applied_flag else ""
     if flag.lower() == "true" or number(flag) == 1:
         return 0, f"baseline {baseline}, {rule.applied_flag} is true"
-    seen = f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}" if rule.applied_flag else ""
+    seen = (
+        f", {rule.applied_flag} is {item.properties.get(rule.applied_flag, 'missing')}"
+        if rule.applied_flag
+        else ""
+    )
     return rule.value, f"baseline {baseline} from {rule.from_baseline} on{seen}"
 
 
 def _tile(item: pystac.Item) -> str:
     tile = _first(item, "s2:mgrs_tile", "grid:code")
     if not tile:
-        parts = [_first(item, f"mgrs:{p}", f"sentinel:{p}") for p in ("utm_zone", "latitude_band", "grid_square")]
+        parts = [
+            _first(item, f"mgrs:{p}", f"sentinel:{p}")
+            for p in ("utm_zone", "latitude_band", "grid_square")
+        ]
         zone = re.sub(r"\.0+$", "", parts[0])  # tables turn a zone into 32.0 or 32.00
         tile = "".join([zone, *parts[1:]])
     named = re.search(r"_T(\d\d[C-X][A-Z]{2})[_.]", _product(item))
-    tile = (tile or (named.group(1) if named else "")).strip().upper().removeprefix("MGRS-").removeprefix("T")
+    tile = (
+        (tile or (named.group(1) if named else ""))
+        .strip()
+        .upper()
+        .removeprefix("MGRS-")
+        .removeprefix("T")
+    )
     match = re.fullmatch(r"(\d{1,2})([C-X][A-Z]{2})", tile)
     if not match or not 1 <= int(match.group(1)) <= 60:
-        raise _refused(item, f"names no MGRS tile (found {tile!r}), so duplicates cannot be detected")
+        raise _refused(
+            item, f"names no MGRS tile (found {tile!r}), so duplicates cannot be detected"
+        )
     return f"{int(match.group(1)):02d}{match.group(2)}"
 
 
@@ -532,7 +637,10 @@ def _projection(item: pystac.Item, assets: Iterable[pystac.Asset], tile: str) ->
     said = {code for fields in shown for code in _codes(fields)}
     of_tile = f"EPSG:{32600 + 100 * (tile[2] < 'N') + int(tile[:2])}"
     if said - {of_tile}:
-        raise _refused(item, f"expected one projection, {of_tile} of its tile {tile}, found {', '.join(sorted(said))}")
+        raise _refused(
+            item,
+            f"expected one projection, {of_tile} of its tile {tile}, found {', '.join(sorted(said))}",
+        )
     return of_tile
 
 
@@ -571,7 +679,10 @@ def _pixel_size(asset: pystac.Asset) -> int | None:
         if width >= 1:
             return round(width)
     bands = _bands(asset)
-    stated = [_first_number(band, "spatial_resolution", "raster:spatial_resolution", "gsd") for band in bands]
+    stated = [
+        _first_number(band, "spatial_resolution", "raster:spatial_resolution", "gsd")
+        for band in bands
+    ]
     sizes = (number(fields.get("raster:spatial_resolution")), *stated, number(fields.get("gsd")))
     return next((round(abs(size)) for size in sizes if size and round(abs(size))), None)
 
@@ -579,7 +690,13 @@ def _pixel_size(asset: pystac.Asset) -> int | None:
 def _bands(asset: pystac.Asset) -> list[Mapping[str, Any]]:
     """Return the asset's descriptions of its bands, in terms of STAC 1.0 and 1.1."""
     listed = [asset.extra_fields.get(name) for name in ("raster:bands", "bands")]
-    return [band for bands in listed if isinstance(bands, list | tuple) for band in bands if isinstance(band, Mapping)]
+    return [
+        band
+        for bands in listed
+        if isinstance(bands, list | tuple)
+        for band in bands
+        if isinstance(band, Mapping)
+    ]
 
 
 def _generated(item: pystac.Item) -> str:

@@ -107,7 +107,9 @@ def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
         takes = [s.properties["minecube:datatake"] for s in scenes]
         carried, above = carried_by(look.stored, look.scl, offsets, takes)
     checks = []
-    for scene, offset, carries, step in zip(scenes, offsets.tolist(), carried, above + offsets, strict=True):
+    for scene, offset, carries, step in zip(
+        scenes, offsets.tolist(), carried, above + offsets, strict=True
+    ):
         conflict = bool(np.isfinite(carries) and carries != -offset)
         checks.append(
             Check(
@@ -121,7 +123,9 @@ def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
     return checks
 
 
-def resolve(scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str) -> list[pystac.Item]:
+def resolve(
+    scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str
+) -> list[pystac.Item]:
     """Apply the policy to scenes in conflict, and log a warning for each.
 
     Raises:
@@ -129,7 +133,11 @@ def resolve(scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str)
     """
     conflicts = [c for c in checks if c.conflict]
     for check in conflicts:
-        log.warning("%s (%s)", check, {"warn": "kept as it is", "fix": "mended", "drop": "left out"}.get(policy, policy))
+        log.warning(
+            "%s (%s)",
+            check,
+            {"warn": "kept as it is", "fix": "mended", "drop": "left out"}.get(policy, policy),
+        )
     if conflicts and policy == "fail":
         raise SceneError(
             f"{len(conflicts)} of {len(scenes)} scenes have an offset that contradicts their pixels, first {conflicts[0]}; "
@@ -142,7 +150,9 @@ def resolve(scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str)
         elif policy == "fix":
             mended = scene.clone()
             mended.properties["minecube:offset"] = check.should_be
-            mended.properties["minecube:offset_reason"] += f"; but its pixels say {check.should_be} (step {check.step})"
+            mended.properties["minecube:offset_reason"] += (
+                f"; but its pixels say {check.should_be} (step {check.step})"
+            )
             kept.append(mended)
     if conflicts and not kept:
         raise SceneError(
@@ -153,10 +163,16 @@ def resolve(scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str)
 
 def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
     """Return the conflicts as plain JSON, for provenance."""
-    return [{"scene": c.scene, "offset": c.offset, "step": c.step, "should_be": c.should_be} for c in checks if c.conflict]
+    return [
+        {"scene": c.scene, "offset": c.offset, "step": c.step, "should_be": c.should_be}
+        for c in checks
+        if c.conflict
+    ]
 
 
-def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str]) -> tuple[Floats, Floats]:
+def carried_by(
+    stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str]
+) -> tuple[Floats, Floats]:
     """Estimate the number on top of reflectance in each scene, 0 or 1000, by the module's rules.
 
     Args:
@@ -178,7 +194,9 @@ def carried_by(stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str
         use = clear & told[:, None]
         base = _darkest(_quartile(_ranked(_less(stored, level), use), use.sum(axis=0)))
         green = 2 * ((scl == _VEGETATION) & use).sum(axis=0) > use.sum(axis=0)
-        shift = lowest(base, green.sum() / max(use.any(axis=0).sum(), 1), level[told], offsets[told])
+        shift = lowest(
+            base, green.sum() / max(use.any(axis=0).sum(), 1), level[told], offsets[told]
+        )
         base -= OFFSET * np.nan_to_num(shift)
         carried = OFFSET * (level + shift)
         above = carried + step
@@ -245,17 +263,25 @@ def lowest(dark: float, green: float, level: Floats, offsets: Ints) -> float:
         return float((dark - _BLACK) // OFFSET)
     if dark >= _LEAF and green >= _GREEN and not level.any():
         return 1.0
-    wrong = {shift: float(np.mean(offsets != -OFFSET * (level + shift))) for shift in (0.0, 1.0, -1.0)}
+    wrong = {
+        shift: float(np.mean(offsets != -OFFSET * (level + shift))) for shift in (0.0, 1.0, -1.0)
+    }
     best = min(wrong, key=lambda shift: wrong[shift])
     return best if wrong[best] <= _MOST else np.nan
 
 
-def _tell_by_overpass(stored: Float, overpass: Sequence[str], carried: Floats, above: Floats) -> None:
+def _tell_by_overpass(
+    stored: Float, overpass: Sequence[str], carried: Floats, above: Floats
+) -> None:
     """Fill in unknown scenes from other scenes of the overpass, in place.
 
     Two rounds let a scene learn from another by way of a third.
     """
-    pairs = [(a, b) for a, b in itertools.permutations(range(len(stored)), 2) if overpass[a] == overpass[b]]
+    pairs = [
+        (a, b)
+        for a, b in itertools.permutations(range(len(stored)), 2)
+        if overpass[a] == overpass[b]
+    ]
     apart = {(a, b): _apart(stored[a], stored[b]) for a, b in pairs if np.isnan(carried[a])}
     for _, ((a, b), by) in itertools.product(range(2), apart.items()):
         if np.isnan(by) or np.isfinite(carried[a]):
@@ -299,4 +325,8 @@ def _quartile(ranked: Float, counts: Ints, further: int = 0) -> Float:
 def _darkest(seen: Float) -> float:
     """Return the lowest band's 2nd percentile of [band, pixel], NaN for too few pixels."""
     finite = np.isfinite(seen[0])
-    return float(np.percentile(seen[:, finite], 2, axis=1).min()) if finite.sum() >= _ENOUGH else np.nan
+    return (
+        float(np.percentile(seen[:, finite], 2, axis=1).min())
+        if finite.sum() >= _ENOUGH
+        else np.nan
+    )

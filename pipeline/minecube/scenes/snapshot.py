@@ -53,20 +53,33 @@ def to_bytes(scenes: Sequence[pystac.Item]) -> bytes:
 def _write(found: Found, path: Path, belongs: str = "") -> None:
     listed = [s.to_dict(include_self_link=False) for s in found.scenes]
     digested = _digest(listed)
-    about = {"format": FORMAT, "belongs_to": belongs, "listed": found.listed, "refused": dict(found.refused)}
+    about = {
+        "format": FORMAT,
+        "belongs_to": belongs,
+        "listed": found.listed,
+        "refused": dict(found.refused),
+    }
     about["sha256"] = digested
-    pq.write_table(_table(listed).replace_schema_metadata({**_geoparquet(), _KEY: json.dumps(about)}), path)
+    pq.write_table(
+        _table(listed).replace_schema_metadata({**_geoparquet(), _KEY: json.dumps(about)}), path
+    )
 
 
 @functools.cache
 def _geoparquet() -> dict[bytes, bytes]:
     """Return the library's GeoParquet metadata, the same for every list of scenes."""
     bounds = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), 0.0)
-    place = pa.Table.from_pylist([{"geometry": shapely.to_wkb(shapely.Point(0, 0)), "bbox": bounds}])
+    place = pa.Table.from_pylist(
+        [{"geometry": shapely.to_wkb(shapely.Point(0, 0)), "bbox": bounds}]
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "place.parquet"
         stac_geoparquet.arrow.to_parquet(place, path)
-        return {key: value for key, value in pq.read_schema(path).metadata.items() if key != b"ARROW:schema"}
+        return {
+            key: value
+            for key, value in pq.read_schema(path).metadata.items()
+            if key != b"ARROW:schema"
+        }
 
 
 def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
@@ -76,7 +89,9 @@ def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
     """
     rows = []
     for feature in features:
-        row = {name: value for name, value in feature.items() if name != "properties"} | feature["properties"]
+        row = {name: value for name, value in feature.items() if name != "properties"} | feature[
+            "properties"
+        ]
         row["geometry"] = shapely.to_wkb(shapely.geometry.shape(feature["geometry"]), flavor="iso")
         row["bbox"] = dict(zip(("xmin", "ymin", "xmax", "ymax"), feature["bbox"], strict=True))
         row["datetime"] = datetime.fromisoformat(row["datetime"])
@@ -91,12 +106,24 @@ def belongs_to(site: Site, year: int, sources: Sequence[Source]) -> str:
     a list must work without the API.
     """
     grid = grid_of(site)
-    rules = [{k: v for k, v in as_dict(s).items() if k not in ("title", "href", "licence", "searches_per_s")} for s in sources]
+    rules = [
+        {
+            k: v
+            for k, v in as_dict(s).items()
+            if k not in ("title", "href", "licence", "searches_per_s")
+        }
+        for s in sources
+    ]
     for rule in rules:
         rule["access"].pop("connections")
         if rule["offset"]["own"] is None:
             del rule["offset"]["own"]  # absent in lists saved before this rule existed
-    asked = {"site": site.id, "grid": [str(grid.crs), *grid.transform[:6], *grid.shape], "year": year, "sources": rules}
+    asked = {
+        "site": site.id,
+        "grid": [str(grid.crs), *grid.transform[:6], *grid.shape],
+        "year": year,
+        "sources": rules,
+    }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -126,7 +153,9 @@ def load(path: Path, belongs: str = "") -> Found:
     items = read_items(path)
     said = _about(path)
     if digest(items) != said["sha256"]:
-        raise SceneError(f"{path}: its scenes are not those that were saved (their hash differs); search again")
+        raise SceneError(
+            f"{path}: its scenes are not those that were saved (their hash differs); search again"
+        )
     if belongs:
         need_belonging(path, belongs)
     scenes = tuple(sorted(items, key=lambda s: (s.datetime, s.id)))
@@ -151,5 +180,7 @@ def _about(path: Path) -> dict[str, Any]:
         )
     said: dict[str, Any] = json.loads(about)
     if said.get("format") != FORMAT:
-        raise SceneError(f"{path}: was saved by another version of minecube; search again, or name another folder")
+        raise SceneError(
+            f"{path}: was saved by another version of minecube; search again, or name another folder"
+        )
     return said

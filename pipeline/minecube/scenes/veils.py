@@ -42,7 +42,10 @@ _ENOUGH = 50  # pixels needed to judge a scene
 _LOOKS = 3  # clear dates needed per pixel
 _VARIES = np.float32(0.1)
 """Variation of clear ground's brightness between dates, as a share."""
-_MEANT = {"veiled": "SCL misses thin cloud over the whole scene", "no cirrus": "SCL calls clear ground cirrus"}
+_MEANT = {
+    "veiled": "SCL misses thin cloud over the whole scene",
+    "no cirrus": "SCL calls clear ground cirrus",
+}
 
 
 def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[pystac.Item]:
@@ -54,7 +57,9 @@ def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[py
     verdicts = [""] * len(scenes)
     if {"B02", "B04"} <= set(look.bands) and rule.date_excess and scenes:
         offsets = np.array([scene.properties["minecube:offset"] for scene in scenes], np.float32)
-        blue, red = (look.stored[:, look.bands.index(band)] + offsets[:, None] for band in ("B02", "B04"))
+        blue, red = (
+            look.stored[:, look.bands.index(band)] + offsets[:, None] for band in ("B02", "B04")
+        )
         haze = ((blue - red / 2) / 1e4).astype(np.float32)
         days = [scene.properties["minecube:solar_day"] for scene in scenes]
         verdicts = judge(haze, look.scl, days, rule.date_excess)
@@ -75,7 +80,9 @@ def as_rows(scenes: Sequence[pystac.Item]) -> list[dict[str, Any]]:
     return [{"scene": s.id, "scl": s.properties[SCL_IS]} for s in scenes if SCL_IS in s.properties]
 
 
-def judge(haze: Float32, scl: npt.NDArray[np.uint16], days: Sequence[str], most: float) -> list[str]:
+def judge(
+    haze: Float32, scl: npt.NDArray[np.uint16], days: Sequence[str], most: float
+) -> list[str]:
     """Return `veiled`, `no cirrus` or an empty text for each scene.
 
     Args:
@@ -94,7 +101,9 @@ def judge(haze: Float32, scl: npt.NDArray[np.uint16], days: Sequence[str], most:
     excess = haze - np.clip(haze, lowest[day_of], highest[day_of])
     comparable = np.isfinite(of_days).sum(axis=0) >= _LOOKS
     verdicts = []
-    for above, is_clear, is_cirrus, seen in zip(excess, clear, (scl == _CIRRUS) & observed, observed, strict=True):
+    for above, is_clear, is_cirrus, seen in zip(
+        excess, clear, (scl == _CIRRUS) & observed, observed, strict=True
+    ):
         judgeable = comparable & np.isfinite(above)
         verdict = ""
         if is_cirrus.sum() > _LEAST * seen.sum() and (is_cirrus & judgeable).sum() >= _ENOUGH:

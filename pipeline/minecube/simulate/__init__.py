@@ -36,7 +36,14 @@ from minecube.simulate.mine import mine_of
 from minecube.simulate.noise import Draw, streams
 from minecube.simulate.observe import observe
 from minecube.simulate.passes import Tile, dates_possible, overpasses, tiles_of
-from minecube.simulate.truth import UInt8, footprint_of, reflectance_of, sky_seen, window, write_year
+from minecube.simulate.truth import (
+    UInt8,
+    footprint_of,
+    reflectance_of,
+    sky_seen,
+    window,
+    write_year,
+)
 
 __all__ = ["World", "simulate"]
 
@@ -82,13 +89,21 @@ class World:
         _need(self.dates_per_year >= 1, "dates_per_year of at least 1", self.dates_per_year)
         _need(self.winter_dates >= 0, "winter_dates of at least 0", self.winter_dates)
         unknown = [s for s in self.styles if s not in STYLES]
-        _need(self.styles and not unknown, f"styles of {', '.join(STYLES)}", ", ".join(unknown) or "none")
+        _need(
+            self.styles and not unknown,
+            f"styles of {', '.join(STYLES)}",
+            ", ".join(unknown) or "none",
+        )
         _need(len(set(self.styles)) == len(self.styles), "every style once", self.styles)
         _need(0 <= self.wrong_flags <= 1, "wrong_flags as a share, 0..1", self.wrong_flags)
         _need(self.seed >= 0, "a seed of at least 0", self.seed)
         for year in self.years:
             most = dates_possible(year)
-            _need(self.dates(year) <= most, f"at most {most} dates in {year}, the times Sentinel-2 passed", self.dates(year))
+            _need(
+                self.dates(year) <= most,
+                f"at most {most} dates in {year}, the times Sentinel-2 passed",
+                self.dates(year),
+            )
 
     def dates(self, year: int) -> int:
         """Return the number of acquisition dates in a year, without winter."""
@@ -100,7 +115,9 @@ def _need(condition: object, expected: str, found: object) -> None:
         raise CatalogError(f"cannot simulate: expected {expected}, found {found}")
 
 
-def simulate(sites: Sequence[Site], out: Path, world: World, *, progress: Callable[[str], None] | None = None) -> None:
+def simulate(
+    sites: Sequence[Site], out: Path, world: World, *, progress: Callable[[str], None] | None = None
+) -> None:
     """Write an archive of the sites, as laid out in `archive`, and its ground truth.
 
         truth.zarr                one group per site:
@@ -126,39 +143,62 @@ def simulate(sites: Sequence[Site], out: Path, world: World, *, progress: Callab
     _need(len(set(ids)) == len(ids), "every site once", ", ".join(ids))
     for site in sites:
         height, width = grid_of(site).shape
-        _need(min(height, width) >= _LEAST_PX, f"{site.id} to be {_LEAST_PX} pixels a side or more", f"{width} x {height}")
+        _need(
+            min(height, width) >= _LEAST_PX,
+            f"{site.id} to be {_LEAST_PX} pixels a side or more",
+            f"{width} x {height}",
+        )
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    _need(free, f"{out} to be a new or empty folder", "something there already; name another or remove it")
+    _need(
+        free,
+        f"{out} to be a new or empty folder",
+        "something there already; name another or remove it",
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as part:
             part.mkdir()
             _simulate_all(sites, part, world, progress or (lambda _: None))
     except OSError as error:
-        raise CatalogError(f"{out}: cannot be written ({error}); free some space or name another folder") from error
+        raise CatalogError(
+            f"{out}: cannot be written ({error}); free some space or name another folder"
+        ) from error
 
 
-def _simulate_all(sites: Sequence[Site], out: Path, world: World, progress: Callable[[str], None]) -> None:
+def _simulate_all(
+    sites: Sequence[Site], out: Path, world: World, progress: Callable[[str], None]
+) -> None:
     items: dict[str, list[Item]] = {}
     outlines, carried = [], []
     taken: set[str] = set()
     known = load_sources()
     for site, style in zip(sites, itertools.cycle(world.styles)):
-        place = _place(site, world, [known[s] for s in ((style,) if world.one_style_per_site else world.styles)], taken)
+        place = _place(
+            site,
+            world,
+            [known[s] for s in ((style,) if world.one_style_per_site else world.styles)],
+            taken,
+        )
         for year in sorted(world.years):
             progress(f"{site.id} {year}")
             for listed_by, of_year in _simulate_year(place, out, year, world).items():
                 items.setdefault(listed_by, []).extend(item for item, _ in of_year)
-                carried += [(listed_by, item["id"], p.offset, p.flag is not None) for item, p in of_year]
+                carried += [
+                    (listed_by, item["id"], p.offset, p.flag is not None) for item, p in of_year
+                ]
             mine = mine_of(place.grid, place.draw, year).footprint
             outlines.append(
-                gpd.GeoDataFrame({"site": [site.id], "year": [year]}, geometry=[mine], crs=place.grid.crs).to_crs(4326)
+                gpd.GeoDataFrame(
+                    {"site": [site.id], "year": [year]}, geometry=[mine], crs=place.grid.crs
+                ).to_crs(4326)
             )
     for listed_by, made in items.items():
         write_index(out, listed_by, made)
     write_sources(out, {listed_by: known[listed_by] for listed_by in items})
     pd.concat(outlines, ignore_index=True).to_parquet(out / "truth_footprints.parquet")
-    pd.DataFrame(carried, columns=["style", "id", "carried", "misflagged"]).to_parquet(out / "truth_offsets.parquet")
+    pd.DataFrame(carried, columns=["style", "id", "carried", "misflagged"]).to_parquet(
+        out / "truth_offsets.parquet"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,21 +219,35 @@ def _place(site: Site, world: World, listed_by: Sequence[Source], taken: set[str
     canvas = padded(grid, MARGIN_M)
     draw = streams(world.seed, site.id)
     land, tiles = land_of(grid, canvas, draw), tiles_of(grid, canvas, taken)
-    return _Place(site=site, grid=grid, canvas=canvas, draw=draw, land=land, tiles=tiles, listed_by=listed_by)
+    return _Place(
+        site=site, grid=grid, canvas=canvas, draw=draw, land=land, tiles=tiles, listed_by=listed_by
+    )
 
 
-def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[str, list[tuple[Item, Product]]]:
+def _simulate_year(
+    place: _Place, out: Path, year: int, world: World
+) -> dict[str, list[tuple[Item, Product]]]:
     """Write a site-year with its truth; return (item, product) pairs per style."""
     ground = ground_of(place.land, year)
     longitude = place.grid.geographic_extent.centroid.coords[0][0]
-    passes = overpasses(place.draw, longitude, year, world.dates(year), world.winter_dates, world.scl_errors, world.shifts)
+    passes = overpasses(
+        place.draw,
+        longitude,
+        year,
+        world.dates(year),
+        world.winter_dates,
+        world.scl_errors,
+        world.shifts,
+    )
     sky: dict[np.datetime64, UInt8] = {}
     items: dict[str, list[tuple[Item, Product]]] = {source.id: [] for source in place.listed_by}
     with ThreadPoolExecutor(_WRITERS) as writers:
         writing: list[tuple[str, Product, Future[Item]]] = []
         for overpass in passes:
             seen = observe(place.draw, place.grid, place.canvas, ground, overpass)
-            sky[np.datetime64(overpass.day, "ns")] = sky_seen(seen, overpass, place.tiles, place.grid, place.canvas)
+            sky[np.datetime64(overpass.day, "ns")] = sky_seen(
+                seen, overpass, place.tiles, place.grid, place.canvas
+            )
             cut = list(granules(seen, overpass, place.tiles, place.grid, place.canvas))
             # One date is written while the next is computed, to limit memory.
             for style, product, item in writing:
@@ -206,7 +260,10 @@ def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[st
             ]
         for style, product, item in writing:
             items[style].append((item.result(), product))
-    truth = reflectance_of(ground, passes, window(place.grid, place.canvas)), footprint_of(ground.mine, place.grid)
+    truth = (
+        reflectance_of(ground, passes, window(place.grid, place.canvas)),
+        footprint_of(ground.mine, place.grid),
+    )
     write_year(out / "truth.zarr", place.site.id, place.grid, year, truth, sky)
     return items
 
@@ -214,7 +271,9 @@ def _simulate_year(place: _Place, out: Path, year: int, world: World) -> dict[st
 def _listed(place: _Place, source: Source, granule: Granule, wrong_flags: float) -> list[Product]:
     made = []
     for product in products(source.id, granule):
-        rng = place.draw("flag", granule.overpass.day, granule.tile.name, granule.part, product.baseline)
+        rng = place.draw(
+            "flag", granule.overpass.day, granule.tile.name, granule.part, product.baseline
+        )
         flagged = source.offset.applied_flag and product.baseline >= source.offset.from_baseline
         made.append(misflagged(product, rng) if flagged and rng.random() < wrong_flags else product)
     return made

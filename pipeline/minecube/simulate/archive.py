@@ -39,20 +39,31 @@ def write_item(out: Path, source: Source, granule: Granule, product: Product) ->
         if band == SCL:
             pixels = granule.scl
         else:
-            fine = has_data if counts[band].shape == has_data.shape else has_data.repeat(2, axis=0).repeat(2, axis=1)
+            fine = (
+                has_data
+                if counts[band].shape == has_data.shape
+                else has_data.repeat(2, axis=0).repeat(2, axis=1)
+            )
             # Pixels with data are at least 1; 0 is nodata. With the offset still included, noise
             # can leave less than 1000.
-            pixels = np.where(fine, np.maximum(counts[band].astype(np.int32) + product.offset, 1), 0).astype(np.uint16)
+            pixels = np.where(
+                fine, np.maximum(counts[band].astype(np.int32) + product.offset, 1), 0
+            ).astype(np.uint16)
         _write_cog(folder / name, pixels, at_resolution(granule.tile.box, granule.layout(band)[0]))
     (folder / "item.json").write_text(json.dumps(item, indent=1), encoding="utf-8")
-    moved = {k: {**a, "href": f"{style}/{item['id']}/{a['href'].removeprefix('./')}"} for k, a in item["assets"].items()}
+    moved = {
+        k: {**a, "href": f"{style}/{item['id']}/{a['href'].removeprefix('./')}"}
+        for k, a in item["assets"].items()
+    }
     return {**item, "assets": moved}
 
 
 def write_index(out: Path, style: str, items: list[Item]) -> None:
     """Write the stac-geoparquet of one style, sorted by time and id."""
     ordered = sorted(items, key=lambda i: (i["properties"]["datetime"], i["id"]))
-    stac_geoparquet.arrow.to_parquet(stac_geoparquet.arrow.parse_stac_items_to_arrow(ordered), out / f"{style}.parquet")
+    stac_geoparquet.arrow.to_parquet(
+        stac_geoparquet.arrow.parse_stac_items_to_arrow(ordered), out / f"{style}.parquet"
+    )
 
 
 def write_sources(out: Path, real: Mapping[str, Source]) -> None:

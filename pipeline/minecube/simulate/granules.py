@@ -48,7 +48,9 @@ class Granule:
     """Percent of the tile's pixels in each SCL class 0..11."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "share", np.bincount(self.scl.ravel(), minlength=12) * (100 / self.scl.size))
+        object.__setattr__(
+            self, "share", np.bincount(self.scl.ravel(), minlength=12) * (100 / self.scl.size)
+        )
 
     def percent(self, value: int) -> float:
         """Return an SCL class's percentage: for 0 of the tile, for others of pixels with data."""
@@ -77,7 +79,9 @@ class Granule:
         return size, list(where.shape), list(where.transform)[:6]
 
 
-def granules(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox) -> Iterator[Granule]:
+def granules(
+    seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox
+) -> Iterator[Granule]:
     """Yield the listed tiles of an overpass, in two granules if the datatake was split."""
     area = swath(canvas, grid, overpass)
     parts = 2 if overpass.split else 1
@@ -86,7 +90,9 @@ def granules(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: Geo
         counts = {b: on_tile(c, tile, NATIVE_M[b]) for b, c in seen.counts.items()}
         old_counts = {b: on_tile(c, tile, NATIVE_M[b]) for b, c in seen.old_counts.items()}
         there = Transformer.from_crs(epsg(grid), epsg(tile.box), always_xy=True)
-        in_tile = shapely.transform(area, there.transform, interleaved=False).intersection(tile.area)
+        in_tile = shapely.transform(area, there.transform, interleaved=False).intersection(
+            tile.area
+        )
         to_lonlat = Transformer.from_crs(epsg(tile.box), 4326, always_xy=True)
         for part in range(parts):
             rows = _rows(tile, part, parts)
@@ -94,7 +100,9 @@ def granules(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: Geo
             inside[rows] = scl[rows]
             west, _, east, top = tile.box.extent.boundingbox.bbox
             strip = box(west, top - rows.stop * SCL_M, east, top - rows.start * SCL_M)
-            shape = shapely.transform(in_tile.intersection(strip), to_lonlat.transform, interleaved=False)
+            shape = shapely.transform(
+                in_tile.intersection(strip), to_lonlat.transform, interleaved=False
+            )
             shape = orient(shapely.set_precision(shape, 1e-7))
             yield Granule(
                 tile=tile,
@@ -129,7 +137,9 @@ def on_tile(pixels: npt.NDArray[Any], tile: Tile, size_m: int) -> npt.NDArray[An
     if tile.warp is not None:
         classes = pixels.dtype == np.uint8
         how = {"order": 0, "mode": "constant"} if classes else {"order": 1, "mode": "nearest"}
-        onto: npt.NDArray[Any] = ndimage.map_coordinates(pixels, tile.warp.from_canvas[size_m], **how)
+        onto: npt.NDArray[Any] = ndimage.map_coordinates(
+            pixels, tile.warp.from_canvas[size_m], **how
+        )
         return onto
     step = size_m // 10
     return pixels[:, tile.cols.start // step : tile.cols.stop // step]

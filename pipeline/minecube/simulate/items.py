@@ -89,12 +89,29 @@ def products(style: str, granule: Granule) -> list[Product]:
         carried = 0 if style == "earth-search" else 1000
         return [Product(baseline=baseline, offset=carried, generated=fresh, sequence=granule.part)]
     if style == "planetary-computer":
-        return [Product(baseline="02.12", offset=0, generated=fresh + timedelta(days=90), facility="ESRI")]
+        return [
+            Product(
+                baseline="02.12", offset=0, generated=fresh + timedelta(days=90), facility="ESRI"
+            )
+        ]
     if style == "cdse":
         return [Product(baseline="05.00", offset=1000, generated=again, facility="S2RP")]
     return [
-        Product(baseline=baseline, offset=0, generated=fresh, sequence=granule.part, facility="SGS_", old=True),
-        Product(baseline="05.00", offset=0, generated=again, sequence=granule.part + granule.parts, facility="S2RP"),
+        Product(
+            baseline=baseline,
+            offset=0,
+            generated=fresh,
+            sequence=granule.part,
+            facility="SGS_",
+            old=True,
+        ),
+        Product(
+            baseline="05.00",
+            offset=0,
+            generated=again,
+            sequence=granule.part + granule.parts,
+            facility="S2RP",
+        ),
     ]
 
 
@@ -103,28 +120,49 @@ def misflagged(product: Product, rng: np.random.Generator) -> Product:
 
     The offset is removed but not flagged, or flagged but not removed.
     """
-    return replace(product, flag=False) if rng.random() < 0.5 else replace(product, flag=True, offset=1000)
+    return (
+        replace(product, flag=False)
+        if rng.random() < 0.5
+        else replace(product, flag=True, offset=1000)
+    )
 
 
-def item_of(style: str, granule: Granule, product: Product, assets: Mapping[str, str]) -> tuple[Item, dict[str, str]]:
+def item_of(
+    style: str, granule: Granule, product: Product, assets: Mapping[str, str]
+) -> tuple[Item, dict[str, str]]:
     """Build a provider's item, and map each band to its file name.
 
     `assets` is the source's mapping of bands to asset keys. Hrefs are `./<file name>`, relative to
     the item.
     """
-    make = {"earth-search": _earth_search, "planetary-computer": _planetary_computer, "cdse": _cdse}[style]
+    make = {
+        "earth-search": _earth_search,
+        "planetary-computer": _planetary_computer,
+        "cdse": _cdse,
+    }[style]
     item = make(granule, product)
     files = {band: _file_name(style, granule, band) for band in (*BANDS, SCL)}
-    describe = {"earth-search": _asset_earth_search, "planetary-computer": _asset_planetary_computer, "cdse": _asset_cdse}[
-        style
-    ]
+    describe = {
+        "earth-search": _asset_earth_search,
+        "planetary-computer": _asset_planetary_computer,
+        "cdse": _asset_cdse,
+    }[style]
     item |= {
         "type": "Feature",
         "geometry": granule.geometry,
         "bbox": granule.bbox,
-        "assets": {assets[b]: {"href": f"./{name}", "type": _COG, **describe(granule, b)} for b, name in files.items()},
+        "assets": {
+            assets[b]: {"href": f"./{name}", "type": _COG, **describe(granule, b)}
+            for b, name in files.items()
+        },
         "collection": "sentinel-2-l2a",
-        "links": [{"rel": "collection", "type": "application/json", "href": f"{_API[style]}/collections/sentinel-2-l2a"}],
+        "links": [
+            {
+                "rel": "collection",
+                "type": "application/json",
+                "href": f"{_API[style]}/collections/sentinel-2-l2a",
+            }
+        ],
     }
     item["properties"]["minecube:simulated"] = True
     return item, files
@@ -146,7 +184,12 @@ def _earth_search(granule: Granule, product: Product) -> Item:
     return {
         "stac_version": "1.0.0",
         "stac_extensions": _extensions(
-            "eo/v1.1.0", "mgrs/v1.0.0", "grid/v1.0.0", "raster/v1.1.0", "view/v1.0.0", "projection/v1.1.0"
+            "eo/v1.1.0",
+            "mgrs/v1.0.0",
+            "grid/v1.0.0",
+            "raster/v1.1.0",
+            "view/v1.0.0",
+            "projection/v1.1.0",
         ),
         "id": name,
         "properties": {
@@ -166,7 +209,9 @@ def _earth_search(granule: Granule, product: Product) -> Item:
             "view:sun_elevation": granule.elevation,
             **_s2(granule, product),
             "s2:sequence": str(product.sequence),
-            "earthsearch:boa_offset_applied": product.baseline >= "04.00" if product.flag is None else product.flag,
+            "earthsearch:boa_offset_applied": product.baseline >= "04.00"
+            if product.flag is None
+            else product.flag,
         },
     }
 
@@ -199,7 +244,13 @@ def _cdse(granule: Granule, product: Product) -> Item:
     return {
         "stac_version": "1.1.0",
         "stac_extensions": _extensions(
-            "eo/v2.0.0", "raster/v2.0.0", "sat/v1.0.0", "projection/v2.0.0", "grid/v1.1.0", "view/v1.0.0", "processing/v1.2.0"
+            "eo/v2.0.0",
+            "raster/v2.0.0",
+            "sat/v1.0.0",
+            "projection/v2.0.0",
+            "grid/v1.1.0",
+            "view/v1.0.0",
+            "processing/v1.2.0",
         ),
         "id": _product_name(granule, product),
         "properties": {
@@ -253,7 +304,11 @@ def _s2(granule: Granule, product: Product) -> Item:
 def _asset_earth_search(granule: Granule, band: str) -> Item:
     size, shape, transform = granule.layout(band)
     place = {"proj:shape": shape, "proj:transform": transform, "roles": ["data", "reflectance"]}
-    raster: Item = {"nodata": 0, "data_type": "uint8" if band == SCL else "uint16", "spatial_resolution": size}
+    raster: Item = {
+        "nodata": 0,
+        "data_type": "uint8" if band == SCL else "uint16",
+        "spatial_resolution": size,
+    }
     if band == SCL:
         return {"title": "Scene classification map (SCL)", "raster:bands": [raster], **place}
     common, title, centre, width = _BAND[band]
@@ -266,7 +321,13 @@ def _asset_earth_search(granule: Granule, band: str) -> Item:
     }
     # Like the provider, declare the offset although it was removed from the pixels.
     raster |= {"bits_per_sample": 15, "scale": 0.0001, "offset": -0.1}
-    return {"title": f"{title} - {size}m", "eo:bands": [about], "gsd": size, "raster:bands": [raster], **place}
+    return {
+        "title": f"{title} - {size}m",
+        "eo:bands": [about],
+        "gsd": size,
+        "raster:bands": [raster],
+        **place,
+    }
 
 
 def _asset_planetary_computer(granule: Granule, band: str) -> Item:
@@ -304,9 +365,18 @@ def _asset_cdse(granule: Granule, band: str) -> Item:
         "data_type": "uint8" if band == SCL else "uint16",
     }
     if band == SCL:
-        return {"title": "Scene classfication map (SCL) - 20m", "roles": ["data", f"gsd:{size}m"], **place}
+        return {
+            "title": "Scene classfication map (SCL) - 20m",
+            "roles": ["data", f"gsd:{size}m"],
+            **place,
+        }
     common, title, centre, width = _BAND[band]
-    about = {"name": band, "eo:common_name": common, "eo:center_wavelength": centre, "eo:full_width_half_max": width}
+    about = {
+        "name": band,
+        "eo:common_name": common,
+        "eo:center_wavelength": centre,
+        "eo:full_width_half_max": width,
+    }
     scaled = {"raster:scale": 0.0001, "raster:offset": -0.1}
     return {
         "title": f"{title} - {size}m",

@@ -94,8 +94,13 @@ def land_of(grid: GeoBox, canvas: GeoBox, draw: Draw) -> Land:
     districts = fractal(rng, canvas.shape.yx, 250) > 0
     woods = fractal(rng, canvas.shape.yx, 120) + 0.2 * fractal(rng, canvas.shape.yx, 12) > 0.6
     towns = [
-        np.array([(box.left + box.right) / 2, (box.bottom + box.top) / 2]) + reach * np.array([np.cos(a), np.sin(a)])
-        for a, reach in zip(rng.uniform(0, 2 * np.pi) + np.arange(4) * 1.7, rng.uniform(0.36, 0.55, 4) * side, strict=True)
+        np.array([(box.left + box.right) / 2, (box.bottom + box.top) / 2])
+        + reach * np.array([np.cos(a), np.sin(a)])
+        for a, reach in zip(
+            rng.uniform(0, 2 * np.pi) + np.arange(4) * 1.7,
+            rng.uniform(0.36, 0.55, 4) * side,
+            strict=True,
+        )
     ]
     edge = rng.uniform([box.left, box.bottom], [box.right, box.top], (3, 2))
     edge[0, 0], edge[1, 0], edge[2, 1] = box.left, box.right, box.top
@@ -137,7 +142,11 @@ def ground_of(land: Land, year: int) -> Ground:
     lasting = land.draw("parcels").random(n) < 0.4
     arable = rng.choice(_ARABLE, n, p=(0.30, 0.24, 0.26, 0.20))
     everywhere = np.ones_like(land.woods)
-    lay(everywhere, land.parcel, ["meadow" if m else str(a) for m, a in zip(lasting, arable, strict=True)])
+    lay(
+        everywhere,
+        land.parcel,
+        ["meadow" if m else str(a) for m, a in zip(lasting, arable, strict=True)],
+    )
     lay(land.woods & land.conifers, land.parcel, ["conifer"] * n)
     lay(land.woods & ~land.conifers, land.parcel, ["broadleaf"] * n)
     house = _cells(land.draw("houses"), land.canvas.shape.yx, len(_HOUSES))
@@ -150,7 +159,9 @@ def ground_of(land: Land, year: int) -> Ground:
     lay(young > 0, young - 1, ["young"] * _RECLAIMED_YEARS)
     shade = _lay_mine(land, mine, lay)
     texture = Patches(kinds, land.draw("tint"))
-    shade *= 1 + texture.texture[patch] * fractal(land.draw("texture"), land.canvas.shape.yx, 30, slope=1.6)
+    shade *= 1 + texture.texture[patch] * fractal(
+        land.draw("texture"), land.canvas.shape.yx, 30, slope=1.6
+    )
     names = np.array(kinds)
     return Ground(
         patch=patch,
@@ -209,7 +220,9 @@ def _burn(canvas: GeoBox, shapes: Iterable[BaseGeometry]) -> Bool:
     drawn = [s for s in shapes if not s.is_empty]
     if not drawn:
         return np.zeros(canvas.shape, dtype=np.bool_)
-    burnt: Bool = rasterio.features.rasterize(drawn, canvas.shape, transform=canvas.transform, dtype=np.uint8).astype(np.bool_)
+    burnt: Bool = rasterio.features.rasterize(
+        drawn, canvas.shape, transform=canvas.transform, dtype=np.uint8
+    ).astype(np.bool_)
     return burnt
 
 
@@ -230,13 +243,19 @@ def _parcels(rng: np.random.Generator, x: Float, y: Float) -> Ids:
     length = rng.uniform(180, 620, len(edges) + 1)
     start = rng.uniform(0, 1, len(edges) + 1)
     field = np.floor(along / length[strip] + start[strip]).astype(np.int64)
-    ids: Ids = np.unique(strip * 100_000 + field, return_inverse=True)[1].reshape(x.shape).astype(np.int32)
+    ids: Ids = (
+        np.unique(strip * 100_000 + field, return_inverse=True)[1].reshape(x.shape).astype(np.int32)
+    )
     return ids
 
 
 def _cells(rng: np.random.Generator, shape: tuple[int, int], kinds: int) -> Ids:
     """Draw random plots of 20 m."""
-    plots: Ids = rng.integers(0, kinds, (shape[0] // 2, shape[1] // 2), dtype=np.int32).repeat(2, axis=0).repeat(2, axis=1)
+    plots: Ids = (
+        rng.integers(0, kinds, (shape[0] // 2, shape[1] // 2), dtype=np.int32)
+        .repeat(2, axis=0)
+        .repeat(2, axis=1)
+    )
     return plots
 
 

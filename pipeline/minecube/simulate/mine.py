@@ -40,24 +40,43 @@ def mine_of(grid: GeoBox, draw: Draw, year: int) -> Mine:
     rng = draw("mine")
     box = grid.extent.boundingbox
     side = min(box.span_x, box.span_y)
-    middle = np.array([(box.left + box.right) / 2, (box.bottom + box.top) / 2]) + rng.uniform(-0.04, 0.04, 2) * side
+    middle = (
+        np.array([(box.left + box.right) / 2, (box.bottom + box.top) / 2])
+        + rng.uniform(-0.04, 0.04, 2) * side
+    )
     turn = rng.uniform(0, 2 * np.pi)
     ahead = _direction(turn)
     wobble = [_wobble(rng) for _ in range(6)]
-    speed, growth, sideways = rng.uniform(0.10, 0.15), rng.uniform(0.02, 0.04), rng.choice([-1.0, 1.0])
+    speed, growth, sideways = (
+        rng.uniform(0.10, 0.15),
+        rng.uniform(0.02, 0.04),
+        rng.choice([-1.0, 1.0]),
+    )
     opens, closes = rng.uniform(2013.5, 2019.5), rng.uniform(2016.5, 2021.5)
 
     front = middle + ahead * side * speed * np.tanh((year - 2020) / 8)
     main = _blob(front, side * (0.16 + growth * np.tanh((year - 2019) / 6)), wobble[0])
-    inner = _blob(front - ahead * side * 0.16 + _direction(turn + 1.6) * side * 0.03, side * 0.115, wobble[1])
+    inner = _blob(
+        front - ahead * side * 0.16 + _direction(turn + 1.6) * side * 0.03, side * 0.115, wobble[1]
+    )
     beside = middle + _direction(turn + sideways * 1.75) * side * 0.25
     outer = _blob(beside, side * 0.12 * (0.72 - 0.28 * np.tanh((year - 2020) / 5)), wobble[2])
-    second = _blob(middle + _direction(turn - sideways * 1.2) * side * 0.37, side * 0.10 * _ramp(year, opens, 7), wobble[3])
-    third = _blob(middle + _direction(turn + 2.9) * side * 0.385, side * 0.085 * (1 - _ramp(year, closes, 5)), wobble[4])
+    second = _blob(
+        middle + _direction(turn - sideways * 1.2) * side * 0.37,
+        side * 0.10 * _ramp(year, opens, 7),
+        wobble[3],
+    )
+    third = _blob(
+        middle + _direction(turn + 2.9) * side * 0.385,
+        side * 0.085 * (1 - _ramp(year, closes, 5)),
+        wobble[4],
+    )
 
     pits = shapely.union_all([p for p in (main, second, third) if p.area > 2000])
     deep = main.difference(inner).buffer(-0.035 * side)
-    lake = _blob(front + ahead * side * 0.05, side * (0.035 + 0.012 * np.tanh((year - 2018) / 5)), wobble[5]).intersection(deep)
+    lake = _blob(
+        front + ahead * side * 0.05, side * (0.035 + 0.012 * np.tanh((year - 2018) / 5)), wobble[5]
+    ).intersection(deep)
     # Closed and opened by 20 m: removes slivers and needles, and rounds corners.
     outline = shapely.union_all([pits, inner, outer]).buffer(20).buffer(-40).buffer(20)
     road = LineString([front, front - ahead * side * 0.09, beside]).buffer(9)
@@ -101,5 +120,7 @@ def _blob(
 ) -> Polygon:
     angle = np.linspace(0, 2 * np.pi, 160, endpoint=False)
     amplitude, phase = wobble
-    reach = 1 + (amplitude[:, None] * np.cos(np.arange(2, 7)[:, None] * angle + phase[:, None])).sum(axis=0)
+    reach = 1 + (
+        amplitude[:, None] * np.cos(np.arange(2, 7)[:, None] * angle + phase[:, None])
+    ).sum(axis=0)
     return Polygon(centre + radius * (reach * np.array([np.cos(angle), np.sin(angle)])).T)

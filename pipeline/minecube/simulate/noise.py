@@ -23,12 +23,16 @@ def streams(seed: int, site_id: str) -> Draw:
     """
 
     def draw(*names: object) -> np.random.Generator:
-        return np.random.default_rng([seed, *(zlib.crc32(str(n).encode()) for n in (site_id, *names))])
+        return np.random.default_rng(
+            [seed, *(zlib.crc32(str(n).encode()) for n in (site_id, *names))]
+        )
 
     return draw
 
 
-def fractal(rng: np.random.Generator, shape: tuple[int, int], longest_px: float, slope: float = 3.0) -> Float:
+def fractal(
+    rng: np.random.Generator, shape: tuple[int, int], longest_px: float, slope: float = 3.0
+) -> Float:
     """Create a self-similar field, float32 [y, x], mean 0 and standard deviation 1.
 
     It is white noise with a power falling with frequency as f ** -slope. The power is flat above
@@ -48,5 +52,7 @@ def fractal(rng: np.random.Generator, shape: tuple[int, int], longest_px: float,
 def halved(pixels: npt.NDArray[Any]) -> Float:
     """Average 2 x 2 pixels of the last two dimensions."""
     of = pixels.astype(np.float32, copy=False)
-    means: Float = (of[..., ::2, ::2] + of[..., 1::2, ::2] + of[..., ::2, 1::2] + of[..., 1::2, 1::2]) * np.float32(0.25)
+    means: Float = (
+        of[..., ::2, ::2] + of[..., 1::2, ::2] + of[..., ::2, 1::2] + of[..., 1::2, 1::2]
+    ) * np.float32(0.25)
     return means

@@ -18,7 +18,9 @@ from minecube.simulate.sky import VISIBLE, UInt8, classify, sky_of
 
 Counts = npt.NDArray[np.int16]
 NATIVE_M = {b: 10 if b in ("B02", "B03", "B04", "B08") else 20 for b in BANDS}
-_NOISE = np.array([0.0022, 0.0022, 0.0024, 0.003, 0.003, 0.003, 0.0036, 0.0032, 0.0028, 0.0028], dtype=np.float32)
+_NOISE = np.array(
+    [0.0022, 0.0022, 0.0024, 0.003, 0.003, 0.003, 0.0036, 0.0032, 0.0028, 0.0028], dtype=np.float32
+)
 # Uncorrected aerosol in the first processing, added to the clean counts.
 _OLD_BIAS = np.array([170, 150, 140, 130, 120, 120, 120, 110, 110, 100], dtype=np.int16)
 
@@ -42,7 +44,9 @@ class Observation:
     elevation: float
 
 
-def observe(draw: Draw, grid: GeoBox, canvas: GeoBox, ground: Ground, overpass: Overpass) -> Observation:
+def observe(
+    draw: Draw, grid: GeoBox, canvas: GeoBox, ground: Ground, overpass: Overpass
+) -> Observation:
     """Simulate the acquisition of one overpass.
 
     Ground, sky and sensor noise are combined. Some dates are displaced by a fraction of a pixel.
@@ -67,11 +71,15 @@ def observe(draw: Draw, grid: GeoBox, canvas: GeoBox, ground: Ground, overpass: 
             clean = halved(clean)
         seen = sky.over(clean, band)
         moves = np.abs(seen - clean) > VISIBLE
-        contaminated |= moves if moves.shape == canvas.shape.yx else moves.repeat(2, axis=0).repeat(2, axis=1)
+        contaminated |= (
+            moves if moves.shape == canvas.shape.yx else moves.repeat(2, axis=0).repeat(2, axis=1)
+        )
         seen += _NOISE[band] * rng.standard_normal(seen.shape, dtype=np.float32)
         counts[name] = np.rint(np.clip(seen, -0.01, 1.6) * 10000).astype(np.int16)
     scl = classify(draw, ground, sky, overpass, clean_20)
-    seen_by = rasterio.features.rasterize([swath(canvas, grid, overpass)], half.shape, transform=half.transform, dtype=np.uint8)
+    seen_by = rasterio.features.rasterize(
+        [swath(canvas, grid, overpass)], half.shape, transform=half.transform, dtype=np.uint8
+    )
     return Observation(
         counts=counts,
         old_counts=_as_first_processed(counts) if overpass.day < OFFSET_DAY else {},
@@ -93,7 +101,9 @@ def _as_first_processed(counts: dict[str, Counts]) -> dict[str, Counts]:
         if NATIVE_M[band] == 10:
             made[band] = moved[:-1, :-1] + bias
         else:  # half a pixel of 20 m
-            quarters = moved[:-1, :-1].astype(np.int32) + moved[1:, :-1] + moved[:-1, 1:] + moved[1:, 1:]
+            quarters = (
+                moved[:-1, :-1].astype(np.int32) + moved[1:, :-1] + moved[:-1, 1:] + moved[1:, 1:]
+            )
             made[band] = (quarters // 4 + bias).astype(np.int16)
     return made
 

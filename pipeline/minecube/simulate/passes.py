@@ -106,7 +106,13 @@ class Warp:
 
 
 def overpasses(
-    draw: Draw, longitude: float, year: int, dates: int, winter: int, scl_errors: bool = False, shifts: bool = False
+    draw: Draw,
+    longitude: float,
+    year: int,
+    dates: int,
+    winter: int,
+    scl_errors: bool = False,
+    shifts: bool = False,
 ) -> list[Overpass]:
     """Simulate the acquisitions of a year, sorted by day.
 
@@ -123,7 +129,9 @@ def overpasses(
     made = []
     for number, (day, satellite, orbit) in enumerate(sorted(cover)):
         known_day, known_orbit = _KNOWN[satellite, orbit]
-        at = clearest.index((day, satellite, orbit)) if (day, satellite, orbit) in clearest else None
+        at = (
+            clearest.index((day, satellite, orbit)) if (day, satellite, orbit) in clearest else None
+        )
         sensed = datetime(day.year, day.month, day.day, 10, 30) - timedelta(hours=longitude / 15)
         made.append(
             Overpass(
@@ -187,11 +195,17 @@ def sun(day: date, latitude: float) -> tuple[float, float]:
 
     Declination after Cooper 1969.
     """
-    declination = math.radians(23.45) * math.sin(2 * math.pi * (284 + day.timetuple().tm_yday) / 365)
+    declination = math.radians(23.45) * math.sin(
+        2 * math.pi * (284 + day.timetuple().tm_yday) / 365
+    )
     hour, phi = math.radians(-22.5), math.radians(latitude)
-    up = math.sin(phi) * math.sin(declination) + math.cos(phi) * math.cos(declination) * math.cos(hour)
+    up = math.sin(phi) * math.sin(declination) + math.cos(phi) * math.cos(declination) * math.cos(
+        hour
+    )
     east = -math.cos(declination) * math.sin(hour)
-    north = math.sin(declination) * math.cos(phi) - math.cos(declination) * math.sin(phi) * math.cos(hour)
+    north = math.sin(declination) * math.cos(phi) - math.cos(declination) * math.sin(
+        phi
+    ) * math.cos(hour)
     return math.degrees(math.atan2(east, north)) % 360, math.degrees(math.asin(up))
 
 
@@ -208,7 +222,12 @@ def swath(canvas: GeoBox, grid: GeoBox, overpass: Overpass) -> Polygon:
     half = whole.span_y / 2
     far = whole.right + whole.span_x
     return Polygon(
-        [(middle + lean * half, whole.top), (far, whole.top), (far, whole.bottom), (middle - lean * half, whole.bottom)]
+        [
+            (middle + lean * half, whole.top),
+            (far, whole.top),
+            (far, whole.bottom),
+            (middle - lean * half, whole.bottom),
+        ]
     ).intersection(box(*whole.bbox))
 
 
@@ -225,11 +244,17 @@ def tiles_of(grid: GeoBox, canvas: GeoBox, taken: set[str]) -> list[Tile]:
             names.
     """
     site, whole = grid.extent.boundingbox, canvas.extent.boundingbox
-    west = _aligned(BoundingBox(whole.left, whole.bottom, site.left + 0.65 * site.span_x, whole.top, grid.crs))
-    east = _aligned(BoundingBox(site.right - 0.5 * site.span_x, whole.bottom, whole.right, whole.top, grid.crs))
+    west = _aligned(
+        BoundingBox(whole.left, whole.bottom, site.left + 0.65 * site.span_x, whole.top, grid.crs)
+    )
+    east = _aligned(
+        BoundingBox(site.right - 0.5 * site.span_x, whole.bottom, whole.right, whole.top, grid.crs)
+    )
     own = []
     for step, part in enumerate((west, east)):
-        cols = slice(round((part.left - whole.left) / PIXEL_M), round((part.right - whole.left) / PIXEL_M))
+        cols = slice(
+            round((part.left - whole.left) / PIXEL_M), round((part.right - whole.left) / PIXEL_M)
+        )
         name = _name(canvas, step, taken)
         own.append(Tile(name=name, box=canvas[:, cols], area=box(*part.bbox), cols=cols))
     return [*own, _neighbour(grid, canvas, taken)]
@@ -252,9 +277,17 @@ def _neighbour(grid: GeoBox, canvas: GeoBox, taken: set[str]) -> Tile:
     area = Polygon([there.transform(*c) for c in corners])
     bounds = _aligned(BoundingBox.from_xy(area.bounds[::2], area.bounds[1::2], crs))
     shape = (round(bounds.span_y / PIXEL_M), round(bounds.span_x / PIXEL_M))
-    tile = GeoBox(shape, grid.transform.translation(bounds.left, bounds.top) * grid.transform.scale(PIXEL_M, -PIXEL_M), crs)
+    tile = GeoBox(
+        shape,
+        grid.transform.translation(bounds.left, bounds.top)
+        * grid.transform.scale(PIXEL_M, -PIXEL_M),
+        crs,
+    )
     warp = Warp(
-        from_canvas={size: positions(at_resolution(tile, size), at_resolution(canvas, size)) for size in (PIXEL_M, SCL_M)},
+        from_canvas={
+            size: positions(at_resolution(tile, size), at_resolution(canvas, size))
+            for size in (PIXEL_M, SCL_M)
+        },
         to_site=positions(grid, at_resolution(tile, SCL_M)),
     )
     name = _name(tile, 0, taken)

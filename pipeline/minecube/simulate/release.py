@@ -43,21 +43,32 @@ def write_release(
         (site, year) -> label, uint8 [y, x], 0 or 255.
     """
     masks: Masks = {}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1) as archive:
+    with zipfile.ZipFile(
+        path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1
+    ) as archive:
         for number, (site, (west, north)) in enumerate(sites.items()):
             rng = np.random.default_rng(number)
-            place = {"crs": "EPSG:4326", "transform": Affine(PIXEL_DEG, 0, west, 0, -PIXEL_DEG, north)}
+            place = {
+                "crs": "EPSG:4326",
+                "transform": Affine(PIXEL_DEG, 0, west, 0, -PIXEL_DEG, north),
+            }
             ground = ndimage.gaussian_filter(rng.standard_normal(shape), 12)
             ground = (ground - ground.mean()) / ground.std()
             noise = rng.standard_normal((len(MEAN), *shape), dtype=np.float32)
             for step, year in enumerate(years):
                 # A pit, larger every year.
-                masks[site, year] = np.where(ground > np.quantile(ground, 0.95 - 0.003 * step), np.uint8(255), np.uint8(0))
+                masks[site, year] = np.where(
+                    ground > np.quantile(ground, 0.95 - 0.003 * step), np.uint8(255), np.uint8(0)
+                )
                 spread = np.array(SPREAD)[:, None, None]
-                image = np.array(MEAN)[:, None, None] + spread * (0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1))
+                image = np.array(MEAN)[:, None, None] + spread * (
+                    0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1)
+                )
                 image = np.maximum(image, 1).astype(np.int16)
                 archive.writestr(f"EuroMineNet/{site}/image/Year{year}.tif", tiff(image, **place))
-                archive.writestr(f"EuroMineNet/{site}/label/Year{year}.tif", tiff(masks[site, year][None]))
+                archive.writestr(
+                    f"EuroMineNet/{site}/label/Year{year}.tif", tiff(masks[site, year][None])
+                )
     return masks
 
 

@@ -55,20 +55,30 @@ class Sky:
 
         def at(layer: Float) -> Float:
             # Clouds are soft enough for repeated pixels.
-            return layer if layer.shape == clean.shape else layer.repeat(2, axis=0).repeat(2, axis=1)
+            return (
+                layer if layer.shape == clean.shape else layer.repeat(2, axis=0).repeat(2, axis=1)
+            )
 
         cloud = MATERIAL["cloud"][band]
-        seen: Float = clean + at(self.snow) * (MATERIAL["snow"][band] - clean) if self.snow.any() else clean.copy()
+        seen: Float = (
+            clean + at(self.snow) * (MATERIAL["snow"][band] - clean)
+            if self.snow.any()
+            else clean.copy()
+        )
         seen *= 1 - _SHADE[band] * at(self.shadow)
         if self.veil.any():
             seen += _SCATTER[band] * at(self.veil) * (cloud - seen)
         if self.cirrus.any():
-            seen += _ICE[band] * at(np.roll(self.cirrus, _PARALLAX_PX[band], axis=0)) * (cloud - seen)
+            seen += (
+                _ICE[band] * at(np.roll(self.cirrus, _PARALLAX_PX[band], axis=0)) * (cloud - seen)
+            )
         seen += at(self.cloud) * (cloud * at(self.white) - seen)
         return seen
 
 
-def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: float, elevation: float) -> Sky:
+def sky_of(
+    draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: float, elevation: float
+) -> Sky:
     """Simulate the sky over a canvas of `shape` 20 m pixels on one date.
 
     Azimuth and elevation are those of the sun, in degrees.
@@ -88,9 +98,13 @@ def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: floa
 
     # The shadow lies opposite the sun; its distance grows with cloud height.
     reach = rng.uniform(500, 1500) / math.tan(math.radians(max(elevation, 15))) / SCL_M
-    down, right = (round(reach * f(math.radians(azimuth))) for f in (math.cos, lambda a: -math.sin(a)))
+    down, right = (
+        round(reach * f(math.radians(azimuth))) for f in (math.cos, lambda a: -math.sin(a))
+    )
     down, right = (int(np.clip(v, -m, m)) for v in (down, right))
-    shadow = ndimage.gaussian_filter(dense, 0.8)[m - down : m - down + shape[0], m - right : m - right + shape[1]]
+    shadow = ndimage.gaussian_filter(dense, 0.8)[
+        m - down : m - down + shape[0], m - right : m - right + shape[1]
+    ]
 
     thin = fractal(rng, shape, 120, slope=3.6)
     strength = rng.uniform(0.10, 0.30) * (rng.random() < 0.4) * (overpass.cover > 0.02)
@@ -101,7 +115,9 @@ def sky_of(draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: floa
         veil=np.clip(strength * (thin + 0.3), 0, 0.4).astype(np.float32),
         shadow=shadow * (1 - cloud[inner]),
         snow=np.clip(snow, 0, 0.97).astype(np.float32),
-        cirrus=_cirrus(draw("cirrus", overpass.day), shape) if overpass.unseen_cirrus else np.zeros(shape, np.float32),
+        cirrus=_cirrus(draw("cirrus", overpass.day), shape)
+        if overpass.unseen_cirrus
+        else np.zeros(shape, np.float32),
         veil_missed=bool(rng.random() < 0.25),
     )
 
@@ -114,7 +130,9 @@ def _cirrus(rng: np.random.Generator, shape: tuple[int, int]) -> Float:
     return opacity
 
 
-def classify(draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: dict[str, Float]) -> UInt8:
+def classify(
+    draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: dict[str, Float]
+) -> UInt8:
     """Imitate Sen2Cor's scene classification of one date, including its errors.
 
     It misses the halo of clouds and, on some dates, thin cloud. It classifies dazzling mine ground

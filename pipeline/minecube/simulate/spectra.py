@@ -86,7 +86,9 @@ KINDS = {
     "coal": Kind("coal", texture=0.12, varies=0.12),
     "rock": Kind("rock", texture=0.09, varies=0.10),
     "dump": Kind("dump", texture=0.08, varies=0.10),
-    "pioneers": Kind("dump", "grass", "hay", evergreen=0.25, up=100, down=275, residue=0.5, texture=0.10),
+    "pioneers": Kind(
+        "dump", "grass", "hay", evergreen=0.25, up=100, down=275, residue=0.5, texture=0.10
+    ),
     "kaolin": Kind("kaolin", texture=0.04, varies=0.04),
     "gravel": Kind("sand", texture=0.05),
 }
@@ -104,15 +106,21 @@ class Patches:
         rows = [KINDS[k] for k in kinds]
         n = len(rows)
         tint = (
-            1 + np.array([r.varies for r in rows])[:, None] * rng.standard_normal((n, 1)) + 0.02 * rng.standard_normal((n, 10))
+            1
+            + np.array([r.varies for r in rows])[:, None] * rng.standard_normal((n, 1))
+            + 0.02 * rng.standard_normal((n, 10))
         )
         shift = np.array([r.jitter for r in rows]) * rng.standard_normal(n)
         self._tint = np.clip(tint, 0.6, 1.5).astype(np.float32)
         self._bare, self._leaf, self._dead = (
             np.stack([MATERIAL[getattr(r, f)] for r in rows]) for f in ("bare", "leaf", "dead")
         )
-        self._evergreen = np.clip(np.array([r.evergreen for r in rows]) * (1 + 0.08 * rng.standard_normal(n)), 0, 1)
-        self._up, self._down = (np.array([getattr(r, f) for r in rows]) + shift for f in ("up", "down"))
+        self._evergreen = np.clip(
+            np.array([r.evergreen for r in rows]) * (1 + 0.08 * rng.standard_normal(n)), 0, 1
+        )
+        self._up, self._down = (
+            np.array([getattr(r, f) for r in rows]) + shift for f in ("up", "down")
+        )
         self._residue = np.array([r.residue for r in rows])
         self.texture = np.array([r.texture for r in rows], dtype=np.float32)
 
@@ -122,7 +130,11 @@ class Patches:
         gone = _logistic((day_of_year - self._down) / 6)
         leaf = self._evergreen + (1 - self._evergreen) * grown * (1 - gone)
         dead = (1 - leaf) * gone * self._residue
-        mix = leaf[:, None] * self._leaf + dead[:, None] * self._dead + (1 - leaf - dead)[:, None] * self._bare
+        mix = (
+            leaf[:, None] * self._leaf
+            + dead[:, None] * self._dead
+            + (1 - leaf - dead)[:, None] * self._bare
+        )
         spectra: npt.NDArray[np.float32] = (mix * self._tint).astype(np.float32)
         return spectra
 

@@ -27,7 +27,9 @@ SKY = ("not observed", "clear", "contaminated")
 """Meanings of the values of the `sky` layer."""
 
 
-def reflectance_of(ground: Ground, passes: Sequence[Overpass], inside: tuple[slice, slice]) -> npt.NDArray[np.uint16]:
+def reflectance_of(
+    ground: Ground, passes: Sequence[Overpass], inside: tuple[slice, slice]
+) -> npt.NDArray[np.uint16]:
     """Compute the year's clean reflectance as the median over the April to October dates.
 
     It simulates a noise-free sensor and a clear sky. Bands of 20 m are averaged over their own
@@ -56,11 +58,15 @@ def reflectance_of(ground: Ground, passes: Sequence[Overpass], inside: tuple[sli
 
 def footprint_of(mine: Mine, grid: GeoBox) -> UInt8:
     """Rasterise the mine: uint8 [y, x], 1 if the pixel's centre lies in it."""
-    burnt: UInt8 = rasterio.features.rasterize([mine.footprint], grid.shape, transform=grid.transform, dtype=np.uint8)
+    burnt: UInt8 = rasterio.features.rasterize(
+        [mine.footprint], grid.shape, transform=grid.transform, dtype=np.uint8
+    )
     return burnt
 
 
-def sky_seen(seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox) -> UInt8:
+def sky_seen(
+    seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox
+) -> UInt8:
     """Classify the site's pixels on one date: uint8 [y, x], index into `SKY`."""
     inside = window(grid, canvas)
     covered: Bool = np.zeros(grid.shape, dtype=np.bool_)
@@ -95,7 +101,11 @@ def write_year(
     reflectance, footprint = layers
     of_year = xr.Dataset(
         {
-            "reflectance": (("year", "band", "y", "x"), reflectance[None], {"scale": 1e-4, "nodata": 0}),
+            "reflectance": (
+                ("year", "band", "y", "x"),
+                reflectance[None],
+                {"scale": 1e-4, "nodata": 0},
+            ),
             "footprint": (("year", "y", "x"), footprint[None], {"meaning": "1 mine, 0 not"}),
         },
         coords={"year": [year], "band": np.asarray(BANDS, dtype=object), **place},
@@ -112,4 +122,11 @@ def write_year(
     )
     first = not (store / site).exists()
     for data, dim in ((of_year, "year"), (of_dates, "time")):
-        data.to_zarr(store, group=site, mode="a", append_dim=None if first else dim, zarr_format=3, consolidated=False)
+        data.to_zarr(
+            store,
+            group=site,
+            mode="a",
+            append_dim=None if first else dim,
+            zarr_format=3,
+            consolidated=False,
+        )

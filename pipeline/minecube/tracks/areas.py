@@ -31,7 +31,9 @@ def threshold(probability: xr.DataArray) -> xr.DataArray:
     The footprint is uint8: 1 from one half on, 0 below, 255 unknown.
     """
     footprint = (probability >= HALF).astype(np.uint8).where(probability != UNKNOWN, UNKNOWN)
-    return footprint.rename("footprint").assign_attrs(long_name="mine footprint", nodata=int(UNKNOWN))
+    return footprint.rename("footprint").assign_attrs(
+        long_name="mine footprint", nodata=int(UNKNOWN)
+    )
 
 
 def onset(footprint: xr.DataArray) -> xr.DataArray:
@@ -43,7 +45,10 @@ def onset(footprint: xr.DataArray) -> xr.DataArray:
     never = np.iinfo(np.uint16).max
     first = years.where(footprint == MINE, never).min("year")
     return (
-        first.where(first < never, 0).astype(np.uint16).rename("onset").assign_attrs(long_name="first year as a mine", nodata=0)
+        first.where(first < never, 0)
+        .astype(np.uint16)
+        .rename("onset")
+        .assign_attrs(long_name="first year as a mine", nodata=0)
     )
 
 
@@ -63,7 +68,11 @@ def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
             do not ascend.
     """
     years = footprint["year"].to_numpy().tolist() if "year" in footprint.coords else []
-    if footprint.dims != ("year", "y", "x") or footprint.shape[1:] != tuple(grid.shape) or years != sorted(set(years)):
+    if (
+        footprint.dims != ("year", "y", "x")
+        or footprint.shape[1:] != tuple(grid.shape)
+        or years != sorted(set(years))
+    ):
         raise LabelError(
             f"expected a footprint (year, y, x) of {grid.shape[0]} x {grid.shape[1]} pixels with ascending years, found "
             f"{dict(footprint.sizes)} with years {years}; areas of another grid, or gains back in time, would be wrong"
@@ -73,7 +82,9 @@ def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
     rows = []
     for year in years:
         now = footprint.sel(year=year).to_numpy()
-        gain, loss = (_sum((last == a) & (now == b), worth) for a, b in ((NOT_MINE, MINE), (MINE, NOT_MINE)))
+        gain, loss = (
+            _sum((last == a) & (now == b), worth) for a, b in ((NOT_MINE, MINE), (MINE, NOT_MINE))
+        )
         rows.append((year, _sum(now == MINE, worth), gain, loss, _sum(now == UNKNOWN, worth)))
         last = np.where(now == UNKNOWN, last, now)
     table = pd.DataFrame(rows, columns=["year", "area_m2", "gain_m2", "loss_m2", "unknown_m2"])
@@ -100,8 +111,12 @@ def _pixel_m2(grid: GeoBox) -> NDArray[np.float64]:
     move = Transformer.from_crs(str(grid.crs), equal_area_crs(grid), always_xy=True)
     x, y = move.transform(*np.meshgrid(left + size_x * columns, top + size_y * rows))
     corners = np.stack([x, y], axis=-1)
-    rings = np.stack([corners[:-1, :-1], corners[:-1, 1:], corners[1:, 1:], corners[1:, :-1]], axis=2)
-    found: NDArray[np.float64] = shapely.area(shapely.polygons(rings)) / np.outer(np.diff(rows), np.diff(columns))
+    rings = np.stack(
+        [corners[:-1, :-1], corners[:-1, 1:], corners[1:, 1:], corners[1:, :-1]], axis=2
+    )
+    found: NDArray[np.float64] = shapely.area(shapely.polygons(rings)) / np.outer(
+        np.diff(rows), np.diff(columns)
+    )
     return found
 
 

@@ -77,7 +77,10 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
         kind[mine & (last == UNKNOWN)] |= KINDS["there_at_first"]
         again = opened & (onset > 0)
         # A pixel opened again has not closed for good.
-        kind[again] = kind[again] & ~np.uint8(KINDS["closed_abruptly"] | KINDS["closed_gradually"]) | KINDS["opened_again"]
+        kind[again] = (
+            kind[again] & ~np.uint8(KINDS["closed_abruptly"] | KINDS["closed_gradually"])
+            | KINDS["opened_again"]
+        )
         _mark(kind, opened & ~again, (sure < LOW) & (p > HIGH), "opened")
         _mark(kind, closed, (sure > HIGH) & (p < LOW), "closed")
         flips += opened | closed
@@ -93,15 +96,33 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
         {
             "onset": (("y", "x"), onset, {"long_name": "first year as a mine", "nodata": 0}),
             "end": (("y", "x"), end, {"long_name": "last year as a mine", "nodata": 0}),
-            "reclaimed": (("y", "x"), reclaimed, {"long_name": "was a mine and is background", "nodata": int(UNKNOWN)}),
-            "kind": (("y", "x"), kind, {"long_name": "how it opened and closed", "nodata": int(UNKNOWN), **flags}),
-            "flips": (("y", "x"), flips, {"long_name": "changes from year to year", "nodata": int(UNKNOWN)}),
+            "reclaimed": (
+                ("y", "x"),
+                reclaimed,
+                {"long_name": "was a mine and is background", "nodata": int(UNKNOWN)},
+            ),
+            "kind": (
+                ("y", "x"),
+                kind,
+                {"long_name": "how it opened and closed", "nodata": int(UNKNOWN), **flags},
+            ),
+            "flips": (
+                ("y", "x"),
+                flips,
+                {"long_name": "changes from year to year", "nodata": int(UNKNOWN)},
+            ),
         },
-        coords={name: value for name, value in footprint.coords.items() if "year" not in (name, *value.dims)},
+        coords={
+            name: value
+            for name, value in footprint.coords.items()
+            if "year" not in (name, *value.dims)
+        },
     )
 
 
-def _mark(kind: NDArray[np.uint8], where: NDArray[np.bool_], abrupt: NDArray[np.bool_], what: str) -> None:
+def _mark(
+    kind: NDArray[np.uint8], where: NDArray[np.bool_], abrupt: NDArray[np.bool_], what: str
+) -> None:
     kind[where & abrupt] |= KINDS[f"{what}_abruptly"]
     kind[where & ~abrupt] |= KINDS[f"{what}_gradually"]
 
@@ -159,7 +180,9 @@ def expansion(areas: pd.DataFrame) -> Expansion:
     growth = float(np.polyfit(years - years[0], area, 1)[0]) if len(years) > 1 else math.nan
     gain = np.nan_to_num(areas["gain_m2"].to_numpy())
     if gain.sum() <= GAIN_SHARE * area.max():
-        return Expansion(opened=opened, growth_m2_per_year=growth, kind="none", largest_year=0, largest_share=0.0)
+        return Expansion(
+            opened=opened, growth_m2_per_year=growth, kind="none", largest_year=0, largest_share=0.0
+        )
     yearly = gain / np.diff(years, prepend=years[0] - 1) / gain.sum()
     largest = int(np.argmax(yearly))
     return Expansion(

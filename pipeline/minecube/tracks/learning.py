@@ -67,7 +67,9 @@ class Expected:
     log_likelihood: float = 0
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
+        return type(self)(
+            **{name: getattr(self, name) + getattr(other, name) for name in vars(self)}
+        )
 
     def rates(self, before: Rates) -> Rates:
         """Compute the likeliest rates and initial share for these counts.
@@ -76,12 +78,19 @@ class Expected:
         """
         opening, closing = (
             min(max(some / whole if whole else LEAST, LEAST), MOST)
-            for some, whole in ((self.opened, self.opened + self.stayed_closed), (self.closed, self.closed + self.stayed_open))
+            for some, whole in (
+                (self.opened, self.opened + self.stayed_closed),
+                (self.closed, self.closed + self.stayed_open),
+            )
         )
-        return replace(before, opening=opening, closing=closing, initial=_share(self.first, self.pixels))
+        return replace(
+            before, opening=opening, closing=closing, initial=_share(self.first, self.pixels)
+        )
 
 
-def learn_rates(probabilities: Iterable[xr.DataArray], *, prior: float | None = None, temper: float = TEMPER) -> Rates:
+def learn_rates(
+    probabilities: Iterable[xr.DataArray], *, prior: float | None = None, temper: float = TEMPER
+) -> Rates:
     """Learn the likeliest rates for these maps, from the maps alone.
 
     The same share of pixels is drawn from each map, about 65 thousand in all. The same maps give
@@ -103,13 +112,19 @@ def learn_rates(probabilities: Iterable[xr.DataArray], *, prior: float | None = 
     return rates
 
 
-def rates_given(probabilities: Iterable[xr.DataArray], opening: float, closing: float, *, temper: float = TEMPER) -> Rates:
+def rates_given(
+    probabilities: Iterable[xr.DataArray], opening: float, closing: float, *, temper: float = TEMPER
+) -> Rates:
     """Make rates of these two, with the maps' mean as initial share and prior.
 
     Raises:
         LabelError: As for `learn_rates`, or the rates are out of bounds.
     """
-    return replace(_under_own_prior(sampled(list(probabilities)), temper=temper), opening=opening, closing=closing)
+    return replace(
+        _under_own_prior(sampled(list(probabilities)), temper=temper),
+        opening=opening,
+        closing=closing,
+    )
 
 
 def _under_own_prior(series: Sequence[Series], temper: float) -> Rates:
@@ -134,7 +149,10 @@ def maximise(series: Sequence[Series], start: Rates) -> tuple[Rates, list[float]
 
 
 def _settled(before: Rates, after: Rates, close: float) -> bool:
-    return all(math.isclose(getattr(before, n), getattr(after, n), rel_tol=close) for n in ("opening", "closing"))
+    return all(
+        math.isclose(getattr(before, n), getattr(after, n), rel_tol=close)
+        for n in ("opening", "closing")
+    )
 
 
 def mean_probability(series: Sequence[Series], least: float = LEAST_SHARE) -> float:
@@ -142,7 +160,10 @@ def mean_probability(series: Sequence[Series], least: float = LEAST_SHARE) -> fl
     total = known = 0.0
     for s in series:
         there = s.values != UNKNOWN
-        total += float((np.where(there, s.values, 0).sum(axis=0, dtype=np.float64) * s.weights).sum()) / SCALE
+        total += (
+            float((np.where(there, s.values, 0).sum(axis=0, dtype=np.float64) * s.weights).sum())
+            / SCALE
+        )
         known += float((there.sum(axis=0) * s.weights).sum())
     return _share(total, known, least)
 
@@ -156,14 +177,18 @@ def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
         LabelError: As for `learn_rates`.
     """
     if not sum(p.size for p in probabilities):
-        raise LabelError("there is no map to learn rates from; name sites that a model has mapped, or give rates")
+        raise LabelError(
+            "there is no map to learn rates from; name sites that a model has mapped, or give rates"
+        )
     step = -(-sum(p.sizes["y"] * p.sizes["x"] for p in probabilities) // _SAMPLE_PX)
     found = []
     for probability in probabilities:
         years = checked_years(probability)
         values = probability.to_numpy().reshape(len(years), -1)
         # Random: every n-th pixel is in the same few columns if n and the width share a factor.
-        chosen = np.random.default_rng(0).choice(values.shape[1], -(-values.shape[1] // step), replace=False, shuffle=False)
+        chosen = np.random.default_rng(0).choice(
+            values.shape[1], -(-values.shape[1] // step), replace=False, shuffle=False
+        )
         values = values[:, chosen]
         need_stored(bool(((values > SCALE) & (values < UNKNOWN)).any()))
         values = values[:, (values != UNKNOWN).any(axis=0)]
@@ -192,7 +217,9 @@ def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
     years = checked_years(footprint)
     values = footprint.to_numpy()
     if ((values > MINE) & (values != UNKNOWN)).any():
-        raise LabelError(f"the labels hold values other than 0, 1 and {UNKNOWN} (unknown); give footprints, not probabilities")
+        raise LabelError(
+            f"the labels hold values other than 0, 1 and {UNKNOWN} (unknown); give footprints, not probabilities"
+        )
     counts: Counter[tuple[int, int, int]] = Counter()
     for i, j in combinations(range(len(years)), 2):
         # Known in both years and in none between: steps over a known year would count twice.
@@ -201,7 +228,9 @@ def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
             continue
         for a in (NOT_MINE, MINE):
             for b in (NOT_MINE, MINE):
-                counts[int(a), int(b), years[j] - years[i]] += int(((values[i] == a) & (values[j] == b) & adjacent).sum())
+                counts[int(a), int(b), years[j] - years[i]] += int(
+                    ((values[i] == a) & (values[j] == b) & adjacent).sum()
+                )
     return +counts
 
 
@@ -230,7 +259,11 @@ def rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float = TEM
             "no pixel of these labels is known in two years, so they tell no rates; label more years, or give rates"
         )
     start = Rates(
-        opening=0.01, closing=0.01, initial=_share(mine, known), prior=_share(mine, known, LEAST_PRIOR), temper=temper
+        opening=0.01,
+        closing=0.01,
+        initial=_share(mine, known),
+        prior=_share(mine, known, LEAST_PRIOR),
+        temper=temper,
     )
     return rates_of_steps(steps, start)
 
@@ -272,7 +305,9 @@ def expected(likely: Float64, weights: Float64, rates: Rates) -> Expected:
     sums = np.zeros(4)
     for t in range(len(likely) - 1, 0, -1):
         ahead = likely[t] * back
-        pairs = np.stack([np.full_like(ahead, a00), a01 * ahead, a10 * odds[t - 1], a11 * odds[t - 1] * ahead])
+        pairs = np.stack(
+            [np.full_like(ahead, a00), a01 * ahead, a10 * odds[t - 1], a11 * odds[t - 1] * ahead]
+        )
         sums += (pairs / pairs.sum(axis=0)) @ weights
         back = (a10 + a11 * ahead) / (a00 + a01 * ahead)
     first = odds[0] * back

@@ -81,7 +81,9 @@ class Rates:
                     "beyond these no year could speak against it, or a stored 0, anything below 1/500, would speak for a mine"
                 )
         if not 0 < self.temper <= 1:
-            raise LabelError(f"temper is {self.temper}; expected more than 0, which would believe no year, and at most 1")
+            raise LabelError(
+                f"temper is {self.temper}; expected more than 0, which would believe no year, and at most 1"
+            )
 
     def over(self, years: int) -> tuple[float, float, float, float]:
         """Return the transition probabilities a_00, a_01, a_10, a_11 over this number of years.
@@ -128,11 +130,15 @@ def smooth(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None
     return (
         _applied(probability, rates, kernel or posterior)
         .rename("probability")
-        .assign_attrs(long_name="mine probability x 250, smoothed through time", nodata=int(UNKNOWN))
+        .assign_attrs(
+            long_name="mine probability x 250, smoothed through time", nodata=int(UNKNOWN)
+        )
     )
 
 
-def likeliest(probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None) -> xr.DataArray:
+def likeliest(
+    probability: xr.DataArray, rates: Rates, kernel: Kernel | None = None
+) -> xr.DataArray:
     """Compute the footprint (year, y, x) of each pixel's likeliest path through all years.
 
     The footprint is uint8: 1 mine, 0 not, 255 never known. The path is consistent over the years.
@@ -160,7 +166,12 @@ def checked_years(probability: xr.DataArray) -> list[int]:
         LabelError: The array is neither.
     """
     years = [int(y) for y in probability["year"].to_numpy()] if "year" in probability.coords else []
-    if probability.dims != ("year", "y", "x") or probability.dtype != np.uint8 or not years or years != sorted(set(years)):
+    if (
+        probability.dims != ("year", "y", "x")
+        or probability.dtype != np.uint8
+        or not years
+        or years != sorted(set(years))
+    ):
         raise LabelError(
             f"expected (year, y, x) in uint8 with ascending years, a probability x {SCALE} or a footprint; found "
             f"{dict(probability.sizes)} in {probability.dtype} with years {years}: steps through time would be of other years"
@@ -183,7 +194,10 @@ def viterbi(values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
 
 def steps_of(years: Sequence[int], rates: Rates) -> list[tuple[np.float32, ...]]:
     """List the transition probabilities a_00, a_01, a_10, a_11 of successive years, in float32."""
-    return [tuple(np.float32(a) for a in rates.over(after - before)) for before, after in pairwise(years)]
+    return [
+        tuple(np.float32(a) for a in rates.over(after - before))
+        for before, after in pairwise(years)
+    ]
 
 
 def initial_odds(rates: Rates) -> np.float32:
@@ -220,7 +234,9 @@ def _in_blocks(block: _Block, values: UInt8, years: Sequence[int], rates: Rates)
     return out
 
 
-def _posterior(values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]], start: np.float32) -> UInt8:
+def _posterior(
+    values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]], start: np.float32
+) -> UInt8:
     likely = table[values]
     odds = np.empty_like(likely)
     np.multiply(likely[0], start, out=odds[0])
@@ -236,13 +252,17 @@ def _posterior(values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]
     return np.rint(SCALE - SCALE / (odds + 1)).astype(np.uint8)
 
 
-def _viterbi(values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]], start: np.float32) -> UInt8:
+def _viterbi(
+    values: UInt8, table: Float32, steps: list[tuple[np.float32, ...]], start: np.float32
+) -> UInt8:
     likely = table[values]
     odds = np.empty_like(likely)
     np.multiply(likely[0], start, out=odds[0])
     for t, (a00, a01, a10, a11) in enumerate(steps, 1):
         before = odds[t - 1]
-        np.multiply(likely[t], np.maximum(before * a11, a01) / np.maximum(before * a10, a00), out=odds[t])
+        np.multiply(
+            likely[t], np.maximum(before * a11, a01) / np.maximum(before * a10, a00), out=odds[t]
+        )
     path = np.empty_like(values)
     state = odds[-1] >= 1
     path[-1] = state

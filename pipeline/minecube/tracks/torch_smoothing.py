@@ -14,7 +14,15 @@ from torch import Tensor
 
 from minecube.device import device_of
 from minecube.tracks.areas import UNKNOWN
-from minecube.tracks.smoothing import SCALE, Rates, UInt8, evidence, initial_odds, need_stored, steps_of
+from minecube.tracks.smoothing import (
+    SCALE,
+    Rates,
+    UInt8,
+    evidence,
+    initial_odds,
+    need_stored,
+    steps_of,
+)
 
 STRIP_VALUES = 2**26
 """Values on the device at a time, at most 20 bytes each."""
@@ -42,7 +50,11 @@ class TorchSmoothing:
         return self._in_strips(_viterbi, values, years, rates)
 
     def _in_strips(
-        self, strip: Callable[[Tensor, list[list[float]], float], Tensor], values: UInt8, years: Sequence[int], rates: Rates
+        self,
+        strip: Callable[[Tensor, list[list[float]], float], Tensor],
+        values: UInt8,
+        years: Sequence[int],
+        rates: Rates,
     ) -> UInt8:
         table = torch.from_numpy(evidence(rates)).to(self.device)
         # float of a float32 is exact, and a float32 tensor takes scalars as float32 again.

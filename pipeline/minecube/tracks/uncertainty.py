@@ -88,7 +88,10 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
 
     def changes() -> Iterator[NDArray[np.float32]]:
         """Yield the change of each year, 0 for unknown pixels."""
-        return (np.where(k, b.astype(np.float32) - a, np.float32(0)) for b, a, k in zip(before, after, known, strict=True))
+        return (
+            np.where(k, b.astype(np.float32) - a, np.float32(0))
+            for b, a, k in zip(before, after, known, strict=True)
+        )
 
     mean = sum(changes(), np.float32(0)) / np.maximum(known.sum(axis=0), 1).astype(np.float32)
     for change, there in zip(changes(), known & unsettled, strict=True):
@@ -97,7 +100,12 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
         for n, lag in enumerate(lags):
             for one, other, here, beside in (
                 (error[lag:], error[: len(error) - lag], active[lag:], active[: len(error) - lag]),
-                (error[:, lag:], error[:, : error.shape[1] - lag], active[:, lag:], active[:, : error.shape[1] - lag]),
+                (
+                    error[:, lag:],
+                    error[:, : error.shape[1] - lag],
+                    active[:, lag:],
+                    active[:, : error.shape[1] - lag],
+                ),
             ):
                 own[n] += np.vdot(one, other)
                 pairs[n] += np.vdot(here, beside)
@@ -132,7 +140,9 @@ def expected_areas(
     """
     years = _checked_pair(raw, smoothed)
     if smoothed.shape[1:] != tuple(grid.shape):
-        raise LabelError(f"the maps are {smoothed.shape[1:]} pixels, their grid {tuple(grid.shape)}; areas would be wrong")
+        raise LabelError(
+            f"the maps are {smoothed.shape[1:]} pixels, their grid {tuple(grid.shape)}; areas would be wrong"
+        )
     correlation = correlation or error_correlation(raw, smoothed)
     worth, kernel = pixel_areas(grid), _kernel(correlation)
     found = []
@@ -143,11 +153,21 @@ def expected_areas(
         near = scipy.signal.oaconvolve(spread, kernel, mode="same")
         variance = float(np.vdot(near, spread)) + correlation.common * float(spread.sum()) ** 2
         moved = float((np.where(seen, yearly / SCALE - p, 0) * worth).sum())
-        found.append((float((p * worth).sum()), max(variance, 0), moved, float(worth[known].sum()), float(seen.any())))
+        found.append(
+            (
+                float((p * worth).sum()),
+                max(variance, 0),
+                moved,
+                float(worth[known].sum()),
+                float(seen.any()),
+            )
+        )
     area, variances, moves, most, there = np.array(found).T
     sd = np.sqrt(variances + (moves.sum() / max(there.sum(), 1)) ** 2)
     low, high = np.maximum(area - NORMAL_95 * sd, 0), np.minimum(area + NORMAL_95 * sd, most)
-    return pd.DataFrame({"year": years, "expected_m2": area, "sd_m2": sd, "low_m2": low, "high_m2": high})
+    return pd.DataFrame(
+        {"year": years, "expected_m2": area, "sd_m2": sd, "low_m2": low, "high_m2": high}
+    )
 
 
 def _checked_pair(raw: xr.DataArray, smoothed: xr.DataArray) -> list[int]:

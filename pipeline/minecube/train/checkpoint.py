@@ -94,5 +94,8 @@ def write_log(path: Path, history: Sequence[Epoch]) -> None:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(f.name for f in dataclasses.fields(Epoch))
-    rows.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in dataclasses.astuple(epoch)] for epoch in history)
+    rows.writerows(
+        [f"{v:.6g}" if isinstance(v, float) else v for v in dataclasses.astuple(epoch)]
+        for epoch in history
+    )
     write_whole(path, text.getvalue().encode())

@@ -70,7 +70,9 @@ class _State:
     ended: bool = False
 
 
-def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings, run: Run = Run()) -> Fitted:
+def fit(
+    card: ModelCard, train: Source, valid: Source | None, settings: Settings, run: Run = Run()
+) -> Fitted:
     """Train the card's network on all labelled and observed pixels of `train`.
 
     The same cubes, settings, seed and number of threads give the same network. Interruptions and
@@ -99,26 +101,42 @@ def fit(card: ModelCard, train: Source, valid: Source | None, settings: Settings
     windows = Windows(train, card, settings, surveyed, run.seed)
     tiles = None
     if valid is not None:
-        tiles = Tiles(valid, card, settings, survey(valid, card, settings), surveyed.mean, surveyed.std)
+        tiles = Tiles(
+            valid, card, settings, survey(valid, card, settings), surveyed.mean, surveyed.std
+        )
     asked = _asked(card, settings, run, windows, tiles)
     before = _resumed(run, asked)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(run.seed)
         network = build(card).to(place)
         _try(network, windows)
-        state = _begun(network, settings, settings.epochs * steps_of(len(windows), settings, _share()[1]))
+        state = _begun(
+            network, settings, settings.epochs * steps_of(len(windows), settings, _share()[1])
+        )
         if before:
             _restore(state, before)
         if not state.ended:
             _train(state, windows, tiles, run, asked)
-    weights = {name: value.cpu() for name, value in (state.best_weights or state.network.state_dict()).items()}
+    weights = {
+        name: value.cpu()
+        for name, value in (state.best_weights or state.network.state_dict()).items()
+    }
     network = state.network.cpu()
     network.load_state_dict(weights)
     best, sites = state.history[state.best], tuple(sorted(map(str, train.sites)))
-    how = {name: asked[name] for name in ("settings", "seed", "validation sites")} | {"epoch": int(best.epoch)}
+    how = {name: asked[name] for name in ("settings", "seed", "validation sites")} | {
+        "epoch": int(best.epoch)
+    }
     if valid is not None:
         how |= {"validation F1": float(best.f1), "validation IoU": float(best.iou)}
-    trained = Trained(card=card, network=network.eval(), mean=surveyed.mean, std=surveyed.std, sites=sites, training=how)
+    trained = Trained(
+        card=card,
+        network=network.eval(),
+        mean=surveyed.mean,
+        std=surveyed.std,
+        sites=sites,
+        training=how,
+    )
     return Fitted(trained=trained, best=best, history=tuple(state.history))
 
 
@@ -147,7 +165,9 @@ def _check(card: ModelCard, settings: Settings, train: Source, valid: Source | N
 def _try(network: nn.Module, windows: Windows) -> None:
     """Check the network's input and output on windows of its card's task."""
     card, view, side = windows.card, windows.survey.views[0][1], windows.size
-    given = torch.zeros(1, len(view), len(card.bands), side, side, device=next(network.parameters()).device)
+    given = torch.zeros(
+        1, len(view), len(card.bands), side, side, device=next(network.parameters()).device
+    )
     wanted = (1, len(view) if card.task == "series" else 1, len(card.classes), side, side)
     try:
         with torch.inference_mode():
@@ -164,19 +184,25 @@ def _try(network: nn.Module, windows: Windows) -> None:
         )
 
 
-def _asked(card: ModelCard, settings: Settings, run: Run, windows: Windows, tiles: Tiles | None) -> dict[str, Any]:
+def _asked(
+    card: ModelCard, settings: Settings, run: Run, windows: Windows, tiles: Tiles | None
+) -> dict[str, Any]:
     """Collect the values two runs must share to be one training."""
     numbers = zip(card.bands, windows.survey.mean, windows.survey.std, strict=True)
     surveys = {"training": windows.survey} | ({"validation": tiles.survey} if tiles else {})
     for_people = {"title", "paper", "licence", "source", "trained_on", "scores"}
     return {
         "card": {name: value for name, value in as_dict(card).items() if name not in for_people},
-        "settings": {name: value for name, value in as_dict(settings).items() if name not in for_people},
+        "settings": {
+            name: value for name, value in as_dict(settings).items() if name not in for_people
+        },
         "seed": run.seed,
         "training sites": sorted(windows.source.sites),
         "validation sites": sorted(tiles.source.sites) if tiles else [],
         "normalisation": {band: [mean, std] for band, mean, std in numbers},
-        "pixels": {f"{name} labels": [found.pixels, *found.positive] for name, found in surveys.items()},
+        "pixels": {
+            f"{name} labels": [found.pixels, *found.positive] for name, found in surveys.items()
+        },
     }
 
 
@@ -202,10 +228,16 @@ def _resumed(run: Run, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def _begun(network: nn.Module, settings: Settings, steps: int) -> _State:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimiser]
-    optimiser = kind(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimiser = kind(
+        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
     if settings.schedule == "one-cycle":
         return _State(
-            network, optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=steps)
+            network,
+            optimiser,
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimiser, settings.learning_rate, total_steps=steps
+            ),
         )
     return _State(network, optimiser, torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0))
 
@@ -218,28 +250,49 @@ def _restore(state: _State, kept: dict[str, Any]) -> None:
 
 
 def _keep(state: _State, path: Path, asked: dict[str, Any]) -> None:
-    content = {name: getattr(state, name).state_dict() for name in ("network", "optimiser", "schedule")}
+    content = {
+        name: getattr(state, name).state_dict() for name in ("network", "optimiser", "schedule")
+    }
     content |= {name: getattr(state, name) for name in ("best", "best_weights", "ended")}
-    write_state(path, asked | content | {"history": [dataclasses.asdict(epoch) for epoch in state.history]})
+    write_state(
+        path, asked | content | {"history": [dataclasses.asdict(epoch) for epoch in state.history]}
+    )
     write_log(path.with_suffix(".csv"), state.history)
 
 
-def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked: dict[str, Any]) -> None:
+def _train(
+    state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked: dict[str, Any]
+) -> None:
     settings, (rank, processes) = windows.settings, _share()
     place = next(state.network.parameters()).device
     # Some weights may have no gradient, but they are the same ones each step.
-    network = nn.parallel.DistributedDataParallel(state.network, static_graph=True) if processes > 1 else state.network
+    network = (
+        nn.parallel.DistributedDataParallel(state.network, static_graph=True)
+        if processes > 1
+        else state.network
+    )
     begun = len(state.history)
     stream = iter(_loader(windows, run, batches(len(windows), settings, begun, (rank, processes))))
-    judging = None if tiles is None else _loader(tiles, run, _shared_out(tiles, settings, rank, processes))
+    judging = (
+        None
+        if tiles is None
+        else _loader(tiles, run, _shared_out(tiles, settings, rank, processes))
+    )
     for epoch in range(begun, settings.epochs):
         # Dropout in an epoch depends only on these three. No other random state is kept.
-        torch.manual_seed(int(np.random.SeedSequence([run.seed, epoch, rank]).generate_state(1, np.uint32)[0]))
+        torch.manual_seed(
+            int(np.random.SeedSequence([run.seed, epoch, rank]).generate_state(1, np.uint32)[0])
+        )
         start, steps = time.monotonic(), steps_of(len(windows), settings, processes)
         total = 0.0
         network.train()
         for step in range(steps):
-            loss = _step(network, state.optimiser, [part.to(place, non_blocking=True) for part in next(stream)], windows)
+            loss = _step(
+                network,
+                state.optimiser,
+                [part.to(place, non_blocking=True) for part in next(stream)],
+                windows,
+            )
             if not math.isfinite(loss):
                 raise _no_number(windows, epoch, step, loss, run.checkpoint)
             rate = state.optimiser.param_groups[0]["lr"]
@@ -247,11 +300,17 @@ def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked
             total += loss
             if run.progress is not None:
                 done = epoch * steps + step + 1
-                run.progress(done, settings.epochs * steps, f"epoch {epoch + 1}, loss {total / (step + 1):.3f}{_shown(state)}")
+                run.progress(
+                    done,
+                    settings.epochs * steps,
+                    f"epoch {epoch + 1}, loss {total / (step + 1):.3f}{_shown(state)}",
+                )
         took = time.monotonic() - start
         counts = Tensor([0, 0, 0])
         if judging is not None and tiles is not None:
-            counts = judged(state.network, judging, windows.card, settings, tiles.survey.views[0][1])
+            counts = judged(
+                state.network, judging, windows.card, settings, tiles.survey.views[0][1]
+            )
         scores = scores_of(counts)
         state.history.append(
             Epoch(
@@ -270,10 +329,14 @@ def _train(state: _State, windows: Windows, tiles: Tiles | None, run: Run, asked
             return
 
 
-def _step(network: nn.Module, optimiser: torch.optim.Optimizer, item: list[Tensor], windows: Windows) -> float:
+def _step(
+    network: nn.Module, optimiser: torch.optim.Optimizer, item: list[Tensor], windows: Windows
+) -> float:
     """Train one step on a batch and return its loss."""
     image, wanted = item
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=image.device.type in windows.settings.bf16):
+    with torch.autocast(
+        image.device.type, torch.bfloat16, enabled=image.device.type in windows.settings.bf16
+    ):
         found = logits(network, windows.card.task, image, windows.survey.views[0][1])
     loss = loss_of(found, wanted, windows.settings)
     value = loss.item()
@@ -284,9 +347,17 @@ def _step(network: nn.Module, optimiser: torch.optim.Optimizer, item: list[Tenso
     return value
 
 
-def _no_number(windows: Windows, epoch: int, step: int, loss: float, checkpoint: Path | None) -> ModelError:
-    keys = next(keys for n, keys in enumerate(batches(len(windows), windows.settings, epoch, (0, 1))) if n == step)
-    seen = {(site, year) for site, years in (windows.place(*key).view for key in keys) for year in years}
+def _no_number(
+    windows: Windows, epoch: int, step: int, loss: float, checkpoint: Path | None
+) -> ModelError:
+    keys = next(
+        keys
+        for n, keys in enumerate(batches(len(windows), windows.settings, epoch, (0, 1)))
+        if n == step
+    )
+    seen = {
+        (site, year) for site, years in (windows.place(*key).view for key in keys) for year in years
+    }
     where = ", ".join(f"{site} {year}" for site, year in sorted(seen))
     kept = f"{checkpoint} holds epoch {epoch}" if checkpoint and epoch else "nothing was kept"
     return ModelError(
@@ -301,7 +372,10 @@ def _choose(state: _State, settings: Settings, by_f1: bool) -> None:
     if not by_f1 or state.best < 0 or state.history[last].f1 > state.history[state.best].f1:
         state.best = last
         if by_f1:  # otherwise the last weights are used
-            state.best_weights = {name: value.detach().cpu().clone() for name, value in state.network.state_dict().items()}
+            state.best_weights = {
+                name: value.detach().cpu().clone()
+                for name, value in state.network.state_dict().items()
+            }
     waited = settings.patience is not None and by_f1 and last - state.best >= settings.patience
     state.ended = waited or last + 1 == settings.epochs
 

@@ -16,7 +16,13 @@ from minecube.errors import ModelError
 from minecube.models import logits
 
 
-def judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, settings: Settings, years: Sequence[int]) -> Tensor:
+def judged(
+    network: nn.Module,
+    loader: DataLoader[Any],
+    card: ModelCard,
+    settings: Settings,
+    years: Sequence[int],
+) -> Tensor:
     """Count true positives, false positives and false negatives of the loader's pixels.
 
     Counts are int64 [3], of all classes together, without unknown targets. If processes share the
@@ -31,11 +37,20 @@ def judged(network: nn.Module, loader: DataLoader[Any], card: ModelCard, setting
         for buffer in network.buffers():  # statistics differ between processes
             dist.broadcast(buffer, 0)
     network.eval()
-    with torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=place.type in settings.bf16):
+    with (
+        torch.inference_mode(),
+        torch.autocast(place.type, torch.bfloat16, enabled=place.type in settings.bf16),
+    ):
         for image, wanted in loader:
             said = logits(network, card.task, image.to(place, non_blocking=True), years) >= 0
             truth = wanted.to(place)
-            counts += torch.stack([(said & (truth == 1)).sum(), (said & (truth == 0)).sum(), (~said & (truth == 1)).sum()])
+            counts += torch.stack(
+                [
+                    (said & (truth == 1)).sum(),
+                    (said & (truth == 0)).sum(),
+                    (~said & (truth == 1)).sum(),
+                ]
+            )
     if dist.is_initialized():
         dist.all_reduce(counts)
     if not counts[0] + counts[2]:

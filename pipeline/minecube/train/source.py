@@ -42,7 +42,9 @@ class Source(Protocol):
     def shape_of(self, site: str) -> tuple[int, int]:
         """Return the site's rows and columns."""
 
-    def cut(self, site: str, years: Sequence[int], y: int, x: int, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    def cut(
+        self, site: str, years: Sequence[int], y: int, x: int, size: int
+    ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
         """Cut reflectance [year, band, size, size] and footprint [year, size, size].
 
         Unobserved reflectance is 0. Beyond the site, values are 0 and 255.
@@ -60,11 +62,15 @@ class Cubes:
 
     cubes: Mapping[str, xr.Dataset]
     """Site id -> cube."""
-    _arrays: dict[str, tuple[NDArray[np.uint16], NDArray[np.uint8]]] = field(init=False, repr=False, default_factory=dict)
+    _arrays: dict[str, tuple[NDArray[np.uint16], NDArray[np.uint8]]] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not self.cubes:
-            raise ModelError("expected cubes of one site or more, found none; a model learns from labelled cubes")
+            raise ModelError(
+                "expected cubes of one site or more, found none; a model learns from labelled cubes"
+            )
         for site, cube in self.cubes.items():
             if "footprint" not in cube or "reflectance" not in cube:
                 raise ModelError(
@@ -72,7 +78,11 @@ class Cubes:
                     f"{', '.join(map(str, cube)) or 'nothing'}; a model learns from labels: run `minecube label` first"
                 )
             image, label = cube["reflectance"], cube["footprint"]
-            laid = set(image.dims) == {"year", "band", "y", "x"} and set(label.dims) == {"year", "y", "x"}
+            laid = set(image.dims) == {"year", "band", "y", "x"} and set(label.dims) == {
+                "year",
+                "y",
+                "x",
+            }
             if not laid or image.dtype != np.uint16 or label.dtype != np.uint8:
                 raise ModelError(
                     f"site {site}: expected reflectance (year, band, y, x) as uint16 and footprint (year, y, x) as uint8, "
@@ -112,7 +122,9 @@ class Cubes:
         height, width = self._arrays[site][1].shape[1:]
         return height, width
 
-    def cut(self, site: str, years: Sequence[int], y: int, x: int, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    def cut(
+        self, site: str, years: Sequence[int], y: int, x: int, size: int
+    ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
         """Cut a window as described in `Source.cut`."""
         (image, label), known = self._arrays[site], self.years_of(site)
         at = [known.index(year) for year in years]
@@ -120,7 +132,9 @@ class Cubes:
         beyond = [(0, size - inside.shape[-2]), (0, size - inside.shape[-1])]
         return (
             np.pad(inside, [(0, 0), (0, 0), *beyond]),
-            np.pad(label[at, y : y + size, x : x + size], [(0, 0), *beyond], constant_values=UNKNOWN),
+            np.pad(
+                label[at, y : y + size, x : x + size], [(0, 0), *beyond], constant_values=UNKNOWN
+            ),
         )
 
 
@@ -169,7 +183,11 @@ def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[Vie
             found.append((site, years))
             continue
         sets = combinations(years, 2 if card.task == "change" else 1)
-        own = [(site, each) for each in sets if not gaps or card.task == "mapping" or each[1] - each[0] in gaps]
+        own = [
+            (site, each)
+            for each in sets
+            if not gaps or card.task == "mapping" or each[1] - each[0] in gaps
+        ]
         if not own:
             apart = f" {' or '.join(map(str, gaps))} years apart" if gaps else ""
             raise ModelError(

@@ -48,27 +48,49 @@ def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
         ModelError: A site has no pixel both labelled and observed. A class has no pixel. Bands or
             years do not fit.
     """
-    chosen, cell = views(source, card, settings.gaps), _cell_px(settings.window_px or card.window_px)
+    chosen, cell = (
+        views(source, card, settings.gaps),
+        _cell_px(settings.window_px or card.window_px),
+    )
     of_site: dict[str, list[int]] = {}
     for number, (site, _) in enumerate(chosen):
         of_site.setdefault(site, []).append(number)
     sums = _Sums(bands_at(source, card))
-    known, rare = ([np.zeros([-(-n // cell) for n in source.shape_of(s)], bool) for s, _ in chosen] for _ in range(2))
+    known, rare = (
+        [np.zeros([-(-n // cell) for n in source.shape_of(s)], bool) for s, _ in chosen]
+        for _ in range(2)
+    )
     positive, pixels = np.zeros(len(card.classes), np.int64), 0
     for site, numbers in of_site.items():
         years, (height, width) = source.years_of(site), source.shape_of(site)
         for y, x in ((y, x) for y in range(0, height, BLOCK_PX) for x in range(0, width, BLOCK_PX)):
-            labels = dict(zip(years, (sums.add(*source.cut(site, [year], y, x, BLOCK_PX)) for year in years), strict=True))
+            labels = dict(
+                zip(
+                    years,
+                    (sums.add(*source.cut(site, [year], y, x, BLOCK_PX)) for year in years),
+                    strict=True,
+                )
+            )
             for number in numbers:
                 found = target(np.stack([labels[year] for year in chosen[number][1]]), card.classes)
                 positive += (found == 1).sum(axis=(0, 2, 3))
                 pixels += int((found[:, 0] != UNKNOWN).sum())
                 for bits, there in ((known, found != UNKNOWN), (rare, found == 1)):
-                    cells = there.any(axis=(0, 1)).reshape(BLOCK_PX // cell, cell, BLOCK_PX // cell, cell).any(axis=(1, 3))
-                    part = bits[number][y // cell :, x // cell :][: BLOCK_PX // cell, : BLOCK_PX // cell]
+                    cells = (
+                        there.any(axis=(0, 1))
+                        .reshape(BLOCK_PX // cell, cell, BLOCK_PX // cell, cell)
+                        .any(axis=(1, 3))
+                    )
+                    part = bits[number][y // cell :, x // cell :][
+                        : BLOCK_PX // cell, : BLOCK_PX // cell
+                    ]
                     part[...] = cells[: part.shape[0], : part.shape[1]]
     named = ", ".join(source.sites)
-    empty = [site for site, numbers in of_site.items() if not any(known[number].any() for number in numbers)]
+    empty = [
+        site
+        for site, numbers in of_site.items()
+        if not any(known[number].any() for number in numbers)
+    ]
     if empty:
         together = " in years that are seen together" if card.task == "change" else ""
         raise ModelError(
@@ -83,7 +105,9 @@ def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
                 f"{'with mines' if name == 'mine' else 'that change'}"
             )
     mean, std = sums.finish()
-    return Survey(mean, std, tuple(chosen), cell, tuple(known), tuple(rare), tuple(map(int, positive)), pixels)
+    return Survey(
+        mean, std, tuple(chosen), cell, tuple(known), tuple(rare), tuple(map(int, positive)), pixels
+    )
 
 
 def _cell_px(window_px: int) -> int:
@@ -101,7 +125,9 @@ class _Sums:
         self.bands, self.count = bands, 0
         self.total, self.squares = [0] * len(bands), [0] * len(bands)
 
-    def add(self, reflectance: NDArray[np.uint16], footprint: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def add(
+        self, reflectance: NDArray[np.uint16], footprint: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
         """Add a block of one year, and return its labels [y, x].
 
         Labels are unknown without observation.

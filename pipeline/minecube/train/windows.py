@@ -81,7 +81,9 @@ class Windows:
     def __getitem__(self, key: tuple[int, int]) -> Item:
         place, rng = self._drawn(*key)
         image, label = cut(self.source, self._bands, place, self.size)
-        varied, wanted = augmented(image, target(label, self.card.classes), self.settings, self.card.task, rng)
+        varied, wanted = augmented(
+            image, target(label, self.card.classes), self.settings, self.card.task, rng
+        )
         return normalise(varied, self.survey.mean, self.survey.std), wanted
 
     def _drawn(self, epoch: int, number: int) -> tuple[Place, np.random.Generator]:
@@ -91,12 +93,21 @@ class Windows:
             view, rest = self._within("grid", int(order[number % len(order)]))
             ys, xs = self._grids[view]
             return Place(self.survey.views[view], ys[rest // len(xs)], xs[rest % len(xs)]), rng
-        kind, bits = ("rare", self.survey.rare) if rng.random() < self.settings.rare else ("known", self.survey.known)
+        kind, bits = (
+            ("rare", self.survey.rare)
+            if rng.random() < self.settings.rare
+            else ("known", self.survey.known)
+        )
         view, rest = self._within(kind, int(rng.integers(self._ends[kind][-1])))
         cell = divmod(int(np.flatnonzero(bits[view])[rest]), bits[view].shape[1])
         site, cell_px = self.survey.views[view][0], self.survey.cell_px
         y, x = (
-            int(rng.integers(max(min((at + 1) * cell_px, n) - self.size, 0), min(at * cell_px, max(n - self.size, 0)) + 1))
+            int(
+                rng.integers(
+                    max(min((at + 1) * cell_px, n) - self.size, 0),
+                    min(at * cell_px, max(n - self.size, 0)) + 1,
+                )
+            )
             for at, n in zip(cell, self.source.shape_of(site), strict=True)
         )
         return Place(self.survey.views[view], y, x), rng
@@ -156,7 +167,9 @@ class Tiles:
         return normalise(image, self.mean, self.std), target(label, self.card.classes)
 
 
-def cut(source: Source, bands: list[int], place: Place, size: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+def cut(
+    source: Source, bands: list[int], place: Place, size: int
+) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
     """Cut reflectance [time, band, y, x] and labels [time, y, x] of a window.
 
     Labels are unknown if any band is unobserved.
@@ -167,7 +180,11 @@ def cut(source: Source, bands: list[int], place: Place, size: int) -> tuple[NDAr
 
 
 def augmented(
-    image: NDArray[np.uint16], wanted: NDArray[np.uint8], settings: Settings, task: str, rng: np.random.Generator
+    image: NDArray[np.uint16],
+    wanted: NDArray[np.uint8],
+    settings: Settings,
+    task: str,
+    rng: np.random.Generator,
 ) -> Item:
     """Jitter an image, then turn and flip image and target.
 
@@ -175,7 +192,9 @@ def augmented(
     some years lose their image.
     """
     times, bands = image.shape[:2]
-    gain = rng.normal(1, settings.jitter, (times, 1)) * rng.normal(1, settings.jitter, (times, bands))
+    gain = rng.normal(1, settings.jitter, (times, 1)) * rng.normal(
+        1, settings.jitter, (times, bands)
+    )
     if task == "series":
         away = rng.random(times) < settings.year_dropout
         gain[away & (np.arange(times) != rng.integers(times))] = 0  # at least one stays
@@ -191,10 +210,15 @@ def augmented(
     return turned(varied), turned(wanted)
 
 
-def batches(length: int, settings: Settings, first: int, share: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
+def batches(
+    length: int, settings: Settings, first: int, share: tuple[int, int]
+) -> Iterator[list[tuple[int, int]]]:
     """Yield the keys of all steps from epoch `first` on, for process `share[0]` of `share[1]`."""
     for epoch in range(first, settings.epochs):
-        yield from ([(epoch, int(i)) for i in step[share[0] :: share[1]]] for step in _steps(length, settings, share[1]))
+        yield from (
+            [(epoch, int(i)) for i in step[share[0] :: share[1]]]
+            for step in _steps(length, settings, share[1])
+        )
 
 
 def steps_of(length: int, settings: Settings, processes: int) -> int:
@@ -209,7 +233,9 @@ def _steps(length: int, settings: Settings, processes: int) -> list[NDArray[np.i
     pyramid pooling, has no deviation.
     """
     length = max(length, 2 * processes)
-    return np.array_split(np.arange(length), max(min(-(-length // settings.batch), length // (2 * processes)), 1))
+    return np.array_split(
+        np.arange(length), max(min(-(-length // settings.batch), length // (2 * processes)), 1)
+    )
 
 
 @lru_cache(maxsize=2)
