@@ -687,7 +687,10 @@ def test_a_site_that_is_gone_is_in_no_later_release(growing, hole, tmp_path):
 def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
     _, where = growing
     run("publish", *where, "--tag", "v1")
-    holds = "import fcntl, os, sys; h = os.open(sys.argv[1], 0); fcntl.flock(h, fcntl.LOCK_EX); print('held', flush=True); input()"
+    holds = (
+        "import fcntl, os, sys; h = os.open(sys.argv[1], 0); "
+        "fcntl.flock(h, fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", holds, str(tmp_path / "releases")],
         stdin=subprocess.PIPE,

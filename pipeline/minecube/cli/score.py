@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,15 +292,11 @@ class Tables:
             parts.append(table((str(by.index.name), *by.columns), rows))
         if len(self.counted) > 1 or len(next(iter(self.counted.values()))) > 1:
             pooled = self.summary()
-            parts.append(
-                table(
-                    ("pooled", *pooled.columns),
-                    [(n, *row) for n, row in zip(pooled.index, pooled.to_numpy())],
-                )
-            )  # noqa: B905
+            rows = [(name, *row) for name, row in zip(pooled.index, pooled.to_numpy(), strict=True)]
+            parts.append(table(("pooled", *pooled.columns), rows))
         if any(len(sites) == 1 for sites in self.counted.values()):
             parts.append(
-                "One site alone: no interval can be had, since it takes other sites to say how much they differ."
+                "Only one site: no confidence interval, since the bootstrap resamples sites."
             )
         return "\n\n".join(parts)
 
@@ -318,9 +314,10 @@ class Tables:
 
         Rows are per model and site, year, gap, pair of years or score.
         """
-        finished: Callable[[metrics.Scores], pd.DataFrame] = lambda c: pd.DataFrame(
-            [metrics.finish(c)]
-        )  # noqa: E731
+
+        def finished(scores: metrics.Scores) -> pd.DataFrame:
+            return pd.DataFrame([metrics.finish(scores)])
+
         sites = {
             (m, s): finished(c) for m, by_site in self.counted.items() for s, c in by_site.items()
         }
