@@ -48,13 +48,11 @@ def real_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def our_log() -> Iterator[None]:
-    """Undo what a command line of this process sets: the level and the handlers of minecube's log."""
+def our_log() -> None:
+    """Undo what command lines of this process have set: the level and the handlers of our log."""
     ours = logging.getLogger("minecube")
-    level, handlers = ours.level, ours.handlers
-    yield
-    ours.setLevel(level)
-    ours.handlers = handlers
+    ours.setLevel(logging.NOTSET)
+    ours.handlers = []
 
 
 @pytest.fixture

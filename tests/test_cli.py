@@ -287,7 +287,7 @@ def test_an_interrupted_build_goes_on(world, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, 0)  # 0: it was through already
     if process.returncode:
-        assert "run the same command again to go on" in err
+        assert "run the same command again to resume" in err
     run("build", *args(world, store))
     assert list(cube.builds(str(store), "pit")) == [2020, 2022]
 

@@ -14,6 +14,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dask
+import distributed
 import geopandas as gpd
 import pytest
 import torch
@@ -23,7 +25,7 @@ from click.testing import CliRunner
 from minecube import cube, models
 from minecube.catalog import load_models, load_recipes
 from minecube.cli import build, cli, predict
-from minecube.cli.common import as_ended
+from minecube.cli.common import as_ended, executor_of
 from minecube.cli.predict import _makes, _the_same
 from minecube.errors import ModelError, WorkerError
 from minecube.simulate import World, simulate
@@ -128,6 +130,20 @@ def model_in(folder):
         folder / "model.pt",
     )
     return folder / "model.pt"
+
+
+def test_a_scheduler_gets_no_other_work_of_this_process():
+    """A default client would keep it waiting for a scheduler that has ended."""
+    with (
+        distributed.LocalCluster(
+            n_workers=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
+        ) as cluster,
+        executor_of(cluster.scheduler_address) as executor,
+    ):
+        assert executor.submit(sum, [1, 2]).result() == 3
+        assert dask.config.get("scheduler", None) is None
+        with pytest.raises(ValueError, match="No clients found"):
+            distributed.default_client()
 
 
 def test_sites_are_mapped_on_worker_processes(world, tmp_path):

@@ -503,7 +503,9 @@ def executor_of(scheduler: str | None) -> Iterator[Executor | None]:
     for name in ("distributed", "distributed.client"):  # both print through their own handlers
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        client = Client(scheduler, timeout=f"{_ANSWERS_S}s")  # type: ignore[no-untyped-call]
+        # As the default, a client would receive all further work of this process with Dask. This
+        # work would wait for ever for a scheduler that has ended.
+        client = Client(scheduler, timeout=f"{_ANSWERS_S}s", set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:  # ValueError: invalid address
         raise CatalogError(
             f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, which says its address, "
