@@ -698,7 +698,7 @@ def test_a_packing_that_ends_early_leaves_the_old_file(whole, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zip"]
     assert out.read_text() == "old"
     for place, said in (
-        (whole / "x.zip", "beside"),
+        (whole / "x.zip", "outside"),
         (tmp_path / "cubes", r"ends in \.zip"),
         (out / "x.zip", "cannot be written"),
     ):

@@ -293,7 +293,7 @@ def test_one_site_has_no_interval_and_says_why(world, tmp_path):
         "--json",
         tmp_path / "s.json",
     )
-    assert "no interval can be had" in shown
+    assert "no confidence interval" in shown
     found = json.loads((tmp_path / "s.json").read_text())["models"]["sharp"]["intervals"]["iou"]
     assert found["low"] is found["high"] is None
     assert "[" not in shown
