@@ -1319,6 +1319,15 @@ def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, 
         i.datetime for i in read
     ]
 
+    # One nanosecond more, as pandas writes times: microseconds are kept.
+    finer = (np.asarray(there.to_numpy(), "datetime64[ns]") + np.timedelta64(1, "ns")).tolist()
+    column = pa.array(finer, type=pa.timestamp("ns", tz="UTC"))
+    table = table.set_column(table.column_names.index("datetime"), "datetime", column)
+    pq.write_table(table, tmp_path / "ns.parquet")
+    assert [i.datetime for i in find.read_items(tmp_path / "ns.parquet")] == [
+        i.datetime for i in read
+    ]
+
 
 @pytest.mark.parametrize("kind", AREAS)
 def test_footprints_of_every_type_that_has_an_area(archive, make, kind):

@@ -101,6 +101,23 @@ def test_two_veils_in_a_row():
     assert judged(haze, scl) == [""] * 3 + ["veiled"] * 2 + [""] * 3
 
 
+def test_two_veils_with_an_overcast_day_between_them():
+    """An overcast day is no clear day: the two clear days before the second veil lie farther back."""
+    haze, scl = seen(9)
+    haze[[3, 5]] += 0.03
+    scl[4] = CLOUD
+    assert judged(haze, scl) == [""] * 3 + ["veiled", "", "veiled"] + [""] * 3
+
+
+def test_ground_that_is_darker_by_a_tenth_makes_no_streaks():
+    """Part of a quarry is hardly brighter than usual on one date, the rest a tenth darker."""
+    haze, scl = seen(7)
+    haze[:] = 0.155
+    haze[3, :160] = 0.155 * 1.1 + 0.014
+    haze[3, 160:] = 0.155 * 0.905
+    assert judged(haze, scl) == [""] * 7
+
+
 def test_bright_ground_that_varies_by_a_tenth_is_no_veil():
     """A quarry with a haze index of 0.155, whose brightness differs by -12 to +6 % from date to date."""
     haze, scl = seen(7)
