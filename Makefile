@@ -1,9 +1,9 @@
-# Both targets do all their own set-up: a virtual environment in .venv, made anew when the requirements change.
+# Every target does its own set-up: a virtual environment in .venv, updated when the requirements change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export MPLBACKEND := Agg
-# torch's threads would spin while they wait; beside other processes that makes training several times slower.
+# Idle threads of torch sleep. Spinning threads make training several times slower when other processes run.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test services real quick bench format clean
@@ -19,8 +19,8 @@ test: $(VENV)/installed services
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# What a real STAC API needs beside Python: Postgres with PostGIS. The tests start a server of their own; Debian would set one
-# up that runs on, which it is told not to where it has none yet.
+# Postgres with PostGIS, for the tests that start a real STAC API. Debian would start a server of its own at installation;
+# the setting in CLUSTERS prevents this.
 CLUSTERS := /etc/postgresql-common/createcluster.conf
 services: $(VENV)/installed
 	@if ! $(BIN)/python tests/pgstac_server.py 2>/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -30,17 +30,15 @@ services: $(VENV)/installed
 	fi
 	@$(BIN)/python tests/pgstac_server.py || true
 
-# The main job on real products (an openEO extract, an Earth Search scene), where they lie in ../shared/data.
+# The main job on real products, from the folder that MINECUBE_REAL_DATA names (CONTRIBUTING.md).
 real: $(VENV)/installed
 	$(BIN)/python -m pytest -v tests/test_real_input.py
 
-# Everything but the tests that take minutes.
+# All tests but the slow ones.
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# What composites cost and how good they are; reading far away, from servers in trouble, and with flags that are wrong; the
-# published release imported; windows for training; mapping, smoothing,
-# scoring: an hour and a half on a machine that does nothing else.
+# Speed, memory and accuracy next to other tools. Takes an hour and a half on an idle machine.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/composite.py --json build/composite.json --markdown build/performance.md --picture build/mine.png
 	$(BIN)/python benchmarks/reading.py --json build/reading.json --plot build/offsets.png

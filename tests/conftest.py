@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -35,15 +36,17 @@ from minecube.scenes import find
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+REAL_DATA = Path(
+    os.environ.get("MINECUBE_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data"
+)
 NATIVE = {b: 10 if b in ("B02", "B03", "B04", "B08") else 20 for b in BANDS} | {"SCL": 20}
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real products, kept outside the repository."""
+    """Folder of real products, kept outside the repository: CONTRIBUTING.md, Tests."""
     if not REAL_DATA.is_dir():
-        pytest.skip("no real data at ../shared/data")
+        pytest.skip("no real products: MINECUBE_REAL_DATA names no folder")
     return REAL_DATA
 
 

@@ -52,17 +52,25 @@ def test_every_requirement_is_pinned_for_the_tests():
     assert {split(r)[0].lower() for r in wanted} <= pinned
 
 
-def test_all_extras_are_there():
-    assert set(PROJECT["optional-dependencies"]) == {
-        "torch",
-        "models",
-        "clouds",
-        "cluster",
-        "schedule",
-        "publish",
-        "all",
-        "dev",
-    }
+def test_every_extra_that_texts_name_is_declared():
+    files = [
+        p
+        for folder in ("pipeline", "docs", "workflows", "catalog")
+        for p in (ROOT / folder).rglob("*.*")
+    ]
+    texts = [
+        p.read_text() for p in [*files, ROOT / "README.md"] if p.suffix in {".py", ".md", ".yaml"}
+    ]
+    named = {extra for text in texts for extra in re.findall(r"minecube\[([a-z]+)\]", text)}
+    assert named <= set(PROJECT["optional-dependencies"])
+    assert named >= {"torch", "models", "clouds", "cluster", "publish"}
+
+
+def test_the_extra_all_holds_every_extra_for_users():
+    extras = PROJECT["optional-dependencies"]
+    (everything,) = extras["all"]
+    inside = set(re.fullmatch(r"minecube\[(.*)\]", everything)[1].split(","))
+    assert inside == set(extras) - {"all", "dev"}
 
 
 def test_importing_it_loads_neither_dask_nor_torch():
