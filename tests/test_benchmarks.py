@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_mapping(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_scoring(tmp_path: Path) -> None:
-    found = figures(tmp_path, "score.py", "--sites", "1", "--rounds", "1")
-    assert found["bandwidth_fraction"] > 0
-    assert found["vs_torchmetrics"] > 0
+    """The benchmark stops with an error if its counts differ from torchmetrics'."""
+    found = figures(tmp_path, "score.py", "--sites", "2", "--rounds", "3")
+    years = 10
+    maps = 2  # prediction and truth
+    for prefix in ("", "noise_"):
+        seconds = {
+            name: statistics.median(rounds) for name, rounds in found[f"{prefix}rounds"].items()
+        }
+        assert len(found[f"{prefix}rounds"]["score"]) == 3
+        assert found[f"{prefix}gigabytes"] == pytest.approx(2 * maps * years * 900**2 / 1e9)
+        assert found[f"{prefix}bandwidth_fraction"] == pytest.approx(
+            seconds["xor"] / seconds["score"]
+        )
+        assert found[f"{prefix}vs_torchmetrics"] == pytest.approx(
+            seconds["torchmetrics"] / seconds["score"]
+        )
