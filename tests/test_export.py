@@ -40,7 +40,6 @@ from stac_geoparquet.arrow import stac_table_to_items
 from minecube.catalog import BANDS
 from minecube.errors import CubeError
 from minecube.export import (
-    SPECTRUM,
     credits_of,
     write_cogs,
     write_footprints,
@@ -49,7 +48,8 @@ from minecube.export import (
     write_zarr,
     write_zarr2,
 )
-from minecube.export.files import whole
+from minecube.export.files import open_draft
+from minecube.export.layers import SPECTRUM
 
 GRID = GeoBox((700, 1100), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
 SMALL = GeoBox((40, 60), GRID.affine, "EPSG:32633")
@@ -689,7 +689,7 @@ def test_what_threads_write_after_another_one_failed_does_not_stay(tmp_path):
     writers = []
 
     def fails():
-        with whole(tmp_path / "f.zarr") as part:
+        with open_draft(tmp_path / "f.zarr") as part:
             writers.append(threading.Thread(target=late, args=(part,)))
             writers[0].start()
             begun.wait(10)
