@@ -73,7 +73,10 @@ def label_fields(image: rasterio.DatasetReader) -> dict[str, Any]:
     if image.tags()["variable"] != "footprint":
         return {}
     values, counts = np.unique(image.read(1), return_counts=True)
-    pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    pixels = [
+        {"name": CLASSES[value], "count": count}
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+    ]
     sources = "".join(f", from {c.name} ({c.licence})" for c in parse_credits(image.tags()))
     return {
         "label:type": "raster",
@@ -81,9 +84,7 @@ def label_fields(image: rasterio.DatasetReader) -> dict[str, Any]:
         "label:classes": [{"name": None, "classes": [CLASSES[BACKGROUND], CLASSES[MINE]]}],
         "label:tasks": ["segmentation"],
         "label:description": f"Mine footprint: 1 mine, 0 not mine, 255 unknown{sources}",
-        "label:overviews": [
-            {"counts": [{"name": CLASSES[code], "count": pixels[code]} for code in pixels]}
-        ],
+        "label:overviews": [{"counts": pixels}],
     }
 
 
