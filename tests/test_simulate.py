@@ -38,7 +38,7 @@ from minecube.simulate.land import ground_of, land_of
 from minecube.simulate.mine import mine_of
 from minecube.simulate.noise import streams
 from minecube.simulate.observe import observe
-from minecube.simulate.passes import dates_possible, overpasses
+from minecube.simulate.passes import dates_possible, displace_scene, overpasses
 from minecube.simulate.truth import reflectance_of
 
 STYLES = ("earth-search", "planetary-computer", "cdse")
@@ -557,7 +557,7 @@ def test_scenes_lie_beside_each_other(place: Site) -> None:
     for year in (2020, 2022):
         ground = ground_of(land_of(grid, canvas, draw), year)
         for overpass in [
-            p for p in overpasses(draw, 13.0, year, 22, 0, shifts=True) if p.cover < 0.03
+            displace_scene(p) for p in overpasses(draw, 13.0, year, 22, 0) if p.cover < 0.03
         ]:
             seen = observe(draw, grid, canvas, ground, overpass).counts["B04"] / 1e4
             clean = ground.reflectance(
