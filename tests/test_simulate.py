@@ -34,12 +34,12 @@ from minecube.catalog import BANDS, Site, load_sources
 from minecube.errors import CatalogError
 from minecube.grid import grid_of, padded
 from minecube.simulate import MARGIN_M, World, archive, simulate
-from minecube.simulate.land import ground_of, land_of
-from minecube.simulate.mine import mine_of
+from minecube.simulate.land import draw_ground, draw_land
+from minecube.simulate.mine import draw_mine
 from minecube.simulate.noise import streams
 from minecube.simulate.observe import observe
-from minecube.simulate.passes import dates_possible, displace_scene, overpasses
-from minecube.simulate.truth import reflectance_of
+from minecube.simulate.passes import count_possible_dates, displace_scene, overpasses
+from minecube.simulate.truth import compute_reflectance
 
 STYLES = ("earth-search", "planetary-computer", "cdse")
 SHIPPED = load_sources()
@@ -407,8 +407,8 @@ def test_truth_says_clear_where_the_pixels_are_the_ground_and_contaminated_where
     grid = grid_of(place)
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
-    land = land_of(grid, canvas, draw)
-    grounds = {year: ground_of(land, year) for year in (2020, 2022)}
+    land = draw_land(grid, canvas, draw)
+    grounds = {year: draw_ground(land, year) for year in (2020, 2022)}
     as_clean, dirty = [], []
     for item in newest(items(world, "earth-search")):
         if item["properties"]["proj:epsg"] != 32633:
@@ -441,7 +441,7 @@ def test_truth_is_the_median_of_the_clean_dates_at_each_bands_own_resolution(
     grid = grid_of(place)
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
-    ground = ground_of(land_of(grid, canvas, draw), 2020)
+    ground = draw_ground(draw_land(grid, canvas, draw), 2020)
     days = [
         d
         for d in truth.time.values
@@ -498,7 +498,7 @@ def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(plac
     grid = grid_of(place)
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
-    ground = ground_of(land_of(grid, canvas, draw), 2021)
+    ground = draw_ground(draw_land(grid, canvas, draw), 2021)
     passes = [p for p in overpasses(draw, 13.0, 2021, 22, 2) if not p.snow]
     clear, stacks = [], defaultdict(list)
     for overpass in passes:
@@ -511,7 +511,7 @@ def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(plac
     often = np.sum(clear, axis=0)
     assert (often >= 2).mean() >= 0.999
     assert 0.4 < 1 - np.mean(clear) < 0.65  # wedge and cloud
-    truth = reflectance_of(ground, passes, inside)
+    truth = compute_reflectance(ground, passes, inside)
     off = [
         np.nanmedian(stacks[b], axis=0)[often > 0] - truth[k][often > 0]
         for k, b in enumerate(BANDS)
@@ -523,7 +523,7 @@ def test_errors_of_scene_classifications(place: Site) -> None:
     """Class 7 is mostly cloud; one date is veiled unseen; on the clearest, most of the clear ground is called cirrus."""
     grid = grid_of(place)
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
-    ground = ground_of(land_of(grid, canvas, draw), 2021)
+    ground = draw_ground(draw_land(grid, canvas, draw), 2021)
     passes = [p for p in overpasses(draw, 13.0, 2021, 22, 2, scl_errors=True) if not p.snow]
     unclassified = []
     for overpass in passes:
@@ -555,7 +555,7 @@ def test_scenes_lie_beside_each_other(place: Site) -> None:
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
     off: dict[int, list[float]] = {}
     for year in (2020, 2022):
-        ground = ground_of(land_of(grid, canvas, draw), year)
+        ground = draw_ground(draw_land(grid, canvas, draw), year)
         for overpass in [
             displace_scene(p) for p in overpasses(draw, 13.0, year, 22, 0) if p.cover < 0.03
         ]:
@@ -593,7 +593,7 @@ def test_mines_grow_shift_and_are_reclaimed_in_any_year() -> None:
     for name in ("one", "two", "three"):
         site = site_of(name, 360000, 5600040, 384, 384)
         grid, draw = grid_of(site), streams(0, name)
-        shapes = [mine_of(grid, draw, year).footprint for year in range(2010, 2031)]
+        shapes = [draw_mine(grid, draw, year).footprint for year in range(2010, 2031)]
         for before, after in itertools.pairwise(shapes):
             # Each year some land is taken and some given back, never much.
             taken, given = after.difference(before).area, before.difference(after).area
@@ -601,7 +601,7 @@ def test_mines_grow_shift_and_are_reclaimed_in_any_year() -> None:
             assert given < 0.2 * before.area
         assert shapes[5].difference(shapes[-1]).area > 0.05 * shapes[5].area
         assert shapes[-1].difference(shapes[5]).area > 0.05 * shapes[5].area
-        mine = mine_of(grid, draw, 2020)
+        mine = draw_mine(grid, draw, 2020)
         assert mine.lake.area > 0
         assert mine.pits.buffer(1).contains(mine.lake)
         assert mine.dumps.difference(mine.outline.buffer(15)).area == pytest.approx(0, abs=1)
@@ -611,8 +611,8 @@ def test_reclaimed_land_is_green_again() -> None:
     site = site_of("green", 360000, 5600040, 240, 240)
     grid, draw = grid_of(site), streams(0, "green")
     canvas = padded(grid, 0)
-    land = land_of(grid, canvas, draw)
-    was, ground = ground_of(land, 2016), ground_of(land, 2023)
+    land = draw_land(grid, canvas, draw)
+    was, ground = draw_ground(land, 2016), draw_ground(land, 2023)
     x, y = np.meshgrid(*(canvas.coords[d].values for d in ("x", "y")))
     given = shapely.contains_xy(was.mine.outline, x, y) & ~shapely.contains_xy(
         ground.mine.outline, x, y
@@ -648,7 +648,7 @@ def test_dates_follow_the_satellites_and_sparse_years_are_sparse() -> None:
     assert min(covers) < 0.02
     assert max(covers) > 0.95
     assert 0.3 < np.mean(covers) < 0.5
-    assert dates_possible(2015) < dates_possible(2016) < dates_possible(2020)
+    assert count_possible_dates(2015) < count_possible_dates(2016) < count_possible_dates(2020)
 
 
 def test_known_acquisitions_have_their_real_numbers(real_data: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import href_of, measure_file, open_draft
+from minecube.export.files import make_href, measure_file, open_draft
 
 MEDIA = {
     ".parquet": "application/x-parquet",
@@ -92,8 +92,8 @@ def write_croissant(
         "datePublished": published.isoformat(),
         "version": metadata.version("minecube"),
         "keywords": ["Sentinel-2", "mining", "annual composites", "segmentation"],
-        "distribution": [_file_object(file, out) for file in files],
-        "recordSet": [_record_set(file, out) for file in files if file.suffix == ".parquet"],
+        "distribution": [_describe_file(file, out) for file in files],
+        "recordSet": [_describe_table(file, out) for file in files if file.suffix == ".parquet"],
     }
     filled = {key: value for key, value in content.items() if value}
     path = out / "croissant.json"
@@ -102,7 +102,7 @@ def write_croissant(
     return path
 
 
-def _file_object(path: Path, out: Path) -> dict[str, Any]:
+def _describe_file(path: Path, out: Path) -> dict[str, Any]:
     if not path.resolve().is_relative_to(out.resolve()):
         raise CubeError(
             f"{path}: lies outside {out}, so the description could not be moved with it; "
@@ -122,13 +122,13 @@ def _file_object(path: Path, out: Path) -> dict[str, Any]:
 
 
 def _name_file(path: Path, out: Path) -> str:
-    return href_of(path, out).removeprefix("./")
+    return make_href(path, out).removeprefix("./")
 
 
-def _record_set(path: Path, out: Path) -> dict[str, Any]:
+def _describe_table(path: Path, out: Path) -> dict[str, Any]:
     """List a table's columns of plain types; geometries and nested columns are left out."""
     table = path.stem
-    types = {column.name: _croissant_type(column.type) for column in pq.read_schema(path)}
+    types = {column.name: _find_type(column.type) for column in pq.read_schema(path)}
     return {
         "@type": "cr:RecordSet",
         "@id": table,
@@ -150,7 +150,7 @@ def _record_set(path: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _croissant_type(column_type: pa.DataType) -> str | None:
+def _find_type(column_type: pa.DataType) -> str | None:
     for croissant_type, fits in _TYPES.items():
         if fits(column_type):
             return croissant_type

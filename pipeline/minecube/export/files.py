@@ -62,14 +62,14 @@ def describe_file(path: Path, folder: Path, title: str) -> dict[str, Any]:
     size, digest = measure_file(path)
     # Multihash: 0x12 is SHA-256, 0x20 its length of 32 bytes.
     return {
-        "href": href_of(path, folder),
+        "href": make_href(path, folder),
         "title": title,
         "file:size": size,
         "file:checksum": f"1220{digest}",
     }
 
 
-def href_of(path: Path, folder: Path) -> str:
+def make_href(path: Path, folder: Path) -> str:
     """Return the path relative to the folder: `./pit/pit_2020.json`."""
     relative = Path(os.path.relpath(path, folder)).as_posix()
     if relative.startswith("."):

@@ -50,9 +50,9 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
                 log.info("%s %s: %s holds nothing but nodata, so it gets no file", site, year, name)
                 continue
             tags = {"site": site, "year": str(year), "variable": name}
-            tags |= _credit_tags(cube[[name]].sel(year=[year]))
+            tags |= _make_credit_tags(cube[[name]].sel(year=[year]))
             if name != "footprint":
-                tags |= _build_tags(build)
+                tags |= _make_build_tags(build)
             path = out / f"{site}_{year}_{name}.tif"
             _write_cog(path, layer, grid, LAYERS[name], tags)
             paths.append(path)
@@ -78,7 +78,7 @@ def write_layers(
         CubeError: the layers do not match the grid, or writing fails.
     """
     need_on_grid(layers, grid, site)
-    credit_tags = _credit_tags(mapped.rename("probability").to_dataset())
+    credit_tags = _make_credit_tags(mapped.rename("probability").to_dataset())
     paths = []
     for name, layer in layers.data_vars.items():
         settings = Layer(
@@ -98,7 +98,7 @@ def write_layers(
     return paths
 
 
-def _credit_tags(layer: xr.Dataset) -> dict[str, str]:
+def _make_credit_tags(layer: xr.Dataset) -> dict[str, str]:
     """Build licence tags: TIFF's own copyright tag for people, `credits` for programs."""
     inputs = credits_of(layer)
     text = lines(inputs)
@@ -109,7 +109,7 @@ def _credit_tags(layer: xr.Dataset) -> dict[str, str]:
     }
 
 
-def _build_tags(build: Mapping[str, Any]) -> dict[str, str]:
+def _make_build_tags(build: Mapping[str, Any]) -> dict[str, str]:
     """Build provenance tags; none if the provenance is unknown."""
     if not build:
         return {}
@@ -179,12 +179,12 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | No
         if suffix == ".parquet":
             table.to_parquet(draft)
         else:
-            with _gdal_date(changed):
+            with _set_gdal_date(changed):
                 _write_geopackage(table, draft)
 
 
 def _write_geopackage(table: gpd.GeoDataFrame, path: Path) -> None:
-    flat = _distinct_columns(table)
+    flat = _separate_columns(table)
     names = {str(column).lower() for column in flat.columns}
     flat.to_file(
         path,
@@ -192,11 +192,14 @@ def _write_geopackage(table: gpd.GeoDataFrame, path: Path) -> None:
         layer="footprints",
         layer_metadata={str(key): str(value) for key, value in table.attrs.items()} or None,
         # Names for the columns added by GeoPackage, unused in the table.
-        layer_options={"FID": _free_name("fid", names), "GEOMETRY_NAME": _free_name("geom", names)},
+        layer_options={
+            "FID": _find_free_name("fid", names),
+            "GEOMETRY_NAME": _find_free_name("geom", names),
+        },
     )
 
 
-def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+def _separate_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     """Rename columns differing only in case, and write further geometries as text.
 
     A GeoPackage ignores case in column names.
@@ -204,7 +207,7 @@ def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     lower_names: set[str] = set()
     names: dict[str, str] = {}
     for column in map(str, table.columns):
-        names[column] = _free_name(column, lower_names)
+        names[column] = _find_free_name(column, lower_names)
         lower_names.add(names[column].lower())
     renamed = [f"{old} is {new}" for old, new in names.items() if old != new]
     if renamed:
@@ -214,14 +217,14 @@ def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     return table.assign(**texts).rename(columns=names)
 
 
-def _free_name(name: str, names: Collection[str]) -> str:
+def _find_free_name(name: str, names: Collection[str]) -> str:
     """Return the name, numbered if `names` (in lower case) already has it."""
     numbered = (name, *(f"{name}_{n}" for n in range(1, len(names) + 1)))
     return next(candidate for candidate in numbered if candidate.lower() not in names)
 
 
 @contextmanager
-def _gdal_date(date: datetime | None) -> Iterator[None]:
+def _set_gdal_date(date: datetime | None) -> Iterator[None]:
     """Make GDAL write this date into GeoPackages instead of the present time."""
     if date is None:
         yield

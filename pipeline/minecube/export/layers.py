@@ -113,10 +113,10 @@ def describe_cube(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
         CubeError: the cube does not match the grid.
     """
     need_on_grid(cube, grid, site)
-    coords = cf_coords(grid)
+    coords = make_coords(grid)
     coords["year"] = ("year", cube["year"].to_numpy(), {"long_name": "calendar year", "units": "1"})
     if "band" in cube.dims:
-        coords |= _band_coords([str(band) for band in cube["band"].to_numpy()])
+        coords |= _make_band_coords([str(band) for band in cube["band"].to_numpy()])
     names = sorted(map(str, cube.data_vars))  # a store lists them in any order
     builds = cube.attrs.get("builds", {})
     attributes = {
@@ -134,7 +134,7 @@ def describe_cube(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
     )
 
 
-def _band_coords(bands: list[str]) -> dict[str, Any]:
+def _make_band_coords(bands: list[str]) -> dict[str, Any]:
     """Return the names of the bands and their centres in micrometres."""
     return {
         "band": (
@@ -162,7 +162,7 @@ def _state_build(build: Mapping[str, Any]) -> str:
     return statement
 
 
-def cf_coords(grid: GeoBox) -> dict[str, Any]:
+def make_coords(grid: GeoBox) -> dict[str, Any]:
     """Return a grid's coordinates with CF names: x, y and spatial_ref."""
     coords = dict(xr_coords(grid))
     for axis in ("x", "y"):
@@ -179,18 +179,18 @@ def cf_coords(grid: GeoBox) -> dict[str, Any]:
 
 
 def _describe_variable(variable: xr.DataArray) -> xr.Variable:
-    attributes = {**_cf_attributes(variable), "grid_mapping": "spatial_ref"}
+    attributes = {**_make_attributes(variable), "grid_mapping": "spatial_ref"}
     return xr.Variable(variable.dims, variable.data, attributes)
 
 
-def _cf_attributes(variable: xr.DataArray) -> dict[str, Any]:
+def _make_attributes(variable: xr.DataArray) -> dict[str, Any]:
     layer = _DESCRIBED.get(str(variable.name))
     if layer is None:
-        return _attributes_of_other(variable)
-    return _attributes_of_layer(layer, variable.dtype)
+        return _attributes_from_store(variable)
+    return _attributes_from_settings(layer, variable.dtype)
 
 
-def _attributes_of_layer(layer: Layer, dtype: np.dtype[Any]) -> dict[str, Any]:
+def _attributes_from_settings(layer: Layer, dtype: np.dtype[Any]) -> dict[str, Any]:
     # Plain attributes: xarray's `encoding` would divide the values by the scale on writing.
     attributes = {"long_name": layer.title, **layer.cf, "_FillValue": dtype.type(layer.nodata)}
     if layer.scale != 1:
@@ -198,7 +198,7 @@ def _attributes_of_layer(layer: Layer, dtype: np.dtype[Any]) -> dict[str, Any]:
     return attributes
 
 
-def _attributes_of_other(variable: xr.DataArray) -> dict[str, Any]:
+def _attributes_from_store(variable: xr.DataArray) -> dict[str, Any]:
     """Convert the cube's own attributes of a variable without export settings."""
     stored = variable.attrs
     attributes = {"long_name": stored.get("long_name", str(variable.name))}

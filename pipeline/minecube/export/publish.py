@@ -52,7 +52,7 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
     if not _is_url(place) and not create and not Path(place).exists():
         raise _missing_repository(place)  # Icechunk would create the folder
     storage = _open_storage(place)
-    with _converted_errors(place):
+    with _convert_errors(place):
         if icechunk.Repository.exists(storage):
             return icechunk.Repository.open(storage)
         if not create:
@@ -127,7 +127,7 @@ def publish(
             f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; "
             "choose another name"
         )
-    with _locked(place, create=True), _converted_errors(place):
+    with _lock(place, create=True), _convert_errors(place):
         repository = open_repository(place, create=True)
         keys = {_ROOT}.union(*(_list_keys(source, site, years[site]) for site in years))
         release = _Release(source=source, keys=frozenset(keys), attributes=attributes)
@@ -212,20 +212,20 @@ async def _mirror(target: Any, release: _Release) -> tuple[int, int]:
     """Write changed objects and delete all others; return both counts."""
     prototype = default_buffer_prototype()
     superfluous = [key async for key in target.list() if key not in release.keys]
-    for key in sorted(superfluous, key=_order, reverse=True):
+    for key in sorted(superfluous, key=_sort_key, reverse=True):
         await target.delete(key)
 
     async def copy(key: str) -> bool:
         content = await release.read(key)
         old = await target.get(key, prototype)
-        if old is not None and _same(old.to_bytes(), content, key):
+        if old is not None and _are_same(old.to_bytes(), content, key):
             return False
         await target.set(key, prototype.buffer.from_bytes(content))
         return True
 
-    metadata = sorted((key for key in release.keys if key.endswith(_ROOT)), key=_order)
+    metadata = sorted((key for key in release.keys if key.endswith(_ROOT)), key=_sort_key)
     copied = [await copy(key) for key in metadata]
-    for chunks in _batches(release.keys.difference(metadata)):
+    for chunks in _cut_batches(release.keys.difference(metadata)):
         copied += await asyncio.gather(*map(copy, chunks))
     return sum(copied), len(superfluous)
 
@@ -237,21 +237,21 @@ async def _holds(target: Any, release: _Release) -> bool:
 
     async def same(key: str) -> bool:
         old = await _read_content(target, key)
-        return old is not None and _same(old, await release.read(key), key)
+        return old is not None and _are_same(old, await release.read(key), key)
 
-    for keys in _batches(release.keys):
+    for keys in _cut_batches(release.keys):
         if not all(await asyncio.gather(*map(same, keys))):
             return False
     return True
 
 
-def _batches(keys: Collection[str]) -> Iterator[list[str]]:
+def _cut_batches(keys: Collection[str]) -> Iterator[list[str]]:
     ordered = sorted(keys)
     for start in range(0, len(ordered), _BATCH):
         yield ordered[start : start + _BATCH]
 
 
-def _order(key: str) -> tuple[bool, int, str]:
+def _sort_key(key: str) -> tuple[bool, int, str]:
     """Sort metadata before chunks, and groups before their members.
 
     Icechunk accepts a chunk only after its array.
@@ -259,7 +259,7 @@ def _order(key: str) -> tuple[bool, int, str]:
     return not key.endswith(_ROOT), key.count("/"), key
 
 
-def _same(old: bytes, new: bytes, key: str) -> bool:
+def _are_same(old: bytes, new: bytes, key: str) -> bool:
     """Compare two objects; JSON metadata by value, since Icechunk rewrites it."""
     return old == new or (key.endswith(_ROOT) and json.loads(old) == json.loads(new))
 
@@ -271,7 +271,7 @@ def releases(place: str) -> list[tuple[str, str, str]]:
         CubeError: as `open_repository`.
     """
     repository = open_repository(place)
-    with _converted_errors(place):
+    with _convert_errors(place):
         rows = []
         for tag in repository.list_tags():
             newest = next(iter(repository.ancestry(tag=tag)))
@@ -290,7 +290,7 @@ def differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
         CubeError: a tag or the repository is missing.
     """
     repository = open_repository(place)
-    with _converted_errors(place):
+    with _convert_errors(place):
         _need_tags(repository, place, old, new)
         old_line = [snapshot.id for snapshot in repository.ancestry(tag=old)]
         new_line = [snapshot.id for snapshot in repository.ancestry(tag=new)]
@@ -301,7 +301,7 @@ def differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
                 keys.update(_list_changes(repository, common, newest))
         stores = [repository.readonly_session(tag=tag).store for tag in (old, new)]
         changes: dict[str, str] = sync(_compare(stores, keys))
-        return sorted(_rows(stores, changes))
+        return sorted(_make_rows(stores, changes))
 
 
 def _list_changes(repository: icechunk.Repository, start: str, end: str) -> Iterator[str]:
@@ -339,7 +339,7 @@ async def _read_content(store: Any, key: str) -> bytes | None:
     return bytes(content.to_bytes())
 
 
-def _rows(stores: Sequence[Any], changes: Mapping[str, str]) -> set[tuple[str, str, str]]:
+def _make_rows(stores: Sequence[Any], changes: Mapping[str, str]) -> set[tuple[str, str, str]]:
     sites = {
         key.removesuffix(f"/{_ROOT}"): change
         for key, change in changes.items()
@@ -352,13 +352,13 @@ def _rows(stores: Sequence[Any], changes: Mapping[str, str]) -> set[tuple[str, s
         if not path or site in sites:
             continue
         if change == "gone":
-            rows.add(_row(old, site, path, change))
+            rows.add(_make_row(old, site, path, change))
         else:
-            rows.add(_row(new, site, path, change))
+            rows.add(_make_row(new, site, path, change))
     return rows
 
 
-def _row(store: Any, site: str, path: str, change: str) -> tuple[str, str, str]:
+def _make_row(store: Any, site: str, path: str, change: str) -> tuple[str, str, str]:
     """Return site, year and variable of a path below the site's group.
 
     The variable gets a suffix for anything but a plain change.
@@ -393,7 +393,7 @@ def rollback(place: str, tag: str) -> None:
         CubeError: the tag or the repository is missing.
     """
     repository = open_repository(place)
-    with _locked(place), _converted_errors(place):
+    with _lock(place), _convert_errors(place):
         _need_tags(repository, place, tag)
         repository.reset_branch("main", repository.lookup_tag(tag))
 
@@ -406,7 +406,7 @@ def _need_tags(repository: icechunk.Repository, place: str, *tags: str) -> None:
 
 
 @contextmanager
-def _locked(place: str, *, create: bool = False) -> Iterator[None]:
+def _lock(place: str, *, create: bool = False) -> Iterator[None]:
     """Lock a local folder for this process; object stores need no lock.
 
     The lock ends with the process at the latest.
@@ -439,7 +439,7 @@ def _locked(place: str, *, create: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _converted_errors(place: str) -> Iterator[None]:
+def _convert_errors(place: str) -> Iterator[None]:
     """Convert Icechunk errors to CubeError."""
     try:
         yield

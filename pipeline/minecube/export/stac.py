@@ -24,18 +24,18 @@ from shapely.geometry import box
 
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import describe_file, href_of, open_draft
+from minecube.export.files import describe_file, make_href, open_draft
 from minecube.export.stac_fields import (
     MEDIA,
-    cube_variable,
     describe_grid,
-    image_asset,
-    image_dimensions,
-    label_fields,
+    describe_variable,
+    make_image_asset,
+    make_label_fields,
+    make_processing_fields,
+    make_table_asset,
+    measure_dimensions,
     middle_of,
     parse_credits,
-    processing_fields,
-    table_asset,
 )
 
 STAC_VERSION = "1.1.0"
@@ -103,21 +103,21 @@ def write_stac(
     for path, cogs_of_year in site_years.items():
         images = [_read_image(cog) for cog in cogs_of_year]
         items[path] = _make_item(path, images, root, collection_id)
-        inputs |= dict.fromkeys(_inputs_of(images))
+        inputs |= dict.fromkeys(_list_inputs(images))
     imagery_first = sorted(inputs, key=lambda credit: credit.kind != "imagery")
-    assets = {key: table_asset(key, table, out) for key, table in tables.items()}
+    assets = {key: make_table_asset(key, table, out) for key, table in tables.items()}
     collection = {
         "type": "Collection",
         "stac_version": STAC_VERSION,
-        "stac_extensions": _extensions(_prefixes_of_collection(imagery_first, assets)),
+        "stac_extensions": _list_extensions(_list_prefixes(imagery_first, assets)),
         "id": collection_id,
         "title": title,
         **_describe_inputs(about, list(items.values()), imagery_first, licence),
     }
-    collection["links"] += [_link("item", path, out) for path in items]
+    collection["links"] += [_make_link("item", path, out) for path in items]
     table = out / "items.parquet"
     _write_items([_move_hrefs(item, path.parent, out) for path, item in items.items()], table)
-    collection["assets"] = {**assets, "items": _items_asset(table, out)}
+    collection["assets"] = {**assets, "items": _make_items_asset(table, out)}
     for path, content in {**items, root: collection}.items():
         with open_draft(path) as draft:
             draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -130,7 +130,7 @@ def _move_hrefs(item: Mapping[str, Any], source: Path, target: Path) -> dict[str
     def move(entry: Mapping[str, Any]) -> dict[str, Any]:
         if "://" in entry["href"]:
             return dict(entry)
-        return {**entry, "href": href_of(source / entry["href"], target)}
+        return {**entry, "href": make_href(source / entry["href"], target)}
 
     assets = {key: move(asset) for key, asset in item["assets"].items()}
     return {**item, "assets": assets, "links": [move(link) for link in item["links"]]}
@@ -142,7 +142,7 @@ def _write_items(items: list[dict[str, Any]], path: Path) -> None:
         stac_geoparquet.arrow.to_parquet(table, draft)
 
 
-def _items_asset(table: Path, out: Path) -> dict[str, Any]:
+def _make_items_asset(table: Path, out: Path) -> dict[str, Any]:
     return {
         **describe_file(table, out, "The items as stac-geoparquet"),
         "type": MEDIA[".parquet"],
@@ -175,12 +175,12 @@ def _read_image(path: Path) -> _Image:
         with rasterio.open(path, driver="GTiff") as image:
             return _Image(
                 tags=image.tags(),
-                asset=image_asset(path, image),
+                asset=make_image_asset(path, image),
                 grid=describe_grid(image),
                 bbox=transform_bounds(image.crs, 4326, *image.bounds),
                 geometry=transform_geom(image.crs, 4326, box(*image.bounds).__geo_interface__),
-                dimensions=image_dimensions(image),
-                labels=label_fields(image),
+                dimensions=measure_dimensions(image),
+                labels=make_label_fields(image),
             )
     except (rasterio.errors.RasterioIOError, KeyError) as error:
         raise CubeError(
@@ -188,7 +188,7 @@ def _read_image(path: Path) -> _Image:
         ) from error
 
 
-def _inputs_of(images: Iterable[_Image]) -> list[Credit]:
+def _list_inputs(images: Iterable[_Image]) -> list[Credit]:
     """Return the inputs of images, each once, in order of appearance."""
     return list(dict.fromkeys(credit for image in images for credit in parse_credits(image.tags)))
 
@@ -201,16 +201,16 @@ def _make_item(
     properties: dict[str, Any] = {}
     for image in images:
         properties |= image.labels
-        properties |= processing_fields(json.loads(image.tags.get("build", "{}")))
+        properties |= make_processing_fields(json.loads(image.tags.get("build", "{}")))
         properties.setdefault("cube:dimensions", {}).update(image.dimensions)
         properties.setdefault("cube:variables", {}).update(
-            cube_variable(image.tags, image.dimensions)
+            describe_variable(image.tags, image.dimensions)
         )
-    links = [_link(rel, collection, path.parent) for rel in ("root", "parent", "collection")]
-    links += _license_links(_inputs_of(images))
+    links = [_make_link(rel, collection, path.parent) for rel in ("root", "parent", "collection")]
+    links += _make_license_links(_list_inputs(images))
     if "label:type" in properties:
         labelled = [key for key in ("reflectance",) if key in assets]
-        links.append({**_link("source", path, path.parent), "label:assets": labelled})
+        links.append({**_make_link("source", path, path.parent), "label:assets": labelled})
     last = images[-1]
     year = last.tags["year"]
     prefixes = {"projection", "raster", "eo", "file", "datacube"}
@@ -218,7 +218,7 @@ def _make_item(
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
-        "stac_extensions": _extensions(prefixes),
+        "stac_extensions": _list_extensions(prefixes),
         "id": path.stem,
         "collection": collection_id,
         "geometry": last.geometry,
@@ -240,11 +240,11 @@ def _make_item(
     }
 
 
-def _extensions(names: Collection[str]) -> list[str]:
+def _list_extensions(names: Collection[str]) -> list[str]:
     return [url for name, url in EXTENSIONS.items() if name in names]
 
 
-def _prefixes_of_collection(inputs: Iterable[Credit], assets: Mapping[str, Any]) -> set[str]:
+def _list_prefixes(inputs: Iterable[Credit], assets: Mapping[str, Any]) -> set[str]:
     """Return the names of the extensions used by the collection."""
     names = {"file", "processing"}
     if any(credit.dois for credit in inputs):
@@ -276,7 +276,7 @@ def _describe_inputs(
             f"Terms: {terms}."
         ),
         "license": licence,
-        "providers": _providers(inputs),
+        "providers": _list_providers(inputs),
         "extent": {
             "spatial": {"bbox": [[min(west), min(south), max(east), max(north)]]},
             "temporal": {"interval": [[start, end]]},
@@ -288,7 +288,7 @@ def _describe_inputs(
         **cited,
         "links": [
             root,
-            *_license_links(inputs),
+            *_make_license_links(inputs),
             *(
                 {"rel": "cite-as", "href": f"https://doi.org/{publication['doi']}"}
                 for publication in publications
@@ -297,7 +297,7 @@ def _describe_inputs(
     }
 
 
-def _providers(inputs: Iterable[Credit]) -> list[dict[str, Any]]:
+def _list_providers(inputs: Iterable[Credit]) -> list[dict[str, Any]]:
     """List ESA, the makers of labels and models, and minecube."""
     providers: list[dict[str, Any]] = [
         {
@@ -326,14 +326,14 @@ def _providers(inputs: Iterable[Credit]) -> list[dict[str, Any]]:
     return [*providers, processor]
 
 
-def _license_links(inputs: Iterable[Credit]) -> list[dict[str, Any]]:
+def _make_license_links(inputs: Iterable[Credit]) -> list[dict[str, Any]]:
     """Link the text of each licence once."""
     titles = {credit.url: f"{credit.name}: {credit.licence}" for credit in inputs if credit.url}
     return [{"rel": "license", "href": url, "title": title} for url, title in titles.items()]
 
 
-def _link(rel: str, path: Path, folder: Path) -> dict[str, Any]:
+def _make_link(rel: str, path: Path, folder: Path) -> dict[str, Any]:
     media = "application/json"
     if rel in ("item", "source"):
         media = "application/geo+json"
-    return {"rel": rel, "href": href_of(path, folder), "type": media}
+    return {"rel": rel, "href": make_href(path, folder), "type": media}

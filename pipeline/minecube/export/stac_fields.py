@@ -15,7 +15,7 @@ from odc.geo import CRS
 from minecube.codes import BACKGROUND, MINE, UNKNOWN
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import describe_file, href_of
+from minecube.export.files import describe_file, make_href
 from minecube.export.layers import LAYERS, SPECTRUM
 
 MEDIA = {
@@ -43,7 +43,7 @@ def middle_of(year: int) -> str:
     return f"{start + (end - start) // 2}Z"
 
 
-def processing_fields(build: Mapping[str, Any]) -> dict[str, Any]:
+def make_processing_fields(build: Mapping[str, Any]) -> dict[str, Any]:
     """Return provenance: the processing extension's fields and three of ours.
 
     Empty if the provenance is unknown.
@@ -65,7 +65,7 @@ def processing_fields(build: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def label_fields(image: rasterio.DatasetReader) -> dict[str, Any]:
+def make_label_fields(image: rasterio.DatasetReader) -> dict[str, Any]:
     """Return the label extension's fields of a footprint, with pixel counts per class.
 
     Empty for other images.
@@ -97,7 +97,7 @@ def describe_grid(image: rasterio.DatasetReader) -> dict[str, Any]:
     }
 
 
-def image_dimensions(image: rasterio.DatasetReader) -> dict[str, Any]:
+def measure_dimensions(image: rasterio.DatasetReader) -> dict[str, Any]:
     """Return the datacube dimensions of an image: first to last pixel centre."""
     height, width = image.shape
     west, north = image.xy(0, 0)
@@ -112,7 +112,7 @@ def image_dimensions(image: rasterio.DatasetReader) -> dict[str, Any]:
     return dimensions
 
 
-def cube_variable(tags: Mapping[str, str], dimensions: Mapping[str, Any]) -> dict[str, Any]:
+def describe_variable(tags: Mapping[str, str], dimensions: Mapping[str, Any]) -> dict[str, Any]:
     """Return the datacube variable of an image with these tags and dimensions."""
     variable = tags["variable"]
     bands = [name for name in dimensions if name not in ("x", "y")]
@@ -125,7 +125,7 @@ def cube_variable(tags: Mapping[str, str], dimensions: Mapping[str, Any]) -> dic
     }
 
 
-def image_asset(path: Path, image: rasterio.DatasetReader) -> dict[str, Any]:
+def make_image_asset(path: Path, image: rasterio.DatasetReader) -> dict[str, Any]:
     """Build the asset of an image made by `write_cogs`.
 
     Raises:
@@ -147,7 +147,7 @@ def image_asset(path: Path, image: rasterio.DatasetReader) -> dict[str, Any]:
         "raster:bands": [pixel] * image.count,
     }
     if variable == "reflectance":
-        asset["eo:bands"] = [_eo_band(band) for band in image.descriptions]
+        asset["eo:bands"] = [_describe_band(band) for band in image.descriptions]
     if variable == "footprint":
         asset["file:values"] = [
             {"values": [value], "summary": text} for value, text in CLASSES.items()
@@ -155,12 +155,12 @@ def image_asset(path: Path, image: rasterio.DatasetReader) -> dict[str, Any]:
     return asset
 
 
-def _eo_band(band: str) -> dict[str, Any]:
+def _describe_band(band: str) -> dict[str, Any]:
     common_name, centre_um = SPECTRUM[band]
     return {"name": band, "common_name": common_name, "center_wavelength": centre_um}
 
 
-def table_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
+def make_table_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
     """Build the asset of a footprint table or of a cube with its dimensions.
 
     A Zarr is a folder and therefore has no checksum.
@@ -170,12 +170,12 @@ def table_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
         file = describe_file(path, out, f"Mine footprints as polygons: {key}")
         return {**file, **media, "roles": ["data", "labels"]}
     title = f"Cube of all years: {key}"
-    file = {"href": href_of(path, out), "title": title}
+    file = {"href": make_href(path, out), "title": title}
     if path.is_file():
         file = describe_file(path, out, title)
     try:
         with _open_cube(path) as cube:
-            return {**file, **media, "roles": ["data"], **_cube_fields(cube)}
+            return {**file, **media, "roles": ["data"], **_describe_cube(cube)}
     except (OSError, ValueError, ImportError) as error:
         raise CubeError(
             f"{path}: cannot be read ({error}), so the collection cannot list it"
@@ -191,7 +191,7 @@ def _open_cube(path: Path) -> xr.Dataset:
     return xr.open_dataset(path, decode_times=False, mask_and_scale=False, **options)
 
 
-def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
+def _describe_cube(cube: xr.Dataset) -> dict[str, Any]:
     layers = {str(name): layer for name, layer in cube.data_vars.items() if "y" in layer.dims}
     variables = {
         name: {
@@ -201,10 +201,10 @@ def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
         }
         for name in sorted(layers)  # Zarr lists its arrays in any order
     }
-    return {"cube:dimensions": _cube_dimensions(cube), "cube:variables": variables}
+    return {"cube:dimensions": _measure_dimensions(cube), "cube:variables": variables}
 
 
-def _cube_dimensions(cube: xr.Dataset) -> dict[str, Any]:
+def _measure_dimensions(cube: xr.Dataset) -> dict[str, Any]:
     dimensions: dict[str, Any] = {}
     epsg = CRS(cube["spatial_ref"].attrs["crs_wkt"]).epsg
     for axis in ("x", "y"):

@@ -24,7 +24,7 @@ from zarr.codecs import GzipCodec
 
 from minecube.arrays import AnyArray
 from minecube.export.files import open_draft
-from minecube.export.layers import cf_coords, describe_cube
+from minecube.export.layers import describe_cube, make_coords
 
 CHUNK_PX = 512
 _GZIP_TIME = slice(4, 8)  # bytes of a gzip header, RFC 1952
@@ -74,21 +74,21 @@ def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
         grids.append(grid.zoom_out(2 ** len(grids)))
     attributes = {
         **finest.attrs,
-        **_spatial(grid),
+        **_describe_grid(grid),
         "multiscales": {
             "layout": [_describe_level(level, coarse) for level, coarse in enumerate(grids)],
             "resampling_method": "average",
         },
-        **_conventions("multiscales", "proj", "spatial"),
+        **_declare_conventions("multiscales", "proj", "spatial"),
     }
     with open_draft(folder) as draft:
         zarr.open_group(draft, mode="w", zarr_format=3, attributes=attributes)
         for level, coarse in enumerate(grids):
             data = _coarsen(finest, coarse, 2**level)
-            data = _for_gdal(_move_nodata_and_scale(data), grid).assign_attrs(
-                **_spatial(coarse), **_conventions("proj", "spatial")
+            data = _adapt_to_gdal(_move_nodata_and_scale(data), grid).assign_attrs(
+                **_describe_grid(coarse), **_declare_conventions("proj", "spatial")
             )
-            encoding = _encoding(data, _TimelessGzip())
+            encoding = _make_encoding(data, _TimelessGzip())
             for name, variable in data.data_vars.items():
                 encoding[str(name)]["fill_value"] = variable.attrs.get("nodata", 0)
             data.to_zarr(
@@ -110,7 +110,7 @@ def _describe_level(level: int, grid: GeoBox) -> dict[str, Any]:
     }
     if level:
         entry |= {"derived_from": "0", "resampling_method": "average"}
-    spatial = _spatial(grid)
+    spatial = _describe_grid(grid)
     return entry | {key: spatial[key] for key in ("spatial:transform", "spatial:shape")}
 
 
@@ -124,14 +124,14 @@ def write_zarr2(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path
     Raises:
         CubeError: as `write_zarr`.
     """
-    data = _for_gdal(describe_cube(cube, grid, site), grid)
+    data = _adapt_to_gdal(describe_cube(cube, grid, site), grid)
     with open_draft(folder) as draft:
         data.to_zarr(
             draft,
             mode="w",
             zarr_format=2,
             consolidated=True,
-            encoding=_encoding(data, {"id": "zlib", "level": 6}),
+            encoding=_make_encoding(data, {"id": "zlib", "level": 6}),
         )
     return folder
 
@@ -146,7 +146,7 @@ def _coarsen(cube: xr.Dataset, coarse: GeoBox, factor: int) -> xr.Dataset:
         for name, coord in cube.coords.items()
         if name not in ("x", "y", "spatial_ref")
     }
-    return xr.Dataset(variables, {**coords, **cf_coords(coarse)}, cube.attrs)
+    return xr.Dataset(variables, {**coords, **make_coords(coarse)}, cube.attrs)
 
 
 def _resample(variable: xr.DataArray, factor: int) -> xr.Variable:
@@ -158,15 +158,15 @@ def _resample(variable: xr.DataArray, factor: int) -> xr.Variable:
     nodata = variable.attrs.get("_FillValue")
     method = METHODS.get(str(variable.name), "nearest")
     if method == "average":
-        coarse = _average(values, factor, nodata)
+        coarse = _average_blocks(values, factor, nodata)
     elif method == "mode":
-        coarse = _most_frequent(values, factor, nodata)
+        coarse = _take_most_frequent(values, factor, nodata)
     else:
-        coarse = _nearest(values, factor)
+        coarse = _take_nearest(values, factor)
     return xr.Variable(variable.dims, coarse, {**variable.attrs, "resampling_method": method})
 
 
-def _sums(values: AnyArray, factor: int) -> AnyArray:
+def _sum_blocks(values: AnyArray, factor: int) -> AnyArray:
     """Sum blocks of `factor` x `factor` pixels over the last two dimensions."""
     for axis in (-2, -1):
         values = np.add.reduceat(
@@ -175,25 +175,25 @@ def _sums(values: AnyArray, factor: int) -> AnyArray:
     return values
 
 
-def _average(values: AnyArray, factor: int, nodata: Any) -> AnyArray:
+def _average_blocks(values: AnyArray, factor: int, nodata: Any) -> AnyArray:
     """Average valid integer pixels and round; blocks without a valid pixel get nodata."""
     valid = np.ones_like(values, bool)
     if nodata is not None:
         valid = values != nodata
-    counts = _sums(valid, factor)
-    means = _sums(np.where(valid, values, 0), factor) / np.maximum(counts, 1)
+    counts = _sum_blocks(valid, factor)
+    means = _sum_blocks(np.where(valid, values, 0), factor) / np.maximum(counts, 1)
     return np.where(counts > 0, np.rint(means), nodata or 0).astype(values.dtype)
 
 
-def _most_frequent(values: AnyArray, factor: int, nodata: Any) -> AnyArray:
+def _take_most_frequent(values: AnyArray, factor: int, nodata: Any) -> AnyArray:
     """Take the most frequent value, the smaller on a tie; nodata for blocks without values."""
     classes = np.array([c for c in np.unique(values) if c != nodata] or [nodata], values.dtype)
-    counts = np.stack([_sums(values == c, factor) for c in classes])
+    counts = np.stack([_sum_blocks(values == c, factor) for c in classes])
     winners = classes[counts.argmax(axis=0)]
     return np.where(counts.any(axis=0), winners, nodata or 0).astype(values.dtype)
 
 
-def _nearest(values: AnyArray, factor: int) -> AnyArray:
+def _take_nearest(values: AnyArray, factor: int) -> AnyArray:
     """Take the pixel at the coarse pixel's centre, or the last pixel at an edge."""
     rows, columns = (
         np.minimum(np.arange(0, n, factor) + factor // 2, n - 1) for n in values.shape[-2:]
@@ -223,7 +223,7 @@ def _move_nodata_and_scale(cube: xr.Dataset) -> xr.Dataset:
     return renamed
 
 
-def _for_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
+def _adapt_to_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
     """Add GDAL's own CRS attribute and make flag values JSON lists."""
     labelled = cube.copy()
     for variable in labelled.data_vars.values():
@@ -236,7 +236,7 @@ def _for_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
     return labelled
 
 
-def _encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
+def _make_encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
     """Set chunks and compression: one year, all bands and 512 x 512 pixels per chunk.
 
     Every variable gets a compressor readable by any GDAL, coordinates included.
@@ -251,7 +251,7 @@ def _encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
     return packed
 
 
-def _spatial(grid: GeoBox) -> dict[str, Any]:
+def _describe_grid(grid: GeoBox) -> dict[str, Any]:
     return {
         "proj:code": f"EPSG:{grid.crs.epsg}",
         "spatial:dimensions": ["y", "x"],
@@ -268,7 +268,7 @@ _UUID = {
 }
 
 
-def _conventions(*names: str) -> dict[str, Any]:
+def _declare_conventions(*names: str) -> dict[str, Any]:
     """Declare the conventions followed by the attributes."""
     schemas = "https://raw.githubusercontent.com/zarr-conventions"
     texts = "https://github.com/zarr-conventions"

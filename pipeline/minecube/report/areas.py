@@ -79,7 +79,7 @@ def _choose_unit(tables: Iterable[pd.DataFrame]) -> tuple[str, float]:
 def _draw_area(ax: Axes, table: pd.DataFrame, truth: pd.DataFrame | None, unit_m2: float) -> None:
     ax.plot(
         table["year"],
-        _known_area(table) / unit_m2,
+        _mask_unknown(table) / unit_m2,
         color=MAPPED,
         marker="o",
         ms=3.5,
@@ -89,7 +89,7 @@ def _draw_area(ax: Axes, table: pd.DataFrame, truth: pd.DataFrame | None, unit_m
     if truth is not None:
         ax.plot(
             truth["year"],
-            _known_area(truth) / unit_m2,
+            _mask_unknown(truth) / unit_m2,
             label="truth",
             color=TRUTH,
             ls=(0, (4, 2)),
@@ -101,7 +101,7 @@ def _draw_area(ax: Axes, table: pd.DataFrame, truth: pd.DataFrame | None, unit_m
     ax.set_ylim(0, 1.15 * max(ax.dataLim.y1, 1e-3))
 
 
-def _known_area(table: pd.DataFrame) -> pd.Series:
+def _mask_unknown(table: pd.DataFrame) -> pd.Series:
     """Return the area in m2, NaN in years with more unknown than mine area."""
     unknown = table.get("unknown_m2", pd.Series(0.0, index=table.index))
     return table["area_m2"].where(unknown <= table["area_m2"].clip(lower=1))

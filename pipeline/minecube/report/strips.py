@@ -51,7 +51,7 @@ def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, t
             cannot be written.
     """
     years = [int(year) for year in cube.year.to_numpy()]
-    images = [_rgb(cube.reflectance.sel(year=year), f"year {year}") for year in years]
+    images = [_read_rgb(cube.reflectance.sel(year=year), f"year {year}") for year in years]
     for name, footprint in footprints.items():
         if footprint.shape[-2:] != images[0].shape[:2]:
             expected = " x ".join(map(str, images[0].shape[:2]))
@@ -87,7 +87,7 @@ def comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> Non
     Raises:
         CubeError: A band of true colour is missing or the file cannot be written.
     """
-    rgb = [_rgb(image, caption) for caption, image in images.items()]
+    rgb = [_read_rgb(image, caption) for caption, image in images.items()]
     figure, axes = _draw_panels(rgb, title, legend_in=0)
     for ax, caption in zip(axes, images, strict=True):
         ax.set_title(caption, fontsize=10, color=INK)
@@ -96,7 +96,7 @@ def comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> Non
     save(figure, out)
 
 
-def _rgb(reflectance: xr.DataArray, name: str) -> UInt16:
+def _read_rgb(reflectance: xr.DataArray, name: str) -> UInt16:
     """Return red, green and blue (y, x, 3) uint16. A pixel is 0 in all three if one band is 0."""
     missing = [band for band in TRUE_COLOUR if band not in reflectance.band]
     if missing:
@@ -124,13 +124,13 @@ def _draw_panels(
     axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for ax in axes[len(images) :]:
         ax.remove()
-    limits = _stretch_limits(images)
+    limits = _find_limits(images)
     for ax, image in zip(axes, images, strict=False):
         _draw_image(ax, image, limits)
     return figure, axes[: len(images)]
 
 
-def _stretch_limits(images: Sequence[UInt16]) -> tuple[float, float]:
+def _find_limits(images: Sequence[UInt16]) -> tuple[float, float]:
     """Return the darkest and brightest value shown.
 
     Both are the lowest over the images, so clouds in one image do not darken the others.

@@ -30,25 +30,25 @@ from minecube.errors import CatalogError
 from minecube.files import replacing
 from minecube.grid import grid_of, padded
 from minecube.simulate.archive import write_index, write_item, write_sources
-from minecube.simulate.granules import Granule, granules
-from minecube.simulate.items import STYLES, Item, Product, misflag, products
-from minecube.simulate.land import Land, ground_of, land_of
-from minecube.simulate.mine import mine_of
+from minecube.simulate.granules import Granule, cut_granules
+from minecube.simulate.items import STYLES, Item, Product, list_products, misflag
+from minecube.simulate.land import Land, draw_ground, draw_land
+from minecube.simulate.mine import draw_mine
 from minecube.simulate.noise import Draw, streams
 from minecube.simulate.observe import observe
 from minecube.simulate.passes import (
     Overpass,
     Tile,
-    dates_possible,
+    count_possible_dates,
     displace_scene,
+    lay_tiles,
     overpasses,
-    tiles_of,
 )
 from minecube.simulate.truth import (
-    footprint_of,
-    reflectance_of,
-    sky_seen,
-    window,
+    burn_footprint,
+    classify_sky,
+    compute_reflectance,
+    locate_site,
     write_year,
 )
 
@@ -105,7 +105,7 @@ class World:
         _need(0 <= self.wrong_flags <= 1, "wrong_flags as a share, 0..1", self.wrong_flags)
         _need(self.seed >= 0, "a seed of at least 0", self.seed)
         for year in self.years:
-            possible = dates_possible(year)
+            possible = count_possible_dates(year)
             _need(
                 self.dates(year) <= possible,
                 f"at most {possible} dates in {year}, the times Sentinel-2 passed",
@@ -205,7 +205,7 @@ def _simulate_all(
 
 def _outline_mine(place: _Place, year: int) -> gpd.GeoDataFrame:
     """Return the mine's outline of a year in longitude and latitude, as one row."""
-    mine = mine_of(place.grid, place.draw, year)
+    mine = draw_mine(place.grid, place.draw, year)
     return gpd.GeoDataFrame(
         {"site": [place.site.id], "year": [year]}, geometry=[mine.footprint], crs=place.grid.crs
     ).to_crs(4326)
@@ -237,8 +237,8 @@ def _prepare_place(
         grid=grid,
         canvas=canvas,
         draw=draw,
-        land=land_of(grid, canvas, draw),
-        tiles=tiles_of(grid, canvas, tile_names),
+        land=draw_land(grid, canvas, draw),
+        tiles=lay_tiles(grid, canvas, tile_names),
         sources=sources,
     )
 
@@ -247,8 +247,8 @@ def _simulate_year(
     place: _Place, out: Path, year: int, world: World
 ) -> dict[str, list[tuple[Item, Product]]]:
     """Write a site-year with its truth; return (item, product) pairs per style."""
-    ground = ground_of(place.land, year)
-    passes = _overpasses_of(place, year, world)
+    ground = draw_ground(place.land, year)
+    passes = _simulate_overpasses(place, year, world)
     sky: dict[np.datetime64, UInt8] = {}
     items: dict[str, list[tuple[Item, Product]]] = {source.id: [] for source in place.sources}
     with ThreadPoolExecutor(_WRITERS) as writers:
@@ -256,8 +256,8 @@ def _simulate_year(
         for overpass in passes:
             observation = observe(place.draw, place.grid, place.canvas, ground, overpass)
             scene = (observation, overpass, place.tiles, place.grid, place.canvas)
-            sky[np.datetime64(overpass.day, "ns")] = sky_seen(*scene)
-            pieces = list(granules(*scene))
+            sky[np.datetime64(overpass.day, "ns")] = classify_sky(*scene)
+            pieces = list(cut_granules(*scene))
             # One date is written while the next is computed, to limit memory.
             for style, product, item in writing:
                 items[style].append((item.result(), product))
@@ -270,14 +270,14 @@ def _simulate_year(
         for style, product, item in writing:
             items[style].append((item.result(), product))
     truth = (
-        reflectance_of(ground, passes, window(place.grid, place.canvas)),
-        footprint_of(ground.mine, place.grid),
+        compute_reflectance(ground, passes, locate_site(place.grid, place.canvas)),
+        burn_footprint(ground.mine, place.grid),
     )
     write_year(out / "truth.zarr", place.site.id, place.grid, year, truth, sky)
     return items
 
 
-def _overpasses_of(place: _Place, year: int, world: World) -> list[Overpass]:
+def _simulate_overpasses(place: _Place, year: int, world: World) -> list[Overpass]:
     longitude = place.grid.geographic_extent.centroid.coords[0][0]
     dates = world.dates(year)
     passes = overpasses(place.draw, longitude, year, dates, world.winter_dates, world.scl_errors)
@@ -291,7 +291,7 @@ def _listed_products(
 ) -> list[Product]:
     """Return a provider's processings of a granule, some with a wrong flag."""
     listed = []
-    for product in products(source.id, granule):
+    for product in list_products(source.id, granule):
         flagged = source.offset.applied_flag and product.baseline >= source.offset.from_baseline
         rng = place.draw(
             "flag", granule.overpass.day, granule.tile.name, granule.part, product.baseline

@@ -23,20 +23,20 @@ from minecube.arrays import AnyArray, Bool, Int16, UInt8, UInt16
 from minecube.catalog import SCL, Source
 from minecube.grid import at_resolution
 from minecube.simulate.granules import Granule
-from minecube.simulate.items import Item, Product, item_of
-from minecube.simulate.passes import epsg
+from minecube.simulate.items import Item, Product, make_item
+from minecube.simulate.passes import epsg_of
 from minecube.simulate.pixels import enlarge
 
 
 def write_item(out: Path, source: Source, granule: Granule, product: Product) -> Item:
     """Write one item with its files; return its entry for the stac-geoparquet."""
     style = source.id
-    item, files = item_of(style, granule, product, source.assets)
+    item, files = make_item(style, granule, product, source.assets)
     folder = out / style / item["id"]
     folder.mkdir(parents=True)
     for band, name in files.items():
         grid = at_resolution(granule.tile.box, granule.layout(band)[0])
-        _write_cog(folder / name, _pixels_of(granule, product, band), grid)
+        _write_cog(folder / name, _add_offset(granule, product, band), grid)
     (folder / "item.json").write_text(json.dumps(item, indent=1), encoding="utf-8")
     assets = {}
     for key, asset in item["assets"].items():
@@ -45,7 +45,7 @@ def write_item(out: Path, source: Source, granule: Granule, product: Product) ->
     return {**item, "assets": assets}
 
 
-def _pixels_of(granule: Granule, product: Product, band: str) -> UInt8 | UInt16:
+def _add_offset(granule: Granule, product: Product, band: str) -> UInt8 | UInt16:
     """Return a band as stored: with the product's offset, 0 without data."""
     if band == SCL:
         return granule.scl
@@ -98,7 +98,7 @@ def _write_cog(path: Path, pixels: AnyArray, grid: GeoBox) -> None:
         width=pixels.shape[1],
         count=1,
         dtype=pixels.dtype,
-        crs=f"EPSG:{epsg(grid)}",
+        crs=f"EPSG:{epsg_of(grid)}",
         transform=grid.transform,
         nodata=0,
         compress="deflate",

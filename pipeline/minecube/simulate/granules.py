@@ -19,7 +19,7 @@ from shapely.geometry.polygon import orient
 from minecube.arrays import AnyArray, Float64, Int16, UInt8
 from minecube.grid import at_resolution
 from minecube.simulate.observe import NATIVE_M, Observation
-from minecube.simulate.passes import SCL_M, Overpass, Tile, epsg, neighbour_is_west, swath
+from minecube.simulate.passes import SCL_M, Overpass, Tile, cut_swath, epsg_of, neighbour_is_west
 
 _OVERLAP_PX = 3  # 20 m pixels; overlap of split halves on either side of the cut
 
@@ -79,22 +79,22 @@ class Granule:
         return size, list(grid.shape), list(grid.transform)[:6]
 
 
-def granules(
+def cut_granules(
     observation: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox
 ) -> Iterator[Granule]:
     """Yield the listed tiles of an overpass, in two granules if the datatake was split."""
-    area = swath(canvas, grid, overpass)
+    area = cut_swath(canvas, grid, overpass)
     parts = 1 + overpass.split
-    for tile in listed_tiles(tiles, overpass, grid):
-        scl = on_tile(observation.scl, tile, SCL_M)
-        counts = _bands_on_tile(observation.counts, tile)
-        old_counts = _bands_on_tile(observation.old_counts, tile)
-        area_on_tile = _transform(area, epsg(grid), epsg(tile.box)).intersection(tile.area)
+    for tile in list_tiles(tiles, overpass, grid):
+        scl = fit_to_tile(observation.scl, tile, SCL_M)
+        counts = _fit_bands(observation.counts, tile)
+        old_counts = _fit_bands(observation.old_counts, tile)
+        area_on_tile = _transform(area, epsg_of(grid), epsg_of(tile.box)).intersection(tile.area)
         for part in range(parts):
-            rows = _rows(tile, part, parts)
+            rows = _cut_rows(tile, part, parts)
             inside = np.zeros_like(scl)
             inside[rows] = scl[rows]
-            outline = _outline(tile, area_on_tile, rows)
+            outline = _outline_rows(tile, area_on_tile, rows)
             yield Granule(
                 tile=tile,
                 overpass=overpass,
@@ -110,15 +110,15 @@ def granules(
             )
 
 
-def _bands_on_tile(counts: dict[str, Int16], tile: Tile) -> dict[str, Int16]:
-    return {band: on_tile(pixels, tile, NATIVE_M[band]) for band, pixels in counts.items()}
+def _fit_bands(counts: dict[str, Int16], tile: Tile) -> dict[str, Int16]:
+    return {band: fit_to_tile(pixels, tile, NATIVE_M[band]) for band, pixels in counts.items()}
 
 
-def _outline(tile: Tile, area: BaseGeometry, rows: slice) -> BaseGeometry:
+def _outline_rows(tile: Tile, area: BaseGeometry, rows: slice) -> BaseGeometry:
     """Return the area within rows of a tile, in longitude and latitude."""
     west, _, east, top = tile.box.extent.boundingbox.bbox
     strip = box(west, top - rows.stop * SCL_M, east, top - rows.start * SCL_M)
-    shape = _transform(area.intersection(strip), epsg(tile.box), 4326)
+    shape = _transform(area.intersection(strip), epsg_of(tile.box), 4326)
     return orient(shapely.set_precision(shape, 1e-7))
 
 
@@ -128,7 +128,7 @@ def _transform(shape: BaseGeometry, source: int, target: int) -> BaseGeometry:
     return shapely.transform(shape, transformer.transform, interleaved=False)
 
 
-def listed_tiles(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile]:
+def list_tiles(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile]:
     """Return the tiles of an overpass in the catalogue."""
     west, east, neighbour = tiles
     listed = [west, east]
@@ -141,7 +141,7 @@ def listed_tiles(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Ti
     return listed
 
 
-def on_tile(pixels: AnyArray, tile: Tile, size_m: int) -> AnyArray:
+def fit_to_tile(pixels: AnyArray, tile: Tile, size_m: int) -> AnyArray:
     """Return canvas pixels of one size [y, x] on a tile: cropped, or warped to another zone.
 
     Int16 are interpolated bilinearly. Classes (uint8) take the nearest pixel, 0 outside the
@@ -157,7 +157,7 @@ def on_tile(pixels: AnyArray, tile: Tile, size_m: int) -> AnyArray:
     return warped
 
 
-def _rows(tile: Tile, part: int, parts: int) -> slice:
+def _cut_rows(tile: Tile, part: int, parts: int) -> slice:
     """Return the rows of 20 m pixels with data; halves of a split datatake overlap."""
     n = tile.box.shape[0] // 2
     if parts == 1:

@@ -15,7 +15,7 @@ import numpy as np
 
 from minecube.catalog import BANDS, SCL
 from minecube.simulate.granules import Granule
-from minecube.simulate.passes import OFFSET_DAY, epsg
+from minecube.simulate.passes import OFFSET_DAY, epsg_of
 
 Item = dict[str, Any]
 STYLES = ("earth-search", "planetary-computer", "cdse")
@@ -72,7 +72,7 @@ class Product:
     """Earth Search's flag for a removed offset; None if the flag is correct."""
 
 
-def products(style: str, granule: Granule) -> list[Product]:
+def list_products(style: str, granule: Granule) -> list[Product]:
     """Return a provider's processings of a granule.
 
     Earth Search has removed the offset and flags the removal. Before the offset it lists
@@ -113,7 +113,7 @@ def misflag(product: Product, rng: np.random.Generator) -> Product:
     return replace(product, flag=True, offset=1000)
 
 
-def item_of(
+def make_item(
     style: str, granule: Granule, product: Product, assets: Mapping[str, str]
 ) -> tuple[Item, dict[str, str]]:
     """Build a provider's item, and map each band to its file name.
@@ -122,15 +122,15 @@ def item_of(
     the item.
     """
     writer = _WRITERS[style]
-    files = {band: _file_name(style, granule, band) for band in (*BANDS, SCL)}
+    files = {band: _name_file(style, granule, band) for band in (*BANDS, SCL)}
     entries = {}
     for band, name in files.items():
         entries[assets[band]] = {
             "href": f"./{name}",
             "type": _COG,
-            **writer.asset_of(granule, band),
+            **writer.describe_asset(granule, band),
         }
-    item = writer.item_of(granule, product)
+    item = writer.describe_item(granule, product)
     item |= {
         "type": "Feature",
         "geometry": granule.geometry,
@@ -149,7 +149,7 @@ def item_of(
     return item, files
 
 
-def _earth_search(granule: Granule, product: Product) -> Item:
+def _describe_earth_search(granule: Granule, product: Product) -> Item:
     tile = granule.tile.name
     zone = int(tile[:2])
     band = tile[2]
@@ -164,7 +164,7 @@ def _earth_search(granule: Granule, product: Product) -> Item:
         offset_removed = product.flag
     return {
         "stac_version": "1.0.0",
-        "stac_extensions": _extensions(
+        "stac_extensions": _list_extensions(
             "eo/v1.1.0",
             "mgrs/v1.0.0",
             "grid/v1.0.0",
@@ -181,25 +181,25 @@ def _earth_search(granule: Granule, product: Product) -> Item:
             "constellation": "sentinel-2",
             "instruments": ["msi"],
             "eo:cloud_cover": granule.cloud_cover,
-            "proj:epsg": epsg(granule.tile.box),
+            "proj:epsg": epsg_of(granule.tile.box),
             "mgrs:utm_zone": zone,
             "mgrs:latitude_band": band,
             "mgrs:grid_square": square,
             "grid:code": f"MGRS-{zone}{band}{square}",
             "view:sun_azimuth": granule.azimuth,
             "view:sun_elevation": granule.elevation,
-            **_s2(granule, product),
+            **_describe_product(granule, product),
             "s2:sequence": str(product.sequence),
             "earthsearch:boa_offset_applied": offset_removed,
         },
     }
 
 
-def _planetary_computer(granule: Granule, product: Product) -> Item:
-    uri = _product_name(granule, product)
+def _describe_planetary_computer(granule: Granule, product: Product) -> Item:
+    uri = _name_product(granule, product)
     return {
         "stac_version": "1.0.0",
-        "stac_extensions": _extensions("eo/v1.0.0", "sat/v1.0.0", "projection/v1.0.0"),
+        "stac_extensions": _list_extensions("eo/v1.0.0", "sat/v1.0.0", "projection/v1.0.0"),
         "id": uri.replace(f"_N{product.baseline.replace('.', '')}", ""),
         "properties": {
             "datetime": _format_time(granule.overpass.start),
@@ -207,22 +207,22 @@ def _planetary_computer(granule: Granule, product: Product) -> Item:
             "constellation": "Sentinel 2",
             "instruments": ["msi"],
             "eo:cloud_cover": granule.cloud_cover,
-            "proj:epsg": epsg(granule.tile.box),
+            "proj:epsg": epsg_of(granule.tile.box),
             "sat:orbit_state": "descending",
             "sat:relative_orbit": granule.overpass.orbit,
             "s2:mgrs_tile": granule.tile.name,
             "s2:mean_solar_zenith": 90 - granule.elevation,
             "s2:mean_solar_azimuth": granule.azimuth,
-            **_s2(granule, product),
+            **_describe_product(granule, product),
         },
     }
 
 
-def _cdse(granule: Granule, product: Product) -> Item:
+def _describe_cdse(granule: Granule, product: Product) -> Item:
     start = _format_time(granule.overpass.start)
     return {
         "stac_version": "1.1.0",
-        "stac_extensions": _extensions(
+        "stac_extensions": _list_extensions(
             "eo/v2.0.0",
             "raster/v2.0.0",
             "sat/v1.0.0",
@@ -231,7 +231,7 @@ def _cdse(granule: Granule, product: Product) -> Item:
             "view/v1.0.0",
             "processing/v1.2.0",
         ),
-        "id": _product_name(granule, product),
+        "id": _name_product(granule, product),
         "properties": {
             "gsd": 10,
             "datetime": start,
@@ -255,17 +255,17 @@ def _cdse(granule: Granule, product: Product) -> Item:
             "processing:version": product.baseline,
             "processing:datetime": _format_time(product.generated),
             "processing:facility": "ESA",
-            "eopf:datatake_id": _datatake(granule, product),
-            "eopf:datastrip_id": _datastrip(granule, product),
+            "eopf:datatake_id": _name_datatake(granule, product),
+            "eopf:datastrip_id": _name_datastrip(granule, product),
             "eopf:instrument_mode": "INS-NOBS",
         },
     }
 
 
-def _s2(granule: Granule, product: Product) -> Item:
+def _describe_product(granule: Granule, product: Product) -> Item:
     """Return the product metadata used by both Earth Search and Planetary Computer."""
     granule_id = (
-        f"{granule.overpass.satellite}_OPER_MSI_L2A_TL_{_processing_run(product)}"
+        f"{granule.overpass.satellite}_OPER_MSI_L2A_TL_{_name_run(product)}"
         f"_A{granule.overpass.absolute_orbit:06d}_T{granule.tile.name}_N{product.baseline}"
     )
     return {
@@ -274,16 +274,16 @@ def _s2(granule: Granule, product: Product) -> Item:
         **{f"s2:{name}_percentage": granule.percent(value) for value, name in _SCL_NAMES.items()},
         "s2:product_type": "S2MSI2A",
         "s2:processing_baseline": product.baseline,
-        "s2:product_uri": f"{_product_name(granule, product)}.SAFE",
+        "s2:product_uri": f"{_name_product(granule, product)}.SAFE",
         "s2:generation_time": _format_time(product.generated),
-        "s2:datatake_id": _datatake(granule, product),
+        "s2:datatake_id": _name_datatake(granule, product),
         "s2:datatake_type": "INS-NOBS",
-        "s2:datastrip_id": _datastrip(granule, product),
+        "s2:datastrip_id": _name_datastrip(granule, product),
         "s2:granule_id": granule_id,
     }
 
 
-def _asset_earth_search(granule: Granule, band: str) -> Item:
+def _describe_earth_search_asset(granule: Granule, band: str) -> Item:
     size, shape, transform = granule.layout(band)
     place = {"proj:shape": shape, "proj:transform": transform, "roles": ["data", "reflectance"]}
     raster: Item = {
@@ -312,7 +312,7 @@ def _asset_earth_search(granule: Granule, band: str) -> Item:
     }
 
 
-def _asset_planetary_computer(granule: Granule, band: str) -> Item:
+def _describe_planetary_computer_asset(granule: Granule, band: str) -> Item:
     size, shape, transform = granule.layout(band)
     west, south, east, north = granule.tile.box.extent.boundingbox.bbox
     place = {
@@ -335,10 +335,10 @@ def _asset_planetary_computer(granule: Granule, band: str) -> Item:
     return {"title": f"{title} - {size}m", "eo:bands": [eo_band], **place}
 
 
-def _asset_cdse(granule: Granule, band: str) -> Item:
+def _describe_cdse_asset(granule: Granule, band: str) -> Item:
     size, shape, transform = granule.layout(band)
     place = {
-        "proj:code": f"EPSG:{epsg(granule.tile.box)}",
+        "proj:code": f"EPSG:{epsg_of(granule.tile.box)}",
         "proj:bbox": list(granule.tile.box.extent.boundingbox.bbox),
         "proj:shape": shape,
         "proj:transform": transform,
@@ -369,14 +369,14 @@ def _asset_cdse(granule: Granule, band: str) -> Item:
     }
 
 
-def _file_name(style: str, granule: Granule, band: str) -> str:
+def _name_file(style: str, granule: Granule, band: str) -> str:
     if style == "earth-search":
         return f"{band}.tif"
     size = granule.layout(band)[0]
     return f"T{granule.tile.name}_{granule.overpass.start:%Y%m%dT%H%M%S}_{band}_{size}m.tif"
 
 
-def _product_name(granule: Granule, product: Product) -> str:
+def _name_product(granule: Granule, product: Product) -> str:
     """Build the product name (Sentinel-2 PSD 14.9, section 3.4).
 
     S2A_MSIL2A_<datatake start>_N<baseline>_R<orbit>_T<tile>_<discriminator>
@@ -389,7 +389,7 @@ def _product_name(granule: Granule, product: Product) -> str:
     )
 
 
-def _datatake(granule: Granule, product: Product) -> str:
+def _name_datatake(granule: Granule, product: Product) -> str:
     overpass = granule.overpass
     return (
         f"G{overpass.satellite}_{overpass.start:%Y%m%dT%H%M%S}"
@@ -397,14 +397,14 @@ def _datatake(granule: Granule, product: Product) -> str:
     )
 
 
-def _datastrip(granule: Granule, product: Product) -> str:
+def _name_datastrip(granule: Granule, product: Product) -> str:
     return (
-        f"{granule.overpass.satellite}_OPER_MSI_L2A_DS_{_processing_run(product)}"
+        f"{granule.overpass.satellite}_OPER_MSI_L2A_DS_{_name_run(product)}"
         f"_S{granule.strip_start:%Y%m%dT%H%M%S}_N{product.baseline}"
     )
 
 
-def _processing_run(product: Product) -> str:
+def _name_run(product: Product) -> str:
     return f"{product.facility}_{product.generated:%Y%m%dT%H%M%S}"
 
 
@@ -414,7 +414,7 @@ def _data_type(band: str) -> str:
     return "uint16"
 
 
-def _extensions(*names: str) -> list[str]:
+def _list_extensions(*names: str) -> list[str]:
     return [f"https://stac-extensions.github.io/{name}/schema.json" for name in names]
 
 
@@ -428,24 +428,26 @@ class _Writer:
 
     api: str
     """Address of its STAC API."""
-    item_of: Callable[[Granule, Product], Item]
+    describe_item: Callable[[Granule, Product], Item]
     """Write id, version, extensions and properties."""
-    asset_of: Callable[[Granule, str], Item]
+    describe_asset: Callable[[Granule, str], Item]
     """Write the fields of one band's asset."""
 
 
 _WRITERS = {
     "earth-search": _Writer(
         api="https://earth-search.aws.element84.com/v1",
-        item_of=_earth_search,
-        asset_of=_asset_earth_search,
+        describe_item=_describe_earth_search,
+        describe_asset=_describe_earth_search_asset,
     ),
     "planetary-computer": _Writer(
         api="https://planetarycomputer.microsoft.com/api/stac/v1",
-        item_of=_planetary_computer,
-        asset_of=_asset_planetary_computer,
+        describe_item=_describe_planetary_computer,
+        describe_asset=_describe_planetary_computer_asset,
     ),
     "cdse": _Writer(
-        api="https://stac.dataspace.copernicus.eu/v1", item_of=_cdse, asset_of=_asset_cdse
+        api="https://stac.dataspace.copernicus.eu/v1",
+        describe_item=_describe_cdse,
+        describe_asset=_describe_cdse_asset,
     ),
 }

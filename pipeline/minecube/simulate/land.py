@@ -14,8 +14,8 @@ from shapely.geometry import LineString
 from shapely.geometry.base import BaseGeometry
 
 from minecube.arrays import Bool, Float32, Float64, Int32
-from minecube.simulate.mine import Mine, mine_of
-from minecube.simulate.noise import Draw, fractal
+from minecube.simulate.mine import Mine, draw_mine
+from minecube.simulate.noise import Draw, draw_fractal
 from minecube.simulate.spectra import Patches
 
 _ARABLE = ("winter cereal", "maize", "ley", "fallow")
@@ -80,16 +80,20 @@ class Land:
     lake: Bool
 
 
-def land_of(grid: GeoBox, canvas: GeoBox, draw: Draw) -> Land:
+def draw_land(grid: GeoBox, canvas: GeoBox, draw: Draw) -> Land:
     """Draw the permanent land of a site on its canvas."""
     rng = draw("land")
     box = canvas.extent.boundingbox
     side = min(grid.extent.boundingbox.span_x, grid.extent.boundingbox.span_y)
-    y, x = (axis.astype(np.float32) for axis in np.meshgrid(*_metres(canvas), indexing="ij"))
+    y, x = (
+        axis.astype(np.float32) for axis in np.meshgrid(*_locate_centres(canvas), indexing="ij")
+    )
     parcels = _draw_parcels(rng, x, y)
     more_parcels = _draw_parcels(rng, x, y)
-    districts = fractal(rng, canvas.shape.yx, 250) > 0
-    woods = fractal(rng, canvas.shape.yx, 120) + 0.2 * fractal(rng, canvas.shape.yx, 12) > 0.6
+    districts = draw_fractal(rng, canvas.shape.yx, 250) > 0
+    woods = (
+        draw_fractal(rng, canvas.shape.yx, 120) + 0.2 * draw_fractal(rng, canvas.shape.yx, 12) > 0.6
+    )
     towns = _draw_towns(rng, box, side)
     edge = rng.uniform([box.left, box.bottom], [box.right, box.top], (3, 2))
     edge[0, 0] = box.left
@@ -102,7 +106,7 @@ def land_of(grid: GeoBox, canvas: GeoBox, draw: Draw) -> Land:
     river = _draw_line(rng, source, mouth, 0.16)
     to_lake = np.hypot(x - towns[3][0], y - towns[3][1])
     to_town = np.min([np.hypot(x - town[0], y - town[1]) for town in towns[:3]], axis=0)
-    rough = fractal(rng, canvas.shape.yx, 40)
+    rough = draw_fractal(rng, canvas.shape.yx, 40)
     parcel = np.where(districts, parcels, more_parcels + parcels.max() + 1)
     return Land(
         grid=grid,
@@ -110,7 +114,7 @@ def land_of(grid: GeoBox, canvas: GeoBox, draw: Draw) -> Land:
         draw=draw,
         parcel=parcel.astype(np.int32),
         woods=woods,
-        conifers=fractal(rng, canvas.shape.yx, 80) > 0.1,
+        conifers=draw_fractal(rng, canvas.shape.yx, 80) > 0.1,
         village=to_town < np.clip(0.05 * side, 120, 300) * (1 + 0.3 * rough),
         road=_burn(canvas, [road.buffer(7) for road in roads]),
         river=_burn(canvas, [river.buffer(rng.uniform(11, 20))]),
@@ -144,13 +148,13 @@ class _Cover:
         self.kinds.extend(kinds)
 
 
-def ground_of(land: Land, year: int) -> Ground:
+def draw_ground(land: Land, year: int) -> Ground:
     """Draw the site in one calendar year.
 
     Crops rotate, the mine moves on, and former mine land becomes green.
     """
     rng = land.draw("ground", year)
-    mine = mine_of(land.grid, land.draw, year)
+    mine = draw_mine(land.grid, land.draw, year)
     cover = _Cover(land.canvas.shape.yx)
     n = int(land.parcel.max()) + 1
     lasting = land.draw("parcels").random(n) < 0.4
@@ -169,7 +173,7 @@ def ground_of(land: Land, year: int) -> Ground:
     cover.add(young > 0, young - 1, ["young"] * _RECLAIMED_YEARS)
     shade = _add_mine(cover, land, mine)
     patches = Patches(cover.kinds, land.draw("tint"))
-    shade *= 1 + patches.texture[cover.patch] * fractal(
+    shade *= 1 + patches.texture[cover.patch] * draw_fractal(
         land.draw("texture"), land.canvas.shape.yx, 30, slope=1.6
     )
     kinds = np.array(cover.kinds)
@@ -190,7 +194,7 @@ def _add_mine(cover: _Cover, land: Land, mine: Mine) -> Float32:
     inside = _burn(land.canvas, [mine.outline])
     pit = _burn(land.canvas, [mine.pits])
     dump = _burn(land.canvas, [mine.dumps])
-    rough = fractal(rng, land.canvas.shape.yx, 25, slope=2.2)
+    rough = draw_fractal(rng, land.canvas.shape.yx, 25, slope=2.2)
     zero = np.zeros(land.canvas.shape, dtype=np.int32)
     cover.add(inside, zero, ["overburden"])
 
@@ -206,11 +210,13 @@ def _add_mine(cover: _Cover, land: Land, mine: Mine) -> Float32:
 
     ridge = ndimage.distance_transform_edt(dump) * 10 + 25 * rough
     cover.add(
-        dump, (fractal(rng, land.canvas.shape.yx, 60) > 0.9).astype(np.int32), ["dump", "pioneers"]
+        dump,
+        (draw_fractal(rng, land.canvas.shape.yx, 60) > 0.9).astype(np.int32),
+        ["dump", "pioneers"],
     )
     shade = np.where(dump, 1 + 0.07 * np.sin(2 * np.pi * ridge / 62), shade)
 
-    pale = fractal(rng, land.canvas.shape.yx, 45, slope=3.6) > 1.25
+    pale = draw_fractal(rng, land.canvas.shape.yx, 45, slope=3.6) > 1.25
     cover.add(inside & pale & (bench < 4), zero, ["kaolin"])
     cover.add(inside & _burn(land.canvas, [mine.haul_road]), zero, ["gravel"])
     cover.add(_burn(land.canvas, [mine.lake]), zero, ["pit water"])
@@ -225,7 +231,7 @@ def _years_since_mine(land: Land, year: int) -> Int32:
     """
     since = np.zeros(land.canvas.shape, dtype=np.int32)
     for age in range(_RECLAIMED_YEARS, 0, -1):
-        since[_burn(land.canvas, [mine_of(land.grid, land.draw, year - age).outline])] = age
+        since[_burn(land.canvas, [draw_mine(land.grid, land.draw, year - age).outline])] = age
     return since
 
 
@@ -240,7 +246,7 @@ def _burn(canvas: GeoBox, shapes: Iterable[BaseGeometry]) -> Bool:
     return burnt
 
 
-def _metres(canvas: GeoBox) -> tuple[Float64, Float64]:
+def _locate_centres(canvas: GeoBox) -> tuple[Float64, Float64]:
     """Return pixel centres, y and x."""
     y, x = (np.asarray(canvas.coords[d].values, dtype=np.float64) for d in ("y", "x"))
     return y, x

@@ -72,7 +72,7 @@ def _draw_plan(grid: GeoBox, rng: np.random.Generator) -> _Plan:
     )
 
 
-def mine_of(grid: GeoBox, draw: Draw, year: int) -> Mine:
+def draw_mine(grid: GeoBox, draw: Draw, year: int) -> Mine:
     """Return the mine of one site in any year.
 
     A main pit advances across the site. An inner dump follows and fills it, and the land behind the
@@ -81,16 +81,16 @@ def mine_of(grid: GeoBox, draw: Draw, year: int) -> Mine:
     """
     plan = _draw_plan(grid, draw("mine"))
     side = plan.side
-    ahead = _direction(plan.heading)
+    ahead = _point_to(plan.heading)
     front = plan.middle + ahead * side * plan.speed * np.tanh((year - 2020) / 8)
     main, second, third = _draw_pits(plan, front, year)
     pits = shapely.union_all([pit for pit in (main, second, third) if pit.area > 2000])
     inner = _draw_blob(
-        front - ahead * side * 0.16 + _direction(plan.heading + 1.6) * side * 0.03,
+        front - ahead * side * 0.16 + _point_to(plan.heading + 1.6) * side * 0.03,
         side * 0.115,
         plan.shapes[1],
     )
-    dump = plan.middle + _direction(plan.heading + plan.sideways * 1.75) * side * 0.25
+    dump = plan.middle + _point_to(plan.heading + plan.sideways * 1.75) * side * 0.25
     outer = _draw_blob(
         dump, side * 0.12 * (0.72 - 0.28 * np.tanh((year - 2020) / 5)), plan.shapes[2]
     )
@@ -108,7 +108,7 @@ def mine_of(grid: GeoBox, draw: Draw, year: int) -> Mine:
         lake=lake,
         haul_road=LineString([front, front - ahead * side * 0.09, dump]).buffer(9),
         outline=outline,
-        footprint=_multipolygon(outline.intersection(grid.extent.geom)),
+        footprint=_keep_polygons(outline.intersection(grid.extent.geom)),
     )
 
 
@@ -119,28 +119,28 @@ def _draw_pits(plan: _Plan, front: Float64, year: int) -> tuple[Polygon, Polygon
         front, side * (0.16 + plan.growth * np.tanh((year - 2019) / 6)), plan.shapes[0]
     )
     second = _draw_blob(
-        plan.middle + _direction(plan.heading - plan.sideways * 1.2) * side * 0.37,
-        side * 0.10 * _ramp(year, plan.opens, 7),
+        plan.middle + _point_to(plan.heading - plan.sideways * 1.2) * side * 0.37,
+        side * 0.10 * _ramp_up(year, plan.opens, 7),
         plan.shapes[3],
     )
     third = _draw_blob(
-        plan.middle + _direction(plan.heading + 2.9) * side * 0.385,
-        side * 0.085 * (1 - _ramp(year, plan.closes, 5)),
+        plan.middle + _point_to(plan.heading + 2.9) * side * 0.385,
+        side * 0.085 * (1 - _ramp_up(year, plan.closes, 5)),
         plan.shapes[4],
     )
     return main, second, third
 
 
-def _multipolygon(shape: BaseGeometry) -> MultiPolygon:
+def _keep_polygons(shape: BaseGeometry) -> MultiPolygon:
     parts = getattr(shape, "geoms", [shape])
     return MultiPolygon([part for part in parts if isinstance(part, Polygon)])
 
 
-def _direction(angle: float) -> Float64:
+def _point_to(angle: float) -> Float64:
     return np.array([np.cos(angle), np.sin(angle)])
 
 
-def _ramp(year: float, start: float, length: float) -> float:
+def _ramp_up(year: float, start: float, length: float) -> float:
     """Return 0 before `start`, 1 from `start + length` on, smooth between."""
     t = float(np.clip((year - start) / length, 0, 1))
     return t * t * (3 - 2 * t)

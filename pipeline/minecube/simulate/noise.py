@@ -27,7 +27,7 @@ def streams(seed: int, site_id: str) -> Draw:
     return draw
 
 
-def fractal(
+def draw_fractal(
     rng: np.random.Generator, shape: tuple[int, int], longest_px: float, slope: float = 3.0
 ) -> Float32:
     """Create a self-similar field, float32 [y, x], mean 0 and standard deviation 1.

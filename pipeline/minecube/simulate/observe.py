@@ -13,9 +13,9 @@ from minecube.catalog import BANDS
 from minecube.grid import at_resolution
 from minecube.simulate.land import Ground
 from minecube.simulate.noise import Draw
-from minecube.simulate.passes import OFFSET_DAY, SCL_M, Overpass, sun, swath
+from minecube.simulate.passes import OFFSET_DAY, SCL_M, Overpass, cut_swath, locate_sun
 from minecube.simulate.pixels import displace, enlarge, halve
-from minecube.simulate.sky import VISIBLE, classify, sky_of
+from minecube.simulate.sky import VISIBLE, classify, draw_sky
 
 NATIVE_M = {**dict.fromkeys(BANDS, 20), **dict.fromkeys(("B02", "B03", "B04", "B08"), 10)}
 """Band -> pixel size in metres."""
@@ -54,9 +54,9 @@ def observe(
     """
     rng = draw("sensor", overpass.day)
     latitude = canvas.geographic_extent.centroid.coords[0][1]
-    azimuth, elevation = sun(overpass.day, latitude)
+    azimuth, elevation = locate_sun(overpass.day, latitude)
     half = at_resolution(canvas, SCL_M)
-    sky = sky_of(draw, half.shape.yx, overpass, azimuth, elevation)
+    sky = draw_sky(draw, half.shape.yx, overpass, azimuth, elevation)
     down, right = rng.uniform(-0.4, 0.4, 2) * (rng.random() < 0.4)
     if overpass.astray_px:
         astray_rng = draw("astray", overpass.day)
@@ -77,7 +77,7 @@ def observe(
         counts[name] = np.rint(np.clip(measured, -0.01, 1.6) * 10000).astype(np.int16)
     scl = classify(draw, ground, sky, overpass, clean_20)
     in_swath = rasterio.features.rasterize(
-        [swath(canvas, grid, overpass)], half.shape, transform=half.transform, dtype=np.uint8
+        [cut_swath(canvas, grid, overpass)], half.shape, transform=half.transform, dtype=np.uint8
     )
     old_counts: dict[str, Int16] = {}
     if overpass.day < OFFSET_DAY:

@@ -97,7 +97,7 @@ class Tile:
 class Warp:
     """Pixel positions between a tile of the neighbouring zone and the site.
 
-    Arrays have the format of `positions`.
+    Arrays have the format of `locate_pixels`.
     """
 
     from_canvas: dict[int, Float64]
@@ -172,7 +172,7 @@ def _draw_season(rng: np.random.Generator, year: int, orbit: int, n: int) -> dic
     return dict(zip(passes, cover.tolist(), strict=True))
 
 
-def dates_possible(year: int) -> int:
+def count_possible_dates(year: int) -> int:
     """Return the possible dates from April to October, both orbits equally often."""
     return 2 * min(len(_in_season(year, orbit)) for orbit in (FULL, CUT))
 
@@ -193,7 +193,7 @@ def _passes(year: int, orbit: int) -> list[Pass]:
     return sorted(passes)
 
 
-def sun(day: date, latitude: float) -> tuple[float, float]:
+def locate_sun(day: date, latitude: float) -> tuple[float, float]:
     """Compute the sun's azimuth and elevation in degrees at 10:30 solar time.
 
     Declination after Cooper 1969.
@@ -213,7 +213,7 @@ def sun(day: date, latitude: float) -> tuple[float, float]:
     return math.degrees(math.atan2(east, north)) % 360, math.degrees(math.asin(up))
 
 
-def swath(canvas: GeoBox, grid: GeoBox, overpass: Overpass) -> Polygon:
+def cut_swath(canvas: GeoBox, grid: GeoBox, overpass: Overpass) -> Polygon:
     """Return the part of the canvas seen by the orbit.
 
     The edge leans like a descending orbit, 13 degrees off south.
@@ -235,7 +235,7 @@ def swath(canvas: GeoBox, grid: GeoBox, overpass: Overpass) -> Polygon:
     ).intersection(box(*area.bbox))
 
 
-def tiles_of(grid: GeoBox, canvas: GeoBox, names: set[str]) -> list[Tile]:
+def lay_tiles(grid: GeoBox, canvas: GeoBox, names: set[str]) -> list[Tile]:
     """Return three tiles: A, B and C.
 
     A covers the west 65 % of the site, and B the east half. C is in the nearer neighbouring UTM
@@ -260,7 +260,7 @@ def tiles_of(grid: GeoBox, canvas: GeoBox, names: set[str]) -> list[Tile]:
         cols = slice(start, stop)
         name = _name_tile(canvas, step, names)
         tiles.append(Tile(name=name, box=canvas[:, cols], area=box(*extent.bbox), cols=cols))
-    return [*tiles, _neighbour_tile(grid, canvas, names)]
+    return [*tiles, _lay_neighbour_tile(grid, canvas, names)]
 
 
 def neighbour_is_west(grid: GeoBox) -> bool:
@@ -268,15 +268,15 @@ def neighbour_is_west(grid: GeoBox) -> bool:
     return bool(grid.geographic_extent.centroid.coords[0][0] % 6 < 3)
 
 
-def _neighbour_tile(grid: GeoBox, canvas: GeoBox, names: set[str]) -> Tile:
-    crs = _neighbour_crs(grid)
+def _lay_neighbour_tile(grid: GeoBox, canvas: GeoBox, names: set[str]) -> Tile:
+    crs = _find_neighbour_crs(grid)
     site = grid.extent.boundingbox
     left, bottom, right, top = canvas.extent.boundingbox.bbox
     if neighbour_is_west(grid):
         right = site.left + 0.6 * site.span_x
     else:
         left = site.right - 0.6 * site.span_x
-    to_tile = Transformer.from_crs(epsg(grid), crs.to_epsg(), always_xy=True)
+    to_tile = Transformer.from_crs(epsg_of(grid), crs.to_epsg(), always_xy=True)
     corners = [(left, bottom), (right, bottom), (right, top), (left, top)]
     area = Polygon([to_tile.transform(*corner) for corner in corners])
     bounds = _align(BoundingBox.from_xy(area.bounds[::2], area.bounds[1::2], crs))
@@ -289,37 +289,37 @@ def _neighbour_tile(grid: GeoBox, canvas: GeoBox, names: set[str]) -> Tile:
     )
     warp = Warp(
         from_canvas={
-            size: positions(at_resolution(tile, size), at_resolution(canvas, size))
+            size: locate_pixels(at_resolution(tile, size), at_resolution(canvas, size))
             for size in (PIXEL_M, SCL_M)
         },
-        to_site=positions(grid, at_resolution(tile, SCL_M)),
+        to_site=locate_pixels(grid, at_resolution(tile, SCL_M)),
     )
     name = _name_tile(tile, 0, names)
     return Tile(name=name, box=tile, area=area, cols=slice(None), warp=warp)
 
 
-def _neighbour_crs(grid: GeoBox) -> CRS:
+def _find_neighbour_crs(grid: GeoBox) -> CRS:
     """Return the nearer neighbouring UTM zone."""
-    hemisphere, zone = divmod(epsg(grid), 100)
+    hemisphere, zone = divmod(epsg_of(grid), 100)
     neighbour = zone + 1
     if neighbour_is_west(grid):
         neighbour = zone - 1
     return CRS(f"EPSG:{hemisphere * 100 + (neighbour - 1) % 60 + 1}")
 
 
-def positions(source: GeoBox, target: GeoBox) -> Float64:
+def locate_pixels(source: GeoBox, target: GeoBox) -> Float64:
     """Locate the pixel centres of one grid on another.
 
     Returns:
         float64 [2, y, x], row and column, 0 = centre of the first pixel.
     """
     y, x = np.meshgrid(*(source.coords[d].values for d in ("y", "x")), indexing="ij")
-    x, y = Transformer.from_crs(epsg(source), epsg(target), always_xy=True).transform(x, y)
+    x, y = Transformer.from_crs(epsg_of(source), epsg_of(target), always_xy=True).transform(x, y)
     col, row = ~target.transform * (x, y)
     return np.stack([row, col]) - 0.5
 
 
-def epsg(box: GeoBox) -> int:
+def epsg_of(box: GeoBox) -> int:
     """Return the EPSG code of a UTM grid."""
     return int(str(box.crs).removeprefix("EPSG:"))
 
@@ -336,7 +336,7 @@ def _name_tile(tile: GeoBox, step: int, names: set[str]) -> str:
 
     If the name is in use, the next free square to the north is used.
     """
-    zone = epsg(tile) % 100
+    zone = epsg_of(tile) % 100
     ((x, y),) = tile.extent.centroid.coords
     lat = float(np.clip(tile.geographic_extent.centroid.coords[0][1], -80, 83.9))
     band = "CDEFGHJKLMNPQRSTUVWX"[min(int((lat + 80) // 8), 19)]

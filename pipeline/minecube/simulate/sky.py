@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from minecube.arrays import AnyArray, Float32, UInt8
 from minecube.simulate.land import Ground
-from minecube.simulate.noise import Draw, fractal
+from minecube.simulate.noise import Draw, draw_fractal
 from minecube.simulate.passes import SCL_M, Overpass
 from minecube.simulate.pixels import enlarge, halve
 from minecube.simulate.spectra import MATERIAL
@@ -71,7 +71,7 @@ class Sky:
         return observed
 
 
-def sky_of(
+def draw_sky(
     draw: Draw, shape: tuple[int, int], overpass: Overpass, azimuth: float, elevation: float
 ) -> Sky:
     """Simulate the sky over a canvas of `shape` 20 m pixels on one date.
@@ -82,7 +82,7 @@ def sky_of(
     margin = _MARGIN_PX
     wide = (shape[0] + 2 * margin, shape[1] + 2 * margin)
     inner = (slice(margin, -margin), slice(margin, -margin))
-    field = fractal(rng, wide, rng.uniform(60, 160), slope=3.5)
+    field = draw_fractal(rng, wide, rng.uniform(60, 160), slope=3.5)
     cut = float(np.quantile(field[inner], 1 - overpass.cover))
     if overpass.cover > 0.97:
         cut = float(field.min()) - 0.5
@@ -99,17 +99,17 @@ def sky_of(
     column = margin - int(np.clip(right, -margin, margin))
     shadow = ndimage.gaussian_filter(dense, 0.8)[row : row + shape[0], column : column + shape[1]]
 
-    thin = fractal(rng, shape, 120, slope=3.6)
+    thin = draw_fractal(rng, shape, 120, slope=3.6)
     strength = rng.uniform(0.10, 0.30) * (rng.random() < 0.4) * (overpass.cover > 0.02)
     snow: AnyArray = np.zeros(shape)
     if overpass.snow:
-        snow = fractal(rng, shape, 90) * 0.3 + 0.8
+        snow = draw_fractal(rng, shape, 90) * 0.3 + 0.8
     cirrus = np.zeros(shape, np.float32)
     if overpass.unseen_cirrus:
         cirrus = _draw_cirrus(draw("cirrus", overpass.day), shape)
     return Sky(
         cloud=cloud,
-        white=1 + np.float32(0.12) * fractal(rng, wide, 40, slope=2.6)[inner],
+        white=1 + np.float32(0.12) * draw_fractal(rng, wide, 40, slope=2.6)[inner],
         veil=np.clip(strength * (thin + 0.3), 0, 0.4).astype(np.float32),
         shadow=shadow * (1 - cloud),
         snow=np.clip(snow, 0, 0.97).astype(np.float32),
@@ -121,7 +121,9 @@ def sky_of(
 def _draw_cirrus(rng: np.random.Generator, shape: tuple[int, int]) -> Float32:
     """Simulate streaks, four times as long as wide, over a thin layer: float32 [y, x]."""
     height, width = shape
-    streaks = fractal(rng, (height, -(-width // 4)), 12, slope=2.4).repeat(4, axis=1)[:, :width]
+    streaks = draw_fractal(rng, (height, -(-width // 4)), 12, slope=2.4).repeat(4, axis=1)[
+        :, :width
+    ]
     opacity: Float32 = np.clip(np.float32(0.06) + np.float32(0.05) * streaks, 0, 0.3)
     return opacity
 
@@ -166,7 +168,7 @@ def classify(
     dazzled = (halve(ground.dazzling) > 0.2) & (noise[1] < 0.97) & fooled
     scl[dazzled] = np.where(halve(ground.shade)[dazzled] > 1, 9, 8)
     if overpass.false_cirrus:
-        alarm = fractal(draw("alarm", overpass.day), scl.shape, 60)
+        alarm = draw_fractal(draw("alarm", overpass.day), scl.shape, 60)
         scl[(alarm > np.quantile(alarm, 1 - _FALSE_CIRRUS)) & np.isin(scl, (2, 4, 5, 6))] = 10
     edge_share = 0.5
     if overpass.edges_unclassified:

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from minecube.arrays import Bool, Float32, UInt8, UInt16
 from minecube.catalog import BANDS
-from minecube.simulate.granules import listed_tiles, on_tile
+from minecube.simulate.granules import fit_to_tile, list_tiles
 from minecube.simulate.land import Ground
 from minecube.simulate.mine import Mine
 from minecube.simulate.observe import NATIVE_M, Observation
@@ -26,7 +26,7 @@ SKY = ("not observed", "clear", "contaminated")
 """Meanings of the values of the `sky` layer."""
 
 
-def reflectance_of(
+def compute_reflectance(
     ground: Ground, passes: Sequence[Overpass], inside: tuple[slice, slice]
 ) -> UInt16:
     """Compute the year's clean reflectance as the median over the April to October dates.
@@ -55,7 +55,7 @@ def reflectance_of(
     return np.stack(planes)
 
 
-def footprint_of(mine: Mine, grid: GeoBox) -> UInt8:
+def burn_footprint(mine: Mine, grid: GeoBox) -> UInt8:
     """Rasterise the mine: uint8 [y, x], 1 if the pixel's centre lies in it."""
     burnt: UInt8 = rasterio.features.rasterize(
         [mine.footprint], grid.shape, transform=grid.transform, dtype=np.uint8
@@ -63,26 +63,26 @@ def footprint_of(mine: Mine, grid: GeoBox) -> UInt8:
     return burnt
 
 
-def sky_seen(
+def classify_sky(
     observation: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox
 ) -> UInt8:
     """Classify the site's pixels on one date: uint8 [y, x], index into `SKY`."""
-    inside = window(grid, canvas)
+    inside = locate_site(grid, canvas)
     swath = enlarge(observation.scl != 0, canvas.shape.yx)
     covered: Bool = np.zeros(grid.shape, dtype=np.bool_)
-    for tile in listed_tiles(tiles, overpass, grid):
+    for tile in list_tiles(tiles, overpass, grid):
         if tile.warp is None:
             columns = np.zeros(canvas.shape, dtype=np.bool_)
             columns[:, tile.cols] = True
             covered |= (columns & swath)[inside]
         else:
-            scl = on_tile(observation.scl, tile, SCL_M)
+            scl = fit_to_tile(observation.scl, tile, SCL_M)
             covered |= ndimage.map_coordinates(scl, tile.warp.to_site, order=0, cval=0) != 0
     sky = np.where(observation.contaminated[inside], 2, 1)
     return np.where(covered, sky, 0).astype(np.uint8)
 
 
-def window(grid: GeoBox, canvas: GeoBox) -> tuple[slice, slice]:
+def locate_site(grid: GeoBox, canvas: GeoBox) -> tuple[slice, slice]:
     """Return the site's window of its canvas; the margin is equal on all sides."""
     margin = (canvas.shape[0] - grid.shape[0]) // 2
     return slice(margin, margin + grid.shape[0]), slice(margin, margin + grid.shape[1])
