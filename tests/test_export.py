@@ -618,15 +618,15 @@ def test_what_cannot_be_listed_is_refused(tmp_path):
         dst.write(np.ones((1, 2, 2), np.uint8))
     (cog,) = write_cogs(cube_on(SMALL, [2020])[["footprint"]], SMALL, tmp_path / "out", "pit")
     for out, cogs, tables, says in [
-        (tmp_path / "in", [], {}, "no image to list"),
+        (tmp_path / "in", [], {}, "expected images for the collection, found none"),
         (tmp_path / "in", [cog], {}, "lies outside"),
         (
             tmp_path / "in",
             [tmp_path / "in" / "pit_2020_reflectance.tif"],
             {},
-            "not an image that write_cogs made",
+            "expected an image written by write_cogs",
         ),
-        (tmp_path / "in", [stranger], {}, "not an image that write_cogs made"),
+        (tmp_path / "in", [stranger], {}, "expected an image written by write_cogs"),
         (tmp_path / "out", [cog], {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
     ]:
         with pytest.raises(CubeError, match=says):

@@ -74,7 +74,7 @@ def write_croissant(
     files = sorted(files)
     if not files:
         raise CubeError(
-            f"{out}: there is no file for a Croissant description to name; "
+            f"{out}: expected files for the Croissant description, found none; "
             "export images or NetCDF, too"
         )
     inputs = list(credited)
@@ -105,8 +105,7 @@ def write_croissant(
 def _describe_file(path: Path, out: Path) -> dict[str, Any]:
     if not path.resolve().is_relative_to(out.resolve()):
         raise CubeError(
-            f"{path}: lies outside {out}, so the description could not be moved with it; "
-            "export it there"
+            f"{path}: lies outside {out}, where the description lists files; export it there"
         )
     size, digest = measure_file(path)
     name = _name_file(path, out)

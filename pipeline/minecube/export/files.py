@@ -33,15 +33,15 @@ def open_draft(path: Path) -> Iterator[Path]:
     except (OSError, DataSourceError, DataLayerError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CubeError(
-            f"{path}: cannot be written ({reason}); no half file stays; mend that and export again"
+            f"{path}: cannot be written ({reason}); no partial file remains. "
+            "Solve this and export again"
         ) from error
 
 
 def _need_zarr(path: Path) -> None:
     if not any((path / name).is_file() for name in ("zarr.json", ".zgroup")):
         raise CubeError(
-            f"{path}: expected a Zarr to replace, found something else; "
-            "move it away or name another folder"
+            f"{path}: expected a Zarr to replace, found something else; name another folder"
         )
 
 
@@ -52,9 +52,7 @@ def measure_file(path: Path) -> tuple[int, str]:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
             return content.tell(), digest
     except OSError as error:
-        raise CubeError(
-            f"{path}: cannot be read ({error.strerror}), so it cannot be listed"
-        ) from error
+        raise CubeError(f"{path}: cannot be read ({error.strerror}); export it again") from error
 
 
 def describe_file(path: Path, folder: Path, title: str) -> dict[str, Any]:

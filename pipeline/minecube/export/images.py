@@ -47,7 +47,7 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
                 continue
             layer = cube[name].sel(year=year)
             if (layer.to_numpy() == LAYERS[name].nodata).all():
-                log.info("%s %s: %s holds nothing but nodata, so it gets no file", site, year, name)
+                log.info("%s %s: %s has only nodata; no file is written", site, year, name)
                 continue
             tags = {"site": site, "year": str(year), "variable": name}
             tags |= _make_credit_tags(cube[[name]].sel(year=[year]))
@@ -81,13 +81,8 @@ def write_layers(
     credit_tags = _make_credit_tags(mapped.rename("probability").to_dataset())
     paths = []
     for name, layer in layers.data_vars.items():
-        settings = Layer(
-            title=layer.attrs.get("long_name", str(name)),
-            nodata=layer.attrs["nodata"],
-            scale=1,
-            overview="NEAREST",
-            roles=(),
-        )
+        title = layer.attrs.get("long_name", str(name))
+        settings = Layer(title=title, nodata=layer.attrs["nodata"])
         tags = {"site": site, "variable": str(name), "long_name": settings.title, **credit_tags}
         for key in ("flag_masks", "flag_meanings"):
             if key in layer.attrs:
@@ -173,7 +168,7 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | No
     if suffix not in (".parquet", ".gpkg"):
         raise CubeError(
             f"{path}: expected a name in .parquet or .gpkg, "
-            f"found {suffix or 'no suffix'!r}; choose one"
+            f"found {suffix or 'no suffix'!r}; name another file"
         )
     with open_draft(path) as draft:
         if suffix == ".parquet":
@@ -211,7 +206,7 @@ def _separate_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
         lower_names.add(names[column].lower())
     renamed = [f"{old} is {new}" for old, new in names.items() if old != new]
     if renamed:
-        log.warning("columns that differ in case alone were renamed: %s", ", ".join(renamed))
+        log.warning("columns that differ only in case were renamed: %s", ", ".join(renamed))
     geometries = table.columns[table.dtypes == "geometry"].drop(table.geometry.name)
     texts = {column: table[column].to_wkt() for column in geometries}
     return table.assign(**texts).rename(columns=names)

@@ -22,11 +22,12 @@ class Layer:
 
     title: str
     nodata: int
-    scale: float
+    scale: float = 1
     """Pixel value x scale = physical value."""
-    overview: str
+    overview: str = "NEAREST"
     """GDAL resampling of the overviews. Classes must not be averaged."""
-    roles: tuple[str, ...]
+    roles: tuple[str, ...] = ()
+    """Roles of a STAC asset. Layers without roles are not listed."""
     cf: Mapping[str, Any] = field(default_factory=dict)
     """CF attributes, except `scale_factor` and the nodata value."""
 
@@ -43,8 +44,6 @@ LAYERS = {
     "footprint": Layer(
         title="Mine footprint",
         nodata=UNKNOWN,
-        scale=1,
-        overview="NEAREST",
         roles=("data", "labels"),
         cf={
             "flag_values": np.array([BACKGROUND, MINE], np.uint8),
@@ -67,8 +66,6 @@ _DESCRIBED = {
         title="Share of the pixel that is mine",
         nodata=UNKNOWN,
         scale=1 / FULL,
-        overview="AVERAGE",
-        roles=(),
         cf={"units": "1"},
     ),
 }
@@ -97,8 +94,8 @@ def need_on_grid(cube: xr.Dataset, grid: GeoBox, site: str) -> None:
             cube[axis], centres[axis], rtol=0, atol=1e-3
         ):
             raise CubeError(
-                f"{site}: the cube's {axis} coordinates are not the grid's pixel centres, "
-                "so its images would lie in the wrong place; export it on the grid it was built on"
+                f"{site}: the cube's {axis} coordinates are not the grid's pixel centres; "
+                "export the cube on its own grid"
             )
 
 

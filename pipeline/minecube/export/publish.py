@@ -59,8 +59,7 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
             raise _missing_repository(place)
         if not _is_url(place) and Path(place).exists() and any(Path(place).iterdir()):
             raise CubeError(
-                f"{place}: is not empty and no Icechunk repository, so nothing is written there; "
-                "name another"
+                f"{place}: is not empty and no Icechunk repository; name another folder"
             )
         return icechunk.Repository.create(storage)
 
@@ -83,7 +82,7 @@ def _open_storage(place: str) -> icechunk.Storage:
     if scheme != "s3":
         raise CubeError(
             f"{place}: expected a folder or s3://bucket/prefix, found {scheme}://; "
-            "releases go to one of those"
+            "name another place"
         )
     bucket, _, prefix = address.partition("/")
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
@@ -135,8 +134,7 @@ def publish(
             if sync(_holds(repository.readonly_session(tag=tag).store, release)):
                 return None
             raise CubeError(
-                f"{place}: tag {tag!r} holds another state of the store, and a tag never moves; "
-                "choose another name"
+                f"{place}: tag {tag!r} holds another state of the store; choose another name"
             )
         session = repository.writable_session("main")
         parent = session.snapshot_id
@@ -151,7 +149,7 @@ def publish(
             repository.reset_branch("main", parent, from_snapshot_id=snapshot)
             if "already exists" in str(error):  # deleted tags are not listed
                 raise CubeError(
-                    f"{place}: tag {tag!r} was deleted, and Icechunk never uses a tag again; "
+                    f"{place}: tag {tag!r} was deleted, and Icechunk never reuses a tag; "
                     "choose another name"
                 ) from error
             raise
@@ -174,8 +172,8 @@ class _Release:
         stored = await self.source.store.get(key, default_buffer_prototype())
         if stored is None:
             raise CubeError(
-                f"{key}: was in the store a moment ago and is not any more; "
-                "publish when nothing is being built"
+                f"{key}: was deleted from the store while publishing; "
+                "publish again when nothing is being built"
             )
         content = bytes(stored.to_bytes())
         site, _, path = key.partition("/")
@@ -424,15 +422,14 @@ def _lock(place: str, *, create: bool = False) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise CubeError(
-            f"{folder}: is no folder that can be used ({error.strerror}); name another"
+            f"{folder}: is no folder that can be used ({error.strerror}); name another folder"
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
         raise CubeError(
-            f"{folder}: another process is publishing there, and two would harm a repository "
-            "in a folder; wait for it"
+            f"{folder}: another process is publishing there; wait for its end"
         ) from error
     finally:
         os.close(handle)
@@ -446,4 +443,4 @@ def _convert_errors(place: str) -> Iterator[None]:
     except icechunk.IcechunkError as error:
         lines = [line.strip(" x") for line in str(error).splitlines() if line.strip(" x|")]
         reason = [*lines, type(error).__name__][0]
-        raise CubeError(f"{place}: {reason}; the releases that are there are unharmed") from error
+        raise CubeError(f"{place}: {reason}; existing releases are unchanged") from error

@@ -87,14 +87,12 @@ def write_stac(
         site_years.setdefault(cog.with_name(cog.stem.rpartition("_")[0] + ".json"), []).append(cog)
     if not site_years:
         raise CubeError(
-            f"{out}: there is no image to list, so there is no collection to write; "
-            "export images first"
+            f"{out}: expected images for the collection, found none; export images first"
         )
     for path in (*site_years, *tables.values()):
         if not path.resolve().is_relative_to(out.resolve()):
             raise CubeError(
-                f"{path}: lies outside {out}, so the collection could not be moved with it; "
-                "export it there"
+                f"{path}: lies outside {out}, where the collection lists files; export it there"
             )
     root = out / "collection.json"
     collection_id = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
@@ -184,7 +182,7 @@ def _read_image(path: Path) -> _Image:
             )
     except (rasterio.errors.RasterioIOError, KeyError) as error:
         raise CubeError(
-            f"{path}: is not an image that write_cogs made ({error}), so it cannot be listed"
+            f"{path}: expected an image written by write_cogs ({error}); export it again"
         ) from error
 
 

@@ -177,9 +177,7 @@ def make_table_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
         with _open_cube(path) as cube:
             return {**file, **media, "roles": ["data"], **_describe_cube(cube)}
     except (OSError, ValueError, ImportError) as error:
-        raise CubeError(
-            f"{path}: cannot be read ({error}), so the collection cannot list it"
-        ) from error
+        raise CubeError(f"{path}: cannot be read ({error}); export it again") from error
 
 
 def _open_cube(path: Path) -> xr.Dataset:

@@ -56,8 +56,8 @@ def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, t
         if footprint.shape[-2:] != images[0].shape[:2]:
             expected = " x ".join(map(str, images[0].shape[:2]))
             raise CubeError(
-                f"{title}: footprint {name!r} is not of the cube's {expected} px; "
-                "draw it on its own grid"
+                f"{title}: expected footprint {name!r} of {expected} px like the cube, "
+                f"found {' x '.join(map(str, footprint.shape[-2:]))}; use the cube's grid"
             )
     styles = dict(zip(footprints, OUTLINES, strict=False))
     figure, axes = _draw_panels(images, title, legend_in=0.35 * bool(footprints))
@@ -101,8 +101,8 @@ def _read_rgb(reflectance: xr.DataArray, name: str) -> UInt16:
     missing = [band for band in TRUE_COLOUR if band not in reflectance.band]
     if missing:
         raise CubeError(
-            f"{name}: a true-colour picture needs {', '.join(TRUE_COLOUR)}, "
-            f"but there is no {', '.join(missing)}"
+            f"{name}: expected the bands {', '.join(TRUE_COLOUR)} for true colour, "
+            f"found no {', '.join(missing)}; build the cube with them"
         )
     image: UInt16 = reflectance.sel(band=TRUE_COLOUR).transpose("y", "x", "band").to_numpy()
     return image * (image > 0).all(axis=-1, keepdims=True)

@@ -46,5 +46,5 @@ def save(figure: Figure, out: Path) -> None:
             draft.write_bytes(png.getbuffer())
     except OSError as error:
         raise CubeError(
-            f"{out}: cannot be written ({error.strerror}); mend that and draw again"
+            f"{out}: cannot be written ({error.strerror}); solve this and draw again"
         ) from error

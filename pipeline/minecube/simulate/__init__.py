@@ -56,6 +56,8 @@ __all__ = ["World", "simulate"]
 
 MARGIN_M = 300
 """Margin of the scenes around the site."""
+SPARSE_YEAR = 2015
+"""The year of few dates: one satellite, from July on."""
 _LEAST_PX = 48
 _WRITERS = 2
 
@@ -68,8 +70,7 @@ class World:
     dates_per_year: int = 22
     """Acquisition dates from April to October."""
     sparse_dates: int = 7
-    """Acquisition dates from April to October in a sparse year."""
-    sparse_years: tuple[int, ...] = (2015,)
+    """Acquisition dates from April to October in `SPARSE_YEAR`."""
     winter_dates: int = 2
     """Additional dates in December to February, with snow."""
     styles: tuple[str, ...] = STYLES
@@ -114,7 +115,7 @@ class World:
 
     def dates(self, year: int) -> int:
         """Return the number of acquisition dates in a year, without winter."""
-        if year in self.sparse_years:
+        if year == SPARSE_YEAR:
             return self.sparse_dates
         return self.dates_per_year
 
@@ -160,7 +161,7 @@ def simulate(
     _need(
         not out.exists() or (out.is_dir() and not any(out.iterdir())),
         f"{out} to be a new or empty folder",
-        "something there already; name another or remove it",
+        "files in it; name another folder or remove it",
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -350,6 +350,6 @@ def _name_tile(tile: GeoBox, step: int, names: set[str]) -> str:
             names.add(name)
             return name
     raise CatalogError(
-        f"more than twenty sites lie in one column of MGRS squares (zone {zone}{band}), "
-        "so their tiles cannot be named apart; simulate fewer sites at a time"
+        f"expected at most 20 sites in one column of MGRS squares, found more in zone {zone}{band}; "
+        "simulate fewer sites at a time"
     )
