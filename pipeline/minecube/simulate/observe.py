@@ -58,9 +58,9 @@ def observe(
     half = at_resolution(canvas, SCL_M)
     sky = draw_sky(draw, half.shape.yx, overpass, azimuth, elevation)
     down, right = rng.uniform(-0.4, 0.4, 2) * (rng.random() < 0.4)
-    if overpass.astray_px:
-        astray_rng = draw("astray", overpass.day)
-        down, right = np.clip(astray_rng.normal(0, overpass.astray_px, 2), -0.99, 0.99)
+    if overpass.displacement_px:
+        displacement_rng = draw("astray", overpass.day)
+        down, right = np.clip(displacement_rng.normal(0, overpass.displacement_px, 2), -0.99, 0.99)
     spectra = ground.patches.spectra(overpass.day.timetuple().tm_yday)
     counts: dict[str, Int16] = {}
     clean_20: dict[str, Float32] = {}

@@ -65,7 +65,7 @@ class Overpass:
     """The neighbouring zone's tile is listed."""
     gap: bool
     """The own-zone tile on the side of the neighbouring zone is missing from the catalogue."""
-    astray_px: float | None = None
+    displacement_px: float | None = None
     """Standard deviation of the scene's displacement per axis, pixels.
 
     None: two in five scenes are displaced, by up to 0.4 pixels.
@@ -112,14 +112,14 @@ def overpasses(
     """Simulate the acquisitions of a year, sorted by day.
 
     `dates` of them are within the season, half on either orbit. `winter` of them have snow. The
-    season has at most `dates_possible(year)` dates. Winter dates are limited to real passes. See
+    season has at most `count_possible_dates(year)` dates. Winter dates are limited to real passes. See
     `World` for SCL errors.
     """
     rng = draw("passes", year)
     cover = _draw_season(rng, year, FULL, -(-dates // 2)) | _draw_season(rng, year, CUT, dates // 2)
     # The clearest dates of the full orbit, in order, are the ones with a split or SCL errors.
     full_orbit = sorted((p for p in cover if p[2] == FULL), key=lambda p: cover[p])
-    ranks = {taken: rank for rank, taken in enumerate(full_orbit)}
+    ranks = {clear_pass: rank for rank, clear_pass in enumerate(full_orbit)}
     winter_passes = [p for o in (FULL, CUT) for p in _passes(year, o) if p[0].month in _SNOW]
     count = min(winter, len(winter_passes))
     for index in sorted(rng.choice(len(winter_passes), count, replace=False)):
@@ -154,8 +154,8 @@ def overpasses(
 def displace_scene(overpass: Overpass) -> Overpass:
     """Return the overpass displaced as in real archives, more strongly before `REFINED`."""
     if overpass.day < REFINED:
-        return replace(overpass, astray_px=0.5)
-    return replace(overpass, astray_px=0.17)
+        return replace(overpass, displacement_px=0.5)
+    return replace(overpass, displacement_px=0.17)
 
 
 def _draw_season(rng: np.random.Generator, year: int, orbit: int, n: int) -> dict[Pass, float]:
@@ -198,18 +198,16 @@ def locate_sun(day: date, latitude: float) -> tuple[float, float]:
 
     Declination after Cooper 1969.
     """
-    declination = math.radians(23.45) * math.sin(
-        2 * math.pi * (284 + day.timetuple().tm_yday) / 365
-    )
+    year_angle = 2 * math.pi * (284 + day.timetuple().tm_yday) / 365
+    declination = math.radians(23.45) * math.sin(year_angle)
+    sin_declination = math.sin(declination)
+    cos_declination = math.cos(declination)
+    sin_latitude = math.sin(math.radians(latitude))
+    cos_latitude = math.cos(math.radians(latitude))
     hour = math.radians(-22.5)
-    phi = math.radians(latitude)
-    up = math.sin(phi) * math.sin(declination) + math.cos(phi) * math.cos(declination) * math.cos(
-        hour
-    )
-    east = -math.cos(declination) * math.sin(hour)
-    north = math.sin(declination) * math.cos(phi) - math.cos(declination) * math.sin(
-        phi
-    ) * math.cos(hour)
+    up = sin_latitude * sin_declination + cos_latitude * cos_declination * math.cos(hour)
+    east = -cos_declination * math.sin(hour)
+    north = sin_declination * cos_latitude - cos_declination * sin_latitude * math.cos(hour)
     return math.degrees(math.atan2(east, north)) % 360, math.degrees(math.asin(up))
 
 
