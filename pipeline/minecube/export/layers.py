@@ -70,6 +70,7 @@ _DESCRIBED = {
     ),
 }
 """Variables described in NetCDF and Zarr. Fractions get no image."""
+_CHUNK_PX = 512
 # Name in the STAC EO extension v1.1, and centre in micrometres
 # (Sentinel-2A, from MTD_MSIL2A.xml, Spectral_Information).
 SPECTRUM = {
@@ -97,6 +98,15 @@ def need_on_grid(cube: xr.Dataset, grid: GeoBox, site: str) -> None:
                 f"{site}: the cube's {axis} coordinates are not the grid's pixel centres; "
                 "export the cube on its own grid"
             )
+
+
+def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the chunks of an array (year, [band,] y, x) in NetCDF and Zarr.
+
+    A chunk has one year, all bands and at most 512 x 512 pixels.
+    """
+    _, *bands, height, width = shape
+    return (1, *bands, min(_CHUNK_PX, height), min(_CHUNK_PX, width))
 
 
 def describe_cube(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:

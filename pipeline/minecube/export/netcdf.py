@@ -14,9 +14,7 @@ from odc.geo.geobox import GeoBox
 from minecube.arrays import Int64
 from minecube.errors import CubeError
 from minecube.export.files import open_draft
-from minecube.export.layers import describe_cube
-
-CHUNK_PX = 512
+from minecube.export.layers import chunk_shape, describe_cube
 
 
 def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
@@ -34,13 +32,8 @@ def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
     for name, variable in timed.data_vars.items():
         if "y" not in variable.dims:
             continue
-        height, width = variable.shape[-2:]
-        encoding[str(name)] = {
-            "zlib": True,
-            "complevel": 4,
-            "shuffle": True,
-            "chunksizes": (1, *variable.shape[1:-2], min(CHUNK_PX, height), min(CHUNK_PX, width)),
-        }
+        chunks = chunk_shape(variable.shape)
+        encoding[str(name)] = {"zlib": True, "complevel": 4, "shuffle": True, "chunksizes": chunks}
     with open_draft(path) as draft:
         try:
             timed.to_netcdf(draft, engine="netcdf4", format="NETCDF4", encoding=encoding)

@@ -24,9 +24,8 @@ from zarr.codecs import GzipCodec
 
 from minecube.arrays import AnyArray
 from minecube.export.files import open_draft
-from minecube.export.layers import describe_cube, make_coords
+from minecube.export.layers import chunk_shape, describe_cube, make_coords
 
-CHUNK_PX = 512
 _GZIP_TIME = slice(4, 8)  # bytes of a gzip header, RFC 1952
 SMALLEST_PX = 256
 """Levels are added until the longer side is at most this long."""
@@ -245,9 +244,7 @@ def _make_encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any
         str(name): {"compressors": compressor} for name in cube.variables
     }
     for name, variable in cube.data_vars.items():
-        height, width = variable.shape[-2:]
-        chunk = (1, *variable.shape[1:-2], min(CHUNK_PX, height), min(CHUNK_PX, width))
-        packed[str(name)]["chunks"] = chunk
+        packed[str(name)]["chunks"] = chunk_shape(variable.shape)
     return packed
 
 

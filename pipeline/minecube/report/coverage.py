@@ -157,7 +157,7 @@ class _Table:
         """Return the right edge of a year's sum."""
         return self.x(year) + 12 * self.sizes.cell[0] + 0.3
 
-    def box_of(self, site: str, year: int) -> tuple[tuple[float, float], float, float]:
+    def locate_year(self, site: str, year: int) -> tuple[tuple[float, float], float, float]:
         """Return corner, width and height of a site-year.
 
         It is slightly smaller than the cells, to separate the frames of neighbouring rows.
@@ -249,7 +249,7 @@ def _draw_years(ax: Axes, table: _Table, years: pd.DataFrame) -> None:
     for site in table.sites:
         for year in table.years:
             rows = years[(years["site"] == site) & (years["year"] == year)]
-            _draw_year(ax, table, table.box_of(site, year), rows)
+            _draw_year(ax, table, table.locate_year(site, year), rows)
 
 
 def _draw_year(

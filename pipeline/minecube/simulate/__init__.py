@@ -58,8 +58,8 @@ MARGIN_M = 300
 """Margin of the scenes around the site."""
 SPARSE_YEAR = 2015
 """The year of few dates: one satellite, from July on."""
-_LEAST_PX = 48
-_WRITERS = 2
+_MIN_PX = 48
+_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,8 @@ def simulate(
     for site in sites:
         height, width = grid_of(site).shape
         _need(
-            min(height, width) >= _LEAST_PX,
-            f"{site.id} to be {_LEAST_PX} pixels a side or more",
+            min(height, width) >= _MIN_PX,
+            f"{site.id} to be {_MIN_PX} pixels a side or more",
             f"{width} x {height}",
         )
     _need(
@@ -252,7 +252,7 @@ def _simulate_year(
     passes = _simulate_overpasses(place, year, world)
     sky: dict[np.datetime64, UInt8] = {}
     items: dict[str, list[tuple[Item, Product]]] = {source.id: [] for source in place.sources}
-    with ThreadPoolExecutor(_WRITERS) as writers:
+    with ThreadPoolExecutor(_THREADS) as writers:
         writing: list[tuple[str, Product, Future[Item]]] = []
         for overpass in passes:
             observation = observe(place.draw, place.grid, place.canvas, ground, overpass)
