@@ -112,8 +112,8 @@ def overpasses(
     """Simulate the acquisitions of a year, sorted by day.
 
     `dates` of them are within the season, half on either orbit. `winter` of them have snow. The
-    season has at most `count_possible_dates(year)` dates. Winter dates are limited to real passes. See
-    `World` for SCL errors.
+    season has at most `count_possible_dates(year)` dates. Winter dates are limited to real passes.
+    See `World` for SCL errors.
     """
     rng = draw("passes", year)
     cover = _draw_season(rng, year, FULL, -(-dates // 2)) | _draw_season(rng, year, CUT, dates // 2)
@@ -348,6 +348,6 @@ def _name_tile(tile: GeoBox, step: int, names: set[str]) -> str:
             names.add(name)
             return name
     raise CatalogError(
-        f"expected at most 20 sites in one column of MGRS squares, found more in zone {zone}{band}; "
-        "simulate fewer sites at a time"
+        "expected at most 20 sites in one column of MGRS squares, "
+        f"found more in zone {zone}{band}; simulate fewer sites at a time"
     )
