@@ -74,8 +74,7 @@ def write_croissant(
     files = sorted(files)
     if not files:
         raise CubeError(
-            f"{out}: expected files for the Croissant description, found none; "
-            "export images or NetCDF, too"
+            f"{out}: there is no file for the Croissant description; export images or NetCDF, too"
         )
     inputs = list(credited)
     makers = [credit.name for credit in inputs if credit.kind != "model"]
