@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
@@ -40,16 +33,11 @@ from stac_geoparquet.arrow import stac_table_to_items
 from minecube.catalog import BANDS
 from minecube.errors import CubeError
 from minecube.export import (
-    SPECTRUM,
-    credits_of,
     write_cogs,
     write_footprints,
-    write_netcdf,
     write_stac,
-    write_zarr,
-    write_zarr2,
 )
-from minecube.export.files import whole
+from minecube.export.layers import SPECTRUM
 
 GRID = GeoBox((700, 1100), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
 SMALL = GeoBox((40, 60), GRID.affine, "EPSG:32633")
@@ -534,72 +522,6 @@ def test_licence_and_citation_of_every_input_travel(exported):
     assert "model unet-small, Apache-2.0" in said["probability"]
 
 
-@pytest.mark.parametrize(
-    ("origin", "name", "licence", "dois"),
-    [
-        (
-            "EuroMineNet (CC BY 4.0)",
-            "EuroMineNet",
-            "CC-BY-4.0",
-            ("10.14278/rodare.4656", "10.48550/arXiv.2510.14661"),
-        ),
-        (
-            "maus (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325",
-            "maus",
-            "CC-BY-SA-4.0",
-            ("10.1594/PANGAEA.942325",),
-        ),
-        ("pits.gpkg", "pits.gpkg", "not stated", ()),
-        ("pits.gpkg doi:10.5281/zenodo.1.", "pits.gpkg", "not stated", ("10.5281/zenodo.1",)),
-        ("osm (ODbL-1.0)", "osm", "ODbL-1.0", ()),
-        (
-            "maus, tang (CC BY 4.0; CC BY-SA 4.0)",
-            "maus, tang",
-            "CC BY 4.0; CC BY-SA 4.0",
-            (),
-        ),  # neither is the licence of both
-        ("mine (CC0)", "mine", "CC0-1.0", ()),
-        ("half (open", "half (open", "not stated", ()),
-        ("Maus et al. (2022) (CC BY-SA 4.0)", "Maus et al. (2022)", "CC-BY-SA-4.0", ()),
-        ("Tang & Werner (2023) (not stated)", "Tang & Werner (2023)", "not stated", ()),
-        (
-            "eurominenet_corrected_by_us.gpkg (not stated)",
-            "eurominenet_corrected_by_us.gpkg",
-            "not stated",
-            (),
-        ),
-        ("", "mine polygons of unstated origin", "not stated", ()),
-    ],
-)
-def test_an_origin_says_name_licence_and_dois(origin, name, licence, dois):
-    cube = cube_on(SMALL)[["footprint"]]
-    cube.footprint.attrs["origin"] = origin
-    (credit,) = credits_of(cube)
-    assert (credit.name, credit.licence, credit.dois) == (name, licence, dois)
-
-
-def test_each_source_of_labels_is_credited():
-    cube = cube_on(SMALL)[["footprint"]]
-    sources = (
-        "EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656",
-        "OpenStreetMap (ODbL-1.0)",
-        "osm.gpkg (not stated)",
-    )
-    cube.footprint.attrs["origin"] = " | ".join(sources)
-    found = [(c.name, c.licence) for c in credits_of(cube)]
-    assert found == [
-        ("EuroMineNet", "CC-BY-4.0"),
-        ("OpenStreetMap", "ODbL-1.0"),
-        ("osm.gpkg", "not stated"),
-    ]
-
-
-def test_footprints_nobody_mapped_need_no_credit():
-    cube = cube_on(SMALL)
-    cube.footprint[:] = 255
-    assert [c.kind for c in credits_of(cube)] == ["imagery"]
-
-
 def test_tables_carry_their_licence(tmp_path):
     table = footprints()
     table.attrs = {"license": "labels: pits, CC-BY-4.0"}
@@ -618,115 +540,17 @@ def test_what_cannot_be_listed_is_refused(tmp_path):
         dst.write(np.ones((1, 2, 2), np.uint8))
     (cog,) = write_cogs(cube_on(SMALL, [2020])[["footprint"]], SMALL, tmp_path / "out", "pit")
     for out, cogs, tables, says in [
-        (tmp_path / "in", [], {}, "no image to list"),
+        (tmp_path / "in", [], {}, "expected images for the collection, found none"),
         (tmp_path / "in", [cog], {}, "lies outside"),
         (
             tmp_path / "in",
             [tmp_path / "in" / "pit_2020_reflectance.tif"],
             {},
-            "not an image that write_cogs made",
+            "expected an image written by write_cogs",
         ),
-        (tmp_path / "in", [stranger], {}, "not an image that write_cogs made"),
+        (tmp_path / "in", [stranger], {}, "expected an image written by write_cogs"),
         (tmp_path / "out", [cog], {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
     ]:
         with pytest.raises(CubeError, match=says):
             write_stac(out, cogs, tables, title="t", about="a")
     assert not list(tmp_path.rglob("*.json"))
-
-
-# --- full disk, read-only folder, killed --------------------------------------------------------------------------------
-
-
-WHOLE = {"f.nc": write_netcdf, "f.zarr": write_zarr, "f.v2.zarr": write_zarr2}
-EVERY = ["cog", "f.parquet", "f.gpkg", *WHOLE]
-
-
-def write_anything(name, out):
-    if name == "cog":
-        write_cogs(cube_on(SMALL), SMALL, out, "pit")
-    elif name in WHOLE:
-        WHOLE[name](cube_on(SMALL), SMALL, out / name, "pit")
-    else:
-        write_footprints(footprints(), out / name)
-
-
-@contextmanager
-def small_disk():
-    """No file may grow beyond 3000 bytes: what a full disk does, without filling one.
-
-    Around the call alone: the limit is the process's, and the test runner writes its own log, which may be longer.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, name):
-    with pytest.raises(CubeError, match="cannot be written") as error, small_disk():
-        write_anything(name, tmp_path)
-    assert "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_threads_write_after_another_one_failed_does_not_stay(tmp_path):
-    """zarr and dask do not wait for their others."""
-    begun = threading.Event()
-
-    def late(part):
-        for n in range(15):
-            with suppress(FileNotFoundError):  # removed in between
-                part.mkdir(parents=True, exist_ok=True)
-                (part / f"chunk-{n}").write_text("late")
-            begun.set()
-            time.sleep(0.01)
-
-    writers = []
-
-    def fails():
-        with whole(tmp_path / "f.zarr") as part:
-            writers.append(threading.Thread(target=late, args=(part,)))
-            writers[0].start()
-            begun.wait(10)
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(CubeError, match="No space left"):
-        fails()
-    writers[0].join()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_an_unwritable_folder_is_one_sentence(tmp_path, name):
-    (tmp_path / "file").write_text(
-        "a file where the folder should be"
-    )  # root ignores permissions, so they cannot be tested
-    with pytest.raises(CubeError, match="cannot be written"):
-        write_anything(name, tmp_path / "file")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_killed_export_leaves_no_half_file_and_the_next_one_tidies_up(tmp_path, name):
-    dies = (
-        "import os, signal, sys; from pathlib import Path; import importlib.util as u\n"
-        "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "spec = u.spec_from_file_location('me', sys.argv[1]); me = u.module_from_spec(spec); spec.loader.exec_module(me)\n"
-        "me.write_anything(sys.argv[2], Path(sys.argv[3]))"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", dies, __file__, name, str(tmp_path)],
-        check=False,
-        stderr=subprocess.DEVNULL,
-    )
-    assert ran.returncode == -signal.SIGKILL
-    left = list(tmp_path.iterdir())
-    assert left
-    assert all(p.name.startswith(".") for p in left)
-    write_anything(name, tmp_path)
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

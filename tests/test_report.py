@@ -297,11 +297,11 @@ def test_many_sites_fill_a_grid(tmp_path, figures):
     [
         (
             lambda out: strip(red_cube([2020]).sel(band=["B02", "B08"]), {}, out, "pit"),
-            "there is no B04, B03",
+            "found no B04, B03",
         ),
         (
             lambda out: strip(red_cube([2020]), {"truth": square([2020], 0, 0)[:, 1:]}, out, "pit"),
-            "not of the cube's 40 x 60",
+            "expected footprint 'truth' of 40 x 60 px like the cube, found 39 x 60",
         ),
         (lambda out: area_plot({}, out), "no area to plot"),
     ],

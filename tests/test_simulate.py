@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import errno
-import itertools
 import json
 import re
 from collections import defaultdict
@@ -15,31 +12,20 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import odc.geo.xr  # noqa: F401 - the .odc accessor
-import pandas as pd
-import pyarrow.parquet as pq
-import pystac
 import pytest
 import rasterio
 import rasterio.warp
 import shapely
-import stac_geoparquet.arrow
 import xarray as xr
 from pyproj import Transformer
-from pystac.validation import validate_dict
-from rio_cogeo.cogeo import cog_validate
 from scipy import ndimage
 from shapely.geometry import box, shape
 
 from minecube.catalog import BANDS, Site, load_sources
-from minecube.errors import CatalogError
 from minecube.grid import grid_of, padded
-from minecube.simulate import MARGIN_M, World, archive, simulate
-from minecube.simulate.land import ground_of, land_of
-from minecube.simulate.mine import mine_of
+from minecube.simulate import MARGIN_M, World, simulate
+from minecube.simulate.land import draw_ground, draw_land
 from minecube.simulate.noise import streams
-from minecube.simulate.observe import observe
-from minecube.simulate.passes import dates_possible, overpasses
-from minecube.simulate.truth import reflectance_of
 
 STYLES = ("earth-search", "planetary-computer", "cdse")
 SHIPPED = load_sources()
@@ -407,8 +393,8 @@ def test_truth_says_clear_where_the_pixels_are_the_ground_and_contaminated_where
     grid = grid_of(place)
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
-    land = land_of(grid, canvas, draw)
-    grounds = {year: ground_of(land, year) for year in (2020, 2022)}
+    land = draw_land(grid, canvas, draw)
+    grounds = {year: draw_ground(land, year) for year in (2020, 2022)}
     as_clean, dirty = [], []
     for item in newest(items(world, "earth-search")):
         if item["properties"]["proj:epsg"] != 32633:
@@ -441,7 +427,7 @@ def test_truth_is_the_median_of_the_clean_dates_at_each_bands_own_resolution(
     grid = grid_of(place)
     canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
-    ground = ground_of(land_of(grid, canvas, draw), 2020)
+    ground = draw_ground(draw_land(grid, canvas, draw), 2020)
     days = [
         d
         for d in truth.time.values
@@ -494,82 +480,6 @@ def test_the_median_of_truly_clear_pixels_comes_close_to_the_truth_and_that_of_a
         assert np.sqrt((good[mine] ** 2).mean()) < 0.5 * np.sqrt((naive[mine] ** 2).mean())
 
 
-def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(place: Site) -> None:
-    grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
-    inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
-    ground = ground_of(land_of(grid, canvas, draw), 2021)
-    passes = [p for p in overpasses(draw, 13.0, 2021, 22, 2) if not p.snow]
-    clear, stacks = [], defaultdict(list)
-    for overpass in passes:
-        seen = observe(draw, grid, canvas, ground, overpass)
-        observed = np.kron(seen.scl != 0, np.ones((2, 2), bool))[inside]
-        clear.append(observed & ~seen.contaminated[inside])
-        for band, counts in seen.counts.items():
-            fine = counts if counts.shape == canvas.shape.yx else np.kron(counts, np.ones((2, 2)))
-            stacks[band].append(np.where(clear[-1], fine[inside], np.nan))
-    often = np.sum(clear, axis=0)
-    assert (often >= 2).mean() >= 0.999
-    assert 0.4 < 1 - np.mean(clear) < 0.65  # wedge and cloud
-    truth = reflectance_of(ground, passes, inside)
-    off = [
-        np.nanmedian(stacks[b], axis=0)[often > 0] - truth[k][often > 0]
-        for k, b in enumerate(BANDS)
-    ]
-    assert np.sqrt(np.square(off).mean()) / 1e4 < 0.01
-
-
-def test_errors_of_scene_classifications(place: Site) -> None:
-    """Class 7 is mostly cloud; one date is veiled unseen; on the clearest, most of the clear ground is called cirrus."""
-    grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
-    ground = ground_of(land_of(grid, canvas, draw), 2021)
-    passes = [p for p in overpasses(draw, 13.0, 2021, 22, 2, scl_errors=True) if not p.snow]
-    unclassified = []
-    for overpass in passes:
-        seen = observe(draw, grid, canvas, ground, overpass)
-        height, width = seen.scl.shape
-        cloudy = seen.contaminated.reshape(height, 2, width, 2).any(axis=(1, 3))
-        unclassified.append(cloudy[seen.scl == 7])
-        if overpass.unseen_cirrus:
-            clear = np.isin(seen.scl, (2, 4, 5, 6))
-            assert clear.sum() > 0.9 * (seen.scl != 0).sum()
-            assert cloudy[clear].mean() > 0.8
-            counts = seen.counts["B02"].astype(float), seen.counts["B04"].astype(float)
-            streaks = [
-                np.diff(c, axis=0).ravel() for c in counts
-            ]  # along the track, where bands see them apart
-            assert np.corrcoef(*streaks)[0, 1] < 0.9
-        if overpass.false_cirrus:
-            cirrus = seen.scl == 10
-            assert 0.4 < cirrus.sum() / (seen.scl != 0).sum() < 0.7
-            assert cloudy[cirrus].mean() < 0.1
-            assert overpass.cover == min(p.cover for p in passes if p.orbit == overpass.orbit)
-    assert np.concatenate(unclassified).mean() > 0.9
-    assert sum(p.unseen_cirrus for p in passes) == sum(p.false_cirrus for p in passes) == 1
-
-
-def test_scenes_lie_beside_each_other(place: Site) -> None:
-    """About 6 m off until 2021, about 2 m afterwards: as a Taylor series of the ground tells."""
-    grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
-    off: dict[int, list[float]] = {}
-    for year in (2020, 2022):
-        ground = ground_of(land_of(grid, canvas, draw), year)
-        for overpass in [
-            p for p in overpasses(draw, 13.0, year, 22, 0, shifts=True) if p.cover < 0.03
-        ]:
-            seen = observe(draw, grid, canvas, ground, overpass).counts["B04"] / 1e4
-            clean = ground.reflectance(
-                ground.patches.spectra(overpass.day.timetuple().tm_yday)[:, BANDS.index("B04")]
-            )
-            slopes = np.stack([slope.ravel() for slope in np.gradient(clean)], axis=1)
-            shift, *_ = np.linalg.lstsq(slopes, (seen - clean).ravel(), rcond=None)
-            off.setdefault(year, []).append(10 * float(np.hypot(*shift)))
-    assert 3 < np.median(off[2020]) < 10
-    assert np.median(off[2022]) < 4
-
-
 def test_footprint_is_the_outline_by_pixel_centre(world: Path, truth: xr.Dataset) -> None:
     outlines = gpd.read_parquet(world / "truth_footprints.parquet")
     assert outlines.crs == "EPSG:4326"
@@ -589,192 +499,6 @@ def test_footprint_is_the_outline_by_pixel_centre(world: Path, truth: xr.Dataset
         assert within.buffer(-10).buffer(10).area > 0.97 * within.area
 
 
-def test_mines_grow_shift_and_are_reclaimed_in_any_year() -> None:
-    for name in ("one", "two", "three"):
-        site = site_of(name, 360000, 5600040, 384, 384)
-        grid, draw = grid_of(site), streams(0, name)
-        shapes = [mine_of(grid, draw, year).footprint for year in range(2010, 2031)]
-        for before, after in itertools.pairwise(shapes):
-            # Each year some land is taken and some given back, never much.
-            taken, given = after.difference(before).area, before.difference(after).area
-            assert 0 < taken < 0.2 * before.area
-            assert given < 0.2 * before.area
-        assert shapes[5].difference(shapes[-1]).area > 0.05 * shapes[5].area
-        assert shapes[-1].difference(shapes[5]).area > 0.05 * shapes[5].area
-        mine = mine_of(grid, draw, 2020)
-        assert mine.lake.area > 0
-        assert mine.pits.buffer(1).contains(mine.lake)
-        assert mine.dumps.difference(mine.outline.buffer(15)).area == pytest.approx(0, abs=1)
-
-
-def test_reclaimed_land_is_green_again() -> None:
-    site = site_of("green", 360000, 5600040, 240, 240)
-    grid, draw = grid_of(site), streams(0, "green")
-    canvas = padded(grid, 0)
-    land = land_of(grid, canvas, draw)
-    was, ground = ground_of(land, 2016), ground_of(land, 2023)
-    x, y = np.meshgrid(*(canvas.coords[d].values for d in ("x", "y")))
-    given = shapely.contains_xy(was.mine.outline, x, y) & ~shapely.contains_xy(
-        ground.mine.outline, x, y
-    )
-    assert given.sum() > 100
-    assert set(np.array(ground.kinds)[ground.patch[given]]) == {"young"}
-    red, nir = (
-        ground.reflectance(ground.patches.spectra(180)[:, BANDS.index(b)])[given]
-        for b in ("B04", "B08")
-    )
-    assert np.median((nir - red) / (nir + red)) > 0.4
-
-
-# ---------------------------------------------------------------- dates
-
-
-def test_dates_follow_the_satellites_and_sparse_years_are_sparse() -> None:
-    draw = streams(0, "any")
-    full, sparse = overpasses(draw, 13.0, 2020, 22, 2), overpasses(draw, 13.0, 2015, 7, 2)
-    assert sum(4 <= p.day.month <= 10 for p in full) == 22
-    assert sum(4 <= p.day.month <= 10 for p in sparse) == 7
-    assert min(p.day for p in sparse).isoformat() >= "2015-07-04"  # no Sentinel-2 before
-    assert {p.satellite for p in sparse} == {"S2A"}
-    assert {p.satellite for p in full} == {"S2A", "S2B"}
-    assert {p.orbit for p in full} == {65, 108}
-    assert sum(p.split for p in full) == 1
-    for p in (
-        full
-    ):  # relative orbit from the absolute one: S2A minus 140, S2B minus 26 (143 orbits a cycle)
-        assert (p.absolute_orbit - {"S2A": 140, "S2B": 26}[p.satellite]) % 143 == p.orbit % 143
-        assert p.start < p.sensed
-    covers = [p.cover for p in full if not p.snow]
-    assert min(covers) < 0.02
-    assert max(covers) > 0.95
-    assert 0.3 < np.mean(covers) < 0.5
-    assert dates_possible(2015) < dates_possible(2016) < dates_possible(2020)
-
-
-def test_known_acquisitions_have_their_real_numbers(real_data: Path) -> None:
-    found = {}
-    for path in (real_data / "stac_items").glob("*/*T32TMT*.json"):
-        item = json.loads(path.read_text())
-        found[item["id"]] = item
-    for path in (real_data / "stac_items" / "earthsearch_l2a").glob("*32TMT*.json"):
-        found[path.stem] = json.loads(path.read_text())
-    checked = 0
-    for item in found.values():
-        taken = re.fullmatch(
-            r"G(S2.)_(\d{4})(\d\d)(\d\d)T\d{6}_(\d{6})_N.*", prop(item, "datatake_id")
-        )
-        assert taken
-        orbits = {
-            (p.satellite, p.day.isoformat()): p
-            for p in overpasses(streams(0, "x"), 8.0, 2020, 84, 90)
-        }
-        key = (taken.group(1), "-".join(taken.group(2, 3, 4)))
-        if key in orbits:
-            checked += 1
-            assert orbits[key].absolute_orbit == int(taken.group(5))
-    assert checked >= 2
-
-
-# ---------------------------------------------------------------- items and files
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_items_are_valid_stac_and_come_back_from_geoparquet_whole(world: Path, style: str) -> None:
-    listed = {
-        i["id"]: i
-        for i in stac_geoparquet.arrow.stac_table_to_items(
-            pq.read_table(world / f"{style}.parquet")
-        )
-    }
-    written = items(world, style)
-    assert list(listed) == [
-        i["id"] for i in sorted(written, key=lambda i: (i["properties"]["datetime"], i["id"]))
-    ]
-    for item in written:
-        validate_dict(
-            pystac.Item.from_dict(item).to_dict(include_self_link=False, transform_hrefs=False),
-            extensions=[],
-        )
-        back = listed[item["id"]]
-        assert back["properties"] == item["properties"]
-        assert shape(back["geometry"]).equals(shape(item["geometry"]))
-        assert shape(item["geometry"]).exterior.is_ccw  # RFC 7946
-        for key, asset in back["assets"].items():
-            assert (world / asset["href"]).is_file()  # relative to the parquet file
-            assert asset["href"].endswith(item["assets"][key]["href"].removeprefix("./"))
-            assert {**asset, "href": ""} == {**item["assets"][key], "href": ""}
-
-
-@pytest.mark.parametrize(
-    ("style", "folder"),
-    [
-        ("earth-search", "earthsearch_l2a"),
-        ("planetary-computer", "planetary_computer"),
-        ("cdse", "cdse"),
-    ],
-)
-def test_items_say_what_the_providers_items_say_and_nothing_they_do_not(
-    world: Path, real_data: Path, style: str, folder: str
-) -> None:
-    real = [
-        json.loads(p.read_text())
-        for p in sorted((real_data / "stac_items" / folder).glob("*.json"))
-    ]
-    keys = {k for i in real for k in i["properties"]}
-    for item in items(world, style):
-        assert set(item["properties"]) - {"minecube:simulated"} <= keys
-        assert item["stac_version"] == real[0]["stac_version"]
-        assert set(item["stac_extensions"]) <= {e for r in real for e in r["stac_extensions"]}
-        assert re.sub(r"\d", "9", item["id"].replace("S2B", "S2A"))[:4] == "S9A_"
-        shapes = {
-            re.sub(
-                r"[0-9]",
-                "9",
-                re.sub(r"(?<=[0-9])[A-Z]{3}(?=_)", "XXX", r["id"].replace("S2B", "S2A")),
-            )
-            for r in real
-        }
-        assert (
-            re.sub(
-                r"[0-9]",
-                "9",
-                re.sub(r"(?<=[0-9])[A-Z]{3}(?=_)", "XXX", item["id"].replace("S2B", "S2A")),
-            )
-            in shapes
-        )
-        for key, asset in item["assets"].items():
-            of = {k for r in real if key in r["assets"] for k in r["assets"][key]}
-            assert set(asset) <= of
-        for name in ("datatake_id", "datastrip_id"):
-            patterns = {re.sub(r"[0-9]", "9", prop(r, name)[:15]) for r in real}
-            assert re.sub(r"[0-9]", "9", prop(item, name)[:15]) in patterns
-
-
-def test_sources_have_the_providers_rules(world: Path) -> None:
-    made, shipped = load_sources(world / "sources.yaml"), SHIPPED
-    assert list(made) == [f"sim-{s}" for s in STYLES]
-    for style in STYLES:
-        source = made[f"sim-{style}"]
-        assert source.kind == "stac-geoparquet"
-        assert Path(source.href) == world / f"{style}.parquet"
-        assert (source.assets, source.offset) == (shipped[style].assets, shipped[style].offset)
-
-
-def test_files_are_cogs_with_nodata_at_their_own_resolution(world: Path) -> None:
-    for style in STYLES:
-        item = items(world, style)[-1]
-        for band, key in SHIPPED[style].assets.items():
-            path = world / style / item["id"] / item["assets"][key]["href"]
-            valid, errors, warnings = cog_validate(path)
-            assert valid
-            assert not errors
-            assert not warnings
-            with rasterio.open(path) as file:
-                assert file.res == ((10, 10) if band in ("B02", "B03", "B04", "B08") else (20, 20))
-                assert file.nodata == 0
-                assert file.dtypes == ("uint8",) if band == "SCL" else ("uint16",)
-
-
 def test_truth_lies_on_the_sites_grid(place: Site, truth: xr.Dataset) -> None:
     assert truth.odc.geobox == grid_of(place)
     assert truth.reflectance.dims == ("year", "band", "y", "x")
@@ -786,148 +510,3 @@ def test_truth_lies_on_the_sites_grid(place: Site, truth: xr.Dataset) -> None:
     assert truth.time.dtype.kind == "M"
     assert (np.diff(truth.time.values).astype(int) > 0).all()
     assert len(truth.time) == 2 * (6 + 1)
-
-
-# ---------------------------------------------------------------- determinism
-
-
-def pixels_of(world: Path, site: str, year: int) -> dict[str, bytes]:
-    truth = xr.open_zarr(world / "truth.zarr", group=site, consolidated=False).load()
-    inside = truth.odc.geobox.geographic_extent.geom
-    found = {
-        f"truth {n}": truth[n].sel(year=year).values.tobytes() for n in ("reflectance", "footprint")
-    }
-    found["truth sky"] = truth.sky.sel(time=str(year)).values.tobytes()
-    for item in items(world, "cdse", year):
-        if shape(item["geometry"]).intersects(inside):
-            for band in ("B02", "B11", "SCL"):
-                found[
-                    "/".join(
-                        [*acquisition(item)[::2], item["assets"]["SCL_20m"]["proj:code"], band]
-                    )
-                ] = read(world, "cdse", item, band).tobytes()
-    return found
-
-
-def test_a_scene_depends_on_nothing_but_seed_site_and_date(tmp_path: Path) -> None:
-    a, b = site_of("a", 360000, 5600040, 48, 60), site_of("b", 390000, 5580000, 54, 48)
-    few = {"dates_per_year": 2, "winter_dates": 0}
-    simulate([a, b], tmp_path / "both", World(years=(2019, 2023), styles=("cdse",), **few))
-    simulate(
-        [b], tmp_path / "alone", World(years=(2023,), styles=("planetary-computer", "cdse"), **few)
-    )
-    simulate([b], tmp_path / "other", World(years=(2023,), styles=("cdse",), seed=1, **few))
-    both, alone, other = (pixels_of(tmp_path / n, "b", 2023) for n in ("both", "alone", "other"))
-    assert len(both) > 10
-    assert both == alone
-    assert {k for k in both if k in other and both[k] == other[k]} == set()
-    # The two sites lie in one MGRS square; no item of one hides the other's.
-    ids = [i["id"] for i in items(tmp_path / "both", "cdse")]
-    assert len({i.split("_")[5] for i in ids}) == 6
-
-
-def test_styles_take_turns_when_each_site_has_one(tmp_path: Path) -> None:
-    sites = [site_of(n, 360000 + 30000 * k, 5600040, 48, 48) for k, n in enumerate(("a", "b", "c"))]
-    said: list[str] = []
-    world = World(
-        years=(2023,),
-        dates_per_year=2,
-        winter_dates=0,
-        styles=("cdse", "earth-search"),
-        one_style_per_site=True,
-    )
-    simulate(sites, tmp_path / "out", world, progress=said.append)
-    assert said == ["a 2023", "b 2023", "c 2023"]
-    made = ["cdse", "cdse.parquet", "earth-search", "earth-search.parquet", "sources.yaml"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *made,
-        "truth.zarr",
-        "truth_footprints.parquet",
-        "truth_offsets.parquet",
-    ]
-    for style, of in (("cdse", (0, 2)), ("earth-search", (1,))):
-        areas = [shape(i["geometry"]).centroid for i in items(tmp_path / "out", style)]
-        nearest = {min(range(3), key=lambda k: p.distance(sites[k].geometry)) for p in areas}
-        assert nearest == set(of)
-
-
-# ---------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"years": ()}, "years"),
-        ({"years": (2014,)}, "2015"),
-        ({"years": (2020, 2020)}, "once"),
-        ({"years": (2020,), "dates_per_year": 0}, "dates_per_year"),
-        ({"years": (2015,), "sparse_dates": 0}, "sparse_dates"),
-        ({"years": (2020,), "winter_dates": -1}, "winter_dates"),
-        ({"years": (2020,), "styles": ("sentinel-hub",)}, "sentinel-hub"),
-        ({"years": (2020,), "styles": ()}, "styles"),
-        ({"years": (2020,), "styles": ("cdse", "cdse")}, "once"),
-        ({"years": (2020,), "seed": -1}, "seed"),
-        ({"years": (2015,), "sparse_dates": 60}, "at most 24 dates in 2015"),
-    ],
-)
-def test_a_world_that_cannot_be_is_refused(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(CatalogError, match=re.escape(says)):
-        World(**wrong)
-
-
-def test_bad_sites_and_folders_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    fine, tiny = site_of("fine", 360000, 5600040, 48, 48), site_of("tiny", 360000, 5600040, 12, 48)
-    world = World(years=(2023,), dates_per_year=1)
-    for sites, says in (
-        ([], "one site"),
-        ([fine, fine], "once"),
-        ([tiny], "48 pixels"),
-        ([Site(id="null")], "null"),
-    ):
-        with pytest.raises(CatalogError, match=says):
-            simulate(sites, tmp_path / "out", world)
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(CatalogError, match="cannot be written"):
-        simulate([fine], tmp_path / "file" / "out", world)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(CatalogError, match="empty"):
-        simulate([fine], tmp_path / "full", world)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
-
-
-def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(archive, "_write_cog", full)
-    with pytest.raises(CatalogError, match="No space left"):
-        simulate(
-            [site_of("a", 360000, 5600040, 48, 48)],
-            tmp_path / "out",
-            World(years=(2023,), dates_per_year=1),
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_flags_that_are_wrong_in_either_way(tmp_path: Path) -> None:
-    """Beside a world whose flags are right: the truth says what each item's pixels carry on top of that world's."""
-    site = site_of("a", 360000, 5600040, 48, 48)
-    right = World(years=(2022,), dates_per_year=6, winter_dates=0, styles=("earth-search",))
-    simulate([site], tmp_path / "right", right)
-    simulate([site], tmp_path / "wrong", dataclasses.replace(right, wrong_flags=1.0))
-    truth = pd.read_parquet(tmp_path / "wrong" / "truth_offsets.parquet").set_index("id")
-    assert truth.misflagged.all()
-    assert set(truth.carried) == {0, 1000}
-    for name, carried in truth.carried.items():
-        item = json.loads((tmp_path / "wrong" / "earth-search" / name / "item.json").read_text())
-        assert item["properties"]["earthsearch:boa_offset_applied"] is (carried == 1000)
-        pixels = []
-        for world in ("right", "wrong"):
-            with rasterio.open(tmp_path / world / "earth-search" / name / "B04.tif") as src:
-                pixels.append(src.read(1).astype(int))
-        seen = pixels[0] > 1  # noise below 0 was cut at 1, where nothing is on top
-        assert (pixels[1] - pixels[0])[seen].tolist() == [carried] * seen.sum()
-    assert not pd.read_parquet(tmp_path / "right" / "truth_offsets.parquet").misflagged.any()

@@ -7,7 +7,9 @@
     croissant.py   data set description for machine learning
     publish.py     Icechunk, one tag per release
     credits.py     sources and licences of the inputs
-    layers.py, files.py  shared parts
+    layers.py      titles, nodata, scale and CF attributes of the variables
+    stac_fields.py fields of STAC extensions
+    files.py       drafts, checksums and hrefs
 
 Each file or folder is written under a hidden name and then renamed. A full disk or a killed run
 leaves no partial file. `publish` needs an extra package and is imported by its own name.
@@ -16,19 +18,15 @@ leaves no partial file. `publish` needs an extra package and is imported by its 
 from minecube.export.credits import EUROMINENET, NOT_STATED, SEVERAL, Credit, credits_of, lines
 from minecube.export.croissant import write_croissant
 from minecube.export.images import write_cogs, write_footprints, write_layers, write_table
-from minecube.export.layers import LAYERS, SPECTRUM, Layer
 from minecube.export.netcdf import write_netcdf
 from minecube.export.stac import write_stac
 from minecube.export.zarrs import write_zarr, write_zarr2
 
 __all__ = [
     "EUROMINENET",
-    "LAYERS",
     "NOT_STATED",
     "SEVERAL",
-    "SPECTRUM",
     "Credit",
-    "Layer",
     "credits_of",
     "lines",
     "write_cogs",

@@ -8,11 +8,14 @@ ODbL-1.0)". A model's card states the licence of its weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
+
+from minecube.codes import UNKNOWN
 
 SENTINEL_TERMS = (
     "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
@@ -20,7 +23,6 @@ SENTINEL_TERMS = (
 NOT_STATED = "not stated"
 SEVERAL = " | "
 """Separator between the sources of labels in an origin."""
-_UNKNOWN = 255  # unmapped footprint pixel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,82 +53,92 @@ EUROMINENET = Credit(
 
 def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
     """List the inputs behind a cube's variables; an all-unknown footprint has none."""
-    found = []
+    inputs = []
     if any(not str(name).startswith("footprint") for name in cube.data_vars):
-        notice = (
-            f"Contains modified Copernicus Sentinel data {span_of(cube)}."  # the terms' own wording
-        )
-        found.append(
-            Credit(
-                kind="imagery",
-                name="Copernicus Sentinel-2, European Space Agency",
-                licence="Copernicus Sentinel data terms",
-                url=SENTINEL_TERMS,
-                citation=notice,
-            )
-        )
-    if "footprint" in cube and bool(np.any(cube["footprint"].to_numpy() != _UNKNOWN)):
-        found += of_labels(str(cube["footprint"].attrs.get("origin", "")))
+        inputs.append(_credit_imagery(cube))
+    if "footprint" in cube and bool(np.any(cube["footprint"].to_numpy() != UNKNOWN)):
+        inputs += parse_origin(str(cube["footprint"].attrs.get("origin", "")))
     if "probability" in cube:
-        card = cube["probability"].attrs.get("model", {})
-        name = card.get("id", "a model without a card")
-        found.append(
-            Credit(
-                kind="model", name=f"model {name}", licence=card.get("licence", "") or NOT_STATED
-            )
-        )
-    return tuple(found)
+        inputs.append(_credit_model(cube["probability"].attrs.get("model", {})))
+    return tuple(inputs)
 
 
-def span_of(cube: xr.Dataset) -> str:
+def _credit_imagery(cube: xr.Dataset) -> Credit:
+    return Credit(
+        kind="imagery",
+        name="Copernicus Sentinel-2, European Space Agency",
+        licence="Copernicus Sentinel data terms",
+        url=SENTINEL_TERMS,
+        # The terms' own wording.
+        citation=f"Contains modified Copernicus Sentinel data {format_years(cube)}.",
+    )
+
+
+def _credit_model(card: Mapping[str, Any]) -> Credit:
+    name = card.get("id", "a model without a card")
+    return Credit(kind="model", name=f"model {name}", licence=card.get("licence", "") or NOT_STATED)
+
+
+def format_years(cube: xr.Dataset) -> str:
     """Return the cube's years: `2020`, or `2019-2021`."""
-    years = [int(y) for y in cube["year"].to_numpy().ravel()]
-    return f"{min(years)}-{max(years)}" if len(years) > 1 else f"{years[0]}"
+    years = [int(year) for year in cube["year"].to_numpy().ravel()]
+    if len(years) == 1:
+        return f"{years[0]}"
+    return f"{min(years)}-{max(years)}"
 
 
-def of_labels(origin: str) -> list[Credit]:
+def parse_origin(origin: str) -> list[Credit]:
     """Parse an origin such as `pits.gpkg (CC BY-SA 4.0) doi:10.1594/PANGAEA.942325`.
 
     Several sources are separated by ` | `.
     """
-    return list(dict.fromkeys(_of_one(part.strip()) for part in origin.split(SEVERAL.strip())))
+    sources = origin.split(SEVERAL.strip())
+    return list(dict.fromkeys(_parse_source(source.strip()) for source in sources))
 
 
-def _of_one(origin: str) -> Credit:
+def _parse_source(source: str) -> Credit:
+    name = source
+    licence = ""
+    dois: tuple[str, ...] = ()
     # The last brackets are the licence. Names have brackets, too:
     # `Maus et al. (2022) (CC-BY-SA-4.0)`.
-    found = re.fullmatch(
-        r"(?P<name>.*?)(?:\s*\((?P<licence>[^()]*)\))?(?P<dois>(?:\s*doi:\S+)*)", origin
+    parts = re.fullmatch(
+        r"(?P<name>.*?)(?:\s*\((?P<licence>[^()]*)\))?(?P<dois>(?:\s*doi:\S+)*)", source
     )
-    name, licence, said = found.group("name", "licence", "dois") if found else (origin, None, "")
-    if name.strip().lower() == EUROMINENET.name.lower():
+    if parts:
+        name = parts["name"]
+        licence = parts["licence"] or ""
+        dois = tuple(doi.rstrip(".,;)") for doi in re.findall(r"10\.\d{4,9}/\S+", parts["dois"]))
+    name = name.strip() or "mine polygons of unstated origin"
+    if name.lower() == EUROMINENET.name.lower():
         return EUROMINENET
-    spdx, url = _spdx(licence) if licence and licence != NOT_STATED else ("", "")
-    dois = tuple(d.rstrip(".,;)") for d in re.findall(r"10\.\d{4,9}/\S+", said))
-    named = name.strip() or "mine polygons of unstated origin"
-    citation = named + "".join(f", doi:{d}" for d in dois)
+    spdx, url = _parse_licence(licence)
     return Credit(
-        kind="labels", name=named, licence=spdx or NOT_STATED, url=url, dois=dois, citation=citation
+        kind="labels",
+        name=name,
+        licence=spdx,
+        url=url,
+        dois=dois,
+        citation="".join([name, *(f", doi:{doi}" for doi in dois)]),
     )
 
 
-def _spdx(licence: str) -> tuple[str, str]:
+def _parse_licence(licence: str) -> tuple[str, str]:
     """Return SPDX identifier and URL of a Creative Commons licence in common spelling.
 
-    Other licences are returned stripped, without a URL.
+    Other licences are returned stripped and without a URL, a missing one as "not stated".
     """
-    found = re.fullmatch(
-        r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence.strip(), re.IGNORECASE
-    )
-    if found:
-        kind, version = found.group(1).upper(), found.group(2)
+    licence = licence.strip()
+    parts = re.fullmatch(r"CC[ -](BY(?:-(?:NC|ND|SA))*)[ -](\d\.\d)", licence, re.IGNORECASE)
+    if parts:
+        kind, version = parts.groups()
         return (
-            f"CC-{kind}-{version}",
+            f"CC-{kind.upper()}-{version}",
             f"https://creativecommons.org/licenses/{kind.lower()}/{version}/",
         )
-    if re.fullmatch(r"CC[ -]?0([ -]1\.0)?", licence.strip(), re.IGNORECASE):
+    if re.fullmatch(r"CC[ -]?0([ -]1\.0)?", licence, re.IGNORECASE):
         return "CC0-1.0", "https://creativecommons.org/publicdomain/zero/1.0/"
-    return licence.strip(), ""
+    return licence or NOT_STATED, ""
 
 
 def lines(credits_: Iterable[Credit]) -> dict[str, str]:
@@ -134,12 +146,17 @@ def lines(credits_: Iterable[Credit]) -> dict[str, str]:
 
     The keys are `license`, `acknowledgement` and `references`. Empty entries are omitted.
     """
-    credits_ = list(credits_)
+    inputs = list(credits_)
     text = {
-        "license": "; ".join(
-            f"{c.kind}: {c.name}, {c.licence}" + (f" ({c.url})" if c.url else "") for c in credits_
-        ),
-        "acknowledgement": "; ".join(c.citation.rstrip(".") for c in credits_ if c.citation),
-        "references": " ".join(f"https://doi.org/{d}" for c in credits_ for d in c.dois),
+        "license": "; ".join(_state_licence(credit) for credit in inputs),
+        "acknowledgement": "; ".join(c.citation.rstrip(".") for c in inputs if c.citation),
+        "references": " ".join(f"https://doi.org/{doi}" for c in inputs for doi in c.dois),
     }
-    return {k: v for k, v in text.items() if v}
+    return {key: value for key, value in text.items() if value}
+
+
+def _state_licence(credit: Credit) -> str:
+    statement = f"{credit.kind}: {credit.name}, {credit.licence}"
+    if credit.url:
+        statement += f" ({credit.url})"
+    return statement

@@ -7,7 +7,7 @@ fields. Terms: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.0.html
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import href, sha256_of, whole
+from minecube.export.files import make_href, measure_file, open_draft
 
 MEDIA = {
     ".parquet": "application/x-parquet",
@@ -27,15 +27,15 @@ MEDIA = {
     ".tif": "image/tiff",
 }
 # Terms of the specification, appendix 1.
-_CR = """
-    citeAs column conformsTo containedIn equivalentProperty extract field fileProperty fileObject fileSet format includes
-    isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate separator source
-    subField transform
+_TERMS = """
+    citeAs column conformsTo containedIn equivalentProperty extract field fileProperty fileObject
+    fileSet format includes isLiveDataset jsonPath key md5 parentField path recordSet references
+    regex repeated replace samplingRate separator source subField transform
 """
 CONTEXT: Mapping[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
-    **{term: f"cr:{term}" for term in _CR.split()},
+    **{term: f"cr:{term}" for term in _TERMS.split()},
     "conformsTo": "dct:conformsTo",
     "cr": "http://mlcommons.org/croissant/",
     "data": {"@id": "cr:data", "@type": "@json"},
@@ -74,42 +74,40 @@ def write_croissant(
     files = sorted(files)
     if not files:
         raise CubeError(
-            f"{out}: there is no file for a Croissant description to name; export images or NetCDF, too"
+            f"{out}: there is no file for the Croissant description; export images or NetCDF, too"
         )
-    credited = list(credited)
-    terms = [c.url or f"{c.name}: {c.licence}" for c in credited]
+    inputs = list(credited)
+    makers = [credit.name for credit in inputs if credit.kind != "model"]
     content = {
         "@context": dict(CONTEXT),
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": title,
         "description": about,
-        "license": terms,
-        "citeAs": "; ".join(c.citation for c in credited if c.citation),
-        "creator": [
-            {"@type": "sc:Organization", "name": c.name} for c in credited if c.kind != "model"
-        ],
-        "isBasedOn": [f"https://doi.org/{d}" for c in credited for d in c.dois],
+        "license": [credit.url or f"{credit.name}: {credit.licence}" for credit in inputs],
+        "citeAs": "; ".join(credit.citation for credit in inputs if credit.citation),
+        "creator": [{"@type": "sc:Organization", "name": name} for name in makers],
+        "isBasedOn": [f"https://doi.org/{doi}" for credit in inputs for doi in credit.dois],
         "datePublished": published.isoformat(),
         "version": metadata.version("minecube"),
         "keywords": ["Sentinel-2", "mining", "annual composites", "segmentation"],
-        "distribution": [_file_object(f, out) for f in files],
-        "recordSet": [_record_set(f, out) for f in files if f.suffix == ".parquet"],
+        "distribution": [_describe_file(file, out) for file in files],
+        "recordSet": [_describe_table(file, out) for file in files if file.suffix == ".parquet"],
     }
-    with whole(out / "croissant.json") as part:
-        part.write_text(
-            json.dumps({k: v for k, v in content.items() if v}, indent=2) + "\n", encoding="utf-8"
-        )
-    return out / "croissant.json"
+    filled = {key: value for key, value in content.items() if value}
+    path = out / "croissant.json"
+    with open_draft(path) as draft:
+        draft.write_text(json.dumps(filled, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
-def _file_object(path: Path, out: Path) -> dict[str, Any]:
+def _describe_file(path: Path, out: Path) -> dict[str, Any]:
     if not path.resolve().is_relative_to(out.resolve()):
         raise CubeError(
-            f"{path}: lies outside {out}, so the description could not be moved with it; export it there"
+            f"{path}: lies outside {out}, where the description lists files; export it there"
         )
-    size, digest = sha256_of(path)
-    name = href(path, out).removeprefix("./")
+    size, digest = measure_file(path)
+    name = _name_file(path, out)
     return {
         "@type": "cr:FileObject",
         "@id": name,
@@ -121,10 +119,14 @@ def _file_object(path: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _record_set(path: Path, out: Path) -> dict[str, Any]:
+def _name_file(path: Path, out: Path) -> str:
+    return make_href(path, out).removeprefix("./")
+
+
+def _describe_table(path: Path, out: Path) -> dict[str, Any]:
     """List a table's columns of plain types; geometries and nested columns are left out."""
     table = path.stem
-    kinds = {f.name: _kind(f.type) for f in pq.read_schema(path)}
+    types = {column.name: _find_type(column.type) for column in pq.read_schema(path)}
     return {
         "@type": "cr:RecordSet",
         "@id": table,
@@ -134,26 +136,39 @@ def _record_set(path: Path, out: Path) -> dict[str, Any]:
                 "@type": "cr:Field",
                 "@id": f"{table}/{column}",
                 "name": column,
-                "dataType": kind,
+                "dataType": data_type,
                 "source": {
-                    "fileObject": {"@id": href(path, out).removeprefix("./")},
+                    "fileObject": {"@id": _name_file(path, out)},
                     "extract": {"column": column},
                 },
             }
-            for column, kind in kinds.items()
-            if kind
+            for column, data_type in types.items()
+            if data_type
         ],
     }
 
 
-def _kind(of: pa.DataType) -> str | None:
-    tests = {
-        "sc:Text": lambda t: (
-            pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t)
-        ),
-        "sc:Integer": pa.types.is_integer,
-        "sc:Float": pa.types.is_floating,
-        "sc:Boolean": pa.types.is_boolean,
-        "sc:Date": pa.types.is_timestamp,
-    }
-    return next((kind for kind, fits in tests.items() if fits(of)), None)
+def _find_type(column_type: pa.DataType) -> str | None:
+    for croissant_type, fits in _TYPES.items():
+        if fits(column_type):
+            return croissant_type
+    return None
+
+
+def _is_text(column_type: pa.DataType) -> bool:
+    types = pa.types
+    return bool(
+        types.is_string(column_type)
+        or types.is_large_string(column_type)
+        or types.is_string_view(column_type)
+    )
+
+
+_TYPES: Mapping[str, Callable[[pa.DataType], bool]] = {
+    "sc:Text": _is_text,
+    "sc:Integer": pa.types.is_integer,
+    "sc:Float": pa.types.is_floating,
+    "sc:Boolean": pa.types.is_boolean,
+    "sc:Date": pa.types.is_timestamp,
+}
+"""Croissant type -> test of a column's Arrow type."""

@@ -16,7 +16,7 @@ from minecube.files import replacing
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def open_draft(path: Path) -> Iterator[Path]:
     """Yield a draft to write to, and rename the draft to `path` at the end, as `replacing` does.
 
     A draft that is a folder replaces an older Zarr, and no other folder.
@@ -26,49 +26,50 @@ def whole(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            yield part
-            if part.is_dir() and path.exists():
+        with replacing(path) as draft:
+            yield draft
+            if draft.is_dir() and path.exists():
                 _need_zarr(path)
     except (OSError, DataSourceError, DataLayerError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CubeError(
-            f"{path}: cannot be written ({reason}); no half file stays; mend that and export again"
+            f"{path}: cannot be written ({reason}); no partial file remains. "
+            "Solve this and export again"
         ) from error
 
 
 def _need_zarr(path: Path) -> None:
     if not any((path / name).is_file() for name in ("zarr.json", ".zgroup")):
         raise CubeError(
-            f"{path}: expected a Zarr to replace, found something else; move it away or name another folder"
+            f"{path}: expected a Zarr to replace, found something else; name another folder"
         )
 
 
-def sha256_of(path: Path) -> tuple[int, str]:
+def measure_file(path: Path) -> tuple[int, str]:
     """Return size in bytes and SHA-256 (hexadecimal); raise CubeError if unreadable."""
     try:
         with path.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
             return content.tell(), digest
     except OSError as error:
-        raise CubeError(
-            f"{path}: cannot be read ({error.strerror}), so it cannot be listed"
-        ) from error
+        raise CubeError(f"{path}: cannot be read ({error.strerror}); export it again") from error
 
 
-def listed(path: Path, folder: Path, title: str) -> dict[str, Any]:
+def describe_file(path: Path, folder: Path, title: str) -> dict[str, Any]:
     """Return href, title, size and checksum of a file as a STAC asset."""
-    size, digest = sha256_of(path)
+    size, digest = measure_file(path)
     # Multihash: 0x12 is SHA-256, 0x20 its length of 32 bytes.
     return {
-        "href": href(path, folder),
+        "href": make_href(path, folder),
         "title": title,
         "file:size": size,
         "file:checksum": f"1220{digest}",
     }
 
 
-def href(path: Path, folder: Path) -> str:
+def make_href(path: Path, folder: Path) -> str:
     """Return the path relative to the folder: `./pit/pit_2020.json`."""
     relative = Path(os.path.relpath(path, folder)).as_posix()
-    return relative if relative.startswith(".") else f"./{relative}"
+    if relative.startswith("."):
+        return relative
+    return f"./{relative}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
-import numpy as np
 import pandas as pd
 import pyogrio
 import xarray as xr
@@ -21,7 +20,7 @@ from rasterio.io import MemoryFile
 
 from minecube.errors import CubeError
 from minecube.export.credits import credits_of, lines
-from minecube.export.files import whole
+from minecube.export.files import open_draft
 from minecube.export.layers import LAYERS, Layer, need_on_grid
 
 log = logging.getLogger(__name__)
@@ -40,26 +39,24 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
         CubeError: the cube does not match the grid, or writing fails.
     """
     need_on_grid(cube, grid, site)
-    written = []
+    paths = []
     for year in cube.year.to_numpy():
-        made = cube.attrs.get("builds", {}).get(int(year), {})
-        for name in (n for n in LAYERS if n in cube):
-            layer = cube[name].sel(year=year)
-            values = layer.to_numpy()
-            if (values == LAYERS[name].nodata).all():
-                log.info("%s %s: %s holds nothing but nodata, so it gets no file", site, year, name)
+        build = cube.attrs.get("builds", {}).get(int(year), {})
+        for name in LAYERS:
+            if name not in cube:
                 continue
-            bands = [str(b) for b in layer.band.to_numpy()] if "band" in layer.dims else [name]
-            path = out / f"{site}_{year}_{name}.tif"
+            layer = cube[name].sel(year=year)
+            if (layer.to_numpy() == LAYERS[name].nodata).all():
+                log.info("%s %s: %s has only nodata; no file is written", site, year, name)
+                continue
             tags = {"site": site, "year": str(year), "variable": name}
-            tags |= _credited(cube[[name]].sel(year=[year])) | (
-                _built(made) if name != "footprint" else {}
-            )
-            _write_cog(
-                path, values.reshape(len(bands), *grid.shape), bands, grid, LAYERS[name], tags
-            )
-            written.append(path)
-    return written
+            tags |= _make_credit_tags(cube[[name]].sel(year=[year]))
+            if name != "footprint":
+                tags |= _make_build_tags(build)
+            path = out / f"{site}_{year}_{name}.tif"
+            _write_cog(path, layer, grid, LAYERS[name], tags)
+            paths.append(path)
+    return paths
 
 
 def write_layers(
@@ -81,75 +78,79 @@ def write_layers(
         CubeError: the layers do not match the grid, or writing fails.
     """
     need_on_grid(layers, grid, site)
-    credited, written = _credited(mapped.rename("probability").to_dataset()), []
+    credit_tags = _make_credit_tags(mapped.rename("probability").to_dataset())
+    paths = []
     for name, layer in layers.data_vars.items():
-        about = Layer(
-            title=layer.attrs.get("long_name", str(name)),
-            nodata=layer.attrs["nodata"],
-            scale=1,
-            overview="NEAREST",
-            roles=(),
-        )
-        tags = {"site": site, "variable": str(name), "long_name": about.title, **credited}
-        tags |= {
-            k: str(layer.attrs[k]) for k in ("flag_masks", "flag_meanings") if k in layer.attrs
-        }
+        title = layer.attrs.get("long_name", str(name))
+        settings = Layer(title=title, nodata=layer.attrs["nodata"])
+        tags = {"site": site, "variable": str(name), "long_name": settings.title, **credit_tags}
+        for key in ("flag_masks", "flag_meanings"):
+            if key in layer.attrs:
+                tags[key] = str(layer.attrs[key])
         path = out / f"{site}_{name}.tif"
-        _write_cog(path, layer.to_numpy()[None], [str(name)], grid, about, tags)
-        written.append(path)
-    return written
+        _write_cog(path, layer, grid, settings, tags)
+        paths.append(path)
+    return paths
 
 
-def _credited(layer: xr.Dataset) -> dict[str, str]:
+def _make_credit_tags(layer: xr.Dataset) -> dict[str, str]:
     """Build licence tags: TIFF's own copyright tag for people, `credits` for programs."""
-    found = credits_of(layer)
-    text = lines(found)
-    copyright_ = ". ".join(
-        v.rstrip(".") for v in (text.get("acknowledgement"), text["license"]) if v
-    )
-    return {"TIFFTAG_COPYRIGHT": copyright_, "credits": json.dumps([asdict(c) for c in found])}
+    inputs = credits_of(layer)
+    text = lines(inputs)
+    notices = [text.get("acknowledgement", ""), text["license"]]
+    return {
+        "TIFFTAG_COPYRIGHT": ". ".join(notice.rstrip(".") for notice in notices if notice),
+        "credits": json.dumps([asdict(credit) for credit in inputs]),
+    }
 
 
-def _built(made: Mapping[str, Any]) -> dict[str, str]:
-    if not made:
+def _make_build_tags(build: Mapping[str, Any]) -> dict[str, str]:
+    """Build provenance tags; none if the provenance is unknown."""
+    if not build:
         return {}
-    kept: dict[str, Any] = {k: made[k] for k in ("build_id", "committed", "version", "libraries")}
-    kept |= {"recipe": made["recipe"]["title"], "scenes": [s["id"] for s in made["scenes"]]}
-    kept["completeness"] = made.get("reads", {}).get("completeness", 1.0)
-    kept["baselines"] = sorted({s["baseline"] for s in made["scenes"]})
-    return {"TIFFTAG_SOFTWARE": f"minecube {made['version']}", "build": json.dumps(kept)}
+    provenance = {
+        **{key: build[key] for key in ("build_id", "committed", "version", "libraries")},
+        "recipe": build["recipe"]["title"],
+        "scenes": [scene["id"] for scene in build["scenes"]],
+        "completeness": build.get("reads", {}).get("completeness", 1.0),
+        "baselines": sorted({scene["baseline"] for scene in build["scenes"]}),
+    }
+    return {
+        "TIFFTAG_SOFTWARE": f"minecube {build['version']}",
+        "build": json.dumps(provenance),
+    }
 
 
 def _write_cog(
-    path: Path,
-    values: np.ndarray[Any, Any],
-    bands: list[str],
-    grid: GeoBox,
-    layer: Layer,
-    tags: Mapping[str, str],
+    path: Path, layer: xr.DataArray, grid: GeoBox, settings: Layer, tags: Mapping[str, str]
 ) -> None:
+    """Write a layer ([band,] y, x). Image bands are described by band, or by the layer's name."""
+    bands = [str(layer.name)]
+    if "band" in layer.dims:
+        bands = [str(band) for band in layer.band.to_numpy()]
+    height, width = grid.shape
     profile = {
         "crs": str(grid.crs),
         "transform": grid.affine,
-        "nodata": layer.nodata,
-        "dtype": values.dtype,
-    }
-    profile |= {"count": len(bands), "height": grid.shape[0], "width": grid.shape[1]}
-    options = {
+        "nodata": settings.nodata,
+        "dtype": layer.dtype,
+        "count": len(bands),
+        "height": height,
+        "width": width,
         "compress": "DEFLATE",
         "predictor": "YES",
         "blocksize": 512,
-        "overview_resampling": layer.overview,
+        "overview_resampling": settings.overview,
     }
     # Write to memory first: a full disk then raises OSError, not a private rasterio error.
     with MemoryFile() as memory:
-        with memory.open(driver="COG", **profile, **options) as image:
-            image.write(values)
+        with memory.open(driver="COG", **profile) as image:
+            image.write(layer.to_numpy().reshape(len(bands), height, width))
             image.descriptions = bands
-            image.scales = [layer.scale] * len(bands)
+            image.scales = [settings.scale] * len(bands)
             image.update_tags(**tags)
-        with whole(path) as part:
-            part.write_bytes(memory.getbuffer())
+        with open_draft(path) as draft:
+            draft.write_bytes(memory.getbuffer())
 
 
 def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | None = None) -> None:
@@ -166,67 +167,73 @@ def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | No
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".gpkg"):
         raise CubeError(
-            f"{path}: expected a name in .parquet or .gpkg, found {suffix or 'no suffix'!r}; choose one"
+            f"{path}: expected a name in .parquet or .gpkg, "
+            f"found {suffix or 'no suffix'!r}; name another file"
         )
-    with whole(path) as part:
+    with open_draft(path) as draft:
         if suffix == ".parquet":
-            table.to_parquet(part)
+            table.to_parquet(draft)
         else:
-            about = {str(k): str(v) for k, v in table.attrs.items()}
-            flat = _distinct_columns(table)
-            names = {str(c).lower() for c in flat.columns}
-            # Names for the columns added by GeoPackage, unused in the table.
-            own = {"FID": _free_name("fid", names), "GEOMETRY_NAME": _free_name("geom", names)}
-            with _gdal_date(changed):
-                flat.to_file(
-                    part,
-                    driver="GPKG",
-                    layer="footprints",
-                    layer_metadata=about or None,
-                    layer_options=own,
-                )
+            with _set_gdal_date(changed):
+                _write_geopackage(table, draft)
 
 
-def _distinct_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+def _write_geopackage(table: gpd.GeoDataFrame, path: Path) -> None:
+    flat = _separate_columns(table)
+    names = {str(column).lower() for column in flat.columns}
+    flat.to_file(
+        path,
+        driver="GPKG",
+        layer="footprints",
+        layer_metadata={str(key): str(value) for key, value in table.attrs.items()} or None,
+        # Names for the columns added by GeoPackage, unused in the table.
+        layer_options={
+            "FID": _find_free_name("fid", names),
+            "GEOMETRY_NAME": _find_free_name("geom", names),
+        },
+    )
+
+
+def _separate_columns(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     """Rename columns differing only in case, and write further geometries as text.
 
     A GeoPackage ignores case in column names.
     """
-    seen: set[str] = set()
+    lower_names: set[str] = set()
     names: dict[str, str] = {}
     for column in map(str, table.columns):
-        names[column] = _free_name(column, seen)
-        seen.add(names[column].lower())
+        names[column] = _find_free_name(column, lower_names)
+        lower_names.add(names[column].lower())
     renamed = [f"{old} is {new}" for old, new in names.items() if old != new]
     if renamed:
-        log.warning("columns that differ in case alone were renamed: %s", ", ".join(renamed))
-    texts = {
-        c: table[c].to_wkt()
-        for c in table.columns[table.dtypes == "geometry"]
-        if c != table.geometry.name
-    }
+        log.warning("columns that differ only in case were renamed: %s", ", ".join(renamed))
+    geometries = table.columns[table.dtypes == "geometry"].drop(table.geometry.name)
+    texts = {column: table[column].to_wkt() for column in geometries}
     return table.assign(**texts).rename(columns=names)
 
 
-def _free_name(name: str, names: Collection[str]) -> str:
+def _find_free_name(name: str, names: Collection[str]) -> str:
     """Return the name, numbered if `names` (in lower case) already has it."""
     numbered = (name, *(f"{name}_{n}" for n in range(1, len(names) + 1)))
-    return next(free for free in numbered if free.lower() not in names)
+    return next(candidate for candidate in numbered if candidate.lower() not in names)
 
 
 @contextmanager
-def _gdal_date(date: datetime | None) -> Iterator[None]:
+def _set_gdal_date(date: datetime | None) -> Iterator[None]:
     """Make GDAL write this date into GeoPackages instead of the present time."""
-    before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
-    text = date.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z") if date else before
+    if date is None:
+        yield
+        return
+    former = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
+    text = date.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
     pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": text})
     try:
         yield
     finally:
-        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
+        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": former})
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV without its index; raise CubeError if writing fails."""
-    with whole(path) as part:
-        table.to_csv(part, index=False)
+    with open_draft(path) as draft:
+        table.to_csv(draft, index=False)

@@ -11,8 +11,9 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 
+from minecube.codes import BACKGROUND, FULL, MINE, UNKNOWN
 from minecube.errors import CubeError
-from minecube.export.credits import credits_of, lines, span_of
+from minecube.export.credits import credits_of, format_years, lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,12 @@ class Layer:
 
     title: str
     nodata: int
-    scale: float
+    scale: float = 1
     """Pixel value x scale = physical value."""
-    overview: str
+    overview: str = "NEAREST"
     """GDAL resampling of the overviews. Classes must not be averaged."""
-    roles: tuple[str, ...]
+    roles: tuple[str, ...] = ()
+    """Roles of a STAC asset. Layers without roles are not listed."""
     cf: Mapping[str, Any] = field(default_factory=dict)
     """CF attributes, except `scale_factor` and the nodata value."""
 
@@ -41,30 +43,34 @@ LAYERS = {
     ),
     "footprint": Layer(
         title="Mine footprint",
-        nodata=255,
-        scale=1,
-        overview="NEAREST",
+        nodata=UNKNOWN,
         roles=("data", "labels"),
-        cf={"flag_values": np.array([0, 1], np.uint8), "flag_meanings": "not_mine mine"},
+        cf={
+            "flag_values": np.array([BACKGROUND, MINE], np.uint8),
+            "flag_meanings": "not_mine mine",
+        },
     ),
     "probability": Layer(
         title="Mine probability",
-        nodata=255,
-        scale=1 / 250,
+        nodata=UNKNOWN,
+        scale=1 / FULL,
         overview="AVERAGE",
         roles=("data",),
         cf={"units": "1"},
     ),
 }
-# Not exported as an image, but described in NetCDF and Zarr.
-FRACTION = Layer(
-    title="Share of the pixel that is mine",
-    nodata=255,
-    scale=1 / 250,
-    overview="AVERAGE",
-    roles=(),
-    cf={"units": "1"},
-)
+"""Variables exported as images."""
+_DESCRIBED = {
+    **LAYERS,
+    "footprint_fraction": Layer(
+        title="Share of the pixel that is mine",
+        nodata=UNKNOWN,
+        scale=1 / FULL,
+        cf={"units": "1"},
+    ),
+}
+"""Variables described in NetCDF and Zarr. Fractions get no image."""
+_CHUNK_PX = 512
 # Name in the STAC EO extension v1.1, and centre in micrometres
 # (Sentinel-2A, from MTD_MSIL2A.xml, Spectral_Information).
 SPECTRUM = {
@@ -83,18 +89,27 @@ SPECTRUM = {
 
 def need_on_grid(cube: xr.Dataset, grid: GeoBox, site: str) -> None:
     """Raise CubeError unless the cube's coordinates are the grid's pixel centres."""
-    expected = xr_coords(grid)
+    centres = xr_coords(grid)
     for axis in ("y", "x"):
-        if cube.sizes[axis] != expected[axis].size or not np.allclose(
-            cube[axis], expected[axis], rtol=0, atol=1e-3
+        if cube.sizes[axis] != centres[axis].size or not np.allclose(
+            cube[axis], centres[axis], rtol=0, atol=1e-3
         ):
             raise CubeError(
-                f"{site}: the cube's {axis} coordinates are not the grid's pixel centres, so its images would lie in the wrong "
-                "place; export it on the grid it was built on"
+                f"{site}: the cube's {axis} coordinates are not the grid's pixel centres; "
+                "export the cube on its own grid"
             )
 
 
-def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
+def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the chunks of an array (year, [band,] y, x) in NetCDF and Zarr.
+
+    A chunk has one year, all bands and at most 512 x 512 pixels.
+    """
+    _, *bands, height, width = shape
+    return (1, *bands, min(_CHUNK_PX, height), min(_CHUNK_PX, width))
+
+
+def describe_cube(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
     """Add CF attributes, licences and citations to a cube.
 
     Variables keep dimensions, dtype and every value. The attributes `_FillValue` and `scale_factor`
@@ -105,82 +120,103 @@ def described(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
         CubeError: the cube does not match the grid.
     """
     need_on_grid(cube, grid, site)
-    made = cube.attrs.get("builds", {})
-    coords = placed(grid)
+    coords = make_coords(grid)
     coords["year"] = ("year", cube["year"].to_numpy(), {"long_name": "calendar year", "units": "1"})
     if "band" in cube.dims:
-        bands = [str(b) for b in cube["band"].to_numpy()]
-        coords["band"] = (
+        coords |= _make_band_coords([str(band) for band in cube["band"].to_numpy()])
+    names = sorted(map(str, cube.data_vars))  # a store lists them in any order
+    builds = cube.attrs.get("builds", {})
+    attributes = {
+        "Conventions": "CF-1.11",
+        "title": f"{site}: annual Sentinel-2 composites {format_years(cube)}",
+        "site": site,
+        "source": "Sentinel-2 L2A, composited by minecube",
+        "history": "; ".join(f"{year}: {_state_build(builds[year])}" for year in sorted(builds)),
+        **lines(credits_of(cube)),
+    }
+    return xr.Dataset(
+        {name: _describe_variable(cube[name]) for name in names},
+        coords,
+        {key: value for key, value in attributes.items() if value},
+    )
+
+
+def _make_band_coords(bands: list[str]) -> dict[str, Any]:
+    """Return the names of the bands and their centres in micrometres."""
+    return {
+        "band": (
             "band",
             np.asarray(bands),
             {"long_name": "Sentinel-2 band", "standard_name": "sensor_band_identifier"},
-        )
-        centres = {
-            "standard_name": "radiation_wavelength",
-            "long_name": "centre of the band",
-            "units": "um",
-        }
-        coords["wavelength"] = ("band", np.array([SPECTRUM[b][1] for b in bands]), centres)
-    names = sorted(map(str, cube.data_vars))  # a store lists them in any order
-    variables = {name: _described(cube[name]) for name in names}
-    about = {
-        "Conventions": "CF-1.11",
-        "title": f"{site}: annual Sentinel-2 composites {span_of(cube)}",
-        "site": site,
-        "source": "Sentinel-2 L2A, composited by minecube",
-        "history": "; ".join(f"{year}: {_history(build)}" for year, build in sorted(made.items())),
-        **lines(credits_of(cube)),
+        ),
+        "wavelength": (
+            "band",
+            np.array([SPECTRUM[band][1] for band in bands]),
+            {
+                "standard_name": "radiation_wavelength",
+                "long_name": "centre of the band",
+                "units": "um",
+            },
+        ),
     }
-    return xr.Dataset(variables, coords, {k: v for k, v in about.items() if v})
 
 
-def _history(build: Mapping[str, Any]) -> str:
-    share = build.get("reads", {}).get("completeness", 1.0)
-    return f"build {build['build_id']}, minecube {build['version']}" + (
-        f", {share:.2%} of its reads" if share < 1 else ""
-    )
+def _state_build(build: Mapping[str, Any]) -> str:
+    statement = f"build {build['build_id']}, minecube {build['version']}"
+    completeness = build.get("reads", {}).get("completeness", 1.0)
+    if completeness < 1:
+        statement += f", {completeness:.2%} of its reads"
+    return statement
 
 
-def placed(grid: GeoBox) -> dict[str, Any]:
+def make_coords(grid: GeoBox) -> dict[str, Any]:
     """Return a grid's coordinates with CF names: x, y and spatial_ref."""
-    found = dict(xr_coords(grid))
+    coords = dict(xr_coords(grid))
     for axis in ("x", "y"):
-        attrs = {
+        attributes = {
             "standard_name": f"projection_{axis}_coordinate",
             "long_name": f"{axis} of pixel centres",
             "units": "m",
+            "axis": axis.upper(),
         }
-        found[axis] = (axis, found[axis].to_numpy(), {**attrs, "axis": axis.upper()})
-    found["spatial_ref"] = (
-        found["spatial_ref"].assign_attrs(long_name="coordinate reference system").variable
-    )
-    return found
+        coords[axis] = (axis, coords[axis].to_numpy(), attributes)
+    reference = coords["spatial_ref"].assign_attrs(long_name="coordinate reference system")
+    coords["spatial_ref"] = reference.variable
+    return coords
 
 
-def _described(variable: xr.DataArray) -> xr.Variable:
-    layer = FRACTION if variable.name == "footprint_fraction" else LAYERS.get(str(variable.name))
-    attrs: dict[str, Any] = {
-        "long_name": layer.title if layer else variable.attrs.get("long_name", str(variable.name))
-    }
-    if layer:
-        attrs |= layer.cf
-    else:
-        attrs |= {
-            k: v
-            for k, v in variable.attrs.items()
-            if k in ("flag_meanings",) or (k == "units" and v)
-        }
-        if "flag_values" in variable.attrs:
-            attrs["flag_values"] = np.asarray(variable.attrs["flag_values"], variable.dtype)
+def _describe_variable(variable: xr.DataArray) -> xr.Variable:
+    attributes = {**_make_attributes(variable), "grid_mapping": "spatial_ref"}
+    return xr.Variable(variable.dims, variable.data, attributes)
+
+
+def _make_attributes(variable: xr.DataArray) -> dict[str, Any]:
+    layer = _DESCRIBED.get(str(variable.name))
+    if layer is None:
+        return _attributes_from_store(variable)
+    return _attributes_from_settings(layer, variable.dtype)
+
+
+def _attributes_from_settings(layer: Layer, dtype: np.dtype[Any]) -> dict[str, Any]:
     # Plain attributes: xarray's `encoding` would divide the values by the scale on writing.
-    if layer:
-        attrs["_FillValue"] = variable.dtype.type(layer.nodata)
-        if layer.scale != 1:
-            attrs["scale_factor"] = layer.scale
-    elif variable.dtype.kind == "f":
-        attrs["_FillValue"] = variable.dtype.type("nan")
-    elif (nodata := variable.attrs.get("nodata")) is not None and nodata not in variable.attrs.get(
-        "flag_values", ()
-    ):
-        attrs["_FillValue"] = variable.dtype.type(nodata)
-    return xr.Variable(variable.dims, variable.data, {**attrs, "grid_mapping": "spatial_ref"})
+    attributes = {"long_name": layer.title, **layer.cf, "_FillValue": dtype.type(layer.nodata)}
+    if layer.scale != 1:
+        attributes["scale_factor"] = layer.scale
+    return attributes
+
+
+def _attributes_from_store(variable: xr.DataArray) -> dict[str, Any]:
+    """Convert the cube's own attributes of a variable without export settings."""
+    stored = variable.attrs
+    attributes = {"long_name": stored.get("long_name", str(variable.name))}
+    for key in stored:
+        if key == "flag_meanings" or (key == "units" and stored[key]):
+            attributes[key] = stored[key]
+    if "flag_values" in stored:
+        attributes["flag_values"] = np.asarray(stored["flag_values"], variable.dtype)
+    nodata = stored.get("nodata")
+    if variable.dtype.kind == "f":
+        attributes["_FillValue"] = variable.dtype.type("nan")
+    elif nodata is not None and nodata not in stored.get("flag_values", ()):
+        attributes["_FillValue"] = variable.dtype.type(nodata)
+    return attributes

@@ -11,11 +11,10 @@ import numpy as np
 import xarray as xr
 from odc.geo.geobox import GeoBox
 
+from minecube.arrays import Int64
 from minecube.errors import CubeError
-from minecube.export.files import whole
-from minecube.export.layers import described
-
-CHUNK_PX = 512
+from minecube.export.files import open_draft
+from minecube.export.layers import chunk_shape, describe_cube
 
 
 def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
@@ -28,16 +27,16 @@ def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
     Raises:
         CubeError: the cube does not match the grid, netCDF4 is not installed, or writing fails.
     """
-    timed = _timed(described(cube, grid, site))
+    timed = _replace_years(describe_cube(cube, grid, site))
     encoding = {}
     for name, variable in timed.data_vars.items():
         if "y" not in variable.dims:
             continue
-        chunks = (1, *variable.shape[1:-2], *(min(CHUNK_PX, n) for n in variable.shape[-2:]))
+        chunks = chunk_shape(variable.shape)
         encoding[str(name)] = {"zlib": True, "complevel": 4, "shuffle": True, "chunksizes": chunks}
-    with whole(path) as part:
+    with open_draft(path) as draft:
         try:
-            timed.to_netcdf(part, engine="netcdf4", format="NETCDF4", encoding=encoding)
+            timed.to_netcdf(draft, engine="netcdf4", format="NETCDF4", encoding=encoding)
         except ModuleNotFoundError as error:
             raise CubeError(
                 "--format netcdf needs one package more: pip install 'minecube[publish]'"
@@ -47,31 +46,35 @@ def write_netcdf(cube: xr.Dataset, grid: GeoBox, path: Path, site: str) -> Path:
     return path
 
 
-def _timed(cube: xr.Dataset) -> xr.Dataset:
+def _replace_years(cube: xr.Dataset) -> xr.Dataset:
     """Convert years to CF times: days since 1970 with bounds; the `year` coordinate stays."""
-    first = np.array([f"{y}-01-01" for y in cube["year"].to_numpy()], "datetime64[D]").astype(
-        np.int64
-    )
-    end = np.array([f"{y + 1}-01-01" for y in cube["year"].to_numpy()], "datetime64[D]").astype(
-        np.int64
-    )
-    about = {
+    years = cube["year"].to_numpy()
+    start = _count_days(years)
+    end = _count_days(years + 1)
+    attributes = {
         "standard_name": "time",
         "long_name": "middle of the year",
         "axis": "T",
         "bounds": "time_bnds",
-    }
-    about |= {
         "units": "days since 1970-01-01",
         "calendar": "standard",
         "units_metadata": "leap_seconds: none",
     }
-    # CF allows no text coordinate with its dimension's own name, so it becomes `band_name`.
-    named = cube.reset_index("band").rename_vars(band="band_name") if "band" in cube.dims else cube
-    timed = named.rename_dims(year="time").assign_coords(time=("time", (first + end) / 2, about))
-    timed["time_bnds"] = (("time", "bnds"), np.stack([first, end], axis=1).astype(np.float64))
+    timed = cube
+    if "band" in cube.dims:
+        # CF allows no text coordinate with its dimension's own name, so it becomes `band_name`.
+        timed = timed.reset_index("band").rename_vars(band="band_name")
+    timed = timed.rename_dims(year="time")
+    timed = timed.assign_coords(time=("time", (start + end) / 2, attributes))
+    timed["time_bnds"] = (("time", "bnds"), np.stack([start, end], axis=1).astype(np.float64))
     for name in ("x", "y", "time", "wavelength", "time_bnds"):
         if name in timed.variables:
             timed[name].encoding["_FillValue"] = None  # CF: coordinates have no gaps
     timed["time_bnds"].encoding["coordinates"] = None
     return timed
+
+
+def _count_days(years: Int64) -> Int64:
+    """Return the days from 1970-01-01 to the start of each year."""
+    starts = [f"{year}-01-01" for year in years]
+    return np.array(starts, "datetime64[D]").astype(np.int64)

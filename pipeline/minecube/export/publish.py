@@ -21,7 +21,8 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from zarr.core.sync import sync
 from minecube.errors import CubeError
 
 _ROOT = "zarr.json"
-_AT_ONCE = 16  # objects in flight: hides an object store's latency and still fits in memory
+_BATCH = 16  # objects in flight: hides an object store's latency and still fits in memory
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # names safe in Icechunk and on any disk
 _CHUNK = re.compile(r"/c(/\d+)*$")  # Zarr v3 chunk names; `c` for arrays without dimensions
 
@@ -48,44 +49,53 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
         CubeError: the repository is missing and `create` is false, the folder has other content,
             the URL scheme is not supported, or opening fails.
     """
-    scheme, _, rest = place.partition("://")
-    if not rest:
-        if not create and not Path(place).exists():  # Icechunk would create the folder
+    if not _is_url(place) and not create and not Path(place).exists():
+        raise _missing_repository(place)  # Icechunk would create the folder
+    storage = _open_storage(place)
+    with _convert_errors(place):
+        if icechunk.Repository.exists(storage):
+            return icechunk.Repository.open(storage)
+        if not create:
+            raise _missing_repository(place)
+        if not _is_url(place) and Path(place).exists() and any(Path(place).iterdir()):
             raise CubeError(
-                f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one"
+                f"{place}: is not empty and no Icechunk repository; name another folder"
             )
+        return icechunk.Repository.create(storage)
+
+
+def _is_url(place: str) -> bool:
+    return bool(place.partition("://")[2])
+
+
+def _missing_repository(place: str) -> CubeError:
+    return CubeError(
+        f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one"
+    )
+
+
+def _open_storage(place: str) -> icechunk.Storage:
+    if not _is_url(place):
         icechunk.set_logs_filter("error")  # it warns about several processes, but `publish` locks
-        storage = icechunk.local_filesystem_storage(place)
-    elif scheme == "s3":
-        bucket, _, prefix = rest.partition("/")
-        endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        storage = icechunk.s3_storage(
-            bucket=bucket,
-            prefix=prefix.rstrip("/") or None,
-            from_env=True,
-            region=os.environ.get("AWS_REGION")
-            or os.environ.get("AWS_DEFAULT_REGION")
-            or "us-east-1",
-            endpoint_url=endpoint,
-            allow_http=bool(endpoint and endpoint.startswith("http://")),
-            force_path_style=bool(endpoint),
-        )
-    else:
+        return icechunk.local_filesystem_storage(place)
+    scheme, _, address = place.partition("://")
+    if scheme != "s3":
         raise CubeError(
-            f"{place}: expected a folder or s3://bucket/prefix, found {scheme}://; releases go to one of those"
+            f"{place}: expected a folder or s3://bucket/prefix, found {scheme}://; "
+            "name another place"
         )
-    with _icechunk(place):
-        if not icechunk.Repository.exists(storage):
-            if not create:
-                raise CubeError(
-                    f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one"
-                )
-            if not rest and Path(place).exists() and any(Path(place).iterdir()):
-                raise CubeError(
-                    f"{place}: is not empty and no Icechunk repository, so nothing is written there; name another"
-                )
-            return icechunk.Repository.create(storage)
-        return icechunk.Repository.open(storage)
+    bucket, _, prefix = address.partition("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return icechunk.s3_storage(
+        bucket=bucket,
+        prefix=prefix.rstrip("/") or None,
+        from_env=True,
+        region=region or "us-east-1",
+        endpoint_url=endpoint,
+        allow_http=bool(endpoint and endpoint.startswith("http://")),
+        force_path_style=bool(endpoint),
+    )
 
 
 def publish(
@@ -93,7 +103,7 @@ def publish(
     years: Mapping[str, Sequence[int]],
     place: str,
     tag: str,
-    about: Mapping[str, Mapping[str, str]],
+    attributes: Mapping[str, Mapping[str, str]],
 ) -> tuple[int, int] | None:
     """Copy the state of these sites to the repository, commit it and tag the commit.
 
@@ -102,7 +112,7 @@ def publish(
         years: Site -> its committed years. Unlisted sites are removed from this and later releases.
         place: The repository, as for `open_repository`. It is created if missing.
         tag: Name of the release. A tag never moves.
-        about: Site -> attributes of its group: licence and citations.
+        attributes: Site -> attributes of its group: licence and citations.
 
     Returns:
         The numbers of objects written and removed. None if the tag already has this state.
@@ -113,120 +123,133 @@ def publish(
     """
     if not _TAG.fullmatch(tag):
         raise CubeError(
-            f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; choose another name"
+            f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; "
+            "choose another name"
         )
-    with nullcontext() if "://" in place else _alone(Path(place), make=True), _icechunk(place):
+    with _lock(place, create=True), _convert_errors(place):
         repository = open_repository(place, create=True)
-        wanted = {_ROOT, *(key for site in years for key in _keys(source, site, years[site]))}
+        keys = {_ROOT}.union(*(_list_keys(source, site, years[site]) for site in years))
+        release = _Release(source=source, keys=frozenset(keys), attributes=attributes)
         if tag in repository.list_tags():
-            if sync(_holds(source, repository.readonly_session(tag=tag).store, wanted, about)):
+            if sync(_holds(repository.readonly_session(tag=tag).store, release)):
                 return None
             raise CubeError(
-                f"{place}: tag {tag!r} holds another state of the store, and a tag never moves; choose another name"
+                f"{place}: tag {tag!r} holds another state of the store; choose another name"
             )
         session = repository.writable_session("main")
-        before = snapshot = session.snapshot_id
-        changed: tuple[int, int] = sync(_mirror(source, session.store, wanted, about))
+        parent = session.snapshot_id
+        snapshot = parent
+        changed: tuple[int, int] = sync(_mirror(session.store, release))
         if session.has_uncommitted_changes:
-            snapshot = session.commit(
-                f"Release {tag}", metadata={site: dict(text) for site, text in about.items()}
-            )
+            metadata = {site: dict(text) for site, text in attributes.items()}
+            snapshot = session.commit(f"Release {tag}", metadata=metadata)
         try:
             repository.create_tag(tag, snapshot)
         except icechunk.IcechunkError as error:
-            repository.reset_branch("main", before, from_snapshot_id=snapshot)
+            repository.reset_branch("main", parent, from_snapshot_id=snapshot)
             if "already exists" in str(error):  # deleted tags are not listed
                 raise CubeError(
-                    f"{place}: tag {tag!r} was deleted, and Icechunk never uses a tag again; choose another name"
+                    f"{place}: tag {tag!r} was deleted, and Icechunk never reuses a tag; "
+                    "choose another name"
                 ) from error
             raise
     return changed
 
 
-def _keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
+@dataclass(frozen=True, kw_only=True)
+class _Release:
+    """The objects of a release."""
+
+    source: zarr.Group
+    """Root of the store."""
+    keys: frozenset[str]
+    """Keys of the objects."""
+    attributes: Mapping[str, Mapping[str, str]]
+    """Site -> attributes added to its group: licence and citations."""
+
+    async def read(self, key: str) -> bytes:
+        """Read an object of the store, adding licence and citations to a site's group."""
+        stored = await self.source.store.get(key, default_buffer_prototype())
+        if stored is None:
+            raise CubeError(
+                f"{key}: was deleted from the store while publishing; "
+                "publish again when nothing is being built"
+            )
+        content = bytes(stored.to_bytes())
+        site, _, path = key.partition("/")
+        if path != _ROOT or site not in self.attributes:
+            return content
+        group = json.loads(content)
+        group["attributes"] = {**group.get("attributes", {}), **self.attributes[site]}
+        return json.dumps(group).encode()
+
+
+def _list_keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
     """Yield the keys of a site in the store.
 
     Chunks and markers of uncommitted years are skipped, and so are files outside the Zarr format.
     """
-    there = [int(y) for y in np.asarray(source[f"{site}/year"])]
-    gone = {index for index, year in enumerate(there) if year not in years}
+    stored_years = [int(year) for year in np.asarray(source[f"{site}/year"])]
+    uncommitted = {index for index, year in enumerate(stored_years) if year not in years}
 
-    async def found() -> list[str]:
+    async def list_stored() -> list[str]:
         return [key async for key in source.store.list_prefix(f"{site}/")]
 
-    for key in sync(found()):
+    for key in sync(list_stored()):
         if not key.endswith(f"/{_ROOT}") and not _CHUNK.search(key):
             continue  # leftover of a killed write, or a foreign file
-        name, *rest = key.removeprefix(f"{site}/").split("/")
-        if name == "builds" and rest[0].isdigit() and int(rest[0]) not in years:
+        name, *path = key.removeprefix(f"{site}/").split("/")
+        if name == "builds" and path[0].isdigit() and int(path[0]) not in years:
             continue
-        if rest[:1] == ["c"] and name != "year" and len(rest) > 3 and int(rest[1]) in gone:
+        if path[:1] == ["c"] and name != "year" and len(path) > 3 and int(path[1]) in uncommitted:
             continue
         yield key
 
 
-async def _mirror(
-    source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]
-) -> tuple[int, int]:
-    """Write changed objects and delete unwanted ones; return both counts."""
+async def _mirror(target: Any, release: _Release) -> tuple[int, int]:
+    """Write changed objects and delete all others; return both counts."""
     prototype = default_buffer_prototype()
-    gone = sorted(
-        [key async for key in target.list() if key not in wanted], key=_order, reverse=True
-    )
-    for key in gone:
+    superfluous = [key async for key in target.list() if key not in release.keys]
+    for key in sorted(superfluous, key=_sort_key, reverse=True):
         await target.delete(key)
 
     async def copy(key: str) -> bool:
-        content = await _wanted(source, key, about)
+        content = await release.read(key)
         old = await target.get(key, prototype)
-        if old is not None and _same(old.to_bytes(), content, key):
+        if old is not None and _are_same(old.to_bytes(), content, key):
             return False
         await target.set(key, prototype.buffer.from_bytes(content))
         return True
 
-    metadata = sorted((key for key in wanted if key.endswith(_ROOT)), key=_order)
-    written = [await copy(key) for key in metadata]
-    for chunks in _batches(wanted.difference(metadata)):
-        written += await asyncio.gather(*map(copy, chunks))
-    return sum(written), len(gone)
+    metadata = sorted((key for key in release.keys if key.endswith(_ROOT)), key=_sort_key)
+    copied = [await copy(key) for key in metadata]
+    for chunks in _cut_batches(release.keys.difference(metadata)):
+        copied += await asyncio.gather(*map(copy, chunks))
+    return sum(copied), len(superfluous)
 
 
-async def _holds(
-    source: zarr.Group, target: Any, wanted: set[str], about: Mapping[str, Mapping[str, str]]
-) -> bool:
-    """Report whether a release has exactly the wanted objects, with the store's content."""
-    if {key async for key in target.list()} != wanted:
+async def _holds(target: Any, release: _Release) -> bool:
+    """Report whether a target has exactly the release's objects, with the store's content."""
+    if {key async for key in target.list()} != release.keys:
         return False
 
     async def same(key: str) -> bool:
-        old = await _content(target, key)
-        return old is not None and _same(old, await _wanted(source, key, about), key)
+        old = await _read_content(target, key)
+        return old is not None and _are_same(old, await release.read(key), key)
 
-    for keys in _batches(wanted):
+    for keys in _cut_batches(release.keys):
         if not all(await asyncio.gather(*map(same, keys))):
             return False
     return True
 
 
-def _batches(keys: Collection[str]) -> Iterator[list[str]]:
+def _cut_batches(keys: Collection[str]) -> Iterator[list[str]]:
     ordered = sorted(keys)
-    for at in range(0, len(ordered), _AT_ONCE):
-        yield ordered[at : at + _AT_ONCE]
+    for start in range(0, len(ordered), _BATCH):
+        yield ordered[start : start + _BATCH]
 
 
-async def _wanted(source: zarr.Group, key: str, about: Mapping[str, Mapping[str, str]]) -> bytes:
-    """Read an object of the store, adding licence and citations to a site's group."""
-    found = await source.store.get(key, default_buffer_prototype())
-    if found is None:
-        raise CubeError(
-            f"{key}: was in the store a moment ago and is not any more; publish when nothing is being built"
-        )
-    content = bytes(found.to_bytes())
-    site, _, rest = key.partition("/")
-    return _with_attributes(content, about[site]) if rest == _ROOT and site in about else content
-
-
-def _order(key: str) -> tuple[bool, int, str]:
+def _sort_key(key: str) -> tuple[bool, int, str]:
     """Sort metadata before chunks, and groups before their members.
 
     Icechunk accepts a chunk only after its array.
@@ -234,15 +257,9 @@ def _order(key: str) -> tuple[bool, int, str]:
     return not key.endswith(_ROOT), key.count("/"), key
 
 
-def _same(old: bytes, new: bytes, key: str) -> bool:
+def _are_same(old: bytes, new: bytes, key: str) -> bool:
     """Compare two objects; JSON metadata by value, since Icechunk rewrites it."""
     return old == new or (key.endswith(_ROOT) and json.loads(old) == json.loads(new))
-
-
-def _with_attributes(content: bytes, attributes: Mapping[str, str]) -> bytes:
-    group = json.loads(content)
-    group["attributes"] = {**group.get("attributes", {}), **attributes}
-    return json.dumps(group).encode()
 
 
 def releases(place: str) -> list[tuple[str, str, str]]:
@@ -252,12 +269,12 @@ def releases(place: str) -> list[tuple[str, str, str]]:
         CubeError: as `open_repository`.
     """
     repository = open_repository(place)
-    with _icechunk(place):
-        found = []
+    with _convert_errors(place):
+        rows = []
         for tag in repository.list_tags():
             newest = next(iter(repository.ancestry(tag=tag)))
-            found.append((tag, newest.written_at.isoformat(timespec="seconds"), newest.id))
-    return sorted(found, key=lambda release: (release[1], release[0]))
+            rows.append((tag, newest.written_at.isoformat(timespec="seconds"), newest.id))
+    return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
@@ -271,22 +288,22 @@ def differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
         CubeError: a tag or the repository is missing.
     """
     repository = open_repository(place)
-    with _icechunk(place):
+    with _convert_errors(place):
         _need_tags(repository, place, old, new)
-        lines = [[s.id for s in repository.ancestry(tag=tag)] for tag in (old, new)]
-        common = next(s for s in lines[0] if s in lines[1])
-        touched = {
-            key
-            for line in lines
-            if line[0] != common
-            for key in _touched(repository, common, line[0])
-        }
+        old_line = [snapshot.id for snapshot in repository.ancestry(tag=old)]
+        new_line = [snapshot.id for snapshot in repository.ancestry(tag=new)]
+        common = next(snapshot for snapshot in old_line if snapshot in new_line)
+        keys: set[str] = set()
+        for newest in (old_line[0], new_line[0]):
+            if newest != common:
+                keys.update(_list_changes(repository, common, newest))
         stores = [repository.readonly_session(tag=tag).store for tag in (old, new)]
-        changed: dict[str, str] = sync(_compared(stores, touched))
-        return sorted(_rows(stores, changed))
+        changes: dict[str, str] = sync(_compare(stores, keys))
+        return sorted(_make_rows(stores, changes))
 
 
-def _touched(repository: icechunk.Repository, start: str, end: str) -> Iterator[str]:
+def _list_changes(repository: icechunk.Repository, start: str, end: str) -> Iterator[str]:
+    """Yield the keys of the objects written or deleted between two snapshots."""
     diff = repository.diff(from_snapshot_id=start, to_snapshot_id=end)
     groups = diff.new_groups | diff.deleted_groups | diff.updated_groups
     for path in groups | diff.new_arrays | diff.deleted_arrays | diff.updated_arrays:
@@ -295,60 +312,76 @@ def _touched(repository: icechunk.Repository, start: str, end: str) -> Iterator[
         yield from ("/".join([path.lstrip("/"), "c", *map(str, chunk)]) for chunk in chunks)
 
 
-async def _compared(stores: Sequence[Any], keys: Collection[str]) -> dict[str, str]:
+async def _compare(stores: Sequence[Any], keys: Collection[str]) -> dict[str, str]:
     """Map each key with different objects to "new", "gone" or "changed"."""
-    changed = {}
+    changes = {}
     for key in keys:
-        before, after = [await _content(store, key) for store in stores]
-        if before != after:
-            changed[key] = "new" if before is None else "gone" if after is None else "changed"
-    return changed
+        old, new = [await _read_content(store, key) for store in stores]
+        if old == new:
+            continue
+        if old is None:
+            changes[key] = "new"
+        elif new is None:
+            changes[key] = "gone"
+        else:
+            changes[key] = "changed"
+    return changes
 
 
-async def _content(store: Any, key: str) -> bytes | None:
+async def _read_content(store: Any, key: str) -> bytes | None:
     if not key.endswith(_ROOT) and not await store.exists(_CHUNK.sub(f"/{_ROOT}", key)):
         return None  # Icechunk raises if the array is missing
-    found = await store.get(key, default_buffer_prototype())
-    return None if found is None else bytes(found.to_bytes())
+    content = await store.get(key, default_buffer_prototype())
+    if content is None:
+        return None
+    return bytes(content.to_bytes())
 
 
-def _rows(stores: Sequence[Any], changed: Mapping[str, str]) -> set[tuple[str, str, str]]:
-    whole = {
-        key.removesuffix(f"/{_ROOT}"): how
-        for key, how in changed.items()
-        if key.count("/") == 1 and key.endswith(_ROOT) and how != "changed"
+def _make_rows(stores: Sequence[Any], changes: Mapping[str, str]) -> set[tuple[str, str, str]]:
+    sites = {
+        key.removesuffix(f"/{_ROOT}"): change
+        for key, change in changes.items()
+        if key.count("/") == 1 and key.endswith(_ROOT) and change != "changed"
     }
-    rows = {(site, "all", f"the whole site ({how})") for site, how in whole.items()}
-    for key, how in changed.items():
-        site, _, rest = key.partition("/")
-        if rest and site not in whole:
-            rows.add(_row(stores[0] if how == "gone" else stores[1], site, rest, how))
+    rows = {(site, "all", f"the whole site ({change})") for site, change in sites.items()}
+    old, new = stores
+    for key, change in changes.items():
+        site, _, path = key.partition("/")
+        if not path or site in sites:
+            continue
+        if change == "gone":
+            rows.add(_make_row(old, site, path, change))
+        else:
+            rows.add(_make_row(new, site, path, change))
     return rows
 
 
-def _row(store: Any, site: str, rest: str, how: str) -> tuple[str, str, str]:
-    """Return site, year and variable of a key below the site's group.
+def _make_row(store: Any, site: str, path: str, change: str) -> tuple[str, str, str]:
+    """Return site, year and variable of a path below the site's group.
 
     The variable gets a suffix for anything but a plain change.
     """
-    suffix = "" if how == "changed" else f" ({how})"
-    if rest.startswith("builds/"):
-        _, year, *more = rest.split("/")
-        return site, year, ("provenance" if more[:1] in ([], [_ROOT]) else more[0]) + suffix
-    if rest.endswith(_ROOT):
-        return (
-            site,
-            "all",
-            (rest.removesuffix(_ROOT).rstrip("/") or "site") + (suffix or " (metadata)"),
-        )
-    name = _CHUNK.sub("", rest)
-    chunk = rest.removeprefix(f"{name}/c").lstrip("/")
+    suffix = f" ({change})"
+    if change == "changed":
+        suffix = ""
+    if path.startswith("builds/"):
+        _, year, *members = path.split("/")
+        variable = "provenance"
+        if members and members[0] != _ROOT:
+            variable = members[0]
+        return site, year, variable + suffix
+    if path.endswith(_ROOT):
+        variable = path.removesuffix(_ROOT).rstrip("/") or "site"
+        return site, "all", variable + (suffix or " (metadata)")
+    variable = _CHUNK.sub("", path)
+    chunk = path.removeprefix(f"{variable}/c").lstrip("/")
     if chunk.count("/") < 2:
-        return site, "all", name + suffix
-    beside = "/".join([site, *name.split("/")[:-1], "year"])
-    years = zarr.open_array(store, path=beside, mode="r")
+        return site, "all", variable + suffix
+    years = zarr.open_array(
+        store, path="/".join([site, *variable.split("/")[:-1], "year"]), mode="r"
+    )
     # No suffix: all-nodata chunks are not stored, so a new or missing chunk is a plain change.
-    return site, str(np.asarray(years)[int(chunk.split("/")[0])]), name
+    return site, str(np.asarray(years)[int(chunk.split("/")[0])]), variable
 
 
 def rollback(place: str, tag: str) -> None:
@@ -358,54 +391,56 @@ def rollback(place: str, tag: str) -> None:
         CubeError: the tag or the repository is missing.
     """
     repository = open_repository(place)
-    with nullcontext() if "://" in place else _alone(Path(place)), _icechunk(place):
+    with _lock(place), _convert_errors(place):
         _need_tags(repository, place, tag)
         repository.reset_branch("main", repository.lookup_tag(tag))
 
 
 def _need_tags(repository: icechunk.Repository, place: str, *tags: str) -> None:
-    there = sorted(repository.list_tags())
+    existing = sorted(repository.list_tags())
     for tag in tags:
-        if tag not in there:
-            raise CubeError(f"{place}: has no tag {tag!r}; it has {', '.join(there) or 'none'}")
+        if tag not in existing:
+            raise CubeError(f"{place}: has no tag {tag!r}; it has {', '.join(existing) or 'none'}")
 
 
 @contextmanager
-def _alone(folder: Path, *, make: bool = False) -> Iterator[None]:
-    """Lock the folder for this process.
+def _lock(place: str, *, create: bool = False) -> Iterator[None]:
+    """Lock a local folder for this process; object stores need no lock.
 
     The lock ends with the process at the latest.
 
     Raises:
         CubeError: another process has the lock, or the folder cannot be used.
     """
+    if _is_url(place):
+        yield
+        return
+    folder = Path(place)
     try:
-        if make:
+        if create:
             folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise CubeError(
-            f"{folder}: is no folder that can be used ({error.strerror}); name another"
+            f"{folder}: is no folder that can be used ({error.strerror}); name another folder"
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
         raise CubeError(
-            f"{folder}: another process is publishing there, and two would harm a repository in a folder; wait for it"
+            f"{folder}: another process is publishing there; wait for its end"
         ) from error
     finally:
         os.close(handle)
 
 
 @contextmanager
-def _icechunk(place: str) -> Iterator[None]:
+def _convert_errors(place: str) -> Iterator[None]:
     """Convert Icechunk errors to CubeError."""
     try:
         yield
     except icechunk.IcechunkError as error:
-        said = next(
-            (line.strip(" x") for line in str(error).splitlines() if line.strip(" x|")),
-            type(error).__name__,
-        )
-        raise CubeError(f"{place}: {said}; the releases that are there are unharmed") from error
+        lines = [line.strip(" x") for line in str(error).splitlines() if line.strip(" x|")]
+        reason = [*lines, type(error).__name__][0]
+        raise CubeError(f"{place}: {reason}; existing releases are unchanged") from error

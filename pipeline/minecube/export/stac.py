@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,18 @@ from shapely.geometry import box
 
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import href, listed, whole
-from minecube.export.layers import LAYERS
+from minecube.export.files import describe_file, make_href, open_draft
 from minecube.export.stac_fields import (
     MEDIA,
-    credits_in,
-    dimensions,
-    file_asset,
-    image_asset,
-    label,
+    describe_grid,
+    describe_variable,
+    make_image_asset,
+    make_label_fields,
+    make_processing_fields,
+    make_table_asset,
+    measure_dimensions,
     middle_of,
-    processing,
+    parse_credits,
 )
 
 STAC_VERSION = "1.1.0"
@@ -85,128 +87,150 @@ def write_stac(
         site_years.setdefault(cog.with_name(cog.stem.rpartition("_")[0] + ".json"), []).append(cog)
     if not site_years:
         raise CubeError(
-            f"{out}: there is no image to list, so there is no collection to write; export images first"
+            f"{out}: expected images for the collection, found none; export images first"
         )
-    outside = [
-        p for p in (*site_years, *tables.values()) if not p.resolve().is_relative_to(out.resolve())
-    ]
-    if outside:
-        raise CubeError(
-            f"{outside[0]}: lies outside {out}, so the collection could not be moved with it; export it there"
-        )
-    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    credited: dict[Credit, None] = {}  # unique, in order of appearance
-    items = {
-        path: _item(path, images, out / "collection.json", name, credited)
-        for path, images in site_years.items()
+    for path in (*site_years, *tables.values()):
+        if not path.resolve().is_relative_to(out.resolve()):
+            raise CubeError(
+                f"{path}: lies outside {out}, where the collection lists files; export it there"
+            )
+    root = out / "collection.json"
+    collection_id = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    items: dict[Path, dict[str, Any]] = {}
+    inputs: dict[Credit, None] = {}  # unique, in order of appearance
+    for path, cogs_of_year in site_years.items():
+        images = [_read_image(cog) for cog in cogs_of_year]
+        items[path] = _make_item(path, images, root, collection_id)
+        inputs |= dict.fromkeys(_list_inputs(images))
+    imagery_first = sorted(inputs, key=lambda credit: credit.kind != "imagery")
+    assets = {key: make_table_asset(key, table, out) for key, table in tables.items()}
+    collection = {
+        "type": "Collection",
+        "stac_version": STAC_VERSION,
+        "stac_extensions": _list_extensions(_list_prefixes(imagery_first, assets)),
+        "id": collection_id,
+        "title": title,
+        **_describe_inputs(about, list(items.values()), imagery_first, licence),
     }
-    assets = {key: file_asset(key, table, out) for key, table in tables.items()}
-    imagery_first = tuple(sorted(credited, key=lambda c: c.kind != "imagery"))
-    collection = _collection(
-        name, list(items.values()), title, about, licence, imagery_first, assets
-    )
-    collection["links"] += [_link("item", path, out) for path in items]
-    mirror = {
-        "type": MEDIA[".parquet"],
-        "roles": ["collection-mirror"],
-        "title": "The items as stac-geoparquet",
-    }
-    _write_items(
-        [_seen_from(out, path, item) for path, item in items.items()], out / "items.parquet"
-    )
-    collection["assets"] = {**assets, "items": {**listed(out / "items.parquet", out, ""), **mirror}}
-    for path, content in {**items, out / "collection.json": collection}.items():
-        with whole(path) as part:
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return out / "collection.json"
+    collection["links"] += [_make_link("item", path, out) for path in items]
+    table = out / "items.parquet"
+    _write_items([_move_hrefs(item, path.parent, out) for path, item in items.items()], table)
+    collection["assets"] = {**assets, "items": _make_items_asset(table, out)}
+    for path, content in {**items, root: collection}.items():
+        with open_draft(path) as draft:
+            draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return root
 
 
-def _seen_from(out: Path, path: Path, item: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the item with hrefs relative to `out`, the folder of the table."""
+def _move_hrefs(item: Mapping[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """Make an item's hrefs relative to the folder `target` instead of `source`."""
 
-    def moved(entry: Mapping[str, Any]) -> dict[str, Any]:
-        there = entry["href"]
-        return {**entry, "href": there if "://" in there else href(path.parent / there, out)}
+    def move(entry: Mapping[str, Any]) -> dict[str, Any]:
+        if "://" in entry["href"]:
+            return dict(entry)
+        return {**entry, "href": make_href(source / entry["href"], target)}
 
-    assets = {key: moved(asset) for key, asset in item["assets"].items()}
-    return {**item, "assets": assets, "links": [moved(link) for link in item["links"]]}
+    assets = {key: move(asset) for key, asset in item["assets"].items()}
+    return {**item, "assets": assets, "links": [move(link) for link in item["links"]]}
 
 
 def _write_items(items: list[dict[str, Any]], path: Path) -> None:
-    with whole(path) as part:
-        stac_geoparquet.arrow.to_parquet(
-            stac_geoparquet.arrow.parse_stac_items_to_arrow(items), part
-        )
+    table = stac_geoparquet.arrow.parse_stac_items_to_arrow(items)
+    with open_draft(path) as draft:
+        stac_geoparquet.arrow.to_parquet(table, draft)
 
 
-def _item(
-    path: Path, images: Iterable[Path], collection: Path, name: str, credited: dict[Credit, None]
-) -> dict[str, Any]:
-    """Build the item of a site-year and add the inputs of its images to `credited`."""
-    assets: dict[str, Any] = {}
-    properties: dict[str, Any] = {}
-    own: dict[Credit, None] = {}
-    for image in images:
-        try:
-            with rasterio.open(image, driver="GTiff") as src:
-                tags = src.tags()
-                assets[tags["variable"]] = image_asset(image, src)
-                bounds = transform_bounds(src.crs, 4326, *src.bounds)
-                geometry = transform_geom(src.crs, 4326, box(*src.bounds).__geo_interface__)
-                grid = {
-                    "proj:code": src.crs.to_string(),
-                    "proj:shape": list(src.shape),
-                    "proj:transform": list(src.transform)[:6],
-                }
-                place = dimensions(src, "bands" if tags["variable"] == "reflectance" else "")
-                if tags["variable"] == "footprint":
-                    properties |= label(src)
-        except (rasterio.errors.RasterioIOError, KeyError) as error:
-            raise CubeError(
-                f"{image}: is not an image that write_cogs made ({error}), so it cannot be listed"
-            ) from error
-        properties |= processing(json.loads(tags.get("build", "{}")))
-        properties["cube:dimensions"] = {**properties.get("cube:dimensions", {}), **place}
-        variable = {
-            "type": "data",
-            "dimensions": [*list(place)[2:], "y", "x"],
-            "description": LAYERS[tags["variable"]].title,
-        }
-        properties.setdefault("cube:variables", {})[tags["variable"]] = variable
-        own |= dict.fromkeys(credits_in(tags))
-    credited |= own
-    year = tags["year"]
-    links = [
-        _link(rel, collection, path.parent) for rel in ("root", "parent", "collection")
-    ] + _license_links(own)
-    if "label:type" in properties:
-        links.append(
-            {
-                **_link("source", path, path.parent),
-                "label:assets": [k for k in ("reflectance",) if k in assets],
-            }
-        )
-    used = {"projection", "raster", "eo", "file", "datacube"} | {
-        k.partition(":")[0] for k in properties
+def _make_items_asset(table: Path, out: Path) -> dict[str, Any]:
+    return {
+        **describe_file(table, out, "The items as stac-geoparquet"),
+        "type": MEDIA[".parquet"],
+        "roles": ["collection-mirror"],
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    """What an item states of one image."""
+
+    tags: Mapping[str, str]
+    """Tags written by `write_cogs`."""
+    asset: dict[str, Any]
+    grid: dict[str, Any]
+    """Fields of the projection extension."""
+    bbox: tuple[float, float, float, float]
+    """West, south, east, north in degrees."""
+    geometry: dict[str, Any]
+    """GeoJSON in longitude and latitude."""
+    dimensions: dict[str, Any]
+    """Dimensions of the datacube extension."""
+    labels: dict[str, Any]
+    """Fields of the label extension; none except for footprints."""
+
+
+def _read_image(path: Path) -> _Image:
+    """Read an image made by `write_cogs`; raise CubeError for any other file."""
+    try:
+        with rasterio.open(path, driver="GTiff") as image:
+            return _Image(
+                tags=image.tags(),
+                asset=make_image_asset(path, image),
+                grid=describe_grid(image),
+                bbox=transform_bounds(image.crs, 4326, *image.bounds),
+                geometry=transform_geom(image.crs, 4326, box(*image.bounds).__geo_interface__),
+                dimensions=measure_dimensions(image),
+                labels=make_label_fields(image),
+            )
+    except (rasterio.errors.RasterioIOError, KeyError) as error:
+        raise CubeError(
+            f"{path}: expected an image written by write_cogs ({error}); export it again"
+        ) from error
+
+
+def _list_inputs(images: Iterable[_Image]) -> list[Credit]:
+    """Return the inputs of images, each once, in order of appearance."""
+    return list(dict.fromkeys(credit for image in images for credit in parse_credits(image.tags)))
+
+
+def _make_item(
+    path: Path, images: Sequence[_Image], collection: Path, collection_id: str
+) -> dict[str, Any]:
+    """Build the item of a site-year from its images, which share one grid."""
+    assets = {image.tags["variable"]: image.asset for image in images}
+    properties: dict[str, Any] = {}
+    for image in images:
+        properties |= image.labels
+        properties |= make_processing_fields(json.loads(image.tags.get("build", "{}")))
+        properties.setdefault("cube:dimensions", {}).update(image.dimensions)
+        properties.setdefault("cube:variables", {}).update(
+            describe_variable(image.tags, image.dimensions)
+        )
+    links = [_make_link(rel, collection, path.parent) for rel in ("root", "parent", "collection")]
+    links += _make_license_links(_list_inputs(images))
+    if "label:type" in properties:
+        labelled = [key for key in ("reflectance",) if key in assets]
+        links.append({**_make_link("source", path, path.parent), "label:assets": labelled})
+    last = images[-1]
+    year = last.tags["year"]
+    prefixes = {"projection", "raster", "eo", "file", "datacube"}
+    prefixes |= {key.partition(":")[0] for key in properties}
     return {
         "type": "Feature",
         "stac_version": STAC_VERSION,
-        "stac_extensions": [url for key, url in EXTENSIONS.items() if key in used],
+        "stac_extensions": _list_extensions(prefixes),
         "id": path.stem,
-        "collection": name,
-        "geometry": geometry,
-        "bbox": list(bounds),
+        "collection": collection_id,
+        "geometry": last.geometry,
+        "bbox": list(last.bbox),
         "properties": {
-            "title": f"{tags['site']} {year}",
+            "title": f"{last.tags['site']} {year}",
             "datetime": middle_of(int(year)),  # QGIS and gdalcubes treat null as empty
             "start_datetime": f"{year}-01-01T00:00:00Z",
             "end_datetime": f"{year}-12-31T23:59:59Z",
             "constellation": "sentinel-2",
             "instruments": ["msi"],
-            "gsd": grid["proj:transform"][0],
+            "gsd": last.grid["proj:transform"][0],
             "license": "other",
-            **grid,
+            **last.grid,
             **properties,
         },
         "links": links,
@@ -214,72 +238,100 @@ def _item(
     }
 
 
-def _collection(
-    name: str,
-    items: list[dict[str, Any]],
-    title: str,
-    about: str,
-    licence: str,
-    credited: tuple[Credit, ...],
-    assets: Mapping[str, Any],
+def _list_extensions(names: Collection[str]) -> list[str]:
+    return [url for name, url in EXTENSIONS.items() if name in names]
+
+
+def _list_prefixes(inputs: Iterable[Credit], assets: Mapping[str, Any]) -> set[str]:
+    """Return the names of the extensions used by the collection."""
+    names = {"file", "processing"}
+    if any(credit.dois for credit in inputs):
+        names.add("scientific")
+    if any("cube:dimensions" in asset for asset in assets.values()):
+        names.add("datacube")
+    return names
+
+
+def _describe_inputs(
+    about: str, items: Sequence[Mapping[str, Any]], inputs: Sequence[Credit], licence: str
 ) -> dict[str, Any]:
-    west, south, east, north = zip(*(i["bbox"] for i in items), strict=True)
-    properties = [i["properties"] for i in items]
-    start, end = (
-        min(p["start_datetime"] for p in properties),
-        max(p["end_datetime"] for p in properties),
-    )
-    esa = {
-        "name": "European Space Agency, Copernicus Sentinel-2",
-        "roles": ["producer", "licensor"],
-        "url": "https://sentinels.copernicus.eu",
-    }
-    makers = [
-        {"name": c.name, "description": f"{c.kind}: {c.licence}", "roles": ["producer", "licensor"]}
-        | ({"url": f"https://doi.org/{c.dois[0]}"} if c.dois else {})
-        for c in credited
-        if c.kind != "imagery"
+    """Return a collection's fields on its extent, and on the origin and terms of its inputs."""
+    west, south, east, north = zip(*(item["bbox"] for item in items), strict=True)
+    properties = [item["properties"] for item in items]
+    start = min(fields["start_datetime"] for fields in properties)
+    end = max(fields["end_datetime"] for fields in properties)
+    terms = "; ".join(f"{credit.kind}: {credit.name}, {credit.licence}" for credit in inputs)
+    publications = [
+        {"doi": doi, "citation": credit.citation} for credit in inputs for doi in credit.dois
     ]
-    version = metadata.version("minecube")
-    made_by = {
-        "name": f"minecube {version}",
-        "roles": ["processor"],
-        "processing:software": {"minecube": version},
-    }
+    cited = {}
+    if publications:
+        cited["sci:publications"] = publications
     root = {"rel": "root", "href": "./collection.json", "type": "application/json"}
-    publications = [{"doi": d, "citation": c.citation} for c in credited for d in c.dois]
-    used = {"file", "processing"} | ({"scientific"} if publications else set())
-    used |= {"datacube"} if any("cube:dimensions" in a for a in assets.values()) else set()
-    cited = [{"rel": "cite-as", "href": f"https://doi.org/{p['doi']}"} for p in publications]
-    terms = "; ".join(f"{c.kind}: {c.name}, {c.licence}" for c in credited)
     return {
-        "type": "Collection",
-        "stac_version": STAC_VERSION,
-        "stac_extensions": [url for key, url in EXTENSIONS.items() if key in used],
-        "id": name,
-        "title": title,
-        "description": f"{about}\n\nContains modified Copernicus Sentinel data {start[:4]}-{end[:4]}. Terms: {terms}.",
+        "description": (
+            f"{about}\n\nContains modified Copernicus Sentinel data {start[:4]}-{end[:4]}. "
+            f"Terms: {terms}."
+        ),
         "license": licence,
-        "providers": [esa, *makers, made_by],
+        "providers": _list_providers(inputs),
         "extent": {
             "spatial": {"bbox": [[min(west), min(south), max(east), max(north)]]},
             "temporal": {"interval": [[start, end]]},
         },
         "summaries": {
             "constellation": ["sentinel-2"],
-            "proj:code": sorted({p["proj:code"] for p in properties}),
+            "proj:code": sorted({fields["proj:code"] for fields in properties}),
         },
-        **({"sci:publications": publications} if publications else {}),
-        "links": [root, *_license_links(credited), *cited],
+        **cited,
+        "links": [
+            root,
+            *_make_license_links(inputs),
+            *(
+                {"rel": "cite-as", "href": f"https://doi.org/{publication['doi']}"}
+                for publication in publications
+            ),
+        ],
     }
 
 
-def _license_links(credited: Iterable[Credit]) -> list[dict[str, str]]:
+def _list_providers(inputs: Iterable[Credit]) -> list[dict[str, Any]]:
+    """List ESA, the makers of labels and models, and minecube."""
+    providers: list[dict[str, Any]] = [
+        {
+            "name": "European Space Agency, Copernicus Sentinel-2",
+            "roles": ["producer", "licensor"],
+            "url": "https://sentinels.copernicus.eu",
+        }
+    ]
+    for credit in inputs:
+        if credit.kind == "imagery":
+            continue
+        maker: dict[str, Any] = {
+            "name": credit.name,
+            "description": f"{credit.kind}: {credit.licence}",
+            "roles": ["producer", "licensor"],
+        }
+        if credit.dois:
+            maker["url"] = f"https://doi.org/{credit.dois[0]}"
+        providers.append(maker)
+    version = metadata.version("minecube")
+    processor = {
+        "name": f"minecube {version}",
+        "roles": ["processor"],
+        "processing:software": {"minecube": version},
+    }
+    return [*providers, processor]
+
+
+def _make_license_links(inputs: Iterable[Credit]) -> list[dict[str, Any]]:
     """Link the text of each licence once."""
-    found = {c.url: f"{c.name}: {c.licence}" for c in credited if c.url}
-    return [{"rel": "license", "href": url, "title": title} for url, title in found.items()]
+    titles = {credit.url: f"{credit.name}: {credit.licence}" for credit in inputs if credit.url}
+    return [{"rel": "license", "href": url, "title": title} for url, title in titles.items()]
 
 
-def _link(rel: str, path: Path, folder: Path) -> dict[str, Any]:
-    media = "application/geo+json" if rel in ("item", "source") else "application/json"
-    return {"rel": rel, "href": href(path, folder), "type": media}
+def _make_link(rel: str, path: Path, folder: Path) -> dict[str, Any]:
+    media = "application/json"
+    if rel in ("item", "source"):
+        media = "application/geo+json"
+    return {"rel": rel, "href": make_href(path, folder), "type": media}

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import rasterio
 import xarray as xr
+from odc.geo import CRS
 
+from minecube.codes import BACKGROUND, MINE, UNKNOWN
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import href, listed
+from minecube.export.files import describe_file, make_href
 from minecube.export.layers import LAYERS, SPECTRUM
 
 MEDIA = {
@@ -22,14 +24,13 @@ MEDIA = {
     ".nc": "application/netcdf",
     ".zarr": "application/vnd.zarr",
 }
-CLASSES = {0: "not mine", 1: "mine", 255: "unknown"}
+CLASSES = {BACKGROUND: "not mine", MINE: "mine", UNKNOWN: "unknown"}
 
 
-def credits_in(tags: Mapping[str, str]) -> list[Credit]:
+def parse_credits(tags: Mapping[str, str]) -> list[Credit]:
     """Read the credited inputs from an image's tags."""
-    return [
-        Credit(**{**c, "dois": tuple(c["dois"])}) for c in json.loads(tags.get("credits", "[]"))
-    ]
+    entries = json.loads(tags.get("credits", "[]"))
+    return [Credit(**{**entry, "dois": tuple(entry["dois"])}) for entry in entries]
 
 
 def middle_of(year: int) -> str:
@@ -42,7 +43,7 @@ def middle_of(year: int) -> str:
     return f"{start + (end - start) // 2}Z"
 
 
-def processing(build: Mapping[str, Any]) -> dict[str, Any]:
+def make_processing_fields(build: Mapping[str, Any]) -> dict[str, Any]:
     """Return provenance: the processing extension's fields and three of ours.
 
     Empty if the provenance is unknown.
@@ -54,66 +55,99 @@ def processing(build: Mapping[str, Any]) -> dict[str, Any]:
         "processing:level": "L3",
         "processing:software": {"minecube": build["version"], **build["libraries"]},
         "processing:datetime": build["committed"],
-        "processing:lineage": f"{build['recipe']}, from {len(build['scenes'])} scenes of processing baselines {baselines}",
+        "processing:lineage": (
+            f"{build['recipe']}, from {len(build['scenes'])} scenes "
+            f"of processing baselines {baselines}"
+        ),
         "minecube:build_id": build["build_id"],
         "minecube:scenes": build["scenes"],
         "minecube:read_completeness": build["completeness"],
     }
 
 
-def label(src: rasterio.DatasetReader) -> dict[str, Any]:
-    """Return the label extension's fields of a footprint, with pixel counts per class."""
-    values, counts = np.unique(src.read(1), return_counts=True)
-    seen = [{"name": CLASSES[int(v)], "count": int(n)} for v, n in zip(values, counts, strict=True)]
-    sources = "".join(f", from {c.name} ({c.licence})" for c in credits_in(src.tags()))
+def make_label_fields(image: rasterio.DatasetReader) -> dict[str, Any]:
+    """Return the label extension's fields of a footprint, with pixel counts per class.
+
+    Empty for other images.
+    """
+    if image.tags()["variable"] != "footprint":
+        return {}
+    values, counts = np.unique(image.read(1), return_counts=True)
+    pixels = [
+        {"name": CLASSES[value], "count": count}
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+    ]
+    sources = "".join(f", from {c.name} ({c.licence})" for c in parse_credits(image.tags()))
     return {
         "label:type": "raster",
         "label:properties": None,  # required for rasters
-        "label:classes": [{"name": None, "classes": list(CLASSES.values())[:2]}],
+        "label:classes": [{"name": None, "classes": [CLASSES[BACKGROUND], CLASSES[MINE]]}],
         "label:tasks": ["segmentation"],
         "label:description": f"Mine footprint: 1 mine, 0 not mine, 255 unknown{sources}",
-        "label:overviews": [{"counts": seen}],
+        "label:overviews": [{"counts": pixels}],
     }
 
 
-def dimensions(src: rasterio.DatasetReader, bands: str) -> dict[str, Any]:
+def describe_grid(image: rasterio.DatasetReader) -> dict[str, Any]:
+    """Return the projection extension's fields of an image."""
+    return {
+        "proj:code": image.crs.to_string(),
+        "proj:shape": list(image.shape),
+        "proj:transform": list(image.transform)[:6],
+    }
+
+
+def measure_dimensions(image: rasterio.DatasetReader) -> dict[str, Any]:
     """Return the datacube dimensions of an image: first to last pixel centre."""
-    height, width = src.shape
-    (x0, y0), (x1, y1) = src.xy(0, 0), src.xy(height - 1, width - 1)
-    place = {"type": "spatial", "reference_system": src.crs.to_epsg()}
-    found: dict[str, Any] = {
-        "x": {**place, "axis": "x", "extent": [x0, x1], "step": src.res[0]},
-        "y": {**place, "axis": "y", "extent": [y1, y0], "step": src.res[1]},
+    height, width = image.shape
+    west, north = image.xy(0, 0)
+    east, south = image.xy(height - 1, width - 1)
+    axis = {"type": "spatial", "reference_system": image.crs.to_epsg()}
+    dimensions: dict[str, Any] = {
+        "x": {**axis, "axis": "x", "extent": [west, east], "step": image.res[0]},
+        "y": {**axis, "axis": "y", "extent": [south, north], "step": image.res[1]},
     }
-    return {**found, bands: {"type": "bands", "values": list(src.descriptions)}} if bands else found
+    if image.tags()["variable"] == "reflectance":
+        dimensions["bands"] = {"type": "bands", "values": list(image.descriptions)}
+    return dimensions
 
 
-def image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
+def describe_variable(tags: Mapping[str, str], dimensions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the datacube variable of an image with these tags and dimensions."""
+    variable = tags["variable"]
+    bands = [name for name in dimensions if name not in ("x", "y")]
+    return {
+        variable: {
+            "type": "data",
+            "dimensions": [*bands, "y", "x"],
+            "description": LAYERS[variable].title,
+        }
+    }
+
+
+def make_image_asset(path: Path, image: rasterio.DatasetReader) -> dict[str, Any]:
     """Build the asset of an image made by `write_cogs`.
 
     Raises:
         CubeError: the image cannot be read.
         KeyError: the image was not made by `write_cogs`.
     """
-    variable = src.tags()["variable"]
+    variable = image.tags()["variable"]
     layer = LAYERS[variable]
     pixel = {
-        "data_type": src.dtypes[0],
-        "nodata": src.nodata,
-        "scale": src.scales[0],
-        "spatial_resolution": src.res[0],
+        "data_type": image.dtypes[0],
+        "nodata": image.nodata,
+        "scale": image.scales[0],
+        "spatial_resolution": image.res[0],
     }
     asset: dict[str, Any] = {
-        **listed(path, path.parent, layer.title),
+        **describe_file(path, path.parent, layer.title),
         "type": "image/tiff; application=geotiff; profile=cloud-optimized",
         "roles": list(layer.roles),
-        "raster:bands": [pixel] * src.count,
+        "raster:bands": [pixel] * image.count,
     }
     if variable == "reflectance":
-        spectra = [(b, *SPECTRUM[b]) for b in src.descriptions]
-        asset["eo:bands"] = [
-            {"name": b, "common_name": common, "center_wavelength": um} for b, common, um in spectra
-        ]
+        asset["eo:bands"] = [_describe_band(band) for band in image.descriptions]
     if variable == "footprint":
         asset["file:values"] = [
             {"values": [value], "summary": text} for value, text in CLASSES.items()
@@ -121,70 +155,77 @@ def image_asset(path: Path, src: rasterio.DatasetReader) -> dict[str, Any]:
     return asset
 
 
-def file_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
+def _describe_band(band: str) -> dict[str, Any]:
+    common_name, centre_um = SPECTRUM[band]
+    return {"name": band, "common_name": common_name, "center_wavelength": centre_um}
+
+
+def make_table_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
     """Build the asset of a footprint table or of a cube with its dimensions.
 
     A Zarr is a folder and therefore has no checksum.
     """
     media = {"type": MEDIA[path.suffix]}
     if path.suffix in (".parquet", ".gpkg"):
-        return {
-            **listed(path, out, f"Mine footprints as polygons: {key}"),
-            **media,
-            "roles": ["data", "labels"],
-        }
+        file = describe_file(path, out, f"Mine footprints as polygons: {key}")
+        return {**file, **media, "roles": ["data", "labels"]}
     title = f"Cube of all years: {key}"
-    place = (
-        listed(path, out, title) if path.is_file() else {"href": href(path, out), "title": title}
-    )
+    file = {"href": make_href(path, out), "title": title}
+    if path.is_file():
+        file = describe_file(path, out, title)
     try:
-        how: dict[str, Any] = {"engine": "netcdf4"}
-        if path.suffix == ".zarr":
-            how = {
-                "engine": "zarr",
-                "group": "0" if (path / "0").is_dir() else None,
-                "consolidated": False,
-            }
-        with xr.open_dataset(path, decode_times=False, mask_and_scale=False, **how) as cube:
-            return {**place, **media, "roles": ["data"], **_cube_fields(cube)}
+        with _open_cube(path) as cube:
+            return {**file, **media, "roles": ["data"], **_describe_cube(cube)}
     except (OSError, ValueError, ImportError) as error:
-        raise CubeError(
-            f"{path}: cannot be read ({error}), so the collection cannot list it"
-        ) from error
+        raise CubeError(f"{path}: cannot be read ({error}); export it again") from error
 
 
-def _cube_fields(cube: xr.Dataset) -> dict[str, Any]:
-    epsg = int(
-        cube["spatial_ref"].attrs["crs_wkt"].rpartition('"EPSG",')[2].partition("]")[0].strip('"')
-    )
-    place = {"type": "spatial", "reference_system": epsg}
-    years = [int(y) for y in cube["year"]]
-    span = [f"{years[0]}-01-01T00:00:00Z", f"{years[-1]}-12-31T23:59:59Z"]
-    dimensions: dict[str, Any] = {
-        axis: {**place, "axis": axis, "extent": [float(cube[axis].min()), float(cube[axis].max())]}
-        for axis in ("x", "y")
-    }
-    bands = cube["band_name" if "band_name" in cube.coords else "band"].to_numpy()
-    dimensions["band"] = {"type": "bands", "values": [str(b) for b in bands]}
-    if "time" in cube.dims:
-        dimensions["time"] = {
-            "type": "temporal",
-            "extent": span,
-            "values": [middle_of(y) for y in years],
-        }
-    else:
-        dimensions["year"] = {
-            "type": "temporal",
-            "extent": span,
-            "values": [f"{y}-01-01T00:00:00Z" for y in years],
-        }
-    layers = {str(n): v for n, v in cube.data_vars.items() if "y" in v.dims}
-    described = {
-        n: {
+def _open_cube(path: Path) -> xr.Dataset:
+    options: dict[str, Any] = {"engine": "netcdf4"}
+    if path.suffix == ".zarr":
+        options = {"engine": "zarr", "consolidated": False}
+        if (path / "0").is_dir():
+            options["group"] = "0"
+    return xr.open_dataset(path, decode_times=False, mask_and_scale=False, **options)
+
+
+def _describe_cube(cube: xr.Dataset) -> dict[str, Any]:
+    layers = {str(name): layer for name, layer in cube.data_vars.items() if "y" in layer.dims}
+    variables = {
+        name: {
             "type": "data",
-            "dimensions": [str(d) for d in v.dims],
-            "description": str(v.attrs["long_name"]),
+            "dimensions": [str(dim) for dim in layers[name].dims],
+            "description": str(layers[name].attrs["long_name"]),
         }
-        for n, v in sorted(layers.items())  # Zarr lists its arrays in any order
+        for name in sorted(layers)  # Zarr lists its arrays in any order
     }
-    return {"cube:dimensions": dimensions, "cube:variables": described}
+    return {"cube:dimensions": _measure_dimensions(cube), "cube:variables": variables}
+
+
+def _measure_dimensions(cube: xr.Dataset) -> dict[str, Any]:
+    dimensions: dict[str, Any] = {}
+    epsg = CRS(cube["spatial_ref"].attrs["crs_wkt"]).epsg
+    for axis in ("x", "y"):
+        dimensions[axis] = {
+            "type": "spatial",
+            "reference_system": epsg,
+            "axis": axis,
+            "extent": [float(cube[axis].min()), float(cube[axis].max())],
+        }
+    bands = cube["band"]
+    if "band_name" in cube.coords:  # in NetCDF
+        bands = cube["band_name"]
+    dimensions["band"] = {"type": "bands", "values": [str(band) for band in bands.to_numpy()]}
+    years = [int(year) for year in cube["year"]]
+    if "time" in cube.dims:
+        name = "time"
+        instants = [middle_of(year) for year in years]
+    else:
+        name = "year"
+        instants = [f"{year}-01-01T00:00:00Z" for year in years]
+    dimensions[name] = {
+        "type": "temporal",
+        "extent": [f"{years[0]}-01-01T00:00:00Z", f"{years[-1]}-12-31T23:59:59Z"],
+        "values": instants,
+    }
+    return dimensions

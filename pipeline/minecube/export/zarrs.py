@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from zarr.codecs import GzipCodec
 
-from minecube.export.files import whole
-from minecube.export.layers import described, placed
+from minecube.arrays import AnyArray
+from minecube.export.files import open_draft
+from minecube.export.layers import chunk_shape, describe_cube, make_coords
 
-CHUNK_PX = 512
 _GZIP_TIME = slice(4, 8)  # bytes of a gzip header, RFC 1952
 SMALLEST_PX = 256
 """Levels are added until the longer side is at most this long."""
@@ -46,13 +45,12 @@ class _TimelessGzip(GzipCodec):  # type: ignore[misc]
 
     async def encode(self, chunks_and_specs: Iterable[tuple[Any, Any]]) -> Iterable[Any]:
         """Compress chunks, and clear the time in each header."""
-        return [
-            None if chunk is None else _without_time(chunk)
-            for chunk in await super().encode(chunks_and_specs)
-        ]
+        return [_clear_time(chunk) for chunk in await super().encode(chunks_and_specs)]
 
 
-def _without_time(chunk: Any) -> Any:
+def _clear_time(chunk: Any) -> Any:
+    if chunk is None:  # an empty chunk is not stored
+        return None
     content = bytearray(chunk.to_bytes())
     content[_GZIP_TIME] = bytes(4)
     return type(chunk).from_bytes(bytes(content))
@@ -69,47 +67,31 @@ def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
     Raises:
         CubeError: the cube does not match the grid, `folder` is not a Zarr, or writing fails.
     """
-    finest = described(cube, grid, site)
+    finest = describe_cube(cube, grid, site)
     grids = [grid]
     while max(grids[-1].shape) > SMALLEST_PX:
         grids.append(grid.zoom_out(2 ** len(grids)))
-    layout = []
-    for level, coarse in enumerate(grids):
-        entry: dict[str, Any] = {
-            "asset": str(level),
-            "transform": {"scale": [2.0**level] * 2, "translation": [0.0, 0.0]},
-        }
-        entry |= {"derived_from": "0", "resampling_method": "average"} if level else {}
-        layout.append(
-            entry
-            | {
-                k: v
-                for k, v in _spatial(coarse).items()
-                if k in ("spatial:shape", "spatial:transform")
-            }
-        )
-    with whole(folder) as part:
-        about = {
-            **finest.attrs,
-            **_spatial(grid),
-            "multiscales": {"layout": layout, "resampling_method": "average"},
-        }
-        zarr.open_group(
-            part,
-            mode="w",
-            zarr_format=3,
-            attributes={**about, **_conventions("multiscales", "proj", "spatial")},
-        )
+    attributes = {
+        **finest.attrs,
+        **_describe_grid(grid),
+        "multiscales": {
+            "layout": [_describe_level(level, coarse) for level, coarse in enumerate(grids)],
+            "resampling_method": "average",
+        },
+        **_declare_conventions("multiscales", "proj", "spatial"),
+    }
+    with open_draft(folder) as draft:
+        zarr.open_group(draft, mode="w", zarr_format=3, attributes=attributes)
         for level, coarse in enumerate(grids):
-            data = finest if level == 0 else _coarser(finest, coarse, 2**level)
-            data = _for_gdal(_nodata_in_words(data), grid).assign_attrs(
-                **_spatial(coarse), **_conventions("proj", "spatial")
+            data = _coarsen(finest, coarse, 2**level)
+            data = _adapt_to_gdal(_move_nodata_and_scale(data), grid).assign_attrs(
+                **_describe_grid(coarse), **_declare_conventions("proj", "spatial")
             )
-            encoding = _encoding(data, _TimelessGzip())
+            encoding = _make_encoding(data, _TimelessGzip())
             for name, variable in data.data_vars.items():
                 encoding[str(name)]["fill_value"] = variable.attrs.get("nodata", 0)
             data.to_zarr(
-                part,
+                draft,
                 group=str(level),
                 mode="a",
                 zarr_format=3,
@@ -117,6 +99,18 @@ def write_zarr(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
                 encoding=encoding,
             )
     return folder
+
+
+def _describe_level(level: int, grid: GeoBox) -> dict[str, Any]:
+    """Return a level's entry in the layout of the multiscales convention."""
+    entry: dict[str, Any] = {
+        "asset": str(level),
+        "transform": {"scale": [2.0**level] * 2, "translation": [0.0, 0.0]},
+    }
+    if level:
+        entry |= {"derived_from": "0", "resampling_method": "average"}
+    spatial = _describe_grid(grid)
+    return entry | {key: spatial[key] for key in ("spatial:transform", "spatial:shape")}
 
 
 def write_zarr2(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path:
@@ -129,38 +123,49 @@ def write_zarr2(cube: xr.Dataset, grid: GeoBox, folder: Path, site: str) -> Path
     Raises:
         CubeError: as `write_zarr`.
     """
-    data = _for_gdal(described(cube, grid, site), grid)
-    with whole(folder) as part:
+    data = _adapt_to_gdal(describe_cube(cube, grid, site), grid)
+    with open_draft(folder) as draft:
         data.to_zarr(
-            part,
+            draft,
             mode="w",
             zarr_format=2,
             consolidated=True,
-            encoding=_encoding(data, {"id": "zlib", "level": 6}),
+            encoding=_make_encoding(data, {"id": "zlib", "level": 6}),
         )
     return folder
 
 
-def _coarser(cube: xr.Dataset, coarse: GeoBox, factor: int) -> xr.Dataset:
+def _coarsen(cube: xr.Dataset, coarse: GeoBox, factor: int) -> xr.Dataset:
     """Resample the cube to a coarser grid with the same upper left corner."""
-    variables = {str(n): _resampled(v, factor) for n, v in cube.data_vars.items()}
+    if factor == 1:
+        return cube
+    variables = {str(name): _resample(layer, factor) for name, layer in cube.data_vars.items()}
     coords = {
-        str(n): c.variable for n, c in cube.coords.items() if n not in ("x", "y", "spatial_ref")
+        str(name): coord.variable
+        for name, coord in cube.coords.items()
+        if name not in ("x", "y", "spatial_ref")
     }
-    return xr.Dataset(variables, {**coords, **placed(coarse)}, cube.attrs)
+    return xr.Dataset(variables, {**coords, **make_coords(coarse)}, cube.attrs)
 
 
-def _resampled(variable: xr.DataArray, factor: int) -> xr.Variable:
+def _resample(variable: xr.DataArray, factor: int) -> xr.Variable:
     """Resample a variable to pixels `factor` times as large.
 
     Pixels at the lower and right edge use the remaining fine pixels.
     """
+    values = variable.to_numpy()
+    nodata = variable.attrs.get("_FillValue")
     method = METHODS.get(str(variable.name), "nearest")
-    made = RESAMPLE[method](variable.to_numpy(), factor, variable.attrs.get("_FillValue"))
-    return xr.Variable(variable.dims, made, {**variable.attrs, "resampling_method": method})
+    if method == "average":
+        coarse = _average_blocks(values, factor, nodata)
+    elif method == "mode":
+        coarse = _take_most_frequent(values, factor, nodata)
+    else:
+        coarse = _take_nearest(values, factor)
+    return xr.Variable(variable.dims, coarse, {**variable.attrs, "resampling_method": method})
 
 
-def _sums(values: NDArray[Any], factor: int) -> NDArray[Any]:
+def _sum_blocks(values: AnyArray, factor: int) -> AnyArray:
     """Sum blocks of `factor` x `factor` pixels over the last two dimensions."""
     for axis in (-2, -1):
         values = np.add.reduceat(
@@ -169,24 +174,25 @@ def _sums(values: NDArray[Any], factor: int) -> NDArray[Any]:
     return values
 
 
-def _average(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
+def _average_blocks(values: AnyArray, factor: int, nodata: Any) -> AnyArray:
     """Average valid integer pixels and round; blocks without a valid pixel get nodata."""
-    valid = np.ones_like(values, bool) if nodata is None else values != nodata
-    counts = _sums(valid, factor)
-    means = _sums(np.where(valid, values, 0), factor) / np.maximum(counts, 1)
+    valid = np.ones_like(values, bool)
+    if nodata is not None:
+        valid = values != nodata
+    counts = _sum_blocks(valid, factor)
+    means = _sum_blocks(np.where(valid, values, 0), factor) / np.maximum(counts, 1)
     return np.where(counts > 0, np.rint(means), nodata or 0).astype(values.dtype)
 
 
-def _mode(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:
+def _take_most_frequent(values: AnyArray, factor: int, nodata: Any) -> AnyArray:
     """Take the most frequent value, the smaller on a tie; nodata for blocks without values."""
     classes = np.array([c for c in np.unique(values) if c != nodata] or [nodata], values.dtype)
-    counts = np.stack([_sums(values == c, factor) for c in classes])
-    return np.where(counts.any(axis=0), classes[counts.argmax(axis=0)], nodata or 0).astype(
-        values.dtype
-    )
+    counts = np.stack([_sum_blocks(values == c, factor) for c in classes])
+    winners = classes[counts.argmax(axis=0)]
+    return np.where(counts.any(axis=0), winners, nodata or 0).astype(values.dtype)
 
 
-def _nearest(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:  # noqa: ARG001  as the others are called
+def _take_nearest(values: AnyArray, factor: int) -> AnyArray:
     """Take the pixel at the coarse pixel's centre, or the last pixel at an edge."""
     rows, columns = (
         np.minimum(np.arange(0, n, factor) + factor // 2, n - 1) for n in values.shape[-2:]
@@ -194,44 +200,42 @@ def _nearest(values: NDArray[Any], factor: int, nodata: Any) -> NDArray[Any]:  #
     return values[..., rows[:, None], columns]
 
 
-RESAMPLE = {"average": _average, "mode": _mode, "nearest": _nearest}
-
-
-def _nodata_in_words(cube: xr.Dataset) -> xr.Dataset:
+def _move_nodata_and_scale(cube: xr.Dataset) -> xr.Dataset:
     """Rename the attributes of integers to keep xarray from decoding them to floats.
 
     `_FillValue` becomes `nodata`. `scale_factor` moves into `long_name` and `units`. Band names
     become Zarr v3 `string`: fixed-length text has no specification in v3.
     """
-    said = cube.assign_coords(band=cube["band"].astype(object)) if "band" in cube else cube.copy()
-    for variable in said.data_vars.values():
+    renamed = cube.copy()
+    if "band" in cube:
+        renamed = renamed.assign_coords(band=cube["band"].astype(object))
+    for variable in renamed.data_vars.values():
         if variable.dtype.kind == "f":
             continue
         if (fill := variable.attrs.pop("_FillValue", None)) is not None:
             variable.attrs["nodata"] = int(fill)
         if (scale := variable.attrs.pop("scale_factor", None)) is not None:
-            times = round(1 / scale)
             variable.attrs |= {
-                "long_name": f"{variable.attrs['long_name']}, times {times}",
+                "long_name": f"{variable.attrs['long_name']}, times {round(1 / scale)}",
                 "units": f"{scale:g}",
             }
-    return said
+    return renamed
 
 
-def _for_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
+def _adapt_to_gdal(cube: xr.Dataset, grid: GeoBox) -> xr.Dataset:
     """Add GDAL's own CRS attribute and make flag values JSON lists."""
-    said = cube.copy()
-    for variable in said.data_vars.values():
+    labelled = cube.copy()
+    for variable in labelled.data_vars.values():
         variable.attrs["_CRS"] = {
             "url": f"http://www.opengis.net/def/crs/EPSG/0/{grid.crs.epsg}",
             "wkt": grid.crs.to_wkt(),
         }
         if "flag_values" in variable.attrs:
             variable.attrs["flag_values"] = np.asarray(variable.attrs["flag_values"]).tolist()
-    return said
+    return labelled
 
 
-def _encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
+def _make_encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
     """Set chunks and compression: one year, all bands and 512 x 512 pixels per chunk.
 
     Every variable gets a compressor readable by any GDAL, coordinates included.
@@ -239,12 +243,12 @@ def _encoding(cube: xr.Dataset, compressor: Any) -> dict[str, dict[str, Any]]:
     packed: dict[str, dict[str, Any]] = {
         str(name): {"compressors": compressor} for name in cube.variables
     }
-    for name, v in cube.data_vars.items():
-        packed[str(name)]["chunks"] = (1, *v.shape[1:-2], *(min(CHUNK_PX, n) for n in v.shape[-2:]))
+    for name, variable in cube.data_vars.items():
+        packed[str(name)]["chunks"] = chunk_shape(variable.shape)
     return packed
 
 
-def _spatial(grid: GeoBox) -> dict[str, Any]:
+def _describe_grid(grid: GeoBox) -> dict[str, Any]:
     return {
         "proj:code": f"EPSG:{grid.crs.epsg}",
         "spatial:dimensions": ["y", "x"],
@@ -261,18 +265,17 @@ _UUID = {
 }
 
 
-def _conventions(*names: str) -> dict[str, Any]:
+def _declare_conventions(*names: str) -> dict[str, Any]:
     """Declare the conventions followed by the attributes."""
-    home = "https://{}/zarr-conventions/{}/{}v0.1/{}"
-    found = [
+    schemas = "https://raw.githubusercontent.com/zarr-conventions"
+    texts = "https://github.com/zarr-conventions"
+    conventions = [
         {
             "uuid": _UUID[name],
             "name": name,
-            "schema_url": home.format(
-                "raw.githubusercontent.com", name, "refs/tags/", "schema.json"
-            ),
-            "spec_url": home.format("github.com", name, "blob/", "README.md"),
+            "schema_url": f"{schemas}/{name}/refs/tags/v0.1/schema.json",
+            "spec_url": f"{texts}/{name}/blob/v0.1/README.md",
         }
         for name in names
     ]
-    return {"zarr_conventions": found}
+    return {"zarr_conventions": conventions}

@@ -17,17 +17,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from minecube.errors import CubeError
-from minecube.report import DPI, INK, _plain, _save
+from minecube.report.style import (
+    BLACK,
+    BLUE,
+    DPI,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILION,
+    save,
+    strip_axes,
+)
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#e69f00",
-    "#222222",
-)  # Okabe and Ito's palette
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY_BLUE, ORANGE, BLACK)
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1)))
 STYLES = [
     (colour, mark, dash)
@@ -60,14 +65,14 @@ def lines(
     Raises:
         CubeError: There is no score to draw, or the file cannot be written.
     """
-    fig, ax = _square(title, axes, wide=5.6, found=tables, out=out)
+    figure, ax = _start_plot(tables, out, title, axes, width=5.6)
     for (model, scores), (colour, mark, dash) in _styled(tables, models):
         ax.plot(
             scores.index, scores, color=colour, marker=mark, ls=dash, ms=4.5, lw=1.6, label=model
         )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
     ax.set_ylim(0, 1.02)
-    _finished(fig, ax, out)
+    _finish_plot(figure, ax, out)
 
 
 def precision_recall(
@@ -90,16 +95,10 @@ def precision_recall(
     Raises:
         CubeError: There is nothing to draw, or the file cannot be written.
     """
-    fig, ax = _square(
-        title, ("recall (marks: threshold one half)", "precision"), wide=4.6, found=tables, out=out
-    )
+    labels = ("recall (marks: threshold one half)", "precision")
+    figure, ax = _start_plot(tables, out, title, labels, width=4.6)
     for (model, table), (colour, mark, dash) in _styled(tables, models):
-        shown: dict[str, Any] = {
-            "marker": mark,
-            "ms": 4.5,
-            "markevery": None if len(table) <= MARKED else [],
-        }
-        ax.plot(
+        (line,) = ax.plot(
             table["recall"],
             table["precision"],
             color=colour,
@@ -107,8 +106,11 @@ def precision_recall(
             lw=1.6,
             drawstyle="steps-pre",
             label=model,
-            **shown,
+            marker=mark,
+            ms=4.5,
         )
+        if len(table) > MARKED:
+            line.set_markevery([])  # the legend still shows the mark
         half = table[table["threshold"] >= 0.5].tail(1)
         ax.plot(
             half["recall"],
@@ -120,10 +122,10 @@ def precision_recall(
             ls="none",
             zorder=5,
         )
-    ax.axhline(share, color="#777777", lw=1, ls=":")
-    ax.text(0.01, share + 0.01, f"chance, {share:.2g}", fontsize=7.5, color="#777777", va="bottom")
+    ax.axhline(share, color=FAINT, lw=1, ls=":")
+    ax.text(0.01, share + 0.01, f"chance, {share:.2g}", fontsize=7.5, color=FAINT, va="bottom")
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
-    _finished(fig, ax, out)
+    _finish_plot(figure, ax, out)
 
 
 def reliability(
@@ -146,14 +148,14 @@ def reliability(
         "probability said, mean of the bin (larger marks: more pixels)",
         "share that is a mine",
     )
-    fig, ax = _square(title, labels, wide=4.6, found=tables, out=out)
-    ax.plot([0, 1], [0, 1], color="#777777", lw=1, ls=":")
+    figure, ax = _start_plot(tables, out, title, labels, width=4.6)
+    ax.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
     ax.text(
         0.5,
         0.52,
         "as often as said",
         fontsize=7.5,
-        color="#777777",
+        color=FAINT,
         rotation=45,
         ha="center",
         va="bottom",
@@ -170,10 +172,18 @@ def reliability(
             label=model,
         )
         size = 12 + 70 * table["pixels"] / max(table["pixels"].max(), 1)
-        at = table["predicted"], table["observed"]
-        ax.scatter(*at, s=size, color=colour, marker=mark, edgecolor="white", lw=0.6, zorder=4)
+        ax.scatter(
+            table["predicted"],
+            table["observed"],
+            s=size,
+            color=colour,
+            marker=mark,
+            edgecolor="white",
+            lw=0.6,
+            zorder=4,
+        )
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    _finished(fig, ax, out)
+    _finish_plot(figure, ax, out)
 
 
 def _styled(
@@ -183,26 +193,27 @@ def _styled(
     return ((item, styles[item[0]]) for item in tables.items())
 
 
-def _square(
-    title: str, labels: tuple[str, str], *, wide: float, found: Mapping[str, object], out: Path
+def _start_plot(
+    tables: Mapping[str, object], out: Path, title: str, labels: tuple[str, str], *, width: float
 ) -> tuple[Figure, Axes]:
-    if not found:
+    """Return a figure with labelled axes, `width` inches wide, and room for a legend."""
+    if not tables:
         raise CubeError(f"{out}: there is no score to draw; score a model first")
-    fig = Figure(
-        figsize=(wide + 0.9, 4.0 + 0.17 * -(-len(found) // 3)), dpi=DPI, layout="constrained"
-    )
-    ax = fig.subplots()
-    _plain(ax)
+    legend_rows = -(-len(tables) // 3)
+    figure = Figure(figsize=(width + 0.9, 4.0 + 0.17 * legend_rows), dpi=DPI, layout="constrained")
+    ax = figure.subplots()
+    strip_axes(ax)
     ax.set_title(title, fontsize=11, color=INK, fontweight="bold", loc="left")
     ax.set_xlabel(labels[0], fontsize=9, color=INK)
     ax.set_ylabel(labels[1], fontsize=9, color=INK)
     ax.set_yticks(np.linspace(0, 1, 6))
-    return fig, ax
+    return figure, ax
 
 
-def _finished(fig: Figure, ax: Axes, out: Path) -> None:
+def _finish_plot(figure: Figure, ax: Axes, out: Path) -> None:
+    """Add the legend and write the file."""
     handles, names = ax.get_legend_handles_labels()
-    fig.legend(
+    figure.legend(
         handles,
         names,
         loc="outside lower center",
@@ -211,4 +222,4 @@ def _finished(fig: Figure, ax: Axes, out: Path) -> None:
         frameon=False,
         labelcolor=INK,
     )
-    _save(fig, out)
+    save(figure, out)

@@ -24,24 +24,31 @@ import numpy as np
 import pandas as pd
 from odc.geo.geobox import GeoBox
 
+from minecube.arrays import UInt8
 from minecube.catalog import FIRST_YEAR, Site, Source, load_sources
 from minecube.errors import CatalogError
 from minecube.files import replacing
 from minecube.grid import grid_of, padded
 from minecube.simulate.archive import write_index, write_item, write_sources
-from minecube.simulate.granules import Granule, granules
-from minecube.simulate.items import STYLES, Item, Product, misflagged, products
-from minecube.simulate.land import Land, ground_of, land_of
-from minecube.simulate.mine import mine_of
+from minecube.simulate.granules import Granule, cut_granules
+from minecube.simulate.items import STYLES, Item, Product, list_products, misflag
+from minecube.simulate.land import Land, draw_ground, draw_land
+from minecube.simulate.mine import draw_mine
 from minecube.simulate.noise import Draw, streams
 from minecube.simulate.observe import observe
-from minecube.simulate.passes import Tile, dates_possible, overpasses, tiles_of
+from minecube.simulate.passes import (
+    Overpass,
+    Tile,
+    count_possible_dates,
+    displace_scene,
+    lay_tiles,
+    overpasses,
+)
 from minecube.simulate.truth import (
-    UInt8,
-    footprint_of,
-    reflectance_of,
-    sky_seen,
-    window,
+    burn_footprint,
+    classify_sky,
+    compute_reflectance,
+    locate_site,
     write_year,
 )
 
@@ -49,8 +56,10 @@ __all__ = ["World", "simulate"]
 
 MARGIN_M = 300
 """Margin of the scenes around the site."""
-_LEAST_PX = 48
-_WRITERS = 2
+SPARSE_YEAR = 2015
+"""The year of few dates: one satellite, from July on."""
+_MIN_PX = 48
+_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +70,7 @@ class World:
     dates_per_year: int = 22
     """Acquisition dates from April to October."""
     sparse_dates: int = 7
-    """Acquisition dates from April to October in a sparse year."""
-    sparse_years: tuple[int, ...] = (2015,)
+    """Acquisition dates from April to October in `SPARSE_YEAR`."""
     winter_dates: int = 2
     """Additional dates in December to February, with snow."""
     styles: tuple[str, ...] = STYLES
@@ -98,21 +106,23 @@ class World:
         _need(0 <= self.wrong_flags <= 1, "wrong_flags as a share, 0..1", self.wrong_flags)
         _need(self.seed >= 0, "a seed of at least 0", self.seed)
         for year in self.years:
-            most = dates_possible(year)
+            possible = count_possible_dates(year)
             _need(
-                self.dates(year) <= most,
-                f"at most {most} dates in {year}, the times Sentinel-2 passed",
+                self.dates(year) <= possible,
+                f"at most {possible} dates in {year}, the times Sentinel-2 passed",
                 self.dates(year),
             )
 
     def dates(self, year: int) -> int:
         """Return the number of acquisition dates in a year, without winter."""
-        return self.sparse_dates if year in self.sparse_years else self.dates_per_year
+        if year == SPARSE_YEAR:
+            return self.sparse_dates
+        return self.dates_per_year
 
 
-def _need(condition: object, expected: str, found: object) -> None:
+def _need(condition: object, expected: str, value: object) -> None:
     if not condition:
-        raise CatalogError(f"cannot simulate: expected {expected}, found {found}")
+        raise CatalogError(f"cannot simulate: expected {expected}, found {value}")
 
 
 def simulate(
@@ -144,21 +154,20 @@ def simulate(
     for site in sites:
         height, width = grid_of(site).shape
         _need(
-            min(height, width) >= _LEAST_PX,
-            f"{site.id} to be {_LEAST_PX} pixels a side or more",
+            min(height, width) >= _MIN_PX,
+            f"{site.id} to be {_MIN_PX} pixels a side or more",
             f"{width} x {height}",
         )
-    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     _need(
-        free,
+        not out.exists() or (out.is_dir() and not any(out.iterdir())),
         f"{out} to be a new or empty folder",
-        "something there already; name another or remove it",
+        "files in it; name another folder or remove it",
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as part:
-            part.mkdir()
-            _simulate_all(sites, part, world, progress or (lambda _: None))
+        with replacing(out) as draft:
+            draft.mkdir()
+            _simulate_all(sites, draft, world, progress or (lambda _: None))
     except OSError as error:
         raise CatalogError(
             f"{out}: cannot be written ({error}); free some space or name another folder"
@@ -169,36 +178,38 @@ def _simulate_all(
     sites: Sequence[Site], out: Path, world: World, progress: Callable[[str], None]
 ) -> None:
     items: dict[str, list[Item]] = {}
-    outlines, carried = [], []
-    taken: set[str] = set()
-    known = load_sources()
-    for site, style in zip(sites, itertools.cycle(world.styles)):
-        place = _place(
-            site,
-            world,
-            [known[s] for s in ((style,) if world.one_style_per_site else world.styles)],
-            taken,
-        )
+    outlines = []
+    offsets = []
+    tile_names: set[str] = set()
+    sources = load_sources()
+    for site, own_style in zip(sites, itertools.cycle(world.styles)):
+        styles = world.styles
+        if world.one_style_per_site:
+            styles = (own_style,)
+        place = _prepare_place(site, world, [sources[style] for style in styles], tile_names)
         for year in sorted(world.years):
             progress(f"{site.id} {year}")
-            for listed_by, of_year in _simulate_year(place, out, year, world).items():
-                items.setdefault(listed_by, []).extend(item for item, _ in of_year)
-                carried += [
-                    (listed_by, item["id"], p.offset, p.flag is not None) for item, p in of_year
-                ]
-            mine = mine_of(place.grid, place.draw, year).footprint
-            outlines.append(
-                gpd.GeoDataFrame(
-                    {"site": [site.id], "year": [year]}, geometry=[mine], crs=place.grid.crs
-                ).to_crs(4326)
-            )
-    for listed_by, made in items.items():
-        write_index(out, listed_by, made)
-    write_sources(out, {listed_by: known[listed_by] for listed_by in items})
+            for style, entries in _simulate_year(place, out, year, world).items():
+                for item, product in entries:
+                    items.setdefault(style, []).append(item)
+                    misflagged = product.flag is not None
+                    offsets.append((style, item["id"], product.offset, misflagged))
+            outlines.append(_outline_mine(place, year))
+    for style, style_items in items.items():
+        write_index(out, style, style_items)
+    write_sources(out, {style: sources[style] for style in items})
     pd.concat(outlines, ignore_index=True).to_parquet(out / "truth_footprints.parquet")
-    pd.DataFrame(carried, columns=["style", "id", "carried", "misflagged"]).to_parquet(
+    pd.DataFrame(offsets, columns=["style", "id", "carried", "misflagged"]).to_parquet(
         out / "truth_offsets.parquet"
     )
+
+
+def _outline_mine(place: _Place, year: int) -> gpd.GeoDataFrame:
+    """Return the mine's outline of a year in longitude and latitude, as one row."""
+    mine = draw_mine(place.grid, place.draw, year)
+    return gpd.GeoDataFrame(
+        {"site": [place.site.id], "year": [year]}, geometry=[mine.footprint], crs=place.grid.crs
+    ).to_crs(4326)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,16 +222,25 @@ class _Place:
     draw: Draw
     land: Land
     tiles: list[Tile]
-    listed_by: Sequence[Source]
+    sources: Sequence[Source]
+    """The imitated providers."""
 
 
-def _place(site: Site, world: World, listed_by: Sequence[Source], taken: set[str]) -> _Place:
+def _prepare_place(
+    site: Site, world: World, sources: Sequence[Source], tile_names: set[str]
+) -> _Place:
+    """Draw a site's land and tiles; add the names of the tiles to the names in use."""
     grid = grid_of(site)
     canvas = padded(grid, MARGIN_M)
     draw = streams(world.seed, site.id)
-    land, tiles = land_of(grid, canvas, draw), tiles_of(grid, canvas, taken)
     return _Place(
-        site=site, grid=grid, canvas=canvas, draw=draw, land=land, tiles=tiles, listed_by=listed_by
+        site=site,
+        grid=grid,
+        canvas=canvas,
+        draw=draw,
+        land=draw_land(grid, canvas, draw),
+        tiles=lay_tiles(grid, canvas, tile_names),
+        sources=sources,
     )
 
 
@@ -228,52 +248,57 @@ def _simulate_year(
     place: _Place, out: Path, year: int, world: World
 ) -> dict[str, list[tuple[Item, Product]]]:
     """Write a site-year with its truth; return (item, product) pairs per style."""
-    ground = ground_of(place.land, year)
-    longitude = place.grid.geographic_extent.centroid.coords[0][0]
-    passes = overpasses(
-        place.draw,
-        longitude,
-        year,
-        world.dates(year),
-        world.winter_dates,
-        world.scl_errors,
-        world.shifts,
-    )
+    ground = draw_ground(place.land, year)
+    passes = _simulate_overpasses(place, year, world)
     sky: dict[np.datetime64, UInt8] = {}
-    items: dict[str, list[tuple[Item, Product]]] = {source.id: [] for source in place.listed_by}
-    with ThreadPoolExecutor(_WRITERS) as writers:
+    items: dict[str, list[tuple[Item, Product]]] = {source.id: [] for source in place.sources}
+    with ThreadPoolExecutor(_THREADS) as writers:
         writing: list[tuple[str, Product, Future[Item]]] = []
         for overpass in passes:
-            seen = observe(place.draw, place.grid, place.canvas, ground, overpass)
-            sky[np.datetime64(overpass.day, "ns")] = sky_seen(
-                seen, overpass, place.tiles, place.grid, place.canvas
-            )
-            cut = list(granules(seen, overpass, place.tiles, place.grid, place.canvas))
+            observation = observe(place.draw, place.grid, place.canvas, ground, overpass)
+            scene = (observation, overpass, place.tiles, place.grid, place.canvas)
+            sky[np.datetime64(overpass.day, "ns")] = classify_sky(*scene)
+            pieces = list(cut_granules(*scene))
             # One date is written while the next is computed, to limit memory.
             for style, product, item in writing:
                 items[style].append((item.result(), product))
             writing = [
                 (source.id, product, writers.submit(write_item, out, source, granule, product))
-                for granule in cut
-                for source in place.listed_by
-                for product in _listed(place, source, granule, world.wrong_flags)
+                for granule in pieces
+                for source in place.sources
+                for product in _listed_products(place, source, granule, world.wrong_flags)
             ]
         for style, product, item in writing:
             items[style].append((item.result(), product))
     truth = (
-        reflectance_of(ground, passes, window(place.grid, place.canvas)),
-        footprint_of(ground.mine, place.grid),
+        compute_reflectance(ground, passes, locate_site(place.grid, place.canvas)),
+        burn_footprint(ground.mine, place.grid),
     )
     write_year(out / "truth.zarr", place.site.id, place.grid, year, truth, sky)
     return items
 
 
-def _listed(place: _Place, source: Source, granule: Granule, wrong_flags: float) -> list[Product]:
-    made = []
-    for product in products(source.id, granule):
+def _simulate_overpasses(place: _Place, year: int, world: World) -> list[Overpass]:
+    longitude = place.grid.geographic_extent.centroid.coords[0][0]
+    dates = world.dates(year)
+    passes = overpasses(place.draw, longitude, year, dates, world.winter_dates, world.scl_errors)
+    if world.shifts:
+        return [displace_scene(overpass) for overpass in passes]
+    return passes
+
+
+def _listed_products(
+    place: _Place, source: Source, granule: Granule, wrong_flags: float
+) -> list[Product]:
+    """Return a provider's processings of a granule, some with a wrong flag."""
+    listed = []
+    for product in list_products(source.id, granule):
+        flagged = source.offset.applied_flag and product.baseline >= source.offset.from_baseline
         rng = place.draw(
             "flag", granule.overpass.day, granule.tile.name, granule.part, product.baseline
         )
-        flagged = source.offset.applied_flag and product.baseline >= source.offset.from_baseline
-        made.append(misflagged(product, rng) if flagged and rng.random() < wrong_flags else product)
-    return made
+        if flagged and rng.random() < wrong_flags:
+            listed.append(misflag(product, rng))
+        else:
+            listed.append(product)
+    return listed

@@ -8,19 +8,18 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import shapely
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 from scipy import ndimage
 from shapely.geometry import box, mapping
+from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
-from minecube.catalog import SCL
+from minecube.arrays import AnyArray, Float64, Int16, UInt8
 from minecube.grid import at_resolution
-from minecube.simulate.observe import NATIVE_M, Counts, Observation
-from minecube.simulate.passes import SCL_M, Overpass, Tile, epsg, neighbour_is_west, swath
-from minecube.simulate.sky import UInt8
+from minecube.simulate.observe import NATIVE_M, Observation
+from minecube.simulate.passes import SCL_M, Overpass, Tile, cut_swath, epsg_of, neighbour_is_west
 
 _OVERLAP_PX = 3  # 20 m pixels; overlap of split halves on either side of the cut
 
@@ -34,8 +33,8 @@ class Granule:
     part: int
     """0, or 1 for the southern half of a split datatake."""
     parts: int
-    counts: dict[str, Counts]
-    old_counts: dict[str, Counts]
+    counts: dict[str, Int16]
+    old_counts: dict[str, Int16]
     """Counts of the first processing; empty from the offset on."""
     scl: UInt8
     """0 without data in this granule; counts are meaningless there."""
@@ -44,18 +43,19 @@ class Granule:
     bbox: list[float]
     azimuth: float
     elevation: float
-    share: npt.NDArray[np.float64] = field(init=False)
+    share: Float64 = field(init=False)
     """Percent of the tile's pixels in each SCL class 0..11."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "share", np.bincount(self.scl.ravel(), minlength=12) * (100 / self.scl.size)
-        )
+        counts = np.bincount(self.scl.ravel(), minlength=12)
+        object.__setattr__(self, "share", counts * (100 / self.scl.size))
 
     def percent(self, value: int) -> float:
         """Return an SCL class's percentage: for 0 of the tile, for others of pixels with data."""
-        of = 100.0 if value == 0 else max(100 - float(self.share[0]), 1e-9)
-        return round(float(self.share[value]) * 100 / of, 6)
+        total = 100.0
+        if value != 0:
+            total = max(100 - float(self.share[0]), 1e-9)
+        return round(float(self.share[value]) * 100 / total, 6)
 
     @property
     def cloud_cover(self) -> float:
@@ -74,36 +74,27 @@ class Granule:
 
     def layout(self, band: str) -> tuple[int, list[int], list[float]]:
         """Return pixel size in metres, shape and affine transform of the band's file."""
-        size = SCL_M if band == SCL else NATIVE_M[band]
-        where = at_resolution(self.tile.box, size)
-        return size, list(where.shape), list(where.transform)[:6]
+        size = NATIVE_M.get(band, SCL_M)
+        grid = at_resolution(self.tile.box, size)
+        return size, list(grid.shape), list(grid.transform)[:6]
 
 
-def granules(
-    seen: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox
+def cut_granules(
+    observation: Observation, overpass: Overpass, tiles: list[Tile], grid: GeoBox, canvas: GeoBox
 ) -> Iterator[Granule]:
     """Yield the listed tiles of an overpass, in two granules if the datatake was split."""
-    area = swath(canvas, grid, overpass)
-    parts = 2 if overpass.split else 1
-    for tile in listed(tiles, overpass, grid):
-        scl = on_tile(seen.scl, tile, SCL_M)
-        counts = {b: on_tile(c, tile, NATIVE_M[b]) for b, c in seen.counts.items()}
-        old_counts = {b: on_tile(c, tile, NATIVE_M[b]) for b, c in seen.old_counts.items()}
-        there = Transformer.from_crs(epsg(grid), epsg(tile.box), always_xy=True)
-        in_tile = shapely.transform(area, there.transform, interleaved=False).intersection(
-            tile.area
-        )
-        to_lonlat = Transformer.from_crs(epsg(tile.box), 4326, always_xy=True)
+    area = cut_swath(canvas, grid, overpass)
+    parts = 1 + overpass.split
+    for tile in list_tiles(tiles, overpass, grid):
+        scl = fit_to_tile(observation.scl, tile, SCL_M)
+        counts = _fit_bands(observation.counts, tile)
+        old_counts = _fit_bands(observation.old_counts, tile)
+        area_on_tile = _transform(area, epsg_of(grid), epsg_of(tile.box)).intersection(tile.area)
         for part in range(parts):
-            rows = _rows(tile, part, parts)
+            rows = _cut_rows(tile, part, parts)
             inside = np.zeros_like(scl)
             inside[rows] = scl[rows]
-            west, _, east, top = tile.box.extent.boundingbox.bbox
-            strip = box(west, top - rows.stop * SCL_M, east, top - rows.start * SCL_M)
-            shape = shapely.transform(
-                in_tile.intersection(strip), to_lonlat.transform, interleaved=False
-            )
-            shape = orient(shapely.set_precision(shape, 1e-7))
+            outline = _outline_rows(tile, area_on_tile, rows)
             yield Granule(
                 tile=tile,
                 overpass=overpass,
@@ -112,42 +103,65 @@ def granules(
                 counts=counts,
                 old_counts=old_counts,
                 scl=inside,
-                geometry=mapping(shape),
-                bbox=list(shape.bounds),
-                azimuth=seen.azimuth,
-                elevation=seen.elevation,
+                geometry=mapping(outline),
+                bbox=list(outline.bounds),
+                azimuth=observation.azimuth,
+                elevation=observation.elevation,
             )
 
 
-def listed(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile]:
+def _fit_bands(counts: dict[str, Int16], tile: Tile) -> dict[str, Int16]:
+    return {band: fit_to_tile(pixels, tile, NATIVE_M[band]) for band, pixels in counts.items()}
+
+
+def _outline_rows(tile: Tile, area: BaseGeometry, rows: slice) -> BaseGeometry:
+    """Return the area within rows of a tile, in longitude and latitude."""
+    west, _, east, top = tile.box.extent.boundingbox.bbox
+    strip = box(west, top - rows.stop * SCL_M, east, top - rows.start * SCL_M)
+    shape = _transform(area.intersection(strip), epsg_of(tile.box), 4326)
+    return orient(shapely.set_precision(shape, 1e-7))
+
+
+def _transform(shape: BaseGeometry, source: int, target: int) -> BaseGeometry:
+    """Transform a shape between two EPSG codes."""
+    transformer = Transformer.from_crs(source, target, always_xy=True)
+    return shapely.transform(shape, transformer.transform, interleaved=False)
+
+
+def list_tiles(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile]:
     """Return the tiles of an overpass in the catalogue."""
     west, east, neighbour = tiles
-    own = [west, east]
-    if overpass.gap:
-        own.remove(west if neighbour_is_west(grid) else east)
-    return own + ([neighbour] if overpass.neighbour else [])
+    listed = [west, east]
+    if overpass.gap and neighbour_is_west(grid):
+        listed = [east]
+    elif overpass.gap:
+        listed = [west]
+    if overpass.neighbour:
+        listed.append(neighbour)
+    return listed
 
 
-def on_tile(pixels: npt.NDArray[Any], tile: Tile, size_m: int) -> npt.NDArray[Any]:
+def fit_to_tile(pixels: AnyArray, tile: Tile, size_m: int) -> AnyArray:
     """Return canvas pixels of one size [y, x] on a tile: cropped, or warped to another zone.
 
-    Counts are interpolated bilinearly. Classes (uint8) take the nearest pixel, 0 outside the
+    Int16 are interpolated bilinearly. Classes (uint8) take the nearest pixel, 0 outside the
     canvas.
     """
-    if tile.warp is not None:
-        classes = pixels.dtype == np.uint8
-        how = {"order": 0, "mode": "constant"} if classes else {"order": 1, "mode": "nearest"}
-        onto: npt.NDArray[Any] = ndimage.map_coordinates(
-            pixels, tile.warp.from_canvas[size_m], **how
-        )
-        return onto
-    step = size_m // 10
-    return pixels[:, tile.cols.start // step : tile.cols.stop // step]
+    if tile.warp is None:
+        step = size_m // 10
+        return pixels[:, tile.cols.start // step : tile.cols.stop // step]
+    options: dict[str, Any] = {"order": 1, "mode": "nearest"}
+    if pixels.dtype == np.uint8:
+        options = {"order": 0, "mode": "constant"}
+    warped: AnyArray = ndimage.map_coordinates(pixels, tile.warp.from_canvas[size_m], **options)
+    return warped
 
 
-def _rows(tile: Tile, part: int, parts: int) -> slice:
+def _cut_rows(tile: Tile, part: int, parts: int) -> slice:
     """Return the rows of 20 m pixels with data; halves of a split datatake overlap."""
     n = tile.box.shape[0] // 2
     if parts == 1:
         return slice(0, n)
-    return slice(0, n // 2 + _OVERLAP_PX) if part == 0 else slice(n // 2 - _OVERLAP_PX, n)
+    if part == 0:
+        return slice(0, n // 2 + _OVERLAP_PX)
+    return slice(n // 2 - _OVERLAP_PX, n)

@@ -6,7 +6,7 @@ match the providers' real items. A property `minecube:simulated` marks simulated
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from minecube.catalog import BANDS, SCL
 from minecube.simulate.granules import Granule
-from minecube.simulate.passes import OFFSET_DAY, epsg
+from minecube.simulate.passes import OFFSET_DAY, epsg_of
 
 Item = dict[str, Any]
 STYLES = ("earth-search", "planetary-computer", "cdse")
@@ -72,7 +72,7 @@ class Product:
     """Earth Search's flag for a removed offset; None if the flag is correct."""
 
 
-def products(style: str, granule: Granule) -> list[Product]:
+def list_products(style: str, granule: Granule) -> list[Product]:
     """Return a provider's processings of a granule.
 
     Earth Search has removed the offset and flags the removal. Before the offset it lists
@@ -80,54 +80,40 @@ def products(style: str, granule: Granule) -> list[Product]:
     always includes the offset. Planetary Computer has only the old baseline. Its pixels are clean
     here, otherwise no one could recover the truth from this provider.
     """
-    taken = granule.overpass
-    late = timedelta(minutes=7 * granule.part)  # distinguishes the halves of a split datatake
-    fresh = taken.sensed + timedelta(hours=3, minutes=40) + late
-    again = datetime(2023, 3, 1) + (taken.sensed - datetime(2015, 1, 1)) / 20 + late
-    baseline = max(b for b in _BASELINES if b[0] <= taken.day)[1]
-    if taken.day >= OFFSET_DAY:
-        carried = 0 if style == "earth-search" else 1000
-        return [Product(baseline=baseline, offset=carried, generated=fresh, sequence=granule.part)]
+    overpass = granule.overpass
+    # Distinguishes the halves of a split datatake.
+    delay = timedelta(minutes=7 * granule.part)
+    prompt = overpass.sensed + timedelta(hours=3, minutes=40) + delay
+    reprocessed = datetime(2023, 3, 1) + (overpass.sensed - datetime(2015, 1, 1)) / 20 + delay
+    baseline = max(entry for entry in _BASELINES if entry[0] <= overpass.day)[1]
+    newest = Product(baseline=baseline, offset=1000, generated=prompt, sequence=granule.part)
+    again = Product(baseline="05.00", offset=1000, generated=reprocessed, facility="S2RP")
+    if overpass.day >= OFFSET_DAY:
+        if style == "earth-search":
+            return [replace(newest, offset=0)]
+        return [newest]
     if style == "planetary-computer":
-        return [
-            Product(
-                baseline="02.12", offset=0, generated=fresh + timedelta(days=90), facility="ESRI"
-            )
-        ]
+        late = prompt + timedelta(days=90)
+        return [Product(baseline="02.12", offset=0, generated=late, facility="ESRI")]
     if style == "cdse":
-        return [Product(baseline="05.00", offset=1000, generated=again, facility="S2RP")]
+        return [again]
     return [
-        Product(
-            baseline=baseline,
-            offset=0,
-            generated=fresh,
-            sequence=granule.part,
-            facility="SGS_",
-            old=True,
-        ),
-        Product(
-            baseline="05.00",
-            offset=0,
-            generated=again,
-            sequence=granule.part + granule.parts,
-            facility="S2RP",
-        ),
+        replace(newest, offset=0, facility="SGS_", old=True),
+        replace(again, offset=0, sequence=granule.part + granule.parts),
     ]
 
 
-def misflagged(product: Product, rng: np.random.Generator) -> Product:
+def misflag(product: Product, rng: np.random.Generator) -> Product:
     """Give a product a wrong flag in one of two ways.
 
     The offset is removed but not flagged, or flagged but not removed.
     """
-    return (
-        replace(product, flag=False)
-        if rng.random() < 0.5
-        else replace(product, flag=True, offset=1000)
-    )
+    if rng.random() < 0.5:
+        return replace(product, flag=False)
+    return replace(product, flag=True, offset=1000)
 
 
-def item_of(
+def make_item(
     style: str, granule: Granule, product: Product, assets: Mapping[str, str]
 ) -> tuple[Item, dict[str, str]]:
     """Build a provider's item, and map each band to its file name.
@@ -135,32 +121,27 @@ def item_of(
     `assets` is the source's mapping of bands to asset keys. Hrefs are `./<file name>`, relative to
     the item.
     """
-    make = {
-        "earth-search": _earth_search,
-        "planetary-computer": _planetary_computer,
-        "cdse": _cdse,
-    }[style]
-    item = make(granule, product)
-    files = {band: _file_name(style, granule, band) for band in (*BANDS, SCL)}
-    describe = {
-        "earth-search": _asset_earth_search,
-        "planetary-computer": _asset_planetary_computer,
-        "cdse": _asset_cdse,
-    }[style]
+    writer = _WRITERS[style]
+    files = {band: _name_file(style, granule, band) for band in (*BANDS, SCL)}
+    entries = {}
+    for band, name in files.items():
+        entries[assets[band]] = {
+            "href": f"./{name}",
+            "type": _COG,
+            **writer.describe_asset(granule, band),
+        }
+    item = writer.describe_item(granule, product)
     item |= {
         "type": "Feature",
         "geometry": granule.geometry,
         "bbox": granule.bbox,
-        "assets": {
-            assets[b]: {"href": f"./{name}", "type": _COG, **describe(granule, b)}
-            for b, name in files.items()
-        },
+        "assets": entries,
         "collection": "sentinel-2-l2a",
         "links": [
             {
                 "rel": "collection",
                 "type": "application/json",
-                "href": f"{_API[style]}/collections/sentinel-2-l2a",
+                "href": f"{writer.api}/collections/sentinel-2-l2a",
             }
         ],
     }
@@ -168,22 +149,22 @@ def item_of(
     return item, files
 
 
-_API = {
-    "earth-search": "https://earth-search.aws.element84.com/v1",
-    "planetary-computer": "https://planetarycomputer.microsoft.com/api/stac/v1",
-    "cdse": "https://stac.dataspace.copernicus.eu/v1",
-}
-
-
-def _earth_search(granule: Granule, product: Product) -> Item:
+def _describe_earth_search(granule: Granule, product: Product) -> Item:
     tile = granule.tile.name
-    zone, band, square = int(tile[:2]), tile[2], tile[3:]
-    # Earth Search does not pad the zone.
-    name = f"{granule.overpass.satellite}_{zone}{band}{square}_{granule.sensed:%Y%m%d}_{product.sequence}_L2A"
-    listed = _stamp(product.generated + timedelta(hours=2))
+    zone = int(tile[:2])
+    band = tile[2]
+    square = tile[3:]
+    name = (
+        f"{granule.overpass.satellite}_{zone}{band}{square}"  # Earth Search does not pad the zone
+        f"_{granule.sensed:%Y%m%d}_{product.sequence}_L2A"
+    )
+    created = _format_time(product.generated + timedelta(hours=2))
+    offset_removed = product.baseline >= "04.00"
+    if product.flag is not None:
+        offset_removed = product.flag
     return {
         "stac_version": "1.0.0",
-        "stac_extensions": _extensions(
+        "stac_extensions": _list_extensions(
             "eo/v1.1.0",
             "mgrs/v1.0.0",
             "grid/v1.0.0",
@@ -193,57 +174,55 @@ def _earth_search(granule: Granule, product: Product) -> Item:
         ),
         "id": name,
         "properties": {
-            "datetime": _stamp(granule.sensed),
-            "created": listed,
-            "updated": listed,
+            "datetime": _format_time(granule.sensed),
+            "created": created,
+            "updated": created,
             "platform": f"sentinel-{granule.overpass.satellite[1:].lower()}",
             "constellation": "sentinel-2",
             "instruments": ["msi"],
             "eo:cloud_cover": granule.cloud_cover,
-            "proj:epsg": epsg(granule.tile.box),
+            "proj:epsg": epsg_of(granule.tile.box),
             "mgrs:utm_zone": zone,
             "mgrs:latitude_band": band,
             "mgrs:grid_square": square,
             "grid:code": f"MGRS-{zone}{band}{square}",
             "view:sun_azimuth": granule.azimuth,
             "view:sun_elevation": granule.elevation,
-            **_s2(granule, product),
+            **_describe_product(granule, product),
             "s2:sequence": str(product.sequence),
-            "earthsearch:boa_offset_applied": product.baseline >= "04.00"
-            if product.flag is None
-            else product.flag,
+            "earthsearch:boa_offset_applied": offset_removed,
         },
     }
 
 
-def _planetary_computer(granule: Granule, product: Product) -> Item:
-    uri = _product_name(granule, product)
+def _describe_planetary_computer(granule: Granule, product: Product) -> Item:
+    uri = _name_product(granule, product)
     return {
         "stac_version": "1.0.0",
-        "stac_extensions": _extensions("eo/v1.0.0", "sat/v1.0.0", "projection/v1.0.0"),
+        "stac_extensions": _list_extensions("eo/v1.0.0", "sat/v1.0.0", "projection/v1.0.0"),
         "id": uri.replace(f"_N{product.baseline.replace('.', '')}", ""),
         "properties": {
-            "datetime": _stamp(granule.overpass.start),
+            "datetime": _format_time(granule.overpass.start),
             "platform": f"Sentinel-{granule.overpass.satellite[1:]}",
             "constellation": "Sentinel 2",
             "instruments": ["msi"],
             "eo:cloud_cover": granule.cloud_cover,
-            "proj:epsg": epsg(granule.tile.box),
+            "proj:epsg": epsg_of(granule.tile.box),
             "sat:orbit_state": "descending",
             "sat:relative_orbit": granule.overpass.orbit,
             "s2:mgrs_tile": granule.tile.name,
             "s2:mean_solar_zenith": 90 - granule.elevation,
             "s2:mean_solar_azimuth": granule.azimuth,
-            **_s2(granule, product),
+            **_describe_product(granule, product),
         },
     }
 
 
-def _cdse(granule: Granule, product: Product) -> Item:
-    start = _stamp(granule.overpass.start)
+def _describe_cdse(granule: Granule, product: Product) -> Item:
+    start = _format_time(granule.overpass.start)
     return {
         "stac_version": "1.1.0",
-        "stac_extensions": _extensions(
+        "stac_extensions": _list_extensions(
             "eo/v2.0.0",
             "raster/v2.0.0",
             "sat/v1.0.0",
@@ -252,14 +231,14 @@ def _cdse(granule: Granule, product: Product) -> Item:
             "view/v1.0.0",
             "processing/v1.2.0",
         ),
-        "id": _product_name(granule, product),
+        "id": _name_product(granule, product),
         "properties": {
             "gsd": 10,
             "datetime": start,
             "start_datetime": start,
             "end_datetime": start,
-            "created": _stamp(product.generated + timedelta(days=1)),
-            "updated": _stamp(product.generated + timedelta(days=1)),
+            "created": _format_time(product.generated + timedelta(days=1)),
+            "updated": _format_time(product.generated + timedelta(days=1)),
             "platform": f"sentinel-{granule.overpass.satellite[1:].lower()}",
             "constellation": "sentinel-2",
             "instruments": ["msi"],
@@ -274,45 +253,48 @@ def _cdse(granule: Granule, product: Product) -> Item:
             "product:type": "S2MSI2A",
             "processing:level": "L2",
             "processing:version": product.baseline,
-            "processing:datetime": _stamp(product.generated),
+            "processing:datetime": _format_time(product.generated),
             "processing:facility": "ESA",
-            "eopf:datatake_id": _datatake(granule, product),
-            "eopf:datastrip_id": _datastrip(granule, product),
+            "eopf:datatake_id": _name_datatake(granule, product),
+            "eopf:datastrip_id": _name_datastrip(granule, product),
             "eopf:instrument_mode": "INS-NOBS",
         },
     }
 
 
-def _s2(granule: Granule, product: Product) -> Item:
+def _describe_product(granule: Granule, product: Product) -> Item:
     """Return the product metadata used by both Earth Search and Planetary Computer."""
-    made = f"{product.facility}_{product.generated:%Y%m%dT%H%M%S}_A{granule.overpass.absolute_orbit:06d}"
+    granule_id = (
+        f"{granule.overpass.satellite}_OPER_MSI_L2A_TL_{_name_run(product)}"
+        f"_A{granule.overpass.absolute_orbit:06d}_T{granule.tile.name}_N{product.baseline}"
+    )
     return {
         "s2:degraded_msi_data_percentage": 0.0,
         "s2:nodata_pixel_percentage": granule.percent(0),
         **{f"s2:{name}_percentage": granule.percent(value) for value, name in _SCL_NAMES.items()},
         "s2:product_type": "S2MSI2A",
         "s2:processing_baseline": product.baseline,
-        "s2:product_uri": f"{_product_name(granule, product)}.SAFE",
-        "s2:generation_time": _stamp(product.generated),
-        "s2:datatake_id": _datatake(granule, product),
+        "s2:product_uri": f"{_name_product(granule, product)}.SAFE",
+        "s2:generation_time": _format_time(product.generated),
+        "s2:datatake_id": _name_datatake(granule, product),
         "s2:datatake_type": "INS-NOBS",
-        "s2:datastrip_id": _datastrip(granule, product),
-        "s2:granule_id": f"{granule.overpass.satellite}_OPER_MSI_L2A_TL_{made}_T{granule.tile.name}_N{product.baseline}",
+        "s2:datastrip_id": _name_datastrip(granule, product),
+        "s2:granule_id": granule_id,
     }
 
 
-def _asset_earth_search(granule: Granule, band: str) -> Item:
+def _describe_earth_search_asset(granule: Granule, band: str) -> Item:
     size, shape, transform = granule.layout(band)
     place = {"proj:shape": shape, "proj:transform": transform, "roles": ["data", "reflectance"]}
     raster: Item = {
         "nodata": 0,
-        "data_type": "uint8" if band == SCL else "uint16",
+        "data_type": _data_type(band),
         "spatial_resolution": size,
     }
     if band == SCL:
         return {"title": "Scene classification map (SCL)", "raster:bands": [raster], **place}
     common, title, centre, width = _BAND[band]
-    about = {
+    eo_band = {
         "name": common,
         "common_name": common,
         "description": title,
@@ -323,14 +305,14 @@ def _asset_earth_search(granule: Granule, band: str) -> Item:
     raster |= {"bits_per_sample": 15, "scale": 0.0001, "offset": -0.1}
     return {
         "title": f"{title} - {size}m",
-        "eo:bands": [about],
+        "eo:bands": [eo_band],
         "gsd": size,
         "raster:bands": [raster],
         **place,
     }
 
 
-def _asset_planetary_computer(granule: Granule, band: str) -> Item:
+def _describe_planetary_computer_asset(granule: Granule, band: str) -> Item:
     size, shape, transform = granule.layout(band)
     west, south, east, north = granule.tile.box.extent.boundingbox.bbox
     place = {
@@ -343,26 +325,26 @@ def _asset_planetary_computer(granule: Granule, band: str) -> Item:
     if band == SCL:
         return {"title": "Scene classfication map (SCL)", **place}
     common, title, centre, width = _BAND[band]
-    about = {
+    eo_band = {
         "name": band,
         "common_name": common,
         "description": title,
         "center_wavelength": centre,
         "full_width_half_max": width,
     }
-    return {"title": f"{title} - {size}m", "eo:bands": [about], **place}
+    return {"title": f"{title} - {size}m", "eo:bands": [eo_band], **place}
 
 
-def _asset_cdse(granule: Granule, band: str) -> Item:
+def _describe_cdse_asset(granule: Granule, band: str) -> Item:
     size, shape, transform = granule.layout(band)
     place = {
-        "proj:code": f"EPSG:{epsg(granule.tile.box)}",
+        "proj:code": f"EPSG:{epsg_of(granule.tile.box)}",
         "proj:bbox": list(granule.tile.box.extent.boundingbox.bbox),
         "proj:shape": shape,
         "proj:transform": transform,
         "gsd": size,
         "nodata": 0,
-        "data_type": "uint8" if band == SCL else "uint16",
+        "data_type": _data_type(band),
     }
     if band == SCL:
         return {
@@ -371,7 +353,7 @@ def _asset_cdse(granule: Granule, band: str) -> Item:
             **place,
         }
     common, title, centre, width = _BAND[band]
-    about = {
+    eo_band = {
         "name": band,
         "eo:common_name": common,
         "eo:center_wavelength": centre,
@@ -380,44 +362,92 @@ def _asset_cdse(granule: Granule, band: str) -> Item:
     scaled = {"raster:scale": 0.0001, "raster:offset": -0.1}
     return {
         "title": f"{title} - {size}m",
-        "bands": [about],
+        "bands": [eo_band],
         "roles": ["data", "reflectance", f"gsd:{size}m"],
         **scaled,
         **place,
     }
 
 
-def _file_name(style: str, granule: Granule, band: str) -> str:
+def _name_file(style: str, granule: Granule, band: str) -> str:
     if style == "earth-search":
         return f"{band}.tif"
-    return f"T{granule.tile.name}_{granule.overpass.start:%Y%m%dT%H%M%S}_{band}_{granule.layout(band)[0]}m.tif"
+    size = granule.layout(band)[0]
+    return f"T{granule.tile.name}_{granule.overpass.start:%Y%m%dT%H%M%S}_{band}_{size}m.tif"
 
 
-def _product_name(granule: Granule, product: Product) -> str:
+def _name_product(granule: Granule, product: Product) -> str:
     """Build the product name (Sentinel-2 PSD 14.9, section 3.4).
 
     S2A_MSIL2A_<datatake start>_N<baseline>_R<orbit>_T<tile>_<discriminator>
     """
-    p = granule.overpass
+    overpass = granule.overpass
     return (
-        f"{p.satellite}_MSIL2A_{p.start:%Y%m%dT%H%M%S}_N{product.baseline.replace('.', '')}_R{p.orbit:03d}"
+        f"{overpass.satellite}_MSIL2A_{overpass.start:%Y%m%dT%H%M%S}"
+        f"_N{product.baseline.replace('.', '')}_R{overpass.orbit:03d}"
         f"_T{granule.tile.name}_{product.generated:%Y%m%dT%H%M%S}"
     )
 
 
-def _datatake(granule: Granule, product: Product) -> str:
-    p = granule.overpass
-    return f"G{p.satellite}_{p.start:%Y%m%dT%H%M%S}_{p.absolute_orbit:06d}_N{product.baseline}"
+def _name_datatake(granule: Granule, product: Product) -> str:
+    overpass = granule.overpass
+    return (
+        f"G{overpass.satellite}_{overpass.start:%Y%m%dT%H%M%S}"
+        f"_{overpass.absolute_orbit:06d}_N{product.baseline}"
+    )
 
 
-def _datastrip(granule: Granule, product: Product) -> str:
-    made = f"{product.facility}_{product.generated:%Y%m%dT%H%M%S}"
-    return f"{granule.overpass.satellite}_OPER_MSI_L2A_DS_{made}_S{granule.strip_start:%Y%m%dT%H%M%S}_N{product.baseline}"
+def _name_datastrip(granule: Granule, product: Product) -> str:
+    return (
+        f"{granule.overpass.satellite}_OPER_MSI_L2A_DS_{_name_run(product)}"
+        f"_S{granule.strip_start:%Y%m%dT%H%M%S}_N{product.baseline}"
+    )
 
 
-def _extensions(*names: str) -> list[str]:
+def _name_run(product: Product) -> str:
+    return f"{product.facility}_{product.generated:%Y%m%dT%H%M%S}"
+
+
+def _data_type(band: str) -> str:
+    if band == SCL:
+        return "uint8"
+    return "uint16"
+
+
+def _list_extensions(*names: str) -> list[str]:
     return [f"https://stac-extensions.github.io/{name}/schema.json" for name in names]
 
 
-def _stamp(when: datetime) -> str:
-    return f"{when:%Y-%m-%dT%H:%M:%S.%f}Z"
+def _format_time(time: datetime) -> str:
+    return f"{time:%Y-%m-%dT%H:%M:%S.%f}Z"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Writer:
+    """One provider's way to write items."""
+
+    api: str
+    """Address of its STAC API."""
+    describe_item: Callable[[Granule, Product], Item]
+    """Write id, version, extensions and properties."""
+    describe_asset: Callable[[Granule, str], Item]
+    """Write the fields of one band's asset."""
+
+
+_WRITERS = {
+    "earth-search": _Writer(
+        api="https://earth-search.aws.element84.com/v1",
+        describe_item=_describe_earth_search,
+        describe_asset=_describe_earth_search_asset,
+    ),
+    "planetary-computer": _Writer(
+        api="https://planetarycomputer.microsoft.com/api/stac/v1",
+        describe_item=_describe_planetary_computer,
+        describe_asset=_describe_planetary_computer_asset,
+    ),
+    "cdse": _Writer(
+        api="https://stac.dataspace.copernicus.eu/v1",
+        describe_item=_describe_cdse,
+        describe_asset=_describe_cdse_asset,
+    ),
+}

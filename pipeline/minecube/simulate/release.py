@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from affine import Affine
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 from scipy import ndimage
 
+from minecube.arrays import Int16, UInt8
 from minecube.grid import PIXEL_DEG
 
 MEAN = (1089, 1004, 913, 1158, 1957, 2315, 2250, 2553, 1922, 1187)
 SPREAD = (311, 366, 545, 499, 613, 786, 787, 872, 871, 752)
 
-Masks = dict[tuple[str, int], npt.NDArray[np.uint8]]
+Masks = dict[tuple[str, int], UInt8]
 
 
 def write_release(
@@ -43,9 +43,12 @@ def write_release(
         (site, year) -> label, uint8 [y, x], 0 or 255.
     """
     masks: Masks = {}
-    with zipfile.ZipFile(
-        path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1
-    ) as archive:
+    compression = zipfile.ZIP_STORED
+    if packed:
+        compression = zipfile.ZIP_DEFLATED
+    mean = np.array(MEAN)[:, None, None]
+    spread = np.array(SPREAD)[:, None, None]
+    with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
         for number, (site, (west, north)) in enumerate(sites.items()):
             rng = np.random.default_rng(number)
             place = {
@@ -57,22 +60,18 @@ def write_release(
             noise = rng.standard_normal((len(MEAN), *shape), dtype=np.float32)
             for step, year in enumerate(years):
                 # A pit, larger every year.
-                masks[site, year] = np.where(
-                    ground > np.quantile(ground, 0.95 - 0.003 * step), np.uint8(255), np.uint8(0)
-                )
-                spread = np.array(SPREAD)[:, None, None]
-                image = np.array(MEAN)[:, None, None] + spread * (
-                    0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1)
-                )
+                pit = ground > np.quantile(ground, 0.95 - 0.003 * step)
+                mask = np.where(pit, np.uint8(255), np.uint8(0))
+                image = mean + spread * (0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1))
                 image = np.maximum(image, 1).astype(np.int16)
-                archive.writestr(f"EuroMineNet/{site}/image/Year{year}.tif", tiff(image, **place))
-                archive.writestr(
-                    f"EuroMineNet/{site}/label/Year{year}.tif", tiff(masks[site, year][None])
-                )
+                folder = f"EuroMineNet/{site}"
+                archive.writestr(f"{folder}/image/Year{year}.tif", tiff(image, **place))
+                archive.writestr(f"{folder}/label/Year{year}.tif", tiff(mask[None]))
+                masks[site, year] = mask
     return masks
 
 
-def tiff(pixels: npt.NDArray[np.int16] | npt.NDArray[np.uint8], **place: object) -> bytes:
+def tiff(pixels: Int16 | UInt8, **place: object) -> bytes:
     """Write a GeoTIFF of [band, y, x].
 
     Without `place` it is a label as in the release: compressed, not georeferenced. Images have

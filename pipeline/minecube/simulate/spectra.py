@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from minecube.arrays import Float32, Float64
 
 # Surface reflectance in percent, B02 B03 B04 B05 B06 B07 B08 B8A B11 B12. Rounded from typical
 # spectral libraries: absorption and red edge of chlorophyll, absorption of water in the near
@@ -103,28 +104,25 @@ class Patches:
     """The patches of a site-year, each with its own kind, colour, brightness and timing."""
 
     def __init__(self, kinds: list[str], rng: np.random.Generator) -> None:
-        rows = [KINDS[k] for k in kinds]
+        rows = [KINDS[kind] for kind in kinds]
         n = len(rows)
+        varies = np.array([row.varies for row in rows])
         tint = (
-            1
-            + np.array([r.varies for r in rows])[:, None] * rng.standard_normal((n, 1))
-            + 0.02 * rng.standard_normal((n, 10))
+            1 + varies[:, None] * rng.standard_normal((n, 1)) + 0.02 * rng.standard_normal((n, 10))
         )
-        shift = np.array([r.jitter for r in rows]) * rng.standard_normal(n)
+        shift = np.array([row.jitter for row in rows]) * rng.standard_normal(n)
+        evergreen = np.array([row.evergreen for row in rows])
         self._tint = np.clip(tint, 0.6, 1.5).astype(np.float32)
-        self._bare, self._leaf, self._dead = (
-            np.stack([MATERIAL[getattr(r, f)] for r in rows]) for f in ("bare", "leaf", "dead")
-        )
-        self._evergreen = np.clip(
-            np.array([r.evergreen for r in rows]) * (1 + 0.08 * rng.standard_normal(n)), 0, 1
-        )
-        self._up, self._down = (
-            np.array([getattr(r, f) for r in rows]) + shift for f in ("up", "down")
-        )
-        self._residue = np.array([r.residue for r in rows])
-        self.texture = np.array([r.texture for r in rows], dtype=np.float32)
+        self._bare = np.stack([MATERIAL[row.bare] for row in rows])
+        self._leaf = np.stack([MATERIAL[row.leaf] for row in rows])
+        self._dead = np.stack([MATERIAL[row.dead] for row in rows])
+        self._evergreen = np.clip(evergreen * (1 + 0.08 * rng.standard_normal(n)), 0, 1)
+        self._up = np.array([row.up for row in rows]) + shift
+        self._down = np.array([row.down for row in rows]) + shift
+        self._residue = np.array([row.residue for row in rows])
+        self.texture = np.array([row.texture for row in rows], dtype=np.float32)
 
-    def spectra(self, day_of_year: int) -> npt.NDArray[np.float32]:
+    def spectra(self, day_of_year: int) -> Float32:
         """Return the reflectance 0..1 of every patch on one day: float32 [patch, band]."""
         grown = _logistic((day_of_year - self._up) / 6)
         gone = _logistic((day_of_year - self._down) / 6)
@@ -135,9 +133,9 @@ class Patches:
             + dead[:, None] * self._dead
             + (1 - leaf - dead)[:, None] * self._bare
         )
-        spectra: npt.NDArray[np.float32] = (mix * self._tint).astype(np.float32)
+        spectra: Float32 = (mix * self._tint).astype(np.float32)
         return spectra
 
 
-def _logistic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _logistic(x: Float64) -> Float64:
     return 1 / (1 + np.exp(-np.clip(x, -40, 40)))

@@ -1,0 +1,224 @@
+"""Draw true-colour images side by side: years of a cube, or images of one place.
+
+All images of one picture share one stretch, so their brightness is comparable. Pixels without
+observation are hatched grey, since black looks like water. Outlines are cyan and magenta. These
+differ in lightness and hue, and colour-blind readers can distinguish them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from minecube.arrays import Bool, UInt16
+from minecube.codes import MINE
+from minecube.errors import CubeError
+from minecube.report.style import DPI, INK, PANEL_IN, save
+
+OUTLINES = (("#00f0ff", 2.2), ("#ff00c8", 1.0))
+"""Colour and width in points of the first and second footprint.
+
+The thin second line is drawn on the broad first.
+"""
+TRUE_COLOUR = ["B04", "B03", "B02"]
+_BAR_M = (100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
+"""Lengths of scale bars."""
+
+
+def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
+    """Write a PNG with one true-colour panel per year and outlines of the footprints.
+
+    Years without data are hatched.
+
+    Args:
+        cube: Variables reflectance (year, band, y, x) uint16, 0 = no observation, and clear_count
+            (year, y, x).
+        footprints: Name in the legend -> (year, y, x), 1 mine, on the cube's grid. At most two;
+            years may be missing.
+        out: Path of the PNG.
+        title: Title above all panels.
+
+    Raises:
+        CubeError: A band of true colour is missing, a footprint has another grid, or the file
+            cannot be written.
+    """
+    years = [int(year) for year in cube.year.to_numpy()]
+    images = [_read_rgb(cube.reflectance.sel(year=year), f"year {year}") for year in years]
+    for name, footprint in footprints.items():
+        if footprint.shape[-2:] != images[0].shape[:2]:
+            expected = " x ".join(map(str, images[0].shape[:2]))
+            raise CubeError(
+                f"{title}: expected footprint {name!r} of {expected} px like the cube, "
+                f"found {' x '.join(map(str, footprint.shape[-2:]))}; use the cube's grid"
+            )
+    styles = dict(zip(footprints, OUTLINES, strict=False))
+    figure, axes = _draw_panels(images, title, legend_in=0.35 * bool(footprints))
+    for ax, year, image in zip(axes, years, images, strict=True):
+        dates = "no observation"
+        if image.any():
+            dates = f"{cube.clear_count.sel(year=year).median().item():.0f} clear dates"
+        ax.set_title(f"$\\bf{{{year}}}$   {dates}", fontsize=10, color=INK)
+        for name, (colour, width) in styles.items():
+            if year in footprints[name].year:
+                mine = footprints[name].sel(year=year).to_numpy() == MINE
+                _draw_outline(ax, mine, colour, width)
+    _draw_scale_bar(axes[0], abs(float(cube.x[1] - cube.x[0])), images[0].shape)
+    if styles:
+        _draw_legend(figure, styles)
+    save(figure, out)
+
+
+def comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
+    """Write a PNG with true-colour images of one place side by side, in one stretch.
+
+    Args:
+        images: Caption -> reflectance (band, y, x) uint16, 0 = no observation, all of one shape.
+        out: Path of the PNG.
+        title: Title above all panels.
+
+    Raises:
+        CubeError: A band of true colour is missing or the file cannot be written.
+    """
+    rgb = [_read_rgb(image, caption) for caption, image in images.items()]
+    figure, axes = _draw_panels(rgb, title, legend_in=0)
+    for ax, caption in zip(axes, images, strict=True):
+        ax.set_title(caption, fontsize=10, color=INK)
+    x = next(iter(images.values())).x
+    _draw_scale_bar(axes[0], abs(float(x[1] - x[0])), rgb[0].shape)
+    save(figure, out)
+
+
+def _read_rgb(reflectance: xr.DataArray, name: str) -> UInt16:
+    """Return red, green and blue (y, x, 3) uint16. A pixel is 0 in all three if one band is 0."""
+    missing = [band for band in TRUE_COLOUR if band not in reflectance.band]
+    if missing:
+        raise CubeError(
+            f"{name}: expected the bands {', '.join(TRUE_COLOUR)} for true colour, "
+            f"found no {', '.join(missing)}; build the cube with them"
+        )
+    image: UInt16 = reflectance.sel(band=TRUE_COLOUR).transpose("y", "x", "band").to_numpy()
+    return image * (image > 0).all(axis=-1, keepdims=True)
+
+
+def _draw_panels(
+    images: Sequence[UInt16], title: str, legend_in: float
+) -> tuple[Figure, list[Axes]]:
+    """Draw the images in rows of at most five; leave `legend_in` inches for a legend."""
+    rows = -(-len(images) // 5)
+    columns = -(-len(images) // rows)
+    height = min(2.0, max(0.5, images[0].shape[0] / images[0].shape[1])) * PANEL_IN + 0.3
+    figure = Figure(
+        figsize=(PANEL_IN * max(columns, 2), height * rows + 0.35 + legend_in),
+        dpi=DPI,
+        layout="constrained",
+    )
+    figure.suptitle(title, fontsize=12, color=INK, fontweight="bold")
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for ax in axes[len(images) :]:
+        ax.remove()
+    limits = _find_limits(images)
+    for ax, image in zip(axes, images, strict=False):
+        _draw_image(ax, image, limits)
+    return figure, axes[: len(images)]
+
+
+def _find_limits(images: Sequence[UInt16]) -> tuple[float, float]:
+    """Return the darkest and brightest value shown.
+
+    Both are the lowest over the images, so clouds in one image do not darken the others.
+    """
+    limits = [np.percentile(image[image > 0], (0.5, 99)) for image in images if image.any()]
+    if not limits:
+        return 0.0, 1.0
+    low, high = np.min(limits, axis=0)
+    return float(low), float(max(high, low + 1))
+
+
+def _draw_image(ax: Axes, image: UInt16, limits: tuple[float, float]) -> None:
+    height, width = image.shape[:2]
+    low, high = limits
+    shades = np.clip((image - low) / (high - low), 0, 1) ** 0.6  # gamma brightens dark forest
+    opaque = (image > 0).all(axis=-1, keepdims=True)
+    ax.add_patch(
+        Rectangle(
+            (0, 0),
+            width,
+            height,
+            facecolor="#d9d9d9",
+            edgecolor="#a6a6a6",
+            hatch="////",
+            lw=0,
+            zorder=0,
+        )
+    )
+    ax.imshow(
+        np.concatenate([shades, opaque], axis=-1),
+        extent=(0, width, height, 0),
+        interpolation="antialiased",
+        zorder=1,
+    )
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    ax.spines[:].set_color("#888888")
+
+
+def _draw_outline(ax: Axes, mine: Bool, colour: str, width: float) -> None:
+    """Draw the pixel edges between mine and background, in the coordinates of `_draw_image`."""
+    framed = np.pad(mine, 1)
+    y, x = np.nonzero(framed[1:-1, 1:] != framed[1:-1, :-1])
+    upright = np.stack([np.stack([x, y], -1), np.stack([x, y + 1], -1)], axis=1)
+    y, x = np.nonzero(framed[1:, 1:-1] != framed[:-1, 1:-1])
+    level = np.stack([np.stack([x, y], -1), np.stack([x + 1, y], -1)], axis=1)
+    edges = np.concatenate([upright, level])
+    ax.add_collection(
+        LineCollection(list(edges), colors=colour, linewidths=width, capstyle="round", zorder=2)
+    )
+
+
+def _draw_scale_bar(ax: Axes, pixel_m: float, shape: tuple[int, ...]) -> None:
+    """Draw a bar of a round length, at most 40 % of the image's width."""
+    height, width = shape[:2]
+    metres = int(pixel_m)
+    for length in _BAR_M:
+        if length <= 0.4 * width * pixel_m:
+            metres = length
+    text = f"{metres} m"
+    if metres >= 1000:
+        text = f"{metres / 1000:g} km"
+    bar_px = metres / pixel_m
+    x = 0.05 * width
+    y = 0.93 * height
+    thickness = 0.015 * height
+    ax.add_patch(
+        Rectangle((x, y), bar_px, thickness, facecolor="white", edgecolor="black", lw=0.6, zorder=4)
+    )
+    ax.text(
+        x + bar_px / 2,
+        y - thickness,
+        text,
+        color="white",
+        fontsize=8,
+        ha="center",
+        va="bottom",
+        bbox={"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.5},
+        zorder=4,
+    )
+
+
+def _draw_legend(figure: Figure, styles: Mapping[str, tuple[str, float]]) -> None:
+    lines = [
+        Line2D([], [], color=colour, lw=width + 0.8, label=name)
+        for name, (colour, width) in styles.items()
+    ]
+    legend = figure.legend(
+        handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9, labelcolor="white"
+    )
+    # A dark background, like the imagery: cyan is hard to see on white.
+    legend.get_frame().set(facecolor="#414b3d", edgecolor="none", alpha=1)
