@@ -32,7 +32,8 @@ from minecube.labels import (
     rows_without_centre,
     vectorize,
 )
-from minecube.labels.masks import fractions, on_grid
+from minecube.labels.masks import compute_pixel_shares
+from minecube.labels.placement import on_grid
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
 real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/mine_polygons is absent")
@@ -250,7 +251,7 @@ def test_a_partition_of_the_plane_burns_each_pixel_once(metres, way, data):
         shape = shapely.union_all(triangles[owner == n])
         shape = shape.reverse() if turned[n] else shape
         there = drawn_in(way, shape)
-        if len(on_grid(there, SMALL, needed=False)):
+        if len(on_grid(there, SMALL, required=False)):
             burns += rasterize(there, SMALL, [2020]).values[0]
     assert (burns == 1).all()
 
@@ -340,7 +341,7 @@ def test_the_covered_fraction_is_each_pixels_intersection_with_the_union(drawn, 
         return
     union = shapely.union_all(shapes)
     expected = shapely.area(shapely.intersection(pixel_boxes(grid), union)) / 100
-    np.testing.assert_allclose(fractions(union, grid), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(compute_pixel_shares(union, grid), expected, rtol=0, atol=1e-9)
     if union.intersects(grid.extent.geom):
         stored = covered(table(shapes), grid, [2020])
         assert stored.dtype == np.uint8
