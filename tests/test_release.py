@@ -35,7 +35,8 @@ from minecube.network import RequestError
 from minecube.reader.remote import Session
 from minecube.release import archive as archive_module
 from minecube.release import audit as auditing
-from minecube.release import importing
+from minecube.release import importing, sites
+from minecube.release.ranges import LocalBytes, MissingBytesError, Spans
 from minecube.simulate.release import tiff, write_release
 
 YEARS = (2015, 2016, 2017)
@@ -239,7 +240,7 @@ def test_headers_are_what_gdal_reads_of_the_file(tmp_path, layout, packed):
             member.write((tmp_path / "a.tif").read_bytes())
         made.writestr("after", b"y" * 5000)
     archive = release.Archive(str(tmp_path / "a.zip"))
-    with archive.image("a.tif") as found, rasterio.open(tmp_path / "a.tif") as expected:
+    with archive.open_image("a.tif") as found, rasterio.open(tmp_path / "a.tif") as expected:
         assert (found.shape, found.count, found.dtypes) == (
             expected.shape,
             expected.count,
@@ -264,7 +265,7 @@ def test_a_header_that_is_lost_halfway_is_no_header(whole, monkeypatch):
     monkeypatch.setattr(archive.bytes, "fetch", once)
     with (
         pytest.raises(ReleaseError, match=r"cannot be read \(the line is dead\)"),
-        archive.image(image("Germany_1", 2015)) as found,
+        archive.open_image(image("Germany_1", 2015)) as found,
     ):
         found.transform  # noqa: B018
     assert len(asked) > 1
@@ -292,10 +293,10 @@ def test_an_archive_of_more_than_four_gigabytes(tmp_path):
 )
 def test_spans_give_the_files_bytes_or_say_which_they_lack(spans, reads):
     whole = bytes(range(100))
-    held = archive_module._Spans(len(whole))
+    held = Spans(len(whole))
     there = set()
     for start, length in spans:
-        held.hold(start, whole[start : start + length])
+        held.add(start, whole[start : start + length])
         there |= set(range(start, min(start + length, 100)))
     for start, length in reads:
         held.seek(start)
@@ -304,7 +305,7 @@ def test_spans_give_the_files_bytes_or_say_which_they_lack(spans, reads):
             assert held.read(length) == whole[start : start + length]
             assert held.tell() == min(start + length, max(start, 100)) or not wanted
         else:
-            with pytest.raises(archive_module._LackingError) as lacking:
+            with pytest.raises(MissingBytesError) as lacking:
                 held.read(length)
             gap = set(range(lacking.value.start, lacking.value.start + lacking.value.length))
             assert gap
@@ -313,7 +314,7 @@ def test_spans_give_the_files_bytes_or_say_which_they_lack(spans, reads):
 
 def test_an_import_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
     imported(whole[0], tmp_path / "at_once")
-    read, asked = importing.read_site, []
+    read, asked = sites.read_site, []
 
     def stops(archive, found, site):
         asked.append(site)
@@ -321,7 +322,7 @@ def test_an_import_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
             raise ReleaseError("the line is dead")
         return read(archive, found, site)
 
-    monkeypatch.setattr(release, "read_site", stops)
+    monkeypatch.setattr(importing, "read_site", stops)
     with pytest.raises(
         ReleaseError, match="Portuga_2: the line is dead; 2 sites are read, run again"
     ):
@@ -361,7 +362,7 @@ def test_an_archive_is_known_by_its_content(tmp_path):
         ) as made:
             made.writestr("EuroMineNet/Spain_1/label/Year2015.tif", digit)
     one, other, again = (
-        release.Archive(str(tmp_path / f"{name}.zip")).identity() for name in contents
+        release.Archive(str(tmp_path / f"{name}.zip")).compute_identity() for name in contents
     )
     assert one == again != other
 
@@ -700,14 +701,14 @@ def test_a_disk_that_fails_is_no_broken_member(whole, tmp_path):
 
 def test_a_line_that_breaks_is_not_taken_for_a_broken_member(whole, tmp_path, monkeypatch):
     """What could not be asked for is asked for again by the next run; nothing is left out for it."""
-    fetch = archive_module.LocalBytes.fetch
+    fetch = LocalBytes.fetch
 
     def sometimes(self, start, length):
         if length == archive_module._FIRST:
             raise RequestError("HTTP 503, after 9 tries")
         return fetch(self, start, length)
 
-    monkeypatch.setattr(archive_module.LocalBytes, "fetch", sometimes)
+    monkeypatch.setattr(LocalBytes, "fetch", sometimes)
     with pytest.raises(
         ReleaseError,
         match=r"cannot be read \(HTTP 503, after 9 tries\).* 0 sites are read, run again",
@@ -889,7 +890,7 @@ def test_a_label_that_unpacks_to_far_more_than_its_image_is_refused_by_name(
 
     path = changed(whole[0], tmp_path / "a.zip", bomb)
     read = []
-    monkeypatch.setattr(archive_module.Archive, "_unpacked", unpacked_and_noted(read))
+    monkeypatch.setattr(archive_module.Archive, "_unpack", unpacked_and_noted(read))
     tracemalloc.start()
     made = imported(path, tmp_path / "made")
     peak = tracemalloc.get_traced_memory()[1]
@@ -907,7 +908,7 @@ def test_a_label_that_unpacks_to_far_more_than_its_image_is_refused_by_name(
 
 
 def unpacked_and_noted(read):
-    unpacked = archive_module.Archive._unpacked
+    unpacked = archive_module.Archive._unpack
 
     def noted(self, member, length):
         read.append(member.filename)
@@ -952,7 +953,7 @@ def test_a_label_of_other_pixels_than_its_image_is_not_read(whole, tmp_path, mon
     """Its header tells."""
     other = tiff(np.zeros((1, 800, 800), np.uint8))
     monkeypatch.setattr(
-        importing.np,
+        sites.np,
         "unique",
         lambda mask: pytest.fail("read") if mask.shape == (800, 800) else np.array([0]),
     )
@@ -1004,7 +1005,7 @@ def test_images_and_labels_of_another_format_are_not_followed(whole, tmp_path):
 
 
 def test_a_label_of_too_many_regions_makes_no_polygons(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(importing, "_MOST_REGIONS", 1000)
+    monkeypatch.setattr(sites, "_MOST_REGIONS", 1000)
     board = (np.indices(SHAPE).sum(axis=0) % 2).astype(np.uint8) * np.uint8(255)
     _, problems = problems_of(
         whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): tiff(board[None])})
