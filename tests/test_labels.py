@@ -288,7 +288,9 @@ def test_rows_of_null_year_hold_for_all_years_and_do_not_make_a_year_known():
 
 
 def test_only_other_years_is_an_error():
-    with pytest.raises(LabelError, match=r"are of 2018, asked for was 2020\.\.2021"):
+    with pytest.raises(
+        LabelError, match=r"expected polygons of 2020\.\.2021 \(2 years\), found 2018 on this grid"
+    ):
         rasterize(table([px(0, 0, 5, 5)], year=[2018]), GRID, [2020, 2021])
 
 
@@ -301,7 +303,9 @@ def test_spans_hold_through_their_years_either_end_open():
     assert [bool((footprint.sel(year=y) == 255).any()) for y in footprint.year] == [
         y == 2018 for y in footprint.year
     ]
-    with pytest.raises(LabelError, match=r"are of 2016\.\.2017 \(2 years\), asked for was 2020"):
+    with pytest.raises(
+        LabelError, match=r"expected polygons of 2020, found 2016\.\.2017 \(2 years\) on this grid"
+    ):
         rasterize(drawn[:1], GRID, [2020])
 
 

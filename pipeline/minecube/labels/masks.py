@@ -104,7 +104,7 @@ def covered(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> x
 def _check_years(years: Iterable[int]) -> list[int]:
     year_list = [int(year) for year in years]
     if not year_list:
-        raise LabelError("no year was asked for, so there is no mask to draw; name at least one")
+        raise LabelError("expected at least one year, found no year; name one")
     return year_list
 
 
@@ -132,9 +132,9 @@ def _select_years(
     valid_rows = [(first_year <= year) & (year <= last_year) for year in years]
     if is_dated.all() and not np.any(valid_rows):
         raise LabelError(
-            f"the polygons on this grid are of {years_text(list_years(placed))}, "
-            f"asked for was {years_text(years)}: every pixel would be unknown; "
-            "ask for a mapped year, or drop the columns of years if they hold for all"
+            f"expected polygons of {years_text(years)}, "
+            f"found {years_text(list_years(placed))} on this grid; "
+            "choose a mapped year, or drop the columns of years if the polygons hold for all"
         )
     shapes = placed.geometry.to_numpy()
     is_surveyed = mark_surveyed(placed)
@@ -301,15 +301,13 @@ def _fill_small_holes(
     shapes: Sequence[shapely.Polygon], grid: GeoBox, min_area_m2: float
 ) -> gpd.GeoSeries:
     crs = str(grid.crs)
+    rings_of_shapes = [list(shape.interiors) for shape in shapes]
+    holes = [shapely.Polygon(ring) for rings in rings_of_shapes for ring in rings]
+    areas = iter(compute_areas_m2(gpd.GeoSeries(holes, crs=crs), grid))
     filled = []
-    rings = [ring for shape in shapes for ring in shape.interiors]
-    areas = compute_areas_m2(
-        gpd.GeoSeries([shapely.Polygon(ring) for ring in rings], crs=crs), grid
-    )
-    hole_areas = iter(areas)
-    for shape in shapes:
-        large = [ring for ring in shape.interiors if next(hole_areas) >= min_area_m2]
-        if len(large) < len(shape.interiors):
+    for shape, rings in zip(shapes, rings_of_shapes, strict=True):
+        large = [ring for ring in rings if next(areas) >= min_area_m2]
+        if len(large) < len(rings):
             shape = shapely.Polygon(shape.exterior, large)
         filled.append(shape)
     return gpd.GeoSeries(filled, crs=crs)

@@ -57,7 +57,7 @@ def _to_lonlat(polygons: gpd.GeoDataFrame) -> gpd.GeoSeries:
     if not np.isfinite(shapely.get_coordinates(lonlat)).all():
         raise LabelError(
             "some polygons cannot be placed on the globe: "
-            "their coordinates do not fit their CRS; state the right one"
+            "their coordinates do not fit their CRS; set the right one"
         )
     return lonlat
 
@@ -73,8 +73,7 @@ def _describe_distance(lonlat: gpd.GeoSeries, centre: shapely.Point) -> str:
         f"no polygon reaches the grid around {centre.x:.3f}, {centre.y:.3f}: "
         f"the nearest of {len(lonlat)} is {metres[nearest] / 1000:.1f} km away, "
         f"at {lon[nearest]:.3f}, {lat[nearest]:.3f}; "
-        "its mask would be all 'not mine', so check "
-        "the site, the CRS and the order of longitude and latitude"
+        "check the site, the CRS and the order of longitude and latitude"
     )
 
 

@@ -116,9 +116,8 @@ def _read_table(path: Path, layer: str | None) -> gpd.GeoDataFrame:
         raise LabelError(f"{path}: holds no polygon; expected at least one row with a geometry")
     if table.crs is None:
         raise LabelError(
-            f"{path}: has no CRS, so its polygons cannot be placed on the grid; "
-            "set the one they were drawn in "
-            "(ogr2ogr -a_srs EPSG:..., or the missing .prj) and retry"
+            f"{path}: has no CRS, so its polygons cannot be placed; "
+            "set their CRS (ogr2ogr -a_srs EPSG:..., or the missing .prj)"
         )
     if table.geometry.name != "geometry":
         table = table.rename_geometry("geometry")
@@ -140,15 +139,14 @@ def _check_geometries(table: gpd.GeoDataFrame, path: Path) -> None:
     if not np.isfinite(shapely.get_coordinates(table.geometry)).all():
         raise LabelError(
             f"{path}: some coordinates are infinite or not a number, "
-            "so the polygons cannot be placed; mend them"
+            "so the polygons cannot be placed; correct them"
         )
     west, south, east, north = table.total_bounds
     if table.crs.is_geographic and (west < -180.1 or south < -90.1 or east > 360.1 or north > 90.1):
         raise LabelError(
             f"{path}: its CRS ({table.crs.to_string()}) is in degrees but the coordinates reach "
             f"from {west:.6g}, {south:.6g} to {east:.6g}, {north:.6g}; "
-            "they look projected, or have longitude and latitude swapped: "
-            "state the CRS they are in, or swap them, and retry"
+            "they look projected or swapped: set their CRS, or swap longitude and latitude"
         )
 
 
@@ -164,8 +162,7 @@ def _parse_calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series
         raise LabelError(
             f"{path}: column {name}: expected whole calendar years ({YEARS[0]}..{YEARS[-1]}), "
             f"dates, or null for {meaning_of_null}, "
-            f"found {examples} in {describe_marked_rows(invalid)}; "
-            "the year decides which mask a polygon is drawn on, so correct it"
+            f"found {examples} in {describe_marked_rows(invalid)}; correct them"
         )
     return years.astype("Int64")
 
@@ -184,7 +181,7 @@ def _check_years(table: gpd.GeoDataFrame, path: Path) -> None:
     if backwards.any():
         raise LabelError(
             f"{path}: expected `start` up to `end`, found rows that end before they start "
-            f"({describe_marked_rows(backwards)}); they would hold in no year, so correct them"
+            f"({describe_marked_rows(backwards)}); correct them"
         )
 
 
@@ -193,8 +190,8 @@ def _parse_truths(column: pd.Series, path: Path) -> pd.Series:
     is_truth = words.isin(list(_TRUTHS))
     if not is_truth.all():
         raise LabelError(
-            f"{path}: column mapped: expected true where a row is an area that was looked at, "
-            f"false where it is a mine, found {words[~is_truth].iloc[0]!r}; "
+            f"{path}: column mapped: expected true for a surveyed area or false for a mine, "
+            f"found {words[~is_truth].iloc[0]!r}; "
             "rename the column if it means something else"
         )
     return words.map(_TRUTHS).astype(bool)
@@ -206,7 +203,7 @@ def _warn_of_unread_years(table: gpd.GeoDataFrame, path: Path) -> None:
         log.warning(
             "%s: %s may hold years, but only the columns `year`, or `start` and `end`, "
             "are read as years; %d rows hold for all years, or have an open end; "
-            "rename the column if it says when a polygon holds",
+            "rename the column if it holds their years",
             path,
             " and ".join(f"column `{column}`" for column in columns),
             int(_are_open_ended(table).sum()),

@@ -304,7 +304,7 @@ def _drop_distant_rows(
         requested = ", ".join(list(sites)[:_LISTED_SITES])
         in_file = ", ".join(sorted(set(names.dropna()))[:_LISTED_SITES])
         raise LabelError(
-            f"{path}: no polygon is of a site that was asked for ({requested}); its are {in_file}"
+            f"{path}: expected polygons of the sites {requested}, found only {in_file}"
         )
     findings.add("unknown site", table[is_unknown], "kept")
     lonlat = table.geometry.to_crs(4326)
@@ -324,7 +324,7 @@ def _drop_distant_rows(
             f"{path}: no polygon lies within {NEAR_M / 1000:.0f} km of its site: "
             f"the nearest is {km[row]:.0f} km from {nearest[row]}"
             f"{describe_mistakes(mistakes[is_distant])}; "
-            "their masks would be empty, so mend the file, or name the right sites"
+            "correct the file, or choose the right sites"
         )
     details = np.array(
         [

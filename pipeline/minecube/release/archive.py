@@ -118,7 +118,7 @@ class Archive:
             raise ReleaseError(
                 f"{self.location}: expected a zip archive, "
                 f"found {self.bytes.size:,} bytes without a whole directory at their end "
-                f"({error}); it was cut off, or is something else: "
+                f"({error}); it is cut off or no zip file: "
                 "get it again, and compare its size with the publisher's"
             ) from error
         self._drop_spans(span_starts)

@@ -78,8 +78,8 @@ def import_release(
         if all(extent_of(site.years) is None for site in sites):
             shutil.rmtree(parts)
             raise ReleaseError(
-                f"{archive.location}: no image has a place on Earth, so no site of it has; "
-                "is it the whole release?"
+                f"{archive.location}: no image is georeferenced, so no site has a location; "
+                "check that it is the whole release"
             )
         _write_tables(sites, release, out)
         site_table = _tabulate_sites(sites, release, catalogue)
@@ -88,7 +88,7 @@ def import_release(
         shutil.rmtree(parts)
     except OSError as error:
         raise ReleaseError(
-            f"{out}: cannot be written ({error.strerror or error}); mend that and import again"
+            f"{out}: cannot be written ({error.strerror or error}); fix that and import again"
         ) from error
     return open_import(out)
 

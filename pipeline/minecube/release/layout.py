@@ -158,10 +158,10 @@ def need_within(cube: GeoBox, grid: GeoBox) -> None:
     cube_west, cube_south, cube_east, cube_north = cube.boundingbox
     if min(west - cube_west, south - cube_south, cube_east - east, cube_north - north) < -_SLACK_M:
         raise ReleaseError(
-            f"the grid asked for ({west:.0f}, {south:.0f}, {east:.0f}, {north:.0f} in {cube.crs}) "
-            f"reaches beyond the cube's ({cube_west:.0f}, {cube_south:.0f}, {cube_east:.0f}, {cube_north:.0f}), "
-            "where nothing is known: build the cube on the area that the import has of the site "
-            "(--catalog FOLDER)"
+            f"the grid ({west:.0f}, {south:.0f}, {east:.0f}, {north:.0f} in {cube.crs}) "
+            "reaches beyond the cube "
+            f"({cube_west:.0f}, {cube_south:.0f}, {cube_east:.0f}, {cube_north:.0f}); "
+            "build the cube on the import's area of the site (--catalog FOLDER)"
         )
 
 
@@ -233,5 +233,5 @@ def _write_tiff(path: Path, pixels: AnyArray, georeference: dict[str, Any]) -> N
                 draft.write_bytes(memory.getbuffer())
         except OSError as error:
             raise ReleaseError(
-                f"{path}: cannot be written ({error.strerror}); mend that and export again"
+                f"{path}: cannot be written ({error.strerror}); fix that and export again"
             ) from error
