@@ -320,7 +320,8 @@ class Archive:
         with self._zip.open(member) as content:
             if member.compress_type not in _BY_PIECES:
                 piece_length = _PACKED_PIECE
-                content.MIN_READ_SIZE = piece_length  # type: ignore[attr-defined]  # of packed bytes
+                # The size of packed pieces.
+                content.MIN_READ_SIZE = piece_length  # type: ignore[attr-defined]
             while len(unpacked) < length:
                 piece = content.read(min(piece_length, length - len(unpacked)))
                 if not piece:

@@ -158,7 +158,7 @@ def need_within(cube: GeoBox, grid: GeoBox) -> None:
     cube_west, cube_south, cube_east, cube_north = cube.boundingbox
     if min(west - cube_west, south - cube_south, cube_east - east, cube_north - north) < -_SLACK_M:
         raise ReleaseError(
-            f"the grid ({west:.0f}, {south:.0f}, {east:.0f}, {north:.0f} in {cube.crs}) "
+            f"the grid ({west:.0f}, {south:.0f}, {east:.0f}, {north:.0f} in EPSG:{cube.crs.epsg}) "
             "reaches beyond the cube "
             f"({cube_west:.0f}, {cube_south:.0f}, {cube_east:.0f}, {cube_north:.0f}); "
             "build the cube on the import's area of the site (--catalog FOLDER)"

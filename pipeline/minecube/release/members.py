@@ -10,7 +10,8 @@ from minecube.errors import ReleaseError
 
 # `EuroMineNet/Portuga_1/label/Year2015.tif`; some files are Label2015.tif or year2015.tif instead.
 _NAME = re.compile(
-    r"(?:^|/)(?P<site>[^/]+)/(?P<kind>image|label)s?/(?P<word>[A-Za-z]+)_?(?P<year>(?:19|20)\d\d)\.tiff?$",
+    r"(?:^|/)(?P<site>[^/]+)/(?P<kind>image|label)s?/"
+    r"(?P<word>[A-Za-z]+)_?(?P<year>(?:19|20)\d\d)\.tiff?$",
     re.IGNORECASE,
 )
 _NO_DATA = re.compile(r"(?:^|/)(?:__MACOSX/|\.[^/]+$|Thumbs\.db$)")
