@@ -338,7 +338,7 @@ def test_rows_of_sites_that_were_not_asked_for_are_kept(tmp_path):
     )
     assert found(looked) == [("unknown site", 2, "kept")]
     assert len(looked.polygons) == 3
-    with pytest.raises(LabelError, match=r"of a site that was asked for \(a, b\); its are c, d"):
+    with pytest.raises(LabelError, match=r"expected polygons of the sites a, b, found only c, d"):
         surveyed(tmp_path, table(lonlat_mines(), "EPSG:4326", site=["c", "c", "d"]), sites=SITES)
 
 

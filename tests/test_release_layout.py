@@ -165,7 +165,10 @@ def test_a_label_that_is_unknown_somewhere_is_none():
 def test_a_grid_beyond_the_cube_is_refused():
     grid, cube = release_like("Lusatia")
     layout.need_within(cube, grid)
-    with pytest.raises(ReleaseError, match=r"reaches beyond the cube's .* where nothing is known"):
+    with pytest.raises(
+        ReleaseError,
+        match=r"in EPSG:32633\) reaches beyond the cube .* build the cube on the import's area",
+    ):
         layout.image_on(on(cube, np.ones((1, *cube.shape), np.uint16)), grid.pad(8))
 
 

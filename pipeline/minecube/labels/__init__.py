@@ -1,27 +1,29 @@
 """Convert polygons of mines to masks on the site's grid, and masks back to polygons.
 
-    read_polygons(path, layer)           -> GeoDataFrame           valid, with years; repairs logged
-    match_sites(polygons, sites, path)   -> GeoDataFrame           sites renamed to catalogue ids
-    survey(path)                         -> Survey                 further repairs, table of
-    findings compare({mapper: polygons}, grids)   -> DataFrame              areas and IoU of pairs
-    of mappers rasterize(polygons, grid, years)     -> DataArray[year, y, x]  1 mine, 0 not, 255
-    unknown covered(polygons, grid, years)       -> DataArray[year, y, x]  share under a polygon x
-    250 vectorize(footprint, grid, site)     -> GeoDataFrame           outlines along pixel edges
-    identify(polygons)                   -> GeoDataFrame           ids of pits through the years
-    simplify(polygons, pixel_m)          -> GeoDataFrame           fewer corners, the same area
+    read_polygons(path, layer)          -> GeoDataFrame           valid, with years; repairs logged
+    match_sites(polygons, sites, path)  -> GeoDataFrame           sites renamed to catalogue ids
+    survey(path)                        -> Survey                 further repairs, and findings
+    compare({mapper: polygons}, grids)  -> DataFrame              areas and IoU of pairs of mappers
+    rasterize(polygons, grid, years)    -> DataArray[year, y, x]  1 mine, 0 not, 255 unknown
+    covered(polygons, grid, years)      -> DataArray[year, y, x]  share under a polygon x 250
+    vectorize(footprint, grid, site)    -> GeoDataFrame           outlines along pixel edges
+    identify(polygons)                  -> GeoDataFrame           ids of pits through the years
+    simplify(polygons, pixel_m)         -> GeoDataFrame           fewer corners, the same area
 
-    polygons.py  files, repair, years, wrong hemispheres     masks.py    polygons to pixels and back
-    survey.py    errors in a file of polygons                compare.py  two mappers of one mine
-    outlines.py  identify, simplify
+    polygons.py   read files, repair shapes    masks.py     polygons to pixels and back
+    dates.py      years in texts and numbers   outlines.py  identify, simplify
+    placement.py  grids, distances, mistakes   repair.py    errors in a file of polygons
+                                               compare.py   two mappers of one mine
 
 A pixel outside the mapped area is 255, never 0. A false "not mine" would be learnt and scored.
 """
 
+from minecube.codes import MINE, UNKNOWN
 from minecube.labels.compare import compare
-from minecube.labels.masks import MINE, NOT_MINE, UNKNOWN, covered, on_grid, rasterize, vectorize
+from minecube.labels.masks import NOT_MINE, covered, rasterize, rows_without_centre, vectorize
 from minecube.labels.outlines import identify, simplify
+from minecube.labels.placement import NEAR_M, on_grid
 from minecube.labels.polygons import (
-    NEAR_M,
     index_text,
     match_sites,
     of_no_site,
@@ -30,7 +32,7 @@ from minecube.labels.polygons import (
     unread_years,
     years_text,
 )
-from minecube.labels.survey import MIN_WIDTH_M, Survey, mapped_areas, rows_without_centre, survey
+from minecube.labels.repair import MIN_WIDTH_M, Survey, mapped_areas, survey
 
 __all__ = [
     "MINE",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
+from operator import itemgetter
+from typing import Any
 
 import geopandas as gpd
 import numpy as np
@@ -11,15 +13,28 @@ import pandas as pd
 import shapely
 from odc.geo.geobox import GeoBox
 
-from minecube.labels.masks import area_m2, on_grid, rasterize
-from minecube.labels.polygons import mapped, of_no_site, of_site, spans, years_or_all
+from minecube.arrays import Bool
+from minecube.codes import MINE
+from minecube.labels.masks import compute_areas_m2, rasterize
+from minecube.labels.placement import on_grid
+from minecube.labels.polygons import (
+    find_year_spans,
+    list_years_or_none,
+    mark_surveyed,
+    of_no_site,
+    of_site,
+)
 
 POOLED = "pooled"
 AREAS = ("area_m2", "other_area_m2", "intersection_m2", "union_m2")
+PIXELS = ("pixels_both", "pixels_either")
+SUMMED = (*AREAS, *PIXELS)
 COLUMNS = (
-    "site", "year", "mapper", "other", *AREAS, "iou", "pixels_both", "pixels_either", "raster_iou", "raster_area_off",
-    "other_raster_area_off",
-)  # fmt: skip
+    *("site", "year", "mapper", "other"),
+    *(*AREAS, "iou"),
+    *(*PIXELS, "raster_iou"),
+    *("raster_area_off", "other_raster_area_off"),
+)
 
 
 def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]) -> pd.DataFrame:
@@ -39,56 +54,103 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
     Returns:
         Table with COLUMNS. Rows with site "pooled" are ratios of sums.
     """
-    rows = []
+    records: list[dict[str, Any]] = []
     for mapper, other in combinations(mappers, 2):
-        pair = []
+        of_pair = []
         for site, grid in grids.items():
-            a, b = (_of_site(mappers[name], site, grid) for name in (mapper, other))
-            if a.empty or b.empty:
-                continue
-            for year in years_or_all(a, b):
-                one, two = (_held(t, year) for t in (a, b))
-                if len(one) and len(two):
-                    pair.append((site, year, mapper, other, *_agreement(one, two, grid)))
-        if pair:
-            sums = np.array([(*row[4:8], *row[9:11]) for row in pair], dtype=float).sum(axis=0)
-            ratios = (_ratio(sums[2], sums[3]), *sums[4:], _ratio(sums[4], sums[5]), np.nan, np.nan)
-            rows += [*pair, (POOLED, None, mapper, other, *sums[:4], *ratios)]
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+            mines = _select_mines(mappers[mapper], site, grid)
+            other_mines = _select_mines(mappers[other], site, grid)
+            of_pair += [
+                {"site": site, "mapper": mapper, "other": other, **agreement}
+                for agreement in _compare_years(mines, other_mines, grid)
+            ]
+        records += of_pair
+        if of_pair:
+            names = {"site": POOLED, "year": None, "mapper": mapper, "other": other}
+            records.append({**names, **_pool(of_pair)})
+    table = pd.DataFrame(records, columns=list(COLUMNS))
     return table.astype({"year": "Int64", "pixels_both": "int64", "pixels_either": "int64"})
 
 
-def _of_site(polygons: gpd.GeoDataFrame, site: str, grid: GeoBox) -> gpd.GeoDataFrame:
-    mines = polygons[~mapped(polygons)]
-    own = mines[of_no_site(mines) | of_site(mines, site)]
-    return on_grid(own, grid, needed=False) if len(own) else own
+def _select_mines(polygons: gpd.GeoDataFrame, site: str, grid: GeoBox) -> gpd.GeoDataFrame:
+    """Select the mines of a site, or without a site, on its grid."""
+    mines = polygons[~mark_surveyed(polygons)]
+    at_site = mines[of_no_site(mines) | of_site(mines, site)]
+    if at_site.empty:
+        return at_site
+    return on_grid(at_site, grid, required=False)
 
 
-def _held(polygons: gpd.GeoDataFrame, year: int | None) -> gpd.GeoDataFrame:
+def _select_year(polygons: gpd.GeoDataFrame, year: int | None) -> gpd.GeoDataFrame:
     if year is None:
         return polygons
-    first, last = spans(polygons)
-    return polygons[(first <= year) & (year <= last)]
+    first_year, last_year = find_year_spans(polygons)
+    return polygons[(first_year <= year) & (year <= last_year)]
 
 
-def _agreement(a: gpd.GeoDataFrame, b: gpd.GeoDataFrame, grid: GeoBox) -> tuple[float, ...]:
-    one, two = (
-        shapely.intersection(shapely.union_all(t.geometry.to_numpy()), grid.extent.geom)
-        for t in (a, b)
-    )
-    both, either = shapely.intersection(one, two), shapely.union(one, two)
-    areas = area_m2(gpd.GeoSeries([one, two, both, either], crs=str(grid.crs)), grid).to_list()
-    # Rows are already selected by year. Without year columns they hold in any year, so 0 will do.
-    masks = [rasterize(t[["geometry"]], grid, [0]).to_numpy() == 1 for t in (a, b)]
-    pixels = [int((masks[0] & masks[1]).sum()), int((masks[0] | masks[1]).sum())]
+def _compare_years(
+    mines: gpd.GeoDataFrame, other_mines: gpd.GeoDataFrame, grid: GeoBox
+) -> Iterator[dict[str, Any]]:
+    """Yield the agreement of each year with polygons of both mappers."""
+    if mines.empty or other_mines.empty:
+        return
+    for year in list_years_or_none(mines, other_mines):
+        of_year = _select_year(mines, year)
+        other_of_year = _select_year(other_mines, year)
+        if not of_year.empty and not other_of_year.empty:
+            yield {"year": year, **_measure_agreement(of_year, other_of_year, grid)}
+
+
+def _measure_agreement(
+    mines: gpd.GeoDataFrame, other_mines: gpd.GeoDataFrame, grid: GeoBox
+) -> dict[str, float]:
+    """Compute areas, pixels and ratios of two tables of mines on a grid."""
+    shape = _unite(mines, grid)
+    other_shape = _unite(other_mines, grid)
+    intersection = shapely.intersection(shape, other_shape)
+    union = shapely.union(shape, other_shape)
+    shapes = gpd.GeoSeries([shape, other_shape, intersection, union], crs=str(grid.crs))
+    areas = dict(zip(AREAS, compute_areas_m2(shapes, grid).to_list(), strict=True))
+    mask = _draw(mines, grid)
+    other_mask = _draw(other_mines, grid)
+    pixels_both = int((mask & other_mask).sum())
+    pixels_either = int((mask | other_mask).sum())
     pixel_m2 = abs(grid.affine.determinant)
-    off = [
-        _ratio(mask.sum() * pixel_m2, shape.area) - 1
-        for mask, shape in zip(masks, (one, two), strict=True)
-    ]
-    return (*areas, _ratio(areas[2], areas[3]), *pixels, _ratio(pixels[0], pixels[1]), *off)
+    return {
+        **areas,
+        "iou": _divide(areas["intersection_m2"], areas["union_m2"]),
+        "pixels_both": pixels_both,
+        "pixels_either": pixels_either,
+        "raster_iou": _divide(pixels_both, pixels_either),
+        "raster_area_off": _divide(mask.sum() * pixel_m2, shape.area) - 1,
+        "other_raster_area_off": _divide(other_mask.sum() * pixel_m2, other_shape.area) - 1,
+    }
 
 
-def _ratio(part: float, whole: float) -> float:
-    """Divide a part by a whole; NaN if the whole is 0."""
-    return part / whole if whole else np.nan
+def _unite(mines: gpd.GeoDataFrame, grid: GeoBox) -> shapely.Geometry:
+    return shapely.intersection(shapely.union_all(mines.geometry.to_numpy()), grid.extent.geom)
+
+
+def _draw(mines: gpd.GeoDataFrame, grid: GeoBox) -> Bool:
+    """Rasterise mines of one year as booleans (1, y, x)."""
+    # Rows are already selected by year. Without year columns they hold in any year, so 0 will do.
+    mask: Bool = rasterize(mines[["geometry"]], grid, [0]).to_numpy() == MINE
+    return mask
+
+
+def _pool(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Sum areas and pixels, and compute the ratios of the sums."""
+    values = np.array([itemgetter(*SUMMED)(record) for record in records], dtype=float)
+    sums = dict(zip(SUMMED, values.sum(axis=0), strict=True))
+    return {
+        **sums,
+        "iou": _divide(sums["intersection_m2"], sums["union_m2"]),
+        "raster_iou": _divide(sums["pixels_both"], sums["pixels_either"]),
+    }
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    """Divide two numbers. Division by 0 gives NaN."""
+    if not denominator:
+        return np.nan
+    return numerator / denominator

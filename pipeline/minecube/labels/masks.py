@@ -8,7 +8,7 @@ The rule has no bias in area. Polygons from `vectorize` rasterise to exactly the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import geopandas as gpd
 import numpy as np
@@ -19,26 +19,16 @@ import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
-from pyproj import Geod
 from rasterio import features
 
+from minecube.arrays import Bool, Float64, Int64, UInt8
+from minecube.codes import BACKGROUND, FULL, MINE, UNKNOWN
 from minecube.errors import LabelError
 from minecube.grid import equal_area_crs
-from minecube.labels.polygons import (
-    likely_swap,
-    mapped,
-    spans,
-    swaps_that_place,
-    years_of,
-    years_text,
-)
+from minecube.labels.placement import on_grid
+from minecube.labels.polygons import find_year_spans, list_years, mark_surveyed, years_text
 
-MINE, NOT_MINE, UNKNOWN = np.uint8(1), np.uint8(0), np.uint8(255)
-WHOLE = 250
-"""Stored fraction of a wholly covered pixel.
-
-Fractions are stored like probabilities, in steps of 0.4 % with 255 for unknown.
-"""
+NOT_MINE = BACKGROUND
 OFF_EDGES = Affine.translation(1e-5, 6.18e-6)
 """Sampling point of a pixel, as shares of a pixel right of its centre and below it.
 
@@ -46,6 +36,8 @@ GDAL burns both horizontal edges of a polygon if they run through centres. Round
 edges. 0.1 mm exceeds the rounding of reprojection (1e-8 m) and of degrees with nine decimals (6e-5
 m). The ratio of the shares is the golden ratio, to keep samples off edges of any simple slope.
 """
+
+_Shapes = npt.NDArray[np.object_]
 
 
 def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> xr.DataArray:
@@ -64,17 +56,20 @@ def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) ->
         LabelError: there is no polygon, no CRS or no year. Or the polygons miss the grid, or all
             belong to other years.
     """
-    wanted = _wanted(years)
-    masks = np.empty((len(wanted), *grid.shape), np.uint8)
-    for mask, (known, shapes) in zip(masks, _by_year(polygons, grid, wanted), strict=True):
-        mask[:] = np.where(known, NOT_MINE, UNKNOWN)
+    year_list = _check_years(years)
+    masks = np.empty((len(year_list), *grid.shape), np.uint8)
+    for mask, (known_area, shapes) in zip(
+        masks, _select_years(polygons, grid, year_list), strict=True
+    ):
+        mask.fill(UNKNOWN)
+        np.copyto(mask, BACKGROUND, where=known_area)
         _burn(shapes, grid, mask)
     attrs = {
         "long_name": "mine footprint",
-        "flag_values": [0, 1, 255],
+        "flag_values": [BACKGROUND, MINE, UNKNOWN],
         "flag_meanings": "not_mine mine unknown",
     }
-    return _on_years("footprint", masks, wanted, grid, attrs)
+    return _to_data_array("footprint", masks, year_list, grid, attrs)
 
 
 def covered(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> xr.DataArray:
@@ -87,78 +82,77 @@ def covered(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> x
     Raises:
         LabelError: see `rasterize`.
     """
-    wanted = _wanted(years)
-    layers = np.empty((len(wanted), *grid.shape), np.uint8)
-    for layer, (known, shapes) in zip(layers, _by_year(polygons, grid, wanted), strict=True):
-        share = np.rint(fractions(shapely.union_all(shapes), grid) * WHOLE).astype(np.uint8)
+    year_list = _check_years(years)
+    layers = np.empty((len(year_list), *grid.shape), np.uint8)
+    selected = _select_years(polygons, grid, year_list)
+    for layer, (known_area, shapes) in zip(layers, selected, strict=True):
+        share = compute_pixel_shares(shapely.union_all(shapes), grid)
+        stored = np.rint(share * FULL).astype(np.uint8)
         # At the edge of a surveyed area, a pixel's seen part is not its share. Elsewhere the share
         # is known.
-        told = known if isinstance(known, np.ndarray) else known | (share > 0)
-        layer[:] = np.where(told, share, UNKNOWN)
+        if not isinstance(known_area, np.ndarray):
+            known_area = known_area | (stored > 0)
+        layer[:] = np.where(known_area, stored, UNKNOWN)
     attrs = {
         "long_name": "share of the pixel that is mine x 250",
-        "scale": 1 / WHOLE,
-        "nodata": int(UNKNOWN),
+        "scale": 1 / FULL,
+        "nodata": UNKNOWN,
     }
-    return _on_years("footprint_fraction", layers, wanted, grid, attrs)
+    return _to_data_array("footprint_fraction", layers, year_list, grid, attrs)
 
 
-def _wanted(years: Iterable[int]) -> list[int]:
-    wanted = [int(y) for y in years]
-    if not wanted:
-        raise LabelError("no year was asked for, so there is no mask to draw; name at least one")
-    return wanted
+def _check_years(years: Iterable[int]) -> list[int]:
+    year_list = [int(year) for year in years]
+    if not year_list:
+        raise LabelError("expected at least one year, found no year; name one")
+    return year_list
 
 
-def _on_years(
-    name: str,
-    values: npt.NDArray[np.uint8],
-    years: list[int],
-    grid: GeoBox,
-    attrs: Mapping[str, object],
+def _to_data_array(
+    name: str, values: UInt8, years: list[int], grid: GeoBox, attrs: Mapping[str, object]
 ) -> xr.DataArray:
     coords = {"year": np.array(years, np.int64), **xr_coords(grid)}
     return xr.DataArray(values, coords, ("year", "y", "x"), name=name, attrs=attrs)
 
 
-def _by_year(
+def _select_years(
     polygons: gpd.GeoDataFrame, grid: GeoBox, years: list[int]
-) -> Iterator[tuple[bool | npt.NDArray[np.bool_], npt.NDArray[np.object_]]]:
+) -> Iterator[tuple[bool | Bool, _Shapes]]:
     """Yield each year's known area (bool or mask) and its shapes in the grid's CRS.
 
     Raises errors like `rasterize`.
     """
-    if polygons.empty or polygons.crs is None:
+    if polygons.empty:
+        raise LabelError("cannot place polygons on the grid: the table is empty")
+    if polygons.crs is None:
+        raise LabelError("cannot place polygons on the grid: they have no CRS")
+    placed = on_grid(polygons, grid)
+    first_year, last_year = find_year_spans(placed)
+    is_dated = np.isfinite(first_year) | np.isfinite(last_year)
+    valid_rows = [(first_year <= year) & (year <= last_year) for year in years]
+    if is_dated.all() and not np.any(valid_rows):
         raise LabelError(
-            f"cannot place polygons on the grid: {'the table is empty' if polygons.empty else 'they have no CRS'}"
+            f"expected polygons of {years_text(years)}, "
+            f"found {years_text(list_years(placed))} on this grid; "
+            "choose a mapped year, or drop the columns of years if the polygons hold for all"
         )
-    here = on_grid(polygons, grid)
-    first, last = spans(here)
-    dated = np.isfinite(first) | np.isfinite(last)
-    holds = [(first <= year) & (year <= last) for year in years]
-    if dated.all() and not any(h.any() for h in holds):
-        raise LabelError(
-            f"the polygons on this grid are of {years_text(years_of(here))}, asked for was {years_text(years)}: every pixel "
-            "would be unknown; ask for a mapped year, or drop the columns of years if they hold for all"
-        )
-    shapes, looked_at = here.geometry.to_numpy(), mapped(here)
-    for now in holds:
-        known: bool | npt.NDArray[np.bool_] = bool((now & dated).any() or not dated.any())
-        if looked_at.any():
-            known = np.zeros(grid.shape, np.bool_)
-            _burn(shapes[now & looked_at], grid, known.view(np.uint8))
-        yield known, shapes[now & ~looked_at]
+    shapes = placed.geometry.to_numpy()
+    is_surveyed = mark_surveyed(placed)
+    for rows in valid_rows:
+        known_area: bool | Bool = bool((rows & is_dated).any() or not is_dated.any())
+        if is_surveyed.any():
+            known_area = np.zeros(grid.shape, np.bool_)
+            _burn(shapes[rows & is_surveyed], grid, known_area.view(np.uint8))
+        yield known_area, shapes[rows & ~is_surveyed]
 
 
-def _burn(shapes: npt.NDArray[np.object_], grid: GeoBox, mask: npt.NDArray[np.uint8]) -> None:
+def _burn(shapes: _Shapes, grid: GeoBox, mask: UInt8) -> None:
     """Set pixels (y, x) with their centre in a shape to 1. Shapes are in the grid's CRS."""
     if len(shapes):  # rasterio refuses an empty list
-        features.rasterize(
-            shapes, out=mask, transform=grid.affine * OFF_EDGES, default_value=int(MINE)
-        )
+        features.rasterize(shapes, out=mask, transform=grid.affine * OFF_EDGES, default_value=MINE)
 
 
-def fractions(shape: shapely.Geometry, grid: GeoBox) -> npt.NDArray[np.float64]:
+def compute_pixel_shares(shape: shapely.Geometry, grid: GeoBox) -> Float64:
     """Compute the exact share of each pixel (y, x) under a valid shape in the grid's CRS, 0..1.
 
     The method is Green's theorem. Edges are cut at pixel lines. A piece going down by dy adds dy to
@@ -167,87 +161,79 @@ def fractions(shape: shapely.Geometry, grid: GeoBox) -> npt.NDArray[np.float64]:
     """
     height, width = grid.shape
     parts = shapely.get_parts(shapely.get_parts(shapely.intersection(shape, grid.extent.geom)))
-    rings = shapely.get_rings(shapely.orient_polygons(parts[shapely.get_dimensions(parts) == 2]))
-    metres, ring = shapely.get_coordinates(rings, return_index=True)
-    xy = np.column_stack(~grid.affine * metres.T)
-    edges = ring[1:] == ring[:-1]
-    start, end = _cut(*_cut(xy[:-1][edges], xy[1:][edges], axis=0), axis=1)
+    areal = parts[shapely.get_dimensions(parts) == 2]
+    rings = shapely.get_rings(shapely.orient_polygons(areal))
+    corners_m, ring = shapely.get_coordinates(rings, return_index=True)
+    corners_px = np.column_stack(~grid.affine * corners_m.T)
+    is_edge = ring[1:] == ring[:-1]
+    start, end = _cut(corners_px[:-1][is_edge], corners_px[1:][is_edge], axis=0)
+    start, end = _cut(start, end, axis=1)
     x, y = (start + end).T / 2
-    row, column = (
-        np.clip(v.astype(np.int64), 0, size - 1) for v, size in ((y, height), (x, width))
+    row = np.clip(y.astype(np.int64), 0, height - 1)
+    column = np.clip(x.astype(np.int64), 0, width - 1)
+    down = end[:, 1] - start[:, 1]
+    left_part = x - column  # of the pixel, on the left of the piece
+    # One more column takes the pieces along the right border.
+    pixel = row * (width + 1) + column
+    gains = np.bincount(
+        np.append(pixel, pixel + 1),
+        np.append(down * (1 - left_part), down * left_part),
+        height * (width + 1),
     )
-    down, beside = end[:, 1] - start[:, 1], x - column
-    at = row * (width + 1) + column
-    gained = np.bincount(
-        np.append(at, at + 1), np.append(down * (1 - beside), down * beside), height * (width + 1)
-    )
-    share: npt.NDArray[np.float64] = np.abs(
-        np.cumsum(gained.reshape(height, width + 1), axis=1)[:, :width]
-    )
-    return np.minimum(share, 1)
+    sums = np.cumsum(gains.reshape(height, width + 1), axis=1)[:, :width]
+    share: Float64 = np.minimum(np.abs(sums), 1)
+    return share
 
 
-def _cut(
-    start: npt.NDArray[np.float64], end: npt.NDArray[np.float64], axis: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _cut(start: Float64, end: Float64, axis: int) -> tuple[Float64, Float64]:
     """Cut edges (n, 2) at whole numbers along the axis."""
-    low, high = np.floor(np.minimum(start, end)[:, axis]), np.ceil(np.maximum(start, end)[:, axis])
-    pieces = np.maximum(high - low, 1).astype(np.int64)
-    edge = np.repeat(np.arange(len(start)), pieces)
-    nth = np.arange(len(edge)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    whole = (end - start)[edge]
-    run = np.where(whole[:, axis] == 0, 1, whole[:, axis])
+    low = np.floor(np.minimum(start, end)[:, axis])
+    high = np.ceil(np.maximum(start, end)[:, axis])
+    counts = np.maximum(high - low, 1).astype(np.int64)
+    edge = np.repeat(np.arange(len(start)), counts)
+    piece = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
+    vector = (end - start)[edge]
+    length = np.where(vector[:, axis] == 0, 1, vector[:, axis])
 
-    def ends(nth: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        line = np.where(run > 0, low[edge] + nth, high[edge] - nth)
-        along = np.where(
-            nth == 0, 0, np.where(nth == pieces[edge], 1, (line - start[edge, axis]) / run)
-        )
-        return start[edge] + along[:, None] * whole
+    def locate_cuts(number: Int64) -> Float64:
+        """Return the point (x, y) of cut `number` on each piece's edge. 0 is the edge's start."""
+        line = np.where(length > 0, low[edge] + number, high[edge] - number)
+        inner = (line - start[edge, axis]) / length
+        position = np.where(number == 0, 0, np.where(number == counts[edge], 1, inner))
+        points: Float64 = start[edge] + position[:, None] * vector
+        return points
 
-    return ends(nth), ends(nth + 1)
-
-
-def on_grid(polygons: gpd.GeoDataFrame, grid: GeoBox, needed: bool = True) -> gpd.GeoDataFrame:
-    """Return the rows on the grid, in its CRS. Raise LabelError for no rows if `needed`."""
-    extent = gpd.GeoSeries([grid.extent.geom], crs=str(grid.crs)).segmentize(1000)
-    same = polygons.crs == extent.crs
-    # Edges are straight in their own CRS. Pieces of about a kilometre keep them within 3 cm.
-    drawn = (
-        polygons
-        if same
-        else polygons.set_geometry(
-            polygons.segmentize(0.01 if polygons.crs.is_geographic else 1000)
-        )
-    )
-    lonlat = drawn.to_crs(4326).geometry
-    if not np.isfinite(shapely.get_coordinates(lonlat)).all():
-        raise LabelError(
-            "some polygons cannot be placed on the globe: their coordinates do not fit their CRS; state the right one"
-        )
-    around = extent.to_crs(4326)
-    if not same:  # shapes far away have no place in this projection, so cut in degrees
-        drawn = drawn.set_geometry(lonlat.intersection(shapely.box(*around.total_bounds))).to_crs(
-            extent.crs
-        )
-    here = drawn[drawn.intersects(extent.iloc[0])]
-    if here.empty and needed:
-        swap = likely_swap(swaps_that_place(polygons.geometry, around.iloc[0]))
-        raise LabelError(_how_far(lonlat, around.iloc[0].centroid) + swap)
-    return here
+    return locate_cuts(piece), locate_cuts(piece + 1)
 
 
-def _how_far(lonlat: gpd.GeoSeries, centre: shapely.Point) -> str:
-    lon, lat = shapely.get_coordinates(lonlat).T
-    metres = Geod(ellps="WGS84").inv(
-        np.full_like(lon, centre.x), np.full_like(lat, centre.y), lon, lat
-    )[2]
-    at = int(np.argmin(metres))
-    return (
-        f"no polygon reaches the grid around {centre.x:.3f}, {centre.y:.3f}: the nearest of {len(lonlat)} is "
-        f"{metres[at] / 1000:.1f} km away, at {lon[at]:.3f}, {lat[at]:.3f}; its mask would be all 'not mine', so check "
-        "the site, the CRS and the order of longitude and latitude"
-    )
+def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
+    """Return the index of mine rows without a pixel's centre, not drawn by `rasterize`."""
+    mines = polygons.loc[~mark_surveyed(polygons), ["geometry"]]
+    placed = on_grid(mines, grid, required=False)
+    # A shape's area is at most its length times the radius of its largest circle. A circle with
+    # radius of half a pixel's diagonal contains a centre.
+    radius = np.hypot(grid.resolution.x, grid.resolution.y) / 2
+    may_miss = (placed.area <= placed.length * radius) & placed.within(grid.extent.geom)
+    small = placed[may_miss]
+    is_drawn = [_has_centre(shape, _crop_around(grid, shape)) for shape in small.geometry]
+    rows: pd.Index = small.index[~np.array(is_drawn, bool)]
+    return rows
+
+
+def _has_centre(shape: shapely.Geometry, grid: GeoBox) -> bool:
+    """Return whether `rasterize` draws a pixel. It samples each pixel slightly off its centre."""
+    height, width = grid.shape
+    column, row = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    x, y = grid.affine * OFF_EDGES * (column, row)
+    return bool(shapely.contains_xy(shape, x, y).any())
+
+
+def _crop_around(grid: GeoBox, shape: shapely.Geometry) -> GeoBox:
+    """Return the part of the grid around a shape inside it."""
+    x, y = ~grid.affine * np.reshape(shape.bounds, (2, 2)).T
+    rows = slice(max(int(min(y)), 0), int(max(y)) + 1)
+    columns = slice(max(int(min(x)), 0), int(max(x)) + 1)
+    return grid[rows, columns]
 
 
 def vectorize(
@@ -275,46 +261,53 @@ def vectorize(
     if footprint.dims != ("year", "y", "x") or footprint.shape[1:] != tuple(grid.shape):
         expected = f"year, y, x with {grid.shape[0]} x {grid.shape[1]} px"
         raise LabelError(
-            f"footprint of {site}: expected {expected}, found {dict(footprint.sizes)}; it is of another grid"
+            f"footprint of {site}: expected {expected}, found {dict(footprint.sizes)}; "
+            "it is of another grid"
         )
     if not min_area_m2 >= 0:
         raise LabelError(f"expected a minimum mapping unit of 0 m2 or more, found {min_area_m2:g}")
-    regions = []
+    years: list[int] = []
+    regions: list[shapely.Polygon] = []
     for year in footprint.year.to_numpy():
-        mine = (footprint.sel(year=year).to_numpy() == MINE).astype(np.uint8)
-        found = features.shapes(mine, mask=mine.astype(bool), connectivity=4, transform=grid.affine)
-        regions += [(int(year), shapely.geometry.shape(shape)) for shape, _ in found]
-    shapes = _without_small_holes([shape for _, shape in regions], grid, min_area_m2)
+        regions_of_year = _outline_regions(footprint.sel(year=year).to_numpy() == MINE, grid.affine)
+        years += [int(year)] * len(regions_of_year)
+        regions += regions_of_year
+    shapes = _fill_small_holes(regions, grid, min_area_m2)
     columns = {
-        "site": pd.Series([site] * len(regions), dtype="str"),
-        "year": pd.Series([year for year, _ in regions], dtype="int64"),
-        "area_m2": area_m2(shapes, grid),
+        "site": pd.Series([site] * len(years), dtype="str"),
+        "year": pd.Series(years, dtype="int64"),
+        "area_m2": compute_areas_m2(shapes, grid),
     }
-    drawn = gpd.GeoDataFrame(columns, geometry=shapes, crs=str(grid.crs))
-    return drawn[drawn["area_m2"] >= min_area_m2].reset_index(drop=True)
+    outlines = gpd.GeoDataFrame(columns, geometry=shapes, crs=str(grid.crs))
+    return outlines[outlines["area_m2"] >= min_area_m2].reset_index(drop=True)
 
 
-def area_m2(shapes: gpd.GeoSeries, grid: GeoBox) -> pd.Series:
+def _outline_regions(is_mine: Bool, transform: Affine) -> list[shapely.Polygon]:
+    """Draw each region (y, x) connected over pixel edges as a polygon along pixel edges."""
+    outlines = features.shapes(
+        is_mine.astype(np.uint8), mask=is_mine, connectivity=4, transform=transform
+    )
+    return [shapely.geometry.shape(outline) for outline, _ in outlines]
+
+
+def compute_areas_m2(shapes: gpd.GeoSeries, grid: GeoBox) -> pd.Series:
     """Compute areas in the grid's equal-area projection."""
     # Cut edges into kilometres, since long straight edges bend in another projection.
     areas: pd.Series = shapes.segmentize(1000).to_crs(equal_area_crs(grid)).area.astype("float64")
     return areas
 
 
-def _without_small_holes(
-    shapes: list[shapely.Polygon], grid: GeoBox, min_area_m2: float
+def _fill_small_holes(
+    shapes: Sequence[shapely.Polygon], grid: GeoBox, min_area_m2: float
 ) -> gpd.GeoSeries:
-    holes = [hole for shape in shapes for hole in shape.interiors]
-    of = [n for n, shape in enumerate(shapes) for _ in shape.interiors]
-    large = (
-        area_m2(gpd.GeoSeries([shapely.Polygon(hole) for hole in holes], crs=str(grid.crs)), grid)
-        >= min_area_m2
-    )
-    kept: dict[int, list[shapely.LinearRing]] = {n: [] for n in of}
-    for n, hole, is_large in zip(of, holes, large, strict=True):
-        if is_large:
-            kept[n].append(hole)
-    filled = [
-        shapely.Polygon(s.exterior, kept[n]) if n in kept else s for n, s in enumerate(shapes)
-    ]
-    return gpd.GeoSeries(filled, crs=str(grid.crs))
+    crs = str(grid.crs)
+    rings_of_shapes = [list(shape.interiors) for shape in shapes]
+    holes = [shapely.Polygon(ring) for rings in rings_of_shapes for ring in rings]
+    areas = iter(compute_areas_m2(gpd.GeoSeries(holes, crs=crs), grid))
+    filled = []
+    for shape, rings in zip(shapes, rings_of_shapes, strict=True):
+        large = [ring for ring in rings if next(areas) >= min_area_m2]
+        if len(large) < len(rings):
+            shape = shapely.Polygon(shape.exterior, large)
+        filled.append(shape)
+    return gpd.GeoSeries(filled, crs=crs)

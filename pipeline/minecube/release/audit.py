@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,20 +17,20 @@ from typing import Any
 
 import geopandas as gpd
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 
 from minecube import images
+from minecube.arrays import Int16
 from minecube.catalog import BANDS, Release, Site
 from minecube.errors import ReleaseError
 from minecube.network import ForbiddenError
-from minecube.release import Imported
 from minecube.release.archive import MOST_BYTES, MOST_PX, Archive
+from minecube.release.imported import Imported
 
-NEAR_M = 5000
+NEIGHBOUR_M = 5000
 """Sites closer than this share ground or weather, and leak test answers across a split."""
 JUMP = 0.1
 """Implausible share of a site's pixels changed in one year. Mean over Europe: about 0.005."""
@@ -38,8 +39,17 @@ STEP = 500
 
 Half of BOA_ADD_OFFSET.
 """
-_AT_ONCE = 3  # images read in parallel
-_SAME = 0.05  # tolerated relative difference from published statistics
+_PARALLEL_IMAGES = 3
+_TOLERANCE = 0.05  # relative difference from published statistics
+_NAME_CHECKS = {
+    "renamed": ("name", "is not named YearYYYY.tif"),
+    "twice": (
+        "repeated member",
+        "is of a site and year that another member has; it is not used",
+    ),
+    "strange": ("strange member", "is neither an image nor a label of a site and year"),
+}
+"""List of members in import.json -> name of the check, text of the finding."""
 
 
 @dataclass(frozen=True, order=True)
@@ -69,27 +79,32 @@ def audit(
         split: The split, including repetitions.
         pixels: `pixel_sums` of its images. Without it, the pixel checks are skipped.
     """
-    found = [
-        *_names(imported.about),
-        *_sites(imported.years, release, split),
-        *_years(imported.years, release),
-        *_labels(imported.years),
-        *_images(imported.years),
-        *_neighbours(imported.sites, split),
-        *_jumps(imported.changes),
+    findings = [
+        *_check_names(imported.about),
+        *_check_sites(imported.years, release, split),
+        *_check_repeated_images(imported.years),
+        *_check_years(imported.years, release),
+        *_check_labels(imported.years),
+        *_check_images(imported.years),
+        *_check_grids(imported.years),
+        *_check_neighbours(imported.sites, split),
+        *_check_jumps(imported.changes),
     ]
     if pixels is not None:
-        found += [*_steps(pixels), *_statistics(band_statistics(pixels, release))]
-    return sorted(found)
+        findings += [*_check_steps(pixels), *_check_statistics(band_statistics(pixels, release))]
+    return sorted(findings)
 
 
-def split_of(release: Release, known: Iterable[Site]) -> Split:
+def split_of(release: Release, catalogue: Iterable[Site]) -> Split:
     """Return the published split from the catalogue."""
-    found: dict[str, list[str]] = {}
-    for site in known:
+    split: dict[str, list[str]] = {}
+    for site in catalogue:
         if site.split and (site.labels or "").startswith(release.name):
-            found.setdefault(site.split, []).extend([site.id] * (1 + (site.id in release.repeated)))
-    return found
+            names = split.setdefault(site.split, [])
+            names.append(site.id)
+            if site.id in release.repeated:
+                names.append(site.id)
+    return split
 
 
 def read_split(path: Path) -> Split:
@@ -101,16 +116,26 @@ def read_split(path: Path) -> Split:
         ReleaseError: the file is unreadable or has another format.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        split = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ReleaseError(f"{path}: cannot be read as a split ({error}); expected JSON") from error
-    parts = content if isinstance(content, dict) else {}
-    names = [n for part in parts.values() for n in (part if isinstance(part, list) else [None])]
-    if not names or not all(isinstance(n, str) for n in names):
+    if not _is_split(split):
         raise ReleaseError(
-            f'{path}: expected {{"train": ["Germany_1", ...], "val": [...], ...}}, found something else'
+            f'{path}: expected {{"train": ["Germany_1", ...], "val": [...], ...}}, '
+            "found something else"
         )
-    return parts
+    checked: Split = split
+    return checked
+
+
+def _is_split(content: Any) -> bool:
+    """Return whether JSON content maps parts to lists of names, with at least one name."""
+    if not isinstance(content, dict) or not any(content.values()):
+        return False
+    return all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for names in content.values()
+    )
 
 
 def change_rates(changes: pd.DataFrame) -> pd.DataFrame:
@@ -119,14 +144,14 @@ def change_rates(changes: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns year_1, year_2, pixels, appeared, vanished, rate (a ratio of sums).
     """
-    summed = changes.groupby(["year_1", "year_2"], as_index=False)[
+    counts = changes.groupby(["year_1", "year_2"], as_index=False)[
         ["pixels", "appeared", "vanished"]
     ].sum()
-    return summed.assign(rate=(summed["appeared"] + summed["vanished"]) / summed["pixels"])
+    return counts.assign(rate=(counts["appeared"] + counts["vanished"]) / counts["pixels"])
 
 
 def pixel_sums(
-    archive: Archive, years: pd.DataFrame, done: Callable[[str], None] = lambda _: None
+    archive: Archive, years: pd.DataFrame, report_site: Callable[[str], None] = lambda _: None
 ) -> pd.DataFrame:
     """Sum the pixels of all images. This reads the whole archive.
 
@@ -139,22 +164,36 @@ def pixel_sums(
     Raises:
         ReleaseError: an image cannot be read.
     """
-    images = list(_rows(years[years["image"].notna()]))
+    site_years = list(_iterate_rows(years[years["image"].notna()]))
     sums: list[tuple[Any, ...]] = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(_AT_ONCE) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(_PARALLEL_IMAGES) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # already reported as a finding
-        for row, of_image in zip(
-            images, pool.map(lambda r: _image_sums(archive, r), images), strict=True
-        ):
-            sums += of_image
-            done(row.site)
+        sums_of_images = pool.map(lambda row: _sum_image(archive, row.image), site_years)
+        for row, sums_of_image in zip(site_years, sums_of_images, strict=True):
+            sums += [(row.site, row.year, *sums_of_band) for sums_of_band in sums_of_image]
+            report_site(row.site)
     return pd.DataFrame(sums, columns=["site", "year", "band", "pixels", "sum", "squares", "low"])
 
 
-def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
-    ((name, content),) = archive.read([row.image])
+def _sum_image(archive: Archive, name: str) -> list[tuple[str, int, int, int, float]]:
+    """Return band, number of pixels, sum, sum of squares and first percentile of each band."""
+    ((_, content),) = archive.read([name])
     if not content:
         return []  # unreadable, already reported as a finding
+    values = _read_pixels(archive, name, content)
+    values = values[:, (values != 0).any(axis=0)]
+    sums = []
+    for band, band_values in zip(BANDS, values, strict=False):
+        low = np.nan
+        if band_values.size:
+            low = float(np.percentile(band_values, 1))
+        exact = band_values.astype(np.int64)
+        sums.append((band, band_values.size, int(exact.sum()), int((exact**2).sum()), low))
+    return sums
+
+
+def _read_pixels(archive: Archive, name: str, content: bytes) -> Int16:
+    """Read an image as int16 [band, pixel]."""
     try:
         with (
             rasterio.Env(**images.SETTINGS),
@@ -163,21 +202,12 @@ def _image_sums(archive: Archive, row: Any) -> list[tuple[Any, ...]]:
                 memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES
             ) as image,
         ):
-            values: npt.NDArray[np.int16] = image.read().reshape(image.count, -1)
+            values: Int16 = image.read().reshape(image.count, -1)
+            return values
     except (RasterioError, ForbiddenError) as error:
         raise ReleaseError(
-            f"{archive.where}: its member {name} is no image ({error}); get the archive again"
+            f"{archive.location}: its member {name} is no image ({error}); get the archive again"
         ) from error
-    values, found = values[:, (values != 0).any(axis=0)], []
-    for band, of_band in zip(BANDS, values, strict=False):
-        low, exact = (
-            float(np.percentile(of_band, 1)) if of_band.size else np.nan,
-            of_band.astype(np.int64),
-        )
-        found.append(
-            (row.site, row.year, band, of_band.size, int(exact.sum()), int((exact**2).sum()), low)
-        )
-    return found
 
 
 def band_statistics(pixels: pd.DataFrame, release: Release) -> pd.DataFrame:
@@ -185,208 +215,195 @@ def band_statistics(pixels: pd.DataFrame, release: Release) -> pd.DataFrame:
 
     If the release publishes statistics, its values and the corrected published deviation are added.
     """
-    summed = pixels.groupby("band")[["pixels", "sum", "squares"]].sum().reindex(BANDS)
-    mean = summed["sum"] / summed["pixels"]
-    # Exact integers: the difference of two large floats would lose digits.
-    std = [
-        (int(q) * int(n) - int(s) ** 2) ** 0.5 / int(n) if n > 0 else np.nan
-        for n, s, q in summed.fillna(0).itertuples(index=False)
-    ]
+    sums = pixels.groupby("band")[["pixels", "sum", "squares"]].sum().reindex(BANDS)
+    mean = sums["sum"] / sums["pixels"]
+    std = [_compute_std(*row) for row in sums.fillna(0).itertuples(index=False)]
     table = pd.DataFrame({"mean": mean, "std": std}, index=pd.Index(BANDS, name="band"))
     if release.band_mean:
-        table["published_mean"], table["published_std"] = release.band_mean, release.band_std
+        table["published_mean"] = release.band_mean
+        table["published_std"] = release.band_std
         table["corrected_std"] = table["published_std"] * 2**0.5
     return table
 
 
-def _names(about: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
-    for kind, check, text in (
-        ("renamed", "name", "is not named YearYYYY.tif"),
-        (
-            "twice",
-            "repeated member",
-            "is of a site and year that another member has; it is not used",
-        ),
-        ("strange", "strange member", "is neither an image nor a label of a site and year"),
-    ):
-        yield from (Finding(check, "", 0, f"{name} {text}") for name in about[kind])
+def _compute_std(count: float, total: float, squares: float) -> float:
+    """Compute a standard deviation from a number of values, their sum and sum of squares."""
+    if count <= 0:
+        return np.nan
+    # Exact integers: the difference of two large floats would lose digits.
+    variance = int(squares) * int(count) - int(total) ** 2
+    std: float = variance**0.5 / int(count)
+    return std
 
 
-def _sites(years: pd.DataFrame, release: Release, split: Split) -> Iterator[Finding]:
-    there, parts_of = set(years["site"]), _parts_of(split)
-    if len(there) != release.sites:
-        yield Finding("sites", "", 0, f"expected {release.sites} sites, found {len(there)}")
+def _check_names(notes: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    for key, (check, text) in _NAME_CHECKS.items():
+        for name in notes[key]:
+            yield Finding(check, "", 0, f"{name} {text}")
+
+
+def _check_sites(years: pd.DataFrame, release: Release, split: Split) -> Iterator[Finding]:
+    archive_sites = set(years["site"])
+    parts_of = _list_parts(split)
+    if len(archive_sites) != release.sites:
+        yield Finding("sites", "", 0, f"expected {release.sites} sites, found {len(archive_sites)}")
     if len(parts_of) != release.sites:
-        yield Finding(
-            "split",
-            "",
-            0,
-            f"the split names {len(parts_of)} distinct sites, for {release.sites} of the release",
-        )
+        text = f"the split names {len(parts_of)} distinct sites, for {release.sites} of the release"
+        yield Finding("split", "", 0, text)
     for site, parts in parts_of.items():
         if len(parts) > 1:
-            where = (
-                f"{len(parts)} times in {parts[0]}"
-                if len(set(parts)) == 1
-                else f"in {' and in '.join(parts)}"
-            )
-            yield Finding("split", site, 0, f"is named {where}")
-        if site not in there:
+            yield Finding("split", site, 0, f"is named {_describe_parts(parts)}")
+        if site not in archive_sites:
             yield Finding("split", site, 0, f"is in the split ({parts[0]}), and not in the archive")
-    for site in sorted(there - set(parts_of)):
+    for site in sorted(archive_sites - set(parts_of)):
         yield Finding("split", site, 0, "is in the archive, and not in the split")
-    for site in sorted(there & set(release.excluded)):
+    for site in sorted(archive_sites & set(release.excluded)):
         yield Finding("split", site, 0, "is passed over by the authors' code")
-    images = years[years["image_crc"].notna()]
-    for _, same in images.groupby(["year", "image_crc", "height", "width"]):
-        if len(same) > 1:
-            first, *others = _rows(same)
-            yield from (
-                Finding("repeated site", o.site, o.year, f"has the image of {first.site}")
-                for o in others
-            )
 
 
-def _years(years: pd.DataFrame, release: Release) -> Iterator[Finding]:
+def _describe_parts(parts: Sequence[str]) -> str:
+    if len(set(parts)) == 1:
+        return f"{len(parts)} times in {parts[0]}"
+    return f"in {' and in '.join(parts)}"
+
+
+def _check_repeated_images(years: pd.DataFrame) -> Iterator[Finding]:
+    site_years = years[years["image_crc"].notna()]
+    for _, copies in site_years.groupby(["year", "image_crc", "height", "width"]):
+        original, *repetitions = _iterate_rows(copies)
+        for row in repetitions:
+            yield Finding("repeated site", row.site, row.year, f"has the image of {original.site}")
+
+
+def _check_years(years: pd.DataFrame, release: Release) -> Iterator[Finding]:
     for site, rows in years.groupby("site"):
         for kind in ("image", "label"):
-            lacking = sorted(set(release.years) - set(rows.loc[rows[kind].notna(), "year"]))
-            yield from (
-                Finding("year missing", str(site), year, f"has no {kind}") for year in lacking
-            )
-        yield from (
-            Finding("year", str(site), int(y), "is not a year of the release")
-            for y in sorted(set(rows["year"]) - set(release.years))
-        )
+            missing = set(release.years) - set(rows.loc[rows[kind].notna(), "year"])
+            for year in sorted(missing):
+                yield Finding("year missing", str(site), year, f"has no {kind}")
+        for year in sorted(set(rows["year"]) - set(release.years)):
+            yield Finding("year", str(site), int(year), "is not a year of the release")
 
 
-def _labels(years: pd.DataFrame) -> Iterator[Finding]:
-    for row in _rows(years[years["label"].notna()]):
+def _check_labels(years: pd.DataFrame) -> Iterator[Finding]:
+    for row in _iterate_rows(years[years["label"].notna()]):
         if row.problem and row.problem.startswith("label"):
-            yield Finding(
-                "label",
-                row.site,
-                row.year,
-                f"{row.problem.removeprefix('label: ')}; it is left out",
-            )
+            text = f"{row.problem.removeprefix('label: ')}; it is left out"
+            yield Finding("label", row.site, row.year, text)
         elif row.mine_px == 0:
             yield Finding("label empty", row.site, row.year, "has no mine")
         elif row.mine_px == row.label_height * row.label_width:
             yield Finding("label full", row.site, row.year, "is mine everywhere")
 
 
-def _images(years: pd.DataFrame) -> Iterator[Finding]:
-    images = years[years["image"].notna()]
-    for row in _rows(images):
+def _check_images(years: pd.DataFrame) -> Iterator[Finding]:
+    for row in _iterate_rows(years[years["image"].notna()]):
         if row.problem and row.problem.startswith("image"):
-            yield Finding(
-                "image",
-                row.site,
-                row.year,
-                f"{row.problem.removeprefix('image: ')}; its label has no place",
-            )
+            text = f"{row.problem.removeprefix('image: ')}; its label has no place"
+            yield Finding("image", row.site, row.year, text)
         if row.dtype and (row.bands, row.dtype) != (len(BANDS), "int16"):
-            found = f"expected {len(BANDS)} bands of int16, found {int(row.bands)} of {row.dtype}"
-            yield Finding("image", row.site, row.year, found)
-    for site, rows in images[~images["problem"].fillna("").str.startswith("image")].groupby("site"):
-        grids = [
-            (r.year, (r.height, r.width, *r.transform)) for r in _rows(rows.sort_values("year"))
-        ]
-        for (_, before), (year, after) in itertools.pairwise(grids):
-            if before != after:
-                yield Finding("grid", str(site), year, _moved(before, after))
+            text = f"expected {len(BANDS)} bands of int16, found {int(row.bands)} of {row.dtype}"
+            yield Finding("image", row.site, row.year, text)
 
 
-def _moved(before: tuple[float, ...], after: tuple[float, ...]) -> str:
-    (height, width, size, _, west, _, down, north), (rows, columns, *_) = before, after
-    right, below = (after[4] - west) / size, (after[7] - north) / down
-    here, there = f"{rows:.0f} x {columns:.0f}", f"{height:.0f} x {width:.0f}"
-    sizes = f" and has {here} pixels instead of {there}" if here != there else ""
-    return f"lies {right:+.2f} pixels to the right and {below:+.2f} down of the year before{sizes}"
+def _check_grids(years: pd.DataFrame) -> Iterator[Finding]:
+    has_image_problem = years["problem"].fillna("").str.startswith("image")
+    placed = years[years["image"].notna() & ~has_image_problem]
+    for site, rows in placed.groupby("site"):
+        for earlier, row in itertools.pairwise(_iterate_rows(rows.sort_values("year"))):
+            grid = (row.height, row.width, *row.transform)
+            earlier_grid = (earlier.height, earlier.width, *earlier.transform)
+            if grid != earlier_grid:
+                yield Finding("grid", str(site), row.year, _describe_move(earlier, row))
 
 
-def _parts_of(split: Split) -> dict[str, list[str]]:
+def _describe_move(earlier: Any, row: Any) -> str:
+    """Describe the change of an image's grid between two rows of `years`."""
+    pixel_width, _, west, _, pixel_height, north = earlier.transform
+    _, _, new_west, _, _, new_north = row.transform
+    right = (new_west - west) / pixel_width
+    down = (new_north - north) / pixel_height
+    text = f"lies {right:+.2f} pixels to the right and {down:+.2f} down of the year before"
+    size = f"{row.height:.0f} x {row.width:.0f}"
+    earlier_size = f"{earlier.height:.0f} x {earlier.width:.0f}"
+    if size == earlier_size:
+        return text
+    return f"{text} and has {size} pixels instead of {earlier_size}"
+
+
+def _list_parts(split: Split) -> dict[str, list[str]]:
     """Map each site to its parts of the split, with repetitions."""
-    found: dict[str, list[str]] = {}
-    for part, names in split.items():
-        for name in names:
-            found.setdefault(name, []).append(part)
-    return found
+    parts_of: dict[str, list[str]] = {}
+    for part, sites in split.items():
+        for site in sites:
+            parts_of.setdefault(site, []).append(part)
+    return parts_of
 
 
-def _neighbours(sites: gpd.GeoDataFrame, split: Split) -> Iterator[Finding]:
-    part_of = {site: parts[0] for site, parts in _parts_of(split).items()}
-    placed = sites[sites["id"].isin(list(part_of))].to_crs(3035)
-    placed = placed.assign(split=placed["id"].map(part_of))
-    pairs = placed.sindex.query(placed.geometry, predicate="dwithin", distance=NEAR_M)
-    for a, b in zip(*pairs, strict=True):
-        one, other = placed.iloc[a], placed.iloc[b]
-        if a < b and one["split"] != other["split"]:
-            apart = one.geometry.distance(other.geometry)
-            how = f"lies {apart / 1000:.1f} km from" if apart else "overlaps"
-            yield Finding(
-                "neighbours",
-                one["id"],
-                0,
-                f"({one['split']}) {how} {other['id']} ({other['split']})",
-            )
+def _check_neighbours(sites: gpd.GeoDataFrame, split: Split) -> Iterator[Finding]:
+    part_of = {site: parts[0] for site, parts in _list_parts(split).items()}
+    in_split = sites[sites["id"].isin(list(part_of))].to_crs(3035)
+    in_split = in_split.assign(split=in_split["id"].map(part_of))
+    pairs = in_split.sindex.query(in_split.geometry, predicate="dwithin", distance=NEIGHBOUR_M)
+    for index, neighbour_index in zip(*pairs, strict=True):
+        site = in_split.iloc[index]
+        neighbour = in_split.iloc[neighbour_index]
+        if index < neighbour_index and site["split"] != neighbour["split"]:
+            relation = "overlaps"
+            distance = site.geometry.distance(neighbour.geometry)
+            if distance:
+                relation = f"lies {distance / 1000:.1f} km from"
+            text = f"({site['split']}) {relation} {neighbour['id']} ({neighbour['split']})"
+            yield Finding("neighbours", site["id"], 0, text)
 
 
-def _jumps(changes: pd.DataFrame) -> Iterator[Finding]:
-    following = changes[changes["year_2"] == changes["year_1"] + 1]
-    for row in _rows(following):
+def _check_jumps(changes: pd.DataFrame) -> Iterator[Finding]:
+    consecutive = changes[changes["year_2"] == changes["year_1"] + 1]
+    for row in _iterate_rows(consecutive):
         rate = (row.appeared + row.vanished) / row.pixels
         if rate > JUMP:
-            yield Finding(
-                "label jump",
-                row.site,
-                row.year_2,
-                f"{rate:.1%} of its pixels changed since the year before",
-            )
+            text = f"{rate:.1%} of its pixels changed since the year before"
+            yield Finding("label jump", row.site, row.year_2, text)
 
 
-def _steps(pixels: pd.DataFrame) -> Iterator[Finding]:
+def _check_steps(pixels: pd.DataFrame) -> Iterator[Finding]:
     for site, rows in pixels.groupby("site"):
         low = rows.pivot_table(index="year", columns="band", values="low").sort_index()
-        for (_, before), (year, after) in itertools.pairwise(
-            zip(low.index, low.to_numpy(), strict=True)
-        ):
-            least, most = float(np.min(after - before)), float(np.max(after - before))
-            if least > STEP or most < -STEP:
-                found = f"the darkest pixels of all bands step by {least:+.0f} to {most:+.0f} from the year before"
-                yield Finding("offset", str(site), int(year), found)
+        steps = np.diff(low.to_numpy(), axis=0)
+        for year, step in zip(low.index[1:], steps, strict=True):
+            smallest = float(np.min(step))
+            largest = float(np.max(step))
+            if smallest > STEP or largest < -STEP:
+                text = (
+                    "the darkest pixels of all bands step "
+                    f"by {smallest:+.0f} to {largest:+.0f} from the year before"
+                )
+                yield Finding("offset", str(site), int(year), text)
 
 
-def _statistics(bands: pd.DataFrame) -> Iterator[Finding]:
+def _check_statistics(bands: pd.DataFrame) -> Iterator[Finding]:
     if "published_mean" not in bands:
         return
     for band, row in bands.to_dict("index").items():
-        if abs(row["mean"] / row["published_mean"] - 1) > _SAME:
-            yield Finding(
-                "band statistics",
-                "",
-                0,
-                f"{band}: mean {row['mean']:.1f}, published {row['published_mean']:.1f}",
+        if abs(row["mean"] / row["published_mean"] - 1) > _TOLERANCE:
+            text = f"{band}: mean {row['mean']:.1f}, published {row['published_mean']:.1f}"
+            yield Finding("band statistics", "", 0, text)
+        if abs(row["std"] / row["published_std"] - 1) > _TOLERANCE:
+            reason = "and that is not for the square root of 2"
+            if abs(row["std"] / row["corrected_std"] - 1) <= _TOLERANCE:
+                reason = "which is the true one divided by the square root of 2"
+            text = (
+                f"{band}: standard deviation {row['std']:.1f}, "
+                f"published {row['published_std']:.1f}, {reason}"
             )
-        if abs(row["std"] / row["published_std"] - 1) > _SAME:
-            near = abs(row["std"] / row["corrected_std"] - 1) <= _SAME
-            why = (
-                "which is the true one divided by the square root of 2"
-                if near
-                else "and that is not for the square root of 2"
-            )
-            found = f"{band}: standard deviation {row['std']:.1f}, published {row['published_std']:.1f}, {why}"
-            yield Finding("band statistics", "", 0, found)
+            yield Finding("band statistics", "", 0, text)
 
 
-def _rows(table: pd.DataFrame) -> Iterable[Any]:
+def _iterate_rows(table: pd.DataFrame) -> Iterable[Any]:
     """Iterate over rows with columns as attributes of any type."""
     return table.itertuples()
 
 
-def counted(found: Iterable[Finding]) -> dict[str, int]:
+def counted(findings: Iterable[Finding]) -> dict[str, int]:
     """Count the findings of each check."""
-    of: dict[str, int] = {}
-    for finding in found:
-        of[finding.check] = of.get(finding.check, 0) + 1
-    return of
+    return dict(Counter(finding.check for finding in findings))

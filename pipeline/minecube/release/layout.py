@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox
@@ -28,21 +27,23 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 from scipy import ndimage
 
+from minecube.arrays import AnyArray, Bool, Float64, Int16, UInt8
+from minecube.codes import HALF, MINE
+from minecube.codes import UNKNOWN as UNKNOWN
 from minecube.errors import ReleaseError
 from minecube.files import replacing
 from minecube.grid import PIXEL_DEG
+from minecube.release.sites import ARCHIVE_MINE
 
 FOLDER = "EuroMineNet"
 _SLACK_M = 1.0  # the cube's grid follows edges, straight in degrees, only at sampled points
-FULL, UNKNOWN = 250, 255
-"""Values of `footprint_fraction`: fully covered, and unknown."""
+_EDGE_POINTS = 65
 
 
 def release_grid(year: Any) -> GeoBox:
     """Build the grid of a site and year from its row of `years` in an import."""
-    return GeoBox(
-        (int(year["height"]), int(year["width"])), Affine(*year["transform"]), year["crs"]
-    )
+    shape = (int(year["height"]), int(year["width"]))
+    return GeoBox(shape, Affine(*year["transform"]), year["crs"])
 
 
 def own_grid(grid: GeoBox) -> GeoBox:
@@ -50,21 +51,23 @@ def own_grid(grid: GeoBox) -> GeoBox:
 
     Use it for sites outside the release.
     """
-    above, below, before, after = _edges(grid, "EPSG:4326")
-    west, east, south, north = (
-        before[:, 0].max(),
-        after[:, 0].min(),
-        below[:, 1].max(),
-        above[:, 1].min(),
-    )
-    left, top = math.ceil(west / PIXEL_DEG), math.floor(north / PIXEL_DEG)
-    shape = (top - math.ceil(south / PIXEL_DEG), math.floor(east / PIXEL_DEG) - left)
+    north_edge, south_edge, west_edge, east_edge = _project_edges(grid, "EPSG:4326")
+    first_column = math.ceil(west_edge[:, 0].max() / PIXEL_DEG)
+    last_column = math.floor(east_edge[:, 0].min() / PIXEL_DEG)
+    first_row = math.floor(
+        north_edge[:, 1].min() / PIXEL_DEG
+    )  # counted from the equator, northward
+    last_row = math.ceil(south_edge[:, 1].max() / PIXEL_DEG)
+    west = first_column * PIXEL_DEG
+    north = first_row * PIXEL_DEG
     return GeoBox(
-        shape, Affine(PIXEL_DEG, 0, left * PIXEL_DEG, 0, -PIXEL_DEG, top * PIXEL_DEG), "EPSG:4326"
+        (first_row - last_row, last_column - first_column),
+        Affine(PIXEL_DEG, 0, west, 0, -PIXEL_DEG, north),
+        "EPSG:4326",
     )
 
 
-def image_on(reflectance: xr.DataArray, grid: GeoBox) -> npt.NDArray[np.int16]:
+def image_on(reflectance: xr.DataArray, grid: GeoBox) -> Int16:
     """Resample a year's reflectance bilinearly to another grid.
 
     Pixels with less than half of their weight observed become 0.
@@ -79,22 +82,18 @@ def image_on(reflectance: xr.DataArray, grid: GeoBox) -> npt.NDArray[np.int16]:
     Raises:
         ReleaseError: the grid extends beyond the cube.
     """
-    there = reflectance.odc.geobox
-    need_within(there, grid)
-    at, out = _centres(grid, there), np.zeros((reflectance.sizes["band"], *grid.shape), np.int16)
-    for band, into in zip(reflectance.values, out, strict=True):
-        value, share = _between(band, band != 0, at)
-        np.copyto(
-            into,
-            np.minimum(np.rint(value), np.iinfo(np.int16).max).astype(np.int16),
-            where=share >= 0.5,
-        )
-    return out
+    cube_grid = reflectance.odc.geobox
+    need_within(cube_grid, grid)
+    positions = _locate_centres(grid, cube_grid)
+    image = np.zeros((reflectance.sizes["band"], *grid.shape), np.int16)
+    for source, target in zip(reflectance.values, image, strict=True):
+        values, weight = _interpolate(source, source != 0, positions)
+        limited = np.minimum(np.rint(values), np.iinfo(np.int16).max)
+        np.copyto(target, limited.astype(np.int16), where=weight >= 0.5)
+    return image
 
 
-def label_on(
-    footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBox
-) -> npt.NDArray[np.uint8] | None:
+def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBox) -> UInt8 | None:
     """Resample a year's footprint to another grid.
 
     Args:
@@ -109,91 +108,94 @@ def label_on(
     Raises:
         ReleaseError: the grid extends beyond the cube.
     """
-    there = footprint.odc.geobox
-    need_within(there, grid)
-    at = _centres(grid, there)
+    cube_grid = footprint.odc.geobox
+    need_within(cube_grid, grid)
+    positions = _locate_centres(grid, cube_grid)
     if fraction is None:
-        nearest = ndimage.map_coordinates(footprint.values, at, order=0, mode="nearest")
-        return None if (nearest == UNKNOWN).any() else (nearest * np.uint8(255)).astype(np.uint8)
-    covered, share = _between(fraction.values, fraction.values != UNKNOWN, at)
-    # At the edge of the mapped area one known neighbour is enough.
-    return None if (share == 0).any() else np.where(covered >= FULL / 2, np.uint8(255), np.uint8(0))
+        nearest = ndimage.map_coordinates(footprint.values, positions, order=0, mode="nearest")
+        is_unknown = nearest == UNKNOWN
+        is_mine = nearest == MINE
+    else:
+        share, weight = _interpolate(fraction.values, fraction.values != UNKNOWN, positions)
+        # At the edge of the mapped area one known neighbour is enough.
+        is_unknown = weight == 0
+        is_mine = share >= HALF
+    if is_unknown.any():
+        return None
+    return np.where(is_mine, np.uint8(ARCHIVE_MINE), np.uint8(0))
 
 
-def write(
-    out: Path,
-    site: str,
-    year: int,
-    image: npt.NDArray[np.int16],
-    label: npt.NDArray[np.uint8] | None,
-    grid: GeoBox,
-) -> None:
+def write(out: Path, site: str, year: int, image: Int16, label: UInt8 | None, grid: GeoBox) -> None:
     """Write a year of a site in the release's layout below `out`, replacing older files.
 
     Raises:
         ReleaseError: writing fails.
     """
-    place = {"crs": str(grid.crs), "transform": grid.affine}
-    _write(out / FOLDER / site / "image" / f"Year{year}.tif", image, place)
-    path = out / FOLDER / site / "label" / f"Year{year}.tif"
+    folder = out / FOLDER / site
+    georeference = {"crs": str(grid.crs), "transform": grid.affine}
+    _write_tiff(folder / "image" / f"Year{year}.tif", image, georeference)
+    label_path = folder / "label" / f"Year{year}.tif"
     if label is not None:
-        _write(path, label[None], {})
+        _write_tiff(label_path, label[None], {})
     else:
-        path.unlink(missing_ok=True)  # from an earlier export of another cube
+        label_path.unlink(missing_ok=True)  # from an earlier export of another cube
 
 
-def iou(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
+def iou(label: UInt8, other_label: UInt8) -> float:
     """Compute intersection over union of two labels; 1 if both are empty."""
-    both, either = ((one > 0) & (other > 0)).sum(), ((one > 0) | (other > 0)).sum()
-    return float(both / either) if either else 1.0
+    intersection = ((label > 0) & (other_label > 0)).sum()
+    union = ((label > 0) | (other_label > 0)).sum()
+    if not union:
+        return 1.0
+    return float(intersection / union)
 
 
 def need_within(cube: GeoBox, grid: GeoBox) -> None:
     """Raise ReleaseError if a grid extends beyond the cube: outside would be false zeros."""
-    edges = np.concatenate(_edges(grid, str(cube.crs)))
-    left, bottom, right, top = cube.boundingbox
-    (west, south), (east, north) = edges.min(axis=0), edges.max(axis=0)
-    if min(west - left, south - bottom, right - east, top - north) < -_SLACK_M:
+    edges = np.concatenate(_project_edges(grid, str(cube.crs)))
+    west, south = edges.min(axis=0)
+    east, north = edges.max(axis=0)
+    cube_west, cube_south, cube_east, cube_north = cube.boundingbox
+    if min(west - cube_west, south - cube_south, cube_east - east, cube_north - north) < -_SLACK_M:
         raise ReleaseError(
-            f"the grid asked for ({west:.0f}, {south:.0f}, {east:.0f}, {north:.0f} in {cube.crs}) reaches beyond the cube's "
-            f"({left:.0f}, {bottom:.0f}, {right:.0f}, {top:.0f}), where nothing is known: build the cube on the area that the "
-            "import has of the site (--catalog FOLDER)"
+            f"the grid ({west:.0f}, {south:.0f}, {east:.0f}, {north:.0f} in EPSG:{cube.crs.epsg}) "
+            "reaches beyond the cube "
+            f"({cube_west:.0f}, {cube_south:.0f}, {cube_east:.0f}, {cube_north:.0f}); "
+            "build the cube on the import's area of the site (--catalog FOLDER)"
         )
 
 
-def _edges(grid: GeoBox, crs: str) -> tuple[npt.NDArray[np.float64], ...]:
+def _project_edges(grid: GeoBox, crs: str) -> tuple[Float64, Float64, Float64, Float64]:
     """Project points [n, 2] on the top, bottom, left and right edge of a grid."""
     height, width = grid.shape
-    at = np.linspace(0, 1, 65)
-    rows, columns = at * height, at * width
+    rows = np.linspace(0, 1, _EDGE_POINTS) * height
+    columns = np.linspace(0, 1, _EDGE_POINTS) * width
     transform = Transformer.from_crs(str(grid.crs), crs, always_xy=True).transform
 
-    def moved(row: npt.ArrayLike, column: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def project(row: float | Float64, column: float | Float64) -> Float64:
         return np.stack(transform(*(grid.affine @ np.broadcast_arrays(column, row))), axis=-1)
 
     return (
-        moved(0.0, columns),
-        moved(float(height), columns),
-        moved(rows, 0.0),
-        moved(rows, float(width)),
+        project(0.0, columns),
+        project(float(height), columns),
+        project(rows, 0.0),
+        project(rows, float(width)),
     )
 
 
-def _centres(grid: GeoBox, there: GeoBox) -> npt.NDArray[np.float64]:
-    """Locate all pixel centres of a grid in another grid.
+def _locate_centres(grid: GeoBox, cube_grid: GeoBox) -> Float64:
+    """Locate all pixel centres of a grid in the cube's grid.
 
     Returns:
-        row and column, [2, y, x]; integers at the other grid's pixel centres.
+        row and column, [2, y, x]; integers at the cube's pixel centres.
     """
     rows, columns = np.mgrid[: grid.shape[0], : grid.shape[1]] + 0.5
-    transform = Transformer.from_crs(str(grid.crs), str(there.crs), always_xy=True).transform
-    columns, rows = ~there.affine @ transform(*(grid.affine @ (columns, rows)))
-    return np.stack([rows - 0.5, columns - 0.5])
+    transform = Transformer.from_crs(str(grid.crs), str(cube_grid.crs), always_xy=True).transform
+    cube_columns, cube_rows = ~cube_grid.affine @ transform(*(grid.affine @ (columns, rows)))
+    return np.stack([cube_rows - 0.5, cube_columns - 0.5])
 
 
-def _between(
-    values: npt.NDArray[Any], known: npt.NDArray[np.bool_], at: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _interpolate(values: AnyArray, is_valid: Bool, positions: Float64) -> tuple[Float64, Float64]:
     """Interpolate bilinearly between valid neighbours.
 
     GDAL's warp is avoided: at nearly equal pixel sizes it widens the kernel and blurs.
@@ -201,26 +203,35 @@ def _between(
     Returns:
         the values, and the weight of the valid neighbours (0..1).
     """
-    share = ndimage.map_coordinates(known.astype(np.float64), at, order=1, mode="nearest")
-    total = ndimage.map_coordinates(
-        np.where(known, values, 0).astype(np.float64), at, order=1, mode="nearest"
+    weight = ndimage.map_coordinates(
+        is_valid.astype(np.float64), positions, order=1, mode="nearest"
     )
-    return total / np.where(share > 0, share, 1), share
+    total = ndimage.map_coordinates(
+        np.where(is_valid, values, 0).astype(np.float64), positions, order=1, mode="nearest"
+    )
+    return total / np.where(weight > 0, weight, 1), weight
 
 
-def _write(path: Path, pixels: npt.NDArray[Any], place: dict[str, Any]) -> None:
-    # Uncompressed: any loader can read it.
-    profile = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **place}
+def _write_tiff(path: Path, pixels: AnyArray, georeference: dict[str, Any]) -> None:
+    count, height, width = pixels.shape
     # Write to memory first: a full disk then raises OSError.
     with MemoryFile() as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # labels have none
-        with memory.open(height=pixels.shape[1], width=pixels.shape[2], **profile) as image:
+        # Uncompressed: any loader can read it.
+        with memory.open(
+            driver="GTiff",
+            count=count,
+            height=height,
+            width=width,
+            dtype=pixels.dtype,
+            **georeference,
+        ) as image:
             image.write(pixels)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as part:
-                part.write_bytes(memory.getbuffer())
+            with replacing(path) as draft:
+                draft.write_bytes(memory.getbuffer())
         except OSError as error:
             raise ReleaseError(
-                f"{path}: cannot be written ({error.strerror}); mend that and export again"
+                f"{path}: cannot be written ({error.strerror}); fix that and export again"
             ) from error
