@@ -26,7 +26,7 @@ from matplotlib.image import imread
 from minecube import report, scenes
 from minecube.catalog import load_recipes, load_sources
 from minecube.cli import cli
-from minecube.errors import CubeError
+from minecube.errors import CubeError, SceneError
 from minecube.scenes import Found, coverage
 from minecube.simulate import World, passes, simulate
 
@@ -550,7 +550,7 @@ def test_a_year_that_could_not_be_audited_leaves_the_others(world, tmp_path, mon
 
     def sometimes(site, year, *sources):
         if year == 2020:
-            raise scenes.SceneError("the API is down")
+            raise SceneError("the API is down")
         return search(site, year, *sources)
 
     monkeypatch.setattr(scenes, "search", sometimes)
