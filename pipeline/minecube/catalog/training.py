@@ -57,7 +57,7 @@ class Settings:
     It reduces the weight of easy pixels.
     """
     dice: float = 0.0
-    """Weight of the Dice loss (Milletari et al. 2016, arXiv:1606.04797), added to the cross entropy."""
+    """Weight of the added Dice loss (Milletari et al. 2016, arXiv:1606.04797)."""
     bf16: tuple[str, ...] = ("cuda",)
     """Devices with automatic mixed precision in bfloat16 (torch.autocast)."""
 

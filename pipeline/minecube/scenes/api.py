@@ -254,7 +254,8 @@ class _SourceIO(StacApiIO):
         settings = self.session.merge_environment_settings(url, {}, True, None, None)
         start = time.monotonic()
         for attempt in itertools.count(1):
-            pause = _PAUSE_S * 2 ** (attempt - 1) + random.uniform(0, _PAUSE_S)  # noqa: S311  no secret depends on it
+            jitter = random.uniform(0, _PAUSE_S)  # noqa: S311  no secret depends on it
+            pause = _PAUSE_S * 2 ** (attempt - 1) + jitter
             try:
                 answer = self.session.send(prepared, timeout=(_CONNECT_S, _READ_S), **settings)
             # Read timeouts may arrive as ConnectionError too.

@@ -140,7 +140,8 @@ def resolve(
     if conflicts and policy == "fail":
         raise SceneError(
             f"{len(conflicts)} of {len(scenes)} scenes have an offset that contradicts "
-            f"their pixels, first {conflicts[0]}; see --on-offset-conflict for what else can be done with them"
+            f"their pixels, first {conflicts[0]}; "
+            "see --on-offset-conflict for what else can be done with them"
         )
     resolved = []
     for scene, check in zip(scenes, checks, strict=True):

@@ -96,12 +96,12 @@ def judge(haze: Float32, scl: UInt16, days: Sequence[str], date_excess: float) -
     judgeable = (np.isfinite(haze_by_day).sum(axis=0) >= _FEWEST_DATES) & np.isfinite(excess)
     verdicts = []
     for n in range(len(haze)):
-        is_mostly_other = cirrus[n].sum() <= _LEAST_CIRRUS * observed[n].sum()
-        if not is_mostly_other and _is_false_cirrus(
-            excess[n, cirrus[n] & judgeable[n]], date_excess
-        ):
+        has_cirrus = cirrus[n].sum() > _LEAST_CIRRUS * observed[n].sum()
+        excess_in_cirrus = excess[n, cirrus[n] & judgeable[n]]
+        excess_in_clear = excess[n, clear[n] & judgeable[n]]
+        if has_cirrus and _is_false_cirrus(excess_in_cirrus, date_excess):
             verdicts.append("no cirrus")
-        elif _is_veiled(excess[n, clear[n] & judgeable[n]], date_excess):
+        elif _is_veiled(excess_in_clear, date_excess):
             verdicts.append("veiled")
         else:
             verdicts.append("")
