@@ -445,7 +445,9 @@ def test_a_list_is_of_its_place_and_its_sources_rules(archive, make, tmp_path):
         (here, 2020, [dataclasses.replace(source, offset=Offset(value=0))]),
         (here, 2020, [dataclasses.replace(source, resolution_m={"B04": 20})]),
     ):
-        with pytest.raises(SceneError, match="was searched for another place, or by another rule"):
+        with pytest.raises(
+            SceneError, match="holds the scenes of another place, or of another rule"
+        ):
             snapshot.load(path, snapshot.belongs_to(site, year, sources))
 
 
@@ -537,7 +539,7 @@ def test_a_snapshot_that_was_changed_is_refused(real, tmp_path):
     table = pq.read_table(path)
     at = table.column_names.index("minecube:offset")
     pq.write_table(table.set_column(at, "minecube:offset", pa.array([-1000])), path)
-    with pytest.raises(SceneError, match="not those that were saved"):
+    with pytest.raises(SceneError, match="have changed since they were saved"):
         snapshot.load(path)
 
 
@@ -787,7 +789,9 @@ def test_a_busy_api_is_asked_again(api, searched):
 @pytest.mark.parametrize("old", [False, True], ids=["numberMatched", "context"])
 def test_lost_items_are_not_passed_over(api, searched, old):
     api.lose, api.old = True, old
-    with pytest.raises(SceneError, match="says 16 items match 2020-03, its pages held 15"):
+    with pytest.raises(
+        SceneError, match="expected 16 items of 2020-03, as it counts them, found 15 in its pages"
+    ):
         scenes.search(searched[0], 2020, searched[1])
 
 
@@ -958,7 +962,7 @@ def test_an_api_that_hangs_is_given_up(api, searched, monkeypatch):
     api.hang, start = True, time.monotonic()
     with pytest.raises(
         SceneError,
-        match=r"127\.0\.0\.1 took the connection and sent nothing for 0 s: try again later",
+        match=r"127\.0\.0\.1 accepted the connection, but sent nothing for 0 s: try again later",
     ):
         scenes.search(*searched_as(searched))
     network.forget_unreachable()
@@ -1042,7 +1046,8 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
     access |= {"kind": "s3", "href": "http://evil.example.org", "credentials_for": ["ours"]}
     scene.properties["minecube:access"] = json.dumps(access)
     with pytest.raises(
-        SceneError, match=f"scene {scene.id}: its files are got at in another way than test says"
+        SceneError,
+        match=f"scene {scene.id}: expected the access rules of source test, found others",
     ):
         scenes.belonging([scene], site, 2020, [archive.source])
 

@@ -57,8 +57,7 @@ def grid_of(site: Site) -> GeoBox:
     if max(grid.shape) > LARGEST_PX:
         raise CatalogError(
             f"site {site.id!r} is {grid.shape[1]} x {grid.shape[0]} pixels of {PIXEL_M} m; "
-            f"expected at most {LARGEST_PX} a side, "
-            "since farther from its meridian a UTM zone is no map any more: split it"
+            f"expected at most {LARGEST_PX} per side, within one UTM zone; split the site"
         )
     return grid
 

@@ -422,7 +422,7 @@ def _coalesce(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
     """Join columns with at most one value per row."""
     filled = np.stack([texts(table[name]).notna().to_numpy() for name in names])
     if (filled.sum(axis=0) > 1).any():
-        raise ValueError(f"has the columns {', '.join(names)}, which mean the same; keep one")
+        raise ValueError(f"has several columns of one meaning: {', '.join(names)}; keep one")
     joined = pd.Series(None, table.index, dtype=object)
     for name, rows in zip(names, filled, strict=True):
         # A column of integers with a gap is stored as floats.

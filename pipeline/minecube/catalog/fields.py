@@ -29,7 +29,7 @@ def need_name(name: str, field: str = "id") -> None:
     beginning = name if len(name) <= LONGEST_NAME else f"{name[:20]}..."
     need(is_safe, field, f"letters, digits, _ . -, found {beginning!r}")
     need(len(name) <= LONGEST_NAME, field, f"up to {LONGEST_NAME} characters, found {len(name):,}")
-    need(name != "zarr.json", field, "another name than zarr.json, which Zarr needs for itself")
+    need(name != "zarr.json", field, "another name than zarr.json, which Zarr reserves")
 
 
 def safe_name(name: str) -> str:

@@ -137,7 +137,7 @@ class _UniqueKeys(yaml.SafeLoader):
             key = str(self.construct_object(key_node, deep=True))
             if key in keys:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands there twice", key_node.start_mark
+                    None, None, f"{key!r} occurs twice", key_node.start_mark
                 )
             keys.add(key)
         return super().construct_mapping(node, deep)

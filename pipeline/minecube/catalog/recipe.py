@@ -294,7 +294,7 @@ class Recipe:
             need(
                 not visible,
                 "bright_override",
-                f"classes that a mask rule hides, found {visible}, which none does",
+                f"classes hidden by a mask rule, found {visible}",
             )
         unknown = [s for s in self.fallback if s not in FALLBACKS]
         expected = f"steps of {', '.join(FALLBACKS)}, each once"
@@ -354,7 +354,7 @@ class Recipe:
         need(
             needed <= set(self.bands),
             "bands",
-            f"{' and '.join(sorted(needed))}, which reducer {self.reducer} looks at",
+            f"{' and '.join(sorted(needed))} for reducer {self.reducer}",
         )
 
     @property

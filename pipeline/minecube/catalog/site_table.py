@@ -171,7 +171,7 @@ def _shapes_of(
     for shape, omitted, site_id in zip(shapes, omitted_parts, ids, strict=True):
         if omitted:
             log.warning(
-                "%s: site %s: the areas of its collection were kept, left out: %s",
+                "%s: site %s: the areas of its geometry collection are used, left out are %s",
                 path,
                 site_id,
                 omitted,
@@ -188,8 +188,7 @@ def _repair(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometr
     parts = shapely.get_parts(shapely.make_valid(shape, method="structure"))
     polygons = [part for part in parts if part.geom_type in ("Polygon", "MultiPolygon")]
     log.warning(
-        "%s: site %s: its polygon was invalid (%s) and has been repaired; "
-        "compare it with what was meant",
+        "%s: site %s: its polygon was invalid (%s) and has been repaired; check the result",
         path,
         site_id,
         shapely.is_valid_reason(shape),
@@ -282,8 +281,8 @@ def _need_unique(ids: Sequence[str], names: Sequence[str], path: Path) -> None:
     for site_id, name in zip(ids, names, strict=True):
         if site_id in name_by_id and name in ("", name_by_id[site_id]):
             raise CatalogError(
-                f"{path}: site {site_id!r} stands there twice; "
-                "ids name groups of the cube, so rename one"
+                f"{path}: site {site_id!r} occurs twice; rename one, "
+                "since ids name groups of the cube"
             )
         if site_id in name_by_id:
             raise CatalogError(

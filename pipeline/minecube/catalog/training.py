@@ -86,7 +86,7 @@ class Settings:
         need(
             not (self.step_px and self.rare),
             "rare",
-            f"0 with step_px, which takes each window once, found {self.rare}",
+            f"0 with step_px, found {self.rare}",
         )
         need(0 <= self.jitter <= 0.2, "jitter", f"0..0.2, found {self.jitter}")
         need(

@@ -109,9 +109,8 @@ def _search_year(source: Source, area: BaseGeometry, year: int) -> dict[str, Fea
                 break
         else:
             raise UnansweredError(
-                f"{source.href}: says {matched} items match {month}, "
-                f"its pages held {len(items)}; scenes would be "
-                "missing without a trace, so nothing is built; search again"
+                f"{source.href}: expected {matched} items of {month}, as it counts them, "
+                f"found {len(items)} in its pages; search again"
             )
         by_id |= items
     return by_id
@@ -278,7 +277,7 @@ class _SourceIO(StacApiIO):
 def _hung(url: str) -> RequestError:
     """Return the error for a host without an answer, and remember the host as unreachable."""
     reason = (
-        f"{origin_of(url)} took the connection and sent nothing for {_READ_S:.0f} s: "
+        f"{origin_of(url)} accepted the connection, but sent nothing for {_READ_S:.0f} s: "
         "try again later"
     )
     network.note_unreachable(url, reason)

@@ -1,7 +1,7 @@
 """Convert rows of a file of items to GeoJSON features, with footprints of any type or none.
 
 stac-geoparquet's conversion fails on a row without footprint or bounding box, and on assets as map
-or JSON. It also takes eight times as long: 6.2 ms per item, where a search takes 2.9 ms in all.
+or JSON. It also takes six times as long: 1.5 ms per item, where the whole search takes 1.2 ms.
 """
 
 from __future__ import annotations

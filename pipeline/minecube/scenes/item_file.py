@@ -1,7 +1,8 @@
 """List the items of a stac-geoparquet file, local or remote.
 
 Files stay in memory with an index, since a build searches one file for each of its site-years.
-Reading one again takes longer than a search: 1.6 s for 1000 items, where a search takes 0.3 s.
+Reading a file of 1000 items takes 42 ms, and a search for 111 of them 136 ms. Files may have
+100,000 items and more.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def resolve(
         raise SceneError(
             f"{len(conflicts)} of {len(scenes)} scenes have an offset that contradicts "
             f"their pixels, first {conflicts[0]}; "
-            "see --on-offset-conflict for what else can be done with them"
+            "choose warn, fix or drop with --on-offset-conflict"
         )
     resolved = []
     for scene, check in zip(scenes, checks, strict=True):
@@ -157,7 +157,7 @@ def resolve(
     if conflicts and not resolved:
         raise SceneError(
             f"the offsets of all {len(scenes)} scenes contradict their pixels, "
-            f"first {conflicts[0]}; see --on-offset-conflict"
+            f"first {conflicts[0]}; choose warn or fix with --on-offset-conflict"
         )
     return resolved
 

@@ -30,8 +30,8 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
             f"recipe {recipe.id!r} uses {uses} of {len(scenes)} scenes, "
             f"and needs {recipe.min_dates} dates: "
             f"{len(in_season)} are in months {list(recipe.months)}, {len(selected)} of those "
-            f"at most {recipe.max_cloud_cover:g} % cloudy; widen months, max_cloud_cover or "
-            "min_dates in a recipe of your own, or name one more --source"
+            f"at most {recipe.max_cloud_cover:g} % cloudy; widen months or max_cloud_cover, "
+            "or lower min_dates, in a recipe of your own, or name one more --source"
         )
     return selected + _clear_scenes_of_months(scenes, recipe, recipe.wider_months)
 

@@ -83,7 +83,7 @@ def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
     """Return scenes as a stac-geoparquet table.
 
     stac-geoparquet's conversion makes the same columns. It also measures the process's memory each
-    time: 86 ms per list, where the search of a site-year in a file takes 320 ms in all.
+    time, and takes 25 ms more for 111 scenes. Their search in a file takes 136 ms.
     """
     rows = []
     for feature in features:
@@ -152,7 +152,8 @@ def load(path: Path, belongs: str = "") -> Found:
     header = _read_header(path)
     if digest(items) != header["sha256"]:
         raise SceneError(
-            f"{path}: its scenes are not those that were saved (their hash differs); search again"
+            f"{path}: its scenes have changed since they were saved (their hash differs); "
+            "search again"
         )
     if belongs:
         need_belonging(path, belongs)
@@ -164,7 +165,7 @@ def need_belonging(path: Path, belongs: str) -> None:
     """Raise SceneError if a list's search hash differs from `belongs`. Scenes are not read."""
     if _read_header(path)["belongs_to"] != belongs:
         raise SceneError(
-            f"{path}: was searched for another place, or by another rule of its source; "
+            f"{path}: holds the scenes of another place, or of another rule of its source; "
             "remove it to search again, or name another folder"
         )
 

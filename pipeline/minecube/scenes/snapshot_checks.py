@@ -57,7 +57,7 @@ def _check_files(scene: pystac.Item, source: Source) -> None:
     need_allowed(scene, source)
     if not same_access(scene, source):
         raise SceneError(
-            f"scene {scene.id}: its files are got at in another way than {source.id} says; "
+            f"scene {scene.id}: expected the access rules of source {source.id}, found others; "
             "search again"
         )
     origin = scene.properties.get("minecube:origin")
