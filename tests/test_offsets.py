@@ -16,7 +16,7 @@ from minecube.catalog import load_recipes, load_sources
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.scenes import offsets
-from minecube.scenes.looks import Look, coarse_of, look_at
+from minecube.scenes.looks import Look, coarsen_grid, look_at
 from minecube.scenes.offsets import Check, check_offsets, estimate_carried, resolve
 from minecube.simulate import World, simulate
 
@@ -376,7 +376,7 @@ def test_bands_that_there_are(place, archive):
 @pytest.mark.parametrize("side", [30, 60, 384, 1500, 11000])
 def test_large_places_are_seen_coarsely(side, make):
     fine = make.grid(360000, 5600040, side, side // 2)
-    coarse = coarse_of(fine)
+    coarse = coarsen_grid(fine)
     assert coarse.resolution.x % 20 == 0
     assert np.prod(coarse.shape) < 42_000
     assert coarse.shape[0] * coarse.resolution.x >= fine.shape[0] * 10

@@ -9,8 +9,8 @@ from datetime import datetime, timedelta
 import pystac
 
 from minecube.errors import SceneError
-from minecube.scenes.item_values import refusal, text_of
-from minecube.scenes.product import product_name
+from minecube.scenes.item_values import read_property, refusal
+from minecube.scenes.product import read_product_name
 
 _SAME_GRANULE_S = 2
 """Largest difference in a granule's start between processings.
@@ -30,8 +30,8 @@ def acquisition(item: pystac.Item) -> tuple[str, str]:
     Raises:
         SceneError: the item lacks one of the two.
     """
-    name = text_of(item, "s2:datatake_id", "eopf:datatake_id", "sentinel:datatake_id")
-    name = name or product_name(item)
+    name = read_property(item, "s2:datatake_id", "eopf:datatake_id", "sentinel:datatake_id")
+    name = name or read_product_name(item)
     datatake = re.match(r"G?(S2[A-D])_(?:MSIL2A_)?(\d{8}T\d{6})_", name)
     if not datatake:
         raise _unidentified(item, f"no datatake, found {name!r}")
@@ -43,7 +43,7 @@ def acquisition(item: pystac.Item) -> tuple[str, str]:
 
 def _granule_start(item: pystac.Item) -> str:
     """Return the sensing start of the datastrip or granule, or an empty text."""
-    strip = text_of(item, "s2:datastrip_id", "eopf:datastrip_id", "sentinel:datastrip_id")
+    strip = read_property(item, "s2:datastrip_id", "eopf:datastrip_id", "sentinel:datastrip_id")
     start = re.search(r"_S(\d{8}T\d{6})", strip)
     if start:
         return start[1]
@@ -67,7 +67,7 @@ def _unidentified(item: pystac.Item, problem: str) -> SceneError:
     )
 
 
-def solar_day(time: datetime, tile: str) -> str:
+def compute_solar_day(time: datetime, tile: str) -> str:
     """Return the local solar date, YYYY-MM-DD, shared by tiles and granules of one overpass.
 
     It depends on the centre of the tile's UTM zone. Unlike a footprint's centre, this does not jump

@@ -13,7 +13,7 @@ import pystac
 
 from minecube.catalog import ASSET_KEYS, NATIVE_M, Source
 from minecube.network import ForbiddenError, check_href, origin_of, without_query
-from minecube.scenes.item_values import number_of, parse_number, parse_numbers, refusal
+from minecube.scenes.item_values import parse_number, parse_numbers, read_number, refusal
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
 _SIGNATURE_KEYS = re.compile(
@@ -30,7 +30,7 @@ _UNREAD_SUFFIX = re.compile(
 )
 
 
-def band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
+def find_band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
     """Map each band of the item, and SCL, to its asset with an href."""
     assets = {key: asset for key, asset in item.assets.items() if isinstance(asset.href, str)}
     by_band = {}
@@ -47,7 +47,7 @@ def band_assets(item: pystac.Item, source: Source) -> dict[str, pystac.Asset]:
 def need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
     """Raise SceneError if a band has an unreadable format, or all bands lie in one Zarr."""
     for key, asset in (assets or item.assets).items():
-        mark = _unread_format(asset)
+        mark = _find_unread_format(asset)
         if "zarr" in mark.lower():
             kind = "Zarr"
         elif mark and assets:
@@ -57,7 +57,7 @@ def need_images(item: pystac.Item, assets: Mapping[str, pystac.Asset]) -> None:
         raise refusal(item, f"asset {key} is {kind} ({mark}); expected GeoTIFF or JPEG 2000")
 
 
-def _unread_format(asset: pystac.Asset) -> str:
+def _find_unread_format(asset: pystac.Asset) -> str:
     """Return the media type or suffix of an unreadable format, else an empty text."""
     if _UNREAD_TYPE.search(str(asset.media_type or "")):
         return f"media type {asset.media_type}"
@@ -65,7 +65,7 @@ def _unread_format(asset: pystac.Asset) -> str:
     return f"suffix .{suffix[1]}" if suffix else ""
 
 
-def scene_assets(
+def convert_assets(
     item: pystac.Item, source: Source, assets: Mapping[str, pystac.Asset]
 ) -> dict[str, pystac.Asset]:
     """Convert the assets of the bands to the project's own terms.
@@ -78,13 +78,15 @@ def scene_assets(
             raise refusal(item, f"has no asset {key!r} for {band}")
     converted = {}
     for band, asset in assets.items():
-        size = source.resolution_m.get(band) or _pixel_size(asset) or NATIVE_M[band]
-        shape = _shape(asset.extra_fields) or _shape(item.properties) or [_TILE_M // size] * 2
-        converted[band] = _convert(asset, size, shape)
+        size = source.resolution_m.get(band) or _read_pixel_size(asset) or NATIVE_M[band]
+        shape = (
+            _read_shape(asset.extra_fields) or _read_shape(item.properties) or [_TILE_M // size] * 2
+        )
+        converted[band] = _convert_asset(asset, size, shape)
     return converted
 
 
-def _convert(asset: pystac.Asset, size: int, shape: list[int]) -> pystac.Asset:
+def _convert_asset(asset: pystac.Asset, size: int, shape: list[int]) -> pystac.Asset:
     """Return an asset with an absolute, unsigned href, pixel size and shape."""
     href = asset.href
     if "://" not in href:
@@ -108,7 +110,7 @@ def remove_signature(href: str) -> str:
     return urlunsplit(parts._replace(query=urlencode(unsigned)))
 
 
-def _shape(fields: Mapping[str, Any]) -> list[int]:
+def _read_shape(fields: Mapping[str, Any]) -> list[int]:
     """Return rows and columns of `proj:shape`, empty if unknown."""
     sides = [round(side) for side in parse_numbers(fields.get("proj:shape"))]
     if len(sides) != 2 or min(sides) <= 0:
@@ -116,7 +118,7 @@ def _shape(fields: Mapping[str, Any]) -> list[int]:
     return sides
 
 
-def _pixel_size(asset: pystac.Asset) -> int | None:
+def _read_pixel_size(asset: pystac.Asset) -> int | None:
     """Return an asset's pixel size in metres, or None if not stated."""
     fields = asset.extra_fields
     transform = fields.get("proj:transform")
@@ -125,18 +127,18 @@ def _pixel_size(asset: pystac.Asset) -> int | None:
         if width >= 1:
             return round(width)
     sizes = [
-        number_of(fields, "raster:spatial_resolution"),
+        read_number(fields, "raster:spatial_resolution"),
         *(
-            number_of(band, "spatial_resolution", "raster:spatial_resolution", "gsd")
-            for band in band_descriptions(asset)
+            read_number(band, "spatial_resolution", "raster:spatial_resolution", "gsd")
+            for band in list_bands(asset)
         ),
-        number_of(fields, "gsd"),
+        read_number(fields, "gsd"),
     ]
     metres = (round(abs(size or 0)) for size in sizes)
     return next((size for size in metres if size), None)
 
 
-def band_descriptions(asset: pystac.Asset) -> list[Mapping[str, Any]]:
+def list_bands(asset: pystac.Asset) -> list[Mapping[str, Any]]:
     """Return the asset's descriptions of its bands, in terms of STAC 1.0 and 1.1."""
     descriptions = []
     for name in ("raster:bands", "bands"):
@@ -146,18 +148,18 @@ def band_descriptions(asset: pystac.Asset) -> list[Mapping[str, Any]]:
     return descriptions
 
 
-def access_as_json(source: Source) -> str:
+def format_access(source: Source) -> str:
     """Return the source's access rules as text, for the property `minecube:access`."""
     return json.dumps(dataclasses.asdict(source.access), sort_keys=True)
 
 
-def same_access(scene: pystac.Item, source: Source) -> bool:
+def has_same_access(scene: pystac.Item, source: Source) -> bool:
     """Return whether a scene was saved with the source's current access rules.
 
     The number of connections may differ.
     """
     saved = json.loads(scene.properties.get("minecube:access", "{}"))
-    current = json.loads(access_as_json(source))
+    current = json.loads(format_access(source))
     return bool({**saved, "connections": 1} == {**current, "connections": 1})
 
 

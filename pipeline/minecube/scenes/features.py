@@ -23,19 +23,22 @@ _TOP_LEVEL = {"type", "stac_version", "stac_extensions", "id", "collection"}
 """Columns outside the properties, apart from place and assets."""
 
 
-def features_of(table: pa.Table) -> list[Feature]:
+def to_features(table: pa.Table) -> list[Feature]:
     """Convert the rows of a table to GeoJSON features."""
-    return [_feature(row, shape) for row, shape in zip(_rows(table), shapes_of(table), strict=True)]
+    return [
+        _to_feature(row, shape)
+        for row, shape in zip(_to_rows(table), parse_shapes(table), strict=True)
+    ]
 
 
-def shapes_of(table: pa.Table) -> AnyArray:
+def parse_shapes(table: pa.Table) -> AnyArray:
     """Return the geometry of each row, None if missing or invalid WKB."""
     wkb = without_extension(table.column("geometry")).to_numpy()
     shapes: AnyArray = shapely.from_wkb(wkb, on_invalid="ignore")
     return shapes
 
 
-def _rows(table: pa.Table) -> list[dict[str, Any]]:
+def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
     """Return the rows without place and links, with times as text."""
     names = set(table.column_names)
     table = table.drop_columns(
@@ -49,7 +52,7 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
     return rows
 
 
-def _feature(row: dict[str, Any], shape: BaseGeometry | None) -> Feature:
+def _to_feature(row: dict[str, Any], shape: BaseGeometry | None) -> Feature:
     """Return a row as a feature. Columns outside `_TOP_LEVEL` become properties."""
     feature: Feature = {
         "type": "Feature",

@@ -31,7 +31,7 @@ from minecube.grid import footprint_of
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of
 from minecube.reader.remote import access_to, remote_for
 from minecube.scenes import parquet
-from minecube.scenes.features import Feature, features_of, shapes_of
+from minecube.scenes.features import Feature, parse_shapes, to_features
 
 _FRESH_S = 60.0  # interval between checks of a remote file for changes
 _MOST_FILES = 8  # files of items in memory
@@ -60,7 +60,7 @@ def search_file(source: Source, area: BaseGeometry, year: int) -> list[Feature]:
     """
     index = _index_of(source.href)
     with _explained(source.href):
-        features = features_of(index.rows_of(area, year))
+        features = to_features(index.rows_of(area, year))
     # A local href is absolute already, by the catalogue's loader.
     folder = source.href.rpartition("/")[0]
     for feature in features:
@@ -91,7 +91,7 @@ def read_items(path: Path | str) -> list[pystac.Item]:
     with _explained(str(path)):
         return [
             pystac.Item.from_dict(feature, migrate=False, preserve_dict=False)
-            for feature in features_of(table)
+            for feature in to_features(table)
         ]
 
 
@@ -148,7 +148,7 @@ class _Index:
 
 
 def _index_table(table: pa.Table) -> _Index:
-    footprints = _footprints(shapes_of(table))
+    footprints = _footprints(parse_shapes(table))
     return _Index(
         rows=pyarrow.dataset.dataset(table),
         years=_years(table),

@@ -23,7 +23,7 @@ def refusal(item: pystac.Item, reason: str) -> SceneError:
     return SceneError(f"item {item.id}: {reason}; it is refused")
 
 
-def text_of(item: pystac.Item, *names: str) -> str:
+def read_property(item: pystac.Item, *names: str) -> str:
     """Return the first known property as text, or an empty text."""
     for name in names:
         text = str(item.properties.get(name, "")).strip()
@@ -32,7 +32,7 @@ def text_of(item: pystac.Item, *names: str) -> str:
     return ""
 
 
-def number_of(fields: Mapping[str, Any], *names: str) -> float | None:
+def read_number(fields: Mapping[str, Any], *names: str) -> float | None:
     """Return the first of these fields with a number, or None."""
     for name in names:
         number = parse_number(fields.get(name))

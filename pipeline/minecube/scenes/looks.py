@@ -98,7 +98,7 @@ def _read_look(
         # With an offset, `stack` would replace negative results by 1.
         copy.properties["minecube:offset"] = 0
         as_stored.append(copy)
-    coarse = coarse_of(grid)
+    coarse = coarsen_grid(grid)
     pixels = fetched(
         stack(as_stored, coarse, (*bands, SCL), chunk_px=max(coarse.shape), ledger=ledger)
     )
@@ -112,7 +112,7 @@ def _read_look(
     )
 
 
-def coarse_of(grid: GeoBox) -> GeoBox:
+def coarsen_grid(grid: GeoBox) -> GeoBox:
     """Coarsen the grid to about `_PIXELS` pixels or fewer, with pixels in multiples of 20 m."""
     factor = 2 * max(1, math.ceil(math.sqrt(math.prod(grid.shape) / _PIXELS) / 2))
     height, width = (-(-n // factor) for n in grid.shape)

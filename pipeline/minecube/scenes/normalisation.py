@@ -13,25 +13,25 @@ from shapely.geometry.base import BaseGeometry
 from minecube.catalog import SCL, Source
 from minecube.grid import footprint_of
 from minecube.network import origin_of
-from minecube.scenes.acquisitions import acquisition, solar_day
+from minecube.scenes.acquisitions import acquisition, compute_solar_day
 from minecube.scenes.assets import (
-    access_as_json,
-    band_assets,
+    convert_assets,
+    find_band_assets,
+    format_access,
     need_allowed,
     need_images,
-    scene_assets,
 )
 from minecube.scenes.footprints import parse_shape
-from minecube.scenes.item_values import refusal, text_of
+from minecube.scenes.item_values import read_property, refusal
 from minecube.scenes.offset_rule import decide_offset
 from minecube.scenes.product import (
-    baseline_of,
-    cloud_cover_of,
-    generation_time,
-    orbit_of,
-    product_name,
-    projection_of,
-    tile_of,
+    read_baseline,
+    read_cloud_cover,
+    read_generation_time,
+    read_orbit,
+    read_product_name,
+    read_projection,
+    read_tile,
 )
 
 _LEVEL_1 = re.compile(
@@ -54,14 +54,14 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
             forbidden or unreadable file. The message names the item and the reason.
     """
     _need_product(item, source)
-    assets = band_assets(item, source)
+    assets = find_band_assets(item, source)
     need_images(item, assets)
     time = item.datetime or item.common_metadata.start_datetime
     if time is None:
         raise refusal(item, "has no datetime")
     geometry, footprint = _footprint(item)
-    baseline = baseline_of(item)
-    tile = tile_of(item)
+    baseline = read_baseline(item)
+    tile = read_tile(item)
     offset, reason = decide_offset(item, baseline, source, assets)
     datatake, start = acquisition(item)
     scene = pystac.Item(
@@ -70,23 +70,23 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
         bbox=list(footprint.bounds),
         datetime=time,
         properties={
-            "eo:cloud_cover": cloud_cover_of(item),
-            "proj:code": projection_of(item, assets.values(), tile),
+            "eo:cloud_cover": read_cloud_cover(item),
+            "proj:code": read_projection(item, assets.values(), tile),
             "s2:mgrs_tile": tile,
             "s2:processing_baseline": baseline,
-            "sat:relative_orbit": orbit_of(item),
+            "sat:relative_orbit": read_orbit(item),
             "minecube:source": source.id,
-            "minecube:access": access_as_json(source),
+            "minecube:access": format_access(source),
             "minecube:origin": origin_of(source.href),
             "minecube:tile_px": source.tile_px,
-            "minecube:solar_day": solar_day(time, tile),
+            "minecube:solar_day": compute_solar_day(time, tile),
             "minecube:datatake": datatake,
             "minecube:granule_start": start,
-            "minecube:generated": generation_time(item),
+            "minecube:generated": read_generation_time(item),
             "minecube:offset": offset,
             "minecube:offset_reason": reason,
         },
-        assets=scene_assets(item, source, assets),
+        assets=convert_assets(item, source, assets),
     )
     if SCL not in scene.assets:
         listed = ", ".join(item.assets) or "no asset at all"
@@ -117,9 +117,9 @@ def _need_product(item: pystac.Item, source: Source) -> None:
     A file of items may hold several products.
     """
     names = [
-        f"level {text_of(item, 'processing:level')}",
-        text_of(item, "s2:product_type"),
-        product_name(item),
+        f"level {read_property(item, 'processing:level')}",
+        read_property(item, "s2:product_type"),
+        read_product_name(item),
         item.id,
     ]
     collection = item.collection_id or ""

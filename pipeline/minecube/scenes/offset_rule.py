@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pystac
 
 from minecube.catalog import SCL, Offset, Source
-from minecube.scenes.assets import band_descriptions
-from minecube.scenes.item_values import number_of, parse_number, refusal, text_of
+from minecube.scenes.assets import list_bands
+from minecube.scenes.item_values import parse_number, read_number, read_property, refusal
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ def _declared_offsets(assets: Mapping[str, pystac.Asset]) -> dict[str, int]:
 
 def _declared_offset(asset: pystac.Asset) -> int | None:
     """Return an asset's raster offset in digital numbers, or None if not declared."""
-    for fields in (asset.extra_fields, *band_descriptions(asset)):
-        offset = number_of(fields, "raster:offset", "offset")
+    for fields in (asset.extra_fields, *list_bands(asset)):
+        offset = read_number(fields, "raster:offset", "offset")
         if offset is None:
             continue
-        scale = number_of(fields, "raster:scale", "scale")
+        scale = read_number(fields, "raster:scale", "scale")
         if not scale:
             # Without a scale, a value below 10 can only be reflectance.
             scale = 1e-4 if abs(offset) < 10 else 1
@@ -88,7 +88,7 @@ def _ruled_offset(item: pystac.Item, baseline: str, rule: Offset) -> tuple[int, 
     reason = f"baseline {baseline} from {rule.from_baseline} on"
     if not rule.applied_flag:
         return rule.value, reason
-    flag = text_of(item, rule.applied_flag)
+    flag = read_property(item, rule.applied_flag)
     if flag.lower() == "true" or parse_number(flag) == 1:
         return 0, f"baseline {baseline}, {rule.applied_flag} is true"
     stated = item.properties.get(rule.applied_flag, "missing")

@@ -10,7 +10,7 @@ from minecube.catalog import Site, Source
 from minecube.errors import SceneError
 from minecube.grid import area_of, grid_of
 from minecube.network import origin_of
-from minecube.scenes.assets import need_allowed, same_access
+from minecube.scenes.assets import has_same_access, need_allowed
 from minecube.scenes.footprints import lies_over
 
 
@@ -55,7 +55,7 @@ def _foreign_scenes(
 def _check_files(scene: pystac.Item, source: Source) -> None:
     """Raise SceneError if a scene's files, access or origin differ from its source's."""
     need_allowed(scene, source)
-    if not same_access(scene, source):
+    if not has_same_access(scene, source):
         raise SceneError(
             f"scene {scene.id}: expected the access rules of source {source.id}, found others; "
             "search again"
