@@ -7,11 +7,11 @@ by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models
 `presets.yaml`. `catalog/README.md` describes every field.
 
     site.py          One mine.
-    source.py        A STAC API or a file of items.
+    scene_source.py  A STAC API or a file of items.
     recipe.py        How a year is composited.
     model.py         A network, before and after training.
     training.py      How a network is trained.
-    release.py       A published dataset.
+    releases.py      A published dataset.
     mission.py       Bands of Sentinel-2.
     fields.py        Checks of fields, and names of sites.
     loaders.py       Loads the YAML files.
@@ -46,10 +46,10 @@ from minecube.catalog.recipe import (
     Registration,
     SecondOpinion,
 )
-from minecube.catalog.release import Release
+from minecube.catalog.releases import Release
+from minecube.catalog.scene_source import ASSET_KEYS, Access, Offset, Source
 from minecube.catalog.site import LARGEST_MARGIN_M, MARGIN_M, Site
 from minecube.catalog.site_table import load_sites
-from minecube.catalog.source import ASSET_KEYS, Access, Offset, Source
 from minecube.catalog.training import Settings
 
 __all__ = [

@@ -14,8 +14,8 @@ from minecube.catalog.conversion import build
 from minecube.catalog.fields import FieldError
 from minecube.catalog.model import ModelCard
 from minecube.catalog.recipe import Recipe
-from minecube.catalog.release import Release
-from minecube.catalog.source import Source
+from minecube.catalog.releases import Release
+from minecube.catalog.scene_source import Source
 from minecube.catalog.training import Settings
 from minecube.errors import CatalogError
 

@@ -13,7 +13,7 @@ Search:
     features.py        Converts rows of the table to GeoJSON.
 
 Item to scene:
-    items.py           Turns a listed feature into a pystac item.
+    listed_item.py     Turns a listed feature into a pystac item.
     normalisation.py   Turns an item of any provider into a scene.
     item_values.py     Reads texts and numbers of an item, known or not.
     product.py         Reads tile, baseline, orbit and projection of an item.

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minecube.network import RequestError
-from minecube.scenes.items import UNREAD_TIME
+from minecube.scenes.listed_item import UNREAD_TIME
 
 MOST_BYTES = 2**30
 """Largest size of a file of items, packed and unpacked."""

@@ -19,7 +19,7 @@ from minecube.scenes.acquisitions import deduplicate, merge
 from minecube.scenes.api import search_api
 from minecube.scenes.features import Feature
 from minecube.scenes.item_file import search_file
-from minecube.scenes.items import parse_item
+from minecube.scenes.listed_item import parse_item
 from minecube.scenes.normalisation import normalise
 
 log = logging.getLogger(__name__)
