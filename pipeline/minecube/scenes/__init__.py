@@ -9,7 +9,7 @@ Search:
     site_year.py       Searches the scenes of a site-year in several sources.
     api.py             Lists the items of a STAC API.
     item_file.py       Lists the items of a stac-geoparquet file, with an index in memory.
-    parquet.py         Reads such a file into a table, within limits.
+    parquet.py         Reads the file into a table, within limits.
     features.py        Converts rows of the table to GeoJSON.
 
 Item to scene:
