@@ -148,7 +148,7 @@ RECIPE = "mine: {title: t%s}\n"
         (
             load_recipes,
             RECIPE % ", reducer: max-ndvi, bands: [B04]",
-            "field 'bands': expected B04 and B08, which reducer max-ndvi",
+            "field 'bands': expected B04 and B08 for reducer max-ndvi",
         ),
         (
             load_recipes,

@@ -171,7 +171,7 @@ def _shapes_of(
     for shape, omitted, site_id in zip(shapes, omitted_parts, ids, strict=True):
         if omitted:
             log.warning(
-                "%s: site %s: the areas of its geometry collection are used, left out are %s",
+                "%s: site %s: the areas of its collection were kept, left out: %s",
                 path,
                 site_id,
                 omitted,
