@@ -2006,7 +2006,7 @@ READ = {
     "string_view": ("id", lambda ids: ids.cast(pa.string_view())),
     "binary_view": (
         "geometry",
-        lambda shapes: parquet.without_extension(shapes).cast(pa.binary_view()),
+        lambda shapes: parquet.strip_extension(shapes).cast(pa.binary_view()),
     ),
     "string_view in assets": ("assets", _with_view),
     "assets as map": ("assets", _as_map),

@@ -61,7 +61,7 @@ class Listing:
     found: Found
 
 
-def expected_passes(
+def derive_passes(
     scenes: Iterable[pystac.Item], year: int, until: date = date.max
 ) -> dict[date, date] | None:
     """Return the expected passes of a year, as solar day -> UTC date.
@@ -142,7 +142,7 @@ def audit(
     months = []
     years = []
     for year in sorted({listing.year for listing in listings}):
-        passes = expected_passes(pooled, year, until)
+        passes = derive_passes(pooled, year, until)
         listings_of_year = [listing for listing in listings if listing.year == year]
         if len(listings_of_year) > 1:
             listings_of_year.append(_pool(listings_of_year))

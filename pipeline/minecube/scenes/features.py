@@ -15,7 +15,7 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from minecube.arrays import AnyArray
-from minecube.scenes.parquet import TIMES, without_extension
+from minecube.scenes.parquet import TIMES, strip_extension
 
 Feature = dict[str, Any]
 
@@ -33,7 +33,7 @@ def to_features(table: pa.Table) -> list[Feature]:
 
 def parse_shapes(table: pa.Table) -> AnyArray:
     """Return the geometry of each row, None if missing or invalid WKB."""
-    wkb = without_extension(table.column("geometry")).to_numpy()
+    wkb = strip_extension(table.column("geometry")).to_numpy()
     shapes: AnyArray = shapely.from_wkb(wkb, on_invalid="ignore")
     return shapes
 

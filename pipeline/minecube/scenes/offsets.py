@@ -186,7 +186,7 @@ def estimate_carried(
         The number per scene, and its brightness above the place without offset. NaN if unknown.
     """
     clear = np.isin(scl, CLEAR) & np.isfinite(stored[:, 0])
-    dark = np.array([_darkest(s) for s in stored])
+    dark = np.array([_measure_darkest(s) for s in stored])
     black = dark < OFFSET + _BLACK
     level, step = group_levels(stored, clear, black, -offsets // OFFSET)
     grouped = np.isfinite(level)
@@ -196,7 +196,9 @@ def estimate_carried(
         level -= np.nanmin(level)
         comparable = clear & grouped[:, None]
         dates = comparable.sum(axis=0)
-        base = _darkest(_quartile(_ranked(_without_level(stored, level), comparable), dates))
+        base = _measure_darkest(
+            _lower_quartile(_sort_clear(_subtract_level(stored, level), comparable), dates)
+        )
         green = 2 * ((scl == _VEGETATION) & comparable).sum(axis=0) > dates
         green_share = green.sum() / max((dates > 0).sum(), 1)
         shift = decide_lowest_level(base, green_share, level[grouped], offsets[grouped])
@@ -223,7 +225,7 @@ def group_levels(
     """
     level = np.where(black, 0, decided).astype(np.float64)
     for _ in range(_ROUNDS):
-        step = measure_steps(_without_level(stored, level), clear)
+        step = measure_steps(_subtract_level(stored, level), clear)
         thousands = np.rint(step / OFFSET)
         is_clean = np.abs(step - OFFSET * thousands) <= _TOLERANCE
         moves = is_clean & (thousands == 1)
@@ -243,10 +245,10 @@ def measure_steps(ground: Float32, clear: Bool) -> Float64:
     steps = np.full(len(ground), np.nan)
     if len(ground) < 2:
         return steps
-    ranked = _ranked(ground, clear)
+    ranked = _sort_clear(ground, clear)
     counts = clear.sum(axis=0)
-    quartile = _quartile(ranked, counts - 1)
-    next_rank = _quartile(ranked, counts - 1, further=1)
+    quartile = _lower_quartile(ranked, counts - 1)
+    next_rank = _lower_quartile(ranked, counts - 1, further=1)
     for n, scene in enumerate(ground):
         # The lower quartile without this scene. A scene at or below it shifts it by one rank.
         usual = np.where(scene <= quartile, next_rank, quartile)
@@ -294,7 +296,7 @@ def _fill_in_by_overpass(
         if overpass[a] == overpass[b]
     ]
     differences = {
-        (a, b): _difference(stored[a], stored[b]) for a, b in pairs if np.isnan(carried[a])
+        (a, b): _measure_difference(stored[a], stored[b]) for a, b in pairs if np.isnan(carried[a])
     }
     for _, ((a, b), difference) in itertools.product(range(2), differences.items()):
         if np.isnan(difference) or np.isfinite(carried[a]):
@@ -310,7 +312,7 @@ def _fill_in_by_overpass(
             excess[a] = excess[b] + difference
 
 
-def _difference(scene: Float32, neighbour: Float32) -> float:
+def _measure_difference(scene: Float32, neighbour: Float32) -> float:
     """Return one scene's excess over another of its overpass, about -1000, 0 or 1000, else NaN."""
     common = np.isfinite(scene[0]) & np.isfinite(neighbour[0])
     if common.sum() < _FEWEST_PIXELS:
@@ -322,17 +324,17 @@ def _difference(scene: Float32, neighbour: Float32) -> float:
     return float(by_band.mean())
 
 
-def _without_level(stored: Float32, level: Float64) -> Float32:
+def _subtract_level(stored: Float32, level: Float64) -> Float32:
     """Subtract each scene's level from [scene, band, pixel]. NaN levels give NaN."""
     return stored - OFFSET * level.astype(np.float32)[:, None, None]
 
 
-def _ranked(ground: Float32, clear: Bool) -> Float32:
+def _sort_clear(ground: Float32, clear: Bool) -> Float32:
     """Sort the clear values of [scene, band, pixel] along the scenes, NaN last."""
     return np.sort(np.where(clear[:, None], ground, np.float32(np.nan)), axis=0)
 
 
-def _quartile(ranked: Float32, counts: Int64, further: int = 0) -> Float32:
+def _lower_quartile(ranked: Float32, counts: Int64, further: int = 0) -> Float32:
     """Return the lower quartile of the first `counts` [pixel] ranks, as [band, pixel].
 
     `further` selects a later rank.
@@ -342,7 +344,7 @@ def _quartile(ranked: Float32, counts: Int64, further: int = 0) -> Float32:
     return quartile
 
 
-def _darkest(stored: Float32) -> float:
+def _measure_darkest(stored: Float32) -> float:
     """Return the lowest band's 2nd percentile of [band, pixel], NaN for too few pixels."""
     observed = np.isfinite(stored[0])
     if observed.sum() < _FEWEST_PIXELS:

@@ -102,14 +102,14 @@ def _need_size(items: int, unpacked: int) -> None:
 
 def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Cast a column to types with selectable rows. Most columns need no cast."""
-    stored = without_extension(column)
+    stored = strip_extension(column)
     plain = _plain_type(stored.type)
     if plain == stored.type:
         return stored
     return stored.cast(plain)
 
 
-def without_extension(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def strip_extension(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column without its extension type."""
     if not isinstance(column.type, pa.BaseExtensionType):
         return column
