@@ -30,7 +30,8 @@ from minecube import network, scenes
 from minecube.catalog import BANDS, Offset, Site, Source
 from minecube.cube import store
 from minecube.reader import remote
-from minecube.scenes import find
+from minecube.scenes import api as stac_api
+from minecube.scenes import item_file
 
 # The same examples each time: a run that fails can be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -265,7 +266,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of everything that waits for a host."""
     still = Clock()
-    for module in (network, find, remote):
+    for module in (network, stac_api, item_file, remote):
         monkeypatch.setattr(module, "time", still)
     monkeypatch.setattr(remote, "interrupted", still)
     return still

@@ -95,7 +95,7 @@ RECIPE = "mine: {title: t%s}\n"
             SOURCE % ", offset: {value: true}",
             "field 'value': expected int, found True",
         ),
-        (load_sources, SOURCE % "" + SOURCE % "", "'mine' stands there twice"),
+        (load_sources, SOURCE % "" + SOURCE % "", "'mine' occurs twice"),
         (
             load_sources,
             SOURCE % ", access: {credentials_for: [a]}",
@@ -148,7 +148,7 @@ RECIPE = "mine: {title: t%s}\n"
         (
             load_recipes,
             RECIPE % ", reducer: max-ndvi, bands: [B04]",
-            "field 'bands': expected B04 and B08, which reducer max-ndvi",
+            "field 'bands': expected B04 and B08 for reducer max-ndvi",
         ),
         (
             load_recipes,
@@ -275,7 +275,7 @@ def test_sites_of_ones_own_in_any_format_and_projection(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("geometries", "columns", "said"),
     [
-        ([MINE, OTHER], {"id": ["a", "a"]}, "site 'a' stands there twice"),
+        ([MINE, OTHER], {"id": ["a", "a"]}, "site 'a' occurs twice"),
         (
             [BOWTIE],
             {"id": ["a"]},
@@ -409,7 +409,7 @@ def test_two_names_of_one_id_are_refused_by_name(tmp_path):
         CatalogError, match=r"sites 'Bełża' and 'Belza' would both have the id 'Belza'; rename one"
     ):
         load_sites(sites_file(tmp_path, [MINE, OTHER], name=["Bełża", "Belza"]))
-    with pytest.raises(CatalogError, match=r"site 'a' stands there twice"):
+    with pytest.raises(CatalogError, match=r"site 'a' occurs twice"):
         load_sites(sites_file(tmp_path, [MINE, OTHER], name=["a", "a"]))
 
 
@@ -427,7 +427,7 @@ def test_columns_are_understood_in_any_case(tmp_path, suffix):
 
 def test_twins_of_a_column_are_refused_unless_one_is_empty(tmp_path):
     with pytest.raises(
-        CatalogError, match="has the columns name, NAME, which mean the same; keep one"
+        CatalogError, match="has several columns of one meaning: name, NAME; keep one"
     ):
         load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", name=["a"], NAME=["b"]))
     (site,) = load_sites(sites_file(tmp_path, [MINE], suffix=".parquet", name=[None], NAME=["b"]))

@@ -26,7 +26,7 @@ from matplotlib.image import imread
 from minecube import report, scenes
 from minecube.catalog import load_recipes, load_sources
 from minecube.cli import cli
-from minecube.errors import CubeError
+from minecube.errors import CubeError, SceneError
 from minecube.scenes import Found, coverage
 from minecube.simulate import World, passes, simulate
 
@@ -87,13 +87,13 @@ def days_of(passed):
 
 def test_passes_by_hand():
     """S2A came over on 2 March 2020: so it did on 2 January, 60 days before, and S2B on the 7th."""
-    year = days_of(coverage.expected([scene("S2A", "2020-03-02")], 2020))
+    year = days_of(coverage.derive_passes([scene("S2A", "2020-03-02")], 2020))
     assert year[:5] == ["2020-01-02", "2020-01-07", "2020-01-12", "2020-01-17", "2020-01-22"]
     assert len(year) == 73  # 2 January to 27 December, every fifth day
     assert year[-1] == "2020-12-27"
     summer = [
         d
-        for d in days_of(coverage.expected([scene("S2A", "2020-03-02")], 2017))
+        for d in days_of(coverage.derive_passes([scene("S2A", "2020-03-02")], 2017))
         if "2017-06" <= d < "2017-08"
     ]
     # S2B began on 1 July 2017, which was one of its days.
@@ -125,7 +125,7 @@ def test_passes_by_hand():
 )
 def test_one_pass_tells_the_others_across_satellites_and_years(orbit, known, other):
     for a, b in ((known, other), (other, known)):
-        assert date.fromisoformat(b[1]) in coverage.expected([scene(*a, orbit)], int(b[1][:4]))
+        assert date.fromisoformat(b[1]) in coverage.derive_passes([scene(*a, orbit)], int(b[1][:4]))
 
 
 def test_the_real_items_agree(real_data):
@@ -144,7 +144,7 @@ def test_the_real_items_agree(real_data):
         )
         both.append(scenes.normalise(item, sources[source]))
     assert {s.properties["sat:relative_orbit"] for s in both} == {65}
-    a, b = (coverage.expected([s], 2020) for s in both)
+    a, b = (coverage.derive_passes([s], 2020) for s in both)
     assert a == b
     assert {"2020-03-02", "2020-07-05"} <= set(days_of(a))
 
@@ -154,21 +154,21 @@ def test_the_real_items_agree(real_data):
 def test_passes_are_the_simulators(year, seen):
     truth = [passes._passes(2020, orbit) for orbit in (passes.FULL, passes.CUT)]
     first = [next(p for p in listed if p[1] == satellite) for listed in truth for satellite in seen]
-    expected = coverage.expected([scene(s, day, orbit) for day, s, orbit in first], year)
+    expected = coverage.derive_passes([scene(s, day, orbit) for day, s, orbit in first], year)
     assert list(expected) == sorted(
         p[0] for orbit in (passes.FULL, passes.CUT) for p in passes._passes(year, orbit)
     )
 
 
 def test_s2c_takes_over_from_s2a():
-    r65 = days_of(coverage.expected([scene("S2A", "2020-03-02")], 2025))
+    r65 = days_of(coverage.derive_passes([scene("S2A", "2020-03-02")], 2025))
     assert "2025-01-15" in r65  # S2A's last: 1780 days after
     assert "2025-01-25" in r65  # S2C's first
     assert len(r65) == 73
     # S2A flies on elsewhere; where it is found, it tells nothing.
     moved = scene("S2A", "2025-06-03")
-    assert days_of(coverage.expected([scene("S2A", "2020-03-02"), moved], 2025)) == r65
-    assert coverage.expected([moved], 2025) is None
+    assert days_of(coverage.derive_passes([scene("S2A", "2020-03-02"), moved], 2025)) == r65
+    assert coverage.derive_passes([moved], 2025) is None
     months, _ = coverage.audit([listing([scene("S2C", "2025-06-04"), moved], 2025)], RECIPE, LATER)
     june = months.iloc[5]
     assert (june["days"], june["expected"]) == (2, 6)
@@ -176,7 +176,7 @@ def test_s2c_takes_over_from_s2a():
 
 
 def test_nothing_is_expected_that_is_not_listed_yet():
-    passed = coverage.expected([scene("S2A", "2020-03-02")], 2020, until=date(2020, 1, 12))
+    passed = coverage.derive_passes([scene("S2A", "2020-03-02")], 2020, until=date(2020, 1, 12))
     assert days_of(passed) == ["2020-01-02", "2020-01-07", "2020-01-12"]
     months, years = coverage.audit(
         [listing([scene("S2A", "2020-03-02")])], RECIPE, date(2020, 5, 31)
@@ -200,8 +200,8 @@ def test_scenes_that_name_no_orbit_count_but_tell_no_pass():
 def test_a_pass_belongs_to_the_utc_year_in_which_it_is_listed():
     """Over New Zealand half past ten on 1 January 2021 is still 2020 in UTC, where a search finds it."""
     first = scene("S2A", "2021-01-01", utc=datetime(2020, 12, 31, 22, 40, tzinfo=UTC))
-    assert coverage.expected([first], 2020)[date(2021, 1, 1)] == date(2020, 12, 31)
-    assert days_of(coverage.expected([first], 2021))[0] == "2021-01-06"
+    assert coverage.derive_passes([first], 2020)[date(2021, 1, 1)] == date(2020, 12, 31)
+    assert days_of(coverage.derive_passes([first], 2021))[0] == "2021-01-06"
     months, _ = coverage.audit([listing([first], 2020)], RECIPE, LATER)
     december = months.iloc[11]
     assert (december["days"], december["expected"], december["missing"]) == (
@@ -251,7 +251,7 @@ def test_what_is_found_is_never_missing_and_nothing_else_is_made_up(found):
     every = [date(2020, 1, 1) + timedelta(days=n) for n in range(366)]
     # A pass of the same satellite lies a multiple of 10 days away, of the other one 5 more.
     brute = [d for d in every if any((d - day).days % 5 == 0 for _, day in known)]
-    assert list(coverage.expected(found, 2020) or {}) == brute
+    assert list(coverage.derive_passes(found, 2020) or {}) == brute
     own = [s for s in found if s.datetime.year == 2020]
     months, _ = coverage.audit(
         [
@@ -550,7 +550,7 @@ def test_a_year_that_could_not_be_audited_leaves_the_others(world, tmp_path, mon
 
     def sometimes(site, year, *sources):
         if year == 2020:
-            raise scenes.SceneError("the API is down")
+            raise SceneError("the API is down")
         return search(site, year, *sources)
 
     monkeypatch.setattr(scenes, "search", sometimes)
@@ -597,7 +597,7 @@ def test_the_picture_follows_the_counts(tmp_path):
     def area(picture, colour):
         return (np.abs(picture - to_rgb(colour)).max(axis=-1) < 0.02).sum()
 
-    every = [scene("S2A", day) for day in coverage.expected(found, 2020)]
+    every = [scene("S2A", day) for day in coverage.derive_passes(found, 2020)]
     full = drawn(tmp_path / "full.png", every)
     # In the full year only the legend shows these colours.
     assert area(one, report.NONE_USABLE) > 5 * area(full, report.NONE_USABLE) > 0

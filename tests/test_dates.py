@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from minecube import cube
 from minecube.catalog import Recipe, Registration
 from minecube.cli import build as building
-from minecube.scenes.find import read_items
+from minecube.scenes.item_file import read_items
 
 SHIFTED_PX = 2
 

@@ -139,7 +139,7 @@ def test_areas_agree_with_the_ellipsoids(lon, lat):
 def test_sites_without_a_grid():
     with pytest.raises(CatalogError, match="'s' has no area of interest yet"):
         grid_of(Site(id="s"))
-    with pytest.raises(CatalogError, match="expected at most 100000 a side"):
+    with pytest.raises(CatalogError, match="expected at most 100000 per side"):
         grid_of(site_at(10, 50, 18, 5))
     with pytest.raises(CatalogError, match="latitude 85"):
         grid_of(Site(id="s", geometry=unary_union([box(10, 84.9, 11, 85.1)])))

@@ -16,8 +16,8 @@ from minecube.catalog import load_recipes, load_sources
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.scenes import offsets
-from minecube.scenes.looks import Look, coarse_of, look_at
-from minecube.scenes.offsets import Check, carried_by, check_offsets, resolve
+from minecube.scenes.looks import Look, coarsen_grid, look_at
+from minecube.scenes.offsets import Check, check_offsets, estimate_carried, resolve
 from minecube.simulate import World, simulate
 
 VEGETATION, BARE, CLOUD = 4, 5, 9
@@ -52,7 +52,7 @@ def told(numbers, scl, carries, decided, overpass=None):
     """What is found of scenes that carry that."""
     carries, decided = np.asarray(carries), np.asarray(decided)
     stored = numbers + carries[:, None, None].astype(np.float32)
-    return carried_by(stored, scl, decided, overpass or [str(n) for n in range(len(stored))])
+    return estimate_carried(stored, scl, decided, overpass or [str(n) for n in range(len(stored))])
 
 
 def test_quartile_of_the_others_against_brute_force():
@@ -72,8 +72,8 @@ def test_quartile_of_the_others_against_brute_force():
                 expected.append(others[(len(others) - 1) // 4] if others else np.nan)
         moved = np.where(clear[n], values[n] - np.reshape(expected, (2, 80)), np.nan)
         expected_step = np.nanmedian(moved.mean(axis=0))
-        np.testing.assert_allclose(offsets.steps(values, clear)[n], expected_step)
-    assert np.isfinite(offsets.steps(values, np.ones_like(clear))).all()
+        np.testing.assert_allclose(offsets.measure_steps(values, clear)[n], expected_step)
+    assert np.isfinite(offsets.measure_steps(values, np.ones_like(clear))).all()
 
 
 def test_step_is_the_thousand_and_neither_haze_nor_cloud_nor_snow():
@@ -83,14 +83,14 @@ def test_step_is_the_thousand_and_neither_haze_nor_cloud_nor_snow():
     numbers[3, :, 60:] = HIGH_CLOUD[:, None]
     scl[3, 60:] = CLOUD
     numbers[4, :2] += 6000  # snow
-    step = offsets.steps(numbers, scl == VEGETATION)
+    step = offsets.measure_steps(numbers, scl == VEGETATION)
     assert abs(step[[0, 3, 5]]).max() < 30  # the sixteenth of the ground that is left is enough
     assert step[1] == pytest.approx(1000, abs=30)
     assert np.isnan(step[[2, 4]]).all()
-    assert np.isnan(offsets.steps(numbers[:1], scl[:1] == VEGETATION)).all()
+    assert np.isnan(offsets.measure_steps(numbers[:1], scl[:1] == VEGETATION)).all()
     few = np.full_like(numbers, np.nan)
     few[:, :, :19] = numbers[:, :, :19]
-    assert np.isnan(offsets.steps(few, (scl == VEGETATION) & np.isfinite(few[:, 0]))).all()
+    assert np.isnan(offsets.measure_steps(few, (scl == VEGETATION) & np.isfinite(few[:, 0]))).all()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_step_is_the_thousand_and_neither_haze_nor_cloud_nor_snow():
     ],
 )
 def test_lowest_group(dark, green, level, decided, expected):
-    found = offsets.lowest(dark, green, np.array(level, float), np.array(decided))
+    found = offsets.decide_lowest_level(dark, green, np.array(level, float), np.array(decided))
     np.testing.assert_equal(found, float(expected))
 
 
@@ -157,7 +157,7 @@ def test_a_bright_place_goes_by_the_decisions_that_agree():
 def test_two_scenes_do_not_change_places_for_ever():
     numbers, _ = seen(2, ground(brighter=1200))
     scl = np.full((2, 900), BARE, np.uint16)
-    level, step = offsets.levels(
+    level, step = offsets.group_levels(
         numbers + np.array([0, 1000], np.float32)[:, None, None],
         scl == BARE,
         np.zeros(2, bool),
@@ -376,7 +376,7 @@ def test_bands_that_there_are(place, archive):
 @pytest.mark.parametrize("side", [30, 60, 384, 1500, 11000])
 def test_large_places_are_seen_coarsely(side, make):
     fine = make.grid(360000, 5600040, side, side // 2)
-    coarse = coarse_of(fine)
+    coarse = coarsen_grid(fine)
     assert coarse.resolution.x % 20 == 0
     assert np.prod(coarse.shape) < 42_000
     assert coarse.shape[0] * coarse.resolution.x >= fine.shape[0] * 10

@@ -46,8 +46,9 @@ from minecube.cli import build as building
 from minecube.errors import CatalogError, ReadError, SceneError
 from minecube.grid import grid_of
 from minecube.reader import remote
-from minecube.scenes import find, snapshot
-from minecube.scenes.find import over
+from minecube.scenes import api as stac_api
+from minecube.scenes import item_file, parquet, site_year, snapshot
+from minecube.scenes.footprints import lies_over
 
 LEFT, TOP = 360000, 5600040
 PLAIN = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
@@ -397,7 +398,7 @@ def test_the_antimeridian(archive, make):
     assert shapely.geometry.shape(scene.geometry).area < 0.2
     for x, hit in ((179.98, True), (-179.98, True), (0.0, False), (100.0, False)):
         area = shapely.box(x - 0.005, (south + north) / 2, x + 0.005, (south + north) / 2 + 0.005)
-        assert over(scene, area) is hit, x
+        assert lies_over(scene, area) is hit, x
     assert scene.properties["minecube:solar_day"] == "2020-07-06"
     # A footprint that is cut already stays as it is.
     assert scenes.normalise(
@@ -444,7 +445,9 @@ def test_a_list_is_of_its_place_and_its_sources_rules(archive, make, tmp_path):
         (here, 2020, [dataclasses.replace(source, offset=Offset(value=0))]),
         (here, 2020, [dataclasses.replace(source, resolution_m={"B04": 20})]),
     ):
-        with pytest.raises(SceneError, match="was searched for another place, or by another rule"):
+        with pytest.raises(
+            SceneError, match="holds the scenes of another place, or of another rule"
+        ):
             snapshot.load(path, snapshot.belongs_to(site, year, sources))
 
 
@@ -536,7 +539,7 @@ def test_a_snapshot_that_was_changed_is_refused(real, tmp_path):
     table = pq.read_table(path)
     at = table.column_names.index("minecube:offset")
     pq.write_table(table.set_column(at, "minecube:offset", pa.array([-1000])), path)
-    with pytest.raises(SceneError, match="not those that were saved"):
+    with pytest.raises(SceneError, match="have changed since they were saved"):
         snapshot.load(path)
 
 
@@ -786,7 +789,9 @@ def test_a_busy_api_is_asked_again(api, searched):
 @pytest.mark.parametrize("old", [False, True], ids=["numberMatched", "context"])
 def test_lost_items_are_not_passed_over(api, searched, old):
     api.lose, api.old = True, old
-    with pytest.raises(SceneError, match="says 16 items match 2020-03, its pages held 15"):
+    with pytest.raises(
+        SceneError, match="expected 16 items of 2020-03, as it counts them, found 15 in its pages"
+    ):
         scenes.search(searched[0], 2020, searched[1])
 
 
@@ -855,13 +860,13 @@ def test_a_search_link_leads_to_the_web(api, searched, href):
 
 
 def test_pages_without_end_are_given_up(api, searched, monkeypatch):
-    monkeypatch.setattr(find, "_PAGES", 1)
+    monkeypatch.setattr(stac_api, "_PAGES", 1)
     with pytest.raises(SceneError, match="expected at most 1 pages of 2020-03, found more"):
         scenes.search(*searched_as(searched))
 
 
 def test_an_answer_that_is_too_long_is_given_up(api, searched, monkeypatch):
-    monkeypatch.setattr(find, "_PAGE_BYTES", 5000)
+    monkeypatch.setattr(stac_api, "_PAGE_BYTES", 5000)
     with pytest.raises(SceneError, match="expected an answer of at most 5,000 bytes"):
         scenes.search(*searched_as(searched))
 
@@ -872,10 +877,10 @@ def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
     stac_geoparquet.arrow.to_parquet(table, archive.source.href)
     site = make.site("s", LEFT, TOP, 60, 60)
     assert scenes.search(site, 2020, archive.source).scenes
-    find._kept.clear()
-    for limit, value in (("_INDEX_ITEMS", 0), ("_INDEX_BYTES", 100)):
+    item_file._cache.clear()
+    for limit, value in (("_MOST_ITEMS", 0), ("MOST_BYTES", 100)):
         with monkeypatch.context() as patched:
-            patched.setattr(find, limit, value)
+            patched.setattr(parquet, limit, value)
             patched.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("it was read"))
             with pytest.raises(
                 SceneError, match="cannot be read as stac-geoparquet \\(expected at most"
@@ -885,7 +890,7 @@ def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
 
 def test_a_file_is_measured_as_it_is_unpacked(tmp_path, monkeypatch):
     """A text of 10,000 letters in 5,000 rows: 50 MB unpacked, of which the file stores one copy."""
-    monkeypatch.setattr(find, "_INDEX_BYTES", 5_000_000)
+    monkeypatch.setattr(parquet, "MOST_BYTES", 5_000_000)
     path = tmp_path / "items.parquet"
     pq.write_table(pa.table({"id": ["x" * 10_000] * 5000}), path)
     about = pq.read_metadata(path)
@@ -904,25 +909,25 @@ def test_a_file_is_measured_as_it_is_unpacked(tmp_path, monkeypatch):
         SceneError,
         match=r"expected at most 1,000,000 items and 5,000,000 bytes, found 5,000 and \d",
     ):
-        find.read_items(path)
+        item_file.read_items(path)
     assert max(most) < 15_000_000
 
 
 def test_a_month_has_a_limit_of_bytes(api, searched, monkeypatch):
     """The recorded month has two pages, and each month has a limit of its own."""
     answers = []
-    bounded = find._bounded
+    bounded = stac_api._read_body
     monkeypatch.setattr(
-        find, "_bounded", lambda *args: answers.append(bounded(*args)) or answers[-1]
+        stac_api, "_read_body", lambda *args: answers.append(bounded(*args)) or answers[-1]
     )
     found = scenes.search(*searched_as(searched)).scenes
     sizes = [len(answer) for answer in answers]
     two = sum(sorted(sizes)[-2:])  # the only month with items
     assert two < sum(sizes)
     network.forget_unreachable()
-    monkeypatch.setattr(find, "_MONTH_BYTES", two)
+    monkeypatch.setattr(stac_api, "_MONTH_BYTES", two)
     assert [s.id for s in scenes.search(*searched_as(searched)).scenes] == [s.id for s in found]
-    monkeypatch.setattr(find, "_MONTH_BYTES", two - 1)
+    monkeypatch.setattr(stac_api, "_MONTH_BYTES", two - 1)
     with pytest.raises(
         SceneError, match=f"expected at most {two - 1:,} bytes of one month, found more"
     ):
@@ -953,11 +958,11 @@ def test_an_api_that_is_not_there_is_tried_once_a_run(searched, clock, caplog, c
 
 
 def test_an_api_that_hangs_is_given_up(api, searched, monkeypatch):
-    monkeypatch.setattr(find, "_READ_S", 0.3)
+    monkeypatch.setattr(stac_api, "_READ_S", 0.3)
     api.hang, start = True, time.monotonic()
     with pytest.raises(
         SceneError,
-        match=r"127\.0\.0\.1 took the connection and sent nothing for 0 s: try again later",
+        match=r"127\.0\.0\.1 accepted the connection, but sent nothing for 0 s: try again later",
     ):
         scenes.search(*searched_as(searched))
     network.forget_unreachable()
@@ -1041,7 +1046,8 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
     access |= {"kind": "s3", "href": "http://evil.example.org", "credentials_for": ["ours"]}
     scene.properties["minecube:access"] = json.dumps(access)
     with pytest.raises(
-        SceneError, match=f"scene {scene.id}: its files are got at in another way than test says"
+        SceneError,
+        match=f"scene {scene.id}: expected the access rules of source test, found others",
     ):
         scenes.belonging([scene], site, 2020, [archive.source])
 
@@ -1297,7 +1303,7 @@ def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, 
     library = list(
         stac_geoparquet.arrow.stac_table_to_items(pq.read_table(tmp_path / "items.parquet"))
     )
-    read = find.read_items(tmp_path / "items.parquet")
+    read = item_file.read_items(tmp_path / "items.parquet")
     for item, expected in zip(read, library, strict=True):
         found = item.to_dict(include_self_link=False, transform_hrefs=False)
         for name in ("id", "geometry", "assets"):
@@ -1315,7 +1321,7 @@ def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, 
     there = table.column("datetime").cast(pa.timestamp("us", tz="Europe/Berlin"))
     table = table.set_column(table.column_names.index("datetime"), "datetime", there)
     pq.write_table(table, tmp_path / "berlin.parquet")
-    assert [i.datetime for i in find.read_items(tmp_path / "berlin.parquet")] == [
+    assert [i.datetime for i in item_file.read_items(tmp_path / "berlin.parquet")] == [
         i.datetime for i in read
     ]
 
@@ -1324,7 +1330,7 @@ def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, 
     column = pa.array(finer, type=pa.timestamp("ns", tz="UTC"))
     table = table.set_column(table.column_names.index("datetime"), "datetime", column)
     pq.write_table(table, tmp_path / "ns.parquet")
-    assert [i.datetime for i in find.read_items(tmp_path / "ns.parquet")] == [
+    assert [i.datetime for i in item_file.read_items(tmp_path / "ns.parquet")] == [
         i.datetime for i in read
     ]
 
@@ -1396,7 +1402,7 @@ def test_a_footprint_that_goes_on_beyond_180_degrees(archive, make):
         scene = scenes.normalise(item, archive.source)
         assert shapely.geometry.shape(scene.geometry).area == pytest.approx(2)
         for x, hit in ((179.5, True), (-179.5, True), (178.5, False), (-178.5, False)):
-            assert over(scene, shapely.box(x - 0.1, 60.4, x + 0.1, 60.6)) is hit, (west, x)
+            assert lies_over(scene, shapely.box(x - 0.1, 60.4, x + 0.1, 60.6)) is hit, (west, x)
 
 
 @pytest.mark.parametrize(
@@ -1716,7 +1722,7 @@ def test_a_malformed_item_of_a_file_or_an_api_is_refused_and_no_other(archive, m
     features = features_of(archive, make)
     del features[1]["properties"]["datetime"]
     features[2]["assets"]["B04"] = "no asset"
-    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    monkeypatch.setattr(site_year, "list_features", lambda *_: features)
     found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [features[0]["id"]]
     assert set(found.refused) == {f["id"] for f in features[1:]}
@@ -1725,7 +1731,7 @@ def test_a_malformed_item_of_a_file_or_an_api_is_refused_and_no_other(archive, m
 def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, make, tmp_path):
     """Places and years at random, more rows than a batch has, one of unknown time; in the order of the file."""
     feature, *_ = features_of(archive, make, 1)
-    rng, n = np.random.default_rng(0), 2 * find._BATCH + 7
+    rng, n = np.random.default_rng(0), 2 * parquet._BATCH + 7
     west, south = rng.uniform(14, 16, n), rng.uniform(50, 52, n)
     footprints = shapely.box(west, south, west + 0.3, south + 0.2)
     days = [f"{year}-07-05T10:00:00Z" for year in rng.integers(2019, 2023, n)]
@@ -1744,14 +1750,14 @@ def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, make, tmp_path)
                 for k in range(n)
                 if days[k][:4] == str(year) and footprints[k].intersects(area)
             ]
-            assert [f["id"] for f in find.items_of(archive.source, area, year)] == expected
+            assert [f["id"] for f in item_file.search_file(archive.source, area, year)] == expected
 
 
 def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive, make, monkeypatch):
     features, site = features_of(archive, make), make.site("s", LEFT, TOP, 60, 60)
     path, reads = archive.root / "items.parquet", []
-    unpacked = find._unpacked
-    monkeypatch.setattr(find, "_unpacked", lambda href: reads.append(href) or unpacked(href))
+    unpacked = item_file._read_table
+    monkeypatch.setattr(item_file, "_read_table", lambda href: reads.append(href) or unpacked(href))
     write_features(features, path)
     with ThreadPoolExecutor(4) as pool:
         found = list(
@@ -1777,19 +1783,19 @@ def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(
     )
     with make.served(tmp_path / "remote") as url:
         href = f"{url}/items.parquet"
-        index = find._index_of(href)
-        assert find._index_of(href) is index
+        index = item_file._index_of(href)
+        assert item_file._index_of(href) is index
         clock.now += 61
-        assert (find._index_of(href) is index, len(fetched)) == (True, 1)
+        assert (item_file._index_of(href) is index, len(fetched)) == (True, 1)
         write_features(features[:2], tmp_path / "remote" / "items.parquet")
-        assert find._index_of(href) is index
+        assert item_file._index_of(href) is index
         clock.now += 61
-        assert len(find._index_of(href).years) == 2
+        assert len(item_file._index_of(href).years) == 2
         monkeypatch.setattr(remote.Remote, "version", lambda *_: (1, None))
         clock.now += 61
-        find._index_of(href)
+        item_file._index_of(href)
         clock.now += 61
-        find._index_of(href)
+        item_file._index_of(href)
     assert len(fetched) == 4
 
 
@@ -1884,7 +1890,7 @@ def test_one_unusable_item_of_an_api_is_refused_for_the_true_reason(
     change, reason = UNUSABLE[case]
     features = features_of(archive, make)
     change(features[1])
-    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    monkeypatch.setattr(site_year, "list_features", lambda *_: features)
     found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [features[0]["id"], features[2]["id"]]
     assert list(found.refused) == [features[1]["id"]]
@@ -1898,7 +1904,7 @@ def test_items_without_id_are_refused_one_by_one_and_pages_with_them_are_read(ap
     nameless, null = copy.deepcopy(march[:2])
     del nameless["id"]
     null["id"] = None
-    listed = {find._key(item): item for item in march}
+    listed = {stac_api._key(item): item for item in march}
     page = {"features": [*march, nameless, null, None]}
 
     class Client:
@@ -1908,12 +1914,14 @@ def test_items_without_id_are_refused_one_by_one_and_pages_with_them_are_read(ap
         def pages_as_dicts(self):
             return [page]
 
-    ids, matched = find._month(Client(), source.collection, shapely.box(0, 0, 1, 1), "2020-03")
+    ids, matched = stac_api._search_month(
+        Client(), source.collection, shapely.box(0, 0, 1, 1), "2020-03"
+    )
     assert matched is None
     assert len(ids) == len(listed) + 3
     assert list(ids.values())[-1] == {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(scenes, "items_of", lambda *_: list(copy.deepcopy(ids).values()))
+        patched.setattr(site_year, "list_features", lambda *_: list(copy.deepcopy(ids).values()))
         found = scenes.search(site, 2020, source)
     assert "S2A_32TNT_20200302_1_L2A" in [scene.id for scene in found.scenes]
     assert [
@@ -1949,7 +1957,7 @@ UNNEEDED = {
 def test_what_a_scene_does_not_need_may_be_malformed(archive, make, monkeypatch, case):
     features = features_of(archive, make)
     UNNEEDED[case](features[1])
-    monkeypatch.setattr(scenes, "items_of", lambda *_: features)
+    monkeypatch.setattr(site_year, "list_features", lambda *_: features)
     found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [str(f["id"]) for f in features]
     assert found.refused == {}
@@ -1996,7 +2004,10 @@ def _with_view(assets):
 
 READ = {
     "string_view": ("id", lambda ids: ids.cast(pa.string_view())),
-    "binary_view": ("geometry", lambda shapes: find._storage(shapes).cast(pa.binary_view())),
+    "binary_view": (
+        "geometry",
+        lambda shapes: parquet.strip_extension(shapes).cast(pa.binary_view()),
+    ),
     "string_view in assets": ("assets", _with_view),
     "assets as map": ("assets", _as_map),
     "assets as map of maps": (

@@ -299,7 +299,7 @@ def test_columns_of_joined_layers_may_differ_in_case(tmp_path):
     both = tmp_path / "both.parquet"
     table(MINE, OTHER, Year=[2019, None], YEAR=[2019, 2022]).to_parquet(both)
     with pytest.raises(
-        LabelError, match="has the columns Year, YEAR, which mean the same; keep one"
+        LabelError, match="has several columns of one meaning: Year, YEAR; keep one"
     ):
         read_polygons(both)
 

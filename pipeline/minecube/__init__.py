@@ -1,15 +1,15 @@
-"""Cloud-free annual Sentinel-2 cubes of mines, aligned with their footprints, mapped and scored through time.
+"""Cloud-free annual Sentinel-2 cubes of mines with footprints, mapped and scored through time.
 
-    load_sites(path)                  -> [Site]
-    grid_of(site)                     -> GeoBox                     10 m UTM, corners on multiples of 60 m
-    search(site, year, *sources)      -> Found                      normalised scenes, one per acquisition
-    select(found.scenes, recipe)      -> [pystac.Item]              scenes used by the recipe
-    composite.composite(scenes, grid, recipe) -> Dataset[band, y, x]   lazy
-    cube.create / write_year          -> a site's cube in a Zarr store
-    open_committed(store, site_id)    -> Dataset[year, band, y, x]  lazy; as_float() scales reflectance
-    rasterize(polygons, grid, years)  -> DataArray[year, y, x]      1 mine, 0 not mine, 255 unknown
-    predict(trained, reflectance)     -> DataArray[year, y, x]      probability x 250
-    count(pred, truth, years)         -> Scores                     additive; finish() gives the formulas
+    load_sites(path)              -> [Site]
+    grid_of(site)                 -> GeoBox: 10 m UTM, corners on multiples of 60 m
+    search(site, year, *sources)  -> Found: normalised scenes, one per acquisition
+    select(found.scenes, recipe)  -> [pystac.Item], the scenes used by the recipe
+    composite.composite(scenes, grid, recipe)  -> lazy Dataset[band, y, x]
+    cube.create / write_year      -> a site's cube in a Zarr store
+    open_committed(store, site_id)  -> lazy Dataset[year, band, y, x]; as_float() scales reflectance
+    rasterize(polygons, grid, years)  -> DataArray[year, y, x]: 1 mine, 0 not mine, 255 unknown
+    predict(trained, reflectance) -> DataArray[year, y, x]: probability x 250
+    count(pred, truth, years)     -> Scores, additive; finish() gives the formulas
 
 Names are loaded at their first use. Importing the package loads neither Dask nor torch.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {
+_HOMES = {
     "as_float": "cube",
     "Recipe": "catalog",
     "Site": "catalog",
@@ -44,10 +44,11 @@ _HOME = {
     "write_year": "cube",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module 'minecube' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"minecube.{_HOME[name]}"), name)
+    module = importlib.import_module(f"minecube.{_HOMES[name]}")
+    return getattr(module, name)

@@ -24,14 +24,16 @@ def replacing(path: Path) -> Iterator[Path]:
     folders of killed writers are removed first. A draft folder replaces an older folder.
 
     Raises:
-        OSError: the folder of `path` is missing, or the draft cannot be made or renamed. `path` stays as it was.
+        OSError: the folder of `path` is missing, or the draft cannot be made or renamed. `path`
+            stays as it was.
     """
-    for left in path.parent.glob(f"{_prefix(glob.escape(path.name))}*"):
-        _remove_abandoned(left)
+    for draft_folder in path.parent.glob(f"{_prefix(glob.escape(path.name))}*"):
+        _remove_abandoned(draft_folder)
     folder = Path(tempfile.mkdtemp(prefix=_prefix(path.name), dir=path.parent))
     draft = folder / path.name
     try:
-        # Other writers remove a folder with an unlocked `_LOCK`, so the file has another name until it is locked.
+        # Other writers remove a folder with an unlocked `_LOCK`, so the file has another name
+        # until it is locked.
         unlocked = folder / f"{_LOCK}.new"
         with unlocked.open("w") as lock:
             with suppress(OSError):  # without locks, the folder outlives a killed writer
@@ -65,12 +67,12 @@ def _rename(draft: Path, path: Path) -> None:
         draft.replace(path)
         return
     # No system call replaces a folder with content.
-    old = draft.with_name(f"{path.name}.old")
-    path.rename(old)
+    old_folder = draft.with_name(f"{path.name}.old")
+    path.rename(old_folder)
     try:
         draft.replace(path)
     except OSError:
-        old.rename(path)
+        old_folder.rename(path)
         raise
 
 

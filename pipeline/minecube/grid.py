@@ -48,15 +48,16 @@ def grid_of(site: Site) -> GeoBox:
     lonlat = Geometry(site.geometry, "EPSG:4326")
     if not (-80 <= site.geometry.centroid.y <= 84):
         raise CatalogError(
-            f"site {site.id!r} lies at latitude {site.geometry.centroid.y:.2f}; UTM, and with it the grid, spans -80..84"
+            f"site {site.id!r} lies at latitude {site.geometry.centroid.y:.2f}; "
+            "UTM, and with it the grid, spans -80..84"
         )
     crs = _zone_of(site.geometry) or CRS.utm(lonlat)
     box = lonlat.to_crs(crs, resolution=0.01).boundingbox.buffered(site.margin)
     grid = _aligned(box, crs)
     if max(grid.shape) > LARGEST_PX:
         raise CatalogError(
-            f"site {site.id!r} is {grid.shape[1]} x {grid.shape[0]} pixels of {PIXEL_M} m; expected at most {LARGEST_PX} a "
-            "side, since farther from its meridian a UTM zone is no map any more: split it"
+            f"site {site.id!r} is {grid.shape[1]} x {grid.shape[0]} pixels of {PIXEL_M} m; "
+            f"expected at most {LARGEST_PX} per side, within one UTM zone; split the site"
         )
     return grid
 
@@ -69,26 +70,30 @@ def _zone_of(shape: BaseGeometry) -> CRS | None:
     west, south, east, north = shape.bounds
     zone = math.ceil((west + 180) / 6)
     inside = 6 * zone - 186 < west and east < 6 * zone - 180
-    if not inside or not (south > 0 or north < 0):
-        return None
-    return CRS(f"EPSG:{(32600 if south > 0 else 32700) + zone}")
+    if inside and south > 0:
+        return CRS(f"EPSG:{32600 + zone}")
+    if inside and north < 0:
+        return CRS(f"EPSG:{32700 + zone}")
+    return None
 
 
 def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:
     # Half a millimetre of tolerance keeps a corner on 60 m after a round trip through degrees.
     eps = 0.0005
-    left, bottom = (int((v + eps) // ALIGN_M) * ALIGN_M for v in (box.left, box.bottom))
-    right, top = (-int((-v + eps) // ALIGN_M) * ALIGN_M for v in (box.right, box.top))
+    west, south = (int((v + eps) // ALIGN_M) * ALIGN_M for v in (box.left, box.bottom))
+    east, north = (-int((-v + eps) // ALIGN_M) * ALIGN_M for v in (box.right, box.top))
     return GeoBox(
-        ((top - bottom) // PIXEL_M, (right - left) // PIXEL_M),
-        Affine(PIXEL_M, 0, left, 0, -PIXEL_M, top),
+        ((north - south) // PIXEL_M, (east - west) // PIXEL_M),
+        Affine(PIXEL_M, 0, west, 0, -PIXEL_M, north),
         crs,
     )
 
 
 def at_resolution(grid: GeoBox, resolution_m: int) -> GeoBox:
     """Return the same extent at `resolution_m` (10, 20 or 60), with the same upper left corner."""
-    return grid if resolution_m == PIXEL_M else grid.zoom_out(resolution_m / PIXEL_M)
+    if resolution_m == PIXEL_M:
+        return grid
+    return grid.zoom_out(resolution_m / PIXEL_M)
 
 
 def padded(grid: GeoBox, margin_m: int) -> GeoBox:
@@ -133,7 +138,9 @@ def footprint_of(shape: BaseGeometry | None) -> BaseGeometry:
         return shapely.Polygon()
     if shape.geom_type not in ("Polygon", "MultiPolygon") or shape.has_z or not shape.is_valid:
         shape = shapely.union_all(_polygons(shapely.make_valid(shapely.force_2d(shape))))
-    return shape if shape.is_empty else split_at_antimeridian(shape)
+    if shape.is_empty:
+        return shape
+    return split_at_antimeridian(shape)
 
 
 def _in_degrees(shape: BaseGeometry) -> bool:
@@ -145,7 +152,8 @@ def _polygons(shape: BaseGeometry) -> list[BaseGeometry]:
     """List all polygons of a geometry, including those in nested collections."""
     if shape.geom_type == "Polygon":
         return [shape]
-    return [polygon for part in getattr(shape, "geoms", ()) for polygon in _polygons(part)]
+    parts = getattr(shape, "geoms", ())
+    return [polygon for part in parts for polygon in _polygons(part)]
 
 
 def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
@@ -162,12 +170,12 @@ def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
     def eastward(x: Any, y: Any) -> tuple[Any, Any]:
         return x + 360 * (x < 0), y
 
-    whole = shapely.transform(shape, eastward, interleaved=False)
-    left = whole.intersection(shapely.box(0, -90, 180, 90))
-    right = shapely.transform(
-        whole.intersection(shapely.box(180, -90, 360, 90)),
-        lambda x, y: (x - 360, y),
-        interleaved=False,
-    )
-    pieces = [p for half in (left, right) for p in shapely.get_parts(half) if p.area > 0]
-    return shapely.MultiPolygon(pieces)
+    def westward(x: Any, y: Any) -> tuple[Any, Any]:
+        return x - 360, y
+
+    joined = shapely.transform(shape, eastward, interleaved=False)
+    before_180 = joined.intersection(shapely.box(0, -90, 180, 90))
+    beyond_180 = joined.intersection(shapely.box(180, -90, 360, 90))
+    beyond_180 = shapely.transform(beyond_180, westward, interleaved=False)
+    pieces = [*shapely.get_parts(before_180), *shapely.get_parts(beyond_180)]
+    return shapely.MultiPolygon([piece for piece in pieces if piece.area > 0])

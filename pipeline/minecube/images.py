@@ -4,6 +4,9 @@ GDAL picks a driver by a file's bytes or name. Some drivers, such as VRT, follow
 to other files and hosts. `open_image` uses one of two single-file drivers, and ignores sidecar
 files. A GeoTIFF may still name another file for its overviews. `open_image` refuses the image
 before GDAL opens that file.
+
+`is_cut` walks through the directories of a TIFF by itself. GDAL opens a cut file without an error,
+and then lacks its location, fill value or mask.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,57 +73,80 @@ class TooLargeError(ForbiddenError):
 def is_cut(read: Callable[[int, int], bytes], size: int) -> bool:
     """Return whether a file is empty, or a GeoTIFF or JPEG 2000 file cut within its header.
 
-    GDAL opens a GeoTIFF without the cut part: its location, fill value or mask may be missing.
-
     Args:
         read: returns the bytes at a position and of a length. With fewer bytes, the check ends.
         size: of the file, in bytes.
     """
-    first = read(0, SIGNATURE)
+    beginning = read(0, SIGNATURE)
     if size < SIGNATURE:
-        return any(signature.startswith(first[: len(signature)]) for signature in _DRIVERS)
-    if _DRIVERS.get(first[:4]) != "GTiff":
+        return any(signature.startswith(beginning[: len(signature)]) for signature in _DRIVERS)
+    if _DRIVERS.get(beginning[:4]) != "GTiff":
         return False
-    order, big = "<" if first[:2] == b"II" else ">", b"+" in first[2:4]
-    count, entry, offset = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
-    at = 8 if big else 4  # of the offset of the first directory
+    layout = _layout_of(beginning)
+    position = layout.start
     for _ in range(_DIRECTORIES):
-        found = _number(read, order + offset, at)
-        if not found:  # the last directory
-            return at + struct.calcsize(offset) > size
-        begin = found + struct.calcsize(count)
-        if begin > size:
+        directory = _read_number(read, layout.offset, position)
+        if not directory:  # the last directory
+            return position + struct.calcsize(layout.offset) > size
+        start = directory + struct.calcsize(layout.count)
+        if start > size:
             return True
-        fields = _number(read, order + count, found)
+        fields = _read_number(read, layout.count, directory)
         if fields is None or fields > _FIELDS:
             return False
-        at = begin + fields * struct.calcsize(order + entry)
-        if at + struct.calcsize(offset) > size:
+        position = start + fields * struct.calcsize(layout.field)
+        if position + struct.calcsize(layout.offset) > size:
             return True
-        entries = read(begin, at - begin)
-        if len(entries) < at - begin:
+        content = read(start, position - start)
+        if len(content) < position - start:
             return False
-        for _, kind, values, value in struct.iter_unpack(order + entry, entries):
+        for _, kind, values, value in struct.iter_unpack(layout.field, content):
             length = values * _VALUE_BYTES.get(kind, 0)
-            if length > len(value) and struct.unpack(order + offset, value)[0] + length > size:
+            if length > len(value) and struct.unpack(layout.offset, value)[0] + length > size:
                 return True
     return False
 
 
-def _number(read: Callable[[int, int], bytes], form: str, at: int) -> int | None:
+@dataclass(frozen=True)
+class _TiffLayout:
+    """Formats of the numbers in a TIFF file, in the notation of `struct`."""
+
+    start: int
+    """Position of the offset of the first directory."""
+    count: str
+    """Number of fields in a directory."""
+    field: str
+    """Tag, type, number of values, and their value or offset."""
+    offset: str
+    """Position in the file."""
+
+
+def _layout_of(beginning: bytes) -> _TiffLayout:
+    order = ">"
+    if beginning[:2] == b"II":
+        order = "<"
+    if b"+" in beginning[2:4]:  # BigTIFF
+        return _TiffLayout(8, f"{order}Q", f"{order}HHQ8s", f"{order}Q")
+    return _TiffLayout(4, f"{order}H", f"{order}HHI4s", f"{order}I")
+
+
+def _read_number(read: Callable[[int, int], bytes], layout: str, position: int) -> int | None:
     """Return the number at a position; None if its bytes are not available."""
-    content = read(at, struct.calcsize(form))
-    return int(struct.unpack(form, content)[0]) if len(content) == struct.calcsize(form) else None
+    size = struct.calcsize(layout)
+    content = read(position, size)
+    if len(content) != size:
+        return None
+    return int(struct.unpack(layout, content)[0])
 
 
 def open_image(
-    name: str, first: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any
+    name: str, beginning: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any
 ) -> rasterio.DatasetReader:
     """Open a GeoTIFF or JPEG 2000 file, within `rasterio.Env(**SETTINGS)`.
 
     Args:
         name: a path, or a name in memory or of an `opener`, for rasterio.
-        first: the file's first bytes, `SIGNATURE` of them or more.
+        beginning: the file's first bytes, `SIGNATURE` of them or more.
         most_px: maximum number of pixels per band.
         most_bytes: maximum number of bytes of all pixels.
         options: for `rasterio.open`.
@@ -129,10 +156,10 @@ def open_image(
         TooLargeError: the header declares more than allowed.
         RasterioError: the file cannot be opened.
     """
-    driver = next((d for signature, d in _DRIVERS.items() if first.startswith(signature)), None)
-    if driver is None:
+    drivers = [driver for mark, driver in _DRIVERS.items() if beginning.startswith(mark)]
+    if not drivers:
         raise ForbiddenError("expected a GeoTIFF or JPEG 2000 file, found another format")
-    image = rasterio.open(name, sharing=False, driver=driver, **options)
+    image = rasterio.open(name, sharing=False, driver=drivers[0], **options)
     try:
         if image.tags(ns="OVERVIEWS"):
             raise ForbiddenError(
@@ -161,5 +188,6 @@ def _need_size(image: rasterio.DatasetReader, most_px: int, most_bytes: int) -> 
     needed = max(image.width * image.height, height * width) * per_pixel
     if needed > most_bytes:
         raise TooLargeError(
-            f"expected at most {most_bytes:,} bytes of pixels, found {needed:,} in {image.count} bands"
+            f"expected at most {most_bytes:,} bytes of pixels, "
+            f"found {needed:,} in {image.count} bands"
         )

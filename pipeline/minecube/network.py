@@ -44,7 +44,8 @@ _PART_WITH_PREFIX = re.compile(r"(^|/)(gtiff_dir|gtiff_raw|j2k_subfile):", re.I)
 # GDAL's virtual file systems (VSIGetFileSystemsPrefixes of GDAL 3.10, and those of other builds).
 _VIRTUAL = re.compile(
     r"(^|/)vsi(7z|adls|az|cached|crypt|curl|gs|gzip|hdfs|kerchunk\w*|mem|oss|pythonfilelike|rar|"
-    r"riopener\w*|s3|sparse|stdin|stdout|subfile|swift|tar|webhdfs|zip)(_streaming|_redirect)?([/?]|$)",
+    r"riopener\w*|s3|sparse|stdin|stdout|subfile|swift|tar|webhdfs|zip)"
+    r"(_streaming|_redirect)?([/?]|$)",
     re.I,
 )
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -82,31 +83,33 @@ class ForbiddenError(Exception):
 
 def origin_of(href: str) -> str:
     """Return a catalogue's host, empty if local; raise ForbiddenError for an invalid URL."""
-    return "" if is_local(href) else (host_of(href) or "unknown")
+    if is_local(href):
+        return ""
+    return host_of(href) or "unknown"
 
 
 def host_of(url: str) -> str:
     """Return the host of a URL, or an empty text; raise ForbiddenError for an invalid URL."""
     if "\\" in url:  # libraries disagree on the end of this host
         raise ForbiddenError("expected a URL without a backslash, found one")
-    authority = _AUTHORITY.match(url)
-    return _parsed_host(authority[0] if authority else url)
+    if authority := _AUTHORITY.match(url):
+        url = authority[0]
+    return _parse_host(url)
 
 
 @functools.lru_cache(1024)  # all bands of a scene, and most scenes, share one host
-def _parsed_host(url: str) -> str:
-    from urllib3.util import (
-        parse_url,
-    )  # only for remote files: the command line loads this module first
+def _parse_host(url: str) -> str:
+    # Only for remote files: the command line loads this module first.
+    from urllib3.util import parse_url
 
     try:
-        written = urlsplit(url).netloc.rpartition("@")[2]
+        spelling = urlsplit(url).netloc.rpartition("@")[2]
         host = parse_url(url).host or ""
     except ValueError as error:
         raise ForbiddenError("expected a valid URL, found an invalid host or port") from error
     # Some libraries decode percent signs. In brackets, a percent sign marks a zone.
-    if "%" in written and not written.startswith("["):
-        raise ForbiddenError(f"expected a host without percent signs, found {written}")
+    if "%" in spelling and not spelling.startswith("["):
+        raise ForbiddenError(f"expected a host without percent signs, found {spelling}")
     return host.strip("[]")
 
 
@@ -117,65 +120,78 @@ def is_local(href: str) -> bool:
 
 def local_path(href: str) -> str:
     """Return the path of a local href."""
-    return unquote(urlsplit(href).path) if href.lower().startswith("file://") else href
+    if href.lower().startswith("file://"):
+        return unquote(urlsplit(href).path)
+    return href
 
 
-def check_href(href: str, origin: str, named: Collection[str] = ()) -> None:
+def check_href(href: str, origin: str, allowed_hosts: Collection[str] = ()) -> None:
     """Check an href of a catalogue.
 
     Args:
         href: absolute, or a local path.
         origin: the catalogue's host; empty for a local one.
-        named: hosts named by the source.
+        allowed_hosts: hosts named by the source.
 
     Raises:
         ForbiddenError: the href must not be read. The message gives the reason.
     """
-    name = _decoded(href)
-    scheme = _PREFIX.match(name)
-    place = name if is_local(href) else _decoded(href.partition("?")[0])
-    if _VIRTUAL.search(place.replace("\\", "/")) or "<" in name or any(ord(c) < 32 for c in name):
+    name = _decode(href)
+    path = name
+    if not is_local(href):
+        path = _decode(href.partition("?")[0])
+    if _VIRTUAL.search(path.replace("\\", "/")) or "<" in name or any(ord(c) < 32 for c in name):
         raise ForbiddenError("it is a special name of GDAL, not a file")
+    scheme = _PREFIX.match(name)
     if scheme and scheme[1].lower() not in _SCHEMES:
         raise ForbiddenError(f"expected a path or an http(s), s3 or file URL, found {scheme[1]}:")
     if is_local(href):
         if origin:
             raise ForbiddenError(f"it is a local file, but its catalogue is at {origin}")
-        path = name[len("file://") :] if scheme else name
+        if scheme:
+            path = name[len("file://") :]
         if _PART_WITH_PREFIX.search(path.replace("\\", "/")):
             raise ForbiddenError("it is a special name of GDAL, not a file")
     elif href.lower().startswith("s3://"):
         _check_object(name)
     else:
-        check_url(href, origin, named)
+        check_url(href, origin, allowed_hosts)
 
 
-def check_url(url: str, origin: str, named: Collection[str] = ()) -> None:
+def check_url(url: str, origin: str, allowed_hosts: Collection[str] = ()) -> None:
     """Raise ForbiddenError for a URL other than http(s), or with a forbidden address as host."""
     host = host_of(url)
     scheme = urlsplit(url).scheme
     if scheme not in _WEB or not host:
         raise ForbiddenError(f"expected an http(s) URL with a host, found {scheme or 'no scheme'}")
     if host == "localhost":
-        check_address("localhost", "127.0.0.1", origin, named)
+        check_address("localhost", "127.0.0.1", origin, allowed_hosts)
     elif _address(host):
-        check_address(host, host, origin, named)
+        check_address(host, host, origin, allowed_hosts)
 
 
-def check_address(host: str, address: str, origin: str, named: Collection[str] = ()) -> None:
+def check_address(
+    host: str, address: str, origin: str, allowed_hosts: Collection[str] = ()
+) -> None:
     """Raise ForbiddenError if a catalogue from `origin` must not reach a host at this address."""
     ip = _address(address)
-    if ip is None or host in named:
+    if ip is None or host in allowed_hosts:
         return
     special = ip.is_link_local or ip.is_multicast or ip in _METADATA
     if special or not (_is_public(ip) or _may_reach_private(origin)):
         raise ForbiddenError(
-            f"{host} has the address {address}, which is not public; name the host in the source to allow it"
+            f"{host} has the address {address}, which is not public; "
+            "name the host in the source to allow it"
         )
 
 
 def redirected(
-    url: str, location: str, origin: str, named: Collection[str] = (), *, resolve: bool = False
+    url: str,
+    location: str,
+    origin: str,
+    allowed_hosts: Collection[str] = (),
+    *,
+    resolve: bool = False,
 ) -> str:
     """Return the target of a redirect; raise ForbiddenError if it must not be followed.
 
@@ -186,17 +202,17 @@ def redirected(
         target = urljoin(url, location)
     except ValueError as error:
         raise ForbiddenError("it is redirected to an invalid URL") from error
-    check_url(target, origin, named)
+    check_url(target, origin, allowed_hosts)
     if resolve:
         host = host_of(target)
         for address in _addresses(host):
-            check_address(host, address, origin, named)
+            check_address(host, address, origin, allowed_hosts)
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
         raise ForbiddenError("it is redirected from https to http")
     return target
 
 
-def _decoded(href: str) -> str:
+def _decode(href: str) -> str:
     for _ in range(_DECODED):
         decoded = unquote(href)
         if decoded == href:
@@ -217,10 +233,12 @@ def _address(host: str) -> _Address | None:
         ip = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return _short_address(host)
-    return ip if isinstance(ip, ipaddress.IPv4Address) else _embedded(ip) or ip
+    if isinstance(ip, ipaddress.IPv6Address):
+        return _embedded_address(ip) or ip
+    return ip
 
 
-def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+def _embedded_address(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """Return the IPv4 address inside an IPv6 address, or else None."""
     if any(ip in network for network in _LAST_32_BITS):
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
@@ -246,9 +264,15 @@ def _may_reach_private(origin: str) -> bool:
     """Whether a catalogue is local or only at private addresses; False without an address."""
     if not origin:
         return True
-    written = _address(origin)
-    addresses = [written] if written else [_address(address) for address in _addresses(origin)]
-    return bool(addresses) and not any(ip is None or _is_public(ip) for ip in addresses)
+    addresses = [origin]
+    if not _address(origin):
+        addresses = _addresses(origin)
+    return bool(addresses) and all(_is_private(address) for address in addresses)
+
+
+def _is_private(address: str) -> bool:
+    ip = _address(address)
+    return ip is not None and not _is_public(ip)
 
 
 def _addresses(host: str) -> list[str]:
@@ -259,28 +283,28 @@ def _addresses(host: str) -> list[str]:
         return []
 
 
-_silent: dict[str, tuple[float, str]] = {}
+_unreachable: dict[str, tuple[float, str]] = {}
 _lock = threading.Lock()
 
 
 def forget_unreachable() -> None:
     """Try every host again. Called at the beginning of a run."""
     with _lock:
-        _silent.clear()
+        _unreachable.clear()
     _may_reach_private.cache_clear()
 
 
-def note_unreachable(url: str, why: str) -> None:
+def note_unreachable(url: str, reason: str) -> None:
     """Remember the host of a URL as unreachable."""
     with _lock:
-        _silent[urlsplit(url).netloc] = (time.monotonic() + _REMEMBERED_S, why)
+        _unreachable[urlsplit(url).netloc] = (time.monotonic() + _REMEMBERED_S, reason)
 
 
 def need_reachable(url: str) -> None:
     """Raise RequestError if the host of a URL did not answer a moment ago."""
-    until, why = _silent.get(urlsplit(url).netloc, (0.0, ""))
+    until, reason = _unreachable.get(urlsplit(url).netloc, (0.0, ""))
     if time.monotonic() < until:
-        raise RequestError(why)
+        raise RequestError(reason)
 
 
 def why_unreachable(url: str, error: BaseException) -> str | None:
@@ -296,9 +320,15 @@ def why_unreachable(url: str, error: BaseException) -> str | None:
         return None
     host = urlsplit(url).netloc.rpartition("@")[2]
     if isinstance(cause, urllib3.exceptions.NameResolutionError):
-        return f"the host name {host} is not found: check its spelling, and this machine's network and DNS"
+        return (
+            f"the host name {host} is not found: "
+            "check its spelling, and this machine's network and DNS"
+        )
     if isinstance(cause, urllib3.exceptions.NewConnectionError):
-        return f"{host} cannot be reached ({_system_error(cause)}): check the address, and that the server is running"
+        return (
+            f"{host} cannot be reached ({_system_error(cause)}): "
+            "check the address, and that the server is running"
+        )
     return f"{host} does not answer: check the address, and this machine's network and firewall"
 
 
@@ -320,13 +350,19 @@ def without_query(text: str) -> str:
     return re.sub(r"\?[^\s'\")]*", "", text)
 
 
+def _hide_query(argument: object) -> object:
+    if isinstance(argument, str):
+        return without_query(argument)
+    return argument
+
+
 def _quiet(record: logging.LogRecord) -> bool:
     """Hide the queries of URLs in urllib3's log, and drop its warnings.
 
     Each warning either passes or ends in an error with its own report.
     """
     if isinstance(record.args, tuple):
-        record.args = tuple(without_query(a) if isinstance(a, str) else a for a in record.args)
+        record.args = tuple(map(_hide_query, record.args))
     return record.levelno < logging.WARNING
 
 

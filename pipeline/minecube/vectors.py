@@ -19,17 +19,18 @@ from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet as pq
 import pyogrio
 import shapely
 from pyproj import CRS
 
+from minecube.arrays import AnyArray
+
 NAMED = (
     "GeoJSON, GeoPackage, GeoParquet, Shapefile, FlatGeobuf, KML or File Geodatabase, also zipped"
 )
-_FIRST = 2**16
+_BEGINNING = 2**16
 """Number of first bytes that determine a file's format."""
 _FORMATS = {
     ".geojson": rb"(\xef\xbb\xbf)?\s*\{",
@@ -61,14 +62,16 @@ _ZIPPED = (".geojson", ".gpkg", *_PARQUET, ".shp", ".fgb", ".kml")
 _PARTS = (".shx", ".dbf", ".prj", ".cpg")
 _MOST_ZIPPED = 2**31
 """Maximum bytes of the polygons in a zip file."""
-_LISTED = 8
+_MOST_COLUMNS = 8
 """Maximum number of columns listed in an error."""
 _ENCRYPTED = 1
 """Flag bit of a zip member with a password."""
 _COLLECTIONS = [
-    shapely.GeometryType[f"MULTI{kind}"].value for kind in ("POINT", "LINESTRING", "POLYGON")
+    shapely.GeometryType.MULTIPOINT,
+    shapely.GeometryType.MULTILINESTRING,
+    shapely.GeometryType.MULTIPOLYGON,
+    shapely.GeometryType.GEOMETRYCOLLECTION,
 ]
-_COLLECTIONS.append(shapely.GeometryType.GEOMETRYCOLLECTION.value)
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,8 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
 
     Args:
         path: the file, or the folder of a File Geodatabase.
-        layer: the layer to read. `*` stands for any letters; the rows of all matching layers are joined.
+        layer: the layer to read. `*` stands for any letters; the rows of all matching layers are
+            joined.
 
     Raises:
         ValueError: the format is not in `NAMED` or contradicts the suffix, several layers have
@@ -112,7 +116,8 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            "expected text in UTF-8, found another encoding; convert the file to UTF-8, for example with iconv"
+            "expected text in UTF-8, found another encoding; "
+            "convert the file to UTF-8, for example with iconv"
         ) from error
     except shapely.errors.ShapelyError as error:
         raise ValueError(
@@ -121,6 +126,30 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
 
 
 def _check_format(path: Path) -> None:
+    """Raise ValueError unless a file has the format of its suffix."""
+    _check_place(path)
+    suffix = path.suffix.lower()
+    content = path
+    if suffix == ".gdb":
+        content = path / _CONTENTS
+    with content.open("rb") as file:
+        beginning = file.read(_BEGINNING)
+    if suffix in _TEXTS and beginning.startswith(_UTF_16):
+        raise ValueError("expected text in UTF-8, found UTF-16; save the file as UTF-8")
+    if not re.match(_FORMATS[suffix], beginning, re.DOTALL):
+        raise ValueError(
+            f"expected the format of the suffix {suffix}, found another; "
+            "correct the suffix or convert the file"
+        )
+    if suffix in _TEXTS and re.search(_OTHER_DRIVERS, beginning):
+        raise ValueError(
+            "expected features, found a text that refers to other files; "
+            "convert the file with ogr2ogr"
+        )
+
+
+def _check_place(path: Path) -> None:
+    """Raise ValueError for an unknown suffix, a name special to GDAL, or a folder for a file."""
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise ValueError(
@@ -128,28 +157,20 @@ def _check_format(path: Path) -> None:
         )
     if path.parts[1].startswith("vsi"):
         raise ValueError(
-            "expected a file, found a name that GDAL treats as virtual; move the file to another folder"
+            "expected a file, found a name that GDAL treats as virtual; "
+            "move the file to another folder"
         )
-    if path.is_dir() != (suffix == ".gdb") and path.exists():
-        wanted, found = ("folder", "file") if suffix == ".gdb" else ("file", "folder")
+    if suffix == ".gdb" and path.exists() and not path.is_dir():
         raise ValueError(
-            f"expected a {wanted} with the suffix {suffix}, found a {found}; name the {wanted} of polygons"
+            f"expected a folder with the suffix {suffix}, found a file; name the folder of polygons"
+        )
+    if suffix != ".gdb" and path.is_dir():
+        raise ValueError(
+            f"expected a file with the suffix {suffix}, found a folder; name the file of polygons"
         )
     if suffix == ".gdb" and path.is_dir() and not (path / _CONTENTS).is_file():
         raise ValueError(
             f"expected a File Geodatabase, found a folder without {_CONTENTS}; name another folder"
-        )
-    with (path / _CONTENTS if suffix == ".gdb" else path).open("rb") as file:
-        first = file.read(_FIRST)
-    if suffix in _TEXTS and first.startswith(_UTF_16):
-        raise ValueError("expected text in UTF-8, found UTF-16; save the file as UTF-8")
-    if not re.match(_FORMATS[suffix], first, re.DOTALL):
-        raise ValueError(
-            f"expected the format of the suffix {suffix}, found another; correct the suffix or convert the file"
-        )
-    if suffix in _TEXTS and re.search(_OTHER_DRIVERS, first):
-        raise ValueError(
-            "expected features, found a text that refers to other files; convert the file with ogr2ogr"
         )
 
 
@@ -159,13 +180,10 @@ def _layers_of(path: Path) -> list[_Layer]:
     suffix = path.suffix.lower()
     if suffix in _PARQUET:
         return [_Layer(path=path, name=path.stem, kind="Unknown", number=None)]
-    if suffix == ".kml" and (time := re.search(_SHORT_TIME, path.read_bytes())):
-        year = time[2].decode()
-        raise ValueError(
-            f"expected whole dates in <{time[1].decode()}>, found {year}; write {year[:4]}-01-01 or the like"
-        )
+    if suffix == ".kml":
+        _check_times(path)
     try:
-        listed = enumerate(pyogrio.list_layers(path))
+        listed = pyogrio.list_layers(path)
     except pyogrio.errors.DataSourceError as error:
         # Without GDAL's advice to name a driver: minecube chooses the driver.
         text = str(error).replace(str(path), path.name).partition(".; It might help")[0]
@@ -174,8 +192,18 @@ def _layers_of(path: Path) -> list[_Layer]:
         ) from error
     return [
         _Layer(path=path, name=str(name), kind=kind, number=number)
-        for number, (name, kind) in listed
+        for number, (name, kind) in enumerate(listed)
     ]
+
+
+def _check_times(path: Path) -> None:
+    """Raise ValueError for a year or a month in a KML file."""
+    if time := re.search(_SHORT_TIME, path.read_bytes()):
+        element = time[1].decode()
+        date = time[2].decode()
+        raise ValueError(
+            f"expected whole dates in <{element}>, found {date}; write {date[:4]}-01-01 or the like"
+        )
 
 
 def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
@@ -184,6 +212,20 @@ def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
     A layer name used twice gets its folder's name. If the folder also has it twice, it gets its
     suffix.
     """
+    _extract_polygons(path, folder)
+    layers = [layer for file in _files_of(folder) for layer in _layers_of(file)]
+    if not layers:
+        raise ValueError(f"expected {NAMED}; found none of these in the zip file")
+    names = [layer.name for layer in layers]
+    for n in _repeated(names):
+        names[n] = _long_name(layers[n], layers[n].path.relative_to(folder).with_suffix(""))
+    for n in _repeated(names):
+        names[n] = _long_name(layers[n], layers[n].path.relative_to(folder))
+    return [replace(layer, name=name) for layer, name in zip(layers, names, strict=True)]
+
+
+def _extract_polygons(path: Path, folder: Path) -> None:
+    """Extract the polygons of a zip file to a folder. Raises ValueError if this is impossible."""
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if _may_be_polygons(member)]
         size = sum(member.file_size for member in members)
@@ -193,32 +235,32 @@ def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
             )
         if any(member.flag_bits & _ENCRYPTED for member in members):
             raise ValueError(
-                "expected a zip file without a password, found an encrypted one; unzip it and name the file in it"
+                "expected a zip file without a password, found an encrypted one; "
+                "unzip it and name the file in it"
             )
         try:
             for member in members:
                 archive.extract(member, folder)
         except NotImplementedError as error:
             raise ValueError(
-                f"expected a zip file that Python can read ({error}); unzip it and name the file in it"
+                f"expected a zip file that Python can read ({error}); "
+                "unzip it and name the file in it"
             ) from error
-    paths = sorted(folder.rglob("*"))
-    files = [
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """List the files of polygons below a folder, and the folders of File Geodatabases."""
+    return [
         path
-        for path in paths
+        for path in sorted(folder.rglob("*"))
         if path.suffix.lower() == ".gdb" or (path.suffix.lower() in _ZIPPED and path.is_file())
     ]
-    layers = [layer for file in files for layer in _layers_of(file)]
-    if not layers:
-        raise ValueError(f"expected {NAMED}; found none of these in the zip file")
-    short = [layer.name for layer in layers]
-    long = [_long_name(layer, layer.path.relative_to(folder).with_suffix("")) for layer in layers]
-    longest = [_long_name(layer, layer.path.relative_to(folder)) for layer in layers]
-    uses = Counter(short)
-    names = [long[n] if uses[name] > 1 else name for n, name in enumerate(short)]
+
+
+def _repeated(names: Sequence[str]) -> list[int]:
+    """Return the positions of names used more than once."""
     uses = Counter(names)
-    names = [longest[n] if uses[name] > 1 else name for n, name in enumerate(names)]
-    return [replace(layer, name=name) for layer, name in zip(layers, names, strict=True)]
+    return [position for position, name in enumerate(names) if uses[name] > 1]
 
 
 def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
@@ -231,42 +273,45 @@ def _may_be_polygons(member: zipfile.ZipInfo) -> bool:
 
 def _long_name(layer: _Layer, file: Path) -> str:
     """Name a layer by its file, plus its own name if different."""
-    return file.as_posix() if layer.path.stem == layer.name else f"{file.as_posix()}/{layer.name}"
+    if layer.path.stem == layer.name:
+        return file.as_posix()
+    return f"{file.as_posix()}/{layer.name}"
 
 
-def _read_layers(path: Path, layers: Sequence[_Layer], wanted: str | None) -> gpd.GeoDataFrame:
+def _read_layers(path: Path, layers: Sequence[_Layer], name: str | None) -> gpd.GeoDataFrame:
     """Read the requested layers, or else the only one with polygons."""
-    if wanted is not None:
-        same = [layer for layer in layers if layer.name == wanted]
-        chosen = same or [layer for layer in layers if fnmatch.fnmatchcase(layer.name, wanted)]
-        if not chosen:
+    if name is not None:
+        matches = [layer for layer in layers if layer.name == name]
+        if not matches:
+            matches = [layer for layer in layers if fnmatch.fnmatchcase(layer.name, name)]
+        if not matches:
             raise ValueError(
-                f"expected a layer {wanted!r}, found {_listed(layers)}; name one of these"
+                f"expected a layer {name!r}, found {_describe(layers)}; name one of these"
             )
-        return _joined([_read_layer(layer) for layer in chosen])
+        return _join([_read_layer(layer) for layer in matches])
     if len(layers) == 1:
         return _read_layer(layers[0])
     areal = [layer for layer in layers if _has_areas(layer)]
     if len(areal) > 1:
         raise ValueError(
-            f"expected one layer of polygons, found {len(areal)}: {_listed(areal)}; name the one to read with --layer, or "
-            "--sites-layer for a file of --sites"
+            f"expected one layer of polygons, found {len(areal)}: {_describe(areal)}; "
+            "name the one to read with --layer, or --sites-layer for a file of --sites"
         )
     if not areal:
         raise ValueError(
-            f"expected a layer of polygons, found {_listed(layers) or 'no layer'}; name another file"
+            f"expected a layer of polygons, found {_describe(layers) or 'no layer'}; "
+            "name another file"
         )
-    others = _listed([layer for layer in layers if layer not in areal])
     log.warning(
         "%s: layer %s was read; these hold no polygons and were left out: %s",
         path,
         areal[0].name,
-        others,
+        _describe([layer for layer in layers if layer not in areal]),
     )
     return _read_layer(areal[0])
 
 
-def _listed(layers: Sequence[_Layer]) -> str:
+def _describe(layers: Sequence[_Layer]) -> str:
     kinds = {None: "no geometry", "Unknown": "any geometry"}
     return ", ".join(f"{layer.name} ({kinds.get(layer.kind, layer.kind)})" for layer in layers)
 
@@ -283,20 +328,21 @@ def _has_areas(layer: _Layer) -> bool:
     return False
 
 
-def _joined(tables: Sequence[gpd.GeoDataFrame]) -> gpd.GeoDataFrame:
+def _join(tables: Sequence[gpd.GeoDataFrame]) -> gpd.GeoDataFrame:
     """Join the rows of layers in the CRS of the first one."""
     if len(tables) == 1:
         return tables[0]
     if not all(isinstance(table, gpd.GeoDataFrame) and table.crs is not None for table in tables):
         raise ValueError(
-            "expected layers with geometries and a CRS to join, found one without; name the others one by one"
+            "expected layers with geometries and a CRS to join, found one without; "
+            "name the others one by one"
         )
     name = tables[0].geometry.name
-    same = [
+    alike = [
         table.rename(columns={table.geometry.name: name}).set_geometry(name).to_crs(tables[0].crs)
         for table in tables
     ]
-    return pd.concat([table for table in same if len(table)] or same[:1], ignore_index=True)
+    return pd.concat([table for table in alike if len(table)] or alike[:1], ignore_index=True)
 
 
 def _read_layer(layer: _Layer) -> gpd.GeoDataFrame:
@@ -316,23 +362,21 @@ def _read_parquet(path: Path) -> gpd.GeoDataFrame:
     if b"geo" in metadata:
         return gpd.read_parquet(path)
     columns = [file.schema.column(n) for n in range(len(file.schema.names))]
-    native = {
-        c.path: c.logical_type for c in columns if c.logical_type.type in ("GEOMETRY", "GEOGRAPHY")
-    }
-    if not native:
+    geometries = [c for c in columns if c.logical_type.type in ("GEOMETRY", "GEOGRAPHY")]
+    if not geometries:
         fields = [f"{field.name} ({field.type})" for field in file.schema_arrow]
-        found = ", ".join(fields[:_LISTED])
         raise ValueError(
-            f"expected GeoParquet, or a column of Parquet's type GEOMETRY, found {found}; write GeoParquet "
-            "with geopandas or ogr2ogr"
+            "expected GeoParquet, or a column of Parquet's type GEOMETRY, "
+            f"found {', '.join(fields[:_MOST_COLUMNS])}; "
+            "write GeoParquet with geopandas or ogr2ogr"
         )
     table = file.read().to_pandas()
-    for name, kind in native.items():
-        crs = _parquet_crs(json.loads(kind.to_json()).get("crs") or "", metadata)
-        table[name] = gpd.GeoSeries.from_wkb(table[name], crs=crs)
-    return gpd.GeoDataFrame(
-        table, geometry="geometry" if "geometry" in native else next(iter(native))
-    )
+    for column in geometries:
+        crs = _parquet_crs(json.loads(column.logical_type.to_json()).get("crs") or "", metadata)
+        table[column.path] = gpd.GeoSeries.from_wkb(table[column.path], crs=crs)
+    names = [column.path for column in geometries]
+    geometry = "geometry" if "geometry" in names else names[0]
+    return gpd.GeoDataFrame(table, geometry=geometry)
 
 
 def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
@@ -344,7 +388,9 @@ def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
     if key in metadata:
         return CRS.from_user_input(metadata[key].decode())
     code = text.removeprefix("srid:")
-    return CRS.from_epsg(code) if code.isdigit() else CRS.from_user_input(text or "OGC:CRS84")
+    if code.isdigit():
+        return CRS.from_epsg(code)
+    return CRS.from_user_input(text or "OGC:CRS84")
 
 
 def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
@@ -364,19 +410,19 @@ def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> 
             names.setdefault(meaning, []).append(column)
     for meaning, twins in names.items():
         filled = [name for name in twins if texts(table[name]).notna().any()] or twins[:1]
+        column = filled[0]
         if len(filled) > 1:
-            table = table.assign(**{filled[0]: _coalesced(table, filled)})
-        table = table.drop(columns=[name for name in twins if name != filled[0]]).rename(
-            columns={filled[0]: meaning}
-        )
+            table = table.assign(**{column: _coalesce(table, filled)})
+        table = table.drop(columns=[name for name in twins if name != column])
+        table = table.rename(columns={column: meaning})
     return table
 
 
-def _coalesced(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
+def _coalesce(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
     """Join columns with at most one value per row."""
     filled = np.stack([texts(table[name]).notna().to_numpy() for name in names])
     if (filled.sum(axis=0) > 1).any():
-        raise ValueError(f"has the columns {', '.join(names)}, which mean the same; keep one")
+        raise ValueError(f"has several columns of one meaning: {', '.join(names)}; keep one")
     joined = pd.Series(None, table.index, dtype=object)
     for name, rows in zip(names, filled, strict=True):
         # A column of integers with a gap is stored as floats.
@@ -392,54 +438,46 @@ def texts(column: pd.Series) -> pd.Series:
     with np.errstate(invalid="ignore"):  # infinite numbers are not integers
         values = column.convert_dtypes()
     if values.dtype == object:
-        values = values.map(_text, na_action="ignore")
+        values = values.map(_decode, na_action="ignore")
     text = values.astype("string").str.strip()
     return text.mask(text == "")
 
 
-def _text(value: object) -> str:
-    return (
-        bytes(value).decode(errors="replace")
-        if isinstance(value, bytes | bytearray)
-        else str(value)
-    )
+def _decode(value: object) -> str:
+    if isinstance(value, bytes | bytearray):
+        return bytes(value).decode(errors="replace")
+    return str(value)
 
 
 def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
     """Return the polygons of a collection as one multipolygon."""
     parts = _single_parts(shape)
-    return shapely.multipolygons(
-        parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON.value]
-    )
+    return shapely.multipolygons(parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON])
 
 
-def areas_of_collections(
-    shapes: npt.NDArray[np.object_],
-) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
+def areas_of_collections(shapes: AnyArray) -> tuple[AnyArray, AnyArray]:
     """Keep only the polygons of each GeometryCollection that has some.
 
     Returns:
         The shapes, and per shape the omitted parts in words ("1 LineString"; "" for none).
     """
-    kept = shapes.copy()
-    left_out = np.full(len(shapes), "", object)
-    for n in np.flatnonzero(
-        shapely.get_type_id(shapes) == shapely.GeometryType.GEOMETRYCOLLECTION.value
-    ):
+    shapes = shapes.copy()
+    omitted = np.full(len(shapes), "", object)
+    types = shapely.get_type_id(shapes)
+    for n in np.flatnonzero(types == shapely.GeometryType.GEOMETRYCOLLECTION):
         areas = areal_parts(shapes[n])
         if shapely.is_empty(areas):
             continue
-        kept[n] = areas
         kinds = Counter(part.geom_type for part in _single_parts(shapes[n]))
-        left_out[n] = ", ".join(
-            f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind != "Polygon"
-        )
-    return kept, left_out
+        del kinds["Polygon"]
+        omitted[n] = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        shapes[n] = areas
+    return shapes, omitted
 
 
-def _single_parts(shape: shapely.Geometry) -> npt.NDArray[np.object_]:
+def _single_parts(shape: shapely.Geometry) -> AnyArray:
     """Return all parts of a shape, also from nested collections."""
-    parts: npt.NDArray[np.object_] = shapely.get_parts(shape)
+    parts: AnyArray = shapely.get_parts(shape)
     while np.isin(shapely.get_type_id(parts), _COLLECTIONS).any():
         parts = shapely.get_parts(parts)
     return parts

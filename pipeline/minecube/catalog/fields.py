@@ -1,4 +1,4 @@
-"""Names of bands and sites, and checks of catalogue fields."""
+"""Checks of catalogue fields, and names of sites."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from anyascii import anyascii
 
 LONGEST_NAME = 100
 """Most characters of a name. Files and locks add words to it, and file systems allow 255 bytes."""
-BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-"""Bands of the cube, in its order, without B01, B09 and B10, as in EuroMineNet."""
-SCL = "SCL"
-"""Asset name of the Level-2A scene classification."""
-NATIVE_M = {band: 10 if band in ("B02", "B03", "B04", "B08") else 20 for band in (*BANDS, SCL)}
-"""The mission's pixel sizes in metres."""
+_SAFE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 class FieldError(ValueError):
@@ -30,14 +25,11 @@ def need(condition: object, field: str, expected: str) -> None:
 
 def need_name(name: str, field: str = "id") -> None:
     """Raise FieldError if a name cannot name both a Zarr group and a file."""
-    shown = repr(name if len(name) <= LONGEST_NAME else f"{name[:20]}...")
-    need(
-        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name),
-        field,
-        f"letters, digits, _ . -, found {shown}",
-    )
+    is_safe = re.fullmatch(_SAFE_NAME, name)
+    beginning = name if len(name) <= LONGEST_NAME else f"{name[:20]}..."
+    need(is_safe, field, f"letters, digits, _ . -, found {beginning!r}")
     need(len(name) <= LONGEST_NAME, field, f"up to {LONGEST_NAME} characters, found {len(name):,}")
-    need(name != "zarr.json", field, "another name than zarr.json, which Zarr needs for itself")
+    need(name != "zarr.json", field, "another name than zarr.json, which Zarr reserves")
 
 
 def safe_name(name: str) -> str:
@@ -54,18 +46,20 @@ def safe_name(name: str) -> str:
         The id; "" for a name without letter and digit.
     """
     plain = name.strip().replace(" ", "_")
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plain):
+    if re.fullmatch(_SAFE_NAME, plain):
         return plain
     return re.sub(r"[^A-Za-z0-9.-]+", "_", anyascii(name)).strip("_.-")
 
 
-def same_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known ids for a name.
+def same_names(name: str, ids: Iterable[str]) -> list[str]:
+    """Return the ids for a name.
 
     The same id, or all ids differing only in case, accents, blanks and _ . -.
     """
-    ids = list(known)
-    return [name] if name in ids else [i for i in ids if _key(i) == _key(name)]
+    ids = list(ids)
+    if name in ids:
+        return [name]
+    return [candidate for candidate in ids if _key(candidate) == _key(name)]
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -75,9 +69,6 @@ def _key(name: str) -> str:
 
 def need_months(field: str, months: tuple[int, ...], at_least: int = 1) -> None:
     """Raise FieldError unless these are calendar months, ascending, each once."""
-    in_order = all(1 <= m <= 12 for m in months) and list(months) == sorted(set(months))
-    need(
-        len(months) >= at_least and in_order,
-        field,
-        f"1..12, ascending, each once, found {list(months)}",
-    )
+    in_order = list(months) == sorted(set(months))
+    fits = in_order and len(months) >= at_least and all(1 <= month <= 12 for month in months)
+    need(fits, field, f"1..12, ascending, each once, found {list(months)}")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minecube.catalog.fields import BANDS, need, need_name
+from minecube.catalog.fields import need, need_name
+from minecube.catalog.mission import BANDS
 
 TASKS = {"mapping": ("mine",), "change": ("changed", "removed", "new"), "series": ("mine",)}
 """Task -> its possible classes.
@@ -83,18 +84,15 @@ class ModelCard:
     def __post_init__(self) -> None:
         need_name(self.id)
         need(self.task in TASKS, "task", f"one of {', '.join(TASKS)}, found {self.task!r}")
-        known = TASKS[self.task]
-        fits = (
-            self.classes
-            and len(set(self.classes)) == len(self.classes)
-            and set(self.classes) <= set(known)
-        )
+        classes = TASKS[self.task]
+        is_subset = self.classes and set(self.classes) <= set(classes)
         need(
-            fits,
+            is_subset and len(set(self.classes)) == len(self.classes),
             "classes",
-            f"some of {', '.join(known)} for {self.task}, each once, found {', '.join(self.classes) or 'none'}",
+            f"some of {', '.join(classes)} for {self.task}, each once, "
+            f"found {', '.join(self.classes) or 'none'}",
         )
-        unknown = [b for b in self.bands if b not in BANDS]
+        unknown = [band for band in self.bands if band not in BANDS]
         need(
             self.bands and not unknown,
             "bands",
@@ -106,11 +104,11 @@ class ModelCard:
             f"each band once, found {', '.join(self.bands)}",
         )
         need(self.multiple_px > 0, "multiple_px", f"pixels above 0, found {self.multiple_px}")
-        said = self.weights.mean if self.weights else ()
+        means = len(self.weights.mean) if self.weights else 0
         need(
-            not said or len(said) == len(self.bands),
+            means in (0, len(self.bands)),
             "mean",
-            f"a number for each of {len(self.bands)} bands, found {len(said)}",
+            f"a number for each of {len(self.bands)} bands, found {means}",
         )
         fits_px = self.window_px > 0 and self.window_px % self.multiple_px == 0
         need(fits_px, "window_px", f"a multiple of {self.multiple_px}, found {self.window_px}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minecube.catalog.fields import BANDS, need, need_months
+from minecube.catalog.fields import need, need_months
+from minecube.catalog.mission import BANDS
 
 FALLBACKS = {"ungrown": 2, "thin": 3, "cloud": 4, "wider-season": 5, "neighbour-year": 6}
 """Fallback steps for a pixel with too few clear observations -> numbers in the `quality` layer."""
@@ -65,9 +66,14 @@ class MaskRule:
             f"SCL 1..11, found {self.classes}",
         )
         need_months("months", self.months)
-        for field, value, most in (("open_m", self.open_m, 500), ("dilate_m", self.dilate_m, 1000)):
-            fits = 0 <= value <= most and value % 20 == 0
-            need(fits, field, f"multiples of the 20 m of SCL's pixels up to {most}, found {value}")
+        _need_radius("open_m", self.open_m, 500)
+        _need_radius("dilate_m", self.dilate_m, 1000)
+
+
+def _need_radius(field: str, metres: int, largest: int) -> None:
+    """Raise FieldError for a radius that is too large, or no multiple of SCL's pixel."""
+    fits = 0 <= metres <= largest and metres % 20 == 0
+    need(fits, field, f"multiples of the 20 m of SCL's pixels up to {largest}, found {metres}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,12 +289,12 @@ class Recipe:
             fits = not getattr(self, field) or needed <= set(self.bands)
             need(fits, field, f"{' and '.join(sorted(needed))} among the bands, or null")
         if self.bright_override:
-            masked = {c for rule in self.mask for c in rule.classes}
-            others = sorted(set(self.bright_override.classes) - masked)
+            hidden = {c for rule in self.mask for c in rule.classes}
+            visible = sorted(set(self.bright_override.classes) - hidden)
             need(
-                not others,
+                not visible,
                 "bright_override",
-                f"classes that a mask rule hides, found {others}, which none does",
+                f"classes hidden by a mask rule, found {visible}",
             )
         unknown = [s for s in self.fallback if s not in FALLBACKS]
         expected = f"steps of {', '.join(FALLBACKS)}, each once"
@@ -298,27 +304,31 @@ class Recipe:
             f"{expected}, found {self.fallback}",
         )
         wider = "wider-season" in self.fallback
-        need_months("wider_months", self.wider_months, at_least=1 if wider else 0)
+        need_months("wider_months", self.wider_months, at_least=int(wider))
         need(
             wider or not self.wider_months,
             "wider_months",
             "the step wider-season in fallback, or no months",
         )
-        both = sorted(set(self.wider_months) & set(self.months))
-        need(not both, "wider_months", f"months that are not in months already, found {both}")
+        repeated = sorted(set(self.wider_months) & set(self.months))
+        need(
+            not repeated,
+            "wider_months",
+            f"months that are not in months already, found {repeated}",
+        )
         adding = {"ungrown", "wider-season", "neighbour-year"} & set(self.fallback)
         fits = self.min_clear == 1 or (self.min_clear > 1 and bool(adding))
         need(
             fits,
             "min_clear",
-            f"1, or more and a fallback of ungrown, wider-season or neighbour-year, found {self.min_clear}",
+            "1, or more and a fallback of ungrown, wider-season or neighbour-year, "
+            f"found {self.min_clear}",
         )
-        most = self.max_clear_observations
-        fits = most is None or most >= max(3, self.min_clear)
+        limit = self.max_clear_observations
         need(
-            fits,
+            limit is None or limit >= max(3, self.min_clear),
             "max_clear_observations",
-            f"at least 3 and min_clear, or null for all, found {most}",
+            f"at least 3 and min_clear, or null for all, found {limit}",
         )
 
     def _check_reducer(self) -> None:
@@ -328,11 +338,12 @@ class Recipe:
             f"one of {', '.join(REDUCERS)}, found {self.reducer!r}",
         )
         for name in ("percentile", "best_pixel"):
-            used, set_to = self.reducer == name.replace("_", "-"), getattr(self, name)
+            reducer = name.replace("_", "-")
+            is_set = getattr(self, name) is not None
             need(
-                used == (set_to is not None),
+                is_set == (self.reducer == reducer),
                 name,
-                f"a value with reducer {name.replace('_', '-')}, and with no other",
+                f"a value with reducer {reducer}, and with no other",
             )
         need(
             self.percentile is None or 0 <= self.percentile <= 100,
@@ -343,13 +354,15 @@ class Recipe:
         need(
             needed <= set(self.bands),
             "bands",
-            f"{' and '.join(sorted(needed))}, which reducer {self.reducer} looks at",
+            f"{' and '.join(sorted(needed))} for reducer {self.reducer}",
         )
 
     @property
     def layers(self) -> dict[str, Layer]:
         """Layers of the composite next to `reflectance`, by name."""
         names = ["clear_count", "quality"]
-        names += ["emad", "smad", "bcmad"] if self.reducer == "geomedian" else []
-        names += ["day_of_year"] if self.reducer in ("medoid", "best-pixel", "max-ndvi") else []
+        if self.reducer == "geomedian":
+            names += ["emad", "smad", "bcmad"]
+        if self.reducer in ("medoid", "best-pixel", "max-ndvi"):
+            names.append("day_of_year")
         return {name: LAYERS[name] for name in names}

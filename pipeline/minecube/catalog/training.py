@@ -57,7 +57,7 @@ class Settings:
     It reduces the weight of easy pixels.
     """
     dice: float = 0.0
-    """Weight of the Dice loss (Milletari et al. 2016, arXiv:1606.04797), added to the cross entropy."""
+    """Weight of the added Dice loss (Milletari et al. 2016, arXiv:1606.04797)."""
     bf16: tuple[str, ...] = ("cuda",)
     """Devices with automatic mixed precision in bfloat16 (torch.autocast)."""
 
@@ -86,7 +86,7 @@ class Settings:
         need(
             not (self.step_px and self.rare),
             "rare",
-            f"0 with step_px, which takes each window once, found {self.rare}",
+            f"0 with step_px, found {self.rare}",
         )
         need(0 <= self.jitter <= 0.2, "jitter", f"0..0.2, found {self.jitter}")
         need(

@@ -17,25 +17,38 @@ import pandas as pd
 import pystac
 
 from minecube.catalog import Recipe
-from minecube.scenes import Found, dates, mean_cloud_cover, merge, usable
+from minecube.scenes.acquisitions import merge
+from minecube.scenes.selection import dates, mean_cloud_cover, usable
+from minecube.scenes.site_year import Found
 
 ALL = "all"
 """Source name in rows for all sources together."""
 TOO_FEW = "too few"
 """State of a site-year with fewer usable dates than the recipe needs."""
+_COLUMN_TYPES = {"cloud": "float64", "expected": "Int64", "missing": "Int64"}
 _CYCLE = 10  # days, or 143 orbits (ESA, Sentinel-2 mission guide)
-# Satellite -> days behind S2A's place, first and last day of its data there.
-_FLOWN = {
+
+
+@dataclass(frozen=True)
+class _Service:
+    """Time of a satellite in the constellation."""
+
+    behind: int
+    """Days behind S2A's place."""
+    start: date
+    """First day of its data at this place."""
+    end: date
+    """Last day of its data at this place."""
+
+
+_SERVICES = {
     # S2A then moved away to make room. Its later data have no full cycle.
-    "S2A": (0, date(2015, 7, 4), date(2025, 1, 20)),
-    "S2B": (5, date(2017, 7, 1), date.max),
-    "S2C": (
-        0,
-        date(2025, 1, 21),
-        date.max,
-    ),  # operational from that day (ESA, Sentinel-2 operations)
+    "S2A": _Service(0, date(2015, 7, 4), date(2025, 1, 20)),
+    "S2B": _Service(5, date(2017, 7, 1), date.max),
+    # Operational from that day (ESA, Sentinel-2 operations).
+    "S2C": _Service(0, date(2025, 1, 21), date.max),
 }
-_FIRST = min(first for _, first, _ in _FLOWN.values())
+_LAUNCH = min(service.start for service in _SERVICES.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,7 @@ class Listing:
     found: Found
 
 
-def expected(
+def derive_passes(
     scenes: Iterable[pystac.Item], year: int, until: date = date.max
 ) -> dict[date, date] | None:
     """Return the expected passes of a year, as solar day -> UTC date.
@@ -68,38 +81,51 @@ def expected(
         Passes in order, or None if no scene names its orbit.
     """
     tracks = {track for scene in scenes if (track := _track(scene))}
-    passes: dict[date, date] = {}
-    for behind, first, last in _FLOWN.values():
-        for utc in _days(max(date(year, 1, 1), first), min(date(year, 12, 31), last, until)):
-            for _, phase, ahead in tracks:
-                solar = utc + timedelta(days=ahead)
-                if (solar.toordinal() - behind) % _CYCLE == phase:
-                    passes[solar] = utc
-    return dict(sorted(passes.items())) if tracks else None
-
-
-def _track(scene: pystac.Item) -> tuple[int, int, int] | None:
-    """Return (relative orbit, S2A's day in the cycle, solar day minus UTC date), or None."""
-    orbit, satellite = (
-        scene.properties["sat:relative_orbit"],
-        scene.properties["minecube:datatake"][:3],
-    )
-    solar = date.fromisoformat(scene.properties["minecube:solar_day"])
-    if orbit is None or satellite not in _FLOWN:
+    if not tracks:
         return None
-    behind, first, last = _FLOWN[satellite]
+    passes: dict[date, date] = {}
+    for service in _SERVICES.values():
+        start = max(date(year, 1, 1), service.start)
+        end = min(date(year, 12, 31), service.end, until)
+        for utc in _days(start, end):
+            for track in tracks:
+                solar = utc + timedelta(days=track.ahead)
+                if _phase(solar, service) == track.phase:
+                    passes[solar] = utc
+    return dict(sorted(passes.items()))
+
+
+@dataclass(frozen=True)
+class _Track:
+    """The passes of one orbit over the site."""
+
+    phase: int
+    """S2A's day in the cycle, by solar day."""
+    ahead: int
+    """Solar day minus UTC date, in days."""
+
+
+def _track(scene: pystac.Item) -> _Track | None:
+    """Return the track of a scene, or None if unknown."""
+    service = _SERVICES.get(scene.properties["minecube:datatake"][:3])
+    if service is None or scene.properties["sat:relative_orbit"] is None:
+        return None
+    solar = date.fromisoformat(scene.properties["minecube:solar_day"])
     # Outside these dates the satellite was elsewhere or on trial. Other passes cannot be derived.
-    return (
-        (orbit, (solar.toordinal() - behind) % _CYCLE, (solar - _utc(scene)).days)
-        if first <= solar <= last
-        else None
-    )
+    if not service.start <= solar <= service.end:
+        return None
+    return _Track(phase=_phase(solar, service), ahead=(solar - _utc(scene)).days)
+
+
+def _phase(solar: date, service: _Service) -> int:
+    """Return the day of S2A's cycle on which a satellite passes on this solar day."""
+    return (solar.toordinal() - service.behind) % _CYCLE
 
 
 def audit(
     listings: Sequence[Listing], recipe: Recipe, until: date
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tabulate the coverage of one site with `by_month` and `by_year`.
+    """Tabulate the coverage of one site with `tabulate_months` and `tabulate_year`.
 
     If several sources list a year, rows of source `all` follow. These pool the sources, with each
     acquisition from the first source listing it.
@@ -113,31 +139,36 @@ def audit(
         The table by month and the table by year.
     """
     pooled = [scene for listing in listings for scene in listing.found.scenes]
-    months, years = [], []
+    months = []
+    years = []
     for year in sorted({listing.year for listing in listings}):
-        passes = expected(pooled, year, until)
-        own = [listing for listing in listings if listing.year == year]
-        for listing in [*own, _together(own)] if len(own) > 1 else own:
-            months.append(by_month(listing, passes, recipe, until))
-            years.append(by_year(listing, months[-1], recipe, until))
+        passes = derive_passes(pooled, year, until)
+        listings_of_year = [listing for listing in listings if listing.year == year]
+        if len(listings_of_year) > 1:
+            listings_of_year.append(_pool(listings_of_year))
+        for listing in listings_of_year:
+            by_month = tabulate_months(listing, passes, recipe, until)
+            months.append(by_month)
+            years.append(tabulate_year(listing, by_month, recipe, until))
     return pd.concat(months, ignore_index=True), pd.concat(years, ignore_index=True)
 
 
-def _together(listings: Sequence[Listing]) -> Listing:
-    found = Found(
+def _pool(listings: Sequence[Listing]) -> Listing:
+    """Return the listings of one site-year as one listing of source `all`."""
+    pooled = Found(
         scenes=tuple(merge(listing.found.scenes for listing in listings)),
         listed=sum(listing.found.listed for listing in listings),
         # Several sources may refuse the same id.
         refused={
-            f"{listing.source}/{i}": why
+            f"{listing.source}/{item_id}": reason
             for listing in listings
-            for i, why in listing.found.refused.items()
+            for item_id, reason in listing.found.refused.items()
         },
     )
-    return Listing(site=listings[0].site, year=listings[0].year, source=ALL, found=found)
+    return Listing(site=listings[0].site, year=listings[0].year, source=ALL, found=pooled)
 
 
-def by_month(
+def tabulate_months(
     listing: Listing, passes: Mapping[date, date] | None, recipe: Recipe, until: date
 ) -> pd.DataFrame:
     """Tabulate one listing by UTC month, in twelve rows.
@@ -155,17 +186,13 @@ def by_month(
 
     `expected` and `missing` are NA if no scene of the site names its orbit.
     """
-    seen = set(dates(listing.found.scenes))
+    listed_days = set(dates(listing.found.scenes))
     rows = []
     for month in range(1, 13):
         scenes = [s for s in listing.found.scenes if _utc(s).month == month]
-        due = (
-            None
-            if passes is None
-            else [solar.isoformat() for solar, utc in passes.items() if utc.month == month]
-        )
-        lacking = [day for day in due or () if day not in seen]
-        days = len(dates(usable(scenes, recipe)))
+        due_days = _days_of_month(passes or {}, month)
+        missing_days = [day for day in due_days if day not in listed_days]
+        usable_days = len(dates(usable(scenes, recipe)))
         rows.append(
             {
                 "site": listing.site,
@@ -174,19 +201,29 @@ def by_month(
                 "source": listing.source,
                 "scenes": len(scenes),
                 "days": len(dates(scenes)),
-                "usable": days,
+                "usable": usable_days,
                 "cloud": mean_cloud_cover(scenes),
                 "baselines": _baselines(scenes),
-                "expected": None if due is None else len(due),
-                "missing": None if due is None else len(lacking),
-                "missing_days": " ".join(lacking),
-                "state": _state(listing.year, month, days, recipe, until),
+                "expected": len(due_days),
+                "missing": len(missing_days),
+                "missing_days": " ".join(missing_days),
+                "state": _state(listing.year, month, usable_days, recipe, until),
             }
         )
-    return pd.DataFrame(rows).astype({"cloud": "float64", "expected": "Int64", "missing": "Int64"})
+    table = pd.DataFrame(rows)
+    if passes is None:
+        table[["expected", "missing"]] = None
+    return table.astype(_COLUMN_TYPES)
 
 
-def by_year(listing: Listing, months: pd.DataFrame, recipe: Recipe, until: date) -> pd.DataFrame:
+def _days_of_month(passes: Mapping[date, date], month: int) -> list[str]:
+    """Return the solar days of the passes in a UTC month."""
+    return [solar.isoformat() for solar, utc in passes.items() if utc.month == month]
+
+
+def tabulate_year(
+    listing: Listing, months: pd.DataFrame, recipe: Recipe, until: date
+) -> pd.DataFrame:
     """Summarise one listing in one row, with the state of its recipe.
 
     Columns for the whole year are listed, refused, copies (see `Found`), scenes, cloud and
@@ -196,42 +233,46 @@ def by_year(listing: Listing, months: pd.DataFrame, recipe: Recipe, until: date)
 
     Args:
         listing: Scenes of one source.
-        months: The listing's rows from `by_month`.
+        months: The listing's rows from `tabulate_months`.
         recipe: the recipe used for `months`.
         until: the last UTC date with listed passes.
     """
-    found = listing.found
+    result = listing.found
     season = months[months["month"].isin(recipe.months)]
     sums = {name: season[name].sum(min_count=1) for name in ("days", "expected", "missing")}
-    days = len(dates(usable(found.scenes, recipe)))
-    gap = _longest_gap(listing.year, {_utc(s) for s in usable(found.scenes, recipe)}, recipe, until)
+    usable_scenes = usable(result.scenes, recipe)
+    usable_days = len(dates(usable_scenes))
+    gap = _longest_gap(listing.year, {_utc(scene) for scene in usable_scenes}, recipe, until)
     row = {
         "site": listing.site,
         "year": listing.year,
         "source": listing.source,
-        "listed": found.listed,
-        "refused": len(found.refused),
-        "copies": found.copies,
-        "scenes": len(found.scenes),
+        "listed": result.listed,
+        "refused": len(result.refused),
+        "copies": result.copies,
+        "scenes": len(result.scenes),
         **sums,
-        "usable": days,
+        "usable": usable_days,
         "needed": recipe.min_dates,
         "gap_days": len(gap),
         "gap": f"{gap[0]}..{gap[-1]}" if gap else "",
-        "cloud": mean_cloud_cover(found.scenes),
-        "baselines": _baselines(found.scenes),
-        "state": "ok" if days >= recipe.min_dates else TOO_FEW,
+        "cloud": mean_cloud_cover(result.scenes),
+        "baselines": _baselines(result.scenes),
+        "state": "ok" if usable_days >= recipe.min_dates else TOO_FEW,
     }
-    return pd.DataFrame([row]).astype({"cloud": "float64", "expected": "Int64", "missing": "Int64"})
+    return pd.DataFrame([row]).astype(_COLUMN_TYPES)
 
 
 def _longest_gap(year: int, usable_on: set[date], recipe: Recipe, until: date) -> list[date]:
     """Return the longest run of consecutive days in the season without a usable date."""
     longest: list[date] = []
     run: list[date] = []
-    for day in _days(max(date(year, 1, 1), _FIRST), min(date(year, 12, 31), until)):
-        run = [*run, day] if day.month in recipe.months and day not in usable_on else []
-        longest = max(longest, run, key=len)
+    for day in _days(max(date(year, 1, 1), _LAUNCH), min(date(year, 12, 31), until)):
+        if day.month in recipe.months and day not in usable_on:
+            run = [*run, day]
+            longest = max(longest, run, key=len)
+        else:
+            run = []
     return longest
 
 
@@ -240,9 +281,11 @@ def _state(year: int, month: int, usable_days: int, recipe: Recipe, until: date)
         return "out of season"
     if usable_days:
         return "ok"
-    if date(year, month, calendar.monthrange(year, month)[1]) < _FIRST:
+    if date(year, month, calendar.monthrange(year, month)[1]) < _LAUNCH:
         return "before launch"
-    return "to come" if date(year, month, 1) > until else "gap"
+    if date(year, month, 1) > until:
+        return "to come"
+    return "gap"
 
 
 def _baselines(scenes: Sequence[pystac.Item]) -> str:
@@ -255,5 +298,5 @@ def _utc(scene: pystac.Item) -> date:
     return scene.datetime.date()
 
 
-def _days(first: date, last: date) -> Iterable[date]:
-    return (first + timedelta(days=n) for n in range((last - first).days + 1))
+def _days(start: date, end: date) -> Iterable[date]:
+    return (start + timedelta(days=n) for n in range((end - start).days + 1))

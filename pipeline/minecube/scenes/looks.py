@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pystac
 from affine import Affine
 from odc.geo.geobox import GeoBox
 
+from minecube.arrays import Float32, UInt16
 from minecube.catalog import SCL
 from minecube.errors import ReadError
 from minecube.reader import Ledger, fetched, stack
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 CLEAR = (2, 4, 5, 6)
 """SCL: dark, vegetation, bare, water."""
-_UNSEEN = (0, 1)  # SCL: no data and defective
+_UNOBSERVED = (0, 1)  # SCL: no data and defective
 _BANDS = ("B02", "B04", "B12", "B11", "B03", "B05", "B06", "B07", "B08", "B8A")
 """Preference order: the first three bands common to all scenes are read.
 
@@ -36,9 +36,9 @@ class Look:
 
     ids: tuple[str, ...]
     bands: tuple[str, ...]
-    stored: npt.NDArray[np.float32]
+    stored: Float32
     """float32 [scene, band, pixel], stored numbers including the offset, NaN if not observed."""
-    scl: npt.NDArray[np.uint16]
+    scl: UInt16
     """uint16 [scene, pixel]."""
 
     def of(self, scenes: Sequence[pystac.Item]) -> Look:
@@ -68,19 +68,19 @@ def look_at(
     """
     common = [band for band in _BANDS if all(band in scene.assets for scene in scenes)]
     try:
-        return _look(scenes, grid, ledger, common[:3])
+        return _read_look(scenes, grid, ledger, common[:3])
     except ReadError:
-        left = [band for band in common if band in needed][:3]
-        if set(common[:3]) <= set(left):
+        fallback = [band for band in common if band in needed][:3]
+        if set(common[:3]) <= set(fallback):
             raise
         log.info(
             "a band that the recipe does not need cannot be read; scenes are judged by %s",
-            ", ".join(left),
+            ", ".join(fallback),
         )
-        return _look(scenes, grid, ledger, left)
+        return _read_look(scenes, grid, ledger, fallback)
 
 
-def _look(
+def _read_look(
     scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None, bands: Sequence[str]
 ) -> Look:
     ids = tuple(scene.id for scene in scenes)
@@ -98,21 +98,21 @@ def _look(
         # With an offset, `stack` would replace negative results by 1.
         copy.properties["minecube:offset"] = 0
         as_stored.append(copy)
-    coarse = coarse_of(grid)
+    coarse = coarsen_grid(grid)
     pixels = fetched(
         stack(as_stored, coarse, (*bands, SCL), chunk_px=max(coarse.shape), ledger=ledger)
     )
     stored, scl = np.split(pixels.reshape(*pixels.shape[:2], -1), [-1], axis=1)
-    seen = (stored != 0).all(axis=1, keepdims=True) & ~np.isin(scl, _UNSEEN)
+    observed = (stored != 0).all(axis=1, keepdims=True) & ~np.isin(scl, _UNOBSERVED)
     return Look(
         ids=ids,
         bands=bands,
-        stored=np.where(seen, stored.astype(np.float32), np.float32(np.nan)),
+        stored=np.where(observed, stored.astype(np.float32), np.float32(np.nan)),
         scl=scl[:, 0],
     )
 
 
-def coarse_of(grid: GeoBox) -> GeoBox:
+def coarsen_grid(grid: GeoBox) -> GeoBox:
     """Coarsen the grid to about `_PIXELS` pixels or fewer, with pixels in multiples of 20 m."""
     factor = 2 * max(1, math.ceil(math.sqrt(math.prod(grid.shape) / _PIXELS) / 2))
     height, width = (-(-n // factor) for n in grid.shape)

@@ -36,9 +36,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pystac
 
+from minecube.arrays import Bool, Float32, Float64, Int64, UInt16
 from minecube.errors import SceneError
 from minecube.scenes.looks import CLEAR, Look
 
@@ -57,22 +57,19 @@ _VEGETATION = 4
 # brighten all fields by as much as an offset does.
 _DARK_BANDS = frozenset({"B01", "B02", "B04"})
 # Measured on 11 simulated archives with 5040 scenes and 5 to 60 % wrong flags. No correct scene is
-# reported with _ALIKE 200 to 400, _NEAR 200 to 300, _ENOUGH 10 to 40 or _BLACK -400 to -200. Hardly
-# fewer wrong scenes are found.
-_ALIKE = 300  # cloud brightening B12 by 1000 brightens B02 by 2400
-_NEAR = 250  # 98 % of right steps lie in -60 to 250; with 400, thin cloud gives false conflicts
+# reported with _MOST_SPREAD 200 to 400, _TOLERANCE 200 to 300, _FEWEST_PIXELS 10 to 40 or _BLACK
+# -400 to -200. Hardly fewer wrong scenes are found.
+_MOST_SPREAD = 300  # cloud brightening B12 by 1000 brightens B02 by 2400
+_TOLERANCE = (
+    250  # 98 % of right steps lie in -60 to 250; with 400, thin cloud gives false conflicts
+)
 _CONTRAST = 0.87  # contrast left by a veil adding 750 is less: (1 - 0.075) ** 2
-_ENOUGH = 20  # pixels needed for a comparison
+_FEWEST_PIXELS = 20  # pixels needed for a comparison
 _BLACK = -300  # reflectance x 10000; correct water and shade may lie below 0
-_LEAF, _GREEN = 1000, 0.05  # vegetation: upper limit in blue or red, least share of the ground
-_MOST = 0.25  # share of wrong decisions, if only the decisions can give the level
+_LEAF = 1000  # vegetation: upper limit in blue or red
+_GREEN = 0.05  # vegetation: least share of the ground
+_MOST_WRONG = 0.25  # share of wrong decisions, if only the decisions can give the level
 _ROUNDS = 4  # of comparing and moving; enough even if every offset is wrong
-
-Float = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
-UInt16 = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +89,10 @@ class Check:
     """The offset in agreement with the pixels. None without a conflict."""
 
     def __str__(self) -> str:
-        there = f"{self.step:+.0f} against the scenes around it"
-        return f"{self.scene}: offset {self.offset} contradicts its pixels, {there}; {self.should_be} would fit"
+        return (
+            f"{self.scene}: offset {self.offset} contradicts its pixels, "
+            f"{self.step:+.0f} against the scenes around it; {self.should_be} would fit"
+        )
 
 
 def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
@@ -102,25 +101,28 @@ def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
     All steps stay None if the look has fewer than two bands, or neither a blue nor a red band.
     """
     offsets = np.array([int(s.properties["minecube:offset"]) for s in scenes])
-    carried, above = np.full((2, len(scenes)), np.nan)
+    carried, excess = np.full((2, len(scenes)), np.nan)
     if scenes and len(look.bands) > 1 and not _DARK_BANDS.isdisjoint(look.bands):
-        takes = [s.properties["minecube:datatake"] for s in scenes]
-        carried, above = carried_by(look.stored, look.scl, offsets, takes)
-    checks = []
-    for scene, offset, carries, step in zip(
-        scenes, offsets.tolist(), carried, above + offsets, strict=True
-    ):
-        conflict = bool(np.isfinite(carries) and carries != -offset)
-        checks.append(
-            Check(
-                scene=scene.id,
-                offset=offset,
-                step=round(float(step), 1) if np.isfinite(carries) else None,
-                conflict=conflict,
-                should_be=-int(carries) if conflict else None,
-            )
-        )
-    return checks
+        datatakes = [s.properties["minecube:datatake"] for s in scenes]
+        carried, excess = estimate_carried(look.stored, look.scl, offsets, datatakes)
+    return [
+        _compare(*scene_estimate)
+        for scene_estimate in zip(scenes, offsets.tolist(), carried, excess + offsets, strict=True)
+    ]
+
+
+def _compare(scene: pystac.Item, offset: int, carried: float, step: float) -> Check:
+    """Compare the decided offset with the number carried by the pixels, NaN if unknown."""
+    if not np.isfinite(carried):
+        return Check(scene=scene.id, offset=offset, step=None, conflict=False, should_be=None)
+    conflict = bool(carried != -offset)
+    return Check(
+        scene=scene.id,
+        offset=offset,
+        step=round(float(step), 1),
+        conflict=conflict,
+        should_be=-int(carried) if conflict else None,
+    )
 
 
 def resolve(
@@ -132,33 +134,32 @@ def resolve(
         SceneError: the policy is `fail` and there is a conflict, or no scene is left.
     """
     conflicts = [c for c in checks if c.conflict]
+    outcome = {"warn": "kept as it is", "fix": "mended", "drop": "left out"}.get(policy, policy)
     for check in conflicts:
-        log.warning(
-            "%s (%s)",
-            check,
-            {"warn": "kept as it is", "fix": "mended", "drop": "left out"}.get(policy, policy),
-        )
+        log.warning("%s (%s)", check, outcome)
     if conflicts and policy == "fail":
         raise SceneError(
-            f"{len(conflicts)} of {len(scenes)} scenes have an offset that contradicts their pixels, first {conflicts[0]}; "
-            "see --on-offset-conflict for what else can be done with them"
+            f"{len(conflicts)} of {len(scenes)} scenes have an offset that contradicts "
+            f"their pixels, first {conflicts[0]}; "
+            "choose warn, fix or drop with --on-offset-conflict"
         )
-    kept = []
+    resolved = []
     for scene, check in zip(scenes, checks, strict=True):
         if not check.conflict or policy == "warn":
-            kept.append(scene)
+            resolved.append(scene)
         elif policy == "fix":
             mended = scene.clone()
             mended.properties["minecube:offset"] = check.should_be
             mended.properties["minecube:offset_reason"] += (
                 f"; but its pixels say {check.should_be} (step {check.step})"
             )
-            kept.append(mended)
-    if conflicts and not kept:
+            resolved.append(mended)
+    if conflicts and not resolved:
         raise SceneError(
-            f"the offsets of all {len(scenes)} scenes contradict their pixels, first {conflicts[0]}; see --on-offset-conflict"
+            f"the offsets of all {len(scenes)} scenes contradict their pixels, "
+            f"first {conflicts[0]}; choose warn or fix with --on-offset-conflict"
         )
-    return kept
+    return resolved
 
 
 def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
@@ -170,9 +171,9 @@ def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
     ]
 
 
-def carried_by(
-    stored: Float, scl: UInt16, offsets: Ints, overpass: Sequence[str]
-) -> tuple[Floats, Floats]:
+def estimate_carried(
+    stored: Float32, scl: UInt16, offsets: Int64, overpass: Sequence[str]
+) -> tuple[Float64, Float64]:
     """Estimate the number on top of reflectance in each scene, 0 or 1000, by the module's rules.
 
     Args:
@@ -185,31 +186,38 @@ def carried_by(
         The number per scene, and its brightness above the place without offset. NaN if unknown.
     """
     clear = np.isin(scl, CLEAR) & np.isfinite(stored[:, 0])
-    dark = np.array([_darkest(s) for s in stored])
+    dark = np.array([_measure_darkest(s) for s in stored])
     black = dark < OFFSET + _BLACK
-    level, step = levels(stored, clear, black, -offsets // OFFSET)
-    told, (carried, above), base = np.isfinite(level), np.full((2, len(stored)), np.nan), 0.0
-    if told.any():
+    level, step = group_levels(stored, clear, black, -offsets // OFFSET)
+    grouped = np.isfinite(level)
+    carried, excess = np.full((2, len(stored)), np.nan)
+    base = 0.0
+    if grouped.any():
         level -= np.nanmin(level)
-        use = clear & told[:, None]
-        base = _darkest(_quartile(_ranked(_less(stored, level), use), use.sum(axis=0)))
-        green = 2 * ((scl == _VEGETATION) & use).sum(axis=0) > use.sum(axis=0)
-        shift = lowest(
-            base, green.sum() / max(use.any(axis=0).sum(), 1), level[told], offsets[told]
+        comparable = clear & grouped[:, None]
+        dates = comparable.sum(axis=0)
+        base = _measure_darkest(
+            _lower_quartile(_sort_clear(_subtract_level(stored, level), comparable), dates)
         )
+        green = 2 * ((scl == _VEGETATION) & comparable).sum(axis=0) > dates
+        green_share = green.sum() / max((dates > 0).sum(), 1)
+        shift = decide_lowest_level(base, green_share, level[grouped], offsets[grouped])
         base -= OFFSET * np.nan_to_num(shift)
         carried = OFFSET * (level + shift)
-        above = carried + step
+        excess = carried + step
         carried[black & (carried > 0)] = np.nan  # the scene's own pixels contradict each other
     impossible = np.isfinite(carried) & ~np.isin(carried, (0, OFFSET))
     carried[impossible] = np.nan
-    lone = black & np.isnan(above)
-    carried[lone], above[lone] = 0, dark[lone] - np.nan_to_num(base)
-    _tell_by_overpass(stored, overpass, carried, above)
-    return carried, np.where(np.isfinite(carried), above, np.nan)
+    lone = black & np.isnan(excess)
+    carried[lone] = 0
+    excess[lone] = dark[lone] - np.nan_to_num(base)
+    _fill_in_by_overpass(stored, overpass, carried, excess)
+    return carried, np.where(np.isfinite(carried), excess, np.nan)
 
 
-def levels(stored: Float, clear: Bool, black: Bool, decided: Ints) -> tuple[Floats, Floats]:
+def group_levels(
+    stored: Float32, clear: Bool, black: Bool, decided: Int64
+) -> tuple[Float64, Float64]:
     """Group scenes by brightness, in thousands, and return each scene's step from its group.
 
     Levels start from the decisions, but from 0 if less 1000 would be darker than black.
@@ -217,40 +225,45 @@ def levels(stored: Float, clear: Bool, black: Bool, decided: Ints) -> tuple[Floa
     """
     level = np.where(black, 0, decided).astype(np.float64)
     for _ in range(_ROUNDS):
-        step = steps(_less(stored, level), clear)
-        near = np.rint(step / OFFSET)
-        told = (np.abs(near) <= 1) & (np.abs(step - OFFSET * near) <= _NEAR)
-        up, down = told & (near > 0), told & (near < 0)
-        moved = up if up.any() else down  # moving both at once would swap two scenes forever
-        level[moved] += near[moved]
-        if not moved.any():
+        step = measure_steps(_subtract_level(stored, level), clear)
+        thousands = np.rint(step / OFFSET)
+        is_clean = np.abs(step - OFFSET * thousands) <= _TOLERANCE
+        moves = is_clean & (thousands == 1)
+        if not moves.any():  # moving both ways at once would swap two scenes forever
+            moves = is_clean & (thousands == -1)
+        if not moves.any():
             break
-    return np.where((np.abs(step) <= _NEAR) | (black & np.isnan(step)), level, np.nan), step
+        level[moves] += thousands[moves]
+    return np.where((np.abs(step) <= _TOLERANCE) | (black & np.isnan(step)), level, np.nan), step
 
 
-def steps(ground: Float, clear: Bool) -> Floats:
+def measure_steps(ground: Float32, clear: Bool) -> Float64:
     """Return each scene's excess brightness over the other scenes, for [scene, band, pixel].
 
     NaN marks scenes with too few comparable pixels, too much spread, or a veil.
     """
-    found = np.full(len(ground), np.nan)
+    steps = np.full(len(ground), np.nan)
     if len(ground) < 2:
-        return found
-    ranked, counts = _ranked(ground, clear), clear.sum(axis=0)
-    below, above = (_quartile(ranked, counts - 1, further) for further in (0, 1))
-    for n, ours in enumerate(ground):
+        return steps
+    ranked = _sort_clear(ground, clear)
+    counts = clear.sum(axis=0)
+    quartile = _lower_quartile(ranked, counts - 1)
+    next_rank = _lower_quartile(ranked, counts - 1, further=1)
+    for n, scene in enumerate(ground):
         # The lower quartile without this scene. A scene at or below it shifts it by one rank.
-        theirs = np.where(ours <= below, above, below)
-        moved = np.where(clear[n] & (counts > 1), ours - theirs, np.float32(np.nan))
-        alike = np.ptp(moved, axis=0) <= _ALIKE
-        if alike.sum() >= _ENOUGH:
-            low, middle, high = np.percentile(moved[:, alike].mean(axis=0), (25, 50, 75))
-            veiled = middle > _NEAR and ours[:, alike].std() < _CONTRAST * theirs[:, alike].std()
-            found[n] = middle if high - low <= _ALIKE and not veiled else np.nan
-    return found
+        usual = np.where(scene <= quartile, next_rank, quartile)
+        excess = np.where(clear[n] & (counts > 1), scene - usual, np.float32(np.nan))
+        alike = np.ptp(excess, axis=0) <= _MOST_SPREAD
+        if alike.sum() >= _FEWEST_PIXELS:
+            low, median, high = np.percentile(excess[:, alike].mean(axis=0), (25, 50, 75))
+            lacks_contrast = scene[:, alike].std() < _CONTRAST * usual[:, alike].std()
+            is_veiled = median > _TOLERANCE and lacks_contrast
+            if high - low <= _MOST_SPREAD and not is_veiled:
+                steps[n] = median
+    return steps
 
 
-def lowest(dark: float, green: float, level: Floats, offsets: Ints) -> float:
+def decide_lowest_level(dark: float, green: float, level: Float64, offsets: Int64) -> float:
     """Return the number carried by the lowest group, in thousands, or NaN if unknown.
 
     Args:
@@ -263,15 +276,15 @@ def lowest(dark: float, green: float, level: Floats, offsets: Ints) -> float:
         return float((dark - _BLACK) // OFFSET)
     if dark >= _LEAF and green >= _GREEN and not level.any():
         return 1.0
-    wrong = {
-        shift: float(np.mean(offsets != -OFFSET * (level + shift))) for shift in (0.0, 1.0, -1.0)
-    }
-    best = min(wrong, key=lambda shift: wrong[shift])
-    return best if wrong[best] <= _MOST else np.nan
+    shifts = (0.0, 1.0, -1.0)
+    wrong = [float(np.mean(offsets != -OFFSET * (level + shift))) for shift in shifts]
+    if min(wrong) > _MOST_WRONG:
+        return np.nan
+    return shifts[wrong.index(min(wrong))]
 
 
-def _tell_by_overpass(
-    stored: Float, overpass: Sequence[str], carried: Floats, above: Floats
+def _fill_in_by_overpass(
+    stored: Float32, overpass: Sequence[str], carried: Float64, excess: Float64
 ) -> None:
     """Fill in unknown scenes from other scenes of the overpass, in place.
 
@@ -282,51 +295,58 @@ def _tell_by_overpass(
         for a, b in itertools.permutations(range(len(stored)), 2)
         if overpass[a] == overpass[b]
     ]
-    apart = {(a, b): _apart(stored[a], stored[b]) for a, b in pairs if np.isnan(carried[a])}
-    for _, ((a, b), by) in itertools.product(range(2), apart.items()):
-        if np.isnan(by) or np.isfinite(carried[a]):
+    differences = {
+        (a, b): _measure_difference(stored[a], stored[b]) for a, b in pairs if np.isnan(carried[a])
+    }
+    for _, ((a, b), difference) in itertools.product(range(2), differences.items()):
+        if np.isnan(difference) or np.isfinite(carried[a]):
             continue
-        if round(by / OFFSET):
-            carried[a], above[a] = (OFFSET, by) if by > 0 else (0, 0)
+        if round(difference / OFFSET) > 0:
+            carried[a] = OFFSET
+            excess[a] = difference
+        elif round(difference / OFFSET) < 0:
+            carried[a] = 0
+            excess[a] = 0
         elif np.isfinite(carried[b]):
-            carried[a], above[a] = carried[b], above[b] + by
+            carried[a] = carried[b]
+            excess[a] = excess[b] + difference
 
 
-def _apart(ours: Float, theirs: Float) -> float:
+def _measure_difference(scene: Float32, neighbour: Float32) -> float:
     """Return one scene's excess over another of its overpass, about -1000, 0 or 1000, else NaN."""
-    both = np.isfinite(ours[0]) & np.isfinite(theirs[0])
-    if both.sum() < _ENOUGH:
+    common = np.isfinite(scene[0]) & np.isfinite(neighbour[0])
+    if common.sum() < _FEWEST_PIXELS:
         return np.nan
-    moved = np.median(ours[:, both] - theirs[:, both], axis=1)
-    near = np.clip(np.rint(moved.mean() / OFFSET), -1, 1)
-    return float(moved.mean()) if (np.abs(moved - OFFSET * near) <= _NEAR).all() else np.nan
+    by_band = np.median(scene[:, common] - neighbour[:, common], axis=1)
+    thousands = np.clip(np.rint(by_band.mean() / OFFSET), -1, 1)
+    if (np.abs(by_band - OFFSET * thousands) > _TOLERANCE).any():
+        return np.nan
+    return float(by_band.mean())
 
 
-def _less(stored: Float, level: Floats) -> Float:
+def _subtract_level(stored: Float32, level: Float64) -> Float32:
     """Subtract each scene's level from [scene, band, pixel]. NaN levels give NaN."""
     return stored - OFFSET * level.astype(np.float32)[:, None, None]
 
 
-def _ranked(ground: Float, clear: Bool) -> Float:
+def _sort_clear(ground: Float32, clear: Bool) -> Float32:
     """Sort the clear values of [scene, band, pixel] along the scenes, NaN last."""
     return np.sort(np.where(clear[:, None], ground, np.float32(np.nan)), axis=0)
 
 
-def _quartile(ranked: Float, counts: Ints, further: int = 0) -> Float:
+def _lower_quartile(ranked: Float32, counts: Int64, further: int = 0) -> Float32:
     """Return the lower quartile of the first `counts` [pixel] ranks, as [band, pixel].
 
     `further` selects a later rank.
     """
-    at = np.minimum(np.maximum(counts - 1, 0) // 4 + further, len(ranked) - 1)
-    there: Float = np.take_along_axis(ranked, at[None, None], axis=0)[0]
-    return there
+    rank = np.minimum(np.maximum(counts - 1, 0) // 4 + further, len(ranked) - 1)
+    quartile: Float32 = np.take_along_axis(ranked, rank[None, None], axis=0)[0]
+    return quartile
 
 
-def _darkest(seen: Float) -> float:
+def _measure_darkest(stored: Float32) -> float:
     """Return the lowest band's 2nd percentile of [band, pixel], NaN for too few pixels."""
-    finite = np.isfinite(seen[0])
-    return (
-        float(np.percentile(seen[:, finite], 2, axis=1).min())
-        if finite.sum() >= _ENOUGH
-        else np.nan
-    )
+    observed = np.isfinite(stored[0])
+    if observed.sum() < _FEWEST_PIXELS:
+        return np.nan
+    return float(np.percentile(stored[:, observed], 2, axis=1).min())

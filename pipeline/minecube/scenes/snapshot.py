@@ -21,11 +21,12 @@ import shapely
 import stac_geoparquet.arrow
 
 from minecube.catalog import Site, Source, as_dict
+from minecube.digests import sha256_of_json
 from minecube.errors import CubeError, SceneError
 from minecube.files import replacing
 from minecube.grid import grid_of
-from minecube.scenes import Found
-from minecube.scenes.find import read_items
+from minecube.scenes.item_file import read_items
+from minecube.scenes.site_year import Found
 
 FORMAT = 2
 """Version of a saved scene's contents. Lists of other versions are refused."""
@@ -50,19 +51,17 @@ def to_bytes(scenes: Sequence[pystac.Item]) -> bytes:
         return path.read_bytes()
 
 
-def _write(found: Found, path: Path, belongs: str = "") -> None:
-    listed = [s.to_dict(include_self_link=False) for s in found.scenes]
-    digested = _digest(listed)
-    about = {
+def _write(result: Found, path: Path, belongs: str = "") -> None:
+    features = [scene.to_dict(include_self_link=False) for scene in result.scenes]
+    header = {
         "format": FORMAT,
         "belongs_to": belongs,
-        "listed": found.listed,
-        "refused": dict(found.refused),
+        "listed": result.listed,
+        "refused": dict(result.refused),
+        "sha256": _digest(features),
     }
-    about["sha256"] = digested
-    pq.write_table(
-        _table(listed).replace_schema_metadata({**_geoparquet(), _KEY: json.dumps(about)}), path
-    )
+    metadata = {**_geoparquet(), _KEY: json.dumps(header)}
+    pq.write_table(_table(features).replace_schema_metadata(metadata), path)
 
 
 @functools.cache
@@ -75,23 +74,21 @@ def _geoparquet() -> dict[bytes, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "place.parquet"
         stac_geoparquet.arrow.to_parquet(place, path)
-        return {
-            key: value
-            for key, value in pq.read_schema(path).metadata.items()
-            if key != b"ARROW:schema"
-        }
+        metadata: dict[bytes, bytes] = pq.read_schema(path).metadata
+    metadata.pop(b"ARROW:schema", None)
+    return metadata
 
 
 def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
     """Return scenes as a stac-geoparquet table.
 
-    The library's conversion measures the process's memory, and takes 50 ms per list for it.
+    stac-geoparquet's conversion makes the same columns. It also measures the process's memory each
+    time, and takes 25 ms more for 111 scenes. Their search in a file takes 136 ms.
     """
     rows = []
     for feature in features:
-        row = {name: value for name, value in feature.items() if name != "properties"} | feature[
-            "properties"
-        ]
+        row = feature | feature["properties"]
+        del row["properties"]
         row["geometry"] = shapely.to_wkb(shapely.geometry.shape(feature["geometry"]), flavor="iso")
         row["bbox"] = dict(zip(("xmin", "ymin", "xmax", "ymax"), feature["bbox"], strict=True))
         row["datetime"] = datetime.fromisoformat(row["datetime"])
@@ -106,28 +103,28 @@ def belongs_to(site: Site, year: int, sources: Sequence[Source]) -> str:
     a list must work without the API.
     """
     grid = grid_of(site)
-    rules = [
+    return sha256_of_json(
         {
-            k: v
-            for k, v in as_dict(s).items()
-            if k not in ("title", "href", "licence", "searches_per_s")
+            "site": site.id,
+            "grid": [str(grid.crs), *grid.transform[:6], *grid.shape],
+            "year": year,
+            "sources": [_scene_rules(source) for source in sources],
         }
-        for s in sources
-    ]
-    for rule in rules:
-        rule["access"].pop("connections")
-        if rule["offset"]["own"] is None:
-            del rule["offset"]["own"]  # absent in lists saved before this rule existed
-    asked = {
-        "site": site.id,
-        "grid": [str(grid.crs), *grid.transform[:6], *grid.shape],
-        "year": year,
-        "sources": rules,
-    }
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    )
 
 
-def save(found: Found, path: Path, belongs: str = "") -> None:
+def _scene_rules(source: Source) -> dict[str, Any]:
+    """Return the fields of a source that decide about its scenes."""
+    rules = as_dict(source)
+    for name in ("title", "href", "licence", "searches_per_s"):
+        del rules[name]
+    del rules["access"]["connections"]
+    if rules["offset"]["own"] is None:
+        del rules["offset"]["own"]  # absent in lists saved before this rule existed
+    return rules
+
+
+def save(result: Found, path: Path, belongs: str = "") -> None:
     """Write a scene list and its search hash, complete or not at all.
 
     Raises:
@@ -135,11 +132,12 @@ def save(found: Found, path: Path, belongs: str = "") -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            _write(found, part, belongs)
+        with replacing(path) as draft:
+            _write(result, draft, belongs)
     except OSError as error:
         raise CubeError(
-            f"{path}: the scene list cannot be written ({error.strerror or error}); choose another folder"
+            f"{path}: the scene list cannot be written ({error.strerror or error}); "
+            "choose another folder"
         ) from error
 
 
@@ -151,36 +149,39 @@ def load(path: Path, belongs: str = "") -> Found:
             have changed since they were saved.
     """
     items = read_items(path)
-    said = _about(path)
-    if digest(items) != said["sha256"]:
+    header = _read_header(path)
+    if digest(items) != header["sha256"]:
         raise SceneError(
-            f"{path}: its scenes are not those that were saved (their hash differs); search again"
+            f"{path}: its scenes have changed since they were saved (their hash differs); "
+            "search again"
         )
     if belongs:
         need_belonging(path, belongs)
     scenes = tuple(sorted(items, key=lambda s: (s.datetime, s.id)))
-    return Found(scenes=scenes, listed=said["listed"], refused=said["refused"])
+    return Found(scenes=scenes, listed=header["listed"], refused=header["refused"])
 
 
 def need_belonging(path: Path, belongs: str) -> None:
     """Raise SceneError if a list's search hash differs from `belongs`. Scenes are not read."""
-    if _about(path)["belongs_to"] != belongs:
+    if _read_header(path)["belongs_to"] != belongs:
         raise SceneError(
-            f"{path}: was searched for another place, or by another rule of its source; remove it to search again, or name "
-            "another folder"
+            f"{path}: holds the scenes of another place, or of another rule of its source; "
+            "remove it to search again, or name another folder"
         )
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, Any]:
     """Read the metadata written by `save`. Raise SceneError if missing or of another version."""
-    about = (pq.read_schema(path).metadata or {}).get(_KEY)
-    if about is None:
+    text = (pq.read_schema(path).metadata or {}).get(_KEY)
+    if text is None:
         raise SceneError(
-            f"{path}: holds STAC items, but no scenes saved by minecube; name it as a source of kind stac-geoparquet"
+            f"{path}: holds STAC items, but no scenes saved by minecube; "
+            "name it as a source of kind stac-geoparquet"
         )
-    said: dict[str, Any] = json.loads(about)
-    if said.get("format") != FORMAT:
+    header: dict[str, Any] = json.loads(text)
+    if header.get("format") != FORMAT:
         raise SceneError(
-            f"{path}: was saved by another version of minecube; search again, or name another folder"
+            f"{path}: was saved by another version of minecube; "
+            "search again, or name another folder"
         )
-    return said
+    return header

@@ -24,25 +24,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pystac
 
+from minecube.arrays import Float32, UInt16
 from minecube.catalog import HazeTest
 from minecube.scenes.looks import CLEAR, Look
-
-Float32 = npt.NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 
 SCL_IS = "minecube:scl"
 """Item property with the error of the whole scene's classification: `veiled` or `no cirrus`."""
 _CIRRUS = 10
-_LEAST = 0.2  # least share of cirrus in the observed pixels for the test of false cirrus
-_ENOUGH = 50  # pixels needed to judge a scene
-_LOOKS = 3  # clear dates needed per pixel
-_VARIES = np.float32(0.1)
+_LEAST_CIRRUS = 0.2  # least share of cirrus in the observed pixels for the test of false cirrus
+_FEWEST_PIXELS = 50  # pixels needed to judge a scene
+_FEWEST_DATES = 3  # clear dates needed per pixel
+_VARIATION = np.float32(0.1)
 """Variation of clear ground's brightness between dates, as a share."""
-_MEANT = {
+_EXPLANATIONS = {
     "veiled": "SCL misses thin cloud over the whole scene",
     "no cirrus": "SCL calls clear ground cirrus",
 }
@@ -57,22 +55,19 @@ def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[py
     verdicts = [""] * len(scenes)
     if {"B02", "B04"} <= set(look.bands) and rule.date_excess and scenes:
         offsets = np.array([scene.properties["minecube:offset"] for scene in scenes], np.float32)
-        blue, red = (
-            look.stored[:, look.bands.index(band)] + offsets[:, None] for band in ("B02", "B04")
-        )
+        blue = look.stored[:, look.bands.index("B02")] + offsets[:, None]
+        red = look.stored[:, look.bands.index("B04")] + offsets[:, None]
         haze = ((blue - red / 2) / 1e4).astype(np.float32)
         days = [scene.properties["minecube:solar_day"] for scene in scenes]
         verdicts = judge(haze, look.scl, days, rule.date_excess)
-    done = []
+    judged_scenes = []
     for scene, verdict in zip(scenes, verdicts, strict=True):
         if verdict:
-            log.info("%s: %s (mended)", scene.id, _MEANT[verdict])
-            marked = scene.clone()
-            marked.properties[SCL_IS] = verdict
-            done.append(marked)
-        else:
-            done.append(scene)
-    return done
+            log.info("%s: %s (mended)", scene.id, _EXPLANATIONS[verdict])
+            scene = scene.clone()
+            scene.properties[SCL_IS] = verdict
+        judged_scenes.append(scene)
+    return judged_scenes
 
 
 def as_rows(scenes: Sequence[pystac.Item]) -> list[dict[str, Any]]:
@@ -80,44 +75,57 @@ def as_rows(scenes: Sequence[pystac.Item]) -> list[dict[str, Any]]:
     return [{"scene": s.id, "scl": s.properties[SCL_IS]} for s in scenes if SCL_IS in s.properties]
 
 
-def judge(
-    haze: Float32, scl: npt.NDArray[np.uint16], days: Sequence[str], most: float
-) -> list[str]:
+def judge(haze: Float32, scl: UInt16, days: Sequence[str], date_excess: float) -> list[str]:
     """Return `veiled`, `no cirrus` or an empty text for each scene.
 
     Args:
         haze: [scene, pixel], blue - red / 2, reflectance, NaN if not observed.
         scl: [scene, pixel].
         days: solar day of each scene, YYYY-MM-DD. Scenes of one day count once.
-        most: largest median excess of a correct date.
+        date_excess: largest median excess of a correct date.
     """
     observed = np.isfinite(haze)
     clear = np.isin(scl, CLEAR) & observed
+    cirrus = (scl == _CIRRUS) & observed
     calendar, day_of = np.unique(np.asarray(days, dtype=str), return_inverse=True)
-    of_days = np.full((len(calendar), haze.shape[1]), np.nan, np.float32)
-    for day, seen in zip(day_of, np.where(clear, haze, np.float32(np.nan)), strict=True):
-        of_days[day] = np.fmin(of_days[day], seen)
-    lowest, highest = _usual(of_days)
+    haze_by_day = np.full((len(calendar), haze.shape[1]), np.nan, np.float32)
+    for day, clear_haze in zip(day_of, np.where(clear, haze, np.float32(np.nan)), strict=True):
+        haze_by_day[day] = np.fmin(haze_by_day[day], clear_haze)
+    lowest, highest = _usual_range(haze_by_day)
     excess = haze - np.clip(haze, lowest[day_of], highest[day_of])
-    comparable = np.isfinite(of_days).sum(axis=0) >= _LOOKS
+    judgeable = (np.isfinite(haze_by_day).sum(axis=0) >= _FEWEST_DATES) & np.isfinite(excess)
     verdicts = []
-    for above, is_clear, is_cirrus, seen in zip(
-        excess, clear, (scl == _CIRRUS) & observed, observed, strict=True
-    ):
-        judgeable = comparable & np.isfinite(above)
-        verdict = ""
-        if is_cirrus.sum() > _LEAST * seen.sum() and (is_cirrus & judgeable).sum() >= _ENOUGH:
-            middle, high = np.percentile(above[is_cirrus & judgeable], (50, 95))
-            verdict = "no cirrus" if middle < most and high < 2 * most else ""
-        if not verdict and (is_clear & judgeable).sum() >= _ENOUGH:
-            low, middle, high = np.percentile(above[is_clear & judgeable], (25, 50, 75))
-            streaked = high > most and high - low > 2 * most
-            verdict = "veiled" if middle > most or streaked else ""
-        verdicts.append(verdict)
+    for n in range(len(haze)):
+        has_cirrus = cirrus[n].sum() > _LEAST_CIRRUS * observed[n].sum()
+        excess_in_cirrus = excess[n, cirrus[n] & judgeable[n]]
+        excess_in_clear = excess[n, clear[n] & judgeable[n]]
+        if has_cirrus and _is_false_cirrus(excess_in_cirrus, date_excess):
+            verdicts.append("no cirrus")
+        elif _is_veiled(excess_in_clear, date_excess):
+            verdicts.append("veiled")
+        else:
+            verdicts.append("")
     return verdicts
 
 
-def _usual(haze: Float32) -> tuple[Float32, Float32]:
+def _is_false_cirrus(excess: Float32, date_excess: float) -> bool:
+    """Return whether pixels called cirrus have the haze of clear ground."""
+    if len(excess) < _FEWEST_PIXELS:
+        return False
+    median, high = np.percentile(excess, (50, 95))
+    return bool(median < date_excess and high < 2 * date_excess)
+
+
+def _is_veiled(excess: Float32, date_excess: float) -> bool:
+    """Return whether pixels called clear have the haze of thin cloud, evenly or in streaks."""
+    if len(excess) < _FEWEST_PIXELS:
+        return False
+    low, median, high = np.percentile(excess, (25, 50, 75))
+    is_streaked = high > date_excess and high - low > 2 * date_excess
+    return bool(median > date_excess or is_streaked)
+
+
+def _usual_range(haze: Float32) -> tuple[Float32, Float32]:
     """Return the lowest and highest usual index of each pixel on each day, [day, pixel].
 
     Args:
@@ -129,20 +137,20 @@ def _usual(haze: Float32) -> tuple[Float32, Float32]:
     looks = np.isfinite(haze).sum(axis=0)
     ranked = np.sort(haze, axis=0)  # NaN last
     quartile = np.take_along_axis(ranked, np.maximum(looks - 1, 0)[None] // 4, axis=0)
-    before = _lower_of_two_earlier(haze)
-    after = _lower_of_two_earlier(haze[::-1])[::-1]
-    lowest = np.fmin(quartile, np.fmin(before, after))
-    highest = np.fmax(quartile, np.fmax(before, after))
-    return lowest - _VARIES * np.abs(lowest), highest + _VARIES * np.abs(highest)
+    earlier = _lower_of_two_earlier(haze)
+    later = _lower_of_two_earlier(haze[::-1])[::-1]
+    lowest = np.fmin(quartile, np.fmin(earlier, later))
+    highest = np.fmax(quartile, np.fmax(earlier, later))
+    return lowest - _VARIATION * np.abs(lowest), highest + _VARIATION * np.abs(highest)
 
 
 def _lower_of_two_earlier(haze: Float32) -> Float32:
     """Return the lower index of the two clear days before each day, [day, pixel]."""
     lower = np.full_like(haze, np.nan)
-    last, last_but_one = np.full((2, haze.shape[1]), np.nan, np.float32)
+    newest, older = np.full((2, haze.shape[1]), np.nan, np.float32)
     for day, today in enumerate(haze):
-        lower[day] = np.fmin(last, last_but_one)
+        lower[day] = np.fmin(newest, older)
         clear = np.isfinite(today)
-        last_but_one = np.where(clear, last, last_but_one)
-        last = np.where(clear, today, last)
+        older = np.where(clear, newest, older)
+        newest = np.where(clear, today, newest)
     return lower

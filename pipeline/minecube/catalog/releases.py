@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minecube.catalog.fields import BANDS, need
+from minecube.catalog.fields import need
+from minecube.catalog.mission import BANDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,5 +37,5 @@ class Release:
         need(self.sites > 0, "sites", f"above 0, found {self.sites}")
         need(bool(self.years), "years", "at least one year, found none")
         for name in ("band_mean", "band_std"):
-            found = len(getattr(self, name))
-            need(found in (0, len(BANDS)), name, f"{len(BANDS)} numbers or none, found {found}")
+            count = len(getattr(self, name))
+            need(count in (0, len(BANDS)), name, f"{len(BANDS)} numbers or none, found {count}")

@@ -1,0 +1,155 @@
+"""Load the catalogue's YAML files: sources, recipes, models, presets and releases."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from minecube.catalog.conversion import build
+from minecube.catalog.fields import FieldError
+from minecube.catalog.model import ModelCard
+from minecube.catalog.recipe import Recipe
+from minecube.catalog.releases import Release
+from minecube.catalog.scene_source import Source
+from minecube.catalog.training import Settings
+from minecube.errors import CatalogError
+
+T = TypeVar("T")
+
+_MOST_NAMES = 8
+"""Most names listed in an error."""
+
+
+def catalog_folder() -> Path:
+    """Return the folder of the shipped catalogue."""
+    package = Path(__file__).parents[1]
+    shipped = package / "_catalog"  # in a wheel; a checkout has catalog/ at its top
+    if shipped.is_dir():
+        return shipped
+    return package.parents[1] / "catalog"
+
+
+def load_sources(path: Path | None = None) -> dict[str, Source]:
+    """Load a `sources.yaml`, by id. Raises CatalogError as `load_sites` does."""
+    path = Path(path or catalog_folder() / "sources.yaml").resolve()
+    sources = {}
+    for source in _load_entries(Source, path):
+        if source.kind != "stac-api":
+            source = dataclasses.replace(source, href=_absolute(source.href, path.parent))
+        sources[source.id] = source
+    return sources
+
+
+def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
+    """Load a `recipes.yaml`, by id. Raises CatalogError as `load_sites` does."""
+    recipes = _load_entries(Recipe, path or catalog_folder() / "recipes.yaml")
+    return {recipe.id: recipe for recipe in recipes}
+
+
+def load_releases(path: Path | None = None) -> dict[str, Release]:
+    """Load the published datasets of a `releases.yaml`, by id.
+
+    Raises CatalogError as `load_sites` does.
+    """
+    releases = _load_entries(Release, path or catalog_folder() / "releases.yaml")
+    return {release.id: release for release in releases}
+
+
+def load_models(path: Path | None = None) -> dict[str, ModelCard]:
+    """Load the model cards of a `models.yaml`, by id. Raises CatalogError as `load_sites` does."""
+    path = Path(path or catalog_folder() / "models.yaml").resolve()
+    cards = {}
+    for card in _load_entries(ModelCard, path):
+        if card.weights:
+            href = _absolute(card.weights.href, path.parent)
+            card = dataclasses.replace(card, weights=dataclasses.replace(card.weights, href=href))
+        cards[card.id] = card
+    return cards
+
+
+def load_presets(path: Path | None = None) -> dict[str, Settings]:
+    """Load the training settings of a `presets.yaml`, by id.
+
+    Raises CatalogError as `load_sites` does.
+    """
+    presets = _load_entries(Settings, path or catalog_folder() / "presets.yaml")
+    return {preset.id: preset for preset in presets}
+
+
+def _absolute(href: str, folder: Path) -> str:
+    """Resolve a path relative to the folder of the YAML file. URLs stay unchanged."""
+    if "://" in href:
+        return href
+    return str(folder / href)
+
+
+def pick(entries: Mapping[str, T], name: str, kind: str) -> T:
+    """Pick an entry by name. Raises CatalogError with the available names."""
+    if name not in entries:
+        listed = []
+        if len(entries) > _MOST_NAMES:
+            listed = difflib.get_close_matches(name, entries, n=_MOST_NAMES)
+        listed = listed or sorted(entries)[:_MOST_NAMES]
+        remainder = ""
+        if len(entries) > len(listed):
+            remainder = f", and {len(entries) - len(listed)} more"
+        raise CatalogError(f"unknown {kind} {name!r}; there is: {', '.join(listed)}{remainder}")
+    return entries[name]
+
+
+def _load_entries(cls: type[T], path: Path) -> list[T]:
+    content = _read_yaml(path)
+    entries = []
+    for name, fields in content.items():
+        try:
+            if not isinstance(fields, Mapping):
+                raise FieldError(f"expected fields, found {type(fields).__name__}")
+            entries.append(build(cls, {"id": str(name), **fields}))
+        except ValueError as error:
+            raise CatalogError(f"{path}: entry {name!r}: {error}") from error
+    return entries
+
+
+def _read_yaml(path: Path) -> Mapping[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise CatalogError(
+            f"{path}: cannot be read as a catalogue: {yaml_problem(error)}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
+    return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Load YAML. Repeated keys are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node, deep=True))
+            if key in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} occurs twice", key_node.start_mark
+                )
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def yaml_problem(error: Exception) -> str:
+    """Describe the problem in a YAML file in one line, with its line number."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    problem = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
+    text = " ".join(str(problem).split())
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return text
+    return f"line {mark.line + 1}: {text}"
