@@ -34,7 +34,7 @@ from minecube.scenes import api as stac_api
 from minecube.scenes import item_file
 
 # The same examples each time: a run that fails can be repeated.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 REAL_DATA = Path(
