@@ -1,19 +1,20 @@
 """Count one site's predicted footprints against the truth.
 
-A pixel of a year is unknown, background or mine in truth and prediction, which gives 9 codes. Most
-pixels have one code in all years. They are counted once, and only the others in each pair of years.
+Each count is the size of a set of pixels. Sets are packed into bits, so one operation on a word
+covers 64 pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations, combinations_with_replacement, pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 import numpy as np
 import xarray as xr
 
-from minecube.arrays import AnyArray, Bool, Int64, UInt8
-from minecube.codes import UNKNOWN
+from minecube.arrays import AnyArray, Bool, Int64, UInt8, UInt64
+from minecube.codes import BACKGROUND, MINE, UNKNOWN
 from minecube.errors import ModelError
 from minecube.metrics.boundaries import count_boundaries
 from minecube.metrics.counts import (
@@ -25,19 +26,19 @@ from minecube.metrics.counts import (
     YearCounts,
 )
 
-_STATES = 3
-"""States of a pixel: 0 unknown, 1 background, 2 mine. Its code is 3 * truth + prediction."""
-_BACKGROUND = 1
-_MINE = 2
-_CODES = _STATES**2
-_MOVES = np.array(
-    [
-        [[0, 0, 0], [0, 0, 1], [0, 0, 0]],
-        [[0, 0, 0], [0, 1, 0], [0, 0, 1]],
-        [[0, 0, 0], [0, 0, 0], [0, 1, 0]],
-    ]
-)
-"""(move, first state, last state): 1 for the states of the moves new, same and gone."""
+
+@dataclass(frozen=True)
+class _Year:
+    """Sets of pixels in one year, 64 per word."""
+
+    truth: UInt64
+    """Mine in the truth."""
+    pred: UInt64
+    """Mine in the prediction."""
+    labelled: UInt64
+    """Known in the truth."""
+    valid: UInt64
+    """Known in truth and prediction."""
 
 
 def count(
@@ -73,10 +74,30 @@ def count(
     rows, columns = _core_of(predicted.shape[1:], core)
     predicted = predicted.astype(np.uint8, copy=False)
     labelled = labelled.astype(np.uint8, copy=False)
-    codes = _states(labelled) * np.uint8(_STATES) + _states(predicted)
-    counted = codes[:, rows.start : rows.stop, columns.start : columns.stop]
     boundaries = count_boundaries(predicted, labelled, (rows, columns))
-    return _score_codes(counted.reshape(len(years), -1), boundaries, years)
+    core_pixels = np.s_[rows.start : rows.stop, columns.start : columns.stop]
+    packed = {
+        int(year): _pack_year(predicted[t][core_pixels], labelled[t][core_pixels])
+        for t, year in enumerate(years)
+    }
+    maps = {
+        year: _count_year(pixels, boundaries[t]) for t, (year, pixels) in enumerate(packed.items())
+    }
+    pairs = {
+        (start, end): _count_pair(packed[start], packed[end])
+        for start, end in combinations(packed, 2)
+    }
+    steps = (
+        _count_step(packed[start], packed[end], pairs[start, end])
+        for start, end in pairwise(packed)
+    )
+    return Scores(
+        years=maps,
+        pairs=pairs,
+        tubes=_count_tubes(list(packed.values())),
+        steps=sum(steps, StepCounts()),
+        windows=_count_windows(packed),
+    )
 
 
 def stack_of(stack: AnyArray | xr.DataArray, name: str, years: Sequence[int]) -> AnyArray:
@@ -101,11 +122,12 @@ def stack_of(stack: AnyArray | xr.DataArray, name: str, years: Sequence[int]) ->
 
 def check_footprint(stack: AnyArray, name: str) -> None:
     """Raise ModelError for values other than 0, 1 and 255."""
-    if ((stack != 0) & (stack != 1) & (stack != UNKNOWN)).any():
-        raise ModelError(
-            f"the {name} holds values other than 0, 1 and {UNKNOWN} (unknown); "
-            "threshold probabilities first"
-        )
+    for footprint in stack:
+        if ((footprint != BACKGROUND) & (footprint != MINE) & (footprint != UNKNOWN)).any():
+            raise ModelError(
+                f"the {name} holds values other than 0, 1 and {UNKNOWN} (unknown); "
+                "threshold probabilities first"
+            )
 
 
 def _core_of(shape: tuple[int, ...], core: tuple[slice, slice] | None) -> tuple[range, range]:
@@ -122,108 +144,104 @@ def _core_of(shape: tuple[int, ...], core: tuple[slice, slice] | None) -> tuple[
     return rows, columns
 
 
-def _states(footprint: UInt8) -> UInt8:
-    """Turn 255, 0 and 1 into 0 unknown, 1 background and 2 mine."""
-    return footprint + np.uint8(1)  # 255 + 1 is 0 in uint8
-
-
-def _score_codes(codes: UInt8, boundaries: Int64, years: Sequence[int]) -> Scores:
-    """Turn codes (year, pixel) and boundaries (year, 4) into listed counts."""
-    changing = (codes != codes[0]).any(axis=0)
-    histories = codes[:, changing]
-    constant = np.bincount(codes[0, ~changing], minlength=_CODES)
-    tables = _count_pairs(histories) + np.diag(constant)
-    tables = tables.reshape(*tables.shape[:2], *[_STATES] * 4)
-    listed = [int(year) for year in years]
-    maps = {year: _year_counts(tables[t, t], boundaries[t]) for t, year in enumerate(listed)}
-    pairs = {
-        (listed[i], listed[j]): _pair_counts(tables[i, j])
-        for i, j in combinations(range(len(listed)), 2)
-    }
-    consecutive = sum((pairs[pair] for pair in pairwise(listed)), PairCounts())
-    firsts = np.arange(len(listed) - 1)
-    moves = tables[firsts, firsts + 1].sum(axis=0)
-    known_throughout = constant.reshape(_STATES, _STATES)[1:, 1:].sum()
-    return Scores(
-        maps,
-        pairs,
-        _tube_counts(histories, sum(maps.values(), YearCounts())),
-        _step_counts(consecutive, moves),
-        _window_counts(histories, int(known_throughout), listed),
+def _pack_year(pred: UInt8, truth: UInt8) -> _Year:
+    labelled = truth != UNKNOWN
+    return _Year(
+        truth=_pack(truth == MINE),
+        pred=_pack(pred == MINE),
+        labelled=_pack(labelled),
+        valid=_pack(labelled & (pred != UNKNOWN)),
     )
 
 
-def _count_pairs(histories: UInt8) -> Int64:
-    """Count pixels by their codes in two years: (start year, end year, 9, 9), start <= end."""
-    number = len(histories)
-    counts = np.zeros((number, number, _CODES, _CODES), np.int64)
-    for start, end in combinations_with_replacement(range(number), 2):
-        codes = histories[start] * np.uint8(_CODES) + histories[end]
-        counts[start, end] = np.bincount(codes, minlength=_CODES**2).reshape(_CODES, _CODES)
+def _pack(mask: Bool) -> UInt64:
+    """Pack a mask into the bits of words. Bits after the last pixel are 0."""
+    octets = np.packbits(mask)
+    return np.pad(octets, (0, -len(octets) % 8)).view(np.uint64)
+
+
+def _size(pixels: UInt64) -> int:
+    """Count the pixels in a set."""
+    return int(np.bitwise_count(pixels).sum())
+
+
+def _count_year(year: _Year, boundaries: Int64) -> YearCounts:
+    valid = _size(year.valid)
+    true = _size(year.valid & year.truth)
+    predicted = _size(year.valid & year.pred)
+    tp = _size(year.valid & year.truth & year.pred)
+    fp = predicted - tp
+    fn = true - tp
+    unmapped = _size(year.labelled) - valid
+    return YearCounts(tp, fp, fn, valid - tp - fp - fn, unmapped, *boundaries.tolist())
+
+
+def _count_pair(start: _Year, end: _Year) -> PairCounts:
+    valid = start.valid & end.valid
+    new = valid & ~start.truth & end.truth
+    gone = valid & start.truth & ~end.truth
+    pred_new = valid & ~start.pred & end.pred
+    pred_gone = valid & start.pred & ~end.pred
+    new_new = _size(new & pred_new)
+    new_gone = _size(new & pred_gone)
+    gone_new = _size(gone & pred_new)
+    gone_gone = _size(gone & pred_gone)
+    new_same = _size(new) - new_new - new_gone
+    gone_same = _size(gone) - gone_new - gone_gone
+    same_new = _size(pred_new) - new_new - gone_new
+    same_gone = _size(pred_gone) - new_gone - gone_gone
+    return PairCounts(
+        new_new=new_new,
+        new_same=new_same,
+        new_gone=new_gone,
+        gone_new=gone_new,
+        gone_same=gone_same,
+        gone_gone=gone_gone,
+        same_new=same_new,
+        same_same=_size(valid) - _size(new | gone | pred_new | pred_gone),
+        same_gone=same_gone,
+        unmapped=_size(start.labelled & end.labelled) - _size(valid),
+    )
+
+
+def _count_step(start: _Year, end: _Year, pair: PairCounts) -> StepCounts:
+    """Count from one listed year to the next."""
+    intersection = pair.changed_in_both()
+    changed = start.valid & end.valid & (start.truth ^ end.truth)
+    return StepCounts(
+        both=intersection,
+        either=pair.changed_in_truth() + pair.changed_in_prediction() - intersection,
+        y1p1=_size(changed & end.truth & end.pred),
+        y1p0=_size(changed & end.truth & ~end.pred),
+        y0p1=_size(changed & ~end.truth & end.pred),
+        y0p0=_size(changed & ~end.truth & ~end.pred),
+    )
+
+
+def _count_tubes(years: Sequence[_Year]) -> TubeCounts:
+    ever_mine = np.bitwise_or.reduce([year.labelled & year.truth for year in years])
+    ever_background = np.bitwise_or.reduce([year.labelled & ~year.truth for year in years])
+    stratum_c = ever_mine & ever_background
+    counts = TubeCounts()
+    for year in years:
+        intersection = year.valid & year.truth & year.pred
+        union = year.valid & (year.truth | year.pred)
+        counts += TubeCounts(
+            s_both=_size(intersection & ~stratum_c),
+            s_either=_size(union & ~stratum_c),
+            c_both=_size(intersection & stratum_c),
+            c_either=_size(union & stratum_c),
+        )
     return counts
 
 
-def _year_counts(table: Int64, boundaries: Int64) -> YearCounts:
-    """Name the counts of a year from its table with itself, and from its boundary pixels."""
-    states = table.reshape(_CODES, _CODES).diagonal().reshape(_STATES, _STATES)  # truth, prediction
-    (tn, fp), (fn, tp) = states[1:, 1:].tolist()
-    unmapped = int(states[1:, 0].sum())
-    return YearCounts(tp, fp, fn, tn, unmapped, *boundaries.tolist())
-
-
-def _pair_counts(table: Int64) -> PairCounts:
-    """Name the counts of a table: truth and prediction of the first year, then of the last."""
-    new, same, gone = np.einsum("ipjq,mij,npq->mn", table, _MOVES, _MOVES).tolist()
-    unknown_truth_aside = table[1:, :, 1:, :]
-    unmapped = int(unknown_truth_aside.sum() - unknown_truth_aside[:, 1:, :, 1:].sum())
-    counts = [*new, *gone, *same, unmapped]
-    return PairCounts(*counts)
-
-
-def _step_counts(pairs: PairCounts, moves: Int64) -> StepCounts:
-    """Name the counts of consecutive years, from the sums of their pairs and of their tables."""
-    intersection = pairs.changed_in_both()
-    union = pairs.changed_in_truth() + pairs.changed_in_prediction() - intersection
-    y1p0, y1p1 = moves[_BACKGROUND, 1:, _MINE, 1:].sum(axis=0).tolist()
-    y0p0, y0p1 = moves[_MINE, 1:, _BACKGROUND, 1:].sum(axis=0).tolist()
-    return StepCounts(intersection, union, y1p1, y1p0, y0p1, y0p0)
-
-
-def _tube_counts(histories: UInt8, total: YearCounts) -> TubeCounts:
-    """Split the mine pixel-years of all years into strata S and C."""
-    truth, prediction = np.divmod(histories, np.uint8(_STATES))
-    in_c = (truth == _MINE).any(axis=0) & (truth == _BACKGROUND).any(axis=0)
-    valid = (truth > 0) & (prediction > 0) & in_c
-    c_both = _size(valid & (truth == _MINE) & (prediction == _MINE))
-    c_either = _size(valid & ((truth == _MINE) | (prediction == _MINE)))
-    union = total.tp + total.fp + total.fn
-    return TubeCounts(total.tp - c_both, union - c_either, c_both, c_either)
-
-
-def _window_counts(
-    histories: UInt8, constant: int, years: Sequence[int]
-) -> dict[tuple[int, int, int], WindowCounts]:
-    """Count pixels without change from a first to a last year.
-
-    Args:
-        histories: Codes (year, pixel).
-        constant: Number of other pixels, known and constant in all years.
-        years: The years.
-    """
-    truth, prediction = np.divmod(histories, np.uint8(_STATES))
-    valid = (truth > 0) & (prediction > 0)
+def _count_windows(years: Mapping[int, _Year]) -> dict[tuple[int, int, int], WindowCounts]:
+    """Count pixels without change from each year to each later one."""
     windows = {}
-    for start in range(len(years)):
-        steady = steady_in_both = valid[start]
-        for end in range(start + 1, len(years)):
-            steady = steady & valid[end] & (truth[end] == truth[start])
-            steady_in_both = steady_in_both & steady & (prediction[end] == prediction[start])
-            windows[years[start], years[end], end - start + 1] = WindowCounts(
-                constant + _size(steady), constant + _size(steady_in_both)
-            )
+    for start, (year, pixels) in enumerate(years.items()):
+        steady = steady_in_both = pixels.valid
+        for length, (end, later) in enumerate(list(years.items())[start + 1 :], start=2):
+            steady = steady & later.valid & ~(pixels.truth ^ later.truth)
+            steady_in_both = steady_in_both & steady & ~(pixels.pred ^ later.pred)
+            windows[year, end, length] = WindowCounts(_size(steady), _size(steady_in_both))
     return windows
-
-
-def _size(mask: Bool) -> int:
-    """Return the number of pixels in a mask."""
-    return int(np.count_nonzero(mask))
