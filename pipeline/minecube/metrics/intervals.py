@@ -96,7 +96,11 @@ def _estimate(
         # In floats, products run in BLAS. Counts stay exact below 2^53.
         scores = [compute_scores(weights @ c, k) for c, k in zip(counts, kinds, strict=True)]
         shared = [name for name in scores[0] if all(name in s for s in scores)]
-        return {name: np.asarray(combine([s[name] for s in scores])) for name in shared}
+        combined = {}
+        for name in shared:
+            values = [s[name] for s in scores]
+            combined[name] = np.asarray(combine(values))
+        return combined
 
     draws = np.random.default_rng(seed).integers(0, number, (resamples, number))
     weights = np.zeros((resamples, number))

@@ -8,8 +8,8 @@ this way. With two states, odds r = P(mine) / P(not mine) suffice: one number pe
 With a_ij the probability to go from state i to j:
 
     forward    f_t = l_t (a_01 + a_11 f_(t-1)) / (a_00 + a_10 f_(t-1))
-    backward   b_t = (a_10 + a_11 l_(t+1) b_(t+1)) / (a_00 + a_01 l_(t+1) b_(t+1)),  1 in the last year
-    posterior  odds f_t b_t
+    backward   b_t = (a_10 + a_11 l_(t+1) b_(t+1)) / (a_00 + a_01 l_(t+1) b_(t+1))
+    posterior  odds f_t b_t, with b_t = 1 in the last year
 
 l_t = (p / (1 - p) / (prior / (1 - prior))) ^ temper is the evidence of a year's probability p for a
 mine. A network's p is a posterior under the mine share of its training, so the odds of this prior
@@ -17,7 +17,7 @@ are divided out. Its errors come again year after year. Ten years hold less evid
 independent ones, hence temper < 1. A value of 255 has no evidence: l_t = 1.
 
 Odds keep their relative precision at both ends. Probabilities of 32 bits round to 1 there. A stored
-0 counts as 1/500, half a step, and 250 as 499/500. With rates not below `LEAST`, odds stay in 1e-20
+0 counts as 1/500, half a step, and 250 as 499/500. With rates not below `MIN_RATE`, odds stay in 1e-20
 .. 1e20, far within float32.
 """
 
@@ -158,7 +158,7 @@ def check_stored(values: AnyArray) -> None:
     if ((values > FULL) & (values < UNKNOWN)).any():
         raise LabelError(
             f"the probability holds values of {FULL + 1}..254; expected 0..{FULL} (x {FULL}), or "
-            f"{UNKNOWN} where there is none: scaled otherwise, say by 255, every year would be "
+            f"{UNKNOWN} for unknown: scaled otherwise, say by 255, every year would be "
             f"read as another probability; store it x {FULL}"
         )
 

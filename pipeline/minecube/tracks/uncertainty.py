@@ -110,7 +110,7 @@ def _find_unsettled(yearly: UInt8, smooth: UInt8) -> Bool:
 def _sum_lagged_products(
     yearly: UInt8, smooth: UInt8, unsettled: Bool, lags: list[int]
 ) -> tuple[Float64, Float64]:
-    """Sum the products of errors, and count the pairs of pixels, by distance along rows and columns.
+    """Sum the products of errors, and count the pairs of pixels, by distance along y and x.
 
     The error of a year is its change by smoothing, less the mean change over the years. Only
     unsettled pixels known in the year count.
