@@ -17,8 +17,8 @@ are divided out. Its errors come again year after year. Ten years hold less evid
 independent ones, hence temper < 1. A value of 255 has no evidence: l_t = 1.
 
 Odds keep their relative precision at both ends. Probabilities of 32 bits round to 1 there. A stored
-0 counts as 1/500, half a step, and 250 as 499/500. With rates not below `MIN_RATE`, odds stay in 1e-20
-.. 1e20, far within float32.
+0 counts as 1/500, half a step, and 250 as 499/500. With rates not below `MIN_RATE`, odds stay in
+1e-20 .. 1e20, far within float32.
 """
 
 from __future__ import annotations
