@@ -80,11 +80,7 @@ def speed(side: int, rounds: int = 3) -> dict[str, Any]:
     rates = Rates(opening=0.01, closing=0.02, initial=0.1, prior=0.1)
     some = values[:, :2000]
     ours = timed(lambda: tracks.posterior(values, YEARS, rates), rounds)
-    figures = {
-        "side": side,
-        "seconds": ours,
-        "seconds_viterbi": timed(lambda: tracks.viterbi(values, YEARS, rates), rounds),
-    }
+    figures = {"side": side, "seconds": ours}
     figures["seconds_numpy"] = timed(lambda: plain(values, rates), 1)
     figures["seconds_per_pixel"] = (
         timed(lambda: [one(some[:, n], rates) for n in range(2000)], 1) * side * side / 2000
@@ -96,10 +92,7 @@ def speed(side: int, rounds: int = 3) -> dict[str, Any]:
     off = np.abs(tracks.posterior(some, YEARS, rates).astype(int) - plain(some, rates))
     figures["steps_off"] = int(off.max())
     figures["values_off"] = float((off > 0).mean())
-    rows = [
-        (name, figures[f"seconds{end}"])
-        for name, end in (("ours", ""), ("Viterbi", "_viterbi"), ("numpy", "_numpy"))
-    ]
+    rows = [("ours", ours), ("numpy", figures["seconds_numpy"])]
     print(
         table(("smoothing", "seconds"), [*rows, ("pixel by pixel", figures["seconds_per_pixel"])]),
         flush=True,
@@ -257,13 +250,6 @@ def gain(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) -> l
         for way, rates in ways.items():
             smoothed = {s: tracks.threshold(tracks.smooth(p, rates)) for s, p in raw.items()}
             rows.append({**said, "way": way, **scores(smoothed)})
-        rows.append(
-            {
-                **said,
-                "way": "likeliest path",
-                **scores({s: tracks.likeliest(p, learned) for s, p in raw.items()}),
-            }
-        )
     print("\n" + table(tuple(rows[0]), [tuple(row.values()) for row in rows]), flush=True)
     return rows
 

@@ -1,4 +1,4 @@
-"""Smoothing against every path there is, learned rates against planted ones, numpy against torch."""
+"""Smoothing against every path there is, learned rates against planted ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minecube import tracks
-from minecube.errors import LabelError, ModelError
+from minecube.errors import LabelError
 from minecube.tracks import Rates, learning, smoothing
-from minecube.tracks.torch_smoothing import TorchSmoothing
 
 YEARS = (2015, 2016, 2017, 2018, 2020, 2021, 2022, 2024)
 RATES = Rates(opening=0.03, closing=0.01, initial=0.2, prior=0.3, temper=0.6)
@@ -38,10 +37,8 @@ def series(seed: int, years: int, pixels: int, unknown: float = 0.1) -> np.ndarr
     return np.where(r.random((years, pixels)) < unknown, 255, values).astype(np.uint8)
 
 
-def every_path(
-    values: np.ndarray, years: tuple[int, ...], rates: Rates
-) -> tuple[np.ndarray, dict[tuple[int, ...], float]]:
-    """Posterior of each year and the probability of each path, by all 2^T of them, each step of a year a matrix product."""
+def every_path(values: np.ndarray, years: tuple[int, ...], rates: Rates) -> np.ndarray:
+    """Posterior of each year, by all 2^T paths, each step of a year a matrix product."""
     yearly = np.array([[1 - rates.opening, rates.opening], [rates.closing, 1 - rates.closing]])
     weight = {}
     for path in itertools.product((0, 1), repeat=len(years)):
@@ -56,10 +53,9 @@ def every_path(
                 p *= of_state**rates.temper
         weight[path] = p
     total = sum(weight.values())
-    marginal = np.array(
+    return np.array(
         [sum(w for path, w in weight.items() if path[t]) / total for t in range(len(years))]
     )
-    return marginal, {path: w / total for path, w in weight.items()}
 
 
 rates_of = st.builds(
@@ -77,7 +73,7 @@ values_of = st.lists(
 
 @settings(deadline=None, max_examples=120)
 @given(values_of, rates_of, st.data())
-def test_posterior_and_path_are_those_of_every_path(
+def test_posterior_is_that_of_every_path(
     values: list[int], rates: Rates, data: st.DataObject
 ) -> None:
     gaps = data.draw(
@@ -85,18 +81,12 @@ def test_posterior_and_path_are_those_of_every_path(
     )
     years = tuple(itertools.accumulate(gaps, initial=2015))
     column = np.array(values, np.uint8)[:, None]
-    found, path = (
-        smoothing.posterior(column, years, rates)[:, 0],
-        smoothing.viterbi(column, years, rates)[:, 0],
-    )
+    found = smoothing.posterior(column, years, rates)[:, 0]
     if (column == 255).all():
         assert (found == 255).all()
-        assert (path == 255).all()
         return
-    marginal, weight = every_path(column[:, 0], years, rates)
+    marginal = every_path(column[:, 0], years, rates)
     assert np.abs(found - marginal * 250).max() <= 0.5 + 1e-3
-    # Not the path itself: several may be as likely.
-    assert weight[tuple(int(s) for s in path)] == pytest.approx(max(weight.values()), rel=1e-4)
 
 
 def test_a_path_worked_by_hand() -> None:
@@ -120,7 +110,6 @@ def test_a_path_worked_by_hand() -> None:
     assert smoothing.posterior(values, (2015, 2016, 2017), rates)[:, 0].tolist() == [
         round(250 * p) for p in expected
     ]
-    assert smoothing.viterbi(values, (2015, 2016, 2017), rates)[:, 0].tolist() == [1, 1, 1]
 
 
 def test_a_year_left_out_is_a_year_of_which_nothing_is_known() -> None:
@@ -163,11 +152,11 @@ def test_one_year_under_its_own_prior_stays_as_it_is() -> None:
 
 def test_nothing_speaks_for_a_mine_where_nothing_was_seen_of_one() -> None:
     # 0 stands for anything below 1/250; taken for 1/500 it would be twice a prior of 1/1000, and speak for a mine.
-    assert smoothing.evidence(dataclasses.replace(RATES, prior=smoothing.LEAST_PRIOR))[0] < 0.5
-    assert smoothing.evidence(dataclasses.replace(RATES, prior=1 - smoothing.LEAST_PRIOR))[250] > 2
+    assert smoothing.evidence(dataclasses.replace(RATES, prior=smoothing.MIN_PRIOR))[0] < 0.5
+    assert smoothing.evidence(dataclasses.replace(RATES, prior=1 - smoothing.MIN_PRIOR))[250] > 2
     empty = maps(np.where(np.random.default_rng(0).random((8, 500)) < 0.005, 9, 0))
     rates = tracks.learn_rates([empty])
-    assert rates.prior == smoothing.LEAST_PRIOR
+    assert rates.prior == smoothing.MIN_PRIOR
     assert (tracks.smooth(empty, rates) < 25).all()
 
 
@@ -177,7 +166,6 @@ def test_nothing_overflows_at_the_ends() -> None:
         for stored in (0, 250):
             values = np.full((60, 3), stored, np.uint8)
             assert (smoothing.posterior(values, range(60), rates) == stored).all()
-            assert (smoothing.viterbi(values, range(60), rates) == stored // 250).all()
         turned = np.repeat(np.array([0, 250, 0], np.uint8), 20)[:, None]
         found = smoothing.posterior(
             turned, range(60), dataclasses.replace(rates, initial=0.5, prior=0.5)
@@ -193,7 +181,6 @@ def test_what_is_constant_and_certain_stays() -> None:
         off = np.abs(smoothing.posterior(values, YEARS, RATES).astype(int) - values)
         assert off[:-1].max() == 0
         assert off[-1].max() <= 1  # with no year behind it, and evidence tempered
-        np.testing.assert_array_equal(smoothing.viterbi(values, YEARS, RATES) * 250, values)
 
 
 def test_a_change_is_in_the_year_it_was_seen() -> None:
@@ -202,7 +189,6 @@ def test_a_change_is_in_the_year_it_was_seen() -> None:
         values = np.where(np.arange(8) >= first, 250, 0).astype(np.uint8)[:, None]
         expected = (np.arange(8) >= first).tolist()
         assert (smoothing.posterior(values, YEARS, RATES)[:, 0] >= 125).tolist() == expected
-        assert (smoothing.viterbi(values, YEARS, RATES)[:, 0] == 1).tolist() == expected
 
 
 def test_a_single_years_error_is_mended_and_a_lasting_change_is_not() -> None:
@@ -210,29 +196,9 @@ def test_a_single_years_error_is_mended_and_a_lasting_change_is_not() -> None:
         [[10, 10, 10, 240, 10, 10, 10, 10], [10, 10, 10, 240, 240, 240, 240, 240]], np.uint8
     ).T
     rates = dataclasses.replace(RATES, prior=0.5)
-    for found in (
-        smoothing.posterior(values, YEARS, rates) >= 125,
-        smoothing.viterbi(values, YEARS, rates) == 1,
-    ):
-        assert found[:, 0].tolist() == [False] * 8
-        assert found[:, 1].tolist() == [False] * 3 + [True] * 5
-
-
-@pytest.mark.parametrize("kernel", ["posterior", "viterbi"])
-def test_torch_does_the_same_to_the_last_step(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minecube.tracks.torch_smoothing.STRIP_VALUES", 8 * 1000)
-    values = series(1, 8, 50_001)
-    values[:, 7] = 255
-    for rates in (RATES, Rates(opening=1e-6, closing=0.5, initial=1e-4, prior=0.99, temper=1)):
-        there = getattr(TorchSmoothing("cpu"), kernel)(values, YEARS, rates)
-        np.testing.assert_array_equal(there, getattr(smoothing, kernel)(values, YEARS, rates))
-
-
-def test_torch_refuses_what_is_not_there() -> None:
-    with pytest.raises(ModelError, match="abacus"):
-        TorchSmoothing("abacus")
-    with pytest.raises(LabelError, match=r"251\.\.254"):
-        TorchSmoothing("cpu").posterior(np.full((1, 3), 252, np.uint8), (2020,), RATES)
+    found = smoothing.posterior(values, YEARS, rates) >= 125
+    assert found[:, 0].tolist() == [False] * 8
+    assert found[:, 1].tolist() == [False] * 3 + [True] * 5
 
 
 def test_blocks_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,20 +207,18 @@ def test_blocks_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
         dims=("year", "y", "x"),
         coords={"year": list(YEARS), "x": np.arange(61.0)},
     )
-    for run in (tracks.smooth, tracks.likeliest):
-        whole = run(values, RATES)
-        parts = [
-            [run(values[:, y : y + 16, x : x + 20], RATES) for x in range(0, 61, 20)]
-            for y in range(0, 37, 16)
-        ]
-        xr.testing.assert_equal(xr.combine_nested(parts, ["y", "x"]), whole)
-        monkeypatch.setattr(smoothing, "_BLOCK_PX", 100)
-        xr.testing.assert_identical(run(values, RATES), whole)
-        monkeypatch.undo()
-        assert whole.dtype == np.uint8
-        assert whole.dims == ("year", "y", "x")
-        assert whole.attrs["nodata"] == 255
-        assert set(whole.coords) == {"year", "x"}
+    whole = tracks.smooth(values, RATES)
+    parts = [
+        [tracks.smooth(values[:, y : y + 16, x : x + 20], RATES) for x in range(0, 61, 20)]
+        for y in range(0, 37, 16)
+    ]
+    xr.testing.assert_equal(xr.combine_nested(parts, ["y", "x"]), whole)
+    monkeypatch.setattr(smoothing, "_BLOCK_PX", 100)
+    xr.testing.assert_identical(tracks.smooth(values, RATES), whole)
+    assert whole.dtype == np.uint8
+    assert whole.dims == ("year", "y", "x")
+    assert whole.attrs["nodata"] == 255
+    assert set(whole.coords) == {"year", "x"}
 
 
 def test_lazy_maps_and_maps_of_other_layout() -> None:
@@ -278,9 +242,8 @@ def test_lazy_maps_and_maps_of_other_layout() -> None:
 )
 def test_what_is_no_stored_probability_is_refused(spoil, said) -> None:
     good = maps(np.full((8, 3), 7))
-    for run in (tracks.smooth, tracks.likeliest):
-        with pytest.raises(LabelError, match=said):
-            run(spoil(good), RATES)
+    with pytest.raises(LabelError, match=said):
+        tracks.smooth(spoil(good), RATES)
     with pytest.raises(LabelError, match=said):
         tracks.learn_rates([spoil(good)])
 
@@ -444,6 +407,6 @@ def test_what_teaches_nothing_is_refused() -> None:
 def test_maps_without_a_change_keep_their_rates_in_bounds() -> None:
     values = np.repeat(np.array([[0, 0, 0, 250]], np.uint8), 8, axis=0)
     found = tracks.learn_rates([maps(values)])
-    assert smoothing.LEAST <= found.opening < 0.01
-    assert smoothing.LEAST <= found.closing < 0.01
+    assert smoothing.MIN_RATE <= found.opening < 0.01
+    assert smoothing.MIN_RATE <= found.closing < 0.01
     np.testing.assert_array_equal(tracks.smooth(maps(values), found).to_numpy()[:, 0], values)

@@ -95,18 +95,6 @@ def test_areas_refuse_another_grid_and_years_out_of_order() -> None:
         tracks.areas(footprint(np.zeros((3, 5, 6)), [2019, 2018, 2021]), grid(5, 6))
 
 
-def test_onset_is_the_first_mine_year() -> None:
-    values = np.random.default_rng(2).choice([0, 1, 255], (3, 20, 30))
-    found = tracks.onset(footprint(values))
-    assert found.dtype == np.uint16
-    assert found.dims == ("y", "x")
-    for y in range(20):
-        for x in range(30):
-            assert found.values[y, x] == next(
-                (year for year, v in zip(YEARS, values[:, y, x], strict=True) if v == 1), 0
-            )
-
-
 def test_threshold_at_one_half_keeps_what_is_unknown() -> None:
     found = tracks.threshold(footprint([[[0, 124]], [[125, 250]], [[255, 126]]]))
     assert found.dtype == np.uint8

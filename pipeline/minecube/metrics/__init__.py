@@ -1,11 +1,11 @@
-"""Score footprints through time. `count` gives integer states, `+` joins them, formulas come last.
+"""Score footprints through time. `count` gives integer counts, `+` adds them, formulas come last.
 
-    states.py     counts: `Scores`, to JSON and back     counting.py   footprints -> counts, fast
-    curves.py     probabilities -> counts and curves     change.py     maps of change -> counts
-    formulas.py   counts -> scores                       intervals.py  bootstrap over sites
-    baselines.py  trivial maps
+    counts.py      counts: `Scores`, to JSON and back    footprints.py  footprints -> counts
+    boundaries.py  boundary pixels -> counts             change.py      maps of change -> counts
+    curves.py      probabilities -> counts and curves    formulas.py    counts -> scores
+    intervals.py   bootstrap over sites                  baselines.py   trivial maps
 
-Joined states of blocks, sites and machines give the scores of all their pixels together. A score is
+Added counts of blocks, sites and machines give the scores of all their pixels together. A score is
 a ratio of sums, never a mean of ratios. A zero denominator gives NaN, never 0 or 1, since there is
 nothing to judge.
 
@@ -39,43 +39,25 @@ c = [p_t != p_(t-1)].
   Brier score and the expected calibration error in ten bins.
 """
 
+from minecube.codes import HALF, UNKNOWN
 from minecube.metrics.baselines import baselines
-from minecube.metrics.bits import MARGIN_PX
+from minecube.metrics.boundaries import MARGIN_PX
 from minecube.metrics.change import count_change
-from minecube.metrics.counting import count
+from minecube.metrics.counts import Histogram, Scores
 from minecube.metrics.curves import count_probability, precision_recall, reliability
+from minecube.metrics.footprints import count
 from minecube.metrics.formulas import by_gap, by_pair, by_year, finish
 from minecube.metrics.intervals import difference, intervals
-from minecube.metrics.states import (
-    BOUNDARY_PX,
-    HALF,
-    LEVELS,
-    UNKNOWN,
-    Histogram,
-    Mapped,
-    Pair,
-    Scores,
-    Steps,
-    Tubes,
-    Window,
-)
 
 CA_TIOU_VERSION = 1
 
 __all__ = [
-    "BOUNDARY_PX",
     "CA_TIOU_VERSION",
     "HALF",
-    "LEVELS",
     "MARGIN_PX",
     "UNKNOWN",
     "Histogram",
-    "Mapped",
-    "Pair",
     "Scores",
-    "Steps",
-    "Tubes",
-    "Window",
     "baselines",
     "by_gap",
     "by_pair",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from minecube.metrics.states import UNKNOWN
+from minecube.arrays import UInt8
+from minecube.codes import UNKNOWN
 
 
-def baselines(truth: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
+def baselines(truth: UInt8) -> dict[str, UInt8]:
     """Make trivial predictions from the truth, as name -> (year, y, x) for `count`.
 
     Values are 1 mine, 0 not, 255 unknown.
@@ -22,13 +22,13 @@ def baselines(truth: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
     Args:
         truth: (year, y, x): 1 mine, 0 not, 255 unknown.
     """
-    first = np.full_like(truth[0], UNKNOWN)
-    for of_year in truth:
-        np.copyto(first, of_year, where=first == UNKNOWN)
+    earliest = np.full_like(truth[0], UNKNOWN)
+    for footprint in truth:
+        np.copyto(earliest, footprint, where=earliest == UNKNOWN)
     late = np.full_like(truth, UNKNOWN)
     late[1:] = truth[:-1]
     return {
-        "never changes": np.broadcast_to(first, truth.shape),
+        "never changes": np.broadcast_to(earliest, truth.shape),
         "always mine": np.ones_like(truth),
         "last year's map": late,
     }

@@ -8,18 +8,20 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from minecube.arrays import UInt8
+from minecube.codes import HALF, UNKNOWN
 from minecube.errors import ModelError
-from minecube.metrics.counting import stack_of
-from minecube.metrics.curves import checked, histogram
+from minecube.metrics.counts import Histogram, PairCounts, Scores
+from minecube.metrics.curves import add_histogram, check_probability, histogram
+from minecube.metrics.footprints import stack_of
 from minecube.metrics.formulas import VARIANTS
-from minecube.metrics.states import HALF, UNKNOWN, Histogram, Pair, Scores
 
-KNOWN = ("changed", "removed", "new")
+Int8 = NDArray[np.int8]
 
 
 def count_change(
-    change: NDArray[np.uint8],
-    truth: NDArray[np.uint8] | xr.DataArray,
+    change: UInt8,
+    truth: UInt8 | xr.DataArray,
     years: Sequence[int],
     pairs: Sequence[tuple[int, int]],
     classes: Sequence[str],
@@ -40,57 +42,76 @@ def count_change(
     Raises:
         ModelError: shapes, pairs or classes are wrong, or a value is no stored probability.
     """
-    y, p = stack_of(truth, "truth", years), np.asarray(change)
-    named = (
-        tuple(sorted(classes, key=KNOWN.index)) if set(classes) <= set(KNOWN) else tuple(classes)
+    labelled_years = stack_of(truth, "truth", years)
+    maps = np.asarray(change)
+    ordered = _ordered(classes)
+    if maps.shape != (len(pairs), len(ordered), *labelled_years.shape[1:]):
+        raise ModelError(
+            f"change has shape {maps.shape} for {len(pairs)} pairs and {len(ordered)} classes, "
+            f"truth {labelled_years.shape}; scores need (pair, class, y, x) on the truth's grid"
+        )
+    footprints = dict(zip(map(int, years), labelled_years, strict=True))
+    _check_pairs(pairs, list(footprints))
+    check_probability(maps)
+    order = [list(classes).index(name) for name in ordered]
+    counts: dict[tuple[int, int], PairCounts] = {}
+    histograms: dict[int, Histogram] = {}
+    for (start, end), pair_maps in zip(pairs, maps, strict=True):
+        probability = pair_maps[order]
+        start_truth = footprints[int(start)]
+        end_truth = footprints[int(end)]
+        labelled = (start_truth != UNKNOWN) & (end_truth != UNKNOWN)
+        valid = labelled & (probability != UNKNOWN).all(axis=0)
+        true_moves = end_truth.astype(np.int8) - start_truth.astype(np.int8)
+        predicted_moves = _predict_moves(probability, ordered)
+        unmapped = int(np.count_nonzero(labelled) - np.count_nonzero(valid))
+        counts[int(start), int(end)] = _count_moves(
+            true_moves[valid], predicted_moves[valid], unmapped
+        )
+        positives = true_moves != 0
+        if ordered == ("new",):
+            positives = true_moves == 1
+        pixels = histogram(probability.max(axis=0), positives, valid)
+        add_histogram(histograms, int(end) - int(start), pixels)
+    return Scores(pairs=counts, change=histograms, classes=ordered)
+
+
+def _ordered(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes in the order of `VARIANTS`. Raise ModelError for other classes."""
+    for ordered in VARIANTS:
+        if ordered and sorted(ordered) == sorted(classes):
+            return ordered
+    raise ModelError(
+        f"change classes {tuple(classes)}; expected ('changed',), ('new',) or ('removed', 'new')"
     )
-    if named not in VARIANTS or not named:
-        raise ModelError(
-            f"change classes {tuple(classes)}; expected ('changed',), ('new',) or ('removed', 'new')"
-        )
-    if p.shape != (len(pairs), len(named), *y.shape[1:]):
-        raise ModelError(
-            f"change has shape {p.shape} for {len(pairs)} pairs and {len(named)} classes, truth {y.shape}; scores need "
-            "(pair, class, y, x) on the truth's grid"
-        )
-    at = {int(year): i for i, year in enumerate(years)}
-    wrong = [pair for pair in pairs if not (pair[0] in at and pair[1] in at and pair[0] < pair[1])]
+
+
+def _check_pairs(pairs: Sequence[tuple[int, int]], years: list[int]) -> None:
+    """Raise ModelError unless each pair has two of the years in order, and is listed once."""
+    wrong = [pair for pair in pairs if not (set(pair) <= set(years) and pair[0] < pair[1])]
     if wrong or len(set(pairs)) < len(pairs):
+        listed = [tuple(map(int, pair)) for pair in wrong or pairs]
         raise ModelError(
-            f"pairs {[tuple(map(int, pair)) for pair in wrong or pairs]}; expected each once, the earlier year first, both "
-            f"among {list(at)}: backwards, new would be scored as removed"
+            f"pairs {listed}; expected each once, the earlier year first, both among {years}: "
+            "backwards, new would be scored as removed"
         )
-    counted: dict[tuple[int, int], Pair] = {}
-    curves: dict[int, Histogram] = {}
-    order = [list(classes).index(name) for name in named]
-    for (first, second), maps in zip(pairs, checked(p), strict=True):
-        maps = maps[order]
-        before, after = y[at[first]], y[at[second]]
-        labelled = (before != UNKNOWN) & (after != UNKNOWN)
-        known = labelled & (maps != UNKNOWN).all(axis=0)
-        moved = after[known].astype(np.int8) - before[known].astype(np.int8)
-        said, score = _said(maps[:, known], named)
-        table = np.bincount(3 * (1 - moved) + (1 - said), minlength=9).reshape(
-            3, 3
-        )  # new, same, gone
-        new, same, gone = table.tolist()
-        unmapped = int(np.count_nonzero(labelled) - len(moved))
-        counted[int(first), int(second)] = Pair(*(*new, *gone, *same, unmapped))
-        gap = int(second) - int(first)
-        found = histogram(score, (moved == 1 if named == ("new",) else moved != 0).astype(np.uint8))
-        curves[gap] = curves[gap] + found if gap in curves else found
-    return Scores(pairs=counted, change=curves, classes=named)
 
 
-def _said(
-    maps: NDArray[np.uint8], classes: tuple[str, ...]
-) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
-    """Return -1, 0 or 1 for each pixel, and its probability of any change.
+def _predict_moves(probability: UInt8, classes: tuple[str, ...]) -> Int8:
+    """Return -1 removed, 0 same or 1 new for each pixel (y, x) of maps (class, y, x).
 
     A change of unknown direction is 1.
     """
-    score = maps.max(axis=0)
-    said = (score >= HALF).astype(np.int8)
+    moves: Int8 = (probability.max(axis=0) >= HALF).astype(np.int8)
     if classes == ("removed", "new"):
-        said[(said == 1) & (maps[0] > maps[1])] = -1
-    return said, score
+        removed, new = probability
+        moves[(moves == 1) & (removed > new)] = -1
+    return moves
+
+
+def _count_moves(true_moves: Int8, predicted_moves: Int8, unmapped: int) -> PairCounts:
+    """Count pixels by their moves, -1, 0 or 1, in truth and prediction."""
+    codes = 3 * (1 - true_moves) + (1 - predicted_moves)
+    new, same, gone = np.bincount(codes, minlength=9).reshape(3, 3).tolist()
+    counts = [*new, *gone, *same, unmapped]
+    return PairCounts(*counts)

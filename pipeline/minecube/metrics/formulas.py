@@ -11,10 +11,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from minecube.arrays import AnyArray, Int64
+from minecube.codes import FULL
+from minecube.metrics.counts import (
+    Histogram,
+    PairCounts,
+    Scores,
+    StepCounts,
+    Tally,
+    TubeCounts,
+    WindowCounts,
+    YearCounts,
+)
 from minecube.metrics.curves import auprc, brier, ece, f1_at_r
-from minecube.metrics.states import LEVELS, Mapped, Pair, Scores, Steps, Tubes, Window, _Counts
 
 K = TypeVar("K", bound=Hashable)
 Floats = Any
@@ -27,7 +37,7 @@ VARIANTS = {
     ("new",): ("expansion",),
 }
 """Change classes of a model -> variants of change scores."""
-_PARTS: tuple[type[_Counts], ...] = (Mapped, Pair, Tubes, Steps)
+_HISTOGRAM_SIZE = 2 * (FULL + 1)
 
 
 def finish(scores: Scores) -> dict[str, float]:
@@ -37,144 +47,165 @@ def finish(scores: Scores) -> dict[str, float]:
     Scores without counts are left out: a change model has no footprint scores, for example. The
     empty `Scores()` returns all footprint scores, as NaN.
     """
-    kinds = kinds_of([scores])
-    return {name: float(value) for name, value in formulas(vector(scores, kinds), kinds).items()}
+    kinds = find_kinds([scores])
+    return _as_floats(compute_scores(flatten(scores, kinds), kinds))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kinds:
     """Kinds of counts available."""
 
     maps: bool
+    """Whether footprints are counted."""
     windows: tuple[int, ...]
+    """Numbers of years in the windows."""
     footprint: bool
+    """Whether mine probabilities are counted."""
     change: bool
+    """Whether probabilities of change are counted."""
     variants: tuple[str, ...]
+    """Variants of the change scores."""
 
 
-def kinds_of(scores: Sequence[Scores]) -> Kinds:
+def find_kinds(scores: Sequence[Scores]) -> Kinds:
     """Return the kinds of counts in any of several scores to be compared.
 
     `variants` are those shared by all of them.
     """
     classes = {s.classes for s in scores if s.pairs} or {()}
-    maps = any(s.years for s in scores) or not any(s.pairs for s in scores)
-    variants = [v for v in VARIANTS[()] if all(v in VARIANTS[c] for c in classes)]
-    windows = tuple(sorted({n for s in scores for _, _, n in s.windows}))
+    has_maps = any(s.years for s in scores)
+    has_pairs = any(s.pairs for s in scores)
     return Kinds(
-        maps,
-        windows,
-        any(s.footprint for s in scores),
-        any(s.change for s in scores),
-        tuple(variants),
+        maps=has_maps or not has_pairs,
+        windows=tuple(sorted({length for s in scores for _, _, length in s.windows})),
+        footprint=any(s.footprint for s in scores),
+        change=any(s.change for s in scores),
+        variants=tuple(v for v in VARIANTS[()] if all(v in VARIANTS[c] for c in classes)),
     )
 
 
-def vector(scores: Scores, kinds: Kinds) -> NDArray[np.int64]:
+def flatten(scores: Scores, kinds: Kinds) -> Int64:
     """Return all counts needed by the formulas, as one row. Rows add up as scores do."""
-    parts: list[_Counts] = [
-        sum(scores.years.values(), Mapped()),
-        sum(scores.pairs.values(), Pair()),
+    tallies: list[Tally] = [
+        sum(scores.years.values(), YearCounts()),
+        sum(scores.pairs.values(), PairCounts()),
         scores.tubes,
         scores.steps,
     ]
-    parts += [
-        sum((w for key, w in scores.windows.items() if key[2] == n), Window())
-        for n in kinds.windows
-    ]
-    numbers = [np.array([getattr(part, f.name) for part in parts for f in fields(part)], np.int64)]
-    empty = np.zeros((LEVELS + 1, 2), np.int64)
-    for wanted, histograms in ((kinds.footprint, scores.footprint), (kinds.change, scores.change)):
-        if wanted:
-            numbers.append(sum((h.pixels for h in histograms.values()), empty).ravel())
-    return np.concatenate(numbers)
-
-
-def formulas(counts: NDArray[Any], kinds: Kinds) -> dict[str, Floats]:
-    """Compute scores (...) from counts (..., counts) in the order of `vector`."""
-    at = 0
-    parts: list[Any] = []
-    for part in (*_PARTS, *(Window for _ in kinds.windows)):
-        size = len(fields(part))
-        parts.append(part(*np.moveaxis(counts[..., at : at + size], -1, 0)))
-        at += size
-    mapped, pair, tubes, steps, *windows = parts
-    found: dict[str, Floats] = {}
-    if kinds.maps:
-        found |= _of_maps(mapped) | _through_time(tubes, steps)
-        found |= {
-            f"vc_{n}": _ratio(w.kept, w.steady) for n, w in zip(kinds.windows, windows, strict=True)
-        }
-    found |= _of_change(pair, kinds.variants)
-    size = 2 * (LEVELS + 1)
+    for length in kinds.windows:
+        windows = (counts for key, counts in scores.windows.items() if key[2] == length)
+        tallies.append(sum(windows, WindowCounts()))
+    parts = [list(vars(tally).values()) for tally in tallies]
     if kinds.footprint:
-        found |= of_footprint(counts[..., at : at + size])
-        at += size
+        parts.append(_sum_histograms(scores.footprint))
     if kinds.change:
-        found |= _of_change_curve(counts[..., at : at + size], kinds.variants)
-    return found
+        parts.append(_sum_histograms(scores.change))
+    return np.concatenate([np.array(part, np.int64) for part in parts])
+
+
+def _sum_histograms(histograms: Mapping[int, Histogram]) -> Any:
+    empty = np.zeros((FULL + 1, 2), np.int64)
+    return sum((histogram.pixels for histogram in histograms.values()), empty).ravel()
+
+
+def compute_scores(counts: AnyArray, kinds: Kinds) -> dict[str, Floats]:
+    """Compute scores (...) from counts (..., counts) in the order of `flatten`."""
+    tally_types: list[type[Tally]] = [YearCounts, PairCounts, TubeCounts, StepCounts]
+    tally_types += [WindowCounts] * len(kinds.windows)
+    sizes = [len(fields(tally)) for tally in tally_types]
+    sizes += [_HISTOGRAM_SIZE] * (kinds.footprint + kinds.change)
+    parts = np.split(counts, np.cumsum(sizes)[:-1], axis=-1)
+    histograms = parts[len(tally_types) :]
+    tallies: list[Any] = [
+        tally(*np.moveaxis(part, -1, 0)) for tally, part in zip(tally_types, parts, strict=False)
+    ]
+    years, pairs, tubes, steps, *windows = tallies
+    scores: dict[str, Floats] = {}
+    if kinds.maps:
+        scores |= _score_maps(years) | _score_through_time(tubes, steps)
+        for length, window in zip(kinds.windows, windows, strict=True):
+            scores[f"vc_{length}"] = _ratio(window.kept, window.steady)
+    scores |= _score_change(pairs, kinds.variants)
+    if kinds.footprint:
+        scores |= _score_probability(histograms[0])
+    if kinds.change:
+        scores |= _score_change_probability(histograms[-1], kinds.variants)
+    return scores
 
 
 def by_year(scores: Scores) -> pd.DataFrame:
     """Tabulate footprint and boundary scores by year, with scores of probabilities if counted."""
-    table = _table(scores.years, _of_maps, "year")
-    if scores.footprint:
-        rows = {year: of_footprint(h.pixels.ravel()) for year, h in scores.footprint.items()}
-        table = table.join(pd.DataFrame.from_dict(rows, orient="index"))
-    return table
+    table = _tabulate(scores.years, _score_maps, "year")
+    return _join_histograms(table, scores.footprint, _score_probability)
 
 
 def by_pair(scores: Scores) -> pd.DataFrame:
     """Tabulate change scores by pair of years."""
-    named = {f"{a}-{b}": pair for (a, b), pair in scores.pairs.items()}
-    return _table(named, lambda pair: _of_change(pair, VARIANTS[scores.classes]), "years")
+    variants = VARIANTS[scores.classes]
+    pairs = {f"{start}-{end}": counts for (start, end), counts in scores.pairs.items()}
+    return _tabulate(pairs, lambda counts: _score_change(counts, variants), "years")
 
 
 def by_gap(scores: Scores) -> pd.DataFrame:
     """Tabulate change scores by gap, the number of calendar years between a pair."""
     variants = VARIANTS[scores.classes]
-    gaps: dict[int, Pair] = {}
-    for (first, second), pair in scores.pairs.items():
-        gaps[second - first] = gaps.get(second - first, Pair()) + pair
-    table = _table(gaps, lambda pair: _of_change(pair, variants), "gap")
-    if scores.change:
-        rows = {
-            gap: _of_change_curve(h.pixels.ravel(), variants) for gap, h in scores.change.items()
-        }
-        table = table.join(pd.DataFrame.from_dict(rows, orient="index"))
-    return table
+    gaps: dict[int, PairCounts] = {}
+    for (start, end), counts in scores.pairs.items():
+        gaps[end - start] = gaps.get(end - start, PairCounts()) + counts
+    table = _tabulate(gaps, lambda counts: _score_change(counts, variants), "gap")
+    return _join_histograms(
+        table, scores.change, lambda pixels: _score_change_probability(pixels, variants)
+    )
 
 
-def _table(
-    counts: Mapping[K, Any], of: Callable[[Any], dict[str, Floats]], index: str
+def _tabulate(
+    counts: Mapping[K, Any], score: Callable[[Any], dict[str, Floats]], index: str
 ) -> pd.DataFrame:
-    rows = [{name: float(value) for name, value in of(value).items()} for value in counts.values()]
+    rows = [_as_floats(score(tally)) for tally in counts.values()]
     return pd.DataFrame(rows, index=pd.Index(list(counts), name=index)).sort_index()
 
 
-def _of_maps(n: Mapped) -> dict[str, Floats]:
-    known = n.tp + n.fp + n.fn + n.tn
-    precision, recall = _ratio(n.drawn_near, n.drawn), _ratio(n.true_near, n.true)
-    meet = np.asarray(n.drawn_near * n.true_near) > 0
-    harmonic = _ratio(2 * precision * recall, np.where(meet, precision + recall, 1))
+def _as_floats(scores: Mapping[str, Floats]) -> dict[str, float]:
+    return {name: float(value) for name, value in scores.items()}
+
+
+def _join_histograms(
+    table: pd.DataFrame,
+    histograms: Mapping[int, Histogram],
+    score: Callable[[AnyArray], dict[str, Floats]],
+) -> pd.DataFrame:
+    """Add the scores of histograms as columns, if there are any."""
+    if not histograms:
+        return table
+    rows = {key: score(histogram.pixels.ravel()) for key, histogram in histograms.items()}
+    return table.join(pd.DataFrame.from_dict(rows, orient="index"))
+
+
+def _score_maps(counts: YearCounts) -> dict[str, Floats]:
+    total = counts.tp + counts.fp + counts.fn + counts.tn
+    precision = _ratio(counts.drawn_near, counts.drawn)
+    recall = _ratio(counts.true_near, counts.true)
+    any_close = np.asarray(counts.drawn_near * counts.true_near) > 0
+    harmonic = _ratio(2 * precision * recall, np.where(any_close, precision + recall, 1))
+    zero = _ratio(0 * total, counts.drawn + counts.true)
     return {
-        **_rates(n.tp, n.fp, n.fn),
-        "accuracy": _ratio(n.tp + n.tn, known),
-        "boundary_f1": np.where(meet, harmonic, _ratio(0 * known, n.drawn + n.true)),
-        "unmapped": _ratio(n.unmapped, known + n.unmapped),
+        **_rates(counts.tp, counts.fp, counts.fn),
+        "accuracy": _ratio(counts.tp + counts.tn, total),
+        "boundary_f1": np.where(any_close, harmonic, zero),
+        "unmapped": _ratio(counts.unmapped, total + counts.unmapped),
     }
 
 
-def _through_time(tubes: Tubes, steps: Steps) -> dict[str, Floats]:
-    tiou_s, tiou_c = _ratio(tubes.s_both, tubes.s_either), _ratio(tubes.c_both, tubes.c_either)
+def _score_through_time(tubes: TubeCounts, steps: StepCounts) -> dict[str, Floats]:
+    tiou_s = _ratio(tubes.s_both, tubes.s_either)
+    tiou_c = _ratio(tubes.c_both, tubes.c_either)
     bc = _ratio(steps.both, steps.either)
     wrong = steps.y1p0 + steps.y0p1
-    there1, there0 = (np.asarray(n) > 0 for n in (steps.y1p1 + steps.y1p0, steps.y0p0 + steps.y0p1))
-    classes = [
-        np.where(there, _ratio(hit, hit + wrong), 0)
-        for hit, there in ((steps.y1p1, there1), (steps.y0p0, there0))
-    ]
-    sc = _ratio(sum(classes), there1.astype(int) + there0.astype(int))
+    opened = np.asarray(steps.y1p1 + steps.y1p0) > 0
+    closed = np.asarray(steps.y0p0 + steps.y0p1) > 0
+    iou_opened = np.where(opened, _ratio(steps.y1p1, steps.y1p1 + wrong), 0)
+    iou_closed = np.where(closed, _ratio(steps.y0p0, steps.y0p0 + wrong), 0)
+    sc = _ratio(iou_opened + iou_closed, opened.astype(int) + closed.astype(int))
     return {
         "tiou_s": tiou_s,
         "tiou_c": tiou_c,
@@ -185,38 +216,39 @@ def _through_time(tubes: Tubes, steps: Steps) -> dict[str, Floats]:
     }
 
 
-def _of_change(n: Pair, variants: Sequence[str]) -> dict[str, Floats]:
-    truly = n.new_new + n.new_same + n.new_gone + n.gone_new + n.gone_same + n.gone_gone
-    drawn = n.new_new + n.gone_new + n.same_new + n.new_gone + n.gone_gone + n.same_gone
-    counts = {
-        "change": (n.new_new + n.new_gone + n.gone_new + n.gone_gone, truly, drawn),
-        "transition": (n.new_new + n.gone_gone, truly, drawn),
-        "expansion": (
-            n.new_new,
-            n.new_new + n.new_same + n.new_gone,
-            n.new_new + n.gone_new + n.same_new,
-        ),
+def _score_change(counts: PairCounts, variants: Sequence[str]) -> dict[str, Floats]:
+    in_truth = counts.changed_in_truth()
+    in_prediction = counts.changed_in_prediction()
+    new_in_truth = counts.new_new + counts.new_same + counts.new_gone
+    new_in_prediction = counts.new_new + counts.gone_new + counts.same_new
+    hits = {
+        "change": (counts.changed_in_both(), in_truth, in_prediction),
+        "transition": (counts.new_new + counts.gone_gone, in_truth, in_prediction),
+        "expansion": (counts.new_new, new_in_truth, new_in_prediction),
     }
-    known = truly + n.same_new + n.same_same + n.same_gone
-    rates = {
-        f"{variant}_{name}": value
-        for variant, (hit, in_truth, in_pred) in counts.items()
-        if variant in variants
-        for name, value in _rates(hit, in_pred - hit, in_truth - hit).items()
-    }
-    return rates | {"change_unmapped": _ratio(n.unmapped, known + n.unmapped)}
+    scores: dict[str, Floats] = {}
+    for variant in variants:
+        tp, true, predicted = hits[variant]
+        for name, value in _rates(tp, predicted - tp, true - tp).items():
+            scores[f"{variant}_{name}"] = value
+    total = in_truth + counts.same_new + counts.same_same + counts.same_gone
+    scores["change_unmapped"] = _ratio(counts.unmapped, total + counts.unmapped)
+    return scores
 
 
-def of_footprint(counts: NDArray[Any]) -> dict[str, Floats]:
+def _score_probability(counts: AnyArray) -> dict[str, Floats]:
     """Compute scores of mine probabilities from (..., 502), a flat Histogram."""
-    pixels = counts.reshape(*counts.shape[:-1], LEVELS + 1, 2)
+    pixels = counts.reshape(*counts.shape[:-1], FULL + 1, 2)
     return {"auprc": auprc(pixels), "ece": ece(pixels), "brier": brier(pixels)}
 
 
-def _of_change_curve(counts: NDArray[Any], variants: Sequence[str]) -> dict[str, Floats]:
-    pixels = counts.reshape(*counts.shape[:-1], LEVELS + 1, 2)
-    of = "change" if "change" in variants else "expansion"
-    return {f"{of}_auprc": auprc(pixels), f"{of}_f1_at_r": f1_at_r(pixels)}
+def _score_change_probability(counts: AnyArray, variants: Sequence[str]) -> dict[str, Floats]:
+    """Compute scores of change probabilities from (..., 502), a flat Histogram."""
+    pixels = counts.reshape(*counts.shape[:-1], FULL + 1, 2)
+    variant = "change"
+    if variant not in variants:
+        variant = "expansion"
+    return {f"{variant}_auprc": auprc(pixels), f"{variant}_f1_at_r": f1_at_r(pixels)}
 
 
 def _rates(tp: Floats, fp: Floats, fn: Floats) -> dict[str, Floats]:
@@ -228,9 +260,8 @@ def _rates(tp: Floats, fp: Floats, fn: Floats) -> dict[str, Floats]:
     }
 
 
-def _ratio(part: Floats, whole: Floats) -> Floats:
-    """Divide a part by a whole; NaN if the whole is 0."""
-    whole = np.asarray(whole, np.float64)
-    return np.divide(
-        part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole != 0
-    )
+def _ratio(part: Floats, total: Floats) -> Floats:
+    """Divide a part by a total; NaN if the total is 0."""
+    total = np.asarray(total, np.float64)
+    blank = np.full(np.broadcast(part, total).shape, np.nan)
+    return np.divide(part, total, out=blank, where=total != 0)

@@ -1,4 +1,4 @@
-"""Compute footprints of probabilities, areas by year, and the year of each pixel's onset.
+"""Compute footprints of probabilities, and areas by year.
 
 Areas are in the grid's equal-area projection, since a UTM pixel differs from 100 m2 on the ground
 by up to 0.2 %. Pixels are counted per cell of 64 x 64 and multiplied by the cell's mean pixel area.
@@ -12,16 +12,14 @@ import numpy as np
 import pandas as pd
 import shapely
 import xarray as xr
-from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 
+from minecube.arrays import Bool, Float64, Int64
+from minecube.codes import BACKGROUND, HALF, MINE, UNKNOWN
 from minecube.errors import LabelError
 from minecube.grid import equal_area_crs
 
-MINE, NOT_MINE, UNKNOWN = np.uint8(1), np.uint8(0), np.uint8(255)
-HALF = 125
-"""Lowest stored probability (x 250) of a mine pixel."""
 _CELL_PX = 64  # UTM's scale changes by less than 1e-5 over 640 m
 
 
@@ -31,25 +29,7 @@ def threshold(probability: xr.DataArray) -> xr.DataArray:
     The footprint is uint8: 1 from one half on, 0 below, 255 unknown.
     """
     footprint = (probability >= HALF).astype(np.uint8).where(probability != UNKNOWN, UNKNOWN)
-    return footprint.rename("footprint").assign_attrs(
-        long_name="mine footprint", nodata=int(UNKNOWN)
-    )
-
-
-def onset(footprint: xr.DataArray) -> xr.DataArray:
-    """Return the first mine year of each pixel: (y, x) uint16, 0 = never.
-
-    Unknown years (255) are ignored.
-    """
-    years = footprint["year"].astype(np.uint16)
-    never = np.iinfo(np.uint16).max
-    first = years.where(footprint == MINE, never).min("year")
-    return (
-        first.where(first < never, 0)
-        .astype(np.uint16)
-        .rename("onset")
-        .assign_attrs(long_name="first year as a mine", nodata=0)
-    )
+    return footprint.rename("footprint").assign_attrs(long_name="mine footprint", nodata=UNKNOWN)
 
 
 def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
@@ -67,60 +47,73 @@ def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
         LabelError: The footprint has other dimensions or another shape than the grid, or its years
             do not ascend.
     """
-    years = footprint["year"].to_numpy().tolist() if "year" in footprint.coords else []
-    if (
-        footprint.dims != ("year", "y", "x")
-        or footprint.shape[1:] != tuple(grid.shape)
-        or years != sorted(set(years))
-    ):
-        raise LabelError(
-            f"expected a footprint (year, y, x) of {grid.shape[0]} x {grid.shape[1]} pixels with ascending years, found "
-            f"{dict(footprint.sizes)} with years {years}; areas of another grid, or gains back in time, would be wrong"
-        )
-    worth = _pixel_m2(grid)
-    last = np.full(tuple(grid.shape), UNKNOWN)
+    years = _checked_years(footprint, grid)
+    pixel_m2 = _mean_pixel_areas(grid)
+    state = np.full(tuple(grid.shape), UNKNOWN, np.uint8)  # in the last known year
     rows = []
     for year in years:
-        now = footprint.sel(year=year).to_numpy()
-        gain, loss = (
-            _sum((last == a) & (now == b), worth) for a, b in ((NOT_MINE, MINE), (MINE, NOT_MINE))
-        )
-        rows.append((year, _sum(now == MINE, worth), gain, loss, _sum(now == UNKNOWN, worth)))
-        last = np.where(now == UNKNOWN, last, now)
-    table = pd.DataFrame(rows, columns=["year", "area_m2", "gain_m2", "loss_m2", "unknown_m2"])
+        states = footprint.sel(year=year).to_numpy()
+        row = {
+            "year": year,
+            "area_m2": _sum_areas(states == MINE, pixel_m2),
+            "gain_m2": _sum_areas((state == BACKGROUND) & (states == MINE), pixel_m2),
+            "loss_m2": _sum_areas((state == MINE) & (states == BACKGROUND), pixel_m2),
+            "unknown_m2": _sum_areas(states == UNKNOWN, pixel_m2),
+        }
+        rows.append(row)
+        state = np.where(states == UNKNOWN, state, states)
+    columns = ["year", "area_m2", "gain_m2", "loss_m2", "unknown_m2"]
+    table = pd.DataFrame(rows, columns=columns)
     table.loc[:0, ["gain_m2", "loss_m2"]] = np.nan
     return table
 
 
-def pixel_areas(grid: GeoBox) -> NDArray[np.float64]:
+def _checked_years(footprint: xr.DataArray, grid: GeoBox) -> list[int]:
+    """Return the years. Raise LabelError unless the footprint lies on the grid, years ascending."""
+    years: list[int] = []
+    if "year" in footprint.coords:
+        years = footprint["year"].to_numpy().tolist()
+    on_grid = footprint.dims == ("year", "y", "x") and footprint.shape[1:] == tuple(grid.shape)
+    if not on_grid or years != sorted(set(years)):
+        raise LabelError(
+            f"expected a footprint (year, y, x) of {grid.shape[0]} x {grid.shape[1]} pixels with "
+            f"ascending years, found {dict(footprint.sizes)} with years {years}; areas of another "
+            "grid, or gains back in time, would be wrong"
+        )
+    return years
+
+
+def pixel_areas(grid: GeoBox) -> Float64:
     """Compute the area of each pixel (y, x) in m2, in the equal-area projection."""
     height, width = grid.shape
-    cells = _pixel_m2(grid).repeat(_CELL_PX, axis=0).repeat(_CELL_PX, axis=1)
+    cells = _mean_pixel_areas(grid).repeat(_CELL_PX, axis=0).repeat(_CELL_PX, axis=1)
     return cells[:height, :width]
 
 
-def _edges(size: int) -> NDArray[np.int64]:
+def _cell_edges(size: int) -> Int64:
     """Return the starts of cells, and the end of the last, possibly shorter one."""
     return np.append(np.arange(0, size, _CELL_PX), size)
 
 
-def _pixel_m2(grid: GeoBox) -> NDArray[np.float64]:
+def _mean_pixel_areas(grid: GeoBox) -> Float64:
     """Compute the mean pixel area of each cell (cell rows, cell columns)."""
-    rows, columns = (_edges(size) for size in grid.shape)
-    size_x, _, left, _, size_y, top = grid.affine[:6]
-    move = Transformer.from_crs(str(grid.crs), equal_area_crs(grid), always_xy=True)
-    x, y = move.transform(*np.meshgrid(left + size_x * columns, top + size_y * rows))
+    rows, columns = (_cell_edges(size) for size in grid.shape)
+    pixel_width, _, west, _, pixel_height, north = grid.affine[:6]
+    transformer = Transformer.from_crs(str(grid.crs), equal_area_crs(grid), always_xy=True)
+    x, y = transformer.transform(
+        *np.meshgrid(west + pixel_width * columns, north + pixel_height * rows)
+    )
     corners = np.stack([x, y], axis=-1)
     rings = np.stack(
         [corners[:-1, :-1], corners[:-1, 1:], corners[1:, 1:], corners[1:, :-1]], axis=2
     )
-    found: NDArray[np.float64] = shapely.area(shapely.polygons(rings)) / np.outer(
-        np.diff(rows), np.diff(columns)
-    )
-    return found
+    pixels = np.outer(np.diff(rows), np.diff(columns))
+    pixel_m2: Float64 = shapely.area(shapely.polygons(rings)) / pixels
+    return pixel_m2
 
 
-def _sum(mask: NDArray[np.bool_], worth: NDArray[np.float64]) -> float:
-    rows, columns = (_edges(size)[:-1] for size in mask.shape)
+def _sum_areas(mask: Bool, pixel_m2: Float64) -> float:
+    """Sum the areas of a mask's pixels in m2. `pixel_m2` has the pixel area of each cell."""
+    rows, columns = (_cell_edges(size)[:-1] for size in mask.shape)
     pixels = np.add.reduceat(np.add.reduceat(mask, rows, axis=0, dtype=np.int64), columns, axis=1)
-    return float((pixels * worth).sum())
+    return float((pixels * pixel_m2).sum())

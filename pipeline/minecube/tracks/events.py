@@ -16,18 +16,20 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import xarray as xr
-from numpy.typing import NDArray
 
+from minecube.arrays import AnyArray, Bool, UInt8, UInt16
+from minecube.codes import BACKGROUND, FULL, MINE, UNKNOWN
 from minecube.errors import LabelError
-from minecube.tracks.areas import MINE, NOT_MINE, UNKNOWN
-from minecube.tracks.smoothing import SCALE, checked_years
+from minecube.tracks.smoothing import checked_years
 
-LOW, HIGH = round(0.2 * SCALE), round(0.8 * SCALE)
+LOW = round(0.2 * FULL)
+HIGH = round(0.8 * FULL)
 LARGEST_STEP = 0.5
 """Minimum share of one year in all gain for an abrupt expansion of a site."""
-OPEN_SHARE, GAIN_SHARE = 0.1, 0.05
-"""Shares of a site's largest area. From the first on, the site is open. With a total gain up to the
-second, it does not expand."""
+OPEN_SHARE = 0.1
+"""Share of a site's largest area. From this area on, the site is open."""
+GAIN_SHARE = 0.05
+"""Share of a site's largest area. With a total gain up to this area, the site does not expand."""
 KINDS = {
     "there_at_first": 1,
     "there_at_last": 2,
@@ -45,8 +47,7 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
     """Derive layers (y, x) of each pixel's history.
 
     Args:
-        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown. Smoothed by `likeliest`, or
-            `threshold` of `smooth`.
+        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown. `threshold` of `smooth`.
         posterior: (year, y, x) uint8 x 250 of `smooth`, of the same years.
 
     Returns:
@@ -63,68 +64,92 @@ def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
     years = checked_years(footprint)
     if checked_years(posterior) != years or posterior.shape != footprint.shape:
         raise LabelError(
-            f"footprint and posterior differ: {dict(footprint.sizes)} with years {years}, and {dict(posterior.sizes)} with "
-            f"{posterior['year'].to_numpy().tolist()}; changes would be judged by other pixels: take both from one smoothing"
+            f"footprint and posterior differ: {dict(footprint.sizes)} with years {years}, and "
+            f"{dict(posterior.sizes)} with {posterior['year'].to_numpy().tolist()}; changes would "
+            "be judged by other pixels: take both from one smoothing"
         )
-    shape = footprint.shape[1:]
-    onset, end = np.zeros((2, *shape), np.uint16)
-    kind, flips = np.zeros((2, *shape), np.uint8)
-    last, sure = np.full(shape, UNKNOWN), np.zeros(shape, np.uint8)
+    history = _History.create(footprint.shape[1:])
     for t, year in enumerate(years):
-        now, p = footprint[t].to_numpy(), posterior[t].to_numpy()
-        mine = now == MINE
-        opened, closed = mine & (last == NOT_MINE), (now == NOT_MINE) & (last == MINE)
-        kind[mine & (last == UNKNOWN)] |= KINDS["there_at_first"]
-        again = opened & (onset > 0)
-        # A pixel opened again has not closed for good.
-        kind[again] = (
-            kind[again] & ~np.uint8(KINDS["closed_abruptly"] | KINDS["closed_gradually"])
-            | KINDS["opened_again"]
+        history.add(year, footprint[t].to_numpy(), posterior[t].to_numpy())
+    coordinates = {
+        name: values
+        for name, values in footprint.coords.items()
+        if name != "year" and "year" not in values.dims
+    }
+    return xr.Dataset(history.layers(), coords=coordinates)
+
+
+@dataclass(frozen=True)
+class _History:
+    """Layers (y, x) of the years so far, updated in place."""
+
+    onset: UInt16
+    end: UInt16
+    kind: UInt8
+    flips: UInt8
+    state: UInt8
+    """Footprint in the last known year; 255 never known."""
+    probability: UInt8
+    """Posterior in the last known year."""
+
+    @classmethod
+    def create(cls, shape: tuple[int, ...]) -> _History:
+        """Create the layers before the first year."""
+        return cls(
+            onset=np.zeros(shape, np.uint16),
+            end=np.zeros(shape, np.uint16),
+            kind=np.zeros(shape, np.uint8),
+            flips=np.zeros(shape, np.uint8),
+            state=np.full(shape, UNKNOWN, np.uint8),
+            probability=np.zeros(shape, np.uint8),
         )
-        _mark(kind, opened & ~again, (sure < LOW) & (p > HIGH), "opened")
-        _mark(kind, closed, (sure > HIGH) & (p < LOW), "closed")
-        flips += opened | closed
-        onset[mine & (onset == 0)] = year
-        end[mine] = year
-        last, sure = np.where(now == UNKNOWN, last, now), np.where(now == UNKNOWN, sure, p)
-    kind[last == MINE] |= KINDS["there_at_last"]
-    reclaimed = ((last == NOT_MINE) & (onset > 0)).astype(np.uint8)
-    for layer in (reclaimed, kind, flips):
-        layer[last == UNKNOWN] = UNKNOWN
-    flags = {"flag_masks": list(KINDS.values()), "flag_meanings": " ".join(KINDS)}
-    return xr.Dataset(
-        {
-            "onset": (("y", "x"), onset, {"long_name": "first year as a mine", "nodata": 0}),
-            "end": (("y", "x"), end, {"long_name": "last year as a mine", "nodata": 0}),
-            "reclaimed": (
-                ("y", "x"),
-                reclaimed,
-                {"long_name": "was a mine and is background", "nodata": int(UNKNOWN)},
-            ),
-            "kind": (
-                ("y", "x"),
-                kind,
-                {"long_name": "how it opened and closed", "nodata": int(UNKNOWN), **flags},
-            ),
-            "flips": (
-                ("y", "x"),
-                flips,
-                {"long_name": "changes from year to year", "nodata": int(UNKNOWN)},
-            ),
-        },
-        coords={
-            name: value
-            for name, value in footprint.coords.items()
-            if "year" not in (name, *value.dims)
-        },
-    )
+
+    def add(self, year: int, footprint: UInt8, posterior: UInt8) -> None:
+        """Add a year to the layers."""
+        mine = footprint == MINE
+        opened = mine & (self.state == BACKGROUND)
+        closed = (footprint == BACKGROUND) & (self.state == MINE)
+        opened_again = opened & (self.onset > 0)
+        self.kind[mine & (self.state == UNKNOWN)] |= KINDS["there_at_first"]
+        # A pixel opened again has not closed for good.
+        self.kind[opened_again] &= ~np.uint8(KINDS["closed_abruptly"] | KINDS["closed_gradually"])
+        self.kind[opened_again] |= KINDS["opened_again"]
+        rose = (self.probability < LOW) & (posterior > HIGH)
+        fell = (self.probability > HIGH) & (posterior < LOW)
+        _mark(self.kind, opened & ~opened_again, rose, "opened")
+        _mark(self.kind, closed, fell, "closed")
+        self.flips[opened | closed] += 1
+        self.onset[mine & (self.onset == 0)] = year
+        self.end[mine] = year
+        observed = footprint != UNKNOWN
+        np.copyto(self.state, footprint, where=observed)
+        np.copyto(self.probability, posterior, where=observed)
+
+    def layers(self) -> dict[str, xr.DataArray]:
+        """Return the layers of `events` after the last year."""
+        self.kind[self.state == MINE] |= KINDS["there_at_last"]
+        reclaimed = ((self.state == BACKGROUND) & (self.onset > 0)).astype(np.uint8)
+        for layer in (reclaimed, self.kind, self.flips):
+            layer[self.state == UNKNOWN] = UNKNOWN
+        flags = {"flag_masks": list(KINDS.values()), "flag_meanings": " ".join(KINDS)}
+        return {
+            "onset": _layer(self.onset, "first year as a mine", 0),
+            "end": _layer(self.end, "last year as a mine", 0),
+            "reclaimed": _layer(reclaimed, "was a mine and is background", UNKNOWN),
+            "kind": _layer(self.kind, "how it opened and closed", UNKNOWN).assign_attrs(flags),
+            "flips": _layer(self.flips, "changes from year to year", UNKNOWN),
+        }
 
 
-def _mark(
-    kind: NDArray[np.uint8], where: NDArray[np.bool_], abrupt: NDArray[np.bool_], what: str
-) -> None:
-    kind[where & abrupt] |= KINDS[f"{what}_abruptly"]
-    kind[where & ~abrupt] |= KINDS[f"{what}_gradually"]
+def _layer(values: AnyArray, description: str, nodata: int) -> xr.DataArray:
+    attributes = {"long_name": description, "nodata": nodata}
+    return xr.DataArray(values, dims=("y", "x"), attrs=attributes)
+
+
+def _mark(kind: UInt8, changed: Bool, abrupt: Bool, change: str) -> None:
+    """Flag changed pixels by the kind of change, opened or closed, in place."""
+    kind[changed & abrupt] |= KINDS[f"{change}_abruptly"]
+    kind[changed & ~abrupt] |= KINDS[f"{change}_gradually"]
 
 
 def flip_rate(*footprints: xr.DataArray) -> float:
@@ -138,18 +163,22 @@ def flip_rate(*footprints: xr.DataArray) -> float:
     Raises:
         LabelError: An argument is not a footprint.
     """
-    back = steps = 0
+    reversals = 0
+    steps = 0
     for footprint in footprints:
         checked_years(footprint)
         shape = footprint.shape[1:]
-        last, changes = np.full(shape, UNKNOWN), np.zeros(shape, np.uint8)
-        for now in footprint.to_numpy():
-            both = (now != UNKNOWN) & (last != UNKNOWN)
-            steps += int(both.sum())
-            changes += both & (now != last)
-            last = np.where(now == UNKNOWN, last, now)
-        back += int(np.maximum(changes, 1).sum(dtype=np.int64)) - changes.size
-    return back / steps if steps else math.nan
+        state = np.full(shape, UNKNOWN, np.uint8)
+        changes = np.zeros(shape, np.uint8)
+        for states in footprint.to_numpy():
+            comparable = (states != UNKNOWN) & (state != UNKNOWN)
+            steps += int(comparable.sum())
+            changes += comparable & (states != state)
+            state = np.where(states == UNKNOWN, state, states)
+        reversals += int(np.maximum(changes, 1).sum(dtype=np.int64)) - changes.size
+    if not steps:
+        return math.nan
+    return reversals / steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,20 +204,28 @@ def expansion(areas: pd.DataFrame) -> Expansion:
     Used columns are year, area_m2 and gain_m2. A gain over several years counts as spread evenly
     over them. It is abrupt only if one of these years still has half of all gain.
     """
-    years, area = areas["year"].to_numpy(), areas["area_m2"].to_numpy()
-    opened = int(years[np.argmax(area >= OPEN_SHARE * area.max())]) if area.max() > 0 else 0
-    growth = float(np.polyfit(years - years[0], area, 1)[0]) if len(years) > 1 else math.nan
+    years = areas["year"].to_numpy()
+    area = areas["area_m2"].to_numpy()
     gain = np.nan_to_num(areas["gain_m2"].to_numpy())
+    opened = 0
+    if area.max() > 0:
+        opened = int(years[np.argmax(area >= OPEN_SHARE * area.max())])
+    growth = math.nan
+    if len(years) > 1:
+        growth = float(np.polyfit(years - years[0], area, 1)[0])
     if gain.sum() <= GAIN_SHARE * area.max():
         return Expansion(
             opened=opened, growth_m2_per_year=growth, kind="none", largest_year=0, largest_share=0.0
         )
     yearly = gain / np.diff(years, prepend=years[0] - 1) / gain.sum()
     largest = int(np.argmax(yearly))
+    kind = "gradual"
+    if yearly[largest] >= LARGEST_STEP:
+        kind = "abrupt"
     return Expansion(
         opened=opened,
         growth_m2_per_year=growth,
-        kind="abrupt" if yearly[largest] >= LARGEST_STEP else "gradual",
+        kind=kind,
         largest_year=int(years[largest]),
         largest_share=float(yearly[largest]),
     )

@@ -13,33 +13,32 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Self
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
+from minecube.arrays import Float64, UInt8
+from minecube.codes import BACKGROUND, FULL, MINE, UNKNOWN
 from minecube.errors import LabelError
-from minecube.tracks.areas import MINE, NOT_MINE, UNKNOWN
 from minecube.tracks.smoothing import (
-    LEAST,
-    LEAST_PRIOR,
-    LEAST_SHARE,
-    MOST,
-    SCALE,
+    MAX_RATE,
+    MIN_PRIOR,
+    MIN_RATE,
+    MIN_SHARE,
     TEMPER,
     Rates,
+    check_stored,
     checked_years,
     evidence,
-    need_stored,
 )
 
-MOST_TURNS, CLOSE = 200, 1e-3
-"""Maximum number of turns, and the relative change of both rates at convergence."""
+MAX_TURNS = 200
+TOLERANCE = 1e-3
+"""Relative change of both rates at convergence."""
 _SAMPLE_PX = 1 << 16
 _CERTAIN = 1e12  # odds of a labelled mine
-Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Series:
     `weights` are their numbers of occurrences.
     """
 
-    values: NDArray[np.uint8]
+    values: UInt8
     weights: Float64
 
 
@@ -61,30 +60,25 @@ class Expected:
     stayed_closed: float = 0
     closed: float = 0
     stayed_open: float = 0
-    first: float = 0
+    initial: float = 0
     """Mine pixels in the first year."""
     pixels: float = 0
     log_likelihood: float = 0
 
-    def __add__(self, other: Self) -> Self:
-        return type(self)(
-            **{name: getattr(self, name) + getattr(other, name) for name in vars(self)}
-        )
+    def __add__(self, addend: Self) -> Self:
+        sums = {name: count + getattr(addend, name) for name, count in vars(self).items()}
+        return type(self)(**sums)
 
-    def rates(self, before: Rates) -> Rates:
+    def rates(self, rates: Rates) -> Rates:
         """Compute the likeliest rates and initial share for these counts.
 
-        Prior and temper are as before.
+        Prior and temper are those of `rates`.
         """
-        opening, closing = (
-            min(max(some / whole if whole else LEAST, LEAST), MOST)
-            for some, whole in (
-                (self.opened, self.opened + self.stayed_closed),
-                (self.closed, self.closed + self.stayed_open),
-            )
-        )
         return replace(
-            before, opening=opening, closing=closing, initial=_share(self.first, self.pixels)
+            rates,
+            opening=_rate(self.opened, self.stayed_closed),
+            closing=_rate(self.closed, self.stayed_open),
+            initial=_share(self.initial, self.pixels),
         )
 
 
@@ -108,7 +102,9 @@ def learn_rates(
     """
     series = sampled(list(probabilities))
     start = _under_own_prior(series, temper=temper)
-    rates, _ = maximise(series, start if prior is None else replace(start, prior=prior))
+    if prior is not None:
+        start = replace(start, prior=prior)
+    rates, _ = maximise(series, start)
     return rates
 
 
@@ -128,8 +124,14 @@ def rates_given(
 
 
 def _under_own_prior(series: Sequence[Series], temper: float) -> Rates:
-    share, prior = mean_probability(series), mean_probability(series, LEAST_PRIOR)
-    return Rates(opening=0.01, closing=0.01, initial=share, prior=prior, temper=temper)
+    mine, total = _sum_probability(series)
+    return Rates(
+        opening=0.01,
+        closing=0.01,
+        initial=_share(mine, total),
+        prior=_share(mine, total, MIN_PRIOR),
+        temper=temper,
+    )
 
 
 def maximise(series: Sequence[Series], start: Rates) -> tuple[Rates, list[float]]:
@@ -137,35 +139,35 @@ def maximise(series: Sequence[Series], start: Rates) -> tuple[Rates, list[float]
 
     Returns the rates and the log-likelihood before each turn. Prior and temper stay as they are.
     """
-    rates, told = start, []
-    for _ in range(MOST_TURNS):
+    rates = start
+    log_likelihoods = []
+    for _ in range(MAX_TURNS):
         table = evidence(rates).astype(np.float64)
-        found = sum((expected(table[s.values], s.weights, rates) for s in series), Expected())
-        told.append(found.log_likelihood)
-        before, rates = rates, found.rates(rates)
-        if _settled(before, rates, CLOSE):
+        counts = sum((expected(table[s.values], s.weights, rates) for s in series), Expected())
+        log_likelihoods.append(counts.log_likelihood)
+        guess = rates
+        rates = counts.rates(guess)
+        if _are_close(guess, rates, TOLERANCE):
             break
-    return rates, told
+    return rates, log_likelihoods
 
 
-def _settled(before: Rates, after: Rates, close: float) -> bool:
-    return all(
-        math.isclose(getattr(before, n), getattr(after, n), rel_tol=close)
-        for n in ("opening", "closing")
-    )
+def _are_close(start: Rates, end: Rates, tolerance: float) -> bool:
+    opening = math.isclose(start.opening, end.opening, rel_tol=tolerance)
+    closing = math.isclose(start.closing, end.closing, rel_tol=tolerance)
+    return opening and closing
 
 
-def mean_probability(series: Sequence[Series], least: float = LEAST_SHARE) -> float:
-    """Compute the mean of all known values, limited to `least` .. 1 - `least`."""
-    total = known = 0.0
+def _sum_probability(series: Sequence[Series]) -> tuple[float, float]:
+    """Sum the known probabilities, and count the known values."""
+    mine = 0.0
+    total = 0.0
     for s in series:
-        there = s.values != UNKNOWN
-        total += (
-            float((np.where(there, s.values, 0).sum(axis=0, dtype=np.float64) * s.weights).sum())
-            / SCALE
-        )
-        known += float((there.sum(axis=0) * s.weights).sum())
-    return _share(total, known, least)
+        observed = s.values != UNKNOWN
+        stored = np.where(observed, s.values, 0).sum(axis=0, dtype=np.float64)
+        mine += float((stored * s.weights).sum()) / FULL
+        total += float((observed.sum(axis=0) * s.weights).sum())
+    return mine, total
 
 
 def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
@@ -181,26 +183,30 @@ def sampled(probabilities: Sequence[xr.DataArray]) -> list[Series]:
             "there is no map to learn rates from; name sites that a model has mapped, or give rates"
         )
     step = -(-sum(p.sizes["y"] * p.sizes["x"] for p in probabilities) // _SAMPLE_PX)
-    found = []
-    for probability in probabilities:
-        years = checked_years(probability)
-        values = probability.to_numpy().reshape(len(years), -1)
-        # Random: every n-th pixel is in the same few columns if n and the width share a factor.
-        chosen = np.random.default_rng(0).choice(
-            values.shape[1], -(-values.shape[1] // step), replace=False, shuffle=False
-        )
-        values = values[:, chosen]
-        need_stored(bool(((values > SCALE) & (values < UNKNOWN)).any()))
-        values = values[:, (values != UNKNOWN).any(axis=0)]
-        filled = np.full((years[-1] - years[0] + 1, values.shape[1]), UNKNOWN)
-        filled[np.subtract(years, years[0])] = values
-        distinct, counts = np.unique(filled, axis=1, return_counts=True)
-        found.append(Series(distinct, counts.astype(np.float64)))
-    if not sum(s.weights.sum() for s in found):
+    series = [_sample_series(probability, step) for probability in probabilities]
+    if not sum(s.weights.sum() for s in series):
         raise LabelError(
-            "the maps hold no known pixel (all are 255), so they tell no rates; map the sites first, or give rates"
+            "the maps hold no known pixel (all are 255), so they tell no rates; map the sites "
+            "first, or give rates"
         )
-    return found
+    return series
+
+
+def _sample_series(probability: xr.DataArray, step: int) -> Series:
+    """Sample one in `step` pixels of a map."""
+    years = checked_years(probability)
+    values = probability.to_numpy().reshape(len(years), -1)
+    # Random: every n-th pixel is in the same few columns if n and the width share a factor.
+    sample = np.random.default_rng(0).choice(
+        values.shape[1], -(-values.shape[1] // step), replace=False, shuffle=False
+    )
+    values = values[:, sample]
+    check_stored(values)
+    values = values[:, (values != UNKNOWN).any(axis=0)]
+    filled = np.full((years[-1] - years[0] + 1, values.shape[1]), UNKNOWN, np.uint8)
+    filled[np.subtract(years, years[0])] = values
+    distinct, counts = np.unique(filled, axis=1, return_counts=True)
+    return Series(distinct, counts.astype(np.float64))
 
 
 def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
@@ -218,7 +224,8 @@ def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
     values = footprint.to_numpy()
     if ((values > MINE) & (values != UNKNOWN)).any():
         raise LabelError(
-            f"the labels hold values other than 0, 1 and {UNKNOWN} (unknown); give footprints, not probabilities"
+            f"the labels hold values other than 0, 1 and {UNKNOWN} (unknown); "
+            "give footprints, not probabilities"
         )
     counts: Counter[tuple[int, int, int]] = Counter()
     for i, j in combinations(range(len(years)), 2):
@@ -226,11 +233,9 @@ def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
         adjacent = (values[i + 1 : j] == UNKNOWN).all(axis=0)
         if not adjacent.any():
             continue
-        for a in (NOT_MINE, MINE):
-            for b in (NOT_MINE, MINE):
-                counts[int(a), int(b), years[j] - years[i]] += int(
-                    ((values[i] == a) & (values[j] == b) & adjacent).sum()
-                )
+        for state, next_state in product((BACKGROUND, MINE), repeat=2):
+            pixels = (values[i] == state) & (values[j] == next_state) & adjacent
+            counts[state, next_state, years[j] - years[i]] += int(pixels.sum())
     return +counts
 
 
@@ -249,20 +254,22 @@ def rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float = TEM
         LabelError: No pixel is known in two years, or an argument is not a footprint.
     """
     steps: Counter[tuple[int, int, int]] = Counter()
-    mine = known = 0
+    mine = 0
+    total = 0
     for footprint in footprints:
         steps += steps_of_labels(footprint)
         mine += int((footprint == MINE).sum())
-        known += int((footprint != UNKNOWN).sum())
+        total += int((footprint != UNKNOWN).sum())
     if not steps:
         raise LabelError(
-            "no pixel of these labels is known in two years, so they tell no rates; label more years, or give rates"
+            "no pixel of these labels is known in two years, so they tell no rates; label more "
+            "years, or give rates"
         )
     start = Rates(
         opening=0.01,
         closing=0.01,
-        initial=_share(mine, known),
-        prior=_share(mine, known, LEAST_PRIOR),
+        initial=_share(mine, total),
+        prior=_share(mine, total, MIN_PRIOR),
         temper=temper,
     )
     return rates_of_steps(steps, start)
@@ -274,14 +281,17 @@ def rates_of_steps(steps: Mapping[tuple[int, int, int], int], start: Rates) -> R
     For steps of one year these are the shares. Longer steps need expectation maximisation.
     """
     rates = start
-    for _ in range(MOST_TURNS):
-        found = Expected()
-        for (a, b, gap), count in steps.items():
+    odds = {BACKGROUND: 1 / _CERTAIN, MINE: _CERTAIN}
+    for _ in range(MAX_TURNS):
+        counts = Expected()
+        for (state, next_state, gap), pixels in steps.items():
             likely = np.ones((gap + 1, 1))
-            likely[0], likely[-1] = (_CERTAIN if state else 1 / _CERTAIN for state in (a, b))
-            found += expected(likely, np.array([float(count)]), rates)
-        before, rates = rates, found.rates(rates)
-        if _settled(before, rates, CLOSE**2):
+            likely[0] = odds[state]
+            likely[-1] = odds[next_state]
+            counts += expected(likely, np.array([float(pixels)]), rates)
+        guess = rates
+        rates = counts.rates(guess)
+        if _are_close(guess, rates, TOLERANCE**2):
             break
     return replace(rates, initial=start.initial)
 
@@ -293,35 +303,44 @@ def expected(likely: Float64, weights: Float64, rates: Rates) -> Expected:
     by a term independent of the rates.
     """
     a00, a01, a10, a11 = rates.over(1)
-    begun = rates.initial / (1 - rates.initial)
+    initial_odds = rates.initial / (1 - rates.initial)
     odds = np.empty_like(likely)
-    odds[0] = begun * likely[0]
-    log_likelihood = np.log1p(odds[0]) - math.log1p(begun)
+    odds[0] = initial_odds * likely[0]
+    log_likelihood = np.log1p(odds[0]) - math.log1p(initial_odds)
     for t in range(1, len(likely)):
-        ahead = (a01 + a11 * odds[t - 1]) / (a00 + a10 * odds[t - 1])
-        odds[t] = likely[t] * ahead
-        log_likelihood += np.log1p(odds[t]) - np.log1p(ahead)
-    back = np.ones_like(odds[0])
+        forward = (a01 + a11 * odds[t - 1]) / (a00 + a10 * odds[t - 1])
+        odds[t] = likely[t] * forward
+        log_likelihood += np.log1p(odds[t]) - np.log1p(forward)
+    backward = np.ones_like(odds[0])
     sums = np.zeros(4)
     for t in range(len(likely) - 1, 0, -1):
-        ahead = likely[t] * back
-        pairs = np.stack(
-            [np.full_like(ahead, a00), a01 * ahead, a10 * odds[t - 1], a11 * odds[t - 1] * ahead]
+        later = likely[t] * backward
+        steps = np.stack(
+            [np.full_like(later, a00), a01 * later, a10 * odds[t - 1], a11 * odds[t - 1] * later]
         )
-        sums += (pairs / pairs.sum(axis=0)) @ weights
-        back = (a10 + a11 * ahead) / (a00 + a01 * ahead)
-    first = odds[0] * back
-    stayed_closed, opened, closed, stayed_open = (float(n) for n in sums)
+        sums += (steps / steps.sum(axis=0)) @ weights
+        backward = (a10 + a11 * later) / (a00 + a01 * later)
+    posterior_odds = odds[0] * backward
+    stayed_closed, opened, closed, stayed_open = sums.tolist()
     return Expected(
         opened=opened,
         stayed_closed=stayed_closed,
         closed=closed,
         stayed_open=stayed_open,
-        first=float((first / (1 + first)) @ weights),
+        initial=float((posterior_odds / (1 + posterior_odds)) @ weights),
         pixels=float(weights.sum()),
         log_likelihood=float(log_likelihood @ weights),
     )
 
 
-def _share(some: float, whole: float, least: float = LEAST_SHARE) -> float:
-    return min(max(some / whole, least), 1 - least)
+def _rate(changed: float, unchanged: float) -> float:
+    """Compute the share of changed pixels, limited to the bounds of rates."""
+    total = changed + unchanged
+    if not total:
+        return MIN_RATE
+    return min(max(changed / total, MIN_RATE), MAX_RATE)
+
+
+def _share(part: float, total: float, minimum: float = MIN_SHARE) -> float:
+    """Divide, limited to `minimum` .. 1 - `minimum`."""
+    return min(max(part / total, minimum), 1 - minimum)

@@ -24,19 +24,19 @@ mine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import scipy.signal
 import xarray as xr
-from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
+from minecube.arrays import Bool, Float32, Float64, UInt8
+from minecube.codes import FULL, HALF, UNKNOWN
 from minecube.errors import LabelError
-from minecube.tracks.areas import UNKNOWN, pixel_areas
-from minecube.tracks.smoothing import SCALE, checked_years
+from minecube.tracks.areas import pixel_areas
+from minecube.tracks.smoothing import checked_years
 
 REACH_PX = 64
 NORMAL_95 = 1.959964
@@ -49,7 +49,7 @@ _ACTIVE = 5  # stored steps from 0 or 250 of a settled pixel
 class Correlation:
     """Correlation of errors in one year by distance."""
 
-    near: NDArray[np.float64]
+    by_distance: Float64
     """At 0, 1, 2 ... `REACH_PX` pixels; 1 at first."""
     common: float = 0.0
     """Part shared by all pixels, at any distance."""
@@ -75,48 +75,76 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     years = _checked_pair(raw, smoothed)
     if len(years) < 2:
         raise LabelError(
-            f"expected maps of two years or more, found {years}: how errors are correlated shows in what smoothing changes "
-            "from year to year; map more years, or give the correlation"
+            f"expected maps of two years or more, found {years}: how errors are correlated shows "
+            "in what smoothing changes from year to year; map more years, or give the correlation"
         )
-    before, after = raw.to_numpy(), smoothed.to_numpy()
-    known = before != UNKNOWN
-    unsettled = (known & (before > _ACTIVE) & (before < SCALE - _ACTIVE)).any(axis=0)
-    unsettled |= (known & ((before > SCALE // 2) != (after > SCALE // 2))).any(axis=0)
+    yearly = raw.to_numpy()
+    smooth = smoothed.to_numpy()
+    unsettled = _find_unsettled(yearly, smooth)
     # Larger distances have too few pairs, all near the edges.
-    lags = (0, *(lag for lag in _LAGS if lag <= min(unsettled.shape) // 2))
-    own, pairs = np.zeros(len(lags)), np.zeros(len(lags))
-
-    def changes() -> Iterator[NDArray[np.float32]]:
-        """Yield the change of each year, 0 for unknown pixels."""
-        return (
-            np.where(k, b.astype(np.float32) - a, np.float32(0))
-            for b, a, k in zip(before, after, known, strict=True)
-        )
-
-    mean = sum(changes(), np.float32(0)) / np.maximum(known.sum(axis=0), 1).astype(np.float32)
-    for change, there in zip(changes(), known & unsettled, strict=True):
-        active = there.astype(np.float32)
-        error = (change - mean) * active
-        for n, lag in enumerate(lags):
-            for one, other, here, beside in (
-                (error[lag:], error[: len(error) - lag], active[lag:], active[: len(error) - lag]),
-                (
-                    error[:, lag:],
-                    error[:, : error.shape[1] - lag],
-                    active[:, lag:],
-                    active[:, : error.shape[1] - lag],
-                ),
-            ):
-                own[n] += np.vdot(one, other)
-                pairs[n] += np.vdot(here, beside)
-    if not own[0] or len(lags) == 1:
+    lags = [0, *(lag for lag in _LAGS if lag <= min(unsettled.shape) // 2)]
+    products, pairs = _sum_lagged_products(yearly, smooth, unsettled, lags)
+    if not products[0] or len(lags) == 1:
         return ALONE
-    alike = np.where(pairs > 0, own / np.maximum(pairs, 1), 0) / (own[0] / pairs[0])
-    common = float(np.clip(alike[1:][-3:].mean(), 0, 1))
-    common = common if common >= _FAINT else 0.0
-    faint = alike < common + _FAINT
-    alike[int(np.argmax(faint)) if faint.any() else len(alike) :] = common  # chance from there on
-    return Correlation(np.interp(np.arange(REACH_PX + 1), lags, np.clip(alike, common, 1)), common)
+    correlation = np.where(pairs > 0, products / np.maximum(pairs, 1), 0) / (products[0] / pairs[0])
+    common = float(np.clip(correlation[1:][-3:].mean(), 0, 1))
+    if common < _FAINT:
+        common = 0.0
+    # From the first faint correlation on, the rest is chance.
+    faint = np.flatnonzero(correlation < common + _FAINT)
+    if faint.size:
+        correlation[faint[0] :] = common
+    correlation = np.clip(correlation, common, 1)
+    return Correlation(np.interp(np.arange(REACH_PX + 1), lags, correlation), common)
+
+
+def _find_unsettled(yearly: UInt8, smooth: UInt8) -> Bool:
+    """Mark pixels (y, x) with a doubtful year, or with a year changed by smoothing."""
+    valid = yearly != UNKNOWN
+    doubtful = valid & (yearly > _ACTIVE) & (yearly < FULL - _ACTIVE)
+    turned = valid & ((yearly > HALF) != (smooth > HALF))
+    unsettled: Bool = doubtful.any(axis=0) | turned.any(axis=0)
+    return unsettled
+
+
+def _sum_lagged_products(
+    yearly: UInt8, smooth: UInt8, unsettled: Bool, lags: list[int]
+) -> tuple[Float64, Float64]:
+    """Sum the products of errors, and count the pairs of pixels, by distance along y and x.
+
+    The error of a year is its change by smoothing, less the mean change over the years. Only
+    unsettled pixels known in the year count.
+    """
+    valid = yearly != UNKNOWN
+    total = np.zeros(unsettled.shape, np.float32)
+    for t in range(len(yearly)):
+        total += _change_of_year(yearly[t], smooth[t])
+    mean = total / np.maximum(valid.sum(axis=0), 1).astype(np.float32)
+    products = np.zeros(len(lags))
+    pairs = np.zeros(len(lags))
+    for t in range(len(yearly)):
+        weight = (valid[t] & unsettled).astype(np.float32)
+        error = (_change_of_year(yearly[t], smooth[t]) - mean) * weight
+        for n, lag in enumerate(lags):
+            for shifted, fixed in _shift(error, lag):
+                products[n] += np.vdot(shifted, fixed)
+            for shifted, fixed in _shift(weight, lag):
+                pairs[n] += np.vdot(shifted, fixed)
+    return products, pairs
+
+
+def _change_of_year(yearly: UInt8, smooth: UInt8) -> Float32:
+    """Subtract the smoothed map from the yearly one; 0 for unknown pixels."""
+    return np.where(yearly != UNKNOWN, yearly.astype(np.float32) - smooth, np.float32(0))
+
+
+def _shift(values: Float32, lag: int) -> list[tuple[Float32, Float32]]:
+    """Return values (y, x) next to those `lag` pixels apart, along y and along x."""
+    height, width = values.shape
+    return [
+        (values[lag:], values[: height - lag]),
+        (values[:, lag:], values[:, : width - lag]),
+    ]
 
 
 def expected_areas(
@@ -141,54 +169,68 @@ def expected_areas(
     years = _checked_pair(raw, smoothed)
     if smoothed.shape[1:] != tuple(grid.shape):
         raise LabelError(
-            f"the maps are {smoothed.shape[1:]} pixels, their grid {tuple(grid.shape)}; areas would be wrong"
+            f"the maps are {smoothed.shape[1:]} pixels, their grid {tuple(grid.shape)}; "
+            "areas would be wrong"
         )
     correlation = correlation or error_correlation(raw, smoothed)
-    worth, kernel = pixel_areas(grid), _kernel(correlation)
-    found = []
-    for yearly, stored in zip(raw.to_numpy(), smoothed.to_numpy(), strict=True):
-        known, seen = stored != UNKNOWN, yearly != UNKNOWN
-        p: NDArray[np.float64] = np.where(known, stored, 0) / SCALE
-        spread: NDArray[np.float64] = worth * np.sqrt(p * (1 - p))
-        near = scipy.signal.oaconvolve(spread, kernel, mode="same")
-        variance = float(np.vdot(near, spread)) + correlation.common * float(spread.sum()) ** 2
-        moved = float((np.where(seen, yearly / SCALE - p, 0) * worth).sum())
-        found.append(
-            (
-                float((p * worth).sum()),
-                max(variance, 0),
-                moved,
-                float(worth[known].sum()),
-                float(seen.any()),
-            )
-        )
-    area, variances, moves, most, there = np.array(found).T
-    sd = np.sqrt(variances + (moves.sum() / max(there.sum(), 1)) ** 2)
-    low, high = np.maximum(area - NORMAL_95 * sd, 0), np.minimum(area + NORMAL_95 * sd, most)
+    pixel_m2 = pixel_areas(grid)
+    kernel = _kernel(correlation)
+    area = []
+    known_area = []
+    variance = []
+    shift = []
+    observed_years = 0
+    for yearly, smooth in zip(raw.to_numpy(), smoothed.to_numpy(), strict=True):
+        valid = smooth != UNKNOWN
+        observed = yearly != UNKNOWN
+        probability: Float64 = np.where(valid, smooth, 0) / FULL
+        deviation: Float64 = pixel_m2 * np.sqrt(probability * (1 - probability))
+        area.append(float((probability * pixel_m2).sum()))
+        known_area.append(float(pixel_m2[valid].sum()))
+        variance.append(_sum_covariances(deviation, kernel, correlation.common))
+        difference = np.where(observed, yearly / FULL - probability, 0)
+        shift.append(float((difference * pixel_m2).sum()))
+        observed_years += bool(observed.any())
+    mean_shift = np.array(shift).sum() / max(observed_years, 1)
+    sd = np.sqrt(np.array(variance) + mean_shift**2)
+    expected = np.array(area)
     return pd.DataFrame(
-        {"year": years, "expected_m2": area, "sd_m2": sd, "low_m2": low, "high_m2": high}
+        {
+            "year": years,
+            "expected_m2": expected,
+            "sd_m2": sd,
+            "low_m2": np.maximum(expected - NORMAL_95 * sd, 0),
+            "high_m2": np.minimum(expected + NORMAL_95 * sd, known_area),
+        }
     )
+
+
+def _sum_covariances(deviation: Float64, kernel: Float64, common: float) -> float:
+    """Sum the covariances of all pairs of pixels from the deviations (y, x) of their areas."""
+    neighbours = scipy.signal.oaconvolve(deviation, kernel, mode="same")
+    variance = float(np.vdot(neighbours, deviation)) + common * float(deviation.sum()) ** 2
+    return max(variance, 0)
 
 
 def _checked_pair(raw: xr.DataArray, smoothed: xr.DataArray) -> list[int]:
     years = checked_years(raw)
     if checked_years(smoothed) != years or raw.shape != smoothed.shape:
         raise LabelError(
-            f"expected a map and its smoothed twin, found {dict(raw.sizes)} with years {years} and {dict(smoothed.sizes)} with "
-            f"{smoothed['year'].to_numpy().tolist()}; the two must have the same grid and years"
+            f"expected a map and its smoothed twin, found {dict(raw.sizes)} with years {years} and "
+            f"{dict(smoothed.sizes)} with {smoothed['year'].to_numpy().tolist()}; "
+            "the two must have the same grid and years"
         )
     return years
 
 
-def _kernel(correlation: Correlation) -> NDArray[np.float64]:
-    """Tabulate the part of `near` beyond `common` by distance in both directions.
+def _kernel(correlation: Correlation) -> Float64:
+    """Tabulate the part of `by_distance` beyond `common`, by distance in both directions.
 
     The table is as small as possible.
     """
-    more = correlation.near - correlation.common
-    more = more[: int(np.flatnonzero(more > 0).max(initial=0)) + 2]
-    reach = len(more) - 1
+    excess = correlation.by_distance - correlation.common
+    excess = excess[: int(np.flatnonzero(excess > 0).max(initial=0)) + 2]
+    reach = len(excess) - 1
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    away: NDArray[np.float64] = np.hypot(y, x)
-    found: NDArray[np.float64] = np.interp(away, np.arange(reach + 1), more, right=0.0)
-    return found
+    kernel: Float64 = np.interp(np.hypot(y, x), np.arange(reach + 1), excess, right=0.0)
+    return kernel
