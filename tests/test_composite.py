@@ -740,10 +740,10 @@ def test_black_bands_are_read_once_more_and_others_once(archive, make, monkeypat
     b11[75:90, 75:90] = 1 if water else 1900
     pixels = {"B02": 500, "B04": 700, "B08": 2500, "B11": b11}
     listed = [many.scene(f"2020-0{month}-24T10:00:00", where, pixels) for month in (6, 7, 8)]
-    read, begin = [], bands.begin
+    read, begin = [], bands.start_read
     monkeypatch.setattr(
         bands,
-        "begin",
+        "start_read",
         lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a),
     )
     ledger = Ledger()
@@ -803,11 +803,11 @@ def test_bands_read_into_the_memory_of_others_are_the_same(archive, make, monkey
             )
     monkeypatch.setattr(bands, "AHEAD", 99)
     apart = composite(listed, grid, recipe).compute()
-    read, begin = [], bands.begin
+    read, begin = [], bands.start_read
     monkeypatch.setattr(bands, "AHEAD", 0)
     monkeypatch.setattr(
         bands,
-        "begin",
+        "start_read",
         lambda scene, band, *a: read.append((scene.id, band)) or begin(scene, band, *a),
     )
     made = composite(listed, grid, recipe).compute()

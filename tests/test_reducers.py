@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from minecube.catalog import BestPixel
 from minecube.composite import reducers
 from minecube.composite.ranks import lower_quartile
-from minecube.composite.reducers import best_pixel_score, sharpness
+from minecube.composite.reducers import measure_sharpness, score_days
 from minecube.errors import ModelError
 
 try:
@@ -353,14 +353,14 @@ def test_small_angles_keep_their_digits(geomedian):
 def test_best_pixel_is_the_first_of_the_highest_that_is_observed(score, observed):
     seen = np.where(observed, score, -np.inf)
     expected = np.where(observed.any(axis=0), seen.argmax(axis=0), -1)
-    made = reducers.best_pixel(score, observed)
+    made = reducers.choose_best_day(score, observed)
     np.testing.assert_array_equal(made, expected)
     assert made.dtype == np.int16
 
 
 def test_nothing_of_no_days(geomedian):
     none = np.zeros((0, 2, 3), np.uint16)
-    assert (reducers.best_pixel(none.astype(np.float32), none > 0) == -1).all()
+    assert (reducers.choose_best_day(none.astype(np.float32), none > 0) == -1).all()
     assert not reducers.take_day(none, np.full((2, 3), -1, np.int16)).any()
     made = geomedian(none[None].repeat(2, axis=0))
     assert made.reflectance.shape == (2, 2, 3)
@@ -383,11 +383,11 @@ def test_the_day_that_was_chosen_is_taken(make):
 def test_the_score_is_a_weighted_sum_of_four_parts():
     rule = BestPixel(day=5, day_spread=10, cloud_distance_m=1000, opacity=0.05)
     flat = np.zeros((3, 1, 1), np.float32)
-    best = best_pixel_score(np.array([5, 15, 360]), flat + 4000, flat, flat + 1, rule)
+    best = score_days(np.array([5, 15, 360]), flat + 4000, flat, flat + 1, rule)
     season = np.exp(-(np.array([0, 10, 10.25]) ** 2) / 200)  # the year is a circle, of 365.25 days
     np.testing.assert_allclose(best.ravel(), season + 1 + 1 + 0.5, rtol=1e-6)
     assert best.dtype == np.float32
-    worse = best_pixel_score(
+    worse = score_days(
         np.array([5, 5, 5]),
         flat + 250,
         flat + np.array([0.01, 0.05, 0.3])[:, None, None],
@@ -395,7 +395,7 @@ def test_the_score_is_a_weighted_sum_of_four_parts():
         rule,
     )
     np.testing.assert_allclose(worse.ravel(), np.array([0.8, 0, 0]) + 1 + 0.25, rtol=1e-5)
-    clearer = best_pixel_score(np.array([5] * 3), flat, flat - 0.2, flat, rule)
+    clearer = score_days(np.array([5] * 3), flat, flat - 0.2, flat, rule)
     np.testing.assert_allclose(clearer.ravel(), 2)  # less haze than none is none
 
 
@@ -424,7 +424,7 @@ def test_sharpness_is_relative_to_the_sharpest_date():
     band[1] = band[1] // 10 + 1
     band[rng.random(band.shape) < 0.04] = 0
     band[:, :6, :6] = 777  # in a corner of which no date has any detail
-    made = sharpness(band)
+    made = measure_sharpness(band)
     np.testing.assert_allclose(made, plain_sharpness(band), rtol=1e-5)
     assert made.dtype == np.float32
     assert made.max() == 1
@@ -432,9 +432,11 @@ def test_sharpness_is_relative_to_the_sharpest_date():
     assert (made[:, 0, 0] == 1).all()
     np.testing.assert_array_equal(
         made[:, 3:-3, 3:-3],
-        sharpness(np.pad(band, ((0, 0), (5, 5), (5, 5)), "reflect"))[:, 8:-8, 8:-8],
+        measure_sharpness(np.pad(band, ((0, 0), (5, 5), (5, 5)), "reflect"))[:, 8:-8, 8:-8],
     )
-    np.testing.assert_array_equal(made[:, 4:9, 5:8], sharpness(band[:, 1:12, 2:11])[:, 3:-3, 3:-3])
+    np.testing.assert_array_equal(
+        made[:, 4:9, 5:8], measure_sharpness(band[:, 1:12, 2:11])[:, 3:-3, 3:-3]
+    )
 
 
 # The cut

@@ -16,7 +16,7 @@ from odc.geo.geobox import GeoBox
 from minecube.arrays import AnyArray, Bool, Int16, Int32, UInt8, UInt16
 from minecube.composite.needs import AHEAD, MASK_M, pixel_size_of
 from minecube.grid import PIXEL_M, at_resolution
-from minecube.reader import Ledger, begin
+from minecube.reader import Ledger, start_read
 
 Window = tuple[slice, slice]
 
@@ -178,10 +178,10 @@ class Bands:
             started.add(day)
             ledger = self._ledger
             if ledger and (scene, band) in self._observations.reads:
-                ledger = ledger.repeated()
+                ledger = ledger.for_repeats()
             self._observations.reads.add((scene, band))
             item = self._observations.scenes[scene]
-            reads.append(_Read(scene, window, begin(item, band, box[place], ledger, target)))
+            reads.append(_Read(scene, window, start_read(item, band, box[place], ledger, target)))
         for day in set(range(len(stack))) - started:
             stack[day] = 0
         return _BandReads(band, stack, reads)

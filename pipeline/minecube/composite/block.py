@@ -40,8 +40,8 @@ from minecube.composite.masks import CLEAR
 from minecube.composite.needs import (
     MASK_M,
     bands_with_fringe,
+    compute_margins,
     estimate_memory,
-    margins_m,
     pixel_size_of,
     scenes_near,
 )
@@ -70,7 +70,7 @@ def composite_block(
 
     Scenes must be in mosaic order. A block above `BLOCK_BYTES` is made in parts.
     """
-    scenes = scenes_near(scenes, padded(box, margins_m(recipe)[1]))
+    scenes = scenes_near(scenes, padded(box, compute_margins(recipe)[1]))
     if not scenes:
         return _empty_layers(box, recipe)
     if estimate_memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
@@ -146,7 +146,7 @@ class _Block:
         owner, kind, cloud_distance = day_masks.read()
         yeardays = np.array([time.timetuple().tm_yday for time in day_masks.times])
         observations = Observations(task.scenes, day_masks.days, owner, kind)
-        fringe_m = margins_m(task.recipe)[0]
+        fringe_m = compute_margins(task.recipe)[0]
         return cls(task, observations, cloud_distance, yeardays, day_masks, fringe_m)
 
     @property
@@ -361,7 +361,7 @@ class _BestPixels:
         black = self._count_black()
         if black is not None:
             observed = _least_black(observed, black)
-        return reducers.best_pixel(score, observed)
+        return reducers.choose_best_day(score, observed)
 
     def replace_black(self, index: Int16, layers: Layers) -> None:
         """Choose again if the chosen day is black in a band not read with the fringe.
@@ -388,7 +388,7 @@ class _BestPixels:
                 self._add_black(band, pixels, count)
             if self._block.observations.incomplete:
                 return
-            better = reducers.best_pixel(score, _least_black(observed, count))
+            better = reducers.choose_best_day(score, _least_black(observed, count))
             changed = np.where(better == index, np.int16(-1), better)
             self._take_again(changed, layers)
             index = better
@@ -400,8 +400,8 @@ class _BestPixels:
             raise TypeError("a best pixel needs the distance to clouds")
         same_days = np.searchsorted(self._fringe.bands.days, self._days)
         opacity = (self._fringe.excess[same_days] / 8e4).astype(np.float32)
-        sharpness = reducers.sharpness(self._fringe.pixels["B04"][same_days])
-        score = reducers.best_pixel_score(
+        sharpness = reducers.measure_sharpness(self._fringe.pixels["B04"][same_days])
+        score = reducers.score_days(
             block.yeardays[self._days],
             repeat_pixels(block.cloud_distance[self._days], MASK_M),
             repeat_pixels(opacity, MASK_M),

@@ -15,10 +15,10 @@ from minecube.catalog import FALLBACKS, SCL, Recipe
 from minecube.composite import masks
 from minecube.composite.bands import crop, repeat_pixels
 from minecube.composite.masks import CLEAR
-from minecube.composite.needs import MASK_M, OPINION_BANDS, days_of, margins_m
+from minecube.composite.needs import MASK_M, OPINION_BANDS, compute_margins, days_of
 from minecube.composite.task import BlockTask
 from minecube.grid import at_resolution, padded
-from minecube.reader import Ledger, begin
+from minecube.reader import Ledger, start_read
 
 SCL_IS = "minecube:scl"  # item property: error of a scene's whole classification, found by `scenes`
 
@@ -39,7 +39,7 @@ class DayMasks:
 
     def __init__(self, task: BlockTask) -> None:
         scenes = task.scenes
-        fringe, margin = margins_m(task.recipe)
+        fringe, margin = compute_margins(task.recipe)
         self.days = days_of(scenes)
         """Index of each scene's day."""
         of_days = [scenes[self.days.index(day)] for day in range(max(self.days) + 1)]
@@ -75,7 +75,7 @@ class DayMasks:
         later = [n for n in range(scene + 1, len(self.days)) if self.days[n] == day]
         if not later or self._scl is None:
             return None
-        ledger = self._task.ledger and self._task.ledger.repeated()
+        ledger = self._task.ledger and self._task.ledger.for_repeats()
         one_day = [0] * len(later)
         position, scl = masks.mosaic_scenes(self._classes(later, ledger), one_day)
         owner = np.where(position >= 0, np.array(later, dtype=np.int16)[position], np.int16(-1))
@@ -101,7 +101,7 @@ class DayMasks:
         """Yield the classes of each of these scenes, uint8 [y, x] at 20 m."""
         box = at_resolution(self._box, MASK_M)
         items = [self._task.scenes[n] for n in scenes]
-        reads = deque(begin(item, SCL, box, ledger) for item in items)
+        reads = deque(start_read(item, SCL, box, ledger) for item in items)
         try:
             for item in items:
                 scl = reads.popleft().result().astype(np.uint8)
@@ -123,7 +123,7 @@ class DayMasks:
         reads: dict[int, list[Future[UInt16]]] = {}
         for scene in scenes:
             item = self._task.scenes[scene]
-            reads[scene] = [begin(item, band, self._box, ledger) for band in OPINION_BANDS]
+            reads[scene] = [start_read(item, band, self._box, ledger) for band in OPINION_BANDS]
         height, width = owner.shape[1:]
         opinions = np.zeros(owner.shape, dtype=np.uint8)
         try:

@@ -78,7 +78,7 @@ def pixel_size_of(band: str, scenes: Sequence[pystac.Item]) -> int:
     return finest
 
 
-def margins_m(recipe: Recipe) -> tuple[int, int]:
+def compute_margins(recipe: Recipe) -> tuple[int, int]:
     """Compute the margins around a block in metres: the fringe, and the margin of the mask.
 
     The fringe serves the haze test and the choice of a best pixel. It is a multiple of 60 m. The
@@ -119,7 +119,7 @@ def estimate_memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) 
     The bands in memory are the current one, those read ahead, and those for the haze test or pixel
     choice. The geomedian needs all bands.
     """
-    fringe, margin = margins_m(recipe)
+    fringe, margin = compute_margins(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
     with_margin = math.prod(at_resolution(padded(box, margin), MASK_M).shape)
     with_fringe = math.prod(at_resolution(padded(box, fringe), MASK_M).shape)

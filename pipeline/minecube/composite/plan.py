@@ -25,9 +25,9 @@ from minecube.catalog import SCL, Recipe, yaml_problem
 from minecube.composite.block import BLOCK_BYTES
 from minecube.composite.needs import (
     bands_with_fringe,
+    compute_margins,
     count_connections,
     estimate_memory,
-    margins_m,
     pixel_size_of,
     scenes_near,
 )
@@ -194,7 +194,7 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
     opened: set[str] = set()
     for block in blocks(grid, recipe.block_px):
         box = grid[block]
-        listed = scenes_near(scenes, padded(box, margins_m(recipe)[1]))
+        listed = scenes_near(scenes, padded(box, compute_margins(recipe)[1]))
         if not listed:
             continue
         sums += _count_block(listed, box, recipe, opened)
@@ -223,7 +223,7 @@ def _count_block(
 
     Files join `opened`. Only the first read of a file requests its header.
     """
-    fringe, margin = margins_m(recipe)
+    fringe, margin = compute_margins(recipe)
     with_fringe = bands_with_fringe(recipe)
     windows: dict[tuple[int, int], tuple[int, int]] = {}
     for size, around_m in itertools.product((10, 20), {0, fringe, margin}):

@@ -27,11 +27,11 @@ from minecube.composite.ranks import median, median_of_observed
 
 __all__ = [
     "Geomedian",
-    "best_pixel",
-    "best_pixel_score",
+    "choose_best_day",
     "geomedian",
+    "measure_sharpness",
     "median",
-    "sharpness",
+    "score_days",
     "take_day",
 ]
 
@@ -98,7 +98,7 @@ def geomedian(stack: UInt16) -> Geomedian:
     return Geomedian(reflectance.reshape(bands, *shape), emad, smad, bcmad)
 
 
-def best_pixel(score: Float32, observed: Bool) -> Int16:
+def choose_best_day(score: Float32, observed: Bool) -> Int16:
     """Choose the day of highest score: int16 [y, x], the earliest of equal days, -1 = not observed.
 
     Args:
@@ -114,7 +114,7 @@ def best_pixel(score: Float32, observed: Bool) -> Int16:
     return index
 
 
-def best_pixel_score(
+def score_days(
     day_of_year: npt.NDArray[np.integer[Any]],
     cloud_distance_m: Float32,
     opacity: Float32,
@@ -130,7 +130,7 @@ def best_pixel_score(
         day_of_year: Day of the year of each day, 1..366.
         cloud_distance_m: Metres to the day's nearest cloud or shadow, float32 [day, y, x].
         opacity: Excess of haze in reflectance, float32 [day, y, x].
-        sharpness: Result of `sharpness`, float32 [day, y, x].
+        sharpness: Result of `measure_sharpness`, float32 [day, y, x].
         rule: The best day, and the limit and weight of each part.
     """
     gap = np.abs(day_of_year.astype(np.float64) - rule.day)
@@ -146,7 +146,7 @@ def best_pixel_score(
     return score
 
 
-def sharpness(band: UInt16) -> Float32:
+def measure_sharpness(band: UInt16) -> Float32:
     """Measure each date's local detail relative to the pixel's sharpest date: float32 [day, y, x].
 
     Values are 0..1, 0 = not observed. Detail is the mean absolute Laplacian in a 5 x 5 window. A

@@ -43,7 +43,7 @@ from scipy import fft, ndimage
 from minecube.arrays import Bool, Complex64, Float32, Float64, UInt16
 from minecube.catalog import SCL, Registration
 from minecube.grid import ALIGN_M, PIXEL_M, at_resolution
-from minecube.reader import Ledger, begin
+from minecube.reader import Ledger, start_read
 
 log = logging.getLogger(__name__)
 
@@ -413,10 +413,10 @@ def _read_edges(
 
     Scenes with too little clear ground get zeros, and their band is not read.
     """
-    scl = _wait_for([begin(scene, SCL, grid, ledger) for scene in scenes])
+    scl = _wait_for([start_read(scene, SCL, grid, ledger) for scene in scenes])
     clear = [~np.isin(layer, _HIDDEN) for layer in scl]
     clear_enough = [n for n, layer in enumerate(clear) if np.count_nonzero(layer) >= _LEAST]
-    reads = _wait_for([begin(scenes[n], band, grid, ledger) for n in clear_enough])
+    reads = _wait_for([start_read(scenes[n], band, grid, ledger) for n in clear_enough])
     edges = [np.zeros(grid.shape, dtype=np.complex64)] * len(scenes)
     for n, pixels in zip(clear_enough, reads, strict=True):
         edges[n] = edges_of(pixels, clear[n] & (pixels != 0))

@@ -6,23 +6,23 @@ recorded as lost if the `Ledger` allows this. An error never becomes an unrecord
 One thread opens, reads and closes a dataset within one read. All threads share the header bytes and
 the connections (`remote`), so nothing is requested twice.
 
-    assets.py      one band of one scene, counted: `read_band`, `begin`
-    files.py       one file, opened with care: `read`
-    gridding.py    its pixels, placed on the grid or warped
-    stacking.py    many scenes, lazily, by stackstac: `stack`
-    ledger.py      counts of all reads
-    remote.py      byte ranges of remote files, with retries
-    signing.py     tokens and signatures
-    http.py        connections with checked addresses
-    gdal_file.py   a remote file as GDAL sees it
-    transfer.py    head of a file, and counts of one read
+    assets.py       one band of one scene, counted: `read_band`, `start_read`
+    files.py        one file, opened with care: `read`
+    gridding.py     its pixels, placed on the grid or warped
+    stacking.py     many scenes, lazily, by stackstac: `stack`
+    ledger.py       counts of all reads
+    remote.py       byte ranges of remote files, with retries
+    signing.py      tokens and signatures
+    http.py         connections with checked addresses
+    gdal_file.py    a remote file as GDAL sees it
+    transfer.py     head of a file, and counts of one read
 """
 
 from __future__ import annotations
 
-from minecube.reader.assets import READ_THREADS, begin, missing, read_band, remove_offset
-from minecube.reader.files import read
+from minecube.reader.assets import READ_THREADS, missing, read_band, remove_offset, start_read
 from minecube.reader.ledger import Ledger
+from minecube.reader.raster import read
 from minecube.reader.remote import HEAD, interrupted
 from minecube.reader.signing import check_credentials
 from minecube.reader.stacking import NativeReader, fetched, stack
@@ -32,7 +32,6 @@ __all__ = [
     "READ_THREADS",
     "Ledger",
     "NativeReader",
-    "begin",
     "check_credentials",
     "fetched",
     "interrupted",
@@ -41,4 +40,5 @@ __all__ = [
     "read_band",
     "remove_offset",
     "stack",
+    "start_read",
 ]

@@ -27,9 +27,9 @@ from minecube.network import (
     is_local,
     without_query,
 )
-from minecube.reader.files import File, need_header, read_file
 from minecube.reader.gridding import copy_to
 from minecube.reader.ledger import Ledger
+from minecube.reader.raster import File, need_header, read_file
 from minecube.reader.transfer import Tally
 
 READ_THREADS = 64
@@ -51,7 +51,7 @@ class Asset:
     def read(
         self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None, out: UInt16 | None = None
     ) -> UInt16:
-        """Read the file onto a grid (`files.read_file`) and count it in the ledger.
+        """Read the file onto a grid (`raster.read_file`) and count it in the ledger.
 
         A read lost with the ledger's permission returns uint16 zeros.
         """
@@ -155,7 +155,7 @@ def remove_offset(raw: UInt16, offset: Int32 | int) -> UInt16:
     return reflectance
 
 
-def begin(
+def start_read(
     scene: pystac.Item,
     band: str,
     grid: GeoBox,

@@ -32,7 +32,7 @@ _STRIP_PX = 2**23  # pixels of a file warped at once: 16 MB, a site of 29 km at 
 _MOST_DN = 32767  # higher numbers are defects and fill values: no ground or cloud is brighter
 
 
-class _Nesting(NamedTuple):
+class Nesting(NamedTuple):
     """Place of a file's pixels in a grid."""
 
     ratio: int
@@ -41,31 +41,6 @@ class _Nesting(NamedTuple):
     """Grid pixels from the file's left edge to the grid's."""
     dy: int
     """Grid pixels from the file's upper edge down to the grid's."""
-
-
-def put_on_grid(
-    image: rasterio.DatasetReader,
-    grid: GeoBox,
-    resampling: Resampling,
-    tally: Tally,
-    out: UInt16 | None,
-) -> UInt16:
-    """Read an open single-band file onto a grid: uint16 (y, x), 0 at invalid pixels.
-
-    Args:
-        image: The file.
-        grid: Grid of the result.
-        resampling: Method for files to be warped.
-        tally: Counts the bytes of local files.
-        out: Array for the pixels, to avoid a copy; None for a new array.
-
-    Raises:
-        ReadError: The file has no CRS.
-    """
-    nesting = _nesting_of(image, grid)
-    if nesting:
-        return _read_nested(image, grid, nesting, tally, out)
-    return copy_to(_warp(image, grid, resampling, tally), out)
 
 
 def copy_to(pixels: UInt16, out: UInt16 | None) -> UInt16:
@@ -82,7 +57,7 @@ def _same_crs(wkt: str, crs: CRS) -> bool:
     return bool(crs == wkt)
 
 
-def _nesting_of(image: rasterio.DatasetReader, grid: GeoBox) -> _Nesting | None:
+def nesting_of(image: rasterio.DatasetReader, grid: GeoBox) -> Nesting | None:
     """Return the place of the file's pixels in the grid; None if they do not nest."""
     t = image.transform
     size = abs(grid.resolution.x)
@@ -94,7 +69,7 @@ def _nesting_of(image: rasterio.DatasetReader, grid: GeoBox) -> _Nesting | None:
     exact_ratio = t.a / size
     exact_dx = (grid.transform.c - t.c) / size
     exact_dy = (t.f - grid.transform.f) / size
-    nesting = _Nesting(round(exact_ratio), round(exact_dx), round(exact_dy))
+    nesting = Nesting(round(exact_ratio), round(exact_dx), round(exact_dy))
     if nesting.ratio < 1 or abs(exact_ratio - nesting.ratio) > _SAME_SIZE:
         return None
     if abs(exact_dx - nesting.dx) > _SAME or abs(exact_dy - nesting.dy) > _SAME:
@@ -102,14 +77,24 @@ def _nesting_of(image: rasterio.DatasetReader, grid: GeoBox) -> _Nesting | None:
     return nesting
 
 
-def _read_nested(
+def read_nested(
     image: rasterio.DatasetReader,
     grid: GeoBox,
-    nesting: _Nesting,
+    nesting: Nesting,
     tally: Tally,
-    out: UInt16 | None,
+    out: UInt16 | None = None,
 ) -> UInt16:
-    """Read a window of pixels, each repeated by the ratio of sizes."""
+    """Read a window of an open file, each pixel repeated by the ratio of sizes.
+
+    Returns uint16 (y, x), 0 at invalid pixels and outside the file.
+
+    Args:
+        image: The file.
+        grid: Grid of the result.
+        nesting: Place of the file's pixels in the grid.
+        tally: Counts the bytes of local files.
+        out: Array for the pixels, to avoid a copy. By default a new array.
+    """
     ratio, dx, dy = nesting
     height, width = grid.shape
     # First and last file pixel, cut to the file: boundless reads would fill with the file's nodata.
@@ -132,10 +117,14 @@ def _read_nested(
     return copy_to(on_grid, out)
 
 
-def _warp(
+def warp(
     image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally
 ) -> UInt16:
-    """Resample the file onto the grid, in strips."""
+    """Resample an open file onto a grid, in strips: uint16 (y, x), 0 at invalid pixels.
+
+    Raises:
+        ReadError: The file has no CRS.
+    """
     if image.crs is None:
         raise ReadError(
             f"{without_query(image.name)}: the file has no CRS, "

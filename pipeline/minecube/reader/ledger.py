@@ -65,7 +65,7 @@ class Ledger:
             if reason:
                 self._reasons[scene, band] = reason
 
-    def repeated(self) -> Ledger:
+    def for_repeats(self) -> Ledger:
         """Return a view for repeated reads: their cost is counted, but not planned again."""
         return _RepeatedLedger(self)
 

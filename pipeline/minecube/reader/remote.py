@@ -38,8 +38,7 @@ import urllib3
 from minecube import network
 from minecube.catalog import Access
 from minecube.network import ForbiddenError, MissingError, RequestError, without_query
-from minecube.reader.gdal_file import Opened
-from minecube.reader.http import (
+from minecube.reader.connections import (
     CheckedPools,
     Session,
     TroubleError,
@@ -48,6 +47,7 @@ from minecube.reader.http import (
     length_of,
     read_body,
 )
+from minecube.reader.gdal_file import Opened
 from minecube.reader.signing import PASSING, Signer
 from minecube.reader.transfer import Head, Tally
 

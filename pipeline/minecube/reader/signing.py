@@ -28,7 +28,7 @@ from minecube import network
 from minecube.catalog import Access
 from minecube.errors import CatalogError
 from minecube.network import RequestError
-from minecube.reader.http import TroubleError, read_body
+from minecube.reader.connections import TroubleError, read_body
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Status codes of temporary errors."""

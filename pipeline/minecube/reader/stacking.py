@@ -28,8 +28,8 @@ from minecube.arrays import UInt16
 from minecube.catalog import SCL, Access
 from minecube.errors import ReadError
 from minecube.reader.assets import READ_THREADS, Asset, asset_of, remove_offset, threads
-from minecube.reader.files import PLAIN, File
 from minecube.reader.ledger import Ledger
+from minecube.reader.raster import PLAIN, File
 
 _OPTIONS = {
     "dtype": np.dtype("uint16"),

@@ -30,7 +30,7 @@ from minecube.network import (
     without_query,
 )
 from minecube.reader.gdal_file import Opened
-from minecube.reader.gridding import put_on_grid
+from minecube.reader.gridding import copy_to, nesting_of, read_nested, warp
 from minecube.reader.remote import remote_for
 from minecube.reader.transfer import Head, Tally
 
@@ -114,7 +114,11 @@ def read_file(
                     f"{name}: expected one band of uint8 or uint16, "
                     f"found {image.count} of {image.dtypes[0]}; not a Sentinel-2 band"
                 )
-            pixels = put_on_grid(image, grid, resampling, tally, out)
+            nesting = nesting_of(image, grid)
+            if nesting:
+                pixels = read_nested(image, grid, nesting, tally, out)
+            else:
+                pixels = copy_to(warp(image, grid, resampling, tally), out)
             if tally.error:  # GDAL got zeros instead of missing bytes
                 raise RequestError(str(tally.error)) from tally.error
             return pixels
