@@ -23,7 +23,7 @@ from minecube.composite.registration import (
     Shift,
     as_rows,
     compare,
-    correlation,
+    correlate,
     edges_of,
     registered,
     shift_of,
@@ -242,7 +242,7 @@ def test_correlation_by_brute_force():
         np.complex64
     )
     ours[:, 20:], theirs[5:15] = 0, 0
-    surface = correlation(ours, theirs)
+    surface = correlate(ours, theirs)
     for down, right in itertools.product((-8, -3, 0, 2, 8), repeat=2):
         product = our_power = their_power = 0.0
         for y, x in itertools.product(range(40), range(31)):
@@ -266,9 +266,9 @@ def test_correlation_by_brute_force():
 def test_vertex_of_a_parabola_is_exact(right, down):
     y, x = np.mgrid[-1:2, -1:2]
     nine = 0.8 - 0.2 * (x - right) ** 2 - 0.1 * (y - down) ** 2 + 0.07 * (x - right) * (y - down)
-    assert registration.vertex(nine) == pytest.approx((right, down))
-    assert registration.vertex(-nine) == (0, 0)
-    assert registration.vertex(np.ones((3, 3))) == (0, 0)
+    assert registration.find_vertex(nine) == pytest.approx((right, down))
+    assert registration.find_vertex(-nine) == (0, 0)
+    assert registration.find_vertex(np.ones((3, 3))) == (0, 0)
 
 
 def test_edges_know_neither_sign_nor_brightness():
@@ -439,8 +439,8 @@ def test_a_read_that_fails(archive, tmp_path):
 
 def test_of_a_large_site_only_the_middle_is_read(make):
     small, large = make.grid(LEFT, TOP, 480, 120), make.grid(LEFT, TOP, 3000, 600)
-    assert registration._middle(small) == small
-    middle = registration._middle(large)
+    assert registration._crop_to_middle(small) == small
+    middle = registration._crop_to_middle(large)
     assert middle.shape == (510, 510)
     box, whole = middle.boundingbox, large.boundingbox
     assert all(v % 60 == 0 for v in (box.left - whole.left, whole.top - box.top))

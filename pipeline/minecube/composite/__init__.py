@@ -92,7 +92,7 @@ def composite(
     tools = tools or Tools()
     _check_scenes(scenes, recipe)
     _check_recipe(recipe, tools)
-    year = year or _only_year(scenes)
+    year = year or _find_year(scenes)
     shared_scenes = dask.delayed(in_mosaic_order(scenes, grid), pure=False, traverse=False)
     task = dask.delayed(composite_block, pure=False, traverse=False)
     dtypes = {"reflectance": np.dtype("uint16")}
@@ -159,7 +159,7 @@ def _check_recipe(recipe: Recipe, tools: Tools) -> None:
     raise ReadError(f"recipe {recipe.id!r} {problem}: tools=Tools(opinion=...)")
 
 
-def _only_year(scenes: Sequence[pystac.Item]) -> int:
+def _find_year(scenes: Sequence[pystac.Item]) -> int:
     """Return the year of the scenes; raise ReadError if they are of several years."""
     years = sorted({scene.datetime.year for scene in scenes if scene.datetime})
     if len(years) > 1:

@@ -89,7 +89,7 @@ class Bands:
         self._ledger = ledger
         index = {int(day): n for n, day in enumerate(self.days)}
         self._day_of = [index.get(day, -1) for day in observations.day_of]
-        self._windows = self._used_windows()
+        self._windows = self._list_windows()
         self._reading: deque[_BandReads] = deque()
         self._queue: deque[str] = deque()
         self._spare: dict[int, list[UInt16]] = {}
@@ -115,7 +115,7 @@ class Bands:
             else:
                 place = (day, *_scale_window(window, size))
                 stack[place] |= mask_pixels(
-                    pixels, self._used_pixels(scene, window), size, out=pixels
+                    pixels, self._flag_used(scene, window), size, out=pixels
                 )
         return stack
 
@@ -128,7 +128,7 @@ class Bands:
     def narrow(self, use: Bool) -> None:
         """Reduce the observations of the bands not yet begun."""
         self.use = use
-        self._windows = self._used_windows()
+        self._windows = self._list_windows()
 
     def cancel(self) -> None:
         """Cancel all pending reads."""
@@ -141,7 +141,7 @@ class Bands:
 
     def _note_gaps(self, scene: int, window: Window, pixels: UInt16, size_m: int) -> None:
         """Strike the used observations without data in a band."""
-        gaps = self._used_pixels(scene, window) & ~_has_all_parts(pixels, size_m)
+        gaps = self._flag_used(scene, window) & ~_has_all_parts(pixels, size_m)
         day = self.days[self._day_of[scene]]
         self._observations.kind[(day, *window)][gaps] = 0
         if gaps.any():
@@ -190,19 +190,19 @@ class Bands:
         """Test if a scene is the only one of its day, so it owns every pixel seen."""
         return self._day_of.count(self._day_of[scene]) == 1
 
-    def _used_windows(self) -> list[tuple[int, Window]]:
+    def _list_windows(self) -> list[tuple[int, Window]]:
         """List the scenes with used pixels, each with the smallest window around them."""
         windows = []
-        everything = (slice(0, self.use.shape[1]), slice(0, self.use.shape[2]))
+        whole_area = (slice(0, self.use.shape[1]), slice(0, self.use.shape[2]))
         for scene, day in enumerate(self._day_of):
             if day < 0:
                 continue
-            pixels = self._used_pixels(scene, everything)
+            pixels = self._flag_used(scene, whole_area)
             if pixels.any():
-                windows.append((scene, (_span(pixels, 1), _span(pixels, 0))))
+                windows.append((scene, (_find_span(pixels, 1), _find_span(pixels, 0))))
         return windows
 
-    def _used_pixels(self, scene: int, window: Window) -> Bool:
+    def _flag_used(self, scene: int, window: Window) -> Bool:
         """Flag the used pixels of a scene in a window of 20 m pixels."""
         day = self._day_of[scene]
         use = self.use[(day, *window)]
@@ -271,7 +271,7 @@ def _has_all_parts(pixels: UInt16, size_m: int) -> Bool:
     return has_all
 
 
-def _span(flags: Bool, axis: int) -> slice:
+def _find_span(flags: Bool, axis: int) -> slice:
     """Return the range from the first to the last row (or column) with a flag.
 
     `axis` is the other one.

@@ -72,7 +72,7 @@ def composite_block(
     """
     scenes = scenes_near(scenes, padded(box, compute_margins(recipe)[1]))
     if not scenes:
-        return _empty_layers(box, recipe)
+        return _make_empty_layers(box, recipe)
     if estimate_memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
         axis, halves = _halve(box)
         parts = [composite_block(scenes, half, recipe, year, tools, ledger) for half in halves]
@@ -96,7 +96,7 @@ def _halve(box: GeoBox) -> tuple[int, tuple[GeoBox, GeoBox]]:
     return axis, (box[:, :middle], box[:, middle:])
 
 
-def _empty_layers(box: GeoBox, recipe: Recipe) -> Layers:
+def _make_empty_layers(box: GeoBox, recipe: Recipe) -> Layers:
     layers: Layers = {"reflectance": np.zeros((len(recipe.bands), *box.shape), np.uint16)}
     for name, layer in recipe.layers.items():
         missing = np.nan if layer.dtype.startswith("float") else 0
@@ -160,7 +160,7 @@ class _Block:
         Returns None if a band has no data at a pixel seen by the mask. Such pixels now come from
         other scenes: reduce the block again.
         """
-        layers = _empty_layers(self.task.box, self.recipe)
+        layers = _make_empty_layers(self.task.box, self.recipe)
         use, quality = self._choose_observations()
         if not self.crop(use).any():
             return layers
@@ -181,7 +181,7 @@ class _Block:
             excess = np.zeros(fringe_reads.use.shape, dtype=np.int32)
             if self.recipe.haze:
                 clear, quality, excess = masks.remove_haze(
-                    self._hot(pixels), fringe_reads.use, quality, self.recipe.haze
+                    self._sum_hot(pixels), fringe_reads.use, quality, self.recipe.haze
                 )
                 fringe_reads.narrow(clear)
                 bands.narrow(self.crop(clear[np.searchsorted(fringe_reads.days, bands.days)]))
@@ -206,7 +206,7 @@ class _Block:
             use &= clearest | (kind != CLEAR)
         return use, quality
 
-    def _hot(self, pixels: dict[str, UInt16]) -> Int32:
+    def _sum_hot(self, pixels: dict[str, UInt16]) -> Int32:
         """Compute 2 x blue - red, as `masks.remove_haze` needs it: int32 [day, y, x] at 20 m."""
         blue, red = (sum_to_mask_size(pixels[band], self.size(band)) for band in ("B02", "B04"))
         return 2 * blue - red
@@ -239,26 +239,26 @@ class _Block:
         if self.recipe.best_pixel:
             best = _BestPixels(self, self.recipe.best_pixel, fringe, bands.days, bands.use)
             index = best.choose()
-            bands.narrow(bands.use & _any_chosen(index, len(bands.days)))
+            bands.narrow(bands.use & _flag_chosen(index, len(bands.days)))
             copied = fringe._replace(pixels=dict(fringe.pixels))  # still needed for a second choice
-            self.take_days(self.each_band(copied, bands), index, bands.days, layers)
+            self.take_days(self.yield_bands(copied, bands), index, bands.days, layers)
             best.replace_black(index, layers)
         elif self.recipe.reducer == "geomedian":
-            self._reduce_geomedian(list(self.each_band(fringe, bands)), layers)
+            self._reduce_geomedian(list(self.yield_bands(fringe, bands)), layers)
         else:
-            for k, band, pixels in self.each_band(fringe, bands):
+            for k, band, pixels in self.yield_bands(fringe, bands):
                 layers["reflectance"][k] = repeat_pixels(reducers.median(pixels), self.size(band))
                 bands.release(pixels, band)
 
     def _reduce_geomedian(self, all_bands: Sequence[_BandPixels], layers: Layers) -> None:
-        for rows, stack in self._strips(all_bands):
+        for rows, stack in self._cut_strips(all_bands):
             geomedian = self.task.tools.geomedian(stack)
             layers["reflectance"][:, rows] = geomedian.reflectance
             layers["emad"][rows] = geomedian.emad
             layers["smad"][rows] = geomedian.smad
             layers["bcmad"][rows] = geomedian.bcmad
 
-    def _strips(self, all_bands: Sequence[_BandPixels]) -> Iterator[tuple[slice, UInt16]]:
+    def _cut_strips(self, all_bands: Sequence[_BandPixels]) -> Iterator[tuple[slice, UInt16]]:
         """Yield strips of rows with all bands stacked: uint16 [band, day, y, x] at 10 m."""
         height, width = self.task.box.shape
         days = len(all_bands[0].pixels)
@@ -272,7 +272,7 @@ class _Block:
                 stack[k] = repeat_pixels(part, size)
             yield rows, stack
 
-    def each_band(self, fringe: _FringeBands, bands: Bands) -> Iterator[_BandPixels]:
+    def yield_bands(self, fringe: _FringeBands, bands: Bands) -> Iterator[_BandPixels]:
         """Yield the bands of the used days, beginning with those read with the fringe.
 
         Bands are removed from `fringe.pixels`, to free their memory.
@@ -315,7 +315,7 @@ class _Block:
             fine = repeat_pixels(pixels, self.size(band))
             layers["reflectance"][k] = reducers.take_day(fine, index)
 
-    def bands_of(self, days: IntP, use: Bool) -> Bands:
+    def open_bands(self, days: IntP, use: Bool) -> Bands:
         """Open the bands of these days for the observations in use, bool [day, y, x] at 20 m."""
         observations = self.observations.crop(self.fringe_m // MASK_M)
         use_of_all = np.zeros(observations.kind.shape, dtype=np.bool_)
@@ -357,10 +357,10 @@ class _BestPixels:
         Only days with the fewest black bands in the fringe bands are candidates.
         """
         observed = repeat_pixels(self._use, MASK_M)
-        score = self._score()
+        score = self._score_days()
         black = self._count_black()
         if black is not None:
-            observed = _least_black(observed, black)
+            observed = _keep_least_black(observed, black)
         return reducers.choose_best_day(score, observed)
 
     def replace_black(self, index: Int16, layers: Layers) -> None:
@@ -380,7 +380,7 @@ class _BestPixels:
                 return
             if score is None:
                 observed = repeat_pixels(self._use, MASK_M)
-                score = self._score()
+                score = self._score_days()
                 count = self._count_black()
             if count is None:
                 count = np.zeros(observed.shape, dtype=np.uint8)
@@ -388,12 +388,12 @@ class _BestPixels:
                 self._add_black(band, pixels, count)
             if self._block.observations.incomplete:
                 return
-            better = reducers.choose_best_day(score, _least_black(observed, count))
+            better = reducers.choose_best_day(score, _keep_least_black(observed, count))
             changed = np.where(better == index, np.int16(-1), better)
             self._take_again(changed, layers)
             index = better
 
-    def _score(self) -> Float32:
+    def _score_days(self) -> Float32:
         """Score the candidate days: float32 [day, y, x] at 10 m."""
         block = self._block
         if block.cloud_distance is None:
@@ -441,16 +441,18 @@ class _BestPixels:
             black = values == _BLACK
             if not black.any():
                 continue
-            already = checked.setdefault(band, np.zeros(has_other_days.shape, dtype=np.bool_))
-            pixels = _any_of_four(black) & has_other_days & ~already
+            checked_before = checked.setdefault(
+                band, np.zeros(has_other_days.shape, dtype=np.bool_)
+            )
+            pixels = _flag_any_of_four(black) & has_other_days & ~checked_before
             if pixels.any():
                 doubtful[band] = pixels
-                checked[band] = already | pixels
+                checked[band] = checked_before | pixels
         return doubtful
 
     def _add_black(self, band: str, pixels: Bool, count: UInt8) -> None:
         """Read a band of all candidate days at some pixels, and count its black observations."""
-        bands = self._block.bands_of(self._days, self._use & pixels)
+        bands = self._block.open_bands(self._days, self._use & pixels)
         try:
             bands.read([band])
             black = bands.next() == _BLACK
@@ -466,15 +468,15 @@ class _BestPixels:
         changed = index >= 0
         if not changed.any():
             return
-        bands = block.bands_of(self._days, self._use & _any_chosen(index, len(self._days)))
+        bands = block.open_bands(self._days, self._use & _flag_chosen(index, len(self._days)))
         try:
             bands.read([band for band in block.recipe.bands if band not in self._fringe.pixels])
             position = np.full(len(self._days), -1, dtype=np.int16)
             position[np.searchsorted(self._days, bands.days)] = np.arange(len(bands.days))
-            new_layers = _empty_layers(block.task.box, block.recipe)
+            new_layers = _make_empty_layers(block.task.box, block.recipe)
             new_index = np.where(changed, position[index], -1).astype(np.int16)
             copied = self._fringe._replace(pixels=dict(self._fringe.pixels))
-            all_bands = block.each_band(copied, bands)
+            all_bands = block.yield_bands(copied, bands)
             block.take_days(all_bands, new_index, bands.days, new_layers)
         finally:
             bands.cancel()
@@ -482,7 +484,7 @@ class _BestPixels:
             np.copyto(layers[name], new_layers[name], where=changed)
 
 
-def _least_black(use: Bool, count: UInt8) -> Bool:
+def _keep_least_black(use: Bool, count: UInt8) -> Bool:
     """Return the observations in use with the fewest black bands, bool [day, y, x].
 
     Atmospheric correction can make reflectance negative; it is stored as 1. In blue this value
@@ -496,14 +498,14 @@ def _least_black(use: Bool, count: UInt8) -> Bool:
     return least
 
 
-def _any_of_four(flags: Bool) -> Bool:
+def _flag_any_of_four(flags: Bool) -> Bool:
     """Flag the 20 m pixels [..., y, x] with a flag in any of their four 10 m pixels."""
     *lead, height, width = flags.shape
     four = flags.reshape(*lead, height // 2, 2, width // 2, 2)
-    any_flag: Bool = np.logical_or.reduce(four, axis=(-3, -1))
-    return any_flag
+    flags_of_20m: Bool = np.logical_or.reduce(four, axis=(-3, -1))
+    return flags_of_20m
 
 
-def _any_chosen(index: Int16, days: int) -> Bool:
+def _flag_chosen(index: Int16, days: int) -> Bool:
     """Flag the days [day, y, x] at 20 m chosen by any of a pixel's 10 m pixels."""
-    return np.stack([_any_of_four(index == day) for day in range(days)])
+    return np.stack([_flag_any_of_four(index == day) for day in range(days)])

@@ -55,9 +55,9 @@ class DayMasks:
         """Read SCL of all scenes and return the masks of all days."""
         recipe = self._task.recipe
         scenes = range(len(self._task.scenes))
-        classes = self._classes(scenes, self._task.ledger)
+        classes = self._read_classes(scenes, self._task.ledger)
         owner, scl = masks.mosaic_scenes(classes, self.days)
-        opinion = self._opinions(scenes, self.days, owner, self._task.ledger)
+        opinion = self._read_opinions(scenes, self.days, owner, self._task.ledger)
         months = [time.month for time in self.times]
         kind = masks.classify(scl, recipe, months, self._seasons, opinion)
         if len(scl) < len(scenes):
@@ -77,9 +77,9 @@ class DayMasks:
             return None
         ledger = self._task.ledger and self._task.ledger.for_repeats()
         one_day = [0] * len(later)
-        position, scl = masks.mosaic_scenes(self._classes(later, ledger), one_day)
+        position, scl = masks.mosaic_scenes(self._read_classes(later, ledger), one_day)
         owner = np.where(position >= 0, np.array(later, dtype=np.int16)[position], np.int16(-1))
-        opinions = self._opinions(later, one_day, owner, ledger)
+        opinions = self._read_opinions(later, one_day, owner, ledger)
         bright = None
         if recipe.bright_override:
             all_days = self._scl.copy()
@@ -97,7 +97,7 @@ class DayMasks:
             cloud_distance = crop(masks.measure_cloud_distance(kind, limit_m), self._edge).copy()
         return Masks(crop(owner, self._edge).copy(), crop(kind, self._edge).copy(), cloud_distance)
 
-    def _classes(self, scenes: Sequence[int], ledger: Ledger | None) -> Iterator[UInt8]:
+    def _read_classes(self, scenes: Sequence[int], ledger: Ledger | None) -> Iterator[UInt8]:
         """Yield the classes of each of these scenes, uint8 [y, x] at 20 m."""
         box = at_resolution(self._box, MASK_M)
         items = [self._task.scenes[n] for n in scenes]
@@ -110,7 +110,7 @@ class DayMasks:
             for read in reads:
                 read.cancel()
 
-    def _opinions(
+    def _read_opinions(
         self, scenes: Sequence[int], days: Sequence[int], owner: Int16, ledger: Ledger | None
     ) -> UInt8 | None:
         """Compute the second mask of each day: uint8 [day, y, x] at 20 m; None without an opinion.

@@ -180,10 +180,10 @@ def grow(flags: Bool, rule: MaskRule) -> Bool:
 def remove_specks(flags: Bool, size: int) -> Bool:
     """Keep only the parts of flags [y, x] covered by flagged squares of `size` pixels."""
     # A corner is the upper left pixel of a square. First, flag squares with an unflagged pixel.
-    corner = _any_along(_any_along(~flags, 0, 0, size - 1), 1, 0, size - 1)
+    corner = _flag_along(_flag_along(~flags, 0, 0, size - 1), 1, 0, size - 1)
     corner[1 - size :] = True
     corner[:, 1 - size :] = True
-    return _any_along(_any_along(~corner, 0, 1 - size, 0), 1, 1 - size, 0) & flags
+    return _flag_along(_flag_along(~corner, 0, 1 - size, 0), 1, 1 - size, 0) & flags
 
 
 def dilate(flags: Bool, radius_m: int) -> Bool:
@@ -210,7 +210,7 @@ def find_bright_ground(scl: UInt8, rule: BrightOverride) -> Bool:
     without certain pixels: those flagged clearly more often than usual on the other dates. Only
     dates with clear surroundings count. On these dates, flags of a pixel are attributed to the
     ground under two conditions. At least the share `rule.flagged` of the dates, and at least two
-    dates, are flagged. Chance clouds are an unlikely cause (see `_evidence`).
+    dates, are flagged. Chance clouds are an unlikely cause (see `_weigh_evidence`).
     """
     observed = scl != _NODATA
     flagged = _is_one_of(scl, rule.classes)
@@ -222,20 +222,20 @@ def find_bright_ground(scl: UInt8, rule: BrightOverride) -> Bool:
     half = rule.window_m // (MASK_M * _CELL)
     sample = np.where(observed_count > 0, share, np.nan)[::_CELL, ::_CELL]
     quartile = _repeat_cells(_lower_quartile_around(sample, half), share.shape)
-    usual = (quartile + 0.2).astype(np.float32)
+    usual_share = (quartile + 0.2).astype(np.float32)
     is_clear_around = np.empty_like(observed)
     evidence = np.zeros(share.shape, np.int32)
     for day in range(len(scl)):
         # Leave out the date itself: among few dates, a single flag makes a pixel stand out.
         flagged_otherwise = flagged_count - flagged[day]
-        is_ordinary = flagged_otherwise <= usual * (observed_count - observed[day])
+        is_ordinary = flagged_otherwise <= usual_share * (observed_count - observed[day])
         is_counted = observed[day] & is_ordinary
         cloudy = sum_windows(_sum_cells(flagged[day] & is_counted), half)
         counted = sum_windows(_sum_cells(is_counted), half)
         # Surroundings without observations are no evidence.
         is_clear = (cloudy <= rule.around * counted) & (counted > 0)
         is_clear_around[day] = _repeat_cells(is_clear, share.shape) & observed[day]
-        if_flagged, if_not = _evidence(cloudy, counted, rule)
+        if_flagged, if_not = _weigh_evidence(cloudy, counted, rule)
         evidence += is_clear_around[day] * np.where(
             flagged[day],
             _repeat_cells(if_flagged, share.shape),
@@ -248,7 +248,7 @@ def find_bright_ground(scl: UInt8, rule: BrightOverride) -> Bool:
     return flagged
 
 
-def _evidence(cloudy: Int32, counted: Int32, rule: BrightOverride) -> tuple[Int32, Int32]:
+def _weigh_evidence(cloudy: Int32, counted: Int32, rule: BrightOverride) -> tuple[Int32, Int32]:
     """Compute one date's evidence for bright ground against chance clouds.
 
     The evidence is a log likelihood ratio, summed over dates (Wald 1945, Annals of Mathematical
@@ -432,11 +432,11 @@ def _erode_coverage(scl: UInt8) -> Bool:
     has_data: Bool = scl != _NODATA
     if has_data.all():
         return has_data
-    inside: Bool = np.logical_not(_any_along(_any_along(~has_data, 0, -1, 1), 1, -1, 1))
+    inside: Bool = np.logical_not(_flag_along(_flag_along(~has_data, 0, -1, 1), 1, -1, 1))
     return inside
 
 
-def _any_along(flags: Bool, axis: int, start: int, last: int) -> Bool:
+def _flag_along(flags: Bool, axis: int, start: int, last: int) -> Bool:
     """Flag pixels with any flag `start`..`last` pixels further along the axis.
 
     Pixels beyond the array have no flag.

@@ -129,10 +129,10 @@ def estimate_memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) 
     days_read = days
     if recipe.max_clear_observations:
         days_read = min(days, recipe.max_clear_observations * 3 // 2)
-    return of_masks + days_read * _bytes_of_bands(scenes, padded(box, fringe), recipe)
+    return of_masks + days_read * _estimate_band_bytes(scenes, padded(box, fringe), recipe)
 
 
-def _bytes_of_bands(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
+def _estimate_band_bytes(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     """Return the bytes per day of the bands in memory at a time."""
     all_bands: int = 0
     for band in recipe.bands:

@@ -32,8 +32,8 @@ def median(observed: UInt16) -> UInt16:
     """
     ranks = (np.arange(len(observed) + 1) - 1) // 2
     medians = np.zeros(observed.shape[1:], dtype=np.uint16)
-    for part, rows, missing in _tiles(observed, medians):
-        low, high, count = _at_rank(rows, missing, ranks)
+    for part, rows, missing in _cut_tiles(observed, medians):
+        low, high, count = _select_ranks(rows, missing, ranks)
         odd = (count & 1).astype(bool)
         total = low + np.where(odd, low, high).astype(np.uint32)
         half = total >> 1
@@ -52,8 +52,8 @@ def lower_quartile(values: Int32, valid: Bool) -> Int32:
     """
     quartiles = np.zeros(values.shape[1:], dtype=np.int32)
     ranks = np.maximum(np.arange(len(values) + 1) - 1, 0) // 4
-    for part, rows, missing in _tiles(values, quartiles, valid):
-        low, _, count = _at_rank(rows, missing, ranks, with_next=False)
+    for part, rows, missing in _cut_tiles(values, quartiles, valid):
+        low, _, count = _select_ranks(rows, missing, ranks, with_next=False)
         np.multiply(low, count > 0, out=part)
     return quartiles
 
@@ -74,7 +74,7 @@ def median_of_observed(values: AnyArray, observed: Bool) -> Float32:
     missing = np.empty((days, height, width), values.dtype)
     missing[:] = ~observed[:, None]
     ranks = (np.arange(days + 1) - 1) // 2
-    low, high, count = _at_rank(rows, missing.reshape(days, -1), ranks)
+    low, high, count = _select_ranks(rows, missing.reshape(days, -1), ranks)
     high = np.where(count & 1, low, high)
     low, high = (np.where(count > 0, a, 0) for a in (low, high))  # a fill may have the bits of NaN
     if values.dtype == np.int32:
@@ -84,7 +84,7 @@ def median_of_observed(values: AnyArray, observed: Bool) -> Float32:
 
 
 @functools.cache
-def _sorting_network(size: int, ranks: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
+def _build_network(size: int, ranks: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
     """Build Batcher's odd-even merge sort of `size` rows, reduced to the comparisons for ranks.
 
     Returns:
@@ -110,7 +110,7 @@ def _sorting_network(size: int, ranks: tuple[int, ...]) -> tuple[tuple[int, int,
     return tuple(network[::-1])
 
 
-def _tiles(
+def _cut_tiles(
     values: AnyArray, result: AnyArray, valid: Bool | None = None
 ) -> Iterator[tuple[AnyArray, AnyArray, AnyArray]]:
     """Yield 1-d views of parts of `result`, each with its values and missing flags.
@@ -141,7 +141,7 @@ def _tiles(
         yield flat_result[start:stop], rows, missing
 
 
-def _at_rank(
+def _select_ranks(
     rows: AnyArray, missing: AnyArray, ranks: Int64, *, with_next: bool = True
 ) -> tuple[AnyArray, AnyArray, AnyArray]:
     """Select each pixel's value at the rank for its count, the next higher value, and the count.
@@ -172,7 +172,7 @@ def _at_rank(
             np.add(row, fill_low, out=row)
     rank = int(ranks[days])
     next_rank = min(rank + with_next, days - 1)
-    for a, b, needs_minimum, needs_maximum in _sorting_network(days, (rank, next_rank)):
+    for a, b, needs_minimum, needs_maximum in _build_network(days, (rank, next_rank)):
         if needs_minimum and needs_maximum:
             np.minimum(layers[a], layers[b], out=spare)
             np.maximum(layers[a], layers[b], out=layers[b])

@@ -91,9 +91,9 @@ def geomedian(stack: UInt16) -> Geomedian:
         if width == 1:  # numpy sums one column in another order than several
             tile = tile.repeat(2, axis=2)
             observed = observed.repeat(2, axis=1)
-        centre, of_tile = _geomedian_of_tile(tile[:, has_pixels], observed[has_pixels])
+        centre, tile_deviations = _geomedian_of_tile(tile[:, has_pixels], observed[has_pixels])
         reflectance[:, start : start + width] = np.rint(centre)[:, :width]
-        deviations[:, start : start + width] = of_tile[:, :width]
+        deviations[:, start : start + width] = tile_deviations[:, :width]
     emad, smad, bcmad = deviations.reshape(3, *shape)
     return Geomedian(reflectance.reshape(bands, *shape), emad, smad, bcmad)
 
@@ -212,7 +212,7 @@ def _geomedian_of_tile(tile: UInt16, observed: Bool) -> tuple[Float32, Float32]:
     spectra -= origin[:, None]
     weight = observed.astype(np.float32)
     centre = _snap_to_observations(spectra, weight, _search_geomedians(spectra, weight))
-    distances = _distances_from_geomedian(spectra, weight, centre, origin)
+    distances = _measure_distances(spectra, weight, centre, origin)
     deviations = median_of_observed(distances.view(np.int32), observed)
     deviations[:, ~observed.any(axis=0)] = np.nan
     return origin + centre, deviations
@@ -230,7 +230,7 @@ def _search_geomedians(spectra: Float32, weight: Float32) -> Float32:
     active = np.ones(len(pixels), dtype=bool)
     state: _Search | None = None
     for _ in range(MOST_STEPS):
-        step = _step_of_weiszfeld(spectra, weight, point)
+        step = _take_weiszfeld_step(spectra, weight, point)
         target, state = _leap(step, state)
         squared_move = np.maximum(_dot(target - point, target - point), _dot(step.step, step.step))
         point = target
@@ -290,11 +290,11 @@ def _leap(step: _Search, state: _Search | None) -> tuple[Float32, _Search]:
     worse = step.cost > state.cost * np.float32(1 + 1e-6)
     if not worse.any():
         return target, step
-    mixed = _Search(*(np.where(worse, b, a) for a, b in zip(step, state, strict=True)))
-    return np.where(worse, state.end, target), mixed
+    best_state = _Search(*(np.where(worse, b, a) for a, b in zip(step, state, strict=True)))
+    return np.where(worse, state.end, target), best_state
 
 
-def _step_of_weiszfeld(spectra: Float32, weight: Float32, point: Float32) -> _Search:
+def _take_weiszfeld_step(spectra: Float32, weight: Float32, point: Float32) -> _Search:
     """Take one step of Weiszfeld's iteration from a point [band, pixel].
 
     The cost in the result is the sum of distances at this point.
@@ -320,7 +320,7 @@ def _step_of_weiszfeld(spectra: Float32, weight: Float32, point: Float32) -> _Se
     return _Search(step, point + step, cost)
 
 
-def _distances_from_geomedian(
+def _measure_distances(
     spectra: Float32, weight: Float32, centre: Float32, origin: Float32
 ) -> Float32:
     """Measure each observation's distances from the geomedian: float32 [day, 3, pixel], 0 = none.

@@ -113,8 +113,8 @@ def shifts(
     bands = [band for band in _BANDS if all(band in scene.assets for scene in scenes)]
     if not scenes or not bands:
         return [_make_shift(scene, None, None, 0) for scene in scenes]
-    band, size_m = _finest_band(scenes, bands)
-    edges = _read_edges(scenes, band, at_resolution(_middle(grid), size_m), ledger)
+    band, size_m = _choose_finest_band(scenes, bands)
+    edges = _read_edges(scenes, band, at_resolution(_crop_to_middle(grid), size_m), ledger)
     moves_px, peaks = compare(edges)
     rows = zip(scenes, edges, moves_px * size_m, peaks.tolist(), strict=True)
     return [
@@ -196,7 +196,7 @@ def compare(edges: Sequence[Complex64]) -> tuple[Float64, Float64]:
     chain: dict[int, Float64] = {}
     for start in order[:_STARTS]:
         later = [n for n in order if n != start]
-        chain = max(chain, _chain(edges, [start, *later]), key=len)
+        chain = max(chain, _measure_chain(edges, [start, *later]), key=len)
         if 2 * len(chain) > len(order):
             break
     moves = np.full((len(edges), 2), np.nan)
@@ -299,7 +299,7 @@ def shift_of(edges: Complex64, reference: Complex64) -> tuple[Float64, float]:
     """
     if np.count_nonzero((edges != 0) & (reference != 0)) < _LEAST:
         return np.full(2, np.nan), 0.0
-    surface = correlation(edges, reference)
+    surface = correlate(edges, reference)
     row, column = np.unravel_index(surface.argmax(), surface.shape)
     top = surface[row, column]
     rows, columns = np.indices(surface.shape)
@@ -311,11 +311,11 @@ def shift_of(edges: Complex64, reference: Complex64) -> tuple[Float64, float]:
     is_too_low = top - other_places.mean() < _STANDS_OUT * other_places.std()
     if is_too_far or is_too_low or distinct < _DISTINCT:
         return np.full(2, np.nan), distinct
-    right, down = vertex(surface[row - 1 : row + 2, column - 1 : column + 2])
+    right, down = find_vertex(surface[row - 1 : row + 2, column - 1 : column + 2])
     return np.array([column - _REACH + right, _REACH - row - down]), distinct
 
 
-def correlation(edges: Complex64, reference: Complex64) -> Float32:
+def correlate(edges: Complex64, reference: Complex64) -> Float32:
     """Correlate edges with a reference at each whole shift: float32, -1..1.
 
     The shape is [2 * `_REACH` + 1, 2 * `_REACH` + 1]. Only pixels present in both count. The middle
@@ -340,7 +340,7 @@ def correlation(edges: Complex64, reference: Complex64) -> Float32:
     return similarity
 
 
-def vertex(nine: Float32) -> tuple[float, float]:
+def find_vertex(nine: Float32) -> tuple[float, float]:
     """Find the maximum of a least-squares parabola through [3, 3] values.
 
     Returns columns and rows from the middle, at most 1.
@@ -363,12 +363,12 @@ def zero_of(moves: Float64) -> Float64:
     """Compute the zero of shifts [scene, 2], clearest scene first: [2], by the module's method."""
     distances = np.linalg.norm(moves[:, None] - moves[None], axis=-1)
     central = distances.sum(axis=1).argmin()  # among equally near scenes, the clearest
-    agrees = distances[central] <= _TOGETHER
-    zero: Float64 = np.median(moves[agrees], axis=0)
+    agreeing = distances[central] <= _TOGETHER
+    zero: Float64 = np.median(moves[agreeing], axis=0)
     return zero
 
 
-def _chain(edges: Sequence[Complex64], order: Sequence[int]) -> dict[int, Float64]:
+def _measure_chain(edges: Sequence[Complex64], order: Sequence[int]) -> dict[int, Float64]:
     """Measure the shift of each scene from the mean of the scenes before it, if possible."""
     start = order[0]
     mean = Mean(edges[start].shape)
@@ -382,7 +382,7 @@ def _chain(edges: Sequence[Complex64], order: Sequence[int]) -> dict[int, Float6
     return chain
 
 
-def _finest_band(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> tuple[str, int]:
+def _choose_finest_band(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> tuple[str, int]:
     """Choose the finest band common to all scenes, and the pixel size in metres common to them.
 
     Among equal bands, the first is chosen.
@@ -391,7 +391,7 @@ def _finest_band(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> tuple[s
     return min(zip(bands, sizes, strict=True), key=lambda band: band[1])
 
 
-def _middle(grid: GeoBox) -> GeoBox:
+def _crop_to_middle(grid: GeoBox) -> GeoBox:
     """Return the grid, or its middle if it is larger than `_WINDOW` pixels.
 
     The middle begins at a multiple of 60 m.

@@ -50,13 +50,13 @@ class TorchGeomedian:
         flat = stack.reshape(bands, days, math.prod(shape))
         reflectance = np.zeros((bands, flat.shape[2]), dtype=np.uint16)
         deviations = np.full((3, flat.shape[2]), np.nan, dtype=np.float32)
-        for part in _strips(flat):
+        for part in _cut_strips(flat):
             observed = torch.from_numpy(flat[0, :, part] > 0).to(self.device)
             spectra = self._to_device(flat[:, :, part]).double() * 1e-4
-            geomedian, of_part = _geomedian(spectra, observed)
+            geomedian, part_deviations = _geomedian(spectra, observed)
             stored = torch.where(observed.any(0), (geomedian * 1e4).round().clamp(min=1), 0)
             reflectance[:, part] = stored.cpu().numpy()
-            deviations[:, part] = of_part.cpu().numpy()
+            deviations[:, part] = part_deviations.cpu().numpy()
         emad, smad, bcmad = deviations.reshape(3, *shape)
         return Geomedian(reflectance.reshape(bands, *shape), emad, smad, bcmad)
 
@@ -69,7 +69,7 @@ class TorchGeomedian:
         return signed.to(torch.int32) & 0xFFFF
 
 
-def _strips(stack: UInt16) -> Iterator[slice]:
+def _cut_strips(stack: UInt16) -> Iterator[slice]:
     """Yield ranges of pixels (the last dimension) of about `STRIP_VALUES` values each.
 
     Without days there are no ranges.
@@ -132,7 +132,7 @@ def _search_geomedians(spectra: Tensor, weight: Tensor) -> Tensor:
     pixels = torch.arange(point.shape[1], device=point.device)
     state: _Search | None = None
     for _ in range(MOST_STEPS):
-        step = _step_of_weiszfeld(spectra, weight, point)
+        step = _take_weiszfeld_step(spectra, weight, point)
         target, state = _leap(step, state)
         squared_move = torch.maximum(((target - point) ** 2).sum(0), (step[0] ** 2).sum(0))
         point = target
@@ -162,7 +162,7 @@ def _leap(step: _Search, state: _Search | None) -> tuple[Tensor, _Search]:
     return target, (move, end, cost)
 
 
-def _step_of_weiszfeld(spectra: Tensor, weight: Tensor, point: Tensor) -> _Search:
+def _take_weiszfeld_step(spectra: Tensor, weight: Tensor, point: Tensor) -> _Search:
     """Take one step from a point [band, pixel]."""
     distance = _squared_distance(spectra, point).sqrt()
     touching = (distance <= TOUCHING) * weight
@@ -188,7 +188,7 @@ def _snap_to_observations(spectra: Tensor, observed: Tensor, centre: Tensor) -> 
     distance = _squared_distance(spectra, nearest).sqrt()
     unit = torch.where(observed & (distance > 0), 1 / distance.clamp(min=_TINY), 0)
     bands = zip(spectra, nearest, strict=True)
-    pull = torch.stack([((values - of_nearest) * unit).sum(0) for values, of_nearest in bands])
+    pull = torch.stack([((values - band_nearest) * unit).sum(0) for values, band_nearest in bands])
     equal_count = ((distance == 0) & observed).sum(0)
     is_geomedian = (pull * pull).sum(0).sqrt() < equal_count * (1 - 1e-6)
     return torch.where(is_geomedian, nearest, centre)

@@ -182,7 +182,7 @@ def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
     first bytes of each file; reads need these anyway.
     """
     files = [asset_of(scene, band).file for band in bands]
-    checks = [threads(READ_THREADS).submit(_why_missing, file) for file in files]
+    checks = [threads(READ_THREADS).submit(_explain_missing, file) for file in files]
     reasons = [check.result() for check in checks]
     for band, reason in zip(bands, reasons, strict=True):
         if reason:
@@ -190,7 +190,7 @@ def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
     return ""
 
 
-def _why_missing(file: File) -> str:
+def _explain_missing(file: File) -> str:
     try:
         need_header(file)
     except MissingError as error:

@@ -133,7 +133,7 @@ def warp(
     window = _window_of(image, grid)
     _count_stored(image, window, tally)
     height = grid.shape[0]
-    rows = _rows_per_strip(image, window, height)
+    rows = _count_rows_per_strip(image, window, height)
     warped = np.empty(grid.shape, dtype=np.uint16)
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
@@ -141,7 +141,7 @@ def warp(
     return warped
 
 
-def _rows_per_strip(image: rasterio.DatasetReader, window: Window, height: int) -> int:
+def _count_rows_per_strip(image: rasterio.DatasetReader, window: Window, height: int) -> int:
     """Return the number of grid rows covered by about `_STRIP_PX` pixels of the file.
 
     Args:

@@ -127,10 +127,10 @@ def read_file(
             f"{name}: is not read ({error}), so its site-year is not written; replace the file"
         ) from error
     except (rasterio.errors.RasterioError, RequestError) as error:
-        raise _read_error(file.href, error, tally) from error
+        raise _make_error(file.href, error, tally) from error
 
 
-def _read_error(href: str, error: Exception, tally: Tally) -> ReadError:
+def _make_error(href: str, error: Exception, tally: Tally) -> ReadError:
     """Build the error of a failed read: lost if another try may succeed, else gone."""
     cause: BaseException = error
     if tally.error:
@@ -152,7 +152,7 @@ def _open(file: File, tally: Tally) -> rasterio.DatasetReader:
     check_href(file.href, origin, file.access.hosts())
     if is_local(file.href):
         path = Path(local_path(file.href))
-        return images.open_image(str(path), _first_bytes(path), most_px=_MOST_PX)
+        return images.open_image(str(path), _read_first_bytes(path), most_px=_MOST_PX)
     remote = remote_for(file.access, origin)
     head = remote.head(file.href, tally)
     _need_whole(head)
@@ -171,12 +171,12 @@ def need_header(file: File) -> None:
         ForbiddenError: The file must not be read.
     """
     if is_local(file.href):
-        _first_bytes(Path(local_path(file.href)))
+        _read_first_bytes(Path(local_path(file.href)))
     else:
         _need_whole(remote_for(file.access, file.origin or "").head(file.href, Tally()))
 
 
-def _first_bytes(path: Path) -> bytes:
+def _read_first_bytes(path: Path) -> bytes:
     """Read the first bytes of a local file.
 
     Raises MissingError if the file is missing or cut, RequestError if it cannot be read.

@@ -274,7 +274,7 @@ class Remote:
 
     def _check_answer(self, answer: urllib3.BaseHTTPResponse, part: _Range) -> Head:
         """Return the answer's bytes after checking them against the requested range."""
-        size = _checked_size(answer, part)
+        size = _check_size(answer, part)
         expected = min(part.length, size - part.start)
         data = read_body(answer, expected, PATIENCE_S)
         part.tally.bytes += len(data)
@@ -288,7 +288,7 @@ class Remote:
         return head
 
 
-def _checked_size(answer: urllib3.BaseHTTPResponse, part: _Range) -> int:
+def _check_size(answer: urllib3.BaseHTTPResponse, part: _Range) -> int:
     """Return the file's size, and check that the answer begins at the requested range."""
     content_range = answer.headers.get("Content-Range", "")
     number = "([0-9]{1,18})"

@@ -76,7 +76,7 @@ class Signer:
         if self.access.kind == "planetary-computer" and host in self.access.hosts() and same_scheme:
             container = f"{host.split('.')[0]}/{parts.path[1:].partition('/')[0]}"
             separator = "&" if parts.query else "?"
-            return f"{href}{separator}{self._token(container)}", container
+            return f"{href}{separator}{self._get_token(container)}", container
         return href, None
 
     def forget(self, key: str | None, url: str) -> None:
@@ -85,7 +85,7 @@ class Signer:
             if key in self._tokens and url.endswith(self._tokens[key][0]):
                 del self._tokens[key]
 
-    def _token(self, container: str) -> str:
+    def _get_token(self, container: str) -> str:
         """Return the container's token, requesting a new one near the end of its life."""
         with self._lock:
             token, expires = self._tokens.get(container, ("", 0.0))

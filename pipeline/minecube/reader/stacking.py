@@ -171,7 +171,7 @@ def _stack_raw(
         assets |= {f"{n}/{band}": asset_of(item, band) for band in bands}
     with _STACKSTAC_LOCK:
         stacked = stackstac.stack(
-            [_light_item(n, item, bands, grid) for n, item in enumerate(items)],
+            [_make_light_item(n, item, bands, grid) for n, item in enumerate(items)],
             assets=bands,
             epsg=grid.crs.epsg,
             resolution=abs(grid.resolution.x),
@@ -199,7 +199,9 @@ def _stack_raw(
     return stacked.data
 
 
-def _light_item(n: int, item: pystac.Item, bands: Sequence[str], grid: GeoBox) -> dict[str, Any]:
+def _make_light_item(
+    n: int, item: pystac.Item, bands: Sequence[str], grid: GeoBox
+) -> dict[str, Any]:
     """Build an item for stackstac: only names, and the grid as its place.
 
     So stackstac skips or drops no item.
