@@ -21,16 +21,16 @@ from minecube.catalog import (
     load_recipes,
 )
 from minecube.composite.masks import (
-    chosen,
-    clearest,
-    cloud_distance_m,
-    corrected,
+    choose_clearest,
+    choose_observations,
+    classify,
+    correct_classes,
+    find_bright_ground,
     grow,
-    kinds,
-    mosaic,
-    persistently_bright,
-    window_sum,
-    without_haze,
+    measure_cloud_distance,
+    mosaic_scenes,
+    remove_haze,
+    sum_windows,
 )
 
 PLAIN = Recipe(id="plain", title="no mask")
@@ -66,7 +66,7 @@ def test_grow_opens_and_dilates_in_metres(seed, share, dilate_m, open_m):
 def test_the_outermost_pixel_of_a_swath_is_not_trusted():
     scl = np.full((1, 7, 7), 4, np.uint8)
     scl[0, :, :2] = 0
-    owner, day = mosaic(scl, [0])
+    owner, day = mosaic_scenes(scl, [0])
     assert (owner[0, :, :3] == -1).all()  # two without data, one of border
     assert (owner[0, :, 3:] == 0).all()  # the edge of the window is no border
     assert (day[0, :, 3:] == 4).all()
@@ -89,7 +89,7 @@ def mine_under_changing_sky(share_of_window, dates=14, side=60):
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.35])
 def test_bright_ground_is_kept_and_clouds_over_it_are_not(share):
     scl, mine, overcast = mine_under_changing_sky(share)
-    bright = persistently_bright(scl, BrightOverride())
+    bright = find_bright_ground(scl, BrightOverride())
     assert bright[~overcast][:, mine].all()
     assert not bright[overcast].any()
     assert not bright[:, ~mine].any()
@@ -105,7 +105,7 @@ def test_a_cloudy_year_is_not_mistaken_for_a_mine():
             scl[day, max(y, 0) : y + 22, max(x, 0) : x + 22] = 9
     cloud = scl == 9
     assert cloud.mean() > 0.7
-    assert persistently_bright(scl, BrightOverride()).mean() < 0.005
+    assert find_bright_ground(scl, BrightOverride()).mean() < 0.005
 
 
 @pytest.mark.parametrize("beyond", [4, 16, 80])
@@ -114,9 +114,9 @@ def test_ground_that_was_never_observed_says_nothing_of_bright_ground(share, bey
     """Image chips have nothing around them."""
     scl, *_ = mine_under_changing_sky(share)
     wide = np.pad(scl, ((0, 0), (beyond, beyond), (beyond, beyond)))
-    found = persistently_bright(wide, BrightOverride())
+    found = find_bright_ground(wide, BrightOverride())
     np.testing.assert_array_equal(
-        found[:, beyond:-beyond, beyond:-beyond], persistently_bright(scl, BrightOverride())
+        found[:, beyond:-beyond, beyond:-beyond], find_bright_ground(scl, BrightOverride())
     )
     assert found.sum() == found[:, beyond:-beyond, beyond:-beyond].sum()
 
@@ -128,7 +128,7 @@ def test_a_cloudy_chip_is_not_mistaken_for_a_mine(side):
     middle = slice(40 - side // 2, 40 - side // 2 + side)
     scl[:, middle, middle] = 4
     scl[:7, middle, middle] = 9
-    assert not persistently_bright(scl, BrightOverride()).any()
+    assert not find_bright_ground(scl, BrightOverride()).any()
 
 
 @pytest.mark.parametrize("dates", [2, 3, 4, 6])
@@ -143,14 +143,14 @@ def test_scattered_clouds_on_few_dates_are_no_bright_ground(dates, cover):
             row, column, radius = *rng.integers(0, 96, 2), rng.integers(3, 7)
             layer[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2] = 9
     assert (scl == 9).all(axis=0).any() or dates * cover < 2
-    assert persistently_bright(scl, BrightOverride()).mean() < 1e-3
+    assert find_bright_ground(scl, BrightOverride()).mean() < 1e-3
 
 
 @pytest.mark.parametrize("dates", [2, 3, 4])
 def test_a_mine_is_bright_ground_on_few_dates_too(dates):
     scl = np.full((dates, 96, 96), 4, np.uint8)
     scl[:, 40:56, 40:56] = 9
-    bright = persistently_bright(scl, BrightOverride())
+    bright = find_bright_ground(scl, BrightOverride())
     assert bright[:, 40:56, 40:56].all()
     assert bright.sum() == dates * 256
 
@@ -159,7 +159,7 @@ def test_a_mine_is_bright_ground_on_few_dates_too(dates):
 def test_numbers_that_are_no_class_are_not_observed(number):
     scl = np.array([[4, number, 11, 0]], np.uint8)
     for error in (None, "veiled", "no cirrus"):
-        assert (corrected(scl, error) == 0).tolist() == [[False, True, False, True]]
+        assert (correct_classes(scl, error) == 0).tolist() == [[False, True, False, True]]
 
 
 def test_of_two_observations_the_hazy_one_goes():
@@ -167,7 +167,7 @@ def test_of_two_observations_the_hazy_one_goes():
     blue = np.full((2, 9, 9), 400 * 4)
     red = np.full((2, 9, 9), 500 * 4)
     blue[1] += 1000 * 4
-    kept, quality, excess = without_haze(2 * blue - red, use, np.ones((9, 9), np.uint8), HazeTest())
+    kept, quality, excess = remove_haze(2 * blue - red, use, np.ones((9, 9), np.uint8), HazeTest())
     assert kept[0].all()
     assert not kept[1].any()
     assert (quality == 1).all()
@@ -180,7 +180,7 @@ def test_kinds_rank_what_is_not_clear():
         PLAIN, mask=(MaskRule(classes=(9,), dilate_m=20), MaskRule(classes=(3, 10)))
     )
     np.testing.assert_array_equal(
-        kinds(scl, recipe, MONTHS, OWN)[0, 0], [2, 4, 3, 3, 0, 1, 1, 1, 1, 1]
+        classify(scl, recipe, MONTHS, OWN)[0, 0], [2, 4, 3, 3, 0, 1, 1, 1, 1, 1]
     )
 
 
@@ -189,14 +189,14 @@ def test_shipped_recipes_take_what_is_unclassified_for_no_clear_ground(name):
     """Of real ones, 97 % are cloud in season."""
     scl = np.array([[[4, 7, 5]]], np.uint8)
     np.testing.assert_array_equal(
-        kinds(scl, load_recipes()[name], MONTHS, OWN)[0, 0], [1, FALLBACKS["thin"], 1]
+        classify(scl, load_recipes()[name], MONTHS, OWN)[0, 0], [1, FALLBACKS["thin"], 1]
     )
 
 
 def test_a_rule_holds_in_its_months():
     scl = np.full((2, 4, 4), 11, np.uint8)
     recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(11,), months=(5, 6, 7)),))
-    kind = kinds(scl, recipe, [1, 6], [1, 1])
+    kind = classify(scl, recipe, [1, 6], [1, 1])
     assert (kind[0] == 1).all()
     assert (kind[1] == FALLBACKS["thin"]).all()
 
@@ -204,7 +204,7 @@ def test_a_rule_holds_in_its_months():
 def test_other_seasons_give_clear_observations_only():
     scl = np.array([[[4, 9, 0]], [[4, 9, 0]]], np.uint8)
     recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,)),))
-    kind = kinds(scl, recipe, [6, 11], [1, FALLBACKS["wider-season"]])
+    kind = classify(scl, recipe, [6, 11], [1, FALLBACKS["wider-season"]])
     np.testing.assert_array_equal(kind[:, 0], [[1, 4, 0], [5, 255, 0]])
 
 
@@ -213,7 +213,7 @@ def test_a_second_opinion_adds_to_scl_and_takes_nothing_away():
     scl[0, 0, 0], opinion[0, 4, 4], opinion[0, 8, 8] = 9, 2, 3
     second = SecondOpinion(weights=("a.pt",), classes=(1, 2), dilate_m=20)
     recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,)),), second_opinion=second)
-    clear = kinds(scl, recipe, MONTHS, OWN, opinion)[0] == 1
+    clear = classify(scl, recipe, MONTHS, OWN, opinion)[0] == 1
     expected = np.ones((9, 9), bool)
     expected[0, 0] = False
     expected[4, 3:6], expected[3:6, 4] = False, False
@@ -230,21 +230,21 @@ def test_bright_ground_is_not_hidden_by_the_second_opinion_either():
         second_opinion=SecondOpinion(weights=("any",), dilate_m=0),
     )
     agrees = np.isin(scl, (8, 9)).astype(np.uint8)  # that it is cloud
-    found = kinds(scl, recipe, MONTHS, OWN, agrees)
-    np.testing.assert_array_equal(found, kinds(scl, recipe, MONTHS, OWN))
+    found = classify(scl, recipe, MONTHS, OWN, agrees)
+    np.testing.assert_array_equal(found, classify(scl, recipe, MONTHS, OWN))
     assert (found[~overcast][:, mine] == 1).mean() > 0.9
 
 
 def test_one_date_alone_says_nothing_of_bright_ground():
     scl = np.full((1, 60, 60), 5, np.uint8)
     scl[0, 30, 30] = 9
-    assert not persistently_bright(scl, BrightOverride()).any()
-    assert persistently_bright(np.repeat(scl, 2, axis=0), BrightOverride()).any()
+    assert not find_bright_ground(scl, BrightOverride()).any()
+    assert find_bright_ground(np.repeat(scl, 2, axis=0), BrightOverride()).any()
 
 
 def test_thin_cloud_is_taken_where_there_is_nothing_else_and_only_there():
     kind = np.array([[[1, 3]], [[3, 3]], [[3, 0]]], np.uint8)
-    use, quality = chosen(
+    use, quality = choose_observations(
         kind, dataclasses.replace(PLAIN, min_clear=3, fallback=("ungrown", "thin"))
     )
     np.testing.assert_array_equal(use[:, 0], [[True, True], [False, True], [False, False]])
@@ -257,7 +257,7 @@ def test_a_pixel_seen_through_haze_only_stays_and_says_so():
         20000,
         False,
     )  # 0.25 of excess on the first date, the only one of the middle pixel
-    kept, quality, _ = without_haze(hot, use, np.ones((5, 5), np.uint8), HazeTest())
+    kept, quality, _ = remove_haze(hot, use, np.ones((5, 5), np.uint8), HazeTest())
     hazy = np.zeros((5, 5), bool)
     hazy[2, 2] = True
     np.testing.assert_array_equal(kept[0], hazy)
@@ -276,7 +276,7 @@ def test_fallbacks_in_the_order_of_the_recipe():
         ],
         np.uint8,
     )
-    default = chosen(kind, PLAIN)
+    default = choose_observations(kind, PLAIN)
     np.testing.assert_array_equal(default[1], [[1, 2, 1, 4, 0]])
     np.testing.assert_array_equal(
         default[0][:, 0].T.astype(int),
@@ -289,13 +289,13 @@ def test_fallbacks_in_the_order_of_the_recipe():
         min_clear=2,
         fallback=("wider-season", "neighbour-year", "ungrown", "thin", "cloud"),
     )
-    use, quality = chosen(kind, wider)
+    use, quality = choose_observations(kind, wider)
     np.testing.assert_array_equal(quality, [[1, 6, 5, 4, 0]])
     np.testing.assert_array_equal(
         use[:, 0].T.astype(int), [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 1, 0], [0] * 4]
     )
     none = dataclasses.replace(PLAIN, fallback=())
-    np.testing.assert_array_equal(chosen(kind, none)[1], [[1, 0, 1, 0, 0]])
+    np.testing.assert_array_equal(choose_observations(kind, none)[1], [[1, 0, 1, 0, 0]])
     assert max(FALLBACKS.values()) == len(QUALITY) - 1
 
 
@@ -309,7 +309,7 @@ def test_fallbacks_in_the_order_of_the_recipe():
 )
 def test_the_clearest_are_clear_and_leave_no_hole(kind):
     days = np.arange(len(kind)) * 10
-    use = clearest(kind, 3, 2, days)
+    use = choose_clearest(kind, 3, 2, days)
     clear = kind == 1
     assert not (use & ~clear).any()
     # Where clear observations are, one is used; where there are two, two are.
@@ -320,18 +320,18 @@ def test_the_clearest_are_spread_over_the_season():
     """Twelve clear dates, eight of them in April: four of them all are not four of April."""
     kind = np.ones((12, 5, 5), np.uint8)
     days = np.array([100, 101, 102, 103, 104, 105, 106, 107, 160, 200, 240, 280])
-    used = days[clearest(kind, 4, 2, days).any(axis=(1, 2))]
+    used = days[choose_clearest(kind, 4, 2, days).any(axis=(1, 2))]
     assert len(used) == 4
     assert np.diff(np.sort(used)).min() >= 40
     kind[9, 2:] = 4  # a date that is half cloudy is worth less than a clear one beside it
-    assert 200 not in days[clearest(kind, 3, 1, days).any(axis=(1, 2))]
+    assert 200 not in days[choose_clearest(kind, 3, 1, days).any(axis=(1, 2))]
 
 
 def test_others_are_read_only_where_the_clearest_lack():
     kind = np.ones((6, 4, 4), np.uint8)
     kind[:3, 0, 0] = 4  # three clear days, but for one pixel
     kind[3:, 2:] = 4  # three half clear ones
-    use = clearest(kind, 3, 1, np.arange(6))
+    use = choose_clearest(kind, 3, 1, np.arange(6))
     assert use[:3].sum() == 3 * 15
     assert use[3:].sum() == 1
     assert use[3:, 0, 0].sum() == 1
@@ -343,7 +343,7 @@ def test_others_are_read_only_where_the_clearest_lack():
     st.integers(0, 4),
 )
 def test_window_sums_are_cut_at_the_edges(values, half):
-    got = window_sum(values, half)
+    got = sum_windows(values, half)
     for y, x in np.ndindex(values.shape):
         assert (
             got[y, x]
@@ -354,7 +354,7 @@ def test_window_sums_are_cut_at_the_edges(values, half):
 def test_cloud_distance():
     kind = np.ones((2, 5, 9), np.uint8)
     kind[0, 2, 2], kind[0, 0, 8] = 4, 0
-    away = cloud_distance_m(kind, 60)
+    away = measure_cloud_distance(kind, 60)
     assert (away[1] == 60).all()  # no cloud that day
     np.testing.assert_allclose(away[0, 2], [40, 20, 0, 20, 40, 60, 60, 60, 60])
     assert away[0, 3, 3] == pytest.approx(20 * np.sqrt(2))

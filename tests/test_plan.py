@@ -15,7 +15,7 @@ from minecube.composite import composite, plan
 from minecube.composite import registration as registering
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
-from minecube.reader import Ledger
+from minecube.reader import HEAD, Ledger
 from minecube.scenes import offsets
 from minecube.scenes.looks import look_at
 
@@ -67,17 +67,18 @@ def test_tiles_touched_by_brute_force(listed, tile, window):
         "https://x/B04.tif", extra_fields={"file:size": 10**9, "proj:shape": [10980, 10980]}
     )
     counted = np.mean([len({(start + k) // tile for k in range(window)}) for start in range(tile)])
-    _, requests, read_bytes, pixels = plan._asset(scene, "B04", 10, (window, window), first=False)
+    _, requests, read_bytes, pixels = plan._count_window(scene, "B04", 10, (window, window))
     assert read_bytes == pytest.approx(counted**2 * tile**2 * 0.75 * 10**9 / 10980**2, rel=1e-3)
     assert requests == np.ceil(counted)
     assert pixels == window**2
-    assert plan._asset(scene, "B04", 10, (window, window), first=True)[1] == requests + 1
+    assert plan._count_header("https://x/B04.tif").tolist() == [0, 1, HEAD, 0]
 
 
 def test_no_more_is_planned_than_a_file_has(listed):
     """240 x 180 pixels of 1.5 bytes, on a disk: no requests."""
-    _, requests, read_bytes, _ = plan._asset(listed[0], "B04", 10, (5000, 5000), first=True)
+    _, requests, read_bytes, _ = plan._count_window(listed[0], "B04", 10, (5000, 5000))
     assert (read_bytes, requests) == (240 * 180 * 1.5, 0)
+    assert not plan._count_header(listed[0].assets["B04"].href).any()
 
 
 def test_time_is_what_takes_longest_and_cost_is_counted():

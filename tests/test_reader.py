@@ -16,10 +16,10 @@ from pyproj import Transformer
 from rasterio.enums import Resampling
 from scipy import ndimage
 
-from minecube import reader, scenes
+from minecube import scenes
 from minecube.catalog import Access
 from minecube.errors import GoneError, ReadError
-from minecube.reader import read, remove_offset
+from minecube.reader import gridding, read, remove_offset
 
 LEFT, TOP = 360000, 5600040
 
@@ -248,7 +248,7 @@ def test_strips_make_one_image(tmp_path, make, monkeypatch, epsg, resampling):
     path = make.tif(tmp_path / "band.tif", pixels, make.grid(left, top, 400, 400, epsg))
     grid = make.grid(LEFT - 300, TOP + 300, 150, 110, size=40)
     whole = read(str(path), grid, resampling)
-    monkeypatch.setattr(reader, "_STRIP_PX", 10_000)
+    monkeypatch.setattr(gridding, "_STRIP_PX", 10_000)
     off = np.abs(read(str(path), grid, resampling).astype(int) - whole)
     assert off.max() <= (0 if resampling is Resampling.nearest or epsg == 32633 else 5)
     assert 0.3 < (whole > 0).mean() < 0.8

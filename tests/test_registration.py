@@ -22,8 +22,8 @@ from minecube.composite import registration
 from minecube.composite.registration import (
     Shift,
     as_rows,
-    compared,
-    correlation,
+    compare,
+    correlate,
     edges_of,
     registered,
     shift_of,
@@ -136,7 +136,7 @@ def test_a_year_of_known_shifts(seed, field_px):
             if share
             else edges(pixels, np.full((120, 120), VEGETATION))
         )
-    found, peak = compared(year)
+    found, peak = compare(year)
     clear = np.array([np.count_nonzero(e) for e in year])
     error = np.linalg.norm(found - made / 10, axis=1)
     assert np.isfinite(error[clear > 5000]).all()
@@ -154,7 +154,7 @@ def test_nobody_is_accused_who_lies_right_and_small_sites_are_told_too():
         year = [
             edges(*clouded(land.seen(), land.rng.uniform(0.01, 0.7), land.rng)) for _ in range(7)
         ]
-        found, _ = compared(year)
+        found, _ = compare(year)
         accused += np.count_nonzero(np.linalg.norm(found, axis=1) > 0.5)
         told += np.count_nonzero(np.isfinite(found[:, 0]))
     assert accused == 0
@@ -167,7 +167,7 @@ def test_where_the_clearest_is_the_one_that_lies_beside():
     made = np.zeros((6, 2))
     made[3] = 12.5, -7.5
     year = [edges(*clouded(land.seen(s), 0.02 if s.any() else 0.3, rng)) for s in made]
-    found, _ = compared(year)
+    found, _ = compare(year)
     assert np.argmax([np.count_nonzero(e) for e in year]) == 3
     np.testing.assert_allclose(found, made / 10, atol=0.12)
 
@@ -177,7 +177,7 @@ def test_shifts_too_small_to_matter_are_told_from_each_other():
     land = Land(180, 9)
     made = land.rng.integers(-1, 2, (9, 2)) * FINE
     made -= np.median(made, axis=0)
-    found, _ = compared([edges(*clouded(land.seen(s), 0.2, land.rng)) for s in made])
+    found, _ = compare([edges(*clouded(land.seen(s), 0.2, land.rng)) for s in made])
     error = found - made / 10
     assert np.linalg.norm(error - np.median(error, axis=0), axis=1).max() < 0.12
     assert abs(np.median(error, axis=0)).max() < 0.1
@@ -205,7 +205,7 @@ def test_what_cannot_be_told():
     all_clear = np.ones((120, 120), bool)
 
     def told(*layers):
-        found, _ = compared([edges_of(layer.astype(np.uint16), all_clear) for layer in layers])
+        found, _ = compare([edges_of(layer.astype(np.uint16), all_clear) for layer in layers])
         return np.isfinite(found[:, 0]).any()
 
     water = [250 + 15 * rng.normal(size=(120, 120)) for _ in range(6)]
@@ -220,7 +220,7 @@ def test_what_cannot_be_told():
     assert not told(land.seen(), np.full((120, 120), 1000))
     stripes = 1000 + 500 * np.sin(np.arange(120)[None] * 2 * np.pi / 5)
     assert not told(*(stripes + w for w in water))
-    assert compared([])[0].shape == (0, 2)
+    assert compare([])[0].shape == (0, 2)
 
 
 def test_a_first_scene_like_no_other_does_not_spoil_the_rest():
@@ -231,7 +231,7 @@ def test_a_first_scene_like_no_other_does_not_spoil_the_rest():
     haze = edges_of(
         (1000 + 300 * cloudlike(120, rng, 1.5)).astype(np.uint16), np.ones((120, 120), bool)
     )
-    found, _ = compared([haze, *year])
+    found, _ = compare([haze, *year])
     assert np.isnan(found[0]).all()
     np.testing.assert_allclose(found[1:], made / 10, atol=0.15)
 
@@ -242,7 +242,7 @@ def test_correlation_by_brute_force():
         np.complex64
     )
     ours[:, 20:], theirs[5:15] = 0, 0
-    surface = correlation(ours, theirs)
+    surface = correlate(ours, theirs)
     for down, right in itertools.product((-8, -3, 0, 2, 8), repeat=2):
         product = our_power = their_power = 0.0
         for y, x in itertools.product(range(40), range(31)):
@@ -266,9 +266,9 @@ def test_correlation_by_brute_force():
 def test_vertex_of_a_parabola_is_exact(right, down):
     y, x = np.mgrid[-1:2, -1:2]
     nine = 0.8 - 0.2 * (x - right) ** 2 - 0.1 * (y - down) ** 2 + 0.07 * (x - right) * (y - down)
-    assert registration.vertex(nine) == pytest.approx((right, down))
-    assert registration.vertex(-nine) == (0, 0)
-    assert registration.vertex(np.ones((3, 3))) == (0, 0)
+    assert registration.find_vertex(nine) == pytest.approx((right, down))
+    assert registration.find_vertex(-nine) == (0, 0)
+    assert registration.find_vertex(np.ones((3, 3))) == (0, 0)
 
 
 def test_edges_know_neither_sign_nor_brightness():
@@ -439,8 +439,8 @@ def test_a_read_that_fails(archive, tmp_path):
 
 def test_of_a_large_site_only_the_middle_is_read(make):
     small, large = make.grid(LEFT, TOP, 480, 120), make.grid(LEFT, TOP, 3000, 600)
-    assert registration._middle(small) == small
-    middle = registration._middle(large)
+    assert registration._crop_to_middle(small) == small
+    middle = registration._crop_to_middle(large)
     assert middle.shape == (510, 510)
     box, whole = middle.boundingbox, large.boundingbox
     assert all(v % 60 == 0 for v in (box.left - whole.left, whole.top - box.top))
@@ -496,14 +496,14 @@ def test_real_dates(real_data):
         red, scl = (data[f"S2-L2A-{b}"].values.astype(np.uint16) for b in ("B04", "SCL"))
     clear = ~np.isin(scl, registration._HIDDEN) & (red != 65535)
     year = [edges_of(pixels, seen) for pixels, seen in zip(red, clear, strict=True)]
-    found, _ = compared(year)
+    found, _ = compare(year)
     assert np.flatnonzero(np.isfinite(found[:, 0])).tolist() == [1, 5]
     assert np.linalg.norm(found[[1, 5]], axis=1).max() < 0.25
     rows, columns = np.fft.fftfreq(66)[:, None], np.fft.fftfreq(64)[None]
     for east, north in ((1.3, 0), (-0.9, 0.94), (0, -1.3)):
         ramp = np.exp(-2j * np.pi * (columns * east - rows * north))
         moved = np.fft.ifft2(np.fft.fft2(red[5]) * ramp).real.clip(1).astype(np.uint16)
-        found, _ = compared([*year, edges_of(moved, clear[5])])
+        found, _ = compare([*year, edges_of(moved, clear[5])])
         np.testing.assert_allclose(found[-1] - found[5], (east, north), atol=0.15)
         assert np.linalg.norm(found[-1]) > 0.9
         assert np.linalg.norm(found[[1, 5]], axis=1).max() < 0.5

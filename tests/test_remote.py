@@ -38,7 +38,9 @@ from minecube.composite import composite
 from minecube.errors import CatalogError, GoneError, LostReadError, ReadError
 from minecube.reader import Ledger, NativeReader, check_credentials, fetched, missing, read
 from minecube.reader import remote as module
-from minecube.reader.remote import HEAD, Remote, RemoteFile, Tally
+from minecube.reader.gdal_file import RemoteFile
+from minecube.reader.remote import HEAD, Remote, Tally
+from minecube.reader.signing import bucket_of
 
 LEFT, TOP = 360000, 5600040
 
@@ -445,8 +447,8 @@ def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
             time.sleep(0.1)
         # The token is thought to be good for longer than it is, as where clocks differ.
         source = module.remote_for(access, "127.0.0.1")
-        (container,) = source._tokens
-        source._tokens[container] = ("sv=1&sig=stale", time.time() + 1000)
+        (container,) = source.signer._tokens
+        source.signer._tokens[container] = ("sv=1&sig=stale", time.time() + 1000)
         tally = Tally()
         np.testing.assert_array_equal(
             read(href, grid[300:340], access=access, tally=tally), pixels[300:340]
@@ -642,7 +644,7 @@ def test_files_in_s3(s3, jp2, band):
     (path, grid, pixels), (folder, _, tif_pixels) = jp2, band
     urllib.request.urlopen(urllib.request.Request(f"{s3}/eodata", method="PUT"), timeout=20)
     access = Access(kind="s3", href=s3, region="default", credentials_for=("eodata",))
-    bucket = module._bucket(access, "eodata")
+    bucket = bucket_of(access, "eodata")
     obstore.put(bucket, "a/B04.jp2", path)
     obstore.put(bucket, "a/B04.tif", folder / "B04.tif")
     np.testing.assert_array_equal(
@@ -670,14 +672,14 @@ def test_requests_to_s3_are_signed(monkeypatch):
     access = Access(
         kind="s3", href="https://eodata.example.org", region="default", credentials_for=("eodata",)
     )
-    url, _ = Remote(access)._signed("s3://eodata/a b/x.jp2")
+    url, _ = Remote(access).sign("s3://eodata/a b/x.jp2")
     assert url.startswith("https://eodata.example.org/eodata/a%20b/x.jp2?")
     assert "X-Amz-Signature=" in url
     assert "very-secret" not in url
-    other, _ = Remote(access)._signed("s3://elsewhere/a b/x.jp2")
+    other, _ = Remote(access).sign("s3://elsewhere/a b/x.jp2")
     assert other == "https://eodata.example.org/elsewhere/a%20b/x.jp2"
     assert (
-        Remote(Access())._signed("s3://eodata/x.jp2")[0]
+        Remote(Access()).sign("s3://eodata/x.jp2")[0]
         == "https://s3.us-east-1.amazonaws.com/eodata/x.jp2"
     )
 
@@ -688,15 +690,15 @@ def test_only_sources_of_kind_s3_use_an_endpoint_of_the_user(monkeypatch):
     service = Access(kind="planetary-computer", href="https://tokens.example.org/token")
     for access in (Access(), service):
         remote = Remote(access, "stac.example.org")
-        assert remote._signed("s3://a/b.tif") == (
+        assert remote.sign("s3://a/b.tif") == (
             "https://s3.us-east-1.amazonaws.com/a/b.tif",
             None,
         )
         with pytest.raises(network.ForbiddenError, match=r"10\.0\.0\.5"):
-            remote._check("10.0.0.5", "10.0.0.5")
+            remote.check_address("10.0.0.5", "10.0.0.5")
     remote = Remote(Access(kind="s3", anonymous=True), "stac.example.org")
-    assert remote._signed("s3://a/b.tif") == ("http://10.0.0.5:9000/a/b.tif", None)
-    remote._check("10.0.0.5", "10.0.0.5")
+    assert remote.sign("s3://a/b.tif") == ("http://10.0.0.5:9000/a/b.tif", None)
+    remote.check_address("10.0.0.5", "10.0.0.5")
 
 
 def test_a_source_without_keys(monkeypatch):
@@ -929,7 +931,7 @@ def test_an_invalid_url_is_not_read(make, href):
 def test_a_bucket_is_no_host():
     """A host that has the name of a bucket is not given a token."""
     access = Access(kind="s3", href="https://s3.example.org", credentials_for=("eodata",))
-    assert Remote(access)._signed("https://eodata/c/B04.tif") == ("https://eodata/c/B04.tif", None)
+    assert Remote(access).sign("https://eodata/c/B04.tif") == ("https://eodata/c/B04.tif", None)
 
 
 def test_a_token_is_not_sent_in_the_clear():
@@ -938,7 +940,7 @@ def test_a_token_is_not_sent_in_the_clear():
         href="https://tokens.example.org",
         credentials_for=("files.example.org",),
     )
-    assert Remote(access)._signed("http://files.example.org/c/B04.tif") == (
+    assert Remote(access).sign("http://files.example.org/c/B04.tif") == (
         "http://files.example.org/c/B04.tif",
         None,
     )

@@ -291,10 +291,10 @@ def _tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
     tools = Tools()
     if device != "cpu":
         try:
-            from minecube.composite.torch_reducers import TorchReducers  # an extra, for GPUs only
+            from minecube.composite.torch_reducers import TorchGeomedian  # an extra, for GPUs only
         except ModuleNotFoundError as error:
             raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
-        tools = Tools(reducers=TorchReducers(device))
+        tools = Tools(geomedian=TorchGeomedian(device))
     if recipe.second_opinion:
         try:
             from minecube.composite.opinion import OmniCloudMask
@@ -305,7 +305,7 @@ def _tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
             ) from error
         beside = catalog or Path()
         weights = [str(beside / w) for w in recipe.second_opinion.weights]
-        tools = Tools(reducers=tools.reducers, opinion=OmniCloudMask(weights, device))
+        tools = Tools(geomedian=tools.geomedian, opinion=OmniCloudMask(weights, device))
     return tools
 
 

@@ -1,6 +1,6 @@
 """Composite one block of one site-year: mask, read and reduce.
 
-SCL is read first. Its margin covers every neighbourhood used by the mask. It decides the wanted
+SCL is read first. Its margin covers every neighbourhood used by the mask. It decides the used
 observations, and so the files and windows to read. Bands are read at their own pixel size on the
 I/O threads, two bands ahead of the reducer. Each band is freed after its reduction, so only a few
 bands are in memory.
@@ -9,48 +9,53 @@ All bands of an observation come from one scene. Rarely, a band has no data at a
 and this is noticed during reading. Then the pixel goes to the next scene of the day. Without
 another scene, the pixel loses the day. The block is then made again.
 
-Reducers choosing a date look at two or three bands. If another band of the chosen date is black,
-this band is read for the other dates as well. The pixel is then chosen again among the dates with
-the fewest black bands.
+The best pixel is chosen from two bands. If another band of the chosen date is black, this band is
+read for the other dates as well. The pixel is then chosen again among the dates with the fewest
+black bands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pystac
 from odc.geo.geobox import GeoBox
 
-from minecube.catalog import FALLBACKS, Recipe
+from minecube.arrays import AnyArray, Bool, Float32, Int16, Int32, Int64, IntP, UInt8, UInt16
+from minecube.catalog import FALLBACKS, BestPixel, Recipe
 from minecube.composite import masks, reducers
-from minecube.composite.bands import Bands, Observations, UInt16, cropped, finer, masked, summed
-from minecube.composite.daymasks import DayMasks, Opinion
-from minecube.composite.masks import CLEAR, Bool, Float32, Int16, Int32, UInt8
-from minecube.composite.needs import MASK_M, looked_at, margins_m, memory, near, size_of
-from minecube.composite.reducers import Reducers
+from minecube.composite.bands import (
+    Bands,
+    Observations,
+    crop,
+    mask_pixels,
+    repeat_pixels,
+    sum_to_mask_size,
+)
+from minecube.composite.daymasks import DayMasks
+from minecube.composite.masks import CLEAR
+from minecube.composite.needs import (
+    MASK_M,
+    bands_with_fringe,
+    compute_margins,
+    estimate_memory,
+    pixel_size_of,
+    scenes_near,
+)
+from minecube.composite.task import BlockTask, Tools
 from minecube.grid import PIXEL_M, padded
 from minecube.reader import Ledger
 
-Days = npt.NDArray[np.intp]
-Layers = dict[str, npt.NDArray[Any]]
+Layers = dict[str, AnyArray]
 BLOCK_BYTES = 1_000_000_000
 """Memory limit of a block in bytes. A block above it, due to many dates, is made in parts."""
 _SMALLEST_PX = 48  # a block is not cut further
 _STRIP_PX = 32  # rows per strip, a stack of all bands and dates
 _BLACK = 1  # the stored value of reflectance that atmospheric correction made zero or negative
 _CLEAR_KINDS = (CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
-
-
-@dataclass(frozen=True)
-class Tools:
-    """Replacements for the defaults: GPU reducers, and a cloud network for a second opinion."""
-
-    reducers: Reducers = reducers
-    opinion: Opinion | None = None
 
 
 def composite_block(
@@ -65,38 +70,58 @@ def composite_block(
 
     Scenes must be in mosaic order. A block above `BLOCK_BYTES` is made in parts.
     """
-    scenes = near(scenes, padded(box, margins_m(recipe)[1]))
+    scenes = scenes_near(scenes, padded(box, compute_margins(recipe)[1]))
     if not scenes:
-        return _empty(box, recipe)
-    if memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
-        axis = int(box.shape[1] >= box.shape[0])
-        at = box.shape[axis] // 2 // 8 * 8
-        halves = (box[:at], box[at:]) if axis == 0 else (box[:, :at], box[:, at:])
-        made = [composite_block(scenes, half, recipe, year, tools, ledger) for half in halves]
-        return {name: np.concatenate([m[name] for m in made], axis=axis - 2) for name in made[0]}
-    block = _Block.of(scenes, box, recipe, year, tools, ledger)
-    while (layers := block.made()) is None:
+        return _make_empty_layers(box, recipe)
+    if estimate_memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
+        axis, halves = _halve(box)
+        parts = [composite_block(scenes, half, recipe, year, tools, ledger) for half in halves]
+        return {
+            name: np.concatenate([part[name] for part in parts], axis=axis - 2) for name in parts[0]
+        }
+    block = _Block.from_task(
+        BlockTask(scenes=scenes, box=box, recipe=recipe, year=year, tools=tools, ledger=ledger)
+    )
+    while (layers := block.composite()) is None:
         pass  # each pass gives pixels to a later scene of their day, or removes the day
     return layers
 
 
-def _empty(box: GeoBox, recipe: Recipe) -> Layers:
-    made: Layers = {"reflectance": np.zeros((len(recipe.bands), *box.shape), np.uint16)}
+def _halve(box: GeoBox) -> tuple[int, tuple[GeoBox, GeoBox]]:
+    """Cut a block across its longer axis: the axis and the halves."""
+    axis = int(box.shape[1] >= box.shape[0])
+    middle = box.shape[axis] // 2 // 8 * 8
+    if axis == 0:
+        return axis, (box[:middle], box[middle:])
+    return axis, (box[:, :middle], box[:, middle:])
+
+
+def _make_empty_layers(box: GeoBox, recipe: Recipe) -> Layers:
+    layers: Layers = {"reflectance": np.zeros((len(recipe.bands), *box.shape), np.uint16)}
     for name, layer in recipe.layers.items():
-        made[name] = np.full(
-            box.shape, np.nan if layer.dtype.startswith("float") else 0, layer.dtype
-        )
-    return made
+        missing = np.nan if layer.dtype.startswith("float") else 0
+        layers[name] = np.full(box.shape, missing, layer.dtype)
+    return layers
 
 
-class _Choice(NamedTuple):
-    """The observations of a block and the rule for the best day."""
+class _FringeBands(NamedTuple):
+    """The bands that decide the used observations, read with the block's fringe."""
 
-    observed: Bool
-    """bool [day, y, x] at 10 m, the observations to choose from."""
-    choose: Callable[[Bool], Int16]
-    """Some of these observations -> index of the best day of each pixel, int16 [y, x], -1 =
-    none."""
+    bands: Bands
+    pixels: dict[str, UInt16]
+    """uint16 [day, y, x] of each of these bands, at its own pixel size."""
+    excess: Int32
+    """int32 [day, y, x] at 20 m, excess of haze, reflectance x 80000."""
+
+
+class _BandPixels(NamedTuple):
+    """One band of all used days."""
+
+    place: int
+    """Place of the band in the recipe."""
+    band: str
+    pixels: UInt16
+    """uint16 [day, y, x] at the band's own pixel size, 0 at unused observations."""
 
 
 @dataclass(frozen=True)
@@ -104,320 +129,362 @@ class _Block:
     """A block with a finished mask. Arrays [day, y, x] are at 20 m and reach `fringe_m` beyond
     it."""
 
-    of_mask: Observations
-    away: Float32 | None
+    task: BlockTask
+    observations: Observations
+    cloud_distance: Float32 | None
     """Metres from the day's nearest cloud, including clouds beyond the arrays; None without best
     pixel."""
-    yeardays: npt.NDArray[np.int64]
+    yeardays: Int64
     """Day of the year of each day."""
     day_masks: DayMasks
-    box: GeoBox
     fringe_m: int
-    recipe: Recipe
-    tools: Tools
-    ledger: Ledger | None
 
     @classmethod
-    def of(
-        cls,
-        scenes: Sequence[pystac.Item],
-        box: GeoBox,
-        recipe: Recipe,
-        year: int,
-        tools: Tools,
-        ledger: Ledger | None,
-    ) -> _Block:
+    def from_task(cls, task: BlockTask) -> _Block:
         """Read SCL and make the mask."""
-        of_days = DayMasks(scenes, box, recipe, year, tools.opinion, ledger)
-        made = of_days.all()
-        yeardays = np.array([w.timetuple().tm_yday for w in of_days.when])
-        observed = Observations(scenes, of_days.days, made.owner, made.kind)
-        return cls(
-            observed, made.away, yeardays, of_days, box, margins_m(recipe)[0], recipe, tools, ledger
-        )
+        day_masks = DayMasks(task)
+        owner, kind, cloud_distance = day_masks.read()
+        yeardays = np.array([time.timetuple().tm_yday for time in day_masks.times])
+        observations = Observations(task.scenes, day_masks.days, owner, kind)
+        fringe_m = compute_margins(task.recipe)[0]
+        return cls(task, observations, cloud_distance, yeardays, day_masks, fringe_m)
 
-    def made(self) -> Layers | None:
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the composite."""
+        return self.task.recipe
+
+    def composite(self) -> Layers | None:
         """Reduce the block.
 
         Returns None if a band has no data at a pixel seen by the mask. Such pixels now come from
         other scenes: reduce the block again.
         """
-        recipe, out = self.recipe, _empty(self.box, self.recipe)
-        kind = self.of_mask.kind
-        use, quality = masks.chosen(kind, recipe)
-        if most := recipe.max_clear_observations:
-            enough = max(recipe.min_clear, -(-most // 3))
-            use &= masks.clearest(kind, most, enough, self.yeardays.tolist()) | (kind != CLEAR)
-        if not self.inside(use).any():
-            return out
-        first = [b for b in recipe.bands if b in looked_at(recipe)]
-        ahead = Bands(self.of_mask, use, padded(self.box, self.fringe_m), self.ledger)
+        layers = _make_empty_layers(self.task.box, self.recipe)
+        use, quality = self._choose_observations()
+        if not self.crop(use).any():
+            return layers
+        names = bands_with_fringe(self.recipe)
+        fringe_names = [band for band in self.recipe.bands if band in names]
+        box = padded(self.task.box, self.fringe_m)
+        fringe_reads = Bands(self.observations, use, box, self.task.ledger)
         bands = Bands(
-            self.of_mask.inside(self.fringe_m // MASK_M), self.inside(use), self.box, self.ledger
+            self.observations.crop(self.fringe_m // MASK_M),
+            self.crop(use),
+            self.task.box,
+            self.task.ledger,
         )
         try:
-            ahead.read(first)
-            bands.read([b for b in recipe.bands if b not in first])
-            seen = {band: ahead.next() for band in first}
-            excess = np.zeros(ahead.use.shape, dtype=np.int32)
-            if recipe.haze:
-                excess = 2 * summed(seen["B02"], self.size("B02")) - summed(
-                    seen["B04"], self.size("B04")
+            fringe_reads.read(fringe_names)
+            bands.read([band for band in self.recipe.bands if band not in names])
+            pixels = {band: fringe_reads.next() for band in fringe_names}
+            excess = np.zeros(fringe_reads.use.shape, dtype=np.int32)
+            if self.recipe.haze:
+                clear, quality, excess = masks.remove_haze(
+                    self._sum_hot(pixels), fringe_reads.use, quality, self.recipe.haze
                 )
-                left, quality, excess = masks.without_haze(excess, ahead.use, quality, recipe.haze)
-                ahead.narrow(left)
-                bands.narrow(self.inside(left[np.searchsorted(ahead.days, bands.days)]))
-            use = bands.use
-            count = np.where(np.isin(self.inside(quality), _CLEAR_KINDS), use.sum(axis=0), 0)
-            out["clear_count"][:], out["quality"][:] = (
-                finer(count, MASK_M),
-                finer(self.inside(quality), MASK_M),
-            )
-            self._reduce(ahead, bands, seen, excess, out)
+                fringe_reads.narrow(clear)
+                bands.narrow(self.crop(clear[np.searchsorted(fringe_reads.days, bands.days)]))
+            self._count_clear(bands.use, self.crop(quality), layers)
+            self._reduce(_FringeBands(fringe_reads, pixels, excess), bands, layers)
         finally:
-            ahead.cancel()
+            fringe_reads.cancel()
             bands.cancel()
-        if not self.of_mask.lacking:
-            return out
-        self._hand_on()
+        if not self.observations.incomplete:
+            return layers
+        self._replace_incomplete()
         return None
 
-    def _hand_on(self) -> None:
+    def _choose_observations(self) -> tuple[Bool, UInt8]:
+        """Choose the observations to read, bool [day, y, x], and the quality [y, x]."""
+        kind = self.observations.kind
+        use, quality = masks.choose_observations(kind, self.recipe)
+        limit = self.recipe.max_clear_observations
+        if limit:
+            enough = max(self.recipe.min_clear, -(-limit // 3))
+            clearest = masks.choose_clearest(kind, limit, enough, self.yeardays.tolist())
+            use &= clearest | (kind != CLEAR)
+        return use, quality
+
+    def _sum_hot(self, pixels: dict[str, UInt16]) -> Int32:
+        """Compute 2 x blue - red, as `masks.remove_haze` needs it: int32 [day, y, x] at 20 m."""
+        blue, red = (sum_to_mask_size(pixels[band], self.size(band)) for band in ("B02", "B04"))
+        return 2 * blue - red
+
+    def _count_clear(self, use: Bool, quality: UInt8, layers: Layers) -> None:
+        """Write the layers `clear_count` and `quality`. Arrays have no fringe."""
+        count = np.where(np.isin(quality, _CLEAR_KINDS), use.sum(axis=0), 0)
+        layers["clear_count"][:] = repeat_pixels(count, MASK_M)
+        layers["quality"][:] = repeat_pixels(quality, MASK_M)
+
+    def _replace_incomplete(self) -> None:
         """Give pixels without data in a band to the day's next scene with SCL there."""
-        of = self.of_mask
-        for scene in sorted(of.lacking):  # in mosaic order, since a later scene may lack data, too
-            day = of.day_of[scene]
-            struck = (of.owner[day] == scene) & (of.kind[day] == 0)
-            later = self.day_masks.of_later(scene)
+        owner = self.observations.owner
+        kind = self.observations.kind
+        # In mosaic order, since a later scene may lack data, too.
+        for scene in sorted(self.observations.incomplete):
+            day = self.observations.day_of[scene]
+            struck = (owner[day] == scene) & (kind[day] == 0)
+            later = self.day_masks.read_later(scene)
             if later is None:
-                of.owner[day][struck] = -1
+                owner[day][struck] = -1
                 continue
-            np.copyto(of.owner[day], later.owner[0], where=struck)
-            np.copyto(of.kind[day], later.kind[0], where=struck)
-            if self.away is not None and later.away is not None:
-                np.copyto(self.away[day], later.away[0], where=struck)
-        of.lacking.clear()
+            np.copyto(owner[day], later.owner[0], where=struck)
+            np.copyto(kind[day], later.kind[0], where=struck)
+            if self.cloud_distance is not None and later.cloud_distance is not None:
+                np.copyto(self.cloud_distance[day], later.cloud_distance[0], where=struck)
+        self.observations.incomplete.clear()
 
-    def _reduce(
-        self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32, out: Layers
-    ) -> None:
-        how, percent, rows = self.tools.reducers, self.recipe.percentile, out["reflectance"]
-        if self.recipe.reducer in ("median", "percentile"):
-            for k, band, values in self._each(ahead, bands, seen):
-                made = how.median(values) if percent is None else how.percentile(values, percent)
-                rows[k] = finer(made, self.size(band))
-                bands.spent(values, band)
+    def _reduce(self, fringe: _FringeBands, bands: Bands, layers: Layers) -> None:
+        if self.recipe.best_pixel:
+            best = _BestPixels(self, self.recipe.best_pixel, fringe, bands.days, bands.use)
+            index = best.choose()
+            bands.narrow(bands.use & _flag_chosen(index, len(bands.days)))
+            copied = fringe._replace(pixels=dict(fringe.pixels))  # still needed for a second choice
+            self.take_days(self.yield_bands(copied, bands), index, bands.days, layers)
+            best.replace_black(index, layers)
         elif self.recipe.reducer == "geomedian":
-            self._geomedian(list(self._each(ahead, bands, seen)), out)
-        elif self.recipe.reducer == "medoid":
-            everything = list(self._each(ahead, bands, seen))
-            index = np.concatenate(
-                [how.medoid(_one_of_two(stack)) for _, stack in self._strips(everything)]
-            )
-            self._taken(everything, index, bands, out)
+            self._reduce_geomedian(list(self.yield_bands(fringe, bands)), layers)
         else:
-            usable = bands.use
-            index = self._best(ahead, bands, seen, excess)
-            bands.narrow(usable & _where_chosen(index, len(bands.days)))
-            self._taken(self._each(ahead, bands, dict(seen)), index, bands, out)
-            self._replace_black(ahead, bands.days, usable, seen, excess, index, out)
+            for k, band, pixels in self.yield_bands(fringe, bands):
+                layers["reflectance"][k] = repeat_pixels(reducers.median(pixels), self.size(band))
+                bands.release(pixels, band)
 
-    def _each(
-        self, ahead: Bands, bands: Bands, seen: dict[str, UInt16]
-    ) -> Iterator[tuple[int, str, UInt16]]:
-        """Yield place, name and pixels [day, y, x] of each band, beginning with the bands read
-        ahead."""
-        names = self.recipe.bands
-        for band in [*seen, *(b for b in names if b not in seen)]:
-            values = (
-                self._used(ahead, bands.days, bands.use, seen.pop(band), band)
-                if band in seen
-                else bands.next()
-            )
-            yield names.index(band), band, values
+    def _reduce_geomedian(self, all_bands: Sequence[_BandPixels], layers: Layers) -> None:
+        for rows, stack in self._cut_strips(all_bands):
+            geomedian = self.task.tools.geomedian(stack)
+            layers["reflectance"][:, rows] = geomedian.reflectance
+            layers["emad"][rows] = geomedian.emad
+            layers["smad"][rows] = geomedian.smad
+            layers["bcmad"][rows] = geomedian.bcmad
 
-    def _used(self, ahead: Bands, days: Days, use: Bool, seen: UInt16, band: str) -> UInt16:
-        """Copy the observations in use [day, y, x] from a band read ahead.
-
-        The band read ahead has a fringe and contains more observations.
-        """
-        inside = np.ascontiguousarray(
-            self.inside(seen, self.size(band))[np.searchsorted(ahead.days, days)]
-        )
-        return masked(inside, use, self.size(band), out=inside)
-
-    def _strips(
-        self, everything: Sequence[tuple[int, str, UInt16]]
-    ) -> Iterator[tuple[slice, UInt16]]:
+    def _cut_strips(self, all_bands: Sequence[_BandPixels]) -> Iterator[tuple[slice, UInt16]]:
         """Yield strips of rows with all bands stacked: uint16 [band, day, y, x] at 10 m."""
-        height, width = self.box.shape
+        height, width = self.task.box.shape
+        days = len(all_bands[0].pixels)
         for top in range(0, height, _STRIP_PX):
             rows = slice(top, min(top + _STRIP_PX, height))
-            stack = np.empty(
-                (len(everything), len(everything[0][2]), rows.stop - top, width), dtype=np.uint16
-            )
-            for k, band, values in everything:
-                scale = self.size(band) // PIXEL_M
-                stack[k] = finer(values[:, top // scale : rows.stop // scale], self.size(band))
+            stack = np.empty((len(all_bands), days, rows.stop - top, width), dtype=np.uint16)
+            for k, band, pixels in all_bands:
+                size = self.size(band)
+                scale = size // PIXEL_M
+                part = pixels[:, rows.start // scale : rows.stop // scale]
+                stack[k] = repeat_pixels(part, size)
             yield rows, stack
 
-    def _geomedian(self, everything: Sequence[tuple[int, str, UInt16]], out: Layers) -> None:
-        for rows, stack in self._strips(everything):
-            made = self.tools.reducers.geomedian(stack)
-            out["reflectance"][:, rows] = made.reflectance
-            for name in ("emad", "smad", "bcmad"):
-                out[name][rows] = getattr(made, name)
+    def yield_bands(self, fringe: _FringeBands, bands: Bands) -> Iterator[_BandPixels]:
+        """Yield the bands of the used days, beginning with those read with the fringe.
 
-    def _taken(
-        self, each: Iterable[tuple[int, str, UInt16]], index: Int16, bands: Bands, out: Layers
-    ) -> None:
-        """Write the chosen day of each pixel to `out`."""
-        out["day_of_year"][:] = np.where(index >= 0, self.yeardays[bands.days][index], 0)
-        for k, band, values in each:
-            out["reflectance"][k] = self.tools.reducers.taken(finer(values, self.size(band)), index)
-
-    def _best(self, ahead: Bands, bands: Bands, seen: dict[str, UInt16], excess: Int32) -> Int16:
-        """Choose the best day of each pixel: index int16 [y, x] at 10 m, -1 = none.
-
-        Only days with the fewest black bands among `seen` are candidates.
+        Bands are removed from `fringe.pixels`, to free their memory.
         """
-        choice = self._choice(ahead, bands.days, bands.use, seen, excess)
-        black = self._black(ahead, bands.days, bands.use, seen)
-        return choice.choose(
-            choice.observed if black is None else _least_black(choice.observed, black)
-        )
+        names = self.recipe.bands
+        fringe_names = list(fringe.pixels)
+        for band in fringe_names:
+            pixels = fringe.pixels.pop(band)
+            pixels = self.select_used(fringe.bands.days, bands.days, bands.use, pixels, band)
+            yield _BandPixels(names.index(band), band, pixels)
+        for band in names:
+            if band not in fringe_names:
+                yield _BandPixels(names.index(band), band, bands.next())
 
-    def _choice(
-        self, ahead: Bands, days: Days, use: Bool, seen: dict[str, UInt16], excess: Int32
-    ) -> _Choice:
-        """Rate the observations in use, bool [day, y, x] at 20 m."""
-        how, rule = self.tools.reducers, self.recipe.best_pixel
-        if rule is None or self.away is None:
-            red, nir = (
-                finer(self._used(ahead, days, use, seen[b], b), self.size(b))
-                for b in ("B04", "B08")
-            )
-            return _Choice(red != 0, lambda some: how.max_ndvi(red * some, nir * some))
-        same = np.searchsorted(ahead.days, days)
-        hazy = (excess[same] / 8e4).astype(np.float32)
-        sharp = finer(reducers.sharpness(seen["B04"][same]), self.size("B04"))
-        score = reducers.best_pixel_score(
-            self.yeardays[days], finer(self.away[days], MASK_M), finer(hazy, MASK_M), sharp, rule
-        )
-        inside = self.inside(score, PIXEL_M)
-        return _Choice(finer(use, MASK_M), lambda some: how.best_pixel(inside, some))
+    def select_used(
+        self, fringe_days: IntP, days: IntP, use: Bool, pixels: UInt16, band: str
+    ) -> UInt16:
+        """Copy the observations in use [day, y, x] from a band read with the fringe.
 
-    def _black(self, ahead: Bands, days: Days, use: Bool, seen: dict[str, UInt16]) -> UInt8 | None:
-        """Count the black bands of each observation among `seen`.
-
-        Returns uint8 [day, y, x] at 10 m, or None if all counts are 0.
+        The band contains more observations: those of all `fringe_days`.
         """
-        count: UInt8 | None = None
-        for band, values in seen.items():
-            if not (values == _BLACK).any():
-                continue
-            black = self._used(ahead, days, use, values, band) == _BLACK
-            if black.any():
-                fine = finer(black, self.size(band)).astype(np.uint8)
-                count = fine if count is None else count + fine
-        return count
+        size = self.size(band)
+        inside = self.crop(pixels, size)[np.searchsorted(fringe_days, days)]
+        inside = np.ascontiguousarray(inside)
+        return mask_pixels(inside, use, size, out=inside)
 
-    def _replace_black(
-        self,
-        ahead: Bands,
-        days: Days,
-        usable: Bool,
-        seen: dict[str, UInt16],
-        excess: Int32,
-        index: Int16,
-        out: Layers,
+    def take_days(
+        self, all_bands: Iterable[_BandPixels], index: Int16, days: IntP, layers: Layers
     ) -> None:
-        """Choose again if the chosen day is black in a band not in `seen` before the choice.
+        """Write the chosen day of each pixel to the layers.
 
-        The band is then read for all usable days there. Each pixel ends with the best of its days
-        with the fewest black bands. A choice without black in further bands cannot lose to another
-        day when further bands are counted.
+        Args:
+            all_bands: The bands.
+            index: int16 [y, x] at 10 m, index into `days`, -1 = none.
+            days: Indices of the bands' days.
+            layers: `reflectance` and `day_of_year` are overwritten.
         """
-        asked: dict[str, Bool] = {}
-        choice: _Choice | None = None
-        count: UInt8 | None = None
-        while not self.of_mask.lacking:  # otherwise the block is made again in any case
-            doubted: dict[str, Bool] = {}
-            for band, values in zip(self.recipe.bands, out["reflectance"], strict=True):
-                if band not in seen and (black := values == _BLACK).any():
-                    before = asked.setdefault(band, np.zeros(usable.shape[1:], dtype=np.bool_))
-                    where = _any_of_four(black) & (usable.sum(axis=0) > 1) & ~before
-                    if where.any():
-                        doubted[band] = where
-                        asked[band] = before | where
-            if not doubted:
-                return
-            choice = choice or self._choice(ahead, days, usable, seen, excess)
-            if count is None:
-                count = self._black(ahead, days, usable, seen)
-            if count is None:
-                count = np.zeros(choice.observed.shape, dtype=np.uint8)
-            for band, where in doubted.items():
-                asking = self._bands(days, usable & where)
-                try:
-                    asking.read([band])
-                    count[np.searchsorted(days, asking.days)] += finer(
-                        asking.next() == _BLACK, self.size(band)
-                    )
-                finally:
-                    asking.cancel()
-            if self.of_mask.lacking:
-                return
-            better = choice.choose(_least_black(choice.observed, count))
-            self._take_again(
-                ahead, days, usable, seen, np.where(better == index, np.int16(-1), better), out
-            )
-            index = better
+        layers["day_of_year"][:] = np.where(index >= 0, self.yeardays[days][index], 0)
+        for k, band, pixels in all_bands:
+            fine = repeat_pixels(pixels, self.size(band))
+            layers["reflectance"][k] = reducers.take_day(fine, index)
 
-    def _take_again(
-        self,
-        ahead: Bands,
-        days: Days,
-        usable: Bool,
-        seen: dict[str, UInt16],
-        index: Int16,
-        out: Layers,
-    ) -> None:
-        """Replace the pixels with an index, int16 [y, x] at 10 m, by the pixels of the indexed
-        day."""
-        changed = index >= 0
-        if not changed.any():
-            return
-        taken = self._bands(days, usable & _where_chosen(index, len(days)))
-        try:
-            taken.read([b for b in self.recipe.bands if b not in seen])
-            place = np.full(len(days), -1, dtype=np.int16)
-            place[np.searchsorted(days, taken.days)] = np.arange(len(taken.days))
-            made = _empty(self.box, self.recipe)
-            index = np.where(changed, place[index], -1).astype(np.int16)
-            self._taken(self._each(ahead, taken, dict(seen)), index, taken, made)
-        finally:
-            taken.cancel()
-        for name in ("reflectance", "day_of_year"):
-            np.copyto(out[name], made[name], where=changed)
-
-    def _bands(self, days: Days, use: Bool) -> Bands:
+    def open_bands(self, days: IntP, use: Bool) -> Bands:
         """Open the bands of these days for the observations in use, bool [day, y, x] at 20 m."""
-        of = self.of_mask.inside(self.fringe_m // MASK_M)
-        everything = np.zeros(of.kind.shape, dtype=np.bool_)
-        everything[days] = use
-        return Bands(of, everything, self.box, self.ledger)
+        observations = self.observations.crop(self.fringe_m // MASK_M)
+        use_of_all = np.zeros(observations.kind.shape, dtype=np.bool_)
+        use_of_all[days] = use
+        return Bands(observations, use_of_all, self.task.box, self.task.ledger)
 
     def size(self, band: str) -> int:
         """Return the pixel size in metres for reading a band."""
-        return size_of(band, self.of_mask.scenes)
+        return pixel_size_of(band, self.task.scenes)
 
-    def inside(self, pixels: npt.NDArray[Any], size_m: int = MASK_M) -> npt.NDArray[Any]:
+    def crop(self, pixels: AnyArray, size_m: int = MASK_M) -> AnyArray:
         """Remove the fringe from pixels of the given size."""
-        return cropped(pixels, self.fringe_m // size_m)
+        return crop(pixels, self.fringe_m // size_m)
 
 
-def _least_black(use: Bool, count: UInt8) -> Bool:
+class _BestPixels:
+    """The choice of the best day of each pixel of a block.
+
+    Args:
+        block: The block.
+        rule: The score of an observation.
+        fringe: The bands that decide the choice.
+        days: Indices of the candidate days among all days.
+        use: bool [day, y, x] at 20 m, the candidate observations of these days.
+    """
+
+    def __init__(
+        self, block: _Block, rule: BestPixel, fringe: _FringeBands, days: IntP, use: Bool
+    ) -> None:
+        self._block = block
+        self._rule = rule
+        self._fringe = fringe
+        self._days = days
+        self._use = use
+
+    def choose(self) -> Int16:
+        """Choose the best day of each pixel: index int16 [y, x] at 10 m, -1 = none.
+
+        Only days with the fewest black bands in the fringe bands are candidates.
+        """
+        observed = repeat_pixels(self._use, MASK_M)
+        score = self._score_days()
+        black = self._count_black()
+        if black is not None:
+            observed = _keep_least_black(observed, black)
+        return reducers.choose_best_day(score, observed)
+
+    def replace_black(self, index: Int16, layers: Layers) -> None:
+        """Choose again if the chosen day is black in a band not read with the fringe.
+
+        The band is then read for all candidate days there. Each pixel ends with the best of its
+        days with the fewest black bands. A choice without black in further bands cannot lose to
+        another day when further bands are counted.
+        """
+        checked: dict[str, Bool] = {}
+        score: Float32 | None = None
+        count: UInt8 | None = None
+        observed = np.empty(0, dtype=np.bool_)
+        while not self._block.observations.incomplete:  # else the block is made again in any case
+            doubtful = self._find_doubtful(layers["reflectance"], checked)
+            if not doubtful:
+                return
+            if score is None:
+                observed = repeat_pixels(self._use, MASK_M)
+                score = self._score_days()
+                count = self._count_black()
+            if count is None:
+                count = np.zeros(observed.shape, dtype=np.uint8)
+            for band, pixels in doubtful.items():
+                self._add_black(band, pixels, count)
+            if self._block.observations.incomplete:
+                return
+            better = reducers.choose_best_day(score, _keep_least_black(observed, count))
+            changed = np.where(better == index, np.int16(-1), better)
+            self._take_again(changed, layers)
+            index = better
+
+    def _score_days(self) -> Float32:
+        """Score the candidate days: float32 [day, y, x] at 10 m."""
+        block = self._block
+        if block.cloud_distance is None:
+            raise TypeError("a best pixel needs the distance to clouds")
+        same_days = np.searchsorted(self._fringe.bands.days, self._days)
+        opacity = (self._fringe.excess[same_days] / 8e4).astype(np.float32)
+        sharpness = reducers.measure_sharpness(self._fringe.pixels["B04"][same_days])
+        score = reducers.score_days(
+            block.yeardays[self._days],
+            repeat_pixels(block.cloud_distance[self._days], MASK_M),
+            repeat_pixels(opacity, MASK_M),
+            repeat_pixels(sharpness, block.size("B04")),
+            self._rule,
+        )
+        return block.crop(score, PIXEL_M)
+
+    def _count_black(self) -> UInt8 | None:
+        """Count the black bands of each observation among the fringe bands.
+
+        Returns uint8 [day, y, x] at 10 m, or None if all counts are 0.
+        """
+        block = self._block
+        count: UInt8 | None = None
+        for band, pixels in self._fringe.pixels.items():
+            if not (pixels == _BLACK).any():
+                continue
+            pixels = block.select_used(self._fringe.bands.days, self._days, self._use, pixels, band)
+            black = pixels == _BLACK
+            if not black.any():
+                continue
+            fine = repeat_pixels(black, block.size(band)).astype(np.uint8)
+            count = fine if count is None else count + fine
+        return count
+
+    def _find_doubtful(self, reflectance: UInt16, checked: dict[str, Bool]) -> dict[str, Bool]:
+        """Find bands that are black at pixels with other days, bool [y, x] at 20 m each.
+
+        Pixels join `checked` of their band, and are found once only.
+        """
+        has_other_days = self._use.sum(axis=0) > 1
+        doubtful: dict[str, Bool] = {}
+        for band, values in zip(self._block.recipe.bands, reflectance, strict=True):
+            if band in self._fringe.pixels:
+                continue
+            black = values == _BLACK
+            if not black.any():
+                continue
+            checked_before = checked.setdefault(
+                band, np.zeros(has_other_days.shape, dtype=np.bool_)
+            )
+            pixels = _flag_any_of_four(black) & has_other_days & ~checked_before
+            if pixels.any():
+                doubtful[band] = pixels
+                checked[band] = checked_before | pixels
+        return doubtful
+
+    def _add_black(self, band: str, pixels: Bool, count: UInt8) -> None:
+        """Read a band of all candidate days at some pixels, and count its black observations."""
+        bands = self._block.open_bands(self._days, self._use & pixels)
+        try:
+            bands.read([band])
+            black = bands.next() == _BLACK
+        finally:
+            bands.cancel()
+        days = np.searchsorted(self._days, bands.days)
+        count[days] += repeat_pixels(black, self._block.size(band))
+
+    def _take_again(self, index: Int16, layers: Layers) -> None:
+        """Replace the pixels with an index, int16 [y, x] at 10 m, by the pixels of the indexed
+        day."""
+        block = self._block
+        changed = index >= 0
+        if not changed.any():
+            return
+        bands = block.open_bands(self._days, self._use & _flag_chosen(index, len(self._days)))
+        try:
+            bands.read([band for band in block.recipe.bands if band not in self._fringe.pixels])
+            position = np.full(len(self._days), -1, dtype=np.int16)
+            position[np.searchsorted(self._days, bands.days)] = np.arange(len(bands.days))
+            new_layers = _make_empty_layers(block.task.box, block.recipe)
+            new_index = np.where(changed, position[index], -1).astype(np.int16)
+            copied = self._fringe._replace(pixels=dict(self._fringe.pixels))
+            all_bands = block.yield_bands(copied, bands)
+            block.take_days(all_bands, new_index, bands.days, new_layers)
+        finally:
+            bands.cancel()
+        for name in ("reflectance", "day_of_year"):
+            np.copyto(layers[name], new_layers[name], where=changed)
+
+
+def _keep_least_black(use: Bool, count: UInt8) -> Bool:
     """Return the observations in use with the fewest black bands, bool [day, y, x].
 
     Atmospheric correction can make reflectance negative; it is stored as 1. In blue this value
@@ -431,29 +498,14 @@ def _least_black(use: Bool, count: UInt8) -> Bool:
     return least
 
 
-def _one_of_two(stack: UInt16) -> UInt16:
-    """Remove, in place, one of two observations if more of its bands are black.
-
-    The medoid of two observations is either of them. Among three or more, a day with unusual black
-    is far from the others. `stack` is uint16 [band, day, y, x].
-    """
-    seen = stack[0] != 0
-    two = seen.sum(axis=0, dtype=np.int16) == 2
-    if two.any():
-        least = _least_black(seen, (stack == _BLACK).sum(axis=0, dtype=np.uint8))
-        stack *= np.logical_or(least, ~two)
-    return stack
-
-
-def _any_of_four(flags: Bool) -> Bool:
+def _flag_any_of_four(flags: Bool) -> Bool:
     """Flag the 20 m pixels [..., y, x] with a flag in any of their four 10 m pixels."""
     *lead, height, width = flags.shape
-    four: Bool = np.logical_or.reduce(
-        flags.reshape(*lead, height // 2, 2, width // 2, 2), axis=(-3, -1)
-    )
-    return four
+    four = flags.reshape(*lead, height // 2, 2, width // 2, 2)
+    flags_of_20m: Bool = np.logical_or.reduce(four, axis=(-3, -1))
+    return flags_of_20m
 
 
-def _where_chosen(index: Int16, days: int) -> Bool:
+def _flag_chosen(index: Int16, days: int) -> Bool:
     """Flag the days [day, y, x] at 20 m chosen by any of a pixel's 10 m pixels."""
-    return np.stack([_any_of_four(index == day) for day in range(days)])
+    return np.stack([_flag_any_of_four(index == day) for day in range(days)])

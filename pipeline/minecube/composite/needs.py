@@ -28,11 +28,11 @@ def in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.
 
     Scenes of the grid's zone need no resampling. The order is the same for all blocks.
     """
-    own = f"EPSG:{grid.crs.epsg}"
+    grid_zone = f"EPSG:{grid.crs.epsg}"
 
     def rank(scene: pystac.Item) -> tuple[Any, ...]:
         baseline = float(scene.properties["s2:processing_baseline"])
-        return scene.properties["proj:code"] != own, -baseline, scene.datetime, scene.id
+        return scene.properties["proj:code"] != grid_zone, -baseline, scene.datetime, scene.id
 
     return sorted(scenes, key=rank)
 
@@ -48,27 +48,26 @@ def days_of(scenes: Sequence[pystac.Item]) -> list[int]:
     return [index[day] for day in days]
 
 
-def near(scenes: Sequence[pystac.Item], around: GeoBox) -> list[pystac.Item]:
-    """Select the scenes with a footprint within a kilometre.
+def scenes_near(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item]:
+    """Select the scenes with a footprint within a kilometre of a grid.
 
     Published footprints are only this accurate.
     """
-    area = area_of(padded(around, 1000 // ALIGN_M * ALIGN_M))
+    area = area_of(padded(grid, 1000 // ALIGN_M * ALIGN_M))
     west, south, east, north = area.bounds
 
     def comes_near(scene: pystac.Item) -> bool:
-        if (
-            scene.bbox and len(scene.bbox) == 4 and scene.bbox[0] <= scene.bbox[2]
-        ):  # not across the antimeridian
-            left, bottom, right, top = scene.bbox
-            if left > east or right < west or bottom > north or top < south:
+        box = scene.bbox
+        if box and len(box) == 4 and box[0] <= box[2]:  # not across the antimeridian
+            box_west, box_south, box_east, box_north = box
+            if box_west > east or box_east < west or box_south > north or box_north < south:
                 return False
         return bool(shapely.intersects(shapely.geometry.shape(scene.geometry), area))
 
-    return [s for s in scenes if comes_near(s)]
+    return [scene for scene in scenes if comes_near(scene)]
 
 
-def size_of(band: str, scenes: Sequence[pystac.Item]) -> int:
+def pixel_size_of(band: str, scenes: Sequence[pystac.Item]) -> int:
     """Return the pixel size in metres for reading a band.
 
     This is the finest size among the scenes, and for SCL the size of masks.
@@ -79,58 +78,73 @@ def size_of(band: str, scenes: Sequence[pystac.Item]) -> int:
     return finest
 
 
-def margins_m(recipe: Recipe) -> tuple[int, int]:
+def compute_margins(recipe: Recipe) -> tuple[int, int]:
     """Compute the margins around a block in metres: the fringe, and the margin of the mask.
 
     The fringe serves the haze test and the choice of a best pixel. It is a multiple of 60 m. The
     margin of the mask is a multiple of 240 m, so every block samples the same pixels.
     """
-    window = recipe.haze.window_m // 2 + MASK_M if recipe.haze else 0
-    fringe = -(-max(window, 50 if recipe.best_pixel else 0) // ALIGN_M) * ALIGN_M
-    reach = fringe + ALIGN_M + max((r.dilate_m + r.open_m for r in recipe.mask), default=0)
-    reach += recipe.best_pixel.cloud_distance_m if recipe.best_pixel else 0
-    reach += recipe.second_opinion.dilate_m + _OPINION_M if recipe.second_opinion else 0
+    fringe = 0
+    if recipe.haze:
+        fringe = recipe.haze.window_m // 2 + MASK_M
+    if recipe.best_pixel:
+        fringe = max(fringe, 50)
+    fringe = _round_up(fringe, ALIGN_M)
+    margin = fringe + ALIGN_M
+    margin += max((rule.dilate_m + rule.open_m for rule in recipe.mask), default=0)
+    if recipe.best_pixel:
+        margin += recipe.best_pixel.cloud_distance_m
+    if recipe.second_opinion:
+        margin += recipe.second_opinion.dilate_m + _OPINION_M
     if recipe.bright_override:
-        reach += 2 * recipe.bright_override.window_m + 8 * MASK_M
-    return fringe, -(-reach // _STEP_M) * _STEP_M
+        margin += 2 * recipe.bright_override.window_m + 8 * MASK_M
+    return fringe, _round_up(margin, _STEP_M)
 
 
-def looked_at(recipe: Recipe) -> set[str]:
-    """Return the bands deciding the used observations; they are read before the others."""
-    hazy = {"B02", "B04"} if recipe.haze or recipe.best_pixel else set()
-    return hazy | ({"B04", "B08"} if recipe.reducer == "max-ndvi" else set())
+def _round_up(length_m: int, step_m: int) -> int:
+    return -(-length_m // step_m) * step_m
 
 
-def memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
+def bands_with_fringe(recipe: Recipe) -> set[str]:
+    """Return the bands deciding the used observations: they are read before the others."""
+    if recipe.haze or recipe.best_pixel:
+        return {"B02", "B04"}
+    return set()
+
+
+def estimate_memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     """Estimate the peak memory of a block in bytes, on top of the process's own memory.
 
     The mask needs one SCL layer per scene plus about 12 bytes per pixel and day, margin included.
     The bands in memory are the current one, those read ahead, and those for the haze test or pixel
-    choice. Geomedian and medoid need all bands.
+    choice. The geomedian needs all bands.
     """
-    fringe, margin = margins_m(recipe)
+    fringe, margin = compute_margins(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
-    clear = (
-        min(days, recipe.max_clear_observations * 3 // 2) if recipe.max_clear_observations else days
-    )
-    wide, inner = (math.prod(at_resolution(padded(box, m), MASK_M).shape) for m in (margin, fringe))
-    by_band = [
-        2 * math.prod(at_resolution(padded(box, fringe), size_of(b, scenes)).shape)
-        for b in recipe.bands
-    ]
-    together = recipe.reducer in ("geomedian", "medoid")
-    held: int = sum(by_band)
-    if not together:
-        most = 2 * math.prod(padded(box, fringe).shape)
-        held = min(held, (2 + AHEAD + 2 * bool(looked_at(recipe))) * most)
-    a_day = 12 + 24 * bool(recipe.second_opinion) + 4 * bool(recipe.best_pixel)
-    masks: int = len(scenes) * wide + days * wide * a_day + days * inner * 12 * bool(recipe.haze)
-    return masks + clear * held
+    with_margin = math.prod(at_resolution(padded(box, margin), MASK_M).shape)
+    with_fringe = math.prod(at_resolution(padded(box, fringe), MASK_M).shape)
+    bytes_per_day = 12 + 24 * bool(recipe.second_opinion) + 4 * bool(recipe.best_pixel)
+    of_masks: int = len(scenes) * with_margin + days * with_margin * bytes_per_day
+    of_masks += days * with_fringe * 12 * bool(recipe.haze)
+    days_read = days
+    if recipe.max_clear_observations:
+        days_read = min(days, recipe.max_clear_observations * 3 // 2)
+    return of_masks + days_read * _estimate_band_bytes(scenes, padded(box, fringe), recipe)
 
 
-def connections(scenes: Sequence[pystac.Item], most: int) -> int:
+def _estimate_band_bytes(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
+    """Return the bytes per day of the bands in memory at a time."""
+    all_bands: int = 0
+    for band in recipe.bands:
+        all_bands += 2 * math.prod(at_resolution(box, pixel_size_of(band, scenes)).shape)
+    if recipe.reducer == "geomedian":
+        return all_bands
+    bytes_ahead: int = (2 + AHEAD + 2 * bool(bands_with_fringe(recipe))) * 2 * math.prod(box.shape)
+    return min(all_bands, bytes_ahead)
+
+
+def count_connections(scenes: Sequence[pystac.Item], limit: int) -> int:
     """Return the maximum number of simultaneous pixel requests."""
-    allowed: list[int] = [
-        json.loads(s.properties["minecube:access"])["connections"] for s in scenes
-    ]
-    return min([most, *allowed])
+    access = [json.loads(scene.properties["minecube:access"]) for scene in scenes]
+    allowed: list[int] = [of_scene["connections"] for of_scene in access]
+    return min([limit, *allowed])

@@ -8,11 +8,20 @@ import zipfile
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import omnicloudmask
 import torch
 
+from minecube.arrays import UInt8, UInt16
 from minecube.errors import ModelError
+
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 class OmniCloudMask:
@@ -31,10 +40,11 @@ class OmniCloudMask:
     """
 
     def __init__(self, weights: Sequence[str], device: str = "cpu") -> None:
-        self.weights, self.device = tuple(weights), device
-        self._models = [_loaded(path) for path in self.weights]
+        self.weights = tuple(weights)
+        self.device = device
+        self._models = [_load(path) for path in self.weights]
 
-    def __call__(self, image: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    def __call__(self, image: UInt16) -> UInt8:
         """Classify B03, B04 and B08: uint8 [y, x].
 
         The input is uint16 [3, y, x], reflectance x 10000, 0 = no data.
@@ -44,29 +54,22 @@ class OmniCloudMask:
         green, red, nir = image.astype(np.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # blocks smaller than its default patch are intended
-            seen = omnicloudmask.predict_from_array(
+            classes = omnicloudmask.predict_from_array(
                 np.stack([red, green, nir]),
                 custom_models=list(self._models),
                 inference_device=self.device,
             )
-        return np.asarray(seen, dtype=np.uint8).reshape(image.shape[1:])
+        return np.asarray(classes, dtype=np.uint8).reshape(image.shape[1:])
 
     def __reduce__(self) -> tuple[type[OmniCloudMask], tuple[tuple[str, ...], str]]:
         return OmniCloudMask, (self.weights, self.device)
 
 
-def _loaded(path: str) -> torch.nn.Module:
+def _load(path: str) -> torch.nn.Module:
     try:
         return torch.export.load(path).module()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except _LOAD_ERRORS as error:
         raise ModelError(
-            f"{path}: expected an exported network for clouds (torch.export.save), and it cannot be loaded ({error}); check "
-            "second_opinion.weights of the recipe"
+            f"{path}: expected an exported network for clouds (torch.export.save), "
+            f"and it cannot be loaded ({error}); check second_opinion.weights of the recipe"
         ) from error

@@ -3,7 +3,7 @@
 The estimate reads no pixels. It counts requests per block, nearby scene and band. The first read of
 a file needs one request for its header. Each row of file tiles in the block's window needs one
 request, and all bytes of these tiles. The estimate is an upper bound. Bands of a scene without
-wanted clear pixels are not read, but only the pixels show this.
+clear pixels to use are not read, but only the pixels show this.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ import pystac
 import yaml
 from odc.geo.geobox import GeoBox
 
+from minecube.arrays import Int64
 from minecube.catalog import SCL, Recipe, yaml_problem
 from minecube.composite.block import BLOCK_BYTES
-from minecube.composite.needs import connections, looked_at, margins_m, memory, near, size_of
+from minecube.composite.needs import (
+    bands_with_fringe,
+    compute_margins,
+    count_connections,
+    estimate_memory,
+    pixel_size_of,
+    scenes_near,
+)
 from minecube.errors import CatalogError
 from minecube.grid import PIXEL_M, at_resolution, blocks, padded
 from minecube.reader import HEAD, READ_THREADS
@@ -31,18 +39,22 @@ _STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
 """Bytes per pixel in the files, used if the item does not list the file size. Real Collection 1
 items have 0.5 to 2.4, and SCL 0.02 to 0.09."""
 _OVERVIEWS = 0.75  # share of the full resolution in the bytes of a file with overviews
-_CPU_S_PER_MB, _CPU_S_PER_MPX = 0.009, 0.010
-"""Core-seconds to inflate a megabyte, and to mask and reduce a million pixels. Fitted to medians
-of 1024 px from 20 and 40 dates, with errors up to a quarter (on a cloud server of 2026; your
-machine's speed differs). Geomedians take several times as long."""
-_CPU_S_PER_READ, _CPU_S_PER_SITE_YEAR = 0.005, 0.5
-"""Core-seconds to open a file and place a window of it, and to begin, check and commit a
-site-year. A guess from small builds on the same server."""
+_CPU_S_PER_MB = 0.009
+"""Core-seconds to inflate a megabyte. Fitted to medians of 1024 px from 20 and 40 dates, with
+errors up to a quarter (on a cloud server of 2026; your machine's speed differs)."""
+_CPU_S_PER_MPX = 0.010
+"""Core-seconds to mask and reduce a million pixels, fitted likewise. Geomedians take several times
+as long."""
+_CPU_S_PER_READ = 0.005
+"""Core-seconds to open a file and place a window of it. A guess from small builds."""
+_CPU_S_PER_SITE_YEAR = 0.5
+"""Core-seconds to begin, check and commit a site-year. A guess from small builds."""
 START_S = 3.0
 """Start-up time of a command in seconds."""
-_OFFSET_BANDS, _REGISTRATION_BANDS = 4, 2
-"""Reads per scene, SCL included, to check its offset (`scenes.offsets`) and its position
-(`composite.registration`)."""
+_OFFSET_BANDS = 4
+"""Reads per scene, SCL included, to check its offset (`scenes.offsets`)."""
+_REGISTRATION_BANDS = 2
+"""Reads per scene, SCL included, to check its position (`composite.registration`)."""
 _CHECKED_PX = 200  # side of the window read by checks
 _BASE_BYTES = 100_000_000  # buffers of the reading threads
 
@@ -73,23 +85,29 @@ class Terms:
             ) from error
         if not isinstance(content, Mapping):
             raise CatalogError(
-                f"{path}: expected names and values such as per_gb: 0.09, found {type(content).__name__}"
+                f"{path}: expected names and values such as per_gb: 0.09, "
+                f"found {type(content).__name__}"
             )
+        names = [field.name for field in fields(cls)]
         for name, value in content.items():
-            if name not in {f.name for f in fields(cls)}:
+            if name not in names:
+                raise CatalogError(f"{path}: field {name!r}: expected one of {', '.join(names)}")
+            if not cls._fits(name, value):
                 raise CatalogError(
-                    f"{path}: field {name!r}: expected one of {', '.join(f.name for f in fields(cls))}"
-                )
-            fits = (
-                isinstance(value, str)
-                if name == "currency"
-                else type(value) in (int, float) and value >= 0
-            )
-            if not fits or (name in ("mb_per_s", "cores") and not value):
-                raise CatalogError(
-                    f"{path}: field {name!r}: expected a number above 0 (currency: text), found {value!r}"
+                    f"{path}: field {name!r}: expected a number above 0 (currency: text), "
+                    f"found {value!r}"
                 )
         return cls(**content)
+
+    @staticmethod
+    def _fits(name: str, value: Any) -> bool:
+        if name == "currency":
+            return isinstance(value, str)
+        if type(value) not in (int, float):
+            return False
+        if name in ("mb_per_s", "cores"):
+            return bool(value > 0)
+        return bool(value >= 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +134,8 @@ class Estimate:
         """Add two estimates run one after the other."""
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         sums["block_bytes"] = max(self.block_bytes, other.block_bytes)
-        return Estimate(**{**sums, "connections": min(self.connections, other.connections)})
+        sums["connections"] = min(self.connections, other.connections)
+        return Estimate(**sums)
 
     def seconds(self, terms: Terms) -> float:
         """Estimate the duration: the longest of waiting, transfer and computing.
@@ -124,11 +143,11 @@ class Estimate:
         All three run at the same time. `pace` compares this estimate with real builds.
         """
         waiting = self.requests * terms.latency_s / self.connections
-        working = self.bytes / 1e6 * _CPU_S_PER_MB + self.pixels / 1e6 * _CPU_S_PER_MPX
-        working += (
-            self.reads + self.checks
-        ) * _CPU_S_PER_READ + self.site_years * _CPU_S_PER_SITE_YEAR
-        return max(waiting, self.bytes / 1e6 / terms.mb_per_s, working / terms.cores)
+        transfer = self.bytes / 1e6 / terms.mb_per_s
+        computing = self.bytes / 1e6 * _CPU_S_PER_MB + self.pixels / 1e6 * _CPU_S_PER_MPX
+        opening = (self.reads + self.checks) * _CPU_S_PER_READ
+        computing += opening + self.site_years * _CPU_S_PER_SITE_YEAR
+        return max(waiting, transfer, computing / terms.cores)
 
     def cost(self, terms: Terms, pace: float = 1.0) -> float | None:
         """Compute the cost at this pace in the currency of the terms; None if they have no
@@ -137,12 +156,8 @@ class Estimate:
         if prices == (None, None, None):
             return None
         core_hours = self.seconds(terms) * pace * terms.cores / 3600
-        return sum(
-            (p or 0) * n
-            for p, n in zip(
-                prices, (self.requests / 1e3, self.bytes / 1e9, core_hours), strict=True
-            )
-        )
+        amounts = (self.requests / 1e3, self.bytes / 1e9, core_hours)
+        return sum((price or 0) * amount for price, amount in zip(prices, amounts, strict=True))
 
 
 def took(estimate: Estimate, seconds: float) -> dict[str, float]:
@@ -161,87 +176,112 @@ def pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | None:
         terms: Terms of the machine for these builds and the next one.
     """
     names = {f.name for f in fields(Estimate)}
-    seconds = estimated = 0.0
+    seconds = 0.0
+    estimated = 0.0
     for note in notes:
         counts: dict[str, Any] = {name: value for name, value in note.items() if name in names}
         seconds += note["seconds"]
         estimated += Estimate(**counts).seconds(terms)
-    return seconds / estimated if seconds and estimated else None
+    if not seconds or not estimated:
+        return None
+    return seconds / estimated
 
 
 def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Estimate:
     """Estimate the upper bounds of reading these scenes with `composite`, and a block's memory."""
-    sums, most, opened = np.zeros(4, dtype=np.int64), 0, set()
+    sums = np.zeros(4, dtype=np.int64)
+    block_bytes = 0
+    opened: set[str] = set()
     for block in blocks(grid, recipe.block_px):
         box = grid[block]
-        fringe, margin = margins_m(recipe)
-        listed = near(scenes, padded(box, margin))
+        listed = scenes_near(scenes, padded(box, compute_margins(recipe)[1]))
         if not listed:
             continue
-        ahead = looked_at(recipe)
-        windows: dict[tuple[int, int], tuple[int, int]] = {}
-        for size, around in itertools.product((10, 20), {0, fringe, margin}):
-            shape = at_resolution(padded(box, around), size).shape
-            windows[size, around] = (shape.y, shape.x)
-        for scene in listed:
-            for band in (SCL, *recipe.bands):
-                size, href = size_of(band, [scene]), scene.assets[band].href
-                around = margin if band == SCL else fringe if band in ahead else 0
-                sums += _asset(scene, band, size, windows[size, around], first=href not in opened)
-                opened.add(href)
-        most = max(most, min(memory(listed, box, recipe), BLOCK_BYTES) + _BASE_BYTES)
-    checks, *more = _checks(scenes, grid, recipe)
-    sums[1:] += more
+        sums += _count_block(listed, box, recipe, opened)
+        memory = min(estimate_memory(listed, box, recipe), BLOCK_BYTES)
+        block_bytes = max(block_bytes, memory + _BASE_BYTES)
+    checks = _count_checks(scenes, grid, recipe)
+    sums[1:] += checks[1:]
     reads, requests, read_bytes, pixels = sums.tolist()
     return Estimate(
         site_years=1,
         scenes=len(scenes),
         reads=reads,
-        checks=checks,
+        checks=int(checks[0]),
         requests=requests,
         bytes=read_bytes,
         pixels=pixels,
-        block_bytes=most,
-        connections=connections(scenes, READ_THREADS),
+        block_bytes=block_bytes,
+        connections=count_connections(scenes, READ_THREADS),
     )
 
 
-def _checks(
-    scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe
-) -> tuple[int, int, int, int]:
-    """Count reads, requests, bytes and pixels of the checks of offsets and positions.
+def _count_block(
+    scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe, opened: set[str]
+) -> Int64:
+    """Count reads, requests, bytes and pixels of a block: int64 [4].
+
+    Files join `opened`. Only the first read of a file requests its header.
+    """
+    fringe, margin = compute_margins(recipe)
+    with_fringe = bands_with_fringe(recipe)
+    windows: dict[tuple[int, int], tuple[int, int]] = {}
+    for size, around_m in itertools.product((10, 20), {0, fringe, margin}):
+        shape = at_resolution(padded(box, around_m), size).shape
+        windows[size, around_m] = (shape.y, shape.x)
+    sums = np.zeros(4, dtype=np.int64)
+    for scene in scenes:
+        for band in (SCL, *recipe.bands):
+            size = pixel_size_of(band, [scene])
+            around_m = 0
+            if band == SCL:
+                around_m = margin
+            elif band in with_fringe:
+                around_m = fringe
+            href = scene.assets[band].href
+            sums += _count_window(scene, band, size, windows[size, around_m])
+            if href not in opened:
+                sums += _count_header(href)
+                opened.add(href)
+    return sums
+
+
+def _count_checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Int64:
+    """Count reads, requests, bytes and pixels of the checks of offsets and positions: int64 [4].
 
     Headers are counted with the composite.
     """
     height, width = (min(side, _CHECKED_PX) for side in grid.shape)
-    repeats = _OFFSET_BANDS + (_REGISTRATION_BANDS if recipe.registration else 0)
+    repeats = _OFFSET_BANDS
+    if recipe.registration:
+        repeats += _REGISTRATION_BANDS
     sums = np.zeros(4, dtype=np.int64)
     for scene in scenes:
-        sums += repeats * np.array(
-            _asset(scene, recipe.bands[0], PIXEL_M, (height, width), first=False)
-        )
-    reads, requests, read_bytes, pixels = sums.tolist()
-    return reads, requests, read_bytes, pixels
+        sums += repeats * _count_window(scene, recipe.bands[0], PIXEL_M, (height, width))
+    return sums
 
 
-def _asset(
-    scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], *, first: bool
-) -> tuple[int, int, int, int]:
-    """Count reads, requests, bytes and pixels of a window."""
-    tile, asset = scene.properties["minecube:tile_px"], scene.assets[band]
-    shape, stored = asset.extra_fields["proj:shape"], asset.extra_fields["file:size"]
-    per_pixel = (
-        stored * _OVERVIEWS / math.prod(shape)
-        if stored
-        else _STORED[band if band == SCL else size_m]
-    )
+def _count_window(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int]) -> Int64:
+    """Count reads, requests, bytes and pixels of a window [height, width]: int64 [4]."""
+    tile_px = scene.properties["minecube:tile_px"]
+    asset = scene.assets[band]
+    shape = asset.extra_fields["proj:shape"]
+    file_bytes = asset.extra_fields["file:size"]
+    bytes_per_pixel = _STORED[SCL if band == SCL else size_m]
+    if file_bytes:
+        bytes_per_pixel = file_bytes * _OVERVIEWS / math.prod(shape)
     # A window begins anywhere in a tile. On average, n pixels touch tiles of n + tile - 1 pixels.
-    height, width = (min(n + tile - 1, side) for n, side in zip(window, shape, strict=True))
-    remote = "://" in asset.href
-    requests = (math.ceil(height / tile) + first) * remote
-    return (
-        1,
-        requests,
-        int(height * width * per_pixel) + HEAD * first * remote,
-        window[0] * window[1],
-    )
+    height, width = (min(n + tile_px - 1, side) for n, side in zip(window, shape, strict=True))
+    requests = math.ceil(height / tile_px) * _is_remote(asset.href)
+    read_bytes = int(height * width * bytes_per_pixel)
+    return np.array([1, requests, read_bytes, math.prod(window)], dtype=np.int64)
+
+
+def _count_header(href: str) -> Int64:
+    """Count reads, requests, bytes and pixels of a file's header: int64 [4]."""
+    is_remote = _is_remote(href)
+    return np.array([0, is_remote, HEAD * is_remote, 0], dtype=np.int64)
+
+
+def _is_remote(href: str) -> bool:
+    return "://" in href

@@ -39,10 +39,16 @@ class Ledger:
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], dict[str, float]] = {}
         self._reasons: dict[tuple[str, str], str] = {}
-        for row in pd.read_parquet(io.BytesIO(before)).to_dict("records") if before else ():
-            self._counts[row["scene"], row["band"]] = {name: row[name] for name in COUNTS}
+        if before:
+            self._load(before)
+
+    def _load(self, parquet: bytes) -> None:
+        """Load the counts of a table."""
+        for row in pd.read_parquet(io.BytesIO(parquet)).to_dict("records"):
+            key = (row["scene"], row["band"])
+            self._counts[key] = {name: row[name] for name in COUNTS}
             if row["reason"]:
-                self._reasons[row["scene"], row["band"]] = row["reason"]
+                self._reasons[key] = row["reason"]
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
         return Ledger, ()  # unpickled ledgers are strict: a failed read raises
@@ -59,9 +65,9 @@ class Ledger:
             if reason:
                 self._reasons[scene, band] = reason
 
-    def repeated(self) -> Ledger:
+    def for_repeats(self) -> Ledger:
         """Return a view for repeated reads: their cost is counted, but not planned again."""
-        return _Repeated(self)
+        return _RepeatedLedger(self)
 
     def totals(self) -> dict[str, float]:
         """Sum all counts and compute `completeness`, the share of planned reads done.
@@ -69,17 +75,19 @@ class Ledger:
         Completeness is 1 if no read was planned. A lost SCL read also counts as a lost read of each
         other band, since these are never planned.
         """
+        totals: dict[str, float] = {}
         with self._lock:
-            sums = {name: sum(row[name] for row in self._counts.values()) for name in COUNTS}
-            masks = sum(row["lost"] for (_, band), row in self._counts.items() if band == SCL)
-            unasked = masks * len({band for _, band in self._counts} - {SCL})
-        whole = {name: value if name == "seconds" else int(value) for name, value in sums.items()}
-        whole["seconds"] = round(whole["seconds"], 3)
-        wanted = sums["planned"] + unasked
-        return {
-            **whole,
-            "completeness": (sums["planned"] - sums["lost"]) / wanted if wanted else 1.0,
-        }
+            for name in COUNTS:
+                totals[name] = sum(row[name] for row in self._counts.values())
+            lost_masks = sum(row["lost"] for (_, band), row in self._counts.items() if band == SCL)
+            other_bands = {band for _, band in self._counts} - {SCL}
+        planned = totals["planned"] + lost_masks * len(other_bands)
+        completeness = 1.0
+        if planned:
+            completeness = (totals["planned"] - totals["lost"]) / planned
+        seconds = round(totals.pop("seconds"), 3)
+        counts = {name: int(value) for name, value in totals.items()}
+        return {**counts, "seconds": seconds, "completeness": completeness}
 
     def lost(self) -> list[str]:
         """List a line with the reason for each scene and band with a lost read."""
@@ -101,23 +109,22 @@ class Ledger:
                 }
                 for (scene, band), row in sorted(self._counts.items())
             ]
-        types = {name: float if name == "seconds" else "int64" for name in COUNTS}
+        types: dict[str, str] = dict.fromkeys(COUNTS, "int64") | {"seconds": "float64"}
         return pd.DataFrame(rows, columns=[*_KEY, *COUNTS, "reason"]).astype(types)
 
     def to_parquet(self) -> bytes:
         """Return the table as the bytes of a Parquet file."""
-        out = io.BytesIO()
-        self.table().to_parquet(out, index=False)
-        return out.getvalue()
+        buffer = io.BytesIO()
+        self.table().to_parquet(buffer, index=False)
+        return buffer.getvalue()
 
 
-class _Repeated(Ledger):
-    def __init__(self, of: Ledger) -> None:
-        super().__init__(lossy=of.lossy, copied=of.copied)
-        self._of = of
+class _RepeatedLedger(Ledger):
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(lossy=ledger.lossy, copied=ledger.copied)
+        self._ledger = ledger
 
     def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:
         # A repeated read lost now no longer counts as read.
-        self._of.add(
-            scene, band, reason=reason, **{**counts, "planned": 0, "read": -counts.get("lost", 0)}
-        )
+        changes = {"planned": 0, "read": -counts.get("lost", 0)}
+        self._ledger.add(scene, band, reason=reason, **{**counts, **changes})

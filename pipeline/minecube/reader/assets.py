@@ -1,0 +1,200 @@
+"""Read a band of a scene onto a grid, on shared threads, and count the read."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pystac
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from rasterio.enums import Resampling
+
+from minecube.arrays import Int32, UInt16
+from minecube.catalog import SCL, Access
+from minecube.errors import GoneError, ReadError
+from minecube.network import (
+    ForbiddenError,
+    MissingError,
+    RequestError,
+    check_href,
+    is_local,
+    without_query,
+)
+from minecube.reader.gridding import copy_to
+from minecube.reader.ledger import Ledger
+from minecube.reader.raster import File, need_header, read_file
+from minecube.reader.transfer import Tally
+
+READ_THREADS = 64
+"""Simultaneous reads in a process. Reads wait for networks and disks, so the number is
+independent of Dask's threads and the cores."""
+LOCAL_THREADS = (os.cpu_count() or 1) + 1
+"""Simultaneous reads of local files. They wait for a core, not for an answer. More would take
+cores from the reducers."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file of a scene."""
+
+    scene: str
+    band: str
+    file: File
+
+    def read(
+        self, grid: GeoBox, resampling: Resampling, ledger: Ledger | None, out: UInt16 | None = None
+    ) -> UInt16:
+        """Read the file onto a grid (`raster.read_file`) and count it in the ledger.
+
+        A read lost with the ledger's permission returns uint16 zeros.
+        """
+        if ledger is None:
+            return read_file(self.file, grid, resampling, out=out)
+        tally = Tally()
+        began = time.perf_counter()
+        try:
+            pixels = read_file(self.file, grid, resampling, tally, out)
+        except ReadError as error:
+            self._count(ledger, tally, began, lost_because=str(error))
+            if not ledger.lossy or (ledger.copied and isinstance(error, GoneError)):
+                raise
+            return copy_to(np.zeros(grid.shape, dtype=np.uint16), out)
+        self._count(ledger, tally, began)
+        return pixels
+
+    def _count(self, ledger: Ledger, tally: Tally, began: float, lost_because: str = "") -> None:
+        is_lost = bool(lost_because)
+        ledger.add(
+            self.scene,
+            self.band,
+            reason=lost_because,
+            planned=1,
+            read=int(not is_lost),
+            lost=int(is_lost),
+            requests=tally.requests,
+            retried=tally.retried,
+            bytes=tally.bytes,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def asset_of(scene: pystac.Item, band: str) -> Asset:
+    """Return the scene's file of a band.
+
+    Raises ReadError if the file does not exist or must not be read.
+    """
+    if band not in scene.assets:
+        raise ReadError(
+            f"scene {scene.id}: no asset for {band}; it has {', '.join(sorted(scene.assets))}"
+        )
+    origin = scene.properties.get("minecube:origin")
+    if not isinstance(origin, str):  # with None, the caller would vouch for the href
+        raise ReadError(
+            f"scene {scene.id}: expected the host of its catalogue in minecube:origin, "
+            f"found {origin!r}. Search again."
+        )
+    fields = json.loads(scene.properties["minecube:access"])
+    fields["credentials_for"] = tuple(fields.get("credentials_for", ()))
+    file = File(scene.assets[band].href, Access(**fields), origin)
+    try:
+        check_href(file.href, origin, file.access.hosts())
+    except ForbiddenError as error:
+        raise ReadError(
+            f"scene {scene.id}: {band} is not read from {without_query(file.href)}: {error}"
+        ) from error
+    return Asset(scene.id, band, file)
+
+
+def read_band(
+    scene: pystac.Item,
+    band: str,
+    grid: GeoBox,
+    ledger: Ledger | None = None,
+    out: UInt16 | None = None,
+) -> UInt16:
+    """Read one band of one scene onto a grid: uint16 [y, x].
+
+    The result equals `stack`'s, but without a graph. It is put into `out` if given. A registration
+    shift in `minecube:shift_m` (east and north) is applied.
+
+    Raises:
+        ReadError: The scene lacks this band, or its pixels cannot be read.
+    """
+    asset = asset_of(scene, band)
+    shift = scene.properties.get("minecube:shift_m")
+    if shift:
+        grid = GeoBox(grid.shape, Affine.translation(*shift) @ grid.transform, grid.crs)
+    if band == SCL:
+        return asset.read(grid, Resampling.nearest, ledger, out)
+    raw = asset.read(grid, Resampling.bilinear, ledger, out)
+    offset = scene.properties["minecube:offset"]
+    if not offset:
+        return raw
+    return copy_to(remove_offset(raw, offset), out)
+
+
+def remove_offset(raw: UInt16, offset: Int32 | int) -> UInt16:
+    """Add BOA_ADD_OFFSET to digital numbers: uint16, valid pixels at least 1, nodata 0 stays 0.
+
+    Values are clipped before the addition, because uint16 would wrap. A dark 900 with offset -1000
+    must become 1, not 65436.
+    """
+    subtrahend = np.clip(-np.asarray(offset, dtype=np.int32), -65534, 65534)
+    low = np.maximum(1 + subtrahend, 1).astype(np.uint16)
+    high = np.minimum(65535 + subtrahend, 65535).astype(np.uint16)
+    # A negative subtrahend wraps, and so does the difference: back to the right number.
+    reflectance: UInt16 = np.clip(raw, low, high) - subtrahend.astype(np.uint16)
+    reflectance *= raw != 0
+    return reflectance
+
+
+def start_read(
+    scene: pystac.Item,
+    band: str,
+    grid: GeoBox,
+    ledger: Ledger | None = None,
+    out: UInt16 | None = None,
+) -> Future[UInt16]:
+    """Start `read_band` on the process's shared threads: many for remote files, few for local
+    ones."""
+    is_remote = band in scene.assets and not is_local(scene.assets[band].href)
+    pool = threads(READ_THREADS if is_remote else LOCAL_THREADS)
+    return pool.submit(read_band, scene, band, grid, ledger, out)
+
+
+@functools.cache
+def threads(count: int) -> ThreadPoolExecutor:
+    """Return the process's shared threads of this number."""
+    return ThreadPoolExecutor(count, thread_name_prefix="minecube-read")
+
+
+def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
+    """Find the first of these bands with a missing, empty or cut file, and report the reason.
+
+    Returns an empty text if no file is missing, or if this cannot be checked now. Requests the
+    first bytes of each file; reads need these anyway.
+    """
+    files = [asset_of(scene, band).file for band in bands]
+    checks = [threads(READ_THREADS).submit(_explain_missing, file) for file in files]
+    reasons = [check.result() for check in checks]
+    for band, reason in zip(bands, reasons, strict=True):
+        if reason:
+            return f"{band} is gone ({reason})"
+    return ""
+
+
+def _explain_missing(file: File) -> str:
+    try:
+        need_header(file)
+    except MissingError as error:
+        return str(error)
+    except (RequestError, ForbiddenError):
+        return ""
+    return ""

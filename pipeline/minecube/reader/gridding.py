@@ -1,0 +1,253 @@
+"""Put the pixels of an open file onto a grid: as they are if they fit, else warped.
+
+A file in the grid's zone is read as a plain window if its pixels are the grid's or whole multiples
+of them. A 20 m pixel is repeated, not interpolated. Any other file is warped, typically a scene of
+the neighbouring UTM zone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import rasterio
+from odc.geo.crs import CRS
+from odc.geo.geobox import GeoBox
+from rasterio.enums import MaskFlags, Resampling
+from rasterio.io import MemoryFile
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_bounds
+from rasterio.windows import Window, from_bounds
+
+from minecube.arrays import UInt16
+from minecube.errors import ReadError
+from minecube.network import without_query
+from minecube.reader.transfer import Tally
+
+_SAME = 1e-3  # pixels: corners this close are the same, as whole metres in UTM
+_SAME_SIZE = 1e-6  # pixel sizes must agree better: errors add up over 10980 pixels
+_STRIP_PX = 2**23  # pixels of a file warped at once: 16 MB, a site of 29 km at 10 m
+_MOST_DN = 32767  # higher numbers are defects and fill values: no ground or cloud is brighter
+
+
+class Nesting(NamedTuple):
+    """Place of a file's pixels in a grid."""
+
+    ratio: int
+    """Grid pixels per file pixel."""
+    dx: int
+    """Grid pixels from the file's left edge to the grid's."""
+    dy: int
+    """Grid pixels from the file's upper edge down to the grid's."""
+
+
+def copy_to(pixels: UInt16, out: UInt16 | None) -> UInt16:
+    """Copy pixels into an array, if there is one, and return the array."""
+    if out is None or out is pixels:
+        return pixels
+    out[:] = pixels
+    return out
+
+
+@functools.lru_cache(256)
+def _same_crs(wkt: str, crs: CRS) -> bool:
+    """Compare two reference systems, cached: a comparison takes a tenth of a read."""
+    return bool(crs == wkt)
+
+
+def nesting_of(image: rasterio.DatasetReader, grid: GeoBox) -> Nesting | None:
+    """Return the place of the file's pixels in the grid; None if they do not nest."""
+    t = image.transform
+    size = abs(grid.resolution.x)
+    if image.crs is None or not _same_crs(image.crs.to_wkt(), grid.crs):
+        return None
+    is_square = abs(t.a + t.e) <= _SAME_SIZE * size
+    if t.b or t.d or not is_square:
+        return None
+    exact_ratio = t.a / size
+    exact_dx = (grid.transform.c - t.c) / size
+    exact_dy = (t.f - grid.transform.f) / size
+    nesting = Nesting(round(exact_ratio), round(exact_dx), round(exact_dy))
+    if nesting.ratio < 1 or abs(exact_ratio - nesting.ratio) > _SAME_SIZE:
+        return None
+    if abs(exact_dx - nesting.dx) > _SAME or abs(exact_dy - nesting.dy) > _SAME:
+        return None
+    return nesting
+
+
+def read_nested(
+    image: rasterio.DatasetReader,
+    grid: GeoBox,
+    nesting: Nesting,
+    tally: Tally,
+    out: UInt16 | None = None,
+) -> UInt16:
+    """Read a window of an open file, each pixel repeated by the ratio of sizes.
+
+    Returns uint16 (y, x), 0 at invalid pixels and outside the file.
+
+    Args:
+        image: The file.
+        grid: Grid of the result.
+        nesting: Place of the file's pixels in the grid.
+        tally: Counts the bytes of local files.
+        out: Array for the pixels, to avoid a copy. By default a new array.
+    """
+    ratio, dx, dy = nesting
+    height, width = grid.shape
+    # First and last file pixel, cut to the file: boundless reads would fill with the file's nodata.
+    columns = range(max(dx // ratio, 0), min(-(-(dx + width) // ratio), image.width))
+    rows = range(max(dy // ratio, 0), min(-(-(dy + height) // ratio), image.height))
+    if not columns or not rows:
+        return copy_to(np.zeros((height, width), dtype=np.uint16), out)
+    window = Window(columns.start, rows.start, len(columns), len(rows))
+    _count_stored(image, window, tally)
+    covers_grid = ratio == 1 and (len(rows), len(columns)) == (height, width)
+    if covers_grid and image.dtypes[0] == "uint16":
+        return _read_valid(image, window, out)
+    pixels = _read_valid(image, window).repeat(ratio, axis=0).repeat(ratio, axis=1)
+    # Place of the first file pixel on the grid; negative: cut.
+    y = rows.start * ratio - dy
+    x = columns.start * ratio - dx
+    pixels = pixels[max(-y, 0) :, max(-x, 0) :][: height - max(y, 0), : width - max(x, 0)]
+    on_grid = np.zeros((height, width), dtype=np.uint16)
+    on_grid[max(y, 0) :, max(x, 0) :][: pixels.shape[0], : pixels.shape[1]] = pixels
+    return copy_to(on_grid, out)
+
+
+def warp(
+    image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally
+) -> UInt16:
+    """Resample an open file onto a grid, in strips: uint16 (y, x), 0 at invalid pixels.
+
+    Raises:
+        ReadError: The file has no CRS.
+    """
+    if image.crs is None:
+        raise ReadError(
+            f"{without_query(image.name)}: the file has no CRS, "
+            "so its pixels cannot be placed on the grid; replace the file"
+        )
+    window = _window_of(image, grid)
+    _count_stored(image, window, tally)
+    height = grid.shape[0]
+    rows = _count_rows_per_strip(image, window, height)
+    warped = np.empty(grid.shape, dtype=np.uint16)
+    for top in range(0, height, rows):
+        strip = slice(top, min(top + rows, height))
+        warped[strip] = _warp_strip(image, grid[strip, :], resampling)
+    return warped
+
+
+def _count_rows_per_strip(image: rasterio.DatasetReader, window: Window, height: int) -> int:
+    """Return the number of grid rows covered by about `_STRIP_PX` pixels of the file.
+
+    Args:
+        image: The file.
+        window: The file's window of the grid.
+        height: Rows of the grid.
+    """
+    columns = min(window.width, image.width)
+    file_rows_per_row = window.height / height
+    return max(int(_STRIP_PX / max(columns * file_rows_per_row, 1)), 1)
+
+
+def _window_of(image: rasterio.DatasetReader, grid: GeoBox) -> Window:
+    """Return the file's window of the grid, in fractions of pixels."""
+    bounds = transform_bounds(grid.crs.to_wkt(), image.crs, *grid.boundingbox)
+    return from_bounds(*bounds, transform=image.transform)
+
+
+def _warp_strip(image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
+    """Resample the file's own pixels, never its overviews.
+
+    Averages in an overview may contain invalid pixels.
+    """
+    window = _window_of(image, grid)
+    size = abs(grid.resolution.x) / abs(image.transform.a)
+    reach = math.ceil(max(size, 1)) + 2  # pixels beyond the grid used for averages
+    columns = range(
+        max(math.floor(window.col_off) - reach, 0),
+        min(math.ceil(window.col_off + window.width) + reach, image.width),
+    )
+    rows = range(
+        max(math.floor(window.row_off) - reach, 0),
+        min(math.ceil(window.row_off + window.height) + reach, image.height),
+    )
+    if not columns or not rows:
+        return np.zeros(grid.shape, dtype=np.uint16)
+    part = Window(columns.start, rows.start, len(columns), len(rows))
+    # Invalid pixels become nodata first: GDAL would average a defect with its neighbours.
+    with MemoryFile() as memory:
+        profile = {
+            "driver": "GTiff",
+            "count": 1,
+            "dtype": "uint16",
+            "crs": image.crs,
+            "transform": image.window_transform(part),
+        }
+        with memory.open(**profile, width=part.width, height=part.height) as copy:
+            copy.write(_read_valid(image, part), 1)
+        with memory.open() as copy:
+            return _resample(copy, grid, resampling)
+
+
+def _resample(image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
+    """Resample an image to a grid: uint16 [y, x]. 0 is nodata in both."""
+    height, width = grid.shape
+    # Number of target pixels per source pixel. GDAL guesses it from the bounding box of the window,
+    # so values of one pixel differ by hundreds between windows (warp option XSCALE; "may vary among
+    # chunks").
+    scale = str(abs(image.transform.a) / abs(grid.resolution.x))
+    # Position error in pixels; GDAL's default is an eighth. Nearest is exact, to make the mask
+    # independent of the window. Bilinear errs by less than a rounding step; exact positions would
+    # take four times as long.
+    tolerance = 1e-9 if resampling is Resampling.nearest else 1e-3
+    with WarpedVRT(
+        image,
+        crs=grid.crs.to_wkt(),
+        transform=grid.transform,
+        height=height,
+        width=width,
+        resampling=resampling,
+        src_nodata=0,
+        nodata=0,
+        dtype=image.dtypes[0],
+        XSCALE=scale,
+        YSCALE=scale,
+        tolerance=tolerance,
+    ) as vrt:
+        warped: UInt16 = vrt.read(1).astype(np.uint16)
+    return warped
+
+
+def _read_valid(image: rasterio.DatasetReader, window: Window, out: UInt16 | None = None) -> UInt16:
+    """Read the pixels of a window, with 0 at invalid pixels.
+
+    These are nodata, pixels hidden by the file's mask and numbers out of range.
+    """
+    pixels: UInt16 = image.read(1, window=window, out=out).astype(np.uint16, copy=False)
+    if image.nodata:
+        pixels[pixels == image.nodata] = 0
+    if MaskFlags.per_dataset in image.mask_flag_enums[0]:
+        pixels[image.read_masks(1, window=window) == 0] = 0
+    if pixels.max() > _MOST_DN:
+        pixels[pixels > _MOST_DN] = 0
+    return pixels
+
+
+def _count_stored(image: rasterio.DatasetReader, window: Window, tally: Tally) -> None:
+    """Count the stored bytes of a window of a local GeoTIFF: its compressed tiles."""
+    if tally.bytes:
+        return  # a remote file: its bytes are already counted
+    height, width = image.block_shapes[0]
+    x_start = max(int(window.col_off), 0)
+    x_stop = min(int(window.col_off + window.width), image.width)
+    y_start = max(int(window.row_off), 0)
+    y_stop = min(int(window.row_off + window.height), image.height)
+    for y in range(y_start // height, -(-y_stop // height)):
+        for x in range(x_start // width, -(-x_stop // width)):
+            size = image.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
+            tally.bytes += int(size or 0)

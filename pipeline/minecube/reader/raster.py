@@ -1,0 +1,217 @@
+"""Read one file onto a grid, or fail with the reason.
+
+The file is trusted, not its item. GDAL opens only files allowed by `minecube.network` and
+`minecube.images`. A failed read raises: an error never becomes a zero.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import rasterio
+from odc.geo.geobox import GeoBox
+from rasterio.enums import Resampling
+
+from minecube import images
+from minecube.arrays import UInt16
+from minecube.catalog import Access
+from minecube.errors import GoneError, LostReadError, ReadError
+from minecube.network import (
+    ForbiddenError,
+    MissingError,
+    RequestError,
+    check_href,
+    is_local,
+    local_path,
+    origin_of,
+    without_query,
+)
+from minecube.reader.gdal_file import Opened
+from minecube.reader.gridding import copy_to, nesting_of, read_nested, warp
+from minecube.reader.remote import remote_for
+from minecube.reader.transfer import Head, Tally
+
+PLAIN = Access()
+"""Access without signatures."""
+_MOST_PX = 10_980**2  # pixels of a band of a Sentinel-2 tile at 10 m
+
+
+@dataclass(frozen=True)
+class File:
+    """A file and its access."""
+
+    href: str
+    """Local path, or file://, http(s):// or s3:// URL."""
+    access: Access = PLAIN
+    """Signing of requests."""
+    origin: str | None = None
+    """Host of the catalogue listing the file, empty for a local one; None if the caller vouches
+    for the href."""
+
+
+def read(
+    href: str,
+    grid: GeoBox,
+    resampling: Resampling = Resampling.nearest,
+    access: Access | None = None,
+    tally: Tally | None = None,
+    origin: str | None = None,
+) -> UInt16:
+    """Read one single-band file onto the grid: uint16 (y, x), 0 at invalid pixels.
+
+    See `read_file`.
+
+    Args:
+        href: Local path, or file://, http(s):// or s3:// URL.
+        grid: Grid of the result.
+        resampling: Method for files to be warped.
+        access: Signing of requests. By default, requests are unsigned.
+        tally: Counts requests and bytes.
+        origin: Host of the catalogue listing the href, empty for a local one. By default the caller
+            vouches for the href.
+
+    Raises:
+        ReadError: As `read_file` does.
+    """
+    return read_file(File(href, access or PLAIN, origin), grid, resampling, tally)
+
+
+def read_file(
+    file: File,
+    grid: GeoBox,
+    resampling: Resampling,
+    tally: Tally | None = None,
+    out: UInt16 | None = None,
+) -> UInt16:
+    """Read one single-band file onto the grid: uint16 (y, x), 0 at invalid pixels.
+
+    Invalid pixels are 0, the file's nodata, pixels hidden by its mask, and numbers above 32767.
+    Resampling uses valid pixels only. A resampled pixel is 0 if the file's pixel at its centre is
+    invalid. Overviews are not read. Files in the grid's zone with pixels nested in the grid are
+    read without resampling.
+
+    Args:
+        file: The file and its access.
+        grid: Grid of the result.
+        resampling: Method for files to be warped.
+        tally: Counts requests and bytes.
+        out: Array for the pixels, to avoid a copy. By default a new array.
+
+    Raises:
+        ReadError: The href must not be read. The file is missing, truncated, no GeoTIFF or JPEG
+            2000, or larger than a Sentinel-2 tile. It has several bands, or is not of unsigned
+            integers up to 16 bits.
+    """
+    tally = tally or Tally()
+    name = without_query(file.href)
+    try:
+        with rasterio.Env(**images.SETTINGS), _open(file, tally) as image:
+            if image.count != 1 or image.dtypes[0] not in ("uint8", "uint16"):
+                raise ReadError(
+                    f"{name}: expected one band of uint8 or uint16, "
+                    f"found {image.count} of {image.dtypes[0]}; not a Sentinel-2 band"
+                )
+            nesting = nesting_of(image, grid)
+            if nesting:
+                pixels = read_nested(image, grid, nesting, tally, out)
+            else:
+                pixels = copy_to(warp(image, grid, resampling, tally), out)
+            if tally.error:  # GDAL got zeros instead of missing bytes
+                raise RequestError(str(tally.error)) from tally.error
+            return pixels
+    except ForbiddenError as error:
+        raise ReadError(
+            f"{name}: is not read ({error}), so its site-year is not written; replace the file"
+        ) from error
+    except (rasterio.errors.RasterioError, RequestError) as error:
+        raise _make_error(file.href, error, tally) from error
+
+
+def _make_error(href: str, error: Exception, tally: Tally) -> ReadError:
+    """Build the error of a failed read: lost if another try may succeed, else gone."""
+    cause: BaseException = error
+    if tally.error:
+        cause = tally.error
+    elif not isinstance(error, RequestError):
+        cause = error.__cause__ or error
+    message = (
+        f"{without_query(href)}: cannot be read ({without_query(str(cause))}), "
+        "so its site-year is not written; check that the file is there and whole, then run again"
+    )
+    if isinstance(cause, RequestError) and not isinstance(cause, MissingError):
+        return LostReadError(message)
+    return GoneError(message, href)
+
+
+def _open(file: File, tally: Tally) -> rasterio.DatasetReader:
+    """Open an image after checking its href and its first bytes."""
+    origin = origin_of(file.href) if file.origin is None else file.origin
+    check_href(file.href, origin, file.access.hosts())
+    if is_local(file.href):
+        path = Path(local_path(file.href))
+        return images.open_image(str(path), _read_first_bytes(path), most_px=_MOST_PX)
+    remote = remote_for(file.access, origin)
+    head = remote.head(file.href, tally)
+    _need_whole(head)
+    opener = Opened(remote, file.href, head, tally)
+    return images.open_image("remote/image", head.data, most_px=_MOST_PX, opener=opener)
+
+
+def need_header(file: File) -> None:
+    """Check that a file exists and does not end within its header.
+
+    Requests the first bytes of a remote file; reads need these anyway.
+
+    Raises:
+        MissingError: The file is missing, empty or cut.
+        RequestError: This cannot be checked now.
+        ForbiddenError: The file must not be read.
+    """
+    if is_local(file.href):
+        _read_first_bytes(Path(local_path(file.href)))
+    else:
+        _need_whole(remote_for(file.access, file.origin or "").head(file.href, Tally()))
+
+
+def _read_first_bytes(path: Path) -> bytes:
+    """Read the first bytes of a local file.
+
+    Raises MissingError if the file is missing or cut, RequestError if it cannot be read.
+    """
+    try:
+        if not path.is_file() and path.exists():
+            raise ForbiddenError("expected a file, found something else")
+        with path.open("rb") as file:
+
+            def read_at(start: int, length: int) -> bytes:
+                file.seek(start)
+                return file.read(length)
+
+            size = file.seek(0, os.SEEK_END)
+            _need_header(read_at, size)
+            return read_at(0, images.SIGNATURE)
+    except MissingError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingError(error.strerror or str(error)) from error
+    except OSError as error:
+        raise RequestError(error.strerror or str(error)) from error
+
+
+def _need_whole(head: Head) -> None:
+    """Raise MissingError if a remote file is empty or ends within its header.
+
+    Only its first bytes are checked.
+    """
+    _need_header(lambda start, length: head.data[start : start + length], head.size)
+
+
+def _need_header(read_at: Callable[[int, int], bytes], size: int) -> None:
+    if not images.is_cut(read_at, size):
+        return
+    if not size:
+        raise MissingError("it is empty")
+    raise MissingError(f"it ends after {size:,} bytes, before its header does")
