@@ -36,9 +36,9 @@ from shapely.geometry import box
 from minecube import cube, scenes
 from minecube.catalog import Registration, load_recipes, load_sites, load_sources
 from minecube.cli import COMMANDS, cli
-from minecube.cli import build as building
 from minecube.composite import Tools, reducers
 from minecube.errors import SceneError
+from minecube.jobs import build as building
 from minecube.simulate import World, simulate
 
 
@@ -409,7 +409,7 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
             return listed[year]
         return scenes.search(site, year, source)  # which finds nothing
 
-    _, chosen = building.chosen_scenes(job, site, 2022, find)
+    _, chosen = building.choose_scenes(job, site, 2022, find)
     assert asked == [2022, 2021, 2023]
     summer = [
         s.id
@@ -418,7 +418,7 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
     ]
     assert {s.id for s in chosen if s.datetime.year == 2020} == set(summer) != set()
     last, asked = datetime.now(tz=UTC).year, []
-    building.chosen_scenes(
+    building.choose_scenes(
         job, site, last, lambda _site, year, *_: asked.append(year) or listed[2020]
     )
     assert asked == [last, last - 1]  # no year to come
@@ -429,7 +429,7 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
         return listed[2022]
 
     with pytest.raises(SceneError, match="does not answer"):
-        building.chosen_scenes(job, site, 2022, fails)
+        building.choose_scenes(job, site, 2022, fails)
 
 
 def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
@@ -447,7 +447,7 @@ def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
         job = building.Job(
             store=store, sources=(source,), recipe=recipe, snapshots=tmp_path, tools=tools
         )
-        assert [o.state for o in building.build(job, sites, [2020])] == ["built"]
+        assert [o.state for o in building.build_cubes(job, sites, [2020])] == ["built"]
         cubes[lift] = xr.open_zarr(store, group="pit", consolidated=False)["reflectance"].load()
     np.testing.assert_array_equal(cubes[1], cubes[0] + 1)
 
@@ -474,7 +474,7 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
             recipe=recipe,
             snapshots=tmp_path,
         )
-        (made,) = building.build(job, sites, [2020])
+        (made,) = building.build_cubes(job, sites, [2020])
         assert made.state == "built"
         asked[beside_m] = made.reads["planned"]
         (kept,) = cube.builds(job.store, "pit").values()
@@ -556,7 +556,7 @@ def test_a_country_is_shown_its_plan_and_not_built(world, tmp_path):
 
 
 def test_a_large_site_is_built_when_asked_twice(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("minecube.cli.data.LARGE_KM2", 1)
+    monkeypatch.setattr("minecube.cli.build.LARGE_KM2", 1)
     asked = args(world, tmp_path / "new.zarr", "2020")
     assert "pit (1 km2): larger than 1 km2" in run_here("build", *asked, ok=2)[1]
     assert "built" in run_here("build", *asked, "--yes")[0]
@@ -980,7 +980,7 @@ def test_memory_that_is_kept_is_not_given_anew():
     """By page faults while 80 MB are taken and freed, again and again."""
     program = """
 import resource, sys, numpy
-from minecube.cli.common import keep_memory
+from minecube.jobs.memory import keep_memory
 if sys.argv[1] == "kept":
     keep_memory()
 def faults():

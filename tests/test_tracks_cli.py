@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from minecube import cube, tracks
 from minecube.catalog import load_recipes
 from minecube.cli import cli
-from minecube.cli.tracks import follow
 from minecube.errors import CubeError, LabelError
 from minecube.grid import grid_of
+from minecube.jobs.tracks import follow
 
 RECIPE = load_recipes()["annual-median"]
 YEARS = (2016, 2017, 2018, 2020, 2021, 2022)
