@@ -248,7 +248,7 @@ def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monk
         settings=load_presets()["cpu"],
         folder=tmp_path,
     )
-    tables = ScoreTables.of(counted, [("mini+hmm", "mini")])
+    tables = ScoreTables.from_counts(counted, [("mini+hmm", "mini")])
     job.write_benchmark(benchmark, tables, job.ModelRuns(predictions=predictions))
     change = rows(tmp_path / "change.md")["mini"]
     assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")

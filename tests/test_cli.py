@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import platform
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import types
+import typing
 import urllib.request
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -56,6 +58,37 @@ def run_here(*arguments, ok=0):
     done = CliRunner().invoke(cli, [str(a) for a in arguments])
     assert done.exit_code == ok, f"exit {done.exit_code}\n{done.output}"
     return done.stdout, done.stderr
+
+
+def commands():
+    """All commands and subcommands that take options, by name."""
+    for name in COMMANDS:
+        command = getattr(importlib.import_module(f"minecube.cli.{name}"), name)
+        yield name, command
+        for below, subcommand in getattr(command, "commands", {}).items():
+            yield f"{name} {below}", subcommand
+
+
+def test_every_option_reaches_its_command():
+    """By its own name, or as a field of a dataclass that the command receives."""
+    collected = 0
+    for name, command in commands():
+        function = command.callback
+        if not hasattr(function, "__wrapped__") or name.startswith("models"):
+            continue
+        options = {param.name for param in command.params if param.expose_value}
+        hints = typing.get_type_hints(function.__wrapped__)
+        fields = [
+            {field.name for field in dataclasses.fields(hints[parameter])}
+            for parameter in set(hints) - options - {"return"}
+        ]
+        assert options <= set(hints).union(*fields), name
+        for parameter in set(hints) - options - {"return"}:  # none is missing without a default
+            for field in dataclasses.fields(hints[parameter]):
+                optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+                assert optional or field.name in options, (name, field.name)
+        collected += 1
+    assert collected > 15
 
 
 @pytest.mark.parametrize("command", COMMANDS)

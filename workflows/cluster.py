@@ -7,8 +7,8 @@ The workers are processes of this machine, or belong to a scheduler.
     python workflows/cluster.py --workers 4 -- predict --store cubes.zarr --model model.pt
     python workflows/cluster.py --scheduler tcp://10.0.0.1:8786 -- build --sites ...
 
-After `--` comes `minecube build` or `minecube predict` without the word minecube. All workers must see
-the same files: catalogue, scene lists, model and store.
+After `--` comes `minecube build` or `minecube predict` without the word minecube. All workers
+must see the same files: catalogue, scene lists, model and store.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.workers is not None and options.workers < 1:
         parser.error(
-            f"--workers {options.workers}: expected 1 or more; without a worker, no task ever begins"
+            f"--workers {options.workers}: expected 1 or more; no task begins without a worker"
         )
     command = [options.command, *options.arguments, "--scheduler"]
     if options.scheduler:

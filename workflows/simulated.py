@@ -1,11 +1,12 @@
-"""Make the simulated benchmark: cubes of ten years of mines, drawn from a seed, with true footprints.
+"""Make the simulated benchmark: cubes of mines, drawn from a seed, with true footprints.
 
     python workflows/simulated.py --out build/simulated
-    minecube bench --store build/simulated/cubes.zarr --train 'train_*' --valid 'valid_*' --test 'test_*' --out build/bench
+    minecube bench --store build/simulated/cubes.zarr \\
+        --train 'train_*' --valid 'valid_*' --test 'test_*' --out build/bench
 
-Every site is built like a real one. Its archive has cloud, haze, snow and displaced dates. Its scenes
-are searched, checked, composited by the shipped recipe and labelled. An interrupted run resumes when
-you run it again.
+Every site is built like a real one. Its archive has cloud, haze, snow and displaced dates. Its
+scenes are searched, checked, composited by the shipped recipe and labelled. An interrupted run
+resumes when you run it again.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def _place_square(number: int, side_m: int) -> shapely.Polygon:
 def make_site(site: Site, folder: Path, years: Sequence[int], world: World) -> str:
     """Simulate, build and label one site. Returns its id.
 
-    The simulated scenes are removed after the build. Raises MinecubeError if a year cannot be built.
+    The simulated scenes are removed after the build. Raises MinecubeError if a year cannot be
+    built.
     """
     store = str(folder / "cubes.zarr")
     archive = folder / "worlds" / site.id

@@ -72,7 +72,8 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click passes it
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx  # click passes it
         if cmd_name not in COMMANDS:
             return None
         try:
@@ -85,7 +86,8 @@ class _Commands(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx  # click passes it
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -132,7 +134,8 @@ def _fail(ctx: click.Context, text: str, code: int) -> NoReturn:
     help="Print more: refused scenes with reasons, and what is resumed.",
 )
 def cli(verbose: bool) -> None:
-    """Build cloud-free annual Sentinel-2 cubes of mines, map the mines, and measure how they change.
+    """Build cloud-free annual Sentinel-2 cubes of mines, map the mines, and measure how they
+    change.
 
     \b
     Example, the whole job on your own polygons:

@@ -46,8 +46,8 @@ _HEADINGS = {"gap_days": "gap", "cloud": "cloud %"}
 def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out: Path) -> None:
     """Compare the scenes that each source lists with the passes expected from the orbits.
 
-    Reads no pixels. Exits with 1 if a site-year has fewer usable dates than the recipe needs, or if a
-    source does not answer.
+    Reads no pixels. Exits with 1 if a site-year has fewer usable dates than the recipe needs, or
+    if a source does not answer.
 
     \b
     Example:

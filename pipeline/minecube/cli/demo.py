@@ -54,9 +54,9 @@ _MEANINGS = {
 def demo(out: Path, epochs: int, seed: int) -> None:
     """Run the whole pipeline on a simulated world, and score it against the truth.
 
-    Covers three mines and three years; each mine is listed in the style of another provider. A small
-    U-Net learns from two mines and maps the third. Writes cubes, exports, pictures and summary.json, and
-    prints the scores. Takes three to five minutes and 1.7 GB on two cores.
+    Covers three mines and three years; each mine is listed in the style of another provider. A
+    small U-Net learns from two mines and maps the third. Writes cubes, exports, pictures and
+    summary.json, and prints the scores. Takes three to five minutes and 1.7 GB on two cores.
 
     \b
     Example:

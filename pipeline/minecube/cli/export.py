@@ -47,8 +47,8 @@ def export(sites: StoreSites, options: ExportOptions, out: Path) -> None:
     """Export cubes, footprints and maps to formats that other tools open.
 
     By default: one COG per year, footprints as GeoParquet and GeoPackage, a STAC collection, and
-    pictures. Footprints are simplified outlines: their areas are within 0.5 % of the pixels', and a pit
-    keeps its id through the years.
+    pictures. Footprints are simplified outlines: their areas are within 0.5 % of the pixels', and
+    a pit keeps its id through the years.
 
     \b
     Examples:
@@ -64,8 +64,8 @@ def export(sites: StoreSites, options: ExportOptions, out: Path) -> None:
     if options.model is not None:
         options = replace(options, model=sites.prediction(names, options.model))
     with progress_bar("exporting", len(names)) as bar:
-        images, others = export_sites(sites.store, names, out, options, bar.advance)
+        images, files = export_sites(sites.store, names, out, options, bar.advance)
     if images:
         click.echo(f"{out}: {len(images)} images; open {out}/collection.json")
-    for path in others:
+    for path in files:
         click.echo(path)

@@ -38,9 +38,9 @@ from minecube.vectors import NAMED
 def label(sites: StoreSites, file: Path, layer: str | None) -> None:
     """Draw mine polygons on the grids of the cubes.
 
-    Writes `footprint` (1 mine, 0 background, 255 unknown) and `footprint_fraction`, the share of each
-    pixel inside the mine. A row without a site is drawn at every site that it overlaps. Check a file
-    with `minecube polygons` first.
+    Writes `footprint` (1 mine, 0 background, 255 unknown) and `footprint_fraction`, the share of
+    each pixel inside the mine. A row without a site is drawn at every site that it overlaps.
+    Check a file with `minecube polygons` first.
 
     \b
     Example:
@@ -52,7 +52,7 @@ def label(sites: StoreSites, file: Path, layer: str | None) -> None:
     polygons = labels.match_sites(polygons, stored, file)
     undated = labels.unread_years(polygons)
     rows: list[tuple[object, ...]] = []
-    drawn: dict[str, pd.Index] = {}
+    rows_by_site: dict[str, pd.Index] = {}
     for site in sites.names(stored):
         grid, years = cube.grid_and_years(sites.store, site)
         drawing = draw_labels(polygons, site, grid, years, file)
@@ -61,10 +61,10 @@ def label(sites: StoreSites, file: Path, layer: str | None) -> None:
             listed = ", ".join(map(str, years))
             click.echo(f"{site}: rows without years are drawn in {listed}", err=True)
         drawing.write(sites.store)
-        drawn[site] = drawing.polygons.index
+        rows_by_site[site] = drawing.polygons.index
         rows += [(site, year, _format_km2(area)) for year, area in drawing.mine_km2().items()]
     click.echo(table(("site", "year", "mine km2"), rows))
-    _print_undrawn(find_undrawn(polygons, drawn, stored), polygons, file)
+    _print_undrawn(find_undrawn(polygons, rows_by_site, stored), polygons, file)
 
 
 def _format_km2(area: float | None) -> object:

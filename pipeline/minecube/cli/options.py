@@ -89,15 +89,15 @@ class SiteOptions:
 
 def _print_margins(sites: Sequence[Site], stored: dict[str, float], store: str | None) -> None:
     """Print each margin once, with the sites that have it."""
-    named: dict[str, list[str]] = {}
+    names_by_margin: dict[str, list[str]] = {}
     for site in sites:
         margin = stored.get(site.id, site.margin)
         text = f"{margin:g} m"
         if margin != site.margin:
             text += f", as in {store}"
         if margin or margin != site.margin:
-            named.setdefault(text, []).append(site.id)
-    for text, names in named.items():
+            names_by_margin.setdefault(text, []).append(site.id)
+    for text, names in names_by_margin.items():
         listed = ", ".join(names[:3])
         if len(names) > 3:
             listed += f" and {len(names) - 3} others"

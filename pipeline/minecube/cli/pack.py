@@ -20,8 +20,8 @@ from minecube.cli.parameters import OutFile
 def pack(sites: StoreSites, out: Path) -> None:
     """Pack the committed site-years of a store into one zip file.
 
-    Commands that only read open the file like a store. `unzip` restores the store byte for byte. The same
-    store gives the same file.
+    Commands that only read open the file like a store. `unzip` restores the store byte for byte.
+    The same store gives the same file.
 
     \b
     Example:

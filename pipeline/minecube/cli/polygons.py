@@ -132,10 +132,11 @@ def polygons(
 ) -> None:
     """Check and repair a file of mine polygons, and compare mappers.
 
-    Reports invalid shapes, rows without area, duplicates, overlaps, slivers, holes, and polygons far from
-    their site. If swapped coordinates explain the distance, the report says so. If several people mapped
-    the same ground, name the column of the mapper (--compare); otherwise their polygons count as
-    overlaps. Exits with 1 if a polygon is far from the site that it names.
+    Reports invalid shapes, rows without area, duplicates, overlaps, slivers, holes, and polygons
+    far from their site. If swapped coordinates explain the distance, the report says so. If
+    several people mapped the same ground, name the column of the mapper (--compare); otherwise
+    their polygons count as overlaps. Exits with 1 if a polygon is far from the site that it
+    names.
 
     \b
     Examples:
@@ -213,8 +214,8 @@ def _print_findings(findings: pd.DataFrame) -> None:
         columns = ["finding", "row", "site", "years", "area_m2", "done", "about"]
         if (findings["file"] != findings["file"].iloc[0]).any():
             columns.insert(0, "file")
-        shown = listed[columns].assign(area_m2=listed["area_m2"].round().astype("int64"))
-        click.echo("\n" + _table_without_empty(shown.head(_SHOWN)))
+        rounded = listed[columns].assign(area_m2=listed["area_m2"].round().astype("int64"))
+        click.echo("\n" + _table_without_empty(rounded.head(_SHOWN)))
     if len(listed) > _SHOWN or len(listed) < len(findings):
         counts = findings.groupby(["finding", "done"])["area_m2"].agg(["size", "sum"])
         rows = [(*key, size, round(area)) for key, size, area in counts.itertuples()]

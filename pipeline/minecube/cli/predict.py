@@ -105,12 +105,12 @@ def predict(
 ) -> None:
     """Map the chosen cubes with a trained model, and store the maps.
 
-    A model of footprints maps each committed year. A model of change maps pairs of years. Site-years that
-    this model has already mapped are skipped: an interrupted run resumes, and a finished run does nothing.
-    Each model's prediction has its own name.
+    A model of footprints maps each committed year. A model of change maps pairs of years.
+    Site-years that this model has already mapped are skipped: an interrupted run resumes, and a
+    finished run does nothing. Each model's prediction has its own name.
 
-    To use several GPUs, start one run per GPU with its own --sites and --device, or use --scheduler: each
-    Dask task maps one site, on one CPU thread or on the worker's own --device.
+    To use several GPUs, start one run per GPU with its own --sites and --device, or use
+    --scheduler: each Dask task maps one site, on one CPU thread or on the worker's own --device.
 
     \b
     Example:

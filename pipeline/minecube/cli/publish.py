@@ -37,7 +37,8 @@ def publish(
 ) -> None:
     """Save releases of a store in Icechunk, list them, and compare them.
 
-    A release holds the committed years of the named sites only. Without --tag, the releases are listed.
+    A release holds the committed years of the named sites only. Without --tag, the releases are
+    listed.
 
     \b
     Examples:
@@ -72,8 +73,8 @@ def _publish(sites: StoreSites, place: str, tag: str) -> None:
             "nothing was written"
         )
         return
-    written, removed = published.changes
-    changes = f"{written} objects differed and were written"
+    changed, removed = published.changes
+    changes = f"{changed} objects differed and were written"
     if removed:
         changes += f", {removed} were removed"
     click.echo(f"{place}: {tag} holds {published.site_years} site-years; {changes}")

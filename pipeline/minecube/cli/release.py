@@ -103,11 +103,11 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
 
 
 def _print_import(imported: releases.Imported, archive: releases.Archive, out: Path) -> None:
-    drawn = int(imported.labels["mapped"].sum())
+    mapped = int(imported.labels["mapped"].sum())
     listed = int(imported.years["label"].notna().sum())
     click.echo(
         f"{out}: {len(imported.sites)} sites, {len(imported.years)} site-years, "
-        f"{drawn} labels of {listed}; {archive.bytes.tally.bytes / 1e6:.2f} of "
+        f"{mapped} labels of {listed}; {archive.bytes.tally.bytes / 1e6:.2f} of "
         f"{archive.bytes.size / 1e6:,.1f} MB read"
     )
     faulty = imported.years[imported.years["problem"].notna()]

@@ -60,9 +60,9 @@ def score(
 ) -> None:
     """Compare predictions with the labels, per site, year, gap and pair of years, and pooled.
 
-    A pooled score is a ratio of sums, not a mean of ratios. With several sites it has a 95 % interval, by
-    bootstrap over sites. Every model after the first is also compared with the first, over the same
-    sites. Models of footprints and of change share one table.
+    A pooled score is a ratio of sums, not a mean of ratios. With several sites it has a 95 %
+    interval, by bootstrap over sites. Every model after the first is also compared with the
+    first, over the same sites. Models of footprints and of change share one table.
 
     \b
     Examples:
@@ -87,7 +87,7 @@ def score(
         )
     for model, by_site in added.items():
         counts.setdefault(model, {}).update(by_site)
-    tables = ScoreTables.of(counts)
+    tables = ScoreTables.from_counts(counts)
     click.echo(tables.text())
     if json_file:
         content = {"ca_tiou_version": metrics.CA_TIOU_VERSION, **tables.content()}

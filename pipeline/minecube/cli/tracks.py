@@ -74,9 +74,9 @@ def tracks(
 ) -> None:
     """Smooth a model's yearly maps through time, and date openings, growth and reclamation.
 
-    The smoothed probability is stored as prediction MODEL+hmm, for `score` and `export`. --out gets layers
-    of each site as GeoTIFF (onset, end, reclaimed, kind, flips), areas.csv (by year, with 95 % intervals)
-    and sites.csv. All years of one site are in memory at once.
+    The smoothed probability is stored as prediction MODEL+hmm, for `score` and `export`. --out
+    gets layers of each site as GeoTIFF (onset, end, reclaimed, kind, flips), areas.csv (by year,
+    with 95 % intervals) and sites.csv. All years of one site are in memory at once.
 
     \b
     Examples:

@@ -110,9 +110,9 @@ def train(
 ) -> None:
     """Train a network on all labelled site-years of the chosen cubes.
 
-    Split by site: never train on a site that you will score. After each epoch, the state is saved in
-    <out>.ckpt and a line is added to <out>.csv. For several GPUs, start the command with torchrun: each
-    process takes a part of every batch.
+    Split by site: never train on a site that you will score. After each epoch, the state is saved
+    in <out>.ckpt and a line is added to <out>.csv. For several GPUs, start the command with
+    torchrun: each process takes a part of every batch.
 
     \b
     Example:

@@ -41,9 +41,9 @@ _SHOWN = 50
 def verify(sites: StoreSites, out: Path | None, workers: int, uncommit: bool) -> None:
     """Check a store against its checksums, and list what to rebuild.
 
-    Reads every object once. Detects flipped bits and missing or foreign chunks, and compares metadata,
-    coordinates, provenance, read counts and pixels with each other. Exits with 1 if anything is wrong.
-    Remains of killed runs are listed as unfinished and do not count as wrong.
+    Reads every object once. Detects flipped bits and missing or foreign chunks, and compares
+    metadata, coordinates, provenance, read counts and pixels with each other. Exits with 1 if
+    anything is wrong. Remains of killed runs are listed as unfinished and do not count as wrong.
 
     \b
     Example:

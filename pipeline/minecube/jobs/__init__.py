@@ -12,7 +12,7 @@ MinecubeError. Long jobs take a `progress` callback.
     map_site(store, site, mapper)              -> Mapped            maps in the store
     smooth_sites(store, maps, folder)          -> summaries         smoothed maps, layers, tables
     score_site(store, site, model)             -> metrics.Scores    additive counts
-    ScoreTables.of(count_sites(store, ...))    -> ScoreTables       write_tables(tables, folder)
+    ScoreTables.from_counts(count_sites(store, ...))    -> ScoreTables       write_tables(tables, folder)
     export_sites(store, sites, folder)         -> paths             COG, NetCDF, Zarr, STAC
     run_benchmark(Benchmark(...))              -> paths             several networks, two tables
     run_demo(folder, epochs)                   -> summary           everything, simulated

@@ -336,8 +336,8 @@ def _score_tests(benchmark: Benchmark, runs: ModelRuns, progress: Progress) -> S
         progress("scoring", len(finished), steps, note)
 
     counts = count_sites(benchmark.store, sites, list(names), baselines=True, progress=report)
-    named = {names.get(prediction, prediction): scores for prediction, scores in counts.items()}
-    return ScoreTables.of(named, compared_models(benchmark.cards))
+    by_name = {names.get(prediction, prediction): scores for prediction, scores in counts.items()}
+    return ScoreTables.from_counts(by_name, compared_models(benchmark.cards))
 
 
 def _parameters(runs: ModelRuns, name: str) -> str:

@@ -323,7 +323,7 @@ def _composite_year(
         return {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)}
 
     # Use threads even in a cluster task, since a task must not wait for its own subtasks.
-    written = cube.write_year(
+    is_new = cube.write_year(
         job.store,
         composite(usable, task.grid, job.recipe, ledger, year=task.year, tools=job.tools),
         notes,
@@ -340,7 +340,7 @@ def _composite_year(
     return Outcome(
         site=task.site.id,
         year=task.year,
-        state="built" if written else "kept",
+        state="built" if is_new else "kept",
         scenes=len(usable),
         days=len(scenes.dates(usable)),
         conflicts=sum(check.conflict for check in checks),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TypedDict
 
 import geopandas as gpd
 import pandas as pd
@@ -19,6 +18,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 LABELS = "labels"
 MAPPED = "mapped"
 """Kinds of footprints: of the polygons, and of a prediction."""
+_TITLE = "minecube export"
 _WRITERS = {
     "netcdf": (export.write_netcdf, ".nc"),
     "zarr": (export.write_zarr, ".zarr"),
@@ -55,13 +55,6 @@ class _Exported:
     """Times of all commits."""
 
 
-class _Description(TypedDict):
-    """Title and description of an export."""
-
-    title: str
-    about: str
-
-
 def export_sites(
     store: str,
     sites: Sequence[str],
@@ -92,23 +85,26 @@ def export_sites(
     tables = _write_outlines(exported, folder, changed)
     _plot_areas(exported, folder)
     recipe = next(iter(cube.builds(store, sites[0]).values()))["recipe"]["title"]
-    description: _Description = {
-        "title": "minecube export",
-        "about": f"Annual Sentinel-2 composites of mines. {recipe}.",
-    }
+    text = f"Annual Sentinel-2 composites of mines. {recipe}."
     if "cog" in options.formats:
-        export.write_stac(folder, exported.images, {**tables, **exported.cubes}, **description)
-    others = list(exported.cubes.values())
+        assets = {**tables, **exported.cubes}
+        export.write_stac(folder, exported.images, assets, title=_TITLE, about=text)
+    files = list(exported.cubes.values())
     if "croissant" in options.formats:
-        files = [*exported.images, *tables.values(), *filter(Path.is_file, others)]
+        described = [*exported.images, *tables.values(), *filter(Path.is_file, files)]
         if exported.images:
-            files.append(folder / "items.parquet")
-        others.append(
+            described.append(folder / "items.parquet")
+        files.append(
             export.write_croissant(
-                folder, files, exported.credits, published=changed.date(), **description
+                folder,
+                described,
+                exported.credits,
+                title=_TITLE,
+                about=text,
+                published=changed.date(),
             )
         )
-    return exported.images, others
+    return exported.images, files
 
 
 def _export_site(

@@ -87,9 +87,9 @@ def _explain_system(error: OSError) -> str:
 
 def _explain_cluster(error: BaseException, names: set[str]) -> str:
     if "KilledWorker" in names:
-        times = getattr(error, "allowed_failures", 0) + 1
+        deaths = getattr(error, "allowed_failures", 0) + 1
         return (
-            f"a worker died on it {times} times, most often for lack of memory; "
+            f"a worker died on it {deaths} times, most often for lack of memory; "
             "give each worker more memory (`dask worker --memory-limit`)"
         )
     return (

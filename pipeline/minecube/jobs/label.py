@@ -109,18 +109,18 @@ class UndrawnRows:
 
 
 def find_undrawn(
-    polygons: gpd.GeoDataFrame, drawn: Mapping[str, pd.Index], stored: Sequence[str]
+    polygons: gpd.GeoDataFrame, rows_by_site: Mapping[str, pd.Index], stored: Sequence[str]
 ) -> UndrawnRows:
     """Find rows that name no site, and rows drawn nowhere.
 
     Args:
         polygons: rows of all sites.
-        drawn: labelled site -> its rows, `SiteLabels.polygons.index`.
+        rows_by_site: labelled site -> its rows, `SiteLabels.polygons.index`.
         stored: all sites of the store.
     """
     unnamed = labels.of_no_site(polygons)
-    reaching = np.any([polygons.index.isin(rows) for rows in drawn.values()], axis=0)
-    labelled = [labels.of_site(polygons, site) for site in drawn]
+    reaching = np.any([polygons.index.isin(rows) for rows in rows_by_site.values()], axis=0)
+    labelled = [labels.of_site(polygons, site) for site in rows_by_site]
     far = ~unnamed & ~reaching & np.any(labelled, axis=0)
     unknown_sites: dict[str, int] = {}
     if "site" in polygons:

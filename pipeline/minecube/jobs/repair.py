@@ -39,7 +39,7 @@ def _rebuild_sites(store: str, report: cube.Report) -> list[str]:
     """List commands to remove damaged sites and years, and to build them again."""
     damaged = {finding.site for finding in report.findings if finding.cure == "site"}
     commands = [
-        f"remove {store.rstrip('/')}/{site}   # what all its years share is damaged"
+        f"remove {_path_in(store, site)}   # what all its years share is damaged"
         for site in sorted(damaged)
     ]
     partly = [site for site in report.rebuild if site not in damaged]
@@ -98,7 +98,7 @@ def _remove_objects(store: str, report: cube.Report) -> list[str]:
     """List commands to remove foreign objects, and damaged groups without content."""
     commands = []
     for finding in report.findings:
-        path = "/".join(filter(None, (store.rstrip("/"), finding.site, finding.what)))
+        path = _path_in(store, finding.site, finding.what)
         if finding.cure == "remove":
             commands.append(f"remove {path}")
         elif finding.cure == "group":
@@ -106,3 +106,8 @@ def _remove_objects(store: str, report: cube.Report) -> list[str]:
             program = f'import zarr; zarr.open_group("{group}", mode="a")'
             commands.append(f"remove {path}, then python -c '{program}'")
     return commands
+
+
+def _path_in(store: str, *parts: str) -> str:
+    """Join the store and the parts that are not empty."""
+    return "/".join([store.rstrip("/"), *filter(None, parts)])

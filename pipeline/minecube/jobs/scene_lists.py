@@ -19,7 +19,10 @@ _CACHED_LISTS = 4  # a year, its two neighbours, and the next year
 
 
 def default_folder(store: str) -> Path:
-    """Return the folder of scene lists for a store: next to it, or in the current folder for a URL."""
+    """Return the folder of scene lists for a store.
+
+    It is next to the store, or in the current folder for a URL.
+    """
     name = store.rstrip("/")
     if "://" in name:
         name = name.rpartition("/")[2]

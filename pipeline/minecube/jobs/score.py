@@ -1,7 +1,7 @@
 """Count agreements of predictions and labels: the job of `minecube score`.
 
 counts = count_sites(store, sites, models)   -> Counts        model -> site -> Scores
-tables = ScoreTables.of(counts)              -> ScoreTables   see score_tables.py
+tables = ScoreTables.from_counts(counts)              -> ScoreTables   see score_tables.py
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def join_counts(counts: Counts, path: Path, joined: Counts, sites: Sequence[str]
     Raises CatalogError if a site is counted twice, or will be counted here.
     """
     for model, scores in joined.items():
-        taken = set(counts.get(model, ()))
+        counted = set(counts.get(model, ()))
         if model in counts:
-            taken |= set(sites)
-        repeated = sorted(set(scores) & taken)
+            counted |= set(sites)
+        repeated = sorted(set(scores) & counted)
         if repeated:
             raise CatalogError(
                 f"{path}: {repeated[0]} of {model} is already counted; "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,9 @@ class ScoreTables:
     """"a - b" -> difference of the pooled scores of a and b, on the same resampled sites."""
 
     @classmethod
-    def of(cls, counts: Counts, compared: Iterable[tuple[str, str]] | None = None) -> ScoreTables:
+    def from_counts(
+        cls, counts: Counts, compared: Iterable[tuple[str, str]] | None = None
+    ) -> ScoreTables:
         """Pool and resample the counts, and compare models.
 
         Compares the pairs in `compared`, by default each model with the first.
@@ -172,32 +176,27 @@ class ScoreTables:
 
 
 def write_tables(
-    tables: ScoreTables, folder: Path, drawn: Sequence[str] | None = None
+    tables: ScoreTables, folder: Path, pictured: Sequence[str] | None = None
 ) -> list[Path]:
     """Write tables, counts and pictures to a folder. Returns their paths.
 
-    `drawn` lists the models in the pictures, by default all.
+    `pictured` lists the models in the pictures, by default all.
 
     Raises CatalogError if a file cannot be written.
     """
     summary = tables.summary()
-    counts = {
-        model: {site: scores.to_json() for site, scores in sites.items()}
-        for model, sites in tables.counts.items()
-    }
     texts = {"scores.md": format_markdown(summary), "scores.tex": format_latex(summary)}
     texts |= {f"{name}.csv": frame.to_csv() for name, frame in tables.long().items()}
-    texts["counts.json"] = json.dumps(counts) + "\n"
+    texts["counts.json"] = json.dumps(tables.counts, default=metrics.Scores.to_json) + "\n"
     paths = [write_text(folder / name, text, NOUN) for name, text in texts.items()]
-    if drawn is None:
-        drawn = list(tables.counts)
-    return paths + _draw_scores(tables, folder, drawn) + _draw_curves(tables, folder, drawn)
+    if pictured is None:
+        pictured = list(tables.counts)
+    return paths + _draw_scores(tables, folder, pictured) + _draw_curves(tables, folder, pictured)
 
 
 def sum_histograms(histograms: Mapping[int, metrics.Histogram]) -> metrics.Histogram:
     """Sum the histograms of all years or gaps."""
-    start, *others = histograms.values()
-    return sum(others, start)
+    return functools.reduce(operator.add, histograms.values())
 
 
 def format_score(intervals: pd.DataFrame, name: str) -> str:
@@ -274,7 +273,9 @@ def _draw_curves(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
     ):
         if not histograms:
             continue
-        curves = {model: metrics.precision_recall(of) for model, of in histograms.items()}
+        curves = {
+            model: metrics.precision_recall(histogram) for model, histogram in histograms.items()
+        }
         pixels = next(iter(histograms.values())).pixels
         share = float(pixels[:, 1].sum() / max(pixels.sum(), 1))
         pictures.precision_recall(curves, folder / name, title, share, models=models)

@@ -13,9 +13,9 @@ from minecube.files import replacing
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Format a plain-text table for logs and terminals, with numbers aligned right."""
-    text = [[_format_cell(value) for value in row] for row in rows]
+    text = [list(map(_format_cell, row)) for row in rows]
     columns = range(len(headings))
-    widths = [max(len(row[i]) for row in [list(headings), *text]) for i in columns]
+    widths = [max(map(len, column)) for column in zip(headings, *text, strict=True)]
     numeric = [all(isinstance(row[i], int | float) for row in rows) for i in columns]
 
     def align(text: str, column: int) -> str:
