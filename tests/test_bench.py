@@ -170,7 +170,7 @@ def test_what_sees_all_years_is_held_against_all_others_and_smoothed_maps_agains
         types.SimpleNamespace(id=name, task=task)
         for name, task in (("a", "mapping"), ("all", "series"), ("b", "mapping"), ("two", "change"))
     ]
-    assert job.compared_models(cards) == [
+    assert job.list_comparisons(cards) == [
         *(("a+hmm", "a"), ("all+hmm", "all"), ("b+hmm", "b")),
         *(("all", "a"), ("all", "b"), ("all", "two")),
     ]

@@ -20,7 +20,7 @@ from minecube.catalog import load_recipes
 from minecube.cli import cli
 from minecube.errors import CubeError, LabelError
 from minecube.grid import grid_of
-from minecube.jobs.tracks import follow
+from minecube.jobs.tracks import track_site
 
 RECIPE = load_recipes()["annual-median"]
 YEARS = (2016, 2017, 2018, 2020, 2021, 2022)
@@ -275,4 +275,4 @@ def test_on_torch_the_same(store, tmp_path):
 def test_one_year_is_no_track(store, sites, tmp_path):
     one = cube.open_probability(str(store), "pit", "net").isel(year=[0]).load()
     with pytest.raises(LabelError, match="two years or more"):
-        follow(one, grid_of(sites[0]), tracks.learn_rates([one]))
+        track_site(one, grid_of(sites[0]), tracks.learn_rates([one]))

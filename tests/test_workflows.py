@@ -28,7 +28,7 @@ from minecube.cli import cli
 from minecube.errors import ModelError, WorkerError
 from minecube.jobs import build, predict
 from minecube.jobs.predict import MapOptions, ModelReference, describe_model, load_same
-from minecube.jobs.workers import connect_workers, tasks_as_finished
+from minecube.jobs.workers import connect_workers, iterate_finished
 from minecube.simulate import World, simulate
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
@@ -282,7 +282,7 @@ def test_ctrl_c_is_heard_while_tasks_run_whatever_thread_gets_it():
     with ThreadPoolExecutor(1) as pool:
         try:
             with pytest.raises(KeyboardInterrupt):
-                list(tasks_as_finished([pool.submit(interrupt)]))
+                list(iterate_finished([pool.submit(interrupt)]))
             assert time.monotonic() - start < 10
         finally:
             end.set()

@@ -11,16 +11,16 @@ from minecube import models
 from minecube.catalog import ModelCard, Settings, pick
 from minecube.cli.bars import titled_bars
 from minecube.cli.options import (
+    add_layer,
     catalog_option,
     collect_options,
     device_option,
     sites_layer_option,
-    with_layer,
     writable_store_option,
 )
 from minecube.cli.parameters import SEED, OutFolder
 from minecube.jobs.bench import Benchmark, Split, choose_models, run_benchmark, split_sites
-from minecube.jobs.catalogs import all_models, all_presets
+from minecube.jobs.catalogs import load_all_models, load_all_presets
 from minecube.jobs.selection import SiteChoice
 
 
@@ -48,11 +48,11 @@ class NetworksOptions:
 
     def cards(self) -> tuple[ModelCard, ...]:
         """Return the cards of the networks."""
-        return choose_models(all_models(self.catalog), self.patterns)
+        return choose_models(load_all_models(self.catalog), self.patterns)
 
     def settings(self) -> Settings:
         """Return the settings of each training."""
-        return pick(all_presets(self.catalog), self.preset_id, "preset")
+        return pick(load_all_presets(self.catalog), self.preset_id, "preset")
 
 
 @click.command()
@@ -61,21 +61,21 @@ class NetworksOptions:
     "--train",
     "train_sites",
     required=True,
-    callback=with_layer,
+    callback=add_layer,
     help="Training sites: names, comma-separated, * allowed; or a file of polygons.",
 )
 @click.option(
     "--valid",
     "valid_sites",
     required=True,
-    callback=with_layer,
+    callback=add_layer,
     help="Validation sites, named like --train. Their F1 chooses the best epoch.",
 )
 @click.option(
     "--test",
     "test_sites",
     required=True,
-    callback=with_layer,
+    callback=add_layer,
     help="Test sites, named like --train. They are mapped and scored, and never trained on.",
 )
 @sites_layer_option("--layer", "--sites-layer")

@@ -15,7 +15,7 @@ import click
 from minecube.catalog import ModelCard, as_dict, pick
 from minecube.cli.extras import EXTRAS
 from minecube.cli.options import catalog_option
-from minecube.jobs.catalogs import all_models
+from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.tables import table
 
 json_option = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
@@ -35,7 +35,7 @@ def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
     """
     if ctx.invoked_subcommand:
         return
-    cards = all_models(catalog).values()
+    cards = load_all_models(catalog).values()
     if as_json:
         click.echo(json.dumps([as_dict(card) for card in cards], indent=2))
         return
@@ -63,7 +63,7 @@ def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> 
     if Path(name).is_file():
         card, training = _read_trained(Path(name))
     else:
-        card = pick(all_models(catalog or options.get("catalog")), name, "model")
+        card = pick(load_all_models(catalog or options.get("catalog")), name, "model")
     parameters = _count_parameters(card)
     if as_json or options.get("as_json"):
         click.echo(json.dumps({**as_dict(card), **training, "parameters": parameters}, indent=2))

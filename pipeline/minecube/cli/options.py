@@ -144,7 +144,7 @@ def _keep_layer(ctx: click.Context, _param: click.Parameter, layer: str | None) 
     ctx.meta[_LAYER] = layer
 
 
-def with_layer(ctx: click.Context, _param: click.Parameter, text: str | None) -> SiteChoice | None:
+def add_layer(ctx: click.Context, _param: click.Parameter, text: str | None) -> SiteChoice | None:
     """Combine the words of --sites with the layer of --sites-layer.
 
     A callback of options for sites.
@@ -224,7 +224,7 @@ _sites_option = click.option(
     "choice",
     default="*",
     show_default=True,
-    callback=with_layer,
+    callback=add_layer,
     help="Names of sites, comma-separated, * allowed. Or a file with one polygon per site "
     f"({NAMED}).",
 )

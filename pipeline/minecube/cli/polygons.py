@@ -14,11 +14,11 @@ import shapely
 from minecube import export, labels
 from minecube.catalog import Site
 from minecube.cli.options import (
+    add_layer,
     catalog_option,
     collect_options,
     layer_option,
     sites_layer_option,
-    with_layer,
 )
 from minecube.cli.parameters import FiniteRange, OutFile
 from minecube.errors import LabelError
@@ -27,8 +27,8 @@ from minecube.jobs.polygons import (
     PolygonFile,
     PolygonSurvey,
     SurveyRules,
-    areas_of,
     compare_mappers,
+    read_areas,
     survey_files,
 )
 from minecube.jobs.selection import SiteChoice, choose_sites
@@ -96,7 +96,7 @@ class Outputs:
 @click.option(
     "--sites",
     "choice",
-    callback=with_layer,
+    callback=add_layer,
     help="Names of sites, comma-separated, * allowed; or a file of sites. Polygons far from "
     "their site are reported.",
 )
@@ -175,7 +175,7 @@ def _need_areas(sites: Sequence[Site]) -> Mapping[str, shapely.Geometry]:
 
     Raises LabelError if no site has a polygon.
     """
-    areas = areas_of(sites)
+    areas = read_areas(sites)
     unplaced = sorted({site.id for site in sites} - set(areas))
     if not unplaced:
         return areas

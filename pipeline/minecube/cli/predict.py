@@ -23,7 +23,7 @@ from minecube.cli.options import (
 )
 from minecube.cli.parameters import Pairs
 from minecube.errors import CubeError
-from minecube.jobs.catalogs import all_models
+from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.memory import keep_memory
 from minecube.jobs.predict import (
     MapOptions,
@@ -121,7 +121,7 @@ def predict(
     store = sites.store
     if scheduler is None:
         compute.place()
-    mapper = models.Mapper(models.find(network.model, all_models(network.catalog)), compute)
+    mapper = models.Mapper(models.find(network.model, load_all_models(network.catalog)), compute)
     names = sites.names()
     built = [name for name in names if cube.builds(store, name)]
     if not built:

@@ -9,7 +9,7 @@ import click
 
 from minecube.catalog import Recipe, Source, pick
 from minecube.jobs.build import Job
-from minecube.jobs.catalogs import all_recipes, choose_sources
+from minecube.jobs.catalogs import choose_sources, load_all_recipes
 from minecube.jobs.scene_lists import default_folder
 
 source_option = click.option(
@@ -50,7 +50,7 @@ class SceneOptions:
 
     def recipe(self) -> Recipe:
         """Return the recipe of the composite."""
-        return pick(all_recipes(self.catalog), self.recipe_id, "recipe")
+        return pick(load_all_recipes(self.catalog), self.recipe_id, "recipe")
 
 
 @dataclass(frozen=True)

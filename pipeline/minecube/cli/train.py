@@ -15,16 +15,16 @@ from minecube.catalog import ModelCard, Settings, pick
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     StoreSites,
+    add_layer,
     catalog_option,
     collect_options,
     device_option,
     sites_option,
     store_option,
-    with_layer,
 )
 from minecube.cli.parameters import SEED, OutFile
 from minecube.errors import CatalogError, ModelError
-from minecube.jobs.catalogs import all_models, all_presets
+from minecube.jobs.catalogs import load_all_models, load_all_presets
 from minecube.jobs.selection import SiteChoice, stored_sites
 from minecube.jobs.train import checkpoint_path, join_process_group, train_network
 
@@ -43,11 +43,11 @@ class NetworkOptions:
 
     def card(self) -> ModelCard:
         """Return the card of the network."""
-        return pick(all_models(self.catalog), self.model_id, "model")
+        return pick(load_all_models(self.catalog), self.model_id, "model")
 
     def settings(self) -> Settings:
         """Return the settings of the preset, with the given number of epochs."""
-        settings = pick(all_presets(self.catalog), self.preset_id, "preset")
+        settings = pick(load_all_presets(self.catalog), self.preset_id, "preset")
         return dataclasses.replace(settings, epochs=self.epochs or settings.epochs)
 
 
@@ -56,7 +56,7 @@ class NetworkOptions:
 @sites_option
 @click.option(
     "--valid",
-    callback=with_layer,
+    callback=add_layer,
     help="Names of validation sites, comma-separated, * allowed. Their F1 chooses the best "
     "epoch. They are not trained on.",
 )

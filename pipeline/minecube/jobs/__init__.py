@@ -57,7 +57,7 @@ _HOME = {
     "draw_labels": "label",
     "export_release": "release",
     "export_sites": "export",
-    "follow": "tracks",
+    "track_site": "tracks",
     "map_on_workers": "predict",
     "map_site": "predict",
     "plan_build": "plan",

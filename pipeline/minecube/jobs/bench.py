@@ -166,7 +166,7 @@ def run_benchmark(
     return write_benchmark(benchmark, tables, runs)
 
 
-def compared_models(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
+def list_comparisons(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
     """List models to compare: smoothed with raw maps, and series models with all others."""
     smoothed = [(card.id + SUFFIX, card.id) for card in cards if card.task != "change"]
     series = [card for card in cards if card.task == "series"]
@@ -337,7 +337,7 @@ def _score_tests(benchmark: Benchmark, runs: ModelRuns, progress: Progress) -> S
 
     counts = count_sites(benchmark.store, sites, list(names), baselines=True, progress=report)
     by_name = {names.get(prediction, prediction): scores for prediction, scores in counts.items()}
-    return ScoreTables.from_counts(by_name, compared_models(benchmark.cards))
+    return ScoreTables.from_counts(by_name, list_comparisons(benchmark.cards))
 
 
 def _parameters(runs: ModelRuns, name: str) -> str:

@@ -29,8 +29,8 @@ from minecube.errors import CatalogError, GoneError, LostReadError, MinecubeErro
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
 from minecube.jobs.failures import describe_failure
-from minecube.jobs.scene_lists import FindScenes, cached, load_or_save
-from minecube.jobs.workers import tasks_as_finished
+from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_save
+from minecube.jobs.workers import iterate_finished
 from minecube.reader import Ledger, check_credentials, interrupted
 from minecube.scenes import offsets, snapshot, veils
 from minecube.scenes.looks import look_at
@@ -430,7 +430,7 @@ def _search_all(
     tasks: list[tuple[Site, int]] = []
     outcomes: list[Outcome] = []
     faults: list[SceneError] = []
-    find = cached(load_or_save)
+    find = cache_lists(load_or_save)
     for site in sites:
         for year in years:
             try:
@@ -476,7 +476,7 @@ def _build_all(
     try:
         for site, year in site_years:
             tasks[pool.submit(build_year, job, site, year, *options)] = (site, year)
-        for task in tasks_as_finished(tasks):
+        for task in iterate_finished(tasks):
             error = task.exception()
             if error:
                 # Other errors, such as a dead worker, fail their own site-year and are reported.

@@ -22,22 +22,22 @@ from minecube.errors import CatalogError
 T = TypeVar("T")
 
 
-def all_sources(folder: Path | None) -> dict[str, Source]:
+def load_all_sources(folder: Path | None) -> dict[str, Source]:
     """Load the shipped sources and the sources of a folder."""
     return _load_both(load_sources, folder, "sources.yaml", "source")
 
 
-def all_recipes(folder: Path | None) -> dict[str, Recipe]:
+def load_all_recipes(folder: Path | None) -> dict[str, Recipe]:
     """Load the shipped recipes and the recipes of a folder."""
     return _load_both(load_recipes, folder, "recipes.yaml", "recipe")
 
 
-def all_models(folder: Path | None) -> dict[str, ModelCard]:
+def load_all_models(folder: Path | None) -> dict[str, ModelCard]:
     """Load the shipped model cards and the model cards of a folder."""
     return _load_both(load_models, folder, "models.yaml", "model")
 
 
-def all_presets(folder: Path | None) -> dict[str, Settings]:
+def load_all_presets(folder: Path | None) -> dict[str, Settings]:
     """Load the shipped training settings and the training settings of a folder."""
     return _load_both(load_presets, folder, "presets.yaml", "preset")
 
@@ -50,7 +50,7 @@ def choose_sources(ids: str, folder: Path | None) -> tuple[Source, ...]:
     names = [name.strip() for name in ids.split(",")]
     if len(set(names)) < len(names):
         raise CatalogError(f"--source {ids}: expected each source once")
-    sources = all_sources(folder)
+    sources = load_all_sources(folder)
     return tuple(pick(sources, name, "source") for name in names)
 
 

@@ -15,7 +15,7 @@ from minecube.composite.plan import START_S, Estimate, Terms, estimate, pace
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.jobs.build import Job, choose_scenes, is_empty_search
-from minecube.jobs.scene_lists import FindScenes, cached, load_or_search
+from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def plan_build(
     builds = {site.id: cube.builds(job.store, site.id) for site in sites}
     markers = [marker for by_year in builds.values() for marker in by_year.values()]
     durations = [marker["took"] for marker in markers if "took" in marker]
-    find = cached(load_or_search)
+    find = cache_lists(load_or_search)
     rows = []
     for site in sites:
         cube.check(job.store, site, grid_of(site), years, job.recipe)

@@ -108,7 +108,7 @@ class PolygonSurvey:
         return files
 
 
-def areas_of(sites: Sequence[Site]) -> dict[str, shapely.Geometry]:
+def read_areas(sites: Sequence[Site]) -> dict[str, shapely.Geometry]:
     """Return the polygons of sites, by id, in longitude and latitude.
 
     Sites without a polygon in the catalogue are left out.

@@ -18,9 +18,9 @@ from pathlib import Path
 from minecube import cube, models
 from minecube.cube.store import absolute
 from minecube.errors import MinecubeError, ModelError, WorkerError
-from minecube.jobs.catalogs import all_models
+from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.failures import describe_failure
-from minecube.jobs.workers import tasks_as_finished
+from minecube.jobs.workers import iterate_finished
 
 Pair = tuple[int, int]
 _KM2_PER_PIXEL = 1e-4
@@ -149,7 +149,7 @@ def map_on_workers(
     model = model.absolute()
     tasks = {pool.submit(_map_on_worker, store, site, model, options): site for site in sites}
     try:
-        for task in tasks_as_finished(tasks):
+        for task in iterate_finished(tasks):
             try:
                 mapped = task.result()
             except MinecubeError:
@@ -190,7 +190,7 @@ def load_same(reference: ModelReference) -> models.Mapper:
 
     Raises ModelError if the worker finds another model than the calling machine.
     """
-    cards = all_models(reference.catalog)
+    cards = load_all_models(reference.catalog)
     mapper = models.Mapper(models.find(reference.model, cards), reference.compute)
     if describe_model(mapper) != reference.description:
         raise ModelError(

@@ -70,7 +70,7 @@ def search_and_save(site: Site, year: int, sources: Sequence[Source], folder: Pa
     return listed
 
 
-def cached(find: FindScenes) -> FindScenes:
+def cache_lists(find: FindScenes) -> FindScenes:
     """Add a cache of the last lists to `load_or_search` or `load_or_save`.
 
     A list may be needed three times: for its own year and for both neighbours.

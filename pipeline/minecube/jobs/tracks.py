@@ -1,7 +1,7 @@
 """Smooth the maps of a store through time, and date events: the job of `minecube tracks`.
 
 rates = choose_rates(store, maps, "learned")       -> Rates
-track = follow(probability, grid, rates)           -> Track    one site, in memory
+track = track_site(probability, grid, rates)           -> Track    one site, in memory
 smooth_sites(store, maps, rates, folder)           all sites, written
 """
 
@@ -134,7 +134,7 @@ def smooth_sites(
     for site, lazy in sites.maps.items():
         grid = lazy.odc.geobox
         probability = lazy.compute()
-        track = follow(probability, grid, sites.rates, sites.kernel)
+        track = track_site(probability, grid, sites.rates, sites.kernel)
         card = {**probability.attrs["model"], "rates": asdict(sites.rates)}
         write_smoothed(store, site, sites.model, track.smoothed, card)
         export.write_layers(track.layers, probability, grid, folder / site, site)
@@ -146,7 +146,7 @@ def smooth_sites(
     return summaries
 
 
-def follow(
+def track_site(
     probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates, kernel: Kernel | None = None
 ) -> Track:
     """Smooth a site's map, and derive its events and areas.

@@ -52,7 +52,7 @@ def connect_workers(scheduler: str | None) -> Iterator[Executor | None]:
         yield client.get_executor()  # type: ignore[no-untyped-call]
 
 
-def tasks_as_finished(tasks: Iterable[Future[T]]) -> Iterator[Future[T]]:
+def iterate_finished(tasks: Iterable[Future[T]]) -> Iterator[Future[T]]:
     """Yield tasks as they end.
 
     Raises WorkerError for a cancelled task, since its scheduler is gone.
