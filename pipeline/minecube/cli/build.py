@@ -138,7 +138,7 @@ def build(
     if execution.dry_run:
         planned = plan_build(job, loaded, years)
         print_plan(planned)
-        click.get_current_context().exit(bool(planned.errors))
+        click.get_current_context().exit(int(bool(planned.errors)))
     large = [site for site in loaded if _area_km2(site) > LARGE_KM2]
     if large and not execution.yes:
         print_plan(plan_build(job, large, years))

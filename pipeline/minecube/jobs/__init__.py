@@ -12,7 +12,8 @@ MinecubeError. Long jobs take a `progress` callback.
     map_site(store, site, mapper)              -> Mapped            maps in the store
     smooth_sites(store, maps, folder)          -> summaries         smoothed maps, layers, tables
     score_site(store, site, model)             -> metrics.Scores    additive counts
-    ScoreTables.from_counts(count_sites(store, ...))    -> ScoreTables       write_tables(tables, folder)
+    count_sites(store, sites, models)          -> Counts            model -> site -> Scores
+    ScoreTables.from_counts(counts)            -> ScoreTables       write_tables(tables, folder)
     export_sites(store, sites, folder)         -> paths             COG, NetCDF, Zarr, STAC
     run_benchmark(Benchmark(...))              -> paths             several networks, two tables
     run_demo(folder, epochs)                   -> summary           everything, simulated
@@ -57,7 +58,6 @@ _HOME = {
     "draw_labels": "label",
     "export_release": "release",
     "export_sites": "export",
-    "track_site": "tracks",
     "map_on_workers": "predict",
     "map_site": "predict",
     "plan_build": "plan",
@@ -69,6 +69,7 @@ _HOME = {
     "smooth_sites": "tracks",
     "stored_sites": "selection",
     "survey_files": "polygons",
+    "track_site": "tracks",
     "train_network": "train",
     "write_tables": "score_tables",
 }
