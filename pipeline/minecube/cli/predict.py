@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,7 +138,9 @@ def predict(
     with connect_workers(scheduler) as pool:
         if pool is None:
             keep_memory()
-            results = _map_here(store, built, mapper, options)
+            results: Iterator[tuple[str, Mapped]] = (
+                _map_here(store, site, mapper, options) for site in built
+            )
         else:
             reference = ModelReference(
                 network.model, network.catalog, describe_model(mapper), replace(compute, workers=1)
@@ -162,21 +164,19 @@ def predict(
 
 
 def _map_here(
-    store: str, sites: Sequence[str], mapper: models.Mapper, options: MapOptions
-) -> Iterator[tuple[str, Mapped]]:
-    """Map sites one after the other, each with a progress bar."""
-    for site in sites:
-        start = time.monotonic()
-        with progress_bar(f"mapping {site}") as bar:
+    store: str, site: str, mapper: models.Mapper, options: MapOptions
+) -> tuple[str, Mapped]:
+    """Map a site with a progress bar. Returns its name and the result."""
+    start = time.monotonic()
+    with progress_bar(f"mapping {site}") as bar:
 
-            def show_rate(windows: int, total: int, start: float = start) -> None:
-                rate = ""
-                if windows:
-                    rate = f"{windows / (time.monotonic() - start):.0f} windows/s"
-                bar.show(f"{windows} of {total} windows, {rate}")
+        def show_rate(windows: int, total: int) -> None:
+            rate = ""
+            if windows:
+                rate = f"{windows / (time.monotonic() - start):.0f} windows/s"
+            bar.show(f"{windows} of {total} windows, {rate}")
 
-            mapped = map_site(store, site, mapper, options, show_rate)
-        yield site, mapped
+        return site, map_site(store, site, mapper, options, show_rate)
 
 
 def _describe_maps(mapped: Mapped, mapper: models.Mapper) -> str:
