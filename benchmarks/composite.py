@@ -57,10 +57,10 @@ from minecube.catalog import (
     load_sites,
     load_sources,
 )
-from minecube.cli.common import table
 from minecube.composite import composite, masks, reducers, registration
 from minecube.composite.needs import days_of, in_mosaic_order
 from minecube.grid import at_resolution, grid_of
+from minecube.jobs.tables import table
 from minecube.reader import Ledger, fetched, stack
 from minecube.scenes import veils
 from minecube.scenes.looks import look_at

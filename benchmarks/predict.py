@@ -43,8 +43,9 @@ from shapely.geometry import box
 
 from minecube import cube, models
 from minecube.catalog import BANDS, ModelCard, Recipe, Site, load_models
-from minecube.cli.common import keep_memory, table
 from minecube.grid import grid_of
+from minecube.jobs.memory import keep_memory
+from minecube.jobs.tables import table
 from minecube.models import Compute
 from minecube.models.folding import folded
 from minecube.models.layout import Layout

@@ -45,9 +45,10 @@ from minecube.catalog import (
     load_sites,
     load_sources,
 )
-from minecube.cli import build as building
 from minecube.composite import composite
 from minecube.grid import at_resolution, grid_of
+from minecube.jobs import build as building
+from minecube.jobs.scene_lists import load_or_search
 from minecube.reader import Ledger, fetched, stack
 from minecube.scenes import offsets
 from minecube.scenes.looks import look_at
@@ -308,11 +309,9 @@ def built(
         store=str(out / "cubes.zarr"), sources=(source,), recipe=recipe, snapshots=out / "scenes"
     )
     start = time.perf_counter()
-    outcomes = building.build(job, [site], YEARS)
+    outcomes = building.build_cubes(job, [site], YEARS)
     seconds = time.perf_counter() - start
-    used = scenes.select(
-        building.known_scenes(site, YEARS[-1], job.sources, job.snapshots).scenes, recipe
-    )
+    used = scenes.select(load_or_search(site, YEARS[-1], job.sources, job.snapshots).scenes, recipe)
     return Built(outcomes, cube.open_cube(job.store, site.id).load().drop_attrs(), used, seconds)
 
 

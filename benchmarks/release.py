@@ -28,7 +28,7 @@ from affine import Affine
 from rasterio import features
 
 from minecube import release
-from minecube.cli.common import table
+from minecube.jobs.tables import table
 from minecube.simulate.release import Masks, write_release
 
 SITES = {

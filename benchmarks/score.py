@@ -39,7 +39,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from minecube import metrics
-from minecube.cli.common import table
+from minecube.jobs.tables import table
 
 YEARS = tuple(range(2015, 2025))
 SIDE, BUFFER, DISTINCT, WITH_TORCH = 900, 1 << 18, 12, 4

@@ -34,7 +34,7 @@ from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 
 from minecube import metrics, tracks
-from minecube.cli.common import table
+from minecube.jobs.tables import table
 from minecube.tracks import Rates
 
 YEARS = tuple(range(2015, 2025))

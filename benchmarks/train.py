@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from minecube import cube, models, train
 from minecube.catalog import ModelCard, Settings, load_models, load_presets
-from minecube.cli.common import table
 from minecube.device import device_of
+from minecube.jobs.tables import table
 from minecube.train import fitting
 
 STEPS = 12

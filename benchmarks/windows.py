@@ -46,10 +46,10 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from minecube import cube
 from minecube.catalog import BANDS, NATIVE_M, Recipe, Site
-from minecube.cli.common import table
 from minecube.cube.pixels import Pixels
 from minecube.cube.windows import _corners
 from minecube.grid import grid_of
+from minecube.jobs.tables import table
 
 SIDE, SIZE, WORKERS, BATCH = 2046, 160, 2, 4
 YEARS = tuple(range(2015, 2025))

@@ -29,10 +29,10 @@ from minecube import cube, models
 from minecube.catalog import load_models
 from minecube.catalog.fields import FieldError
 from minecube.cli import COMMANDS, cli
-from minecube.cli.explain import exit_code_of, explain
 from minecube.cli.words import check_words
 from minecube.cube.store import client_of, folder_of
 from minecube.errors import CubeError
+from minecube.jobs.failures import exit_code_of, explain
 from minecube.simulate import World, simulate
 
 LONG = "x" * 5000
@@ -297,8 +297,8 @@ from importlib import import_module
 from pathlib import Path
 from minecube.cli import COMMANDS, main
 import distributed, torch
-for module, _ in COMMANDS.values():
-    import_module(module)
+for name in COMMANDS:
+    import_module(f"minecube.cli.{name}")
 lines, runs = json.load(sys.stdin), Path(sys.argv[1])
 running, begun = {}, {}
 
@@ -533,8 +533,8 @@ def test_no_bad_line_writes_anything_it_names(answers, world, damaged):
 
 def options():
     """All options that take a value, by the words that lead to them."""
-    for name, (module, _) in COMMANDS.items():
-        command = getattr(import_module(module), name)
+    for name in COMMANDS:
+        command = getattr(import_module(f"minecube.cli.{name}"), name)
         below = command.commands.items() if isinstance(command, click.Group) else ()
         for words, one in (((name,), command), *(((name, under), sub) for under, sub in below)):
             for param in one.params:
@@ -574,7 +574,7 @@ def need_refusal(words, option, said):
 
 def test_words_that_may_be_long_or_several():
     context = click.Context(cli)
-    command = import_module("minecube.cli.results").export
+    command = import_module("minecube.cli.export").export
     check_words(
         context,
         command,
@@ -633,10 +633,10 @@ BUG = """
 import sys
 import time
 from minecube import cli
-from minecube.cli import data
+from minecube.cli import options
 def wrong(*_):
     raise ZeroDivisionError("nobody expects this")
-data.sites_with_margin = wrong
+options.choose_sites = wrong
 cli.main(sys.argv[1:])
 """
 
@@ -659,7 +659,7 @@ def test_callers_in_python_see_the_error_itself(monkeypatch):
     def wrong(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("minecube.cli.data.sites_with_margin", wrong)
+    monkeypatch.setattr("minecube.cli.options.choose_sites", wrong)
     with pytest.raises(ZeroDivisionError):
         cli.main(["sites"], standalone_mode=False)
 
@@ -667,7 +667,7 @@ def test_callers_in_python_see_the_error_itself(monkeypatch):
 LOGS = """
 import logging, sys, warnings
 from minecube import cli
-from minecube.cli import data
+from minecube.cli import options
 def noisy(*_):
     for name in ("urllib3", "distributed.client", "rasterio._env", "botocore", "pystac", "asyncio"):
         logging.getLogger(name).error("noise of %s", name)
@@ -675,7 +675,7 @@ def noisy(*_):
     logging.getLogger("minecube.scenes").warning("our warning")
     logging.getLogger("minecube.scenes").info("our news")
     return []
-data.sites_with_margin = noisy
+options.choose_sites = noisy
 cli.main(sys.argv[1:])
 """
 
@@ -694,8 +694,8 @@ INTERRUPTED = """
 import sys
 import time
 from importlib import import_module
-from minecube.cli import COMMANDS, main
-import_module(COMMANDS[sys.argv[1]][0])
+from minecube.cli import main
+import_module(f"minecube.cli.{sys.argv[1]}")
 print("ready", file=sys.stderr, flush=True)
 main()
 """

@@ -15,9 +15,11 @@ import rasterio.features
 import xarray as xr
 from click.testing import CliRunner
 
-from minecube import cube, models
-from minecube.cli import bench as module
+from minecube import cube, metrics, models, tracks
+from minecube.catalog import load_presets
 from minecube.cli import cli
+from minecube.jobs import bench as job
+from minecube.jobs.score_tables import ScoreTables
 
 YEARS = (2019, 2020, 2021)
 CARDS = """
@@ -45,11 +47,11 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     simulated = workflow()
     counts = {"train": 1, "valid": 1, "test": 2}
-    sites = simulated.sites(counts, 600)
+    sites = simulated.draw_sites(counts, 600)
     sites.to_file(folder / "sites.geojson")
     made = simulated.World(years=YEARS, dates_per_year=4, winter_dates=0, styles=(simulated.STYLE,))
     for site in simulated.load_sites(folder / "sites.geojson", catalogue=True):
-        simulated.make(site, folder, YEARS, made)
+        simulated.make_site(site, folder, YEARS, made)
     (folder / "models.yaml").write_text(CARDS)
     (folder / "presets.yaml").write_text(PRESETS)
     return folder
@@ -157,7 +159,7 @@ def test_what_is_trained_and_mapped_is_not_done_again(world, out, monkeypatch):
     def refused(*_args, **_more):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(module, "train_network", refused)
+    monkeypatch.setattr(job, "train_network", refused)
     monkeypatch.setattr(models.Mapper, "rows", refused)
     bench(world, out)
     assert before == {name: (out / name).read_text() for name in before}
@@ -168,7 +170,7 @@ def test_what_sees_all_years_is_held_against_all_others_and_smoothed_maps_agains
         types.SimpleNamespace(id=name, task=task)
         for name, task in (("a", "mapping"), ("all", "series"), ("b", "mapping"), ("two", "change"))
     ]
-    assert module.compared(cards) == [
+    assert job.list_comparisons(cards) == [
         *(("a+hmm", "a"), ("all+hmm", "all"), ("b+hmm", "b")),
         *(("all", "a"), ("all", "b"), ("all", "two")),
     ]
@@ -195,7 +197,7 @@ def test_bad_use(world, tmp_path):
 def test_sites_without_labels_are_found_before_anything_is_trained(world, tmp_path, monkeypatch):
     store = str(world / "cubes.zarr")
     truth = cube.open_committed(store, "test_2")["footprint"].load()
-    monkeypatch.setattr(module, "train_network", None)
+    monkeypatch.setattr(job, "train_network", None)
     cube.write_footprint(store, "test_2", xr.full_like(truth, 255), origin="none")
     try:
         said = bench(world, tmp_path, *SPLIT, "--models", "mini", ok=2)
@@ -220,7 +222,7 @@ def test_flips_are_pooled_over_sites(world, out):
 def test_a_gap_that_nothing_was_said_of_is_no_number(world, out, tmp_path, monkeypatch):
     """Of last year's map, the first year is not there."""
     again = shutil.copytree(out, tmp_path / "again")
-    monkeypatch.setattr(module, "GAPS", (1, 2, 3))
+    monkeypatch.setattr(job, "GAPS", (1, 2, 3))
     bench(world, again)
     late = rows(again / "change.md")["last year's map"]
     assert [late[f"F1, gap {gap}"] for gap in (2, 3)] == ["n/a", ""]
@@ -233,17 +235,21 @@ def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monk
     predictions = {name: called(store, name) for name in ("mini", "mini+hmm")}
     for name, prediction in predictions.items():
         maps = {
-            site: module.tracks.threshold(cube.open_probability(store, site, prediction))
+            site: tracks.threshold(cube.open_probability(store, site, prediction))
             for site in ("test_1", "test_2")
         }
         counted[name] = {
-            site: module.metrics.count(found, found, YEARS[:1]) for site, found in maps.items()
+            site: metrics.count(found, found, YEARS[:1]) for site, found in maps.items()
         }
-    tables, card = (
-        module.Tables.of(counted, [("mini+hmm", "mini")]),
-        models.load(out / "models" / "mini.pt").card,
+    benchmark = job.Benchmark(
+        store=store,
+        split=job.Split(train=[], valid=[], test=["test_1", "test_2"]),
+        cards=(models.load(out / "models" / "mini.pt").card,),
+        settings=load_presets()["cpu"],
+        folder=tmp_path,
     )
-    module.written(store, tables, [card], {}, tmp_path, predictions)
+    tables = ScoreTables.from_counts(counted, [("mini+hmm", "mini")])
+    job.write_benchmark(benchmark, tables, job.ModelRuns(predictions=predictions))
     change = rows(tmp_path / "change.md")["mini"]
     assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")
     assert rows(tmp_path / "mapping.md")["mini"]["flips"] == "n/a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import platform
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import types
+import typing
 import urllib.request
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -36,9 +38,9 @@ from shapely.geometry import box
 from minecube import cube, scenes
 from minecube.catalog import Registration, load_recipes, load_sites, load_sources
 from minecube.cli import COMMANDS, cli
-from minecube.cli import build as building
 from minecube.composite import Tools, reducers
 from minecube.errors import SceneError
+from minecube.jobs import build as building
 from minecube.simulate import World, simulate
 
 
@@ -56,6 +58,37 @@ def run_here(*arguments, ok=0):
     done = CliRunner().invoke(cli, [str(a) for a in arguments])
     assert done.exit_code == ok, f"exit {done.exit_code}\n{done.output}"
     return done.stdout, done.stderr
+
+
+def commands():
+    """All commands and subcommands that take options, by name."""
+    for name in COMMANDS:
+        command = getattr(importlib.import_module(f"minecube.cli.{name}"), name)
+        yield name, command
+        for below, subcommand in getattr(command, "commands", {}).items():
+            yield f"{name} {below}", subcommand
+
+
+def test_every_option_reaches_its_command():
+    """By its own name, or as a field of a dataclass that the command receives."""
+    collected = 0
+    for name, command in commands():
+        function = command.callback
+        if not hasattr(function, "__wrapped__") or name.startswith("models"):
+            continue
+        options = {param.name for param in command.params if param.expose_value}
+        hints = typing.get_type_hints(function.__wrapped__)
+        fields = [
+            {field.name for field in dataclasses.fields(hints[parameter])}
+            for parameter in set(hints) - options - {"return"}
+        ]
+        assert options <= set(hints).union(*fields), name
+        for parameter in set(hints) - options - {"return"}:  # none is missing without a default
+            for field in dataclasses.fields(hints[parameter]):
+                optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+                assert optional or field.name in options, (name, field.name)
+        collected += 1
+    assert collected > 15
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -409,7 +442,7 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
             return listed[year]
         return scenes.search(site, year, source)  # which finds nothing
 
-    _, chosen = building.chosen_scenes(job, site, 2022, find)
+    _, chosen = building.choose_scenes(job, site, 2022, find)
     assert asked == [2022, 2021, 2023]
     summer = [
         s.id
@@ -418,7 +451,7 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
     ]
     assert {s.id for s in chosen if s.datetime.year == 2020} == set(summer) != set()
     last, asked = datetime.now(tz=UTC).year, []
-    building.chosen_scenes(
+    building.choose_scenes(
         job, site, last, lambda _site, year, *_: asked.append(year) or listed[2020]
     )
     assert asked == [last, last - 1]  # no year to come
@@ -429,7 +462,7 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
         return listed[2022]
 
     with pytest.raises(SceneError, match="does not answer"):
-        building.chosen_scenes(job, site, 2022, fails)
+        building.choose_scenes(job, site, 2022, fails)
 
 
 def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
@@ -447,7 +480,7 @@ def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
         job = building.Job(
             store=store, sources=(source,), recipe=recipe, snapshots=tmp_path, tools=tools
         )
-        assert [o.state for o in building.build(job, sites, [2020])] == ["built"]
+        assert [o.state for o in building.build_cubes(job, sites, [2020])] == ["built"]
         cubes[lift] = xr.open_zarr(store, group="pit", consolidated=False)["reflectance"].load()
     np.testing.assert_array_equal(cubes[1], cubes[0] + 1)
 
@@ -474,7 +507,7 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
             recipe=recipe,
             snapshots=tmp_path,
         )
-        (made,) = building.build(job, sites, [2020])
+        (made,) = building.build_cubes(job, sites, [2020])
         assert made.state == "built"
         asked[beside_m] = made.reads["planned"]
         (kept,) = cube.builds(job.store, "pit").values()
@@ -556,7 +589,7 @@ def test_a_country_is_shown_its_plan_and_not_built(world, tmp_path):
 
 
 def test_a_large_site_is_built_when_asked_twice(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("minecube.cli.data.LARGE_KM2", 1)
+    monkeypatch.setattr("minecube.cli.build.LARGE_KM2", 1)
     asked = args(world, tmp_path / "new.zarr", "2020")
     assert "pit (1 km2): larger than 1 km2" in run_here("build", *asked, ok=2)[1]
     assert "built" in run_here("build", *asked, "--yes")[0]
@@ -980,7 +1013,7 @@ def test_memory_that_is_kept_is_not_given_anew():
     """By page faults while 80 MB are taken and freed, again and again."""
     program = """
 import resource, sys, numpy
-from minecube.cli.common import keep_memory
+from minecube.jobs.memory import keep_memory
 if sys.argv[1] == "kept":
     keep_memory()
 def faults():

@@ -11,8 +11,9 @@ import stac_geoparquet.arrow
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe
-from minecube.cli import build as building
 from minecube.errors import GoneError
+from minecube.jobs import build as building
+from minecube.jobs.scene_lists import load_or_save
 from minecube.reader import read
 
 RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), min_dates=3, block_px=64, chunk_px=32)
@@ -56,7 +57,7 @@ def job_of(two, tmp_path, **more):
 
 
 def built(job, site):
-    (outcome,) = building.build(job, [site], [2020])
+    (outcome,) = building.build_cubes(job, [site], [2020])
     return outcome
 
 
@@ -98,9 +99,11 @@ def test_all_that_is_gone_is_found_at_once(two, site, tmp_path, monkeypatch):
     first, _ = two
     shutil.rmtree(folder_of(first, "2020-06-01"))
     (folder_of(first, "2020-07-01") / "B11.tif").unlink()
-    tries, composited = [], building._composited
+    tries, composite_year = [], building._composite_year
     monkeypatch.setattr(
-        building, "_composited", lambda *args, **more: tries.append(1) or composited(*args, **more)
+        building,
+        "_composite_year",
+        lambda *args, **more: tries.append(1) or composite_year(*args, **more),
     )
     job = job_of(two, tmp_path)
     assert built(job, site).state == "built"
@@ -182,7 +185,9 @@ def test_what_no_source_has_fails_and_names_the_option(two, site, tmp_path):
     assert outcome.message.endswith(
         "; name one more --source that has it, or accept lost reads with --min-read-completeness"
     )
-    (outcome,) = building.build(dataclasses.replace(job, min_read_completeness=0.5), [site], [2020])
+    (outcome,) = building.build_cubes(
+        dataclasses.replace(job, min_read_completeness=0.5), [site], [2020]
+    )
     assert outcome.state == "built"
     marker = cube.builds(job.store, "pit")[2020]
     assert 0.5 < marker["reads"]["completeness"] < 1
@@ -219,13 +224,12 @@ def test_an_interrupted_build_with_copies_goes_on(two, site, tmp_path, monkeypat
         patched.setattr(cube.Staging, "commit", interrupted)
         assert built(job, site).state == "failed"
     assert cube.is_begun(job.store, "pit", 2020)
-    begun, composited = [], building._composited
+    begun, composite_year = [], building._composite_year
     monkeypatch.setattr(
         building,
-        "_composited",
-        lambda job, site, year, chosen, *args, **more: (
-            begun.append({s.id for s in chosen})
-            or composited(job, site, year, chosen, *args, **more)
+        "_composite_year",
+        lambda site_year, chosen, *args, **more: (
+            begun.append({s.id for s in chosen}) or composite_year(site_year, chosen, *args, **more)
         ),
     )
     assert built(job, site).state == "built"
@@ -238,7 +242,7 @@ def test_a_second_source_that_cannot_be_searched_fails_nothing_more(two, site, t
     """Its list is asked for only once something is gone."""
     first, second = two
     job = job_of(two, tmp_path)
-    building.saved_scenes(site, 2020, job.sources, job.snapshots)
+    load_or_save(site, 2020, job.sources, job.snapshots)
     (second.root / "items.parquet").unlink()
     (folder_of(first, "2020-06-01") / "B04.tif").unlink()
     outcome = built(job, site)

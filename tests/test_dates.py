@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from minecube import cube
 from minecube.catalog import Recipe, Registration
-from minecube.cli import build as building
+from minecube.jobs import build as building
 from minecube.scenes.item_file import read_items
 
 SHIFTED_PX = 2
@@ -68,7 +68,7 @@ DATES = {"2020-05-01": False, "2020-06-01": False, "2020-07-01": True, "2020-08-
 
 def test_scenes_left_out_are_listed_with_the_reason_and_not_counted(archive, make, site, tmp_path):
     job = job_of(listed(archive, make, DATES), tmp_path, min_dates=3)
-    (outcome,) = building.build(job, [site], [2020])
+    (outcome,) = building.build_cubes(job, [site], [2020])
     assert (outcome.state, outcome.scenes, outcome.days) == ("built", 3, 3), outcome.message
     marker = cube.builds(job.store, "pit")[2020]
     left_out = {scene["id"][11:19]: scene.get("left_out") for scene in marker["scenes"]}
@@ -82,7 +82,7 @@ def test_scenes_left_out_are_listed_with_the_reason_and_not_counted(archive, mak
     kept = read_items(blob(job.store, tmp_path))
     assert sorted(scene.id[11:19] for scene in kept) == ["20200501", "20200601", "20200801"]
     assert cube.verify(job.store).findings == ()
-    (again,) = building.build(job, [site], [2020])
+    (again,) = building.build_cubes(job, [site], [2020])
     assert (again.state, again.scenes, again.days) == ("kept", 3, 3)
 
 
@@ -96,7 +96,7 @@ def blob(store, tmp_path):
 def test_dates_are_counted_again_once_scenes_are_left_out(archive, make, site, tmp_path):
     dates = {date: shifted for date, shifted in DATES.items() if date != "2020-08-01"}
     job = job_of(listed(archive, make, dates), tmp_path, min_dates=3)
-    (outcome,) = building.build(job, [site], [2020])
+    (outcome,) = building.build_cubes(job, [site], [2020])
     assert outcome.state == "failed"
     assert outcome.message.startswith("2 dates of 2020 are left, and recipe 'small' needs 3")
     assert cube.builds(job.store, "pit") == {}

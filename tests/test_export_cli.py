@@ -31,11 +31,11 @@ from click.testing import CliRunner
 from minecube import cube, labels
 from minecube.catalog import load_recipes
 from minecube.cli import cli
-from minecube.cli.data import _origin
-from minecube.cli.results import FORMATS
 from minecube.errors import CubeError
 from minecube.export import EUROMINENET, write_croissant
 from minecube.grid import grid_of
+from minecube.jobs.export import FORMATS
+from minecube.jobs.label import format_origin
 
 RECIPE = load_recipes()["annual-median"]
 YEARS = (2019, 2020, 2021)
@@ -190,13 +190,13 @@ def test_polygons_of_many_sources_go_by_their_files_name():
     drawn = gpd.GeoDataFrame(
         {"source": [f"survey {n}" for n in range(9)], "LICENSE": ["ODbL-1.0"] * 9}
     )
-    assert _origin(drawn, Path("osm.gpkg")) == "osm.gpkg (ODbL-1.0)"
+    assert format_origin(drawn, Path("osm.gpkg")) == "osm.gpkg (ODbL-1.0)"
     assert (
-        _origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg"))
+        format_origin(drawn.drop(columns="LICENSE")[:2], Path("osm.gpkg"))
         == "survey 0 (not stated) | survey 1 (not stated)"
     )
     drawn["LICENSE"] = ["CC BY 4.0"] + ["ODbL-1.0"] * 8
-    said = _origin(drawn.assign(doi=["10.1/a", *[None] * 8])[:2], Path("osm.gpkg"))
+    said = format_origin(drawn.assign(doi=["10.1/a", *[None] * 8])[:2], Path("osm.gpkg"))
     assert said == "survey 0 (CC BY 4.0) doi:10.1/a | survey 1 (ODbL-1.0)"
 
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from minecube.catalog import as_dict, load_models
-from minecube.cli import COMMANDS, cli
+from minecube.cli import cli
 from minecube.models import network
 
 
@@ -196,12 +196,8 @@ def test_a_command_that_needs_a_library_says_how_to_install_it(
     def train() -> None:
         network.build(load_models()["segformer-b0-small"])
 
-    monkeypatch.setitem(
-        COMMANDS,
-        "train",
-        ("stand_in", "Stands in for the real one, which looks for a store first."),
-    )
-    monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(train=train))
+    # Stands in for the real one, which looks for a store first.
+    monkeypatch.setitem(sys.modules, "minecube.cli.train", types.SimpleNamespace(train=train))
     without("transformers", "minecube.models.libraries")
     assert "`minecube train` needs transformers: pip install 'minecube[models]'" in run(
         "train", ok=2

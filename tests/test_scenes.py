@@ -42,9 +42,10 @@ from minecube.catalog import (
     load_recipes,
     load_sources,
 )
-from minecube.cli import build as building
 from minecube.errors import CatalogError, ReadError, SceneError
 from minecube.grid import grid_of
+from minecube.jobs import build as building
+from minecube.jobs.scene_lists import list_path
 from minecube.reader import remote
 from minecube.scenes import api as stac_api
 from minecube.scenes import item_file, parquet, site_year, snapshot
@@ -1008,7 +1009,7 @@ def test_a_remote_catalogue_names_no_local_file(listed, form, tmp_path):
     store = str(tmp_path / "cubes.zarr")
     job = building.Job(store=store, sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
     with pytest.raises(SceneError, match=item.id):
-        building.build(job, [site], [2020])
+        building.build_cubes(job, [site], [2020])
     assert not Path(store).exists()
 
 
@@ -1025,14 +1026,14 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
         recipe=PLAIN,
         snapshots=tmp_path / "lists",
     )
-    path = building.list_path(site, 2020, [source], job.snapshots)
+    path = list_path(site, 2020, [source], job.snapshots)
     snapshot.save(
         scenes.Found(scenes=(scene,), listed=1), path, snapshot.belongs_to(site, 2020, [source])
     )
     with pytest.raises(
         SceneError, match=f"item {scene.id}: asset B04 is not read from {local}: it is a local file"
     ):
-        building.build(job, [site], [2020])
+        building.build_cubes(job, [site], [2020])
     assert not Path(job.store).exists()
 
 
@@ -1106,7 +1107,7 @@ def test_an_image_of_another_format_is_refused_by_name_and_nothing_is_committed(
         recipe=PLAIN,
         snapshots=tmp_path / "lists",
     )
-    (outcome,) = building.build(job, [site], [2020])
+    (outcome,) = building.build_cubes(job, [site], [2020])
     assert outcome.state == "failed"
     assert re.search(
         r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format\)",

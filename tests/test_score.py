@@ -10,6 +10,7 @@ from itertools import combinations
 import dask.array as da
 import numpy as np
 import odc.geo.xr
+import pandas as pd
 import pytest
 import xarray as xr
 from click.testing import CliRunner
@@ -19,9 +20,10 @@ from scipy import ndimage
 from minecube import cube, metrics
 from minecube.catalog import Recipe
 from minecube.cli import cli
-from minecube.cli import score as module
 from minecube.errors import CubeError, LabelError
 from minecube.grid import grid_of
+from minecube.jobs import score as counting
+from minecube.jobs.tables import format_latex
 from minecube.report import scores as pictures
 
 RECIPE = Recipe(id="small", title="t", bands=("B04", "B11"), block_px=64, chunk_px=32)
@@ -140,13 +142,13 @@ def whole(pixels, model):
 @pytest.mark.parametrize("rows", [40, 512])
 def test_a_site_is_scored_by_blocks_as_it_is_whole(world, rows, monkeypatch):
     store, pixels = world
-    monkeypatch.setattr(module, "BLOCK_PX", rows)
+    monkeypatch.setattr(counting, "BLOCK_PX", rows)
     for name, of_site in pixels.items():
-        assert module.score_site(store, name, "sharp") == whole(of_site, "sharp")
+        assert counting.score_site(store, name, "sharp") == whole(of_site, "sharp")
         expected = metrics.count_change(
             of_site["pairs"], of_site["truth"], YEARS, PAIRS, ("removed", "new")
         )
-        assert module.score_site(store, name, "pairs") == expected
+        assert counting.score_site(store, name, "pairs") == expected
 
 
 def test_half_is_where_a_mine_begins_here_as_in_tracks(world):
@@ -270,9 +272,8 @@ def test_counts_of_two_machines_are_joined(world, tmp_path, monkeypatch):
         assert (
             found["intervals"] == one[model]["intervals"]
         )  # the same draws, whatever was counted first
-    monkeypatch.setattr(
-        module, "score_site", None
-    )  # nothing is counted before these are seen to be wrong
+    # Nothing is counted before these are seen to be wrong.
+    monkeypatch.setattr(counting, "score_site", None)
     assert "pit of sharp is already counted" in run(*ask, "pit", *join, ok=2)
     assert "pit of sharp is already counted" in run(*ask, "pond", *join, *join, ok=2)
     (tmp_path / "other.json").write_text('{"sharp": {"a": {}}}')
@@ -329,7 +330,7 @@ def test_what_cannot_be_scored_says_so_and_writes_nothing(world, tmp_path, argum
 
 def test_labels_are_asked_for_before_predictions(world):
     with pytest.raises(LabelError, match="so nothing can be scored"):
-        module.score_site(world[0], "bare", "sharp")
+        counting.score_site(world[0], "bare", "sharp")
 
 
 def test_a_place_that_cannot_be_written_says_so(world, tmp_path):
@@ -350,10 +351,8 @@ def test_a_place_that_cannot_be_written_says_so(world, tmp_path):
 
 
 def test_names_are_safe_in_latex():
-    table = module.pd.DataFrame(
-        {"iou": ["0.5"]}, index=module.pd.Index(["a_b & 50 %"], name="model")
-    )
-    assert r"a\_b \& 50 \% & 0.5 \\" in module.latex(table)
+    table = pd.DataFrame({"iou": ["0.5"]}, index=pd.Index(["a_b & 50 %"], name="model"))
+    assert r"a\_b \& 50 \% & 0.5 \\" in format_latex(table)
 
 
 @pytest.fixture
@@ -367,22 +366,20 @@ def figures(monkeypatch):
 
 
 def test_pictures_show_the_tables(tmp_path, figures):
-    years = module.pd.Series([0.5, np.nan, 0.7], index=[2019, 2020, 2021])
+    years = pd.Series([0.5, np.nan, 0.7], index=[2019, 2020, 2021])
     pictures.lines({"a": years, "b": years / 2}, tmp_path / "y.png", "t", axes=("year", "IoU"))
     first, second = figures[-1].axes[0].lines
     assert np.array_equal(first.get_ydata(), years, equal_nan=True)
     assert (first.get_color(), first.get_marker()) != (second.get_color(), second.get_marker())
     assert [t.get_text() for t in figures[-1].legends[0].get_texts()] == ["a", "b"]
     assert figures[-1].axes[0].get_ylabel() == "IoU"
-    curve = module.pd.DataFrame(
-        {"threshold": [0.9, 0.4], "precision": [1.0, 0.5], "recall": [0.2, 1.0]}
-    )
+    curve = pd.DataFrame({"threshold": [0.9, 0.4], "precision": [1.0, 0.5], "recall": [0.2, 1.0]})
     pictures.precision_recall({"a": curve}, tmp_path / "p.png", "t", 0.25)
     line, mark, chance = figures[-1].axes[0].lines
     assert line.get_xdata().tolist() == [0.2, 1.0]
     assert mark.get_xdata().tolist() == [0.2]  # at one half: the last threshold that is not below
     assert set(chance.get_ydata()) == {0.25}
-    bins = module.pd.DataFrame({"predicted": [0.1, 0.9], "observed": [0.2, 0.7], "pixels": [10, 5]})
+    bins = pd.DataFrame({"predicted": [0.1, 0.9], "observed": [0.2, 0.7], "pixels": [10, 5]})
     pictures.reliability({"a": bins}, tmp_path / "r.png", "t")
     assert figures[-1].axes[0].lines[1].get_ydata().tolist() == [0.2, 0.7]
     with pytest.raises(CubeError, match="no score to draw"):

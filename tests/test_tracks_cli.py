@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from minecube import cube, tracks
 from minecube.catalog import load_recipes
 from minecube.cli import cli
-from minecube.cli.tracks import follow
 from minecube.errors import CubeError, LabelError
 from minecube.grid import grid_of
+from minecube.jobs.tracks import track_site
 
 RECIPE = load_recipes()["annual-median"]
 YEARS = (2016, 2017, 2018, 2020, 2021, 2022)
@@ -244,35 +244,12 @@ def test_rates_of_labels_given_and_wrong(store, tmp_path):
     assert "unknown site" in run(
         "tracks", "--store", store, "--model", "net", "--rates", "labels:x", "--out", out, ok=2
     )
-    assert "abacus" in run(
-        "tracks", "--store", store, "--model", "net", "--device", "abacus", "--out", out, ok=2
-    )
     assert {
         p: p.stat().st_mtime_ns for folder in (tmp_path, store) for p in folder.rglob("*")
     } == before
 
 
-def test_on_torch_the_same(store, tmp_path):
-    made = []
-    for device in ("cpu", "cpu:0"):
-        run(
-            "tracks",
-            "--store",
-            store,
-            "--model",
-            "net",
-            "--sites",
-            "pit",
-            "--device",
-            device,
-            "--out",
-            tmp_path / "out",
-        )
-        made.append(cube.open_probability(str(store), "pit", "net+hmm").values)
-    np.testing.assert_array_equal(*made)
-
-
 def test_one_year_is_no_track(store, sites, tmp_path):
     one = cube.open_probability(str(store), "pit", "net").isel(year=[0]).load()
     with pytest.raises(LabelError, match="two years or more"):
-        follow(one, grid_of(sites[0]), tracks.learn_rates([one]))
+        track_site(one, grid_of(sites[0]), tracks.learn_rates([one]))

@@ -24,10 +24,11 @@ from click.testing import CliRunner
 
 from minecube import cube, models
 from minecube.catalog import load_models, load_recipes
-from minecube.cli import build, cli, predict
-from minecube.cli.common import as_ended, executor_of
-from minecube.cli.predict import _makes, _the_same
+from minecube.cli import cli
 from minecube.errors import ModelError, WorkerError
+from minecube.jobs import build, predict
+from minecube.jobs.predict import MapOptions, ModelReference, describe_model, load_same
+from minecube.jobs.workers import connect_workers, iterate_finished
 from minecube.simulate import World, simulate
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
@@ -138,7 +139,7 @@ def test_a_scheduler_gets_no_other_work_of_this_process():
         distributed.LocalCluster(
             n_workers=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
         ) as cluster,
-        executor_of(cluster.scheduler_address) as executor,
+        connect_workers(cluster.scheduler_address) as executor,
     ):
         assert executor.submit(sum, [1, 2]).result() == 3
         assert dask.config.get("scheduler", None) is None
@@ -191,7 +192,7 @@ def test_what_a_worker_cannot_do_is_one_sentence(world, tmp_path):
 
 def test_a_worker_with_another_model_under_that_name_maps_nothing(tmp_path):
     with pytest.raises(ModelError, match="other weights than the machine that asked"):
-        _the_same(str(model_in(tmp_path)), None, "another", models.Compute())
+        load_same(ModelReference(str(model_in(tmp_path)), None, "another", models.Compute()))
 
 
 def test_a_worker_that_lives_on_takes_the_model_that_is_there_now(tmp_path):
@@ -199,20 +200,18 @@ def test_a_worker_that_lives_on_takes_the_model_that_is_there_now(tmp_path):
     file, found = model_in(tmp_path), []
     for mean in (1500.0, 100.0):
         models.save(dataclasses.replace(models.load(file), mean=(mean,) * 10), file)
-        found.append(
-            _the_same(
-                str(file), None, _makes(models.Mapper(models.load(file))), models.Compute()
-            ).trained.mean[0]
-        )
+        description = describe_model(models.Mapper(models.load(file)))
+        reference = ModelReference(str(file), None, description, models.Compute())
+        found.append(load_same(reference).trained.mean[0])
     assert found == [1500.0, 100.0]
 
 
-def mapped_on(monkeypatch, map_site, *arguments, **how):
-    """What `_on_workers` gives of two sites, with threads for workers."""
-    monkeypatch.setattr(predict, "_the_same", lambda *of: of)
+def mapped_on(monkeypatch, map_site, *arguments):
+    """What `map_on_workers` gives of some sites, with threads for workers."""
+    monkeypatch.setattr(predict, "load_same", lambda reference: reference)
     monkeypatch.setattr(predict, "map_site", map_site)
     with ThreadPoolExecutor(1) as pool:
-        return sorted(predict._on_workers(pool, *arguments, **how))
+        return sorted(predict.map_on_workers(pool, *arguments), key=lambda result: result[0])
 
 
 def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
@@ -220,22 +219,20 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
     (tmp_path / "model.pt").touch()
     (tmp_path / "unet-small").mkdir()  # no model, but a folder of that name
 
-    def given(*arguments, **how):
-        return mapped_on(monkeypatch, lambda *of, **how: (of, how), *arguments, **how)
+    def given(store, name, model, catalog):
+        reference = ModelReference(model, catalog, "it", models.Compute())
+        arguments = store, [name], reference, MapOptions(pairs=(1,))
+        ((_, tasks),) = mapped_on(monkeypatch, lambda *of: of, *arguments)
+        store, site, reference, options = tasks
+        assert (site, options) == (name, MapOptions(pairs=(1,)))
+        assert (reference.description, reference.compute) == ("it", models.Compute())
+        return store, reference.model, reference.catalog
 
     here = str(tmp_path)
-    assert given("cubes.zarr", ["a"], "model.pt", "it", Path("mine"), "how", pairs=None) == [
-        (
-            "a",
-            (
-                (f"{here}/cubes.zarr", "a", (f"{here}/model.pt", tmp_path / "mine", "it", "how")),
-                {"pairs": None},
-            ),
-        )
-    ]
-    assert given("s3://bucket/cubes", ["a"], "unet-small", "it", None, "how") == [
-        ("a", (("s3://bucket/cubes", "a", ("unet-small", None, "it", "how")), {}))
-    ]
+    found = given("cubes.zarr", "a", "model.pt", Path("mine"))
+    assert found == (f"{here}/cubes.zarr", f"{here}/model.pt", tmp_path / "mine")
+    found = given("s3://bucket/cubes", "a", "unet-small", None)
+    assert found == ("s3://bucket/cubes", "unet-small", None)
 
 
 def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch, make):
@@ -248,7 +245,7 @@ def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monke
     )
     monkeypatch.setattr(build, "build_year", lambda job, *_: job)
     with ThreadPoolExecutor(1) as pool:
-        (given,) = build._run(job, [(make.site("a", 360000, 5600040, 60, 48), 2022)], pool)
+        (given,) = build._build_all(job, [(make.site("a", 360000, 5600040, 60, 48), 2022)], pool)
     assert given == dataclasses.replace(
         job, store=str(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists"
     )
@@ -257,16 +254,17 @@ def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monke
 def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatch):
     begun = []
 
-    def dies(_store, name, _trained):
+    def dies(_store, name, _trained, _options):
         begun.append(name)
         time.sleep(0.2)
         raise RuntimeError("no room")
 
+    reference = ModelReference("model", None, "it", models.Compute())
     with pytest.raises(
         WorkerError,
         match=r"a: RuntimeError: no room; committed maps are safe; run the same command again",
     ):
-        mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], "model", "it", None, "how")
+        mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], reference, MapOptions())
     assert len(begun) <= 2
 
 
@@ -284,7 +282,7 @@ def test_ctrl_c_is_heard_while_tasks_run_whatever_thread_gets_it():
     with ThreadPoolExecutor(1) as pool:
         try:
             with pytest.raises(KeyboardInterrupt):
-                list(as_ended([pool.submit(interrupt)]))
+                list(iterate_finished([pool.submit(interrupt)]))
             assert time.monotonic() - start < 10
         finally:
             end.set()

@@ -1,12 +1,14 @@
-"""Build sites x years, or map sites, on a Dask cluster: processes of this machine, or workers behind a scheduler.
+"""Build sites x years, or map sites, on a Dask cluster.
+
+The workers are processes of this machine, or belong to a scheduler.
 
     python workflows/cluster.py --workers 4 -- build --sites my_mines.geojson --years 2019-2023 \\
         --source earth-search --store cubes.zarr
     python workflows/cluster.py --workers 4 -- predict --store cubes.zarr --model model.pt
     python workflows/cluster.py --scheduler tcp://10.0.0.1:8786 -- build --sites ...
 
-What follows `--` is `minecube build` or `minecube predict`. Workers must see the same files: catalogue, scene lists, model and
-store.
+After `--` comes `minecube build` or `minecube predict` without the word minecube. All workers
+must see the same files: catalogue, scene lists, model and store.
 """
 
 from __future__ import annotations
@@ -24,22 +26,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--workers", type=int, help="start this many worker processes here")
-    where.add_argument("--scheduler", help="address of a Dask scheduler")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--workers", type=int, help="start this many worker processes here")
+    place.add_argument("--scheduler", help="address of a Dask scheduler")
     parser.add_argument("command", choices=("build", "predict"), help="of minecube, after --")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
-    asked = parser.parse_args(argv)
-    if asked.workers is not None and asked.workers < 1:
+    options = parser.parse_args(argv)
+    if options.workers is not None and options.workers < 1:
         parser.error(
-            f"--workers {asked.workers}: expected 1 or more; without a worker nothing begins, nor ends"
+            f"--workers {options.workers}: expected 1 or more; no task begins without a worker"
         )
-    command = [asked.command, *asked.arguments, "--scheduler"]
-    if asked.scheduler:
-        minecube([*command, asked.scheduler])
-    # One task at a time in a worker: a site-year brings its own reading threads, and its memory is that of one.
+    command = [options.command, *options.arguments, "--scheduler"]
+    if options.scheduler:
+        minecube([*command, options.scheduler])
+    # Each worker runs one task at a time: a site-year has its own reading threads and memory.
     with LocalCluster(
-        n_workers=asked.workers, threads_per_worker=1, dashboard_address=None
+        n_workers=options.workers, threads_per_worker=1, dashboard_address=None
     ) as cluster:
         minecube([*command, cluster.scheduler_address])
 

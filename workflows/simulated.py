@@ -1,17 +1,19 @@
-"""Make the simulated benchmark: cubes of ten years of mines that are drawn from a seed, with their true footprints.
+"""Make the simulated benchmark: cubes of mines, drawn from a seed, with true footprints.
 
     python workflows/simulated.py --out build/simulated
-    minecube bench --store build/simulated/cubes.zarr --train 'train_*' --valid 'valid_*' --test 'test_*' --out build/bench
+    minecube bench --store build/simulated/cubes.zarr \\
+        --train 'train_*' --valid 'valid_*' --test 'test_*' --out build/bench
 
-Every site goes the whole way of a real one: an archive of scenes with cloud, haze, snow and displaced dates, found, checked,
-composited by the shipped recipe, and labelled. Run again, it goes on where it stopped.
+Every site is built like a real one. Its archive has cloud, haze, snow and displaced dates. Its
+scenes are searched, checked, composited by the shipped recipe and labelled. An interrupted run
+resumes when you run it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,66 +22,96 @@ import geopandas as gpd
 import shapely
 from pyproj import Transformer
 
-from minecube import cube, labels
+from minecube import labels
 from minecube.catalog import Site, load_recipes, load_sites, load_sources
-from minecube.cli import build as building
-from minecube.errors import MinecubeError
 from minecube.grid import grid_of
+from minecube.jobs.build import Job, build_cubes, need_built
+from minecube.jobs.label import draw_labels
 from minecube.simulate import World, simulate
 
 YEARS = tuple(range(2015, 2025))
 SPLIT = {"train": 8, "valid": 2, "test": 6}
+"""Part of the split -> number of sites."""
 SIDE_M = 2200
 APART_M = 9000
-"""Scenes of neighbours must not overlap."""
+"""Distance of neighbours. Their scenes must not overlap."""
 STYLE = "earth-search"
+"""The imitated provider."""
+_CRS = 32633
+_CORNER_M = (360000, 5600040)  # of the first site
+_PER_ROW = 8
+_INSET_M = 5  # within a 10 m pixel, so that grids have the given size
 
 
-def sites(counts: dict[str, int], side_m: int = SIDE_M) -> gpd.GeoDataFrame:
-    """Squares in rows of eight, named by their part of the split."""
+def draw_sites(counts: Mapping[str, int], side_m: int = SIDE_M) -> gpd.GeoDataFrame:
+    """Place squares in rows of eight, named by their part of the split.
+
+    Args:
+        counts: part of the split -> number of sites.
+        side_m: side of each square in metres.
+
+    Returns the column `id` and polygons in longitude and latitude.
+    """
     names = [f"{part}_{n + 1}" for part, count in counts.items() for n in range(count)]
-    to_degrees = Transformer.from_crs(32633, 4326, always_xy=True).transform
-    # A little within 10 m pixels, so that grids come out as large as asked.
-    corners = [
-        (360000 + n % 8 * APART_M + 5, 5600040 - n // 8 * APART_M - 5) for n in range(len(names))
-    ]
-    squares = [shapely.box(x, y - side_m + 10, x + side_m - 10, y) for x, y in corners]
-    return gpd.GeoDataFrame(
-        {"id": names},
-        geometry=[shapely.transform(s, to_degrees, interleaved=False) for s in squares],
-        crs=4326,
-    )
+    squares = [_place_square(number, side_m) for number in range(len(names))]
+    return gpd.GeoDataFrame({"id": names}, geometry=squares, crs=4326)
 
 
-def make(site: Site, out: Path, years: Sequence[int], world: World) -> str:
-    """Simulate, build and label one site; its scenes are removed once its cube is there."""
-    store, archive, recipe = (
-        str(out / "cubes.zarr"),
-        out / "worlds" / site.id,
-        load_recipes()["annual-median"],
-    )
-    truth = out / "truth" / f"{site.id}.parquet"
+def _place_square(number: int, side_m: int) -> shapely.Polygon:
+    row, column = divmod(number, _PER_ROW)
+    west = _CORNER_M[0] + column * APART_M + _INSET_M
+    north = _CORNER_M[1] - row * APART_M - _INSET_M
+    square = shapely.box(west, north - side_m + 10, west + side_m - 10, north)
+    to_degrees = Transformer.from_crs(_CRS, 4326, always_xy=True).transform
+    return shapely.transform(square, to_degrees, interleaved=False)
+
+
+def make_site(site: Site, folder: Path, years: Sequence[int], world: World) -> str:
+    """Simulate, build and label one site. Returns its id.
+
+    The simulated scenes are removed after the build. Raises MinecubeError if a year cannot be
+    built.
+    """
+    store = str(folder / "cubes.zarr")
+    archive = folder / "worlds" / site.id
+    truth = folder / "truth" / f"{site.id}.parquet"
     if not truth.exists():
         if not archive.exists():
             simulate([site], archive, world)
         (source,) = load_sources(archive / "sources.yaml").values()
-        job = building.Job(
-            store=store, sources=(source,), recipe=recipe, snapshots=archive / "scenes"
-        )
-        for outcome in building.build(job, [site], years):
-            if outcome.state == "failed":
-                raise MinecubeError(f"{outcome.site} {outcome.year}: {outcome.message}")
+        recipe = load_recipes()["annual-median"]
+        job = Job(store=store, sources=(source,), recipe=recipe, snapshots=archive / "scenes")
+        need_built(build_cubes(job, [site], years))
         truth.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(archive / "truth_footprints.parquet", truth)
-    outlines, grid = labels.read_polygons(truth), grid_of(site)
-    masks, fraction = labels.rasterize(outlines, grid, years), labels.covered(outlines, grid, years)
-    cube.write_footprint(store, site.id, masks, "simulated truth", fraction)
+    outlines = labels.read_polygons(truth)
+    draw_labels(outlines, site.id, grid_of(site), years, truth, "simulated truth").write(store)
     shutil.rmtree(archive, ignore_errors=True)
     return site.id
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make all sites of the split, two at a time."""
+    options = _parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    counts = {part: getattr(options, part) for part in SPLIT}
+    path = options.out / "sites.geojson"
+    draw_sites(counts, options.side).to_file(path)
+    world = World(
+        years=tuple(options.years),
+        dates_per_year=options.dates,
+        sparse_dates=5,
+        winter_dates=0,
+        styles=(STYLE,),
+        seed=options.seed,
+    )
+    make = partial(make_site, folder=options.out, years=options.years, world=world)
+    with ProcessPoolExecutor(options.processes) as pool:
+        for name in pool.map(make, load_sites(path, catalogue=True)):
+            print(name, flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,23 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args(argv)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    sites({part: getattr(asked, part) for part in SPLIT}, asked.side).to_file(
-        asked.out / "sites.geojson"
-    )
-    world = World(
-        years=tuple(asked.years),
-        dates_per_year=asked.dates,
-        sparse_dates=5,
-        winter_dates=0,
-        styles=(STYLE,),
-        seed=asked.seed,
-    )
-    chosen = load_sites(asked.out / "sites.geojson", catalogue=True)
-    with ProcessPoolExecutor(asked.processes) as pool:
-        for name in pool.map(partial(make, out=asked.out, years=asked.years, world=world), chosen):
-            print(name, flush=True)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One site a task: sbatch --array=1-$(wc -l < sites.txt) workflows/slurm_array.sh
-# sites.txt holds a site's name a line. Submitted again, only what is missing is built; a requeued task resumes.
+# One site per task: sbatch --array=1-$(wc -l < sites.txt) workflows/slurm_array.sh
+# sites.txt holds one name of a site per line. Submit it again to build only what is missing; a requeued task resumes.
 #SBATCH --job-name=minecube
 #SBATCH --cpus-per-task=2
 #SBATCH --mem=6G

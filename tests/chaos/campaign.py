@@ -55,7 +55,7 @@ spec.loader.exec_module(conftest)
 YEARS = (2019, 2020, 2021, 2022)
 # Processes are forked from a server that has imported everything, and has no threads.
 _FORK = multiprocessing.get_context("forkserver")
-_COMMANDS = [f"minecube.cli.{name}" for name in ("build", "data", "predict", "verify")]
+_COMMANDS = [f"minecube.cli.{name}" for name in ("build", "label", "predict", "verify")]
 _FORK.set_forkserver_preload(["torch", "moto.server", *_COMMANDS])
 
 

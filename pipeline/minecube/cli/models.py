@@ -13,8 +13,10 @@ from typing import Any
 import click
 
 from minecube.catalog import ModelCard, as_dict, pick
-from minecube.cli import EXTRAS, common
-from minecube.cli.common import catalog_option, table
+from minecube.cli.extras import EXTRAS
+from minecube.cli.options import catalog_option
+from minecube.jobs.catalogs import load_all_models
+from minecube.jobs.tables import table
 
 json_option = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 
@@ -33,25 +35,12 @@ def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
     """
     if ctx.invoked_subcommand:
         return
-    cards = common.models(catalog).values()
+    cards = load_all_models(catalog).values()
     if as_json:
         click.echo(json.dumps([as_dict(card) for card in cards], indent=2))
         return
-    rows = [
-        (
-            c.id,
-            c.task,
-            c.architecture,
-            ",".join(c.classes),
-            f"{c.window_px} px",
-            "yes" if c.weights else "no",
-            _paper(c),
-        )
-        for c in cards
-    ]
-    click.echo(
-        table(("name", "task", "architecture", "classes", "window", "weights", "paper"), rows)
-    )
+    columns = ("name", "task", "architecture", "classes", "window", "weights", "paper")
+    click.echo(table(columns, [_summarise(card) for card in cards]))
 
 
 @models.command()
@@ -67,51 +56,72 @@ def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> 
       minecube models show segformer-b2
       minecube models show model.pt
     """
-    before = ctx.parent.params if ctx.parent else {}
+    options: dict[str, Any] = {}  # of `minecube models`, before `show`
+    if ctx.parent:
+        options = ctx.parent.params
+    training: dict[str, Any] = {}
     if Path(name).is_file():
-        card, trained = _trained(Path(name))
+        card, training = _read_trained(Path(name))
     else:
-        card, trained = pick(common.models(catalog or before.get("catalog")), name, "model"), {}
-    parameters = _parameters(card)
-    if as_json or before.get("as_json"):
-        click.echo(json.dumps({**as_dict(card), **trained, "parameters": parameters}, indent=2))
+        card = pick(load_all_models(catalog or options.get("catalog")), name, "model")
+    parameters = _count_parameters(card)
+    if as_json or options.get("as_json"):
+        click.echo(json.dumps({**as_dict(card), **training, "parameters": parameters}, indent=2))
         return
-    fields = as_dict(card) | trained
-    weights, scores = fields.pop("weights") or {}, fields.pop("scores")
-    if not weights:
-        del fields["licence"]  # it is the licence of the weights
-    lines = {key.replace("_", " "): _text(value) for key, value in fields.items()}
-    lines |= {f"weights: {key}": _text(value) for key, value in weights.items()}
-    if not weights and not trained:
-        lines["weights"] = "none yet: `minecube train`"
-    lines |= {f"score: {key}": _text(value) for key, value in scores.items()}
-    lines["parameters"] = (
-        f"{parameters:,}" if parameters else "not counted: pip install 'minecube[models]'"
-    )
-    lines = {key: text for key, text in lines.items() if text}
+    lines = _describe(card, training)
+    lines["parameters"] = "not counted: pip install 'minecube[models]'"
+    if parameters:
+        lines["parameters"] = f"{parameters:,}"
     width = max(map(len, lines))
     click.echo("\n".join(f"{key.ljust(width)}  {text}" for key, text in lines.items()))
 
 
-def _trained(file: Path) -> tuple[ModelCard, dict[str, Any]]:
-    """Return the card in a file of `minecube train`, and details of the training."""
-    found = importlib.import_module("minecube.models.network").load(file)
-    numbers = {name: [round(v, 1) for v in getattr(found, name)] for name in ("mean", "std")}
-    return found.card, {"trained_on": list(found.sites), **numbers, **found.training}
+def _summarise(card: ModelCard) -> tuple[str, ...]:
+    """Return the row of a network in the list."""
+    weights = "no"
+    if card.weights:
+        weights = "yes"
+    paper = card.paper.partition(";")[0]  # of the network itself
+    classes = ",".join(card.classes)
+    window = f"{card.window_px} px"
+    return (card.id, card.task, card.architecture, classes, window, weights, paper)
 
 
-def _paper(card: ModelCard) -> str:
-    """Return the first citation, the paper of the network itself."""
-    return card.paper.partition(";")[0]
+def _describe(card: ModelCard, training: dict[str, Any]) -> dict[str, str]:
+    """Return the fields of a card as text, without empty fields."""
+    fields = as_dict(card) | training
+    weights = fields.pop("weights") or {}
+    scores = fields.pop("scores")
+    if not weights:
+        del fields["licence"]  # it is the licence of the weights
+    lines = {key.replace("_", " "): _format_value(value) for key, value in fields.items()}
+    lines |= {f"weights: {key}": _format_value(value) for key, value in weights.items()}
+    if not weights and not training:
+        lines["weights"] = "none yet: `minecube train`"
+    lines |= {f"score: {key}": _format_value(value) for key, value in scores.items()}
+    return {key: text for key, text in lines.items() if text}
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)
 
 
-def _parameters(card: ModelCard) -> int | None:
+def _read_trained(file: Path) -> tuple[ModelCard, dict[str, Any]]:
+    """Return the card in a file of `minecube train`, and details of the training."""
+    trained = importlib.import_module("minecube.models.network").load(file)
+    details = {
+        "trained_on": list(trained.sites),
+        "mean": [round(value, 1) for value in trained.mean],
+        "std": [round(value, 1) for value in trained.std],
+    }
+    return trained.card, {**details, **trained.training}
+
+
+def _count_parameters(card: ModelCard) -> int | None:
     """Count the trainable parameters. Returns None if the network's libraries are missing."""
     try:
         network = importlib.import_module("minecube.models.network")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import click
-import zarr
 
-from minecube import cube, export
-from minecube.cli.common import SiteChoice, sites_option, store_option, stored_sites, table
-from minecube.cube.store import zarr_store
-from minecube.errors import CubeError
-from minecube.export import publish as releasing
+from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
+from minecube.export import publish as releases
+from minecube.jobs.publish import publish_sites
+from minecube.jobs.tables import table
 
 
 @click.command()
@@ -29,9 +27,9 @@ from minecube.export import publish as releasing
     help="List the site-years and variables in which two tags differ.",
 )
 @click.option("--rollback", metavar="TAG", help="Reset `main` to this tag. Later tags stay.")
+@collect_options
 def publish(
-    store: str,
-    wanted: SiteChoice,
+    sites: StoreSites,
     place: str,
     tag: str | None,
     diff: tuple[str, str] | None,
@@ -39,7 +37,8 @@ def publish(
 ) -> None:
     """Save releases of a store in Icechunk, list them, and compare them.
 
-    A release holds the committed years of the named sites only. Without --tag, the releases are listed.
+    A release holds the committed years of the named sites only. Without --tag, the releases are
+    listed.
 
     \b
     Examples:
@@ -56,41 +55,42 @@ def publish(
             "--tag, --diff and --rollback are three different things to do: give one of them"
         )
     if tag:
-        years = {name: list(cube.builds(store, name)) for name in stored_sites(store, wanted)}
-        years = {name: found for name, found in years.items() if found}
-        if not years:
-            raise CubeError(
-                f"{store}: no site-year of {str(wanted)!r} is committed, so there is nothing to publish; build first"
-            )
-        about = {
-            name: export.lines(export.credits_of(cube.open_committed(store, name)))
-            for name in years
-        }
-        root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
-        site_years = sum(map(len, years.values()))
-        changed = releasing.publish(root, years, place, tag, about)
-        if changed is None:
-            click.echo(
-                f"{place}: {tag} already holds these {site_years} site-years; nothing was written"
-            )
-            return
-        written, gone = changed
-        differed = f"{written} objects differed and were written" + (
-            f", {gone} were removed" if gone else ""
-        )
-        click.echo(f"{place}: {tag} holds {site_years} site-years; {differed}")
+        _publish(sites, place, tag)
     elif diff:
-        rows = releasing.differences(place, *diff)
-        click.echo(
-            table(("site", "year", "what differs"), rows)
-            if rows
-            else f"{diff[0]} and {diff[1]} are the same"
-        )
+        _print_differences(place, *diff)
     elif rollback:
-        releasing.rollback(place, rollback)
+        releases.rollback(place, rollback)
         click.echo(f"{place}: main is what it was at {rollback}")
     else:
-        rows = releasing.releases(place)
+        _print_releases(place)
+
+
+def _publish(sites: StoreSites, place: str, tag: str) -> None:
+    published = publish_sites(sites.store, sites.names(), str(sites.choice), place, tag)
+    if published.changes is None:
         click.echo(
-            table(("tag", "published", "snapshot"), rows) if rows else f"{place}: no release yet"
+            f"{place}: {tag} already holds these {published.site_years} site-years; "
+            "nothing was written"
         )
+        return
+    changed, removed = published.changes
+    changes = f"{changed} objects differed and were written"
+    if removed:
+        changes += f", {removed} were removed"
+    click.echo(f"{place}: {tag} holds {published.site_years} site-years; {changes}")
+
+
+def _print_differences(place: str, old: str, new: str) -> None:
+    rows = releases.differences(place, old, new)
+    if rows:
+        click.echo(table(("site", "year", "what differs"), rows))
+    else:
+        click.echo(f"{old} and {new} are the same")
+
+
+def _print_releases(place: str) -> None:
+    rows = releases.releases(place)
+    if rows:
+        click.echo(table(("tag", "published", "snapshot"), rows))
+    else:
+        click.echo(f"{place}: no release yet")

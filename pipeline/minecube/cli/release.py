@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
-import odc.geo.xr  # noqa: F401  registers the .odc accessor
+import pandas as pd
 
-from minecube import cube
 from minecube import release as releases
-from minecube.catalog import BANDS, Release, load_releases, load_sites, pick
-from minecube.cli.common import (
-    SiteChoice,
-    progress_bar,
-    sites_option,
-    store_option,
-    stored_sites,
-    table,
-)
-from minecube.errors import CatalogError
+from minecube.catalog import Release, load_releases, load_sites, pick
+from minecube.cli.bars import progress_bar
+from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
+from minecube.jobs.release import ExportedSite, export_release
+from minecube.jobs.tables import table
 from minecube.network import without_query
 from minecube.release import audit as auditing
 from minecube.release import layout
+
+_SHOWN = 12
+"""Most findings printed per check. The JSON has all."""
 
 release_option = click.option(
     "--release",
@@ -32,8 +31,6 @@ release_option = click.option(
     show_default=True,
     help="Published dataset (catalog/releases.yaml).",
 )
-SHOWN = 12
-"""Most findings printed per check. The JSON has all."""
 
 
 @click.group()
@@ -49,20 +46,21 @@ def release() -> None:
     """
 
 
-def _check_archive(_ctx: click.Context, _param: click.Parameter, where: str | None) -> str | None:
+def _check_archive(_ctx: click.Context, _param: click.Parameter, archive: str | None) -> str | None:
     """Return the path or URL of an archive. Fail for a URL without supported scheme or host."""
-    if where is None or "://" not in where:
-        return where
+    if archive is None or "://" not in archive:
+        return archive
     try:
-        parts = urlsplit(where)
+        parts = urlsplit(archive)
         readable = parts.scheme in ("http", "https", "s3") and bool(parts.hostname)
     except ValueError:  # brackets without an address
         readable = False
     if not readable:
         raise click.BadParameter(
-            f"expected a path, or an http(s):// or s3:// URL with a host or bucket, found {without_query(where)!r}"
+            "expected a path, or an http(s):// or s3:// URL with a host or bucket, "
+            f"found {without_query(archive)!r}"
         )
-    return where
+    return archive
 
 
 @release.command(name="import")
@@ -88,35 +86,70 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     Example:
       minecube release import https://example.org/EuroMineNet.zip --out eurominenet
     """
-    known = _release(release_id)
+    published = _load_release(release_id)
     if download:
-        with progress_bar("downloading") as advance:
-            archive = str(releases.download(archive, out, lambda n, of: advance(n, total=of)))
+        with progress_bar("downloading") as bar:
+            path = releases.download(
+                archive, out, lambda n, total: bar.advance(parts=n, total=total)
+            )
+        archive = str(path)
     # Print this first: a silent server is tried again for minutes.
     click.echo(f"reading the directory of {archive.partition('?')[0]}", err=True)
     opened = releases.Archive(archive)
     sites = releases.find(opened.names()).sites()
-    with progress_bar("importing", len(sites)) as advance:
-        imported = releases.import_release(
-            opened, out, known, load_sites(), lambda name: advance(note=name)
-        )
-    left_out = imported.years["problem"].dropna()
-    strange = imported.about["strange"]
+    with progress_bar("importing", len(sites)) as bar:
+        imported = releases.import_release(opened, out, published, load_sites(), bar.advance)
+    _print_import(imported, opened, out)
+
+
+def _print_import(imported: releases.Imported, archive: releases.Archive, out: Path) -> None:
+    mapped = int(imported.labels["mapped"].sum())
+    listed = int(imported.years["label"].notna().sum())
     click.echo(
         f"{out}: {len(imported.sites)} sites, {len(imported.years)} site-years, "
-        f"{int(imported.labels['mapped'].sum())} labels of {int(imported.years['label'].notna().sum())}; "
-        f"{opened.bytes.tally.bytes / 1e6:.2f} of {opened.bytes.size / 1e6:,.1f} MB read"
+        f"{mapped} labels of {listed}; {archive.bytes.tally.bytes / 1e6:.2f} of "
+        f"{archive.bytes.size / 1e6:,.1f} MB read"
     )
-    for row in imported.years.loc[left_out.index].to_dict("records"):
+    faulty = imported.years[imported.years["problem"].notna()]
+    for row in faulty.to_dict("records"):
         click.echo(f"left out: {row['site']} {row['year']}: {row['problem']}", err=True)
+    strange = imported.about["strange"]
     if strange:
-        click.echo(
-            f"not understood: {strange[0]}{f' and {len(strange) - 1} others' if strange[1:] else ''}",
-            err=True,
-        )
+        listed_names = strange[0]
+        if len(strange) > 1:
+            listed_names += f" and {len(strange) - 1} others"
+        click.echo(f"not understood: {listed_names}", err=True)
     click.echo(
-        f"use it with --catalog {out}, and its labels with `minecube label --polygons {out}/labels.parquet`"
+        f"use it with --catalog {out}, "
+        f"and its labels with `minecube label --polygons {out}/labels.parquet`"
     )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Results of an audit."""
+
+    findings: Sequence[auditing.Finding]
+    changes: pd.DataFrame
+    """Changed pixels per pair of years."""
+    bands: pd.DataFrame | None
+    """Statistics per band; None without pixels."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of findings per check."""
+        return auditing.counted(self.findings)
+
+    def content(self) -> dict[str, object]:
+        """Return all results as nested dictionaries for JSON."""
+        content: dict[str, object] = {
+            "counts": self.counts,
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "changes": self.changes.to_dict("records"),
+        }
+        if self.bands is not None:
+            content["bands"] = self.bands.to_dict("records")
+        return content
 
 
 @release.command()
@@ -125,7 +158,8 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     "--pixels",
     "archive",
     callback=_check_archive,
-    help="URL or path of the archive. Reads all images, for band statistics and steps of the offset.",
+    help="URL or path of the archive. Reads all images, for band statistics and steps of the "
+    "offset.",
 )
 @click.option(
     "--split",
@@ -139,10 +173,7 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="File for all findings and tables.",
 )
-@click.pass_context
-def audit(
-    ctx: click.Context, folder: Path, archive: str | None, split_file: Path | None, out: Path | None
-) -> None:
+def audit(folder: Path, archive: str | None, split_file: Path | None, out: Path | None) -> None:
     """List faults of an imported release and of its split. Exits with 1 if there are any.
 
     \b
@@ -150,59 +181,82 @@ def audit(
       minecube release audit eurominenet --json audit.json
     """
     imported = releases.open_import(folder)
-    known, pixels = _release(imported.about["release"]), None
+    published = _load_release(imported.about["release"])
+    pixels = None
+    bands = None
     if archive:
-        opened = releases.Archive(archive)
-        releases.need_same(opened, imported, folder)
-        with progress_bar("reading images", int(imported.years["image"].notna().sum())) as advance:
-            pixels = auditing.pixel_sums(opened, imported.years, lambda name: advance(note=name))
-    split = (
-        auditing.read_split(split_file) if split_file else auditing.split_of(known, load_sites())
+        pixels = _read_pixels(archive, imported, folder)
+        bands = auditing.band_statistics(pixels, published).reset_index()
+    split = _load_split(split_file, published)
+    results = Findings(
+        findings=auditing.audit(imported, published, split, pixels),
+        changes=auditing.change_rates(imported.changes),
+        bands=bands,
     )
-    found = auditing.audit(imported, known, split, pixels)
-    rates = auditing.change_rates(imported.changes)
-    counts = auditing.counted(found)
-    click.echo(table(("check", "findings"), list(counts.items())) if found else "nothing is wrong")
+    _print_findings(results)
+    _print_changes(results.changes)
+    _print_bands(results.bands)
+    if out:
+        releases.write_json(out, results.content())
+    if results.findings:
+        click.get_current_context().exit(1)
+
+
+def _load_split(file: Path | None, published: Release) -> auditing.Split:
+    """Read the split of a file, by default the published split."""
+    if file:
+        return auditing.read_split(file)
+    return auditing.split_of(published, load_sites())
+
+
+def _read_pixels(archive: str, imported: releases.Imported, folder: Path) -> pd.DataFrame:
+    """Sum the pixels of all images in the archive."""
+    opened = releases.Archive(archive)
+    releases.need_same(opened, imported, folder)
+    images = int(imported.years["image"].notna().sum())
+    with progress_bar("reading images", images) as bar:
+        return auditing.pixel_sums(opened, imported.years, bar.advance)
+
+
+def _print_findings(results: Findings) -> None:
+    if not results.findings:
+        click.echo("nothing is wrong")
+        return
+    click.echo(table(("check", "findings"), list(results.counts.items())))
+    rows = []
+    for check in results.counts:
+        of_check = [finding for finding in results.findings if finding.check == check]
+        rows += [(f.check, f.site or "-", f.year or "-", f.found) for f in of_check[:_SHOWN]]
+    click.echo("\n" + table(("check", "site", "year", "what was found"), rows))
+    hidden = len(results.findings) - len(rows)
+    if hidden:
+        click.echo(f"and {hidden} more, of checks with over {_SHOWN}; --json FILE has all")
+
+
+def _print_changes(changes: pd.DataFrame) -> None:
+    """Print shares of changed pixels between consecutive years."""
+    consecutive = changes[changes["year_2"] == changes["year_1"] + 1]
     rows = [
-        (f.check, f.site or "-", f.year or "-", f.found)
-        for of in counts
-        for f in [f for f in found if f.check == of][:SHOWN]
+        (
+            f"{row['year_1']}-{row['year_2']}",
+            f"{100 * row['appeared'] / row['pixels']:.3f}",
+            f"{100 * row['vanished'] / row['pixels']:.3f}",
+        )
+        for row in consecutive.to_dict("records")
     ]
     if rows:
-        click.echo("\n" + table(("check", "site", "year", "what was found"), rows))
-    if len(rows) < len(found):
+        click.echo("\n" + table(("pair of years", "appeared %", "vanished %"), rows))
+
+
+def _print_bands(bands: pd.DataFrame | None) -> None:
+    if bands is None:
         click.echo(
-            f"and {len(found) - len(rows)} more, of checks with over {SHOWN}; --json FILE has all"
+            "\nnot looked at: band statistics and offset steps, "
+            "for which --pixels ARCHIVE reads all images"
         )
-    following = rates[rates["year_2"] == rates["year_1"] + 1].to_dict("records")
-    if following:
-        shown = [
-            (
-                f"{r['year_1']}-{r['year_2']}",
-                *(f"{100 * r[k] / r['pixels']:.3f}" for k in ("appeared", "vanished")),
-            )
-            for r in following
-        ]
-        click.echo("\n" + table(("pair of years", "appeared %", "vanished %"), shown))
-    bands = auditing.band_statistics(pixels, known).reset_index() if pixels is not None else None
-    if bands is not None:
-        click.echo(
-            "\n"
-            + table(tuple(map(str, bands.columns)), [tuple(r) for r in bands.to_numpy().tolist()])
-        )
-    else:
-        click.echo(
-            "\nnot looked at: band statistics and offset steps, for which --pixels ARCHIVE reads all images"
-        )
-    if out:
-        content = {
-            "counts": counts,
-            "findings": [dataclasses.asdict(f) for f in found],
-            "changes": rates.to_dict("records"),
-        }
-        content |= {"bands": bands.to_dict("records")} if bands is not None else {}
-        releases.write_json(out, content)
-    ctx.exit(1 if found else 0)
+        return
+    rows = [tuple(row) for row in bands.to_numpy().tolist()]
+    click.echo("\n" + table(tuple(map(str, bands.columns)), rows))
 
 
 @release.command()
@@ -220,7 +274,8 @@ def audit(
     required=True,
     help="Folder for EuroMineNet/.",
 )
-def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> None:
+@collect_options
+def export(sites: StoreSites, folder: Path | None, out: Path) -> None:
     """Write cubes in the layout of the release: int16 images and 0/255 labels in EPSG:4326.
 
     With --import, files lie on the release's own grids, and labels are compared with the release's.
@@ -229,59 +284,28 @@ def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> No
     Example:
       minecube release export --store cubes.zarr --import eurominenet --out again
     """
-    imported = releases.open_import(folder) if folder else None
-    names, rows = stored_sites(store, wanted), []
-    foreign = [n for n in names if imported is not None and n not in set(imported.sites["id"])]
-    if foreign:
-        raise CatalogError(
-            f"{store}: {', '.join(foreign)} not in {folder}, so no grid of theirs is known; name others by --sites"
-        )
-    with progress_bar("exporting", len(names)) as advance:
-        for name in names:
-            rows.append(export_site(store, name, imported, out))
-            advance(note=name)
-    click.echo(
-        table(("site", "images", "labels", "without label", "lowest IoU with the release's"), rows)
-    )
-    click.echo(
-        f"{out}/{layout.FOLDER}: {sum(r[1] for r in rows)} images, {sum(r[2] for r in rows)} labels"
-    )
+    names = sites.names()
+    with progress_bar("exporting", len(names)) as bar:
+        exported = export_release(sites.store, names, out, folder, bar.advance)
+    columns = ("site", "images", "labels", "without label", "lowest IoU with the release's")
+    click.echo(table(columns, [_summarise(site) for site in exported]))
+    images = sum(site.years for site in exported)
+    labels = sum(site.labels for site in exported)
+    click.echo(f"{out}/{layout.FOLDER}: {images} images, {labels} labels")
 
 
-def export_site(
-    store: str, name: str, imported: releases.Imported | None, out: Path
-) -> tuple[str, int, int, str, str]:
-    """Write a site's years in the release's layout. Returns a row of the command's table."""
-    opened = cube.open_committed(store, name)
-    if tuple(opened.band.values) != BANDS:
-        raise CatalogError(
-            f"{store}: {name} has the bands {', '.join(opened.band.values)}; the release has {', '.join(BANDS)}"
-        )
-    placed = {} if imported is None else releases.placed_years(imported, name)
-    without, agreed = [], []
-    for year in map(int, opened.year.values):
-        of_year = opened.sel(year=year).load()
-        # A year missing in the release gets the nearest year's grid: a site's images have one size.
-        of = placed[min(placed, key=lambda y: (abs(y - year), y))] if placed else None
-        grid = layout.release_grid(of) if of else layout.own_grid(opened.odc.geobox)
-        fraction = of_year.get("footprint_fraction")
-        if fraction is not None and bool((fraction == layout.UNKNOWN).all()):
-            fraction = None
-        label = layout.label_on(of_year["footprint"], fraction, grid)
-        layout.write(out, name, year, layout.image_on(of_year["reflectance"], grid), label, grid)
-        if label is None:
-            without.append(str(year))
-        elif (
-            imported is not None
-            and year in placed
-            and placed[year]["problem"] is None
-            and placed[year]["label"]
-        ):
-            agreed.append((layout.iou(label, releases.label_of(imported, name, year)), year))
-    lowest = f"{min(agreed)[0]:.4f} ({min(agreed)[1]})" if agreed else "-"
-    years = opened.sizes["year"]
-    return name, years, years - len(without), ", ".join(without) or "-", lowest
+def _summarise(site: ExportedSite) -> tuple[object, ...]:
+    """Return the row of a site in the table."""
+    unlabelled = ", ".join(map(str, site.unlabelled)) or "-"
+    return (site.site, site.years, site.labels, unlabelled, _format_lowest(site.agreement))
 
 
-def _release(name: str) -> Release:
+def _format_lowest(agreement: Mapping[int, float]) -> str:
+    if not agreement:
+        return "-"
+    year = min(agreement, key=lambda year: (agreement[year], year))
+    return f"{agreement[year]:.4f} ({year})"
+
+
+def _load_release(name: str) -> Release:
     return pick(load_releases(), name, "release")

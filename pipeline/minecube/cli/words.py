@@ -21,11 +21,11 @@ def check_words(
         click.UsageError: a single-value option is given twice, or a word is empty or too long.
     """
     ctx = command.context_class(command, info_name=name, parent=parent)
-    values, rest, order = command.make_parser(ctx).parse_args(list(words))
-    if isinstance(command, click.Group):
-        below = command.get_command(ctx, rest[0]) if rest else None
-        if below:
-            check_words(ctx, below, rest[0], rest[1:])
+    values, arguments, order = command.make_parser(ctx).parse_args(list(words))
+    if isinstance(command, click.Group) and arguments:
+        subcommand = command.get_command(ctx, arguments[0])
+        if subcommand:
+            check_words(ctx, subcommand, arguments[0], arguments[1:])
     for param in order:
         if order.count(param) > 1 and not _takes_several(param):
             raise click.BadParameter(
@@ -43,9 +43,9 @@ def _texts(value: Any) -> list[str]:
     """List the words of an option, for single, repeated and multiple values."""
     if isinstance(value, str):
         return [value]
-    return (
-        [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []
-    )
+    if isinstance(value, list | tuple):
+        return [text for part in value for text in _texts(part)]
+    return []
 
 
 def _check_word(word: str, ctx: click.Context, param: click.Parameter) -> None:
@@ -55,12 +55,9 @@ def _check_word(word: str, ctx: click.Context, param: click.Parameter) -> None:
             ctx=ctx,
             param=param,
         )
-    # URLs may have long signatures.
-    longest = (
-        0
-        if "://" in word
-        else max(len(part.encode(errors="replace")) for part in re.split("[,/]", word))
-    )
+    if "://" in word:  # URLs may have long signatures
+        return
+    longest = max(len(part.encode(errors="replace")) for part in re.split("[,/]", word))
     if longest > _LONGEST:
         raise click.BadParameter(
             f"expected names of up to {_LONGEST} characters, found one of {longest:,}; shorten it",

@@ -35,76 +35,87 @@ class Copies:
         self._bands = (SCL, *bands)
         self._find = find
         self._listed: dict[tuple[int, str], Sequence[pystac.Item]] = {}
-        self.found: dict[str, pystac.Item] = {}
+        self.copies: dict[str, pystac.Item] = {}
         """Scene id -> its copy."""
-        self.why: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         """Scene id -> its missing file."""
         self.possible = len(sources) > 1
         """Whether another missing file may have a copy."""
 
-    def take(self, chosen: Sequence[pystac.Item], error: GoneError | None = None) -> bool:
-        """Look for copies of all scenes with a missing file. Returns whether it found new copies.
+    def take(self, originals: Sequence[pystac.Item], error: GoneError | None = None) -> bool:
+        """Look for copies of all scenes with a missing file. Returns whether there are new copies.
 
         Checks all scenes after one error, since missing files are seldom alone. If an error brings
         no new copy, `possible` becomes False.
         """
-        before = dict(self.found)
-        for scene in chosen:
-            current = self.found.get(scene.id, scene)
-            why = self._gone(current, error)
-            if why:
-                self._replace(scene, current, why)
-        self.possible = error is None or self.found != before
-        return self.found != before
+        earlier = dict(self.copies)
+        for scene in originals:
+            current = self.copies.get(scene.id, scene)
+            reason = self._missing_file(current, error)
+            if reason:
+                self._replace(scene, current, reason)
+        changed = self.copies != earlier
+        self.possible = error is None or changed
+        return changed
 
-    def in_place(self, chosen: Sequence[pystac.Item]) -> list[pystac.Item]:
+    def replace_in(self, originals: Sequence[pystac.Item]) -> list[pystac.Item]:
         """Return the scenes, each copy in place of its original."""
-        return [self.found.get(scene.id, scene) for scene in chosen]
+        return [self.copies.get(scene.id, scene) for scene in originals]
 
-    def said(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """Describe the missing file and the copy read instead, by scene id."""
         return {
-            name: f"{self.why[name]}; read {copy.id} of {copy.properties['minecube:source']} instead"
-            for name, copy in self.found.items()
+            name: (
+                f"{self.reasons[name]}; "
+                f"read {copy.id} of {copy.properties['minecube:source']} instead"
+            )
+            for name, copy in self.copies.items()
         }
 
-    def _gone(self, scene: pystac.Item, error: GoneError | None) -> str:
+    def _missing_file(self, scene: pystac.Item, error: GoneError | None) -> str:
         """Describe the scene's missing file.
 
         Returns "" if all files exist, or if no later source is left.
         """
-        if not self._later(scene):
+        if not self._later_sources(scene):
             return ""
         bands = [band for band in self._bands if band in scene.assets]
-        broken = next(
-            (band for band in bands if error and scene.assets[band].href == error.href), ""
-        )
-        return missing(scene, bands) or (f"{broken} cannot be read" if broken else "")
+        reason = missing(scene, bands)
+        if reason or error is None:
+            return reason
+        for band in bands:
+            if scene.assets[band].href == error.href:
+                return f"{band} cannot be read"
+        return ""
 
-    def _later(self, scene: pystac.Item) -> Sequence[Source]:
+    def _later_sources(self, scene: pystac.Item) -> Sequence[Source]:
         return self._sources[self._order.index(scene.properties["minecube:source"]) + 1 :]
 
-    def _replace(self, scene: pystac.Item, current: pystac.Item, why: str) -> None:
+    def _replace(self, scene: pystac.Item, current: pystac.Item, reason: str) -> None:
         """Take the first copy with all its files, in the order of the later sources."""
-        for source in self._later(current):
+        for source in self._later_sources(current):
             for copy in scenes.copies_of(scene, self._scenes_of(scene, source)):
-                if all(band in copy.assets for band in self._bands) and not missing(
-                    copy, self._bands
-                ):
-                    self.found[scene.id] = copy
-                    self.why[scene.id] = why
-                    log.warning(
-                        "scene %s: %s; %s of source %s is read instead",
-                        scene.id,
-                        why,
-                        copy.id,
-                        source.id,
-                    )
-                    return
+                if not self._is_complete(copy):
+                    continue
+                self.copies[scene.id] = copy
+                self.reasons[scene.id] = reason
+                log.warning(
+                    "scene %s: %s; %s of source %s is read instead",
+                    scene.id,
+                    reason,
+                    copy.id,
+                    source.id,
+                )
+                return
+
+    def _is_complete(self, copy: pystac.Item) -> bool:
+        return all(band in copy.assets for band in self._bands) and not missing(copy, self._bands)
 
     def _scenes_of(self, scene: pystac.Item, source: Source) -> Sequence[pystac.Item]:
         """Return a source's scenes of the scene's year, or () if the search fails."""
-        year = scene.datetime.year if scene.datetime else 0
+        year = 0
+        if scene.datetime:
+            year = scene.datetime.year
         key = (year, source.id)
         if key not in self._listed:
             try:

@@ -1,0 +1,104 @@
+"""Subcommand audit: compare listed scenes with the passes expected from the orbits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from minecube.cli.bars import progress_bar
+from minecube.cli.options import (
+    SiteOptions,
+    catalog_option,
+    collect_options,
+    margin_option,
+    sites_option,
+    years_option,
+)
+from minecube.cli.parameters import OutFolder
+from minecube.cli.scene_options import SceneOptions, recipe_option, source_option
+from minecube.jobs.audit import Audit, Unanswered, audit_scenes, save_audit
+from minecube.jobs.tables import table
+
+_COLUMNS = (
+    *("site", "year", "source", "listed", "refused", "copies", "scenes"),
+    *("days", "expected", "missing", "usable", "gap_days", "cloud", "baselines", "state"),
+)
+_HEADINGS = {"gap_days": "gap", "cloud": "cloud %"}
+
+
+@click.command()
+@sites_option
+@margin_option
+@years_option
+@source_option
+@recipe_option
+@catalog_option
+@click.option(
+    "--out",
+    type=OutFolder(),
+    default=Path("audit"),
+    show_default=True,
+    help="Folder for audit.parquet (by month), audit.csv (by year) and audit.png.",
+)
+@collect_options
+def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out: Path) -> None:
+    """Compare the scenes that each source lists with the passes expected from the orbits.
+
+    Reads no pixels. Exits with 1 if a site-year has fewer usable dates than the recipe needs, or
+    if a source does not answer.
+
+    \b
+    Example:
+      minecube audit --sites my_mines.geojson --years 2015-2024 --source earth-search,planetary-computer --out audit
+    """
+    loaded = sites.load()
+    sources = scenes.sources()
+    recipe = scenes.recipe()
+    with progress_bar("auditing", len(loaded) * len(years) * len(sources)) as bar:
+        result = audit_scenes(loaded, years, sources, recipe, bar.advance)
+    _print_unanswered(result.failed_searches)
+    if not result.by_year.empty:
+        _print_years(result)
+        save_audit(result, out)
+        click.echo(f"saved in {out}")
+    if len(result.too_few) or result.unanswered:
+        click.echo(
+            f"of {result.requested} site-years, {len(result.too_few)} have too few usable dates "
+            f"and {result.unanswered} could not be audited",
+            err=True,
+        )
+        click.get_current_context().exit(1)
+
+
+def _print_unanswered(failed: Iterable[Unanswered]) -> None:
+    """Print each source's first error, and its number of site-years without answer."""
+    by_source: dict[str, list[Unanswered]] = {}
+    for search in failed:
+        by_source.setdefault(search.source, []).append(search)
+    for source, searches in by_source.items():
+        subject = f"{searches[0].site_year} is"
+        if len(searches) > 1:
+            subject = f"{searches[0].site_year} and {len(searches) - 1} other site-years are"
+        click.echo(f"error: {subject} not audited, {source}: {searches[0].reason}", err=True)
+
+
+def _print_years(audit: Audit) -> None:
+    """Print all years, and errors for site-years below the recipe's minimum."""
+    cloud = audit.by_year["cloud"].map("{:.0f}".format, na_action="ignore").fillna("-")
+    text = audit.by_year.assign(cloud=cloud)[list(_COLUMNS)].astype(object)
+    rows = text.where(text.notna(), "?").to_numpy().tolist()
+    click.echo(table([_HEADINGS.get(name, name) for name in _COLUMNS], rows))
+    months = ", ".join(map(str, audit.recipe.months))
+    click.echo(
+        f"days, expected, missing and usable are dates of months {months}; "
+        "gap is the most days in a row without a usable one"
+    )
+    for row in audit.too_few.itertuples():
+        click.echo(
+            f"error: {row.site} {row.year}: {row.usable} usable dates, "
+            f"and recipe {audit.recipe.id!r} needs {row.needed}; "
+            f"the longest gap in season is {row.gap_days} days, {row.gap}",
+            err=True,
+        )

@@ -1,0 +1,70 @@
+"""Options of the commands that search scenes, and the values that these commands receive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from minecube.catalog import Recipe, Source, pick
+from minecube.jobs.build import Job
+from minecube.jobs.catalogs import choose_sources, load_all_recipes
+from minecube.jobs.scene_lists import default_folder
+
+source_option = click.option(
+    "--source",
+    "source_ids",
+    required=True,
+    help="Sources of scenes, such as earth-search or cdse (catalog/sources.yaml). Several are "
+    "comma-separated, in order of preference: later sources fill in acquisitions that "
+    "earlier ones lack.",
+)
+recipe_option = click.option(
+    "--recipe",
+    "recipe_id",
+    default="annual-median",
+    show_default=True,
+    help="Recipe of the composite (catalog/recipes.yaml).",
+)
+snapshots_option = click.option(
+    "--scenes",
+    "snapshots",
+    type=click.Path(path_type=Path),
+    help="Folder of scene lists. Existing lists are reused; missing ones are searched and saved. "
+    "[default: <store>-scenes]",
+)
+
+
+@dataclass(frozen=True)
+class SceneOptions:
+    """Sources and method: --source, --recipe and --catalog."""
+
+    source_ids: str
+    recipe_id: str
+    catalog: Path | None
+
+    def sources(self) -> tuple[Source, ...]:
+        """Return the sources in order of preference."""
+        return choose_sources(self.source_ids, self.catalog)
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of the composite."""
+        return pick(load_all_recipes(self.catalog), self.recipe_id, "recipe")
+
+
+@dataclass(frozen=True)
+class JobOptions(SceneOptions):
+    """Input, method and store of a build: also --store and --scenes."""
+
+    store: str
+    snapshots: Path | None
+
+    def load(self) -> Job:
+        """Return the settings of a build."""
+        return Job(
+            store=self.store,
+            sources=self.sources(),
+            recipe=self.recipe(),
+            snapshots=self.snapshots or default_folder(self.store),
+        )

@@ -1,0 +1,62 @@
+"""Subcommand simulate: make a Sentinel-2 archive with known truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from minecube.cli.bars import progress_bar
+from minecube.cli.options import (
+    SiteOptions,
+    catalog_option,
+    collect_options,
+    margin_option,
+    sites_option,
+)
+from minecube.cli.parameters import SEED, Years
+from minecube.simulate import World
+from minecube.simulate import simulate as make_world
+
+
+@click.command()
+@sites_option
+@margin_option
+@catalog_option
+@click.option(
+    "--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the archive. Pass it to other commands as --catalog.",
+)
+@click.option(
+    "--dates",
+    "dates_per_year",
+    default=22,
+    show_default=True,
+    help="Acquisition dates per growing season.",
+)
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pixels."
+)
+@collect_options
+def simulate(sites: SiteOptions, out: Path, world: World) -> None:
+    """Simulate a Sentinel-2 archive over sites, with the truth.
+
+    Each site is listed in the style of another provider.
+
+    \b
+    Example:
+      minecube simulate --sites demo_1 --years 2020-2022 --out world
+      minecube build --catalog world --sites demo_1 --years 2020-2022 --source sim-cdse --store cubes.zarr
+    """
+    loaded = sites.load()
+    with progress_bar("simulating") as bar:
+        make_world(loaded, out, world, progress=bar.advance)
+    click.echo(
+        f"{out}: {len(loaded)} sites, {len(world.years)} years; "
+        f"use it with --catalog {out} --source sim-earth-search"
+    )

@@ -1,0 +1,83 @@
+"""Run whole jobs: compositions of the stages, as the commands of `minecube` run them.
+
+Only this package combines stages. Jobs print nothing, and need no command line. Errors are
+MinecubeError. Long jobs take a `progress` callback.
+
+    job = Job(store=..., sources=choose_sources("earth-search", None), recipe=..., snapshots=...)
+    plan_build(job, sites, years)              -> BuildPlan         requests, bytes, time and cost
+    audit_scenes(sites, years, sources, ...)   -> Audit             listed and expected scenes
+    build_cubes(job, sites, years)             -> [Outcome]         cubes in job.store
+    draw_labels(polygons, site, grid, ...)     -> SiteLabels        .write(store)
+    train_network(store, sites, ...)           -> train.Fitted
+    map_site(store, site, mapper)              -> Mapped            maps in the store
+    smooth_sites(store, maps, folder)          -> summaries         smoothed maps, layers, tables
+    score_site(store, site, model)             -> metrics.Scores    additive counts
+    count_sites(store, sites, models)          -> Counts            model -> site -> Scores
+    ScoreTables.from_counts(counts)            -> ScoreTables       write_tables(tables, folder)
+    export_sites(store, sites, folder)         -> paths             COG, NetCDF, Zarr, STAC
+    run_benchmark(Benchmark(...))              -> paths             several networks, two tables
+    run_demo(folder, epochs)                   -> summary           everything, simulated
+
+    selection.py    choose sites              scene_lists.py  search or load lists of scenes
+    catalogs.py     entries of catalogues     copies.py       replace scenes with missing files
+    workers.py      tasks on a Dask cluster   memory.py       keep freed memory
+    failures.py     explain errors            repair.py       commands that mend a store
+    tables.py       text tables               score_tables.py tables and pictures of scores
+
+Every other module is one job. Names are loaded at their first use. Importing the package loads
+neither torch nor dask.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Audit": "audit",
+    "Benchmark": "bench",
+    "BuildPlan": "plan",
+    "ExportOptions": "export",
+    "Job": "build",
+    "MapOptions": "predict",
+    "Mapped": "predict",
+    "Outcome": "build",
+    "ScoreTables": "score_tables",
+    "SiteChoice": "selection",
+    "SiteLabels": "label",
+    "SmoothedSites": "tracks",
+    "Track": "tracks",
+    "audit_scenes": "audit",
+    "build_cubes": "build",
+    "build_year": "build",
+    "choose_rates": "tracks",
+    "choose_sites": "selection",
+    "choose_sources": "catalogs",
+    "compare_mappers": "polygons",
+    "count_sites": "score",
+    "draw_labels": "label",
+    "export_release": "release",
+    "export_sites": "export",
+    "map_on_workers": "predict",
+    "map_site": "predict",
+    "plan_build": "plan",
+    "publish_sites": "publish",
+    "repair_commands": "repair",
+    "run_benchmark": "bench",
+    "run_demo": "demo",
+    "score_site": "score",
+    "smooth_sites": "tracks",
+    "stored_sites": "selection",
+    "survey_files": "polygons",
+    "track_site": "tracks",
+    "train_network": "train",
+    "write_tables": "score_tables",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minecube.jobs' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minecube.jobs.{_HOME[name]}"), name)

@@ -1,0 +1,184 @@
+"""Compare the scenes that sources list with the passes expected from the orbits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from minecube import report, scenes
+from minecube.catalog import Recipe, Site, Source
+from minecube.errors import CubeError, SceneError
+from minecube.files import replacing
+from minecube.grid import grid_of
+from minecube.scenes import coverage
+
+_SEARCHES = 4
+"""Simultaneous searches. Their number depends on the API's latency, not on the cores."""
+_LAG = timedelta(days=2)
+"""Time until a pass counts as missing. Products are made and listed within about a day."""
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A site-year without answer from a source."""
+
+    site_year: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Listed and expected scenes of sites and years."""
+
+    recipe: Recipe
+    by_month: pd.DataFrame
+    """One row per site, year, source and month; see `coverage.audit`. Empty without answers."""
+    by_year: pd.DataFrame
+    """One row per site, year and source. The last row of a site-year has all sources together."""
+    requested: int
+    """Number of site-years."""
+    failed_searches: tuple[Unanswered, ...]
+
+    @property
+    def unanswered(self) -> int:
+        """Number of site-years that could not be audited."""
+        if self.by_year.empty:
+            return self.requested
+        return self.requested - len(self.by_year.groupby(["site", "year"]))
+
+    @property
+    def too_few(self) -> pd.DataFrame:
+        """Site-years with fewer usable dates than the recipe needs."""
+        if self.by_year.empty:
+            return self.by_year
+        combined = self.by_year.groupby(["site", "year"], sort=False).tail(1)
+        return combined.query("state != 'ok'")
+
+
+def audit_scenes(
+    sites: Sequence[Site],
+    years: Sequence[int],
+    sources: Sequence[Source],
+    recipe: Recipe,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Audit:
+    """Search all site-years in all sources, and compare the scenes with the expected passes.
+
+    Reads no pixels.
+
+    Args:
+        sites: the sites.
+        years: the years.
+        sources: the sources, searched one by one.
+        recipe: its months and its needed dates judge a site-year.
+        progress: called with the site-year of each search.
+
+    Raises:
+        SceneError: a year is without Sentinel-2.
+        CatalogError: a site has no polygon.
+    """
+    scenes.check_years(years)
+    for site in sites:
+        grid_of(site)  # fail early for a site without polygon
+    until = datetime.now(tz=UTC).date() - _LAG
+    by_month: list[pd.DataFrame] = []
+    by_year: list[pd.DataFrame] = []
+    failed: list[Unanswered] = []
+    for site in sites:
+        listings, failures = _list_scenes(site, years, sources, progress)
+        failed += failures
+        if listings:
+            months, totals = coverage.audit(listings, recipe, until)
+            by_month.append(months)
+            by_year.append(totals)
+    return Audit(
+        recipe=recipe,
+        by_month=_concatenate(by_month),
+        by_year=_concatenate(by_year),
+        requested=len(sites) * len(years),
+        failed_searches=tuple(failed),
+    )
+
+
+def save_audit(audit: Audit, folder: Path) -> None:
+    """Write audit.parquet (by month), audit.csv (by year) and audit.png.
+
+    Each file is written completely or not at all. Raises CubeError if a file cannot be written.
+    """
+    writers: dict[str, Callable[..., Any]] = {
+        "audit.parquet": audit.by_month.to_parquet,
+        "audit.csv": audit.by_year.to_csv,
+    }
+    for name, write in writers.items():
+        path = folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as draft:
+                write(draft, index=False)
+        except OSError as error:
+            raise CubeError(
+                f"{path}: cannot be written ({error.strerror or error}); choose another --out"
+            ) from error
+    title = f"Usable dates by month, recipe {audit.recipe.id}"
+    report.coverage_map(audit.by_month, audit.by_year, folder / "audit.png", title)
+
+
+def _concatenate(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    if not tables:
+        return pd.DataFrame()
+    return pd.concat(tables, ignore_index=True)
+
+
+def _list_scenes(
+    site: Site, years: Sequence[int], sources: Sequence[Source], progress: Callable[[str], None]
+) -> tuple[list[coverage.Listing], list[Unanswered]]:
+    """List the scenes of each source and year.
+
+    A year with a missing answer is in the second list instead.
+    """
+    listings: list[coverage.Listing] = []
+    unanswered: list[Unanswered] = []
+    pool = ThreadPoolExecutor(max_workers=_SEARCHES)
+    try:
+        searches = {
+            (year, source.id): pool.submit(_list_year, site, year, source)
+            for year in years
+            for source in sources
+        }
+        for year in years:
+            by_source = {source.id: searches[year, source.id] for source in sources}
+            failures: list[Unanswered] = []
+            for name, search in by_source.items():
+                error = _wait_for(search)
+                if error:
+                    failures.append(Unanswered(f"{site.id} {year}", name, str(error)))
+                progress(f"{site.id} {year}")
+            unanswered += failures
+            if not failures:
+                listings += [search.result() for search in by_source.values()]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return listings, unanswered
+
+
+def _wait_for(search: Future[coverage.Listing]) -> SceneError | None:
+    """Wait for a search. Returns its SceneError, and raises any other error."""
+    error = search.exception()
+    if error is None or isinstance(error, SceneError):
+        return error
+    raise error
+
+
+def _list_year(site: Site, year: int, source: Source) -> coverage.Listing:
+    try:
+        listed = scenes.search(site, year, source)
+    except scenes.NothingFoundError as error:
+        listed = error.found
+    return coverage.Listing(site=site.id, year=year, source=source.id, found=listed)

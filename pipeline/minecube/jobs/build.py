@@ -1,0 +1,494 @@
+"""Build site-years from scenes: the job of `minecube build`.
+
+job = Job(store=..., sources=..., recipe=..., snapshots=...)
+build_cubes(job, sites, years)  -> [Outcome]    all site-years, on this machine or a cluster
+build_year(job, site, year)     -> Outcome      one site-year, the unit of work
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pystac
+from odc.geo.geobox import GeoBox
+
+from minecube import cube, scenes
+from minecube.catalog import Recipe, Site, Source
+from minecube.composite import Tools, composite, plan, registration
+from minecube.cube.store import absolute
+from minecube.errors import CatalogError, GoneError, LostReadError, MinecubeError, SceneError
+from minecube.grid import grid_of
+from minecube.jobs.copies import Copies
+from minecube.jobs.failures import describe_failure
+from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_save
+from minecube.jobs.workers import iterate_finished
+from minecube.reader import Ledger, check_credentials, interrupted
+from minecube.scenes import offsets, snapshot, veils
+from minecube.scenes.looks import look_at
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Settings of a build: input, method and store."""
+
+    store: str
+    sources: tuple[Source, ...]
+    """In order of preference. Each acquisition is read from the first source listing it."""
+    recipe: Recipe
+    snapshots: Path
+    """Folder of scene lists. Existing lists are reused, to repeat a build without the API."""
+    on_offset_conflict: str = "drop"
+    """One of `offsets.POLICIES`."""
+    min_read_completeness: float = 1.0
+    """Least share of successful reads for a commit. Below 1, lost pixels count as unobserved."""
+    overwrite: bool = False
+    """Whether to replace builds from other scenes or with lost reads."""
+    at_once: int = 1
+    """Number of simultaneous site-years on this machine."""
+    tools: Tools = field(default_factory=Tools)
+    """Reducers and second mask for the blocks."""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a site-year may be committed with lost reads."""
+        return self.min_read_completeness < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Result of one site-year."""
+
+    site: str
+    year: int
+    state: str
+    """built, kept (already committed), failed, or stale (failed, with an older build committed)."""
+    scenes: int = 0
+    """Number of scenes used."""
+    days: int = 0
+    """Number of days of these scenes."""
+    conflicts: int = 0
+    """Number of scenes with an offset contradicting their pixels."""
+    planned: plan.Estimate | None = None
+    reads: Mapping[str, float] = field(default_factory=dict)
+    """Actual reads, as in `Ledger.totals`; empty without reads."""
+    looks: Mapping[str, float] = field(default_factory=dict)
+    """The same for the reads to check offsets and registration."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Id of a scene with missing files -> the missing file, and the copy read instead."""
+    seconds: float = 0.0
+    message: str = ""
+    """Reason of a failure, or remark on a kept build."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SiteYear:
+    """One site-year of a build."""
+
+    job: Job
+    site: Site
+    year: int
+    workers: int = 1
+    """Threads that compute blocks."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether to begin no further blocks."""
+
+    @property
+    def grid(self) -> GeoBox:
+        """The site's grid."""
+        return grid_of(self.site)
+
+
+def build_cubes(
+    job: Job,
+    sites: Sequence[Site],
+    years: Sequence[int],
+    executor: Executor | None = None,
+    progress: Callable[[Outcome], None] = lambda _: None,
+) -> list[Outcome]:
+    """Build all site-years, one task each on the executor (by default threads of this machine).
+
+    All searches come first: a site without any scenes leaves no group in the store.
+
+    Args:
+        job: input, method and store.
+        sites: the sites.
+        years: the years.
+        executor: runs the tasks, such as the executor of a Dask client.
+        progress: called with each outcome.
+
+    Raises:
+        MinecubeError: nothing can be built. Causes are a year without Sentinel-2, a source without
+            a band or its keys, a site without polygon, and a group with another recipe or grid.
+            Another cause: no site-year can start, and not all searches were empty. Raised before
+            any pixel is read and before the store is written.
+    """
+    scenes.check_years(years)
+    for source in job.sources:
+        missing = [b for b in job.recipe.bands if b not in source.bands()]
+        if missing:
+            raise CatalogError(
+                f"source {source.id!r} has no {', '.join(missing)}, "
+                f"which recipe {job.recipe.id!r} needs"
+            )
+        check_credentials(source.access, source.id)
+    for site in sites:
+        cube.check(job.store, site, grid_of(site), years, job.recipe)
+    tasks, outcomes = _search_all(job, sites, years, progress)
+    for site in {s.id: s for s, _ in tasks}.values():
+        cube.create(job.store, site, grid_of(site), years, job.recipe)
+    for outcome in _build_all(job, tasks, executor):
+        outcomes.append(outcome)
+        progress(outcome)
+    return sorted(outcomes, key=lambda o: (o.site, o.year))
+
+
+def need_built(outcomes: Iterable[Outcome]) -> None:
+    """Raise MinecubeError with the reason of the first failed site-year."""
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            raise MinecubeError(f"{outcome.site} {outcome.year}: {outcome.message}")
+
+
+def choose_scenes(
+    job: Job, site: Site, year: int, find: FindScenes
+) -> tuple[scenes.Found, list[pystac.Item]]:
+    """Return the year's scenes, and the scenes for the recipe.
+
+    The second includes the neighbouring years if the recipe falls back on them. A neighbour may
+    lack scenes.
+
+    Args:
+        job: sources, recipe and folder of scene lists.
+        site: the site.
+        year: the year.
+        find: `scene_lists.load_or_search` or `scene_lists.load_or_save`.
+
+    Raises:
+        SceneError: the year has no scenes, or too few for the recipe, or a search had no answer.
+    """
+    listed = find(site, year, job.sources, job.snapshots)
+    selected = scenes.select(listed.scenes, job.recipe)
+    if "neighbour-year" not in job.recipe.fallback:
+        return listed, selected
+    for neighbour in (year - 1, year + 1):
+        if not scenes.has_images(neighbour):
+            continue
+        try:
+            nearby = find(site, neighbour, job.sources, job.snapshots)
+            selected += scenes.usable(nearby.scenes, job.recipe)
+        except scenes.NothingFoundError as error:  # a search without answer fails the year
+            log.info("%s %s: nothing to take from %s: %s", site.id, year, neighbour, error)
+    return listed, selected
+
+
+def load_tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
+    """Load the geomedian for the device, and the recipe's second mask.
+
+    Args:
+        recipe: may ask for a second opinion on clouds.
+        device: cpu, or a GPU such as cuda.
+        catalog: folder of the recipe; its weights are relative to it.
+
+    Raises:
+        CatalogError: a package is missing. The message names the extra to install.
+        ModelError: the device is missing, or weights cannot be loaded.
+    """
+    tools = Tools()
+    if device != "cpu":
+        try:
+            from minecube.composite.torch_reducers import TorchGeomedian  # an extra, for GPUs only
+        except ModuleNotFoundError as error:
+            raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
+        tools = replace(tools, geomedian=TorchGeomedian(device))
+    if recipe.second_opinion:
+        try:
+            from minecube.composite.opinion import OmniCloudMask
+        except ModuleNotFoundError as error:
+            raise CatalogError(
+                f"recipe {recipe.id!r} asks for a second opinion on clouds, "
+                "which needs a package more: pip install 'minecube[clouds]'"
+            ) from error
+        folder = catalog or Path()
+        weights = [str(folder / name) for name in recipe.second_opinion.weights]
+        tools = replace(tools, opinion=OmniCloudMask(weights, device))
+    return tools
+
+
+def build_year(
+    job: Job, site: Site, year: int, workers: int = 1, stopped: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Build and commit one site-year, the unit of work on every machine.
+
+    Never raises MinecubeError: a failed outcome contains the reason.
+
+    Args:
+        job: input, method and store.
+        site: the site.
+        year: the year.
+        workers: threads that compute blocks.
+        stopped: whether to begin no further blocks.
+    """
+    start = time.monotonic()
+    site_year = _SiteYear(job=job, site=site, year=year, workers=workers, stopped=stopped)
+    try:
+        outcome = _build_or_keep(site_year)
+    except LostReadError as error:
+        outcome = _describe_failed(
+            job.store,
+            site,
+            year,
+            LostReadError(
+                f"{error}; name one more --source that has it, "
+                "or accept lost reads with --min-read-completeness"
+            ),
+        )
+    except MinecubeError as error:
+        outcome = _describe_failed(job.store, site, year, error)
+    return replace(outcome, seconds=time.monotonic() - start)
+
+
+def _build_or_keep(task: _SiteYear) -> Outcome:
+    """Build a site-year, unless the same build is committed."""
+    job = task.job
+    cube.settle(job.store, task.site.id, task.year)
+    listed, candidates = choose_scenes(job, task.site, task.year, load_or_save)
+    provenance = cube.provenance_of(
+        task.site,
+        task.year,
+        task.grid,
+        job.recipe,
+        candidates,
+        snapshot=snapshot.digest(listed.scenes),
+        refused=dict(listed.refused),
+        on_offset_conflict=job.on_offset_conflict,
+    )
+    if cube.is_committed(
+        job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness
+    ):
+        return _describe_kept(task, candidates)
+    copies = Copies(
+        job.sources,
+        job.recipe.bands,
+        lambda year, source: load_or_save(task.site, year, [source], job.snapshots),
+    )
+    if copies.possible and cube.is_begun(job.store, task.site.id, task.year):
+        copies.take(candidates)  # as in the interrupted run, to resume it
+    while True:
+        notes = json.loads(json.dumps(provenance))  # each try adds its own notes
+        cube.note_copies(notes, copies.copies, copies.reasons)
+        try:
+            outcome = _composite_year(
+                task, copies.replace_in(candidates), notes, copied=copies.possible
+            )
+        except GoneError as error:
+            if not copies.possible or not (copies.take(candidates, error) or job.lossy):
+                raise
+        else:
+            return replace(outcome, copies=copies.describe())
+
+
+def _composite_year(
+    task: _SiteYear, candidates: Sequence[pystac.Item], notes: dict[str, Any], *, copied: bool
+) -> Outcome:
+    """Check, read and write a site-year.
+
+    Args:
+        task: the site-year.
+        candidates: its scenes.
+        notes: its provenance; the results of the checks are added.
+        copied: whether a missing file raises GoneError, to try a copy.
+    """
+    start = time.monotonic()
+    job = task.job
+    looks = Ledger(lossy=job.lossy, copied=copied)
+    usable, checks = _check_scenes(task, candidates, looks, notes)
+    planned = plan.estimate(candidates, task.grid, job.recipe)
+    resumed = cube.reads_so_far(job.store, notes)
+    ledger = Ledger(lossy=job.lossy, before=resumed, copied=copied)
+
+    def note_time() -> dict[str, Any]:
+        if resumed:
+            return {}
+        return {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)}
+
+    # Use threads even in a cluster task, since a task must not wait for its own subtasks.
+    is_new = cube.write_year(
+        job.store,
+        composite(usable, task.grid, job.recipe, ledger, year=task.year, tools=job.tools),
+        notes,
+        snapshot.to_bytes(usable),
+        reads=ledger,
+        before=resumed,
+        completeness=job.min_read_completeness,
+        overwrite=job.overwrite,
+        scheduler="threads",
+        workers=task.workers,
+        stopped=task.stopped,
+        finished=note_time,
+    )
+    return Outcome(
+        site=task.site.id,
+        year=task.year,
+        state="built" if is_new else "kept",
+        scenes=len(usable),
+        days=len(scenes.dates(usable)),
+        conflicts=sum(check.conflict for check in checks),
+        planned=planned,
+        reads=ledger.totals(),
+        looks=looks.totals(),
+    )
+
+
+def _check_scenes(
+    task: _SiteYear, candidates: Sequence[pystac.Item], looks: Ledger, notes: dict[str, Any]
+) -> tuple[list[pystac.Item], list[offsets.Check]]:
+    """Check offsets, haze and positions of scenes, and add the results to the provenance.
+
+    Returns the usable scenes, and the checks of all offsets.
+
+    Raises SceneError if too few scenes are usable.
+    """
+    job = task.job
+    look = look_at(candidates, task.grid, looks, job.recipe.bands)
+    checks = offsets.check_offsets(candidates, look)
+    usable = offsets.resolve(candidates, checks, job.on_offset_conflict)
+    dropped = dict.fromkeys(_ids_missing(candidates, usable), "offset")
+    notes["offset_conflicts"] = offsets.as_rows(checks)
+    notes["offset_untold"] = [check.scene for check in checks if check.step is None]
+    if job.recipe.haze:
+        usable = veils.judged(usable, look.of(usable), job.recipe.haze)
+        notes["scl_errors"] = veils.as_rows(usable)
+    if job.recipe.registration:
+        shifts = registration.shifts(usable, task.grid, looks)
+        registered = registration.registered(usable, shifts, job.recipe.registration)
+        dropped |= dict.fromkeys(_ids_missing(usable, registered), "registration")
+        usable = registered
+        notes["shifts"] = registration.as_rows(shifts)
+    cube.leave_out(notes, dropped)
+    if dropped:
+        scenes.need_dates(usable, job.recipe, task.year)
+    notes["check_reads"] = looks.totals()
+    return usable, checks
+
+
+def _ids_missing(earlier: Sequence[pystac.Item], later: Sequence[pystac.Item]) -> list[str]:
+    """Return the ids of the scenes in `earlier` missing from `later`."""
+    ids = {scene.id for scene in later}
+    return [scene.id for scene in earlier if scene.id not in ids]
+
+
+def _describe_kept(task: _SiteYear, candidates: Sequence[pystac.Item]) -> Outcome:
+    """Make the outcome of a site-year that is already committed."""
+    marker = cube.builds(task.job.store, task.site.id)[task.year]
+    ids = {scene.get("copy_of", scene["id"]) for scene in cube.used_scenes(marker)}
+    read = [scene for scene in candidates if scene.id in ids]
+    completeness = cube.completeness_of(marker)
+    message = ""
+    if completeness < task.job.min_read_completeness:
+        message = f"has {completeness:.2%} of its reads; use --overwrite to build it again"
+    return Outcome(
+        site=task.site.id,
+        year=task.year,
+        state="kept",
+        scenes=len(read),
+        days=len(scenes.dates(read)),
+        message=message,
+    )
+
+
+def _describe_failed(store: str, site: Site, year: int, error: BaseException) -> Outcome:
+    """Make the outcome of a failed site-year: `stale` if an older build remains, else `failed`."""
+    state = "failed"
+    try:
+        if year in cube.builds(store, site.id):
+            state = "stale"
+    except MinecubeError:  # a damaged group, reported by the error or by `verify`
+        pass
+    return Outcome(site=site.id, year=year, state=state, message=describe_failure(error))
+
+
+def _search_all(
+    job: Job, sites: Sequence[Site], years: Sequence[int], progress: Callable[[Outcome], None]
+) -> tuple[list[tuple[Site, int]], list[Outcome]]:
+    """Search and save the scenes of all site-years.
+
+    Returns the site-years to build, and outcomes of the others.
+
+    Raises SceneError if no site-year can start, unless all searches were empty.
+    """
+    tasks: list[tuple[Site, int]] = []
+    outcomes: list[Outcome] = []
+    faults: list[SceneError] = []
+    find = cache_lists(load_or_save)
+    for site in sites:
+        for year in years:
+            try:
+                choose_scenes(job, site, year, find)
+            except SceneError as error:
+                outcomes.append(_describe_failed(job.store, site, year, error))
+                progress(outcomes[-1])
+                if not is_empty_search(error):
+                    faults.append(error)
+            else:
+                tasks.append((site, year))
+    if faults and not tasks:
+        raise faults[0]  # the fault is in the source or the list, not in a site-year
+    return tasks, outcomes
+
+
+def is_empty_search(error: SceneError) -> bool:
+    """Return whether a search was answered and listed no scene, not even an unusable one."""
+    return isinstance(error, scenes.NothingFoundError) and not error.found.refused
+
+
+def _build_all(
+    job: Job, site_years: Sequence[tuple[Site, int]], executor: Executor | None
+) -> Iterator[Outcome]:
+    """Yield outcomes as they come.
+
+    After an interruption, finish the current blocks and begin no others.
+    """
+    interrupted.clear()  # here, not at the end: queued reads of a stopped build must give up
+    stop = threading.Event()
+    options: tuple[Any, ...] = ()
+    if executor is None:
+        cores = os.cpu_count() or 1
+        at_once = max(min(cores, len(site_years)), 1)
+        job = replace(job, at_once=at_once)
+        # Divide the cores among site-years: memory grows with the cores, not with their square.
+        options = (max(cores // at_once, 1), stop.is_set)
+        pool: Executor = ThreadPoolExecutor(max_workers=at_once)
+    else:  # workers may run in other folders
+        job = replace(job, at_once=1, store=absolute(job.store), snapshots=job.snapshots.absolute())
+        pool = executor
+    tasks: dict[Future[Outcome], tuple[Site, int]] = {}
+    try:
+        for site, year in site_years:
+            tasks[pool.submit(build_year, job, site, year, *options)] = (site, year)
+        for task in iterate_finished(tasks):
+            error = task.exception()
+            if error:
+                # Other errors, such as a dead worker, fail their own site-year and are reported.
+                yield _describe_failed(job.store, *tasks[task], error)
+            else:
+                yield task.result()
+    except BaseException:
+        interrupted.set()  # do not wait for requests in trouble
+        raise
+    finally:
+        stop.set()
+        for task in tasks:
+            task.cancel()
+        if executor is None:
+            pool.shutdown(wait=True, cancel_futures=True)

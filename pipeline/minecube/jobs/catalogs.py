@@ -1,0 +1,75 @@
+"""Load the shipped catalogue together with a user's folder of the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from minecube.catalog import (
+    ModelCard,
+    Recipe,
+    Settings,
+    Source,
+    load_models,
+    load_presets,
+    load_recipes,
+    load_sources,
+    pick,
+)
+from minecube.errors import CatalogError
+
+T = TypeVar("T")
+
+
+def load_all_sources(folder: Path | None) -> dict[str, Source]:
+    """Load the shipped sources and the sources of a folder."""
+    return _load_both(load_sources, folder, "sources.yaml", "source")
+
+
+def load_all_recipes(folder: Path | None) -> dict[str, Recipe]:
+    """Load the shipped recipes and the recipes of a folder."""
+    return _load_both(load_recipes, folder, "recipes.yaml", "recipe")
+
+
+def load_all_models(folder: Path | None) -> dict[str, ModelCard]:
+    """Load the shipped model cards and the model cards of a folder."""
+    return _load_both(load_models, folder, "models.yaml", "model")
+
+
+def load_all_presets(folder: Path | None) -> dict[str, Settings]:
+    """Load the shipped training settings and the training settings of a folder."""
+    return _load_both(load_presets, folder, "presets.yaml", "preset")
+
+
+def choose_sources(ids: str, folder: Path | None) -> tuple[Source, ...]:
+    """Choose sources by ids in order of preference, such as "earth-search,cdse".
+
+    Raises CatalogError for an unknown or repeated source.
+    """
+    names = [name.strip() for name in ids.split(",")]
+    if len(set(names)) < len(names):
+        raise CatalogError(f"--source {ids}: expected each source once")
+    sources = load_all_sources(folder)
+    return tuple(pick(sources, name, "source") for name in names)
+
+
+def need_new_names(shipped: dict[str, T], users: dict[str, T], folder: Path, kind: str) -> None:
+    """Raise CatalogError if an entry of the user has the name of a shipped entry."""
+    repeated = sorted(set(shipped) & set(users))
+    if repeated:
+        raise CatalogError(
+            f"{folder}: {kind} {repeated[0]!r} is in the shipped catalogue already; "
+            "give yours another id"
+        )
+
+
+def _load_both(
+    load: Callable[..., dict[str, T]], folder: Path | None, file: str, kind: str
+) -> dict[str, T]:
+    shipped = load()
+    if folder is None or not (folder / file).exists():
+        return shipped
+    users = load(folder / file)
+    need_new_names(shipped, users, folder, kind)
+    return shipped | users

@@ -1,0 +1,172 @@
+"""Export sites of a store to formats of other tools: the job of `minecube export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import geopandas as gpd
+import pandas as pd
+import xarray as xr
+from odc.geo.geobox import GeoBox
+
+from minecube import cube, export, labels, report, tracks
+
+FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
+LABELS = "labels"
+MAPPED = "mapped"
+"""Kinds of footprints: of the polygons, and of a prediction."""
+_TITLE = "minecube export"
+_WRITERS = {
+    "netcdf": (export.write_netcdf, ".nc"),
+    "zarr": (export.write_zarr, ".zarr"),
+    "zarr2": (export.write_zarr2, ".v2.zarr"),
+}
+"""Format -> function that writes all years of a site, and suffix of its file or folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export."""
+
+    model: str | None = None
+    """Name of a prediction to export with the cubes."""
+    formats: tuple[str, ...] = ("cog",)
+    """Some of `FORMATS`."""
+    min_area_m2: float = 0
+    """Minimum mapping unit: smaller holes are filled, then smaller regions removed."""
+
+
+@dataclass
+class _Exported:
+    """Files and tables of the sites so far."""
+
+    images: list[Path] = field(default_factory=list)
+    cubes: dict[str, Path] = field(default_factory=dict)
+    """Asset key -> file or folder with all years of a site."""
+    credits: dict[export.Credit, None] = field(default_factory=dict)
+    outlines: dict[str, list[gpd.GeoDataFrame]] = field(default_factory=dict)
+    """Kind of footprints -> outlines of each site, EPSG:4326."""
+    areas: dict[str, dict[str, pd.DataFrame]] = field(default_factory=dict)
+    """Kind of footprints -> site -> area by year in m2."""
+    commits: list[datetime] = field(default_factory=list)
+    """Times of all commits."""
+
+
+def export_sites(
+    store: str,
+    sites: Sequence[str],
+    folder: Path,
+    options: ExportOptions | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Path], list[Path]]:
+    """Write sites in the given formats. The same store always gives the same bytes.
+
+    Args:
+        store: the cubes.
+        sites: the sites.
+        folder: folder for the files.
+        options: prediction, formats and minimum area.
+        progress: called with each finished site.
+
+    Returns the paths of the images, and of all other formats.
+
+    Raises:
+        CubeError: a site has no committed year, or a file cannot be written.
+    """
+    options = options or ExportOptions()
+    exported = _Exported()
+    for site in sites:
+        _export_site(store, site, folder, options, exported)
+        progress(site)
+    changed = max(exported.commits)  # instead of the current time, for reproducible files
+    tables = _write_outlines(exported, folder, changed)
+    _plot_areas(exported, folder)
+    recipe = next(iter(cube.builds(store, sites[0]).values()))["recipe"]["title"]
+    text = f"Annual Sentinel-2 composites of mines. {recipe}."
+    if "cog" in options.formats:
+        assets = {**tables, **exported.cubes}
+        export.write_stac(folder, exported.images, assets, title=_TITLE, about=text)
+    files = list(exported.cubes.values())
+    if "croissant" in options.formats:
+        described = [*exported.images, *tables.values(), *filter(Path.is_file, files)]
+        if exported.images:
+            described.append(folder / "items.parquet")
+        files.append(
+            export.write_croissant(
+                folder,
+                described,
+                exported.credits,
+                title=_TITLE,
+                about=text,
+                published=changed.date(),
+            )
+        )
+    return exported.images, files
+
+
+def _export_site(
+    store: str, site: str, folder: Path, options: ExportOptions, exported: _Exported
+) -> None:
+    """Write the files of one site, and add its files and tables to `exported`."""
+    builds = cube.builds(store, site)
+    exported.commits += [datetime.fromisoformat(build["committed"]) for build in builds.values()]
+    dataset = cube.open_committed(store, site).load().assign_attrs(builds=builds)
+    grid = dataset.odc.geobox
+    footprints: dict[str, xr.DataArray] = {}
+    if bool((dataset["footprint"] != labels.UNKNOWN).any()):
+        footprints[LABELS] = dataset["footprint"]
+    if options.model:
+        probability = cube.open_probability(store, site, options.model)
+        probability = probability.sel(year=dataset.year).load()
+        dataset = dataset.assign(probability=probability)
+        footprints[MAPPED] = tracks.threshold(probability)
+    exported.credits |= dict.fromkeys(export.credits_of(dataset))
+    for name, (write, suffix) in _WRITERS.items():
+        if name in options.formats:
+            path = folder / site / f"{site}{suffix}"
+            exported.cubes[f"{site}_{name}"] = write(dataset, grid, path, site)
+    if "cog" not in options.formats:
+        return
+    exported.images += export.write_cogs(dataset, grid, folder / site, site)
+    for kind, footprint in footprints.items():
+        outlines = _outline(footprint, grid, site, options.min_area_m2)
+        exported.outlines.setdefault(kind, []).append(outlines)
+        exported.areas.setdefault(kind, {})[site] = tracks.areas(footprint, grid)
+    report.strip(dataset, footprints, folder / site / f"{site}_strip.png", site)
+
+
+def _write_outlines(exported: _Exported, folder: Path, changed: datetime) -> dict[str, Path]:
+    """Write the outlines of all sites as GeoParquet and GeoPackage. Returns paths by asset key."""
+    paths = {}
+    for kind, parts in exported.outlines.items():
+        citations = [c for c in exported.credits if (c.kind == "labels") == (kind == LABELS)]
+        outlines = pd.concat(parts, ignore_index=True)
+        outlines.attrs = export.lines(citations)
+        name = f"footprints_{kind}"
+        for key, suffix in ((name, "parquet"), (f"{name}_gpkg", "gpkg")):
+            paths[key] = folder / f"{name}.{suffix}"
+            export.write_footprints(outlines, paths[key], changed)
+    return paths
+
+
+def _plot_areas(exported: _Exported, folder: Path) -> None:
+    """Plot areas by year: mapped areas with the labelled ones, or labelled areas alone."""
+    labelled = exported.areas.get(LABELS)
+    mapped = exported.areas.get(MAPPED)
+    if mapped:
+        report.area_plot(mapped, folder / "areas.png", labelled)
+    elif labelled:
+        report.area_plot(labelled, folder / "areas.png", None)
+
+
+def _outline(
+    footprint: xr.DataArray, grid: GeoBox, site: str, min_area_m2: float
+) -> gpd.GeoDataFrame:
+    """Outline the footprint's regions: with ids, simplified, in longitude and latitude."""
+    regions = labels.vectorize(footprint, grid, site, min_area_m2)
+    labelled = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
+    identified = labels.identify(regions, labelled.to_numpy().tolist())
+    return labels.simplify(identified, grid.resolution.x).to_crs(4326)

@@ -1,0 +1,23 @@
+"""Tune the memory of a process that maps sites."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+def keep_memory() -> None:
+    """Make this process keep its freed memory until its end, with glibc only.
+
+    Network layers allocate the same megabytes repeatedly. By default, glibc returns them to the
+    system each time, and the system clears them. Keeping them saves a tenth of the mapping time of
+    some networks, for a tenth more memory.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # without glibc
+        return
+    # Parameters of mallopt in <malloc.h>.
+    trim_threshold = -1
+    mmap_threshold = -3
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**25)  # the upper limit of glibc's automatic threshold

@@ -1,0 +1,52 @@
+"""Save releases of a store in Icechunk: the job of `minecube publish`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import zarr
+
+from minecube import cube, export
+from minecube.cube.store import zarr_store
+from minecube.errors import CubeError
+from minecube.export import publish
+
+
+@dataclass(frozen=True)
+class Published:
+    """Result of saving a release."""
+
+    site_years: int
+    changes: tuple[int, int] | None
+    """Numbers of written and removed objects; None if the tag held the same state already."""
+
+
+def publish_sites(
+    store: str, sites: Sequence[str], selection: str, place: str, tag: str
+) -> Published:
+    """Save the committed years of sites as a release in an Icechunk repository.
+
+    Args:
+        store: the cubes.
+        sites: the sites.
+        selection: text that chose the sites, for errors.
+        place: the repository: a folder, or s3://bucket/prefix.
+        tag: name of the release. Tags are permanent.
+
+    Raises:
+        CubeError: no site has a committed year, or the tag holds another state.
+    """
+    builds = {site: list(cube.builds(store, site)) for site in sites}
+    years = {site: committed for site, committed in builds.items() if committed}
+    if not years:
+        raise CubeError(
+            f"{store}: no site-year of {selection!r} is committed, "
+            "so there is nothing to publish; build first"
+        )
+    citations = {
+        site: export.lines(export.credits_of(cube.open_committed(store, site))) for site in years
+    }
+    root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
+    changes = publish.publish(root, years, place, tag, citations)
+    return Published(site_years=sum(map(len, years.values())), changes=changes)

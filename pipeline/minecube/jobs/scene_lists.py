@@ -1,0 +1,88 @@
+"""Find the scenes of site-years, and keep their lists in a folder.
+
+A build from a saved list needs no search, so it can be repeated with the same scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minecube import scenes
+from minecube.catalog import Site, Source
+from minecube.scenes import snapshot
+
+FindScenes = Callable[[Site, int, Sequence[Source], Path], scenes.Found]
+"""Finds the scenes of a site and year in sources, with a folder of lists."""
+
+_CACHED_LISTS = 4  # a year, its two neighbours, and the next year
+
+
+def default_folder(store: str) -> Path:
+    """Return the folder of scene lists for a store.
+
+    It is next to the store, or in the current folder for a URL.
+    """
+    name = store.rstrip("/")
+    if "://" in name:
+        name = name.rpartition("/")[2]
+    return Path(f"{name}-scenes")
+
+
+def list_path(site: Site, year: int, sources: Sequence[Source], folder: Path) -> Path:
+    """Return the path of the site-year's scene list."""
+    return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
+
+
+def load_or_search(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+    """Load the site-year's scenes from its saved list. Without a list, search them.
+
+    Raises:
+        SceneError: the list belongs to another search, or the search had no usable scene.
+    """
+    path = list_path(site, year, sources, folder)
+    if not path.exists():
+        return scenes.search(site, year, *sources)
+    listed = snapshot.load(path)
+    scenes.belonging(listed.scenes, site, year, sources)
+    snapshot.need_belonging(path, snapshot.belongs_to(site, year, sources))
+    return listed
+
+
+def load_or_save(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+    """Find the site-year's scenes as `load_or_search` does, and save their list.
+
+    A later run then builds from the same list.
+    """
+    if list_path(site, year, sources, folder).exists():
+        return load_or_search(site, year, sources, folder)
+    return search_and_save(site, year, sources, folder)
+
+
+def search_and_save(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+    """Search the site-year's scenes, and save their list in place of an older list.
+
+    Raises SceneError if the search had no usable scene, or no answer.
+    """
+    listed = scenes.search(site, year, *sources)
+    path = list_path(site, year, sources, folder)
+    snapshot.save(listed, path, snapshot.belongs_to(site, year, sources))
+    return listed
+
+
+def cache_lists(find: FindScenes) -> FindScenes:
+    """Add a cache of the last lists to `load_or_search` or `load_or_save`.
+
+    A list may be needed three times: for its own year and for both neighbours.
+    """
+    lists: dict[tuple[str, int], scenes.Found] = {}
+
+    def find_cached(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+        key = (site.id, year)
+        if key not in lists:
+            if len(lists) >= _CACHED_LISTS:
+                del lists[next(iter(lists))]
+            lists[key] = find(site, year, sources, folder)
+        return lists[key]
+
+    return find_cached

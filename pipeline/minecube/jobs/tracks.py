@@ -1,0 +1,182 @@
+"""Smooth the maps of a store through time, and date events: the job of `minecube tracks`.
+
+rates = choose_rates(store, maps, "learned")       -> Rates
+track = track_site(probability, grid, rates)           -> Track    one site, in memory
+smooth_sites(store, maps, rates, folder)           all sites, written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+from odc.geo.geobox import GeoBox
+
+from minecube import cube, export, tracks
+from minecube.jobs.selection import SiteChoice, stored_sites
+from minecube.tracks.smoothing import TEMPER
+
+SUFFIX = "+hmm"
+"""Suffix of a smoothed prediction's name."""
+_M2_PER_HA = 1e4
+
+
+@dataclass(frozen=True)
+class Track:
+    """Smoothed map, layers and tables of one site."""
+
+    smoothed: xr.DataArray
+    """[year, y, x] uint8: probability x 250, 255 unknown."""
+    layers: xr.Dataset
+    """[y, x] onset, end, reclaimed, kind and flips."""
+    areas: pd.DataFrame
+    """Area by year in m2, with 95 % intervals."""
+    summary: dict[str, object]
+    """Opening, areas in ha, growth in ha per year, and flip rates of the site."""
+
+
+@dataclass(frozen=True)
+class SmoothedSites:
+    """Smoothed predictions of several sites."""
+
+    model: str
+    """Name of the prediction before smoothing."""
+    maps: Mapping[str, xr.DataArray]
+    """Site -> lazy probability [year, y, x] of the prediction."""
+    rates: tracks.Rates
+
+
+def read_maps(store: str, sites: Sequence[str], model: str) -> dict[str, xr.DataArray]:
+    """Open a prediction of several sites, as lazy probabilities [year, y, x] by site.
+
+    Raises CubeError if a site has no such prediction of its current builds.
+    """
+    return {site: cube.open_probability(store, site, model) for site in sites}
+
+
+def choose_rates(
+    store: str,
+    maps: Mapping[str, xr.DataArray],
+    method: str | tuple[float, float],
+    temper: float = TEMPER,
+) -> tracks.Rates:
+    """Determine the yearly probabilities that a pixel opens and closes.
+
+    Args:
+        store: the cubes.
+        maps: site -> probability [year, y, x].
+        method: "learned" (estimate from these maps), "labels" or "labels:SITES" (count in the
+            store's footprints), or the probabilities of opening and closing.
+        temper: weight of each year's map, above 0 and up to 1.
+
+    Raises:
+        CatalogError: the sites after "labels:" are not in the store.
+        LabelError: the maps or footprints have too few years or labels.
+    """
+    if isinstance(method, tuple):
+        opening, closing = method
+        return tracks.rates_given(maps.values(), opening, closing, temper=temper)
+    if method == "learned":
+        return tracks.learn_rates(maps.values(), temper=temper)
+    names = method.removeprefix("labels").removeprefix(":") or "*"
+    labelled = stored_sites(store, SiteChoice(names))
+    footprints = (cube.open_committed(store, name)["footprint"].load() for name in labelled)
+    return tracks.rates_from_labels(footprints, temper=temper)
+
+
+def smooth_sites(
+    store: str,
+    sites: SmoothedSites,
+    folder: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, object]]:
+    """Smooth the maps of sites, one site in memory at a time, and write all results.
+
+    The smoothed maps go to the store. The folder gets layers of each site, areas.csv (by site and
+    year) and sites.csv.
+
+    Args:
+        store: the cubes.
+        sites: maps and rates.
+        folder: folder for layers and tables.
+        progress: called with each finished site.
+
+    Returns one row of `Track.summary` per site, with the column `site`.
+
+    Raises:
+        LabelError: a map has one year only.
+        CubeError: the store or the folder cannot be written.
+    """
+    areas: list[pd.DataFrame] = []
+    summaries: list[dict[str, object]] = []
+    for site, lazy in sites.maps.items():
+        grid = lazy.odc.geobox
+        probability = lazy.compute()
+        track = track_site(probability, grid, sites.rates)
+        card = {**probability.attrs["model"], "rates": asdict(sites.rates)}
+        write_smoothed(store, site, sites.model, track.smoothed, card)
+        export.write_layers(track.layers, probability, grid, folder / site, site)
+        areas.append(track.areas.assign(site=site)[["site", *track.areas.columns]])
+        summaries.append({"site": site, **track.summary})
+        progress(site)
+    export.write_table(pd.concat(areas, ignore_index=True), folder / "areas.csv")
+    export.write_table(pd.DataFrame(summaries), folder / "sites.csv")
+    return summaries
+
+
+def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> Track:
+    """Smooth a site's map, and derive its events and areas.
+
+    Args:
+        probability: [year, y, x] uint8 in memory: probability x 250, 255 unknown.
+        grid: the site's grid.
+        rates: rates of the hidden Markov model.
+
+    Raises LabelError if the map has one year only.
+    """
+    smoothed = tracks.smooth(probability, rates)
+    footprint = tracks.threshold(smoothed)
+    layers = tracks.events(footprint, smoothed)
+    counted = tracks.areas(footprint, grid)
+    areas = counted.merge(tracks.expected_areas(smoothed, probability, grid), on="year")
+    start = areas.iloc[0]
+    end = areas.iloc[-1]
+    story = tracks.expansion(counted)
+    reclaimed = layers["reclaimed"].expand_dims(year=[int(end["year"])])
+    summary: dict[str, object] = {
+        "opened": story.opened,
+        "there_at_first": story.opened == int(start["year"]),
+        "first_ha": start["area_m2"] / _M2_PER_HA,
+        "last_ha": end["area_m2"] / _M2_PER_HA,
+        "last_low_ha": end["low_m2"] / _M2_PER_HA,
+        "last_high_ha": end["high_m2"] / _M2_PER_HA,
+        "growth_ha_per_year": story.growth_m2_per_year / _M2_PER_HA,
+        "expansion": story.kind,
+        "largest_year": story.largest_year,
+        "largest_share": story.largest_share,
+        "reclaimed_ha": tracks.areas(reclaimed, grid)["area_m2"][0] / _M2_PER_HA,
+        "flip_rate_raw": tracks.flip_rate(tracks.threshold(probability)),
+        "flip_rate": tracks.flip_rate(footprint),
+    }
+    return Track(smoothed, layers, areas, summary)
+
+
+def write_smoothed(
+    store: str, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]
+) -> None:
+    """Write a smoothed map to the store as prediction MODEL+hmm.
+
+    Args:
+        store: the cubes.
+        site: the site.
+        model: name of the prediction before smoothing.
+        smoothed: [year, y, x] uint8: probability x 250, 255 unknown.
+        card: card of that prediction, with the rates.
+
+    Raises CubeError if it cannot be written.
+    """
+    name = model + SUFFIX
+    cube.write_probability(store, site, name, smoothed, {**card, "id": name}, made_of=model)
