@@ -59,7 +59,6 @@ from minecube.cube.locks import WAIT_S, Lock, hold
 from minecube.cube.names import choose_name, find_prediction
 from minecube.cube.opening import as_float, grid_and_years, open_committed, open_cube
 from minecube.cube.pack import Packing, pack
-from minecube.cube.packed import is_packed, need_writable, unpacked
 from minecube.cube.predictions import (
     Prediction,
     mapped_by,
@@ -78,20 +77,7 @@ from minecube.cube.staging import (
     withdraw,
     year_index,
 )
-from minecube.cube.store import (
-    BEING_MADE,
-    FORMAT,
-    NAMED,
-    begin_group,
-    group_at,
-    has_objects,
-    is_being_made,
-    site_group,
-    sites,
-    summing,
-    writing,
-    zarr_store,
-)
+from minecube.cube.store import BEING_MADE, FORMAT, NAMED, Store, is_being_made, sites
 from minecube.cube.template import (
     FRACTION,
     FRACTION_ATTRS,
@@ -116,6 +102,7 @@ __all__ = [
     "Packing",
     "Prediction",
     "Report",
+    "Store",
     "Window",
     "as_float",
     "build_id",
@@ -128,11 +115,9 @@ __all__ = [
     "grid_and_years",
     "is_begun",
     "is_committed",
-    "is_packed",
     "leave_out",
     "mapped_by",
     "named_sites",
-    "need_writable",
     "note_copies",
     "open_change",
     "open_committed",
@@ -146,7 +131,6 @@ __all__ = [
     "settle",
     "sites",
     "uncommit",
-    "unpacked",
     "used_scenes",
     "verify",
     "write_footprint",
@@ -158,21 +142,21 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> bool:
+def check(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> bool:
     """Check the site's group against years, grid and recipe. Returns whether the group exists.
 
     Raises:
         CubeError: the group was made with another recipe or on another grid, lacks its metadata or
             an array, or would need a new year before its last one.
     """
-    group = group_at(store, site.id)
-    if group is None and has_objects(store, site.id):
+    group = store.find_group(site.id)
+    if group is None and store.has_objects(site.id):
         raise CubeError(
             f"{store}: {site.id} has lost its zarr.json, but has other objects; run `minecube verify`"
         )
     if group is None or is_being_made(group):
         return False
-    made = site_group(store, site.id, mode="r").attrs[NAMED]
+    made = store.open_site(site.id, mode="r").attrs[NAMED]
     asked = as_dict(recipe)
     changed = ", ".join(k for k in asked if k != "title" and made["recipe"].get(k) != asked[k])
     if changed:
@@ -198,32 +182,32 @@ def check(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Re
     return True
 
 
-def margin_of(store: str, site_id: str) -> float | None:
+def margin_of(store: Store, site_id: str) -> float | None:
     """Return the margin of the site's grid in metres; None if the store has no such site."""
-    group = group_at(store, site_id)
+    group = store.find_group(site_id)
     if group is None or is_being_made(group):
         return None
-    return float(site_group(store, site_id, mode="r").attrs[NAMED].get("margin", 0))
+    return float(store.open_site(site_id, mode="r").attrs[NAMED].get("margin", 0))
 
 
-def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
+def create(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
     """Create the site's group for these years without pixels, or make room for missing years.
 
     Raises:
         BusyError: another run has held the group for minutes.
         CubeError: as `check`, or the store cannot be written.
     """
-    with writing(store), hold(store, site.id, wait_s=WAIT_S):
+    with store.writing(), hold(store, site.id, wait_s=WAIT_S):
         if check(store, site, grid, years, recipe):
-            group = site_group(store, site.id, mode="r+")
+            group = store.open_site(site.id, mode="r+")
             extend(group, years)
             seal_group(group)
             return
         empty = template(grid, sorted(years), recipe)
         empty.attrs |= {NAMED: {"format": BEING_MADE}, **geozarr(grid)}
         encoding = {str(n): encoding_of(v, recipe) for n, v in empty.data_vars.items()}
-        target = zarr_store(store)
-        begin_group(store, site.id, {NAMED: {"format": BEING_MADE}})
+        target = store.open_zarr()
+        store.begin_group(site.id, {NAMED: {"format": BEING_MADE}})
         empty.to_zarr(
             target,
             group=site.id,
@@ -249,7 +233,7 @@ def create(store: str, site: Site, grid: GeoBox, years: Sequence[int], recipe: R
 
 
 def write_year(
-    store: str,
+    store: Store,
     composite: xr.Dataset,
     provenance: Mapping[str, Any],
     scenes: bytes,
@@ -293,11 +277,11 @@ def write_year(
     """
     site_id = provenance["site"]
     year = provenance["year"]
-    with writing(store), hold(store, f"{site_id}/builds/{year}") as lock:
+    with store.writing(), hold(store, f"{site_id}/builds/{year}") as lock:
         finish(store, site_id, year)
         if is_committed(store, provenance, overwrite=overwrite, completeness=completeness):
             return False
-        group = site_group(store, site_id, mode="r")
+        group = store.open_site(site_id, mode="r")
         year_index(group, year)
         names = [str(name) for name in composite.data_vars]
         _check_alignment(composite, {name: group[name] for name in names})
@@ -366,7 +350,7 @@ def _build_blocks(
         staging.note(done, checksums, reads.to_parquet() if reads else None)
 
 
-def settle(store: str, site_id: str, year: int) -> None:
+def settle(store: Store, site_id: str, year: int) -> None:
     """Put the objects of a committed year in place after a killed run. Other years stay as is.
 
     Raises:
@@ -375,12 +359,12 @@ def settle(store: str, site_id: str, year: int) -> None:
     marker = marker_of(store, site_id, year)
     if marker is None or PLACING not in marker:
         return
-    with contextlib.suppress(BusyError), writing(store), hold(store, f"{site_id}/builds/{year}"):
+    with contextlib.suppress(BusyError), store.writing(), hold(store, f"{site_id}/builds/{year}"):
         finish(store, site_id, year)
 
 
 def uncommit(
-    store: str,
+    store: Store,
     site_id: str,
     years: Iterable[int],
     judged: Mapping[int, Mapping[str, Any]] | None = None,
@@ -401,12 +385,12 @@ def uncommit(
     """
     for year in years:
         sha256 = None if judged is None else judged.get(year, {}).get("sha256")
-        with writing(store), hold(store, f"{site_id}/builds/{year}"):
+        with store.writing(), hold(store, f"{site_id}/builds/{year}"):
             withdraw(store, site_id, year, sha256)
 
 
 def write_footprint(
-    store: str,
+    store: Store,
     site_id: str,
     footprint: xr.DataArray,
     origin: str,
@@ -427,8 +411,8 @@ def write_footprint(
     fraction = (
         xr.full_like(footprint, 255) if fraction is None else fraction.sel(year=footprint.year)
     )
-    with writing(store), hold(store, site_id, wait_s=WAIT_S):
-        group = site_group(store, site_id, mode="r+")
+    with store.writing(), hold(store, site_id, wait_s=WAIT_S):
+        group = store.open_site(site_id, mode="r+")
         if not footprint.odc.geobox == fraction.odc.geobox == grid_in(group.attrs):
             raise CubeError(
                 f"{store}: footprints of {site_id} lie on another grid than its cube; rasterise them on the cube's grid"
@@ -436,7 +420,7 @@ def write_footprint(
         if FRACTION not in group:  # a cube of a version without fractions
             attrs = {**FRACTION_ATTRS, "grid_mapping": "spatial_ref"}
             zarr.create_array(
-                zarr_store(store),
+                store.open_zarr(),
                 name=f"{site_id}/{FRACTION}",
                 **_like(group["footprint"]),
                 attributes=attrs,
@@ -445,10 +429,10 @@ def write_footprint(
         layers = {FRACTION: fraction, "footprint": footprint}
         for name in layers:
             begin_labels(
-                zarr.open_array(zarr_store(store), path=f"{site_id}/{name}", mode="r+"), years
+                zarr.open_array(store.open_zarr(), path=f"{site_id}/{name}", mode="r+"), years
             )
         for name, layer in layers.items():
-            target = summing(store)
+            target = store.open_with_checksums()
             array = zarr.open_array(target, path=f"{site_id}/{name}", mode="r+")
             for index, of_year in zip(years, layer.values, strict=True):
                 array[index] = of_year
@@ -500,7 +484,7 @@ def _compute_blocks(
     blocks: Sequence[tuple[int, int]],
     how: Mapping[str, Any],
 ) -> dict[str, list[Any]]:
-    """Compute blocks into staged arrays. Returns their shards' checksums as in `Summing.below`."""
+    """Compute blocks into staged arrays. Returns their shards' checksums as in `ChecksumStore.below`."""
     side = arrays["clear_count"].shards[-1]
 
     @dask.delayed(pure=False)  # type: ignore[untyped-decorator]

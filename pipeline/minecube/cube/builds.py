@@ -17,7 +17,8 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
 from minecube.cube.locks import WAIT_S, hold
-from minecube.cube.store import digest, exists, group_of, reading, site_group
+from minecube.cube.store import Store
+from minecube.digests import sha256_of_json
 from minecube.errors import CubeError, StaleError
 
 PLACING = "placing"
@@ -140,17 +141,17 @@ def used_scenes(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [scene for scene in provenance["scenes"] if LEFT_OUT not in scene]
 
 
-def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
+def builds(store: Store, site_id: str) -> dict[int, dict[str, Any]]:
     """Return the provenance of a site's committed years; empty if no year is committed.
 
     If a year's objects are being put in place, this waits for them. A year left out of place by a
     killed run is skipped.
     """
-    if not exists(store, f"{site_id}/builds"):
+    if not store.has_group(f"{site_id}/builds"):
         return {}
     found = {}
-    with reading(store, site_id):
-        years = sorted(int(y) for y in group_of(store, site_id)["year"][:] if y > 0)
+    with store.reading(site_id):
+        years = sorted(int(y) for y in store.open_group(site_id)["year"][:] if y > 0)
     # Year by year: a listing would also find markers just begun by other threads.
     for year in years:
         marker = marker_of(store, site_id, year, wait_s=PLACED_S)
@@ -159,7 +160,9 @@ def builds(store: str, site_id: str) -> dict[int, dict[str, Any]]:
     return found
 
 
-def marker_of(store: str, site_id: str, year: int, *, wait_s: float = 0.0) -> dict[str, Any] | None:
+def marker_of(
+    store: Store, site_id: str, year: int, *, wait_s: float = 0.0
+) -> dict[str, Any] | None:
     """Return the provenance of a committed year; None if the year is not committed.
 
     `PLACING` is set while its objects are put in place.
@@ -173,7 +176,7 @@ def marker_of(store: str, site_id: str, year: int, *, wait_s: float = 0.0) -> di
     until = time.monotonic() + wait_s
     while True:
         try:
-            marker = dict(group_of(store, f"{site_id}/builds/{year}").attrs)
+            marker = dict(store.open_group(f"{site_id}/builds/{year}").attrs)
             if PLACING in marker:
                 marker = {**marker[PLACING]["made"], PLACING: marker[PLACING]["staging"]}
         except (FileNotFoundError, zarr.errors.GroupNotFoundError):
@@ -191,11 +194,15 @@ def pixels_of(made: Mapping[str, Any]) -> str:
     sums = {
         key: of for key, of in made.get("checksums", {}).items() if key.startswith("reflectance/")
     }
-    return f"{made['build_id']}:{digest(sums)[:16]}"
+    return f"{made['build_id']}:{sha256_of_json(sums)[:16]}"
 
 
 def is_committed(
-    store: str, provenance: Mapping[str, Any], *, overwrite: bool = False, completeness: float = 0.0
+    store: Store,
+    provenance: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    completeness: float = 0.0,
 ) -> bool:
     """Whether this build is committed; False if another committed build may be replaced.
 
@@ -234,7 +241,7 @@ def completeness_of(marker: Mapping[str, Any]) -> float:
     return float(marker.get("reads", {}).get("completeness", 1.0))
 
 
-def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
+def reads(store: Store, site_id: str, year: int) -> pd.DataFrame:
     """Return the read counts of a committed site-year.
 
     The table has one row per scene and band, with the columns of `reader.ledger.COUNTS`.
@@ -243,7 +250,7 @@ def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
         CubeError: the year is not committed, or has no read counts.
     """
     if year not in builds(store, site_id) or "reads" not in (
-        marker := group_of(store, f"{site_id}/builds/{year}")
+        marker := store.open_group(f"{site_id}/builds/{year}")
     ):
         raise CubeError(
             f"{store}: there are no counts of reads for {site_id} {year}; build it first"
@@ -251,10 +258,10 @@ def reads(store: str, site_id: str, year: int) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(bytes(marker["reads"][:])))
 
 
-def note_incomplete(store: str, site_id: str) -> None:
+def note_incomplete(store: Store, site_id: str) -> None:
     """Note years with lost reads in the cube's attribute `incomplete_reads`: year -> share read."""
     with hold(store, site_id, wait_s=WAIT_S):
-        group = site_group(store, site_id, mode="r+")
+        group = store.open_site(site_id, mode="r+")
         shares = {}
         for year in group["year"][:]:
             marker = marker_of(store, site_id, int(year))

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from minecube.cube.builds import PLACED_S, PLACING, marker_of
-from minecube.cube.packed import is_packed, stamp_of
-from minecube.cube.store import absolute, objects, reading, site_group
+from minecube.cube.packed import stamp_of
+from minecube.cube.store import Store
 from minecube.cube.template import LABELLING
 from minecube.errors import CubeError
 
@@ -32,7 +32,7 @@ class Watch(Protocol):
 class Labels:
     """The labels of a site at the time of opening."""
 
-    store: str
+    store: Store
     path: str
     """Path of the array."""
     unfinished: tuple[int, ...]
@@ -44,12 +44,12 @@ class Labels:
     years."""
 
     @classmethod
-    def of(cls, store: str, site_id: str, name: str) -> Labels:
+    def of(cls, store: Store, site_id: str, name: str) -> Labels:
         """Read the current state of the labels."""
-        store = absolute(store)
+        store = store.absolute()
         stamp = _stamp(store, f"{site_id}/{name}/zarr.json")
-        with reading(store, site_id):
-            group = site_group(store, site_id, "r")
+        with store.reading(site_id):
+            group = store.open_site(site_id, "r")
             years = [int(y) for y in group["year"][:]]
             attrs = group[name].attrs
             unfinished = tuple(years.index(year) for year in attrs.get(LABELLING, ()))
@@ -63,7 +63,7 @@ class Labels:
                 f"{self.store}: labels of {site_id} are being written, or a run was killed while it wrote them; wait, or run "
                 "`minecube label` again"
             )
-        if is_packed(self.store) or _stamp(self.store, f"{self.path}/zarr.json") == self.stamp:
+        if self.store.packed or _stamp(self.store, f"{self.path}/zarr.json") == self.stamp:
             return
         if self._sha256() != self.sha256:
             raise CubeError(
@@ -72,7 +72,7 @@ class Labels:
 
     def _sha256(self) -> str:
         try:
-            content = bytes(objects(self.store).get(f"{self.path}/zarr.json").bytes())
+            content = bytes(self.store.open_objects().get(f"{self.path}/zarr.json").bytes())
             return str(json.loads(content)["attributes"].get("sha256", ""))
         except (OSError, ValueError, KeyError) as error:
             raise CubeError(
@@ -87,7 +87,7 @@ class Labels:
 class Commits:
     """The markers of a site at the time of opening."""
 
-    store: str
+    store: Store
     site_id: str
     years: tuple[int, ...]
     """Years by index on the first axis."""
@@ -99,11 +99,11 @@ class Commits:
     """Shards of committed years, relative to the site's group."""
 
     @classmethod
-    def of(cls, store: str, site_id: str) -> Commits:
+    def of(cls, store: Store, site_id: str) -> Commits:
         """Read the current markers; raises CubeError if the site is missing."""
-        store = absolute(store)
-        with reading(store, site_id):
-            years = tuple(int(y) for y in site_group(store, site_id, "r")["year"][:])
+        store = store.absolute()
+        with store.reading(site_id):
+            years = tuple(int(y) for y in store.open_site(site_id, "r")["year"][:])
         stamps = []
         committed = []
         shards: set[str] = set()
@@ -120,7 +120,7 @@ class Commits:
 
     def check(self, indices: Iterable[int]) -> None:
         """Raise CubeError if one of these years was committed or withdrawn since opening."""
-        if is_packed(self.store):
+        if self.store.packed:
             return  # a packed store never changes
         for index in indices:
             if index < len(self.years) and self._stamp(self.years[index]) != self.stamps[index]:
@@ -142,7 +142,7 @@ class Commits:
             )
 
 
-def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
+def _stamped(store: Store, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
     """Return a marker and its stamp, from the same moment."""
     key = f"{site_id}/builds/{year}/zarr.json"
     while True:
@@ -152,11 +152,11 @@ def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] |
             return before, marker
 
 
-def _stamp(store: str, key: str) -> Any:
+def _stamp(store: Store, key: str) -> Any:
     """Return the stamp of an object; None if the object is missing."""
     try:
-        if "://" in store:
-            return objects(store).head(key)["e_tag"]
-        return stamp_of(os.stat(f"{store}/{key}"))  # noqa: PTH116  called at every read
+        if store.path is None:
+            return store.open_objects().head(key)["e_tag"]
+        return stamp_of(os.stat(f"{store.path}/{key}"))  # noqa: PTH116  called at every read
     except (FileNotFoundError, NotADirectoryError):  # the latter in a packed store
         return None

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import obstore.exceptions
 
-from minecube.cube.store import client_of, folder_of
+from minecube.cube.store import Store
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Lock(Protocol):
 
 
 @contextmanager
-def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
+def hold(store: Store, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
     """Hold the lock `name` of a store.
 
     Args:
@@ -67,13 +67,12 @@ def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
         CubeError: the file system has no locks.
         OSError: the lock cannot be written.
     """
-    folder = folder_of(store)
     with contextlib.ExitStack() as stack:
         lock: Lock
-        if folder is None:
+        if store.path is None:
             lock = stack.enter_context(_lease(store, name, wait_s))
         else:
-            lock = stack.enter_context(_file_lock(folder, name, wait_s))
+            lock = stack.enter_context(_file_lock(store.path, name, wait_s))
         yield lock
 
 
@@ -198,11 +197,11 @@ def _tag_of(meta: Any) -> dict[str, str]:
 class _Lease:
     """A lease object, renewed by a thread until release."""
 
-    def __init__(self, store: str, name: str) -> None:
+    def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.name = name
         self.key = f"{LOCKS}/{name}.json"
-        self.objects: Any = client_of(store)
+        self.objects: Any = store.client()
         self.mine = _holder()
         self.tag: dict[str, str] = {}
         self._count = 0
@@ -296,7 +295,7 @@ class _Lease:
 
 
 @contextmanager
-def _lease(store: str, name: str, wait_s: float) -> Iterator[Lock]:
+def _lease(store: Store, name: str, wait_s: float) -> Iterator[Lock]:
     lease = _Lease(store, name)
     lease.take(wait_s)
     try:

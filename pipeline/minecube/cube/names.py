@@ -7,14 +7,15 @@ from typing import Any
 
 from zarr.core.sync import sync
 
-from minecube.cube.store import digest, exists, group_of
+from minecube.cube.store import Store
+from minecube.digests import sha256_of_json
 from minecube.errors import CubeError
 
 _EXACT = "="
 """Prefix of an exact prediction name, never a model card."""
 
 
-def find_prediction(store: str, site_ids: Sequence[str], wanted: str) -> str:
+def find_prediction(store: Store, site_ids: Sequence[str], wanted: str) -> str:
     """Return the name of the prediction meant by `wanted` at these sites.
 
     `wanted` is the name of a prediction, or the id of its model card. `=NAME` means the prediction
@@ -43,7 +44,9 @@ def find_prediction(store: str, site_ids: Sequence[str], wanted: str) -> str:
     return found
 
 
-def choose_name(store: str, site_ids: Sequence[str], about: Mapping[str, Any], default: str) -> str:
+def choose_name(
+    store: Store, site_ids: Sequence[str], about: Mapping[str, Any], default: str
+) -> str:
     """Return the name for a model's maps.
 
     Older versions named a prediction only by its model card. That name is returned if it exists,
@@ -59,13 +62,13 @@ def choose_name(store: str, site_ids: Sequence[str], about: Mapping[str, Any], d
     made_by = [
         model for site_id in site_ids if (model := _model_of(store, site_id, card)) is not None
     ]
-    same = [digest(model) == digest(dict(about)) for model in made_by]
+    same = [sha256_of_json(model) == sha256_of_json(dict(about)) for model in made_by]
     return card if same and all(same) else default
 
 
-def _listed(store: str, site_id: str) -> list[str]:
+def _listed(store: Store, site_id: str) -> list[str]:
     """List the names of a site's predictions, including damaged ones."""
-    files = group_of(store, "").store
+    files = store.open_group("").store
 
     async def listed() -> list[str]:
         return [
@@ -75,17 +78,17 @@ def _listed(store: str, site_id: str) -> list[str]:
     return list(sync(listed()))
 
 
-def _card_of(store: str, site_ids: Sequence[str], name: str) -> str | None:
+def _card_of(store: Store, site_ids: Sequence[str], name: str) -> str | None:
     """Return the id of the model card behind a prediction; None if no site's copy can be read."""
     models = (_model_of(store, site_id, name) for site_id in site_ids)
     return next((str(model.get("id")) for model in models if model is not None), None)
 
 
-def _model_of(store: str, site_id: str, name: str) -> dict[str, Any] | None:
+def _model_of(store: Store, site_id: str, name: str) -> dict[str, Any] | None:
     """Return the origin of a site's prediction; None if it is missing or damaged."""
     path = f"{site_id}/predictions/{name}"
     try:
-        model = group_of(store, path).attrs.get("model") if exists(store, path) else None
+        model = store.open_group(path).attrs.get("model") if store.has_group(path) else None
     except CubeError:
         return None
     return model if isinstance(model, dict) else None

@@ -18,7 +18,7 @@ from xarray.core import indexing
 
 from minecube.cube.commits import Commits, Labels
 from minecube.cube.pixels import LazyPixels, Pixels
-from minecube.cube.store import reading, site_group, zarr_store
+from minecube.cube.store import Store
 from minecube.cube.template import LABELS, WRITTEN_LATER, grid_in
 from minecube.errors import CubeError
 
@@ -26,7 +26,7 @@ REFLECTANCE_SCALE = 10_000
 """Stored reflectance per unit of surface reflectance."""
 
 
-def open_cube(store: str, site_id: str) -> xr.Dataset:
+def open_cube(store: Store, site_id: str) -> xr.Dataset:
     """Open a site's cube with all its years, lazily. A year without a commit reads as no data.
 
     Dimensions are year, band, y, x. `cube/__init__.py` lists the variables. Attributes are text and
@@ -39,7 +39,7 @@ def open_cube(store: str, site_id: str) -> xr.Dataset:
     return _open(Commits.of(store, site_id))
 
 
-def open_committed(store: str, site_id: str) -> xr.Dataset:
+def open_committed(store: Store, site_id: str) -> xr.Dataset:
     """Open a site's cube as `open_cube`, with committed years only. Use this to read a cube.
 
     Raises:
@@ -57,9 +57,9 @@ def _open(commits: Commits) -> xr.Dataset:
     """Open the cube with these markers."""
     store = commits.store
     site_id = commits.site_id
-    with reading(store, site_id):
+    with store.reading(site_id):
         opened: xr.Dataset = xr.open_zarr(
-            zarr_store(store), group=site_id, consolidated=False, chunks=None
+            store.open_zarr(), group=site_id, consolidated=False, chunks=None
         )
         opened["year"].load()
         for name, array in opened.data_vars.items():
@@ -73,14 +73,14 @@ def _open(commits: Commits) -> xr.Dataset:
     return opened.assign_attrs({name: _plain(value) for name, value in opened.attrs.items()})
 
 
-def grid_and_years(store: str, site_id: str) -> tuple[GeoBox, list[int]]:
+def grid_and_years(store: Store, site_id: str) -> tuple[GeoBox, list[int]]:
     """Read the grid of a site's cube, and all its years, from metadata.
 
     Raises:
         CubeError: the site is missing.
     """
-    group = site_group(store, site_id, "r")
-    with reading(store, site_id):
+    group = store.open_site(site_id, "r")
+    with store.reading(site_id):
         return grid_in(group.attrs), [int(year) for year in group["year"][:]]
 
 

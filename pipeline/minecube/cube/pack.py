@@ -18,8 +18,8 @@ from typing import Any
 
 from minecube.catalog import recipe_of
 from minecube.cube.builds import is_staged, staged_year
-from minecube.cube.packed import SUFFIX, is_packed
-from minecube.cube.store import NAMED, objects, site_group
+from minecube.cube.packed import SUFFIX
+from minecube.cube.store import NAMED, Store
 from minecube.cube.template import need_labels
 from minecube.cube.verify import _attributes, _content, _listed
 from minecube.errors import CubeError
@@ -43,7 +43,7 @@ class Packing:
 
 
 def pack(
-    store: str,
+    store: Store,
     out: Path,
     names: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] = lambda *_: None,
@@ -65,17 +65,16 @@ def pack(
         CubeError: a site is missing, nothing is committed, an object cannot be read, another
             command changed a packed object meanwhile, or the file cannot be written.
     """
-    if out.suffix != SUFFIX or (
-        Path(store).is_dir() and Path(store).resolve() in out.resolve().parents
-    ):
+    place = None if store.path is None else store.path.resolve()
+    if out.suffix != SUFFIX or (not store.packed and place in out.resolve().parents):
         raise CubeError(f"{out}: expected a file name that ends in {SUFFIX}, outside {store}")
-    if is_packed(store) and out.resolve() == Path(store).resolve():
+    if store.packed and out.resolve() == place:
         raise CubeError(f"{out}: is the packed store itself; name another file")
     listed = _listed(store)
     unknown = sorted(set(names or ()) - set(listed))
     if unknown:
         raise CubeError(f"{store}: no site {unknown[0]!r}; it has {', '.join(sorted(listed))}")
-    raw, chosen = objects(store), sorted(set(names or listed))
+    raw, chosen = store.open_objects(), sorted(set(names or listed))
     done = {name: _committed(raw, name, listed[name]) for name in chosen}
     left_out: list[str] = []
     for name in chosen:
@@ -121,7 +120,11 @@ def pack(
 
 
 def _write(
-    raw: Any, store: str, keys: Sequence[str], part: Path, progress: Callable[[int, int, str], None]
+    raw: Any,
+    store: Store,
+    keys: Sequence[str],
+    part: Path,
+    progress: Callable[[int, int, str], None],
 ) -> None:
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as made:
         for done, key in enumerate(keys, start=1):
@@ -173,7 +176,7 @@ def _committed(raw: Any, name: str, files: Iterable[str]) -> set[int]:
 
 
 def _kept(
-    store: str, listed: Mapping[str, Iterable[str]], done: Mapping[str, set[int]]
+    store: Store, listed: Mapping[str, Iterable[str]], done: Mapping[str, set[int]]
 ) -> list[str]:
     """List the objects of sites with committed years, sorted, without those of unfinished years."""
     keys = ["zarr.json"]
@@ -187,9 +190,9 @@ def _kept(
     return sorted(keys)
 
 
-def _begun(store: str, name: str, idle: set[int]) -> Iterator[str]:
+def _begun(store: Store, name: str, idle: set[int]) -> Iterator[str]:
     """Yield the key prefixes of objects of these years."""
-    group = site_group(store, name, "r")
+    group = store.open_site(name, "r")
     at = [i for i, year in enumerate(group["year"][:]) if int(year) in idle]
     yield from (f"builds/{year}/" for year in idle)
     for variable in ("reflectance", *recipe_of(group.attrs[NAMED]["recipe"]).layers):

@@ -40,35 +40,6 @@ class Member:
     crc: int
 
 
-def is_packed(store: str) -> bool:
-    """Whether the name is that of a packed store, existing or not.
-
-    Raises:
-        CubeError: the packed store is remote.
-    """
-    if not store.rstrip("/").endswith(SUFFIX) or Path(store).is_dir():
-        return False
-    if "://" in store:
-        raise CubeError(
-            f"{store}: a packed store is read from a local disk; download it, or unzip it there"
-        )
-    return True
-
-
-def need_writable(store: str) -> None:
-    """Raise CubeError for a packed store."""
-    if is_packed(store):
-        raise CubeError(
-            f"{store}: is a packed store, which is only read; write to the store it was packed from, or unpack it "
-            f"(`unzip -d {unpacked(store)} {store}`)"
-        )
-
-
-def unpacked(store: str) -> str:
-    """Return the folder to suggest for unpacking. It differs from the original folder."""
-    return f"{store.rstrip('/').removesuffix(SUFFIX)}-unpacked"
-
-
 def stamp_of(stat: os.stat_result) -> Stamp:
     """Return a file's stamp."""
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
@@ -99,17 +70,17 @@ def directory(path: str, _stamp: Stamp) -> Mapping[str, Member]:
     return {m.filename: Member(m.header_offset, m.file_size, m.CRC) for m in listed}
 
 
-def members(store: str) -> Mapping[str, Member]:
+def members(path: str) -> Mapping[str, Member]:
     """Map the keys of a packed store to its current members.
 
     Raises:
         CubeError: as `directory`, or the store is missing.
     """
     try:
-        return directory(store.rstrip("/"), stamp_of(Path(store.rstrip("/")).stat()))
+        return directory(path, stamp_of(Path(path).stat()))
     except OSError as error:
         raise CubeError(
-            f"{store}: there is no such packed store ({error.strerror}); `minecube pack` makes one"
+            f"{path}: there is no such packed store ({error.strerror}); `minecube pack` makes one"
         ) from error
 
 
@@ -133,7 +104,7 @@ def header_of(content: Any, key: str, member: Member) -> bytes:
     return bytes(content[member.header : member.header + _LOCAL_HEADER.size + len(key.encode())])
 
 
-def read(store: str, key: str, first: int = 0, end: int | None = None) -> bytes:
+def read(path: str, key: str, first: int = 0, end: int | None = None) -> bytes:
     """Read bytes `first` to `end` of an object. Negative values count from the object's end.
 
     A complete object is checked against the zip's CRC-32.
@@ -142,9 +113,9 @@ def read(store: str, key: str, first: int = 0, end: int | None = None) -> bytes:
         KeyError: the object is missing.
         OSError: the object cannot be read, or is damaged.
     """
-    member = members(store)[key]
+    member = members(path)[key]
     first, last, _ = slice(first, end).indices(member.size)
-    with Path(store.rstrip("/")).open("rb") as file:
+    with Path(path).open("rb") as file:
         start = _start(file, key, member)
         file.seek(start + first)
         content = file.read(max(last - first, 0))
@@ -197,10 +168,9 @@ def _opened(path: str, _stamp: Stamp, _process: int) -> PackedStore:
     return PackedStore(path, mode="r")
 
 
-def zarr_store(store: str) -> PackedStore:
+def open_zarr(path: str) -> PackedStore:
     """Return the Zarr store, one per process: reading a large directory takes seconds."""
-    members(store)  # raises a clear error
-    path = store.rstrip("/")
+    members(path)  # raises a clear error
     return _opened(path, stamp_of(Path(path).stat()), os.getpid())
 
 
@@ -208,21 +178,22 @@ def zarr_store(store: str) -> PackedStore:
 class Objects:
     """The part of an obstore store used by `verify` and `pack`."""
 
-    store: str
+    path: str
+    """The packed file."""
 
     def list(self) -> Iterator[list[dict[str, Any]]]:
         """Yield batches of path and size."""
-        yield [{"path": key, "size": member.size} for key, member in members(self.store).items()]
+        yield [{"path": key, "size": member.size} for key, member in members(self.path).items()]
 
     def list_with_delimiter(self) -> Mapping[str, Any]:
         """Return the first parts of all paths, in obstore's form."""
         return {
             "common_prefixes": sorted(
-                {key.split("/")[0] for key in members(self.store) if "/" in key}
+                {key.split("/")[0] for key in members(self.path) if "/" in key}
             )
         }
 
-    def get(self, path: str) -> _Object:
+    def get(self, key: str) -> _Object:
         """Read an object.
 
         Raises:
@@ -230,9 +201,9 @@ class Objects:
             OSError: the object is damaged.
         """
         try:
-            return _Object(read(self.store, path))
+            return _Object(read(self.path, key))
         except KeyError as error:
-            raise FileNotFoundError(path) from error
+            raise FileNotFoundError(key) from error
 
 
 @dataclass(frozen=True)

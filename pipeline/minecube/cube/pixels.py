@@ -26,7 +26,7 @@ from zarr.storage import WrapperStore
 
 from minecube.cube import packed
 from minecube.cube.commits import Watch
-from minecube.cube.store import absolute, zarr_store
+from minecube.cube.store import Store
 from minecube.errors import CubeError
 
 _ABSENT = 2**64 - 1  # offset of a chunk of fill value only (Zarr v3, sharding-indexed codec)
@@ -36,7 +36,7 @@ _ABSENT = 2**64 - 1  # offset of a chunk of fill value only (Zarr v3, sharding-i
 class Pixels:
     """An array [year, ..., y, x] of a store, as a source of windows."""
 
-    store: str
+    store: Store
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -47,22 +47,18 @@ class Pixels:
     """Decoder of a chunk; None if Zarr has to read it."""
     summed: bool
     """Whether each chunk ends in a CRC-32C."""
-    packed: bool
-    """Whether the store is packed."""
     watch: Watch | None = None
     """Check for writes during a read."""
 
     @classmethod
-    def of(cls, store: str, path: str, watch: Watch | None = None) -> Pixels:
+    def of(cls, store: Store, path: str, watch: Watch | None = None) -> Pixels:
         """Open the array at this path."""
-        store = absolute(store)
-        array = zarr.open_array(zarr_store(store), path=path, mode="r")
+        store = store.absolute()
+        array = zarr.open_array(store.open_zarr(), path=path, mode="r")
         chunk, shard = array.chunks[-2:], array.shards[-2:]
-        codec, summed = (None, False) if "://" in store else _codec(array.metadata.to_dict())
-        fill, in_zip = array.metadata.fill_value, packed.is_packed(store)
-        return cls(
-            store, path, array.shape, array.dtype, fill, chunk, shard, codec, summed, in_zip, watch
-        )
+        codec, summed = (None, False) if store.path is None else _codec(array.metadata.to_dict())
+        fill = array.metadata.fill_value
+        return cls(store, path, array.shape, array.dtype, fill, chunk, shard, codec, summed, watch)
 
     def cut(self, years: Sequence[int], y: int, x: int, size: int) -> npt.NDArray[Any]:
         """Read a window at year indices: [year, ..., size, size], fill value outside the site."""
@@ -193,24 +189,28 @@ class Pixels:
             (self.path, "c", str(year), *("0" for _ in self.shape[1:-2]), str(down), str(across))
         )
         shape = tuple(s // c for s, c in zip(self.shard, self.chunk, strict=True))
-        path = self.store.rstrip("/") if self.packed else f"{self.store}/{key}"
+        path = str(self.store.path) if self.store.packed else f"{self.store.path}/{key}"
         try:
             stamp = packed.stamp_of(os.stat(path))  # noqa: PTH116  a Path is slower
         except FileNotFoundError as error:
-            if self.packed:
+            if self.store.packed:
                 raise CubeError(f"{path}: is gone; put it back, or open another store") from error
             shard = None
         else:
-            shard = _member(path, stamp, key, shape) if self.packed else _mapped(path, stamp, shape)
+            shard = (
+                _member(path, stamp, key, shape)
+                if self.store.packed
+                else _mapped(path, stamp, shape)
+            )
         if shard is None and self.watch is not None:
             self.watch.need_absent(key)
         return shard
 
 
 @lru_cache(maxsize=256)
-def _opened(store: str, path: str, watch: Watch | None, _process: int) -> zarr.Array:
+def _opened(store: Store, path: str, watch: Watch | None, _process: int) -> zarr.Array:
     """Open an array with Zarr, once per process: in an object store each opening is a request."""
-    there = zarr_store(store) if watch is None else _WholeStore(zarr_store(store), watch)
+    there = store.open_zarr() if watch is None else _WholeStore(store.open_zarr(), watch)
     return zarr.open_array(there, path=path, mode="r", zarr_format=3)
 
 

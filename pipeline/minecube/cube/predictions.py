@@ -26,22 +26,11 @@ import xarray as xr
 import zarr
 
 from minecube.cube.builds import builds, pixels_of
+from minecube.cube.checksums import ChecksumStore, sealed
 from minecube.cube.locks import hold
-from minecube.cube.store import (
-    NAMED,
-    Summing,
-    begin_group,
-    digest,
-    exists,
-    group_of,
-    reading,
-    sealed,
-    site_group,
-    summing,
-    writing,
-    zarr_store,
-)
+from minecube.cube.store import NAMED, Store
 from minecube.cube.template import geozarr, grid_in
+from minecube.digests import sha256_of_json
 from minecube.errors import CubeError
 
 View = tuple[int, ...]
@@ -91,7 +80,7 @@ class Prediction:
 
 
 def write_prediction(
-    store: str,
+    store: Store,
     site_id: str,
     prediction: Prediction,
     rows: Callable[[Sequence[View]], Generator[Rows, None, None]],
@@ -117,14 +106,14 @@ def write_prediction(
             prediction, rows are missing, or the store cannot be written. Views committed before the
             error stay.
     """
-    target, now = summing(store), _pixels(store, site_id)
+    target, now = store.open_with_checksums(), _pixels(store, site_id)
     unbuilt = [_label(view) for view in prediction.views if len(_of(view, now)) < len(view)]
     if unbuilt:
         raise CubeError(
             f"{store}: {unbuilt[0]} of {site_id} is not committed, and its pixels may change under the map; run `minecube "
             "build` until it says built"
         )
-    with writing(store), hold(store, f"{site_id}/predictions/{prediction.model}") as lock:
+    with store.writing(), hold(store, f"{site_id}/predictions/{prediction.model}") as lock:
         group, done = _begin(store, site_id, prediction, target, now, overwrite=overwrite)
         todo = [view for view in prediction.views if _label(view) not in done]
         if not todo:
@@ -151,7 +140,7 @@ def write_prediction(
 
 
 def write_probability(
-    store: str,
+    store: Store,
     site_id: str,
     model: str,
     probability: xr.DataArray,
@@ -169,8 +158,8 @@ def write_probability(
         CubeError: the probability lies on another grid than the cube, or the store cannot be
             written.
     """
-    with reading(store, site_id):
-        grid = grid_in(site_group(store, site_id, mode="r").attrs)
+    with store.reading(site_id):
+        grid = grid_in(store.open_site(site_id, mode="r").attrs)
     if probability.odc.geobox != grid:
         raise CubeError(
             f"{store}: the prediction for {site_id} lies on another grid than its cube; predict from the cube itself"
@@ -201,7 +190,7 @@ def write_probability(
     )
 
 
-def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
+def open_probability(store: Store, site_id: str, model: str) -> xr.DataArray:
     """Open a model's probability over a site: lazy uint8 [year, y, x], x 250, 255 = missing.
 
     Raises:
@@ -219,7 +208,7 @@ def open_probability(store: str, site_id: str, model: str) -> xr.DataArray:
     )
 
 
-def open_change(store: str, site_id: str, model: str) -> xr.DataArray:
+def open_change(store: Store, site_id: str, model: str) -> xr.DataArray:
     """Open a model's change over a site: lazy uint8 [pair, class, y, x], x 250.
 
     The value is 255 if either year has no observation. Coordinates `first` and `second` are the
@@ -232,7 +221,7 @@ def open_change(store: str, site_id: str, model: str) -> xr.DataArray:
     return _open(store, site_id, model, "change")
 
 
-def mapped_by(store: str, site_id: str, model: str) -> str:
+def mapped_by(store: Store, site_id: str, model: str) -> str:
     """Return the variable mapped by a model at a site: probability or change.
 
     Raises:
@@ -241,16 +230,16 @@ def mapped_by(store: str, site_id: str, model: str) -> str:
     return str(_group(store, site_id, model).attrs.get("variable", "probability"))
 
 
-def _group(store: str, site_id: str, model: str) -> zarr.Group:
+def _group(store: Store, site_id: str, model: str) -> zarr.Group:
     path = f"{site_id}/predictions/{model}"
-    if not exists(store, path):
+    if not store.has_group(path):
         raise CubeError(
             f"{store}: no prediction of {model!r} for {site_id}; run `minecube predict` first"
         )
-    return group_of(store, path)
+    return store.open_group(path)
 
 
-def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
+def _open(store: Store, site_id: str, model: str, variable: str) -> xr.DataArray:
     path, group = f"{site_id}/predictions/{model}", _group(store, site_id, model)
     attrs = dict(group.attrs)
     views, done, now = _views(attrs), attrs.get("done", {}), _pixels(store, site_id)
@@ -284,25 +273,27 @@ def _open(store: str, site_id: str, model: str, variable: str) -> xr.DataArray:
             f"{store}: {model!r} of {site_id} was made of an earlier {origin['prediction']!r} than is there now; make it "
             "again, a smoothed map by `minecube tracks`"
         )
-    opened: xr.Dataset = xr.open_zarr(zarr_store(store), group=path, consolidated=False)
+    opened: xr.Dataset = xr.open_zarr(store.open_zarr(), group=path, consolidated=False)
     found = opened[variable].assign_attrs(model=attrs["model"], builds=mapped_from)
     whole = [n for n, done in places(attrs).items() if done]  # without views of uncommitted years
     return found if len(whole) == found.shape[0] else found.isel({found.dims[0]: whole})
 
 
-def _maker(store: str, site_id: str, model: str) -> str | None:
+def _maker(store: Store, site_id: str, model: str) -> str | None:
     """Return the digest of a prediction's origin, also of an unfinished one; None if missing."""
     path = f"{site_id}/predictions/{model}"
-    return digest(group_of(store, path).attrs.get("model")) if exists(store, path) else None
+    return (
+        sha256_of_json(store.open_group(path).attrs.get("model")) if store.has_group(path) else None
+    )
 
 
-def _stale(store: str, site_id: str, model: str, year: str) -> CubeError:
+def _stale(store: Store, site_id: str, model: str, year: str) -> CubeError:
     return CubeError(
         f"{store}: {model!r} mapped {site_id} before {year} was built as it is now; run `minecube predict` again"
     )
 
 
-def _pixels(store: str, site_id: str) -> dict[str, str]:
+def _pixels(store: Store, site_id: str) -> dict[str, str]:
     return {str(year): pixels_of(made) for year, made in builds(store, site_id).items()}
 
 
@@ -332,10 +323,10 @@ def _places(variable: str, views: Sequence[View]) -> dict[View, list[int]]:
 
 
 def _begin(
-    store: str,
+    store: Store,
     site_id: str,
     prediction: Prediction,
-    target: Summing,
+    target: ChecksumStore,
     now: Mapping[str, str],
     *,
     overwrite: bool,
@@ -377,8 +368,12 @@ def _begin(
     return group, kept
 
 
-def _sums(target: Summing, path: str) -> dict[str, list[Any]]:
-    return {key: value for key, value in target.below(path, path).items() if key != "zarr.json"}
+def _sums(target: ChecksumStore, path: str) -> dict[str, list[Any]]:
+    return {
+        key: value
+        for key, value in target.checksums_below(path, path).items()
+        if key != "zarr.json"
+    }
 
 
 def place_of(key: str) -> int | None:
@@ -415,23 +410,23 @@ def unmapped(attrs: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
+def _kept(store: Store, path: str, prediction: Prediction) -> dict[str, Any]:
     """Return the attributes left by an earlier run of this model; empty if missing or damaged.
 
     Raises:
         CubeError: another model made the prediction.
     """
     try:
-        if not exists(store, path):
+        if not store.has_group(path):
             return {}
-        group = group_of(store, path)
+        group = store.open_group(path)
     except CubeError:
         return {}
     attrs = dict(group.attrs)
     if attrs != sealed(attrs):
         return {}
     if (
-        digest(attrs.get("model")) != digest(dict(prediction.about))
+        sha256_of_json(attrs.get("model")) != sha256_of_json(dict(prediction.about))
         or attrs.get("variable") != prediction.variable
     ):
         raise CubeError(
@@ -440,10 +435,10 @@ def _kept(store: str, path: str, prediction: Prediction) -> dict[str, Any]:
     return attrs if prediction.variable in group else {}
 
 
-def _template(store: str, site_id: str, prediction: Prediction, target: Summing) -> None:
+def _template(store: Store, site_id: str, prediction: Prediction, target: ChecksumStore) -> None:
     """Create the group without pixels."""
-    about = site_group(store, site_id, mode="r").attrs
-    with reading(store, site_id):
+    about = store.open_site(site_id, mode="r").attrs
+    with store.reading(site_id):
         grid, recipe = grid_in(about), about[NAMED]["recipe"]
     side, chunk, variable = recipe["block_px"], recipe["chunk_px"], prediction.variable
     axis, coords = _axis(variable, prediction.views), dict(odc.geo.xr.xr_coords(grid))
@@ -470,7 +465,7 @@ def _template(store: str, site_id: str, prediction: Prediction, target: Summing)
         "fill_value": 255,
     }
     path = f"{site_id}/predictions/{prediction.model}"
-    begin_group(store, path, {})
+    store.begin_group(path, {})
     dataset.to_zarr(
         target,
         group=path,

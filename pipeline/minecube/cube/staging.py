@@ -26,18 +26,8 @@ import zarr
 
 from minecube.catalog import recipe_of
 from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, note_incomplete, run_of, staged_year
-from minecube.cube.store import (
-    NAMED,
-    Summing,
-    begin_group,
-    group_at,
-    group_of,
-    objects,
-    sealed,
-    site_group,
-    sum_of,
-    summing,
-)
+from minecube.cube.checksums import ChecksumStore, sealed, sum_of
+from minecube.cube.store import NAMED, Store
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -52,10 +42,10 @@ def staging_path(site_id: str, year: int, run: str) -> str:
 class Staging:
     """Arrays of a site-year under construction, and notes on its blocks."""
 
-    store: str
+    store: Store
     site_id: str
     year: int
-    target: Summing
+    target: ChecksumStore
     group: zarr.Group
     arrays: dict[str, zarr.Array]
     """Variable -> array [1, ..., y, x]."""
@@ -86,13 +76,13 @@ class Staging:
         """
         for name, content in blobs.items():
             put_bytes(self.group, name, content)
-        written = self.target.below(self.group.path, self.group.path)
+        written = self.target.checksums_below(self.group.path, self.group.path)
         kept = {
             f"builds/{self.year}/{key}": value
             for key, value in written.items()
             if key.split("/")[0] in blobs
         }
-        index = year_index(site_group(self.store, self.site_id, "r"), self.year)
+        index = year_index(self.store.open_site(self.site_id, "r"), self.year)
         for key, value in self.checksums.items():
             kept[_placed_key(key, index)] = value
         made = sealed({**provenance, "checksums": kept})
@@ -124,7 +114,7 @@ def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
 
 
 def open_staging(
-    store: str, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None
+    store: Store, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None
 ) -> Staging:
     """Open the staging group of a run, with the blocks left by an earlier process of the same run.
 
@@ -138,8 +128,8 @@ def open_staging(
             removed.
     """
     path = staging_path(site_id, year, run)
-    target = summing(store)
-    group = group_at(store, path)
+    target = store.open_with_checksums()
+    group = store.find_group(path)
     _discard_others(store, site_id, year, keep=path)
     if group is None or not _is_resumable(store, path, group, before):
         _remove(store, path)
@@ -155,7 +145,7 @@ def open_staging(
     return Staging(store, site_id, year, target, group, arrays)
 
 
-def _is_resumable(store: str, path: str, group: zarr.Group, before: bytes | None) -> bool:
+def _is_resumable(store: Store, path: str, group: zarr.Group, before: bytes | None) -> bool:
     """Whether the read counts equal `before` and all noted shards exist with their sizes."""
     counts = counts_of(group)
     if (
@@ -164,7 +154,7 @@ def _is_resumable(store: str, path: str, group: zarr.Group, before: bytes | None
         or ("reads" in group.attrs and counts is None)
     ):
         return False
-    raw = objects(store)
+    raw = store.open_objects()
     try:
         return all(
             raw.head(f"{path}/{key}")["size"] == size
@@ -199,56 +189,56 @@ def counts_of(group: zarr.Group) -> bytes | None:
     return content
 
 
-def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
+def reads_so_far(store: Store, provenance: Mapping[str, Any]) -> bytes | None:
     """Return the read counts of an interrupted run of the same build; None if missing."""
-    group = group_at(
-        store, staging_path(provenance["site"], provenance["year"], run_of(provenance))
+    group = store.find_group(
+        staging_path(provenance["site"], provenance["year"], run_of(provenance))
     )
     return None if group is None else counts_of(group)
 
 
-def discard(store: str, site_id: str, year: int) -> None:
+def discard(store: Store, site_id: str, year: int) -> None:
     """Remove all remains of builds of a year."""
     _discard_others(store, site_id, year, keep="")
 
 
-def _discard_others(store: str, site_id: str, year: int, keep: str) -> None:
+def _discard_others(store: Store, site_id: str, year: int, keep: str) -> None:
     """Remove all remains of builds of a year except one group."""
-    below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
+    below = store.open_objects().list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
     for path in (found.rstrip("/") for found in below):
         name = path.rpartition("/")[2]
         if name.endswith(STAGED) and staged_year(name) == year and path != keep:
             _remove(store, path)
 
 
-def is_begun(store: str, site_id: str, year: int) -> bool:
+def is_begun(store: Store, site_id: str, year: int) -> bool:
     """Whether an unfinished build of a year exists."""
-    below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
+    below = store.open_objects().list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
     names = [found.rstrip("/").rpartition("/")[2] for found in below]
     return any(name.endswith(STAGED) and staged_year(name) == year for name in names)
 
 
-def _remove(store: str, path: str) -> None:
+def _remove(store: Store, path: str) -> None:
     """Remove a staging group if it exists."""
-    group = group_at(store, path, "r+")
+    group = store.find_group(path, "r+")
     if group is not None:
         group.attrs.put({})  # first: no block may count as done without its shards
     parent, _, name = path.rpartition("/")
     with contextlib.suppress(FileNotFoundError, KeyError):
-        del group_of(store, parent, "r+")[name]
+        del store.open_group(parent, "r+")[name]
 
 
-def finish(store: str, site_id: str, year: int) -> None:
+def finish(store: Store, site_id: str, year: int) -> None:
     """Put the objects of a committed year in place after a killed run.
 
     If an object is lost, the commit is withdrawn. The year can then be built again.
     """
-    marker = group_at(store, f"{site_id}/builds/{year}", "r+")
+    marker = store.find_group(f"{site_id}/builds/{year}", "r+")
     if marker is None or PLACING not in marker.attrs:
         return
     made = marker.attrs[PLACING]["made"]
     staged = marker.attrs[PLACING]["staging"]
-    cube = site_group(store, site_id, "r")
+    cube = store.open_site(site_id, "r")
     index = year_index(cube, year)
     for key in sorted({*made["checksums"], *_shard_keys(cube, index)}):
         if key not in made["checksums"]:
@@ -271,12 +261,12 @@ def finish(store: str, site_id: str, year: int) -> None:
     marker.attrs.put(made)  # last: after a kill, the next run finishes the work
 
 
-def _place(store: str, source: str, target: str, checksum: Sequence[Any]) -> bool:
+def _place(store: Store, source: str, target: str, checksum: Sequence[Any]) -> bool:
     """Rename an object to its place. Returns whether it is in place.
 
     An object renamed earlier must match its checksum.
     """
-    raw = objects(store)
+    raw = store.open_objects()
     try:
         raw.rename(source, target)
     except FileNotFoundError:
@@ -321,17 +311,17 @@ def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
                 yield f"{name}/{key}"
 
 
-def _empty_unfinished(store: str, site_id: str, year: int) -> None:
+def _empty_unfinished(store: Store, site_id: str, year: int) -> None:
     """Remove pixels of an uncommitted year, left by older versions or a killed withdrawal."""
-    marker = group_at(store, f"{site_id}/builds/{year}", "r+")
+    marker = store.find_group(f"{site_id}/builds/{year}", "r+")
     if marker is None or not marker.attrs or "build_id" in marker.attrs:
         return
-    cube = site_group(store, site_id, "r")
+    cube = store.open_site(site_id, "r")
     _delete(store, (f"{site_id}/{key}" for key in _shard_keys(cube, year_index(cube, year))))
     marker.attrs.put({})
 
 
-def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> None:
+def withdraw(store: Store, site_id: str, year: int, judged: str | None = None) -> None:
     """Withdraw the commit of a year, and remove its staged objects and the pixels in its marker.
 
     Args:
@@ -345,7 +335,7 @@ def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> 
     """
     path = f"{site_id}/builds/{year}"
     try:
-        marker = group_at(store, path)
+        marker = store.find_group(path)
         attrs = {} if marker is None else dict(marker.attrs)
     except CubeError:
         attrs = {}
@@ -355,15 +345,15 @@ def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> 
         )
     listed = attrs.get(WITHDRAWN, attrs.get(PLACING, {}).get("made", attrs).get("checksums", ()))
     pixels = [key for key in listed if not key.startswith("builds/")]
-    begin_group(store, path, {WITHDRAWN: pixels})
+    store.begin_group(path, {WITHDRAWN: pixels})
     _delete(store, (f"{site_id}/{key}" for key in pixels))
     discard(store, site_id, year)
-    begin_group(store, path, {})
+    store.begin_group(path, {})
 
 
-def _delete(store: str, keys: Iterable[str]) -> None:
+def _delete(store: Store, keys: Iterable[str]) -> None:
     """Remove objects if they exist."""
-    raw = objects(store)
+    raw = store.open_objects()
     for key in keys:
         with contextlib.suppress(FileNotFoundError):
             raw.delete(key)

@@ -16,7 +16,9 @@ from odc.geo.geobox import GeoBox
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from minecube.catalog import QUALITY, Recipe
-from minecube.cube.store import NAMED, Summing, digest, objects, sealed, site_group
+from minecube.cube.checksums import ChecksumStore, sealed
+from minecube.cube.store import NAMED, Store
+from minecube.digests import sha256_of_json
 from minecube.errors import CubeError
 
 LABELLING = "labelling"
@@ -134,12 +136,12 @@ def identity(metadata: Mapping[str, Any]) -> str:
     kept = {**metadata, "attributes": attrs}
     if "year" in (metadata.get("dimension_names") or ())[:1]:
         kept["shape"] = metadata.get("shape", ())[1:]
-    return digest(kept)[:16]
+    return sha256_of_json(kept)[:16]
 
 
-def identities(store: str, site_id: str, group: zarr.Group) -> dict[str, str]:
+def identities(store: Store, site_id: str, group: zarr.Group) -> dict[str, str]:
     """Return the `identity` of each array of a group, by name."""
-    stored = objects(store)
+    stored = store.open_objects()
     names = sorted(name for name, _ in group.arrays())
     return {
         n: identity(json.loads(bytes(stored.get(f"{site_id}/{n}/zarr.json").bytes())))
@@ -150,7 +152,7 @@ def identities(store: str, site_id: str, group: zarr.Group) -> dict[str, str]:
 def group_digest(attrs: Mapping[str, Any]) -> str:
     """Hash the description of a site's group: identity, origin and location."""
     about = {k: v for k, v in attrs[NAMED].items() if k != "sha256"}
-    return digest({**{k: v for k, v in attrs.items() if k in GEOZARR}, NAMED: about})
+    return sha256_of_json({**{k: v for k, v in attrs.items() if k in GEOZARR}, NAMED: about})
 
 
 def seal_group(group: zarr.Group) -> None:
@@ -179,9 +181,9 @@ def begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
     array.attrs.put({**array.attrs, **sealed(noted)})  # `update` would write one by one
 
 
-def need_labels(store: str, site_id: str) -> None:
+def need_labels(store: Store, site_id: str) -> None:
     """Raise CubeError if labels of the site are half written."""
-    group = site_group(store, site_id, "r")
+    group = store.open_site(site_id, "r")
     for name in LABELS:
         years = group[name].attrs.get(LABELLING) if name in group else None
         if years:
@@ -191,12 +193,12 @@ def need_labels(store: str, site_id: str) -> None:
             )
 
 
-def note_labels(array: zarr.Array, target: Summing, origin: str) -> None:
+def note_labels(array: zarr.Array, target: ChecksumStore, origin: str) -> None:
     """Note the origin of finished labels and the checksums of their shards."""
     name = array.path.rpartition("/")[2]
     new = {
         k: s
-        for k, s in target.below(array.path, array.path.removesuffix(f"/{name}")).items()
+        for k, s in target.checksums_below(array.path, array.path.removesuffix(f"/{name}")).items()
         if "/c/" in k
     }
     checksums = dict(sorted({**array.attrs["checksums"], **new}.items()))

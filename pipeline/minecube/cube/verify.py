@@ -42,9 +42,9 @@ from minecube.cube.builds import (
     staged_year,
     used_scenes,
 )
-from minecube.cube.packed import is_packed
+from minecube.cube.checksums import sealed, sum_of
 from minecube.cube.predictions import place_of, places, unmapped
-from minecube.cube.store import BEING_MADE, FORMAT, NAMED, folder_of, objects, sealed, sum_of
+from minecube.cube.store import BEING_MADE, FORMAT, NAMED, Store
 from minecube.cube.template import (
     FRACTION,
     LABELLING,
@@ -125,7 +125,7 @@ class Report:
         return {site: sorted(of) for site, of in sorted(years.items())}
 
 
-def named_sites(store: str) -> list[str]:
+def named_sites(store: Store) -> list[str]:
     """List the sites in a store, also those unreadable for Zarr.
 
     Raises:
@@ -135,7 +135,7 @@ def named_sites(store: str) -> list[str]:
 
 
 def verify(
-    store: str,
+    store: Store,
     names: Sequence[str] | None = None,
     *,
     workers: int = 4,
@@ -152,7 +152,7 @@ def verify(
     unknown = sorted(set(names or ()) - set(files))
     if unknown:
         raise CubeError(f"{store}: no site {unknown[0]!r}; it has {', '.join(sorted(files))}")
-    raw = objects(store)
+    raw = store.open_objects()
     sites = [_Site(raw, name, files[name]) for name in sorted(set(names or files))]
     findings = list(_empty_group("", "zarr.json", _content(raw, "zarr.json")))
     for site in sites:
@@ -176,17 +176,16 @@ def verify(
     )
 
 
-def _listed(store: str) -> dict[str, dict[str, int]]:
+def _listed(store: Store) -> dict[str, dict[str, int]]:
     """Map each site to its objects (key relative to its group -> bytes)."""
-    folder = folder_of(store)
-    if folder is not None and not (folder.is_dir() or is_packed(store)):
-        found = "is a file" if folder.exists() else "there is no store"
+    if store.path is not None and not (store.path.is_dir() or store.packed):
+        found = "is a file" if store.path.exists() else "there is no store"
         raise CubeError(
             f"{store}: {found}; name the folder, or the URL, that `minecube build` was given as --store"
         )
     groups: dict[str, dict[str, int]] = {}
     try:
-        raw = objects(store)
+        raw = store.open_objects()
         for batch in raw.list():
             for entry in batch:
                 name, _, path = entry["path"].partition("/")

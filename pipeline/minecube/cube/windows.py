@@ -21,7 +21,7 @@ from xarray.core import indexing
 
 from minecube.cube.commits import Commits, Labels
 from minecube.cube.pixels import LazyPixels, Pixels
-from minecube.cube.store import site_group, sites
+from minecube.cube.store import Store, sites
 from minecube.errors import CubeError
 
 VIEWS = ("year", "pair", "series")
@@ -55,7 +55,7 @@ class CubeDataset:
             different years or bands cannot share a batch.
     """
 
-    store: str
+    store: Store
     """A folder, a packed store, or an object-store URL."""
     site_ids: Sequence[str] | None = None
     """Sites; default: all."""
@@ -151,7 +151,7 @@ class CubeDataset:
     @property
     def forkable(self) -> bool:
         """Whether forked processes may cut windows, too."""
-        return "://" not in self.store
+        return self.store.path is not None
 
     def years_of(self, site: str) -> tuple[int, ...]:
         """Return the years of a site's windows, ascending."""
@@ -184,13 +184,13 @@ class CubeDataset:
         }
 
 
-def open_reflectance(store: str, site_id: str) -> xr.DataArray:
+def open_reflectance(store: Store, site_id: str) -> xr.DataArray:
     """Open reflectance of a site's committed years: lazy, without Dask, and fast to read in rows.
 
     Raises:
         CubeError: the site is missing or has no committed year.
     """
-    site, group = _Site.of(store, site_id, None), site_group(store, site_id, "r")
+    site, group = _Site.of(store, site_id, None), store.open_site(site_id, "r")
     pixels = site.reflectance
     coords = {name: group[name][:] for name in ("year", "band", "y", "x")}
     coords["band"] = np.array([str(b) for b in coords["band"]], dtype=object)
@@ -221,8 +221,8 @@ class _Site:
         return height, width
 
     @classmethod
-    def of(cls, store: str, name: str, years: Sequence[int] | None) -> _Site:
-        group = site_group(store, name, "r")
+    def of(cls, store: Store, name: str, years: Sequence[int] | None) -> _Site:
+        group = store.open_site(name, "r")
         commits = Commits.of(store, name)
         committed = sorted(commits.committed)
         lacking = sorted(set(years or ()) - set(committed))
