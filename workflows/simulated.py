@@ -54,7 +54,7 @@ def sites(counts: dict[str, int], side_m: int = SIDE_M) -> gpd.GeoDataFrame:
 def make(site: Site, out: Path, years: Sequence[int], world: World) -> str:
     """Simulate, build and label one site; its scenes are removed once its cube is there."""
     store, archive, recipe = (
-        str(out / "cubes.zarr"),
+        cube.Store(out / "cubes.zarr"),
         out / "worlds" / site.id,
         load_recipes()["annual-median"],
     )

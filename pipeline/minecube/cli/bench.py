@@ -109,7 +109,7 @@ class Split:
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 def bench(
-    store: str,
+    store: cube.Store,
     train_sites: SiteChoice,
     valid_sites: SiteChoice,
     test_sites: SiteChoice,
@@ -136,7 +136,7 @@ def bench(
     compute.place()
     _agree(
         out / "bench.json",
-        {"store": store, **asdict(split), "settings": as_dict(settings), "seed": seed},
+        {"store": str(store), **asdict(split), "settings": as_dict(settings), "seed": seed},
     )
     below = {site: baselines_of(store, site) for site in split.test}  # fails early without labels
     took = {}
@@ -170,7 +170,7 @@ def compared(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
     ]
 
 
-def _split(store: str, train: SiteChoice, valid: SiteChoice, test: SiteChoice) -> Split:
+def _split(store: cube.Store, train: SiteChoice, valid: SiteChoice, test: SiteChoice) -> Split:
     split = Split(
         train=stored_sites(store, train),
         valid=stored_sites(store, valid),
@@ -221,7 +221,7 @@ def _agree(path: Path, asked: Mapping[str, Any]) -> None:
 
 
 def _run(
-    store: str,
+    store: cube.Store,
     split: Split,
     card: ModelCard,
     settings: Settings,
@@ -264,7 +264,7 @@ def _run(
     return took, prediction
 
 
-def _smooth(store: str, sites: Sequence[str], prediction: str) -> None:
+def _smooth(store: cube.Store, sites: Sequence[str], prediction: str) -> None:
     maps = {site: cube.open_probability(store, site, prediction) for site in sites}
     rates = tracks.learn_rates(maps.values())
     for site, lazy in maps.items():
@@ -273,7 +273,7 @@ def _smooth(store: str, sites: Sequence[str], prediction: str) -> None:
 
 
 def written(
-    store: str,
+    store: cube.Store,
     tables: Tables,
     cards: Sequence[ModelCard],
     took: Mapping[str, Mapping[str, float]],

@@ -17,7 +17,7 @@ import pystac
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.cli.common import absolute, as_ended, failure_text
+from minecube.cli.common import as_ended, failure_text
 from minecube.cli.copies import Copies
 from minecube.composite import Tools, composite, plan, registration
 from minecube.errors import CatalogError, GoneError, LostReadError, MinecubeError, SceneError
@@ -35,7 +35,7 @@ _REMEMBERED = 4  # scene lists: a year, its two neighbours, and the next year
 class Job:
     """Settings of a build: input, method and store."""
 
-    store: str
+    store: cube.Store
     sources: tuple[Source, ...]
     """In order of preference. Each acquisition is read from the first source listing it."""
     recipe: Recipe
@@ -399,7 +399,7 @@ def _run(
     job = replace(job, at_once=1 if executor else at_once)
     pool = executor or ThreadPoolExecutor(max_workers=at_once)
     if executor:  # workers may run in other folders
-        job = replace(job, store=absolute(job.store), snapshots=job.snapshots.absolute())
+        job = replace(job, store=job.store.absolute(), snapshots=job.snapshots.absolute())
     # Divide the cores among site-years: memory grows with the cores, not with their square.
     local = () if executor else (max(cores // at_once, 1), stop.is_set)
     tasks: dict[Future[Outcome], tuple[Site, int]] = {}
@@ -421,7 +421,9 @@ def _run(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _failed(store: str, site: Site, year: int, error: BaseException, seconds: float) -> Outcome:
+def _failed(
+    store: cube.Store, site: Site, year: int, error: BaseException, seconds: float
+) -> Outcome:
     """Make the outcome of a failed site-year: `stale` if an older build remains, else `failed`."""
     try:
         kept = year in cube.builds(store, site.id)

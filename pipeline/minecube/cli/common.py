@@ -38,7 +38,6 @@ from minecube.catalog import (
     same_names,
 )
 from minecube.cli.explain import explain, one_line
-from minecube.cube.store import check_answers
 from minecube.errors import CatalogError, MinecubeError, WorkerError
 from minecube.vectors import NAMED, SUFFIXES
 
@@ -134,8 +133,9 @@ SEED = click.IntRange(min=0, max=2**32 - 1)
 """Range of seeds accepted by both NumPy and PyTorch."""
 
 
-def _readable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
-    check_answers(store)
+def _readable(_ctx: click.Context, _param: click.Parameter, name: str) -> cube.Store:
+    store = cube.Store(name)
+    store.check_answers()
     return store
 
 
@@ -153,9 +153,10 @@ scheduler_option = click.option(
 )
 
 
-def _writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
-    cube.need_writable(store)
-    check_answers(store)
+def _writable(_ctx: click.Context, _param: click.Parameter, name: str) -> cube.Store:
+    store = cube.Store(name)
+    store.need_writable()
+    store.check_answers()
     return store
 
 
@@ -305,7 +306,7 @@ def choose_sites(wanted: SiteChoice, catalog: Path | None) -> list[Site]:
 
 
 def sites_with_margin(
-    wanted: SiteChoice, catalog: Path | None, margin: float | None, store: str | None = None
+    wanted: SiteChoice, catalog: Path | None, margin: float | None, store: cube.Store | None = None
 ) -> list[Site]:
     """Choose sites and print the margins of their grids.
 
@@ -344,7 +345,9 @@ def _need_file(wanted: SiteChoice) -> None:
         )
 
 
-def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = None) -> list[str]:
+def stored_sites(
+    store: cube.Store, wanted: SiteChoice, there: Sequence[str] | None = None
+) -> list[str]:
     """Choose sites of a store by name, or by a file of sites. Returns their names.
 
     Args:
@@ -359,7 +362,7 @@ def stored_sites(store: str, wanted: SiteChoice, there: Sequence[str] | None = N
     there = cube.sites(store) if there is None else there
     if not wanted.is_file():
         _need_file(wanted)
-        return matching(wanted.text, there, store)
+        return matching(wanted.text, there, str(store))
     names = [site.id for site in choose_sites(wanted, None)]
     lacking = [name for name in names if name not in there]
     if lacking:
@@ -385,12 +388,12 @@ def choose_sources(ids: str, catalog: Path | None) -> tuple[Source, ...]:
     return tuple(pick(known, name, "source") for name in names)
 
 
-def scenes_folder(snapshots: Path | None, store: str) -> Path:
+def scenes_folder(snapshots: Path | None, store: cube.Store) -> Path:
     """Return the folder of scene lists.
 
     By default it is next to the store, or in the current folder if the store is a URL.
     """
-    name = store.rstrip("/")
+    name = store.name.rstrip("/")
     return snapshots or Path(f"{name.rpartition('/')[2] if '://' in name else name}-scenes")
 
 
@@ -449,7 +452,7 @@ def matching(wanted: str, names: Sequence[str], where: str) -> list[str]:
     return chosen
 
 
-def stored_prediction(store: str, names: Sequence[str], model: str) -> str:
+def stored_prediction(store: cube.Store, names: Sequence[str], model: str) -> str:
     """Return the name of the prediction for --model at these sites.
 
     Prints the name if it differs from --model.

@@ -188,7 +188,7 @@ def build(
     margin: float | None,
     years: tuple[int, ...],
     source_ids: str,
-    store: str,
+    store: cube.Store,
     recipe_id: str,
     catalog: Path | None,
     snapshots: Path | None,
@@ -263,7 +263,9 @@ def build(
     _exit_if_failed(ctx, outcomes, store)
 
 
-def _exit_if_failed(ctx: click.Context, outcomes: Sequence[building.Outcome], store: str) -> None:
+def _exit_if_failed(
+    ctx: click.Context, outcomes: Sequence[building.Outcome], store: cube.Store
+) -> None:
     """Count what failed, and exit with 1 if anything did."""
     failed = sum(o.state == "failed" for o in outcomes)
     stale = sum(o.state == "stale" for o in outcomes)
@@ -344,7 +346,7 @@ def _show_planned_and_actual(outcomes: Sequence[building.Outcome]) -> None:
     "`doi`, which exports cite.",
 )
 @layer_option
-def label(store: str, wanted: SiteChoice, polygons: Path, layer: str | None) -> None:
+def label(store: cube.Store, wanted: SiteChoice, polygons: Path, layer: str | None) -> None:
     """Draw mine polygons on the grids of the cubes.
 
     Writes `footprint` (1 mine, 0 background, 255 unknown) and `footprint_fraction`, the share of each

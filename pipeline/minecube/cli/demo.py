@@ -77,7 +77,7 @@ def demo(out: Path, epochs: int, seed: int) -> None:
             f"{out}: is not empty; the demo starts afresh, so remove it or choose another --out"
         )
     start = time.monotonic()
-    world, store = out / "world", str(out / "cubes.zarr")
+    world, store = out / "world", cube.Store(out / "cubes.zarr")
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
     with _stage("simulate the archive"):
         make_world(sites, world, World(years=YEARS, one_style_per_site=True, seed=seed))
@@ -136,7 +136,7 @@ def _stage(what: str) -> Iterator[None]:
     click.echo(f"{'':4}{time.monotonic() - start:.0f} s", err=True)
 
 
-def _build(sites: list[Site], world: Path, store: str, lists: Path) -> dict[str, str]:
+def _build(sites: list[Site], world: Path, store: cube.Store, lists: Path) -> dict[str, str]:
     """Build every site from the source listing it. Returns the source's id by site."""
     known = load_sources(world / "sources.yaml")
     listed_by: dict[str, str] = {}
@@ -157,7 +157,7 @@ def _lists(href: str, site: Site) -> bool:
 
 
 def _against_truth(
-    sites: list[Site], world: Path, store: str, out: Path, listed_by: dict[str, str]
+    sites: list[Site], world: Path, store: cube.Store, out: Path, listed_by: dict[str, str]
 ) -> dict[str, float]:
     """Compare all composites with the clean reflectance, and draw one of them."""
     squares = {"ours": 0.0, "naive": 0.0, "mine": 0.0}
@@ -217,7 +217,7 @@ def _seen_clear(truth: xr.Dataset, year: int) -> npt.NDArray[np.bool_]:
     return seen
 
 
-def _scores(store: str, unseen: str, world: Path, prediction: str) -> dict[str, float]:
+def _scores(store: cube.Store, unseen: str, world: Path, prediction: str) -> dict[str, float]:
     scores = score_site(store, unseen, prediction)
     finished, by_year = metrics.finish(scores), metrics.by_year(scores)
     summary = {"map_iou": finished["iou"]} | {f"map_iou_{y}": by_year["iou"][y] for y in YEARS}

@@ -83,7 +83,7 @@ MOST_WORKERS = 256
     help="Resume from <out>.ckpt, if it exists. The result is the same as without the interruption.",
 )
 def train(
-    store: str,
+    store: cube.Store,
     wanted: SiteChoice,
     valid: SiteChoice | None,
     catalog: Path | None,
@@ -142,7 +142,7 @@ def train(
 
 
 def train_network(
-    store: str,
+    store: cube.Store,
     learnt: Sequence[str],
     judged: Sequence[str],
     card: ModelCard,

@@ -78,7 +78,7 @@ class Mapped:
 
 
 def map_site(
-    store: str,
+    store: cube.Store,
     name: str,
     mapper: models.Mapper,
     *,
@@ -142,7 +142,7 @@ def _named(pairs: Sequence[int | Pair], years: Sequence[int]) -> list[models.Vie
 
 def _on_workers(
     pool: Executor,
-    store: str,
+    store: cube.Store,
     names: Sequence[str],
     model: str,
     made_by: str,
@@ -155,7 +155,7 @@ def _on_workers(
     An error in a worker is raised here and cancels the other tasks.
     """
     # Workers may run in other folders than this process.
-    there, where = absolute(store), absolute(model) if Path(model).is_file() else model
+    there, where = store.absolute(), absolute(model) if Path(model).is_file() else model
     cards = catalog and catalog.absolute()
     tasks = {
         pool.submit(_on_worker, there, name, where, cards, made_by, compute, **how): name
@@ -178,7 +178,7 @@ def _on_workers(
 
 
 def _on_worker(
-    store: str,
+    store: cube.Store,
     name: str,
     model: str,
     catalog: Path | None,
@@ -263,7 +263,7 @@ def _named_safely(_ctx: click.Context, _param: click.Parameter, name: str | None
 def predict(
     ctx: click.Context,
     /,
-    store: str,
+    store: cube.Store,
     wanted: SiteChoice,
     catalog: Path | None,
     scheduler: str | None,

@@ -7,7 +7,6 @@ import zarr
 
 from minecube import cube, export
 from minecube.cli.common import SiteChoice, sites_option, store_option, stored_sites, table
-from minecube.cube.store import zarr_store
 from minecube.errors import CubeError
 from minecube.export import publish as releasing
 
@@ -30,7 +29,7 @@ from minecube.export import publish as releasing
 )
 @click.option("--rollback", metavar="TAG", help="Reset `main` to this tag. Later tags stay.")
 def publish(
-    store: str,
+    store: cube.Store,
     wanted: SiteChoice,
     place: str,
     tag: str | None,
@@ -66,7 +65,7 @@ def publish(
             name: export.lines(export.credits_of(cube.open_committed(store, name)))
             for name in years
         }
-        root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
+        root = zarr.open_group(store.open_zarr(), mode="r", use_consolidated=False)
         site_years = sum(map(len, years.values()))
         changed = releasing.publish(root, years, place, tag, about)
         if changed is None:

@@ -220,7 +220,7 @@ def audit(
     required=True,
     help="Folder for EuroMineNet/.",
 )
-def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> None:
+def export(store: cube.Store, wanted: SiteChoice, folder: Path | None, out: Path) -> None:
     """Write cubes in the layout of the release: int16 images and 0/255 labels in EPSG:4326.
 
     With --import, files lie on the release's own grids, and labels are compared with the release's.
@@ -249,7 +249,7 @@ def export(store: str, wanted: SiteChoice, folder: Path | None, out: Path) -> No
 
 
 def export_site(
-    store: str, name: str, imported: releases.Imported | None, out: Path
+    store: cube.Store, name: str, imported: releases.Imported | None, out: Path
 ) -> tuple[str, int, int, str, str]:
     """Write a site's years in the release's layout. Returns a row of the command's table."""
     opened = cube.open_committed(store, name)

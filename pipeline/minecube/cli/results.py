@@ -56,7 +56,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
     help="Minimum mapping unit in m2. Smaller holes of footprints are filled, then smaller regions removed.",
 )
 def export(
-    store: str,
+    store: cube.Store,
     wanted: SiteChoice,
     out: Path,
     model: str | None,
@@ -98,7 +98,7 @@ def export(
 
 
 def export_sites(
-    store: str,
+    store: cube.Store,
     names: Sequence[str],
     out: Path,
     model: str | None,

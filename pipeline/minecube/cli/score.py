@@ -75,7 +75,7 @@ Counted = dict[str, dict[str, metrics.Scores]]
     help="Folder for tables (Markdown, CSV, LaTeX), pictures, and counts for --join.",
 )
 def score(
-    store: str,
+    store: cube.Store,
     wanted: SiteChoice,
     models: str,
     baselines: bool,
@@ -158,7 +158,7 @@ def _join(counted: Counted, path: Path, found: Counted, own: Sequence[str]) -> N
         counted.setdefault(model, {}).update(sites)
 
 
-def score_site(store: str, name: str, model: str) -> metrics.Scores:
+def score_site(store: cube.Store, name: str, model: str) -> metrics.Scores:
     """Count a site's prediction against its labels, in blocks of rows.
 
     Handles footprints and change.
@@ -206,7 +206,7 @@ def score_site(store: str, name: str, model: str) -> metrics.Scores:
     return total
 
 
-def _truth(store: str, name: str) -> xr.DataArray:
+def _truth(store: cube.Store, name: str) -> xr.DataArray:
     truth = cube.open_committed(store, name)["footprint"]
     if bool((truth == labels.UNKNOWN).all()):
         raise LabelError(
@@ -227,7 +227,7 @@ def _blocks(truth: xr.DataArray) -> Iterator[tuple[slice, tuple[slice, slice]]]:
         )
 
 
-def baselines_of(store: str, site: str) -> dict[str, metrics.Scores]:
+def baselines_of(store: cube.Store, site: str) -> dict[str, metrics.Scores]:
     """Count trivial baselines, by name. Raises LabelError as `score_site` does."""
     truth = _truth(store, site)
     found: dict[str, metrics.Scores] = {}

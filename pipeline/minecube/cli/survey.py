@@ -298,7 +298,7 @@ def plan(
     margin: float | None,
     years: tuple[int, ...],
     source_ids: str,
-    store: str,
+    store: cube.Store,
     recipe_id: str,
     catalog: Path | None,
     snapshots: Path | None,

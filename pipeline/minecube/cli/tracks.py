@@ -104,7 +104,7 @@ class Track:
 )
 @click.option("--out", type=OutFolder(), required=True, help="Folder for layers and tables.")
 def tracks(
-    store: str,
+    store: cube.Store,
     wanted: SiteChoice,
     model: str,
     rates: str | tuple[float, float],
@@ -193,7 +193,7 @@ def follow(
 
 
 def write_smoothed(
-    store: str, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]
+    store: cube.Store, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]
 ) -> None:
     """Write a model's smoothed map to the store as MODEL+hmm.
 
@@ -214,7 +214,7 @@ def _kernel(device: str) -> Kernel | None:
 
 
 def _rates(
-    store: str, maps: dict[str, xr.DataArray], how: str | tuple[float, float], temper: float
+    store: cube.Store, maps: dict[str, xr.DataArray], how: str | tuple[float, float], temper: float
 ) -> tracking.Rates:
     if isinstance(how, tuple):
         return tracking.rates_given(maps.values(), *how, temper=temper)

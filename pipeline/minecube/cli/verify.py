@@ -43,7 +43,7 @@ _SHOWN = 50
 @click.pass_context
 def verify(
     ctx: click.Context,
-    store: str,
+    store: cube.Store,
     wanted: SiteChoice,
     out: Path | None,
     workers: int,
@@ -60,7 +60,7 @@ def verify(
       minecube verify --store cubes.zarr --json verified.json
     """
     if uncommit:
-        cube.need_writable(store)
+        store.need_writable()
     names = stored_sites(store, wanted, cube.named_sites(store))
     with progress_bar("verifying") as advance:
         report = cube.verify(
@@ -78,7 +78,7 @@ def verify(
     commands = _commands(store, report)
     if out:
         content = {
-            "store": store,
+            "store": str(store),
             "sites": report.sites,
             "site_years": years,
             "objects": report.objects,
@@ -114,16 +114,16 @@ def _site_years(report: cube.Report) -> list[str]:
     return [f"{site} {year}" for site, of in report.rebuild.items() for year in of]
 
 
-def _commands(store: str, report: cube.Report) -> list[str]:
+def _commands(store: cube.Store, report: cube.Report) -> list[str]:
     """List the commands to mend the store, one per line."""
-    if cube.is_packed(store):
-        folder = cube.unpacked(store)
-        lines = _commands(folder, report)
+    if store.packed:
+        folder = store.suggest_folder()
+        lines = _commands(cube.Store(folder), report)
         first = f"unzip -d {folder} {store}   # or do the following to the store that was packed"
         return [first, *lines, f"minecube pack --store {folder} --out {store}"] if lines else []
     whole = {f.site for f in report.findings if f.cure == "site"}
     lines = [
-        f"remove {store.rstrip('/')}/{site}   # what all its years share is damaged"
+        f"remove {store.name.rstrip('/')}/{site}   # what all its years share is damaged"
         for site in sorted(whole)
     ]
     part = [site for site in report.rebuild if site not in whole]
@@ -158,7 +158,9 @@ def _commands(store: str, report: cube.Report) -> list[str]:
         )
         lines.append(f"minecube {again}")
     for finding in report.findings:
-        path = "/".join(part for part in (store.rstrip("/"), finding.site, finding.what) if part)
+        path = "/".join(
+            part for part in (store.name.rstrip("/"), finding.site, finding.what) if part
+        )
         if finding.cure == "remove":
             lines.append(f"remove {path}")
         elif finding.cure == "group":
@@ -173,7 +175,7 @@ def _commands(store: str, report: cube.Report) -> list[str]:
 @store_option
 @sites_option
 @click.option("--out", type=OutFile(), required=True, help="File to write. Its name ends in .zip.")
-def pack(store: str, wanted: SiteChoice, out: Path) -> None:
+def pack(store: cube.Store, wanted: SiteChoice, out: Path) -> None:
     """Pack the committed site-years of a store into one zip file.
 
     Commands that only read open the file like a store. `unzip` restores the store byte for byte. The same
