@@ -47,7 +47,7 @@ def two(archive, make):
 def job_of(two, tmp_path, **more):
     sources = tuple(listing.source for listing in two)
     return building.Job(
-        store=str(tmp_path / "c.zarr"),
+        store=cube.Store(tmp_path / "c.zarr"),
         sources=sources,
         recipe=RECIPE,
         snapshots=tmp_path / "lists",

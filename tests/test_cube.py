@@ -26,7 +26,6 @@ from minecube import composite as module
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cube.staging import put_bytes
-from minecube.cube.store import summing
 from minecube.cube.template import need_labels
 from minecube.errors import BusyError, CubeError, ReadError
 from minecube.grid import grid_of
@@ -75,7 +74,7 @@ def grid(site):
 @pytest.fixture
 def store(tmp_path, site, grid):
     """A store with the site's template, nothing built."""
-    where = str(tmp_path / "cubes.zarr")
+    where = cube.Store(tmp_path / "cubes.zarr")
     cube.create(where, site, grid, YEARS, RECIPE)
     return where
 
@@ -83,7 +82,7 @@ def store(tmp_path, site, grid):
 def test_what_is_written_is_what_is_read(store, grid):
     made = year_of(grid)
     assert cube.write_year(store, made, PROVENANCE, b"scene list")
-    opened = xr.open_zarr(store, group="mine", consolidated=False)
+    opened = xr.open_zarr(str(store), group="mine", consolidated=False)
     for name in made.data_vars:
         assert (
             opened[name].dtype == made[name].dtype
@@ -93,7 +92,7 @@ def test_what_is_written_is_what_is_read(store, grid):
     assert (opened.footprint == 255).all()
     assert opened.reflectance.dims == ("year", "band", "y", "x")
     assert list(opened.band.values) == ["B04", "B11"]
-    by_zarr = zarr.open_group(store, mode="r")["mine"]
+    by_zarr = zarr.open_group(str(store), mode="r")["mine"]
     np.testing.assert_array_equal(by_zarr["reflectance"][1], made.reflectance)
     assert by_zarr["reflectance"].shards == (1, 2, 64, 64)
     assert by_zarr["reflectance"].chunks == (1, 2, 32, 32)
@@ -101,7 +100,7 @@ def test_what_is_written_is_what_is_read(store, grid):
 
 
 def test_an_object_store_holds_the_same(bucket, site, grid):
-    url = f"{bucket}/cubes.zarr"
+    url = cube.Store(f"{bucket}/cubes.zarr")
     made = year_of(grid)
     cube.create(url, site, grid, YEARS, RECIPE)
     assert cube.write_year(url, made, PROVENANCE, b"")
@@ -181,11 +180,11 @@ def test_a_damaged_store_says_so(store, tmp_path):
         cube.open_cube(store, "mine")
     (tmp_path / "file").write_text("")
     with pytest.raises(CubeError, match="is a file"):
-        cube.sites(str(tmp_path / "file"))
+        cube.sites(cube.Store(tmp_path / "file"))
 
 
 def test_it_is_georeferenced_unaided_to_the_centimetre(store, grid):
-    opened = xr.open_zarr(store, group="mine", consolidated=False)
+    opened = xr.open_zarr(str(store), group="mine", consolidated=False)
     assert opened.odc.geobox == grid
     assert opened.reflectance.rio.crs.to_epsg() == 32633
     assert tuple(opened.reflectance.rio.transform())[:6] == (10, 0, 360000, 0, -10, 5600040)
@@ -243,7 +242,7 @@ def test_each_block_is_made_once(archive, make, tmp_path):
     scene = archive.scene(
         "2020-06-01T10:00:00", make.grid(359400, 5600640, 180, 180), {"B04": 7, "B11": 9}
     )
-    where, made = str(tmp_path / "cubes.zarr"), []
+    where, made = cube.Store(tmp_path / "cubes.zarr"), []
     cube.create(where, site, grid_of(site), [2020], recipe)
     block = module.composite_block
 
@@ -507,12 +506,12 @@ def test_what_is_not_there_is_named(store):
     with pytest.raises(CubeError, match="no prediction of 'net' for mine"):
         cube.open_probability(store, "mine", "net")
     with pytest.raises(CubeError, match="there is no store"):
-        cube.sites(store + "x")
+        cube.sites(cube.Store(f"{store}x"))
 
 
 def test_a_store_that_is_not_ours(tmp_path, site, grid):
-    where = str(tmp_path / "other.zarr")
-    zarr.create_group(where).create_group("mine")
+    where = cube.Store(tmp_path / "other.zarr")
+    zarr.create_group(str(where)).create_group("mine")
     with pytest.raises(CubeError, match="was not made by this version"):
         cube.create(where, site, grid, YEARS, RECIPE)
 
@@ -535,7 +534,7 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
             "quality": (("y", "x"), a(180, 240).astype(np.uint8)),
         }})
         try:
-            cube.write_year({store!r}, made, {PROVENANCE!r}, b"")
+            cube.write_year(cube.Store({str(store)!r}), made, {PROVENANCE!r}, b"")
         except CubeError as error:
             print(error)
     """
@@ -550,7 +549,7 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
 
 def test_a_folder_that_cannot_be_written(site, grid):
     with pytest.raises(CubeError, match=r"/proc/cubes\.zarr: cannot be written"):
-        cube.create("/proc/cubes.zarr", site, grid, YEARS, RECIPE)
+        cube.create(cube.Store("/proc/cubes.zarr"), site, grid, YEARS, RECIPE)
 
 
 class Counted:
@@ -608,7 +607,7 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
         "lost": 3,
         "completeness": 0.975,
     }
-    assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {
+    assert xr.open_zarr(str(store), group="mine", consolidated=False).attrs["incomplete_reads"] == {
         "2020": 0.975
     }
     assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
@@ -621,7 +620,9 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
     assert cube.write_year(
         store, whole.over(made), PROVENANCE, b"", reads=whole, completeness=0.99, overwrite=True
     )
-    assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {}
+    assert (
+        xr.open_zarr(str(store), group="mine", consolidated=False).attrs["incomplete_reads"] == {}
+    )
 
 
 def test_counts_of_an_interrupted_run_are_kept(store, grid):
@@ -735,7 +736,7 @@ def test_counts_of_another_build_are_not_gone_on_with(store, grid):
 
 def test_checksums_are_of_objects_that_are_there(tmp_path):
     """Also where a long array has made way for a short one."""
-    target = summing(str(tmp_path / "cubes.zarr"))
+    target = cube.Store(tmp_path / "cubes.zarr").open_with_checksums()
     group = zarr.open_group(target, mode="a")
     for size in (3_000_000, 300):
         put_bytes(group, "reads", np.random.default_rng(size).bytes(size))
@@ -760,7 +761,7 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
             workers=2,
             stopped=lambda: next(asked),
         )
-    (path,) = Path(store).glob("mine/builds/2020.*.new/zarr.json")
+    (path,) = store.path.glob("mine/builds/2020.*.new/zarr.json")
     staged = json.loads(path.read_text())
     assert len(staged["attributes"]["blocks"]) == 4
     staged["attributes"]["reads"] = staged["attributes"]["reads"][:40]
@@ -794,14 +795,14 @@ def test_blocks_of_a_process_whose_counts_are_unknown_are_made_again(store, grid
 
 def test_a_site_that_lost_its_metadata_is_not_created_again(store, site, grid):
     cube.write_year(store, year_of(grid), PROVENANCE, b"")
-    Path(store, "mine/zarr.json").unlink()
-    there = sorted(Path(store).rglob("*"))
+    Path(store.path, "mine/zarr.json").unlink()
+    there = sorted(store.path.rglob("*"))
     with pytest.raises(
         CubeError,
         match=r"mine has lost its zarr.json, but has other objects; run `minecube verify`",
     ):
         cube.create(store, site, grid, YEARS, RECIPE)
-    assert sorted(Path(store).rglob("*")) == there
+    assert sorted(store.path.rglob("*")) == there
 
 
 def test_a_group_that_lacks_an_array_is_refused(store, site, grid):
@@ -825,7 +826,7 @@ def test_a_second_builder_of_a_site_year_is_told(store, grid):
 
 def staged(store):
     """The group of the year that is being built."""
-    (path,) = Path(store).glob("mine/builds/2020.*.new")
+    (path,) = store.path.glob("mine/builds/2020.*.new")
     return path
 
 

@@ -1001,7 +1001,9 @@ def test_a_remote_catalogue_names_no_local_file(listed, form, tmp_path):
     ):
         scenes.search(site, 2020, source)
     store = str(tmp_path / "cubes.zarr")
-    job = building.Job(store=store, sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
+    job = building.Job(
+        store=cube.Store(store), sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists"
+    )
     with pytest.raises(SceneError, match=item.id):
         building.build(job, [site], [2020])
     assert not Path(store).exists()
@@ -1015,7 +1017,7 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
     scene.assets["B04"].href = str(local)
     scene.properties["minecube:origin"] = ""
     job = building.Job(
-        store=str(tmp_path / "c.zarr"),
+        store=cube.Store(tmp_path / "c.zarr"),
         sources=(source,),
         recipe=PLAIN,
         snapshots=tmp_path / "lists",
@@ -1095,7 +1097,7 @@ def test_an_image_of_another_format_is_refused_by_name_and_nothing_is_committed(
     )
     source, _ = at("V.tif")
     job = building.Job(
-        store=str(tmp_path / "c.zarr"),
+        store=cube.Store(tmp_path / "c.zarr"),
         sources=(source,),
         recipe=PLAIN,
         snapshots=tmp_path / "lists",

@@ -160,7 +160,9 @@ def test_sites_are_mapped_on_worker_processes(world, tmp_path):
     for name in ("north", "south"):
         one, other = (
             cube.open_probability(
-                str(store), name, cube.find_prediction(str(store), [name], "unet-small")
+                cube.Store(store),
+                name,
+                cube.find_prediction(cube.Store(store), [name], "unet-small"),
             ).load()
             for store in stores
         )
@@ -241,7 +243,7 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
 def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     job = build.Job(
-        store="cubes.zarr",
+        store=cube.Store("cubes.zarr"),
         sources=(),
         recipe=load_recipes()["annual-median"],
         snapshots=Path("lists"),
@@ -250,7 +252,7 @@ def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monke
     with ThreadPoolExecutor(1) as pool:
         (given,) = build._run(job, [(make.site("a", 360000, 5600040, 60, 48), 2022)], pool)
     assert given == dataclasses.replace(
-        job, store=str(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists"
+        job, store=cube.Store(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists"
     )
 
 
