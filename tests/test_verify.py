@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cli import cli
-from minecube.cube.store import sealed
+from minecube.cube.checksums import sealed
 from minecube.errors import BusyError, CubeError
 from minecube.grid import grid_of
 
