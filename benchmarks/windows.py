@@ -47,8 +47,8 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from minecube import cube
 from minecube.catalog import BANDS, NATIVE_M, Recipe, Site
 from minecube.cli.common import table
-from minecube.cube.pixels import Pixels
-from minecube.cube.windows import _corners
+from minecube.cube.read.pixels import Pixels
+from minecube.cube.read.windows import window_starts
 from minecube.grid import grid_of
 
 SIDE, SIZE, WORKERS, BATCH = 2046, 160, 2, 4
@@ -161,7 +161,7 @@ def make(folder: Path) -> tuple[Path, Path]:
             xr.Dataset(made),
             cube.provenance_of(site, year, grid, RECIPE, [scene]),
             b"",
-            workers=2,
+            cube.BuildOptions(workers=2),
         )
         labels = xr.DataArray(
             mine[None], dims=("year", "y", "x"), coords={"year": [year], **xr_coords(grid)}
@@ -184,7 +184,7 @@ def xr_coords(grid: Any) -> Any:
 
 def places(step: int = SIZE) -> list[tuple[int, int]]:
     """Where patches begin, the last flush with the far border, as the published loaders crop."""
-    return list(itertools.product(_corners(SIDE, SIZE, step), repeat=2))
+    return list(itertools.product(window_starts(SIDE, SIZE, step), repeat=2))
 
 
 class Patches:
@@ -316,7 +316,7 @@ def tried(folder: Path) -> dict[str, Any]:
         packed = time.process_time() - start
         array = zarr.open_array(path / "reflectance")
         whole, window = [], []
-        reader = Pixels.of(str(path), "reflectance")
+        reader = Pixels.of(cube.Store(path), "reflectance")
         for _ in range(3):
             start = time.process_time()
             array[:]

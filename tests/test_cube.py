@@ -25,8 +25,8 @@ import zarr
 from minecube import composite as module
 from minecube import cube
 from minecube.catalog import Recipe
-from minecube.cube.staging import put_bytes
-from minecube.cube.template import need_labels
+from minecube.cube.write.labels import need_labels
+from minecube.cube.write.staging import put_bytes
 from minecube.errors import BusyError, CubeError, ReadError
 from minecube.grid import grid_of
 
@@ -147,7 +147,9 @@ def test_a_build_told_to_stop_stops_between_blocks_and_goes_on_later(store, grid
     asked = iter([False, False, True])
     made = year_of(grid)
     with pytest.raises(CubeError, match="stopped with 8 of 12 blocks to go"):
-        cube.write_year(store, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store, made, PROVENANCE, b"", cube.BuildOptions(workers=2, stopped=lambda: next(asked))
+        )
     again, blocks = failing_after(made, 10_000)
     assert cube.write_year(store, again, PROVENANCE, b"")
     assert len(blocks) == 8
@@ -229,7 +231,7 @@ def test_a_rerun_does_nothing_and_another_build_is_refused(store, grid):
     with pytest.raises(CubeError, match=r"mine 2020 is committed as build .* use --overwrite"):
         cube.write_year(store, made, other, b"")
     again = year_of(grid, seed=1)
-    assert cube.write_year(store, again, other, b"", overwrite=True)
+    assert cube.write_year(store, again, other, b"", cube.BuildOptions(overwrite=True))
     np.testing.assert_array_equal(
         cube.open_cube(store, "mine").reflectance.sel(year=2020), again.reflectance
     )
@@ -447,7 +449,8 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
         for v in (0, 1)
     )
     cube.write_footprint(store, "mine", first, "first", first)
-    note = cube.note_labels
+    module = sys.modules["minecube.cube.write.labels"]
+    note = module._note_labels
 
     def dies(array, *told):
         if array.path.endswith(f"/{killed_at}"):
@@ -455,7 +458,7 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
         note(array, *told)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cube, "note_labels", dies)
+        patched.setattr(module, "_note_labels", dies)
         with pytest.raises(KeyboardInterrupt):
             cube.write_footprint(store, "mine", second, "second", second * np.uint8(250))
     half = cube.open_cube(store, "mine")  # pixels are read all the same
@@ -595,12 +598,14 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
         ReadError,
         match=r"mine 2020: 3 of 120 reads were lost, which leaves 97.50% .* asks for 100.00%.*404",
     ):
-        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads)
+        cube.write_year(store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads))
     assert cube.builds(store, "mine") == {}
     assert "incomplete_reads" not in cube.open_cube(store, "mine").attrs
     # All is read again: what was lost must not pass for done.
     reads = Counted(lost=3)
-    assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, completeness=0.97)
+    assert cube.write_year(
+        store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, completeness=0.97)
+    )
     assert reads.blocks == 12
     assert cube.builds(store, "mine")[2020]["reads"] == {
         "planned": 120,
@@ -611,14 +616,20 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
         "2020": 0.975
     }
     assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
-    assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.97)
+    assert not cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.97))
     # What was accepted once stays accepted, until --overwrite asks for more.
-    assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.99)
-    assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.97, overwrite=True)
+    assert not cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.99))
+    assert not cube.write_year(
+        store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.97, overwrite=True)
+    )
     # Built anew with nothing lost, the cube no longer says so.
     whole = Counted()
     assert cube.write_year(
-        store, whole.over(made), PROVENANCE, b"", reads=whole, completeness=0.99, overwrite=True
+        store,
+        whole.over(made),
+        PROVENANCE,
+        b"",
+        cube.BuildOptions(reads=whole, completeness=0.99, overwrite=True),
     )
     assert (
         xr.open_zarr(str(store), group="mine", consolidated=False).attrs["incomplete_reads"] == {}
@@ -634,9 +645,7 @@ def test_counts_of_an_interrupted_run_are_kept(store, grid):
             reads.over(made),
             PROVENANCE,
             b"",
-            reads=reads,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=reads, workers=2, stopped=lambda: next(asked)),
         )
     kept = cube.reads_so_far(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [40]
@@ -674,12 +683,18 @@ def test_a_run_killed_before_its_counts_are_kept_does_those_blocks_again(store, 
 
     made, reads = year_of(grid), Dies()
     with pytest.raises(KeyboardInterrupt):
-        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2)
+        cube.write_year(
+            store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, workers=2)
+        )
     kept = cube.reads_so_far(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [20]  # of the first batch
     again = Counted()
     assert cube.write_year(
-        store, again.over(made), PROVENANCE, b"", reads=again, before=kept, workers=2
+        store,
+        again.over(made),
+        PROVENANCE,
+        b"",
+        cube.BuildOptions(reads=again, before=kept, workers=2),
     )
     assert again.blocks == 12 - 2
     assert (
@@ -693,7 +708,9 @@ def test_blocks_of_another_policy_are_not_gone_on_with(store, grid):
     torn = {**PROVENANCE, "on_offset_conflict": "warn", "offset_conflicts": [{"scene": "a"}]}
     asked = iter([False, True])
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, kept, torn, b"", workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store, kept, torn, b"", cube.BuildOptions(workers=2, stopped=lambda: next(asked))
+        )
     assert cube.write_year(store, dropped, {**torn, "on_offset_conflict": "drop"}, b"")
     np.testing.assert_array_equal(
         cube.open_cube(store, "mine").reflectance.sel(year=2020), dropped.reflectance
@@ -706,7 +723,13 @@ def test_a_year_of_which_all_was_lost_says_so(store, grid):
         Counted(lost=120),
     )
     with pytest.raises(ReadError, match="120 of 120 reads were lost, which leaves no pixel"):
-        cube.write_year(store, reads.over(empty), PROVENANCE, b"", reads=reads, completeness=0)
+        cube.write_year(
+            store,
+            reads.over(empty),
+            PROVENANCE,
+            b"",
+            cube.BuildOptions(reads=reads, completeness=0),
+        )
     assert cube.reads_so_far(store, PROVENANCE) is None
 
 
@@ -725,12 +748,12 @@ def test_counts_of_another_build_are_not_gone_on_with(store, grid):
             first.over(made),
             PROVENANCE,
             b"",
-            reads=first,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=first, workers=2, stopped=lambda: next(asked)),
         )
     with pytest.raises(KeyboardInterrupt):
-        cube.write_year(store, second.over(made), other, b"", reads=second, workers=2)
+        cube.write_year(
+            store, second.over(made), other, b"", cube.BuildOptions(reads=second, workers=2)
+        )
     assert cube.reads_so_far(store, other) is None
 
 
@@ -757,9 +780,7 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
             reads.over(made),
             PROVENANCE,
             b"",
-            reads=reads,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=reads, workers=2, stopped=lambda: next(asked)),
         )
     (path,) = store.path.glob("mine/builds/2020.*.new/zarr.json")
     staged = json.loads(path.read_text())
@@ -768,7 +789,7 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
     path.write_text(json.dumps(staged))
     assert cube.reads_so_far(store, PROVENANCE) is None
     again = Counted()
-    assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again)
+    assert cube.write_year(store, again.over(made), PROVENANCE, b"", cube.BuildOptions(reads=again))
     assert again.blocks == 12
     assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
 
@@ -784,12 +805,12 @@ def test_blocks_of_a_process_whose_counts_are_unknown_are_made_again(store, grid
             other.over(made),
             PROVENANCE,
             b"",
-            reads=other,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=other, workers=2, stopped=lambda: next(asked)),
         )
     reads = Counted()
-    assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, before=before)
+    assert cube.write_year(
+        store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, before=before)
+    )
     assert reads.blocks == 12
 
 
@@ -820,7 +841,7 @@ def test_a_second_builder_of_a_site_year_is_told(store, grid):
         return True
 
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, made, PROVENANCE, b"", stopped=meanwhile)
+        cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(stopped=meanwhile))
     assert cube.write_year(store, made, PROVENANCE, b"")
 
 
@@ -834,7 +855,9 @@ def test_a_noted_block_whose_shard_is_gone_is_made_again(store, grid):
     asked = iter([False, False, True])
     made = year_of(grid)
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store, made, PROVENANCE, b"", cube.BuildOptions(workers=2, stopped=lambda: next(asked))
+        )
     (staged(store) / "reflectance/c/0/0/0/0").unlink()
     assert cube.write_year(store, made, PROVENANCE, b"")
     np.testing.assert_array_equal(
@@ -848,7 +871,7 @@ class Interrupted(BaseException):
 
 def kill_while_placing(store, made, provenance, monkeypatch, after=2):
     """Commit a year, and stop after so many of its objects are in place."""
-    place = sys.modules["minecube.cube.staging"]._place
+    place = sys.modules["minecube.cube.write.staging"]._place
     count = iter(range(10_000))
 
     def dies(*args):
@@ -857,9 +880,9 @@ def kill_while_placing(store, made, provenance, monkeypatch, after=2):
         return place(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["minecube.cube.staging"], "_place", dies)
+        patched.setattr(sys.modules["minecube.cube.write.staging"], "_place", dies)
         with pytest.raises(Interrupted):
-            cube.write_year(store, made, provenance, b"", overwrite=True)
+            cube.write_year(store, made, provenance, b"", cube.BuildOptions(overwrite=True))
 
 
 @pytest.mark.parametrize("lost", ["a staged shard", "all that is staged"])
@@ -873,7 +896,7 @@ def test_a_commit_that_lost_an_object_is_taken_back_and_built_again(store, grid,
         sorted((staged(store) / "reflectance").rglob("[0-9]"))[-1].unlink()
     else:
         shutil.rmtree(staged(store))
-    assert cube.write_year(store, new, other, b"", overwrite=True)
+    assert cube.write_year(store, new, other, b"", cube.BuildOptions(overwrite=True))
     np.testing.assert_array_equal(
         cube.open_committed(store, "mine").reflectance[0], new.reflectance
     )
@@ -881,7 +904,7 @@ def test_a_commit_that_lost_an_object_is_taken_back_and_built_again(store, grid,
 
 
 def test_a_year_that_is_half_in_its_place_is_not_read(store, grid, monkeypatch):
-    monkeypatch.setattr(sys.modules["minecube.cube.commits"], "PLACED_S", 0.0)
+    monkeypatch.setattr(sys.modules["minecube.cube.read.commits"], "PLACED_S", 0.0)
     cube.write_year(store, year_of(grid, seed=1), PROVENANCE, b"")
     cube.write_year(store, year_of(grid, seed=1), {**PROVENANCE, "year": 2019}, b"")
     kill_while_placing(store, year_of(grid, seed=2), {**PROVENANCE, "version": "2"}, monkeypatch)

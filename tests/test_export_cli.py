@@ -82,7 +82,11 @@ def build(store, site, year, seed=0, scene="S2A", overwrite=False):
         "libraries": {"numpy": np.__version__},
     }
     assert cube.write_year(
-        cube.Store(store), year_of(grid, seed), provenance, b"scene list", overwrite=overwrite
+        cube.Store(store),
+        year_of(grid, seed),
+        provenance,
+        b"scene list",
+        cube.BuildOptions(overwrite=overwrite),
     )
 
 

@@ -59,7 +59,7 @@ def build(store, site, year, value, **how):
     }
     scene = types.SimpleNamespace(id=f"scene {value}", properties=told)
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
-    return cube.write_year(store, xr.Dataset(made), provenance, b"", **how)
+    return cube.write_year(store, xr.Dataset(made), provenance, b"", cube.BuildOptions(**how))
 
 
 def test_a_failed_rebuild_leaves_the_old_year(store, site, monkeypatch):
@@ -120,9 +120,11 @@ def test_a_reader_during_overwrite_never_sees_a_mixture(store, site, tmp_path):
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import conftest, test_opening
+        from minecube import cube
         site = conftest.site_of("pit", 360000, 5600040, 90, 90)
+        store = cube.Store({str(store)!r})
         for n in range(1_000):
-            test_opening.build(cube.Store({str(store)!r}), site, 2020, (4000, 2000)[n % 2], overwrite=True)
+            test_opening.build(store, site, 2020, (4000, 2000)[n % 2], overwrite=True)
             print(n, flush=True)
     """
     writer = subprocess.Popen(

@@ -81,7 +81,11 @@ def built(store, site, years=(2019, 2020), begun=()):
         how = {"workers": 1, "stopped": iter((False, True, True)).__next__}
         with pytest.raises(CubeError, match="stopped with"):
             cube.write_year(
-                cube.Store(store), year_of(grid, year), provenance(site, year), scenes(), **how
+                cube.Store(store),
+                year_of(grid, year),
+                provenance(site, year),
+                scenes(),
+                cube.BuildOptions(**how),
             )
     mask = np.random.default_rng(1).integers(0, 2, (3, *grid.shape)).astype(np.uint8)
     masks = xr.DataArray(
@@ -240,7 +244,7 @@ def same(a, b):
 
 @having(max_examples=30, deadline=None)
 @given(
-    view=st.sampled_from(cube.windows.VIEWS),
+    view=st.sampled_from(cube.VIEWS),
     size=st.integers(1, 140),
     seed=st.integers(0, 99),
     site=st.sampled_from(["pit", "pond"]),
@@ -555,7 +559,7 @@ def test_one_that_is_replaced_is_another(small, whole, sites, tmp_path):
     first = dataset[0]
     other = year_of(grid_of(sites["pond"]), 5)
     changed = {**provenance(sites["pond"], 2019), "scenes": []}
-    cube.write_year(cube.Store(store), other, changed, scenes(), overwrite=True)
+    cube.write_year(cube.Store(store), other, changed, scenes(), cube.BuildOptions(overwrite=True))
     cube.pack(cube.Store(store), out, ["pond"])
     second = dataset[0]["reflectance"]
     np.testing.assert_array_equal(second[0], other.reflectance.values)
@@ -587,10 +591,10 @@ def copied(whole, tmp_path):
     return str(shutil.copytree(whole, tmp_path / "cubes.zarr"))
 
 
-def meanwhile(monkeypatch, does, module="pack", after=1):
+def meanwhile(monkeypatch, does, module="write.pack", after=1):
     """Something that another command does once the store has been listed."""
     module = sys.modules[f"minecube.cube.{module}"]
-    listed, calls = module._listed, []
+    listed, calls = module.list_sites, []
 
     def then(store):
         found = listed(store)
@@ -599,7 +603,7 @@ def meanwhile(monkeypatch, does, module="pack", after=1):
             does()
         return found
 
-    monkeypatch.setattr(module, "_listed", then)
+    monkeypatch.setattr(module, "list_sites", then)
 
 
 def finish(store, site):
@@ -627,10 +631,10 @@ def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(
     copied, tmp_path, monkeypatch
 ):
     module, marker = (
-        sys.modules["minecube.cube.pack"],
+        sys.modules["minecube.cube.write.pack"],
         Path(copied) / "pond" / "builds" / "2020" / "zarr.json",
     )
-    kept = module._kept
+    kept = module._keys_to_pack
 
     def then(*of):
         found = kept(*of)
@@ -638,7 +642,7 @@ def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "attributes": {}}))
         return found
 
-    monkeypatch.setattr(module, "_kept", then)
+    monkeypatch.setattr(module, "_keys_to_pack", then)
     with pytest.raises(
         CubeError, match=r"pond/builds/2020/zarr.json was written while it was packed"
     ):
@@ -688,7 +692,11 @@ def test_what_is_written_anew_while_it_is_packed_is_said(
         if what == "built":
             other = {**provenance(site, 2020), "scenes": []}
             cube.write_year(
-                cube.Store(copied), year_of(grid_of(site), 7), other, scenes(), overwrite=True
+                cube.Store(copied),
+                year_of(grid_of(site), 7),
+                other,
+                scenes(),
+                cube.BuildOptions(overwrite=True),
             )
         elif what == "mapped":
             cube.write_probability(

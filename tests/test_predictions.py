@@ -65,7 +65,11 @@ def build(store, site, year, version="1", overwrite=False, seed=0, **how):
     pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
     cube.write_year(
-        store, xr.Dataset(made), provenance, listed.getvalue(), overwrite=overwrite, **how
+        store,
+        xr.Dataset(made),
+        provenance,
+        listed.getvalue(),
+        cube.BuildOptions(overwrite=overwrite, **how),
     )
 
 

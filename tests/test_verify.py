@@ -105,7 +105,7 @@ def built(store, site, years=(2019, 2020)):
             year_of(grid, seed),
             provenance(site, year),
             parquet(id=["a"]),
-            reads=Counted(),
+            cube.BuildOptions(reads=Counted()),
         )
     rng = np.random.default_rng(1)
     masks = xr.DataArray(
@@ -478,9 +478,7 @@ def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
             made,
             told,
             b"",
-            reads=Counted(),
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=Counted(), workers=2, stopped=lambda: next(asked)),
         )
     report = cube.verify(cube.Store(store))
     (finding,) = report.findings
@@ -488,7 +486,9 @@ def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
     assert re.fullmatch(r"builds/2020\.[0-9a-f]{16}\.new", finding.what)
     assert report.whole
     assert report.rebuild == {}
-    assert cube.write_year(cube.Store(store), made, told, parquet(id=["a"]), reads=Counted())
+    assert cube.write_year(
+        cube.Store(store), made, told, parquet(id=["a"]), cube.BuildOptions(reads=Counted())
+    )
     assert found(store) == ()
     assert len(cube.builds(cube.Store(store), "pit")[2020]["checksums"]) == 3 * 11 + 4
 
@@ -504,7 +504,9 @@ def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, mak
     asked = iter([False, True])
     made, told = year_of(grid_of(site), 1), provenance(site, 2020)
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(cube.Store(store), made, told, b"", stopped=lambda: next(asked))
+        cube.write_year(
+            cube.Store(store), made, told, b"", cube.BuildOptions(stopped=lambda: next(asked))
+        )
     assert not xr.open_zarr(store, group="pit", consolidated=False).reflectance.values.any()
     assert cube.write_year(cube.Store(store), made, told, parquet(id=["a"]))
     assert found(store) == ()
@@ -519,7 +521,7 @@ def test_what_was_rebuilt_and_extended_passes(store, make):
         year_of(grid_of(site), 5),
         provenance(site, 2023),
         parquet(id=["a"]),
-        reads=Counted(),
+        cube.BuildOptions(reads=Counted()),
     )
     assert {f.kind for f in found(store)} == {"stale"}  # the prediction has not seen it
 
@@ -543,14 +545,19 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     assert any(line.startswith(command) for line in said["commands"])
     # The build that is there is not made again, until its commit is taken off.
     site = make.site("pit", 360000, 5600040, 240, 180)
-    again = (str(store), year_of(grid_of(site), 2020), provenance(site, 2020), parquet(id=["a"]))
-    assert not cube.write_year(*again, reads=Counted())
+    again = (
+        cube.Store(store),
+        year_of(grid_of(site), 2020),
+        provenance(site, 2020),
+        parquet(id=["a"]),
+    )
+    assert not cube.write_year(*again, cube.BuildOptions(reads=Counted()))
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store), "--uncommit"])
     assert "--uncommit" not in ran.output  # it is done
     assert ran.exit_code == 1
     assert "took the commit off pit 2020" in ran.output
     assert list(cube.builds(cube.Store(store), "pit")) == [2019]
-    assert cube.write_year(*again, reads=Counted())
+    assert cube.write_year(*again, cube.BuildOptions(reads=Counted()))
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store)])
     assert (ran.exit_code, ran.output.splitlines()[-1].endswith("all as it was written")) == (
         0,
@@ -658,7 +665,11 @@ def test_blocks_computed_in_other_processes_have_checksums(tmp_path, make):
     made = year_of(grid_of(site), 1)
     cube.create(cube.Store(store), site, grid_of(site), YEARS, dataclasses.replace(RECIPE))
     cube.write_year(
-        cube.Store(store), made, provenance(site, 2020), parquet(id=["a"]), scheduler="processes"
+        cube.Store(store),
+        made,
+        provenance(site, 2020),
+        parquet(id=["a"]),
+        cube.BuildOptions(scheduler="processes"),
     )
     assert found(store) == ()
 
@@ -668,26 +679,24 @@ def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, mak
     site = make.site("pit", 360000, 5600040, 240, 180)
     flip(store / SHARD, 1000)
     judged = cube.verify(cube.Store(store)).committed["pit"]
-    survey = sys.modules["minecube.cube.verify"]._Site.survey
+    module = sys.modules["minecube.cube.verify"]
+    places = module.places_by_sha256
     told = provenance(site, 2020)
     other = {**told, "version": "2"}
 
-    def meanwhile(self):
-        found = survey(self)
-        if self.name == "pit":
-            listed = parquet(id=["a"])
-            cube.write_year(
-                cube.Store(store),
-                year_of(grid_of(site), 5),
-                other,
-                listed,
-                reads=Counted(),
-                overwrite=True,
-            )
-        return found
+    def meanwhile(sites):
+        """After metadata and before content."""
+        cube.write_year(
+            cube.Store(store),
+            year_of(grid_of(site), 5),
+            other,
+            parquet(id=["a"]),
+            cube.BuildOptions(reads=Counted(), overwrite=True),
+        )
+        return places(sites)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["minecube.cube.verify"]._Site, "survey", meanwhile)
+        patched.setattr(module, "places_by_sha256", meanwhile)
         report = cube.verify(cube.Store(store))
     assert report.whole
     assert {f.found.split(";")[0] for f in report.findings} == {

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from minecube import cube, train
 from minecube.catalog import ModelCard, Recipe, Settings
-from minecube.cube import pixels as module
+from minecube.cube.read import pixels as module
+from minecube.cube.write import sites as creation
 from minecube.errors import CubeError
 from minecube.grid import grid_of
 
@@ -104,7 +105,7 @@ def is_plain(store, dataset, index):
 
 @having(max_examples=60, deadline=None)
 @given(
-    view=st.sampled_from(cube.windows.VIEWS),
+    view=st.sampled_from(cube.VIEWS),
     size=st.integers(1, 260),
     seed=st.integers(0, 99),
     index=st.integers(0, 20),
@@ -253,13 +254,13 @@ def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path
         where = cube.Store(tmp_path / "cubes.zarr")
         packed = zarr.codecs.GzipCodec()
         monkeypatch.setattr(
-            cube,
+            creation,
             "encoding_of",
-            lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": packed},
+            lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": packed},
         )
         built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
-    assert module.Pixels.of(where, "pit/reflectance").codec is None
-    assert module.Pixels.of(store, "pit/reflectance").codec is not None
+    assert module.Pixels.of(where, "pit/reflectance").decoder is None
+    assert module.Pixels.of(store, "pit/reflectance").decoder is not None
     for index in range(5):
         is_plain(store, cube.CubeDataset(where, ["pit"], size=100, length=5), index)
 
@@ -268,12 +269,12 @@ def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
     """Zstandard, as Zarr has it by itself."""
     where = cube.Store(tmp_path / "cubes.zarr")
     monkeypatch.setattr(
-        cube,
+        creation,
         "encoding_of",
-        lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": "auto"},
+        lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": "auto"},
     )
     built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
-    assert module.Pixels.of(where, "pit/reflectance").codec.codec_id == "zstd"
+    assert module.Pixels.of(where, "pit/reflectance").decoder.codec.codec_id == "zstd"
     is_plain(where, cube.CubeDataset(where, size=100, length=1), 0)
 
 
@@ -326,7 +327,7 @@ def test_shards_that_change_under_a_dataset(tmp_path, make):
 @pytest.mark.parametrize("zarr_reads", [False, True])
 def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, monkeypatch):
     if zarr_reads:
-        monkeypatch.setattr(module, "_codec", lambda _: (None, False))
+        monkeypatch.setattr(module, "decoder_of", lambda _: None)
     opened = by_zarr(store)
     found = cube.open_reflectance(store, "pit")
     assert found.encoding["chunks"][-2] == 32
@@ -367,7 +368,7 @@ def _of(size):
 def test_any_part_of_reflectance_is_that_of_the_opened_cube(store, zarr_reads, data):
     with pytest.MonkeyPatch.context() as monkeypatch:
         if zarr_reads:
-            monkeypatch.setattr(module, "_codec", lambda _: (None, False))
+            monkeypatch.setattr(module, "decoder_of", lambda _: None)
         opened = by_zarr(store).load()
         found = cube.open_reflectance(store, "pit")
         part = {name: data.draw(_of(size)) for name, size in opened.sizes.items()}

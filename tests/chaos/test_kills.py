@@ -79,7 +79,11 @@ def build(store, site, year=2020, seed=1, overwrite=False):
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
     how = {"overwrite": overwrite, "workers": 1, "scheduler": "synchronous"}
     cube.write_year(
-        cube.Store(store), xr.Dataset(made), provenance, listed.getvalue(), reads=Counted(), **how
+        cube.Store(store),
+        xr.Dataset(made),
+        provenance,
+        listed.getvalue(),
+        cube.BuildOptions(reads=Counted(), **how),
     )
 
 
@@ -183,7 +187,7 @@ def is_mixed(found, old, new):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_kill_between_any_two_objects(command, site, tmp_path, monkeypatch):
-    for module in ("builds", "commits"):
+    for module in ("markers", "read.commits"):
         monkeypatch.setattr(sys.modules[f"minecube.cube.{module}"], "PLACED_S", 0.0)
     prepare, run = COMMANDS[command]
     before = tmp_path / "before.zarr"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,16 @@ import pandas as pd
 import zarr
 
 from minecube.catalog import recipe_of
-from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, note_incomplete, run_of, staged_year
 from minecube.cube.checksums import ChecksumStore, sealed, sum_of
+from minecube.cube.markers import (
+    PLACING,
+    STAGED,
+    WITHDRAWN,
+    marker_path,
+    note_incomplete,
+    staged_year,
+)
+from minecube.cube.provenance import run_of
 from minecube.cube.store import NAMED, Store
 from minecube.errors import BusyError, CubeError
 
@@ -35,7 +44,7 @@ log = logging.getLogger(__name__)
 
 def staging_path(site_id: str, year: int, run: str) -> str:
     """Return the path of the staging group of a site-year and run."""
-    return f"{site_id}/builds/{year}.{run}{STAGED}"
+    return f"{marker_path(site_id, year)}.{run}{STAGED}"
 
 
 @dataclass
@@ -64,32 +73,33 @@ class Staging:
         self, blocks: Sequence[str], checksums: Mapping[str, Any], counts: bytes | None
     ) -> None:
         """Note blocks as done, with their read counts, in one write: both are kept or neither."""
-        noted: dict[str, Any] = {"blocks": list(blocks), "checksums": dict(checksums)}
+        notes: dict[str, Any] = {"blocks": list(blocks), "checksums": dict(checksums)}
         if counts is not None:
-            noted["reads"] = base64.b64encode(counts).decode()
-        self.group.attrs.put(noted)
+            notes["reads"] = base64.b64encode(counts).decode()
+        self.group.attrs.put(notes)
 
-    def commit(self, provenance: Mapping[str, Any], blobs: Mapping[str, bytes]) -> None:
-        """Commit the year with this provenance and these bytes, and put its objects in place.
+    def commit(self, provenance: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Commit the year with this provenance and these files, and put its objects in place.
 
-        `blobs` holds `scenes`, and `reads` if reads were counted.
+        `files` holds `scenes`, and `reads` if reads were counted.
         """
-        for name, content in blobs.items():
+        for name, content in files.items():
             put_bytes(self.group, name, content)
-        written = self.target.checksums_below(self.group.path, self.group.path)
-        kept = {
-            f"builds/{self.year}/{key}": value
-            for key, value in written.items()
-            if key.split("/")[0] in blobs
+        checksums = {
+            f"builds/{self.year}/{key}": checksum
+            for key, checksum in self.target.checksums_below(
+                self.group.path, self.group.path
+            ).items()
+            if key.split("/")[0] in files
         }
-        index = year_index(self.store.open_site(self.site_id, "r"), self.year)
-        for key, value in self.checksums.items():
-            kept[_placed_key(key, index)] = value
-        made = sealed({**provenance, "checksums": kept})
-        marker = zarr.open_group(
-            self.target, path=f"{self.site_id}/builds/{self.year}", mode="a", use_consolidated=False
-        )
-        marker.attrs.put({PLACING: {"made": made, "staging": self.group.path}})  # the commit
+        index = year_index(self.store.open_site(self.site_id), self.year)
+        for key, checksum in self.checksums.items():
+            checksums[_placed_key(key, index)] = checksum
+        provenance = sealed({**provenance, "checksums": checksums})
+        path = marker_path(self.site_id, self.year)
+        marker = zarr.open_group(self.target, path=path, mode="a", use_consolidated=False)
+        # The commit:
+        marker.attrs.put({PLACING: {"made": provenance, "staging": self.group.path}})
         finish(self.store, self.site_id, self.year)
 
 
@@ -99,12 +109,12 @@ def year_index(group: zarr.Group, year: int) -> int:
     Raises:
         CubeError: the cube has no room for the year.
     """
-    there = [int(y) for y in group["year"][:]]
-    if year not in there:
+    years = [int(value) for value in group["year"][:]]
+    if year not in years:
         raise CubeError(
-            f"year {year} is not in the cube, which has {there[0]}..{there[-1]}; build it first"
+            f"year {year} is not in the cube, which has {years[0]}..{years[-1]}; build it first"
         )
-    return there.index(year)
+    return years.index(year)
 
 
 def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
@@ -119,7 +129,7 @@ def open_staging(
     """Open the staging group of a run, with the blocks left by an earlier process of the same run.
 
     Args:
-        store: local path or object-store URL.
+        store: the cubes.
         site_id: the site.
         year: a year of the cube.
         names: variables to build.
@@ -148,11 +158,9 @@ def open_staging(
 def _is_resumable(store: Store, path: str, group: zarr.Group, before: bytes | None) -> bool:
     """Whether the read counts equal `before` and all noted shards exist with their sizes."""
     counts = counts_of(group)
-    if (
-        "blocks" not in group.attrs
-        or counts != before
-        or ("reads" in group.attrs and counts is None)
-    ):
+    if "blocks" not in group.attrs or counts != before:
+        return False
+    if "reads" in group.attrs and counts is None:
         return False
     raw = store.open_objects()
     try:
@@ -191,10 +199,26 @@ def counts_of(group: zarr.Group) -> bytes | None:
 
 def reads_so_far(store: Store, provenance: Mapping[str, Any]) -> bytes | None:
     """Return the read counts of an interrupted run of the same build; None if missing."""
-    group = store.find_group(
-        staging_path(provenance["site"], provenance["year"], run_of(provenance))
-    )
+    path = staging_path(provenance["site"], provenance["year"], run_of(provenance))
+    group = store.find_group(path)
     return None if group is None else counts_of(group)
+
+
+def _staging_groups(store: Store, site_id: str, year: int) -> list[str]:
+    """List the paths of the staging groups of a year."""
+    folders = store.open_objects().list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
+    paths = [folder.rstrip("/") for folder in folders]
+    names = [path.rpartition("/")[2] for path in paths]
+    return [
+        path
+        for path, name in zip(paths, names, strict=True)
+        if name.endswith(STAGED) and staged_year(name) == year
+    ]
+
+
+def is_begun(store: Store, site_id: str, year: int) -> bool:
+    """Whether an unfinished build of a year exists."""
+    return bool(_staging_groups(store, site_id, year))
 
 
 def discard(store: Store, site_id: str, year: int) -> None:
@@ -204,18 +228,9 @@ def discard(store: Store, site_id: str, year: int) -> None:
 
 def _discard_others(store: Store, site_id: str, year: int, keep: str) -> None:
     """Remove all remains of builds of a year except one group."""
-    below = store.open_objects().list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
-    for path in (found.rstrip("/") for found in below):
-        name = path.rpartition("/")[2]
-        if name.endswith(STAGED) and staged_year(name) == year and path != keep:
+    for path in _staging_groups(store, site_id, year):
+        if path != keep:
             _remove(store, path)
-
-
-def is_begun(store: Store, site_id: str, year: int) -> bool:
-    """Whether an unfinished build of a year exists."""
-    below = store.open_objects().list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
-    names = [found.rstrip("/").rpartition("/")[2] for found in below]
-    return any(name.endswith(STAGED) and staged_year(name) == year for name in names)
 
 
 def _remove(store: Store, path: str) -> None:
@@ -233,19 +248,18 @@ def finish(store: Store, site_id: str, year: int) -> None:
 
     If an object is lost, the commit is withdrawn. The year can then be built again.
     """
-    marker = store.find_group(f"{site_id}/builds/{year}", "r+")
-    if marker is None or PLACING not in marker.attrs:
+    group = store.find_group(marker_path(site_id, year), "r+")
+    if group is None or PLACING not in group.attrs:
         return
-    made = marker.attrs[PLACING]["made"]
-    staged = marker.attrs[PLACING]["staging"]
-    cube = store.open_site(site_id, "r")
-    index = year_index(cube, year)
-    for key in sorted({*made["checksums"], *_shard_keys(cube, index)}):
-        if key not in made["checksums"]:
-            _delete(store, [f"{site_id}/{key}"])  # of the replaced year
-        elif not _place(
-            store, f"{staged}/{_staged_key(key)}", f"{site_id}/{key}", made["checksums"][key]
-        ):
+    marker = group.attrs[PLACING]["made"]
+    staged = group.attrs[PLACING]["staging"]
+    checksums = marker["checksums"]
+    cube = store.open_site(site_id)
+    for key in sorted({*checksums, *_shard_keys(cube, year_index(cube, year))}):
+        place = f"{site_id}/{key}"
+        if key not in checksums:
+            _delete(store, [place])  # of the replaced year
+        elif not _place(store, f"{staged}/{_staged_key(key)}", place, checksums[key]):
             log.warning(
                 "%s: %s %s lost %s before it was in place; the year is built again",
                 store,
@@ -255,10 +269,10 @@ def finish(store: Store, site_id: str, year: int) -> None:
             )
             withdraw(store, site_id, year)
             return
-    if "reads" in made:
+    if "reads" in marker:
         note_incomplete(store, site_id)
     discard(store, site_id, year)
-    marker.attrs.put(made)  # last: after a kill, the next run finishes the work
+    group.attrs.put(marker)  # last: after a kill, the next run finishes the work
 
 
 def _place(store: Store, source: str, target: str, checksum: Sequence[Any]) -> bool:
@@ -285,38 +299,35 @@ def _placed_key(key: str, index: int) -> str:
 
 def _staged_key(key: str) -> str:
     """Return the staged key of a committed object. Both keys are relative to their groups."""
-    first, *rest = key.split("/")
-    if first == "builds":
+    name, *rest = key.split("/")
+    if name == "builds":
         return "/".join(rest[1:])
-    return "/".join([first, "c", "0", *rest[2:]])
+    return "/".join([name, "c", "0", *rest[2:]])
 
 
-def built_names(cube: zarr.Group) -> list[str]:
-    """Return the names of the variables written by builds."""
-    return ["reflectance", *recipe_of(cube.attrs[NAMED]["recipe"]).layers]
+def shard_grid(array: zarr.Array) -> list[tuple[int, int]]:
+    """List row and column of each shard of a year."""
+    rows, columns = (
+        -(-length // side) for length, side in zip(array.shape[-2:], array.shards[-2:], strict=True)
+    )
+    return list(itertools.product(range(rows), range(columns)))
 
 
 def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
     """Yield the keys of all possible shards of a year, in the variables written by builds."""
-    for name in built_names(cube):
+    for name in ("reflectance", *recipe_of(cube.attrs[NAMED]["recipe"]).layers):
         array = cube[name]
-        rows, columns = (
-            -(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True)
-        )
-        for row in range(rows):
-            for column in range(columns):
-                key = array.metadata.encode_chunk_key(
-                    (index, *(0,) * (array.ndim - 3), row, column)
-                )
-                yield f"{name}/{key}"
+        for row, column in shard_grid(array):
+            chunk = (index, *(0,) * (array.ndim - 3), row, column)
+            yield f"{name}/{array.metadata.encode_chunk_key(chunk)}"
 
 
 def _empty_unfinished(store: Store, site_id: str, year: int) -> None:
     """Remove pixels of an uncommitted year, left by older versions or a killed withdrawal."""
-    marker = store.find_group(f"{site_id}/builds/{year}", "r+")
+    marker = store.find_group(marker_path(site_id, year), "r+")
     if marker is None or not marker.attrs or "build_id" in marker.attrs:
         return
-    cube = store.open_site(site_id, "r")
+    cube = store.open_site(site_id)
     _delete(store, (f"{site_id}/{key}" for key in _shard_keys(cube, year_index(cube, year))))
     marker.attrs.put({})
 
@@ -325,7 +336,7 @@ def withdraw(store: Store, site_id: str, year: int, judged: str | None = None) -
     """Withdraw the commit of a year, and remove its staged objects and the pixels in its marker.
 
     Args:
-        store: local path or object-store URL.
+        store: the cubes.
         site_id: the site.
         year: the year. A damaged marker lists no pixels.
         judged: `sha256` of the faulty marker; None for any marker.
@@ -333,22 +344,28 @@ def withdraw(store: Store, site_id: str, year: int, judged: str | None = None) -
     Raises:
         BusyError: the year has been built again since the check.
     """
-    path = f"{site_id}/builds/{year}"
-    try:
-        marker = store.find_group(path)
-        attrs = {} if marker is None else dict(marker.attrs)
-    except CubeError:
-        attrs = {}
+    path = marker_path(site_id, year)
+    attrs = _attributes_at(store, path)
     if judged is not None and attrs.get("sha256") not in (judged, None):
         raise BusyError(
             f"{store}: {site_id} {year} was built again since it was verified; verify it again"
         )
-    listed = attrs.get(WITHDRAWN, attrs.get(PLACING, {}).get("made", attrs).get("checksums", ()))
-    pixels = [key for key in listed if not key.startswith("builds/")]
+    committed = attrs.get(PLACING, {}).get("made", attrs)
+    objects = attrs.get(WITHDRAWN, committed.get("checksums", ()))
+    pixels = [key for key in objects if not key.startswith("builds/")]
     store.begin_group(path, {WITHDRAWN: pixels})
     _delete(store, (f"{site_id}/{key}" for key in pixels))
     discard(store, site_id, year)
     store.begin_group(path, {})
+
+
+def _attributes_at(store: Store, path: str) -> dict[str, Any]:
+    """Return the attributes of a group; empty if it is missing or damaged."""
+    try:
+        group = store.find_group(path)
+    except CubeError:
+        return {}
+    return {} if group is None else dict(group.attrs)
 
 
 def _delete(store: Store, keys: Iterable[str]) -> None:

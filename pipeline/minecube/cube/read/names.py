@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zarr.core.sync import sync
-
 from minecube.cube.store import Store
 from minecube.digests import sha256_of_json
 from minecube.errors import CubeError
@@ -24,24 +22,26 @@ def find_prediction(store: Store, site_ids: Sequence[str], wanted: str) -> str:
     Raises:
         CubeError: no prediction fits, or several do.
     """
-    names = sorted({name for site_id in site_ids for name in _listed(store, site_id)})
-    exact = wanted.startswith(_EXACT)
+    names: set[str] = set()
+    for site_id in site_ids:
+        names.update(_list_predictions(store, site_id))
     model, plus, suffix = wanted.removeprefix(_EXACT).partition("+")
     originals = sorted({name.partition("+")[0] for name in names})
-    matches = [name for name in originals if name == model]
-    if not exact:
-        matches = [
-            name for name in originals if name == model or _card_of(store, site_ids, name) == model
-        ]
+    if wanted.startswith(_EXACT):
+        matches = [name for name in originals if name == model]
+    else:
+        matches = [name for name in originals if model in (name, _card_of(store, site_ids, name))]
     if len(matches) > 1:
         # "=" distinguishes a name from a card of the same name.
-        choices = " or ".join(f"{_EXACT}{name}" if name == model else name for name in matches)
-        raise CubeError(f"{store}: {model!r} may mean {choices}; name one of them")
-    found = f"{matches[0]}{plus}{suffix}" if matches else wanted
-    if found not in names:
-        there = f"it has {', '.join(names)}" if names else "run `minecube predict` first"
-        raise CubeError(f"{store}: no prediction of {wanted!r} for {', '.join(site_ids)}; {there}")
-    return found
+        choices = [f"{_EXACT}{name}" if name == model else name for name in matches]
+        raise CubeError(f"{store}: {model!r} may mean {' or '.join(choices)}; name one of them")
+    name = f"{matches[0]}{plus}{suffix}" if matches else wanted
+    if name not in names:
+        hint = "run `minecube predict` first"
+        if names:
+            hint = f"it has {', '.join(sorted(names))}"
+        raise CubeError(f"{store}: no prediction of {wanted!r} for {', '.join(site_ids)}; {hint}")
+    return name
 
 
 def choose_name(
@@ -59,36 +59,35 @@ def choose_name(
         default: The name for a model without an older prediction.
     """
     card = str(about["id"])
-    made_by = [
-        model for site_id in site_ids if (model := _model_of(store, site_id, card)) is not None
-    ]
-    same = [sha256_of_json(model) == sha256_of_json(dict(about)) for model in made_by]
-    return card if same and all(same) else default
+    origins = [_model_of(store, site_id, card) for site_id in site_ids]
+    stored = [sha256_of_json(origin) for origin in origins if origin is not None]
+    if set(stored) == {sha256_of_json(dict(about))}:
+        return card
+    return default
 
 
-def _listed(store: Store, site_id: str) -> list[str]:
+def _list_predictions(store: Store, site_id: str) -> list[str]:
     """List the names of a site's predictions, including damaged ones."""
-    files = store.open_group("").store
-
-    async def listed() -> list[str]:
-        return [
-            name async for name in files.list_dir(f"{site_id}/predictions") if name != "zarr.json"
-        ]
-
-    return list(sync(listed()))
+    folders = store.open_objects().list_with_delimiter(f"{site_id}/predictions")
+    return [path.rstrip("/").rpartition("/")[2] for path in folders["common_prefixes"]]
 
 
 def _card_of(store: Store, site_ids: Sequence[str], name: str) -> str | None:
     """Return the id of the model card behind a prediction; None if no site's copy can be read."""
-    models = (_model_of(store, site_id, name) for site_id in site_ids)
-    return next((str(model.get("id")) for model in models if model is not None), None)
+    for site_id in site_ids:
+        model = _model_of(store, site_id, name)
+        if model is not None:
+            return str(model.get("id"))
+    return None
 
 
 def _model_of(store: Store, site_id: str, name: str) -> dict[str, Any] | None:
     """Return the origin of a site's prediction; None if it is missing or damaged."""
-    path = f"{site_id}/predictions/{name}"
     try:
-        model = store.open_group(path).attrs.get("model") if store.has_group(path) else None
+        group = store.find_group(f"{site_id}/predictions/{name}")
     except CubeError:
         return None
+    if group is None:
+        return None
+    model = group.attrs.get("model")
     return model if isinstance(model, dict) else None
