@@ -293,15 +293,19 @@ def _composited(
         composite(used, grid, job.recipe, ledger, year=year, tools=job.tools),
         provenance,
         snapshot.to_bytes(used),
-        reads=ledger,
-        before=before,
-        completeness=job.min_read_completeness,
-        overwrite=job.overwrite,
-        scheduler="threads",
-        workers=workers,
-        stopped=stopped,
-        finished=lambda: (
-            {} if before else {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)}
+        cube.BuildOptions(
+            reads=ledger,
+            before=before,
+            completeness=job.min_read_completeness,
+            overwrite=job.overwrite,
+            scheduler="threads",
+            workers=workers,
+            stopped=stopped,
+            finished=lambda: (
+                {}
+                if before
+                else {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)}
+            ),
         ),
     )
     return Outcome(
