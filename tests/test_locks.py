@@ -167,12 +167,12 @@ def test_a_lease_that_is_renewed_is_not_taken_over(bucket, quick):
 def test_a_dead_lease_is_taken_over_and_its_holder_notices(bucket, quick):
     store = cube.Store(f"{bucket}/cubes.zarr")
     dead = locks._Lease(store, "pit")
-    assert dead._put("create")  # and never renewed
+    assert dead._try_put("create")  # and never renewed
     with locks.hold(store, "pit") as lock:
         lock.check()
         with pytest.raises(BusyError):
             dead.check()
-        assert not dead._put(dead.tag)
+        assert not dead._try_put(dead.tag)
     dead._thread.start()
     dead.release()
 
@@ -182,7 +182,7 @@ def test_a_put_whose_answer_was_lost_is_no_conflict(bucket):
     lease = locks._Lease(cube.Store(f"{bucket}/cubes.zarr"), "pit")
     content = lease._content()
     lease.objects.put(lease.key, content)
-    assert lease._put("create")
+    assert lease._try_put("create")
     lease.check()
 
 
@@ -200,7 +200,7 @@ def test_of_many_takers_one_wins(bucket, quick):
     won = []
 
     def take(lease):
-        if lease._put("create"):
+        if lease._try_put("create"):
             won.append(lease)
 
     threads = [threading.Thread(target=take, args=(lease,)) for lease in leases]

@@ -42,13 +42,13 @@ class ChecksumStore(WrapperStore):  # type: ignore[misc]
             self.sums.pop(key, None)
         await super().delete_dir(prefix)
 
-    def checksums_below(self, path: str, within: str) -> dict[str, list[Any]]:
-        """Return the sums of objects below `path`, with keys relative to the group `within`."""
+    def checksums_below(self, path: str, group: str) -> dict[str, list[Any]]:
+        """Return the sums of objects below `path`, with keys relative to the group at `group`."""
         # Iterate over a copy, because other threads add keys meanwhile.
-        found = sorted(
+        sums = sorted(
             (key, value) for key, value in list(self.sums.items()) if key.startswith(f"{path}/")
         )
-        return {key.removeprefix(f"{within}/"): value for key, value in found}
+        return {key.removeprefix(f"{group}/"): value for key, value in sums}
 
 
 def sum_of(content: Any) -> list[Any]:
@@ -58,5 +58,5 @@ def sum_of(content: Any) -> list[Any]:
 
 def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes with a `sha256` of all others."""
-    rest = {name: value for name, value in attrs.items() if name != "sha256"}
-    return {**rest, "sha256": sha256_of_json(rest)}
+    content = {name: value for name, value in attrs.items() if name != "sha256"}
+    return {**content, "sha256": sha256_of_json(content)}

@@ -21,9 +21,9 @@ def list_sites(store: Store) -> dict[str, dict[str, int]]:
         CubeError: there is no store, it cannot be listed, or it contains nothing of minecube.
     """
     if store.path is not None and not (store.path.is_dir() or store.packed):
-        found = "is a file" if store.path.exists() else "there is no store"
+        problem = "is a file" if store.path.exists() else "there is no store"
         raise CubeError(
-            f"{store}: {found}; name the folder, or the URL, that `minecube build` was given as "
+            f"{store}: {problem}; name the folder, or the URL, that `minecube build` was given as "
             "--store"
         )
     groups: dict[str, dict[str, int]] = {}

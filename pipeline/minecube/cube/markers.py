@@ -40,8 +40,8 @@ def marker_path(site_id: str, year: int) -> str:
 
 def is_staged(key: str) -> bool:
     """Whether a key, relative to the site's group, belongs to a year under construction."""
-    folder, _, rest = key.partition("/")
-    return folder == "builds" and rest.split("/")[0].endswith(STAGED)
+    folder, _, path = key.partition("/")
+    return folder == "builds" and path.split("/")[0].endswith(STAGED)
 
 
 def staged_year(name: str) -> int | None:

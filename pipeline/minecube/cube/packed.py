@@ -59,8 +59,8 @@ def directory(path: str, _stamp: Stamp) -> Mapping[str, Member]:
             entries = [entry for entry in opened.infolist() if not entry.is_dir()]
     except _BROKEN as error:
         raise CubeError(
-            f"{path}: is no zip, or a damaged one ({error}), so nothing in it can be found; copy or "
-            "download it again"
+            f"{path}: is no zip, or a damaged one ({error}), so nothing in it can be found; copy "
+            "or download it again"
         ) from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:

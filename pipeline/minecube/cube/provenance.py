@@ -67,7 +67,7 @@ def build_id(provenance: Mapping[str, Any]) -> str:
     # Scenes left out later still count: the build is named by its listed scenes.
     # Copies do not count: the original's files may be back at the next build.
     originals = [scene for scene in provenance["scenes"] if COPY_OF not in scene]
-    identity["scenes"] = [_without(scene, LEFT_OUT) for scene in originals]
+    identity["scenes"] = [_drop(scene, LEFT_OUT) for scene in originals]
     identity["recipe"] = untitled(provenance["recipe"])
     return sha256_of_json(identity)[:16]
 
@@ -82,10 +82,10 @@ def run_of(provenance: Mapping[str, Any]) -> str:
 
 def untitled(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe without its title, which does not change pixels."""
-    return _without(recipe, "title")
+    return _drop(recipe, "title")
 
 
-def _without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _drop(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key != name}
 
 

@@ -328,7 +328,9 @@ def sites(store: Store) -> list[str]:
                 content = bytes(raw.get(f"{name}/zarr.json").bytes())
             except FileNotFoundError:
                 continue
-            about = json.loads(content).get("attributes", {}).get(NAMED, {"format": BEING_MADE})
-            if about != {"format": BEING_MADE}:
+            description = (
+                json.loads(content).get("attributes", {}).get(NAMED, {"format": BEING_MADE})
+            )
+            if description != {"format": BEING_MADE}:
                 names.append(name)
     return names

@@ -145,8 +145,8 @@ def identities(store: Store, site_id: str, group: zarr.Group) -> dict[str, str]:
 def group_digest(attrs: Mapping[str, Any]) -> str:
     """Hash the description of a site's group: identity, origin and location."""
     location = {name: value for name, value in attrs.items() if name in GEOZARR}
-    about = {name: value for name, value in attrs[NAMED].items() if name != "sha256"}
-    return sha256_of_json({**location, NAMED: about})
+    description = {name: value for name, value in attrs[NAMED].items() if name != "sha256"}
+    return sha256_of_json({**location, NAMED: description})
 
 
 def seal_group(group: zarr.Group) -> None:
@@ -154,10 +154,10 @@ def seal_group(group: zarr.Group) -> None:
 
     Groups of older versions are left alone.
     """
-    about = {**group.attrs[NAMED], "years": [int(year) for year in group["year"][:]]}
-    about["sha256"] = group_digest({**group.attrs, NAMED: about})
-    if "arrays" in about and about != group.attrs[NAMED]:
-        group.attrs[NAMED] = about
+    description = {**group.attrs[NAMED], "years": [int(year) for year in group["year"][:]]}
+    description["sha256"] = group_digest({**group.attrs, NAMED: description})
+    if "arrays" in description and description != group.attrs[NAMED]:
+        group.attrs[NAMED] = description
 
 
 def geozarr(grid: GeoBox) -> dict[str, Any]:

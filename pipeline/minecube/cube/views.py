@@ -72,36 +72,38 @@ def coordinates_of(variable: str, views: Sequence[View]) -> dict[str, list[int]]
 def indices_of(variable: str, views: Sequence[View]) -> dict[View, list[int]]:
     """Return the indices of each view on the first axis."""
     axis = axis_of(variable, views)
-    if variable == "change":
-        return {view: [axis.index(view)] for view in views}
-    return {view: [axis.index(year) for year in view] for view in views}
+    indices = {}
+    for view in views:
+        values = [view] if variable == "change" else view
+        indices[view] = [axis.index(value) for value in values]
+    return indices
 
 
 def completeness_by_index(attrs: Mapping[str, Any]) -> dict[int, bool]:
     """Map each index on the first axis to True if its view is complete."""
-    done = attrs.get("done", {})
+    entries = attrs.get("done", {})
     complete: dict[int, bool] = {}
     for view, indices in indices_of(attrs.get("variable", ""), views_in(attrs)).items():
-        complete |= dict.fromkeys(indices, label_of(view) in done)
+        complete |= dict.fromkeys(indices, label_of(view) in entries)
     return complete
 
 
 def unmapped(attrs: Mapping[str, Any], pixels: Mapping[str, str]) -> list[str]:
     """List the incomplete views of committed years. `pixels` is as from `pixels_by_year`."""
-    done = attrs.get("done", {})
+    entries = attrs.get("done", {})
     labels = []
     for view in views_in(attrs):
         is_committed = len(select_years(view, pixels)) == len(view)
-        if label_of(view) not in done and is_committed:
+        if label_of(view) not in entries and is_committed:
             labels.append(label_of(view))
     return labels
 
 
 def index_in(key: str) -> int | None:
     """Return the first index of a shard, from its key in the group; None for other objects."""
-    variable, *rest = key.split("/")
-    if variable in LONG_NAMES and rest[:1] == ["c"] and rest[1].isdigit():
-        return int(rest[1])
+    variable, *parts = key.split("/")
+    if variable in LONG_NAMES and parts[:1] == ["c"] and parts[1].isdigit():
+        return int(parts[1])
     return None
 
 

@@ -254,8 +254,10 @@ class LazyPixels(BackendArray):
         self.dtype = pixels.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> AnyArray:
-        outer = indexing.IndexingSupport.OUTER
-        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._pixels.__getitem__)  # type: ignore[no-any-return]
+        part: AnyArray = indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._pixels.__getitem__
+        )
+        return part
 
 
 class _WholeStore(WrapperStore):  # type: ignore[misc]

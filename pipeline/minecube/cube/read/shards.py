@@ -161,14 +161,12 @@ def _map(path: str) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _read_index(
-    where: str, file: mmap.mmap, start: int, size: int, shape: tuple[int, int]
-) -> Shard:
+def _read_index(name: str, file: mmap.mmap, start: int, size: int, shape: tuple[int, int]) -> Shard:
     """Make a shard with its index, stored before the last four bytes (the index checksum)."""
     length = _INDEX_ENTRY * shape[0] * shape[1]
     if size < length + _CRC_BYTES:
         raise CubeError(
-            f"{where}: is too short for a shard, so it is damaged; run `minecube verify`"
+            f"{name}: is too short for a shard, so it is damaged; run `minecube verify`"
         )
     end = start + size - _CRC_BYTES
     index = np.frombuffer(file[end - length : end], "<u8")

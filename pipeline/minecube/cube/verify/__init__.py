@@ -78,11 +78,11 @@ def verify(
     for site in sites:
         for check in _SURVEY:
             findings += check(site)
-    known = places_by_sha256(sites)
+    places = places_by_sha256(sites)
     names_of_tasks = []
     tasks = []
     for site in sites:
-        for task in content_tasks(site, known):
+        for task in content_tasks(site, places):
             names_of_tasks.append(site.name)
             tasks.append(task)
     with ThreadPoolExecutor(workers) as pool:

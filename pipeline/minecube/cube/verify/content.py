@@ -33,30 +33,30 @@ def places_by_sha256(sites: Sequence[SiteState]) -> dict[str, str]:
     return places
 
 
-def content_tasks(site: SiteState, known: Mapping[str, str]) -> Iterator[Task]:
-    """Yield checks of the objects' content. `known` is as from `places_by_sha256`."""
+def content_tasks(site: SiteState, places: Mapping[str, str]) -> Iterator[Task]:
+    """Yield checks of the objects' content. `places` is as from `places_by_sha256`."""
     blocks: dict[Place, list[str]] = {}
     for key in sorted({*site.checksums, *site.files}):
         place = place_of(key)
         if place is None:
             if key in site.checksums and key in site.files:
-                yield partial(_check_object, site, key, known)
+                yield partial(_check_object, site, key, places)
         elif key in site.checksums or site.year_at(place.index) in site.unsure:
             blocks.setdefault(place, []).append(key)
     for place, keys in sorted(blocks.items()):
-        yield partial(_check_block, site, place, keys, known)
+        yield partial(_check_block, site, place, keys, places)
     for year in site.committed:
         yield partial(_check_records, site, year)
 
 
-def _check_object(site: SiteState, key: str, known: Mapping[str, str]) -> list[Finding]:
+def _check_object(site: SiteState, key: str, places: Mapping[str, str]) -> list[Finding]:
     """Check an object's bytes."""
-    finding = _compare_bytes(site, key, site.read(key), known)
+    finding = _compare_bytes(site, key, site.read(key), places)
     return [] if finding is None else [finding]
 
 
 def _compare_bytes(
-    site: SiteState, key: str, content: Any, known: Mapping[str, str]
+    site: SiteState, key: str, content: Any, places: Mapping[str, str]
 ) -> Finding | None:
     """Compare an object's bytes with its checksum; None if they agree."""
     year, cure = site.year_and_cure(key)
@@ -68,8 +68,8 @@ def _compare_bytes(
     expected = site.checksums[key]
     if [size, sha256] == expected:
         return None
-    if sha256 in known:
-        return site.find("foreign", key, f"is that of {known[sha256]}", cure, year)
+    if sha256 in places:
+        return site.find("foreign", key, f"is that of {places[sha256]}", cure, year)
     text = f"{size} of {expected[0]} bytes"
     if size == expected[0]:
         text = f"{size} bytes, of which some are not those written"
@@ -77,7 +77,7 @@ def _compare_bytes(
 
 
 def _check_block(
-    site: SiteState, place: Place, keys: Sequence[str], known: Mapping[str, str]
+    site: SiteState, place: Place, keys: Sequence[str], places: Mapping[str, str]
 ) -> list[Finding]:
     """Check a block of a year: the bytes of its shards, then its pixels against each other."""
     findings: list[Finding] = []
@@ -85,7 +85,7 @@ def _check_block(
     for key in keys:
         if key not in site.files:
             continue
-        shard = _check_shard(site, place, key, known)
+        shard = _check_shard(site, place, key, places)
         if isinstance(shard, Finding):
             findings.append(shard)
         else:
@@ -95,8 +95,8 @@ def _check_block(
     for name, values in pixels.items():
         attrs = parse_json(site.metadata[name])["attributes"]
         for text in _find_invalid(values, attrs):
-            what = f"{name} {block}"
-            findings.append(site.find("contradictory", what, text, site.cure_of(name), year))
+            cure = site.cure_of(name)
+            findings.append(site.find("contradictory", f"{name} {block}", text, cure, year))
     unreadable = {_variable(key) for key in keys} - set(pixels)
     if year in site.committed and not unreadable & site.built:
         built = {name: values for name, values in pixels.items() if name in site.built}
@@ -112,12 +112,12 @@ def _variable(key: str) -> str:
 
 
 def _check_shard(
-    site: SiteState, place: Place, key: str, known: Mapping[str, str]
+    site: SiteState, place: Place, key: str, places: Mapping[str, str]
 ) -> AnyArray | Finding:
     """Check a shard's bytes, and return its pixels."""
     content = site.read(key)
     if key in site.checksums or not isinstance(content, bytes):
-        finding = _compare_bytes(site, key, content, known)
+        finding = _compare_bytes(site, key, content, places)
         if finding is not None:
             return finding
     name = _variable(key)

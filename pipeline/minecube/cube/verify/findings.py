@@ -36,11 +36,11 @@ class Finding:
     @property
     def metadata_key(self) -> str:
         """Key of the metadata behind the finding, relative to the site's group."""
-        folder, *rest = self.what.split("/")
+        folder, *parts = self.what.split("/")
         if self.cure == "build":
             return f"builds/{self.year}/zarr.json"
-        if folder == "predictions" and rest:
-            return f"predictions/{rest[0]}/zarr.json"
+        if folder == "predictions" and parts:
+            return f"predictions/{parts[0]}/zarr.json"
         variable = folder.split(" ")[0]
         return f"{variable}/zarr.json"
 

@@ -41,17 +41,17 @@ def check_group(site: SiteState) -> Iterator[Finding]:
     """Check a site's group and all its arrays except pixels."""
     _read_metadata(site)
     attrs = attributes_in(site.read("zarr.json")) or {}
-    about = attrs.get(NAMED, {})
-    if about == {"format": BEING_MADE}:
+    description = attrs.get(NAMED, {})
+    if description == {"format": BEING_MADE}:
         yield site.find_unfinished("zarr.json", "the site's group was being created", "build")
         return
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
         yield site.find(
             "damaged", "zarr.json", "is not the metadata of a site of this version", "site"
         )
         return
     try:
-        recipe = recipe_of(about["recipe"])
+        recipe = recipe_of(description["recipe"])
         grid = grid_in(attrs)
     except (MinecubeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         yield site.find(
@@ -60,9 +60,11 @@ def check_group(site: SiteState) -> Iterator[Finding]:
         return
     yield from _check_description(site, attrs, grid)
     site.built |= {"reflectance", *recipe.layers}
-    yield from _check_years(site, about)
-    yield from _check_arrays(site, template(grid, site.years or [2000], recipe), recipe, about)
-    site.about = about
+    yield from _check_years(site, description)
+    yield from _check_arrays(
+        site, template(grid, site.years or [2000], recipe), recipe, description
+    )
+    site.description = description
     site.grid = grid
     site.incomplete_reads = attrs.get("incomplete_reads", {})
 
@@ -70,8 +72,8 @@ def check_group(site: SiteState) -> Iterator[Finding]:
 def _read_metadata(site: SiteState) -> None:
     """Read the metadata of all arrays, and the years."""
     for path in sorted(site.files):
-        name, _, rest = path.partition("/")
-        if rest != "zarr.json" or name in ("builds", "predictions"):
+        name, _, file = path.partition("/")
+        if file != "zarr.json" or name in ("builds", "predictions"):
             continue
         content = site.read(path)
         if isinstance(content, bytes):
@@ -85,14 +87,14 @@ def _check_description(
     site: SiteState, attrs: Mapping[str, Any], grid: GeoBox
 ) -> Iterator[Finding]:
     """Check recipe and location against their hash, and the location against the grid."""
-    about = attrs[NAMED]
-    is_sealed = bool({"sha256", "arrays", "years"} & set(about))
-    if is_sealed and about.get("sha256") != group_digest(attrs):
+    description = attrs[NAMED]
+    is_sealed = bool({"sha256", "arrays", "years"} & set(description))
+    if is_sealed and description.get("sha256") != group_digest(attrs):
         yield site.find(
             "damaged", "zarr.json", "recipe or place is not what the group was made with", "site"
         )
-    elif about.get("site") != site.name:
-        yield site.find("foreign", "zarr.json", f"is of site {about.get('site')!r}", "site")
+    elif description.get("site") != site.name:
+        yield site.find("foreign", "zarr.json", f"is of site {description.get('site')!r}", "site")
     wrong = [
         name
         for name, value in geozarr(grid).items()
@@ -103,29 +105,31 @@ def _check_description(
         yield site.find("contradictory", "zarr.json", text, "site")
 
 
-def _check_years(site: SiteState, about: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_years(site: SiteState, description: Mapping[str, Any]) -> Iterator[Finding]:
     """Check the values of the coordinate `year`."""
     years = site.years
-    expected = about.get("years", years)
-    # Room for another year is named 0 until the year is written.
-    named = years[: years.index(0)] if 0 in years else years
+    expected = description.get("years", years)
+    # Room for another year has the name 0 until the year is written.
+    named_years = years[: years.index(0)] if 0 in years else years
     is_growing = (
-        years != expected and named[: len(expected)] == expected and not any(years[len(named) :])
+        years != expected
+        and named_years[: len(expected)] == expected
+        and not any(years[len(named_years) :])
     )
     if is_growing:
         yield site.find_unfinished("year", "room for another year was being made", "build")
-    is_ascending = named and sorted(set(named)) == named
+    is_ascending = named_years and sorted(set(named_years)) == named_years
     if not is_ascending or (years != expected and not is_growing):
-        text = f"expected {about.get('years', 'ascending years')}, found {years}"
+        text = f"expected {description.get('years', 'ascending years')}, found {years}"
         yield site.find("damaged", "year", text, "site")
 
 
 def _check_arrays(
-    site: SiteState, empty: xr.Dataset, recipe: Recipe, about: Mapping[str, Any]
+    site: SiteState, empty: xr.Dataset, recipe: Recipe, description: Mapping[str, Any]
 ) -> Iterator[Finding]:
     """Check each array's metadata, and the coordinates, against the template."""
     site.expected = _metadata_of(empty, recipe)
-    identities = about.get("arrays", {})
+    identities = description.get("arrays", {})
     for name in sorted({*site.expected, *identities}):
         if name == FRACTION and name not in {*site.metadata, *identities}:
             continue  # a cube of a version without fractions: the next labelling adds one
@@ -177,8 +181,8 @@ def _metadata_of(empty: xr.Dataset, recipe: Recipe) -> dict[str, Any]:
 
 def _has_more_years(metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether an array differs from the expected shape only by more years."""
-    years, *rest = metadata["shape"]
-    return bool(years > expected["shape"][0] and rest == list(expected["shape"][1:]))
+    years, *shape = metadata["shape"]
+    return bool(years > expected["shape"][0] and shape == list(expected["shape"][1:]))
 
 
 def _check_coordinates(site: SiteState, empty: xr.Dataset) -> Iterator[Finding]:

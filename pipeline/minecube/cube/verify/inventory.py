@@ -41,16 +41,16 @@ def find_unexpected(site: SiteState) -> Iterator[Finding]:
 
 def _is_expected(site: SiteState, key: str) -> bool:
     """Whether an object without a checksum belongs where it is."""
-    folder, *rest = key.split("/")
-    if folder == "builds" and rest[0].isdigit():
-        return int(rest[0]) not in _years_with_checksums(site) or rest[1:] == ["zarr.json"]
-    if folder == "predictions" and len(rest) > 1:
-        return _is_expected_of_map(site, rest[0], rest[1:])
+    folder, *parts = key.split("/")
+    if folder == "builds" and parts[0].isdigit():
+        return int(parts[0]) not in _years_with_checksums(site) or parts[1:] == ["zarr.json"]
+    if folder == "predictions" and len(parts) > 1:
+        return _is_expected_of_map(site, parts[0], parts[1:])
     if not _is_array(site, folder):
         return False
-    if rest == ["zarr.json"]:
+    if parts == ["zarr.json"]:
         return True
-    if rest[:1] == ["c"] and _is_coordinate(parse_json(site.metadata[folder]), rest[1:]):
+    if parts[:1] == ["c"] and _is_coordinate(parse_json(site.metadata[folder]), parts[1:]):
         return True
     if place_of(key) is None:
         return False
@@ -68,8 +68,8 @@ def _is_label(site: SiteState, key: str) -> bool:
 
 def _is_array(site: SiteState, name: str) -> bool:
     """Whether a folder is an array of the cube."""
-    arrays = {*site.expected, *site.about.get("arrays", {})}
-    return name in site.metadata and (name in arrays or not site.about)
+    arrays = {*site.expected, *site.description.get("arrays", {})}
+    return name in site.metadata and (name in arrays or not site.description)
 
 
 def _years_with_checksums(site: SiteState) -> set[int]:

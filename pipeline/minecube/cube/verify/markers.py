@@ -20,16 +20,16 @@ def check_markers(site: SiteState) -> Iterator[Finding]:
     }
     if marked or "builds/zarr.json" in site.files:
         yield from site.check_empty_group("builds/zarr.json")
-    staged = {name for folder, name, *rest in _split_keys(site) if is_staged(f"{folder}/{name}/")}
+    staged = {name for folder, name, *_ in _split_keys(site) if is_staged(f"{folder}/{name}/")}
     for name in sorted(staged):
         # The year may have been committed since the store was listed.
         keys = [key for key in site.files if key.startswith(f"builds/{name}/")]
         if any(site.read(key) is not None for key in keys):
             text = "the year was being built"
             yield site.find_unfinished(f"builds/{name}", text, "build", staged_year(name))
-    begun = {year for year in map(staged_year, staged) if year is not None}
-    for year in sorted(marked | begun | _stored_years(site)):
-        if year in marked or year not in begun or _marker(site, year) is not None:
+    unfinished = {year for year in map(staged_year, staged) if year is not None}
+    for year in sorted(marked | unfinished | _stored_years(site)):
+        if year in marked or year not in unfinished or _marker(site, year) is not None:
             yield from _check_year(site, year)
 
 
@@ -63,11 +63,11 @@ def _check_year(site: SiteState, year: int) -> Iterator[Finding]:
     attrs = attributes_in(content)
     if attrs is None:
         site.committed[year] = {}
-        kind, problem = ("damaged", "cannot be understood, so")
+        text = "nothing says what the year is made of"
         if content is None:
-            kind, problem = ("missing", "pixels are there, but")
-        text = f"{problem} nothing says what the year is made of"
-        yield site.find(kind, key, text, "build", year)
+            yield site.find("missing", key, f"pixels are there, but {text}", "build", year)
+        else:
+            yield site.find("damaged", key, f"cannot be understood, so {text}", "build", year)
     elif not attrs or ("building" in attrs and "build_id" not in attrs):
         return  # not built, or begun by an older version
     elif WITHDRAWN in attrs:
@@ -121,7 +121,7 @@ def _check_marker(site: SiteState, year: int, attrs: Mapping[str, Any]) -> Itera
 def _check_against_group(site: SiteState, year: int, attrs: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare the recipe, grid and share of reads of a year with the group."""
     key = _key_of(year)
-    if untitled(attrs.get("recipe", {})) != untitled(site.about["recipe"]):
+    if untitled(attrs.get("recipe", {})) != untitled(site.description["recipe"]):
         text = "was made by another recipe than the site's group"
         yield site.find("contradictory", key, text, "build", year)
     stored = attrs.get("grid", {})

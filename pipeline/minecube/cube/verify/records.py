@@ -38,9 +38,9 @@ def check_predictions(site: SiteState) -> Iterator[Finding]:
     """Check the metadata of each prediction, and report incomplete and outdated maps."""
     names = set()
     for key in site.files:
-        folder, *rest = key.split("/")
-        if folder == "predictions" and len(rest) > 1:
-            names.add(rest[0])
+        folder, *parts = key.split("/")
+        if folder == "predictions" and len(parts) > 1:
+            names.add(parts[0])
     if names:
         yield from site.check_empty_group("predictions/zarr.json")
     pixels = {str(year): pixels_of(attrs) for year, attrs in site.committed.items() if attrs}

@@ -39,7 +39,7 @@ class SiteState:
     """Object -> size and SHA-256 as written, from all intact lists."""
 
     # From the group
-    about: Mapping[str, Any] = field(default_factory=dict)
+    description: Mapping[str, Any] = field(default_factory=dict)
     """The group's attribute `minecube`."""
     grid: GeoBox | None = None
     incomplete_reads: Mapping[str, float] = field(default_factory=dict)
@@ -67,16 +67,18 @@ class SiteState:
         """Read an object as `listing.read_object`. `key` is relative to the site's group."""
         return read_object(self.raw, f"{self.name}/{key}")
 
-    def find(self, kind: str, what: str, found: str, cure: str, year: int | None = None) -> Finding:
+    def find(
+        self, kind: str, subject: str, text: str, cure: str, year: int | None = None
+    ) -> Finding:
         """Make a finding."""
-        return Finding(site=self.name, year=year, kind=kind, what=what, found=found, cure=cure)
+        return Finding(site=self.name, year=year, kind=kind, what=subject, found=text, cure=cure)
 
     def find_unfinished(
-        self, what: str, found: str, cure: str, year: int | None = None, command: str = ""
+        self, subject: str, text: str, cure: str, year: int | None = None, command: str = ""
     ) -> Finding:
         """Make a finding about remains of a run. `command` completes them (default: the cure)."""
-        text = f"{found}; run `minecube {command or cure}` again, unless it is still running"
-        return self.find(UNFINISHED, what, text, cure, year)
+        advice = f"run `minecube {command or cure}` again, unless it is still running"
+        return self.find(UNFINISHED, subject, f"{text}; {advice}", cure, year)
 
     def check_empty_group(self, key: str) -> Iterator[Finding]:
         """Check the metadata of a group without attributes."""
@@ -93,11 +95,11 @@ class SiteState:
 
     def year_and_cure(self, key: str) -> tuple[int | None, str]:
         """Return the year and the cure of a faulty object."""
-        folder, *rest = key.split("/")
+        folder, *parts = key.split("/")
         if folder == "predictions":
             return None, "predict"
         if folder == "builds":
-            return int(rest[0]), "build"
+            return int(parts[0]), "build"
         return self.year_of(key), self.cure_of(folder)
 
     def cure_of(self, variable: str) -> str:
@@ -132,10 +134,10 @@ def check_empty_group(site: str, key: str, content: Any) -> Iterator[Finding]:
 
 def place_of(key: str) -> Place | None:
     """Return the place of a variable's shard; None for other objects."""
-    _, *rest = key.split("/")
-    if rest[:1] != ["c"] or len(rest) < 4 or not all(part.isdigit() for part in rest[1:]):
+    _, *parts = key.split("/")
+    if parts[:1] != ["c"] or len(parts) < 4 or not all(part.isdigit() for part in parts[1:]):
         return None
-    return Place(int(rest[1]), int(rest[-2]), int(rest[-1]))
+    return Place(int(parts[1]), int(parts[-2]), int(parts[-1]))
 
 
 def open_array(contents: Mapping[str, Any]) -> zarr.Array:

@@ -36,19 +36,19 @@ def build_blocks(
         BusyError: another run has taken over the lock.
         CubeError: the build was stopped.
     """
-    where = f"{staging.site_id} {staging.year}"
+    site_year = f"{staging.site_id} {staging.year}"
     blocks = shard_grid(staging.arrays["clear_count"])
     finished = staging.blocks
     checksums = staging.checksums
     todo = [block for block in blocks if _name(block) not in finished]
     if len(todo) < len(blocks):
         number = len(blocks) - len(todo) + 1
-        log.info("%s: going on with block %d of %d", where, number, len(blocks))
+        log.info("%s: going on with block %d of %d", site_year, number, len(blocks))
     for start in range(0, len(todo), options.workers):
         lock.check()
         if options.stopped():
             raise CubeError(
-                f"{where}: stopped with {len(todo) - start} of {len(blocks)} blocks to go; the "
+                f"{site_year}: stopped with {len(todo) - start} of {len(blocks)} blocks to go; the "
                 "same build goes on there"
             )
         batch = todo[start : start + options.workers]
@@ -85,8 +85,8 @@ def _compute_blocks(
         parts = [_chunk_at(chunks[name], block) for name in arrays]
         tasks.append(write(block, parts))
     checksums: dict[str, list[Any]] = {}
-    for written in dask.compute(*tasks, scheduler=options.scheduler, num_workers=options.workers):
-        checksums |= written
+    for sums in dask.compute(*tasks, scheduler=options.scheduler, num_workers=options.workers):
+        checksums |= sums
     return checksums
 
 

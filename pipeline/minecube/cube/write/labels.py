@@ -96,8 +96,8 @@ def _begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
 def _note_labels(array: zarr.Array, target: ChecksumStore, origin: str) -> None:
     """Note the origin of finished labels and the checksums of their shards."""
     site_id, _, _ = array.path.rpartition("/")
-    written = target.checksums_below(array.path, site_id)
-    shards = {key: checksum for key, checksum in written.items() if "/c/" in key}
+    sums = target.checksums_below(array.path, site_id)
+    shards = {key: checksum for key, checksum in sums.items() if "/c/" in key}
     checksums = dict(sorted({**array.attrs["checksums"], **shards}.items()))
     _put_notes(array, {"origin": origin, "checksums": checksums, LABELLING: []})
 

@@ -76,9 +76,9 @@ def pack(
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as part:
             raw = store.open_objects()
-            before = _metadata_crcs(raw, keys)
+            crcs = _metadata_crcs(raw, keys)
             _write(store, keys, part, progress)
-            _need_unchanged(store, selection, keys, before)
+            _need_unchanged(store, selection, keys, crcs)
             with part.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()
@@ -146,12 +146,12 @@ def _select(store: Store, names: Sequence[str] | None) -> _Selection:
 
 
 def _need_unchanged(
-    store: Store, selection: _Selection, keys: Sequence[str], before: Mapping[str, int | None]
+    store: Store, selection: _Selection, keys: Sequence[str], crcs: Mapping[str, int | None]
 ) -> None:
     """Raise CubeError if a packed object was written since the selection."""
     raw = store.open_objects()
     changed = set(keys) ^ set(_keys_to_pack(store, list_sites(store), selection.years))
-    changed |= {key for key, _ in before.items() ^ _metadata_crcs(raw, keys).items()}
+    changed |= {key for key, _ in crcs.items() ^ _metadata_crcs(raw, keys).items()}
     for name, years in selection.years.items():  # withdrawals before the first metadata check
         withdrawn = years - _committed_years(raw, name, selection.files[name])
         changed |= {f"{name}/builds/{year}/zarr.json" for year in withdrawn}
@@ -198,9 +198,9 @@ def _begun_years(files: Iterable[str]) -> set[int]:
     """Return the committed or begun years."""
     years = set()
     for path in files:
-        folder, *rest = path.split("/")
-        if folder == "builds" and len(rest) > 1:
-            years.add(staged_year(rest[0]))
+        folder, *parts = path.split("/")
+        if folder == "builds" and len(parts) > 1:
+            years.add(staged_year(parts[0]))
     return {year for year in years if year is not None}
 
 

@@ -128,8 +128,8 @@ def write_prediction(
             )
     writer = _Writer(store, site_id, prediction, target, pixels)
     with store.writing(), hold(store, prediction_path(site_id, prediction.model)) as lock:
-        group, done = writer.begin(overwrite=overwrite)
-        todo = [view for view in prediction.views if label_of(view) not in done]
+        group, complete = writer.begin(overwrite=overwrite)
+        todo = [view for view in prediction.views if label_of(view) not in complete]
         if not todo:
             return []
         checksums = dict(group.attrs["checksums"])
@@ -139,13 +139,13 @@ def write_prediction(
             for view, parts in _split_by_view(source, todo, array):
                 _write_view(array, indices[view], parts)
                 lock.check()
-                done[label_of(view)] = {
+                complete[label_of(view)] = {
                     "builds": select_years(view, pixels),
                     "computed": prediction.computed,
                 }
                 shards = {**checksums, **_checksums_of(target, group.path)}
                 # The commit:
-                group.attrs.put(sealed({**group.attrs, "done": done, "checksums": shards}))
+                group.attrs.put(sealed({**group.attrs, "done": complete, "checksums": shards}))
     return todo
 
 
@@ -180,12 +180,12 @@ def write_probability(
         for view in views:
             yield _Map(view, probability.sel(year=list(view)).to_numpy()[None])
 
-    about = dict(card)
+    origin = dict(card)
     if made_of:
         digest = model_digest(store, site_id, made_of)
-        about["made_of"] = {"prediction": made_of, "digest": digest}
+        origin["made_of"] = {"prediction": made_of, "digest": digest}
     views = [(int(year),) for year in probability["year"]]
-    prediction = Prediction(model=model, views=views, about=about)
+    prediction = Prediction(model=model, views=views, about=origin)
     write_prediction(store, site_id, prediction, rows, overwrite=True)
 
 
@@ -223,38 +223,38 @@ class _Writer:
             views = list(self.prediction.views)
             self._create()
         group = zarr.open_group(self.target, path=self.path, mode="r+", use_consolidated=False)
-        done = self._current(attrs.get("done", {}))
-        if attrs and (done, views) == (attrs["done"], stored) and _fits(group, variable, views):
-            return group, done
+        complete = self._current(attrs.get("done", {}))
+        if attrs and (complete, views) == (attrs["done"], stored) and _fits(group, variable, views):
+            return group, complete
         if not is_new:
             _grow(group, variable, views)
-        group.attrs.put(sealed({**group.attrs, **self._describe(attrs, views, done)}))
-        return group, done
+        group.attrs.put(sealed({**group.attrs, **self._describe(attrs, views, complete)}))
+        return group, complete
 
-    def _current(self, done: Mapping[str, Any]) -> dict[str, Any]:
+    def _current(self, complete: Mapping[str, Any]) -> dict[str, Any]:
         """Return the complete views of the current builds."""
         current = {}
-        for label, entry in done.items():
+        for label, entry in complete.items():
             years = map(int, label.split("-"))
             if entry["builds"] == select_years(years, self.pixels):
                 current[label] = entry
         return current
 
     def _describe(
-        self, attrs: Mapping[str, Any], views: Sequence[View], done: Mapping[str, Any]
+        self, attrs: Mapping[str, Any], views: Sequence[View], complete: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the group's attributes, with the checksums of all but the views to map."""
         variable = self.prediction.variable
         todo: set[int] = set()
         for view, indices in indices_of(variable, views).items():
-            if label_of(view) not in done:
+            if label_of(view) not in complete:
                 todo.update(indices)
         checksums = {**attrs.get("checksums", {}), **_checksums_of(self.target, self.path)}
         return {
             "model": dict(self.prediction.about),
             "variable": variable,
             "views": [list(view) for view in views],
-            "done": done,
+            "done": complete,
             "checksums": {
                 key: checksum for key, checksum in checksums.items() if index_in(key) not in todo
             },
@@ -327,9 +327,9 @@ class _Writer:
 
 def _checksums_of(target: ChecksumStore, path: str) -> dict[str, list[Any]]:
     """Return the checksums of everything written below a group, without its metadata."""
-    written = target.checksums_below(path, path)
-    written.pop("zarr.json", None)
-    return written
+    sums = target.checksums_below(path, path)
+    sums.pop("zarr.json", None)
+    return sums
 
 
 def _fits(group: zarr.Group, variable: str, views: Sequence[View]) -> bool:
@@ -373,17 +373,17 @@ def _gather(rows: Iterator[Rows], view: View, array: zarr.Array) -> Iterator[tup
     gathered: UInt8 = np.empty((1, 1, 0, 0), np.uint8)
     while y < height:
         values = _next_rows(rows, view, y)
-        taken = 0
-        while taken < values.shape[-2]:
+        offset = 0
+        while offset < values.shape[-2]:
             top = y // side * side
             if y == top:
                 shape = (*values.shape[:2], min(side, height - top), array.shape[-1])
                 gathered = np.empty(shape, np.uint8)
             bottom = top + gathered.shape[-2]
-            count = min(values.shape[-2] - taken, bottom - y)
-            gathered[..., y - top : y - top + count, :] = values[..., taken : taken + count, :]
+            count = min(values.shape[-2] - offset, bottom - y)
+            gathered[..., y - top : y - top + count, :] = values[..., offset : offset + count, :]
             y += count
-            taken += count
+            offset += count
             if y == bottom:
                 yield top, gathered
 
@@ -392,9 +392,9 @@ def _next_rows(rows: Iterator[Rows], view: View, y: int) -> UInt8:
     """Return the next rows of a map, which must be those of this view from row `y` on."""
     part = next(rows, None)
     if part is None or part.view != view or part.y != y:
-        found = "none" if part is None else f"row {part.y} of {label_of(part.view)}"
+        text = "none" if part is None else f"row {part.y} of {label_of(part.view)}"
         raise CubeError(
-            f"expected row {y} of {label_of(view)}, found {found}; this map is not committed"
+            f"expected row {y} of {label_of(view)}, found {text}; this map is not committed"
         )
     return part.values
 

@@ -124,7 +124,12 @@ def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
 
 
 def open_staging(
-    store: Store, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None
+    store: Store,
+    site_id: str,
+    year: int,
+    names: Sequence[str],
+    run: str,
+    initial_counts: bytes | None,
 ) -> Staging:
     """Open the staging group of a run, with the blocks left by an earlier process of the same run.
 
@@ -134,14 +139,14 @@ def open_staging(
         year: a year of the cube.
         names: variables to build.
         run: identity of the build (`run_of`). Remains of other runs of the year are removed.
-        before: read counts at the start of this process. Staged blocks with other counts are
-            removed.
+        initial_counts: read counts at the start of this process. Staged blocks with other
+            counts are removed.
     """
     path = staging_path(site_id, year, run)
     target = store.open_with_checksums()
     group = store.find_group(path)
     _discard_others(store, site_id, year, keep=path)
-    if group is None or not _is_resumable(store, path, group, before):
+    if group is None or not _is_resumable(store, path, group, initial_counts):
         _remove(store, path)
         _empty_unfinished(store, site_id, year)
         cube = zarr.open_group(target, path=site_id, mode="r+", use_consolidated=False)
@@ -155,10 +160,10 @@ def open_staging(
     return Staging(store, site_id, year, target, group, arrays)
 
 
-def _is_resumable(store: Store, path: str, group: zarr.Group, before: bytes | None) -> bool:
-    """Whether the read counts equal `before` and all noted shards exist with their sizes."""
+def _is_resumable(store: Store, path: str, group: zarr.Group, initial_counts: bytes | None) -> bool:
+    """Whether the read counts are the initial ones, and all noted shards exist with their sizes."""
     counts = counts_of(group)
-    if "blocks" not in group.attrs or counts != before:
+    if "blocks" not in group.attrs or counts != initial_counts:
         return False
     if "reads" in group.attrs and counts is None:
         return False
@@ -293,16 +298,16 @@ def _place(store: Store, source: str, target: str, checksum: Sequence[Any]) -> b
 
 def _placed_key(key: str, index: int) -> str:
     """Return the final key of a staged shard: its first chunk index becomes that of the year."""
-    name, _, rest = key.partition("/c/0/")
-    return f"{name}/c/{index}/{rest}"
+    name, _, chunk = key.partition("/c/0/")
+    return f"{name}/c/{index}/{chunk}"
 
 
 def _staged_key(key: str) -> str:
     """Return the staged key of a committed object. Both keys are relative to their groups."""
-    name, *rest = key.split("/")
+    name, *parts = key.split("/")
     if name == "builds":
-        return "/".join(rest[1:])
-    return "/".join([name, "c", "0", *rest[2:]])
+        return "/".join(parts[1:])
+    return "/".join([name, "c", "0", *parts[2:]])
 
 
 def shard_grid(array: zarr.Array) -> list[tuple[int, int]]:

@@ -87,7 +87,7 @@ def _check_alignment(composite: xr.Dataset, arrays: Mapping[str, zarr.Array]) ->
 
 def _check_complete(staging: Staging, options: BuildOptions) -> None:
     """Raise an error if a built year has too few reads for a commit, or no pixel."""
-    where = f"{staging.site_id} {staging.year}"
+    site_year = f"{staging.site_id} {staging.year}"
     has_pixels = bool(staging.arrays["quality"][:].any())
     if options.reads is not None:
         counts = options.reads.totals()
@@ -95,10 +95,10 @@ def _check_complete(staging: Staging, options: BuildOptions) -> None:
         if is_short or (counts["lost"] and not has_pixels):
             # The next run reads the lost pixels again.
             discard(staging.store, staging.site_id, staging.year)
-            raise ReadError(f"{where}: {_explain_losses(options.reads, options.completeness)}")
+            raise ReadError(f"{site_year}: {_explain_losses(options.reads, options.completeness)}")
     if not has_pixels:
         raise CubeError(
-            f"{where}: no scene has a pixel here, so nothing is committed; check polygon and "
+            f"{site_year}: no scene has a pixel here, so nothing is committed; check polygon and "
             "scene list"
         )
 
