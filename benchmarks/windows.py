@@ -316,7 +316,7 @@ def tried(folder: Path) -> dict[str, Any]:
         packed = time.process_time() - start
         array = zarr.open_array(path / "reflectance")
         whole, window = [], []
-        reader = Pixels.of(cube.Store(path), "reflectance")
+        reader = Pixels.open(cube.Store(path), "reflectance")
         for _ in range(3):
             start = time.process_time()
             array[:]

@@ -259,8 +259,8 @@ def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path
             lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": packed},
         )
         built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
-    assert module.Pixels.of(where, "pit/reflectance").decoder is None
-    assert module.Pixels.of(store, "pit/reflectance").decoder is not None
+    assert module.Pixels.open(where, "pit/reflectance").decoder is None
+    assert module.Pixels.open(store, "pit/reflectance").decoder is not None
     for index in range(5):
         is_plain(store, cube.CubeDataset(where, ["pit"], size=100, length=5), index)
 
@@ -274,7 +274,7 @@ def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
         lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": "auto"},
     )
     built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
-    assert module.Pixels.of(where, "pit/reflectance").decoder.codec.codec_id == "zstd"
+    assert module.Pixels.open(where, "pit/reflectance").decoder.codec.codec_id == "zstd"
     is_plain(where, cube.CubeDataset(where, size=100, length=1), 0)
 
 

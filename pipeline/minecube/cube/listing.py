@@ -8,7 +8,7 @@ from typing import Any
 
 import obstore.exceptions
 
-from minecube.cube.store import NAMED, Store
+from minecube.cube.store import DESCRIPTION, Store
 from minecube.errors import CubeError
 
 
@@ -61,7 +61,7 @@ def choose_sites(store: Store, listed: Mapping[str, Any], names: Sequence[str] |
 def _is_site(raw: Any, name: str, files: Mapping[str, int]) -> bool:
     if any(path.startswith("builds/") for path in files):
         return True  # also without its own metadata
-    return NAMED in (attributes_in(read_object(raw, f"{name}/zarr.json")) or {})
+    return DESCRIPTION in (attributes_in(read_object(raw, f"{name}/zarr.json")) or {})
 
 
 def read_object(raw: Any, path: str) -> Any:

@@ -28,9 +28,9 @@ SCHEMES = ("s3", "gs", "az")
 """URL schemes of object stores."""
 _ANSWERS_S = 8
 """Seconds after the first request before an object store is given up."""
-BEING_MADE = 0
+UNFINISHED_FORMAT = 0
 """Format of a group under construction. After a kill, its construction starts again."""
-NAMED = "minecube"
+DESCRIPTION = "minecube"
 """Attribute of a site's group with its description."""
 
 
@@ -184,12 +184,12 @@ class Store:
             names = ", ".join(sites(self)) or "no site"
             raise CubeError(f"{self}: no site {site_id!r}; it has {names}")
         group = self.open_group(site_id, mode)
-        if is_being_made(group):
+        if is_unfinished(group):
             raise CubeError(
                 f"{self}: {site_id} is being created, or a run was killed then; run "
                 "`minecube build` again"
             )
-        if group.attrs.get(NAMED, {}).get("format") != FORMAT:
+        if group.attrs.get(DESCRIPTION, {}).get("format") != FORMAT:
             raise CubeError(
                 f"{self}: group {site_id!r} was not made by this version of minecube; use "
                 "another --store"
@@ -306,9 +306,9 @@ class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]
                 yield name
 
 
-def is_being_made(group: zarr.Group) -> bool:
+def is_unfinished(group: zarr.Group) -> bool:
     """Whether the group is a site with unfinished creation."""
-    return bool(group.attrs.get(NAMED) == {"format": BEING_MADE})
+    return bool(group.attrs.get(DESCRIPTION) == {"format": UNFINISHED_FORMAT})
 
 
 def sites(store: Store) -> list[str]:
@@ -329,8 +329,10 @@ def sites(store: Store) -> list[str]:
             except FileNotFoundError:
                 continue
             description = (
-                json.loads(content).get("attributes", {}).get(NAMED, {"format": BEING_MADE})
+                json.loads(content)
+                .get("attributes", {})
+                .get(DESCRIPTION, {"format": UNFINISHED_FORMAT})
             )
-            if description != {"format": BEING_MADE}:
+            if description != {"format": UNFINISHED_FORMAT}:
                 names.append(name)
     return names

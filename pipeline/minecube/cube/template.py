@@ -17,7 +17,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from minecube.catalog import QUALITY, Recipe
 from minecube.codes import BACKGROUND, MINE, UNKNOWN
-from minecube.cube.store import NAMED, Store
+from minecube.cube.store import DESCRIPTION, Store
 from minecube.digests import sha256_of_json
 
 LABELLING = "labelling"
@@ -145,8 +145,8 @@ def identities(store: Store, site_id: str, group: zarr.Group) -> dict[str, str]:
 def group_digest(attrs: Mapping[str, Any]) -> str:
     """Hash the description of a site's group: identity, origin and location."""
     location = {name: value for name, value in attrs.items() if name in GEOZARR}
-    description = {name: value for name, value in attrs[NAMED].items() if name != "sha256"}
-    return sha256_of_json({**location, NAMED: description})
+    description = {name: value for name, value in attrs[DESCRIPTION].items() if name != "sha256"}
+    return sha256_of_json({**location, DESCRIPTION: description})
 
 
 def seal_group(group: zarr.Group) -> None:
@@ -154,10 +154,10 @@ def seal_group(group: zarr.Group) -> None:
 
     Groups of older versions are left alone.
     """
-    description = {**group.attrs[NAMED], "years": [int(year) for year in group["year"][:]]}
-    description["sha256"] = group_digest({**group.attrs, NAMED: description})
-    if "arrays" in description and description != group.attrs[NAMED]:
-        group.attrs[NAMED] = description
+    description = {**group.attrs[DESCRIPTION], "years": [int(year) for year in group["year"][:]]}
+    description["sha256"] = group_digest({**group.attrs, DESCRIPTION: description})
+    if "arrays" in description and description != group.attrs[DESCRIPTION]:
+        group.attrs[DESCRIPTION] = description
 
 
 def geozarr(grid: GeoBox) -> dict[str, Any]:

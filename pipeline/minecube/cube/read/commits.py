@@ -44,7 +44,7 @@ class Labels:
     years."""
 
     @classmethod
-    def of(cls, store: Store, site_id: str, name: str) -> Labels:
+    def read(cls, store: Store, site_id: str, name: str) -> Labels:
         """Read the current state of the labels."""
         store = store.absolute()
         stamp = _stamp_at(store, f"{site_id}/{name}/zarr.json")
@@ -100,7 +100,7 @@ class Commits:
     """Shards of committed years, relative to the site's group."""
 
     @classmethod
-    def of(cls, store: Store, site_id: str) -> Commits:
+    def read(cls, store: Store, site_id: str) -> Commits:
         """Read the current markers; raises CubeError if the site is missing."""
         store = store.absolute()
         with store.reading(site_id):

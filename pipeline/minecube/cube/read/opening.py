@@ -36,7 +36,7 @@ def open_cube(store: Store, site_id: str) -> xr.Dataset:
         CubeError: the site is missing, or the store is not of minecube. Also raised on reading, if
             a year was rebuilt or a shard is missing or damaged.
     """
-    return _open(Commits.of(store, site_id))
+    return _open(Commits.read(store, site_id))
 
 
 def open_committed(store: Store, site_id: str) -> xr.Dataset:
@@ -45,7 +45,7 @@ def open_committed(store: Store, site_id: str) -> xr.Dataset:
     Raises:
         CubeError: as `open_cube`, or the site has no committed year.
     """
-    commits = Commits.of(store, site_id)
+    commits = Commits.read(store, site_id)
     if not commits.committed:
         raise CubeError(
             f"{store}: {site_id} has no committed year; run `minecube build` until it says built"
@@ -66,8 +66,8 @@ def _open(commits: Commits) -> xr.Dataset:
             if array.dims[:1] == ("year",):
                 watch: Watch = commits
                 if name in LABELS:
-                    watch = Labels.of(store, site_id, str(name))
-                pixels = Pixels.of(store, f"{site_id}/{name}", watch)
+                    watch = Labels.read(store, site_id, str(name))
+                pixels = Pixels.open(store, f"{site_id}/{name}", watch)
                 opened[name] = _chunk(array.variable, pixels)
     for variable in opened.variables.values():
         variable.encoding = {}

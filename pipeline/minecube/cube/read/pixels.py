@@ -81,7 +81,7 @@ class Pixels:
     """Check for writes during a read."""
 
     @classmethod
-    def of(cls, store: Store, path: str, watch: Watch | None = None) -> Pixels:
+    def open(cls, store: Store, path: str, watch: Watch | None = None) -> Pixels:
         """Open the array at this path."""
         store = store.absolute()
         array = zarr.open_array(store.open_zarr(), path=path, mode="r")

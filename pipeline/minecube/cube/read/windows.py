@@ -81,7 +81,7 @@ class CubeDataset:
                 f"found {self}"
             )
         self._sites = {
-            name: _Site.of(self.store, name, self.years)
+            name: _Site.open(self.store, name, self.years)
             for name in self.site_ids or sites(self.store)
         }
         self._need_common("bands", "name sites that agree")
@@ -209,7 +209,7 @@ def open_reflectance(store: Store, site_id: str) -> xr.DataArray:
     Raises:
         CubeError: the site is missing or has no committed year.
     """
-    site = _Site.of(store, site_id, None)
+    site = _Site.open(store, site_id, None)
     group = store.open_site(site_id)
     coords = {name: group[name][:] for name in ("year", "band", "y", "x")}
     coords["band"] = np.array([str(band) for band in coords["band"]], dtype=object)
@@ -245,9 +245,9 @@ class _Site:
         return height, width
 
     @classmethod
-    def of(cls, store: Store, name: str, years: Sequence[int] | None) -> _Site:
+    def open(cls, store: Store, name: str, years: Sequence[int] | None) -> _Site:
         group = store.open_site(name)
-        commits = Commits.of(store, name)
+        commits = Commits.read(store, name)
         committed = sorted(commits.committed)
         missing = sorted(set(years or ()) - set(committed))
         if missing or not committed:
@@ -255,11 +255,11 @@ class _Site:
                 f"{store}: {name} has no committed year {missing[0] if missing else ''}; committed "
                 f"are {', '.join(map(str, committed)) or 'none'}"
             )
-        labels = Labels.of(store, name, "footprint")
+        labels = Labels.read(store, name, "footprint")
         return cls(
             years=tuple(sorted(years or committed)),
             index={int(year): index for index, year in enumerate(group["year"][:])},
             bands=tuple(map(str, group["band"][:])),
-            reflectance=Pixels.of(store, f"{name}/reflectance", commits),
-            footprint=Pixels.of(store, f"{name}/footprint", labels),
+            reflectance=Pixels.open(store, f"{name}/reflectance", commits),
+            footprint=Pixels.open(store, f"{name}/footprint", labels),
         )

@@ -12,7 +12,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, recipe_of
 from minecube.cube.listing import attributes_in, parse_json
-from minecube.cube.store import BEING_MADE, FORMAT, NAMED
+from minecube.cube.store import DESCRIPTION, FORMAT, UNFINISHED_FORMAT
 from minecube.cube.template import (
     FRACTION,
     encoding_of,
@@ -41,8 +41,8 @@ def check_group(site: SiteState) -> Iterator[Finding]:
     """Check a site's group and all its arrays except pixels."""
     _read_metadata(site)
     attrs = attributes_in(site.read("zarr.json")) or {}
-    description = attrs.get(NAMED, {})
-    if description == {"format": BEING_MADE}:
+    description = attrs.get(DESCRIPTION, {})
+    if description == {"format": UNFINISHED_FORMAT}:
         yield site.find_unfinished("zarr.json", "the site's group was being created", "build")
         return
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -87,7 +87,7 @@ def _check_description(
     site: SiteState, attrs: Mapping[str, Any], grid: GeoBox
 ) -> Iterator[Finding]:
     """Check recipe and location against their hash, and the location against the grid."""
-    description = attrs[NAMED]
+    description = attrs[DESCRIPTION]
     is_sealed = bool({"sha256", "arrays", "years"} & set(description))
     if is_sealed and description.get("sha256") != group_digest(attrs):
         yield site.find(

@@ -20,7 +20,7 @@ from minecube.catalog import recipe_of
 from minecube.cube.listing import attributes_in, choose_sites, list_sites, read_object
 from minecube.cube.markers import is_staged, staged_year
 from minecube.cube.packed import SUFFIX
-from minecube.cube.store import NAMED, Store
+from minecube.cube.store import DESCRIPTION, Store
 from minecube.cube.write.labels import need_labels
 from minecube.errors import CubeError
 from minecube.files import replacing
@@ -242,6 +242,6 @@ def _prefixes_of_years(store: Store, name: str, years: set[int]) -> tuple[str, .
         return ()
     group = store.open_site(name)
     indices = [index for index, year in enumerate(group["year"][:]) if int(year) in years]
-    variables = ("reflectance", *recipe_of(group.attrs[NAMED]["recipe"]).layers)
+    variables = ("reflectance", *recipe_of(group.attrs[DESCRIPTION]["recipe"]).layers)
     shards = [f"{variable}/c/{index}/" for variable in variables for index in indices]
     return (*(f"builds/{year}/" for year in years), *shards)

@@ -23,7 +23,7 @@ from minecube.arrays import UInt8
 from minecube.codes import UNKNOWN
 from minecube.cube.checksums import ChecksumStore, sealed
 from minecube.cube.locks import hold
-from minecube.cube.store import NAMED, Store
+from minecube.cube.store import DESCRIPTION, Store
 from minecube.cube.template import geozarr, grid_in
 from minecube.cube.views import (
     LONG_NAMES,
@@ -286,7 +286,7 @@ class _Writer:
         site = self.store.open_site(self.site_id).attrs
         with self.store.reading(self.site_id):
             grid = grid_in(site)
-            recipe = site[NAMED]["recipe"]
+            recipe = site[DESCRIPTION]["recipe"]
         variable = self.prediction.variable
         coords = dict(odc.geo.xr.xr_coords(grid))
         side = recipe["block_px"]

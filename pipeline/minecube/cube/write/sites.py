@@ -11,7 +11,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
 from minecube.cube.locks import WAIT_S, hold
-from minecube.cube.store import BEING_MADE, FORMAT, NAMED, Store, is_being_made
+from minecube.cube.store import DESCRIPTION, FORMAT, UNFINISHED_FORMAT, Store, is_unfinished
 from minecube.cube.template import (
     encoding_of,
     extend,
@@ -37,10 +37,10 @@ def check(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: 
             f"{store}: {site.id} has lost its zarr.json, but has other objects; run "
             "`minecube verify`"
         )
-    if group is None or is_being_made(group):
+    if group is None or is_unfinished(group):
         return False
     group = store.open_site(site.id)
-    description = group.attrs[NAMED]
+    description = group.attrs[DESCRIPTION]
     _check_recipe(store, site, description["recipe"], recipe)
     missing = [name for name in description.get("arrays", ()) if name not in group]
     if missing:
@@ -80,9 +80,9 @@ def _check_years(store: Store, site: Site, stored: Sequence[int], years: Sequenc
 def margin_of(store: Store, site_id: str) -> float | None:
     """Return the margin of the site's grid in metres; None if the store has no such site."""
     group = store.find_group(site_id)
-    if group is None or is_being_made(group):
+    if group is None or is_unfinished(group):
         return None
-    return float(store.open_site(site_id).attrs[NAMED].get("margin", 0))
+    return float(store.open_site(site_id).attrs[DESCRIPTION].get("margin", 0))
 
 
 def create(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
@@ -98,16 +98,16 @@ def create(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe:
             extend(group, years)
         else:
             empty = template(grid, sorted(years), recipe)
-            empty.attrs |= {NAMED: {"format": BEING_MADE}, **geozarr(grid)}
+            empty.attrs |= {DESCRIPTION: {"format": UNFINISHED_FORMAT}, **geozarr(grid)}
             group = _write_template(store, site.id, empty, recipe)
-            group.attrs[NAMED] = _describe(store, site, recipe, group)
+            group.attrs[DESCRIPTION] = _describe(store, site, recipe, group)
         seal_group(group)
 
 
 def _write_template(store: Store, site_id: str, empty: xr.Dataset, recipe: Recipe) -> zarr.Group:
     """Write a site's metadata and coordinates. Returns the group, still marked as being made."""
     target = store.open_zarr()
-    store.begin_group(site_id, {NAMED: {"format": BEING_MADE}})
+    store.begin_group(site_id, {DESCRIPTION: {"format": UNFINISHED_FORMAT}})
     empty.to_zarr(
         target,
         group=site_id,
@@ -123,7 +123,7 @@ def _write_template(store: Store, site_id: str, empty: xr.Dataset, recipe: Recip
 
 
 def _describe(store: Store, site: Site, recipe: Recipe, group: zarr.Group) -> dict[str, Any]:
-    """Return the attribute `NAMED` of a complete group."""
+    """Return the attribute `DESCRIPTION` of a complete group."""
     description = {
         "format": FORMAT,
         "site": site.id,

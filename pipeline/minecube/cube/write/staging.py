@@ -36,7 +36,7 @@ from minecube.cube.markers import (
     staged_year,
 )
 from minecube.cube.provenance import run_of
-from minecube.cube.store import NAMED, Store
+from minecube.cube.store import DESCRIPTION, Store
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -320,7 +320,7 @@ def shard_grid(array: zarr.Array) -> list[tuple[int, int]]:
 
 def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
     """Yield the keys of all possible shards of a year, in the variables written by builds."""
-    for name in ("reflectance", *recipe_of(cube.attrs[NAMED]["recipe"]).layers):
+    for name in ("reflectance", *recipe_of(cube.attrs[DESCRIPTION]["recipe"]).layers):
         array = cube[name]
         for row, column in shard_grid(array):
             chunk = (index, *(0,) * (array.ndim - 3), row, column)
