@@ -255,7 +255,7 @@ def test_windows_are_those_of_the_folder(whole, zipped, view, size, seed, site):
         cube.CubeDataset(cube.Store(zipped[0]), **how),
         cube.CubeDataset(cube.Store(whole), **how),
     )
-    assert here._sites[site].reflectance.codec is not None
+    assert here._sites[site].reflectance.decoder is not None
     for index in range(2):
         same(here[index], there[index])
 
