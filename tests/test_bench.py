@@ -250,7 +250,7 @@ def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monk
         module.Tables.of(counted, [("mini+hmm", "mini")]),
         models.load(out / "models" / "mini.pt").card,
     )
-    module.written(store, tables, [card], {}, tmp_path, predictions)
+    module.written(cube.Store(store), tables, [card], {}, tmp_path, predictions)
     change = rows(tmp_path / "change.md")["mini"]
     assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")
     assert rows(tmp_path / "mapping.md")["mini"]["flips"] == "n/a"

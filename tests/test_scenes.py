@@ -1030,7 +1030,7 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
         SceneError, match=f"item {scene.id}: asset B04 is not read from {local}: it is a local file"
     ):
         building.build(job, [site], [2020])
-    assert not Path(job.store).exists()
+    assert not job.store.path.exists()
 
 
 def test_a_saved_list_brings_no_access_of_its_own(archive, make):
