@@ -12,6 +12,7 @@ import stac_geoparquet.arrow
 from minecube import cube, scenes
 from minecube.catalog import Recipe
 from minecube.cli import build as building
+from minecube.cube.write.staging import Staging
 from minecube.errors import GoneError
 from minecube.reader import read
 
@@ -216,7 +217,7 @@ def test_an_interrupted_build_with_copies_goes_on(two, site, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cube.Staging, "commit", interrupted)
+        patched.setattr(Staging, "commit", interrupted)
         assert built(job, site).state == "failed"
     assert cube.is_begun(job.store, "pit", 2020)
     begun, composited = [], building._composited

@@ -180,6 +180,18 @@ def test_a_missing_shard_is_an_error_in_an_object_store_too(bucket, site):
         opened.reflectance[:, :, :64, :64].load()
 
 
+def test_a_shard_of_another_variable_is_an_error_not_a_pixel(store, tmp_path):
+    """Its chunks have correct checksums, but fewer bytes."""
+    folder = tmp_path / "cubes.zarr/pit"
+    for name in ("clear_count", "quality"):
+        content = (folder / name / "c/0/0/0").read_bytes()
+        path = folder / "reflectance/c/0/0/0/0"
+        path.unlink()
+        path.write_bytes(content)
+        with pytest.raises(CubeError, match=r"damaged chunk \(it has \d+ bytes in place of \d+\)"):
+            cube.open_committed(store, "pit").reflectance.sel(year=2019)[:, :64, :64].load()
+
+
 def test_a_flipped_bit_is_an_error_not_a_pixel(store, tmp_path):
     """Each byte of the packed chunks of a shard in turn; chunks of other shards are still read."""
     path = tmp_path / "cubes.zarr/pit/reflectance/c/0/0/0/0"

@@ -21,6 +21,7 @@ from minecube.errors import CubeError
 _ABSENT = 2**64 - 1  # offset of a chunk of fill value only (Zarr v3, sharding-indexed codec)
 _INDEX_ENTRY = 16  # bytes: offset and length of a chunk
 _CRC_BYTES = 4
+_BLOSC_SIZE = slice(4, 8)  # size of the unpacked content in Blosc's header
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,17 @@ class Decoder:
 
         Raises:
             RuntimeError: the codec cannot unpack the chunk.
-            ValueError: the same, or the CRC-32C is wrong.
+            ValueError: the same, or the CRC-32C is wrong, or the chunk has another size.
         """
         content = memoryview(shard.file)[offset : offset + length]
         if self.has_crc:
             self._check(shard, offset, content)
             content = content[:-_CRC_BYTES]
+        if isinstance(self.codec, numcodecs.Blosc):
+            # A smaller chunk, of another variable, would fill only a part of `out`.
+            size = int.from_bytes(content[_BLOSC_SIZE], "little")
+            if size != out.nbytes:
+                raise ValueError(f"it has {size} bytes in place of {out.nbytes}")
         self.codec.decode(content, out=out)
 
     @staticmethod
