@@ -25,9 +25,9 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.storage import ZipStore
 
 from minecube.errors import CubeError
+from minecube.zips import LOCAL_HEADER, MISPLACED, parse_local_header
 
 SUFFIX = ".zip"
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7, before name, extra field and bytes
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, struct.error)
 
 Stamp = tuple[int, int, int]
@@ -94,20 +94,18 @@ def start_of(header: bytes, key: str, member: Member) -> int:
     Raises:
         OSError: the header is not that of the member.
     """
-    if len(header) < _LOCAL_HEADER.size:
-        raise OSError("the zip ends before it")
-    magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(
-        header[: _LOCAL_HEADER.size]
-    )
-    name = header[_LOCAL_HEADER.size : _LOCAL_HEADER.size + name_length]
-    if (magic, method, name) != (b"PK\x03\x04", zipfile.ZIP_STORED, key.encode()):
-        raise OSError("the zip's directory points outside the file's data")
-    return member.header + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
+    try:
+        parsed = parse_local_header(header)
+    except ValueError as error:
+        raise OSError(str(error)) from error
+    if (parsed.method, parsed.name) != (zipfile.ZIP_STORED, key.encode()):
+        raise OSError(MISPLACED)
+    return member.header + parsed.size
 
 
 def header_of(content: Any, key: str, member: Member) -> bytes:
     """Return a member's local header from a mapped zip, for `start_of`."""
-    return bytes(content[member.header : member.header + _LOCAL_HEADER.size + len(key.encode())])
+    return bytes(content[member.header : member.header + LOCAL_HEADER + len(key.encode())])
 
 
 def read(path: str, key: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -124,7 +122,7 @@ def read(path: str, key: str, start: int = 0, stop: int | None = None) -> bytes:
     length = max(stop - start, 0)
     with Path(path).open("rb") as file:
         file.seek(member.header)
-        header = file.read(_LOCAL_HEADER.size + len(key.encode()))
+        header = file.read(LOCAL_HEADER + len(key.encode()))
         file.seek(start_of(header, key, member) + start)
         content = file.read(length)
     if len(content) < length:
