@@ -226,17 +226,24 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
         return mapped_on(monkeypatch, lambda *of, **how: (of, how), *arguments, **how)
 
     here = str(tmp_path)
-    assert given("cubes.zarr", ["a"], "model.pt", "it", Path("mine"), "how", pairs=None) == [
+    assert given(
+        cube.Store("cubes.zarr"), ["a"], "model.pt", "it", Path("mine"), "how", pairs=None
+    ) == [
         (
             "a",
             (
-                (f"{here}/cubes.zarr", "a", (f"{here}/model.pt", tmp_path / "mine", "it", "how")),
+                (
+                    cube.Store(f"{here}/cubes.zarr"),
+                    "a",
+                    (f"{here}/model.pt", tmp_path / "mine", "it", "how"),
+                ),
                 {"pairs": None},
             ),
         )
     ]
-    assert given("s3://bucket/cubes", ["a"], "unet-small", "it", None, "how") == [
-        ("a", (("s3://bucket/cubes", "a", ("unet-small", None, "it", "how")), {}))
+    remote = cube.Store("s3://bucket/cubes")
+    assert given(remote, ["a"], "unet-small", "it", None, "how") == [
+        ("a", ((remote, "a", ("unet-small", None, "it", "how")), {}))
     ]
 
 
@@ -268,7 +275,9 @@ def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatc
         WorkerError,
         match=r"a: RuntimeError: no room; committed maps are safe; run the same command again",
     ):
-        mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], "model", "it", None, "how")
+        mapped_on(
+            monkeypatch, dies, cube.Store("cubes.zarr"), [*"abcdefgh"], "model", "it", None, "how"
+        )
     assert len(begun) <= 2
 
 
