@@ -70,7 +70,9 @@ class Store:
 
     def absolute(self) -> Store:
         """Return the store with a name independent of the working directory."""
-        return self if self.path is None else Store(self.path.absolute())
+        if self.path is None:
+            return self
+        return Store(self.path.absolute())
 
     def need_writable(self) -> None:
         """Raise CubeError for a packed store."""
@@ -113,7 +115,9 @@ class Store:
         """Open the stored objects, without Zarr."""
         if self.packed:
             return packed.Objects(self.name.rstrip("/"))
-        return self.client() if self.path is None else LocalStore(self.path)
+        if self.path is None:
+            return self.client()
+        return LocalStore(self.path)
 
     def has_objects(self, path: str) -> bool:
         """Whether any object lies below a path."""
@@ -125,9 +129,9 @@ class Store:
         """Open the Zarr store."""
         if self.packed:
             return packed.open_zarr(self.name.rstrip("/"))
-        return (
-            zarr.storage.ObjectStore(self.client()) if self.path is None else FolderStore(self.path)
-        )
+        if self.path is None:
+            return zarr.storage.ObjectStore(self.client())
+        return FolderStore(self.path)
 
     def open_with_checksums(self) -> ChecksumStore:
         """Open the Zarr store, with checksums of everything written through it."""

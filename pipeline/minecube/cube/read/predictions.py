@@ -109,7 +109,9 @@ def _list_missing(attrs: Mapping[str, Any], incomplete: list[str]) -> str:
     """Name the missing views for a message."""
     if incomplete:
         return ", ".join(incomplete)
-    return "those that were begun last" if attrs.get("done") else "all"
+    if attrs.get("done"):
+        return "those that were begun last"
+    return "all"
 
 
 def _check_source(store: Store, site_id: str, model: str, attrs: Mapping[str, Any]) -> None:
