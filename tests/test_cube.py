@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def store(tmp_path, site, grid):
     where = cube.Store(tmp_path / "cubes.zarr")
     cube.create(where, site, grid, YEARS, RECIPE)
     return where
+
+
+def test_a_store_is_a_value(tmp_path):
+    """It is equal, hashed and pickled by its name, and shows the name as it was given."""
+    store = cube.Store("cubes.zarr/")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy == store
+    assert hash(copy) == hash(store)
+    assert (str(copy), copy.path, copy.packed) == ("cubes.zarr/", Path("cubes.zarr"), False)
+    assert cube.Store(tmp_path / "cubes.zip").packed
+    (tmp_path / "folder.zip").mkdir()
+    assert not cube.Store(tmp_path / "folder.zip").packed
+    assert cube.Store("s3://bucket/cubes.zarr").absolute().path is None
 
 
 def test_what_is_written_is_what_is_read(store, grid):
