@@ -126,7 +126,7 @@ def make(store: Path, height: int) -> str:
         for s in (6, 1.2)
     )
     ground = 350 * coarse / coarse.std() + 120 * fine / fine.std()
-    cube.create(str(store), site, grid, YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
     told = {
         "minecube:source": "s",
         "s2:processing_baseline": "05.00",
@@ -151,7 +151,10 @@ def make(store: Path, height: int) -> str:
         }
         made |= {name: (("y", "x"), layer) for name, layer in layers.items()}
         cube.write_year(
-            str(store), xr.Dataset(made), cube.provenance_of(site, year, grid, RECIPE, [scene]), b""
+            cube.Store(store),
+            xr.Dataset(made),
+            cube.provenance_of(site, year, grid, RECIPE, [scene]),
+            b"",
         )
     return str(store)
 
@@ -169,7 +172,7 @@ def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> f
     """Seconds that a store's maps take."""
     card = mapper.trained.card
     start = time.perf_counter()
-    reflectance = cube.open_reflectance(store, "pit")
+    reflectance = cube.open_reflectance(cube.Store(store), "pit")
     prediction = cube.Prediction(
         model=card.id,
         views=views,
@@ -178,7 +181,11 @@ def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> f
         classes=card.classes,
     )
     wrote = cube.write_prediction(
-        store, "pit", prediction, lambda todo: mapper.rows(reflectance, todo), overwrite=True
+        cube.Store(store),
+        "pit",
+        prediction,
+        lambda todo: mapper.rows(reflectance, todo),
+        overwrite=True,
     )
     assert wrote == views
     return time.perf_counter() - start
@@ -187,7 +194,7 @@ def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> f
 def windows_of(store: str, trained: models.Trained, views: list[models.View]) -> torch.Tensor:
     """All windows of these views [n, time, band, y, x], float32, normalised, in the order in which they are mapped."""
     card = trained.card
-    reflectance = cube.open_committed(store, "pit")["reflectance"].load()
+    reflectance = cube.open_committed(cube.Store(store), "pit")["reflectance"].load()
     layout = Layout(reflectance.sizes["y"], reflectance.sizes["x"], card.window_px)
     side, found = card.window_px, []
     for view in views:

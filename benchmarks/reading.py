@@ -306,7 +306,10 @@ def built(
     )
     out = folder.parent / name
     job = building.Job(
-        store=str(out / "cubes.zarr"), sources=(source,), recipe=recipe, snapshots=out / "scenes"
+        store=cube.Store(out / "cubes.zarr"),
+        sources=(source,),
+        recipe=recipe,
+        snapshots=out / "scenes",
     )
     start = time.perf_counter()
     outcomes = building.build_cubes(job, [site], YEARS)

@@ -48,7 +48,11 @@ def main() -> None:
     asked = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     print(machine, flush=True)
-    sites = [name for name in cube.sites(asked.store) if fnmatch.fnmatchcase(name, asked.sites)]
+    sites = [
+        name
+        for name in cube.sites(cube.Store(asked.store))
+        if fnmatch.fnmatchcase(name, asked.sites)
+    ]
     figures = {}
     for name in asked.model:
         card = load_models()[name]
@@ -56,7 +60,7 @@ def main() -> None:
         figures[name] = measured(
             card,
             load_presets()[asked.preset],
-            cube.CubeDataset(asked.store, sites, view=view),
+            cube.CubeDataset(cube.Store(asked.store), sites, view=view),
             asked,
         )
     headings = list(next(iter(figures.values())))

@@ -46,8 +46,8 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from minecube import cube
 from minecube.catalog import BANDS, NATIVE_M, Recipe, Site
-from minecube.cube.pixels import Pixels
-from minecube.cube.windows import _corners
+from minecube.cube.read.pixels import Pixels
+from minecube.cube.read.windows import window_starts
 from minecube.grid import grid_of
 from minecube.jobs.tables import table
 
@@ -129,7 +129,7 @@ def make(folder: Path) -> tuple[Path, Path]:
     move = Transformer.from_crs(32633, 4326, always_xy=True).transform
     site = Site(id="pit", geometry=shapely.transform(corners, move, interleaved=False))
     grid = grid_of(site)
-    cube.create(str(store), site, grid, YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
     told = {
         "minecube:source": "s",
         "s2:processing_baseline": "05.00",
@@ -157,16 +157,16 @@ def make(folder: Path) -> tuple[Path, Path]:
             name: (("y", "x"), da.from_array(layer, chunks=side)) for name, layer in layers.items()
         }
         cube.write_year(
-            str(store),
+            cube.Store(store),
             xr.Dataset(made),
             cube.provenance_of(site, year, grid, RECIPE, [scene]),
             b"",
-            workers=2,
+            cube.BuildOptions(workers=2),
         )
         labels = xr.DataArray(
             mine[None], dims=("year", "y", "x"), coords={"year": [year], **xr_coords(grid)}
         )
-        cube.write_footprint(str(store), site.id, labels, origin="drawn")
+        cube.write_footprint(cube.Store(store), site.id, labels, origin="drawn")
         for y, x in places():
             part = patches / f"{y}_{x}"
             part.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def xr_coords(grid: Any) -> Any:
 
 def places(step: int = SIZE) -> list[tuple[int, int]]:
     """Where patches begin, the last flush with the far border, as the published loaders crop."""
-    return list(itertools.product(_corners(SIDE, SIZE, step), repeat=2))
+    return list(itertools.product(window_starts(SIDE, SIZE, step), repeat=2))
 
 
 class Patches:
@@ -258,7 +258,7 @@ def compared(folder: Path, rounds: int) -> dict[str, Any]:
     store, patches = make(folder)
     places_of = {"packed": folder / "cubes.zarr.zip", "built": store, "patches": patches}
     start = time.perf_counter()
-    cube.pack(str(store), places_of["packed"])
+    cube.pack(cube.Store(store), places_of["packed"])
     packing = time.perf_counter() - start
     speeds: dict[str, list[float]] = {}
     for n in range(rounds):
@@ -266,7 +266,7 @@ def compared(folder: Path, rounds: int) -> dict[str, Any]:
             dataset = (
                 Patches(place)
                 if name == "patches"
-                else cube.CubeDataset(str(place), length=len(places()), seed=n)
+                else cube.CubeDataset(cube.Store(place), length=len(places()), seed=n)
             )
             forget(place)
             speeds.setdefault(f"{name}_cold", []).append(speed(dataset))
@@ -316,7 +316,7 @@ def tried(folder: Path) -> dict[str, Any]:
         packed = time.process_time() - start
         array = zarr.open_array(path / "reflectance")
         whole, window = [], []
-        reader = Pixels.of(str(path), "reflectance")
+        reader = Pixels.open(cube.Store(path), "reflectance")
         for _ in range(3):
             start = time.process_time()
             array[:]

@@ -30,7 +30,6 @@ from minecube.catalog import load_models
 from minecube.catalog.fields import FieldError
 from minecube.cli import COMMANDS, cli
 from minecube.cli.words import check_words
-from minecube.cube.store import client_of, folder_of
 from minecube.errors import CubeError
 from minecube.jobs.failures import exit_code_of, explain
 from minecube.simulate import World, simulate
@@ -594,15 +593,14 @@ def test_words_that_may_be_long_or_several():
 )
 def test_places_that_may_hold_a_store(store, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    folder = folder_of(store)
-    assert (folder is None) == ("://" in store)
+    assert (cube.Store(store).path is None) == ("://" in store)
 
 
 def test_an_endpoint_that_is_no_url(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "s3.example.org")
     with pytest.raises(CubeError, match=r"AWS_ENDPOINT_URL is 's3.example.org'; expected the URL"):
-        client_of("s3://bucket/x")
-    client_of("gs://bucket/x")
+        cube.Store("s3://bucket/x").client()
+    cube.Store("gs://bucket/x").client()
 
 
 def test_errors_that_are_explained():
@@ -747,8 +745,8 @@ def _with_a_map(world, folder):
     store = str(folder / "mapped.zarr")
     shutil.copytree(world / "cubes.zarr", store)
     for site in "abc":
-        footprint = cube.open_committed(store, site)["footprint"].load()
-        cube.write_probability(store, site, "m", footprint * np.uint8(250), {"id": "m"})
+        footprint = cube.open_committed(cube.Store(store), site)["footprint"].load()
+        cube.write_probability(cube.Store(store), site, "m", footprint * np.uint8(250), {"id": "m"})
     return store
 
 

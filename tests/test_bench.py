@@ -93,14 +93,19 @@ def rows(path):
 
 
 def called(store, name):
-    return cube.find_prediction(store, ["test_1", "test_2"], name)
+    return cube.find_prediction(cube.Store(store), ["test_1", "test_2"], name)
 
 
 def test_labels_are_the_truths_pixels(world):
     """As rasterio draws the true outlines; scenes are gone, and sites have the size asked for."""
-    assert cube.sites(str(world / "cubes.zarr")) == ["test_1", "test_2", "train_1", "valid_1"]
+    assert cube.sites(cube.Store(world / "cubes.zarr")) == [
+        "test_1",
+        "test_2",
+        "train_1",
+        "valid_1",
+    ]
     for name in ("test_2", "train_1"):
-        opened = cube.open_committed(str(world / "cubes.zarr"), name)
+        opened = cube.open_committed(cube.Store(world / "cubes.zarr"), name)
         assert opened["year"].values.tolist() == list(YEARS)
         assert opened["footprint"].shape[1:] == (60, 60)
         grid = opened.odc.geobox
@@ -133,12 +138,12 @@ def test_scores_are_those_of_the_stored_maps(world, out):
     hit = either = moved = drawn = both = 0
     for name in ("test_1", "test_2"):
         store = str(world / "cubes.zarr")
-        truth = cube.open_committed(store, name)["footprint"].values == 1
-        found = cube.open_probability(store, name, called(store, "mini")).values
+        truth = cube.open_committed(cube.Store(store), name)["footprint"].values == 1
+        found = cube.open_probability(cube.Store(store), name, called(store, "mini")).values
         assert (found != 255).all()
         found = found >= 125
         hit, either = hit + (truth & found).sum(), either + (truth | found).sum()
-        change = cube.open_change(store, name, called(store, "mini-pairs"))
+        change = cube.open_change(cube.Store(store), name, called(store, "mini-pairs"))
         for pair in range(change.sizes["pair"]):
             first, second = (YEARS.index(int(change[k][pair])) for k in ("first", "second"))
             b, c = truth[first] != truth[second], change.values[pair, 0] >= 125
@@ -196,13 +201,13 @@ def test_bad_use(world, tmp_path):
 
 def test_sites_without_labels_are_found_before_anything_is_trained(world, tmp_path, monkeypatch):
     store = str(world / "cubes.zarr")
-    truth = cube.open_committed(store, "test_2")["footprint"].load()
+    truth = cube.open_committed(cube.Store(store), "test_2")["footprint"].load()
     monkeypatch.setattr(job, "train_network", None)
-    cube.write_footprint(store, "test_2", xr.full_like(truth, 255), origin="none")
+    cube.write_footprint(cube.Store(store), "test_2", xr.full_like(truth, 255), origin="none")
     try:
         said = bench(world, tmp_path, *SPLIT, "--models", "mini", ok=2)
     finally:
-        cube.write_footprint(store, "test_2", truth, origin="simulated truth")
+        cube.write_footprint(cube.Store(store), "test_2", truth, origin="simulated truth")
     assert "test_2 has no footprint in any built year" in said
 
 
@@ -210,7 +215,7 @@ def test_flips_are_pooled_over_sites(world, out):
     """Changes that go back on an earlier one, pixel by pixel."""
     store, back, steps = str(world / "cubes.zarr"), 0, 0
     for name in ("test_1", "test_2"):
-        found = cube.open_probability(store, name, called(store, "mini")).values >= 125
+        found = cube.open_probability(cube.Store(store), name, called(store, "mini")).values >= 125
         changes = (np.diff(found.astype(int), axis=0) != 0).sum(axis=0)
         back, steps = (
             back + np.maximum(changes - 1, 0).sum(),
@@ -235,14 +240,14 @@ def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monk
     predictions = {name: called(store, name) for name in ("mini", "mini+hmm")}
     for name, prediction in predictions.items():
         maps = {
-            site: tracks.threshold(cube.open_probability(store, site, prediction))
+            site: tracks.threshold(cube.open_probability(cube.Store(store), site, prediction))
             for site in ("test_1", "test_2")
         }
         counted[name] = {
             site: metrics.count(found, found, YEARS[:1]) for site, found in maps.items()
         }
     benchmark = job.Benchmark(
-        store=store,
+        store=cube.Store(store),
         split=job.Split(train=[], valid=[], test=["test_1", "test_2"]),
         cards=(models.load(out / "models" / "mini.pt").card,),
         settings=load_presets()["cpu"],

@@ -174,7 +174,7 @@ def test_built_cubes_and_labels(world, built):
     assert seen.mean() > 0.99
     error = (cubes.reflectance.astype(float) - truth.reflectance.astype(float)).values[seen] / 1e4
     assert np.sqrt((error**2).mean()) < 0.03
-    provenance = cube.builds(str(built), "pit")[2022]
+    provenance = cube.builds(cube.Store(built), "pit")[2022]
     assert {s["source"] for s in provenance["scenes"]} == {"sim-earth-search"}
     assert all(s["offset"] == 0 and "is true" in s["offset_reason"] for s in provenance["scenes"])
 
@@ -200,7 +200,7 @@ def test_dry_run_writes_nothing(world, tmp_path):
 
 
 def test_label_keeps_the_fraction_beside_the_footprint(built):
-    opened = cube.open_cube(str(built), "pit")
+    opened = cube.open_cube(cube.Store(built), "pit")
     fraction, mine = opened.footprint_fraction.values, opened.footprint.values == 1
     assert (fraction != 255).all()
     # A convex corner may hide in a pixel, no more: most pixels are all or nothing, and the sums agree.
@@ -217,7 +217,7 @@ def test_train_predict_score_export(built, tmp_path):
     assert "ca_tiou" in out
     scores = json.loads((tmp_path / "scores.json").read_text())
     ((name, scored),) = scores["models"].items()
-    assert name == cube.find_prediction(str(built), ["pit"], "unet-small")
+    assert name == cube.find_prediction(cube.Store(built), ["pit"], "unet-small")
     sites = scored["sites"]
     assert sites["pit"] == sites["pooled"]
     out, _ = run("export", "--store", built, "--out", tmp_path / "export", "--model", "unet-small")
@@ -291,14 +291,14 @@ def test_a_missing_and_a_truncated_file_fail_one_site_year_each_and_nothing_else
     assert out.count("built") == 1
     assert "B04.tif: cannot be read" in err
     assert "No such file" in err
-    assert list(cube.builds(str(tmp_path / "cubes.zarr"), "pit")) == [2020]
+    assert list(cube.builds(cube.Store(tmp_path / "cubes.zarr"), "pit")) == [2020]
     for path in sorted((tmp_path / "archive" / "earth-search").glob("*_20200[5-9]*/B08.tif")):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
     out, err = run("build", *args(tmp_path, tmp_path / "cubes2.zarr"), ok=1)
     assert "2 of 2 site-years failed" in err
     assert "B08.tif: cannot be read" in err
-    assert cube.builds(str(tmp_path / "cubes2.zarr"), "pit") == {}
+    assert cube.builds(cube.Store(tmp_path / "cubes2.zarr"), "pit") == {}
 
 
 def test_an_interrupted_build_goes_on(world, tmp_path):
@@ -322,7 +322,7 @@ def test_an_interrupted_build_goes_on(world, tmp_path):
     if process.returncode:
         assert "run the same command again to resume" in err
     run("build", *args(world, store))
-    assert list(cube.builds(str(store), "pit")) == [2020, 2022]
+    assert list(cube.builds(cube.Store(store), "pit")) == [2020, 2022]
 
 
 BAD = {
@@ -422,7 +422,7 @@ def test_every_recipe_is_built(world, built, tmp_path, recipe, layers):
             if layers[name] == "float32"
             else (values[~seen] == 0).all()
         )
-    assert all("shifts" in made for made in cube.builds(str(store), "pit").values())
+    assert all("shifts" in made for made in cube.builds(cube.Store(store), "pit").values())
 
 
 def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, tmp_path):
@@ -430,7 +430,9 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
     (site,) = load_sites(world / "sites.geojson")
     (source,) = load_sources(world / "archive" / "sources.yaml").values()
     recipe = load_recipes()["summer-bap"]
-    job = building.Job(store="none", sources=(source,), recipe=recipe, snapshots=tmp_path)
+    job = building.Job(
+        store=cube.Store("none"), sources=(source,), recipe=recipe, snapshots=tmp_path
+    )
     listed = {year: scenes.search(site, year, source) for year in (2020, 2022)}
     asked = []
 
@@ -478,7 +480,11 @@ def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
         )
         store = str(tmp_path / f"{lift}.zarr")
         job = building.Job(
-            store=store, sources=(source,), recipe=recipe, snapshots=tmp_path, tools=tools
+            store=cube.Store(store),
+            sources=(source,),
+            recipe=recipe,
+            snapshots=tmp_path,
+            tools=tools,
         )
         assert [o.state for o in building.build_cubes(job, sites, [2020])] == ["built"]
         cubes[lift] = xr.open_zarr(store, group="pit", consolidated=False)["reflectance"].load()
@@ -502,7 +508,7 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
             load_recipes()["naive-median"], registration=Registration(most_px=0.5, beyond="drop")
         )
         job = building.Job(
-            store=str(tmp_path / f"{beside_m}"),
+            store=cube.Store(tmp_path / f"{beside_m}"),
             sources=(source,),
             recipe=recipe,
             snapshots=tmp_path,
@@ -656,7 +662,7 @@ def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
     whole, mixed = tmp_path / "whole.zarr", tmp_path / "mixed.zarr"
     run("build", *args(tmp_path, whole, years="2022"))
     run("build", *args(tmp_path, mixed, years="2022", source="half,sim-earth-search"))
-    provenance = cube.builds(str(mixed), "pit")[2022]
+    provenance = cube.builds(cube.Store(mixed), "pit")[2022]
     by_source = {
         s: {x["id"] for x in provenance["scenes"] if x["source"] == s}
         for s in ("half", "sim-earth-search")
@@ -664,7 +670,7 @@ def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
     assert all(by_source.values())
     assert by_source["half"] == {x["id"] for x in provenance["scenes"]} & {i["id"] for i in half}
     assert sorted(i for ids in by_source.values() for i in ids) == sorted(
-        x["id"] for x in cube.builds(str(whole), "pit")[2022]["scenes"]
+        x["id"] for x in cube.builds(cube.Store(whole), "pit")[2022]["scenes"]
     )
     one, other = (
         xr.open_zarr(s, group="pit", consolidated=False).drop_attrs() for s in (whole, mixed)
@@ -674,7 +680,10 @@ def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
 
 def test_provenance_tells_the_reads(world, built):
     """Planned and read agree with the scenes and bands of the composite, by hand."""
-    made, reads = cube.builds(str(built), "pit")[2022], cube.reads(str(built), "pit", 2022)
+    made, reads = (
+        cube.builds(cube.Store(built), "pit")[2022],
+        cube.reads(cube.Store(built), "pit", 2022),
+    )
     totals = made["reads"]
     assert totals["completeness"] == 1
     assert totals["lost"] == totals["retried"] == totals["requests"] == 0  # local files
@@ -707,13 +716,13 @@ def test_a_plan_holds(world, tmp_path):
     assert "planned, at most" in out
     for year in ("2020", "2022"):
         planned_reads = int(rows[year][rows[year].index("build") + 3])
-        totals = cube.builds(str(tmp_path / "new.zarr"), "pit")[int(year)]["reads"]
+        totals = cube.builds(cube.Store(tmp_path / "new.zarr"), "pit")[int(year)]["reads"]
         assert planned_reads / 3 < totals["planned"] <= planned_reads
     out, _ = run("plan", *args(world, tmp_path / "new.zarr"))
     assert out.count("committed") == 2
     assert "expected time: 0 s in all" in out
     assert "(from 2 builds in this store, which took" in out
-    for made in cube.builds(str(tmp_path / "new.zarr"), "pit").values():
+    for made in cube.builds(cube.Store(tmp_path / "new.zarr"), "pit").values():
         took = made["took"]
         assert took["checks"] == made["check_reads"]["planned"]
         assert took["reads"] >= made["reads"]["planned"]
@@ -732,12 +741,12 @@ def test_a_lost_read_may_be_allowed(world, tmp_path):
     run("build", *args(tmp_path, store), ok=1)
     out, err = run("build", *args(tmp_path, store), "--min-read-completeness", "0.9")
     assert (out.count("built"), out.count("kept")) == (1, 1), err
-    share = cube.builds(str(store), "pit")[2022]["reads"]["completeness"]
+    share = cube.builds(cube.Store(store), "pit")[2022]["reads"]["completeness"]
     assert 0.9 < share < 1
     assert xr.open_zarr(store, group="pit", consolidated=False).attrs["incomplete_reads"] == {
         "2022": share
     }
-    reads = cube.reads(str(store), "pit", 2022)
+    reads = cube.reads(cube.Store(store), "pit", 2022)
     assert reads[reads.lost > 0].band.tolist() == ["B11"]
     assert "No such file" in reads[reads.lost > 0].reason.item()
     out, err = run("build", *args(tmp_path, store))  # accepted once, it stays
@@ -746,7 +755,7 @@ def test_a_lost_read_may_be_allowed(world, tmp_path):
     _, err = run("build", *args(tmp_path, store), "--overwrite", ok=1)
     assert "1 of 2 site-years failed; " in err
     assert (
-        cube.builds(str(store), "pit")[2022]["reads"]["completeness"] == share
+        cube.builds(cube.Store(store), "pit")[2022]["reads"]["completeness"] == share
     )  # the old year stays
 
 
@@ -777,9 +786,9 @@ def test_a_wrong_flag(world, built, tmp_path, policy):
     if policy == "fail":
         assert "1 of" in err
         assert f"{victim}: offset 0 contradicts its pixels" in err
-        assert cube.builds(str(store), "pit") == {}
+        assert cube.builds(cube.Store(store), "pit") == {}
         return
-    made = cube.builds(str(store), "pit")[2022]
+    made = cube.builds(cube.Store(store), "pit")[2022]
     (conflict,) = made["offset_conflicts"]
     assert (conflict["scene"], conflict["offset"], conflict["should_be"]) == (victim, 0, -1000)
     assert 850 < conflict["step"] < 1150
@@ -850,7 +859,7 @@ def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
     assert time.monotonic() - start < 30
     assert build.returncode == 130, err
     assert "interrupted; committed years are safe" in err
-    assert cube.builds(str(tmp_path / "new.zarr"), "pit") == {}
+    assert cube.builds(cube.Store(tmp_path / "new.zarr"), "pit") == {}
 
 
 LOUD = "import logging; logging.basicConfig(level=logging.DEBUG); from minecube.cli import main; main()"
@@ -902,7 +911,7 @@ def test_no_signature_is_written(world, built, tmp_path):
                 for row in pq.read_table(io.BytesIO(content)).to_pylist()
             )
     for year in (2020, 2022):
-        totals = cube.builds(str(store), "pit")[year]["reads"]
+        totals = cube.builds(cube.Store(store), "pit")[year]["reads"]
         assert (totals["lost"], totals["completeness"]) == (0, 1)
         assert totals["requests"] > 0
     a, b = (

@@ -11,6 +11,7 @@ import stac_geoparquet.arrow
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe
+from minecube.cube.write.staging import Staging
 from minecube.errors import GoneError
 from minecube.jobs import build as building
 from minecube.jobs.scene_lists import load_or_save
@@ -48,7 +49,7 @@ def two(archive, make):
 def job_of(two, tmp_path, **more):
     sources = tuple(listing.source for listing in two)
     return building.Job(
-        store=str(tmp_path / "c.zarr"),
+        store=cube.Store(tmp_path / "c.zarr"),
         sources=sources,
         recipe=RECIPE,
         snapshots=tmp_path / "lists",
@@ -221,7 +222,7 @@ def test_an_interrupted_build_with_copies_goes_on(two, site, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cube.Staging, "commit", interrupted)
+        patched.setattr(Staging, "commit", interrupted)
         assert built(job, site).state == "failed"
     assert cube.is_begun(job.store, "pit", 2020)
     begun, composite_year = [], building._composite_year

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,8 @@ import zarr
 from minecube import composite as module
 from minecube import cube
 from minecube.catalog import Recipe
-from minecube.cube.staging import put_bytes
-from minecube.cube.store import summing
-from minecube.cube.template import need_labels
+from minecube.cube.write.labels import need_labels
+from minecube.cube.write.staging import put_bytes
 from minecube.errors import BusyError, CubeError, ReadError
 from minecube.grid import grid_of
 
@@ -75,15 +75,28 @@ def grid(site):
 @pytest.fixture
 def store(tmp_path, site, grid):
     """A store with the site's template, nothing built."""
-    where = str(tmp_path / "cubes.zarr")
+    where = cube.Store(tmp_path / "cubes.zarr")
     cube.create(where, site, grid, YEARS, RECIPE)
     return where
+
+
+def test_a_store_is_a_value(tmp_path):
+    """It is equal, hashed and pickled by its name, and shows the name as it was given."""
+    store = cube.Store("cubes.zarr/")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy == store
+    assert hash(copy) == hash(store)
+    assert (str(copy), copy.path, copy.packed) == ("cubes.zarr/", Path("cubes.zarr"), False)
+    assert cube.Store(tmp_path / "cubes.zip").packed
+    (tmp_path / "folder.zip").mkdir()
+    assert not cube.Store(tmp_path / "folder.zip").packed
+    assert cube.Store("s3://bucket/cubes.zarr").absolute().path is None
 
 
 def test_what_is_written_is_what_is_read(store, grid):
     made = year_of(grid)
     assert cube.write_year(store, made, PROVENANCE, b"scene list")
-    opened = xr.open_zarr(store, group="mine", consolidated=False)
+    opened = xr.open_zarr(str(store), group="mine", consolidated=False)
     for name in made.data_vars:
         assert (
             opened[name].dtype == made[name].dtype
@@ -93,7 +106,7 @@ def test_what_is_written_is_what_is_read(store, grid):
     assert (opened.footprint == 255).all()
     assert opened.reflectance.dims == ("year", "band", "y", "x")
     assert list(opened.band.values) == ["B04", "B11"]
-    by_zarr = zarr.open_group(store, mode="r")["mine"]
+    by_zarr = zarr.open_group(str(store), mode="r")["mine"]
     np.testing.assert_array_equal(by_zarr["reflectance"][1], made.reflectance)
     assert by_zarr["reflectance"].shards == (1, 2, 64, 64)
     assert by_zarr["reflectance"].chunks == (1, 2, 32, 32)
@@ -101,7 +114,7 @@ def test_what_is_written_is_what_is_read(store, grid):
 
 
 def test_an_object_store_holds_the_same(bucket, site, grid):
-    url = f"{bucket}/cubes.zarr"
+    url = cube.Store(f"{bucket}/cubes.zarr")
     made = year_of(grid)
     cube.create(url, site, grid, YEARS, RECIPE)
     assert cube.write_year(url, made, PROVENANCE, b"")
@@ -148,7 +161,9 @@ def test_a_build_told_to_stop_stops_between_blocks_and_goes_on_later(store, grid
     asked = iter([False, False, True])
     made = year_of(grid)
     with pytest.raises(CubeError, match="stopped with 8 of 12 blocks to go"):
-        cube.write_year(store, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store, made, PROVENANCE, b"", cube.BuildOptions(workers=2, stopped=lambda: next(asked))
+        )
     again, blocks = failing_after(made, 10_000)
     assert cube.write_year(store, again, PROVENANCE, b"")
     assert len(blocks) == 8
@@ -181,11 +196,11 @@ def test_a_damaged_store_says_so(store, tmp_path):
         cube.open_cube(store, "mine")
     (tmp_path / "file").write_text("")
     with pytest.raises(CubeError, match="is a file"):
-        cube.sites(str(tmp_path / "file"))
+        cube.sites(cube.Store(tmp_path / "file"))
 
 
 def test_it_is_georeferenced_unaided_to_the_centimetre(store, grid):
-    opened = xr.open_zarr(store, group="mine", consolidated=False)
+    opened = xr.open_zarr(str(store), group="mine", consolidated=False)
     assert opened.odc.geobox == grid
     assert opened.reflectance.rio.crs.to_epsg() == 32633
     assert tuple(opened.reflectance.rio.transform())[:6] == (10, 0, 360000, 0, -10, 5600040)
@@ -230,7 +245,7 @@ def test_a_rerun_does_nothing_and_another_build_is_refused(store, grid):
     with pytest.raises(CubeError, match=r"mine 2020 is committed as build .* use --overwrite"):
         cube.write_year(store, made, other, b"")
     again = year_of(grid, seed=1)
-    assert cube.write_year(store, again, other, b"", overwrite=True)
+    assert cube.write_year(store, again, other, b"", cube.BuildOptions(overwrite=True))
     np.testing.assert_array_equal(
         cube.open_cube(store, "mine").reflectance.sel(year=2020), again.reflectance
     )
@@ -243,7 +258,7 @@ def test_each_block_is_made_once(archive, make, tmp_path):
     scene = archive.scene(
         "2020-06-01T10:00:00", make.grid(359400, 5600640, 180, 180), {"B04": 7, "B11": 9}
     )
-    where, made = str(tmp_path / "cubes.zarr"), []
+    where, made = cube.Store(tmp_path / "cubes.zarr"), []
     cube.create(where, site, grid_of(site), [2020], recipe)
     block = module.composite_block
 
@@ -448,7 +463,8 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
         for v in (0, 1)
     )
     cube.write_footprint(store, "mine", first, "first", first)
-    note = cube.note_labels
+    module = sys.modules["minecube.cube.write.labels"]
+    note = module._note_labels
 
     def dies(array, *told):
         if array.path.endswith(f"/{killed_at}"):
@@ -456,7 +472,7 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
         note(array, *told)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cube, "note_labels", dies)
+        patched.setattr(module, "_note_labels", dies)
         with pytest.raises(KeyboardInterrupt):
             cube.write_footprint(store, "mine", second, "second", second * np.uint8(250))
     half = cube.open_cube(store, "mine")  # pixels are read all the same
@@ -507,12 +523,12 @@ def test_what_is_not_there_is_named(store):
     with pytest.raises(CubeError, match="no prediction of 'net' for mine"):
         cube.open_probability(store, "mine", "net")
     with pytest.raises(CubeError, match="there is no store"):
-        cube.sites(store + "x")
+        cube.sites(cube.Store(f"{store}x"))
 
 
 def test_a_store_that_is_not_ours(tmp_path, site, grid):
-    where = str(tmp_path / "other.zarr")
-    zarr.create_group(where).create_group("mine")
+    where = cube.Store(tmp_path / "other.zarr")
+    zarr.create_group(str(where)).create_group("mine")
     with pytest.raises(CubeError, match="was not made by this version"):
         cube.create(where, site, grid, YEARS, RECIPE)
 
@@ -535,7 +551,7 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
             "quality": (("y", "x"), a(180, 240).astype(np.uint8)),
         }})
         try:
-            cube.write_year({store!r}, made, {PROVENANCE!r}, b"")
+            cube.write_year(cube.Store({str(store)!r}), made, {PROVENANCE!r}, b"")
         except CubeError as error:
             print(error)
     """
@@ -550,7 +566,7 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
 
 def test_a_folder_that_cannot_be_written(site, grid):
     with pytest.raises(CubeError, match=r"/proc/cubes\.zarr: cannot be written"):
-        cube.create("/proc/cubes.zarr", site, grid, YEARS, RECIPE)
+        cube.create(cube.Store("/proc/cubes.zarr"), site, grid, YEARS, RECIPE)
 
 
 class Counted:
@@ -596,32 +612,42 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
         ReadError,
         match=r"mine 2020: 3 of 120 reads were lost, which leaves 97.50% .* asks for 100.00%.*404",
     ):
-        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads)
+        cube.write_year(store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads))
     assert cube.builds(store, "mine") == {}
     assert "incomplete_reads" not in cube.open_cube(store, "mine").attrs
     # All is read again: what was lost must not pass for done.
     reads = Counted(lost=3)
-    assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, completeness=0.97)
+    assert cube.write_year(
+        store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, completeness=0.97)
+    )
     assert reads.blocks == 12
     assert cube.builds(store, "mine")[2020]["reads"] == {
         "planned": 120,
         "lost": 3,
         "completeness": 0.975,
     }
-    assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {
+    assert xr.open_zarr(str(store), group="mine", consolidated=False).attrs["incomplete_reads"] == {
         "2020": 0.975
     }
     assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
-    assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.97)
+    assert not cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.97))
     # What was accepted once stays accepted, until --overwrite asks for more.
-    assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.99)
-    assert not cube.write_year(store, made, PROVENANCE, b"", completeness=0.97, overwrite=True)
+    assert not cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.99))
+    assert not cube.write_year(
+        store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.97, overwrite=True)
+    )
     # Built anew with nothing lost, the cube no longer says so.
     whole = Counted()
     assert cube.write_year(
-        store, whole.over(made), PROVENANCE, b"", reads=whole, completeness=0.99, overwrite=True
+        store,
+        whole.over(made),
+        PROVENANCE,
+        b"",
+        cube.BuildOptions(reads=whole, completeness=0.99, overwrite=True),
     )
-    assert xr.open_zarr(store, group="mine", consolidated=False).attrs["incomplete_reads"] == {}
+    assert (
+        xr.open_zarr(str(store), group="mine", consolidated=False).attrs["incomplete_reads"] == {}
+    )
 
 
 def test_counts_of_an_interrupted_run_are_kept(store, grid):
@@ -633,9 +659,7 @@ def test_counts_of_an_interrupted_run_are_kept(store, grid):
             reads.over(made),
             PROVENANCE,
             b"",
-            reads=reads,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=reads, workers=2, stopped=lambda: next(asked)),
         )
     kept = cube.reads_so_far(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [40]
@@ -673,12 +697,18 @@ def test_a_run_killed_before_its_counts_are_kept_does_those_blocks_again(store, 
 
     made, reads = year_of(grid), Dies()
     with pytest.raises(KeyboardInterrupt):
-        cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, workers=2)
+        cube.write_year(
+            store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, workers=2)
+        )
     kept = cube.reads_so_far(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [20]  # of the first batch
     again = Counted()
     assert cube.write_year(
-        store, again.over(made), PROVENANCE, b"", reads=again, before=kept, workers=2
+        store,
+        again.over(made),
+        PROVENANCE,
+        b"",
+        cube.BuildOptions(reads=again, before=kept, workers=2),
     )
     assert again.blocks == 12 - 2
     assert (
@@ -692,7 +722,9 @@ def test_blocks_of_another_policy_are_not_gone_on_with(store, grid):
     torn = {**PROVENANCE, "on_offset_conflict": "warn", "offset_conflicts": [{"scene": "a"}]}
     asked = iter([False, True])
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, kept, torn, b"", workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store, kept, torn, b"", cube.BuildOptions(workers=2, stopped=lambda: next(asked))
+        )
     assert cube.write_year(store, dropped, {**torn, "on_offset_conflict": "drop"}, b"")
     np.testing.assert_array_equal(
         cube.open_cube(store, "mine").reflectance.sel(year=2020), dropped.reflectance
@@ -705,7 +737,13 @@ def test_a_year_of_which_all_was_lost_says_so(store, grid):
         Counted(lost=120),
     )
     with pytest.raises(ReadError, match="120 of 120 reads were lost, which leaves no pixel"):
-        cube.write_year(store, reads.over(empty), PROVENANCE, b"", reads=reads, completeness=0)
+        cube.write_year(
+            store,
+            reads.over(empty),
+            PROVENANCE,
+            b"",
+            cube.BuildOptions(reads=reads, completeness=0),
+        )
     assert cube.reads_so_far(store, PROVENANCE) is None
 
 
@@ -724,18 +762,18 @@ def test_counts_of_another_build_are_not_gone_on_with(store, grid):
             first.over(made),
             PROVENANCE,
             b"",
-            reads=first,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=first, workers=2, stopped=lambda: next(asked)),
         )
     with pytest.raises(KeyboardInterrupt):
-        cube.write_year(store, second.over(made), other, b"", reads=second, workers=2)
+        cube.write_year(
+            store, second.over(made), other, b"", cube.BuildOptions(reads=second, workers=2)
+        )
     assert cube.reads_so_far(store, other) is None
 
 
 def test_checksums_are_of_objects_that_are_there(tmp_path):
     """Also where a long array has made way for a short one."""
-    target = summing(str(tmp_path / "cubes.zarr"))
+    target = cube.Store(tmp_path / "cubes.zarr").open_with_checksums()
     group = zarr.open_group(target, mode="a")
     for size in (3_000_000, 300):
         put_bytes(group, "reads", np.random.default_rng(size).bytes(size))
@@ -756,18 +794,16 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
             reads.over(made),
             PROVENANCE,
             b"",
-            reads=reads,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=reads, workers=2, stopped=lambda: next(asked)),
         )
-    (path,) = Path(store).glob("mine/builds/2020.*.new/zarr.json")
+    (path,) = store.path.glob("mine/builds/2020.*.new/zarr.json")
     staged = json.loads(path.read_text())
     assert len(staged["attributes"]["blocks"]) == 4
     staged["attributes"]["reads"] = staged["attributes"]["reads"][:40]
     path.write_text(json.dumps(staged))
     assert cube.reads_so_far(store, PROVENANCE) is None
     again = Counted()
-    assert cube.write_year(store, again.over(made), PROVENANCE, b"", reads=again)
+    assert cube.write_year(store, again.over(made), PROVENANCE, b"", cube.BuildOptions(reads=again))
     assert again.blocks == 12
     assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
 
@@ -783,25 +819,25 @@ def test_blocks_of_a_process_whose_counts_are_unknown_are_made_again(store, grid
             other.over(made),
             PROVENANCE,
             b"",
-            reads=other,
-            workers=2,
-            stopped=lambda: next(asked),
+            cube.BuildOptions(reads=other, workers=2, stopped=lambda: next(asked)),
         )
     reads = Counted()
-    assert cube.write_year(store, reads.over(made), PROVENANCE, b"", reads=reads, before=before)
+    assert cube.write_year(
+        store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, before=before)
+    )
     assert reads.blocks == 12
 
 
 def test_a_site_that_lost_its_metadata_is_not_created_again(store, site, grid):
     cube.write_year(store, year_of(grid), PROVENANCE, b"")
-    Path(store, "mine/zarr.json").unlink()
-    there = sorted(Path(store).rglob("*"))
+    Path(store.path, "mine/zarr.json").unlink()
+    there = sorted(store.path.rglob("*"))
     with pytest.raises(
         CubeError,
         match=r"mine has lost its zarr.json, but has other objects; run `minecube verify`",
     ):
         cube.create(store, site, grid, YEARS, RECIPE)
-    assert sorted(Path(store).rglob("*")) == there
+    assert sorted(store.path.rglob("*")) == there
 
 
 def test_a_group_that_lacks_an_array_is_refused(store, site, grid):
@@ -819,13 +855,13 @@ def test_a_second_builder_of_a_site_year_is_told(store, grid):
         return True
 
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, made, PROVENANCE, b"", stopped=meanwhile)
+        cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(stopped=meanwhile))
     assert cube.write_year(store, made, PROVENANCE, b"")
 
 
 def staged(store):
     """The group of the year that is being built."""
-    (path,) = Path(store).glob("mine/builds/2020.*.new")
+    (path,) = store.path.glob("mine/builds/2020.*.new")
     return path
 
 
@@ -833,7 +869,9 @@ def test_a_noted_block_whose_shard_is_gone_is_made_again(store, grid):
     asked = iter([False, False, True])
     made = year_of(grid)
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(store, made, PROVENANCE, b"", workers=2, stopped=lambda: next(asked))
+        cube.write_year(
+            store, made, PROVENANCE, b"", cube.BuildOptions(workers=2, stopped=lambda: next(asked))
+        )
     (staged(store) / "reflectance/c/0/0/0/0").unlink()
     assert cube.write_year(store, made, PROVENANCE, b"")
     np.testing.assert_array_equal(
@@ -847,7 +885,7 @@ class Interrupted(BaseException):
 
 def kill_while_placing(store, made, provenance, monkeypatch, after=2):
     """Commit a year, and stop after so many of its objects are in place."""
-    place = sys.modules["minecube.cube.staging"]._place
+    place = sys.modules["minecube.cube.write.staging"]._place
     count = iter(range(10_000))
 
     def dies(*args):
@@ -856,9 +894,9 @@ def kill_while_placing(store, made, provenance, monkeypatch, after=2):
         return place(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["minecube.cube.staging"], "_place", dies)
+        patched.setattr(sys.modules["minecube.cube.write.staging"], "_place", dies)
         with pytest.raises(Interrupted):
-            cube.write_year(store, made, provenance, b"", overwrite=True)
+            cube.write_year(store, made, provenance, b"", cube.BuildOptions(overwrite=True))
 
 
 @pytest.mark.parametrize("lost", ["a staged shard", "all that is staged"])
@@ -872,7 +910,7 @@ def test_a_commit_that_lost_an_object_is_taken_back_and_built_again(store, grid,
         sorted((staged(store) / "reflectance").rglob("[0-9]"))[-1].unlink()
     else:
         shutil.rmtree(staged(store))
-    assert cube.write_year(store, new, other, b"", overwrite=True)
+    assert cube.write_year(store, new, other, b"", cube.BuildOptions(overwrite=True))
     np.testing.assert_array_equal(
         cube.open_committed(store, "mine").reflectance[0], new.reflectance
     )
@@ -880,7 +918,7 @@ def test_a_commit_that_lost_an_object_is_taken_back_and_built_again(store, grid,
 
 
 def test_a_year_that_is_half_in_its_place_is_not_read(store, grid, monkeypatch):
-    monkeypatch.setattr(sys.modules["minecube.cube.commits"], "PLACED_S", 0.0)
+    monkeypatch.setattr(sys.modules["minecube.cube.read.commits"], "PLACED_S", 0.0)
     cube.write_year(store, year_of(grid, seed=1), PROVENANCE, b"")
     cube.write_year(store, year_of(grid, seed=1), {**PROVENANCE, "year": 2019}, b"")
     kill_while_placing(store, year_of(grid, seed=2), {**PROVENANCE, "version": "2"}, monkeypatch)

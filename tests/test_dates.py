@@ -56,7 +56,7 @@ def job_of(source, tmp_path, min_dates):
         registration=Registration(most_px=0.5, beyond="drop"),
     )
     return building.Job(
-        store=str(tmp_path / "cubes.zarr"),
+        store=cube.Store(tmp_path / "cubes.zarr"),
         sources=(source,),
         recipe=recipe,
         snapshots=tmp_path / "lists",

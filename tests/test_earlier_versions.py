@@ -59,7 +59,7 @@ def build(store, site, year):
     scene = types.SimpleNamespace(id="a", properties=told)
     pd.DataFrame({"id": ["a"]}).to_parquet(listed := io.BytesIO())
     provenance = cube.provenance_of(site, year, grid_of(site), RECIPE, [scene])
-    return cube.write_year(store, xr.Dataset(made), provenance, listed.getvalue())
+    return cube.write_year(cube.Store(store), xr.Dataset(made), provenance, listed.getvalue())
 
 
 def run(*words):
@@ -71,48 +71,54 @@ def run(*words):
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "packed"])
 def test_all_of_it_is_read(store, packed):
     where = str(EARLIER / "packed.zip") if packed else store
-    opened = cube.open_committed(where, "pit").load()
+    opened = cube.open_committed(cube.Store(where), "pit").load()
     assert opened.year.values.tolist() == [2019, 2020]
     for year in (2019, 2020):
         np.testing.assert_array_equal(opened.reflectance.sel(year=year), pixels_of(year))
     assert int((opened.footprint.sel(year=2020) == 1).sum()) == 600
     assert opened.footprint.attrs["origin"] == "drawn (CC0)"
-    assert cube.reads(where, "pit", 2020).lost.tolist() == [1]
-    assert cube.completeness_of(cube.builds(where, "pit")[2020]) == 0.875
-    assert cube.open_probability(where, "pit", "tiny").year.values.tolist() == [2019, 2020]
-    assert cube.open_probability(where, "pit", "tiny+hmm").dims == ("year", "y", "x")
-    window = cube.CubeDataset(where, size=32, step=32)[0]
+    assert cube.reads(cube.Store(where), "pit", 2020).lost.tolist() == [1]
+    assert cube.completeness_of(cube.builds(cube.Store(where), "pit")[2020]) == 0.875
+    assert cube.open_probability(cube.Store(where), "pit", "tiny").year.values.tolist() == [
+        2019,
+        2020,
+    ]
+    assert cube.open_probability(cube.Store(where), "pit", "tiny+hmm").dims == ("year", "y", "x")
+    window = cube.CubeDataset(cube.Store(where), size=32, step=32)[0]
     np.testing.assert_array_equal(window["reflectance"][1], pixels_of(2020)[:, :32, :32])
-    assert cube.verify(where).findings == ()
+    assert cube.verify(cube.Store(where)).findings == ()
 
 
 def test_work_goes_on(store, site):
     """The year of which one block was built, a later year, labels, maps of the same model, and a packed file."""
-    cube.create(store, site, grid_of(site), (2021, 2022), RECIPE)
+    cube.create(cube.Store(store), site, grid_of(site), (2021, 2022), RECIPE)
     assert not build(store, site, 2020)  # it is there
     for year in (2021, 2022):
         assert build(store, site, year)
     assert "pit: 2 years mapped" in run(
         "predict", "--store", store, "--model", EARLIER / "model.pt", "--name", "tiny"
     )
-    opened = cube.open_committed(store, "pit").load()
+    opened = cube.open_committed(cube.Store(store), "pit").load()
     for year in (2019, 2020, 2021, 2022):
         np.testing.assert_array_equal(opened.reflectance.sel(year=year), pixels_of(year))
     masks = xr.zeros_like(opened.footprint)
     masks = masks.assign_coords(odc.geo.xr.xr_coords(grid_of(site)))
-    cube.write_footprint(store, "pit", masks, "none")
-    assert not (cube.open_committed(store, "pit").footprint == 1).any()
-    assert [f.kind for f in cube.verify(store).findings] == ["stale"]  # tiny+hmm, of two years
+    cube.write_footprint(cube.Store(store), "pit", masks, "none")
+    assert not (cube.open_committed(cube.Store(store), "pit").footprint == 1).any()
+    assert [f.kind for f in cube.verify(cube.Store(store)).findings] == [
+        "stale"
+    ]  # tiny+hmm, of two years
     run("pack", "--store", store, "--out", f"{store}.zip")
     xr.testing.assert_equal(
-        cube.open_committed(f"{store}.zip", "pit"), cube.open_committed(store, "pit")
+        cube.open_committed(cube.Store(f"{store}.zip"), "pit"),
+        cube.open_committed(cube.Store(store), "pit"),
     )
 
 
 def test_a_model_maps_as_it_did(store):
     mapper = models.load(EARLIER / "model.pt")
-    reflectance = cube.open_committed(store, "pit").reflectance.load()
+    reflectance = cube.open_committed(cube.Store(store), "pit").reflectance.load()
     found = models.predict(mapper, reflectance).astype(int)
     assert (
-        abs(found - cube.open_probability(store, "pit", "tiny").astype(int)).max() <= 1
+        abs(found - cube.open_probability(cube.Store(store), "pit", "tiny").astype(int)).max() <= 1
     )  # another processor's last bit

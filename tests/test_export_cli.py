@@ -69,7 +69,7 @@ def year_of(grid, seed):
 def build(store, site, year, seed=0, scene="S2A", overwrite=False):
     """Build a site-year of one scene into a store, as `minecube build` leaves it."""
     grid = grid_of(site)
-    cube.create(store, site, grid, YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
     provenance = {
         "site": site.id,
         "year": year,
@@ -82,7 +82,11 @@ def build(store, site, year, seed=0, scene="S2A", overwrite=False):
         "libraries": {"numpy": np.__version__},
     }
     assert cube.write_year(
-        store, year_of(grid, seed), provenance, b"scene list", overwrite=overwrite
+        cube.Store(store),
+        year_of(grid, seed),
+        provenance,
+        b"scene list",
+        cube.BuildOptions(overwrite=overwrite),
     )
 
 
@@ -116,10 +120,10 @@ def made(tmp_path_factory, pit):
 def mapped(made, tmp_path_factory):
     """Make a copy of that store, with the prediction of a model."""
     store = shutil.copytree(made, tmp_path_factory.mktemp("mapped") / "cubes.zarr")
-    footprint = cube.open_committed(str(store), "pit")["footprint"].load()
+    footprint = cube.open_committed(cube.Store(store), "pit")["footprint"].load()
     probability = (footprint * 200 + 20).astype(np.uint8)
     cube.write_probability(
-        str(store), "pit", "net-11111111", probability, {"id": "net", "licence": "MIT"}
+        cube.Store(store), "pit", "net-11111111", probability, {"id": "net", "licence": "MIT"}
     )
     return store
 
@@ -138,7 +142,7 @@ def exported(made, tmp_path_factory):
 
 def test_every_format_holds_the_committed_years(exported, made):
     out, printed = exported
-    expected = cube.open_committed(str(made), "pit")
+    expected = cube.open_committed(cube.Store(made), "pit")
     assert list(expected.year.values) == [2019, 2021]
     opened = {
         "netcdf": xr.open_dataset(out / "pit" / "pit.nc", mask_and_scale=False),
@@ -265,12 +269,12 @@ def small(tmp_path_factory, hole):
     store = str(tmp_path_factory.mktemp("small") / "cubes.zarr")
     for year in (2019, 2020):
         build(store, hole, year, seed=year)
-    opened = cube.open_cube(store, "hole").sel(year=[2019, 2020])
+    opened = cube.open_cube(cube.Store(store), "hole").sel(year=[2019, 2020])
     footprint = opened["footprint"].load().copy(data=np.zeros((2, 60, 60), np.uint8))
     footprint[:, 20:40, 10:30] = labels.MINE
-    cube.write_footprint(store, "hole", footprint, "drawn")
+    cube.write_footprint(cube.Store(store), "hole", footprint, "drawn")
     cube.write_probability(
-        store,
+        cube.Store(store),
         "hole",
         "net",
         (footprint * 200 + 20).astype(np.uint8),
@@ -381,7 +385,7 @@ def test_an_unknown_prediction_is_named_with_those_there_are(mapped, tmp_path):
 def test_a_model_stands_for_its_only_prediction(mapped, tmp_path):
     said = run("export", "--store", mapped, "--model", "net", "--out", tmp_path)
     assert "--model net: using prediction net-11111111" in said
-    expected = cube.open_probability(str(mapped), "pit", "net-11111111").sel(year=2021)
+    expected = cube.open_probability(cube.Store(mapped), "pit", "net-11111111").sel(year=2021)
     with rasterio.open(tmp_path / "pit" / "pit_2021_probability.tif") as image:
         np.testing.assert_array_equal(image.read(1), expected)
 
@@ -485,13 +489,13 @@ def growing(tmp_path, pit):
 def test_nothing_is_no_release(growing, tmp_path):
     store, where = growing
     run("publish", *where, "--tag", "v1")
-    cube.uncommit(str(store), "pit", [2019, 2020])
+    cube.uncommit(cube.Store(store), "pit", [2019, 2020])
     assert "nothing to publish" in run("publish", *where, "--tag", "v2", ok=2)
     assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
 
 
 def mask_of(store, value):
-    opened = cube.open_cube(str(store), "pit")
+    opened = cube.open_cube(cube.Store(store), "pit")
     masks = np.full((1, *opened.odc.geobox.shape), value, np.uint8)
     return xr.DataArray(
         masks,
@@ -504,8 +508,10 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
     store, where = growing
     assert "no Icechunk repository" in run("publish", *where, ok=2)
     assert "v1 holds 2 site-years" in run("publish", *where, "--tag", "v1")
-    first = cube.open_committed(str(store), "pit").load()
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "EuroMineNet (CC BY 4.0)")
+    first = cube.open_committed(cube.Store(store), "pit").load()
+    cube.write_footprint(
+        cube.Store(store), "pit", mask_of(store, labels.MINE), "EuroMineNet (CC BY 4.0)"
+    )
     run("publish", *where, "--tag", "v2")
     build(str(store), pit, 2019, seed=99, scene="S2B", overwrite=True)
     build(str(store), hole, 2021)
@@ -516,7 +522,7 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
         np.testing.assert_array_equal(opened[name].values, first[name].values)
     now = released(tmp_path / "releases", "v3")
     np.testing.assert_array_equal(
-        now.reflectance.values, cube.open_cube(str(store), "pit").reflectance.values
+        now.reflectance.values, cube.open_cube(cube.Store(store), "pit").reflectance.values
     )
     assert "EuroMineNet, CC-BY-4.0" in now.license
     assert "EuroMineNet" not in opened.license
@@ -591,7 +597,7 @@ def test_a_tag_of_another_state_is_refused(growing, pit, tmp_path):
     for change in (
         lambda: build(str(store), pit, 2021),
         lambda: build(str(store), pit, 2019, seed=99, scene="S2B", overwrite=True),
-        lambda: cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a"),
+        lambda: cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a"),
         lambda: (store / "pit/reflectance/c/0/0/0/0").unlink(),
     ):
         before = history(tmp_path / "releases")
@@ -627,7 +633,7 @@ def test_a_deleted_tag_leaves_main_as_it_was(growing, tmp_path):
     icechunk.Repository.open(
         icechunk.local_filesystem_storage(str(tmp_path / "releases"))
     ).delete_tag("v2")
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
     before = history(tmp_path / "releases")
     assert "tag 'v2' was deleted" in run("publish", *where, "--tag", "v2", ok=2)
     assert history(tmp_path / "releases") == before
@@ -637,9 +643,9 @@ def test_a_deleted_tag_leaves_main_as_it_was(growing, tmp_path):
 
 def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
     store, where = growing
-    before = cube.open_cube(str(store), "pit").footprint.values
+    before = cube.open_cube(cube.Store(store), "pit").footprint.values
     run("publish", *where, "--tag", "v1")
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a mistake")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a mistake")
     run("publish", *where, "--tag", "v2")
     assert "main is what it was at v1" in run("publish", *where, "--rollback", "v1")
     main = (
@@ -653,7 +659,7 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
     assert (
         released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1
     ).all()  # the tag stays
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.NOT_MINE), "mended")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.NOT_MINE), "mended")
     run("publish", *where, "--tag", "v3")
     assert "pit   2020  footprint\n" in run(
         "publish", *where, "--diff", "v2", "v3"
@@ -663,11 +669,11 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
 
 def test_what_is_changed_back_is_no_difference(growing):
     store, where = growing
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.NOT_MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.NOT_MINE), "a")
     run("publish", *where, "--tag", "v1")
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
     run("publish", *where, "--tag", "v2")
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.NOT_MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.NOT_MINE), "a")
     run("publish", *where, "--tag", "v3")
     assert run("publish", *where, "--diff", "v1", "v3") == "v1 and v3 are the same\n"
 
@@ -724,7 +730,7 @@ def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
 def test_a_run_that_is_killed_can_be_repeated(growing, tmp_path, moment, tags, then):
     store, where = growing
     run("publish", *where, "--tag", "v1")
-    cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
     dies = (
         "import os, signal, sys, icechunk\n"
         "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -782,7 +788,7 @@ def test_releases_on_s3(growing, monkeypatch):
         requests.put(f"{endpoint}/cubes", timeout=5).raise_for_status()
         where = ("--store", store, "--icechunk", "s3://cubes/releases")
         run("publish", *where, "--tag", "v1")
-        cube.write_footprint(str(store), "pit", mask_of(store, labels.MINE), "a")
+        cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
         run("publish", *where, "--tag", "v2")
         assert "pit   2020  footprint\n" in run("publish", *where, "--diff", "v1", "v2")
         storage = icechunk.s3_storage(
@@ -798,7 +804,7 @@ def test_releases_on_s3(growing, monkeypatch):
             group="pit",
             consolidated=False,
         )
-        expected = cube.open_cube(str(store), "pit")
+        expected = cube.open_cube(cube.Store(store), "pit")
         np.testing.assert_array_equal(opened.reflectance.values, expected.reflectance.values)
     finally:
         server.stop()

@@ -20,7 +20,6 @@ from obstore.store import from_url
 
 from minecube import cube
 from minecube.cube import locks
-from minecube.cube.store import begin_group
 from minecube.errors import BusyError
 
 
@@ -29,7 +28,7 @@ def locks_of(store):
 
 
 def test_a_second_holder_is_told_who_holds_it(tmp_path, monkeypatch):
-    store = str(tmp_path / "cubes.zarr")
+    store = cube.Store(tmp_path / "cubes.zarr")
     with locks.hold(store, "pit/builds/2020"):
         assert locks_of(tmp_path / "cubes.zarr") == ["pit.builds.2020.lock"]
         said = rf"cubes.zarr: pit/builds/2020 is being written by another run \(process {os.getpid()} on "
@@ -38,7 +37,7 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path, monkeypatch):
         with locks.hold(store, "pit/builds/2021"), locks.hold(store, "pit"):
             pass  # others are free
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(BusyError), locks.hold("cubes.zarr/", "pit/builds/2020"):
+        with pytest.raises(BusyError), locks.hold(cube.Store("cubes.zarr/"), "pit/builds/2020"):
             pass  # the same store by another name
     with locks.hold(store, "pit/builds/2020") as again:
         again.check()
@@ -47,7 +46,7 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path, monkeypatch):
 
 def test_threads_take_turns(tmp_path):
     """Each adds 1 to a number in a way that loses additions unless it is alone."""
-    store = str(tmp_path / "cubes.zarr")
+    store = cube.Store(tmp_path / "cubes.zarr")
     total = [0]
 
     def add():
@@ -75,7 +74,7 @@ def _count(store, path, times):
 def test_processes_take_turns(tmp_path):
     path = tmp_path / "number"
     path.write_text("0")
-    store = str(tmp_path / "cubes.zarr")
+    store = cube.Store(tmp_path / "cubes.zarr")
     context = multiprocessing.get_context("fork")
     counting = [context.Process(target=_count, args=(store, path, 100)) for _ in range(3)]
     for process in counting:
@@ -90,8 +89,9 @@ def test_processes_take_turns(tmp_path):
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     script = f"""
         import time
+        from minecube.cube import Store
         from minecube.cube.locks import hold
-        with hold({str(tmp_path / "cubes.zarr")!r}, "pit"):
+        with hold(Store({str(tmp_path / "cubes.zarr")!r}), "pit"):
             print("held", flush=True)
             time.sleep(60)
     """
@@ -101,12 +101,12 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert holder.stdout.readline() == "held\n"
     with (
         pytest.raises(BusyError, match=rf"process {holder.pid} on "),
-        locks.hold(str(tmp_path / "cubes.zarr"), "pit"),
+        locks.hold(cube.Store(tmp_path / "cubes.zarr"), "pit"),
     ):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    with locks.hold(str(tmp_path / "cubes.zarr"), "pit"):
+    with locks.hold(cube.Store(tmp_path / "cubes.zarr"), "pit"):
         pass
 
 
@@ -114,8 +114,9 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     """A process that holds the lock is killed while its child lives on."""
     script = f"""
         import multiprocessing, time
+        from minecube.cube import Store
         from minecube.cube.locks import hold
-        with hold({str(tmp_path / "cubes.zarr")!r}, "pit"):
+        with hold(Store({str(tmp_path / "cubes.zarr")!r}), "pit"):
             multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,)).start()
             print("held", flush=True)
             time.sleep(60)
@@ -126,7 +127,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with locks.hold(str(tmp_path / "cubes.zarr"), "pit", wait_s=2):
+    with locks.hold(cube.Store(tmp_path / "cubes.zarr"), "pit", wait_s=2):
         pass
     holder.stdout.close()
 
@@ -139,7 +140,7 @@ def quick(monkeypatch):
 
 
 def test_a_lease_that_is_renewed_is_not_taken_over(bucket, quick):
-    store = f"{bucket}/a/cubes.zarr"
+    store = cube.Store(f"{bucket}/a/cubes.zarr")
     with locks.hold(store, "pit") as first:
         start = time.monotonic()
         with (
@@ -164,24 +165,24 @@ def test_a_lease_that_is_renewed_is_not_taken_over(bucket, quick):
 
 
 def test_a_dead_lease_is_taken_over_and_its_holder_notices(bucket, quick):
-    store = f"{bucket}/cubes.zarr"
+    store = cube.Store(f"{bucket}/cubes.zarr")
     dead = locks._Lease(store, "pit")
-    assert dead._put("create")  # and never renewed
+    assert dead._try_put("create")  # and never renewed
     with locks.hold(store, "pit") as lock:
         lock.check()
         with pytest.raises(BusyError):
             dead.check()
-        assert not dead._put(dead.tag)
+        assert not dead._try_put(dead.tag)
     dead._thread.start()
     dead.release()
 
 
 def test_a_put_whose_answer_was_lost_is_no_conflict(bucket):
     """The client repeats it, and its own first put is then in the way."""
-    lease = locks._Lease(f"{bucket}/cubes.zarr", "pit")
+    lease = locks._Lease(cube.Store(f"{bucket}/cubes.zarr"), "pit")
     content = lease._content()
     lease.objects.put(lease.key, content)
-    assert lease._put("create")
+    assert lease._try_put("create")
     lease.check()
 
 
@@ -195,11 +196,11 @@ def test_a_tag_holds_what_each_store_compares():
 
 
 def test_of_many_takers_one_wins(bucket, quick):
-    leases = [locks._Lease(f"{bucket}/cubes.zarr", "pit") for _ in range(8)]
+    leases = [locks._Lease(cube.Store(f"{bucket}/cubes.zarr"), "pit") for _ in range(8)]
     won = []
 
     def take(lease):
-        if lease._put("create"):
+        if lease._try_put("create"):
             won.append(lease)
 
     threads = [threading.Thread(target=take, args=(lease,)) for lease in leases]
@@ -221,7 +222,7 @@ def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, m
     spec.loader.exec_module(test_opening)
     monkeypatch.setattr(locks, "LEASE_S", 0.6)
     monkeypatch.setattr(locks, "RENEW_S", 60.0)  # no renewal while it sleeps
-    store = f"{bucket}/cubes.zarr"
+    store = cube.Store(f"{bucket}/cubes.zarr")
     site = make.site("pit", 360000, 5600040, 90, 90)
     cube.create(store, site, test_opening.grid_of(site), (2020,), test_opening.RECIPE)
     slept = []
@@ -242,7 +243,8 @@ def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, m
 
 def test_two_sites_of_a_fresh_store_are_created_at_once(tmp_path, monkeypatch):
     """Each has a lock of its own, and both make the group above them: the second finds it made since Zarr looked."""
-    path, open_group = str(tmp_path / "cubes.zarr"), zarr.open_group
+    store = cube.Store(tmp_path / "cubes.zarr")
+    open_group = zarr.open_group
 
     def overtaken(target, *, path, mode, **options):
         if not path and mode == "a":
@@ -251,5 +253,5 @@ def test_two_sites_of_a_fresh_store_are_created_at_once(tmp_path, monkeypatch):
         return open_group(target, path=path, mode=mode, **options)
 
     monkeypatch.setattr(zarr, "open_group", overtaken)
-    begin_group(path, "pit", {"title": "mine"})
-    assert open_group(path, path="pit", mode="r").attrs["title"] == "mine"
+    store.begin_group("pit", {"title": "mine"})
+    assert open_group(str(store), path="pit", mode="r").attrs["title"] == "mine"

@@ -33,7 +33,7 @@ def site(make):
 
 @pytest.fixture
 def store(tmp_path, site):
-    where = str(tmp_path / "cubes.zarr")
+    where = cube.Store(tmp_path / "cubes.zarr")
     cube.create(where, site, grid_of(site), (2019, 2020, 2021), RECIPE)
     build(where, site, 2019, 1000)
     build(where, site, 2020, 2000)
@@ -59,7 +59,7 @@ def build(store, site, year, value, **how):
     }
     scene = types.SimpleNamespace(id=f"scene {value}", properties=told)
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
-    return cube.write_year(store, xr.Dataset(made), provenance, b"", **how)
+    return cube.write_year(store, xr.Dataset(made), provenance, b"", cube.BuildOptions(**how))
 
 
 def test_a_failed_rebuild_leaves_the_old_year(store, site, monkeypatch):
@@ -71,7 +71,11 @@ def test_a_failed_rebuild_leaves_the_old_year(store, site, monkeypatch):
     assert cube.builds(store, "pit")[2020] == marker
     xr.testing.assert_identical(cube.open_committed(store, "pit").load(), before)
     assert (
-        int(xr.open_zarr(store, group="pit", consolidated=False).reflectance.sel(year=2020).max())
+        int(
+            xr.open_zarr(str(store), group="pit", consolidated=False)
+            .reflectance.sel(year=2020)
+            .max()
+        )
         == 2007
     )
     assert build(store, site, 2020, 3000, overwrite=True)
@@ -83,7 +87,7 @@ def test_a_year_that_is_being_built_reads_as_no_data_to_everyone(store, site):
     with pytest.raises(CubeError, match="stopped"):
         build(store, site, 2021, 3000, workers=1, stopped=lambda: next(asked))
     for opened in (
-        xr.open_zarr(store, group="pit", consolidated=False),
+        xr.open_zarr(str(store), group="pit", consolidated=False),
         cube.open_cube(store, "pit"),
     ):
         assert not opened.reflectance.sel(year=2021).values.any()
@@ -116,9 +120,11 @@ def test_a_reader_during_overwrite_never_sees_a_mixture(store, site, tmp_path):
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import conftest, test_opening
+        from minecube import cube
         site = conftest.site_of("pit", 360000, 5600040, 90, 90)
+        store = cube.Store({str(store)!r})
         for n in range(1_000):
-            test_opening.build({store!r}, site, 2020, (4000, 2000)[n % 2], overwrite=True)
+            test_opening.build(store, site, 2020, (4000, 2000)[n % 2], overwrite=True)
             print(n, flush=True)
     """
     writer = subprocess.Popen(
@@ -157,11 +163,11 @@ def test_files_that_others_are_writing_are_no_members(store, tmp_path):
 def test_a_missing_shard_is_an_error_in_an_object_store_too(bucket, site):
     from obstore.store import from_url
 
-    url = f"{bucket}/cubes.zarr"
+    url = cube.Store(f"{bucket}/cubes.zarr")
     cube.create(url, site, grid_of(site), (2019, 2020), RECIPE)
     build(url, site, 2020, 2000)
     assert int(cube.open_committed(url, "pit").reflectance.max()) == 2007
-    from_url(url).delete("pit/reflectance/c/1/0/1/1")
+    from_url(str(url)).delete("pit/reflectance/c/1/0/1/1")
     opened = cube.open_committed(url, "pit")
     assert int(opened.reflectance[:, :, :64, :64].max()) == 2007
     with pytest.raises(
@@ -172,6 +178,18 @@ def test_a_missing_shard_is_an_error_in_an_object_store_too(bucket, site):
     build(url, site, 2020, 3000, overwrite=True)
     with pytest.raises(CubeError, match="was built again while it was being read"):
         opened.reflectance[:, :, :64, :64].load()
+
+
+def test_a_shard_of_another_variable_is_an_error_not_a_pixel(store, tmp_path):
+    """Its chunks have correct checksums, but fewer bytes."""
+    folder = tmp_path / "cubes.zarr/pit"
+    for name in ("clear_count", "quality"):
+        content = (folder / name / "c/0/0/0").read_bytes()
+        path = folder / "reflectance/c/0/0/0/0"
+        path.unlink()
+        path.write_bytes(content)
+        with pytest.raises(CubeError, match=r"damaged chunk \(it has \d+ bytes in place of \d+\)"):
+            cube.open_committed(store, "pit").reflectance.sel(year=2019)[:, :64, :64].load()
 
 
 def test_a_flipped_bit_is_an_error_not_a_pixel(store, tmp_path):
@@ -217,7 +235,7 @@ def test_natural_next_steps_work(store, site, tmp_path):
             for name in opened.data_vars:
                 np.testing.assert_array_equal(back[name], opened[name], err_msg=name)
             assert back.rio.crs.to_epsg() == 32633
-    tree = xr.open_datatree(store, engine="zarr", consolidated=False)
+    tree = xr.open_datatree(str(store), engine="zarr", consolidated=False)
     np.testing.assert_array_equal(tree["pit/reflectance"][:2], opened.reflectance)
 
 

@@ -74,20 +74,28 @@ def provenance(site, year):
 def built(store, site, years=(2019, 2020), begun=()):
     """Some years, one that is only begun, labels of all, and a prediction."""
     grid = grid_of(site)
-    cube.create(store, site, grid, YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
     for year in years:
-        cube.write_year(store, year_of(grid, year), provenance(site, year), scenes())
+        cube.write_year(cube.Store(store), year_of(grid, year), provenance(site, year), scenes())
     for year in begun:
         how = {"workers": 1, "stopped": iter((False, True, True)).__next__}
         with pytest.raises(CubeError, match="stopped with"):
-            cube.write_year(store, year_of(grid, year), provenance(site, year), scenes(), **how)
+            cube.write_year(
+                cube.Store(store),
+                year_of(grid, year),
+                provenance(site, year),
+                scenes(),
+                cube.BuildOptions(**how),
+            )
     mask = np.random.default_rng(1).integers(0, 2, (3, *grid.shape)).astype(np.uint8)
     masks = xr.DataArray(
         mask, dims=("year", "y", "x"), coords={"year": list(YEARS), **odc.geo.xr.xr_coords(grid)}
     )
-    cube.write_footprint(store, site.id, masks, origin="drawn")
+    cube.write_footprint(cube.Store(store), site.id, masks, origin="drawn")
     if years:
-        cube.write_probability(store, site.id, "net", masks.sel(year=list(years)), {"id": "net"})
+        cube.write_probability(
+            cube.Store(store), site.id, "net", masks.sel(year=list(years)), {"id": "net"}
+        )
 
 
 def scenes():
@@ -126,7 +134,7 @@ def zipped(whole):
 @pytest.fixture(scope="module")
 def small(whole):
     """Only the small site, for tests that look at every byte."""
-    cube.pack(str(whole), out := whole.with_name("pond.zip"), ["pond"])
+    cube.pack(cube.Store(whole), out := whole.with_name("pond.zip"), ["pond"])
     return out
 
 
@@ -159,12 +167,14 @@ def test_unzip_gives_the_store_back(whole, zipped, sites, tmp_path):
     (staged,) = (whole / "pit" / "builds").glob("2021.*.new")
     begun = {f"pit/builds/{staged.name}", "plan"}
     assert {next((b for b in begun if key.startswith(f"{b}/")), key) for key in lacking} == begun
-    assert not cube.verify(str(folder)).findings
+    assert not cube.verify(cube.Store(folder)).findings
     site, store = sites["pit"], str(folder)
     grid = grid_of(site)
-    assert not cube.write_year(store, year_of(grid, 2020), provenance(site, 2020), scenes())
-    assert cube.write_year(store, year_of(grid, 2021), provenance(site, 2021), scenes())
-    assert list(cube.builds(store, "pit")) == list(YEARS)
+    assert not cube.write_year(
+        cube.Store(store), year_of(grid, 2020), provenance(site, 2020), scenes()
+    )
+    assert cube.write_year(cube.Store(store), year_of(grid, 2021), provenance(site, 2021), scenes())
+    assert list(cube.builds(cube.Store(store), "pit")) == list(YEARS)
 
 
 def test_zarr_and_xarray_open_it_unaided(whole, zipped):
@@ -209,18 +219,21 @@ def test_gdal_says_of_it_what_it_says_of_the_folder(whole, zipped):
 
 def test_it_opens_as_the_folder_does(whole, zipped):
     here, there = str(zipped[0]), str(whole)
-    assert cube.sites(here) == ["pit", "pond"]
-    for name in cube.sites(here):
-        assert cube.builds(here, name) == cube.builds(there, name)
+    assert cube.sites(cube.Store(here)) == ["pit", "pond"]
+    for name in cube.sites(cube.Store(here)):
+        assert cube.builds(cube.Store(here), name) == cube.builds(cube.Store(there), name)
         xr.testing.assert_identical(
-            cube.open_committed(here, name).load(), cube.open_committed(there, name).load()
+            cube.open_committed(cube.Store(here), name).load(),
+            cube.open_committed(cube.Store(there), name).load(),
         )
-        probability = [cube.open_probability(store, name, "net").load() for store in (here, there)]
+        probability = [
+            cube.open_probability(cube.Store(store), name, "net").load() for store in (here, there)
+        ]
         xr.testing.assert_identical(*probability)
     with pytest.raises(CubeError, match="no site 'plan'; it has pit, pond"):
-        cube.open_cube(here, "plan")
+        cube.open_cube(cube.Store(here), "plan")
     with pytest.raises(CubeError, match="no prediction of 'other'"):
-        cube.open_probability(here, "pit", "other")
+        cube.open_probability(cube.Store(here), "pit", "other")
 
 
 def same(a, b):
@@ -231,15 +244,18 @@ def same(a, b):
 
 @having(max_examples=30, deadline=None)
 @given(
-    view=st.sampled_from(cube.windows.VIEWS),
+    view=st.sampled_from(cube.VIEWS),
     size=st.integers(1, 140),
     seed=st.integers(0, 99),
     site=st.sampled_from(["pit", "pond"]),
 )
 def test_windows_are_those_of_the_folder(whole, zipped, view, size, seed, site):
     how = {"site_ids": [site], "view": view, "size": size, "seed": seed, "length": 2}
-    here, there = cube.CubeDataset(str(zipped[0]), **how), cube.CubeDataset(str(whole), **how)
-    assert here._sites[site].reflectance.codec is not None
+    here, there = (
+        cube.CubeDataset(cube.Store(zipped[0]), **how),
+        cube.CubeDataset(cube.Store(whole), **how),
+    )
+    assert here._sites[site].reflectance.decoder is not None
     for index in range(2):
         same(here[index], there[index])
 
@@ -249,7 +265,7 @@ def test_workers_cut_the_same(whole, zipped):
     script = f"""
         import hashlib
         from torch.utils.data import DataLoader
-        from minecube.cube import CubeDataset
+        from minecube.cube import CubeDataset, Store
 
         if __name__ == "__main__":
             for store, workers, way in (
@@ -257,7 +273,7 @@ def test_workers_cut_the_same(whole, zipped):
                 ({str(zipped[0])!r}, 2, "fork"), ({str(zipped[0])!r}, 2, "spawn"),
             ):
                 told = hashlib.sha256()
-                windows = CubeDataset(store, ["pit", "pond"], size=80, length=12)
+                windows = CubeDataset(Store(store), ["pit", "pond"], size=80, length=12)
                 for batch in DataLoader(windows, batch_size=3, num_workers=workers, multiprocessing_context=way):
                     for name in ("reflectance", "footprint", "years", "y", "x"):
                         told.update(batch[name].numpy().tobytes())
@@ -284,7 +300,7 @@ def test_the_same_store_gives_the_same_file(whole, zipped, tmp_path):
         (copy / key).parent.mkdir(parents=True, exist_ok=True)
         (copy / key).write_bytes(content)
     for store in (str(copy), str(zipped[0])):
-        cube.pack(store, tmp_path / "again.zip")
+        cube.pack(cube.Store(store), tmp_path / "again.zip")
         assert (tmp_path / "again.zip").read_bytes() == zipped[0].read_bytes()
 
 
@@ -293,9 +309,9 @@ def test_two_packs_at_once_both_end_with_a_whole_file(whole, zipped, tmp_path):
 
     def progress(done, _total, _name):
         if done == 3:
-            inner.append(cube.pack(str(whole), out))
+            inner.append(cube.pack(cube.Store(whole), out))
 
-    outer = cube.pack(str(whole), out, progress=progress)
+    outer = cube.pack(cube.Store(whole), out, progress=progress)
     assert inner == [outer]
     assert out.read_bytes() == zipped[0].read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zip"]
@@ -308,19 +324,22 @@ def test_sites_are_chosen(whole, tmp_path):
     )
     assert done.exit_code == 0
     assert not done.stderr
-    assert cube.sites(str(out)) == ["pond"]
-    same(cube.CubeDataset(str(out), size=60)[0], cube.CubeDataset(str(whole), ["pond"], size=60)[0])
+    assert cube.sites(cube.Store(out)) == ["pond"]
+    same(
+        cube.CubeDataset(cube.Store(out), size=60)[0],
+        cube.CubeDataset(cube.Store(whole), ["pond"], size=60)[0],
+    )
     with pytest.raises(CubeError, match="no site 'nowhere'; it has pit, plan, pond"):
-        cube.pack(str(whole), out, ["nowhere"])
+        cube.pack(cube.Store(whole), out, ["nowhere"])
     with pytest.raises(CubeError, match="no site-year of plan is committed"):
-        cube.pack(str(whole), tmp_path / "plan.zip", ["plan"])
+        cube.pack(cube.Store(whole), tmp_path / "plan.zip", ["plan"])
     assert not (tmp_path / "plan.zip").exists()
 
 
 def test_a_packed_store_is_not_packed_into_itself(small, tmp_path):
     copy = Path(shutil.copy(small, tmp_path / "pond.zip"))
     with pytest.raises(CubeError, match="is the packed store itself"):
-        cube.pack(str(copy), copy)
+        cube.pack(cube.Store(copy), copy)
     assert copy.read_bytes() == small.read_bytes()
 
 
@@ -328,7 +347,7 @@ def test_zip64(whole, tmp_path, monkeypatch):
     """Of a store with more than 65535 objects or 4 GB, by limits set low."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 10)
-    cube.pack(str(whole), out := tmp_path / "big.zip", ["pit"])
+    cube.pack(cube.Store(whole), out := tmp_path / "big.zip", ["pit"])
     monkeypatch.undo()
     content = out.read_bytes()
     assert content.count(b"PK\x06\x06") == 1  # its end of central directory
@@ -339,16 +358,17 @@ def test_zip64(whole, tmp_path, monkeypatch):
         ]
     assert extras == [b"\x01\x00"] * 2
     subprocess.run(["unzip", "-tq", str(out)], check=True, capture_output=True)
-    assert not cube.verify(str(out)).findings
+    assert not cube.verify(cube.Store(out)).findings
     same(
-        cube.CubeDataset(str(out), size=120)[0], cube.CubeDataset(str(whole), ["pit"], size=120)[0]
+        cube.CubeDataset(cube.Store(out), size=120)[0],
+        cube.CubeDataset(cube.Store(whole), ["pit"], size=120)[0],
     )
 
 
 def test_verify_says_of_it_what_it_says_of_the_folder(zipped, tmp_path):
     with zipfile.ZipFile(zipped[0]) as opened:
         opened.extractall(tmp_path)
-    here, there = cube.verify(str(zipped[0])), cube.verify(str(tmp_path))
+    here, there = cube.verify(cube.Store(zipped[0])), cube.verify(cube.Store(tmp_path))
     assert not here.findings
     assert here == there
     done = CliRunner().invoke(cli, ["verify", "--store", str(zipped[0])])
@@ -371,10 +391,10 @@ def flip(path, at, bit=0):
 
 
 def test_a_flipped_bit_in_a_shard_is_named(whole, tmp_path):
-    cube.pack(str(whole), out := tmp_path / "pit.zip", ["pit"])
+    cube.pack(cube.Store(whole), out := tmp_path / "pit.zip", ["pit"])
     start, _ = place(out, "pit/reflectance/c/1/0/1/1")
     flip(out, start + 40)
-    (found,) = cube.verify(str(out)).findings
+    (found,) = cube.verify(cube.Store(out)).findings
     assert (found.site, found.year, found.kind, found.cure) == ("pit", 2020, "damaged", "build")
     assert "reflectance block 1/1" in str(found)
     assert "CRC-32" in found.found
@@ -392,14 +412,14 @@ def test_the_zips_own_checksum_serves_where_there_is_no_other(whole, tmp_path):
     store = Path(shutil.copytree(whole, tmp_path / "cubes.zarr"))
     marker = zarr.open_group(store, path="pond/builds/2019", mode="r+")
     marker.attrs.put({k: v for k, v in marker.attrs.items() if k not in ("checksums", "sha256")})
-    mapped = cube.open_cube(str(store), "pond").footprint.sel(year=[2019, 2020])
-    cube.write_probability(str(store), "pond", "net", mapped, {"id": "net"})
-    cube.pack(str(store), out := tmp_path / "pond.zip", ["pond"])
-    before = {(f.kind, f.what) for f in cube.verify(str(out)).findings}
+    mapped = cube.open_cube(cube.Store(store), "pond").footprint.sel(year=[2019, 2020])
+    cube.write_probability(cube.Store(store), "pond", "net", mapped, {"id": "net"})
+    cube.pack(cube.Store(store), out := tmp_path / "pond.zip", ["pond"])
+    before = {(f.kind, f.what) for f in cube.verify(cube.Store(out)).findings}
     assert before == {("unverifiable", "builds/2019/zarr.json")}
     start, size = place(out, "pond/clear_count/c/0/0/0")
     flip(out, start + size // 2)
-    after = {(f.kind, f.what) for f in cube.verify(str(out)).findings}
+    after = {(f.kind, f.what) for f in cube.verify(cube.Store(out)).findings}
     assert after - before == {("damaged", "clear_count/c/0/0/0")}
 
 
@@ -410,14 +430,14 @@ def test_what_is_read_whole_is_held_to_the_zips_own_checksum(small, tmp_path):
     with pytest.raises(
         CubeError, match=r"pond/x/c/0 is damaged \(its CRC-32 is not that of the zip's directory\)"
     ):
-        cube.open_cube(str(out), "pond")
-    assert "x" in {f.what for f in cube.verify(str(out)).findings}
+        cube.open_cube(cube.Store(out), "pond")
+    assert "x" in {f.what for f in cube.verify(cube.Store(out)).findings}
 
 
 def test_a_zip_that_lost_its_beginning(small, tmp_path):
     """Its directory is whole, so that the rest can be read: what was lost is damaged."""
     (out := tmp_path / "pond.zip").write_bytes(small.read_bytes()[1000:])
-    assert "damaged" in {f.kind for f in cube.verify(str(out)).findings}
+    assert "damaged" in {f.kind for f in cube.verify(cube.Store(out)).findings}
 
 
 @having(
@@ -430,7 +450,7 @@ def test_a_bit_flipped_anywhere_is_found_or_changes_nothing(whole, small, tmp_pa
     directory = small.read_bytes().index(b"PK\x01\x02")
     flip(out, directory + at % (size - directory) if tail else at % directory, bit)
     try:
-        findings = cube.verify(str(out)).findings
+        findings = cube.verify(cube.Store(out)).findings
     except CubeError:
         return
     if not findings:
@@ -453,9 +473,13 @@ def test_a_bit_flipped_anywhere_is_found_or_changes_nothing(whole, small, tmp_pa
 )
 def test_what_is_no_packed_store_is_said_so(small, tmp_path, harm, said):
     harm(out := Path(shutil.copy(small, tmp_path / "pond.zip")))
-    for look in (cube.verify, cube.CubeDataset, lambda store: cube.open_cube(store, "pond").load()):
+    for look in (
+        cube.verify,
+        cube.CubeDataset,
+        lambda store: cube.open_cube(store, "pond").load(),
+    ):
         with pytest.raises(CubeError, match=said):
-            look(str(out))
+            look(cube.Store(out))
 
 
 def again(path, how):
@@ -474,40 +498,41 @@ def test_zips_of_other_hands(whole, tmp_path):
     subprocess.run(
         ["zip", "-0", "-r", "-q", "-z", str(out), "."], cwd=store, check=True, input=b"by hand\n"
     )
-    assert cube.verify(str(out)).whole
-    assert cube.sites(str(out)) == ["pit", "plan", "pond"]
+    assert cube.verify(cube.Store(out)).whole
+    assert cube.sites(cube.Store(out)) == ["pit", "plan", "pond"]
     same(
-        cube.CubeDataset(str(out), ["pit"], size=120)[0],
-        cube.CubeDataset(str(whole), ["pit"], size=120)[0],
+        cube.CubeDataset(cube.Store(out), ["pit"], size=120)[0],
+        cube.CubeDataset(cube.Store(whole), ["pit"], size=120)[0],
     )
 
 
 def test_a_store_far_away_and_a_folder_of_that_name(whole, tmp_path):
-    for look in (cube.verify, cube.sites, cube.CubeDataset, cube.builds):
-        with pytest.raises(
-            CubeError,
-            match=r"s3://b/cubes.zip: a packed store is read from a local disk; download it",
-        ):
-            look(*["s3://b/cubes.zip", "pit"][: 1 + (look is cube.builds)])
+    with pytest.raises(
+        CubeError,
+        match=r"s3://b/cubes.zip: a packed store is read from a local disk; download it",
+    ):
+        cube.Store("s3://b/cubes.zip")
     folder = shutil.copytree(whole, tmp_path / "cubes.zip")
-    assert cube.sites(str(folder)) == ["pit", "plan", "pond"]
-    cube.uncommit(str(folder), "pond", [2019])
-    assert list(cube.builds(str(folder), "pond")) == [2020]
+    assert cube.sites(cube.Store(folder)) == ["pit", "plan", "pond"]
+    cube.uncommit(cube.Store(folder), "pond", [2019])
+    assert list(cube.builds(cube.Store(folder), "pond")) == [2020]
 
 
 def test_nothing_is_written_into_it(zipped, sites, tmp_path):
     """Neither by a command nor by what they call, and before anything is read."""
     out, before = str(zipped[0]), zipped[0].read_bytes()
     site, grid = sites["pond"], grid_of(sites["pond"])
-    opened = cube.open_cube(out, "pond").load()
+    opened = cube.open_cube(cube.Store(out), "pond").load()
     said = r"cubes.zarr.zip: is a packed store, which is only read; write to the store it was packed from, or unpack it"
     for write in (
-        lambda: cube.create(out, site, grid, [2022], RECIPE),
-        lambda: cube.create(str(tmp_path / "new.zip"), site, grid, [2022], RECIPE),
-        lambda: cube.write_year(out, year_of(grid, 2021), provenance(site, 2021), scenes()),
-        lambda: cube.write_footprint(out, "pond", opened.footprint, "drawn"),
-        lambda: cube.write_probability(out, "pond", "net2", opened.footprint, {}),
-        lambda: cube.uncommit(out, "pond", [2019]),
+        lambda: cube.create(cube.Store(out), site, grid, [2022], RECIPE),
+        lambda: cube.create(cube.Store(tmp_path / "new.zip"), site, grid, [2022], RECIPE),
+        lambda: cube.write_year(
+            cube.Store(out), year_of(grid, 2021), provenance(site, 2021), scenes()
+        ),
+        lambda: cube.write_footprint(cube.Store(out), "pond", opened.footprint, "drawn"),
+        lambda: cube.write_probability(cube.Store(out), "pond", "net2", opened.footprint, {}),
+        lambda: cube.uncommit(cube.Store(out), "pond", [2019]),
     ):
         with pytest.raises(CubeError, match="is a packed store, which is only read"):
             write()
@@ -529,13 +554,13 @@ def test_one_that_is_replaced_is_another(small, whole, sites, tmp_path):
     """And one that is cut short under a dataset is an error, not a window of what was read before."""
     store = str(shutil.copytree(whole, tmp_path / "cubes.zarr"))
     out = tmp_path / "pond.zip"
-    cube.pack(store, out, ["pond"])
-    dataset = cube.CubeDataset(str(out), size=60)
+    cube.pack(cube.Store(store), out, ["pond"])
+    dataset = cube.CubeDataset(cube.Store(out), size=60)
     first = dataset[0]
     other = year_of(grid_of(sites["pond"]), 5)
     changed = {**provenance(sites["pond"], 2019), "scenes": []}
-    cube.write_year(store, other, changed, scenes(), overwrite=True)
-    cube.pack(store, out, ["pond"])
+    cube.write_year(cube.Store(store), other, changed, scenes(), cube.BuildOptions(overwrite=True))
+    cube.pack(cube.Store(store), out, ["pond"])
     second = dataset[0]["reflectance"]
     np.testing.assert_array_equal(second[0], other.reflectance.values)
     np.testing.assert_array_equal(second[1], first["reflectance"][1])
@@ -566,10 +591,10 @@ def copied(whole, tmp_path):
     return str(shutil.copytree(whole, tmp_path / "cubes.zarr"))
 
 
-def meanwhile(monkeypatch, does, module="pack", after=1):
+def meanwhile(monkeypatch, does, module="write.pack", after=1):
     """Something that another command does once the store has been listed."""
     module = sys.modules[f"minecube.cube.{module}"]
-    listed, calls = module._listed, []
+    listed, calls = module.list_sites, []
 
     def then(store):
         found = listed(store)
@@ -578,11 +603,13 @@ def meanwhile(monkeypatch, does, module="pack", after=1):
             does()
         return found
 
-    monkeypatch.setattr(module, "_listed", then)
+    monkeypatch.setattr(module, "list_sites", then)
 
 
 def finish(store, site):
-    cube.write_year(store, year_of(grid_of(site), 2021), provenance(site, 2021), scenes())
+    cube.write_year(
+        cube.Store(store), year_of(grid_of(site), 2021), provenance(site, 2021), scenes()
+    )
 
 
 def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(
@@ -595,19 +622,19 @@ def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(
             CubeError,
             match=r"pit/builds/2021/\S+ was written while it was packed.*nothing was packed",
         ):
-            cube.pack(copied, out, ["pit"])
+            cube.pack(cube.Store(copied), out, ["pit"])
     assert not out.exists()
-    assert cube.pack(copied, out, ["pit"]).site_years == 3
+    assert cube.pack(cube.Store(copied), out, ["pit"]).site_years == 3
 
 
 def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(
     copied, tmp_path, monkeypatch
 ):
     module, marker = (
-        sys.modules["minecube.cube.pack"],
+        sys.modules["minecube.cube.write.pack"],
         Path(copied) / "pond" / "builds" / "2020" / "zarr.json",
     )
-    kept = module._kept
+    kept = module._keys_to_pack
 
     def then(*of):
         found = kept(*of)
@@ -615,11 +642,11 @@ def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "attributes": {}}))
         return found
 
-    monkeypatch.setattr(module, "_kept", then)
+    monkeypatch.setattr(module, "_keys_to_pack", then)
     with pytest.raises(
         CubeError, match=r"pond/builds/2020/zarr.json was written while it was packed"
     ):
-        cube.pack(copied, tmp_path / "p.zip")
+        cube.pack(cube.Store(copied), tmp_path / "p.zip")
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zarr"]
 
 
@@ -633,7 +660,10 @@ def test_a_year_that_is_built_meanwhile_does_not_matter_to_the_others(
             finish(copied, sites["pit"])
         steps.append(step)
 
-    assert cube.pack(copied, tmp_path / "p.zip", progress=progress).left_out == ("pit 2021", "plan")
+    assert cube.pack(cube.Store(copied), tmp_path / "p.zip", progress=progress).left_out == (
+        "pit 2021",
+        "plan",
+    )
     assert (tmp_path / "p.zip").read_bytes() == zipped[0].read_bytes()
 
 
@@ -652,7 +682,7 @@ def test_what_is_written_anew_while_it_is_packed_is_said(
     """Else its shards would be of one make and its marker of another."""
     site, out = sites["pond"], tmp_path / "p.zip"
     opened, places = (
-        cube.open_cube(copied, "pond").footprint.load(),
+        cube.open_cube(cube.Store(copied), "pond").footprint.load(),
         {"first": "builds/2019/zarr.json", "midst": midst},
     )
 
@@ -661,26 +691,32 @@ def test_what_is_written_anew_while_it_is_packed_is_said(
             return
         if what == "built":
             other = {**provenance(site, 2020), "scenes": []}
-            cube.write_year(copied, year_of(grid_of(site), 7), other, scenes(), overwrite=True)
+            cube.write_year(
+                cube.Store(copied),
+                year_of(grid_of(site), 7),
+                other,
+                scenes(),
+                cube.BuildOptions(overwrite=True),
+            )
         elif what == "mapped":
             cube.write_probability(
-                copied,
+                cube.Store(copied),
                 "pond",
                 "net",
                 1 - opened.sel(year=[2019, 2020]),
                 {"id": "net", "weights": "b"},
             )
         else:
-            cube.write_footprint(copied, "pond", 1 - opened, origin="drawn again")
+            cube.write_footprint(cube.Store(copied), "pond", 1 - opened, origin="drawn again")
 
     with pytest.raises(CubeError, match=r"pond/\S+ was written while it was packed"):
-        cube.pack(copied, out, ["pond"], progress)
+        cube.pack(cube.Store(copied), out, ["pond"], progress)
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zarr"]
 
 
 def test_a_year_committed_after_it_was_listed_lacks_nothing_to_verify(copied, sites, monkeypatch):
     meanwhile(monkeypatch, lambda: finish(copied, sites["pit"]), "verify")
-    assert {(f.kind, f.what) for f in cube.verify(copied, ["pit"]).findings} == {
+    assert {(f.kind, f.what) for f in cube.verify(cube.Store(copied), ["pit"]).findings} == {
         ("stale", "predictions/net")
     }
 
@@ -694,7 +730,7 @@ def test_a_packing_that_ends_early_leaves_the_old_file(whole, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cube.pack(str(whole), out, progress=stop)
+        cube.pack(cube.Store(whole), out, progress=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zip"]
     assert out.read_text() == "old"
     for place, said in (
@@ -703,5 +739,5 @@ def test_a_packing_that_ends_early_leaves_the_old_file(whole, tmp_path):
         (out / "x.zip", "cannot be written"),
     ):
         with pytest.raises(CubeError, match=said):
-            cube.pack(str(whole), place)
-    assert dataclasses.asdict(cube.pack(str(whole), out))["objects"] > 9
+            cube.pack(cube.Store(whole), place)
+    assert dataclasses.asdict(cube.pack(cube.Store(whole), out))["objects"] > 9

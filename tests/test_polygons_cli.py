@@ -51,7 +51,7 @@ def store(tmp_path, make):
     for name, x in PLACES.items():
         site = make.site(name, LEFT + x, TOP, 60, 60)
         cube.create(
-            str(tmp_path / "cubes.zarr"),
+            cube.Store(tmp_path / "cubes.zarr"),
             site,
             grid_of(site),
             [2019, 2022],
@@ -77,7 +77,7 @@ def written(folder, rows, name="mines.gpkg", **how):
 
 def footprint(store, site, year):
     """(pixels of mine, whether any is known)."""
-    mask = cube.open_cube(str(store), site)["footprint"].sel(year=year).to_numpy()
+    mask = cube.open_cube(cube.Store(store), site)["footprint"].sel(year=year).to_numpy()
     return int((mask == 1).sum()), bool((mask != 255).any())
 
 
@@ -352,7 +352,7 @@ def test_sites_are_matched_alike_by_both_commands(store, sites, tmp_path):
 
 def test_a_site_that_may_be_two_is_refused(store, tmp_path, make):
     site = make.site("big-pit", LEFT + 3000, TOP, 60, 60)
-    cube.create(str(store), site, grid_of(site), [2019], load_recipes()["annual-median"])
+    cube.create(cube.Store(store), site, grid_of(site), [2019], load_recipes()["annual-median"])
     path = written(tmp_path, table(OF_BIG, site=["BIG PIT"]))
     _, err = run("label", "--store", store, "--polygons", path, ok=2)
     assert "site 'BIG PIT' may be Big_Pit or big-pit; spell it as one of them" in err
@@ -402,7 +402,9 @@ def test_polygons_that_hold_no_centre_are_counted(store, tmp_path):
     _, err = run("label", "--store", store, "--polygons", path, "--sites", "pit")
     assert "pit: 2 of 3 polygons hold no pixel's centre (rows 1, 3)" in err
     assert "`footprint_fraction` has their area" in err
-    fraction = cube.open_cube(str(store), "pit")["footprint_fraction"].sel(year=2019).to_numpy()
+    fraction = (
+        cube.open_cube(cube.Store(store), "pit")["footprint_fraction"].sel(year=2019).to_numpy()
+    )
     assert fraction.sum() / 250 * 100 == pytest.approx(
         40_000 + 600, rel=1e-3
     )  # the tiny one lies within A
@@ -488,10 +490,14 @@ def test_a_group_keeps_the_title(tmp_path, make):
     site = make.site("x", LEFT, TOP, 60, 60)
     titled = type(site)(id="way_1", title="Kamieniołom Górny", geometry=site.geometry)
     cube.create(
-        str(tmp_path / "c.zarr"), titled, grid_of(titled), [2019], load_recipes()["annual-median"]
+        cube.Store(tmp_path / "c.zarr"),
+        titled,
+        grid_of(titled),
+        [2019],
+        load_recipes()["annual-median"],
     )
     assert (
         zarr.open_group(tmp_path / "c.zarr" / "way_1", mode="r").attrs["minecube"]["title"]
         == "Kamieniołom Górny"
     )
-    assert np.array_equal(cube.grid_and_years(str(tmp_path / "c.zarr"), "way_1")[1], [2019])
+    assert np.array_equal(cube.grid_and_years(cube.Store(tmp_path / "c.zarr"), "way_1")[1], [2019])

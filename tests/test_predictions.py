@@ -38,7 +38,7 @@ def site(make):
 @pytest.fixture
 def store(tmp_path, site):
     """Three of four years are built."""
-    where = str(tmp_path / "cubes.zarr")
+    where = cube.Store(tmp_path / "cubes.zarr")
     cube.create(where, site, grid_of(site), (2019, 2020, 2021, 2022), RECIPE)
     for year in (2019, 2020, 2021):
         build(where, site, year)
@@ -65,7 +65,11 @@ def build(store, site, year, version="1", overwrite=False, seed=0, **how):
     pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
     provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
     cube.write_year(
-        store, xr.Dataset(made), provenance, listed.getvalue(), overwrite=overwrite, **how
+        store,
+        xr.Dataset(made),
+        provenance,
+        listed.getvalue(),
+        cube.BuildOptions(overwrite=overwrite, **how),
     )
 
 
@@ -138,7 +142,7 @@ def test_years_are_written_in_rows_and_found_again(store, site):
         str(y): a["build_id"] for y, a in cube.builds(store, "pit").items()
     }
     assert cube.verify(store).findings == ()
-    unaided = xr.open_zarr(store, group="pit/predictions/net", consolidated=False)
+    unaided = xr.open_zarr(str(store), group="pit/predictions/net", consolidated=False)
     assert unaided.probability.dtype == np.uint8
     assert "_FillValue" not in unaided.probability.attrs
 
@@ -172,7 +176,7 @@ def test_a_pair_is_few_files(store, tmp_path):
 )
 def test_chunks_are_of_twice_the_side_of_reflectance(store, variable, views, shard):
     mapped(store, views, variable=variable)
-    array = zarr.open_array(store, path=f"pit/predictions/net/{variable}", mode="r")
+    array = zarr.open_array(str(store), path=f"pit/predictions/net/{variable}", mode="r")
     assert (array.chunks[-2:], array.shards[-2:]) == ((64, 64), (shard, shard))
 
 
@@ -332,7 +336,7 @@ def test_a_year_that_is_not_committed_is_not_mapped(store, site, variable, views
     with pytest.raises(CubeError, match="no prediction of 'net' for pit"):
         cube.open_probability(store, "pit", "net")
     cube.uncommit(store, "pit", [2019])
-    grid = xr.open_zarr(store, group="pit", consolidated=False).footprint
+    grid = xr.open_zarr(str(store), group="pit", consolidated=False).footprint
     with pytest.raises(CubeError, match="2019 of pit is not committed"):
         cube.write_probability(store, "pit", "net", grid, {})
 
@@ -569,7 +573,7 @@ def test_predict_maps_resumes_and_says_how_fast(store, site, tmp_path):
     from minecube import models
 
     trained = model_file(tmp_path / "m.pt")
-    ask = ("predict", "--store", store, "--sites", "pit", "--model", tmp_path / "m.pt")
+    ask = ("predict", "--store", str(store), "--sites", "pit", "--model", tmp_path / "m.pt")
     out, _ = run(*ask)
     assert "pit: 3 years mapped, 0.04 Mpx in " in out
     assert " Mpx/s, " in out
@@ -601,7 +605,7 @@ def test_a_second_model_leaves_the_maps_of_the_first(store, tmp_path):
     for seed, folder in enumerate(("this year", "last year")):
         (tmp_path / folder).mkdir()
         model_file(tmp_path / folder / "m.pt", seed=seed)
-        ask = ("predict", "--store", store, "--model", tmp_path / folder / "m.pt")
+        ask = ("predict", "--store", str(store), "--model", tmp_path / folder / "m.pt")
         run(*ask)
         (name,) = {
             p.name for p in (tmp_path / "cubes.zarr/pit/predictions").iterdir() if p.is_dir()
@@ -619,10 +623,10 @@ def test_a_second_model_leaves_the_maps_of_the_first(store, tmp_path):
         out = ("--out", tmp_path / command)
         assert (
             f"'tiny' may mean {both}; name one of them"
-            in run(command, "--store", store, "--model", "tiny", *out, ok=2)[1]
+            in run(command, "--store", str(store), "--model", "tiny", *out, ok=2)[1]
         )
     run(*ask, "--name", "mine")
-    again = ("predict", "--store", store, "--model", tmp_path / "copy-0.pt", "--name", "mine")
+    again = ("predict", "--store", str(store), "--model", tmp_path / "copy-0.pt", "--name", "mine")
     refused = run(*again, ok=2)[1]
     assert refused.count("error: ") == 1
     assert "pit/predictions/mine was made by another model" in refused
@@ -636,7 +640,7 @@ def test_a_second_model_leaves_the_maps_of_the_first(store, tmp_path):
 def test_verify_says_how_to_make_a_damaged_prediction_again(store, tmp_path):
     """The command that it prints mends it, be it of a model or smoothed."""
     model_file(tmp_path / "m.pt")
-    run("predict", "--store", store, "--model", tmp_path / "m.pt", "--name", "spring")
+    run("predict", "--store", str(store), "--model", tmp_path / "m.pt", "--name", "spring")
     run(
         "tracks",
         "--store",
@@ -660,7 +664,7 @@ def test_verify_says_how_to_make_a_damaged_prediction_again(store, tmp_path):
             b"damaged"
         )
         assert command in [
-            line.strip() for line in run("verify", "--store", store, ok=1)[0].splitlines()
+            line.strip() for line in run("verify", "--store", str(store), ok=1)[0].splitlines()
         ]
         said = (
             command.removeprefix("minecube ")
@@ -720,14 +724,14 @@ def test_find_a_prediction_by_its_name_or_its_model_card(store, site, tmp_path):
     (tmp_path / "cubes.zarr/pit/predictions/unet-small-22222222/zarr.json").write_text("{")
     assert find("unet") == "spring"
     cube.pack(store, tmp_path / "cubes.zip")
-    assert cube.find_prediction(str(tmp_path / "cubes.zip"), ["pit"], "unet") == "spring"
+    assert cube.find_prediction(cube.Store(tmp_path / "cubes.zip"), ["pit"], "unet") == "spring"
 
 
 def test_a_map_named_by_its_card_alone_is_continued_or_told_apart(store, tmp_path):
     """Older versions named maps so. The same model goes on with its map; another model's map is never taken for it."""
     model_file(tmp_path / "old.pt", seed=1)
     model_file(tmp_path / "new.pt", seed=2)
-    ask = ("predict", "--store", store, "--model")
+    ask = ("predict", "--store", str(store), "--model")
     run(*ask, tmp_path / "old.pt", "--name", "tiny")
     assert "pit: mapped already; prediction tiny " in run(*ask, tmp_path / "old.pt")[0]
     run(*ask, tmp_path / "new.pt")
@@ -735,9 +739,9 @@ def test_a_map_named_by_its_card_alone_is_continued_or_told_apart(store, tmp_pat
     (new,) = names - {"tiny"}
     assert new.startswith("tiny-")
     for command in ("score", "export", "tracks"):
-        said = run(command, "--store", store, "--model", "tiny", "--out", tmp_path / command, ok=2)[
-            1
-        ]
+        said = run(
+            command, "--store", str(store), "--model", "tiny", "--out", tmp_path / command, ok=2
+        )[1]
         assert f"'tiny' may mean =tiny or {new}; name one of them" in said
     run(
         "tracks",
@@ -756,7 +760,7 @@ def test_a_map_named_by_its_card_alone_is_continued_or_told_apart(store, tmp_pat
 
 def test_nothing_is_touched_where_the_model_does_not_fit(store, tmp_path):
     model_file(tmp_path / "m.pt")
-    ask = ("predict", "--store", store, "--model", tmp_path / "m.pt")
+    ask = ("predict", "--store", str(store), "--model", tmp_path / "m.pt")
     run(*ask)
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "cubes.zarr").rglob("*"))
     for more, words in (
@@ -775,11 +779,11 @@ def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
     other = make.site("quarry", 380000, 5600040, 90, 90)
     cube.create(store, other, grid_of(other), (2019,), RECIPE)
     model_file(tmp_path / "m.pt")
-    out, err = run("predict", "--store", store, "--model", tmp_path / "m.pt", ok=1)
+    out, err = run("predict", "--store", str(store), "--model", tmp_path / "m.pt", ok=1)
     assert "pit: 3 years mapped" in out
     assert "not mapped, no committed year: quarry" in err
     _, err = run(
-        "predict", "--store", store, "--sites", "quarry", "--model", tmp_path / "m.pt", ok=2
+        "predict", "--store", str(store), "--sites", "quarry", "--model", tmp_path / "m.pt", ok=2
     )
     assert "no committed year in quarry" in err
 
@@ -796,7 +800,7 @@ def test_sites_of_a_store_are_named_by_the_file_they_were_built_of(store, site, 
             {"id": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326
         )
         table.to_file(tmp_path / f"{name}.geojson")
-    ask = ("predict", "--store", store, "--model", tmp_path / "m.pt", "--sites")
+    ask = ("predict", "--store", str(store), "--model", tmp_path / "m.pt", "--sites")
     out, err = run(*ask, tmp_path / "one.geojson")
     assert "pit: 3 years mapped" in out
     assert "quarry" not in out + err
@@ -822,7 +826,7 @@ def test_predict_maps_pairs_by_gap_and_by_name(store, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "difference", Difference, raising=False)
     monkeypatch.setitem(models.ARCHITECTURES, "unet", "unet:difference")
     trained = model_file(tmp_path / "c.pt", task="change", classes=("removed", "new"))
-    ask = ("predict", "--store", store, "--model", tmp_path / "c.pt")
+    ask = ("predict", "--store", str(store), "--model", tmp_path / "c.pt")
     for gap in ("7", "0"):
         assert (
             "of the years 2019, 2020, 2021, found none as asked for"

@@ -1007,7 +1007,9 @@ def test_a_remote_catalogue_names_no_local_file(listed, form, tmp_path):
     ):
         scenes.search(site, 2020, source)
     store = str(tmp_path / "cubes.zarr")
-    job = building.Job(store=store, sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists")
+    job = building.Job(
+        store=cube.Store(store), sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists"
+    )
     with pytest.raises(SceneError, match=item.id):
         building.build_cubes(job, [site], [2020])
     assert not Path(store).exists()
@@ -1021,7 +1023,7 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
     scene.assets["B04"].href = str(local)
     scene.properties["minecube:origin"] = ""
     job = building.Job(
-        store=str(tmp_path / "c.zarr"),
+        store=cube.Store(tmp_path / "c.zarr"),
         sources=(source,),
         recipe=PLAIN,
         snapshots=tmp_path / "lists",
@@ -1034,7 +1036,7 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
         SceneError, match=f"item {scene.id}: asset B04 is not read from {local}: it is a local file"
     ):
         building.build_cubes(job, [site], [2020])
-    assert not Path(job.store).exists()
+    assert not job.store.path.exists()
 
 
 def test_a_saved_list_brings_no_access_of_its_own(archive, make):
@@ -1102,7 +1104,7 @@ def test_an_image_of_another_format_is_refused_by_name_and_nothing_is_committed(
     )
     source, _ = at("V.tif")
     job = building.Job(
-        store=str(tmp_path / "c.zarr"),
+        store=cube.Store(tmp_path / "c.zarr"),
         sources=(source,),
         recipe=PLAIN,
         snapshots=tmp_path / "lists",

@@ -35,7 +35,7 @@ SITES = {"pit": (180, 240), "pond": (130, 90), "quarry": (70, 110)}
 def build(store, site, labelled=True):
     """Committed years of nothing in particular, and footprints that grow, a corner of them unknown; those footprints."""
     grid = grid_of(site)
-    cube.create(store, site, grid, YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
     for year in YEARS:
         flat = da.ones(tuple(grid.shape), chunks=64, dtype=np.uint16)
         made = {
@@ -54,7 +54,10 @@ def build(store, site, labelled=True):
         }
         scene = types.SimpleNamespace(id="a", properties=told)
         cube.write_year(
-            store, xr.Dataset(made), cube.provenance_of(site, year, grid, RECIPE, [scene]), b""
+            cube.Store(store),
+            xr.Dataset(made),
+            cube.provenance_of(site, year, grid, RECIPE, [scene]),
+            b"",
         )
     y, x = np.mgrid[: grid.shape[0], : grid.shape[1]]
     away = np.hypot(y - grid.shape[0] / 2, x - grid.shape[1] / 2)
@@ -63,7 +66,7 @@ def build(store, site, labelled=True):
     )
     truth[1, :9, :11] = 255
     if labelled:
-        cube.write_footprint(store, site.id, stack(truth, grid), origin="drawn")
+        cube.write_footprint(cube.Store(store), site.id, stack(truth, grid), origin="drawn")
     return grid, truth
 
 
@@ -91,7 +94,7 @@ def write_change(store, site, model, change, classes, pairs=PAIRS):
     about = cube.Prediction(
         model=model, views=pairs, about={"id": model}, variable="change", classes=classes
     )
-    cube.write_prediction(store, site, about, rows)
+    cube.write_prediction(cube.Store(store), site, about, rows)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def world(tmp_path_factory, make):
         for m, (model, noise) in enumerate((("sharp", 0.4), ("rough", 2.0))):
             pixels[name][model] = probability(truth, 10 * n + m, noise)
             cube.write_probability(
-                store, name, model, stack(pixels[name][model], grid), {"id": model}
+                cube.Store(store), name, model, stack(pixels[name][model], grid), {"id": model}
             )
         p = pixels[name]["sharp"].astype(int)
         moves = np.array(
@@ -121,7 +124,7 @@ def world(tmp_path_factory, make):
         )
     grid, truth = build(store, make.site("bare", 360000 + 90000, 5600040, 60, 60), labelled=False)
     cube.write_probability(
-        store, "bare", "sharp", stack(probability(truth, 0, 0.4), grid), {"id": "sharp"}
+        cube.Store(store), "bare", "sharp", stack(probability(truth, 0, 0.4), grid), {"id": "sharp"}
     )
     return store, pixels
 
@@ -144,11 +147,11 @@ def test_a_site_is_scored_by_blocks_as_it_is_whole(world, rows, monkeypatch):
     store, pixels = world
     monkeypatch.setattr(counting, "BLOCK_PX", rows)
     for name, of_site in pixels.items():
-        assert counting.score_site(store, name, "sharp") == whole(of_site, "sharp")
+        assert counting.score_site(cube.Store(store), name, "sharp") == whole(of_site, "sharp")
         expected = metrics.count_change(
             of_site["pairs"], of_site["truth"], YEARS, PAIRS, ("removed", "new")
         )
-        assert counting.score_site(store, name, "pairs") == expected
+        assert counting.score_site(cube.Store(store), name, "pairs") == expected
 
 
 def test_half_is_where_a_mine_begins_here_as_in_tracks(world):
@@ -330,7 +333,7 @@ def test_what_cannot_be_scored_says_so_and_writes_nothing(world, tmp_path, argum
 
 def test_labels_are_asked_for_before_predictions(world):
     with pytest.raises(LabelError, match="so nothing can be scored"):
-        counting.score_site(world[0], "bare", "sharp")
+        counting.score_site(cube.Store(world[0]), "bare", "sharp")
 
 
 def test_a_place_that_cannot_be_written_says_so(world, tmp_path):

@@ -55,7 +55,7 @@ def store(tmp_path_factory, sites) -> Path:
     for n, site in enumerate(sites):
         grid = grid_of(site)
         shape = tuple(grid.shape)
-        cube.create(str(path), site, grid, YEARS, RECIPE)
+        cube.create(cube.Store(path), site, grid, YEARS, RECIPE)
         said = {
             "site": site.id,
             "grid": {},
@@ -80,16 +80,20 @@ def store(tmp_path_factory, sites) -> Path:
                 }
             )
             assert cube.write_year(
-                str(path), made, {**said, "year": year, "scenes": [scene]}, b"scenes"
+                cube.Store(path), made, {**said, "year": year, "scenes": [scene]}, b"scenes"
             )
         mine, r = truth(site.id, shape), np.random.default_rng(n)
         probability = np.where(mine == 1, 245, 5) + r.integers(-4, 5, mine.shape)
         flicker = r.random(mine.shape) < 0.02
         probability = np.where(flicker, np.where(mine == 1, 90, 160), probability).astype(np.uint8)
-        opened = cube.open_committed(str(path), site.id)
+        opened = cube.open_committed(cube.Store(path), site.id)
         mapped = opened["footprint"].copy(data=probability)
-        cube.write_probability(str(path), site.id, "net", mapped, {"id": "net", "licence": "MIT"})
-        cube.write_footprint(str(path), site.id, opened["footprint"].copy(data=mine), "drawn")
+        cube.write_probability(
+            cube.Store(path), site.id, "net", mapped, {"id": "net", "licence": "MIT"}
+        )
+        cube.write_footprint(
+            cube.Store(path), site.id, opened["footprint"].copy(data=mine), "drawn"
+        )
     return path
 
 
@@ -133,13 +137,13 @@ def test_when_did_it_open_and_how_fast_does_it_grow(store, tmp_path):
 
 
 def grid_of_store(store, name):
-    return cube.open_cube(str(store), name).odc.geobox
+    return cube.open_cube(cube.Store(store), name).odc.geobox
 
 
 def test_a_smoothed_map_is_a_prediction_like_any_other(store, tmp_path):
     run("tracks", "--store", store, "--model", "net", "--out", tmp_path / "out")
-    smoothed = cube.open_probability(str(store), "pit", "net+hmm")
-    raw, other = (cube.open_probability(str(store), name, "net") for name in ("pit", "hole"))
+    smoothed = cube.open_probability(cube.Store(store), "pit", "net+hmm")
+    raw, other = (cube.open_probability(cube.Store(store), name, "net") for name in ("pit", "hole"))
     card = smoothed.attrs["model"]
     assert card["id"] == "net+hmm"
     assert card["licence"] == "MIT"
@@ -166,12 +170,14 @@ def test_a_smoothed_map_is_not_opened_once_another_model_has_mapped(store, tmp_p
     def tracked():
         run("tracks", "--store", store, "--model", "net", "--out", tmp_path / "out")
 
-    raw = cube.open_probability(str(store), "pit", "net").load()
+    raw = cube.open_probability(cube.Store(store), "pit", "net").load()
     card = raw.attrs["model"]
     tracked()
-    cube.write_probability(str(store), "pit", "net", raw, card)  # the same model once more
-    cube.open_probability(str(store), "pit", "net+hmm")
-    cube.write_probability(str(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"})
+    cube.write_probability(cube.Store(store), "pit", "net", raw, card)  # the same model once more
+    cube.open_probability(cube.Store(store), "pit", "net+hmm")
+    cube.write_probability(
+        cube.Store(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"}
+    )
     try:
         for command in (
             ("score", "--model", "net+hmm"),
@@ -184,15 +190,15 @@ def test_a_smoothed_map_is_not_opened_once_another_model_has_mapped(store, tmp_p
             {}
         )  # a run was killed that had just begun
         with pytest.raises(CubeError, match=r"'net\+hmm' of pit was made of an earlier 'net'"):
-            cube.open_probability(str(store), "pit", "net+hmm")
+            cube.open_probability(cube.Store(store), "pit", "net+hmm")
         cube.write_probability(
-            str(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"}
+            cube.Store(store), "pit", "net", 250 - raw, {**card, "weights_sha256": "other"}
         )
         tracked()
-        smoothed = cube.open_probability(str(store), "pit", "net+hmm")
+        smoothed = cube.open_probability(cube.Store(store), "pit", "net+hmm")
         assert (smoothed.values[:, 0, -10:] > 125).all()  # of the map that is there now
     finally:
-        cube.write_probability(str(store), "pit", "net", raw, card)
+        cube.write_probability(cube.Store(store), "pit", "net", raw, card)
 
 
 def test_rates_of_labels_given_and_wrong(store, tmp_path):
@@ -210,8 +216,8 @@ def test_rates_of_labels_given_and_wrong(store, tmp_path):
         "--out",
         out,
     )
-    labels = cube.open_committed(str(store), "pit")["footprint"]
-    card = cube.open_probability(str(store), "hole", "net+hmm").attrs["model"]
+    labels = cube.open_committed(cube.Store(store), "pit")["footprint"]
+    card = cube.open_probability(cube.Store(store), "hole", "net+hmm").attrs["model"]
     assert tracks.Rates(**card["rates"]) == tracks.rates_from_labels([labels])
     run(
         "tracks",
@@ -226,7 +232,7 @@ def test_rates_of_labels_given_and_wrong(store, tmp_path):
         "--out",
         out,
     )
-    card = cube.open_probability(str(store), "hole", "net+hmm").attrs["model"]
+    card = cube.open_probability(cube.Store(store), "hole", "net+hmm").attrs["model"]
     assert [card["rates"][k] for k in ("opening", "closing", "temper")] == [0.02, 0.001, 0.5]
     before = {p: p.stat().st_mtime_ns for folder in (tmp_path, store) for p in folder.rglob("*")}
     for rates, message in (
@@ -250,6 +256,6 @@ def test_rates_of_labels_given_and_wrong(store, tmp_path):
 
 
 def test_one_year_is_no_track(store, sites, tmp_path):
-    one = cube.open_probability(str(store), "pit", "net").isel(year=[0]).load()
+    one = cube.open_probability(cube.Store(store), "pit", "net").isel(year=[0]).load()
     with pytest.raises(LabelError, match="two years or more"):
         track_site(one, grid_of(sites[0]), tracks.learn_rates([one]))

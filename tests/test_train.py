@@ -1120,7 +1120,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, make: Any) -> Path:
     for n, name in enumerate(("A_1", "A_2", "B_1")):
         site, of = make.site(name, 360000 + n * 6000, 5600040, 48, 54), cube(n, 54, 48)
         grid = grid_of(site)
-        stores.create(str(folder / "cubes.zarr"), site, grid, (2019, 2020), recipe)
+        stores.create(stores.Store(folder / "cubes.zarr"), site, grid, (2019, 2020), recipe)
         for at, year in enumerate((2019, 2020)):
             pixels = da.from_array(of.reflectance.values[at], chunks=(10, 64, 64))
             made = {"reflectance": (("band", "y", "x"), pixels)}
@@ -1129,10 +1129,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, make: Any) -> Path:
             told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0}
             scene = types.SimpleNamespace(id="a", properties=told | {"minecube:offset_reason": "r"})
             provenance = stores.provenance_of(site, year, grid, recipe, [scene])
-            stores.write_year(str(folder / "cubes.zarr"), xr.Dataset(made), provenance, b"")
+            stores.write_year(
+                stores.Store(folder / "cubes.zarr"), xr.Dataset(made), provenance, b""
+            )
         coordinates = {"year": [2019, 2020], **odc.geo.xr.xr_coords(grid)}
         masks = xr.DataArray(of.footprint.values, dims=("year", "y", "x"), coords=coordinates)
-        stores.write_footprint(str(folder / "cubes.zarr"), name, masks, origin="drawn")
+        stores.write_footprint(stores.Store(folder / "cubes.zarr"), name, masks, origin="drawn")
     quick = "quick:\n  title: t\n  epochs: 3\n  batch: 8\n  windows: 16\n  window_px: 24\n  patience: 9\n"
     (folder / "presets.yaml").write_text(quick)
     return folder

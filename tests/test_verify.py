@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cli import cli
-from minecube.cube.store import sealed
+from minecube.cube.checksums import sealed
 from minecube.errors import BusyError, CubeError
 from minecube.grid import grid_of
 
@@ -97,11 +97,15 @@ def provenance(site, year):
 def built(store, site, years=(2019, 2020)):
     """A site with two of three years, labels and a prediction."""
     grid = grid_of(site)
-    cube.create(store, site, grid, YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
     for year in years:
         seed = year + (site.id == "quarry") * 100
         cube.write_year(
-            store, year_of(grid, seed), provenance(site, year), parquet(id=["a"]), reads=Counted()
+            cube.Store(store),
+            year_of(grid, seed),
+            provenance(site, year),
+            parquet(id=["a"]),
+            cube.BuildOptions(reads=Counted()),
         )
     rng = np.random.default_rng(1)
     masks = xr.DataArray(
@@ -109,8 +113,10 @@ def built(store, site, years=(2019, 2020)):
         dims=("year", "y", "x"),
         coords={"year": list(YEARS), **odc.geo.xr.xr_coords(grid)},
     )
-    cube.write_footprint(store, site.id, masks, origin="drawn")
-    cube.write_probability(store, site.id, "net", masks.sel(year=list(years)), {"id": "net"})
+    cube.write_footprint(cube.Store(store), site.id, masks, origin="drawn")
+    cube.write_probability(
+        cube.Store(store), site.id, "net", masks.sel(year=list(years)), {"id": "net"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +134,7 @@ def store(whole, tmp_path):
 
 
 def found(store, **options):
-    return cube.verify(str(store), **options).findings
+    return cube.verify(cube.Store(store), **options).findings
 
 
 def only(store):
@@ -150,7 +156,7 @@ def edit(path, change):
 
 def test_what_is_whole_passes(whole):
     steps = []
-    report = cube.verify(str(whole), progress=lambda *step: steps.append(step))
+    report = cube.verify(cube.Store(whole), progress=lambda *step: steps.append(step))
     assert report.findings == ()
     assert report.rebuild == {}
     assert report.sites == ("pit", "quarry")
@@ -163,7 +169,7 @@ def test_what_is_whole_passes(whole):
 
 
 def test_checksums_are_those_of_the_files_and_an_empty_block_has_none(whole):
-    sums = cube.builds(str(whole), "pit")[2020]["checksums"]
+    sums = cube.builds(cube.Store(whole), "pit")[2020]["checksums"]
     import hashlib
 
     for key, (size, sha256) in sums.items():
@@ -186,7 +192,7 @@ def test_a_flipped_bit(store):
     assert str(finding).startswith(
         "pit 2020: damaged: reflectance block 1/2 (reflectance/c/1/0/1/2): "
     )
-    assert cube.verify(str(store)).rebuild == {"pit": [2020]}
+    assert cube.verify(cube.Store(store)).rebuild == {"pit": [2020]}
     assert found(store, names=["quarry"]) == ()
 
 
@@ -195,7 +201,7 @@ def test_a_shard_that_is_gone(store):
     (store / SHARD).unlink()
     by_zarr = zarr.open_array(str(store / "pit/reflectance"), mode="r")
     assert not by_zarr[1, :, 64:128, 128:192].any()
-    opened = cube.open_cube(str(store), "pit").reflectance.sel(year=2020)
+    opened = cube.open_cube(cube.Store(store), "pit").reflectance.sel(year=2020)
     with pytest.raises(
         CubeError,
         match=r"reflectance/c/1/0/1/2 is missing although it was committed; run `minecube verify`",
@@ -224,8 +230,10 @@ def test_a_shard_of_another_year_place_or_site(store, source, named):
 
 def test_a_shard_of_another_store(store, tmp_path, make):
     other, site = str(tmp_path / "other.zarr"), make.site("pit", 360000, 5600040, 240, 180)
-    cube.create(other, site, grid_of(site), YEARS, RECIPE)
-    cube.write_year(other, year_of(grid_of(site), 99), provenance(site, 2020), parquet(id=["a"]))
+    cube.create(cube.Store(other), site, grid_of(site), YEARS, RECIPE)
+    cube.write_year(
+        cube.Store(other), year_of(grid_of(site), 99), provenance(site, 2020), parquet(id=["a"])
+    )
     shutil.copy(f"{other}/{SHARD}", store / SHARD)
     assert only(store).what == "reflectance/c/1/0/1/2"
 
@@ -275,7 +283,7 @@ def test_markers(store):
     assert "foreign" in kinds
     shutil.rmtree(marker.parent)
     assert {(f.kind, f.year) for f in found(store)} == {("missing", 2020)}
-    assert cube.verify(str(store)).rebuild == {"pit": [2020]}
+    assert cube.verify(cube.Store(store)).rebuild == {"pit": [2020]}
 
 
 def test_a_marker_of_another_year(store):
@@ -314,7 +322,7 @@ def test_metadata(store, name, change):
     findings = found(store)
     assert (findings[0].kind, findings[0].cure) == ("damaged", "site")
     assert f"{name}/zarr.json" in {f.what for f in findings}
-    assert cube.verify(str(store)).rebuild == {"pit": [2019, 2020]}
+    assert cube.verify(cube.Store(store)).rebuild == {"pit": [2019, 2020]}
 
 
 def test_coordinates(store):
@@ -350,7 +358,7 @@ def test_groups_that_hold_groups(store):
     """Without builds/zarr.json no year is committed any more."""
     (store / "pit/builds/zarr.json").unlink()
     (store / "zarr.json").write_text("{}")
-    assert cube.builds(str(store), "pit") == {}
+    assert cube.builds(cube.Store(store), "pit") == {}
     assert [(f.what, f.kind, f.cure) for f in found(store)] == [
         ("zarr.json", "damaged", "group"),
         ("builds/zarr.json", "missing", "group"),
@@ -375,9 +383,9 @@ def test_pixels_that_cannot_be(whole, tmp_path, make):
         store, made = str(tmp_path / f"{name}{value}.zarr"), year_of(grid, 1).compute()
         made.quality[5, 70], made.clear_count[5, 70], made.reflectance[:, 5, 70] = 1, 3, 9
         made[name][at] = value
-        cube.create(store, site, grid, YEARS, RECIPE)
+        cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
         cube.write_year(
-            store,
+            cube.Store(store),
             made.chunk({"y": 64, "x": 64, "band": -1}),
             provenance(site, 2020),
             parquet(id=["a"]),
@@ -393,7 +401,7 @@ def test_labels(store, make):
     flip(shard, 30)
     finding = only(store)
     assert (finding.year, finding.kind, finding.cure) == (2021, "damaged", "label")
-    assert cube.verify(str(store)).rebuild == {}
+    assert cube.verify(cube.Store(store)).rebuild == {}
     shard.write_bytes(kept)
     edit(store / "pit/footprint/zarr.json", lambda m: m["attributes"].update(origin="traced"))
     assert "origin or checksums are not what was written" in " ".join(map(str, found(store)))
@@ -406,7 +414,7 @@ def test_labels_written_again_bring_their_checksums_along(store, make):
     masks = xr.DataArray(
         mask, dims=("year", "y", "x"), coords={"year": [2020], **odc.geo.xr.xr_coords(grid)}
     )
-    cube.write_footprint(str(store), "pit", masks, origin="anew")
+    cube.write_footprint(cube.Store(store), "pit", masks, origin="anew")
     assert found(store) == ()
     (store / "pit/footprint/c/1/0/0").unlink()
     assert (only(store).kind, only(store).year) == ("missing", 2020)
@@ -437,12 +445,12 @@ def test_built_before_there_were_checksums(store):
     findings = found(store)
     assert {f.kind for f in findings} == {"unverifiable"}
     assert {f.year for f in findings if f.cure == "build"} == {2020}
-    assert cube.verify(str(store)).rebuild == {}
+    assert cube.verify(cube.Store(store)).rebuild == {}
     (store / SHARD).unlink()
     assert "pixels have a quality, but no reflectance" in " ".join(map(str, found(store)))
     (store / "pit/quality/c/1/0/0").write_bytes(b"nothing of the kind")
     assert "cannot be decoded" in " ".join(map(str, found(store)))
-    assert cube.verify(str(store)).rebuild == {"pit": [2020]}
+    assert cube.verify(cube.Store(store)).rebuild == {"pit": [2020]}
 
 
 def test_fractions_that_were_there_are_missed(store):
@@ -462,27 +470,33 @@ def test_a_year_being_built_is_left_out(store):
 def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
     site, store = make.site("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
     made, told = year_of(grid_of(site), 1), provenance(site, 2020)
-    cube.create(store, site, grid_of(site), YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
     asked = iter([False, False, True])
     with pytest.raises(CubeError, match="stopped"):
         cube.write_year(
-            store, made, told, b"", reads=Counted(), workers=2, stopped=lambda: next(asked)
+            cube.Store(store),
+            made,
+            told,
+            b"",
+            cube.BuildOptions(reads=Counted(), workers=2, stopped=lambda: next(asked)),
         )
-    report = cube.verify(store)
+    report = cube.verify(cube.Store(store))
     (finding,) = report.findings
     assert (finding.kind, finding.year) == ("unfinished", 2020)
     assert re.fullmatch(r"builds/2020\.[0-9a-f]{16}\.new", finding.what)
     assert report.whole
     assert report.rebuild == {}
-    assert cube.write_year(store, made, told, parquet(id=["a"]), reads=Counted())
+    assert cube.write_year(
+        cube.Store(store), made, told, parquet(id=["a"]), cube.BuildOptions(reads=Counted())
+    )
     assert found(store) == ()
-    assert len(cube.builds(store, "pit")[2020]["checksums"]) == 3 * 11 + 4
+    assert len(cube.builds(cube.Store(store), "pit")[2020]["checksums"]) == 3 * 11 + 4
 
 
 def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, make):
     """Versions without staging wrote blocks into the cube itself, and noted in the marker what they were building."""
     site, store = make.site("pit", 360000, 5600040, 240, 180), tmp_path / "cubes.zarr"
-    cube.create(str(store), site, grid_of(site), YEARS, RECIPE)
+    cube.create(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
     zarr.open_array(f"{store}/pit/reflectance", mode="r+")[1, :, :64, :64] = 7
     marker = zarr.open_group(str(store), mode="a").create_group("pit/builds/2020")
     marker.attrs.put({"building": "x", "blocks": ["0/0"], "checksums": {}})
@@ -490,22 +504,24 @@ def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, mak
     asked = iter([False, True])
     made, told = year_of(grid_of(site), 1), provenance(site, 2020)
     with pytest.raises(CubeError, match="stopped"):
-        cube.write_year(str(store), made, told, b"", stopped=lambda: next(asked))
+        cube.write_year(
+            cube.Store(store), made, told, b"", cube.BuildOptions(stopped=lambda: next(asked))
+        )
     assert not xr.open_zarr(store, group="pit", consolidated=False).reflectance.values.any()
-    assert cube.write_year(str(store), made, told, parquet(id=["a"]))
+    assert cube.write_year(cube.Store(store), made, told, parquet(id=["a"]))
     assert found(store) == ()
 
 
 def test_what_was_rebuilt_and_extended_passes(store, make):
     site = make.site("pit", 360000, 5600040, 240, 180)
-    cube.create(str(store), site, grid_of(site), [2023], RECIPE)
+    cube.create(cube.Store(store), site, grid_of(site), [2023], RECIPE)
     assert found(store) == ()
     cube.write_year(
-        str(store),
+        cube.Store(store),
         year_of(grid_of(site), 5),
         provenance(site, 2023),
         parquet(id=["a"]),
-        reads=Counted(),
+        cube.BuildOptions(reads=Counted()),
     )
     assert {f.kind for f in found(store)} == {"stale"}  # the prediction has not seen it
 
@@ -529,14 +545,19 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     assert any(line.startswith(command) for line in said["commands"])
     # The build that is there is not made again, until its commit is taken off.
     site = make.site("pit", 360000, 5600040, 240, 180)
-    again = (str(store), year_of(grid_of(site), 2020), provenance(site, 2020), parquet(id=["a"]))
-    assert not cube.write_year(*again, reads=Counted())
+    again = (
+        cube.Store(store),
+        year_of(grid_of(site), 2020),
+        provenance(site, 2020),
+        parquet(id=["a"]),
+    )
+    assert not cube.write_year(*again, cube.BuildOptions(reads=Counted()))
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store), "--uncommit"])
     assert "--uncommit" not in ran.output  # it is done
     assert ran.exit_code == 1
     assert "took the commit off pit 2020" in ran.output
-    assert list(cube.builds(str(store), "pit")) == [2019]
-    assert cube.write_year(*again, reads=Counted())
+    assert list(cube.builds(cube.Store(store), "pit")) == [2019]
+    assert cube.write_year(*again, cube.BuildOptions(reads=Counted()))
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store)])
     assert (ran.exit_code, ran.output.splitlines()[-1].endswith("all as it was written")) == (
         0,
@@ -621,9 +642,9 @@ def test_in_an_object_store(bucket, make):
 
     url = f"{bucket}/a/cubes.zarr"
     with pytest.raises(CubeError, match="no site of minecube"):
-        cube.verify(url)
+        cube.verify(cube.Store(url))
     built(url, make.site("pit", 360000, 5600040, 240, 180), years=(2020,))
-    report = cube.verify(url)
+    report = cube.verify(cube.Store(url))
     assert report.findings == ()
     assert report.objects > 50
     objects = obstore.store.from_url(url)
@@ -631,19 +652,25 @@ def test_in_an_object_store(bucket, make):
     content[99] ^= 4
     objects.put(SHARD, bytes(content))
     objects.delete("pit/quality/c/1/0/0")
-    assert [(f.kind, f.year, f.what) for f in cube.verify(url).findings] == [
+    assert [(f.kind, f.year, f.what) for f in cube.verify(cube.Store(url)).findings] == [
         ("missing", 2020, "quality/c/1/0/0"),
         ("damaged", 2020, "reflectance/c/1/0/1/2"),
     ]
-    cube.uncommit(url, "pit", [2020])
-    assert cube.builds(url, "pit") == {}
+    cube.uncommit(cube.Store(url), "pit", [2020])
+    assert cube.builds(cube.Store(url), "pit") == {}
 
 
 def test_blocks_computed_in_other_processes_have_checksums(tmp_path, make):
     site, store = make.site("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
     made = year_of(grid_of(site), 1)
-    cube.create(store, site, grid_of(site), YEARS, dataclasses.replace(RECIPE))
-    cube.write_year(store, made, provenance(site, 2020), parquet(id=["a"]), scheduler="processes")
+    cube.create(cube.Store(store), site, grid_of(site), YEARS, dataclasses.replace(RECIPE))
+    cube.write_year(
+        cube.Store(store),
+        made,
+        provenance(site, 2020),
+        parquet(id=["a"]),
+        cube.BuildOptions(scheduler="processes"),
+    )
     assert found(store) == ()
 
 
@@ -651,28 +678,26 @@ def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, mak
     """And `uncommit` leaves the new year alone."""
     site = make.site("pit", 360000, 5600040, 240, 180)
     flip(store / SHARD, 1000)
-    judged = cube.verify(str(store)).committed["pit"]
-    survey = sys.modules["minecube.cube.verify"]._Site.survey
+    judged = cube.verify(cube.Store(store)).committed["pit"]
+    module = sys.modules["minecube.cube.verify"]
+    places = module.places_by_sha256
     told = provenance(site, 2020)
     other = {**told, "version": "2"}
 
-    def meanwhile(self):
-        found = survey(self)
-        if self.name == "pit":
-            listed = parquet(id=["a"])
-            cube.write_year(
-                str(store),
-                year_of(grid_of(site), 5),
-                other,
-                listed,
-                reads=Counted(),
-                overwrite=True,
-            )
-        return found
+    def meanwhile(sites):
+        """After metadata and before content."""
+        cube.write_year(
+            cube.Store(store),
+            year_of(grid_of(site), 5),
+            other,
+            parquet(id=["a"]),
+            cube.BuildOptions(reads=Counted(), overwrite=True),
+        )
+        return places(sites)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["minecube.cube.verify"]._Site, "survey", meanwhile)
-        report = cube.verify(str(store))
+        patched.setattr(module, "places_by_sha256", meanwhile)
+        report = cube.verify(cube.Store(store))
     assert report.whole
     assert {f.found.split(";")[0] for f in report.findings} == {
         "it was written while it was verified"
@@ -680,5 +705,5 @@ def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, mak
     with pytest.raises(
         BusyError, match="pit 2020 was built again since it was verified; verify it again"
     ):
-        cube.uncommit(str(store), "pit", [2020], judged)
-    assert list(cube.builds(str(store), "pit")) == [2019, 2020]
+        cube.uncommit(cube.Store(store), "pit", [2020], judged)
+    assert list(cube.builds(cube.Store(store), "pit")) == [2019, 2020]

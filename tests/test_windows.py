@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from minecube import cube, train
 from minecube.catalog import ModelCard, Recipe, Settings
-from minecube.cube import pixels as module
+from minecube.cube.read import pixels as module
+from minecube.cube.write import sites as creation
 from minecube.errors import CubeError
 from minecube.grid import grid_of
 
@@ -69,7 +70,7 @@ def built(store, site, years, recipe=RECIPE):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, make):
-    where = str(tmp_path_factory.mktemp("windows") / "cubes.zarr")
+    where = cube.Store(tmp_path_factory.mktemp("windows") / "cubes.zarr")
     for n, (name, (width, height)) in enumerate(SIZES.items()):
         built(
             where,
@@ -104,7 +105,7 @@ def is_plain(store, dataset, index):
 
 @having(max_examples=60, deadline=None)
 @given(
-    view=st.sampled_from(cube.windows.VIEWS),
+    view=st.sampled_from(cube.VIEWS),
     size=st.integers(1, 260),
     seed=st.integers(0, 99),
     index=st.integers(0, 20),
@@ -222,11 +223,12 @@ def test_workers_cut_the_same(store):
     script = f"""
         import hashlib
         from torch.utils.data import DataLoader
-        from minecube.cube import CubeDataset
+        from minecube import cube
 
         if __name__ == "__main__":
+            dataset = cube.CubeDataset(cube.Store({str(store)!r}), size=80, length=12)
             for workers in (0, 2):
-                for batch in DataLoader(CubeDataset({store!r}, size=80, length=12), batch_size=3, num_workers=workers):
+                for batch in DataLoader(dataset, batch_size=3, num_workers=workers):
                     arrays = [batch[name].numpy() for name in ("reflectance", "footprint", "years", "y", "x")]
                     told = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
                     print(workers, batch["site"], told, arrays[0].dtype, arrays[0].shape)
@@ -243,36 +245,36 @@ def test_workers_cut_the_same(store):
 
 @pytest.mark.parametrize("how", ["url", "codec"])
 def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path, make, bucket):
-    where = f"{bucket}/cubes.zarr"
+    where = cube.Store(f"{bucket}/cubes.zarr")
     if how == "url":
-        there = obstore.store.from_url(where)
-        for path in (p for p in Path(store).rglob("*") if p.is_file()):
-            there.put(str(path.relative_to(store)), path.read_bytes())
+        there = obstore.store.from_url(str(where))
+        for path in (p for p in store.path.rglob("*") if p.is_file()):
+            there.put(str(path.relative_to(store.path)), path.read_bytes())
     if how == "codec":  # deflated chunks, as another template may have them
-        where = str(tmp_path / "cubes.zarr")
+        where = cube.Store(tmp_path / "cubes.zarr")
         packed = zarr.codecs.GzipCodec()
         monkeypatch.setattr(
-            cube,
+            creation,
             "encoding_of",
-            lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": packed},
+            lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": packed},
         )
         built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
-    assert module.Pixels.of(where, "pit/reflectance").codec is None
-    assert module.Pixels.of(store, "pit/reflectance").codec is not None
+    assert module.Pixels.open(where, "pit/reflectance").decoder is None
+    assert module.Pixels.open(store, "pit/reflectance").decoder is not None
     for index in range(5):
         is_plain(store, cube.CubeDataset(where, ["pit"], size=100, length=5), index)
 
 
 def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
     """Zstandard, as Zarr has it by itself."""
-    where = str(tmp_path / "cubes.zarr")
+    where = cube.Store(tmp_path / "cubes.zarr")
     monkeypatch.setattr(
-        cube,
+        creation,
         "encoding_of",
-        lambda v, r, real=cube.encoding_of: real(v, r) | {"compressors": "auto"},
+        lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": "auto"},
     )
     built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
-    assert module.Pixels.of(where, "pit/reflectance").codec.codec_id == "zstd"
+    assert module.Pixels.open(where, "pit/reflectance").decoder.codec.codec_id == "zstd"
     is_plain(where, cube.CubeDataset(where, size=100, length=1), 0)
 
 
@@ -291,7 +293,7 @@ def test_what_cannot_be_had_is_said(store, how, said):
 
 
 def test_sites_that_do_not_fit_into_one_batch(tmp_path, make):
-    where = str(tmp_path / "cubes.zarr")
+    where = cube.Store(tmp_path / "cubes.zarr")
     built(where, make.site("a", 360000, 5600040, 60, 60), [2019, 2020, 2021])
     built(where, make.site("b", 366000, 5600040, 60, 60), [2019, 2020])
     with pytest.raises(CubeError, match=r"sites differ in years \(\(2019,\) and \(2019, 2020\)\)"):
@@ -302,7 +304,7 @@ def test_sites_that_do_not_fit_into_one_batch(tmp_path, make):
 
 def test_shards_that_change_under_a_dataset(tmp_path, make):
     """One that is replaced is read anew; one that ends too early is an error, not a window of what was read before."""
-    where = str(tmp_path / "cubes.zarr")
+    where = cube.Store(tmp_path / "cubes.zarr")
     built(where, make.site("pit", 360000, 5600040, 60, 60), [2019, 2020])
     dataset = cube.CubeDataset(where, size=60)
     is_plain(where, dataset, 0)
@@ -325,7 +327,7 @@ def test_shards_that_change_under_a_dataset(tmp_path, make):
 @pytest.mark.parametrize("zarr_reads", [False, True])
 def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, monkeypatch):
     if zarr_reads:
-        monkeypatch.setattr(module, "_codec", lambda _: (None, False))
+        monkeypatch.setattr(module, "decoder_of", lambda _: None)
     opened = by_zarr(store)
     found = cube.open_reflectance(store, "pit")
     assert found.encoding["chunks"][-2] == 32
@@ -340,7 +342,7 @@ def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, mon
 
 def by_zarr(store):
     """Reflectance of committed years as xarray and Zarr read it, without our code."""
-    opened = xr.open_zarr(store, group="pit", consolidated=False).reflectance
+    opened = xr.open_zarr(str(store), group="pit", consolidated=False).reflectance
     return opened.sel(year=list(cube.builds(store, "pit")))
 
 
@@ -366,7 +368,7 @@ def _of(size):
 def test_any_part_of_reflectance_is_that_of_the_opened_cube(store, zarr_reads, data):
     with pytest.MonkeyPatch.context() as monkeypatch:
         if zarr_reads:
-            monkeypatch.setattr(module, "_codec", lambda _: (None, False))
+            monkeypatch.setattr(module, "decoder_of", lambda _: None)
         opened = by_zarr(store).load()
         found = cube.open_reflectance(store, "pit")
         part = {name: data.draw(_of(size)) for name, size in opened.sizes.items()}
@@ -378,11 +380,11 @@ def test_any_part_of_reflectance_is_that_of_the_opened_cube(store, zarr_reads, d
 )
 def test_a_site_that_is_read_through_does_not_stay_in_memory(tmp_path, make):
     store, recipe = (
-        str(tmp_path / "cubes.zarr"),
+        cube.Store(tmp_path / "cubes.zarr"),
         dataclasses.replace(RECIPE, block_px=256, chunk_px=128),
     )
     built(store, make.site("pit", 360000, 5600040, 600, 500), [2019, 2020], recipe)
-    array = zarr.open_array(store, path="pit/reflectance", mode="r+")
+    array = zarr.open_array(str(store), path="pit/reflectance", mode="r+")
     array[:1] = np.random.default_rng(0).integers(1, 65535, (1, *array.shape[1:]), np.uint16)
     cube.open_reflectance(store, "pit").load()
     read, whole = _kept(store), array[0].nbytes / 1024
@@ -396,7 +398,7 @@ def _kept(store):
     lines, found, inside = Path("/proc/self/smaps").read_text().splitlines(), 0, False
     for line in lines:
         if line[:1].islower() or line[:1].isdigit():
-            inside = store in line
+            inside = str(store) in line
         elif inside and line.startswith("Rss:"):
             found += int(line.split()[1])
     return found

@@ -161,7 +161,9 @@ def test_sites_are_mapped_on_worker_processes(world, tmp_path):
     for name in ("north", "south"):
         one, other = (
             cube.open_probability(
-                str(store), name, cube.find_prediction(str(store), [name], "unet-small")
+                cube.Store(store),
+                name,
+                cube.find_prediction(cube.Store(store), [name], "unet-small"),
             ).load()
             for store in stores
         )
@@ -229,16 +231,16 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
         return store, reference.model, reference.catalog
 
     here = str(tmp_path)
-    found = given("cubes.zarr", "a", "model.pt", Path("mine"))
-    assert found == (f"{here}/cubes.zarr", f"{here}/model.pt", tmp_path / "mine")
-    found = given("s3://bucket/cubes", "a", "unet-small", None)
-    assert found == ("s3://bucket/cubes", "unet-small", None)
+    found = given(cube.Store("cubes.zarr"), "a", "model.pt", Path("mine"))
+    assert found == (cube.Store(f"{here}/cubes.zarr"), f"{here}/model.pt", tmp_path / "mine")
+    found = given(cube.Store("s3://bucket/cubes"), "a", "unet-small", None)
+    assert found == (cube.Store("s3://bucket/cubes"), "unet-small", None)
 
 
 def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     job = build.Job(
-        store="cubes.zarr",
+        store=cube.Store("cubes.zarr"),
         sources=(),
         recipe=load_recipes()["annual-median"],
         snapshots=Path("lists"),
@@ -247,7 +249,7 @@ def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monke
     with ThreadPoolExecutor(1) as pool:
         (given,) = build._build_all(job, [(make.site("a", 360000, 5600040, 60, 48), 2022)], pool)
     assert given == dataclasses.replace(
-        job, store=str(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists"
+        job, store=cube.Store(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists"
     )
 
 
@@ -264,7 +266,9 @@ def test_a_worker_that_dies_is_one_sentence_and_the_rest_is_not_begun(monkeypatc
         WorkerError,
         match=r"a: RuntimeError: no room; committed maps are safe; run the same command again",
     ):
-        mapped_on(monkeypatch, dies, "cubes.zarr", [*"abcdefgh"], reference, MapOptions())
+        mapped_on(
+            monkeypatch, dies, cube.Store("cubes.zarr"), [*"abcdefgh"], reference, MapOptions()
+        )
     assert len(begun) <= 2
 
 

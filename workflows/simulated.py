@@ -22,7 +22,7 @@ import geopandas as gpd
 import shapely
 from pyproj import Transformer
 
-from minecube import labels
+from minecube import cube, labels
 from minecube.catalog import Site, load_recipes, load_sites, load_sources
 from minecube.grid import grid_of
 from minecube.jobs.build import Job, build_cubes, need_built
@@ -72,7 +72,7 @@ def make_site(site: Site, folder: Path, years: Sequence[int], world: World) -> s
     The simulated scenes are removed after the build. Raises MinecubeError if a year cannot be
     built.
     """
-    store = str(folder / "cubes.zarr")
+    store = cube.Store(folder / "cubes.zarr")
     archive = folder / "worlds" / site.id
     truth = folder / "truth" / f"{site.id}.parquet"
     if not truth.exists():

@@ -6,7 +6,7 @@
     select(found.scenes, recipe)  -> [pystac.Item], the scenes used by the recipe
     composite.composite(scenes, grid, recipe)  -> lazy Dataset[band, y, x]
     cube.create / write_year      -> a site's cube in a Zarr store
-    open_committed(store, site_id)  -> lazy Dataset[year, band, y, x]; as_float() scales reflectance
+    open_committed(Store(name), site_id)  -> lazy Dataset[year, band, y, x]; as_float() scales reflectance
     rasterize(polygons, grid, years)  -> DataArray[year, y, x]: 1 mine, 0 not mine, 255 unknown
     predict(trained, reflectance) -> DataArray[year, y, x]: probability x 250
     count(pred, truth, years)     -> Scores, additive; finish() gives the formulas
@@ -24,6 +24,7 @@ _HOMES = {
     "Recipe": "catalog",
     "Site": "catalog",
     "Source": "catalog",
+    "Store": "cube",
     "count": "metrics",
     "create": "cube",
     "finish": "metrics",

@@ -42,7 +42,6 @@ from obstore.store import from_url
 from minecube import cube, models
 from minecube.catalog import ModelCard
 from minecube.cli import main
-from minecube.cube.store import folder_of, objects
 from minecube.errors import CubeError
 
 spec = importlib.util.spec_from_file_location("conftest", Path(__file__).parents[1] / "conftest.py")
@@ -234,11 +233,11 @@ def _ended(process: Any, folder: Path) -> Ended:
 def pixels_of(store: str) -> dict[str, str]:
     """What a reader sees of a store: a hash for each committed site-year, its labels, and each map."""
     seen: dict[str, str] = {}
-    for site in cube.sites(store):
-        years = list(cube.builds(store, site))
+    for site in cube.sites(cube.Store(store)):
+        years = list(cube.builds(cube.Store(store), site))
         if not years:
             continue
-        opened = cube.open_committed(store, site).load()
+        opened = cube.open_committed(cube.Store(store), site).load()
         for year in years:
             one = opened.sel(year=year)
             seen[f"{site} {year}"] = _hash(one.reflectance, one.clear_count, one.quality)
@@ -250,13 +249,17 @@ def pixels_of(store: str) -> dict[str, str]:
                 CubeError
             ):  # unfinished, or of an earlier build: not read either
                 seen[f"{site} {name}"] = _hash(
-                    cube.open_probability(store, site, name).sel(year=years[0])
+                    cube.open_probability(cube.Store(store), site, name).sel(year=years[0])
                 )
     return seen
 
 
 def _maps(store: str, site: str) -> list[str]:
-    found = objects(store).list_with_delimiter(f"{site}/predictions")["common_prefixes"]
+    found = (
+        cube.Store(store)
+        .open_objects()
+        .list_with_delimiter(f"{site}/predictions")["common_prefixes"]
+    )
     return [path.rstrip("/").rpartition("/")[2] for path in found]
 
 
@@ -394,7 +397,7 @@ class Campaign:
         seen = pixels_of(store) if has_store(store) else {}
         found: dict[str, list[str]] = {"damaged": [], "lost": [], "dishonest_exits": []}
         if seen:
-            report = cube.verify(store)
+            report = cube.verify(cube.Store(store))
             found["damaged"] += [str(f) for f in report.findings if f.kind != "stale"]
         found["damaged"] += [
             f"{name} is of no command"
@@ -430,32 +433,34 @@ class Campaign:
 def has_store(store: str) -> bool:
     """Whether there is a site in a store."""
     try:
-        return bool(cube.sites(store))
+        return bool(cube.sites(cube.Store(store)))
     except CubeError:
         return False
 
 
 def copy_store(source: str, target: str) -> None:
     """Copy all objects of a store."""
-    folder = folder_of(source)
+    folder = cube.Store(source).path
     if folder is not None:
         shutil.copytree(folder, target)
         return
     there = from_url(target)
-    for batch in objects(source).list():
+    objects = cube.Store(source).open_objects()
+    for batch in objects.list():
         for entry in batch:
-            there.put(entry["path"], bytes(objects(source).get(entry["path"]).bytes()))
+            there.put(entry["path"], bytes(objects.get(entry["path"]).bytes()))
 
 
 def remove_store(store: str) -> None:
     """Remove all objects of a store."""
-    folder = folder_of(store)
+    folder = cube.Store(store).path
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    paths = [entry["path"] for batch in objects(store).list() for entry in batch]
+    objects = cube.Store(store).open_objects()
+    paths = [entry["path"] for batch in objects.list() for entry in batch]
     for path in paths:
-        objects(store).delete(path)
+        objects.delete(path)
 
 
 def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
@@ -476,7 +481,7 @@ def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
     try:
         for _ in range(reads):
             try:
-                opened = cube.open_committed(store, "pit").sel(year=2019)
+                opened = cube.open_committed(cube.Store(store), "pit").sel(year=2019)
                 pixels = _hash(opened.reflectance, opened.clear_count, opened.quality)
             except CubeError:
                 tally["refused"] += 1

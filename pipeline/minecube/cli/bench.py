@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from minecube import models
+from minecube import cube, models
 from minecube.catalog import ModelCard, Settings, pick
 from minecube.cli.bars import titled_bars
 from minecube.cli.options import (
@@ -28,7 +28,7 @@ from minecube.jobs.selection import SiteChoice
 class SplitOptions:
     """Store and sites of each part: --store, --train, --valid and --test."""
 
-    store: str
+    store: cube.Store
     train_sites: SiteChoice
     valid_sites: SiteChoice
     test_sites: SiteChoice

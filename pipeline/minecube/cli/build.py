@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import click
 
+from minecube import cube
 from minecube.catalog import Site
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
@@ -226,7 +227,7 @@ def _print_messages(outcomes: Sequence[Outcome]) -> None:
             click.echo(f"error: {site_year}: {outcome.message}", err=True)
 
 
-def _exit_if_failed(outcomes: Sequence[Outcome], store: str) -> None:
+def _exit_if_failed(outcomes: Sequence[Outcome], store: cube.Store) -> None:
     """Print how many site-years failed, and exit with 1 if any did."""
     failed = sum(outcome.state == "failed" for outcome in outcomes)
     stale = sum(outcome.state == "stale" for outcome in outcomes)

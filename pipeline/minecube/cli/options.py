@@ -16,7 +16,6 @@ import click
 from minecube import cube
 from minecube.catalog import LARGEST_MARGIN_M, MARGIN_M, Site
 from minecube.cli.parameters import FiniteRange, Years
-from minecube.cube.store import check_answers
 from minecube.jobs.selection import SiteChoice, choose_sites, stored_sites
 from minecube.vectors import NAMED
 
@@ -63,7 +62,7 @@ class SiteOptions:
     """Metres of ground around each polygon; None: as the site or the store has it."""
     catalog: Path | None = None
 
-    def load(self, store: str | None = None) -> list[Site]:
+    def load(self, store: cube.Store | None = None) -> list[Site]:
         """Choose the sites, and print the margins of their grids.
 
         Without --margin, sites in the store keep the margin of their cubes.
@@ -87,7 +86,9 @@ class SiteOptions:
         ]
 
 
-def _print_margins(sites: Sequence[Site], stored: dict[str, float], store: str | None) -> None:
+def _print_margins(
+    sites: Sequence[Site], stored: dict[str, float], store: cube.Store | None
+) -> None:
     """Print each margin once, with the sites that have it."""
     names_by_margin: dict[str, list[str]] = {}
     for site in sites:
@@ -108,7 +109,7 @@ def _print_margins(sites: Sequence[Site], stored: dict[str, float], store: str |
 class StoreSites:
     """Sites of a store: --store, --sites and --layer."""
 
-    store: str
+    store: cube.Store
     choice: SiteChoice
 
     def names(self, choices: Sequence[str] | None = None) -> list[str]:
@@ -129,14 +130,16 @@ class StoreSites:
         return name
 
 
-def _check_store(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
-    check_answers(store)
+def _check_store(_ctx: click.Context, _param: click.Parameter, name: str) -> cube.Store:
+    store = cube.Store(name)
+    store.check_answers()
     return store
 
 
-def _check_writable(_ctx: click.Context, _param: click.Parameter, store: str) -> str:
-    cube.need_writable(store)
-    check_answers(store)
+def _check_writable(_ctx: click.Context, _param: click.Parameter, name: str) -> cube.Store:
+    store = cube.Store(name)
+    store.need_writable()
+    store.check_answers()
     return store
 
 

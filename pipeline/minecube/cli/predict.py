@@ -164,7 +164,7 @@ def predict(
 
 
 def _map_here(
-    store: str, site: str, mapper: models.Mapper, options: MapOptions
+    store: cube.Store, site: str, mapper: models.Mapper, options: MapOptions
 ) -> tuple[str, Mapped]:
     """Map a site with a progress bar. Returns its name and the result."""
     start = time.monotonic()

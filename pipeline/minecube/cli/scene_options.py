@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from minecube import cube
 from minecube.catalog import Recipe, Source, pick
 from minecube.jobs.build import Job
 from minecube.jobs.catalogs import choose_sources, load_all_recipes
@@ -57,7 +58,7 @@ class SceneOptions:
 class JobOptions(SceneOptions):
     """Input, method and store of a build: also --store and --scenes."""
 
-    store: str
+    store: cube.Store
     snapshots: Path | None
 
     def load(self) -> Job:

@@ -51,7 +51,7 @@ def verify(sites: StoreSites, out: Path | None, workers: int, uncommit: bool) ->
     """
     store = sites.store
     if uncommit:
-        cube.need_writable(store)
+        store.need_writable()
     names = sites.names(cube.named_sites(store))
     with progress_bar("verifying") as bar:
         report = cube.verify(
@@ -95,10 +95,10 @@ def _count_years(report: cube.Report) -> int:
     return sum(map(len, report.committed.values()))
 
 
-def _content(store: str, report: cube.Report, commands: Sequence[str]) -> dict[str, object]:
+def _content(store: cube.Store, report: cube.Report, commands: Sequence[str]) -> dict[str, object]:
     """Return the findings as nested dictionaries for JSON."""
     return {
-        "store": store,
+        "store": str(store),
         "sites": report.sites,
         "site_years": _count_years(report),
         "objects": report.objects,
@@ -110,7 +110,7 @@ def _content(store: str, report: cube.Report, commands: Sequence[str]) -> dict[s
     }
 
 
-def _uncommit(store: str, report: cube.Report) -> None:
+def _uncommit(store: cube.Store, report: cube.Report) -> None:
     """Withdraw the damaged site-years, and print them."""
     for site, years in report.rebuild.items():
         cube.uncommit(store, site, years, report.committed[site])

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import obstore.exceptions
 
-from minecube.cube.store import client_of, folder_of
+from minecube.cube.store import Store
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Lock(Protocol):
 
 
 @contextmanager
-def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
+def hold(store: Store, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
     """Hold the lock `name` of a store.
 
     Args:
@@ -67,25 +67,24 @@ def hold(store: str, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
         CubeError: the file system has no locks.
         OSError: the lock cannot be written.
     """
-    folder = folder_of(store)
-    with contextlib.ExitStack() as stack:
-        lock: Lock
-        if folder is None:
-            lock = stack.enter_context(_lease(store, name, wait_s))
-        else:
-            lock = stack.enter_context(_file_lock(folder, name, wait_s))
-        yield lock
+    if store.path is None:
+        with _hold_lease(store, name, wait_s) as lock:
+            yield lock
+    else:
+        with _hold_file(store.path, name, wait_s) as lock:
+            yield lock
 
 
 def _busy(store: object, name: str, holder: dict[str, Any]) -> BusyError:
     """Return the error for a lock held by another run."""
-    who = f"process {holder.get('process', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+    process, host, since = (holder.get(entry, "?") for entry in ("process", "host", "since"))
     return BusyError(
-        f"{store}: {name} is being written by another run ({who}); wait until it ends, then run this again"
+        f"{store}: {name} is being written by another run (process {process} on {host}, since "
+        f"{since}); wait until it ends, then run this again"
     )
 
 
-def _holder() -> dict[str, Any]:
+def _describe_run() -> dict[str, Any]:
     """Describe this run for a lock's content."""
     since = datetime.now(tz=UTC).isoformat(timespec="seconds")
     return {
@@ -96,13 +95,13 @@ def _holder() -> dict[str, Any]:
     }
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
+def _parse(content: bytes) -> dict[str, Any]:
     """Parse a lock's content; empty while the lock is still being written."""
     try:
-        found = json.loads(content)
+        holder = json.loads(content)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 # Folders
@@ -115,42 +114,42 @@ class _FileLock:
         """Do nothing: no run can take over a flock."""
 
 
-_held: set[int] = set()
+_open_files: set[int] = set()
 
 
 def _close_in_child() -> None:
     """Close the parent's locks in a forked child: it would hold them after the parent's death."""
-    for file in _held:
+    for file in _open_files:
         with contextlib.suppress(OSError):
             os.close(file)
-    _held.clear()
+    _open_files.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def _file_lock(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
+def _hold_file(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
     locks = folder.resolve() / LOCKS
     path = locks / f"{name.replace('/', '.')}.lock"
-    until = time.monotonic() + wait_s
+    deadline = time.monotonic() + wait_s
     while (file := _try_flock(path)) is None:
-        if time.monotonic() >= until:
+        if time.monotonic() >= deadline:
             try:
                 content = path.read_bytes()
             except FileNotFoundError:  # released at this moment
                 content = b""
-            raise _busy(folder, name, _parsed(content))
+            raise _busy(folder, name, _parse(content))
         time.sleep(_POLL_S)
-    _held.add(file)
+    _open_files.add(file)
     try:
         os.truncate(file, 0)
-        os.pwrite(file, json.dumps(_holder()).encode(), 0)
+        os.pwrite(file, json.dumps(_describe_run()).encode(), 0)
         yield _FileLock()
     finally:
         # Remove the name before the lock. A waiting run notices this and opens the file again.
         path.unlink(missing_ok=True)
-        _held.discard(file)
+        _open_files.discard(file)
         os.close(file)
         with contextlib.suppress(OSError):  # other locks are held
             locks.rmdir()
@@ -172,16 +171,16 @@ def _try_flock(path: Path) -> int | None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        named = os.stat(path)  # noqa: PTH116  compared with fstat
-        if os.fstat(file).st_ino == named.st_ino:
+        file_at_path = os.stat(path)  # noqa: PTH116  compared with fstat
+        if os.fstat(file).st_ino == file_at_path.st_ino:
             return file
     except (BlockingIOError, FileNotFoundError):
         pass
     except OSError as error:
         os.close(file)
         raise CubeError(
-            f"{path}: this file system has no locks ({error.strerror}), so two runs could mix their pixels; mount it with "
-            "locks (Lustre: -o flock), or use another --store"
+            f"{path}: this file system has no locks ({error.strerror}), so two runs could mix "
+            "their pixels; mount it with locks (Lustre: -o flock), or use another --store"
         ) from error
     os.close(file)
     return None
@@ -198,12 +197,12 @@ def _tag_of(meta: Any) -> dict[str, str]:
 class _Lease:
     """A lease object, renewed by a thread until release."""
 
-    def __init__(self, store: str, name: str) -> None:
+    def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.name = name
         self.key = f"{LOCKS}/{name}.json"
-        self.objects: Any = client_of(store)
-        self.mine = _holder()
+        self.objects: Any = store.client()
+        self.holder = _describe_run()
         self.tag: dict[str, str] = {}
         self._count = 0
         self._released = threading.Event()
@@ -211,17 +210,17 @@ class _Lease:
 
     def _content(self) -> bytes:
         self._count += 1  # each renewal has other content and therefore another tag
-        return json.dumps({**self.mine, "renewed": self._count}).encode()
+        return json.dumps({**self.holder, "renewed": self._count}).encode()
 
-    def _seen(self) -> tuple[dict[str, str], dict[str, Any]] | None:
+    def _read(self) -> tuple[dict[str, str], dict[str, Any]] | None:
         """Return tag and content of the current lease; None if there is no lease."""
         try:
-            found = self.objects.get(self.key)
-            return _tag_of(found.meta), _parsed(bytes(found.bytes()))
+            stored = self.objects.get(self.key)
+            return _tag_of(stored.meta), _parse(bytes(stored.bytes()))
         except FileNotFoundError:
             return None
 
-    def _put(self, mode: Any) -> bool:
+    def _try_put(self, mode: Any) -> bool:
         """Write the lease under a condition. Returns whether this run holds it now.
 
         If the answer to a put is lost, the client repeats the put, and the repeat looks like a
@@ -235,29 +234,33 @@ class _Lease:
             obstore.exceptions.PreconditionError,
             FileNotFoundError,
         ):
-            seen = self._seen()
-            if seen is None or seen[1].get("owner") != self.mine["owner"]:
+            lease = self._read()
+            if lease is None or not self._is_owner(lease[1]):
                 return False
-            self.tag = seen[0]
+            self.tag = lease[0]
         return True
+
+    def _is_owner(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder in a lease's content is this run."""
+        return bool(holder.get("owner") == self.holder["owner"])
 
     def take(self, wait_s: float) -> None:
         """Take the lease. A holder without renewal for `LEASE_S` is dead."""
-        until = time.monotonic() + wait_s
+        deadline = time.monotonic() + wait_s
         watched: dict[str, str] = {}
         since = time.monotonic()
-        while not self._put("create"):
-            seen = self._seen()
-            if seen is None:
+        while not self._try_put("create"):
+            lease = self._read()
+            if lease is None:
                 continue
-            tag, holder = seen
+            tag, holder = lease
             if tag != watched:
                 renewed = bool(watched)
                 watched = tag
                 since = time.monotonic()
-                if renewed and time.monotonic() >= until:
+                if renewed and time.monotonic() >= deadline:
                     raise _busy(self.store, self.name, holder)
-            elif time.monotonic() - since > LEASE_S and self._put(watched):
+            elif time.monotonic() - since > LEASE_S and self._try_put(watched):
                 log.info(
                     "%s: took over the lease of %s from a run that is gone", self.store, self.name
                 )
@@ -268,7 +271,7 @@ class _Lease:
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
             try:
-                if not self._put(self.tag):
+                if not self._try_put(self.tag):
                     return  # `check` reports it
             except (obstore.exceptions.BaseError, OSError) as error:
                 log.info(
@@ -280,9 +283,9 @@ class _Lease:
 
     def check(self) -> None:
         """Raise BusyError if another run has taken over the lease."""
-        seen = self._seen()
-        holder = {} if seen is None else seen[1]
-        if holder.get("owner") != self.mine["owner"]:
+        lease = self._read()
+        holder = {} if lease is None else lease[1]
+        if not self._is_owner(holder):
             raise _busy(self.store, self.name, holder)
 
     def release(self) -> None:
@@ -290,13 +293,13 @@ class _Lease:
         self._released.set()
         self._thread.join()
         with contextlib.suppress(obstore.exceptions.BaseError, OSError):  # the lease then expires
-            seen = self._seen()
-            if seen is not None and seen[1].get("owner") == self.mine["owner"]:
+            lease = self._read()
+            if lease is not None and self._is_owner(lease[1]):
                 self.objects.delete(self.key)
 
 
 @contextmanager
-def _lease(store: str, name: str, wait_s: float) -> Iterator[Lock]:
+def _hold_lease(store: Store, name: str, wait_s: float) -> Iterator[Lock]:
     lease = _Lease(store, name)
     lease.take(wait_s)
     try:

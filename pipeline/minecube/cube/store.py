@@ -1,14 +1,13 @@
-"""Open a store and its groups: a local folder, a packed store or an object-store URL."""
+"""Open a store, its objects and its groups."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +17,9 @@ import obstore
 import zarr
 import zarr.errors
 from obstore.store import LocalStore, from_url
-from zarr.storage import WrapperStore
 
 from minecube.cube import packed
-from minecube.cube.packed import is_packed, need_writable
+from minecube.cube.checksums import ChecksumStore
 from minecube.errors import CubeError
 
 FORMAT = 1
@@ -30,58 +28,254 @@ SCHEMES = ("s3", "gs", "az")
 """URL schemes of object stores."""
 _ANSWERS_S = 8
 """Seconds after the first request before an object store is given up."""
-BEING_MADE = 0
+UNFINISHED_FORMAT = 0
 """Format of a group under construction. After a kill, its construction starts again."""
-NAMED = "minecube"
+DESCRIPTION = "minecube"
 """Attribute of a site's group with its description."""
 
 
-def folder_of(store: str) -> Path | None:
-    """Return the folder of a local store; None for an object store.
+@dataclass(frozen=True, init=False)
+class Store:
+    """A store of cubes: a local folder, a packed file or an object-store URL.
+
+    A store is a value: it can be hashed, and pickled to the workers of a cluster. Making it reads
+    nothing but the kind of a file whose name ends in .zip.
 
     Raises:
-        CubeError: the name is empty, or is a URL of another scheme than `SCHEMES` or without a
-            bucket.
+        CubeError: the name is empty, or is a URL of another scheme than `SCHEMES`, without a
+            bucket, or of a packed store.
     """
-    if not store.strip():
+
+    name: str
+    """The name as given. Messages show it."""
+    path: Path | None = field(repr=False)
+    """The local folder or packed file; None for an object store."""
+    packed: bool = field(repr=False)
+    """Whether it is a packed store, which is only read."""
+
+    def __init__(self, name: str | Path) -> None:
+        text = str(name)
+        is_url = _is_url(text)
+        is_packed = text.rstrip("/").endswith(packed.SUFFIX) and not Path(text).is_dir()
+        if is_url and is_packed:
+            raise CubeError(
+                f"{text}: a packed store is read from a local disk; download it, or unzip it there"
+            )
+        object.__setattr__(self, "name", text)
+        object.__setattr__(self, "path", None if is_url else Path(text))
+        object.__setattr__(self, "packed", is_packed)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def absolute(self) -> Store:
+        """Return the store with a name independent of the working directory."""
+        if self.path is None:
+            return self
+        return Store(self.path.absolute())
+
+    def need_writable(self) -> None:
+        """Raise CubeError for a packed store."""
+        if self.packed:
+            raise CubeError(
+                f"{self}: is a packed store, which is only read; write to the store it was packed "
+                f"from, or unpack it (`unzip -d {self.suggest_folder()} {self}`)"
+            )
+
+    def suggest_folder(self) -> str:
+        """Return a folder for unpacking a packed store. It differs from the original folder."""
+        return f"{self.name.rstrip('/').removesuffix(packed.SUFFIX)}-unpacked"
+
+    def check_answers(self) -> None:
+        """List one object of an object store, to find a silent store in seconds, not minutes.
+
+        Raises:
+            CubeError: the endpoint is no URL.
+            obstore.exceptions.BaseError: the store does not answer, refuses the keys, or lacks the
+                bucket.
+        """
+        if self.path is None:
+            _check_endpoint(self.name)
+            hurried = from_url(
+                self.name,
+                retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=_ANSWERS_S)},
+            )
+            next(iter(obstore.list(hurried, chunk_size=1)), None)
+
+    # Objects
+
+    def client(self) -> Any:
+        """Return the client of an object store, one per URL and process.
+
+        A client keeps its connections, and they do not survive a fork.
+        """
+        return _client(self.name.rstrip("/"), os.getpid())
+
+    def open_objects(self) -> Any:
+        """Open the stored objects, without Zarr."""
+        if self.packed:
+            return packed.Objects(self.name.rstrip("/"))
+        if self.path is None:
+            return self.client()
+        return LocalStore(self.path)
+
+    def has_objects(self, path: str) -> bool:
+        """Whether any object lies below a path."""
+        if self.path is not None and not self.path.exists():
+            return False
+        return any(batch for batch in self.open_objects().list(path))
+
+    def open_zarr(self) -> Any:
+        """Open the Zarr store."""
+        if self.packed:
+            return packed.open_zarr(self.name.rstrip("/"))
+        if self.path is None:
+            return zarr.storage.ObjectStore(self.client())
+        return FolderStore(self.path)
+
+    def open_with_checksums(self) -> ChecksumStore:
+        """Open the Zarr store, with checksums of everything written through it."""
+        self.need_writable()
+        return ChecksumStore(self.open_zarr())
+
+    # Groups
+
+    def has_group(self, path: str) -> bool:
+        """Whether a group exists at this path.
+
+        Raises:
+            CubeError: the group is damaged, or the store is a file.
+        """
+        return self.find_group(path) is not None
+
+    def find_group(self, path: str, mode: str = "r") -> zarr.Group | None:
+        """Open the group at this path; None if it is missing.
+
+        Raises:
+            CubeError: the group is damaged, or the store is a file.
+        """
+        if self.path is not None and not self.path.exists():
+            return None
+        if self.path is not None and self.path.is_file() and not self.packed:
+            raise CubeError(
+                f"{self}: is a file; expected a folder, the URL of one, or a packed store, whose "
+                "name ends in .zip"
+            )
+        try:
+            return self.open_group(path, mode)
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+            return None
+
+    def open_group(self, path: str, mode: str = "r") -> zarr.Group:
+        """Open the group at this path.
+
+        Raises:
+            CubeError: the group is damaged.
+            FileNotFoundError: the group is missing.
+        """
+        if mode != "r":
+            self.need_writable()
+        with self.reading(path):
+            return zarr.open_group(self.open_zarr(), path=path, mode=mode, use_consolidated=False)
+
+    def open_site(self, site_id: str, mode: str = "r") -> zarr.Group:
+        """Open a site's group.
+
+        Raises:
+            CubeError: the site is missing, unfinished, or of another version.
+        """
+        if not self.has_group(site_id):
+            names = ", ".join(sites(self)) or "no site"
+            raise CubeError(f"{self}: no site {site_id!r}; it has {names}")
+        group = self.open_group(site_id, mode)
+        if is_unfinished(group):
+            raise CubeError(
+                f"{self}: {site_id} is being created, or a run was killed then; run "
+                "`minecube build` again"
+            )
+        if group.attrs.get(DESCRIPTION, {}).get("format") != FORMAT:
+            raise CubeError(
+                f"{self}: group {site_id!r} was not made by this version of minecube; use "
+                "another --store"
+            )
+        return group
+
+    def begin_group(self, path: str, attributes: Mapping[str, Any]) -> None:
+        """Create a group with these attributes, or empty an existing one.
+
+        This also clears remains of a killed run. The attributes are written first and never
+        removed. The group is therefore identified at any moment.
+        """
+        self.need_writable()
+        target = self.open_zarr()
+        parent = path.rpartition("/")[0]
+        with contextlib.suppress(zarr.errors.ContainsGroupError):  # made by another run just now
+            zarr.open_group(target, path=parent, mode="a", use_consolidated=False)
+        try:
+            group = self.find_group(path, "r+")
+        except CubeError:  # damaged
+            group = None
+        if group is None:
+            group = zarr.create_group(
+                target, path=path, attributes=dict(attributes), overwrite=True
+            )
+        else:
+            group.attrs.put(dict(attributes))
+        for child in self.open_objects().list_with_delimiter(path)["common_prefixes"]:
+            del group[child.rstrip("/").rpartition("/")[2]]
+
+    # Errors
+
+    @contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """Convert errors on damaged data to CubeError."""
+        try:
+            yield
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CubeError(
+                f"{self}: {path or 'the store'} cannot be read ({type(error).__name__}: {error}); "
+                "run `minecube verify`, or use another --store if minecube did not make this one"
+            ) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Convert a packed store, a full disk or a forbidden folder to CubeError."""
+        self.need_writable()
+        try:
+            yield
+        except OSError as error:
+            raise CubeError(
+                f"{self}: cannot be written ({error.strerror or error}); committed site-years are "
+                "unharmed; make room or choose another --store, then run the same command again"
+            ) from error
+
+
+def _is_url(name: str) -> bool:
+    """Whether the name is that of an object store.
+
+    Raises:
+        CubeError: as `Store`.
+    """
+    if not name.strip():
         raise CubeError(
-            "the store has no name; name a folder, or an object store such as s3://bucket/cubes.zarr"
+            "the store has no name; name a folder, or an object store such as "
+            "s3://bucket/cubes.zarr"
         )
-    scheme, colon, place = store.partition("://")
+    scheme, colon, place = name.partition("://")
     if not colon:
-        return Path(store)
+        return False
     if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
+        schemes = ", ".join(f"{text}://" for text in SCHEMES)
         raise CubeError(
-            f"{store}: expected a folder or a URL that begins with {known}; found {scheme}://"
+            f"{name}: expected a folder or a URL that begins with {schemes}; found {scheme}://"
         )
     if not place.strip("/"):
         raise CubeError(
-            f"{store}: names no bucket; expected a URL such as {scheme}://bucket/cubes.zarr"
+            f"{name}: names no bucket; expected a URL such as {scheme}://bucket/cubes.zarr"
         )
-    return None
-
-
-def absolute(store: str) -> str:
-    """Return the store's name independently of the working directory."""
-    folder = folder_of(store)
-    return store if folder is None else str(folder.absolute())
-
-
-def has_objects(store: str, path: str) -> bool:
-    """Whether any object lies below a path."""
-    folder = folder_of(store)
-    if folder is not None and not folder.exists():
-        return False
-    return any(batch for batch in objects(store).list(path))
-
-
-def client_of(url: str) -> Any:
-    """Return the client of an object store, one per URL and process.
-
-    A client keeps its connections, and they do not survive a fork.
-    """
-    return _client(url.rstrip("/"), os.getpid())
+    return True
 
 
 @lru_cache(maxsize=32)
@@ -92,40 +286,15 @@ def _client(url: str, _process: int) -> Any:
 
 def _check_endpoint(url: str) -> None:
     """Raise CubeError if an S3 endpoint is no URL: obstore 0.12 panics and prints pages."""
+    if not url.startswith("s3://"):
+        return
     for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
         endpoint = os.environ.get(variable, "")
-        if (
-            url.startswith("s3://")
-            and endpoint
-            and not endpoint.startswith(("https://", "http://"))
-        ):
+        if endpoint and not endpoint.startswith(("https://", "http://")):
             raise CubeError(
-                f"{variable} is {endpoint!r}; expected the URL of an endpoint such as https://s3.example.org"
+                f"{variable} is {endpoint!r}; expected the URL of an endpoint such as "
+                "https://s3.example.org"
             )
-
-
-def check_answers(store: str) -> None:
-    """List one object of an object store, to find a silent store in seconds instead of minutes.
-
-    Raises:
-        CubeError: as `folder_of`, or the endpoint is no URL.
-        obstore.exceptions.BaseError: the store does not answer, refuses the keys, or lacks the
-            bucket.
-    """
-    if folder_of(store) is None:
-        _check_endpoint(store)
-        hurried = from_url(
-            store, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=_ANSWERS_S)}
-        )
-        next(iter(obstore.list(hurried, chunk_size=1)), None)
-
-
-def objects(store: str) -> Any:
-    """Open the stored objects of a store, without Zarr."""
-    if is_packed(store):
-        return packed.Objects(store)
-    folder = folder_of(store)
-    return client_of(store) if folder is None else LocalStore(folder)
 
 
 class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]
@@ -141,214 +310,33 @@ class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]
                 yield name
 
 
-def zarr_store(store: str) -> Any:
-    """Open the Zarr store of that name."""
-    if is_packed(store):
-        return packed.zarr_store(store)
-    folder = folder_of(store)
-    return zarr.storage.ObjectStore(client_of(store)) if folder is None else FolderStore(folder)
-
-
-class Summing(WrapperStore):  # type: ignore[misc]
-    """A store with the size and SHA-256 of every object written through it.
-
-    They are computed while writing, without another read. The SHA-256 is that of the stored bytes,
-    as from `sha256sum` on the file.
-    """
-
-    def __init__(self, store: Any, sums: dict[str, list[Any]] | None = None) -> None:
-        super().__init__(store)
-        self.sums = {} if sums is None else sums
-
-    def _with_store(self, store: Any) -> Summing:
-        return Summing(store, self.sums)  # read-only twins share the sums
-
-    async def set(self, key: str, value: Any) -> None:
-        """Sum an object, then write it."""
-        self.sums[key] = await asyncio.to_thread(sum_of, value.as_numpy_array())
-        await super().set(key, value)
-
-    async def delete(self, key: str) -> None:
-        """Forget an object's sum, then remove the object."""
-        self.sums.pop(key, None)  # Zarr deletes a chunk of fill value only
-        await super().delete(key)
-
-    async def delete_dir(self, prefix: str) -> None:
-        """Forget the sums below a prefix, then remove the objects."""
-        for key in [key for key in list(self.sums) if key.startswith(f"{prefix.rstrip('/')}/")]:
-            self.sums.pop(key, None)
-        await super().delete_dir(prefix)
-
-    def below(self, path: str, within: str) -> dict[str, list[Any]]:
-        """Return the sums of objects below `path`, with keys relative to the group `within`."""
-        # Iterate over a copy, because other threads add keys meanwhile.
-        found = sorted(
-            (key, value) for key, value in list(self.sums.items()) if key.startswith(f"{path}/")
-        )
-        return {key.removeprefix(f"{within}/"): value for key, value in found}
-
-
-def summing(store: str) -> Summing:
-    """Open the Zarr store of that name, with checksums of everything written through it."""
-    need_writable(store)
-    return Summing(zarr_store(store))
-
-
-def sum_of(content: Any) -> list[Any]:
-    """Return size and SHA-256 of an object's bytes."""
-    return [memoryview(content).nbytes, hashlib.sha256(content).hexdigest()]
-
-
-def digest(value: Any) -> str:
-    """Return the SHA-256 of plain JSON, independent of the order of its keys."""
-    as_stored = json.loads(json.dumps(value))  # with keys as text and tuples as lists
-    return hashlib.sha256(json.dumps(as_stored, sort_keys=True).encode()).hexdigest()
-
-
-def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes with a `sha256` of all others."""
-    rest = {name: value for name, value in attrs.items() if name != "sha256"}
-    return {**rest, "sha256": digest(rest)}
-
-
-def exists(store: str, path: str) -> bool:
-    """Whether a group exists at this path.
-
-    Raises:
-        CubeError: the group is damaged, or the store is a file.
-    """
-    folder = folder_of(store)
-    if folder is not None and not folder.exists():
-        return False
-    if folder is not None and folder.is_file() and not is_packed(store):
-        raise CubeError(
-            f"{store}: is a file; expected a folder, the URL of one, or a packed store, whose name ends in .zip"
-        )
-    try:
-        group_of(store, path)
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
-        return False
-    return True
-
-
-def group_at(store: str, path: str, mode: str = "r") -> zarr.Group | None:
-    """Return the group at this path; None if it is missing.
-
-    Raises:
-        CubeError: the group is damaged, or the store is a file.
-    """
-    return group_of(store, path, mode) if exists(store, path) else None
-
-
-def group_of(store: str, path: str, mode: str = "r") -> zarr.Group:
-    """Return the group at this path.
-
-    Raises:
-        CubeError: the group is damaged.
-        FileNotFoundError: the group is missing.
-    """
-    if mode != "r":
-        need_writable(store)
-    with reading(store, path):
-        return zarr.open_group(zarr_store(store), path=path, mode=mode, use_consolidated=False)
-
-
-def begin_group(store: str, path: str, attributes: Mapping[str, Any]) -> None:
-    """Create a group with these attributes, or empty an existing one.
-
-    This also clears remains of a killed run. The attributes are written first and never removed.
-    The group is therefore identified at any moment.
-    """
-    need_writable(store)
-    target = zarr_store(store)
-    parent = path.rpartition("/")[0]
-    with contextlib.suppress(zarr.errors.ContainsGroupError):  # made by another run just now
-        zarr.open_group(target, path=parent, mode="a", use_consolidated=False)
-    try:
-        group = group_at(store, path, "r+")
-    except CubeError:  # damaged
-        group = None
-    if group is None:
-        group = zarr.create_group(target, path=path, attributes=dict(attributes), overwrite=True)
-    else:
-        group.attrs.put(dict(attributes))
-    for child in objects(store).list_with_delimiter(path)["common_prefixes"]:
-        del group[child.rstrip("/").rpartition("/")[2]]
-
-
-def is_being_made(group: zarr.Group) -> bool:
+def is_unfinished(group: zarr.Group) -> bool:
     """Whether the group is a site with unfinished creation."""
-    return bool(group.attrs.get(NAMED) == {"format": BEING_MADE})
+    return bool(group.attrs.get(DESCRIPTION) == {"format": UNFINISHED_FORMAT})
 
 
-@contextmanager
-def reading(store: str, path: str) -> Iterator[None]:
-    """Convert errors on damaged data to CubeError."""
-    try:
-        yield
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CubeError(
-            f"{store}: {path or 'the store'} cannot be read ({type(error).__name__}: {error}); run `minecube verify`, or use "
-            "another --store if minecube did not make this one"
-        ) from error
-
-
-def site_group(store: str, site_id: str, mode: str) -> zarr.Group:
-    """Return a site's group.
-
-    Raises:
-        CubeError: the site is missing, unfinished, or of another version.
-    """
-    if not exists(store, site_id):
-        there = ", ".join(sites(store)) or "no site"
-        raise CubeError(f"{store}: no site {site_id!r}; it has {there}")
-    group = group_of(store, site_id, mode)
-    if is_being_made(group):
-        raise CubeError(
-            f"{store}: {site_id} is being created, or a run was killed then; run `minecube build` again"
-        )
-    known = group.attrs.get(NAMED, {})
-    if known.get("format") != FORMAT:
-        raise CubeError(
-            f"{store}: group {site_id!r} was not made by this version of minecube; use another --store"
-        )
-    return group
-
-
-def sites(store: str) -> list[str]:
+def sites(store: Store) -> list[str]:
     """List the names of the sites in a store.
 
     Raises:
         CubeError: there is no store.
     """
-    if not exists(store, ""):
+    if not store.has_group(""):
         raise CubeError(f"{store}: there is no store; `minecube build` makes one")
-    raw = objects(store)
-    found = []
-    with reading(store, ""):
+    raw = store.open_objects()
+    names = []
+    with store.reading(""):
         for path in sorted(raw.list_with_delimiter()["common_prefixes"]):
             name = path.rstrip("/")
             try:
-                attributes = json.loads(bytes(raw.get(f"{name}/zarr.json").bytes())).get(
-                    "attributes", {}
-                )
+                content = bytes(raw.get(f"{name}/zarr.json").bytes())
             except FileNotFoundError:
                 continue
-            if attributes.get(NAMED, {"format": BEING_MADE}) != {"format": BEING_MADE}:
-                found.append(name)
-    return found
-
-
-@contextmanager
-def writing(store: str) -> Iterator[None]:
-    """Convert a packed store, a full disk or a forbidden folder to CubeError."""
-    need_writable(store)
-    try:
-        yield
-    except OSError as error:
-        raise CubeError(
-            f"{store}: cannot be written ({error.strerror or error}); committed site-years are unharmed; make room or "
-            "choose another --store, then run the same command again"
-        ) from error
+            description = (
+                json.loads(content)
+                .get("attributes", {})
+                .get(DESCRIPTION, {"format": UNFINISHED_FORMAT})
+            )
+            if description != {"format": UNFINISHED_FORMAT}:
+                names.append(name)
+    return names

@@ -16,8 +16,9 @@ from odc.geo.geobox import GeoBox
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from minecube.catalog import QUALITY, Recipe
-from minecube.cube.store import NAMED, Summing, digest, objects, sealed, site_group
-from minecube.errors import CubeError
+from minecube.codes import BACKGROUND, MINE, UNKNOWN
+from minecube.cube.store import DESCRIPTION, Store
+from minecube.digests import sha256_of_json
 
 LABELLING = "labelling"
 """Attribute of label arrays: years being written, not to be read."""
@@ -39,8 +40,21 @@ LABELS = ("footprint", FRACTION)
 FRACTION_ATTRS = {
     "long_name": "share of the pixel that is mine x 250",
     "units": "0.004",
-    "nodata": 255,
+    "nodata": UNKNOWN,
 }
+_REFLECTANCE_ATTRS = {"long_name": "surface reflectance x 10000", "units": "1e-4", "nodata": 0}
+_FOOTPRINT_ATTRS = {
+    "long_name": "mine footprint: 1 mine, 0 not mine, 255 unknown",
+    "nodata": UNKNOWN,
+    "flag_values": [BACKGROUND, MINE],
+}
+_QUALITY_ATTRS = {
+    "nodata": 0,
+    "flag_values": list(range(len(QUALITY))),
+    "flag_meanings": " ".join(meaning.replace(" ", "_") for meaning in QUALITY),
+}
+_MAPPED = {"grid_mapping": "spatial_ref"}
+"""Attribute of every variable: the coordinate with the CRS."""
 
 
 def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
@@ -48,60 +62,38 @@ def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
 
     Footprint and its fraction are 255 (unknown), integers 0 and floats NaN.
     """
-    shape, block = (len(years), *grid.shape), (1, recipe.block_px, recipe.block_px)
+    shape = (len(years), *grid.shape)
+    block = (1, recipe.block_px, recipe.block_px)
+
+    def fill(dtype: str, value: float, attrs: Mapping[str, Any]) -> xr.Variable:
+        """Make a variable of one value, [year, y, x]."""
+        empty = dask.array.full(shape, value, dtype=dtype, chunks=block)
+        return xr.Variable(("year", "y", "x"), empty, {**attrs, **_MAPPED})
+
     bands = len(recipe.bands)
-    mapped = {"grid_mapping": "spatial_ref"}
-
-    def empty(
-        fill: float, dtype: str, attrs: dict[str, Any]
-    ) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
-        return (
-            ("year", "y", "x"),
-            dask.array.full(shape, fill, dtype=dtype, chunks=block),
-            {**attrs, **mapped},
-        )
-
     reflectance = dask.array.zeros(
         (shape[0], bands, *shape[1:]), dtype="uint16", chunks=(1, bands, *block[1:])
     )
-    described = {"long_name": "surface reflectance x 10000", "units": "1e-4", "nodata": 0, **mapped}
-    flags = {
-        "flag_values": list(range(len(QUALITY))),
-        "flag_meanings": " ".join(m.replace(" ", "_") for m in QUALITY),
-    }
-    layers = {
-        name: empty(
-            fill_of(layer.dtype),
-            layer.dtype,
-            {
-                "long_name": layer.long_name,
-                "units": layer.units,
-                **({"nodata": 0} | flags if name == "quality" else {}),
-            },
-        )
-        for name, layer in recipe.layers.items()
-    }
-    coords = odc.geo.xr.xr_coords(grid)
+    layers = {}
+    for name, layer in recipe.layers.items():
+        attrs: dict[str, Any] = {"long_name": layer.long_name, "units": layer.units}
+        if name == "quality":
+            attrs |= _QUALITY_ATTRS
+        layers[name] = fill(layer.dtype, fill_of(layer.dtype), attrs)
     return xr.Dataset(
         {
-            "reflectance": (("year", "band", "y", "x"), reflectance, described),
-            **layers,
-            "footprint": empty(
-                255,
-                "uint8",
-                {
-                    "long_name": "mine footprint: 1 mine, 0 not mine, 255 unknown",
-                    "nodata": 255,
-                    "flag_values": [0, 1],
-                },
+            "reflectance": xr.Variable(
+                ("year", "band", "y", "x"), reflectance, {**_REFLECTANCE_ATTRS, **_MAPPED}
             ),
-            FRACTION: empty(255, "uint8", FRACTION_ATTRS),
+            **layers,
+            "footprint": fill("uint8", UNKNOWN, _FOOTPRINT_ATTRS),
+            FRACTION: fill("uint8", UNKNOWN, FRACTION_ATTRS),
         },
         # object becomes Zarr v3's `string`; fixed-length text has no specification there
         coords={
             "year": np.asarray(years, dtype=np.int64),
             "band": np.asarray(recipe.bands, dtype=object),
-            **coords,
+            **odc.geo.xr.xr_coords(grid),
         },
     )
 
@@ -118,11 +110,10 @@ def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
     # (benchmarks/windows.py --table). Bitshuffle groups bits of equal place. LZ4 unpacks 3 GB/s.
     # Classes are small either way, but a window has many chunks: Zstandard takes 25 us each, LZ4 5.
     shuffle = "noshuffle" if variable.dtype.itemsize == 1 else "bitshuffle"
-    fill = 255 if variable.name in ("footprint", FRACTION) else fill_of(variable.dtype)
     return {
         "chunks": (1, *lead, recipe.chunk_px, recipe.chunk_px),
         "shards": (1, *lead, recipe.block_px, recipe.block_px),
-        "fill_value": fill,
+        "fill_value": UNKNOWN if variable.name in LABELS else fill_of(variable.dtype),
         # LZ4 has no checksum. Without CRC-32C, a flipped bit would be read as pixels.
         "compressors": (BloscCodec(cname="lz4hc", clevel=5, shuffle=shuffle), Crc32cCodec()),
     }
@@ -130,27 +121,32 @@ def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
 
 def identity(metadata: Mapping[str, Any]) -> str:
     """Hash the constant part of an array's `zarr.json`: all but years and notes of labels."""
-    attrs = {k: v for k, v in metadata.get("attributes", {}).items() if k not in WRITTEN_LATER}
-    kept = {**metadata, "attributes": attrs}
-    if "year" in (metadata.get("dimension_names") or ())[:1]:
-        kept["shape"] = metadata.get("shape", ())[1:]
-    return digest(kept)[:16]
-
-
-def identities(store: str, site_id: str, group: zarr.Group) -> dict[str, str]:
-    """Return the `identity` of each array of a group, by name."""
-    stored = objects(store)
-    names = sorted(name for name, _ in group.arrays())
-    return {
-        n: identity(json.loads(bytes(stored.get(f"{site_id}/{n}/zarr.json").bytes())))
-        for n in names
+    attrs = {
+        name: value
+        for name, value in metadata.get("attributes", {}).items()
+        if name not in WRITTEN_LATER
     }
+    constant = {**metadata, "attributes": attrs}
+    if "year" in (metadata.get("dimension_names") or ())[:1]:
+        constant["shape"] = metadata.get("shape", ())[1:]
+    return sha256_of_json(constant)[:16]
+
+
+def identities(store: Store, site_id: str, group: zarr.Group) -> dict[str, str]:
+    """Return the `identity` of each array of a group, by name."""
+    objects = store.open_objects()
+    hashes = {}
+    for name in sorted(name for name, _ in group.arrays()):
+        content = bytes(objects.get(f"{site_id}/{name}/zarr.json").bytes())
+        hashes[name] = identity(json.loads(content))
+    return hashes
 
 
 def group_digest(attrs: Mapping[str, Any]) -> str:
     """Hash the description of a site's group: identity, origin and location."""
-    about = {k: v for k, v in attrs[NAMED].items() if k != "sha256"}
-    return digest({**{k: v for k, v in attrs.items() if k in GEOZARR}, NAMED: about})
+    location = {name: value for name, value in attrs.items() if name in GEOZARR}
+    description = {name: value for name, value in attrs[DESCRIPTION].items() if name != "sha256"}
+    return sha256_of_json({**location, DESCRIPTION: description})
 
 
 def seal_group(group: zarr.Group) -> None:
@@ -158,51 +154,10 @@ def seal_group(group: zarr.Group) -> None:
 
     Groups of older versions are left alone.
     """
-    about = {**group.attrs[NAMED], "years": [int(y) for y in group["year"][:]]}
-    about["sha256"] = group_digest({**group.attrs, NAMED: about})
-    if "arrays" in about and about != group.attrs[NAMED]:
-        group.attrs[NAMED] = about
-
-
-def begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:
-    """Note labels of these years (index -> year) as being written, and forget their checksums."""
-    kept = {
-        k: s
-        for k, s in array.attrs.get("checksums", {}).items()
-        if int(k.split("/")[2]) not in years
-    }
-    noted = {
-        "origin": array.attrs.get("origin", ""),
-        "checksums": kept,
-        LABELLING: sorted(years.values()),
-    }
-    array.attrs.put({**array.attrs, **sealed(noted)})  # `update` would write one by one
-
-
-def need_labels(store: str, site_id: str) -> None:
-    """Raise CubeError if labels of the site are half written."""
-    group = site_group(store, site_id, "r")
-    for name in LABELS:
-        years = group[name].attrs.get(LABELLING) if name in group else None
-        if years:
-            raise CubeError(
-                f"{store}: labels of {site_id} {years[0]} are being written, or a run was killed while it wrote them; wait, or "
-                "run `minecube label` again"
-            )
-
-
-def note_labels(array: zarr.Array, target: Summing, origin: str) -> None:
-    """Note the origin of finished labels and the checksums of their shards."""
-    name = array.path.rpartition("/")[2]
-    new = {
-        k: s
-        for k, s in target.below(array.path, array.path.removesuffix(f"/{name}")).items()
-        if "/c/" in k
-    }
-    checksums = dict(sorted({**array.attrs["checksums"], **new}.items()))
-    array.attrs.put(
-        {**array.attrs, **sealed({"origin": origin, "checksums": checksums, LABELLING: []})}
-    )
+    description = {**group.attrs[DESCRIPTION], "years": [int(year) for year in group["year"][:]]}
+    description["sha256"] = group_digest({**group.attrs, DESCRIPTION: description})
+    if "arrays" in description and description != group.attrs[DESCRIPTION]:
+        group.attrs[DESCRIPTION] = description
 
 
 def geozarr(grid: GeoBox) -> dict[str, Any]:
@@ -210,25 +165,15 @@ def geozarr(grid: GeoBox) -> dict[str, Any]:
 
     Source: zarr-conventions/geo-proj and zarr-conventions/spatial, v1.
     """
-
-    def convention(repository: str, name: str, uuid: str, about: str) -> dict[str, str]:
-        return {
-            "schema_url": f"https://raw.githubusercontent.com/zarr-conventions/{repository}/refs/tags/v1/schema.json",
-            "spec_url": f"https://github.com/zarr-conventions/{repository}/blob/v1/README.md",
-            "uuid": uuid,
-            "name": name,
-            "description": about,
-        }
-
     return {
         "zarr_conventions": [
-            convention(
+            _convention(
                 "geo-proj",
                 "proj:",
                 "f17cb550-5864-4468-aeb7-f3180cfb622f",
                 "Coordinate reference system of the arrays",
             ),
-            convention(
+            _convention(
                 "spatial",
                 "spatial:",
                 "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4",
@@ -243,6 +188,18 @@ def geozarr(grid: GeoBox) -> dict[str, Any]:
     }
 
 
+def _convention(repository: str, name: str, uuid: str, description: str) -> dict[str, str]:
+    """Return a reference to version 1 of a convention."""
+    raw = f"https://raw.githubusercontent.com/zarr-conventions/{repository}"
+    return {
+        "schema_url": f"{raw}/refs/tags/v1/schema.json",
+        "spec_url": f"https://github.com/zarr-conventions/{repository}/blob/v1/README.md",
+        "uuid": uuid,
+        "name": name,
+        "description": description,
+    }
+
+
 def grid_in(attrs: Mapping[str, Any]) -> GeoBox:
     """Return the grid described by a group's attributes, as from `geozarr`."""
     height, width = attrs["spatial:shape"]
@@ -252,13 +209,12 @@ def grid_in(attrs: Mapping[str, Any]) -> GeoBox:
 def extend(group: zarr.Group, years: Sequence[int]) -> None:
     """Make room for later years at the end. Committed years keep their index."""
     # A run killed here may have left years of 0 at the end: room without a name.
-    there = [int(y) for y in group["year"][:] if y > 0]
-    new = sorted(set(years) - set(there))
-    if not new and len(there) == len(group["year"][:]):
+    stored = [int(year) for year in group["year"][:] if year > 0]
+    new = sorted(set(years) - set(stored))
+    if not new and len(stored) == len(group["year"][:]):
         return
     # The coordinate comes last. Until then, the added part of the arrays has no year.
-    for name, array in sorted(group.arrays(), key=lambda named: named[0] == "year"):
-        if name != "year" and array.ndim < 3:
-            continue
-        array.resize((len(there) + len(new), *array.shape[1:]))
-    group["year"][len(there) :] = np.asarray(new, dtype=np.int64)
+    for name, array in sorted(group.arrays(), key=lambda member: member[0] == "year"):
+        if name == "year" or array.ndim >= 3:
+            array.resize((len(stored) + len(new), *array.shape[1:]))
+    group["year"][len(stored) :] = np.asarray(new, dtype=np.int64)

@@ -66,7 +66,7 @@ class Split:
 class Benchmark:
     """Networks, sites and settings of a benchmark."""
 
-    store: str
+    store: cube.Store
     split: Split
     cards: tuple[ModelCard, ...]
     """The networks."""
@@ -104,7 +104,7 @@ class ModelRuns:
     """Network -> seconds of each step, validation F1 and number of parameters."""
 
 
-def split_sites(store: str, train: SiteChoice, valid: SiteChoice, test: SiteChoice) -> Split:
+def split_sites(store: cube.Store, train: SiteChoice, valid: SiteChoice, test: SiteChoice) -> Split:
     """Choose the sites of each part.
 
     Raises CatalogError if a name has no match, or if a site is in two parts.
@@ -214,7 +214,7 @@ def _need_same_settings(benchmark: Benchmark) -> None:
     """
     path = benchmark.folder / "bench.json"
     settings: dict[str, Any] = {
-        "store": benchmark.store,
+        "store": str(benchmark.store),
         **asdict(benchmark.split),
         "settings": as_dict(benchmark.settings),
         "seed": benchmark.seed,
@@ -358,7 +358,7 @@ def _gap_scores(tables: ScoreTables, name: str) -> list[str]:
     return [_format_number(by_gap["change_f1"].get(gap), ".3f") for gap in GAPS]
 
 
-def _flip_rate(store: str, tables: ScoreTables, runs: ModelRuns, name: str) -> str:
+def _flip_rate(store: cube.Store, tables: ScoreTables, runs: ModelRuns, name: str) -> str:
     """Format the flip rate of a prediction over all its sites; "" for a baseline."""
     if name not in runs.predictions:
         return ""

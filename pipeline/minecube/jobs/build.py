@@ -24,7 +24,6 @@ from odc.geo.geobox import GeoBox
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
 from minecube.composite import Tools, composite, plan, registration
-from minecube.cube.store import absolute
 from minecube.errors import CatalogError, GoneError, LostReadError, MinecubeError, SceneError
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
@@ -42,7 +41,7 @@ log = logging.getLogger(__name__)
 class Job:
     """Settings of a build: input, method and store."""
 
-    store: str
+    store: cube.Store
     sources: tuple[Source, ...]
     """In order of preference. Each acquisition is read from the first source listing it."""
     recipe: Recipe
@@ -322,20 +321,22 @@ def _composite_year(
             return {}
         return {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)}
 
-    # Use threads even in a cluster task, since a task must not wait for its own subtasks.
+    options = cube.BuildOptions(
+        reads=ledger,
+        before=resumed,
+        completeness=job.min_read_completeness,
+        overwrite=job.overwrite,
+        scheduler="threads",  # even in a cluster task: a task must not wait for its own subtasks
+        workers=task.workers,
+        stopped=task.stopped,
+        finished=note_time,
+    )
     is_new = cube.write_year(
         job.store,
         composite(usable, task.grid, job.recipe, ledger, year=task.year, tools=job.tools),
         notes,
         snapshot.to_bytes(usable),
-        reads=ledger,
-        before=resumed,
-        completeness=job.min_read_completeness,
-        overwrite=job.overwrite,
-        scheduler="threads",
-        workers=task.workers,
-        stopped=task.stopped,
-        finished=note_time,
+        options,
     )
     return Outcome(
         site=task.site.id,
@@ -407,7 +408,7 @@ def _describe_kept(task: _SiteYear, candidates: Sequence[pystac.Item]) -> Outcom
     )
 
 
-def _describe_failed(store: str, site: Site, year: int, error: BaseException) -> Outcome:
+def _describe_failed(store: cube.Store, site: Site, year: int, error: BaseException) -> Outcome:
     """Make the outcome of a failed site-year: `stale` if an older build remains, else `failed`."""
     state = "failed"
     try:
@@ -470,7 +471,9 @@ def _build_all(
         options = (max(cores // at_once, 1), stop.is_set)
         pool: Executor = ThreadPoolExecutor(max_workers=at_once)
     else:  # workers may run in other folders
-        job = replace(job, at_once=1, store=absolute(job.store), snapshots=job.snapshots.absolute())
+        job = replace(
+            job, at_once=1, store=job.store.absolute(), snapshots=job.snapshots.absolute()
+        )
         pool = executor
     tasks: dict[Future[Outcome], tuple[Site, int]] = {}
     try:

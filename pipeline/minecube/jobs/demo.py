@@ -78,9 +78,9 @@ class Demo:
         return self.folder / "scenes"
 
     @property
-    def store(self) -> str:
+    def store(self) -> cube.Store:
         """The cubes."""
-        return str(self.folder / "cubes.zarr")
+        return cube.Store(self.folder / "cubes.zarr")
 
     @property
     def train_sites(self) -> list[str]:

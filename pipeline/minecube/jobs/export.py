@@ -56,7 +56,7 @@ class _Exported:
 
 
 def export_sites(
-    store: str,
+    store: cube.Store,
     sites: Sequence[str],
     folder: Path,
     options: ExportOptions | None = None,
@@ -108,7 +108,7 @@ def export_sites(
 
 
 def _export_site(
-    store: str, site: str, folder: Path, options: ExportOptions, exported: _Exported
+    store: cube.Store, site: str, folder: Path, options: ExportOptions, exported: _Exported
 ) -> None:
     """Write the files of one site, and add its files and tables to `exported`."""
     builds = cube.builds(store, site)

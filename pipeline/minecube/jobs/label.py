@@ -51,7 +51,7 @@ class SiteLabels:
                 areas[int(year)] = float((mask == MINE).sum()) * _KM2_PER_PIXEL
         return areas
 
-    def write(self, store: str) -> None:
+    def write(self, store: cube.Store) -> None:
         """Write `footprint` and `footprint_fraction` to the site's cube.
 
         Raises CubeError if the store cannot be written.

@@ -16,7 +16,6 @@ from itertools import combinations
 from pathlib import Path
 
 from minecube import cube, models
-from minecube.cube.store import absolute
 from minecube.errors import MinecubeError, ModelError, WorkerError
 from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.failures import describe_failure
@@ -80,7 +79,7 @@ class ModelReference:
 
 
 def map_site(
-    store: str,
+    store: cube.Store,
     site: str,
     mapper: models.Mapper,
     options: MapOptions | None = None,
@@ -131,7 +130,7 @@ def map_site(
 
 def map_on_workers(
     pool: Executor,
-    store: str,
+    store: cube.Store,
     sites: Sequence[str],
     model: ModelReference,
     options: MapOptions,
@@ -145,7 +144,7 @@ def map_on_workers(
         WorkerError: a worker died, or the scheduler is lost.
     """
     # Workers may run in other folders than this process.
-    store = absolute(store)
+    store = store.absolute()
     model = model.absolute()
     tasks = {pool.submit(_map_on_worker, store, site, model, options): site for site in sites}
     try:
@@ -180,7 +179,9 @@ def _list_pairs(pairs: Sequence[int | Pair] | None, years: Sequence[int]) -> lis
     return list(dict.fromkeys([*by_gap, *explicit]))
 
 
-def _map_on_worker(store: str, site: str, model: ModelReference, options: MapOptions) -> Mapped:
+def _map_on_worker(
+    store: cube.Store, site: str, model: ModelReference, options: MapOptions
+) -> Mapped:
     return map_site(store, site, load_same(model), options)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import zarr
 
 from minecube import cube, export
-from minecube.cube.store import zarr_store
 from minecube.errors import CubeError
 from minecube.export import publish
 
@@ -23,7 +22,7 @@ class Published:
 
 
 def publish_sites(
-    store: str, sites: Sequence[str], selection: str, place: str, tag: str
+    store: cube.Store, sites: Sequence[str], selection: str, place: str, tag: str
 ) -> Published:
     """Save the committed years of sites as a release in an Icechunk repository.
 
@@ -47,6 +46,6 @@ def publish_sites(
     citations = {
         site: export.lines(export.credits_of(cube.open_committed(store, site))) for site in years
     }
-    root = zarr.open_group(zarr_store(store), mode="r", use_consolidated=False)
+    root = zarr.open_group(store.open_zarr(), mode="r", use_consolidated=False)
     changes = publish.publish(root, years, place, tag, citations)
     return Published(site_years=sum(map(len, years.values())), changes=changes)

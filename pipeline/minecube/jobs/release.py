@@ -36,7 +36,7 @@ class ExportedSite:
 
 
 def export_release(
-    store: str,
+    store: cube.Store,
     sites: Sequence[str],
     folder: Path,
     import_folder: Path | None = None,
@@ -73,7 +73,7 @@ def export_release(
 
 
 def _export_site(
-    store: str, site: str, folder: Path, imported: release.Imported | None
+    store: cube.Store, site: str, folder: Path, imported: release.Imported | None
 ) -> ExportedSite:
     dataset = cube.open_committed(store, site)
     bands = tuple(dataset.band.values)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from minecube import cube
 
 
-def repair_commands(store: str, report: cube.Report) -> list[str]:
+def repair_commands(store: cube.Store, report: cube.Report) -> list[str]:
     """List the commands to mend a store, one per line.
 
     Args:
@@ -16,7 +16,7 @@ def repair_commands(store: str, report: cube.Report) -> list[str]:
 
     A packed store is unpacked, mended and packed again.
     """
-    if cube.is_packed(store):
+    if store.packed:
         return _repack(store, report)
     return [
         *_rebuild_sites(store, report),
@@ -26,16 +26,16 @@ def repair_commands(store: str, report: cube.Report) -> list[str]:
     ]
 
 
-def _repack(store: str, report: cube.Report) -> list[str]:
-    folder = cube.unpacked(store)
-    commands = repair_commands(folder, report)
+def _repack(store: cube.Store, report: cube.Report) -> list[str]:
+    folder = store.suggest_folder()
+    commands = repair_commands(cube.Store(folder), report)
     if not commands:
         return []
     unpack = f"unzip -d {folder} {store}   # or do the following to the store that was packed"
     return [unpack, *commands, f"minecube pack --store {folder} --out {store}"]
 
 
-def _rebuild_sites(store: str, report: cube.Report) -> list[str]:
+def _rebuild_sites(store: cube.Store, report: cube.Report) -> list[str]:
     """List commands to remove damaged sites and years, and to build them again."""
     damaged = {finding.site for finding in report.findings if finding.cure == "site"}
     commands = [
@@ -50,7 +50,7 @@ def _rebuild_sites(store: str, report: cube.Report) -> list[str]:
     ]
 
 
-def _build_again(store: str, report: cube.Report, site: str, years: Sequence[int]) -> str:
+def _build_again(store: cube.Store, report: cube.Report, site: str, years: Sequence[int]) -> str:
     """Name the build of a site's years, with its earlier sources and recipe."""
     committed = report.committed[site]
     markers = [committed.get(year, {}) for year in [*years, *committed]]
@@ -69,14 +69,14 @@ def _harmful_findings(report: cube.Report) -> list[cube.Finding]:
     return [f for f in report.findings if f.kind not in ("unverifiable", cube.UNFINISHED)]
 
 
-def _label_again(store: str, report: cube.Report) -> list[str]:
+def _label_again(store: cube.Store, report: cube.Report) -> list[str]:
     sites = sorted({f.site for f in _harmful_findings(report) if f.cure == "label"})
     if not sites:
         return []
     return [f"minecube label --store {store} --sites {','.join(sites)} --polygons FILE"]
 
 
-def _map_again(store: str, report: cube.Report) -> list[str]:
+def _map_again(store: cube.Store, report: cube.Report) -> list[str]:
     """List commands to repeat damaged predictions."""
     sites: dict[str, set[str]] = {}
     for finding in _harmful_findings(report):
@@ -94,7 +94,7 @@ def _map_again(store: str, report: cube.Report) -> list[str]:
     return commands
 
 
-def _remove_objects(store: str, report: cube.Report) -> list[str]:
+def _remove_objects(store: cube.Store, report: cube.Report) -> list[str]:
     """List commands to remove foreign objects, and damaged groups without content."""
     commands = []
     for finding in report.findings:
@@ -108,6 +108,6 @@ def _remove_objects(store: str, report: cube.Report) -> list[str]:
     return commands
 
 
-def _path_in(store: str, *parts: str) -> str:
+def _path_in(store: cube.Store, *parts: str) -> str:
     """Join the store and the parts that are not empty."""
-    return "/".join([store.rstrip("/"), *filter(None, parts)])
+    return "/".join([store.name.rstrip("/"), *filter(None, parts)])

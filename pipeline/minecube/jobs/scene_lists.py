@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minecube import scenes
+from minecube import cube, scenes
 from minecube.catalog import Site, Source
 from minecube.scenes import snapshot
 
@@ -18,12 +18,12 @@ FindScenes = Callable[[Site, int, Sequence[Source], Path], scenes.Found]
 _CACHED_LISTS = 4  # a year, its two neighbours, and the next year
 
 
-def default_folder(store: str) -> Path:
+def default_folder(store: cube.Store) -> Path:
     """Return the folder of scene lists for a store.
 
     It is next to the store, or in the current folder for a URL.
     """
-    name = store.rstrip("/")
+    name = store.name.rstrip("/")
     if "://" in name:
         name = name.rpartition("/")[2]
     return Path(f"{name}-scenes")

@@ -24,7 +24,7 @@ Counts = dict[str, dict[str, metrics.Scores]]
 
 
 def count_sites(
-    store: str,
+    store: cube.Store,
     sites: Sequence[str],
     models: Sequence[str],
     *,
@@ -55,7 +55,7 @@ def count_sites(
     return counts
 
 
-def score_site(store: str, site: str, model: str) -> metrics.Scores:
+def score_site(store: cube.Store, site: str, model: str) -> metrics.Scores:
     """Count a site's prediction against its labels, in blocks of rows.
 
     Handles footprints and change.
@@ -78,7 +78,7 @@ def score_site(store: str, site: str, model: str) -> metrics.Scores:
     return _score_footprints(probability.sel(year=years), truth)
 
 
-def score_baselines(store: str, site: str) -> dict[str, metrics.Scores]:
+def score_baselines(store: cube.Store, site: str) -> dict[str, metrics.Scores]:
     """Count trivial baselines, by name. Raises LabelError as `score_site` does."""
     truth = _open_truth(store, site)
     years = _years_of(truth)
@@ -91,7 +91,7 @@ def score_baselines(store: str, site: str) -> dict[str, metrics.Scores]:
     return scores
 
 
-def need_labels(store: str, sites: Sequence[str]) -> None:
+def need_labels(store: cube.Store, sites: Sequence[str]) -> None:
     """Raise LabelError if a site has no label in any built year."""
     for site in sites:
         _open_truth(store, site)
@@ -166,7 +166,7 @@ def _score_footprints(probability: xr.DataArray, truth: xr.DataArray) -> metrics
     return total
 
 
-def _open_truth(store: str, site: str) -> xr.DataArray:
+def _open_truth(store: cube.Store, site: str) -> xr.DataArray:
     truth = cube.open_committed(store, site)["footprint"]
     if bool((truth == labels.UNKNOWN).all()):
         raise LabelError(

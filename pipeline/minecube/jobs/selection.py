@@ -66,7 +66,9 @@ def choose_sites(choice: SiteChoice, folder: Path | None) -> list[Site]:
     return [sites[name] for name in match_names(choice.text, list(sites), "the catalogue")]
 
 
-def stored_sites(store: str, choice: SiteChoice, names: Sequence[str] | None = None) -> list[str]:
+def stored_sites(
+    store: cube.Store, choice: SiteChoice, names: Sequence[str] | None = None
+) -> list[str]:
     """Choose sites of a store by name, or by a file of sites. Returns their names.
 
     Args:
@@ -82,7 +84,7 @@ def stored_sites(store: str, choice: SiteChoice, names: Sequence[str] | None = N
         names = cube.sites(store)
     if not choice.is_file():
         _need_no_layer(choice)
-        return match_names(choice.text, names, store)
+        return match_names(choice.text, names, str(store))
     sites = [site.id for site in choose_sites(choice, None)]
     missing = [name for name in sites if name not in names]
     if missing:

@@ -49,7 +49,7 @@ class SmoothedSites:
     rates: tracks.Rates
 
 
-def read_maps(store: str, sites: Sequence[str], model: str) -> dict[str, xr.DataArray]:
+def read_maps(store: cube.Store, sites: Sequence[str], model: str) -> dict[str, xr.DataArray]:
     """Open a prediction of several sites, as lazy probabilities [year, y, x] by site.
 
     Raises CubeError if a site has no such prediction of its current builds.
@@ -58,7 +58,7 @@ def read_maps(store: str, sites: Sequence[str], model: str) -> dict[str, xr.Data
 
 
 def choose_rates(
-    store: str,
+    store: cube.Store,
     maps: Mapping[str, xr.DataArray],
     method: str | tuple[float, float],
     temper: float = TEMPER,
@@ -88,7 +88,7 @@ def choose_rates(
 
 
 def smooth_sites(
-    store: str,
+    store: cube.Store,
     sites: SmoothedSites,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
@@ -165,7 +165,7 @@ def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> 
 
 
 def write_smoothed(
-    store: str, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]
+    store: cube.Store, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]
 ) -> None:
     """Write a smoothed map to the store as prediction MODEL+hmm.
 

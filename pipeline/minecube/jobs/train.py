@@ -19,7 +19,7 @@ _VIEWS = {"mapping": "year", "change": "pair", "series": "series"}
 
 
 def train_network(
-    store: str,
+    store: cube.Store,
     train_sites: Sequence[str],
     valid_sites: Sequence[str],
     card: ModelCard,

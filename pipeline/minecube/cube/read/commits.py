@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from minecube.cube.builds import PLACED_S, PLACING, marker_of
-from minecube.cube.packed import is_packed, stamp_of
-from minecube.cube.store import absolute, objects, reading, site_group
+from minecube.cube.markers import PLACED_S, PLACING, marker_of, marker_path
+from minecube.cube.packed import stamp_of
+from minecube.cube.store import Store
 from minecube.cube.template import LABELLING
 from minecube.errors import CubeError
 
@@ -32,7 +32,7 @@ class Watch(Protocol):
 class Labels:
     """The labels of a site at the time of opening."""
 
-    store: str
+    store: Store
     path: str
     """Path of the array."""
     unfinished: tuple[int, ...]
@@ -44,13 +44,13 @@ class Labels:
     years."""
 
     @classmethod
-    def of(cls, store: str, site_id: str, name: str) -> Labels:
+    def read(cls, store: Store, site_id: str, name: str) -> Labels:
         """Read the current state of the labels."""
-        store = absolute(store)
-        stamp = _stamp(store, f"{site_id}/{name}/zarr.json")
-        with reading(store, site_id):
-            group = site_group(store, site_id, "r")
-            years = [int(y) for y in group["year"][:]]
+        store = store.absolute()
+        stamp = _stamp_at(store, f"{site_id}/{name}/zarr.json")
+        with store.reading(site_id):
+            group = store.open_site(site_id)
+            years = [int(year) for year in group["year"][:]]
             attrs = group[name].attrs
             unfinished = tuple(years.index(year) for year in attrs.get(LABELLING, ()))
         return cls(store, f"{site_id}/{name}", unfinished, str(attrs.get("sha256", "")), stamp)
@@ -60,19 +60,20 @@ class Labels:
         site_id = self.path.split("/")[0]
         if set(self.unfinished) & set(indices):
             raise CubeError(
-                f"{self.store}: labels of {site_id} are being written, or a run was killed while it wrote them; wait, or run "
-                "`minecube label` again"
+                f"{self.store}: labels of {site_id} are being written, or a run was killed while "
+                "it wrote them; wait, or run `minecube label` again"
             )
-        if is_packed(self.store) or _stamp(self.store, f"{self.path}/zarr.json") == self.stamp:
+        if self.store.packed or _stamp_at(self.store, f"{self.path}/zarr.json") == self.stamp:
             return
-        if self._sha256() != self.sha256:
+        if self._read_sha256() != self.sha256:
             raise CubeError(
-                f"{self.store}: labels of {site_id} were written while they were being read; open the cube again"
+                f"{self.store}: labels of {site_id} were written while they were being read; open "
+                "the cube again"
             )
 
-    def _sha256(self) -> str:
+    def _read_sha256(self) -> str:
         try:
-            content = bytes(objects(self.store).get(f"{self.path}/zarr.json").bytes())
+            content = bytes(self.store.open_objects().get(f"{self.path}/zarr.json").bytes())
             return str(json.loads(content)["attributes"].get("sha256", ""))
         except (OSError, ValueError, KeyError) as error:
             raise CubeError(
@@ -87,7 +88,7 @@ class Labels:
 class Commits:
     """The markers of a site at the time of opening."""
 
-    store: str
+    store: Store
     site_id: str
     years: tuple[int, ...]
     """Years by index on the first axis."""
@@ -99,38 +100,39 @@ class Commits:
     """Shards of committed years, relative to the site's group."""
 
     @classmethod
-    def of(cls, store: str, site_id: str) -> Commits:
+    def read(cls, store: Store, site_id: str) -> Commits:
         """Read the current markers; raises CubeError if the site is missing."""
-        store = absolute(store)
-        with reading(store, site_id):
-            years = tuple(int(y) for y in site_group(store, site_id, "r")["year"][:])
+        store = store.absolute()
+        with store.reading(site_id):
+            years = tuple(int(year) for year in store.open_site(site_id)["year"][:])
         stamps = []
         committed = []
         shards: set[str] = set()
         for year in years:
-            stamp, marker = _stamped(store, site_id, year)
-            # A year being put in place may have pixels of two builds, so it is not read.
-            stamps.append(PLACING if marker is not None and PLACING in marker else stamp)
-            if marker is not None and PLACING not in marker:
+            stamp, marker = _stamped_marker(store, site_id, year)
+            if marker is not None and PLACING in marker:
+                # The year may have pixels of two builds, so it is not read.
+                stamp = PLACING
+            elif marker is not None:
                 committed.append(year)
-                shards.update(
-                    key for key in marker.get("checksums", ()) if not key.startswith("builds/")
-                )
+                objects = marker.get("checksums", ())
+                shards.update(key for key in objects if not key.startswith("builds/"))
+            stamps.append(stamp)
         return cls(store, site_id, years, tuple(committed), tuple(stamps), frozenset(shards))
 
     def check(self, indices: Iterable[int]) -> None:
         """Raise CubeError if one of these years was committed or withdrawn since opening."""
-        if is_packed(self.store):
+        if self.store.packed:
             return  # a packed store never changes
         for index in indices:
-            if index < len(self.years) and self._stamp(self.years[index]) != self.stamps[index]:
+            if index >= len(self.years):
+                continue
+            year = self.years[index]
+            if _stamp_at(self.store, _marker_key(self.site_id, year)) != self.stamps[index]:
                 raise CubeError(
-                    f"{self.store}: {self.site_id} {self.years[index]} was built again while it was being read; open the cube "
-                    "again"
+                    f"{self.store}: {self.site_id} {year} was built again while it was being read; "
+                    "open the cube again"
                 )
-
-    def _stamp(self, year: int) -> Any:
-        return _stamp(self.store, f"{self.site_id}/builds/{year}/zarr.json")
 
     def need_absent(self, key: str) -> None:
         """Raise CubeError if an absent object was committed. `key` is relative to the store."""
@@ -142,21 +144,25 @@ class Commits:
             )
 
 
-def _stamped(store: str, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
+def _marker_key(site_id: str, year: int) -> str:
+    return f"{marker_path(site_id, year)}/zarr.json"
+
+
+def _stamped_marker(store: Store, site_id: str, year: int) -> tuple[Any, dict[str, Any] | None]:
     """Return a marker and its stamp, from the same moment."""
-    key = f"{site_id}/builds/{year}/zarr.json"
+    key = _marker_key(site_id, year)
     while True:
-        before = _stamp(store, key)
+        stamp = _stamp_at(store, key)
         marker = marker_of(store, site_id, year, wait_s=PLACED_S)
-        if before == _stamp(store, key):
-            return before, marker
+        if stamp == _stamp_at(store, key):
+            return stamp, marker
 
 
-def _stamp(store: str, key: str) -> Any:
+def _stamp_at(store: Store, key: str) -> Any:
     """Return the stamp of an object; None if the object is missing."""
     try:
-        if "://" in store:
-            return objects(store).head(key)["e_tag"]
-        return stamp_of(os.stat(f"{store}/{key}"))  # noqa: PTH116  called at every read
+        if store.path is None:
+            return store.open_objects().head(key)["e_tag"]
+        return stamp_of(os.stat(f"{store.path}/{key}"))  # noqa: PTH116  called at every read
     except (FileNotFoundError, NotADirectoryError):  # the latter in a packed store
         return None

@@ -9,7 +9,7 @@ A window touches four to nine chunks of each year. `pixels` reads them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -19,9 +19,9 @@ import numpy.typing as npt
 import xarray as xr
 from xarray.core import indexing
 
-from minecube.cube.commits import Commits, Labels
-from minecube.cube.pixels import LazyPixels, Pixels
-from minecube.cube.store import site_group, sites
+from minecube.cube.read.commits import Commits, Labels
+from minecube.cube.read.pixels import LazyPixels, Pixels
+from minecube.cube.store import Store, sites
 from minecube.errors import CubeError
 
 VIEWS = ("year", "pair", "series")
@@ -55,8 +55,7 @@ class CubeDataset:
             different years or bands cannot share a batch.
     """
 
-    store: str
-    """A folder, a packed store, or an object-store URL."""
+    store: Store
     site_ids: Sequence[str] | None = None
     """Sites; default: all."""
     size: int = 160
@@ -78,34 +77,50 @@ class CubeDataset:
     def __post_init__(self) -> None:
         if self.view not in VIEWS or self.size < 1 or (self.step is not None and self.step < 1):
             raise CubeError(
-                f"windows: expected a view of {', '.join(VIEWS)}, sizes and steps of 1 or more, found {self}"
+                f"windows: expected a view of {', '.join(VIEWS)}, sizes and steps of 1 or more, "
+                f"found {self}"
             )
         self._sites = {
-            name: _Site.of(self.store, name, self.years)
+            name: _Site.open(self.store, name, self.years)
             for name in self.site_ids or sites(self.store)
         }
-        for what in ("bands", "years"):
-            each = {getattr(site, what) for site in self._sites.values()}
-            if len(each) > 1 and (what == "bands" or self.view == "series"):
-                raise CubeError(
-                    f"{self.store}: the sites differ in {what} ({' and '.join(map(str, sorted(each)[:2]))}), so their windows "
-                    f"do not fit into one batch; name sites that agree{' or years=' if what == 'years' else ''}"
-                )
-        for name, site in self._sites.items():
-            if self.view == "pair" and len(site.years) < 2:
-                raise CubeError(
-                    f"{self.store}: {name} has one year only, {site.years[0]}, so there is no pair of years"
-                )
+        self._need_common("bands", "name sites that agree")
+        if self.view == "series":
+            self._need_common("years", "name sites that agree or years=")
+        if self.view == "pair":
+            self._need_pairs()
         if self.step:
-            self._tiles = [
-                Window(site=name, years=years, y=y, x=x)
-                for name, site in self._sites.items()
-                for y in _corners(site.shape[0], self.size, self.step)
-                for x in _corners(site.shape[1], self.size, self.step)
-                for years in self._views(site)
-            ]
+            self._tiles = list(self._tile(self.step))
+
+    def _need_common(self, name: str, advice: str) -> None:
+        """Raise CubeError if the sites differ in their bands or years."""
+        values = sorted({getattr(site, name) for site in self._sites.values()})
+        if len(values) > 1:
+            raise CubeError(
+                f"{self.store}: the sites differ in {name} ({values[0]} and {values[1]}), so their "
+                f"windows do not fit into one batch; {advice}"
+            )
+
+    def _need_pairs(self) -> None:
+        """Raise CubeError if a site has one year only."""
+        for name, site in self._sites.items():
+            if len(site.years) < 2:
+                raise CubeError(
+                    f"{self.store}: {name} has one year only, {site.years[0]}, so there is no pair "
+                    "of years"
+                )
+
+    def _tile(self, step: int) -> Iterator[Window]:
+        """Yield the windows that cover the sites at this distance."""
+        for name, site in self._sites.items():
+            height, width = site.shape
+            for y in window_starts(height, self.size, step):
+                for x in window_starts(width, self.size, step):
+                    for years in self._views(site):
+                        yield Window(site=name, years=years, y=y, x=x)
 
     def _views(self, site: _Site) -> list[tuple[int, ...]]:
+        """List the years of the items at one place of a site."""
         if self.view == "series":
             return [site.years]
         return list(combinations(site.years, 1 if self.view == "year" else 2))
@@ -115,11 +130,11 @@ class CubeDataset:
             return len(self._tiles)
         if self.length is not None:
             return self.length
-        tiling = (
-            len(_corners(h, self.size, self.size)) * len(_corners(w, self.size, self.size))
-            for h, w in self._shapes()
+        return sum(
+            len(window_starts(height, self.size, self.size))
+            * len(window_starts(width, self.size, self.size))
+            for height, width in self._shapes()
         )
-        return sum(tiling)
 
     def _shapes(self) -> list[tuple[int, int]]:
         return [site.shape for site in self._sites.values()]
@@ -131,10 +146,10 @@ class CubeDataset:
         if self.step:
             return self._tiles[index]
         rng = np.random.default_rng([self.seed, index])
-        area = np.array([h * w for h, w in self._shapes()], dtype=np.float64)
-        name = list(self._sites)[int(rng.choice(len(area), p=area / area.sum()))]
+        areas = np.array([height * width for height, width in self._shapes()], dtype=np.float64)
+        name = list(self._sites)[int(rng.choice(len(areas), p=areas / areas.sum()))]
         site = self._sites[name]
-        y, x = (int(rng.integers(max(n - self.size, 0) + 1)) for n in site.shape)
+        y, x = (int(rng.integers(max(length - self.size, 0) + 1)) for length in site.shape)
         views = self._views(site)
         return Window(site=name, years=views[int(rng.integers(len(views)))], y=y, x=x)
 
@@ -151,7 +166,7 @@ class CubeDataset:
     @property
     def forkable(self) -> bool:
         """Whether forked processes may cut windows, too."""
-        return "://" not in self.store
+        return self.store.path is not None
 
     def years_of(self, site: str) -> tuple[int, ...]:
         """Return the years of a site's windows, ascending."""
@@ -168,8 +183,12 @@ class CubeDataset:
 
         Their shapes are [year, band, size, size] and [year, size, size].
         """
-        of, at = self._sites[site], [self._sites[site].index[year] for year in years]
-        return of.reflectance.cut(at, y, x, size), of.footprint.cut(at, y, x, size)
+        stored = self._sites[site]
+        indices = [stored.index[year] for year in years]
+        return (
+            stored.reflectance.cut(indices, y, x, size),
+            stored.footprint.cut(indices, y, x, size),
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         window = self.window(index)
@@ -184,23 +203,28 @@ class CubeDataset:
         }
 
 
-def open_reflectance(store: str, site_id: str) -> xr.DataArray:
+def open_reflectance(store: Store, site_id: str) -> xr.DataArray:
     """Open reflectance of a site's committed years: lazy, without Dask, and fast to read in rows.
 
     Raises:
         CubeError: the site is missing or has no committed year.
     """
-    site, group = _Site.of(store, site_id, None), site_group(store, site_id, "r")
-    pixels = site.reflectance
+    site = _Site.open(store, site_id, None)
+    group = store.open_site(site_id)
     coords = {name: group[name][:] for name in ("year", "band", "y", "x")}
-    coords["band"] = np.array([str(b) for b in coords["band"]], dtype=object)
-    lazy = indexing.LazilyIndexedArray(LazyPixels(pixels))
-    found = xr.DataArray(lazy, dims=("year", "band", "y", "x"), coords=coords, name="reflectance")
-    found.encoding["chunks"] = (1, pixels.shape[1], *pixels.chunk)
-    return found.sel(year=list(site.years))
+    coords["band"] = np.array([str(band) for band in coords["band"]], dtype=object)
+    pixels = site.reflectance
+    reflectance = xr.DataArray(
+        indexing.LazilyIndexedArray(LazyPixels(pixels)),
+        dims=("year", "band", "y", "x"),
+        coords=coords,
+        name="reflectance",
+    )
+    reflectance.encoding["chunks"] = (1, pixels.shape[1], *pixels.chunk)
+    return reflectance.sel(year=list(site.years))
 
 
-def _corners(length: int, size: int, step: int) -> list[int]:
+def window_starts(length: int, size: int, step: int) -> list[int]:
     """Return the starts of windows along one side."""
     last = max(length - size, 0)
     return [*range(0, last, step), last]
@@ -221,21 +245,21 @@ class _Site:
         return height, width
 
     @classmethod
-    def of(cls, store: str, name: str, years: Sequence[int] | None) -> _Site:
-        group = site_group(store, name, "r")
-        commits = Commits.of(store, name)
+    def open(cls, store: Store, name: str, years: Sequence[int] | None) -> _Site:
+        group = store.open_site(name)
+        commits = Commits.read(store, name)
         committed = sorted(commits.committed)
-        lacking = sorted(set(years or ()) - set(committed))
-        if lacking or not committed:
-            there = ", ".join(map(str, committed)) or "none"
+        missing = sorted(set(years or ()) - set(committed))
+        if missing or not committed:
             raise CubeError(
-                f"{store}: {name} has no committed year {lacking[0] if lacking else ''}; committed are {there}"
+                f"{store}: {name} has no committed year {missing[0] if missing else ''}; committed "
+                f"are {', '.join(map(str, committed)) or 'none'}"
             )
-        at = {int(year): i for i, year in enumerate(group["year"][:])}
+        labels = Labels.read(store, name, "footprint")
         return cls(
             years=tuple(sorted(years or committed)),
-            index=at,
+            index={int(year): index for index, year in enumerate(group["year"][:])},
             bands=tuple(map(str, group["band"][:])),
-            reflectance=Pixels.of(store, f"{name}/reflectance", commits),
-            footprint=Pixels.of(store, f"{name}/footprint", Labels.of(store, name, "footprint")),
+            reflectance=Pixels.open(store, f"{name}/reflectance", commits),
+            footprint=Pixels.open(store, f"{name}/footprint", labels),
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,19 +26,17 @@ import pandas as pd
 import zarr
 
 from minecube.catalog import recipe_of
-from minecube.cube.builds import PLACING, STAGED, WITHDRAWN, note_incomplete, run_of, staged_year
-from minecube.cube.store import (
-    NAMED,
-    Summing,
-    begin_group,
-    group_at,
-    group_of,
-    objects,
-    sealed,
-    site_group,
-    sum_of,
-    summing,
+from minecube.cube.checksums import ChecksumStore, sealed, sum_of
+from minecube.cube.markers import (
+    PLACING,
+    STAGED,
+    WITHDRAWN,
+    marker_path,
+    note_incomplete,
+    staged_year,
 )
+from minecube.cube.provenance import run_of
+from minecube.cube.store import DESCRIPTION, Store
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -45,17 +44,17 @@ log = logging.getLogger(__name__)
 
 def staging_path(site_id: str, year: int, run: str) -> str:
     """Return the path of the staging group of a site-year and run."""
-    return f"{site_id}/builds/{year}.{run}{STAGED}"
+    return f"{marker_path(site_id, year)}.{run}{STAGED}"
 
 
 @dataclass
 class Staging:
     """Arrays of a site-year under construction, and notes on its blocks."""
 
-    store: str
+    store: Store
     site_id: str
     year: int
-    target: Summing
+    target: ChecksumStore
     group: zarr.Group
     arrays: dict[str, zarr.Array]
     """Variable -> array [1, ..., y, x]."""
@@ -74,32 +73,33 @@ class Staging:
         self, blocks: Sequence[str], checksums: Mapping[str, Any], counts: bytes | None
     ) -> None:
         """Note blocks as done, with their read counts, in one write: both are kept or neither."""
-        noted: dict[str, Any] = {"blocks": list(blocks), "checksums": dict(checksums)}
+        notes: dict[str, Any] = {"blocks": list(blocks), "checksums": dict(checksums)}
         if counts is not None:
-            noted["reads"] = base64.b64encode(counts).decode()
-        self.group.attrs.put(noted)
+            notes["reads"] = base64.b64encode(counts).decode()
+        self.group.attrs.put(notes)
 
-    def commit(self, provenance: Mapping[str, Any], blobs: Mapping[str, bytes]) -> None:
-        """Commit the year with this provenance and these bytes, and put its objects in place.
+    def commit(self, provenance: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Commit the year with this provenance and these files, and put its objects in place.
 
-        `blobs` holds `scenes`, and `reads` if reads were counted.
+        `files` holds `scenes`, and `reads` if reads were counted.
         """
-        for name, content in blobs.items():
+        for name, content in files.items():
             put_bytes(self.group, name, content)
-        written = self.target.below(self.group.path, self.group.path)
-        kept = {
-            f"builds/{self.year}/{key}": value
-            for key, value in written.items()
-            if key.split("/")[0] in blobs
+        checksums = {
+            f"builds/{self.year}/{key}": checksum
+            for key, checksum in self.target.checksums_below(
+                self.group.path, self.group.path
+            ).items()
+            if key.split("/")[0] in files
         }
-        index = year_index(site_group(self.store, self.site_id, "r"), self.year)
-        for key, value in self.checksums.items():
-            kept[_placed_key(key, index)] = value
-        made = sealed({**provenance, "checksums": kept})
-        marker = zarr.open_group(
-            self.target, path=f"{self.site_id}/builds/{self.year}", mode="a", use_consolidated=False
-        )
-        marker.attrs.put({PLACING: {"made": made, "staging": self.group.path}})  # the commit
+        index = year_index(self.store.open_site(self.site_id), self.year)
+        for key, checksum in self.checksums.items():
+            checksums[_placed_key(key, index)] = checksum
+        provenance = sealed({**provenance, "checksums": checksums})
+        path = marker_path(self.site_id, self.year)
+        marker = zarr.open_group(self.target, path=path, mode="a", use_consolidated=False)
+        # The commit:
+        marker.attrs.put({PLACING: {"made": provenance, "staging": self.group.path}})
         finish(self.store, self.site_id, self.year)
 
 
@@ -109,12 +109,12 @@ def year_index(group: zarr.Group, year: int) -> int:
     Raises:
         CubeError: the cube has no room for the year.
     """
-    there = [int(y) for y in group["year"][:]]
-    if year not in there:
+    years = [int(value) for value in group["year"][:]]
+    if year not in years:
         raise CubeError(
-            f"year {year} is not in the cube, which has {there[0]}..{there[-1]}; build it first"
+            f"year {year} is not in the cube, which has {years[0]}..{years[-1]}; build it first"
         )
-    return there.index(year)
+    return years.index(year)
 
 
 def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
@@ -124,24 +124,29 @@ def put_bytes(group: zarr.Group, name: str, content: bytes) -> None:
 
 
 def open_staging(
-    store: str, site_id: str, year: int, names: Sequence[str], run: str, before: bytes | None
+    store: Store,
+    site_id: str,
+    year: int,
+    names: Sequence[str],
+    run: str,
+    initial_counts: bytes | None,
 ) -> Staging:
     """Open the staging group of a run, with the blocks left by an earlier process of the same run.
 
     Args:
-        store: local path or object-store URL.
+        store: the cubes.
         site_id: the site.
         year: a year of the cube.
         names: variables to build.
         run: identity of the build (`run_of`). Remains of other runs of the year are removed.
-        before: read counts at the start of this process. Staged blocks with other counts are
-            removed.
+        initial_counts: read counts at the start of this process. Staged blocks with other
+            counts are removed.
     """
     path = staging_path(site_id, year, run)
-    target = summing(store)
-    group = group_at(store, path)
+    target = store.open_with_checksums()
+    group = store.find_group(path)
     _discard_others(store, site_id, year, keep=path)
-    if group is None or not _is_resumable(store, path, group, before):
+    if group is None or not _is_resumable(store, path, group, initial_counts):
         _remove(store, path)
         _empty_unfinished(store, site_id, year)
         cube = zarr.open_group(target, path=site_id, mode="r+", use_consolidated=False)
@@ -155,16 +160,14 @@ def open_staging(
     return Staging(store, site_id, year, target, group, arrays)
 
 
-def _is_resumable(store: str, path: str, group: zarr.Group, before: bytes | None) -> bool:
-    """Whether the read counts equal `before` and all noted shards exist with their sizes."""
+def _is_resumable(store: Store, path: str, group: zarr.Group, initial_counts: bytes | None) -> bool:
+    """Whether the read counts are the initial ones, and all noted shards exist with their sizes."""
     counts = counts_of(group)
-    if (
-        "blocks" not in group.attrs
-        or counts != before
-        or ("reads" in group.attrs and counts is None)
-    ):
+    if "blocks" not in group.attrs or counts != initial_counts:
         return False
-    raw = objects(store)
+    if "reads" in group.attrs and counts is None:
+        return False
+    raw = store.open_objects()
     try:
         return all(
             raw.head(f"{path}/{key}")["size"] == size
@@ -199,63 +202,69 @@ def counts_of(group: zarr.Group) -> bytes | None:
     return content
 
 
-def reads_so_far(store: str, provenance: Mapping[str, Any]) -> bytes | None:
+def reads_so_far(store: Store, provenance: Mapping[str, Any]) -> bytes | None:
     """Return the read counts of an interrupted run of the same build; None if missing."""
-    group = group_at(
-        store, staging_path(provenance["site"], provenance["year"], run_of(provenance))
-    )
+    path = staging_path(provenance["site"], provenance["year"], run_of(provenance))
+    group = store.find_group(path)
     return None if group is None else counts_of(group)
 
 
-def discard(store: str, site_id: str, year: int) -> None:
+def _staging_groups(store: Store, site_id: str, year: int) -> list[str]:
+    """List the paths of the staging groups of a year."""
+    folders = store.open_objects().list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
+    paths = [folder.rstrip("/") for folder in folders]
+    names = [path.rpartition("/")[2] for path in paths]
+    return [
+        path
+        for path, name in zip(paths, names, strict=True)
+        if name.endswith(STAGED) and staged_year(name) == year
+    ]
+
+
+def is_begun(store: Store, site_id: str, year: int) -> bool:
+    """Whether an unfinished build of a year exists."""
+    return bool(_staging_groups(store, site_id, year))
+
+
+def discard(store: Store, site_id: str, year: int) -> None:
     """Remove all remains of builds of a year."""
     _discard_others(store, site_id, year, keep="")
 
 
-def _discard_others(store: str, site_id: str, year: int, keep: str) -> None:
+def _discard_others(store: Store, site_id: str, year: int, keep: str) -> None:
     """Remove all remains of builds of a year except one group."""
-    below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
-    for path in (found.rstrip("/") for found in below):
-        name = path.rpartition("/")[2]
-        if name.endswith(STAGED) and staged_year(name) == year and path != keep:
+    for path in _staging_groups(store, site_id, year):
+        if path != keep:
             _remove(store, path)
 
 
-def is_begun(store: str, site_id: str, year: int) -> bool:
-    """Whether an unfinished build of a year exists."""
-    below = objects(store).list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
-    names = [found.rstrip("/").rpartition("/")[2] for found in below]
-    return any(name.endswith(STAGED) and staged_year(name) == year for name in names)
-
-
-def _remove(store: str, path: str) -> None:
+def _remove(store: Store, path: str) -> None:
     """Remove a staging group if it exists."""
-    group = group_at(store, path, "r+")
+    group = store.find_group(path, "r+")
     if group is not None:
         group.attrs.put({})  # first: no block may count as done without its shards
     parent, _, name = path.rpartition("/")
     with contextlib.suppress(FileNotFoundError, KeyError):
-        del group_of(store, parent, "r+")[name]
+        del store.open_group(parent, "r+")[name]
 
 
-def finish(store: str, site_id: str, year: int) -> None:
+def finish(store: Store, site_id: str, year: int) -> None:
     """Put the objects of a committed year in place after a killed run.
 
     If an object is lost, the commit is withdrawn. The year can then be built again.
     """
-    marker = group_at(store, f"{site_id}/builds/{year}", "r+")
-    if marker is None or PLACING not in marker.attrs:
+    group = store.find_group(marker_path(site_id, year), "r+")
+    if group is None or PLACING not in group.attrs:
         return
-    made = marker.attrs[PLACING]["made"]
-    staged = marker.attrs[PLACING]["staging"]
-    cube = site_group(store, site_id, "r")
-    index = year_index(cube, year)
-    for key in sorted({*made["checksums"], *_shard_keys(cube, index)}):
-        if key not in made["checksums"]:
-            _delete(store, [f"{site_id}/{key}"])  # of the replaced year
-        elif not _place(
-            store, f"{staged}/{_staged_key(key)}", f"{site_id}/{key}", made["checksums"][key]
-        ):
+    marker = group.attrs[PLACING]["made"]
+    staged = group.attrs[PLACING]["staging"]
+    checksums = marker["checksums"]
+    cube = store.open_site(site_id)
+    for key in sorted({*checksums, *_shard_keys(cube, year_index(cube, year))}):
+        place = f"{site_id}/{key}"
+        if key not in checksums:
+            _delete(store, [place])  # of the replaced year
+        elif not _place(store, f"{staged}/{_staged_key(key)}", place, checksums[key]):
             log.warning(
                 "%s: %s %s lost %s before it was in place; the year is built again",
                 store,
@@ -265,18 +274,18 @@ def finish(store: str, site_id: str, year: int) -> None:
             )
             withdraw(store, site_id, year)
             return
-    if "reads" in made:
+    if "reads" in marker:
         note_incomplete(store, site_id)
     discard(store, site_id, year)
-    marker.attrs.put(made)  # last: after a kill, the next run finishes the work
+    group.attrs.put(marker)  # last: after a kill, the next run finishes the work
 
 
-def _place(store: str, source: str, target: str, checksum: Sequence[Any]) -> bool:
+def _place(store: Store, source: str, target: str, checksum: Sequence[Any]) -> bool:
     """Rename an object to its place. Returns whether it is in place.
 
     An object renamed earlier must match its checksum.
     """
-    raw = objects(store)
+    raw = store.open_objects()
     try:
         raw.rename(source, target)
     except FileNotFoundError:
@@ -289,53 +298,50 @@ def _place(store: str, source: str, target: str, checksum: Sequence[Any]) -> boo
 
 def _placed_key(key: str, index: int) -> str:
     """Return the final key of a staged shard: its first chunk index becomes that of the year."""
-    name, _, rest = key.partition("/c/0/")
-    return f"{name}/c/{index}/{rest}"
+    name, _, chunk = key.partition("/c/0/")
+    return f"{name}/c/{index}/{chunk}"
 
 
 def _staged_key(key: str) -> str:
     """Return the staged key of a committed object. Both keys are relative to their groups."""
-    first, *rest = key.split("/")
-    if first == "builds":
-        return "/".join(rest[1:])
-    return "/".join([first, "c", "0", *rest[2:]])
+    name, *parts = key.split("/")
+    if name == "builds":
+        return "/".join(parts[1:])
+    return "/".join([name, "c", "0", *parts[2:]])
 
 
-def built_names(cube: zarr.Group) -> list[str]:
-    """Return the names of the variables written by builds."""
-    return ["reflectance", *recipe_of(cube.attrs[NAMED]["recipe"]).layers]
+def shard_grid(array: zarr.Array) -> list[tuple[int, int]]:
+    """List row and column of each shard of a year."""
+    rows, columns = (
+        -(-length // side) for length, side in zip(array.shape[-2:], array.shards[-2:], strict=True)
+    )
+    return list(itertools.product(range(rows), range(columns)))
 
 
 def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
     """Yield the keys of all possible shards of a year, in the variables written by builds."""
-    for name in built_names(cube):
+    for name in ("reflectance", *recipe_of(cube.attrs[DESCRIPTION]["recipe"]).layers):
         array = cube[name]
-        rows, columns = (
-            -(-n // side) for n, side in zip(array.shape[-2:], array.shards[-2:], strict=True)
-        )
-        for row in range(rows):
-            for column in range(columns):
-                key = array.metadata.encode_chunk_key(
-                    (index, *(0,) * (array.ndim - 3), row, column)
-                )
-                yield f"{name}/{key}"
+        for row, column in shard_grid(array):
+            chunk = (index, *(0,) * (array.ndim - 3), row, column)
+            yield f"{name}/{array.metadata.encode_chunk_key(chunk)}"
 
 
-def _empty_unfinished(store: str, site_id: str, year: int) -> None:
+def _empty_unfinished(store: Store, site_id: str, year: int) -> None:
     """Remove pixels of an uncommitted year, left by older versions or a killed withdrawal."""
-    marker = group_at(store, f"{site_id}/builds/{year}", "r+")
+    marker = store.find_group(marker_path(site_id, year), "r+")
     if marker is None or not marker.attrs or "build_id" in marker.attrs:
         return
-    cube = site_group(store, site_id, "r")
+    cube = store.open_site(site_id)
     _delete(store, (f"{site_id}/{key}" for key in _shard_keys(cube, year_index(cube, year))))
     marker.attrs.put({})
 
 
-def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> None:
+def withdraw(store: Store, site_id: str, year: int, judged: str | None = None) -> None:
     """Withdraw the commit of a year, and remove its staged objects and the pixels in its marker.
 
     Args:
-        store: local path or object-store URL.
+        store: the cubes.
         site_id: the site.
         year: the year. A damaged marker lists no pixels.
         judged: `sha256` of the faulty marker; None for any marker.
@@ -343,27 +349,33 @@ def withdraw(store: str, site_id: str, year: int, judged: str | None = None) -> 
     Raises:
         BusyError: the year has been built again since the check.
     """
-    path = f"{site_id}/builds/{year}"
-    try:
-        marker = group_at(store, path)
-        attrs = {} if marker is None else dict(marker.attrs)
-    except CubeError:
-        attrs = {}
+    path = marker_path(site_id, year)
+    attrs = _attributes_at(store, path)
     if judged is not None and attrs.get("sha256") not in (judged, None):
         raise BusyError(
             f"{store}: {site_id} {year} was built again since it was verified; verify it again"
         )
-    listed = attrs.get(WITHDRAWN, attrs.get(PLACING, {}).get("made", attrs).get("checksums", ()))
-    pixels = [key for key in listed if not key.startswith("builds/")]
-    begin_group(store, path, {WITHDRAWN: pixels})
+    committed = attrs.get(PLACING, {}).get("made", attrs)
+    objects = attrs.get(WITHDRAWN, committed.get("checksums", ()))
+    pixels = [key for key in objects if not key.startswith("builds/")]
+    store.begin_group(path, {WITHDRAWN: pixels})
     _delete(store, (f"{site_id}/{key}" for key in pixels))
     discard(store, site_id, year)
-    begin_group(store, path, {})
+    store.begin_group(path, {})
 
 
-def _delete(store: str, keys: Iterable[str]) -> None:
+def _attributes_at(store: Store, path: str) -> dict[str, Any]:
+    """Return the attributes of a group; empty if it is missing or damaged."""
+    try:
+        group = store.find_group(path)
+    except CubeError:
+        return {}
+    return {} if group is None else dict(group.attrs)
+
+
+def _delete(store: Store, keys: Iterable[str]) -> None:
     """Remove objects if they exist."""
-    raw = objects(store)
+    raw = store.open_objects()
     for key in keys:
         with contextlib.suppress(FileNotFoundError):
             raw.delete(key)

@@ -16,9 +16,9 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 from xarray.core import indexing
 
-from minecube.cube.commits import Commits, Labels
-from minecube.cube.pixels import LazyPixels, Pixels
-from minecube.cube.store import reading, site_group, zarr_store
+from minecube.cube.read.commits import Commits, Labels, Watch
+from minecube.cube.read.pixels import LazyPixels, Pixels
+from minecube.cube.store import Store
 from minecube.cube.template import LABELS, WRITTEN_LATER, grid_in
 from minecube.errors import CubeError
 
@@ -26,7 +26,7 @@ REFLECTANCE_SCALE = 10_000
 """Stored reflectance per unit of surface reflectance."""
 
 
-def open_cube(store: str, site_id: str) -> xr.Dataset:
+def open_cube(store: Store, site_id: str) -> xr.Dataset:
     """Open a site's cube with all its years, lazily. A year without a commit reads as no data.
 
     Dimensions are year, band, y, x. `cube/__init__.py` lists the variables. Attributes are text and
@@ -36,16 +36,16 @@ def open_cube(store: str, site_id: str) -> xr.Dataset:
         CubeError: the site is missing, or the store is not of minecube. Also raised on reading, if
             a year was rebuilt or a shard is missing or damaged.
     """
-    return _open(Commits.of(store, site_id))
+    return _open(Commits.read(store, site_id))
 
 
-def open_committed(store: str, site_id: str) -> xr.Dataset:
+def open_committed(store: Store, site_id: str) -> xr.Dataset:
     """Open a site's cube as `open_cube`, with committed years only. Use this to read a cube.
 
     Raises:
         CubeError: as `open_cube`, or the site has no committed year.
     """
-    commits = Commits.of(store, site_id)
+    commits = Commits.read(store, site_id)
     if not commits.committed:
         raise CubeError(
             f"{store}: {site_id} has no committed year; run `minecube build` until it says built"
@@ -57,30 +57,33 @@ def _open(commits: Commits) -> xr.Dataset:
     """Open the cube with these markers."""
     store = commits.store
     site_id = commits.site_id
-    with reading(store, site_id):
+    with store.reading(site_id):
         opened: xr.Dataset = xr.open_zarr(
-            zarr_store(store), group=site_id, consolidated=False, chunks=None
+            store.open_zarr(), group=site_id, consolidated=False, chunks=None
         )
         opened["year"].load()
         for name, array in opened.data_vars.items():
             if array.dims[:1] == ("year",):
-                watch = Labels.of(store, site_id, str(name)) if name in LABELS else commits
-                opened[name] = _lazy(array.variable, Pixels.of(store, f"{site_id}/{name}", watch))
+                watch: Watch = commits
+                if name in LABELS:
+                    watch = Labels.read(store, site_id, str(name))
+                pixels = Pixels.open(store, f"{site_id}/{name}", watch)
+                opened[name] = _chunk(array.variable, pixels)
     for variable in opened.variables.values():
         variable.encoding = {}
     # A run killed while making room for more years leaves room without a name.
     opened = opened.isel(year=np.flatnonzero(opened["year"] > 0))
-    return opened.assign_attrs({name: _plain(value) for name, value in opened.attrs.items()})
+    return opened.assign_attrs({name: _flatten(value) for name, value in opened.attrs.items()})
 
 
-def grid_and_years(store: str, site_id: str) -> tuple[GeoBox, list[int]]:
+def grid_and_years(store: Store, site_id: str) -> tuple[GeoBox, list[int]]:
     """Read the grid of a site's cube, and all its years, from metadata.
 
     Raises:
         CubeError: the site is missing.
     """
-    group = site_group(store, site_id, "r")
-    with reading(store, site_id):
+    group = store.open_site(site_id)
+    with store.reading(site_id):
         return grid_in(group.attrs), [int(year) for year in group["year"][:]]
 
 
@@ -94,10 +97,10 @@ def as_float(cube: xr.Dataset) -> xr.Dataset:
     return cube.assign(reflectance=reflectance)
 
 
-def _lazy(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
+def _chunk(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
     """Wrap a variable in Dask chunks read by `pixels`, without checksums in its attributes."""
     attrs = {
-        name: _plain(value)
+        name: _flatten(value)
         for name, value in variable.attrs.items()
         if name == "origin" or name not in WRITTEN_LATER
     }
@@ -106,9 +109,9 @@ def _lazy(variable: xr.Variable, pixels: Pixels) -> xr.Variable:
     return lazy.chunk(dict(zip(variable.dims, chunk, strict=True)))
 
 
-def _plain(value: Any) -> Any:
+def _flatten(value: Any) -> Any:
     """Convert an attribute for NetCDF: nested values become JSON."""
-    nested = isinstance(value, dict) or (
-        isinstance(value, list) and any(isinstance(v, dict | list) for v in value)
-    )
-    return json.dumps(value) if nested else value
+    is_nested = isinstance(value, dict)
+    if isinstance(value, list):
+        is_nested = any(isinstance(item, dict | list) for item in value)
+    return json.dumps(value) if is_nested else value

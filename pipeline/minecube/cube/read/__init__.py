@@ -1,0 +1,1 @@
+"""Read cubes, windows for training, and predictions."""

@@ -1,0 +1,1 @@
+"""Write into a store: sites, site-years, labels, predictions, and packed files."""

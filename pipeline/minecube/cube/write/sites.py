@@ -1,0 +1,137 @@
+"""Create a site's group without pixels, or check an existing one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xarray as xr
+import zarr
+from odc.geo.geobox import GeoBox
+
+from minecube.catalog import Recipe, Site, as_dict
+from minecube.cube.locks import WAIT_S, hold
+from minecube.cube.store import DESCRIPTION, FORMAT, UNFINISHED_FORMAT, Store, is_unfinished
+from minecube.cube.template import (
+    encoding_of,
+    extend,
+    geozarr,
+    grid_in,
+    identities,
+    seal_group,
+    template,
+)
+from minecube.errors import CubeError
+
+
+def check(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> bool:
+    """Check the site's group against years, grid and recipe. Returns whether the group exists.
+
+    Raises:
+        CubeError: the group was made with another recipe or on another grid, lacks its metadata or
+            an array, or would need a new year before its last one.
+    """
+    group = store.find_group(site.id)
+    if group is None and store.has_objects(site.id):
+        raise CubeError(
+            f"{store}: {site.id} has lost its zarr.json, but has other objects; run "
+            "`minecube verify`"
+        )
+    if group is None or is_unfinished(group):
+        return False
+    group = store.open_site(site.id)
+    description = group.attrs[DESCRIPTION]
+    _check_recipe(store, site, description["recipe"], recipe)
+    missing = [name for name in description.get("arrays", ()) if name not in group]
+    if missing:
+        raise CubeError(f"{store}: {site.id} lacks its array {missing[0]!r}; run `minecube verify`")
+    if grid_in(group.attrs) != grid:
+        raise CubeError(
+            f"{store}: {site.id} lies on another grid, because its polygon or --margin has changed "
+            f"(the store has a margin of {description.get('margin', 0):g} m, asked for was "
+            f"{site.margin:g} m); use another --store"
+        )
+    _check_years(store, site, [int(year) for year in group["year"][:] if year > 0], years)
+    return True
+
+
+def _check_recipe(store: Store, site: Site, stored: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raise CubeError if a site was made with another recipe than this one."""
+    fields = as_dict(recipe)
+    changed = [name for name in fields if name != "title" and stored.get(name) != fields[name]]
+    if changed:
+        raise CubeError(
+            f"{store}: {site.id} was made with recipe {stored['id']!r}, which differs from "
+            f"{recipe.id!r} in {', '.join(changed)}; use the same recipe, or another --store"
+        )
+
+
+def _check_years(store: Store, site: Site, stored: Sequence[int], years: Sequence[int]) -> None:
+    """Raise CubeError if a year would have to be inserted before the last one."""
+    early = [year for year in years if year not in stored and year < stored[-1]]
+    if early:
+        raise CubeError(
+            f"{store}: {site.id} has years {stored[0]}..{stored[-1]}, and year {early[0]} cannot "
+            "be added before the last one; name all years in the first build, or use another "
+            "--store"
+        )
+
+
+def margin_of(store: Store, site_id: str) -> float | None:
+    """Return the margin of the site's grid in metres; None if the store has no such site."""
+    group = store.find_group(site_id)
+    if group is None or is_unfinished(group):
+        return None
+    return float(store.open_site(site_id).attrs[DESCRIPTION].get("margin", 0))
+
+
+def create(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
+    """Create the site's group for these years without pixels, or make room for missing years.
+
+    Raises:
+        BusyError: another run has held the group for minutes.
+        CubeError: as `check`, or the store cannot be written.
+    """
+    with store.writing(), hold(store, site.id, wait_s=WAIT_S):
+        if check(store, site, grid, years, recipe):
+            group = store.open_site(site.id, mode="r+")
+            extend(group, years)
+        else:
+            empty = template(grid, sorted(years), recipe)
+            empty.attrs |= {DESCRIPTION: {"format": UNFINISHED_FORMAT}, **geozarr(grid)}
+            group = _write_template(store, site.id, empty, recipe)
+            group.attrs[DESCRIPTION] = _describe(store, site, recipe, group)
+        seal_group(group)
+
+
+def _write_template(store: Store, site_id: str, empty: xr.Dataset, recipe: Recipe) -> zarr.Group:
+    """Write a site's metadata and coordinates. Returns the group, still marked as being made."""
+    target = store.open_zarr()
+    store.begin_group(site_id, {DESCRIPTION: {"format": UNFINISHED_FORMAT}})
+    empty.to_zarr(
+        target,
+        group=site_id,
+        mode="a",
+        compute=False,
+        consolidated=False,
+        zarr_format=3,
+        encoding={
+            str(name): encoding_of(variable, recipe) for name, variable in empty.data_vars.items()
+        },
+    )
+    return zarr.open_group(target, path=site_id, mode="r+", use_consolidated=False)
+
+
+def _describe(store: Store, site: Site, recipe: Recipe, group: zarr.Group) -> dict[str, Any]:
+    """Return the attribute `DESCRIPTION` of a complete group."""
+    description = {
+        "format": FORMAT,
+        "site": site.id,
+        "recipe": as_dict(recipe),
+        "arrays": identities(store, site.id, group),
+    }
+    if site.margin:  # 0 is not stored, as in older versions
+        description["margin"] = site.margin
+    if site.title:
+        description["title"] = site.title
+    return description
