@@ -42,8 +42,10 @@ def enlarge(x: Tensor, like: Tensor) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Attend from (n, a, channel) to (n, b, channel) by several heads; returns (n, a, channel)."""
-    by_head = [torch.unflatten(x, -1, (heads, -1)).transpose(1, 2) for x in (query, key, value)]
-    return functional.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
+    by_head = (torch.unflatten(x, -1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    queries, keys, values = by_head
+    attended = functional.scaled_dot_product_attention(queries, keys, values)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class Pyramid(nn.Module):

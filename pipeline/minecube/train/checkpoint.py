@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minecube.errors import ModelError
-from minecube.models.files import pickled, unpickled, write_whole
+from minecube.models.files import pickle, unpickle, write_whole
 
 FORMAT = "minecube-training-1"
 
@@ -48,7 +48,7 @@ def write_state(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         ModelError: The file cannot be written.
     """
-    write_whole(path, pickled({"format": FORMAT, **content}))
+    write_whole(path, pickle({"format": FORMAT, **content}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def read_state(path: Path) -> dict[str, Any]:
         found = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: the training's state cannot be read ({error})") from error
-    content = unpickled(found, foreign)
+    content = unpickle(found, foreign)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(foreign)
     return content
