@@ -913,7 +913,7 @@ def test_a_state_with_a_flipped_bit_is_not_gone_on_from(flat: None, tmp_path: Pa
         fit(SMALL, source, None, PLAIN, Run(checkpoint=path, progress=stop_at(7)))
     content, weight = (
         bytearray(path.read_bytes()),
-        checkpoint.read_state(path)["network"]["layers.0.weight"],
+        checkpoint.read_state(path)["network"]["layers.0.bias"],
     )
     at = bytes(content).index(weight.numpy().tobytes())
     content[at + 3] ^= 0x40  # in the exponent

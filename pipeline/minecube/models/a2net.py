@@ -36,8 +36,9 @@ def a2net(card: ModelCard) -> nn.Module:
     """
     if card.classes != ("changed",):
         raise ModelError(
-            f"model {card.id}: expected the class changed alone, found {', '.join(card.classes)}; A2Net sees only how far "
-            "two dates are apart, not which is the earlier, so it cannot tell new from removed: take another architecture"
+            f"model {card.id}: expected the class changed alone, found {', '.join(card.classes)}; "
+            "A2Net sees only how far two dates are apart, not which is the earlier, so it cannot "
+            "tell new from removed: take another architecture"
         )
     return A2Net(len(card.bands), len(card.classes), **options_of(card, width=64, encoder=1.0))
 

@@ -123,8 +123,8 @@ def _cut_windows(group: list[tuple[_Row[T], int]], side: int) -> Tensor:
     """Stack the windows of these rows and numbers."""
     windows = []
     for row, n in group:
-        left = row.strip.lefts[n]
-        windows.append(torch.as_tensor(row.strip.pixels)[..., left : left + side])
+        column = row.strip.lefts[n]
+        windows.append(torch.as_tensor(row.strip.pixels)[..., column : column + side])
     return torch.stack(windows)
 
 

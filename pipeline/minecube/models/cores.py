@@ -34,10 +34,10 @@ T = TypeVar("T")
 class _Sums(NamedTuple):
     """Result of neighbouring windows."""
 
-    left: int
+    column: int
     """First column of the first window."""
     total: Int64
-    """Weighted sums [time, class, window, column] from `left` on."""
+    """Weighted sums [time, class, window, column] from `column` on."""
     finite: Bool
     """Per window, whether all logits are finite."""
 
@@ -87,8 +87,8 @@ class _Calls:
         """Sum the weighted logits of the windows at `lefts` of a strip."""
         side = len(self._ramp)
         windows = self._allocate((len(lefts), *pixels.shape[1:3], side, side))
-        for window, left in zip(windows, lefts, strict=True):
-            cut_window(pixels, left, self._mean, self._std, window)
+        for window, column in zip(windows, lefts, strict=True):
+            cut_window(pixels, column, self._mean, self._std, window)
         logits = self._forward(torch.from_numpy(windows)).contiguous().numpy()
         total = np.zeros((*logits.shape[1:4], lefts[-1] - lefts[0] + side), np.int64)
         finite = np.empty(len(lefts), np.bool_)
@@ -104,18 +104,18 @@ class _Calls:
 
 
 @compiled
-def cut_window(strip: UInt16, left: int, mean: Float32, std: Float32, window: Float32) -> None:
+def cut_window(strip: UInt16, column: int, mean: Float32, std: Float32, window: Float32) -> None:
     """Write a window of a contiguous strip [row, time, band, column] into `window`.
 
     `window` is [time, band, row, column], bit by bit as from `network.normalise`.
     """
-    times, bands, rows, side = window.shape
+    dates, bands, rows, side = window.shape
     for y in range(rows):
-        for t in range(times):
+        for t in range(dates):
             for band in range(bands):
                 centre = mean[band]
                 unit = std[band]
-                values = strip[y, t, band, left : left + side]
+                values = strip[y, t, band, column : column + side]
                 output = window[t, band, y]
                 for x in range(side):
                     if values[x]:
@@ -171,6 +171,6 @@ def _sum_row(strip: Strip[T], calls: list[Future[_Sums]]) -> tuple[T, Tensor, Te
     if row.shape[-1] < columns:
         row = np.zeros((*row.shape[:-1], columns), np.int64)
         for group in groups:
-            row[..., group.left : group.left + group.total.shape[-1]] += group.total
+            row[..., group.column : group.column + group.total.shape[-1]] += group.total
     finite = np.concatenate([group.finite for group in groups])
     return strip.tag, torch.from_numpy(row), torch.from_numpy(finite)

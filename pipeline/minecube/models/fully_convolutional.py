@@ -58,7 +58,7 @@ class FullyConvolutional(nn.Module):
     ) -> None:
         super().__init__()
         self.skip = skip
-        # Dates in the first layer's input, and per level copies of features skipping to the decoder.
+        # Dates in the first layer's input, and copies of a level's features for the decoder.
         dates, copies = {"early": (2, 1), "both": (1, 2), "difference": (1, 1)}[skip]
         channels = [width * 2**level for level in range(4)]
         inputs = [bands * dates, *channels[:-1]]

@@ -137,18 +137,20 @@ class Blend:
             levels = blend_rows(row, overlap, self._ramp, weight, self._limits, start)
         else:
             arrays = (t.numpy() for t in (row, overlap, self._ramp, weight, self._limits))
-            sums, above, ramp, divisor, limits = arrays
-            levels = torch.from_numpy(blend_rows_on_cpu(sums, above, ramp, divisor, limits, start))
+            sums, previous, ramp, divisor, limits = arrays
+            levels = torch.from_numpy(
+                blend_rows_on_cpu(sums, previous, ramp, divisor, limits, start)
+            )
         self._overlap = row[..., self._layout.step :, :].contiguous()
         return levels
 
 
-def add_window(row: Tensor, left: int, window: Tensor) -> None:
+def add_window(row: Tensor, column: int, window: Tensor) -> None:
     """Add one window [..., window, window] from `weight_logits` to its row, in place.
 
     The row is int64 [..., window, columns].
     """
-    row[..., left : left + window.shape[-1]] += window
+    row[..., column : column + window.shape[-1]] += window
 
 
 @compiled
@@ -158,10 +160,10 @@ def sum_windows(logits: Float32, lefts: IntP, ramp: Int64, total: Int64, finite:
     Windows are [window, time, class, row, x], the row [time, class, row, column]. `finite` marks
     the windows with only finite logits.
     """
-    windows, times, classes, rows, side = logits.shape
+    windows, dates, classes, rows, side = logits.shape
     for n in range(windows):
         invalid = False
-        for t in range(times):
+        for t in range(dates):
             for c in range(classes):
                 for y in range(rows):
                     values = logits[n, t, c, y]
@@ -204,19 +206,19 @@ def blend_rows_on_cpu(
     start: tuple[int, int],
 ) -> UInt8:
     """Compute `blend_rows` in one pass."""
-    times, classes, rows, columns = row.shape
+    dates, classes, rows, columns = row.shape
     height, width = weight.shape
-    levels = np.empty((times, classes, height, width), np.uint8)
-    for t in range(times):
+    levels = np.empty((dates, classes, height, width), np.uint8)
+    for t in range(dates):
         for c in range(classes):
             for y in range(rows):
                 sums = row[t, c, y]
                 for x in range(columns):
                     sums[x] *= ramp[y]
                 if y < overlap.shape[2]:
-                    above = overlap[t, c, y]
+                    previous = overlap[t, c, y]
                     for x in range(columns):
-                        sums[x] += above[x]
+                        sums[x] += previous[x]
             for y in range(height):
                 sums = row[t, c, start[0] + y, start[1] : start[1] + width]
                 output = levels[t, c, y]

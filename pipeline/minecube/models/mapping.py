@@ -91,7 +91,8 @@ def _check_pairs(card: ModelCard, years: View, pairs: Sequence[View]) -> None:
     expected = f"model {card.id}: expected pairs of two of the years {', '.join(map(str, years))}, "
     if not pairs:
         raise ModelError(
-            f"{expected}found none as asked for; name other pairs or gaps, or leave them out for all"
+            f"{expected}found none as asked for; name other pairs or gaps, or leave them out for "
+            "all"
         )
     for pair in pairs:
         if len(pair) != 2 or pair[0] >= pair[1] or not set(pair) <= set(years):
@@ -164,7 +165,7 @@ def predict(
         cube = cube.expand_dims("year")
     card = trained.card
     views = views_of(card, [int(year) for year in cube["year"]], pairs)
-    shape = (len(views), _count_times(card, views[0]), len(card.classes))
+    shape = (len(views), _count_dates(card, views[0]), len(card.classes))
     maps = np.empty((*shape, cube.sizes["y"], cube.sizes["x"]), np.uint8)
     for rows in Mapper(trained, compute).rows(cube, views, progress):
         maps[views.index(rows.view), :, :, rows.y : rows.y + rows.values.shape[-2]] = rows.values
@@ -280,8 +281,8 @@ class Mapper:
                     progress(number * len(layout.lefts), total)
                 site, window = layout.finished_rows(row.top)
                 if site.stop > site.start:
-                    known = row.known[:, None, window]
-                    values = np.where(known, levels.numpy(), np.uint8(UNKNOWN))
+                    valid = row.valid[:, None, window]
+                    values = np.where(valid, levels.numpy(), np.uint8(UNKNOWN))
                     yield MapRows(view=row.view, y=site.start, values=values)
 
     def _prepare(self, view: View) -> Forward:
@@ -321,12 +322,12 @@ class _WindowRow:
     view: View
     top: int
     lefts: tuple[int, ...]
-    """First columns of the windows to compute, each with a known pixel."""
-    known: Bool
-    """[time, window, x] of the site: pixels known in the map."""
+    """First columns of the windows to compute, each with a valid pixel."""
+    valid: Bool
+    """[time, window, x] of the site: observed pixels; for change, in both years."""
 
 
-def _count_times(card: ModelCard, view: View) -> int:
+def _count_dates(card: ModelCard, view: View) -> int:
     return len(view) if card.task == "series" else 1
 
 
@@ -341,9 +342,9 @@ def _check_finite(card: ModelCard, layout: Layout, row: _WindowRow, finite: Tens
     y = max(row.top - layout.margin, 0)
     x = max(left - layout.margin, 0)
     raise ModelError(
-        f"model {card.id}: a logit is not a number in {_join_years(row.view)}, in the window at row "
-        f"{y}, column {x}; this map is not kept: look at the reflectance there, or train the model "
-        "again"
+        f"model {card.id}: a logit is not a number in {_join_years(row.view)}, in the window at "
+        f"row {y}, column {x}; this map is not kept: look at the reflectance there, or train the "
+        "model again"
     )
 
 
@@ -359,8 +360,8 @@ def _blend_rows(
         if row.top == 0:
             blend = Blend(layout, device)
         if not row.lefts:
-            times = _count_times(card, row.view)
-            shape = (times, len(card.classes), layout.window_px, len(layout.columns))
+            dates = _count_dates(card, row.view)
+            shape = (dates, len(card.classes), layout.window_px, len(layout.columns))
             total = torch.zeros(shape, dtype=torch.int64, device=device)
         yield row, blend.down(row.top, total), finite
 
@@ -385,20 +386,20 @@ def _read_strips(
             while buffer.stop <= rows.max():
                 part = slice(buffer.stop, min(buffer.stop + read_rows, layout.height))
                 buffer.append(cube.isel(year=positions, y=part).to_numpy(), int(start))
-            known = buffer.known[buffer.index(rows)].transpose(1, 0, 2)
+            valid = buffer.observed[buffer.index(rows)].transpose(1, 0, 2)
             if task == "change":
-                known = np.logical_and.reduce(known, axis=0, keepdims=True)
-            lefts = _lefts_with_known(layout, known)
+                valid = np.logical_and.reduce(valid, axis=0, keepdims=True)
+            lefts = _lefts_with_valid(layout, valid)
             yield Strip(
-                tag=_WindowRow(view=view, top=top, lefts=lefts, known=known),
+                tag=_WindowRow(view=view, top=top, lefts=lefts, valid=valid),
                 pixels=buffer.pixels[buffer.index(rows)].transpose(1, 2, 0, 3),
                 lefts=lefts,
             )
 
 
-def _lefts_with_known(layout: Layout, known: Bool) -> tuple[int, ...]:
-    """Return the first columns of windows with a known pixel; other windows only touch unknown."""
-    columns = np.logical_or.reduce(known, axis=(0, 1))[layout.columns]
+def _lefts_with_valid(layout: Layout, valid: Bool) -> tuple[int, ...]:
+    """Return the first columns of windows with a valid pixel; other windows only touch unknown."""
+    columns = np.logical_or.reduce(valid, axis=(0, 1))[layout.columns]
     side = layout.window_px
     return tuple(left for left in layout.lefts if columns[left : left + side].any())
 
@@ -409,10 +410,10 @@ class _RowBuffer:
     Rows come first, so any range of rows with all bands is contiguous.
     """
 
-    def __init__(self, layout: Layout, times: int, bands: int) -> None:
-        self.pixels: UInt16 = np.empty((0, times, bands, len(layout.columns)), np.uint16)
+    def __init__(self, layout: Layout, dates: int, bands: int) -> None:
+        self.pixels: UInt16 = np.empty((0, dates, bands, len(layout.columns)), np.uint16)
         """[row, time, band, column]."""
-        self.known: Bool = np.empty((0, times, layout.width), np.bool_)
+        self.observed: Bool = np.empty((0, dates, layout.width), np.bool_)
         """[row, time, x] of the site: every band is observed."""
         self._layout = layout
         self._start = 0
@@ -426,7 +427,7 @@ class _RowBuffer:
         """Append the next rows [time, band, row, x], and forget all rows before `start`."""
         layout = self._layout
         previous = self.pixels[start - self._start :]
-        known = self.known[start - self._start :]
+        observed = self.observed[start - self._start :]
         rows = image.transpose(2, 0, 1, 3)
         pixels = np.empty((len(previous) + len(rows), *previous.shape[1:]), np.uint16)
         pixels[: len(previous)] = previous
@@ -434,7 +435,8 @@ class _RowBuffer:
         for edge in (slice(0, layout.inside.start), slice(layout.inside.stop, None)):
             pixels[len(previous) :, ..., edge] = rows[..., layout.columns[edge]]
         self.pixels = pixels
-        self.known = np.concatenate([known, image.min(axis=1).transpose(1, 0, 2) > 0])
+        new_observed = image.min(axis=1).transpose(1, 0, 2) > 0
+        self.observed = np.concatenate([observed, new_observed])
         self._start = start
 
     def index(self, rows: IntP) -> slice | IntP:

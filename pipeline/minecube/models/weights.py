@@ -110,9 +110,9 @@ def _read(path: Path) -> bytes:
 def _need_hash(weights: Weights, file: str, sha256: str) -> None:
     if sha256 != weights.sha256:
         raise ModelError(
-            f"{file}: expected a file of sha256 {weights.sha256}, as its card says, found {sha256}; "
-            "it is another file, or damaged, and was not opened: get it again, or correct the card "
-            "if you know where this one comes from"
+            f"{file}: expected a file of sha256 {weights.sha256}, as its card says, found "
+            f"{sha256}; it is another file, or damaged, and was not opened: get it again, or "
+            "correct the card if you know where this one comes from"
         )
 
 
@@ -165,8 +165,8 @@ def _read_own(card: ModelCard, content: dict[str, Any], file: str) -> Trained:
         value = getattr(trained, name)
         if expected and value != expected:
             raise ModelError(
-                f"{file}: expected {name} {expected}, as the card says, found {value}; leave it out "
-                "of the card"
+                f"{file}: expected {name} {expected}, as the card says, found {value}; leave it "
+                "out of the card"
             )
     return dataclasses.replace(trained, card=card)
 
@@ -216,9 +216,9 @@ def _extract_state(card: ModelCard, content: Any, file: str) -> dict[str, Tensor
         return states[""]  # `build_with_weights` refuses it and names the differences
     if not places:
         raise ModelError(
-            f"{file}: expected a model that minecube wrote, or a state_dict of {card.architecture}, "
-            f"with tensors such as {names[0]}; found {_describe_content(content, states)}; save the "
-            "network's state_dict() by torch.save"
+            f"{file}: expected a model that minecube wrote, or a state_dict of "
+            f"{card.architecture}, with tensors such as {names[0]}; found "
+            f"{_describe_content(content, states)}; save the network's state_dict() by torch.save"
         )
     key, prefix = places[0]
     if key or prefix:

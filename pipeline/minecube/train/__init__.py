@@ -11,7 +11,7 @@ checkpoint.py  state and log on disk
 epochs.py      the epochs of a training, and its state
 fitting.py     the training as a whole
 
-survey(train) -> Survey;  Windows(train, survey)[epoch, number] -> image, target;  fit(...) -> Fitted
+survey(train) -> Survey; Windows(train, survey)[epoch, number] -> image, target; fit(...) -> Fitted
 """
 
 from __future__ import annotations

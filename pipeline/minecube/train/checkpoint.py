@@ -58,8 +58,8 @@ def read_state(path: Path) -> dict[str, Any]:
         ModelError: The file cannot be read, is not a state, or is damaged.
     """
     not_a_state = (
-        f"{path}: is not the state of a training of this version of minecube, or is damaged; remove "
-        "it to train afresh"
+        f"{path}: is not the state of a training of this version of minecube, or is damaged; "
+        "remove it to train afresh"
     )
     try:
         data = path.read_bytes()

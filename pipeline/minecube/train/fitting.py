@@ -164,10 +164,10 @@ def _check_network(network: nn.Module, windows: Windows) -> None:
     """Check the network's input and output on windows of its card's task."""
     card = windows.card
     years = windows.survey.views[0][1]
-    times = len(years) if card.task == "series" else 1
+    dates = len(years) if card.task == "series" else 1
     device = next(network.parameters()).device
     window = torch.zeros(1, len(years), len(card.bands), windows.size, windows.size, device=device)
-    expected = (1, times, len(card.classes), windows.size, windows.size)
+    expected = (1, dates, len(card.classes), windows.size, windows.size)
     try:
         with torch.inference_mode():
             shape = tuple(logits(network.eval(), card.task, window, years).shape)

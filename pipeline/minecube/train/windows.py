@@ -118,8 +118,8 @@ class Windows:
         """Draw the start of a window along one side of a site, so that it holds the cell."""
         cell_px = self.survey.cell_px
         least = max(min((cell + 1) * cell_px, length) - self.size, 0)
-        most = min(cell * cell_px, max(length - self.size, 0))
-        return int(rng.integers(least, most + 1))
+        greatest = min(cell * cell_px, max(length - self.size, 0))
+        return int(rng.integers(least, greatest + 1))
 
     def _locate(self, kind: str, number: int) -> tuple[int, int]:
         """Find the view of number `number` among all cells or windows of a kind.
@@ -198,13 +198,12 @@ def augment(
     Jitter differs between years and bands. Turns and flips are the same in all years. In a series,
     some years lose their image.
     """
-    times, bands = image.shape[:2]
-    gain = rng.normal(1, settings.jitter, (times, 1)) * rng.normal(
-        1, settings.jitter, (times, bands)
-    )
+    dates, bands = image.shape[:2]
+    gain = rng.normal(1, settings.jitter, (dates, 1))
+    gain = gain * rng.normal(1, settings.jitter, (dates, bands))
     if task == "series":
-        dropped = rng.random(times) < settings.year_dropout
-        gain[dropped & (np.arange(times) != rng.integers(times))] = 0  # at least one stays
+        dropped = rng.random(dates) < settings.year_dropout
+        gain[dropped & (np.arange(dates) != rng.integers(dates))] = 0  # at least one stays
     # Unobserved pixels stay zero.
     varied = image.astype(np.float32) * gain[..., None, None].astype(np.float32)
     if not settings.turns:
