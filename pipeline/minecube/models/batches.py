@@ -22,7 +22,7 @@ from torch import Tensor
 from minecube.arrays import Int64
 from minecube.errors import ModelError
 from minecube.models.forward import Forward
-from minecube.models.layout import add_window, weight_logits
+from minecube.models.layout import add_window, are_finite, weight_logits
 from minecube.models.streams import Strip, upload
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ def _compute_batch(
         log.warning("out of memory at %d windows to a batch; going on with %d", batch, batch // 2)
         return batch // 2
     for window, finite, (row, n) in zip(
-        weight_logits(output, ramp), _are_finite(output), group, strict=True
+        weight_logits(output, ramp), are_finite(output), group, strict=True
     ):
         if not row.total.dim():
             shape = (*window.shape[:-1], row.strip.pixels.shape[-1])
@@ -126,11 +126,6 @@ def _cut_windows(group: list[tuple[_Row[T], int]], side: int) -> Tensor:
         column = row.strip.lefts[n]
         windows.append(torch.as_tensor(row.strip.pixels)[..., column : column + side])
     return torch.stack(windows)
-
-
-def _are_finite(logits: Tensor) -> Tensor:
-    """Report per window [n, ...] whether all logits are finite (a sum propagates NaN and inf)."""
-    return logits.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
 
 
 def find_batch(seconds: Callable[[int], float]) -> int:

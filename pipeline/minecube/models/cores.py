@@ -10,7 +10,6 @@ way (benchmarks/predict.py).
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minecube.arrays import Bool, Float32, Int64, UInt16
-from minecube.compiled import compiled
+from minecube.arrays import Int64, UInt16
 from minecube.models.forward import Forward
-from minecube.models.layout import sum_windows
+from minecube.models.layout import add_window, are_finite, weight_logits
+from minecube.models.network import normalise
 from minecube.models.streams import Strip
 
 T = TypeVar("T")
@@ -36,9 +35,9 @@ class _Sums(NamedTuple):
 
     column: int
     """First column of the first window."""
-    total: Int64
+    total: Tensor
     """Weighted sums [time, class, window, column] from `column` on."""
-    finite: Bool
+    finite: Tensor
     """Per window, whether all logits are finite."""
 
 
@@ -50,7 +49,7 @@ def sum_on_cores(
     `workers` defaults to the cores available to this process.
     """
     threads = workers or _count_cores()
-    calls = _Calls(forward, ramp)
+    weights = torch.from_numpy(ramp)
     waiting: deque[tuple[Strip[T], list[Future[_Sums]]]] = deque()
     with (
         _single_torch_thread(),
@@ -58,10 +57,10 @@ def sum_on_cores(
     ):
         try:
             for strip in strips:
-                # Strips of `mapping` are not copied here.
-                pixels = np.ascontiguousarray(np.asarray(strip.pixels).transpose(2, 0, 1, 3))
+                pixels = np.asarray(strip.pixels)
                 groups = group_windows(strip.lefts, forward.group or 1)
-                waiting.append((strip, [pool.submit(calls.run, pixels, g) for g in groups]))
+                calls = [pool.submit(_sum_group, forward, pixels, g, weights) for g in groups]
+                waiting.append((strip, calls))
                 # Keep more calls pending than workers, so no worker waits for the end of a row.
                 while len(waiting) > 1 and _count_later_calls(waiting) >= 2 * threads:
                     yield _sum_row(*waiting.popleft())
@@ -73,55 +72,19 @@ def sum_on_cores(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Calls:
-    """Calls of a network for neighbouring windows of a row, with memory for windows per thread."""
-
-    def __init__(self, forward: Forward, ramp: Int64) -> None:
-        self._forward = forward
-        self._ramp = ramp
-        self._mean = np.array(forward.trained.mean, np.float32)
-        self._std = np.array(forward.trained.std, np.float32)
-        self._memory = threading.local()
-
-    def run(self, pixels: UInt16, lefts: Sequence[int]) -> _Sums:
-        """Sum the weighted logits of the windows at `lefts` of a strip."""
-        side = len(self._ramp)
-        windows = self._allocate((len(lefts), *pixels.shape[1:3], side, side))
-        for window, column in zip(windows, lefts, strict=True):
-            cut_window(pixels, column, self._mean, self._std, window)
-        logits = self._forward(torch.from_numpy(windows)).contiguous().numpy()
-        total = np.zeros((*logits.shape[1:4], lefts[-1] - lefts[0] + side), np.int64)
-        finite = np.empty(len(lefts), np.bool_)
-        sum_windows(logits, np.subtract(lefts, lefts[0]), self._ramp, total, finite)
-        return _Sums(lefts[0], total, finite)
-
-    def _allocate(self, shape: tuple[int, ...]) -> Float32:
-        """Return this thread's memory: allocating it takes longer than filling it."""
-        if len(getattr(self._memory, "windows", ())) < shape[0]:
-            self._memory.windows = np.empty(shape, np.float32)
-        windows: Float32 = self._memory.windows[: shape[0]]
-        return windows
-
-
-@compiled
-def cut_window(strip: UInt16, column: int, mean: Float32, std: Float32, window: Float32) -> None:
-    """Write a window of a contiguous strip [row, time, band, column] into `window`.
-
-    `window` is [time, band, row, column], bit by bit as from `network.normalise`.
-    """
-    dates, bands, rows, side = window.shape
-    for y in range(rows):
-        for t in range(dates):
-            for band in range(bands):
-                centre = mean[band]
-                unit = std[band]
-                values = strip[y, t, band, column : column + side]
-                output = window[t, band, y]
-                for x in range(side):
-                    if values[x]:
-                        output[x] = (np.float32(values[x]) - centre) / unit
-                    else:
-                        output[x] = np.float32(0)
+def _sum_group(forward: Forward, pixels: UInt16, lefts: Sequence[int], ramp: Tensor) -> _Sums:
+    """Sum the weighted logits of the windows at `lefts` of a strip [time, band, row, column]."""
+    side = len(ramp)
+    start = lefts[0]
+    trained = forward.trained
+    group = normalise(pixels[..., start : lefts[-1] + side], trained.mean, trained.std)
+    columns = [left - start for left in lefts]
+    windows = np.stack([group[..., column : column + side] for column in columns])
+    logits = forward(torch.from_numpy(windows))
+    total = torch.zeros((*logits.shape[1:4], group.shape[-1]), dtype=torch.int64)
+    for column, window in zip(columns, weight_logits(logits, ramp), strict=True):
+        add_window(total, column, window)
+    return _Sums(start, total, are_finite(logits))
 
 
 def group_windows(lefts: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -169,8 +132,7 @@ def _sum_row(strip: Strip[T], calls: list[Future[_Sums]]) -> tuple[T, Tensor, Te
     row = groups[0].total
     columns = strip.pixels.shape[-1]
     if row.shape[-1] < columns:
-        row = np.zeros((*row.shape[:-1], columns), np.int64)
+        row = torch.zeros((*row.shape[:-1], columns), dtype=torch.int64)
         for group in groups:
-            row[..., group.column : group.column + group.total.shape[-1]] += group.total
-    finite = np.concatenate([group.finite for group in groups])
-    return strip.tag, torch.from_numpy(row), torch.from_numpy(finite)
+            add_window(row, group.column, group.total)
+    return strip.tag, row, torch.cat([group.finite for group in groups])

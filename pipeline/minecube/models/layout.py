@@ -18,14 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minecube.arrays import Bool, Float32, Float64, Int64, IntP, UInt8
+from minecube.arrays import Int64, IntP
 from minecube.codes import FULL
-from minecube.compiled import compiled
 
 _LOGIT_STEPS = 2**20  # per unit of logit; float32 logits near 8 have no finer steps
 _LOGIT_LIMIT = 30.0  # constant stored probability beyond; sums far from overflow (2 ** 45)
-_LIMIT = np.float32(_LOGIT_LIMIT)
-_STEPS = np.float32(_LOGIT_STEPS)
 _WEIGHT_STEPS = 2**10  # per unit of blending weight, in y and in x
 
 
@@ -133,14 +130,7 @@ class Blend:
         ).to(torch.float64)
         overlap = self._overlap if top else row[..., :0, :]
         start = (rows.start, columns.start)
-        if row.is_cuda:
-            levels = blend_rows(row, overlap, self._ramp, weight, self._limits, start)
-        else:
-            arrays = (t.numpy() for t in (row, overlap, self._ramp, weight, self._limits))
-            sums, previous, ramp, divisor, limits = arrays
-            levels = torch.from_numpy(
-                blend_rows_on_cpu(sums, previous, ramp, divisor, limits, start)
-            )
+        levels = blend_rows(row, overlap, self._ramp, weight, self._limits, start)
         self._overlap = row[..., self._layout.step :, :].contiguous()
         return levels
 
@@ -151,28 +141,6 @@ def add_window(row: Tensor, column: int, window: Tensor) -> None:
     The row is int64 [..., window, columns].
     """
     row[..., column : column + window.shape[-1]] += window
-
-
-@compiled
-def sum_windows(logits: Float32, lefts: IntP, ramp: Int64, total: Int64, finite: Bool) -> None:
-    """Weight windows and add them to their row: `weight_logits` and `add_window` in one pass.
-
-    Windows are [window, time, class, row, x], the row [time, class, row, column]. `finite` marks
-    the windows with only finite logits.
-    """
-    windows, dates, classes, rows, side = logits.shape
-    for n in range(windows):
-        invalid = False
-        for t in range(dates):
-            for c in range(classes):
-                for y in range(rows):
-                    values = logits[n, t, c, y]
-                    sums = total[t, c, y, lefts[n] : lefts[n] + side]
-                    for x in range(side):
-                        logit = min(max(values[x], -_LIMIT), _LIMIT)
-                        sums[x] += np.int64(np.rint(logit * _STEPS)) * ramp[x]
-                        invalid |= not np.isfinite(values[x])
-        finite[n] = not invalid
 
 
 def blend_rows(
@@ -196,42 +164,16 @@ def blend_rows(
     return torch.bucketize(row[..., y : y + height, x : x + width] / weight, limits).to(torch.uint8)
 
 
-@compiled
-def blend_rows_on_cpu(
-    row: Int64,
-    overlap: Int64,
-    ramp: Int64,
-    weight: Float64,
-    limits: Float64,
-    start: tuple[int, int],
-) -> UInt8:
-    """Compute `blend_rows` in one pass."""
-    dates, classes, rows, columns = row.shape
-    height, width = weight.shape
-    levels = np.empty((dates, classes, height, width), np.uint8)
-    for t in range(dates):
-        for c in range(classes):
-            for y in range(rows):
-                sums = row[t, c, y]
-                for x in range(columns):
-                    sums[x] *= ramp[y]
-                if y < overlap.shape[2]:
-                    previous = overlap[t, c, y]
-                    for x in range(columns):
-                        sums[x] += previous[x]
-            for y in range(height):
-                sums = row[t, c, start[0] + y, start[1] : start[1] + width]
-                output = levels[t, c, y]
-                for x in range(width):
-                    output[x] = np.searchsorted(limits, sums[x] / weight[y, x])
-    return levels
-
-
 def weight_logits(logits: Tensor, ramp: Tensor) -> Tensor:
     """Convert logits float32 [..., window] to integers weighted along x."""
     # Exact in float32: the factor is a power of two, and values beyond 2 ** 24 steps are whole.
     steps = logits.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).mul_(_LOGIT_STEPS).round_()
     return steps.to(torch.int64).mul_(ramp)
+
+
+def are_finite(logits: Tensor) -> Tensor:
+    """Report per window [n, ...] whether all logits are finite (a sum propagates NaN and inf)."""
+    return logits.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
 
 
 def _sum_ramps(ramp: Int64, starts: range) -> Int64:
