@@ -27,7 +27,7 @@ from minecube import cube, models, train
 from minecube.catalog import ModelCard, Settings, load_models, load_presets
 from minecube.device import device_of
 from minecube.jobs.tables import table
-from minecube.train import fitting
+from minecube.train.epochs import train_step
 
 STEPS = 12
 """Of each measurement, after one that is not counted."""
@@ -99,7 +99,7 @@ def measured(
         )  # type: ignore[arg-type]
 
     def stepped(batch: Any) -> None:
-        fitting._step(
+        train_step(
             network, optimiser, [part.to(place, non_blocking=True) for part in batch], windows
         )
 

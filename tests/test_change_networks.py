@@ -609,7 +609,7 @@ def test_weights_are_shared_out_anew_among_what_was_observed() -> None:
     weight = torch.rand(1, 2, 3, 3, 2, 2, generator=generator)
     values = torch.randn(1, 3, 4, 4, 4, generator=generator)
     observed = (torch.rand(1, 3, 1, 4, 4, generator=generator) < 0.6).float()
-    found = network_module._weighted(weight, values, observed).numpy()
+    found = network_module._sum_over_years(weight, values, observed).numpy()
     large = (
         nn.functional.interpolate(weight.flatten(1, 3), (4, 4), mode="bilinear")
         .reshape(1, 2, 3, 3, 4, 4)

@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 
 import dask
 import numpy as np
@@ -22,8 +23,25 @@ from hypothesis import strategies as st
 from minecube import models
 from minecube.catalog import BANDS, ModelCard, Weights
 from minecube.errors import ModelError
-from minecube.models import Compute, Mapper, Trained, compute, mapping, predict, streams, views_of
-from minecube.models.layout import Blend, Layout, across, blended, blended_on_cpu, summed, weighted
+from minecube.models import (
+    Compute,
+    Mapper,
+    Trained,
+    batches,
+    cores,
+    mapping,
+    predict,
+    streams,
+    views_of,
+)
+from minecube.models.forward import Forward
+from minecube.models.layout import (
+    Blend,
+    Layout,
+    add_window,
+    blend_rows,
+    weight_logits,
+)
 from minecube.models.streams import Strip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,18 +94,27 @@ def untrained(card: ModelCard = SMALL) -> Trained:
 class Network(torch.nn.Module):
     """Any function of the windows."""
 
-    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         super().__init__()
-        self.forward = forward  # type: ignore[method-assign]
+        self.functions = [function]  # in a list: a network is not to be a layer of this one
+        self.copies = 0
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.functions[0](*inputs)
 
     def __deepcopy__(self, memo: object) -> Network:
+        self.copies += 1
         return self
 
 
-def given_by(forward: Callable[[torch.Tensor], torch.Tensor], card: ModelCard = SMALL) -> Trained:
+def given_by(
+    function: Callable[..., torch.Tensor],
+    card: ModelCard = SMALL,
+    kind: type[Network] = Network,
+) -> Trained:
     n = len(card.bands)
     return Trained(
-        card=card, network=Network(forward), mean=(1000.0,) * n, std=(500.0,) * n, sites=()
+        card=card, network=kind(function), mean=(1000.0,) * n, std=(500.0,) * n, sites=()
     )
 
 
@@ -318,31 +345,27 @@ def test_the_map_is_the_same_whatever_the_threads_of_the_caller(sums: list[np.nd
     assert same_sums(sums, [lambda n=n: with_threads(n) for n in (1, 2, 4)])
 
 
-def test_the_map_is_the_same_whichever_window_is_first(
-    sums: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_map_is_the_same_whichever_window_is_first(sums: list[np.ndarray]) -> None:
     """Some calls take long, others overtake them."""
-    model, of, forward = untrained(), reflectance(7, 70, 153), compute.Forward.__call__
-
-    def delayed(seed: int) -> None:
-        rng, ended = random.Random(seed), list[int]()
-
-        def call(
-            self: compute.Forward, windows: torch.Tensor, full: int | None = None
-        ) -> torch.Tensor:
-            found = forward(self, windows, full)
-            time.sleep(rng.choice((0, 0, 0.02)))
-            ended.append(hash(windows.numpy().tobytes()))
-            return found
-
-        monkeypatch.setattr(compute.Forward, "__call__", call)
-        predict(model, of, compute=Compute(workers=4))
-        orders.append(ended)
-
+    network = untrained().network
+    pixels = reflectance(7, 70, 153)
     orders: list[list[int]] = []
-    assert same_sums(
-        sums, [lambda: predict(model, of), *(lambda seed=seed: delayed(seed) for seed in range(3))]
-    )
+
+    def predict_delayed(seed: int) -> None:
+        rng = random.Random(seed)
+        order: list[int] = []
+
+        def forward(windows: torch.Tensor) -> torch.Tensor:
+            logits = network(windows)
+            time.sleep(rng.choice((0, 0, 0.02)))
+            order.append(hash(windows.numpy().tobytes()))
+            return logits
+
+        predict(given_by(forward), pixels, compute=Compute(workers=4))
+        orders.append(order)
+
+    delayed = [partial(predict_delayed, seed) for seed in range(3)]
+    assert same_sums(sums, [lambda: predict(given_by(network), pixels), *delayed])
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1])
 
@@ -354,10 +377,10 @@ def test_the_map_is_the_same_whatever_the_height_of_strips(
 
     def read(rows: int, chunks: tuple[int, ...] | None) -> None:
         monkeypatch.setattr(mapping, "_READ_ROWS", rows)
-        here = of.copy()
+        pixels = of.copy()
         if chunks:
-            here.encoding["chunks"] = chunks
-        predict(model, here)
+            pixels.encoding["chunks"] = chunks
+        predict(model, pixels)
 
     runs = [
         (1, None),
@@ -367,23 +390,7 @@ def test_the_map_is_the_same_whatever_the_height_of_strips(
         (40, (1, 10, 50, 50)),
         (1, (1, 10, 128, 128)),
     ]
-    assert same_sums(sums, [lambda r=rows, c=chunks: read(r, c) for rows, chunks in runs])
-
-
-@pytest.mark.parametrize("left", [0, 5, 24])
-def test_windows_are_cut_as_they_are_normalised(left: int) -> None:
-    rng = np.random.default_rng(left)
-    strip = rng.integers(0, 65536, (16, 2, 3, 40)).astype(np.uint16)
-    strip[rng.random(strip.shape) < 0.3] = 0
-    mean, std = rng.uniform(1000, 3000, (1, 3)), rng.uniform(300, 900, (1, 3))
-    std[0, 1] = 0  # of a band that was the same everywhere
-    found = np.full((2, 3, 16, 16), np.nan, np.float32)
-    compute.cut(strip, left, *(v[0].astype(np.float32) for v in (mean, std)), found)
-    with np.errstate(divide="ignore"):
-        expected = models.normalise(
-            strip[..., left : left + 16].transpose(1, 2, 0, 3), tuple(mean[0]), tuple(std[0])
-        )
-    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    assert same_sums(sums, [partial(read, *run) for run in runs])
 
 
 @pytest.mark.parametrize(
@@ -440,57 +447,42 @@ def test_two_maps_at_once_are_those_of_each_alone() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_network_is_made_ready_once_for_all_sites_and_again_for_a_series_of_other_years(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made: list[object] = []
-
-    def ready(trained: Trained, how: Compute, view: mapping.View) -> compute.Forward:
-        made.append(view)
-        return compute.ready(trained, how, view)
-
-    monkeypatch.setattr(mapping, "ready", ready)
+def test_a_network_is_copied_once_for_all_sites_and_again_for_a_series_of_other_years() -> None:
     sites = [reflectance(16, 40, 53, YEARS), reflectance(17, 33, 20, YEARS)]
-    told = given_by(lambda x, years: series_of(x, years) * (years[1] - years[0]), SERIES)
-    for model, views in (
-        (untrained(), [[(2018,), (2019,)], [(2021,)]]),
-        (given_by(pair_of, CHANGE), [[(2018, 2019)], [(2019, 2021)]]),
-        (told, [[(2018, 2019)], [(2018, 2019)], [(2019, 2021)]]),
+    by_years = given_by(lambda x, years: series_of(x, years) * (years[1] - years[0]), SERIES)
+    for model, views, copies in (
+        (given_by(untrained().network), [[(2018,), (2019,)], [(2021,)]], 1),
+        (given_by(pair_of, CHANGE), [[(2018, 2019)], [(2019, 2021)]], 1),
+        (by_years, [[(2018, 2019)], [(2018, 2019)], [(2019, 2021)]], 2),
     ):
-        made.clear()
         mapper = Mapper(model)
         for site, each in zip([*sites, sites[0]], views, strict=False):
-            found = list(mapper.rows(site, each))
+            rows = list(mapper.rows(site, each))
             expected = list(Mapper(model).rows(site, each))
-            made.pop()
             assert all(
-                np.array_equal(a.values, b.values) for a, b in zip(found, expected, strict=True)
+                np.array_equal(a.values, b.values) for a, b in zip(rows, expected, strict=True)
             )
-        assert made == ([(2018, 2019), (2019, 2021)] if model.card is SERIES else [views[0][0]])
+        assert model.network.copies == copies + len(views)  # another mapper has its own copy
 
 
-def test_threads_map_sites_by_one_mapper_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    mapper, sites, made = (
-        Mapper(untrained(WIDE)),
-        [reflectance(n, 131, 53) for n in range(4)],
-        list[object](),
-    )
+def test_threads_map_sites_by_one_mapper_with_one_copy_of_the_network() -> None:
+    class Slow(Network):
+        def __deepcopy__(self, memo: object) -> Network:
+            time.sleep(0.1)  # for the others to come
+            return super().__deepcopy__(memo)
 
-    def ready(*of: object) -> compute.Forward:
-        made.append(of)
-        time.sleep(0.1)  # for the others to come
-        return compute.ready(*of)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(mapping, "ready", ready)
+    model = given_by(untrained(WIDE).network, WIDE, Slow)
+    mapper = Mapper(model)
+    sites = [reflectance(n, 131, 53) for n in range(4)]
 
     def mapped(by: Mapper, of: xr.DataArray) -> np.ndarray:
         return np.concatenate([rows.values for rows in by.rows(of, [(2019,)])], axis=-2)
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda of: mapped(mapper, of), sites))
-    assert len(made) == 1
+    assert model.network.copies == 1
     for one, of in zip(found, sites, strict=True):
-        assert np.array_equal(one, mapped(Mapper(untrained(WIDE)), of))
+        assert np.array_equal(one, mapped(Mapper(model), of))
 
 
 @pytest.mark.parametrize(
@@ -508,7 +500,7 @@ def test_threads_map_sites_by_one_mapper_made_ready_once(monkeypatch: pytest.Mon
 def test_windows_of_a_row_go_in_equal_groups_of_about_the_best_size(
     count: int, best: int, sizes: list[int]
 ) -> None:
-    groups = compute._together(range(count), best)
+    groups = cores.group_windows(range(count), best)
     assert [n for group in groups for n in group] == list(range(count))
     assert sorted(map(len, groups)) == sizes
 
@@ -536,11 +528,11 @@ def test_rows_come_once_and_in_order_whatever_the_size(
 def test_every_pixel_is_well_inside_of_some_window(size: int, window: int) -> None:
     layout = Layout(size, 1, window)
     assert len(layout.rows) == layout.tops[-1] + window
-    centres = np.array(layout.tops) + (window - 1) / 2 - layout.beyond
+    centres = np.array(layout.tops) + (window - 1) / 2 - layout.margin
     distance = np.abs(np.arange(size)[:, None] - centres).min(axis=1)
     assert distance.max() <= window / 4 + 1
     np.testing.assert_array_equal(
-        layout.rows[layout.beyond : layout.beyond + size], np.arange(size)
+        layout.rows[layout.margin : layout.margin + size], np.arange(size)
     )
 
 
@@ -625,7 +617,7 @@ def test_a_reader_is_ahead_by_as_much_as_was_asked_for_and_ends_when_closed() ->
             made.append(n)
             yield n
 
-    there = streams.ahead(items(), depth=2)
+    there = streams.read_ahead(items(), depth=2)
     assert next(there) == 0
     deadline = threading.Event()
     for _ in range(200):
@@ -636,7 +628,7 @@ def test_a_reader_is_ahead_by_as_much_as_was_asked_for_and_ends_when_closed() ->
     assert made == [0, 1, 2]
     there.close()
     assert threading.active_count() == before
-    assert list(streams.ahead(iter(range(50)))) == list(range(50))
+    assert list(streams.read_ahead(iter(range(50)))) == list(range(50))
 
 
 def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(
@@ -669,32 +661,34 @@ def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(
 # Batches, as on a GPU
 
 
-def batched(
-    batch: int | None,
-    forward: Callable[..., torch.Tensor] | None = None,
-    at_end: list[int | None] | None = None,
-) -> Callable[..., object]:
-    """In place of `rows_of`: what a GPU does, on the CPU."""
+@pytest.fixture
+def batched(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[Forward]]:
+    """Start to compute on the CPU as on a GPU, in batches of this size at first."""
 
-    def rows_of(
-        made: compute.Forward, strips: Iterator[Strip[object]], ramp: np.ndarray, _: Compute
-    ) -> Iterator[object]:
-        found = yield from compute.in_batches(
-            forward or made, strips, torch.from_numpy(ramp), batch
-        )
-        if at_end is not None:
-            at_end.append(found)
+    def start(batch: int | None) -> list[Forward]:
+        forwards: list[Forward] = []
 
-    return rows_of
+        def sum_rows(
+            forward: Forward, strips: Iterator[Strip[object]], ramp: np.ndarray, _: Compute
+        ) -> Iterator[object]:
+            if forward not in forwards:
+                forward.group = batch
+                forwards.append(forward)
+            yield from batches.sum_in_batches(forward, strips, torch.from_numpy(ramp))
+
+        monkeypatch.setattr(mapping, "sum_rows", sum_rows)
+        return forwards
+
+    return start
 
 
 @pytest.mark.parametrize("batch", [None, 1, 5, 64, 10_000])
 def test_batches_across_rows_and_years_give_the_same_map(
-    batch: int | None, monkeypatch: pytest.MonkeyPatch
+    batch: int | None, batched: Callable[[int | None], list[Forward]]
 ) -> None:
     of = holes(reflectance(11, 70, 53))
     expected = predict(untrained(), of)
-    monkeypatch.setattr(mapping, "rows_of", batched(batch))
+    batched(batch)
     found = predict(untrained(), of)
     assert np.array_equal(found == 255, expected == 255)
     assert (
@@ -703,26 +697,25 @@ def test_batches_across_rows_and_years_give_the_same_map(
 
 
 def test_out_of_memory_halves_the_batch_and_takes_the_same_windows_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    batched: Callable[[int | None], list[Forward]], caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes: list[int] = []
-    at_end: list[int | None] = []
 
-    def forward(windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
+    def forward(windows: torch.Tensor) -> torch.Tensor:
         sizes.append(len(windows))
         if len(windows) > 6:
             raise torch.OutOfMemoryError("no room")
-        return (windows[:, :, :1].float() - 1000) / 500
+        return windows[:, :1]
 
     of = reflectance(12, 70, 53)
-    monkeypatch.setattr(mapping, "rows_of", batched(40, forward, at_end))
+    forwards = batched(40)
     assert (
-        np.abs(predict(given_by(lambda x: x), of).values - stored(normal(of.values[:, 0]))).max()
+        np.abs(predict(given_by(forward), of).values - stored(normal(of.values[:, 0]))).max()
         <= 0.5 + 1e-3
     )
     assert sizes[:4] == [40, 20, 10, 5]
     assert set(sizes[3:-1]) == {5}
-    assert at_end == [5]  # of which the next site makes use
+    assert [made.group for made in forwards] == [5]  # of which the next site makes use
     layout = Layout(70, 53, 16)
     assert sum(size for size in sizes if size <= 6) == 2 * len(layout.tops) * len(
         layout.lefts
@@ -730,31 +723,26 @@ def test_out_of_memory_halves_the_batch_and_takes_the_same_windows_again(
     assert "out of memory at 10 windows to a batch; going on with 5" in caplog.text
 
 
-def test_a_batch_is_looked_for_once_and_used_for_all_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_looked_for_once_and_used_for_all_sites(
+    monkeypatch: pytest.MonkeyPatch, batched: Callable[[int | None], list[Forward]]
+) -> None:
     tried, sizes, room = list[object](), list[int](), [100]
-    call = compute.Forward.__call__
+    model, of = untrained(), reflectance(13, 70, 53)
+    expected = predict(model, of)
 
-    def found_batch(seconds: Callable[[int], float]) -> int:
+    def find_batch(seconds: Callable[[int], float]) -> int:
         tried.append(seconds)
         return 12
 
-    def limited(
-        self: compute.Forward, windows: torch.Tensor, full: int | None = None
-    ) -> torch.Tensor:
+    def limited(windows: torch.Tensor) -> torch.Tensor:
         sizes.append(len(windows))
         if len(windows) > room[0]:
             raise torch.OutOfMemoryError("no room")
-        return call(self, windows, full)
+        return model.network(windows)
 
-    monkeypatch.setattr(compute, "found_batch", found_batch)
-    monkeypatch.setattr(compute, "uploaded", lambda strips, _: (strip for strip in strips))
-    monkeypatch.setattr(compute.Forward, "__call__", limited)
-    monkeypatch.setattr(
-        mapping, "rows_of", lambda forward, strips, ramp, _: compute.on_gpu(forward, strips, ramp)
-    )
-    mapper, of = Mapper(untrained()), reflectance(13, 70, 53)
-    mapper._forward((2019,)).group = None  # as it is on a GPU
-    expected = predict(untrained(), of)
+    monkeypatch.setattr(batches, "find_batch", find_batch)
+    batched(None)
+    mapper = Mapper(given_by(limited))
     layout = Layout(70, 53, 16)
     count = 2 * len(layout.tops) * len(layout.lefts)
     for fits, size in ((100, 12), (100, 12), (7, 6), (100, 6)):
@@ -778,38 +766,33 @@ def test_a_batch_is_looked_for_once_and_used_for_all_sites(monkeypatch: pytest.M
 
 
 def test_memory_that_runs_out_over_the_last_few_says_nothing_of_the_next_site() -> None:
-    def forward(windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
+    def logits(windows: torch.Tensor) -> torch.Tensor:
         if len(windows) == 3:
             raise torch.OutOfMemoryError("no room")
-        return windows[:, :, :1].float()
+        return torch.ones_like(windows[:, :1])
 
     strips = [
-        Strip(of=n, pixels=np.ones((1, 10, 16, 16 * 11), np.uint16), lefts=tuple(range(0, 176, 16)))
-        for n in range(1)
-    ]
-    fits = list[int | None]()
-
-    def batches() -> Iterator[tuple[object, torch.Tensor, torch.Tensor]]:
-        fits.append(
-            (
-                yield from compute.in_batches(
-                    forward, iter(strips), torch.ones(16, dtype=torch.int64), 8
-                )
-            )
+        Strip(
+            tag=0, pixels=np.ones((1, 10, 16, 16 * 11), np.uint16), lefts=tuple(range(0, 176, 16))
         )
-
-    ((_, total, _),) = batches()
+    ]
+    model = given_by(logits)
+    forward = Forward(model.network, model, Compute(batch=8), (2019,))
+    rows = batches.sum_in_batches(forward, iter(strips), torch.ones(16, dtype=torch.int64))
+    ((_, total, _),) = rows
     assert (total == 2**20).all()
-    assert fits == [8]
+    assert forward.group == 8
 
 
-def test_memory_that_does_not_hold_one_window_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(windows: torch.Tensor, full: int | None = None) -> torch.Tensor:
+def test_memory_that_does_not_hold_one_window_is_an_error(
+    batched: Callable[[int | None], list[Forward]],
+) -> None:
+    def forward(windows: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(mapping, "rows_of", batched(None, forward))
+    batched(None)
     with pytest.raises(ModelError, match="does not hold one window"):
-        predict(untrained(), reflectance(13))
+        predict(given_by(forward), reflectance(13))
 
 
 def test_the_batch_doubles_until_memory_or_throughput_stops() -> None:
@@ -822,13 +805,13 @@ def test_the_batch_doubles_until_memory_or_throughput_stops() -> None:
         return fixed + size * 0.01
 
     assert (
-        compute.found_batch(lambda n: seconds(n, 0.1, 10**6)) == 128
+        batches.find_batch(lambda n: seconds(n, 0.1, 10**6)) == 128
     )  # 256 would be faster by 3.9 % only
     assert tried == [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    assert compute.found_batch(lambda n: seconds(n, 0.1, 20)) == 16
-    assert compute.found_batch(lambda n: seconds(n, 0, 10**6)) == 1
-    assert compute.found_batch(lambda n: seconds(n, 100, 10**6)) == 1024
-    assert compute.found_batch(lambda n: seconds(n, 0, 0)) == 1
+    assert batches.find_batch(lambda n: seconds(n, 0.1, 20)) == 16
+    assert batches.find_batch(lambda n: seconds(n, 0, 10**6)) == 1
+    assert batches.find_batch(lambda n: seconds(n, 100, 10**6)) == 1024
+    assert batches.find_batch(lambda n: seconds(n, 0, 0)) == 1
 
 
 def test_bf16_is_close_and_not_the_same() -> None:
@@ -842,7 +825,9 @@ def test_bf16_is_close_and_not_the_same() -> None:
 # What goes wrong
 
 
-def test_a_logit_that_is_no_number_stops_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logit_that_is_no_number_stops_and_says_where(
+    batched: Callable[[int | None], list[Forward]],
+) -> None:
     of = reflectance(15, 100, 60)
     of.values[1, :, 40, 30] = 60_000
     model = given_by(lambda x: torch.where(x > 50, torch.nan, x)[:, :1])
@@ -850,7 +835,7 @@ def test_a_logit_that_is_no_number_stops_and_says_where(monkeypatch: pytest.Monk
     where = "model small: a logit is not a number in 2020, in the window at row 28, column 20"
     with pytest.raises(ModelError, match=where):
         predict(model, of)
-    monkeypatch.setattr(mapping, "rows_of", batched(16))
+    batched(16)
     with pytest.raises(ModelError, match=where):
         predict(model, of)
 
@@ -937,14 +922,14 @@ def test_progress_ends_with_all_windows() -> None:
 
 def test_what_made_a_map_follows_from_the_weights() -> None:
     a, b = untrained(), untrained()
-    assert models.about(a) == models.about(b)
+    assert models.describe(a) == models.describe(b)
     with torch.no_grad():
         next(b.network.parameters())[0, 0, 0, 0] += 1e-3
-    assert models.about(a)["weights_sha256"] != models.about(b)["weights_sha256"]
+    assert models.describe(a)["weights_sha256"] != models.describe(b)["weights_sha256"]
     signed = Weights(href="https://example.org/a.pt?signature=secret", sha256="a1" * 32)
     elsewhere = dataclasses.replace(a.card, weights=signed, scores={"iou": 0.9})
-    assert models.about(dataclasses.replace(a, card=elsewhere)) == models.about(a)
-    assert models.about(a)["mapped_by"] == {
+    assert models.describe(dataclasses.replace(a, card=elsewhere)) == models.describe(a)
+    assert models.describe(a)["mapped_by"] == {
         "window_px": 16,
         "step_px": 8,
         "weights": "squared sine",
@@ -953,37 +938,18 @@ def test_what_made_a_map_follows_from_the_weights() -> None:
 
 def test_sums_are_exact_and_limited() -> None:
     logits = torch.tensor([[[1e9, -1e9], [0.5, 2**-21], [29.9999981, 3 * 2**-21]]])
-    found = weighted(logits, torch.tensor([1, 1024]))
+    found = weight_logits(logits, torch.tensor([1, 1024]))
     assert found.tolist() == [
         [[30 * 2**20, -30 * 2**30], [2**19, 0], [int(logits[0, 2, 0].item() * 2**20), 2 * 1024]]
     ]
     row = torch.ones((1, 3, 3), dtype=torch.int64)
-    across(row, 1, found)
+    add_window(row, 1, found)
     assert row[..., 0].tolist() == [[1, 1, 1]]
     assert torch.equal(row[..., 1:], found + 1)
 
 
-def test_rows_are_summed_on_a_cpu_as_they_are_on_a_gpu() -> None:
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 20, (3, 2, 2, 16, 16)).astype(np.float32)
-    logits[0, 0, 0, 0, :4] = 2**-21, 3 * 2**-21, -(2**-21), 1e9  # halves are rounded to even
-    logits[1, 1, 1, 5, 3], logits[2, 0, 1, 2, 2] = np.nan, np.inf
-    ramp, lefts = Layout(40, 40, 16).ramp, np.array([0, 8, 16])
-    total, finite = np.zeros((2, 2, 16, 32), np.int64), np.empty(3, np.bool_)
-    summed(logits, lefts, ramp, total, finite)
-    expected = torch.zeros(total.shape, dtype=torch.int64)
-    for left, window in zip(
-        lefts, weighted(torch.from_numpy(logits), torch.from_numpy(ramp)), strict=True
-    ):
-        across(expected, int(left), window)
-    numbers = np.ones(total.shape, bool)
-    numbers[1, 1, 5, 11] = False
-    np.testing.assert_array_equal(total[numbers], expected.numpy()[numbers])
-    assert finite.tolist() == [True, False, False]
-
-
 @pytest.mark.parametrize("top", [True, False])
-def test_rows_are_blended_on_a_cpu_as_they_are_on_a_gpu(top: bool) -> None:
+def test_rows_are_blended_with_the_overlap_of_the_row_above(top: bool) -> None:
     rng = np.random.default_rng(1)
     ramp, limits = (
         Layout(40, 40, 16).ramp,
@@ -995,11 +961,7 @@ def test_rows_are_blended_on_a_cpu_as_they_are_on_a_gpu(top: bool) -> None:
     total = row * ramp[:, None]
     total[..., : before.shape[2], :] += before
     expected = np.searchsorted(limits, total[..., 3:12, 4:24] / weight)
-    given = row.copy(), before, ramp, weight, limits
-    for found, sums in (
-        (blended_on_cpu(row, *given[1:], (3, 4)), row),
-        (blended(*map(torch.from_numpy, given), (3, 4)), given[0]),
-    ):
-        np.testing.assert_array_equal(sums, total)
-        np.testing.assert_array_equal(found, expected)
+    found = blend_rows(*map(torch.from_numpy, (row, before, ramp, weight, limits)), (3, 4))
+    np.testing.assert_array_equal(row, total)
+    np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) > 150

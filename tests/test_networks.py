@@ -18,7 +18,7 @@ import xarray as xr
 from minecube import models
 from minecube.catalog import BANDS, ModelCard, load_models
 from minecube.errors import ModelError
-from minecube.models import Trained, libraries
+from minecube.models import Trained, libraries, torchvision_operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -352,7 +352,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def by_class(kinds: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Logits of (n, query, background and classes and nothing) and (n, query, y, x), at the masks' resolution."""
     found = types.SimpleNamespace(class_queries_logits=kinds, masks_queries_logits=masks)
-    return libraries._by_class(torch.nn.Identity(), (masks,), found)
+    return libraries._score_classes(torch.nn.Identity(), (masks,), found)
 
 
 def test_queries_become_the_odds_of_the_papers_scores() -> None:
@@ -449,7 +449,7 @@ def test_torchvision_is_mended_only_where_it_is_broken(monkeypatch: pytest.Monke
                 raise error
 
         monkeypatch.setattr(importlib, "import_module", import_module)
-        libraries._mend_torchvision()
+        torchvision_operators.declare_missing_operators()
 
     importing(None)
     importing(ModuleNotFoundError("No module named 'torchvision'", name="torchvision"))

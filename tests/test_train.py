@@ -44,17 +44,15 @@ from minecube.train import (
     Windows,
     checkpoint,
     fit,
-    fitting,
+    statistics,
     survey,
     target,
     views,
 )
-from minecube.train.loss import loss_of
-from minecube.train.windows import augmented, batches, steps_of
+from minecube.train.loss import compute_loss
+from minecube.train.windows import augment, batches, count_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-survey_file = sys.modules["minecube.train.survey"]
 
 SMALL = ModelCard(
     id="small",
@@ -137,7 +135,7 @@ class Flat(nn.Module):
 
 @pytest.fixture
 def flat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "build", Flat)
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", Flat)
 
 
 # What is to be learnt
@@ -244,7 +242,7 @@ def test_the_survey_reads_blocks_and_says_the_same_whatever_their_size(
 ) -> None:
     source = Counted({"a": with_holes(1, 70, 45), "b": with_holes(2, 20, 100)})
     whole = survey(source, CHANGE, PLAIN)
-    monkeypatch.setattr(survey_file, "BLOCK_PX", 32)
+    monkeypatch.setattr(statistics, "BLOCK_PX", 32)
     Counted.largest = 0
     found = survey(source, CHANGE, PLAIN)
     assert Counted.largest == 10 * 32 * 32  # one year of one block
@@ -385,15 +383,15 @@ def test_windows_anywhere_are_everywhere_that_a_label_is() -> None:
     of, small = cube(1, 24, 20), cube(2, 9, 30)
     of.footprint.values[1] = 255
     windows = drawn(Cubes({"a": of, "b": small}), SMALL, PLAIN)
-    places = [windows.place(0, i) for i in range(5000)]
+    places = [windows.position(0, i) for i in range(5000)]
     assert {p.view for p in places} == {("a", (2019,)), ("b", (2019,)), ("b", (2020,))}
     assert {(p.y, p.x) for p in places if p.view[0] == "a"} == {
         (y, x) for y in range(9) for x in range(5)
     }
     assert {(p.y, p.x) for p in places if p.view[0] == "b"} == {(0, x) for x in range(15)}
-    assert [windows.place(0, i) for i in range(30)] == places[:30]
-    assert [windows.place(1, i) for i in range(30)] != places[:30]
-    assert [drawn(windows.source, SMALL, PLAIN, 1).place(0, i) for i in range(30)] != places[:30]
+    assert [windows.position(0, i) for i in range(30)] == places[:30]
+    assert [windows.position(1, i) for i in range(30)] != places[:30]
+    assert [drawn(windows.source, SMALL, PLAIN, 1).position(0, i) for i in range(30)] != places[:30]
 
 
 def test_windows_a_step_apart_are_had_once_an_epoch() -> None:
@@ -404,7 +402,7 @@ def test_windows_a_step_apart_are_had_once_an_epoch() -> None:
     }
     orders = []
     for epoch in range(2):
-        places = [windows.place(epoch, i) for i in range(len(windows))]
+        places = [windows.position(epoch, i) for i in range(len(windows))]
         assert len(places) == 2 * len(expected)
         assert {(p.view[0], p.view[1][0], p.y, p.x) for p in places} == {
             (site, year, y, x) for site, y, x in expected for year in (2019, 2020)
@@ -447,7 +445,7 @@ def test_turns_and_flips_are_the_eight_of_a_square_equally_often() -> None:
     rng, still = np.random.default_rng(0), dataclasses.replace(PLAIN, jitter=0.0)
     forms = Counter()
     for _ in range(4000):
-        varied, wanted = augmented(image, image.astype(np.uint8), still, "mapping", rng)
+        varied, wanted = augment(image, image.astype(np.uint8), still, "mapping", rng)
         assert np.array_equal(varied, wanted)
         forms[varied.tobytes()] += 1
     square = image[0, 0].astype(np.float32)
@@ -456,7 +454,7 @@ def test_turns_and_flips_are_the_eight_of_a_square_equally_often() -> None:
     assert (
         sum((n - 500) ** 2 / 500 for n in forms.values()) < 24.3
     )  # chi square, 7 degrees of freedom, p = 0.001
-    varied, _ = augmented(
+    varied, _ = augment(
         image, image.astype(np.uint8), dataclasses.replace(still, turns=False), "mapping", rng
     )
     assert np.array_equal(varied, image)
@@ -468,7 +466,7 @@ def test_jitter_has_a_factor_for_the_image_and_one_for_each_band() -> None:
     rng, label = np.random.default_rng(0), np.zeros((2, 1, 2, 2), np.uint8)
     varying = dataclasses.replace(PLAIN, jitter=0.04, turns=False)
     gains = (
-        np.stack([augmented(image, label, varying, "change", rng)[0] for _ in range(4000)]) / 10000
+        np.stack([augment(image, label, varying, "change", rng)[0] for _ in range(4000)]) / 10000
     )
     assert (gains[..., 1, 1] == 0).all()  # no observation stays none
     assert (gains[..., 0, 0] == gains[..., 0, 1]).all()
@@ -483,7 +481,7 @@ def test_year_dropout_takes_images_not_labels_and_never_all() -> None:
     some = dataclasses.replace(PLAIN, year_dropout=0.5)
     there = np.zeros(3)
     for seed in range(3000):
-        varied, wanted = augmented(image, label, some, "series", np.random.default_rng(seed))
+        varied, wanted = augment(image, label, some, "series", np.random.default_rng(seed))
         kept = (varied > 0).all(axis=(1, 2, 3))
         assert ((varied == 0).all(axis=(1, 2, 3)) | kept).all()
         assert kept.any()
@@ -492,7 +490,7 @@ def test_year_dropout_takes_images_not_labels_and_never_all() -> None:
     # The one that stays in any case is each as often: 1/3 + 2/3 * 1/2.
     np.testing.assert_allclose(there / 3000, 2 / 3, atol=4 * math.sqrt(2 / 9 / 3000))
     for task in ("mapping", "change"):
-        varied, _ = augmented(image[:2], label[:2], some, task, np.random.default_rng(1))
+        varied, _ = augment(image[:2], label[:2], some, task, np.random.default_rng(1))
         assert (varied > 0).all()
 
 
@@ -510,7 +508,7 @@ def test_batches_hold_every_window_once_an_epoch_and_none_is_of_one(
     shares = [
         list(batches(windows, settings, first, (rank, processes))) for rank in range(processes)
     ]
-    steps = steps_of(windows, settings, processes)
+    steps = count_steps(windows, settings, processes)
     assert {len(share) for share in shares} == {steps * (3 - first)}
     together = list(zip(*shares, strict=True))
     keys = [key for step in together for share in step for key in share]
@@ -539,7 +537,7 @@ def test_validation_windows_judge_every_pixel_once(height: int, width: int) -> N
     for number in range(len(tiles)):
         image, wanted = tiles[number]
         known = wanted[0, 0] != 255
-        year = tiles.places[number].view[1][0]
+        year = tiles.positions[number].view[1][0]
         seen.update((year, int(pixel) - 1) for pixel in image[0, 0][known])
         assert np.array_equal(
             wanted[0, 0][known],
@@ -562,7 +560,7 @@ class Threshold(nn.Module):
 def test_scores_are_those_of_the_pooled_pixels(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fitting, "build", Threshold)
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", Threshold)
     train, valid = {"a": cube(1)}, {"b": with_holes(2, 21, 50), "c": with_holes(3, 40, 17)}
     run = Run(checkpoint=tmp_path / "x.ckpt")
     fitted = fit(SMALL, Cubes(train), Cubes(valid), dataclasses.replace(PLAIN, epochs=1), run)
@@ -598,22 +596,45 @@ def test_windows_of_validation_that_hold_no_mine_are_no_measure(flat: None) -> N
         fit(SMALL, Cubes({"a": cube(1)}), Cubes({"b": corner(200, 200)}), one)
 
 
+class Scripted(Flat):
+    """Learns as ever, but is judged by how far above the mean it takes a first band to be a mine."""
+
+    def __init__(self, card: ModelCard, thresholds: list[float]) -> None:
+        super().__init__(card)
+        self.thresholds = thresholds
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def train(self, mode: bool = True) -> Scripted:
+        if not mode:
+            self.after.append(weights(self))
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor, _years: torch.Tensor | None = None) -> torch.Tensor:
+        if self.training:
+            return super().forward(x)
+        return x[:, :1] - self.thresholds[len(self.after) - 1]
+
+
 def test_it_stops_when_f1_no_longer_grows_and_returns_the_best_epoch(
-    flat: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = iter([5, 9, 8, 9, 9, 7, 3])  # an equal one is no better
-    after: list[dict[str, torch.Tensor]] = []
+    best, worse, worst = 0.7, 1.8, 2.2
+    # It is tried once before it learns. An equal one is no better.
+    thresholds = [best, worst, best, worse, best, best, worst, worst]
+    networks: list[Scripted] = []
 
-    def judged(network: nn.Module, *_: Any) -> torch.Tensor:
-        after.append(weights(network))
-        return torch.tensor([next(told), 4, 4])
+    def build(card: ModelCard) -> Scripted:
+        networks.append(Scripted(card, thresholds))
+        return networks[-1]
 
-    monkeypatch.setattr(fitting, "judged", judged)
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", build)
     patient = dataclasses.replace(PLAIN, epochs=7, patience=3)
     fitted = fit(SMALL, Cubes({"a": cube(1)}), Cubes({"b": cube(2)}), patient)
     assert [epoch.epoch for epoch in fitted.history] == [1, 2, 3, 4, 5]
     assert fitted.best == fitted.history[1]
-    assert fitted.best.f1 == pytest.approx(2 * 9 / (2 * 9 + 4 + 4))
+    scores = [epoch.f1 for epoch in fitted.history]
+    assert scores[1] == scores[3] == scores[4] > scores[2] > scores[0]
+    after = networks[0].after[1:]
     found = weights(fitted.trained.network)
     assert all(torch.equal(found[name], after[1][name]) for name in found)
     assert not all(torch.equal(found[name], after[4][name]) for name in found)
@@ -661,12 +682,12 @@ def test_the_loss_is_its_formula_over_known_pixels(how: dict[str, float]) -> Non
         [1e30, math.nan, -math.inf], (wanted == 255).sum()
     )  # not even looked at
     given_ = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
-    loss = loss_of(given_, torch.from_numpy(wanted), settings)
+    loss = compute_loss(given_, torch.from_numpy(wanted), settings)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert (given_.grad[torch.from_numpy(wanted == 255)] == 0).all()
     assert (given_.grad[torch.from_numpy(wanted < 2)] != 0).all()
-    nothing = loss_of(
+    nothing = compute_loss(
         given_.detach(), torch.full((2, 1, 2, 5, 4), 255), dataclasses.replace(settings, dice=0.0)
     )
     assert nothing.item() == 0
@@ -782,7 +803,7 @@ def stop_at(step: int) -> Callable[[int, int, str], None]:
 def test_a_resumed_training_ends_as_an_uninterrupted_one(
     at: int, schedule: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fitting, "build", with_dropout)
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", with_dropout)
     settings = dataclasses.replace(
         PLAIN, epochs=4, windows=24, schedule=schedule, optimiser="adamw", weight_decay=0.1
     )
@@ -892,7 +913,7 @@ def test_a_state_with_a_flipped_bit_is_not_gone_on_from(flat: None, tmp_path: Pa
         fit(SMALL, source, None, PLAIN, Run(checkpoint=path, progress=stop_at(7)))
     content, weight = (
         bytearray(path.read_bytes()),
-        checkpoint.read_state(path)["network"]["layers.0.weight"],
+        checkpoint.read_state(path)["network"]["layers.0.bias"],
     )
     at = bytes(content).index(weight.numpy().tobytes())
     content[at + 3] ^= 0x40  # in the exponent
@@ -924,26 +945,39 @@ def test_a_state_is_written_whole_or_not_at_all(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.ckpt", "x.csv"]
 
 
+class Faulty(Flat):
+    """Gives this logit everywhere in one step."""
+
+    def __init__(self, card: ModelCard, logit: float, step: int) -> None:
+        super().__init__(card)
+        self.logit, self.steps_left = logit, step
+
+    def forward(self, x: torch.Tensor, _years: torch.Tensor | None = None) -> torch.Tensor:
+        logits = super().forward(x)
+        if self.training:
+            self.steps_left -= 1
+            if self.steps_left == 0:
+                return torch.full_like(logits, self.logit)
+        return logits
+
+
 def test_a_loss_that_is_no_number_stops_says_where_and_keeps_the_last_state(
-    flat: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path, calls = tmp_path / "x.ckpt", itertools.count(1)
+    path = tmp_path / "x.ckpt"
     settings = dataclasses.replace(PLAIN, windows=16, epochs=3)
-    monkeypatch.setattr(
-        fitting, "loss_of", lambda *given_: loss_of(*given_) * (math.nan if next(calls) == 4 else 1)
-    )
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", lambda card: Faulty(card, math.nan, 4))
     source = Cubes({"a": cube(1)})
     with pytest.raises(
         ModelError,
         match=r"became nan in epoch 2, step 2 \(windows of a 2019, a 2020\); .*x.ckpt holds epoch 1",
     ):
         fit(SMALL, source, None, settings, Run(checkpoint=path))
-    monkeypatch.setattr(fitting, "loss_of", loss_of)
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", Flat)
     resumed = fit(SMALL, source, None, settings, Run(checkpoint=path, resume=True))
     assert all(torch.isfinite(value).all() for value in weights(resumed.trained.network).values())
     assert same(resumed.trained.network, fit(SMALL, source, None, settings).trained.network)
-    calls = itertools.count(4)
-    monkeypatch.setattr(fitting, "loss_of", lambda *given_: loss_of(*given_) * math.inf)
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", lambda card: Faulty(card, 1e38, 1))
     with pytest.raises(ModelError, match=r"became inf in epoch 1, step 1 .*; nothing was kept"):
         fit(SMALL, source, None, settings)
 
@@ -984,7 +1018,7 @@ def test_a_card_whose_network_is_for_another_task_is_refused(
 
 
 def test_a_network_that_gives_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "build", lambda _: nn.Conv2d(10, 1, 3))
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", lambda _: nn.Conv2d(10, 1, 3))
     with pytest.raises(
         ModelError, match=r"expected logits \(1, 1, 1, 16, 16\) .*found \(1, 1, 1, 14, 14\)"
     ):
@@ -1020,7 +1054,8 @@ SCRIPT = """
 
     t = load()
     torch.set_num_threads(1)
-    from minecube.train import Cubes, Run, fit, fitting
+    from minecube import models
+    from minecube.train import Cubes, Run, fit
     settings = dataclasses.replace(t.PLAIN, epochs=2, windows=24, rare=0.3, dice=0.5, year_dropout=0.2)
     train, valid = Cubes({{"a": t.with_holes(1), "b": t.with_holes(2)}}), Cubes({{"c": t.with_holes(3)}})
 """
@@ -1050,7 +1085,7 @@ def ended(process: subprocess.Popen[str]) -> str:
 )  # those started afresh import torch
 def test_workers_do_not_change_the_network(forks: bool) -> None:
     code = f"""
-        fitting.build = t.with_dropout
+        models.ARCHITECTURES["unet"] = t.with_dropout
         Cubes.forkable = {forks}
         for workers in (0, 2):
             network = fit(t.SMALL, train, valid, settings, Run(workers=workers, seed=5)).trained.network
@@ -1063,8 +1098,7 @@ def test_workers_do_not_change_the_network(forks: bool) -> None:
 def test_two_processes_learn_what_one_does_from_the_whole_batch(tmp_path: Path) -> None:
     code = f"""
         import os
-        from minecube.train.loss import loss_of
-        fitting.build = t.Flat
+        models.ARCHITECTURES["unet"] = t.Flat
         alone = os.environ["WORLD_SIZE"] == "1"
         if not alone:
             dist.init_process_group("gloo")

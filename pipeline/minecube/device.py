@@ -14,20 +14,21 @@ def device_of(name: str) -> torch.device:
         ModelError: torch does not know the device, or sees no such GPU.
     """
     try:
-        place = torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(
             f"device {name!r} is not one that torch knows; expected cpu, cuda or cuda:N"
         ) from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
         raise ModelError(
-            f"device {name!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
+            f"device {name!r} was asked for, but torch {torch.__version__} sees {gpus} GPUs here; "
             "use cpu, or install a CUDA build of torch"
         )
     try:
-        torch.zeros(1, device=place).tolist()  # other kinds of devices have names even if missing
+        torch.zeros(1, device=device).tolist()  # some device types have names even if missing
     except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
         raise ModelError(
             f"device {name!r} is not there for torch {torch.__version__}; use cpu, cuda or cuda:N"
         ) from error
-    return place
+    return device

@@ -12,8 +12,7 @@ The card's task determines a network's input and output (float32). Each class ha
 from __future__ import annotations
 
 from minecube.models.compute import Compute
-from minecube.models.layout import NODATA, SCALE
-from minecube.models.mapping import Mapper, Rows, View, about, predict, views_of
+from minecube.models.mapping import Mapper, MapRows, View, describe, predict, views_of
 from minecube.models.network import (
     ARCHITECTURES,
     Trained,
@@ -29,15 +28,13 @@ from minecube.models.weights import fetch, find
 
 __all__ = [
     "ARCHITECTURES",
-    "NODATA",
-    "SCALE",
     "Compute",
+    "MapRows",
     "Mapper",
-    "Rows",
     "Trained",
     "View",
-    "about",
     "build",
+    "describe",
     "fetch",
     "find",
     "load",

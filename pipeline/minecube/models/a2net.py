@@ -22,7 +22,7 @@ _MOBILENET = (
 )
 """Expansion, channels, blocks and stride per stage (Sandler et al. 2018, arXiv:1801.04381, table
 2)."""
-_KEPT = (1, 2, 4, 6)
+_FEATURE_STAGES = (1, 2, 4, 6)
 """Stages used as features, at 1/4, 1/8, 1/16 and 1/32 of the size."""
 
 
@@ -36,8 +36,9 @@ def a2net(card: ModelCard) -> nn.Module:
     """
     if card.classes != ("changed",):
         raise ModelError(
-            f"model {card.id}: expected the class changed alone, found {', '.join(card.classes)}; A2Net sees only how far "
-            "two dates are apart, not which is the earlier, so it cannot tell new from removed: take another architecture"
+            f"model {card.id}: expected the class changed alone, found {', '.join(card.classes)}; "
+            "A2Net sees only how far two dates are apart, not which is the earlier, so it cannot "
+            "tell new from removed: take another architecture"
         )
     return A2Net(len(card.bands), len(card.classes), **options_of(card, width=64, encoder=1.0))
 
@@ -54,7 +55,7 @@ class A2Net(nn.Module):
     def __init__(self, bands: int, classes: int, *, width: int = 64, encoder: float = 1.0) -> None:
         super().__init__()
         self.encoder = _MobileNet(bands, encoder)
-        channels = [max(int(_MOBILENET[stage][1] * encoder), 1) for stage in _KEPT]
+        channels = [max(int(_MOBILENET[stage][1] * encoder), 1) for stage in _FEATURE_STAGES]
         self.gather = nn.ModuleList(
             _Neighbours(channels[max(i - 1, 0) : i + 2], channels[i], width) for i in range(4)
         )
@@ -66,13 +67,13 @@ class A2Net(nn.Module):
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
         levels = self.encoder(pair.flatten(0, 1))
-        found = []
+        differences = []
         for i, (gather, compare) in enumerate(zip(self.gather, self.compare, strict=True)):
             dates = gather(levels[max(i - 1, 0) : i + 2], levels[i]).unflatten(0, (-1, 2))
-            found.append(compare((dates[:, 0] - dates[:, 1]).abs()))
-        x = found[3]
-        for attend, merge, beside in zip(self.attend, self.merge, reversed(found[:3]), strict=True):
-            x = merge(beside + enlarge(attend(x), beside))
+            differences.append(compare((dates[:, 0] - dates[:, 1]).abs()))
+        *finer, x = differences
+        for attend, merge, skip in zip(self.attend, self.merge, reversed(finer), strict=True):
+            x = merge(skip + enlarge(attend(x), skip))
         return enlarge(self.head(x), pair)
 
 
@@ -93,12 +94,12 @@ class _MobileNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)
-        found = []
+        features = []
         for number, stage in enumerate(self.stages):
             x = stage(x)
-            if number in _KEPT:
-                found.append(x)
-        return found
+            if number in _FEATURE_STAGES:
+                features.append(x)
+        return features
 
 
 def _convolution(
@@ -108,30 +109,30 @@ def _convolution(
         nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation),
         nn.BatchNorm2d(outputs),
     ]
-    return nn.Sequential(*layers, *([nn.ReLU()] if activation else []))
+    if activation:
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
 
 
 class _Neighbours(nn.Module):
     """Fusion of one scale with the next finer (pooled) and the next coarser (enlarged)."""
 
-    def __init__(self, channels: list[int], own: int, width: int) -> None:
+    def __init__(self, channels: list[int], centre: int, width: int) -> None:
         super().__init__()
         self.reduce = nn.ModuleList(_convolution(c, width // 2) for c in channels)
         inside = len(channels) * (width // 2)
         self.fuse = nn.Sequential(
             _convolution(inside, width), _convolution(width, width, activation=False)
         )
-        self.shortcut = nn.Conv2d(own, width, 1)
+        self.shortcut = nn.Conv2d(centre, width, 1)
 
-    def forward(self, levels: list[Tensor], own: Tensor) -> Tensor:
-        side = own.shape[-1]
-        near = [
-            enlarge(
-                reduce(functional.max_pool2d(level, 2) if level.shape[-1] > side else level), own
-            )
-            for reduce, level in zip(self.reduce, levels, strict=True)
-        ]
-        return torch.relu(self.fuse(torch.cat(near, dim=1)) + self.shortcut(own))
+    def forward(self, levels: list[Tensor], centre: Tensor) -> Tensor:
+        neighbours = []
+        for reduce, level in zip(self.reduce, levels, strict=True):
+            if level.shape[-1] > centre.shape[-1]:
+                level = functional.max_pool2d(level, 2)
+            neighbours.append(enlarge(reduce(level), centre))
+        return torch.relu(self.fuse(torch.cat(neighbours, dim=1)) + self.shortcut(centre))
 
 
 class _Compare(nn.Module):
@@ -162,5 +163,5 @@ class _Attend(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         change = self.change(x).sigmoid()
-        found: Tensor = self.refine(x * self.weigh(torch.cat([change, 1 - change], dim=1)))
-        return found
+        weighted: Tensor = self.refine(x * self.weigh(torch.cat([change, 1 - change], dim=1)))
+        return weighted

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minecube.catalog import ModelCard
-from minecube.models.blocks import ResNet, convolution, siamese
+from minecube.models.blocks import ResNet, attend, convolution, siamese
 from minecube.models.options import options_of
 
 
@@ -86,7 +86,8 @@ class _Layer(nn.Module):
     def __init__(self, channels: int, head: int, heads: int = 8) -> None:
         super().__init__()
         self.heads = heads
-        self.before, self.middle = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.before = nn.LayerNorm(channels)
+        self.middle = nn.LayerNorm(channels)
         self.query, self.key, self.value = (
             nn.Linear(channels, heads * head, bias=False) for _ in range(3)
         )
@@ -96,13 +97,9 @@ class _Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, to: Tensor) -> Tensor:
-        normal, other = self.before(x), self.before(to)
-        query, key, value = (
-            layer(of).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, of in ((self.query, normal), (self.key, other), (self.value, other))
-        )
-        x = x + self.out(
-            functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        )
-        found: Tensor = x + self.perceptron(self.middle(x))
-        return found
+        words = self.before(x)
+        context = self.before(to)
+        attended = attend(self.query(words), self.key(context), self.value(context), self.heads)
+        x = x + self.out(attended)
+        updated: Tensor = x + self.perceptron(self.middle(x))
+        return updated

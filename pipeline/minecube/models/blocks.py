@@ -21,7 +21,9 @@ def convolution(
     """Build a padded convolution without bias, batch normalisation and an optional activation."""
     convolved = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     layers: list[nn.Module] = [convolved, nn.BatchNorm2d(outputs)]
-    return nn.Sequential(*layers, *([activation()] if activation else []))
+    if activation:
+        layers.append(activation())
+    return nn.Sequential(*layers)
 
 
 def siamese(encoder: nn.Module, pair: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -29,16 +31,21 @@ def siamese(encoder: nn.Module, pair: Tensor) -> list[tuple[Tensor, Tensor]]:
 
     Both dates pass in one batch. In training they share the normalisation statistics.
     """
-    levels: list[Tensor] = encoder(pair.flatten(0, 1))
-    return [
-        (both[:, 0], both[:, 1])
-        for both in (torch.unflatten(level, 0, (-1, 2)) for level in levels)
-    ]
+    dates = [torch.unflatten(level, 0, (-1, 2)) for level in encoder(pair.flatten(0, 1))]
+    return [(level[:, 0], level[:, 1]) for level in dates]
 
 
 def enlarge(x: Tensor, like: Tensor) -> Tensor:
     """Resize bilinearly to the height and width of `like`."""
     return functional.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attend from (n, a, channel) to (n, b, channel) by several heads; returns (n, a, channel)."""
+    by_head = (torch.unflatten(x, -1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    queries, keys, values = by_head
+    attended = functional.scaled_dot_product_attention(queries, keys, values)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class Pyramid(nn.Module):
@@ -50,10 +57,11 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return one tensor per block, the finest first."""
-        found: list[Tensor] = []
-        for block in self.blocks:
-            found.append(block(functional.max_pool2d(found[-1], 2) if found else x))
-        return found
+        finest, *coarser = self.blocks
+        levels: list[Tensor] = [finest(x)]
+        for block in coarser:
+            levels.append(block(functional.max_pool2d(levels[-1], 2)))
+        return levels
 
 
 class SqueezeExcite(nn.Module):
@@ -107,12 +115,9 @@ class BasicBlock(nn.Module):
             convolution(outputs, outputs, activation=None),
             SqueezeExcite(outputs, max(outputs // 16, 1)) if squeeze else nn.Identity(),
         )
-        same = stride == 1 and inputs == outputs
-        self.shortcut = (
-            nn.Identity()
-            if same
-            else convolution(inputs, outputs, 1, stride=stride, activation=None)
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = convolution(inputs, outputs, 1, stride=stride, activation=None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, inputs, y, x) to (n, outputs, y / stride, x / stride)."""
@@ -124,16 +129,17 @@ class Stages(nn.Module):
 
     def __init__(self, stem: nn.Module, stages: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.stem, self.stages = stem, nn.ModuleList(stages)
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return one tensor per stage, the finest first."""
         x = self.stem(x)
-        found = []
+        levels = []
         for stage in self.stages:
             x = stage(x)
-            found.append(x)
-        return found
+            levels.append(x)
+        return levels
 
 
 class ResNet(Stages):
@@ -154,7 +160,8 @@ class ResNet(Stages):
         squeeze: bool = False,
     ) -> None:
         stem = nn.Sequential(convolution(bands, width, 7, stride=2), nn.MaxPool2d(3, 2, 1))
-        stages, channels = [], width
+        stages = []
+        channels = width
         for level, depth in enumerate(depths):
             outputs = width * 2**level
             blocks = [BasicBlock(channels, outputs, stride=strides[level], squeeze=squeeze)]
@@ -182,23 +189,25 @@ class InvertedResidual(nn.Module):
         squeeze: bool = False,
     ) -> None:
         super().__init__()
-        activation = nn.SiLU if squeeze else nn.ReLU6
         inside = inputs * expansion
+        activation: Callable[[], nn.Module] = nn.SiLU if squeeze else nn.ReLU6
+        expand: nn.Module = nn.Identity()
+        weigh: nn.Module = nn.Identity()
+        if expansion > 1:
+            expand = convolution(inputs, inside, 1, activation=activation)
+        depthwise = convolution(
+            inside, inside, kernel, stride=stride, groups=inside, activation=activation
+        )
+        if squeeze:
+            weigh = SqueezeExcite(inside, max(inputs // 4, 1), bias=True, activation=nn.SiLU)
         self.body = nn.Sequential(
-            convolution(inputs, inside, 1, activation=activation)
-            if expansion > 1
-            else nn.Identity(),
-            convolution(
-                inside, inside, kernel, stride=stride, groups=inside, activation=activation
-            ),
-            SqueezeExcite(inside, max(inputs // 4, 1), bias=True, activation=nn.SiLU)
-            if squeeze
-            else nn.Identity(),
-            convolution(inside, outputs, 1, activation=None),
+            expand, depthwise, weigh, convolution(inside, outputs, 1, activation=None)
         )
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, inputs, y, x) to (n, outputs, y / stride, x / stride)."""
-        found: Tensor = self.body(x)
-        return x + found if self.shortcut else found
+        features: Tensor = self.body(x)
+        if self.shortcut:
+            return x + features
+        return features

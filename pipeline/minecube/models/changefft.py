@@ -56,13 +56,13 @@ class ChangeFFT(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
-        found = []
-        for (first, second), normal, mix in zip(
+        levels = []
+        for (earlier, later), normal, mix in zip(
             siamese(self.encoder, pair), self.normal, self.mix, strict=True
         ):
-            difference = second - first
-            found.append(difference + mix(normal(difference.movedim(1, -1))).movedim(-1, 1))
-        return enlarge(self.head(self.decoder(found)), pair)
+            difference = later - earlier
+            levels.append(difference + mix(normal(difference.movedim(1, -1))).movedim(-1, 1))
+        return enlarge(self.head(self.decoder(levels)), pair)
 
 
 class FrequencyMix(nn.Module):
@@ -119,17 +119,16 @@ class UPerNetHead(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Return (n, width, y, x) at the size of the first level."""
-        last = levels[-1]
-        above = self.coarsest(
-            torch.cat([last, *(enlarge(pool(last), last) for pool in self.pool)], dim=1)
-        )
-        found = [above]
+        *finer, coarsest = levels
+        pooled = [enlarge(pool(coarsest), coarsest) for pool in self.pool]
+        x = self.coarsest(torch.cat([coarsest, *pooled], dim=1))
+        pyramid = [x]
         for level, reduce, smooth in reversed(
-            list(zip(levels[:-1], self.reduce, self.smooth, strict=True))
+            list(zip(finer, self.reduce, self.smooth, strict=True))
         ):
-            above = reduce(level) + enlarge(above, level)
-            found.append(smooth(above))
+            x = reduce(level) + enlarge(x, level)
+            pyramid.append(smooth(x))
         fused: Tensor = self.fuse(
-            torch.cat([enlarge(level, levels[0]) for level in reversed(found)], dim=1)
+            torch.cat([enlarge(level, levels[0]) for level in reversed(pyramid)], dim=1)
         )
         return fused

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minecube.catalog import ModelCard
-from minecube.models.blocks import enlarge, siamese
+from minecube.models.blocks import attend, enlarge, siamese
 from minecube.models.options import options_of
 
 
@@ -18,8 +18,8 @@ def changeformer(card: ModelCard) -> nn.Module:
 
     Options: `widths` and `depths` of the encoder's four stages, `width` of the decoder.
     """
-    own = options_of(card, widths=(64, 128, 320, 512), depths=(3, 3, 4, 3), width=256)
-    return ChangeFormer(len(card.bands), len(card.classes), **own)
+    options = options_of(card, widths=(64, 128, 320, 512), depths=(3, 3, 4, 3), width=256)
+    return ChangeFormer(len(card.bands), len(card.classes), **options)
 
 
 class ChangeFormer(nn.Module):
@@ -55,13 +55,16 @@ class ChangeFormer(nn.Module):
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
         levels = siamese(self.encoder, pair)
-        found: list[Tensor] = []
-        for (first, second), reduce, compare in reversed(
+        differences: list[Tensor] = []
+        for (earlier, later), reduce, compare in reversed(
             list(zip(levels, self.reduce, self.compare, strict=True))
         ):
-            difference = compare(torch.cat([reduce(first), reduce(second)], dim=1))
-            found.append(difference + enlarge(found[-1], difference) if found else difference)
-        x = self.fuse(torch.cat([enlarge(level, found[-1]) for level in found], dim=1))
+            difference = compare(torch.cat([reduce(earlier), reduce(later)], dim=1))
+            if differences:
+                difference = difference + enlarge(differences[-1], difference)
+            differences.append(difference)
+        finest = differences[-1]
+        x = self.fuse(torch.cat([enlarge(level, finest) for level in differences], dim=1))
         for up in self.up:
             x = up(x)
         logits: Tensor = self.head(x)
@@ -86,8 +89,8 @@ class _Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = x + 0.1 * self.body(x)
-        return found
+        updated: Tensor = x + 0.1 * self.body(x)
+        return updated
 
 
 class _MixTransformer(nn.Module):
@@ -98,24 +101,22 @@ class _MixTransformer(nn.Module):
 
     def __init__(self, bands: int, widths: Sequence[int], depths: Sequence[int]) -> None:
         super().__init__()
-        above = [bands, *widths[:-1]]
-        strides, shrinks, heads = (4, 2, 2, 2), (8, 4, 2, 1), (1, 2, 4, 8)
-        self.stages = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "patches": nn.Conv2d(above[i], widths[i], 7, strides[i], 3),
-                    "first": nn.LayerNorm(widths[i]),
-                    "blocks": nn.ModuleList(
-                        _Block(widths[i], heads[i], shrinks[i]) for _ in range(depths[i])
-                    ),
-                    "last": nn.LayerNorm(widths[i]),
-                }
-            )
-            for i in range(4)
-        )
+        self.stages = nn.ModuleList()
+        inputs = bands
+        for width, depth, stride, heads, shrink in zip(
+            widths, depths, (4, 2, 2, 2), (1, 2, 4, 8), (8, 4, 2, 1), strict=True
+        ):
+            stage = {
+                "patches": nn.Conv2d(inputs, width, 7, stride, 3),
+                "first": nn.LayerNorm(width),
+                "blocks": nn.ModuleList(_Block(width, heads, shrink) for _ in range(depth)),
+                "last": nn.LayerNorm(width),
+            }
+            self.stages.append(nn.ModuleDict(stage))
+            inputs = width
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        found = []
+        levels = []
         for stage in self.stages:
             x = stage["patches"](x)  # type: ignore[index]  # a ModuleDict
             shape = x.shape
@@ -123,8 +124,8 @@ class _MixTransformer(nn.Module):
             for block in stage["blocks"]:  # type: ignore[index]
                 words = block(words, shape[-2:])
             x = stage["last"](words).transpose(1, 2).reshape(shape)  # type: ignore[index]
-            found.append(x)
-        return found
+            levels.append(x)
+        return levels
 
 
 class _Block(nn.Module):
@@ -136,31 +137,29 @@ class _Block(nn.Module):
     def __init__(self, width: int, heads: int, shrink: int) -> None:
         super().__init__()
         self.heads = heads
-        self.before, self.middle = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.both, self.out = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
-        self.shrink = nn.Conv2d(width, width, shrink, stride=shrink) if shrink > 1 else None
-        self.shrunk = nn.LayerNorm(width) if shrink > 1 else None
-        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.before = nn.LayerNorm(width)
+        self.middle = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.both = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.shrink: nn.Module | None = None
+        self.shrunk: nn.Module | None = None
+        if shrink > 1:
+            self.shrink = nn.Conv2d(width, width, shrink, stride=shrink)
+            self.shrunk = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
         self.near = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        words = other = self.before(x)
+        words = self.before(x)
+        context = words
         if self.shrink is not None and self.shrunk is not None:
             image = words.transpose(1, 2).unflatten(2, size)
-            other = self.shrunk(self.shrink(image).flatten(2).transpose(1, 2))
-        key, value = self.both(other).chunk(2, dim=-1)
-        query, key, value = (
-            a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for a in (self.query(words), key, value)
-        )
-        x = x + self.out(
-            functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        )
+            context = self.shrunk(self.shrink(image).flatten(2).transpose(1, 2))
+        key, value = self.both(context).chunk(2, dim=-1)
+        x = x + self.out(attend(self.query(words), key, value, self.heads))
         wide = self.widen(self.middle(x))
-        near = self.near(wide.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
-        found: Tensor = x + self.narrow(functional.gelu(near))
-        return found
+        local = self.near(wide.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
+        updated: Tensor = x + self.narrow(functional.gelu(local))
+        return updated

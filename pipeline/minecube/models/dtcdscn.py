@@ -51,11 +51,11 @@ class DTCDSCN(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
-        *finer, coarsest = [first - second for first, second in siamese(self.encoder, pair)]
+        *finer, coarsest = [earlier - later for earlier, later in siamese(self.encoder, pair)]
         x = self.centre(coarsest)
         *decoder, last = self.decoder
-        for decode, beside in zip(decoder, reversed(finer), strict=True):
-            x = decode(x) + beside
+        for decode, skip in zip(decoder, reversed(finer), strict=True):
+            x = decode(x) + skip
         logits: Tensor = self.head(last(x))
         return logits
 
@@ -100,5 +100,5 @@ class _Decode(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.reduce(x)
-        found: Tensor = self.expand(x + self.channel(x) + x * self.place(x).sigmoid())
-        return found
+        enlarged: Tensor = self.expand(x + self.channel(x) + x * self.place(x).sigmoid())
+        return enlarged

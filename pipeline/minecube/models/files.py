@@ -41,7 +41,7 @@ _FOREIGN = (
 """Exceptions of zipfile and torch for foreign or damaged files."""
 
 
-def pickled(content: Mapping[str, Any]) -> memoryview:
+def pickle(content: Mapping[str, Any]) -> memoryview:
     """Serialise a dictionary of tensors and plain values by torch.save."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
@@ -54,19 +54,18 @@ class Placeholder:
     A subclass is made per class of the file, with the same module and name.
     """
 
-    said: tuple[Any, ...] = ()
+    arguments: tuple[Any, ...] = ()
     state: Any = None
 
-    def __new__(cls, *said: Any) -> Any:
+    def __new__(cls, *arguments: Any) -> Any:
         """Keep the arguments, or make a number of a numpy scalar's dtype and bytes."""
         if f"{cls.__module__}.{cls.__name__}" in _NUMPY:
-            dtype, content = said
-            return np.frombuffer(
-                content, np.dtype(str(dtype.said[0])).newbyteorder(dtype.state[1])
-            )[0].item()
-        made = super().__new__(cls)
-        made.said = said
-        return made
+            dtype, content = arguments
+            numpy_dtype = np.dtype(str(dtype.arguments[0])).newbyteorder(dtype.state[1])
+            return np.frombuffer(content, numpy_dtype)[0].item()
+        placeholder = super().__new__(cls)
+        placeholder.arguments = arguments
+        return placeholder
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -78,19 +77,19 @@ _ONE_AT_A_TIME = threading.Lock()
 """Lock for torch's list of accepted classes, shared by all threads."""
 
 
-def unpickled(content: bytes, otherwise: str, placeholders: bool = False) -> Any:
-    """Read a file of `pickled` or `torch.save` without running any code in it.
+def unpickle(content: bytes, message: str, placeholders: bool = False) -> Any:
+    """Read a file of `pickle` or `torch.save` without running any code in it.
 
     Tensors are loaded on the CPU.
 
     Args:
         content: The file's bytes.
-        otherwise: Error message for a foreign or damaged file.
+        message: Error message for a foreign or damaged file.
         placeholders: Whether to put a `Placeholder` for an object of another class. Otherwise the
             file is refused.
 
     Raises:
-        ModelError: The file is foreign or damaged. The message is `otherwise`, plus the format if
+        ModelError: The file is foreign or damaged. The message is `message`, plus the format if
             known.
     """
     file = io.BytesIO(content)
@@ -101,21 +100,25 @@ def unpickled(content: bytes, otherwise: str, placeholders: bool = False) -> Any
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         file.seek(0)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        known = names if placeholders else {*_NUMPY, "numpy.dtype"}.intersection(names)
+        replaced = set(names)
+        if not placeholders:
+            replaced &= {*_NUMPY, "numpy.dtype"}
         file.seek(0)
         with (
             _ONE_AT_A_TIME,
-            torch.serialization.safe_globals([_placeholder(name) for name in known]),
+            torch.serialization.safe_globals([_placeholder_class(name) for name in replaced]),
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except _FOREIGN as error:
-        kind = kind_of(content)
-        raise ModelError(f"{otherwise} (it looks like {kind})" if kind else otherwise) from error
+        kind = describe_format(content)
+        if kind:
+            message = f"{message} (it looks like {kind})"
+        raise ModelError(message) from error
 
 
-def _placeholder(name: str) -> type[Placeholder]:
-    module, _, last = name.rpartition(".")
-    return type(last, (Placeholder,), {"__module__": module})
+def _placeholder_class(path: str) -> type[Placeholder]:
+    module, _, name = path.rpartition(".")
+    return type(name, (Placeholder,), {"__module__": module})
 
 
 _BEGINNINGS = {
@@ -123,7 +126,8 @@ _BEGINNINGS = {
     rb"version https://git-lfs": "a pointer of Git LFS: get the file itself by `git lfs pull`",
     rb"\s*<": "a page of HTML or XML: get the file itself",
     rb"\x80\x02\x8a\x0a": "a file of torch.save before torch 1.6: load it and save it again",
-    rb"\x80": "a pickle that torch.save did not write: save the network's state_dict() by torch.save",
+    rb"\x80": "a pickle that torch.save did not write: "
+    "save the network's state_dict() by torch.save",
     rb"\x1f\x8b": "a gzip file: unpack it",
     rb"\x08.[\x12:]": "an ONNX model: save the network's state_dict() by torch.save",
     rb'.{6}\0\0\{"': "a safetensors file: load its tensors and save them by torch.save",
@@ -135,7 +139,7 @@ _PROGRAMS = {
 """Zip archives of torch, by the name of a member."""
 
 
-def kind_of(content: bytes) -> str:
+def describe_format(content: bytes) -> str:
     """Name a file's format and the remedy; empty if the format is unknown or the file damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
@@ -152,15 +156,13 @@ def kind_of(content: bytes) -> str:
         return f"{program}: save the network's state_dict() by torch.save"
     if "data.pkl" not in names:
         return "a zip archive of something else"
-    classes = _classes(content)
-    return (
-        f"a file with objects of {classes}: save the network's state_dict() alone"
-        if classes
-        else ""
-    )
+    classes = _list_classes(content)
+    if not classes:
+        return ""
+    return f"a file with objects of {classes}: save the network's state_dict() alone"
 
 
-def _classes(content: bytes) -> str:
+def _list_classes(content: bytes) -> str:
     """List the first classes in a file of torch.save that are not loaded."""
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))

@@ -18,7 +18,7 @@ def fc_ef(card: ModelCard) -> nn.Module:
 
     Options: `width` (of the first level, 16 in the paper) and `dropout` (0.2).
     """
-    return _of(card, "early")
+    return _build(card, "early")
 
 
 def fc_siam_conc(card: ModelCard) -> nn.Module:
@@ -26,7 +26,7 @@ def fc_siam_conc(card: ModelCard) -> nn.Module:
 
     Options are those of `fc_ef`.
     """
-    return _of(card, "both")
+    return _build(card, "both")
 
 
 def fc_siam_diff(card: ModelCard) -> nn.Module:
@@ -34,10 +34,10 @@ def fc_siam_diff(card: ModelCard) -> nn.Module:
 
     Options are those of `fc_ef`.
     """
-    return _of(card, "difference")
+    return _build(card, "difference")
 
 
-def _of(card: ModelCard, skip: str) -> nn.Module:
+def _build(card: ModelCard, skip: str) -> nn.Module:
     return FullyConvolutional(
         len(card.bands), len(card.classes), skip=skip, **options_of(card, width=16, dropout=0.2)
     )
@@ -58,22 +58,24 @@ class FullyConvolutional(nn.Module):
     ) -> None:
         super().__init__()
         self.skip = skip
+        # Dates in the first layer's input, and copies of a level's features for the decoder.
+        dates, copies = {"early": (2, 1), "both": (1, 2), "difference": (1, 1)}[skip]
         channels = [width * 2**level for level in range(4)]
-        above = [bands * 2 if skip == "early" else bands, *channels]
+        inputs = [bands * dates, *channels[:-1]]
+        outputs = [channels[0], *channels[:-1]]
         self.encoder = Pyramid(
             [
-                _layers([a, *[b] * (2 + level // 2)], dropout)
-                for level, (a, b) in enumerate(zip(above, channels, strict=False))
+                _layers([inputs[level], *[c] * (2 + level // 2)], dropout)
+                for level, c in enumerate(channels)
             ]
         )
-        copies = 2 if skip == "both" else 1
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1)
             for c in reversed(channels)
         )
         self.decoder = nn.ModuleList(
             _layers(
-                [c * (1 + copies), *[c] * (1 + level // 2), channels[level - 1] if level else c],
+                [c * (1 + copies), *[c] * (1 + level // 2), outputs[level]],
                 dropout,
                 last=level == 0,
             )
@@ -89,13 +91,13 @@ class FullyConvolutional(nn.Module):
         else:
             levels = siamese(self.encoder, pair)
             deepest = levels[-1][1]
-            skipped = [
-                torch.cat(level, dim=1) if self.skip == "both" else (level[0] - level[1]).abs()
-                for level in levels
-            ]
+            if self.skip == "both":
+                skipped = [torch.cat(dates, dim=1) for dates in levels]
+            else:
+                skipped = [(earlier - later).abs() for earlier, later in levels]
         x = functional.max_pool2d(deepest, 2)
-        for up, decode, beside in zip(self.up, self.decoder, reversed(skipped), strict=True):
-            x = decode(torch.cat([up(x), beside], dim=1))
+        for up, decode, skip in zip(self.up, self.decoder, reversed(skipped), strict=True):
+            x = decode(torch.cat([up(x), skip], dim=1))
         logits: Tensor = self.head(x)
         return logits
 
@@ -109,4 +111,6 @@ def _layers(channels: list[int], dropout: float, *, last: bool = False) -> nn.Mo
             nn.ReLU(),
             nn.Dropout2d(dropout),
         ]
-    return nn.Sequential(*layers[: -4 if last else None])
+    if last:  # the head's convolution follows
+        layers = layers[:-4]
+    return nn.Sequential(*layers)

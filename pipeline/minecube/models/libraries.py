@@ -11,8 +11,8 @@ they need at least two windows, and torch reports fewer. All others train on one
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,37 +20,20 @@ from torch import Tensor, nn
 
 from minecube.catalog import ModelCard
 from minecube.errors import ModelError
+from minecube.models.blocks import enlarge
 from minecube.models.options import options_of
+from minecube.models.torchvision_operators import declare_missing_operators
 
+declare_missing_operators()
 
-def _mend_torchvision() -> None:
-    """Declare two operators missing in a CUDA torchvision with a CPU build of torch.
-
-    timm imports torchvision, and the import fails at the first missing operator. No network here
-    calls them. An intact torchvision is left alone, since its operators cannot be declared twice.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return
-    except RuntimeError:
-        if torch.version.cuda is not None:
-            raise
-        torch.library.define(
-            "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
-        torch.library.define(
-            "torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
-
-
-_mend_torchvision()
-
-import segmentation_models_pytorch as smp  # noqa: E402  after the mending
+import segmentation_models_pytorch as smp  # noqa: E402  timm imports torchvision
 import timm  # noqa: E402
 import transformers  # noqa: E402
 
-_SEGFORMER = {  # channels and depth of the four stages, width of the decoder: Xie et al. 2021, tables 1 and 6
+_ENCODER = "resnet50"
+"""Default encoder of the networks of segmentation-models-pytorch."""
+# Channels and depths of the four stages, width of the decoder: Xie et al. 2021, tables 1 and 6.
+_SEGFORMER = {
     "b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
     "b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
     "b2": ((64, 128, 320, 512), (3, 4, 6, 3), 768),
@@ -58,7 +41,9 @@ _SEGFORMER = {  # channels and depth of the four stages, width of the decoder: X
     "b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
     "b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768),
 }
-_CONVNEXT = {  # channels of the first stage, depths: Liu et al. 2022, section 3; up to nano Woo et al. 2023 (arXiv:2301.00808)
+# Channels of the first stage, depths: Liu et al. 2022, section 3. Up to nano: Woo et al. 2023
+# (arXiv:2301.00808).
+_CONVNEXT = {
     "convnext-atto": (40, (2, 2, 6, 2)),
     "convnext-femto": (48, (2, 2, 6, 2)),
     "convnext-pico": (64, (2, 2, 6, 2)),
@@ -67,7 +52,9 @@ _CONVNEXT = {  # channels of the first stage, depths: Liu et al. 2022, section 3
     "convnext-small": (96, (3, 3, 27, 3)),
     "convnext-base": (128, (3, 3, 27, 3)),
 }
-_SWIN = {  # channels of the first stage, depths: Liu et al. 2021, section 3.3; heads are of 32 channels. mini is ours, for CPUs
+# Channels of the first stage, depths: Liu et al. 2021, section 3.3. Heads have 32 channels. mini is
+# ours, for CPUs.
+_SWIN = {
     "swin-mini": (32, (2, 2, 2, 2)),
     "swin-tiny": (96, (2, 2, 6, 2)),
     "swin-small": (96, (2, 2, 18, 2)),
@@ -79,12 +66,14 @@ _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 def unet(card: ModelCard) -> nn.Module:
     """Build U-Net (Ronneberger et al. 2015, arXiv:1505.04597) on the option `encoder`."""
-    return _smp(card, smp.Unet)
+    options = options_of(card, encoder=_ENCODER)
+    return _build_smp(card, smp.Unet, options["encoder"])
 
 
 def linknet(card: ModelCard) -> nn.Module:
     """Build LinkNet (Chaurasia and Culurciello 2017, arXiv:1707.03718) on the option `encoder`."""
-    return _smp(card, smp.Linknet)
+    options = options_of(card, encoder=_ENCODER)
+    return _build_smp(card, smp.Linknet, options["encoder"])
 
 
 def pspnet(card: ModelCard) -> nn.Module:
@@ -94,13 +83,9 @@ def pspnet(card: ModelCard) -> nn.Module:
     dilated, with features at 1/8 of the resolution. The library leaves these stages out by default.
     It fuses the pyramid by a 1 x 1 convolution, the paper by 3 x 3.
     """
-    options = options_of(card, encoder="resnet50", width=512)
-    network = _smp(
-        card,
-        smp.PSPNet,
-        {"psp_out_channels": options["width"], "encoder_depth": 5, "upsampling": 8},
-        options,
-    )
+    options = options_of(card, encoder=_ENCODER, width=512)
+    pyramid = partial(smp.PSPNet, psp_out_channels=options["width"], encoder_depth=5, upsampling=8)
+    network = _build_smp(card, pyramid, options["encoder"])
     network.encoder.make_dilated(8)  # type: ignore[operator, union-attr]
     return network
 
@@ -110,8 +95,9 @@ def deeplabv3plus(card: ModelCard) -> nn.Module:
 
     Options: `encoder` and `width` (256 as published).
     """
-    options = options_of(card, encoder="resnet50", width=256)
-    return _smp(card, smp.DeepLabV3Plus, {"decoder_channels": options["width"]}, options)
+    options = options_of(card, encoder=_ENCODER, width=256)
+    pyramid = partial(smp.DeepLabV3Plus, decoder_channels=options["width"])
+    return _build_smp(card, pyramid, options["encoder"])
 
 
 def deeplabv3(card: ModelCard) -> nn.Module:
@@ -124,16 +110,16 @@ def deeplabv3(card: ModelCard) -> nn.Module:
     config = transformers.MobileViTV2Config(
         num_channels=len(card.bands),
         num_labels=len(card.classes),
-        width_multiplier=_size(card, _MOBILEVIT, options["encoder"]),
+        width_multiplier=_size_of(card, _MOBILEVIT, options["encoder"]),
         aspp_out_channels=options["width"],
         output_stride=16,
     )
-    return _giving(transformers.MobileViTV2ForSemanticSegmentation(config), _enlarged)
+    return _with_logits(transformers.MobileViTV2ForSemanticSegmentation(config), _enlarge_logits)
 
 
 def segformer(card: ModelCard) -> nn.Module:
     """Build SegFormer (Xie et al. 2021, arXiv:2105.15203), b0 to b5 by the option `encoder`."""
-    channels, depths, width = _size(card, _SEGFORMER, options_of(card, encoder="b2")["encoder"])
+    channels, depths, width = _size_of(card, _SEGFORMER, options_of(card, encoder="b2")["encoder"])
     config = transformers.SegformerConfig(
         num_channels=len(card.bands),
         num_labels=len(card.classes),
@@ -141,7 +127,7 @@ def segformer(card: ModelCard) -> nn.Module:
         depths=depths,
         decoder_hidden_size=width,
     )
-    return _giving(transformers.SegformerForSemanticSegmentation(config), _enlarged)
+    return _with_logits(transformers.SegformerForSemanticSegmentation(config), _enlarge_logits)
 
 
 def upernet(card: ModelCard) -> nn.Module:
@@ -152,12 +138,12 @@ def upernet(card: ModelCard) -> nn.Module:
     """
     options = options_of(card, encoder="swin-tiny", width=512)
     config = transformers.UperNetConfig(
-        backbone_config=_backbone(card, options["encoder"], {**_CONVNEXT, **_SWIN}),
+        backbone_config=_backbone_config(card, options["encoder"], {**_CONVNEXT, **_SWIN}),
         hidden_size=options["width"],
         use_auxiliary_head=False,
         num_labels=len(card.classes),
     )
-    return _giving(transformers.UperNetForSemanticSegmentation(config), _enlarged)
+    return _with_logits(transformers.UperNetForSemanticSegmentation(config), _enlarge_logits)
 
 
 def mask2former(card: ModelCard) -> nn.Module:
@@ -179,7 +165,7 @@ def mask2former(card: ModelCard) -> nn.Module:
     )
     width = options["width"]
     config = transformers.Mask2FormerConfig(
-        backbone_config=_backbone(card, options["encoder"], _SWIN),
+        backbone_config=_backbone_config(card, options["encoder"], _SWIN),
         num_labels=1 + len(card.classes),
         num_queries=options["queries"],
         encoder_layers=options["encoder_layers"],
@@ -198,21 +184,22 @@ def mask2former(card: ModelCard) -> nn.Module:
     features = network.model.pixel_level_module.decoder.mask_projection
     nn.init.kaiming_uniform_(features.weight, a=1)
     nn.init.zeros_(features.bias)
-    return _giving(network, _by_class)
+    return _with_logits(network, _score_classes)
 
 
-def _size(card: ModelCard, sizes: Mapping[str, Any], encoder: str) -> Any:
+def _size_of(card: ModelCard, sizes: Mapping[str, Any], encoder: str) -> Any:
     if encoder not in sizes:
         raise ModelError(
-            f"model {card.id}: {card.architecture} knows no encoder {encoder!r}; there is: {', '.join(sizes)}"
+            f"model {card.id}: {card.architecture} knows no encoder {encoder!r}; there is: "
+            f"{', '.join(sizes)}"
         )
     return sizes[encoder]
 
 
-def _backbone(
+def _backbone_config(
     card: ModelCard, encoder: str, sizes: Mapping[str, tuple[int, tuple[int, ...]]]
 ) -> Any:
-    width, depths = _size(card, sizes, encoder)
+    width, depths = _size_of(card, sizes, encoder)
     channels = [width * 2**stage for stage in range(4)]
     if encoder in _CONVNEXT:
         return transformers.ConvNextConfig(
@@ -231,36 +218,29 @@ def _backbone(
     )
 
 
-def _smp(
-    card: ModelCard,
-    network: Callable[..., Any],
-    more: Mapping[str, Any] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    encoder = (options or options_of(card, encoder="resnet50"))["encoder"]
+def _build_smp(card: ModelCard, architecture: Callable[..., Any], encoder: str) -> nn.Module:
     # Two families are left out. The licence of Mix Transformers forbids commerce (see segformer),
     # and timm- names are outdated.
-    known = [
+    encoders = [
         name for name in smp.encoders.get_encoder_names() if not name.startswith(("mit_", "timm-"))
     ]
-    known += [f"tu-{name}" for name in timm.list_models()]
-    if encoder not in known:
-        close = difflib.get_close_matches(encoder, known, 5, 0)
+    encoders += [f"tu-{name}" for name in timm.list_models()]
+    if encoder not in encoders:
+        close = ", ".join(difflib.get_close_matches(encoder, encoders, 5, 0))
         raise ModelError(
-            f"model {card.id}: unknown encoder {encoder!r}; there are {len(known)}, the nearest by name: {', '.join(close)} "
-            "(those of segmentation-models-pytorch, and of timm behind tu-)"
+            f"model {card.id}: unknown encoder {encoder!r}; there are {len(encoders)}, the nearest "
+            f"by name: {close} (those of segmentation-models-pytorch, and of timm behind tu-)"
         )
-    built: nn.Module = network(
+    network: nn.Module = architecture(
         encoder_name=encoder,
         encoder_weights=None,
         in_channels=len(card.bands),
         classes=len(card.classes),
-        **(more or {}),
     )
-    return built
+    return network
 
 
-def _giving(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:
+def _with_logits(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:
     """Make a network of transformers return these logits instead of its own output."""
     for name, module in network.named_modules():
         # Swin's classifier would use this layer; no data passes it here.
@@ -273,21 +253,16 @@ def _giving(network: nn.Module, logits: Callable[..., Tensor]) -> nn.Module:
     return network
 
 
-def _enlarged(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
-    return nn.functional.interpolate(
-        found.logits, given[0].shape[-2:], mode="bilinear", align_corners=False
-    )
+def _enlarge_logits(_network: nn.Module, inputs: tuple[Tensor], output: Any) -> Tensor:
+    return enlarge(output.logits, inputs[0])
 
 
-def _by_class(_network: nn.Module, given: tuple[Tensor], found: Any) -> Tensor:
+def _score_classes(_network: nn.Module, inputs: tuple[Tensor], output: Any) -> Tensor:
     # In logarithms: a score may underflow, but its gradient is needed.
     # (n, query, background and classes)
-    kinds = found.class_queries_logits.float().log_softmax(-1)[..., :-1]
-    masks = nn.functional.logsigmoid(found.masks_queries_logits.float())  # (n, query, y, x)
-    scores = [
+    kinds = output.class_queries_logits.float().log_softmax(-1)[..., :-1]
+    masks = nn.functional.logsigmoid(output.masks_queries_logits.float())  # (n, query, y, x)
+    background, *classes = (
         torch.logsumexp(masks + kinds[..., c, None, None], dim=1) for c in range(kinds.shape[-1])
-    ]
-    logits = torch.stack(scores[1:], 1) - scores[0][:, None]
-    return nn.functional.interpolate(
-        logits, given[0].shape[-2:], mode="bilinear", align_corners=False
     )
+    return enlarge(torch.stack(classes, 1) - background[:, None], inputs[0])

@@ -3,7 +3,7 @@
 A view is the years seen at once by a network: one, two or all, by its card's task. Views are mapped
 one after the other, from top to bottom. Rows of pixels are read ahead while the network computes,
 and cut into windows. Rows are yielded as soon as no later window touches them. `layout` blends
-windows into a map, and `compute` runs the network.
+windows into a map. `forward` runs the network, for `cores` or in `batches` on a GPU.
 """
 
 from __future__ import annotations
@@ -15,36 +15,40 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor
 
+from minecube.arrays import Bool, Int64, IntP, UInt8, UInt16
 from minecube.catalog import ModelCard, as_dict
+from minecube.codes import FULL, UNKNOWN
 from minecube.errors import ModelError
-from minecube.models.compute import Compute, Forward, ready, rows_of
-from minecube.models.layout import NODATA, SCALE, Blend, Layout
+from minecube.models.batches import sum_on_gpu
+from minecube.models.compute import Compute
+from minecube.models.cores import sum_on_cores
+from minecube.models.forward import Forward, prepare
+from minecube.models.layout import Blend, Layout
 from minecube.models.network import Trained, select_bands
-from minecube.models.streams import Strip, ahead, landed
+from minecube.models.streams import Strip, download, read_ahead
 
+T = TypeVar("T")
 View = tuple[int, ...]
 """Years seen at once, in ascending order."""
-HERE = Compute()
-"""Default computation, on all cores of this machine."""
+_ALL_CORES = Compute()
 _READ_ROWS = 256  # minimum rows per read; at least a window, rounded up to whole chunks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class MapRows:
     """Finished rows of one view's map."""
 
     view: View
     y: int
     """First row."""
-    values: NDArray[np.uint8]
+    values: UInt8
     """[time, class, row, x], probability x 250, 255 = unknown. `time` is the view's years for a
     series, else one."""
 
@@ -63,37 +67,45 @@ def views_of(
     ordered = tuple(sorted(years))
     if pairs is not None and card.task != "change":
         raise ModelError(
-            f"model {card.id}: pairs of years are for change; its task is {card.task}, so leave them out"
+            f"model {card.id}: pairs of years are for change; its task is {card.task}, so leave "
+            "them out"
         )
     least = {"change": 2}.get(card.task, 1)
     if len(ordered) < least:
-        found = ", ".join(map(str, ordered)) or "none"
+        listed = ", ".join(map(str, ordered)) or "none"
         raise ModelError(
-            f"model {card.id}: {card.task} needs {least} years or more, found {found}; build more years"
+            f"model {card.id}: {card.task} needs {least} years or more, found {listed}; build more "
+            "years"
         )
-    if pairs is not None and not pairs:
-        raise ModelError(
-            f"model {card.id}: expected pairs of two of the years {', '.join(map(str, ordered))}, found none as asked for; "
-            "name other pairs or gaps, or leave them out for all"
-        )
-    for pair in pairs or ():
-        if len(pair) != 2 or pair[0] >= pair[1] or not set(pair) <= set(ordered):
-            raise ModelError(
-                f"model {card.id}: expected pairs of two of the years {', '.join(map(str, ordered))}, the earlier first, found "
-                f"{'-'.join(map(str, pair))}"
-            )
-    if card.task == "change":
-        return sorted(set(pairs)) if pairs is not None else list(combinations(ordered, 2))
-    return [ordered] if card.task == "series" else [(year,) for year in ordered]
+    if card.task == "mapping":
+        return [(year,) for year in ordered]
+    if card.task == "series":
+        return [ordered]
+    if pairs is None:
+        return list(combinations(ordered, 2))
+    _check_pairs(card, ordered, pairs)
+    return sorted(set(pairs))
 
 
-def about(trained: Trained) -> dict[str, Any]:
+def _check_pairs(card: ModelCard, years: View, pairs: Sequence[View]) -> None:
+    expected = f"model {card.id}: expected pairs of two of the years {', '.join(map(str, years))}, "
+    if not pairs:
+        raise ModelError(
+            f"{expected}found none as asked for; name other pairs or gaps, or leave them out for "
+            "all"
+        )
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] >= pair[1] or not set(pair) <= set(years):
+            raise ModelError(f"{expected}the earlier first, found {_join_years(pair)}")
+
+
+def describe(trained: Trained) -> dict[str, Any]:
     """Describe the origin of a map as plain JSON.
 
     It holds the card, the SHA-256 of all weights, the training sites, normalisation and the overlap
     of windows. Equal descriptions give equal maps of the same builds, apart from last bits (see
-    `compute`). The address of the weights is left out: it does not affect a map, and a signed URL
-    is a secret. Scores are left out, since they are known only afterwards.
+    `cores`). The address of the weights is left out: it does not affect a map, and a signed URL is
+    a secret. Scores are left out, since they are known only afterwards.
     """
     weights = hashlib.sha256()
     for name, value in sorted(trained.network.state_dict().items()):
@@ -101,11 +113,9 @@ def about(trained: Trained) -> dict[str, Any]:
         weights.update(
             value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         )
-    card = {
-        name: value
-        for name, value in as_dict(trained.card).items()
-        if name not in ("weights", "scores")
-    }
+    card = as_dict(trained.card)
+    for name in ("weights", "scores"):
+        card.pop(name, None)
     return {
         **card,
         "trained_on": list(trained.sites),
@@ -125,7 +135,7 @@ def predict(
     reflectance: xr.DataArray,
     *,
     pairs: Sequence[View] | None = None,
-    compute: Compute = HERE,
+    compute: Compute = _ALL_CORES,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.DataArray:
     """Predict the probability of the card's classes in every pixel, in memory.
@@ -137,7 +147,7 @@ def predict(
         reflectance: (band, y, x) or (year, band, y, x), uint16, 0 = no observation. Lazy arrays are
             read in strips.
         pairs: Pairs of years for change, by default all.
-        compute: Device and its use.
+        compute: Device and its use; by default all cores of this machine.
         progress: Called with windows done and windows in total.
 
     Returns:
@@ -148,40 +158,46 @@ def predict(
     Raises:
         ModelError: As for `views_of` and `Mapper.rows`.
     """
-    # The number of an unnamed year does not matter.
-    named = reflectance if "year" in reflectance.coords else reflectance.assign_coords(year=0)
-    cube = named if "year" in named.dims else named.expand_dims("year")
-    views = views_of(trained.card, [int(year) for year in cube["year"]], pairs)
-    shape = (cube.sizes["y"], cube.sizes["x"])
-    found = np.empty(
-        (len(views), _times(trained.card, views[0]), len(trained.card.classes), *shape), np.uint8
-    )
+    cube = reflectance
+    if "year" not in cube.coords:
+        cube = cube.assign_coords(year=0)  # the number of an unnamed year does not matter
+    if "year" not in cube.dims:
+        cube = cube.expand_dims("year")
+    card = trained.card
+    views = views_of(card, [int(year) for year in cube["year"]], pairs)
+    shape = (len(views), _count_dates(card, views[0]), len(card.classes))
+    maps = np.empty((*shape, cube.sizes["y"], cube.sizes["x"]), np.uint8)
     for rows in Mapper(trained, compute).rows(cube, views, progress):
-        found[views.index(rows.view), :, :, rows.y : rows.y + rows.values.shape[-2]] = rows.values
-    there = {
-        name: c for name, c in cube.isel(band=0, drop=True).coords.items() if "year" not in c.dims
-    }
-    attrs = {"long_name": f"{trained.card.task} probability x {SCALE}", "nodata": NODATA}
-    if trained.card.task == "change":
-        there |= {
-            name: ("pair", [view[n] for view in views])
-            for n, name in enumerate(("first", "second"))
-        }
-        there["class"] = list(trained.card.classes)
-        return xr.DataArray(
-            found[:, 0], dims=("pair", "class", "y", "x"), coords=there, name="change", attrs=attrs
-        )
-    attrs["long_name"] = f"mine probability x {SCALE}"
-    years = xr.DataArray(
-        found.reshape(-1, *shape),
-        dims=("year", "y", "x"),
-        coords={"year": sorted(cube["year"].to_numpy()), **there},
-        name="probability",
-        attrs=attrs,
-    )
+        maps[views.index(rows.view), :, :, rows.y : rows.y + rows.values.shape[-2]] = rows.values
+    if card.task == "change":
+        return _label_changes(card, cube, views, maps[:, 0])
+    years = _label_years(cube, maps.reshape(-1, *maps.shape[-2:]))
     if "year" in reflectance.dims:
         return years.sel(year=cube["year"])
     return years.isel(year=0, drop="year" not in reflectance.coords)
+
+
+def _label_changes(
+    card: ModelCard, cube: xr.DataArray, views: Sequence[View], maps: UInt8
+) -> xr.DataArray:
+    coords = _coords_without_year(cube)
+    coords["first"] = ("pair", [view[0] for view in views])
+    coords["second"] = ("pair", [view[1] for view in views])
+    coords["class"] = list(card.classes)
+    attrs = {"long_name": f"change probability x {FULL}", "nodata": UNKNOWN}
+    dims = ("pair", "class", "y", "x")
+    return xr.DataArray(maps, coords, dims, name="change", attrs=attrs)
+
+
+def _label_years(cube: xr.DataArray, maps: UInt8) -> xr.DataArray:
+    coords = {"year": sorted(cube["year"].to_numpy()), **_coords_without_year(cube)}
+    attrs = {"long_name": f"mine probability x {FULL}", "nodata": UNKNOWN}
+    return xr.DataArray(maps, coords, ("year", "y", "x"), name="probability", attrs=attrs)
+
+
+def _coords_without_year(cube: xr.DataArray) -> dict[Any, Any]:
+    coords = cube.isel(band=0, drop=True).coords
+    return {name: values for name, values in coords.items() if "year" not in values.dims}
 
 
 class Mapper:
@@ -190,15 +206,16 @@ class Mapper:
     It is moved to its device and optimised there once for all sites.
     """
 
-    def __init__(self, trained: Trained, compute: Compute = HERE) -> None:
-        self.trained, self.compute = trained, compute
+    def __init__(self, trained: Trained, compute: Compute = _ALL_CORES) -> None:
+        self.trained = trained
+        self.compute = compute
         self._lock = threading.Lock()
-        self._ready: tuple[View | int, Forward] | None = None
+        self._prepared: tuple[View | int, Forward] | None = None
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """Description of the model by `about`."""
-        return about(self.trained)
+        """Description of the model by `describe`."""
+        return describe(self.trained)
 
     @property
     def name(self) -> str:
@@ -214,19 +231,21 @@ class Mapper:
                 not available.
         """
         card = self.trained.card
-        # Some networks take one number of years only.
-        takes = getattr(self.trained.network, "years", None)
         years = [int(year) for year in select_bands(reflectance, card)["year"]]
-        lacking = sorted({year for view in views for year in view} - set(years))
-        if lacking:
+        missing = sorted({year for view in views for year in view} - set(years))
+        if missing:
             raise ModelError(
-                f"model {card.id}: year {lacking[0]} is not in the cube, which has {', '.join(map(str, years))}"
+                f"model {card.id}: year {missing[0]} is not in the cube, which has "
+                f"{', '.join(map(str, years))}"
             )
+        # Some networks take one number of years only.
+        length = getattr(self.trained.network, "years", None)
         for view in views:
-            if takes is not None and len(view) != takes:
+            if length is not None and len(view) != length:
                 raise ModelError(
-                    f"model {card.id}: its network takes {takes} years, found {len(view)} ({', '.join(map(str, view))}); map "
-                    "as many years, or train it on series as long as this one"
+                    f"model {card.id}: its network takes {length} years, found {len(view)} "
+                    f"({', '.join(map(str, view))}); map as many years, or train it on series as "
+                    "long as this one"
                 )
         self.compute.place()
 
@@ -235,7 +254,7 @@ class Mapper:
         reflectance: xr.DataArray,
         views: Sequence[View],
         progress: Callable[[int, int], None] | None = None,
-    ) -> Generator[Rows, None, None]:
+    ) -> Generator[MapRows, None, None]:
         """Yield the maps of these views one after the other, in finished rows from top to bottom.
 
         On a CPU in fp32 the result depends only on model and pixels. Workers, cores, strips and the
@@ -247,140 +266,181 @@ class Mapper:
         """
         self.check(reflectance, views)
         card = self.trained.card
-        cube, forward = select_bands(reflectance, card), self._forward(views[0])
+        cube = select_bands(reflectance, card)
+        forward = self._prepare(views[0])
         layout = Layout(cube.sizes["y"], cube.sizes["x"], card.window_px)
-        each = len(layout.tops) * len(layout.lefts)
+        total = len(views) * len(layout.tops) * len(layout.lefts)
         with (
-            closing(ahead(_strips(cube, views, layout, card.task))) as strips,
-            closing(rows_of(forward, strips, layout.ramp, self.compute)) as found,
+            closing(read_ahead(_read_strips(cube, views, layout, card.task))) as strips,
+            closing(sum_rows(forward, strips, layout.ramp, self.compute)) as sums,
         ):
-            for done, (part, values, finite) in enumerate(
-                landed(_blended(found, layout, card, forward.place)), start=1
-            ):
-                if not bool(finite.all()):
-                    left = part.lefts[int(torch.nonzero(~finite)[0])]
-                    y, x = max(part.top - layout.beyond, 0), max(left - layout.beyond, 0)
-                    raise ModelError(
-                        f"model {card.id}: a logit is not a number in {'-'.join(map(str, part.view))}, in the window at "
-                        f"row {y}, column {x}; this map is not kept: look at the reflectance there, or train the model again"
-                    )
-                site, own = layout.finished(part.top)
+            blended = download(_blend_rows(sums, layout, card, forward.device))
+            for number, (row, levels, finite) in enumerate(blended, start=1):
+                _check_finite(card, layout, row, finite)
                 if progress is not None:
-                    progress(done * len(layout.lefts), len(views) * each)
+                    progress(number * len(layout.lefts), total)
+                site, window = layout.finished_rows(row.top)
                 if site.stop > site.start:
-                    known = part.known[:, None, own]
-                    yield Rows(
-                        view=part.view,
-                        y=site.start,
-                        values=np.where(known, values.numpy(), np.uint8(NODATA)),
-                    )
+                    valid = row.valid[:, None, window]
+                    values = np.where(valid, levels.numpy(), np.uint8(UNKNOWN))
+                    yield MapRows(view=row.view, y=site.start, values=values)
 
-    def _forward(self, view: View) -> Forward:
+    def _prepare(self, view: View) -> Forward:
         """Return the network prepared for views like this one.
 
         Only a network for series receives the years.
         """
-        like = view if self.trained.card.task == "series" else len(view)
+        kind: View | int = view if self.trained.card.task == "series" else len(view)
         with self._lock:  # several threads may use the same model
-            if self._ready is None or self._ready[0] != like:
-                self._ready = None  # never two in a GPU's memory
-                self._ready = (like, ready(self.trained, self.compute, view))
-            return self._ready[1]
+            if self._prepared is None or self._prepared[0] != kind:
+                self._prepared = None  # never two in a GPU's memory
+                self._prepared = (kind, prepare(self.trained, self.compute, view))
+            return self._prepared[1]
+
+
+def sum_rows(
+    forward: Forward, strips: Iterator[Strip[T]], ramp: Int64, compute: Compute
+) -> Generator[tuple[T, Tensor, Tensor], None, None]:
+    """Yield each strip's logit sums, in order, as (`Strip.tag`, sums, finite).
+
+    Sums are weighted, int64 [time, class, window, columns], on the device. `finite` marks the
+    windows with only finite logits.
+
+    Raises:
+        ModelError: The device's memory cannot hold one window.
+    """
+    if forward.device.type == "cpu":
+        yield from sum_on_cores(forward, strips, ramp, compute.workers)
+    else:
+        yield from sum_on_gpu(forward, strips, ramp)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class _WindowRow:
     """A row of windows of one view."""
 
     view: View
     top: int
     lefts: tuple[int, ...]
-    """First columns of the windows to compute, each with a known pixel."""
-    known: NDArray[np.bool_]
-    """[time, window, x] of the site: pixels known in the map, not NODATA."""
+    """First columns of the windows to compute, each with a valid pixel."""
+    valid: Bool
+    """[time, window, x] of the site: observed pixels; for change, in both years."""
 
 
-def _times(card: ModelCard, view: View) -> int:
+def _count_dates(card: ModelCard, view: View) -> int:
     return len(view) if card.task == "series" else 1
 
 
-def _blended(
-    found: Iterator[tuple[_Part, Tensor, Tensor]],
+def _join_years(view: View) -> str:
+    return "-".join(map(str, view))
+
+
+def _check_finite(card: ModelCard, layout: Layout, row: _WindowRow, finite: Tensor) -> None:
+    if bool(finite.all()):
+        return
+    left = row.lefts[int(torch.nonzero(~finite)[0])]
+    y = max(row.top - layout.margin, 0)
+    x = max(left - layout.margin, 0)
+    raise ModelError(
+        f"model {card.id}: a logit is not a number in {_join_years(row.view)}, in the window at "
+        f"row {y}, column {x}; this map is not kept: look at the reflectance there, or train the "
+        "model again"
+    )
+
+
+def _blend_rows(
+    sums: Iterator[tuple[_WindowRow, Tensor, Tensor]],
     layout: Layout,
     card: ModelCard,
-    place: torch.device,
-) -> Iterator[tuple[_Part, Tensor, Tensor]]:
+    device: torch.device,
+) -> Iterator[tuple[_WindowRow, Tensor, Tensor]]:
     """Yield finished rows [time, class, row, x] per row of windows, still on the device."""
-    blend = Blend(layout, place)
-    for part, row, finite in found:
-        if part.top == 0:
-            blend = Blend(layout, place)
-        if not part.lefts:
-            shape = (
-                _times(card, part.view),
-                len(card.classes),
-                layout.window_px,
-                len(layout.columns),
-            )
-            row = torch.zeros(shape, dtype=torch.int64, device=place)
-        yield part, blend.down(part.top, row), finite
+    blend = Blend(layout, device)
+    for row, total, finite in sums:
+        if row.top == 0:
+            blend = Blend(layout, device)
+        if not row.lefts:
+            dates = _count_dates(card, row.view)
+            shape = (dates, len(card.classes), layout.window_px, len(layout.columns))
+            total = torch.zeros(shape, dtype=torch.int64, device=device)
+        yield row, blend.down(row.top, total), finite
 
 
-def _strips(
+def _read_strips(
     cube: xr.DataArray, views: Sequence[View], layout: Layout, task: str
-) -> Iterator[Strip[_Part]]:
+) -> Iterator[Strip[_WindowRow]]:
     """Yield the rows of windows of every view.
 
     Each row of pixels is read once per view, in whole rows of the store's chunks.
     """
     chunk = int(cube.encoding.get("chunks", (1,))[-2:][0])
-    read = -(-max(layout.window_px, _READ_ROWS) // chunk) * chunk
+    read_rows = -(-max(layout.window_px, _READ_ROWS) // chunk) * chunk
     years = [int(year) for year in cube["year"]]
-    side = layout.window_px
-    needs = [layout.rows[top : top + side] for top in layout.tops]
+    windows = [layout.rows[top : top + layout.window_px] for top in layout.tops]
     # First row needed from here on: mirrored rows of windows go back up.
-    first = np.minimum.accumulate([rows.min() for rows in needs][::-1])[::-1]
+    oldest = np.minimum.accumulate([rows.min() for rows in windows][::-1])[::-1]
     for view in views:
-        at = [years.index(year) for year in view]
-        # Rows come first, so any range of rows with all bands is contiguous.
-        held, begin, end = (
-            np.empty((0, len(at), cube.sizes["band"], len(layout.columns)), np.uint16),
-            0,
-            0,
-        )
-        known = np.empty((0, len(at), layout.width), np.bool_)
-        for top, rows, oldest in zip(layout.tops, needs, first, strict=True):
-            while end <= rows.max():
-                part = slice(end, min(end + read, layout.height))
-                new = cube.isel(year=at, y=part).to_numpy()
-                held = _followed(held[oldest - begin :], new.transpose(2, 0, 1, 3), layout)
-                known = np.concatenate(
-                    [known[oldest - begin :], new.min(axis=1).transpose(1, 0, 2) > 0]
-                )
-                begin, end = int(oldest), part.stop
-            whole = rows[-1] - rows[0] == side - 1  # nothing mirrored: no copy
-            here = slice(rows[0] - begin, rows[-1] + 1 - begin) if whole else rows - begin
-            sure = known[here].transpose(1, 0, 2)
+        positions = [years.index(year) for year in view]
+        buffer = _RowBuffer(layout, len(view), cube.sizes["band"])
+        for top, rows, start in zip(layout.tops, windows, oldest, strict=True):
+            while buffer.stop <= rows.max():
+                part = slice(buffer.stop, min(buffer.stop + read_rows, layout.height))
+                buffer.append(cube.isel(year=positions, y=part).to_numpy(), int(start))
+            valid = buffer.observed[buffer.index(rows)].transpose(1, 0, 2)
             if task == "change":
-                sure = np.logical_and.reduce(sure, axis=0, keepdims=True)
-            seen = np.logical_or.reduce(sure, axis=(0, 1))[layout.columns]
-            lefts = tuple(left for left in layout.lefts if seen[left : left + side].any())
-            # A window without a known pixel only touches NODATA pixels.
-            part_of = _Part(view=view, top=top, lefts=lefts, known=sure)
-            yield Strip(of=part_of, pixels=held[here].transpose(1, 2, 0, 3), lefts=lefts)
+                valid = np.logical_and.reduce(valid, axis=0, keepdims=True)
+            lefts = _lefts_with_valid(layout, valid)
+            yield Strip(
+                tag=_WindowRow(view=view, top=top, lefts=lefts, valid=valid),
+                pixels=buffer.pixels[buffer.index(rows)].transpose(1, 2, 0, 3),
+                lefts=lefts,
+            )
 
 
-def _followed(
-    rows: NDArray[np.uint16], new: NDArray[np.uint16], layout: Layout
-) -> NDArray[np.uint16]:
-    """Append new rows [row, time, band, x] to rows [row, time, band, columns].
+def _lefts_with_valid(layout: Layout, valid: Bool) -> tuple[int, ...]:
+    """Return the first columns of windows with a valid pixel; other windows only touch unknown."""
+    columns = np.logical_or.reduce(valid, axis=(0, 1))[layout.columns]
+    side = layout.window_px
+    return tuple(left for left in layout.lefts if columns[left : left + side].any())
 
-    The new rows are mirrored beyond the site's sides.
+
+class _RowBuffer:
+    """Consecutive rows of a view's pixels, mirrored beyond the site's sides.
+
+    Rows come first, so any range of rows with all bands is contiguous.
     """
-    wide = np.empty((len(rows) + len(new), *rows.shape[1:]), np.uint16)
-    wide[: len(rows)] = rows
-    inside = slice(layout.beyond, layout.beyond + layout.width)
-    wide[len(rows) :, ..., inside] = new
-    for edge in (slice(0, inside.start), slice(inside.stop, None)):
-        wide[len(rows) :, ..., edge] = new[..., layout.columns[edge]]
-    return wide
+
+    def __init__(self, layout: Layout, dates: int, bands: int) -> None:
+        self.pixels: UInt16 = np.empty((0, dates, bands, len(layout.columns)), np.uint16)
+        """[row, time, band, column]."""
+        self.observed: Bool = np.empty((0, dates, layout.width), np.bool_)
+        """[row, time, x] of the site: every band is observed."""
+        self._layout = layout
+        self._start = 0
+
+    @property
+    def stop(self) -> int:
+        """First row of the site after the buffer."""
+        return self._start + len(self.pixels)
+
+    def append(self, image: UInt16, start: int) -> None:
+        """Append the next rows [time, band, row, x], and forget all rows before `start`."""
+        layout = self._layout
+        previous = self.pixels[start - self._start :]
+        observed = self.observed[start - self._start :]
+        rows = image.transpose(2, 0, 1, 3)
+        pixels = np.empty((len(previous) + len(rows), *previous.shape[1:]), np.uint16)
+        pixels[: len(previous)] = previous
+        pixels[len(previous) :, ..., layout.inside] = rows
+        for edge in (slice(0, layout.inside.start), slice(layout.inside.stop, None)):
+            pixels[len(previous) :, ..., edge] = rows[..., layout.columns[edge]]
+        self.pixels = pixels
+        new_observed = image.min(axis=1).transpose(1, 0, 2) > 0
+        self.observed = np.concatenate([observed, new_observed])
+        self._start = start
+
+    def index(self, rows: IntP) -> slice | IntP:
+        """Return the positions of these rows of the site; without mirrored rows, as a slice."""
+        if rows[-1] - rows[0] == len(rows) - 1:  # a slice needs no copy
+            return slice(int(rows[0]) - self._start, int(rows[-1]) + 1 - self._start)
+        return rows - self._start

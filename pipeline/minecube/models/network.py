@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minecube.arrays import Float32, UInt16
 from minecube.catalog import ModelCard, as_dict, model_card_of
 from minecube.errors import CatalogError, ModelError
-from minecube.models.files import pickled, unpickled, write_whole
+from minecube.models.files import pickle, unpickle, write_whole
 
 FORMAT = "minecube-model-2"
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, str | Callable[[ModelCard], nn.Module]] = {
     "unet": "unet:unet",
     "encoder-unet": "libraries:unet",
     "pspnet": "libraries:pspnet",
@@ -43,7 +43,9 @@ ARCHITECTURES = {
     # Series
     "series-attention": "series:series_attention",
 }
-"""Architecture -> module:function building its network from a card. Modules are loaded on demand.
+"""Architecture -> function building its network from a card, or module:function of this package.
+
+Modules are loaded on demand. Further networks may be added: `ARCHITECTURES["mine"] = build_mine`.
 """
 
 
@@ -73,10 +75,13 @@ def build(card: ModelCard) -> nn.Module:
     """
     if card.architecture not in ARCHITECTURES:
         raise ModelError(
-            f"model {card.id}: unknown architecture {card.architecture!r}; there is: {', '.join(sorted(ARCHITECTURES))}"
+            f"model {card.id}: unknown architecture {card.architecture!r}; there is: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    module, _, name = ARCHITECTURES[card.architecture].partition(":")
-    function = getattr(importlib.import_module(f"minecube.models.{module}"), name)
+    function = ARCHITECTURES[card.architecture]
+    if isinstance(function, str):
+        module, _, name = function.partition(":")
+        function = getattr(importlib.import_module(f"minecube.models.{module}"), name)
     try:
         network: nn.Module = function(card)
     except (
@@ -88,9 +93,11 @@ def build(card: ModelCard) -> nn.Module:
         ValueError,
     ) as error:
         raise ModelError(
-            f"model {card.id}: {card.architecture} cannot be built with {dict(card.options)} ({error}); try other options"
+            f"model {card.id}: {card.architecture} cannot be built with {dict(card.options)} "
+            f"({error}); try other options"
         ) from error
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # a third faster on CPUs
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network  # in this layout a third faster on CPUs
 
 
 def parameters(card: ModelCard) -> int:
@@ -118,7 +125,7 @@ def save(trained: Trained, path: Path) -> None:
         "training": dict(trained.training),
         "weights": trained.network.state_dict(),
     }
-    write_whole(path, pickled(content))
+    write_whole(path, pickle(content))
 
 
 def load(path: Path) -> Trained:
@@ -132,28 +139,32 @@ def load(path: Path) -> Trained:
         content = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: the model cannot be read ({error})") from error
-    return model_of(unpickled(content, foreign(str(path))), str(path))
+    return read_model(unpickle(content, not_a_model(str(path))), str(path))
 
 
-def foreign(where: str) -> str:
+def not_a_model(file: str) -> str:
     """Return the error message for a file without a model."""
-    return f"{where}: is not a model that minecube wrote, or is damaged; train one with `minecube train`"
+    return (
+        f"{file}: is not a model that minecube wrote, or is damaged; train one with "
+        "`minecube train`"
+    )
 
 
-def model_of(content: Any, where: str) -> Trained:
+def read_model(content: Any, file: str) -> Trained:
     """Build the model from the content of a file written by `save`.
 
     Raises:
         ModelError: A part is missing, or of another version or architecture.
     """
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
         raise ModelError(
-            f"{where}: is not a model of this version of minecube (expected {FORMAT}, found {found or 'no format'}); "
-            "train one with `minecube train`, or name another program's weights in a card (models.yaml)"
+            f"{file}: is not a model of this version of minecube (expected {FORMAT}, found "
+            f"{version or 'no format'}); train one with `minecube train`, or name another "
+            "program's weights in a card (models.yaml)"
         )
     content = {"training": {}, **content}  # missing in older files
-    parts = {
+    kinds = {
         "card": dict,
         "mean": list,
         "std": list,
@@ -161,105 +172,113 @@ def model_of(content: Any, where: str) -> Trained:
         "training": dict,
         "weights": dict,
     }
-    wrong = [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]
-    if wrong:
+    missing = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if missing:
         raise ModelError(
-            f"{where}: says it is a {FORMAT}, but lacks {', '.join(wrong)}; train it again"
+            f"{file}: says it is a {FORMAT}, but lacks {', '.join(missing)}; train it again"
         )
-    card = _card(content["card"], where)
-    mean, std, sites = (tuple(content[key]) for key in ("mean", "std", "sites"))
+    card = _read_card(content["card"], file)
+    mean = tuple(content["mean"])
+    std = tuple(content["std"])
     numbers = all(isinstance(value, int | float) for value in (*mean, *std))
     if not numbers or {len(mean), len(std)} != {len(card.bands)} or not all(s > 0 for s in std):
         raise ModelError(
-            f"{where}: expected mean and deviation of {len(card.bands)} bands, found {mean} and {std}; train it again"
+            f"{file}: expected mean and deviation of {len(card.bands)} bands, found {mean} and "
+            f"{std}; train it again"
         )
-    network = filled(card, content["weights"], where)
     return Trained(
-        card=card, network=network, mean=mean, std=std, sites=sites, training=content["training"]
+        card=card,
+        network=build_with_weights(card, content["weights"], file),
+        mean=mean,
+        std=std,
+        sites=tuple(content["sites"]),
+        training=content["training"],
     )
 
 
-def filled(card: ModelCard, weights: Mapping[str, Any], where: str) -> nn.Module:
-    """Fill the card's network with these weights, in evaluation mode.
+def build_with_weights(card: ModelCard, weights: Mapping[str, Any], file: str) -> nn.Module:
+    """Build the card's network with these weights, in evaluation mode.
 
     Raises:
         ModelError: The weights are another network's, are no dense tensors of floats, or are not
             finite.
     """
     network = build(card)
-    _need_numbers(network.state_dict(), weights, where)
+    _need_numbers(network.state_dict(), weights, file)
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{where}: the weights are not those of its card ({card.architecture}, {len(card.bands)} bands, "
-            f"{dict(card.options)}), so it cannot be applied ({_difference(network.state_dict(), weights)}); correct the card, "
-            "or train it again"
+            f"{file}: the weights are not those of its card ({card.architecture}, "
+            f"{len(card.bands)} bands, {dict(card.options)}), so it cannot be applied "
+            f"({_describe_difference(network.state_dict(), weights)}); correct the card, or train "
+            "it again"
         ) from error
     return network.eval()
 
 
-def _need_numbers(expected: Mapping[str, Tensor], found: Mapping[str, Any], where: str) -> None:
+def _need_numbers(expected: Mapping[str, Tensor], weights: Mapping[str, Any], file: str) -> None:
     """Raise ModelError for tensors without values, of a wrong type, or with NaN or infinity."""
     problems: dict[str, list[str]] = {}
-    for name, value in found.items():
-        if (
-            name in expected
-            and isinstance(value, Tensor)
-            and (problem := _problem(expected[name], value))
-        ):
+    for name, value in weights.items():
+        if name not in expected or not isinstance(value, Tensor):
+            continue
+        problem = _describe_problem(expected[name], value)
+        if problem:
             problems.setdefault(problem, []).append(name)
     if problems:
-        words = "; ".join(
-            f"{problem} in {names[0]}{_and_more(names)}" for problem, names in problems.items()
-        )
+        listed = "; ".join(f"{problem} in {_count(names)}" for problem, names in problems.items())
         raise ModelError(
-            f"{where}: expected dense tensors of finite floats, found {words}; save such weights, or name others"
+            f"{file}: expected dense tensors of finite floats, found {listed}; save such weights, "
+            "or name others"
         )
 
 
-def _problem(expected: Tensor, found: Tensor) -> str:
+def _describe_problem(expected: Tensor, weight: Tensor) -> str:
     """Describe the problem of a tensor as a weight; "" if it can be one."""
-    if found.is_meta:
+    if weight.is_meta:
         return "no values (device meta)"
-    if found.layout != torch.strided:
-        return str(found.layout).removeprefix("torch.")
+    if weight.layout != torch.strided:
+        return str(weight.layout).removeprefix("torch.")
+    is_float = weight.is_floating_point()
     if (
-        found.is_quantized
-        or found.is_complex()
-        or (expected.is_floating_point() and not found.is_floating_point())
+        weight.is_quantized
+        or weight.is_complex()
+        or (expected.is_floating_point() and not is_float)
     ):
-        return str(found.dtype).removeprefix("torch.")
-    finite = not found.is_floating_point() or bool(torch.isfinite(found.to(torch.float32)).all())
-    return "" if finite else "NaN or infinity"
+        return str(weight.dtype).removeprefix("torch.")
+    if is_float and not torch.isfinite(weight.to(torch.float32)).all():
+        return "NaN or infinity"
+    return ""
 
 
-def _and_more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def _count(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {len(names) - 1} more"
 
 
-def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:
+def _describe_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
     """Count missing, unexpected and misshapen weights, with one name of each."""
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in found.items()}
-    found_otherwise = [
-        n for n, value in expected.items() if n in shapes and shapes[n] != value.shape
-    ]
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    common = [name for name in expected if name in shapes]
     differences = {
-        "missing": [name for name in expected if name not in found],
-        "not expected": [name for name in found if name not in expected],
-        "of another shape": found_otherwise,
+        "missing": [name for name in expected if name not in weights],
+        "not expected": [name for name in weights if name not in expected],
+        "of another shape": [name for name in common if shapes[name] != expected[name].shape],
     }
     return "; ".join(
-        f"{len(names)} {what}, such as {names[0]}" for what, names in differences.items() if names
+        f"{len(names)} {kind}, such as {names[0]}" for kind, names in differences.items() if names
     )
 
 
-def _card(fields: dict[str, Any], where: str) -> ModelCard:
+def _read_card(fields: dict[str, Any], file: str) -> ModelCard:
     try:
         return model_card_of(fields)
     except CatalogError as error:
         raise ModelError(
-            f"{where}: is a model that this version of minecube does not know ({error}); update minecube"
+            f"{file}: is a model that this version of minecube does not know ({error}); update "
+            "minecube"
         ) from error
 
 
@@ -271,22 +290,22 @@ def logits(
     Windows have one year, two (giving one), or all. `years` are the windows' years. Only a network
     for series receives them, since a gap of three years differs from one year.
     """
-    if task == "series":
-        return network(
-            windows, None if years is None else torch.tensor(years, device=windows.device)
-        )
-    return network(windows[:, 0] if task == "mapping" else windows)[:, None]
+    if task == "mapping":
+        return network(windows[:, 0])[:, None]
+    if task == "change":
+        return network(windows)[:, None]
+    if years is None:
+        return network(windows, None)
+    return network(windows, torch.tensor(years, device=windows.device))
 
 
-def normalise(
-    windows: NDArray[np.uint16] | NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
-) -> NDArray[np.float32]:
+def normalise(windows: UInt16 | Float32, mean: Sequence[float], std: Sequence[float]) -> Float32:
     """Normalise reflectance (n, band, y, x) to zero mean and unit deviation.
 
     Unobserved pixels become zero.
     """
     shape = (-1, 1, 1)
-    values: NDArray[np.float32] = windows - np.asarray(mean, np.float32).reshape(shape)
+    values: Float32 = windows - np.asarray(mean, np.float32).reshape(shape)
     values /= np.asarray(std, np.float32).reshape(shape)
     np.putmask(values, ~(windows > 0), 0)
     return values
@@ -298,16 +317,32 @@ def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
     Raises:
         ModelError: Bands are missing or in another order than the card's, or pixels are not uint16.
     """
-    order = [d for d in ("year", "band", "y", "x") if d != "year" or d in reflectance.dims]
+    order = ["band", "y", "x"]
+    if "year" in reflectance.dims:
+        order.insert(0, "year")
     if set(reflectance.dims) != set(order) or reflectance.dtype != np.uint16:
         raise ModelError(
-            f"model {card.id}: expected reflectance (year, band, y, x) as uint16, found {reflectance.dims} as "
-            f"{reflectance.dtype}; hand in the cube's `reflectance` as it was opened, integers undecoded"
+            f"model {card.id}: expected reflectance (year, band, y, x) as uint16, found "
+            f"{reflectance.dims} as {reflectance.dtype}; hand in the cube's `reflectance` as it "
+            "was opened, integers undecoded"
         )
-    found = [str(b) for b in reflectance["band"].to_numpy()] if "band" in reflectance.coords else []
-    if [b for b in found if b in card.bands] != list(card.bands):
+    bands: list[str] = []
+    if "band" in reflectance.coords:
+        bands = [str(band) for band in reflectance["band"].to_numpy()]
+    positions = band_positions(bands, card, "the cube")
+    return reflectance.transpose(*order).isel(band=positions)
+
+
+def band_positions(bands: Sequence[str], card: ModelCard, cubes: str) -> list[int]:
+    """Return the positions of the card's bands among these bands of `cubes`.
+
+    Raises:
+        ModelError: Bands are missing or in another order than the card's.
+    """
+    if [band for band in bands if band in card.bands] != list(card.bands):
         raise ModelError(
             f"model {card.id}: expected the bands {', '.join(card.bands)} in this order, found "
-            f"{', '.join(found) or 'no names'}; it would take one band for another: build the cube with these bands"
+            f"{', '.join(bands) or 'no names'}; it would take one band for another: build {cubes} "
+            "with these bands"
         )
-    return reflectance.transpose(*order).isel(band=[found.index(b) for b in card.bands])
+    return [bands.index(band) for band in card.bands]

@@ -20,35 +20,31 @@ def options_of(card: ModelCard, **defaults: Any) -> dict[str, Any]:
     unknown = sorted(set(card.options) - set(defaults))
     if unknown:
         raise ModelError(
-            f"model {card.id}: {card.architecture} has no option {unknown[0]!r}; there is: {', '.join(defaults)}"
+            f"model {card.id}: {card.architecture} has no option {unknown[0]!r}; there is: "
+            f"{', '.join(defaults)}"
         )
-    found = {**defaults, **card.options}
+    options = {**defaults, **card.options}
     for name, default in defaults.items():
-        expected = _unlike(found[name], default)
-        if expected:
+        valid, expected = _check(options[name], default)
+        if not valid:
             raise ModelError(
-                f"model {card.id}: option {name!r}: expected {expected}, found {found[name]!r}"
+                f"model {card.id}: option {name!r}: expected {expected}, found {options[name]!r}"
             )
-    return found
+    return options
 
 
-def _unlike(value: Any, default: Any) -> str:
-    """Describe the expected kind; empty if the value is of the default's kind."""
+def _check(value: Any, default: Any) -> tuple[bool, str]:
+    """Check if a value is of the default's kind, and describe this kind."""
     if isinstance(default, str):
-        return "" if isinstance(value, str) else "a name"
+        return isinstance(value, str), "a name"
     if isinstance(default, int):
-        return "" if _whole(value) else "a whole number above 0"
+        return _is_whole(value), "a whole number above 0"
     if isinstance(default, float):
-        return (
-            ""
-            if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-            else "a number of 0 or more"
-        )
-    several = (
-        isinstance(value, list | tuple) and len(value) == len(default) and all(map(_whole, value))
-    )
-    return "" if several else f"{len(default)} whole numbers above 0"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and value >= 0, "a number of 0 or more"
+    is_list = isinstance(value, list | tuple) and len(value) == len(default)
+    return is_list and all(map(_is_whole, value)), f"{len(default)} whole numbers above 0"
 
 
-def _whole(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -73,26 +73,26 @@ class SeriesAttention(nn.Module):
         `years` (int, one per year of the series) are consecutive by default.
         """
         shape = series.shape[:2]
-        years = torch.arange(shape[1], device=series.device) if years is None else years
-        apart = (years[None, :] - years[:, None]).clamp(
-            -_REACH, _REACH
-        ) + _REACH  # [looking, looked at]
-        seen = (series != 0).any(dim=2, keepdim=True).to(series.dtype)
-        *skipped, x = self.encoder(torch.cat([series, seen], dim=2).flatten(0, 1))
+        if years is None:
+            years = torch.arange(shape[1], device=series.device)
+        distance = (years[None, :] - years[:, None]).clamp(-_REACH, _REACH)  # [looking, looked at]
+        apart = distance + _REACH
+        observed = (series != 0).any(dim=2, keepdim=True).to(series.dtype)
+        *skipped, x = self.encoder(torch.cat([series, observed], dim=2).flatten(0, 1))
         words = torch.unflatten(x, 0, shape)
         for layer in self.attention:
-            words, weight = layer(words, _coarser(seen, x), apart)
+            words, weight = layer(words, _observed_in(x, observed), apart)
         x = words.flatten(0, 1)
         for level, (up, merge) in enumerate(zip(self.up, self.merge, strict=True)):
-            beside = skipped.pop()
-            # At full size, attention of all pairs of years would be larger than all the rest.
+            skip = skipped.pop()
+            # At full size, attention of all pairs of years would be larger than all other tensors.
             if level < len(self.mix):
-                pooled = _weighted(
-                    weight, torch.unflatten(beside, 0, shape), _coarser(seen, beside)
+                pooled = _sum_over_years(
+                    weight, torch.unflatten(skip, 0, shape), _observed_in(skip, observed)
                 )
-                beside = beside + self.mix[level](pooled.flatten(0, 1))
-            x = merge(torch.cat([beside, up(x)], dim=1))
-        x = self.coherence(torch.unflatten(x, 0, shape), seen, apart).flatten(0, 1)
+                skip = skip + self.mix[level](pooled.flatten(0, 1))
+            x = merge(torch.cat([skip, up(x)], dim=1))
+        x = self.coherence(torch.unflatten(x, 0, shape), observed, apart).flatten(0, 1)
         logits: Tensor = torch.unflatten(self.head(x), 0, shape)
         return logits
 
@@ -101,13 +101,14 @@ def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(convolution(inputs, outputs), convolution(outputs, outputs))
 
 
-def _coarser(seen: Tensor, like: Tensor) -> Tensor:
-    """Mark coarser pixels with any observation by 1, others by 0: (n, year, 1, y, x)."""
-    factor = seen.shape[-1] // like.shape[-1]
-    return torch.unflatten(functional.max_pool2d(seen.flatten(0, 1), factor), 0, seen.shape[:2])
+def _observed_in(level: Tensor, observed: Tensor) -> Tensor:
+    """Mark a level's pixels with any observation by 1, others by 0: (n, year, 1, y, x)."""
+    factor = observed.shape[-1] // level.shape[-1]
+    pooled = functional.max_pool2d(observed.flatten(0, 1), factor)
+    return torch.unflatten(pooled, 0, observed.shape[:2])
 
 
-def _weighted(weight: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+def _sum_over_years(weight: Tensor, values: Tensor, observed: Tensor) -> Tensor:
     """Sum values (n, year, channel, y, x) over years by weight.
 
     Weights are [n, head, looking, looked at, y, x]. If smaller than the values, they are enlarged
@@ -116,7 +117,7 @@ def _weighted(weight: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     heads = weight.shape[1]
     if weight.shape[-2:] != values.shape[-2:]:
         weight = torch.unflatten(enlarge(weight.flatten(1, 3), values), 1, weight.shape[1:4])
-        weight = weight * seen[:, None, None, :, 0]
+        weight = weight * observed[:, None, None, :, 0]
         weight = weight * weight.sum(dim=3, keepdim=True).clamp(min=1e-4).reciprocal()
     return torch.einsum(
         "nhtsyx,nshcyx->nthcyx", weight, torch.unflatten(values, 2, (heads, -1))
@@ -142,23 +143,21 @@ class _Attention(nn.Module):
         slopes = 2.0 ** -torch.arange(1, heads + 1)
         self.distance = nn.Parameter(-slopes[:, None] * torch.arange(-_REACH, _REACH + 1).abs())
 
-    def forward(self, x: Tensor, seen: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, observed: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
         shape = x.shape[:2]
         flat = x.flatten(0, 1)
         normal = self.before(flat.movedim(1, -1)).movedim(-1, 1)
-        query, key = (
-            a(normal).unflatten(1, (self.heads, -1)).unflatten(0, shape)
-            for a in (self.query, self.key)
-        )
+        query = self.query(normal).unflatten(1, (self.heads, -1)).unflatten(0, shape)
+        key = self.key(normal).unflatten(1, (self.heads, -1)).unflatten(0, shape)
+        value = self.value(normal).unflatten(0, shape)
         score = (
             torch.einsum("nthcyx,nshcyx->nhtsyx", query, key) * self.scale
             + self.distance[:, apart][None, ..., None, None]
         )
-        observed = seen[:, None, None, :, 0]
-        weight = (
-            score.masked_fill(observed == 0, torch.finfo(score.dtype).min).softmax(dim=3) * observed
-        )
-        pooled = _weighted(weight, self.value(normal).unflatten(0, shape), seen).flatten(0, 1)
+        looked_at = observed[:, None, None, :, 0]
+        lowest = torch.finfo(score.dtype).min
+        weight = score.masked_fill(looked_at == 0, lowest).softmax(dim=3) * looked_at
+        pooled = _sum_over_years(weight, value, observed).flatten(0, 1)
         flat = flat + self.out(pooled)
         flat = flat + self.perceptron(self.middle(flat.movedim(1, -1)).movedim(-1, 1))
         return torch.unflatten(flat, 0, shape), weight
@@ -173,25 +172,26 @@ class _Coherence(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         apart = torch.arange(-_REACH, _REACH + 1)
-        near = -apart.abs() / 2
+        weight = -apart.abs() / 2
         # A year weighs little in its own mean before or after, unless no such years exist.
         self.distance = nn.Parameter(
-            torch.stack([near - 6 * (apart >= 0), near - 6 * (apart <= 0), near])
+            torch.stack([weight - 6 * (apart >= 0), weight - 6 * (apart <= 0), weight])
         )
         self.blend = nn.Sequential(
             nn.Conv2d(4 * channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1)
         )
 
-    def forward(self, x: Tensor, seen: Tensor, apart: Tensor) -> Tensor:
+    def forward(self, x: Tensor, observed: Tensor, apart: Tensor) -> Tensor:
         weight = self.distance.exp()[:, apart]  # [mean, looking, looked at]
         # Channels last, as in memory: one matrix product then sums the years without a copy.
-        last, observed = x.movedim(2, -1), seen.movedim(2, -1)
-        known = (last * observed).flatten(2)
+        features = x.movedim(2, -1)
+        counts = observed.movedim(2, -1)
+        observed_features = (features * counts).flatten(2)
         means = [
-            (w @ known).view(last.shape)
-            * (w @ observed.flatten(2)).clamp(min=1e-6).reciprocal().view(observed.shape)
+            (w @ observed_features).view(features.shape)
+            * (w @ counts.flatten(2)).clamp(min=1e-6).reciprocal().view(counts.shape)
             for w in weight
         ]
-        both = torch.cat([last, *means], dim=-1).movedim(-1, 2)
-        found: Tensor = x + torch.unflatten(self.blend(both.flatten(0, 1)), 0, x.shape[:2])
-        return found
+        inputs = torch.cat([features, *means], dim=-1).movedim(-1, 2)
+        updated: Tensor = x + torch.unflatten(self.blend(inputs.flatten(0, 1)), 0, x.shape[:2])
+        return updated

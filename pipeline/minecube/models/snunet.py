@@ -52,18 +52,17 @@ class SNUNet(nn.Module):
     def forward(self, pair: Tensor) -> Tensor:
         """Return the logits of a pair (n, 2, bands, y, x)."""
         dates = siamese(self.encoder, pair)
-        found: list[list[Tensor]] = [[second] for _, second in dates]
+        nodes: list[list[Tensor]] = [[later] for _, later in dates]
         for step in range(1, 5):
             for level in range(5 - step):
-                at = f"{level}_{step}"
-                below = self.up[at](found[level + 1][step - 1])
-                found[level].append(
-                    self.nodes[at](torch.cat([*dates[level], *found[level][1:], below], dim=1))
-                )
-        outputs = found[0][1:]
-        together = torch.cat(outputs, dim=1)
-        within = self.within.gate(torch.stack(outputs).sum(dim=0)).repeat(1, 4, 1, 1)
-        logits: Tensor = self.head(self.across.gate(together) * (together + within))
+                name = f"{level}_{step}"
+                coarser = self.up[name](nodes[level + 1][step - 1])
+                inputs = torch.cat([*dates[level], *nodes[level][1:], coarser], dim=1)
+                nodes[level].append(self.nodes[name](inputs))
+        outputs = nodes[0][1:]
+        ensemble = torch.cat(outputs, dim=1)
+        attention = self.within.gate(torch.stack(outputs).sum(dim=0)).repeat(1, 4, 1, 1)
+        logits: Tensor = self.head(self.across.gate(ensemble) * (ensemble + attention))
         return logits
 
 

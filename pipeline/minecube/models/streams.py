@@ -14,76 +14,79 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from minecube.arrays import UInt16
 
 T = TypeVar("T")
 _END = object()
+_RESULTS_IN_FLIGHT = 3
+"""Results on their way from a GPU, so that it can compute on meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strip(Generic[T]):
     """A row of windows."""
 
-    of: T
-    """Data of any type for its map."""
-    pixels: NDArray[np.uint16] | Tensor
+    tag: T
+    """Data of any type that accompanies the strip's results."""
+    pixels: UInt16 | Tensor
     """[time, band, window, columns], 0 = no observation."""
     lefts: tuple[int, ...]
     """First columns of its windows."""
 
 
-def uploaded(strips: Iterator[Strip[T]], place: torch.device) -> Generator[Strip[T], None, None]:
+def upload(strips: Iterator[Strip[T]], device: torch.device) -> Generator[Strip[T], None, None]:
     """Copy strips to the GPU from pinned memory while it computes."""
-    copying = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def upload() -> Iterator[tuple[Strip[T], torch.cuda.Event]]:
+    def start_copies() -> Iterator[tuple[Strip[T], torch.cuda.Event]]:
         for strip in strips:
             with torch.cuda.stream(copying):
                 pinned = torch.as_tensor(np.ascontiguousarray(strip.pixels)).pin_memory()
-                pixels = pinned.to(place, non_blocking=True)
-                yield Strip(of=strip.of, pixels=pixels, lefts=strip.lefts), copying.record_event()
+                pixels = pinned.to(device, non_blocking=True)
+                yield Strip(tag=strip.tag, pixels=pixels, lefts=strip.lefts), copying.record_event()
 
-    with closing(ahead(upload())) as copied:
-        for strip, there in copied:
-            working = torch.cuda.current_stream(place)
-            working.wait_event(there)
+    with closing(read_ahead(start_copies())) as copies:
+        for strip, copied in copies:
+            working = torch.cuda.current_stream(device)
+            working.wait_event(copied)
             if isinstance(strip.pixels, Tensor):
                 strip.pixels.record_stream(working)
             yield strip
 
 
-def landed(found: Iterator[tuple[T, Tensor, Tensor]]) -> Iterator[tuple[T, Tensor, Tensor]]:
+def download(results: Iterator[tuple[T, Tensor, Tensor]]) -> Iterator[tuple[T, Tensor, Tensor]]:
     """Copy the tensors to the CPU's memory.
 
     A GPU receives three more items to compute before the first is awaited.
     """
-    flying: deque[tuple[T, Tensor, Tensor, torch.cuda.Event | None]] = deque()
-    for of, *tensors in found:
-        if not any(t.is_cuda for t in tensors):
-            yield of, tensors[0], tensors[1]
+    flying: deque[tuple[T, Tensor, Tensor, torch.cuda.Event]] = deque()
+    for tag, values, finite in results:
+        if not (values.is_cuda or finite.is_cuda):
+            yield tag, values, finite
             continue
-        here = [
-            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-            for t in tensors
-        ]
-        flying.append(
-            (of, here[0], here[1], torch.cuda.current_stream(tensors[0].device).record_event())
-        )
-        if len(flying) > 3:
-            yield _waited(flying.popleft())
+        copies = (_start_download(values), _start_download(finite))
+        copied = torch.cuda.current_stream(values.device).record_event()
+        flying.append((tag, *copies, copied))
+        if len(flying) > _RESULTS_IN_FLIGHT:
+            yield _await_copy(flying.popleft())
     while flying:
-        yield _waited(flying.popleft())
+        yield _await_copy(flying.popleft())
 
 
-def _waited(flown: tuple[T, Tensor, Tensor, torch.cuda.Event | None]) -> tuple[T, Tensor, Tensor]:
-    of, first, second, there = flown
-    if there is not None:
-        there.synchronize()
-    return of, first, second
+def _start_download(values: Tensor) -> Tensor:
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
 
 
-def ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
+def _await_copy(flight: tuple[T, Tensor, Tensor, torch.cuda.Event]) -> tuple[T, Tensor, Tensor]:
+    tag, values, finite, copied = flight
+    copied.synchronize()
+    return tag, values, finite
+
+
+def read_ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield the same items, with `depth` of them made ahead by a thread.
 
     Close the generator to end the thread.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ def tinycd(card: ModelCard) -> nn.Module:
     Options: `widths` of the encoder's stem and three stages, `depths` of the stages, `decoder`
     widths.
     """
-    own = options_of(card, widths=(48, 24, 32, 56), depths=(2, 4, 4), decoder=(64, 64, 32))
-    return TinyCD(len(card.bands), len(card.classes), **own)
+    options = options_of(card, widths=(48, 24, 32, 56), depths=(2, 4, 4), decoder=(64, 64, 32))
+    return TinyCD(len(card.bands), len(card.classes), **options)
 
 
 class TinyCD(nn.Module):
@@ -72,25 +73,20 @@ class TinyCD(nn.Module):
 def _encoder(bands: int, widths: Sequence[int], depths: Sequence[int]) -> Stages:
     """Build the first three stages of an EfficientNet, at 1/2, 1/4 and 1/8 of the size."""
     stages = []
-    for i, (stride, expansion, kernel) in enumerate(((1, 1, 3), (2, 6, 3), (2, 6, 5))):
-        blocks = [
-            InvertedResidual(
-                widths[i + (n > 0)],
-                widths[i + 1],
-                stride=stride if n == 0 else 1,
-                expansion=expansion,
-                kernel=kernel,
-                squeeze=True,
-            )
-            for n in range(depths[i])
-        ]
+    forms = ((1, 1, 3), (2, 6, 3), (2, 6, 5))  # stride, expansion and kernel per stage
+    for inputs, outputs, depth, (stride, expansion, kernel) in zip(
+        widths, widths[1:], depths, forms, strict=False
+    ):
+        block = partial(InvertedResidual, expansion=expansion, kernel=kernel, squeeze=True)
+        blocks = [block(inputs, outputs, stride=stride)]
+        blocks += [block(outputs, outputs) for _ in range(depth - 1)]
         stages.append(nn.Sequential(*blocks))
     return Stages(convolution(bands, widths[0], stride=2, activation=nn.SiLU), stages)
 
 
-def _interleave(first: Tensor, second: Tensor) -> Tensor:
+def _interleave(earlier: Tensor, later: Tensor) -> Tensor:
     """Alternate the channels of two dates, so a grouped convolution mixes counterparts."""
-    return torch.stack([first, second], dim=2).flatten(1, 2)
+    return torch.stack([earlier, later], dim=2).flatten(1, 2)
 
 
 def _mix(channels: int) -> nn.Sequential:

@@ -22,8 +22,15 @@ from torch import Tensor
 from minecube.catalog import ModelCard, Weights
 from minecube.errors import ModelError, UnreadWeightsError
 from minecube.files import replacing
-from minecube.models.files import Placeholder, unpickled
-from minecube.models.network import Trained, build, filled, foreign, load, model_of
+from minecube.models.files import Placeholder, unpickle
+from minecube.models.network import (
+    Trained,
+    build,
+    build_with_weights,
+    load,
+    not_a_model,
+    read_model,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +53,8 @@ def find(name: str, cards: Mapping[str, ModelCard], cache: Path | None = None) -
         return load(Path(name))
     if name not in cards:
         raise ModelError(
-            f"{name}: is neither the file of a trained model nor a model of the catalogue; train one with `minecube train`, "
-            "and see `minecube models` for the names"
+            f"{name}: is neither the file of a trained model nor a model of the catalogue; train "
+            "one with `minecube train`, and see `minecube models` for the names"
         )
     return fetch(cards[name], cache)
 
@@ -67,17 +74,17 @@ def fetch(card: ModelCard, cache: Path | None = None) -> Trained:
     """
     if card.weights is None:
         raise ModelError(
-            f"model {card.id}: its card names no trained weights; train it with `minecube train --model {card.id}`, and give "
-            "the file that comes of it"
+            f"model {card.id}: its card names no trained weights; train it with `minecube train "
+            f"--model {card.id}`, and give the file that comes of it"
         )
-    where, content = _verified(card.weights, cache or Path(torch.hub.get_dir()) / "minecube")
-    found = unpickled(content, foreign(where), placeholders=True)
-    if isinstance(found, dict) and str(found.get("format")).startswith("minecube"):
-        return _ours(card, unpickled(content, foreign(where)), where)
-    return _plain(card, found, where)
+    file, data = _read_verified(card.weights, cache or Path(torch.hub.get_dir()) / "minecube")
+    content = unpickle(data, not_a_model(file), placeholders=True)
+    if isinstance(content, dict) and str(content.get("format")).startswith("minecube"):
+        return _read_own(card, unpickle(data, not_a_model(file)), file)
+    return _read_state_dict(card, content, file)
 
 
-def _verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
+def _read_verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
     """Return the file's name for messages, and its content.
 
     Raises:
@@ -87,10 +94,10 @@ def _verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
         content = _read(Path(weights.href))
         _need_hash(weights, weights.href, hashlib.sha256(content).hexdigest())
         return weights.href, content
-    kept = cache / f"{weights.sha256}.pt"
-    if not kept.is_file() or hashlib.sha256(kept.read_bytes()).hexdigest() != weights.sha256:
-        _download(weights, kept)
-    return _without_query(weights.href), _read(kept)
+    path = cache / f"{weights.sha256}.pt"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != weights.sha256:
+        _download(weights, path)
+    return _remove_query(weights.href), _read(path)
 
 
 def _read(path: Path) -> bytes:
@@ -100,25 +107,27 @@ def _read(path: Path) -> bytes:
         raise ModelError(f"{path}: the weights cannot be read ({error})") from error
 
 
-def _need_hash(weights: Weights, where: str, found: str) -> None:
-    if found != weights.sha256:
+def _need_hash(weights: Weights, file: str, sha256: str) -> None:
+    if sha256 != weights.sha256:
         raise ModelError(
-            f"{where}: expected a file of sha256 {weights.sha256}, as its card says, found {found}; it is another file, or "
-            "damaged, and was not opened: get it again, or correct the card if you know where this one comes from"
+            f"{file}: expected a file of sha256 {weights.sha256}, as its card says, found "
+            f"{sha256}; it is another file, or damaged, and was not opened: get it again, or "
+            "correct the card if you know where this one comes from"
         )
 
 
-def _download(weights: Weights, kept: Path) -> None:
-    """Download the URL to `kept`, whole and with the right hash, or not at all."""
-    where = _without_query(weights.href)
+def _download(weights: Weights, path: Path) -> None:
+    """Download the URL to `path`, whole and with the right hash, or not at all."""
+    url = _remove_query(weights.href)
     if not weights.href.startswith(("http://", "https://")):
         raise ModelError(
-            f"{where}: expected weights at http(s)://, or a path; get the file yourself, and put its path there"
+            f"{url}: expected weights at http(s)://, or a path; get the file yourself, and put its "
+            "path there"
         )
     digest = hashlib.sha256()
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as part:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
             with (
                 requests.get(weights.href, stream=True, timeout=_TIMEOUT_S) as answer,
                 part.open("wb") as file,
@@ -127,55 +136,60 @@ def _download(weights: Weights, kept: Path) -> None:
                 for piece in answer.iter_content(1 << 20):  # raises if cut short
                     file.write(piece)
                     digest.update(piece)
-            _need_hash(weights, where, digest.hexdigest())
+            _need_hash(weights, url, digest.hexdigest())
     except OSError as error:  # includes those of requests
         raise UnreadWeightsError(
-            f"{where}: the weights cannot be downloaded to {kept.parent} ({_without_query(str(error))}); try again"
+            f"{url}: the weights cannot be downloaded to {path.parent} "
+            f"({_remove_query(str(error))}); try again"
         ) from error
 
 
-def _without_query(text: str) -> str:
+def _remove_query(text: str) -> str:
     """Remove the query of URLs, since a signature in it is a secret."""
     return re.sub(r"\?\S*", "", text)
 
 
-def _ours(card: ModelCard, content: dict[str, Any], where: str) -> Trained:
-    trained = model_of(content, where)
+def _read_own(card: ModelCard, content: dict[str, Any], file: str) -> Trained:
+    """Read the content of one of our files, and check it against the card."""
+    trained = read_model(content, file)
     for name in ("architecture", "task", "options", "bands", "classes"):
-        said, found = getattr(card, name), getattr(trained.card, name)
-        if said != found:
+        expected = getattr(card, name)
+        value = getattr(trained.card, name)
+        if value != expected:
             raise ModelError(
-                f"{where}: expected weights of model {card.id} with {name} {said}, found {found}; they would be misread: "
-                "correct the card, or name the right file"
+                f"{file}: expected weights of model {card.id} with {name} {expected}, found "
+                f"{value}; they would be misread: correct the card, or name the right file"
             )
     for name in ("mean", "std"):
-        said, found = getattr(card.weights, name), getattr(trained, name)
-        if said and said != found:
+        expected = getattr(card.weights, name)
+        value = getattr(trained, name)
+        if expected and value != expected:
             raise ModelError(
-                f"{where}: expected {name} {said}, as the card says, found {found}; leave it out of the card"
+                f"{file}: expected {name} {expected}, as the card says, found {value}; leave it "
+                "out of the card"
             )
     return dataclasses.replace(trained, card=card)
 
 
-def _plain(card: ModelCard, content: Any, where: str) -> Trained:
-    state = _state(card, content, where)
+def _read_state_dict(card: ModelCard, content: Any, file: str) -> Trained:
+    state = _extract_state(card, content, file)
     weights = card.weights
     if weights is None or not weights.mean:
         raise ModelError(
-            f"{where}: is a state_dict, which does not say by which mean and deviation its network was trained; give `mean` "
-            f"and `std` of its bands in the weights of model {card.id}"
+            f"{file}: is a state_dict, which does not say by which mean and deviation its network "
+            f"was trained; give `mean` and `std` of its bands in the weights of model {card.id}"
         )
     sites = tuple(site.strip() for site in card.trained_on.split(",") if site.strip())
     return Trained(
         card=card,
-        network=filled(card, state, where),
+        network=build_with_weights(card, state, file),
         mean=weights.mean,
         std=weights.std,
         sites=sites,
     )
 
 
-def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
+def _extract_state(card: ModelCard, content: Any, file: str) -> dict[str, Tensor]:
     """Extract the network's state_dict from another program's file, by the network's own names.
 
     It may lie one level down (`state_dict` of Lightning), and below a prefix (`module.` of
@@ -188,97 +202,101 @@ def _state(card: ModelCard, content: Any, where: str) -> dict[str, Tensor]:
     """
     with torch.device("meta"):
         names = list(build(card).state_dict())
-    states = _tensors(content)
-    found = [
-        (place, prefix) for place, state in states.items() for prefix in _prefixes(state, names)
-    ]
+    states = _collect_tensors(content)
     places = [
-        " in ".join(filter(None, [prefix and f"prefix {prefix!r}", place]))
-        for place, prefix in found
+        (key, prefix) for key, state in states.items() for prefix in _list_prefixes(state, names)
     ]
-    if len(found) > 1:
-        listed = "; ".join(place or "without a prefix" for place in places)
+    if len(places) > 1:
+        listed = "; ".join(_describe_place(*place) or "without a prefix" for place in places)
         raise ModelError(
-            f"{where}: holds the weights of {card.architecture} {len(found)} times ({listed}), and does not say "
-            "which are meant; save those that are"
+            f"{file}: holds the weights of {card.architecture} {len(places)} times ({listed}), and "
+            "does not say which are meant; save those that are"
         )
-    if not found and list(states) == [""]:
-        return states[""]  # `filled` refuses it and names the differences
-    if not found:
+    if not places and list(states) == [""]:
+        return states[""]  # `build_with_weights` refuses it and names the differences
+    if not places:
         raise ModelError(
-            f"{where}: expected a model that minecube wrote, or a state_dict of {card.architecture}, with tensors such as "
-            f"{names[0]}; found {_described(content, states)}; save the network's state_dict() by torch.save"
+            f"{file}: expected a model that minecube wrote, or a state_dict of "
+            f"{card.architecture}, with tensors such as {names[0]}; found "
+            f"{_describe_content(content, states)}; save the network's state_dict() by torch.save"
         )
-    place, prefix = found[0]
+    key, prefix = places[0]
+    if key or prefix:
+        log.info("%s: the weights are those with %s", file, _describe_place(key, prefix))
     parts = {name.partition(".")[0] for name in names}
-    others = [
-        n
-        for n in states[place]
-        if not n.startswith(prefix) or (not prefix and n.partition(".")[0] not in parts)
-    ]
-    left_out = set(others)
-    own = {
-        name.removeprefix(prefix): value
-        for name, value in states[place].items()
-        if name not in left_out
-    }
-    if places[0]:
-        log.info("%s: the weights are those with %s", where, places[0])
-    if others:
+    state = {}
+    skipped = []
+    for name, value in states[key].items():
+        if name.startswith(prefix) and (prefix or name.partition(".")[0] in parts):
+            state[name.removeprefix(prefix)] = value
+        else:
+            skipped.append(name)
+    if skipped:
         log.warning(
             "%s: left out %s, which are no weights of %s",
-            where,
-            ", ".join(others),
+            file,
+            ", ".join(skipped),
             card.architecture,
         )
-    return own
+    return state
 
 
-def _tensors(content: Any) -> dict[str, dict[str, Tensor]]:
-    """Collect the tables of tensors in a file, by their place.
+def _collect_tensors(content: Any) -> dict[str, dict[str, Tensor]]:
+    """Collect the tables of tensors in a file, by their key; "" is the file itself.
 
     `_orig_mod`, put into names by torch.compile, is removed.
     """
     if not isinstance(content, dict):
         return {}
-    places = {
-        "": content,
-        **{str(key): value for key, value in content.items() if isinstance(value, dict)},
-    }
-    tables = {
-        place: {
-            str(name).replace("_orig_mod.", ""): value
-            for name, value in table.items()
-            if isinstance(value, Tensor)
-        }
-        for place, table in places.items()
-    }
-    return {place: table for place, table in tables.items() if table}
+    tables = {"": content}
+    tables |= {str(key): value for key, value in content.items() if isinstance(value, dict)}
+    states = {key: _only_tensors(table) for key, table in tables.items()}
+    return {key: state for key, state in states.items() if state}
 
 
-def _prefixes(state: Mapping[str, Tensor], names: list[str]) -> list[str]:
+def _only_tensors(table: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {
+        str(name).replace("_orig_mod.", ""): value
+        for name, value in table.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _list_prefixes(state: Mapping[str, Tensor], names: list[str]) -> list[str]:
     """List the prefixes of a state_dict before all of a network's names, "" included."""
     # Batch counters exist since torch 0.4.1; `load_state_dict` works without them.
-    needed = [name for name in names if not name.endswith("num_batches_tracked")]
-    before = [name.removesuffix(needed[0]) for name in state if name.endswith(needed[0])]
-    return [p for p in before if p[-1:] in ("", ".") and all(p + name in state for name in needed)]
+    required = [name for name in names if not name.endswith("num_batches_tracked")]
+    prefixes = [name.removesuffix(required[0]) for name in state if name.endswith(required[0])]
+    return [
+        prefix
+        for prefix in prefixes
+        if prefix[-1:] in ("", ".") and all(prefix + name in state for name in required)
+    ]
 
 
-def _described(content: Any, states: Mapping[str, Mapping[str, Tensor]]) -> str:
+def _describe_place(key: str, prefix: str) -> str:
+    if not prefix:
+        return key
+    return f"prefix {prefix!r} in {key}" if key else f"prefix {prefix!r}"
+
+
+def _describe_content(content: Any, states: Mapping[str, Mapping[str, Tensor]]) -> str:
     """Describe the content of another program's file."""
     if isinstance(content, Placeholder):
-        return f"a pickled {_class(content)}, whose code is not run"
+        return f"a pickled {_class_name(content)}, whose code is not run"
     if not isinstance(content, dict):
-        return f"a {_class(content)}"
+        return f"a {_class_name(content)}"
     if states:
         return ", ".join(
-            f"{next(iter(state))} in {place or 'no dictionary of its own'}"
-            for place, state in states.items()
+            f"{next(iter(state))} in {key or 'no dictionary of its own'}"
+            for key, state in states.items()
         )
+    if not content:
+        return "an empty dictionary"
     keys = ", ".join(map(str, list(content)[:5]))
-    kinds = ", ".join(sorted({_class(value) for value in content.values()})[:5])
-    return f"a dictionary of {kinds} ({keys})" if content else "an empty dictionary"
+    kinds = ", ".join(sorted({_class_name(value) for value in content.values()})[:5])
+    return f"a dictionary of {kinds} ({keys})"
 
 
-def _class(value: Any) -> str:
+def _class_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")

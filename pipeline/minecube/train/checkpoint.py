@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minecube.errors import ModelError
-from minecube.models.files import pickled, unpickled, write_whole
+from minecube.models.files import pickle, unpickle, write_whole
 
 FORMAT = "minecube-training-1"
 
@@ -48,7 +48,7 @@ def write_state(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         ModelError: The file cannot be written.
     """
-    write_whole(path, pickled({"format": FORMAT, **content}))
+    write_whole(path, pickle({"format": FORMAT, **content}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -57,32 +57,42 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: The file cannot be read, is not a state, or is damaged.
     """
-    foreign = f"{path}: is not the state of a training of this version of minecube, or is damaged; remove it to train afresh"
+    not_a_state = (
+        f"{path}: is not the state of a training of this version of minecube, or is damaged; "
+        "remove it to train afresh"
+    )
     try:
-        found = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: the training's state cannot be read ({error})") from error
-    content = unpickled(found, foreign)
+    content = unpickle(data, not_a_state)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ModelError(foreign)
+        raise ModelError(not_a_state)
     return content
 
 
-def need_same(path: Path, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def need_same(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raise ModelError with the differences if a state is another training's."""
-    different = []
-    for name, value in asked.items():
+    differences: list[str] = []
+    for name, value in identity.items():
         if isinstance(value, Mapping):
-            keys = sorted({*value, *state[name]})
-            pairs = [(f"{name}'s {key}", state[name].get(key), value.get(key)) for key in keys]
+            differences += [f"{name}'s {text}" for text in _list_differences(state[name], value)]
         else:
-            pairs = [(name, state[name], value)]
-        different += [f"{what} ({old}, now {new})" for what, old, new in pairs if old != new]
-    if different:
+            differences += _list_differences({name: state[name]}, {name: value})
+    if differences:
         raise ModelError(
-            f"{path}: is the state of another training, it differs in {'; '.join(different)}; going on would mix the two: "
-            "ask for what it was begun with, or remove it to train afresh"
+            f"{path}: is the state of another training, it differs in {'; '.join(differences)}; "
+            "going on would mix the two: ask for what it was begun with, or remove it to train "
+            "afresh"
         )
+
+
+def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} ({old.get(key)}, now {new.get(key)})"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
 
 
 def write_log(path: Path, history: Sequence[Epoch]) -> None:
@@ -94,8 +104,10 @@ def write_log(path: Path, history: Sequence[Epoch]) -> None:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(f.name for f in dataclasses.fields(Epoch))
-    rows.writerows(
-        [f"{v:.6g}" if isinstance(v, float) else v for v in dataclasses.astuple(epoch)]
-        for epoch in history
-    )
+    rows.writerows(map(_format_epoch, history))
     write_whole(path, text.getvalue().encode())
+
+
+def _format_epoch(epoch: Epoch) -> list[str]:
+    values = dataclasses.astuple(epoch)
+    return [f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]

@@ -16,7 +16,7 @@ from minecube.errors import ModelError
 from minecube.models import logits
 
 
-def judged(
+def count_pixels(
     network: nn.Module,
     loader: DataLoader[Any],
     card: ModelCard,
@@ -31,46 +31,47 @@ def judged(
     Raises:
         ModelError: No pixel is of a class, so F1 has no meaning.
     """
-    place = next(network.parameters()).device
-    counts = torch.zeros(3, dtype=torch.int64, device=place)
+    device = next(network.parameters()).device
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
     if dist.is_initialized():
         for buffer in network.buffers():  # statistics differ between processes
             dist.broadcast(buffer, 0)
     network.eval()
     with (
         torch.inference_mode(),
-        torch.autocast(place.type, torch.bfloat16, enabled=place.type in settings.bf16),
+        torch.autocast(device.type, torch.bfloat16, enabled=device.type in settings.bf16),
     ):
-        for image, wanted in loader:
-            said = logits(network, card.task, image.to(place, non_blocking=True), years) >= 0
-            truth = wanted.to(place)
+        for image, targets in loader:
+            positive = logits(network, card.task, image.to(device, non_blocking=True), years) >= 0
+            truth = targets.to(device)
             counts += torch.stack(
                 [
-                    (said & (truth == 1)).sum(),
-                    (said & (truth == 0)).sum(),
-                    (~said & (truth == 1)).sum(),
+                    (positive & (truth == 1)).sum(),
+                    (positive & (truth == 0)).sum(),
+                    (~positive & (truth == 1)).sum(),
                 ]
             )
     if dist.is_initialized():
         dist.all_reduce(counts)
     if not counts[0] + counts[2]:
         raise ModelError(
-            f"model {card.id}: {settings.valid_windows} windows of the validation sites hold no pixel of "
-            f"{', '.join(card.classes)}, so no epoch is better than another: raise valid_windows"
+            f"model {card.id}: {settings.valid_windows} windows of the validation sites hold no "
+            f"pixel of {', '.join(card.classes)}, so no epoch is better than another: raise "
+            "valid_windows"
         )
     return counts.cpu()
 
 
-def scores_of(counts: Tensor) -> dict[str, float]:
-    """Compute scores from the counts of `judged`; NaN if undefined."""
+def compute_scores(counts: Tensor) -> dict[str, float]:
+    """Compute scores from the counts of `count_pixels`; NaN if undefined."""
     tp, fp, fn = (int(n) for n in counts)
-
-    def ratio(part: int, whole: int) -> float:
-        return part / whole if whole else math.nan
-
     return {
-        "f1": ratio(2 * tp, 2 * tp + fp + fn),
-        "iou": ratio(tp, tp + fp + fn),
-        "precision": ratio(tp, tp + fp),
-        "recall": ratio(tp, tp + fn),
+        "f1": _divide(2 * tp, 2 * tp + fp + fn),
+        "iou": _divide(tp, tp + fp + fn),
+        "precision": _divide(tp, tp + fp),
+        "recall": _divide(tp, tp + fn),
     }
+
+
+def _divide(part: int, total: int) -> float:
+    return part / total if total else math.nan

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from minecube.catalog import Settings
 
 
-def loss_of(logits: Tensor, wanted: Tensor, settings: Settings) -> Tensor:
+def compute_loss(logits: Tensor, targets: Tensor, settings: Settings) -> Tensor:
     """Compute binary cross entropy over the known pixels of all classes, plus optional Dice loss.
 
     Both are formulas over sums of the whole batch. If processes share a batch, their sums are added
@@ -18,32 +18,35 @@ def loss_of(logits: Tensor, wanted: Tensor, settings: Settings) -> Tensor:
 
     Args:
         logits: [n, time, class, y, x].
-        wanted: Targets of the same shape: 1, 0, or above for unknown.
+        targets: Targets of the same shape: 1, 0, or above for unknown.
         settings: Used are `positive_weight`, `focal` and `dice`.
     """
-    known, yes = wanted <= 1, (wanted == 1).float()
+    known = targets <= 1
+    positive = (targets == 1).float()
     # Replaces logits of unknown pixels, also NaN.
     logits = torch.where(known, logits.float(), 0)
-    each = nn.functional.binary_cross_entropy_with_logits(logits, yes, reduction="none")
+    each = nn.functional.binary_cross_entropy_with_logits(logits, positive, reduction="none")
     if settings.focal:
         # `each` is -log of the true class's probability, and exp(-each) this probability.
         each = each * (1 - torch.exp(-each)) ** settings.focal
-    each = each * (1 + (settings.positive_weight - 1) * yes)
+    each = each * (1 + (settings.positive_weight - 1) * positive)
     sums = [torch.where(known, each, 0).sum()[None], known.sum()[None].float()]
     if settings.dice:
-        over, said = (0, 1, 3, 4), torch.where(known, torch.sigmoid(logits), 0)
-        sums += [(said * yes).sum(over), said.sum(over) + yes.sum(over)]
-    whole = torch.cat(sums)
+        axes = (0, 1, 3, 4)  # all but the class
+        probability = torch.where(known, torch.sigmoid(logits), 0)
+        sums.append((probability * positive).sum(axes))
+        sums.append(probability.sum(axes) + positive.sum(axes))
+    total = torch.cat(sums)
     if dist.is_initialized():
-        whole = _Total.apply(whole)  # type: ignore[no-untyped-call]
-    loss: Tensor = whole[0] / whole[1].clamp(min=1)
+        total = _SumOverProcesses.apply(total)  # type: ignore[no-untyped-call]
+    loss: Tensor = total[0] / total[1].clamp(min=1)
     if settings.dice:
-        both, either = whole[2:].chunk(2)
-        loss = loss + settings.dice * (1 - (2 * both + 1) / (either + 1)).mean()
+        overlap, sizes = total[2:].chunk(2)
+        loss = loss + settings.dice * (1 - (2 * overlap + 1) / (sizes + 1)).mean()
     return loss
 
 
-class _Total(torch.autograd.Function):
+class _SumOverProcesses(torch.autograd.Function):
     """Sum over all processes.
 
     Its gradient is the sum of their gradients, averaged by DistributedDataParallel afterwards.

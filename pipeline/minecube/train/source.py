@@ -9,13 +9,12 @@ from typing import Protocol
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
+from minecube.arrays import UInt8, UInt16
 from minecube.catalog import ModelCard
+from minecube.codes import MINE, UNKNOWN
 from minecube.errors import ModelError
-
-UNKNOWN = 255
-"""Unknown pixels in labels and targets; training ignores them."""
+from minecube.models.network import band_positions
 
 
 class Source(Protocol):
@@ -44,7 +43,7 @@ class Source(Protocol):
 
     def cut(
         self, site: str, years: Sequence[int], y: int, x: int, size: int
-    ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    ) -> tuple[UInt16, UInt8]:
         """Cut reflectance [year, band, size, size] and footprint [year, size, size].
 
         Unobserved reflectance is 0. Beyond the site, values are 0 and 255.
@@ -62,9 +61,7 @@ class Cubes:
 
     cubes: Mapping[str, xr.Dataset]
     """Site id -> cube."""
-    _arrays: dict[str, tuple[NDArray[np.uint16], NDArray[np.uint8]]] = field(
-        init=False, repr=False, default_factory=dict
-    )
+    _arrays: dict[str, tuple[UInt16, UInt8]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.cubes:
@@ -72,31 +69,16 @@ class Cubes:
                 "expected cubes of one site or more, found none; a model learns from labelled cubes"
             )
         for site, cube in self.cubes.items():
-            if "footprint" not in cube or "reflectance" not in cube:
+            _check_cube(site, cube)
+            if _bands_of(cube) != self.bands:
                 raise ModelError(
-                    f"site {site}: expected a cube with reflectance and footprint, found "
-                    f"{', '.join(map(str, cube)) or 'nothing'}; a model learns from labels: run `minecube label` first"
+                    f"site {site}: expected the bands {', '.join(self.bands)}, as of the other "
+                    f"sites, found {', '.join(_bands_of(cube)) or 'no names'}; one band would be "
+                    "taken for another"
                 )
-            image, label = cube["reflectance"], cube["footprint"]
-            laid = set(image.dims) == {"year", "band", "y", "x"} and set(label.dims) == {
-                "year",
-                "y",
-                "x",
-            }
-            if not laid or image.dtype != np.uint16 or label.dtype != np.uint8:
-                raise ModelError(
-                    f"site {site}: expected reflectance (year, band, y, x) as uint16 and footprint (year, y, x) as uint8, "
-                    f"found {image.dims} as {image.dtype} and {label.dims} as {label.dtype}; hand in the cube as it was opened"
-                )
-            if _bands(cube) != self.bands:
-                raise ModelError(
-                    f"site {site}: expected the bands {', '.join(self.bands)}, as of the other sites, found "
-                    f"{', '.join(_bands(cube)) or 'no names'}; one band would be taken for another"
-                )
-            self._arrays[site] = (
-                image.sortby("year").transpose("year", "band", "y", "x").to_numpy(),
-                label.sortby("year").transpose("year", "y", "x").to_numpy(),
-            )
+            image = cube["reflectance"].sortby("year").transpose("year", "band", "y", "x")
+            label = cube["footprint"].sortby("year").transpose("year", "y", "x")
+            self._arrays[site] = (image.to_numpy(), label.to_numpy())
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -106,7 +88,7 @@ class Cubes:
     @property
     def bands(self) -> tuple[str, ...]:
         """Bands of every site."""
-        return _bands(next(iter(self.cubes.values())))
+        return _bands_of(next(iter(self.cubes.values())))
 
     @property
     def forkable(self) -> bool:
@@ -124,22 +106,44 @@ class Cubes:
 
     def cut(
         self, site: str, years: Sequence[int], y: int, x: int, size: int
-    ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    ) -> tuple[UInt16, UInt8]:
         """Cut a window as described in `Source.cut`."""
-        (image, label), known = self._arrays[site], self.years_of(site)
-        at = [known.index(year) for year in years]
-        inside = image[at, :, y : y + size, x : x + size]
-        beyond = [(0, size - inside.shape[-2]), (0, size - inside.shape[-1])]
+        image, label = self._arrays[site]
+        years_of_site = self.years_of(site)
+        positions = [years_of_site.index(year) for year in years]
+        image = image[positions, :, y : y + size, x : x + size]
+        label = label[positions, y : y + size, x : x + size]
+        padding = [(0, size - label.shape[-2]), (0, size - label.shape[-1])]
         return (
-            np.pad(inside, [(0, 0), (0, 0), *beyond]),
-            np.pad(
-                label[at, y : y + size, x : x + size], [(0, 0), *beyond], constant_values=UNKNOWN
-            ),
+            np.pad(image, [(0, 0), (0, 0), *padding]),
+            np.pad(label, [(0, 0), *padding], constant_values=UNKNOWN),
         )
 
 
-def _bands(cube: xr.Dataset) -> tuple[str, ...]:
-    return tuple(map(str, cube["band"].to_numpy())) if "band" in cube.coords else ()
+def _check_cube(site: str, cube: xr.Dataset) -> None:
+    """Raise ModelError for a cube without reflectance or footprint, or with other dims or types."""
+    if "footprint" not in cube or "reflectance" not in cube:
+        raise ModelError(
+            f"site {site}: expected a cube with reflectance and footprint, found "
+            f"{', '.join(map(str, cube)) or 'nothing'}; a model learns from labels: run "
+            "`minecube label` first"
+        )
+    image = cube["reflectance"]
+    label = cube["footprint"]
+    dims = (set(image.dims), set(label.dims))
+    expected = ({"year", "band", "y", "x"}, {"year", "y", "x"})
+    if dims != expected or image.dtype != np.uint16 or label.dtype != np.uint8:
+        raise ModelError(
+            f"site {site}: expected reflectance (year, band, y, x) as uint16 and footprint (year, "
+            f"y, x) as uint8, found {image.dims} as {image.dtype} and {label.dims} as "
+            f"{label.dtype}; hand in the cube as it was opened"
+        )
+
+
+def _bands_of(cube: xr.Dataset) -> tuple[str, ...]:
+    if "band" not in cube.coords:
+        return ()
+    return tuple(map(str, cube["band"].to_numpy()))
 
 
 def bands_at(source: Source, card: ModelCard) -> list[int]:
@@ -148,20 +152,14 @@ def bands_at(source: Source, card: ModelCard) -> list[int]:
     Raises:
         ModelError: Bands are missing or in another order.
     """
-    found = list(source.bands)
-    if [b for b in found if b in card.bands] != list(card.bands):
-        raise ModelError(
-            f"model {card.id}: expected the bands {', '.join(card.bands)} in this order, found "
-            f"{', '.join(found) or 'no names'}; it would take one band for another: build the cubes with these bands"
-        )
-    return [found.index(b) for b in card.bands]
+    return band_positions(list(source.bands), card, "the cubes")
 
 
-View = tuple[str, tuple[int, ...]]
+SiteView = tuple[str, tuple[int, ...]]
 """A site, and the years seen together by a network."""
 
 
-def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[View]:
+def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[SiteView]:
     """List the card's views of each site: each year, each pair of years, or all years.
 
     `gaps` restricts the pairs to these numbers of years apart.
@@ -169,36 +167,41 @@ def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[Vie
     Raises:
         ModelError: A site has no view, or sites of a series differ in years.
     """
-    found: list[View] = []
+    if card.task == "series":
+        return _list_series(source, card)
+    site_views: list[SiteView] = []
     for site in source.sites:
         years = source.years_of(site)
-        if card.task == "series":
-            first = source.years_of(source.sites[0])
-            if years != first:
-                raise ModelError(
-                    f"model {card.id} sees all years at once, so expected every site to have those of {source.sites[0]} "
-                    f"({', '.join(map(str, first))}), found {', '.join(map(str, years))} at {site}; "
-                    "name sites or years that agree"
-                )
-            found.append((site, years))
-            continue
-        sets = combinations(years, 2 if card.task == "change" else 1)
-        own = [
-            (site, each)
-            for each in sets
-            if not gaps or card.task == "mapping" or each[1] - each[0] in gaps
-        ]
-        if not own:
+        views_of_site: list[SiteView] = [(site, (year,)) for year in years]
+        if card.task == "change":
+            pairs = combinations(years, 2)
+            views_of_site = [(site, (a, b)) for a, b in pairs if not gaps or b - a in gaps]
+        if not views_of_site:
             apart = f" {' or '.join(map(str, gaps))} years apart" if gaps else ""
             raise ModelError(
-                f"model {card.id} sees two years{apart}, found {', '.join(map(str, years)) or 'none'} at {site}; "
-                "build more of its years, or leave the site out"
+                f"model {card.id} sees two years{apart}, found "
+                f"{', '.join(map(str, years)) or 'none'} at {site}; build more of its years, or "
+                "leave the site out"
             )
-        found += own
-    return found
+        site_views += views_of_site
+    return site_views
 
 
-def target(label: NDArray[np.uint8], classes: Sequence[str]) -> NDArray[np.uint8]:
+def _list_series(source: Source, card: ModelCard) -> list[SiteView]:
+    """List all years of each site, and check that they are the same."""
+    expected = source.years_of(source.sites[0])
+    for site in source.sites:
+        years = source.years_of(site)
+        if years != expected:
+            raise ModelError(
+                f"model {card.id} sees all years at once, so expected every site to have those of "
+                f"{source.sites[0]} ({', '.join(map(str, expected))}), found "
+                f"{', '.join(map(str, years))} at {site}; name sites or years that agree"
+            )
+    return [(site, expected) for site in source.sites]
+
+
+def target(label: UInt8, classes: Sequence[str]) -> UInt8:
     """Compute the targets of a view from its footprints [year, y, x].
 
     Footprints are 1 mine, 0 not, above: unknown.
@@ -208,10 +211,10 @@ def target(label: NDArray[np.uint8], classes: Sequence[str]) -> NDArray[np.uint8
             year. For other classes, the change from the first to the second year, unknown if either
             is unknown.
     """
-    known = label <= 1
+    known = label <= MINE
     if tuple(classes) == ("mine",):
         return np.where(known, label, UNKNOWN).astype(np.uint8)[:, None]
-    first, second = label
-    kinds = {"changed": first != second, "removed": first > second, "new": first < second}
+    earlier, later = label
+    kinds = {"changed": earlier != later, "removed": earlier > later, "new": earlier < later}
     changes = np.stack([kinds[name] for name in classes])
     return np.where(known.all(axis=0), changes, np.uint8(UNKNOWN)).astype(np.uint8)[None]
