@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minecube.models.compute import Compute
+from minecube.models.folding import fold_batch_norms
 from minecube.models.network import Trained, logits
 
 # Windows per call on a CPU: enough to amortise the overhead of a call, few enough to keep a layer's
@@ -27,6 +28,9 @@ def prepare(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward
     network = deepcopy(trained.network).to(compute.place()).eval()
     forward = Forward(network, trained, compute, years)
     if forward.device.type == "cpu":
+        sample = torch.randn(forward.window_shape(), generator=torch.Generator().manual_seed(0))
+        task = trained.card.task
+        fold_batch_norms(network, lambda: logits(network, task, sample, years))
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         forward.group = forward.choose_group()
     return forward
@@ -91,14 +95,16 @@ class Forward:
         hooks = [layer.register_forward_hook(note_bytes) for layer in layers]
         card = self.trained.card
         with torch.inference_mode():
-            window = torch.zeros(
-                1, len(self._years), len(card.bands), card.window_px, card.window_px
-            )
-            logits(self._network, card.task, window, self._years)
+            logits(self._network, card.task, torch.zeros(self.window_shape()), self._years)
         for hook in hooks:
             hook.remove()
         windows = round(_LAYER_BYTES * len(sizes) / max(sum(sizes), 1))
         return min(max(windows, 1), _MOST_WINDOWS)
+
+    def window_shape(self) -> tuple[int, ...]:
+        """Return the shape of one window [1, time, band, y, x]."""
+        card = self.trained.card
+        return 1, len(self._years), len(card.bands), card.window_px, card.window_px
 
     def _by_band(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
