@@ -58,13 +58,13 @@ from minecube.catalog import (
     load_sources,
 )
 from minecube.composite import composite, masks, reducers, registration
-from minecube.composite.needs import days_of, in_mosaic_order
-from minecube.grid import at_resolution, grid_of
-from minecube.jobs.tables import table
-from minecube.reader import Ledger, fetched, stack
+from minecube.composite.needs import index_overpasses, sort_in_mosaic_order
+from minecube.grid import coarsen, grid_of
+from minecube.jobs.tables import format_table
+from minecube.reader import Ledger, compute_stack, stack
 from minecube.scenes import veils
-from minecube.scenes.looks import look_at
-from minecube.simulate import World, simulate
+from minecube.scenes.looks import read_look
+from minecube.simulate import World, simulate_archive
 
 DATES, SIDE, WIDE = 40, 1024, 2048
 LEFT, TOP = 360000, 5600040
@@ -298,7 +298,7 @@ def _xarray_median(scl: xr.DataArray, bands: xr.DataArray) -> np.ndarray[Any, An
 def odc_bottleneck(folder: str, dates: int) -> np.ndarray[Any, Any]:
     """odc-stac at native resolutions, bottleneck's median band by band: what an expert would write."""
     grid, items = site_grid(), raw_items(folder, dates)
-    half = at_resolution(grid, 20)
+    half = coarsen(grid, 20)
     scl = odc.stac.load(items, bands=[SCL], geobox=half, pool=8)[SCL].values
     clear = ~np.isin(scl, HIDING) & (scl != 0)
     out = np.zeros((len(BANDS), *grid.shape), np.uint16)
@@ -345,8 +345,10 @@ def geomad_kernel(folder: str, dates: int) -> None:
     seconds = 0.0
     for top in range(0, SIDE, 64):
         strip = grid[top : top + 64]
-        pixels = fetched(stack(items, strip, BANDS, chunk_px=SIDE))
-        clear = ~np.isin(fetched(stack(items, strip, [SCL], chunk_px=SIDE))[:, 0], (0, *HIDING))
+        pixels = compute_stack(stack(items, strip, BANDS, chunk_px=SIDE))
+        clear = ~np.isin(
+            compute_stack(stack(items, strip, [SCL], chunk_px=SIDE))[:, 0], (0, *HIDING)
+        )
         spectra = np.where(clear[:, None], pixels, np.float32(np.nan)).astype(
             np.float32
         ) / np.float32(1e4)
@@ -422,7 +424,7 @@ def against_others(folder: Path, rounds: int, say: Say) -> dict[str, Any]:
     say(
         f"{DATES} dates x {len(BANDS)} bands and SCL, {SIDE} x {SIDE} at 10 m, COGs on disk; medians "
         + ("identical" if len(hashes) == 1 else "DIFFER"),
-        table(("", "s", "peak MB", "minecube's median / this"), rows),
+        format_table(("", "s", "peak MB", "minecube's median / this"), rows),
     )
     both = seconds["GDAL reads only"] + seconds["geomad's kernel only"]
     return {
@@ -445,7 +447,7 @@ def bytes_read(folder: Path, say: Say) -> dict[str, Any]:
     everything = Ledger()
     for size in (10, 20):
         bands = [b for b in NATIVE_M if NATIVE_M[b] == size]
-        fetched(stack(items, at_resolution(grid, size), bands, chunk_px=SIDE, ledger=everything))
+        compute_stack(stack(items, coarsen(grid, size), bands, chunk_px=SIDE, ledger=everything))
     read, seconds, made = {}, {}, {}
     for name, most in (("all", None), ("K = 12", 12), ("K = 6", 6)):
         ledger = Ledger()
@@ -467,7 +469,7 @@ def bytes_read(folder: Path, say: Say) -> dict[str, Any]:
         )
     say(
         f"An archive in which {dull} of {DATES} dates are fully clouded over the site",
-        table(
+        format_table(
             ("dates read", "% of all bytes", "s", "fewest clear dates", "RMSE against all"), rows
         ),
     )
@@ -505,7 +507,7 @@ def scaling(folder: Path, rounds: int, say: Say) -> dict[str, Any]:
     say(
         "Cost over dates and area, blocks of 512: "
         + "; ".join(f"{k}: {v}" for k, v in figures.items()),
-        table(("over", "dates", "size", "s", "peak MB of the process"), rows),
+        format_table(("over", "dates", "size", "s", "peak MB of the process"), rows),
     )
     return figures
 
@@ -556,7 +558,7 @@ def two_workers(folder: Path, say: Say) -> dict[str, Any]:
     rows = [(workers, round(seconds, 1)) for workers, seconds in took.items()]
     say(
         "Geomedian of 20 dates, 16 blocks of 256, on Dask workers of one thread",
-        table(("workers", "s"), rows),
+        format_table(("workers", "s"), rows),
     )
     return {"two_workers_speedup": round(took[1] / took[2], 3)}
 
@@ -578,7 +580,7 @@ def quality(place: Path, picture: Path | None, say: Say) -> dict[str, Any]:
     }
     measured = {}
     for number, (name, world) in enumerate(worlds.items()):
-        simulate(sites, place / str(number), world)
+        simulate_archive(sites, place / str(number), world)
         years = site_years(place / str(number), sites)
         measured[name] = _scored(years, name, say)
         if picture and not number:
@@ -601,7 +603,7 @@ def _scored(years: Sequence[SiteYear], world: str, say: Say) -> dict[str, dict[s
     ]
     say(
         f"Against the truth of {len(years)} site-years of the {world}",
-        table(
+        format_table(
             (
                 "",
                 "RMSE",
@@ -633,7 +635,7 @@ def draw(year: SiteYear, path: Path) -> None:
         for name, way in PICTURED.items()
     }
     drawn["truth: no cloud, no noise"] = xr.DataArray(year.truth, **middle)
-    report.comparison(drawn, path, f"{year.name} {year.year}, simulated")
+    report.draw_comparison(drawn, path, f"{year.name} {year.year}, simulated")
 
 
 REDUCERS = (
@@ -671,7 +673,7 @@ def site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
             for year in YEARS:
                 try:
                     listed_scenes = scenes.search(site, year, source).scenes
-                except scenes.NothingFoundError:
+                except scenes.NoScenesError:
                     continue
                 truth = xr.open_zarr(world / "truth.zarr", group=site.id, consolidated=False)
                 grid, sky = grid_of(site), truth["sky"].load()
@@ -685,7 +687,9 @@ def site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
                         mine=truth["footprint"].sel(year=year).values == 1,
                         sky=sky[sky.time.dt.year == year],
                         oracle=oracle(
-                            scenes.usable(listed_scenes, load_recipes()["naive-median"]), grid, sky
+                            scenes.select_usable(listed_scenes, load_recipes()["naive-median"]),
+                            grid,
+                            sky,
                         ),
                     )
                 )
@@ -694,9 +698,9 @@ def site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
 
 def oracle(used: Sequence[pystac.Item], grid: GeoBox, sky: xr.DataArray) -> np.ndarray[Any, Any]:
     """The median that a perfect mask would give."""
-    used = in_mosaic_order(used, grid)
-    pixels = fetched(stack(used, grid, BANDS, chunk_px=max(grid.shape)))
-    days = days_of(used)
+    used = sort_in_mosaic_order(used, grid)
+    pixels = compute_stack(stack(used, grid, BANDS, chunk_px=max(grid.shape)))
+    days = index_overpasses(used)
     seen = np.zeros((len(BANDS), max(days) + 1, *grid.shape), np.uint16)
     for n, (scene, day) in enumerate(zip(used, days, strict=True)):
         clear = sky.sel(time=scene.properties["minecube:solar_day"]).values == 1
@@ -710,10 +714,10 @@ def made_by(year: SiteYear, recipe: Recipe) -> xr.Dataset:
     """The composite of a recipe."""
     used = scenes.select(year.scenes, dataclasses.replace(recipe, min_dates=1))
     if recipe.haze:
-        used = veils.judged(used, look_at(used, year.grid), recipe.haze)
+        used = veils.mark_wrong_classifications(used, read_look(used, year.grid), recipe.haze)
     if recipe.registration:
-        used = registration.registered(
-            used, registration.shifts(used, year.grid), recipe.registration
+        used = registration.apply_registration(
+            used, registration.measure_shifts(used, year.grid), recipe.registration
         )
     return composite(used, year.grid, recipe, year=year.year).load()
 
@@ -889,7 +893,7 @@ def on_gpu(say: Say) -> dict[str, Any]:
     row = (*(f"{figure:.2f}" for figure in figures.values()), f"{cpu_s / gpu_s:.1f}")
     say(
         f"Geomedian on {torch.cuda.get_device_name()}",
-        table(("GB/s of input", "two cores", "times"), [row]),
+        format_table(("GB/s of input", "two cores", "times"), [row]),
     )
     return {"gpu": {"geomedian": figures}}
 

@@ -45,7 +45,7 @@ from minecube import cube, models
 from minecube.catalog import BANDS, ModelCard, Recipe, Site, load_models
 from minecube.grid import grid_of
 from minecube.jobs.memory import keep_memory
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 from minecube.models import Compute
 from minecube.models.folding import fold_batch_norms
 from minecube.models.layout import Layout
@@ -100,14 +100,14 @@ def main() -> None:
         shown = ("fraction", "folded", "mpx_s", "km2_s", "windows_s", "alone")
         rows = [(name, *(of[key] for key in shown)) for name, of in found.items()]
         print(
-            table(
+            format_table(
                 ("model", "fraction", "folded", "Mpx/s", "km2/s", "windows/s", "best way alone"),
                 rows,
             )
         )
         if not asked.no_memory:
             figures["memory_mb"] = memory(Path(folder), names[0])
-            print(table(("rows", "MB"), list(figures["memory_mb"].items())))
+            print(format_table(("rows", "MB"), list(figures["memory_mb"].items())))
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -126,7 +126,7 @@ def make(store: Path, height: int) -> str:
         for s in (6, 1.2)
     )
     ground = 350 * coarse / coarse.std() + 120 * fine / fine.std()
-    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
     told = {
         "minecube:source": "s",
         "s2:processing_baseline": "05.00",
@@ -153,17 +153,17 @@ def make(store: Path, height: int) -> str:
         cube.write_year(
             cube.Store(store),
             xr.Dataset(made),
-            cube.provenance_of(site, year, grid, RECIPE, [scene]),
+            cube.describe_build(site, year, grid, RECIPE, [scene]),
             b"",
         )
     return str(store)
 
 
-def untrained(card: ModelCard) -> models.Trained:
+def untrained(card: ModelCard) -> models.TrainedModel:
     """The network as it is before training: as fast as after it."""
     torch.manual_seed(0)
     n = len(card.bands)
-    return models.Trained(
+    return models.TrainedModel(
         card=card, network=models.build(card).eval(), mean=(1900.0,) * n, std=(500.0,) * n, sites=()
     )
 
@@ -191,7 +191,7 @@ def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> f
     return time.perf_counter() - start
 
 
-def windows_of(store: str, trained: models.Trained, views: list[models.View]) -> torch.Tensor:
+def windows_of(store: str, trained: models.TrainedModel, views: list[models.View]) -> torch.Tensor:
     """All windows of these views [n, time, band, y, x], float32, normalised, in the order in which they are mapped."""
     card = trained.card
     reflectance = cube.open_committed(cube.Store(store), "pit")["reflectance"].load()
@@ -215,20 +215,24 @@ def windows_of(store: str, trained: models.Trained, views: list[models.View]) ->
 Way = Callable[[torch.Tensor], None]
 
 
-def ways(trained: models.Trained, device: str, window: torch.Tensor) -> Iterator[tuple[str, Way]]:
+def ways(
+    trained: models.TrainedModel, device: str, window: torch.Tensor
+) -> Iterator[tuple[str, Way]]:
     """Each way to run a network over windows in memory, like this one."""
     task = trained.card.task
     gpu = device.startswith("cuda")
     for layout in ("as built", "channels last", *(() if gpu else ("channels last, folded",))):
         network = untrained(trained.card).network.to(device)
         if layout.endswith("folded"):
-            fold_batch_norms(network, lambda network=network: models.logits(network, task, window))
+            fold_batch_norms(
+                network, lambda network=network: models.compute_logits(network, task, window)
+            )
         if layout.startswith("channels last"):
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         def call(windows: torch.Tensor, network: torch.nn.Module = network) -> None:
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-                models.logits(network, task, windows)
+                models.compute_logits(network, task, windows)
 
         def on_all_cores(windows: torch.Tensor, batch: int, call: Way = call) -> None:
             for at in range(0, len(windows), batch):
@@ -341,7 +345,7 @@ def memory(folder: Path, model: str) -> dict[str, float]:
 def peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
     """MB at most, more than before anything was mapped."""
     trained, card = untrained(cards[model]), cards[model]
-    views = models.views_of(card, YEARS)
+    views = models.list_views(card, YEARS)
     with torch.inference_mode():  # what torch keeps for itself once it has computed
         trained.network(
             torch.zeros(

@@ -46,13 +46,13 @@ from minecube.catalog import (
     load_sources,
 )
 from minecube.composite import composite
-from minecube.grid import at_resolution, grid_of
+from minecube.grid import coarsen, grid_of
 from minecube.jobs import build as building
 from minecube.jobs.scene_lists import load_or_search
-from minecube.reader import Ledger, fetched, stack
+from minecube.reader import Ledger, compute_stack, stack
 from minecube.scenes import offsets
-from minecube.scenes.looks import look_at
-from minecube.simulate import World, simulate
+from minecube.scenes.looks import read_look
+from minecube.simulate import World, simulate_archive
 
 SERVER = Path(__file__).parents[1] / "tests" / "range_server.py"
 DATES, SIDE = 40, 1024
@@ -165,8 +165,8 @@ def read(listed_scenes: list[pystac.Item], grid: GeoBox, ledger: Ledger) -> int:
     for size in (10, 20):
         bands = [b for b in (*BANDS, SCL) if NATIVE_M[b] == size]
         total += int(
-            fetched(
-                stack(listed_scenes, at_resolution(grid, size), bands, chunk_px=SIDE, ledger=ledger)
+            compute_stack(
+                stack(listed_scenes, coarsen(grid, size), bands, chunk_px=SIDE, ledger=ledger)
             ).sum()
         )
     return total
@@ -246,7 +246,9 @@ def troubled(folder: Path) -> dict[str, object]:
     """A build undisturbed; from a server that fails; with a file gone for good; with tokens that expire."""
     (site,) = [s for s in load_sites() if s.id == "demo_1"]
     site = Site(id="mine", geometry=site.geometry)
-    simulate([site], folder, World(years=YEARS, styles=("planetary-computer",), dates_per_year=12))
+    simulate_archive(
+        [site], folder, World(years=YEARS, styles=("planetary-computer",), dates_per_year=12)
+    )
     recipe = dataclasses.replace(load_recipes()["annual-median"], block_px=192, chunk_px=96)
     undisturbed = built(folder, f"{folder}", site, recipe, "here")
     trouble = ("--fail", "0.333", "--truncate", "0.05", "--stall", "0.02", "--stall-s", "10")
@@ -305,7 +307,7 @@ def built(
         source, href=f"{root}/planetary-computer.parquet", access=access or Access()
     )
     out = folder.parent / name
-    job = building.Job(
+    job = building.BuildJob(
         store=cube.Store(out / "cubes.zarr"),
         sources=(source,),
         recipe=recipe,
@@ -332,7 +334,7 @@ def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
     for seed in seeds:
         world = folder / str(seed)
-        simulate(
+        simulate_archive(
             sites,
             world,
             World(years=(2020, 2022), styles=("earth-search",), wrong_flags=0.05, seed=seed),
@@ -343,7 +345,7 @@ def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict
             for year in (2020, 2022):
                 found = scenes.search(site, year, source).scenes
                 used = {s.id for s in scenes.select(found, recipe)}
-                checks = offsets.check_offsets(found, look_at(found, grid_of(site)))
+                checks = offsets.check_offsets(found, read_look(found, grid_of(site)))
                 rows += [
                     (c.scene in used, c.offset != -carried[c.scene], c.conflict, c.step)
                     for c in checks

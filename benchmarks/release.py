@@ -28,7 +28,7 @@ from affine import Affine
 from rasterio import features
 
 from minecube import release
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 from minecube.simulate.release import Masks, write_release
 
 SITES = {
@@ -57,7 +57,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         figures = measured(Path(place), asked.side, packed=not asked.stored)
-    print(table(("figure", "value"), list(figures.items())))
+    print(format_table(("figure", "value"), list(figures.items())))
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

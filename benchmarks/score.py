@@ -39,7 +39,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from minecube import metrics
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 YEARS = tuple(range(2015, 2025))
 SIDE, BUFFER, DISTINCT, WITH_TORCH = 900, 1 << 18, 12, 4
@@ -105,7 +105,7 @@ def noise(seed: int) -> Site:
     return pred, truth
 
 
-def score(site: Site) -> metrics.Scores:
+def score(site: Site) -> metrics.Counts:
     """Ours."""
     return metrics.count(*site, YEARS)
 
@@ -158,7 +158,7 @@ def with_torchmetrics(site: Site) -> Any:
     return {name: matrix.compute().numpy() for name, matrix in found.items()}
 
 
-def check(scores: metrics.Scores, matrices: Any) -> None:
+def check(scores: metrics.Counts, matrices: Any) -> None:
     """That both counted the same."""
     for i, (year, n) in enumerate(scores.years.items()):
         assert matrices["year", i].tolist() == [[n.tn, n.fp], [n.fn, n.tp]], year
@@ -194,7 +194,7 @@ def compared(sites: Sequence[Site], rounds: int, threads: int) -> dict[str, Any]
         matrices = list(pool.map(with_torchmetrics, few))
         seconds["torchmetrics"] = [(time.perf_counter() - start) * len(sites) / len(few)]
     check(
-        sum((score(site) for site in few), metrics.Scores()),
+        sum((score(site) for site in few), metrics.Counts()),
         {n: sum(m[n] for m in matrices) for n in matrices[0]},
     )
     middle = {name: statistics.median(each) for name, each in seconds.items()}
@@ -209,7 +209,7 @@ def compared(sites: Sequence[Site], rounds: int, threads: int) -> dict[str, Any]
         (names[n], s, size / s / 1e9, s / (size / 2) * 1e9, middle["xor"] / s)
         for n, s in middle.items()
     ]
-    print(table(("what", "s", "GB/s", "ns a pixel-year", "of the pass"), rows), flush=True)
+    print(format_table(("what", "s", "GB/s", "ns a pixel-year", "of the pass"), rows), flush=True)
     return {
         "bandwidth_fraction": middle["xor"] / middle["score"],
         "counting_fraction": middle["differing"] / middle["score"],

@@ -34,7 +34,7 @@ from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 
 from minecube import metrics, tracks
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 from minecube.tracks import Rates
 
 YEARS = tuple(range(2015, 2025))
@@ -79,7 +79,7 @@ def speed(side: int, rounds: int = 3) -> dict[str, Any]:
     values = r.integers(0, 251, (len(YEARS), side * side), dtype=np.uint8)
     rates = Rates(opening=0.01, closing=0.02, initial=0.1, prior=0.1)
     some = values[:, :2000]
-    ours = timed(lambda: tracks.posterior(values, YEARS, rates), rounds)
+    ours = timed(lambda: tracks.compute_posterior(values, YEARS, rates), rounds)
     figures = {"side": side, "seconds": ours}
     figures["seconds_numpy"] = timed(lambda: plain(values, rates), 1)
     figures["seconds_per_pixel"] = (
@@ -89,12 +89,14 @@ def speed(side: int, rounds: int = 3) -> dict[str, Any]:
         figures["seconds_numpy"] / ours,
         figures["seconds_per_pixel"] / ours,
     )
-    off = np.abs(tracks.posterior(some, YEARS, rates).astype(int) - plain(some, rates))
+    off = np.abs(tracks.compute_posterior(some, YEARS, rates).astype(int) - plain(some, rates))
     figures["steps_off"] = int(off.max())
     figures["values_off"] = float((off > 0).mean())
     rows = [("ours", ours), ("numpy", figures["seconds_numpy"])]
     print(
-        table(("smoothing", "seconds"), [*rows, ("pixel by pixel", figures["seconds_per_pixel"])]),
+        format_table(
+            ("smoothing", "seconds"), [*rows, ("pixel by pixel", figures["seconds_per_pixel"])]
+        ),
         flush=True,
     )
     return figures
@@ -219,10 +221,10 @@ def scores(footprints: dict[int, xr.DataArray]) -> dict[str, float]:
     """Scores of all sites together, and flips: per cent of steps that go back on an earlier one."""
     counted = sum(
         (metrics.count(f.to_numpy(), truth_of(s), YEARS) for s, f in footprints.items()),
-        metrics.Scores(),
+        metrics.Counts(),
     )
     found = metrics.finish(counted)
-    flips = statistics.mean(tracks.flip_rate(f) for f in footprints.values())
+    flips = statistics.mean(tracks.compute_flip_rate(f) for f in footprints.values())
     return {name: round(found[name], 4) for name in SHOWN} | {"flips": round(100 * flips, 3)}
 
 
@@ -235,7 +237,7 @@ def gain(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) -> l
         rows.append(
             {**said, "way": "raw", **scores({s: tracks.threshold(p) for s, p in raw.items()})}
         )
-        labelled = tracks.rates_from_labels(on_years(truth_of(seed)) for seed in OTHERS)
+        labelled = tracks.learn_rates_from_labels(on_years(truth_of(seed)) for seed in OTHERS)
         learned = tracks.learn_rates(raw.values())
         ways = {
             "smoothed": learned,
@@ -250,7 +252,7 @@ def gain(settings: tuple[tuple[float, float], ...], sites: tuple[int, ...]) -> l
         for way, rates in ways.items():
             smoothed = {s: tracks.threshold(tracks.smooth(p, rates)) for s, p in raw.items()}
             rows.append({**said, "way": way, **scores(smoothed)})
-    print("\n" + table(tuple(rows[0]), [tuple(row.values()) for row in rows]), flush=True)
+    print("\n" + format_table(tuple(rows[0]), [tuple(row.values()) for row in rows]), flush=True)
     return rows
 
 
@@ -275,14 +277,18 @@ def coverage(
         }
         for seed, probability in raw.items():
             smoothed = tracks.smooth(probability, rates)
-            true = tracks.areas(on_years(truth_of(seed)), grid)["area_m2"]
+            true = tracks.compute_areas(on_years(truth_of(seed)), grid)["area_m2"]
             # The third: no shift, as were there no yearly maps to hold the smoothed ones against.
             for name, yearly, correlation in (
                 ("within", probability, None),
-                ("within_alone", smoothed, tracks.ALONE),
-                ("within_unshifted", smoothed, tracks.error_correlation(probability, smoothed)),
+                ("within_alone", smoothed, tracks.UNCORRELATED),
+                (
+                    "within_unshifted",
+                    smoothed,
+                    tracks.measure_error_correlation(probability, smoothed),
+                ),
             ):
-                found = tracks.expected_areas(smoothed, yearly, grid, correlation)
+                found = tracks.estimate_areas(smoothed, yearly, grid, correlation)
                 held[name] += (
                     ((found["low_m2"] <= true) & (true <= found["high_m2"])).astype(float).tolist()
                 )
@@ -296,7 +302,7 @@ def coverage(
                 **{k: round(statistics.mean(v), 4) for k, v in held.items()},
             }
         )
-    print("\n" + table(tuple(rows[0]), [tuple(row.values()) for row in rows]), flush=True)
+    print("\n" + format_table(tuple(rows[0]), [tuple(row.values()) for row in rows]), flush=True)
     return rows
 
 

@@ -24,9 +24,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from minecube import cube, models, train
-from minecube.catalog import ModelCard, Settings, load_models, load_presets
-from minecube.device import device_of
-from minecube.jobs.tables import table
+from minecube.catalog import ModelCard, TrainingSettings, load_models, load_presets
+from minecube.device import find_device
+from minecube.jobs.tables import format_table
 from minecube.train.epochs import train_step
 
 STEPS = 12
@@ -50,7 +50,7 @@ def main() -> None:
     print(machine, flush=True)
     sites = [
         name
-        for name in cube.sites(cube.Store(asked.store))
+        for name in cube.list_sites(cube.Store(asked.store))
         if fnmatch.fnmatchcase(name, asked.sites)
     ]
     figures = {}
@@ -65,7 +65,7 @@ def main() -> None:
         )
     headings = list(next(iter(figures.values())))
     print(
-        table(
+        format_table(
             ["model", *headings],
             [[name, *(found[h] for h in headings)] for name, found in figures.items()],
         )
@@ -78,14 +78,14 @@ def main() -> None:
 
 
 def measured(
-    card: ModelCard, settings: Settings, source: Any, asked: argparse.Namespace
+    card: ModelCard, settings: TrainingSettings, source: Any, asked: argparse.Namespace
 ) -> dict[str, float]:
     """The figures of one model."""
     start = time.perf_counter()
-    surveyed = train.survey(source, card, settings)
+    surveyed = train.survey_source(source, card, settings)
     survey_s = time.perf_counter() - start
     windows = train.Windows(source, card, settings, surveyed)
-    place = device_of(asked.device)
+    place = find_device(asked.device)
     network = models.build(card).to(place).train()
     optimiser = torch.optim.Adam(network.parameters())
 

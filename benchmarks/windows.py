@@ -49,7 +49,7 @@ from minecube.catalog import BANDS, NATIVE_M, Recipe, Site
 from minecube.cube.read.pixels import Pixels
 from minecube.cube.read.windows import window_starts
 from minecube.grid import grid_of
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 SIDE, SIZE, WORKERS, BATCH = 2046, 160, 2, 4
 YEARS = tuple(range(2015, 2025))
@@ -129,7 +129,7 @@ def make(folder: Path) -> tuple[Path, Path]:
     move = Transformer.from_crs(32633, 4326, always_xy=True).transform
     site = Site(id="pit", geometry=shapely.transform(corners, move, interleaved=False))
     grid = grid_of(site)
-    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
     told = {
         "minecube:source": "s",
         "s2:processing_baseline": "05.00",
@@ -159,7 +159,7 @@ def make(folder: Path) -> tuple[Path, Path]:
         cube.write_year(
             cube.Store(store),
             xr.Dataset(made),
-            cube.provenance_of(site, year, grid, RECIPE, [scene]),
+            cube.describe_build(site, year, grid, RECIPE, [scene]),
             b"",
             cube.BuildOptions(workers=2),
         )
@@ -290,7 +290,7 @@ def compared(folder: Path, rounds: int) -> dict[str, Any]:
         )
         shown = [v / 1e6 if what == "bytes" else v for v in values.values()]
         rows.append((unit, *shown, ratios[f"{what}_ratio"], ratios[f"built_{what}_ratio"]))
-    print(table(("what", *places_of, "packed / patches", "built / patches"), rows))
+    print(format_table(("what", *places_of, "packed / patches", "built / patches"), rows))
     print(f"packing: {room['packed']['bytes'] / 1e6 / packing:.0f} MB/s, its checksum included")
     return {**ratios, "samples_per_s": middle, "rounds": speeds, "packing_s": packing, **room}
 
@@ -337,7 +337,7 @@ def tried(folder: Path) -> dict[str, Any]:
         "map, MB a CPU s",
         "packing, MB a CPU s",
     )
-    print("\n" + table(headings, rows))
+    print("\n" + format_table(headings, rows))
     return {"table": [dict(zip(headings, row, strict=True)) for row in rows]}
 
 

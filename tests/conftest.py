@@ -268,7 +268,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     still = Clock()
     for module in (network, stac_api, item_file, remote):
         monkeypatch.setattr(module, "time", still)
-    monkeypatch.setattr(remote, "interrupted", still)
+    monkeypatch.setattr(remote, "interruption", still)
     return still
 
 

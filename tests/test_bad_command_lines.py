@@ -32,7 +32,7 @@ from minecube.cli import COMMANDS, cli
 from minecube.cli.words import check_words
 from minecube.errors import CubeError
 from minecube.jobs.failures import exit_code_of, explain
-from minecube.simulate import World, simulate
+from minecube.simulate import World, simulate_archive
 
 LONG = "x" * 5000
 BUILD = "--sites {w}/sites.geojson --years 2020 --source sim-earth-search --catalog {w}/archive"
@@ -221,7 +221,6 @@ tracks {STORE} --out new --model +hmm => name the map without +hmm
 tracks {STORE} --out new --rates 0.1 => two chances
 tracks {STORE} --out new --temper nan => finite
 tracks {STORE} --out new --temper 0 => range
-tracks {STORE} --out new --device gpu => gpu
 score --store {{d}}/damaged.zarr => damaged.zarr
 score --store {{d}}/deep.zarr => nested too deeply
 score --store {{d}}/junk.zip => junk.zip
@@ -357,7 +356,7 @@ def world(tmp_path_factory, make):
     """A built and labelled store of three sites, a model that nobody trained, and the archive."""
     folder = tmp_path_factory.mktemp("world")
     site = make.site("a", 360000, 5600040, 48, 48)
-    simulate(
+    simulate_archive(
         [site],
         folder / "archive",
         World(years=(2020, 2022), dates_per_year=4, winter_dates=1, styles=("earth-search",)),
@@ -387,7 +386,7 @@ def world(tmp_path_factory, make):
         shutil.copytree(folder / "cubes.zarr" / "a", folder / "cubes.zarr" / name)
     card = load_models()["unet-small"]
     bands = len(card.bands)
-    trained = models.Trained(
+    trained = models.TrainedModel(
         card=card, network=models.build(card), mean=(1.0,) * bands, std=(1.0,) * bands, sites=("a",)
     )
     models.save(trained, folder / "model.pt")

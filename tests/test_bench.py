@@ -98,7 +98,7 @@ def called(store, name):
 
 def test_labels_are_the_truths_pixels(world):
     """As rasterio draws the true outlines; scenes are gone, and sites have the size asked for."""
-    assert cube.sites(cube.Store(world / "cubes.zarr")) == [
+    assert cube.list_sites(cube.Store(world / "cubes.zarr")) == [
         "test_1",
         "test_2",
         "train_1",

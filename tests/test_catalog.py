@@ -20,8 +20,8 @@ from minecube.catalog import (
     load_recipes,
     load_sites,
     load_sources,
-    safe_name,
-    same_names,
+    make_id,
+    match_ids,
 )
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
@@ -123,7 +123,7 @@ RECIPE = "mine: {title: t%s}\n"
         (
             load_recipes,
             RECIPE % ", reducer: mean",
-            "field 'reducer': expected one of median, percentile, .*, found 'mean'",
+            "field 'reducer': expected one of median, geomedian, best-pixel, found 'mean'",
         ),
         (
             load_recipes,
@@ -147,8 +147,8 @@ RECIPE = "mine: {title: t%s}\n"
         ),
         (
             load_recipes,
-            RECIPE % ", reducer: max-ndvi, bands: [B04]",
-            "field 'bands': expected B04 and B08 for reducer max-ndvi",
+            RECIPE % ", reducer: max-ndvi",
+            "field 'reducer': expected one of .*, found 'max-ndvi', which has been removed",
         ),
         (
             load_recipes,
@@ -379,18 +379,18 @@ def test_a_polygon_file_without_crs_or_without_polygons(tmp_path):
     ],
 )
 def test_a_name_becomes_an_id(name, made):
-    assert safe_name(name) == made
+    assert make_id(name) == made
 
 
 def test_names_may_differ_in_case_accents_and_blanks():
     known = ["Big_Pit", "Belza", "way_1", "PIT", "Pit"]
-    assert same_names("big pit", known) == ["Big_Pit"]
-    assert same_names("BIG-PIT", known) == ["Big_Pit"]
-    assert same_names("Bełża", known) == ["Belza"]
-    assert same_names("way/1", known) == ["way_1"]
-    assert same_names("Pit", known) == ["Pit"]
-    assert same_names("pit", known) == ["PIT", "Pit"]
-    assert same_names("Bigpit", known) == []
+    assert match_ids("big pit", known) == ["Big_Pit"]
+    assert match_ids("BIG-PIT", known) == ["Big_Pit"]
+    assert match_ids("Bełża", known) == ["Belza"]
+    assert match_ids("way/1", known) == ["way_1"]
+    assert match_ids("Pit", known) == ["Pit"]
+    assert match_ids("pit", known) == ["PIT", "Pit"]
+    assert match_ids("Bigpit", known) == []
 
 
 def test_names_that_are_no_ids_are_kept_as_titles_and_reported(tmp_path, caplog):

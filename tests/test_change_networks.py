@@ -243,14 +243,14 @@ def test_small_cards_learn_are_saved_loaded_and_map_a_site(name: str, tmp_path: 
     optimiser = torch.optim.Adam(network.parameters(), 1e-2)
     losses = []
     for _ in range(12):
-        found = models.logits(network, card.task, images(4, views, 32), years[:views])
+        found = models.compute_logits(network, card.task, images(4, views, 32), years[:views])
         wanted = (images(4, 1, 32)[:, :, :1] > 0).float().expand_as(found)
         losses.append(nn.functional.binary_cross_entropy_with_logits(found, wanted))
         optimiser.zero_grad()
         losses[-1].backward()
         optimiser.step()
     assert losses[-1] < losses[0]
-    trained = models.Trained(
+    trained = models.TrainedModel(
         card=card, network=network.eval(), mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",)
     )
     models.save(trained, tmp_path / "model.pt")
@@ -284,7 +284,7 @@ def test_a_series_is_mapped_by_the_years_that_it_is_of() -> None:
             layer.distance, std=4
         )  # as after training, when how far apart years are matters
     nn.init.normal_(network.head.weight, std=4)
-    trained = models.Trained(
+    trained = models.TrainedModel(
         card=card, network=network, mean=(1000.0,) * 10, std=(300.0,) * 10, sites=("a",)
     )
     pixels = np.random.default_rng(0).integers(1, 3000, (3, 10, 32, 32)).astype(np.uint16)
@@ -311,7 +311,7 @@ def test_every_shipped_card_of_change_and_series_builds(name: str) -> None:
     with torch.device("meta"):
         network = models.build(card).eval()
         windows = torch.zeros(1, steps, len(card.bands), card.window_px, card.window_px)
-        found = models.logits(network, card.task, windows, range(steps))
+        found = models.compute_logits(network, card.task, windows, range(steps))
     years = 1 if card.task == "change" else steps
     assert found.shape == (1, years, len(card.classes), card.window_px, card.window_px)
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import typing
 import urllib.request
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ from minecube.cli import COMMANDS, cli
 from minecube.composite import Tools, reducers
 from minecube.errors import SceneError
 from minecube.jobs import build as building
-from minecube.simulate import World, simulate
+from minecube.simulate import World, simulate_archive
 
 
 def run(*arguments, ok=0, cwd=None):
@@ -130,7 +129,7 @@ def world(tmp_path_factory, make):
     """A site of 120 x 96 px, two years, one provider; polygons of the site and of its mine."""
     folder = tmp_path_factory.mktemp("world")
     site = make.site("pit", 360000, 5600040, 120, 96)
-    simulate(
+    simulate_archive(
         [site],
         folder / "archive",
         World(years=(2020, 2022), dates_per_year=6, winter_dates=1, styles=("earth-search",)),
@@ -174,7 +173,7 @@ def test_built_cubes_and_labels(world, built):
     assert seen.mean() > 0.99
     error = (cubes.reflectance.astype(float) - truth.reflectance.astype(float)).values[seen] / 1e4
     assert np.sqrt((error**2).mean()) < 0.03
-    provenance = cube.builds(cube.Store(built), "pit")[2022]
+    provenance = cube.read_markers(cube.Store(built), "pit")[2022]
     assert {s["source"] for s in provenance["scenes"]} == {"sim-earth-search"}
     assert all(s["offset"] == 0 and "is true" in s["offset_reason"] for s in provenance["scenes"])
 
@@ -252,7 +251,7 @@ def test_train_predict_score_export(built, tmp_path):
 
 def test_other_scenes_are_refused_unless_told(world, built, tmp_path):
     """A scene list from which one scene is gone is another build."""
-    from minecube.scenes import Found, snapshot
+    from minecube.scenes import SearchResult, snapshot
 
     (site,) = load_sites(world / "sites.geojson")
     source = load_sources(world / "archive" / "sources.yaml")["sim-earth-search"]
@@ -265,8 +264,10 @@ def test_other_scenes_are_refused_unless_told(world, built, tmp_path):
             if 4 <= s.datetime.month <= 10 and s.properties["eo:cloud_cover"] <= 90
         ]
         kept = [s for s in listed if "2020" not in path.name or s.id != summer[0].id]
-        belongs = snapshot.belongs_to(site, int(path.name.split("_")[1]), [source])
-        snapshot.save(Found(scenes=tuple(kept), listed=len(kept)), lists / path.name, belongs)
+        belongs = snapshot.hash_search(site, int(path.name.split("_")[1]), [source])
+        snapshot.save(
+            SearchResult(scenes=tuple(kept), listed=len(kept)), lists / path.name, belongs
+        )
     store = tmp_path / "cubes.zarr"
     shutil.copytree(built, store)
     out, err = run("build", *args(world, store), "--scenes", lists, ok=1)
@@ -291,14 +292,14 @@ def test_a_missing_and_a_truncated_file_fail_one_site_year_each_and_nothing_else
     assert out.count("built") == 1
     assert "B04.tif: cannot be read" in err
     assert "No such file" in err
-    assert list(cube.builds(cube.Store(tmp_path / "cubes.zarr"), "pit")) == [2020]
+    assert list(cube.read_markers(cube.Store(tmp_path / "cubes.zarr"), "pit")) == [2020]
     for path in sorted((tmp_path / "archive" / "earth-search").glob("*_20200[5-9]*/B08.tif")):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
     out, err = run("build", *args(tmp_path, tmp_path / "cubes2.zarr"), ok=1)
     assert "2 of 2 site-years failed" in err
     assert "B08.tif: cannot be read" in err
-    assert cube.builds(cube.Store(tmp_path / "cubes2.zarr"), "pit") == {}
+    assert cube.read_markers(cube.Store(tmp_path / "cubes2.zarr"), "pit") == {}
 
 
 def test_an_interrupted_build_goes_on(world, tmp_path):
@@ -322,7 +323,7 @@ def test_an_interrupted_build_goes_on(world, tmp_path):
     if process.returncode:
         assert "run the same command again to resume" in err
     run("build", *args(world, store))
-    assert list(cube.builds(cube.Store(store), "pit")) == [2020, 2022]
+    assert list(cube.read_markers(cube.Store(store), "pit")) == [2020, 2022]
 
 
 BAD = {
@@ -422,7 +423,7 @@ def test_every_recipe_is_built(world, built, tmp_path, recipe, layers):
             if layers[name] == "float32"
             else (values[~seen] == 0).all()
         )
-    assert all("shifts" in made for made in cube.builds(cube.Store(store), "pit").values())
+    assert all("shifts" in made for made in cube.read_markers(cube.Store(store), "pit").values())
 
 
 def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, tmp_path):
@@ -430,7 +431,7 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
     (site,) = load_sites(world / "sites.geojson")
     (source,) = load_sources(world / "archive" / "sources.yaml").values()
     recipe = load_recipes()["summer-bap"]
-    job = building.Job(
+    job = building.BuildJob(
         store=cube.Store("none"), sources=(source,), recipe=recipe, snapshots=tmp_path
     )
     listed = {year: scenes.search(site, year, source) for year in (2020, 2022)}
@@ -468,18 +469,20 @@ def test_a_neighbouring_year_gives_what_it_has_and_is_never_passed_over(world, t
 
 
 def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
-    """What `--device` chooses: here numpy's, lifted by 1 so that they can be told."""
+    """What `--device` chooses: here numpy's geomedian, lifted by 1 to show it."""
     sites = load_sites(world / "sites.geojson")
     (source,) = load_sources(world / "archive" / "sources.yaml").values()
-    recipe, cubes = load_recipes()["naive-median"], {}
+    recipe = dataclasses.replace(load_recipes()["naive-median"], reducer="geomedian")
+    cubes = {}
+
+    def lifted(lift, stack):
+        result = reducers.geomedian(stack)
+        return result._replace(reflectance=result.reflectance + np.uint16(lift))
+
     for lift in (0, 1):
-        tools = Tools(
-            reducers=types.SimpleNamespace(
-                median=lambda seen, lift=lift: reducers.median(seen) + np.uint16(lift)
-            )
-        )
+        tools = Tools(geomedian=functools.partial(lifted, lift))
         store = str(tmp_path / f"{lift}.zarr")
-        job = building.Job(
+        job = building.BuildJob(
             store=cube.Store(store),
             sources=(source,),
             recipe=recipe,
@@ -494,7 +497,7 @@ def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
 def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, monkeypatch):
     sites = load_sites(world / "sites.geojson")
     (source,) = load_sources(world / "archive" / "sources.yaml").values()
-    asked, found = {}, building.registration.shifts
+    asked, found = {}, building.registration.measure_shifts
 
     def accused(beside_m, scenes_, *rest):
         return [
@@ -503,11 +506,13 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
         ]
 
     for beside_m in (0.0, 20.0):
-        monkeypatch.setattr(building.registration, "shifts", functools.partial(accused, beside_m))
+        monkeypatch.setattr(
+            building.registration, "measure_shifts", functools.partial(accused, beside_m)
+        )
         recipe = dataclasses.replace(
             load_recipes()["naive-median"], registration=Registration(most_px=0.5, beyond="drop")
         )
-        job = building.Job(
+        job = building.BuildJob(
             store=cube.Store(tmp_path / f"{beside_m}"),
             sources=(source,),
             recipe=recipe,
@@ -516,7 +521,7 @@ def test_a_scene_beside_the_others_is_left_out_of_the_build(world, tmp_path, mon
         (made,) = building.build_cubes(job, sites, [2020])
         assert made.state == "built"
         asked[beside_m] = made.reads["planned"]
-        (kept,) = cube.builds(job.store, "pit").values()
+        (kept,) = cube.read_markers(job.store, "pit").values()
         assert kept["shifts"][0]["dx_m"] == beside_m
     assert asked[0.0] - asked[20.0] == 11  # ten bands and SCL of one scene, in the site's one block
 
@@ -662,7 +667,7 @@ def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
     whole, mixed = tmp_path / "whole.zarr", tmp_path / "mixed.zarr"
     run("build", *args(tmp_path, whole, years="2022"))
     run("build", *args(tmp_path, mixed, years="2022", source="half,sim-earth-search"))
-    provenance = cube.builds(cube.Store(mixed), "pit")[2022]
+    provenance = cube.read_markers(cube.Store(mixed), "pit")[2022]
     by_source = {
         s: {x["id"] for x in provenance["scenes"] if x["source"] == s}
         for s in ("half", "sim-earth-search")
@@ -670,7 +675,7 @@ def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
     assert all(by_source.values())
     assert by_source["half"] == {x["id"] for x in provenance["scenes"]} & {i["id"] for i in half}
     assert sorted(i for ids in by_source.values() for i in ids) == sorted(
-        x["id"] for x in cube.builds(cube.Store(whole), "pit")[2022]["scenes"]
+        x["id"] for x in cube.read_markers(cube.Store(whole), "pit")[2022]["scenes"]
     )
     one, other = (
         xr.open_zarr(s, group="pit", consolidated=False).drop_attrs() for s in (whole, mixed)
@@ -681,8 +686,8 @@ def test_a_later_source_fills_what_the_first_lacks(world, tmp_path):
 def test_provenance_tells_the_reads(world, built):
     """Planned and read agree with the scenes and bands of the composite, by hand."""
     made, reads = (
-        cube.builds(cube.Store(built), "pit")[2022],
-        cube.reads(cube.Store(built), "pit", 2022),
+        cube.read_markers(cube.Store(built), "pit")[2022],
+        cube.read_counts(cube.Store(built), "pit", 2022),
     )
     totals = made["reads"]
     assert totals["completeness"] == 1
@@ -716,13 +721,13 @@ def test_a_plan_holds(world, tmp_path):
     assert "planned, at most" in out
     for year in ("2020", "2022"):
         planned_reads = int(rows[year][rows[year].index("build") + 3])
-        totals = cube.builds(cube.Store(tmp_path / "new.zarr"), "pit")[int(year)]["reads"]
+        totals = cube.read_markers(cube.Store(tmp_path / "new.zarr"), "pit")[int(year)]["reads"]
         assert planned_reads / 3 < totals["planned"] <= planned_reads
     out, _ = run("plan", *args(world, tmp_path / "new.zarr"))
     assert out.count("committed") == 2
     assert "expected time: 0 s in all" in out
     assert "(from 2 builds in this store, which took" in out
-    for made in cube.builds(cube.Store(tmp_path / "new.zarr"), "pit").values():
+    for made in cube.read_markers(cube.Store(tmp_path / "new.zarr"), "pit").values():
         took = made["took"]
         assert took["checks"] == made["check_reads"]["planned"]
         assert took["reads"] >= made["reads"]["planned"]
@@ -741,12 +746,12 @@ def test_a_lost_read_may_be_allowed(world, tmp_path):
     run("build", *args(tmp_path, store), ok=1)
     out, err = run("build", *args(tmp_path, store), "--min-read-completeness", "0.9")
     assert (out.count("built"), out.count("kept")) == (1, 1), err
-    share = cube.builds(cube.Store(store), "pit")[2022]["reads"]["completeness"]
+    share = cube.read_markers(cube.Store(store), "pit")[2022]["reads"]["completeness"]
     assert 0.9 < share < 1
     assert xr.open_zarr(store, group="pit", consolidated=False).attrs["incomplete_reads"] == {
         "2022": share
     }
-    reads = cube.reads(cube.Store(store), "pit", 2022)
+    reads = cube.read_counts(cube.Store(store), "pit", 2022)
     assert reads[reads.lost > 0].band.tolist() == ["B11"]
     assert "No such file" in reads[reads.lost > 0].reason.item()
     out, err = run("build", *args(tmp_path, store))  # accepted once, it stays
@@ -755,7 +760,7 @@ def test_a_lost_read_may_be_allowed(world, tmp_path):
     _, err = run("build", *args(tmp_path, store), "--overwrite", ok=1)
     assert "1 of 2 site-years failed; " in err
     assert (
-        cube.builds(cube.Store(store), "pit")[2022]["reads"]["completeness"] == share
+        cube.read_markers(cube.Store(store), "pit")[2022]["reads"]["completeness"] == share
     )  # the old year stays
 
 
@@ -786,9 +791,9 @@ def test_a_wrong_flag(world, built, tmp_path, policy):
     if policy == "fail":
         assert "1 of" in err
         assert f"{victim}: offset 0 contradicts its pixels" in err
-        assert cube.builds(cube.Store(store), "pit") == {}
+        assert cube.read_markers(cube.Store(store), "pit") == {}
         return
-    made = cube.builds(cube.Store(store), "pit")[2022]
+    made = cube.read_markers(cube.Store(store), "pit")[2022]
     (conflict,) = made["offset_conflicts"]
     assert (conflict["scene"], conflict["offset"], conflict["should_be"]) == (victim, 0, -1000)
     assert 850 < conflict["step"] < 1150
@@ -859,7 +864,7 @@ def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
     assert time.monotonic() - start < 30
     assert build.returncode == 130, err
     assert "interrupted; committed years are safe" in err
-    assert cube.builds(cube.Store(tmp_path / "new.zarr"), "pit") == {}
+    assert cube.read_markers(cube.Store(tmp_path / "new.zarr"), "pit") == {}
 
 
 LOUD = "import logging; logging.basicConfig(level=logging.DEBUG); from minecube.cli import main; main()"
@@ -911,7 +916,7 @@ def test_no_signature_is_written(world, built, tmp_path):
                 for row in pq.read_table(io.BytesIO(content)).to_pylist()
             )
     for year in (2020, 2022):
-        totals = cube.builds(cube.Store(store), "pit")[year]["reads"]
+        totals = cube.read_markers(cube.Store(store), "pit")[year]["reads"]
         assert (totals["lost"], totals["completeness"]) == (0, 1)
         assert totals["requests"] > 0
     a, b = (

@@ -769,7 +769,7 @@ def test_reducers_of_earlier_versions_are_refused_by_name(archive, make, reducer
     recipe = dataclasses.replace(PLAIN, reducer=reducer, bands=bands, **rule)
     scene.assets["B08"] = scene.assets["B04"]
     with pytest.raises(
-        ReadError, match=f"'{reducer}' is not available any more; expected one of median, geomedian"
+        ReadError, match=f"'{reducer}' has been removed; expected one of median, geomedian"
     ):
         composite([scene], where, recipe)
 

@@ -12,7 +12,7 @@ import stac_geoparquet.arrow
 from minecube import cube, scenes
 from minecube.catalog import Recipe
 from minecube.cube.write.staging import Staging
-from minecube.errors import GoneError
+from minecube.errors import UnusableFileError
 from minecube.jobs import build as building
 from minecube.jobs.scene_lists import load_or_save
 from minecube.reader import read
@@ -48,7 +48,7 @@ def two(archive, make):
 
 def job_of(two, tmp_path, **more):
     sources = tuple(listing.source for listing in two)
-    return building.Job(
+    return building.BuildJob(
         store=cube.Store(tmp_path / "c.zarr"),
         sources=sources,
         recipe=RECIPE,
@@ -81,12 +81,12 @@ def test_a_missing_file_is_read_from_the_next_source(two, site, tmp_path, band):
     outcome = built(job, site)
     assert (outcome.state, outcome.scenes, outcome.days) == ("built", 3, 3), outcome.message
     assert pixels(job) == [207]
-    marker = cube.builds(job.store, "pit")[2020]
+    marker = cube.read_markers(job.store, "pit")[2020]
     gone, copy = folder_of(first, "2020-06-01").name, folder_of(second, "2020-06-01").name
     of = {scene["id"]: scene for scene in marker["scenes"]}
     assert of[gone]["left_out"] == f"{band} is gone (No such file or directory)"
     assert (of[copy]["source"], of[copy]["copy_of"]) == ("second", gone)
-    assert {scene["id"] for scene in cube.used_scenes(marker)} == set(of) - {gone}
+    assert {scene["id"] for scene in cube.list_used_scenes(marker)} == set(of) - {gone}
     assert outcome.copies == {
         gone: f"{band} is gone (No such file or directory); read {copy} of second instead"
     }
@@ -110,8 +110,8 @@ def test_all_that_is_gone_is_found_at_once(two, site, tmp_path, monkeypatch):
     assert built(job, site).state == "built"
     assert pixels(job) == [207]
     assert len(tries) == 2
-    marker = cube.builds(job.store, "pit")[2020]
-    assert [scene["source"] for scene in cube.used_scenes(marker)].count("second") == 2
+    marker = cube.read_markers(job.store, "pit")[2020]
+    assert [scene["source"] for scene in cube.list_used_scenes(marker)].count("second") == 2
 
 
 def test_a_broken_file_is_read_from_the_next_source(two, site, tmp_path):
@@ -138,7 +138,7 @@ def test_an_empty_or_cut_file_is_gone(two, site, tmp_path, make, size, why, far)
     with make.served(tmp_path) as url:
         href = f"{url}/{path.relative_to(tmp_path)}" if far else str(path)
         with pytest.raises(
-            GoneError,
+            UnusableFileError,
             match=rf"B04\.tif: cannot be read \({why}\), .*; check that the file is there and whole",
         ):
             read(href, scenes.grid_of(site))
@@ -190,7 +190,7 @@ def test_what_no_source_has_fails_and_names_the_option(two, site, tmp_path):
         dataclasses.replace(job, min_read_completeness=0.5), [site], [2020]
     )
     assert outcome.state == "built"
-    marker = cube.builds(job.store, "pit")[2020]
+    marker = cube.read_markers(job.store, "pit")[2020]
     assert 0.5 < marker["reads"]["completeness"] < 1
     assert pixels(job) == [200]  # the mean of 100 and 300
 
@@ -201,7 +201,7 @@ def test_a_copy_is_preferred_to_a_loss_that_is_allowed(two, site, tmp_path):
     job = job_of(two, tmp_path, min_read_completeness=0.5)
     assert built(job, site).state == "built"
     assert pixels(job) == [207]
-    assert cube.builds(job.store, "pit")[2020]["reads"]["completeness"] == 1
+    assert cube.read_markers(job.store, "pit")[2020]["reads"]["completeness"] == 1
 
 
 def test_the_only_source_has_no_copies(two, site, tmp_path):
@@ -224,7 +224,7 @@ def test_an_interrupted_build_with_copies_goes_on(two, site, tmp_path, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(Staging, "commit", interrupted)
         assert built(job, site).state == "failed"
-    assert cube.is_begun(job.store, "pit", 2020)
+    assert cube.has_unfinished_build(job.store, "pit", 2020)
     begun, composite_year = [], building._composite_year
     monkeypatch.setattr(
         building,

@@ -27,8 +27,8 @@ from minecube import report, scenes
 from minecube.catalog import load_recipes, load_sources
 from minecube.cli import cli
 from minecube.errors import CubeError, SceneError
-from minecube.scenes import Found, coverage
-from minecube.simulate import World, passes, simulate
+from minecube.scenes import SearchResult, coverage
+from minecube.simulate import World, passes, simulate_archive
 
 RECIPE = dataclasses.replace(
     load_recipes()["annual-median"], min_dates=1
@@ -74,7 +74,7 @@ def listing(found, year=2020, source="first", **counts):
         site="pit",
         year=year,
         source=source,
-        found=Found(scenes=tuple(found), listed=len(found), **counts),
+        found=SearchResult(scenes=tuple(found), listed=len(found), **counts),
     )
 
 
@@ -152,11 +152,13 @@ def test_the_real_items_agree(real_data):
 @pytest.mark.parametrize("year", range(2015, 2025))
 @pytest.mark.parametrize("seen", [["S2A"], ["S2B"], ["S2A", "S2B"]])
 def test_passes_are_the_simulators(year, seen):
-    truth = [passes._passes(2020, orbit) for orbit in (passes.FULL, passes.CUT)]
+    truth = [passes.list_passes(2020, orbit) for orbit in (passes.FULL_SWATH, passes.CUT_SWATH)]
     first = [next(p for p in listed if p[1] == satellite) for listed in truth for satellite in seen]
     expected = coverage.derive_passes([scene(s, day, orbit) for day, s, orbit in first], year)
     assert list(expected) == sorted(
-        p[0] for orbit in (passes.FULL, passes.CUT) for p in passes._passes(year, orbit)
+        p[0]
+        for orbit in (passes.FULL_SWATH, passes.CUT_SWATH)
+        for p in passes.list_passes(year, orbit)
     )
 
 
@@ -169,7 +171,9 @@ def test_s2c_takes_over_from_s2a():
     moved = scene("S2A", "2025-06-03")
     assert days_of(coverage.derive_passes([scene("S2A", "2020-03-02"), moved], 2025)) == r65
     assert coverage.derive_passes([moved], 2025) is None
-    months, _ = coverage.audit([listing([scene("S2C", "2025-06-04"), moved], 2025)], RECIPE, LATER)
+    months, _ = coverage.tabulate_coverage(
+        [listing([scene("S2C", "2025-06-04"), moved], 2025)], RECIPE, LATER
+    )
     june = months.iloc[5]
     assert (june["days"], june["expected"]) == (2, 6)
     assert june["missing_days"] == "2025-06-09 2025-06-14 2025-06-19 2025-06-24 2025-06-29"
@@ -178,7 +182,7 @@ def test_s2c_takes_over_from_s2a():
 def test_nothing_is_expected_that_is_not_listed_yet():
     passed = coverage.derive_passes([scene("S2A", "2020-03-02")], 2020, until=date(2020, 1, 12))
     assert days_of(passed) == ["2020-01-02", "2020-01-07", "2020-01-12"]
-    months, years = coverage.audit(
+    months, years = coverage.tabulate_coverage(
         [listing([scene("S2A", "2020-03-02")])], RECIPE, date(2020, 5, 31)
     )
     assert (
@@ -190,7 +194,7 @@ def test_nothing_is_expected_that_is_not_listed_yet():
 
 def test_scenes_that_name_no_orbit_count_but_tell_no_pass():
     found = [scene("S2A", "2020-05-01", None), scene("S2B", "2020-05-03", None)]
-    months, years = coverage.audit([listing(found)], RECIPE, LATER)
+    months, years = coverage.tabulate_coverage([listing(found)], RECIPE, LATER)
     assert months["days"].sum() == 2
     assert months[["expected", "missing"]].isna().all(axis=None)
     assert years[["expected", "missing"]].isna().all(axis=None)
@@ -202,7 +206,7 @@ def test_a_pass_belongs_to_the_utc_year_in_which_it_is_listed():
     first = scene("S2A", "2021-01-01", utc=datetime(2020, 12, 31, 22, 40, tzinfo=UTC))
     assert coverage.derive_passes([first], 2020)[date(2021, 1, 1)] == date(2020, 12, 31)
     assert days_of(coverage.derive_passes([first], 2021))[0] == "2021-01-06"
-    months, _ = coverage.audit([listing([first], 2020)], RECIPE, LATER)
+    months, _ = coverage.tabulate_coverage([listing([first], 2020)], RECIPE, LATER)
     december = months.iloc[11]
     assert (december["days"], december["expected"], december["missing"]) == (
         1,
@@ -253,7 +257,7 @@ def test_what_is_found_is_never_missing_and_nothing_else_is_made_up(found):
     brute = [d for d in every if any((d - day).days % 5 == 0 for _, day in known)]
     assert list(coverage.derive_passes(found, 2020) or {}) == brute
     own = [s for s in found if s.datetime.year == 2020]
-    months, _ = coverage.audit(
+    months, _ = coverage.tabulate_coverage(
         [
             listing(own),
             *(listing([s for s in found if s.datetime.year == y], y) for y in (2019, 2021)),
@@ -273,7 +277,7 @@ def test_what_is_found_is_never_missing_and_nothing_else_is_made_up(found):
 @given(listings())
 def test_counts_by_brute_force(found):
     own = [s for s in found if s.datetime.year == 2020]
-    months, years = coverage.audit([listing(own)], RECIPE, LATER)
+    months, years = coverage.tabulate_coverage([listing(own)], RECIPE, LATER)
     used = set()
     for row in months.itertuples():
         there = [s for s in own if s.properties["minecube:solar_day"][5:7] == f"{row.month:02d}"]
@@ -303,18 +307,20 @@ def test_counts_by_brute_force(found):
     )
     assert year["gap_days"] == max(map(len, season.split("x")))
     if used:
-        assert sorted(used) == scenes.dates(scenes.select(own, RECIPE))
+        assert sorted(used) == scenes.list_solar_days(scenes.select(own, RECIPE))
 
 
 def test_a_season_across_new_year_is_two_stretches():
     recipe = dataclasses.replace(RECIPE, months=(1, 2, 11, 12))
-    _, years = coverage.audit([listing([scene("S2A", "2020-11-17")])], recipe, LATER)
+    _, years = coverage.tabulate_coverage([listing([scene("S2A", "2020-11-17")])], recipe, LATER)
     assert years["gap"].item() == "2020-01-01..2020-02-29"
     assert years["gap_days"].item() == 60
 
 
 def test_the_first_year_begins_with_the_first_image():
-    months, years = coverage.audit([listing([scene("S2A", "2015-07-04", 22)], 2015)], RECIPE, LATER)
+    months, years = coverage.tabulate_coverage(
+        [listing([scene("S2A", "2015-07-04", 22)], 2015)], RECIPE, LATER
+    )
     assert months["state"].tolist()[3:7] == ["before launch"] * 3 + ["ok"]
     assert months["expected"].tolist()[5:7] == [0, 3]  # 4, 14 and 24 July
     assert years["gap"].item() == "2015-07-05..2015-10-31"
@@ -332,7 +338,7 @@ def test_sources_together():
         listing(second, source="second", refused={"x": "why"}),
     ]
     asked = [dataclasses.replace(a, found=dataclasses.replace(a.found, listed=5)) for a in asked]
-    months, years = coverage.audit([*asked, listing([], source="third")], RECIPE, LATER)
+    months, years = coverage.tabulate_coverage([*asked, listing([], source="third")], RECIPE, LATER)
     may = months[months["month"] == 5].set_index("source")
     assert may["days"].to_dict() == {"first": 2, "second": 2, "third": 0, "all": 3}
     # The cloudy copy of 1 May is the preferred one, as in a build.
@@ -349,14 +355,14 @@ def test_sources_together():
     third = months[months["source"] == "third"]
     assert third[["scenes", "days", "usable"]].sum().tolist() == [0, 0, 0]
     assert third["cloud"].isna().all()
-    merged = scenes.merge([first, second])
+    merged = scenes.merge_sources([first, second])
     assert counts.loc["all", "scenes"] == len(merged)
 
 
 def test_the_recipes_minimum():
     found = [scene("S2A", f"2020-0{m}-15") for m in (5, 6, 7)]
     for needed, state in ((3, "ok"), (4, coverage.TOO_FEW)):
-        _, years = coverage.audit(
+        _, years = coverage.tabulate_coverage(
             [listing(found)], dataclasses.replace(RECIPE, min_dates=needed), LATER
         )
         assert (years["state"].item(), years["needed"].item(), years["usable"].item()) == (
@@ -375,7 +381,7 @@ def world(tmp_path_factory, make):
     folder = tmp_path_factory.mktemp("world")
     site = make.site("pit", 360000, 5600040, 120, 96)
     styles = ("earth-search", "planetary-computer")
-    simulate(
+    simulate_archive(
         [site],
         folder / "made",
         World(years=(2020, 2022), dates_per_year=6, winter_dates=1, styles=styles),
@@ -432,9 +438,9 @@ def test_audit_of_an_archive(world, tmp_path):
     assert len(years) == 2 * 3
     truth = {
         p
-        for orbit in (passes.FULL, passes.CUT)
+        for orbit in (passes.FULL_SWATH, passes.CUT_SWATH)
         for y in (2020, 2022)
-        for p in passes._passes(y, orbit)
+        for p in passes.list_passes(y, orbit)
     }
     for style in ("earth-search", "planetary-computer"):
         items = raw_items(world, style)
@@ -485,7 +491,7 @@ def test_a_source_that_lists_nothing_is_a_row_of_zeros(world, tmp_path):
     # Which orbits see the site is known from the other year.
     assert (empty["expected"] == empty["missing"]).all()
     assert empty["expected"].sum() == len(
-        {p for o in (passes.FULL, passes.CUT) for p in passes._passes(2021, o)}
+        {p for o in (passes.FULL_SWATH, passes.CUT_SWATH) for p in passes.list_passes(2021, o)}
     )
 
 
@@ -581,8 +587,8 @@ def test_help_shows_an_example():
 
 
 def drawn(path, found, recipe=RECIPE, until=LATER):
-    report.coverage_map(
-        *coverage.audit([listing(found)], recipe, until), path, "Usable dates by month"
+    report.draw_coverage(
+        *coverage.tabulate_coverage([listing(found)], recipe, until), path, "Usable dates by month"
     )
     return imread(path)[..., :3]
 
@@ -607,17 +613,17 @@ def test_the_picture_follows_the_counts(tmp_path):
 @pytest.mark.parametrize("sites", [1, 60])
 def test_pictures_of_few_and_of_many(tmp_path, sites):
     """Ten years of many sites are not larger than a screen scrolls; no row and no year is lost."""
-    months, years = coverage.audit(
+    months, years = coverage.tabulate_coverage(
         [listing([scene("S2A", f"{y}-05-01")], y) for y in range(2016, 2026)], RECIPE, LATER
     )
     tables = [pd.concat([t.assign(site=f"pit_{n}") for n in range(sites)]) for t in (months, years)]
-    report.coverage_map(*tables, tmp_path / "map.png", "Usable dates by month")
+    report.draw_coverage(*tables, tmp_path / "map.png", "Usable dates by month")
     height, width = imread(tmp_path / "map.png").shape[:2]
     assert 900 < width < 2600
     assert height < 1500
 
 
 def test_nothing_to_draw(tmp_path):
-    months, years = coverage.audit([listing([])], RECIPE, LATER)
+    months, years = coverage.tabulate_coverage([listing([])], RECIPE, LATER)
     with pytest.raises(CubeError, match="there is no month to draw"):
-        report.coverage_map(months[:0], years[:0], tmp_path / "map.png", "")
+        report.draw_coverage(months[:0], years[:0], tmp_path / "map.png", "")

@@ -76,7 +76,7 @@ def grid(site):
 def store(tmp_path, site, grid):
     """A store with the site's template, nothing built."""
     where = cube.Store(tmp_path / "cubes.zarr")
-    cube.create(where, site, grid, YEARS, RECIPE)
+    cube.create_site(where, site, grid, YEARS, RECIPE)
     return where
 
 
@@ -116,13 +116,13 @@ def test_what_is_written_is_what_is_read(store, grid):
 def test_an_object_store_holds_the_same(bucket, site, grid):
     url = cube.Store(f"{bucket}/cubes.zarr")
     made = year_of(grid)
-    cube.create(url, site, grid, YEARS, RECIPE)
+    cube.create_site(url, site, grid, YEARS, RECIPE)
     assert cube.write_year(url, made, PROVENANCE, b"")
     assert not cube.write_year(url, made, PROVENANCE, b"")
-    cube.create(url, site, grid, [2022], RECIPE)
+    cube.create_site(url, site, grid, [2022], RECIPE)
     opened = cube.open_committed(url, "mine")
     np.testing.assert_array_equal(opened.reflectance[0], made.reflectance)
-    assert cube.sites(url) == ["mine"]
+    assert cube.list_sites(url) == ["mine"]
     assert list(cube.open_cube(url, "mine").year.values) == [*YEARS, 2022]
 
 
@@ -130,7 +130,7 @@ def test_a_template_killed_half_way_is_made_anew(store, site, grid):
     group = zarr.open_group(f"{store}/mine", mode="r+")
     group.attrs["minecube"] = {"format": 0}
     shutil.rmtree(f"{store}/mine/quality")
-    cube.create(store, site, grid, YEARS, RECIPE)
+    cube.create_site(store, site, grid, YEARS, RECIPE)
     assert cube.write_year(store, year_of(grid), PROVENANCE, b"")
 
 
@@ -146,7 +146,7 @@ def test_years_killed_half_way_are_named_anew(store, site, grid):
     ):
         array = zarr.open_array(f"{store}/mine/{name}", mode="r+")
         array.resize((4, *array.shape[1:]))
-    cube.create(store, site, grid, [2020, 2023], RECIPE)
+    cube.create_site(store, site, grid, [2020, 2023], RECIPE)
     assert list(cube.open_cube(store, "mine").year.values) == [*YEARS, 2023]
 
 
@@ -154,7 +154,7 @@ def test_a_year_without_a_pixel_is_not_committed(store, grid):
     empty = year_of(grid).map(lambda v: v.copy(data=da.zeros_like(v.data)))
     with pytest.raises(CubeError, match="no scene has a pixel here, so nothing is committed"):
         cube.write_year(store, empty, PROVENANCE, b"")
-    assert cube.builds(store, "mine") == {}
+    assert cube.read_markers(store, "mine") == {}
 
 
 def test_a_build_told_to_stop_stops_between_blocks_and_goes_on_later(store, grid):
@@ -196,7 +196,7 @@ def test_a_damaged_store_says_so(store, tmp_path):
         cube.open_cube(store, "mine")
     (tmp_path / "file").write_text("")
     with pytest.raises(CubeError, match="is a file"):
-        cube.sites(cube.Store(tmp_path / "file"))
+        cube.list_sites(cube.Store(tmp_path / "file"))
 
 
 def test_it_is_georeferenced_unaided_to_the_centimetre(store, grid):
@@ -259,7 +259,7 @@ def test_each_block_is_made_once(archive, make, tmp_path):
         "2020-06-01T10:00:00", make.grid(359400, 5600640, 180, 180), {"B04": 7, "B11": 9}
     )
     where, made = cube.Store(tmp_path / "cubes.zarr"), []
-    cube.create(where, site, grid_of(site), [2020], recipe)
+    cube.create_site(where, site, grid_of(site), [2020], recipe)
     block = module.composite_block
 
     def counted(*args):
@@ -304,7 +304,7 @@ def test_a_stopped_run_commits_nothing_and_resumes(store, grid):
         broken, first = failing_after(made, 9)
         with pytest.raises(StoppedError):
             cube.write_year(store, broken, PROVENANCE, b"")
-        assert cube.builds(store, "mine") == {}
+        assert cube.read_markers(store, "mine") == {}
         with pytest.raises(CubeError, match="no committed year"):
             cube.open_committed(store, "mine")
         whole, second = failing_after(made, 10_000)
@@ -352,7 +352,7 @@ def test_a_lost_read_keeps_the_year_uncommitted(store, grid):
     )
     with pytest.raises(ReadError):
         cube.write_year(store, broken, PROVENANCE, b"")
-    assert cube.builds(store, "mine") == {}
+    assert cube.read_markers(store, "mine") == {}
 
 
 @pytest.mark.parametrize("block", [32, 96, 128])
@@ -367,22 +367,22 @@ def test_another_recipe_or_grid_is_refused(store, site, grid):
     with pytest.raises(
         CubeError, match="made with recipe 'small', which differs from 'small' in months"
     ):
-        cube.create(store, site, grid, YEARS, dataclasses.replace(RECIPE, months=(6, 7)))
+        cube.create_site(store, site, grid, YEARS, dataclasses.replace(RECIPE, months=(6, 7)))
     with pytest.raises(CubeError, match="lies on another grid"):
-        cube.create(store, site, grid.pad(6), YEARS, RECIPE)
+        cube.create_site(store, site, grid.pad(6), YEARS, RECIPE)
 
 
 def test_later_years_are_added_earlier_ones_refused(store, site, grid):
     made = year_of(grid)
     cube.write_year(store, made, PROVENANCE, b"")
-    cube.create(store, site, grid, [2020, 2023], RECIPE)
+    cube.create_site(store, site, grid, [2020, 2023], RECIPE)
     opened = cube.open_cube(store, "mine")
     assert list(opened.year.values) == [2019, 2020, 2021, 2023]
     np.testing.assert_array_equal(opened.reflectance.sel(year=2020), made.reflectance)
     assert not opened.reflectance.sel(year=2023).values.any()
     assert (opened.footprint.sel(year=2023) == 255).all()
     with pytest.raises(CubeError, match=r"has years 2019\.\.2023, and year 2016 cannot be added"):
-        cube.create(store, site, grid, [2016], RECIPE)
+        cube.create_site(store, site, grid, [2016], RECIPE)
 
 
 def test_footprints_and_probabilities_find_their_years(store, grid):
@@ -427,7 +427,7 @@ def test_the_fraction_goes_with_its_footprint(store, site, grid, earlier):
         for top in (2, 251)
     )
     cube.write_footprint(store, "mine", masks, "a test", shares.sortby("year"))
-    cube.create(store, site, grid, [2024], RECIPE)
+    cube.create_site(store, site, grid, [2024], RECIPE)
     opened = cube.open_cube(store, "mine")
     np.testing.assert_array_equal(opened.footprint.sel(year=[2021, 2019]), masks)
     np.testing.assert_array_equal(opened.footprint_fraction.sel(year=[2021, 2019]), shares)
@@ -489,7 +489,7 @@ def test_labels_that_a_killed_run_left_are_not_opened(store, grid, monkeypatch, 
     report = cube.verify(store)
     assert report.whole
     assert {(f.kind, f.year) for f in report.findings} == {("unfinished", 2019)}
-    assert cube.grid_and_years(store, "mine") == (
+    assert cube.read_grid_and_years(store, "mine") == (
         grid,
         list(YEARS),
     )  # so that they can be written again
@@ -523,14 +523,14 @@ def test_what_is_not_there_is_named(store):
     with pytest.raises(CubeError, match="no prediction of 'net' for mine"):
         cube.open_probability(store, "mine", "net")
     with pytest.raises(CubeError, match="there is no store"):
-        cube.sites(cube.Store(f"{store}x"))
+        cube.list_sites(cube.Store(f"{store}x"))
 
 
 def test_a_store_that_is_not_ours(tmp_path, site, grid):
     where = cube.Store(tmp_path / "other.zarr")
     zarr.create_group(str(where)).create_group("mine")
     with pytest.raises(CubeError, match="was not made by this version"):
-        cube.create(where, site, grid, YEARS, RECIPE)
+        cube.create_site(where, site, grid, YEARS, RECIPE)
 
 
 def test_a_disk_that_fills_up(store, tmp_path, site):
@@ -561,12 +561,12 @@ def test_a_disk_that_fills_up(store, tmp_path, site):
     assert "cannot be written (File too large); committed site-years are unharmed" in done.stdout, (
         done.stderr
     )
-    assert cube.builds(store, "mine") == {}
+    assert cube.read_markers(store, "mine") == {}
 
 
 def test_a_folder_that_cannot_be_written(site, grid):
     with pytest.raises(CubeError, match=r"/proc/cubes\.zarr: cannot be written"):
-        cube.create(cube.Store("/proc/cubes.zarr"), site, grid, YEARS, RECIPE)
+        cube.create_site(cube.Store("/proc/cubes.zarr"), site, grid, YEARS, RECIPE)
 
 
 class Counted:
@@ -613,7 +613,7 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
         match=r"mine 2020: 3 of 120 reads were lost, which leaves 97.50% .* asks for 100.00%.*404",
     ):
         cube.write_year(store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads))
-    assert cube.builds(store, "mine") == {}
+    assert cube.read_markers(store, "mine") == {}
     assert "incomplete_reads" not in cube.open_cube(store, "mine").attrs
     # All is read again: what was lost must not pass for done.
     reads = Counted(lost=3)
@@ -621,7 +621,7 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
         store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, completeness=0.97)
     )
     assert reads.blocks == 12
-    assert cube.builds(store, "mine")[2020]["reads"] == {
+    assert cube.read_markers(store, "mine")[2020]["reads"] == {
         "planned": 120,
         "lost": 3,
         "completeness": 0.975,
@@ -629,7 +629,7 @@ def test_lost_reads_keep_a_year_out_unless_allowed(store, grid):
     assert xr.open_zarr(str(store), group="mine", consolidated=False).attrs["incomplete_reads"] == {
         "2020": 0.975
     }
-    assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
+    assert cube.read_counts(store, "mine", 2020).planned.tolist() == [120]
     assert not cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.97))
     # What was accepted once stays accepted, until --overwrite asks for more.
     assert not cube.write_year(store, made, PROVENANCE, b"", cube.BuildOptions(completeness=0.99))
@@ -665,7 +665,7 @@ def test_counts_of_an_interrupted_run_are_kept(store, grid):
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [40]
     assert cube.reads_so_far(store, {**PROVENANCE, "version": "2"}) is None  # of another build
     with pytest.raises(CubeError, match="no counts of reads for mine 2020"):
-        cube.reads(store, "mine", 2020)
+        cube.read_counts(store, "mine", 2020)
 
 
 def test_another_way_with_conflicting_offsets_is_another_build(store, grid):
@@ -712,7 +712,7 @@ def test_a_run_killed_before_its_counts_are_kept_does_those_blocks_again(store, 
     )
     assert again.blocks == 12 - 2
     assert (
-        cube.builds(store, "mine")[2020]["reads"]["planned"] == 100
+        cube.read_markers(store, "mine")[2020]["reads"]["planned"] == 100
     )  # this fake counts its own blocks only
 
 
@@ -805,7 +805,7 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
     again = Counted()
     assert cube.write_year(store, again.over(made), PROVENANCE, b"", cube.BuildOptions(reads=again))
     assert again.blocks == 12
-    assert cube.reads(store, "mine", 2020).planned.tolist() == [120]
+    assert cube.read_counts(store, "mine", 2020).planned.tolist() == [120]
 
 
 def test_blocks_of_a_process_whose_counts_are_unknown_are_made_again(store, grid):
@@ -836,14 +836,14 @@ def test_a_site_that_lost_its_metadata_is_not_created_again(store, site, grid):
         CubeError,
         match=r"mine has lost its zarr.json, but has other objects; run `minecube verify`",
     ):
-        cube.create(store, site, grid, YEARS, RECIPE)
+        cube.create_site(store, site, grid, YEARS, RECIPE)
     assert sorted(store.path.rglob("*")) == there
 
 
 def test_a_group_that_lacks_an_array_is_refused(store, site, grid):
     shutil.rmtree(f"{store}/mine/quality")
     with pytest.raises(CubeError, match="mine lacks its array 'quality'; run `minecube verify`"):
-        cube.create(store, site, grid, YEARS, RECIPE)
+        cube.create_site(store, site, grid, YEARS, RECIPE)
 
 
 def test_a_second_builder_of_a_site_year_is_told(store, grid):
@@ -935,7 +935,7 @@ def test_a_year_that_is_half_in_its_place_is_not_read(store, grid, monkeypatch):
 def test_a_withdrawn_year_that_was_half_in_its_place_is_built_again(store, grid, monkeypatch):
     made = year_of(grid)
     kill_while_placing(store, made, PROVENANCE, monkeypatch)
-    cube.uncommit(store, "mine", [2020])
+    cube.withdraw_years(store, "mine", [2020])
     assert cube.write_year(store, made, PROVENANCE, b"")
     np.testing.assert_array_equal(
         cube.open_committed(store, "mine").reflectance[0], made.reflectance

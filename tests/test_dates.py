@@ -55,7 +55,7 @@ def job_of(source, tmp_path, min_dates):
         chunk_px=32,
         registration=Registration(most_px=0.5, beyond="drop"),
     )
-    return building.Job(
+    return building.BuildJob(
         store=cube.Store(tmp_path / "cubes.zarr"),
         sources=(source,),
         recipe=recipe,
@@ -70,7 +70,7 @@ def test_scenes_left_out_are_listed_with_the_reason_and_not_counted(archive, mak
     job = job_of(listed(archive, make, DATES), tmp_path, min_dates=3)
     (outcome,) = building.build_cubes(job, [site], [2020])
     assert (outcome.state, outcome.scenes, outcome.days) == ("built", 3, 3), outcome.message
-    marker = cube.builds(job.store, "pit")[2020]
+    marker = cube.read_markers(job.store, "pit")[2020]
     left_out = {scene["id"][11:19]: scene.get("left_out") for scene in marker["scenes"]}
     assert left_out == {
         "20200501": None,
@@ -78,7 +78,7 @@ def test_scenes_left_out_are_listed_with_the_reason_and_not_counted(archive, mak
         "20200701": "registration",
         "20200801": None,
     }
-    assert len(cube.used_scenes(marker)) == 3
+    assert len(cube.list_used_scenes(marker)) == 3
     kept = read_items(blob(job.store, tmp_path))
     assert sorted(scene.id[11:19] for scene in kept) == ["20200501", "20200601", "20200801"]
     assert cube.verify(job.store).findings == ()
@@ -99,4 +99,4 @@ def test_dates_are_counted_again_once_scenes_are_left_out(archive, make, site, t
     (outcome,) = building.build_cubes(job, [site], [2020])
     assert outcome.state == "failed"
     assert outcome.message.startswith("2 dates of 2020 are left, and recipe 'small' needs 3")
-    assert cube.builds(job.store, "pit") == {}
+    assert cube.read_markers(job.store, "pit") == {}

@@ -74,8 +74,8 @@ def test_what_it_leaves_opens_in_other_tools(demo):
 
 def test_each_provider_took_part(demo):
     used = set()
-    for site in cube.sites(cube.Store(demo[0] / "cubes.zarr")):
-        for build in cube.builds(cube.Store(demo[0] / "cubes.zarr"), site).values():
+    for site in cube.list_sites(cube.Store(demo[0] / "cubes.zarr")):
+        for build in cube.read_markers(cube.Store(demo[0] / "cubes.zarr"), site).values():
             used |= {(s["source"], s["offset"]) for s in build["scenes"]}
     assert {source for source, _ in used} == {
         "sim-earth-search",

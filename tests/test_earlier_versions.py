@@ -58,7 +58,7 @@ def build(store, site, year):
     }
     scene = types.SimpleNamespace(id="a", properties=told)
     pd.DataFrame({"id": ["a"]}).to_parquet(listed := io.BytesIO())
-    provenance = cube.provenance_of(site, year, grid_of(site), RECIPE, [scene])
+    provenance = cube.describe_build(site, year, grid_of(site), RECIPE, [scene])
     return cube.write_year(cube.Store(store), xr.Dataset(made), provenance, listed.getvalue())
 
 
@@ -77,8 +77,8 @@ def test_all_of_it_is_read(store, packed):
         np.testing.assert_array_equal(opened.reflectance.sel(year=year), pixels_of(year))
     assert int((opened.footprint.sel(year=2020) == 1).sum()) == 600
     assert opened.footprint.attrs["origin"] == "drawn (CC0)"
-    assert cube.reads(cube.Store(where), "pit", 2020).lost.tolist() == [1]
-    assert cube.completeness_of(cube.builds(cube.Store(where), "pit")[2020]) == 0.875
+    assert cube.read_counts(cube.Store(where), "pit", 2020).lost.tolist() == [1]
+    assert cube.completeness_of(cube.read_markers(cube.Store(where), "pit")[2020]) == 0.875
     assert cube.open_probability(cube.Store(where), "pit", "tiny").year.values.tolist() == [
         2019,
         2020,
@@ -91,7 +91,7 @@ def test_all_of_it_is_read(store, packed):
 
 def test_work_goes_on(store, site):
     """The year of which one block was built, a later year, labels, maps of the same model, and a packed file."""
-    cube.create(cube.Store(store), site, grid_of(site), (2021, 2022), RECIPE)
+    cube.create_site(cube.Store(store), site, grid_of(site), (2021, 2022), RECIPE)
     assert not build(store, site, 2020)  # it is there
     for year in (2021, 2022):
         assert build(store, site, year)

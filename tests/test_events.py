@@ -78,7 +78,7 @@ def story(states: list[int], odds: list[int], years: list[int]) -> dict[str, int
     hnp.arrays(np.uint8, (5, 2, 4), elements=st.sampled_from([0, 49, 50, 125, 200, 201, 250])),
 )
 def test_events_are_those_of_loops(states: np.ndarray, odds: np.ndarray) -> None:
-    found = tracks.events(on_years(states), on_years(odds))
+    found = tracks.derive_events(on_years(states), on_years(odds))
     for y in range(2):
         for x in range(4):
             expected = story(states[:, y, x].tolist(), odds[:, y, x].tolist(), YEARS)
@@ -89,7 +89,7 @@ def test_layers_are_small_integers_on_the_grid() -> None:
     footprint = on_years(np.zeros((5, 2, 3))).assign_coords(
         y=[25.0, 15.0], x=[5.0, 15.0, 25.0], spatial_ref=32633
     )
-    found = tracks.events(footprint, footprint)
+    found = tracks.derive_events(footprint, footprint)
     assert {n: v.dtype.name for n, v in found.items()} == {
         "onset": "uint16",
         "end": "uint16",
@@ -103,7 +103,7 @@ def test_layers_are_small_integers_on_the_grid() -> None:
 
 def test_onset_is_the_first_mine_year() -> None:
     states = on_years(np.random.default_rng(0).choice([0, 1, 255], (5, 30, 40)))
-    found = tracks.events(states, states)["onset"]
+    found = tracks.derive_events(states, states)["onset"]
     assert found.dtype == np.uint16
     assert found.dims == ("y", "x")
     for y in range(30):
@@ -115,9 +115,9 @@ def test_onset_is_the_first_mine_year() -> None:
 def test_events_of_two_smoothings_are_refused() -> None:
     states = on_years(np.zeros((5, 2, 3)))
     with pytest.raises(LabelError, match="one smoothing"):
-        tracks.events(states, on_years(np.zeros((5, 2, 3)), [2015, *YEARS[1:]]))
+        tracks.derive_events(states, on_years(np.zeros((5, 2, 3)), [2015, *YEARS[1:]]))
     with pytest.raises(LabelError, match="one smoothing"):
-        tracks.events(states, on_years(np.zeros((5, 3, 2))))
+        tracks.derive_events(states, on_years(np.zeros((5, 3, 2))))
 
 
 def test_flip_rate_counts_what_goes_back() -> None:
@@ -130,12 +130,12 @@ def test_flip_rate_counts_what_goes_back() -> None:
         [[1, 0, 1, 255]],
     ]
     steps = 4 + 4 + 3 + 0
-    assert tracks.flip_rate(on_years(states)) == pytest.approx((0 + 1 + 2) / steps)
+    assert tracks.compute_flip_rate(on_years(states)) == pytest.approx((0 + 1 + 2) / steps)
     unknown = on_years(np.full((5, 2, 2), 255))
-    assert math.isnan(tracks.flip_rate(unknown))
+    assert math.isnan(tracks.compute_flip_rate(unknown))
     # Of sites together: steps that are known count, not pixels that are not.
     calm = on_years(np.zeros((5, 1, 2)))
-    assert tracks.flip_rate(on_years(states), unknown, calm) == pytest.approx(
+    assert tracks.compute_flip_rate(on_years(states), unknown, calm) == pytest.approx(
         (0 + 1 + 2) / (steps + 8)
     )
 
@@ -144,18 +144,18 @@ def test_a_site_that_opens_and_one_that_grows() -> None:
     def table(area: list[float], gain: list[float]) -> pd.DataFrame:
         return pd.DataFrame({"year": YEARS, "area_m2": area, "gain_m2": [math.nan, *gain]})
 
-    opened = tracks.expansion(table([0, 500, 9000, 9000, 9500], [500, 8500, 0, 500]))
+    opened = tracks.summarize_expansion(table([0, 500, 9000, 9000, 9500], [500, 8500, 0, 500]))
     # 8500 in the two years from 2017 to 2019: 4250 a year of 9500 gained, less than half.
     assert (opened.opened, opened.kind, opened.largest_year) == (2019, "gradual", 2019)
     assert opened.largest_share == pytest.approx(4250 / 9500)
-    at_once = tracks.expansion(table([0, 9000, 9000, 9000, 9500], [9000, 0, 0, 500]))
+    at_once = tracks.summarize_expansion(table([0, 9000, 9000, 9000, 9500], [9000, 0, 0, 500]))
     assert (at_once.opened, at_once.kind, at_once.largest_year) == (2017, "abrupt", 2017)
-    steady = tracks.expansion(table([100, 200, 400, 500, 800], [100, 200, 100, 300]))
+    steady = tracks.summarize_expansion(table([100, 200, 400, 500, 800], [100, 200, 100, 300]))
     assert (steady.opened, steady.kind) == (2016, "gradual")
     assert steady.growth_m2_per_year == pytest.approx(100)
-    still = tracks.expansion(table([900, 901, 900, 900, 900], [1, 0, 0, 0]))
+    still = tracks.summarize_expansion(table([900, 901, 900, 900, 900], [1, 0, 0, 0]))
     assert (still.kind, still.largest_year) == ("none", 0)
-    assert tracks.expansion(table([0] * 5, [0] * 4)).opened == 0
+    assert tracks.summarize_expansion(table([0] * 5, [0] * 4)).opened == 0
 
 
 # Intervals
@@ -185,9 +185,9 @@ def test_intervals_hold_the_area_of_fields_whose_errors_are_alike() -> None:
     # True areas drawn from the posterior itself, but not pixel by pixel: neighbours go together.
     p = 0.4
     posterior = on_years(np.full((1, SIDE, SIDE), 250 * p), [2020])
-    alike = tracks.Correlation(binary_correlation(np.arange(uncertainty.REACH_PX + 1.0), p))
-    table = tracks.expected_areas(posterior, posterior, grid(SIDE, SIDE), alike)
-    alone = tracks.expected_areas(posterior, posterior, grid(SIDE, SIDE), tracks.ALONE)
+    alike = tracks.ErrorCorrelation(binary_correlation(np.arange(uncertainty.REACH_PX + 1.0), p))
+    table = tracks.estimate_areas(posterior, posterior, grid(SIDE, SIDE), alike)
+    alone = tracks.estimate_areas(posterior, posterior, grid(SIDE, SIDE), tracks.UNCORRELATED)
     worth = uncertainty.pixel_areas(grid(SIDE, SIDE))
     r = np.random.default_rng(0)
     drawn = np.array(
@@ -205,7 +205,7 @@ def test_intervals_hold_the_area_of_fields_whose_errors_are_alike() -> None:
 def test_pixels_that_err_alone_have_the_binomial_deviation() -> None:
     stored = np.random.default_rng(1).integers(0, 251, (2, 20, 30))
     maps = on_years(stored, [2019, 2020])
-    found = tracks.expected_areas(maps, maps, grid(20, 30), tracks.ALONE)
+    found = tracks.estimate_areas(maps, maps, grid(20, 30), tracks.UNCORRELATED)
     worth = uncertainty.pixel_areas(grid(20, 30))
     p = stored / 250
     np.testing.assert_allclose(found["expected_m2"], (p * worth).sum(axis=(1, 2)))
@@ -215,10 +215,12 @@ def test_pixels_that_err_alone_have_the_binomial_deviation() -> None:
 
 def test_an_error_common_to_all_pixels_does_not_shrink_with_their_number() -> None:
     maps = on_years(np.full((1, 40, 50), 125), [2020])
-    whole = tracks.expected_areas(maps, maps, grid(40, 50), tracks.Correlation(np.ones(65), 1.0))
+    whole = tracks.estimate_areas(
+        maps, maps, grid(40, 50), tracks.ErrorCorrelation(np.ones(65), 1.0)
+    )
     assert whole["sd_m2"][0] == pytest.approx(0.5 * uncertainty.pixel_areas(grid(40, 50)).sum())
-    half = tracks.expected_areas(
-        maps, maps, grid(40, 50), tracks.Correlation(np.r_[1, np.full(64, 0.5)], 0.5)
+    half = tracks.estimate_areas(
+        maps, maps, grid(40, 50), tracks.ErrorCorrelation(np.r_[1, np.full(64, 0.5)], 0.5)
     )
     assert half["sd_m2"][0] == pytest.approx(whole["sd_m2"][0] * math.sqrt(0.5), rel=1e-2)
 
@@ -226,14 +228,14 @@ def test_an_error_common_to_all_pixels_does_not_shrink_with_their_number() -> No
 def test_every_pair_of_pixels_counts_by_its_distance() -> None:
     stored = np.random.default_rng(2).integers(0, 251, (1, 9, 12))
     maps = on_years(stored, [2020])
-    alike = tracks.Correlation(np.clip(1 - np.arange(65) / 5.0, 0.1, 1), 0.1)
+    alike = tracks.ErrorCorrelation(np.clip(1 - np.arange(65) / 5.0, 0.1, 1), 0.1)
     spread = (
         uncertainty.pixel_areas(grid(9, 12)) * np.sqrt(stored[0] / 250 * (1 - stored[0] / 250))
     ).ravel()
     y, x = (a.ravel() for a in np.mgrid[:9, :12])
     away = np.hypot(y[:, None] - y, x[:, None] - x)
     variance = spread @ np.interp(away, np.arange(65), alike.by_distance) @ spread
-    found = tracks.expected_areas(maps, maps, grid(9, 12), alike)
+    found = tracks.estimate_areas(maps, maps, grid(9, 12), alike)
     assert found["sd_m2"][0] == pytest.approx(math.sqrt(variance))
 
 
@@ -255,7 +257,7 @@ def test_correlation_is_measured_as_it_was_planted() -> None:
         )
         raw = np.clip(np.rint(125 + 25 * noise), 6, 244)
         years = list(range(2010, 2020))
-        found = tracks.error_correlation(on_years(raw, years), on_years(smoothed, years))
+        found = tracks.measure_error_correlation(on_years(raw, years), on_years(smoothed, years))
         d = np.array([0, 2, 4, 8, 50])
         planted = (1 - common) * np.exp(-(d**2) / (4 * SIGMA**2)) + common
         np.testing.assert_allclose(found.by_distance[d], planted, atol=0.1)
@@ -272,14 +274,16 @@ def test_years_that_are_not_known_leave_the_others_their_intervals() -> None:
     whole, gap, speckled = raw, raw.copy(), np.where(every, 255, raw)
     gap[4] = 255
     found = [
-        tracks.error_correlation(on_years(a, years), on_years(smoothed, years)).by_distance[1:9]
+        tracks.measure_error_correlation(on_years(a, years), on_years(smoothed, years)).by_distance[
+            1:9
+        ]
         for a in (whole, gap, speckled)
     ]
     assert found[0][1] > 0.8
     np.testing.assert_allclose(found[1:], [found[0]] * 2, atol=0.05)
     # The yearly maps say a tenth of one half less than the smoothed, in all years that there are.
     sd = [
-        tracks.expected_areas(on_years(smoothed, years), on_years(a, years), grid(120, 120))[
+        tracks.estimate_areas(on_years(smoothed, years), on_years(a, years), grid(120, 120))[
             "sd_m2"
         ]
         for a in (whole, gap)
@@ -291,16 +295,16 @@ def test_years_that_are_not_known_leave_the_others_their_intervals() -> None:
 def test_sites_smaller_than_the_reach(side: int) -> None:
     r = np.random.default_rng(4)
     raw = on_years(r.integers(6, 245, (5, side, side)))
-    found = tracks.error_correlation(raw, on_years(np.full((5, side, side), 125)))
+    found = tracks.measure_error_correlation(raw, on_years(np.full((5, side, side), 125)))
     assert found.by_distance[0] == 1
     assert np.isfinite(found.by_distance).all()
-    assert np.isfinite(tracks.expected_areas(raw, raw, grid(side, side), found).to_numpy()).all()
+    assert np.isfinite(tracks.estimate_areas(raw, raw, grid(side, side), found).to_numpy()).all()
 
 
 def test_what_lasts_widens_the_interval() -> None:
     smoothed = on_years(np.full((5, 30, 30), 250))
     raw = on_years(np.full((5, 30, 30), 225))  # always a tenth less: no year differs from another
-    found = tracks.expected_areas(smoothed, raw, grid(30, 30))
+    found = tracks.estimate_areas(smoothed, raw, grid(30, 30))
     whole = uncertainty.pixel_areas(grid(30, 30)).sum()
     np.testing.assert_allclose(found["sd_m2"], 0.1 * whole)
     assert (found["high_m2"] <= whole + 1e-6).all()
@@ -308,14 +312,14 @@ def test_what_lasts_widens_the_interval() -> None:
         data=np.where(np.arange(30) < 15, 255, 225).astype(np.uint8) * np.ones((5, 30, 1), np.uint8)
     )
     np.testing.assert_allclose(
-        tracks.expected_areas(smoothed, unknown, grid(30, 30))["sd_m2"], 0.05 * whole, rtol=1e-3
+        tracks.estimate_areas(smoothed, unknown, grid(30, 30))["sd_m2"], 0.05 * whole, rtol=1e-3
     )
 
 
 def test_ground_never_known_has_no_area() -> None:
     stored = np.full((5, 10, 10), 250)
     stored[:, :, 5:] = 255
-    found = tracks.expected_areas(on_years(stored), on_years(stored), grid(10, 10))
+    found = tracks.estimate_areas(on_years(stored), on_years(stored), grid(10, 10))
     np.testing.assert_allclose(
         found["expected_m2"], uncertainty.pixel_areas(grid(10, 10))[:, :5].sum()
     )
@@ -324,13 +328,13 @@ def test_ground_never_known_has_no_area() -> None:
 def test_maps_of_other_grids_and_years_are_refused() -> None:
     maps = on_years(np.full((5, 10, 10), 9))
     with pytest.raises(LabelError, match="grid"):
-        tracks.expected_areas(maps, maps, grid(10, 11))
+        tracks.estimate_areas(maps, maps, grid(10, 11))
     with pytest.raises(LabelError, match="twin"):
-        tracks.expected_areas(
+        tracks.estimate_areas(
             maps, on_years(np.full((5, 10, 10), 9), [2015, *YEARS[1:]]), grid(10, 10)
         )
     with pytest.raises(LabelError, match="two years or more"):
-        tracks.expected_areas(maps[:1], maps[:1], grid(10, 10))
+        tracks.estimate_areas(maps[:1], maps[:1], grid(10, 10))
 
 
 # A world with known truth
@@ -368,7 +372,8 @@ def test_the_textbooks_posterior_is_ours(bench: ModuleType) -> None:
     values = np.random.default_rng(5).integers(0, 251, (10, 3000), dtype=np.uint8)
     rates = tracks.Rates(opening=0.01, closing=0.02, initial=0.1, prior=0.1)
     off = np.abs(
-        tracks.posterior(values, bench.YEARS, rates).astype(int) - bench.plain(values, rates)
+        tracks.compute_posterior(values, bench.YEARS, rates).astype(int)
+        - bench.plain(values, rates)
     )
     assert off.max() <= 1
     assert (off > 0).mean() < 1e-3  # ties of rounding only

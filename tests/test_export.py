@@ -156,7 +156,7 @@ def exported(tmp_path_factory):
     cogs = write_cogs(cube, GRID, out / "pit", "pit")
     write_footprints(footprints(), out / "footprints.parquet")
     write_stac(
-        out, cogs, {"truth": out / "footprints.parquet"}, title="Three pits", about="A test."
+        out, cogs, {"truth": out / "footprints.parquet"}, title="Three pits", description="A test."
     )
     return out, cube, cogs
 
@@ -552,5 +552,5 @@ def test_what_cannot_be_listed_is_refused(tmp_path):
         (tmp_path / "out", [cog], {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
     ]:
         with pytest.raises(CubeError, match=says):
-            write_stac(out, cogs, tables, title="t", about="a")
+            write_stac(out, cogs, tables, title="t", description="a")
     assert not list(tmp_path.rglob("*.json"))

@@ -69,7 +69,7 @@ def year_of(grid, seed):
 def build(store, site, year, seed=0, scene="S2A", overwrite=False):
     """Build a site-year of one scene into a store, as `minecube build` leaves it."""
     grid = grid_of(site)
-    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
     provenance = {
         "site": site.id,
         "year": year,
@@ -458,7 +458,7 @@ def test_what_croissant_cannot_name_is_refused(tmp_path):
                 files,
                 [EUROMINENET],
                 title="t",
-                about="a",
+                description="a",
                 published=dt.date(2024, 1, 1),
             )
     assert not list(tmp_path.rglob("*.json"))
@@ -489,7 +489,7 @@ def growing(tmp_path, pit):
 def test_nothing_is_no_release(growing, tmp_path):
     store, where = growing
     run("publish", *where, "--tag", "v1")
-    cube.uncommit(cube.Store(store), "pit", [2019, 2020])
+    cube.withdraw_years(cube.Store(store), "pit", [2019, 2020])
     assert "nothing to publish" in run("publish", *where, "--tag", "v2", ok=2)
     assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
 

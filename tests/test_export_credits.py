@@ -11,7 +11,7 @@ from odc.geo.xr import xr_coords
 
 from minecube.catalog import BANDS
 from minecube.export import (
-    credits_of,
+    list_credits,
 )
 
 GRID = GeoBox((40, 60), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
@@ -68,7 +68,7 @@ def small_cube():
 def test_an_origin_says_name_licence_and_dois(origin, name, licence, dois):
     cube = small_cube()[["footprint"]]
     cube.footprint.attrs["origin"] = origin
-    (credit,) = credits_of(cube)
+    (credit,) = list_credits(cube)
     assert (credit.name, credit.licence, credit.dois) == (name, licence, dois)
 
 
@@ -80,7 +80,7 @@ def test_each_source_of_labels_is_credited():
         "osm.gpkg (not stated)",
     )
     cube.footprint.attrs["origin"] = " | ".join(sources)
-    found = [(c.name, c.licence) for c in credits_of(cube)]
+    found = [(c.name, c.licence) for c in list_credits(cube)]
     assert found == [
         ("EuroMineNet", "CC-BY-4.0"),
         ("OpenStreetMap", "ODbL-1.0"),
@@ -91,4 +91,4 @@ def test_each_source_of_labels_is_credited():
 def test_footprints_nobody_mapped_need_no_credit():
     cube = small_cube()
     cube.footprint[:] = 255
-    assert [c.kind for c in credits_of(cube)] == ["imagery"]
+    assert [c.kind for c in list_credits(cube)] == ["imagery"]

@@ -483,7 +483,7 @@ def test_the_collection_lists_whole_cubes_with_their_dimensions(tmp_path):
         "zarr2": write_zarr2(cube, grid, tmp_path / "pit" / "pit.v2.zarr", "pit"),
     }
     collection = pystac.Collection.from_file(
-        str(write_stac(tmp_path, cogs, whole, title="t", about="a"))
+        str(write_stac(tmp_path, cogs, whole, title="t", description="a"))
     )
     for key, path in whole.items():
         asset = collection.assets[key]

@@ -72,10 +72,10 @@ def test_every_network_says_the_same_in_fewer_layers(name: str) -> None:
     years = [2015, 2016, 2017][: {"mapping": 1, "change": 2, "series": 3}[card.task]]
     windows = torch.randn(2, len(years), len(card.bands), card.window_px, card.window_px)
     with torch.inference_mode():
-        expected = models.logits(network, card.task, windows, years)
-    fold_batch_norms(network, lambda: models.logits(network, card.task, windows[:1], years))
+        expected = models.compute_logits(network, card.task, windows, years)
+    fold_batch_norms(network, lambda: models.compute_logits(network, card.task, windows[:1], years))
     with torch.inference_mode():
-        found = models.logits(network, card.task, windows, years)
+        found = models.compute_logits(network, card.task, windows, years)
     assert norms(network) == LEFT.get(card.architecture, 0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 

@@ -15,7 +15,7 @@ from shapely.ops import unary_union
 
 from minecube.catalog import Site, load_sites
 from minecube.errors import CatalogError
-from minecube.grid import at_resolution, blocks, equal_area_crs, grid_of, padded
+from minecube.grid import coarsen, equal_area_crs, grid_of, iterate_blocks, pad
 
 
 def site_at(lon, lat, width, height):
@@ -107,7 +107,7 @@ def test_blocks_tile_the_grid(height, width, size):
     if height * width > 500_000 or (height // size + 1) * (width // size + 1) > 2000:
         return
     hit = np.zeros((height, width), np.uint8)
-    for block in blocks(grid, size):
+    for block in iterate_blocks(grid, size):
         hit[block] += 1
     assert (hit == 1).all()
 
@@ -115,10 +115,10 @@ def test_blocks_tile_the_grid(height, width, size):
 def test_coarser_and_padded_grids_share_corners():
     grid = grid_of(site_at(13.0, 50.0, 0.05, 0.03))
     for size in (10, 20, 60):
-        coarse = at_resolution(grid, size)
+        coarse = coarsen(grid, size)
         assert tuple(coarse.boundingbox) == tuple(grid.boundingbox)
         assert coarse.resolution.x == size
-    wide = padded(grid, 240)
+    wide = pad(grid, 240)
     assert np.subtract(wide.boundingbox, grid.boundingbox).tolist() == [-240, -240, 240, 240]
 
 

@@ -22,14 +22,14 @@ from minecube.catalog import Site
 from minecube.errors import LabelError
 from minecube.grid import grid_of
 from minecube.labels import (
-    covered,
+    find_rows_without_centre,
     rasterize,
+    rasterize_fraction,
     read_polygons,
-    rows_without_centre,
     vectorize,
 )
 from minecube.labels.masks import compute_pixel_shares
-from minecube.labels.placement import on_grid
+from minecube.labels.placement import place_on_grid
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
 real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/mine_polygons is absent")
@@ -237,7 +237,7 @@ def test_a_partition_of_the_plane_burns_each_pixel_once(metres, way, data):
         shape = shapely.union_all(triangles[owner == n])
         shape = shape.reverse() if turned[n] else shape
         there = drawn_in(way, shape)
-        if len(on_grid(there, SMALL, required=False)):
+        if len(place_on_grid(there, SMALL, required=False)):
             burns += rasterize(there, SMALL, [2020]).values[0]
     assert (burns == 1).all()
 
@@ -333,7 +333,7 @@ def test_the_covered_fraction_is_each_pixels_intersection_with_the_union(drawn, 
     expected = shapely.area(shapely.intersection(pixel_boxes(grid), union)) / 100
     np.testing.assert_allclose(compute_pixel_shares(union, grid), expected, rtol=0, atol=1e-9)
     if union.intersects(grid.extent.geom):
-        stored = covered(table(shapes), grid, [2020])
+        stored = rasterize_fraction(table(shapes), grid, [2020])
         assert stored.dtype == np.uint8
         assert (np.abs(stored.values[0] / 250 - expected) <= 0.002 + 1e-9).all()
 
@@ -343,7 +343,7 @@ def test_the_covered_fraction_is_each_pixels_intersection_with_the_union(drawn, 
 def test_the_fractions_of_a_real_mine_sum_to_its_area(row):
     grid = grid_of(Site(id=row.site, geometry=shapely.envelope(row.geometry)))
     polygon = table([row.geometry], "EPSG:4326")
-    fraction = covered(polygon, grid, [2019])
+    fraction = rasterize_fraction(polygon, grid, [2019])
     flat = polygon.to_crs(str(grid.crs)).area.sum()
     assert fraction.sum(dtype=float).item() / 250 * 100 == pytest.approx(flat, rel=1e-5)
     mask = rasterize(polygon, grid, [2019])
@@ -356,7 +356,7 @@ def test_the_fractions_of_a_real_mine_sum_to_its_area(row):
 def test_the_fraction_is_unknown_where_the_footprint_is():
     half = shapely.box(LEFT, TOP - 100, LEFT + 55, TOP)
     drawn = table([half, px(20, 20, 3, 3)], year=pd.array([None, 2019], dtype="Int64"))
-    fraction, footprint = (f(drawn, GRID, [2018, 2019]) for f in (covered, rasterize))
+    fraction, footprint = (f(drawn, GRID, [2018, 2019]) for f in (rasterize_fraction, rasterize))
     assert fraction.name == "footprint_fraction"
     assert fraction.odc.geobox == GRID
     assert fraction.values[1, 0, :7].tolist() == [250, 250, 250, 250, 250, 125, 0]
@@ -364,11 +364,13 @@ def test_the_fraction_is_unknown_where_the_footprint_is():
     assert ((fraction == 255) == ((footprint == 255) & (fraction == 255))).all()
     assert (fraction.sel(year=2019) == 250).sum() == 50 + 9
     with pytest.raises(LabelError, match="no polygon reaches the grid"):
-        covered(table([shapely.box(13, 51, 13.1, 51.1)], "EPSG:4326"), GRID, [2018])
+        rasterize_fraction(table([shapely.box(13, 51, 13.1, 51.1)], "EPSG:4326"), GRID, [2018])
 
 
 def test_overlaps_are_covered_once():
-    fraction = covered(table([px(0, 0, 5, 5), px(0, 0, 5, 9), px(3, 3, 5, 5)]), GRID, [2020])
+    fraction = rasterize_fraction(
+        table([px(0, 0, 5, 5), px(0, 0, 5, 9), px(3, 3, 5, 5)]), GRID, [2020]
+    )
     assert fraction.max() == 250
     assert (fraction == 250).sum() == 45 + 25 - 2 * 5
 
@@ -470,7 +472,7 @@ def test_rows_without_a_pixels_centre(drawn):
     expected = [
         n for n, shape in enumerate(shapes) if not holds[n] and shape.within(GRID.extent.geom)
     ]
-    assert rows_without_centre(table(shapes), GRID).tolist() == expected
+    assert find_rows_without_centre(table(shapes), GRID).tolist() == expected
 
 
 def test_a_centre_on_an_edge_is_decided_as_it_is_drawn():
@@ -485,7 +487,7 @@ def test_a_centre_on_an_edge_is_decided_as_it_is_drawn():
         .intersection(shapely.box(LEFT, TOP - 5, LEFT + 100, TOP))
     )
     drawn = [bool((rasterize(table([shape]), GRID, [0]) == 1).any()) for shape in shapes]
-    assert rows_without_centre(table(shapes), GRID).tolist() == [
+    assert find_rows_without_centre(table(shapes), GRID).tolist() == [
         n for n, is_drawn in enumerate(drawn) if not is_drawn
     ]
 
@@ -509,7 +511,9 @@ def test_only_what_was_looked_at_is_known():
     expected[2, 0:10, 50:60] = 0
     np.testing.assert_array_equal(rasterize(looked_at(), GRID, [2019, 2020, 2021, 2022]), expected)
     fraction = np.where(expected == 1, 250, expected)
-    np.testing.assert_array_equal(covered(looked_at(), GRID, [2019, 2020, 2021, 2022]), fraction)
+    np.testing.assert_array_equal(
+        rasterize_fraction(looked_at(), GRID, [2019, 2020, 2021, 2022]), fraction
+    )
 
 
 def test_what_was_looked_at_ends_within_a_pixel():
@@ -519,5 +523,9 @@ def test_what_was_looked_at_ends_within_a_pixel():
     )  # its left edge lies in pixel 5, left of the centre
     polygons = table([area, area], year=[2020, 2020], mapped=[True, False])
     assert rasterize(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 1, 1]
-    assert covered(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 150, 250]
-    assert covered(polygons, GRID, [2020]).values[0, 7, 14:17].tolist() == [250, 255, 255]
+    assert rasterize_fraction(polygons, GRID, [2020]).values[0, 7, 4:7].tolist() == [255, 150, 250]
+    assert rasterize_fraction(polygons, GRID, [2020]).values[0, 7, 14:17].tolist() == [
+        250,
+        255,
+        255,
+    ]

@@ -224,7 +224,7 @@ def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, m
     monkeypatch.setattr(locks, "RENEW_S", 60.0)  # no renewal while it sleeps
     store = cube.Store(f"{bucket}/cubes.zarr")
     site = make.site("pit", 360000, 5600040, 90, 90)
-    cube.create(store, site, test_opening.grid_of(site), (2020,), test_opening.RECIPE)
+    cube.create_site(store, site, test_opening.grid_of(site), (2020,), test_opening.RECIPE)
     slept = []
 
     def sleep():

@@ -26,13 +26,13 @@ from minecube.errors import ModelError
 from minecube.models import (
     Compute,
     Mapper,
-    Trained,
+    TrainedModel,
     batches,
     cores,
+    list_views,
     mapping,
     predict,
     streams,
-    views_of,
 )
 from minecube.models.forward import Forward
 from minecube.models.layout import (
@@ -75,7 +75,7 @@ def reflectance(
     return xr.DataArray(pixels, dims=("year", "band", "y", "x"), coords=coords)
 
 
-def untrained(card: ModelCard = SMALL) -> Trained:
+def untrained(card: ModelCard = SMALL) -> TrainedModel:
     torch.manual_seed(0)
     network = models.build(card).eval()
     for module in network.modules():  # statistics as after training, so that all layers matter
@@ -88,7 +88,9 @@ def untrained(card: ModelCard = SMALL) -> Trained:
         network.head.weight *= gain
         network.head.bias.copy_((network.head.bias - found.mean()) * gain)
     n = len(card.bands)
-    return Trained(card=card, network=network, mean=(1000.0,) * n, std=(500.0,) * n, sites=("a",))
+    return TrainedModel(
+        card=card, network=network, mean=(1000.0,) * n, std=(500.0,) * n, sites=("a",)
+    )
 
 
 class Network(torch.nn.Module):
@@ -111,9 +113,9 @@ def given_by(
     function: Callable[..., torch.Tensor],
     card: ModelCard = SMALL,
     kind: type[Network] = Network,
-) -> Trained:
+) -> TrainedModel:
     n = len(card.bands)
-    return Trained(
+    return TrainedModel(
         card=card, network=kind(function), mean=(1000.0,) * n, std=(500.0,) * n, sites=()
     )
 
@@ -237,7 +239,7 @@ def test_pairs_see_the_earlier_year_first() -> None:
         (2019, 2021),
     ]
     assert found["class"].values.tolist() == ["removed", "new"]
-    for n, (a, b) in enumerate(views_of(CHANGE, YEARS)):
+    for n, (a, b) in enumerate(list_views(CHANGE, YEARS)):
         before, after = (normal(of.sel(year=year).isel(band=0).values) for year in (a, b))
         assert (
             np.abs(found.values[n] - stored(np.stack([after - before, before]))).max() <= 0.5 + 1e-3
@@ -427,7 +429,9 @@ def test_windows_go_together_by_what_a_layer_takes_and_gives(
 
     assert best == min(max(round(3.7e6 / (64 * 64 * 4 * years * (2 * width + 11) / 2)), 1), 16)
     n = len(card.bands)
-    model = Trained(card=card, network=Recorded(), mean=(1000.0,) * n, std=(500.0,) * n, sites=())
+    model = TrainedModel(
+        card=card, network=Recorded(), mean=(1000.0,) * n, std=(500.0,) * n, sites=()
+    )
     of = reflectance(8, 32, 32 * 12, YEARS[:years])
     predict(model, of)
     assert given[0] == 1  # the one that is looked at
@@ -567,7 +571,7 @@ def test_every_row_is_read_once_a_view_and_not_long_before_it_is_needed(
         assert max(read) <= rows.y + 16 * 8
     assert sorted(read) == list(range(0, 208, 16))
     read.clear()
-    list(Mapper(given_by(pair_of, CHANGE)).rows(lazy, views_of(CHANGE, YEARS)))
+    list(Mapper(given_by(pair_of, CHANGE)).rows(lazy, list_views(CHANGE, YEARS)))
     assert sorted(read) == sorted([*range(0, 208, 16)] * 6)
     xr.testing.assert_identical(predict(untrained(), lazy), predict(untrained(), of))
 
@@ -841,19 +845,19 @@ def test_a_logit_that_is_no_number_stops_and_says_where(
 
 
 def test_views() -> None:
-    assert views_of(SMALL, [2020, 2019]) == [(2019,), (2020,)]
-    assert views_of(SERIES, [2020, 2019]) == [(2019, 2020)]
-    assert len(views_of(CHANGE, range(2015, 2025))) == 45
-    assert views_of(CHANGE, YEARS, [(2019, 2021), (2019, 2021)]) == [(2019, 2021)]
+    assert list_views(SMALL, [2020, 2019]) == [(2019,), (2020,)]
+    assert list_views(SERIES, [2020, 2019]) == [(2019, 2020)]
+    assert len(list_views(CHANGE, range(2015, 2025))) == 45
+    assert list_views(CHANGE, YEARS, [(2019, 2021), (2019, 2021)]) == [(2019, 2021)]
     with pytest.raises(ModelError, match="change needs 2 years or more, found 2019"):
-        views_of(CHANGE, [2019])
+        list_views(CHANGE, [2019])
     for pairs in ([(2019, 2018)], [(2018, 2020)], [(2018, 2018)]):
         with pytest.raises(
             ModelError, match=f"of the years 2018, 2019, 2021, .* found {pairs[0][0]}-{pairs[0][1]}"
         ):
-            views_of(CHANGE, YEARS, pairs)
+            list_views(CHANGE, YEARS, pairs)
     with pytest.raises(ModelError, match="pairs of years are for change; its task is mapping"):
-        views_of(SMALL, YEARS, [(2018, 2019)])
+        list_views(SMALL, YEARS, [(2018, 2019)])
     with pytest.raises(ModelError, match="year 2030 is not in the cube"):
         list(Mapper(untrained()).rows(reflectance(1), [(2030,)]))
 

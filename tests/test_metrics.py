@@ -32,7 +32,7 @@ from sklearn.metrics import (
 
 from minecube import metrics
 from minecube.errors import ModelError
-from minecube.metrics import Scores, count, finish
+from minecube.metrics import Counts, count, finish
 
 YEARS = [2015, 2016, 2018, 2019]
 
@@ -127,7 +127,7 @@ def test_scores_through_time_are_those_of_loops(seed: int) -> None:
 def test_footprint_scores_are_scikit_learns() -> None:
     p, y = series(1), series(2)
     scores = count(p, y, YEARS)
-    table, pooled = metrics.by_year(scores), finish(scores)
+    table, pooled = metrics.tabulate_years(scores), finish(scores)
     known = (p != 255) & (y != 255)
     for i, year in [*enumerate(YEARS), (slice(None), None)]:
         t, q = y[i][known[i]], p[i][known[i]]
@@ -268,9 +268,9 @@ def test_a_map_that_never_changes_scores_zero_in_change_though_not_in_mapping() 
         "expansion_iou",
     )
     assert [found[name] for name in changes] == [0] * len(changes)
-    assert (metrics.by_pair(scores)[["change_f1", "transition_f1", "expansion_f1"]] == 0).all(
-        axis=None
-    )
+    assert (
+        metrics.tabulate_pairs(scores)[["change_f1", "transition_f1", "expansion_f1"]] == 0
+    ).all(axis=None)
 
 
 def test_all_mine_is_no_good_map() -> None:
@@ -291,7 +291,7 @@ def test_nothing_to_judge_is_nan_not_zero_or_one() -> None:
         1,
     ]  # nothing moved, and nothing is a class, too
     assert all(math.isnan(value) for value in found.values())
-    assert all(math.isnan(value) for value in finish(Scores()).values())
+    assert all(math.isnan(value) for value in finish(Counts()).values())
     json.dumps(found)
 
 
@@ -330,7 +330,7 @@ def test_counts_of_blocks_add_up_to_those_of_the_site(
     at_x = at_x * width // 14
     p, y = (series(n, (3, 12, width)) for n in (seed, seed + 1))
     years = [2019, 2020, 2021]
-    total = Scores()
+    total = Counts()
     for rows in (slice(0, at_y), slice(at_y, 12)):
         for columns in (slice(0, at_x), slice(at_x, width)):
             context = tuple(
@@ -352,11 +352,11 @@ def test_counts_of_sites_with_other_years_add_up() -> None:
     )
     both = one + two
     assert both == two + one
-    assert both + Scores() == both
-    assert reduce(operator.add, [one, two]) == sum([one, two], Scores())
+    assert both + Counts() == both
+    assert reduce(operator.add, [one, two]) == sum([one, two], Counts())
     assert both.years[2016] == one.years[2016] + two.years[2016]
     assert both.years[2024] == two.years[2024]
-    assert metrics.by_year(both).index.tolist() == [2015, 2016, 2018, 2019, 2024]
+    assert metrics.tabulate_years(both).index.tolist() == [2015, 2016, 2018, 2019, 2024]
 
 
 def test_pooling_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
@@ -369,10 +369,10 @@ def test_pooling_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
 def test_gaps_are_calendar_years_and_pairs_are_all_pairs() -> None:
     p, y = series(15), series(16)
     scores = count(p, y, YEARS)
-    assert metrics.by_pair(scores).index.tolist() == sorted(
+    assert metrics.tabulate_pairs(scores).index.tolist() == sorted(
         f"{a}-{b}" for a, b in combinations(YEARS, 2)
     )
-    gaps = metrics.by_gap(scores)
+    gaps = metrics.tabulate_gaps(scores)
     assert gaps.index.tolist() == [1, 2, 3, 4]  # not 1, 2, 3: 2017 is not among the years
     alone = finish(
         count(p[[0, 2]], y[[0, 2]], [2015, 2018]) + count(p[[1, 3]], y[[1, 3]], [2016, 2019])
@@ -484,7 +484,7 @@ def test_counts_are_those_of_masks(shape: tuple[int, int, int], unknown: float) 
 
 def test_blocks_of_many_rows_add_up() -> None:
     p, y = series(22, (3, 300, 21), 0.02), series(23, (3, 300, 21), 0.02)
-    total = Scores()
+    total = Counts()
     for first in range(0, 300, 77):
         rows = slice(max(first - metrics.MARGIN_PX, 0), min(first + 77 + metrics.MARGIN_PX, 300))
         core = slice(first - rows.start, min(first + 77, 300) - rows.start)
@@ -508,7 +508,7 @@ def test_counts_go_through_json_unchanged() -> None:
     p, y = series(26), series(27)
     probability = np.where(p == 255, 255, np.minimum(p, 1) * 171)
     scores = count(p, y, YEARS) + metrics.count_probability(probability.astype(np.uint8), y, YEARS)
-    back = Scores.of_json(json.loads(json.dumps(scores.to_json())))
+    back = Counts.of_json(json.loads(json.dumps(scores.to_json())))
     assert back == scores
     assert back + scores == scores + scores
     for wrong in (
@@ -518,7 +518,7 @@ def test_counts_go_through_json_unchanged() -> None:
         [],
     ):
         with pytest.raises(ModelError, match="count again"):
-            Scores.of_json(wrong)  # type: ignore[arg-type]
+            Counts.of_json(wrong)  # type: ignore[arg-type]
 
 
 def vspw(truth: np.ndarray, pred: np.ndarray, n: int, windows: int) -> list[float]:
@@ -575,7 +575,7 @@ def chances(
 def test_curves_are_scikit_learns(levels: int) -> None:
     p, y = chances(30, (4, 15, 16), levels)
     scores = metrics.count_probability(p, y, YEARS)
-    table = metrics.by_year(
+    table = metrics.tabulate_years(
         count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, YEARS) + scores
     )
     known = (p != 255) & (y != 255)
@@ -584,13 +584,13 @@ def test_curves_are_scikit_learns(levels: int) -> None:
         assert table["auprc"][year] == pytest.approx(average_precision_score(t, q))
         assert table["brier"][year] == pytest.approx(brier_score_loss(t, q))
         observed, predicted = calibration_curve(t, q, n_bins=10)
-        bins = metrics.reliability(scores.footprint[year])
+        bins = metrics.tabulate_reliability(scores.footprint[year])
         assert bins["observed"].tolist() == pytest.approx(observed.tolist())
         assert bins["predicted"].tolist() == pytest.approx(predicted.tolist())
         off = np.abs(bins["observed"] - bins["predicted"])
         assert table["ece"][year] == pytest.approx((off * bins["pixels"]).sum() / len(t))
         precision, recall, thresholds = precision_recall_curve(t, q)
-        curve = metrics.precision_recall(scores.footprint[year])
+        curve = metrics.tabulate_precision_recall(scores.footprint[year])
         assert curve["threshold"].tolist() == pytest.approx(thresholds[::-1].tolist())
         assert curve["precision"].tolist() == pytest.approx(precision[-2::-1].tolist())
         assert curve["recall"].tolist() == pytest.approx(recall[-2::-1].tolist())
@@ -680,7 +680,7 @@ def test_maps_of_change_are_scored_as_footprints_are(
         count(p, y, YEARS),
         metrics.count_change(as_change(p, classes), y, YEARS, PAIRS, classes),
     )
-    expected, found = (metrics.by_gap(s) for s in (of_maps, of_change))
+    expected, found = (metrics.tabulate_gaps(s) for s in (of_maps, of_change))
     names = [
         name
         for name in expected.columns
@@ -743,7 +743,7 @@ def test_scores_of_different_change_classes_are_not_joined() -> None:
     )
     with pytest.raises(ModelError, match="score the two models apart"):
         one + other
-    assert Scores() + one == one
+    assert Counts() + one == one
 
 
 def test_a_probability_is_no_footprint_and_the_reverse() -> None:
@@ -758,7 +758,7 @@ def test_a_probability_is_no_footprint_and_the_reverse() -> None:
 def test_baselines_lose_where_they_must() -> None:
     y = series(37, (6, 20, 20), unknown=0.05)
     years = list(range(2015, 2021))
-    found = {name: finish(count(p, y, years)) for name, p in metrics.baselines(y).items()}
+    found = {name: finish(count(p, y, years)) for name, p in metrics.make_baselines(y).items()}
     assert list(found) == ["never changes", "always mine", "last year's map"]
     for name in ("never changes", "always mine"):
         assert [found[name][s] for s in ("change_f1", "transition_f1", "expansion_f1", "bc")] == [
@@ -772,7 +772,7 @@ def test_baselines_lose_where_they_must() -> None:
     assert 0 < late["change_f1"] < 0.8
 
 
-def sites_of(number: int, seed: int = 0) -> dict[str, Scores]:
+def sites_of(number: int, seed: int = 0) -> dict[str, Counts]:
     found = {}
     for n in range(number):
         y = series(1000 * seed + n, (3, 8, 9 + n), unknown=0)
@@ -786,7 +786,7 @@ def sites_of(number: int, seed: int = 0) -> dict[str, Scores]:
 @pytest.mark.parametrize("name", ["iou", "ca_tiou", "change_f1", "sc"])
 def test_intervals_are_scipys(name: str) -> None:
     sites = sites_of(9)
-    table = metrics.intervals(sites, resamples=500, seed=5)
+    table = metrics.estimate_intervals(sites, resamples=500, seed=5)
     of = list(sites.values())
 
     def pooled(index: np.ndarray) -> float:
@@ -810,25 +810,29 @@ def test_intervals_are_of_ratios_of_sums() -> None:
     large, small = np.ones((1, 30, 30), np.uint8), np.ones((1, 2, 1), np.uint8)
     half = np.array([[[1], [0]]], np.uint8)
     sites = {"large": count(large, large, [2020]), "small": count(half, small, [2020])}
-    table = metrics.intervals(sites, seed=1)
+    table = metrics.estimate_intervals(sites, seed=1)
     # Both large, one of each or both small: the mean of site scores would be 0.75 in the middle.
     assert table.loc["iou"].tolist() == [901 / 902, 0.5, 1.0]
     # Of five large and five small sites the mean of site scores would lie between 0.6 and 0.9.
     several = {f"{name}{n}": scores for name, scores in sites.items() for n in range(5)}
-    assert metrics.intervals(several, seed=1).loc["iou", "low"] > 0.98
+    assert metrics.estimate_intervals(several, seed=1).loc["iou", "low"] > 0.98
 
 
 def test_the_same_seed_gives_the_same_interval_and_one_site_none() -> None:
     sites = sites_of(6)
-    assert metrics.intervals(sites, seed=3).equals(metrics.intervals(sites, seed=3))
-    assert not metrics.intervals(sites, seed=3).equals(metrics.intervals(sites, seed=4))
-    alone = metrics.intervals({"s0": sites["s0"]})
+    assert metrics.estimate_intervals(sites, seed=3).equals(
+        metrics.estimate_intervals(sites, seed=3)
+    )
+    assert not metrics.estimate_intervals(sites, seed=3).equals(
+        metrics.estimate_intervals(sites, seed=4)
+    )
+    alone = metrics.estimate_intervals({"s0": sites["s0"]})
     assert alone["score"].dropna().to_dict() == {
         n: v for n, v in finish(sites["s0"]).items() if not math.isnan(v)
     }
     assert alone[["low", "high"]].isna().all(axis=None)
     with pytest.raises(ModelError, match="no site"):
-        metrics.intervals({})
+        metrics.estimate_intervals({})
 
 
 def test_differences_are_paired_by_site() -> None:
@@ -839,20 +843,22 @@ def test_differences_are_paired_by_site() -> None:
             y: dataclasses.replace(n, tp=n.tp - 2, fn=n.fn + 2) for y, n in scores.years.items()
         }
         worse[name] = dataclasses.replace(scores, years=years)
-    paired = metrics.difference(one, dict(reversed(worse.items())))
+    paired = metrics.estimate_difference(one, dict(reversed(worse.items())))
     assert (
         0
         < paired.loc["recall", "low"]
         < paired.loc["recall", "score"]
         < paired.loc["recall", "high"]
     )
-    apart = [metrics.intervals(s).loc["recall"] for s in (one, worse)]
+    apart = [metrics.estimate_intervals(s).loc["recall"] for s in (one, worse)]
     assert apart[0]["low"] < apart[1]["high"]  # unpaired, they overlap
     with pytest.raises(ModelError, match="same sites"):
-        metrics.difference(one, {**worse, "s9": worse["s0"]})
+        metrics.estimate_difference(one, {**worse, "s9": worse["s0"]})
     near = {pair: n for pair, n in one["s3"].pairs.items() if pair[1] - pair[0] == 1}
     with pytest.raises(ModelError, match="s3 is scored over 3 and 2 pairs of years"):
-        metrics.difference(one, {**worse, "s3": dataclasses.replace(one["s3"], pairs=near)})
+        metrics.estimate_difference(
+            one, {**worse, "s3": dataclasses.replace(one["s3"], pairs=near)}
+        )
 
 
 def test_formulas_work_on_many_resamples_at_once() -> None:
@@ -865,7 +871,7 @@ def test_formulas_work_on_many_resamples_at_once() -> None:
         count(np.where(p == 255, 255, p >= 125).astype(np.uint8), y, years)
         + metrics.count_probability(p, y, years),
         count(y, y, years),
-        Scores(),
+        Counts(),
     ]
     kinds = find_kinds(several)
     together = compute_scores(np.stack([flatten(s, kinds) for s in several]), kinds)

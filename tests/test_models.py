@@ -15,7 +15,7 @@ import xarray as xr
 from minecube import models
 from minecube.catalog import BANDS, ModelCard, load_models
 from minecube.errors import ModelError
-from minecube.models import Trained, load, predict, save
+from minecube.models import TrainedModel, load, predict, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +29,7 @@ SMALL = ModelCard(
 )
 
 
-def untrained(card: ModelCard = SMALL, seed: int = 0) -> Trained:
+def untrained(card: ModelCard = SMALL, seed: int = 0) -> TrainedModel:
     torch.manual_seed(seed)
     network = models.build(card).eval()
     for module in network.modules():  # statistics as after training, so that all layers matter
@@ -37,7 +37,9 @@ def untrained(card: ModelCard = SMALL, seed: int = 0) -> Trained:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     n = len(card.bands)
-    return Trained(card=card, network=network, mean=(1000.0,) * n, std=(500.0,) * n, sites=("a",))
+    return TrainedModel(
+        card=card, network=network, mean=(1000.0,) * n, std=(500.0,) * n, sites=("a",)
+    )
 
 
 # The network

@@ -101,7 +101,9 @@ def test_cards_of_ones_own_with_weights_and_scores(tmp_path: Path) -> None:
         said = json.loads(run("models", "--catalog", folder, *arguments))
         assert said["weights"]["sha256"] == "a1" * 32
         assert said["scores"] == {"iou": 0.91}
-        assert said["parameters"] == network.parameters(load_models(folder / "models.yaml")["own"])
+        assert said["parameters"] == network.count_parameters(
+            load_models(folder / "models.yaml")["own"]
+        )
 
 
 def test_the_file_of_a_trained_network_is_shown_with_how_it_came_to_be(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_the_file_of_a_trained_network_is_shown_with_how_it_came_to_be(tmp_path:
         "epoch": 7,
         "validation F1": 0.875,
     }
-    of = network.Trained(
+    of = network.TrainedModel(
         card=card,
         network=network.build(card),
         mean=(1500.0,) * 10,

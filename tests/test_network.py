@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minecube import network
-from minecube.network import ForbiddenError, check_address, check_href, redirected
+from minecube.network import ForbiddenError, check_address, check_href, check_redirect
 
 PUBLIC = "stac.example.org"
 
@@ -239,7 +239,7 @@ ENCODED = ["http://files%2eexample.org/x", "http://%a1/x"]
 def test_urls_that_libraries_read_differently_are_refused(url):
     for check in (
         lambda: check_href(url, PUBLIC),
-        lambda: redirected("http://a.example.org/x", url, PUBLIC),
+        lambda: check_redirect("http://a.example.org/x", url, PUBLIC),
     ):
         with pytest.raises(ForbiddenError):
             check()
@@ -258,9 +258,9 @@ def test_the_host_that_is_checked_is_the_host_that_is_asked(rest):
 
 
 def test_redirects_stay_on_the_web(no_dns):
-    assert redirected("http://a.example.org/x/y", "../z", PUBLIC) == "http://a.example.org/z"
+    assert check_redirect("http://a.example.org/x/y", "../z", PUBLIC) == "http://a.example.org/z"
     assert (
-        redirected("http://a.example.org/x", "https://b.example.org/", PUBLIC)
+        check_redirect("http://a.example.org/x", "https://b.example.org/", PUBLIC)
         == "https://b.example.org/"
     )
     for url, target in (
@@ -271,9 +271,9 @@ def test_redirects_stay_on_the_web(no_dns):
         ("http://a.example.org/x", "//127.0.0.1/x"),
     ):
         with pytest.raises(ForbiddenError):
-            redirected(url, target, PUBLIC)
+            check_redirect(url, target, PUBLIC)
     with pytest.raises(ForbiddenError):
-        redirected("http://a.example.org/x", "http://stac.institute/x", PUBLIC, resolve=True)
+        check_redirect("http://a.example.org/x", "http://stac.institute/x", PUBLIC, resolve=True)
 
 
 def test_a_host_that_does_not_answer_is_remembered_for_a_while(monkeypatch):
@@ -291,11 +291,11 @@ def test_a_host_that_does_not_answer_is_remembered_for_a_while(monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_an_unreachable_host():
-    assert network.why_unreachable("http://x/", ValueError("no")) is None
+    assert network.explain_unreachable("http://x/", ValueError("no")) is None
     try:
         requests.get("http://127.0.0.1:1/", timeout=5)
     except requests.ConnectionError as error:
-        said = network.why_unreachable("http://user:secret@127.0.0.1:1/", error)
+        said = network.explain_unreachable("http://user:secret@127.0.0.1:1/", error)
     assert (
         said
         == "127.0.0.1:1 cannot be reached (Connection refused): check the address, and that the server is running"

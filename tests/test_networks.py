@@ -18,7 +18,7 @@ import xarray as xr
 from minecube import models
 from minecube.catalog import BANDS, ModelCard, load_models
 from minecube.errors import ModelError
-from minecube.models import Trained, libraries, torchvision_operators
+from minecube.models import TrainedModel, libraries, torchvision_operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,7 +200,7 @@ def deeplabv3plus_decoder(a: int, low: int, width: int) -> int:
     ],
 )
 def test_parameters_are_those_counted_by_hand(name: str, expected: int) -> None:
-    assert models.parameters(CARDS[name]) == expected
+    assert models.count_parameters(CARDS[name]) == expected
 
 
 def test_linknet_on_a_resnet18_is_about_the_size_of_the_paper() -> None:
@@ -301,7 +301,7 @@ def test_it_trains_is_saved_and_maps_as_before(name: str, tmp_path: Path) -> Non
     assert losses[-1] < losses[0]
 
     models.save(
-        Trained(card=card, network=network.eval(), mean=mean, std=std, sites=("a",)),
+        TrainedModel(card=card, network=network.eval(), mean=mean, std=std, sites=("a",)),
         tmp_path / "model.pt",
     )
     found = models.load(tmp_path / "model.pt")

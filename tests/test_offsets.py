@@ -16,9 +16,9 @@ from minecube.catalog import load_recipes, load_sources
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.scenes import offsets
-from minecube.scenes.looks import Look, coarsen_grid, look_at
-from minecube.scenes.offsets import Check, check_offsets, estimate_carried, resolve
-from minecube.simulate import World, simulate
+from minecube.scenes.looks import Look, coarsen_grid, read_look
+from minecube.scenes.offsets import OffsetCheck, check_offsets, estimate_carried, resolve_conflicts
+from minecube.simulate import World, simulate_archive
 
 VEGETATION, BARE, CLOUD = 4, 5, 9
 HIGH_CLOUD = np.array([6200, 6000, 3400])
@@ -45,7 +45,7 @@ def seen(n, land, cover=0.0, seed=1):
 
 
 def checked(listed, grid):
-    return check_offsets(listed, look_at(listed, grid))
+    return check_offsets(listed, read_look(listed, grid))
 
 
 def told(numbers, scl, carries, decided, overpass=None):
@@ -385,7 +385,9 @@ def test_large_places_are_seen_coarsely(side, make):
 
 def check(scene, conflict, should_be, step=1000.0):
     offset = scene.properties["minecube:offset"]
-    return Check(scene=scene.id, offset=offset, step=step, conflict=conflict, should_be=should_be)
+    return OffsetCheck(
+        scene=scene.id, offset=offset, step=step, conflict=conflict, should_be=should_be
+    )
 
 
 @pytest.fixture
@@ -402,9 +404,9 @@ def three(place):
 
 def test_policies(three, caplog):
     listed, checks = three
-    assert resolve(listed, checks, "warn") == listed
-    assert resolve(listed, checks, "drop") == listed[:1]
-    fixed = resolve(listed, checks, "fix")
+    assert resolve_conflicts(listed, checks, "warn") == listed
+    assert resolve_conflicts(listed, checks, "drop") == listed[:1]
+    fixed = resolve_conflicts(listed, checks, "fix")
     assert [s.id for s in fixed] == [s.id for s in listed]
     assert [s.properties["minecube:offset"] for s in fixed] == [0, -1000, -1000]
     assert "its pixels say -1000" in fixed[1].properties["minecube:offset_reason"]
@@ -413,12 +415,12 @@ def test_policies(three, caplog):
         f"{done})" for done in ("kept as it is", "left out", "mended") for _ in range(2)
     ]
     with pytest.raises(SceneError, match=r"2 of 3 scenes .*-1000 would fit.*--on-offset-conflict"):
-        resolve(listed, checks, "fail")
+        resolve_conflicts(listed, checks, "fail")
     with pytest.raises(SceneError, match="all 1 scenes"):
-        resolve(listed[2:], checks[2:], "drop")
-    assert resolve(listed[:1], checks[:1], "fail") == listed[:1]
-    assert resolve([], [], "drop") == []
-    assert offsets.as_rows(checks) == [
+        resolve_conflicts(listed[2:], checks[2:], "drop")
+    assert resolve_conflicts(listed[:1], checks[:1], "fail") == listed[:1]
+    assert resolve_conflicts([], [], "drop") == []
+    assert offsets.list_conflicts(checks) == [
         {"scene": listed[1].id, "offset": 0, "step": 1000.0, "should_be": -1000},
         {"scene": listed[2].id, "offset": 0, "step": 990.0, "should_be": -1000},
     ]
@@ -564,7 +566,7 @@ def test_simulated_years(tmp_path, make):
     world = World(
         years=(2023,), styles=("earth-search",), wrong_flags=0.2, seed=4, dates_per_year=18
     )
-    simulate(sites, tmp_path / "w", world)
+    simulate_archive(sites, tmp_path / "w", world)
     truth = pd.read_parquet(tmp_path / "w" / "truth_offsets.parquet").set_index("id")
     source = load_sources(tmp_path / "w" / "sources.yaml")["sim-earth-search"]
     wrong, untold = 0, 0

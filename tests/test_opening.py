@@ -34,7 +34,7 @@ def site(make):
 @pytest.fixture
 def store(tmp_path, site):
     where = cube.Store(tmp_path / "cubes.zarr")
-    cube.create(where, site, grid_of(site), (2019, 2020, 2021), RECIPE)
+    cube.create_site(where, site, grid_of(site), (2019, 2020, 2021), RECIPE)
     build(where, site, 2019, 1000)
     build(where, site, 2020, 2000)
     return where
@@ -58,17 +58,17 @@ def build(store, site, year, value, **how):
         "minecube:offset_reason": "r",
     }
     scene = types.SimpleNamespace(id=f"scene {value}", properties=told)
-    provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
+    provenance = cube.describe_build(site, year, grid, RECIPE, [scene])
     return cube.write_year(store, xr.Dataset(made), provenance, b"", cube.BuildOptions(**how))
 
 
 def test_a_failed_rebuild_leaves_the_old_year(store, site, monkeypatch):
     before = cube.open_committed(store, "pit").load()
-    marker = cube.builds(store, "pit")[2020]
+    marker = cube.read_markers(store, "pit")[2020]
     asked = iter([False, True])
     with pytest.raises(CubeError, match="stopped with 3 of 4 blocks to go"):
         build(store, site, 2020, 3000, overwrite=True, workers=1, stopped=lambda: next(asked))
-    assert cube.builds(store, "pit")[2020] == marker
+    assert cube.read_markers(store, "pit")[2020] == marker
     xr.testing.assert_identical(cube.open_committed(store, "pit").load(), before)
     assert (
         int(
@@ -100,7 +100,7 @@ def test_what_changes_between_opening_and_reading_is_an_error(store, site, chang
     opened = cube.open_cube(store, "pit")
     windows = cube.CubeDataset(store, size=32, step=32)
     if change == "withdrawn":
-        cube.uncommit(store, "pit", [2020])
+        cube.withdraw_years(store, "pit", [2020])
     else:
         build(store, site, year, 3000, overwrite=True)
     said = f"pit {year} was built again while it was being read; open the cube again"
@@ -156,7 +156,7 @@ def test_a_reader_during_overwrite_never_sees_a_mixture(store, site, tmp_path):
 def test_files_that_others_are_writing_are_no_members(store, tmp_path):
     (tmp_path / "cubes.zarr/pit/zarr.0123.partial").write_bytes(b"{")
     (tmp_path / "cubes.zarr/zarr.4567.partial").write_bytes(b"{")
-    assert cube.sites(store) == ["pit"]  # warnings are errors here
+    assert cube.list_sites(store) == ["pit"]  # warnings are errors here
     assert cube.open_committed(store, "pit").year.values.tolist() == [2019, 2020]
 
 
@@ -164,7 +164,7 @@ def test_a_missing_shard_is_an_error_in_an_object_store_too(bucket, site):
     from obstore.store import from_url
 
     url = cube.Store(f"{bucket}/cubes.zarr")
-    cube.create(url, site, grid_of(site), (2019, 2020), RECIPE)
+    cube.create_site(url, site, grid_of(site), (2019, 2020), RECIPE)
     build(url, site, 2020, 2000)
     assert int(cube.open_committed(url, "pit").reflectance.max()) == 2007
     from_url(str(url)).delete("pit/reflectance/c/1/0/1/1")

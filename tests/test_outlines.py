@@ -17,7 +17,7 @@ from rasterio import features
 from scipy import ndimage
 
 from minecube.errors import LabelError
-from minecube.labels import identify, rasterize, simplify, vectorize
+from minecube.labels import assign_ids, rasterize, simplify_outlines, vectorize
 
 LEFT, TOP = 399960, 5700000
 FOUR = ndimage.generate_binary_structure(2, 1)
@@ -43,7 +43,7 @@ def drawn(*years):
 
 def identified(*years):
     footprint, grid = drawn(*years)
-    return identify(vectorize(footprint, grid, "pit"), footprint.year.to_numpy().tolist())
+    return assign_ids(vectorize(footprint, grid, "pit"), footprint.year.to_numpy().tolist())
 
 
 def pixels_of(shape, grid):
@@ -123,9 +123,9 @@ def test_one_that_vanished_for_good_leaves_its_number_unused():
 def test_years_that_nobody_mapped_are_no_gap():
     footprint, grid = drawn("##", "..", "..", "..", "##")
     regions = vectorize(footprint, grid, "pit")
-    assert set(identify(regions, [2015, 2019])["id"]) == {"pit_1"}
-    assert set(identify(regions, range(2015, 2020))["id"]) == {"pit_1", "pit_2"}
-    assert set(identify(regions)["id"]) == {"pit_1"}
+    assert set(assign_ids(regions, [2015, 2019])["id"]) == {"pit_1"}
+    assert set(assign_ids(regions, range(2015, 2020))["id"]) == {"pit_1", "pit_2"}
+    assert set(assign_ids(regions)["id"]) == {"pit_1"}
 
 
 def test_a_vanished_pit_of_which_a_neighbour_took_less_than_half_has_not_merged():
@@ -150,7 +150,7 @@ def test_a_pit_that_grows_into_its_neighbour_keeps_its_own_id():
 def test_sites_are_numbered_on_their_own():
     footprint, grid = drawn("##.#", "##.#")
     both = pd.concat([vectorize(footprint, grid, name) for name in ("b", "a")], ignore_index=True)
-    found = identify(both)
+    found = assign_ids(both)
     assert set(found["id"]) == {"a_1", "a_2", "b_1", "b_2"}
     assert found["site"].tolist() == both["site"].tolist()
 
@@ -167,19 +167,19 @@ scenes = arrays(
 def test_ids_are_unique_in_a_year_whatever_the_order_and_later_years_change_none(masks, random):
     footprint, grid = footprint_of(masks)
     regions, years = vectorize(footprint, grid, "pit"), footprint.year.to_numpy().tolist()
-    found = identify(regions, years)
+    found = assign_ids(regions, years)
     assert not found.duplicated(["year", "id"]).any()
     assert found["id"].notna().all()
     order = list(range(len(regions)))
     random.shuffle(order)
     assert (
-        identify(regions.iloc[order], years)
+        assign_ids(regions.iloc[order], years)
         .sort_index()
         .drop(columns="geometry")
         .equals(found.drop(columns="geometry"))
     )
     early = regions[regions["year"] < years[-1]]
-    assert identify(early, years[:-1])["id"].tolist() == found.loc[early.index, "id"].tolist()
+    assert assign_ids(early, years[:-1])["id"].tolist() == found.loc[early.index, "id"].tolist()
     over = set()
     for year in years:
         rows = found[found["year"] == year]
@@ -193,7 +193,7 @@ def test_ids_are_unique_in_a_year_whatever_the_order_and_later_years_change_none
 @given(arrays(np.uint8, (2, 6, 7), elements=st.sampled_from([0, 1])))
 def test_from_one_year_to_the_next_ids_follow_the_overlap_in_pixels(masks):
     footprint, grid = footprint_of(masks)
-    found = identify(vectorize(footprint, grid, "pit"), [2015, 2016])
+    found = assign_ids(vectorize(footprint, grid, "pit"), [2015, 2016])
     old, new = (
         {r.id: pixels_of(r.geometry, grid) == 1 for r in rows.itertuples()}
         for rows in (found[found["year"] == 2015], found[found["year"] == 2016])
@@ -221,7 +221,7 @@ def test_from_one_year_to_the_next_ids_follow_the_overlap_in_pixels(masks):
 
 def test_no_region_at_all():
     footprint, grid = drawn("...", "...")
-    found = simplify(identify(vectorize(footprint, grid, "pit"), [2015, 2016]), 10)
+    found = simplify_outlines(assign_ids(vectorize(footprint, grid, "pit"), [2015, 2016]), 10)
     assert found.empty
     assert list(found.columns) == ["site", "year", "area_m2", "geometry", "id", "parent", "merged"]
 
@@ -315,7 +315,7 @@ def test_simplified_outlines_keep_area_holes_and_distance_from_each_other(smooth
     footprint, grid = footprint_of(masks)
     exact = vectorize(footprint, grid, "pit")
     assert any(len(p.interiors) for p in exact.geometry) == (smooth < 8)
-    simple = simplify(exact, 10)
+    simple = simplify_outlines(exact, 10)
     assert_simplified(simple, exact)
     assert simple.drop(columns="geometry").equals(exact.drop(columns="geometry"))
     corners = [shapely.get_num_coordinates(t.geometry.to_numpy()).sum() for t in (simple, exact)]
@@ -327,14 +327,14 @@ def test_simplified_outlines_keep_area_holes_and_distance_from_each_other(smooth
 def test_any_mask_is_simplified_within_the_rules(masks):
     footprint, grid = footprint_of(np.kron(masks, np.ones((1, 3, 3), np.uint8)))
     exact = vectorize(footprint, grid, "pit")
-    assert_simplified(simplify(exact, 10), exact)
+    assert_simplified(simplify_outlines(exact, 10), exact)
 
 
 def test_a_disc_has_a_tenth_of_its_corners_and_its_place():
     y, x = np.mgrid[:300, :300]
     footprint, grid = footprint_of([np.hypot(y - 150, x - 150) < 120])
     exact = vectorize(footprint, grid, "pit")
-    simple = simplify(exact, 10)
+    simple = simplify_outlines(exact, 10)
     corners = [shapely.get_num_coordinates(t.geometry[0]) for t in (simple, exact)]
     assert corners[0] < corners[1] / 10
     assert simple.geometry[0].centroid.distance(exact.geometry[0].centroid) < 1
@@ -348,7 +348,7 @@ def test_an_island_in_a_hole_stays_inside_it():
     footprint, grid = footprint_of([(away < 50) & (away > 22) | (away < 20)])
     exact = vectorize(footprint, grid, "pit")
     assert len(exact) == 2
-    simple = simplify(exact, 10)
+    simple = simplify_outlines(exact, 10)
     assert_simplified(simple, exact)
     assert simple.geometry[0].disjoint(simple.geometry[1])
 
@@ -356,4 +356,4 @@ def test_an_island_in_a_hole_stays_inside_it():
 def test_a_single_pixel_stays_a_pixel():
     footprint, grid = drawn("#..#")
     exact = vectorize(footprint, grid, "pit")
-    assert simplify(exact, 10).geometry.geom_equals(exact.geometry).all()
+    assert simplify_outlines(exact, 10).geometry.geom_equals(exact.geometry).all()

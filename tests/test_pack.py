@@ -66,7 +66,7 @@ def provenance(site, year):
         "minecube:offset": 0,
         "minecube:offset_reason": "r",
     }
-    return cube.provenance_of(
+    return cube.describe_build(
         site, year, grid_of(site), RECIPE, [types.SimpleNamespace(id="a", properties=told)]
     )
 
@@ -74,7 +74,7 @@ def provenance(site, year):
 def built(store, site, years=(2019, 2020), begun=()):
     """Some years, one that is only begun, labels of all, and a prediction."""
     grid = grid_of(site)
-    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
     for year in years:
         cube.write_year(cube.Store(store), year_of(grid, year), provenance(site, year), scenes())
     for year in begun:
@@ -174,7 +174,7 @@ def test_unzip_gives_the_store_back(whole, zipped, sites, tmp_path):
         cube.Store(store), year_of(grid, 2020), provenance(site, 2020), scenes()
     )
     assert cube.write_year(cube.Store(store), year_of(grid, 2021), provenance(site, 2021), scenes())
-    assert list(cube.builds(cube.Store(store), "pit")) == list(YEARS)
+    assert list(cube.read_markers(cube.Store(store), "pit")) == list(YEARS)
 
 
 def test_zarr_and_xarray_open_it_unaided(whole, zipped):
@@ -219,9 +219,11 @@ def test_gdal_says_of_it_what_it_says_of_the_folder(whole, zipped):
 
 def test_it_opens_as_the_folder_does(whole, zipped):
     here, there = str(zipped[0]), str(whole)
-    assert cube.sites(cube.Store(here)) == ["pit", "pond"]
-    for name in cube.sites(cube.Store(here)):
-        assert cube.builds(cube.Store(here), name) == cube.builds(cube.Store(there), name)
+    assert cube.list_sites(cube.Store(here)) == ["pit", "pond"]
+    for name in cube.list_sites(cube.Store(here)):
+        assert cube.read_markers(cube.Store(here), name) == cube.read_markers(
+            cube.Store(there), name
+        )
         xr.testing.assert_identical(
             cube.open_committed(cube.Store(here), name).load(),
             cube.open_committed(cube.Store(there), name).load(),
@@ -324,7 +326,7 @@ def test_sites_are_chosen(whole, tmp_path):
     )
     assert done.exit_code == 0
     assert not done.stderr
-    assert cube.sites(cube.Store(out)) == ["pond"]
+    assert cube.list_sites(cube.Store(out)) == ["pond"]
     same(
         cube.CubeDataset(cube.Store(out), size=60)[0],
         cube.CubeDataset(cube.Store(whole), ["pond"], size=60)[0],
@@ -499,7 +501,7 @@ def test_zips_of_other_hands(whole, tmp_path):
         ["zip", "-0", "-r", "-q", "-z", str(out), "."], cwd=store, check=True, input=b"by hand\n"
     )
     assert cube.verify(cube.Store(out)).whole
-    assert cube.sites(cube.Store(out)) == ["pit", "plan", "pond"]
+    assert cube.list_sites(cube.Store(out)) == ["pit", "plan", "pond"]
     same(
         cube.CubeDataset(cube.Store(out), ["pit"], size=120)[0],
         cube.CubeDataset(cube.Store(whole), ["pit"], size=120)[0],
@@ -513,9 +515,9 @@ def test_a_store_far_away_and_a_folder_of_that_name(whole, tmp_path):
     ):
         cube.Store("s3://b/cubes.zip")
     folder = shutil.copytree(whole, tmp_path / "cubes.zip")
-    assert cube.sites(cube.Store(folder)) == ["pit", "plan", "pond"]
-    cube.uncommit(cube.Store(folder), "pond", [2019])
-    assert list(cube.builds(cube.Store(folder), "pond")) == [2020]
+    assert cube.list_sites(cube.Store(folder)) == ["pit", "plan", "pond"]
+    cube.withdraw_years(cube.Store(folder), "pond", [2019])
+    assert list(cube.read_markers(cube.Store(folder), "pond")) == [2020]
 
 
 def test_nothing_is_written_into_it(zipped, sites, tmp_path):
@@ -525,14 +527,14 @@ def test_nothing_is_written_into_it(zipped, sites, tmp_path):
     opened = cube.open_cube(cube.Store(out), "pond").load()
     said = r"cubes.zarr.zip: is a packed store, which is only read; write to the store it was packed from, or unpack it"
     for write in (
-        lambda: cube.create(cube.Store(out), site, grid, [2022], RECIPE),
-        lambda: cube.create(cube.Store(tmp_path / "new.zip"), site, grid, [2022], RECIPE),
+        lambda: cube.create_site(cube.Store(out), site, grid, [2022], RECIPE),
+        lambda: cube.create_site(cube.Store(tmp_path / "new.zip"), site, grid, [2022], RECIPE),
         lambda: cube.write_year(
             cube.Store(out), year_of(grid, 2021), provenance(site, 2021), scenes()
         ),
         lambda: cube.write_footprint(cube.Store(out), "pond", opened.footprint, "drawn"),
         lambda: cube.write_probability(cube.Store(out), "pond", "net2", opened.footprint, {}),
-        lambda: cube.uncommit(cube.Store(out), "pond", [2019]),
+        lambda: cube.withdraw_years(cube.Store(out), "pond", [2019]),
     ):
         with pytest.raises(CubeError, match="is a packed store, which is only read"):
             write()

@@ -15,9 +15,9 @@ from minecube.composite import composite, plan
 from minecube.composite import registration as registering
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
-from minecube.reader import HEAD, Ledger
+from minecube.reader import HEAD_BYTES, Ledger
 from minecube.scenes import offsets
-from minecube.scenes.looks import look_at
+from minecube.scenes.looks import read_look
 
 LEFT, TOP = 360000, 5600040
 RECIPE = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=120, chunk_px=60)
@@ -71,7 +71,7 @@ def test_tiles_touched_by_brute_force(listed, tile, window):
     assert read_bytes == pytest.approx(counted**2 * tile**2 * 0.75 * 10**9 / 10980**2, rel=1e-3)
     assert requests == np.ceil(counted)
     assert pixels == window**2
-    assert plan._count_header("https://x/B04.tif").tolist() == [0, 1, HEAD, 0]
+    assert plan._count_header("https://x/B04.tif").tolist() == [0, 1, HEAD_BYTES, 0]
 
 
 def test_no_more_is_planned_than_a_file_has(listed):
@@ -133,13 +133,14 @@ def test_a_plan_is_as_slow_as_the_builds_before_it():
     asked = [plan.Estimate(site_years=n, reads=100 * n, checks=40 * n) for n in (10, 5)]
     assert [estimate.seconds(terms) for estimate in asked] == pytest.approx([6, 3])
     notes = [
-        plan.took(estimate, seconds) for estimate, seconds in zip(asked, (20.0, 16.0), strict=True)
+        plan.describe_duration(estimate, seconds)
+        for estimate, seconds in zip(asked, (20.0, 16.0), strict=True)
     ]
-    assert plan.pace(notes, terms) == pytest.approx(4)
-    assert plan.pace([{**note, "of a later version": 1} for note in notes], terms) == pytest.approx(
-        4
-    )
-    assert plan.pace([], terms) is None
+    assert plan.measure_pace(notes, terms) == pytest.approx(4)
+    assert plan.measure_pace(
+        [{**note, "of a later version": 1} for note in notes], terms
+    ) == pytest.approx(4)
+    assert plan.measure_pace([], terms) is None
 
 
 def test_checks_are_planned(listed, site):
@@ -150,9 +151,9 @@ def test_checks_are_planned(listed, site):
         planned = plan.estimate(listed, grid, recipe)
         assert planned.checks == 3 * repeats
         looks = Ledger()
-        offsets.check_offsets(listed, look_at(listed, grid, looks))
+        offsets.check_offsets(listed, read_look(listed, grid, looks))
         if registration:
-            registering.shifts(listed, grid, looks)
+            registering.measure_shifts(listed, grid, looks)
         made = looks.totals()["planned"]
         assert planned.checks * 3 / 4 <= made <= planned.checks
         assert planned.bytes > plan.estimate(listed, grid, RECIPE).bytes or not registration

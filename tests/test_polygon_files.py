@@ -366,7 +366,10 @@ def test_invalid_polygons_are_repaired_and_reported(tmp_path, caplog):
         (table([px(0, 0, 1, 1)], year=[True]), "found True"),
         (table([px(0, 0, 1, 1)], year=["2019-20"]), "found 2019-20"),
         (table([px(0, 0, 1, 1)], year=["20191301"]), "found 20191301"),
-        (table([px(0, 0, 1, 1)], year=[2019], Year=[2018]), "columns year, Year"),
+        (
+            table([px(0, 0, 1, 1)], year=[2019], Year=[2018]),
+            "several columns of one meaning: year, Year",
+        ),
         (
             table([px(0, 0, 1, 1)] * 2, start=[2019, 2021], end=[2019, 2020]),
             r"end before they start \(row 2\)",

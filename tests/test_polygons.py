@@ -21,7 +21,7 @@ from minecube.catalog import Site
 from minecube.cli import cli
 from minecube.errors import LabelError
 from minecube.grid import grid_of
-from minecube.labels import compare, mapped_areas, rasterize, read_polygons, survey
+from minecube.labels import compare, rasterize, read_polygons, repair_polygons, tabulate_areas
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
 real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/mine_polygons is absent")
@@ -49,7 +49,7 @@ def written(folder, polygons, name="mines.parquet"):
 
 
 def surveyed(folder, polygons, **how):
-    return survey(written(folder, polygons), **how)
+    return repair_polygons(written(folder, polygons), **how)
 
 
 def found(looked):
@@ -88,7 +88,7 @@ def test_areas_that_were_looked_at_are_no_mines(tmp_path):
     looked = surveyed(tmp_path, drawn)
     assert looked.findings.empty
     assert looked.polygons[["row", "mapped"]].to_numpy().tolist() == [[1, True], [2, False]]
-    assert mapped_areas(looked.polygons)["polygons"].tolist() == [1]
+    assert tabulate_areas(looked.polygons)["polygons"].tolist() == [1]
     mine = drawn.iloc[[1]].drop(columns="mapped")
     assert compare({"a": looked.polygons, "b": mine}, {"all": GRID})["iou"].tolist()[
         0
@@ -220,7 +220,7 @@ def test_a_sliver_is_what_no_circle_of_that_width_fits_into(tmp_path, width, is_
     assert sorted(found(looked)) == expected
     area = 10_000 - 900 if is_sliver else 10_000 - 900 - 60 * width + strip.area
     assert looked.polygons.to_crs(32633).area.sum() == pytest.approx(area, rel=1e-6)
-    assert survey(tmp_path / "mines.parquet", min_width_m=0).polygons.to_crs(
+    assert repair_polygons(tmp_path / "mines.parquet", min_width_m=0).polygons.to_crs(
         32633
     ).area.sum() == pytest.approx(10_000 - 900 - 60 * width + strip.area, rel=1e-6)
 
@@ -230,9 +230,9 @@ def test_a_row_of_slivers_only_is_left_out(tmp_path):
     assert found(looked) == [("sliver", 2, "left out")]
     assert looked.polygons["row"].tolist() == [1]
     with pytest.raises(LabelError, match="no polygon is wider than 200 m anywhere"):
-        survey(tmp_path / "mines.parquet", min_width_m=200)
+        repair_polygons(tmp_path / "mines.parquet", min_width_m=200)
     with pytest.raises(LabelError, match="least width of 0 m or more"):
-        survey(tmp_path / "mines.parquet", min_width_m=-1)
+        repair_polygons(tmp_path / "mines.parquet", min_width_m=-1)
 
 
 rectangles = st.lists(
@@ -253,8 +253,8 @@ def test_no_ground_is_lost_or_twice_there(tmp_path, drawn):
     assert kept.is_valid.all()
     assert shapely.union_all(kept.geometry.to_numpy()).symmetric_difference(union).area < 1e-6
     assert kept.area.sum() == pytest.approx(union.area, abs=1e-6)
-    assert mapped_areas(table(shapes))["area_m2"].item() == pytest.approx(
-        mapped_areas(kept)["area_m2"].item(), rel=1e-6
+    assert tabulate_areas(table(shapes))["area_m2"].item() == pytest.approx(
+        tabulate_areas(kept)["area_m2"].item(), rel=1e-6
     )
 
 
@@ -269,7 +269,7 @@ def test_areas_are_the_ellipsoids_by_site_and_year_each_place_once():
         start=pd.array([2018, 2019, None], dtype="Int64"),
         end=pd.array([2019, None, None], dtype="Int64"),
     )
-    areas = mapped_areas(drawn).set_index(["site", "year"])
+    areas = tabulate_areas(drawn).set_index(["site", "year"])
     assert areas.index.to_list()[:2] == [("a", 2018), ("a", 2019)]
     assert areas["polygons"].tolist() == [1, 2, 1]
     assert areas["holes"].tolist() == [0, 0, 1]

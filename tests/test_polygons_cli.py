@@ -50,7 +50,7 @@ def store(tmp_path, make):
     """Two sites and two years, without pixels."""
     for name, x in PLACES.items():
         site = make.site(name, LEFT + x, TOP, 60, 60)
-        cube.create(
+        cube.create_site(
             cube.Store(tmp_path / "cubes.zarr"),
             site,
             grid_of(site),
@@ -352,7 +352,9 @@ def test_sites_are_matched_alike_by_both_commands(store, sites, tmp_path):
 
 def test_a_site_that_may_be_two_is_refused(store, tmp_path, make):
     site = make.site("big-pit", LEFT + 3000, TOP, 60, 60)
-    cube.create(cube.Store(store), site, grid_of(site), [2019], load_recipes()["annual-median"])
+    cube.create_site(
+        cube.Store(store), site, grid_of(site), [2019], load_recipes()["annual-median"]
+    )
     path = written(tmp_path, table(OF_BIG, site=["BIG PIT"]))
     _, err = run("label", "--store", store, "--polygons", path, ok=2)
     assert "site 'BIG PIT' may be Big_Pit or big-pit; spell it as one of them" in err
@@ -489,7 +491,7 @@ def test_names_become_ids_of_groups_and_titles(tmp_path, make):
 def test_a_group_keeps_the_title(tmp_path, make):
     site = make.site("x", LEFT, TOP, 60, 60)
     titled = type(site)(id="way_1", title="Kamieniołom Górny", geometry=site.geometry)
-    cube.create(
+    cube.create_site(
         cube.Store(tmp_path / "c.zarr"),
         titled,
         grid_of(titled),
@@ -500,4 +502,6 @@ def test_a_group_keeps_the_title(tmp_path, make):
         zarr.open_group(tmp_path / "c.zarr" / "way_1", mode="r").attrs["minecube"]["title"]
         == "Kamieniołom Górny"
     )
-    assert np.array_equal(cube.grid_and_years(cube.Store(tmp_path / "c.zarr"), "way_1")[1], [2019])
+    assert np.array_equal(
+        cube.read_grid_and_years(cube.Store(tmp_path / "c.zarr"), "way_1")[1], [2019]
+    )

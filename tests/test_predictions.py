@@ -39,7 +39,7 @@ def site(make):
 def store(tmp_path, site):
     """Three of four years are built."""
     where = cube.Store(tmp_path / "cubes.zarr")
-    cube.create(where, site, grid_of(site), (2019, 2020, 2021, 2022), RECIPE)
+    cube.create_site(where, site, grid_of(site), (2019, 2020, 2021, 2022), RECIPE)
     for year in (2019, 2020, 2021):
         build(where, site, year)
     return where
@@ -63,7 +63,7 @@ def build(store, site, year, version="1", overwrite=False, seed=0, **how):
     scene = types.SimpleNamespace(id=f"a{version}", properties=told)
     listed = io.BytesIO()
     pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
-    provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
+    provenance = cube.describe_build(site, year, grid, RECIPE, [scene])
     cube.write_year(
         store,
         xr.Dataset(made),
@@ -139,7 +139,7 @@ def test_years_are_written_in_rows_and_found_again(store, site):
     assert found.odc.geobox == grid_of(site)
     assert found.attrs["model"] == NET
     assert found.attrs["builds"] == {
-        str(y): a["build_id"] for y, a in cube.builds(store, "pit").items()
+        str(y): a["build_id"] for y, a in cube.read_markers(store, "pit").items()
     }
     assert cube.verify(store).findings == ()
     unaided = xr.open_zarr(str(store), group="pit/predictions/net", consolidated=False)
@@ -311,14 +311,14 @@ def test_the_same_build_of_other_pixels_is_mapped_anew(store, site):
     four = years(2019, 2020, 2021, 2022)
     build(store, site, 2022, reads=Reads(1), completeness=0.5)
     mapped(store, four)
-    first = cube.builds(store, "pit")[2022]["build_id"]
+    first = cube.read_markers(store, "pit")[2022]["build_id"]
     build(store, site, 2022, seed=1, reads=Reads(0), overwrite=True)
-    assert cube.builds(store, "pit")[2022]["build_id"] == first
+    assert cube.read_markers(store, "pit")[2022]["build_id"] == first
     with pytest.raises(CubeError, match="mapped pit before 2022 was built as it is now"):
         cube.open_probability(store, "pit", "net")
     assert [f.kind for f in cube.verify(store).findings] == ["stale"]
     assert mapped(store, four) == four[3:]
-    cube.uncommit(store, "pit", [2022])
+    cube.withdraw_years(store, "pit", [2022])
     build(store, site, 2022, seed=1, reads=Reads(0))  # the very same pixels, again
     whole(store, 2019, 2020, 2021, 2022)
     assert cube.verify(store).findings == ()
@@ -335,7 +335,7 @@ def test_a_year_that_is_not_committed_is_not_mapped(store, site, variable, views
         mapped(store, views, variable=variable)
     with pytest.raises(CubeError, match="no prediction of 'net' for pit"):
         cube.open_probability(store, "pit", "net")
-    cube.uncommit(store, "pit", [2019])
+    cube.withdraw_years(store, "pit", [2019])
     grid = xr.open_zarr(str(store), group="pit", consolidated=False).footprint
     with pytest.raises(CubeError, match="2019 of pit is not committed"):
         cube.write_probability(store, "pit", "net", grid, {})
@@ -413,7 +413,7 @@ def test_a_series_of_more_years_is_another_one(store, site):
 
 def test_a_year_that_is_no_longer_committed_is_not_shown(store):
     mapped(store, years(2019, 2020, 2021))
-    cube.uncommit(store, "pit", [2020])
+    cube.withdraw_years(store, "pit", [2020])
     with pytest.raises(CubeError, match="mapped pit before 2020 was built as it is now"):
         cube.open_probability(store, "pit", "net")
     assert mapped(store, years(2019, 2021)) == []
@@ -552,7 +552,7 @@ def model_file(path, task="mapping", seed=0, **more):
         **more,
     )
     n = len(card.bands)
-    trained = models.Trained(
+    trained = models.TrainedModel(
         card=card,
         network=models.build(card).eval(),
         mean=(1500.0,) * n,
@@ -777,7 +777,7 @@ def test_nothing_is_touched_where_the_model_does_not_fit(store, tmp_path):
 
 def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
     other = make.site("quarry", 380000, 5600040, 90, 90)
-    cube.create(store, other, grid_of(other), (2019,), RECIPE)
+    cube.create_site(store, other, grid_of(other), (2019,), RECIPE)
     model_file(tmp_path / "m.pt")
     out, err = run("predict", "--store", str(store), "--model", tmp_path / "m.pt", ok=1)
     assert "pit: 3 years mapped" in out
@@ -791,7 +791,7 @@ def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
 def test_sites_of_a_store_are_named_by_the_file_they_were_built_of(store, site, tmp_path, make):
     model_file(tmp_path / "m.pt")
     other = make.site("quarry", 380000, 5600040, 90, 90)
-    cube.create(store, other, grid_of(other), (2019,), RECIPE)
+    cube.create_site(store, other, grid_of(other), (2019,), RECIPE)
     for name, sites in (
         ("one", [site]),
         ("both", [site, make.site("dump", 390000, 5600040, 90, 90)]),

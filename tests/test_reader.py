@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from minecube import scenes
 from minecube.catalog import Access
-from minecube.errors import GoneError, ReadError
+from minecube.errors import ReadError, UnusableFileError
 from minecube.reader import gridding, read, remove_offset
 
 LEFT, TOP = 360000, 5600040
@@ -366,7 +366,8 @@ def test_a_file_cut_anywhere_in_its_header_is_gone(tmp_path, make, form):
     for length in lengths:
         path.write_bytes(whole[:length])
         with pytest.raises(
-            GoneError, match=r"B04\.tif: cannot be read .* check that the file is there and whole"
+            UnusableFileError,
+            match=r"B04\.tif: cannot be read .* check that the file is there and whole",
         ):
             read(str(path), grid)
 

@@ -21,13 +21,13 @@ from minecube.catalog import Registration
 from minecube.composite import registration
 from minecube.composite.registration import (
     Shift,
+    apply_registration,
     as_rows,
     compare,
     correlate,
     edges_of,
-    registered,
+    measure_shifts,
     shift_of,
-    shifts,
 )
 from minecube.errors import ReadError
 from minecube.reader import Ledger, read, read_band
@@ -344,7 +344,7 @@ def test_scenes_of_an_archive(archive):
     made = [*made, (-7.5, 10), (-7.5, 10)]
 
     ledger = Ledger()
-    found = shifts(listed, land.grid, ledger)
+    found = measure_shifts(listed, land.grid, ledger)
     assert [s.scene for s in found] == [s.id for s in listed]
     assert found[0] == Shift(scene=white.id, dx_m=None, dy_m=None, peak=None, pixels=0)
     assert "its displacement is unknown" in str(found[0])
@@ -370,8 +370,8 @@ def test_registered_pixels_lie_where_they_should(archive):
         bands = {"B04": land.seen(shift, **quiet), "B11": land.seen(shift, coarse, **quiet)}
         listed.append(archive.scene(day, land.grid, bands, np.where(bands["B11"] > 1000, 5, 4)))
     before = [s.to_dict() for s in listed]
-    found = shifts(listed, land.grid)
-    kept = registered(listed, found, Registration(most_px=0.5, beyond="shift"))
+    found = measure_shifts(listed, land.grid)
+    kept = apply_registration(listed, found, Registration(most_px=0.5, beyond="shift"))
     assert [s.to_dict() for s in listed] == before
     assert [s is k for s, k in zip(listed, kept, strict=True)] == [True, True, False, True]
     dx, dy = kept[2].properties[registration.SHIFT]
@@ -409,7 +409,7 @@ def test_bands_of_20_m_where_there_are_no_others(archive):
     archive.bands = ("B11",)
     land = Land(240, 13, 24)
     made = [(0, 0), (22.5, -12.5), (0, 0), (0, 0)]
-    found = shifts(world(archive, land, made, days(4)), land.grid)
+    found = measure_shifts(world(archive, land, made, days(4)), land.grid)
     np.testing.assert_allclose([(s.dx_m, s.dy_m) for s in found], made, atol=3)
 
 
@@ -419,9 +419,9 @@ def test_no_band_that_all_have_and_no_scenes(archive):
     one = archive.scene("2021-06-01T10:10:21", land.grid, {"B04": 500})
     archive.bands = ("B11",)
     other = archive.scene("2021-06-03T10:10:21", land.grid, {"B11": 500})
-    assert [s.dx_m for s in shifts([one, other], land.grid)] == [None, None]
-    assert shifts([], land.grid) == []
-    assert registered([], [], Registration()) == []
+    assert [s.dx_m for s in measure_shifts([one, other], land.grid)] == [None, None]
+    assert measure_shifts([], land.grid) == []
+    assert apply_registration([], [], Registration()) == []
 
 
 def test_a_read_that_fails(archive, tmp_path):
@@ -430,9 +430,9 @@ def test_a_read_that_fails(archive, tmp_path):
     listed = world(archive, land, [(0, 0)] * 3, days(3))
     listed[1].assets["B04"].href = str(tmp_path / "gone.tif")
     with pytest.raises(ReadError, match=r"gone\.tif"):
-        shifts(listed, land.grid, Ledger())
+        measure_shifts(listed, land.grid, Ledger())
     ledger = Ledger(lossy=True)
-    found = shifts(listed, land.grid, ledger)
+    found = measure_shifts(listed, land.grid, ledger)
     assert [s.dx_m is None for s in found] == [False, True, False]
     assert ledger.totals()["lost"] == 1
 
@@ -465,7 +465,7 @@ def test_what_is_done_with_them(caplog):
     ]
     with caplog.at_level(logging.INFO):
         kept = {
-            b: registered(listed, found, Registration(most_px=0.5, beyond=b))
+            b: apply_registration(listed, found, Registration(most_px=0.5, beyond=b))
             for b in ("record", "drop", "shift")
         }
     assert kept["record"] == listed
@@ -485,7 +485,7 @@ def test_what_is_done_with_them(caplog):
         {"scene": "b", "dx_m": 3.0, "dy_m": -4.1, "peak": 0.9, "pixels": 5000},
         {"scene": "c", "dx_m": None, "dy_m": None, "peak": 0.9, "pixels": 5000},
     ]
-    assert len(registered(listed, found, Registration(most_px=2, beyond="drop"))) == 4
+    assert len(apply_registration(listed, found, Registration(most_px=2, beyond="drop"))) == 4
 
 
 def test_real_dates(real_data):

@@ -31,7 +31,7 @@ from minecube.release import archive as archive_module
 from minecube.release import audit as auditing
 from minecube.release import importing, sites
 from minecube.release.ranges import LocalBytes
-from minecube.simulate.release import tiff, write_release
+from minecube.simulate.release import encode_tiff, write_release
 
 YEARS = (2015, 2016, 2017)
 SITES = {"Germany_1": (12.0, 51.0), "Germany_10": (12.3, 51.2), "Portuga_2": (-8.0, 38.0)}
@@ -120,7 +120,7 @@ def test_regions_that_meet_at_a_corner_are_valid_polygons(whole, tmp_path):
     ) * np.uint8(255)
 
     def checked(members):
-        members[label("Germany_1", 2015)] = tiff(board[None])
+        members[label("Germany_1", 2015)] = encode_tiff(board[None])
 
     made = imported(changed(whole[0], tmp_path / "a.zip", checked), tmp_path / "made")
     assert made.labels.is_valid.all()
@@ -253,7 +253,7 @@ def test_quirks_of_names(whole, tmp_path):
     def rename(members):
         members["EuroMineNet/Germany_1/label/Label2015.tif"] = members.pop(label("Germany_1", 2015))
         members["EuroMineNet/Germany_1/image/year2016.tif"] = members.pop(image("Germany_1", 2016))
-        members["EuroMineNet/Germany_1/label/Label2017.tif"] = tiff(
+        members["EuroMineNet/Germany_1/label/Label2017.tif"] = encode_tiff(
             np.zeros((1, 3, 3), np.uint8)
         )  # Year2017.tif is there
         members["__MACOSX/EuroMineNet/Germany_1/label/._Year2015.tif"] = b"x"
@@ -269,7 +269,7 @@ def test_quirks_of_names(whole, tmp_path):
     ]
     assert made.about["twice"] == ["EuroMineNet/Germany_1/label/Label2017.tif"]
     assert made.about["strange"] == ["EuroMineNet/readme.txt"]
-    found = auditing.audit(made, KNOWN, NAMES)
+    found = auditing.audit_release(made, KNOWN, NAMES)
     assert [f.check for f in found] == ["name", "name", "repeated member", "strange member"]
 
 
@@ -279,17 +279,17 @@ def spoil(members):
     for name in [n for n in members if "/label/" in n]:
         with rasterio.MemoryFile(members[name]) as memory, memory.open() as src:
             masks[name] = src.read()
-    members[label("Germany_1", 2015)] = tiff(masks[label("Germany_1", 2015)][:, :-1])
-    members[label("Germany_1", 2016)] = tiff(masks[label("Germany_1", 2016)] // 255)
-    members[label("Germany_1", 2017)] = tiff(np.zeros_like(masks[label("Germany_1", 2017)]))
+    members[label("Germany_1", 2015)] = encode_tiff(masks[label("Germany_1", 2015)][:, :-1])
+    members[label("Germany_1", 2016)] = encode_tiff(masks[label("Germany_1", 2016)] // 255)
+    members[label("Germany_1", 2017)] = encode_tiff(np.zeros_like(masks[label("Germany_1", 2017)]))
     del members[label("Germany_10", 2016)]
     with rasterio.MemoryFile(members[image("Germany_10", 2017)]) as memory, memory.open() as src:
         pixels, place = src.read(), src.transform
     moved = {"crs": "EPSG:4326", "transform": place @ Affine.translation(2, -1)}
-    members[image("Germany_10", 2017)] = tiff((pixels + 1000).astype(np.int16), **moved)
+    members[image("Germany_10", 2017)] = encode_tiff((pixels + 1000).astype(np.int16), **moved)
     jump = np.roll(masks[label("Portuga_2", 2017)], 30, axis=1)
     jump[:, :20] = 255
-    members[label("Portuga_2", 2017)] = tiff(jump)
+    members[label("Portuga_2", 2017)] = encode_tiff(jump)
     members["EuroMineNet/Spain_4/image/Year2015.tif"] = members[image("Portuga_2", 2015)]
     members["EuroMineNet/Spain_4/label/Label2015.tif"] = members[label("Portuga_2", 2015)]
 
@@ -305,7 +305,7 @@ def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
         "test": ["Spain_4"],
         "val": ["Austria_1", "Germany_10"],
     }
-    found = auditing.audit(made, facts, split, auditing.pixel_sums(archive, made.years))
+    found = auditing.audit_release(made, facts, split, auditing.sum_pixels(archive, made.years))
     assert {(f.check, f.site, f.year) for f in found} == {
         ("name", "", 0),
         ("sites", "", 0),
@@ -346,15 +346,15 @@ def test_an_audit_finds_what_was_planted_and_nothing_else(whole, tmp_path):
 
 def test_an_audit_of_what_is_right_finds_nothing(whole, tmp_path):
     made = imported(whole[0], tmp_path / "made")
-    pixels = auditing.pixel_sums(release.Archive(str(whole[0])), made.years)
-    assert auditing.audit(made, KNOWN, NAMES, pixels) == []
+    pixels = auditing.sum_pixels(release.Archive(str(whole[0])), made.years)
+    assert auditing.audit_release(made, KNOWN, NAMES, pixels) == []
 
 
 def tables(whole, tmp_path, **changed_tables):
     """Findings of an import of which some tables are hand-made."""
     made = imported(whole[0], tmp_path / "made")
     pixels, split = changed_tables.pop("pixels", None), changed_tables.pop("split", NAMES)
-    found = auditing.audit(replace(made, **changed_tables), KNOWN, split, pixels)
+    found = auditing.audit_release(replace(made, **changed_tables), KNOWN, split, pixels)
     return [(f.check, f.site, f.year) for f in found]
 
 
@@ -400,11 +400,11 @@ def test_labels_jump_from_one_year_to_the_next(whole, tmp_path):
 
 def test_a_label_that_is_mine_everywhere(whole, tmp_path):
     def full(members):
-        members[label("Portuga_2", 2016)] = tiff(np.full((1, *SHAPE), 255, np.uint8))
+        members[label("Portuga_2", 2016)] = encode_tiff(np.full((1, *SHAPE), 255, np.uint8))
 
     made = imported(changed(whole[0], tmp_path / "a.zip", full), tmp_path / "made")
     assert ("label full", "Portuga_2", 2016) in [
-        (f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)
+        (f.check, f.site, f.year) for f in auditing.audit_release(made, KNOWN, NAMES)
     ]
 
 
@@ -414,11 +414,11 @@ def test_pixels_without_an_observation_are_not_counted(whole, tmp_path):
             pixels = np.full((10, *SHAPE), 7, np.int16)
             pixels[:, :30] = 0
             pixels[3:, 30:40] = 0  # seen, and dark
-            members[image(site, year)] = tiff(pixels, crs="EPSG:4326", transform=UPRIGHT)
+            members[image(site, year)] = encode_tiff(pixels, crs="EPSG:4326", transform=UPRIGHT)
 
     path = changed(whole[0], tmp_path / "a.zip", holed)
-    bands = auditing.band_statistics(
-        auditing.pixel_sums(release.Archive(str(path)), imported(path, tmp_path / "made").years),
+    bands = auditing.compute_band_statistics(
+        auditing.sum_pixels(release.Archive(str(path)), imported(path, tmp_path / "made").years),
         KNOWN,
     )
     assert bands["mean"].round(4).tolist() == [7.0] * 3 + [round(7 * 50 / 60, 4)] * 7
@@ -458,14 +458,14 @@ UPRIGHT = Affine(PIXEL_DEG, 0, 12.0, 0, -PIXEL_DEG, 51.0)
 )
 def test_images_without_a_place_give_their_label_none(whole, tmp_path, place, found):
     def misplaced(members):
-        members[image("Germany_1", 2015)] = tiff(np.ones((10, *SHAPE), np.int16), **place)
+        members[image("Germany_1", 2015)] = encode_tiff(np.ones((10, *SHAPE), np.int16), **place)
 
     made = imported(changed(whole[0], tmp_path / "a.zip", misplaced), tmp_path / "made")
     assert made.years.set_index(["site", "year"])["problem"].dropna().to_dict() == {
         ("Germany_1", 2015): f"image: {found}"
     }
     assert set(made.labels.loc[made.labels["site"] == "Germany_1", "year"]) == {2016, 2017}
-    assert [(f.check, f.site, f.year) for f in auditing.audit(made, KNOWN, NAMES)] == [
+    assert [(f.check, f.site, f.year) for f in auditing.audit_release(made, KNOWN, NAMES)] == [
         ("image", "Germany_1", 2015)
     ]
     assert made.sites.set_index("id").loc["Germany_1"].geometry.bounds == pytest.approx(
@@ -485,16 +485,16 @@ def test_band_statistics_are_those_of_all_pixels(whole, tmp_path):
     known = replace(
         KNOWN, band_mean=tuple(pixels.mean(axis=1)), band_std=tuple(pixels.std(axis=1) / 2**0.5)
     )
-    sums = auditing.pixel_sums(release.Archive(str(whole[0])), made.years)
-    bands = auditing.band_statistics(sums, known)
+    sums = auditing.sum_pixels(release.Archive(str(whole[0])), made.years)
+    bands = auditing.compute_band_statistics(sums, known)
     np.testing.assert_allclose(bands["mean"], pixels.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(bands["std"], pixels.std(axis=1), rtol=1e-9)
     np.testing.assert_allclose(bands["corrected_std"], bands["std"], rtol=1e-9)
-    found = auditing.audit(made, known, NAMES, sums)
+    found = auditing.audit_release(made, known, NAMES, sums)
     assert [f.found.rpartition(", ")[2] for f in found] == [
         "which is the true one divided by the square root of 2"
     ] * 10
-    wrong = auditing.audit(made, replace(known, band_std=(1.0,) * 10), NAMES, sums)
+    wrong = auditing.audit_release(made, replace(known, band_std=(1.0,) * 10), NAMES, sums)
     assert all("not for the square root of 2" in f.found for f in wrong)
     assert list(bands.index) == list(BANDS)
 
@@ -504,7 +504,7 @@ def test_change_rates_are_ratios_of_sums():
         [("a", 2015, 2016, 100, 10, 0), ("b", 2015, 2016, 900, 0, 5)],
         columns=["site", "year_1", "year_2", "pixels", "appeared", "vanished"],
     )
-    assert auditing.change_rates(changes)["rate"].tolist() == [15 / 1000]
+    assert auditing.compute_change_rates(changes)["rate"].tolist() == [15 / 1000]
 
 
 def test_an_archive_that_was_cut_off(whole, tmp_path):
@@ -547,10 +547,10 @@ def test_members_that_are_broken_are_named_and_left_out(whole, tmp_path):
     assert set(made.labels["site"]) == {"Germany_1", "Germany_10"}
     for site, year in (("Germany_1", 2015), ("Germany_10", 2015), ("Germany_10", 2017)):
         np.testing.assert_array_equal(drawn(made, site, year), whole[1][site, year])
-    sums = auditing.pixel_sums(
+    sums = auditing.sum_pixels(
         release.Archive(str(path)), made.years[made.years["image"] != image("Portuga_2", 2015)]
     )
-    found = auditing.audit(made, KNOWN, NAMES, sums)
+    found = auditing.audit_release(made, KNOWN, NAMES, sums)
     assert {(f.site, f.year) for f in found if f.check in ("image", "label")} == set(problems)
 
 
@@ -662,7 +662,7 @@ FACTS = Path(__file__).parents[2] / "shared" / "data" / "eurominenet_facts" / "f
 def test_the_published_split_is_the_catalogues():
     """132 distinct names for 133 sites, Germany_13 twice: as the authors' code lists them."""
     published = json.loads(FACTS.read_text())["released_split"]
-    ours = auditing.split_of(load_releases()["eurominenet"], load_sites())
+    ours = auditing.select_split(load_releases()["eurominenet"], load_sites())
     assert {part: sorted(names) for part, names in ours.items()} == {
         part: sorted(names) for part, names in published.items()
     }
@@ -804,7 +804,7 @@ def test_a_label_of_more_pixels_than_any_image_is_not_read(whole, tmp_path):
 
 def test_a_label_of_other_pixels_than_its_image_is_not_read(whole, tmp_path, monkeypatch):
     """Its header tells."""
-    other = tiff(np.zeros((1, 800, 800), np.uint8))
+    other = encode_tiff(np.zeros((1, 800, 800), np.uint8))
     monkeypatch.setattr(
         sites.np,
         "unique",
@@ -832,7 +832,7 @@ def test_an_image_of_more_pixels_than_allowed_is_not_read(whole, tmp_path):
         ReleaseError,
         match=r"Germany_1/image/Year2015\.tif is no image \(expected at most 25,000,000 pixels",
     ):
-        auditing.pixel_sums(release.Archive(str(tmp_path / "a.zip")), made.years)
+        auditing.sum_pixels(release.Archive(str(tmp_path / "a.zip")), made.years)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30e6
@@ -840,7 +840,7 @@ def test_an_image_of_more_pixels_than_allowed_is_not_read(whole, tmp_path):
 
 def test_images_and_labels_of_another_format_are_not_followed(whole, tmp_path):
     """A text that points at a file of ours, which GDAL alone would read."""
-    (tmp_path / "ours.tif").write_bytes(tiff(np.full((1, *SHAPE), 255, np.uint8)))
+    (tmp_path / "ours.tif").write_bytes(encode_tiff(np.full((1, *SHAPE), 255, np.uint8)))
     source = f"<SimpleSource><SourceFilename>{tmp_path / 'ours.tif'}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
     size = f'rasterXSize="{SHAPE[1]}" rasterYSize="{SHAPE[0]}"'
     virtual = f'<VRTDataset {size}><VRTRasterBand dataType="Byte" band="1">{source}</VRTRasterBand></VRTDataset>'.encode()
@@ -854,14 +854,14 @@ def test_images_and_labels_of_another_format_are_not_followed(whole, tmp_path):
     }
     assert set(made.labels[made.labels["site"] == "Germany_1"]["year"]) == {2017}
     with pytest.raises(ReleaseError, match=r"Year2016\.tif is no image \(expected a GeoTIFF"):
-        auditing.pixel_sums(release.Archive(str(tmp_path / "a.zip")), made.years)
+        auditing.sum_pixels(release.Archive(str(tmp_path / "a.zip")), made.years)
 
 
 def test_a_label_of_too_many_regions_makes_no_polygons(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(sites, "_MOST_REGIONS", 1000)
     board = (np.indices(SHAPE).sum(axis=0) % 2).astype(np.uint8) * np.uint8(255)
     _, problems = problems_of(
-        whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): tiff(board[None])})
+        whole, tmp_path, lambda m: m.update({label("Germany_1", 2015): encode_tiff(board[None])})
     )
     assert problems == {
         (

@@ -22,7 +22,7 @@ from minecube.errors import ReleaseError
 from minecube.grid import PIXEL_DEG
 from minecube.reader.remote import Session
 from minecube.release.ranges import MissingBytesError, Spans
-from minecube.simulate.release import tiff
+from minecube.simulate.release import encode_tiff
 
 
 def _moved_to_the_end(path):
@@ -85,7 +85,8 @@ def test_an_archive_of_more_than_four_gigabytes(tmp_path):
         file.seek(5 << 30)
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
             made.writestr(
-                "EuroMineNet/Spain_1/label/Year2015.tif", tiff(np.full((1, 4, 5), 255, np.uint8))
+                "EuroMineNet/Spain_1/label/Year2015.tif",
+                encode_tiff(np.full((1, 4, 5), 255, np.uint8)),
             )
             with made.open("second", "w", force_zip64=True) as member:
                 member.write(b"z" * 100)
@@ -143,7 +144,7 @@ def test_another_archive_is_not_the_release(tmp_path):
         ReleaseError,
         match=r"expected members such as .*found something/else.txt: not the EuroMineNet release",
     ):
-        release.find(release.Archive(str(tmp_path / "a.zip")).names())
+        release.find_members(release.Archive(str(tmp_path / "a.zip")).names())
 
 
 @pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -77,7 +77,7 @@ def test_images_are_read_between_the_cubes_pixels(place):
         ).astype(np.uint16)
         + 1
     )
-    made = layout.image_on(on(cube, values), grid)
+    made = layout.resample_image(on(cube, values), grid)
     rows, columns = centres(grid, cube)
     for band, got in zip(values, made, strict=True):
         known = RegularGridInterpolator([np.arange(n) for n in band.shape], band.astype(np.float64))
@@ -115,7 +115,7 @@ def test_places_are_gdals(place):
         ):
             expected = warped.read(1)
     assert (
-        layout.label_on(on(cube, mask), None, grid) // 255 != expected
+        layout.resample_label(on(cube, mask), None, grid) // 255 != expected
     ).mean() < 1e-4  # one or two lie between two
 
 
@@ -123,7 +123,7 @@ def test_nothing_seen_stays_nothing():
     grid, cube = release_like("Lusatia")
     values = np.full((1, *cube.shape), 500, np.uint16)
     values[:, 100:140, 100:140] = 0
-    made = layout.image_on(on(cube, values), grid)
+    made = layout.resample_image(on(cube, values), grid)
     assert set(np.unique(made)) == {0, 500}
     rows, columns = centres(grid, cube)
     inside = (rows > 101) & (rows < 138) & (columns > 101) & (columns < 138)
@@ -146,10 +146,12 @@ def test_labels_come_back(place):
     ground = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal(grid.shape), 10)
     label = np.where(ground > 1.2 * ground.std(), np.uint8(255), np.uint8(0))
     fraction, mask = covered(label, grid, cube)
-    through_fraction = layout.label_on(on(cube, mask), on(cube, fraction), grid)
-    through_mask = layout.label_on(on(cube, mask), None, grid)
-    assert layout.iou(label, through_fraction) > 0.99
-    assert 0.9 < layout.iou(label, through_mask) < layout.iou(label, through_fraction)
+    through_fraction = layout.resample_label(on(cube, mask), on(cube, fraction), grid)
+    through_mask = layout.resample_label(on(cube, mask), None, grid)
+    assert layout.compute_iou(label, through_fraction) > 0.99
+    assert (
+        0.9 < layout.compute_iou(label, through_mask) < layout.compute_iou(label, through_fraction)
+    )
     assert set(np.unique(through_fraction)) == {0, 255}
 
 
@@ -158,8 +160,8 @@ def test_a_label_that_is_unknown_somewhere_is_none():
     mask, fraction = np.zeros(cube.shape, np.uint8), np.zeros(cube.shape, np.uint8)
     mask[150:160, 150:160] = 255
     fraction[150:160, 150:160] = 255
-    assert layout.label_on(on(cube, mask), None, grid) is None
-    assert layout.label_on(on(cube, mask), on(cube, fraction), grid) is None
+    assert layout.resample_label(on(cube, mask), None, grid) is None
+    assert layout.resample_label(on(cube, mask), on(cube, fraction), grid) is None
 
 
 def test_a_grid_beyond_the_cube_is_refused():
@@ -169,13 +171,13 @@ def test_a_grid_beyond_the_cube_is_refused():
         ReleaseError,
         match=r"in EPSG:32633\) reaches beyond the cube .* build the cube on the import's area",
     ):
-        layout.image_on(on(cube, np.ones((1, *cube.shape), np.uint16)), grid.pad(8))
+        layout.resample_image(on(cube, np.ones((1, *cube.shape), np.uint16)), grid.pad(8))
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_site_of_no_release_gets_the_largest_grid_within_its_cube(place):
     _, cube = release_like(place)
-    grid = layout.own_grid(cube)
+    grid = layout.make_release_grid(cube)
     layout.need_within(cube, grid)
     with pytest.raises(ReleaseError):
         layout.need_within(cube, grid.pad(2))
@@ -190,8 +192,10 @@ def test_files_are_as_the_releases(tmp_path):
         [np.full(cube.shape, 100 * n + 1, np.uint16) for n in range(9)]
         + [np.full(cube.shape, 40000, np.uint16)]
     )
-    label = layout.label_on(on(cube, np.ones(cube.shape, np.uint8)), None, grid)
-    layout.write(tmp_path, "Portuga_1", 2019, layout.image_on(on(cube, values), grid), label, grid)
+    label = layout.resample_label(on(cube, np.ones(cube.shape, np.uint8)), None, grid)
+    layout.write_site_year(
+        tmp_path, "Portuga_1", 2019, layout.resample_image(on(cube, values), grid), label, grid
+    )
     with rasterio.open(tmp_path / "EuroMineNet/Portuga_1/image/Year2019.tif") as image:
         assert (image.count, set(image.dtypes), image.crs.to_epsg(), image.transform) == (
             10,
@@ -213,7 +217,9 @@ def test_files_are_as_the_releases(tmp_path):
             assert written.shape == pixels.shape[1:]
             assert set(np.unique(written.read())) == {255}
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["Year2019.tif"] * 2
-    layout.write(tmp_path, "Portuga_1", 2019, layout.image_on(on(cube, values), grid), None, grid)
+    layout.write_site_year(
+        tmp_path, "Portuga_1", 2019, layout.resample_image(on(cube, values), grid), None, grid
+    )
     assert [p.parent.name for p in tmp_path.rglob("*") if p.is_file()] == [
         "image"
     ]  # no label of another cube stays

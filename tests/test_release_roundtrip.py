@@ -73,7 +73,7 @@ def test_labels_come_back(rebuilt):
                 before = src.read(1)
             with rasterio.open(place / "again" / name) as src:
                 after = src.read(1)
-            assert layout.iou(before, after) > 0.98
+            assert layout.compute_iou(before, after) > 0.98
 
 
 def test_images_lie_on_the_releases_pixels(rebuilt):

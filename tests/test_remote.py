@@ -35,11 +35,18 @@ from rasterio.enums import Resampling
 from minecube import images, network, scenes
 from minecube.catalog import Access, Recipe
 from minecube.composite import composite
-from minecube.errors import CatalogError, GoneError, LostReadError, ReadError
-from minecube.reader import Ledger, NativeReader, check_credentials, fetched, missing, read
+from minecube.errors import CatalogError, LostReadError, ReadError, UnusableFileError
+from minecube.reader import (
+    Ledger,
+    NativeReader,
+    check_credentials,
+    compute_stack,
+    find_missing,
+    read,
+)
 from minecube.reader import remote as module
 from minecube.reader.gdal_file import RemoteFile
-from minecube.reader.remote import HEAD, Remote, Tally
+from minecube.reader.remote import HEAD_BYTES, Remote, Tally
 from minecube.reader.signing import bucket_of
 
 LEFT, TOP = 360000, 5600040
@@ -112,7 +119,7 @@ class Endless(SimpleHTTPRequestHandler):
         self.send_response(self.status)
         self.send_header("Transfer-Encoding", "chunked")
         if self.status == 206:
-            self.send_header("Content-Range", f"bytes 0-{HEAD - 1}/{HEAD}")
+            self.send_header("Content-Range", f"bytes 0-{HEAD_BYTES - 1}/{HEAD_BYTES}")
         self.end_headers()
         try:
             for _ in range(200):  # 100 MB: the client must not wait for them
@@ -256,19 +263,19 @@ def test_files_that_are_gone_for_good_are_told_from_others(
     """Another source may have a copy of what is gone; a server in trouble may come back."""
     folder, grid, _ = band
     scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
-    assert missing(scene, ["SCL", "B04", "B11"]) == ""
+    assert find_missing(scene, ["SCL", "B04", "B11"]) == ""
     with served(folder, "--fail", 1, "--status", status) as url:
         with pytest.raises(LostReadError, match=rf"HTTP {status}") as caught:
             read(f"{url}/B04.tif", grid)
-        assert isinstance(caught.value, GoneError) is gone
+        assert isinstance(caught.value, UnusableFileError) is gone
         scene.assets["B04"].href = f"{url}/B04.tif"
-        assert missing(scene, ["SCL", "B04", "B11"]).startswith(
+        assert find_missing(scene, ["SCL", "B04", "B11"]).startswith(
             f"B04 is gone (HTTP {status}" if gone else ""
         )
-        assert bool(missing(scene, ["SCL", "B04", "B11"])) is gone
+        assert bool(find_missing(scene, ["SCL", "B04", "B11"])) is gone
     scene.assets["B04"].href = str(folder / "nothing.tif")
-    assert missing(scene, ["B11", "B04"]) == "B04 is gone (No such file or directory)"
-    with pytest.raises(GoneError) as caught:
+    assert find_missing(scene, ["B11", "B04"]) == "B04 is gone (No such file or directory)"
+    with pytest.raises(UnusableFileError) as caught:
         read(scene.assets["B04"].href, grid)
     assert caught.value.href == scene.assets["B04"].href
 
@@ -417,7 +424,7 @@ def test_a_header_is_asked_for_once(band, served):
         read(f"{url}/B04.tif", grid[320:380, 320:380], tally=first)
         read(f"{url}/B04.tif", grid[512:570, 320:380], tally=second)
         assert (first.requests, second.requests) == (2, 1)
-        assert first.bytes > HEAD > second.bytes > 0
+        assert first.bytes > HEAD_BYTES > second.bytes > 0
 
 
 def test_no_more_connections_than_allowed(band, served):
@@ -476,8 +483,10 @@ def test_a_lost_read_fails_unless_the_ledger_allows_it(archive, make, site):
     Path(scene.assets["B04"].href).unlink()
     strict, lossy = Ledger(), Ledger(lossy=True)
     with pytest.raises(ReadError, match="No such file"):
-        fetched(scenes.stack([scene], scenes.grid_of(site), ("B04", "B11"), ledger=strict))
-    values = fetched(scenes.stack([scene], scenes.grid_of(site), ("B04", "B11"), ledger=lossy))
+        compute_stack(scenes.stack([scene], scenes.grid_of(site), ("B04", "B11"), ledger=strict))
+    values = compute_stack(
+        scenes.stack([scene], scenes.grid_of(site), ("B04", "B11"), ledger=lossy)
+    )
     assert not values[0, 0].any()
     assert (values[0, 1] == 6).all()
     totals = lossy.totals()
@@ -771,12 +780,12 @@ def test_trouble_is_given_up_when_interrupted(band, served):
     with served(folder, "--fail", 1) as url, ThreadPoolExecutor(1) as thread:
         reading, start = thread.submit(read, f"{url}/B04.tif", grid), time.monotonic()
         time.sleep(0.5)
-        module.interrupted.set()
+        module.interruption.set()
         try:
             with pytest.raises(ReadError, match="HTTP 503; interrupted"):
                 reading.result(timeout=20)
         finally:
-            module.interrupted.clear()
+            module.interruption.clear()
         assert time.monotonic() - start < 10
 
 

@@ -20,7 +20,7 @@ from odc.geo.xr import xr_coords
 from scipy import ndimage
 
 from minecube.errors import CubeError
-from minecube.report import OUTLINES, area_plot, comparison, strip
+from minecube.report import OUTLINES, draw_areas, draw_comparison, draw_strip
 
 GRID = GeoBox((40, 60), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
 BANDS = ["B02", "B03", "B04", "B08"]
@@ -96,7 +96,7 @@ def figures(monkeypatch):
 
 @pytest.mark.parametrize(("years", "rows"), [(1, 1), (3, 1), (7, 2)])
 def test_a_panel_a_year_in_the_sites_proportions(tmp_path, years, rows):
-    strip(red_cube(range(2018, 2018 + years)), {}, tmp_path / "s.png", "pit")
+    draw_strip(red_cube(range(2018, 2018 + years)), {}, tmp_path / "s.png", "pit")
     found = panels(read(tmp_path / "s.png"))
     assert len(found) == years
     assert len({f[0].start for f in found}) == rows
@@ -110,7 +110,7 @@ def test_outlines_lie_on_the_edges_of_the_masks(tmp_path):
         square(years, slice(10, 30), slice(6, 24)),
         square(years, slice(4, 12), slice(30, 60)),
     )
-    strip(red_cube(years), {"truth": truth, "predicted": predicted}, tmp_path / "s.png", "pit")
+    draw_strip(red_cube(years), {"truth": truth, "predicted": predicted}, tmp_path / "s.png", "pit")
     picture = read(tmp_path / "s.png")
     assert len(panels(picture)) == 2
     for y, x in panels(picture):
@@ -127,7 +127,7 @@ def test_outlines_lie_on_the_edges_of_the_masks(tmp_path):
 
 def test_two_outlines_that_agree_are_both_seen(tmp_path):
     mask = square([2020], slice(10, 30), slice(10, 50))
-    strip(red_cube([2020]), {"truth": mask, "predicted": mask}, tmp_path / "s.png", "pit")
+    draw_strip(red_cube([2020]), {"truth": mask, "predicted": mask}, tmp_path / "s.png", "pit")
     picture = read(tmp_path / "s.png")
     ((y, x),) = panels(picture)
     assert near(picture[y, x], CYAN, 60).sum() > 200
@@ -137,7 +137,9 @@ def test_two_outlines_that_agree_are_both_seen(tmp_path):
 def test_unknown_pixels_and_years_have_no_outline(tmp_path):
     unknown = square([2020], slice(10, 30), slice(10, 50), value=255)
     other_year = square([2019], slice(10, 30), slice(10, 50))
-    strip(red_cube([2020]), {"truth": unknown, "predicted": other_year}, tmp_path / "s.png", "pit")
+    draw_strip(
+        red_cube([2020]), {"truth": unknown, "predicted": other_year}, tmp_path / "s.png", "pit"
+    )
     picture = read(tmp_path / "s.png")
     ((y, x),) = panels(picture)
     assert not near(picture[y, x], CYAN, 60).any()
@@ -148,7 +150,7 @@ def test_what_was_not_observed_is_hatched_grey(tmp_path):
     cube = red_cube([2018, 2019, 2020])
     cube.reflectance.loc[{"year": 2019}] = 0
     cube.reflectance[2, :, :, :30] = 0
-    strip(cube, {}, tmp_path / "s.png", "pit")
+    draw_strip(cube, {}, tmp_path / "s.png", "pit")
     picture = read(tmp_path / "s.png")
     red = panels(picture)
     assert len(red) == 2
@@ -164,7 +166,7 @@ def test_what_was_not_observed_is_hatched_grey(tmp_path):
 def test_all_years_missing_is_a_picture_all_the_same(tmp_path):
     cube = red_cube([2018, 2019])
     cube.reflectance[:] = 0
-    strip(cube, {}, tmp_path / "s.png", "pit")
+    draw_strip(cube, {}, tmp_path / "s.png", "pit")
     assert len(panels(read(tmp_path / "s.png"), GREY)) == 2
 
 
@@ -173,7 +175,7 @@ def test_all_years_share_one_stretch(tmp_path):
     cube.reflectance[0] = 800
     cube.reflectance[1] = 1600
     cube.reflectance[1, :, :20] = 800
-    strip(cube, {}, tmp_path / "s.png", "pit")
+    draw_strip(cube, {}, tmp_path / "s.png", "pit")
     picture = read(tmp_path / "s.png")
     height, width = picture.shape[:2]
     upper, lower = height // 3, 2 * height // 3
@@ -190,7 +192,7 @@ def test_titles_say_year_and_clear_dates(tmp_path, figures):
     cube = red_cube([2019, 2020])
     cube.clear_count[0, :3] = 40  # the median is not moved by a few
     cube.reflectance.loc[{"year": 2020}] = 0
-    strip(
+    draw_strip(
         cube, {"truth": square([2019], slice(0, 5), slice(0, 5))}, tmp_path / "s.png", "Pit of Most"
     )
     (figure,) = figures
@@ -204,7 +206,7 @@ def test_titles_say_year_and_clear_dates(tmp_path, figures):
 
 
 def test_the_scale_bar_is_as_long_as_it_says(tmp_path, figures):
-    strip(red_cube([2020]), {}, tmp_path / "s.png", "pit")
+    draw_strip(red_cube([2020]), {}, tmp_path / "s.png", "pit")
     picture = read(tmp_path / "s.png")
     ((y, x),) = panels(picture)
     white = near(picture[y, x], WHITE, 2)
@@ -222,7 +224,7 @@ def test_clouds_in_one_image_do_not_darken_the_others(tmp_path):
     ground = red_cube([2020]).reflectance.sel(year=2020)
     cloudy = ground.copy()
     cloudy[:, :30] = 9000
-    comparison(
+    draw_comparison(
         {"naive": cloudy, "composite": ground, "truth": ground}, tmp_path / "c.png", "pit, 2020"
     )
     picture = read(tmp_path / "c.png")
@@ -250,7 +252,7 @@ def areas(scale=1.0):
     ("scale", "unit", "shown"), [(1, "ha", [4, 5, 6]), (100, "km²", [4, 5, 6])]
 )
 def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown):
-    area_plot({"pit": areas(scale)}, tmp_path / "a.png", {"pit": areas(scale)})
+    draw_areas({"pit": areas(scale)}, tmp_path / "a.png", {"pit": areas(scale)})
     above, below = figures[0].subfigs[0].axes
     mapped, truth = above.lines
     assert mapped.get_ydata() == pytest.approx(shown)
@@ -269,7 +271,7 @@ def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown
 
 def test_years_that_are_mostly_unknown_break_the_line(tmp_path, figures):
     table = areas().assign(area_m2=[4e4, 0, 6e4], unknown_m2=[0, 9e6, 100])
-    area_plot({"pit": table}, tmp_path / "a.png")
+    draw_areas({"pit": table}, tmp_path / "a.png")
     assert np.array_equal(
         figures[0].subfigs[0].axes[0].lines[0].get_ydata(), [4, np.nan, 6], equal_nan=True
     )
@@ -277,12 +279,12 @@ def test_years_that_are_mostly_unknown_break_the_line(tmp_path, figures):
 
 def test_a_year_known_to_be_without_mine_is_zero(tmp_path, figures):
     table = areas().assign(area_m2=[0, 0, 0], unknown_m2=[0, 0, 0])
-    area_plot({"pit": table}, tmp_path / "a.png")
+    draw_areas({"pit": table}, tmp_path / "a.png")
     assert list(figures[0].subfigs[0].axes[0].lines[0].get_ydata()) == [0, 0, 0]
 
 
 def test_many_sites_fill_a_grid(tmp_path, figures):
-    area_plot({f"pit_{n}": areas() for n in range(5)}, tmp_path / "a.png")
+    draw_areas({f"pit_{n}": areas() for n in range(5)}, tmp_path / "a.png")
     assert [s.axes[0].get_title() for s in figures[0].subfigs if s.axes] == [
         f"pit_{n}" for n in range(5)
     ]
@@ -296,14 +298,16 @@ def test_many_sites_fill_a_grid(tmp_path, figures):
     ("draw", "says"),
     [
         (
-            lambda out: strip(red_cube([2020]).sel(band=["B02", "B08"]), {}, out, "pit"),
+            lambda out: draw_strip(red_cube([2020]).sel(band=["B02", "B08"]), {}, out, "pit"),
             "found no B04, B03",
         ),
         (
-            lambda out: strip(red_cube([2020]), {"truth": square([2020], 0, 0)[:, 1:]}, out, "pit"),
+            lambda out: draw_strip(
+                red_cube([2020]), {"truth": square([2020], 0, 0)[:, 1:]}, out, "pit"
+            ),
             "expected footprint 'truth' of 40 x 60 px like the cube, found 39 x 60",
         ),
-        (lambda out: area_plot({}, out), "no area to plot"),
+        (lambda out: draw_areas({}, out), "no area to plot"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, draw, says):
@@ -315,13 +319,13 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, draw, says):
 def test_an_unwritable_folder_and_a_full_disk_leave_nothing(tmp_path):
     (tmp_path / "file").write_text("a file where the folder should be")
     with pytest.raises(CubeError, match="cannot be written"):
-        area_plot({"pit": areas()}, tmp_path / "file" / "a.png")
+        draw_areas({"pit": areas()}, tmp_path / "file" / "a.png")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         with pytest.raises(CubeError, match="cannot be written"):
-            area_plot({"pit": areas()}, tmp_path / "a.png")
+            draw_areas({"pit": areas()}, tmp_path / "a.png")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

@@ -45,7 +45,7 @@ from minecube.catalog import (
 from minecube.errors import CatalogError, ReadError, SceneError
 from minecube.grid import grid_of
 from minecube.jobs import build as building
-from minecube.jobs.scene_lists import list_path
+from minecube.jobs.scene_lists import path_of_list
 from minecube.reader import remote
 from minecube.scenes import api as stac_api
 from minecube.scenes import item_file, parquet, site_year, snapshot
@@ -349,7 +349,9 @@ def test_acquisitions_told_by_name_where_properties_are_missing(real):
                 content["properties"].pop(f"s2:{key}", None)
                 content["properties"].pop(f"eopf:{key}", None)
 
-        assert scenes.acquisition(changed(item, strip)) == scenes.acquisition(item)
+        assert scenes.identify_acquisition(changed(item, strip)) == scenes.identify_acquisition(
+            item
+        )
 
 
 TWINS = {
@@ -366,10 +368,13 @@ def test_twins_of_two_sources_are_one(real, take):
     """The first source's, whichever that is, though the other's baseline be newer."""
     one, other = (scenes.normalise(*real[name]) for name in TWINS[take])
     assert one.properties["minecube:datatake"] == other.properties["minecube:datatake"] == take
-    assert [s.id for s in scenes.merge([[one], [other]])] == [one.id]
-    assert [s.id for s in scenes.merge([[other], [one]])] == [other.id]
-    assert [s.id for s in scenes.merge([[], [one]])] == [one.id]
-    assert len(scenes.merge([[one], [scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"])]])) == 2
+    assert [s.id for s in scenes.merge_sources([[one], [other]])] == [one.id]
+    assert [s.id for s in scenes.merge_sources([[other], [one]])] == [other.id]
+    assert [s.id for s in scenes.merge_sources([[], [one]])] == [one.id]
+    assert (
+        len(scenes.merge_sources([[one], [scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"])]]))
+        == 2
+    )
 
 
 def test_a_start_that_shifts_by_a_second_is_the_same_granule(archive, make):
@@ -384,7 +389,7 @@ def test_a_start_that_shifts_by_a_second_is_the_same_granule(archive, make):
     for order in itertools.permutations(listed):
         kept = scenes.deduplicate([listed[k] for k in order])
         assert {s.id for s in kept} == {listed["new"].id, listed["other part"].id}
-        first = scenes.merge([[listed["old"]], [listed[k] for k in order if k != "old"]])
+        first = scenes.merge_sources([[listed["old"]], [listed[k] for k in order if k != "old"]])
         assert {s.id for s in first} == {listed["old"].id, listed["other part"].id}
 
 
@@ -435,9 +440,11 @@ def test_a_list_is_of_its_place_and_its_sources_rules(archive, make, tmp_path):
     """Offsets and hrefs were decided when it was made: by a rule that has been corrected since it would be built wrong."""
     scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     here, path, source = make.site("s", LEFT, TOP, 60, 60), tmp_path / "s.parquet", archive.source
-    snapshot.save(scenes.Found(scenes=(scene,)), path, snapshot.belongs_to(here, 2020, [source]))
+    snapshot.save(
+        scenes.SearchResult(scenes=(scene,)), path, snapshot.hash_search(here, 2020, [source])
+    )
     moved = dataclasses.replace(source, href="elsewhere.parquet", title="x", searches_per_s=1)
-    assert snapshot.load(path, snapshot.belongs_to(here, 2020, [moved])).scenes
+    assert snapshot.load(path, snapshot.hash_search(here, 2020, [moved])).scenes
     for site, year, sources in (
         (make.site("s", LEFT, TOP, 54, 60), 2020, [source]),
         (make.site("t", LEFT, TOP, 60, 60), 2020, [source]),
@@ -449,13 +456,13 @@ def test_a_list_is_of_its_place_and_its_sources_rules(archive, make, tmp_path):
         with pytest.raises(
             SceneError, match="holds the scenes of another place, or of another rule"
         ):
-            snapshot.load(path, snapshot.belongs_to(site, year, sources))
+            snapshot.load(path, snapshot.hash_search(site, year, sources))
 
 
 def test_a_list_of_another_version_is_refused(real, tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "FORMAT", 0)
     snapshot.save(
-        scenes.Found(scenes=(scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"]),)),
+        scenes.SearchResult(scenes=(scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"]),)),
         tmp_path / "x.parquet",
     )
     monkeypatch.undo()
@@ -536,7 +543,7 @@ def test_the_newer_of_two_processings_of_one_baseline(archive, make):
 def test_a_snapshot_that_was_changed_is_refused(real, tmp_path):
     scene = scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"])
     path = tmp_path / "snapshot.parquet"
-    snapshot.save(scenes.Found(scenes=(scene,)), path)
+    snapshot.save(scenes.SearchResult(scenes=(scene,)), path)
     table = pq.read_table(path)
     at = table.column_names.index("minecube:offset")
     pq.write_table(table.set_column(at, "minecube:offset", pa.array([-1000])), path)
@@ -548,7 +555,7 @@ def test_a_snapshot_gives_back_what_was_saved(real, tmp_path):
     listed = sorted(
         (scenes.normalise(*pair) for pair in real.values()), key=lambda s: (s.datetime, s.id)
     )
-    found = scenes.Found(scenes=tuple(listed), listed=99, refused={"some": "why"})
+    found = scenes.SearchResult(scenes=tuple(listed), listed=99, refused={"some": "why"})
     snapshot.save(found, tmp_path / "snapshot.parquet")
     back = snapshot.load(tmp_path / "snapshot.parquet")
     assert [s.to_dict() for s in back.scenes] == [s.to_dict() for s in listed]
@@ -560,7 +567,7 @@ def test_a_list_of_another_place_year_or_source_is_refused(archive, make):
     """It would be committed as a year of zeros."""
     scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     here, there = make.site("s", LEFT, TOP, 60, 60), make.site("s", LEFT + 50000, TOP, 60, 60)
-    scenes.belonging([scene], here, 2020, [archive.source])
+    scenes.check_saved_scenes([scene], here, 2020, [archive.source])
     other = dataclasses.replace(archive.source, id="other")
     for site, year, source, said in (
         (there, 2020, archive.source, "elsewhere"),
@@ -568,7 +575,7 @@ def test_a_list_of_another_place_year_or_source_is_refused(archive, make):
         (here, 2020, other, "from test"),
     ):
         with pytest.raises(SceneError, match=f"holds scenes {said}"):
-            scenes.belonging([scene], site, year, [source])
+            scenes.check_saved_scenes([scene], site, year, [source])
 
 
 def test_spellings_of_baselines(archive, make):
@@ -1007,7 +1014,7 @@ def test_a_remote_catalogue_names_no_local_file(listed, form, tmp_path):
     ):
         scenes.search(site, 2020, source)
     store = str(tmp_path / "cubes.zarr")
-    job = building.Job(
+    job = building.BuildJob(
         store=cube.Store(store), sources=(source,), recipe=PLAIN, snapshots=tmp_path / "lists"
     )
     with pytest.raises(SceneError, match=item.id):
@@ -1022,15 +1029,17 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
     (scene,) = scenes.search(site, 2020, source).scenes
     scene.assets["B04"].href = str(local)
     scene.properties["minecube:origin"] = ""
-    job = building.Job(
+    job = building.BuildJob(
         store=cube.Store(tmp_path / "c.zarr"),
         sources=(source,),
         recipe=PLAIN,
         snapshots=tmp_path / "lists",
     )
-    path = list_path(site, 2020, [source], job.snapshots)
+    path = path_of_list(site, 2020, [source], job.snapshots)
     snapshot.save(
-        scenes.Found(scenes=(scene,), listed=1), path, snapshot.belongs_to(site, 2020, [source])
+        scenes.SearchResult(scenes=(scene,), listed=1),
+        path,
+        snapshot.hash_search(site, 2020, [source]),
     )
     with pytest.raises(
         SceneError, match=f"item {scene.id}: asset B04 is not read from {local}: it is a local file"
@@ -1044,7 +1053,7 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
     scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     site = make.site("s", LEFT, TOP, 60, 60)
     fewer = dataclasses.replace(archive.source, access=Access(connections=3))
-    scenes.belonging([scene], site, 2020, [fewer])
+    scenes.check_saved_scenes([scene], site, 2020, [fewer])
     access = json.loads(scene.properties["minecube:access"])
     access |= {"kind": "s3", "href": "http://evil.example.org", "credentials_for": ["ours"]}
     scene.properties["minecube:access"] = json.dumps(access)
@@ -1052,7 +1061,7 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
         SceneError,
         match=f"scene {scene.id}: expected the access rules of source test, found others",
     ):
-        scenes.belonging([scene], site, 2020, [archive.source])
+        scenes.check_saved_scenes([scene], site, 2020, [archive.source])
 
 
 @pytest.mark.parametrize("origin", ["", None, "127.0.0.1"])
@@ -1060,15 +1069,15 @@ def test_a_saved_list_names_no_origin_of_its_own(archive, make, origin):
     """A scene that claims a local or private catalogue would be allowed to reach private hosts."""
     site = make.site("s", LEFT, TOP, 60, 60)
     scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
-    scenes.belonging([scene], site, 2020, [archive.source])
+    scenes.check_saved_scenes([scene], site, 2020, [archive.source])
     source = dataclasses.replace(archive.source, href="https://stac.example.org/v1")
     for band in scene.assets:
         scene.assets[band].href = f"https://files.example.org/{band}.tif"
     scene.properties["minecube:origin"] = "stac.example.org"
-    scenes.belonging([scene], site, 2020, [source])
+    scenes.check_saved_scenes([scene], site, 2020, [source])
     scene.properties["minecube:origin"] = origin
     with pytest.raises(SceneError, match=r"expected a scene listed by stac\.example\.org"):
-        scenes.belonging([scene], site, 2020, [source])
+        scenes.check_saved_scenes([scene], site, 2020, [source])
 
 
 def test_a_scene_without_origin_is_not_read(archive, make):
@@ -1103,7 +1112,7 @@ def test_an_image_of_another_format_is_refused_by_name_and_nothing_is_committed(
         f"<SourceFilename>{local}</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
     )
     source, _ = at("V.tif")
-    job = building.Job(
+    job = building.BuildJob(
         store=cube.Store(tmp_path / "c.zarr"),
         sources=(source,),
         recipe=PLAIN,
@@ -1115,7 +1124,7 @@ def test_an_image_of_another_format_is_refused_by_name_and_nothing_is_committed(
         r"V\.tif: is not read \(expected a GeoTIFF or JPEG 2000 file, found another format\)",
         outcome.message,
     )
-    assert not cube.builds(job.store, site.id)
+    assert not cube.read_markers(job.store, site.id)
 
 
 def test_an_api_that_answers_html(api, searched):
@@ -1616,9 +1625,9 @@ def test_lists_that_were_saved_before_there_was_such_a_rule_still_belong(archive
         "sources": [rule],
     }
     expected = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    assert snapshot.belongs_to(site, 2020, [source]) == expected
+    assert snapshot.hash_search(site, 2020, [source]) == expected
     own = dataclasses.replace(source, offset=dataclasses.replace(source.offset, own=0))
-    assert snapshot.belongs_to(site, 2020, [own]) != expected
+    assert snapshot.hash_search(site, 2020, [own]) != expected
 
 
 def test_a_real_item_of_earth_search_v0_is_refused_for_the_true_reason(real_data):
@@ -1830,7 +1839,7 @@ def test_times_as_text_and_files_without_boxes_or_links(archive, make, tmp_path)
     assert [s.to_dict() for s in found.scenes] == [s.to_dict() for s in expected.scenes]
     assert len(found.scenes) == 3
     pq.write_table(table.slice(0, 0), path)
-    with pytest.raises(scenes.NothingFoundError, match="0 listed"):
+    with pytest.raises(scenes.NoScenesError, match="0 listed"):
         scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
     pq.write_table(table.drop_columns("geometry"), path)
     with pytest.raises(
@@ -2123,7 +2132,9 @@ def test_decimals_are_numbers(archive, make):
     )
     found = rewritten(archive, make, column("eo:cloud_cover", percent))
     assert [s.properties["eo:cloud_cover"] for s in found.scenes] == [95.0, 12.5, None]
-    assert len(scenes.usable(found.scenes, dataclasses.replace(PLAIN, max_cloud_cover=60))) == 2
+    assert (
+        len(scenes.select_usable(found.scenes, dataclasses.replace(PLAIN, max_cloud_cover=60))) == 2
+    )
     item = archive.item(
         "2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00"
     )

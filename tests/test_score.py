@@ -35,7 +35,7 @@ SITES = {"pit": (180, 240), "pond": (130, 90), "quarry": (70, 110)}
 def build(store, site, labelled=True):
     """Committed years of nothing in particular, and footprints that grow, a corner of them unknown; those footprints."""
     grid = grid_of(site)
-    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
     for year in YEARS:
         flat = da.ones(tuple(grid.shape), chunks=64, dtype=np.uint16)
         made = {
@@ -56,7 +56,7 @@ def build(store, site, labelled=True):
         cube.write_year(
             cube.Store(store),
             xr.Dataset(made),
-            cube.provenance_of(site, year, grid, RECIPE, [scene]),
+            cube.describe_build(site, year, grid, RECIPE, [scene]),
             b"",
         )
     y, x = np.mgrid[: grid.shape[0], : grid.shape[1]]
@@ -182,7 +182,7 @@ def test_several_models_in_one_table(world, tmp_path):
     assert list(found["models"]) == ["sharp", "rough", "pairs", *baselines]
     assert all(name in shown for name in found["models"])
     sharp, rough, pairs = (found["models"][m] for m in ("sharp", "rough", "pairs"))
-    pooled = metrics.finish(sum((whole(p, "sharp") for p in pixels.values()), metrics.Scores()))
+    pooled = metrics.finish(sum((whole(p, "sharp") for p in pixels.values()), metrics.Counts()))
     assert sharp["sites"]["pooled"] == pytest.approx(pooled)
     assert sharp["sites"]["pooled"]["iou"] > rough["sites"]["pooled"]["iou"]
     assert set(sharp["by_year"]["pooled"]) == {str(y) for y in YEARS}
@@ -215,7 +215,7 @@ def test_several_models_in_one_table(world, tmp_path):
     assert len(by_site) == 6 * 3
     # Counts of machines are joined without the pixels.
     counts = json.loads((out / "counts.json").read_text())
-    joined = sum((metrics.Scores.of_json(c) for c in counts["sharp"].values()), metrics.Scores())
+    joined = sum((metrics.Counts.of_json(c) for c in counts["sharp"].values()), metrics.Counts())
     assert metrics.finish(joined)["iou"] == sharp["sites"]["pooled"]["iou"]
     made = {p.name for p in out.glob("*.png")}
     names = (
@@ -370,23 +370,25 @@ def figures(monkeypatch):
 
 def test_pictures_show_the_tables(tmp_path, figures):
     years = pd.Series([0.5, np.nan, 0.7], index=[2019, 2020, 2021])
-    pictures.lines({"a": years, "b": years / 2}, tmp_path / "y.png", "t", axes=("year", "IoU"))
+    pictures.draw_scores(
+        {"a": years, "b": years / 2}, tmp_path / "y.png", "t", axes=("year", "IoU")
+    )
     first, second = figures[-1].axes[0].lines
     assert np.array_equal(first.get_ydata(), years, equal_nan=True)
     assert (first.get_color(), first.get_marker()) != (second.get_color(), second.get_marker())
     assert [t.get_text() for t in figures[-1].legends[0].get_texts()] == ["a", "b"]
     assert figures[-1].axes[0].get_ylabel() == "IoU"
     curve = pd.DataFrame({"threshold": [0.9, 0.4], "precision": [1.0, 0.5], "recall": [0.2, 1.0]})
-    pictures.precision_recall({"a": curve}, tmp_path / "p.png", "t", 0.25)
+    pictures.draw_precision_recall({"a": curve}, tmp_path / "p.png", "t", 0.25)
     line, mark, chance = figures[-1].axes[0].lines
     assert line.get_xdata().tolist() == [0.2, 1.0]
     assert mark.get_xdata().tolist() == [0.2]  # at one half: the last threshold that is not below
     assert set(chance.get_ydata()) == {0.25}
     bins = pd.DataFrame({"predicted": [0.1, 0.9], "observed": [0.2, 0.7], "pixels": [10, 5]})
-    pictures.reliability({"a": bins}, tmp_path / "r.png", "t")
+    pictures.draw_reliability({"a": bins}, tmp_path / "r.png", "t")
     assert figures[-1].axes[0].lines[1].get_ydata().tolist() == [0.2, 0.7]
     with pytest.raises(CubeError, match="no score to draw"):
-        pictures.reliability({}, tmp_path / "none.png", "t")
+        pictures.draw_reliability({}, tmp_path / "none.png", "t")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.png", "r.png", "y.png"]
 
 

@@ -22,10 +22,10 @@ from scipy import ndimage
 from shapely.geometry import box, shape
 
 from minecube.catalog import BANDS, Site, load_sources
-from minecube.grid import grid_of, padded
-from minecube.simulate import MARGIN_M, World, simulate
+from minecube.grid import grid_of, pad
+from minecube.simulate import MARGIN_M, World, simulate_archive
 from minecube.simulate.land import draw_ground, draw_land
-from minecube.simulate.noise import streams
+from minecube.simulate.noise import make_generators
 
 STYLES = ("earth-search", "planetary-computer", "cdse")
 SHIPPED = load_sources()
@@ -48,7 +48,7 @@ def place() -> Site:
 @pytest.fixture(scope="module")
 def world(place: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("simulated") / "world"
-    simulate([place], out, WORLD)
+    simulate_archive([place], out, WORLD)
     return out
 
 
@@ -391,7 +391,7 @@ def test_truth_says_clear_where_the_pixels_are_the_ground_and_contaminated_where
     world: Path, place: Site, truth: xr.Dataset
 ) -> None:
     grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
+    canvas, draw = pad(grid, MARGIN_M), make_generators(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
     land = draw_land(grid, canvas, draw)
     grounds = {year: draw_ground(land, year) for year in (2020, 2022)}
@@ -425,7 +425,7 @@ def test_truth_is_the_median_of_the_clean_dates_at_each_bands_own_resolution(
     place: Site, truth: xr.Dataset
 ) -> None:
     grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
+    canvas, draw = pad(grid, MARGIN_M), make_generators(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
     ground = draw_ground(draw_land(grid, canvas, draw), 2020)
     days = [

@@ -25,7 +25,7 @@ from shapely.geometry import shape
 
 from minecube.catalog import Site, load_sources
 from minecube.errors import CatalogError
-from minecube.simulate import World, archive, simulate
+from minecube.simulate import World, archive, simulate_archive
 
 STYLES = ("earth-search", "planetary-computer", "cdse")
 SHIPPED = load_sources()
@@ -35,7 +35,7 @@ SHIPPED = load_sources()
 def world(make: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("simulated") / "world"
     place = make.site("small", 360000, 5600040, 120, 96)
-    simulate([place], out, World(years=(2020, 2022), dates_per_year=6, winter_dates=1))
+    simulate_archive([place], out, World(years=(2020, 2022), dates_per_year=6, winter_dates=1))
     return out
 
 
@@ -183,11 +183,11 @@ def pixels_of(world: Path, site: str, year: int) -> dict[str, bytes]:
 def test_a_scene_depends_on_nothing_but_seed_site_and_date(make: Any, tmp_path: Path) -> None:
     a, b = make.site("a", 360000, 5600040, 48, 60), make.site("b", 390000, 5580000, 54, 48)
     few = {"dates_per_year": 2, "winter_dates": 0}
-    simulate([a, b], tmp_path / "both", World(years=(2019, 2023), styles=("cdse",), **few))
-    simulate(
+    simulate_archive([a, b], tmp_path / "both", World(years=(2019, 2023), styles=("cdse",), **few))
+    simulate_archive(
         [b], tmp_path / "alone", World(years=(2023,), styles=("planetary-computer", "cdse"), **few)
     )
-    simulate([b], tmp_path / "other", World(years=(2023,), styles=("cdse",), seed=1, **few))
+    simulate_archive([b], tmp_path / "other", World(years=(2023,), styles=("cdse",), seed=1, **few))
     both, alone, other = (pixels_of(tmp_path / n, "b", 2023) for n in ("both", "alone", "other"))
     assert len(both) > 10
     assert both == alone
@@ -209,7 +209,7 @@ def test_styles_take_turns_when_each_site_has_one(make: Any, tmp_path: Path) -> 
         styles=("cdse", "earth-search"),
         one_style_per_site=True,
     )
-    simulate(sites, tmp_path / "out", world, progress=said.append)
+    simulate_archive(sites, tmp_path / "out", world, progress=said.append)
     assert said == ["a 2023", "b 2023", "c 2023"]
     made = ["cdse", "cdse.parquet", "earth-search", "earth-search.parquet", "sources.yaml"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -258,14 +258,14 @@ def test_bad_sites_and_folders_are_refused_and_leave_nothing(make: Any, tmp_path
         ([Site(id="null")], "null"),
     ):
         with pytest.raises(CatalogError, match=says):
-            simulate(sites, tmp_path / "out", world)
+            simulate_archive(sites, tmp_path / "out", world)
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CatalogError, match="cannot be written"):
-        simulate([fine], tmp_path / "file" / "out", world)
+        simulate_archive([fine], tmp_path / "file" / "out", world)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(CatalogError, match="empty"):
-        simulate([fine], tmp_path / "full", world)
+        simulate_archive([fine], tmp_path / "full", world)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
 
 
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     monkeypatch.setattr(archive, "_write_cog", full)
     with pytest.raises(CatalogError, match="No space left"):
-        simulate(
+        simulate_archive(
             [make.site("a", 360000, 5600040, 48, 48)],
             tmp_path / "out",
             World(years=(2023,), dates_per_year=1),
@@ -289,8 +289,8 @@ def test_flags_that_are_wrong_in_either_way(make: Any, tmp_path: Path) -> None:
     """Beside a world whose flags are right: the truth says what each item's pixels carry on top of that world's."""
     site = make.site("a", 360000, 5600040, 48, 48)
     right = World(years=(2022,), dates_per_year=6, winter_dates=0, styles=("earth-search",))
-    simulate([site], tmp_path / "right", right)
-    simulate([site], tmp_path / "wrong", dataclasses.replace(right, wrong_flags=1.0))
+    simulate_archive([site], tmp_path / "right", right)
+    simulate_archive([site], tmp_path / "wrong", dataclasses.replace(right, wrong_flags=1.0))
     truth = pd.read_parquet(tmp_path / "wrong" / "truth_offsets.parquet").set_index("id")
     assert truth.misflagged.all()
     assert set(truth.carried) == {0, 1000}

@@ -15,13 +15,13 @@ import pytest
 import shapely
 
 from minecube.catalog import BANDS, Site
-from minecube.grid import grid_of, padded
+from minecube.grid import grid_of, pad
 from minecube.simulate import MARGIN_M
 from minecube.simulate.land import draw_ground, draw_land
 from minecube.simulate.mine import draw_mine
-from minecube.simulate.noise import streams
+from minecube.simulate.noise import make_generators
 from minecube.simulate.observe import observe
-from minecube.simulate.passes import count_possible_dates, displace_scene, overpasses
+from minecube.simulate.passes import count_possible_dates, displace_scene, simulate_overpasses
 from minecube.simulate.truth import compute_reflectance
 
 
@@ -33,10 +33,10 @@ def place(make: Any) -> Site:
 
 def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(place: Site) -> None:
     grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
+    canvas, draw = pad(grid, MARGIN_M), make_generators(0, place.id)
     inside = tuple(slice(MARGIN_M // 10, MARGIN_M // 10 + n) for n in grid.shape)
     ground = draw_ground(draw_land(grid, canvas, draw), 2021)
-    passes = [p for p in overpasses(draw, 13.0, 2021, 22, 2) if not p.snow]
+    passes = [p for p in simulate_overpasses(draw, 13.0, 2021, 22, 2) if not p.snow]
     clear, stacks = [], defaultdict(list)
     for overpass in passes:
         seen = observe(draw, grid, canvas, ground, overpass)
@@ -59,9 +59,11 @@ def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(plac
 def test_errors_of_scene_classifications(place: Site) -> None:
     """Class 7 is mostly cloud; one date is veiled unseen; on the clearest, most of the clear ground is called cirrus."""
     grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
+    canvas, draw = pad(grid, MARGIN_M), make_generators(0, place.id)
     ground = draw_ground(draw_land(grid, canvas, draw), 2021)
-    passes = [p for p in overpasses(draw, 13.0, 2021, 22, 2, scl_errors=True) if not p.snow]
+    passes = [
+        p for p in simulate_overpasses(draw, 13.0, 2021, 22, 2, scl_errors=True) if not p.snow
+    ]
     unclassified = []
     for overpass in passes:
         seen = observe(draw, grid, canvas, ground, overpass)
@@ -89,12 +91,14 @@ def test_errors_of_scene_classifications(place: Site) -> None:
 def test_scenes_lie_beside_each_other(place: Site) -> None:
     """About 6 m off until 2021, about 2 m afterwards: as a Taylor series of the ground tells."""
     grid = grid_of(place)
-    canvas, draw = padded(grid, MARGIN_M), streams(0, place.id)
+    canvas, draw = pad(grid, MARGIN_M), make_generators(0, place.id)
     off: dict[int, list[float]] = {}
     for year in (2020, 2022):
         ground = draw_ground(draw_land(grid, canvas, draw), year)
         for overpass in [
-            displace_scene(p) for p in overpasses(draw, 13.0, year, 22, 0) if p.cover < 0.03
+            displace_scene(p)
+            for p in simulate_overpasses(draw, 13.0, year, 22, 0)
+            if p.cover < 0.03
         ]:
             seen = observe(draw, grid, canvas, ground, overpass).counts["B04"] / 1e4
             clean = ground.reflectance(
@@ -110,7 +114,7 @@ def test_scenes_lie_beside_each_other(place: Site) -> None:
 def test_mines_grow_shift_and_are_reclaimed_in_any_year(make: Any) -> None:
     for name in ("one", "two", "three"):
         site = make.site(name, 360000, 5600040, 384, 384)
-        grid, draw = grid_of(site), streams(0, name)
+        grid, draw = grid_of(site), make_generators(0, name)
         shapes = [draw_mine(grid, draw, year).footprint for year in range(2010, 2031)]
         for before, after in itertools.pairwise(shapes):
             # Each year some land is taken and some given back, never much.
@@ -127,8 +131,8 @@ def test_mines_grow_shift_and_are_reclaimed_in_any_year(make: Any) -> None:
 
 def test_reclaimed_land_is_green_again(make: Any) -> None:
     site = make.site("green", 360000, 5600040, 240, 240)
-    grid, draw = grid_of(site), streams(0, "green")
-    canvas = padded(grid, 0)
+    grid, draw = grid_of(site), make_generators(0, "green")
+    canvas = pad(grid, 0)
     land = draw_land(grid, canvas, draw)
     was, ground = draw_ground(land, 2016), draw_ground(land, 2023)
     x, y = np.meshgrid(*(canvas.coords[d].values for d in ("x", "y")))
@@ -145,8 +149,11 @@ def test_reclaimed_land_is_green_again(make: Any) -> None:
 
 
 def test_dates_follow_the_satellites_and_sparse_years_are_sparse() -> None:
-    draw = streams(0, "any")
-    full, sparse = overpasses(draw, 13.0, 2020, 22, 2), overpasses(draw, 13.0, 2015, 7, 2)
+    draw = make_generators(0, "any")
+    full, sparse = (
+        simulate_overpasses(draw, 13.0, 2020, 22, 2),
+        simulate_overpasses(draw, 13.0, 2015, 7, 2),
+    )
     assert sum(4 <= p.day.month <= 10 for p in full) == 22
     assert sum(4 <= p.day.month <= 10 for p in sparse) == 7
     assert min(p.day for p in sparse).isoformat() >= "2015-07-04"  # no Sentinel-2 before
@@ -181,7 +188,7 @@ def test_known_acquisitions_have_their_real_numbers(real_data: Path) -> None:
         assert taken
         orbits = {
             (p.satellite, p.day.isoformat()): p
-            for p in overpasses(streams(0, "x"), 8.0, 2020, 84, 90)
+            for p in simulate_overpasses(make_generators(0, "x"), 8.0, 2020, 84, 90)
         }
         key = (taken.group(1), "-".join(taken.group(2, 3, 4)))
         if key in orbits:

@@ -81,7 +81,7 @@ def test_posterior_is_that_of_every_path(
     )
     years = tuple(itertools.accumulate(gaps, initial=2015))
     column = np.array(values, np.uint8)[:, None]
-    found = smoothing.posterior(column, years, rates)[:, 0]
+    found = smoothing.compute_posterior(column, years, rates)[:, 0]
     if (column == 255).all():
         assert (found == 255).all()
         return
@@ -107,7 +107,7 @@ def test_a_path_worked_by_hand() -> None:
     total = sum(one.values())
     expected = [sum(v for k, v in one.items() if k[t] == "1") / total for t in range(3)]
     values = np.array([[200], [50], [200]], np.uint8)
-    assert smoothing.posterior(values, (2015, 2016, 2017), rates)[:, 0].tolist() == [
+    assert smoothing.compute_posterior(values, (2015, 2016, 2017), rates)[:, 0].tolist() == [
         round(250 * p) for p in expected
     ]
 
@@ -116,21 +116,23 @@ def test_a_year_left_out_is_a_year_of_which_nothing_is_known() -> None:
     values = series(0, 8, 500, unknown=0)
     every = np.full((10, 500), 255, np.uint8)
     every[np.subtract(YEARS, 2015)] = values
-    gaps = smoothing.posterior(values, YEARS, RATES)
-    filled = smoothing.posterior(every, range(2015, 2025), RATES)
+    gaps = smoothing.compute_posterior(values, YEARS, RATES)
+    filled = smoothing.compute_posterior(every, range(2015, 2025), RATES)
     np.testing.assert_array_equal(filled[np.subtract(YEARS, 2015)], gaps)
     assert (filled[4] != 255).all()
-    assert (smoothing.posterior(values, range(2015, 2023), RATES) != gaps).any()  # the gap matters
+    assert (
+        smoothing.compute_posterior(values, range(2015, 2023), RATES) != gaps
+    ).any()  # the gap matters
 
 
 def test_unknown_is_no_probability() -> None:
     # Were 255 taken for a probability of 1.02, the year in between would make all three a mine.
     rates = dataclasses.replace(RATES, initial=0.5, prior=0.5)
-    found = smoothing.posterior(np.array([[60], [255], [60]], np.uint8), (2015, 2016, 2017), rates)[
-        :, 0
-    ]
+    found = smoothing.compute_posterior(
+        np.array([[60], [255], [60]], np.uint8), (2015, 2016, 2017), rates
+    )[:, 0]
     assert (found < 60).all()
-    alone = smoothing.posterior(
+    alone = smoothing.compute_posterior(
         np.array([[255], [255], [255], [0]], np.uint8), (2015, 2016, 2017, 2018), rates
     )[:, 0]
     assert alone.tolist() == sorted(alone.tolist(), reverse=True)
@@ -142,10 +144,10 @@ def test_one_year_under_its_own_prior_stays_as_it_is() -> None:
     rates = Rates(opening=0.01, closing=0.02, initial=0.07, prior=0.07, temper=1)
     values = np.arange(251, dtype=np.uint8)[None]
     np.testing.assert_array_equal(
-        smoothing.posterior(values, (2020,), rates)[0, 1:-1], values[0, 1:-1]
+        smoothing.compute_posterior(values, (2020,), rates)[0, 1:-1], values[0, 1:-1]
     )
     # Under a prior of one half a mine's odds are 0.93 / 0.07 = 13 times what they should be.
-    low = smoothing.posterior(values, (2020,), dataclasses.replace(rates, prior=0.5))[0]
+    low = smoothing.compute_posterior(values, (2020,), dataclasses.replace(rates, prior=0.5))[0]
     assert (low[1:-1] < values[0, 1:-1]).all()
     assert low[125] == round(250 * 0.07)
 
@@ -165,9 +167,9 @@ def test_nothing_overflows_at_the_ends() -> None:
     with np.errstate(all="raise"):
         for stored in (0, 250):
             values = np.full((60, 3), stored, np.uint8)
-            assert (smoothing.posterior(values, range(60), rates) == stored).all()
+            assert (smoothing.compute_posterior(values, range(60), rates) == stored).all()
         turned = np.repeat(np.array([0, 250, 0], np.uint8), 20)[:, None]
-        found = smoothing.posterior(
+        found = smoothing.compute_posterior(
             turned, range(60), dataclasses.replace(rates, initial=0.5, prior=0.5)
         )
     assert found[5, 0] == 0
@@ -178,7 +180,7 @@ def test_nothing_overflows_at_the_ends() -> None:
 def test_what_is_constant_and_certain_stays() -> None:
     for stored in (0, 250):
         values = np.full((8, 4), stored, np.uint8)
-        off = np.abs(smoothing.posterior(values, YEARS, RATES).astype(int) - values)
+        off = np.abs(smoothing.compute_posterior(values, YEARS, RATES).astype(int) - values)
         assert off[:-1].max() == 0
         assert off[-1].max() <= 1  # with no year behind it, and evidence tempered
 
@@ -188,7 +190,7 @@ def test_a_change_is_in_the_year_it_was_seen() -> None:
     for first in range(1, 8):
         values = np.where(np.arange(8) >= first, 250, 0).astype(np.uint8)[:, None]
         expected = (np.arange(8) >= first).tolist()
-        assert (smoothing.posterior(values, YEARS, RATES)[:, 0] >= 125).tolist() == expected
+        assert (smoothing.compute_posterior(values, YEARS, RATES)[:, 0] >= 125).tolist() == expected
 
 
 def test_a_single_years_error_is_mended_and_a_lasting_change_is_not() -> None:
@@ -196,7 +198,7 @@ def test_a_single_years_error_is_mended_and_a_lasting_change_is_not() -> None:
         [[10, 10, 10, 240, 10, 10, 10, 10], [10, 10, 10, 240, 240, 240, 240, 240]], np.uint8
     ).T
     rates = dataclasses.replace(RATES, prior=0.5)
-    found = smoothing.posterior(values, YEARS, rates) >= 125
+    found = smoothing.compute_posterior(values, YEARS, rates) >= 125
     assert found[:, 0].tolist() == [False] * 8
     assert found[:, 1].tolist() == [False] * 3 + [True] * 5
 
@@ -376,7 +378,7 @@ def test_rates_of_labels_are_counted() -> None:
     }
     planted = Rates(opening=0.02, closing=0.06, initial=0.3, prior=0.3)
     states = chain(7, planted, 10, 100_000).astype(np.uint8)
-    rates = tracks.rates_from_labels(
+    rates = tracks.learn_rates_from_labels(
         [maps(half, range(2015, 2025)) for half in np.split(states, 2, axis=1)]
     )
     stays, turns = states[:-1] == states[1:], states[:-1] != states[1:]
@@ -388,7 +390,7 @@ def test_rates_of_labels_are_counted() -> None:
     )
     assert rates.prior == rates.initial == pytest.approx(states.mean())
     # Of every third year: what is seen to change is less than three years' changes, and the rates are those of one year.
-    thinned = tracks.rates_from_labels([maps(states[::3], range(2015, 2025, 3))])
+    thinned = tracks.learn_rates_from_labels([maps(states[::3], range(2015, 2025, 3))])
     assert thinned.opening == pytest.approx(0.02, rel=0.05)
     assert thinned.closing == pytest.approx(0.06, rel=0.05)
 
@@ -399,9 +401,9 @@ def test_what_teaches_nothing_is_refused() -> None:
     with pytest.raises(LabelError, match="no known pixel"):
         tracks.learn_rates([maps(np.full((8, 4), 255))])
     with pytest.raises(LabelError, match="known in two years"):
-        tracks.rates_from_labels([maps(np.where(np.eye(8, 4), 1, 255))])
+        tracks.learn_rates_from_labels([maps(np.where(np.eye(8, 4), 1, 255))])
     with pytest.raises(LabelError, match="not probabilities"):
-        tracks.rates_from_labels([maps(np.full((8, 4), 77))])
+        tracks.learn_rates_from_labels([maps(np.full((8, 4), 77))])
 
 
 def test_maps_without_a_change_keep_their_rates_in_bounds() -> None:

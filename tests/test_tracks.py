@@ -42,14 +42,14 @@ def projected_m2(mask: np.ndarray, where: GeoBox) -> float:
 def test_areas_are_those_of_projected_pixels(left: int, epsg: int) -> None:
     where = grid(150, 90, left, epsg)
     masks = np.random.default_rng(0).random((1, 150, 90)) < 0.4
-    found = tracks.areas(footprint(masks, [2020]), where)["area_m2"][0]
+    found = tracks.compute_areas(footprint(masks, [2020]), where)["area_m2"][0]
     assert found == pytest.approx(projected_m2(masks[0], where), rel=1e-5)
 
 
 def test_area_is_not_a_count_of_100_m2() -> None:
     # 330 km from the central meridian UTM enlarges areas by 0.2 %: counting pixels would be off by that.
     where = grid(100, 100, 830_040)
-    found = tracks.areas(footprint(np.ones((1, 100, 100)), [2020]), where)["area_m2"][0]
+    found = tracks.compute_areas(footprint(np.ones((1, 100, 100)), [2020]), where)["area_m2"][0]
     assert abs(found / (100 * 100 * 100) - 1) > 0.0015
 
 
@@ -58,7 +58,7 @@ def test_worth_of_a_pixel_follows_its_place_in_the_grid() -> None:
     where = grid(10, 4000, 780_000)
     east = np.zeros((1, 10, 4000), np.uint8)
     east[:, :, -50:] = 1
-    assert tracks.areas(footprint(east, [2020]), where)["area_m2"][0] == pytest.approx(
+    assert tracks.compute_areas(footprint(east, [2020]), where)["area_m2"][0] == pytest.approx(
         projected_m2(east[0], where), rel=1e-5
     )
 
@@ -67,8 +67,8 @@ def test_gain_and_loss_by_hand() -> None:
     #            stays  opened  closed  unknown in between, opened there  first known in 2019, unknown at last
     series = [[[1, 0, 1, 0, 255, 1]], [[1, 1, 1, 255, 1, 1]], [[1, 1, 0, 1, 1, 255]]]
     where = grid(1, 6)
-    table = tracks.areas(footprint(series), where)
-    pixel = tracks.areas(footprint(np.ones((1, 1, 6)), [2020]), where)["area_m2"][0] / 6
+    table = tracks.compute_areas(footprint(series), where)
+    pixel = tracks.compute_areas(footprint(np.ones((1, 1, 6)), [2020]), where)["area_m2"][0] / 6
     counts = (table.set_index("year") / pixel).round(6)
     assert counts["area_m2"].tolist() == [3, 5, 4]
     assert counts["unknown_m2"].tolist() == [1, 1, 1]
@@ -81,7 +81,7 @@ def test_gain_and_loss_by_hand() -> None:
 
 def test_where_all_is_known_area_grows_by_gain_minus_loss() -> None:
     masks = np.random.default_rng(1).integers(0, 2, (3, 130, 70))
-    table = tracks.areas(footprint(masks), grid(130, 70))
+    table = tracks.compute_areas(footprint(masks), grid(130, 70))
     growth = table["area_m2"].diff()[1:]
     np.testing.assert_allclose(
         growth, (table["gain_m2"] - table["loss_m2"])[1:], rtol=1e-9, atol=1e-3
@@ -90,9 +90,9 @@ def test_where_all_is_known_area_grows_by_gain_minus_loss() -> None:
 
 def test_areas_refuse_another_grid_and_years_out_of_order() -> None:
     with pytest.raises(LabelError, match="5 x 6 pixels"):
-        tracks.areas(footprint(np.zeros((3, 6, 5))), grid(5, 6))
+        tracks.compute_areas(footprint(np.zeros((3, 6, 5))), grid(5, 6))
     with pytest.raises(LabelError, match="ascending"):
-        tracks.areas(footprint(np.zeros((3, 5, 6)), [2019, 2018, 2021]), grid(5, 6))
+        tracks.compute_areas(footprint(np.zeros((3, 5, 6)), [2019, 2018, 2021]), grid(5, 6))
 
 
 def test_threshold_at_one_half_keeps_what_is_unknown() -> None:

@@ -55,7 +55,7 @@ def store(tmp_path_factory, sites) -> Path:
     for n, site in enumerate(sites):
         grid = grid_of(site)
         shape = tuple(grid.shape)
-        cube.create(cube.Store(path), site, grid, YEARS, RECIPE)
+        cube.create_site(cube.Store(path), site, grid, YEARS, RECIPE)
         said = {
             "site": site.id,
             "grid": {},
@@ -218,7 +218,7 @@ def test_rates_of_labels_given_and_wrong(store, tmp_path):
     )
     labels = cube.open_committed(cube.Store(store), "pit")["footprint"]
     card = cube.open_probability(cube.Store(store), "hole", "net+hmm").attrs["model"]
-    assert tracks.Rates(**card["rates"]) == tracks.rates_from_labels([labels])
+    assert tracks.Rates(**card["rates"]) == tracks.learn_rates_from_labels([labels])
     run(
         "tracks",
         "--store",

@@ -32,22 +32,22 @@ from torch import nn
 
 from minecube import cube as stores
 from minecube import models
-from minecube.catalog import BANDS, ModelCard, Recipe, Settings, load_presets
+from minecube.catalog import BANDS, ModelCard, Recipe, TrainingSettings, load_presets
 from minecube.cli import cli
 from minecube.errors import CatalogError, ModelError
 from minecube.grid import grid_of
 from minecube.models import load, predict
 from minecube.train import (
     Cubes,
-    Run,
     Tiles,
+    TrainingOptions,
     Windows,
     checkpoint,
+    compute_targets,
     fit,
+    list_views,
     statistics,
-    survey,
-    target,
-    views,
+    survey_source,
 )
 from minecube.train.loss import compute_loss
 from minecube.train.windows import augment, batches, count_steps
@@ -64,7 +64,7 @@ SMALL = ModelCard(
 )
 CHANGE = dataclasses.replace(SMALL, id="pairs", task="change", classes=("removed", "new"))
 SERIES = dataclasses.replace(SMALL, id="all-years", task="series")
-PLAIN = Settings(id="plain", title="for tests", epochs=3, batch=8, learning_rate=3e-3)
+PLAIN = TrainingSettings(id="plain", title="for tests", epochs=3, batch=8, learning_rate=3e-3)
 
 
 def cube(
@@ -146,7 +146,7 @@ def flat(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_targets_are_what_each_pair_of_pixels_says(values: list[int]) -> None:
     label = np.array(values, np.uint8).reshape(2, 3, 4)
     classes = ("new", "changed", "removed")
-    found = target(label, classes)
+    found = compute_targets(label, classes)
     assert (found.dtype, found.shape) == (np.uint8, (1, 3, 3, 4))
     for y, x in np.ndindex(3, 4):
         before, after = int(label[0, y, x]), int(label[1, y, x])
@@ -157,32 +157,32 @@ def test_targets_are_what_each_pair_of_pixels_says(values: list[int]) -> None:
         }
         for c, name in enumerate(classes):
             assert found[0, c, y, x] == (255 if 255 in (before, after) else told[name])
-    assert np.array_equal(target(label, ("mine",)), label[:, None])
+    assert np.array_equal(compute_targets(label, ("mine",)), label[:, None])
 
 
 def test_views_are_those_of_the_task() -> None:
     years = tuple(range(2015, 2025))
     source = Cubes({"a": cube(1, years=years), "b": cube(2, 8, 8, (2016, 2020, 2021))})
-    assert views(source, SMALL) == [("a", (y,)) for y in years] + [
+    assert list_views(source, SMALL) == [("a", (y,)) for y in years] + [
         ("b", (y,)) for y in (2016, 2020, 2021)
     ]
-    pairs = views(source, CHANGE)
+    pairs = list_views(source, CHANGE)
     assert len(pairs) == 45 + 3
     assert pairs[-3:] == [("b", (2016, 2020)), ("b", (2016, 2021)), ("b", (2020, 2021))]
     assert all(first < second for _, (first, second) in pairs)
-    far = views(source, CHANGE, (4, 9))
+    far = list_views(source, CHANGE, (4, 9))
     assert far == [
         ("a", (y, y + 4)) if y < 2021 else ("a", (2015, 2024)) for y in range(2015, 2016)
     ] + [("a", (2015, 2024))] + [("a", (y, y + 4)) for y in range(2016, 2021)] + [
         ("b", (2016, 2020))
     ]
-    assert views(Cubes({"a": cube(1, years=years)}), SERIES) == [("a", years)]
+    assert list_views(Cubes({"a": cube(1, years=years)}), SERIES) == [("a", years)]
 
 
 def test_years_come_in_their_order_whatever_the_order_in_the_cube() -> None:
     of = cube(1, years=(2018, 2019, 2021))
     plain, turned = Cubes({"a": of}), Cubes({"a": of.isel(year=[2, 0, 1])})
-    assert views(turned, CHANGE) == views(plain, CHANGE)
+    assert list_views(turned, CHANGE) == list_views(plain, CHANGE)
     for one, other in zip(
         turned.cut("a", (2018, 2021), 3, 4, 20), plain.cut("a", (2018, 2021), 3, 4, 20), strict=True
     ):
@@ -241,10 +241,10 @@ def test_the_survey_reads_blocks_and_says_the_same_whatever_their_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = Counted({"a": with_holes(1, 70, 45), "b": with_holes(2, 20, 100)})
-    whole = survey(source, CHANGE, PLAIN)
+    whole = survey_source(source, CHANGE, PLAIN)
     monkeypatch.setattr(statistics, "BLOCK_PX", 32)
     Counted.largest = 0
-    found = survey(source, CHANGE, PLAIN)
+    found = survey_source(source, CHANGE, PLAIN)
     assert Counted.largest == 10 * 32 * 32  # one year of one block
     assert (found.mean, found.std, found.positive, found.pixels) == (
         whole.mean,
@@ -274,7 +274,7 @@ def test_the_survey_finds_every_cell_and_pixel(
     if height * width == 1:
         return
     card = dataclasses.replace(CHANGE, window_px=side)
-    found = survey(Cubes({"a": of}), card, PLAIN)
+    found = survey_source(Cubes({"a": of}), card, PLAIN)
     cell = {4: 1, 8: 2, 12: 2, 16: 4, 32: 8, 96: 16, 160: 16}[side]
     assert found.cell_px == cell
     labels = dict(zip((2018, 2019, 2020), labels_of(of).astype(int), strict=True))
@@ -344,8 +344,8 @@ def test_bands_are_taken_by_name() -> None:
 # Windows
 
 
-def drawn(source: Cubes, card: ModelCard, settings: Settings, seed: int = 0) -> Windows:
-    return Windows(source, card, settings, survey(source, card, settings), seed)
+def drawn(source: Cubes, card: ModelCard, settings: TrainingSettings, seed: int = 0) -> Windows:
+    return Windows(source, card, settings, survey_source(source, card, settings), seed)
 
 
 def corner(height: int = 60, width: int = 70) -> xr.Dataset:
@@ -434,7 +434,7 @@ def test_image_and_labels_are_turned_alike_in_all_years_and_unobserved_pixels_ar
         raw = image * np.array(windows.survey.std, np.float32)[:, None, None]
         raw = (raw + np.array(windows.survey.mean, np.float32)[:, None, None])[:, 0]
         mine = np.where(observed.all(axis=1), raw > 2500, 255)
-        expected = target(mine.astype(np.uint8), card.classes)
+        expected = compute_targets(mine.astype(np.uint8), card.classes)
         assert np.array_equal(wanted, expected)
         seen.add(wanted.tobytes())
     assert len(seen) > 8
@@ -531,7 +531,7 @@ def test_validation_windows_judge_every_pixel_once(height: int, width: int) -> N
     of.footprint.values[:, 0, 0] = 1
     index = np.arange(height * width).reshape(height, width)
     of.reflectance.values[...] = 1 + index % 60000
-    found = survey(Cubes({"a": of}), SMALL, PLAIN)
+    found = survey_source(Cubes({"a": of}), SMALL, PLAIN)
     tiles = Tiles(Cubes({"a": of}), SMALL, PLAIN, found, (0.0,) * 10, (1.0,) * 10)
     seen = Counter()
     for number in range(len(tiles)):
@@ -562,7 +562,7 @@ def test_scores_are_those_of_the_pooled_pixels(
 ) -> None:
     monkeypatch.setitem(models.ARCHITECTURES, "unet", Threshold)
     train, valid = {"a": cube(1)}, {"b": with_holes(2, 21, 50), "c": with_holes(3, 40, 17)}
-    run = Run(checkpoint=tmp_path / "x.ckpt")
+    run = TrainingOptions(checkpoint=tmp_path / "x.ckpt")
     fitted = fit(SMALL, Cubes(train), Cubes(valid), dataclasses.replace(PLAIN, epochs=1), run)
     truth = np.concatenate([labels_of(of).ravel() for of in valid.values()])
     said = np.concatenate(
@@ -651,7 +651,7 @@ def test_training_and_validation_sites_are_apart() -> None:
 # The loss
 
 
-def by_hand(logits: np.ndarray, wanted: np.ndarray, settings: Settings) -> float:
+def by_hand(logits: np.ndarray, wanted: np.ndarray, settings: TrainingSettings) -> float:
     terms, weights_, dice = [], settings.positive_weight, []
     for c in range(logits.shape[2]):
         both = either = 0.0
@@ -748,7 +748,9 @@ def test_small_sites_and_flat_bands_can_be_trained_on() -> None:
 
 def test_a_model_says_how_it_came_to_be_in_its_file_too(tmp_path: Path) -> None:
     settings = dataclasses.replace(PLAIN, epochs=3)
-    fitted = fit(SMALL, Cubes({"a": cube(1)}), Cubes({"b": cube(2)}), settings, Run(seed=4))
+    fitted = fit(
+        SMALL, Cubes({"a": cube(1)}), Cubes({"b": cube(2)}), settings, TrainingOptions(seed=4)
+    )
     models.save(fitted.trained, tmp_path / "model.pt")
     for training in (fitted.trained.training, models.load(tmp_path / "model.pt").training):
         assert (training["seed"], training["validation sites"]) == (4, ["b"])
@@ -767,14 +769,18 @@ def test_same_cubes_and_seed_give_the_same_network() -> None:
     settings, valid = dataclasses.replace(PLAIN, epochs=2, rare=0.3), Cubes({"b": cube(2)})
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    first = fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=3)).trained.network
+    first = fit(
+        SMALL, Cubes({"a": cube(1)}), valid, settings, TrainingOptions(seed=3)
+    ).trained.network
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
     torch.rand(5)
     assert same(
-        first, fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=3)).trained.network
+        first,
+        fit(SMALL, Cubes({"a": cube(1)}), valid, settings, TrainingOptions(seed=3)).trained.network,
     )
     assert not same(
-        first, fit(SMALL, Cubes({"a": cube(1)}), valid, settings, Run(seed=4)).trained.network
+        first,
+        fit(SMALL, Cubes({"a": cube(1)}), valid, settings, TrainingOptions(seed=4)).trained.network,
     )
 
 
@@ -808,10 +814,10 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
         PLAIN, epochs=4, windows=24, schedule=schedule, optimiser="adamw", weight_decay=0.1
     )
     sources = Cubes({"a": with_holes(1)}), Cubes({"b": with_holes(2)})
-    whole = fit(SMALL, *sources, settings, Run(checkpoint=tmp_path / "whole.ckpt"))
+    whole = fit(SMALL, *sources, settings, TrainingOptions(checkpoint=tmp_path / "whole.ckpt"))
     path = tmp_path / "other.ckpt"
     with pytest.raises(Stopped):  # three steps an epoch; in the middle of one, and when one is done
-        fit(SMALL, *sources, settings, Run(checkpoint=path, progress=stop_at(at)))
+        fit(SMALL, *sources, settings, TrainingOptions(checkpoint=path, progress=stop_at(at)))
     assert path.exists() == (at > 3)
     keys: list[tuple[int, int]] = []
     taken = Windows.__getitem__
@@ -823,7 +829,9 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
         SMALL,
         *sources,
         settings,
-        Run(checkpoint=path, resume=True, progress=lambda done, total, _: seen.append(done)),
+        TrainingOptions(
+            checkpoint=path, resume=True, progress=lambda done, total, _: seen.append(done)
+        ),
     )
     begun = (at - 1) // 3
     assert sorted(keys) == [(e, i) for e in range(begun, 4) for i in range(24)]
@@ -844,7 +852,10 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
 
 
 def test_a_finished_training_is_not_done_again(flat: None, tmp_path: Path) -> None:
-    source, run = Cubes({"a": cube(1)}), Run(checkpoint=tmp_path / "x.ckpt", resume=True)
+    source, run = (
+        Cubes({"a": cube(1)}),
+        TrainingOptions(checkpoint=tmp_path / "x.ckpt", resume=True),
+    )
     done = fit(SMALL, source, Cubes({"b": cube(2)}), PLAIN, run)
     again = fit(
         SMALL, source, Cubes({"b": cube(2)}), PLAIN, dataclasses.replace(run, progress=stop_at(1))
@@ -862,9 +873,9 @@ def test_the_state_of_another_training_is_refused(flat: None, tmp_path: Path) ->
     of = {"a": cube(1), "b": cube(2)}
     valid = Cubes({"c": cube(3)})
     with pytest.raises(Stopped):
-        fit(SMALL, Cubes(of), valid, PLAIN, Run(checkpoint=path, progress=stop_at(7)))
+        fit(SMALL, Cubes(of), valid, PLAIN, TrainingOptions(checkpoint=path, progress=stop_at(7)))
     before = path.read_bytes()
-    resume = Run(checkpoint=path, resume=True)
+    resume = TrainingOptions(checkpoint=path, resume=True)
     wider = dataclasses.replace(SMALL, options={"width": 8, "depth": 2})
     with pytest.raises(
         ModelError, match=r"another training, it differs in card's options \(\{'width': 4"
@@ -895,7 +906,7 @@ def test_the_state_of_another_training_is_refused(flat: None, tmp_path: Path) ->
     with pytest.raises(ModelError, match=r"differs in pixels's training labels \(\[7680"):
         fit(SMALL, Cubes(relabelled), valid, PLAIN, resume)
     with pytest.raises(ModelError, match="interrupted after epoch 1; it would be lost"):
-        fit(SMALL, Cubes(of), valid, PLAIN, Run(checkpoint=path))
+        fit(SMALL, Cubes(of), valid, PLAIN, TrainingOptions(checkpoint=path))
     assert path.read_bytes() == before
     for content in (b"", before[: len(before) // 2], b"PK\x03\x04" + bytes(99)):
         path.write_bytes(content)
@@ -910,7 +921,7 @@ def test_a_state_with_a_flipped_bit_is_not_gone_on_from(flat: None, tmp_path: Pa
     """Torch, which opens it, does not look at the checksums that it wrote."""
     path, source = tmp_path / "x.ckpt", Cubes({"a": cube(1)})
     with pytest.raises(Stopped):
-        fit(SMALL, source, None, PLAIN, Run(checkpoint=path, progress=stop_at(7)))
+        fit(SMALL, source, None, PLAIN, TrainingOptions(checkpoint=path, progress=stop_at(7)))
     content, weight = (
         bytearray(path.read_bytes()),
         checkpoint.read_state(path)["network"]["layers.0.bias"],
@@ -919,7 +930,7 @@ def test_a_state_with_a_flipped_bit_is_not_gone_on_from(flat: None, tmp_path: Pa
     content[at + 3] ^= 0x40  # in the exponent
     path.write_bytes(content)
     with pytest.raises(ModelError, match="is damaged; remove it to train afresh"):
-        fit(SMALL, source, None, PLAIN, Run(checkpoint=path, resume=True))
+        fit(SMALL, source, None, PLAIN, TrainingOptions(checkpoint=path, resume=True))
 
 
 def test_a_state_is_written_whole_or_not_at_all(
@@ -940,7 +951,7 @@ def test_a_state_is_written_whole_or_not_at_all(
     with pytest.raises(
         ModelError, match=r"x\.ckpt: could not be written .*No space left.*as it was"
     ):
-        fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN, Run(checkpoint=path))
+        fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN, TrainingOptions(checkpoint=path))
     assert len(checkpoint.read_state(path)["history"]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.ckpt", "x.csv"]
 
@@ -972,9 +983,9 @@ def test_a_loss_that_is_no_number_stops_says_where_and_keeps_the_last_state(
         ModelError,
         match=r"became nan in epoch 2, step 2 \(windows of a 2019, a 2020\); .*x.ckpt holds epoch 1",
     ):
-        fit(SMALL, source, None, settings, Run(checkpoint=path))
+        fit(SMALL, source, None, settings, TrainingOptions(checkpoint=path))
     monkeypatch.setitem(models.ARCHITECTURES, "unet", Flat)
-    resumed = fit(SMALL, source, None, settings, Run(checkpoint=path, resume=True))
+    resumed = fit(SMALL, source, None, settings, TrainingOptions(checkpoint=path, resume=True))
     assert all(torch.isfinite(value).all() for value in weights(resumed.trained.network).values())
     assert same(resumed.trained.network, fit(SMALL, source, None, settings).trained.network)
     monkeypatch.setitem(models.ARCHITECTURES, "unet", lambda card: Faulty(card, 1e38, 1))
@@ -987,7 +998,7 @@ def test_windows_fit_the_network_and_devices_are_there(monkeypatch: pytest.Monke
         fit(SMALL, Cubes({"a": cube(1)}), None, dataclasses.replace(PLAIN, window_px=18))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ModelError, match=r"'cuda' was asked for, but torch .* sees 0 GPUs"):
-        fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN, Run(device="cuda"))
+        fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN, TrainingOptions(device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -1011,7 +1022,7 @@ def test_windows_fit_the_network_and_devices_are_there(monkeypatch: pytest.Monke
 def test_a_card_whose_network_is_for_another_task_is_refused(
     changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    run = Run(checkpoint=tmp_path / "x.ckpt")
+    run = TrainingOptions(checkpoint=tmp_path / "x.ckpt")
     with pytest.raises(ModelError, match=f"model small: .*{words}"):
         fit(dataclasses.replace(SMALL, **changes), Cubes({"a": cube(1)}), None, PLAIN, run)
     assert list(tmp_path.iterdir()) == []
@@ -1154,7 +1165,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, make: Any) -> Path:
     for n, name in enumerate(("A_1", "A_2", "B_1")):
         site, of = make.site(name, 360000 + n * 6000, 5600040, 48, 54), cube(n, 54, 48)
         grid = grid_of(site)
-        stores.create(stores.Store(folder / "cubes.zarr"), site, grid, (2019, 2020), recipe)
+        stores.create_site(stores.Store(folder / "cubes.zarr"), site, grid, (2019, 2020), recipe)
         for at, year in enumerate((2019, 2020)):
             pixels = da.from_array(of.reflectance.values[at], chunks=(10, 64, 64))
             made = {"reflectance": (("band", "y", "x"), pixels)}
@@ -1162,7 +1173,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, make: Any) -> Path:
             made["quality"] = (("y", "x"), da.ones((54, 48), chunks=64, dtype=np.uint8))
             told = {"minecube:source": "s", "s2:processing_baseline": "05.00", "minecube:offset": 0}
             scene = types.SimpleNamespace(id="a", properties=told | {"minecube:offset_reason": "r"})
-            provenance = stores.provenance_of(site, year, grid, recipe, [scene])
+            provenance = stores.describe_build(site, year, grid, recipe, [scene])
             stores.write_year(
                 stores.Store(folder / "cubes.zarr"), xr.Dataset(made), provenance, b""
             )

@@ -15,10 +15,10 @@ from minecube.composite import composite
 from minecube.errors import ReadError
 from minecube.grid import grid_of
 from minecube.scenes import veils
-from minecube.scenes.looks import look_at
-from minecube.simulate import World, simulate
-from minecube.simulate.noise import streams
-from minecube.simulate.passes import overpasses
+from minecube.scenes.looks import read_look
+from minecube.simulate import World, simulate_archive
+from minecube.simulate.noise import make_generators
+from minecube.simulate.passes import simulate_overpasses
 
 LEFT, TOP = 360000, 5600040
 VEGETATION, CIRRUS, CLOUD = 4, 10, 9
@@ -177,7 +177,10 @@ def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make
         archive.scene("2020-06-05T10:00:00", where, {"B04": 500, "B11": 500}, scl),
         archive.scene("2020-07-05T10:00:00", where, {"B04": 9000, "B11": 9000}, cloud),
     ]
-    listed[0].properties[veils.SCL_IS], listed[1].properties[veils.SCL_IS] = "veiled", "no cirrus"
+    listed[0].properties[veils.SCL_FAULT], listed[1].properties[veils.SCL_FAULT] = (
+        "veiled",
+        "no cirrus",
+    )
     made = composite(listed, grid, recipe).compute()
     inside = np.arange(48) // 2 + 15 < 34  # the outermost pixel of a scene is left out
     np.testing.assert_array_equal(
@@ -191,7 +194,7 @@ def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make
 def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
     """Each year has a date that is veiled unseen, and one, the clearest, on which SCL sees cirrus that is none."""
     site, years = make.site("pit", LEFT, TOP, 120, 120), (2020, 2022)
-    simulate(
+    simulate_archive(
         [site],
         tmp_path / "w",
         World(years=years, styles=("earth-search",), scl_errors=True, seed=2),
@@ -203,16 +206,18 @@ def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
     sky = xr.open_zarr(tmp_path / "w" / "truth.zarr", group="pit", consolidated=False).sky.load()
     for year in years:
         used = scenes.select(scenes.search(site, year, source).scenes, recipe)
-        found = veils.judged(used, look_at(used, grid), recipe.haze)
-        passes = overpasses(streams(2, "pit"), longitude, year, 22, 2, scl_errors=True)
+        found = veils.mark_wrong_classifications(used, read_look(used, grid), recipe.haze)
+        passes = simulate_overpasses(
+            make_generators(2, "pit"), longitude, year, 22, 2, scl_errors=True
+        )
         truth = {p.day: "veiled" for p in passes if p.unseen_cirrus} | {
             p.day: "no cirrus" for p in passes if p.false_cirrus
         }
         assert len(truth) == 2
         told = {
-            s.datetime.date(): s.properties[veils.SCL_IS]
+            s.datetime.date(): s.properties[veils.SCL_FAULT]
             for s in found
-            if veils.SCL_IS in s.properties
+            if veils.SCL_FAULT in s.properties
         }
         assert {day: told.get(day) for day in truth} == truth
         for day in set(told) - set(truth):  # other dates have haze or the halos of clouds
@@ -220,14 +225,14 @@ def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
             over = sky.sel(time=str(day)).values
             assert (over == 2).sum() > 0.3 * (over > 0).sum()
         assert all(
-            veils.SCL_IS not in s.properties for s in used
+            veils.SCL_FAULT not in s.properties for s in used
         )  # the caller's own are as they were
-        rows = veils.as_rows(found)
+        rows = veils.list_wrong_classifications(found)
         assert {row["scl"] for row in rows} == {"veiled", "no cirrus"}
-        off = veils.judged(
-            used, look_at(used, grid), dataclasses.replace(recipe.haze, date_excess=None)
+        off = veils.mark_wrong_classifications(
+            used, read_look(used, grid), dataclasses.replace(recipe.haze, date_excess=None)
         )
-        assert veils.as_rows(off) == []
+        assert veils.list_wrong_classifications(off) == []
 
 
 def test_without_blue_or_red_nothing_is_asked(archive, make):
@@ -236,8 +241,15 @@ def test_without_blue_or_red_nothing_is_asked(archive, make):
         archive.scene(f"2020-0{month}-05T10:00:00", grid, {"B04": 700, "B11": 700})
         for month in (5, 6, 7)
     ]
-    assert veils.judged(listed, look_at(listed, grid), HazeTest(date_excess=MOST)) == listed
-    assert veils.judged([], look_at([], grid), HazeTest(date_excess=MOST)) == []
+    assert (
+        veils.mark_wrong_classifications(
+            listed, read_look(listed, grid), HazeTest(date_excess=MOST)
+        )
+        == listed
+    )
+    assert (
+        veils.mark_wrong_classifications([], read_look([], grid), HazeTest(date_excess=MOST)) == []
+    )
 
 
 def test_a_band_that_the_recipe_does_not_need_may_be_missing(archive, make):
@@ -246,12 +258,12 @@ def test_a_band_that_the_recipe_does_not_need_may_be_missing(archive, make):
     pixels = {"B02": 300, "B04": 400, "B08": 2000, "B12": 900}
     four = dataclasses.replace(archive, bands=("B02", "B04", "B08", "B12"))
     listed = [four.scene(f"2020-0{month}-05T10:00:00", grid, pixels) for month in (5, 6, 7)]
-    assert look_at(listed, grid, needed=("B02", "B04", "B08")).bands == ("B02", "B04", "B12")
+    assert read_look(listed, grid, needed=("B02", "B04", "B08")).bands == ("B02", "B04", "B12")
     Path(listed[1].assets["B12"].href).unlink()
-    look = look_at(listed, grid, needed=("B02", "B04", "B08"))
+    look = read_look(listed, grid, needed=("B02", "B04", "B08"))
     assert look.bands == ("B02", "B04", "B08")
     assert (look.stored == np.array([300, 400, 2000])[None, :, None]).all()
     with pytest.raises(ReadError, match=r"B12\.tif"):
-        look_at(listed, grid, needed=("B02", "B04", "B12"))
+        read_look(listed, grid, needed=("B02", "B04", "B12"))
     with pytest.raises(ReadError, match=r"B12\.tif"):
-        look_at(listed, grid)
+        read_look(listed, grid)

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cli import cli
-from minecube.cube.checksums import sealed
+from minecube.cube.checksums import seal
 from minecube.errors import BusyError, CubeError
 from minecube.grid import grid_of
 
@@ -91,13 +91,13 @@ def provenance(site, year):
             k if k.startswith("s2") or ":" in k else f"minecube:{k}": v for k, v in told.items()
         },
     )
-    return cube.provenance_of(site, year, grid_of(site), RECIPE, [scene])
+    return cube.describe_build(site, year, grid_of(site), RECIPE, [scene])
 
 
 def built(store, site, years=(2019, 2020)):
     """A site with two of three years, labels and a prediction."""
     grid = grid_of(site)
-    cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
     for year in years:
         seed = year + (site.id == "quarry") * 100
         cube.write_year(
@@ -169,7 +169,7 @@ def test_what_is_whole_passes(whole):
 
 
 def test_checksums_are_those_of_the_files_and_an_empty_block_has_none(whole):
-    sums = cube.builds(cube.Store(whole), "pit")[2020]["checksums"]
+    sums = cube.read_markers(cube.Store(whole), "pit")[2020]["checksums"]
     import hashlib
 
     for key, (size, sha256) in sums.items():
@@ -230,7 +230,7 @@ def test_a_shard_of_another_year_place_or_site(store, source, named):
 
 def test_a_shard_of_another_store(store, tmp_path, make):
     other, site = str(tmp_path / "other.zarr"), make.site("pit", 360000, 5600040, 240, 180)
-    cube.create(cube.Store(other), site, grid_of(site), YEARS, RECIPE)
+    cube.create_site(cube.Store(other), site, grid_of(site), YEARS, RECIPE)
     cube.write_year(
         cube.Store(other), year_of(grid_of(site), 99), provenance(site, 2020), parquet(id=["a"])
     )
@@ -274,7 +274,7 @@ def test_markers(store):
     assert only(store).found == "is not what was committed"
     marker.write_text(kept)
     # One that agrees with itself, and yet is no name of what it lists.
-    edit(marker, lambda m: m.update(attributes=sealed({**m["attributes"], "version": "9"})))
+    edit(marker, lambda m: m.update(attributes=seal({**m["attributes"], "version": "9"})))
     assert "but what it is made of is build" in only(store).found
     marker.write_text(kept[:-20])
     assert only(store).found.startswith("cannot be understood")
@@ -358,7 +358,7 @@ def test_groups_that_hold_groups(store):
     """Without builds/zarr.json no year is committed any more."""
     (store / "pit/builds/zarr.json").unlink()
     (store / "zarr.json").write_text("{}")
-    assert cube.builds(cube.Store(store), "pit") == {}
+    assert cube.read_markers(cube.Store(store), "pit") == {}
     assert [(f.what, f.kind, f.cure) for f in found(store)] == [
         ("zarr.json", "damaged", "group"),
         ("builds/zarr.json", "missing", "group"),
@@ -383,7 +383,7 @@ def test_pixels_that_cannot_be(whole, tmp_path, make):
         store, made = str(tmp_path / f"{name}{value}.zarr"), year_of(grid, 1).compute()
         made.quality[5, 70], made.clear_count[5, 70], made.reflectance[:, 5, 70] = 1, 3, 9
         made[name][at] = value
-        cube.create(cube.Store(store), site, grid, YEARS, RECIPE)
+        cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
         cube.write_year(
             cube.Store(store),
             made.chunk({"y": 64, "x": 64, "band": -1}),
@@ -470,7 +470,7 @@ def test_a_year_being_built_is_left_out(store):
 def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
     site, store = make.site("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
     made, told = year_of(grid_of(site), 1), provenance(site, 2020)
-    cube.create(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
     asked = iter([False, False, True])
     with pytest.raises(CubeError, match="stopped"):
         cube.write_year(
@@ -490,13 +490,13 @@ def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
         cube.Store(store), made, told, parquet(id=["a"]), cube.BuildOptions(reads=Counted())
     )
     assert found(store) == ()
-    assert len(cube.builds(cube.Store(store), "pit")[2020]["checksums"]) == 3 * 11 + 4
+    assert len(cube.read_markers(cube.Store(store), "pit")[2020]["checksums"]) == 3 * 11 + 4
 
 
 def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, make):
     """Versions without staging wrote blocks into the cube itself, and noted in the marker what they were building."""
     site, store = make.site("pit", 360000, 5600040, 240, 180), tmp_path / "cubes.zarr"
-    cube.create(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
+    cube.create_site(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
     zarr.open_array(f"{store}/pit/reflectance", mode="r+")[1, :, :64, :64] = 7
     marker = zarr.open_group(str(store), mode="a").create_group("pit/builds/2020")
     marker.attrs.put({"building": "x", "blocks": ["0/0"], "checksums": {}})
@@ -514,7 +514,7 @@ def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, mak
 
 def test_what_was_rebuilt_and_extended_passes(store, make):
     site = make.site("pit", 360000, 5600040, 240, 180)
-    cube.create(cube.Store(store), site, grid_of(site), [2023], RECIPE)
+    cube.create_site(cube.Store(store), site, grid_of(site), [2023], RECIPE)
     assert found(store) == ()
     cube.write_year(
         cube.Store(store),
@@ -556,7 +556,7 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     assert "--uncommit" not in ran.output  # it is done
     assert ran.exit_code == 1
     assert "took the commit off pit 2020" in ran.output
-    assert list(cube.builds(cube.Store(store), "pit")) == [2019]
+    assert list(cube.read_markers(cube.Store(store), "pit")) == [2019]
     assert cube.write_year(*again, cube.BuildOptions(reads=Counted()))
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store)])
     assert (ran.exit_code, ran.output.splitlines()[-1].endswith("all as it was written")) == (
@@ -656,14 +656,14 @@ def test_in_an_object_store(bucket, make):
         ("missing", 2020, "quality/c/1/0/0"),
         ("damaged", 2020, "reflectance/c/1/0/1/2"),
     ]
-    cube.uncommit(cube.Store(url), "pit", [2020])
-    assert cube.builds(cube.Store(url), "pit") == {}
+    cube.withdraw_years(cube.Store(url), "pit", [2020])
+    assert cube.read_markers(cube.Store(url), "pit") == {}
 
 
 def test_blocks_computed_in_other_processes_have_checksums(tmp_path, make):
     site, store = make.site("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
     made = year_of(grid_of(site), 1)
-    cube.create(cube.Store(store), site, grid_of(site), YEARS, dataclasses.replace(RECIPE))
+    cube.create_site(cube.Store(store), site, grid_of(site), YEARS, dataclasses.replace(RECIPE))
     cube.write_year(
         cube.Store(store),
         made,
@@ -705,5 +705,5 @@ def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, mak
     with pytest.raises(
         BusyError, match="pit 2020 was built again since it was verified; verify it again"
     ):
-        cube.uncommit(cube.Store(store), "pit", [2020], judged)
-    assert list(cube.builds(cube.Store(store), "pit")) == [2019, 2020]
+        cube.withdraw_years(cube.Store(store), "pit", [2020], judged)
+    assert list(cube.read_markers(cube.Store(store), "pit")) == [2019, 2020]

@@ -19,7 +19,7 @@ import torch
 from minecube import models
 from minecube.catalog import ModelCard, Weights, load_models
 from minecube.errors import CatalogError, ModelError
-from minecube.models import Trained, fetch, find, save
+from minecube.models import TrainedModel, fetch, find_model, save
 
 CARD = ModelCard(
     id="mine-net",
@@ -33,10 +33,10 @@ CARD = ModelCard(
 MEAN, STD = (900.0, 2100.0), (300.0, 800.0)
 
 
-def trained(card: ModelCard = CARD, seed: int = 0) -> Trained:
+def trained(card: ModelCard = CARD, seed: int = 0) -> TrainedModel:
     torch.manual_seed(seed)
     n = len(card.bands)
-    return Trained(
+    return TrainedModel(
         card=card, network=models.build(card).eval(), mean=MEAN[:n], std=STD[:n], sites=("a", "b")
     )
 
@@ -560,21 +560,21 @@ def test_a_model_is_found_by_file_or_by_name(
         "mine-net": with_weights(tmp_path / "mine.pt"),
         "untrained": dataclasses.replace(CARD, id="untrained"),
     }
-    assert same(find("mine-net", cards).network, trained(seed=0).network)
-    assert same(find(str(tmp_path / "own.pt"), cards).network, trained(seed=1).network)
+    assert same(find_model("mine-net", cards).network, trained(seed=0).network)
+    assert same(find_model(str(tmp_path / "own.pt"), cards).network, trained(seed=1).network)
     with pytest.raises(
         ModelError,
         match="model untrained: its card names no trained weights; train it with `minecube train",
     ):
-        find("untrained", cards)
+        find_model("untrained", cards)
     with pytest.raises(
         ModelError,
         match="mine-nett: is neither the file of a trained model nor a model of the catalogue",
     ):
-        find("mine-nett", cards)
+        find_model("mine-nett", cards)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine-net").mkdir()  # a folder of that name is no file
-    assert same(find("mine-net", cards).network, trained(seed=0).network)
+    assert same(find_model("mine-net", cards).network, trained(seed=0).network)
 
 
 # The card
@@ -595,7 +595,7 @@ def test_weights_in_a_catalogue_lie_beside_it(
     monkeypatch.chdir(tmp_path)
     cards = load_models(Path("own/models.yaml"))
     monkeypatch.chdir("/")
-    assert same(find("mine-net", cards).network, trained().network)
+    assert same(find_model("mine-net", cards).network, trained().network)
     assert cards["elsewhere"].weights.href == "https://example.org/mine.pt"
 
 

@@ -21,7 +21,7 @@ from hypothesis import settings as having
 from hypothesis import strategies as st
 
 from minecube import cube, train
-from minecube.catalog import ModelCard, Recipe, Settings
+from minecube.catalog import ModelCard, Recipe, TrainingSettings
 from minecube.cube.read import pixels as module
 from minecube.cube.write import sites as creation
 from minecube.errors import CubeError
@@ -34,7 +34,7 @@ SIZES = {"pit": (240, 180), "pond": (48, 54)}
 def built(store, site, years, recipe=RECIPE):
     """Pixels no two of which are equal, a block and a year without any, and labels of all three kinds."""
     grid = grid_of(site)
-    cube.create(store, site, grid, years, recipe)
+    cube.create_site(store, site, grid, years, recipe)
     for n, year in enumerate(years[:-1]):
         pixels = (
             np.arange(2 * grid.shape[0] * grid.shape[1]).reshape(2, *grid.shape) % 65521 + n + 1
@@ -58,7 +58,7 @@ def built(store, site, years, recipe=RECIPE):
         }
         scene = types.SimpleNamespace(id="a", properties=told)
         cube.write_year(
-            store, xr.Dataset(made), cube.provenance_of(site, year, grid, recipe, [scene]), b""
+            store, xr.Dataset(made), cube.describe_build(site, year, grid, recipe, [scene]), b""
         )
     mask = np.random.default_rng(0).choice([0, 1, 255], (len(years), *grid.shape)).astype(np.uint8)
     mask[:, :, :64] = 255
@@ -119,7 +119,7 @@ def test_any_window_is_the_slice_that_numpy_cuts(store, view, size, seed, index)
 def test_a_window_asked_for_by_its_place_is_the_slice_that_numpy_cuts(store, size, y, x, two):
     dataset = cube.CubeDataset(store, ["pit"])
     years = (2019, 2022) if two else (2020,)
-    window = cube.Window(site="pit", years=years, y=y, x=x)
+    window = cube.WindowPlace(site="pit", years=years, y=y, x=x)
     for found, expected in zip(
         dataset.cut("pit", years, y, x, size), plain(store, window, size), strict=True
     ):
@@ -149,10 +149,10 @@ def test_training_sees_the_same_in_a_store_and_in_memory(store, task):
         bands=("B11",),
         window_px=64,
     )
-    settings = Settings(id="s", title="t", rare=0.5, year_dropout=0.2)
+    settings = TrainingSettings(id="s", title="t", rare=0.5, year_dropout=0.2)
     opened = {"pit": cube.open_committed(store, "pit").load()}
     seen = [
-        (of, train.survey(of, card, settings))
+        (of, train.survey_source(of, card, settings))
         for of in (cube.CubeDataset(store, ["pit"]), train.Cubes(opened))
     ]
     assert seen[0][1].mean == seen[1][1].mean
@@ -343,7 +343,7 @@ def test_rows_of_reflectance_are_those_of_the_opened_cube(store, zarr_reads, mon
 def by_zarr(store):
     """Reflectance of committed years as xarray and Zarr read it, without our code."""
     opened = xr.open_zarr(str(store), group="pit", consolidated=False).reflectance
-    return opened.sel(year=list(cube.builds(store, "pit")))
+    return opened.sel(year=list(cube.read_markers(store, "pit")))
 
 
 def _of(size):

@@ -29,7 +29,7 @@ from minecube.errors import ModelError, WorkerError
 from minecube.jobs import build, predict
 from minecube.jobs.predict import MapOptions, ModelReference, describe_model, load_same
 from minecube.jobs.workers import connect_workers, iterate_finished
-from minecube.simulate import World, simulate
+from minecube.simulate import World, simulate_archive
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 
@@ -42,7 +42,7 @@ def world(tmp_path_factory, make):
         make.site("north", 360000, 5600040, 60, 48),
         make.site("south", 363000, 5590020, 48, 60),
     ]
-    simulate(
+    simulate_archive(
         sites,
         folder / "archive",
         World(years=(2022,), dates_per_year=4, winter_dates=0, styles=("planetary-computer",)),
@@ -127,7 +127,9 @@ def model_in(folder):
     network = models.build(card).eval()
     torch.set_rng_state(torch_state)
     models.save(
-        models.Trained(card=card, network=network, mean=(1500.0,) * n, std=(500.0,) * n, sites=()),
+        models.TrainedModel(
+            card=card, network=network, mean=(1500.0,) * n, std=(500.0,) * n, sites=()
+        ),
         folder / "model.pt",
     )
     return folder / "model.pt"
@@ -239,7 +241,7 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
 
 def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
-    job = build.Job(
+    job = build.BuildJob(
         store=cube.Store("cubes.zarr"),
         sources=(),
         recipe=load_recipes()["annual-median"],

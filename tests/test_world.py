@@ -11,9 +11,9 @@ import xarray as xr
 from minecube import scenes
 from minecube.catalog import Offset, Registration, load_recipes, load_sources
 from minecube.composite import composite
-from minecube.composite.registration import registered, shifts
+from minecube.composite.registration import apply_registration, measure_shifts
 from minecube.grid import grid_of
-from minecube.simulate import World, simulate
+from minecube.simulate import World, simulate_archive
 
 RECIPE = load_recipes()["annual-median"]
 
@@ -23,7 +23,7 @@ def world(tmp_path_factory, make):
     """(site, sources by id, truth) of 120 x 96 px listed by all three, 2020 and 2022."""
     folder = tmp_path_factory.mktemp("world") / "archive"
     site = make.site("pit", 360000, 5600040, 120, 96)
-    simulate([site], folder, World(years=(2020, 2022), dates_per_year=12, winter_dates=1))
+    simulate_archive([site], folder, World(years=(2020, 2022), dates_per_year=12, winter_dates=1))
     truth = xr.open_zarr(folder / "truth.zarr", group="pit", consolidated=False).load()
     return site, load_sources(folder / "sources.yaml"), truth
 
@@ -117,7 +117,7 @@ def test_each_step_of_the_mask_earns_its_place(world, without):
 def test_scenes_beside_each_other_cost_no_dates(tmp_path, make):
     """Until 2021 scenes lie about 6 m off: the shipped recipe keeps them all, and in a year of few is nearer to the truth."""
     site = make.site("pit", 360000, 5600040, 120, 120)
-    simulate(
+    simulate_archive(
         [site],
         tmp_path / "w",
         World(years=(2020,), dates_per_year=7, styles=("earth-search",), shifts=True),
@@ -127,11 +127,11 @@ def test_scenes_beside_each_other_cost_no_dates(tmp_path, make):
     recipe = dataclasses.replace(RECIPE, min_dates=1)
     used = scenes.select(scenes.search(site, 2020, source).scenes, recipe)
     grid = grid_of(site)
-    found = shifts(used, grid)
+    found = measure_shifts(used, grid)
     assert max(shift.distance_m for shift in found) > 5
-    all_of_them = registered(used, found, RECIPE.registration)
+    all_of_them = apply_registration(used, found, RECIPE.registration)
     assert [s.id for s in all_of_them] == [s.id for s in used]
-    fewer = registered(used, found, Registration(most_px=0.5, beyond="drop"))
+    fewer = apply_registration(used, found, Registration(most_px=0.5, beyond="drop"))
     ours, theirs = (
         rmse(composite(kept, grid, recipe).compute(), truth, 2020) for kept in (all_of_them, fewer)
     )

@@ -25,9 +25,9 @@ from pyproj import Transformer
 from minecube import cube, labels
 from minecube.catalog import Site, load_recipes, load_sites, load_sources
 from minecube.grid import grid_of
-from minecube.jobs.build import Job, build_cubes, need_built
+from minecube.jobs.build import BuildJob, build_cubes, need_built
 from minecube.jobs.label import draw_labels
-from minecube.simulate import World, simulate
+from minecube.simulate import World, simulate_archive
 
 YEARS = tuple(range(2015, 2025))
 SPLIT = {"train": 8, "valid": 2, "test": 6}
@@ -77,10 +77,10 @@ def make_site(site: Site, folder: Path, years: Sequence[int], world: World) -> s
     truth = folder / "truth" / f"{site.id}.parquet"
     if not truth.exists():
         if not archive.exists():
-            simulate([site], archive, world)
+            simulate_archive([site], archive, world)
         (source,) = load_sources(archive / "sources.yaml").values()
         recipe = load_recipes()["annual-median"]
-        job = Job(store=store, sources=(source,), recipe=recipe, snapshots=archive / "scenes")
+        job = BuildJob(store=store, sources=(source,), recipe=recipe, snapshots=archive / "scenes")
         need_built(build_cubes(job, [site], years))
         truth.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(archive / "truth_footprints.parquet", truth)

@@ -2,14 +2,14 @@
 
     load_sites(path)              -> [Site]
     grid_of(site)                 -> GeoBox: 10 m UTM, corners on multiples of 60 m
-    search(site, year, *sources)  -> Found: normalised scenes, one per acquisition
+    search(site, year, *sources)  -> SearchResult: normalised scenes, one per acquisition
     select(found.scenes, recipe)  -> [pystac.Item], the scenes used by the recipe
     composite.composite(scenes, grid, recipe)  -> lazy Dataset[band, y, x]
-    cube.create / write_year      -> a site's cube in a Zarr store
+    create_site, write_year       -> a site's cube in a Zarr store
     open_committed(Store(name), site_id)  -> lazy Dataset[year, band, y, x]; as_float() scales reflectance
     rasterize(polygons, grid, years)  -> DataArray[year, y, x]: 1 mine, 0 not mine, 255 unknown
     predict(trained, reflectance) -> DataArray[year, y, x]: probability x 250
-    count(pred, truth, years)     -> Scores, additive; finish() gives the formulas
+    count(pred, truth, years)     -> Counts, additive; finish() gives the formulas
 
 Names are loaded at their first use. Importing the package loads neither Dask nor torch.
 """
@@ -26,7 +26,7 @@ _HOMES = {
     "Source": "catalog",
     "Store": "cube",
     "count": "metrics",
-    "create": "cube",
+    "create_site": "cube",
     "finish": "metrics",
     "fit": "train",
     "grid_of": "grid",

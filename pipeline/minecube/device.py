@@ -7,7 +7,7 @@ import torch
 from minecube.errors import ModelError
 
 
-def device_of(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """Return the device of this name.
 
     Raises:

@@ -31,7 +31,7 @@ class LostReadError(ReadError):
     """A listed and allowed file could not be read."""
 
 
-class GoneError(LostReadError):
+class UnusableFileError(LostReadError):
     """A file is missing or broken, also for later reads. `href` names it."""
 
     def __init__(self, message: str, href: str = "") -> None:

@@ -28,7 +28,7 @@ LARGEST_PX = 100_000
 PIXEL_DEG = 10 / 111319.490793
 """Ten metres on the equator in degrees: the pixel of exports to EPSG:4326 at 10 m, as
 EuroMineNet's."""
-Block = tuple[slice, slice]
+BlockSlices = tuple[slice, slice]
 
 
 @functools.lru_cache(1024)
@@ -89,19 +89,19 @@ def _aligned(box: BoundingBox, crs: CRS) -> GeoBox:
     )
 
 
-def at_resolution(grid: GeoBox, resolution_m: int) -> GeoBox:
+def coarsen(grid: GeoBox, resolution_m: int) -> GeoBox:
     """Return the same extent at `resolution_m` (10, 20 or 60), with the same upper left corner."""
     if resolution_m == PIXEL_M:
         return grid
     return grid.zoom_out(resolution_m / PIXEL_M)
 
 
-def padded(grid: GeoBox, margin_m: int) -> GeoBox:
+def pad(grid: GeoBox, margin_m: int) -> GeoBox:
     """Grow the grid on all sides by `margin_m` (a multiple of 60), for whole neighbourhoods."""
     return grid.pad(margin_m // PIXEL_M)
 
 
-def blocks(grid: GeoBox, size_px: int) -> Iterator[Block]:
+def iterate_blocks(grid: GeoBox, size_px: int) -> Iterator[BlockSlices]:
     """Yield (y, x) slices of tiles, row by row. Tiles have `size_px` a side, the last ones less."""
     height, width = grid.shape
     for y in range(0, height, size_px):
@@ -128,7 +128,7 @@ def area_of(grid: GeoBox) -> BaseGeometry:
     return split_at_antimeridian(grid.geographic_extent.geom)
 
 
-def footprint_of(shape: BaseGeometry | None) -> BaseGeometry:
+def clean_footprint(shape: BaseGeometry | None) -> BaseGeometry:
     """Return a footprint's polygons in longitude and latitude: valid, 2-D, cut at the antimeridian.
 
     Other parts have no area and are left out, such as lines of a geometry collection. The result is

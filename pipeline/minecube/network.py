@@ -185,7 +185,7 @@ def check_address(
         )
 
 
-def redirected(
+def check_redirect(
     url: str,
     location: str,
     origin: str,
@@ -307,7 +307,7 @@ def need_reachable(url: str) -> None:
         raise RequestError(reason)
 
 
-def why_unreachable(url: str, error: BaseException) -> str | None:
+def explain_unreachable(url: str, error: BaseException) -> str | None:
     """Describe an unreachable host in one sentence; None for any other error."""
     import urllib3  # only after an error: the command line loads this module first
 
@@ -345,14 +345,14 @@ def _system_error(error: BaseException) -> str:
     return (isinstance(cause, OSError) and cause.strerror) or "no connection"
 
 
-def without_query(text: str) -> str:
+def remove_query(text: str) -> str:
     """Remove the queries of URLs from a text: they may hold signatures, never meant for a log."""
     return re.sub(r"\?[^\s'\")]*", "", text)
 
 
 def _hide_query(argument: object) -> object:
     if isinstance(argument, str):
-        return without_query(argument)
+        return remove_query(argument)
     return argument
 
 

@@ -27,7 +27,7 @@ from pyproj import CRS
 
 from minecube.arrays import AnyArray
 
-NAMED = (
+FORMAT_NAMES = (
     "GeoJSON, GeoPackage, GeoParquet, Shapefile, FlatGeobuf, KML or File Geodatabase, also zipped"
 )
 _BEGINNING = 2**16
@@ -153,7 +153,7 @@ def _check_place(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise ValueError(
-            f"expected {NAMED}, found the suffix {suffix!r}; convert the file with ogr2ogr"
+            f"expected {FORMAT_NAMES}, found the suffix {suffix!r}; convert the file with ogr2ogr"
         )
     if path.parts[1].startswith("vsi"):
         raise ValueError(
@@ -215,7 +215,7 @@ def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
     _extract_polygons(path, folder)
     layers = [layer for file in _files_of(folder) for layer in _layers_of(file)]
     if not layers:
-        raise ValueError(f"expected {NAMED}; found none of these in the zip file")
+        raise ValueError(f"expected {FORMAT_NAMES}; found none of these in the zip file")
     names = [layer.name for layer in layers]
     for n in _repeated(names):
         names[n] = _long_name(layers[n], layers[n].path.relative_to(folder).with_suffix(""))
@@ -393,7 +393,7 @@ def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
     return CRS.from_user_input(text or "OGC:CRS84")
 
 
-def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
+def rename_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
     """Rename columns to their meaning, ignoring case, and join columns of the same meaning.
 
     Args:
@@ -409,7 +409,7 @@ def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> 
         if meaning:
             names.setdefault(meaning, []).append(column)
     for meaning, twins in names.items():
-        filled = [name for name in twins if texts(table[name]).notna().any()] or twins[:1]
+        filled = [name for name in twins if to_texts(table[name]).notna().any()] or twins[:1]
         column = filled[0]
         if len(filled) > 1:
             table = table.assign(**{column: _coalesce(table, filled)})
@@ -420,7 +420,7 @@ def understood_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> 
 
 def _coalesce(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
     """Join columns with at most one value per row."""
-    filled = np.stack([texts(table[name]).notna().to_numpy() for name in names])
+    filled = np.stack([to_texts(table[name]).notna().to_numpy() for name in names])
     if (filled.sum(axis=0) > 1).any():
         raise ValueError(f"has several columns of one meaning: {', '.join(names)}; keep one")
     joined = pd.Series(None, table.index, dtype=object)
@@ -430,7 +430,7 @@ def _coalesce(table: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series:
     return joined.infer_objects()
 
 
-def texts(column: pd.Series) -> pd.Series:
+def to_texts(column: pd.Series) -> pd.Series:
     """Convert values to text: 7 (not 7.0) in columns of numbers with gaps; missing if blank.
 
     Bytes are read as UTF-8. Invalid bytes become the replacement character.
@@ -449,13 +449,13 @@ def _decode(value: object) -> str:
     return str(value)
 
 
-def areal_parts(shape: shapely.Geometry) -> shapely.Geometry:
+def extract_polygons(shape: shapely.Geometry) -> shapely.Geometry:
     """Return the polygons of a collection as one multipolygon."""
     parts = _single_parts(shape)
     return shapely.multipolygons(parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON])
 
 
-def areas_of_collections(shapes: AnyArray) -> tuple[AnyArray, AnyArray]:
+def extract_polygons_of_collections(shapes: AnyArray) -> tuple[AnyArray, AnyArray]:
     """Keep only the polygons of each GeometryCollection that has some.
 
     Returns:
@@ -465,7 +465,7 @@ def areas_of_collections(shapes: AnyArray) -> tuple[AnyArray, AnyArray]:
     omitted = np.full(len(shapes), "", object)
     types = shapely.get_type_id(shapes)
     for n in np.flatnonzero(types == shapely.GeometryType.GEOMETRYCOLLECTION):
-        areas = areal_parts(shapes[n])
+        areas = extract_polygons(shapes[n])
         if shapely.is_empty(areas):
             continue
         kinds = Counter(part.geom_type for part in _single_parts(shapes[n]))

@@ -150,7 +150,7 @@ def make_world(root: Path) -> World:
             multiple_px=2,
         )
         mean = (1500.0,) * len(card.bands)
-        trained = models.Trained(
+        trained = models.TrainedModel(
             card=card, network=models.build(card).eval(), mean=mean, std=mean, sites=("x",)
         )
         models.save(trained, root / f"{letter}.pt")
@@ -233,8 +233,8 @@ def _ended(process: Any, folder: Path) -> Ended:
 def pixels_of(store: str) -> dict[str, str]:
     """What a reader sees of a store: a hash for each committed site-year, its labels, and each map."""
     seen: dict[str, str] = {}
-    for site in cube.sites(cube.Store(store)):
-        years = list(cube.builds(cube.Store(store), site))
+    for site in cube.list_sites(cube.Store(store)):
+        years = list(cube.read_markers(cube.Store(store), site))
         if not years:
             continue
         opened = cube.open_committed(cube.Store(store), site).load()
@@ -433,7 +433,7 @@ class Campaign:
 def has_store(store: str) -> bool:
     """Whether there is a site in a store."""
     try:
-        return bool(cube.sites(cube.Store(store)))
+        return bool(cube.list_sites(cube.Store(store)))
     except CubeError:
         return False
 

@@ -52,7 +52,7 @@ class Counted:
 
 
 def create(store, site, years=YEARS):
-    cube.create(cube.Store(store), site, grid_of(site), years, RECIPE)
+    cube.create_site(cube.Store(store), site, grid_of(site), years, RECIPE)
 
 
 def build(store, site, year=2020, seed=1, overwrite=False):
@@ -76,7 +76,7 @@ def build(store, site, year=2020, seed=1, overwrite=False):
     scene = types.SimpleNamespace(id=f"scene {seed}", properties=told)
     listed = io.BytesIO()
     pd.DataFrame({"id": [scene.id]}).to_parquet(listed)
-    provenance = cube.provenance_of(site, year, grid, RECIPE, [scene])
+    provenance = cube.describe_build(site, year, grid, RECIPE, [scene])
     how = {"overwrite": overwrite, "workers": 1, "scheduler": "synchronous"}
     cube.write_year(
         cube.Store(store),
@@ -138,7 +138,7 @@ COMMANDS = {
         mapped,
         lambda store, site: predict(store, site, "b", overwrite=True),
     ),
-    "withdraw": (mapped, lambda store, _: cube.uncommit(cube.Store(store), "pit", [2020])),
+    "withdraw": (mapped, lambda store, _: cube.withdraw_years(cube.Store(store), "pit", [2020])),
 }
 
 

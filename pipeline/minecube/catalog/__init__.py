@@ -19,16 +19,16 @@ by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models
     conversion.py    Converts plain values to these types and back.
 """
 
-from minecube.catalog.conversion import as_dict, model_card_of, recipe_of
-from minecube.catalog.fields import safe_name, same_names
+from minecube.catalog.conversion import as_dict, rebuild_model_card, rebuild_recipe
+from minecube.catalog.fields import make_id, match_ids
 from minecube.catalog.loaders import (
+    describe_yaml_error,
     load_models,
     load_presets,
     load_recipes,
     load_releases,
     load_sources,
     pick,
-    yaml_problem,
 )
 from minecube.catalog.mission import BANDS, FIRST_YEAR, NATIVE_M, SCL
 from minecube.catalog.model import TASKS, ModelCard, Weights
@@ -39,8 +39,8 @@ from minecube.catalog.recipe import (
     REDUCERS,
     BestPixel,
     BrightOverride,
+    CompositeLayer,
     HazeTest,
-    Layer,
     MaskRule,
     Recipe,
     Registration,
@@ -50,7 +50,7 @@ from minecube.catalog.releases import Release
 from minecube.catalog.scene_source import ASSET_KEYS, Access, Offset, Source
 from minecube.catalog.site import LARGEST_MARGIN_M, MARGIN_M, Site
 from minecube.catalog.site_table import load_sites
-from minecube.catalog.training import Settings
+from minecube.catalog.training import TrainingSettings
 
 __all__ = [
     "ASSET_KEYS",
@@ -68,8 +68,8 @@ __all__ = [
     "Access",
     "BestPixel",
     "BrightOverride",
+    "CompositeLayer",
     "HazeTest",
-    "Layer",
     "MaskRule",
     "ModelCard",
     "Offset",
@@ -77,21 +77,21 @@ __all__ = [
     "Registration",
     "Release",
     "SecondOpinion",
-    "Settings",
     "Site",
     "Source",
+    "TrainingSettings",
     "Weights",
     "as_dict",
+    "describe_yaml_error",
     "load_models",
     "load_presets",
     "load_recipes",
     "load_releases",
     "load_sites",
     "load_sources",
-    "model_card_of",
+    "make_id",
+    "match_ids",
     "pick",
-    "recipe_of",
-    "safe_name",
-    "same_names",
-    "yaml_problem",
+    "rebuild_model_card",
+    "rebuild_recipe",
 ]

@@ -45,7 +45,7 @@ def _to_plain(value: Any) -> Any:
     return value
 
 
-def recipe_of(entry: Mapping[str, Any]) -> Recipe:
+def rebuild_recipe(entry: Mapping[str, Any]) -> Recipe:
     """Rebuild a recipe from `as_dict`. Raises CatalogError if this version cannot read it."""
     try:
         return build(Recipe, entry)
@@ -53,7 +53,7 @@ def recipe_of(entry: Mapping[str, Any]) -> Recipe:
         raise CatalogError(f"recipe {entry.get('id')!r}: {error}") from error
 
 
-def model_card_of(entry: Mapping[str, Any]) -> ModelCard:
+def rebuild_model_card(entry: Mapping[str, Any]) -> ModelCard:
     """Rebuild a model card from `as_dict`. Raises CatalogError if this version cannot read it."""
     try:
         return build(ModelCard, entry)

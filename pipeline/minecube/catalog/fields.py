@@ -32,7 +32,7 @@ def need_name(name: str, field: str = "id") -> None:
     need(name != "zarr.json", field, "another name than zarr.json, which Zarr reserves")
 
 
-def safe_name(name: str) -> str:
+def make_id(name: str) -> str:
     """Make an id for use as the name of a Zarr group and a file.
 
     Blanks become _, letters of other scripts become Latin, and all else becomes _.
@@ -51,7 +51,7 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", anyascii(name)).strip("_.-")
 
 
-def same_names(name: str, ids: Iterable[str]) -> list[str]:
+def match_ids(name: str, ids: Iterable[str]) -> list[str]:
     """Return the ids for a name.
 
     The same id, or all ids differing only in case, accents, blanks and _ . -.
@@ -64,7 +64,7 @@ def same_names(name: str, ids: Iterable[str]) -> list[str]:
 
 @functools.lru_cache(maxsize=2**16)
 def _key(name: str) -> str:
-    return re.sub(r"[_.-]+", "_", safe_name(name)).casefold()
+    return re.sub(r"[_.-]+", "_", make_id(name)).casefold()
 
 
 def need_months(field: str, months: tuple[int, ...], at_least: int = 1) -> None:

@@ -13,10 +13,10 @@ import yaml
 from minecube.catalog.conversion import build
 from minecube.catalog.fields import FieldError
 from minecube.catalog.model import ModelCard
-from minecube.catalog.recipe import Recipe
+from minecube.catalog.recipe import REDUCERS, Recipe
 from minecube.catalog.releases import Release
 from minecube.catalog.scene_source import Source
-from minecube.catalog.training import Settings
+from minecube.catalog.training import TrainingSettings
 from minecube.errors import CatalogError
 
 T = TypeVar("T")
@@ -47,8 +47,15 @@ def load_sources(path: Path | None = None) -> dict[str, Source]:
 
 def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
     """Load a `recipes.yaml`, by id. Raises CatalogError as `load_sites` does."""
-    recipes = _load_entries(Recipe, path or catalog_folder() / "recipes.yaml")
-    return {recipe.id: recipe for recipe in recipes}
+    path = path or catalog_folder() / "recipes.yaml"
+    recipes = {recipe.id: recipe for recipe in _load_entries(Recipe, path)}
+    for recipe in recipes.values():
+        if recipe.reducer not in REDUCERS:
+            raise CatalogError(
+                f"{path}: entry {recipe.id!r}, field 'reducer': expected one of "
+                f"{', '.join(REDUCERS)}, found {recipe.reducer!r}, which has been removed"
+            )
+    return recipes
 
 
 def load_releases(path: Path | None = None) -> dict[str, Release]:
@@ -72,12 +79,12 @@ def load_models(path: Path | None = None) -> dict[str, ModelCard]:
     return cards
 
 
-def load_presets(path: Path | None = None) -> dict[str, Settings]:
+def load_presets(path: Path | None = None) -> dict[str, TrainingSettings]:
     """Load the training settings of a `presets.yaml`, by id.
 
     Raises CatalogError as `load_sites` does.
     """
-    presets = _load_entries(Settings, path or catalog_folder() / "presets.yaml")
+    presets = _load_entries(TrainingSettings, path or catalog_folder() / "presets.yaml")
     return {preset.id: preset for preset in presets}
 
 
@@ -121,7 +128,7 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
         content = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise CatalogError(
-            f"{path}: cannot be read as a catalogue: {yaml_problem(error)}"
+            f"{path}: cannot be read as a catalogue: {describe_yaml_error(error)}"
         ) from error
     if not isinstance(content, Mapping):
         raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
@@ -143,7 +150,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def yaml_problem(error: Exception) -> str:
+def describe_yaml_error(error: Exception) -> str:
     """Describe the problem in a YAML file in one line, with its line number."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"

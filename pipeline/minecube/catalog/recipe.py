@@ -19,11 +19,13 @@ QUALITY = (
     "clear in a neighbouring year",
 )
 """Meanings of the numbers in the `quality` layer. Numbers above 1 are fallbacks."""
-REDUCERS = ("median", "percentile", "geomedian", "medoid", "best-pixel", "max-ndvi")
+REDUCERS = ("median", "geomedian", "best-pixel")
+REMOVED_REDUCERS = ("percentile", "medoid", "max-ndvi")
+"""Reducers of stores from earlier versions. These stores open; new composites are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class CompositeLayer:
     """A variable [y, x] of a composite, and [year, y, x] of a cube."""
 
     dtype: str
@@ -32,15 +34,15 @@ class Layer:
 
 
 LAYERS = {
-    "clear_count": Layer(dtype="uint16", long_name="clear observations behind each pixel"),
-    "quality": Layer(dtype="uint8", long_name="how a pixel came about"),
-    "emad": Layer(
+    "clear_count": CompositeLayer(dtype="uint16", long_name="clear observations behind each pixel"),
+    "quality": CompositeLayer(dtype="uint8", long_name="how a pixel came about"),
+    "emad": CompositeLayer(
         dtype="float32",
         long_name="median Euclidean distance of the observations from their geomedian, reflectance",
     ),
-    "smad": Layer(dtype="float32", long_name="the same, cosine distance"),
-    "bcmad": Layer(dtype="float32", long_name="the same, Bray-Curtis distance"),
-    "day_of_year": Layer(
+    "smad": CompositeLayer(dtype="float32", long_name="the same, cosine distance"),
+    "bcmad": CompositeLayer(dtype="float32", long_name="the same, Bray-Curtis distance"),
+    "day_of_year": CompositeLayer(
         dtype="uint16", long_name="day of the year of the one observation taken", units="d"
     ),
 }
@@ -243,7 +245,7 @@ class Recipe:
     reducer: str = "median"
     """Method to reduce the clear observations of a pixel to one value: one of `REDUCERS`."""
     percentile: float | None = None
-    """Percentile, for reducer percentile only."""
+    """Percentile, for the removed reducer percentile only."""
     best_pixel: BestPixel | None = None
     """Parts and weights of the score, for reducer best-pixel only."""
     block_px: int = 1024
@@ -333,7 +335,7 @@ class Recipe:
 
     def _check_reducer(self) -> None:
         need(
-            self.reducer in REDUCERS,
+            self.reducer in (*REDUCERS, *REMOVED_REDUCERS),
             "reducer",
             f"one of {', '.join(REDUCERS)}, found {self.reducer!r}",
         )
@@ -358,7 +360,7 @@ class Recipe:
         )
 
     @property
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, CompositeLayer]:
         """Layers of the composite next to `reflectance`, by name."""
         names = ["clear_count", "quality"]
         if self.reducer == "geomedian":

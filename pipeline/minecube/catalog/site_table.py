@@ -15,11 +15,11 @@ import shapely
 from geopandas import GeoDataFrame
 from shapely.geometry.base import BaseGeometry
 
-from minecube.catalog.fields import need, safe_name
+from minecube.catalog.fields import make_id, need
 from minecube.catalog.loaders import catalog_folder
 from minecube.catalog.site import MARGIN_M, Site
 from minecube.errors import CatalogError
-from minecube.vectors import areas_of_collections, read_vector, texts, understood_columns
+from minecube.vectors import extract_polygons_of_collections, read_vector, rename_columns, to_texts
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def _read_table(path: Path, layer: str | None, catalogue: bool) -> GeoDataFrame:
             raise CatalogError(
                 f"{path}: holds a table without geometry; expected polygons of sites"
             )
-        table = understood_columns(table, {name: name for name in (*_SITE_FIELDS, "name", "site")})
+        table = rename_columns(table, {name: name for name in (*_SITE_FIELDS, "name", "site")})
     except (OSError, ValueError, RuntimeError) as error:
         raise CatalogError(f"{path}: cannot be read as sites: {error}") from error
     unknown = sorted(set(table.columns) - {*_SITE_FIELDS, table.geometry.name})
@@ -118,7 +118,7 @@ def _texts_of(table: GeoDataFrame, *columns: str) -> pd.Series:
     joined = pd.Series("", table.index, dtype="string")
     for column in columns:
         if column in table:
-            joined = joined.mask(joined == "", texts(table[column]).fillna(""))
+            joined = joined.mask(joined == "", to_texts(table[column]).fillna(""))
     return joined
 
 
@@ -126,7 +126,7 @@ def _ids_of(names: Iterable[str], catalogue: bool) -> list[str]:
     """Make an id of each name. In a catalogue, unsafe names stay, and are refused later."""
     ids = []
     for row, name in enumerate(names, start=1):
-        safe = safe_name(name) or f"site_{row}"
+        safe = make_id(name) or f"site_{row}"
         if catalogue:
             safe = name.replace(" ", "_") or safe
         ids.append(safe)
@@ -166,7 +166,9 @@ def _shapes_of(
     table: GeoDataFrame, ids: Sequence[str], path: Path, catalogue: bool
 ) -> list[BaseGeometry | None]:
     """Return the polygons of each row, 2-D, and valid in a user's file. Log each change."""
-    shapes, omitted_parts = areas_of_collections(shapely.force_2d(table.geometry.to_numpy()))
+    shapes, omitted_parts = extract_polygons_of_collections(
+        shapely.force_2d(table.geometry.to_numpy())
+    )
     polygons = []
     for shape, omitted, site_id in zip(shapes, omitted_parts, ids, strict=True):
         if omitted:
@@ -214,7 +216,7 @@ def _values_of(column: pd.Series, field: str) -> list[Any]:
     """Return the values of a field: nested ones as lists, blank ones as None."""
     values: list[Any] = []
     # pandas reads integers with a gap as floats.
-    for value, text in zip(column.convert_dtypes().astype(object), texts(column), strict=True):
+    for value, text in zip(column.convert_dtypes().astype(object), to_texts(column), strict=True):
         if isinstance(value, np.ndarray):
             value = value.tolist()
         if isinstance(value, _NESTED):
@@ -270,7 +272,7 @@ def _parse_years(value: Any) -> tuple[int, ...]:
     listed = [value]
     if isinstance(value, Iterable):
         listed = list(value)
-    words = texts(pd.Series(listed, dtype=object)).dropna()
+    words = to_texts(pd.Series(listed, dtype=object)).dropna()
     need(words.str.fullmatch(r"\d{4}(\.0+)?").all(), "years", f"whole years, found {value!r}")
     return tuple(int(word[:4]) for word in words)
 

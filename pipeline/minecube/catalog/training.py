@@ -8,7 +8,7 @@ from minecube.catalog.fields import need, need_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainingSettings:
     """All settings of a training, except network, sites and seed."""
 
     id: str

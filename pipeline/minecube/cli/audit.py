@@ -19,7 +19,7 @@ from minecube.cli.options import (
 from minecube.cli.parameters import OutFolder
 from minecube.cli.scene_options import SceneOptions, recipe_option, source_option
 from minecube.jobs.audit import Audit, Unanswered, audit_scenes, save_audit
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 _COLUMNS = (
     *("site", "year", "source", "listed", "refused", "copies", "scenes"),
@@ -89,7 +89,7 @@ def _print_years(audit: Audit) -> None:
     cloud = audit.by_year["cloud"].map("{:.0f}".format, na_action="ignore").fillna("-")
     text = audit.by_year.assign(cloud=cloud)[list(_COLUMNS)].astype(object)
     rows = text.where(text.notna(), "?").to_numpy().tolist()
-    click.echo(table([_HEADINGS.get(name, name) for name in _COLUMNS], rows))
+    click.echo(format_table([_HEADINGS.get(name, name) for name in _COLUMNS], rows))
     months = ", ".join(map(str, audit.recipe.months))
     click.echo(
         f"days, expected, missing and usable are dates of months {months}; "

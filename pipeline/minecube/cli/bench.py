@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from minecube import cube, models
-from minecube.catalog import ModelCard, Settings, pick
+from minecube.catalog import ModelCard, TrainingSettings, pick
 from minecube.cli.bars import titled_bars
 from minecube.cli.options import (
     add_layer,
@@ -50,7 +50,7 @@ class NetworksOptions:
         """Return the cards of the networks."""
         return choose_models(load_all_models(self.catalog), self.patterns)
 
-    def settings(self) -> Settings:
+    def settings(self) -> TrainingSettings:
         """Return the settings of each training."""
         return pick(load_all_presets(self.catalog), self.preset_id, "preset")
 

@@ -34,7 +34,7 @@ from minecube.errors import CatalogError
 from minecube.grid import grid_of
 from minecube.jobs.build import Outcome, build_cubes, load_tools
 from minecube.jobs.plan import plan_build
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 from minecube.jobs.workers import connect_workers
 from minecube.scenes import offsets
 
@@ -81,7 +81,7 @@ class Execution:
 )
 @click.option(
     "--on-offset-conflict",
-    type=click.Choice(offsets.POLICIES),
+    type=click.Choice(offsets.CONFLICT_POLICIES),
     default="drop",
     show_default=True,
     help="What to do with a scene whose offset contradicts its pixels. warn: keep the scene. "
@@ -186,7 +186,7 @@ def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
         )
         for outcome in outcomes
     ]
-    click.echo(table(columns, rows))
+    click.echo(format_table(columns, rows))
 
 
 def _print_planned_and_actual(outcomes: Sequence[Outcome]) -> None:
@@ -204,7 +204,7 @@ def _print_planned_and_actual(outcomes: Sequence[Outcome]) -> None:
         ("requests", planned.requests, int(reads["requests"] + looks["requests"])),
         ("MB", round(planned.bytes / 1e6, 1), round(megabytes, 1)),
     ]
-    click.echo("\n" + table(("", "planned, at most", "actual"), rows))
+    click.echo("\n" + format_table(("", "planned, at most", "actual"), rows))
     retried = int(reads["retried"] + looks["retried"])
     if retried:
         click.echo(f"{retried} requests were tried again")

@@ -11,7 +11,7 @@ import click
 
 from minecube.cli.parameters import SEED, OutFolder
 from minecube.jobs.demo import TEST_SITE, run_demo
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 _MEANINGS = {
     "composite_rmse": "composites against clean reflectance, all bands, sites and years",
@@ -84,4 +84,4 @@ def _print_stage(title: str) -> Iterator[None]:
 
 def _print_summary(summary: Mapping[str, float]) -> None:
     rows = [(name, value, _MEANINGS.get(name, "")) for name, value in summary.items()]
-    click.echo(table(("measure", "value", "what it is"), rows))
+    click.echo(format_table(("measure", "value", "what it is"), rows))

@@ -17,8 +17,8 @@ from minecube.cli.options import (
     writable_store_option,
 )
 from minecube.jobs.label import MOST_NAMES, SiteLabels, UndrawnRows, draw_labels, find_undrawn
-from minecube.jobs.tables import table
-from minecube.vectors import NAMED
+from minecube.jobs.tables import format_table
+from minecube.vectors import FORMAT_NAMES
 
 
 @click.command()
@@ -29,7 +29,7 @@ from minecube.vectors import NAMED
     "file",
     type=click.Path(path_type=Path),
     required=True,
-    help=f"File of polygons ({NAMED}). Optional columns: `year`, or `start` and `end`, for "
+    help=f"File of polygons ({FORMAT_NAMES}). Optional columns: `year`, or `start` and `end`, for "
     "polygons of some years; `site` for polygons of one site; `source`, `licence` and "
     "`doi`, which exports cite.",
 )
@@ -48,13 +48,13 @@ def label(sites: StoreSites, file: Path, layer: str | None) -> None:
       minecube label --store cubes.zarr --polygons mines.gpkg --layer mines_2019
     """
     polygons = labels.read_polygons(file, layer)
-    stored = cube.sites(sites.store)
+    stored = cube.list_sites(sites.store)
     polygons = labels.match_sites(polygons, stored, file)
-    undated = labels.unread_years(polygons)
+    undated = labels.find_unread_year_columns(polygons)
     rows: list[tuple[object, ...]] = []
     rows_by_site: dict[str, pd.Index] = {}
     for site in sites.names(stored):
-        grid, years = cube.grid_and_years(sites.store, site)
+        grid, years = cube.read_grid_and_years(sites.store, site)
         drawing = draw_labels(polygons, site, grid, years, file)
         _print_missed(drawing)
         if undated:
@@ -63,7 +63,7 @@ def label(sites: StoreSites, file: Path, layer: str | None) -> None:
         drawing.write(sites.store)
         rows_by_site[site] = drawing.polygons.index
         rows += [(site, year, _format_km2(area)) for year, area in drawing.mine_km2().items()]
-    click.echo(table(("site", "year", "mine km2"), rows))
+    click.echo(format_table(("site", "year", "mine km2"), rows))
     _print_undrawn(find_undrawn(polygons, rows_by_site, stored), polygons, file)
 
 
@@ -75,11 +75,11 @@ def _format_km2(area: float | None) -> object:
 
 def _print_missed(drawing: SiteLabels) -> None:
     """Print the polygons that are smaller than a pixel."""
-    missed = labels.rows_without_centre(drawing.polygons, drawing.footprint.odc.geobox)
+    missed = labels.find_rows_without_centre(drawing.polygons, drawing.footprint.odc.geobox)
     if len(missed):
         click.echo(
             f"{drawing.site}: {len(missed)} of {len(drawing.polygons)} polygons hold no pixel's "
-            f"centre ({labels.index_text(missed)}); `footprint` has no pixel of them, "
+            f"centre ({labels.describe_rows(missed)}); `footprint` has no pixel of them, "
             "`footprint_fraction` has their area",
             err=True,
         )
@@ -94,7 +94,7 @@ def _print_undrawn(undrawn: UndrawnRows, polygons: gpd.GeoDataFrame, file: Path)
     }
     for words, rows in reports.items():
         if len(rows):
-            listed = labels.index_text(rows)
+            listed = labels.describe_rows(rows)
             click.echo(
                 f"{file}: {len(rows)} of {len(polygons)} polygons {words}: {listed}", err=True
             )

@@ -16,7 +16,7 @@ from minecube.catalog import ModelCard, as_dict, pick
 from minecube.cli.extras import EXTRAS
 from minecube.cli.options import catalog_option
 from minecube.jobs.catalogs import load_all_models
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 json_option = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 
@@ -40,7 +40,7 @@ def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
         click.echo(json.dumps([as_dict(card) for card in cards], indent=2))
         return
     columns = ("name", "task", "architecture", "classes", "window", "weights", "paper")
-    click.echo(table(columns, [_summarise(card) for card in cards]))
+    click.echo(format_table(columns, [_summarise(card) for card in cards]))
 
 
 @models.command()

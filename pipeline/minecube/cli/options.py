@@ -17,7 +17,7 @@ from minecube import cube
 from minecube.catalog import LARGEST_MARGIN_M, MARGIN_M, Site
 from minecube.cli.parameters import FiniteRange, Years
 from minecube.jobs.selection import SiteChoice, choose_sites, stored_sites
-from minecube.vectors import NAMED
+from minecube.vectors import FORMAT_NAMES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,7 +77,7 @@ class SiteOptions:
         stored: dict[str, float] = {}
         if store and self.margin is None:
             for site in sites:
-                margin = cube.margin_of(store, site.id)
+                margin = cube.read_margin(store, site.id)
                 if margin is not None:
                     stored[site.id] = margin
         _print_margins(sites, stored, store)
@@ -229,5 +229,5 @@ _sites_option = click.option(
     show_default=True,
     callback=add_layer,
     help="Names of sites, comma-separated, * allowed. Or a file with one polygon per site "
-    f"({NAMED}).",
+    f"({FORMAT_NAMES}).",
 )

@@ -24,7 +24,7 @@ from minecube.cli.scene_options import (
 )
 from minecube.composite.plan import Estimate, Terms
 from minecube.jobs.plan import BuildPlan, plan_build
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 
 @click.command()
@@ -78,7 +78,7 @@ def print_plan(planned: BuildPlan) -> None:
     headings += ["MB", "MB a block", "s"]
     if planned.total.cost(planned.terms) is not None:
         headings.append(f"cost {planned.terms.currency}")
-    click.echo(table(headings, rows))
+    click.echo(format_table(headings, rows))
     terms = dataclasses.asdict(planned.terms).items()
     assumed = ", ".join(f"{name} {value}" for name, value in terms if value is not None)
     click.echo(

@@ -32,7 +32,7 @@ from minecube.jobs.polygons import (
     survey_files,
 )
 from minecube.jobs.selection import SiteChoice, choose_sites
-from minecube.jobs.tables import table, write_text
+from minecube.jobs.tables import format_table, write_text
 from minecube.vectors import SUFFIXES
 
 _SHOWN = 20
@@ -221,7 +221,7 @@ def _print_findings(findings: pd.DataFrame) -> None:
         rows = [(*key, size, round(area)) for key, size, area in counts.itertuples()]
         click.echo(
             f"\nin all, {len(findings)} findings:\n"
-            + table(("finding", "done", "rows", "area_m2"), rows)
+            + format_table(("finding", "done", "rows", "area_m2"), rows)
         )
 
 
@@ -239,4 +239,4 @@ def _table_without_empty(frame: pd.DataFrame, always: Sequence[str] = ()) -> str
     columns = [str(name) for name in frame if name in always or filled[name].any()]
     text = frame[columns].astype(object)
     rows = text.where(text.notna(), "-").itertuples(index=False)
-    return table(columns, [tuple(row) for row in rows])
+    return format_table(columns, [tuple(row) for row in rows])

@@ -121,9 +121,11 @@ def predict(
     store = sites.store
     if scheduler is None:
         compute.place()
-    mapper = models.Mapper(models.find(network.model, load_all_models(network.catalog)), compute)
+    mapper = models.Mapper(
+        models.find_model(network.model, load_all_models(network.catalog)), compute
+    )
     names = sites.names()
-    built = [name for name in names if cube.builds(store, name)]
+    built = [name for name in names if cube.read_markers(store, name)]
     if not built:
         raise CubeError(
             f"{store}: no committed year in {', '.join(names)}; "

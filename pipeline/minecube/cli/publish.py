@@ -7,7 +7,7 @@ import click
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
 from minecube.export import publish as releases
 from minecube.jobs.publish import publish_sites
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 
 @click.command()
@@ -59,7 +59,7 @@ def publish(
     elif diff:
         _print_differences(place, *diff)
     elif rollback:
-        releases.rollback(place, rollback)
+        releases.roll_back(place, rollback)
         click.echo(f"{place}: main is what it was at {rollback}")
     else:
         _print_releases(place)
@@ -81,16 +81,16 @@ def _publish(sites: StoreSites, place: str, tag: str) -> None:
 
 
 def _print_differences(place: str, old: str, new: str) -> None:
-    rows = releases.differences(place, old, new)
+    rows = releases.list_differences(place, old, new)
     if rows:
-        click.echo(table(("site", "year", "what differs"), rows))
+        click.echo(format_table(("site", "year", "what differs"), rows))
     else:
         click.echo(f"{old} and {new} are the same")
 
 
 def _print_releases(place: str) -> None:
-    rows = releases.releases(place)
+    rows = releases.list_releases(place)
     if rows:
-        click.echo(table(("tag", "published", "snapshot"), rows))
+        click.echo(format_table(("tag", "published", "snapshot"), rows))
     else:
         click.echo(f"{place}: no release yet")

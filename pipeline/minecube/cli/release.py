@@ -16,8 +16,8 @@ from minecube.catalog import Release, load_releases, load_sites, pick
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
 from minecube.jobs.release import ExportedSite, export_release
-from minecube.jobs.tables import table
-from minecube.network import without_query
+from minecube.jobs.tables import format_table
+from minecube.network import remove_query
 from minecube.release import audit as auditing
 from minecube.release import layout
 
@@ -58,7 +58,7 @@ def _check_archive(_ctx: click.Context, _param: click.Parameter, archive: str | 
     if not readable:
         raise click.BadParameter(
             "expected a path, or an http(s):// or s3:// URL with a host or bucket, "
-            f"found {without_query(archive)!r}"
+            f"found {remove_query(archive)!r}"
         )
     return archive
 
@@ -96,7 +96,7 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     # Print this first: a silent server is tried again for minutes.
     click.echo(f"reading the directory of {archive.partition('?')[0]}", err=True)
     opened = releases.Archive(archive)
-    sites = releases.find(opened.names()).sites()
+    sites = releases.find_members(opened.names()).sites()
     with progress_bar("importing", len(sites)) as bar:
         imported = releases.import_release(opened, out, published, load_sites(), bar.advance)
     _print_import(imported, opened, out)
@@ -129,7 +129,7 @@ def _print_import(imported: releases.Imported, archive: releases.Archive, out: P
 class Findings:
     """Results of an audit."""
 
-    findings: Sequence[auditing.Finding]
+    findings: Sequence[auditing.AuditFinding]
     changes: pd.DataFrame
     """Changed pixels per pair of years."""
     bands: pd.DataFrame | None
@@ -138,7 +138,7 @@ class Findings:
     @property
     def counts(self) -> dict[str, int]:
         """Number of findings per check."""
-        return auditing.counted(self.findings)
+        return auditing.count_findings(self.findings)
 
     def content(self) -> dict[str, object]:
         """Return all results as nested dictionaries for JSON."""
@@ -186,11 +186,11 @@ def audit(folder: Path, archive: str | None, split_file: Path | None, out: Path 
     bands = None
     if archive:
         pixels = _read_pixels(archive, imported, folder)
-        bands = auditing.band_statistics(pixels, published).reset_index()
+        bands = auditing.compute_band_statistics(pixels, published).reset_index()
     split = _load_split(split_file, published)
     results = Findings(
-        findings=auditing.audit(imported, published, split, pixels),
-        changes=auditing.change_rates(imported.changes),
+        findings=auditing.audit_release(imported, published, split, pixels),
+        changes=auditing.compute_change_rates(imported.changes),
         bands=bands,
     )
     _print_findings(results)
@@ -206,28 +206,28 @@ def _load_split(file: Path | None, published: Release) -> auditing.Split:
     """Read the split of a file, by default the published split."""
     if file:
         return auditing.read_split(file)
-    return auditing.split_of(published, load_sites())
+    return auditing.select_split(published, load_sites())
 
 
 def _read_pixels(archive: str, imported: releases.Imported, folder: Path) -> pd.DataFrame:
     """Sum the pixels of all images in the archive."""
     opened = releases.Archive(archive)
-    releases.need_same(opened, imported, folder)
+    releases.check_same_archive(opened, imported, folder)
     images = int(imported.years["image"].notna().sum())
     with progress_bar("reading images", images) as bar:
-        return auditing.pixel_sums(opened, imported.years, bar.advance)
+        return auditing.sum_pixels(opened, imported.years, bar.advance)
 
 
 def _print_findings(results: Findings) -> None:
     if not results.findings:
         click.echo("nothing is wrong")
         return
-    click.echo(table(("check", "findings"), list(results.counts.items())))
+    click.echo(format_table(("check", "findings"), list(results.counts.items())))
     rows = []
     for check in results.counts:
         of_check = [finding for finding in results.findings if finding.check == check]
         rows += [(f.check, f.site or "-", f.year or "-", f.found) for f in of_check[:_SHOWN]]
-    click.echo("\n" + table(("check", "site", "year", "what was found"), rows))
+    click.echo("\n" + format_table(("check", "site", "year", "what was found"), rows))
     hidden = len(results.findings) - len(rows)
     if hidden:
         click.echo(f"and {hidden} more, of checks with over {_SHOWN}; --json FILE has all")
@@ -245,7 +245,7 @@ def _print_changes(changes: pd.DataFrame) -> None:
         for row in consecutive.to_dict("records")
     ]
     if rows:
-        click.echo("\n" + table(("pair of years", "appeared %", "vanished %"), rows))
+        click.echo("\n" + format_table(("pair of years", "appeared %", "vanished %"), rows))
 
 
 def _print_bands(bands: pd.DataFrame | None) -> None:
@@ -256,7 +256,7 @@ def _print_bands(bands: pd.DataFrame | None) -> None:
         )
         return
     rows = [tuple(row) for row in bands.to_numpy().tolist()]
-    click.echo("\n" + table(tuple(map(str, bands.columns)), rows))
+    click.echo("\n" + format_table(tuple(map(str, bands.columns)), rows))
 
 
 @release.command()
@@ -288,7 +288,7 @@ def export(sites: StoreSites, folder: Path | None, out: Path) -> None:
     with progress_bar("exporting", len(names)) as bar:
         exported = export_release(sites.store, names, out, folder, bar.advance)
     columns = ("site", "images", "labels", "without label", "lowest IoU with the release's")
-    click.echo(table(columns, [_summarise(site) for site in exported]))
+    click.echo(format_table(columns, [_summarise(site) for site in exported]))
     images = sum(site.years for site in exported)
     labels = sum(site.labels for site in exported)
     click.echo(f"{out}/{layout.FOLDER}: {images} images, {labels} labels")

@@ -9,7 +9,7 @@ import click
 
 from minecube import cube
 from minecube.catalog import Recipe, Source, pick
-from minecube.jobs.build import Job
+from minecube.jobs.build import BuildJob
 from minecube.jobs.catalogs import choose_sources, load_all_recipes
 from minecube.jobs.scene_lists import default_folder
 
@@ -61,9 +61,9 @@ class JobOptions(SceneOptions):
     store: cube.Store
     snapshots: Path | None
 
-    def load(self) -> Job:
+    def load(self) -> BuildJob:
         """Return the settings of a build."""
-        return Job(
+        return BuildJob(
             store=self.store,
             sources=self.sources(),
             recipe=self.recipe(),

@@ -21,7 +21,7 @@ from minecube.cli.parameters import OutFolder
 from minecube.cli.scene_options import source_option
 from minecube.jobs.catalogs import choose_sources
 from minecube.jobs.scene_lists import search_and_save
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 
 @click.command()
@@ -57,11 +57,11 @@ def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Pat
                 rows.append((site.id, year, *_summarise(listed)))
                 bar.advance(site.id)
     columns = ("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines")
-    click.echo(table(columns, rows))
+    click.echo(format_table(columns, rows))
     click.echo(f"saved in {out}")
 
 
-def _summarise(listed: scenes.Found) -> tuple[object, ...]:
+def _summarise(listed: scenes.SearchResult) -> tuple[object, ...]:
     """Return counts, mean cloud cover and baselines of scenes, for the table."""
     baselines = sorted({s.properties["s2:processing_baseline"] for s in listed.scenes})
     cloud = scenes.mean_cloud_cover(listed.scenes)
@@ -70,7 +70,7 @@ def _summarise(listed: scenes.Found) -> tuple[object, ...]:
         cloud_text = "?"
     return (
         len(listed.scenes),
-        len(scenes.dates(listed.scenes)),
+        len(scenes.list_solar_days(listed.scenes)),
         listed.copies,
         len(listed.refused),
         cloud_text,

@@ -16,7 +16,7 @@ from minecube.cli.options import (
 )
 from minecube.cli.parameters import SEED, Years
 from minecube.simulate import World
-from minecube.simulate import simulate as make_world
+from minecube.simulate import simulate_archive as make_world
 
 
 @click.command()

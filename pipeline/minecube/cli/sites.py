@@ -15,7 +15,7 @@ from minecube.cli.options import (
     sites_option,
 )
 from minecube.grid import grid_of
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 
 
 @click.command()
@@ -45,7 +45,7 @@ def sites(sites: SiteOptions) -> None:
     columns = ["site", "country", "split", "years", "grid", "title"]
     if all(row[-1] == "-" for row in rows):
         columns.remove("title")
-    click.echo(table(columns, [row[: len(columns)] for row in rows]))
+    click.echo(format_table(columns, [row[: len(columns)] for row in rows]))
 
 
 def _format_years(years: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from minecube.cli.options import (
 )
 from minecube.cli.parameters import FiniteRange, OutFolder, RatesMethod
 from minecube.errors import CatalogError
-from minecube.jobs.tables import table
+from minecube.jobs.tables import format_table
 from minecube.jobs.tracks import (
     SUFFIX,
     SmoothedSites,
@@ -114,7 +114,7 @@ def _print_summaries(summaries: Sequence[Mapping[str, Any]]) -> None:
         )
         for summary in summaries
     ]
-    click.echo(table(headings, rows))
+    click.echo(format_table(headings, rows))
 
 
 def _format_opening(summary: Mapping[str, Any]) -> str:

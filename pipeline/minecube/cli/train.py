@@ -11,7 +11,7 @@ import click
 
 from minecube import models
 from minecube import train as training
-from minecube.catalog import ModelCard, Settings, pick
+from minecube.catalog import ModelCard, TrainingSettings, pick
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     StoreSites,
@@ -45,7 +45,7 @@ class NetworkOptions:
         """Return the card of the network."""
         return pick(load_all_models(self.catalog), self.model_id, "model")
 
-    def settings(self) -> Settings:
+    def settings(self) -> TrainingSettings:
         """Return the settings of the preset, with the given number of epochs."""
         settings = pick(load_all_presets(self.catalog), self.preset_id, "preset")
         return dataclasses.replace(settings, epochs=self.epochs or settings.epochs)
@@ -106,7 +106,7 @@ def train(
     valid: SiteChoice | None,
     network: NetworkOptions,
     out: Path,
-    run: training.Run,
+    run: training.TrainingOptions,
 ) -> None:
     """Train a network on all labelled site-years of the chosen cubes.
 
@@ -148,7 +148,10 @@ def train(
 
 
 def _print_result(
-    fitted: training.Fitted, out: Path, train_sites: Sequence[str], valid_sites: Sequence[str]
+    fitted: training.TrainingResult,
+    out: Path,
+    train_sites: Sequence[str],
+    valid_sites: Sequence[str],
 ) -> None:
     best = fitted.best
     score = ""

@@ -113,6 +113,6 @@ def _content(store: cube.Store, report: cube.Report, commands: Sequence[str]) ->
 def _uncommit(store: cube.Store, report: cube.Report) -> None:
     """Withdraw the damaged site-years, and print them."""
     for site, years in report.rebuild.items():
-        cube.uncommit(store, site, years, report.committed[site])
+        cube.withdraw_years(store, site, years, report.committed[site])
     withdrawn = [f"{site} {year}" for site, years in report.rebuild.items() for year in years]
     click.echo(f"took the commit off {', '.join(withdrawn) or 'nothing'}")

@@ -36,18 +36,15 @@ import pystac
 import xarray as xr
 from odc.geo.geobox import GeoBox
 
-from minecube.catalog import SCL, Recipe
+from minecube.catalog import REDUCERS, SCL, Recipe
 from minecube.composite.block import composite_block
-from minecube.composite.needs import in_mosaic_order, pixel_size_of
+from minecube.composite.needs import pixel_size_of, sort_in_mosaic_order
 from minecube.composite.task import Tools
 from minecube.errors import ReadError
-from minecube.grid import blocks
+from minecube.grid import iterate_blocks
 from minecube.reader import Ledger
 
-REDUCERS = ("median", "geomedian", "best-pixel")
-"""Reducers of new composites. Stores of earlier versions may have others."""
-
-__all__ = ["REDUCERS", "Tools", "composite", "composite_block"]
+__all__ = ["Tools", "composite", "composite_block"]
 
 
 def composite(
@@ -93,13 +90,13 @@ def composite(
     _check_scenes(scenes, recipe)
     _check_recipe(recipe, tools)
     year = year or _find_year(scenes)
-    shared_scenes = dask.delayed(in_mosaic_order(scenes, grid), pure=False, traverse=False)
+    shared_scenes = dask.delayed(sort_in_mosaic_order(scenes, grid), pure=False, traverse=False)
     task = dask.delayed(composite_block, pure=False, traverse=False)
     dtypes = {"reflectance": np.dtype("uint16")}
     dtypes |= {name: np.dtype(layer.dtype) for name, layer in recipe.layers.items()}
     rows: dict[str, list[list[da.Array]]] = {name: [] for name in dtypes}
     row_of_blocks = itertools.groupby(
-        blocks(grid, recipe.block_px), key=lambda block: block[0].start
+        iterate_blocks(grid, recipe.block_px), key=lambda block: block[0].start
     )
     for _, row in row_of_blocks:
         boxes = [grid[block] for block in row]
@@ -148,7 +145,7 @@ def _check_recipe(recipe: Recipe, tools: Tools) -> None:
     """Check the reducer, and that there is a second mask if the recipe asks for one."""
     if recipe.reducer not in REDUCERS:
         raise ReadError(
-            f"recipe {recipe.id!r}: reducer {recipe.reducer!r} is not available any more; "
+            f"recipe {recipe.id!r}: reducer {recipe.reducer!r} has been removed; "
             f"expected one of {', '.join(REDUCERS)}"
         )
     if bool(recipe.second_opinion) == bool(tools.opinion):

@@ -15,7 +15,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.arrays import AnyArray, Bool, Int16, Int32, UInt8, UInt16
 from minecube.composite.needs import AHEAD, MASK_M, pixel_size_of
-from minecube.grid import PIXEL_M, at_resolution
+from minecube.grid import PIXEL_M, coarsen
 from minecube.reader import Ledger, start_read
 
 Window = tuple[slice, slice]
@@ -152,7 +152,7 @@ class Bands:
         while self._queue:
             band = self._queue[0]
             size = self._size_of(band)
-            shape = (len(self.days), *at_resolution(self._box, size).shape)
+            shape = (len(self.days), *coarsen(self._box, size).shape)
             # Read at most `AHEAD` + 1 bands of 10 m at a time, or as many bytes of coarser bands.
             pixels = sum(reading.stack.size for reading in self._reading) + math.prod(shape)
             limit = (AHEAD + 1) * len(self.days) * math.prod(self._box.shape)
@@ -165,7 +165,7 @@ class Bands:
 
     def _start_band(self, band: str, size: int, stack: UInt16) -> _BandReads:
         """Start the reads of a band into a stack [day, y, x] of any content."""
-        box = at_resolution(self._box, size)
+        box = coarsen(self._box, size)
         reads: deque[_Read] = deque()
         started: set[int] = set()
         for scene, window in self._windows:

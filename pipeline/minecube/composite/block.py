@@ -46,7 +46,7 @@ from minecube.composite.needs import (
     scenes_near,
 )
 from minecube.composite.task import BlockTask, Tools
-from minecube.grid import PIXEL_M, padded
+from minecube.grid import PIXEL_M, pad
 from minecube.reader import Ledger
 
 Layers = dict[str, AnyArray]
@@ -70,7 +70,7 @@ def composite_block(
 
     Scenes must be in mosaic order. A block above `BLOCK_BYTES` is made in parts.
     """
-    scenes = scenes_near(scenes, padded(box, compute_margins(recipe)[1]))
+    scenes = scenes_near(scenes, pad(box, compute_margins(recipe)[1]))
     if not scenes:
         return _make_empty_layers(box, recipe)
     if estimate_memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
@@ -166,7 +166,7 @@ class _Block:
             return layers
         names = bands_with_fringe(self.recipe)
         fringe_names = [band for band in self.recipe.bands if band in names]
-        box = padded(self.task.box, self.fringe_m)
+        box = pad(self.task.box, self.fringe_m)
         fringe_reads = Bands(self.observations, use, box, self.task.ledger)
         bands = Bands(
             self.observations.crop(self.fringe_m // MASK_M),

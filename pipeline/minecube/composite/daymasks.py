@@ -15,9 +15,9 @@ from minecube.catalog import FALLBACKS, SCL, Recipe
 from minecube.composite import masks
 from minecube.composite.bands import crop, repeat_pixels
 from minecube.composite.masks import CLEAR
-from minecube.composite.needs import MASK_M, OPINION_BANDS, compute_margins, days_of
+from minecube.composite.needs import MASK_M, OPINION_BANDS, compute_margins, index_overpasses
 from minecube.composite.task import BlockTask
-from minecube.grid import at_resolution, padded
+from minecube.grid import coarsen, pad
 from minecube.reader import Ledger, start_read
 
 SCL_IS = "minecube:scl"  # item property: error of a scene's whole classification, found by `scenes`
@@ -40,13 +40,13 @@ class DayMasks:
     def __init__(self, task: BlockTask) -> None:
         scenes = task.scenes
         fringe, margin = compute_margins(task.recipe)
-        self.days = days_of(scenes)
+        self.days = index_overpasses(scenes)
         """Index of each scene's day."""
         of_days = [scenes[self.days.index(day)] for day in range(max(self.days) + 1)]
         self.times = [scene.datetime for scene in of_days if scene.datetime]
         """Time of each day's first scene."""
         self._task = task
-        self._box = padded(task.box, margin)
+        self._box = pad(task.box, margin)
         self._edge = (margin - fringe) // MASK_M
         self._seasons = [season_of(scene, task.recipe, task.year) for scene in of_days]
         self._scl: UInt8 | None = None
@@ -99,7 +99,7 @@ class DayMasks:
 
     def _read_classes(self, scenes: Sequence[int], ledger: Ledger | None) -> Iterator[UInt8]:
         """Yield the classes of each of these scenes, uint8 [y, x] at 20 m."""
-        box = at_resolution(self._box, MASK_M)
+        box = coarsen(self._box, MASK_M)
         items = [self._task.scenes[n] for n in scenes]
         reads = deque(start_read(item, SCL, box, ledger) for item in items)
         try:

@@ -12,7 +12,7 @@ import shapely
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import SCL, Recipe
-from minecube.grid import ALIGN_M, area_of, at_resolution, padded
+from minecube.grid import ALIGN_M, area_of, coarsen, pad
 
 MASK_M = 20
 """Pixel size of masks: the mission's size of SCL."""
@@ -23,7 +23,7 @@ _OPINION_M = 480  # reach of a network around a pixel
 _STEP_M = 240  # unit of margins: a multiple of 60 m and of the 80 m cells of the bright override
 
 
-def in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item]:
+def sort_in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item]:
     """Sort scenes: the grid's zone first, then newest baseline, time and id.
 
     Scenes of the grid's zone need no resampling. The order is the same for all blocks.
@@ -37,7 +37,7 @@ def in_mosaic_order(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.
     return sorted(scenes, key=rank)
 
 
-def days_of(scenes: Sequence[pystac.Item]) -> list[int]:
+def index_overpasses(scenes: Sequence[pystac.Item]) -> list[int]:
     """Return the index of each scene's overpass.
 
     An overpass is a datatake, shared by all its tiles and granules. Another overpass of the same
@@ -53,7 +53,7 @@ def scenes_near(scenes: Sequence[pystac.Item], grid: GeoBox) -> list[pystac.Item
 
     Published footprints are only this accurate.
     """
-    area = area_of(padded(grid, 1000 // ALIGN_M * ALIGN_M))
+    area = area_of(pad(grid, 1000 // ALIGN_M * ALIGN_M))
     west, south, east, north = area.bounds
 
     def comes_near(scene: pystac.Item) -> bool:
@@ -121,22 +121,22 @@ def estimate_memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) 
     """
     fringe, margin = compute_margins(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
-    with_margin = math.prod(at_resolution(padded(box, margin), MASK_M).shape)
-    with_fringe = math.prod(at_resolution(padded(box, fringe), MASK_M).shape)
+    with_margin = math.prod(coarsen(pad(box, margin), MASK_M).shape)
+    with_fringe = math.prod(coarsen(pad(box, fringe), MASK_M).shape)
     bytes_per_day = 12 + 24 * bool(recipe.second_opinion) + 4 * bool(recipe.best_pixel)
     of_masks: int = len(scenes) * with_margin + days * with_margin * bytes_per_day
     of_masks += days * with_fringe * 12 * bool(recipe.haze)
     days_read = days
     if recipe.max_clear_observations:
         days_read = min(days, recipe.max_clear_observations * 3 // 2)
-    return of_masks + days_read * _estimate_band_bytes(scenes, padded(box, fringe), recipe)
+    return of_masks + days_read * _estimate_band_bytes(scenes, pad(box, fringe), recipe)
 
 
 def _estimate_band_bytes(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     """Return the bytes per day of the bands in memory at a time."""
     all_bands: int = 0
     for band in recipe.bands:
-        all_bands += 2 * math.prod(at_resolution(box, pixel_size_of(band, scenes)).shape)
+        all_bands += 2 * math.prod(coarsen(box, pixel_size_of(band, scenes)).shape)
     if recipe.reducer == "geomedian":
         return all_bands
     bytes_ahead: int = (2 + AHEAD + 2 * bool(bands_with_fringe(recipe))) * 2 * math.prod(box.shape)

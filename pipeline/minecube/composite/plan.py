@@ -21,7 +21,7 @@ import yaml
 from odc.geo.geobox import GeoBox
 
 from minecube.arrays import Int64
-from minecube.catalog import SCL, Recipe, yaml_problem
+from minecube.catalog import SCL, Recipe, describe_yaml_error
 from minecube.composite.block import BLOCK_BYTES
 from minecube.composite.needs import (
     bands_with_fringe,
@@ -32,8 +32,8 @@ from minecube.composite.needs import (
     scenes_near,
 )
 from minecube.errors import CatalogError
-from minecube.grid import PIXEL_M, at_resolution, blocks, padded
-from minecube.reader import HEAD, READ_THREADS
+from minecube.grid import PIXEL_M, coarsen, iterate_blocks, pad
+from minecube.reader import HEAD_BYTES, READ_THREADS
 
 _STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
 """Bytes per pixel in the files, used if the item does not list the file size. Real Collection 1
@@ -81,7 +81,7 @@ class Terms:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise CatalogError(
-                f"{path}: cannot be read as prices: {yaml_problem(error)}"
+                f"{path}: cannot be read as prices: {describe_yaml_error(error)}"
             ) from error
         if not isinstance(content, Mapping):
             raise CatalogError(
@@ -160,7 +160,7 @@ class Estimate:
         return sum((price or 0) * amount for price, amount in zip(prices, amounts, strict=True))
 
 
-def took(estimate: Estimate, seconds: float) -> dict[str, float]:
+def describe_duration(estimate: Estimate, seconds: float) -> dict[str, float]:
     """Build the provenance note about a build's time, for later plans.
 
     The note has the estimate and the elapsed seconds of the whole machine.
@@ -168,7 +168,7 @@ def took(estimate: Estimate, seconds: float) -> dict[str, float]:
     return {**asdict(estimate), "seconds": round(seconds, 3)}
 
 
-def pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | None:
+def measure_pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | None:
     """Compute the ratio of real to estimated time over earlier builds; None without builds.
 
     Args:
@@ -192,9 +192,9 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
     sums = np.zeros(4, dtype=np.int64)
     block_bytes = 0
     opened: set[str] = set()
-    for block in blocks(grid, recipe.block_px):
+    for block in iterate_blocks(grid, recipe.block_px):
         box = grid[block]
-        listed = scenes_near(scenes, padded(box, compute_margins(recipe)[1]))
+        listed = scenes_near(scenes, pad(box, compute_margins(recipe)[1]))
         if not listed:
             continue
         sums += _count_block(listed, box, recipe, opened)
@@ -227,7 +227,7 @@ def _count_block(
     with_fringe = bands_with_fringe(recipe)
     windows: dict[tuple[int, int], tuple[int, int]] = {}
     for size, around_m in itertools.product((10, 20), {0, fringe, margin}):
-        shape = at_resolution(padded(box, around_m), size).shape
+        shape = coarsen(pad(box, around_m), size).shape
         windows[size, around_m] = (shape.y, shape.x)
     sums = np.zeros(4, dtype=np.int64)
     for scene in scenes:
@@ -280,7 +280,7 @@ def _count_window(scene: pystac.Item, band: str, size_m: int, window: tuple[int,
 def _count_header(href: str) -> Int64:
     """Count reads, requests, bytes and pixels of a file's header: int64 [4]."""
     is_remote = _is_remote(href)
-    return np.array([0, is_remote, HEAD * is_remote, 0], dtype=np.int64)
+    return np.array([0, is_remote, HEAD_BYTES * is_remote, 0], dtype=np.int64)
 
 
 def _is_remote(href: str) -> bool:

@@ -42,7 +42,7 @@ from scipy import fft, ndimage
 
 from minecube.arrays import Bool, Complex64, Float32, Float64, UInt16
 from minecube.catalog import SCL, Registration
-from minecube.grid import ALIGN_M, PIXEL_M, at_resolution
+from minecube.grid import ALIGN_M, PIXEL_M, coarsen
 from minecube.reader import Ledger, start_read
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Shift:
         return math.hypot(self.dx_m or 0.0, self.dy_m or 0.0)
 
 
-def shifts(
+def measure_shifts(
     scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None
 ) -> list[Shift]:
     """Measure one shift per scene, in the given order.
@@ -114,7 +114,7 @@ def shifts(
     if not scenes or not bands:
         return [_make_shift(scene, None, None, 0) for scene in scenes]
     band, size_m = _choose_finest_band(scenes, bands)
-    edges = _read_edges(scenes, band, at_resolution(_crop_to_middle(grid), size_m), ledger)
+    edges = _read_edges(scenes, band, coarsen(_crop_to_middle(grid), size_m), ledger)
     moves_px, peaks = compare(edges)
     rows = zip(scenes, edges, moves_px * size_m, peaks.tolist(), strict=True)
     return [
@@ -136,7 +136,7 @@ def _make_shift(
     return Shift(scene=scene.id, dx_m=east, dy_m=north, peak=peak, pixels=pixels)
 
 
-def registered(
+def apply_registration(
     scenes: Sequence[pystac.Item], found: Sequence[Shift], rule: Registration
 ) -> list[pystac.Item]:
     """Keep, drop or mark the scenes displaced by more than the rule allows, and log their names.
@@ -163,7 +163,7 @@ def registered(
     return accepted
 
 
-def as_rows(found: Sequence[Shift]) -> list[dict[str, Any]]:
+def as_rows(shifts: Sequence[Shift]) -> list[dict[str, Any]]:
     """Convert shifts to plain JSON for provenance, with metres rounded to tenths."""
     return [
         {
@@ -173,7 +173,7 @@ def as_rows(found: Sequence[Shift]) -> list[dict[str, Any]]:
             "peak": _round(shift.peak, 2),
             "pixels": shift.pixels,
         }
-        for shift in found
+        for shift in shifts
     ]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minecube.arrays import UInt16
 from minecube.composite.reducers import MOST_AHEAD, MOST_STEPS, Geomedian
-from minecube.device import device_of
+from minecube.device import find_device
 
 STRIP_VALUES = 2**26
 """Maximum number of stack values on the device at a time, at most 24 bytes each."""
@@ -42,7 +42,7 @@ class TorchGeomedian:
     """
 
     def __init__(self, device: str) -> None:
-        self.device = device_of(device)
+        self.device = find_device(device)
 
     def __call__(self, stack: UInt16) -> Geomedian:
         """Compute `reducers.geomedian`, within 1e-5 of reflectance."""

@@ -37,27 +37,27 @@ against them.
 
 from __future__ import annotations
 
-from minecube.cube.markers import builds, completeness_of, is_committed, reads
+from minecube.cube.markers import completeness_of, is_committed, read_counts, read_markers
 from minecube.cube.provenance import (
-    build_id,
+    describe_build,
+    hash_build,
     leave_out,
+    list_used_scenes,
     note_copies,
-    provenance_of,
-    used_scenes,
 )
 from minecube.cube.read.names import choose_name, find_prediction
-from minecube.cube.read.opening import as_float, grid_and_years, open_committed, open_cube
-from minecube.cube.read.predictions import mapped_by, open_change, open_probability
-from minecube.cube.read.windows import VIEWS, CubeDataset, Window, open_reflectance
-from minecube.cube.store import Store, sites
+from minecube.cube.read.opening import as_float, open_committed, open_cube, read_grid_and_years
+from minecube.cube.read.predictions import open_change, open_probability, read_variable
+from minecube.cube.read.windows import VIEWS, CubeDataset, WindowPlace, open_reflectance
+from minecube.cube.store import Store, list_sites
 from minecube.cube.verify import UNFINISHED, Finding, Report, named_sites, verify
 from minecube.cube.write.labels import write_footprint
 from minecube.cube.write.options import BuildOptions
 from minecube.cube.write.pack import Packing, pack
 from minecube.cube.write.predictions import Prediction, write_prediction, write_probability
-from minecube.cube.write.sites import check, create, margin_of
-from minecube.cube.write.staging import is_begun, reads_so_far
-from minecube.cube.write.years import settle, uncommit, write_year
+from minecube.cube.write.sites import check_site, create_site, read_margin
+from minecube.cube.write.staging import has_unfinished_build, reads_so_far
+from minecube.cube.write.years import settle, withdraw_years, write_year
 
 __all__ = [
     "UNFINISHED",
@@ -69,21 +69,20 @@ __all__ = [
     "Prediction",
     "Report",
     "Store",
-    "Window",
+    "WindowPlace",
     "as_float",
-    "build_id",
-    "builds",
-    "check",
+    "check_site",
     "choose_name",
     "completeness_of",
-    "create",
+    "create_site",
+    "describe_build",
     "find_prediction",
-    "grid_and_years",
-    "is_begun",
+    "has_unfinished_build",
+    "hash_build",
     "is_committed",
     "leave_out",
-    "mapped_by",
-    "margin_of",
+    "list_sites",
+    "list_used_scenes",
     "named_sites",
     "note_copies",
     "open_change",
@@ -92,14 +91,15 @@ __all__ = [
     "open_probability",
     "open_reflectance",
     "pack",
-    "provenance_of",
-    "reads",
+    "read_counts",
+    "read_grid_and_years",
+    "read_margin",
+    "read_markers",
+    "read_variable",
     "reads_so_far",
     "settle",
-    "sites",
-    "uncommit",
-    "used_scenes",
     "verify",
+    "withdraw_years",
     "write_footprint",
     "write_prediction",
     "write_probability",

@@ -28,7 +28,7 @@ class ChecksumStore(WrapperStore):  # type: ignore[misc]
 
     async def set(self, key: str, value: Any) -> None:
         """Sum an object, then write it."""
-        self.sums[key] = await asyncio.to_thread(sum_of, value.as_numpy_array())
+        self.sums[key] = await asyncio.to_thread(size_and_sha256, value.as_numpy_array())
         await super().set(key, value)
 
     async def delete(self, key: str) -> None:
@@ -51,12 +51,12 @@ class ChecksumStore(WrapperStore):  # type: ignore[misc]
         return {key.removeprefix(f"{group}/"): value for key, value in sums}
 
 
-def sum_of(content: Any) -> list[Any]:
+def size_and_sha256(content: Any) -> list[Any]:
     """Return size and SHA-256 of an object's bytes."""
     return [memoryview(content).nbytes, hashlib.sha256(content).hexdigest()]
 
 
-def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
+def seal(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes with a `sha256` of all others."""
     content = {name: value for name, value in attrs.items() if name != "sha256"}
     return {**content, "sha256": sha256_of_json(content)}

@@ -12,7 +12,7 @@ from minecube.cube.store import DESCRIPTION, Store
 from minecube.errors import CubeError
 
 
-def list_sites(store: Store) -> dict[str, dict[str, int]]:
+def list_files(store: Store) -> dict[str, dict[str, int]]:
     """Map each site to its objects (key relative to its group -> bytes).
 
     Sites that Zarr cannot read are listed, too.

@@ -12,7 +12,7 @@ import zarr
 import zarr.errors
 
 from minecube.cube.locks import WAIT_S, hold
-from minecube.cube.provenance import build_id
+from minecube.cube.provenance import hash_build
 from minecube.cube.store import Store
 from minecube.digests import sha256_of_json
 from minecube.errors import CubeError, StaleError
@@ -52,7 +52,7 @@ def staged_year(name: str) -> int | None:
     return None
 
 
-def builds(store: Store, site_id: str) -> dict[int, dict[str, Any]]:
+def read_markers(store: Store, site_id: str) -> dict[int, dict[str, Any]]:
     """Return the provenance of a site's committed years; empty if no year is committed.
 
     If a year's objects are being put in place, this waits for them. A year left out of place by a
@@ -65,13 +65,13 @@ def builds(store: Store, site_id: str) -> dict[int, dict[str, Any]]:
     committed = {}
     # Year by year: a listing would also find markers just begun by other threads.
     for year in years:
-        marker = marker_of(store, site_id, year, wait_s=PLACED_S)
+        marker = read_marker(store, site_id, year, wait_s=PLACED_S)
         if marker is not None and PLACING not in marker:
             committed[year] = marker
     return committed
 
 
-def marker_of(
+def read_marker(
     store: Store, site_id: str, year: int, *, wait_s: float = 0.0
 ) -> dict[str, Any] | None:
     """Return the provenance of a committed year; None if the year is not committed.
@@ -93,7 +93,7 @@ def marker_of(
     return marker if "build_id" in marker else None
 
 
-def pixels_of(marker: Mapping[str, Any]) -> str:
+def name_pixels(marker: Mapping[str, Any]) -> str:
     """Name the pixels of a committed year by its build and a hash of their checksums.
 
     The same build can have other pixels, for example after lost reads or other offset decisions.
@@ -127,8 +127,8 @@ def is_committed(
     """
     site_id = provenance["site"]
     year = provenance["year"]
-    build = build_id(provenance)
-    marker = marker_of(store, site_id, year)
+    build = hash_build(provenance)
+    marker = read_marker(store, site_id, year)
     if marker is None or PLACING in marker:
         return False
     is_same = marker["build_id"] == build and (
@@ -151,7 +151,7 @@ def completeness_of(marker: Mapping[str, Any]) -> float:
     return float(marker.get("reads", {}).get("completeness", 1.0))
 
 
-def reads(store: Store, site_id: str, year: int) -> pd.DataFrame:
+def read_counts(store: Store, site_id: str, year: int) -> pd.DataFrame:
     """Return the read counts of a committed site-year.
 
     The table has one row per scene and band, with the columns of `reader.ledger.COUNTS`.
@@ -159,20 +159,20 @@ def reads(store: Store, site_id: str, year: int) -> pd.DataFrame:
     Raises:
         CubeError: the year is not committed, or has no read counts.
     """
-    if year in builds(store, site_id):
+    if year in read_markers(store, site_id):
         group = store.open_group(marker_path(site_id, year))
         if "reads" in group:
             return pd.read_parquet(io.BytesIO(bytes(group["reads"][:])))
     raise CubeError(f"{store}: there are no counts of reads for {site_id} {year}; build it first")
 
 
-def note_incomplete(store: Store, site_id: str) -> None:
+def note_lost_reads(store: Store, site_id: str) -> None:
     """Note years with lost reads in the cube's attribute `incomplete_reads`: year -> share read."""
     with hold(store, site_id, wait_s=WAIT_S):
         group = store.open_site(site_id, mode="r+")
         shares = {}
         for year in group["year"][:]:
-            marker = marker_of(store, site_id, int(year))
+            marker = read_marker(store, site_id, int(year))
             if marker is not None and completeness_of(marker) < 1:
                 shares[str(year)] = completeness_of(marker)
         if shares != group.attrs.get("incomplete_reads", {}):

@@ -21,7 +21,7 @@ _DECISIONS = ("on_offset_conflict", "offset_conflicts", "scl_errors", "shifts")
 """Entries of a provenance with decisions on doubtful scenes."""
 
 
-def provenance_of(
+def describe_build(
     site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any], **more: Any
 ) -> dict[str, Any]:
     """Describe the origin of a site-year as plain JSON: the input of `build_id` and more."""
@@ -61,7 +61,7 @@ def _sort_by_id(scenes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(scenes, key=lambda scene: str(scene["id"]))
 
 
-def build_id(provenance: Mapping[str, Any]) -> str:
+def hash_build(provenance: Mapping[str, Any]) -> str:
     """Hash a build's site, year, grid, recipe, scenes and version to 16 hexadecimal digits."""
     identity = {name: provenance[name] for name in ("site", "year", "grid", "version")}
     # Scenes left out later still count: the build is named by its listed scenes.
@@ -72,12 +72,12 @@ def build_id(provenance: Mapping[str, Any]) -> str:
     return sha256_of_json(identity)[:16]
 
 
-def run_of(provenance: Mapping[str, Any]) -> str:
+def hash_run(provenance: Mapping[str, Any]) -> str:
     """Hash the common inputs of a year's blocks: the build, and decisions on doubtful scenes."""
     decisions: list[Any] = [provenance.get(name) for name in _DECISIONS]
     copies = [scene for scene in provenance["scenes"] if COPY_OF in scene]
     decisions += [[scene["id"], scene["source"]] for scene in copies]
-    return sha256_of_json([build_id(provenance), decisions])[:16]
+    return sha256_of_json([hash_build(provenance), decisions])[:16]
 
 
 def untitled(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _drop(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def leave_out(provenance: dict[str, Any], why: Mapping[str, str]) -> None:
     """Note the scenes left out after the search in a provenance (scene id -> reason)."""
-    for scene in used_scenes(provenance):
+    for scene in list_used_scenes(provenance):
         if scene["id"] in why:
             scene[LEFT_OUT] = why[scene["id"]]
 
@@ -111,6 +111,6 @@ def note_copies(
     provenance["scenes"] = _sort_by_id([*provenance["scenes"], *entries])
 
 
-def used_scenes(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+def list_used_scenes(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the used scenes of a provenance."""
     return [scene for scene in provenance["scenes"] if LEFT_OUT not in scene]

@@ -185,7 +185,7 @@ class Store:
             CubeError: the site is missing, unfinished, or of another version.
         """
         if not self.has_group(site_id):
-            names = ", ".join(sites(self)) or "no site"
+            names = ", ".join(list_sites(self)) or "no site"
             raise CubeError(f"{self}: no site {site_id!r}; it has {names}")
         group = self.open_group(site_id, mode)
         if is_unfinished(group):
@@ -315,7 +315,7 @@ def is_unfinished(group: zarr.Group) -> bool:
     return bool(group.attrs.get(DESCRIPTION) == {"format": UNFINISHED_FORMAT})
 
 
-def sites(store: Store) -> list[str]:
+def list_sites(store: Store) -> list[str]:
     """List the names of the sites in a store.
 
     Raises:

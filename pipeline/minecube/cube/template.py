@@ -57,7 +57,7 @@ _MAPPED = {"grid_mapping": "spatial_ref"}
 """Attribute of every variable: the coordinate with the CRS."""
 
 
-def template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
+def make_template(grid: GeoBox, years: Sequence[int], recipe: Recipe) -> xr.Dataset:
     """Make the site's lazy dataset without pixels: all fill value.
 
     Footprint and its fraction are 255 (unknown), integers 0 and floats NaN.
@@ -119,7 +119,7 @@ def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def identity(metadata: Mapping[str, Any]) -> str:
+def hash_array(metadata: Mapping[str, Any]) -> str:
     """Hash the constant part of an array's `zarr.json`: all but years and notes of labels."""
     attrs = {
         name: value
@@ -132,17 +132,17 @@ def identity(metadata: Mapping[str, Any]) -> str:
     return sha256_of_json(constant)[:16]
 
 
-def identities(store: Store, site_id: str, group: zarr.Group) -> dict[str, str]:
+def hash_arrays(store: Store, site_id: str, group: zarr.Group) -> dict[str, str]:
     """Return the `identity` of each array of a group, by name."""
     objects = store.open_objects()
     hashes = {}
     for name in sorted(name for name, _ in group.arrays()):
         content = bytes(objects.get(f"{site_id}/{name}/zarr.json").bytes())
-        hashes[name] = identity(json.loads(content))
+        hashes[name] = hash_array(json.loads(content))
     return hashes
 
 
-def group_digest(attrs: Mapping[str, Any]) -> str:
+def hash_group(attrs: Mapping[str, Any]) -> str:
     """Hash the description of a site's group: identity, origin and location."""
     location = {name: value for name, value in attrs.items() if name in GEOZARR}
     description = {name: value for name, value in attrs[DESCRIPTION].items() if name != "sha256"}
@@ -155,12 +155,12 @@ def seal_group(group: zarr.Group) -> None:
     Groups of older versions are left alone.
     """
     description = {**group.attrs[DESCRIPTION], "years": [int(year) for year in group["year"][:]]}
-    description["sha256"] = group_digest({**group.attrs, DESCRIPTION: description})
+    description["sha256"] = hash_group({**group.attrs, DESCRIPTION: description})
     if "arrays" in description and description != group.attrs[DESCRIPTION]:
         group.attrs[DESCRIPTION] = description
 
 
-def geozarr(grid: GeoBox) -> dict[str, Any]:
+def describe_location(grid: GeoBox) -> dict[str, Any]:
     """Return group attributes of the GeoZarr conventions `proj:` and `spatial:`.
 
     Source: zarr-conventions/geo-proj and zarr-conventions/spatial, v1.

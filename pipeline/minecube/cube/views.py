@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minecube.cube.markers import builds, pixels_of
+from minecube.cube.markers import name_pixels, read_markers
 from minecube.cube.store import Store
 from minecube.digests import sha256_of_json
 
@@ -28,7 +28,7 @@ def prediction_path(site_id: str, name: str) -> str:
 
 def pixels_by_year(store: Store, site_id: str) -> dict[str, str]:
     """Map each committed year, as text, to the name of its pixels (`pixels_of`)."""
-    return {str(year): pixels_of(marker) for year, marker in builds(store, site_id).items()}
+    return {str(year): name_pixels(marker) for year, marker in read_markers(store, site_id).items()}
 
 
 def select_years(view: Iterable[int], pixels: Mapping[str, str]) -> dict[str, str]:
@@ -46,7 +46,7 @@ def views_in(attrs: Mapping[str, Any]) -> list[View]:
     return [tuple(view) for view in attrs.get("views", ())]
 
 
-def mapped_pixels(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
+def list_mapped_pixels(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
     """List year and pixels' name of each input of the complete views."""
     return [
         (year, pixels)
@@ -88,7 +88,7 @@ def completeness_by_index(attrs: Mapping[str, Any]) -> dict[int, bool]:
     return complete
 
 
-def unmapped(attrs: Mapping[str, Any], pixels: Mapping[str, str]) -> list[str]:
+def list_unmapped(attrs: Mapping[str, Any], pixels: Mapping[str, str]) -> list[str]:
     """List the incomplete views of committed years. `pixels` is as from `pixels_by_year`."""
     entries = attrs.get("done", {})
     labels = []

@@ -15,7 +15,14 @@ Each file or folder is written under a hidden name and then renamed. A full disk
 leaves no partial file. `publish` needs an extra package and is imported by its own name.
 """
 
-from minecube.export.credits import EUROMINENET, NOT_STATED, SEVERAL, Credit, credits_of, lines
+from minecube.export.credits import (
+    EUROMINENET,
+    NOT_STATED,
+    ORIGIN_SEPARATOR,
+    Credit,
+    format_credits,
+    list_credits,
+)
 from minecube.export.croissant import write_croissant
 from minecube.export.images import write_cogs, write_footprints, write_layers, write_table
 from minecube.export.netcdf import write_netcdf
@@ -25,10 +32,10 @@ from minecube.export.zarrs import write_zarr, write_zarr2
 __all__ = [
     "EUROMINENET",
     "NOT_STATED",
-    "SEVERAL",
+    "ORIGIN_SEPARATOR",
     "Credit",
-    "credits_of",
-    "lines",
+    "format_credits",
+    "list_credits",
     "write_cogs",
     "write_croissant",
     "write_footprints",

@@ -21,7 +21,7 @@ SENTINEL_TERMS = (
     "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
 )
 NOT_STATED = "not stated"
-SEVERAL = " | "
+ORIGIN_SEPARATOR = " | "
 """Separator between the sources of labels in an origin."""
 
 
@@ -51,7 +51,7 @@ EUROMINENET = Credit(
 )
 
 
-def credits_of(cube: xr.Dataset) -> tuple[Credit, ...]:
+def list_credits(cube: xr.Dataset) -> tuple[Credit, ...]:
     """List the inputs behind a cube's variables; an all-unknown footprint has none."""
     inputs = []
     if any(not str(name).startswith("footprint") for name in cube.data_vars):
@@ -92,7 +92,7 @@ def parse_origin(origin: str) -> list[Credit]:
 
     Several sources are separated by ` | `.
     """
-    sources = origin.split(SEVERAL.strip())
+    sources = origin.split(ORIGIN_SEPARATOR.strip())
     return list(dict.fromkeys(_parse_source(source.strip()) for source in sources))
 
 
@@ -141,7 +141,7 @@ def _parse_licence(licence: str) -> tuple[str, str]:
     return licence or NOT_STATED, ""
 
 
-def lines(credits_: Iterable[Credit]) -> dict[str, str]:
+def format_credits(credits_: Iterable[Credit]) -> dict[str, str]:
     """Format credits as text for attributes and tags.
 
     The keys are `license`, `acknowledgement` and `references`. Empty entries are omitted.

@@ -53,7 +53,7 @@ def write_croissant(
     credited: Iterable[Credit],
     *,
     title: str,
-    about: str,
+    description: str,
     published: date,
 ) -> Path:
     """Write `croissant.json` for these files into `out` and return its path.
@@ -65,7 +65,7 @@ def write_croissant(
         files: Images, tables, NetCDF files. Leave out Zarrs: Croissant has no checksum for folders.
         credited: The inputs to credit with licence and citation.
         title: The data set's title.
-        about: Description for people.
+        description: Description for people.
         published: Publication date of the data set.
 
     Raises:
@@ -83,7 +83,7 @@ def write_croissant(
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": title,
-        "description": about,
+        "description": description,
         "license": [credit.url or f"{credit.name}: {credit.licence}" for credit in inputs],
         "citeAs": "; ".join(credit.citation for credit in inputs if credit.citation),
         "creator": [{"@type": "sc:Organization", "name": name} for name in makers],

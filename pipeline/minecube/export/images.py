@@ -19,7 +19,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.io import MemoryFile
 
 from minecube.errors import CubeError
-from minecube.export.credits import credits_of, lines
+from minecube.export.credits import format_credits, list_credits
 from minecube.export.files import open_draft
 from minecube.export.layers import LAYERS, Layer, need_on_grid
 
@@ -95,8 +95,8 @@ def write_layers(
 
 def _make_credit_tags(layer: xr.Dataset) -> dict[str, str]:
     """Build licence tags: TIFF's own copyright tag for people, `credits` for programs."""
-    inputs = credits_of(layer)
-    text = lines(inputs)
+    inputs = list_credits(layer)
+    text = format_credits(inputs)
     notices = [text.get("acknowledgement", ""), text["license"]]
     return {
         "TIFFTAG_COPYRIGHT": ". ".join(notice.rstrip(".") for notice in notices if notice),

@@ -13,7 +13,7 @@ from odc.geo.xr import xr_coords
 
 from minecube.codes import BACKGROUND, FULL, MINE, UNKNOWN
 from minecube.errors import CubeError
-from minecube.export.credits import credits_of, format_years, lines
+from minecube.export.credits import format_credits, format_years, list_credits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def describe_cube(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
         "site": site,
         "source": "Sentinel-2 L2A, composited by minecube",
         "history": "; ".join(f"{year}: {_state_build(builds[year])}" for year in sorted(builds)),
-        **lines(credits_of(cube)),
+        **format_credits(list_credits(cube)),
     }
     return xr.Dataset(
         {name: _describe_variable(cube[name]) for name in names},

@@ -98,7 +98,7 @@ def _open_storage(place: str) -> icechunk.Storage:
     )
 
 
-def publish(
+def publish_release(
     source: zarr.Group,
     years: Mapping[str, Sequence[int]],
     place: str,
@@ -262,7 +262,7 @@ def _are_same(old: bytes, new: bytes, key: str) -> bool:
     return old == new or (key.endswith(_ROOT) and json.loads(old) == json.loads(new))
 
 
-def releases(place: str) -> list[tuple[str, str, str]]:
+def list_releases(place: str) -> list[tuple[str, str, str]]:
     """List name, time (UTC, ISO 8601) and snapshot of every tag, oldest first.
 
     Raises:
@@ -277,7 +277,7 @@ def releases(place: str) -> list[tuple[str, str, str]]:
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
-def differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
+def list_differences(place: str, old: str, new: str) -> list[tuple[str, str, str]]:
     """List the differences between two releases as unique, sorted (site, year, variable).
 
     The year is "all" for objects without a year. Icechunk lists the objects written since the
@@ -384,7 +384,7 @@ def _make_row(store: Any, site: str, path: str, change: str) -> tuple[str, str, 
     return site, str(np.asarray(years)[int(chunk.split("/")[0])]), variable
 
 
-def rollback(place: str, tag: str) -> None:
+def roll_back(place: str, tag: str) -> None:
     """Reset `main` to the tag; the next release starts from there and later tags stay.
 
     Raises:

@@ -60,7 +60,7 @@ def write_stac(
     tables: Mapping[str, Path],
     *,
     title: str,
-    about: str,
+    description: str,
     licence: str = "other",
 ) -> Path:
     """Write a self-contained STAC collection and return the path of collection.json.
@@ -76,7 +76,7 @@ def write_stac(
         tables: Asset key -> file below `out`: footprints as GeoParquet or GeoPackage, whole cubes
             as NetCDF or Zarr.
         title: The collection's title, also the basis of its id.
-        about: Description for people. The attribution required by the Copernicus terms is added.
+        description: Description for people. The attribution required by the Copernicus terms is added.
         licence: SPDX identifier of the whole, or "other" for the linked licences of the inputs.
 
     Raises:
@@ -110,7 +110,7 @@ def write_stac(
         "stac_extensions": _list_extensions(_list_prefixes(imagery_first, assets)),
         "id": collection_id,
         "title": title,
-        **_describe_inputs(about, list(items.values()), imagery_first, licence),
+        **_describe_inputs(description, list(items.values()), imagery_first, licence),
     }
     collection["links"] += [_make_link("item", path, out) for path in items]
     table = out / "items.parquet"
@@ -253,7 +253,7 @@ def _list_prefixes(inputs: Iterable[Credit], assets: Mapping[str, Any]) -> set[s
 
 
 def _describe_inputs(
-    about: str, items: Sequence[Mapping[str, Any]], inputs: Sequence[Credit], licence: str
+    description: str, items: Sequence[Mapping[str, Any]], inputs: Sequence[Credit], licence: str
 ) -> dict[str, Any]:
     """Return a collection's fields on its extent, and on the origin and terms of its inputs."""
     west, south, east, north = zip(*(item["bbox"] for item in items), strict=True)
@@ -270,7 +270,7 @@ def _describe_inputs(
     root = {"rel": "root", "href": "./collection.json", "type": "application/json"}
     return {
         "description": (
-            f"{about}\n\nContains modified Copernicus Sentinel data {start[:4]}-{end[:4]}. "
+            f"{description}\n\nContains modified Copernicus Sentinel data {start[:4]}-{end[:4]}. "
             f"Terms: {terms}."
         ),
         "license": licence,

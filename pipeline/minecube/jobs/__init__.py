@@ -3,7 +3,7 @@
 Only this package combines stages. Jobs print nothing, and need no command line. Errors are
 MinecubeError. Long jobs take a `progress` callback.
 
-    job = Job(store=..., sources=choose_sources("earth-search", None), recipe=..., snapshots=...)
+    job = BuildJob(store=..., sources=choose_sources("earth-search", None), recipe=..., snapshots=...)
     plan_build(job, sites, years)              -> BuildPlan         requests, bytes, time and cost
     audit_scenes(sites, years, sources, ...)   -> Audit             listed and expected scenes
     build_cubes(job, sites, years)             -> [Outcome]         cubes in job.store
@@ -38,7 +38,7 @@ _HOME = {
     "Benchmark": "bench",
     "BuildPlan": "plan",
     "ExportOptions": "export",
-    "Job": "build",
+    "BuildJob": "build",
     "MapOptions": "predict",
     "Mapped": "predict",
     "Outcome": "build",

@@ -95,7 +95,7 @@ def audit_scenes(
         listings, failures = _list_scenes(site, years, sources, progress)
         failed += failures
         if listings:
-            months, totals = coverage.audit(listings, recipe, until)
+            months, totals = coverage.tabulate_coverage(listings, recipe, until)
             by_month.append(months)
             by_year.append(totals)
     return Audit(
@@ -127,7 +127,7 @@ def save_audit(audit: Audit, folder: Path) -> None:
                 f"{path}: cannot be written ({error.strerror or error}); choose another --out"
             ) from error
     title = f"Usable dates by month, recipe {audit.recipe.id}"
-    report.coverage_map(audit.by_month, audit.by_year, folder / "audit.png", title)
+    report.draw_coverage(audit.by_month, audit.by_year, folder / "audit.png", title)
 
 
 def _concatenate(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -179,6 +179,6 @@ def _wait_for(search: Future[coverage.Listing]) -> SceneError | None:
 def _list_year(site: Site, year: int, source: Source) -> coverage.Listing:
     try:
         listed = scenes.search(site, year, source)
-    except scenes.NothingFoundError as error:
+    except scenes.NoScenesError as error:
         listed = error.found
     return coverage.Listing(site=site.id, year=year, source=source.id, found=listed)

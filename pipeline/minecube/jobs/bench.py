@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from minecube import cube, metrics, models, tracks, train
-from minecube.catalog import ModelCard, Settings, as_dict
+from minecube.catalog import ModelCard, TrainingSettings, as_dict
 from minecube.errors import CatalogError, ModelError
 from minecube.jobs.predict import MapOptions, map_site
 from minecube.jobs.score import count_sites, need_labels
@@ -70,7 +70,7 @@ class Benchmark:
     split: Split
     cards: tuple[ModelCard, ...]
     """The networks."""
-    settings: Settings
+    settings: TrainingSettings
     """Epochs, windows and learning rate of each training."""
     seed: int = 0
     compute: models.Compute = field(default_factory=models.Compute)
@@ -254,7 +254,7 @@ def _add_notes(benchmark: Benchmark, card: ModelCard, **notes: float) -> None:
     write_text(_model_path(benchmark, card, ".json"), text, NOUN)
 
 
-def _train_once(benchmark: Benchmark, card: ModelCard, progress: Progress) -> models.Trained:
+def _train_once(benchmark: Benchmark, card: ModelCard, progress: Progress) -> models.TrainedModel:
     """Train a network, unless the folder has it.
 
     Raises ModelError if the folder's network has another card of that name.
@@ -264,7 +264,7 @@ def _train_once(benchmark: Benchmark, card: ModelCard, progress: Progress) -> mo
     if not path.exists():
         start = time.monotonic()
         state = checkpoint_path(path)
-        run = train.Run(
+        run = train.TrainingOptions(
             seed=benchmark.seed,
             device=benchmark.compute.device,
             resume=True,
@@ -289,7 +289,7 @@ def _train_once(benchmark: Benchmark, card: ModelCard, progress: Progress) -> mo
 
 
 def _map_tests(
-    benchmark: Benchmark, card: ModelCard, trained: models.Trained, progress: Progress
+    benchmark: Benchmark, card: ModelCard, trained: models.TrainedModel, progress: Progress
 ) -> str:
     """Map the test sites. Returns the name of the prediction."""
     mapper = models.Mapper(trained, benchmark.compute)
@@ -352,7 +352,7 @@ def _scores_of(tables: ScoreTables, name: str, scores: Iterable[str]) -> list[st
 
 
 def _gap_scores(tables: ScoreTables, name: str) -> list[str]:
-    by_gap = metrics.by_gap(tables.pooled[name])
+    by_gap = metrics.tabulate_gaps(tables.pooled[name])
     if "change_f1" not in by_gap:  # for one year
         return [""] * len(GAPS)
     return [_format_number(by_gap["change_f1"].get(gap), ".3f") for gap in GAPS]
@@ -366,7 +366,7 @@ def _flip_rate(store: cube.Store, tables: ScoreTables, runs: ModelRuns, name: st
         tracks.threshold(cube.open_probability(store, site, runs.predictions[name]))
         for site in tables.counts[name]
     )
-    return _format_number(tracks.flip_rate(*maps), ".2%")
+    return _format_number(tracks.compute_flip_rate(*maps), ".2%")
 
 
 def _format_number(score: float | None, form: str) -> str:

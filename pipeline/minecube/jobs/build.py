@@ -24,21 +24,27 @@ from odc.geo.geobox import GeoBox
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
 from minecube.composite import Tools, composite, plan, registration
-from minecube.errors import CatalogError, GoneError, LostReadError, MinecubeError, SceneError
+from minecube.errors import (
+    CatalogError,
+    LostReadError,
+    MinecubeError,
+    SceneError,
+    UnusableFileError,
+)
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
 from minecube.jobs.failures import describe_failure
 from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_save
 from minecube.jobs.workers import iterate_finished
-from minecube.reader import Ledger, check_credentials, interrupted
+from minecube.reader import Ledger, check_credentials, interruption
 from minecube.scenes import offsets, snapshot, veils
-from minecube.scenes.looks import look_at
+from minecube.scenes.looks import read_look
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class BuildJob:
     """Settings of a build: input, method and store."""
 
     store: cube.Store
@@ -94,7 +100,7 @@ class Outcome:
 class _SiteYear:
     """One site-year of a build."""
 
-    job: Job
+    job: BuildJob
     site: Site
     year: int
     workers: int = 1
@@ -109,7 +115,7 @@ class _SiteYear:
 
 
 def build_cubes(
-    job: Job,
+    job: BuildJob,
     sites: Sequence[Site],
     years: Sequence[int],
     executor: Executor | None = None,
@@ -142,10 +148,10 @@ def build_cubes(
             )
         check_credentials(source.access, source.id)
     for site in sites:
-        cube.check(job.store, site, grid_of(site), years, job.recipe)
+        cube.check_site(job.store, site, grid_of(site), years, job.recipe)
     tasks, outcomes = _search_all(job, sites, years, progress)
     for site in {s.id: s for s, _ in tasks}.values():
-        cube.create(job.store, site, grid_of(site), years, job.recipe)
+        cube.create_site(job.store, site, grid_of(site), years, job.recipe)
     for outcome in _build_all(job, tasks, executor):
         outcomes.append(outcome)
         progress(outcome)
@@ -160,8 +166,8 @@ def need_built(outcomes: Iterable[Outcome]) -> None:
 
 
 def choose_scenes(
-    job: Job, site: Site, year: int, find: FindScenes
-) -> tuple[scenes.Found, list[pystac.Item]]:
+    job: BuildJob, site: Site, year: int, find: FindScenes
+) -> tuple[scenes.SearchResult, list[pystac.Item]]:
     """Return the year's scenes, and the scenes for the recipe.
 
     The second includes the neighbouring years if the recipe falls back on them. A neighbour may
@@ -185,8 +191,8 @@ def choose_scenes(
             continue
         try:
             nearby = find(site, neighbour, job.sources, job.snapshots)
-            selected += scenes.usable(nearby.scenes, job.recipe)
-        except scenes.NothingFoundError as error:  # a search without answer fails the year
+            selected += scenes.select_usable(nearby.scenes, job.recipe)
+        except scenes.NoScenesError as error:  # a search without answer fails the year
             log.info("%s %s: nothing to take from %s: %s", site.id, year, neighbour, error)
     return listed, selected
 
@@ -225,7 +231,11 @@ def load_tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
 
 
 def build_year(
-    job: Job, site: Site, year: int, workers: int = 1, stopped: Callable[[], bool] = lambda: False
+    job: BuildJob,
+    site: Site,
+    year: int,
+    workers: int = 1,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Build and commit one site-year, the unit of work on every machine.
 
@@ -262,13 +272,13 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
     job = task.job
     cube.settle(job.store, task.site.id, task.year)
     listed, candidates = choose_scenes(job, task.site, task.year, load_or_save)
-    provenance = cube.provenance_of(
+    provenance = cube.describe_build(
         task.site,
         task.year,
         task.grid,
         job.recipe,
         candidates,
-        snapshot=snapshot.digest(listed.scenes),
+        snapshot=snapshot.hash_scenes(listed.scenes),
         refused=dict(listed.refused),
         on_offset_conflict=job.on_offset_conflict,
     )
@@ -281,7 +291,7 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
         job.recipe.bands,
         lambda year, source: load_or_save(task.site, year, [source], job.snapshots),
     )
-    if copies.possible and cube.is_begun(job.store, task.site.id, task.year):
+    if copies.possible and cube.has_unfinished_build(job.store, task.site.id, task.year):
         copies.take(candidates)  # as in the interrupted run, to resume it
     while True:
         notes = json.loads(json.dumps(provenance))  # each try adds its own notes
@@ -290,7 +300,7 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
             outcome = _composite_year(
                 task, copies.replace_in(candidates), notes, copied=copies.possible
             )
-        except GoneError as error:
+        except UnusableFileError as error:
             if not copies.possible or not (copies.take(candidates, error) or job.lossy):
                 raise
         else:
@@ -319,7 +329,7 @@ def _composite_year(
     def note_time() -> dict[str, Any]:
         if resumed:
             return {}
-        return {"took": plan.took(planned, (time.monotonic() - start) / job.at_once)}
+        return {"took": plan.describe_duration(planned, (time.monotonic() - start) / job.at_once)}
 
     options = cube.BuildOptions(
         reads=ledger,
@@ -343,7 +353,7 @@ def _composite_year(
         year=task.year,
         state="built" if is_new else "kept",
         scenes=len(usable),
-        days=len(scenes.dates(usable)),
+        days=len(scenes.list_solar_days(usable)),
         conflicts=sum(check.conflict for check in checks),
         planned=planned,
         reads=ledger.totals(),
@@ -353,7 +363,7 @@ def _composite_year(
 
 def _check_scenes(
     task: _SiteYear, candidates: Sequence[pystac.Item], looks: Ledger, notes: dict[str, Any]
-) -> tuple[list[pystac.Item], list[offsets.Check]]:
+) -> tuple[list[pystac.Item], list[offsets.OffsetCheck]]:
     """Check offsets, haze and positions of scenes, and add the results to the provenance.
 
     Returns the usable scenes, and the checks of all offsets.
@@ -361,18 +371,18 @@ def _check_scenes(
     Raises SceneError if too few scenes are usable.
     """
     job = task.job
-    look = look_at(candidates, task.grid, looks, job.recipe.bands)
+    look = read_look(candidates, task.grid, looks, job.recipe.bands)
     checks = offsets.check_offsets(candidates, look)
-    usable = offsets.resolve(candidates, checks, job.on_offset_conflict)
+    usable = offsets.resolve_conflicts(candidates, checks, job.on_offset_conflict)
     dropped = dict.fromkeys(_ids_missing(candidates, usable), "offset")
-    notes["offset_conflicts"] = offsets.as_rows(checks)
+    notes["offset_conflicts"] = offsets.list_conflicts(checks)
     notes["offset_untold"] = [check.scene for check in checks if check.step is None]
     if job.recipe.haze:
-        usable = veils.judged(usable, look.of(usable), job.recipe.haze)
-        notes["scl_errors"] = veils.as_rows(usable)
+        usable = veils.mark_wrong_classifications(usable, look.of(usable), job.recipe.haze)
+        notes["scl_errors"] = veils.list_wrong_classifications(usable)
     if job.recipe.registration:
-        shifts = registration.shifts(usable, task.grid, looks)
-        registered = registration.registered(usable, shifts, job.recipe.registration)
+        shifts = registration.measure_shifts(usable, task.grid, looks)
+        registered = registration.apply_registration(usable, shifts, job.recipe.registration)
         dropped |= dict.fromkeys(_ids_missing(usable, registered), "registration")
         usable = registered
         notes["shifts"] = registration.as_rows(shifts)
@@ -391,8 +401,8 @@ def _ids_missing(earlier: Sequence[pystac.Item], later: Sequence[pystac.Item]) -
 
 def _describe_kept(task: _SiteYear, candidates: Sequence[pystac.Item]) -> Outcome:
     """Make the outcome of a site-year that is already committed."""
-    marker = cube.builds(task.job.store, task.site.id)[task.year]
-    ids = {scene.get("copy_of", scene["id"]) for scene in cube.used_scenes(marker)}
+    marker = cube.read_markers(task.job.store, task.site.id)[task.year]
+    ids = {scene.get("copy_of", scene["id"]) for scene in cube.list_used_scenes(marker)}
     read = [scene for scene in candidates if scene.id in ids]
     completeness = cube.completeness_of(marker)
     message = ""
@@ -403,7 +413,7 @@ def _describe_kept(task: _SiteYear, candidates: Sequence[pystac.Item]) -> Outcom
         year=task.year,
         state="kept",
         scenes=len(read),
-        days=len(scenes.dates(read)),
+        days=len(scenes.list_solar_days(read)),
         message=message,
     )
 
@@ -412,7 +422,7 @@ def _describe_failed(store: cube.Store, site: Site, year: int, error: BaseExcept
     """Make the outcome of a failed site-year: `stale` if an older build remains, else `failed`."""
     state = "failed"
     try:
-        if year in cube.builds(store, site.id):
+        if year in cube.read_markers(store, site.id):
             state = "stale"
     except MinecubeError:  # a damaged group, reported by the error or by `verify`
         pass
@@ -420,7 +430,7 @@ def _describe_failed(store: cube.Store, site: Site, year: int, error: BaseExcept
 
 
 def _search_all(
-    job: Job, sites: Sequence[Site], years: Sequence[int], progress: Callable[[Outcome], None]
+    job: BuildJob, sites: Sequence[Site], years: Sequence[int], progress: Callable[[Outcome], None]
 ) -> tuple[list[tuple[Site, int]], list[Outcome]]:
     """Search and save the scenes of all site-years.
 
@@ -450,17 +460,17 @@ def _search_all(
 
 def is_empty_search(error: SceneError) -> bool:
     """Return whether a search was answered and listed no scene, not even an unusable one."""
-    return isinstance(error, scenes.NothingFoundError) and not error.found.refused
+    return isinstance(error, scenes.NoScenesError) and not error.found.refused
 
 
 def _build_all(
-    job: Job, site_years: Sequence[tuple[Site, int]], executor: Executor | None
+    job: BuildJob, site_years: Sequence[tuple[Site, int]], executor: Executor | None
 ) -> Iterator[Outcome]:
     """Yield outcomes as they come.
 
     After an interruption, finish the current blocks and begin no others.
     """
-    interrupted.clear()  # here, not at the end: queued reads of a stopped build must give up
+    interruption.clear()  # here, not at the end: queued reads of a stopped build must give up
     stop = threading.Event()
     options: tuple[Any, ...] = ()
     if executor is None:
@@ -487,7 +497,7 @@ def _build_all(
             else:
                 yield task.result()
     except BaseException:
-        interrupted.set()  # do not wait for requests in trouble
+        interruption.set()  # do not wait for requests in trouble
         raise
     finally:
         stop.set()

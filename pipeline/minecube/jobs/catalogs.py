@@ -9,8 +9,8 @@ from typing import TypeVar
 from minecube.catalog import (
     ModelCard,
     Recipe,
-    Settings,
     Source,
+    TrainingSettings,
     load_models,
     load_presets,
     load_recipes,
@@ -37,7 +37,7 @@ def load_all_models(folder: Path | None) -> dict[str, ModelCard]:
     return _load_both(load_models, folder, "models.yaml", "model")
 
 
-def load_all_presets(folder: Path | None) -> dict[str, Settings]:
+def load_all_presets(folder: Path | None) -> dict[str, TrainingSettings]:
     """Load the shipped training settings and the training settings of a folder."""
     return _load_both(load_presets, folder, "presets.yaml", "preset")
 

@@ -9,8 +9,8 @@ import pystac
 
 from minecube import scenes
 from minecube.catalog import SCL, Source
-from minecube.errors import GoneError, SceneError
-from minecube.reader import missing
+from minecube.errors import SceneError, UnusableFileError
+from minecube.reader import find_missing
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Copies:
         self,
         sources: Sequence[Source],
         bands: Sequence[str],
-        find: Callable[[int, Source], scenes.Found],
+        find: Callable[[int, Source], scenes.SearchResult],
     ) -> None:
         self._order = [source.id for source in sources]
         self._sources = sources
@@ -42,7 +42,9 @@ class Copies:
         self.possible = len(sources) > 1
         """Whether another missing file may have a copy."""
 
-    def take(self, originals: Sequence[pystac.Item], error: GoneError | None = None) -> bool:
+    def take(
+        self, originals: Sequence[pystac.Item], error: UnusableFileError | None = None
+    ) -> bool:
         """Look for copies of all scenes with a missing file. Returns whether there are new copies.
 
         Checks all scenes after one error, since missing files are seldom alone. If an error brings
@@ -72,7 +74,7 @@ class Copies:
             for name, copy in self.copies.items()
         }
 
-    def _missing_file(self, scene: pystac.Item, error: GoneError | None) -> str:
+    def _missing_file(self, scene: pystac.Item, error: UnusableFileError | None) -> str:
         """Describe the scene's missing file.
 
         Returns "" if all files exist, or if no later source is left.
@@ -80,7 +82,7 @@ class Copies:
         if not self._later_sources(scene):
             return ""
         bands = [band for band in self._bands if band in scene.assets]
-        reason = missing(scene, bands)
+        reason = find_missing(scene, bands)
         if reason or error is None:
             return reason
         for band in bands:
@@ -94,7 +96,7 @@ class Copies:
     def _replace(self, scene: pystac.Item, current: pystac.Item, reason: str) -> None:
         """Take the first copy with all its files, in the order of the later sources."""
         for source in self._later_sources(current):
-            for copy in scenes.copies_of(scene, self._scenes_of(scene, source)):
+            for copy in scenes.find_copies(scene, self._scenes_of(scene, source)):
                 if not self._is_complete(copy):
                     continue
                 self.copies[scene.id] = copy
@@ -109,7 +111,9 @@ class Copies:
                 return
 
     def _is_complete(self, copy: pystac.Item) -> bool:
-        return all(band in copy.assets for band in self._bands) and not missing(copy, self._bands)
+        return all(band in copy.assets for band in self._bands) and not find_missing(
+            copy, self._bands
+        )
 
     def _scenes_of(self, scene: pystac.Item, source: Source) -> Sequence[pystac.Item]:
         """Return a source's scenes of the scene's year, or () if the search fails."""

@@ -35,7 +35,7 @@ from minecube.codes import MINE
 from minecube.composite import composite
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
-from minecube.jobs.build import Job, build_cubes, need_built
+from minecube.jobs.build import BuildJob, build_cubes, need_built
 from minecube.jobs.export import ExportOptions, export_sites
 from minecube.jobs.label import draw_labels
 from minecube.jobs.predict import map_site
@@ -43,7 +43,7 @@ from minecube.jobs.score import score_site
 from minecube.jobs.score_tables import NOUN, SHOWN
 from minecube.jobs.tables import write_text
 from minecube.scenes import snapshot
-from minecube.simulate import World, simulate
+from minecube.simulate import World, simulate_archive
 
 YEARS = (2015, 2020, 2022)
 """A year with one satellite and few dates, one in two baselines, one with the offset of 04.00."""
@@ -121,7 +121,7 @@ def run_demo(
     sites = tuple(site for site in load_sites() if site.id.startswith("demo_"))
     demo = Demo(folder, sites, seed)
     with stage("simulate the archive"):
-        simulate(sites, demo.world, World(years=YEARS, one_style_per_site=True, seed=seed))
+        simulate_archive(sites, demo.world, World(years=YEARS, one_style_per_site=True, seed=seed))
     with stage("build the cubes"):
         sources = _build_cubes(demo)
     with stage("compare them and a naive median with the truth"):
@@ -151,7 +151,7 @@ def _build_cubes(demo: Demo) -> dict[str, str]:
     for source in load_sources(demo.world / "sources.yaml").values():
         items = gpd.read_parquet(source.href, columns=["geometry"])
         sites = [site for site in demo.sites if items.intersects(site.geometry).any()]
-        job = Job(
+        job = BuildJob(
             store=demo.store,
             sources=(source,),
             recipe=load_recipes()[RECIPE],
@@ -170,11 +170,11 @@ def _label_cubes(demo: Demo) -> None:
         drawing.write(demo.store)
 
 
-def _train_network(demo: Demo, epochs: int) -> models.Trained:
+def _train_network(demo: Demo, epochs: int) -> models.TrainedModel:
     """Train on the cubes in memory, and write model.pt."""
     cubes = {site: cube.open_committed(demo.store, site).load() for site in demo.train_sites}
     settings = dataclasses.replace(load_presets()["demo"], epochs=epochs)
-    run = train.Run(seed=demo.seed)
+    run = train.TrainingOptions(seed=demo.seed)
     fitted = train.fit(load_models()[MODEL], train.Cubes(cubes), None, settings, run)
     models.save(fitted.trained, demo.folder / "model.pt")
     return fitted.trained
@@ -251,7 +251,7 @@ def _measure_composites(demo: Demo, sources: dict[str, str]) -> dict[str, float]
                     "truth: no cloud, no noise": truth["reflectance"].sel(year=year).load(),
                 }
                 picture = demo.folder / "comparison.png"
-                report.comparison(images, picture, f"{site.id} {year}")
+                report.draw_comparison(images, picture, f"{site.id} {year}")
     return deviations.summary()
 
 
@@ -279,14 +279,14 @@ def _measure_maps(demo: Demo, prediction: str) -> dict[str, float]:
     site = TEST_SITE
     scores = score_site(demo.store, site, prediction)
     finished = metrics.finish(scores)
-    by_year = metrics.by_year(scores)
+    by_year = metrics.tabulate_years(scores)
     summary = {"map_iou": finished["iou"]}
     summary |= {f"map_iou_{year}": by_year["iou"][year] for year in YEARS}
     summary |= {name: finished[name] for name in SHOWN if name != "iou"}
     grid = cube.open_cube(demo.store, site).odc.geobox
     maps = tracks.threshold(cube.open_probability(demo.store, site, prediction)).load()
-    mapped = tracks.areas(maps, grid)
-    true = tracks.areas(demo.open_truth(site)["footprint"].load(), grid)
+    mapped = tracks.compute_areas(maps, grid)
+    true = tracks.compute_areas(demo.open_truth(site)["footprint"].load(), grid)
     errors = np.abs(mapped["area_m2"] / true["area_m2"] - 1)
     rounded = {name: round(float(value), 4) for name, value in summary.items()}
     return rounded | {"area_error_pct": round(100 * float(errors.mean()), 2)}

@@ -84,11 +84,11 @@ def export_sites(
     changed = max(exported.commits)  # instead of the current time, for reproducible files
     tables = _write_outlines(exported, folder, changed)
     _plot_areas(exported, folder)
-    recipe = next(iter(cube.builds(store, sites[0]).values()))["recipe"]["title"]
+    recipe = next(iter(cube.read_markers(store, sites[0]).values()))["recipe"]["title"]
     text = f"Annual Sentinel-2 composites of mines. {recipe}."
     if "cog" in options.formats:
         assets = {**tables, **exported.cubes}
-        export.write_stac(folder, exported.images, assets, title=_TITLE, about=text)
+        export.write_stac(folder, exported.images, assets, title=_TITLE, description=text)
     files = list(exported.cubes.values())
     if "croissant" in options.formats:
         described = [*exported.images, *tables.values(), *filter(Path.is_file, files)]
@@ -100,7 +100,7 @@ def export_sites(
                 described,
                 exported.credits,
                 title=_TITLE,
-                about=text,
+                description=text,
                 published=changed.date(),
             )
         )
@@ -111,7 +111,7 @@ def _export_site(
     store: cube.Store, site: str, folder: Path, options: ExportOptions, exported: _Exported
 ) -> None:
     """Write the files of one site, and add its files and tables to `exported`."""
-    builds = cube.builds(store, site)
+    builds = cube.read_markers(store, site)
     exported.commits += [datetime.fromisoformat(build["committed"]) for build in builds.values()]
     dataset = cube.open_committed(store, site).load().assign_attrs(builds=builds)
     grid = dataset.odc.geobox
@@ -123,7 +123,7 @@ def _export_site(
         probability = probability.sel(year=dataset.year).load()
         dataset = dataset.assign(probability=probability)
         footprints[MAPPED] = tracks.threshold(probability)
-    exported.credits |= dict.fromkeys(export.credits_of(dataset))
+    exported.credits |= dict.fromkeys(export.list_credits(dataset))
     for name, (write, suffix) in _WRITERS.items():
         if name in options.formats:
             path = folder / site / f"{site}{suffix}"
@@ -134,8 +134,8 @@ def _export_site(
     for kind, footprint in footprints.items():
         outlines = _outline(footprint, grid, site, options.min_area_m2)
         exported.outlines.setdefault(kind, []).append(outlines)
-        exported.areas.setdefault(kind, {})[site] = tracks.areas(footprint, grid)
-    report.strip(dataset, footprints, folder / site / f"{site}_strip.png", site)
+        exported.areas.setdefault(kind, {})[site] = tracks.compute_areas(footprint, grid)
+    report.draw_strip(dataset, footprints, folder / site / f"{site}_strip.png", site)
 
 
 def _write_outlines(exported: _Exported, folder: Path, changed: datetime) -> dict[str, Path]:
@@ -144,7 +144,7 @@ def _write_outlines(exported: _Exported, folder: Path, changed: datetime) -> dic
     for kind, parts in exported.outlines.items():
         citations = [c for c in exported.credits if (c.kind == "labels") == (kind == LABELS)]
         outlines = pd.concat(parts, ignore_index=True)
-        outlines.attrs = export.lines(citations)
+        outlines.attrs = export.format_credits(citations)
         name = f"footprints_{kind}"
         for key, suffix in ((name, "parquet"), (f"{name}_gpkg", "gpkg")):
             paths[key] = folder / f"{name}.{suffix}"
@@ -157,9 +157,9 @@ def _plot_areas(exported: _Exported, folder: Path) -> None:
     labelled = exported.areas.get(LABELS)
     mapped = exported.areas.get(MAPPED)
     if mapped:
-        report.area_plot(mapped, folder / "areas.png", labelled)
+        report.draw_areas(mapped, folder / "areas.png", labelled)
     elif labelled:
-        report.area_plot(labelled, folder / "areas.png", None)
+        report.draw_areas(labelled, folder / "areas.png", None)
 
 
 def _outline(
@@ -168,5 +168,5 @@ def _outline(
     """Outline the footprint's regions: with ids, simplified, in longitude and latitude."""
     regions = labels.vectorize(footprint, grid, site, min_area_m2)
     labelled = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
-    identified = labels.identify(regions, labelled.to_numpy().tolist())
-    return labels.simplify(identified, grid.resolution.x).to_crs(4326)
+    identified = labels.assign_ids(regions, labelled.to_numpy().tolist())
+    return labels.simplify_outlines(identified, grid.resolution.x).to_crs(4326)

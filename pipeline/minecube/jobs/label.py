@@ -20,7 +20,7 @@ from minecube import cube, labels
 from minecube import export as exporting
 from minecube.codes import MINE, UNKNOWN
 from minecube.errors import LabelError
-from minecube.vectors import texts
+from minecube.vectors import to_texts
 
 MOST_NAMES = 8
 """Most label sources or sites listed by name."""
@@ -80,16 +80,18 @@ def draw_labels(
 
     Raises LabelError if no row names this site or no site.
     """
-    rows = polygons[labels.of_no_site(polygons) | labels.of_site(polygons, site)]
+    rows = polygons[
+        labels.mark_rows_without_site(polygons) | labels.mark_rows_of_site(polygons, site)
+    ]
     if rows.empty:
         names = ", ".join(sorted(polygons["site"].unique())[:MOST_NAMES])
         raise LabelError(f"{file}: no polygon of site {site!r}; its `site` column has {names}")
-    rows = rows.loc[labels.on_grid(rows, grid).index]
+    rows = rows.loc[labels.place_on_grid(rows, grid).index]
     return SiteLabels(
         site=site,
         polygons=rows,
         footprint=labels.rasterize(rows, grid, years),
-        fraction=labels.covered(rows, grid, years),
+        fraction=labels.rasterize_fraction(rows, grid, years),
         origin=origin or format_origin(rows, file),
     )
 
@@ -118,9 +120,9 @@ def find_undrawn(
         rows_by_site: labelled site -> its rows, `SiteLabels.polygons.index`.
         stored: all sites of the store.
     """
-    unnamed = labels.of_no_site(polygons)
+    unnamed = labels.mark_rows_without_site(polygons)
     reaching = np.any([polygons.index.isin(rows) for rows in rows_by_site.values()], axis=0)
-    labelled = [labels.of_site(polygons, site) for site in rows_by_site]
+    labelled = [labels.mark_rows_of_site(polygons, site) for site in rows_by_site]
     far = ~unnamed & ~reaching & np.any(labelled, axis=0)
     unknown_sites: dict[str, int] = {}
     if "site" in polygons:
@@ -145,7 +147,7 @@ def format_origin(polygons: gpd.GeoDataFrame, file: Path) -> str:
     def read_column(*names: str) -> pd.Series:
         for name in names:
             if name in columns:
-                return texts(polygons[columns[name]]).fillna("")
+                return to_texts(polygons[columns[name]]).fillna("")
         return pd.Series("", polygons.index, dtype="string")
 
     origins = pd.DataFrame(
@@ -160,7 +162,7 @@ def format_origin(polygons: gpd.GeoDataFrame, file: Path) -> str:
     rows = origins.drop_duplicates().sort_values(["source", "licence", "doi"])
     rows = rows.replace({"source": {"": file.name}})
     entries = [_format_entry(*map(str, row)) for row in rows.itertuples(index=False)]
-    return exporting.SEVERAL.join(entries)
+    return exporting.ORIGIN_SEPARATOR.join(entries)
 
 
 def _format_entry(source: str, licence: str, doi: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from minecube import cube, scenes
 from minecube.catalog import Site
-from minecube.composite.plan import START_S, Estimate, Terms, estimate, pace
+from minecube.composite.plan import START_S, Estimate, Terms, estimate, measure_pace
 from minecube.errors import SceneError
 from minecube.grid import grid_of
-from minecube.jobs.build import Job, choose_scenes, is_empty_search
+from minecube.jobs.build import BuildJob, choose_scenes, is_empty_search
 from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_search
 
 
@@ -75,7 +75,7 @@ class BuildPlan:
 
 
 def plan_build(
-    job: Job, sites: Sequence[Site], years: Sequence[int], terms: Terms | None = None
+    job: BuildJob, sites: Sequence[Site], years: Sequence[int], terms: Terms | None = None
 ) -> BuildPlan:
     """Estimate upper bounds for each site-year of a build.
 
@@ -92,19 +92,19 @@ def plan_build(
     """
     scenes.check_years(years)
     terms = terms or Terms()
-    builds = {site.id: cube.builds(job.store, site.id) for site in sites}
+    builds = {site.id: cube.read_markers(job.store, site.id) for site in sites}
     markers = [marker for by_year in builds.values() for marker in by_year.values()]
     durations = [marker["took"] for marker in markers if "took" in marker]
     find = cache_lists(load_or_search)
     rows = []
     for site in sites:
-        cube.check(job.store, site, grid_of(site), years, job.recipe)
+        cube.check_site(job.store, site, grid_of(site), years, job.recipe)
         rows += [_plan_year(job, site, year, builds[site.id].get(year), find) for year in years]
     plan = BuildPlan(
         years=tuple(rows),
         terms=terms,
         timed_builds=len(durations),
-        measured_pace=pace(durations, terms),
+        measured_pace=measure_pace(durations, terms),
     )
     if len(plan.errors) == len(rows) and not all(map(is_empty_search, plan.errors)):
         raise plan.errors[0]
@@ -112,7 +112,7 @@ def plan_build(
 
 
 def _plan_year(
-    job: Job, site: Site, year: int, marker: Mapping[str, Any] | None, find: FindScenes
+    job: BuildJob, site: Site, year: int, marker: Mapping[str, Any] | None, find: FindScenes
 ) -> PlannedYear:
     try:
         _, candidates = choose_scenes(job, site, year, find)
@@ -121,12 +121,12 @@ def _plan_year(
     grid = grid_of(site)
     state = "to build"
     if marker:
-        provenance = cube.provenance_of(site, year, grid, job.recipe, candidates)
+        provenance = cube.describe_build(site, year, grid, job.recipe, candidates)
         state = "committed from other scenes"
-        if marker["build_id"] == cube.build_id(provenance):
+        if marker["build_id"] == cube.hash_build(provenance):
             state = "committed"
     needs = Estimate(scenes=len(candidates))
     if state != "committed":
         needs = estimate(candidates, grid, job.recipe)
-    days = len(scenes.dates(candidates))
+    days = len(scenes.list_solar_days(candidates))
     return PlannedYear(site=site.id, year=year, state=state, days=days, needs=needs)

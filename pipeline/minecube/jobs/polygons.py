@@ -59,7 +59,7 @@ class PolygonSurvey:
     files: tuple[PolygonFile, ...]
     names: tuple[str, ...]
     """Distinct short names of the files."""
-    surveys: tuple[labels.Survey, ...]
+    surveys: tuple[labels.RepairedPolygons, ...]
     rules: SurveyRules
 
     @property
@@ -79,7 +79,7 @@ class PolygonSurvey:
     @property
     def mapped_areas(self) -> pd.DataFrame:
         """Area of the repaired polygons, as `labels.mapped_areas`."""
-        return labels.mapped_areas(self.repaired, self.rules.mapper_column)
+        return labels.tabulate_areas(self.repaired, self.rules.mapper_column)
 
     def content(self, agreement: pd.DataFrame | None) -> dict[str, Any]:
         """Return findings, areas and a comparison as nested dictionaries for JSON."""
@@ -88,7 +88,7 @@ class PolygonSurvey:
             comparison = _to_records(agreement)
         return {
             "files": self._describe_files(),
-            "rules": {"min_width_m": self.rules.min_width_m, "near_m": labels.NEAR_M},
+            "rules": {"min_width_m": self.rules.min_width_m, "near_m": labels.MISPLACED_M},
             "findings": _to_records(self.findings),
             "areas": _to_records(self.mapped_areas),
             "comparison": comparison,
@@ -130,7 +130,7 @@ def survey_files(files: Sequence[PolygonFile], rules: SurveyRules) -> PolygonSur
     Raises LabelError if a file cannot be read, or if both files are the same.
     """
     surveys = tuple(
-        labels.survey(
+        labels.repair_polygons(
             file.path,
             layer=file.layer,
             sites=rules.areas,
@@ -159,7 +159,7 @@ def compare_mappers(survey: PolygonSurvey, sites: Sequence[Site]) -> pd.DataFram
         mappers = _split_by_mapper(survey.repaired, str(survey.rules.mapper_column))
     placed = [site for site in sites if site.geometry is not None]
     grids = {site.id: grid_of(site) for site in placed} or _grids_around(mappers)
-    agreement = labels.compare(mappers, grids)
+    agreement = labels.compare_mappers(mappers, grids)
     if agreement.empty:
         raise LabelError(
             f"{survey.files[0].path}: nothing to compare: "
@@ -199,7 +199,7 @@ def _split_by_mapper(polygons: gpd.GeoDataFrame, column: str) -> dict[str, gpd.G
 def _grids_around(mappers: Mapping[str, gpd.GeoDataFrame]) -> dict[str, GeoBox]:
     """Make a grid around each site's polygons, for polygons without given site areas."""
     tables = list(mappers.values())
-    if all(labels.of_no_site(table).all() for table in tables):
+    if all(labels.mark_rows_without_site(table).all() for table in tables):
         tables = [table.assign(site="all") for table in tables]
     else:
         tables = [table.assign(site=table.get("site")) for table in tables]

@@ -104,7 +104,7 @@ def map_site(
     reflectance = cube.open_reflectance(store, site)
     card = mapper.trained.card
     years = [int(year) for year in reflectance["year"]]
-    views = models.views_of(card, years, _list_pairs(options.pairs, years))
+    views = models.list_views(card, years, _list_pairs(options.pairs, years))
     mapper.check(reflectance, views)
     planned = cube.Prediction(
         model=options.prediction or mapper.name,
@@ -192,7 +192,7 @@ def load_same(reference: ModelReference) -> models.Mapper:
     Raises ModelError if the worker finds another model than the calling machine.
     """
     cards = load_all_models(reference.catalog)
-    mapper = models.Mapper(models.find(reference.model, cards), reference.compute)
+    mapper = models.Mapper(models.find_model(reference.model, cards), reference.compute)
     if describe_model(mapper) != reference.description:
         raise ModelError(
             f"{reference.model}: a worker found another card or other weights than the machine "

@@ -36,7 +36,7 @@ def publish_sites(
     Raises:
         CubeError: no site has a committed year, or the tag holds another state.
     """
-    builds = {site: list(cube.builds(store, site)) for site in sites}
+    builds = {site: list(cube.read_markers(store, site)) for site in sites}
     years = {site: committed for site, committed in builds.items() if committed}
     if not years:
         raise CubeError(
@@ -44,8 +44,9 @@ def publish_sites(
             "so there is nothing to publish; build first"
         )
     citations = {
-        site: export.lines(export.credits_of(cube.open_committed(store, site))) for site in years
+        site: export.format_credits(export.list_credits(cube.open_committed(store, site)))
+        for site in years
     }
     root = zarr.open_group(store.open_zarr(), mode="r", use_consolidated=False)
-    changes = publish.publish(root, years, place, tag, citations)
+    changes = publish.publish_release(root, years, place, tag, citations)
     return Published(site_years=sum(map(len, years.values())), changes=changes)

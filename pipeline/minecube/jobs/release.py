@@ -83,19 +83,19 @@ def _export_site(
         )
     placed: dict[int, dict[str, Any]] = {}
     if imported is not None:
-        placed = release.placed_years(imported, site)
+        placed = release.map_placed_years(imported, site)
     unlabelled: list[int] = []
     agreement: dict[int, float] = {}
     for year in map(int, dataset.year.values):
         annual = dataset.sel(year=year).load()
         grid = _grid_of_year(placed, year, dataset.odc.geobox)
-        label = layout.label_on(annual["footprint"], _known_fraction(annual), grid)
-        image = layout.image_on(annual["reflectance"], grid)
-        layout.write(folder, site, year, image, label, grid)
+        label = layout.resample_label(annual["footprint"], _known_fraction(annual), grid)
+        image = layout.resample_image(annual["reflectance"], grid)
+        layout.write_site_year(folder, site, year, image, label, grid)
         if label is None:
             unlabelled.append(year)
         elif imported is not None and _has_label(placed.get(year)):
-            agreement[year] = layout.iou(label, release.label_of(imported, site, year))
+            agreement[year] = layout.compute_iou(label, release.draw_label(imported, site, year))
     return ExportedSite(site, dataset.sizes["year"], tuple(unlabelled), agreement)
 
 
@@ -105,9 +105,9 @@ def _grid_of_year(placed: dict[int, dict[str, Any]], year: int, grid: GeoBox) ->
     A year missing in the release gets the nearest year's grid: a site's images have one size.
     """
     if not placed:
-        return layout.own_grid(grid)
+        return layout.make_release_grid(grid)
     nearest = min(placed, key=lambda other: (abs(other - year), other))
-    return layout.release_grid(placed[nearest])
+    return layout.read_release_grid(placed[nearest])
 
 
 def _known_fraction(annual: xr.Dataset) -> xr.DataArray | None:

@@ -12,7 +12,7 @@ from minecube import cube, scenes
 from minecube.catalog import Site, Source
 from minecube.scenes import snapshot
 
-FindScenes = Callable[[Site, int, Sequence[Source], Path], scenes.Found]
+FindScenes = Callable[[Site, int, Sequence[Source], Path], scenes.SearchResult]
 """Finds the scenes of a site and year in sources, with a folder of lists."""
 
 _CACHED_LISTS = 4  # a year, its two neighbours, and the next year
@@ -29,44 +29,50 @@ def default_folder(store: cube.Store) -> Path:
     return Path(f"{name}-scenes")
 
 
-def list_path(site: Site, year: int, sources: Sequence[Source], folder: Path) -> Path:
+def path_of_list(site: Site, year: int, sources: Sequence[Source], folder: Path) -> Path:
     """Return the path of the site-year's scene list."""
     return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
 
 
-def load_or_search(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+def load_or_search(
+    site: Site, year: int, sources: Sequence[Source], folder: Path
+) -> scenes.SearchResult:
     """Load the site-year's scenes from its saved list. Without a list, search them.
 
     Raises:
         SceneError: the list belongs to another search, or the search had no usable scene.
     """
-    path = list_path(site, year, sources, folder)
+    path = path_of_list(site, year, sources, folder)
     if not path.exists():
         return scenes.search(site, year, *sources)
     listed = snapshot.load(path)
-    scenes.belonging(listed.scenes, site, year, sources)
-    snapshot.need_belonging(path, snapshot.belongs_to(site, year, sources))
+    scenes.check_saved_scenes(listed.scenes, site, year, sources)
+    snapshot.check_search_hash(path, snapshot.hash_search(site, year, sources))
     return listed
 
 
-def load_or_save(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+def load_or_save(
+    site: Site, year: int, sources: Sequence[Source], folder: Path
+) -> scenes.SearchResult:
     """Find the site-year's scenes as `load_or_search` does, and save their list.
 
     A later run then builds from the same list.
     """
-    if list_path(site, year, sources, folder).exists():
+    if path_of_list(site, year, sources, folder).exists():
         return load_or_search(site, year, sources, folder)
     return search_and_save(site, year, sources, folder)
 
 
-def search_and_save(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+def search_and_save(
+    site: Site, year: int, sources: Sequence[Source], folder: Path
+) -> scenes.SearchResult:
     """Search the site-year's scenes, and save their list in place of an older list.
 
     Raises SceneError if the search had no usable scene, or no answer.
     """
     listed = scenes.search(site, year, *sources)
-    path = list_path(site, year, sources, folder)
-    snapshot.save(listed, path, snapshot.belongs_to(site, year, sources))
+    path = path_of_list(site, year, sources, folder)
+    snapshot.save(listed, path, snapshot.hash_search(site, year, sources))
     return listed
 
 
@@ -75,9 +81,11 @@ def cache_lists(find: FindScenes) -> FindScenes:
 
     A list may be needed three times: for its own year and for both neighbours.
     """
-    lists: dict[tuple[str, int], scenes.Found] = {}
+    lists: dict[tuple[str, int], scenes.SearchResult] = {}
 
-    def find_cached(site: Site, year: int, sources: Sequence[Source], folder: Path) -> scenes.Found:
+    def find_cached(
+        site: Site, year: int, sources: Sequence[Source], folder: Path
+    ) -> scenes.SearchResult:
         key = (site.id, year)
         if key not in lists:
             if len(lists) >= _CACHED_LISTS:

@@ -19,7 +19,7 @@ from minecube.errors import CatalogError, CubeError, LabelError, ModelError
 BLOCK_PX = 512
 """Rows per block. Blocks keep memory independent of a site's height."""
 
-Counts = dict[str, dict[str, metrics.Scores]]
+Counts = dict[str, dict[str, metrics.Counts]]
 """Model or baseline -> site -> counts."""
 
 
@@ -55,7 +55,7 @@ def count_sites(
     return counts
 
 
-def score_site(store: cube.Store, site: str, model: str) -> metrics.Scores:
+def score_site(store: cube.Store, site: str, model: str) -> metrics.Counts:
     """Count a site's prediction against its labels, in blocks of rows.
 
     Handles footprints and change.
@@ -65,7 +65,7 @@ def score_site(store: cube.Store, site: str, model: str) -> metrics.Scores:
         CubeError: the model did not map the site's current build.
     """
     truth = _open_truth(store, site)
-    if cube.mapped_by(store, site, model) == "change":
+    if cube.read_variable(store, site, model) == "change":
         return _score_change(cube.open_change(store, site, model), truth)
     probability = cube.open_probability(store, site, model)
     years = _years_of(truth)
@@ -78,16 +78,16 @@ def score_site(store: cube.Store, site: str, model: str) -> metrics.Scores:
     return _score_footprints(probability.sel(year=years), truth)
 
 
-def score_baselines(store: cube.Store, site: str) -> dict[str, metrics.Scores]:
+def score_baselines(store: cube.Store, site: str) -> dict[str, metrics.Counts]:
     """Count trivial baselines, by name. Raises LabelError as `score_site` does."""
     truth = _open_truth(store, site)
     years = _years_of(truth)
-    scores: dict[str, metrics.Scores] = {}
+    scores: dict[str, metrics.Counts] = {}
     for rows, core in _blocks_of(truth):
         footprint = _read_rows(truth, rows)
-        for name, prediction in metrics.baselines(footprint).items():
+        for name, prediction in metrics.make_baselines(footprint).items():
             block = metrics.count(prediction, footprint, years, core=core)
-            scores[name] = scores.get(name, metrics.Scores()) + block
+            scores[name] = scores.get(name, metrics.Counts()) + block
     return scores
 
 
@@ -132,18 +132,18 @@ def join_counts(counts: Counts, path: Path, joined: Counts, sites: Sequence[str]
         counts.setdefault(model, {}).update(scores)
 
 
-def _parse_sites(sites: dict[str, dict[str, object]]) -> dict[str, metrics.Scores]:
-    return {site: metrics.Scores.of_json(scores) for site, scores in sites.items()}
+def _parse_sites(sites: dict[str, dict[str, object]]) -> dict[str, metrics.Counts]:
+    return {site: metrics.Counts.of_json(scores) for site, scores in sites.items()}
 
 
-def _score_change(change: xr.DataArray, truth: xr.DataArray) -> metrics.Scores:
+def _score_change(change: xr.DataArray, truth: xr.DataArray) -> metrics.Counts:
     """Count maps of change [pair, class, y, x] against footprints [year, y, x]."""
     starts = change["first"].to_numpy().tolist()
     ends = change["second"].to_numpy().tolist()
     pairs = list(zip(starts, ends, strict=True))
     classes = [str(name) for name in change["class"].to_numpy()]
     years = _years_of(truth)
-    total = metrics.Scores()
+    total = metrics.Counts()
     for context, (core, _) in _blocks_of(truth):
         rows = slice(context.start + core.start, context.start + core.stop)
         block = change.isel(y=rows).transpose("pair", "class", "y", "x").to_numpy()
@@ -152,10 +152,10 @@ def _score_change(change: xr.DataArray, truth: xr.DataArray) -> metrics.Scores:
     return total
 
 
-def _score_footprints(probability: xr.DataArray, truth: xr.DataArray) -> metrics.Scores:
+def _score_footprints(probability: xr.DataArray, truth: xr.DataArray) -> metrics.Counts:
     """Count probabilities x 250 against footprints, both uint8 [year, y, x]; 255 is unknown."""
     years = _years_of(truth)
-    total = metrics.Scores()
+    total = metrics.Counts()
     for rows, core in _blocks_of(truth):
         block = _read_rows(probability, rows)
         labelled = _read_rows(truth, rows)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from minecube import metrics
 from minecube.jobs.score import Counts
-from minecube.jobs.tables import format_latex, format_markdown, table, write_text
+from minecube.jobs.tables import format_latex, format_markdown, format_table, write_text
 from minecube.report import scores as pictures
 
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
@@ -40,7 +40,7 @@ class ScoreTables:
     """All scores of all models."""
 
     counts: Counts
-    pooled: Mapping[str, metrics.Scores]
+    pooled: Mapping[str, metrics.Counts]
     """Model -> counts of all sites together."""
     intervals: Mapping[str, pd.DataFrame]
     """Model -> pooled score with `low` and `high`, one row per score."""
@@ -55,12 +55,14 @@ class ScoreTables:
 
         Compares the pairs in `compared`, by default each model with the first.
         """
-        pooled = {model: sum(sites.values(), metrics.Scores()) for model, sites in counts.items()}
-        intervals = {model: metrics.intervals(sites) for model, sites in counts.items()}
+        pooled = {model: sum(sites.values(), metrics.Counts()) for model, sites in counts.items()}
+        intervals = {model: metrics.estimate_intervals(sites) for model, sites in counts.items()}
         reference, *models = counts
         if compared is None:
             compared = [(model, reference) for model in models]
-        differences = {f"{a} - {b}": metrics.difference(counts[a], counts[b]) for a, b in compared}
+        differences = {
+            f"{a} - {b}": metrics.estimate_difference(counts[a], counts[b]) for a, b in compared
+        }
         return cls(counts, pooled, intervals, differences)
 
     def text(self) -> str:
@@ -71,7 +73,7 @@ class ScoreTables:
         if len(self.counts) > 1 or len(next(iter(self.counts.values()))) > 1:
             summary = self.summary()
             rows = [(str(row[0]), *row[1:]) for row in summary.itertuples()]
-            parts.append(table((POOLED, *summary.columns), rows))
+            parts.append(format_table((POOLED, *summary.columns), rows))
         if any(len(sites) == 1 for sites in self.counts.values()):
             parts.append(
                 "Only one site: no confidence interval, since the bootstrap resamples sites."
@@ -96,9 +98,9 @@ class ScoreTables:
         by_site = self._stack(_finish_frame, pooled=False)
         tables = {"by_site": by_site.droplevel(2)}
         makers = {
-            "by_year": metrics.by_year,
-            "by_gap": metrics.by_gap,
-            "by_pair": metrics.by_pair,
+            "by_year": metrics.tabulate_years,
+            "by_gap": metrics.tabulate_gaps,
+            "by_pair": metrics.tabulate_pairs,
         }
         for name, make in makers.items():
             stacked = self._stack(make, footprints_only=name == "by_year")
@@ -118,7 +120,7 @@ class ScoreTables:
             },
         }
 
-    def _with_pooled(self, model: str) -> Iterator[tuple[str, metrics.Scores]]:
+    def _with_pooled(self, model: str) -> Iterator[tuple[str, metrics.Counts]]:
         yield from self.counts[model].items()
         yield POOLED, self.pooled[model]
 
@@ -130,20 +132,20 @@ class ScoreTables:
         for site, scores in self._with_pooled(model):
             finished = metrics.finish(scores)
             rows.append((site, *(finished[name] for name in names)))
-        return f"{model}\n{table(('site', *names), rows)}"
+        return f"{model}\n{format_table(('site', *names), rows)}"
 
     def _detail_text(self, model: str) -> str:
         """Format the scores of a model by year or, without footprints, by gap."""
-        detail = metrics.by_gap(self.pooled[model])
+        detail = metrics.tabulate_gaps(self.pooled[model])
         if self.pooled[model].years:
-            detail = metrics.by_year(self.pooled[model])
+            detail = metrics.tabulate_years(self.pooled[model])
         numbers = detail.to_numpy().astype(float).tolist()
         rows = [(name, *row) for name, row in zip(detail.index, numbers, strict=True)]
-        return table((str(detail.index.name), *detail.columns), rows)
+        return format_table((str(detail.index.name), *detail.columns), rows)
 
     def _stack(
         self,
-        make: Callable[[metrics.Scores], pd.DataFrame],
+        make: Callable[[metrics.Counts], pd.DataFrame],
         *,
         pooled: bool = True,
         footprints_only: bool = False,
@@ -164,12 +166,13 @@ class ScoreTables:
         return {
             "sites": {site: metrics.finish(counts) for site, counts in scores.items()},
             "by_year": {
-                site: metrics.by_year(counts).to_dict("index")
+                site: metrics.tabulate_years(counts).to_dict("index")
                 for site, counts in scores.items()
                 if counts.years
             },
             "by_gap": {
-                site: metrics.by_gap(counts).to_dict("index") for site, counts in scores.items()
+                site: metrics.tabulate_gaps(counts).to_dict("index")
+                for site, counts in scores.items()
             },
             "intervals": self.intervals[model].to_dict("index"),
         }
@@ -187,7 +190,7 @@ def write_tables(
     summary = tables.summary()
     texts = {"scores.md": format_markdown(summary), "scores.tex": format_latex(summary)}
     texts |= {f"{name}.csv": frame.to_csv() for name, frame in tables.long().items()}
-    texts["counts.json"] = json.dumps(tables.counts, default=metrics.Scores.to_json) + "\n"
+    texts["counts.json"] = json.dumps(tables.counts, default=metrics.Counts.to_json) + "\n"
     paths = [write_text(folder / name, text, NOUN) for name, text in texts.items()]
     if pictured is None:
         pictured = list(tables.counts)
@@ -220,7 +223,7 @@ def replace_nan(value: object) -> object:
     return value
 
 
-def _finish_frame(scores: metrics.Scores) -> pd.DataFrame:
+def _finish_frame(scores: metrics.Counts) -> pd.DataFrame:
     return pd.DataFrame([metrics.finish(scores)])
 
 
@@ -234,18 +237,20 @@ def _draw_scores(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
     """Draw IoU by year and F1 of change by gap. Returns the paths."""
     pooled = {model: tables.pooled[model] for model in models}
     paths = []
-    by_year = {m: metrics.by_year(scores)["iou"] for m, scores in pooled.items() if scores.years}
+    by_year = {
+        m: metrics.tabulate_years(scores)["iou"] for m, scores in pooled.items() if scores.years
+    }
     if by_year:
         path = folder / "iou_by_year.png"
         axes = ("year", "IoU of footprints")
-        pictures.lines(by_year, path, "Footprints by year", axes=axes, models=models)
+        pictures.draw_scores(by_year, path, "Footprints by year", axes=axes, models=models)
         paths.append(path)
-    by_gap = {model: metrics.by_gap(scores) for model, scores in pooled.items()}
+    by_gap = {model: metrics.tabulate_gaps(scores) for model, scores in pooled.items()}
     gaps = {m: frame["change_f1"] for m, frame in by_gap.items() if "change_f1" in frame}
     if gaps:
         path = folder / "change_f1_by_gap.png"
         axes = ("gap, calendar years between the two of a pair", "F1 of changed pixels")
-        pictures.lines(gaps, path, "Change by gap", axes=axes, models=models)
+        pictures.draw_scores(gaps, path, "Change by gap", axes=axes, models=models)
         paths.append(path)
     return paths
 
@@ -264,8 +269,11 @@ def _draw_curves(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
     paths = []
     if footprints:
         path = folder / "reliability.png"
-        bins = {model: metrics.reliability(histogram) for model, histogram in footprints.items()}
-        pictures.reliability(bins, path, "Reliability of footprints", models=models)
+        bins = {
+            model: metrics.tabulate_reliability(histogram)
+            for model, histogram in footprints.items()
+        }
+        pictures.draw_reliability(bins, path, "Reliability of footprints", models=models)
         paths.append(path)
     for histograms, name, title in (
         (footprints, "precision_recall.png", "Footprints"),
@@ -274,10 +282,11 @@ def _draw_curves(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
         if not histograms:
             continue
         curves = {
-            model: metrics.precision_recall(histogram) for model, histogram in histograms.items()
+            model: metrics.tabulate_precision_recall(histogram)
+            for model, histogram in histograms.items()
         }
         pixels = next(iter(histograms.values())).pixels
         share = float(pixels[:, 1].sum() / max(pixels.sum(), 1))
-        pictures.precision_recall(curves, folder / name, title, share, models=models)
+        pictures.draw_precision_recall(curves, folder / name, title, share, models=models)
         paths.append(folder / name)
     return paths

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minecube import cube
-from minecube.catalog import Site, load_sites, same_names
+from minecube.catalog import Site, load_sites, match_ids
 from minecube.errors import CatalogError
 from minecube.jobs.catalogs import need_new_names
 from minecube.vectors import SUFFIXES
@@ -81,7 +81,7 @@ def stored_sites(
         CubeError: the store cannot be read.
     """
     if names is None:
-        names = cube.sites(store)
+        names = cube.list_sites(store)
     if not choice.is_file():
         _need_no_layer(choice)
         return match_names(choice.text, names, str(store))
@@ -116,7 +116,7 @@ def match_names(patterns: str, names: Sequence[str], place: str) -> list[str]:
 def _match_pattern(pattern: str, names: Sequence[str], place: str) -> list[str]:
     matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not matches and not set(pattern) & set("*?["):
-        matches = same_names(pattern, names)
+        matches = match_ids(pattern, names)
         if len(matches) > 1:
             raise CatalogError(
                 f"site {pattern!r} may be {' or '.join(matches)}; spell it as one of them"

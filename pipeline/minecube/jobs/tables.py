@@ -11,7 +11,7 @@ from minecube.errors import CatalogError
 from minecube.files import replacing
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def format_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Format a plain-text table for logs and terminals, with numbers aligned right."""
     text = [list(map(_format_cell, row)) for row in rows]
     columns = range(len(headings))

@@ -78,13 +78,13 @@ def choose_rates(
     """
     if isinstance(method, tuple):
         opening, closing = method
-        return tracks.rates_given(maps.values(), opening, closing, temper=temper)
+        return tracks.make_rates(maps.values(), opening, closing, temper=temper)
     if method == "learned":
         return tracks.learn_rates(maps.values(), temper=temper)
     names = method.removeprefix("labels").removeprefix(":") or "*"
     labelled = stored_sites(store, SiteChoice(names))
     footprints = (cube.open_committed(store, name)["footprint"].load() for name in labelled)
-    return tracks.rates_from_labels(footprints, temper=temper)
+    return tracks.learn_rates_from_labels(footprints, temper=temper)
 
 
 def smooth_sites(
@@ -139,12 +139,12 @@ def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> 
     """
     smoothed = tracks.smooth(probability, rates)
     footprint = tracks.threshold(smoothed)
-    layers = tracks.events(footprint, smoothed)
-    counted = tracks.areas(footprint, grid)
-    areas = counted.merge(tracks.expected_areas(smoothed, probability, grid), on="year")
+    layers = tracks.derive_events(footprint, smoothed)
+    counted = tracks.compute_areas(footprint, grid)
+    areas = counted.merge(tracks.estimate_areas(smoothed, probability, grid), on="year")
     start = areas.iloc[0]
     end = areas.iloc[-1]
-    story = tracks.expansion(counted)
+    story = tracks.summarize_expansion(counted)
     reclaimed = layers["reclaimed"].expand_dims(year=[int(end["year"])])
     summary: dict[str, object] = {
         "opened": story.opened,
@@ -157,9 +157,9 @@ def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> 
         "expansion": story.kind,
         "largest_year": story.largest_year,
         "largest_share": story.largest_share,
-        "reclaimed_ha": tracks.areas(reclaimed, grid)["area_m2"][0] / _M2_PER_HA,
-        "flip_rate_raw": tracks.flip_rate(tracks.threshold(probability)),
-        "flip_rate": tracks.flip_rate(footprint),
+        "reclaimed_ha": tracks.compute_areas(reclaimed, grid)["area_m2"][0] / _M2_PER_HA,
+        "flip_rate_raw": tracks.compute_flip_rate(tracks.threshold(probability)),
+        "flip_rate": tracks.compute_flip_rate(footprint),
     }
     return Track(smoothed, layers, areas, summary)
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from minecube import cube, train
-from minecube.catalog import ModelCard, Settings
-from minecube.device import device_of
+from minecube.catalog import ModelCard, TrainingSettings
+from minecube.device import find_device
 
 _VIEWS = {"mapping": "year", "change": "pair", "series": "series"}
 """Task of a model -> years of one training window."""
@@ -23,9 +23,9 @@ def train_network(
     train_sites: Sequence[str],
     valid_sites: Sequence[str],
     card: ModelCard,
-    settings: Settings,
-    run: train.Run,
-) -> train.Fitted:
+    settings: TrainingSettings,
+    run: train.TrainingOptions,
+) -> train.TrainingResult:
     """Train a network on labelled sites of a store, and validate it on other sites.
 
     Args:
@@ -68,7 +68,7 @@ def join_process_group(device: str) -> Iterator[tuple[str, bool]]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     backend = "gloo"
-    if device_of(device).type == "cuda":
+    if find_device(device).type == "cuda":
         backend = "nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(backend)

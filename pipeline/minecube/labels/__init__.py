@@ -19,43 +19,49 @@ A pixel outside the mapped area is 255, never 0. A false "not mine" would be lea
 """
 
 from minecube.codes import MINE, UNKNOWN
-from minecube.labels.compare import compare
-from minecube.labels.masks import NOT_MINE, covered, rasterize, rows_without_centre, vectorize
-from minecube.labels.outlines import identify, simplify
-from minecube.labels.placement import NEAR_M, on_grid
-from minecube.labels.polygons import (
-    index_text,
-    match_sites,
-    of_no_site,
-    of_site,
-    read_polygons,
-    unread_years,
-    years_text,
+from minecube.labels.compare import compare_mappers
+from minecube.labels.masks import (
+    NOT_MINE,
+    find_rows_without_centre,
+    rasterize,
+    rasterize_fraction,
+    vectorize,
 )
-from minecube.labels.repair import MIN_WIDTH_M, Survey, mapped_areas, survey
+from minecube.labels.outlines import assign_ids, simplify_outlines
+from minecube.labels.placement import MISPLACED_M, place_on_grid
+from minecube.labels.polygons import (
+    describe_rows,
+    find_unread_year_columns,
+    format_years,
+    mark_rows_of_site,
+    mark_rows_without_site,
+    match_sites,
+    read_polygons,
+)
+from minecube.labels.repair import MIN_WIDTH_M, RepairedPolygons, repair_polygons, tabulate_areas
 
 __all__ = [
     "MINE",
     "MIN_WIDTH_M",
-    "NEAR_M",
+    "MISPLACED_M",
     "NOT_MINE",
     "UNKNOWN",
-    "Survey",
-    "compare",
-    "covered",
-    "identify",
-    "index_text",
-    "mapped_areas",
+    "RepairedPolygons",
+    "assign_ids",
+    "compare_mappers",
+    "describe_rows",
+    "find_rows_without_centre",
+    "find_unread_year_columns",
+    "format_years",
+    "mark_rows_of_site",
+    "mark_rows_without_site",
     "match_sites",
-    "of_no_site",
-    "of_site",
-    "on_grid",
+    "place_on_grid",
     "rasterize",
+    "rasterize_fraction",
     "read_polygons",
-    "rows_without_centre",
-    "simplify",
-    "survey",
-    "unread_years",
+    "repair_polygons",
+    "simplify_outlines",
+    "tabulate_areas",
     "vectorize",
-    "years_text",
 ]

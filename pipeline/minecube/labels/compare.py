@@ -16,13 +16,13 @@ from odc.geo.geobox import GeoBox
 from minecube.arrays import Bool
 from minecube.codes import MINE
 from minecube.labels.masks import compute_areas_m2, rasterize
-from minecube.labels.placement import on_grid
+from minecube.labels.placement import place_on_grid
 from minecube.labels.polygons import (
     find_year_spans,
     list_years_or_none,
+    mark_rows_of_site,
+    mark_rows_without_site,
     mark_surveyed,
-    of_no_site,
-    of_site,
 )
 
 POOLED = "pooled"
@@ -37,7 +37,9 @@ COLUMNS = (
 )
 
 
-def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]) -> pd.DataFrame:
+def compare_mappers(
+    mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
+) -> pd.DataFrame:
     """Compare each pair of mappers by site and year, and pooled.
 
     Areas lie on the site's grid and count overlaps once. Their CRS is `grid.equal_area_crs`. `iou`
@@ -75,10 +77,10 @@ def compare(mappers: Mapping[str, gpd.GeoDataFrame], grids: Mapping[str, GeoBox]
 def _select_mines(polygons: gpd.GeoDataFrame, site: str, grid: GeoBox) -> gpd.GeoDataFrame:
     """Select the mines of a site, or without a site, on its grid."""
     mines = polygons[~mark_surveyed(polygons)]
-    at_site = mines[of_no_site(mines) | of_site(mines, site)]
+    at_site = mines[mark_rows_without_site(mines) | mark_rows_of_site(mines, site)]
     if at_site.empty:
         return at_site
-    return on_grid(at_site, grid, required=False)
+    return place_on_grid(at_site, grid, required=False)
 
 
 def _select_year(polygons: gpd.GeoDataFrame, year: int | None) -> gpd.GeoDataFrame:

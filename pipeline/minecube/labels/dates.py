@@ -9,7 +9,7 @@ import geopandas as gpd
 import pandas as pd
 
 from minecube.catalog import FIRST_YEAR
-from minecube.vectors import texts
+from minecube.vectors import to_texts
 
 YEARS = range(1900, 2101)
 """Valid calendar years of a polygon. Others are typing errors."""
@@ -65,7 +65,7 @@ _DATED_NAME = r"year|date(?!d)|jahr|datum|ann[eé]e|fecha|(?<![a-z])(?:a[nñ]o|a
 
 def parse_years(column: pd.Series) -> pd.Series:
     """Extract years from numbers, dates, or texts of either, Float64, missing without one."""
-    words = texts(column)
+    words = to_texts(column)
     dates = words.str.extract(_DATE)
     years = dates[0].fillna(dates[1]).fillna(dates[2])
     return pd.to_numeric(years.fillna(words), errors="coerce").astype("Float64")
@@ -75,7 +75,7 @@ def looks_dated(column: pd.Series, name: str) -> bool:
     """Return whether a column without missing values is likely to hold years or dates."""
     if isinstance(column.dtype, gpd.array.GeometryDtype):
         return False
-    values = texts(column).dropna()
+    values = to_texts(column).dropna()
     if values.empty or values.str.contains("\ufffd").any():  # bytes of another content than text
         return False
     are_ids = re.search(_ID_NAME, name) is not None

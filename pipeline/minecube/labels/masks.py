@@ -25,8 +25,8 @@ from minecube.arrays import Bool, Float64, Int64, UInt8
 from minecube.codes import BACKGROUND, FULL, MINE, UNKNOWN
 from minecube.errors import LabelError
 from minecube.grid import equal_area_crs
-from minecube.labels.placement import on_grid
-from minecube.labels.polygons import find_year_spans, list_years, mark_surveyed, years_text
+from minecube.labels.placement import place_on_grid
+from minecube.labels.polygons import find_year_spans, format_years, list_years, mark_surveyed
 
 NOT_MINE = BACKGROUND
 OFF_EDGES = Affine.translation(1e-5, 6.18e-6)
@@ -72,7 +72,9 @@ def rasterize(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) ->
     return _to_data_array("footprint", masks, year_list, grid, attrs)
 
 
-def covered(polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]) -> xr.DataArray:
+def rasterize_fraction(
+    polygons: gpd.GeoDataFrame, grid: GeoBox, years: Iterable[int]
+) -> xr.DataArray:
     """Compute the share of each pixel under polygons (year, y, x), uint8 x 250, 255 unknown.
 
     Overlaps count once. The share is exact before rounding to 1/250 of a pixel (0.4 m2 of 100), so
@@ -126,14 +128,14 @@ def _select_years(
         raise LabelError("cannot place polygons on the grid: the table is empty")
     if polygons.crs is None:
         raise LabelError("cannot place polygons on the grid: they have no CRS")
-    placed = on_grid(polygons, grid)
+    placed = place_on_grid(polygons, grid)
     first_year, last_year = find_year_spans(placed)
     is_dated = np.isfinite(first_year) | np.isfinite(last_year)
     valid_rows = [(first_year <= year) & (year <= last_year) for year in years]
     if is_dated.all() and not np.any(valid_rows):
         raise LabelError(
-            f"expected polygons of {years_text(years)}, "
-            f"found {years_text(list_years(placed))} on this grid; "
+            f"expected polygons of {format_years(years)}, "
+            f"found {format_years(list_years(placed))} on this grid; "
             "choose a mapped year, or drop the columns of years if the polygons hold for all"
         )
     shapes = placed.geometry.to_numpy()
@@ -206,10 +208,10 @@ def _cut(start: Float64, end: Float64, axis: int) -> tuple[Float64, Float64]:
     return locate_cuts(piece), locate_cuts(piece + 1)
 
 
-def rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
+def find_rows_without_centre(polygons: gpd.GeoDataFrame, grid: GeoBox) -> pd.Index:
     """Return the index of mine rows without a pixel's centre, not drawn by `rasterize`."""
     mines = polygons.loc[~mark_surveyed(polygons), ["geometry"]]
-    placed = on_grid(mines, grid, required=False)
+    placed = place_on_grid(mines, grid, required=False)
     # A shape's area is at most its length times the radius of its largest circle. A circle with
     # radius of half a pixel's diagonal contains a centre.
     radius = np.hypot(grid.resolution.x, grid.resolution.y) / 2

@@ -57,7 +57,7 @@ class _Inheritance:
     """Ids that end in this region."""
 
 
-def identify(polygons: gpd.GeoDataFrame, years: Iterable[int] | None = None) -> gpd.GeoDataFrame:
+def assign_ids(polygons: gpd.GeoDataFrame, years: Iterable[int] | None = None) -> gpd.GeoDataFrame:
     """Add the text columns `id`, `parent` and `merged` by the module's rules (null if empty).
 
     Ids are the site's name and a number, by first year, then by area (largest first). The order of
@@ -158,7 +158,7 @@ def _list_overlaps(shapes: _Shapes, earlier: _Shapes, steps: Int64) -> list[tupl
     ]
 
 
-def simplify(polygons: gpd.GeoDataFrame, pixel_m: float) -> gpd.GeoDataFrame:
+def simplify_outlines(polygons: gpd.GeoDataFrame, pixel_m: float) -> gpd.GeoDataFrame:
     """Draw the rows with fewer corners: areas within 0.5 %, holes kept, valid, without overlaps.
 
     Overlaps are tested within a site and year. Outlines along pixel edges first go through the

@@ -14,7 +14,7 @@ from pyproj import CRS, Geod
 from minecube.arrays import Float64
 from minecube.errors import LabelError
 
-NEAR_M = 10_000
+MISPLACED_M = 10_000
 """Largest distance of a polygon from its site. Farther polygons are misplaced."""
 _EDGE_M = 1000
 _EDGE_DEG = 0.01
@@ -24,7 +24,9 @@ Pieces of about a kilometre keep them within 3 cm.
 """
 
 
-def on_grid(polygons: gpd.GeoDataFrame, grid: GeoBox, required: bool = True) -> gpd.GeoDataFrame:
+def place_on_grid(
+    polygons: gpd.GeoDataFrame, grid: GeoBox, required: bool = True
+) -> gpd.GeoDataFrame:
     """Return the rows on the grid, in its CRS. Raise LabelError for no rows if `required`."""
     extent = gpd.GeoSeries([grid.extent.geom], crs=str(grid.crs)).segmentize(_EDGE_M)
     extent_lonlat = extent.to_crs(4326)
@@ -103,7 +105,7 @@ def explain_misplacement(polygons: gpd.GeoSeries, area: shapely.Geometry) -> pd.
     longitude and latitude). If several fit, the one explaining most polygons wins.
     """
     explained = {
-        mistake: measure_distances_m(lonlat, area) <= NEAR_M
+        mistake: measure_distances_m(lonlat, area) <= MISPLACED_M
         for mistake, lonlat in _correct_mistakes(polygons)
     }
     likely = pd.Series("", polygons.index)

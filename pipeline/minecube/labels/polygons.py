@@ -13,15 +13,15 @@ import pandas as pd
 import shapely
 
 from minecube.arrays import Bool, Float64
-from minecube.catalog import same_names
+from minecube.catalog import match_ids
 from minecube.errors import LabelError
 from minecube.labels.dates import YEARS, looks_dated, parse_years
 from minecube.vectors import (
-    areal_parts,
-    areas_of_collections,
+    extract_polygons,
+    extract_polygons_of_collections,
     read_vector,
-    texts,
-    understood_columns,
+    rename_columns,
+    to_texts,
 )
 
 AREAL = ("Polygon", "MultiPolygon")
@@ -88,7 +88,7 @@ def read_rows(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read the file's rows, with columns understood. Raise LabelError like `read_polygons`."""
     table = _read_table(path, layer)
     try:  # an unread YEAR would spread one year's polygons over all years
-        table = understood_columns(table, UNDERSTOOD)
+        table = rename_columns(table, UNDERSTOOD)
     except ValueError as error:
         raise LabelError(f"{path}: {error}") from error
     _check_geometries(table, path)
@@ -97,7 +97,7 @@ def read_rows(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
             table[name] = _parse_calendar_years(table[name], name, path)
     _check_years(table, path)
     if "site" in table:
-        table["site"] = texts(table["site"])
+        table["site"] = to_texts(table["site"])
     if "mapped" in table:
         table["mapped"] = _parse_truths(table["mapped"], path)
     _warn_of_unread_years(table, path)
@@ -126,7 +126,7 @@ def _read_table(path: Path, layer: str | None) -> gpd.GeoDataFrame:
 
 def _check_geometries(table: gpd.GeoDataFrame, path: Path) -> None:
     """Raise LabelError for shapes without area, or coordinates outside their CRS."""
-    areas, _ = areas_of_collections(table.geometry.to_numpy())
+    areas, _ = extract_polygons_of_collections(table.geometry.to_numpy())
     shapes = gpd.GeoSeries(areas, index=table.index)
     types = shapes.geom_type
     without_area = types.notna() & ~types.isin(AREAL) & ~shapes.is_empty
@@ -152,7 +152,7 @@ def _check_geometries(table: gpd.GeoDataFrame, path: Path) -> None:
 
 def _parse_calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series:
     years = parse_years(column)
-    words = texts(column)
+    words = to_texts(column)
     invalid = words.notna() & ~years.isin(list(YEARS)).fillna(False)
     if invalid.any():
         examples = ", ".join(words[invalid].unique()[:3])
@@ -186,7 +186,7 @@ def _check_years(table: gpd.GeoDataFrame, path: Path) -> None:
 
 
 def _parse_truths(column: pd.Series, path: Path) -> pd.Series:
-    words = texts(column).str.lower().fillna("false")
+    words = to_texts(column).str.lower().fillna("false")
     is_truth = words.isin(list(_TRUTHS))
     if not is_truth.all():
         raise LabelError(
@@ -198,7 +198,7 @@ def _parse_truths(column: pd.Series, path: Path) -> pd.Series:
 
 
 def _warn_of_unread_years(table: gpd.GeoDataFrame, path: Path) -> None:
-    columns = unread_years(table)
+    columns = find_unread_year_columns(table)
     if columns:
         log.warning(
             "%s: %s may hold years, but only the columns `year`, or `start` and `end`, "
@@ -210,7 +210,7 @@ def _warn_of_unread_years(table: gpd.GeoDataFrame, path: Path) -> None:
         )
 
 
-def unread_years(table: gpd.GeoDataFrame) -> list[str]:
+def find_unread_year_columns(table: gpd.GeoDataFrame) -> list[str]:
     """List unused columns with likely years or dates, unless all rows have complete years."""
     if not _are_open_ended(table).any():
         return []
@@ -227,11 +227,11 @@ def _are_open_ended(table: gpd.GeoDataFrame) -> Bool:
 
 def repair_shapes(table: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
     """Return the rows with valid, flat shapes and `repaired`. Shapes without area stay."""
-    shapes, _ = areas_of_collections(shapely.force_2d(table.geometry.to_numpy()))
+    shapes, _ = extract_polygons_of_collections(shapely.force_2d(table.geometry.to_numpy()))
     invalid = ~shapely.is_valid(shapes) & ~shapely.is_missing(shapes)
     # "structure" unites a self-crossing shell. The default rule (even-odd) would cut holes.
     valid = shapely.make_valid(shapes[invalid], method="structure", keep_collapsed=False)
-    shapes[invalid] = [areal_parts(shape) for shape in valid]
+    shapes[invalid] = [extract_polygons(shape) for shape in valid]
     geometry = gpd.GeoSeries(shapes, index=table.index, crs=table.crs)
     return table.set_geometry(geometry).assign(repaired=invalid)
 
@@ -252,7 +252,7 @@ def drop_flat_rows(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
 
 def describe_omitted_parts(table: gpd.GeoDataFrame) -> dict[int, str]:
     """Map each row (from 0) to a description of its GeometryCollection's lines and points."""
-    _, parts = areas_of_collections(table.geometry.to_numpy())
+    _, parts = extract_polygons_of_collections(table.geometry.to_numpy())
     return {int(row): parts[row] for row in np.flatnonzero(parts != "")}
 
 
@@ -267,7 +267,7 @@ def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) ->
     """
     if "site" not in polygons:
         return polygons
-    ids_by_name = {name: same_names(name, sites) for name in polygons["site"].dropna().unique()}
+    ids_by_name = {name: match_ids(name, sites) for name in polygons["site"].dropna().unique()}
     for name, ids in ids_by_name.items():
         if len(ids) > 1:
             raise LabelError(
@@ -280,7 +280,7 @@ def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) ->
     return polygons.assign(site=polygons["site"].replace(renamed))
 
 
-def of_site(polygons: gpd.GeoDataFrame, site: str) -> Bool:
+def mark_rows_of_site(polygons: gpd.GeoDataFrame, site: str) -> Bool:
     """Mark the rows of this site."""
     if "site" not in polygons:
         return np.zeros(len(polygons), bool)
@@ -288,7 +288,7 @@ def of_site(polygons: gpd.GeoDataFrame, site: str) -> Bool:
     return of_this_site
 
 
-def of_no_site(polygons: gpd.GeoDataFrame) -> Bool:
+def mark_rows_without_site(polygons: gpd.GeoDataFrame) -> Bool:
     """Mark the rows without a site. Each counts at all sites in reach."""
     if "site" not in polygons:
         return np.ones(len(polygons), bool)
@@ -349,7 +349,7 @@ def list_years_or_none(*tables: gpd.GeoDataFrame) -> list[int | None]:
     return [*list_years(*tables)] or [None]
 
 
-def years_text(years: Iterable[int]) -> str:
+def format_years(years: Iterable[int]) -> str:
     """Format years as 2020, or 2018..2020 (3 years)."""
     distinct = sorted(set(years))
     if len(distinct) == 1:
@@ -359,10 +359,10 @@ def years_text(years: Iterable[int]) -> str:
 
 def describe_marked_rows(marked: npt.ArrayLike) -> str:
     """Name the true rows, counted from 1 as in an attribute table."""
-    return index_text(np.flatnonzero(np.asarray(marked, bool)))
+    return describe_rows(np.flatnonzero(np.asarray(marked, bool)))
 
 
-def index_text(index: Iterable[int]) -> str:
+def describe_rows(index: Iterable[int]) -> str:
     """Name rows of an index from 0, counted from 1 as in an attribute table."""
     numbers = [str(row + 1) for row in index]
     if len(numbers) == 1:

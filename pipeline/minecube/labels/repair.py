@@ -42,7 +42,7 @@ from pyproj import CRS, Geod
 from minecube.arrays import AnyArray, Bool, Float64, Int64
 from minecube.errors import LabelError
 from minecube.labels.placement import (
-    NEAR_M,
+    MISPLACED_M,
     describe_mistakes,
     explain_misplacement,
     measure_distances_m,
@@ -53,13 +53,13 @@ from minecube.labels.polygons import (
     find_year_spans,
     lacks_area,
     list_years_or_none,
+    mark_rows_without_site,
     mark_surveyed,
     match_sites,
-    of_no_site,
     read_rows,
     repair_shapes,
 )
-from minecube.vectors import areal_parts, texts
+from minecube.vectors import extract_polygons, to_texts
 
 MIN_WIDTH_M = 5.0
 """Half a pixel. Narrower parts contain a pixel's centre only by chance."""
@@ -76,7 +76,7 @@ _Shapes = npt.NDArray[np.object_]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
+class RepairedPolygons:
     """Repaired polygons of a file, and its findings."""
 
     polygons: gpd.GeoDataFrame
@@ -149,14 +149,14 @@ class _Findings:
         return table.sort_values("row", kind="stable").reset_index(drop=True)
 
 
-def survey(
+def repair_polygons(
     path: Path,
     *,
     layer: str | None = None,
     sites: Mapping[str, shapely.Geometry] | None = None,
     by: str | None = None,
     min_width_m: float = MIN_WIDTH_M,
-) -> Survey:
+) -> RepairedPolygons:
     """Repair the file's polygons by the module's rules, and list the findings.
 
     Args:
@@ -182,7 +182,7 @@ def survey(
     if sites:
         table = match_sites(table, list(sites), path)
         table = _drop_distant_rows(table, sites, path, findings)
-    unnamed = of_no_site(table)
+    unnamed = mark_rows_without_site(table)
     if not unnamed.all():
         findings.add("no site", table[unnamed], "kept", "counts at each site that it reaches")
     is_surveyed = mark_surveyed(table)
@@ -204,23 +204,23 @@ def survey(
             f"{path}: no polygon is wider than {min_width_m:g} m anywhere, so none is left; "
             "lower the least width"
         )
-    return Survey(polygons=polygons, findings=findings.tabulate(), rows=len(rows))
+    return RepairedPolygons(polygons=polygons, findings=findings.tabulate(), rows=len(rows))
 
 
-def mapped_areas(polygons: gpd.GeoDataFrame, by: str | None = None) -> pd.DataFrame:
+def tabulate_areas(polygons: gpd.GeoDataFrame, mapper_column: str | None = None) -> pd.DataFrame:
     """Tabulate area by site, mapper and year, counting each place once.
 
     Columns are site, mapper, year (null for all), polygons, holes and area_m2.
     """
     records = []
     mines = polygons[~mark_surveyed(polygons)]
-    for (site, mapper), group in mines.groupby(_group_keys(mines, by)):
+    for (site, mapper), group in mines.groupby(_group_keys(mines, mapper_column)):
         first_year, last_year = find_year_spans(group)
         for year in list_years_or_none(group):
             shapes = group.geometry.to_numpy()
             if year is not None:
                 shapes = shapes[(first_year <= year) & (year <= last_year)]
-            union = areal_parts(shapely.union_all(shapes))
+            union = extract_polygons(shapely.union_all(shapes))
             holes, _ = _list_holes(shapely.get_parts(union))
             # Rounding leaves pinholes along the cut between two rows.
             is_hole = _compute_areas(holes, group.crs) >= LEAST_OVERLAP_M2
@@ -250,7 +250,7 @@ def _group_keys(table: gpd.GeoDataFrame, by: str | None) -> list[pd.Series]:
     for column in ("site", by):
         key = pd.Series("", table.index, dtype="string")
         if column in table:
-            key = texts(table[column]).fillna("")
+            key = to_texts(table[column]).fillna("")
         keys.append(key.rename(column))
     return keys
 
@@ -314,14 +314,14 @@ def _drop_distant_rows(
         row_of_metres[(names.notna() & (names != site)).to_numpy(bool)] = np.inf
     nearest = np.array(list(sites))[metres.argmin(axis=0)]
     km = metres.min(axis=0) / 1000
-    is_distant = (km > NEAR_M / 1000) & ~is_unknown
+    is_distant = (km > MISPLACED_M / 1000) & ~is_unknown
     mistakes = _explain_rows(table[is_distant], names[is_distant], sites).reindex(
         table.index, fill_value=""
     )
     if is_distant.sum() == (~is_unknown).sum():
         row = np.where(is_distant, km, np.inf).argmin()
         raise LabelError(
-            f"{path}: no polygon lies within {NEAR_M / 1000:.0f} km of its site: "
+            f"{path}: no polygon lies within {MISPLACED_M / 1000:.0f} km of its site: "
             f"the nearest is {km[row]:.0f} km from {nearest[row]}"
             f"{describe_mistakes(mistakes[is_distant])}; "
             "correct the file, or choose the right sites"
@@ -392,7 +392,7 @@ def _cut_overlaps(table: gpd.GeoDataFrame, findings: _Findings) -> gpd.GeoDataFr
     for row in np.unique(later[have_same_years]):
         overlapping = earlier[have_same_years & (later == row)]
         difference = shapely.difference(shapes[row], shapely.union_all(original[overlapping]))
-        shapes[row] = areal_parts(difference)
+        shapes[row] = extract_polygons(difference)
     row_numbers = table["row"].to_numpy()
     for action, pairs in (
         ("cut from this row", have_same_years),

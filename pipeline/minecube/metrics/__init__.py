@@ -40,14 +40,18 @@ c = [p_t != p_(t-1)].
 """
 
 from minecube.codes import HALF, UNKNOWN
-from minecube.metrics.baselines import baselines
+from minecube.metrics.baselines import make_baselines
 from minecube.metrics.boundaries import MARGIN_PX
 from minecube.metrics.change import count_change
-from minecube.metrics.counts import Histogram, Scores
-from minecube.metrics.curves import count_probability, precision_recall, reliability
+from minecube.metrics.counts import Counts, Histogram
+from minecube.metrics.curves import (
+    count_probability,
+    tabulate_precision_recall,
+    tabulate_reliability,
+)
 from minecube.metrics.footprints import count
-from minecube.metrics.formulas import by_gap, by_pair, by_year, finish
-from minecube.metrics.intervals import difference, intervals
+from minecube.metrics.formulas import finish, tabulate_gaps, tabulate_pairs, tabulate_years
+from minecube.metrics.intervals import estimate_difference, estimate_intervals
 
 CA_TIOU_VERSION = 1
 
@@ -56,18 +60,18 @@ __all__ = [
     "HALF",
     "MARGIN_PX",
     "UNKNOWN",
+    "Counts",
     "Histogram",
-    "Scores",
-    "baselines",
-    "by_gap",
-    "by_pair",
-    "by_year",
     "count",
     "count_change",
     "count_probability",
-    "difference",
+    "estimate_difference",
+    "estimate_intervals",
     "finish",
-    "intervals",
-    "precision_recall",
-    "reliability",
+    "make_baselines",
+    "tabulate_gaps",
+    "tabulate_pairs",
+    "tabulate_precision_recall",
+    "tabulate_reliability",
+    "tabulate_years",
 ]

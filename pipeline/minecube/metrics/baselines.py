@@ -8,7 +8,7 @@ from minecube.arrays import UInt8
 from minecube.codes import UNKNOWN
 
 
-def baselines(truth: UInt8) -> dict[str, UInt8]:
+def make_baselines(truth: UInt8) -> dict[str, UInt8]:
     """Make trivial predictions from the truth, as name -> (year, y, x) for `count`.
 
     Values are 1 mine, 0 not, 255 unknown.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from minecube.arrays import UInt8
 from minecube.codes import HALF, UNKNOWN
 from minecube.errors import ModelError
-from minecube.metrics.counts import Histogram, PairCounts, Scores
+from minecube.metrics.counts import Counts, Histogram, PairCounts
 from minecube.metrics.curves import add_histogram, check_probability, histogram
 from minecube.metrics.footprints import stack_of
 from minecube.metrics.formulas import VARIANTS
@@ -25,7 +25,7 @@ def count_change(
     years: Sequence[int],
     pairs: Sequence[tuple[int, int]],
     classes: Sequence[str],
-) -> Scores:
+) -> Counts:
     """Count a change model's probabilities by pair of years, and pixels by probability and truth.
 
     A pixel has changed from probability one half on. If both removed and new reach it, the more
@@ -73,7 +73,7 @@ def count_change(
             positives = true_moves == 1
         pixels = histogram(probability.max(axis=0), positives, valid)
         add_histogram(histograms, int(end) - int(start), pixels)
-    return Scores(pairs=counts, change=histograms, classes=ordered)
+    return Counts(pairs=counts, change=histograms, classes=ordered)
 
 
 def _ordered(classes: Sequence[str]) -> tuple[str, ...]:

@@ -132,7 +132,7 @@ C = TypeVar("C", Histogram, YearCounts, PairCounts, WindowCounts)
 
 
 @dataclass(frozen=True)
-class Scores:
+class Counts:
     """All counts needed for scores. `Scores()` is zero."""
 
     years: Mapping[int, YearCounts] = field(default_factory=dict)
@@ -151,14 +151,14 @@ class Scores:
     Footprints give both directions of change.
     """
 
-    def __add__(self, addend: Scores) -> Scores:
+    def __add__(self, addend: Counts) -> Counts:
         if self.pairs and addend.pairs and self.classes != addend.classes:
             raise ModelError(
                 f"scores of the change classes {self.classes} and {addend.classes} cannot be "
                 "joined: what one counts as new, the other counts as any change; score the two "
                 "models apart"
             )
-        return Scores(
+        return Counts(
             _join(self.years, addend.years),
             _join(self.pairs, addend.pairs),
             self.tubes + addend.tubes,
@@ -184,7 +184,7 @@ class Scores:
         }
 
     @classmethod
-    def of_json(cls, content: Mapping[str, Any]) -> Scores:
+    def of_json(cls, content: Mapping[str, Any]) -> Counts:
         """Read the counts from JSON.
 
         Raises:

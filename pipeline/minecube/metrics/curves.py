@@ -17,7 +17,7 @@ import xarray as xr
 from minecube.arrays import AnyArray, Bool, UInt8
 from minecube.codes import FULL, UNKNOWN
 from minecube.errors import ModelError
-from minecube.metrics.counts import Histogram, Scores
+from minecube.metrics.counts import Counts, Histogram
 from minecube.metrics.footprints import check_footprint, stack_of
 
 BINS = 10
@@ -30,7 +30,7 @@ def count_probability(
     years: Sequence[int],
     *,
     core: tuple[slice, slice] | None = None,
-) -> Scores:
+) -> Counts:
     """Count pixels by probability and truth, per year, and per gap for change.
 
     Add the result to that of `count` for the same pixels.
@@ -66,7 +66,7 @@ def count_probability(
         distance = np.maximum(mapped[i], mapped[j]) - np.minimum(mapped[i], mapped[j])
         pixels = histogram(distance, labelled[i] ^ labelled[j], valid[i] & valid[j])
         add_histogram(change, int(years[j] - years[i]), pixels)
-    return Scores(footprint=footprint, change=dict(sorted(change.items())))
+    return Counts(footprint=footprint, change=dict(sorted(change.items())))
 
 
 def check_probability(probability: AnyArray) -> None:
@@ -148,7 +148,7 @@ def ece(pixels: AnyArray) -> Any:
     return np.abs(mine - probability).sum(axis=-1) / np.where(total > 0, total, np.nan)
 
 
-def precision_recall(h: Histogram) -> pd.DataFrame:
+def tabulate_precision_recall(h: Histogram) -> pd.DataFrame:
     """Tabulate threshold, precision and recall of occurring probabilities, highest first."""
     hits, predicted = _count_from_above(h.pixels)
     table = pd.DataFrame({"threshold": np.arange(FULL, -1, -1) / FULL})
@@ -157,7 +157,7 @@ def precision_recall(h: Histogram) -> pd.DataFrame:
     return table[np.diff(predicted, prepend=0) > 0].reset_index(drop=True)
 
 
-def reliability(h: Histogram) -> pd.DataFrame:
+def tabulate_reliability(h: Histogram) -> pd.DataFrame:
     """Tabulate predicted (mean probability), observed (mine share) and pixels per non-empty bin."""
     mine, probability, number = _sum_bins(h.pixels)
     filled = number > 0

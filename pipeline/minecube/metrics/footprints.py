@@ -18,8 +18,8 @@ from minecube.codes import BACKGROUND, MINE, UNKNOWN
 from minecube.errors import ModelError
 from minecube.metrics.boundaries import count_boundaries
 from minecube.metrics.counts import (
+    Counts,
     PairCounts,
-    Scores,
     StepCounts,
     TubeCounts,
     WindowCounts,
@@ -47,7 +47,7 @@ def count(
     years: Sequence[int],
     *,
     core: tuple[slice, slice] | None = None,
-) -> Scores:
+) -> Counts:
     """Count the pixels of one site, or of one block of it.
 
     Args:
@@ -91,7 +91,7 @@ def count(
         _count_step(packed[start], packed[end], pairs[start, end])
         for start, end in pairwise(packed)
     )
-    return Scores(
+    return Counts(
         years=maps,
         pairs=pairs,
         tubes=_count_tubes(list(packed.values())),

@@ -15,9 +15,9 @@ import pandas as pd
 from minecube.arrays import AnyArray, Int64
 from minecube.codes import FULL
 from minecube.metrics.counts import (
+    Counts,
     Histogram,
     PairCounts,
-    Scores,
     StepCounts,
     Tally,
     TubeCounts,
@@ -40,7 +40,7 @@ VARIANTS = {
 _HISTOGRAM_SIZE = 2 * (FULL + 1)
 
 
-def finish(scores: Scores) -> dict[str, float]:
+def finish(scores: Counts) -> dict[str, float]:
     """Compute all scores, pooled over pixels, years and pairs.
 
     These are scores of footprints, boundaries, consistency through time, change and probabilities.
@@ -67,7 +67,7 @@ class Kinds:
     """Variants of the change scores."""
 
 
-def find_kinds(scores: Sequence[Scores]) -> Kinds:
+def find_kinds(scores: Sequence[Counts]) -> Kinds:
     """Return the kinds of counts in any of several scores to be compared.
 
     `variants` are those shared by all of them.
@@ -84,7 +84,7 @@ def find_kinds(scores: Sequence[Scores]) -> Kinds:
     )
 
 
-def flatten(scores: Scores, kinds: Kinds) -> Int64:
+def flatten(scores: Counts, kinds: Kinds) -> Int64:
     """Return all counts needed by the formulas, as one row. Rows add up as scores do."""
     tallies: list[Tally] = [
         sum(scores.years.values(), YearCounts()),
@@ -133,20 +133,20 @@ def compute_scores(counts: AnyArray, kinds: Kinds) -> dict[str, Floats]:
     return scores
 
 
-def by_year(scores: Scores) -> pd.DataFrame:
+def tabulate_years(scores: Counts) -> pd.DataFrame:
     """Tabulate footprint and boundary scores by year, with scores of probabilities if counted."""
     table = _tabulate(scores.years, _score_maps, "year")
     return _join_histograms(table, scores.footprint, _score_probability)
 
 
-def by_pair(scores: Scores) -> pd.DataFrame:
+def tabulate_pairs(scores: Counts) -> pd.DataFrame:
     """Tabulate change scores by pair of years."""
     variants = VARIANTS[scores.classes]
     pairs = {f"{start}-{end}": counts for (start, end), counts in scores.pairs.items()}
     return _tabulate(pairs, lambda counts: _score_change(counts, variants), "years")
 
 
-def by_gap(scores: Scores) -> pd.DataFrame:
+def tabulate_gaps(scores: Counts) -> pd.DataFrame:
     """Tabulate change scores by gap, the number of calendar years between a pair."""
     variants = VARIANTS[scores.classes]
     gaps: dict[int, PairCounts] = {}

@@ -16,7 +16,7 @@ import pandas as pd
 
 from minecube.arrays import Float64
 from minecube.errors import ModelError
-from minecube.metrics.counts import Scores
+from minecube.metrics.counts import Counts
 from minecube.metrics.formulas import Kinds, compute_scores, find_kinds, flatten
 
 RESAMPLES = 2000
@@ -24,8 +24,8 @@ LEVEL = 0.95
 """Confidence level."""
 
 
-def intervals(
-    sites: Mapping[str, Scores], *, resamples: int = RESAMPLES, seed: int = 0
+def estimate_intervals(
+    sites: Mapping[str, Counts], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
     """Compute pooled scores of all sites with intervals: score, low and high, one row per score.
 
@@ -42,9 +42,9 @@ def intervals(
     return _estimate([sites], lambda scores: scores[0], resamples, seed)
 
 
-def difference(
-    minuend: Mapping[str, Scores],
-    subtrahend: Mapping[str, Scores],
+def estimate_difference(
+    minuend: Mapping[str, Counts],
+    subtrahend: Mapping[str, Counts],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -68,7 +68,7 @@ def difference(
     return _estimate([minuend, subtrahend], lambda scores: scores[0] - scores[1], resamples, seed)
 
 
-def _check_same_pairs(site: str, minuend: Scores, subtrahend: Scores) -> None:
+def _check_same_pairs(site: str, minuend: Counts, subtrahend: Counts) -> None:
     if set(minuend.pairs) != set(subtrahend.pairs):
         raise ModelError(
             f"{site} is scored over {len(minuend.pairs)} and {len(subtrahend.pairs)} pairs of "
@@ -78,7 +78,7 @@ def _check_same_pairs(site: str, minuend: Scores, subtrahend: Scores) -> None:
 
 
 def _estimate(
-    models: Sequence[Mapping[str, Scores]],
+    models: Sequence[Mapping[str, Counts]],
     combine: Callable[[list[Float64]], Float64],
     resamples: int,
     seed: int,
@@ -117,7 +117,7 @@ def _estimate(
     return pd.DataFrame(rows, index=index, columns=["score", "low", "high"])
 
 
-def _stack_counts(sites: Mapping[str, Scores], kinds: Kinds) -> Float64:
+def _stack_counts(sites: Mapping[str, Counts], kinds: Kinds) -> Float64:
     """Stack the counts of sites, sorted by name, as (site, counts)."""
     return np.stack([flatten(sites[name], kinds) for name in sorted(sites)]).astype(np.float64)
 

@@ -12,37 +12,37 @@ The card's task determines a network's input and output (float32). Each class ha
 from __future__ import annotations
 
 from minecube.models.compute import Compute
-from minecube.models.mapping import Mapper, MapRows, View, describe, predict, views_of
+from minecube.models.mapping import Mapper, MapRows, View, describe, list_views, predict
 from minecube.models.network import (
     ARCHITECTURES,
-    Trained,
+    TrainedModel,
     build,
+    compute_logits,
+    count_parameters,
     load,
-    logits,
     normalise,
-    parameters,
     save,
     select_bands,
 )
-from minecube.models.weights import fetch, find
+from minecube.models.weights import fetch, find_model
 
 __all__ = [
     "ARCHITECTURES",
     "Compute",
     "MapRows",
     "Mapper",
-    "Trained",
+    "TrainedModel",
     "View",
     "build",
+    "compute_logits",
+    "count_parameters",
     "describe",
     "fetch",
-    "find",
+    "find_model",
+    "list_views",
     "load",
-    "logits",
     "normalise",
-    "parameters",
     "predict",
     "save",
     "select_bands",
-    "views_of",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minecube.device import device_of
+from minecube.device import find_device
 from minecube.errors import ModelError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +43,7 @@ class Compute:
 
     def place(self) -> torch.device:
         """Return the device; raises ModelError if it is not available."""
-        return device_of(self.device)
+        return find_device(self.device)
 
     def dtype(self) -> torch.dtype:
         """Return the type in which the network computes."""

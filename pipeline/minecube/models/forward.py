@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minecube.models.compute import Compute
 from minecube.models.folding import fold_batch_norms
-from minecube.models.network import Trained, logits
+from minecube.models.network import TrainedModel, compute_logits
 
 # Windows per call on a CPU: enough to amortise the overhead of a call, few enough to keep a layer's
 # input and output in cache. Measured on 21 small networks with 17 windows per row: at most 2 %
@@ -19,7 +19,7 @@ _MOST_WINDOWS = 16
 _LAYER_BYTES = 3.7e6  # input plus output, mean over layers
 
 
-def prepare(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward:
+def prepare(trained: TrainedModel, compute: Compute, years: Sequence[int]) -> Forward:
     """Copy the network to its device for views of these years.
 
     Raises:
@@ -30,7 +30,7 @@ def prepare(trained: Trained, compute: Compute, years: Sequence[int]) -> Forward
     if forward.device.type == "cpu":
         sample = torch.randn(forward.window_shape(), generator=torch.Generator().manual_seed(0))
         task = trained.card.task
-        fold_batch_norms(network, lambda: logits(network, task, sample, years))
+        fold_batch_norms(network, lambda: compute_logits(network, task, sample, years))
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         forward.group = forward.choose_group()
     return forward
@@ -43,7 +43,7 @@ class Forward:
     """
 
     def __init__(
-        self, network: nn.Module, trained: Trained, compute: Compute, years: Sequence[int]
+        self, network: nn.Module, trained: TrainedModel, compute: Compute, years: Sequence[int]
     ) -> None:
         self.trained = trained
         self.device = compute.place()
@@ -73,7 +73,7 @@ class Forward:
             torch.inference_mode(),
             torch.autocast(self.device.type, self._dtype, enabled=reduced),
         ):
-            output = logits(self._network, self.trained.card.task, values, self._years)
+            output = compute_logits(self._network, self.trained.card.task, values, self._years)
         return output[: len(windows)].float()
 
     def normalise(self, windows: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Forward:
         hooks = [layer.register_forward_hook(note_bytes) for layer in layers]
         card = self.trained.card
         with torch.inference_mode():
-            logits(self._network, card.task, torch.zeros(self.window_shape()), self._years)
+            compute_logits(self._network, card.task, torch.zeros(self.window_shape()), self._years)
         for hook in hooks:
             hook.remove()
         windows = round(_LAYER_BYTES * len(sizes) / max(sum(sizes), 1))

@@ -31,7 +31,7 @@ from minecube.models.compute import Compute
 from minecube.models.cores import sum_on_cores
 from minecube.models.forward import Forward, prepare
 from minecube.models.layout import Blend, Layout
-from minecube.models.network import Trained, select_bands
+from minecube.models.network import TrainedModel, select_bands
 from minecube.models.streams import Strip, download, read_ahead
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class MapRows:
     series, else one."""
 
 
-def views_of(
+def list_views(
     card: ModelCard, years: Sequence[int], pairs: Sequence[View] | None = None
 ) -> list[View]:
     """List a card's views of these years: each year, each pair, or all at once.
@@ -99,7 +99,7 @@ def _check_pairs(card: ModelCard, years: View, pairs: Sequence[View]) -> None:
             raise ModelError(f"{expected}the earlier first, found {_join_years(pair)}")
 
 
-def describe(trained: Trained) -> dict[str, Any]:
+def describe(trained: TrainedModel) -> dict[str, Any]:
     """Describe the origin of a map as plain JSON.
 
     It holds the card, the SHA-256 of all weights, the training sites, normalisation and the overlap
@@ -131,7 +131,7 @@ def describe(trained: Trained) -> dict[str, Any]:
 
 
 def predict(
-    trained: Trained,
+    trained: TrainedModel,
     reflectance: xr.DataArray,
     *,
     pairs: Sequence[View] | None = None,
@@ -164,7 +164,7 @@ def predict(
     if "year" not in cube.dims:
         cube = cube.expand_dims("year")
     card = trained.card
-    views = views_of(card, [int(year) for year in cube["year"]], pairs)
+    views = list_views(card, [int(year) for year in cube["year"]], pairs)
     shape = (len(views), _count_dates(card, views[0]), len(card.classes))
     maps = np.empty((*shape, cube.sizes["y"], cube.sizes["x"]), np.uint8)
     for rows in Mapper(trained, compute).rows(cube, views, progress):
@@ -206,7 +206,7 @@ class Mapper:
     It is moved to its device and optimised there once for all sites.
     """
 
-    def __init__(self, trained: Trained, compute: Compute = _ALL_CORES) -> None:
+    def __init__(self, trained: TrainedModel, compute: Compute = _ALL_CORES) -> None:
         self.trained = trained
         self.compute = compute
         self._lock = threading.Lock()

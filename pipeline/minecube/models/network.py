@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from minecube.arrays import Float32, UInt16
-from minecube.catalog import ModelCard, as_dict, model_card_of
+from minecube.catalog import ModelCard, as_dict, rebuild_model_card
 from minecube.errors import CatalogError, ModelError
 from minecube.models.files import pickle, unpickle, write_whole
 
@@ -50,7 +50,7 @@ Modules are loaded on demand. Further networks may be added: `ARCHITECTURES["min
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainedModel:
     """A trained network and the data to apply it."""
 
     card: ModelCard
@@ -100,7 +100,7 @@ def build(card: ModelCard) -> nn.Module:
     return network  # in this layout a third faster on CPUs
 
 
-def parameters(card: ModelCard) -> int:
+def count_parameters(card: ModelCard) -> int:
     """Count the trainable numbers of the card's network without drawing them.
 
     Raises:
@@ -110,7 +110,7 @@ def parameters(card: ModelCard) -> int:
         return sum(p.numel() for p in build(card).parameters() if p.requires_grad)
 
 
-def save(trained: Trained, path: Path) -> None:
+def save(trained: TrainedModel, path: Path) -> None:
     """Write the model to one file, whole or not at all.
 
     Raises:
@@ -128,7 +128,7 @@ def save(trained: Trained, path: Path) -> None:
     write_whole(path, pickle(content))
 
 
-def load(path: Path) -> Trained:
+def load(path: Path) -> TrainedModel:
     """Load a model from a file written by `save`.
 
     Raises:
@@ -150,7 +150,7 @@ def not_a_model(file: str) -> str:
     )
 
 
-def read_model(content: Any, file: str) -> Trained:
+def read_model(content: Any, file: str) -> TrainedModel:
     """Build the model from the content of a file written by `save`.
 
     Raises:
@@ -186,7 +186,7 @@ def read_model(content: Any, file: str) -> Trained:
             f"{file}: expected mean and deviation of {len(card.bands)} bands, found {mean} and "
             f"{std}; train it again"
         )
-    return Trained(
+    return TrainedModel(
         card=card,
         network=build_with_weights(card, content["weights"], file),
         mean=mean,
@@ -274,7 +274,7 @@ def _describe_difference(expected: Mapping[str, Tensor], weights: Mapping[str, A
 
 def _read_card(fields: dict[str, Any], file: str) -> ModelCard:
     try:
-        return model_card_of(fields)
+        return rebuild_model_card(fields)
     except CatalogError as error:
         raise ModelError(
             f"{file}: is a model that this version of minecube does not know ({error}); update "
@@ -282,7 +282,7 @@ def _read_card(fields: dict[str, Any], file: str) -> ModelCard:
         ) from error
 
 
-def logits(
+def compute_logits(
     network: Callable[..., Tensor], task: str, windows: Tensor, years: Sequence[int] | None = None
 ) -> Tensor:
     """Compute logits [n, time, class, y, x] of windows [n, time, band, y, x].

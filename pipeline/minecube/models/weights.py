@@ -24,7 +24,7 @@ from minecube.errors import ModelError, UnreadWeightsError
 from minecube.files import replacing
 from minecube.models.files import Placeholder, unpickle
 from minecube.models.network import (
-    Trained,
+    TrainedModel,
     build,
     build_with_weights,
     load,
@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 _TIMEOUT_S = 60
 
 
-def find(name: str, cards: Mapping[str, ModelCard], cache: Path | None = None) -> Trained:
+def find_model(
+    name: str, cards: Mapping[str, ModelCard], cache: Path | None = None
+) -> TrainedModel:
     """Load a trained model by the path of its file or by the name of a card.
 
     Args:
@@ -59,7 +61,7 @@ def find(name: str, cards: Mapping[str, ModelCard], cache: Path | None = None) -
     return fetch(cards[name], cache)
 
 
-def fetch(card: ModelCard, cache: Path | None = None) -> Trained:
+def fetch(card: ModelCard, cache: Path | None = None) -> TrainedModel:
     """Load the card's network with the weights named in the card.
 
     Args:
@@ -149,7 +151,7 @@ def _remove_query(text: str) -> str:
     return re.sub(r"\?\S*", "", text)
 
 
-def _read_own(card: ModelCard, content: dict[str, Any], file: str) -> Trained:
+def _read_own(card: ModelCard, content: dict[str, Any], file: str) -> TrainedModel:
     """Read the content of one of our files, and check it against the card."""
     trained = read_model(content, file)
     for name in ("architecture", "task", "options", "bands", "classes"):
@@ -171,7 +173,7 @@ def _read_own(card: ModelCard, content: dict[str, Any], file: str) -> Trained:
     return dataclasses.replace(trained, card=card)
 
 
-def _read_state_dict(card: ModelCard, content: Any, file: str) -> Trained:
+def _read_state_dict(card: ModelCard, content: Any, file: str) -> TrainedModel:
     state = _extract_state(card, content, file)
     weights = card.weights
     if weights is None or not weights.mean:
@@ -180,7 +182,7 @@ def _read_state_dict(card: ModelCard, content: Any, file: str) -> Trained:
             f"was trained; give `mean` and `std` of its bands in the weights of model {card.id}"
         )
     sites = tuple(site.strip() for site in card.trained_on.split(",") if site.strip())
-    return Trained(
+    return TrainedModel(
         card=card,
         network=build_with_weights(card, state, file),
         mean=weights.mean,

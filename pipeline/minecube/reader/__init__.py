@@ -20,22 +20,22 @@ the connections (`remote`), so nothing is requested twice.
 
 from __future__ import annotations
 
-from minecube.reader.assets import READ_THREADS, missing, read_band, remove_offset, start_read
+from minecube.reader.assets import READ_THREADS, find_missing, read_band, remove_offset, start_read
 from minecube.reader.ledger import Ledger
 from minecube.reader.raster import read
-from minecube.reader.remote import HEAD, interrupted
+from minecube.reader.remote import HEAD_BYTES, interruption
 from minecube.reader.signing import check_credentials
-from minecube.reader.stacking import NativeReader, fetched, stack
+from minecube.reader.stacking import NativeReader, compute_stack, stack
 
 __all__ = [
-    "HEAD",
+    "HEAD_BYTES",
     "READ_THREADS",
     "Ledger",
     "NativeReader",
     "check_credentials",
-    "fetched",
-    "interrupted",
-    "missing",
+    "compute_stack",
+    "find_missing",
+    "interruption",
     "read",
     "read_band",
     "remove_offset",

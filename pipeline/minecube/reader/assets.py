@@ -18,14 +18,14 @@ from rasterio.enums import Resampling
 
 from minecube.arrays import Int32, UInt16
 from minecube.catalog import SCL, Access
-from minecube.errors import GoneError, ReadError
+from minecube.errors import ReadError, UnusableFileError
 from minecube.network import (
     ForbiddenError,
     MissingError,
     RequestError,
     check_href,
     is_local,
-    without_query,
+    remove_query,
 )
 from minecube.reader.gridding import copy_to
 from minecube.reader.ledger import Ledger
@@ -63,7 +63,7 @@ class Asset:
             pixels = read_file(self.file, grid, resampling, tally, out)
         except ReadError as error:
             self._count(ledger, tally, began, lost_because=str(error))
-            if not ledger.lossy or (ledger.copied and isinstance(error, GoneError)):
+            if not ledger.lossy or (ledger.copied and isinstance(error, UnusableFileError)):
                 raise
             return copy_to(np.zeros(grid.shape, dtype=np.uint16), out)
         self._count(ledger, tally, began)
@@ -107,7 +107,7 @@ def asset_of(scene: pystac.Item, band: str) -> Asset:
         check_href(file.href, origin, file.access.hosts())
     except ForbiddenError as error:
         raise ReadError(
-            f"scene {scene.id}: {band} is not read from {without_query(file.href)}: {error}"
+            f"scene {scene.id}: {band} is not read from {remove_query(file.href)}: {error}"
         ) from error
     return Asset(scene.id, band, file)
 
@@ -175,7 +175,7 @@ def threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="minecube-read")
 
 
-def missing(scene: pystac.Item, bands: Sequence[str]) -> str:
+def find_missing(scene: pystac.Item, bands: Sequence[str]) -> str:
     """Find the first of these bands with a missing, empty or cut file, and report the reason.
 
     Returns an empty text if no file is missing, or if this cannot be checked now. Requests the

@@ -89,7 +89,7 @@ class Session(requests.Session):
         if target is None:
             return None
         resp.close()  # the body is unwanted and may be endless
-        return network.redirected(resp.url, target, network.origin_of(resp.url), resolve=True)
+        return network.check_redirect(resp.url, target, network.origin_of(resp.url), resolve=True)
 
 
 def read_body(answer: urllib3.BaseHTTPResponse, limit: int, patience_s: float) -> bytes:

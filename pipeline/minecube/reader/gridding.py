@@ -23,7 +23,7 @@ from rasterio.windows import Window, from_bounds
 
 from minecube.arrays import UInt16
 from minecube.errors import ReadError
-from minecube.network import without_query
+from minecube.network import remove_query
 from minecube.reader.transfer import Tally
 
 _SAME = 1e-3  # pixels: corners this close are the same, as whole metres in UTM
@@ -127,7 +127,7 @@ def warp(
     """
     if image.crs is None:
         raise ReadError(
-            f"{without_query(image.name)}: the file has no CRS, "
+            f"{remove_query(image.name)}: the file has no CRS, "
             "so its pixels cannot be placed on the grid; replace the file"
         )
     window = _window_of(image, grid)

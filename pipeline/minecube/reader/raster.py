@@ -18,7 +18,7 @@ from rasterio.enums import Resampling
 from minecube import images
 from minecube.arrays import UInt16
 from minecube.catalog import Access
-from minecube.errors import GoneError, LostReadError, ReadError
+from minecube.errors import LostReadError, ReadError, UnusableFileError
 from minecube.network import (
     ForbiddenError,
     MissingError,
@@ -27,7 +27,7 @@ from minecube.network import (
     is_local,
     local_path,
     origin_of,
-    without_query,
+    remove_query,
 )
 from minecube.reader.gdal_file import Opened
 from minecube.reader.gridding import copy_to, nesting_of, read_nested, warp
@@ -106,7 +106,7 @@ def read_file(
             integers up to 16 bits.
     """
     tally = tally or Tally()
-    name = without_query(file.href)
+    name = remove_query(file.href)
     try:
         with rasterio.Env(**images.SETTINGS), _open(file, tally) as image:
             if image.count != 1 or image.dtypes[0] not in ("uint8", "uint16"):
@@ -138,12 +138,12 @@ def _make_error(href: str, error: Exception, tally: Tally) -> ReadError:
     elif not isinstance(error, RequestError):
         cause = error.__cause__ or error
     message = (
-        f"{without_query(href)}: cannot be read ({without_query(str(cause))}), "
+        f"{remove_query(href)}: cannot be read ({remove_query(str(cause))}), "
         "so its site-year is not written; check that the file is there and whole, then run again"
     )
     if isinstance(cause, RequestError) and not isinstance(cause, MissingError):
         return LostReadError(message)
-    return GoneError(message, href)
+    return UnusableFileError(message, href)
 
 
 def _open(file: File, tally: Tally) -> rasterio.DatasetReader:

@@ -37,7 +37,7 @@ import urllib3
 
 from minecube import network
 from minecube.catalog import Access
-from minecube.network import ForbiddenError, MissingError, RequestError, without_query
+from minecube.network import ForbiddenError, MissingError, RequestError, remove_query
 from minecube.reader.connections import (
     CheckedPools,
     Session,
@@ -52,7 +52,7 @@ from minecube.reader.signing import PASSING, Signer
 from minecube.reader.transfer import Head, Tally
 
 __all__ = [
-    "HEAD",
+    "HEAD_BYTES",
     "PATIENCE_S",
     "Head",
     "Opened",
@@ -60,15 +60,15 @@ __all__ = [
     "Session",
     "Tally",
     "access_to",
-    "interrupted",
+    "interruption",
     "length_of",
+    "parse_retry_after",
     "remote_for",
-    "retry_after",
 ]
 
 log = logging.getLogger(__name__)
 
-HEAD = 16384
+HEAD_BYTES = 16384
 """Bytes of a file fetched by its first request. The header of a COG of a whole Sentinel-2 tile
 fits."""
 PATIENCE_S = network.PATIENCE_S
@@ -87,7 +87,7 @@ _UNSIGNED = {400, 401, 403}
 _MISSING = {403, 404, 410}  # 403: S3's answer for a missing object of an unlisted bucket, too
 _NEEDS_KEYS = {401, 403, 409}  # 409: Azure's answer without public access
 
-interrupted = threading.Event()
+interruption = threading.Event()
 """Set when the process is about to end: requests in trouble are then given up instead of
 retried."""
 
@@ -135,7 +135,7 @@ class Remote:
         """Fetch the file's first bytes, its size and version; raise RequestError on failure."""
         head = self._heads.get(href)
         if head is None:
-            head = self._fetch(_Range(href, 0, HEAD, tally))
+            head = self._fetch(_Range(href, 0, HEAD_BYTES, tally))
             with self._lock:
                 if len(self._heads) >= _HEADS:
                     del self._heads[next(iter(self._heads))]
@@ -157,11 +157,11 @@ class Remote:
         head = self._fetch(_Range(href, 0, 1, Tally()))
         return head.size, head.version or None
 
-    def whole(self, href: str, most: int) -> bytes:
+    def whole(self, href: str, limit: int) -> bytes:
         """Fetch all bytes of a file of limited size; raise RequestError on failure."""
-        head = self._fetch(_Range(href, 0, most, Tally()))
-        if head.size > most:
-            raise RequestError(f"expected at most {most:,} bytes, found {head.size:,}")
+        head = self._fetch(_Range(href, 0, limit, Tally()))
+        if head.size > limit:
+            raise RequestError(f"expected at most {limit:,} bytes, found {head.size:,}")
         return head.data
 
     def sign(self, href: str) -> tuple[str, str | None]:
@@ -190,11 +190,11 @@ class Remote:
             tries += 1
             _give_up_in_the_end(trouble, time.monotonic() - began, tries)
             part.tally.retried += 1
-            log.debug("%s: %s; try %d", without_query(part.href), trouble, tries + 1)
+            log.debug("%s: %s; try %d", remove_query(part.href), trouble, tries + 1)
             # Draw the pause at random, so failed requests do not return all at once.
             longest = _LONGEST_REFUSED_PAUSE_S if trouble.unreachable else pause
             random_wait = random.uniform(0, min(pause, longest))  # noqa: S311  no secret
-            if interrupted.wait(max(trouble.wait_s, random_wait)):
+            if interruption.wait(max(trouble.wait_s, random_wait)):
                 raise RequestError(f"{trouble}; interrupted")
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             stall = min(2 * stall, _LONGEST_STALL_S)
@@ -213,7 +213,7 @@ class Remote:
         except ForbiddenError as error:
             raise RequestError(str(error)) from error
         except urllib3.exceptions.HTTPError as error:
-            problem = without_query(describe(error))
+            problem = remove_query(describe(error))
             is_final = isinstance(error, urllib3.exceptions.LocationValueError)
             if is_final or "CERTIFICATE_VERIFY_FAILED" in problem:
                 raise RequestError(problem) from error
@@ -225,7 +225,7 @@ class Remote:
         else:
             self._raise_if_final(answer, part, is_signed=key is not None)
             resigned = False
-        wait_s = retry_after(answer.headers.get("Retry-After"))
+        wait_s = parse_retry_after(answer.headers.get("Retry-After"))
         raise TroubleError(f"HTTP {answer.status}", wait_s=wait_s, resigned=resigned)
 
     def _raise_if_final(
@@ -261,12 +261,12 @@ class Remote:
                 if not location:
                     return answer
                 drain(answer)
-                log.debug("Redirecting %s -> %s", without_query(url), without_query(location))
-                url = network.redirected(url, location, self._origin, self._allowed_hosts)
+                log.debug("Redirecting %s -> %s", remove_query(url), remove_query(location))
+                url = network.check_redirect(url, location, self._origin, self._allowed_hosts)
             except ForbiddenError as error:
                 raise RequestError(str(error)) from error
             except urllib3.exceptions.HTTPError as error:
-                problem = network.why_unreachable(url, error)
+                problem = network.explain_unreachable(url, error)
                 if problem is None:
                     raise
                 raise TroubleError(problem, unreachable=url) from error
@@ -352,7 +352,7 @@ def access_to(url: str) -> Access:
     return Access()
 
 
-def retry_after(value: str | None) -> float:
+def parse_retry_after(value: str | None) -> float:
     """Return the server's requested wait in seconds, or 0 (RFC 9110, 10.2.3: a number or a
     date)."""
     if not value:

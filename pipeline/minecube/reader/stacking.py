@@ -90,7 +90,7 @@ def stack(
     return xr.DataArray(data, dims=("time", "band", "y", "x"), coords=coords, name="reflectance")
 
 
-def fetched(stacked: xr.DataArray) -> UInt16:
+def compute_stack(stacked: xr.DataArray) -> UInt16:
     """Compute the pixels of a stack on the `READ_THREADS` threads shared by all stacks."""
     pixels: UInt16 = stacked.data.compute(scheduler="threads", pool=threads(READ_THREADS))
     return pixels

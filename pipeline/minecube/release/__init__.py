@@ -25,24 +25,24 @@ An import is a folder, also usable as a catalogue (`--catalog`):
 from minecube.release.archive import Archive
 from minecube.release.imported import (
     Imported,
-    label_of,
-    need_same,
+    check_same_archive,
+    draw_label,
+    map_placed_years,
     open_import,
-    placed_years,
     write_json,
 )
 from minecube.release.importing import download, import_release
-from minecube.release.members import find
+from minecube.release.members import find_members
 
 __all__ = [
     "Archive",
     "Imported",
+    "check_same_archive",
     "download",
-    "find",
+    "draw_label",
+    "find_members",
     "import_release",
-    "label_of",
-    "need_same",
+    "map_placed_years",
     "open_import",
-    "placed_years",
     "write_json",
 ]

@@ -35,7 +35,7 @@ from rasterio.errors import RasterioError
 from minecube import images
 from minecube.catalog import Access
 from minecube.errors import ReleaseError, UnreadArchiveError
-from minecube.network import ForbiddenError, RequestError, is_local, local_path, without_query
+from minecube.network import ForbiddenError, RequestError, is_local, local_path, remove_query
 from minecube.reader.remote import Head, Opened, Tally, access_to
 from minecube.release.ranges import Bytes, LocalBytes, MissingBytesError, RemoteBytes, Spans
 
@@ -84,7 +84,7 @@ class Archive:
     """
 
     def __init__(self, location: str, access: Access | None = None) -> None:
-        self.location = without_query(location)
+        self.location = remove_query(location)
         self.bytes = self._open(location, access)
         self._spans = Spans(self.bytes.size)
         self._zip = self._read_directory()
@@ -331,7 +331,7 @@ class Archive:
 
     def _unreadable(self, error: OSError) -> ReleaseError:
         reason = error.strerror or str(error)
-        text = f"{self.location}: cannot be read ({without_query(reason)}); check that it is there"
+        text = f"{self.location}: cannot be read ({remove_query(reason)}); check that it is there"
         if "byte ranges" in reason:
             return ReleaseError(f"{text}; or let it be downloaded first (--download)")
         if "://" in self.location:

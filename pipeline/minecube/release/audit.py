@@ -53,7 +53,7 @@ _NAME_CHECKS = {
 
 
 @dataclass(frozen=True, order=True)
-class Finding:
+class AuditFinding:
     """One problem of a release or its split."""
 
     check: str
@@ -68,9 +68,9 @@ Split = Mapping[str, Sequence[str]]
 """train, val and test -> site names in listed order."""
 
 
-def audit(
+def audit_release(
     imported: Imported, release: Release, split: Split, pixels: pd.DataFrame | None = None
-) -> list[Finding]:
+) -> list[AuditFinding]:
     """Run all checks and return findings sorted by check, site and year.
 
     Args:
@@ -91,11 +91,14 @@ def audit(
         *_check_jumps(imported.changes),
     ]
     if pixels is not None:
-        findings += [*_check_steps(pixels), *_check_statistics(band_statistics(pixels, release))]
+        findings += [
+            *_check_steps(pixels),
+            *_check_statistics(compute_band_statistics(pixels, release)),
+        ]
     return sorted(findings)
 
 
-def split_of(release: Release, catalogue: Iterable[Site]) -> Split:
+def select_split(release: Release, catalogue: Iterable[Site]) -> Split:
     """Return the published split from the catalogue."""
     split: dict[str, list[str]] = {}
     for site in catalogue:
@@ -138,7 +141,7 @@ def _is_split(content: Any) -> bool:
     )
 
 
-def change_rates(changes: pd.DataFrame) -> pd.DataFrame:
+def compute_change_rates(changes: pd.DataFrame) -> pd.DataFrame:
     """Sum changes over all sites, per pair of years.
 
     Returns:
@@ -150,7 +153,7 @@ def change_rates(changes: pd.DataFrame) -> pd.DataFrame:
     return counts.assign(rate=(counts["appeared"] + counts["vanished"]) / counts["pixels"])
 
 
-def pixel_sums(
+def sum_pixels(
     archive: Archive, years: pd.DataFrame, report_site: Callable[[str], None] = lambda _: None
 ) -> pd.DataFrame:
     """Sum the pixels of all images. This reads the whole archive.
@@ -210,7 +213,7 @@ def _read_pixels(archive: Archive, name: str, content: bytes) -> Int16:
         ) from error
 
 
-def band_statistics(pixels: pd.DataFrame, release: Release) -> pd.DataFrame:
+def compute_band_statistics(pixels: pd.DataFrame, release: Release) -> pd.DataFrame:
     """Compute mean and standard deviation per band.
 
     If the release publishes statistics, its values and the corrected published deviation are added.
@@ -236,29 +239,33 @@ def _compute_std(count: float, total: float, squares: float) -> float:
     return std
 
 
-def _check_names(notes: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+def _check_names(notes: Mapping[str, Sequence[str]]) -> Iterator[AuditFinding]:
     for key, (check, text) in _NAME_CHECKS.items():
         for name in notes[key]:
-            yield Finding(check, "", 0, f"{name} {text}")
+            yield AuditFinding(check, "", 0, f"{name} {text}")
 
 
-def _check_sites(years: pd.DataFrame, release: Release, split: Split) -> Iterator[Finding]:
+def _check_sites(years: pd.DataFrame, release: Release, split: Split) -> Iterator[AuditFinding]:
     archive_sites = set(years["site"])
     parts_of = _list_parts(split)
     if len(archive_sites) != release.sites:
-        yield Finding("sites", "", 0, f"expected {release.sites} sites, found {len(archive_sites)}")
+        yield AuditFinding(
+            "sites", "", 0, f"expected {release.sites} sites, found {len(archive_sites)}"
+        )
     if len(parts_of) != release.sites:
         text = f"the split names {len(parts_of)} distinct sites, for {release.sites} of the release"
-        yield Finding("split", "", 0, text)
+        yield AuditFinding("split", "", 0, text)
     for site, parts in parts_of.items():
         if len(parts) > 1:
-            yield Finding("split", site, 0, f"is named {_describe_parts(parts)}")
+            yield AuditFinding("split", site, 0, f"is named {_describe_parts(parts)}")
         if site not in archive_sites:
-            yield Finding("split", site, 0, f"is in the split ({parts[0]}), and not in the archive")
+            yield AuditFinding(
+                "split", site, 0, f"is in the split ({parts[0]}), and not in the archive"
+            )
     for site in sorted(archive_sites - set(parts_of)):
-        yield Finding("split", site, 0, "is in the archive, and not in the split")
+        yield AuditFinding("split", site, 0, "is in the archive, and not in the split")
     for site in sorted(archive_sites & set(release.excluded)):
-        yield Finding("split", site, 0, "is passed over by the authors' code")
+        yield AuditFinding("split", site, 0, "is passed over by the authors' code")
 
 
 def _describe_parts(parts: Sequence[str]) -> str:
@@ -267,46 +274,48 @@ def _describe_parts(parts: Sequence[str]) -> str:
     return f"in {' and in '.join(parts)}"
 
 
-def _check_repeated_images(years: pd.DataFrame) -> Iterator[Finding]:
+def _check_repeated_images(years: pd.DataFrame) -> Iterator[AuditFinding]:
     site_years = years[years["image_crc"].notna()]
     for _, copies in site_years.groupby(["year", "image_crc", "height", "width"]):
         original, *repetitions = _iterate_rows(copies)
         for row in repetitions:
-            yield Finding("repeated site", row.site, row.year, f"has the image of {original.site}")
+            yield AuditFinding(
+                "repeated site", row.site, row.year, f"has the image of {original.site}"
+            )
 
 
-def _check_years(years: pd.DataFrame, release: Release) -> Iterator[Finding]:
+def _check_years(years: pd.DataFrame, release: Release) -> Iterator[AuditFinding]:
     for site, rows in years.groupby("site"):
         for kind in ("image", "label"):
             missing = set(release.years) - set(rows.loc[rows[kind].notna(), "year"])
             for year in sorted(missing):
-                yield Finding("year missing", str(site), year, f"has no {kind}")
+                yield AuditFinding("year missing", str(site), year, f"has no {kind}")
         for year in sorted(set(rows["year"]) - set(release.years)):
-            yield Finding("year", str(site), int(year), "is not a year of the release")
+            yield AuditFinding("year", str(site), int(year), "is not a year of the release")
 
 
-def _check_labels(years: pd.DataFrame) -> Iterator[Finding]:
+def _check_labels(years: pd.DataFrame) -> Iterator[AuditFinding]:
     for row in _iterate_rows(years[years["label"].notna()]):
         if row.problem and row.problem.startswith("label"):
             text = f"{row.problem.removeprefix('label: ')}; it is left out"
-            yield Finding("label", row.site, row.year, text)
+            yield AuditFinding("label", row.site, row.year, text)
         elif row.mine_px == 0:
-            yield Finding("label empty", row.site, row.year, "has no mine")
+            yield AuditFinding("label empty", row.site, row.year, "has no mine")
         elif row.mine_px == row.label_height * row.label_width:
-            yield Finding("label full", row.site, row.year, "is mine everywhere")
+            yield AuditFinding("label full", row.site, row.year, "is mine everywhere")
 
 
-def _check_images(years: pd.DataFrame) -> Iterator[Finding]:
+def _check_images(years: pd.DataFrame) -> Iterator[AuditFinding]:
     for row in _iterate_rows(years[years["image"].notna()]):
         if row.problem and row.problem.startswith("image"):
             text = f"{row.problem.removeprefix('image: ')}; its label has no place"
-            yield Finding("image", row.site, row.year, text)
+            yield AuditFinding("image", row.site, row.year, text)
         if row.dtype and (row.bands, row.dtype) != (len(BANDS), "int16"):
             text = f"expected {len(BANDS)} bands of int16, found {int(row.bands)} of {row.dtype}"
-            yield Finding("image", row.site, row.year, text)
+            yield AuditFinding("image", row.site, row.year, text)
 
 
-def _check_grids(years: pd.DataFrame) -> Iterator[Finding]:
+def _check_grids(years: pd.DataFrame) -> Iterator[AuditFinding]:
     has_image_problem = years["problem"].fillna("").str.startswith("image")
     placed = years[years["image"].notna() & ~has_image_problem]
     for site, rows in placed.groupby("site"):
@@ -314,7 +323,7 @@ def _check_grids(years: pd.DataFrame) -> Iterator[Finding]:
             grid = (row.height, row.width, *row.transform)
             earlier_grid = (earlier.height, earlier.width, *earlier.transform)
             if grid != earlier_grid:
-                yield Finding("grid", str(site), row.year, _describe_move(earlier, row))
+                yield AuditFinding("grid", str(site), row.year, _describe_move(earlier, row))
 
 
 def _describe_move(earlier: Any, row: Any) -> str:
@@ -340,7 +349,7 @@ def _list_parts(split: Split) -> dict[str, list[str]]:
     return parts_of
 
 
-def _check_neighbours(sites: gpd.GeoDataFrame, split: Split) -> Iterator[Finding]:
+def _check_neighbours(sites: gpd.GeoDataFrame, split: Split) -> Iterator[AuditFinding]:
     part_of = {site: parts[0] for site, parts in _list_parts(split).items()}
     in_split = sites[sites["id"].isin(list(part_of))].to_crs(3035)
     in_split = in_split.assign(split=in_split["id"].map(part_of))
@@ -354,19 +363,19 @@ def _check_neighbours(sites: gpd.GeoDataFrame, split: Split) -> Iterator[Finding
             if distance:
                 relation = f"lies {distance / 1000:.1f} km from"
             text = f"({site['split']}) {relation} {neighbour['id']} ({neighbour['split']})"
-            yield Finding("neighbours", site["id"], 0, text)
+            yield AuditFinding("neighbours", site["id"], 0, text)
 
 
-def _check_jumps(changes: pd.DataFrame) -> Iterator[Finding]:
+def _check_jumps(changes: pd.DataFrame) -> Iterator[AuditFinding]:
     consecutive = changes[changes["year_2"] == changes["year_1"] + 1]
     for row in _iterate_rows(consecutive):
         rate = (row.appeared + row.vanished) / row.pixels
         if rate > JUMP:
             text = f"{rate:.1%} of its pixels changed since the year before"
-            yield Finding("label jump", row.site, row.year_2, text)
+            yield AuditFinding("label jump", row.site, row.year_2, text)
 
 
-def _check_steps(pixels: pd.DataFrame) -> Iterator[Finding]:
+def _check_steps(pixels: pd.DataFrame) -> Iterator[AuditFinding]:
     for site, rows in pixels.groupby("site"):
         low = rows.pivot_table(index="year", columns="band", values="low").sort_index()
         steps = np.diff(low.to_numpy(), axis=0)
@@ -378,16 +387,16 @@ def _check_steps(pixels: pd.DataFrame) -> Iterator[Finding]:
                     "the darkest pixels of all bands step "
                     f"by {smallest:+.0f} to {largest:+.0f} from the year before"
                 )
-                yield Finding("offset", str(site), int(year), text)
+                yield AuditFinding("offset", str(site), int(year), text)
 
 
-def _check_statistics(bands: pd.DataFrame) -> Iterator[Finding]:
+def _check_statistics(bands: pd.DataFrame) -> Iterator[AuditFinding]:
     if "published_mean" not in bands:
         return
     for band, row in bands.to_dict("index").items():
         if abs(row["mean"] / row["published_mean"] - 1) > _TOLERANCE:
             text = f"{band}: mean {row['mean']:.1f}, published {row['published_mean']:.1f}"
-            yield Finding("band statistics", "", 0, text)
+            yield AuditFinding("band statistics", "", 0, text)
         if abs(row["std"] / row["published_std"] - 1) > _TOLERANCE:
             reason = "and that is not for the square root of 2"
             if abs(row["std"] / row["corrected_std"] - 1) <= _TOLERANCE:
@@ -396,7 +405,7 @@ def _check_statistics(bands: pd.DataFrame) -> Iterator[Finding]:
                 f"{band}: standard deviation {row['std']:.1f}, "
                 f"published {row['published_std']:.1f}, {reason}"
             )
-            yield Finding("band statistics", "", 0, text)
+            yield AuditFinding("band statistics", "", 0, text)
 
 
 def _iterate_rows(table: pd.DataFrame) -> Iterable[Any]:
@@ -404,6 +413,6 @@ def _iterate_rows(table: pd.DataFrame) -> Iterable[Any]:
     return table.itertuples()
 
 
-def counted(findings: Iterable[Finding]) -> dict[str, int]:
+def count_findings(findings: Iterable[AuditFinding]) -> dict[str, int]:
     """Count the findings of each check."""
     return dict(Counter(finding.check for finding in findings))

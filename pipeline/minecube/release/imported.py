@@ -51,7 +51,7 @@ def open_import(folder: Path) -> Imported:
         ) from error
 
 
-def label_of(imported: Imported, site: str, year: int) -> UInt8:
+def draw_label(imported: Imported, site: str, year: int) -> UInt8:
     """Rebuild a label of an import as published.
 
     Returns:
@@ -74,7 +74,7 @@ def label_of(imported: Imported, site: str, year: int) -> UInt8:
     return label
 
 
-def placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]:
+def map_placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]:
     """Map each year with a georeferenced image to its row of `years`."""
     rows: Any = imported.years[imported.years["site"] == site].to_dict("records")
     return {
@@ -84,7 +84,7 @@ def placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]:
     }
 
 
-def need_same(archive: Archive, imported: Imported, folder: Path) -> None:
+def check_same_archive(archive: Archive, imported: Imported, folder: Path) -> None:
     """Raise ReleaseError if the import is from another archive."""
     if archive.compute_identity() != imported.about["identity"]:
         raise ReleaseError(

@@ -17,12 +17,12 @@ from rasterio.errors import NotGeoreferencedWarning
 from minecube.catalog import Release, Site
 from minecube.errors import ReleaseError, UnreadArchiveError
 from minecube.files import replacing
-from minecube.network import ForbiddenError, check_url, origin_of, why_unreachable, without_query
-from minecube.reader import interrupted
+from minecube.network import ForbiddenError, check_url, explain_unreachable, origin_of, remove_query
+from minecube.reader import interruption
 from minecube.reader.remote import Session, length_of
 from minecube.release.archive import Archive
 from minecube.release.imported import Imported, open_import, write_json
-from minecube.release.members import Members, find
+from minecube.release.members import Members, find_members
 from minecube.release.sites import ReleaseSite, extent_of, read_site
 
 _PARALLEL_SITES = 3  # a killed run loses at most these
@@ -51,7 +51,7 @@ def import_release(
         ReleaseError: members cannot be read (the other sites are kept for the next run), the folder
             has another archive's import, or writing fails.
     """
-    members = find(archive.names())
+    members = find_members(archive.names())
     notes = {
         "archive": archive.location,
         "identity": archive.compute_identity(),
@@ -127,7 +127,7 @@ def download(
             the user also raises, before the first request.
     """
     _find_notes_folder(out)
-    path = out / f"archive-{hashlib.sha256(without_query(url).encode()).hexdigest()[:12]}.zip"
+    path = out / f"archive-{hashlib.sha256(remove_query(url).encode()).hexdigest()[:12]}.zip"
     if path.exists():
         return path
     try:
@@ -145,8 +145,8 @@ def download(
                 file.write(piece)
                 report_bytes(len(piece), total)
     except (OSError, ForbiddenError) as error:  # requests raises OSErrors
-        reason = why_unreachable(url, error) or without_query(str(error))
-        text = f"{without_query(url)}: cannot be downloaded to {out} ({reason}); try again"
+        reason = explain_unreachable(url, error) or remove_query(str(error))
+        text = f"{remove_query(url)}: cannot be downloaded to {out} ({reason}); try again"
         if isinstance(error, ForbiddenError):
             raise ReleaseError(text) from error
         raise UnreadArchiveError(text) from error
@@ -157,7 +157,7 @@ def _read_sites(
     archive: Archive, members: Members, parts: Path, report_site: Callable[[str], None]
 ) -> list[ReleaseSite]:
     """Read all sites in order; sites of an earlier run come from its folder."""
-    interrupted.clear()
+    interruption.clear()
     names = members.sites()
     errors: dict[str, ReleaseError] = {}
     with warnings.catch_warnings(), ThreadPoolExecutor(_PARALLEL_SITES) as pool:
@@ -173,7 +173,7 @@ def _read_sites(
                         errors[tasks[task]] = error
                     report_site(tasks[task])
         except BaseException:
-            interrupted.set()  # stop retrying failed requests
+            interruption.set()  # stop retrying failed requests
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if errors:

@@ -40,13 +40,13 @@ _SLACK_M = 1.0  # the cube's grid follows edges, straight in degrees, only at sa
 _EDGE_POINTS = 65
 
 
-def release_grid(year: Any) -> GeoBox:
+def read_release_grid(year: Any) -> GeoBox:
     """Build the grid of a site and year from its row of `years` in an import."""
     shape = (int(year["height"]), int(year["width"]))
     return GeoBox(shape, Affine(*year["transform"]), year["crs"])
 
 
-def own_grid(grid: GeoBox) -> GeoBox:
+def make_release_grid(grid: GeoBox) -> GeoBox:
     """Return the largest grid of the release's kind within the cube's grid.
 
     Use it for sites outside the release.
@@ -67,7 +67,7 @@ def own_grid(grid: GeoBox) -> GeoBox:
     )
 
 
-def image_on(reflectance: xr.DataArray, grid: GeoBox) -> Int16:
+def resample_image(reflectance: xr.DataArray, grid: GeoBox) -> Int16:
     """Resample a year's reflectance bilinearly to another grid.
 
     Pixels with less than half of their weight observed become 0.
@@ -93,7 +93,9 @@ def image_on(reflectance: xr.DataArray, grid: GeoBox) -> Int16:
     return image
 
 
-def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBox) -> UInt8 | None:
+def resample_label(
+    footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBox
+) -> UInt8 | None:
     """Resample a year's footprint to another grid.
 
     Args:
@@ -125,7 +127,9 @@ def label_on(footprint: xr.DataArray, fraction: xr.DataArray | None, grid: GeoBo
     return np.where(is_mine, np.uint8(ARCHIVE_MINE), np.uint8(0))
 
 
-def write(out: Path, site: str, year: int, image: Int16, label: UInt8 | None, grid: GeoBox) -> None:
+def write_site_year(
+    out: Path, site: str, year: int, image: Int16, label: UInt8 | None, grid: GeoBox
+) -> None:
     """Write a year of a site in the release's layout below `out`, replacing older files.
 
     Raises:
@@ -141,7 +145,7 @@ def write(out: Path, site: str, year: int, image: Int16, label: UInt8 | None, gr
         label_path.unlink(missing_ok=True)  # from an earlier export of another cube
 
 
-def iou(label: UInt8, other_label: UInt8) -> float:
+def compute_iou(label: UInt8, other_label: UInt8) -> float:
     """Compute intersection over union of two labels; 1 if both are empty."""
     intersection = ((label > 0) & (other_label > 0)).sum()
     union = ((label > 0) | (other_label > 0)).sum()

@@ -43,7 +43,7 @@ def split_number(name: str) -> tuple[str, int, str]:
     return word, int(name[len(word) :] or -1), name
 
 
-def find(names: Iterable[str]) -> Members:
+def find_members(names: Iterable[str]) -> Members:
     """Find images and labels in an archive; raise ReleaseError if both are missing."""
     members: dict[str, dict[tuple[str, int], str]] = {"image": {}, "label": {}}
     renamed = []

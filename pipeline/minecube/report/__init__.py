@@ -7,17 +7,17 @@ scores.py    scores by year and gap, precision and recall, reliability
 style.py     colours, axes and files of all pictures
 """
 
-from minecube.report.areas import area_plot
-from minecube.report.coverage import MISSING, NONE_USABLE, TOO_FEW, coverage_map
-from minecube.report.strips import OUTLINES, comparison, strip
+from minecube.report.areas import draw_areas
+from minecube.report.coverage import MISSING, NONE_USABLE, TOO_FEW, draw_coverage
+from minecube.report.strips import OUTLINES, draw_comparison, draw_strip
 
 __all__ = [
     "MISSING",
     "NONE_USABLE",
     "OUTLINES",
     "TOO_FEW",
-    "area_plot",
-    "comparison",
-    "coverage_map",
-    "strip",
+    "draw_areas",
+    "draw_comparison",
+    "draw_coverage",
+    "draw_strip",
 ]

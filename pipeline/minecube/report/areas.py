@@ -30,7 +30,7 @@ GAIN = VERMILION
 LOSS = BLUE
 
 
-def area_plot(
+def draw_areas(
     areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, pd.DataFrame] | None = None
 ) -> None:
     """Write a PNG of mine area by year per site, with gain and loss as bars below the line.

@@ -32,7 +32,7 @@ _TOP_IN = 1.15
 _CORNERS = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
 
 
-def coverage_map(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: str) -> None:
+def draw_coverage(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: str) -> None:
     """Write a PNG of the usable dates, with a row per site and source and a cell per month.
 
     Darker cells have more usable dates. Months of the season without usable dates are pink. A bar

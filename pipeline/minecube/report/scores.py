@@ -44,7 +44,7 @@ MARKED = 30
 """Lines with more points have no marks."""
 
 
-def lines(
+def draw_scores(
     tables: Mapping[str, pd.Series],
     out: Path,
     title: str,
@@ -75,7 +75,7 @@ def lines(
     _finish_plot(figure, ax, out)
 
 
-def precision_recall(
+def draw_precision_recall(
     tables: Mapping[str, pd.DataFrame],
     out: Path,
     title: str,
@@ -128,7 +128,7 @@ def precision_recall(
     _finish_plot(figure, ax, out)
 
 
-def reliability(
+def draw_reliability(
     tables: Mapping[str, pd.DataFrame], out: Path, title: str, *, models: Sequence[str] = ()
 ) -> None:
     """Write a PNG of the observed share of mine pixels over the predicted probability.

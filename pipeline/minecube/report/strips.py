@@ -33,7 +33,9 @@ _BAR_M = (100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 """Lengths of scale bars."""
 
 
-def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
+def draw_strip(
+    cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, title: str
+) -> None:
     """Write a PNG with one true-colour panel per year and outlines of the footprints.
 
     Years without data are hatched.
@@ -76,7 +78,7 @@ def strip(cube: xr.Dataset, footprints: Mapping[str, xr.DataArray], out: Path, t
     save(figure, out)
 
 
-def comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
+def draw_comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
     """Write a PNG with true-colour images of one place side by side, in one stretch.
 
     Args:

@@ -36,29 +36,40 @@ Pixels:
 
 from minecube.grid import grid_of
 from minecube.reader import stack
-from minecube.scenes.acquisitions import acquisition, copies_of, deduplicate, merge
+from minecube.scenes.acquisitions import (
+    deduplicate,
+    find_copies,
+    identify_acquisition,
+    merge_sources,
+)
 from minecube.scenes.normalisation import normalise
-from minecube.scenes.selection import dates, mean_cloud_cover, need_dates, select, usable
-from minecube.scenes.site_year import Found, NothingFoundError, check_years, has_images, search
-from minecube.scenes.snapshot_checks import belonging
+from minecube.scenes.selection import (
+    list_solar_days,
+    mean_cloud_cover,
+    need_dates,
+    select,
+    select_usable,
+)
+from minecube.scenes.site_year import NoScenesError, SearchResult, check_years, has_images, search
+from minecube.scenes.snapshot_checks import check_saved_scenes
 
 __all__ = [
-    "Found",
-    "NothingFoundError",
-    "acquisition",
-    "belonging",
+    "NoScenesError",
+    "SearchResult",
+    "check_saved_scenes",
     "check_years",
-    "copies_of",
-    "dates",
     "deduplicate",
+    "find_copies",
     "grid_of",
     "has_images",
+    "identify_acquisition",
+    "list_solar_days",
     "mean_cloud_cover",
-    "merge",
+    "merge_sources",
     "need_dates",
     "normalise",
     "search",
     "select",
+    "select_usable",
     "stack",
-    "usable",
 ]

@@ -19,7 +19,7 @@ Parts of a split datatake start many seconds apart.
 """
 
 
-def acquisition(item: pystac.Item) -> tuple[str, str]:
+def identify_acquisition(item: pystac.Item) -> tuple[str, str]:
     """Return (datatake, granule start), equal for all processings and providers of an acquisition.
 
     The datatake is the satellite and the start of sensing, for example `S2A_20200302T102021`. It is
@@ -91,7 +91,7 @@ def _version(scene: pystac.Item) -> tuple[str, str, str]:
     return properties["s2:processing_baseline"], properties["minecube:generated"], scene.id
 
 
-def merge(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
+def merge_sources(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
     """Merge scenes of several sources, in order of preference. Keep the first source's copy.
 
     A newer baseline of a later source does not count. Each source's list is already reduced to its
@@ -110,7 +110,7 @@ def merge(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
     return [min(copies, key=rank_of) for copies in _group_copies(scenes)]
 
 
-def copies_of(scene: pystac.Item, listed: Iterable[pystac.Item]) -> list[pystac.Item]:
+def find_copies(scene: pystac.Item, listed: Iterable[pystac.Item]) -> list[pystac.Item]:
     """Return the listed scenes of the same acquisition and tile as another scene."""
     for copies in _group_copies([scene, *listed]):
         twins = [copy for copy in copies if copy is not scene]

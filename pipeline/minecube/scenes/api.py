@@ -30,9 +30,9 @@ from shapely.geometry.base import BaseGeometry
 from minecube import network
 from minecube.catalog import Source
 from minecube.errors import SceneError, UnansweredError
-from minecube.grid import footprint_of
+from minecube.grid import clean_footprint
 from minecube.network import ForbiddenError, RequestError, origin_of
-from minecube.reader.remote import Session, retry_after
+from minecube.reader.remote import Session, parse_retry_after
 from minecube.scenes.features import Feature
 from minecube.scenes.footprints import parse_shape
 
@@ -89,7 +89,7 @@ def _may_lie_over(feature: Feature, area: BaseGeometry) -> bool:
 
     True without a footprint, so the item is refused by name later.
     """
-    footprint = footprint_of(parse_shape(feature.get("geometry")))
+    footprint = clean_footprint(parse_shape(feature.get("geometry")))
     return bool(footprint.is_empty or shapely.intersects(footprint, area))
 
 
@@ -265,7 +265,7 @@ class _SourceIO(StacApiIO):
                 if attempt >= _HUNG_TRIES:
                     raise _hung(url) from error
             else:
-                pause = max(pause, retry_after(answer.headers.get("Retry-After")))
+                pause = max(pause, parse_retry_after(answer.headers.get("Retry-After")))
                 is_final = answer.status_code not in _TEMPORARY or attempt >= _TRIES
                 if is_final or pause > network.PATIENCE_S:
                     return answer
@@ -292,7 +292,7 @@ def _pause_after(
     Raises:
         RequestError: there is no further try.
     """
-    reason = network.why_unreachable(url, error)
+    reason = network.explain_unreachable(url, error)
     if reason and lasted_s + _PAUSE_S > network.REFUSED_S:
         network.note_unreachable(url, reason)
         raise RequestError(reason) from error

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import pystac
 
 from minecube.catalog import ASSET_KEYS, NATIVE_M, Source
-from minecube.network import ForbiddenError, check_href, origin_of, without_query
+from minecube.network import ForbiddenError, check_href, origin_of, remove_query
 from minecube.scenes.item_values import parse_number, parse_numbers, read_number, refusal
 
 _TILE_M = 109_800  # side of a Sentinel-2 tile
@@ -176,5 +176,5 @@ def need_allowed(scene: pystac.Item, source: Source) -> None:
             check_href(name, origin, hosts)
         except ForbiddenError as error:
             raise refusal(
-                scene, f"asset {band} is not read from {without_query(asset.href)}: {error}"
+                scene, f"asset {band} is not read from {remove_query(asset.href)}: {error}"
             ) from error

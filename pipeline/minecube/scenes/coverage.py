@@ -17,11 +17,11 @@ import pandas as pd
 import pystac
 
 from minecube.catalog import Recipe
-from minecube.scenes.acquisitions import merge
-from minecube.scenes.selection import dates, mean_cloud_cover, usable
-from minecube.scenes.site_year import Found
+from minecube.scenes.acquisitions import merge_sources
+from minecube.scenes.selection import list_solar_days, mean_cloud_cover, select_usable
+from minecube.scenes.site_year import SearchResult
 
-ALL = "all"
+ALL_SOURCES = "all"
 """Source name in rows for all sources together."""
 TOO_FEW = "too few"
 """State of a site-year with fewer usable dates than the recipe needs."""
@@ -58,7 +58,7 @@ class Listing:
     site: str
     year: int
     source: str
-    found: Found
+    found: SearchResult
 
 
 def derive_passes(
@@ -122,7 +122,7 @@ def _phase(solar: date, service: _Service) -> int:
     return (solar.toordinal() - service.behind) % _CYCLE
 
 
-def audit(
+def tabulate_coverage(
     listings: Sequence[Listing], recipe: Recipe, until: date
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tabulate the coverage of one site with `tabulate_months` and `tabulate_year`.
@@ -155,8 +155,8 @@ def audit(
 
 def _pool(listings: Sequence[Listing]) -> Listing:
     """Return the listings of one site-year as one listing of source `all`."""
-    pooled = Found(
-        scenes=tuple(merge(listing.found.scenes for listing in listings)),
+    pooled = SearchResult(
+        scenes=tuple(merge_sources(listing.found.scenes for listing in listings)),
         listed=sum(listing.found.listed for listing in listings),
         # Several sources may refuse the same id.
         refused={
@@ -165,7 +165,7 @@ def _pool(listings: Sequence[Listing]) -> Listing:
             for item_id, reason in listing.found.refused.items()
         },
     )
-    return Listing(site=listings[0].site, year=listings[0].year, source=ALL, found=pooled)
+    return Listing(site=listings[0].site, year=listings[0].year, source=ALL_SOURCES, found=pooled)
 
 
 def tabulate_months(
@@ -186,13 +186,13 @@ def tabulate_months(
 
     `expected` and `missing` are NA if no scene of the site names its orbit.
     """
-    listed_days = set(dates(listing.found.scenes))
+    listed_days = set(list_solar_days(listing.found.scenes))
     rows = []
     for month in range(1, 13):
         scenes = [s for s in listing.found.scenes if _utc(s).month == month]
         due_days = _days_of_month(passes or {}, month)
         missing_days = [day for day in due_days if day not in listed_days]
-        usable_days = len(dates(usable(scenes, recipe)))
+        usable_days = len(list_solar_days(select_usable(scenes, recipe)))
         rows.append(
             {
                 "site": listing.site,
@@ -200,7 +200,7 @@ def tabulate_months(
                 "month": month,
                 "source": listing.source,
                 "scenes": len(scenes),
-                "days": len(dates(scenes)),
+                "days": len(list_solar_days(scenes)),
                 "usable": usable_days,
                 "cloud": mean_cloud_cover(scenes),
                 "baselines": _baselines(scenes),
@@ -240,8 +240,8 @@ def tabulate_year(
     result = listing.found
     season = months[months["month"].isin(recipe.months)]
     sums = {name: season[name].sum(min_count=1) for name in ("days", "expected", "missing")}
-    usable_scenes = usable(result.scenes, recipe)
-    usable_days = len(dates(usable_scenes))
+    usable_scenes = select_usable(result.scenes, recipe)
+    usable_days = len(list_solar_days(usable_scenes))
     gap = _longest_gap(listing.year, {_utc(scene) for scene in usable_scenes}, recipe, until)
     row = {
         "site": listing.site,

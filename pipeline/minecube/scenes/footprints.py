@@ -10,7 +10,7 @@ import pystac
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from minecube.grid import footprint_of
+from minecube.grid import clean_footprint
 
 
 def parse_shape(geometry: Mapping[str, Any] | None) -> BaseGeometry | None:
@@ -35,4 +35,4 @@ def parse_shape(geometry: Mapping[str, Any] | None) -> BaseGeometry | None:
 
 def lies_over(item: pystac.Item, area: BaseGeometry) -> bool:
     """Return whether an item's footprint meets the area, including across the antimeridian."""
-    return bool(shapely.intersects(footprint_of(parse_shape(item.geometry)), area))
+    return bool(shapely.intersects(clean_footprint(parse_shape(item.geometry)), area))

@@ -27,7 +27,7 @@ from shapely.geometry.base import BaseGeometry
 from minecube.arrays import AnyArray, Int64
 from minecube.catalog import Source
 from minecube.errors import SceneError, UnansweredError
-from minecube.grid import footprint_of
+from minecube.grid import clean_footprint
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, origin_of
 from minecube.reader.remote import access_to, remote_for
 from minecube.scenes import parquet
@@ -176,7 +176,7 @@ def _footprints(shapes: AnyArray) -> AnyArray:
     plain &= shapely.is_valid(shapes) & ~shapely.has_z(shapes)
     footprints = shapes.copy()
     for row in np.flatnonzero(~plain):
-        footprints[row] = footprint_of(shapes[row])
+        footprints[row] = clean_footprint(shapes[row])
     return footprints
 
 

@@ -15,7 +15,7 @@ from odc.geo.geobox import GeoBox
 from minecube.arrays import Float32, UInt16
 from minecube.catalog import SCL
 from minecube.errors import ReadError
-from minecube.reader import Ledger, fetched, stack
+from minecube.reader import Ledger, compute_stack, stack
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Look:
         return Look(ids=ids, bands=self.bands, stored=self.stored[rows], scl=self.scl[rows])
 
 
-def look_at(
+def read_look(
     scenes: Sequence[pystac.Item],
     grid: GeoBox,
     ledger: Ledger | None = None,
@@ -99,7 +99,7 @@ def _read_look(
         copy.properties["minecube:offset"] = 0
         as_stored.append(copy)
     coarse = coarsen_grid(grid)
-    pixels = fetched(
+    pixels = compute_stack(
         stack(as_stored, coarse, (*bands, SCL), chunk_px=max(coarse.shape), ledger=ledger)
     )
     stored, scl = np.split(pixels.reshape(*pixels.shape[:2], -1), [-1], axis=1)

@@ -11,9 +11,9 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from minecube.catalog import SCL, Source
-from minecube.grid import footprint_of
+from minecube.grid import clean_footprint
 from minecube.network import origin_of
-from minecube.scenes.acquisitions import acquisition, compute_solar_day
+from minecube.scenes.acquisitions import compute_solar_day, identify_acquisition
 from minecube.scenes.assets import (
     convert_assets,
     find_band_assets,
@@ -63,7 +63,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
     baseline = read_baseline(item)
     tile = read_tile(item)
     offset, reason = decide_offset(item, baseline, source, assets)
-    datatake, start = acquisition(item)
+    datatake, start = identify_acquisition(item)
     scene = pystac.Item(
         id=item.id,
         geometry=geometry,
@@ -98,7 +98,7 @@ def normalise(item: pystac.Item, source: Source) -> pystac.Item:
 def _footprint(item: pystac.Item) -> tuple[dict[str, Any] | None, BaseGeometry]:
     """Return the footprint as GeoJSON and as shape. Raise SceneError if it has no area."""
     shape = parse_shape(item.geometry)
-    footprint = footprint_of(shape)
+    footprint = clean_footprint(shape)
     if footprint.is_empty:
         kind = shape.geom_type if shape else "none"
         raise refusal(

@@ -44,7 +44,7 @@ from minecube.scenes.looks import CLEAR, Look
 
 log = logging.getLogger(__name__)
 
-POLICIES = ("warn", "fix", "drop", "fail")
+CONFLICT_POLICIES = ("warn", "fix", "drop", "fail")
 """Treatment of a scene in conflict.
 
 warn: keep it. fix: read it with the other offset. drop: leave it out. fail: fail the site-year.
@@ -73,7 +73,7 @@ _ROUNDS = 4  # of comparing and moving; enough even if every offset is wrong
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class OffsetCheck:
     """Result of the pixel check for one scene's offset."""
 
     scene: str
@@ -95,7 +95,7 @@ class Check:
         )
 
 
-def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
+def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[OffsetCheck]:
     """Check the offset of each scene, in the given order, from a coarse look.
 
     All steps stay None if the look has fewer than two bands, or neither a blue nor a red band.
@@ -111,12 +111,12 @@ def check_offsets(scenes: Sequence[pystac.Item], look: Look) -> list[Check]:
     ]
 
 
-def _compare(scene: pystac.Item, offset: int, carried: float, step: float) -> Check:
+def _compare(scene: pystac.Item, offset: int, carried: float, step: float) -> OffsetCheck:
     """Compare the decided offset with the number carried by the pixels, NaN if unknown."""
     if not np.isfinite(carried):
-        return Check(scene=scene.id, offset=offset, step=None, conflict=False, should_be=None)
+        return OffsetCheck(scene=scene.id, offset=offset, step=None, conflict=False, should_be=None)
     conflict = bool(carried != -offset)
-    return Check(
+    return OffsetCheck(
         scene=scene.id,
         offset=offset,
         step=round(float(step), 1),
@@ -125,8 +125,8 @@ def _compare(scene: pystac.Item, offset: int, carried: float, step: float) -> Ch
     )
 
 
-def resolve(
-    scenes: Sequence[pystac.Item], checks: Sequence[Check], policy: str
+def resolve_conflicts(
+    scenes: Sequence[pystac.Item], checks: Sequence[OffsetCheck], policy: str
 ) -> list[pystac.Item]:
     """Apply the policy to scenes in conflict, and log a warning for each.
 
@@ -162,7 +162,7 @@ def resolve(
     return resolved
 
 
-def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
+def list_conflicts(checks: Sequence[OffsetCheck]) -> list[dict[str, Any]]:
     """Return the conflicts as plain JSON, for provenance."""
     return [
         {"scene": c.scene, "offset": c.offset, "step": c.step, "should_be": c.should_be}

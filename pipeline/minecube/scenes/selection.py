@@ -19,8 +19,8 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     Raises:
         SceneError: the scenes of the recipe's months have fewer dates than `min_dates`.
     """
-    selected = usable(scenes, recipe)
-    days = dates(selected)
+    selected = select_usable(scenes, recipe)
+    days = list_solar_days(selected)
     if len(days) < recipe.min_dates:
         in_season = _scenes_of_months(scenes, recipe.months)
         uses = "none"
@@ -38,8 +38,8 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
 
 def need_dates(scenes: Sequence[pystac.Item], recipe: Recipe, year: int) -> None:
     """Raise SceneError if a year's usable scenes have fewer dates than the recipe's `min_dates`."""
-    in_year = [s for s in usable(scenes, recipe) if s.datetime and s.datetime.year == year]
-    days = dates(in_year)
+    in_year = [s for s in select_usable(scenes, recipe) if s.datetime and s.datetime.year == year]
+    days = list_solar_days(in_year)
     if len(days) < recipe.min_dates:
         raise SceneError(
             f"{len(days)} dates of {year} are left, "
@@ -49,7 +49,7 @@ def need_dates(scenes: Sequence[pystac.Item], recipe: Recipe, year: int) -> None
         )
 
 
-def usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
+def select_usable(scenes: Iterable[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     """Select the scenes of a recipe's months with at most its `max_cloud_cover`."""
     return _clear_scenes_of_months(scenes, recipe, recipe.months)
 
@@ -78,6 +78,6 @@ def mean_cloud_cover(scenes: Iterable[pystac.Item]) -> float:
     return sum(percents) / len(percents)
 
 
-def dates(scenes: Iterable[pystac.Item]) -> list[str]:
+def list_solar_days(scenes: Iterable[pystac.Item]) -> list[str]:
     """Return the scenes' distinct solar days, YYYY-MM-DD, sorted."""
     return sorted({s.properties["minecube:solar_day"] for s in scenes})

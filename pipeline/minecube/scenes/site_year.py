@@ -15,7 +15,7 @@ from shapely.geometry.base import BaseGeometry
 from minecube.catalog import FIRST_YEAR, Site, Source
 from minecube.errors import SceneError
 from minecube.grid import area_of, grid_of
-from minecube.scenes.acquisitions import deduplicate, merge
+from minecube.scenes.acquisitions import deduplicate, merge_sources
 from minecube.scenes.api import search_api
 from minecube.scenes.features import Feature
 from minecube.scenes.item_file import search_file
@@ -31,7 +31,7 @@ _MOST_NAMES = 9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """Result of a search: the scenes, and the reasons for refused items."""
 
     scenes: tuple[pystac.Item, ...]
@@ -47,16 +47,16 @@ class Found:
         return self.listed - len(self.refused) - len(self.scenes)
 
 
-class NothingFoundError(SceneError):
+class NoScenesError(SceneError):
     """An answered search without any usable scene."""
 
-    def __init__(self, message: str, found: Found) -> None:
+    def __init__(self, message: str, found: SearchResult) -> None:
         super().__init__(message)
         self.found = found
         """Has no scenes, only the number of listed items and the reasons for refusal."""
 
 
-def search(site: Site, year: int, *sources: Source) -> Found:
+def search(site: Site, year: int, *sources: Source) -> SearchResult:
     """Search all usable scenes of one calendar year over a site.
 
     Each acquisition comes from the first source with a usable scene of it, in its newest baseline.
@@ -83,14 +83,16 @@ def search(site: Site, year: int, *sources: Source) -> Found:
         listed += len(scenes) + len(reasons)
         refused |= reasons
         scenes_by_source.append(deduplicate(scenes))
-    result = Found(scenes=tuple(merge(scenes_by_source)), listed=listed, refused=refused)
+    result = SearchResult(
+        scenes=tuple(merge_sources(scenes_by_source)), listed=listed, refused=refused
+    )
     if not result.scenes:
-        raise NothingFoundError(_describe_empty(result, site, year, sources, area), result)
+        raise NoScenesError(_describe_empty(result, site, year, sources, area), result)
     return result
 
 
 def _describe_empty(
-    result: Found, site: Site, year: int, sources: Iterable[Source], area: BaseGeometry
+    result: SearchResult, site: Site, year: int, sources: Iterable[Source], area: BaseGeometry
 ) -> str:
     box = ", ".join(f"{degrees:.3f}" for degrees in area.bounds)
     searched = " and ".join(f"{source.collection} at {source.href}" for source in sources)

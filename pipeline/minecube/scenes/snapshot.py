@@ -26,14 +26,14 @@ from minecube.errors import CubeError, SceneError
 from minecube.files import replacing
 from minecube.grid import grid_of
 from minecube.scenes.item_file import read_items
-from minecube.scenes.site_year import Found
+from minecube.scenes.site_year import SearchResult
 
 FORMAT = 2
 """Version of a saved scene's contents. Lists of other versions are refused."""
 _KEY = b"minecube"  # key in the file's own metadata
 
 
-def digest(scenes: Sequence[pystac.Item]) -> str:
+def hash_scenes(scenes: Sequence[pystac.Item]) -> str:
     """Return the SHA-256 of scenes, for any order and Parquet packing."""
     return _digest([scene.to_dict(include_self_link=False) for scene in scenes])
 
@@ -47,11 +47,11 @@ def to_bytes(scenes: Sequence[pystac.Item]) -> bytes:
     """Return scenes as the bytes of a stac-geoparquet file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scenes.parquet"
-        _write(Found(scenes=tuple(scenes), listed=len(scenes)), path)
+        _write(SearchResult(scenes=tuple(scenes), listed=len(scenes)), path)
         return path.read_bytes()
 
 
-def _write(result: Found, path: Path, belongs: str = "") -> None:
+def _write(result: SearchResult, path: Path, belongs: str = "") -> None:
     features = [scene.to_dict(include_self_link=False) for scene in result.scenes]
     header = {
         "format": FORMAT,
@@ -96,7 +96,7 @@ def _table(features: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def belongs_to(site: Site, year: int, sources: Sequence[Source]) -> str:
+def hash_search(site: Site, year: int, sources: Sequence[Source]) -> str:
     """Return a hash of a search: site, grid, year and the sources' rules.
 
     Scenes depend on these rules. The address of a source is not included. Its archive may move, and
@@ -124,7 +124,7 @@ def _scene_rules(source: Source) -> dict[str, Any]:
     return rules
 
 
-def save(result: Found, path: Path, belongs: str = "") -> None:
+def save(result: SearchResult, path: Path, search_hash: str = "") -> None:
     """Write a scene list and its search hash, complete or not at all.
 
     Raises:
@@ -133,7 +133,7 @@ def save(result: Found, path: Path, belongs: str = "") -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as draft:
-            _write(result, draft, belongs)
+            _write(result, draft, search_hash)
     except OSError as error:
         raise CubeError(
             f"{path}: the scene list cannot be written ({error.strerror or error}); "
@@ -141,7 +141,7 @@ def save(result: Found, path: Path, belongs: str = "") -> None:
         ) from error
 
 
-def load(path: Path, belongs: str = "") -> Found:
+def load(path: Path, search_hash: str = "") -> SearchResult:
     """Load a saved scene list, and check its search hash if `belongs` is given.
 
     Raises:
@@ -150,18 +150,18 @@ def load(path: Path, belongs: str = "") -> Found:
     """
     items = read_items(path)
     header = _read_header(path)
-    if digest(items) != header["sha256"]:
+    if hash_scenes(items) != header["sha256"]:
         raise SceneError(
             f"{path}: its scenes have changed since they were saved (their hash differs); "
             "search again"
         )
-    if belongs:
-        need_belonging(path, belongs)
+    if search_hash:
+        check_search_hash(path, search_hash)
     scenes = tuple(sorted(items, key=lambda s: (s.datetime, s.id)))
-    return Found(scenes=scenes, listed=header["listed"], refused=header["refused"])
+    return SearchResult(scenes=scenes, listed=header["listed"], refused=header["refused"])
 
 
-def need_belonging(path: Path, belongs: str) -> None:
+def check_search_hash(path: Path, belongs: str) -> None:
     """Raise SceneError if a list's search hash differs from `belongs`. Scenes are not read."""
     if _read_header(path)["belongs_to"] != belongs:
         raise SceneError(

@@ -14,7 +14,7 @@ from minecube.scenes.assets import has_same_access, need_allowed
 from minecube.scenes.footprints import lies_over
 
 
-def belonging(
+def check_saved_scenes(
     scenes: Sequence[pystac.Item], site: Site, year: int, sources: Sequence[Source]
 ) -> None:
     """Check the year, sources, place and files of a saved list.

@@ -32,7 +32,7 @@ from minecube.scenes.looks import CLEAR, Look
 
 log = logging.getLogger(__name__)
 
-SCL_IS = "minecube:scl"
+SCL_FAULT = "minecube:scl"
 """Item property with the error of the whole scene's classification: `veiled` or `no cirrus`."""
 _CIRRUS = 10
 _LEAST_CIRRUS = 0.2  # least share of cirrus in the observed pixels for the test of false cirrus
@@ -46,7 +46,9 @@ _EXPLANATIONS = {
 }
 
 
-def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[pystac.Item]:
+def mark_wrong_classifications(
+    scenes: Sequence[pystac.Item], look: Look, rule: HazeTest
+) -> list[pystac.Item]:
     """Judge scenes by `rule`, and log each wrong classification.
 
     Returns:
@@ -65,14 +67,16 @@ def judged(scenes: Sequence[pystac.Item], look: Look, rule: HazeTest) -> list[py
         if verdict:
             log.info("%s: %s (mended)", scene.id, _EXPLANATIONS[verdict])
             scene = scene.clone()
-            scene.properties[SCL_IS] = verdict
+            scene.properties[SCL_FAULT] = verdict
         judged_scenes.append(scene)
     return judged_scenes
 
 
-def as_rows(scenes: Sequence[pystac.Item]) -> list[dict[str, Any]]:
+def list_wrong_classifications(scenes: Sequence[pystac.Item]) -> list[dict[str, Any]]:
     """Return the wrong classifications as plain JSON, for provenance."""
-    return [{"scene": s.id, "scl": s.properties[SCL_IS]} for s in scenes if SCL_IS in s.properties]
+    return [
+        {"scene": s.id, "scl": s.properties[SCL_FAULT]} for s in scenes if SCL_FAULT in s.properties
+    ]
 
 
 def judge(haze: Float32, scl: UInt16, days: Sequence[str], date_excess: float) -> list[str]:

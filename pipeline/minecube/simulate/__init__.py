@@ -28,13 +28,13 @@ from minecube.arrays import UInt8
 from minecube.catalog import FIRST_YEAR, Site, Source, load_sources
 from minecube.errors import CatalogError
 from minecube.files import replacing
-from minecube.grid import grid_of, padded
+from minecube.grid import grid_of, pad
 from minecube.simulate.archive import write_index, write_item, write_sources
 from minecube.simulate.granules import Granule, cut_granules
 from minecube.simulate.items import STYLES, Item, Product, list_products, misflag
 from minecube.simulate.land import Land, draw_ground, draw_land
 from minecube.simulate.mine import draw_mine
-from minecube.simulate.noise import Draw, streams
+from minecube.simulate.noise import Draw, make_generators
 from minecube.simulate.observe import observe
 from minecube.simulate.passes import (
     Overpass,
@@ -42,7 +42,7 @@ from minecube.simulate.passes import (
     count_possible_dates,
     displace_scene,
     lay_tiles,
-    overpasses,
+    simulate_overpasses,
 )
 from minecube.simulate.truth import (
     burn_footprint,
@@ -52,7 +52,7 @@ from minecube.simulate.truth import (
     write_year,
 )
 
-__all__ = ["World", "simulate"]
+__all__ = ["World", "simulate_archive"]
 
 MARGIN_M = 300
 """Margin of the scenes around the site."""
@@ -125,7 +125,7 @@ def _need(condition: object, expected: str, value: object) -> None:
         raise CatalogError(f"cannot simulate: expected {expected}, found {value}")
 
 
-def simulate(
+def simulate_archive(
     sites: Sequence[Site], out: Path, world: World, *, progress: Callable[[str], None] | None = None
 ) -> None:
     """Write an archive of the sites, as laid out in `archive`, and its ground truth.
@@ -231,8 +231,8 @@ def _prepare_place(
 ) -> _Place:
     """Draw a site's land and tiles; add the names of the tiles to the names in use."""
     grid = grid_of(site)
-    canvas = padded(grid, MARGIN_M)
-    draw = streams(world.seed, site.id)
+    canvas = pad(grid, MARGIN_M)
+    draw = make_generators(world.seed, site.id)
     return _Place(
         site=site,
         grid=grid,
@@ -281,7 +281,9 @@ def _simulate_year(
 def _simulate_overpasses(place: _Place, year: int, world: World) -> list[Overpass]:
     longitude = place.grid.geographic_extent.centroid.coords[0][0]
     dates = world.dates(year)
-    passes = overpasses(place.draw, longitude, year, dates, world.winter_dates, world.scl_errors)
+    passes = simulate_overpasses(
+        place.draw, longitude, year, dates, world.winter_dates, world.scl_errors
+    )
     if world.shifts:
         return [displace_scene(overpass) for overpass in passes]
     return passes

@@ -21,7 +21,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.arrays import AnyArray, Bool, Int16, UInt8, UInt16
 from minecube.catalog import SCL, Source
-from minecube.grid import at_resolution
+from minecube.grid import coarsen
 from minecube.simulate.granules import Granule
 from minecube.simulate.items import Item, Product, make_item
 from minecube.simulate.passes import epsg_of
@@ -35,7 +35,7 @@ def write_item(out: Path, source: Source, granule: Granule, product: Product) ->
     folder = out / style / item["id"]
     folder.mkdir(parents=True)
     for band, name in files.items():
-        grid = at_resolution(granule.tile.box, granule.layout(band)[0])
+        grid = coarsen(granule.tile.box, granule.layout(band)[0])
         _write_cog(folder / name, _add_offset(granule, product, band), grid)
     (folder / "item.json").write_text(json.dumps(item, indent=1), encoding="utf-8")
     assets = {}

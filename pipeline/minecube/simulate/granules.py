@@ -17,7 +17,7 @@ from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
 from minecube.arrays import AnyArray, Float64, Int16, UInt8
-from minecube.grid import at_resolution
+from minecube.grid import coarsen
 from minecube.simulate.observe import NATIVE_M, Observation
 from minecube.simulate.passes import SCL_M, Overpass, Tile, cut_swath, epsg_of, neighbour_is_west
 
@@ -75,7 +75,7 @@ class Granule:
     def layout(self, band: str) -> tuple[int, list[int], list[float]]:
         """Return pixel size in metres, shape and affine transform of the band's file."""
         size = NATIVE_M.get(band, SCL_M)
-        grid = at_resolution(self.tile.box, size)
+        grid = coarsen(self.tile.box, size)
         return size, list(grid.shape), list(grid.transform)[:6]
 
 

@@ -14,7 +14,7 @@ Draw = Callable[..., np.random.Generator]
 """Names of an object -> its generator: `draw("sky", 2020, 155)`."""
 
 
-def streams(seed: int, site_id: str) -> Draw:
+def make_generators(seed: int, site_id: str) -> Draw:
     """Create generators by name for one site.
 
     Numbers for a date are independent of everything else simulated.

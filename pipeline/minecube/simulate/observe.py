@@ -10,7 +10,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube.arrays import Bool, Float32, Int16, UInt8
 from minecube.catalog import BANDS
-from minecube.grid import at_resolution
+from minecube.grid import coarsen
 from minecube.simulate.land import Ground
 from minecube.simulate.noise import Draw
 from minecube.simulate.passes import OFFSET_DAY, SCL_M, Overpass, cut_swath, locate_sun
@@ -55,7 +55,7 @@ def observe(
     rng = draw("sensor", overpass.day)
     latitude = canvas.geographic_extent.centroid.coords[0][1]
     azimuth, elevation = locate_sun(overpass.day, latitude)
-    half = at_resolution(canvas, SCL_M)
+    half = coarsen(canvas, SCL_M)
     sky = draw_sky(draw, half.shape.yx, overpass, azimuth, elevation)
     down, right = rng.uniform(-0.4, 0.4, 2) * (rng.random() < 0.4)
     if overpass.displacement_px:

@@ -15,7 +15,7 @@ from shapely.geometry import Polygon, box
 
 from minecube.arrays import Float64
 from minecube.errors import CatalogError
-from minecube.grid import ALIGN_M, PIXEL_M, at_resolution
+from minecube.grid import ALIGN_M, PIXEL_M, coarsen
 from minecube.simulate.noise import Draw
 
 SEASON = (4, 10)
@@ -38,8 +38,8 @@ _LAUNCHED = {"S2A": date(2015, 7, 4), "S2B": date(2017, 7, 1)}
 Pass = tuple[date, str, int]
 """Day, satellite, relative orbit."""
 _SNOW = (1, 2, 12)  # months
-FULL = 65
-CUT = 108
+FULL_SWATH = 65
+CUT_SWATH = 108
 """FULL's swath covers the whole site; CUT's swath ends within it."""
 
 
@@ -106,7 +106,7 @@ class Warp:
     """Positions of the site's 10 m pixels on the tile's 20 m pixels."""
 
 
-def overpasses(
+def simulate_overpasses(
     draw: Draw, longitude: float, year: int, dates: int, winter: int, scl_errors: bool = False
 ) -> list[Overpass]:
     """Simulate the acquisitions of a year, sorted by day.
@@ -116,11 +116,15 @@ def overpasses(
     See `World` for SCL errors.
     """
     rng = draw("passes", year)
-    cover = _draw_season(rng, year, FULL, -(-dates // 2)) | _draw_season(rng, year, CUT, dates // 2)
+    cover = _draw_season(rng, year, FULL_SWATH, -(-dates // 2)) | _draw_season(
+        rng, year, CUT_SWATH, dates // 2
+    )
     # The clearest dates of the full orbit, in order, are the ones with a split or SCL errors.
-    full_orbit = sorted((p for p in cover if p[2] == FULL), key=lambda p: cover[p])
+    full_orbit = sorted((p for p in cover if p[2] == FULL_SWATH), key=lambda p: cover[p])
     ranks = {clear_pass: rank for rank, clear_pass in enumerate(full_orbit)}
-    winter_passes = [p for o in (FULL, CUT) for p in _passes(year, o) if p[0].month in _SNOW]
+    winter_passes = [
+        p for o in (FULL_SWATH, CUT_SWATH) for p in list_passes(year, o) if p[0].month in _SNOW
+    ]
     count = min(winter, len(winter_passes))
     for index in sorted(rng.choice(len(winter_passes), count, replace=False)):
         cover[winter_passes[index]] = float(rng.uniform(0, 0.4))
@@ -174,14 +178,15 @@ def _draw_season(rng: np.random.Generator, year: int, orbit: int, n: int) -> dic
 
 def count_possible_dates(year: int) -> int:
     """Return the possible dates from April to October, both orbits equally often."""
-    return 2 * min(len(_in_season(year, orbit)) for orbit in (FULL, CUT))
+    return 2 * min(len(_in_season(year, orbit)) for orbit in (FULL_SWATH, CUT_SWATH))
 
 
 def _in_season(year: int, orbit: int) -> list[Pass]:
-    return [p for p in _passes(year, orbit) if SEASON[0] <= p[0].month <= SEASON[1]]
+    return [p for p in list_passes(year, orbit) if SEASON[0] <= p[0].month <= SEASON[1]]
 
 
-def _passes(year: int, orbit: int) -> list[Pass]:
+def list_passes(year: int, orbit: int) -> list[Pass]:
+    """List the year's passes of an orbit as (date, satellite, orbit), in order of dates."""
     passes = []
     for satellite, launched in _LAUNCHED.items():
         day, _ = _REAL[satellite, orbit]
@@ -217,7 +222,7 @@ def cut_swath(canvas: GeoBox, grid: GeoBox, overpass: Overpass) -> Polygon:
     The edge leans like a descending orbit, 13 degrees off south.
     """
     area = canvas.extent.boundingbox
-    if overpass.orbit == FULL:
+    if overpass.orbit == FULL_SWATH:
         return box(*area.bbox)
     site = grid.extent.boundingbox
     edge = site.left + 0.2 * site.span_x
@@ -287,10 +292,10 @@ def _lay_neighbour_tile(grid: GeoBox, canvas: GeoBox, names: set[str]) -> Tile:
     )
     warp = Warp(
         from_canvas={
-            size: locate_pixels(at_resolution(tile, size), at_resolution(canvas, size))
+            size: locate_pixels(coarsen(tile, size), coarsen(canvas, size))
             for size in (PIXEL_M, SCL_M)
         },
-        to_site=locate_pixels(grid, at_resolution(tile, SCL_M)),
+        to_site=locate_pixels(grid, coarsen(tile, SCL_M)),
     )
     name = _name_tile(tile, 0, names)
     return Tile(name=name, box=tile, area=area, cols=slice(None), warp=warp)

@@ -65,13 +65,13 @@ def write_release(
                 image = mean + spread * (0.8 * ground + 0.6 * np.roll(noise, step * 31, axis=-1))
                 image = np.maximum(image, 1).astype(np.int16)
                 folder = f"EuroMineNet/{site}"
-                archive.writestr(f"{folder}/image/Year{year}.tif", tiff(image, **place))
-                archive.writestr(f"{folder}/label/Year{year}.tif", tiff(mask[None]))
+                archive.writestr(f"{folder}/image/Year{year}.tif", encode_tiff(image, **place))
+                archive.writestr(f"{folder}/label/Year{year}.tif", encode_tiff(mask[None]))
                 masks[site, year] = mask
     return masks
 
 
-def tiff(pixels: Int16 | UInt8, **place: object) -> bytes:
+def encode_tiff(pixels: Int16 | UInt8, **place: object) -> bytes:
     """Write a GeoTIFF of [band, y, x].
 
     Without `place` it is a label as in the release: compressed, not georeferenced. Images have

@@ -19,30 +19,41 @@ like an event. Smooth it first.
 """
 
 from minecube.codes import HALF, UNKNOWN
-from minecube.tracks.areas import areas, threshold
-from minecube.tracks.events import KINDS, Expansion, events, expansion, flip_rate
-from minecube.tracks.learning import learn_rates, rates_from_labels, rates_given
-from minecube.tracks.smoothing import Rates, posterior, smooth
-from minecube.tracks.uncertainty import ALONE, Correlation, error_correlation, expected_areas
+from minecube.tracks.areas import compute_areas, threshold
+from minecube.tracks.events import (
+    KINDS,
+    Expansion,
+    compute_flip_rate,
+    derive_events,
+    summarize_expansion,
+)
+from minecube.tracks.learning import learn_rates, learn_rates_from_labels, make_rates
+from minecube.tracks.smoothing import Rates, compute_posterior, smooth
+from minecube.tracks.uncertainty import (
+    UNCORRELATED,
+    ErrorCorrelation,
+    estimate_areas,
+    measure_error_correlation,
+)
 
 __all__ = [
-    "ALONE",
     "HALF",
     "KINDS",
+    "UNCORRELATED",
     "UNKNOWN",
-    "Correlation",
+    "ErrorCorrelation",
     "Expansion",
     "Rates",
-    "areas",
-    "error_correlation",
-    "events",
-    "expansion",
-    "expected_areas",
-    "flip_rate",
+    "compute_areas",
+    "compute_flip_rate",
+    "compute_posterior",
+    "derive_events",
+    "estimate_areas",
     "learn_rates",
-    "posterior",
-    "rates_from_labels",
-    "rates_given",
+    "learn_rates_from_labels",
+    "make_rates",
+    "measure_error_correlation",
     "smooth",
+    "summarize_expansion",
     "threshold",
 ]

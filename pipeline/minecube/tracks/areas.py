@@ -32,7 +32,7 @@ def threshold(probability: xr.DataArray) -> xr.DataArray:
     return footprint.rename("footprint").assign_attrs(long_name="mine footprint", nodata=UNKNOWN)
 
 
-def areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
+def compute_areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
     """Compute mine area by year in m2.
 
     Columns are year, area_m2, gain_m2, loss_m2, unknown_m2. Gain and loss compare with a pixel's

@@ -43,7 +43,7 @@ KINDS = {
 describe the last closing of a pixel outside any mine in its last known year."""
 
 
-def events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
+def derive_events(footprint: xr.DataArray, posterior: xr.DataArray) -> xr.Dataset:
     """Derive layers (y, x) of each pixel's history.
 
     Args:
@@ -152,7 +152,7 @@ def _mark(kind: UInt8, changed: Bool, abrupt: Bool, change: str) -> None:
     kind[changed & ~abrupt] |= KINDS[f"{change}_gradually"]
 
 
-def flip_rate(*footprints: xr.DataArray) -> float:
+def compute_flip_rate(*footprints: xr.DataArray) -> float:
     """Return the reversed changes per step between successive known years.
 
     Every change of a pixel after its first counts as reversed. A mine opened and then reclaimed
@@ -198,7 +198,7 @@ class Expansion:
     """Share of the largest gain in all gain; 0 for kind none."""
 
 
-def expansion(areas: pd.DataFrame) -> Expansion:
+def summarize_expansion(areas: pd.DataFrame) -> Expansion:
     """Summarise the growth of a site from its table of `areas`.
 
     Used columns are year, area_m2 and gain_m2. A gain over several years counts as spread evenly

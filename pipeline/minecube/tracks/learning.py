@@ -108,7 +108,7 @@ def learn_rates(
     return rates
 
 
-def rates_given(
+def make_rates(
     probabilities: Iterable[xr.DataArray], opening: float, closing: float, *, temper: float = TEMPER
 ) -> Rates:
     """Make rates of these two, with the maps' mean as initial share and prior.
@@ -239,7 +239,7 @@ def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
     return +counts
 
 
-def rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float = TEMPER) -> Rates:
+def learn_rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float = TEMPER) -> Rates:
     """Estimate rates of opening and closing from labelled sites.
 
     The sites' mine share becomes the initial share and the prior. Use the training sites of the

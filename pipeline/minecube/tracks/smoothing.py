@@ -125,7 +125,7 @@ def smooth(probability: xr.DataArray, rates: Rates) -> xr.DataArray:
     """
     years = checked_years(probability)
     values = np.ascontiguousarray(probability.to_numpy())
-    smoothed = posterior(values.reshape(len(years), -1), years, rates)
+    smoothed = compute_posterior(values.reshape(len(years), -1), years, rates)
     return (
         probability.copy(data=smoothed.reshape(values.shape))
         .drop_attrs(deep=False)
@@ -163,7 +163,7 @@ def check_stored(values: AnyArray) -> None:
         )
 
 
-def posterior(values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
+def compute_posterior(values: UInt8, years: Sequence[int], rates: Rates) -> UInt8:
     """Run forward-backward on stored probabilities (year, pixel), block by block.
 
     Returns the stored posteriors, 255 if no year is known.

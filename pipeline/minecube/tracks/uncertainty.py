@@ -46,7 +46,7 @@ _ACTIVE = 5  # stored steps from 0 or 250 of a settled pixel
 
 
 @dataclass(frozen=True)
-class Correlation:
+class ErrorCorrelation:
     """Correlation of errors in one year by distance."""
 
     by_distance: Float64
@@ -55,11 +55,11 @@ class Correlation:
     """Part shared by all pixels, at any distance."""
 
 
-ALONE = Correlation(np.array([1.0]))
+UNCORRELATED = ErrorCorrelation(np.array([1.0]))
 """Independent errors of pixels, for comparison."""
 
 
-def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
+def measure_error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> ErrorCorrelation:
     """Measure the correlation of a model's errors in one year by distance.
 
     It is measured on the changes made by smoothing.
@@ -85,7 +85,7 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     lags = [0, *(lag for lag in _LAGS if lag <= min(unsettled.shape) // 2)]
     products, pairs = _sum_lagged_products(yearly, smooth, unsettled, lags)
     if not products[0] or len(lags) == 1:
-        return ALONE
+        return UNCORRELATED
     correlation = np.where(pairs > 0, products / np.maximum(pairs, 1), 0) / (products[0] / pairs[0])
     common = float(np.clip(correlation[1:][-3:].mean(), 0, 1))
     if common < _FAINT:
@@ -95,7 +95,7 @@ def error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> Correlation:
     if faint.size:
         correlation[faint[0] :] = common
     correlation = np.clip(correlation, common, 1)
-    return Correlation(np.interp(np.arange(REACH_PX + 1), lags, correlation), common)
+    return ErrorCorrelation(np.interp(np.arange(REACH_PX + 1), lags, correlation), common)
 
 
 def _find_unsettled(yearly: UInt8, smooth: UInt8) -> Bool:
@@ -147,8 +147,11 @@ def _shift(values: Float32, lag: int) -> list[tuple[Float32, Float32]]:
     ]
 
 
-def expected_areas(
-    smoothed: xr.DataArray, raw: xr.DataArray, grid: GeoBox, correlation: Correlation | None = None
+def estimate_areas(
+    smoothed: xr.DataArray,
+    raw: xr.DataArray,
+    grid: GeoBox,
+    correlation: ErrorCorrelation | None = None,
 ) -> pd.DataFrame:
     """Compute the expected mine area by year in m2, with a 95 % interval.
 
@@ -172,7 +175,7 @@ def expected_areas(
             f"the maps are {smoothed.shape[1:]} pixels, their grid {tuple(grid.shape)}; "
             "areas would be wrong"
         )
-    correlation = correlation or error_correlation(raw, smoothed)
+    correlation = correlation or measure_error_correlation(raw, smoothed)
     pixel_m2 = pixel_areas(grid)
     kernel = _kernel(correlation)
     area = []
@@ -223,7 +226,7 @@ def _checked_pair(raw: xr.DataArray, smoothed: xr.DataArray) -> list[int]:
     return years
 
 
-def _kernel(correlation: Correlation) -> Float64:
+def _kernel(correlation: ErrorCorrelation) -> Float64:
     """Tabulate the part of `by_distance` beyond `common`, by distance in both directions.
 
     The table is as small as possible.

@@ -17,23 +17,23 @@ survey(train) -> Survey; Windows(train, survey)[epoch, number] -> image, target;
 from __future__ import annotations
 
 from minecube.train.checkpoint import Epoch
-from minecube.train.fitting import Fitted, Run, fit
-from minecube.train.source import Cubes, Source, target, views
-from minecube.train.statistics import Survey, survey
+from minecube.train.fitting import TrainingOptions, TrainingResult, fit
+from minecube.train.source import Cubes, WindowSource, compute_targets, list_views
+from minecube.train.statistics import SourceSurvey, survey_source
 from minecube.train.windows import Position, Tiles, Windows
 
 __all__ = [
     "Cubes",
     "Epoch",
-    "Fitted",
     "Position",
-    "Run",
-    "Source",
-    "Survey",
+    "SourceSurvey",
     "Tiles",
+    "TrainingOptions",
+    "TrainingResult",
+    "WindowSource",
     "Windows",
+    "compute_targets",
     "fit",
-    "survey",
-    "target",
-    "views",
+    "list_views",
+    "survey_source",
 ]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
-from minecube.catalog import Settings
+from minecube.catalog import TrainingSettings
 from minecube.errors import ModelError
-from minecube.models import logits
+from minecube.models import compute_logits
 from minecube.train.checkpoint import Epoch, write_log, write_state
 from minecube.train.judge import compute_scores, count_pixels
 from minecube.train.loss import compute_loss
@@ -45,7 +45,7 @@ class Plan:
     """Called after each step with steps done, steps in total, and a note."""
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> TrainingSettings:
         """Settings of the training."""
         return self.windows.settings
 
@@ -69,7 +69,7 @@ class State:
     ended: bool = False
 
     @classmethod
-    def create(cls, network: nn.Module, settings: Settings, steps: int) -> State:
+    def create(cls, network: nn.Module, settings: TrainingSettings, steps: int) -> State:
         """Return the state before the first of this number of steps."""
         optimiser = _OPTIMISERS[settings.optimiser](
             network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -103,7 +103,7 @@ class State:
         write_state(path, identity | content)
         write_log(path.with_suffix(".csv"), self.history)
 
-    def choose_best(self, settings: Settings, by_f1: bool) -> None:
+    def choose_best(self, settings: TrainingSettings, by_f1: bool) -> None:
         """Note if the last epoch is the best so far, and if the training ends with it."""
         last = len(self.history) - 1
         if not by_f1 or self.best < 0 or self.history[last].f1 > self.history[self.best].f1:
@@ -198,7 +198,7 @@ def train_step(
     image, targets = batch
     device = image.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device in windows.settings.bf16):
-        output = logits(network, windows.card.task, image, windows.survey.views[0][1])
+        output = compute_logits(network, windows.card.task, image, windows.survey.views[0][1])
     loss = compute_loss(output, targets, windows.settings)
     value = loss.item()
     if math.isfinite(value):

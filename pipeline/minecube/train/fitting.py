@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from minecube.catalog import ModelCard, Settings, as_dict
-from minecube.device import device_of
+from minecube.catalog import ModelCard, TrainingSettings, as_dict
+from minecube.device import find_device
 from minecube.errors import ModelError
-from minecube.models import Trained, build, logits
+from minecube.models import TrainedModel, build, compute_logits
 from minecube.train.checkpoint import Epoch, need_same, read_state
 from minecube.train.epochs import Plan, State, process_share, train_epochs
-from minecube.train.source import Source
-from minecube.train.statistics import survey
+from minecube.train.source import WindowSource
+from minecube.train.statistics import survey_source
 from minecube.train.windows import Tiles, Windows, count_steps
 
 _FOR_PEOPLE = {"title", "paper", "licence", "source", "trained_on", "scores"}
@@ -25,7 +25,7 @@ _FOR_PEOPLE = {"title", "paper", "licence", "source", "trained_on", "scores"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainingOptions:
     """Ways to compute and keep a training; only the seed affects the network."""
 
     seed: int = 0
@@ -42,10 +42,10 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class TrainingResult:
     """Result of a training."""
 
-    trained: Trained
+    trained: TrainedModel
     """Model with the weights of the best epoch."""
     best: Epoch
     """Epoch of the highest F1 on the validation sites, or the last epoch without any."""
@@ -53,8 +53,12 @@ class Fitted:
 
 
 def fit(
-    card: ModelCard, train: Source, valid: Source | None, settings: Settings, run: Run = Run()
-) -> Fitted:
+    card: ModelCard,
+    train: WindowSource,
+    valid: WindowSource | None,
+    settings: TrainingSettings,
+    run: TrainingOptions = TrainingOptions(),
+) -> TrainingResult:
     """Train the card's network on all labelled and observed pixels of `train`.
 
     The same cubes, settings, seed and number of threads give the same network. Interruptions and
@@ -77,13 +81,13 @@ def fit(
             loss is not finite (the last epoch's checkpoint stays). The checkpoint is another
             training's. The checkpoint is of an interrupted training, without `resume`.
     """
-    device = device_of(run.device)
+    device = find_device(run.device)
     _check_sources(card, settings, train, valid)
-    surveyed = survey(train, card, settings)
+    surveyed = survey_source(train, card, settings)
     windows = Windows(train, card, settings, surveyed, run.seed)
     tiles = None
     if valid is not None:
-        of_valid = survey(valid, card, settings)
+        of_valid = survey_source(valid, card, settings)
         tiles = Tiles(valid, card, settings, of_valid, surveyed.mean, surveyed.std)
     identity = _identify(windows, tiles, run.seed)
     plan = Plan(
@@ -108,7 +112,7 @@ def fit(
     return _finish(state, plan)
 
 
-def _finish(state: State, plan: Plan) -> Fitted:
+def _finish(state: State, plan: Plan) -> TrainingResult:
     """Return the model of the best epoch, and the history of the training."""
     best = state.history[state.best]
     weights = state.best_weights or state.network.state_dict()
@@ -120,7 +124,7 @@ def _finish(state: State, plan: Plan) -> Fitted:
     if plan.tiles is not None:
         training |= {"validation F1": float(best.f1), "validation IoU": float(best.iou)}
     windows = plan.windows
-    trained = Trained(
+    trained = TrainedModel(
         card=windows.card,
         network=network.eval(),
         mean=windows.survey.mean,
@@ -128,11 +132,11 @@ def _finish(state: State, plan: Plan) -> Fitted:
         sites=tuple(sorted(map(str, windows.source.sites))),
         training=training,
     )
-    return Fitted(trained=trained, best=best, history=tuple(state.history))
+    return TrainingResult(trained=trained, best=best, history=tuple(state.history))
 
 
 def _check_sources(
-    card: ModelCard, settings: Settings, train: Source, valid: Source | None
+    card: ModelCard, settings: TrainingSettings, train: WindowSource, valid: WindowSource | None
 ) -> None:
     size = settings.window_px or card.window_px
     if size % card.multiple_px:
@@ -170,7 +174,7 @@ def _check_network(network: nn.Module, windows: Windows) -> None:
     expected = (1, dates, len(card.classes), windows.size, windows.size)
     try:
         with torch.inference_mode():
-            shape = tuple(logits(network.eval(), card.task, window, years).shape)
+            shape = tuple(compute_logits(network.eval(), card.task, window, years).shape)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"model {card.id}: {card.architecture} cannot be applied to windows of the task "
@@ -210,7 +214,7 @@ def _without_texts(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _FOR_PEOPLE}
 
 
-def _read_checkpoint(run: Run, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _read_checkpoint(run: TrainingOptions, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Read the state to resume from, if any.
 
     Raises:

@@ -11,16 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from minecube.catalog import ModelCard, Settings
+from minecube.catalog import ModelCard, TrainingSettings
 from minecube.errors import ModelError
-from minecube.models import logits
+from minecube.models import compute_logits
 
 
 def count_pixels(
     network: nn.Module,
     loader: DataLoader[Any],
     card: ModelCard,
-    settings: Settings,
+    settings: TrainingSettings,
     years: Sequence[int],
 ) -> Tensor:
     """Count true positives, false positives and false negatives of the loader's pixels.
@@ -42,7 +42,9 @@ def count_pixels(
         torch.autocast(device.type, torch.bfloat16, enabled=device.type in settings.bf16),
     ):
         for image, targets in loader:
-            positive = logits(network, card.task, image.to(device, non_blocking=True), years) >= 0
+            positive = (
+                compute_logits(network, card.task, image.to(device, non_blocking=True), years) >= 0
+            )
             truth = targets.to(device)
             counts += torch.stack(
                 [

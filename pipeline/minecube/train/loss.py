@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minecube.catalog import Settings
+from minecube.catalog import TrainingSettings
 
 
-def compute_loss(logits: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+def compute_loss(logits: Tensor, targets: Tensor, settings: TrainingSettings) -> Tensor:
     """Compute binary cross entropy over the known pixels of all classes, plus optional Dice loss.
 
     Both are formulas over sums of the whole batch. If processes share a batch, their sums are added

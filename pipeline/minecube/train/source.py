@@ -17,7 +17,7 @@ from minecube.errors import ModelError
 from minecube.models.network import band_positions
 
 
-class Source(Protocol):
+class WindowSource(Protocol):
     """Sites to cut windows from.
 
     `cube.CubeDataset` reads them from a store. `Cubes` holds them in memory.
@@ -146,7 +146,7 @@ def _bands_of(cube: xr.Dataset) -> tuple[str, ...]:
     return tuple(map(str, cube["band"].to_numpy()))
 
 
-def bands_at(source: Source, card: ModelCard) -> list[int]:
+def bands_at(source: WindowSource, card: ModelCard) -> list[int]:
     """Return the positions of the card's bands in the source's windows.
 
     Raises:
@@ -159,7 +159,7 @@ SiteView = tuple[str, tuple[int, ...]]
 """A site, and the years seen together by a network."""
 
 
-def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[SiteView]:
+def list_views(source: WindowSource, card: ModelCard, gaps: Sequence[int] = ()) -> list[SiteView]:
     """List the card's views of each site: each year, each pair of years, or all years.
 
     `gaps` restricts the pairs to these numbers of years apart.
@@ -187,7 +187,7 @@ def views(source: Source, card: ModelCard, gaps: Sequence[int] = ()) -> list[Sit
     return site_views
 
 
-def _list_series(source: Source, card: ModelCard) -> list[SiteView]:
+def _list_series(source: WindowSource, card: ModelCard) -> list[SiteView]:
     """List all years of each site, and check that they are the same."""
     expected = source.years_of(source.sites[0])
     for site in source.sites:
@@ -201,7 +201,7 @@ def _list_series(source: Source, card: ModelCard) -> list[SiteView]:
     return [(site, expected) for site in source.sites]
 
 
-def target(label: UInt8, classes: Sequence[str]) -> UInt8:
+def compute_targets(label: UInt8, classes: Sequence[str]) -> UInt8:
     """Compute the targets of a view from its footprints [year, y, x].
 
     Footprints are 1 mine, 0 not, above: unknown.

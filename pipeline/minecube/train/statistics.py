@@ -14,17 +14,17 @@ from itertools import product
 import numpy as np
 
 from minecube.arrays import Bool, Int64, UInt8, UInt16
-from minecube.catalog import ModelCard, Settings
+from minecube.catalog import ModelCard, TrainingSettings
 from minecube.codes import UNKNOWN
 from minecube.errors import ModelError
-from minecube.train.source import SiteView, Source, bands_at, target, views
+from minecube.train.source import SiteView, WindowSource, bands_at, compute_targets, list_views
 
 BLOCK_PX = 512
 """Size of the recipes' shards; a multiple of every cell."""
 
 
 @dataclass(frozen=True)
-class Survey:
+class SourceSurvey:
     """Results of the survey of a source."""
 
     mean: tuple[float, ...]
@@ -44,14 +44,16 @@ class Survey:
     """Pixels of known target, over all views."""
 
 
-def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
+def survey_source(
+    source: WindowSource, card: ModelCard, settings: TrainingSettings
+) -> SourceSurvey:
     """Survey a source's sites for a card.
 
     Raises:
         ModelError: A site has no pixel both labelled and observed. A class has no pixel. Bands or
             years do not fit.
     """
-    site_views = views(source, card, settings.gaps)
+    site_views = list_views(source, card, settings.gaps)
     cell = _cell_px(settings.window_px or card.window_px)
     bands = _BandSums(bands_at(source, card))
     targets = {
@@ -70,7 +72,7 @@ def survey(source: Source, card: ModelCard, settings: Settings) -> Survey:
     positive = np.sum([counts.positive for counts in targets.values()], axis=0)
     _check_classes(card, source, positive)
     mean, std = bands.finish()
-    return Survey(
+    return SourceSurvey(
         mean=mean,
         std=std,
         views=tuple(site_views),
@@ -95,7 +97,7 @@ def _check_sites(card: ModelCard, targets: Mapping[SiteView, _TargetCounts]) -> 
         )
 
 
-def _check_classes(card: ModelCard, source: Source, positive: Int64) -> None:
+def _check_classes(card: ModelCard, source: WindowSource, positive: Int64) -> None:
     """Raise ModelError for a class without pixels."""
     for name, count in zip(card.classes, positive, strict=True):
         if not count:
@@ -135,7 +137,7 @@ class _TargetCounts:
 
     def add(self, labels: list[UInt8], y: int, x: int) -> None:
         """Add the block at this row and column; `labels` are [y, x] per year of the view."""
-        targets = target(np.stack(labels), self._classes)
+        targets = compute_targets(np.stack(labels), self._classes)
         known = targets != UNKNOWN
         positive = targets == 1
         self.positive += positive.sum(axis=(0, 2, 3))

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minecube.arrays import Float32, Int64, UInt8, UInt16
-from minecube.catalog import ModelCard, Settings
+from minecube.catalog import ModelCard, TrainingSettings
 from minecube.codes import UNKNOWN
 from minecube.models import normalise
-from minecube.train.source import SiteView, Source, bands_at, target
-from minecube.train.statistics import Survey
+from minecube.train.source import SiteView, WindowSource, bands_at, compute_targets
+from minecube.train.statistics import SourceSurvey
 
 T = TypeVar("T", bound=np.generic)
 
@@ -48,10 +48,10 @@ class Windows:
     form a grid instead. Each is used once per epoch, in random order.
     """
 
-    source: Source
+    source: WindowSource
     card: ModelCard
-    settings: Settings
-    survey: Survey
+    settings: TrainingSettings
+    survey: SourceSurvey
     seed: int = 0
     size: int = field(init=False)
     _bands: list[int] = field(init=False, repr=False)
@@ -84,7 +84,7 @@ class Windows:
     def __getitem__(self, key: tuple[int, int]) -> Item:
         position, rng = self._draw(*key)
         image, label = cut(self.source, self._bands, position, self.size)
-        targets = target(label, self.card.classes)
+        targets = compute_targets(label, self.card.classes)
         varied, targets = augment(image, targets, self.settings, self.card.task, rng)
         return normalise(varied, self.survey.mean, self.survey.std), targets
 
@@ -140,10 +140,10 @@ class Tiles:
     With `valid_windows`, only a sample of them.
     """
 
-    source: Source
+    source: WindowSource
     card: ModelCard
-    settings: Settings
-    survey: Survey
+    settings: TrainingSettings
+    survey: SourceSurvey
     """Survey of these sites."""
     mean: tuple[float, ...]
     """Mean of the training sites; `std` likewise."""
@@ -177,10 +177,12 @@ class Tiles:
         image, label = cut(self.source, self._bands, Position(position.view, y, x), self.size)
         label[:, : position.y - y] = UNKNOWN
         label[:, :, : position.x - x] = UNKNOWN
-        return normalise(image, self.mean, self.std), target(label, self.card.classes)
+        return normalise(image, self.mean, self.std), compute_targets(label, self.card.classes)
 
 
-def cut(source: Source, bands: list[int], position: Position, size: int) -> tuple[UInt16, UInt8]:
+def cut(
+    source: WindowSource, bands: list[int], position: Position, size: int
+) -> tuple[UInt16, UInt8]:
     """Cut reflectance [time, band, y, x] and labels [time, y, x] of a window.
 
     Labels are unknown if any band is unobserved.
@@ -191,7 +193,7 @@ def cut(source: Source, bands: list[int], position: Position, size: int) -> tupl
 
 
 def augment(
-    image: UInt16, targets: UInt8, settings: Settings, task: str, rng: np.random.Generator
+    image: UInt16, targets: UInt8, settings: TrainingSettings, task: str, rng: np.random.Generator
 ) -> Item:
     """Jitter an image, then turn and flip image and target.
 
@@ -219,7 +221,7 @@ def _turn(array: NDArray[T], turns: int, flip: int) -> NDArray[T]:
 
 
 def batches(
-    length: int, settings: Settings, first_epoch: int, share: tuple[int, int]
+    length: int, settings: TrainingSettings, first_epoch: int, share: tuple[int, int]
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the keys of all steps from an epoch on, for process `share[0]` of `share[1]`."""
     rank, processes = share
@@ -228,12 +230,12 @@ def batches(
             yield [(epoch, int(number)) for number in numbers[rank::processes]]
 
 
-def count_steps(length: int, settings: Settings, processes: int) -> int:
+def count_steps(length: int, settings: TrainingSettings, processes: int) -> int:
     """Return the steps of an epoch."""
     return len(_split_steps(length, settings, processes))
 
 
-def _split_steps(length: int, settings: Settings, processes: int) -> list[Int64]:
+def _split_steps(length: int, settings: TrainingSettings, processes: int) -> list[Int64]:
     """Split an epoch's windows into steps of similar size.
 
     Each process has at least two windows per step. Batch normalisation over a single value, as in

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from minecube.cube.markers import PLACED_S, PLACING, marker_of, marker_path
+from minecube.cube.markers import PLACED_S, PLACING, marker_path, read_marker
 from minecube.cube.packed import stamp_of
 from minecube.cube.store import Store
 from minecube.cube.template import LABELLING
@@ -153,7 +153,7 @@ def _stamped_marker(store: Store, site_id: str, year: int) -> tuple[Any, dict[st
     key = _marker_key(site_id, year)
     while True:
         stamp = _stamp_at(store, key)
-        marker = marker_of(store, site_id, year, wait_s=PLACED_S)
+        marker = read_marker(store, site_id, year, wait_s=PLACED_S)
         if stamp == _stamp_at(store, key):
             return stamp, marker
 

@@ -13,7 +13,7 @@ _EXACT = "="
 """Prefix of an exact prediction name, never a model card."""
 
 
-def find_prediction(store: Store, site_ids: Sequence[str], wanted: str) -> str:
+def find_prediction(store: Store, site_ids: Sequence[str], name: str) -> str:
     """Return the name of the prediction meant by `wanted` at these sites.
 
     `wanted` is the name of a prediction, or the id of its model card. `=NAME` means the prediction
@@ -25,9 +25,9 @@ def find_prediction(store: Store, site_ids: Sequence[str], wanted: str) -> str:
     names: set[str] = set()
     for site_id in site_ids:
         names.update(_list_predictions(store, site_id))
-    model, plus, suffix = wanted.removeprefix(_EXACT).partition("+")
+    model, plus, suffix = name.removeprefix(_EXACT).partition("+")
     originals = sorted({name.partition("+")[0] for name in names})
-    if wanted.startswith(_EXACT):
+    if name.startswith(_EXACT):
         matches = [name for name in originals if name == model]
     else:
         matches = [name for name in originals if model in (name, _card_of(store, site_ids, name))]
@@ -35,17 +35,17 @@ def find_prediction(store: Store, site_ids: Sequence[str], wanted: str) -> str:
         # "=" distinguishes a name from a card of the same name.
         choices = [f"{_EXACT}{name}" if name == model else name for name in matches]
         raise CubeError(f"{store}: {model!r} may mean {' or '.join(choices)}; name one of them")
-    name = f"{matches[0]}{plus}{suffix}" if matches else wanted
+    name = f"{matches[0]}{plus}{suffix}" if matches else name
     if name not in names:
         hint = "run `minecube predict` first"
         if names:
             hint = f"it has {', '.join(sorted(names))}"
-        raise CubeError(f"{store}: no prediction of {wanted!r} for {', '.join(site_ids)}; {hint}")
+        raise CubeError(f"{store}: no prediction of {name!r} for {', '.join(site_ids)}; {hint}")
     return name
 
 
 def choose_name(
-    store: Store, site_ids: Sequence[str], about: Mapping[str, Any], default: str
+    store: Store, site_ids: Sequence[str], origin: Mapping[str, Any], default: str
 ) -> str:
     """Return the name for a model's maps.
 
@@ -58,10 +58,10 @@ def choose_name(
         about: Origin of the maps, with the card's id.
         default: The name for a model without an older prediction.
     """
-    card = str(about["id"])
+    card = str(origin["id"])
     origins = [_model_of(store, site_id, card) for site_id in site_ids]
     stored = [sha256_of_json(origin) for origin in origins if origin is not None]
-    if set(stored) == {sha256_of_json(dict(about))}:
+    if set(stored) == {sha256_of_json(dict(origin))}:
         return card
     return default
 

@@ -76,7 +76,7 @@ def _open(commits: Commits) -> xr.Dataset:
     return opened.assign_attrs({name: _flatten(value) for name, value in opened.attrs.items()})
 
 
-def grid_and_years(store: Store, site_id: str) -> tuple[GeoBox, list[int]]:
+def read_grid_and_years(store: Store, site_id: str) -> tuple[GeoBox, list[int]]:
     """Read the grid of a site's cube, and all its years, from metadata.
 
     Raises:

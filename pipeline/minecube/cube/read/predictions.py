@@ -12,34 +12,34 @@ from minecube.cube.store import Store
 from minecube.cube.views import (
     axis_of,
     completeness_by_index,
-    mapped_pixels,
+    list_mapped_pixels,
+    list_unmapped,
     model_digest,
     pixels_by_year,
     prediction_path,
-    unmapped,
     views_in,
 )
 from minecube.errors import CubeError
 
 
-def open_probability(store: Store, site_id: str, model: str) -> xr.DataArray:
+def open_probability(store: Store, site_id: str, name: str) -> xr.DataArray:
     """Open a model's probability over a site: lazy uint8 [year, y, x], x 250, 255 = missing.
 
     Raises:
         CubeError: the model has not mapped the site completely, the cube has other builds by now,
             the model maps change, or another model has replaced the map's source.
     """
-    probability = _open(store, site_id, model, "probability")
+    probability = _open(store, site_id, name, "probability")
     years = {str(year) for year in probability["year"].to_numpy()}
     later = set(pixels_by_year(store, site_id)) - years
     if later:
-        raise _stale(store, site_id, model, min(later))
+        raise _stale(store, site_id, name, min(later))
     if probability.indexes["year"].is_monotonic_increasing:
         return probability
     return probability.sortby("year")
 
 
-def open_change(store: Store, site_id: str, model: str) -> xr.DataArray:
+def open_change(store: Store, site_id: str, name: str) -> xr.DataArray:
     """Open a model's change over a site: lazy uint8 [pair, class, y, x], x 250.
 
     The value is 255 if either year has no observation. Coordinates `first` and `second` are the
@@ -49,10 +49,10 @@ def open_change(store: Store, site_id: str, model: str) -> xr.DataArray:
         CubeError: as `open_probability`. Years built later are no error: no map of them was
             requested.
     """
-    return _open(store, site_id, model, "change")
+    return _open(store, site_id, name, "change")
 
 
-def mapped_by(store: Store, site_id: str, model: str) -> str:
+def read_variable(store: Store, site_id: str, model: str) -> str:
     """Return the variable mapped by a model at a site: probability or change.
 
     Raises:
@@ -80,7 +80,7 @@ def _open(store: Store, site_id: str, model: str, variable: str) -> xr.DataArray
         raise CubeError(
             f"{store}: {model!r} maps {attrs['variable']}, not {variable}; name a model that does"
         )
-    incomplete = unmapped(attrs, pixels)
+    incomplete = list_unmapped(attrs, pixels)
     is_unfinished = not attrs.get("done") or incomplete
     if is_unfinished or group[variable].shape[0] != len(axis_of(variable, views)):
         raise CubeError(
@@ -88,7 +88,7 @@ def _open(store: Store, site_id: str, model: str, variable: str) -> xr.DataArray
             f"maps lack {_list_missing(attrs, incomplete)}; run `minecube predict` again, it goes "
             "on from there"
         )
-    inputs = mapped_pixels(attrs)
+    inputs = list_mapped_pixels(attrs)
     changed = [year for year, name in inputs if pixels.get(year) != name]
     if changed:
         raise _stale(store, site_id, model, min(changed))

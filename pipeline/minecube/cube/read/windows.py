@@ -21,7 +21,7 @@ from xarray.core import indexing
 
 from minecube.cube.read.commits import Commits, Labels
 from minecube.cube.read.pixels import LazyPixels, Pixels
-from minecube.cube.store import Store, sites
+from minecube.cube.store import Store, list_sites
 from minecube.errors import CubeError
 
 VIEWS = ("year", "pair", "series")
@@ -29,7 +29,7 @@ VIEWS = ("year", "pair", "series")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class WindowPlace:
     """Place of an item. It reaches beyond a smaller site."""
 
     site: str
@@ -72,7 +72,7 @@ class CubeDataset:
     seed: int = 0
     """Seed of random windows. Use another one per epoch."""
     _sites: dict[str, _Site] = field(init=False, repr=False, default_factory=dict)
-    _tiles: list[Window] = field(init=False, repr=False, default_factory=list)
+    _tiles: list[WindowPlace] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if self.view not in VIEWS or self.size < 1 or (self.step is not None and self.step < 1):
@@ -82,7 +82,7 @@ class CubeDataset:
             )
         self._sites = {
             name: _Site.open(self.store, name, self.years)
-            for name in self.site_ids or sites(self.store)
+            for name in self.site_ids or list_sites(self.store)
         }
         self._need_common("bands", "name sites that agree")
         if self.view == "series":
@@ -110,14 +110,14 @@ class CubeDataset:
                     "of years"
                 )
 
-    def _tile(self, step: int) -> Iterator[Window]:
+    def _tile(self, step: int) -> Iterator[WindowPlace]:
         """Yield the windows that cover the sites at this distance."""
         for name, site in self._sites.items():
             height, width = site.shape
             for y in window_starts(height, self.size, step):
                 for x in window_starts(width, self.size, step):
                     for years in self._views(site):
-                        yield Window(site=name, years=years, y=y, x=x)
+                        yield WindowPlace(site=name, years=years, y=y, x=x)
 
     def _views(self, site: _Site) -> list[tuple[int, ...]]:
         """List the years of the items at one place of a site."""
@@ -139,7 +139,7 @@ class CubeDataset:
     def _shapes(self) -> list[tuple[int, int]]:
         return [site.shape for site in self._sites.values()]
 
-    def window(self, index: int) -> Window:
+    def window(self, index: int) -> WindowPlace:
         """Return the place of item `index`; raises IndexError after the last one."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -151,7 +151,7 @@ class CubeDataset:
         site = self._sites[name]
         y, x = (int(rng.integers(max(length - self.size, 0) + 1)) for length in site.shape)
         views = self._views(site)
-        return Window(site=name, years=views[int(rng.integers(len(views)))], y=y, x=x)
+        return WindowPlace(site=name, years=views[int(rng.integers(len(views)))], y=y, x=x)
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from minecube.cube.listing import choose_sites, list_sites, read_object
+from minecube.cube.listing import choose_sites, list_files, read_object
 from minecube.cube.store import Store
 from minecube.cube.verify.content import content_tasks, places_by_sha256
 from minecube.cube.verify.findings import CURES, UNFINISHED, Finding, Report
@@ -54,7 +54,7 @@ def named_sites(store: Store) -> list[str]:
     Raises:
         CubeError: there is no store, it cannot be listed, or it contains nothing of minecube.
     """
-    return sorted(list_sites(store))
+    return sorted(list_files(store))
 
 
 def verify(
@@ -71,7 +71,7 @@ def verify(
     Raises:
         CubeError: as `named_sites`, or the store lacks one of the names.
     """
-    files = list_sites(store)
+    files = list_files(store)
     raw = store.open_objects()
     sites = [SiteState(raw, name, files[name]) for name in choose_sites(store, files, names)]
     findings = list(check_empty_group("", "zarr.json", read_object(raw, "zarr.json")))

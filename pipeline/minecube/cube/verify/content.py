@@ -12,9 +12,9 @@ import pandas as pd
 
 from minecube.arrays import AnyArray, Bool
 from minecube.catalog import FALLBACKS
-from minecube.cube.checksums import sum_of
+from minecube.cube.checksums import size_and_sha256
 from minecube.cube.listing import parse_json
-from minecube.cube.provenance import used_scenes
+from minecube.cube.provenance import list_used_scenes
 from minecube.cube.verify.findings import Finding, describe_key
 from minecube.cube.verify.state import Place, SiteState, open_array, place_of
 
@@ -64,7 +64,7 @@ def _compare_bytes(
         return site.find("missing", key, "is gone", cure, year)
     if not isinstance(content, bytes):
         return site.find("damaged", key, f"cannot be read ({content})", cure, year)
-    size, sha256 = sum_of(content)
+    size, sha256 = size_and_sha256(content)
     expected = site.checksums[key]
     if [size, sha256] == expected:
         return None
@@ -208,7 +208,7 @@ def _check_records(site: SiteState, year: int) -> list[Finding]:
 def _agrees(name: str, table: pd.DataFrame, marker: Mapping[str, Any]) -> bool:
     """Whether a scene list has the marker's scenes, or read counts have the marker's sums."""
     if name == "scenes":
-        return sorted(table["id"]) == sorted(scene["id"] for scene in used_scenes(marker))
+        return sorted(table["id"]) == sorted(scene["id"] for scene in list_used_scenes(marker))
     counts = marker["reads"]
     columns = [column for column in ("planned", "lost") if column in counts and column in table]
     return all(int(table[column].sum()) == counts[column] for column in columns)

@@ -10,17 +10,17 @@ import xarray as xr
 import zarr
 from odc.geo.geobox import GeoBox
 
-from minecube.catalog import Recipe, recipe_of
+from minecube.catalog import Recipe, rebuild_recipe
 from minecube.cube.listing import attributes_in, parse_json
 from minecube.cube.store import DESCRIPTION, FORMAT, UNFINISHED_FORMAT
 from minecube.cube.template import (
     FRACTION,
+    describe_location,
     encoding_of,
-    geozarr,
     grid_in,
-    group_digest,
-    identity,
-    template,
+    hash_array,
+    hash_group,
+    make_template,
 )
 from minecube.cube.verify.findings import Finding
 from minecube.cube.verify.state import SiteState
@@ -51,7 +51,7 @@ def check_group(site: SiteState) -> Iterator[Finding]:
         )
         return
     try:
-        recipe = recipe_of(description["recipe"])
+        recipe = rebuild_recipe(description["recipe"])
         grid = grid_in(attrs)
     except (MinecubeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         yield site.find(
@@ -62,7 +62,7 @@ def check_group(site: SiteState) -> Iterator[Finding]:
     site.built |= {"reflectance", *recipe.layers}
     yield from _check_years(site, description)
     yield from _check_arrays(
-        site, template(grid, site.years or [2000], recipe), recipe, description
+        site, make_template(grid, site.years or [2000], recipe), recipe, description
     )
     site.description = description
     site.grid = grid
@@ -89,7 +89,7 @@ def _check_description(
     """Check recipe and location against their hash, and the location against the grid."""
     description = attrs[DESCRIPTION]
     is_sealed = bool({"sha256", "arrays", "years"} & set(description))
-    if is_sealed and description.get("sha256") != group_digest(attrs):
+    if is_sealed and description.get("sha256") != hash_group(attrs):
         yield site.find(
             "damaged", "zarr.json", "recipe or place is not what the group was made with", "site"
         )
@@ -97,7 +97,7 @@ def _check_description(
         yield site.find("foreign", "zarr.json", f"is of site {description.get('site')!r}", "site")
     wrong = [
         name
-        for name, value in geozarr(grid).items()
+        for name, value in describe_location(grid).items()
         if name.startswith(("proj:", "spatial:")) and attrs.get(name) != value
     ]
     if wrong:
@@ -154,7 +154,7 @@ def _check_arrays(
         elif wrong:
             texts = [f"{key} {metadata.get(key)}, expected {expected.get(key)}" for key in wrong]
             yield site.find("damaged", f"{name}/zarr.json", "; ".join(texts), "site")
-        elif name in identities and identities[name] != identity(metadata):
+        elif name in identities and identities[name] != hash_array(metadata):
             yield site.find(
                 "damaged", f"{name}/zarr.json", "is not what the group was made with", "site"
             )

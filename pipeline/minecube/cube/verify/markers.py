@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minecube.cube.checksums import sealed
+from minecube.cube.checksums import seal
 from minecube.cube.listing import attributes_in
 from minecube.cube.markers import PLACING, WITHDRAWN, is_staged, staged_year
-from minecube.cube.provenance import build_id, describe_grid, untitled
+from minecube.cube.provenance import describe_grid, hash_build, untitled
 from minecube.cube.verify.findings import Finding
 from minecube.cube.verify.state import SiteState, place_of
 
@@ -89,14 +89,14 @@ def _check_marker(site: SiteState, year: int, attrs: Mapping[str, Any]) -> Itera
             "be seen"
         )
         yield site.find("unverifiable", key, text, "build", year)
-    elif attrs != sealed(attrs) or "build_id" not in attrs:
+    elif attrs != seal(attrs) or "build_id" not in attrs:
         site.committed[year] = {}
         yield site.find("damaged", key, "is not what was committed", "build", year)
         return
     else:
         site.checksums |= attrs["checksums"]
     try:
-        build = build_id(attrs)
+        build = hash_build(attrs)
     except (KeyError, TypeError, AttributeError):
         build = "none"
     if build != attrs["build_id"]:

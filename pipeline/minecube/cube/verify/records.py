@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minecube.cube.checksums import sealed
+from minecube.cube.checksums import seal
 from minecube.cube.listing import attributes_in, parse_json
-from minecube.cube.markers import pixels_of
+from minecube.cube.markers import name_pixels
 from minecube.cube.template import LABELLING, WRITTEN_LATER
 from minecube.cube.verify.findings import Finding
 from minecube.cube.verify.state import SiteState
-from minecube.cube.views import completeness_by_index, mapped_pixels, unmapped
+from minecube.cube.views import completeness_by_index, list_mapped_pixels, list_unmapped
 
 
 def check_labels(site: SiteState) -> Iterator[Finding]:
@@ -24,7 +24,7 @@ def check_labels(site: SiteState) -> Iterator[Finding]:
             continue
         attrs = metadata.get("attributes", {})
         notes = {name: attrs[name] for name in WRITTEN_LATER if name in attrs}
-        if "checksums" in notes and notes != sealed(notes):
+        if "checksums" in notes and notes != seal(notes):
             text = "origin or checksums are not what was written"
             yield site.find("damaged", key, text, "label")
             continue
@@ -43,7 +43,7 @@ def check_predictions(site: SiteState) -> Iterator[Finding]:
             names.add(parts[0])
     if names:
         yield from site.check_empty_group("predictions/zarr.json")
-    pixels = {str(year): pixels_of(attrs) for year, attrs in site.committed.items() if attrs}
+    pixels = {str(year): name_pixels(attrs) for year, attrs in site.committed.items() if attrs}
     for name in sorted(names):
         yield from _check_prediction(site, name, pixels)
 
@@ -54,7 +54,7 @@ def _check_prediction(site: SiteState, name: str, pixels: Mapping[str, str]) -> 
     key = f"{path}/zarr.json"
     site.judged[key] = site.read(key)
     attrs = attributes_in(site.judged[key])
-    if attrs is None or ("checksums" in attrs and attrs != sealed(attrs)):
+    if attrs is None or ("checksums" in attrs and attrs != seal(attrs)):
         yield site.find("damaged", key, "is not what was written", "predict")
     elif "model" not in attrs:
         yield site.find_unfinished(path, "the map was being created", "predict")
@@ -64,7 +64,7 @@ def _check_prediction(site: SiteState, name: str, pixels: Mapping[str, str]) -> 
         for shard, checksum in attrs["checksums"].items():
             site.checksums[f"{path}/{shard}"] = checksum
         site.mapped[name] = completeness_by_index(attrs)
-        incomplete = unmapped(attrs, pixels)
+        incomplete = list_unmapped(attrs, pixels)
         if incomplete:
             command = "tracks" if "made_of" in attrs["model"] else "predict"
             text = f"{', '.join(incomplete)} not mapped"
@@ -76,7 +76,7 @@ def _check_prediction(site: SiteState, name: str, pixels: Mapping[str, str]) -> 
 
 def _is_outdated(attrs: Mapping[str, Any], pixels: Mapping[str, str]) -> bool:
     """Whether a year was built again since it was mapped, or a probability lacks a new year."""
-    if any(pixels.get(year) != name for year, name in mapped_pixels(attrs)):
+    if any(pixels.get(year) != name for year, name in list_mapped_pixels(attrs)):
         return True
     if attrs.get("variable") != "probability":
         return False

@@ -10,7 +10,7 @@ import xarray as xr
 import zarr
 
 from minecube.codes import UNKNOWN
-from minecube.cube.checksums import ChecksumStore, sealed
+from minecube.cube.checksums import ChecksumStore, seal
 from minecube.cube.locks import WAIT_S, hold
 from minecube.cube.store import Store
 from minecube.cube.template import FRACTION, FRACTION_ATTRS, LABELLING, LABELS, grid_in
@@ -104,7 +104,7 @@ def _note_labels(array: zarr.Array, target: ChecksumStore, origin: str) -> None:
 
 def _put_notes(array: zarr.Array, notes: Mapping[str, Any]) -> None:
     """Write notes into an array's attributes, in one write: `update` would write one by one."""
-    array.attrs.put({**array.attrs, **sealed(notes)})
+    array.attrs.put({**array.attrs, **seal(notes)})
 
 
 def need_labels(store: Store, site_id: str) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minecube.catalog import recipe_of
-from minecube.cube.listing import attributes_in, choose_sites, list_sites, read_object
+from minecube.catalog import rebuild_recipe
+from minecube.cube.listing import attributes_in, choose_sites, list_files, read_object
 from minecube.cube.markers import is_staged, staged_year
 from minecube.cube.packed import SUFFIX
 from minecube.cube.store import DESCRIPTION, Store
@@ -123,7 +123,7 @@ def _select(store: Store, names: Sequence[str] | None) -> _Selection:
     Raises:
         CubeError: a site is missing, nothing is committed, or labels are half written.
     """
-    files = list_sites(store)
+    files = list_files(store)
     raw = store.open_objects()
     years = {}
     left_out: list[str] = []
@@ -150,7 +150,7 @@ def _need_unchanged(
 ) -> None:
     """Raise CubeError if a packed object was written since the selection."""
     raw = store.open_objects()
-    changed = set(keys) ^ set(_keys_to_pack(store, list_sites(store), selection.years))
+    changed = set(keys) ^ set(_keys_to_pack(store, list_files(store), selection.years))
     changed |= {key for key, _ in crcs.items() ^ _metadata_crcs(raw, keys).items()}
     for name, years in selection.years.items():  # withdrawals before the first metadata check
         withdrawn = years - _committed_years(raw, name, selection.files[name])
@@ -242,6 +242,6 @@ def _prefixes_of_years(store: Store, name: str, years: set[int]) -> tuple[str, .
         return ()
     group = store.open_site(name)
     indices = [index for index, year in enumerate(group["year"][:]) if int(year) in years]
-    variables = ("reflectance", *recipe_of(group.attrs[DESCRIPTION]["recipe"]).layers)
+    variables = ("reflectance", *rebuild_recipe(group.attrs[DESCRIPTION]["recipe"]).layers)
     shards = [f"{variable}/c/{index}/" for variable in variables for index in indices]
     return (*(f"builds/{year}/" for year in years), *shards)

@@ -21,10 +21,10 @@ import zarr
 
 from minecube.arrays import UInt8
 from minecube.codes import UNKNOWN
-from minecube.cube.checksums import ChecksumStore, sealed
+from minecube.cube.checksums import ChecksumStore, seal
 from minecube.cube.locks import hold
 from minecube.cube.store import DESCRIPTION, Store
-from minecube.cube.template import geozarr, grid_in
+from minecube.cube.template import describe_location, grid_in
 from minecube.cube.views import (
     LONG_NAMES,
     View,
@@ -145,14 +145,14 @@ def write_prediction(
                 }
                 shards = {**checksums, **_checksums_of(target, group.path)}
                 # The commit:
-                group.attrs.put(sealed({**group.attrs, "done": complete, "checksums": shards}))
+                group.attrs.put(seal({**group.attrs, "done": complete, "checksums": shards}))
     return todo
 
 
 def write_probability(
     store: Store,
     site_id: str,
-    model: str,
+    name: str,
     probability: xr.DataArray,
     card: Mapping[str, Any],
     *,
@@ -185,7 +185,7 @@ def write_probability(
         digest = model_digest(store, site_id, made_of)
         origin["made_of"] = {"prediction": made_of, "digest": digest}
     views = [(int(year),) for year in probability["year"]]
-    prediction = Prediction(model=model, views=views, about=origin)
+    prediction = Prediction(model=name, views=views, about=origin)
     write_prediction(store, site_id, prediction, rows, overwrite=True)
 
 
@@ -228,7 +228,7 @@ class _Writer:
             return group, complete
         if not is_new:
             _grow(group, variable, views)
-        group.attrs.put(sealed({**group.attrs, **self._describe(attrs, views, complete)}))
+        group.attrs.put(seal({**group.attrs, **self._describe(attrs, views, complete)}))
         return group, complete
 
     def _current(self, complete: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,7 +270,7 @@ class _Writer:
             group = self.store.find_group(self.path)
         except CubeError:
             return {}
-        if group is None or dict(group.attrs) != sealed(group.attrs):
+        if group is None or dict(group.attrs) != seal(group.attrs):
             return {}
         attrs = dict(group.attrs)
         is_same = sha256_of_json(attrs.get("model")) == sha256_of_json(dict(self.prediction.about))
@@ -314,7 +314,9 @@ class _Writer:
             chunk *= 2
         layout = {"chunks": (1, *lead, chunk, chunk), "shards": shard, "fill_value": UNKNOWN}
         self.store.begin_group(self.path, {})
-        xr.Dataset({variable: (dims, empty, attrs)}, coords=coords, attrs=geozarr(grid)).to_zarr(
+        xr.Dataset(
+            {variable: (dims, empty, attrs)}, coords=coords, attrs=describe_location(grid)
+        ).to_zarr(
             self.target,
             group=self.path,
             mode="a",

@@ -13,18 +13,20 @@ from minecube.catalog import Recipe, Site, as_dict
 from minecube.cube.locks import WAIT_S, hold
 from minecube.cube.store import DESCRIPTION, FORMAT, UNFINISHED_FORMAT, Store, is_unfinished
 from minecube.cube.template import (
+    describe_location,
     encoding_of,
     extend,
-    geozarr,
     grid_in,
-    identities,
+    hash_arrays,
+    make_template,
     seal_group,
-    template,
 )
 from minecube.errors import CubeError
 
 
-def check(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> bool:
+def check_site(
+    store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe
+) -> bool:
     """Check the site's group against years, grid and recipe. Returns whether the group exists.
 
     Raises:
@@ -77,7 +79,7 @@ def _check_years(store: Store, site: Site, stored: Sequence[int], years: Sequenc
         )
 
 
-def margin_of(store: Store, site_id: str) -> float | None:
+def read_margin(store: Store, site_id: str) -> float | None:
     """Return the margin of the site's grid in metres; None if the store has no such site."""
     group = store.find_group(site_id)
     if group is None or is_unfinished(group):
@@ -85,7 +87,9 @@ def margin_of(store: Store, site_id: str) -> float | None:
     return float(store.open_site(site_id).attrs[DESCRIPTION].get("margin", 0))
 
 
-def create(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe) -> None:
+def create_site(
+    store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe
+) -> None:
     """Create the site's group for these years without pixels, or make room for missing years.
 
     Raises:
@@ -93,12 +97,12 @@ def create(store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe:
         CubeError: as `check`, or the store cannot be written.
     """
     with store.writing(), hold(store, site.id, wait_s=WAIT_S):
-        if check(store, site, grid, years, recipe):
+        if check_site(store, site, grid, years, recipe):
             group = store.open_site(site.id, mode="r+")
             extend(group, years)
         else:
-            empty = template(grid, sorted(years), recipe)
-            empty.attrs |= {DESCRIPTION: {"format": UNFINISHED_FORMAT}, **geozarr(grid)}
+            empty = make_template(grid, sorted(years), recipe)
+            empty.attrs |= {DESCRIPTION: {"format": UNFINISHED_FORMAT}, **describe_location(grid)}
             group = _write_template(store, site.id, empty, recipe)
             group.attrs[DESCRIPTION] = _describe(store, site, recipe, group)
         seal_group(group)
@@ -128,7 +132,7 @@ def _describe(store: Store, site: Site, recipe: Recipe, group: zarr.Group) -> di
         "format": FORMAT,
         "site": site.id,
         "recipe": as_dict(recipe),
-        "arrays": identities(store, site.id, group),
+        "arrays": hash_arrays(store, site.id, group),
     }
     if site.margin:  # 0 is not stored, as in older versions
         description["margin"] = site.margin

@@ -25,17 +25,17 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from minecube.catalog import recipe_of
-from minecube.cube.checksums import ChecksumStore, sealed, sum_of
+from minecube.catalog import rebuild_recipe
+from minecube.cube.checksums import ChecksumStore, seal, size_and_sha256
 from minecube.cube.markers import (
     PLACING,
     STAGED,
     WITHDRAWN,
     marker_path,
-    note_incomplete,
+    note_lost_reads,
     staged_year,
 )
-from minecube.cube.provenance import run_of
+from minecube.cube.provenance import hash_run
 from minecube.cube.store import DESCRIPTION, Store
 from minecube.errors import BusyError, CubeError
 
@@ -95,7 +95,7 @@ class Staging:
         index = year_index(self.store.open_site(self.site_id), self.year)
         for key, checksum in self.checksums.items():
             checksums[_placed_key(key, index)] = checksum
-        provenance = sealed({**provenance, "checksums": checksums})
+        provenance = seal({**provenance, "checksums": checksums})
         path = marker_path(self.site_id, self.year)
         marker = zarr.open_group(self.target, path=path, mode="a", use_consolidated=False)
         # The commit:
@@ -204,7 +204,7 @@ def counts_of(group: zarr.Group) -> bytes | None:
 
 def reads_so_far(store: Store, provenance: Mapping[str, Any]) -> bytes | None:
     """Return the read counts of an interrupted run of the same build; None if missing."""
-    path = staging_path(provenance["site"], provenance["year"], run_of(provenance))
+    path = staging_path(provenance["site"], provenance["year"], hash_run(provenance))
     group = store.find_group(path)
     return None if group is None else counts_of(group)
 
@@ -221,7 +221,7 @@ def _staging_groups(store: Store, site_id: str, year: int) -> list[str]:
     ]
 
 
-def is_begun(store: Store, site_id: str, year: int) -> bool:
+def has_unfinished_build(store: Store, site_id: str, year: int) -> bool:
     """Whether an unfinished build of a year exists."""
     return bool(_staging_groups(store, site_id, year))
 
@@ -275,7 +275,7 @@ def finish(store: Store, site_id: str, year: int) -> None:
             withdraw(store, site_id, year)
             return
     if "reads" in marker:
-        note_incomplete(store, site_id)
+        note_lost_reads(store, site_id)
     discard(store, site_id, year)
     group.attrs.put(marker)  # last: after a kill, the next run finishes the work
 
@@ -290,7 +290,7 @@ def _place(store: Store, source: str, target: str, checksum: Sequence[Any]) -> b
         raw.rename(source, target)
     except FileNotFoundError:
         try:
-            return sum_of(bytes(raw.get(target).bytes())) == list(checksum)
+            return size_and_sha256(bytes(raw.get(target).bytes())) == list(checksum)
         except FileNotFoundError:
             return False
     return True
@@ -320,7 +320,7 @@ def shard_grid(array: zarr.Array) -> list[tuple[int, int]]:
 
 def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
     """Yield the keys of all possible shards of a year, in the variables written by builds."""
-    for name in ("reflectance", *recipe_of(cube.attrs[DESCRIPTION]["recipe"]).layers):
+    for name in ("reflectance", *rebuild_recipe(cube.attrs[DESCRIPTION]["recipe"]).layers):
         array = cube[name]
         for row, column in shard_grid(array):
             chunk = (index, *(0,) * (array.ndim - 3), row, column)

@@ -11,8 +11,8 @@ import xarray as xr
 import zarr
 
 from minecube.cube.locks import hold
-from minecube.cube.markers import PLACING, is_committed, marker_of, marker_path
-from minecube.cube.provenance import build_id, run_of
+from minecube.cube.markers import PLACING, is_committed, marker_path, read_marker
+from minecube.cube.provenance import hash_build, hash_run
 from minecube.cube.store import Store
 from minecube.cube.write.blocks import build_blocks
 from minecube.cube.write.options import DEFAULT, Account, BuildOptions
@@ -61,7 +61,7 @@ def write_year(
         year_index(cube, year)
         names = [str(name) for name in composite.data_vars]
         _check_alignment(composite, {name: cube[name] for name in names})
-        staging = open_staging(store, site_id, year, names, run_of(provenance), options.before)
+        staging = open_staging(store, site_id, year, names, hash_run(provenance), options.before)
         build_blocks(composite, staging, lock, options)
         lock.check()
         _check_complete(staging, options)
@@ -125,7 +125,7 @@ def _commit(
     marker = {
         **provenance,
         **options.finished(),
-        "build_id": build_id(provenance),
+        "build_id": hash_build(provenance),
         "committed": datetime.now(tz=UTC).isoformat(timespec="seconds"),
     }
     files = {"scenes": scenes}
@@ -141,7 +141,7 @@ def settle(store: Store, site_id: str, year: int) -> None:
     Raises:
         CubeError: the store cannot be written.
     """
-    marker = marker_of(store, site_id, year)
+    marker = read_marker(store, site_id, year)
     if marker is None or PLACING not in marker:
         return
     lock = hold(store, marker_path(site_id, year))
@@ -149,7 +149,7 @@ def settle(store: Store, site_id: str, year: int) -> None:
         finish(store, site_id, year)
 
 
-def uncommit(
+def withdraw_years(
     store: Store,
     site_id: str,
     years: Iterable[int],
