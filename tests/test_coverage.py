@@ -74,7 +74,7 @@ def listing(found, year=2020, source="first", **counts):
         site="pit",
         year=year,
         source=source,
-        found=SearchResult(scenes=tuple(found), listed=len(found), **counts),
+        result=SearchResult(scenes=tuple(found), listed=len(found), **counts),
     )
 
 
@@ -337,7 +337,7 @@ def test_sources_together():
         listing(first, refused={"x": "why"}),
         listing(second, source="second", refused={"x": "why"}),
     ]
-    asked = [dataclasses.replace(a, found=dataclasses.replace(a.found, listed=5)) for a in asked]
+    asked = [dataclasses.replace(a, result=dataclasses.replace(a.result, listed=5)) for a in asked]
     months, years = coverage.tabulate_coverage([*asked, listing([], source="third")], RECIPE, LATER)
     may = months[months["month"] == 5].set_index("source")
     assert may["days"].to_dict() == {"first": 2, "second": 2, "third": 0, "all": 3}

@@ -442,10 +442,10 @@ def test_windows_go_together_by_what_a_layer_takes_and_gives(
 
 def test_two_maps_at_once_are_those_of_each_alone() -> None:
     of, models_ = reflectance(8, 131, 53), [untrained(), untrained(WIDE)]
-    alone = [[rows.values for rows in Mapper(model).rows(of, [(2019,)])] for model in models_]
-    with closing(Mapper(models_[0]).rows(of, [(2019,)])) as first:
+    alone = [[rows.values for rows in Mapper(model).map_rows(of, [(2019,)])] for model in models_]
+    with closing(Mapper(models_[0]).map_rows(of, [(2019,)])) as first:
         begun = [next(first).values]
-        second = [rows.values for rows in Mapper(models_[1]).rows(of, [(2019,)])]
+        second = [rows.values for rows in Mapper(models_[1]).map_rows(of, [(2019,)])]
         begun += [rows.values for rows in first]
     for found, expected in zip((begun, second), alone, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -461,8 +461,8 @@ def test_a_network_is_copied_once_for_all_sites_and_again_for_a_series_of_other_
     ):
         mapper = Mapper(model)
         for site, each in zip([*sites, sites[0]], views, strict=False):
-            rows = list(mapper.rows(site, each))
-            expected = list(Mapper(model).rows(site, each))
+            rows = list(mapper.map_rows(site, each))
+            expected = list(Mapper(model).map_rows(site, each))
             assert all(
                 np.array_equal(a.values, b.values) for a, b in zip(rows, expected, strict=True)
             )
@@ -480,7 +480,7 @@ def test_threads_map_sites_by_one_mapper_with_one_copy_of_the_network() -> None:
     sites = [reflectance(n, 131, 53) for n in range(4)]
 
     def mapped(by: Mapper, of: xr.DataArray) -> np.ndarray:
-        return np.concatenate([rows.values for rows in by.rows(of, [(2019,)])], axis=-2)
+        return np.concatenate([rows.values for rows in by.map_rows(of, [(2019,)])], axis=-2)
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda of: mapped(mapper, of), sites))
@@ -520,7 +520,7 @@ def test_rows_come_once_and_in_order_whatever_the_size(
     model = given_by(
         lambda x: x[:, :1], dataclasses.replace(SMALL, window_px=window, multiple_px=1)
     )
-    rows = list(Mapper(model).rows(of, [(2019,)]))
+    rows = list(Mapper(model).map_rows(of, [(2019,)]))
     assert [r.y for r in rows] == np.cumsum([0, *(r.values.shape[-2] for r in rows)])[:-1].tolist()
     whole = np.concatenate([r.values for r in rows], axis=-2)[0, 0]
     assert whole.shape == (height, width)
@@ -566,12 +566,12 @@ def test_every_row_is_read_once_a_view_and_not_long_before_it_is_needed(
     monkeypatch.setattr(mapping, "_READ_ROWS", 16)
     of, read = reflectance(9, 208, 40, YEARS), list[int]()
     lazy = recording(of, read)
-    for rows in Mapper(untrained(), Compute(workers=2)).rows(lazy, [(2019,)]):
+    for rows in Mapper(untrained(), Compute(workers=2)).map_rows(lazy, [(2019,)]):
         # A strip that waits, one that is made, rows in flight, and the row of windows itself.
         assert max(read) <= rows.y + 16 * 8
     assert sorted(read) == list(range(0, 208, 16))
     read.clear()
-    list(Mapper(given_by(pair_of, CHANGE)).rows(lazy, list_views(CHANGE, YEARS)))
+    list(Mapper(given_by(pair_of, CHANGE)).map_rows(lazy, list_views(CHANGE, YEARS)))
     assert sorted(read) == sorted([*range(0, 208, 16)] * 6)
     xr.testing.assert_identical(predict(untrained(), lazy), predict(untrained(), of))
 
@@ -599,7 +599,7 @@ def test_memory_is_flat_in_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -
         lazy.encoding["chunks"] = (1, 10, 16, 150)
         tracemalloc.start()
         seen = sum(
-            r.values.shape[-2] for r in Mapper(model, Compute(workers=2)).rows(lazy, [(2019,)])
+            r.values.shape[-2] for r in Mapper(model, Compute(workers=2)).map_rows(lazy, [(2019,)])
         )
         left, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -655,7 +655,7 @@ def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(
     with dask.config.set(scheduler="synchronous"):  # so that no thread is Dask's
         with pytest.raises(OSError, match="bad sector"):
             predict(untrained(), lazy)
-        rows = Mapper(untrained()).rows(lazy, [(2019,)])
+        rows = Mapper(untrained()).map_rows(lazy, [(2019,)])
         next(rows)
         rows.close()  # the caller has enough
     assert threading.active_count() == before
@@ -751,7 +751,7 @@ def test_a_batch_is_looked_for_once_and_used_for_all_sites(
     count = 2 * len(layout.tops) * len(layout.lefts)
     for fits, size in ((100, 12), (100, 12), (7, 6), (100, 6)):
         room[0], sizes[:] = fits, []
-        rows = list(mapper.rows(of, [(2019,), (2020,)]))
+        rows = list(mapper.map_rows(of, [(2019,), (2020,)]))
         found = np.concatenate(
             [
                 np.concatenate([r.values for r in rows if r.view == (y,)], axis=-2)[0]
@@ -765,7 +765,7 @@ def test_a_batch_is_looked_for_once_and_used_for_all_sites(
     assert len(tried) == 1
     sizes[:], room[0] = [], 0
     with pytest.raises(ModelError, match="does not hold one window"):
-        list(mapper.rows(of, [(2019,)]))
+        list(mapper.map_rows(of, [(2019,)]))
     assert sizes == [6, 3, 1]
 
 
@@ -859,7 +859,7 @@ def test_views() -> None:
     with pytest.raises(ModelError, match="pairs of years are for change; its task is mapping"):
         list_views(SMALL, YEARS, [(2018, 2019)])
     with pytest.raises(ModelError, match="year 2030 is not in the cube"):
-        list(Mapper(untrained()).rows(reflectance(1), [(2030,)]))
+        list(Mapper(untrained()).map_rows(reflectance(1), [(2030,)]))
 
 
 def test_a_network_of_so_many_years_takes_no_other_number() -> None:

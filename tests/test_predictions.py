@@ -98,12 +98,12 @@ def rows_of(
 
 
 def mapped(
-    store, views, *, about=NET, overwrite=False, variable="probability", classes=("mine",), **how
+    store, views, *, origin=NET, overwrite=False, variable="probability", classes=("mine",), **how
 ):
     """Which views were asked for, and then written."""
     asked = []
     prediction = Prediction(
-        model="net", views=views, about=about, variable=variable, classes=classes
+        model="net", views=views, origin=origin, variable=variable, classes=classes
     )
     wrote = cube.write_prediction(
         store,
@@ -241,20 +241,20 @@ def test_a_killed_run_over_an_older_map_leaves_none_of_it(store):
         mapped(
             store,
             years(2019, 2020, 2021),
-            about={**NET, "weights_sha256": "b"},
+            origin={**NET, "weights_sha256": "b"},
             dies_after=7,
             overwrite=True,
         )
     with pytest.raises(CubeError, match="of 3 maps lack 2020, 2021"):
         cube.open_probability(store, "pit", "net")
-    assert mapped(store, years(2019, 2020, 2021), about={**NET, "weights_sha256": "b"}) == years(
+    assert mapped(store, years(2019, 2020, 2021), origin={**NET, "weights_sha256": "b"}) == years(
         2020, 2021
     )
 
 
 @pytest.mark.parametrize("dies_after", [None, 7])
 def test_another_model_replaces_a_prediction_only_when_told(store, dies_after):
-    other = {"about": {**NET, "weights_sha256": "b"}}
+    other = {"origin": {**NET, "weights_sha256": "b"}}
     with suppress(KeyboardInterrupt):
         mapped(store, years(2019, 2020, 2021), dies_after=dies_after)
     for how in (other, {**other, "variable": "change"}, {"variable": "change"}):
@@ -351,7 +351,7 @@ def test_later_years_and_pairs_join_those_that_are_there(store, site):
     assert mapped(store, years(2019, 2020, 2021, 2022)) == years(2022)
     whole(store, 2019, 2020, 2021, 2022)
     assert cube.verify(store).findings == ()
-    change = {"variable": "change", "about": {"id": "other"}}
+    change = {"variable": "change", "origin": {"id": "other"}}
     mapped(store, PAIRS[1:2], overwrite=True, **change)
     assert mapped(store, PAIRS, **change) == [PAIRS[0], PAIRS[2]]
     found = cube.open_change(store, "pit", "net")
@@ -443,9 +443,9 @@ def test_of_two_runs_at_once_the_second_is_told_and_writes_nothing(store, other)
             BusyError,
             match=r"pit/predictions/net is being written by another run \(process \d+ on ",
         ):
-            mapped(store, three, about=other)
+            mapped(store, three, origin=other)
 
-    first = Prediction(model="net", views=three, about=NET)
+    first = Prediction(model="net", views=three, origin=NET)
     assert (
         cube.write_prediction(store, "pit", first, lambda todo: constant(todo, 5, meanwhile))
         == three
@@ -460,7 +460,7 @@ def test_two_models_map_one_site_at_once(store):
     def meanwhile():
         others.append(mapped(store, three))
 
-    other = Prediction(model="other", views=three, about={"id": "other"})
+    other = Prediction(model="other", views=three, origin={"id": "other"})
     assert (
         cube.write_prediction(store, "pit", other, lambda todo: constant(todo, 5, meanwhile))
         == others[0]
@@ -494,7 +494,7 @@ def test_a_shard_that_comes_out_empty_leaves_none_of_before(store, tmp_path):
             )
 
     cube.write_prediction(
-        store, "pit", Prediction(model="net", views=years(2019), about=NET), nothing, overwrite=True
+        store, "pit", Prediction(model="net", views=years(2019), origin=NET), nothing, overwrite=True
     )
     assert not shard.exists()
     assert [f.kind for f in cube.verify(store).findings] == [
@@ -529,7 +529,7 @@ def test_other_variables_are_refused():
     with pytest.raises(
         CubeError, match="expected a prediction of probability or change, found 'height'"
     ):
-        Prediction(model="net", views=years(2019), about={}, variable="height")
+        Prediction(model="net", views=years(2019), origin={}, variable="height")
 
 
 # With networks, through the command line
@@ -681,7 +681,7 @@ def test_find_a_prediction_by_its_name_or_its_model_card(store, site, tmp_path):
         cube.write_prediction(
             store,
             "pit",
-            Prediction(model=name, views=views, about={"id": card}),
+            Prediction(model=name, views=views, origin={"id": card}),
             lambda todo: rows_of(todo),
         )
 

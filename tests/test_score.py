@@ -92,7 +92,7 @@ def write_change(store, site, model, change, classes, pairs=PAIRS):
             yield types.SimpleNamespace(view=view, y=0, values=change[PAIRS.index(view)][None])
 
     about = cube.Prediction(
-        model=model, views=pairs, about={"id": model}, variable="change", classes=classes
+        model=model, views=pairs, origin={"id": model}, variable="change", classes=classes
     )
     cube.write_prediction(cube.Store(store), site, about, rows)
 

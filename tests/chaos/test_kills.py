@@ -103,7 +103,7 @@ def predict(store, site, model="a", years=(2019, 2020), overwrite=False):
                 view=view, y=0, values=np.full((1, 1, *grid.shape), ord(model), np.uint8)
             )
 
-    wanted = cube.Prediction(model="net", views=[(year,) for year in years], about={"id": model})
+    wanted = cube.Prediction(model="net", views=[(year,) for year in years], origin={"id": model})
     cube.write_prediction(cube.Store(store), "pit", wanted, rows, overwrite=overwrite)
 
 

@@ -120,7 +120,7 @@ def predict(
     """
     store = sites.store
     if scheduler is None:
-        compute.place()
+        compute.find_device()
     mapper = models.Mapper(
         models.find_model(network.model, load_all_models(network.catalog)), compute
     )
@@ -133,7 +133,7 @@ def predict(
         )
     prediction = options.prediction
     if prediction is None:
-        prediction = cube.choose_name(store, built, mapper.about, mapper.name)
+        prediction = cube.choose_name(store, built, mapper.description, mapper.name)
     options = replace(options, prediction=prediction)
     total = Mapped(0, 0, 0.0)
     start = time.monotonic()

@@ -180,5 +180,5 @@ def _list_year(site: Site, year: int, source: Source) -> coverage.Listing:
     try:
         listed = scenes.search(site, year, source)
     except scenes.NoScenesError as error:
-        listed = error.found
-    return coverage.Listing(site=site.id, year=year, source=source.id, found=listed)
+        listed = error.result
+    return coverage.Listing(site=site.id, year=year, source=source.id, result=listed)

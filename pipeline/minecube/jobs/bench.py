@@ -149,7 +149,7 @@ def run_benchmark(
         ModelError: a network does not fit the cubes, or the device is missing.
         LabelError: a test site has no label in any built year.
     """
-    benchmark.compute.place()
+    benchmark.compute.find_device()
     _need_same_settings(benchmark)
     need_labels(benchmark.store, benchmark.split.test)
     runs = ModelRuns()
@@ -294,7 +294,7 @@ def _map_tests(
     """Map the test sites. Returns the name of the prediction."""
     mapper = models.Mapper(trained, benchmark.compute)
     sites = benchmark.split.test
-    prediction = cube.choose_name(benchmark.store, sites, mapper.about, mapper.name)
+    prediction = cube.choose_name(benchmark.store, sites, mapper.description, mapper.name)
     maps = 0
     seconds = 0.0
     for site in sites:

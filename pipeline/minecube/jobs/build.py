@@ -378,7 +378,7 @@ def _check_scenes(
     notes["offset_conflicts"] = offsets.list_conflicts(checks)
     notes["offset_untold"] = [check.scene for check in checks if check.step is None]
     if job.recipe.haze:
-        usable = veils.mark_wrong_classifications(usable, look.of(usable), job.recipe.haze)
+        usable = veils.mark_wrong_classifications(usable, look.select_scenes(usable), job.recipe.haze)
         notes["scl_errors"] = veils.list_wrong_classifications(usable)
     if job.recipe.registration:
         shifts = registration.measure_shifts(usable, task.grid, looks)
@@ -460,7 +460,7 @@ def _search_all(
 
 def is_empty_search(error: SceneError) -> bool:
     """Return whether a search was answered and listed no scene, not even an unusable one."""
-    return isinstance(error, scenes.NoScenesError) and not error.found.refused
+    return isinstance(error, scenes.NoScenesError) and not error.result.refused
 
 
 def _build_all(

@@ -109,7 +109,7 @@ def map_site(
     planned = cube.Prediction(
         model=options.prediction or mapper.name,
         views=views,
-        about=mapper.about,
+        origin=mapper.description,
         variable="change" if card.task == "change" else "probability",
         classes=card.classes,
         computed=str(mapper.compute),
@@ -118,7 +118,7 @@ def map_site(
         store,
         site,
         planned,
-        lambda views: mapper.rows(reflectance, views, progress),
+        lambda views: mapper.map_rows(reflectance, views, progress),
         overwrite=options.overwrite,
     )
     maps = len(mapped)
@@ -166,7 +166,7 @@ def map_on_workers(
 
 def describe_model(mapper: models.Mapper) -> str:
     """Return card and weights of a model as text, to compare models."""
-    return json.dumps(mapper.about, sort_keys=True)
+    return json.dumps(mapper.description, sort_keys=True)
 
 
 def _list_pairs(pairs: Sequence[int | Pair] | None, years: Sequence[int]) -> list[Pair] | None:

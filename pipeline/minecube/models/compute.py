@@ -41,16 +41,16 @@ class Compute:
                 "last bits would depend on which windows come first: leave --compile out"
             )
 
-    def place(self) -> torch.device:
+    def find_device(self) -> torch.device:
         """Return the device; raises ModelError if it is not available."""
         return find_device(self.device)
 
     def dtype(self) -> torch.dtype:
         """Return the type in which the network computes."""
-        return PRECISIONS[self._precision(self.place())]
+        return PRECISIONS[self._precision(self.find_device())]
 
     def __str__(self) -> str:
-        device = self.place()
+        device = self.find_device()
         return f"torch {torch.__version__} on {device.type} in {self._precision(device)}"
 
     def _precision(self, device: torch.device) -> str:

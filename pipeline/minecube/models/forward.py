@@ -25,7 +25,7 @@ def prepare(trained: TrainedModel, compute: Compute, years: Sequence[int]) -> Fo
     Raises:
         ModelError: The device is not available.
     """
-    network = deepcopy(trained.network).to(compute.place()).eval()
+    network = deepcopy(trained.network).to(compute.find_device()).eval()
     forward = Forward(network, trained, compute, years)
     if forward.device.type == "cpu":
         sample = torch.randn(forward.window_shape(), generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ class Forward:
         self, network: nn.Module, trained: TrainedModel, compute: Compute, years: Sequence[int]
     ) -> None:
         self.trained = trained
-        self.device = compute.place()
+        self.device = compute.find_device()
         self.group = compute.batch
         """Windows per call; None until it is determined."""
         if compute.compiled:

@@ -167,7 +167,7 @@ def predict(
     views = list_views(card, [int(year) for year in cube["year"]], pairs)
     shape = (len(views), _count_dates(card, views[0]), len(card.classes))
     maps = np.empty((*shape, cube.sizes["y"], cube.sizes["x"]), np.uint8)
-    for rows in Mapper(trained, compute).rows(cube, views, progress):
+    for rows in Mapper(trained, compute).map_rows(cube, views, progress):
         maps[views.index(rows.view), :, :, rows.y : rows.y + rows.values.shape[-2]] = rows.values
     if card.task == "change":
         return _label_changes(card, cube, views, maps[:, 0])
@@ -213,14 +213,14 @@ class Mapper:
         self._prepared: tuple[View | int, Forward] | None = None
 
     @cached_property
-    def about(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Description of the model by `describe`."""
         return describe(self.trained)
 
     @property
     def name(self) -> str:
         """Default name of its predictions: card id and first digits of the weights' SHA-256."""
-        return f"{self.trained.card.id}-{self.about['weights_sha256'][:8]}"
+        return f"{self.trained.card.id}-{self.description['weights_sha256'][:8]}"
 
     def check(self, reflectance: xr.DataArray, views: Sequence[View]) -> None:
         """Check before any reading or writing if these views can be mapped.
@@ -247,9 +247,9 @@ class Mapper:
                     f"({', '.join(map(str, view))}); map as many years, or train it on series as "
                     "long as this one"
                 )
-        self.compute.place()
+        self.compute.find_device()
 
-    def rows(
+    def map_rows(
         self,
         reflectance: xr.DataArray,
         views: Sequence[View],

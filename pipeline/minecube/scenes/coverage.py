@@ -53,12 +53,12 @@ _LAUNCH = min(service.start for service in _SERVICES.values())
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """Scenes of one site-year from one source. `found` is empty if the source has none."""
+    """Scenes of one site-year from one source. `result` is empty if the source has none."""
 
     site: str
     year: int
     source: str
-    found: SearchResult
+    result: SearchResult
 
 
 def derive_passes(
@@ -138,7 +138,7 @@ def tabulate_coverage(
     Returns:
         The table by month and the table by year.
     """
-    pooled = [scene for listing in listings for scene in listing.found.scenes]
+    pooled = [scene for listing in listings for scene in listing.result.scenes]
     months = []
     years = []
     for year in sorted({listing.year for listing in listings}):
@@ -156,16 +156,16 @@ def tabulate_coverage(
 def _pool(listings: Sequence[Listing]) -> Listing:
     """Return the listings of one site-year as one listing of source `all`."""
     pooled = SearchResult(
-        scenes=tuple(merge_sources(listing.found.scenes for listing in listings)),
-        listed=sum(listing.found.listed for listing in listings),
+        scenes=tuple(merge_sources(listing.result.scenes for listing in listings)),
+        listed=sum(listing.result.listed for listing in listings),
         # Several sources may refuse the same id.
         refused={
             f"{listing.source}/{item_id}": reason
             for listing in listings
-            for item_id, reason in listing.found.refused.items()
+            for item_id, reason in listing.result.refused.items()
         },
     )
-    return Listing(site=listings[0].site, year=listings[0].year, source=ALL_SOURCES, found=pooled)
+    return Listing(site=listings[0].site, year=listings[0].year, source=ALL_SOURCES, result=pooled)
 
 
 def tabulate_months(
@@ -186,10 +186,10 @@ def tabulate_months(
 
     `expected` and `missing` are NA if no scene of the site names its orbit.
     """
-    listed_days = set(list_solar_days(listing.found.scenes))
+    listed_days = set(list_solar_days(listing.result.scenes))
     rows = []
     for month in range(1, 13):
-        scenes = [s for s in listing.found.scenes if _utc(s).month == month]
+        scenes = [s for s in listing.result.scenes if _utc(s).month == month]
         due_days = _days_of_month(passes or {}, month)
         missing_days = [day for day in due_days if day not in listed_days]
         usable_days = len(list_solar_days(select_usable(scenes, recipe)))
@@ -237,7 +237,7 @@ def tabulate_year(
         recipe: the recipe used for `months`.
         until: the last UTC date with listed passes.
     """
-    result = listing.found
+    result = listing.result
     season = months[months["month"].isin(recipe.months)]
     sums = {name: season[name].sum(min_count=1) for name in ("days", "expected", "missing")}
     usable_scenes = select_usable(result.scenes, recipe)

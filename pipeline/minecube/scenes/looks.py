@@ -41,7 +41,7 @@ class Look:
     scl: UInt16
     """uint16 [scene, pixel]."""
 
-    def of(self, scenes: Sequence[pystac.Item]) -> Look:
+    def select_scenes(self, scenes: Sequence[pystac.Item]) -> Look:
         """Select scenes, in the given order."""
         rows = [self.ids.index(scene.id) for scene in scenes]
         ids = tuple(scene.id for scene in scenes)

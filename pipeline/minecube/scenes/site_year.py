@@ -50,9 +50,9 @@ class SearchResult:
 class NoScenesError(SceneError):
     """An answered search without any usable scene."""
 
-    def __init__(self, message: str, found: SearchResult) -> None:
+    def __init__(self, message: str, result: SearchResult) -> None:
         super().__init__(message)
-        self.found = found
+        self.result = result
         """Has no scenes, only the number of listed items and the reasons for refusal."""
 
 

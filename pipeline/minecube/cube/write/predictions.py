@@ -75,7 +75,7 @@ class Prediction:
     model: str
     """Name of the group."""
     views: Sequence[View]
-    about: Mapping[str, Any]
+    origin: Mapping[str, Any]
     """Origin of the map, as plain JSON. A map of another origin is only replaced with
     `overwrite`."""
     variable: str = "probability"
@@ -185,7 +185,7 @@ def write_probability(
         digest = model_digest(store, site_id, made_of)
         origin["made_of"] = {"prediction": made_of, "digest": digest}
     views = [(int(year),) for year in probability["year"]]
-    prediction = Prediction(model=name, views=views, about=origin)
+    prediction = Prediction(model=name, views=views, origin=origin)
     write_prediction(store, site_id, prediction, rows, overwrite=True)
 
 
@@ -251,7 +251,7 @@ class _Writer:
                 todo.update(indices)
         checksums = {**attrs.get("checksums", {}), **_checksums_of(self.target, self.path)}
         return {
-            "model": dict(self.prediction.about),
+            "model": dict(self.prediction.origin),
             "variable": variable,
             "views": [list(view) for view in views],
             "done": complete,
@@ -273,7 +273,7 @@ class _Writer:
         if group is None or dict(group.attrs) != seal(group.attrs):
             return {}
         attrs = dict(group.attrs)
-        is_same = sha256_of_json(attrs.get("model")) == sha256_of_json(dict(self.prediction.about))
+        is_same = sha256_of_json(attrs.get("model")) == sha256_of_json(dict(self.prediction.origin))
         if not is_same or attrs.get("variable") != self.prediction.variable:
             raise CubeError(
                 f"{self.store}: {self.path} was made by another model; choose another --name, or "
