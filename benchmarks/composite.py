@@ -1,9 +1,10 @@
-"""What a composite costs and how good it is, against what a user would run instead, all in one run.
+"""Compare minecube's composites with what users would otherwise run: time, memory, accuracy.
 
     python benchmarks/composite.py [--json FILE] [--quick] [--picture FILE] [--markdown FILE]
 
-It makes its archives, runs every contender in a process of its own, in turn, and prints the ratios. A ratio is ours divided by
-theirs, of medians over the rounds; so below 1 is faster, or less. Wall times of a machine that does nothing else.
+The script makes its own archives. It runs the contenders in turn, each in its own process.
+A ratio is minecube's median over the rounds, divided by the contender's. Below 1, minecube is
+faster or needs less memory. Times are wall times: use an idle machine.
 """
 
 from __future__ import annotations
@@ -66,97 +67,114 @@ from minecube.scenes import veils
 from minecube.scenes.looks import read_look
 from minecube.simulate import World, simulate_archive
 
-DATES, SIDE, WIDE = 40, 1024, 2048
-LEFT, TOP = 360000, 5600040
-HIDING = (3, 8, 9, 10)
-"""SCL classes that all contenders mask, and nothing else: what they make of it must be the same to the last bit."""
+DATES = 40
+SITE_PX = 1024
+"""Side of the site in pixels of 10 m."""
+SCENE_PX = 2048
+"""Side of a scene in pixels of 10 m."""
+LEFT = 360000
+TOP = 5600040
+CLOUD_CLASSES = (3, 8, 9, 10)
+"""SCL classes that all contenders mask. The medians must then be identical."""
 PLAIN = Recipe(
-    id="plain", title="SCL and a median", mask=(MaskRule(classes=HIDING),), block_px=SIDE
+    id="plain", title="SCL and a median", mask=(MaskRule(classes=CLOUD_CLASSES),), block_px=SITE_PX
 )
-GEOMEDIAN = dataclasses.replace(PLAIN, id="geomedian", reducer="geomedian", block_px=SIDE // 2)
+GEOMEDIAN = dataclasses.replace(PLAIN, id="geomedian", reducer="geomedian", block_px=SITE_PX // 2)
 YEARS = (2015, 2020, 2022)
 
 
 def main() -> None:
-    """Run one contender, or all parts."""
+    """Run one contender, or the whole benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this Markdown file")
     parser.add_argument(
-        "--markdown", type=Path, help="write the tables here, for the documentation"
+        "--picture", type=Path, help="draw one mine block and three composites of it"
     )
-    parser.add_argument(
-        "--picture", type=Path, help="draw one mine block under three composites here"
-    )
-    parser.add_argument("--quick", action="store_true", help="one round instead of three")
+    parser.add_argument("--quick", action="store_true", help="run one round instead of three")
     parser.add_argument(
         "--run", nargs=3, metavar=("CONTENDER", "ARCHIVE", "DATES"), help=argparse.SUPPRESS
     )
-    asked = parser.parse_args()
-    if asked.run:
-        print(json.dumps(run_here(asked.run[0], asked.run[1], int(asked.run[2]))))
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run_contender(options.run[0], options.run[1], int(options.run[2]))))
         return
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {pd.Timestamp.now():%Y-%m-%d}"
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, {pd.Timestamp.now():%Y-%m-%d}"
+    )
     print(machine, flush=True)
-    logging.disable(logging.WARNING)  # shifts of scenes, which the simulated world has many of
-    rounds = 1 if asked.quick else 3
+    logging.disable(logging.WARNING)  # the simulated world has many displaced scenes
+    rounds = 1 if options.quick else 3
     figures: dict[str, Any] = {"machine": machine}
     texts: list[str] = []
 
-    def say(title: str, text: str) -> None:
+    def print_table(title: str, text: str) -> None:
         texts.append(f"## {title}\n```\n{text}\n```\n")
         print(f"\n{title}\n{text}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        write_archive(place / "mixed", DATES, lambda rng: rng.uniform(0, 0.7))
-        figures |= against_others(place / "mixed", rounds, say)
-        figures |= bytes_read(place / "cloudy", say)
-        figures |= scaling(place / "mixed", rounds, say)
-        figures |= two_workers(place / "flat", say)
-        figures |= quality(place, asked.picture, say)
-        figures |= on_gpu(say)
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    if asked.markdown:
-        asked.markdown.write_text(f"Machine: {machine}.\n\n" + "\n".join(texts), encoding="utf-8")
+        root = Path(folder)
+        write_archive(root / "mixed", DATES, lambda rng: rng.uniform(0, 0.7))
+        figures |= compare_contenders(root / "mixed", rounds, print_table)
+        figures |= measure_bytes_read(root / "cloudy", print_table)
+        figures |= measure_scaling(root / "mixed", rounds, print_table)
+        figures |= measure_two_workers(root / "flat", print_table)
+        figures |= measure_quality(root, options.picture, print_table)
+        figures |= measure_gpu(print_table)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(f"Machine: {machine}.\n\n" + "\n".join(texts), encoding="utf-8")
 
 
-# The archive: COGs of 512-pixel tiles, noise that deflates as real bands do, clouds of many sizes
+# Archive
 
 
 def write_archive(
     folder: Path,
     dates: int,
-    cover: Callable[[np.random.Generator], float],
+    draw_cloud_share: Callable[[np.random.Generator], float],
     compress: str = "deflate",
 ) -> None:
-    """`dates` scenes of `WIDE` pixels a side, of which the share `cover` is cloud; the site is their middle."""
+    """Write an archive of cloudy scenes.
+
+    Files are COGs with tiles of 512 pixels. Their noise compresses like real bands.
+
+    Args:
+        folder: where to write the scenes.
+        dates: number of scenes.
+        draw_cloud_share: draws the cloud share of one scene.
+        compress: empty for uncompressed files.
+    """
     rng = np.random.default_rng(0)
     land = np.clip(
-        ndimage.gaussian_filter(rng.standard_normal((WIDE, WIDE)), 4) * 8000 + 1800, 200, 6000
+        ndimage.gaussian_filter(rng.standard_normal((SCENE_PX, SCENE_PX)), 4) * 8000 + 1800,
+        200,
+        6000,
     )
-    covers = [cover(np.random.default_rng([5, date])) for date in range(dates)]
+    cloud_shares = [draw_cloud_share(np.random.default_rng([5, date])) for date in range(dates)]
 
     def write(date: int) -> None:
         rng = np.random.default_rng([1, date])
-        field = sum(_noise(rng, size) * size for size in (16, 32, 64))
+        cloudiness = sum(_draw_noise(rng, size) * size for size in (16, 32, 64))
         cloud = (
-            field > np.quantile(field, 1 - covers[date])
-            if 0 < covers[date] < 1
-            else np.full(field.shape, covers[date] >= 1)
+            cloudiness > np.quantile(cloudiness, 1 - cloud_shares[date])
+            if 0 < cloud_shares[date] < 1
+            else np.full(cloudiness.shape, cloud_shares[date] >= 1)
         )
         for band, size in NATIVE_M.items():
             ground = land[:: size // 10, :: size // 10]
-            over = cloud if size == 20 else cloud.repeat(2, axis=0).repeat(2, axis=1)
+            cloud_here = cloud if size == 20 else cloud.repeat(2, axis=0).repeat(2, axis=1)
             if band == SCL:
                 pixels = np.where(cloud, 9, np.where(ground > 2500, 5, 4)).astype(np.uint8)
             else:
-                seen = np.where(over, 6000 + ground / 8, ground + 10 * date)
-                seen = seen + rng.standard_normal(ground.shape, dtype=np.float32) * 20
-                pixels = np.clip(seen, 1, 20000).astype(np.uint16)
+                surface = np.where(cloud_here, 6000 + ground / 8, ground + 10 * date)
+                surface = surface + rng.standard_normal(ground.shape, dtype=np.float32) * 20
+                pixels = np.clip(surface, 1, 20000).astype(np.uint16)
             path = folder / f"{date:02d}" / f"{band}.tif"
             path.parent.mkdir(parents=True, exist_ok=True)
             profile = {
@@ -178,29 +196,29 @@ def write_archive(
         list(pool.map(write, range(dates)))
 
 
-def _noise(rng: np.random.Generator, size: int) -> np.ndarray[Any, Any]:
-    n = WIDE // 2
+def _draw_noise(rng: np.random.Generator, size: int) -> np.ndarray[Any, Any]:
+    n = SCENE_PX // 2
     coarse = rng.standard_normal((n // size + 3, n // size + 3)).astype(np.float32)
     return ndimage.zoom(coarse, size, order=1)[:n, :n]
 
 
-def site_grid(height: int = SIDE, width: int = SIDE) -> GeoBox:
-    """The middle of the scenes."""
+def make_site_grid(height: int = SITE_PX, width: int = SITE_PX) -> GeoBox:
+    """Return the grid of a site in the middle of the scenes."""
     return GeoBox(
         (height, width),
-        Affine(10, 0, LEFT + 5 * (WIDE - SIDE), 0, -10, TOP - 5 * (WIDE - SIDE)),
+        Affine(10, 0, LEFT + 5 * (SCENE_PX - SITE_PX), 0, -10, TOP - 5 * (SCENE_PX - SITE_PX)),
         "EPSG:32633",
     )
 
 
-def raw_items(folder: Path | str, dates: int) -> list[pystac.Item]:
-    """The scenes as a catalogue lists them, with all that stackstac and odc-stac ask for."""
+def make_items(folder: Path | str, dates: int) -> list[pystac.Item]:
+    """List the scenes like a catalogue, with the properties that stackstac and odc-stac need."""
     area = box(
         *GeoBox(
-            (WIDE, WIDE), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633"
+            (SCENE_PX, SCENE_PX), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633"
         ).geographic_extent.boundingbox
     )
-    found = []
+    items = []
     for date in range(dates):
         day = pd.Timestamp("2021-04-03 10:00") + pd.Timedelta(days=5 * date)
         item = pystac.Item(
@@ -211,24 +229,26 @@ def raw_items(folder: Path | str, dates: int) -> list[pystac.Item]:
             properties={"proj:epsg": 32633, "proj:code": "EPSG:32633"},
         )
         for band, size in NATIVE_M.items():
-            side = WIDE * 10 // size
-            place = {
+            side = SCENE_PX * 10 // size
+            asset_fields = {
                 "proj:shape": [side, side],
                 "proj:transform": [size, 0, LEFT, 0, -size, TOP, 0, 0, 1],
                 "gsd": size,
             }
             item.add_asset(
                 band,
-                pystac.Asset(f"{folder}/{date:02d}/{band}.tif", roles=["data"], extra_fields=place),
+                pystac.Asset(
+                    f"{folder}/{date:02d}/{band}.tif", roles=["data"], extra_fields=asset_fields
+                ),
             )
-        found.append(item)
-    return found
+        items.append(item)
+    return items
 
 
-def listed(folder: Path | str, dates: int) -> list[pystac.Item]:
-    """The same, as minecube's search gives them."""
-    made = raw_items(folder, dates)
-    for item in made:
+def make_searched_items(folder: Path | str, dates: int) -> list[pystac.Item]:
+    """List the scenes like minecube's search."""
+    items = make_items(folder, dates)
+    for item in items:
         item.properties |= {
             "s2:processing_baseline": "03.00",
             "minecube:access": json.dumps(dataclasses.asdict(Access())),
@@ -236,28 +256,30 @@ def listed(folder: Path | str, dates: int) -> list[pystac.Item]:
             "minecube:datatake": f"S2A_{item.datetime:%Y%m%dT%H%M%S}",
             "minecube:offset": 0,
         }
-    return made
+    return items
 
 
-# Contenders. Each gives reflectance [band, y, x] uint16: the median of what SCL leaves, 0 where it leaves nothing
+# Contenders. Most return uint16 reflectance [band, y, x]: the median of clear pixels, 0 for none.
 
 
-def ours(folder: str, dates: int, recipe: Recipe = PLAIN) -> np.ndarray[Any, Any]:
-    """This project."""
-    return composite(listed(folder, dates), site_grid(), recipe)["reflectance"].values
+def run_minecube(folder: str, dates: int, recipe: Recipe = PLAIN) -> np.ndarray[Any, Any]:
+    """Composite with minecube."""
+    return composite(make_searched_items(folder, dates), make_site_grid(), recipe)[
+        "reflectance"
+    ].values
 
 
-def ours_geomedian(folder: str, dates: int) -> np.ndarray[Any, Any]:
-    """This project's geomedian with its three deviations."""
-    made = composite(listed(folder, dates), site_grid(), GEOMEDIAN).compute()
-    return made["reflectance"].values
+def run_minecube_geomedian(folder: str, dates: int) -> np.ndarray[Any, Any]:
+    """Compute minecube's geomedian with its three deviations."""
+    result = composite(make_searched_items(folder, dates), make_site_grid(), GEOMEDIAN).compute()
+    return result["reflectance"].values
 
 
-def stackstac_xarray(folder: str, dates: int) -> np.ndarray[Any, Any]:
-    """stackstac, everything at 10 m, xarray's median over time."""
-    grid = site_grid()
+def run_stackstac(folder: str, dates: int) -> np.ndarray[Any, Any]:
+    """Load all bands at 10 m with stackstac, reduce with xarray's median."""
+    grid = make_site_grid()
     stacked = stackstac.stack(
-        raw_items(folder, dates),
+        make_items(folder, dates),
         assets=[*BANDS, SCL],
         epsg=32633,
         resolution=10,
@@ -269,69 +291,78 @@ def stackstac_xarray(folder: str, dates: int) -> np.ndarray[Any, Any]:
         fill_value=np.uint16(0),
         resampling=Resampling.nearest,
     )
-    return _xarray_median(stacked.sel(band=SCL), stacked.sel(band=list(BANDS)))
+    return _compute_xarray_median(stacked.sel(band=SCL), stacked.sel(band=list(BANDS)))
 
 
-def odc_xarray(folder: str, dates: int) -> np.ndarray[Any, Any]:
-    """odc-stac, everything at 10 m, xarray's median over time."""
+def run_odc(folder: str, dates: int) -> np.ndarray[Any, Any]:
+    """Load all bands at 10 m with odc-stac, reduce with xarray's median."""
     loaded = odc.stac.load(
-        raw_items(folder, dates),
+        make_items(folder, dates),
         bands=[*BANDS, SCL],
-        geobox=site_grid(),
+        geobox=make_site_grid(),
         chunks={"x": 512, "y": 512},
         dtype="uint16",
         nodata=0,
     )
-    return _xarray_median(
+    return _compute_xarray_median(
         loaded[SCL], loaded[list(BANDS)].to_array("band").transpose("time", "band", "y", "x")
     )
 
 
-def _xarray_median(scl: xr.DataArray, bands: xr.DataArray) -> np.ndarray[Any, Any]:
-    clear = ~scl.isin(HIDING) & (scl != 0)
-    seen = bands.where(clear & (bands != 0)).chunk({"time": -1})
+def _compute_xarray_median(scl: xr.DataArray, bands: xr.DataArray) -> np.ndarray[Any, Any]:
+    clear = ~scl.isin(CLOUD_CLASSES) & (scl != 0)
+    clear_bands = bands.where(clear & (bands != 0)).chunk({"time": -1})
     with np.errstate(all="ignore"):
-        middle = seen.median("time", skipna=True)
-        return middle.round().fillna(0).astype(np.uint16).values
+        median = clear_bands.median("time", skipna=True)
+        return median.round().fillna(0).astype(np.uint16).values
 
 
-def odc_bottleneck(folder: str, dates: int) -> np.ndarray[Any, Any]:
-    """odc-stac at native resolutions, bottleneck's median band by band: what an expert would write."""
-    grid, items = site_grid(), raw_items(folder, dates)
-    half = coarsen(grid, 20)
-    scl = odc.stac.load(items, bands=[SCL], geobox=half, pool=8)[SCL].values
-    clear = ~np.isin(scl, HIDING) & (scl != 0)
-    out = np.zeros((len(BANDS), *grid.shape), np.uint16)
+def run_odc_bottleneck(folder: str, dates: int) -> np.ndarray[Any, Any]:
+    """Load bands at native resolution with odc-stac, reduce each with bottleneck's median.
+
+    This is what an expert would write.
+    """
+    grid = make_site_grid()
+    items = make_items(folder, dates)
+    coarse_grid = coarsen(grid, 20)
+    scl = odc.stac.load(items, bands=[SCL], geobox=coarse_grid, pool=8)[SCL].values
+    clear = ~np.isin(scl, CLOUD_CLASSES) & (scl != 0)
+    medians = np.zeros((len(BANDS), *grid.shape), np.uint16)
 
     def reduce(band: str, values: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> None:
-        seen = values.astype(np.float32)
-        seen[~mask | (values == 0)] = np.nan
-        middle = np.nan_to_num(np.rint(bottleneck.nanmedian(seen, axis=0))).astype(np.uint16)
-        out[BANDS.index(band)] = (
-            middle if middle.shape == grid.shape else middle.repeat(2, axis=0).repeat(2, axis=1)
+        observations = values.astype(np.float32)
+        observations[~mask | (values == 0)] = np.nan
+        median = np.nan_to_num(np.rint(bottleneck.nanmedian(observations, axis=0))).astype(
+            np.uint16
+        )
+        medians[BANDS.index(band)] = (
+            median if median.shape == grid.shape else median.repeat(2, axis=0).repeat(2, axis=1)
         )
 
-    fine = clear.repeat(2, axis=1).repeat(2, axis=2)
+    fine_clear = clear.repeat(2, axis=1).repeat(2, axis=2)
     with ThreadPoolExecutor(2) as pool:
-        waiting = []
+        futures = []
         for band in BANDS:
-            where, mask = (grid, fine) if NATIVE_M[band] == 10 else (half, clear)
+            is_fine = NATIVE_M[band] == 10
+            band_grid = grid if is_fine else coarse_grid
+            mask = fine_clear if is_fine else clear
             values = odc.stac.load(
-                items, bands=[band], geobox=where, dtype="uint16", nodata=0, pool=8
+                items, bands=[band], geobox=band_grid, dtype="uint16", nodata=0, pool=8
             )[band].values
-            waiting.append(pool.submit(reduce, band, values, mask))
-        for done in waiting:
-            done.result()
-    return out
+            futures.append(pool.submit(reduce, band, values, mask))
+        for future in futures:
+            future.result()
+    return medians
 
 
-def floor(folder: str, dates: int) -> None:
-    """GDAL reads and decodes the same windows, and nothing is done with them."""
+def read_with_gdal(folder: str, dates: int) -> None:
+    """Read and decode the same windows with GDAL, and discard the pixels."""
 
     def read(asset: tuple[int, str]) -> int:
         date, band = asset
         scale = NATIVE_M[band] // 10
-        at, side = (WIDE - SIDE) // 2 // scale, SIDE // scale
+        at = (SCENE_PX - SITE_PX) // 2 // scale
+        side = SITE_PX // scale
         with rasterio.open(f"{folder}/{date:02d}/{band}.tif") as file:
             return int(file.read(1, window=((at, at + side), (at, at + side)))[0, 0])
 
@@ -339,53 +370,66 @@ def floor(folder: str, dates: int) -> None:
         list(pool.map(read, ((date, band) for band in NATIVE_M for date in range(dates))))
 
 
-def geomad_kernel(folder: str, dates: int) -> None:
-    """geomad's geomedian and deviations on both cores, of the same pixels, in memory in the order it likes; its time only."""
-    grid, items = site_grid(), listed(folder, dates)
+def run_geomad_kernel(folder: str, dates: int) -> None:
+    """Time geomad's geomedian and deviations on two cores.
+
+    The pixels are in memory, in the order that geomad prefers. Only the kernel is timed.
+    """
+    grid = make_site_grid()
+    items = make_searched_items(folder, dates)
     seconds = 0.0
-    for top in range(0, SIDE, 64):
+    for top in range(0, SITE_PX, 64):
         strip = grid[top : top + 64]
-        pixels = compute_stack(stack(items, strip, BANDS, chunk_px=SIDE))
+        pixels = compute_stack(stack(items, strip, BANDS, chunk_px=SITE_PX))
         clear = ~np.isin(
-            compute_stack(stack(items, strip, [SCL], chunk_px=SIDE))[:, 0], (0, *HIDING)
+            compute_stack(stack(items, strip, [SCL], chunk_px=SITE_PX))[:, 0], (0, *CLOUD_CLASSES)
         )
         spectra = np.where(clear[:, None], pixels, np.float32(np.nan)).astype(
             np.float32
         ) / np.float32(1e4)
         spectra = np.ascontiguousarray(spectra.transpose(2, 3, 1, 0))
         start = time.perf_counter()
-        middle = geomad.nangeomedian_pcm(spectra, num_threads=2, eps=1e-6)
+        geomedian = geomad.nangeomedian_pcm(spectra, num_threads=2, eps=1e-6)
         for deviation in (geomad.emad_pcm, geomad.smad_pcm, geomad.bcmad_pcm):
-            deviation(spectra, middle, num_threads=2)
+            deviation(spectra, geomedian, num_threads=2)
         seconds += time.perf_counter() - start
-    geomad_kernel.seconds = seconds  # type: ignore[attr-defined]
+    run_geomad_kernel.seconds = seconds  # type: ignore[attr-defined]
 
 
 CONTENDERS: dict[str, Callable[[str, int], Any]] = {
-    "minecube": ours,
-    "odc-stac native + bottleneck": odc_bottleneck,
-    "stackstac + xarray": stackstac_xarray,
-    "odc-stac + xarray": odc_xarray,
-    "GDAL reads only": floor,
-    "minecube geomedian": ours_geomedian,
-    "geomad's kernel only": geomad_kernel,
+    "minecube": run_minecube,
+    "odc-stac native + bottleneck": run_odc_bottleneck,
+    "stackstac + xarray": run_stackstac,
+    "odc-stac + xarray": run_odc,
+    "GDAL reads only": read_with_gdal,
+    "minecube geomedian": run_minecube_geomedian,
+    "geomad's kernel only": run_geomad_kernel,
 }
 
 
-def run_here(name: str, folder: str, dates: int) -> dict[str, Any]:
-    """Seconds, peak memory and a hash of what came out; everything was imported and its first reads are warm."""
-    floor(folder, 2)
+def run_contender(name: str, folder: str, dates: int) -> dict[str, Any]:
+    """Run one contender in this process.
+
+    Two scenes are read first, so that imports and first reads are not timed. Returns seconds, peak
+    memory and a hash of the result.
+    """
+    read_with_gdal(folder, 2)
     start = time.perf_counter()
-    made = CONTENDERS[name](folder, dates)
+    reflectance = CONTENDERS[name](folder, dates)
     seconds = getattr(CONTENDERS[name], "seconds", time.perf_counter() - start)
     digest = (
-        hashlib.sha256(np.ascontiguousarray(made).tobytes()).hexdigest() if made is not None else ""
+        hashlib.sha256(np.ascontiguousarray(reflectance).tobytes()).hexdigest()
+        if reflectance is not None
+        else ""
     )
-    return {"seconds": seconds, "peak_mb": peak_mb(), "hash": digest}
+    return {"seconds": seconds, "peak_mb": measure_peak_mb(), "hash": digest}
 
 
-def peak_mb() -> float:
-    """Memory of this process at its highest; what getrusage says may be its parent's, from before it was this program."""
+def measure_peak_mb() -> float:
+    """Return this process's peak memory in MB.
+
+    `getrusage` may report the parent's peak from before `exec`, so this reads `/proc`.
+    """
     (line,) = (
         line
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -394,156 +438,185 @@ def peak_mb() -> float:
     return int(line.split()[1]) / 1e3
 
 
-def run_apart(name: str, folder: Path, dates: int = DATES) -> dict[str, Any]:
-    """The same in a process of its own."""
+def run_in_new_process(name: str, folder: Path, dates: int = DATES) -> dict[str, Any]:
+    """Run one contender in a new process."""
     command = [sys.executable, "-W", "ignore", __file__, "--run", name, str(folder), str(dates)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{name} failed:\n{process.stderr}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
-Say = Callable[[str, str], None]
+PrintTable = Callable[[str, str], None]
 
 
-def against_others(folder: Path, rounds: int, say: Say) -> dict[str, Any]:
-    """All contenders in turn."""
+def compare_contenders(folder: Path, rounds: int, print_table: PrintTable) -> dict[str, Any]:
+    """Run all contenders in turn and print their medians."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name in CONTENDERS:
-            runs[name].append(run_apart(name, folder))
-    seconds = {name: statistics.median(r["seconds"] for r in found) for name, found in runs.items()}
-    peak = {name: statistics.median(r["peak_mb"] for r in found) for name, found in runs.items()}
+            runs[name].append(run_in_new_process(name, folder))
+    seconds = {
+        name: statistics.median(r["seconds"] for r in results) for name, results in runs.items()
+    }
+    peak = {
+        name: statistics.median(r["peak_mb"] for r in results) for name, results in runs.items()
+    }
     hashes = {runs[name][0]["hash"] for name in list(CONTENDERS)[:4]}
-    mine = seconds["minecube"]
+    minecube_s = seconds["minecube"]
     rows = [
-        (name, round(seconds[name], 2), round(peak[name]), f"{mine / seconds[name]:.2f}")
+        (name, round(seconds[name], 2), round(peak[name]), f"{minecube_s / seconds[name]:.2f}")
         for name in CONTENDERS
     ]
-    say(
-        f"{DATES} dates x {len(BANDS)} bands and SCL, {SIDE} x {SIDE} at 10 m, COGs on disk; medians "
-        + ("identical" if len(hashes) == 1 else "DIFFER"),
+    print_table(
+        f"{DATES} dates x {len(BANDS)} bands and SCL, {SITE_PX} x {SITE_PX} at 10 m, "
+        "COGs on disk; medians " + ("identical" if len(hashes) == 1 else "DIFFER"),
         format_table(("", "s", "peak MB", "minecube's median / this"), rows),
     )
-    both = seconds["GDAL reads only"] + seconds["geomad's kernel only"]
+    floor_and_kernel_s = seconds["GDAL reads only"] + seconds["geomad's kernel only"]
     return {
         "medians_identical": len(hashes) == 1,
         "seconds": {name: round(s, 2) for name, s in seconds.items()},
-        "vs_stackstac": round(mine / seconds["stackstac + xarray"], 3),
-        "vs_odc": round(mine / seconds["odc-stac + xarray"], 3),
-        "vs_odc_bottleneck": round(mine / seconds["odc-stac native + bottleneck"], 3),
-        "vs_floor": round(mine / seconds["GDAL reads only"], 3),
+        "vs_stackstac": round(minecube_s / seconds["stackstac + xarray"], 3),
+        "vs_odc": round(minecube_s / seconds["odc-stac + xarray"], 3),
+        "vs_odc_bottleneck": round(minecube_s / seconds["odc-stac native + bottleneck"], 3),
+        "vs_floor": round(minecube_s / seconds["GDAL reads only"], 3),
         "memory_vs_stackstac": round(peak["minecube"] / peak["stackstac + xarray"], 3),
-        "geomedian_vs_floor_and_kernel": round(seconds["minecube geomedian"] / both, 3),
+        "geomedian_vs_floor_and_kernel": round(
+            seconds["minecube geomedian"] / floor_and_kernel_s, 3
+        ),
     }
 
 
-def bytes_read(folder: Path, say: Say) -> dict[str, Any]:
-    """What is read of an archive as cloudy as Europe: half of the dates fully clouded over the site, the others in part."""
+def measure_bytes_read(folder: Path, print_table: PrintTable) -> dict[str, Any]:
+    """Measure the share of bytes read from an archive as cloudy as Europe.
+
+    Half of the dates are fully clouded over the site, the others partly.
+    """
     write_archive(folder, DATES, lambda rng: 1.0 if rng.random() < 0.5 else rng.uniform(0, 0.3))
-    items, grid = listed(folder, DATES), site_grid()
-    dull = sum(_share_cloudy(item) > 0.99 for item in items)
-    everything = Ledger()
+    items = make_searched_items(folder, DATES)
+    grid = make_site_grid()
+    overcast_count = sum(_measure_cloud_share(item) > 0.99 for item in items)
+    full_ledger = Ledger()
     for size in (10, 20):
         bands = [b for b in NATIVE_M if NATIVE_M[b] == size]
-        compute_stack(stack(items, coarsen(grid, size), bands, chunk_px=SIDE, ledger=everything))
-    read, seconds, made = {}, {}, {}
-    for name, most in (("all", None), ("K = 12", 12), ("K = 6", 6)):
+        compute_stack(
+            stack(items, coarsen(grid, size), bands, chunk_px=SITE_PX, ledger=full_ledger)
+        )
+    fractions = {}
+    seconds = {}
+    composites = {}
+    for name, limit in (("all", None), ("K = 12", 12), ("K = 6", 6)):
         ledger = Ledger()
         start = time.perf_counter()
-        made[name] = composite(
-            items, grid, dataclasses.replace(PLAIN, max_clear_observations=most), ledger
+        composites[name] = composite(
+            items, grid, dataclasses.replace(PLAIN, max_clear_observations=limit), ledger
         ).compute()
-        seconds[name], read[name] = (
-            time.perf_counter() - start,
-            ledger.totals()["bytes"] / everything.totals()["bytes"],
-        )
-    ground = made["all"]["reflectance"].values.astype(float)
+        seconds[name] = time.perf_counter() - start
+        fractions[name] = ledger.totals()["bytes"] / full_ledger.totals()["bytes"]
+    reference = composites["all"]["reflectance"].values.astype(float)
     rows = []
-    for name in read:
-        off = float(np.sqrt(((made[name]["reflectance"].values - ground) ** 2).mean())) / 1e4
-        fewest = int(made[name]["clear_count"].min())
-        rows.append(
-            (name, f"{100 * read[name]:.1f}", round(seconds[name], 2), fewest, f"{off:.5f}")
+    for name in fractions:
+        rmse = (
+            float(np.sqrt(((composites[name]["reflectance"].values - reference) ** 2).mean())) / 1e4
         )
-    say(
-        f"An archive in which {dull} of {DATES} dates are fully clouded over the site",
+        fewest = int(composites[name]["clear_count"].min())
+        rows.append(
+            (name, f"{100 * fractions[name]:.1f}", round(seconds[name], 2), fewest, f"{rmse:.5f}")
+        )
+    print_table(
+        f"Archive with {overcast_count} of {DATES} dates fully clouded over the site",
         format_table(
             ("dates read", "% of all bytes", "s", "fewest clear dates", "RMSE against all"), rows
         ),
     )
     return {
-        "cloudy_bytes_fraction": round(read["all"], 3),
-        "k12_bytes_fraction": round(read["K = 12"], 3),
+        "cloudy_bytes_fraction": round(fractions["all"], 3),
+        "k12_bytes_fraction": round(fractions["K = 12"], 3),
     }
 
 
-def _share_cloudy(item: pystac.Item) -> float:
+def _measure_cloud_share(item: pystac.Item) -> float:
     with rasterio.open(item.assets[SCL].href) as file:
-        return float(np.isin(file.read(1), HIDING).mean())
+        return float(np.isin(file.read(1), CLOUD_CLASSES).mean())
 
 
-def scaling(folder: Path, rounds: int, say: Say) -> dict[str, Any]:
-    """Seconds and memory over dates and over area."""
-    rows, figures = [], {}
-    for what, sizes in (
-        ("dates", [(n, SIDE) for n in (10, 20, 30, 40)]),
+def measure_scaling(folder: Path, rounds: int, print_table: PrintTable) -> dict[str, Any]:
+    """Measure seconds and memory by number of dates and by area."""
+    rows = []
+    figures = {}
+    for variable, sizes in (
+        ("dates", [(n, SITE_PX) for n in (10, 20, 30, 40)]),
         ("area", [(20, n) for n in (512, 1024, 1536, 2048)]),
     ):
-        amounts, took = [], []
+        amounts = []
+        seconds = []
         for dates, side in sizes:
-            runs = [_one_size(folder, dates, side) for _ in range(rounds)]
-            amounts.append(dates if what == "dates" else side**2 / 1e6)
-            took.append(statistics.median(r[0] for r in runs))
+            runs = [_run_size(folder, dates, side) for _ in range(rounds)]
+            amounts.append(dates if variable == "dates" else side**2 / 1e6)
+            seconds.append(statistics.median(r[0] for r in runs))
             peak = max(r[1] for r in runs)
-            rows.append((what, dates, f"{side} x {side}", round(took[-1], 2), round(peak)))
-        slope, start = np.polyfit(amounts, took, 1)
-        worst = float(np.abs(np.polyval((slope, start), amounts) / took - 1).max())
-        unit = "date" if what == "dates" else "Mpx"
-        figures[f"linear_in_{what}"] = (
-            f"{start:.2f} s + {slope:.3f} s a {unit}, within {100 * worst:.0f} %"
+            rows.append((variable, dates, f"{side} x {side}", round(seconds[-1], 2), round(peak)))
+        slope, start = np.polyfit(amounts, seconds, 1)
+        worst_error = float(np.abs(np.polyval((slope, start), amounts) / seconds - 1).max())
+        unit = "date" if variable == "dates" else "Mpx"
+        figures[f"linear_in_{variable}"] = (
+            f"{start:.2f} s + {slope:.3f} s per {unit}, within {100 * worst_error:.0f} %"
         )
-    say(
-        "Cost over dates and area, blocks of 512: "
+    print_table(
+        "Cost by dates and area, blocks of 512: "
         + "; ".join(f"{k}: {v}" for k, v in figures.items()),
         format_table(("over", "dates", "size", "s", "peak MB of the process"), rows),
     )
     return figures
 
 
-def _one_size(folder: Path, dates: int, side: int) -> tuple[float, float]:
-    code = (
-        "import sys, time, dataclasses; sys.path.insert(0, sys.argv[1]); import composite as c; "
-        "g = c.GeoBox((int(sys.argv[4]),) * 2, c.Affine(10, 0, c.LEFT, 0, -10, c.TOP), 'EPSG:32633'); "
-        "items = c.listed(sys.argv[2], int(sys.argv[3])); r = dataclasses.replace(c.PLAIN, block_px=512); "
-        "c.floor(sys.argv[2], 2); t = time.perf_counter(); made = c.composite(items, g, r).compute(); "
-        "print(time.perf_counter() - t, c.peak_mb())"
-    )
+_SIZE_PROGRAM = """
+import dataclasses, sys, time
+script_folder, archive, dates, side = sys.argv[1:]
+sys.path.insert(0, script_folder)
+import composite as bench
+transform = bench.Affine(10, 0, bench.LEFT, 0, -10, bench.TOP)
+grid = bench.GeoBox((int(side), int(side)), transform, "EPSG:32633")
+items = bench.make_searched_items(archive, int(dates))
+recipe = dataclasses.replace(bench.PLAIN, block_px=512)
+bench.read_with_gdal(archive, 2)
+start = time.perf_counter()
+result = bench.composite(items, grid, recipe).compute()
+print(time.perf_counter() - start, bench.measure_peak_mb())
+"""
+"""Program that composites one size and prints seconds and peak memory."""
+
+
+def _run_size(folder: Path, dates: int, side: int) -> tuple[float, float]:
     command = [
         sys.executable,
         "-W",
         "ignore",
         "-c",
-        code,
+        _SIZE_PROGRAM,
         str(Path(__file__).parent),
         str(folder),
         str(dates),
         str(side),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, peak = done.stdout.split()[-2:]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, peak = process.stdout.split()[-2:]
     return float(seconds), float(peak)
 
 
-def two_workers(folder: Path, say: Say) -> dict[str, Any]:
-    """One and two Dask worker processes of one thread, on geomedians of files that cost nothing to decode."""
+def measure_two_workers(folder: Path, print_table: PrintTable) -> dict[str, Any]:
+    """Time geomedians on one and on two Dask worker processes with one thread each.
+
+    The files are uncompressed, so that decoding costs almost nothing.
+    """
     from distributed import Client, LocalCluster
 
     write_archive(folder, 20, lambda rng: rng.uniform(0, 0.3), compress="")
     recipe = dataclasses.replace(GEOMEDIAN, block_px=256)
-    lazy = composite(listed(folder, 20), site_grid(), recipe)
-    took = {}
+    lazy = composite(make_searched_items(folder, 20), make_site_grid(), recipe)
+    seconds_by_workers = {}
     for workers in (1, 2):
         with (
             LocalCluster(
@@ -551,23 +624,26 @@ def two_workers(folder: Path, say: Say) -> dict[str, Any]:
             ) as cluster,
             Client(cluster),
         ):
-            lazy.isel(y=slice(0, 256)).compute()  # every worker has imported all
+            lazy.isel(y=slice(0, 256)).compute()  # makes every worker import all modules
             start = time.perf_counter()
             lazy.compute()
-            took[workers] = time.perf_counter() - start
-    rows = [(workers, round(seconds, 1)) for workers, seconds in took.items()]
-    say(
+            seconds_by_workers[workers] = time.perf_counter() - start
+    rows = [(workers, round(seconds, 1)) for workers, seconds in seconds_by_workers.items()]
+    print_table(
         "Geomedian of 20 dates, 16 blocks of 256, on Dask workers of one thread",
         format_table(("workers", "s"), rows),
     )
-    return {"two_workers_speedup": round(took[1] / took[2], 3)}
+    return {"two_workers_speedup": round(seconds_by_workers[1] / seconds_by_workers[2], 3)}
 
 
-# How good: on the simulated world, against its truth
+# Accuracy on simulated worlds
 
 
-def quality(place: Path, picture: Path | None, say: Say) -> dict[str, Any]:
-    """Every reducer, what others would run, and the recipe with each of its steps switched off."""
+def measure_quality(folder: Path, picture: Path | None, print_table: PrintTable) -> dict[str, Any]:
+    """Score composites of simulated worlds against the truth.
+
+    Contenders are every reducer, the usual odc-stac code, and the recipe without one of its steps.
+    """
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
     worlds = {
         "simulated world": World(years=YEARS, one_style_per_site=True),
@@ -580,29 +656,33 @@ def quality(place: Path, picture: Path | None, say: Say) -> dict[str, Any]:
     }
     measured = {}
     for number, (name, world) in enumerate(worlds.items()):
-        simulate_archive(sites, place / str(number), world)
-        years = site_years(place / str(number), sites)
-        measured[name] = _scored(years, name, say)
-        if picture and not number:
-            draw(next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1]), picture)
-    plain, *_ = measured.values()
+        simulate_archive(sites, folder / str(number), world)
+        years = load_site_years(folder / str(number), sites)
+        measured[name] = _score_ways(years, name, print_table)
+        if picture and number == 0:
+            pictured = next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1])
+            draw_picture(pictured, picture)
+    simulated, *_ = measured.values()
     return {
         "quality": measured,
-        "residual_cloud_pct": max(plain[name]["cloud_pct"] for name in REDUCERS),
+        "residual_cloud_pct": max(simulated[name]["cloud_pct"] for name in REDUCERS),
     }
 
 
-def _scored(years: Sequence[SiteYear], world: str, say: Say) -> dict[str, dict[str, float]]:
-    """The scores of every way, printed as a table."""
+def _score_ways(
+    years: Sequence[SiteYear], world: str, print_table: PrintTable
+) -> dict[str, dict[str, float]]:
+    """Score every way on the site-years of one world and print a table."""
     measured = {
-        name: scores([measure(year, way(year)) for year in years]) for name, way in WAYS.items()
+        name: compute_scores([measure_errors(year, way(year)) for year in years])
+        for name, way in WAYS.items()
     }
     rows = [
-        (name, *(f"{v:.4f}" if k.startswith("rmse") else f"{v:.3f}" for k, v in found.items()))
-        for name, found in measured.items()
+        (name, *(f"{v:.4f}" if k.startswith("rmse") else f"{v:.3f}" for k, v in errors.items()))
+        for name, errors in measured.items()
     ]
-    say(
-        f"Against the truth of {len(years)} site-years of the {world}",
+    print_table(
+        f"Errors on {len(years)} site-years of the {world}",
         format_table(
             (
                 "",
@@ -617,31 +697,33 @@ def _scored(years: Sequence[SiteYear], world: str, say: Say) -> dict[str, dict[s
             ),
             rows,
         )
-        + "\nbright: blue more than 0.03 above the truth; cloud: and as much above the median of the truly clear observations,"
-        "\nwhich has those by its scenes' displacement alone, or, where one day is chosen, and that day not clear there;"
-        "\ndark: red 0.01 and B08 0.04 below the truth, as in a shadow; holes: empty although a clear observation existed",
+        + "\nbright: blue is more than 0.03 above the truth"
+        "\ncloud: bright, and more than 0.03 above the median of the truly clear observations;"
+        "\n  for a reducer that takes one day: bright, and that day is cloud there"
+        "\ndark: red is 0.01 and B08 is 0.04 below the truth, as in a shadow"
+        "\nholes: empty, although a clear observation exists",
     )
     return measured
 
 
-def draw(year: SiteYear, path: Path) -> None:
-    """One mine block under three composites, and the truth."""
-    middle = {
+def draw_picture(year: SiteYear, path: Path) -> None:
+    """Draw one mine block: the truth and three composites."""
+    layout = {
         "dims": ("band", "y", "x"),
         "coords": {"band": list(BANDS), **odc.geo.xr.xr_coords(year.grid)},
     }
-    drawn = {
-        name: xr.DataArray(WAYS[way](year)["reflectance"].values, **middle)
+    pictures = {
+        name: xr.DataArray(WAYS[way](year)["reflectance"].values, **layout)
         for name, way in PICTURED.items()
     }
-    drawn["truth: no cloud, no noise"] = xr.DataArray(year.truth, **middle)
-    report.draw_comparison(drawn, path, f"{year.name} {year.year}, simulated")
+    pictures["truth: no cloud, no noise"] = xr.DataArray(year.truth, **layout)
+    report.draw_comparison(pictures, path, f"{year.name} {year.year}, simulated")
 
 
 REDUCERS = (
     "annual-median", "annual-geomedian", "best pixel", "summer-bap", "eurominenet",
 )  # fmt: skip
-"""Ways whose worst residual cloud is the figure."""
+"""Ways whose worst residual cloud is reported as `residual_cloud_pct`."""
 PICTURED = {
     "median of everything": "median of everything",
     "SCL mask and median": "odc-stac, SCL mask and median",
@@ -651,7 +733,7 @@ PICTURED = {
 
 @dataclasses.dataclass(frozen=True)
 class SiteYear:
-    """A year of a simulated site, and what was really there."""
+    """One year of a simulated site, with its truth."""
 
     name: str
     year: int
@@ -662,70 +744,74 @@ class SiteYear:
     sky: xr.DataArray
     """uint8 (time, y, x), 1 = clear."""
     oracle: np.ndarray[Any, Any]
-    """Median of the observations that are truly clear, 0 where there is none."""
+    """Median of the truly clear observations, 0 without any."""
 
 
-def site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
-    """All of a world, with the oracle's composites."""
-    found = []
+def load_site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
+    """Load all site-years of a simulated world."""
+    site_years = []
     for source in load_sources(world / "sources.yaml").values():
         for site in sites:
             for year in YEARS:
                 try:
-                    listed_scenes = scenes.search(site, year, source).scenes
+                    found_scenes = scenes.search(site, year, source).scenes
                 except scenes.NoScenesError:
                     continue
                 truth = xr.open_zarr(world / "truth.zarr", group=site.id, consolidated=False)
-                grid, sky = grid_of(site), truth["sky"].load()
-                found.append(
+                grid = grid_of(site)
+                sky = truth["sky"].load()
+                site_years.append(
                     SiteYear(
                         name=site.id,
                         year=year,
-                        scenes=list(listed_scenes),
+                        scenes=list(found_scenes),
                         grid=grid,
                         truth=truth["reflectance"].sel(year=year).values,
                         mine=truth["footprint"].sel(year=year).values == 1,
                         sky=sky[sky.time.dt.year == year],
-                        oracle=oracle(
-                            scenes.select_usable(listed_scenes, load_recipes()["naive-median"]),
+                        oracle=compute_oracle(
+                            scenes.select_usable(found_scenes, load_recipes()["naive-median"]),
                             grid,
                             sky,
                         ),
                     )
                 )
-    return found
+    return site_years
 
 
-def oracle(used: Sequence[pystac.Item], grid: GeoBox, sky: xr.DataArray) -> np.ndarray[Any, Any]:
-    """The median that a perfect mask would give."""
-    used = sort_in_mosaic_order(used, grid)
-    pixels = compute_stack(stack(used, grid, BANDS, chunk_px=max(grid.shape)))
-    days = index_overpasses(used)
-    seen = np.zeros((len(BANDS), max(days) + 1, *grid.shape), np.uint16)
-    for n, (scene, day) in enumerate(zip(used, days, strict=True)):
+def compute_oracle(
+    items: Sequence[pystac.Item], grid: GeoBox, sky: xr.DataArray
+) -> np.ndarray[Any, Any]:
+    """Compute the median with a perfect cloud mask."""
+    items = sort_in_mosaic_order(items, grid)
+    pixels = compute_stack(stack(items, grid, BANDS, chunk_px=max(grid.shape)))
+    days = index_overpasses(items)
+    observations = np.zeros((len(BANDS), max(days) + 1, *grid.shape), np.uint16)
+    for n, (scene, day) in enumerate(zip(items, days, strict=True)):
         clear = sky.sel(time=scene.properties["minecube:solar_day"]).values == 1
-        free = clear & (pixels[n] != 0).all(axis=0) & (seen[0, day] == 0)
-        np.copyto(seen[:, day], pixels[n], where=free)
-    out: np.ndarray[Any, Any] = np.stack([reducers.median(band) for band in seen])
-    return out
+        is_new = clear & (pixels[n] != 0).all(axis=0) & (observations[0, day] == 0)
+        np.copyto(observations[:, day], pixels[n], where=is_new)
+    median: np.ndarray[Any, Any] = np.stack([reducers.median(band) for band in observations])
+    return median
 
 
-def made_by(year: SiteYear, recipe: Recipe) -> xr.Dataset:
-    """The composite of a recipe."""
-    used = scenes.select(year.scenes, dataclasses.replace(recipe, min_dates=1))
+def make_composite(year: SiteYear, recipe: Recipe) -> xr.Dataset:
+    """Composite a site-year by a recipe, with its haze test and registration."""
+    items = scenes.select(year.scenes, dataclasses.replace(recipe, min_dates=1))
     if recipe.haze:
-        used = veils.mark_wrong_classifications(used, read_look(used, year.grid), recipe.haze)
+        items = veils.mark_wrong_classifications(items, read_look(items, year.grid), recipe.haze)
     if recipe.registration:
-        used = registration.apply_registration(
-            used, registration.measure_shifts(used, year.grid), recipe.registration
+        items = registration.apply_registration(
+            items, registration.measure_shifts(items, year.grid), recipe.registration
         )
-    return composite(used, year.grid, recipe, year=year.year).load()
+    return composite(items, year.grid, recipe, year=year.year).load()
 
 
-def _without_erosion(year: SiteYear) -> xr.Dataset:
-    erode, masks._erode_coverage = masks._erode_coverage, lambda scl: scl != 0
+def _composite_without_erosion(year: SiteYear) -> xr.Dataset:
+    erode = masks._erode_coverage
+    masks._erode_coverage = lambda scl: scl != 0
     try:
-        return made_by(year, load_recipes()["annual-median"])
+        return make_composite(year, load_recipes()["annual-median"])
     finally:
         masks._erode_coverage = erode
 
@@ -734,19 +820,22 @@ def _as_dataset(pixels: np.ndarray[Any, Any]) -> xr.Dataset:
     return xr.Dataset({"reflectance": (("band", "y", "x"), pixels)})
 
 
-def odc_mask_and_median(year: SiteYear) -> xr.Dataset:
-    """What is usually written with odc-stac: offset removed, overpasses mosaicked, cloud classes of SCL masked, median."""
-    used = scenes.select(year.scenes, load_recipes()["naive-median"])
+def run_odc_on_year(year: SiteYear) -> xr.Dataset:
+    """Composite a site-year as users of odc-stac usually do.
+
+    Remove the offset, mosaic overpasses, mask SCL's cloud classes, take the median.
+    """
+    items = scenes.select(year.scenes, load_recipes()["naive-median"])
     parts = []
-    for offset in sorted({s.properties["minecube:offset"] for s in used}):
-        own = [s for s in used if s.properties["minecube:offset"] == offset]
-        how = {SCL: "nearest", "*": "bilinear"}
+    for offset in sorted({s.properties["minecube:offset"] for s in items}):
+        same_offset = [s for s in items if s.properties["minecube:offset"] == offset]
+        resampling = {SCL: "nearest", "*": "bilinear"}
         loaded = odc.stac.load(
-            own,
+            same_offset,
             bands=[*BANDS, SCL],
             geobox=year.grid,
             groupby="solar_day",
-            resampling=how,
+            resampling=resampling,
             nodata=0,
         )
         bands = (
@@ -757,27 +846,31 @@ def odc_mask_and_median(year: SiteYear) -> xr.Dataset:
         )
         clear = ~np.isin(loaded[SCL].values, (0, 1, 3, 8, 9, 10, 11))
         parts.append(np.where(clear & (bands != 0), np.maximum(bands + offset, 1), np.nan))
-    out: np.ndarray[Any, Any] = np.nan_to_num(
+    median: np.ndarray[Any, Any] = np.nan_to_num(
         np.rint(bottleneck.nanmedian(np.concatenate(parts, axis=1), axis=1))
     )
-    return _as_dataset(out.astype(np.uint16))
+    return _as_dataset(median.astype(np.uint16))
 
 
-def measure(year: SiteYear, of: xr.Dataset) -> dict[str, float]:
-    """Sums over a site-year."""
-    made = of["reflectance"].values
-    off = made.astype(np.float32) - year.truth
-    bright = off[0] > CLOUDY
-    if "day_of_year" in of:
-        cloud = bright & ~clear_then(year.sky, of["day_of_year"].values)
+def measure_errors(year: SiteYear, result: xr.Dataset) -> dict[str, float]:
+    """Sum squared errors and count wrong pixels of one composite."""
+    pixels = result["reflectance"].values
+    error = pixels.astype(np.float32) - year.truth
+    bright = error[0] > CLOUD_EXCESS
+    if "day_of_year" in result:
+        cloud = bright & ~find_clear(year.sky, result["day_of_year"].values)
     else:
         cloud = (
-            bright & (made[0].astype(np.float32) - year.oracle[0] > CLOUDY) & (year.oracle[0] > 0)
+            bright
+            & (pixels[0].astype(np.float32) - year.oracle[0] > CLOUD_EXCESS)
+            & (year.oracle[0] > 0)
         )
     dark = (
-        (off[BANDS.index("B08")] < -400) & (off[BANDS.index("B04")] < -100) & (year.oracle[0] > 0)
+        (error[BANDS.index("B08")] < -400)
+        & (error[BANDS.index("B04")] < -100)
+        & (year.oracle[0] > 0)
     )
-    squares = (off**2).mean(axis=0)
+    squares = (error**2).mean(axis=0)
     return {
         "pixels": year.mine.size,
         "mine": int(year.mine.sum()),
@@ -787,44 +880,44 @@ def measure(year: SiteYear, of: xr.Dataset) -> dict[str, float]:
         "cloud": int(cloud.sum()),
         "cloud_mine": int(cloud[year.mine].sum()),
         "dark": int(dark.sum()),
-        "holes": int(((made == 0).any(axis=0) & (year.oracle[0] > 0)).sum()),
+        "holes": int(((pixels == 0).any(axis=0) & (year.oracle[0] > 0)).sum()),
     }
 
 
-def clear_then(sky: xr.DataArray, day_of_year: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Where the sky of that day was clear."""
+def find_clear(sky: xr.DataArray, day_of_year: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Find the pixels whose sky was clear on the given day of year."""
     clear = np.zeros(day_of_year.shape, bool)
-    for of_day in sky:
-        clear |= (day_of_year == int(of_day.time.dt.dayofyear)) & (of_day.values == 1)
+    for sky_of_day in sky:
+        clear |= (day_of_year == int(sky_of_day.time.dt.dayofyear)) & (sky_of_day.values == 1)
     return clear
 
 
-CLOUDY = 300
-"""Blue brighter by this (reflectance x 10000) is residual cloud."""
+CLOUD_EXCESS = 300
+"""Excess of blue that counts as residual cloud, in reflectance x 10000."""
 
 
-def scores(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    """What the sums of all site-years come to."""
-    total = {name: sum(f[name] for f in found) for name in found[0]}
-    rest = total["pixels"] - total["mine"]
+def compute_scores(sums: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Compute scores from the sums of all site-years."""
+    totals = {name: sum(f[name] for f in sums) for name in sums[0]}
+    rest = totals["pixels"] - totals["mine"]
     return {
-        "rmse": round((total["squares"] / total["pixels"]) ** 0.5 / 1e4, 5),
-        "rmse_mine": round((total["squares_mine"] / total["mine"]) ** 0.5 / 1e4, 5),
-        "rmse_rest": round(((total["squares"] - total["squares_mine"]) / rest) ** 0.5 / 1e4, 5),
-        "bright_pct": round(100 * total["bright"] / total["pixels"], 4),
-        "cloud_pct": round(100 * total["cloud"] / total["pixels"], 4),
-        "cloud_mine_pct": round(100 * total["cloud_mine"] / total["mine"], 4),
-        "dark_pct": round(100 * total["dark"] / total["pixels"], 4),
-        "holes_pct": round(100 * total["holes"] / total["pixels"], 4),
+        "rmse": round((totals["squares"] / totals["pixels"]) ** 0.5 / 1e4, 5),
+        "rmse_mine": round((totals["squares_mine"] / totals["mine"]) ** 0.5 / 1e4, 5),
+        "rmse_rest": round(((totals["squares"] - totals["squares_mine"]) / rest) ** 0.5 / 1e4, 5),
+        "bright_pct": round(100 * totals["bright"] / totals["pixels"], 4),
+        "cloud_pct": round(100 * totals["cloud"] / totals["pixels"], 4),
+        "cloud_mine_pct": round(100 * totals["cloud_mine"] / totals["mine"], 4),
+        "dark_pct": round(100 * totals["dark"] / totals["pixels"], 4),
+        "holes_pct": round(100 * totals["holes"] / totals["pixels"], 4),
     }
 
 
-def _opened(rule: MaskRule, by_m: int = 40) -> MaskRule:
-    return dataclasses.replace(rule, open_m=by_m)
+def _set_opening(rule: MaskRule, open_m: int = 40) -> MaskRule:
+    return dataclasses.replace(rule, open_m=open_m)
 
 
-def _ways() -> dict[str, Callable[[SiteYear], xr.Dataset]]:
-    """Composites by name."""
+def _list_ways() -> dict[str, Callable[[SiteYear], xr.Dataset]]:
+    """List the compared composites by name."""
     known = load_recipes()
     best = known["annual-median"]
     recipes = {
@@ -840,9 +933,9 @@ def _ways() -> dict[str, Callable[[SiteYear], xr.Dataset]]:
             best, mask=tuple(dataclasses.replace(r, dilate_m=0) for r in best.mask)
         ),
         "shadow opened, too": dataclasses.replace(
-            best, mask=tuple(_opened(r) if r.classes == (3,) else r for r in best.mask)
+            best, mask=tuple(_set_opening(r) if r.classes == (3,) else r for r in best.mask)
         ),
-        "no opening": dataclasses.replace(best, mask=tuple(_opened(r, 0) for r in best.mask)),
+        "no opening": dataclasses.replace(best, mask=tuple(_set_opening(r, 0) for r in best.mask)),
         "no shadow rule": dataclasses.replace(
             best, mask=tuple(r for r in best.mask if r.classes != (3,))
         ),
@@ -857,24 +950,30 @@ def _ways() -> dict[str, Callable[[SiteYear], xr.Dataset]]:
         "K = 6": dataclasses.replace(best, max_clear_observations=6),
     }
     return {
-        "odc-stac, SCL mask and median": odc_mask_and_median,
-        **{name: functools.partial(made_by, recipe=recipe) for name, recipe in recipes.items()},
-        "no border erosion": _without_erosion,
+        "odc-stac, SCL mask and median": run_odc_on_year,
+        **{
+            name: functools.partial(make_composite, recipe=recipe)
+            for name, recipe in recipes.items()
+        },
+        "no border erosion": _composite_without_erosion,
         "median of what is truly clear": lambda year: _as_dataset(year.oracle),
     }
 
 
-WAYS = _ways()
+WAYS = _list_ways()
 
 
-def on_gpu(say: Say) -> dict[str, Any]:
-    """The geomedian on a GPU, transfers and all, beside the processor's on two cores; nothing where there is none."""
+def measure_gpu(print_table: PrintTable) -> dict[str, Any]:
+    """Time the geomedian on a GPU, with transfers, and on two CPU cores.
+
+    Without a GPU nothing is timed.
+    """
     import torch
 
     from minecube.composite.torch_reducers import TorchGeomedian
 
     if not torch.cuda.is_available():
-        say("Geomedian on a GPU", "no GPU here")
+        print_table("Geomedian on a GPU", "no GPU here")
         return {"gpu": None}
     gpu = TorchGeomedian("cuda")
     rng = np.random.default_rng(0)
@@ -883,28 +982,28 @@ def on_gpu(say: Say) -> dict[str, Any]:
     halves = np.array_split(stack, 2, axis=-2)
     gpu(stack)
     torch.cuda.synchronize()
-    gpu_s = _median_seconds(lambda: gpu(stack))
+    gpu_s = _measure_median_seconds(lambda: gpu(stack))
     with ThreadPoolExecutor(2) as pool:
-        cpu_s = _median_seconds(lambda: list(pool.map(reducers.geomedian, halves)))
+        cpu_s = _measure_median_seconds(lambda: list(pool.map(reducers.geomedian, halves)))
     figures = {
         "gpu_gb_per_s": stack.nbytes / gpu_s / 1e9,
         "cpu_gb_per_s": stack.nbytes / cpu_s / 1e9,
     }
     row = (*(f"{figure:.2f}" for figure in figures.values()), f"{cpu_s / gpu_s:.1f}")
-    say(
+    print_table(
         f"Geomedian on {torch.cuda.get_device_name()}",
         format_table(("GB/s of input", "two cores", "times"), [row]),
     )
     return {"gpu": {"geomedian": figures}}
 
 
-def _median_seconds(work: Callable[[], Any]) -> float:
-    took = []
+def _measure_median_seconds(work: Callable[[], Any]) -> float:
+    seconds = []
     for _ in range(5):
         start = time.perf_counter()
         work()
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

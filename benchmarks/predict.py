@@ -1,17 +1,24 @@
-"""Mapping a cube, Zarr -> network -> Zarr, against the network alone on the same windows.
+"""Compare mapping a cube end to end with running the network alone on the same windows.
 
-    python benchmarks/predict.py [--json FILE] [--models a,b] [--rounds 3] [--seconds 8] [--device cpu] [--no-memory]
+    python benchmarks/predict.py [--json FILE] [--models a,b] [--rounds 3] [--seconds 8]
+                                 [--device cpu] [--no-memory]
 
-The network alone has its windows in memory already, normalised, and hands its logits to nobody. It is run in its best way on
-this machine, which is looked for first: all cores on one call, or a call on each core; one window to a call, or a batch;
-either layout of memory. End to end is `minecube predict`'s own path, with a store on disk read and written, overlap blended,
-checksums taken; the network has been made ready, as for every site after the first of a run. Both take turns, and change who
-begins. Ratios are of medians over the rounds: end_to_end_fraction is time alone / time end to end, of the network as it was
-built. Mapping on a CPU folds batch normalisation into convolutions, which makes up for some of what it spends beside the
-network: `folded` is the same fraction of the network folded, too. Mpx/s and km2/s count a site's pixels once for each map,
-though windows overlap by half, so that the network sees each about four times.
+End to end is the path of `minecube predict`: read a store on disk, run the network, blend
+overlaps, write maps and checksums. The network is prepared beforehand, as after the first site
+of a run.
 
-Memory is the most that a process takes up while it maps ten years, less what it took up with all loaded, by rows of the site.
+Alone, the network gets normalised windows in memory, and its logits are discarded. The script
+first looks for the fastest way to run it: all cores on one call or one call per core, windows
+per call, memory layout.
+
+The two take turns, and each starts every other round. Ratios compare medians over the rounds.
+`end_to_end_fraction` is time alone / time end to end, for the network as built. `minecube
+predict` folds batch normalisation into convolutions on a CPU, which saves time. `folded` is the
+same fraction with a folded network alone.
+
+Mpx/s and km2/s count each pixel of a site once per map. Windows overlap by half, so the network
+sees each pixel about four times. Memory is the peak while mapping ten years, minus the memory
+in use before, by rows of the site.
 """
 
 from __future__ import annotations
@@ -50,90 +57,103 @@ from minecube.models import Compute
 from minecube.models.folding import fold_batch_norms
 from minecube.models.layout import Layout
 
-WIDTH, YEARS = 768, tuple(range(2015, 2025))
-RECIPE = Recipe(id="bench", title="as the shipped ones")
+WIDTH = 768
+"""Width of the site in pixels."""
+YEARS = tuple(range(2015, 2025))
+RECIPE = Recipe(id="bench", title="default settings")
 CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
-    """Each model in turn, then memory."""
+    """Measure each model, then the memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
     parser.add_argument(
-        "--models", help="cards, comma-separated; by default those whose name ends in -small"
+        "--models", help="comma-separated model cards (default: all that end in -small)"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per model (3)")
     parser.add_argument(
-        "--seconds", type=float, default=8, help="about how long one run is to take"
+        "--seconds", type=float, default=8, help="approximate duration of one run (8)"
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the memory")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory measurement")
     parser.add_argument("--peak", nargs=2, metavar=("STORE", "MODEL"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     cards = load_models()
-    if asked.peak:
-        print(peak(*asked.peak, cards))
+    if options.peak:
+        print(measure_peak(*options.peak, cards))
         return
     names = (
-        asked.models.split(",")
-        if asked.models
+        options.models.split(",")
+        if options.models
         else [name for name in cards if name.endswith("-small")]
     )
-    gpu = f", {torch.cuda.get_device_name(asked.device)}" if asked.device.startswith("cuda") else ""
+    gpu = (
+        f", {torch.cuda.get_device_name(options.device)}"
+        if options.device.startswith("cuda")
+        else ""
+    )
     load = f"load {os.getloadavg()[0]:.1f}"
-    machine = f"{platform.machine()}, {CORES} cores{gpu}, {load}, Python {platform.python_version()}, torch {torch.__version__}"
+    machine = (
+        f"{platform.machine()}, {CORES} cores{gpu}, {load}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
     print(machine, flush=True)
-    keep_memory()  # as `minecube predict` does; the network alone has it, too
+    keep_memory()  # like `minecube predict`, and also for the network alone
     with tempfile.TemporaryDirectory() as folder:
-        store = make(Path(folder) / "cubes.zarr", WIDTH)
-        found = {
-            name: compared(store, cards[name], asked.rounds, asked.seconds, asked.device)
+        store = write_cube(Path(folder) / "cubes.zarr", WIDTH)
+        results = {
+            name: measure_model(store, cards[name], options.rounds, options.seconds, options.device)
             for name in names
         }
         figures = {
             "machine": machine,
-            "end_to_end_fraction": {name: of["fraction"] for name, of in found.items()},
+            "end_to_end_fraction": {name: result["fraction"] for name, result in results.items()},
         }
-        figures |= {"models": found}
-        shown = ("fraction", "folded", "mpx_s", "km2_s", "windows_s", "alone")
-        rows = [(name, *(of[key] for key in shown)) for name, of in found.items()]
+        figures |= {"models": results}
+        columns = ("fraction", "folded", "mpx_s", "km2_s", "windows_s", "alone")
+        rows = [(name, *(result[key] for key in columns)) for name, result in results.items()]
         print(
             format_table(
-                ("model", "fraction", "folded", "Mpx/s", "km2/s", "windows/s", "best way alone"),
+                ("model", "fraction", "folded", "Mpx/s", "km2/s", "windows/s", "fastest way alone"),
                 rows,
             )
         )
-        if not asked.no_memory:
-            figures["memory_mb"] = memory(Path(folder), names[0])
+        if not options.no_memory:
+            figures["memory_mb"] = measure_memory(Path(folder), names[0])
             print(format_table(("rows", "MB"), list(figures["memory_mb"].items())))
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def make(store: Path, height: int) -> str:
-    """A cube of that height, WIDTH wide; pixels alike over 60 m and 12 m, as land is, so that they pack as a cube's do."""
-    corners = box(
-        360025, 5600040 - height * 10 + 25, 360000 + WIDTH * 10 - 25, 5600015
-    )  # snapped outwards to the grid
-    move = Transformer.from_crs(32633, 4326, always_xy=True).transform
-    site = Site(id="pit", geometry=shapely.transform(corners, move, interleaved=False))
-    grid, rng, side = grid_of(site), np.random.default_rng(1), RECIPE.block_px
+def write_cube(store: Path, height: int) -> str:
+    """Write a cube of `height` x `WIDTH` pixels.
+
+    Pixels vary over 60 m and 12 m like land, so that they compress like a real cube.
+    """
+    # The grid snaps outwards, so corners lie within its border pixels.
+    corners = box(360025, 5600040 - height * 10 + 25, 360000 + WIDTH * 10 - 25, 5600015)
+    to_degrees = Transformer.from_crs(32633, 4326, always_xy=True).transform
+    site = Site(id="pit", geometry=shapely.transform(corners, to_degrees, interleaved=False))
+    grid = grid_of(site)
+    rng = np.random.default_rng(1)
+    side = RECIPE.block_px
     coarse, fine = (
         ndimage.gaussian_filter(rng.standard_normal(grid.shape, dtype=np.float32), s)
         for s in (6, 1.2)
     )
     ground = 350 * coarse / coarse.std() + 120 * fine / fine.std()
     cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
-    told = {
+    properties = {
         "minecube:source": "s",
         "s2:processing_baseline": "05.00",
         "minecube:offset": 0,
         "minecube:offset_reason": "r",
     }
-    scene = types.SimpleNamespace(id="a", properties=told)
+    scene = types.SimpleNamespace(id="a", properties=properties)
     for year in YEARS:
         noise = rng.standard_normal((len(BANDS), *grid.shape), dtype=np.float32)
         pixels = (
@@ -141,62 +161,70 @@ def make(store: Path, height: int) -> str:
             .clip(1, 10000)
             .astype(np.uint16)
         )
-        one = da.ones(tuple(grid.shape), chunks=side)
-        layers = {"clear_count": one.astype(np.uint16), "quality": one.astype(np.uint8)}
-        made = {
+        ones = da.ones(tuple(grid.shape), chunks=side)
+        layers = {"clear_count": ones.astype(np.uint16), "quality": ones.astype(np.uint8)}
+        variables = {
             "reflectance": (
                 ("band", "y", "x"),
                 da.from_array(pixels, chunks=(len(BANDS), side, side)),
             )
         }
-        made |= {name: (("y", "x"), layer) for name, layer in layers.items()}
+        variables |= {name: (("y", "x"), layer) for name, layer in layers.items()}
         cube.write_year(
             cube.Store(store),
-            xr.Dataset(made),
+            xr.Dataset(variables),
             cube.describe_build(site, year, grid, RECIPE, [scene]),
             b"",
         )
     return str(store)
 
 
-def untrained(card: ModelCard) -> models.TrainedModel:
-    """The network as it is before training: as fast as after it."""
+def build_untrained(card: ModelCard) -> models.TrainedModel:
+    """Build an untrained network, which is as fast as a trained one."""
     torch.manual_seed(0)
-    n = len(card.bands)
+    bands = len(card.bands)
     return models.TrainedModel(
-        card=card, network=models.build(card).eval(), mean=(1900.0,) * n, std=(500.0,) * n, sites=()
+        card=card,
+        network=models.build(card).eval(),
+        mean=(1900.0,) * bands,
+        std=(500.0,) * bands,
+        sites=(),
     )
 
 
-def end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> float:
-    """Seconds that a store's maps take."""
+def time_end_to_end(store: str, mapper: models.Mapper, views: list[models.View]) -> float:
+    """Map these views of a store. Returns seconds."""
     card = mapper.trained.card
     start = time.perf_counter()
     reflectance = cube.open_reflectance(cube.Store(store), "pit")
     prediction = cube.Prediction(
         model=card.id,
         views=views,
-        about=mapper.about,
+        origin=mapper.description,
         variable="change" if card.task == "change" else "probability",
         classes=card.classes,
     )
-    wrote = cube.write_prediction(
+    written = cube.write_prediction(
         cube.Store(store),
         "pit",
         prediction,
-        lambda todo: mapper.rows(reflectance, todo),
+        lambda todo: mapper.map_rows(reflectance, todo),
         overwrite=True,
     )
-    assert wrote == views
+    assert written == views
     return time.perf_counter() - start
 
 
-def windows_of(store: str, trained: models.TrainedModel, views: list[models.View]) -> torch.Tensor:
-    """All windows of these views [n, time, band, y, x], float32, normalised, in the order in which they are mapped."""
+def cut_windows(store: str, trained: models.TrainedModel, views: list[models.View]) -> torch.Tensor:
+    """Cut all windows of these views, in mapping order.
+
+    Returns normalised float32 [n, time, band, y, x].
+    """
     card = trained.card
     reflectance = cube.open_committed(cube.Store(store), "pit")["reflectance"].load()
     layout = Layout(reflectance.sizes["y"], reflectance.sizes["x"], card.window_px)
-    side, found = card.window_px, []
+    side = card.window_px
+    windows = []
     for view in views:
         image = (
             models.select_bands(reflectance, card)
@@ -204,25 +232,25 @@ def windows_of(store: str, trained: models.TrainedModel, views: list[models.View
             .to_numpy()[:, :, layout.rows][..., layout.columns]
         )
         for top, left in product(layout.tops, layout.lefts):
-            found.append(
+            windows.append(
                 models.normalise(
                     image[..., top : top + side, left : left + side], trained.mean, trained.std
                 )
             )
-    return torch.from_numpy(np.stack(found))
+    return torch.from_numpy(np.stack(windows))
 
 
 Way = Callable[[torch.Tensor], None]
 
 
-def ways(
+def list_ways(
     trained: models.TrainedModel, device: str, window: torch.Tensor
 ) -> Iterator[tuple[str, Way]]:
-    """Each way to run a network over windows in memory, like this one."""
+    """List all ways to run a network over windows in memory, by name."""
     task = trained.card.task
     gpu = device.startswith("cuda")
     for layout in ("as built", "channels last", *(() if gpu else ("channels last, folded",))):
-        network = untrained(trained.card).network.to(device)
+        network = build_untrained(trained.card).network.to(device)
         if layout.endswith("folded"):
             fold_batch_norms(
                 network, lambda network=network: models.compute_logits(network, task, window)
@@ -264,108 +292,112 @@ def ways(
             )
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds."""
+def time_call(run: Callable[[], object]) -> float:
+    """Run a function. Returns seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def compared(
+def measure_model(
     store: str, card: ModelCard, rounds: int, seconds: float, device: str
 ) -> dict[str, Any]:
-    """One model, both ways in turn."""
-    trained = untrained(card)
+    """Measure one model alone and end to end, in turn."""
+    trained = build_untrained(card)
     mapper = models.Mapper(trained, Compute(device=device))
     sizes = xr.open_zarr(store, group="pit", consolidated=False).sizes
     layout = Layout(sizes["y"], sizes["x"], card.window_px)
-    each = len(layout.tops) * len(layout.lefts)
-    every = {
+    windows_per_view = len(layout.tops) * len(layout.lefts)
+    all_views = {
         "mapping": [(y,) for y in YEARS],
         "change": list(combinations(YEARS, 2)),
         "series": [YEARS],
     }[card.task]
-    some = windows_of(store, trained, every[:1])
-    some = some[: min(each, 64)].to(device)
+    sample = cut_windows(store, trained, all_views[:1])
+    sample = sample[: min(windows_per_view, 64)].to(device)
     speeds = {}
-    for name, way in ways(trained, device, some[:1]):
-        way(some[:8])
-        took = timed(lambda way=way: way(some[:16])) / 16
-        hopeless = bool(speeds) and took > 3 * min(speeds.values())
-        again = [] if hopeless else [timed(lambda way=way: way(some)) / len(some) for _ in range(2)]
-        speeds[name] = min([took, *again])
+    for name, way in list_ways(trained, device, sample[:1]):
+        way(sample[:8])
+        seconds_taken = time_call(lambda way=way: way(sample[:16])) / 16
+        is_slow = bool(speeds) and seconds_taken > 3 * min(speeds.values())
+        repeats = 0 if is_slow else 2
+        repeated = [time_call(lambda way=way: way(sample)) / len(sample) for _ in range(repeats)]
+        speeds[name] = min([seconds_taken, *repeated])
     order = sorted(speeds, key=lambda name: speeds[name])
-    best = [name for name in order if not name.endswith("folded")][:2] + [
-        name for name in order if name.endswith("folded")
-    ][:1]
-    count = min(max(round(seconds / speeds[best[0]] / each), 1), len(every))
-    views = every[:count]
-    windows = windows_of(store, trained, views).to(device)
-    end_to_end(store, mapper, views[:1])
-    chosen = {name: way for name, way in ways(trained, device, some[:1]) if name in best}
-    alone: dict[str, list[float]] = {name: [] for name in best}
-    whole: list[float] = []
+    unfolded = [name for name in order if not name.endswith("folded")]
+    folded = [name for name in order if name.endswith("folded")]
+    candidates = unfolded[:2] + folded[:1]
+    count = min(max(round(seconds / speeds[candidates[0]] / windows_per_view), 1), len(all_views))
+    views = all_views[:count]
+    windows = cut_windows(store, trained, views).to(device)
+    time_end_to_end(store, mapper, views[:1])
+    chosen_ways = {
+        name: way for name, way in list_ways(trained, device, sample[:1]) if name in candidates
+    }
+    alone_s: dict[str, list[float]] = {name: [] for name in candidates}
+    end_to_end_s: list[float] = []
     for n in range(rounds):
-        turns = [*((name, lambda name=name: chosen[name](windows)) for name in best)]
-        runs = [*turns, ("end to end", lambda: end_to_end(store, mapper, views))]
+        turns = [*((name, lambda name=name: chosen_ways[name](windows)) for name in candidates)]
+        runs = [*turns, ("end to end", lambda: time_end_to_end(store, mapper, views))]
         for name, run in runs if n % 2 else reversed(runs):
-            (whole if name == "end to end" else alone[name]).append(
-                run() if name == "end to end" else timed(run)
-            )
-    middle = {name: statistics.median(times) for name, times in alone.items()}
-    way, took = min(best[:2], key=lambda name: middle[name]), statistics.median(whole)
+            if name == "end to end":
+                end_to_end_s.append(run())
+            else:
+                alone_s[name].append(time_call(run))
+    medians = {name: statistics.median(times) for name, times in alone_s.items()}
+    best_way = min(candidates[:2], key=lambda name: medians[name])
+    seconds_taken = statistics.median(end_to_end_s)
     maps = sum(len(view) if card.task == "series" else 1 for view in views)
     mpx = maps * sizes["y"] * sizes["x"] / 1e6
-    print(f"{card.id}: {middle[way] / took:.3f}", flush=True)
+    print(f"{card.id}: {medians[best_way] / seconds_taken:.3f}", flush=True)
     return {
-        "fraction": middle[way] / took,
-        "folded": min(middle.values()) / took,
-        "mpx_s": mpx / took,
-        "km2_s": mpx * 100 / took,
-        "windows_s": len(windows) / took,
-        "alone": way,
+        "fraction": medians[best_way] / seconds_taken,
+        "folded": min(medians.values()) / seconds_taken,
+        "mpx_s": mpx / seconds_taken,
+        "km2_s": mpx * 100 / seconds_taken,
+        "windows_s": len(windows) / seconds_taken,
+        "alone": best_way,
         "maps": maps,
-        "rounds": {"end to end": whole, **alone},
+        "rounds": {"end to end": end_to_end_s, **alone_s},
         "tried_ms_a_window": {name: value * 1e3 for name, value in speeds.items()},
     }
 
 
-def memory(folder: Path, model: str) -> dict[str, float]:
-    """MB that mapping takes, by the site's rows."""
-    found = {}
+def measure_memory(folder: Path, model: str) -> dict[str, float]:
+    """Measure the MB that mapping needs, by rows of the site."""
+    megabytes = {}
     for times in (1, 8):
-        store = make(folder / f"tall_{times}.zarr", times * WIDTH)
-        ask = [sys.executable, __file__, "--peak", store, model]
-        found[str(times * WIDTH)] = float(
-            subprocess.run(ask, check=True, capture_output=True, text=True).stdout
+        store = write_cube(folder / f"tall_{times}.zarr", times * WIDTH)
+        command = [sys.executable, __file__, "--peak", store, model]
+        megabytes[str(times * WIDTH)] = float(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
         )
-    return found
+    return megabytes
 
 
-def peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
-    """MB at most, more than before anything was mapped."""
-    trained, card = untrained(cards[model]), cards[model]
+def measure_peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
+    """Map all years. Returns the peak memory in MB, minus the memory in use before."""
+    card = cards[model]
+    trained = build_untrained(card)
     views = models.list_views(card, YEARS)
-    with torch.inference_mode():  # what torch keeps for itself once it has computed
-        trained.network(
-            torch.zeros(
-                1,
-                *(() if card.task == "mapping" else (2,)),
-                len(card.bands),
-                card.window_px,
-                card.window_px,
-            )
-        )
-    before = _megabytes("VmRSS")
-    keep_memory()  # only now, so that nothing freed is counted as taken up before
-    end_to_end(store, models.Mapper(trained), views)
-    return _megabytes("VmHWM") - before
+    # A first call allocates the buffers that torch keeps.
+    with torch.inference_mode():
+        times = () if card.task == "mapping" else (2,)
+        window = (*times, len(card.bands), card.window_px, card.window_px)
+        trained.network(torch.zeros(1, *window))
+    before = _read_megabytes("VmRSS")
+    keep_memory()  # after `before`, which must not include freed memory
+    time_end_to_end(store, models.Mapper(trained), views)
+    return _read_megabytes("VmHWM") - before
 
 
-def _megabytes(what: str) -> float:
-    """Of this process. Not by getrusage: a child's most is at first what its parent has, which holds all windows."""
+def _read_megabytes(field: str) -> float:
+    """Read a memory figure of this process from `/proc`.
+
+    `getrusage` starts with the peak of the parent, which holds all windows.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:"))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

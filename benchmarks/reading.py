@@ -1,15 +1,17 @@
-"""What reading costs and survives: far away, from a server that fails, with tokens that expire, with flags that are wrong.
+"""Measure reading under bad conditions: latency, failing servers, expiring tokens, wrong flags.
 
     python benchmarks/reading.py [--json FILE] [--quick] [--plot FILE]
 
-It makes its archives, serves them on loopback by a process of its own (tests/range_server.py), and prints what came of each.
-The figures are wall times on a machine that does nothing else; the reads far away and here are taken in turn.
+The script makes its own archives, serves them on loopback from another process
+(tests/range_server.py) and prints the figures. Times are wall times: use an idle machine.
+Local and remote reads take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -55,46 +57,50 @@ from minecube.scenes.looks import read_look
 from minecube.simulate import World, simulate_archive
 
 SERVER = Path(__file__).parents[1] / "tests" / "range_server.py"
-DATES, SIDE = 40, 1024
+DATES = 40
+SIDE = 1024
+"""Side of the site in pixels of 10 m."""
 LATENCY_S = 0.04
 YEARS = (2020, 2022)
 
 
 def main() -> None:
-    """Run all parts and print, and write, what came of them."""
+    """Run all parts, print the figures and write them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="draw the two distributions of offset steps here")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw the distributions of offset steps")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a quarter of the dates, one run instead of three, one seed",
+        help="use a quarter of the dates, one run instead of three, one seed",
     )
-    asked = parser.parse_args()
+    options = parser.parse_args()
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        figures = far_away(
-            place / "far", DATES // 4 if asked.quick else DATES, 1 if asked.quick else 3
+    with tempfile.TemporaryDirectory() as folder_name:
+        root = Path(folder_name)
+        dates = DATES // 4 if options.quick else DATES
+        figures = measure_latency(root / "far", dates, runs=1 if options.quick else 3)
+        figures |= measure_troubles(root / "world")
+        figures |= measure_wrong_flags(
+            root / "flags", (1,) if options.quick else (1, 2, 3), options.plot
         )
-        figures |= troubled(place / "world")
-        figures |= wrong_flags(place / "flags", (1,) if asked.quick else (1, 2, 3), asked.plot)
     for name, value in figures.items():
         print(f"{name:32} {value}")
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def served(folder: Path, *trouble: str) -> Iterator[str]:
-    """The URL under which the folder is served, with that trouble."""
+def serve_folder(folder: Path, *troubles: str) -> Iterator[str]:
+    """Serve a folder with these troubles. Yields its URL."""
     server = subprocess.Popen(
-        [sys.executable, str(SERVER), str(folder), *trouble], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(SERVER), str(folder), *troubles], stdout=subprocess.PIPE, text=True
     )
     try:
         yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
@@ -103,32 +109,37 @@ def served(folder: Path, *trouble: str) -> Iterator[str]:
         server.communicate()
 
 
-# A site-year of 40 dates x 10 bands and SCL, 1024 x 1024, here and 40 ms away
+# A site-year of 40 dates x 10 bands and SCL, 1024 x 1024: on disk and behind 40 ms of latency
 
 
-def far_away(folder: Path, dates: int, runs: int) -> dict[str, object]:
-    """Seconds to read a site-year, and to composite it, from disk and over the network."""
-    grid = archive(folder, dates)
-    here = listed(str(folder), grid, dates)
+def measure_latency(folder: Path, dates: int, runs: int) -> dict[str, object]:
+    """Time reading and compositing a site-year, from disk and over the network."""
+    grid = write_archive(folder, dates)
+    items_here = make_items(str(folder), grid, dates)
     seconds: dict[str, list[float]] = {
         name: [] for name in ("read here", "read far", "composite here", "composite far")
     }
+    recipe = dataclasses.replace(load_recipes()["annual-median"], block_px=SIDE)
     ledger = Ledger()
-    read(here, grid, Ledger())  # the page cache is warm for both
+    read_all(items_here, grid, Ledger())  # fills the page cache for both
     for run in range(runs):
-        # A fresh server is a fresh URL, so that no header is known from the run before.
-        with served(folder, "--delay", str(LATENCY_S)) as url:
-            far = listed(url, grid, dates)
+        # A new server has a new URL, so that no header is cached from the previous run.
+        with serve_folder(folder, "--delay", str(LATENCY_S)) as url:
+            items_far = make_items(url, grid, dates)
             ledger = Ledger()
-            a, seconds_here = timed(lambda: read(here, grid, Ledger()))
-            b, seconds_far = timed(lambda: read(far, grid, ledger))  # noqa: B023
-            assert a == b, "pixels differ"
-        with served(folder, "--delay", str(LATENCY_S)) as url:
-            far = listed(url, grid, dates)
-            recipe = dataclasses.replace(load_recipes()["annual-median"], block_px=SIDE)
-            c, composite_here = timed(lambda: composite(here, grid, recipe).load())  # noqa: B023
-            d, composite_far = timed(lambda: composite(far, grid, recipe).load())  # noqa: B023
-            assert c.identical(d), "composites differ"
+            sum_here, seconds_here = time_call(lambda: read_all(items_here, grid, Ledger()))
+            read_far = functools.partial(read_all, items_far, grid, ledger)
+            sum_far, seconds_far = time_call(read_far)
+            assert sum_here == sum_far, "pixels differ"
+        with serve_folder(folder, "--delay", str(LATENCY_S)) as url:
+            items_far = make_items(url, grid, dates)
+            cube_here, composite_here = time_call(
+                functools.partial(load_composite, items_here, grid, recipe)
+            )
+            cube_far, composite_far = time_call(
+                functools.partial(load_composite, items_far, grid, recipe)
+            )
+            assert cube_here.identical(cube_far), "composites differ"
         for name, value in zip(
             seconds, (seconds_here, seconds_far, composite_here, composite_far), strict=True
         ):
@@ -138,42 +149,50 @@ def far_away(folder: Path, dates: int, runs: int) -> dict[str, object]:
             + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()),
             flush=True,
         )
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     totals = ledger.totals()
     return {
-        "read_here_s": round(middle["read here"], 2),
-        "read_far_s": round(middle["read far"], 2),
-        "composite_here_s": round(middle["composite here"], 2),
-        "composite_far_s": round(middle["composite far"], 2),
+        "read_here_s": round(medians["read here"], 2),
+        "read_far_s": round(medians["read far"], 2),
+        "composite_here_s": round(medians["composite here"], 2),
+        "composite_far_s": round(medians["composite far"], 2),
         "requests": totals["requests"],
         "mb": round(totals["bytes"] / 1e6),
-        "latency_ratio": round(middle["read far"] / middle["read here"], 3),
-        "latency_ratio_composite": round(middle["composite far"] / middle["composite here"], 3),
+        "latency_ratio": round(medians["read far"] / medians["read here"], 3),
+        "latency_ratio_composite": round(medians["composite far"] / medians["composite here"], 3),
     }
 
 
-def timed(work: object) -> tuple[object, float]:
-    """What it gives, and the seconds it takes."""
+def time_call(work: object) -> tuple[object, float]:
+    """Run a function. Returns its result and the seconds."""
     start = time.perf_counter()
-    given = work()
-    return given, time.perf_counter() - start
+    result = work()
+    return result, time.perf_counter() - start
 
 
-def read(listed_scenes: list[pystac.Item], grid: GeoBox, ledger: Ledger) -> int:
-    """Every band of every scene in its own pixels; the sum of all."""
+def load_composite(items: list[pystac.Item], grid: GeoBox, recipe: Recipe) -> xr.Dataset:
+    """Composite scenes into memory."""
+    return composite(items, grid, recipe).load()
+
+
+def read_all(items: list[pystac.Item], grid: GeoBox, ledger: Ledger) -> int:
+    """Read all bands of all scenes at native resolution. Returns the sum of the pixels."""
     total = 0
     for size in (10, 20):
         bands = [b for b in (*BANDS, SCL) if NATIVE_M[b] == size]
         total += int(
             compute_stack(
-                stack(listed_scenes, coarsen(grid, size), bands, chunk_px=SIDE, ledger=ledger)
+                stack(items, coarsen(grid, size), bands, chunk_px=SIDE, ledger=ledger)
             ).sum()
         )
     return total
 
 
-def archive(folder: Path, dates: int) -> GeoBox:
-    """COGs of 512-pixel tiles, three times as wide as the site; their bytes a pixel are those of real ones (1.5 and 1.4)."""
+def write_archive(folder: Path, dates: int) -> GeoBox:
+    """Write COGs with tiles of 512 pixels, three times as wide as the site.
+
+    They have as many bytes per pixel as real ones (1.5 and 1.4). Returns the grid of the site.
+    """
     width = 3 * SIDE
     rng = np.random.default_rng(0)
     land = ndimage.gaussian_filter(rng.standard_normal((width, width)), 4) * 8000 + 2500
@@ -209,14 +228,14 @@ def archive(folder: Path, dates: int) -> GeoBox:
     return GeoBox((SIDE, SIDE), Affine(10, 0, 369600, 0, -10, 5590440), "EPSG:32633")
 
 
-def listed(root: str, grid: GeoBox, dates: int) -> list[pystac.Item]:
-    """The archive's scenes."""
+def make_items(root: str, grid: GeoBox, dates: int) -> list[pystac.Item]:
+    """List the archive's scenes."""
     area = box(*grid.geographic_extent.boundingbox)
-    found = []
+    items = []
     for date in range(dates):
         day = pd.Timestamp("2021-04-03 10:00") + pd.Timedelta(days=5 * date)
         stamp = f"{day:%Y%m%dT%H%M%S}"
-        found.append(
+        items.append(
             pystac.Item(
                 id=f"scene_{date:02d}",
                 geometry=mapping(area),
@@ -236,24 +255,27 @@ def listed(root: str, grid: GeoBox, dates: int) -> list[pystac.Item]:
                 },
             )
         )
-    return found
+    return items
 
 
-# The simulated archive, from servers in trouble
+# The simulated archive on troubled servers
 
 
-def troubled(folder: Path) -> dict[str, object]:
-    """A build undisturbed; from a server that fails; with a file gone for good; with tokens that expire."""
+def measure_troubles(folder: Path) -> dict[str, object]:
+    """Build from an intact server and from three troubled ones.
+
+    One server fails, one has expiring tokens, one has lost a file.
+    """
     (site,) = [s for s in load_sites() if s.id == "demo_1"]
     site = Site(id="mine", geometry=site.geometry)
     simulate_archive(
         [site], folder, World(years=YEARS, styles=("planetary-computer",), dates_per_year=12)
     )
     recipe = dataclasses.replace(load_recipes()["annual-median"], block_px=192, chunk_px=96)
-    undisturbed = built(folder, f"{folder}", site, recipe, "here")
-    trouble = ("--fail", "0.333", "--truncate", "0.05", "--stall", "0.02", "--stall-s", "10")
-    with served(folder, *trouble) as url:
-        flaky = built(folder, url, site, recipe, "flaky")
+    undisturbed = build_from(folder, f"{folder}", site, recipe, "here")
+    troubles = ("--fail", "0.333", "--truncate", "0.05", "--stall", "0.02", "--stall-s", "10")
+    with serve_folder(folder, *troubles) as url:
+        flaky = build_from(folder, url, site, recipe, "flaky")
         retries = sum(o.reads["retried"] for o in flaky.outcomes)
     figures: dict[str, object] = {
         "flaky_identical": undisturbed.cube.identical(flaky.cube),
@@ -261,8 +283,8 @@ def troubled(folder: Path) -> dict[str, object]:
         "flaky_s": round(flaky.seconds, 1),
         "undisturbed_s": round(undisturbed.seconds, 1),
     }
-    with served(folder, "--token-life", "3", "--delay", "0.04") as url:
-        tokens = built(
+    with serve_folder(folder, "--token-life", "3", "--delay", "0.04") as url:
+        tokens = build_from(
             folder,
             url,
             site,
@@ -274,12 +296,12 @@ def troubled(folder: Path) -> dict[str, object]:
         "expiring_tokens_lost": int(sum(o.reads["lost"] for o in tokens.outcomes)),
         "expiring_tokens_identical": undisturbed.cube.identical(tokens.cube),
         "expiring_tokens_renewed": int(sum(o.reads["retried"] for o in tokens.outcomes)),
-        "signatures_written": written(b"sig=", folder.parent / "tokens"),
+        "signatures_written": count_files_with(b"sig=", folder.parent / "tokens"),
     }
     clearest = min(undisturbed.used, key=lambda scene: scene.properties["eo:cloud_cover"])
     next(folder.glob(f"planetary-computer/{clearest.id}/*_B04_10m.tif")).unlink()
-    with served(folder) as url:
-        lost = built(folder, url, site, recipe, "lost")
+    with serve_folder(folder) as url:
+        lost = build_from(folder, url, site, recipe, "lost")
     states = {o.year: o.state for o in lost.outcomes}
     return figures | {
         "lost_site_year_committed": states[2022] == "built",
@@ -288,20 +310,20 @@ def troubled(folder: Path) -> dict[str, object]:
 
 
 @dataclasses.dataclass
-class Built:
-    """A build, its cube, and how long it took."""
+class BuildResult:
+    """A build, its cube and its duration."""
 
     outcomes: list[building.Outcome]
     cube: xr.Dataset
     used: list[pystac.Item]
-    """Scenes of its last year."""
+    """Scenes used for the last year."""
     seconds: float
 
 
-def built(
+def build_from(
     folder: Path, root: str, site: Site, recipe: Recipe, name: str, access: Access | None = None
-) -> Built:
-    """The site's years built from the archive at that root."""
+) -> BuildResult:
+    """Build all years of a site from the archive at `root`."""
     (source,) = load_sources(folder / "sources.yaml").values()
     source = dataclasses.replace(
         source, href=f"{root}/planetary-computer.parquet", access=access or Access()
@@ -316,21 +338,31 @@ def built(
     start = time.perf_counter()
     outcomes = building.build_cubes(job, [site], YEARS)
     seconds = time.perf_counter() - start
-    used = scenes.select(load_or_search(site, YEARS[-1], job.sources, job.snapshots).scenes, recipe)
-    return Built(outcomes, cube.open_cube(job.store, site.id).load().drop_attrs(), used, seconds)
+    scenes_used = scenes.select(
+        load_or_search(site, YEARS[-1], job.sources, job.snapshots).scenes, recipe
+    )
+    return BuildResult(
+        outcomes, cube.open_cube(job.store, site.id).load().drop_attrs(), scenes_used, seconds
+    )
 
 
-def written(signature: bytes, folder: Path) -> int:
-    """Files below the folder that hold it."""
+def count_files_with(signature: bytes, folder: Path) -> int:
+    """Count the files of a folder that contain the signature."""
     return sum(signature in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-# Flags that are wrong
+# Wrong offset flags
 
 
-def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict[str, object]:
-    """Scenes whose offset is wrong, found and not, among those that the recipe uses and among all."""
-    recipe, rows = load_recipes()["annual-median"], []
+def measure_wrong_flags(
+    folder: Path, seeds: tuple[int, ...], plot: Path | None
+) -> dict[str, object]:
+    """Count wrong offsets that are detected, and false alarms.
+
+    Counts are made for the scenes that the recipe uses and for all scenes.
+    """
+    recipe = load_recipes()["annual-median"]
+    rows = []
     sites = [s for s in load_sites() if s.id.startswith("demo_")]
     for seed in seeds:
         world = folder / str(seed)
@@ -339,26 +371,33 @@ def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict
             world,
             World(years=(2020, 2022), styles=("earth-search",), wrong_flags=0.05, seed=seed),
         )
-        carried = pd.read_parquet(world / "truth_offsets.parquet").set_index("id")["carried"]
+        true_offsets = pd.read_parquet(world / "truth_offsets.parquet").set_index("id")["carried"]
         (source,) = load_sources(world / "sources.yaml").values()
         for site in sites:
             for year in (2020, 2022):
-                found = scenes.search(site, year, source).scenes
-                used = {s.id for s in scenes.select(found, recipe)}
-                checks = offsets.check_offsets(found, read_look(found, grid_of(site)))
+                items = scenes.search(site, year, source).scenes
+                used_ids = {s.id for s in scenes.select(items, recipe)}
+                checks = offsets.check_offsets(items, read_look(items, grid_of(site)))
                 rows += [
-                    (c.scene in used, c.offset != -carried[c.scene], c.conflict, c.step)
-                    for c in checks
+                    (
+                        check.scene in used_ids,
+                        check.offset != -true_offsets[check.scene],
+                        check.conflict,
+                        check.step,
+                    )
+                    for check in checks
                 ]
     table = pd.DataFrame(rows, columns=["used", "wrong", "conflict", "step"])
-    used = table[table.used]
+    used_scenes = table[table.used]
     if plot:
-        draw(used, plot)
+        draw_steps(used_scenes, plot)
     return {
-        "offset_flags_found_pct": round(100 * float(used[used.wrong].conflict.mean()), 2),
-        "offset_false_alarms": int((used.conflict & ~used.wrong).sum()),
-        "offset_scenes_used": len(used),
-        "offset_flags_wrong": int(used.wrong.sum()),
+        "offset_flags_found_pct": round(
+            100 * float(used_scenes[used_scenes.wrong].conflict.mean()), 2
+        ),
+        "offset_false_alarms": int((used_scenes.conflict & ~used_scenes.wrong).sum()),
+        "offset_scenes_used": len(used_scenes),
+        "offset_flags_wrong": int(used_scenes.wrong.sum()),
         "offset_all_scenes": len(table),
         "offset_all_wrong": int(table.wrong.sum()),
         "offset_all_found": int((table.wrong & table.conflict).sum()),
@@ -367,8 +406,8 @@ def wrong_flags(folder: Path, seeds: tuple[int, ...], plot: Path | None) -> dict
     }
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """The two distributions of steps."""
+def draw_steps(table: pd.DataFrame, path: Path) -> None:
+    """Draw the distributions of steps for right and wrong offsets."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -388,7 +427,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         )
     axes.set(
         yscale="log",
-        xlabel="step against the scenes around it (reflectance x 10000)",
+        xlabel="step from neighbouring scenes (reflectance x 10000)",
         ylabel="scenes",
     )
     axes.axvspan(-500, 500, color="0.92", zorder=0)

@@ -1,8 +1,9 @@
-"""Importing the published archive: how much of it is asked for, how long that takes, and whether what comes of it is whole.
+"""Measure the import of the published archive: bytes, requests, seconds, and correct labels.
 
-Run as `python benchmarks/release.py [--json FILE]`. It makes an archive of 20 sites and ten years in the release's layout,
-serves it on a loopback port with 20 ms before each answer, imports it, kills an import halfway and lets it go on, and reads the
-same members with remotezip, one after the other, as its users would.
+Run `python benchmarks/release.py [--json FILE]`. The script makes an archive of 20 sites and ten
+years in the release's layout. A loopback server delays each answer by 20 ms. The script imports
+the archive, then kills another import halfway and resumes it. It also reads the same members
+one by one with remotezip, as users of the archive would.
 """
 
 from __future__ import annotations
@@ -42,68 +43,69 @@ SERVER = Path(__file__).parents[1] / "tests" / "range_server.py"
 
 
 def main() -> None:
-    """Make, import, kill, resume, compare; print, and write the JSON."""
+    """Run the benchmark, print the figures and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument(
         "--side",
         type=int,
         default=480,
-        help="pixels a side of the images; the release's have about 800",
+        help="side of the images in pixels (480; about 800 in the release)",
     )
-    parser.add_argument(
-        "--stored", action="store_true", help="members lie in the archive as they are, not deflated"
-    )
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        figures = measured(Path(place), asked.side, packed=not asked.stored)
+    parser.add_argument("--stored", action="store_true", help="store members without compression")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure_import(Path(folder), options.side, compressed=not options.stored)
     print(format_table(("figure", "value"), list(figures.items())))
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def measured(place: Path, side: int, *, packed: bool) -> dict[str, Any]:
-    """All figures, by name."""
-    (place / "served").mkdir()
-    path = place / "served" / "EuroMineNet.zip"
-    masks = write_release(path, SITES, YEARS, shape=(side, side), packed=packed)
+def measure_import(folder: Path, side: int, *, compressed: bool) -> dict[str, Any]:
+    """Measure everything. Returns the figures by name."""
+    (folder / "served").mkdir()
+    path = folder / "served" / "EuroMineNet.zip"
+    masks = write_release(path, SITES, YEARS, shape=(side, side), packed=compressed)
     with zipfile.ZipFile(path) as archive:
-        labels = sum(m.compress_size for m in archive.infolist() if "/label/" in m.filename)
-    size = path.stat().st_size
-    with served(path.parent) as url:
+        label_bytes = sum(m.compress_size for m in archive.infolist() if "/label/" in m.filename)
+    archive_bytes = path.stat().st_size
+    with serve_folder(path.parent) as url:
         start = time.perf_counter()
-        imported(f"{url}/EuroMineNet.zip", place / "at_once")
-        seconds = time.perf_counter() - start
-        asked = counts(url)
-    with served(path.parent) as url:
-        killed_halfway(url, place / "resumed", asked["requests"] // 2)
-        before = counts(url)["bytes"]
-        imported(f"{url}/EuroMineNet.zip", place / "resumed")
-        again = counts(url)["bytes"]
-    with served(path.parent) as url:
+        import_release(f"{url}/EuroMineNet.zip", folder / "at_once")
+        import_s = time.perf_counter() - start
+        import_counts = fetch_counts(url)
+    with serve_folder(path.parent) as url:
+        kill_import(url, folder / "resumed", import_counts["requests"] // 2)
+        killed_bytes = fetch_counts(url)["bytes"]
+        import_release(f"{url}/EuroMineNet.zip", folder / "resumed")
+        total_bytes = fetch_counts(url)["bytes"]
+    with serve_folder(path.parent) as url:
         start = time.perf_counter()
-        one_by_one(f"{url}/EuroMineNet.zip")
-        others_s, others = time.perf_counter() - start, counts(url)
+        read_with_remotezip(f"{url}/EuroMineNet.zip")
+        remotezip_s = time.perf_counter() - start
+        remotezip_counts = fetch_counts(url)
     return {
-        "archive_mb": round(size / 1e6, 1),
-        "labels_mb": round(labels / 1e6, 2),
-        "read_mb": round(asked["bytes"] / 1e6, 2),
-        "requests": asked["requests"],
-        "bytes_fraction_without_labels": round((asked["bytes"] - labels) / size, 5),
-        "seconds": round(seconds, 1),
-        "labels_identical": all(labels_of(place / "at_once", masks)),
-        "resumed_identical": same(place / "at_once", place / "resumed"),
-        "read_until_killed_mb": round(before / 1e6, 2),
-        "read_after_mb": round((again - before) / 1e6, 2),
-        "remotezip_seconds": round(others_s, 1),
-        "remotezip_mb": round(others["bytes"] / 1e6, 2),
-        "remotezip_requests": others["requests"],
+        "archive_mb": round(archive_bytes / 1e6, 1),
+        "labels_mb": round(label_bytes / 1e6, 2),
+        "read_mb": round(import_counts["bytes"] / 1e6, 2),
+        "requests": import_counts["requests"],
+        "bytes_fraction_without_labels": round(
+            (import_counts["bytes"] - label_bytes) / archive_bytes, 5
+        ),
+        "seconds": round(import_s, 1),
+        "labels_identical": all(check_labels(folder / "at_once", masks)),
+        "resumed_identical": have_equal_files(folder / "at_once", folder / "resumed"),
+        "read_until_killed_mb": round(killed_bytes / 1e6, 2),
+        "read_after_mb": round((total_bytes - killed_bytes) / 1e6, 2),
+        "remotezip_seconds": round(remotezip_s, 1),
+        "remotezip_mb": round(remotezip_counts["bytes"] / 1e6, 2),
+        "remotezip_requests": remotezip_counts["requests"],
     }
 
 
-def imported(url: str, out: Path) -> None:
-    """The command line's import."""
+def import_release(url: str, out: Path) -> None:
+    """Import the archive with the command line."""
     subprocess.run(
         [*MINECUBE, "release", "import", url, "--out", str(out)],
         check=True,
@@ -114,70 +116,74 @@ def imported(url: str, out: Path) -> None:
 MINECUBE = [sys.executable, "-c", "from minecube.cli import main; main()"]
 
 
-def killed_halfway(url: str, out: Path, requests: int) -> None:
-    """The same, killed once the server was asked so often."""
+def kill_import(url: str, out: Path, requests: int) -> None:
+    """Start an import and kill it after this many requests."""
     process = subprocess.Popen(
         [*MINECUBE, "release", "import", f"{url}/EuroMineNet.zip", "--out", str(out)]
     )
-    while process.poll() is None and counts(url)["requests"] < requests:
+    while process.poll() is None and fetch_counts(url)["requests"] < requests:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     if process.wait() != -signal.SIGKILL:
-        raise SystemExit("the import was over before it could be killed")
+        raise SystemExit("the import ended before it was killed; use a larger --side")
 
 
-def one_by_one(url: str) -> None:
-    """Labels, and of each image as much as its header takes, with remotezip."""
+def read_with_remotezip(url: str) -> None:
+    """Read all labels and the headers of all images with remotezip."""
     with remotezip.RemoteZip(url) as archive:
         for member in archive.infolist():
             with archive.open(member) as content:
                 content.read() if "/label/" in member.filename else content.read(16384)
 
 
-def labels_of(folder: Path, masks: Masks) -> Iterator[bool]:
-    """Whether polygons, drawn on their image's grid, are the labels that went in."""
-    made = release.open_import(folder)
-    rows, polygons = made.years.set_index(["site", "year"]), made.labels[~made.labels["mapped"]]
+def check_labels(folder: Path, masks: Masks) -> Iterator[bool]:
+    """Check for each site-year that rasterized polygons equal the original label."""
+    imported_release = release.open_import(folder)
+    rows = imported_release.years.set_index(["site", "year"])
+    polygons = imported_release.labels[~imported_release.labels["mapped"]]
     for (site, year), mask in masks.items():
         row = rows.loc[(site, year)]
-        own = polygons[(polygons["site"] == site) & (polygons["year"] == year)]
+        site_year_polygons = polygons[(polygons["site"] == site) & (polygons["year"] == year)]
         drawn = features.rasterize(
-            own.geometry, mask.shape, transform=Affine(*row["transform"]), default_value=255
+            site_year_polygons.geometry,
+            mask.shape,
+            transform=Affine(*row["transform"]),
+            default_value=255,
         )
         yield bool(np.array_equal(drawn, mask))
 
 
-def same(one: Path, other: Path) -> bool:
-    """Whether two imports are the same files, but for the port in the archive's URL."""
-    names = sorted(p.name for p in one.iterdir())
-    tables = [n for n in names if n != "import.json"]
-    abouts = [
+def have_equal_files(first: Path, second: Path) -> bool:
+    """Check that two imports have equal files, except for the port in the archive's URL."""
+    names = sorted(p.name for p in first.iterdir())
+    tables = [name for name in names if name != "import.json"]
+    descriptions = [
         json.loads((folder / "import.json").read_text()) | {"archive": ""}
-        for folder in (one, other)
+        for folder in (first, second)
     ]
-    listed = sorted(p.name for p in other.iterdir()) == names
+    has_same_names = sorted(p.name for p in second.iterdir()) == names
     return (
-        listed
-        and abouts[0] == abouts[1]
-        and all((one / n).read_bytes() == (other / n).read_bytes() for n in tables)
+        has_same_names
+        and descriptions[0] == descriptions[1]
+        and all((first / name).read_bytes() == (second / name).read_bytes() for name in tables)
     )
 
 
-def counts(url: str) -> dict[str, int]:
-    """What the server was asked, and gave."""
+def fetch_counts(url: str) -> dict[str, int]:
+    """Return the server's counts of requests and bytes."""
     with urllib.request.urlopen(f"{url}/counts") as answer:
-        found: dict[str, int] = json.load(answer)
-    return found
+        result: dict[str, int] = json.load(answer)
+    return result
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """URL of the folder on a loopback port."""
+def serve_folder(folder: Path) -> Iterator[str]:
+    """Serve a folder on a loopback port. Yields its URL."""
     command = [sys.executable, str(SERVER), str(folder), "--delay", str(DELAY_S)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
     try:
         if server.stdout is None:
-            raise SystemExit("the server says no port")
+            raise SystemExit("the server printed no port")
         yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
     finally:
         server.terminate()

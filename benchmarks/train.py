@@ -1,12 +1,14 @@
-"""Whether cutting windows or the network takes the time of training.
+"""Measure whether the loader or the network limits the speed of training.
 
-    python benchmarks/train.py --store cubes.zarr [--sites 'A_*'] [--model unet-small ...] [--preset cpu] [--device cpu]
-                               [--workers 0] [--json FILE]
+    python benchmarks/train.py --store cubes.zarr [--sites 'A_*'] [--model unet-small ...]
+                               [--preset cpu] [--device cpu] [--workers 0] [--json FILE]
 
-For each model: windows a second of the loader alone, of the training step alone (the same batch again and again), and of both
-together, as in training. `loader_share` is the loader's processor time of a window, as a share of loader and step, one process
-doing both: a busy machine moves the speeds, but hardly this. On a GPU it is `end_to_end_fraction` that counts: both together
-against the step alone.
+For each model the script measures windows per second: of the loader alone, of the training step
+alone (the same batch repeated), and of both together.
+
+`loader_share` is the loader's part of the processor time per window, in one process. A busy
+machine hardly changes this figure. On a GPU look at `end_to_end_fraction` instead: the speed of
+both together divided by the speed of the step alone.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from minecube.jobs.tables import format_table
 from minecube.train.epochs import train_step
 
 STEPS = 12
-"""Of each measurement, after one that is not counted."""
+"""Counted steps per measurement. One uncounted step comes first."""
 
 
 def main() -> None:
@@ -38,92 +40,104 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--sites", default="*")
-    parser.add_argument("--model", nargs="+", default=["unet-small"])
-    parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    asked = parser.parse_args()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    parser.add_argument("--store", required=True, help="store with labelled cubes")
+    parser.add_argument("--sites", default="*", help="pattern of site names (*)")
+    parser.add_argument("--model", nargs="+", default=["unet-small"], help="model cards")
+    parser.add_argument("--preset", default="cpu", help="training preset (cpu)")
+    parser.add_argument("--device", default="cpu", help="torch device (cpu)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (0)")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
+    options = parser.parse_args()
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
     print(machine, flush=True)
     sites = [
         name
-        for name in cube.list_sites(cube.Store(asked.store))
-        if fnmatch.fnmatchcase(name, asked.sites)
+        for name in cube.list_sites(cube.Store(options.store))
+        if fnmatch.fnmatchcase(name, options.sites)
     ]
     figures = {}
-    for name in asked.model:
+    for name in options.model:
         card = load_models()[name]
         view = {"mapping": "year", "change": "pair", "series": "series"}[card.task]
-        figures[name] = measured(
+        figures[name] = measure_model(
             card,
-            load_presets()[asked.preset],
-            cube.CubeDataset(cube.Store(asked.store), sites, view=view),
-            asked,
+            load_presets()[options.preset],
+            cube.CubeDataset(cube.Store(options.store), sites, view=view),
+            options,
         )
     headings = list(next(iter(figures.values())))
     print(
         format_table(
             ["model", *headings],
-            [[name, *(found[h] for h in headings)] for name, found in figures.items()],
+            [
+                [name, *(result[heading] for heading in headings)]
+                for name, result in figures.items()
+            ],
         )
     )
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
             json.dumps({"machine": machine, "models": figures}, indent=2) + "\n", encoding="utf-8"
         )
 
 
-def measured(
-    card: ModelCard, settings: TrainingSettings, source: Any, asked: argparse.Namespace
+def measure_model(
+    card: ModelCard, settings: TrainingSettings, source: Any, options: argparse.Namespace
 ) -> dict[str, float]:
-    """The figures of one model."""
+    """Measure one model."""
     start = time.perf_counter()
-    surveyed = train.survey_source(source, card, settings)
+    survey = train.survey_source(source, card, settings)
     survey_s = time.perf_counter() - start
-    windows = train.Windows(source, card, settings, surveyed)
-    place = find_device(asked.device)
-    network = models.build(card).to(place).train()
+    windows = train.Windows(source, card, settings, survey)
+    device = find_device(options.device)
+    network = models.build(card).to(device).train()
     optimiser = torch.optim.Adam(network.parameters())
 
-    def batches() -> Any:
+    def make_loader() -> Any:
         keys = [
             [(0, step * settings.batch + n) for n in range(settings.batch)]
             for step in range(STEPS + 1)
         ]
         return DataLoader(
-            windows, batch_sampler=keys, num_workers=asked.workers, pin_memory=place.type == "cuda"
+            windows,
+            batch_sampler=keys,
+            num_workers=options.workers,
+            pin_memory=device.type == "cuda",
         )  # type: ignore[arg-type]
 
-    def stepped(batch: Any) -> None:
+    def run_step(batch: Any) -> None:
         train_step(
-            network, optimiser, [part.to(place, non_blocking=True) for part in batch], windows
+            network, optimiser, [part.to(device, non_blocking=True) for part in batch], windows
         )
 
-    def speed(stream: Any, use: Any) -> tuple[float, float]:
-        """Windows a second, and this process's processor seconds a window."""
-        stream = iter(stream)
-        use(next(stream))
-        wall, processor = time.perf_counter(), time.process_time()
-        for batch in stream:
-            use(batch)
-        counted = STEPS * settings.batch
-        return counted / (time.perf_counter() - wall), (time.process_time() - processor) / counted
+    def measure_speed(batches: Any, process: Any) -> tuple[float, float]:
+        """Return windows per second, and processor seconds per window in this process."""
+        batches = iter(batches)
+        process(next(batches))
+        wall_start = time.perf_counter()
+        processor_start = time.process_time()
+        for batch in batches:
+            process(batch)
+        counted_windows = STEPS * settings.batch
+        wall_s = time.perf_counter() - wall_start
+        processor_s = time.process_time() - processor_start
+        return counted_windows / wall_s, processor_s / counted_windows
 
-    loader, cutting = speed(batches(), lambda _: None)
-    same = next(iter(batches()))
-    step, learning = speed([same] * (STEPS + 1), stepped)
-    both, _ = speed(batches(), stepped)
+    loader_speed, loader_cpu_s = measure_speed(make_loader(), lambda _: None)
+    batch = next(iter(make_loader()))
+    step_speed, step_cpu_s = measure_speed([batch] * (STEPS + 1), run_step)
+    both_speed, _ = measure_speed(make_loader(), run_step)
     return {
         "survey_s": round(survey_s, 2),
-        "loader_per_s": round(loader, 1),
-        "step_per_s": round(step, 1),
-        "both_per_s": round(both, 1),
-        "loader_share": round(cutting / (cutting + learning), 3),
-        "end_to_end_fraction": round(both / step, 3),
+        "loader_per_s": round(loader_speed, 1),
+        "step_per_s": round(step_speed, 1),
+        "both_per_s": round(both_speed, 1),
+        "loader_share": round(loader_cpu_s / (loader_cpu_s + step_cpu_s), 3),
+        "end_to_end_fraction": round(both_speed / step_speed, 3),
     }
 
 

@@ -1,20 +1,23 @@
-"""Training windows from a cube, against the release's way: one uncompressed .npy file a patch and year.
+"""Compare reading training windows from a cube with reading patches of the release.
 
     python benchmarks/windows.py [--json FILE] [--rounds 3] [--table]
 
-It makes both layouts of the same pixels, packs the cube into one file, as one copies it to where one trains, and reads 160-px
-windows of 10 bands and 10 years, with labels, through torch's DataLoader with 2 workers: patches in random order, windows of
-the cube anywhere. Ratios are packed cube / patches, and beside them (`built_`) those of the cube as it was built, of medians
-over the rounds: speeds in samples/s, so above 1 is faster; bytes and files on disk, below 1 is less.
+The release has one uncompressed .npy file per patch and year. The script writes the same pixels
+in both layouts, and packs the cube into one file. torch's DataLoader with 2 workers then reads
+windows of 160 px, 10 bands and 10 years with labels. Patches come in random order, windows of
+the cube from anywhere. The cube also has counts and quality, the patches do not.
 
-The pixels are land that is alike over 60 m and 12 m, each band with a gain of its own, and each year with what a median leaves
-of the noise; bands of 20 m fill four pixels, as in real cubes. They pack a little worse than those of a real scene do (LZ4HC at
-128 pixels: 0.49 of their bytes, against 0.44 of an Earth Search scene, 29RKH of 2020-02-19). Counts and quality go into the
-cube, too: patches have neither.
+Ratios compare medians over the rounds. `*_ratio` is packed cube / patches, `built_*_ratio` is
+unpacked cube / patches. Speeds are in samples/s, so above 1 is faster. For bytes and files on
+disk, below 1 is less.
 
-Cold is without a page of any file in memory: each is flushed and given back by posix_fadvise(DONTNEED), which needs no root
-and leaves other programs' caches alone, and that they are gone is checked (mincore). File names and inodes stay known,
-which is in favour of the many files.
+The pixels are land that varies over 60 m and 12 m. Each band has its own level, and each year
+its own remaining noise. Bands of 20 m fill four pixels. The pixels compress a little worse than
+a real scene (LZ4HC at 128 px: 0.49 of the bytes, 0.44 for Earth Search 29RKH of 2020-02-19).
+
+Cold means that no page of the files is in memory. posix_fadvise(DONTNEED) drops the pages. It
+needs no root and leaves the caches of other programs alone. mincore checks the result. File
+names and inodes stay cached, which favours many files.
 """
 
 from __future__ import annotations
@@ -51,10 +54,15 @@ from minecube.cube.read.windows import window_starts
 from minecube.grid import grid_of
 from minecube.jobs.tables import format_table
 
-SIDE, SIZE, WORKERS, BATCH = 2046, 160, 2, 4
+SIDE = 2046
+"""Side of the site in pixels."""
+SIZE = 160
+"""Side of a window in pixels."""
+WORKERS = 2
+BATCH = 4
 YEARS = tuple(range(2015, 2025))
-RECIPE = Recipe(id="bench", title="as the shipped ones")
-PACKINGS = {
+RECIPE = Recipe(id="bench", title="default settings")
+COMPRESSIONS = {
     "zstd (Zarr's own)": ZstdCodec(level=0),
     "lz4, bits": BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
     "lz4hc, bits": BloscCodec(cname="lz4hc", clevel=5, shuffle="bitshuffle"),
@@ -64,30 +72,32 @@ PACKINGS = {
 
 
 def main() -> None:
-    """Make both layouts, or the table of chunks and packings."""
+    """Compare both layouts, or tabulate chunk sizes and compressions."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--table", action="store_true", help="try chunk sizes and packings instead")
-    asked = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per layout (3)")
+    parser.add_argument(
+        "--table", action="store_true", help="tabulate chunk sizes and compressions instead"
+    )
+    options = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(machine, flush=True)
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # on a disk: where TMPDIR is memory, `forget` says so
-        figures = {
-            "machine": machine,
-            **(tried(Path(folder)) if asked.table else compared(Path(folder), asked.rounds)),
-        }
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    # TMPDIR must be on a disk: `drop_cached_pages` stops with an error if it is in memory.
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        measured = (
+            measure_compressions(root) if options.table else compare_layouts(root, options.rounds)
+        )
+        figures = {"machine": machine, **measured}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def land(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coarse and fine structure of deviation 1."""
+def draw_land(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw coarse and fine structure with a standard deviation of 1."""
     rng = np.random.default_rng(1)
     fields = [
         ndimage.gaussian_filter(rng.standard_normal((side, side), dtype=np.float32), s)
@@ -96,49 +106,52 @@ def land(side: int) -> tuple[np.ndarray, np.ndarray]:
     return fields[0] / fields[0].std(), fields[1] / fields[1].std()
 
 
-def year_of(ground: tuple[np.ndarray, np.ndarray], year: int) -> np.ndarray:
-    """Reflectance uint16 [band, y, x]."""
-    rng, (coarse, fine) = np.random.default_rng(year), ground
-    made = np.empty((len(BANDS), *coarse.shape), np.uint16)
-    for n, band in enumerate(BANDS):
+def draw_year(ground: tuple[np.ndarray, np.ndarray], year: int) -> np.ndarray:
+    """Draw the reflectance of a year, uint16 [band, y, x]."""
+    rng = np.random.default_rng(year)
+    coarse, fine = ground
+    reflectance = np.empty((len(BANDS), *coarse.shape), np.uint16)
+    for number, band in enumerate(BANDS):
         pixels = (
             1200
-            + 150 * n
+            + 150 * number
             + coarse * 350
             + fine * 120
             + rng.standard_normal(coarse.shape, dtype=np.float32) * 40
         )
         if NATIVE_M[band] == 20:
             pixels = pixels[::2, ::2].repeat(2, axis=0).repeat(2, axis=1)
-        made[n] = np.clip(pixels, 1, 10000)
-    return made
+        reflectance[number] = np.clip(pixels, 1, 10000)
+    return reflectance
 
 
-def mine_of(side: int, year: int) -> np.ndarray:
-    """Footprint uint8 [y, x], a little larger each year."""
+def draw_mine(side: int, year: int) -> np.ndarray:
+    """Draw the footprint of a year, uint8 [y, x]. The mine grows each year."""
     y, x = np.mgrid[:side, :side] - side / 2
     return (np.hypot(x, y * 1.3) < side / 4 + 4 * (year - YEARS[0])).astype(np.uint8)
 
 
-def make(folder: Path) -> tuple[Path, Path]:
-    """The cube and the patches; where they are."""
-    store, patches, ground = folder / "cubes.zarr", folder / "patches", land(SIDE)
-    corners = box(
-        360025, 5600040 - SIDE * 10 + 25, 360000 + SIDE * 10 - 25, 5600015
-    )  # snapped outwards to the grid
-    move = Transformer.from_crs(32633, 4326, always_xy=True).transform
-    site = Site(id="pit", geometry=shapely.transform(corners, move, interleaved=False))
+def write_layouts(folder: Path) -> tuple[Path, Path]:
+    """Write the cube and the patches. Returns their paths."""
+    store = folder / "cubes.zarr"
+    patches = folder / "patches"
+    ground = draw_land(SIDE)
+    # The grid snaps outwards, so corners lie within its border pixels.
+    corners = box(360025, 5600040 - SIDE * 10 + 25, 360000 + SIDE * 10 - 25, 5600015)
+    to_degrees = Transformer.from_crs(32633, 4326, always_xy=True).transform
+    site = Site(id="pit", geometry=shapely.transform(corners, to_degrees, interleaved=False))
     grid = grid_of(site)
     cube.create_site(cube.Store(store), site, grid, YEARS, RECIPE)
-    told = {
+    properties = {
         "minecube:source": "s",
         "s2:processing_baseline": "05.00",
         "minecube:offset": 0,
         "minecube:offset_reason": "r",
     }
-    scene = types.SimpleNamespace(id="a", properties=told)
+    scene = types.SimpleNamespace(id="a", properties=properties)
     for year in YEARS:
-        pixels, mine = year_of(ground, year), mine_of(SIDE, year)
+        pixels = draw_year(ground, year)
+        mine = draw_mine(SIDE, year)
         clear = (
             12 + 3 * ground[0] + np.random.default_rng(-year % 99).standard_normal((SIDE, SIDE))
         ).clip(1)[::2, ::2]
@@ -147,51 +160,54 @@ def make(folder: Path) -> tuple[Path, Path]:
             "quality": (mine | 1),
         }
         side = RECIPE.block_px
-        made = {
+        variables = {
             "reflectance": (
                 ("band", "y", "x"),
                 da.from_array(pixels, chunks=(len(BANDS), side, side)),
             )
         }
-        made |= {
+        variables |= {
             name: (("y", "x"), da.from_array(layer, chunks=side)) for name, layer in layers.items()
         }
         cube.write_year(
             cube.Store(store),
-            xr.Dataset(made),
+            xr.Dataset(variables),
             cube.describe_build(site, year, grid, RECIPE, [scene]),
             b"",
             cube.BuildOptions(workers=2),
         )
         labels = xr.DataArray(
-            mine[None], dims=("year", "y", "x"), coords={"year": [year], **xr_coords(grid)}
+            mine[None], dims=("year", "y", "x"), coords={"year": [year], **make_coordinates(grid)}
         )
         cube.write_footprint(cube.Store(store), site.id, labels, origin="drawn")
-        for y, x in places():
-            part = patches / f"{y}_{x}"
-            part.mkdir(parents=True, exist_ok=True)
-            np.save(part / f"image_{year}.npy", pixels[:, y : y + SIZE, x : x + SIZE])
-            np.save(part / f"label_{year}.npy", mine[y : y + SIZE, x : x + SIZE])
+        for y, x in list_corners():
+            patch = patches / f"{y}_{x}"
+            patch.mkdir(parents=True, exist_ok=True)
+            np.save(patch / f"image_{year}.npy", pixels[:, y : y + SIZE, x : x + SIZE])
+            np.save(patch / f"label_{year}.npy", mine[y : y + SIZE, x : x + SIZE])
     return store, patches
 
 
-def xr_coords(grid: Any) -> Any:
-    """Coordinates of the grid, as xarray has them."""
+def make_coordinates(grid: Any) -> Any:
+    """Return the grid's coordinates for xarray."""
     import odc.geo.xr
 
     return odc.geo.xr.xr_coords(grid)
 
 
-def places(step: int = SIZE) -> list[tuple[int, int]]:
-    """Where patches begin, the last flush with the far border, as the published loaders crop."""
+def list_corners(step: int = SIZE) -> list[tuple[int, int]]:
+    """List the upper left corners of patches.
+
+    The last patch ends at the far border, like in the published loaders.
+    """
     return list(itertools.product(window_starts(SIDE, SIZE, step), repeat=2))
 
 
 class Patches:
-    """The release's way: a file a patch and year."""
+    """Dataset in the release's layout: one file per patch and year."""
 
     def __init__(self, folder: Path) -> None:
-        self.folders = [folder / f"{y}_{x}" for y, x in places()]
+        self.folders = [folder / f"{y}_{x}" for y, x in list_corners()]
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -204,131 +220,147 @@ class Patches:
         }
 
 
-def files_of(place: Path) -> list[Path]:
-    """A folder's files, or the one file."""
-    return [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
+def list_files(path: Path) -> list[Path]:
+    """List the files of a folder, or the one file."""
+    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
 
 
-def forget(place: Path) -> None:
-    """Take every page of the files there out of memory, and see that it is gone."""
+def drop_cached_pages(path: Path) -> None:
+    """Drop all pages of these files from memory, and check that they are gone."""
     os.sync()
-    files = [p for p in files_of(place) if p.stat().st_size]
-    for path in files:
-        with path.open("rb") as file:
+    files = [p for p in list_files(path) if p.stat().st_size]
+    for file_path in files:
+        with file_path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    kept = sum(pages_in_memory(path) for path in files)
-    if kept:
+    cached_pages = sum(count_cached_pages(file_path) for file_path in files)
+    if cached_pages:
         raise SystemExit(
-            f"{kept} pages of {place} are still in memory: this file system does not forget, so nothing is cold"
+            f"{cached_pages} pages of {path} are still cached: "
+            "its file system does not drop pages. Set TMPDIR to a folder on a disk."
         )
 
 
-def pages_in_memory(path: Path) -> int:
-    """How many pages of a file are cached: what mincore(2) says, which reads none."""
+def count_cached_pages(path: Path) -> int:
+    """Count the cached pages of a file with mincore(2), which reads none."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        whole = np.frombuffer(mapped, np.uint8)
-        flags = np.zeros(-(-len(whole) // mmap.PAGESIZE), np.uint8)
+        content = np.frombuffer(mapped, np.uint8)
+        flags = np.zeros(-(-len(content) // mmap.PAGESIZE), np.uint8)
         failed = ctypes.CDLL(None).mincore(
-            ctypes.c_void_p(whole.ctypes.data),
-            ctypes.c_size_t(len(whole)),
+            ctypes.c_void_p(content.ctypes.data),
+            ctypes.c_size_t(len(content)),
             ctypes.c_void_p(flags.ctypes.data),
         )
-        del whole
+        del content
     if failed:
-        raise SystemExit(f"{path}: mincore does not say what is cached")
+        raise SystemExit(f"{path}: mincore failed, so cached pages are unknown")
     return int((flags & 1).sum())
 
 
-def speed(dataset: Any) -> float:
-    """Samples a second over the whole dataset, in random order, workers' start included."""
+def measure_speed(dataset: Any) -> float:
+    """Read the whole dataset in random order. Returns samples per second.
+
+    The time includes the start of the workers.
+    """
     start = time.perf_counter()
     for _ in DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=WORKERS):
         pass
     return len(dataset) / (time.perf_counter() - start)
 
 
-def on_disk(place: Path) -> tuple[int, int]:
-    """Bytes that its files take up, and how many there are."""
-    files = [p.stat() for p in files_of(place)]
+def measure_disk_use(path: Path) -> tuple[int, int]:
+    """Return the bytes on disk and the number of files."""
+    files = [p.stat() for p in list_files(path)]
     return sum(f.st_blocks * 512 for f in files), len(files)
 
 
-def compared(folder: Path, rounds: int) -> dict[str, Any]:
-    """The layouts, read cold and warm in turn."""
-    store, patches = make(folder)
-    places_of = {"packed": folder / "cubes.zarr.zip", "built": store, "patches": patches}
+def compare_layouts(folder: Path, rounds: int) -> dict[str, Any]:
+    """Read all layouts in turn, cold and warm."""
+    store, patches = write_layouts(folder)
+    layouts = {"packed": folder / "cubes.zarr.zip", "built": store, "patches": patches}
     start = time.perf_counter()
-    cube.pack(cube.Store(store), places_of["packed"])
-    packing = time.perf_counter() - start
+    cube.pack(cube.Store(store), layouts["packed"])
+    packing_s = time.perf_counter() - start
     speeds: dict[str, list[float]] = {}
-    for n in range(rounds):
-        for name, place in places_of.items():
+    for round_number in range(rounds):
+        for name, path in layouts.items():
             dataset = (
-                Patches(place)
+                Patches(path)
                 if name == "patches"
-                else cube.CubeDataset(cube.Store(place), length=len(places()), seed=n)
+                else cube.CubeDataset(
+                    cube.Store(path), length=len(list_corners()), seed=round_number
+                )
             )
-            forget(place)
-            speeds.setdefault(f"{name}_cold", []).append(speed(dataset))
-            speeds.setdefault(f"{name}_warm", []).append(speed(dataset))
-    middle = {name: statistics.median(each) for name, each in speeds.items()}
-    room = {
-        name: dict(zip(("bytes", "files"), on_disk(place), strict=True))
-        for name, place in places_of.items()
+            drop_cached_pages(path)
+            speeds.setdefault(f"{name}_cold", []).append(measure_speed(dataset))
+            speeds.setdefault(f"{name}_warm", []).append(measure_speed(dataset))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    sizes = {
+        name: dict(zip(("bytes", "files"), measure_disk_use(path), strict=True))
+        for name, path in layouts.items()
     }
-    ratios, rows = {}, []
-    for what, values in (
-        ("cold", {name: middle[f"{name}_cold"] for name in places_of}),
-        ("warm", {name: middle[f"{name}_warm"] for name in places_of}),
-        ("bytes", {name: room[name]["bytes"] for name in places_of}),
-        ("files", {name: room[name]["files"] for name in places_of}),
-    ):
-        ratios[f"{what}_ratio"] = values["packed"] / values["patches"]
-        ratios[f"built_{what}_ratio"] = values["built"] / values["patches"]
-        unit = {"cold": "samples/s, cold", "warm": "samples/s, warm", "bytes": "MB on disk"}.get(
-            what, what
-        )
-        shown = [v / 1e6 if what == "bytes" else v for v in values.values()]
-        rows.append((unit, *shown, ratios[f"{what}_ratio"], ratios[f"built_{what}_ratio"]))
-    print(format_table(("what", *places_of, "packed / patches", "built / patches"), rows))
-    print(f"packing: {room['packed']['bytes'] / 1e6 / packing:.0f} MB/s, its checksum included")
-    return {**ratios, "samples_per_s": middle, "rounds": speeds, "packing_s": packing, **room}
-
-
-def tried(folder: Path) -> dict[str, Any]:
-    """Chunk sizes and packings: room, windows from memory, whole-site reading for maps, packing. Times are the processor's."""
-    pixels = np.stack([year_of(ground, year) for ground in [land(1280)] for year in YEARS[:2]])
-    rng = np.random.default_rng(0)
-    at = [tuple(int(v) for v in rng.integers(0, 1280 - SIZE, 2)) for _ in range(40)]
+    ratios = {}
     rows = []
-    for chunk, (name, packing) in itertools.product((64, 80, 128, 160, 256), PACKINGS.items()):
-        path, side = folder / f"{chunk}_{name}", 1024 // chunk * chunk
+    for figure, values in (
+        ("cold", {name: medians[f"{name}_cold"] for name in layouts}),
+        ("warm", {name: medians[f"{name}_warm"] for name in layouts}),
+        ("bytes", {name: sizes[name]["bytes"] for name in layouts}),
+        ("files", {name: sizes[name]["files"] for name in layouts}),
+    ):
+        ratios[f"{figure}_ratio"] = values["packed"] / values["patches"]
+        ratios[f"built_{figure}_ratio"] = values["built"] / values["patches"]
+        title = {"cold": "samples/s, cold", "warm": "samples/s, warm", "bytes": "MB on disk"}.get(
+            figure, figure
+        )
+        columns = [v / 1e6 if figure == "bytes" else v for v in values.values()]
+        rows.append((title, *columns, ratios[f"{figure}_ratio"], ratios[f"built_{figure}_ratio"]))
+    print(format_table(("what", *layouts, "packed / patches", "built / patches"), rows))
+    print(f"packing: {sizes['packed']['bytes'] / 1e6 / packing_s:.0f} MB/s, checksum included")
+    return {**ratios, "samples_per_s": medians, "rounds": speeds, "packing_s": packing_s, **sizes}
+
+
+def measure_compressions(folder: Path) -> dict[str, Any]:
+    """Measure chunk sizes and compressions.
+
+    Returns size, CPU time per window, and CPU speed of reading a whole site and of writing it.
+    """
+    pixels = np.stack(
+        [draw_year(ground, year) for ground in [draw_land(1280)] for year in YEARS[:2]]
+    )
+    rng = np.random.default_rng(0)
+    corners = [tuple(int(v) for v in rng.integers(0, 1280 - SIZE, 2)) for _ in range(40)]  # (y, x)
+    rows = []
+    for chunk, (name, codec) in itertools.product((64, 80, 128, 160, 256), COMPRESSIONS.items()):
+        path = folder / f"{chunk}_{name}"
+        side = 1024 // chunk * chunk
         start = time.process_time()
-        how = {
+        layout = {
             "chunks": (1, 10, chunk, chunk),
             "shards": (1, 10, side, side),
-            "compressors": packing,
+            "compressors": codec,
         }
         array = zarr.create_array(
-            path, name="reflectance", shape=pixels.shape, dtype="u2", fill_value=0, **how
+            path, name="reflectance", shape=pixels.shape, dtype="u2", fill_value=0, **layout
         )
         array[:] = pixels
-        packed = time.process_time() - start
+        write_s = time.process_time() - start
         array = zarr.open_array(path / "reflectance")
-        whole, window = [], []
+        site_s = []
+        window_s = []
         reader = Pixels.open(cube.Store(path), "reflectance")
         for _ in range(3):
             start = time.process_time()
             array[:]
-            whole.append(time.process_time() - start)
+            site_s.append(time.process_time() - start)
             start = time.process_time()
-            for y, x in at:
+            for y, x in corners:
                 reader.cut(range(2), y, x, SIZE)
-            window.append((time.process_time() - start) / len(at) / 2)
-        size = on_disk(path)[0] / pixels.nbytes
-        mb = pixels.nbytes / 1e6
+            window_s.append((time.process_time() - start) / len(corners) / 2)
+        size = measure_disk_use(path)[0] / pixels.nbytes
+        megabytes = pixels.nbytes / 1e6
         print(".", end="", flush=True)
-        rows.append((chunk, name, size, min(window) * 1e3, mb / min(whole), mb / packed))
+        rows.append(
+            (chunk, name, size, min(window_s) * 1e3, megabytes / min(site_s), megabytes / write_s)
+        )
     headings = (
         "chunk",
         "packing",

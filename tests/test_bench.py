@@ -165,7 +165,7 @@ def test_what_is_trained_and_mapped_is_not_done_again(world, out, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(job, "train_network", refused)
-    monkeypatch.setattr(models.Mapper, "rows", refused)
+    monkeypatch.setattr(models.Mapper, "map_rows", refused)
     bench(world, out)
     assert before == {name: (out / name).read_text() for name in before}
 

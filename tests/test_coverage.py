@@ -625,5 +625,5 @@ def test_pictures_of_few_and_of_many(tmp_path, sites):
 
 def test_nothing_to_draw(tmp_path):
     months, years = coverage.tabulate_coverage([listing([])], RECIPE, LATER)
-    with pytest.raises(CubeError, match="there is no month to draw"):
+    with pytest.raises(CubeError, match="the audit has no month to draw"):
         report.draw_coverage(months[:0], years[:0], tmp_path / "map.png", "")

@@ -661,9 +661,11 @@ def test_counts_of_an_interrupted_run_are_kept(store, grid):
             b"",
             cube.BuildOptions(reads=reads, workers=2, stopped=lambda: next(asked)),
         )
-    kept = cube.reads_so_far(store, PROVENANCE)
+    kept = cube.read_initial_counts(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [40]
-    assert cube.reads_so_far(store, {**PROVENANCE, "version": "2"}) is None  # of another build
+    assert (
+        cube.read_initial_counts(store, {**PROVENANCE, "version": "2"}) is None
+    )  # of another build
     with pytest.raises(CubeError, match="no counts of reads for mine 2020"):
         cube.read_counts(store, "mine", 2020)
 
@@ -700,7 +702,7 @@ def test_a_run_killed_before_its_counts_are_kept_does_those_blocks_again(store, 
         cube.write_year(
             store, reads.over(made), PROVENANCE, b"", cube.BuildOptions(reads=reads, workers=2)
         )
-    kept = cube.reads_so_far(store, PROVENANCE)
+    kept = cube.read_initial_counts(store, PROVENANCE)
     assert pd.read_parquet(io.BytesIO(kept)).planned.tolist() == [20]  # of the first batch
     again = Counted()
     assert cube.write_year(
@@ -744,7 +746,7 @@ def test_a_year_of_which_all_was_lost_says_so(store, grid):
             b"",
             cube.BuildOptions(reads=reads, completeness=0),
         )
-    assert cube.reads_so_far(store, PROVENANCE) is None
+    assert cube.read_initial_counts(store, PROVENANCE) is None
 
 
 def test_counts_of_another_build_are_not_gone_on_with(store, grid):
@@ -768,7 +770,7 @@ def test_counts_of_another_build_are_not_gone_on_with(store, grid):
         cube.write_year(
             store, second.over(made), other, b"", cube.BuildOptions(reads=second, workers=2)
         )
-    assert cube.reads_so_far(store, other) is None
+    assert cube.read_initial_counts(store, other) is None
 
 
 def test_checksums_are_of_objects_that_are_there(tmp_path):
@@ -801,7 +803,7 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
     assert len(staged["attributes"]["blocks"]) == 4
     staged["attributes"]["reads"] = staged["attributes"]["reads"][:40]
     path.write_text(json.dumps(staged))
-    assert cube.reads_so_far(store, PROVENANCE) is None
+    assert cube.read_initial_counts(store, PROVENANCE) is None
     again = Counted()
     assert cube.write_year(store, again.over(made), PROVENANCE, b"", cube.BuildOptions(reads=again))
     assert again.blocks == 12
@@ -810,7 +812,7 @@ def test_counts_that_cannot_be_read_start_the_year_afresh(store, grid):
 
 def test_blocks_of_a_process_whose_counts_are_unknown_are_made_again(store, grid):
     """Another process has done some blocks, and lost reads, since this one looked for counts to go on from."""
-    before = cube.reads_so_far(store, PROVENANCE)
+    before = cube.read_initial_counts(store, PROVENANCE)
     other, made = Counted(lost=3), year_of(grid)
     asked = iter([False, True])
     with pytest.raises(CubeError, match="stopped"):
@@ -925,7 +927,7 @@ def test_a_year_that_is_half_in_its_place_is_not_read(store, grid, monkeypatch):
     assert cube.open_committed(store, "mine").year.values.tolist() == [2019]
     with pytest.raises(CubeError, match="mine 2020 was built again while it was being read"):
         cube.open_cube(store, "mine").reflectance.sel(year=2020).load()
-    cube.settle(store, "mine", 2020)
+    cube.finish_commit(store, "mine", 2020)
     assert cube.open_committed(store, "mine").year.values.tolist() == [2019, 2020]
     np.testing.assert_array_equal(
         cube.open_cube(store, "mine").reflectance[1], year_of(grid, seed=2).reflectance

@@ -65,5 +65,5 @@ def test_bands_arrive_as_it_expects_them(opinion, tmp_path):
 def test_weights_that_are_none(opinion, tmp_path):
     (tmp_path / "net.pt").write_bytes(b"not a network")
     for name in ("net.pt", "gone.pt"):
-        with pytest.raises(ModelError, match=rf"{name}: expected an exported network for clouds"):
+        with pytest.raises(ModelError, match=rf"{name}: expected a network for clouds saved by"):
             opinion.OmniCloudMask([str(tmp_path / name)])

@@ -494,7 +494,11 @@ def test_a_shard_that_comes_out_empty_leaves_none_of_before(store, tmp_path):
             )
 
     cube.write_prediction(
-        store, "pit", Prediction(model="net", views=years(2019), origin=NET), nothing, overwrite=True
+        store,
+        "pit",
+        Prediction(model="net", views=years(2019), origin=NET),
+        nothing,
+        overwrite=True,
     )
     assert not shard.exists()
     assert [f.kind for f in cube.verify(store).findings] == [

@@ -1031,7 +1031,8 @@ def test_a_card_whose_network_is_for_another_task_is_refused(
 def test_a_network_that_gives_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.ARCHITECTURES, "unet", lambda _: nn.Conv2d(10, 1, 3))
     with pytest.raises(
-        ModelError, match=r"expected logits \(1, 1, 1, 16, 16\) .*found \(1, 1, 1, 14, 14\)"
+        ModelError,
+        match=r"expected logits of shape \(1, 1, 1, 16, 16\) .*found \(1, 1, 1, 14, 14\)",
     ):
         fit(SMALL, Cubes({"a": cube(1)}), None, PLAIN)
 
@@ -1224,7 +1225,7 @@ def test_the_command_trains_and_says_what_came_of_it(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--valid", "*"), "no site is left to learn from, for --valid * names them all"),
+        (("--valid", "*"), "no site is left to learn from, because --valid * names them all"),
         (("--valid", "C_*"), "unknown site 'C_*'"),
         (
             ("--preset", "fast"),

@@ -1,12 +1,13 @@
-"""Make the simulated benchmark: cubes of mines, drawn from a seed, with true footprints.
+"""Make the simulated benchmark: cubes of random mines with true footprints.
 
     python workflows/simulated.py --out build/simulated
     minecube bench --store build/simulated/cubes.zarr \\
         --train 'train_*' --valid 'valid_*' --test 'test_*' --out build/bench
 
-Every site is built like a real one. Its archive has cloud, haze, snow and displaced dates. Its
-scenes are searched, checked, composited by the shipped recipe and labelled. An interrupted run
-resumes when you run it again.
+Each site has a simulated archive with cloud, haze, snow and displaced dates. The script builds
+the site like a real one: it searches and checks scenes, composites them by the shipped recipe,
+and labels them. The same seed gives the same cubes. An interrupted run resumes when you run it
+again.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ YEARS = tuple(range(2015, 2025))
 SPLIT = {"train": 8, "valid": 2, "test": 6}
 """Part of the split -> number of sites."""
 SIDE_M = 2200
+"""Side of a site in metres."""
 APART_M = 9000
-"""Distance of neighbours. Their scenes must not overlap."""
+"""Distance between sites in metres, so that their scenes do not overlap."""
 STYLE = "earth-search"
-"""The imitated provider."""
+"""Provider that the archive imitates."""
 _CRS = 32633
 _CORNER_M = (360000, 5600040)  # of the first site
 _PER_ROW = 8
-_INSET_M = 5  # within a 10 m pixel, so that grids have the given size
+_INSET_M = 5  # keeps corners within a 10 m pixel, so that grids have the given size
 
 
 def draw_sites(counts: Mapping[str, int], side_m: int = SIDE_M) -> gpd.GeoDataFrame:
@@ -50,7 +52,7 @@ def draw_sites(counts: Mapping[str, int], side_m: int = SIDE_M) -> gpd.GeoDataFr
         counts: part of the split -> number of sites.
         side_m: side of each square in metres.
 
-    Returns the column `id` and polygons in longitude and latitude.
+    Returns a table of ids and polygons in longitude and latitude.
     """
     names = [f"{part}_{n + 1}" for part, count in counts.items() for n in range(count)]
     squares = [_place_square(number, side_m) for number in range(len(names))]
@@ -91,7 +93,7 @@ def make_site(site: Site, folder: Path, years: Sequence[int], world: World) -> s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make all sites of the split, two at a time."""
+    """Make all sites of the split in parallel processes."""
     options = _parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     counts = {part: getattr(options, part) for part in SPLIT}
@@ -115,18 +117,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("build/simulated"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/simulated"), help="folder (build/simulated)"
+    )
     for part, count in SPLIT.items():
         parser.add_argument(
-            f"--{part}", type=int, default=count, help=f"sites of this part of the split ({count})"
+            f"--{part}", type=int, default=count, help=f"number of {part} sites ({count})"
         )
-    parser.add_argument("--years", type=int, nargs="+", default=YEARS)
-    parser.add_argument("--side", type=int, default=SIDE_M, help=f"of a site, in metres ({SIDE_M})")
+    parser.add_argument("--years", type=int, nargs="+", default=YEARS, help="years of each site")
     parser.add_argument(
-        "--dates", type=int, default=12, help="acquisitions in a year's growing season (12)"
+        "--side", type=int, default=SIDE_M, help=f"side of a site in metres ({SIDE_M})"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--dates", type=int, default=12, help="acquisitions per growing season (12)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
+    parser.add_argument("--processes", type=int, default=2, help="sites at a time (2)")
     return parser.parse_args(argv)
 
 

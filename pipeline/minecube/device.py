@@ -23,7 +23,7 @@ def find_device(name: str) -> torch.device:
         gpus = torch.cuda.device_count()
         raise ModelError(
             f"device {name!r} was asked for, but torch {torch.__version__} sees {gpus} GPUs here; "
-            "use cpu, or install a CUDA build of torch"
+            "use cpu or another number, or install a CUDA build of torch"
         )
     try:
         torch.zeros(1, device=device).tolist()  # some device types have names even if missing

@@ -224,7 +224,7 @@ def _decode(href: str) -> str:
 def _check_object(name: str) -> None:
     bucket, _, key = name[len("s3://") :].partition("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket) or {".", ".."} & set(key.split("/")):
-        raise ForbiddenError("expected s3://BUCKET/KEY without . and .. in the key")
+        raise ForbiddenError("expected s3://BUCKET/KEY without a folder named . or .. in the key")
 
 
 def _address(host: str) -> _Address | None:

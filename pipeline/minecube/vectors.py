@@ -99,7 +99,7 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
             joined.
 
     Raises:
-        ValueError: the format is not in `NAMED` or contradicts the suffix, several layers have
+        ValueError: the format is not in `FORMAT_NAMES` or contradicts the suffix, several layers have
             polygons but `layer` is not given, or no layer has the requested name.
         OSError, RuntimeError: the file cannot be read.
     """

@@ -32,7 +32,7 @@ def parse_local_header(content: bytes) -> LocalHeader:
         ValueError: the bytes are too few, or are no local header.
     """
     if len(content) < LOCAL_HEADER:
-        raise ValueError("the zip ends before it")
+        raise ValueError("the zip ends within a member's header")
     magic, _, _, method, *_, name, extra = _FIELDS.unpack(content[:LOCAL_HEADER])
     if magic != _MAGIC:
         raise ValueError(MISPLACED)

@@ -1,12 +1,18 @@
-"""Run pairs of commands on one store at the same moment, and count what is damaged, lost or reported wrongly.
+"""Run pairs of commands on one store at the same moment, and count errors.
 
-    python tests/chaos/campaign.py --pairs 200 --json tally.json            # in a folder and on an S3 server of its own
+    python tests/chaos/campaign.py --pairs 200 --json tally.json
     python tests/chaos/campaign.py --pairs 20 --where folder
 
-Each pair starts in two processes that wait for each other. Beforehand, the two commands run alone and one after the other,
-in both orders. Afterwards `verify` must find nothing. Each site-year, label and map must be what it was in one of these runs.
-What a command makes must be there if it exited with 0. A command that failed must say why in one sentence. The last part reads
-one year while it is overwritten (`--reads`).
+Stores are in a folder and on the script's own S3 server. The two commands of a pair run in two
+processes that start together. The script first runs each command alone, and both in turn, in
+both orders. It then checks the store of the pair:
+
+- `verify` finds no damage.
+- Each site-year, label and map equals its state in one of the separate runs.
+- If a command exits with 0, its results are there.
+- If a command fails, it reports the reason in one sentence.
+
+Last, the script reads a year again and again while another process overwrites it (`--reads`).
 """
 
 from __future__ import annotations
@@ -52,7 +58,7 @@ sys.modules["conftest"] = conftest
 spec.loader.exec_module(conftest)
 
 YEARS = (2019, 2020, 2021, 2022)
-# Processes are forked from a server that has imported everything, and has no threads.
+# Processes fork from a server that has imported all modules and has no threads.
 _FORK = multiprocessing.get_context("forkserver")
 _COMMANDS = [f"minecube.cli.{name}" for name in ("build", "label", "predict", "verify")]
 _FORK.set_forkserver_preload(["torch", "moto.server", *_COMMANDS])
@@ -65,8 +71,8 @@ class World:
     root: Path
 
     def build(self, years: str, scenes: str = "a", sites: str = "sites", *more: str) -> list[str]:
-        """A build of these years from scene list `a` or `b`."""
-        where = [
+        """Return the words of a build from scene list `a` or `b`."""
+        inputs = [
             "--catalog",
             str(self.root),
             "--sites",
@@ -76,7 +82,7 @@ class World:
         ]
         return [
             "build",
-            *where,
+            *inputs,
             "--years",
             years,
             "--scenes",
@@ -84,33 +90,36 @@ class World:
             *more,
         ]
 
-    def label(self, which: str) -> list[str]:
-        """Labels of polygons `a` or `b`."""
+    def label(self, letter: str) -> list[str]:
+        """Return the words that label with polygons `a` or `b`."""
         return [
             "label",
             "--sites",
             "pit",
             "--polygons",
-            str(self.root / f"polygons-{which}.geojson"),
+            str(self.root / f"polygons-{letter}.geojson"),
         ]
 
-    def predict(self, which: str, *more: str) -> list[str]:
-        """A map of model `a` or `b`."""
-        return ["predict", "--model", str(self.root / f"{which}.pt"), *more]
+    def predict(self, letter: str, *more: str) -> list[str]:
+        """Return the words that map with model `a` or `b`."""
+        return ["predict", "--model", str(self.root / f"{letter}.pt"), *more]
 
 
 def make_world(root: Path) -> World:
-    """Write scenes of two sources that differ by 60, sites, polygons and models."""
+    """Write scenes of two sources, sites, polygons and models.
+
+    The pixels of the two sources differ by 60.
+    """
     pit = conftest.site_of("pit", 360000, 5600040, 48, 48)
     pond = conftest.site_of("pond", 363000, 5600040, 48, 48)
     for name, sites in (("sites", [pit, pond]), ("pit", [pit]), ("pond", [pond])):
-        about = {"name": [s.id for s in sites], "margin": [0] * len(sites)}
-        frame = gpd.GeoDataFrame(about, geometry=[s.geometry for s in sites], crs=4326)
+        columns = {"name": [s.id for s in sites], "margin": [0] * len(sites)}
+        frame = gpd.GeoDataFrame(columns, geometry=[s.geometry for s in sites], crs=4326)
         frame.to_file(root / f"{name}.geojson")
     bands = tuple(conftest.BANDS)
     texture = np.random.default_rng(0).integers(150, 2500, (10, 120, 420)).astype(np.uint16)
     sources = {}
-    for letter, more in (("a", 0), ("b", 60)):
+    for letter, increment in (("a", 0), ("b", 60)):
         archive = conftest.Archive(root / f"archive-{letter}", bands=bands)
         items = []
         for year in YEARS:
@@ -119,7 +128,7 @@ def make_world(root: Path) -> World:
                 pixels = {}
                 for band, values in zip(bands, texture, strict=True):
                     step = conftest.NATIVE[band] // 10
-                    pixels[band] = values[::step, ::step] + np.uint16(more + year - 2000)
+                    pixels[band] = values[::step, ::step] + np.uint16(increment + year - 2000)
                 items.append(
                     archive.item(f"{year}-{month:02d}-0{month}T10:00:00", grid, pixels).to_dict()
                 )
@@ -136,11 +145,11 @@ def make_world(root: Path) -> World:
         }
         sources[f"mine-{letter}"] |= {"licence": "none", "assets": assets}
         frame = gpd.GeoDataFrame(
-            geometry=[pit.geometry.buffer(-0.0005 if more else -0.001)], crs=4326
+            geometry=[pit.geometry.buffer(-0.0005 if increment else -0.001)], crs=4326
         )
         frame["site"] = "pit"
         frame.to_file(root / f"polygons-{letter}.geojson")
-        torch.manual_seed(more)
+        torch.manual_seed(increment)
         card = ModelCard(
             id="tiny",
             title="t",
@@ -159,53 +168,60 @@ def make_world(root: Path) -> World:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class CommandResult:
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
 
-def run(words: Sequence[str], store: str, gate: Any = None, delay_s: float = 0.0) -> Ended:
-    """Run a command in a forked process, once `gate` opens."""
+def run_command(
+    words: Sequence[str], store: str, gate: Any = None, delay_s: float = 0.0
+) -> CommandResult:
+    """Run a command in a forked process as soon as `gate` opens."""
     with tempfile.TemporaryDirectory() as folder:
         process = _start(words, store, Path(folder), gate, delay_s)
         process.join(120)
-        return _ended(process, Path(folder))
+        return _collect_result(process, Path(folder))
 
 
 def run_pair(
     first: Sequence[str], second: Sequence[str], store: str, delay_s: float
-) -> list[Ended]:
-    """Run two commands that start at the same moment, the second `delay_s` later."""
+) -> list[CommandResult]:
+    """Start two commands at the same moment, the second `delay_s` later."""
     gate = _FORK.Barrier(2)
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        started = [
-            _start(first, store, Path(one), gate, 0.0),
-            _start(second, store, Path(other), gate, delay_s),
+    with (
+        tempfile.TemporaryDirectory() as first_folder,
+        tempfile.TemporaryDirectory() as second_folder,
+    ):
+        processes = [
+            _start(first, store, Path(first_folder), gate, 0.0),
+            _start(second, store, Path(second_folder), gate, delay_s),
         ]
-        for process in started:
+        for process in processes:
             process.join(120)
         return [
-            _ended(process, Path(folder))
-            for process, folder in zip(started, (one, other), strict=True)
+            _collect_result(process, Path(folder))
+            for process, folder in zip(processes, (first_folder, second_folder), strict=True)
         ]
 
 
 def _start(words: Sequence[str], store: str, folder: Path, gate: Any, delay_s: float) -> Any:
     process = _FORK.Process(
-        target=_command, args=([*words, "--store", store], folder, gate, delay_s, dict(os.environ))
+        target=_run_in_child,
+        args=([*words, "--store", store], folder, gate, delay_s, dict(os.environ)),
     )
     process.start()
     return process
 
 
-def _command(
+def _run_in_child(
     words: Sequence[str], folder: Path, gate: Any, delay_s: float, environment: dict[str, str]
 ) -> None:
-    """Run a command in this process, which ends with it."""
-    os.environ |= environment  # the server that forks keeps that of its start, before there was an object store
+    """Run a command and end this process with the command's exit code."""
+    # The fork server started before the object store, so its environment is too old.
+    os.environ |= environment
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     torch.set_num_threads(1)
@@ -223,44 +239,47 @@ def _command(
         os._exit(code)
 
 
-def _ended(process: Any, folder: Path) -> Ended:
+def _collect_result(process: Any, folder: Path) -> CommandResult:
     if process.exitcode is None:
         process.kill()
         process.join()
-    return Ended(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
+    return CommandResult(
+        process.exitcode, (folder / "out").read_text(), (folder / "err").read_text()
+    )
 
 
-def pixels_of(store: str) -> dict[str, str]:
-    """What a reader sees of a store: a hash for each committed site-year, its labels, and each map."""
-    seen: dict[str, str] = {}
+def hash_store(store: str) -> dict[str, str]:
+    """Hash each committed site-year, the labels and each map of a store, as readers see them."""
+    hashes: dict[str, str] = {}
     for site in cube.list_sites(cube.Store(store)):
         years = list(cube.read_markers(cube.Store(store), site))
         if not years:
             continue
-        opened = cube.open_committed(cube.Store(store), site).load()
+        site_cube = cube.open_committed(cube.Store(store), site).load()
         for year in years:
-            one = opened.sel(year=year)
-            seen[f"{site} {year}"] = _hash(one.reflectance, one.clear_count, one.quality)
-        seen[f"{site} labels"] = _hash(
-            opened.footprint.isel(year=0), opened.footprint_fraction.isel(year=0)
+            year_cube = site_cube.sel(year=year)
+            hashes[f"{site} {year}"] = _hash(
+                year_cube.reflectance, year_cube.clear_count, year_cube.quality
+            )
+        hashes[f"{site} labels"] = _hash(
+            site_cube.footprint.isel(year=0), site_cube.footprint_fraction.isel(year=0)
         )
-        for name in _maps(store, site):
-            with contextlib.suppress(
-                CubeError
-            ):  # unfinished, or of an earlier build: not read either
-                seen[f"{site} {name}"] = _hash(
+        for name in _list_maps(store, site):
+            # Readers cannot open unfinished maps and maps of earlier builds.
+            with contextlib.suppress(CubeError):
+                hashes[f"{site} {name}"] = _hash(
                     cube.open_probability(cube.Store(store), site, name).sel(year=years[0])
                 )
-    return seen
+    return hashes
 
 
-def _maps(store: str, site: str) -> list[str]:
-    found = (
+def _list_maps(store: str, site: str) -> list[str]:
+    prefixes = (
         cube.Store(store)
         .open_objects()
         .list_with_delimiter(f"{site}/predictions")["common_prefixes"]
     )
-    return [path.rstrip("/").rpartition("/")[2] for path in found]
+    return [path.rstrip("/").rpartition("/")[2] for path in prefixes]
 
 
 def _hash(*arrays: Any) -> str:
@@ -271,30 +290,30 @@ def _hash(*arrays: Any) -> str:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two commands, and the store they begin with."""
+    """Two commands and the store that they begin with."""
 
     name: str
     before: str
-    """empty, or built: 2019 of two sites, with labels."""
+    """`empty`, or `built`: the year 2019 of two sites, with labels."""
     first: list[str]
     second: list[str]
 
 
-def pairs_of(world: World, out: Path) -> list[Pair]:
-    """All kinds of pairs."""
-    same = ["--name", "net"]
-    replace = ["--overwrite"]
+def list_pairs(world: World, out: Path) -> list[Pair]:
+    """List all kinds of pairs."""
+    same_name = ["--name", "net"]
+    overwrite = ["--overwrite"]
     pit = world.build("2019", "a", "pit")
-    over_a = world.build("2019", "a", "pit", *replace)
-    over_b = world.build("2019", "b", "pit", *replace)
+    over_a = world.build("2019", "a", "pit", *overwrite)
+    over_b = world.build("2019", "b", "pit", *overwrite)
     return [
         Pair("create one site twice", "empty", pit, pit),
         Pair("overwrite two ways", "built", over_a, over_b),
         Pair(
             "predict with two models under one name",
             "built",
-            world.predict("a", *same),
-            world.predict("b", *same),
+            world.predict("a", *same_name),
+            world.predict("b", *same_name),
         ),
         Pair("label two ways", "built", world.label("a"), world.label("b")),
         Pair(
@@ -317,121 +336,134 @@ def pairs_of(world: World, out: Path) -> list[Pair]:
     ]
 
 
-def is_one_sentence(ended: Ended) -> bool:
-    """Whether a command that failed says why, without a traceback."""
-    lines = [line for line in ended.err.splitlines() if line.startswith("error:")]
-    return ended.code in (1, 2) and bool(lines) and "Traceback" not in ended.err
+def reports_one_error(result: CommandResult) -> bool:
+    """Check that a failed command reports an error, without a traceback."""
+    lines = [line for line in result.err.splitlines() if line.startswith("error:")]
+    return result.code in (1, 2) and bool(lines) and "Traceback" not in result.err
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a pair may leave: states of the store after runs that did not meet."""
+class KnownStates:
+    """States of a store after runs of a pair's commands that do not overlap."""
 
     before: dict[str, str]
-    alone: tuple[dict[str, str], dict[str, str]]
-    """After the first command alone, and after the second."""
-    in_turn: list[dict[str, str]]
-    """After both, in either order."""
+    after_one: tuple[dict[str, str], dict[str, str]]
+    """State after the first command alone, and after the second alone."""
+    after_both: list[dict[str, str]]
+    """States after both commands, in either order."""
 
-    def values(self, name: str) -> set[str | None]:
-        """What may be seen under a name."""
-        return {state.get(name) for state in (self.before, *self.alone, *self.in_turn)}
+    def allowed_hashes(self, name: str) -> set[str | None]:
+        """Return the allowed hashes of a name."""
+        return {state.get(name) for state in (self.before, *self.after_one, *self.after_both)}
 
-    def wanted(self, which: int) -> dict[str, set[str | None]]:
-        """By name: what may be seen of what a command makes, once it has exited with 0."""
-        made = {name for name, value in self.alone[which].items() if self.before.get(name) != value}
+    def required_hashes(self, index: int) -> dict[str, set[str | None]]:
+        """Return the required hashes of all results of a command that exits with 0, by name."""
+        names = {
+            name for name, value in self.after_one[index].items() if self.before.get(name) != value
+        }
         return {
-            name: {state.get(name) for state in (self.alone[which], *self.in_turn)} for name in made
+            name: {state.get(name) for state in (self.after_one[index], *self.after_both)}
+            for name in names
         }
 
 
 @dataclass
 class Campaign:
-    """Stores to begin with."""
+    """Runs pairs on copies of one initial store."""
 
     world: World
-    place: Callable[[str], str]
-    known: dict[str, Known]
+    locate: Callable[[str], str]
+    known_states: dict[str, KnownStates]
 
     @classmethod
-    def prepare(cls, world: World, place: Callable[[str], str]) -> Campaign:
-        """Make the store that pairs begin with."""
-        store = place("built")
+    def prepare(cls, world: World, locate: Callable[[str], str]) -> Campaign:
+        """Build the initial store."""
+        store = locate("built")
         for words in (world.build("2019"), world.label("a")):
-            ended = run(words, store)
-            assert ended.code == 0, ended
-        return cls(world, place, {})
+            result = run_command(words, store)
+            assert result.code == 0, result
+        return cls(world, locate, {})
 
-    def know(self, pair: Pair) -> Known:
-        """Run the commands of a pair alone, and in turn."""
-        if pair.name not in self.known:
-            before = pixels_of(self.place("built")) if pair.before == "built" else {}
-            alone = (self._after(pair, [pair.first]), self._after(pair, [pair.second]))
-            in_turn = [
-                self._after(pair, [pair.first, pair.second]),
-                self._after(pair, [pair.second, pair.first]),
+    def find_known_states(self, pair: Pair) -> KnownStates:
+        """Run the commands of a pair alone and in turn."""
+        if pair.name not in self.known_states:
+            before = hash_store(self.locate("built")) if pair.before == "built" else {}
+            after_one = (
+                self._hash_after(pair, [pair.first]),
+                self._hash_after(pair, [pair.second]),
+            )
+            after_both = [
+                self._hash_after(pair, [pair.first, pair.second]),
+                self._hash_after(pair, [pair.second, pair.first]),
             ]
-            self.known[pair.name] = Known(before, alone, in_turn)
-        return self.known[pair.name]
+            self.known_states[pair.name] = KnownStates(before, after_one, after_both)
+        return self.known_states[pair.name]
 
-    def _after(self, pair: Pair, commands: Sequence[list[str]]) -> dict[str, str]:
-        """What is seen of a store after commands that do not meet."""
-        store = self._fresh(pair, "known")
+    def _hash_after(self, pair: Pair, commands: Sequence[list[str]]) -> dict[str, str]:
+        """Hash a store after running commands one after the other."""
+        store = self._make_store(pair, "known")
         for words in commands:
-            run(words, store)
-        seen = pixels_of(store)
+            run_command(words, store)
+        hashes = hash_store(store)
         remove_store(store)
-        return seen
+        return hashes
 
-    def _fresh(self, pair: Pair, name: str) -> str:
-        store = self.place(name)
+    def _make_store(self, pair: Pair, name: str) -> str:
+        store = self.locate(name)
         if pair.before == "built":
-            copy_store(self.place("built"), store)
+            copy_store(self.locate("built"), store)
         return store
 
     def try_pair(self, pair: Pair, number: int, delay_s: float) -> dict[str, list[str]]:
-        """Run a pair on a fresh store, and list what is damaged, lost or reported wrongly."""
-        known = self.know(pair)
-        store = self._fresh(pair, f"pair-{number}")
-        ended = run_pair(pair.first, pair.second, store, delay_s)
-        seen = pixels_of(store) if has_store(store) else {}
-        found: dict[str, list[str]] = {"damaged": [], "lost": [], "dishonest_exits": []}
-        if seen:
+        """Run a pair on a new store. Returns what is damaged, lost or reported wrongly."""
+        known = self.find_known_states(pair)
+        store = self._make_store(pair, f"pair-{number}")
+        results = run_pair(pair.first, pair.second, store, delay_s)
+        hashes = hash_store(store) if has_store(store) else {}
+        problems: dict[str, list[str]] = {"damaged": [], "lost": [], "dishonest_exits": []}
+        if hashes:
             report = cube.verify(cube.Store(store))
-            found["damaged"] += [str(f) for f in report.findings if f.kind != "stale"]
-        found["damaged"] += [
-            f"{name} is of no command"
-            for name, value in seen.items()
-            if value not in known.values(name)
+            problems["damaged"] += [str(f) for f in report.findings if f.kind != "stale"]
+        problems["damaged"] += [
+            f"{name} matches no command"
+            for name, value in hashes.items()
+            if value not in known.allowed_hashes(name)
         ]
-        found["lost"] += [
-            name for name in known.before if name not in seen and None not in known.values(name)
+        problems["lost"] += [
+            name
+            for name in known.before
+            if name not in hashes and None not in known.allowed_hashes(name)
         ]
-        # Two builds may each leave a year to the other, and say so: nothing is lost if each is there.
-        lacking = [
-            n
-            for which in (0, 1)
-            for n, values in known.wanted(which).items()
-            if seen.get(n) not in values
+        # Two builds may both fail, because each leaves a year to the other.
+        # That is no loss if all years are there.
+        missing = [
+            name
+            for index in (0, 1)
+            for name, values in known.required_hashes(index).items()
+            if hashes.get(name) not in values
         ]
-        if lacking and all(one.code for one in ended):
-            found["lost"].append(f"both failed, without {lacking}: {ended}")
-        for which, one in enumerate(ended):
-            wrong = {
-                name for name, values in known.wanted(which).items() if seen.get(name) not in values
+        if missing and all(command.code for command in results):
+            problems["lost"].append(f"both failed, without {missing}: {results}")
+        for index, command in enumerate(results):
+            missing_results = {
+                name
+                for name, values in known.required_hashes(index).items()
+                if hashes.get(name) not in values
             }
-            if one.code == 0 and wrong:
-                found["dishonest_exits"].append(f"exit 0 without {wrong}: {one.out}{one.err}")
-            elif one.code != 0 and not is_one_sentence(one):
-                found["dishonest_exits"].append(
-                    f"exit {one.code}: {one.out[-500:]}{one.err[-3000:]}"
+            if command.code == 0 and missing_results:
+                problems["dishonest_exits"].append(
+                    f"exit 0 without {missing_results}: {command.out}{command.err}"
+                )
+            elif command.code != 0 and not reports_one_error(command):
+                problems["dishonest_exits"].append(
+                    f"exit {command.code}: {command.out[-500:]}{command.err[-3000:]}"
                 )
         remove_store(store)
-        return found
+        return problems
 
 
 def has_store(store: str) -> bool:
-    """Whether there is a site in a store."""
+    """Check whether a store has a site."""
     try:
         return bool(cube.list_sites(cube.Store(store)))
     except CubeError:
@@ -444,11 +476,11 @@ def copy_store(source: str, target: str) -> None:
     if folder is not None:
         shutil.copytree(folder, target)
         return
-    there = from_url(target)
-    objects = cube.Store(source).open_objects()
-    for batch in objects.list():
+    target_store = from_url(target)
+    source_store = cube.Store(source).open_objects()
+    for batch in source_store.list():
         for entry in batch:
-            there.put(entry["path"], bytes(objects.get(entry["path"]).bytes()))
+            target_store.put(entry["path"], bytes(source_store.get(entry["path"]).bytes()))
 
 
 def remove_store(store: str) -> None:
@@ -464,30 +496,33 @@ def remove_store(store: str) -> None:
 
 
 def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
-    """Read a year while it is replaced again and again: reads, those refused, those with pixels of two builds, builds seen."""
-    known = campaign.know(
+    """Read a year many times while another process overwrites it.
+
+    Returns the numbers of reads, refused reads, reads with mixed builds, and builds seen.
+    """
+    known = campaign.find_known_states(
         next(
             pair
-            for pair in pairs_of(campaign.world, campaign.world.root)
+            for pair in list_pairs(campaign.world, campaign.world.root)
             if pair.name == "overwrite two ways"
         )
     )
-    store = campaign.place("read")
-    copy_store(campaign.place("built"), store)
-    writer = _FORK.Process(target=_overwrite_for_ever, args=(campaign.world, store))
+    store = campaign.locate("read")
+    copy_store(campaign.locate("built"), store)
+    writer = _FORK.Process(target=_overwrite_repeatedly, args=(campaign.world, store))
     writer.start()
     tally: Counter[str] = Counter()
-    seen = set()
+    builds = set()
     try:
         for _ in range(reads):
             try:
-                opened = cube.open_committed(cube.Store(store), "pit").sel(year=2019)
-                pixels = _hash(opened.reflectance, opened.clear_count, opened.quality)
+                year_cube = cube.open_committed(cube.Store(store), "pit").sel(year=2019)
+                pixels = _hash(year_cube.reflectance, year_cube.clear_count, year_cube.quality)
             except CubeError:
                 tally["refused"] += 1
                 continue
-            seen.add(pixels)
-            tally["mixed"] += pixels not in known.values("pit 2019")
+            builds.add(pixels)
+            tally["mixed"] += pixels not in known.allowed_hashes("pit 2019")
     finally:
         writer.kill()
         writer.join()
@@ -495,11 +530,11 @@ def read_during_overwrite(campaign: Campaign, reads: int) -> dict[str, int]:
         "reads": reads,
         "refused": tally["refused"],
         "mixed_reads": tally["mixed"],
-        "builds_seen": len(seen),
+        "builds_seen": len(builds),
     }
 
 
-def _overwrite_for_ever(world: World, store: str) -> None:
+def _overwrite_repeatedly(world: World, store: str) -> None:
     sys.stdout = sys.stderr = io.StringIO()
     while True:
         for letter in "ba":
@@ -508,8 +543,8 @@ def _overwrite_for_ever(world: World, store: str) -> None:
 
 
 @contextlib.contextmanager
-def places(where: str, root: Path) -> Iterator[Callable[[str], str]]:
-    """Names of stores in a folder, or on an S3 server that ends with the block."""
+def open_place(where: str, root: Path) -> Iterator[Callable[[str], str]]:
+    """Start a folder or an S3 server for stores. Yields a function from name to address."""
     if where == "folder":
         yield lambda name: str(root / f"{name}.zarr")
         return
@@ -534,9 +569,9 @@ def places(where: str, root: Path) -> Iterator[Callable[[str], str]]:
 def run_campaign(
     pairs: int, where: Sequence[str], seed: int, reads: int, root: Path
 ) -> dict[str, Any]:
-    """Run so many pairs, shared out to the places, and return the tally."""
+    """Run pairs, divided evenly among the places. Returns the tally."""
     world = make_world(root)
-    kinds = pairs_of(world, root)
+    kinds = list_pairs(world, root)
     delays = random.Random(seed)
     tally: dict[str, Any] = {
         "pairs": 0,
@@ -546,59 +581,60 @@ def run_campaign(
         "examples": [],
     }
     for place_name in where:
-        with places(place_name, root) as place:
-            campaign = Campaign.prepare(world, place)
+        with open_place(place_name, root) as locate:
+            campaign = Campaign.prepare(world, locate)
             for number in range(pairs // len(where)):
                 pair = kinds[number % len(kinds)]
                 delay_s = delays.choice((0.0, 0.0, delays.uniform(0, 0.3)))
-                found = campaign.try_pair(pair, number, delay_s)
-                wrong = ", ".join(what for what, each in found.items() if each)
+                problems = campaign.try_pair(pair, number, delay_s)
+                kinds_of_problems = ", ".join(kind for kind, texts in problems.items() if texts)
+                suffix = f": {kinds_of_problems}" if kinds_of_problems else ""
                 print(
-                    f"{place_name} {number + 1}: {pair.name}{': ' if wrong else ''}{wrong}",
+                    f"{place_name} {number + 1}: {pair.name}{suffix}",
                     file=sys.stderr,
                     flush=True,
                 )
                 tally["pairs"] += 1
-                for what, each in found.items():
-                    tally[what] += bool(each)
+                for kind, texts in problems.items():
+                    tally[kind] += bool(texts)
                     tally["examples"] += [
-                        f"{place_name}, {pair.name}: {what}: {text}" for text in each
+                        f"{place_name}, {pair.name}: {kind}: {text}" for text in texts
                     ]
             if reads and place_name == "folder":
                 tally |= read_during_overwrite(campaign, reads)
     return tally
 
 
-def command_line() -> types.SimpleNamespace:
+def parse_options() -> types.SimpleNamespace:
     """Read the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--pairs", type=int, default=200, help="total number of pairs (200)")
     parser.add_argument(
-        "--pairs", type=int, default=200, help="pairs in all, shared out to the places"
+        "--reads", type=int, default=10_000, help="reads of a year during overwrites (10000)"
     )
+    parser.add_argument("--where", default="folder,s3", help="folder, s3 or both (folder,s3)")
     parser.add_argument(
-        "--reads", type=int, default=10_000, help="reads of a year that is being overwritten"
+        "--seed", type=int, default=0, help="random seed of the delays between commands (0)"
     )
-    parser.add_argument("--where", default="folder,s3", help="folder, s3 or both")
-    parser.add_argument("--seed", type=int, default=0, help="of the delays between two commands")
     parser.add_argument("--json", type=Path, help="write the tally to this file")
     return types.SimpleNamespace(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    asked = command_line()
-    with tempfile.TemporaryDirectory() as made_in:
-        result = run_campaign(
-            asked.pairs, asked.where.split(","), asked.seed, asked.reads, Path(made_in)
+    options = parse_options()
+    with tempfile.TemporaryDirectory() as folder_name:
+        tally = run_campaign(
+            options.pairs, options.where.split(","), options.seed, options.reads, Path(folder_name)
         )
-    examples = result.pop("examples")
+    examples = tally.pop("examples")
     for example in examples[:20]:
         print(example)
-    print(json.dumps(result))
-    if asked.json:
-        asked.json.write_text(json.dumps({**result, "examples": examples}, indent=2) + "\n")
+    print(json.dumps(tally))
+    if options.json:
+        options.json.write_text(json.dumps({**tally, "examples": examples}, indent=2) + "\n")
     sys.exit(
-        any(result[what] for what in ("damaged", "lost", "dishonest_exits"))
-        or result.get("mixed_reads", 0) > 0
+        any(tally[what] for what in ("damaged", "lost", "dishonest_exits"))
+        or tally.get("mixed_reads", 0) > 0
     )

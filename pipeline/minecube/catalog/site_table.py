@@ -44,10 +44,10 @@ def load_sites(
     margin: float | None = None,
     layer: str | None = None,
 ) -> list[Site]:
-    """Load the sites of a file of polygons (`minecube.vectors.NAMED`).
+    """Load the sites of a file of polygons (`minecube.vectors.FORMAT_NAMES`).
 
     The name of a row is the first value in the columns `id`, `name` and `site`, in upper or lower
-    case. A row without a name is called `site_` plus its number. `safe_name` turns names into ids,
+    case. A row without a name is called `site_` plus its number. `make_id` turns names into ids,
     and the name becomes the title. The log reports changed names.
 
     Args:

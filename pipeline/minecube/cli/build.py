@@ -76,7 +76,7 @@ class Execution:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Rebuild site-years that were built from other scenes or with lost reads. The old "
+    help="Also rebuild committed site-years whose scenes have changed or that lost reads. The old "
     "pixels stay until the new build is complete.",
 )
 @click.option(
@@ -85,7 +85,7 @@ class Execution:
     default="drop",
     show_default=True,
     help="What to do with a scene whose offset contradicts its pixels. warn: keep the scene. "
-    "fix: use the other offset. drop: leave the scene out. fail: fail the site-year.",
+    "fix: read it with the offset that fits. drop: leave the scene out. fail: fail the site-year.",
 )
 @click.option(
     "--min-read-completeness",

@@ -19,8 +19,8 @@ from minecube.jobs.export import FORMATS, ExportOptions, export_sites
 @click.option("--out", type=OutFolder(), required=True, help="Folder for the files.")
 @click.option(
     "--model",
-    help="Also export this prediction: its name, or the id of a model with only one. =NAME: "
-    "exactly that name.",
+    help="Also export this prediction: its name, or the id of a model that has one prediction. "
+    "=NAME: exactly that name.",
 )
 @click.option(
     "--format",

@@ -104,7 +104,7 @@ class Outputs:
 @catalog_option
 @click.option(
     "--compare",
-    help="Compare mappers. Either the column with the mapper of each row, or a second file of "
+    help="Compare the people who mapped. Either the column that names them, or a second file of "
     "polygons.",
 )
 @click.option(
@@ -130,7 +130,7 @@ def polygons(
     min_width_m: float,
     outputs: Outputs,
 ) -> None:
-    """Check and repair a file of mine polygons, and compare mappers.
+    """Check and repair a file of mine polygons, and compare the people who mapped.
 
     Reports invalid shapes, rows without area, duplicates, overlaps, slivers, holes, and polygons
     far from their site. If swapped coordinates explain the distance, the report says so. If

@@ -75,7 +75,7 @@ def _check_name(_ctx: click.Context, _param: click.Parameter, name: str | None) 
 @click.option(
     "--pairs",
     type=Pairs(),
-    help="Pairs of years for a model of change: gaps (1,2) or pairs (2019-2021,...). "
+    help="Pairs of years for a model of change: gaps in years (1,2) or pairs (2019-2021,...). "
     "[default: all]",
 )
 @click.option(

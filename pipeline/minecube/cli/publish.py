@@ -26,7 +26,11 @@ from minecube.jobs.tables import format_table
     metavar="OLD NEW",
     help="List the site-years and variables in which two tags differ.",
 )
-@click.option("--rollback", metavar="TAG", help="Reset `main` to this tag. Later tags stay.")
+@click.option(
+    "--rollback",
+    metavar="TAG",
+    help="Set the repository's branch `main` back to this tag. Later tags stay.",
+)
 @collect_options
 def publish(
     sites: StoreSites,
@@ -37,8 +41,8 @@ def publish(
 ) -> None:
     """Save releases of a store in Icechunk, list them, and compare them.
 
-    A release holds the committed years of the named sites only. Without --tag, the releases are
-    listed.
+    A release holds the committed years of the sites in --sites. Without --tag, --diff and
+    --rollback, the releases are listed.
 
     \b
     Examples:

@@ -32,7 +32,7 @@ from minecube.jobs.tables import write_text
 @click.option(
     "--baselines",
     is_flag=True,
-    help="Also score trivial baselines: a map that never changes, a map that is all mine, and "
+    help="Also score trivial baselines: a map that never changes, a map with mine everywhere, and "
     "last year's labels.",
 )
 @click.option(

@@ -46,7 +46,8 @@ from minecube.simulate import simulate_archive as make_world
 def simulate(sites: SiteOptions, out: Path, world: World) -> None:
     """Simulate a Sentinel-2 archive over sites, with the truth.
 
-    Each site is listed in the style of another provider.
+    The archive is listed in the style of three providers: sources sim-earth-search,
+    sim-planetary-computer and sim-cdse.
 
     \b
     Example:

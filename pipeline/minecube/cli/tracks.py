@@ -35,7 +35,7 @@ from minecube.tracks.smoothing import TEMPER
     "--model",
     default="unet-small",
     show_default=True,
-    help="Name of a prediction, or id of a model with only one. =NAME: exactly that name.",
+    help="Name of a prediction, or id of a model that has one prediction. =NAME: exactly that name.",
 )
 @click.option(
     "--rates",
@@ -44,16 +44,16 @@ from minecube.tracks.smoothing import TEMPER
     default="learned",
     show_default=True,
     help="Yearly probabilities that a pixel opens and closes. learned: estimate from these "
-    "maps. labels or labels:SITES: count in the store's footprints, best of training "
-    "sites. Or two numbers: opening,closing.",
+    "maps. labels or labels:SITES: count in the store's footprints, preferably those of "
+    "training sites. Or two numbers: opening,closing.",
 )
 @click.option(
     "--temper",
     type=FiniteRange(0, 1, min_open=True),
     default=TEMPER,
     show_default=True,
-    help="Weight of each year's map. 1: errors of different years are independent. Less smooths "
-    "more.",
+    help="Weight of each year's map. 1: errors of different years are independent. A smaller "
+    "weight smooths more.",
 )
 @click.option("--out", type=OutFolder(), required=True, help="Folder for layers and tables.")
 @collect_options

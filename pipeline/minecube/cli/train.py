@@ -128,7 +128,7 @@ def train(
     if not train_sites:
         raise CatalogError(
             f"--sites {sites.choice}: no site is left to learn from, "
-            f"for --valid {valid} names them all"
+            f"because --valid {valid} names them all"
         )
     if not out.absolute().parent.is_dir():
         raise ModelError(

@@ -34,14 +34,14 @@ _SHOWN = 50
 @click.option(
     "--uncommit",
     is_flag=True,
-    help="Withdraw damaged site-years and delete their pixels. The next `minecube build` "
-    "rebuilds them.",
+    help="Delete the pixels of damaged site-years and their commits. Labels and maps stay. The "
+    "next `minecube build` rebuilds the site-years.",
 )
 @collect_options
 def verify(sites: StoreSites, out: Path | None, workers: int, uncommit: bool) -> None:
     """Check a store against its checksums, and list what to rebuild.
 
-    Reads every object once. Detects flipped bits and missing or foreign chunks, and compares
+    Reads every object once. Detects flipped bits and missing or unlisted chunks, and compares
     metadata, coordinates, provenance, read counts and pixels with each other. Exits with 1 if
     anything is wrong. Remains of killed runs are listed as unfinished and do not count as wrong.
 

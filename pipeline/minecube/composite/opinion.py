@@ -70,6 +70,6 @@ def _load(path: str) -> torch.nn.Module:
         return torch.export.load(path).module()
     except _LOAD_ERRORS as error:
         raise ModelError(
-            f"{path}: expected an exported network for clouds (torch.export.save), "
-            f"and it cannot be loaded ({error}); check second_opinion.weights of the recipe"
+            f"{path}: expected a network for clouds saved by torch.export.save, "
+            f"found a file that cannot be loaded ({error}); check second_opinion.weights of the recipe"
         ) from error

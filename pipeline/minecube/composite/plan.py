@@ -140,7 +140,7 @@ class Estimate:
     def seconds(self, terms: Terms) -> float:
         """Estimate the duration: the longest of waiting, transfer and computing.
 
-        All three run at the same time. `pace` compares this estimate with real builds.
+        All three run at the same time. `measure_pace` compares this estimate with real builds.
         """
         waiting = self.requests * terms.latency_s / self.connections
         transfer = self.bytes / 1e6 / terms.mb_per_s
@@ -172,7 +172,7 @@ def measure_pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | 
     """Compute the ratio of real to estimated time over earlier builds; None without builds.
 
     Args:
-        notes: The result of `took` for each build.
+        notes: The result of `describe_duration` for each build.
         terms: Terms of the machine for these builds and the next one.
     """
     names = {f.name for f in fields(Estimate)}

@@ -56,8 +56,8 @@ from minecube.cube.write.options import BuildOptions
 from minecube.cube.write.pack import Packing, pack
 from minecube.cube.write.predictions import Prediction, write_prediction, write_probability
 from minecube.cube.write.sites import check_site, create_site, read_margin
-from minecube.cube.write.staging import has_unfinished_build, reads_so_far
-from minecube.cube.write.years import settle, withdraw_years, write_year
+from minecube.cube.write.staging import has_unfinished_build, read_initial_counts
+from minecube.cube.write.years import finish_commit, withdraw_years, write_year
 
 __all__ = [
     "UNFINISHED",
@@ -77,6 +77,7 @@ __all__ = [
     "create_site",
     "describe_build",
     "find_prediction",
+    "finish_commit",
     "has_unfinished_build",
     "hash_build",
     "is_committed",
@@ -93,11 +94,10 @@ __all__ = [
     "pack",
     "read_counts",
     "read_grid_and_years",
+    "read_initial_counts",
     "read_margin",
     "read_markers",
     "read_variable",
-    "reads_so_far",
-    "settle",
     "verify",
     "withdraw_years",
     "write_footprint",

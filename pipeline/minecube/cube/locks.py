@@ -55,12 +55,14 @@ class Lock(Protocol):
 
 @contextmanager
 def hold(store: Store, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
-    """Hold the lock `name` of a store.
+    """Keep a lock of a store: a lease in an object store, a file lock in a folder.
+
+    Yields the lock, to check before a commit that it is still held.
 
     Args:
-        store: local path or object-store URL.
-        name: path of the locked part.
-        wait_s: seconds to wait for another holder.
+        store: the cubes.
+        name: path of the group or part in the store that only one run may write.
+        wait_s: seconds to wait for another holder; 0 fails at once.
 
     Raises:
         BusyError: another run holds the lock.

@@ -117,7 +117,7 @@ def is_committed(
 
     Args:
         store: the cubes.
-        provenance: origin of the build (`provenance_of`).
+        provenance: origin of the build (`describe_build`).
         overwrite: allow replacing another build of the year, or the same build with too few reads.
         completeness: with `overwrite`, minimum share of planned reads for the same build to be
             kept.

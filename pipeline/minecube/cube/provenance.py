@@ -24,7 +24,7 @@ _DECISIONS = ("on_offset_conflict", "offset_conflicts", "scl_errors", "shifts")
 def describe_build(
     site: Site, year: int, grid: GeoBox, recipe: Recipe, scenes: Sequence[Any], **more: Any
 ) -> dict[str, Any]:
-    """Describe the origin of a site-year as plain JSON: the input of `build_id` and more."""
+    """Describe the origin of a site-year as plain JSON: the input of `hash_build` and more."""
     return {
         "site": site.id,
         "year": year,
@@ -102,7 +102,7 @@ def note_copies(
     """Note copies, read from other sources, in a provenance.
 
     Args:
-        provenance: as from `provenance_of`.
+        provenance: as from `describe_build`.
         copies: scene id -> its copy.
         why: scene id -> its missing file.
     """

@@ -133,7 +133,7 @@ def hash_array(metadata: Mapping[str, Any]) -> str:
 
 
 def hash_arrays(store: Store, site_id: str, group: zarr.Group) -> dict[str, str]:
-    """Return the `identity` of each array of a group, by name."""
+    """Return the `hash_array` of each array of a group, by name."""
     objects = store.open_objects()
     hashes = {}
     for name in sorted(name for name, _ in group.arrays()):
@@ -201,7 +201,7 @@ def _convention(repository: str, name: str, uuid: str, description: str) -> dict
 
 
 def grid_in(attrs: Mapping[str, Any]) -> GeoBox:
-    """Return the grid described by a group's attributes, as from `geozarr`."""
+    """Return the grid described by a group's attributes, as from `describe_location`."""
     height, width = attrs["spatial:shape"]
     return GeoBox((height, width), Affine(*attrs["spatial:transform"]), attrs["proj:code"])
 

@@ -27,7 +27,7 @@ def prediction_path(site_id: str, name: str) -> str:
 
 
 def pixels_by_year(store: Store, site_id: str) -> dict[str, str]:
-    """Map each committed year, as text, to the name of its pixels (`pixels_of`)."""
+    """Map each committed year, as text, to the name of its pixels (`name_pixels`)."""
     return {str(year): name_pixels(marker) for year, marker in read_markers(store, site_id).items()}
 
 

@@ -12,7 +12,7 @@
     files.py       drafts, checksums and hrefs
 
 Each file or folder is written under a hidden name and then renamed. A full disk or a killed run
-leaves no partial file. `publish` needs an extra package and is imported by its own name.
+leaves no partial file. Module `publish` needs an extra package and is imported by its own name.
 """
 
 from minecube.export.credits import (

@@ -33,7 +33,7 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
     (uint16), footprint and probability are uint8. Variables missing from the cube are skipped, and
     so are years without a valid pixel. Values are the cube's own. Scale, nodata, licence and
     citation are stored in the file. Provenance from `cube.attrs["builds"]` (year ->
-    `minecube.cube.builds`) is added if present, except to footprints.
+    `minecube.cube.read_markers`) is added if present, except to footprints.
 
     Raises:
         CubeError: the cube does not match the grid, or writing fails.

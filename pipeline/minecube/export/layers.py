@@ -114,7 +114,7 @@ def describe_cube(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
 
     Variables keep dimensions, dtype and every value. The attributes `_FillValue` and `scale_factor`
     describe the stored values. The optional `cube.attrs["builds"]` maps year -> provenance
-    (`minecube.cube.builds`).
+    (`minecube.cube.read_markers`).
 
     Raises:
         CubeError: the cube does not match the grid.

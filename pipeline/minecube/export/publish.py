@@ -76,7 +76,9 @@ def _missing_repository(place: str) -> CubeError:
 
 def _open_storage(place: str) -> icechunk.Storage:
     if not _is_url(place):
-        icechunk.set_logs_filter("error")  # it warns about several processes, but `publish` locks
+        icechunk.set_logs_filter(
+            "error"
+        )  # it warns about several processes, but `publish_release` locks
         return icechunk.local_filesystem_storage(place)
     scheme, _, address = place.partition("://")
     if scheme != "s3":
@@ -184,13 +186,13 @@ class _Release:
         return json.dumps(group).encode()
 
 
-def _list_keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[str]:
+def _list_keys(source: zarr.Group, site: str, committed_years: Sequence[int]) -> Iterator[str]:
     """Yield the keys of a site in the store.
 
     Chunks and markers of uncommitted years are skipped, and so are files outside the Zarr format.
     """
     stored_years = [int(year) for year in np.asarray(source[f"{site}/year"])]
-    uncommitted = {index for index, year in enumerate(stored_years) if year not in years}
+    uncommitted = {index for index, year in enumerate(stored_years) if year not in committed_years}
 
     async def list_stored() -> list[str]:
         return [key async for key in source.store.list_prefix(f"{site}/")]
@@ -199,9 +201,11 @@ def _list_keys(source: zarr.Group, site: str, years: Sequence[int]) -> Iterator[
         if not key.endswith(f"/{_ROOT}") and not _CHUNK.search(key):
             continue  # leftover of a killed write, or a foreign file
         name, *path = key.removeprefix(f"{site}/").split("/")
-        if name == "builds" and path[0].isdigit() and int(path[0]) not in years:
+        if name == "builds" and path[0].isdigit() and int(path[0]) not in committed_years:
             continue
-        if path[:1] == ["c"] and name != "year" and len(path) > 3 and int(path[1]) in uncommitted:
+        # A chunk's key is c/YEAR/.../Y/X: chunks hold one year. Chunks of coordinates are shorter.
+        is_pixels = path[:1] == ["c"] and name != "year" and len(path) > 3
+        if is_pixels and int(path[1]) in uncommitted:
             continue
         yield key
 

@@ -8,11 +8,11 @@ MinecubeError. Long jobs take a `progress` callback.
     audit_scenes(sites, years, sources, ...)   -> Audit             listed and expected scenes
     build_cubes(job, sites, years)             -> [Outcome]         cubes in job.store
     draw_labels(polygons, site, grid, ...)     -> SiteLabels        .write(store)
-    train_network(store, sites, ...)           -> train.Fitted
+    train_network(store, sites, ...)           -> train.TrainingResult
     map_site(store, site, mapper)              -> Mapped            maps in the store
     smooth_sites(store, maps, folder)          -> summaries         smoothed maps, layers, tables
-    score_site(store, site, model)             -> metrics.Scores    additive counts
-    count_sites(store, sites, models)          -> Counts            model -> site -> Scores
+    score_site(store, site, model)             -> metrics.Counts    additive counts
+    count_sites(store, sites, models)          -> Counts            model -> site -> metrics.Counts
     ScoreTables.from_counts(counts)            -> ScoreTables       write_tables(tables, folder)
     export_sites(store, sites, folder)         -> paths             COG, NetCDF, Zarr, STAC
     run_benchmark(Benchmark(...))              -> paths             several networks, two tables

@@ -39,7 +39,7 @@ class Audit:
 
     recipe: Recipe
     by_month: pd.DataFrame
-    """One row per site, year, source and month; see `coverage.audit`. Empty without answers."""
+    """One row per site, year, source and month; see `coverage.tabulate_coverage`. Empty without answers."""
     by_year: pd.DataFrame
     """One row per site, year and source. The last row of a site-year has all sources together."""
     requested: int

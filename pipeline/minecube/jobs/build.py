@@ -54,7 +54,7 @@ class BuildJob:
     snapshots: Path
     """Folder of scene lists. Existing lists are reused, to repeat a build without the API."""
     on_offset_conflict: str = "drop"
-    """One of `offsets.POLICIES`."""
+    """One of `offsets.CONFLICT_POLICIES`."""
     min_read_completeness: float = 1.0
     """Least share of successful reads for a commit. Below 1, lost pixels count as unobserved."""
     overwrite: bool = False
@@ -270,7 +270,7 @@ def build_year(
 def _build_or_keep(task: _SiteYear) -> Outcome:
     """Build a site-year, unless the same build is committed."""
     job = task.job
-    cube.settle(job.store, task.site.id, task.year)
+    cube.finish_commit(job.store, task.site.id, task.year)
     listed, candidates = choose_scenes(job, task.site, task.year, load_or_save)
     provenance = cube.describe_build(
         task.site,
@@ -323,7 +323,7 @@ def _composite_year(
     looks = Ledger(lossy=job.lossy, copied=copied)
     usable, checks = _check_scenes(task, candidates, looks, notes)
     planned = plan.estimate(candidates, task.grid, job.recipe)
-    resumed = cube.reads_so_far(job.store, notes)
+    resumed = cube.read_initial_counts(job.store, notes)
     ledger = Ledger(lossy=job.lossy, before=resumed, copied=copied)
 
     def note_time() -> dict[str, Any]:
@@ -378,7 +378,9 @@ def _check_scenes(
     notes["offset_conflicts"] = offsets.list_conflicts(checks)
     notes["offset_untold"] = [check.scene for check in checks if check.step is None]
     if job.recipe.haze:
-        usable = veils.mark_wrong_classifications(usable, look.select_scenes(usable), job.recipe.haze)
+        usable = veils.mark_wrong_classifications(
+            usable, look.select_scenes(usable), job.recipe.haze
+        )
         notes["scl_errors"] = veils.list_wrong_classifications(usable)
     if job.recipe.registration:
         shifts = registration.measure_shifts(usable, task.grid, looks)

@@ -37,7 +37,7 @@ class SiteLabels:
     footprint: xr.DataArray
     """[year, y, x] uint8: 1 mine, 0 background, 255 unknown."""
     fraction: xr.DataArray
-    """[year, y, x] share of each pixel inside the mine; see `labels.covered`."""
+    """[year, y, x] share of each pixel inside the mine; see `labels.rasterize_fraction`."""
     origin: str
     """Sources and licences of the polygons."""
 

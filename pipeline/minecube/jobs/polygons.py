@@ -78,7 +78,7 @@ class PolygonSurvey:
 
     @property
     def mapped_areas(self) -> pd.DataFrame:
-        """Area of the repaired polygons, as `labels.mapped_areas`."""
+        """Area of the repaired polygons, as `labels.tabulate_areas`."""
         return labels.tabulate_areas(self.repaired, self.rules.mapper_column)
 
     def content(self, agreement: pd.DataFrame | None) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def compare_mappers(survey: PolygonSurvey, sites: Sequence[Site]) -> pd.DataFram
 
     Each site is compared on its grid. Without sites, each site's polygons get a grid around them.
 
-    Returns the table of `labels.compare`: one row per site, year and pair of mappers.
+    Returns the table of `labels.compare_mappers`: one row per site, year and pair of mappers.
 
     Raises LabelError if there are no two mappers of a site and year.
     """

@@ -3,7 +3,7 @@
 A pixel belongs to a polygon if its centre lies inside. A centre on an edge belongs to the polygon
 right of the edge, or below a horizontal edge. So polygons with a common edge never share a pixel.
 The rule has no bias in area. Polygons from `vectorize` rasterise to exactly their original mask.
-`covered` gives the share of each pixel, a detail missing in the mask.
+`rasterize_fraction` gives the share of each pixel, a detail missing in the mask.
 """
 
 from __future__ import annotations

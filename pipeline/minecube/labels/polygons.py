@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
-    """Read mine polygons from a file of `minecube.vectors.NAMED`, in the file's own CRS.
+    """Read mine polygons from a file of `minecube.vectors.FORMAT_NAMES`, in the file's own CRS.
 
     All polygons returned are valid and have area. Column names may be in any case:
 

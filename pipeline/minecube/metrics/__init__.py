@@ -1,6 +1,6 @@
 """Score footprints through time. `count` gives integer counts, `+` adds them, formulas come last.
 
-    counts.py      counts: `Scores`, to JSON and back    footprints.py  footprints -> counts
+    counts.py      counts: `Counts`, to JSON and back    footprints.py  footprints -> counts
     boundaries.py  boundary pixels -> counts             change.py      maps of change -> counts
     curves.py      probabilities -> counts and curves    formulas.py    counts -> scores
     intervals.py   bootstrap over sites                  baselines.py   trivial maps

@@ -133,7 +133,7 @@ C = TypeVar("C", Histogram, YearCounts, PairCounts, WindowCounts)
 
 @dataclass(frozen=True)
 class Counts:
-    """All counts needed for scores. `Scores()` is zero."""
+    """All counts needed for scores. `Counts()` is zero."""
 
     years: Mapping[int, YearCounts] = field(default_factory=dict)
     pairs: Mapping[tuple[int, int], PairCounts] = field(default_factory=dict)

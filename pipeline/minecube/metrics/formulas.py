@@ -45,7 +45,7 @@ def finish(scores: Counts) -> dict[str, float]:
 
     These are scores of footprints, boundaries, consistency through time, change and probabilities.
     Scores without counts are left out: a change model has no footprint scores, for example. The
-    empty `Scores()` returns all footprint scores, as NaN.
+    empty `Counts()` returns all footprint scores, as NaN.
     """
     kinds = find_kinds([scores])
     return _as_floats(compute_scores(flatten(scores, kinds), kinds))

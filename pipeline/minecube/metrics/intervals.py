@@ -51,7 +51,7 @@ def estimate_difference(
 ) -> pd.DataFrame:
     """Compute how much higher the first pooled scores are than the second, with intervals.
 
-    The table is as in `intervals`. Each resample uses the same sites for both.
+    The table is as in `estimate_intervals`. Each resample uses the same sites for both.
 
     Raises:
         ModelError: the two differ in sites, or in the pairs of years of a site. Or there is no

@@ -6,7 +6,7 @@ The card's task determines a network's input and output (float32). Each class ha
     change    (n, 2, band, y, x)     ->  (n, class, y, x)          two years: changes, earlier first
     series    (n, year, band, y, x)  ->  (n, year, class, y, x)    all years at once: mine in each
 
-`logits` gives all three one form: [n, time, band, y, x] -> [n, time, class, y, x].
+`compute_logits` gives all three one form: [n, time, band, y, x] -> [n, time, class, y, x].
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def predict(
             if either year has no observation.
 
     Raises:
-        ModelError: As for `views_of` and `Mapper.rows`.
+        ModelError: As for `list_views` and `Mapper.map_rows`.
     """
     cube = reflectance
     if "year" not in cube.coords:

@@ -144,6 +144,17 @@ class _Attention(nn.Module):
         self.distance = nn.Parameter(-slopes[:, None] * torch.arange(-_REACH, _REACH + 1).abs())
 
     def forward(self, x: Tensor, observed: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
+        """Let each year look at the observed years of the same pixel.
+
+        Args:
+            x: features [n, year, channel, y, x].
+            observed: [n, year, 1, y, x], 1 where the pixel is observed, else 0.
+            apart: [year, year], index into `distance` by the years between two images.
+
+        Returns:
+            Features as `x`, and weights [n, head, year, observed year, y, x].
+        """
+        # In the sums: n item, t looking year, s observed year, h head, c channel.
         shape = x.shape[:2]
         flat = x.flatten(0, 1)
         normal = self.before(flat.movedim(1, -1)).movedim(-1, 1)
@@ -156,6 +167,7 @@ class _Attention(nn.Module):
         )
         looked_at = observed[:, None, None, :, 0]
         lowest = torch.finfo(score.dtype).min
+        # Without any observed year, softmax gives equal weights; they become 0.
         weight = score.masked_fill(looked_at == 0, lowest).softmax(dim=3) * looked_at
         pooled = _sum_over_years(weight, value, observed).flatten(0, 1)
         flat = flat + self.out(pooled)

@@ -77,7 +77,7 @@ def audit_release(
         imported: The import.
         release: Metadata of the release.
         split: The split, including repetitions.
-        pixels: `pixel_sums` of its images. Without it, the pixel checks are skipped.
+        pixels: `sum_pixels` of its images. Without it, the pixel checks are skipped.
     """
     findings = [
         *_check_names(imported.about),

@@ -223,7 +223,11 @@ def _read_labels(archive: Archive, rows: Mapping[int, dict[str, Any]]) -> dict[i
 def _read_mask(content: bytes | None, row: dict[str, Any]) -> UInt8 | None:
     """Read a label's first band; None if it is unreadable or its size differs from the image.
 
-    Size, values, mine pixels and problems are recorded in `row`.
+    Args:
+        content: bytes of the label file; None if the archive has none.
+        row: description of the site-year, with `height` and `width` of its image. The label's
+            size, values and number of mine pixels are added. `problem` is added if the label is
+            too large or has too many regions. `_find_label_problem` names the other problems.
     """
     if not content:
         return None

@@ -51,7 +51,7 @@ def draw_coverage(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: s
         CubeError: There is no month to draw, or the file cannot be written.
     """
     if months.empty:
-        raise CubeError(f"{out}: there is no month to draw; audit a site and a year first")
+        raise CubeError(f"{out}: the audit has no month to draw; audit at least one site and year")
     table = _Table(months)
     figure = Figure(
         figsize=(

@@ -90,7 +90,7 @@ def draw_precision_recall(
         out: Path of the PNG.
         title: Title above the picture.
         share: Share of true pixels. It is the precision of chance, drawn as a dotted line.
-        models: As for `lines`.
+        models: As for `draw_scores`.
 
     Raises:
         CubeError: There is nothing to draw, or the file cannot be written.
@@ -139,7 +139,7 @@ def draw_reliability(
         tables: Model -> columns predicted, observed (both 0 to 1) and pixels, one row per bin.
         out: Path of the PNG.
         title: Title above the picture.
-        models: As for `lines`.
+        models: As for `draw_scores`.
 
     Raises:
         CubeError: There is nothing to draw, or the file cannot be written.

@@ -226,7 +226,7 @@ def tabulate_year(
 ) -> pd.DataFrame:
     """Summarise one listing in one row, with the state of its recipe.
 
-    Columns for the whole year are listed, refused, copies (see `Found`), scenes, cloud and
+    Columns for the whole year are listed, refused, copies (see `SearchResult`), scenes, cloud and
     baselines. Columns for the recipe's months are days, expected, missing, usable, needed (the
     recipe's minimum), gap_days, gap and state. The gap is the longest run of days without a usable
     date in the season, for example "2020-04-01..2020-05-20". State is `ok` or `too few`.

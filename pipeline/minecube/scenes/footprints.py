@@ -18,7 +18,7 @@ def parse_shape(geometry: Mapping[str, Any] | None) -> BaseGeometry | None:
     if not geometry:
         return None
     try:
-        # For NaN in the coordinates, detected by `footprint_of`.
+        # For NaN in the coordinates, detected by `clean_footprint`.
         with np.errstate(invalid="ignore"):
             return shapely.geometry.shape(geometry)
     except (

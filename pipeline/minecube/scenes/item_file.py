@@ -168,7 +168,7 @@ def _years(table: pa.Table) -> Int64:
 
 
 def _footprints(shapes: AnyArray) -> AnyArray:
-    """Apply `footprint_of` to each shape. Most are plain polygons, and stay unchanged."""
+    """Apply `clean_footprint` to each shape. Most are plain polygons, and stay unchanged."""
     west, south, east, north = shapely.bounds(shapes).T
     # These tests are False for NaN.
     plain = (west >= -180) & (east <= 180) & (east - west <= 180) & (south >= -90) & (north <= 90)

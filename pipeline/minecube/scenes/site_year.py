@@ -69,7 +69,7 @@ def search(site: Site, year: int, *sources: Source) -> SearchResult:
         sources: in order of preference.
 
     Raises:
-        NothingFoundError: no source has a usable scene.
+        NoScenesError: no source has a usable scene.
         SceneError: the year lies outside the mission, a source does not answer, or pages were lost.
     """
     check_years([year])

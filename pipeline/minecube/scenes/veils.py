@@ -52,7 +52,7 @@ def mark_wrong_classifications(
     """Judge scenes by `rule`, and log each wrong classification.
 
     Returns:
-        The scenes, with copies in place of wrong ones. The copies have the error in `SCL_IS`.
+        The scenes, with copies in place of wrong ones. The copies have the error in `SCL_FAULT`.
     """
     verdicts = [""] * len(scenes)
     if {"B02", "B04"} <= set(look.bands) and rule.date_excess and scenes:

@@ -142,14 +142,17 @@ def list_tiles(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile
 
 
 def fit_to_tile(pixels: AnyArray, tile: Tile, size_m: int) -> AnyArray:
-    """Return canvas pixels of one size [y, x] on a tile: cropped, or warped to another zone.
+    """Cut a tile from the site's simulated pixels, or warp them to the tile's zone.
 
-    Int16 are interpolated bilinearly. Classes (uint8) take the nearest pixel, 0 outside the
-    canvas.
+    Args:
+        pixels: [y, x] of the whole site. Classes (uint8) take the nearest pixel, and 0 outside the
+            site. Other types are interpolated bilinearly.
+        tile: The tile. Tiles of the site's zone differ in columns only.
+        size_m: Pixel size: 10 or 20.
     """
     if tile.warp is None:
-        step = size_m // 10
-        return pixels[:, tile.cols.start // step : tile.cols.stop // step]
+        factor = size_m // 10
+        return pixels[:, tile.cols.start // factor : tile.cols.stop // factor]
     options: dict[str, Any] = {"order": 1, "mode": "nearest"}
     if pixels.dtype == np.uint8:
         options = {"order": 0, "mode": "constant"}

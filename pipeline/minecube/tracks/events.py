@@ -126,7 +126,7 @@ class _History:
         np.copyto(self.probability, posterior, where=observed)
 
     def layers(self) -> dict[str, xr.DataArray]:
-        """Return the layers of `events` after the last year."""
+        """Return the layers of `derive_events` after the last year."""
         self.kind[self.state == MINE] |= KINDS["there_at_last"]
         reclaimed = ((self.state == BACKGROUND) & (self.onset > 0)).astype(np.uint8)
         for layer in (reclaimed, self.kind, self.flips):
@@ -199,7 +199,7 @@ class Expansion:
 
 
 def summarize_expansion(areas: pd.DataFrame) -> Expansion:
-    """Summarise the growth of a site from its table of `areas`.
+    """Summarise the growth of a site from its table of `compute_areas`.
 
     Used columns are year, area_m2 and gain_m2. A gain over several years counts as spread evenly
     over them. It is abrupt only if one of these years still has half of all gain.

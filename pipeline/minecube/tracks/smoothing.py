@@ -118,7 +118,7 @@ def smooth(probability: xr.DataArray, rates: Rates) -> xr.DataArray:
 
     Args:
         probability: (year, y, x) uint8 x 250, 255 = unknown; years ascending, gaps allowed.
-        rates: Given, or learned (`learn_rates`, `rates_from_labels`).
+        rates: Given, or learned (`learn_rates`, `learn_rates_from_labels`).
 
     Raises:
         LabelError: Dimensions or dtype are wrong, years do not ascend, or values are 251..254.

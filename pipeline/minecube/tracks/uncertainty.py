@@ -163,7 +163,7 @@ def estimate_areas(
         raw: The maps before smoothing.
         grid: The grid of the maps.
         correlation: Correlation of the errors. Default: as measured on the two
-            (`error_correlation`).
+            (`measure_error_correlation`).
 
     Raises:
         LabelError: The maps differ in shape or years. Their shape is not the grid's. There is one

@@ -183,8 +183,9 @@ def _check_network(network: nn.Module, windows: Windows) -> None:
         ) from error
     if shape != expected:
         raise ModelError(
-            f"model {card.id}: expected logits {expected} of windows {tuple(window.shape)}, found "
-            f"{shape} of {card.architecture}; correct the card's task, options or multiple_px"
+            f"model {card.id}: expected logits of shape {expected} for windows of shape "
+            f"{tuple(window.shape)}, found {shape} from {card.architecture}; correct the card's "
+            "task, options or multiple_px"
         )
 
 

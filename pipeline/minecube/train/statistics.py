@@ -165,9 +165,14 @@ class _BandSums:
         self._squares = [0] * len(bands)
 
     def add(self, reflectance: UInt16, footprint: UInt8) -> UInt8:
-        """Add a block of one year, and return its labels [y, x].
+        """Add a block of one year, and return its labels.
 
-        Labels are unknown without observation.
+        Args:
+            reflectance: [1, band, y, x], x 10000, 0 = not observed.
+            footprint: [1, y, x].
+
+        Returns:
+            [y, x], the footprint, or 255 where a band has no observation.
         """
         image = reflectance[0, self._bands]
         observed = (image > 0).all(axis=0)

@@ -27,7 +27,7 @@ class BuildOptions:
     reads: Account | None = None
     """Counts of the reads of this computation."""
     before: bytes | None = None
-    """The starting counts of `reads` (`reads_so_far`). Staged blocks with other counts are made
+    """The starting counts of `reads` (`read_initial_counts`). Staged blocks with other counts are made
     again."""
     completeness: float = 1.0
     """Minimum share of the planned reads for a commit."""

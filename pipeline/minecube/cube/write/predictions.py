@@ -261,7 +261,10 @@ class _Writer:
         }
 
     def _stored_attributes(self) -> dict[str, Any]:
-        """Return the attributes left by an earlier run of this model; empty if missing or damaged.
+        """Return the attributes left by an earlier run of this model.
+
+        They are empty if group or variable is missing, or if the attributes do not match the
+        checksum that they hold (`seal`).
 
         Raises:
             CubeError: another model made the prediction.

@@ -94,7 +94,7 @@ def create_site(
 
     Raises:
         BusyError: another run has held the group for minutes.
-        CubeError: as `check`, or the store cannot be written.
+        CubeError: as `check_site`, or the store cannot be written.
     """
     with store.writing(), hold(store, site.id, wait_s=WAIT_S):
         if check_site(store, site, grid, years, recipe):

@@ -138,7 +138,7 @@ def open_staging(
         site_id: the site.
         year: a year of the cube.
         names: variables to build.
-        run: identity of the build (`run_of`). Remains of other runs of the year are removed.
+        run: identity of the build (`hash_run`). Remains of other runs of the year are removed.
         initial_counts: read counts at the start of this process. Staged blocks with other
             counts are removed.
     """
@@ -202,7 +202,7 @@ def counts_of(group: zarr.Group) -> bytes | None:
     return content
 
 
-def reads_so_far(store: Store, provenance: Mapping[str, Any]) -> bytes | None:
+def read_initial_counts(store: Store, provenance: Mapping[str, Any]) -> bytes | None:
     """Return the read counts of an interrupted run of the same build; None if missing."""
     path = staging_path(provenance["site"], provenance["year"], hash_run(provenance))
     group = store.find_group(path)

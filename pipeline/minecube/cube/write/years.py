@@ -36,7 +36,7 @@ def write_year(
         store: the cubes.
         composite: lazy Dataset of `reflectance` and the recipe's layers. Its Dask chunks are the
             cube's shards.
-        provenance: origin of the build (`provenance_of`). Its site and year give the place.
+        provenance: origin of the build (`describe_build`). Its site and year give the place.
         scenes: the scene list, as the bytes of a stac-geoparquet file.
         options: how to build.
 
@@ -135,7 +135,7 @@ def _commit(
     staging.commit(marker, files)
 
 
-def settle(store: Store, site_id: str, year: int) -> None:
+def finish_commit(store: Store, site_id: str, year: int) -> None:
     """Put the objects of a committed year in place after a killed run. Other years stay as is.
 
     Raises:
