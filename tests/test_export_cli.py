@@ -28,7 +28,7 @@ import xarray as xr
 import zarr
 from click.testing import CliRunner
 
-from minecube import cube, labels
+from minecube import codes, cube
 from minecube.catalog import load_recipes
 from minecube.cli import cli
 from minecube.errors import CubeError
@@ -271,7 +271,7 @@ def small(tmp_path_factory, hole):
         build(store, hole, year, seed=year)
     opened = cube.open_cube(cube.Store(store), "hole").sel(year=[2019, 2020])
     footprint = opened["footprint"].load().copy(data=np.zeros((2, 60, 60), np.uint8))
-    footprint[:, 20:40, 10:30] = labels.MINE
+    footprint[:, 20:40, 10:30] = codes.MINE
     cube.write_footprint(cube.Store(store), "hole", footprint, "drawn")
     cube.write_probability(
         cube.Store(store),
@@ -510,7 +510,7 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
     assert "v1 holds 2 site-years" in run("publish", *where, "--tag", "v1")
     first = cube.open_committed(cube.Store(store), "pit").load()
     cube.write_footprint(
-        cube.Store(store), "pit", mask_of(store, labels.MINE), "EuroMineNet (CC BY 4.0)"
+        cube.Store(store), "pit", mask_of(store, codes.MINE), "EuroMineNet (CC BY 4.0)"
     )
     run("publish", *where, "--tag", "v2")
     build(str(store), pit, 2019, seed=99, scene="S2B", overwrite=True)
@@ -597,7 +597,7 @@ def test_a_tag_of_another_state_is_refused(growing, pit, tmp_path):
     for change in (
         lambda: build(str(store), pit, 2021),
         lambda: build(str(store), pit, 2019, seed=99, scene="S2B", overwrite=True),
-        lambda: cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a"),
+        lambda: cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a"),
         lambda: (store / "pit/reflectance/c/0/0/0/0").unlink(),
     ):
         before = history(tmp_path / "releases")
@@ -633,7 +633,7 @@ def test_a_deleted_tag_leaves_main_as_it_was(growing, tmp_path):
     icechunk.Repository.open(
         icechunk.local_filesystem_storage(str(tmp_path / "releases"))
     ).delete_tag("v2")
-    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a")
     before = history(tmp_path / "releases")
     assert "tag 'v2' was deleted" in run("publish", *where, "--tag", "v2", ok=2)
     assert history(tmp_path / "releases") == before
@@ -645,7 +645,7 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
     store, where = growing
     before = cube.open_cube(cube.Store(store), "pit").footprint.values
     run("publish", *where, "--tag", "v1")
-    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a mistake")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a mistake")
     run("publish", *where, "--tag", "v2")
     assert "main is what it was at v1" in run("publish", *where, "--rollback", "v1")
     main = (
@@ -659,7 +659,7 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
     assert (
         released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1
     ).all()  # the tag stays
-    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.NOT_MINE), "mended")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.BACKGROUND), "mended")
     run("publish", *where, "--tag", "v3")
     assert "pit   2020  footprint\n" in run(
         "publish", *where, "--diff", "v2", "v3"
@@ -669,11 +669,11 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
 
 def test_what_is_changed_back_is_no_difference(growing):
     store, where = growing
-    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.NOT_MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.BACKGROUND), "a")
     run("publish", *where, "--tag", "v1")
-    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a")
     run("publish", *where, "--tag", "v2")
-    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.NOT_MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.BACKGROUND), "a")
     run("publish", *where, "--tag", "v3")
     assert run("publish", *where, "--diff", "v1", "v3") == "v1 and v3 are the same\n"
 
@@ -730,7 +730,7 @@ def test_two_processes_do_not_publish_into_one_folder(growing, tmp_path):
 def test_a_run_that_is_killed_can_be_repeated(growing, tmp_path, moment, tags, then):
     store, where = growing
     run("publish", *where, "--tag", "v1")
-    cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
+    cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a")
     dies = (
         "import os, signal, sys, icechunk\n"
         "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -788,7 +788,7 @@ def test_releases_on_s3(growing, monkeypatch):
         requests.put(f"{endpoint}/cubes", timeout=5).raise_for_status()
         where = ("--store", store, "--icechunk", "s3://cubes/releases")
         run("publish", *where, "--tag", "v1")
-        cube.write_footprint(cube.Store(store), "pit", mask_of(store, labels.MINE), "a")
+        cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a")
         run("publish", *where, "--tag", "v2")
         assert "pit   2020  footprint\n" in run("publish", *where, "--diff", "v1", "v2")
         storage = icechunk.s3_storage(

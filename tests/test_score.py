@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from minecube import cube, metrics
+from minecube import cube, metrics, tracks
 from minecube.catalog import Recipe
 from minecube.cli import cli
 from minecube.errors import CubeError, LabelError
@@ -154,11 +154,13 @@ def test_a_site_is_scored_by_blocks_as_it_is_whole(world, rows, monkeypatch):
         assert counting.score_site(cube.Store(store), name, "pairs") == expected
 
 
-def test_half_is_where_a_mine_begins_here_as_in_tracks(world):
-    from minecube import tracks
-
-    assert metrics.HALF == tracks.HALF
-    assert int(tracks.UNKNOWN) == metrics.UNKNOWN
+def test_half_is_where_a_mine_begins_here_as_in_tracks():
+    levels = np.array([124, 125, 255], np.uint8).reshape(1, 1, 3)
+    mapped = tracks.threshold(xr.DataArray(levels, {"year": [2020]}, ("year", "y", "x")))
+    assert mapped.values.ravel().tolist() == [0, 1, 255]
+    truth = xr.DataArray(np.ones_like(levels), {"year": [2020]}, ("year", "y", "x"))
+    counts = metrics.count(mapped.values, truth.values, [2020])
+    assert (counts.years[2020].tp, counts.years[2020].fn) == (1, 1)
 
 
 def test_several_models_in_one_table(world, tmp_path):

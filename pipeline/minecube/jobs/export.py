@@ -13,6 +13,7 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 
 from minecube import cube, export, labels, report, tracks
+from minecube.codes import UNKNOWN
 
 FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 LABELS = "labels"
@@ -116,7 +117,7 @@ def _export_site(
     dataset = cube.open_committed(store, site).load().assign_attrs(builds=builds)
     grid = dataset.odc.geobox
     footprints: dict[str, xr.DataArray] = {}
-    if bool((dataset["footprint"] != labels.UNKNOWN).any()):
+    if bool((dataset["footprint"] != UNKNOWN).any()):
         footprints[LABELS] = dataset["footprint"]
     if options.model:
         probability = cube.open_probability(store, site, options.model)
@@ -167,6 +168,6 @@ def _outline(
 ) -> gpd.GeoDataFrame:
     """Outline the footprint's regions: with ids, simplified, in longitude and latitude."""
     regions = labels.vectorize(footprint, grid, site, min_area_m2)
-    labelled = footprint.year[(footprint != labels.UNKNOWN).any(("y", "x"))]
+    labelled = footprint.year[(footprint != UNKNOWN).any(("y", "x"))]
     identified = labels.assign_ids(regions, labelled.to_numpy().tolist())
     return labels.simplify_outlines(identified, grid.resolution.x).to_crs(4326)

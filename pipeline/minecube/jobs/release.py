@@ -13,6 +13,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, release
 from minecube.catalog import BANDS
+from minecube.codes import UNKNOWN
 from minecube.errors import CatalogError
 from minecube.release import layout
 
@@ -113,7 +114,7 @@ def _grid_of_year(placed: dict[int, dict[str, Any]], year: int, grid: GeoBox) ->
 def _known_fraction(annual: xr.Dataset) -> xr.DataArray | None:
     """Return the mine's share of each pixel; None without a known pixel."""
     fraction = annual.get("footprint_fraction")
-    if fraction is None or bool((fraction == layout.UNKNOWN).all()):
+    if fraction is None or bool((fraction == UNKNOWN).all()):
         return None
     return fraction
 

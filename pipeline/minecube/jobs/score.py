@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from minecube import cube, labels, metrics
+from minecube import cube, metrics
+from minecube.codes import HALF, UNKNOWN
 from minecube.errors import CatalogError, CubeError, LabelError, ModelError
 
 BLOCK_PX = 512
@@ -159,8 +160,8 @@ def _score_footprints(probability: xr.DataArray, truth: xr.DataArray) -> metrics
     for rows, core in _blocks_of(truth):
         block = _read_rows(probability, rows)
         labelled = _read_rows(truth, rows)
-        mapped = (block >= metrics.HALF).astype(np.uint8)
-        mapped[block == metrics.UNKNOWN] = metrics.UNKNOWN
+        mapped = (block >= HALF).astype(np.uint8)
+        mapped[block == UNKNOWN] = UNKNOWN
         total += metrics.count(mapped, labelled, years, core=core)
         total += metrics.count_probability(block, labelled, years, core=core)
     return total
@@ -168,7 +169,7 @@ def _score_footprints(probability: xr.DataArray, truth: xr.DataArray) -> metrics
 
 def _open_truth(store: cube.Store, site: str) -> xr.DataArray:
     truth = cube.open_committed(store, site)["footprint"]
-    if bool((truth == labels.UNKNOWN).all()):
+    if bool((truth == UNKNOWN).all()):
         raise LabelError(
             f"{store}: {site} has no footprint in any built year, so nothing can be scored; "
             "run `minecube label` first"

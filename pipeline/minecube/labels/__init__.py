@@ -18,10 +18,8 @@
 A pixel outside the mapped area is 255, never 0. A false "not mine" would be learnt and scored.
 """
 
-from minecube.codes import MINE, UNKNOWN
 from minecube.labels.compare import compare_mappers
 from minecube.labels.masks import (
-    NOT_MINE,
     find_rows_without_centre,
     rasterize,
     rasterize_fraction,
@@ -41,11 +39,8 @@ from minecube.labels.polygons import (
 from minecube.labels.repair import MIN_WIDTH_M, RepairedPolygons, repair_polygons, tabulate_areas
 
 __all__ = [
-    "MINE",
     "MIN_WIDTH_M",
     "MISPLACED_M",
-    "NOT_MINE",
-    "UNKNOWN",
     "RepairedPolygons",
     "assign_ids",
     "compare_mappers",

@@ -28,7 +28,6 @@ from minecube.grid import equal_area_crs
 from minecube.labels.placement import place_on_grid
 from minecube.labels.polygons import find_year_spans, format_years, list_years, mark_surveyed
 
-NOT_MINE = BACKGROUND
 OFF_EDGES = Affine.translation(1e-5, 6.18e-6)
 """Sampling point of a pixel, as shares of a pixel right of its centre and below it.
 

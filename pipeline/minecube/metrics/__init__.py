@@ -39,7 +39,6 @@ c = [p_t != p_(t-1)].
   Brier score and the expected calibration error in ten bins.
 """
 
-from minecube.codes import HALF, UNKNOWN
 from minecube.metrics.baselines import make_baselines
 from minecube.metrics.boundaries import MARGIN_PX
 from minecube.metrics.change import count_change
@@ -57,9 +56,7 @@ CA_TIOU_VERSION = 1
 
 __all__ = [
     "CA_TIOU_VERSION",
-    "HALF",
     "MARGIN_PX",
-    "UNKNOWN",
     "Counts",
     "Histogram",
     "count",

@@ -28,8 +28,7 @@ from rasterio.io import MemoryFile
 from scipy import ndimage
 
 from minecube.arrays import AnyArray, Bool, Float64, Int16, UInt8
-from minecube.codes import HALF, MINE
-from minecube.codes import UNKNOWN as UNKNOWN
+from minecube.codes import HALF, MINE, UNKNOWN
 from minecube.errors import ReleaseError
 from minecube.files import replacing
 from minecube.grid import PIXEL_DEG

@@ -18,7 +18,6 @@ Rates may also be given by hand. A raw yearly map has new errors each year, and 
 like an event. Smooth it first.
 """
 
-from minecube.codes import HALF, UNKNOWN
 from minecube.tracks.areas import compute_areas, threshold
 from minecube.tracks.events import (
     KINDS,
@@ -37,10 +36,8 @@ from minecube.tracks.uncertainty import (
 )
 
 __all__ = [
-    "HALF",
     "KINDS",
     "UNCORRELATED",
-    "UNKNOWN",
     "ErrorCorrelation",
     "Expansion",
     "Rates",
