@@ -596,7 +596,7 @@ def copied(whole, tmp_path):
 def meanwhile(monkeypatch, does, module="write.pack", after=1):
     """Something that another command does once the store has been listed."""
     module = sys.modules[f"minecube.cube.{module}"]
-    listed, calls = module.list_sites, []
+    listed, calls = module.list_files, []
 
     def then(store):
         found = listed(store)
@@ -605,7 +605,7 @@ def meanwhile(monkeypatch, does, module="write.pack", after=1):
             does()
         return found
 
-    monkeypatch.setattr(module, "list_sites", then)
+    monkeypatch.setattr(module, "list_files", then)
 
 
 def finish(store, site):

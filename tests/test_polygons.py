@@ -21,7 +21,13 @@ from minecube.catalog import Site
 from minecube.cli import cli
 from minecube.errors import LabelError
 from minecube.grid import grid_of
-from minecube.labels import compare, rasterize, read_polygons, repair_polygons, tabulate_areas
+from minecube.labels import (
+    compare_mappers,
+    rasterize,
+    read_polygons,
+    repair_polygons,
+    tabulate_areas,
+)
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "mine_polygons" / "sites.geojson"
 real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/mine_polygons is absent")
@@ -90,7 +96,7 @@ def test_areas_that_were_looked_at_are_no_mines(tmp_path):
     assert looked.polygons[["row", "mapped"]].to_numpy().tolist() == [[1, True], [2, False]]
     assert tabulate_areas(looked.polygons)["polygons"].tolist() == [1]
     mine = drawn.iloc[[1]].drop(columns="mapped")
-    assert compare({"a": looked.polygons, "b": mine}, {"all": GRID})["iou"].tolist()[
+    assert compare_mappers({"a": looked.polygons, "b": mine}, {"all": GRID})["iou"].tolist()[
         0
     ] == pytest.approx(1)
 
@@ -370,7 +376,7 @@ def test_two_mappers_by_hand():
     two = table(
         [box(100, 0, 200, 100), box(0, 300, 1000, 10)]
     )  # 600 m of the strip lie on the grid
-    found = compare({"one": one, "two": two}, {"pit": GRID})
+    found = compare_mappers({"one": one, "two": two}, {"pit": GRID})
     assert found["site"].tolist() == ["pit", "pooled"]
     row = found.iloc[0]
     areas = row[["area_m2", "other_area_m2", "intersection_m2", "union_m2"]].to_list()
@@ -395,7 +401,7 @@ def test_pooled_is_a_ratio_of_sums_over_sites_and_years_that_both_mapped():
         site=["a", "b", "c"],
         year=[2018] * 3,
     )
-    found = compare({"one": one, "two": two}, {"a": GRID, "b": second, "c": GRID})
+    found = compare_mappers({"one": one, "two": two}, {"a": GRID, "b": second, "c": GRID})
     assert found[["site", "year"]].fillna(0).to_numpy().tolist() == [
         ["a", 2018],
         ["b", 2018],
@@ -411,21 +417,21 @@ def test_polygons_that_hold_for_all_years_are_compared_in_those_of_the_other():
         start=pd.array([2018, 2019], "Int64"),
         end=pd.array([2019, None], "Int64"),
     )
-    found = compare({"all": table([box(0, 0, 100, 100)]), "span": by_span}, {"pit": GRID})
+    found = compare_mappers({"all": table([box(0, 0, 100, 100)]), "span": by_span}, {"pit": GRID})
     assert found["year"].fillna(0).tolist() == [2018, 2019, 0]
     assert found["iou"].to_list() == pytest.approx([1, 1 / 2, 2 / 3], rel=1e-6)
 
 
 def test_three_mappers_make_three_pairs():
     mappers = {name: table([box(x, 0, 100, 100)]) for name, x in (("a", 0), ("b", 0), ("c", 500))}
-    found = compare(mappers, {"pit": GRID})
+    found = compare_mappers(mappers, {"pit": GRID})
     pooled = found[found["site"] == "pooled"].set_index(["mapper", "other"])["iou"]
     assert pooled.to_dict() == {("a", "b"): 1, ("a", "c"): 0, ("b", "c"): 0}
 
 
 def test_mappers_of_landsat_pixels_share_none_along_an_edge():
     """Their edges run through centres of pixels: 30 m with corners on odd multiples of 15 m."""
-    found = compare(
+    found = compare_mappers(
         {"one": table([box(15, 15, 90, 60)]), "two": table([box(105, 15, 60, 60)])}, {"pit": GRID}
     )
     assert found[["pixels_both", "pixels_either"]].iloc[0].to_list() == [0, 54 + 36]
@@ -439,7 +445,7 @@ ACROSS_THE_EDGE = box(-100, 100, 200, 100)
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_polygons_that_only_touch_the_grid_have_area_0_and_no_iou():
-    found = compare({"one": table([TOUCHING]), "two": table([TOUCHING])}, {"pit": GRID})
+    found = compare_mappers({"one": table([TOUCHING]), "two": table([TOUCHING])}, {"pit": GRID})
     assert found["site"].tolist() == ["pit", "pooled"]
     counts = [
         "area_m2",
@@ -455,9 +461,9 @@ def test_polygons_that_only_touch_the_grid_have_area_0_and_no_iou():
         .isna()
         .all(axis=None)
     )
-    row = compare({"one": table([TOUCHING]), "two": table([ACROSS_THE_EDGE])}, {"pit": GRID}).iloc[
-        0
-    ]
+    row = compare_mappers(
+        {"one": table([TOUCHING]), "two": table([ACROSS_THE_EDGE])}, {"pit": GRID}
+    ).iloc[0]
     assert row["area_m2"] == row["iou"] == row["raster_iou"] == 0
     assert row["other_area_m2"] == pytest.approx(10_000, rel=2e-3)
     assert np.isnan(row["raster_area_off"])
@@ -467,7 +473,7 @@ def test_polygons_that_only_touch_the_grid_have_area_0_and_no_iou():
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_polygons_without_a_pixel_have_an_iou_and_no_raster_iou():
     one, two = table([box(101, 101, 3, 3)]), table([box(101, 101, 3, 1)])
-    found = compare({"one": one, "two": two}, {"pit": GRID})
+    found = compare_mappers({"one": one, "two": two}, {"pit": GRID})
     assert found["iou"].to_list() == pytest.approx([1 / 3, 1 / 3], rel=1e-6)
     assert found["raster_iou"].isna().all()
     assert found["raster_area_off"].iloc[0] == -1
@@ -481,7 +487,7 @@ def test_of_real_mappers_the_raster_agrees_with_the_vector():
         for site, own in mines.groupby("site")
     }
     mappers = {str(name): own for name, own in mines.groupby("source")}
-    found = compare(mappers, grids)
+    found = compare_mappers(mappers, grids)
     assert found[found["site"] != "pooled"].groupby(["mapper", "other"]).size().to_list() == [
         2,
         3,

@@ -1067,7 +1067,7 @@ SCRIPT = """
     t = load()
     torch.set_num_threads(1)
     from minecube import models
-    from minecube.train import Cubes, Run, fit
+    from minecube.train import Cubes, TrainingOptions, fit
     settings = dataclasses.replace(t.PLAIN, epochs=2, windows=24, rare=0.3, dice=0.5, year_dropout=0.2)
     train, valid = Cubes({{"a": t.with_holes(1), "b": t.with_holes(2)}}), Cubes({{"c": t.with_holes(3)}})
 """
@@ -1100,7 +1100,7 @@ def test_workers_do_not_change_the_network(forks: bool) -> None:
         models.ARCHITECTURES["unet"] = t.with_dropout
         Cubes.forkable = {forks}
         for workers in (0, 2):
-            network = fit(t.SMALL, train, valid, settings, Run(workers=workers, seed=5)).trained.network
+            network = fit(t.SMALL, train, valid, settings, TrainingOptions(workers=workers, seed=5)).trained.network
             print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in network.state_dict().values())).hexdigest())
     """
     none, two = ended(started(code)).split()
@@ -1120,7 +1120,7 @@ def test_two_processes_learn_what_one_does_from_the_whole_batch(tmp_path: Path) 
             gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
             return stepped(self, *args, **kwargs)
         torch.optim.Adam.step = step
-        fitted = fit(t.SERIES, train, valid, settings, Run(checkpoint=Path({str(tmp_path)!r}) / os.environ["NAME"]))
+        fitted = fit(t.SERIES, train, valid, settings, TrainingOptions(checkpoint=Path({str(tmp_path)!r}) / os.environ["NAME"]))
         if alone or dist.get_rank() == 0:
             kept = dict(gradients=gradients, weights=fitted.trained.network.state_dict())
             kept["losses"] = [e.loss for e in fitted.history]

@@ -125,7 +125,7 @@ def _count_parameters(card: ModelCard) -> int | None:
     """Count the trainable parameters. Returns None if the network's libraries are missing."""
     try:
         network = importlib.import_module("minecube.models.network")
-        return int(network.parameters(card))
+        return int(network.count_parameters(card))
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
