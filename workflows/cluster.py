@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.workers is not None and options.workers < 1:
         parser.error(
-            f"--workers is {options.workers}; expected 1 or more, because workers run the tasks"
+            f"--workers {options.workers}: expected 1 or more, because workers run the tasks"
         )
     command = [options.command, *options.arguments, "--scheduler"]
     if options.scheduler:
