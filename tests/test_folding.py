@@ -134,10 +134,18 @@ def test_a_convolution_that_is_used_elsewhere_stays() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.convolution(x)) - self.norm(self.convolution(x + 1))
 
+    class Crossed(Both):
+        """Both are called twice, once together."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.convolution(x)) + self.norm(x) + self.convolution(x).relu()
+
     same(Again(), 1)
     same(Twice(), 1)
     same(Bare(), 1)
     same(Siamese(), 0)
+    for odd in (Again(), Twice(), Bare(), Crossed()):  # they keep no other pair from folding
+        same(nn.Sequential(nn.Conv2d(3, 3, 1), norm(), odd), 1)
     shared = nn.Conv2d(3, 3, 1)
     same(nn.Sequential(shared, norm(), nn.ReLU(), shared, norm()), 2)
 

@@ -245,10 +245,12 @@ class _Block:
             best.replace_black(index, layers)
         elif self.recipe.reducer == "geomedian":
             self._reduce_geomedian(list(self.yield_bands(fringe, bands)), layers)
-        else:
+        elif self.recipe.reducer == "median":
             for k, band, pixels in self.yield_bands(fringe, bands):
                 layers["reflectance"][k] = repeat_pixels(reducers.median(pixels), self.size(band))
                 bands.release(pixels, band)
+        else:
+            raise NotImplementedError(f"reducer {self.recipe.reducer!r} has no branch here")
 
     def _reduce_geomedian(self, all_bands: Sequence[_BandPixels], layers: Layers) -> None:
         for rows, stack in self._cut_strips(all_bands):
